@@ -1,0 +1,134 @@
+"""Structured logs: one event a line, constant text, every value a field.
+
+A log call gives its values in `extra`; both formatters print all of them, so that nothing has to be
+listed anywhere: ``log.info("call started", extra={"call": call_id, "procedure": name})``.
+A line feed in a value never makes a second line.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import logging.handlers
+import os
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+__all__ = ["JSONFormatter", "TextFormatter", "configure", "reopen"]
+
+#: What every record has by itself; all else came by `extra`.
+_OWN = frozenset(logging.makeLogRecord({}).__dict__) | {"message", "asctime", "taskName"}
+
+_SYSLOG_SOCKET = "/dev/log"
+
+
+def _fields(record: logging.LogRecord) -> dict[str, Any]:
+    return {key: value for key, value in record.__dict__.items() if key not in _OWN}
+
+
+def _timestamp(record: logging.LogRecord) -> str:
+    moment = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
+    return f"{moment}.{int(record.msecs):03d}Z"
+
+
+def _traceback(formatter: logging.Formatter, record: logging.LogRecord) -> str:
+    return formatter.formatException(record.exc_info) if record.exc_info else ""
+
+
+class JSONFormatter(logging.Formatter):
+    """An event as one JSON object: time, level, logger, event, then the fields of `extra`."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the line."""
+        event: dict[str, Any] = {
+            "time": _timestamp(record),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "event": record.getMessage(),
+            **_fields(record),
+        }
+        if traceback := _traceback(self, record):
+            event["traceback"] = traceback
+        return json.dumps(event, default=str)
+
+
+class TextFormatter(logging.Formatter):
+    """An event as text: time, level, logger, event, then ``field=value`` pairs.
+
+    Args:
+        timestamp: whether the line begins with the time; syslog adds its own.
+    """
+
+    def __init__(self, timestamp: bool = True) -> None:
+        super().__init__()
+        self._timestamp = timestamp
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the line."""
+        start = f"{_timestamp(record)} " if self._timestamp else ""
+        pairs = "".join(f" {key}={_shown(value)}" for key, value in _fields(record).items())
+        if traceback := _traceback(self, record):
+            pairs += f" traceback={json.dumps(traceback)}"
+        return f"{start}{record.levelname} {record.name}: {_one_line(record.getMessage())}{pairs}"
+
+
+def _shown(value: object) -> str:
+    text = value if isinstance(value, str) else json.dumps(value, default=str)
+    plain = text.isprintable() and text != "" and not any(mark in text for mark in ' "=')
+    return text if plain or not isinstance(value, str) else json.dumps(text)
+
+
+def _one_line(text: str) -> str:
+    return text if text.isprintable() else json.dumps(text)[1:-1]
+
+
+def configure(*, level: str = "INFO", form: str = "text", syslog: bool = False, name: str = "harp") -> None:
+    """Send the program's log to stderr or to syslog, in place of what was set before.
+
+    Args:
+        level: the least level that is logged: ``DEBUG``, ``INFO``, ``WARNING`` or ``ERROR``.
+        form: ``text`` or ``json``.
+        syslog: to the local syslog socket instead of stderr.
+        name: the program's name in syslog.
+
+    Raises:
+        OSError: the syslog socket can't be reached.
+    """
+    handler: logging.Handler
+    if syslog:
+        handler = logging.handlers.SysLogHandler(_SYSLOG_SOCKET, logging.handlers.SysLogHandler.LOG_DAEMON)
+        handler.ident = f"{name}[{os.getpid()}]: "
+    else:
+        handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JSONFormatter() if form == "json" else TextFormatter(timestamp=not syslog))
+    _replace_handlers(handler)
+    logging.getLogger().setLevel(level)
+
+
+def _replace_handlers(handler: logging.Handler) -> None:
+    root = logging.getLogger()
+    for old in root.handlers[:]:
+        root.removeHandler(old)
+        old.close()
+    root.addHandler(handler)
+
+
+def reopen() -> None:
+    """Open every log file anew, after a rotation; the streams of the process stay."""
+    for handler in _all_handlers(logging.root.manager.loggerDict):
+        if isinstance(handler, logging.FileHandler):
+            handler.acquire()
+            try:
+                # A FileHandler without a stream opens its file again at the next event.
+                if handler.stream is not None:
+                    handler.stream.close()
+                handler.stream = None
+            finally:
+                handler.release()
+
+
+def _all_handlers(loggers: Mapping[str, object]) -> set[logging.Handler]:
+    known = [logging.getLogger(), *(logger for logger in loggers.values() if isinstance(logger, logging.Logger))]
+    return {handler for logger in known for handler in logger.handlers}

@@ -1,0 +1,38 @@
+"""The least version of TLS that a daemon speaks."""
+
+from __future__ import annotations
+
+import ssl
+
+__all__ = ["DEFAULT_FLOOR", "FLOORS", "set_floor"]
+
+#: The names that a configuration may give.
+FLOORS = {
+    "1.0": ssl.TLSVersion.TLSv1,
+    "1.1": ssl.TLSVersion.TLSv1_1,
+    "1.2": ssl.TLSVersion.TLSv1_2,
+    "1.3": ssl.TLSVersion.TLSv1_3,
+}
+
+DEFAULT_FLOOR = "1.2"
+
+
+def set_floor(context: ssl.SSLContext, floor: str) -> bool:
+    """Set the least version that the context speaks.
+
+    OpenSSL 3 refuses the signatures of TLS 1.0 and 1.1 at its usual security level, so a floor below 1.2
+    lowers that level too.
+
+    Args:
+        context: the context to change.
+        floor: ``1.0``, ``1.1``, ``1.2`` or ``1.3``.
+
+    Returns:
+        Whether the floor is below 1.2: worth a warning in the log.
+    """
+    version = FLOORS[floor]
+    low = floor in ("1.0", "1.1")
+    if low:
+        context.set_ciphers("DEFAULT:@SECLEVEL=0")
+    context.minimum_version = version
+    return low

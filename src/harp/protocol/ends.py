@@ -1,0 +1,82 @@
+"""How a call can end: the closing lines that both protocols share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from harp.protocol.fields import check, string
+from harp.protocol.jsontext import Envelope, Members, Payload, Raw
+
+__all__ = ["Cancelled", "End", "Failed", "Raised", "Returned", "decode_end", "encode_end"]
+
+
+@dataclass(frozen=True, slots=True)
+class Returned:
+    """The procedure returned; `result` is its value."""
+
+    result: Payload
+
+
+@dataclass(frozen=True, slots=True)
+class Raised:
+    """The procedure raised an exception."""
+
+    type: str
+    message: str
+    data: Payload = None
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """The call could not be carried out, or was cut short. Also the refusal of a request."""
+
+    type: str
+    message: str
+    data: Payload = None
+
+
+@dataclass(frozen=True, slots=True)
+class Cancelled:
+    """The call was cancelled before it returned."""
+
+
+End: TypeAlias = Returned | Raised | Failed | Cancelled
+
+
+def encode_end(end: End) -> Envelope:
+    """The closing line's object. harpd adds its version to a `Failed`."""
+    match end:
+        case Returned(result):
+            return Envelope(result=result)
+        case Raised():
+            return Envelope(exception=_encode_report(end))
+        case Failed():
+            return Envelope(error=_encode_report(end))
+        case Cancelled():
+            return Envelope(cancelled=True)
+
+
+def _encode_report(report: Raised | Failed) -> Envelope:
+    body = Envelope(type=report.type, message=report.message)
+    if report.data is not None:
+        body["data"] = report.data
+    return body
+
+
+def decode_end(kind: str, members: Members) -> End:
+    """Read a closing line by its distinguishing key: result, exception, error or cancelled."""
+    if kind == "result":
+        return Returned(members.payload("result"))
+    if kind == "cancelled":
+        check(members.value("cancelled") is True, "cancelled: expected true")
+        return Cancelled()
+    body = members.members(kind)
+    if body is None:
+        check(False, f"{kind}: expected an object")
+    assert body is not None
+    data = body.payload("data") if "data" in body else None
+    if isinstance(data, Raw) and data == b"null":
+        data = None
+    report = Raised if kind == "exception" else Failed
+    return report(string(body, "type"), string(body, "message"), data)

@@ -1,0 +1,220 @@
+"""The messages of client and dispatcher: one table of lines drives reader and writer."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, get_args
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from harp.protocol.dispatcher import (
+    MAY_FOLLOW,
+    Call,
+    Cancel,
+    Continue,
+    Exchange,
+    FollowStream,
+    GetResult,
+    GetStatus,
+    NoResult,
+    Packet,
+    Queue,
+    ReadStream,
+    Reply,
+    Request,
+    Status,
+    Submitted,
+    WasCancelled,
+    decode_reply,
+    decode_request,
+    encode_reply,
+    encode_request,
+)
+from harp.protocol.ends import Cancelled, Failed, Raised, Returned
+from harp.protocol.fields import ProtocolError
+from harp.protocol.jsontext import loads, open_decoded, open_sliced
+
+JOB = "3f22e0d4-c8ed-11e5-8d66-001e8c140268"
+
+REQUESTS: list[tuple[str, Request]] = [
+    ('{"harpcaller":1,"host":"web01","procedure":"p","arguments":[]}', Call("web01", "p", [])),
+    (
+        '{"harpcaller":1,"host":"h","procedure":"p","arguments":{"a":1},"timeout":5,"max_exec_time":1.5,'
+        '"queue":{"name":{},"concurrency":3},"info":[1]}',
+        Call("h", "p", {"a": 1}, 5, 1.5, Queue({}, 3), [1]),
+    ),
+    (f'{{"harpcaller":1,"cancel":"{JOB}"}}', Cancel(JOB)),
+    (f'{{"harpcaller":1,"get_result":"{JOB}","wait":true}}', GetResult(JOB)),
+    (f'{{"harpcaller":1,"get_result":"{JOB}","wait":false}}', GetResult(JOB, wait=False)),
+    (f'{{"harpcaller":1,"get_status":"{JOB}"}}', GetStatus(JOB)),
+    (f'{{"harpcaller":1,"follow_stream":"{JOB}"}}', FollowStream(JOB)),
+    (f'{{"harpcaller":1,"follow_stream":"{JOB}","since":0}}', FollowStream(JOB, since=0)),
+    (f'{{"harpcaller":1,"read_stream":"{JOB}","recent":7}}', ReadStream(JOB, recent=7)),
+]
+
+CALL = Call("h", "p", [])
+FOLLOW, READ = FollowStream(JOB), ReadStream(JOB)
+STATUS = '{"call":{"host":"h","procedure":"p","arguments":[1]},"time":{"submit":1,"start":null,"end":3},"info":null}'
+
+REPLIES: list[tuple[str, Request, Reply]] = [
+    (f'{{"harpcaller":1,"job_id":"{JOB}"}}', CALL, Submitted(JOB)),
+    ('{"cancelled":true}', Cancel(JOB), WasCancelled(True)),
+    ('{"cancelled":false}', Cancel(JOB), WasCancelled(False)),
+    ('{"no_result":true}', GetResult(JOB), NoResult()),
+    ('{"result":{"a":[1,null]}}', GetResult(JOB), Returned({"a": [1, None]})),
+    ('{"result":null}', GetResult(JOB), Returned(None)),
+    ('{"exception":{"type":"E","message":"m"}}', GetResult(JOB), Raised("E", "m")),
+    ('{"exception":{"type":"E","message":"m","data":{"x":1}}}', GetResult(JOB), Raised("E", "m", {"x": 1})),
+    ('{"cancelled":true}', GetResult(JOB), Cancelled()),
+    ('{"error":{"type":"e","message":"m","data":[]}}', GetResult(JOB), Failed("e", "m", [])),
+    (STATUS, GetStatus(JOB), Status("h", "p", [1], 1, None, 3, None)),
+    ('{"packet":0,"data":"x"}', FOLLOW, Packet(0, "x")),
+    ('{"continue":true}', READ, Continue()),
+    ('{"error":{"type":"invalid_jobid","message":"m"}}', READ, Failed("invalid_jobid", "m")),
+]
+
+
+@pytest.mark.parametrize(("line", "request_"), REQUESTS)
+def test_requests_are_written_and_read(line: str, request_: Request) -> None:
+    assert encode_request(request_) == line.encode() + b"\n"
+    assert decode_request(line.encode()) == request_
+
+
+@pytest.mark.parametrize(("line", "request_"), REQUESTS)
+def test_key_order_and_space_in_requests_never_matter(line: str, request_: Request) -> None:
+    members = json.loads(line)
+    turned = json.dumps(dict(reversed(members.items())), separators=(" , ", " : "))
+    assert decode_request(f"  {turned}\t\r".encode()) == request_
+
+
+@pytest.mark.parametrize(("line", "request_", "reply"), REPLIES)
+def test_replies_are_written_and_read(line: str, request_: Request, reply: Reply) -> None:
+    assert encode_reply(reply) == line.encode() + b"\n"
+    assert decode_reply(line.encode(), request_) == reply
+
+
+@pytest.mark.parametrize(("line", "request_", "reply"), REPLIES)
+def test_a_sliced_reply_is_sent_on_to_the_letter(line: str, request_: Request, reply: Reply) -> None:
+    assert encode_reply(decode_reply(line.encode(), request_, open_sliced)) == line.encode() + b"\n"
+
+
+@pytest.mark.parametrize(("line", "request_", "reply"), REPLIES)
+def test_extra_keys_in_replies_are_taken_calmly(line: str, request_: Request, reply: Reply) -> None:
+    assert decode_reply(json.dumps({"new": 1, **json.loads(line)}).encode(), request_) == reply
+
+
+@pytest.mark.parametrize("request_", [request for _, request in REQUESTS])
+def test_which_reply_may_follow_is_the_table(request_: Request) -> None:
+    for line, asked, reply in REPLIES:
+        may = type(reply) in MAY_FOLLOW[type(request_)] or (isinstance(request_, Cancel) and "cancelled" in line)
+        if isinstance(asked, Cancel) and not isinstance(request_, Cancel):
+            continue  # the same line means another thing there
+        if may:
+            decode_reply(line.encode(), request_)
+        else:
+            with pytest.raises(ProtocolError):
+                decode_reply(line.encode(), request_)
+
+
+def test_the_table_knows_every_request_and_reply() -> None:
+    assert set(MAY_FOLLOW) == set(get_args(Request))
+    assert set().union(*MAY_FOLLOW.values()) == set(get_args(Reply))
+
+
+BAD_REQUESTS = [
+    ("{}", "harpcaller: expected 1, got None"),
+    ('{"harpcaller":true,"cancel":"x"}', "harpcaller: expected 1, got True"),
+    ('{"harpcaller":2,"cancel":"x"}', "harpcaller: expected 1, got 2"),
+    ('{"harpcaller":1}', "expected exactly one of procedure, cancel"),
+    ('{"harpcaller":1,"cancel":"x","get_status":"x"}', "expected exactly one of"),
+    ('{"harpcaller":1,"cancel":1}', "cancel: expected a string, got a number"),
+    ('{"harpcaller":1,"cancel":"x","force":true}', "unknown key force"),
+    ('{"harpcaller":1,"cancel":"x","cancel":"y"}', 'repeated key "cancel"'),
+    ('{"harpcaller":1,"get_result":"x","wait":1}', "wait: expected true or false"),
+    ('{"harpcaller":1,"follow_stream":"x","since":-1}', "since: expected an integer from 0 on, got -1"),
+    ('{"harpcaller":1,"follow_stream":"x","since":true}', "since: expected an integer"),
+    ('{"harpcaller":1,"read_stream":"x","since":1,"recent":1}', "exclude each other"),
+    ('{"harpcaller":1,"procedure":"p","arguments":[]}', "host: missing"),
+    ('{"harpcaller":1,"host":"","procedure":"p","arguments":[]}', "host: expected a name"),
+    ('{"harpcaller":1,"host":"h","procedure":null,"arguments":[]}', "procedure: expected a string, got null"),
+    ('{"harpcaller":1,"host":"h","procedure":"p"}', "arguments: missing"),
+    ('{"harpcaller":1,"host":"h","procedure":"p","arguments":1}', "arguments: expected an array or an object"),
+    ('{"harpcaller":1,"host":"h","procedure":"p","arguments":[],"timeout":0}', "timeout: expected a positive"),
+    ('{"harpcaller":1,"host":"h","procedure":"p","arguments":[],"timeout":"1"}', "timeout: expected a positive"),
+    ('{"harpcaller":1,"host":"h","procedure":"p","arguments":[],"max_exec_time":1e999}', "max_exec_time: expected"),
+    ('{"harpcaller":1,"host":"h","procedure":"p","arguments":[],"queue":[]}', "queue: expected an object"),
+    ('{"harpcaller":1,"host":"h","procedure":"p","arguments":[],"queue":{}}', "queue: expected an object with a name"),
+    ('{"harpcaller":1,"host":"h","procedure":"p","arguments":[],"queue":{"name":1}}', "queue.name: expected"),
+    (
+        '{"harpcaller":1,"host":"h","procedure":"p","arguments":[],"queue":{"name":{},"concurrency":0}}',
+        "queue.concurrency: expected a positive integer",
+    ),
+    ("GET / HTTP/1.1", "Expecting value"),
+]
+
+
+@pytest.mark.parametrize("opener", [open_decoded, open_sliced])
+@pytest.mark.parametrize(("line", "message"), BAD_REQUESTS)
+def test_a_bad_request_says_what_and_where(line: str, message: str, opener: Any) -> None:
+    with pytest.raises(ProtocolError, match=message):
+        decode_request(line.encode(), opener)
+
+
+@pytest.mark.parametrize("key", ["timeout", "max_exec_time", "queue", "info"])
+def test_null_is_absent(key: str) -> None:
+    line = f'{{"harpcaller":1,"host":"h","procedure":"p","arguments":[],"{key}":null}}'
+    assert decode_request(line.encode()) == CALL
+
+
+def test_a_packet_out_of_number_is_a_protocol_error() -> None:
+    exchange = Exchange(FollowStream(JOB, since=3))
+    with pytest.raises(ProtocolError, match="packet 4: expected number 3"):
+        exchange.reply(b'{"packet":4,"data":1}')
+    exchange = Exchange(FollowStream(JOB, recent=2))
+    assert exchange.reply(b'{"packet":4,"data":1}') == Packet(4, 1)
+    with pytest.raises(ProtocolError, match="packet 4: expected number 5"):
+        exchange.reply(b'{"packet":4,"data":1}')
+
+
+def test_nothing_follows_the_last_reply() -> None:
+    exchange = Exchange(READ)
+    exchange.reply(b'{"continue":true}')
+    assert exchange.finished
+    with pytest.raises(ProtocolError, match="after the last reply"):
+        exchange.reply(b'{"continue":true}')
+
+
+messages = st.recursive(
+    st.none() | st.booleans() | st.integers(-2, 3) | st.floats() | st.sampled_from([JOB, "", "x"]),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(
+                "harpcaller job_id cancelled no_result result exception error call time info packet data continue type "
+                "message host procedure arguments queue name concurrency timeout max_exec_time cancel get_result wait "
+                "get_status follow_stream read_stream since recent submit start end".split()
+            ),
+            inner,
+            max_size=8,
+        )
+    ),
+)
+
+
+@given(messages.map(lambda m: json.dumps(m).encode()) | st.binary(), st.sampled_from([open_decoded, open_sliced]))
+def test_any_line_is_a_message_or_a_protocol_error(line: bytes, opener: Any) -> None:
+    try:
+        request = decode_request(line, opener)
+    except ProtocolError as error:
+        assert error.message
+    else:
+        assert loads(encode_request(request)[:-1])
+    for asked in (CALL, Cancel(JOB), GetResult(JOB), GetStatus(JOB), FOLLOW, READ):
+        try:
+            reply = decode_reply(line, asked, opener)
+        except ProtocolError as error:
+            assert error.message
+        else:
+            assert encode_reply(reply).endswith(b"\n")

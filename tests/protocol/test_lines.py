@@ -1,0 +1,34 @@
+"""Bytes to lines."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from harp.protocol.lines import LineBuffer, LineTooLong
+
+
+@given(st.lists(st.binary(max_size=20).filter(lambda line: b"\n" not in line)), st.data())
+def test_lines_come_whole_however_the_bytes_come(lines: list[bytes], data: st.DataObject) -> None:
+    stream = b"".join(line + b"\n" for line in lines) + b"rest"
+    buffer = LineBuffer(20)
+    found = []
+    while stream:
+        size = data.draw(st.integers(1, len(stream)))
+        found += buffer.feed(stream[:size])
+        stream = stream[size:]
+    assert found == lines
+    assert buffer.pending == b"rest"
+
+
+def test_the_limit_counts_the_line_without_its_end() -> None:
+    assert LineBuffer(3).feed(b"abc\nabc\n") == [b"abc", b"abc"]
+
+
+@pytest.mark.parametrize("pieces", [[b"abcd\n"], [b"abcd"], [b"ab", b"cd"], [b"x\nab", b"cd"]])
+def test_a_line_past_the_limit_is_refused_before_it_is_whole(pieces: list[bytes]) -> None:
+    buffer = LineBuffer(3)
+    with pytest.raises(LineTooLong, match="longer than 3 bytes"):
+        for piece in pieces:
+            buffer.feed(piece)
