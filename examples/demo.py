@@ -1,0 +1,192 @@
+"""The whole system on one machine, explained as it runs: `./dev demo`, `./dev demo --keep`.
+
+Makes a private directory with a small certificate authority, starts harpd and harpcallerd on free ports of
+127.0.0.1, runs the tour in tour.py against them, showing the Python that does it, and stops all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import json
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import textwrap
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import tour
+import trustme
+
+import harp
+
+HERE = Path(__file__).parent
+USER, PASSWORD = "demo", "only for this demo"
+START_DEADLINE = 60.0  # seconds
+STOP_DEADLINE = 30.0
+
+HARPD_CONF = """\
+network:
+  address: 127.0.0.1
+  port: 0
+  certfile: {directory}/server.pem
+  keyfile: {directory}/server.key
+authentication:
+  module: harpd.auth.inconfig
+  users:
+    {user}: "plain:{password}"
+"""
+
+HARPCALLER_TOML = """\
+listen = ["127.0.0.1:0"]
+stream_directory = {stream_directory}
+hosts_file = {hosts_file}
+ca_file = {ca_file}
+"""
+
+
+class DemoError(Exception):
+    """The demo can't go on; the message says why and which log to read."""
+
+
+def make_certificates(directory: Path) -> None:
+    """A certificate authority and a certificate for this machine's loopback names."""
+    authority = trustme.CA(key_type=trustme.KeyType.ECDSA)
+    server = authority.issue_cert("localhost", "127.0.0.1", key_type=trustme.KeyType.ECDSA)
+    authority.cert_pem.write_to_path(str(directory / "ca.pem"))
+    (directory / "server.pem").write_bytes(b"".join(pem.bytes() for pem in server.cert_chain_pems))
+    server.private_key_pem.write_to_path(str(directory / "server.key"))
+
+
+@contextmanager
+def daemon(log: Path, *command: str) -> Iterator[int]:
+    """Run a daemon; give the port that it serves on; stop it at the end."""
+    with log.open("w") as output:
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
+    try:
+        yield port_of(process, log)
+        process.send_signal(signal.SIGTERM)
+        if code := process.wait(STOP_DEADLINE):
+            raise DemoError(f"{command[0]} ended with exit code {code}; its log says:\n{log.read_text()}")
+    finally:
+        if process.poll() is None:
+            process.terminate()
+            process.wait(STOP_DEADLINE)
+
+
+def port_of(process: subprocess.Popen[bytes], log: Path) -> int:
+    """Wait until the daemon's log says that it serves, and on which port."""
+    last = time.monotonic() + START_DEADLINE
+    while time.monotonic() < last and process.poll() is None:
+        if serving := re.search(r"is serving.* port=(\d+)", log.read_text()):
+            return int(serving[1])
+        time.sleep(0.02)
+    raise DemoError(f"{process.args!r} does not serve; its log says:\n{log.read_text()}")
+
+
+@contextmanager
+def system(directory: Path) -> Iterator[tuple[int, int]]:
+    """Both daemons, as two commands would start them; gives the ports of harpcallerd and harpd."""
+    make_certificates(directory)
+    harpd_conf, toml = directory / "harpd.conf", directory / "harpcaller.toml"
+    harpd_conf.write_text(HARPD_CONF.format(directory=directory, user=USER, password=PASSWORD))
+    harpd_conf.chmod(0o600)
+    with ExitStack() as running:
+        harpd_port = running.enter_context(
+            daemon(directory / "harpd.log", "harpd", f"--config={harpd_conf}", f"--procedures={HERE / 'procedures.py'}")
+        )
+        hosts = directory / "hosts.json"
+        credentials = {"user": USER, "password": PASSWORD}
+        host = {"hostname": "localhost", "address": "127.0.0.1", "port": harpd_port, "credentials": credentials}
+        hosts.write_text(json.dumps(host) + "\n")
+        hosts.chmod(0o600)
+        paths = {"stream_directory": directory / "jobs", "hosts_file": hosts, "ca_file": directory / "ca.pem"}
+        toml.write_text(HARPCALLER_TOML.format(**{key: json.dumps(str(path)) for key, path in paths.items()}))
+        harpcallerd_port = running.enter_context(
+            daemon(
+                directory / "harpcallerd.log",
+                "harpcallerd",
+                f"--socket={directory / 'control'}",
+                "start",
+                f"--config={toml}",
+            )
+        )
+        wait_for_answers(harpcallerd_port, harpd_port, directory)
+        yield harpcallerd_port, harpd_port
+
+
+def wait_for_answers(harpcallerd_port: int, harpd_port: int, directory: Path) -> None:
+    """One call each way shows that both answer."""
+    server = harp.HarpServer("localhost", USER, PASSWORD, harpd_port, ca_file=str(directory / "ca.pem"))
+    server.current_time()
+    harp.HarpCaller("localhost", harpcallerd_port).localhost.current_time().get()
+
+
+def show_step(number: int, step: tour.Step, arguments: tour.System) -> None:
+    """Print a step's title and source, then run it."""
+    title, _, explanation = (inspect.getdoc(step) or "").partition("\n")
+    body = inspect.getsource(step).split('"""', 2)[2]
+    print(f"\n\033[1m{number}. {title}\033[0m" if sys.stdout.isatty() else f"\n{number}. {title}")
+    if explanation.strip():
+        print(textwrap.indent(explanation.strip(), "   "))
+    print(textwrap.indent(textwrap.dedent(body).strip("\n"), "   | "))
+    print()
+    step(arguments)
+    sys.stdout.flush()
+
+
+HOW_TO_TALK = """
+Both daemons keep running. In another terminal, from this directory:
+
+   ./dev run harp --dispatcher=localhost:{harpcallerd} call localhost disk_usage '"/"'
+   ./dev run harpcallerd --socket={directory}/control list --all
+   ./dev run python
+   >>> import harp
+   >>> rpc = harp.HarpCaller("localhost", {harpcallerd})
+   >>> rpc.localhost.current_time().get()
+   >>> server = harp.HarpServer("localhost", "{user}", "{password}", {harpd}, ca_file="{directory}/ca.pem")
+   >>> server.current_time()
+
+The logs are {directory}/harpd.log and {directory}/harpcallerd.log.
+Ctrl-C here stops both and removes the directory."""
+
+
+def keep_running(directory: Path, harpcallerd_port: int, harpd_port: int) -> None:
+    """Wait for Ctrl-C or TERM."""
+    facts = {"directory": directory, "user": USER, "password": PASSWORD}
+    print(HOW_TO_TALK.format(harpcallerd=harpcallerd_port, harpd=harpd_port, **facts), flush=True)
+    signal.sigwait({signal.SIGINT, signal.SIGTERM})
+
+
+def main() -> int:
+    """Run the demo."""
+    parser = argparse.ArgumentParser(prog="./dev demo", description=__doc__)
+    parser.add_argument("--keep", action="store_true", help="leave the system running and say how to talk to it")
+    options = parser.parse_args()
+    if options.keep:  # before anything is started, so that the signals end nothing but the waiting
+        signal.pthread_sigmask(signal.SIG_BLOCK, set())
+    with tempfile.TemporaryDirectory(prefix="harp-demo-") as name:
+        directory = Path(name)
+        print(f"Starting harpd and harpcallerd on 127.0.0.1; everything they need is in {directory}")
+        try:
+            with system(directory) as (harpcallerd_port, harpd_port):
+                if options.keep:
+                    keep_running(directory, harpcallerd_port, harpd_port)
+                    return 0
+                arguments = tour.System(harpcallerd_port, harpd_port, USER, PASSWORD, str(directory / "ca.pem"))
+                for number, step in enumerate(tour.STEPS, 1):
+                    show_step(number, step, arguments)
+        except (DemoError, harp.HarpException) as error:
+            print(f"demo: {error}", file=sys.stderr)
+            return 1
+    print("\nBoth daemons have stopped. `./dev demo --keep` leaves them running for you to try.")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,120 @@
+"""The tour of the demo: each step is a function whose source is shown before it runs."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import harp
+
+
+@dataclass(frozen=True)
+class System:
+    """Where the two daemons of the demo answer."""
+
+    harpcallerd: int
+    harpd: int
+    user: str
+    password: str
+    ca_file: str
+
+
+Step: TypeAlias = Callable[[System], None]
+
+
+def synopsis_dispatcher(system: System) -> None:
+    """The client's synopsis: jobs through the dispatcher
+
+    A job has an id at once; its records can be followed while it runs. This one never ends by itself, so its
+    limit of 5 seconds ends it, and the result is an error that says so.
+    """
+    rpc = harp.HarpCaller("localhost", system.harpcallerd)
+
+    host = rpc.localhost(queue={"foo": "bar"}, max_exec_time=5)
+    job = host.stream_infinity()
+    for msg in job.follow(since=0):
+        print(json.dumps(msg))
+
+    print(job.id())
+    print(repr(job.result()))
+
+    result = rpc("localhost").return_immediate("bar", "baz").get()
+    print(result)
+
+    job_id = job.id()  # any process can ask for it, at any later time
+    result = rpc.job(job_id).result()
+    if result is harp.CALL_NOT_FINISHED:
+        print("still running")
+    elif result is harp.CALL_CANCELLED:
+        print("cancelled")
+    elif isinstance(result, harp.RemoteError):
+        print("ended by an error:", result.type)
+
+
+def synopsis_direct(system: System) -> None:
+    """The client's synopsis: harpd called directly, without a dispatcher"""
+    server = harp.HarpServer(
+        host="localhost", port=system.harpd, user=system.user, password=system.password, ca_file=system.ca_file
+    )
+    print(server.current_time())
+    for msg in server.logs_in_next_minutes(10):
+        if isinstance(msg, harp.Result):
+            # last value, nothing more will be returned
+            print(json.dumps(msg.value))
+        else:
+            print("log message:", json.dumps(msg))
+
+
+def queue(system: System) -> None:
+    """A queue: five jobs, never more than two at once
+
+    The times are those of the dispatcher: watch the starts come in pairs.
+    """
+    rpc = harp.HarpCaller("localhost", system.harpcallerd)
+    host = rpc.host("localhost", queue={"service": "database"}, concurrency=2)
+    jobs = [host.sleep(1) for _ in range(5)]
+    for job in jobs:
+        job.get()
+    first = jobs[0].start_time() or 0
+    for number, job in enumerate(jobs):
+        print(f"job {number}: started at {(job.start_time() or 0) - first} s, ended at {(job.end_time() or 0) - first} s")
+
+
+def follow(system: System) -> None:
+    """A stream, each record as it comes"""
+    rpc = harp.HarpCaller("localhost", system.harpcallerd)
+    job = rpc.localhost.count(numbers=5, pause=0.3)
+    begin = time.monotonic()
+    for number, record in job.follow(since=0, numbered=True):
+        print(f"{time.monotonic() - begin:4.1f} s  record {number}: {record}")
+    print("result:", job.get())
+
+
+def exception(system: System) -> None:
+    """An exception of the procedure, with its data"""
+    rpc = harp.HarpCaller("localhost", system.harpcallerd)
+    try:
+        rpc.localhost.divide(1, 0).get()
+    except harp.RemoteException as error:
+        print(f"{error.type}: {error.message}, data {error.data}")
+
+
+def timeout(system: System) -> None:
+    """A procedure that is too slow: its own limit ends it, with everything it started"""
+    rpc = harp.HarpCaller("localhost", system.harpcallerd)
+    print(repr(rpc.localhost.too_slow().result(wait=True)))
+
+
+def cancel(system: System) -> None:
+    """A job that is cancelled"""
+    rpc = harp.HarpCaller("localhost", system.harpcallerd)
+    job = rpc.localhost.sleep(600)
+    print("not finished yet:", job.result() is harp.CALL_NOT_FINISHED)
+    print("stopped by this:", job.cancel())
+    print("cancelled:", job.result() is harp.CALL_CANCELLED)
+
+
+STEPS: tuple[Step, ...] = (synopsis_dispatcher, synopsis_direct, queue, follow, exception, timeout, cancel)

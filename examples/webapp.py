@@ -1,0 +1,78 @@
+"""A web application that never blocks on a server: it submits, and asks later by the job's id.
+
+    ./dev run python examples/webapp.py --dispatcher localhost:3502 --port 8080
+
+    curl -X POST localhost:8080/disk-usage/localhost     {"job": "5f0c..."}
+    curl localhost:8080/jobs/5f0c...                     {"state": "done", "result": {...}}
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import harp
+
+
+class Application(BaseHTTPRequestHandler):
+    """Two pages: one submits, one reports. Nothing is kept here; the dispatcher knows every job."""
+
+    dispatcher: harp.HarpCaller
+
+    def do_POST(self) -> None:
+        match self.path.strip("/").split("/"):
+            case ["disk-usage", host]:
+                # One such job per host at a time, however often somebody clicks.
+                server = self.dispatcher.host(host, queue={"disk-usage": host}, info={"from": "webapp"})
+                self.answer(HTTPStatus.ACCEPTED, lambda: {"job": server.disk_usage("/").id()})
+            case _:
+                self.send_error(HTTPStatus.NOT_FOUND)
+
+    def do_GET(self) -> None:
+        match self.path.strip("/").split("/"):
+            case ["jobs", job_id]:
+                self.answer(HTTPStatus.OK, lambda: report(self.dispatcher.job(job_id)))
+            case _:
+                self.send_error(HTTPStatus.NOT_FOUND)
+
+    def answer(self, status: HTTPStatus, make: Any) -> None:
+        try:
+            body = make()
+        except harp.HarpException as error:
+            status, body = HTTPStatus.BAD_GATEWAY, {"error": str(error)}
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.end_headers()
+        self.wfile.write(json.dumps(body).encode() + b"\n")
+
+
+def report(job: harp.RemoteCall) -> dict[str, Any]:
+    """What a browser wants to know of a job."""
+    match job.result():
+        case harp.CALL_NOT_FINISHED:
+            return {"state": "waiting" if job.start_time() is None else "running"}
+        case harp.CALL_CANCELLED:
+            return {"state": "cancelled"}
+        case harp.HarpException() as error:
+            return {"state": "failed", "error": str(error)}
+        case result:
+            return {"state": "done", "result": result}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dispatcher", default="localhost:3502", help="HOST:PORT of harpcallerd")
+    parser.add_argument("--port", type=int, default=8080)
+    options = parser.parse_args()
+    host, _, port = options.dispatcher.rpartition(":")
+    Application.dispatcher = harp.HarpCaller(host, int(port))
+    with ThreadingHTTPServer(("127.0.0.1", options.port), Application) as server:
+        print(f"http://127.0.0.1:{server.server_port}/", flush=True)
+        server.serve_forever()
+
+
+if __name__ == "__main__":
+    main()
