@@ -72,7 +72,7 @@ def is_count(number: object) -> bool:
 
 def is_seconds(number: object) -> bool:
     """Whether it is a positive number; true is none."""
-    return isinstance(number, (int, float)) and not isinstance(number, bool) and number > 0 and math.isfinite(number)
+    return isinstance(number, (int, float)) and not isinstance(number, bool) and 0 < number < math.inf
 
 
 def payload_text(payload: Payload) -> Raw:

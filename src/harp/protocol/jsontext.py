@@ -348,8 +348,11 @@ class _Number(str):
 
 
 def _canonical_number(text: str) -> _Number:
-    number = Decimal(text, _EXACT)
-    return _Number("0" if number.is_zero() else str(number.normalize(_EXACT)))
+    try:
+        number = Decimal(text, _EXACT)
+        return _Number("0" if number.is_zero() else str(number.normalize(_EXACT)))
+    except ArithmeticError:  # an exponent that no decimal holds: such numbers are equal by their spelling
+        return _Number(text)
 
 
 _CANONICAL = json.JSONDecoder(

@@ -1,0 +1,129 @@
+"""The store on one SQLite file: every verb goes to the thread that writes or to one of those that read."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from harp.protocol.ends import End
+from harp.protocol.jsontext import Raw
+from harpcaller.jobs import Job, NewJob, State
+from harpcaller.store import QueueStatus
+from harpcaller.store.sqlite import reads, writes
+from harpcaller.store.sqlite.file import FILE_NAME, connect, lock, prepare, storage_errors
+from harpcaller.store.sqlite.readers import Readers
+from harpcaller.store.sqlite.writer import Writer
+
+__all__ = ["SQLiteStore", "open_store"]
+
+# How many reads run at once. They hold Python's lock for most of their time: more would not be faster.
+_READERS = 4
+
+
+async def open_store(directory: Path) -> SQLiteStore:
+    """Open the store in a directory; make either if it is missing. Takes no longer for many old jobs.
+
+    Args:
+        directory: where the file `FILE_NAME` lies; private to this user when it is made here.
+
+    Raises:
+        StorageError: another store has it open; the file is not ours or of a newer version, and stays untouched;
+            or it can't be made, read or written.
+    """
+    return await asyncio.to_thread(SQLiteStore, directory, asyncio.get_running_loop())
+
+
+class SQLiteStore:
+    """A `harpcaller.store.Store`. Made by `open_store`; its verbs are called in the loop it was made in.
+
+    A verb whose awaiter is cancelled may happen all the same.
+    """
+
+    def __init__(self, directory: Path, loop: asyncio.AbstractEventLoop) -> None:
+        path = directory / FILE_NAME
+        self._closing = False
+        self._lock = lock(directory)
+        try:
+            prepare(path)
+            with storage_errors(path):
+                self._readers = Readers(path, _READERS)
+                try:
+                    self._writer = Writer(path, connect(path), loop)
+                except BaseException:
+                    self._readers.join()
+                    raise
+        except BaseException:
+            os.close(self._lock)
+            raise
+
+    async def add_job(self, job: NewJob, now: float) -> None:
+        """See `Store.add_job`."""
+        await self._writer.run(writes.add_job, job, now)
+
+    async def claim_jobs(self, now: float, limit: int, host_concurrency: int) -> list[Job]:
+        """See `Store.claim_jobs`."""
+        return await self._writer.run(writes.claim_jobs, now, limit, host_concurrency)
+
+    async def append_records(self, job_id: str, first: int, records: Sequence[Raw]) -> bool:
+        """See `Store.append_records`."""
+        return await self._writer.run(writes.append_records, job_id, first, records)
+
+    async def finish_job(self, job_id: str, end: End, now: float) -> bool:
+        """See `Store.finish_job`."""
+        return await self._writer.run(writes.finish_job, job_id, end, now)
+
+    async def cancel_job(self, job_id: str, now: float) -> State | None:
+        """See `Store.cancel_job`."""
+        return await self._writer.run(writes.cancel_job, job_id, now)
+
+    async def cancel_queue(self, queue: Raw, now: float) -> list[tuple[str, State]]:
+        """See `Store.cancel_queue`."""
+        return await self._writer.run(writes.cancel_queue, queue, now)
+
+    async def get_job(self, job_id: str) -> Job:
+        """See `Store.get_job`."""
+        return await self._readers.run(reads.get_job, job_id)
+
+    async def read_records(self, job_id: str, first: int, most_bytes: int) -> list[Raw]:
+        """See `Store.read_records`."""
+        return await self._readers.run(reads.read_records, job_id, first, most_bytes)
+
+    async def list_jobs(
+        self, *, ended: bool = False, queue: Raw | None = None, after: int = 0, limit: int = 1000
+    ) -> list[tuple[int, Job]]:
+        """See `Store.list_jobs`."""
+        return await self._readers.run(reads.list_jobs, ended=ended, queue=queue, after=after, limit=limit)
+
+    async def list_queues(self) -> list[QueueStatus]:
+        """See `Store.list_queues`."""
+        return await self._readers.run(reads.list_queues)
+
+    async def settle_interrupted(self, end: End, now: float) -> int:
+        """See `Store.settle_interrupted`."""
+        return await self._writer.run(writes.settle_interrupted, end, now)
+
+    async def prune_jobs(self, ended_before: float, limit: int) -> int:
+        """See `Store.prune_jobs`. Works in small steps, each a transaction; what others ask for goes between them."""
+        pruned = 0
+        while deleted := await self._writer.run(writes.delete_jobs, ended_before, limit - pruned):
+            pruned += deleted
+        while await self._writer.run(writes.delete_leftover_records):
+            pass
+        while await self._writer.run(writes.give_back_space):
+            pass
+        return pruned
+
+    async def close(self) -> None:
+        """See `Store.close`. Closing again does nothing."""
+        if not self._closing:
+            self._closing = True
+            self._writer.stop()
+            self._readers.stop()
+            await asyncio.to_thread(self._join)
+
+    def _join(self) -> None:
+        self._writer.join()
+        self._readers.join()
+        os.close(self._lock)

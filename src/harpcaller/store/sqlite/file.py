@@ -1,0 +1,170 @@
+"""The store's file: made, recognised, locked, migrated, opened. And what SQLite raises, mapped to `StorageError`.
+
+The file appears whole or not at all: it is made under another name and renamed. So a file that is there and is not
+ours is somebody else's, and stays as it is.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
+from pathlib import Path
+
+from harpcaller.store import StorageError
+from harpcaller.store.sqlite.sql import MIGRATIONS
+
+__all__ = ["BUSY_TIMEOUT", "FILE_NAME", "connect", "lock", "prepare", "storage_errors"]
+
+#: The name of the file in the store's directory.
+FILE_NAME = "harpcaller.sqlite"
+
+_MAGIC = b"SQLite format 3\0"
+# In SQLite's header at offset 68, big-endian: the application whose file it is.
+_APPLICATION_ID = int.from_bytes(b"HARP", "big")
+_APPLICATION_ID_AT = slice(68, 72)
+
+#: How long to wait for another program (a backup, say) that holds the file, in milliseconds.
+BUSY_TIMEOUT = 5000
+
+# Faults of the program, not of the storage.
+_BUGS = (sqlite3.ProgrammingError, sqlite3.InterfaceError, sqlite3.IntegrityError)
+
+
+@contextmanager
+def storage_errors(path: Path) -> Iterator[None]:
+    """Map what SQLite and the system raise to `StorageError`, which names the file and the cause."""
+    try:
+        yield
+    except _BUGS:
+        raise
+    except sqlite3.Error as error:
+        name = getattr(error, "sqlite_errorname", None)
+        raise StorageError(f"{path}: {error}" + (f" ({name})" if name else "")) from error
+    except OSError as error:
+        raise StorageError(f"{error.filename or path}: {error.strerror}") from error
+
+
+def lock(directory: Path) -> int:
+    """Make the directory if it is missing, private to this user, and lock it for this store.
+
+    Returns:
+        The descriptor that holds the lock until it is closed.
+
+    Raises:
+        StorageError: another store holds it, or it can't be made or opened.
+    """
+    with storage_errors(directory):
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(descriptor)
+            raise StorageError(f"{directory / FILE_NAME}: another dispatcher uses it") from error
+        except BaseException:
+            os.close(descriptor)
+            raise
+    return descriptor
+
+
+def prepare(path: Path) -> None:
+    """See that the file is there, ours, private, and of the schema's newest version. The directory is locked.
+
+    Raises:
+        StorageError: it is not ours or of a newer version, and stays untouched; or it can't be read or written.
+    """
+    with storage_errors(path):
+        if not path.exists() or path.stat().st_size == 0:
+            _make(path)
+            return
+        # Read before SQLite has the file open: closing a descriptor drops the process's locks on its file.
+        with path.open("rb") as file:
+            header = file.read(_APPLICATION_ID_AT.stop)
+        if not header.startswith(_MAGIC) or int.from_bytes(header[_APPLICATION_ID_AT], "big") != _APPLICATION_ID:
+            raise StorageError(f"{path}: not a store of harpcallerd; move it away, or choose another stream_directory")
+        with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as connection:
+            version = _version(connection)
+        newest = max(MIGRATIONS)
+        if version > newest:
+            raise StorageError(
+                f"{path}: schema version {version} is newer than {newest}, the newest that this program knows; "
+                "use the newer harpcallerd, or restore a backup"
+            )
+        if path.stat().st_mode & 0o077:
+            path.chmod(0o600)
+        with closing(connect(path)) as connection:
+            _complete(connection, version)
+
+
+def connect(path: Path, *, query_only: bool = False) -> sqlite3.Connection:
+    """Open a connection, in autocommit mode, to be used by one thread at a time."""
+    connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+    try:
+        connection.execute(f"PRAGMA busy_timeout = {BUSY_TIMEOUT}")
+        connection.execute("PRAGMA synchronous = FULL")
+        connection.execute("PRAGMA foreign_keys = ON")
+        # Some builds overwrite what is deleted: that would make pruning as costly as writing it all again.
+        connection.execute("PRAGMA secure_delete = OFF")
+        connection.execute(f"PRAGMA query_only = {query_only:d}")
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def _make(path: Path) -> None:
+    making = path.with_name(path.name + ".new")
+    for left in (making, *_companions(making), *_companions(path)):
+        left.unlink(missing_ok=True)
+    try:
+        # SQLite gives its other files the mode of this one.
+        os.close(os.open(making, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600))
+        with closing(connect(making)) as connection:
+            connection.execute("PRAGMA auto_vacuum = INCREMENTAL")
+            connection.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
+            _complete(connection, 0)
+        making.rename(path)
+    except BaseException:
+        with suppress(OSError):
+            making.unlink()
+        raise
+    directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+def _companions(path: Path) -> tuple[Path, ...]:
+    return tuple(path.with_name(path.name + suffix) for suffix in ("-journal", "-wal", "-shm"))
+
+
+def _version(connection: sqlite3.Connection) -> int:
+    [(version,)] = connection.execute("SELECT max(version) FROM schema_version").fetchall()
+    return int(version)
+
+
+def _complete(connection: sqlite3.Connection, version: int) -> None:
+    """Bring the schema from this version to the newest, each step in a transaction of its own; and use the log.
+
+    A file restored from a copy that SQLite made may have left its log of writes switched off.
+    """
+    for number, statements in MIGRATIONS.items():
+        if number <= version:
+            continue
+        try:
+            connection.executescript(
+                "BEGIN IMMEDIATE;\n"
+                "CREATE TABLE IF NOT EXISTS schema_version (version INTEGER PRIMARY KEY);\n"
+                f"{statements}\n"
+                f"INSERT INTO schema_version VALUES ({number});\n"
+                "COMMIT;"
+            )
+        except sqlite3.Error:
+            if connection.in_transaction:
+                connection.execute("ROLLBACK")
+            raise
+    connection.execute("PRAGMA journal_mode = WAL").fetchall()

@@ -1,0 +1,101 @@
+"""Jobs, ends and records as columns, and back. Names and payloads are bytes in the file.
+
+A name is a string of JSON, so it may hold lone surrogates, which SQLite's own text can't.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+from harp.protocol.ends import Cancelled, End, Returned, decode_end, encode_end
+from harp.protocol.jsontext import Raw, dumps, open_sliced
+from harpcaller.jobs import Job, State
+
+__all__ = [
+    "decode_job",
+    "decode_name",
+    "encode_end_body",
+    "encode_name",
+    "join_records",
+    "payload_size",
+    "split_records",
+]
+
+Row: TypeAlias = Sequence[Any]
+
+_CLOSING_KEYS = {State.RAISED: "exception", State.FAILED: "error"}
+
+
+def encode_name(name: str) -> bytes:
+    """A host's or procedure's name as it is stored."""
+    return name.encode("utf-8", "surrogatepass")
+
+
+def decode_name(name: bytes) -> str:
+    """The reverse of `encode_name`."""
+    return name.decode("utf-8", "surrogatepass")
+
+
+def encode_end_body(end: End) -> bytes | None:
+    """What is stored of an end beside its state; None for nothing.
+
+    A result is stored as it is, as it may be long: scanning it to find where it ends would cost.
+    """
+    match end:
+        case Returned(result):
+            return dumps(result)
+        case Cancelled():
+            return None
+        case _:
+            return dumps(encode_end(end))
+
+
+def _decode_end(state: State, body: bytes | None) -> End | None:
+    if state is State.CANCELLED:
+        return Cancelled()
+    if body is None:
+        return None
+    if state is State.RETURNED:
+        return Returned(Raw(body))
+    return decode_end(_CLOSING_KEYS[state], open_sliced(body))
+
+
+def decode_job(row: Row) -> Job:
+    """The job in a row of the view whole_jobs."""
+    (_, _, id_, state, host, procedure, arguments, timeout, max_exec_time, queue, info, *times, body, records) = row
+    submitted, started, ended = times
+    return Job(
+        id=id_,
+        state=State(state),
+        host=decode_name(host),
+        procedure=decode_name(procedure),
+        arguments=Raw(arguments),
+        timeout=timeout,
+        max_exec_time=max_exec_time,
+        queue=None if queue is None else Raw(queue),
+        info=Raw(info),
+        submitted=submitted,
+        started=started,
+        ended=ended,
+        end=_decode_end(State(state), body),
+        records=records,
+    )
+
+
+def payload_size(row: Row) -> int:
+    """How many bytes the payloads in a row of the view whole_jobs have."""
+    return sum(len(column) for column in row if isinstance(column, bytes))
+
+
+def join_records(records: Sequence[Raw]) -> bytes:
+    """Records as the bytes of a chunk. Raises `ValueError` when one holds a line feed: it is no `Raw`, then."""
+    joined = b"\n".join(records)
+    if joined.count(b"\n") != len(records) - 1:
+        raise ValueError("a record holds a line feed")
+    return joined
+
+
+def split_records(chunk: bytes) -> list[Raw]:
+    """The reverse of `join_records`."""
+    return [Raw(record) for record in chunk.split(b"\n")]

@@ -1,0 +1,29 @@
+"""The SQL of the store: named statements and numbered migrations, read from the files beside this module."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib.resources import files
+from types import MappingProxyType
+
+__all__ = ["MIGRATIONS", "QUERIES"]
+
+_HEADER = "-- name: "
+
+
+def _statements(text: str) -> Mapping[str, str]:
+    _, *parts = text.split(_HEADER)
+    named = (part.split("\n", 1) for part in parts)
+    return MappingProxyType({name.strip(): statement for name, statement in named})
+
+
+def _migrations() -> Mapping[int, str]:
+    found = sorted((files(__package__) / "migrations").iterdir(), key=lambda file: file.name)
+    return MappingProxyType({int(file.name.removesuffix(".sql")): file.read_text("utf-8") for file in found})
+
+
+#: The statements of queries.sql by their names.
+QUERIES = _statements((files(__package__) / "queries.sql").read_text("utf-8"))
+
+#: What makes each version of the schema from the one before, by number, in order.
+MIGRATIONS = _migrations()

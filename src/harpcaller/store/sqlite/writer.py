@@ -1,0 +1,192 @@
+"""The thread that writes, and its group commit.
+
+Theory: a commit waits for the disk, so its cost is shared. Whatever arrived while the last commit ran is one batch:
+one transaction, one wait. Each member runs within a savepoint, so that a member that fails takes back its own changes
+and nobody else's. Only when the transaction itself fails (the disk is full, the file can't be written) does the whole
+batch fail: nothing of it happened, and every member is told so. The thread goes on with the next batch; once the cause
+is gone, writing works again.
+
+A member's outcome is told after the commit, never before. A member whose awaiter has gone runs all the same: nobody
+is told its outcome.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sqlite3
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from typing import Any, Concatenate, ParamSpec, TypeAlias, TypeVar
+
+from harpcaller.store import StorageError
+from harpcaller.store.sqlite.file import BUSY_TIMEOUT, storage_errors
+
+__all__ = ["Writer"]
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+_LOG = logging.getLogger("harpcaller.store")
+
+# A batch is bounded, so that its first member does not wait for a flood behind it.
+_MOST_MEMBERS = 500
+
+# After this many seconds without work the log of writes is brought into the file and cut.
+_IDLE = 1.0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Member:
+    verb: Callable[[sqlite3.Connection], Any]
+    future: asyncio.Future[Any]
+
+
+@dataclass(frozen=True, slots=True)
+class _Done:
+    value: Any
+
+
+_Outcome: TypeAlias = _Done | Exception
+
+
+class Writer:
+    """Runs verbs that write, one batch after the other, in one thread.
+
+    Args:
+        path: the file, for messages.
+        connection: the only one that writes; closed by the thread at its end.
+        loop: the event loop of those who await the outcomes.
+    """
+
+    def __init__(self, path: Path, connection: sqlite3.Connection, loop: asyncio.AbstractEventLoop) -> None:
+        self._path = path
+        self._connection = connection
+        self._loop = loop
+        self._waiting: SimpleQueue[_Member | None] = SimpleQueue()
+        self._closing = False
+        self._unchecked = True  # whether something may be in the log of writes that is not in the file
+        # As a daemon, so that a program which fails before it closes the store can end.
+        self._thread = threading.Thread(target=self._work, name="store-writer", daemon=True)
+        self._thread.start()
+
+    async def run(self, verb: Callable[Concatenate[sqlite3.Connection, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Run a verb; it is on stable storage when this returns.
+
+        Raises:
+            StorageError: it did not happen.
+            Exception: what the verb raised; it did not happen either.
+        """
+        if self._closing:
+            raise StorageError(f"{self._path}: the store is closed")
+        future: asyncio.Future[T] = self._loop.create_future()
+        self._waiting.put(_Member(lambda connection: verb(connection, *args, **kwargs), future))
+        return await future
+
+    def stop(self) -> None:
+        """Take nothing more. Called in the loop's thread, as `run` is: so nothing comes in behind this."""
+        self._closing = True
+        self._waiting.put(None)
+
+    def join(self) -> None:
+        """Wait until all that was taken is done and the connection closed. Blocks."""
+        self._thread.join()
+
+    # ---- in the thread ---------------------------------------------------------------------------------------
+
+    def _work(self) -> None:
+        open_ = True
+        while open_:
+            batch, open_ = self._next_batch()
+            if batch:
+                outcomes = self._commit(batch)
+                self._unchecked = True
+                # The loop may be gone when the program ends without closing the store.
+                with suppress(RuntimeError):
+                    self._loop.call_soon_threadsafe(_tell, batch, outcomes)
+        self._checkpoint()
+        self._connection.close()
+
+    def _next_batch(self) -> tuple[list[_Member], bool]:
+        """Wait for members and take all that are there; False once there will be none any more."""
+        try:
+            member = self._waiting.get(timeout=_IDLE if self._unchecked else None)
+        except Empty:
+            self._checkpoint()
+            return [], True
+        batch: list[_Member] = []
+        while member is not None:
+            batch.append(member)
+            if len(batch) == _MOST_MEMBERS or self._waiting.empty():
+                return batch, True
+            member = self._waiting.get()
+        return batch, False
+
+    def _commit(self, batch: Sequence[_Member]) -> list[_Outcome]:
+        try:
+            with storage_errors(self._path):
+                self._connection.execute("BEGIN IMMEDIATE")
+                outcomes = [self._run(member) for member in batch]
+                self._connection.execute("COMMIT")
+        except Exception as error:  # noqa: BLE001 - each member is told, and the thread goes on
+            self._roll_back()
+            return [_again(error) for _ in batch]
+        return outcomes
+
+    def _run(self, member: _Member) -> _Outcome:
+        """Run a member within a savepoint. Raises only when the whole transaction is lost."""
+        self._connection.execute("SAVEPOINT member")
+        outcome: _Outcome
+        try:
+            with storage_errors(self._path):
+                outcome = _Done(member.verb(self._connection))
+        except Exception as error:
+            if not self._connection.in_transaction:  # SQLite has taken it all back
+                raise
+            self._connection.execute("ROLLBACK TO member")
+            outcome = error
+        self._connection.execute("RELEASE member")
+        return outcome
+
+    def _roll_back(self) -> None:
+        with suppress(sqlite3.Error):
+            if self._connection.in_transaction:
+                self._connection.execute("ROLLBACK")
+
+    def _checkpoint(self) -> None:
+        """Bring the log of writes into the file and cut it to nothing, unless a reader is in the way."""
+        self._unchecked = False
+        try:
+            with storage_errors(self._path):
+                self._connection.execute("PRAGMA busy_timeout = 0")
+                [(busy, _, _)] = self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+                self._unchecked = bool(busy)
+        except StorageError as error:
+            # Nothing is lost: the log stays. Tried again after the next write.
+            _LOG.warning("checkpoint failed", extra={"file": str(self._path), "reason": str(error)})
+        finally:
+            self._connection.execute(f"PRAGMA busy_timeout = {BUSY_TIMEOUT}")
+
+
+def _again(error: Exception) -> Exception:
+    """The same error for one more awaiter: each gets its own, as each adds its own traceback."""
+    if not isinstance(error, StorageError):
+        return error
+    copy = StorageError(*error.args)
+    copy.__cause__ = error.__cause__
+    return copy
+
+
+def _tell(batch: Sequence[_Member], outcomes: Sequence[_Outcome]) -> None:
+    for member, outcome in zip(batch, outcomes, strict=True):
+        if member.future.done():  # its awaiter was cancelled
+            continue
+        match outcome:
+            case _Done(value):
+                member.future.set_result(value)
+            case _:
+                member.future.set_exception(outcome)

@@ -1,0 +1,141 @@
+"""The SQLite store when things go wrong: no room, a locked file, a kill in mid-write, a member that fails."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sqlite3
+import subprocess
+import sys
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from harp.protocol.jsontext import Raw
+from harpcaller.jobs import State
+from harpcaller.store import StorageError
+from harpcaller.store.sqlite import FILE_NAME, file, open_store
+from support import full_disk, killed_writer
+from support.jobs import job_in, new_job
+
+TESTS = Path(__file__).resolve().parent.parent
+
+
+def run(command: list[str], directory: Path) -> None:
+    done = subprocess.run([*command, str(directory)], capture_output=True, text=True, timeout=100, check=False)
+    assert (done.returncode, done.stdout) == (0, "ok\n"), done.stderr
+
+
+@pytest.mark.root
+def test_a_full_file_system(tmp_path: Path) -> None:
+    if subprocess.run(["unshare", "-m", "true"], check=False, capture_output=True).returncode:
+        pytest.skip("needs to be root, with the right to mount")
+    run(["unshare", "-m", sys.executable, full_disk.__file__, "mount"], tmp_path)
+
+
+def test_a_limit_on_the_size_of_files(tmp_path: Path) -> None:
+    run([sys.executable, full_disk.__file__, "limit"], tmp_path)
+
+
+@pytest.mark.parametrize("lines", [1, 40, 400])
+async def test_what_was_confirmed_survives_a_kill(tmp_path: Path, lines: int) -> None:
+    program = subprocess.Popen(
+        [sys.executable, killed_writer.__file__, str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": str(TESTS)},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    with program:
+        assert program.stdout is not None
+        confirmed = [program.stdout.readline() for _ in range(lines)]
+        program.kill()
+        confirmed += program.stdout.readlines()
+    store = await open_store(tmp_path)
+    try:
+        for line in confirmed:
+            match line.split():
+                case ["job", job_id]:
+                    assert (await store.get_job(job_id)).state in (State.QUEUED, State.RUNNING)
+                case ["records", job_id, count]:
+                    records = await store.read_records(job_id, 0, 10**9)
+                    assert len(records) >= int(count)
+                    assert records == [b"%d" % n for n in range(len(records))]
+                    assert (await store.get_job(job_id)).records == len(records)
+        running = [job for _, job in await store.list_jobs() if job.state is State.RUNNING and job.queue]
+        assert len(running) <= 2
+    finally:
+        await store.close()
+    with closing(sqlite3.connect(tmp_path / FILE_NAME)) as connection:
+        assert connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+        assert connection.execute("PRAGMA foreign_key_check").fetchall() == []
+
+
+async def test_a_file_that_another_program_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(file, "BUSY_TIMEOUT", 10)
+    store = await open_store(tmp_path)
+    try:
+        with closing(sqlite3.connect(tmp_path / FILE_NAME, isolation_level=None)) as other:
+            other.execute("BEGIN IMMEDIATE")
+            with pytest.raises(StorageError, match=rf"{FILE_NAME}: database is locked \(SQLITE_BUSY\)") as raised:
+                await store.add_job(new_job(), 1.0)
+            assert isinstance(raised.value.__cause__, sqlite3.OperationalError)
+            assert await store.list_jobs() == [], "reading goes on"
+            other.execute("ROLLBACK")
+        await store.add_job(new_job(), 1.0)
+    finally:
+        await store.close()
+
+
+async def test_a_member_that_fails_does_not_fail_its_batch(tmp_path: Path) -> None:
+    store = await open_store(tmp_path)
+    try:
+        queued = await job_in(store, State.QUEUED)
+        jobs = [new_job() for _ in range(20)]
+        members = [store.add_job(job, 1.0) for job in jobs]
+        members.insert(5, store.add_job(new_job(id=queued), 1.0))
+        members.insert(9, store.add_job(new_job(timeout="soon"), 1.0))
+        outcomes = await asyncio.gather(*members, return_exceptions=True)
+        assert [number for number, outcome in enumerate(outcomes) if outcome is not None] == [5, 9]
+        assert [job.id for _, job in await store.list_jobs()] == [queued, *(job.id for job in jobs)]
+    finally:
+        await store.close()
+
+
+async def test_what_fails_halfway_leaves_nothing(tmp_path: Path) -> None:
+    store = await open_store(tmp_path)
+    try:
+        with pytest.raises(Exception, match="NOT NULL"):
+            await store.add_job(new_job(queue={}, info=None), 1.0)
+        assert await store.list_jobs() == []
+        assert await store.list_queues() == []
+    finally:
+        await store.close()
+
+
+async def test_after_closing_every_verb_says_so(tmp_path: Path) -> None:
+    store = await open_store(tmp_path)
+    waiting = [asyncio.create_task(store.add_job(new_job(), 1.0)) for _ in range(5)]
+    await asyncio.sleep(0)
+    await store.close()
+    await asyncio.gather(*waiting)
+    with pytest.raises(StorageError, match="closed"):
+        await store.claim_jobs(1.0, 1, 1)
+    with pytest.raises(StorageError, match="closed"):
+        await store.list_jobs()
+    store = await open_store(tmp_path)
+    assert len(await store.list_jobs()) == 5, "what was asked for before was finished"
+    await store.close()
+
+
+async def test_damage_is_named(tmp_path: Path) -> None:
+    store = await open_store(tmp_path)
+    text = Raw(b'["' + b"x" * 100_000 + b'"]')
+    for _ in range(20):
+        await store.add_job(new_job(arguments=text), 1.0)
+    await store.close()
+    path = tmp_path / FILE_NAME
+    whole = path.read_bytes()
+    path.write_bytes(whole[:4096] + b"\x55" * (len(whole) - 4096))
+    with pytest.raises(StorageError, match=rf"{FILE_NAME}: .*malformed"):
+        await open_store(tmp_path)

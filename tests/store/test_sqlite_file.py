@@ -1,0 +1,357 @@
+"""The SQLite store's file: whose it is, who may read it, its schema, its size, and what its statements cost."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sqlite3
+import stat
+import threading
+from collections.abc import AsyncIterator
+from contextlib import closing
+from itertools import product
+from pathlib import Path
+
+import pytest
+
+from harp.protocol.ends import Returned
+from harp.protocol.jsontext import Raw
+from harpcaller.jobs import TRANSITIONS, State
+from harpcaller.store import StorageError
+from harpcaller.store.sqlite import FILE_NAME, SQLiteStore, file, open_store, sql, writes
+from harpcaller.store.sqlite.file import connect
+from harpcaller.store.sqlite.sql import MIGRATIONS, QUERIES
+from support.deadline import eventually
+from support.jobs import ENDS, job_in, new_id, new_job
+
+
+@pytest.fixture
+async def store(tmp_path: Path) -> AsyncIterator[SQLiteStore]:
+    opened = await open_store(tmp_path)
+    yield opened
+    await opened.close()
+
+
+@pytest.fixture
+async def database(tmp_path: Path) -> AsyncIterator[sqlite3.Connection]:
+    """A connection to the file of a store that is closed."""
+    await (await open_store(tmp_path)).close()
+    with closing(connect(tmp_path / FILE_NAME)) as connection:
+        yield connection
+
+
+# Whose file it is
+
+
+def mode(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+@pytest.mark.parametrize("umask", [0o000, 0o022, 0o077])
+async def test_everything_is_private(tmp_path: Path, umask: int) -> None:
+    before = os.umask(umask)
+    try:
+        store = await open_store(tmp_path / "made" / "store")
+        await store.add_job(new_job(), 1.0)
+        files = {path.name: mode(path) for path in (tmp_path / "made" / "store").iterdir()}
+        await store.close()
+    finally:
+        os.umask(before)
+    assert mode(tmp_path / "made" / "store") == 0o700
+    assert files == {FILE_NAME: 0o600, FILE_NAME + "-wal": 0o600, FILE_NAME + "-shm": 0o600}
+
+
+async def test_a_directory_that_is_there_keeps_its_mode_and_a_file_is_made_private(tmp_path: Path) -> None:
+    tmp_path.chmod(0o755)
+    await (await open_store(tmp_path)).close()
+    (tmp_path / FILE_NAME).chmod(0o644)
+    await (await open_store(tmp_path)).close()
+    assert (mode(tmp_path), mode(tmp_path / FILE_NAME)) == (0o755, 0o600)
+
+
+async def test_one_dispatcher_at_a_time(tmp_path: Path, store: SQLiteStore) -> None:
+    with pytest.raises(StorageError, match=rf"{FILE_NAME}: another dispatcher uses it"):
+        await open_store(tmp_path)
+    await store.add_job(new_job(), 1.0)
+    await store.close()
+    await (await open_store(tmp_path)).close()
+
+
+async def test_closing_leaves_one_file_no_thread_and_no_descriptor(tmp_path: Path) -> None:
+    await (await open_store(tmp_path)).close()  # the loop's own threads come to be
+    before = set(os.listdir("/proc/self/fd"))
+    store = await open_store(tmp_path)
+    await store.add_job(new_job(), 1.0)
+    await asyncio.gather(*(store.list_jobs() for _ in range(20)))
+    await store.close()
+    assert set(os.listdir("/proc/self/fd")) <= before
+    assert [thread.name for thread in threading.enumerate() if thread.name.startswith("store")] == []
+    assert [path.name for path in tmp_path.iterdir()] == [FILE_NAME]
+
+
+FOREIGN = {
+    "text": b"hosts: none\n" * 20,
+    "short": b"x",
+    "an Erlang table": b"\x00\x00\x10\x00" + bytes(5000),
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+async def test_a_file_that_is_not_ours_stays_as_it_is(tmp_path: Path, name: str) -> None:
+    path = tmp_path / FILE_NAME
+    path.write_bytes(FOREIGN[name])
+    path.chmod(0o644)
+    with pytest.raises(StorageError, match=rf"{FILE_NAME}: not a store of harpcallerd; move it away"):
+        await open_store(tmp_path)
+    assert (path.read_bytes(), mode(path)) == (FOREIGN[name], 0o644)
+    assert [path.name for path in tmp_path.iterdir()] == [FILE_NAME]
+
+
+async def test_another_programs_database_stays_as_it_is(tmp_path: Path) -> None:
+    path = tmp_path / FILE_NAME
+    with closing(sqlite3.connect(path)) as connection:
+        connection.executescript("CREATE TABLE jobs (id); INSERT INTO jobs VALUES (1);")
+    before = path.read_bytes()
+    with pytest.raises(StorageError, match="not a store of harpcallerd"):
+        await open_store(tmp_path)
+    assert path.read_bytes() == before
+
+
+async def test_a_newer_schema_stays_as_it_is(tmp_path: Path, database: sqlite3.Connection) -> None:
+    newest = max(MIGRATIONS)
+    database.execute("INSERT INTO schema_version VALUES (?)", (newest + 1,))
+    database.close()
+    before = (tmp_path / FILE_NAME).read_bytes()
+    with pytest.raises(StorageError, match=rf"schema version {newest + 1} is newer than {newest}.*newer harpcallerd"):
+        await open_store(tmp_path)
+    assert (tmp_path / FILE_NAME).read_bytes() == before
+
+
+async def test_an_empty_file_and_what_a_crash_left_are_replaced(tmp_path: Path) -> None:
+    (tmp_path / FILE_NAME).touch()
+    (tmp_path / (FILE_NAME + ".new")).write_bytes(b"half a file")
+    (tmp_path / (FILE_NAME + ".new-journal")).write_bytes(b"half a journal")
+    store = await open_store(tmp_path)
+    await store.add_job(new_job(), 1.0)
+    await store.close()
+    assert [path.name for path in tmp_path.iterdir()] == [FILE_NAME]
+
+
+async def test_a_place_where_nothing_can_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(StorageError, match=r"/file: "):
+        await open_store(tmp_path / "file")
+    (tmp_path / FILE_NAME).mkdir()
+    with pytest.raises(StorageError, match=rf"{FILE_NAME}: Is a directory"):
+        await open_store(tmp_path)
+
+
+async def test_a_copy_that_sqlite_made_is_a_store(tmp_path: Path) -> None:
+    store = await open_store(tmp_path / "store")
+    job_id = await job_in(store, State.RUNNING, queue={})
+    with closing(connect(tmp_path / "store" / FILE_NAME)) as connection:
+        (tmp_path / "copy").mkdir()
+        connection.execute("VACUUM INTO ?", (str(tmp_path / "copy" / FILE_NAME),))
+    await store.close()
+    store = await open_store(tmp_path / "copy")
+    assert (await store.get_job(job_id)).state is State.RUNNING
+    with closing(connect(tmp_path / "copy" / FILE_NAME)) as connection:
+        assert connection.execute("PRAGMA journal_mode").fetchall() == [("wal",)]
+        assert connection.execute("PRAGMA auto_vacuum").fetchall() == [(2,)], "incremental"
+    await store.close()
+
+
+# The schema
+
+
+async def test_migrations_are_numbered_and_applied_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert list(MIGRATIONS) == list(range(1, len(MIGRATIONS) + 1))
+    store = await open_store(tmp_path)
+    job_id = await job_in(store, State.RETURNED)
+    await store.close()
+    number = max(MIGRATIONS) + 1
+    later = {number: "CREATE TABLE a (x); CREATE TRIGGER t AFTER INSERT ON a BEGIN SELECT 1; END;"}
+    monkeypatch.setattr(file, "MIGRATIONS", {**MIGRATIONS, **later, number + 1: "ALTER TABLE a ADD COLUMN y;"})
+    store = await open_store(tmp_path)
+    assert (await store.get_job(job_id)).state is State.RETURNED
+    await store.close()
+    with closing(sqlite3.connect(tmp_path / FILE_NAME)) as connection:
+        assert [row[1] for row in connection.execute("PRAGMA table_info(a)")] == ["x", "y"]
+        versions = connection.execute("SELECT version FROM schema_version ORDER BY version").fetchall()
+    assert versions == [(version,) for version in range(1, number + 2)]
+
+
+async def test_a_migration_that_fails_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    await (await open_store(tmp_path)).close()
+    with monkeypatch.context() as patch:
+        number = max(MIGRATIONS) + 1
+        patch.setattr(file, "MIGRATIONS", {**MIGRATIONS, number: "CREATE TABLE a (x); INSERT INTO nowhere VALUES (1);"})
+        with pytest.raises(StorageError, match="nowhere"):
+            await open_store(tmp_path)
+    store = await open_store(tmp_path)
+    await store.close()
+    with closing(sqlite3.connect(tmp_path / FILE_NAME)) as connection:
+        assert connection.execute("SELECT name FROM sqlite_master WHERE name = 'a'").fetchall() == []
+
+
+def insert(database: sqlite3.Connection, state: State) -> str:
+    """A row in this state, as the table's own checks want it."""
+    job_id = new_id()
+    started = None if state in (State.QUEUED, State.CANCELLED) else 2.0
+    ended = 3.0 if not TRANSITIONS[state] else None
+    database.execute(
+        "INSERT INTO jobs (id, lane, host, state, submitted, started, ended) VALUES (?, 'lane', x'', ?, 1.0, ?, ?)",
+        (job_id, state, started, ended),
+    )
+    return job_id
+
+
+@pytest.mark.parametrize(("before", "after"), list(product(State, State)))
+def test_the_schema_allows_the_transitions_and_no_other(
+    database: sqlite3.Connection, before: State, after: State
+) -> None:
+    job_id = insert(database, before)
+    ended = 4.0 if not TRANSITIONS[after] else None
+    started = 2.0 if after is State.RUNNING else None
+    change = "UPDATE jobs SET state = ?, started = coalesce(?, started), ended = ? WHERE id = ?"
+    if after in TRANSITIONS[before]:
+        database.execute(change, (after, started, ended, job_id))
+    else:
+        with pytest.raises(sqlite3.IntegrityError, match="no such transition"):
+            database.execute(change, (after, started, ended, job_id))
+
+
+@pytest.mark.parametrize(
+    ("state", "started", "ended"),
+    [
+        ("lost", None, None),
+        *((state, 2.0, None) for state in State if not TRANSITIONS[state]),
+        *((state, 2.0, 3.0) for state in State if TRANSITIONS[state]),
+        ("queued", 2.0, None),
+        ("running", None, None),
+        ("returned", None, 3.0),
+        ("raised", None, 3.0),
+    ],
+)
+def test_the_schema_refuses_rows_that_make_no_sense(
+    database: sqlite3.Connection, state: str, started: float | None, ended: float | None
+) -> None:
+    with pytest.raises(sqlite3.IntegrityError, match="CHECK"):
+        database.execute(
+            "INSERT INTO jobs (id, lane, host, state, submitted, started, ended) VALUES ('x', 'l', x'', ?, 1.0, ?, ?)",
+            (state, started, ended),
+        )
+
+
+def test_every_statement_is_used() -> None:
+    package = Path(sql.__file__).parent
+    code = "".join(module.read_text() for module in package.glob("*.py"))
+    built = {"list_jobs", "list_jobs_of_lane", "list_jobs_not_ended", "list_jobs_not_ended_of_lane"}
+    assert {name for name in QUERIES if f'QUERIES["{name}"]' not in code} == built
+
+
+# What it costs
+
+
+class Anything(dict[str, int]):
+    """A value for every parameter."""
+
+    def __missing__(self, key: str) -> int:
+        return 1
+
+
+@pytest.mark.parametrize("name", QUERIES)
+def test_no_statement_goes_through_all_old_jobs(database: sqlite3.Connection, name: str) -> None:
+    plan = [row[3] for row in database.execute("EXPLAIN QUERY PLAN " + QUERIES[name], Anything())]
+    of_few = ("jobs_not_ended", "jobs_not_ended_of_lane", "jobs_running_on_host", "lanes_with_room", "lanes")
+    for step in plan:
+        if step.startswith("SCAN"):
+            assert step.split()[-1] in of_few or "CONSTANT ROW" in step, plan
+
+
+async def instructions_of_a_claim(directory: Path, waiting: int) -> int:
+    """How many of SQLite's instructions it takes to claim one job of those that wait in ten lanes."""
+    store = await open_store(directory)
+    hosts = [f"host{n}" for n in range(5)]
+    queues = [None] * 5 + [{"q": n} for n in range(5)]
+    jobs = [new_job(hosts[n % 5], queues[n % 10]) for n in range(waiting)]
+    await asyncio.gather(*(store.add_job(job, 1.0) for job in jobs))
+    await store.claim_jobs(1.0, 20, 2)
+    await store.close()
+    count = 0
+
+    def step() -> None:
+        nonlocal count
+        count += 1
+
+    with closing(connect(directory / FILE_NAME)) as connection:
+        connection.set_progress_handler(step, 1)
+        assert len(writes.claim_jobs(connection, 1.0, 1, 3)) == 1
+        connection.set_progress_handler(None, 0)
+    return count
+
+
+async def test_a_claim_costs_the_same_however_many_wait(tmp_path: Path) -> None:
+    few = await instructions_of_a_claim(tmp_path / "few", 50)
+    many = await instructions_of_a_claim(tmp_path / "many", 20_000)
+    assert many < few * 1.5
+
+
+async def test_many_small_records_share_few_rows(tmp_path: Path, store: SQLiteStore) -> None:
+    job_id = await job_in(store, State.RUNNING)
+    for n in range(500):
+        await store.append_records(job_id, n, [Raw(b'"x"')])
+    await store.append_records(job_id, 500, [Raw(b'"xxxxxxxxx"')] * 50_000)
+    with closing(connect(tmp_path / FILE_NAME, query_only=True)) as connection:
+        [(rows,)] = connection.execute("SELECT count(*) FROM records").fetchall()
+    assert rows < 15
+
+
+async def test_a_change_of_state_does_not_write_the_payloads_again(tmp_path: Path) -> None:
+    store = await open_store(tmp_path)
+    text = Raw(b'["' + b"x" * 3_000_000 + b'"]')
+    job = new_job(arguments=text)
+    await store.add_job(job, 1.0)
+    log = tmp_path / (FILE_NAME + "-wal")
+    await eventually(lambda: log.stat().st_size == 0, what="the cut of the log")
+    await store.claim_jobs(1.0, 1, 1)
+    for n in range(20):
+        await store.append_records(job.id, n, [Raw(b"1")])
+    await store.finish_job(job.id, ENDS[State.RETURNED], 1.0)
+    assert log.stat().st_size < len(text)
+    await store.close()
+
+
+async def test_space_goes_back_when_jobs_are_pruned(tmp_path: Path) -> None:
+    store = await open_store(tmp_path)
+    path, log = tmp_path / FILE_NAME, tmp_path / (FILE_NAME + "-wal")
+
+    def size() -> int:
+        return path.stat().st_size + log.stat().st_size
+
+    for _ in range(100):
+        job_id = await job_in(store, State.RUNNING)
+        await store.append_records(job_id, 0, [Raw(b'"' + b"r" * 50_000 + b'"')])
+        await store.finish_job(job_id, Returned(Raw(b'"' + b"x" * 50_000 + b'"')), 1.0)
+    kept = await job_in(store, State.RETURNED, now=50.0)
+    full = size()
+    assert await store.prune_jobs(10.0, 1000) == 100
+    await eventually(lambda: size() < full / 10, what="a shorter file")
+    assert (await store.get_job(kept)).state is State.RETURNED
+    await store.close()
+
+
+async def test_records_that_an_interrupted_pruning_left_go_with_the_next(tmp_path: Path) -> None:
+    store = await open_store(tmp_path)
+    job_id = await job_in(store, State.RUNNING)
+    await store.append_records(job_id, 0, [Raw(b"1")])
+    await store.finish_job(job_id, ENDS[State.RETURNED], 1.0)
+    await store.close()
+    with closing(connect(tmp_path / FILE_NAME)) as connection:
+        assert writes.delete_jobs(connection, 10.0, 10) == 1
+    store = await open_store(tmp_path)
+    assert await store.prune_jobs(0.0, 10) == 0
+    await store.close()
+    with closing(connect(tmp_path / FILE_NAME)) as connection:
+        for table in ("jobs", "calls", "ends", "records", "leftovers", "lanes"):
+            assert connection.execute(f"SELECT count(*) FROM {table}").fetchall() == [(0,)], table

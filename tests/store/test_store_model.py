@@ -1,0 +1,167 @@
+"""Whatever is asked in whatever order: each store does what the model in memory does."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    Bundle,
+    RuleBasedStateMachine,
+    invariant,
+    multiple,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+from harp.protocol.ends import End
+from harp.protocol.jsontext import Raw, canonical
+from harpcaller.jobs import MISSING_RESULT, NewJob
+from support.backends import BACKENDS, Opener
+from support.jobs import ENDS, new_id, new_job
+from support.store_model import ModelStore
+
+HOSTS = st.sampled_from(["one", "two", "three"])
+# Two of them are one queue.
+QUEUES = st.sampled_from([Raw(b"{}"), Raw(b'{"a":1,"b":2}'), Raw(b'{ "b": 2.0, "a": 1 }'), Raw(b'{"a":true}')])
+SMALL = st.integers(0, 4)
+END_VALUES = st.sampled_from(list(ENDS.values()))
+
+
+class Comparison(RuleBasedStateMachine):
+    """Asks the store and the model the same."""
+
+    opener: Opener
+    jobs: Bundle[str] = Bundle("jobs")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.runner = asyncio.Runner()
+        self.directory = Path(tempfile.mkdtemp())
+        self.store = self.runner.run(self.opened())
+        self.model = ModelStore()
+        self.now = 100.0
+
+    async def opened(self) -> Any:
+        return await type(self).opener(self.directory)
+
+    def teardown(self) -> None:
+        self.runner.run(self.store.close())
+        self.runner.close()
+        shutil.rmtree(self.directory)
+
+    def both(self, verb: str, *args: object) -> Any:
+        """The store's outcome, a value or the type of what it raised; the same as the model's."""
+        expected = self.outcome(lambda: getattr(self.model, verb)(*args))
+        outcome = self.outcome(lambda: self.runner.run(getattr(self.store, verb)(*args)))
+        assert outcome == expected
+        return outcome
+
+    def outcome(self, asked: Any) -> Any:
+        try:
+            return asked()
+        except (ValueError, LookupError) as error:
+            return type(error)
+
+    @rule(target=jobs, host=HOSTS, queue=st.none() | QUEUES, concurrency=st.integers(1, 3))
+    def add(self, host: str, queue: Raw | None, concurrency: int) -> str:
+        job = new_job(host, queue, concurrency)
+        self.both("add_job", job, self.now)
+        return job.id
+
+    @rule(target=jobs, hosts=st.lists(HOSTS, min_size=5, max_size=20), queue=st.none() | QUEUES)
+    def add_at_once(self, hosts: list[str], queue: Raw | None) -> Any:
+        jobs = [new_job(host, queue, 2) for host in hosts]
+        for job in jobs:
+            self.model.add_job(job, self.now)
+        self.runner.run(self.all_at_once(jobs))
+        return multiple(*(job.id for job in jobs))
+
+    async def all_at_once(self, jobs: list[NewJob]) -> None:
+        await asyncio.gather(*(self.store.add_job(job, self.now) for job in jobs))
+
+    @rule(job_id=jobs)
+    def add_again(self, job_id: str) -> None:
+        if job_id in self.model.jobs:
+            assert self.both("add_job", new_job(id=job_id), self.now) is ValueError
+
+    @rule(limit=SMALL, host_concurrency=SMALL)
+    def claim(self, limit: int, host_concurrency: int) -> None:
+        used = Counter(job.host for job in self.model.running())
+        for job in self.both("claim_jobs", self.now, limit, host_concurrency):
+            used[job.host] += 1
+            assert used[job.host] <= host_concurrency
+
+    @rule(job_id=jobs, off=st.sampled_from([0, 0, 0, 1, -1]), count=SMALL)
+    def append(self, job_id: str, off: int, count: int) -> None:
+        first = len(self.model.records.get(job_id, [])) + off
+        self.both("append_records", job_id, first, [Raw(b"%d" % n) for n in range(count)])
+
+    @rule(job_id=jobs, end=END_VALUES)
+    def finish(self, job_id: str, end: End) -> None:
+        self.both("finish_job", job_id, end, self.now)
+
+    @rule(end=END_VALUES)
+    def finish_the_first_that_runs(self, end: End) -> None:
+        running = self.model.running()
+        self.both("finish_job", running[0].id if running else new_id(), end, self.now)
+
+    @rule(job_id=jobs)
+    def cancel(self, job_id: str) -> None:
+        self.both("cancel_job", job_id, self.now)
+
+    @rule(queue=QUEUES)
+    def cancel_queue(self, queue: Raw) -> None:
+        self.both("cancel_queue", queue, self.now)
+
+    @rule(age=SMALL, limit=SMALL)
+    def prune(self, age: int, limit: int) -> None:
+        self.both("prune_jobs", self.now - age, limit)
+
+    @rule(step=st.floats(0.5, 3))
+    def time_passes(self, step: float) -> None:
+        self.now += step
+
+    @precondition(lambda self: self.model.jobs)
+    @rule(crashed=st.booleans())
+    def reopen(self, crashed: bool) -> None:
+        self.runner.run(self.store.close())
+        self.store = self.runner.run(self.opened())
+        if crashed:
+            self.both("settle_interrupted", MISSING_RESULT, self.now)
+
+    @rule(job_id=jobs, first=SMALL)
+    def read(self, job_id: str, first: int) -> None:
+        found = self.runner.run(self.store.read_records(job_id, first, 10**6))
+        assert found == self.model.records.get(job_id, [])[first:]
+        self.both("get_job", job_id)
+
+    @invariant()
+    def lists_are_the_same(self) -> None:
+        self.both("list_queues")
+        listed = self.runner.run(self.store.list_jobs(ended=True))
+        expected = self.model.list_jobs(ended=True)
+        assert [job for _, job in listed] == [job for _, job in expected]
+
+    @invariant()
+    def no_queue_has_more_running_than_it_may(self) -> None:
+        used = Counter(canonical(job.queue) for job in self.model.running() if job.queue is not None)
+        for name, count in used.items():
+            assert count <= self.model.limits[name][1]
+
+
+@pytest.mark.parametrize("backend", sorted(BACKENDS))
+def test_the_store_does_what_the_model_does(backend: str) -> None:
+    machine = type("ComparisonOf" + backend, (Comparison,), {"opener": staticmethod(BACKENDS[backend])})
+    limits = settings(
+        max_examples=40, stateful_step_count=40, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+    )
+    run_state_machine_as_test(machine, settings=limits)

@@ -1,0 +1,102 @@
+"""Program: what the SQLite store does while there is no room. Run by tests/store/test_sqlite_faults.py.
+
+    full_disk.py mount DIRECTORY   on a small file system of its own, mounted there (in a private mount namespace)
+    full_disk.py limit DIRECTORY   with a limit on the size of files
+
+Prints ``ok`` at the end; anything else is a traceback.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import resource
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from harp.protocol.ends import Returned
+from harp.protocol.jsontext import Raw
+from harpcaller.jobs import NewJob, State
+from harpcaller.store import StorageError
+from harpcaller.store.sqlite import SQLiteStore, open_store
+
+LARGE = Raw(b'["' + b"x" * 50_000 + b'"]')
+SMALL = Raw(b"[]")
+NO_ROOM = ("database or disk is full", "disk I/O error")
+
+
+def job(number: int, arguments: Raw) -> NewJob:
+    return NewJob(f"00000000-0000-0000-0000-{number:012}", "web01", "deploy", arguments, 10.0, 60.0)
+
+
+async def fill(store: SQLiteStore, arguments: Raw, start: int) -> list[str]:
+    """Add jobs until there is no room; return the ids of those that were taken."""
+    taken: list[str] = []
+    for number in range(start, start + 100_000):
+        try:
+            await store.add_job(job(number, arguments), 1.0)
+        except StorageError as error:
+            assert "harpcaller.sqlite: " in str(error), error
+            assert any(cause in str(error) for cause in NO_ROOM), error
+            assert error.__cause__ is not None
+            return taken
+        taken.append(job(number, arguments).id)
+    raise AssertionError("there was always room")
+
+
+async def scenario(directory: Path, take_room: Callable[[], None], make_room: Callable[[], None]) -> None:
+    store = await open_store(directory)
+    before = job(1, SMALL)
+    await store.add_job(before, 1.0)
+    [running] = await store.claim_jobs(1.0, 1, 1000)
+    take_room()
+    taken = [before.id, *await fill(store, LARGE, 1000), *await fill(store, SMALL, 200_000)]
+
+    # Writers are told, each of those that came together; readers don't notice.
+    together = [store.add_job(job(number, LARGE), 1.0) for number in range(500_000, 500_020)]
+    outcomes = await asyncio.gather(*together, return_exceptions=True)
+    assert all(isinstance(outcome, StorageError) for outcome in outcomes), outcomes
+    assert len({id(outcome) for outcome in outcomes}) == len(outcomes)
+    for job_id in taken:
+        assert (await store.get_job(job_id)).id == job_id
+    refused = job(500_000, LARGE)
+
+    make_room()
+    await store.add_job(refused, 2.0)
+    assert await store.finish_job(running.id, Returned(LARGE), 2.0)
+    assert (await store.get_job(running.id)).end == Returned(LARGE)
+    await store.close()
+
+    store = await open_store(directory)
+    kept: list[str] = []
+    after = 0
+    while page := await store.list_jobs(ended=True, after=after):
+        kept += [found.id for _, found in page]
+        after = page[-1][0]
+    assert kept == [*taken, refused.id], (len(kept), len(taken))
+    assert (await store.get_job(running.id)).state is State.RETURNED
+    await store.close()
+
+
+def mount(directory: Path) -> None:
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(directory)], check=True)
+    ballast = directory / "ballast"
+
+    def take_room() -> None:
+        with ballast.open("wb", buffering=0) as file:
+            file.write(bytes(2_000_000))
+
+    asyncio.run(scenario(directory / "store", take_room, ballast.unlink))
+
+
+def limit(directory: Path) -> None:
+    def set_limit(size: int) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+    asyncio.run(scenario(directory / "store", lambda: set_limit(1_500_000), lambda: set_limit(50_000_000)))
+
+
+if __name__ == "__main__":
+    {"mount": mount, "limit": limit}[sys.argv[1]](Path(sys.argv[2]))
+    print("ok")

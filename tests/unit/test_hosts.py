@@ -1,0 +1,125 @@
+"""The hosts registry: which lines are hosts, and what is said of those that are not."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from harp.protocol.fields import ProtocolError
+from harpcaller.hosts import Host, Skipped, parse_line, parse_registry
+
+LINE: dict[str, Any] = {
+    "hostname": "web01",
+    "address": "10.0.0.1",
+    "port": 4306,
+    "credentials": {"user": "deploy", "password": "s3cret"},
+}
+WEB01 = Host("web01", "10.0.0.1", 4306, "deploy", "s3cret")
+
+
+def line(**changes: Any) -> bytes:
+    return json.dumps({**LINE, **changes}).encode()
+
+
+def without(key: str) -> bytes:
+    return json.dumps({name: value for name, value in LINE.items() if name != key}).encode()
+
+
+def test_a_host() -> None:
+    assert parse_line(line()) == WEB01
+
+
+def test_key_order_and_space_do_not_matter() -> None:
+    reordered = {name: LINE[name] for name in reversed(LINE)}
+    assert parse_line(b"  " + json.dumps(reordered, indent=1).replace("\n", "\r").encode() + b" \r\n") == WEB01
+
+
+@pytest.mark.parametrize("address", ["10.0.0.1", "::1", "web01.example.net"])
+def test_addresses(address: str) -> None:
+    assert parse_line(line(address=address)).address == address
+
+
+BROKEN = [
+    (b"", "Expecting value"),
+    (b"hello", "Expecting value"),
+    (b"[]", "expected an object"),
+    (b"\xff", "not UTF-8"),
+    (b'{"hostname": NaN}', "NaN is not JSON"),
+    (line()[:-1], "expected ',' or '}'"),
+    (b'{"port": 1, "port": 2}', "repeated key"),
+    (without("hostname"), "hostname: missing"),
+    (without("address"), "address: missing"),
+    (without("port"), "port: expected an integer from 1 to 65535"),
+    (without("credentials"), "credentials: expected an object"),
+    (line(hostname=""), "hostname: expected a name"),
+    (line(hostname=5), "hostname: expected a string, got a number"),
+    (line(address=None), "address: expected a string, got null"),
+    (line(port=0), "port: expected"),
+    (line(port=65536), "port: expected"),
+    (line(port=-1), "port: expected"),
+    (line(port=4306.0), "port: expected"),
+    (line(port=True), "port: expected"),
+    (line(port="4306"), "port: expected"),
+    (line(port=10**40), "port: expected"),
+    (line(credentials="s3cret"), "credentials: expected an object"),
+    (line(credentials={"user": "s3cret"}), "password: missing"),
+    (line(credentials={"password": "s3cret"}), "user: missing"),
+    (line(credentials={"user": "u", "password": ["s3cret"]}), "password: expected a string, got an array"),
+    (line(credentials={"user": "u", "password": "s3cret", "realm": "s3cret"}), "unknown key realm"),
+    (line(note="s3cret"), "unknown key note"),
+]
+
+
+@pytest.mark.parametrize(("text", "reason"), BROKEN)
+def test_a_line_that_is_no_host_says_why_and_gives_nothing_away(text: bytes, reason: str) -> None:
+    with pytest.raises(ProtocolError) as raised:
+        parse_line(text)
+    assert raised.value.message.startswith(reason)
+    assert "s3cret" not in raised.value.message
+
+
+def test_a_port_of_more_digits_than_can_be_read() -> None:
+    with pytest.raises(ProtocolError):
+        parse_line(line().replace(b"4306", b"9" * 5000))
+
+
+def test_the_password_is_not_shown() -> None:
+    assert "s3cret" not in repr(WEB01) + str(WEB01) + repr(parse_registry([line()]))
+
+
+def test_a_registry() -> None:
+    registry = parse_registry([line(), b"", b"oops\n", line(hostname="web02"), b" \r\n", without("port")])
+    assert registry.hosts == {"web01": WEB01, "web02": parse_line(line(hostname="web02"))}
+    assert [(skipped.line, skipped.reason.split(":")[0]) for skipped in registry.skipped] == [
+        (3, "Expecting value at column 1"),
+        (6, "port"),
+    ]
+    assert registry.repeated == 0
+
+
+def test_of_a_repeated_hostname_the_last_wins() -> None:
+    registry = parse_registry([line(port=1), line(hostname="web02"), line(port=2), line(port=3)])
+    assert [(host.hostname, host.port) for host in registry.hosts.values()] == [("web02", 4306), ("web01", 3)]
+    assert registry.repeated == 2
+
+
+def test_a_line_that_is_no_host_does_not_replace_one() -> None:
+    registry = parse_registry([line(), line(port=0)])
+    assert registry.hosts == {"web01": WEB01}
+    assert registry.skipped == (Skipped(2, "port: expected an integer from 1 to 65535"),)
+
+
+def test_nothing_at_all() -> None:
+    registry = parse_registry([])
+    assert (registry.hosts, registry.skipped, registry.repeated) == ({}, (), 0)
+
+
+@given(st.lists(st.binary() | st.sampled_from([line(), line(hostname="web02")]), max_size=10))
+def test_any_bytes_are_hosts_or_skipped(lines: list[bytes]) -> None:
+    registry = parse_registry(lines)
+    blank = sum(not text.strip() for text in lines)
+    assert len(registry.hosts) + registry.repeated + len(registry.skipped) + blank == len(lines)

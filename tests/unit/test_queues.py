@@ -1,0 +1,135 @@
+"""Who may start."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter, deque
+from dataclasses import dataclass
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from harp.protocol.jsontext import Raw
+from harpcaller.queues import Head, host_lane, queue_lane, startable
+
+
+@pytest.mark.parametrize(
+    "spelling",
+    [b'{"a":1,"b":[2,"x"]}', b'{ "b" : [2.0, "\\u0078"],\t"a": 10e-1 }'],
+)
+def test_one_queue_however_its_name_is_spelt(spelling: bytes) -> None:
+    assert queue_lane(Raw(spelling)) == queue_lane(Raw(b'{"a":1,"b":[2,"x"]}'))
+
+
+def test_different_names_are_different_queues() -> None:
+    names = [
+        b"{}",
+        b'{"a":1}',
+        b'{"a":true}',
+        b'{"a":"1"}',
+        b'{"a":[1]}',
+        b'{"a":null}',
+        b'{"b":1}',
+        b'{"a":"\\ud800"}',
+    ]
+    lanes = {queue_lane(Raw(name)) for name in names}
+    assert len(lanes) == len(names)
+
+
+def test_a_host_is_no_queue() -> None:
+    assert host_lane("{}") != queue_lane(Raw(b"{}"))
+    assert host_lane("web01") != host_lane("web02")
+    assert host_lane("\ud800") == host_lane("\ud800")
+
+
+def test_a_lane_has_a_short_key_for_any_name() -> None:
+    assert len(queue_lane(Raw(json.dumps({"a": "x" * 1_000_000}).encode()))) < 50
+
+
+@dataclass
+class Lane:
+    """A lane in memory: places and hosts of those who wait, and how many more may run."""
+
+    waiting: deque[Head]
+    room: int
+
+
+class Lanes:
+    """Some lanes, and who was started."""
+
+    def __init__(self, lanes: list[Lane], running: Counter[str]) -> None:
+        self.lanes = lanes
+        self.running = running
+        self.asked: Counter[str] = Counter()
+
+    def next_head(self, place: int) -> Head | None:
+        heads = [lane.waiting[0] for lane in self.lanes if lane.waiting and lane.room]
+        return min((head for head in heads if head.place > place), key=lambda head: head.place, default=None)
+
+    def running_on(self, host: str) -> int:
+        self.asked[host] += 1
+        return self.running[host]
+
+    def start(self, limit: int, host_concurrency: int) -> list[int]:
+        started = []
+        for head in startable(self.next_head, self.running_on, limit=limit, host_concurrency=host_concurrency):
+            [lane] = [lane for lane in self.lanes if lane.waiting and lane.waiting[0] == head]
+            lane.waiting.popleft()
+            lane.room -= 1
+            started.append(head.place)
+        return started
+
+
+def lane(host: str, *places: int, room: int = 1000) -> Lane:
+    return Lane(deque(Head(place, host) for place in places), room)
+
+
+def test_by_order_of_submission_across_lanes() -> None:
+    lanes = Lanes([lane("a", 1, 4, 5), lane("b", 2, 7), lane("c", 3, 6)], Counter())
+    assert lanes.start(5, 100) == [1, 2, 3, 4, 5]
+    assert lanes.start(5, 100) == [6, 7]
+
+
+def test_a_lane_without_room_waits() -> None:
+    assert Lanes([lane("a", 1, 3, 4, room=2), lane("b", 2, room=0)], Counter()).start(9, 100) == [1, 3]
+
+
+def test_a_host_that_is_full_holds_back_its_heads_and_what_is_behind_them() -> None:
+    mixed = Lane(deque([Head(2, "full"), Head(3, "free")]), 9)
+    lanes = Lanes([lane("full", 1), mixed, lane("free", 4)], Counter({"full": 1, "free": 1}))
+    assert lanes.start(9, 2) == [1, 4]
+
+
+def test_a_lower_limit_than_what_runs() -> None:
+    assert Lanes([lane("a", 1)], Counter(a=5)).start(9, 2) == []
+
+
+def test_nothing_is_asked_for_no_job() -> None:
+    lanes = Lanes([lane("a", 1)], Counter())
+    assert lanes.start(0, 9) == []
+    assert not lanes.asked
+
+
+HEADS = st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 4)), max_size=25)
+
+
+@given(HEADS, st.lists(st.integers(0, 4), min_size=5, max_size=5), st.integers(0, 9), st.integers(0, 4), st.data())
+def test_as_if_everyone_was_looked_at(
+    waiting: list[tuple[str, int]], rooms: list[int], limit: int, host_concurrency: int, data: st.DataObject
+) -> None:
+    running = Counter({host: data.draw(st.integers(0, 3)) for host in "abc"})
+    queues = [deque[Head]() for _ in rooms]
+    expected: list[int] = []
+    used, room, held = Counter(running), list(rooms), set[int]()
+    for place, (host, queue) in enumerate(waiting, 1):
+        queues[queue].append(Head(place, host))
+        if queue not in held and room[queue] > 0 and used[host] < host_concurrency and len(expected) < limit:
+            expected.append(place)
+            used[host] += 1
+            room[queue] -= 1
+        else:
+            held.add(queue)
+    lanes = Lanes([Lane(queue, room) for queue, room in zip(queues, rooms, strict=True)], running)
+    assert lanes.start(limit, host_concurrency) == expected
+    assert max(lanes.asked.values(), default=0) <= 1
