@@ -1,0 +1,32 @@
+"""How harpd decides who may call: the base class of authentication modules.
+
+An authentication module has a function ``create(config)``. It is given the keys of the section ``authentication``
+but `module`, and returns an object with ``authenticate(user, password)``, best of a class derived from `AuthDB`.
+
+The modules of this package import nothing else of harpd.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+__all__ = ["AuthDB"]
+
+
+class AuthDB(ABC):
+    """Knows users and their passwords. Spec: docs/protocol.md, Configuration of harpd."""
+
+    @abstractmethod
+    def authenticate(self, user: str, password: str) -> bool:
+        """Say whether this is the user's password.
+
+        It is called in a thread, several at a time, and may block: a call that takes longer than
+        ``limits.authentication`` seconds counts as a refusal. So does an exception, which is logged.
+
+        Args:
+            user: the name that the client gave; any text.
+            password: the password that the client gave; any text. Never log it.
+
+        Returns:
+            True, and nothing that is merely true, to let the user in.
+        """

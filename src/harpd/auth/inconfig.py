@@ -1,0 +1,64 @@
+"""Users in the configuration itself.
+
+authentication:
+  module: harpd.auth.inconfig
+  users:
+    alice: "crypt:$6$..."
+    bob: "plain:secret"
+"""
+
+from __future__ import annotations
+
+import hmac
+from collections.abc import Mapping
+from typing import Any
+
+from harpd.auth import AuthDB
+from harpd.auth.crypt import matches
+
+__all__ = ["ConfiguredUsers", "create"]
+
+
+def create(config: Mapping[str, Any]) -> ConfiguredUsers:
+    """Take the users from `config`.
+
+    Raises:
+        ValueError: the configuration is wrong; the message names the key and never a password.
+    """
+    users = config.get("users")
+    if not (isinstance(users, dict) and all(isinstance(name, str) for name in users)):
+        raise ValueError("users: expected a mapping of names (a number as a name in quotes) to passwords")
+    if unknown := sorted(set(config) - {"users"}):
+        raise ValueError(f"{unknown[0]}: unknown key; expected users")
+    for name, password in users.items():
+        if not (isinstance(password, str) and password.startswith(("plain:", "crypt:"))):
+            raise ValueError(f'users.{name}: expected "plain:PASSWORD" or "crypt:HASH"')
+    return ConfiguredUsers(users)
+
+
+class ConfiguredUsers(AuthDB):
+    """Users and passwords from the configuration.
+
+    Args:
+        users: by name, ``plain:PASSWORD`` or ``crypt:HASH``.
+    """
+
+    def __init__(self, users: Mapping[str, str]) -> None:
+        self._users = dict(users)
+
+    def authenticate(self, user: str, password: str) -> bool:
+        """Say whether the configuration has this user with this password."""
+        if user in self._users:
+            return _fits(password, self._users[user])
+        # Takes as long as for a known user, so that time does not tell which names exist.
+        for other in self._users.values():
+            _fits(password, other)
+            break
+        return False
+
+
+def _fits(password: str, expected: str) -> bool:
+    kind, _, secret = expected.partition(":")
+    if kind == "crypt":
+        return matches(password, secret)
+    return hmac.compare_digest(password.encode("utf-8", "surrogatepass"), secret.encode("utf-8", "surrogatepass"))

@@ -1,0 +1,78 @@
+"""``harpd --test``: all that a start would read, read in a process that is thrown away.
+
+Own modules and the procedures file run when they are read; what they do there must not stay in this process,
+and what they print must not be taken for ours.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from typing import NoReturn
+
+from harpd.config import ConfigError
+from harpd.generation import Options, configure_log, make_generation
+from harpd.procedures import load_procedures
+
+__all__ = ["check"]
+
+
+def check(options: Options) -> list[str]:
+    """Check everything that the command line names: configuration, certificate, users, log, procedures.
+
+    Call it before the process has threads.
+
+    Returns:
+        Warnings: what works but should not be so.
+
+    Raises:
+        ConfigError: the first fault.
+    """
+    heard, said = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(heard)
+        _report(options, said)
+    os.close(said)
+    with os.fdopen(heard, "rb") as report:
+        text = report.read()
+    _, status = os.waitpid(child, 0)
+    if not text:
+        raise ConfigError(f"{options.config}: the check ended before it was done ({_ending(status)})")
+    found = json.loads(text)
+    if found["fault"]:
+        raise ConfigError(found["fault"])
+    return list(found["warnings"])
+
+
+def _report(options: Options, said: int) -> NoReturn:
+    try:
+        null = os.open(os.devnull, os.O_RDWR)
+        for stream in (0, 1, 2):
+            os.dup2(null, stream)
+        fault, warnings = "", []
+        try:
+            warnings = _read_all(options)
+        except BaseException as error:  # noqa: BLE001 - whatever own code raises is the fault to report
+            fault = " ".join(str(error).split()) or type(error).__name__
+        with os.fdopen(said, "wb") as report:
+            report.write(json.dumps({"fault": fault, "warnings": warnings}).encode())
+    finally:
+        os._exit(0)
+
+
+def _read_all(options: Options) -> list[str]:
+    generation = make_generation(options)
+    configure_log(options, generation)
+    before = threading.active_count()
+    load_procedures(options.procedures)
+    running = threading.active_count() - before
+    if running > 0:
+        return [f"{options.procedures}: leaves {running} thread(s) running; no call will have them"]
+    return []
+
+
+def _ending(status: int) -> str:
+    code = os.waitstatus_to_exitcode(status)
+    return f"signal {-code}" if code < 0 else f"exit status {code}"

@@ -1,0 +1,287 @@
+"""harpd's configuration: a YAML file becomes one frozen `Configuration`, checked once.
+
+The daemon, its reload and ``--test`` all read it by `load`. Every fault reads ``FILE: key: expected X, got Y``.
+
+Spec: docs/settings.md, harpd.
+"""
+
+from __future__ import annotations
+
+import re
+import ssl
+from collections.abc import Hashable
+from pathlib import Path
+from typing import Annotated, Any, TypeAlias
+
+import msgspec
+import yaml
+from msgspec import Meta
+
+from harp.daemon.tls import DEFAULT_FLOOR, FLOORS, set_floor
+
+__all__ = [
+    "ConfigError",
+    "Configuration",
+    "Limits",
+    "Network",
+    "Python",
+    "load",
+    "load_yaml",
+    "server_context",
+]
+
+
+class ConfigError(Exception):
+    """The configuration can't be used. The message is one line that names file, key and fault."""
+
+
+# A limit that is off is a limit of a year: infinity and NaN are typing errors.
+Seconds: TypeAlias = Annotated[float, Meta(gt=0, le=365 * 86400, extra={"unit": "seconds"})]
+Bytes: TypeAlias = Annotated[int, Meta(ge=1024, extra={"unit": "bytes"})]
+Count: TypeAlias = Annotated[int, Meta(ge=1, extra={"unit": "count"})]
+
+
+class Network(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Section `network`.
+
+    Attributes:
+        certfile: the server's certificate and the chain to its authority, PEM.
+        keyfile: the certificate's key, PEM.
+        address: the address or name to listen on; None: every address, IPv4 and IPv6.
+        port: 0 takes a free one.
+        tls_minimum: the least version of TLS. YAML reads ``1.2`` as a number; both forms are taken.
+    """
+
+    certfile: str
+    keyfile: str
+    address: str | None = None
+    port: Annotated[int, Meta(ge=0, le=65535)] = 4306
+    tls_minimum: str | float = DEFAULT_FLOOR
+
+    def __post_init__(self) -> None:
+        if self.tls_floor not in FLOORS:
+            raise ValueError(f"tls_minimum: expected one of {', '.join(FLOORS)}, got {self.tls_minimum!r}")
+
+    @property
+    def tls_floor(self) -> str:
+        """`tls_minimum` as `harp.daemon.tls` names it."""
+        return str(self.tls_minimum)
+
+
+class Python(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Section `python`; `path`: where own modules are found. A directory or a list of them is put first."""
+
+    path: str | list[str] | dict[str, str | list[str]] = []
+
+    def __post_init__(self) -> None:
+        if isinstance(self.path, dict) and (unknown := sorted(set(self.path) - {"prepend", "append"})):
+            raise ValueError(f"path.{unknown[0]}: unknown key; expected prepend or append")
+
+    def ends(self) -> dict[str, list[str]]:
+        """The directories to put before and after Python's own: lists under ``prepend`` and ``append``."""
+        given = self.path if isinstance(self.path, dict) else {"prepend": self.path}
+        both = {end: given.get(end, []) for end in ("prepend", "append")}
+        return {end: [listed] if isinstance(listed, str) else listed for end, listed in both.items()}
+
+
+class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Section `limits`.
+
+    Attributes:
+        connections: connections at once, from their arrival until they are closed.
+        calls: calls at once.
+        handshake: from the connection's arrival to the end of the TLS handshake.
+        request: from the handshake to the end of the request line.
+        request_line: length of the request line.
+        request_memory: length of all request lines together that are on their way to a call.
+        authentication: for the password's check.
+        authentication_threads: password checks at once.
+        write_stall: how long a client may take nothing of what it is sent.
+        kill_grace: between two steps of ending a call: SIGXCPU, SIGTERM, SIGKILL.
+        spool: what a call may have said that its client has not read yet; past it the procedure waits.
+    """
+
+    connections: Count = 1000
+    calls: Count = 500
+    handshake: Seconds = 10.0
+    request: Seconds = 30.0
+    request_line: Bytes = 16 * 1024 * 1024
+    request_memory: Bytes = 256 * 1024 * 1024
+    authentication: Seconds = 10.0
+    authentication_threads: Count = 8
+    write_stall: Seconds = 300.0
+    kill_grace: Seconds = 5.0
+    spool: Bytes = 1024 * 1024
+
+    def __post_init__(self) -> None:
+        if self.request_memory < self.request_line:
+            expected = f"at least {self.request_line}, as limits.request_line"
+            raise ValueError(f"request_memory: expected {expected}, got {self.request_memory}")
+
+
+class Configuration(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The whole file.
+
+    Attributes:
+        network: where to listen, and as whom.
+        authentication: `module`, and the keys that this module takes.
+        python: where own modules are found.
+        limits: how much of everything.
+        runtime_directory: where the daemon keeps its socket and the records of running calls;
+            None: a fresh private directory, removed at the end.
+    """
+
+    network: Network
+    authentication: dict[str, Any]
+    python: Python = Python()
+    limits: Limits = Limits()
+    runtime_directory: str | None = None
+
+    def __post_init__(self) -> None:
+        module = self.authentication.get("module")
+        if not isinstance(module, str) or not module:
+            raise ValueError(f"authentication.module: expected the name of a module, got {_shown(module)}")
+
+    def __repr__(self) -> str:
+        # The section `authentication` may hold passwords.
+        return f"Configuration(network={self.network!r}, authentication={self.authentication['module']!r}, ...)"
+
+
+# ---- reading -------------------------------------------------------------------------------------------------
+
+
+def load(path: Path) -> Configuration:
+    """Read and check a configuration file.
+
+    Args:
+        path: the file, YAML.
+
+    Raises:
+        ConfigError: the file can't be read, is not YAML, or has a wrong or unknown key.
+    """
+    document = load_yaml(path)
+    try:
+        return msgspec.convert(document, Configuration)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"{path}: {_explain(str(error), document)}") from error
+
+
+def load_yaml(path: Path) -> Any:
+    """Read a YAML file. Raises `ConfigError`; a key that a mapping has twice is an error too."""
+    try:
+        with path.open("rb") as file:
+            return yaml.load(file, _Loader)  # noqa: S506 - _Loader is a SafeLoader
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from error
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        raise ConfigError(f"{path}: {where}{error.problem}") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: not YAML: {_one_line(error)}") from error
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML, values only, without the silent loss of a key that stands twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[object] = set()
+        for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                continue
+            key = self.construct_object(key_node, deep=True)
+            if isinstance(key, Hashable):
+                if key in seen:
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"the key {key!r} stands here for the second time", key_node.start_mark
+                    )
+                seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_FAULT = re.compile(r"(?P<what>.*?)(?: - at `(?:key in )?\$\.?(?P<key>.*)`)?", re.DOTALL)
+_MISSING = re.compile(r"Object missing required field `(.*)`")
+_UNKNOWN = re.compile(r"Object contains unknown field `(.*)`")
+_BOUND = re.compile(r"Expected `(.*)` ([<>]=?) (\S+)")
+_TYPE = re.compile(r"Expected `(.*)`, got `(.*)`")
+_KINDS = {
+    "int": "an integer",
+    "float": "a number",
+    "str": "a string",
+    "bool": "true or false",
+    "array": "a list",
+    "object": "a mapping",
+    "null": "nothing",
+}
+_BOUNDS = {">": "more than", ">=": "at least", "<": "less than", "<=": "at most"}
+
+
+def _explain(message: str, document: Any) -> str:
+    """Turn msgspec's message into ours."""
+    fault = _FAULT.fullmatch(message)
+    assert fault is not None
+    what, key = fault["what"], fault["key"] or ""
+    if found := _MISSING.fullmatch(what):
+        return f"{_joined(key, found[1])}: missing"
+    if found := _UNKNOWN.fullmatch(what):
+        return f"{_joined(key, found[1])}: unknown key"
+    if found := _TYPE.fullmatch(what):
+        return f"{key or 'the file'}: expected {_kinds(found[1])}, got {_kinds(found[2])}"
+    if found := _BOUND.fullmatch(what):
+        return f"{key}: expected {_kinds(found[1])}, {_BOUNDS[found[2]]} {found[3]}, got {_shown(_at(document, key))}"
+    return _joined(key, what)  # a check of ours: it begins with the rest of the key
+
+
+def _joined(section: str, key: str) -> str:
+    return f"{section}.{key}" if section else key
+
+
+def _kinds(names: str) -> str:
+    return " or ".join(_KINDS.get(name, name) for name in names.split(" | "))
+
+
+def _at(document: Any, key: str) -> Any:
+    for name in key.split("."):
+        document = document[name]
+    return document
+
+
+def _shown(value: object) -> str:
+    return "nothing" if value is None else repr(value)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+# ---- TLS -----------------------------------------------------------------------------------------------------
+
+
+def server_context(network: Network, path: Path) -> ssl.SSLContext:
+    """Make the TLS context of the server that `network` describes.
+
+    Args:
+        network: the section.
+        path: the configuration file, for messages.
+
+    Raises:
+        ConfigError: the certificate or the key can't be read, or the key is another certificate's.
+    """
+    for key in ("certfile", "keyfile"):
+        name = getattr(network, key)
+        try:
+            Path(name).open("rb").close()
+        except OSError as error:
+            raise ConfigError(f"{path}: network.{key}: {name}: {error.strerror}") from error
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    set_floor(context, network.tls_floor)
+    try:
+        # A key with a passphrase fails here; without the argument OpenSSL would ask the terminal.
+        context.load_cert_chain(network.certfile, network.keyfile, password="")
+    except ssl.SSLError as error:
+        if error.reason == "KEY_VALUES_MISMATCH":
+            fault = f"{network.keyfile}: expected the key of {network.certfile}, got another certificate's key"
+            raise ConfigError(f"{path}: network.keyfile: {fault}") from error
+        fault = f"expected PEM files of a certificate and its key, got {network.certfile} and {network.keyfile}"
+        raise ConfigError(f"{path}: network.certfile: {fault} ({_one_line(error)})") from error
+    return context

@@ -1,0 +1,96 @@
+"""A small event loop over epoll: descriptors and timers. The warden needs no more, and no library's weight."""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import logging
+import select
+import time
+from collections.abc import Callable
+from typing import TypeAlias
+
+__all__ = ["READ", "WRITE", "EventLoop", "Timer"]
+
+log = logging.getLogger("harpd.warden")
+
+READ = select.EPOLLIN
+WRITE = select.EPOLLOUT
+
+Callback: TypeAlias = Callable[[], None]
+
+
+class Timer:
+    """A callback that is due once, unless it is cancelled before."""
+
+    __slots__ = ("callback",)
+
+    def __init__(self, callback: Callback) -> None:
+        self.callback: Callback | None = callback
+
+    def cancel(self) -> None:
+        """Forget the callback."""
+        self.callback = None
+
+
+class EventLoop:
+    """Runs callbacks when descriptors are ready and when timers are due. A failing callback ends no other."""
+
+    def __init__(self) -> None:
+        self._epoll = select.epoll()
+        self._watched: dict[int, tuple[int, Callback]] = {}
+        self._timers: list[tuple[float, int, Timer]] = []
+        self._order = itertools.count()
+        self._running = True
+
+    def watch(self, descriptor: int, events: int, callback: Callback) -> None:
+        """Call back while the descriptor is ready for one of the events; 0: only watch for its end (hang-up)."""
+        known = self._watched.get(descriptor)
+        if known is None:
+            self._epoll.register(descriptor, events)
+        elif known[0] != events:
+            self._epoll.modify(descriptor, events)
+        self._watched[descriptor] = (events, callback)
+
+    def forget(self, descriptor: int) -> None:
+        """Watch the descriptor no more; call it before the descriptor is closed."""
+        if self._watched.pop(descriptor, None) is not None:
+            self._epoll.unregister(descriptor)
+
+    def after(self, seconds: float, callback: Callback) -> Timer:
+        """Call back once, that many seconds from now."""
+        timer = Timer(callback)
+        heapq.heappush(self._timers, (time.monotonic() + seconds, next(self._order), timer))
+        return timer
+
+    def stop(self) -> None:
+        """Return from `run` after this turn."""
+        self._running = False
+
+    def run(self) -> None:
+        """Serve until `stop`."""
+        while self._running:
+            for descriptor, _ in self._epoll.poll(self._patience()):
+                watched = self._watched.get(descriptor)  # an earlier callback of this turn may have forgotten it
+                if watched is not None:
+                    _guard(watched[1])
+            self._run_timers()
+
+    def _patience(self) -> float:
+        while self._timers and self._timers[0][2].callback is None:
+            heapq.heappop(self._timers)
+        return max(0.0, self._timers[0][0] - time.monotonic()) if self._timers else -1
+
+    def _run_timers(self) -> None:
+        now = time.monotonic()
+        while self._timers and self._timers[0][0] <= now:
+            _, _, timer = heapq.heappop(self._timers)
+            if timer.callback is not None:
+                _guard(timer.callback)
+
+
+def _guard(callback: Callback) -> None:
+    try:
+        callback()
+    except Exception:
+        log.exception("fault in the warden")

@@ -1,0 +1,139 @@
+"""What a reload replaces as a whole: configuration, certificate, users, log, the warden's settings.
+
+``--test``, the start and every reload make it by the same function, so they find the same faults.
+"""
+
+from __future__ import annotations
+
+import importlib
+import ssl
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from harpd import logs
+from harpd.auth import AuthDB
+from harpd.config import ConfigError, Configuration, load, load_yaml, server_context
+from harpd.logs import LogSettings
+
+__all__ = ["Generation", "Options", "configure_log", "make_generation", "warden_settings"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """The command line. Paths are absolute; users and groups are numbers or names, None: not given.
+
+    Attributes:
+        config: the configuration file.
+        procedures: the procedures file.
+        logging: the file for `logging.config.dictConfig`.
+        default_user: whom procedures run as that say nothing.
+        default_group: the group of procedures that say nothing.
+        syslog: the log goes to syslog.
+        search_path: `sys.path` as the program found it.
+    """
+
+    config: Path
+    procedures: Path
+    logging: Path | None = None
+    default_user: str | int | None = None
+    default_group: str | int | None = None
+    syslog: bool = False
+    search_path: tuple[str, ...] = tuple(sys.path)
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What one connection works with from its first byte to its last."""
+
+    configuration: Configuration
+    context: ssl.SSLContext
+    users: AuthDB
+    log: LogSettings
+
+
+def make_generation(options: Options) -> Generation:
+    """Read and check everything that the command line names but the procedures file.
+
+    Sets `sys.path`, because the authentication module may need it. May block.
+
+    Raises:
+        ConfigError: something is wrong; what was in use before still is.
+    """
+    configuration = load(options.config)
+    context = server_context(configuration.network, options.config)
+    log = LogSettings(syslog=options.syslog, config=_log_config(options.logging))
+    before = sys.path[:]
+    ends = configuration.python.ends()
+    sys.path[:] = [*ends["prepend"], *options.search_path, *ends["append"]]
+    try:
+        users = _open_users(configuration.authentication, options.config)
+    except BaseException:
+        sys.path[:] = before
+        raise
+    return Generation(configuration, context, users, log)
+
+
+def _log_config(path: Path | None) -> dict[str, Any] | None:
+    if path is None:
+        return None
+    config = load_yaml(path)
+    if not isinstance(config, dict):
+        raise ConfigError(f"{path}: expected a mapping, as logging.config.dictConfig takes it")
+    return config
+
+
+def _open_users(section: dict[str, Any], file: Path) -> AuthDB:
+    name = section["module"]
+    where = f"{file}: authentication.module: {name}"
+    try:
+        module = importlib.import_module(name)
+    except BaseException as error:
+        raise _fault(f"{where}: can't be imported", error) from error
+    create = getattr(module, "create", None)
+    if not callable(create):
+        raise ConfigError(f"{where}: expected a function create(config), found none")
+    try:
+        users: AuthDB = create({key: value for key, value in section.items() if key != "module"})
+    except ValueError as error:  # so modules say which key is wrong, and how
+        raise ConfigError(f"{file}: authentication.{_one_line(error)}") from error
+    except BaseException as error:
+        raise _fault(f"{where}: create() failed", error) from error
+    if not callable(getattr(users, "authenticate", None)):
+        raise ConfigError(f"{where}: expected an object with authenticate(), create() returned {type(users).__name__}")
+    return users
+
+
+def _fault(where: str, error: BaseException) -> ConfigError:
+    if isinstance(error, KeyboardInterrupt):
+        raise error
+    return ConfigError(f"{where}: {type(error).__name__}: {_one_line(error)}")
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())
+
+
+def configure_log(options: Options, generation: Generation) -> None:
+    """Set up this process's log as a generation has it. Raises `ConfigError`."""
+    try:
+        logs.configure(generation.log)
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"{options.logging or '--syslog'}: {_one_line(error)}") from error
+
+
+def warden_settings(options: Options, generation: Generation, runtime_directory: Path) -> dict[str, Any]:
+    """What the warden gets to know: nothing secret, values that JSON can carry. Spec: harpd.warden."""
+    limits = generation.configuration.limits
+    return {
+        "procedures": str(options.procedures),
+        "python_path": generation.configuration.python.ends(),
+        "default_user": options.default_user,
+        "default_group": options.default_group,
+        "calls": limits.calls,
+        "kill_grace": limits.kill_grace,
+        "spool": limits.spool,
+        "runtime_directory": str(runtime_directory),
+        "logging": generation.log,
+    }

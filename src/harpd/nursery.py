@@ -1,0 +1,199 @@
+"""The warden's side of a zygote: starting it, asking it for forks, hearing of deaths."""
+
+from __future__ import annotations
+
+import array
+import logging
+import os
+import socket
+import sys
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from harp.protocol.jsontext import dumps, loads
+from harpd.eventloop import READ, WRITE, EventLoop
+
+__all__ = ["Offered", "Parent", "Zygote"]
+
+log = logging.getLogger("harpd.warden")
+
+_MESSAGE_SIZE = 1 << 18
+
+
+@dataclass(frozen=True, slots=True)
+class Offered:
+    """A procedure that a zygote has loaded: whether it streams, and its own limit in seconds."""
+
+    streaming: bool
+    timeout: float | None
+
+
+class Parent(Protocol):
+    """Who asked for a fork."""
+
+    def forked(self, pid: int, start: int) -> None:
+        """The process is there."""
+
+    def refused(self, reason: str) -> None:
+        """There is no process."""
+
+    def reaped(self, status: int) -> None:
+        """The process has ended, with this wait status; or its zygote has, and took it along."""
+
+
+class Zygote:
+    """A process that has loaded one generation of the procedures file.
+
+    Args:
+        loop: the event loop.
+        settings: the warden's settings, see `harpd.warden`.
+        on_loaded: called once: None when the file is loaded, else the fault.
+        on_died: called when the process has ended unasked after it had loaded.
+    """
+
+    def __init__(
+        self,
+        loop: EventLoop,
+        settings: Mapping[str, Any],
+        on_loaded: Callable[[str | None], None],
+        on_died: Callable[[], None],
+    ) -> None:
+        self._loop = loop
+        self._on_loaded: Callable[[str | None], None] | None = on_loaded
+        self._on_died = on_died
+        self._waiting: deque[tuple[bytes, tuple[int, ...]]] = deque()
+        self._forking: dict[str, Parent] = {}
+        self._children: dict[int, Parent] = {}
+        self._retired = False
+        #: What it offers, by name; whole once it has loaded.
+        self.procedures: dict[str, Offered] = {}
+        self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            self.pid = _spawn(theirs)
+        self._socket.setblocking(False)
+        self._loop.watch(self._socket.fileno(), READ, self._on_ready)
+        path = _search_path(settings.get("python_path") or {})
+        order = {
+            "load": settings["procedures"],
+            "path": path,
+            "default_user": settings.get("default_user"),
+            "default_group": settings.get("default_group"),
+            "descriptors": settings["descriptors"],
+        }
+        self._say(order)
+
+    @property
+    def idle(self) -> bool:
+        """Whether it has no calls."""
+        return not self._forking and not self._children
+
+    def fork(self, call_id: str, procedure: str, descriptors: tuple[int, int, int], parent: Parent) -> None:
+        """Ask for a process for a call. The descriptors are its, and closed here once they were sent."""
+        self._forking[call_id] = parent
+        self._say({"fork": call_id, "procedure": procedure}, descriptors)
+
+    def retire(self) -> None:
+        """End it once its last call has ended."""
+        self._retired = True
+        self._end_if_idle()
+
+    def _end_if_idle(self) -> None:
+        if self._retired and self.idle:
+            self._close()
+
+    def _close(self) -> None:
+        if self._socket.fileno() >= 0:
+            self._loop.forget(self._socket.fileno())
+            self._socket.close()
+        while self._waiting:
+            _close_all(self._waiting.popleft()[1])
+
+    def _say(self, message: Mapping[str, Any], descriptors: tuple[int, ...] = ()) -> None:
+        self._waiting.append((dumps(dict(message)), descriptors))
+        self._send_waiting()
+
+    def _send_waiting(self) -> None:
+        while self._waiting:
+            data, descriptors = self._waiting[0]
+            passed = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))] if descriptors else []
+            try:
+                self._socket.sendmsg([data], passed)
+            except BlockingIOError:
+                break
+            except OSError:
+                return  # it is gone: reading tells so
+            self._waiting.popleft()
+            _close_all(descriptors)
+        self._loop.watch(self._socket.fileno(), READ | (WRITE if self._waiting else 0), self._on_ready)
+
+    def _on_ready(self) -> None:
+        self._send_waiting()
+        while True:
+            try:
+                data = self._socket.recv(_MESSAGE_SIZE)
+            except BlockingIOError:
+                return
+            except ConnectionError:
+                data = b""
+            if not data:
+                self._on_closed()
+                return
+            self._take(loads(data))
+
+    def _take(self, message: dict[str, Any]) -> None:
+        match message:
+            case {"forked": call_id, "pid": pid, "start": start}:
+                parent = self._children[pid] = self._forking.pop(call_id)
+                parent.forked(pid, start)
+            case {"reaped": pid, "status": status}:
+                if ended := self._children.pop(pid, None):
+                    ended.reaped(status)
+                self._end_if_idle()
+            case {"refused": call_id, "reason": reason}:
+                self._forking.pop(call_id).refused(reason)
+                self._end_if_idle()
+            case {"procedure": name, "streaming": streaming, "timeout": timeout}:
+                self.procedures[name] = Offered(streaming, timeout)
+            case {"loaded": _, "threads": threads}:
+                if threads:
+                    log.warning(
+                        "the procedures file leaves threads running; no call has them", extra={"threads": threads}
+                    )
+                self._loaded(None)
+            case {"fault": fault}:
+                self._loaded(fault)
+
+    def _loaded(self, fault: str | None) -> None:
+        callback, self._on_loaded = self._on_loaded, None
+        if callback is not None:
+            callback(fault)
+
+    def _on_closed(self) -> None:
+        self._close()
+        self._loaded("the process that loads the procedures file ended")
+        for parent in [*self._forking.values()]:
+            parent.refused("the process that makes processes died")
+        for parent in [*self._children.values()]:
+            parent.reaped(9)  # they are killed with it
+        self._forking.clear()
+        self._children.clear()
+        if not self._retired:
+            self._on_died()
+
+
+def _spawn(theirs: socket.socket) -> int:
+    """Exec a zygote with its end of the socket; what else is open here closes on exec."""
+    os.set_inheritable(theirs.fileno(), True)
+    arguments = [sys.executable, "-P", "-m", "harpd.zygote", str(theirs.fileno()), str(os.getpid())]
+    return os.posix_spawn(sys.executable, arguments, os.environ, setsigdef=(), setsigmask=())
+
+
+def _search_path(changes: Mapping[str, list[str]]) -> list[str]:
+    return [*changes.get("prepend", ()), *sys.path, *changes.get("append", ())]
+
+
+def _close_all(descriptors: tuple[int, ...]) -> None:
+    for descriptor in descriptors:
+        os.close(descriptor)

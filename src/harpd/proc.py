@@ -1,0 +1,182 @@
+"""What a procedures file imports: decorators, result, classes to derive from. Imports nothing else of harpd.
+
+    from harpd.proc import procedure, streaming_procedure, Result
+
+Spec: docs/procedures.md.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, ClassVar, TypeAlias, overload
+
+__all__ = [
+    "Cancelled",
+    "Procedure",
+    "Result",
+    "StreamingProcedure",
+    "TimeLimit",
+    "procedure",
+    "streaming_procedure",
+]
+
+#: A user or a group: its number or its name.
+Identity: TypeAlias = int | str
+#: A group, or several: the first is the primary one, all are supplementary.
+Groups: TypeAlias = Identity | Sequence[Identity]
+
+
+class TimeLimit(BaseException):
+    """Raised in a procedure that has used up its `timeout`, so that it can clean up. Its process is killed soon after.
+
+    Derives from BaseException: a procedure that catches Exception goes on to be stopped.
+    """
+
+
+class Cancelled(BaseException):
+    """Raised in a procedure whose call was cancelled, so that it can clean up. Its process is killed soon after."""
+
+
+class Result:
+    """The end result of a streaming procedure: yielded last, or returned.
+
+    Args:
+        value: any value that JSON can carry.
+    """
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __repr__(self) -> str:
+        return f"Result({self.value!r})"
+
+
+class Procedure:
+    """A function that can be called from afar; any instance at module level is exposed under its variable's name.
+
+    May be subclassed: a call runs ``instance(*arguments)``.
+
+    Args:
+        function: what a call runs.
+        timeout: seconds that a call may take; None: no limit.
+        uid: the user that a call runs as, number or name; None: harpd's default.
+        gid: the group, number or name, or a list of groups (first: primary, all: supplementary). None: with a user
+            that the system knows, this user's groups; else harpd's default.
+
+    Raises:
+        TypeError: an argument is of the wrong type.
+        ValueError: `timeout` is not positive, or `gid` is an empty list.
+
+    Spec: docs/procedures.md, Classes.
+    """
+
+    #: Whether a call yields records before its end result.
+    streaming: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        timeout: float | None = None,
+        uid: Identity | None = None,
+        gid: Groups | None = None,
+    ) -> None:
+        if not callable(function):
+            raise TypeError(f"expected a function, got {function!r}")
+        self.function = function
+        self.timeout = _checked_timeout(timeout)
+        self.uid = None if uid is None else _checked_identity("uid", uid)
+        self.gid = None if gid is None else _checked_groups(gid)
+        self.__doc__ = function.__doc__
+        self.__name__ = getattr(function, "__name__", type(self).__name__)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the function here, as a plain call would."""
+        return self.function(*args, **kwargs)
+
+    def signature(self) -> inspect.Signature:
+        """What a call's arguments must fit."""
+        overridden = type(self).__call__ not in (Procedure.__call__, StreamingProcedure.__call__)
+        return inspect.signature(self.__call__ if overridden else self.function)
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.__name__}>"
+
+
+class StreamingProcedure(Procedure):
+    """A function whose call yields records; arguments as in `Procedure`.
+
+    The function returns an iterable, mostly by being a generator. A `Result` in it ends it.
+    """
+
+    streaming = True
+
+
+def _checked_timeout(timeout: float | None) -> float | None:
+    if timeout is None:
+        return None
+    if isinstance(timeout, bool) or not isinstance(timeout, (int, float)):
+        raise TypeError(f"timeout: expected seconds, got {timeout!r}")
+    if not 0 < timeout < float("inf"):
+        raise ValueError(f"timeout: expected a positive number of seconds, got {timeout!r}")
+    return timeout
+
+
+def _checked_identity(key: str, identity: Identity) -> Identity:
+    if isinstance(identity, bool) or not isinstance(identity, (int, str)):
+        raise TypeError(f"{key}: expected a number or a name, got {identity!r}")
+    if isinstance(identity, int) and identity < 0:
+        raise ValueError(f"{key}: expected a number from 0 on, got {identity!r}")
+    return identity
+
+
+def _checked_groups(gid: Groups) -> tuple[Identity, ...]:
+    groups = (gid,) if isinstance(gid, (int, str)) else tuple(gid)
+    if not groups:
+        raise ValueError("gid: expected at least one group")
+    return tuple(_checked_identity("gid", group) for group in groups)
+
+
+@overload
+def procedure(function: Callable[..., Any], /) -> Procedure: ...
+@overload
+def procedure(
+    *, timeout: float | None = None, uid: Identity | None = None, gid: Groups | None = None
+) -> Callable[[Callable[..., Any]], Procedure]: ...
+def procedure(
+    function: Callable[..., Any] | None = None,
+    /,
+    *,
+    timeout: float | None = None,
+    uid: Identity | None = None,
+    gid: Groups | None = None,
+) -> Any:
+    """Expose a function: ``@procedure`` or ``@procedure(timeout=SECONDS, uid=..., gid=...)``.
+
+    Arguments and errors as in `Procedure`, which is what it returns. Spec: docs/procedures.md.
+    """
+    return _decorate(Procedure, function, timeout, uid, gid)
+
+
+@overload
+def streaming_procedure(function: Callable[..., Iterable[Any]], /) -> StreamingProcedure: ...
+@overload
+def streaming_procedure(
+    *, timeout: float | None = None, uid: Identity | None = None, gid: Groups | None = None
+) -> Callable[[Callable[..., Iterable[Any]]], StreamingProcedure]: ...
+def streaming_procedure(
+    function: Callable[..., Iterable[Any]] | None = None,
+    /,
+    *,
+    timeout: float | None = None,
+    uid: Identity | None = None,
+    gid: Groups | None = None,
+) -> Any:
+    """Expose a function that yields records; otherwise as `procedure`. Spec: docs/procedures.md."""
+    return _decorate(StreamingProcedure, function, timeout, uid, gid)
+
+
+def _decorate(kind: type[Procedure], function: Callable[..., Any] | None, *options: Any) -> Any:
+    if function is not None:
+        return kind(function, *options)
+    return lambda decorated: kind(decorated, *options)

@@ -1,0 +1,317 @@
+"""The warden: starts, watches and ends call processes. Lean: no TLS, no event-loop library, no thread.
+
+Theory of operation
+===================
+
+``python -m harpd.warden LISTENER LIFELINE`` inherits a listening Unix socket and a pipe, and reads its settings, one
+JSON object, from stdin. The end of the pipe means that the gate has died: all calls are ended, then the warden is.
+It exec's a zygote (`harpd.zygote`), which loads the procedures file and forks a process for each call. A reload is
+a new zygote for new calls; the old one retires with its last call; a file that can't be loaded changes nothing.
+
+The gate makes one connection per call, JSON lines:
+
+    gate -> warden   {"call": ID, "procedure": NAME, "arguments": ..., "user": NAME, "peer": ADDRESS}
+    warden -> gate   the lines for the client, as docs/protocol.md has them: acknowledgement, records, end
+
+Half-closing or closing the connection stops the call. The warden closes its side only when the call's processes are
+gone: a close is the proof of death. A connection whose first line has the key ``control`` gets one line back:
+
+    {"control": "status"}                       {"calls": N, "warden": PID, "zygote": PID, "procedures": [NAME]}
+    {"control": "reload", "settings": {...}}    {"ok": true} or {"error": MESSAGE}
+    {"control": "shutdown"}                     {"ok": true}, once every call has ended with the error shutdown
+
+The settings: `procedures` (path), `python_path` (prepend, append), `default_user`, `default_group`, `calls` (the most at
+once), `kill_grace` (seconds), `spool` (bytes of a call that may wait for the gate), `runtime_directory`, `logging`.
+Nothing secret ever comes here.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import resource
+import socket
+import struct
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+from harp.protocol.daemon import encode_message
+from harp.protocol.ends import Failed
+from harp.protocol.jsontext import InvalidJSON, Members, dumps, loads, open_sliced
+from harp.protocol.lines import LineBuffer, LineTooLong
+from harpd import logs
+from harpd.eventloop import READ, WRITE, EventLoop
+from harpd.nursery import Zygote
+from harpd.output import Output
+from harpd.processes import Process, snapshot
+from harpd.records import CallRecords
+from harpd.running import RunningCall, Stop
+
+__all__ = ["main"]
+
+log = logging.getLogger("harpd.warden")
+
+_READ_SIZE = 1 << 16
+#: The most bytes of a first line; the gate has its own, lower limit for what comes from outside.
+_LONGEST_LINE = 1 << 30
+#: Seconds that a look at all processes stays good.
+_LOOK_LASTS = 0.02
+#: Seconds until a dead zygote is started again.
+_ZYGOTE_PAUSE = 1.0
+_RECURSION_LIMIT = 10_000
+_CREDENTIALS = struct.Struct("3i")
+
+
+class Warden:
+    """All calls of one harpd."""
+
+    def __init__(self, loop: EventLoop, listener: socket.socket, lifeline: int, settings: Mapping[str, Any]) -> None:
+        self._loop = loop
+        self._listener = listener
+        self._settings = settings
+        self._calls: set[RunningCall] = set()
+        self._records = CallRecords(Path(settings["runtime_directory"]))
+        self._output = Output(loop)
+        self._zygote: Zygote | None = None
+        self._closing: Callable[[], None] | None = None
+        self._looked: tuple[float, dict[int, Process]] = (0.0, {})
+        if killed := self._records.sweep():
+            log.warning("processes of an earlier warden's calls were killed", extra={"processes": killed})
+        loop.watch(lifeline, READ, self._on_gate_died)
+        self._load(settings, self._on_first_loaded)
+
+    # The zygote.
+
+    def _load(self, settings: Mapping[str, Any], done: Callable[[str | None], None]) -> None:
+        """Start a zygote with these settings; take it when it has loaded."""
+
+        def on_loaded(fault: str | None) -> None:
+            if fault is None:
+                if self._zygote is not None:
+                    self._zygote.retire()
+                self._zygote, self._settings = zygote, settings
+                log.info(
+                    "procedures loaded", extra={"file": settings["procedures"], "procedures": len(zygote.procedures)}
+                )
+            done(fault)
+
+        def on_died() -> None:
+            if self._zygote is zygote:
+                self._zygote = None
+                log.error("the zygote died", extra={"zygote": zygote.pid})
+                self._loop.after(_ZYGOTE_PAUSE, self._load_again)
+
+        zygote = Zygote(self._loop, settings, on_loaded, on_died)
+
+    def _on_first_loaded(self, fault: str | None) -> None:
+        if fault is not None:
+            log.error("the procedures file can't be loaded", extra={"reason": fault})
+            os._exit(1)
+        self._listener.setblocking(False)
+        self._loop.watch(self._listener.fileno(), READ, self._accept)
+
+    def _load_again(self) -> None:
+        if self._zygote is None:
+            self._load(self._settings, self._on_loaded_again)
+
+    def _on_loaded_again(self, fault: str | None) -> None:
+        if fault is not None:
+            log.error("the procedures file can't be loaded", extra={"reason": fault})
+            self._loop.after(_ZYGOTE_PAUSE, self._load_again)
+
+    # Connections.
+
+    def _accept(self) -> None:
+        try:
+            connection, _ = self._listener.accept()
+        except BlockingIOError:
+            return
+        except OSError as error:  # no descriptor is free: the listener stays ready, so take a breath
+            log.error("a connection can't be taken", extra={"reason": str(error)})
+            time.sleep(_LOOK_LASTS)
+            return
+        credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+        _, uid, _ = _CREDENTIALS.unpack(credentials)
+        if uid not in (0, os.geteuid()):
+            log.error("a connection of another user was refused", extra={"uid": uid})
+            connection.close()
+            return
+        connection.setblocking(False)
+        _FirstLine(self._loop, connection, self._serve)
+
+    def _serve(self, connection: socket.socket, request: Members) -> None:
+        if "control" in request:
+            self._control(connection, request)
+            return
+        name, call_id = request.value("procedure"), request.value("call")
+        refusal = self._refusal(name)
+        if refusal is not None:
+            _Farewell(self._loop, connection, encode_message(refusal))
+            return
+        assert self._zygote is not None
+        try:
+            call = RunningCall(
+                self._loop,
+                connection,
+                call_id,
+                name,
+                self._zygote.procedures[name],
+                self._zygote,
+                self._settings["kill_grace"],
+                self._settings["spool"],
+                self._records,
+                self._look,
+                self._output,
+                self._on_call_gone,
+            )
+        except OSError as error:
+            failed = Failed("system_error", f"no process can be made: {error.strerror}")
+            _Farewell(self._loop, connection, encode_message(failed))
+            return
+        self._calls.add(call)
+        call.give(request.payload("arguments"))
+
+    def _refusal(self, name: str) -> Failed | None:
+        if self._closing is not None:
+            return Failed("shutdown", "harpd is being stopped")
+        if self._zygote is None:
+            return Failed("procedure_loading_error", "the procedures are being loaded again")
+        if name not in self._zygote.procedures:
+            return Failed("no_such_procedure", f"there is no procedure {name!r}", {"procedure": name})
+        most = self._settings["calls"]
+        if len(self._calls) >= most:
+            return Failed("too_many_calls", f"{most} calls run already, which is the limit of this host")
+        return None
+
+    def _control(self, connection: socket.socket, request: Members) -> None:
+        def answer(message: dict[str, Any]) -> None:
+            _Farewell(self._loop, connection, dumps(message) + b"\n")
+
+        match request.value("control"):
+            case "status":
+                assert self._zygote is not None or self._closing is None
+                answer(
+                    {
+                        "calls": len(self._calls),
+                        "warden": os.getpid(),
+                        "zygote": self._zygote.pid if self._zygote else None,
+                        "procedures": sorted(self._zygote.procedures) if self._zygote else [],
+                    }
+                )
+            case "reload":
+                settings = {**request.value("settings"), "descriptors": self._settings["descriptors"]}
+                logs.configure(settings["logging"])
+                self._load(settings, lambda fault: answer({"ok": True} if fault is None else {"error": fault}))
+            case "shutdown":
+                self._shut_down(lambda: answer({"ok": True}))
+            case other:
+                answer({"error": f"unknown control request {other!r}"})
+
+    # The end.
+
+    def _on_call_gone(self, call: RunningCall) -> None:
+        self._calls.discard(call)
+        self._end_if_done()
+
+    def _on_gate_died(self) -> None:
+        log.error("the gate died; its calls are ended")
+        self._shut_down(lambda: None)
+
+    def _shut_down(self, done: Callable[[], None]) -> None:
+        self._closing = done
+        self._loop.forget(self._listener.fileno())
+        for call in list(self._calls):
+            call.stop(Stop.SHUTDOWN)
+        self._end_if_done()
+
+    def _end_if_done(self) -> None:
+        if self._closing is not None and not self._calls:
+            self._closing()
+            self._closing = lambda: None
+            self._loop.after(0, self._loop.stop)
+
+    def _look(self) -> Mapping[int, Process]:
+        moment, processes = self._looked
+        if time.monotonic() - moment > _LOOK_LASTS:
+            processes = snapshot()
+            self._looked = time.monotonic(), processes
+        return processes
+
+
+class _FirstLine:
+    """Reads a connection's first line, however slowly it comes."""
+
+    def __init__(
+        self, loop: EventLoop, connection: socket.socket, done: Callable[[socket.socket, Members], None]
+    ) -> None:
+        self._loop = loop
+        self._connection = connection
+        self._done = done
+        self._buffer = LineBuffer(_LONGEST_LINE)
+        loop.watch(connection.fileno(), READ, self._on_ready)
+
+    def _on_ready(self) -> None:
+        try:
+            data = self._connection.recv(_READ_SIZE)
+            lines = self._buffer.feed(data)
+            if data and not lines:
+                return
+            self._loop.forget(self._connection.fileno())
+            if not data:
+                self._connection.close()
+                return
+            request = open_sliced(lines[0])
+        except BlockingIOError:
+            return
+        except (OSError, LineTooLong, InvalidJSON) as error:
+            log.error("a connection without a request was closed", extra={"reason": str(error)})
+            self._loop.forget(self._connection.fileno())
+            self._connection.close()
+            return
+        self._done(self._connection, request)
+
+
+class _Farewell:
+    """Sends the last bytes on a connection, then closes it."""
+
+    def __init__(self, loop: EventLoop, connection: socket.socket, data: bytes) -> None:
+        self._loop = loop
+        self._connection = connection
+        self._rest = memoryview(data)
+        self._send()
+
+    def _send(self) -> None:
+        try:
+            self._rest = self._rest[self._connection.send(self._rest) :]
+        except BlockingIOError:
+            pass
+        except OSError:
+            self._rest = self._rest[:0]
+        if self._rest:
+            self._loop.watch(self._connection.fileno(), WRITE, self._send)
+        else:
+            self._loop.forget(self._connection.fileno())
+            self._connection.close()
+
+
+def main() -> NoReturn:
+    """Run the warden."""
+    listener, lifeline = map(int, sys.argv[1:])
+    settings = loads(sys.stdin.buffer.read())
+    logs.configure(settings["logging"])
+    sys.setrecursionlimit(_RECURSION_LIMIT)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    for descriptor in (listener, lifeline):
+        os.set_inheritable(descriptor, False)
+    loop = EventLoop()
+    Warden(loop, socket.socket(fileno=listener), lifeline, {**settings, "descriptors": soft})
+    loop.run()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,308 @@
+"""A real harpd as a child process, and a client that speaks lines over TLS, for transcripts.
+
+with Harpd(tmp_path, PROCEDURES) as harpd, harpd.connect() as client:
+    client.send({"harp": 1, "procedure": "echo", "arguments": [1], "auth": harpd.auth})
+    assert client.lines() == [{"harp": 1, "stream_result": False}, {"result": 1}]
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import ssl
+import subprocess
+import sys
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import psutil
+import yaml
+
+from support.certificates import server_files
+from support.deadline import wait_until
+
+#: Seconds within which the program has to do what takes a moment; never waited for in full when all is well.
+DEADLINE = 60.0
+
+_LOGGING = {
+    "version": 1,
+    "formatters": {"json": {"()": "harp.daemon.logs.JSONFormatter"}},
+    "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "json"}},
+    "root": {"level": "DEBUG", "handlers": ["stderr"]},
+}
+
+
+class Harpd:
+    """A harpd on a free port of 127.0.0.1; a context manager that starts and stops it.
+
+    Args:
+        directory: where its files go; its own, and short enough for no limit to matter.
+        procedures: the text of the procedures file.
+        configuration: sections to lay over the usual ones: ``{"limits": {"calls": 2}}``.
+        options: more options of the command line.
+        descriptors: the hard limit of open files, None: as it is here.
+    """
+
+    host = "127.0.0.1"
+    user = "tester"
+    password = "correct horse"  # as in the configuration below
+
+    def __init__(
+        self,
+        directory: Path,
+        procedures: str,
+        configuration: dict[str, Any] | None = None,
+        options: tuple[str, ...] = (),
+        descriptors: int | None = None,
+    ) -> None:
+        self.directory = directory
+        directory.mkdir(parents=True, exist_ok=True)
+        files = server_files(directory)
+        self.ca_file, self.certfile, self.keyfile = files.ca_file, files.certfile, files.keyfile
+        self.config_file = directory / "harpd.conf"
+        self.procedures_file = directory / "procedures.py"
+        self.logging_file = directory / "logging.conf"
+        self.log_file = directory / "harpd.log"
+        self.runtime_directory = directory / "run"
+        #: The port; 0 before the first start. A later start takes the same one.
+        self.port = self._configured_port = 0
+        self._options = options
+        self._descriptors = descriptors
+        self._process: subprocess.Popen[bytes] | None = None
+        self.procedures_file.write_text(procedures)
+        self.logging_file.write_text(yaml.safe_dump(_LOGGING))
+        self.log_file.touch()
+        self.configure(configuration or {})
+
+    @property
+    def auth(self) -> dict[str, str]:
+        """What a request has under `auth`."""
+        return {"user": self.user, "password": self.password}
+
+    # ---- the program -----------------------------------------------------------------------------------------
+
+    def configure(self, changes: dict[str, Any]) -> None:
+        """Write the configuration file: the usual one with sections laid over it. Takes effect by `reload`."""
+        self._changes = changes
+        configuration: dict[str, Any] = {
+            "network": {
+                "address": self.host,
+                "port": self._configured_port,
+                "certfile": str(self.certfile),
+                "keyfile": str(self.keyfile),
+            },
+            "authentication": {"module": "harpd.auth.inconfig", "users": {self.user: f"plain:{self.password}"}},
+            "runtime_directory": str(self.runtime_directory),
+        }
+        for name, section in changes.items():
+            usual = configuration.get(name)
+            merged = isinstance(usual, dict) and isinstance(section, dict) and name != "authentication"
+            configuration[name] = {**usual, **section} if merged and usual is not None else section
+        self.config_file.write_text(yaml.safe_dump(configuration))
+
+    def command(self, *options: str) -> list[str]:
+        """The program's command line."""
+        return [
+            *(sys.executable, "-P", "-m", "harpd.cli"),
+            *("--config", str(self.config_file), "--procedures", str(self.procedures_file)),
+            *("--logging", str(self.logging_file), *self._options, *options),
+        ]
+
+    def start(self) -> Harpd:
+        """Start it and return once it takes calls."""
+        assert self._process is None
+        limit = [] if self._descriptors is None else ["prlimit", f"--nofile={self._descriptors}"]
+        self._configured_port = self.port
+        self.configure(self._changes)
+        seen = len(self.events("harpd is serving"))
+        with self.log_file.open("ab") as log:
+            self._process = subprocess.Popen(
+                [*limit, *self.command()], stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=self.directory
+            )
+        try:
+            wait_until(lambda: self._serves(seen), DEADLINE, "harpd serving")
+        except BaseException:
+            self.kill()
+            raise
+        self.port = self.events("harpd is serving")[-1]["port"]
+        return self
+
+    def _serves(self, seen: int) -> bool:
+        assert self._process is not None
+        status = self._process.poll()
+        assert status is None, f"harpd ended with {status} at its start:\n{self.log_file.read_text()}"
+        return len(self.events("harpd is serving")) > seen
+
+    @property
+    def pid(self) -> int:
+        """The gate's process id."""
+        assert self._process is not None
+        return self._process.pid
+
+    def status(self) -> dict[str, Any]:
+        """What the warden says of itself: calls, warden, zygote, procedures."""
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+            connection.settimeout(DEADLINE)
+            descriptor = os.open(self.runtime_directory, os.O_PATH)
+            try:
+                connection.connect(f"/proc/self/fd/{descriptor}/warden")
+            finally:
+                os.close(descriptor)
+            connection.sendall(b'{"control":"status"}\n')
+            with connection.makefile("rb") as answer:
+                status: dict[str, Any] = json.loads(answer.readline())
+        return status
+
+    @property
+    def warden(self) -> int:
+        """The warden's process id."""
+        return int(self.status()["warden"])
+
+    @property
+    def zygote(self) -> int:
+        """The zygote's process id."""
+        return int(self.status()["zygote"])
+
+    def reload(self) -> dict[str, Any]:
+        """Send SIGHUP; return the event that says how the reload went."""
+        outcomes = ("reloaded", "reload failed; nothing is changed")
+        seen = len(self.events(*outcomes))
+        os.kill(self.pid, signal.SIGHUP)
+        return wait_until(lambda: self.events(*outcomes)[seen:], DEADLINE, "the reload")[0]
+
+    def stop(self, number: signal.Signals = signal.SIGTERM) -> int:
+        """End it by a signal; return its exit status once nothing of it is left."""
+        if self._process is None:
+            return 0
+        family = self._family()
+        self._process.send_signal(number)
+        try:
+            status = self._process.wait(DEADLINE)
+        finally:
+            self.kill()
+        _, alive = psutil.wait_procs(family, DEADLINE)
+        assert not alive, f"left behind: {alive}"
+        return status
+
+    def kill(self) -> None:
+        """End the gate by SIGKILL, if it still runs."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+    def _family(self) -> list[psutil.Process]:
+        try:
+            return psutil.Process(self.pid).children(recursive=True)
+        except psutil.NoSuchProcess:
+            return []
+
+    def __enter__(self) -> Harpd:
+        return self.start()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        status = self.stop()
+        if kind is None:
+            assert status == 0, f"harpd ended with {status}:\n{self.log_file.read_text()}"
+            assert not self.faults()
+
+    # ---- its log ---------------------------------------------------------------------------------------------
+
+    def log_lines(self) -> list[str]:
+        """All that it wrote to its log, stdout and stderr."""
+        return self.log_file.read_text("utf-8", "replace").splitlines()
+
+    def events(self, *names: str, **fields: Any) -> list[dict[str, Any]]:
+        """The events of its log that have one of these names (none: any) and these fields."""
+        found = []
+        for line in self.log_lines():
+            if line.startswith("{") and line.endswith("}"):
+                event = json.loads(line)
+                if (not names or event["event"] in names) and fields.items() <= event.items():
+                    found.append(event)
+        return found
+
+    def wait_event(self, name: str, **fields: Any) -> dict[str, Any]:
+        """Wait until the log has such an event; return the first."""
+        return wait_until(lambda: self.events(name, **fields), DEADLINE, f"the event {name!r} {fields}")[0]
+
+    def faults(self) -> list[str]:
+        """Lines of its log that no peer and no procedure may cause."""
+        marks = ("Exception ignored", "never retrieved", "Warning: ", "Fatal Python error")
+        bugs = ("unexpected error", "connection failed")
+        return [
+            *(line for line in self.log_lines() if line.startswith("Traceback") or any(mark in line for mark in marks)),
+            *(str(event) for event in self.events(*bugs)),
+        ]
+
+    # ---- its clients -----------------------------------------------------------------------------------------
+
+    def connect(self, **changes: Any) -> LineClient:
+        """A raw client, connected. `changes` are set on its SSL context."""
+        context = ssl.create_default_context(cafile=str(self.ca_file))
+        for name, value in changes.items():
+            setattr(context, name, value)
+        return LineClient(self.host, self.port, context)
+
+    def request(self, procedure: str, arguments: Any, **members: Any) -> dict[str, Any]:
+        """A request as the protocol has it; `members` are laid over it."""
+        return {"harp": 1, "procedure": procedure, "arguments": arguments, "auth": self.auth, **members}
+
+    def call(self, procedure: str, *arguments: Any) -> list[Any]:
+        """Call a procedure; return all messages that came, decoded."""
+        with self.connect() as client:
+            client.send(self.request(procedure, list(arguments)))
+            return client.lines()
+
+
+class LineClient:
+    """Speaks lines over TLS and hides nothing; a context manager that closes it."""
+
+    def __init__(self, host: str, port: int, context: ssl.SSLContext) -> None:
+        plain = socket.create_connection((host, port), DEADLINE)
+        try:
+            self.socket = context.wrap_socket(plain, server_hostname="localhost")
+        except BaseException:
+            plain.close()
+            raise
+        self._received = b""
+
+    def send(self, message: Any) -> None:
+        """Send bytes as they are, anything else as a JSON line."""
+        self.socket.sendall(message if isinstance(message, bytes) else json.dumps(message).encode() + b"\n")
+
+    def line(self) -> bytes:
+        """The next line without its line feed; what is left of it when harpd closes, then b""."""
+        while b"\n" not in self._received:
+            data = self.socket.recv(65536)
+            if not data:
+                line, self._received = self._received, b""
+                return line
+            self._received += data
+        line, _, self._received = self._received.partition(b"\n")
+        return line
+
+    def message(self) -> Any:
+        """The next line, decoded."""
+        return json.loads(self.line())
+
+    def raw_lines(self) -> list[bytes]:
+        """All lines until harpd closes."""
+        return list(iter(self.line, b""))
+
+    def lines(self) -> list[Any]:
+        """All lines until harpd closes, decoded."""
+        return [json.loads(line) for line in self.raw_lines()]
+
+    def close(self) -> None:
+        """Close the connection."""
+        self.socket.close()
+
+    def __enter__(self) -> LineClient:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

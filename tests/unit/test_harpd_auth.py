@@ -1,0 +1,162 @@
+"""The authentication modules, and the hashes of crypt(3) that they take."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from harpd.auth import AuthDB, inconfig, passfile
+from harpd.auth.crypt import matches
+
+#: Hashes of "secret" in the forms that Debian and Red Hat write.
+HASHES = {
+    "sha256": "$5$saltsalt$0IyaXrmV7.sGNS6tirgqHLqX/G.FBvgkYA.lpPdS5sA",
+    "sha512": ("$6$saltsalt$TVLlQcbpFVof5W3Yz4DTP6gRstiNuHwwTt6GLc1E5n0U0aDehy0S5knV8wiOQSpT0Y77vwPZN.Pq.H91p5hVO1"),
+    "yescrypt": "$y$j9T$saltsaltsaltsalt$.Zt5W26jjocuW0wIHGgB6AJelofw6GEpOypHGyow2y5",
+    "bcrypt": "$2b$04$abcdefghijklmnopqrstuu2r9OfJnfCsdneAXAGHnS4UpFFP8WIrW",
+}
+SHA512 = HASHES["sha512"]
+
+
+@pytest.mark.parametrize("hashed", HASHES.values(), ids=HASHES)
+def test_each_form_of_hash_takes_its_password_and_no_other(hashed: str) -> None:
+    assert matches("secret", hashed)
+    assert not matches("secreT", hashed)
+    assert not matches("", hashed)
+
+
+@pytest.mark.parametrize(
+    "hashed",
+    [
+        "",
+        "*",
+        "!",
+        "!!",
+        "*0",
+        "*1",
+        "x",
+        f"!{SHA512}",
+        SHA512[:-1],
+        f"{SHA512}.",
+        "$6$",
+        "$6$saltsalt$",
+        "$9$a$b",
+        "é",
+    ],
+)
+def test_what_is_no_hash_takes_no_password(hashed: str) -> None:
+    assert not matches("secret", hashed)
+    assert not matches("", hashed)
+    assert not matches(hashed, hashed)
+
+
+@pytest.mark.parametrize("password", ["secret\0", "secret\0more", "\0", "\ud800", "secret\n"])
+def test_a_password_is_not_cut_off_at_nul_nor_at_anything_else(password: str) -> None:
+    assert not matches(password, SHA512)
+
+
+def test_a_hash_with_nul_takes_no_password() -> None:
+    assert not matches("secret", f"{SHA512}\0")
+
+
+@pytest.fixture
+def users_file(tmp_path: Path) -> Path:
+    path = tmp_path / "users"
+    path.write_text(
+        f"# users\n\nalice:{SHA512}\n  bob:{HASHES['yescrypt']}:1000:Bob\nalice:$6$other\nlocked:!{SHA512}\n"
+        f"empty:\nnocolon\n:{SHA512}\n"
+    )
+    return path
+
+
+@pytest.mark.parametrize(
+    ("user", "password", "allowed"),
+    [
+        ("alice", "secret", True),
+        ("alice", "wrong", False),
+        ("bob", "secret", True),
+        ("locked", "secret", False),
+        ("empty", "", False),
+        ("nocolon", "", False),
+        ("", "secret", False),
+        ("carol", "secret", False),
+        ("# users", "", False),
+        ("alice\n", "secret", False),
+    ],
+)
+def test_passfile_lets_in_whom_it_lists(users_file: Path, user: str, password: str, allowed: bool) -> None:
+    users = passfile.create({"file": str(users_file)})
+    assert users.authenticate(user, password) is allowed
+
+
+def test_passfile_sees_edits_at_once(users_file: Path) -> None:
+    users = passfile.create({"file": str(users_file)})
+    users_file.write_text(f"carol:{SHA512}\n")
+    assert users.authenticate("carol", "secret")
+    assert not users.authenticate("alice", "secret")
+
+
+def test_passfile_that_vanished_lets_nobody_in(users_file: Path) -> None:
+    users = passfile.create({"file": str(users_file)})
+    users_file.unlink()
+    with pytest.raises(FileNotFoundError):
+        users.authenticate("alice", "secret")
+
+
+def test_passfile_needs_its_file(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="nowhere"):
+        passfile.create({"file": str(tmp_path / "nowhere")})
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({}, "file: expected the path of a file, got None"),
+        ({"file": 5}, "file: expected the path of a file, got 5"),
+        ({"file": "/dev/null", "files": 1}, "files: unknown key; expected file"),
+    ],
+)
+def test_passfile_names_the_wrong_key(config: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        passfile.create(config)
+
+
+def test_inconfig_takes_plain_and_hashed_passwords() -> None:
+    users = inconfig.create({"users": {"alice": "plain:s:e", "bob": f"crypt:{SHA512}", "none": "plain:"}})
+    assert users.authenticate("alice", "s:e")
+    assert not users.authenticate("alice", "s")
+    assert users.authenticate("bob", "secret")
+    assert not users.authenticate("bob", SHA512)
+    assert not users.authenticate("carol", "s:e")
+    assert not users.authenticate("alice", "\ud800")
+    assert not users.authenticate("\ud800", "s:e")
+
+
+@pytest.mark.parametrize(
+    ("config", "key"),
+    [
+        ({}, "users"),
+        ({"users": ["alice"]}, "users"),
+        ({"users": {1: "plain:x"}}, "users"),
+        ({"users": {}, "file": "x"}, "file"),
+        ({"users": {"alice": "topsecret"}}, "users.alice"),
+        ({"users": {"alice": 5}}, "users.alice"),
+    ],
+)
+def test_inconfig_names_the_wrong_key_and_no_password(config: dict[str, Any], key: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        inconfig.create(config)
+    assert str(caught.value).startswith(f"{key}: ")
+    assert "topsecret" not in str(caught.value)
+
+
+def test_own_modules_derive_from_the_base_class() -> None:
+    class Anybody(AuthDB):
+        def authenticate(self, user: str, password: str) -> bool:
+            return True
+
+    assert Anybody().authenticate("a", "b")
+    with pytest.raises(TypeError):
+        AuthDB()  # type: ignore[abstract]

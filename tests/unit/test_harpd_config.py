@@ -1,0 +1,244 @@
+"""harpd's configuration: what is taken, and how each fault reads."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from harpd.cli import parser
+from harpd.config import ConfigError, Configuration, Limits, Network, load, load_yaml, server_context
+from support.certificates import server_files
+
+LEAST = """
+network: {certfile: /c, keyfile: /k}
+authentication: {module: some.module}
+"""
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    return tmp_path / "harpd.conf"
+
+
+def read(file: Path, text: str) -> Configuration:
+    file.write_text(text)
+    return load(file)
+
+
+def fault(file: Path, text: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        read(file, text)
+    message = str(caught.value)
+    assert message.startswith(f"{file}: ")
+    assert "\n" not in message
+    return message.removeprefix(f"{file}: ")
+
+
+def test_the_least_file_takes_the_defaults(file: Path) -> None:
+    configuration = read(file, LEAST)
+    assert configuration.network == Network(certfile="/c", keyfile="/k", address=None, port=4306, tls_minimum="1.2")
+    assert configuration.authentication == {"module": "some.module"}
+    assert configuration.python.ends() == {"prepend": [], "append": []}
+    assert configuration.limits == Limits()
+    assert configuration.runtime_directory is None
+
+
+def test_a_file_of_the_field_is_taken(file: Path) -> None:
+    configuration = read(
+        file,
+        """
+        network:
+          address: 0.0.0.0
+          port: 4306
+          certfile: /etc/harpd/harpd.cert.pem
+          keyfile: /etc/harpd/harpd.key.pem
+        python:
+          path: /etc/harpd/lib
+        authentication:
+          module: harpd.auth.inconfig
+          users:
+            harp: "plain:secret"
+        """,
+    )
+    assert configuration.network.address == "0.0.0.0"
+    assert configuration.authentication["users"] == {"harp": "plain:secret"}
+    assert "secret" not in repr(configuration)
+
+
+@pytest.mark.parametrize(
+    ("path", "prepend", "append"),
+    [
+        ("/a", ["/a"], []),
+        ("[/a, /b]", ["/a", "/b"], []),
+        ("{prepend: /a}", ["/a"], []),
+        ("{append: [/a], prepend: [/b, /c]}", ["/b", "/c"], ["/a"]),
+        ("{}", [], []),
+    ],
+)
+def test_the_forms_of_the_python_path(file: Path, path: str, prepend: list[str], append: list[str]) -> None:
+    configuration = read(file, f"{LEAST}\npython: {{path: {path}}}")
+    assert configuration.python.ends() == {"prepend": prepend, "append": append}
+
+
+@pytest.mark.parametrize("written", ["1.2", '"1.2"', "'1.2'"])
+def test_the_floor_of_tls_needs_no_quotes(file: Path, written: str) -> None:
+    text = LEAST.replace("keyfile: /k", f"keyfile: /k, tls_minimum: {written}")
+    assert read(file, text).network.tls_floor == "1.2"
+
+
+def network(key: str) -> str:
+    return LEAST.replace("keyfile: /k", f"keyfile: /k, {key}")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", "the file: expected a mapping, got nothing"),
+        ("- a", "the file: expected a mapping, got a list"),
+        ("network: {}", "network.certfile: missing"),
+        ("network: {certfile: /c, keyfile: /k}", "authentication: missing"),
+        (LEAST.replace("module: some.module", ""), "authentication.module: expected the name of a module, got nothing"),
+        (LEAST.replace("some.module", "5"), "authentication.module: expected the name of a module, got 5"),
+        (LEAST.replace("{module: some.module}", "x"), "authentication: expected a mapping, got a string"),
+        (network("port: x"), "network.port: expected an integer, got a string"),
+        (network("port: 4306.5"), "network.port: expected an integer, got a number"),
+        (network("port: -1"), "network.port: expected an integer, at least 0, got -1"),
+        (network("port: 65536"), "network.port: expected an integer, at most 65535, got 65536"),
+        (network("ports: 1"), "network.ports: unknown key"),
+        (network("address: 5"), "network.address: expected a string or nothing, got an integer"),
+        (network("tls_minimum: 1.5"), "network.tls_minimum: expected one of 1.0, 1.1, 1.2, 1.3, got 1.5"),
+        (f"{LEAST}limits: {{handshake: 0}}", "limits.handshake: expected a number, more than 0.0, got 0"),
+        (f"{LEAST}limits: {{handshake: .inf}}", "limits.handshake: expected a number, at most 31536000.0, got inf"),
+        (f"{LEAST}limits: {{handshake: .nan}}", "limits.handshake: expected a number, more than 0.0, got nan"),
+        (f"{LEAST}limits: {{calls: true}}", "limits.calls: expected an integer, got true or false"),
+        (f"{LEAST}limits: {{calls: 0}}", "limits.calls: expected an integer, at least 1, got 0"),
+        (f"{LEAST}python: {{path: [1]}}", "python.path[0]: expected a string, got an integer"),
+        (f"{LEAST}python: {{path: {{end: /a}}}}", "python.path.end: unknown key; expected prepend or append"),
+        (f"{LEAST}python: {{path: 5}}", "python.path: expected a string or a mapping or a list, got an integer"),
+        (f"{LEAST}other: 1", "other: unknown key"),
+        (f"{LEAST}network: {{}}", "line 4, column 1: the key 'network' stands here for the second time"),
+        (
+            "network: {certfile: /c, certfile: /d}",
+            "line 1, column 25: the key 'certfile' stands here for the second time",
+        ),
+        ("a: [", "line 1, column 5: expected the node content, but found '<stream end>'"),
+        ("!!python/object:os.system {}", "line 1, column 1: could not determine a constructor for the tag"),
+        ("\x01", "not YAML: "),
+        ("[" * 5000, "not YAML: "),
+    ],
+)
+def test_every_fault_is_one_line_that_names_file_and_key(file: Path, text: str, expected: str) -> None:
+    assert fault(file, text).startswith(expected)
+
+
+def test_what_is_not_utf_8_is_a_fault(file: Path) -> None:
+    file.write_bytes(b"network: \xff\xfe")
+    with pytest.raises(ConfigError, match="not YAML"):
+        load(file)
+
+
+def test_a_missing_file_is_a_fault(file: Path) -> None:
+    with pytest.raises(ConfigError, match=re.escape(f"{file}: No such file or directory")):
+        load(file)
+
+
+def test_merge_keys_of_yaml_still_work(file: Path) -> None:
+    file.write_text("a: &a {x: 1, y: 2}\nb: {<<: *a, y: 3}\n")
+    assert load_yaml(file) == {"a": {"x": 1, "y": 2}, "b": {"x": 1, "y": 3}}
+
+
+# ---- certificate and key -------------------------------------------------------------------------------------
+
+
+def test_certificate_and_key_must_fit(tmp_path: Path, file: Path) -> None:
+    files = server_files(tmp_path)
+    server_context(Network(certfile=str(files.certfile), keyfile=str(files.keyfile)), file)
+    other = tmp_path / "other"
+    other.mkdir()
+    foreign = server_files(other)
+    with pytest.raises(ConfigError, match=r"network.keyfile: .* expected the key of .* got another certificate's key"):
+        server_context(Network(certfile=str(files.certfile), keyfile=str(foreign.keyfile)), file)
+
+
+@pytest.mark.parametrize("key", ["certfile", "keyfile"])
+def test_a_missing_certificate_or_key_is_named(tmp_path: Path, file: Path, key: str) -> None:
+    files = server_files(tmp_path)
+    network = Network(certfile=str(files.certfile), keyfile=str(files.keyfile))
+    with pytest.raises(ConfigError, match=f"{file}: network.{key}: /nowhere: No such file"):
+        server_context(msgspec.structs.replace(network, **{key: "/nowhere"}), file)
+
+
+def test_garbage_for_a_certificate_is_a_fault(tmp_path: Path, file: Path) -> None:
+    files = server_files(tmp_path)
+    files.certfile.write_text("garbage")
+    with pytest.raises(ConfigError, match=r"network.certfile: expected PEM files"):
+        server_context(Network(certfile=str(files.certfile), keyfile=str(files.keyfile)), file)
+
+
+def test_a_key_with_a_passphrase_is_a_fault_and_asks_nobody(tmp_path: Path, file: Path) -> None:
+    from cryptography.hazmat.primitives import serialization
+
+    files = server_files(tmp_path)
+    key = serialization.load_pem_private_key(files.keyfile.read_bytes(), None)
+    files.keyfile.write_bytes(
+        key.private_bytes(
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.PKCS8,
+            serialization.BestAvailableEncryption(b"passphrase"),
+        )
+    )
+    with pytest.raises(ConfigError, match=r"network.certfile"):
+        server_context(Network(certfile=str(files.certfile), keyfile=str(files.keyfile)), file)
+
+
+def test_the_default_floor_is_tls_1_2(tmp_path: Path, file: Path) -> None:
+    files = server_files(tmp_path)
+    context = server_context(Network(certfile=str(files.certfile), keyfile=str(files.keyfile)), file)
+    assert context.minimum_version.name == "TLSv1_2"
+
+
+# ---- the documentation ---------------------------------------------------------------------------------------
+
+
+PAGE = Path(__file__).parents[2] / "docs" / "settings-harpd.md"
+
+
+def options(section: type[msgspec.Struct], prefix: str = "") -> dict[str, tuple[str, str]]:
+    """All options by dotted name: default and unit, as the page shows them."""
+    found: dict[str, tuple[str, str]] = {}
+    for option in msgspec.structs.fields(section):
+        name = f"{prefix}{option.name}"
+        if isinstance(option.type, type) and issubclass(option.type, msgspec.Struct):
+            found |= options(option.type, f"{name}.")
+            continue
+        described = msgspec.inspect.type_info(option.type)
+        unit = described.extra["unit"] if isinstance(described, msgspec.inspect.Metadata) and described.extra else ""
+        found[name] = (shown(option), "" if unit == "count" else unit)
+    return found
+
+
+def shown(option: msgspec.structs.FieldInfo) -> str:
+    if option.required:
+        return "required"
+    if isinstance(option.default, float):
+        return f"{option.default:g}"
+    return "" if option.default in (None, msgspec.NODEFAULT) else str(option.default)
+
+
+def test_the_settings_page_lists_every_option_with_unit_and_default() -> None:
+    rows = re.findall(r"^\| `([a-z_.]+)` \|([^|]*)\|([^|]*)\|", PAGE.read_text(), re.MULTILINE)
+    assert {name: (default.strip(" `"), unit.strip()) for name, default, unit in rows} == options(Configuration)
+
+
+def test_the_settings_page_lists_every_option_of_the_command_line() -> None:
+    rows = re.findall(r"^\| (`-[^|]*) \|([^|]*)\|", PAGE.read_text(), re.MULTILINE)
+    documented = {tuple(re.findall(r"`?(--?[a-z-]+)", flags)): default.strip(" `") for flags, default in rows}
+    expected = {
+        tuple(action.option_strings): str(action.default or "")
+        for action in parser()._actions
+        if "--help" not in action.option_strings
+    }
+    assert documented == expected

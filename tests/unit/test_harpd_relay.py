@@ -1,0 +1,69 @@
+"""The relay: nothing lost or changed, cut at line ends, and it knows whether the closing line came."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from harp.protocol.daemon import Acknowledgement, Message, Record, encode_message
+from harp.protocol.ends import Failed, Raised, Returned
+from harpd.relay import Relay
+
+KEPT_BACK = 64 * 1024
+CLOSINGS: list[Message] = [
+    Returned(1),
+    Returned({"stream": 1}),
+    Raised("ValueError", "m", {"class": "ValueError", "module": "builtins"}),
+    Failed("timeout", "m"),
+]
+OTHERS: list[Message] = [Acknowledgement(True), Acknowledgement(False), Record({"result": 1}), Record(None)]
+
+
+def pieces(data: bytes, cuts: list[int]) -> list[bytes]:
+    edges = sorted({0, len(data), *(cut % (len(data) + 1) for cut in cuts)})
+    return [data[start:end] for start, end in pairwise(edges)]
+
+
+@given(
+    messages=st.lists(
+        st.sampled_from([*OTHERS, *CLOSINGS, Record("x" * KEPT_BACK), Returned("y" * 200_000)]), max_size=6
+    ),
+    cuts=st.lists(st.integers(0, 500_000), max_size=12),
+)
+def test_what_goes_in_comes_out(messages: list[Message], cuts: list[int]) -> None:
+    data = b"".join(map(encode_message, messages))
+    relay = Relay()
+    sent = b"".join(relay.feed(piece) for piece in pieces(data, cuts))
+    assert sent == data
+    assert not relay.torn
+    assert relay.ended is bool(messages and isinstance(messages[-1], Returned | Raised | Failed))
+
+
+@given(message=st.sampled_from([*OTHERS, *CLOSINGS]), cut=st.integers(0))
+def test_a_line_that_is_not_whole_is_kept_back(message: Message, cut: int) -> None:
+    line = encode_message(message)
+    relay = Relay()
+    relay.feed(encode_message(Acknowledgement(True)))
+    assert relay.feed(line[: cut % len(line)]) == b""
+    assert not relay.torn
+    assert not relay.ended
+
+
+def test_a_long_line_goes_through_in_pieces_and_may_be_torn() -> None:
+    line = encode_message(Returned("x" * 1_000_000))
+    relay = Relay()
+    half = relay.feed(line[:500_000])
+    assert half == line[:500_000]
+    assert (relay.torn, relay.ended) == (True, False)
+    assert relay.feed(line[500_000:]) == line[500_000:]
+    assert (relay.torn, relay.ended) == (False, True)
+
+
+@pytest.mark.parametrize("message", OTHERS)
+def test_only_closing_lines_end_it(message: Message) -> None:
+    relay = Relay()
+    relay.feed(encode_message(message))
+    assert not relay.ended

@@ -1,0 +1,98 @@
+"""Code that may block: in few threads, with a deadline, and whatever it raises stays an answer."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from harpd.allowance import Allowance, Share
+from harpd.threads import Crashed, Threads
+from support.deadline import eventually
+
+LONG = 60.0
+
+
+@pytest.fixture
+def release() -> Iterator[threading.Event]:
+    """What the hanging functions of a test wait for."""
+    event = threading.Event()
+    yield event
+    event.set()
+
+
+async def test_it_returns_what_the_function_returns() -> None:
+    here = threading.current_thread()
+    assert await Threads(1).run(lambda: threading.current_thread() is not here, LONG)
+
+
+@pytest.mark.parametrize(
+    "kind", [ValueError, SystemExit, KeyboardInterrupt, StopIteration, TimeoutError, GeneratorExit]
+)
+async def test_whatever_it_raises_is_the_cause(kind: type[BaseException]) -> None:
+    def fail() -> None:
+        raise kind("secret")
+
+    with pytest.raises(Crashed) as caught:
+        await Threads(1).run(fail, LONG)
+    assert isinstance(caught.value.__cause__, kind)
+    assert "secret" not in str(caught.value)
+
+
+async def test_a_hanging_function_is_left_behind_and_keeps_its_place(release: threading.Event) -> None:
+    threads = Threads(2)
+    for _ in range(2):
+        with pytest.raises(TimeoutError):
+            await threads.run(release.wait, 0.01)
+    ran = threading.Event()
+    with pytest.raises(TimeoutError):
+        await threads.run(ran.set, 0.01)
+    assert not ran.is_set()
+    release.set()
+    await threads.run(ran.set, LONG)
+    assert ran.is_set()
+
+
+async def test_no_more_run_at_once_than_allowed(release: threading.Event) -> None:
+    threads, running, lock = Threads(3), [0, 0], threading.Lock()
+
+    def work() -> None:
+        with lock:
+            running[0] += 1
+            running[1] = max(running)
+        release.wait()
+        with lock:
+            running[0] -= 1
+
+    tasks = [asyncio.create_task(threads.run(work, LONG)) for _ in range(10)]
+    await eventually(lambda: running[0] == 3)
+    release.set()
+    await asyncio.gather(*tasks)
+    assert running == [0, 3]
+
+
+async def test_giving_up_waiting_gives_the_place_to_the_next(release: threading.Event) -> None:
+    threads = Threads(1)
+    first = asyncio.create_task(threads.run(release.wait, LONG))
+    await asyncio.sleep(0)
+    second = asyncio.create_task(threads.run(release.wait, LONG))
+    await asyncio.sleep(0)
+    second.cancel()
+    release.set()
+    await first
+    assert await threads.run(lambda: 5, LONG) == 5
+
+
+def test_small_shares_cost_nothing_and_long_ones_end_at_the_limit() -> None:
+    allowance = Allowance(100_000)
+    long, longer, small = Share(allowance), Share(allowance), Share(allowance)
+    assert long.grow(64 * 1024 + 60_000)
+    assert longer.grow(64 * 1024)
+    assert not longer.grow(40_001)
+    assert small.grow(64 * 1024)
+    long.release()
+    longer.release()
+    assert longer.grow(64 * 1024 + 100_000)
+    assert not small.grow(1)
