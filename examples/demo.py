@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import textwrap
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -134,7 +135,7 @@ def show_step(number: int, step: tour.Step, arguments: tour.System) -> None:
     print(f"\n\033[1m{number}. {title}\033[0m" if sys.stdout.isatty() else f"\n{number}. {title}")
     if explanation.strip():
         print(textwrap.indent(explanation.strip(), "   "))
-    print(textwrap.indent(textwrap.dedent(body).strip("\n"), "   | "))
+    print(textwrap.indent(textwrap.dedent(body).strip("\n"), "   | ", lambda line: True))
     print()
     step(arguments)
     sys.stdout.flush()
@@ -159,8 +160,11 @@ Ctrl-C here stops both and removes the directory."""
 def keep_running(directory: Path, harpcallerd_port: int, harpd_port: int) -> None:
     """Wait for Ctrl-C or TERM."""
     facts = {"directory": directory, "user": USER, "password": PASSWORD}
+    stopped = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, frame: stopped.set())
     print(HOW_TO_TALK.format(harpcallerd=harpcallerd_port, harpd=harpd_port, **facts), flush=True)
-    signal.sigwait({signal.SIGINT, signal.SIGTERM})
+    stopped.wait()
 
 
 def main() -> int:
@@ -168,8 +172,6 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="./dev demo", description=__doc__)
     parser.add_argument("--keep", action="store_true", help="leave the system running and say how to talk to it")
     options = parser.parse_args()
-    if options.keep:  # before anything is started, so that the signals end nothing but the waiting
-        signal.pthread_sigmask(signal.SIG_BLOCK, set())
     with tempfile.TemporaryDirectory(prefix="harp-demo-") as name:
         directory = Path(name)
         print(f"Starting harpd and harpcallerd on 127.0.0.1; everything they need is in {directory}")

@@ -80,7 +80,8 @@ def queue(system: System) -> None:
         job.get()
     first = jobs[0].start_time() or 0
     for number, job in enumerate(jobs):
-        print(f"job {number}: started at {(job.start_time() or 0) - first} s, ended at {(job.end_time() or 0) - first} s")
+        start, end = (job.start_time() or 0) - first, (job.end_time() or 0) - first
+        print(f"job {number}: started at {start} s, ended at {end} s")
 
 
 def follow(system: System) -> None:

@@ -9,11 +9,13 @@ from __future__ import annotations
 import json
 import os
 import threading
+from collections.abc import Sequence
 from typing import NoReturn
 
 from harpd.config import ConfigError
 from harpd.generation import Options, configure_log, make_generation
 from harpd.procedures import load_procedures
+from harpd.users import UserError, resolve
 
 __all__ = ["check"]
 
@@ -66,11 +68,20 @@ def _read_all(options: Options) -> list[str]:
     generation = make_generation(options)
     configure_log(options, generation)
     before = threading.active_count()
-    load_procedures(options.procedures)
-    running = threading.active_count() - before
-    if running > 0:
-        return [f"{options.procedures}: leaves {running} thread(s) running; no call will have them"]
-    return []
+    procedures = load_procedures(options.procedures)
+    warnings = []
+    if (running := threading.active_count() - before) > 0:
+        warnings.append(f"{options.procedures}: leaves {running} thread(s) running; no call will have them")
+    group = None if options.default_group is None else (options.default_group,)
+    accounts: dict[str, tuple[int | str | None, Sequence[int | str] | None]]
+    accounts = {"the default user and group": (options.default_user, group)}
+    accounts |= {f"{options.procedures}: {name}": (found.uid, found.gid) for name, found in procedures.items()}
+    for whose, (user, groups) in accounts.items():
+        try:
+            resolve(user, groups)
+        except UserError as error:
+            warnings.append(f"{whose}: {error}; calls will fail")
+    return warnings
 
 
 def _ending(status: int) -> str:

@@ -47,6 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
         default_user=parsed.default_user,
         default_group=parsed.default_group,
         syslog=parsed.syslog,
+        background=parsed.daemon,
         search_path=tuple(sys.path),
     )
     try:
@@ -55,16 +56,16 @@ def main(arguments: list[str] | None = None) -> int:
                 print(f"harpd: warning: {warning}", file=sys.stderr)
             print("config OK")
         else:
-            _serve(options, parsed.daemon, parsed.pidfile)
+            _serve(options, parsed.pidfile)
     except (ConfigError, ProcessError, WardenError) as error:
         print(f"harpd: {error}", file=sys.stderr)
         return 1
     return 0
 
 
-def _serve(options: Options, background: bool, pid_file: Path | None) -> None:
+def _serve(options: Options, pid_file: Path | None) -> None:
     served: Callable[[], None] = _nothing
-    if background:
+    if options.background:
         check(options)  # a fault is told to the one who is still there to read it
         served = _Detached(detach())
     with pidfile(pid_file):

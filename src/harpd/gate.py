@@ -19,10 +19,11 @@ from typing import Any
 
 from harp.daemon.process import notify
 from harpd.allowance import Allowance
-from harpd.config import ConfigError, Network
+from harpd.config import ConfigError
 from harpd.connection import Connection, peer_name
 from harpd.generation import Generation, Options, configure_log, make_generation, warden_settings
 from harpd.keeper import Keeper, WardenError
+from harpd.listening import listen, prepare
 from harpd.runtime import runtime_directory
 from harpd.threads import Crashed, Threads
 
@@ -61,7 +62,7 @@ async def run(options: Options, generation: Generation, serving: Callable[[], No
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    loop.add_signal_handler(signal.SIGHUP, lambda: None)  # from its arrival on, a reload must not end the start
+    loop.add_signal_handler(signal.SIGHUP, lambda: None)  # it must not end a start; there is nothing to reload yet
     loop.set_exception_handler(_log_unexpected)
     configuration = generation.configuration
     _raise_descriptor_limit(configuration.limits.connections)
@@ -71,13 +72,13 @@ async def run(options: Options, generation: Generation, serving: Callable[[], No
             gate = Gate(options, generation, directory, listeners)
         except OSError as error:
             raise ConfigError(f"{options.config}: runtime_directory: {directory}: {error.strerror}") from error
+        loop.add_signal_handler(signal.SIGHUP, gate.reload)
         try:
             starting = asyncio.create_task(gate.start())
             stopping = asyncio.create_task(stop.wait())
             await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
             if starting.done():
                 starting.result()
-                loop.add_signal_handler(signal.SIGHUP, gate.reload)
                 serving()
                 await stopping
             log.info("harpd stops")
@@ -85,6 +86,8 @@ async def run(options: Options, generation: Generation, serving: Callable[[], No
             await _cancel([starting])
         finally:
             await gate.stop()
+            # The loop's end brings back the signals' usual effect: a second one would now spoil the exit status.
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT, signal.SIGHUP})
 
 
 class Gate:
@@ -103,7 +106,7 @@ class Gate:
         self._options = options
         self._directory = directory
         self._listeners = listeners
-        self._keeper = Keeper(directory)
+        self._keeper = Keeper(directory, options.background)
         self._loader = Threads(1)
         self._use(generation)
         self._accepting: list[asyncio.Task[None]] = []
@@ -112,6 +115,7 @@ class Gate:
         self._crowded = False
         self._reloading: asyncio.Task[None] | None = None
         self._reload_again = False
+        self._started = False
 
     async def start(self) -> None:
         """Start the warden, then accept connections. Raises `WardenError`."""
@@ -122,6 +126,9 @@ class Gate:
             log.info("harpd is serving", extra={"address": address, "port": port})
         _warn_of_low_floor(self._generation)
         notify("READY=1")
+        self._started = True
+        if self._reload_again:
+            self.reload()
 
     def _use(self, generation: Generation) -> None:
         """Serve the connections to come by this generation; those under way keep what they have."""
@@ -160,7 +167,7 @@ class Gate:
             accepted.close()
             return
         try:
-            _prepare(accepted)
+            prepare(accepted)
         except OSError:  # it is closed already
             accepted.close()
             return
@@ -179,8 +186,8 @@ class Gate:
     # ---- reload ----------------------------------------------------------------------------------------------
 
     def reload(self) -> None:
-        """Begin to reload all that can be; when a reload runs, another follows it."""
-        if self._reloading is not None and not self._reloading.done():
+        """Begin to reload all that can be; it follows the start or the reload that is under way."""
+        if not self._started or (self._reloading is not None and not self._reloading.done()):
             self._reload_again = True
             return
         self._reloading = asyncio.create_task(self._reload())
@@ -242,57 +249,6 @@ async def _cancel(tasks: Iterable[asyncio.Task[Any]]) -> None:
         task.cancel()
     if pending:
         await asyncio.wait(pending)
-
-
-def listen(network: Network, path: Path) -> list[socket.socket]:
-    """Open the listening sockets that the section `network` of the configuration file `path` asks for.
-
-    Raises:
-        ConfigError: an address can't be listened on.
-    """
-    found: list[socket.socket] = []
-    port = network.port
-    try:
-        for family, address in _addresses(network):
-            everywhere = network.address is None and family == socket.AF_INET6
-            listener = socket.create_server(
-                (address, port), family=family, backlog=1024, dualstack_ipv6=everywhere, reuse_port=False
-            )
-            listener.setblocking(False)
-            found.append(listener)
-            port = listener.getsockname()[1]  # when 0 was asked for, one free port for all addresses
-    except OSError as error:
-        for listener in found:
-            listener.close()
-        where = network.address or "any address"
-        fault = f"can't listen on {where}, port {port}: {error.strerror}"
-        raise ConfigError(f"{path}: network.address: {fault}") from error
-    return found
-
-
-def _addresses(network: Network) -> list[tuple[socket.AddressFamily, str]]:
-    if network.address is None:
-        both = _has_ipv6() and socket.has_dualstack_ipv6()
-        return [(socket.AF_INET6, "::")] if both else [(socket.AF_INET, "0.0.0.0")]  # noqa: S104 - as asked
-    found = socket.getaddrinfo(network.address, None, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    return list(dict.fromkeys((family, str(address[0])) for family, _, _, _, address in found))
-
-
-def _has_ipv6() -> bool:
-    try:
-        with socket.socket(socket.AF_INET6, socket.SOCK_STREAM) as probe:
-            probe.bind(("::", 0))
-    except OSError:
-        return False
-    return True
-
-
-def _prepare(accepted: socket.socket) -> None:
-    accepted.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    accepted.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    accepted.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60)
-    accepted.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 15)
-    accepted.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 4)
 
 
 def _raise_descriptor_limit(connections: int) -> None:

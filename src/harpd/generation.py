@@ -31,6 +31,7 @@ class Options:
         default_user: whom procedures run as that say nothing.
         default_group: the group of procedures that say nothing.
         syslog: the log goes to syslog.
+        background: the program has left its terminal; what it starts must not hold the terminal either.
         search_path: `sys.path` as the program found it.
     """
 
@@ -40,6 +41,7 @@ class Options:
     default_user: str | int | None = None
     default_group: str | int | None = None
     syslog: bool = False
+    background: bool = False
     search_path: tuple[str, ...] = tuple(sys.path)
 
 

@@ -2,7 +2,7 @@
 
 The warden is ``python -m harpd.warden LISTENER LIFELINE``: the numbers of two descriptors that it inherits, the
 listening socket that the gate made and the read end of a pipe whose write end only the gate holds. Its settings
-come on its stdin as one JSON object. It inherits stderr.
+come on its stdin as one JSON object. In the foreground it inherits stderr.
 
 The gate keeps the listening socket open. So a connection that is made while there is no warden waits for the
 next one; only the calls that a dead warden had are lost.
@@ -51,9 +51,11 @@ class Keeper:
 
     Args:
         directory: the runtime directory.
+        background: the warden gets no stderr.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, background: bool) -> None:
+        self._stderr = asyncio.subprocess.DEVNULL if background else None
         # By way of the descriptor, for a socket's address has no more than 107 bytes.
         self._directory = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         self._address = f"/proc/self/fd/{self._directory}/warden"
@@ -90,6 +92,7 @@ class Keeper:
             *(str(self._listener.fileno()), str(self._lifeline_end)),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.DEVNULL,
+            stderr=self._stderr,
             pass_fds=(self._listener.fileno(), self._lifeline_end),
             start_new_session=True,  # ^C in a terminal is for the gate, which then ends the warden in order
             env=environment,

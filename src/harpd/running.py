@@ -127,6 +127,7 @@ class RunningCall:
             self._say(Acknowledgement(self._offered.streaming))
             if self._offered.timeout is not None:
                 self._limit = self._loop.after(self._offered.timeout, lambda: self.stop(Stop.TIME_LIMIT))
+            self._watch()
         else:
             self._begin_stop()
 
@@ -220,7 +221,9 @@ class RunningCall:
     def _watch(self) -> None:
         """Watch for what can be done now, and for the other sides going away."""
         if self._channel.fileno() >= 0:
-            events = (READ if len(self._to_gate) < self._spool else 0) | (WRITE if self._to_call else 0)
+            # Nothing is read before the acknowledgement has gone out: it comes first on the wire.
+            reading = self._tree is not None and len(self._to_gate) < self._spool
+            events = (READ if reading else 0) | (WRITE if self._to_call else 0)
             if events:
                 self._loop.watch(self._channel.fileno(), events, self._on_channel)
             else:  # watched for nothing it would still report its hang-up, again and again
@@ -236,7 +239,8 @@ class RunningCall:
                 pass
             except OSError:
                 self._to_call = memoryview(b"")
-        self._read_call(1)
+        if self._tree is not None:
+            self._read_call(1)
         self._watch()
 
     def _read_call(self, most: int | None = None) -> None:

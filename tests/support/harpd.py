@@ -183,8 +183,7 @@ class Harpd:
             status = self._process.wait(DEADLINE)
         finally:
             self.kill()
-        _, alive = psutil.wait_procs(family, DEADLINE)
-        assert not alive, f"left behind: {alive}"
+        wait_until(lambda: all(map(_is_dead, family)), DEADLINE, f"the end of {family}")
         return status
 
     def kill(self) -> None:
@@ -256,6 +255,21 @@ class Harpd:
         with self.connect() as client:
             client.send(self.request(procedure, list(arguments)))
             return client.lines()
+
+
+def is_dead(pid: int) -> bool:
+    """Whether a process does not run any more; it may be waiting for its parent to notice."""
+    try:
+        return _is_dead(psutil.Process(pid))
+    except psutil.NoSuchProcess:
+        return True
+
+
+def _is_dead(process: psutil.Process) -> bool:
+    try:
+        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
 
 
 class LineClient:

@@ -1,0 +1,471 @@
+"""What the client does, apart from doing it: options, arguments, requests, how replies are read, what is kept.
+
+Nothing here touches a socket. An operation is a generator (`Steps`): it yields a request, is sent the `Answer`
+and returns the outcome; one that needs no request yields none. A `Reader` takes the lines of a stream and gives
+its items. `harp.client` and `harp.aio` are thin shells that do the talking, so each operation exists once.
+
+What is final about a job is kept as the line it came in: everyone who asks gets values of his own, and threads
+share nothing that changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any, Final, Protocol, TypeAlias, TypedDict, TypeVar, final
+
+from harp.errors import CancelledException, CommunicationError, HarpException, RemoteError, RemoteException
+from harp.protocol import daemon
+from harp.protocol.dispatcher import (
+    VERSION,
+    Call,
+    Cancel,
+    Exchange,
+    FollowStream,
+    GetResult,
+    GetStatus,
+    NoResult,
+    Packet,
+    Queue,
+    ReadStream,
+    Reply,
+    Request,
+    Status,
+    Submitted,
+    WasCancelled,
+    decode_reply,
+)
+from harp.protocol.ends import Cancelled, End, Failed, Raised, Returned
+from harp.protocol.fields import check, is_count, is_seconds
+from harp.protocol.jsontext import NotJSON, Raw, dumps, loads
+
+__all__ = [
+    "CALL_CANCELLED",
+    "CALL_NOT_FINISHED",
+    "REFUSALS",
+    "Answer",
+    "Credentials",
+    "DirectReader",
+    "Job",
+    "JobOptions",
+    "Options",
+    "Reader",
+    "Result",
+    "Steps",
+    "StreamReader",
+    "answered",
+    "direct_request",
+    "name_of",
+    "plain_reply",
+    "plain_request",
+    "public",
+    "submit",
+]
+
+T = TypeVar("T")
+
+#: Errors that refuse the request. They say nothing about the job, so they are never taken for its end.
+REFUSALS = frozenset({"storage_error", "invalid_request", "invalid_jobid"})
+
+
+@final
+class _Sentinel:
+    """A value that stands for itself, also after copy and pickle."""
+
+    def __init__(self, name: str, text: str) -> None:
+        self._name = name
+        self._text = text
+
+    def __repr__(self) -> str:
+        return self._text
+
+    def __reduce__(self) -> str:
+        return self._name
+
+
+#: Returned instead of a result while the call has not ended. Spec: docs/client-api.md, RemoteCall.
+CALL_NOT_FINISHED: Final = _Sentinel("CALL_NOT_FINISHED", "<CallNotFinished>")
+
+#: Returned as the result of a call that was cancelled. Spec: docs/client-api.md, RemoteCall.
+CALL_CANCELLED: Final = _Sentinel("CALL_CANCELLED", "<CallCancelled>")
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """The end result of a streaming procedure, the last item of a `HarpStreamIterator`.
+
+    Args:
+        value: what the procedure gave as its result, any JSON value.
+
+    Spec: docs/client-api.md, Direct calls.
+    """
+
+    value: Any
+
+
+def public(name: str, owner: object) -> str:
+    """Let an attribute's name pass that may stand for a host or a procedure.
+
+    Raises:
+        AttributeError: it begins with an underscore. Python itself, copy, pickle and debuggers look for such
+            names; none of them may start anything.
+    """
+    if name.startswith("_"):
+        raise AttributeError(f"{type(owner).__name__!r} object has no attribute {name!r}", name=name, obj=owner)
+    return name
+
+
+def name_of(what: str, name: object) -> str:
+    """Let a name pass that is a string and not empty. Raises `HarpException`."""
+    if not isinstance(name, str) or not name:
+        raise HarpException(f"{what}: expected a name, got {name!r}")
+    return name
+
+
+class JobOptions(TypedDict, total=False):
+    """The options of a job; None is as good as absent."""
+
+    queue: dict[str, Any] | None
+    concurrency: int | None
+    timeout: float | None
+    max_exec_time: float | None
+    info: Any
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """The options of a job, checked. `queue` and `info` are text: later changes of the values don't reach them."""
+
+    queue: Raw | None = None
+    concurrency: int | None = None
+    timeout: float | None = None
+    max_exec_time: float | None = None
+    info: Raw | None = None
+
+    def changed(self, options: Mapping[str, Any]) -> Options:
+        """These options with some of them set anew.
+
+        Raises:
+            HarpException: an option is unknown or its value won't do; the message names the option.
+        """
+        known = [field.name for field in fields(self)]
+        for name in options:
+            if name not in known:
+                raise HarpException(f"unknown option {name!r}, expected one of {', '.join(known)}")
+        return replace(self, **{name: _option(name, value) for name, value in options.items()})
+
+
+def _option(name: str, value: Any) -> Any:
+    """An option's checked value."""
+    if value is None:
+        return None
+    text = _text(f"option {name!r}", value)
+    if name == "info":
+        return text
+    if name == "queue":
+        fits, expected = isinstance(value, dict), "a dict"
+    elif name == "concurrency":
+        fits, expected = is_count(value) and value > 0, "a positive integer"
+    else:
+        fits, expected = is_seconds(value), "a positive number of seconds"
+    if not fits:
+        raise HarpException(f"option {name!r}: expected {expected}, got {value!r}")
+    return text if name == "queue" else value
+
+
+def _text(what: str, value: Any) -> Raw:
+    try:
+        return dumps(value)
+    except NotJSON as error:
+        raise HarpException(f"{what} can't be sent as JSON: {error}") from error
+
+
+def _arguments(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Raw:
+    """A call's arguments as JSON text: an array, or an object when they are named.
+
+    Raises:
+        HarpException: both kinds are given, or one can't be written as JSON; the message names the argument.
+    """
+    if args and kwargs:
+        raise HarpException("positional and named arguments can't be mixed in one call")
+    if kwargs:
+        named = [dumps(name) + b":" + _text(f"argument {name!r}", value) for name, value in kwargs.items()]
+        return Raw(b"{" + b",".join(named) + b"}")
+    return Raw(b"[" + b",".join(_text(f"argument {n}", value) for n, value in enumerate(args, 1)) + b"]")
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A reply, and the line it came in."""
+
+    reply: Reply
+    line: bytes
+
+
+#: An operation: yields requests, is sent their answers (or has `CommunicationError` thrown in), returns an outcome.
+Steps: TypeAlias = Generator[Request, Answer, T]
+
+
+def answered(request: Request, line: bytes) -> Answer:
+    """Read the reply to a request. Raises `ProtocolError` for a line that does not answer it."""
+    reply = decode_reply(line, request)
+    waits = isinstance(request, GetResult) and request.wait
+    check(not (waits and isinstance(reply, NoResult)), "no result, though it was asked to wait for one")
+    return Answer(reply, line)
+
+
+def submit(host: str, procedure: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], options: Options) -> Steps[str]:
+    """Submit a job; returns its id.
+
+    Raises:
+        HarpException: arguments or options won't do; nothing was sent.
+        RemoteError: the dispatcher refused.
+    """
+    if options.concurrency is not None and options.queue is None:
+        raise HarpException("option 'concurrency' needs option 'queue'")
+    queue = None if options.queue is None else Queue(options.queue, options.concurrency or 1)
+    arguments = _arguments(args, kwargs)
+    call = Call(host, procedure, arguments, options.timeout, options.max_exec_time, queue, options.info)
+    reply = _accepted((yield call))
+    assert isinstance(reply, Submitted)
+    return reply.job_id
+
+
+def _accepted(answer: Answer) -> Reply:
+    if isinstance(answer.reply, Failed):
+        raise _error(answer.reply)
+    return answer.reply
+
+
+def _error(report: Failed) -> RemoteError:
+    return RemoteError(report.type, report.message, report.data)
+
+
+def _outcome(end: End) -> Any:
+    """What `result()` gives for an end."""
+    match end:
+        case Returned(result):
+            return result
+        case Raised(kind, message, data):
+            return RemoteException(kind, message, data)
+        case Failed():
+            return _error(end)
+        case Cancelled():
+            return CALL_CANCELLED
+
+
+class Job:
+    """A job's operations, and what is known for good about it.
+
+    Args:
+        job_id: the job's identifier.
+    """
+
+    def __init__(self, job_id: str) -> None:
+        self.id = name_of("job_id", job_id)
+        self._end: bytes | None = None
+        self._status: bytes | None = None
+
+    def keep(self, answer: Answer) -> None:
+        """Keep an end that a reply tells, unless it is the refusal of a request."""
+        refusal = isinstance(answer.reply, Failed) and answer.reply.type in REFUSALS
+        if isinstance(answer.reply, End) and not refusal:
+            self._end = answer.line
+
+    def result(self, wait: bool) -> Steps[Any]:
+        """The job's end as a value; errors are returned, not raised."""
+        request = GetResult(self.id, bool(wait))
+        try:
+            answer = (yield request) if self._end is None else answered(request, self._end)
+        except CommunicationError as error:
+            return error.with_traceback(None)
+        if isinstance(answer.reply, NoResult):
+            return CALL_NOT_FINISHED
+        self.keep(answer)
+        assert isinstance(answer.reply, End)
+        return _outcome(answer.reply)
+
+    def get(self, wait: bool) -> Steps[Any]:
+        """The job's end as a value; errors are raised."""
+        outcome = yield from self.result(wait)
+        if isinstance(outcome, HarpException):
+            raise outcome
+        if outcome is CALL_CANCELLED:
+            raise CancelledException(f"job {self.id} was cancelled")
+        return outcome
+
+    def cancel(self) -> Steps[bool]:
+        """Cancel the job; returns whether this stopped it."""
+        reply = _accepted((yield Cancel(self.id)))
+        assert isinstance(reply, WasCancelled)
+        return reply.cancelled
+
+    def submitted(self) -> Steps[Status]:
+        """A status in which what was submitted is right, as in every one."""
+        return self._status_with(lambda status: True)
+
+    def started(self) -> Steps[Status]:
+        """A status in which the start is final, or else a fresh one."""
+        return self._status_with(lambda status: status.start is not None or status.end is not None)
+
+    def ended(self) -> Steps[Status]:
+        """A status in which the end is final, or else a fresh one."""
+        return self._status_with(lambda status: status.end is not None)
+
+    def _status_with(self, final: Callable[[Status], bool]) -> Steps[Status]:
+        request = GetStatus(self.id)
+        if self._status is not None:
+            known = answered(request, self._status).reply
+            assert isinstance(known, Status)
+            if final(known):
+                return known
+        answer = yield request
+        reply = _accepted(answer)
+        assert isinstance(reply, Status)
+        self._status = answer.line
+        return reply
+
+    def stream(self, follow: bool, since: int | None, recent: int | None) -> FollowStream | ReadStream:
+        """The request for the job's records.
+
+        Raises:
+            HarpException: a number won't do, or both are given.
+        """
+        try:
+            return (FollowStream if follow else ReadStream)(self.id, since, recent)
+        except ValueError as error:
+            raise HarpException(str(error)) from error
+
+
+def plain_request(req: dict[str, Any]) -> bytes:
+    """The line of a request that the caller made himself; the version is added when it is absent.
+
+    Raises:
+        HarpException: it is no dict, or has no form in JSON.
+    """
+    if not isinstance(req, dict):
+        raise HarpException(f"request: expected a dict, got {req!r}")
+    return bytes(_text("the request", {"harpcaller": VERSION, **req})) + b"\n"
+
+
+def plain_reply(line: bytes) -> dict[str, Any]:
+    """A reply as it came. Raises `ValueError` when it is not a JSON object."""
+    reply = loads(line)
+    check(isinstance(reply, dict), "expected an object")
+    found: dict[str, Any] = reply
+    return found
+
+
+class Reader(Protocol):
+    """Takes the lines of a stream and gives its items."""
+
+    @property
+    def finished(self) -> bool:
+        """Whether the last line has come."""
+
+    def read(self, line: bytes) -> tuple[Any, ...]:
+        """The items of a line, none or one. Raises what the line reports, and `ProtocolError`."""
+
+
+class StreamReader:
+    """Reads the replies to a request for a job's records; the end that closes them is kept in the job.
+
+    Args:
+        job: the job.
+        request: what was asked for.
+        numbered: whether items are pairs of a record's number and the record.
+    """
+
+    def __init__(self, job: Job, request: FollowStream | ReadStream, numbered: bool) -> None:
+        self._job = job
+        self._numbered = numbered
+        self._exchange = Exchange(request)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the closing line has come."""
+        return self._exchange.finished
+
+    def read(self, line: bytes) -> tuple[Any, ...]:
+        """The record of a line, nothing for the closing line.
+
+        Raises:
+            RemoteError: the dispatcher refused the request.
+            ProtocolError: the line may not come here.
+        """
+        reply = self._exchange.reply(line)
+        match reply:
+            case Packet(number, data):
+                return ((number, data) if self._numbered else data,)
+            case Failed(kind) if kind in REFUSALS:
+                raise _error(reply)
+        self._job.keep(Answer(reply, line))
+        return ()
+
+
+@dataclass(frozen=True, slots=True)
+class Credentials:
+    """Who calls harpd."""
+
+    user: str
+    password: str
+
+    def __post_init__(self) -> None:
+        for name in ("user", "password"):
+            if not isinstance(getattr(self, name), str):
+                raise HarpException(f"{name}: expected a string, got {type(getattr(self, name)).__name__}")
+
+    def __repr__(self) -> str:
+        return f"user={self.user!r}, password='***'"
+
+
+def direct_request(procedure: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], credentials: Credentials) -> bytes:
+    """The line that asks harpd for a call.
+
+    Raises:
+        HarpException: the arguments won't do.
+    """
+    return daemon.encode_request(
+        daemon.Request(procedure, _arguments(args, kwargs), credentials.user, credentials.password)
+    )
+
+
+class DirectReader:
+    """Reads what harpd says after a request."""
+
+    def __init__(self) -> None:
+        self._exchange = daemon.Exchange()
+
+    @property
+    def finished(self) -> bool:
+        """Whether the closing line has come."""
+        return self._exchange.finished
+
+    def streams(self, line: bytes) -> bool:
+        """Read the first line: whether the result will be a streamed one.
+
+        Raises:
+            RemoteError: harpd refused the call.
+            ProtocolError: the line may not come here.
+        """
+        message = self._exchange.message(line)
+        if isinstance(message, Failed):
+            raise _error(message)
+        assert isinstance(message, daemon.Acknowledgement)
+        return message.stream_result
+
+    def read(self, line: bytes) -> tuple[Any, ...]:
+        """The record of a line; the end result as a `Result`.
+
+        Raises:
+            RemoteException: the procedure raised.
+            RemoteError: the call was cut short.
+            ProtocolError: the line may not come here.
+        """
+        message = self._exchange.message(line)
+        if isinstance(message, daemon.Record):
+            return (message.data,)
+        assert not isinstance(message, daemon.Acknowledgement)  # the exchange lets no second one pass
+        if isinstance(message, Returned):
+            return (Result(message.result),)
+        raise _outcome(message)

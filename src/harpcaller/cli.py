@@ -1,0 +1,259 @@
+"""The program `harpcallerd`: the dispatcher and, over its control socket, what an administrator asks of it."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import sys
+from collections.abc import Callable, Iterator
+from enum import IntEnum
+from pathlib import Path
+
+from harp.daemon.process import ProcessError, detach, pidfile
+from harp.protocol.jsontext import InvalidJSON, Raw, loads
+from harpcaller.config import DEFAULT_FILE, ConfigError, load
+from harpcaller.control import ControlError, Daemon
+from harpcaller.store import StorageError
+
+__all__ = ["Exit", "main", "parser"]
+
+_SOCKET = Path("/var/run/harpcaller/control")
+_DAY = 86_400
+
+_EXAMPLES = """\
+examples:
+  harpcallerd start                                     in the foreground, the log on stderr
+  harpcallerd start --config=./harpcaller.toml --daemon --pidfile=/run/harpcallerd.pid
+                                                        in the background; returns once it serves
+  harpcallerd status --wait --timeout=10                wait until it serves
+  harpcallerd list --all --queue                        all jobs that are kept, one JSON object a line
+  harpcallerd info 3f22e0d4-c8ed-11e5-8d66-001e8c140268
+  harpcallerd queue-list '{"service": "nginx"}'         the jobs of a queue that have not ended
+  harpcallerd queue-cancel '{"service": "nginx"}'       cancel them
+  harpcallerd --socket=./control stop --print-pid       the one that was started with this --socket
+
+signals:
+  HUP         read the configuration again, all or nothing
+  USR1        reopen the log files
+  TERM, INT   stop: running jobs end as missing_result, waiting ones wait for the next start
+
+exit status: 0 done, 1 not done (one line on stderr says why; status: stopped), 2 wrong usage
+"""
+
+#: Nested values of the protocol's depth need more than Python's default.
+_RECURSION_LIMIT = 10_000
+
+
+class Exit(IntEnum):
+    """What the exit status says."""
+
+    DONE = 0
+    FAILED = 1
+    USAGE = 2
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run harpcallerd; return its exit status."""
+    parsed = parser().parse_args(arguments)
+    sys.setrecursionlimit(_RECURSION_LIMIT)
+    command: Callable[[argparse.Namespace], Exit] = parsed.run
+    try:
+        return command(parsed)
+    except (ControlError, ProcessError) as error:
+        print(f"harpcallerd: {error}", file=sys.stderr)
+        return Exit.FAILED
+    except BrokenPipeError:  # what reads the list has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return Exit.DONE
+    except KeyboardInterrupt:
+        return Exit.FAILED
+
+
+# The daemon.
+
+
+def _start(parsed: argparse.Namespace) -> Exit:
+    # Only the daemon needs the event loop, TLS and SQLite; what asks a daemon should not wait for them.
+    from harpcaller.program import Options, configure_log, run
+
+    options = Options(config=parsed.config, socket=parsed.socket, debug=parsed.debug)
+    served: Callable[[], None] = _nothing
+    try:
+        config = load(options.config)  # a fault is told to the one who is still there to read it
+        if parsed.daemon:
+            served = _Detached(detach())
+        with pidfile(parsed.pidfile):
+            configure_log(options, config)
+            asyncio.run(run(options, config, served))
+    except (ConfigError, StorageError) as error:
+        raise ProcessError(str(error)) from error
+    return Exit.DONE
+
+
+def _nothing() -> None:
+    """In the foreground nobody waits."""
+
+
+class _Detached:
+    """Tells the process that waits in the foreground that the daemon serves, and lets go of its terminal."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+
+    def __call__(self) -> None:
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, 2)
+        os.close(null)
+        try:
+            os.write(self._descriptor, b"1")
+        except BrokenPipeError:
+            pass  # nobody waits any more
+        os.close(self._descriptor)
+
+
+# What asks the daemon.
+
+
+def _status(parsed: argparse.Namespace) -> Exit:
+    daemon = Daemon(parsed.socket)
+    running = daemon.wait_running(parsed.timeout) if parsed.wait else daemon.is_running()
+    print(f"harpcallerd is {'running' if running else 'stopped'}")
+    return Exit.DONE if running else Exit.FAILED
+
+
+def _stop(parsed: argparse.Namespace) -> Exit:
+    pid = Daemon(parsed.socket).stop(parsed.timeout)
+    if parsed.print_pid:
+        print(pid)
+    return Exit.DONE
+
+
+def _plain(parsed: argparse.Namespace) -> Exit:
+    """A command whose answer nobody needs to see."""
+    for _ in Daemon(parsed.socket).ask(parsed.command):
+        pass
+    return Exit.DONE
+
+
+def _list(parsed: argparse.Namespace) -> Exit:
+    return _print(Daemon(parsed.socket).ask("list", all=parsed.all, queue=parsed.queue))
+
+
+def _info(parsed: argparse.Namespace) -> Exit:
+    return _print(Daemon(parsed.socket).ask("info", job=parsed.job))
+
+
+def _cancel(parsed: argparse.Namespace) -> Exit:
+    (answer,) = Daemon(parsed.socket).ask("cancel", job=parsed.job)
+    if not loads(answer)["cancelled"]:
+        raise ControlError(f"job {parsed.job} has ended, or there is none")
+    return Exit.DONE
+
+
+def _queue_list(parsed: argparse.Namespace) -> Exit:
+    return _print(Daemon(parsed.socket).ask("queue-list", queue=parsed.queue))
+
+
+def _queue_cancel(parsed: argparse.Namespace) -> Exit:
+    return _print(Daemon(parsed.socket).ask("queue-cancel", queue=parsed.queue))
+
+
+def _hosts_list(parsed: argparse.Namespace) -> Exit:
+    return _print(Daemon(parsed.socket).ask("hosts-list"))
+
+
+def _hosts_refresh(parsed: argparse.Namespace) -> Exit:
+    return _print(Daemon(parsed.socket).ask("hosts-refresh"))
+
+
+def _prune_jobs(parsed: argparse.Namespace) -> Exit:
+    age = None if parsed.age is None else parsed.age * _DAY
+    return _print(Daemon(parsed.socket).ask("prune-jobs", age=age))
+
+
+def _print(items: Iterator[Raw]) -> Exit:
+    for item in items:
+        sys.stdout.buffer.write(item + b"\n")
+    sys.stdout.buffer.flush()
+    return Exit.DONE
+
+
+# The command line.
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line of harpcallerd."""
+    program = argparse.ArgumentParser(
+        prog="harpcallerd",
+        description="The dispatcher of HARP: queues calls, runs them on hosts, keeps records and results.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    program.add_argument("--socket", metavar="PATH", type=_path, default=_SOCKET, help=f"control socket ({_SOCKET})")
+    # The same after the command; absent there, it must not undo the one before.
+    socket = argparse.ArgumentParser(add_help=False)
+    socket.add_argument("--socket", metavar="PATH", type=_path, default=argparse.SUPPRESS, help="control socket")
+    commands = program.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    def add(name: str, run: Callable[[argparse.Namespace], Exit], help: str) -> Callable[..., argparse.Action]:
+        command = commands.add_parser(name, parents=[socket], help=help, description=f"{help[0].upper()}{help[1:]}.")
+        command.set_defaults(run=run)
+        return command.add_argument
+
+    option = add("start", _start, "run the dispatcher")
+    option("--debug", action="store_true", help="log everything, the arguments of calls too")
+    option("--config", metavar="FILE", type=_path, default=DEFAULT_FILE, help="TOML (%(default)s)")
+    option("--pidfile", metavar="FILE", type=_path, help="write the process id there")
+    option("--daemon", action="store_true", help="go to the background; return once it serves")
+    option = add("status", _status, "say whether it runs")
+    option("--wait", action="store_true", help="wait until it does")
+    option("--timeout", metavar="S", type=_number, help="wait at most so many seconds")
+    option = add("stop", _stop, "stop it, and wait until its process is gone")
+    option("--timeout", metavar="S", type=_number, help="wait at most so many seconds")
+    option("--print-pid", action="store_true", help="print the id that the process had")
+    add("reload", _plain, "have it read its configuration again, all or nothing")
+    option = add("list", _list, "list the jobs that have not ended")
+    option("--all", action="store_true", help="list those that have ended too")
+    option("--queue", action="store_true", help="with the queue that each waits in")
+    add("info", _info, "show all that is known of a job")("job", metavar="JOB")
+    add("cancel", _cancel, "cancel a job")("job", metavar="JOB")
+    option = add("queue-list", _queue_list, "list the queues, or the jobs of one that have not ended")
+    option("queue", metavar="QUEUE", type=_queue, nargs="?", help="the queue's name, a JSON object")
+    option = add("queue-cancel", _queue_cancel, "cancel all jobs of a queue")
+    option("queue", metavar="QUEUE", type=_queue, help="the queue's name, a JSON object")
+    add("hosts-list", _hosts_list, "list the hosts of the registry, without credentials")
+    add("hosts-refresh", _hosts_refresh, "run host_db_script now")
+    option = add("prune-jobs", _prune_jobs, "delete jobs that ended long ago, with their records")
+    option("--age", metavar="DAYS", type=_number, help="those that ended more than so many days ago (max_age)")
+    add("reopen-logs", _plain, "have it open its log files anew, after a rotation")
+    return program
+
+
+def _path(text: str) -> Path:
+    return Path(text).absolute()  # --daemon changes the working directory
+
+
+def _number(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = -1
+    if not 0 <= number < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected a number from 0 on, got {text!r}")
+    return number
+
+
+def _queue(text: str) -> Raw:
+    try:
+        queue = loads(text)
+    except InvalidJSON as error:
+        raise argparse.ArgumentTypeError(f"expected a JSON object: {error}") from error
+    if not isinstance(queue, dict):
+        raise argparse.ArgumentTypeError(f"expected a JSON object, got {text}")
+    # A line feed between its members would end the request.
+    return Raw(text.replace("\n", " ").encode("utf-8", "surrogateescape"))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,177 @@
+"""A connection to a host, and what its faults mean for the job: each is mapped to a job's end here, once.
+
+Spec: docs/protocol.md, Error types.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import socket
+import ssl
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+from harp.protocol.ends import Failed
+from harp.protocol.jsontext import Raw, dumps
+from harpcaller.hosts import Host
+from harpcaller.hosttls import CertificateRefused, HostTLS, as_ip, server_name
+
+__all__ = ["FAULTS", "connect", "errno_data", "failed", "named"]
+
+#: What `connect` and a connection raise, for `failed`. UnicodeError: an address that is no name.
+FAULTS = (OSError, CertificateRefused, UnicodeError)
+
+#: Faults of this machine; all others are the network's.
+_LOCAL = frozenset(
+    {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EACCES, errno.EPERM, errno.EADDRNOTAVAIL}
+)
+
+#: The loop raises some of these without a number.
+_BY_CLASS = {
+    TimeoutError: errno.ETIMEDOUT,
+    ConnectionResetError: errno.ECONNRESET,
+    ConnectionAbortedError: errno.ECONNABORTED,
+    BrokenPipeError: errno.EPIPE,
+}
+
+_RESOLVER_ERRORS = {getattr(socket, name): name for name in dir(socket) if name.startswith("EAI_")}
+
+#: What the resolver gives for an address.
+_Place: TypeAlias = tuple[int, int, int, str, tuple[Any, ...]]
+
+#: A peer that is gone without a word is noticed after about two minutes.
+_KEEPALIVE = ((socket.TCP_KEEPIDLE, 60), (socket.TCP_KEEPINTVL, 15), (socket.TCP_KEEPCNT, 4))
+
+#: How much the stream buffers before it stops reading is twice this, in bytes.
+_BUFFER = 64 * 1024
+
+
+async def connect(host: Host, tls: HostTLS, seconds: float) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """Connect to a host, and accept its certificate.
+
+    Args:
+        host: the host.
+        tls: judges its certificate.
+        seconds: for reaching it, and again for the handshake.
+
+    Raises:
+        OSError: it can't be reached, or the handshake failed.
+        CertificateRefused: its certificate is not accepted.
+        UnicodeError: its address is no name.
+    """
+    chain_fault: str | None = None
+    for context in tls.contexts:
+        try:
+            reader, writer = await _connect(host, context, seconds)
+        except ssl.SSLCertVerificationError as error:
+            chain_fault = error.verify_message
+            continue
+        try:
+            tls.judge(writer.get_extra_info("ssl_object"), host, chain_fault)
+        except BaseException:
+            writer.transport.abort()
+            raise
+        return reader, writer
+    assert chain_fault is not None  # else a context was accepted or another error raised
+    raise tls.refusal(chain_fault)
+
+
+async def _connect(
+    host: Host, context: ssl.SSLContext, seconds: float
+) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    async with asyncio.timeout(seconds):
+        connection = await _reach(host, seconds)
+    # From its first step on the socket is the transport's, which closes it also when this is cancelled. Closed here
+    # too, its number could be the next connection's while the loop still watches it for this one.
+    async with asyncio.timeout(seconds):
+        return await asyncio.open_connection(
+            sock=connection,
+            ssl=context,
+            server_hostname=server_name(host.address),
+            ssl_handshake_timeout=2 * seconds,  # the one above comes first and says so in its own way
+            limit=_BUFFER,
+        )
+
+
+async def _reach(host: Host, seconds: float) -> socket.socket:
+    """Connect to the first of the host's addresses that answers; each has its share of the time."""
+    loop = asyncio.get_running_loop()
+    end = loop.time() + seconds
+    places = await _resolve(host)
+    for left, place in zip(range(len(places), 1, -1), places, strict=False):
+        try:
+            return await _reach_place(place, (end - loop.time()) / left)
+        except OSError:
+            continue  # the last one's fault is the one to tell
+    return await _reach_place(places[-1], end - loop.time())
+
+
+async def _reach_place(place: _Place, seconds: float) -> socket.socket:
+    family, kind, protocol, _, address = place
+    connection = socket.socket(family, kind, protocol)
+    try:
+        _prepare(connection)
+        async with asyncio.timeout(seconds):
+            await asyncio.get_running_loop().sock_connect(connection, address)
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+async def _resolve(host: Host) -> Sequence[_Place]:
+    """The places that an address stands for; at least one."""
+    if as_ip(host.address):  # needs no thread
+        return socket.getaddrinfo(host.address, host.port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
+    loop = asyncio.get_running_loop()
+    return await loop.getaddrinfo(host.address, host.port, type=socket.SOCK_STREAM)
+
+
+def _prepare(connection: socket.socket) -> None:
+    connection.setblocking(False)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in _KEEPALIVE:
+        connection.setsockopt(socket.IPPROTO_TCP, option, value)
+
+
+def failed(error: BaseException, host: Host, doing: str) -> Failed:
+    """What one of `FAULTS` means for the job.
+
+    Args:
+        error: the fault.
+        host: the host that it happened with.
+        doing: what was being done, for the message: ``"connecting"``.
+    """
+    if isinstance(error, CertificateRefused):
+        return Failed("certificate_error", f"{named(host)}: its certificate is refused: {error}")
+    name, text = _described(error)
+    kind = "os_error" if isinstance(error, OSError) and error.errno in _LOCAL and _is_plain(error) else "network_error"
+    return Failed(kind, f"{named(host)}: {doing}: {text}", errno_data(name))
+
+
+def named(host: Host) -> str:
+    """A host as messages name it."""
+    return f"host {host.hostname} ({host.address}, port {host.port})"
+
+
+def errno_data(name: str | None) -> Raw | None:
+    """An error's data: the name of its errno, if it has one."""
+    return dumps({"errno": name}) if name else None
+
+
+def _is_plain(error: OSError) -> bool:
+    """Whether `errno` is the system's: `ssl` and the resolver have numbers of their own."""
+    return not isinstance(error, (ssl.SSLError, socket.gaierror))
+
+
+def _described(error: BaseException) -> tuple[str | None, str]:
+    """The name of the errno, if there is one, and a text."""
+    if isinstance(error, socket.gaierror):
+        return _RESOLVER_ERRORS.get(error.errno), error.strerror or str(error)
+    if isinstance(error, ssl.SSLError) or not isinstance(error, OSError):
+        return None, f"TLS: {error}" if isinstance(error, ssl.SSLError) else str(error)
+    number = error.errno or _BY_CLASS.get(type(error))
+    return errno.errorcode.get(number or 0), os.strerror(number) if number else str(error)

@@ -1,0 +1,87 @@
+"""Who waits for news of a job, and how they are woken: in memory, after the commit, without polling.
+
+News only wakes; the store is the truth. A watcher takes the event, then reads the store, then waits for the
+event: whatever is committed after its reading sets the event that it holds, so nothing is missed. Events are
+used once. The newest records come along, so that a thousand followers who are up to date need not read them
+from the store.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from harp.protocol.jsontext import Raw
+
+__all__ = ["News", "Topic"]
+
+
+class Topic:
+    """A job that somebody watches.
+
+    Attributes:
+        changed: set at the next news of any kind.
+        ended: set at the next news of an end.
+    """
+
+    __slots__ = ("_first", "_newest", "changed", "ended", "watchers")
+
+    def __init__(self) -> None:
+        self.changed = asyncio.Event()
+        self.ended = asyncio.Event()
+        self.watchers = 0
+        self._first = 0
+        self._newest: Sequence[Raw] = ()
+
+    def newest(self, first: int) -> Sequence[Raw]:
+        """The records from number `first` on, if they came with the last news; else nothing."""
+        skipped = first - self._first
+        return self._newest[skipped:] if 0 <= skipped < len(self._newest) else ()
+
+    def tell_records(self, first: int, records: Sequence[Raw]) -> None:
+        """Wake those who wait for records."""
+        self._first, self._newest = first, records
+        self.changed.set()
+        self.changed = asyncio.Event()
+
+    def tell_end(self) -> None:
+        """Wake all who wait."""
+        self.ended.set()
+        self.ended = asyncio.Event()
+        self.changed.set()
+        self.changed = asyncio.Event()
+
+
+class News:
+    """The jobs that somebody watches. What nobody watches costs nothing."""
+
+    def __init__(self) -> None:
+        self._topics: dict[str, Topic] = {}
+
+    @contextmanager
+    def watching(self, job_id: str) -> Iterator[Topic]:
+        """Watch a job for as long as the context lasts."""
+        topic = self._topics.setdefault(job_id, Topic())
+        topic.watchers += 1
+        try:
+            yield topic
+        finally:
+            topic.watchers -= 1
+            if not topic.watchers:
+                del self._topics[job_id]
+
+    def records(self, job_id: str, first: int, records: Sequence[Raw]) -> None:
+        """Tell the watchers that records numbered from `first` are committed."""
+        if topic := self._topics.get(job_id):
+            topic.tell_records(first, records)
+
+    def end(self, job_id: str) -> None:
+        """Tell the watchers that the job's end is committed."""
+        if topic := self._topics.get(job_id):
+            topic.tell_end()
+
+    def ends(self) -> None:
+        """Tell all watchers that their job may have ended."""
+        for topic in self._topics.values():
+            topic.tell_end()

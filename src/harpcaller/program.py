@@ -1,0 +1,224 @@
+"""The dispatcher as a running program: opens the store, builds the dispatcher, opens the doors, listens to signals.
+
+What can fail for reasons of configuration comes first: the sockets are opened before the store, and the store before
+the dispatcher, which ends interrupted jobs and starts waiting ones. The order at the end is the reverse: the
+doors close, then the dispatcher stops as its module says, then the store is closed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import resource
+import signal
+import time
+from collections.abc import Callable
+from contextlib import AsyncExitStack, closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from harp.daemon import logs
+from harp.daemon.process import ProcessError, notify
+from harpcaller import service
+from harpcaller.admin import Admin
+from harpcaller.config import Config, ConfigError, load
+from harpcaller.dispatcher import Dispatcher
+from harpcaller.listening import Listener, listen_unix, reason
+from harpcaller.service import Service
+from harpcaller.store.sqlite import open_store
+
+__all__ = ["Options", "configure_log", "run"]
+
+log = logging.getLogger(__name__)
+
+#: The control socket is for the daemon's user alone.
+_CONTROL_MODE = 0o600
+
+#: Descriptors of the program itself, beside those of its connections.
+_OWN_DESCRIPTORS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What the command line says.
+
+    Attributes:
+        config: the configuration file.
+        socket: the control socket.
+        debug: whether everything is logged, whatever the configuration says.
+    """
+
+    config: Path
+    socket: Path
+    debug: bool = False
+
+
+def configure_log(options: Options, config: Config) -> None:
+    """Send the log where options and configuration want it. Raises `ConfigError`: syslog can't be reached."""
+    level = "debug" if options.debug else config.log_level
+    try:
+        logs.configure(level=level.upper(), form=config.log_format, syslog=config.syslog, name="harpcallerd")
+    except OSError as error:
+        raise ConfigError(f"{config.file}: syslog: can't reach syslog: {error.strerror}") from error
+
+
+async def run(options: Options, config: Config, serving: Callable[[], None]) -> None:
+    """Serve until SIGTERM, SIGINT or the command `stop`; SIGHUP reloads, SIGUSR1 reopens the log files.
+
+    Args:
+        options: the command line.
+        config: the configuration that `load` made of `options.config`.
+        serving: called once requests are accepted.
+
+    Raises:
+        ConfigError: the configuration can't be used.
+        ProcessError: the control socket can't be opened; perhaps a daemon is running on it.
+        StorageError: the store can't be opened.
+    """
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    loop.set_exception_handler(_log_unexpected)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    # From their arrival on these must not end the start.
+    for number in (signal.SIGHUP, signal.SIGUSR1):
+        loop.add_signal_handler(number, _nothing)
+    _raise_descriptor_limit(config)
+    try:
+        async with AsyncExitStack() as stack:
+            control = stack.enter_context(closing(_open_control(options.socket)))
+            listeners = await service.listen(config)
+            stack.callback(service.close, listeners)
+            store = await open_store(config.stream_directory)
+            stack.push_async_callback(store.close)
+            dispatcher = await stack.enter_async_context(Dispatcher(config, store))
+            door = await stack.enter_async_context(Service(dispatcher))
+            program = _Program(options, dispatcher, door, stop)
+            await stack.enter_async_context(Admin(dispatcher, program, control))
+            loop.add_signal_handler(signal.SIGHUP, program.reload_by_signal)
+            loop.add_signal_handler(signal.SIGUSR1, program.reopen_logs)
+            door.serve(listeners)
+            serving()
+            notify("READY=1")
+            await stop.wait()
+            log.info("harpcallerd stops")
+            notify("STOPPING=1")
+            await program.finish()
+    finally:
+        # The loop's end brings back the signals' usual effect: a second one would now spoil the exit status.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1})
+
+
+def _nothing() -> None:
+    """What a signal does that comes too early."""
+
+
+class _Program:
+    """What signals and the administrator can ask of the program.
+
+    Args:
+        options: the command line.
+        dispatcher: what runs in the program.
+        door: the door for clients.
+        stop: set when the program is to stop.
+    """
+
+    def __init__(self, options: Options, dispatcher: Dispatcher, door: Service, stop: asyncio.Event) -> None:
+        self._options = options
+        self._dispatcher = dispatcher
+        self._door = door
+        self._stop = stop
+        self._reloading = asyncio.Lock()
+        self._reloads: set[asyncio.Task[None]] = set()
+
+    def stop(self) -> None:
+        """Begin to stop."""
+        self._stop.set()
+
+    def reopen_logs(self) -> None:
+        """Open the log files anew."""
+        logs.reopen()
+        log.info("log files reopened")
+
+    def reload_by_signal(self) -> None:
+        """Begin to reload; the log says how it went."""
+        task = asyncio.create_task(self._logged_reload())
+        self._reloads.add(task)
+        task.add_done_callback(self._reloads.discard)
+
+    async def _logged_reload(self) -> None:
+        try:
+            await self.reload()
+        except ConfigError:
+            pass  # it is in the log
+
+    async def reload(self) -> None:
+        """Take the configuration file as it is now, wholly or not at all.
+
+        Raises:
+            ConfigError: it can't be used; nothing has changed.
+        """
+        async with self._reloading:
+            notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
+            try:
+                await self._reload()
+            except ConfigError as error:
+                log.error("reload failed; nothing is changed", extra={"reason": str(error)})
+                raise
+            finally:
+                notify("READY=1")
+            log.info("reloaded")
+
+    async def _reload(self) -> None:
+        before = self._dispatcher.config
+        config = await asyncio.to_thread(load, self._options.config)
+        added = await service.listen(config, self._door.listeners)
+        try:
+            configure_log(self._options, config)
+            await self._dispatcher.reload(config)
+        except BaseException:
+            service.close(added)
+            configure_log(self._options, before)
+            raise
+        self._door.serve(added)
+        self._door.keep(config.listen)
+        if config.stream_directory != before.stream_directory:
+            log.warning("a changed setting needs a restart", extra={"key": "stream_directory"})
+
+    async def finish(self) -> None:
+        """Let no reload change anything any more."""
+        for task in self._reloads:
+            task.cancel()
+        await asyncio.gather(*self._reloads, return_exceptions=True)
+
+
+def _open_control(path: Path) -> Listener:
+    try:
+        return listen_unix(path, _CONTROL_MODE)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise ProcessError(f"a harpcallerd is already running on {path}") from error
+        raise ProcessError(f"control socket {path}: {reason(error)}") from error
+
+
+def _raise_descriptor_limit(config: Config) -> None:
+    """Allow as many open files as the system lets us, and say when that is not enough for the configured limits."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        soft = hard
+    except (OSError, ValueError):
+        pass  # then it stays what it is
+    wanted = config.connections + config.calls + _OWN_DESCRIPTORS
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        log.warning(
+            "the system allows fewer open files than connections and calls want",
+            extra={"limit": soft, "wanted": wanted},
+        )
+
+
+def _log_unexpected(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    error = context.get("exception")
+    log.error("unexpected error", exc_info=error, extra={"where": context.get("message")})

@@ -1,0 +1,199 @@
+"""The hosts registry at work: the script that fills it, the last good copy, and the hosts file beside it.
+
+What the script printed last with success is what counts; a copy of it in `host_db` survives restarts. A host of
+`hosts_file` takes the place of one with the same name from the script. No password gets into the log: neither do
+lines that can't be understood, nor what the script says on stderr when it succeeds.
+
+Spec: docs/protocol.md, Administration of the dispatcher, Hosts registry.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from harpcaller.config import Config, file_errors
+from harpcaller.freshfile import FreshFile
+from harpcaller.hostcopy import HostCopy, read_copy, write_copy
+from harpcaller.hosts import Host, Registry, parse_registry
+from harpcaller.hostscript import ScriptFailed, run_script
+
+__all__ = ["HostsRegistry", "RefreshFailed"]
+
+log = logging.getLogger(__name__)
+
+#: Skipped lines that the log tells one by one; the others are only counted.
+_TOLD_LINES = 10
+
+
+class RefreshFailed(Exception):
+    """The registry was not refreshed and is what it was. The message says why."""
+
+
+class HostsRegistry:
+    """The hosts that may be called.
+
+    Args:
+        config: its `host_db`, `host_db_script`, `host_db_refresh`, `host_db_timeout` and `hosts_file` count.
+        on_change: called when the registry has become usable, or has changed.
+
+    Raises:
+        ConfigError: the hosts file can't be read.
+    """
+
+    def __init__(self, config: Config, on_change: Callable[[], None]) -> None:
+        self._config = config
+        self._on_change = on_change
+        self._file = _hosts_file(config)
+        self._copy = _kept_copy(config.host_db) if config.host_db_script else HostCopy()
+        self._tried = False
+        self._refreshing: asyncio.Task[int] | None = None
+        self._reconfigured = asyncio.Event()
+
+    @property
+    def usable(self) -> bool:
+        """Whether calls may start: not before a first run of the script when nothing is known without it."""
+        return self._tried or self._config.host_db_script is None or bool(self._copy.hosts) or bool(self._static())
+
+    def find(self, hostname: str) -> Host | None:
+        """Return a host; None: it is not in the registry."""
+        return self._static().get(hostname) or self._copy.hosts.get(hostname)
+
+    def hosts(self) -> list[Host]:
+        """Return all hosts, by name."""
+        merged = {**self._copy.hosts, **self._static()}
+        return [merged[name] for name in sorted(merged)]
+
+    def _static(self) -> Mapping[str, Host]:
+        return self._file.value if self._file else {}
+
+    def reconfigure(self, config: Config) -> None:
+        """Take a new configuration; the hosts known stay until the next refresh.
+
+        Raises:
+            ConfigError: the hosts file can't be read; then nothing has changed.
+        """
+        self._file = _hosts_file(config)
+        if config.host_db_script is None:
+            self._copy = HostCopy()
+        elif config.host_db_script != self._config.host_db_script:
+            self._copy = HostCopy(self._copy.hosts)  # due at once
+        self._config = config
+        self._reconfigured.set()
+        self._on_change()
+
+    async def refresh(self) -> int:
+        """Run the script, or wait for its run that is under way; return how many hosts the registry has.
+
+        Raises:
+            RefreshFailed: the script failed, or there is none and no hosts file either.
+        """
+        if self._refreshing is None:
+            self._refreshing = asyncio.create_task(self._refresh(self._config))
+            self._refreshing.add_done_callback(self._refreshed)
+        return await asyncio.shield(self._refreshing)
+
+    def _refreshed(self, task: asyncio.Task[int]) -> None:
+        self._refreshing = None
+        self._tried = True
+        if not task.cancelled():
+            task.exception()  # whoever waited has it
+        self._on_change()
+
+    async def refresh_regularly(self) -> None:
+        """Refresh at start if that is due, then as often as the configuration says; until cancelled."""
+        try:
+            await self._refresh_if_old()
+            while True:
+                try:
+                    async with asyncio.timeout(self._config.host_db_refresh):
+                        await self._reconfigured.wait()
+                except TimeoutError:
+                    await self._refresh_quietly()
+                else:
+                    self._reconfigured.clear()
+                    await self._refresh_if_old()
+        finally:
+            if self._refreshing is not None:
+                self._refreshing.cancel()  # ends the script too
+                await asyncio.wait([self._refreshing])
+
+    async def _refresh_if_old(self) -> None:
+        # A time in the future says nothing: the clock was wrong then or is now.
+        if not 0 <= time.time() - self._copy.refreshed < self._config.host_db_refresh / 2:
+            await self._refresh_quietly()
+
+    async def _refresh_quietly(self) -> None:
+        if self._config.host_db_script is not None:
+            try:
+                await self.refresh()
+            except RefreshFailed:
+                pass  # it is in the log
+
+    async def _refresh(self, config: Config) -> int:
+        if config.host_db_script is None:
+            if self._file is None:
+                raise RefreshFailed("there is nothing to refresh from: neither host_db_script nor hosts_file is set")
+            return len(self.hosts())
+        try:
+            output = await run_script(config.host_db_script, config.host_db_timeout)
+        except ScriptFailed as error:
+            log.error("hosts registry not refreshed", extra={"error": str(error)})
+            raise RefreshFailed(str(error)) from error
+        registry = await asyncio.to_thread(_parse, output)
+        _report(registry, config.host_db_script)
+        if config.host_db_script != self._config.host_db_script:
+            raise RefreshFailed("host_db_script has been changed meanwhile")
+        self._copy = HostCopy(registry.hosts, time.time())
+        log.info("hosts registry refreshed", extra={"hosts": len(registry.hosts)})
+        await _keep(config.host_db, self._copy)
+        return len(self.hosts())
+
+
+async def _keep(file: Path, copy: HostCopy) -> None:
+    try:
+        aside = await asyncio.to_thread(write_copy, file, copy)
+    except OSError as error:
+        log.error("copy of the hosts registry can't be written", extra={"file": str(file), "error": error.strerror})
+        return
+    if aside is not None:
+        log.warning("host_db was no copy of ours and was moved", extra={"file": str(file), "to": str(aside)})
+
+
+def _kept_copy(file: Path) -> HostCopy:
+    try:
+        return read_copy(file)
+    except OSError as error:
+        log.error("copy of the hosts registry can't be read", extra={"file": str(file), "error": error.strerror})
+        return HostCopy()
+
+
+def _parse(text: bytes) -> Registry:
+    return parse_registry(text.split(b"\n"))
+
+
+def _hosts_file(config: Config) -> FreshFile[Mapping[str, Host]] | None:
+    if config.hosts_file is None:
+        return None
+    file = config.hosts_file
+
+    def parse(text: bytes) -> Mapping[str, Host]:
+        registry = _parse(text)
+        _report(registry, file)
+        return registry.hosts
+
+    with file_errors(config, "hosts_file"):
+        return FreshFile(file, parse)
+
+
+def _report(registry: Registry, source: Path) -> None:
+    """Tell what was wrong with the lines, never what was in them."""
+    for skipped in registry.skipped[:_TOLD_LINES]:
+        fault = {"source": str(source), "line": skipped.line, "error": skipped.reason}
+        log.warning("line of the hosts registry skipped", extra=fault)
+    if registry.skipped or registry.repeated:
+        counts = {"source": str(source), "skipped": len(registry.skipped), "repeated": registry.repeated}
+        log.warning("hosts registry has lines that do not count", extra=counts)

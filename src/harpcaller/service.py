@@ -1,0 +1,248 @@
+"""Door 1: the client protocol, over TCP and Unix sockets. One request a connection.
+
+Spec: docs/protocol.md, Client and dispatcher.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from types import TracebackType
+from typing import Self
+
+from harp.protocol.dispatcher import (
+    Call,
+    Cancel,
+    Continue,
+    FollowStream,
+    GetResult,
+    GetStatus,
+    NoResult,
+    Packet,
+    ReadStream,
+    Reply,
+    Request,
+    Status,
+    Submitted,
+    WasCancelled,
+    decode_request,
+    encode_reply,
+)
+from harp.protocol.ends import Failed
+from harp.protocol.fields import ProtocolError
+from harp.protocol.jsontext import open_sliced
+from harpcaller.config import Address, Config, ConfigError
+from harpcaller.connection import ClientLeft, Connection
+from harpcaller.dispatcher import Dispatcher
+from harpcaller.door import Door
+from harpcaller.jobs import Job
+from harpcaller.listening import Listener, listen_tcp, listen_unix, reason
+from harpcaller.store import StorageError, UnknownJob
+
+__all__ = ["Listeners", "Service", "close", "listen"]
+
+log = logging.getLogger(__name__)
+
+#: Who may connect to a Unix socket is the matter of its file: owner and group may.
+_UNIX_MODE = 0o660
+
+#: A message quotes what the client sent; it need not give all of it back.
+_LONGEST_MESSAGE = 1000
+
+#: Listeners by the entry of `listen` that they were opened for.
+Listeners = dict[Address, list[Listener]]
+
+
+async def listen(config: Config, present: Listeners | None = None) -> Listeners:
+    """Open the addresses of a configuration's `listen`.
+
+    Args:
+        config: the configuration.
+        present: what is open already, and is not opened again.
+
+    Returns:
+        What was opened.
+
+    Raises:
+        ConfigError: one can't be listened on; then none was opened.
+    """
+    opened: Listeners = {}
+    for entry in dict.fromkeys(config.listen):
+        if present is not None and entry in present:
+            continue
+        try:
+            opened[entry] = await listen_tcp(entry) if entry.path is None else [listen_unix(entry.path, _UNIX_MODE)]
+        except (OSError, UnicodeError) as error:
+            close(opened)
+            raise ConfigError(f"{config.file}: listen: can't listen on {entry}: {reason(error)}") from error
+    return opened
+
+
+def close(listeners: Listeners) -> None:
+    """Close listeners that nothing accepts from."""
+    for group in listeners.values():
+        for listener in group:
+            listener.close()
+
+
+class Service:
+    """The door that clients come through; an asynchronous context manager that closes it.
+
+    Args:
+        dispatcher: carries requests out; the limits of requests are those of its configuration.
+    """
+
+    def __init__(self, dispatcher: Dispatcher) -> None:
+        self._dispatcher = dispatcher
+        refusal = Failed("too_many_connections", "more clients are connected than the setting connections allows")
+        self._door = Door(self._answer, lambda: dispatcher.config.connections, encode_reply(refusal))
+        #: What it accepts from.
+        self.listeners: Listeners = {}
+
+    async def __aenter__(self) -> Self:
+        await self._door.__aenter__()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self._door.__aexit__(kind, error, traceback)
+
+    def serve(self, opened: Listeners) -> None:
+        """Accept from listeners as well."""
+        self.listeners.update(opened)
+        for group in opened.values():
+            for listener in group:
+                self._door.open(listener)
+                log.info("harpcallerd is serving", extra=listener.fields)
+                _report_reach(listener)
+
+    def keep(self, entries: Sequence[Address]) -> None:
+        """Close the listeners of all other entries of `listen`; connections that were accepted stay."""
+        for entry in self.listeners.keys() - set(entries):
+            for listener in self.listeners.pop(entry):
+                log.info("harpcallerd serves no longer", extra=listener.fields)
+                self._door.close(listener)
+
+    async def _answer(self, connection: Connection) -> None:
+        failure = await self._carry_out(connection)
+        if failure is not None:
+            await connection.send(encode_reply(failure))
+
+    async def _carry_out(self, connection: Connection) -> Failed | None:
+        """Read a request and answer it; return what is left to say when that fails, at once or in the middle."""
+        config, client = self._dispatcher.config, connection.client
+        try:
+            request = decode_request(
+                await connection.request_line(config.request_line, config.idle_timeout), open_sliced
+            )
+            async with aclosing(self._replies(request, connection)) as replies:
+                async for lines in replies:
+                    await connection.send(lines)
+        except ClientLeft:
+            raise
+        except ProtocolError as error:
+            # The dispatcher has one type for all faults of a request.
+            failure = Failed("invalid_request", _shortened(error.message))
+            log.info("request refused", extra={"client": client, "reason": failure.message})
+        except UnknownJob as error:
+            failure = Failed("invalid_jobid", _shortened(f"there is no job {error}"))
+        except StorageError as error:
+            log.error("request not carried out", extra={"client": client, "reason": str(error)})
+            failure = Failed("storage_error", str(error))
+        except Exception:
+            log.exception("request failed by a fault of the dispatcher", extra={"client": client})
+            failure = Failed("internal_error", "the dispatcher failed; its log says more")
+        else:
+            return None
+        return failure
+
+    async def _replies(self, request: Request, connection: Connection) -> AsyncGenerator[bytes, None]:
+        """Carry out a request; yield the lines that answer it."""
+        dispatcher = self._dispatcher
+        match request:
+            case Call():
+                yield encode_reply(Submitted(await dispatcher.submit(request, connection.client)))
+            case Cancel(job):
+                yield encode_reply(WasCancelled(await dispatcher.cancel(job)))
+            case GetResult(job, wait):
+                yield encode_reply(await self._result(job, wait, connection))
+            case GetStatus(job):
+                yield encode_reply(_status(await dispatcher.job(job)))
+            case FollowStream():
+                async with aclosing(self._follow(request, connection)) as replies:
+                    async for lines in replies:
+                        yield lines
+            case ReadStream(job, since, recent):
+                async with aclosing(dispatcher.read(job, since, recent)) as items:
+                    async for item in items:
+                        yield _lines(item)
+
+    async def _result(self, job: str, wait: bool, connection: Connection) -> Reply:
+        if wait:
+            try:
+                async with connection.waiting():
+                    end = await self._dispatcher.result(job, wait=True)
+            except ClientLeft:
+                # It sends no more, but may still read: it is told what needs no waiting.
+                end = await self._dispatcher.result(job, wait=False)
+                if end is None:
+                    raise
+        else:
+            end = await self._dispatcher.result(job, wait=False)
+        return NoResult() if end is None else end
+
+    async def _follow(self, request: FollowStream, connection: Connection) -> AsyncGenerator[bytes, None]:
+        since, recent = request.since, request.recent
+        try:
+            async with aclosing(self._dispatcher.follow(request.job, since, recent)) as items:
+                while True:
+                    async with connection.waiting():
+                        item = await anext(items)
+                    yield _lines(item)
+                    if not isinstance(item, list):
+                        return
+                    since, recent = item[-1].number + 1, None
+                    del item  # not kept while the next one is waited for
+        except ClientLeft:
+            pass
+        # As for a result: what needs no waiting.
+        recent = 0 if since is None and recent is None else recent
+        async with aclosing(self._dispatcher.read(request.job, since, recent)) as rest:
+            async for part in rest:
+                if isinstance(part, Continue):
+                    raise ClientLeft
+                yield _lines(part)
+
+
+def _lines(item: list[Packet] | Reply) -> bytes:
+    return b"".join(map(encode_reply, item)) if isinstance(item, list) else encode_reply(item)
+
+
+def _status(job: Job) -> Status:
+    return Status(
+        host=job.host,
+        procedure=job.procedure,
+        arguments=job.arguments,
+        submit=int(job.submitted),
+        start=None if job.started is None else int(job.started),
+        end=None if job.ended is None else int(job.ended),
+        info=job.info,
+    )
+
+
+def _shortened(message: str) -> str:
+    return message if len(message) <= _LONGEST_MESSAGE else f"{message[:_LONGEST_MESSAGE]}..."
+
+
+def _report_reach(listener: Listener) -> None:
+    """Say who can call: there is no authentication of clients."""
+    if listener.path is not None:
+        return
+    address = ipaddress.ip_address(str(listener.fields["address"]).partition("%")[0])
+    if address.is_loopback:
+        log.info("every local user can call; a Unix socket with file permissions can be listened on instead")
+    else:
+        log.warning("not a loopback address: whoever reaches it can call", extra=listener.fields)

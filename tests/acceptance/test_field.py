@@ -1,0 +1,206 @@
+"""Every pairing with the programs in the field, which `support.field` plays as the protocol page describes them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from support.certificates import server_files
+from support.field import OldDispatcher, old_client, old_dispatcher_call, old_harpd, old_tls_server, server
+from support.harpcallerd import Harpcallerd
+from support.system import System, running
+
+import harp
+
+PROCEDURES = """
+import time
+from harpd.proc import procedure, streaming_procedure, Result
+
+@procedure
+def echo(*values):
+    return list(values)
+
+@procedure
+def fail():
+    raise KeyError("missing")
+
+@procedure
+def unwritable():
+    return {"x": [object()]}
+
+@streaming_procedure
+def count(numbers):
+    yield from range(numbers)
+
+@procedure
+def sleep(seconds):
+    time.sleep(seconds)
+"""
+
+UNKNOWN = "00000000-0000-4000-8000-000000000000"
+
+
+@pytest.fixture(scope="module")
+def system(tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
+    with running(tmp_path_factory.mktemp("field"), PROCEDURES) as system:
+        yield system
+
+
+# An old dispatcher and our harpd.
+
+
+@pytest.mark.parametrize("pieces", [None, 1])
+def test_an_old_dispatcher_calls_our_harpd(system: System, pieces: int | None) -> None:
+    def call(procedure: str, arguments: object) -> list[dict[str, object]]:
+        return old_dispatcher_call(
+            system.harpd.port, procedure, arguments, system.harpd.user, system.harpd.password, pieces
+        )
+
+    assert call("echo", [1, "é"]) == [{"harp": 1, "stream_result": False}, {"result": [1, "é"]}]
+    assert call("count", {"numbers": 2}) == [
+        {"harp": 1, "stream_result": True},
+        {"stream": 0},
+        {"stream": 1},
+        {"result": None},
+    ]
+    acknowledgement, end = call("fail", [])
+    assert acknowledgement == {"harp": 1, "stream_result": False}
+    assert end == {
+        "exception": {"type": "KeyError", "message": "'missing'", "data": {"class": "KeyError", "module": "builtins"}}
+    }
+    assert call("nothing", [])[-1]["error"]["type"] == "no_such_procedure"  # type: ignore[index]
+    assert call("echo", {"wrong": 1})[-1]["error"]["type"] == "invalid_argument_list"  # type: ignore[index]
+    assert call("unwritable", [])[-1]["error"]["type"] == "invalid_message"  # type: ignore[index]
+
+
+def test_an_old_dispatcher_with_a_wrong_password(system: System) -> None:
+    (refusal,) = old_dispatcher_call(system.harpd.port, "echo", [], "nobody", "wrong")
+    assert refusal["error"]["type"] == "auth_error"
+    assert set(refusal) == {"harp", "error"}
+
+
+# Our dispatcher and an old harpd.
+
+
+@pytest.fixture(scope="module")
+def beside_old_harpd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[harp.HarpCaller]:
+    directory = tmp_path_factory.mktemp("old-harpd")
+    files = server_files(directory)
+    with server(old_harpd, old_tls_server(files.certfile, files.keyfile)) as port:
+        with Harpcallerd(directory, hosts={"old": port}, credentials=("u", "p")) as dispatcher:
+            yield harp.HarpCaller("127.0.0.1", dispatcher.port)
+
+
+def test_our_dispatcher_calls_an_old_harpd(beside_old_harpd: harp.HarpCaller) -> None:
+    old = beside_old_harpd.old
+    assert old.echo(1, {"b": 1, "a": 2}).get() == [1, {"b": 1, "a": 2}]
+    job = old.stream(5)
+    assert list(job.follow(since=0)) == [{"n": number} for number in range(5)]
+    assert job.get() is None
+
+
+@pytest.mark.parametrize(
+    ("procedure", "type_", "data"),
+    [
+        ("error", "read_error", None),
+        ("nothing", "no_such_procedure", {"procedure": "nothing"}),
+        ("close", "network_error", ...),
+        ("garbage", "protocol_error", ...),
+    ],
+)
+def test_what_an_old_harpd_answers_becomes_the_jobs_error(
+    beside_old_harpd: harp.HarpCaller, procedure: str, type_: str, data: object
+) -> None:
+    error = getattr(beside_old_harpd.old, procedure)().result(wait=True)
+    assert isinstance(error, harp.RemoteError)
+    assert error.type == type_
+    assert data is ... or error.data == data
+
+
+def test_an_exception_of_an_old_harpd(beside_old_harpd: harp.HarpCaller) -> None:
+    exception = getattr(beside_old_harpd.old, "raise")().result(wait=True)
+    assert isinstance(exception, harp.RemoteException)
+    assert (exception.type, exception.data) == ("TypeError", {"class": "TypeError"})
+
+
+def test_a_cancel_closes_the_connection_to_an_old_harpd(beside_old_harpd: harp.HarpCaller) -> None:
+    job = beside_old_harpd.old.hang()  # its server's thread ends only when the connection is closed
+    assert job.cancel() is True
+    assert job.result(wait=True) is harp.CALL_CANCELLED
+
+
+def test_our_client_calls_an_old_harpd(tmp_path: Path) -> None:
+    files = server_files(tmp_path)
+    with server(old_harpd, old_tls_server(files.certfile, files.keyfile)) as port:
+        old = harp.HarpServer("127.0.0.1", "u", "p", port, ca_file=str(files.ca_file))
+        assert old.echo("a") == ["a"]
+        *records, result = old.stream(2)
+        assert (records, result.value) == ([{"n": 0}, {"n": 1}], None)
+        with pytest.raises(harp.RemoteException, match="TypeError"):
+            getattr(old, "raise")()
+        with pytest.raises(harp.RemoteError, match="read_error"):
+            old.error()
+        with pytest.raises(harp.CommunicationError):
+            old.garbage()
+        with pytest.raises(harp.CommunicationError):
+            old.close()
+
+
+# An old client and our dispatcher: every reply has exactly the keys of version 1.
+
+
+def test_an_old_client_uses_our_dispatcher(system: System) -> None:
+    port = system.dispatcher.port
+    (accepted,) = old_client(port, host="web01", procedure="count", arguments=[2], queue={"name": {}, "concurrency": 1})
+    assert set(accepted) == {"harpcaller", "job_id"}
+    job = accepted["job_id"]
+    packets = [{"packet": 0, "data": 0}, {"packet": 1, "data": 1}]
+    assert old_client(port, follow_stream=job, since=0) == [*packets, {"result": None}]
+    assert old_client(port, get_result=job, wait=True) == [{"result": None}]
+    assert old_client(port, get_result=job, wait=False) == [{"result": None}]
+    assert old_client(port, read_stream=job) == [*packets, {"result": None}]
+    assert old_client(port, read_stream=job, recent=1) == [packets[1], {"result": None}]
+    assert old_client(port, cancel=job) == [{"cancelled": False}]
+    (status,) = old_client(port, get_status=job)
+    assert set(status) == {"call", "time", "info"}
+    assert status["call"] == {"host": "web01", "procedure": "count", "arguments": [2]}
+    assert set(status["time"]) == {"submit", "start", "end"}
+    assert all(type(moment) is int for moment in status["time"].values())
+
+
+def test_an_old_client_cancels_and_asks_for_what_is_not_there(system: System) -> None:
+    port = system.dispatcher.port
+    job = old_client(port, host="web01", procedure="sleep", arguments=[600])[0]["job_id"]
+    assert old_client(port, get_result=job, wait=False) == [{"no_result": True}]
+    assert old_client(port, read_stream=job)[-1] == {"continue": True}
+    assert old_client(port, cancel=job) == [{"cancelled": True}]
+    assert old_client(port, follow_stream=job) == [{"cancelled": True}]
+    for request in ({"get_result": UNKNOWN, "wait": True}, {"get_status": UNKNOWN}, {"follow_stream": UNKNOWN}):
+        (refusal,) = old_client(port, **request)
+        assert set(refusal) == {"error"}
+        assert refusal["error"]["type"] == "invalid_jobid"
+    assert old_client(port, cancel=UNKNOWN) == [{"cancelled": False}]
+    job = old_client(port, host="nowhere", procedure="p", arguments=[])[0]["job_id"]
+    assert old_client(port, get_result=job, wait=True)[0]["error"]["type"] == "unknown_host"
+
+
+# Our client and an old dispatcher.
+
+
+def test_our_client_uses_an_old_dispatcher() -> None:
+    old = OldDispatcher()
+    with server(old) as port:
+        rpc = harp.HarpCaller("127.0.0.1", port)
+        job = rpc.host("h", queue={"q": 1}, concurrency=2, timeout=5, max_exec_time=6, info=[1]).p(1)
+        assert job.id() == old.JOB
+        assert job.result() is harp.CALL_NOT_FINISHED
+        assert (job.host(), job.procedure(), job.args(), job.info()) == ("h", "p", [1], None)
+        assert (job.submit_time(), job.start_time(), job.end_time()) == (1, 2, None)
+        assert list(job.stream(numbered=True)) == [(0, 0)]
+        assert list(job.follow(since=1)) == [1, 2]
+        assert rpc.job(job.id()).get() == [1]
+        assert job.cancel() is True
+        assert rpc.job(UNKNOWN).cancel() is False
+        with pytest.raises(harp.CommunicationError, match=str(port)):
+            list(rpc.job(UNKNOWN).follow())

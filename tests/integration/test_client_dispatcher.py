@@ -1,0 +1,477 @@
+"""The client and a dispatcher that is scripted line by line; every test holds both shells."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+
+import harp
+from support.deadline import wait_until
+from support.peers import Conversation, Peer, Script, answering, single_bytes
+from support.shells import Shell, nothing_left, shell_of
+
+JOB = "3f22e0d4-c8ed-11e5-8d66-001e8c140268"
+
+GET_RESULT = {"harpcaller": 1, "get_result": JOB, "wait": True}
+PEEK_RESULT = {"harpcaller": 1, "get_result": JOB, "wait": False}
+GET_STATUS = {"harpcaller": 1, "get_status": JOB}
+FOLLOW = {"harpcaller": 1, "follow_stream": JOB}
+READ = {"harpcaller": 1, "read_stream": JOB}
+
+NOT_YET = {"no_result": True}
+REFUSAL = {"error": {"type": "storage_error", "message": "the disk is full"}}
+
+
+def status(start: int | None, end: int | None, arguments: Any = (1, "two")) -> dict[str, Any]:
+    call = {"host": "web01", "procedure": "p", "arguments": arguments}
+    return {"call": call, "time": {"submit": 100, "start": start, "end": end}, "info": {"for": "you"}}
+
+
+def packets(*data: Any, begin: int = 0) -> list[dict[str, Any]]:
+    return [{"packet": number, "data": item} for number, item in enumerate(data, begin)]
+
+
+@pytest.fixture(params=["sync", "aio"])
+def shell(request: pytest.FixtureRequest) -> Iterator[Shell]:
+    with shell_of(request.param) as found:
+        yield found
+
+
+# Submitting.
+
+
+@pytest.mark.parametrize(
+    ("options", "args", "kwargs", "sent"),
+    [
+        ({}, (), {}, {"arguments": []}),
+        ({}, (1, None, "ü", 10**40, [0.1]), {}, {"arguments": [1, None, "ü", 10**40, [0.1]]}),
+        ({}, (), {"self": 1, "args": [2], "host": "h"}, {"arguments": {"self": 1, "args": [2], "host": "h"}}),
+        (
+            {"queue": {"foo": "bar"}, "max_exec_time": 15},
+            (),
+            {},
+            {"arguments": [], "queue": {"name": {"foo": "bar"}, "concurrency": 1}, "max_exec_time": 15},
+        ),
+        (
+            {"queue": {}, "concurrency": 5, "timeout": 0.5, "info": [1]},
+            (),
+            {},
+            {"arguments": [], "queue": {"name": {}, "concurrency": 5}, "timeout": 0.5, "info": [1]},
+        ),
+        (dict.fromkeys(("queue", "concurrency", "timeout", "max_exec_time", "info")), (), {}, {"arguments": []}),
+        ({"info": False}, (), {}, {"arguments": [], "info": False}),
+    ],
+)
+def test_a_call_sends_what_was_given_and_nothing_else(
+    shell: Shell, options: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any], sent: dict[str, Any]
+) -> None:
+    request = {"harpcaller": 1, "host": "web01", "procedure": "p", **sent}
+    with Peer(always=answering({"harpcaller": 1, "job_id": JOB}, request=request)) as peer:
+        rpc = shell.caller(peer)
+        for server in (rpc.web01(**options), rpc("web01", **options), rpc.host(host="web01", **options)):
+            assert server.p(*args, **kwargs).id() == JOB
+    assert len(peer.requests) == 3
+
+
+def test_options_are_added_and_later_changes_of_their_values_are_not_seen(shell: Shell) -> None:
+    name = {"a": [1]}
+    with Peer(always=answering({"harpcaller": 1, "job_id": JOB})) as peer:
+        server = shell.caller(peer).web01(queue=name)
+        procedure = server.p
+        server(concurrency=2)(timeout=3)
+        name["a"].append(2)
+        procedure()
+        server(timeout=None)
+        procedure()
+    first, second = peer.requests
+    assert (first["queue"], first["timeout"]) == ({"name": {"a": [1]}, "concurrency": 2}, 3)
+    assert "timeout" not in second
+
+
+def test_an_error_reply_to_a_call_is_raised(shell: Shell) -> None:
+    with Peer(answering({"error": {"type": "storage_error", "message": "full", "data": [1]}})) as peer:
+        with pytest.raises(harp.RemoteError, match="storage_error: full") as caught:
+            shell.caller(peer).web01.p()
+    assert caught.value.data == [1]
+
+
+def test_a_request_of_ones_own(shell: Shell) -> None:
+    reply = {"harpcaller": 1, "error": {"type": "x", "message": "y"}, "more": 1}
+    with Peer(answering(reply), answering([1])) as peer:
+        rpc = shell.caller(peer)
+        assert rpc.request({"get_status": JOB}) == reply
+        with pytest.raises(harp.CommunicationError, match="expected an object"):
+            rpc.request({"harpcaller": 2, "x": 1})
+    assert peer.requests == [GET_STATUS, {"harpcaller": 2, "x": 1}]
+
+
+def test_a_connection_of_ones_own(shell: Shell) -> None:
+    with Peer(answering({"a": 1}, [2], pieces=single_bytes)) as peer:
+        with shell.caller(peer).connect() as conn:
+            conn.send({"any": "thing"})
+            assert (conn.receive(), conn.receive()) == ({"a": 1}, [2])
+            with pytest.raises(harp.CommunicationError, match="closed the connection before it had said all"):
+                conn.receive()
+    assert peer.requests == [{"any": "thing"}]
+
+
+# Results.
+
+ENDS = [
+    ({"result": {"a": [1, None]}}, {"a": [1, None]}),
+    ({"result": None}, None),
+    ({"exception": {"type": "ValueError", "message": "no"}}, harp.RemoteException("ValueError", "no")),
+    ({"exception": {"type": "E", "message": "", "data": {"x": 1}}}, harp.RemoteException("E", "", {"x": 1})),
+    ({"error": {"type": "timeout", "message": "m", "data": [5]}}, harp.RemoteError("timeout", "m", [5])),
+    ({"error": {"type": "unknown_host", "message": "m"}}, harp.RemoteError("unknown_host", "m")),
+    ({"cancelled": True}, harp.CALL_CANCELLED),
+]
+
+
+def same(found: Any, expected: Any) -> bool:
+    if isinstance(expected, harp.HarpException):
+        return type(found) is type(expected) and found.args == expected.args
+    return found is expected or (type(found) is type(expected) and found == expected)
+
+
+@pytest.mark.parametrize(("reply", "outcome"), ENDS)
+def test_a_result_is_given_and_kept(shell: Shell, reply: Any, outcome: Any) -> None:
+    with Peer(answering(NOT_YET), answering(NOT_YET), answering(reply)) as peer:
+        job = shell.caller(peer).job(JOB)
+        assert job.result() is harp.CALL_NOT_FINISHED
+        assert job.get(wait=False) is harp.CALL_NOT_FINISHED
+        first, second = job.result(wait=True), job.result()
+        assert same(first, outcome)
+        assert same(second, outcome)
+        if isinstance(outcome, harp.HarpException):
+            with pytest.raises(type(outcome)) as caught:
+                job.get()
+            assert caught.value.args == outcome.args
+            assert first is not second
+        elif outcome is harp.CALL_CANCELLED:
+            with pytest.raises(harp.CancelledException, match=JOB):
+                job.get()
+        else:
+            assert same(job.get(), outcome)
+    assert peer.requests == [PEEK_RESULT, PEEK_RESULT, GET_RESULT]
+
+
+def test_everyone_gets_values_of_his_own(shell: Shell) -> None:
+    with Peer(answering({"result": [1]}), answering(status(1, 2))) as peer:
+        job = shell.caller(peer).job(JOB)
+        job.get().append(2)
+        assert job.get() == [1]
+        job.args().append(2)
+        job.info()["changed"] = True
+        assert (job.args(), job.info()) == ([1, "two"], {"for": "you"})
+
+
+@pytest.mark.parametrize("kind", ["storage_error", "invalid_request", "invalid_jobid"])
+def test_a_refusal_is_not_the_jobs_end(shell: Shell, kind: str) -> None:
+    refusal = {"error": {"type": kind, "message": "m"}}
+    with Peer(answering(refusal), answering(refusal), answering({"result": 5})) as peer:
+        job = shell.caller(peer).job(JOB)
+        assert same(job.result(wait=True), harp.RemoteError(kind, "m"))
+        with pytest.raises(harp.RemoteError, match=kind):
+            job.get()
+        assert job.result() == 5
+
+
+def test_a_dispatcher_that_is_away_is_not_the_jobs_end(shell: Shell) -> None:
+    def cut(talk: Conversation) -> None:
+        talk.expect(GET_RESULT)
+        talk.send(b'{"result": ')
+
+    with Peer(cut, cut, answering({"result": 5})) as peer:
+        job = shell.caller(peer).job(JOB)
+        outcome = job.result(wait=True)
+        assert isinstance(outcome, harp.CommunicationError)
+        assert f"{peer.host}:{peer.port}" in str(outcome)
+        assert "11 bytes into a line" in str(outcome)
+        with pytest.raises(harp.CommunicationError):
+            job.get()
+        assert job.result(wait=True) == 5
+
+
+def test_no_result_is_no_answer_when_asked_to_wait(shell: Shell) -> None:
+    with Peer(answering(NOT_YET), answering(NOT_YET)) as peer:
+        job = shell.caller(peer).job(JOB)
+        assert isinstance(job.result(wait=True), harp.CommunicationError)
+        with pytest.raises(harp.CommunicationError, match="asked to wait"):
+            job.get()
+
+
+@pytest.mark.parametrize("cancelled", [True, False])
+def test_cancel(shell: Shell, cancelled: bool) -> None:
+    with Peer(
+        answering({"cancelled": cancelled}, request={"harpcaller": 1, "cancel": JOB}), answering(REFUSAL)
+    ) as peer:
+        job = shell.caller(peer).job(JOB)
+        assert job.cancel() is cancelled
+        with pytest.raises(harp.RemoteError, match="storage_error"):
+            job.cancel()
+
+
+# Status.
+
+
+def test_what_was_submitted_is_asked_for_once(shell: Shell) -> None:
+    with Peer(answering(status(None, None), request=GET_STATUS)) as peer:
+        job = shell.caller(peer).job(JOB)
+        assert job.host() == "web01"
+        assert job.procedure() == "p"
+        assert job.args() == [1, "two"]
+        assert job.info() == {"for": "you"}
+        assert job.submit_time() == 100
+
+
+def test_named_arguments_come_back_as_a_dict(shell: Shell) -> None:
+    with Peer(answering(status(None, None, {"z": 1, "a": 2}))) as peer:
+        assert list(shell.caller(peer).job(JOB).args().items()) == [("z", 1), ("a", 2)]
+
+
+def test_times_are_kept_once_they_are_final(shell: Shell) -> None:
+    replies = [(None, None), (None, None), (101, None), (101, None), (101, 105)]
+    with Peer(*(answering(status(start, end)) for start, end in replies)) as peer:
+        job = shell.caller(peer).job(JOB)
+        assert job.start_time() is None
+        assert job.end_time() is None
+        assert job.start_time() == 101
+        assert job.start_time() == 101
+        assert job.end_time() is None
+        assert job.end_time() == 105
+        assert (job.start_time(), job.end_time(), job.end_time()) == (101, 105, 105)
+
+
+def test_a_job_that_ended_without_a_start_has_none_for_good(shell: Shell) -> None:
+    with Peer(answering(status(None, 105))) as peer:
+        job = shell.caller(peer).job(JOB)
+        assert (job.start_time(), job.end_time(), job.start_time()) == (None, 105, None)
+
+
+def test_an_error_reply_to_a_status_is_raised_and_not_kept(shell: Shell) -> None:
+    with Peer(answering({"error": {"type": "invalid_jobid", "message": "m"}}), answering(status(1, 2))) as peer:
+        job = shell.caller(peer).job(JOB)
+        with pytest.raises(harp.RemoteError, match="invalid_jobid"):
+            job.host()
+        assert job.host() == "web01"
+
+
+# Streams.
+
+
+@pytest.mark.parametrize("method", ["follow", "stream"])
+@pytest.mark.parametrize(("reply", "outcome"), ENDS)
+def test_the_end_of_a_stream_is_the_jobs(shell: Shell, method: str, reply: Any, outcome: Any) -> None:
+    with Peer(answering(*packets("a", None, {"b": 1}), reply, pieces=single_bytes)) as peer:
+        job = shell.caller(peer).job(JOB)
+        assert list(getattr(job, method)(since=0)) == ["a", None, {"b": 1}]
+        assert same(job.result(), outcome)
+        assert same(job.result(wait=True), outcome)
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "sent"),
+    [
+        ("follow", {}, FOLLOW),
+        ("follow", {"since": 0}, {**FOLLOW, "since": 0}),
+        ("follow", {"recent": 3}, {**FOLLOW, "recent": 3}),
+        ("stream", {}, READ),
+        ("stream", {"since": 7}, {**READ, "since": 7}),
+        ("stream", {"recent": 0}, {**READ, "recent": 0}),
+    ],
+)
+def test_what_a_stream_asks_for(shell: Shell, method: str, options: dict[str, int], sent: dict[str, Any]) -> None:
+    begin = options.get("since", 4)
+    with Peer(answering(*packets("x", "y", begin=begin), {"result": 1}, request=sent)) as peer:
+        iterator = getattr(shell.caller(peer).job(JOB), method)(**options, numbered=True)
+        assert next(iterator) == (begin, "x")
+        assert iterator.all() == [(begin + 1, "y")]
+        assert iterator.all() == []
+        with pytest.raises(StopIteration):
+            next(iterator)
+
+
+def test_continue_ends_the_records_so_far_but_not_the_job(shell: Shell) -> None:
+    with Peer(answering(*packets(1, 2), {"continue": True}), answering(NOT_YET)) as peer:
+        job = shell.caller(peer).job(JOB)
+        assert job.stream().all() == [1, 2]
+        assert job.result() is harp.CALL_NOT_FINISHED
+
+
+WRONG_STREAMS: list[tuple[str, list[object], type[harp.HarpException], str]] = [
+    ("follow", [*packets(1), REFUSAL], harp.RemoteError, "storage_error"),
+    ("stream", [{"error": {"type": "invalid_jobid", "message": "m"}}], harp.RemoteError, "invalid_jobid"),
+    ("follow", [{"error": {"type": "invalid_request", "message": "m"}}], harp.RemoteError, "invalid_request"),
+    ("follow", [*packets(1)], harp.CommunicationError, "closed the connection before it had said all"),
+    ("follow", [*packets(1), b'{"packet": 1, '], harp.CommunicationError, "14 bytes into a line"),
+    ("follow", [*packets(1), {"continue": True}], harp.CommunicationError, "does not answer this request"),
+    ("stream", [*packets(1), NOT_YET], harp.CommunicationError, "does not answer this request"),
+    ("follow", [*packets(1), *packets(2, begin=2)], harp.CommunicationError, "packet 2: expected number 1"),
+    ("follow", [*packets(1), *packets(1)], harp.CommunicationError, "packet 0: expected number 1"),
+    ("stream", [*packets(1), b"garbage\n"], harp.CommunicationError, "column 1"),
+    ("stream", [*packets(1), b"\xff\n"], harp.CommunicationError, "not UTF-8"),
+    ("stream", [{"packet": 0}], harp.CommunicationError, "data: missing"),
+]
+
+
+@pytest.mark.parametrize(("method", "lines", "kind", "message"), WRONG_STREAMS)
+def test_errors_come_out_of_the_iteration_and_are_not_the_end(
+    shell: Shell, method: str, lines: list[object], kind: type[harp.HarpException], message: str
+) -> None:
+    with Peer(answering(*lines), answering({"result": 5})) as peer:
+        job = shell.caller(peer).job(JOB)
+        iterator = getattr(job, method)()
+        with pytest.raises(kind, match=message):
+            list(iterator)
+        assert list(iterator) == []
+        assert job.result() == 5
+
+
+def endless(talk: Conversation) -> None:
+    talk.expect()
+    talk.reply(*packets(1, 2))
+    talk.until_closed()
+
+
+@pytest.mark.parametrize("how", ["close", "with", "forget", "raise"])
+def test_leaving_early_closes_the_connection(shell: Shell, how: str) -> None:
+    with Peer(endless) as peer:
+        iterator = shell.caller(peer).job(JOB).follow()
+        assert next(iterator) == 1
+        match how:
+            case "close":
+                iterator.close()
+                iterator.close()
+            case "with":
+                with iterator:
+                    pass
+            case "raise":
+                with pytest.raises(KeyError), iterator:
+                    raise KeyError
+            case "forget":
+                del iterator
+        assert peer.conversations[0].closed.wait(30)
+        if how != "forget":
+            assert list(iterator) == []
+
+
+def test_records_are_given_as_they_come(shell: Shell) -> None:
+    seen = threading.Event()
+
+    def script(talk: Conversation) -> None:
+        talk.expect()
+        talk.reply(*packets("first"))
+        assert seen.wait(30)
+        talk.reply({"result": 1})
+
+    with Peer(script) as peer:
+        iterator = shell.caller(peer).job(JOB).follow()
+        assert next(iterator) == "first"
+        seen.set()
+        assert iterator.all() == []
+
+
+def test_an_iterator_made_by_hand() -> None:
+    with (
+        nothing_left(),
+        Peer(answering(*packets(1), {"result": 2}), answering(*packets(1), {"continue": True})) as peer,
+    ):
+        rpc = harp.HarpCaller(peer.host, peer.port)
+        job = rpc.job(JOB)
+        for request, numbered, items in ((FOLLOW, True, [(0, 1)]), (READ, False, [1])):
+            conn = rpc.connect()
+            conn.send(request)
+            assert harp.RemoteCall.StreamIterator(job, conn, numbered).all() == items
+        assert job.result() == 2
+
+
+def test_iterators_and_connections_are_not_copied() -> None:
+    with nothing_left(), Peer(endless) as peer:
+        iterator = harp.HarpCaller(peer.host, peer.port).job(JOB).follow()
+        for item in (iterator, iterator._conn):
+            for duplicate in (copy.copy, copy.deepcopy, pickle.dumps):
+                with pytest.raises(TypeError, match="can't be copied or pickled"):
+                    duplicate(item)
+        iterator.close()
+
+
+# Lines as other programs write them.
+
+
+@pytest.mark.parametrize("pieces", [lambda data: [data], single_bytes], ids=["whole", "bytes"])
+def test_key_order_white_space_and_further_keys_do_not_matter(shell: Shell, pieces: Any) -> None:
+    lines = [
+        b' { "job_id" : "%s" , "harpcaller" : 1 , "x" : 0 } \r\n' % JOB.encode(),
+        b'\t{"extra":null,\t"result" : [ 1 ] }\n',
+        b'{"info":1,"time":{"end":3,"start":2,"submit":1,"x":0},"call":{"arguments":{},"procedure":"p","host":"h"}}\n',
+    ]
+    with Peer(*(answering(line, pieces=pieces) for line in lines)) as peer:
+        job = shell.caller(peer).web01.p()
+        assert job.get() == [1]
+        assert (job.host(), job.args(), job.end_time()) == ("h", {}, 3)
+
+
+VALUES = [10**40, 0.1, "\ud800", {"z": 1, "a": 2}, {"": [{}]}, [[[[[]]]]], "x" * 5_000_000]
+
+
+@pytest.mark.parametrize("value", VALUES, ids=lambda value: repr(value)[:20])
+def test_values_survive(shell: Shell, value: Any) -> None:
+    with Peer(answering({"harpcaller": 1, "job_id": JOB}), answering({"result": value})) as peer:
+        found = shell.caller(peer).web01.p(value).get()
+    assert json.dumps(found) == json.dumps(value) == json.dumps(peer.requests[0]["arguments"][0])
+
+
+# Many threads.
+
+
+def test_a_call_is_shared_by_many_threads() -> None:
+    replies: dict[str, Any] = {"get_result": {"result": [1]}, "get_status": status(1, 2)}
+
+    def script(talk: Conversation) -> None:
+        request = talk.expect()
+        talk.reply(next(reply for key, reply in replies.items() if key in request))
+
+    with nothing_left(), Peer(always=script) as peer, ThreadPoolExecutor(16) as pool:
+        job = harp.HarpCaller(peer.host, peer.port).job(JOB)
+        asked = [pool.submit(ask) for _ in range(50) for ask in (job.result, job.end_time, job.host, job.args)]
+        assert [future.result(60) for future in asked] == [[1], 2, "web01", [1, "two"]] * 50
+        assert len(peer.conversations) <= 32
+
+
+def test_an_iterator_is_shared_by_threads() -> None:
+    count = 500
+    with nothing_left(), Peer(answering(*packets(*range(count)), {"result": 1})) as peer, ThreadPoolExecutor(8) as pool:
+        iterator = harp.HarpCaller(peer.host, peer.port).job(JOB).follow(since=0)
+        parts = list(pool.map(lambda _: list(iterator), range(8)))
+    assert sorted(item for part in parts for item in part) == list(range(count))
+    assert all(part == sorted(part) for part in parts)
+
+
+def test_close_wakes_a_thread_that_reads() -> None:
+    with nothing_left(), Peer(endless) as peer, ThreadPoolExecutor(1) as pool:
+        iterator = harp.HarpCaller(peer.host, peer.port).job(JOB).follow()
+        assert [next(iterator), next(iterator)] == [1, 2]
+        reading = pool.submit(next, iterator)
+        wait_until(lambda: iterator._turn.locked(), what="the reading thread")
+        iterator.close()
+        with pytest.raises(harp.CommunicationError):
+            reading.result(60)
+
+
+def test_scripts_that_fail_fail_the_test() -> None:
+    """The peers of these tests are no yes-men."""
+    wrong: Script = answering({"result": 1}, request={"harpcaller": 2})
+    with pytest.raises(AssertionError, match="expected"), Peer(wrong) as peer:
+        harp.HarpCaller(peer.host, peer.port).job(JOB).result()
+    with pytest.raises(AssertionError, match="not played"), Peer(wrong):
+        pass
+    with pytest.raises(AssertionError, match="one connection more"), Peer() as peer:
+        harp.HarpCaller(peer.host, peer.port).job(JOB).result()

@@ -1,0 +1,448 @@
+"""The application as the doors see it: jobs, queues, streams, restart and shutdown."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from harp.protocol.dispatcher import Continue
+from harp.protocol.ends import Cancelled, Failed, Returned
+from harpcaller.config import Config, ConfigError
+from harpcaller.jobs import MISSING_RESULT, State
+from harpcaller.store import StorageError, UnknownJob
+from harpcaller.store.sqlite import open_store
+from support.certificates import server_files
+from support.deadline import eventually
+from support.dispatcher import (
+    Switched,
+    call,
+    collected,
+    decoded,
+    followed,
+    host_line,
+    hosts_file,
+    raw,
+    result,
+    running,
+    until,
+)
+from support.jobs import job_in
+from support.peers import Conversation, Peer, Script, server_context
+
+ACKNOWLEDGED = {"harp": 1, "stream_result": False}
+STREAMING = {"harp": 1, "stream_result": True}
+NOBODY = str(uuid.UUID(int=0))
+
+
+class Gates:
+    """Hosts whose calls wait until the test lets them go, and count how many are under way."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._go = threading.Semaphore(0)
+        self.begun: list[Any] = []
+        self.running = 0
+        self.most = 0
+
+    def script(self, talk: Conversation) -> None:
+        request = talk.expect()
+        with self._lock:
+            self.begun.append(request["arguments"])
+            self.running += 1
+            self.most = max(self.most, self.running)
+        talk.reply(ACKNOWLEDGED)
+        assert self._go.acquire(timeout=60)
+        with self._lock:
+            self.running -= 1
+        talk.reply({"result": request["arguments"]})
+
+    def let_go(self, calls: int) -> None:
+        self._go.release(calls)
+
+
+def echo(talk: Conversation) -> None:
+    request = talk.expect()
+    talk.reply(ACKNOWLEDGED, {"result": request["arguments"]})
+
+
+@contextmanager
+def host(directory: Path, script: Script) -> Iterator[Peer]:
+    """A host each of whose calls follows the script."""
+    with Peer(always=script, tls=server_context(server_files(directory))) as peer:
+        yield peer
+
+
+# ---- submit --------------------------------------------------------------------------------------------------
+
+
+async def test_limits_are_those_asked_for_up_to_the_configured_ones(tmp_path: Path) -> None:
+    async with running(tmp_path, default_timeout=20.0, max_exec_time=30.0) as dispatcher:
+        for asked, stored in (((None, None), (20.0, 30.0)), ((5, 6.5), (5.0, 6.5)), ((10**40, 31), (20.0, 30.0))):
+            job_id = await dispatcher.submit(call(timeout=asked[0], max_exec_time=asked[1]), "test")
+            job = await dispatcher.job(job_id)
+            assert (job.timeout, job.max_exec_time) == stored
+
+
+async def test_a_job_is_what_was_submitted(tmp_path: Path) -> None:
+    async with running(tmp_path) as dispatcher:
+        begin = time.time()
+        job_id = await dispatcher.submit(call("f", "h", {"b": 1, "a": 2}, {"q": 1}, info=raw([None])), "test")
+        assert str(uuid.UUID(job_id)) == job_id
+        job = await dispatcher.job(job_id)
+        assert (job.host, job.procedure, job.arguments, job.queue) == ("h", "f", b'{"b": 1, "a": 2}', b'{"q": 1}')
+        assert job.info == b"[null]"
+        assert begin <= job.submitted <= time.time()
+        assert (await dispatcher.job(await dispatcher.submit(call(), "test"))).info == b"null"
+
+
+async def test_a_job_that_can_not_be_stored_is_refused_and_the_next_is_taken(tmp_path: Path) -> None:
+    real = await open_store(tmp_path / "store")
+    store = Switched(real, "add_job", "claim_jobs")
+    with host(tmp_path, echo) as peer:
+        async with running(tmp_path, host_line(peer.port), store=store) as dispatcher:
+            store.off = True
+            with pytest.raises(StorageError):
+                await dispatcher.submit(call(), "test")
+            store.off = False
+            assert await result(dispatcher, arguments=[1]) == Returned(b"[1]")
+    await real.close()
+
+
+async def test_an_accepted_job_is_claimed_once_the_store_can(tmp_path: Path) -> None:
+    real = await open_store(tmp_path / "store")
+    store = Switched(real, "claim_jobs")
+    with host(tmp_path, echo) as peer:
+        async with running(tmp_path, host_line(peer.port), store=store) as dispatcher:
+            store.off = True
+            job_id = await dispatcher.submit(call(), "test")
+            await eventually(lambda: store.refused >= 2, what="a second try")
+            store.off = False
+            assert await dispatcher.result(job_id, wait=True) == Returned(b"[]")
+    await real.close()
+
+
+@pytest.mark.parametrize("job_id", ["", "x", NOBODY, NOBODY + "\n", str(uuid.uuid4()).upper(), "\ud800", "0" * 36])
+async def test_an_id_of_no_job(tmp_path: Path, job_id: str) -> None:
+    async with running(tmp_path) as dispatcher:
+        assert not await dispatcher.cancel(job_id)
+        for wait in (True, False):
+            with pytest.raises(UnknownJob):
+                await dispatcher.result(job_id, wait)
+        with pytest.raises(UnknownJob):
+            await dispatcher.job(job_id)
+        with pytest.raises(UnknownJob):
+            await followed(dispatcher, job_id)
+        with pytest.raises(UnknownJob):
+            await collected(dispatcher, job_id)
+
+
+# ---- limits on what runs -------------------------------------------------------------------------------------
+
+
+async def test_a_queues_jobs_run_in_order_and_within_its_concurrency(tmp_path: Path) -> None:
+    gates = Gates()
+    with host(tmp_path, gates.script) as peer:
+        async with running(tmp_path, host_line(peer.port)) as dispatcher:
+            jobs = [
+                await dispatcher.submit(call(arguments=[n], queue={"q": 1}, concurrency=2), "test") for n in range(6)
+            ]
+            for begun in (2, 4, 6):
+                await eventually(lambda begun=begun: len(gates.begun) == begun, what="the calls")  # type: ignore[misc]
+                gates.let_go(2)
+            assert [await dispatcher.result(job, wait=True) for job in jobs] == [Returned(raw([n])) for n in range(6)]
+    assert gates.most == 2
+    assert [sorted(gates.begun[at : at + 2]) for at in (0, 2, 4)] == [[[0], [1]], [[2], [3]], [[4], [5]]]
+
+
+@pytest.mark.parametrize("limit", [{"host_concurrency": 3}, {"calls": 3}])
+async def test_more_calls_than_a_limit_allows_wait(tmp_path: Path, limit: dict[str, Any]) -> None:
+    gates = Gates()
+    with host(tmp_path, gates.script) as peer:
+        async with running(tmp_path, host_line(peer.port), **limit) as dispatcher:
+            jobs = [await dispatcher.submit(call(arguments=[n]), "test") for n in range(9)]
+            await eventually(lambda: gates.running == 3, what="three calls")
+            gates.let_go(9)
+            for n, job in enumerate(jobs):
+                assert await dispatcher.result(job, wait=True) == Returned(raw([n]))
+    assert gates.most == 3
+
+
+async def test_two_hundred_calls_at_once_on_one_host(tmp_path: Path) -> None:
+    gates = Gates()
+    with host(tmp_path, gates.script) as peer:
+        async with running(tmp_path, host_line(peer.port), connect_timeout=60.0) as dispatcher:
+            jobs = [await dispatcher.submit(call(arguments=[n]), "test") for n in range(200)]
+            await eventually(lambda: gates.running == 200, 60, "all calls")
+            assert dispatcher.calls == 200
+            gates.let_go(200)
+            for n, job in enumerate(jobs):
+                assert await dispatcher.result(job, wait=True) == Returned(raw([n]))
+
+
+# ---- cancel --------------------------------------------------------------------------------------------------
+
+
+async def test_a_queue_is_cancelled_as_a_whole(tmp_path: Path) -> None:
+    gates = Gates()
+    with host(tmp_path, gates.script) as peer:
+        async with running(tmp_path, host_line(peer.port)) as dispatcher:
+            jobs = [await dispatcher.submit(call(queue={"a": 1, "b": 2}), "test") for _ in range(5)]
+            other = await dispatcher.submit(call(arguments=["other"], queue={}), "test")
+            await eventually(lambda: gates.running == 2, what="one call of each queue")
+            assert [(q.running, q.queued) for q in await dispatcher.list_queues()] == [(1, 4), (1, 0)]
+            assert len([job async for job in dispatcher.list_jobs(queue=raw({"b": 2, "a": 1.0}))]) == 5
+            assert await dispatcher.cancel_queue(raw({"b": 2, "a": 1})) == 5
+            assert await dispatcher.cancel_queue(raw({"b": 2, "a": 1})) == 0
+            for job in jobs:
+                assert await dispatcher.result(job, wait=False) == Cancelled()
+            gates.let_go(6)
+            assert await dispatcher.result(other, wait=True) == Returned(b'["other"]')
+    assert len(gates.begun) == 2
+
+
+async def test_cancel_of_a_waiting_job_and_of_the_one_before_it(tmp_path: Path) -> None:
+    gates = Gates()
+    with host(tmp_path, gates.script) as peer:
+        async with running(tmp_path, host_line(peer.port)) as dispatcher:
+            first, second, third = [await dispatcher.submit(call(arguments=[n], queue={}), "test") for n in range(3)]
+            await eventually(lambda: gates.running == 1, what="the first call")
+            assert await dispatcher.cancel(second)
+            job = await dispatcher.job(second)
+            assert (job.state, job.started) == (State.CANCELLED, None)
+            assert job.ended is not None
+            assert await dispatcher.cancel(first)
+            gates.let_go(3)
+            assert await dispatcher.result(third, wait=True) == Returned(b"[2]")
+    assert gates.begun == [[0], [2]]
+
+
+async def test_whoever_waits_learns_of_a_cancel(tmp_path: Path) -> None:
+    gates = Gates()
+    with host(tmp_path, gates.script) as peer:
+        async with running(tmp_path, host_line(peer.port)) as dispatcher:
+            for started in (False, True):
+                blocker = await dispatcher.submit(call(queue={}), "test")
+                job_id = blocker if started else await dispatcher.submit(call(queue={}), "test")
+                waiting = asyncio.create_task(dispatcher.result(job_id, wait=True))
+                following = asyncio.create_task(followed(dispatcher, job_id))
+                await eventually(lambda: gates.running == 1, what="a call")
+                assert await dispatcher.cancel(job_id)
+                assert await waiting == Cancelled()
+                assert await following == ([], Cancelled())
+                await dispatcher.cancel(blocker)
+                gates.let_go(1)
+                await eventually(lambda: gates.running == 0, what="the call's end")
+
+
+# ---- streams -------------------------------------------------------------------------------------------------
+
+
+class Stream:
+    """A host whose one call sends records when the test says so."""
+
+    def __init__(self) -> None:
+        self._talk: Conversation | None = None
+        self._ended = threading.Event()
+
+    def script(self, talk: Conversation) -> None:
+        talk.expect()
+        talk.reply(STREAMING)
+        self._talk = talk
+        assert self._ended.wait(60)
+
+    async def send(self, *messages: object) -> None:
+        talk = await eventually(lambda: self._talk, what="the call")
+        assert talk is not None
+        await asyncio.to_thread(talk.reply, *messages)
+
+    async def end(self) -> None:
+        await self.send({"result": "end"})
+        self._ended.set()
+
+
+async def test_follow_and_read_from_every_place(tmp_path: Path) -> None:
+    stream = Stream()
+    with host(tmp_path, stream.script) as peer:
+        async with running(tmp_path, host_line(peer.port)) as dispatcher:
+            job_id = await dispatcher.submit(call(), "test")
+            await stream.send(*({"stream": n} for n in range(5)))
+            await until(dispatcher, job_id, lambda job: job.records == 5, "five records")
+            since = {n: asyncio.create_task(followed(dispatcher, job_id, since=n)) for n in (0, 3, 5, 7, 10, 20)}
+            recent = dispatcher.follow(job_id, recent=2)
+            begin = await anext(recent)
+            assert isinstance(begin, list)
+            assert decoded(begin) == [(3, 3), (4, 4)]
+            for first, options in (
+                (0, {}),
+                (3, {"since": 3}),
+                (9, {"since": 9}),
+                (4, {"recent": 1}),
+                (0, {"recent": 9}),
+            ):
+                found, closing = await collected(dispatcher, job_id, **options)
+                assert (found, closing) == ([(n, n) for n in range(first, 5)], Continue())
+
+            await stream.send(*({"stream": n} for n in range(5, 10)))
+            await stream.end()
+            for first, task in since.items():
+                assert await task == ([(n, n) for n in range(first, 10)], Returned(b'"end"'))
+            rest = [item async for item in recent]
+            assert [pair for item in rest[:-1] for pair in decoded(item)] == [(n, n) for n in range(5, 10)]  # type: ignore[arg-type]
+            assert rest[-1] == Returned(b'"end"')
+            for first, options in ((10, {}), (8, {"since": 8}), (7, {"recent": 3}), (30, {"since": 30})):
+                records = [(n, n) for n in range(first, 10)]
+                assert await followed(dispatcher, job_id, **options) == (records, Returned(b'"end"'))
+            assert await collected(dispatcher, job_id) == ([(n, n) for n in range(10)], Returned(b'"end"'))
+
+
+async def test_a_thousand_followers_and_one_that_never_reads(tmp_path: Path) -> None:
+    stream = Stream()
+    with host(tmp_path, stream.script) as peer:
+        async with running(tmp_path, host_line(peer.port)) as dispatcher:
+            job_id = await dispatcher.submit(call(), "test")
+            await stream.send({"stream": 0})
+            idle = dispatcher.follow(job_id, since=0)
+            first = await anext(idle)
+            assert isinstance(first, list)
+            assert decoded(first) == [(0, 0)]
+            tasks = [asyncio.create_task(followed(dispatcher, job_id, since=0)) for _ in range(1000)]
+            for begin in range(1, 101, 10):
+                await stream.send(*({"stream": n} for n in range(begin, begin + 10)))
+            await stream.end()
+            outcomes = await asyncio.gather(*tasks)
+            assert all(outcome == ([(n, n) for n in range(101)], Returned(b'"end"')) for outcome in outcomes)
+            await idle.aclose()
+
+
+async def test_records_come_in_batches_of_bounded_size(tmp_path: Path) -> None:
+    def script(talk: Conversation) -> None:
+        talk.expect()
+        talk.reply(STREAMING, *({"stream": "x" * 100_000} for _ in range(50)), {"result": None})
+
+    with host(tmp_path, script) as peer:
+        async with running(tmp_path, host_line(peer.port)) as dispatcher:
+            job_id = await dispatcher.submit(call(), "test")
+            assert await dispatcher.result(job_id, wait=True) == Returned(b"null")
+            batches = [item async for item in dispatcher.follow(job_id, since=0) if isinstance(item, list)]
+            sizes = [sum(len(packet.data) for packet in batch) for batch in batches]
+            assert sum(sizes) == 50 * 100_002
+            assert max(sizes) < 1_000_000
+
+
+# ---- list, hosts, reload -------------------------------------------------------------------------------------
+
+
+async def test_jobs_are_listed_in_the_order_of_submission(tmp_path: Path) -> None:
+    store = await open_store(tmp_path / "store")
+    ended = [await job_in(store, State.RETURNED) for _ in range(3)]
+    waiting = [await job_in(store, State.QUEUED, queue={}) for _ in range(450)]
+    async with running(
+        tmp_path, store=store, calls=1, hosts_file=None, host_db_script=Path("/bin/sleep")
+    ) as dispatcher:
+        # No host is known, and the script's first run is not over: nothing starts.
+        jobs = [job.id async for job in dispatcher.list_jobs(ended=True)]
+        assert jobs == ended + waiting
+    await store.close()
+
+
+async def test_reload_takes_effect_for_the_calls_after_it(tmp_path: Path) -> None:
+    with host(tmp_path, echo) as peer:
+        async with running(tmp_path, host_line(peer.port)) as dispatcher:
+            other = hosts_file(tmp_path, host_line(peer.port, "web02"))
+            config = Config(
+                hosts_file=other,
+                default_timeout=5.0,
+                ca_file=server_files(tmp_path).ca_file,
+                host_db=tmp_path / "hosts.db",
+                stream_directory=tmp_path / "store",
+            )
+            await dispatcher.reload(config)
+            assert dispatcher.config is config
+            assert [found.hostname for found in dispatcher.hosts()] == ["web02"]
+            job_id = await dispatcher.submit(call(host="web02"), "test")
+            assert await dispatcher.result(job_id, wait=True) == Returned(b"[]")
+            assert (await dispatcher.job(job_id)).timeout == 5.0
+            for broken in ({"ca_file": tmp_path / "none"}, {"hosts_file": tmp_path / "none"}):
+                with pytest.raises(ConfigError, match=next(iter(broken))):
+                    await dispatcher.reload(Config(**broken))  # type: ignore[arg-type]
+                assert dispatcher.config is config
+
+
+# ---- start and stop ------------------------------------------------------------------------------------------
+
+
+async def test_interrupted_jobs_end_at_start_and_queued_ones_run(tmp_path: Path) -> None:
+    store = await open_store(tmp_path / "store")
+    interrupted = await job_in(store, State.RUNNING, queue={"q": 1})
+    queued = [await job_in(store, State.QUEUED, queue={"q": 1}, arguments=raw([n])) for n in range(3)]
+    begun: list[object] = []
+
+    def script(talk: Conversation) -> None:
+        begun.append(json.loads(talk.line())["arguments"])
+        talk.reply(ACKNOWLEDGED, {"result": None})
+
+    with host(tmp_path, script) as peer:
+        async with running(tmp_path, host_line(peer.port), store=store) as dispatcher:
+            assert await dispatcher.result(interrupted, wait=False) == MISSING_RESULT
+            for job in queued:
+                assert await dispatcher.result(job, wait=True) == Returned(b"null")
+    assert begun == [[0], [1], [2]]
+    await store.close()
+
+
+async def test_nothing_starts_before_the_interrupted_are_settled(tmp_path: Path) -> None:
+    real = await open_store(tmp_path / "store")
+    interrupted = await job_in(real, State.RUNNING, queue={})
+    store = Switched(real, "settle_interrupted")
+    store.off = True
+    with host(tmp_path, echo) as peer:
+        async with running(tmp_path, host_line(peer.port), store=store) as dispatcher:
+            job_id = await dispatcher.submit(call(), "test")
+            waiting = asyncio.create_task(dispatcher.result(interrupted, wait=True))
+            await eventually(lambda: store.refused >= 2, what="a second try")
+            assert (await dispatcher.job(job_id)).state is State.QUEUED
+            store.off = False
+            assert await dispatcher.result(job_id, wait=True) == Returned(b"[]")
+            assert await waiting == MISSING_RESULT
+    await real.close()
+
+
+async def test_a_clean_stop_ends_what_runs_and_keeps_what_waits(tmp_path: Path) -> None:
+    gates = Gates()
+    store = await open_store(tmp_path / "store")
+    with host(tmp_path, gates.script) as peer:
+        async with running(tmp_path, host_line(peer.port), store=store) as dispatcher:
+            jobs = [await dispatcher.submit(call(queue={}), "test") for _ in range(3)]
+            await eventually(lambda: gates.running == 1, what="the first call")
+            follower = asyncio.create_task(followed(dispatcher, jobs[0]))
+            await asyncio.sleep(0)
+        records, end = await follower
+        assert isinstance(end, Failed)
+        assert (records, end.type) == ([], "missing_result")
+        assert "stopped" in end.message
+        found = [await store.get_job(job) for job in jobs]
+        assert [(job.state, job.end) for job in found[1:]] == [(State.QUEUED, None)] * 2
+        assert found[0].end == end
+        gates.let_go(1)
+    await store.close()
+
+
+async def test_nothing_is_left_behind(tmp_path: Path) -> None:
+    gates = Gates()
+    before = asyncio.all_tasks()
+    with host(tmp_path, gates.script) as peer:
+        async with running(tmp_path, host_line(peer.port)) as dispatcher:
+            for _ in range(20):
+                await dispatcher.submit(call(), "test")
+            await eventually(lambda: gates.running == 20, what="the calls")
+        gates.let_go(20)
+        assert asyncio.all_tasks() == before

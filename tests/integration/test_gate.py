@@ -1,0 +1,399 @@
+"""The gate over real sockets: requests and refusals, phases and limits, users, what garbage does.
+
+The transcripts quote docs/protocol.md, harpd.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+import ssl
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from support.deadline import wait_until
+from support.harpd import DEADLINE, Harpd
+
+PROCEDURES = """
+import time
+from harpd.proc import procedure, streaming_procedure, Result
+
+@procedure
+def echo(*values):
+    return values
+
+@procedure
+def sleep(seconds):
+    time.sleep(seconds)
+    return "slept"
+
+@streaming_procedure
+def flood(size):
+    while True:
+        yield "x" * size
+"""
+
+ACKNOWLEDGED = {"harp": 1, "stream_result": False}
+
+
+@pytest.fixture(scope="module")
+def harpd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Harpd]:
+    limits = {"request_line": 100_000, "write_stall": 1}
+    with Harpd(tmp_path_factory.mktemp("gate"), PROCEDURES, {"limits": limits}) as harpd:
+        yield harpd
+
+
+def error(type: str, message: str) -> list[dict[str, Any]]:
+    return [{"harp": 1, "error": {"type": type, "message": message}}]
+
+
+def exchange(harpd: Harpd, data: bytes) -> list[Any]:
+    with harpd.connect() as client:
+        client.send(data)
+        return client.lines()
+
+
+def serves(harpd: Harpd) -> bool:
+    """Whether a call gets through now."""
+    try:
+        return "result" in harpd.call("echo")[-1]
+    except OSError:  # closed for the number of connections
+        return False
+
+
+# ---- requests ------------------------------------------------------------------------------------------------
+
+
+def test_a_call_is_acknowledged_and_returns(harpd: Harpd) -> None:
+    assert harpd.call("echo", 1, "two") == [ACKNOWLEDGED, {"result": [1, "two"]}]
+
+
+@pytest.mark.parametrize("order", [1, -1])
+@pytest.mark.parametrize("end", ["\n", "\r\n", " \t\n", "\n\n", "\n \r\n"])
+def test_key_order_and_white_space_do_not_matter(harpd: Harpd, order: int, end: str) -> None:
+    request = dict(list(harpd.request("echo", [1]).items())[::order])
+    text = " " + json.dumps(request, indent=1).replace("\n", "\r") + end
+    assert exchange(harpd, text.encode()) == [ACKNOWLEDGED, {"result": [1]}]
+
+
+def test_bytes_may_come_one_by_one(harpd: Harpd) -> None:
+    with harpd.connect() as client:
+        for byte in json.dumps(harpd.request("echo", [1])).encode() + b"\n":
+            client.send(bytes([byte]))
+        assert client.lines() == [ACKNOWLEDGED, {"result": [1]}]
+
+
+AUTH = {"user": "u", "password": "p"}
+GOOD = {"harp": 1, "procedure": "echo", "arguments": [], "auth": AUTH}
+
+
+@pytest.mark.parametrize(
+    ("request_", "type", "message"),
+    [
+        (b"", "parse_error", "Expecting value at column 1"),
+        (b"GET / HTTP/1.1", "parse_error", "Expecting value at column 1"),
+        (b"\xff", "parse_error", "not UTF-8 at byte 0"),
+        (b"[]", "invalid_request", "expected an object"),
+        (b'{"harp":1,"harp":1}', "invalid_request", 'repeated key "harp"'),
+        ({}, "invalid_protocol", "harp: expected 1, got None"),
+        ({**GOOD, "harp": 2}, "invalid_protocol", "harp: expected 1, got 2"),
+        ({**GOOD, "harp": True}, "invalid_protocol", "harp: expected 1, got True"),
+        ({**GOOD, "more": 1}, "invalid_request", "unknown key more"),
+        ({**GOOD, "arguments": 5}, "invalid_request", "arguments: expected an array or an object"),
+        ({**GOOD, "procedure": ""}, "invalid_request", "procedure: expected a name, got ''"),
+        ({**GOOD, "auth": None}, "invalid_request", "auth: expected an object with user and password"),
+        ({**GOOD, "auth": {"user": "u"}}, "invalid_request", "password: missing"),
+        ({"harp": 1, "procedure": "echo"}, "invalid_request", "arguments: missing"),
+    ],
+)
+def test_a_request_that_is_none_is_refused(harpd: Harpd, request_: Any, type: str, message: str) -> None:
+    data = request_ if isinstance(request_, bytes) else json.dumps(request_).encode()
+    assert exchange(harpd, data + b"\n") == error(type, message)
+
+
+def test_a_line_that_is_too_long_is_refused_while_it_comes(harpd: Harpd) -> None:
+    expected = error("invalid_request", "the request line is longer than 100000 bytes")
+    assert exchange(harpd, b"x" * 100_001) == expected
+    assert exchange(harpd, json.dumps(harpd.request("echo", ["x" * 5_000_000])).encode() + b"\n") == expected
+
+
+def test_data_after_the_request_line_is_refused(harpd: Harpd) -> None:
+    data = json.dumps(harpd.request("echo", [1])).encode() + b"\n{}"
+    assert exchange(harpd, data) == error("invalid_request", "data after the request line")
+
+
+def test_data_during_the_call_stops_it(harpd: Harpd) -> None:
+    with harpd.connect() as client:
+        client.send(harpd.request("sleep", [3600]))
+        assert client.message() == ACKNOWLEDGED
+        client.send(b"x")
+        assert client.lines() == error("invalid_request", "data after the request line")
+    assert harpd.status()["calls"] == 0
+
+
+def test_an_unknown_procedure_is_named(harpd: Harpd) -> None:
+    (refusal,) = harpd.call("nowhere")
+    assert refusal["harp"] == 1
+    assert refusal["error"]["type"] == "no_such_procedure"
+    assert refusal["error"]["data"] == {"procedure": "nowhere"}
+
+
+# ---- users ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("changes", [{"password": "wrong"}, {"user": "nobody"}, {"user": "", "password": ""}])
+def test_a_wrong_password_and_an_unknown_user_get_one_answer(harpd: Harpd, changes: dict[str, str]) -> None:
+    request = harpd.request("echo", [], auth={**harpd.auth, **changes})
+    assert exchange(harpd, json.dumps(request).encode() + b"\n") == error(
+        "auth_error", "unknown user or wrong password"
+    )
+
+
+def test_no_password_is_logged(harpd: Harpd) -> None:
+    for password in (harpd.password, "a wrong password"):
+        with harpd.connect() as client:
+            client.send(harpd.request("echo", [], auth={"user": harpd.user, "password": password}))
+            client.lines()
+    assert not [line for line in harpd.log_lines() if "a wrong password" in line or harpd.password in line]
+
+
+# ---- clients that go away, are slow, or are no clients ----------------------------------------------------------
+
+
+def test_a_client_that_goes_away_stops_its_call(harpd: Harpd) -> None:
+    with harpd.connect() as client:
+        client.send(harpd.request("sleep", [3600]))
+        assert client.message() == ACKNOWLEDGED
+        assert harpd.status()["calls"] == 1
+    wait_until(lambda: harpd.status()["calls"] == 0, DEADLINE, "the end of the call")
+    harpd.wait_event("client went away; call stopped")
+
+
+def test_a_client_that_does_not_read_is_given_up(harpd: Harpd) -> None:
+    with harpd.connect() as client:
+        client.send(harpd.request("flood", [10_000]))
+        assert client.message() == {"harp": 1, "stream_result": True}
+        harpd.wait_event("client does not read")
+        wait_until(lambda: harpd.status()["calls"] == 0, DEADLINE, "the end of the call")
+
+
+@pytest.mark.parametrize(
+    "data", [b"GET / HTTP/1.0\r\n\r\n", b"\x16\x03\x01\xff\xff" + b"x" * 100, b"\0" * 1000, b"{}\n", b"\x16"]
+)
+def test_what_is_no_tls_costs_one_line_of_the_log(harpd: Harpd, data: bytes) -> None:
+    seen = len(harpd.events())
+    with socket.create_connection((harpd.host, harpd.port), DEADLINE) as client:
+        own = client.getsockname()[1]
+        client.sendall(data)
+        client.shutdown(socket.SHUT_WR)
+        try:
+            received = b"".join(iter(lambda: client.recv(65536), b""))
+        except ConnectionError:
+            received = b""
+    assert b"Traceback" not in received
+    harpd.wait_event("handshake failed", peer=f"127.0.0.1:{own}")
+    events = [event for event in harpd.events()[seen:] if event.get("peer", "").endswith(f":{own}")]
+    assert [event["level"] for event in events] == ["info"]
+    assert harpd.call("echo") == [ACKNOWLEDGED, {"result": []}]
+
+
+def test_a_handshake_may_be_cut(harpd: Harpd) -> None:
+    incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+    hello = ssl.create_default_context().wrap_bio(incoming, outgoing, server_hostname="localhost")
+    with pytest.raises(ssl.SSLWantReadError):
+        hello.do_handshake()
+    with socket.create_connection((harpd.host, harpd.port), DEADLINE) as client:
+        own = client.getsockname()[1]
+        client.sendall(outgoing.read()[:50])
+    harpd.wait_event("handshake failed", peer=f"127.0.0.1:{own}")
+
+
+def test_tls_1_1_is_refused_and_1_2_is_spoken(harpd: Harpd) -> None:
+    with harpd.connect(maximum_version=ssl.TLSVersion.TLSv1_2) as client:
+        assert client.socket.version() == "TLSv1.2"
+        client.send(harpd.request("echo", [1]))
+        assert client.lines() == [ACKNOWLEDGED, {"result": [1]}]
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    context.set_ciphers("DEFAULT:@SECLEVEL=0")
+    with pytest.warns(DeprecationWarning, match="TLSv1"):
+        context.minimum_version = ssl.TLSVersion.TLSv1
+    with pytest.warns(DeprecationWarning, match="TLSv1"):
+        context.maximum_version = ssl.TLSVersion.TLSv1_1
+    with socket.create_connection((harpd.host, harpd.port), DEADLINE) as plain, pytest.raises((ssl.SSLError, OSError)):
+        context.wrap_socket(plain)
+
+
+# ---- deadlines and limits ----------------------------------------------------------------------------------------
+
+
+def test_each_phase_has_its_deadline(tmp_path: Path) -> None:
+    limits = {"handshake": 0.5, "request": 0.5}
+    with Harpd(tmp_path, PROCEDURES, {"limits": limits}) as harpd:
+        with socket.create_connection((harpd.host, harpd.port), DEADLINE) as silent:
+            assert silent.recv(1) == b""
+        with harpd.connect() as silent_after_handshake:
+            assert silent_after_handshake.lines() == error("invalid_request", "no whole request line came within 0.5 s")
+        with harpd.connect() as slow:
+            slow.send(b'{"harp":')
+            assert slow.lines() == error("invalid_request", "no whole request line came within 0.5 s")
+        assert harpd.call("echo") == [ACKNOWLEDGED, {"result": []}]
+
+
+def test_silent_clients_delay_nobody(tmp_path: Path) -> None:
+    with Harpd(tmp_path, PROCEDURES) as harpd:
+        silent = [socket.create_connection((harpd.host, harpd.port), DEADLINE) for _ in range(100)]
+        half = [harpd.connect() for _ in range(50)]
+        try:
+            for client in half:
+                client.send(b'{"harp":1,')
+            assert harpd.call("echo") == [ACKNOWLEDGED, {"result": []}]
+        finally:
+            for connection in (*silent, *(client.socket for client in half)):
+                connection.close()
+
+
+def test_over_the_limit_of_connections_it_says_so(tmp_path: Path) -> None:
+    with Harpd(tmp_path, PROCEDURES, {"limits": {"connections": 3}}) as harpd:
+        held = [harpd.connect() for _ in range(3)]
+        try:
+            with harpd.connect() as surplus:
+                surplus.send(harpd.request("echo", []))
+                (refusal,) = surplus.lines()
+            assert refusal["error"]["type"] == "too_many_connections"
+            held.pop().close()
+            wait_until(lambda: serves(harpd), DEADLINE, "a free connection")
+            assert len(harpd.events("too many connections")) == 1
+        finally:
+            for client in held:
+                client.close()
+
+
+def test_beyond_the_surplus_connections_are_closed(tmp_path: Path) -> None:
+    with Harpd(tmp_path, PROCEDURES, {"limits": {"connections": 1}}) as harpd:
+        silent = [socket.create_connection((harpd.host, harpd.port), DEADLINE) for _ in range(60)]
+        try:
+            silent[-1].settimeout(DEADLINE)
+            try:
+                assert silent[-1].recv(1) == b""
+            except ConnectionResetError:
+                pass  # closed all the same
+        finally:
+            for connection in silent:
+                connection.close()
+        wait_until(lambda: serves(harpd), DEADLINE, "a free connection")
+
+
+def test_long_requests_together_are_limited(tmp_path: Path) -> None:
+    limits = {"request_line": 1_000_000, "request_memory": 1_000_000}
+    with Harpd(tmp_path, PROCEDURES, {"limits": limits}) as harpd:
+        with harpd.connect() as first:
+            first.send(b'{"harp":1,"arguments":["' + b"x" * 900_000)
+            refused: list[Any] = []
+
+            def turned_away() -> bool:
+                with harpd.connect() as second:
+                    second.send(harpd.request("echo", ["x" * 900_000]))
+                    refused[:] = second.lines()
+                return "error" in refused[0]
+
+            wait_until(turned_away, DEADLINE, "the refusal of the second")
+            assert refused[0]["error"]["type"] == "too_many_connections"
+            assert harpd.call("echo", "x" * 60_000) == [ACKNOWLEDGED, {"result": ["x" * 60_000]}]
+        wait_until(lambda: not turned_away(), DEADLINE, "the memory's return")
+
+
+def test_over_the_limit_of_calls_it_says_so(tmp_path: Path) -> None:
+    with Harpd(tmp_path, PROCEDURES, {"limits": {"calls": 1}}) as harpd:
+        with harpd.connect() as running:
+            running.send(harpd.request("sleep", [3600]))
+            assert running.message() == ACKNOWLEDGED
+            (refusal,) = harpd.call("echo")
+            assert refusal["error"]["type"] == "too_many_calls"
+        wait_until(lambda: serves(harpd), DEADLINE, "the end of the first call")
+
+
+def test_without_descriptors_it_waits_and_goes_on(tmp_path: Path) -> None:
+    with Harpd(tmp_path, PROCEDURES, descriptors=40) as harpd:
+        clients = [socket.create_connection((harpd.host, harpd.port), DEADLINE) for _ in range(60)]
+        try:
+            harpd.wait_event("can't accept connections")
+        finally:
+            for client in clients:
+                client.close()
+        harpd.wait_event("accepts connections again")
+        assert harpd.call("echo") == [ACKNOWLEDGED, {"result": []}]
+        assert len(harpd.events("can't accept connections")) < 10
+
+
+# ---- own authentication modules ----------------------------------------------------------------------------------
+
+OWN = """
+import threading, time
+
+class Users:
+    def authenticate(self, user, password):
+        if user == "raises":
+            raise ValueError(password)
+        if user == "exits":
+            raise SystemExit(password)
+        if user == "hangs":
+            threading.Event().wait()
+        if user == "truthy":
+            return password
+        return user == "good"
+
+def create(config):
+    assert config == {"colour": "red"}, config
+    return Users()
+"""
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> Iterator[Harpd]:
+    (tmp_path / "lib").mkdir()
+    (tmp_path / "lib" / "own_users.py").write_text(OWN)
+    configuration = {
+        "python": {"path": str(tmp_path / "lib")},
+        "authentication": {"module": "own_users", "colour": "red"},
+        "limits": {"authentication": 1, "authentication_threads": 2},
+    }
+    with Harpd(tmp_path / "harpd", PROCEDURES, configuration) as harpd:
+        yield harpd
+
+
+def ask_as(harpd: Harpd, user: str) -> Any:
+    with harpd.connect() as client:
+        client.send(harpd.request("echo", [], auth={"user": user, "password": "hush hush"}))
+        return client.lines()[-1]
+
+
+def test_own_authentication_modules_may_fail_in_any_way(own: Harpd) -> None:
+    assert ask_as(own, "good") == {"result": []}
+    refused = error("auth_error", "unknown user or wrong password")[0]
+    for user in ("bad", "raises", "exits", "truthy", "hangs"):
+        assert ask_as(own, user) == refused
+    assert [event["error"] for event in own.events("authentication module failed")] == ["ValueError", "SystemExit"]
+    assert all("own_users.py:" in event["at"] for event in own.events("authentication module failed"))
+    assert own.events("authentication module returned neither True nor False", user="truthy", returned="str")
+    assert own.events("authentication took too long", user="hangs")
+    assert ask_as(own, "good") == {"result": []}  # one place hangs, the other serves
+    assert not [line for line in own.log_lines() if "hush" in line]
+
+
+def test_passfile_is_read_at_every_request(tmp_path: Path) -> None:
+    users = tmp_path / "users"
+    users.write_text("")
+    configuration = {"authentication": {"module": "harpd.auth.passfile", "file": str(users)}}
+    with Harpd(tmp_path / "harpd", PROCEDURES, configuration) as harpd:
+        assert ask_as(harpd, "alice")["error"]["type"] == "auth_error"
+        with harpd.connect() as client:
+            users.write_text("alice:$5$saltsalt$0IyaXrmV7.sGNS6tirgqHLqX/G.FBvgkYA.lpPdS5sA\n")
+            client.send(harpd.request("echo", [], auth={"user": "alice", "password": "secret"}))
+            assert client.lines() == [ACKNOWLEDGED, {"result": []}]
+        users.unlink()
+        assert ask_as(harpd, "alice")["error"]["type"] == "auth_error"

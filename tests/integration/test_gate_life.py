@@ -1,0 +1,384 @@
+"""The daemon's life: its start, reload, end, and what a killed gate or warden leaves."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import ssl
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from support.certificates import server_files
+from support.deadline import wait_until
+from support.harpd import DEADLINE, Harpd, is_dead
+
+PROCEDURES = """
+import os, time
+from harpd.proc import procedure, streaming_procedure
+
+@procedure
+def version():
+    return 1
+
+@procedure
+def sleep(seconds):
+    time.sleep(seconds)
+
+@procedure
+def pid_then_sleep(path):
+    with open(path, "w") as file:
+        file.write(f"{os.getpid()}\\n")
+    time.sleep(3600)
+
+@procedure
+def wait_for(path):
+    while not os.path.exists(path):
+        time.sleep(0.01)
+    return 1
+
+@streaming_procedure
+def count():
+    number = 0
+    while True:
+        yield number
+        number += 1
+"""
+NEXT = PROCEDURES.replace("return 1\n", "return 2\n")
+BROKEN = "raise RuntimeError('broken on purpose')\n"
+
+ACKNOWLEDGED = {"harp": 1, "stream_result": False}
+
+
+@pytest.fixture
+def harpd(tmp_path: Path) -> Harpd:
+    return Harpd(tmp_path / "harpd", PROCEDURES)
+
+
+def version(harpd: Harpd) -> Any:
+    return harpd.call("version")[-1]
+
+
+# ---- reload --------------------------------------------------------------------------------------------------
+
+
+def test_reload_takes_new_procedures_and_running_calls_finish_on_the_old(harpd: Harpd, tmp_path: Path) -> None:
+    with harpd, harpd.connect() as running:
+        running.send(harpd.request("wait_for", [str(tmp_path / "go")]))
+        assert running.message() == ACKNOWLEDGED
+        harpd.procedures_file.write_text(NEXT)
+        assert harpd.reload()["event"] == "reloaded"
+        assert version(harpd) == {"result": 2}
+        (tmp_path / "go").touch()
+        assert running.lines() == [{"result": 1}]
+
+
+def break_procedures(harpd: Harpd) -> None:
+    harpd.procedures_file.write_text(BROKEN)
+
+
+def break_configuration(harpd: Harpd) -> None:
+    harpd.procedures_file.write_text(NEXT)
+    harpd.config_file.write_text("network: {")
+
+
+def break_users(harpd: Harpd) -> None:
+    harpd.procedures_file.write_text(NEXT)
+    harpd.configure({"authentication": {"module": "harpd.auth.passfile", "file": "/nowhere"}})
+
+
+def break_certificate(harpd: Harpd) -> None:
+    harpd.procedures_file.write_text(NEXT)
+    harpd.certfile.write_text("garbage")
+
+
+def break_logging(harpd: Harpd) -> None:
+    harpd.procedures_file.write_text(NEXT)
+    harpd.logging_file.write_text("handlers: {a: {class: nowhere.Handler}}\nroot: {handlers: [a]}\n")
+
+
+@pytest.mark.parametrize(
+    "break_", [break_procedures, break_configuration, break_users, break_certificate, break_logging]
+)
+def test_a_broken_file_changes_nothing_and_is_logged(harpd: Harpd, break_: Any) -> None:
+    with harpd:
+        break_(harpd)
+        failed = harpd.reload()
+        assert failed["event"] == "reload failed; nothing is changed"
+        assert failed["reason"]
+        assert version(harpd) == {"result": 1}
+        assert harpd.status()["calls"] == 0
+
+
+def test_reload_takes_new_users_limits_and_certificate(harpd: Harpd) -> None:
+    with harpd:
+        other = harpd.directory / "other"
+        other.mkdir()
+        renewed = server_files(other, ("localhost", "renewed.example"))
+        harpd.certfile.write_bytes(renewed.certfile.read_bytes())
+        harpd.keyfile.write_bytes(renewed.keyfile.read_bytes())
+        harpd.password = "another"
+        harpd.configure({"limits": {"request_line": 1024}})
+        assert harpd.reload()["event"] == "reloaded"
+        with harpd.connect() as client:
+            names = dict(client.socket.getpeercert() or {})["subjectAltName"]
+            assert ("DNS", "renewed.example") in names
+            client.send(harpd.request("version", ["x" * 1024]))
+            assert client.lines()[0]["error"]["message"] == "the request line is longer than 1024 bytes"
+        assert version(harpd) == {"result": 1}
+        assert not harpd.events("a changed setting needs a restart")
+
+
+def test_what_needs_a_restart_is_said(harpd: Harpd) -> None:
+    with harpd:
+        harpd.configure({"network": {"address": "127.0.0.2"}, "runtime_directory": str(harpd.directory / "run2")})
+        assert harpd.reload()["event"] == "reloaded"
+        harpd.wait_event("a changed setting needs a restart", key="network.address")
+        harpd.wait_event("a changed setting needs a restart", key="runtime_directory")
+        assert version(harpd) == {"result": 1}
+
+
+def test_a_low_floor_of_tls_is_warned_of(harpd: Harpd) -> None:
+    harpd.configure({"network": {"tls_minimum": "1.1"}})
+    with harpd:
+        harpd.wait_event("TLS versions below 1.2 are allowed", level="warning", tls_minimum="1.1")
+
+
+# ---- the end -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_it_ends_calls_with_shutdown_and_exits_with_0(harpd: Harpd, number: signal.Signals) -> None:
+    harpd.start()
+    with harpd.connect() as running, harpd.connect() as waiting:
+        running.send(harpd.request("sleep", [3600]))
+        assert running.message() == ACKNOWLEDGED
+        os.kill(harpd.pid, number)
+        for client in (running, waiting):
+            (last,) = client.lines()
+            assert last["error"]["type"] == "shutdown"
+    assert harpd.stop(number) == 0
+    assert not harpd.faults()
+    with pytest.raises(ConnectionRefusedError):
+        harpd.connect()
+
+
+def test_it_ends_although_a_client_does_not_read(harpd: Harpd) -> None:
+    harpd.configure({"limits": {"kill_grace": 0.5}})
+    harpd.start()
+    with harpd.connect() as client:
+        client.send(harpd.request("count", []))
+        assert client.message() == {"harp": 1, "stream_result": True}
+        assert harpd.stop() == 0
+
+
+def test_a_restart_serves_on_the_same_port(harpd: Harpd) -> None:
+    with harpd:
+        port = harpd.port
+        assert version(harpd) == {"result": 1}
+    with harpd:
+        assert harpd.port == port
+        assert version(harpd) == {"result": 1}
+
+
+# ---- what dies -----------------------------------------------------------------------------------------------
+
+
+def test_when_the_warden_is_killed_its_calls_are_dead_and_the_next_one_works(harpd: Harpd, tmp_path: Path) -> None:
+    with harpd, harpd.connect() as running, harpd.connect() as streaming:
+        running.send(harpd.request("pid_then_sleep", [str(tmp_path / "pid")]))
+        assert running.message() == ACKNOWLEDGED
+        streaming.send(harpd.request("count", []))
+        assert streaming.message() == {"harp": 1, "stream_result": True}
+        wait_until(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text().endswith("\n"))
+        call, warden, zygote = int((tmp_path / "pid").read_text()), harpd.warden, harpd.zygote
+        os.kill(warden, signal.SIGKILL)
+        wait_until(lambda: is_dead(call) and is_dead(zygote), 2.0, "the death of the call and of the zygote")
+        died = {"harp": 1, "error": {"type": "call_died", "message": "the warden of the calls died"}}
+        assert running.lines() == [died]
+        *records, last = streaming.lines()
+        assert last == died
+        assert records == [{"stream": number} for number in range(len(records))]
+        assert version(harpd) == {"result": 1}
+        assert harpd.warden != warden
+        harpd.wait_event("warden died", warden=warden, status="signal 9")
+
+
+def test_a_warden_that_can_not_start_again_is_an_answer(harpd: Harpd) -> None:
+    with harpd:
+        harpd.procedures_file.write_text(BROKEN)
+        os.kill(harpd.warden, signal.SIGKILL)
+        harpd.wait_event("warden did not start")
+        (refusal,) = harpd.call("version")
+        assert refusal["error"]["type"] == "procedure_loading_error"
+        harpd.procedures_file.write_text(NEXT)
+        wait_until(lambda: version(harpd) == {"result": 2}, DEADLINE, "the next warden")
+
+
+def test_when_the_gate_is_killed_its_calls_are_dead_and_the_next_start_works(harpd: Harpd, tmp_path: Path) -> None:
+    harpd.start()
+    with harpd.connect() as running:
+        running.send(harpd.request("pid_then_sleep", [str(tmp_path / "pid")]))
+        assert running.message() == ACKNOWLEDGED
+        wait_until(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text().endswith("\n"))
+        call, warden, zygote = int((tmp_path / "pid").read_text()), harpd.warden, harpd.zygote
+        harpd.kill()
+        wait_until(lambda: all(map(is_dead, (call, warden, zygote))), DEADLINE, "the death of all")
+    with harpd:
+        assert version(harpd) == {"result": 1}
+
+
+def test_two_can_not_share_a_runtime_directory(harpd: Harpd) -> None:
+    with harpd:
+        second = subprocess.run(harpd.command(), capture_output=True, text=True, timeout=DEADLINE)
+        assert second.returncode == 1
+        assert "held by another running harpd" in second.stderr
+        assert version(harpd) == {"result": 1}
+
+
+def test_a_port_in_use_is_a_fault(harpd: Harpd) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        harpd.configure({"network": {"port": taken.getsockname()[1]}})
+        outcome = subprocess.run(harpd.command(), capture_output=True, text=True, timeout=DEADLINE)
+    assert outcome.returncode == 1
+    assert "network.address: can't listen on 127.0.0.1, port" in outcome.stderr
+
+
+# ---- the command line ----------------------------------------------------------------------------------------
+
+
+def run(harpd: Harpd, *options: str, **more: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(harpd.command(*options), capture_output=True, text=True, timeout=DEADLINE, **more)
+
+
+def test_test_says_ok_and_has_no_effect(harpd: Harpd, tmp_path: Path) -> None:
+    outcome = run(harpd, "--test")
+    assert (outcome.returncode, outcome.stdout, outcome.stderr) == (0, "config OK\n", "")
+    assert not harpd.runtime_directory.exists()
+
+
+@pytest.mark.parametrize(
+    ("break_", "says"),
+    [
+        (break_procedures, "broken on purpose"),
+        (break_configuration, "harpd.conf: line 1, column 11"),
+        (break_users, "authentication.module: harpd.auth.passfile: create() failed: FileNotFoundError"),
+        (break_certificate, "network.certfile: expected PEM files"),
+        (break_logging, "logging.conf: Unable to configure handler 'a'"),
+    ],
+)
+def test_test_finds_each_fault_and_says_it_in_one_line(harpd: Harpd, break_: Any, says: str) -> None:
+    break_(harpd)
+    outcome = run(harpd, "--test")
+    assert (outcome.returncode, outcome.stdout) == (1, "")
+    (line,) = outcome.stderr.splitlines()
+    assert line.startswith("harpd: ")
+    assert says in line
+    started = run(harpd)
+    assert started.returncode == 1
+    assert "Traceback" not in started.stderr
+
+
+@pytest.mark.parametrize(
+    ("module", "says"),
+    [
+        ("no.such.module", "authentication.module: no.such.module: can't be imported: ModuleNotFoundError"),
+        ("os.path", "authentication.module: os.path: expected a function create(config), found none"),
+        ("bad_users", "authentication.module: bad_users: can't be imported: SystemExit: 5"),
+    ],
+)
+def test_an_authentication_module_that_can_not_be_used_is_a_fault(harpd: Harpd, module: str, says: str) -> None:
+    (harpd.directory / "bad_users.py").write_text("print('hello')\nraise SystemExit(5)\n")
+    harpd.configure({"authentication": {"module": module}, "python": {"path": str(harpd.directory)}})
+    outcome = run(harpd, "--test")
+    assert (outcome.returncode, outcome.stdout) == (1, "")
+    assert says in outcome.stderr
+
+
+def test_test_warns_of_what_will_fail_later(harpd: Harpd) -> None:
+    harpd.procedures_file.write_text(
+        "import threading\nfrom harpd.proc import procedure\n"
+        "threading.Thread(target=threading.Event().wait, daemon=True).start()\n"
+        "@procedure(uid='no-such-user')\ndef p(): pass\n"
+    )
+    outcome = run(harpd, "--test", "--default-group", "no-such-group")
+    assert (outcome.returncode, outcome.stdout) == (0, "config OK\n")
+    assert [line.rsplit(": ", 1)[1] for line in outcome.stderr.splitlines()] == [
+        "leaves 1 thread(s) running; no call will have them",
+        "no group is called 'no-such-group'; calls will fail",
+        "no user is called 'no-such-user'; calls will fail",
+    ]
+
+
+def test_what_the_procedures_file_prints_is_not_taken_for_ours(harpd: Harpd) -> None:
+    harpd.procedures_file.write_text("import os, sys\nprint('noise')\nos.write(2, b'more noise')\n")
+    outcome = run(harpd, "--test")
+    assert (outcome.returncode, outcome.stdout, outcome.stderr) == (0, "config OK\n", "")
+    harpd.procedures_file.write_text("import os\nos._exit(3)\n")
+    outcome = run(harpd, "--test")
+    assert outcome.returncode == 1
+    assert "the check ended before it was done (exit status 3)" in outcome.stderr
+
+
+def test_daemon_returns_once_it_serves(harpd: Harpd, tmp_path: Path) -> None:
+    pid_file = tmp_path / "pid"
+    harpd.logging_file.write_text(
+        harpd.logging_file.read_text().replace(
+            "class: logging.StreamHandler", f"class: logging.FileHandler\n    filename: {harpd.log_file}"
+        )
+    )
+    outcome = run(harpd, "--daemon", "--pidfile", str(pid_file), cwd=harpd.directory)
+    assert (outcome.returncode, outcome.stdout, outcome.stderr) == (0, "", "")
+    daemon = psutil.Process(int(pid_file.read_text()))
+    try:
+        harpd.port = harpd.events("harpd is serving")[-1]["port"]
+        assert version(harpd) == {"result": 1}
+        assert daemon.cwd() == "/"
+        assert daemon.terminal() is None
+    finally:
+        daemon.terminate()
+        psutil.wait_procs([daemon], DEADLINE)
+    assert not pid_file.exists()
+    assert not harpd.faults()
+
+
+def test_daemon_says_why_it_does_not_serve(harpd: Harpd) -> None:
+    break_procedures(harpd)
+    outcome = run(harpd, "--daemon")
+    assert outcome.returncode == 1
+    assert "broken on purpose" in outcome.stderr
+
+
+def test_the_service_manager_is_told(harpd: Harpd, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        monkeypatch.chdir(tmp_path)
+        manager.bind("notify")
+        manager.settimeout(DEADLINE)
+        monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+        with harpd:
+            assert manager.recv(100) == b"READY=1"
+        assert manager.recv(100) == b"STOPPING=1"
+
+
+@pytest.mark.parametrize(
+    ("address", "host"), [(None, "127.0.0.1"), ("0.0.0.0", "127.0.0.1"), ("localhost", "localhost")]
+)
+def test_where_it_listens(harpd: Harpd, address: str | None, host: str) -> None:
+    harpd.configure({"network": {"address": address}})
+    with harpd:
+        context = ssl.create_default_context(cafile=str(harpd.ca_file))
+        with socket.create_connection((host, harpd.port), DEADLINE) as plain:
+            context.wrap_socket(plain, server_hostname="localhost").close()
+
+
+@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="no IPv6 here")
+def test_without_an_address_it_listens_on_ipv6_too(harpd: Harpd) -> None:
+    harpd.configure({"network": {"address": None}})
+    with harpd:
+        context = ssl.create_default_context(cafile=str(harpd.ca_file))
+        with socket.create_connection(("::1", harpd.port), DEADLINE) as plain:
+            context.wrap_socket(plain, server_hostname="localhost").close()

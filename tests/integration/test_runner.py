@@ -1,0 +1,391 @@
+"""One job, one call: what every behaviour of a host makes of the job."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from harp.protocol.ends import Cancelled, End, Failed, Raised, Returned
+from harpcaller.dispatcher import Dispatcher
+from harpcaller.jobs import State
+from harpcaller.store.sqlite import open_store
+from support.certificates import server_files
+from support.deadline import eventually
+from support.dispatcher import CREDENTIALS, Switched, call, followed, host_line, result, running, until
+from support.peers import Conversation, Peer, Script, server_context, silent, single_bytes
+
+ACKNOWLEDGED = {"harp": 1, "stream_result": False}
+STREAMING = {"harp": 1, "stream_result": True}
+
+
+def acknowledge(talk: Conversation, stream: bool = False) -> Any:
+    request = talk.expect()
+    talk.reply(STREAMING if stream else ACKNOWLEDGED)
+    return request
+
+
+def saying(*messages: object) -> Script:
+    """A host that reads the request, says this and closes."""
+
+    def script(talk: Conversation) -> None:
+        talk.expect()
+        talk.reply(*messages)
+
+    return script
+
+
+@contextmanager
+def playing(directory: Path, *scripts: Script, **options: Any) -> Iterator[Peer]:
+    with Peer(*scripts, tls=server_context(server_files(directory)), **options) as peer:
+        yield peer
+
+
+async def ended(directory: Path, script: Script, settings: dict[str, Any] | None = None, **options: Any) -> End | None:
+    """The end of a job whose host follows a script."""
+    with playing(directory, script) as peer:
+        async with running(directory, host_line(peer.port), **(settings or {})) as dispatcher:
+            return await result(dispatcher, **options)
+
+
+def failure(end: End | None, type: str, message: str, data: object = None) -> None:
+    assert isinstance(end, Failed)
+    assert (end.type, end.data and json.loads(end.data)) == (type, data), end
+    assert message in end.message
+
+
+async def test_a_result_is_kept_as_the_host_wrote_it(tmp_path: Path) -> None:
+    def script(talk: Conversation) -> None:
+        talk.expect({"harp": 1, "procedure": "p", "arguments": [1], "auth": CREDENTIALS})
+        talk.reply(ACKNOWLEDGED, b'  {"result" : {"b": 1.10,"a":100000000000000000000000} } \r\n')
+
+    assert await ended(tmp_path, script, arguments=[1]) == Returned(b'{"b": 1.10,"a":100000000000000000000000}')
+
+
+async def test_an_exception_and_an_error_of_the_host_are_passed_on(tmp_path: Path) -> None:
+    raised = saying(ACKNOWLEDGED, {"exception": {"type": "T", "message": "m", "data": [1]}})
+    refused = saying({"harp": 1, "error": {"type": "no_such_procedure", "message": "m", "data": {"procedure": "p"}}})
+    late = saying(ACKNOWLEDGED, {"harp": 1, "error": {"type": "call_died", "message": "m"}})
+    assert await ended(tmp_path, raised) == Raised("T", "m", b"[1]")
+    assert await ended(tmp_path, refused) == Failed("no_such_procedure", "m", b'{"procedure": "p"}')
+    assert await ended(tmp_path, late) == Failed("call_died", "m")
+
+
+async def test_what_comes_after_the_end_does_not_count(tmp_path: Path) -> None:
+    assert await ended(tmp_path, saying(ACKNOWLEDGED, {"result": 1}, {"result": 2}, b"garbage")) == Returned(b"1")
+
+
+async def test_records_are_kept_in_order_however_the_bytes_come(tmp_path: Path) -> None:
+    def whole(talk: Conversation) -> None:
+        acknowledge(talk, stream=True)
+        talk.reply(*({"stream": {"n": n}} for n in range(500)), {"result": "end"})
+
+    def bytewise(talk: Conversation) -> None:
+        acknowledge(talk, stream=True)
+        talk.send(*single_bytes(b'{"stream": {"n": 0}}\n{"stream":{"n": 1}}\n{"result":"end"}\n'))
+
+    with playing(tmp_path, whole, bytewise) as peer:
+        async with running(tmp_path, host_line(peer.port)) as dispatcher:
+            for count in (500, 2):
+                job_id = await dispatcher.submit(call(), "test")
+                records, end = await followed(dispatcher, job_id, since=0)
+                assert records == [(n, {"n": n}) for n in range(count)]
+                assert end == Returned(b'"end"')
+
+
+async def test_an_unknown_host_is_the_jobs_end(tmp_path: Path) -> None:
+    async with running(tmp_path) as dispatcher:
+        job_id = await dispatcher.submit(call(host="nowhere"), "test")
+        failure(await dispatcher.result(job_id, wait=True), "unknown_host", "nowhere")
+
+
+async def test_a_host_that_can_not_be_reached(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        port = closed.getsockname()[1]
+    lines = (host_line(port), host_line(port, "nameless", "host.invalid"), host_line(port, "bad", "a" * 64 + ".b"))
+    async with running(tmp_path, *lines) as dispatcher:
+        refused = await result(dispatcher)
+        failure(refused, "network_error", f"web01 (127.0.0.1, port {port}): connecting", {"errno": "ECONNREFUSED"})
+        for host in ("nameless", "bad"):
+            end = await result(dispatcher, host=host)
+            assert isinstance(end, Failed)
+            assert end.type == "network_error"
+            assert host in end.message
+
+
+async def test_a_host_that_does_not_shake_hands(tmp_path: Path) -> None:
+    with Peer(silent) as peer:
+        async with running(tmp_path, host_line(peer.port), connect_timeout=0.2) as dispatcher:
+            failure(await result(dispatcher), "network_error", "connecting", {"errno": "ETIMEDOUT"})
+
+
+async def test_a_host_that_does_not_speak_tls(tmp_path: Path) -> None:
+    with Peer(lambda talk: talk.send(b"220 smtp\r\n")) as peer:
+        async with running(tmp_path, host_line(peer.port)) as dispatcher:
+            failure(await result(dispatcher), "network_error", "TLS")
+
+
+async def test_a_host_that_does_not_acknowledge(tmp_path: Path) -> None:
+    def script(talk: Conversation) -> None:
+        talk.expect()
+        talk.until_closed()
+
+    end = await ended(tmp_path, script, {"acknowledgement_timeout": 0.2})
+    failure(end, "network_error", "did not acknowledge", {"errno": "ETIMEDOUT"})
+    failure(await ended(tmp_path, script, timeout=0.2), "timeout", "reading the result")
+
+
+async def test_a_host_that_falls_silent(tmp_path: Path) -> None:
+    def quiet(talk: Conversation) -> None:
+        acknowledge(talk)
+        talk.until_closed()
+
+    def dripping(talk: Conversation) -> None:
+        acknowledge(talk)
+        with pytest.raises(OSError):
+            while True:
+                talk.send(b" ")
+                time.sleep(0.02)
+
+    for script in (quiet, dripping):
+        failure(await ended(tmp_path, script, timeout=0.3), "timeout", "reading the result")
+
+
+async def test_a_job_that_takes_too_long(tmp_path: Path) -> None:
+    def script(talk: Conversation) -> None:
+        acknowledge(talk, stream=True)
+        with pytest.raises(OSError):
+            while True:
+                talk.reply({"stream": 1})
+                time.sleep(0.02)
+
+    failure(await ended(tmp_path, script, max_exec_time=0.5), "timeout", "maximum execution time")
+
+
+async def test_a_connection_that_ends_early(tmp_path: Path) -> None:
+    def resetting(talk: Conversation) -> None:
+        acknowledge(talk)
+        talk.reset()
+
+    failure(await ended(tmp_path, saying()), "network_error", "waiting for the acknowledgement")
+    failure(await ended(tmp_path, saying(ACKNOWLEDGED)), "network_error", "waiting for the result")
+    failure(await ended(tmp_path, saying(STREAMING, {"stream": 1}, b'{"str')), "network_error", "middle of a line")
+    failure(await ended(tmp_path, resetting), "network_error", "waiting for", {"errno": "ECONNRESET"})
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        (b"garbage\n",),
+        ({"harp": 2, "stream_result": False},),
+        ({"result": 1},),
+        (ACKNOWLEDGED, {"stream": 1}),
+        (ACKNOWLEDGED, {"result": 1, "exception": 2}),
+        (ACKNOWLEDGED, b'{"result": NaN}\n'),
+        (STREAMING, {"stream": 1}, ACKNOWLEDGED),
+        (ACKNOWLEDGED, b"x" * 5000),
+    ],
+)
+async def test_a_host_that_does_not_keep_to_the_protocol(tmp_path: Path, messages: tuple[object, ...]) -> None:
+    end = await ended(tmp_path, saying(*messages), {"record_line": 4096})
+    failure(end, "protocol_error", "web01 (127.0.0.1")
+
+
+async def test_records_before_a_fault_are_kept(tmp_path: Path) -> None:
+    with playing(tmp_path, saying(STREAMING, {"stream": 1}, {"stream": 2}, b"garbage\n")) as peer:
+        async with running(tmp_path, host_line(peer.port)) as dispatcher:
+            records, end = await followed(dispatcher, await dispatcher.submit(call(), "test"), since=0)
+            assert records == [(0, 1), (1, 2)]
+            failure(end, "protocol_error", "not of the protocol")
+
+
+async def test_no_server_name_is_sent_for_an_address_but_for_a_name(tmp_path: Path) -> None:
+    context = server_context(server_files(tmp_path))
+    names: list[str | None] = []
+    context.sni_callback = lambda connection, name, context: names.append(name)
+    with Peer(saying(ACKNOWLEDGED, {"result": 1}), always=saying(ACKNOWLEDGED, {"result": 1}), tls=context) as peer:
+        lines = host_line(peer.port), host_line(peer.port, "named", "localhost")
+        async with running(tmp_path, *lines) as dispatcher:
+            assert await result(dispatcher) == await result(dispatcher, host="named") == Returned(b"1")
+    assert names == [None, "localhost"]
+
+
+# ---- cancel --------------------------------------------------------------------------------------------------
+
+
+async def cancelled(dispatcher: Dispatcher, job_id: str) -> None:
+    assert await dispatcher.cancel(job_id)
+    assert await dispatcher.result(job_id, wait=False) == Cancelled()
+    assert not await dispatcher.cancel(job_id)
+    await eventually(lambda: dispatcher.calls == 0, what="the call's end")
+
+
+async def test_cancel_before_the_request_is_sent(tmp_path: Path) -> None:
+    with Peer(silent) as peer:
+        async with running(tmp_path, host_line(peer.port)) as dispatcher:
+            job_id = await dispatcher.submit(call(), "test")
+            await eventually(lambda: peer.conversations, what="the connection")
+            await cancelled(dispatcher, job_id)
+            await eventually(peer.conversations[0].closed.is_set, what="the connection's end")
+
+
+async def test_cancel_after_the_acknowledgement_closes_the_connection(tmp_path: Path) -> None:
+    def script(talk: Conversation) -> None:
+        acknowledge(talk, stream=True)
+        talk.reply({"stream": 1})
+        talk.until_closed()
+
+    with playing(tmp_path, script) as peer:
+        async with running(tmp_path, host_line(peer.port)) as dispatcher:
+            job_id = await dispatcher.submit(call(), "test")
+            async for _ in dispatcher.follow(job_id, since=0):
+                break
+            await cancelled(dispatcher, job_id)
+            await eventually(peer.conversations[0].closed.is_set, what="the connection's end")
+
+
+async def test_cancel_of_a_request_that_is_out_waits_for_the_acknowledgement(tmp_path: Path) -> None:
+    read, go_on = threading.Event(), threading.Event()
+
+    def script(talk: Conversation) -> None:
+        talk.expect()
+        read.set()
+        assert go_on.wait(30)
+        talk.reply(ACKNOWLEDGED)
+        talk.until_closed()
+
+    with playing(tmp_path, script) as peer:
+        async with running(tmp_path, host_line(peer.port)) as dispatcher:
+            job_id = await dispatcher.submit(call(), "test")
+            await eventually(read.is_set, what="the request")
+            cancel = asyncio.create_task(dispatcher.cancel(job_id))
+            await until(dispatcher, job_id, lambda job: job.state is State.CANCELLED, "the cancel's commit")
+            assert not cancel.done()
+            go_on.set()
+            assert await cancel
+            await eventually(peer.conversations[0].closed.is_set, what="the connection's end")
+
+
+async def test_cancel_does_not_wait_for_ever(tmp_path: Path) -> None:
+    def script(talk: Conversation) -> None:
+        talk.expect()
+        talk.until_closed()
+
+    with playing(tmp_path, script) as peer:
+        async with running(tmp_path, host_line(peer.port)) as dispatcher:
+            job_id = await dispatcher.submit(call(), "test")
+            await eventually(lambda: peer.requests, what="the request")
+            await cancelled(dispatcher, job_id)
+
+
+async def test_a_cancel_is_carried_out_when_the_one_who_asked_has_gone(tmp_path: Path) -> None:
+    def script(talk: Conversation) -> None:
+        acknowledge(talk)
+        talk.until_closed()
+
+    with playing(tmp_path, script) as peer:
+        async with running(tmp_path, host_line(peer.port)) as dispatcher:
+            job_id = await dispatcher.submit(call(), "test")
+            await eventually(lambda: peer.requests, what="the request")
+            asking = asyncio.create_task(dispatcher.cancel(job_id))
+            await asyncio.sleep(0)
+            asking.cancel()
+            assert await dispatcher.result(job_id, wait=True) == Cancelled()
+            await eventually(peer.conversations[0].closed.is_set, what="the connection's end")
+
+
+# ---- a store that fails --------------------------------------------------------------------------------------
+
+
+async def test_what_came_while_the_store_failed_is_stored_later(tmp_path: Path) -> None:
+    first, rest = threading.Event(), threading.Event()
+
+    def script(talk: Conversation) -> None:
+        acknowledge(talk, stream=True)
+        assert first.wait(30)
+        talk.reply({"stream": 0}, {"stream": 1})
+        assert rest.wait(30)
+        talk.reply({"stream": 2}, {"result": "end"})
+
+    def other(talk: Conversation) -> None:
+        acknowledge(talk)
+        talk.reply({"result": "other"})
+
+    real = await open_store(tmp_path / "store")
+    store = Switched(real, "append_records", "finish_job")
+    with playing(tmp_path, script, other) as peer:
+        async with running(tmp_path, host_line(peer.port), store=store) as dispatcher:
+            job_id = await dispatcher.submit(call(), "test")
+            await eventually(lambda: peer.requests, what="the call")
+            store.off = True
+            first.set()
+            await eventually(lambda: store.refused >= 2, what="a second try")
+            waiting = await dispatcher.submit(call(), "test")
+            rest.set()
+            await eventually(lambda: store.refused >= 3, what="a third try")
+            assert (await dispatcher.job(job_id)).state is State.RUNNING
+            assert (await dispatcher.job(waiting)).state is State.QUEUED  # nothing is claimed meanwhile
+            store.off = False
+            records, end = await followed(dispatcher, job_id, since=0)
+            assert (records, end) == ([(0, 0), (1, 1), (2, 2)], Returned(b'"end"'))
+            assert await dispatcher.result(waiting, wait=True) == Returned(b'"other"')
+    await real.close()
+
+
+async def test_reading_pauses_while_the_store_takes_nothing(tmp_path: Path) -> None:
+    enough = 64 * 1024 * 1024
+    sent = 0
+
+    def script(talk: Conversation) -> None:
+        nonlocal sent
+        acknowledge(talk, stream=True)
+        record = b'{"stream": "' + b"x" * 65_500 + b'"}\n'
+        while sent < enough:
+            talk.send(record)
+            sent += len(record)
+        talk.reply({"result": None})
+
+    real = await open_store(tmp_path / "store")
+    store = Switched(real, "append_records")
+    store.off = True
+    with playing(tmp_path, script) as peer:
+        async with running(tmp_path, host_line(peer.port), store=store) as dispatcher:
+            job_id = await dispatcher.submit(call(timeout=3), "test")
+            await eventually(lambda: store.refused >= 3, what="a third try")
+            assert sent < enough  # what the host could send is in the sockets' buffers and our bounded memory
+            store.off = False
+            assert await dispatcher.result(job_id, wait=True) == Returned(b"null")
+            assert (await dispatcher.job(job_id)).records == enough // len(
+                b'{"stream": "' + b"x" * 65_500 + b'"}\n'
+            ) + 1
+    await real.close()
+
+
+# ---- the log -------------------------------------------------------------------------------------------------
+
+
+async def test_the_log_has_the_jobs_fields_and_no_secrets(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    with playing(tmp_path, saying(ACKNOWLEDGED, {"result": 1})) as peer:
+        async with running(tmp_path, host_line(peer.port)) as dispatcher:
+            end = await result(dispatcher, arguments=["confidential"], queue={"q": 1})
+            assert end == Returned(b"1")
+    events = {record.getMessage(): record.__dict__ for record in caplog.records}
+    for event in ("job submitted", "call started", "call ended"):
+        fields = events[event]
+        assert (fields["host"], fields["procedure"], fields["queue"]) == ("web01", "p", '{"q": 1}')
+        assert len(fields["job"]) == 36
+    assert events["job submitted"]["client"] == "test"
+    assert events["call ended"]["end"] == "returned"
+    everything = " ".join(str(record.__dict__) for record in caplog.records)
+    assert "confidential" not in everything
+    assert "topsecret" not in everything

@@ -1,0 +1,131 @@
+"""A dispatcher in the test's own loop: real store, real sockets towards the hosts, no doors."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+from harp.protocol.dispatcher import Call, Continue, Packet, Queue
+from harp.protocol.ends import End
+from harp.protocol.jsontext import Raw
+from harpcaller.config import Config
+from harpcaller.dispatcher import Dispatcher
+from harpcaller.jobs import Job
+from harpcaller.store import StorageError, Store
+from harpcaller.store.sqlite import open_store
+from support.deadline import eventually
+
+CREDENTIALS = {"user": "u", "password": "topsecret"}
+
+
+def raw(value: Any) -> Raw:
+    return Raw(json.dumps(value).encode())
+
+
+def call(procedure: str = "p", host: str = "web01", arguments: Any = (), queue: Any = None, **options: Any) -> Call:
+    """A call with its payloads as the doors give them; `concurrency` is the queue's."""
+    concurrency = options.pop("concurrency", 1)
+    name = None if queue is None else Queue(raw(queue), concurrency)
+    return Call(host, procedure, raw(arguments), queue=name, **options)
+
+
+def host_line(port: int, hostname: str = "web01", address: str = "127.0.0.1") -> str:
+    """A host's line of the registry; its credentials are `CREDENTIALS`."""
+    members = {"hostname": hostname, "address": address, "port": port, "credentials": CREDENTIALS}
+    return json.dumps(members) + "\n"
+
+
+def hosts_file(directory: Path, *lines: str) -> Path:
+    file = directory / "hosts"
+    file.write_text("".join(lines))
+    return file
+
+
+@asynccontextmanager
+async def running(
+    directory: Path, *lines: str, store: Store | None = None, **settings: Any
+) -> AsyncIterator[Dispatcher]:
+    """Run a dispatcher that keeps everything in `directory` and has these lines in its hosts file."""
+    settings.setdefault("hosts_file", hosts_file(directory, *lines))
+    settings.setdefault("host_db", directory / "hosts.db")
+    config = Config(stream_directory=directory / "store", **settings)
+    opened = store or await open_store(config.stream_directory)
+    try:
+        async with Dispatcher(config, opened) as dispatcher:
+            yield dispatcher
+    finally:
+        if store is None:
+            await opened.close()
+
+
+async def result(dispatcher: Dispatcher, **options: Any) -> End | None:
+    """Submit a call and wait for its end."""
+    return await dispatcher.result(await dispatcher.submit(call(**options), "test"), wait=True)
+
+
+async def followed(
+    dispatcher: Dispatcher, job_id: str, since: int | None = None, recent: int | None = None
+) -> tuple[list[tuple[int, Any]], End]:
+    """Follow to the end: the records, numbered and decoded, and the end."""
+    records: list[tuple[int, Any]] = []
+    async for item in dispatcher.follow(job_id, since, recent):
+        if not isinstance(item, list):
+            return records, item
+        records += decoded(item)
+    raise AssertionError("no end")
+
+
+def decoded(packets: list[Packet]) -> list[tuple[int, Any]]:
+    return [(packet.number, json.loads(packet.data)) for packet in packets]
+
+
+async def collected(
+    dispatcher: Dispatcher, job_id: str, since: int | None = None, recent: int | None = None
+) -> tuple[list[tuple[int, Any]], End | Continue]:
+    """Read what there is: the records, and the closing item."""
+    records: list[tuple[int, Any]] = []
+    async for item in dispatcher.read(job_id, since, recent):
+        if not isinstance(item, list):
+            return records, item
+        records += decoded(item)
+    raise AssertionError("no closing item")
+
+
+async def until(dispatcher: Dispatcher, job_id: str, reached: Callable[[Job], bool], what: str) -> None:
+    """Wait until what is stored of a job is as wanted."""
+
+    async def looked() -> bool:
+        return reached(await dispatcher.job(job_id))
+
+    predicate: Callable[[], bool | Awaitable[bool]] = looked
+    await eventually(predicate, what=what)
+
+
+class Switched:
+    """A real store behind a switch: while it is off, writes fail as they do on a full disk.
+
+    Args:
+        store: the store.
+        writes: the verbs that fail.
+    """
+
+    def __init__(self, store: Store, *writes: str) -> None:
+        self._store = store
+        self._writes = writes
+        self.off = False
+        #: How often a write was refused.
+        self.refused = 0
+
+    def __getattr__(self, name: str) -> Any:
+        verb = getattr(self._store, name)
+
+        async def switched(*arguments: Any, **options: Any) -> Any:
+            if self.off and name in self._writes:
+                self.refused += 1
+                raise StorageError("harpcaller.sqlite: database or disk is full")
+            return await verb(*arguments, **options)
+
+        return switched

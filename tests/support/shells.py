@@ -1,0 +1,68 @@
+"""The two shells of the client side by side, for tests that hold both."""
+
+from __future__ import annotations
+
+import gc
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import harp
+from harp import aio
+from support.blocking import Blocking, LoopThread
+from support.deadline import wait_until
+from support.peers import Peer
+
+
+class Shell(Protocol):
+    """The classes of one shell, or what behaves like them."""
+
+    def caller(self, peer: Peer) -> Any:
+        """A HarpCaller for a peer."""
+
+    def server(self, peer: Peer, **kwargs: Any) -> Any:
+        """A HarpServer for a peer."""
+
+
+class SyncShell:
+    def caller(self, peer: Peer) -> Any:
+        return harp.HarpCaller(peer.host, peer.port)
+
+    def server(self, peer: Peer, **kwargs: Any) -> Any:
+        return harp.HarpServer(**{"host": peer.host, "port": peer.port, "user": "u", "password": "secret", **kwargs})
+
+
+class AioShell:
+    def __init__(self, thread: LoopThread) -> None:
+        self._thread = thread
+
+    def caller(self, peer: Peer) -> Any:
+        return Blocking(aio.AsyncHarpCaller(peer.host, peer.port), self._thread)
+
+    def server(self, peer: Peer, **kwargs: Any) -> Any:
+        arguments = {"host": peer.host, "port": peer.port, "user": "u", "password": "secret", **kwargs}
+        return Blocking(aio.AsyncHarpServer(**arguments), self._thread)
+
+
+@contextmanager
+def shell_of(kind: str) -> Iterator[Shell]:
+    """A shell by its kind, ``sync`` or ``aio``; nothing of it may be left at the end."""
+    with nothing_left():
+        if kind == "sync":
+            yield SyncShell()
+        else:
+            with LoopThread() as thread:
+                yield AioShell(thread)
+
+
+@contextmanager
+def nothing_left() -> Iterator[None]:
+    """Fail when threads or descriptors are left that were not there before."""
+    gc.collect()
+    threads, descriptors = set(threading.enumerate()), set(os.listdir("/proc/self/fd"))
+    yield
+    gc.collect()
+    wait_until(lambda: not set(threading.enumerate()) - threads, what="the end of all threads")
+    wait_until(lambda: len(os.listdir("/proc/self/fd")) <= len(descriptors), what="the end of all descriptors")

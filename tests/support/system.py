@@ -1,0 +1,71 @@
+"""The whole system: a real harpd, a real harpcallerd that knows it as `web01`, and the client library."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from support.harpcallerd import Harpcallerd
+from support.harpd import Harpd
+
+import harp
+
+DEADLINE = 60.0
+
+
+@dataclass(frozen=True)
+class System:
+    """A running system."""
+
+    harpd: Harpd
+    dispatcher: Harpcallerd
+
+    @property
+    def rpc(self) -> harp.HarpCaller:
+        """The client's view of the dispatcher."""
+        return harp.HarpCaller("127.0.0.1", self.dispatcher.port)
+
+    @property
+    def server(self) -> harp.HarpServer:
+        """The client's view of harpd."""
+        harpd = self.harpd
+        return harp.HarpServer("127.0.0.1", harpd.user, harpd.password, harpd.port, ca_file=str(harpd.ca_file))
+
+    def transcript(self, line: bytes) -> list[bytes]:
+        """Send a line to the dispatcher; return the lines that come until it closes."""
+        with socket.create_connection(("127.0.0.1", self.dispatcher.port), DEADLINE) as connection:
+            connection.sendall(line)
+            with connection.makefile("rb") as replies:
+                return replies.readlines()
+
+    def log_lines(self) -> list[str]:
+        """Everything that both daemons have logged."""
+        return [*self.harpd.log_lines(), *self.dispatcher.log_lines()]
+
+
+@contextmanager
+def running(
+    directory: Path,
+    procedures: str,
+    harpd: Mapping[str, Any] | None = None,
+    dispatcher: Mapping[str, Any] | None = None,
+) -> Iterator[System]:
+    """Run a system; stop it at the end, and see that nothing is left.
+
+    Args:
+        directory: where everything lies.
+        procedures: the text of the procedures file.
+        harpd: changes to harpd's configuration.
+        dispatcher: changes to the dispatcher's configuration.
+    """
+    with Harpd(directory / "harpd", procedures, dict(harpd or {})) as one:
+        settings = {"ca_file": str(one.ca_file), **(dispatcher or {})}
+        credentials = (one.user, one.password)
+        with Harpcallerd(
+            directory / "harpcallerd", hosts={"web01": one.port}, credentials=credentials, settings=settings
+        ) as other:
+            yield System(one, other)

@@ -1,0 +1,343 @@
+"""The client's face: what docs/client-api.md names is there, and looking at it sends nothing."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import harp
+import harp.client
+from harp import aio
+
+JOB = "3f22e0d4-c8ed-11e5-8d66-001e8c140268"
+
+#: Every class and method of the page, with its parameters; `self` is left out.
+SIGNATURES = {
+    "HarpCaller": "(host, port=3502)",
+    "HarpCaller.__getattr__": "(host)",
+    "HarpCaller.__call__": "(host, **kwargs)",
+    "HarpCaller.connect": "()",
+    "HarpCaller.host": "(host, **kwargs)",
+    "HarpCaller.job": "(job_id)",
+    "HarpCaller.request": "(req)",
+    "RemoteServer": "(dispatcher, hostname)",
+    "RemoteServer.__str__": "()",
+    "RemoteServer.__getattr__": "(procedure)",
+    "RemoteServer.__call__": "(**kwargs)",
+    "RemoteProcedure": "(dispatcher, server, procedure)",
+    "RemoteProcedure.__call__": "(*args, **kwargs)",
+    "RemoteProcedure.host": "()",
+    "RemoteProcedure.procedure": "()",
+    "RemoteCall": "(dispatcher, job_id)",
+    "RemoteCall.StreamIterator": "(remote_call, conn, numbered=False)",
+    "RemoteCall.StreamIterator.all": "()",
+    "RemoteCall.args": "()",
+    "RemoteCall.cancel": "()",
+    "RemoteCall.end_time": "()",
+    "RemoteCall.follow": "(since=None, recent=None, numbered=False)",
+    "RemoteCall.get": "(wait=True)",
+    "RemoteCall.host": "()",
+    "RemoteCall.id": "()",
+    "RemoteCall.info": "()",
+    "RemoteCall.procedure": "()",
+    "RemoteCall.result": "(wait=False)",
+    "RemoteCall.start_time": "()",
+    "RemoteCall.stream": "(since=None, recent=None, numbered=False)",
+    "RemoteCall.submit_time": "()",
+    "HarpServer": "(host, user, password, port=4306, ca_file=None)",
+    "HarpServer.__getattr__": "(procedure)",
+    "HarpProcedure": "(server, name)",
+    "HarpProcedure.__call__": "(*args, **kwargs)",
+    "HarpStreamIterator": "(orig_iterator)",
+    "Result": "(value)",
+    "JSONConnection": "(host, port)",
+    "JSONConnection.close": "()",
+    "JSONConnection.connect": "()",
+    "JSONConnection.receive": "()",
+    "JSONConnection.send": "(obj)",
+    "JSONSSLConnection": "(host, port, ca_file=None)",
+    "JSONSSLConnection.close": "()",
+    "JSONSSLConnection.connect": "()",
+    "JSONSSLConnection.receive": "()",
+    "JSONSSLConnection.send": "(obj)",
+    "RemoteException": "(type, message, data=None)",
+    "RemoteError": "(type, message, data=None)",
+}
+
+#: The twins whose names don't only have `Async` in front.
+SYNC_ITERATION = {"__next__": "__anext__", "__iter__": "__aiter__", "__enter__": "__aenter__", "__exit__": "__aexit__"}
+
+
+def find(name: str, root: Any = harp) -> Any:
+    for part in name.split("."):
+        root = inspect.getattr_static(root, part) if inspect.isclass(root) else getattr(root, part)
+    return root
+
+
+def signature(found: Callable[..., Any]) -> str:
+    parameters = inspect.signature(found).parameters.values()
+    texts = []
+    for parameter in parameters:
+        stars = {"VAR_POSITIONAL": "*", "VAR_KEYWORD": "**"}.get(parameter.kind.name, "")
+        default = "" if parameter.default is parameter.empty else f"={parameter.default!r}"
+        texts.append(f"{stars}{parameter.name}{default}")
+    if inspect.isfunction(found) and texts and texts[0] == "self":
+        del texts[0]
+    return f"({', '.join(texts)})"
+
+
+@pytest.mark.parametrize("name", SIGNATURES)
+def test_signatures_are_those_of_the_page(name: str) -> None:
+    assert signature(find(name)) == SIGNATURES[name]
+
+
+def test_the_page_has_these_signatures() -> None:
+    page = (Path(__file__).parents[2] / "docs/client-api.md").read_text()
+    missing = []
+    for name, parameters in SIGNATURES.items():
+        short = name.rpartition(".")[2]
+        if f"`{name}{parameters}`" not in page and f"`{short}{parameters}`" not in page:
+            missing.append(name + parameters)
+    assert not missing
+
+
+def test_all_names_everything_of_the_page_and_nothing_else() -> None:
+    named = {name.partition(".")[0] for name in SIGNATURES}
+    assert set(harp.__all__) == named | {
+        "CALL_CANCELLED",
+        "CALL_NOT_FINISHED",
+        "CancelledException",
+        "CommunicationError",
+        "HarpException",
+    }
+    assert all(getattr(harp, name) is not None for name in harp.__all__)
+    assert set(harp.__all__) <= set(dir(harp))
+    with pytest.raises(AttributeError, match="nothing"):
+        _ = harp.nothing  # type: ignore[attr-defined]
+
+
+TWINS = [
+    name
+    for name in SIGNATURES
+    if name.startswith(("Harp", "Remote", "JSON")) and hasattr(aio, f"Async{name.partition('.')[0]}")
+]
+
+
+@pytest.mark.parametrize("name", TWINS)
+def test_the_twins_have_the_same_signatures(name: str) -> None:
+    assert signature(find(f"Async{name}", aio)) == signature(find(name))
+
+
+def test_the_twins_have_the_same_public_methods() -> None:
+    assert len({name.partition(".")[0] for name in TWINS}) == 9
+    for class_name in {name.partition(".")[0] for name in TWINS}:
+        sync, twin = getattr(harp, class_name), getattr(aio, f"Async{class_name}")
+        public = {name for name in dir(sync) if not name.startswith("_")}
+        assert public <= {name for name in dir(twin) if not name.startswith("_")}
+        for name in SYNC_ITERATION.keys() & set(dir(sync)):
+            assert hasattr(twin, SYNC_ITERATION[name]), (class_name, name)
+    assert set(aio.__all__) == {f"Async{name.partition('.')[0]}" for name in TWINS}
+
+
+PLAIN = {"id", "follow", "stream", "job", "HarpCaller.host", "RemoteProcedure.host", "RemoteProcedure.procedure"}
+
+
+def test_what_talks_is_awaited_and_what_does_not_is_plain() -> None:
+    for name in TWINS:
+        short = name.rpartition(".")[2]
+        if inspect.isfunction(find(name)) and not short.startswith("__"):
+            plain = short in PLAIN or name in PLAIN
+            assert inspect.iscoroutinefunction(find(f"Async{name}", aio)) is not plain, name
+    assert inspect.iscoroutinefunction(aio.AsyncRemoteProcedure.__call__)
+    assert inspect.iscoroutinefunction(aio.AsyncHarpProcedure.__call__)
+
+
+def test_the_exceptions_are_one_tree() -> None:
+    for name in ("CommunicationError", "CancelledException", "RemoteException", "RemoteError"):
+        assert issubclass(getattr(harp, name), harp.HarpException)
+    error = harp.RemoteError("timeout", "reading the result", {"seconds": 5})
+    assert (error.type, error.message, error.data) == ("timeout", "reading the result", {"seconds": 5})
+    assert str(error) == "timeout: reading the result"
+    assert harp.RemoteException("ValueError", "m").data is None
+    same = pickle.loads(pickle.dumps(error))
+    assert (type(same), same.args) == (harp.RemoteError, error.args)
+
+
+@pytest.mark.parametrize("module", ["harp", "harp.client", "harp.cli"])
+def test_the_client_does_not_load_asyncio(module: str) -> None:
+    program = f"import sys, {module}, harp; harp.HarpCaller, harp.HarpServer; sys.exit('asyncio' in sys.modules)"
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+
+
+def test_the_protocol_loads_neither_client_nor_network() -> None:
+    program = (
+        "import sys, harp.protocol.daemon, harp.protocol.dispatcher, harp.errors\n"
+        "heavy = {'socket', 'ssl', 'asyncio', 'logging', 'threading', 'harp.client'}\n"
+        "sys.exit(', '.join(heavy & set(sys.modules)) or 0)"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+
+
+def test_aio_comes_when_it_is_asked_for() -> None:
+    program = "import harp, sys; harp.aio.AsyncHarpCaller('h'); sys.exit('asyncio' not in sys.modules)"
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+
+
+# Port 1 is nobody's: whatever talks fails.
+def objects() -> list[Any]:
+    rpc, arpc = harp.HarpCaller("127.0.0.1", 1), aio.AsyncHarpCaller("127.0.0.1", 1)
+    server = harp.HarpServer("127.0.0.1", "u", "secret", 1, ca_file="/nowhere/ca.pem")
+    aserver = aio.AsyncHarpServer("127.0.0.1", "u", "secret", 1)
+    found: list[Any] = [server, server.procedure, aserver, aserver.procedure]
+    for caller in (rpc, arpc):
+        found += [caller, caller.web01, caller.web01(queue={"q": 1}, info=[1]), caller.web01.procedure, caller.job(JOB)]
+    return found
+
+
+@pytest.mark.parametrize("item", objects(), ids=repr)
+def test_looking_sends_nothing(item: Any) -> None:
+    assert "secret" not in repr(item)
+    assert "secret" not in str(item)
+    dir(item)
+    inspect.getmembers(type(item))
+    for name in (
+        "_ipython_display_",
+        "_repr_html_",
+        "__wrapped__",
+        "__len__",
+        "_x",
+        "__array__",
+        "__html__",
+        "__await__",
+    ):
+        assert not hasattr(item, name)
+    for same in (copy.copy(item), copy.deepcopy(item), pickle.loads(pickle.dumps(item))):
+        assert type(same) is type(item)
+        assert repr(same) == repr(item)
+    assert hash(item) == hash(item)
+    assert bool(item)
+
+
+def test_attributes_make_objects_not_calls() -> None:
+    rpc = harp.HarpCaller("127.0.0.1", 1)
+    assert hasattr(rpc, "anything")
+    assert hasattr(rpc.web01, "anything")
+    assert isinstance(rpc.web01.keys, harp.RemoteProcedure)
+    assert (rpc.web01.restart.host(), rpc.web01.restart.procedure()) == ("web01", "restart")
+    assert [str(host) for host in (rpc.web01, rpc("web01"), rpc.host("web01"), rpc.host(host="web01"))] == ["web01"] * 4
+    server = rpc.web01
+    assert server(queue={"a": 1}) is server
+    with pytest.raises(AttributeError, match="_private"):
+        _ = rpc._private
+    assert harp.RemoteProcedure(rpc, server, "_private").procedure() == "_private"
+
+
+def test_the_sentinels_stand_for_themselves() -> None:
+    for sentinel, text in ((harp.CALL_NOT_FINISHED, "<CallNotFinished>"), (harp.CALL_CANCELLED, "<CallCancelled>")):
+        assert repr(sentinel) == text
+        assert copy.copy(sentinel) is copy.deepcopy(sentinel) is pickle.loads(pickle.dumps(sentinel)) is sentinel
+
+
+def test_a_result_is_a_value() -> None:
+    assert harp.Result([1]).value == [1]
+    assert harp.Result(1) == harp.Result(1) != harp.Result(2)
+    assert pickle.loads(pickle.dumps(harp.Result({"a": 1}))) == harp.Result({"a": 1})
+
+
+WRONG_OPTIONS = [
+    ({"colour": 1}, "unknown option 'colour', expected one of queue, concurrency, timeout, max_exec_time, info"),
+    ({"queue": "name"}, "option 'queue': expected a dict, got 'name'"),
+    ({"queue": {"a": {1, 2}}}, r"option 'queue' can't be sent as JSON: at \['a'\]: type set"),
+    ({"concurrency": 0}, "option 'concurrency': expected a positive integer, got 0"),
+    ({"concurrency": True}, "option 'concurrency'"),
+    ({"concurrency": 1.5}, "option 'concurrency'"),
+    ({"timeout": 0}, "option 'timeout': expected a positive number of seconds, got 0"),
+    ({"timeout": -1}, "option 'timeout'"),
+    ({"timeout": "5"}, "option 'timeout'"),
+    ({"timeout": 10**5000}, "option 'timeout'"),
+    ({"max_exec_time": float("nan")}, "option 'max_exec_time'"),
+    ({"max_exec_time": float("inf")}, "option 'max_exec_time'"),
+    ({"max_exec_time": False}, "option 'max_exec_time'"),
+    ({"info": object()}, "option 'info' can't be sent as JSON: type object"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), WRONG_OPTIONS)
+def test_wrong_options_are_refused_at_once(options: dict[str, Any], message: str) -> None:
+    for rpc in (harp.HarpCaller("127.0.0.1", 1), aio.AsyncHarpCaller("127.0.0.1", 1)):
+        with pytest.raises(harp.HarpException, match=message):
+            rpc.web01(**options)
+        with pytest.raises(harp.HarpException, match=message):
+            rpc.host("web01", **options)
+        with pytest.raises(harp.HarpException, match=message):
+            rpc("web01", **options)
+
+
+WRONG_CALLS: list[tuple[tuple[Any, ...], dict[str, Any], str]] = [
+    ((1,), {"a": 2}, "positional and named arguments can't be mixed"),
+    ((1, {1, 2}), {}, "argument 2 can't be sent as JSON: type set has no form"),
+    (([0, {"a": object()}],), {}, r"argument 1 can't be sent as JSON: at \[1\]\['a'\]: type object"),
+    ((), {"good": 1, "name": b"bytes"}, "argument 'name' can't be sent as JSON: type bytes"),
+    ((float("nan"),), {}, "argument 1 can't be sent as JSON: nan"),
+    (({(1, 2): 3},), {}, "argument 1 can't be sent as JSON: a key is of type tuple"),
+]
+
+
+@pytest.mark.parametrize(("args", "kwargs", "message"), WRONG_CALLS)
+def test_wrong_arguments_are_refused_before_anything_is_sent(
+    args: tuple[Any, ...], kwargs: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(harp.HarpException, match=message) as caught:
+        harp.HarpCaller("127.0.0.1", 1).web01.procedure(*args, **kwargs)
+    assert type(caught.value) is harp.HarpException  # it did not talk
+    with pytest.raises(harp.HarpException, match=message) as caught:
+        harp.HarpServer("127.0.0.1", "u", "p", 1).procedure(*args, **kwargs)
+    assert type(caught.value) is harp.HarpException
+
+
+async def test_wrong_arguments_are_refused_by_the_twins() -> None:
+    with pytest.raises(harp.HarpException, match="mixed"):
+        await aio.AsyncHarpCaller("127.0.0.1", 1).web01.procedure(1, a=2)
+    with pytest.raises(harp.HarpException, match="argument 1"):
+        await aio.AsyncHarpServer("127.0.0.1", "u", "p", 1).procedure(object())
+
+
+def test_concurrency_needs_a_queue_when_the_job_is_submitted() -> None:
+    server = harp.HarpCaller("127.0.0.1", 1).web01(concurrency=2)  # the queue may come later
+    with pytest.raises(harp.HarpException, match="option 'concurrency' needs option 'queue'"):
+        server.procedure()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: harp.HarpCaller(""), "host: expected a name"),
+        (lambda: harp.HarpCaller(None), "host: expected a name"),  # type: ignore[arg-type]
+        (lambda: harp.HarpCaller("h", 0), "port: expected a number"),
+        (lambda: harp.HarpCaller("h", "3502"), "port: expected a number"),  # type: ignore[arg-type]
+        (lambda: harp.HarpCaller("h", 65536), "port: expected a number"),
+        (lambda: harp.HarpCaller("h").host(""), "host: expected a name"),
+        (lambda: harp.HarpCaller("h").job(""), "job_id: expected a name"),
+        (lambda: harp.HarpCaller("h").job(5), "job_id: expected a name"),  # type: ignore[arg-type]
+        (lambda: harp.HarpCaller("h").job(JOB).follow(since=-1), "since: expected an integer from 0 on"),
+        (lambda: harp.HarpCaller("h").job(JOB).stream(recent="5"), "recent: expected"),  # type: ignore[arg-type]
+        (lambda: harp.HarpCaller("h").job(JOB).follow(1, 2), "since and recent exclude each other"),
+        (lambda: harp.HarpCaller("h").job(JOB).stream(10**5000), "digits"),
+        (lambda: harp.HarpCaller("h").request([]), "request: expected a dict"),  # type: ignore[arg-type]
+        (lambda: harp.HarpCaller("h").request({"x": {1}}), r"the request can't be sent as JSON: at \['x'\]"),
+        (lambda: harp.HarpServer("h", "u", None), "password: expected a string, got NoneType"),  # type: ignore[arg-type]
+        (lambda: harp.HarpServer("h", 5, "p"), "user: expected a string, got int"),  # type: ignore[arg-type]
+        (lambda: harp.HarpProcedure(harp.HarpServer("h", "u", "p"), ""), "procedure: expected a name"),
+    ],
+)
+def test_what_can_never_work_is_said_at_once(make: Callable[[], object], message: str) -> None:
+    with pytest.raises(harp.HarpException, match=message):
+        make()

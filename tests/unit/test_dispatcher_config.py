@@ -1,0 +1,170 @@
+"""The dispatcher's configuration: files that load, faults that name key and file, the page of settings."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from harpcaller.config import IGNORED_KEYS, KEYS, Address, Config, ConfigError, load
+
+PAGE = Path(__file__).parents[2] / "docs" / "settings-dispatcher.md"
+
+#: A file of the older dispatcher, with every key that it knows.
+OLDER = """
+# network
+listen = ["*:3502", "localhost:3503"]
+ca_file = "/etc/harpcaller/ca_certs.pem"
+known_certs_file = "/etc/harpcaller/known_certs.pem"
+
+# jobs
+stream_directory = "/var/lib/harpcaller/stream/"
+default_timeout = 600
+max_exec_time = 700
+max_age = 48
+
+# hosts registry
+host_db_script = "/etc/harpcaller/update-hosts"
+host_db = "/var/lib/harpcaller/hosts.db"
+host_db_refresh = 1200
+
+# logging
+log_handlers = ["harpcaller_syslog_h"]
+
+[erlang]
+node_name = "harpcaller"
+name_type = "longnames"
+cookie_file = "/etc/harpcaller/cookie.txt"
+distributed_immediate = false
+error_logger_handlers = []
+"""
+
+
+def loaded(directory: Path, text: str) -> Config:
+    file = directory / "harpcaller.toml"
+    file.write_text(text)
+    return load(file)
+
+
+def test_a_file_of_the_older_dispatcher_loads(tmp_path: Path) -> None:
+    config = loaded(tmp_path, OLDER)
+    assert config == Config(
+        file=tmp_path / "harpcaller.toml",
+        ignored=("log_handlers", "erlang"),
+        listen=(Address(None, 3502), Address("localhost", 3503)),
+        ca_file=Path("/etc/harpcaller/ca_certs.pem"),
+        known_certs_file=Path("/etc/harpcaller/known_certs.pem"),
+        stream_directory=Path("/var/lib/harpcaller/stream"),
+        default_timeout=600.0,
+        max_exec_time=700.0,
+        max_age=48.0,
+        host_db_script=Path("/etc/harpcaller/update-hosts"),
+        host_db=Path("/var/lib/harpcaller/hosts.db"),
+        host_db_refresh=1200.0,
+    )
+    assert config.max_age_seconds == 48 * 3600
+
+
+def test_an_empty_file_means_the_defaults(tmp_path: Path) -> None:
+    assert loaded(tmp_path, "") == Config(file=tmp_path / "harpcaller.toml")
+
+
+@pytest.mark.parametrize(
+    ("text", "host", "port"),
+    [
+        ("*:3502", None, 3502),
+        ("127.0.0.1:0", "127.0.0.1", 0),
+        ("[::1]:3502", "::1", 3502),
+        ("[fe80::1%eth0]:1", "fe80::1%eth0", 1),
+        ("dispatcher.example.net:65535", "dispatcher.example.net", 65535),
+    ],
+)
+def test_addresses(tmp_path: Path, text: str, host: str | None, port: int) -> None:
+    config = loaded(tmp_path, f'listen = ["{text}"]')
+    assert config.listen == (Address(host, port),)
+    assert str(config.listen[0]) == text
+
+
+def test_paths_are_relative_to_the_file(tmp_path: Path) -> None:
+    config = loaded(tmp_path, 'ca_file = "ca.pem"\nhost_db = "../hosts.db"')
+    assert (config.ca_file, config.host_db) == (tmp_path / "ca.pem", tmp_path / "../hosts.db")
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ("listen = []", "listen: expected an array of addresses, got []"),
+        ('listen = "*:1"', "listen: expected an array of addresses, got '*:1'"),
+        ("listen = [1]", 'listen: expected "ADDRESS:PORT", an IPv6 address in brackets, got 1'),
+        ('listen = ["::1:80"]', "got '::1:80'"),
+        ('listen = ["host"]', "got 'host'"),
+        ('listen = ["host:65536"]', "got 'host:65536'"),
+        ('listen = ["host:-1"]', "got 'host:-1'"),
+        ('listen = ["host:\u0663"]', "listen: expected"),
+        ("default_timeout = 0", "default_timeout: expected a number > 0.0, got 0"),
+        ("default_timeout = true", "default_timeout: expected a number, got True"),
+        ('max_exec_time = "600"', "max_exec_time: expected a number, got '600'"),
+        ("max_age = nan", "max_age: expected a number > 0.0, got nan"),
+        ("max_age = inf", "max_age: expected a number <= 87600.0, got inf"),
+        ("connections = 1.5", "connections: expected an integer, got 1.5"),
+        ("connections = 0", "connections: expected an integer >= 1, got 0"),
+        ("request_line = 10", "request_line: expected an integer >= 1024, got 10"),
+        ("verify_hostname = 1", "verify_hostname: expected true or false, got 1"),
+        ('tls_minimum = "2"', 'tls_minimum: expected "1.0" or "1.1" or "1.2" or "1.3", got \'2\''),
+        ("tls_minimum = 1.2", "tls_minimum: expected"),
+        ('log_level = "loud"', "log_level: expected"),
+        ("ca_file = 5", "ca_file: expected a path, got 5"),
+        ('ca_file = ""', "ca_file: expected a path, got ''"),
+        ('host_db = "a\\u0000b"', "host_db: expected a path, got"),
+        ("max_exec_tme = 5", "max_exec_tme: expected a key of the dispatcher, got an unknown one"),
+        ('file = "x"', "file: expected a key of the dispatcher, got an unknown one"),
+        ("ignored = []", "ignored: expected a key of the dispatcher, got an unknown one"),
+        ("[section]\nx = 1", "section: expected a key of the dispatcher, got an unknown one"),
+        ("x =", "expected TOML: "),
+        ("x = 1\nx = 2", "expected TOML: "),
+    ],
+)
+def test_faults_name_file_and_key(tmp_path: Path, text: str, fault: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        loaded(tmp_path, text)
+    assert str(caught.value).startswith(f"{tmp_path / 'harpcaller.toml'}: ")
+    assert fault in str(caught.value)
+
+
+def test_files_that_are_no_configuration(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="No such file"):
+        load(tmp_path / "none")
+    with pytest.raises(ConfigError, match="Is a directory"):
+        load(tmp_path)
+    (tmp_path / "binary").write_bytes(b"\xff\xfe")
+    with pytest.raises(ConfigError, match="expected TOML"):
+        load(tmp_path / "binary")
+
+
+def _shown(value: Any) -> str:
+    match value:
+        case None:
+            return ""
+        case bool():
+            return str(value).lower()
+        case float():
+            return f"{value:g}"
+        case tuple():
+            return f"[{', '.join(_shown(str(item)) for item in value)}]"
+        case str():
+            return f'"{value}"'
+        case Path():
+            return f'"{value}"'
+    return str(value)
+
+
+def test_the_page_lists_every_key_with_its_default() -> None:
+    rows = re.findall(r"^\| `(\w+)` \| (?:`(.*?)`)? ?\|", PAGE.read_text(), re.MULTILINE)
+    fields = msgspec.structs.fields(Config)
+    wanted = {field.name: _shown(field.default) for field in fields if field.name in KEYS}
+    assert dict(rows) == wanted
+    assert len(rows) == len(wanted)
+    assert all(f"`{key}`" in PAGE.read_text() for key in IGNORED_KEYS)
