@@ -84,7 +84,7 @@ class _Link(asyncio.Protocol):
         """Wait until what was written has left. Raises `CommunicationError` when it can't any more."""
         await self._writable.wait()
         if self._lost.is_set() and self._failure is not None:
-            raise self._endpoint.error("sending", "the connection is lost") from self._failure
+            raise self._failure.with_traceback(None)
 
     async def line(self) -> bytes:
         """Wait for a line. Raises `CommunicationError` when none will come."""
@@ -127,11 +127,11 @@ class AsyncJSONConnection:
             async with asyncio.timeout(last - time.monotonic()):
                 found = await self._loop.getaddrinfo(self.endpoint.host, self.endpoint.port, type=socket.SOCK_STREAM)
         dial = Dial(self.endpoint, found, last)
-        for address, seconds in dial:
-            with dial.attempt(address) as sock:
+        for sock, address, seconds in dial:
+            with dial.attempt(sock, address):
                 sock.setblocking(False)
                 async with asyncio.timeout(seconds):
-                    await self._loop.sock_connect(sock, address[4])
+                    await self._loop.sock_connect(sock, address)
                 return sock
         raise dial.failure()
 

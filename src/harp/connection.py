@@ -100,12 +100,14 @@ def _cause(error: Exception) -> str:
     """What went wrong, in words."""
     if isinstance(error, ssl.SSLCertVerificationError):
         cure = _CURES.get(error.verify_code, "ca_file must hold the authority that issued it")
-        return f"the server's certificate is not accepted: {error.verify_message} ({cure})"
+        return f"the server's certificate is not accepted: {error.verify_message.rstrip('.')} ({cure})"
     if isinstance(error, ssl.SSLError) and error.reason:
         words = error.reason.lower().replace("_", " ")
         return f"{words} (it does not speak TLS)" if error.reason == "WRONG_VERSION_NUMBER" else words
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
+    if isinstance(error, socket.gaierror):
+        return error.strerror or str(error)
+    if isinstance(error, OSError) and error.errno:
+        return os.strerror(error.errno)
     return str(error) or ("timed out" if isinstance(error, TimeoutError) else type(error).__name__)
 
 
@@ -124,24 +126,25 @@ class Dial:
         self._last = last
         self._failures: list[tuple[str, OSError]] = []
 
-    def __iter__(self) -> Iterator[tuple[AddressInfo, float]]:
-        """Each address with the seconds that it may take."""
-        for index, found in enumerate(self._found):
+    def __iter__(self) -> Iterator[tuple[socket.socket, Any, float]]:
+        """For each address a new socket, the address to connect it to, and the seconds that this may take."""
+        for index, (family, kind, protocol, _, address) in enumerate(self._found):
+            try:
+                sock = socket.socket(family, kind, protocol)
+            except OSError as error:  # this machine does not speak this family, or has no descriptor left
+                self._failures.append((address[0], error))
+                continue
             left = max(self._last - time.monotonic(), 0.001)
-            yield found, left / (len(self._found) - index)
+            yield sock, address, left / (len(self._found) - index)
 
     @contextmanager
-    def attempt(self, found: AddressInfo) -> Iterator[socket.socket]:
-        """A socket to connect; a failure is noted, not raised, and the socket closed."""
-        family, kind, protocol, _, address = found
-        sock = None
+    def attempt(self, sock: socket.socket, address: Any) -> Iterator[None]:
+        """Prepare the socket to be connected here; a failure closes it, and is noted, not raised."""
         try:
-            sock = socket.socket(family, kind, protocol)
             _prepare(sock)
-            yield sock
+            yield
         except BaseException as error:
-            if sock is not None:
-                sock.close()
+            sock.close()
             if not isinstance(error, OSError):
                 raise
             self._failures.append((address[0], error))
@@ -258,10 +261,10 @@ class JSONConnection:
         with self.endpoint.mapped("can't find its address"):
             found = socket.getaddrinfo(self.endpoint.host, self.endpoint.port, type=socket.SOCK_STREAM)
         dial = Dial(self.endpoint, found, last)
-        for address, seconds in dial:
-            with dial.attempt(address) as sock:
+        for sock, address, seconds in dial:
+            with dial.attempt(sock, address):
                 sock.settimeout(seconds)
-                sock.connect(address[4])
+                sock.connect(address)
                 sock.settimeout(None)
                 return sock
         raise dial.failure()

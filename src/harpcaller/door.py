@@ -98,15 +98,15 @@ class Door:
             try:
                 accepted, address = listener.socket.accept()
             except BlockingIOError:
+                if self._exhausted:
+                    self._exhausted = False
+                    log.info("accepts connections again")
                 return
             except OSError as error:
                 if error.errno in _EXHAUSTED:
                     self._pause(listener, error)
                     return
                 continue  # one connection's fault: it is gone before it was accepted
-            if self._exhausted:
-                self._exhausted = False
-                log.info("accepts connections again")
             try:
                 _prepare(accepted)
                 self._admit(accepted, _name(accepted, address))

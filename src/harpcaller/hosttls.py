@@ -168,4 +168,7 @@ def _known_certificates(config: Config) -> FreshFile[frozenset[bytes]] | None:
 
 
 def _certificates(text: bytes) -> frozenset[bytes]:
-    return frozenset(ssl.PEM_cert_to_DER_cert(block.decode("ascii")) for block in _PEM.findall(text))
+    ders = frozenset(ssl.PEM_cert_to_DER_cert(block.decode("ascii")) for block in _PEM.findall(text))
+    for der in ders:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(cadata=der)  # only to see that it is one
+    return ders

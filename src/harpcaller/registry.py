@@ -4,7 +4,7 @@ What the script printed last with success is what counts; a copy of it in `host_
 `hosts_file` takes the place of one with the same name from the script. No password gets into the log: neither do
 lines that can't be understood, nor what the script says on stderr when it succeeds.
 
-Spec: docs/protocol.md, Administration of the dispatcher, Hosts registry.
+Spec: docs/settings-dispatcher.md, Hosts registry.
 """
 
 from __future__ import annotations

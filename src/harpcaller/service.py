@@ -172,13 +172,15 @@ class Service:
             case GetStatus(job):
                 yield encode_reply(_status(await dispatcher.job(job)))
             case FollowStream():
-                async with aclosing(self._follow(request, connection)) as replies:
-                    async for lines in replies:
+                async with aclosing(self._follow(request, connection)) as followed:
+                    async for lines in followed:
                         yield lines
-            case ReadStream(job, since, recent):
-                async with aclosing(dispatcher.read(job, since, recent)) as items:
+            case ReadStream():
+                async with aclosing(dispatcher.read(request.job, request.since, request.recent)) as items:
                     async for item in items:
-                        yield _lines(item)
+                        lines = _lines(item)
+                        del item  # not kept as well while the client reads
+                        yield lines
 
     async def _result(self, job: str, wait: bool, connection: Connection) -> Reply:
         if wait:
@@ -201,11 +203,13 @@ class Service:
                 while True:
                     async with connection.waiting():
                         item = await anext(items)
-                    yield _lines(item)
                     if not isinstance(item, list):
+                        yield encode_reply(item)
                         return
                     since, recent = item[-1].number + 1, None
-                    del item  # not kept while the next one is waited for
+                    lines = _lines(item)
+                    del item  # not kept as well while the client reads
+                    yield lines
         except ClientLeft:
             pass
         # As for a result: what needs no waiting.
@@ -214,7 +218,9 @@ class Service:
             async for part in rest:
                 if isinstance(part, Continue):
                     raise ClientLeft
-                yield _lines(part)
+                lines = _lines(part)
+                del part
+                yield lines
 
 
 def _lines(item: list[Packet] | Reply) -> bytes:

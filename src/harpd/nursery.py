@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import array
+import contextlib
 import logging
 import os
+import select
+import signal
 import socket
 import sys
 from collections import deque
@@ -72,6 +75,7 @@ class Zygote:
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             self.pid = _spawn(theirs)
+        self._process = os.pidfd_open(self.pid)
         self._socket.setblocking(False)
         self._loop.watch(self._socket.fileno(), READ, self._on_ready)
         path = _search_path(settings.get("python_path") or {})
@@ -99,9 +103,18 @@ class Zygote:
         self._retired = True
         self._end_if_idle()
 
+    def end(self) -> None:
+        """End it now, and wait until it has ended."""
+        self._retired = True
+        self._close()
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self._process, signal.SIGKILL)
+        select.select([self._process], [], [])
+
     def _end_if_idle(self) -> None:
         if self._retired and self.idle:
             self._close()
+            os.close(self._process)
 
     def _close(self) -> None:
         if self._socket.fileno() >= 0:
@@ -179,6 +192,7 @@ class Zygote:
             parent.reaped(9)  # they are killed with it
         self._forking.clear()
         self._children.clear()
+        os.close(self._process)
         if not self._retired:
             self._on_died()
 
@@ -187,7 +201,7 @@ def _spawn(theirs: socket.socket) -> int:
     """Exec a zygote with its end of the socket; what else is open here closes on exec."""
     os.set_inheritable(theirs.fileno(), True)
     arguments = [sys.executable, "-P", "-m", "harpd.zygote", str(theirs.fileno()), str(os.getpid())]
-    return os.posix_spawn(sys.executable, arguments, os.environ, setsigdef=(), setsigmask=())
+    return os.posix_spawn(sys.executable, arguments, os.environ, setsigdef=(signal.SIGCHLD,), setsigmask=())
 
 
 def _search_path(changes: Mapping[str, list[str]]) -> list[str]:

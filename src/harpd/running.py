@@ -18,6 +18,7 @@ import logging
 import os
 import signal
 import socket
+import time
 from collections.abc import Callable, Mapping
 from enum import Enum
 
@@ -63,7 +64,7 @@ class RunningCall:
         kill_grace: seconds between the steps of stopping.
         spool: how many bytes may wait for the gate.
         records: where running calls are recorded.
-        look: gives all processes of this moment.
+        look: gives all processes as they were at this moment of the monotonic clock, or later.
         on_gone: called once, when nothing of the call is left.
     """
 
@@ -78,7 +79,7 @@ class RunningCall:
         kill_grace: float,
         spool: int,
         records: CallRecords,
-        look: Callable[[], Mapping[int, Process]],
+        look: Callable[[float], Mapping[int, Process]],
         output: Output,
         on_gone: Callable[[RunningCall], None],
     ) -> None:
@@ -97,6 +98,7 @@ class RunningCall:
         self._from_call = bytearray()
         self._said_end = False
         self._stopping: Stop | None = None
+        self._stopped_at = 0.0
         self._step: Timer | None = None
         self._limit: Timer | None = None
         self._tree: Tree | None = None
@@ -146,7 +148,7 @@ class RunningCall:
         if self._limit is not None:
             self._limit.cancel()
         if not self._said_end:
-            self._end(self._stopped_end() or _died(status))
+            self._end(self._stopped_end() or _died(status))  # a caller who has left does not hear it
         if self._stopping is None:
             self._leave()
         else:
@@ -160,7 +162,7 @@ class RunningCall:
             return
         if self._said_end:
             return  # it has ended by itself; what it left running is not ours to stop
-        self._stopping = why
+        self._stopping, self._stopped_at = why, time.monotonic()
         log.info("call is stopped", extra={**self._fields, "why": why.value})
         if self._tree is not None:
             self._begin_stop()
@@ -171,7 +173,8 @@ class RunningCall:
             send(signal.SIGXCPU, (self._tree.pid, self._tree.start))
             self._step = self._loop.after(self._kill_grace, self._terminate)
         else:
-            self._terminate()
+            # In the next turn, so that all calls that are stopped in this one share a look at the processes.
+            self._step = self._loop.after(0, self._terminate)
 
     def _terminate(self) -> None:
         for member in self._members():
@@ -187,13 +190,13 @@ class RunningCall:
         for member in self._members():
             if member.identity != main:
                 send(signal.SIGKILL, member.identity)
-        if all(member.identity == main for member in self._members()):
+        if all(member.identity == main for member in self._members(time.monotonic())):
             send(signal.SIGKILL, main)
         self._step = self._loop.after(_LOOK, self._kill)
 
-    def _members(self) -> list[Process]:
+    def _members(self, moment: float = 0.0) -> list[Process]:
         assert self._tree is not None
-        members = self._tree.members(self._look(), self._known)
+        members = self._tree.members(self._look(max(self._stopped_at, moment)), self._known)
         self._known.update(member.identity for member in members)
         return members
 
@@ -206,14 +209,13 @@ class RunningCall:
             self._leave()
 
     def _stopped_end(self) -> Failed | None:
+        """The end of a call that was stopped; None: it was not, or nobody is there to hear it."""
         match self._stopping:
             case Stop.TIME_LIMIT:
                 return Failed("timeout", f"the procedure took more than its limit of {self._offered.timeout:g} s")
             case Stop.SHUTDOWN:
                 return Failed("shutdown", "harpd was stopped while the call ran")
-            case Stop.CANCELLED:
-                return Failed("cancelled", "the call was cancelled")
-            case None:
+            case _:
                 return None
 
     # What the process says, and who hears it.

@@ -18,10 +18,10 @@ gone: a close is the proof of death. A connection whose first line has the key `
 
     {"control": "status"}                       {"calls": N, "warden": PID, "zygote": PID, "procedures": [NAME]}
     {"control": "reload", "settings": {...}}    {"ok": true} or {"error": MESSAGE}
-    {"control": "shutdown"}                     {"ok": true}, once every call has ended with the error shutdown
+    {"control": "shutdown"}                     {"ok": true}, once every call has ended, with the error shutdown
 
-The settings: `procedures` (path), `python_path` (prepend, append), `default_user`, `default_group`, `calls` (the most at
-once), `kill_grace` (seconds), `spool` (bytes of a call that may wait for the gate), `runtime_directory`, `logging`.
+The settings: `procedures` (path), `python_path` (prepend, append), `default_user`, `default_group`, `calls` (the most
+at once), `kill_grace` (seconds), `spool` (bytes of a call that may wait for the gate), `runtime_directory`, `logging`.
 Nothing secret ever comes here.
 """
 
@@ -30,6 +30,7 @@ from __future__ import annotations
 import logging
 import os
 import resource
+import signal
 import socket
 import struct
 import sys
@@ -77,7 +78,7 @@ class Warden:
         self._output = Output(loop)
         self._zygote: Zygote | None = None
         self._closing: Callable[[], None] | None = None
-        self._looked: tuple[float, dict[int, Process]] = (0.0, {})
+        self._looked_at, self._processes = 0.0, dict[int, Process]()
         if killed := self._records.sweep():
             log.warning("processes of an earlier warden's calls were killed", extra={"processes": killed})
         loop.watch(lifeline, READ, self._on_gate_died)
@@ -203,8 +204,7 @@ class Warden:
                 )
             case "reload":
                 settings = {**request.value("settings"), "descriptors": self._settings["descriptors"]}
-                logs.configure(settings["logging"])
-                self._load(settings, lambda fault: answer({"ok": True} if fault is None else {"error": fault}))
+                self._load(settings, lambda fault: answer(_reloaded(settings, fault)))
             case "shutdown":
                 self._shut_down(lambda: answer({"ok": True}))
             case other:
@@ -229,16 +229,30 @@ class Warden:
 
     def _end_if_done(self) -> None:
         if self._closing is not None and not self._calls:
+            if self._zygote is not None:
+                self._zygote.end()
+                self._zygote = None
             self._closing()
             self._closing = lambda: None
             self._loop.after(0, self._loop.stop)
 
-    def _look(self) -> Mapping[int, Process]:
-        moment, processes = self._looked
-        if time.monotonic() - moment > _LOOK_LASTS:
-            processes = snapshot()
-            self._looked = time.monotonic(), processes
-        return processes
+    def _look(self, moment: float) -> Mapping[int, Process]:
+        """All processes as they were at `moment` or later, and not long ago; many calls share a look."""
+        if self._looked_at < max(moment, time.monotonic() - _LOOK_LASTS):
+            self._looked_at = time.monotonic()
+            self._processes = snapshot()
+        return self._processes
+
+
+def _reloaded(settings: Mapping[str, Any], fault: str | None) -> dict[str, Any]:
+    """The answer to a reload. The log changes last: a reload that fails changes nothing."""
+    if fault is not None:
+        return {"error": fault}
+    try:
+        logs.configure(settings["logging"])
+    except (ValueError, OSError) as error:  # the gate has tried the same settings
+        log.error("the log can't be set up anew", extra={"reason": str(error)})
+    return {"ok": True}
 
 
 class _FirstLine:
@@ -305,6 +319,7 @@ def main() -> NoReturn:
     sys.setrecursionlimit(_RECURSION_LIMIT)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # zygotes are not waited for; their sockets tell of their end
     for descriptor in (listener, lifeline):
         os.set_inheritable(descriptor, False)
     loop = EventLoop()

@@ -17,6 +17,7 @@ JSON objects:
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import resource
@@ -136,12 +137,10 @@ def main() -> None:
     sys.setrecursionlimit(_RECURSION_LIMIT)
     become_subreaper()
     die_with_parent(warden)
-    zygote = _Zygote(socket.socket(fileno=descriptor))
-    try:
+    with socket.socket(fileno=descriptor) as channel, contextlib.suppress(ConnectionError):  # the warden is gone
+        zygote = _Zygote(channel)
         if zygote.load():
             zygote.serve()
-    except (BrokenPipeError, ConnectionError):
-        pass  # the warden is gone
 
 
 if __name__ == "__main__":

@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+import harp
 from support.certificates import server_files
 from support.field import OldDispatcher, old_client, old_dispatcher_call, old_harpd, old_tls_server, server
 from support.harpcallerd import Harpcallerd
 from support.system import System, running
-
-import harp
 
 PROCEDURES = """
 import time

@@ -1,4 +1,4 @@
-"""Whatever bytes come, the live servers answer with messages or close: never a hang, a crash or a traceback on the wire."""
+"""Whatever bytes come, the live servers answer or close: never a hang, a crash or a traceback on the wire."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from contextlib import closing
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
 from support.system import System, running
 
 PROCEDURES = """

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from support.certificates import server_files
 from support.harpcallerd import Harpcallerd
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
-from support.system import System, running
 
 import harp
+from support.system import System, running
 
 PROCEDURES = """
 from harpd.proc import procedure, streaming_procedure, Result

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from support.deadline import wait_until
@@ -226,6 +227,25 @@ def test_tls_1_1_is_refused_and_1_2_is_spoken(harpd: Harpd) -> None:
         context.maximum_version = ssl.TLSVersion.TLSv1_1
     with socket.create_connection((harpd.host, harpd.port), DEADLINE) as plain, pytest.raises((ssl.SSLError, OSError)):
         context.wrap_socket(plain)
+
+
+def test_nothing_is_left_of_connections(harpd: Harpd) -> None:
+    gate = psutil.Process(harpd.pid)
+    harpd.call("echo")
+    wait_until(lambda: harpd.status()["calls"] == 0 and not gate.net_connections()[1:], DEADLINE, "the end of all")
+    before = gate.num_fds(), gate.num_threads()
+    for number in range(20):
+        harpd.call("echo")
+        with harpd.connect() as client:
+            client.send(harpd.request("sleep", [3600]))
+            if number % 2:
+                client.message()
+        with harpd.connect() as client:
+            client.send(b"x\n" if number % 2 else b"x")
+        with socket.create_connection((harpd.host, harpd.port), DEADLINE) as plain:
+            plain.sendall(b"x")
+    wait_until(lambda: (gate.num_fds(), gate.num_threads()) == before, DEADLINE, "descriptors and threads as before")
+    assert harpd.status()["calls"] == 0
 
 
 # ---- deadlines and limits ----------------------------------------------------------------------------------------

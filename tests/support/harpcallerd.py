@@ -1,109 +1,151 @@
-"""A real harpcallerd as a child process, with a directory, a port and a control socket of its own."""
+"""A real harpcallerd as a child process, with a configuration of its own.
+
+with Harpcallerd(tmp_path, hosts={"web01": harpd.port}, credentials=(harpd.user, harpd.password)) as dispatcher:
+    rpc = harp.HarpCaller("127.0.0.1", dispatcher.port)
+    ...
+    dispatcher.restart(kill=True)
+"""
 
 from __future__ import annotations
 
+import atexit
 import json
-import re
+import os
+import shutil
+import signal
+import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 from support.deadline import wait_until
 
+#: Seconds within which the program has to do what takes a moment; never waited for in full when all is well.
 DEADLINE = 60.0
+
+#: A Unix socket's path may be this long, with something to spare.
+_LONGEST_PATH = 100
 
 
 class Harpcallerd:
-    """A dispatcher on a free port of 127.0.0.1; a context manager that starts and stops it.
+    """A harpcallerd on a free port of 127.0.0.1; a context manager that starts and stops it.
 
     Args:
-        directory: where its files go.
-        hosts: the ports of the hosts that it knows, by name.
-        credentials: user and password for all of them.
-        settings: keys of its configuration.
+        directory: where its files go; its own.
+        hosts: the hosts of its registry: names and the ports of their harpd on 127.0.0.1.
+        credentials: user and password for all hosts.
+        settings: more keys of the configuration file, and others for those that are there; None removes a key.
+        options: more options of `start`.
+        descriptors: the hard limit of open files, None: as it is here.
     """
+
+    host = "127.0.0.1"
 
     def __init__(
         self,
         directory: Path,
         hosts: Mapping[str, int] | None = None,
-        credentials: tuple[str, str] = ("user", "password"),
+        credentials: tuple[str, str] = ("u", "p"),
         settings: Mapping[str, Any] | None = None,
-        arguments: tuple[str, ...] = (),
+        options: tuple[str, ...] = (),
+        descriptors: int | None = None,
     ) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         self.directory = directory
         self.config_file = directory / "harpcaller.toml"
         self.hosts_file = directory / "hosts"
         self.log_file = directory / "harpcallerd.log"
+        self.store_directory = directory / "jobs"
+        #: The control socket.
         self.socket = directory / "control"
-        self.store = directory / "store"
-        #: 0 before the first start; a later start takes the same port.
+        if len(str(self.socket)) > _LONGEST_PATH:
+            short = tempfile.mkdtemp(prefix="harpcallerd-")
+            atexit.register(shutil.rmtree, short, ignore_errors=True)
+            self.socket = Path(short) / "control"
+        #: The port; 0 before the first start. A later start takes the same one.
         self.port = 0
-        self._credentials = dict(zip(("user", "password"), credentials, strict=True))
-        self._settings = dict(settings or {})
-        self._arguments = arguments
+        self._credentials = credentials
+        self._options = options
+        self._descriptors = descriptors
         self._process: subprocess.Popen[bytes] | None = None
         self.log_file.touch()
-        self.write_hosts(hosts or {})
+        self.set_hosts(hosts or {})
+        self.configure(settings or {})
 
-    def write_hosts(self, hosts: Mapping[str, int]) -> None:
-        """Write the hosts file anew."""
-        lines = [
-            {"hostname": name, "address": "127.0.0.1", "port": port, "credentials": self._credentials}
+    # ---- its files -------------------------------------------------------------------------------------------
+
+    def set_hosts(self, hosts: Mapping[str, int]) -> None:
+        """Write the hosts file; it is read again when it has changed."""
+        user, password = self._credentials
+        credentials = {"user": user, "password": password}
+        lines = (
+            {"hostname": name, "address": "127.0.0.1", "port": port, "credentials": credentials}
             for name, port in hosts.items()
-        ]
+        )
         self.hosts_file.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
-    def write_config(self, **changes: Any) -> None:
-        """Write the configuration file anew, with changes that stay."""
-        self._settings |= changes
-        settings = {
-            "listen": [f"127.0.0.1:{self.port}"],
-            "stream_directory": str(self.store),
+    def configure(self, settings: Mapping[str, Any]) -> None:
+        """Write the configuration file: the usual one with these keys. Takes effect by `reload`."""
+        self._settings = settings
+        usual = {
+            "listen": [f"{self.host}:{self.port}"],
+            "stream_directory": str(self.store_directory),
             "host_db": str(self.directory / "hosts.db"),
             "hosts_file": str(self.hosts_file),
+            "log_level": "debug",
             "log_format": "json",
-            **self._settings,
         }
-        self.config_file.write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in settings.items()))
+        keys = {**usual, **settings}
+        # What JSON and TOML have in common is enough here.
+        lines = (f"{key} = {json.dumps(value)}\n" for key, value in keys.items() if value is not None)
+        self.config_file.write_text("".join(lines))
+
+    # ---- the program -----------------------------------------------------------------------------------------
 
     def command(self, *arguments: str) -> list[str]:
-        """The program's command line."""
+        """A command line of the program, with this one's control socket."""
         return [sys.executable, "-P", "-m", "harpcaller.cli", f"--socket={self.socket}", *arguments]
 
     def control(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        """Run the control program."""
-        return subprocess.run(self.command(*arguments), capture_output=True, text=True, timeout=DEADLINE, check=False)
+        """Run the program as a control program; return its exit status and what it printed."""
+        return subprocess.run(
+            self.command(*arguments), stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=DEADLINE
+        )
 
-    def start(self) -> Harpcallerd:
-        """Start it and return once it serves."""
+    def listed(self, *arguments: str) -> list[Any]:
+        """What a command that must succeed printed, decoded: one object a line."""
+        done = self.control(*arguments)
+        assert done.returncode == 0, done.stderr
+        return [json.loads(line) for line in done.stdout.splitlines()]
+
+    def start(self) -> Self:
+        """Start it and return once it takes requests."""
         assert self._process is None
-        self.write_config()
+        limit = [] if self._descriptors is None else ["prlimit", f"--nofile={self._descriptors}"]
+        start = self.command("start", f"--config={self.config_file}", *self._options)
+        self.configure(self._settings)
         seen = len(self.events("harpcallerd is serving"))
         with self.log_file.open("ab") as log:
             self._process = subprocess.Popen(
-                self.command("start", f"--config={self.config_file}", *self._arguments),
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
+                [*limit, *start], stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=self.directory
             )
         try:
-            wait_until(lambda: self._serves(seen), DEADLINE, "harpcallerd serving")
+            serving = wait_until(lambda: self._serves(seen), DEADLINE, "harpcallerd serving")
         except BaseException:
             self.kill()
             raise
-        self.port = self.events("harpcallerd is serving")[-1]["port"]
+        self.port = next((event["port"] for event in serving if "port" in event), 0)
         return self
 
-    def _serves(self, seen: int) -> bool:
+    def _serves(self, seen: int) -> list[dict[str, Any]]:
         assert self._process is not None
         status = self._process.poll()
         assert status is None, f"harpcallerd ended with {status} at its start:\n{self.log_file.read_text()}"
-        return len(self.events("harpcallerd is serving")) > seen
+        return self.events("harpcallerd is serving")[seen:]
 
     @property
     def pid(self) -> int:
@@ -111,40 +153,138 @@ class Harpcallerd:
         assert self._process is not None
         return self._process.pid
 
-    def kill(self) -> None:
-        """End it by SIGKILL."""
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
-            self._process = None
+    def reload(self) -> dict[str, Any]:
+        """Send SIGHUP; return the event that says how the reload went."""
+        outcomes = ("reloaded", "reload failed; nothing is changed")
+        seen = len(self.events(*outcomes))
+        os.kill(self.pid, signal.SIGHUP)
+        return wait_until(lambda: self.events(*outcomes)[seen:], DEADLINE, "the reload")[0]
 
-    def stop(self) -> int:
-        """End it by SIGTERM; return its exit status."""
+    def stop(self, number: signal.Signals = signal.SIGTERM) -> int:
+        """End it by a signal; return its exit status."""
+        if self._process is None:
+            return 0
+        self._process.send_signal(number)
+        return self.wait()
+
+    def wait(self) -> int:
+        """Wait until it has ended; return its exit status."""
         assert self._process is not None
-        self._process.terminate()
         try:
             return self._process.wait(DEADLINE)
         finally:
             self.kill()
 
-    def restart(self) -> None:
-        """Start it again, on the same port, after `kill` or `stop`."""
+    def kill(self) -> None:
+        """End it by SIGKILL, if it still runs."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+    def restart(self, kill: bool = False) -> None:
+        """End it, by SIGKILL if so asked, and start it again on the same port."""
+        if kill:
+            self.kill()
+        else:
+            status = self.stop()
+            assert status == 0, f"harpcallerd ended with {status}:\n{self.log_file.read_text()}"
         self.start()
 
-    def log_lines(self) -> list[str]:
-        """All that it wrote to its log."""
-        return self.log_file.read_text("utf-8", "replace").splitlines()
-
-    def events(self, name: str, **fields: Any) -> list[dict[str, Any]]:
-        """The events of its log that have this name and these fields."""
-        events = [json.loads(line) for line in self.log_lines() if re.match(r"\{.*\}$", line)]
-        return [event for event in events if event["event"] == name and fields.items() <= event.items()]
-
-    def __enter__(self) -> Harpcallerd:
+    def __enter__(self) -> Self:
         return self.start()
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        if self._process is not None:
-            status = self.stop()
-            if kind is None:
-                assert status == 0, f"harpcallerd ended with {status}:\n{self.log_file.read_text()}"
+        status = self.stop()
+        if kind is None:
+            assert status == 0, f"harpcallerd ended with {status}:\n{self.log_file.read_text()}"
+            assert not self.faults()
+
+    # ---- its log ---------------------------------------------------------------------------------------------
+
+    def log_lines(self) -> list[str]:
+        """All that it wrote to its log, stdout and stderr."""
+        return self.log_file.read_text("utf-8", "replace").splitlines()
+
+    def events(self, *names: str, **fields: Any) -> list[dict[str, Any]]:
+        """The events of its log that have one of these names (none: any) and these fields."""
+        found = []
+        for line in self.log_lines():
+            if line.startswith("{") and line.endswith("}"):
+                event = json.loads(line)
+                if (not names or event["event"] in names) and fields.items() <= event.items():
+                    found.append(event)
+        return found
+
+    def wait_event(self, name: str, **fields: Any) -> dict[str, Any]:
+        """Wait until the log has such an event; return the first."""
+        return wait_until(lambda: self.events(name, **fields), DEADLINE, f"the event {name!r} {fields}")[0]
+
+    def faults(self) -> list[str]:
+        """Lines of its log that no client, no host and no disk may cause."""
+        marks = ("Traceback", '"traceback"', "Exception ignored", "never retrieved", "Warning: ", "Fatal Python error")
+        return [line for line in self.log_lines() if any(mark in line for mark in marks)]
+
+    # ---- its clients -----------------------------------------------------------------------------------------
+
+    def connect(self) -> LineClient:
+        """A raw client, connected."""
+        return LineClient(socket.create_connection((self.host, self.port), DEADLINE))
+
+    def ask(self, **request: Any) -> list[Any]:
+        """Send a request; return all replies, decoded. `harpcaller` need not be given."""
+        with self.connect() as client:
+            client.send({"harpcaller": 1, **request})
+            return client.messages()
+
+    def submit(self, host: str, procedure: str, *arguments: Any, **options: Any) -> str:
+        """Submit a job; return its id."""
+        (reply,) = self.ask(host=host, procedure=procedure, arguments=list(arguments), **options)
+        return str(reply["job_id"])
+
+
+class LineClient:
+    """Speaks lines and hides nothing; a context manager that closes it.
+
+    Args:
+        connection: the socket, connected; its timeout is a deadline for everything.
+    """
+
+    def __init__(self, connection: socket.socket) -> None:
+        self.socket = connection
+        self._replies = connection.makefile("rb")
+
+    def send(self, message: Any) -> None:
+        """Send bytes as they are, anything else as a JSON line."""
+        self.socket.sendall(message if isinstance(message, bytes) else json.dumps(message).encode() + b"\n")
+
+    def half_close(self) -> None:
+        """End what is sent; go on reading."""
+        self.socket.shutdown(socket.SHUT_WR)
+
+    def line(self) -> bytes:
+        """The next line with its line feed; b"" when the dispatcher has closed."""
+        return self._replies.readline()
+
+    def message(self) -> Any:
+        """The next line, decoded."""
+        return json.loads(self.line())
+
+    def lines(self) -> list[bytes]:
+        """All lines until the dispatcher closes."""
+        return self._replies.readlines()
+
+    def messages(self) -> list[Any]:
+        """All lines until the dispatcher closes, decoded."""
+        return [json.loads(line) for line in self.lines()]
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._replies.close()
+        self.socket.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

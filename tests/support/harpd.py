@@ -206,7 +206,7 @@ class Harpd:
         status = self.stop()
         if kind is None:
             assert status == 0, f"harpd ended with {status}:\n{self.log_file.read_text()}"
-            assert not self.faults()
+            assert not (faults := self.faults()), faults
 
     # ---- its log ---------------------------------------------------------------------------------------------
 

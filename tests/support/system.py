@@ -9,10 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import harp
 from support.harpcallerd import Harpcallerd
 from support.harpd import Harpd
-
-import harp
 
 DEADLINE = 60.0
 

@@ -42,7 +42,9 @@ def test_every_section_that_a_docstring_names_exists() -> None:
         (name, section)
         for text in SOURCES.values()
         for name, section in re.findall(r"Spec: docs/([\w.-]+\.md), ([\w &-]+?)[.\n]", text)
-        if not re.search(rf"^#+ .*{re.escape(section.split(' and ')[0].strip())}", page(name), re.MULTILINE | re.IGNORECASE)
+        if not re.search(
+            rf"^#+ .*{re.escape(section.split(' and ')[0].strip())}", page(name), re.MULTILINE | re.IGNORECASE
+        )
     }
     assert missing == set()
 

@@ -1,0 +1,98 @@
+"""Many jobs at once: none is lost, none times out, limits hold, order is kept, and slow readers delay nobody."""
+
+from __future__ import annotations
+
+import re
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from support.system import System, running
+
+PROCEDURES = """
+import fcntl, os, time
+from harpd.proc import procedure, streaming_procedure
+
+@procedure
+def sleep(seconds):
+    time.sleep(seconds)
+    return seconds
+
+@procedure
+def mark(path, number):
+    # What is true, known independently of the dispatcher: who runs at which moment, in one log.
+    with open(path, "a") as log:
+        fcntl.flock(log, fcntl.LOCK_EX)
+        log.write(f"start {number}\\n")
+    time.sleep(0.03)
+    with open(path, "a") as log:
+        fcntl.flock(log, fcntl.LOCK_EX)
+        log.write(f"end {number}\\n")
+
+@streaming_procedure
+def count(numbers, size=10):
+    for number in range(numbers):
+        yield [number, "x" * size]
+"""
+
+
+@pytest.fixture(scope="module")
+def system(tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
+    with running(tmp_path_factory.mktemp("load"), PROCEDURES) as system:
+        yield system
+
+
+def test_two_hundred_jobs_sleep_at_once_on_one_host(system: System) -> None:
+    jobs = [system.rpc.web01.sleep(5) for _ in range(200)]
+    assert [job.get() for job in jobs] == [5] * 200
+    starts = [job.start_time() or 0 for job in jobs]
+    ends = [job.end_time() or 0 for job in jobs]
+    assert max(starts) <= min(ends)  # they did run at once
+
+
+def test_a_thousand_jobs_through_a_queue_of_eight(system: System, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    host = system.rpc.host("web01", queue={"eight": 8}, concurrency=8)
+    jobs = [host.mark(str(log), number) for number in range(1000)]
+    for job in jobs:
+        assert job.get() is None
+    at_once: set[str] = set()
+    most = 0
+    order = []
+    for line in log.read_text().splitlines():
+        what, number = line.split()
+        if what == "start":
+            order.append(int(number))
+            at_once.add(number)
+            most = max(most, len(at_once))
+        else:
+            at_once.remove(number)
+    assert not at_once
+    assert sorted(order) == list(range(1000))
+    assert 1 < most <= 8
+    # Eight that start together race to the log; further apart than that, no job overtakes another.
+    assert all(abs(place - number) < 8 for place, number in enumerate(order))
+    starts = [job.start_time() or 0 for job in jobs]
+    assert starts == sorted(starts)
+
+
+def test_a_thousand_followers_and_one_that_never_reads(system: System) -> None:
+    job = system.rpc.web01.count(20_000, 500)
+    request = b'{"harpcaller":1,"follow_stream":"%s","since":0}\n' % job.id().encode()
+    with socket.socket() as deaf:
+        deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        deaf.connect(("127.0.0.1", system.dispatcher.port))
+        deaf.sendall(request)
+        idle = system.rpc.host("web01", queue={"gate": 1})
+        first, second = idle.sleep(600), idle.count(3)
+        crowd = [second.follow(since=0) for _ in range(1000)]
+        assert [number for number, _ in job.follow(since=0)] == list(range(20_000))
+        assert first.cancel()
+        for follower in crowd:
+            assert [number for number, _ in follower] == [0, 1, 2]
+        assert job.get() is None
+    status = Path(f"/proc/{system.dispatcher.pid}/status").read_text()
+    memory = int(re.findall(r"VmHWM:\s+(\d+) kB", status)[0])
+    assert memory < 300_000, f"the dispatcher's memory peaked at {memory} kB"

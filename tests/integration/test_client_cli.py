@@ -1,0 +1,199 @@
+"""The program `harp` as a child process, against scripted peers."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from harp.cli import Exit
+from support.certificates import server_files
+from support.peers import Conversation, Peer, Script, answering, server_context
+
+JOB = "3f22e0d4-c8ed-11e5-8d66-001e8c140268"
+SUBMITTED = {"harpcaller": 1, "job_id": JOB}
+STATUS = {
+    "call": {"host": "web01", "procedure": "p", "arguments": [1]},
+    "time": {"submit": 1, "start": 2, "end": 3},
+    "info": None,
+}
+
+
+def harp(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith("HARP_")}
+    return subprocess.run(
+        [sys.executable, "-c", "import sys; from harp.cli import main; sys.exit(main())", *arguments],
+        env={**inherited, **environment},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def call(arguments: Any, **options: Any) -> dict[str, Any]:
+    return {"harpcaller": 1, "host": "web01", "procedure": "p", "arguments": arguments, **options}
+
+
+CASES: list[tuple[str, list[Script], str, Exit]] = [
+    ("call web01 p", [answering(SUBMITTED, request=call([]))], JOB + "\n", Exit.OK),
+    (
+        'call --wait web01 p 5 five "5" [1] -3 NaN',
+        [answering(SUBMITTED, request=call([5, "five", "5", [1], -3, "NaN"])), answering({"result": {"a": 1}})],
+        '{"a": 1}\n',
+        Exit.OK,
+    ),
+    (
+        'call web01 p --named a=1 --named b=x=y --queue {"":1} --concurrency 2 --timeout 5 --max-exec-time 2 --info i',
+        [
+            answering(
+                SUBMITTED,
+                request=call(
+                    {"a": 1, "b": "x=y"},
+                    queue={"name": {"": 1}, "concurrency": 2},
+                    timeout=5,
+                    max_exec_time=2,
+                    info="i",
+                ),
+            )
+        ],
+        JOB + "\n",
+        Exit.OK,
+    ),
+    (f"result {JOB}", [answering({"result": None})], "null\n", Exit.OK),
+    (f"result {JOB}", [answering({"exception": {"type": "E", "message": "m"}})], "", Exit.RAISED),
+    (f"result {JOB}", [answering({"error": {"type": "e", "message": "m", "data": [1]}})], "", Exit.FAILED),
+    (f"result {JOB}", [answering({"cancelled": True})], "", Exit.CANCELLED),
+    (f"result {JOB} --no-wait", [answering({"no_result": True})], "", Exit.NOT_FINISHED),
+    (f"result {JOB}", [answering()], "", Exit.UNREACHABLE),
+    (f"status {JOB}", [answering(STATUS)], json.dumps(STATUS) + "\n", Exit.OK),
+    (
+        f"follow {JOB} --since 4 --numbered",
+        [
+            answering(
+                {"packet": 4, "data": "ü"},
+                {"cancelled": True},
+                request={"harpcaller": 1, "follow_stream": JOB, "since": 4},
+            )
+        ],
+        '[4, "\\u00fc"]\n',
+        Exit.OK,
+    ),
+    (
+        f"read {JOB} --recent 2",
+        [
+            answering(
+                {"packet": 7, "data": 1},
+                {"packet": 8, "data": 2},
+                {"continue": True},
+                request={"harpcaller": 1, "read_stream": JOB, "recent": 2},
+            )
+        ],
+        "1\n2\n",
+        Exit.OK,
+    ),
+    (f"cancel {JOB}", [answering({"cancelled": True})], "true\n", Exit.OK),
+    (f"cancel {JOB}", [answering({"cancelled": False})], "false\n", Exit.CANCELLED),
+    ("call web01 p 1 --named a=2", [], "", Exit.USAGE),
+    ("call web01 p --concurrency 2", [], "", Exit.USAGE),
+    ("call web01 p --queue text", [], "", Exit.USAGE),
+    ("call web01 p --timeout soon", [], "", Exit.USAGE),
+    ("call web01 p --named nothing", [], "", Exit.USAGE),
+    (f"follow {JOB} --since 1 --recent 1", [], "", Exit.USAGE),
+    ("nonsense", [], "", Exit.USAGE),
+]
+
+
+@pytest.mark.parametrize(("line", "scripts", "output", "code"), CASES, ids=[f"{c[0][:30]}-{c[3].name}" for c in CASES])
+def test_a_command(line: str, scripts: list[Script], output: str, code: Exit) -> None:
+    with Peer(*scripts) as peer:
+        done = harp(*line.split(), HARP_DISPATCHER=f"{peer.host}:{peer.port}")
+    assert (done.stdout, done.returncode) == (output, code), done.stderr
+    assert bool(done.stderr) == (code not in (Exit.OK, Exit.NOT_FINISHED) and output == "")
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_the_dispatcher_may_stand_before_or_after_the_command(before: bool) -> None:
+    with Peer(answering({"result": 1})) as peer:
+        option = ["--dispatcher", f"[{peer.host}]:{peer.port}"]
+        command = ["result", JOB]
+        done = harp(*option, *command, HARP_DISPATCHER="elsewhere") if before else harp(*command, *option)
+    assert (done.stdout, done.returncode) == ("1\n", 0), done.stderr
+
+
+@pytest.mark.parametrize(
+    ("value", "message"), [(None, "which dispatcher"), ("host:port", "expected HOST"), (":1", "HOST")]
+)
+def test_no_dispatcher(value: str | None, message: str) -> None:
+    done = harp("result", JOB, **({} if value is None else {"HARP_DISPATCHER": value}))
+    assert done.returncode == Exit.USAGE
+    assert message in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("messages", "output", "code"),
+    [
+        ([{"harp": 1, "stream_result": False}, {"result": [1]}], "[1]\n", Exit.OK),
+        ([{"harp": 1, "stream_result": True}, {"stream": 1}, {"result": 2}], "1\n2\n", Exit.OK),
+        ([{"harp": 1, "error": {"type": "auth_error", "message": "m"}}], "", Exit.FAILED),
+    ],
+)
+def test_a_direct_call(tmp_path: Path, messages: list[object], output: str, code: Exit) -> None:
+    files = server_files(tmp_path)
+    auth = {"user": "admin", "password": "top secret"}
+    request = {"harp": 1, "procedure": "p", "arguments": {"a": [1]}, "auth": auth}
+    with Peer(answering(*messages, request=request), tls=server_context(files)) as peer:
+        address = f"{peer.host}:{peer.port}"
+        line = ["direct", address, "p", "--named", "a=[1]", "--user", "admin", "--ca-file", str(files.ca_file)]
+        done = harp(*line, HARP_PASSWORD="top secret")
+    assert (done.stdout, done.returncode) == (output, code), done.stderr
+    assert "top secret" not in done.stderr
+
+
+def test_a_direct_call_needs_a_password() -> None:
+    done = harp("direct", "localhost", "p", "--user", "u")
+    assert done.returncode == Exit.USAGE
+    assert "HARP_PASSWORD" in done.stderr
+
+
+def test_a_reader_that_has_enough_is_no_error() -> None:
+    def endless(talk: Conversation) -> None:
+        talk.expect()
+        number = 0
+        try:
+            while True:
+                talk.reply({"packet": number, "data": "x" * 1000})
+                number += 1
+        except OSError:
+            talk.closed.set()
+
+    with Peer(endless) as peer:
+        program = "import sys; from harp.cli import main; sys.exit(main())"
+        with subprocess.Popen(
+            [sys.executable, "-c", program, "--dispatcher", f"{peer.host}:{peer.port}", "follow", JOB],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        ) as child:
+            assert child.stdout is not None
+            assert child.stderr is not None
+            child.stdout.readline()
+            child.stdout.close()
+            assert child.wait(60) == Exit.OK
+            assert child.stderr.read() == b""
+
+
+def test_help_has_worked_examples_and_every_exit_code() -> None:
+    for arguments in ([], ["call"], ["direct"]):
+        text = harp(*arguments, "--help").stdout
+        assert "harp call --wait web01 add 2 3" in text
+        codes = {
+            int(code) for code in re.findall(r"(?:^|  ) *(\d+)  \w", text.partition("exit codes:")[2], re.MULTILINE)
+        }
+        assert codes == set(Exit)

@@ -1,0 +1,424 @@
+"""The network and the other side at their worst: nothing of socket, ssl or json ever comes out of the client."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import socket
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+import harp
+from harp import aio, aioconnection, connection
+from support.certificates import Certificates, server_files
+from support.deadline import eventually
+from support.peers import Conversation, Peer, Script, answering, resetting, server_context, silent
+from support.shells import Shell, nothing_left, shell_of
+
+JOB = "3f22e0d4-c8ed-11e5-8d66-001e8c140268"
+
+
+@pytest.fixture(params=["sync", "aio"])
+def shell(request: pytest.FixtureRequest) -> Iterator[Shell]:
+    with shell_of(request.param) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
+    return server_files(tmp_path_factory.mktemp("certificates"))
+
+
+class Nowhere(Peer):
+    """An address that no server has."""
+
+    def __init__(self, host: str, port: int) -> None:
+        self.host, self.port = host, port
+
+
+def closed_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port: int = listener.getsockname()[1]
+    return port
+
+
+def half_a_line(talk: Conversation) -> None:
+    talk.expect()
+    talk.send(b'{"result": "')
+    talk.reset()
+
+
+def too_long(talk: Conversation) -> None:
+    talk.expect()
+    piece = b"x" * (1024 * 1024)
+    try:
+        for _ in range(connection.REPLY_LIMIT // len(piece) + 1):
+            talk.send(piece)
+    except OSError:
+        talk.until_closed()
+
+
+#: What the other side does, and what the client says about it.
+FAULTS: list[tuple[str, Script, str]] = [
+    ("closes at once", lambda talk: None, "closed the connection before|reset by peer|Broken pipe"),
+    ("resets at once", lambda talk: talk.reset(), "reset by peer|Broken pipe|closed the connection"),
+    ("closes after the request", answering(), "closed the connection before it had said all"),
+    ("resets after the request", resetting, "reset by peer"),
+    ("resets in the middle of a line", half_a_line, "reset by peer"),
+    ("is not JSON", answering(b"SSH-2.0-OpenSSH_9.2\r\n"), "column 1"),
+    ("is not UTF-8", answering(b'{"result": "\xff"}\n'), "not UTF-8"),
+    ("is NaN", answering(b'{"result": NaN}\n'), "NaN is not JSON"),
+    ("is no object", answering([1]), "expected an object"),
+    ("repeats a key", answering(b'{"result": 1, "result": 2}\n'), "repeated key"),
+    ("is nested too deep", answering(b'{"result": ' + b"[" * 5000 + b"]" * 5000 + b"}\n"), "nested deeper"),
+    ("has too many digits", answering(b'{"result": ' + b"9" * 5000 + b"}\n"), "digits"),
+    ("is no reply", answering({"hello": "world"}), "not a reply of the protocol"),
+    ("is another reply", answering({"job_id": JOB}), "does not answer this request"),
+    ("lacks a part", answering({"exception": {"type": "E"}}), "message: missing"),
+    ("is an empty line", answering(b"\n"), "column 1"),
+    ("is binary", answering(bytes(range(256)) + b"\n"), "not UTF-8|column"),
+    ("is endless", too_long, "a line is longer than 67108864 bytes"),
+]
+
+
+@pytest.mark.parametrize(("script", "message"), [fault[1:] for fault in FAULTS], ids=[fault[0] for fault in FAULTS])
+def test_every_fault_is_a_communication_error(shell: Shell, script: Script, message: str) -> None:
+    with Peer(script, script) as peer:
+        job = shell.caller(peer).job(JOB)
+        with pytest.raises(harp.CommunicationError, match=message) as caught:
+            job.get()
+        assert str(caught.value).startswith(f"127.0.0.1:{peer.port}: ")
+        assert caught.value.__cause__ is not None or "closed" in str(caught.value)
+        assert isinstance(job.result(wait=True), harp.CommunicationError)
+
+
+OPERATIONS = [
+    "host",
+    "start_time",
+    "end_time",
+    "cancel",
+    "get",
+    "follow",
+    "stream",
+    "submit",
+    "request",
+    "direct",
+]
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize(
+    ("host", "message"),
+    [
+        ("127.0.0.1", "can't connect: Connection refused"),
+        ("localhost", "can't connect: .*Connection refused"),
+        ("no-such-host.invalid", "can't find its address: "),
+        ("a" * 300, "can't find its address: "),
+        ("null\0byte", "can't find its address: "),
+        ("..", "can't find its address: |can't connect"),
+    ],
+)
+def test_every_operation_says_that_nobody_is_there(shell: Shell, operation: str, host: str, message: str) -> None:
+    nobody = Nowhere(host, closed_port())
+    rpc = shell.caller(nobody)
+    job = rpc.job(JOB)
+    operations = {
+        "submit": rpc.web01.p,
+        "request": lambda: rpc.request({}),
+        "direct": lambda: shell.server(nobody).p(),
+        "follow": lambda: list(job.follow()),
+        "stream": lambda: list(job.stream()),
+    }
+    run = operations.get(operation) or getattr(job, operation)
+    with pytest.raises(harp.CommunicationError, match=message) as caught:
+        run()
+    assert str(caught.value).startswith(f"{host}:{nobody.port}: ")
+    assert isinstance(caught.value.__cause__, (OSError, ValueError))
+
+
+def saying(data: bytes) -> Script:
+    def script(talk: Conversation) -> None:
+        talk.send(data)
+        talk.sock.shutdown(socket.SHUT_WR)
+        talk.until_closed()
+
+    return script
+
+
+@pytest.mark.parametrize(
+    ("script", "message"),
+    [
+        (saying(b"SSH-2.0-OpenSSH_9.2\r\n"), "it does not speak TLS"),
+        (saying(b"\x16\x03\x03\xff\xff" + b"\0" * 64), "TLS handshake: "),
+        (saying(b"\0" * 1000), "TLS handshake: "),
+        (lambda talk: None, "TLS handshake: "),
+        (lambda talk: talk.reset(), "TLS handshake: "),
+    ],
+    ids=["text", "garbage", "zeros", "close", "reset"],
+)
+def test_what_is_no_tls(shell: Shell, script: Script, message: str) -> None:
+    with Peer(script) as peer:
+        with pytest.raises(harp.CommunicationError, match=message) as caught:
+            shell.server(peer).p()
+        assert isinstance(caught.value.__cause__, OSError)
+
+
+def test_tls_where_none_is_expected(shell: Shell, files: Certificates) -> None:
+    with Peer(silent, tls=server_context(files)) as peer:
+        assert isinstance(shell.caller(peer).job(JOB).result(), harp.CommunicationError)
+
+
+@pytest.mark.parametrize("tls", [False, True])
+def test_a_refusal_that_comes_before_the_request_is_read(shell: Shell, files: Certificates, tls: bool) -> None:
+    """A request that is too long is refused as soon as that is seen; the reply still arrives."""
+    refusal = {"error": {"type": "invalid_request", "message": "a line is longer than 16777216 bytes"}}
+    if tls:
+        refusal["harp"] = 1  # type: ignore[assignment]
+
+    def script(talk: Conversation) -> None:
+        talk.sock.recv(1024)
+        talk.reply(refusal)
+        talk.sock.shutdown(socket.SHUT_WR)
+        talk.until_closed()
+
+    with Peer(script, tls=server_context(files) if tls else None) as peer:
+        procedure = shell.server(peer).p if tls else shell.caller(peer).web01.p
+        with pytest.raises(harp.RemoteError, match="invalid_request: a line is longer"):
+            procedure("x" * 20_000_000)
+
+
+def test_a_silent_server_does_not_hold_the_handshake(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (connection, aioconnection):
+        monkeypatch.setattr(module, "CONNECT_DEADLINE", 0.3)
+    with Peer(silent) as peer:
+        with pytest.raises(harp.CommunicationError, match=r"TLS handshake: .*timed out"):
+            shell.server(peer).p()
+        assert peer.conversations[0].closed.wait(30)
+
+
+def test_a_host_that_never_answers(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (connection, aioconnection):
+        monkeypatch.setattr(module, "CONNECT_DEADLINE", 0.3)
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as listener:
+        full = []
+        try:
+            for _ in range(4):  # nobody accepts: the queue is full, further connections hang
+                full.append(socket.socket())
+                full[-1].setblocking(False)
+                full[-1].connect_ex(listener.getsockname())
+            error = shell.caller(Nowhere(*listener.getsockname())).job(JOB).result()
+        finally:
+            for sock in full:
+                sock.close()
+    assert isinstance(error, harp.CommunicationError)
+    assert "can't connect: timed out" in str(error)
+
+
+def test_every_address_of_a_name_is_tried(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The resolver gives an address that refuses before the one that serves."""
+    with Peer(answering({"result": 1}), address="127.0.0.1") as peer:
+        family, kind = socket.AF_INET, socket.SOCK_STREAM
+        found = [(family, kind, 6, "", (address, peer.port)) for address in ("127.0.0.2", "127.0.0.1")]
+        found.insert(0, (socket.AF_PACKET, kind, 6, "", ("of no family here", peer.port)))
+        monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **kwargs: found)
+        peer.host = "two-addresses.invalid"
+        try:
+            assert shell.caller(peer).job(JOB).get() == 1
+        finally:
+            peer.host = "127.0.0.1"
+            monkeypatch.undo()
+
+
+def test_all_attempts_are_told(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = [
+        (socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, closed_port())) for address in ("127.0.0.2", "127.0.0.3")
+    ]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **kwargs: found)
+    error = shell.caller(Nowhere("two-addresses.invalid", 1)).job(JOB).result()
+    monkeypatch.undo()
+    assert "127.0.0.2: Connection refused; 127.0.0.3: Connection refused" in str(error)
+
+
+def has_ipv6() -> bool:
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        return False
+    return True
+
+
+@pytest.mark.skipif(not has_ipv6(), reason="this machine has no IPv6 loopback")
+def test_ipv6(shell: Shell, tmp_path: Any) -> None:
+    files = server_files(tmp_path, ("::1",))
+    with Peer(answering({"result": 1}), address="::1") as peer:
+        assert shell.caller(peer).job(JOB).get() == 1
+    script = answering({"harp": 1, "stream_result": False}, {"result": 1})
+    with Peer(script, address="::1", tls=server_context(files)) as peer:
+        assert shell.server(peer, ca_file=files.ca_file).p() == 1
+    error = shell.caller(Nowhere("::1", closed_port())).job(JOB).result()
+    assert str(error).startswith("[::1]:")
+
+
+def test_a_name_that_has_two_families(shell: Shell) -> None:
+    with Peer(answering({"result": 1})) as peer:  # listens on 127.0.0.1; localhost may be ::1 first
+        peer.host = "localhost"
+        try:
+            assert shell.caller(peer).job(JOB).get() == 1
+        finally:
+            peer.host = "127.0.0.1"
+
+
+def test_sockets_have_keepalive_and_no_delay() -> None:
+    with nothing_left(), Peer(silent, silent, tls=None) as peer:
+        with harp.JSONConnection(peer.host, peer.port) as conn:
+            sock = conn._connected()
+            assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+            assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+            assert sock.gettimeout() is None  # results may take hours
+        with harp.JSONConnection(peer.host, peer.port):
+            pass
+
+
+def test_what_json_cannot_carry_is_not_sent() -> None:
+    with nothing_left(), Peer(answering({"ok": 1})) as peer:
+        with harp.JSONConnection(peer.host, peer.port) as conn:
+            with pytest.raises(harp.HarpException, match=r"can't be sent as JSON: at \['a'\]\[1\]: type set"):
+                conn.send({"a": [0, {1}]})
+            conn.send({"a": 1})
+            assert conn.receive() == {"ok": 1}
+
+
+# asyncio alone: cancelled tasks.
+
+
+async def wait_for_cancel(task: asyncio.Task[Any], peer: Peer) -> None:
+    """Cancel a task once it talks; the peer must see the connection close."""
+    await eventually(lambda: peer.requests, what="the request")
+    await asyncio.sleep(0)  # a task that has not begun would hold no connection
+    talk = peer.conversations[0]
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert await asyncio.to_thread(talk.closed.wait, 30)
+
+
+def hearing(*replies: object) -> Script:
+    def script(talk: Conversation) -> None:
+        talk.expect()
+        talk.reply(*replies)
+        talk.until_closed()
+
+    return script
+
+
+async def test_a_cancelled_task_closes_its_connection(files: Certificates) -> None:
+    with Peer(hearing()) as peer:
+        rpc = aio.AsyncHarpCaller(peer.host, peer.port)
+        await wait_for_cancel(asyncio.create_task(rpc.job(JOB).get()), peer)
+    with Peer(hearing()) as peer:
+        rpc = aio.AsyncHarpCaller(peer.host, peer.port)
+        await wait_for_cancel(asyncio.create_task(rpc.job(JOB).follow().all()), peer)
+    for replies in ([], [{"harp": 1, "stream_result": False}]):
+        with Peer(hearing(*replies), tls=server_context(files)) as peer:
+            server = aio.AsyncHarpServer(peer.host, "u", "p", peer.port)
+            await wait_for_cancel(asyncio.create_task(server.p()), peer)
+    with Peer(hearing({"harp": 1, "stream_result": True}), tls=server_context(files)) as peer:
+        iterator = await aio.AsyncHarpServer(peer.host, "u", "p", peer.port).p()
+        await wait_for_cancel(asyncio.create_task(iterator.all()), peer)
+
+
+async def test_a_task_cancelled_in_the_handshake_closes_its_connection() -> None:
+    with Peer(silent) as peer:
+        task = asyncio.create_task(aio.AsyncHarpServer(peer.host, "u", "p", peer.port).p())
+        await eventually(lambda: peer.conversations, what="the connection")
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert await asyncio.to_thread(peer.conversations[0].closed.wait, 30)
+
+
+async def test_an_iterator_that_is_left_closes_its_connection(files: Certificates) -> None:
+    with Peer(hearing({"packet": 0, "data": 1})) as peer:
+        async for item in aio.AsyncHarpCaller(peer.host, peer.port).job(JOB).follow():
+            assert item == 1
+            break
+        gc.collect()
+        assert await asyncio.to_thread(peer.conversations[0].closed.wait, 30)
+    with Peer(hearing({"harp": 1, "stream_result": True}, {"stream": 1}), tls=server_context(files)) as peer:
+        async for item in await aio.AsyncHarpServer(peer.host, "u", "p", peer.port).p():
+            assert item == 1
+            break
+        gc.collect()
+        assert await asyncio.to_thread(peer.conversations[0].closed.wait, 30)
+
+
+async def test_an_iterator_that_never_began_has_no_connection() -> None:
+    with Peer() as peer:
+        iterator = aio.AsyncHarpCaller(peer.host, peer.port).job(JOB).follow()
+        await iterator.close()
+        assert await iterator.all() == []
+
+
+async def test_a_thousand_waiting_calls_are_one_thread(files: Certificates) -> None:
+    def script(talk: Conversation) -> None:
+        request = talk.expect()
+        talk.reply({"result": request["get_result"]})
+
+    count = 200
+    with Peer(always=script) as peer:
+        rpc = aio.AsyncHarpCaller(peer.host, peer.port)
+        found = await asyncio.gather(*(rpc.job(f"job-{number}").get() for number in range(count)))
+    assert found == [f"job-{number}" for number in range(count)]
+
+
+async def test_tasks_share_an_iterator() -> None:
+    lines = [{"packet": number, "data": number} for number in range(500)]
+    with Peer(answering(*lines, {"result": 1})) as peer:
+        iterator = aio.AsyncHarpCaller(peer.host, peer.port).job(JOB).follow(since=0)
+        parts = await asyncio.gather(*(iterator.all() for _ in range(5)))
+    assert sorted(item for part in parts for item in part) == list(range(500))
+
+
+async def test_a_slow_reader_holds_the_sender_back() -> None:
+    """What nobody has asked for is not collected: the peer's sending blocks."""
+    sent: list[int] = []
+
+    def script(talk: Conversation) -> None:
+        talk.expect()
+        for number in range(200):
+            talk.reply({"packet": number, "data": "x" * 1_000_000})
+            sent.append(number)
+        talk.reply({"result": 1})
+
+    with Peer(script) as peer:
+        iterator = aio.AsyncHarpCaller(peer.host, peer.port).job(JOB).follow(since=0)
+        assert len(await anext(iterator)) == 1_000_000
+        for _ in range(50):
+            await asyncio.sleep(0)
+        assert len(sent) < 100
+        assert len(await iterator.all()) == 199
+
+
+def test_json_lines_with_asyncio(files: Certificates) -> None:
+    async def main() -> None:
+        with Peer(answering({"a": 1}), answering({"b": 2})) as peer:
+            async with aio.AsyncJSONConnection(peer.host, peer.port) as conn:
+                await conn.send([1])
+                assert await conn.receive() == {"a": 1}
+                await conn.connect()
+                await conn.send([2])
+                assert await conn.receive() == {"b": 2}
+            with pytest.raises(harp.CommunicationError, match="not connected"):
+                await conn.receive()
+        with Peer(answering({"a": 1}), tls=server_context(files)) as peer:
+            async with aio.AsyncJSONSSLConnection("localhost", peer.port, files.ca_file) as conn:
+                assert repr(conn) == f"<AsyncJSONSSLConnection localhost:{peer.port} connected>"
+                await conn.send([1])
+                assert await conn.receive() == {"a": 1}
+                with pytest.raises(TypeError, match="can't be copied"):
+                    conn.__reduce__()
+
+    with nothing_left():
+        asyncio.run(main(), debug=True)

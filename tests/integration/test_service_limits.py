@@ -1,0 +1,268 @@
+"""What clients may do to the dispatcher's door, and what it makes of it: limits, leaving, silence, too many of them."""
+
+from __future__ import annotations
+
+import json
+import resource
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from support.deadline import wait_until
+from support.harpcallerd import DEADLINE, Harpcallerd, LineClient
+from support.peers import Peer
+from support.scripted import conversation, scripted_harpd
+
+UNKNOWN = "00000000-0000-4000-8000-000000000000"
+REFUSAL = {"type": "too_many_connections", "message": "more clients are connected than the setting connections allows"}
+
+
+@pytest.fixture(scope="module")
+def peer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Peer]:
+    with scripted_harpd(tmp_path_factory.mktemp("harpd")) as peer:
+        yield peer
+
+
+@pytest.fixture(scope="module")
+def dispatcher(tmp_path_factory: pytest.TempPathFactory, peer: Peer) -> Iterator[Harpcallerd]:
+    settings = {"request_line": 100_000, "idle_timeout": 1, "connections": 40}
+    with Harpcallerd(tmp_path_factory.mktemp("limits"), {"web01": peer.port}, settings=settings) as dispatcher:
+        yield dispatcher
+
+
+def connections(dispatcher: Harpcallerd) -> int:
+    """How many connections of clients the program holds."""
+    held = psutil.Process(dispatcher.pid).net_connections("tcp")
+    return sum(one.status != psutil.CONN_LISTEN and one.laddr.port == dispatcher.port for one in held)
+
+
+def wait_for_connections(dispatcher: Harpcallerd, number: int) -> None:
+    wait_until(lambda: connections(dispatcher) == number, DEADLINE, f"{number} connections")
+
+
+def refused(message: str) -> list[object]:
+    return [{"error": {"type": "invalid_request", "message": message}}]
+
+
+# The request line.
+
+
+def test_a_line_that_is_too_long_is_refused_while_it_comes(dispatcher: Harpcallerd) -> None:
+    with dispatcher.connect() as client:
+        client.send(b"x" * 100_001)
+        assert client.messages() == refused("the request line is longer than 100000 bytes")
+
+
+def test_who_sends_a_long_line_in_one_go_still_reads_the_refusal(dispatcher: Harpcallerd) -> None:
+    with dispatcher.connect() as client:
+        client.send(b"x" * 20_000_000)
+        assert client.messages() == refused("the request line is longer than 100000 bytes")
+
+
+def test_a_line_of_the_longest_length_is_taken(dispatcher: Harpcallerd) -> None:
+    request = json.dumps({"harpcaller": 1, "cancel": UNKNOWN}).encode()
+    with dispatcher.connect() as client:
+        client.send(request + b" " * (100_000 - len(request)) + b"\n")
+        assert client.messages() == [{"cancelled": False}]
+
+
+@pytest.mark.parametrize("part", [b"", b'{"harpcaller": 1,'])
+def test_a_request_that_does_not_come_is_refused(dispatcher: Harpcallerd, part: bytes) -> None:
+    with dispatcher.connect() as client:
+        client.send(part)
+        assert client.messages() == refused("the request line was not whole within 1 s")
+
+
+def test_a_request_that_is_cut_off_is_refused(dispatcher: Harpcallerd) -> None:
+    with dispatcher.connect() as client:
+        client.send(b'{"harpcaller": 1')
+        client.half_close()
+        assert client.messages() == refused("the connection was closed in the middle of the request line")
+
+
+def test_who_says_nothing_and_closes_its_side_gets_nothing(dispatcher: Harpcallerd) -> None:
+    with dispatcher.connect() as client:
+        client.half_close()
+        assert client.lines() == []
+
+
+@pytest.mark.parametrize("more", [b"\n", b"{}\n", b"x" * 1_000_000])
+def test_data_after_the_request_is_ignored(dispatcher: Harpcallerd, more: bytes) -> None:
+    job = dispatcher.submit("web01", "count", 2)
+    assert dispatcher.ask(get_result=job) == [{"result": "counted"}]
+    for request, replies in (
+        ({"get_status": UNKNOWN}, 1),
+        ({"get_result": job, "wait": True}, 1),
+        ({"follow_stream": job, "since": 0}, 3),
+    ):
+        with dispatcher.connect() as client:
+            client.send(json.dumps({"harpcaller": 1, **request}).encode() + b"\n" + more)
+            assert len(client.messages()) == replies
+
+
+# Clients that leave.
+
+
+def test_who_has_closed_its_side_gets_what_needs_no_waiting(dispatcher: Harpcallerd) -> None:
+    job = dispatcher.submit("web01", "count", 2)
+    assert dispatcher.ask(get_result=job) == [{"result": "counted"}]
+    packets = [{"packet": 0, "data": 0}, {"packet": 1, "data": 1}]
+
+    def ask(**request: object) -> list[object]:
+        with dispatcher.connect() as client:
+            client.send({"harpcaller": 1, **request})
+            client.half_close()
+            return client.messages()
+
+    assert "job_id" in str(ask(host="web01", procedure="echo", arguments=[]))
+    assert ask(cancel=job) == [{"cancelled": False}]
+    assert "call" in str(ask(get_status=job))
+    assert ask(get_result=job) == ask(get_result=job, wait=False) == [{"result": "counted"}]
+    assert ask(follow_stream=job, since=0) == ask(read_stream=job) == [*packets, {"result": "counted"}]
+    assert ask(follow_stream=job, recent=1) == [packets[1], {"result": "counted"}]
+    assert ask(follow_stream=job) == [{"result": "counted"}]
+    assert "invalid_jobid" in str(ask(follow_stream=UNKNOWN))
+
+
+def test_who_has_closed_its_side_is_not_waited_for(dispatcher: Harpcallerd) -> None:
+    job = dispatcher.submit("web01", "feed", "a", "b")
+    wait_until(lambda: len(dispatcher.ask(read_stream=job)) == 3, DEADLINE, "the records")
+    for request, replies in (
+        ({"get_result": job}, []),
+        ({"follow_stream": job}, []),
+        ({"follow_stream": job, "since": 1}, [{"packet": 1, "data": "b"}]),
+        ({"follow_stream": job, "since": 2}, []),
+    ):
+        with dispatcher.connect() as client:
+            client.send({"harpcaller": 1, **request})
+            client.half_close()
+            assert client.messages() == replies
+    assert dispatcher.ask(cancel=job) == [{"cancelled": True}]
+
+
+@pytest.mark.parametrize("kind", ["get_result", "follow_stream"])
+def test_who_leaves_a_wait_frees_its_connection(dispatcher: Harpcallerd, kind: str) -> None:
+    job = dispatcher.submit("web01", "hang")
+    wait_for_connections(dispatcher, 0)
+    waiting = [dispatcher.connect() for _ in range(20)]
+    for client in waiting:
+        client.send({"harpcaller": 1, kind: job})
+    wait_for_connections(dispatcher, 20)
+    for client in waiting:
+        client.close()
+    wait_for_connections(dispatcher, 0)
+    assert dispatcher.ask(get_result=job, wait=False) == [{"no_result": True}]
+    assert dispatcher.ask(cancel=job) == [{"cancelled": True}]
+
+
+def test_who_leaves_in_the_middle_of_a_stream_frees_its_connection(dispatcher: Harpcallerd, peer: Peer) -> None:
+    job = dispatcher.submit("web01", "feed", "x" * 90_000)
+    wait_until(lambda: len(dispatcher.ask(read_stream=job)) == 2, DEADLINE, "the record")
+    talk = conversation(peer, "x" * 90_000)
+    client = dispatcher.connect()
+    client.send({"harpcaller": 1, "follow_stream": job, "since": 0})
+    for _ in range(200):  # more than the connection holds
+        talk.reply({"stream": "y" * 90_000})
+    wait_until(lambda: len(dispatcher.ask(read_stream=job)) == 202, DEADLINE, "all records")
+    client.close()
+    wait_for_connections(dispatcher, 0)
+    assert dispatcher.ask(cancel=job) == [{"cancelled": True}]
+
+
+# Too many clients.
+
+
+def test_over_the_limit_clients_are_refused(dispatcher: Harpcallerd) -> None:
+    job = dispatcher.submit("web01", "hang")
+    wait_for_connections(dispatcher, 0)
+    waiting = [dispatcher.connect() for _ in range(40)]
+    for client in waiting:
+        client.send({"harpcaller": 1, "get_result": job})
+    wait_for_connections(dispatcher, 40)
+    assert dispatcher.ask(get_status=job) == [{"error": REFUSAL}]
+    with dispatcher.connect() as silent:  # it is not waited for
+        assert silent.messages() == [{"error": REFUSAL}]
+    waiting.pop().close()
+    wait_until(lambda: "call" in dispatcher.ask(get_status=job)[0], DEADLINE, "room for another client")
+    assert dispatcher.ask(cancel=job) == [{"cancelled": True}]
+    for client in waiting:
+        assert client.messages() == [{"cancelled": True}]
+        client.close()
+    assert dispatcher.events("too many connections")
+
+
+def test_without_descriptors_accepting_pauses_and_goes_on(tmp_path_factory: pytest.TempPathFactory, peer: Peer) -> None:
+    directory = tmp_path_factory.mktemp("descriptors")
+    with Harpcallerd(directory, {"web01": peer.port}, descriptors=64) as dispatcher:
+        crowd = [dispatcher.connect() for _ in range(100)]
+        dispatcher.wait_event("can't accept connections")
+        for client in crowd:
+            client.close()
+        dispatcher.wait_event("accepts connections again")
+        assert dispatcher.ask(cancel=UNKNOWN) == [{"cancelled": False}]
+        assert len(dispatcher.events("can't accept connections")) == 1
+        assert dispatcher.events("the system allows fewer open files than connections and calls want", limit=64)
+
+
+def test_the_limit_of_descriptors_is_raised(dispatcher: Harpcallerd) -> None:
+    soft, hard = psutil.Process(dispatcher.pid).rlimit(resource.RLIMIT_NOFILE)
+    assert soft == hard
+
+
+# The store fails.
+
+
+def test_a_full_disk_refuses_new_jobs_until_there_is_room(dispatcher: Harpcallerd) -> None:
+    process = psutil.Process(dispatcher.pid)
+    unlimited = process.rlimit(resource.RLIMIT_FSIZE)
+    job = dispatcher.submit("web01", "hang")
+    # No file may grow any more. The log may not either, which is nobody's fault.
+    process.rlimit(resource.RLIMIT_FSIZE, (1, unlimited[1]))
+    try:
+        (reply,) = dispatcher.ask(host="web01", procedure="echo", arguments=["x" * 50_000])
+        assert reply["error"]["type"] == "storage_error"
+        assert set(reply["error"]) == {"type", "message"}
+        assert dispatcher.ask(get_result=job, wait=False) == [{"no_result": True}]
+    finally:
+        process.rlimit(resource.RLIMIT_FSIZE, unlimited)
+    later = dispatcher.submit("web01", "echo", 1)
+    assert dispatcher.ask(get_result=later) == [{"result": [1]}]
+    assert dispatcher.ask(cancel=job) == [{"cancelled": True}]
+
+
+# The end.
+
+
+def test_a_stop_ends_waits_at_once(tmp_path_factory: pytest.TempPathFactory, peer: Peer) -> None:
+    directory = tmp_path_factory.mktemp("stop")
+    with Harpcallerd(directory, {"web01": peer.port}, settings={"idle_timeout": 3600}) as dispatcher:
+        job = dispatcher.submit("web01", "hang")
+        clients = [dispatcher.connect() for _ in range(3)]
+        clients[0].send({"harpcaller": 1, "get_result": job})
+        clients[1].send({"harpcaller": 1, "follow_stream": job})
+        clients[2].send(b'{"harpcaller"')
+        wait_for_connections(dispatcher, 3)
+        assert dispatcher.stop() == 0
+        for client in clients:
+            assert client.lines() == []
+            client.close()
+
+
+def test_a_silent_death_of_a_client_is_noticed(dispatcher: Harpcallerd) -> None:
+    """The kernel's timer of the program's side of an idle connection is the one of keepalive."""
+
+    def timer(client: LineClient) -> str:
+        port = client.socket.getsockname()[1]
+        lines = Path("/proc/net/tcp").read_text().splitlines()
+        (entry,) = (fields for fields in map(str.split, lines) if fields[2].endswith(f":{port:04X}"))
+        return entry[5][:2]
+
+    with dispatcher.connect() as client:
+        client.send(b"{")
+        wait_until(lambda: timer(client) == "02", DEADLINE, "the keepalive timer")
+
+
+def test_no_client_is_left(dispatcher: Harpcallerd) -> None:
+    wait_for_connections(dispatcher, 0)

@@ -1,0 +1,83 @@
+"""Program: a dispatcher whose disk is full for a while. Run by tests/acceptance/test_faults.py in a mount namespace.
+
+Accepted jobs are kept, new ones are refused with ``storage_error``, a running job's records and end wait, and all goes
+on by itself when there is room again. Prints ``ok`` at the end; anything else is a traceback.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import harp
+from support.deadline import wait_until
+from support.system import System, running
+
+PROCEDURES = """
+import pathlib, time
+from harpd.proc import procedure, streaming_procedure, Result
+
+@procedure
+def echo(value):
+    return value
+
+@streaming_procedure
+def when_told(path, records):
+    yield "started"
+    while not pathlib.Path(path).exists():
+        time.sleep(0.01)
+    for number in range(records):
+        yield {"number": number, "ballast": "x" * 1000}
+    yield Result("done")
+"""
+
+LARGE = "x" * 50_000
+RECORDS = 2000
+
+
+def fill(system: System, queue: dict[str, str]) -> list[harp.RemoteCall]:
+    """Submit until the store refuses; return the jobs that were accepted."""
+    accepted = []
+    while True:
+        try:
+            accepted.append(system.rpc.host("web01", queue=queue).echo(LARGE))
+        except harp.RemoteError as error:
+            assert error.type == "storage_error", error
+            return accepted
+
+
+def scenario(system: System, store: Path, told: Path) -> None:
+    ballast = store / "ballast"
+    running_job = system.rpc.host("web01", queue={"wait": "here"}).when_told(str(told), RECORDS)
+    follower = running_job.follow(since=0)
+    assert next(follower) == "started"
+    ballast.write_bytes(bytes(36_000_000))
+    accepted = fill(system, {"wait": "here"})  # behind the running job: they stay queued
+    told.touch()
+    wait_until(
+        lambda: [line for line in system.dispatcher.log_lines() if "can't be stored" in line], what="records that wait"
+    )
+    for job in accepted:
+        assert job.result() is harp.CALL_NOT_FINISHED
+    ballast.unlink()
+    records = list(follower)
+    assert [record["number"] for record in records] == list(range(RECORDS))
+    assert running_job.get() == "done"
+    for job in accepted:
+        assert job.get() == LARGE
+    assert system.rpc.web01.echo("again").get() == "again"
+
+
+def main() -> None:
+    directory = Path(sys.argv[1])
+    store = directory / "small"
+    store.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=48m", "tmpfs", str(store)], check=True)
+    with running(directory, PROCEDURES, dispatcher={"stream_directory": str(store / "jobs")}) as system:
+        scenario(system, store, directory / "told")
+    print("ok")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,61 @@
+"""A harpd that does what the name of the procedure says, and no more: for transcripts with the dispatcher."""
+
+from __future__ import annotations
+
+import json
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from support.certificates import server_files
+from support.peers import Conversation, Peer, server_context
+
+_SINGLE = {"harp": 1, "stream_result": False}
+_STREAM = {"harp": 1, "stream_result": True}
+
+
+def scripted_harpd(directory: Path) -> Peer:
+    """A peer that answers every call; it is to be entered.
+
+    Procedures: ``echo`` returns its arguments, ``count`` streams as many numbers as it is told, ``raise`` and ``error``
+    end so, ``hang`` never ends, ``feed`` streams its arguments and then what the test has its conversation send.
+    """
+    return Peer(always=_play, tls=server_context(server_files(directory)))
+
+
+def _play(talk: Conversation) -> None:
+    # A call may be cancelled at any point, also before its request is sent.
+    with suppress(AssertionError, OSError):
+        _answer(talk, talk.expect())
+
+
+def _answer(talk: Conversation, request: dict[str, Any]) -> None:
+    match request["procedure"], request["arguments"]:
+        case "echo", arguments:
+            talk.reply(_SINGLE, {"result": arguments})
+        case "count", [most]:
+            talk.reply(_STREAM, *({"stream": number} for number in range(most)), {"result": "counted"})
+        case "raise", _:
+            talk.reply(_SINGLE, {"exception": {"type": "ValueError", "message": "no", "data": {"class": "ValueError"}}})
+        case "error", _:
+            talk.reply({"harp": 1, "error": {"type": "auth_error", "message": "who?", "data": [1]}})
+        case "garbage", _:
+            talk.reply(b"HTTP/1.1 400 Bad Request\n")
+        case "hang", _:
+            talk.reply(_SINGLE)
+            talk.until_closed()
+        case "feed", [*first]:
+            talk.reply(_STREAM, *({"stream": record} for record in first))
+            talk.until_closed()
+        case name, _:
+            talk.reply(
+                {"harp": 1, "error": {"type": "no_such_procedure", "message": name, "data": {"procedure": name}}}
+            )
+
+
+def conversation(peer: Peer, *arguments: Any) -> Conversation:
+    """The conversation of the call with these arguments."""
+    for talk in peer.conversations:
+        if talk.received and json.loads(talk.received[0])["arguments"] == list(arguments):
+            return talk
+    raise AssertionError(f"no call with the arguments {arguments}")

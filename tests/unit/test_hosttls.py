@@ -1,0 +1,246 @@
+"""Which certificates of hosts are accepted: real handshakes, and the matching of names by itself."""
+
+from __future__ import annotations
+
+import os
+import ssl
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trustme
+
+from harpcaller.config import Config, ConfigError
+from harpcaller.hostlink import connect, failed
+from harpcaller.hosts import Host
+from harpcaller.hosttls import CertificateRefused, HostTLS, names_host, server_name
+from support.certificates import Certificates, authority
+from support.peers import Peer, server_context
+
+
+@dataclass(frozen=True)
+class Issued:
+    """A server certificate as files, and the one of its authority."""
+
+    files: Certificates
+
+    @property
+    def pem(self) -> bytes:
+        return self.files.certfile.read_bytes()
+
+
+def issue(directory: Path, *names: str, ca: trustme.CA | None = None) -> Issued:
+    directory.mkdir()
+    ca = ca or authority()
+    leaf = ca.issue_cert(*names)
+    files = Certificates(directory / "ca.pem", directory / "server.pem", directory / "server.key")
+    ca.cert_pem.write_to_path(str(files.ca_file))
+    leaf.cert_chain_pems[0].write_to_path(str(files.certfile))
+    leaf.private_key_pem.write_to_path(str(files.keyfile))
+    return Issued(files)
+
+
+@contextmanager
+def host(issued: Issued, hostname: str = "web01", address: str = "127.0.0.1") -> Iterator[Host]:
+    with Peer(always=lambda talk: talk.until_closed(), tls=server_context(issued.files)) as peer:
+        yield Host(hostname, address, peer.port, "u", "topsecret")
+
+
+async def outcome(tls: HostTLS, host: Host) -> str | None:
+    """None when the host's certificate is accepted, else what the job's error says."""
+    try:
+        _, writer = await connect(host, tls, 30.0)
+    except (CertificateRefused, OSError) as error:
+        end = failed(error, host, "connecting")
+        assert end.type == ("certificate_error" if isinstance(error, CertificateRefused) else "network_error")
+        return end.message
+    writer.transport.abort()
+    return None
+
+
+async def test_without_files_any_certificate_is_accepted(tmp_path: Path) -> None:
+    tls = HostTLS(Config())
+    with host(issue(tmp_path / "a", "elsewhere", ca=trustme.CA())) as found:
+        assert await outcome(tls, found) is None
+    assert len(tls.warnings) == 1
+    assert "ca_file" in tls.warnings[0]
+
+
+async def test_ca_file_wants_the_chain_and_the_name_or_the_address(tmp_path: Path) -> None:
+    named = issue(tmp_path / "named", "web01")
+    addressed = issue(tmp_path / "addressed", "127.0.0.1")
+    other = issue(tmp_path / "other", "web02")
+    foreign = issue(tmp_path / "foreign", "web01", ca=trustme.CA())
+    tls = HostTLS(Config(ca_file=named.files.ca_file))
+    assert tls.warnings == []
+    for good in (named, addressed):
+        with host(good) as found:
+            assert await outcome(tls, found) is None
+    with host(other) as found:
+        message = await outcome(tls, found)
+        assert message is not None
+        for part in ("web01", "127.0.0.1", "'web02'", "subjectAltName", "verify_hostname = false"):
+            assert part in message
+        assert await outcome(HostTLS(Config(ca_file=named.files.ca_file, verify_hostname=False)), found) is None
+    with host(foreign) as found:
+        for verify in (True, False):
+            message = await outcome(HostTLS(Config(ca_file=named.files.ca_file, verify_hostname=verify)), found)
+            assert message is not None
+            assert str(named.files.ca_file) in message
+            assert "self-signed" in message or "unable to get" in message
+
+
+async def test_known_certificates_are_compared_by_their_bytes(tmp_path: Path) -> None:
+    ca = trustme.CA()
+    known, other = issue(tmp_path / "known", "anything", ca=ca), issue(tmp_path / "other", "web01", ca=ca)
+    file = tmp_path / "known.pem"
+    # The authority's own certificate in the file makes none of its certificates known.
+    file.write_bytes(b"a comment\n" + known.pem + known.files.ca_file.read_bytes())
+    tls = HostTLS(Config(known_certs_file=file))
+    with host(known) as found:
+        assert await outcome(tls, found) is None
+    with host(other) as found:
+        message = await outcome(tls, found)
+        assert message is not None
+        assert str(file) in message
+
+
+async def test_a_certificate_that_satisfies_either_file_is_accepted(tmp_path: Path) -> None:
+    signed = issue(tmp_path / "signed", "web01")
+    misnamed = issue(tmp_path / "misnamed", "web02")
+    known = issue(tmp_path / "known", "web03", ca=trustme.CA())
+    neither = issue(tmp_path / "neither", "web01", ca=trustme.CA())
+    file = tmp_path / "known.pem"
+    file.write_bytes(known.pem + misnamed.pem)
+    tls = HostTLS(Config(ca_file=signed.files.ca_file, known_certs_file=file))
+    for good in (signed, misnamed, known):
+        with host(good) as found:
+            assert await outcome(tls, found) is None
+    with host(neither) as found:
+        message = await outcome(tls, found)
+        assert message is not None
+        assert str(file) in message
+        assert str(signed.files.ca_file) in message
+
+
+async def test_known_certificates_are_read_again_when_they_change(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    first, second = issue(tmp_path / "first", "a"), issue(tmp_path / "second", "b")
+    file = tmp_path / "known.pem"
+    file.write_bytes(first.pem)
+    tls = HostTLS(Config(known_certs_file=file))
+    with host(second) as found:
+        assert await outcome(tls, found) is not None
+        file.write_bytes(first.pem + second.pem)
+        assert await outcome(tls, found) is None
+        new = tmp_path / "new.pem"
+        new.write_bytes(first.pem + first.pem)
+        status = file.stat()
+        os.utime(new, ns=(status.st_atime_ns, status.st_mtime_ns))
+        new.replace(file)
+        assert await outcome(tls, found) is not None
+        file.write_bytes(second.pem)
+        assert await outcome(tls, found) is None
+        file.write_bytes(b"-----BEGIN CERTIFICATE-----\n!\n-----END CERTIFICATE-----\n")
+        for _ in range(2):
+            assert await outcome(tls, found) is None  # a broken file changes nothing
+        file.unlink()
+        for _ in range(2):
+            assert await outcome(tls, found) is None
+    assert [record.levelname for record in caplog.records if "refused" in record.getMessage()] == ["ERROR"] * 2
+
+
+async def test_no_credentials_before_the_certificate_is_accepted(tmp_path: Path) -> None:
+    issued = issue(tmp_path / "a", "web02")
+    with Peer(always=lambda talk: talk.until_closed(), tls=server_context(issued.files)) as peer:
+        found = Host("web01", "127.0.0.1", peer.port, "u", "topsecret")
+        assert await outcome(HostTLS(Config(ca_file=issued.files.ca_file)), found) is not None
+        assert peer.requests == []
+
+
+@pytest.mark.parametrize("key", ["ca_file", "known_certs_file"])
+def test_files_that_can_not_be_used(tmp_path: Path, key: str) -> None:
+    broken = tmp_path / "broken.pem"
+    broken.write_bytes(b"-----BEGIN CERTIFICATE-----\n!\n-----END CERTIFICATE-----\n")
+    for file in (tmp_path / "none.pem", broken):
+        options: dict[str, Any] = {"file": tmp_path / "h.toml", key: file}
+        with pytest.raises(ConfigError) as caught:
+            HostTLS(Config(**options))
+        assert str(caught.value).startswith(f"{tmp_path / 'h.toml'}: {key}: expected ")
+        assert str(file) in str(caught.value)
+
+
+@pytest.mark.filterwarnings("ignore:ssl.TLSVersion:DeprecationWarning")
+async def test_the_floor_of_tls(tmp_path: Path) -> None:
+    issued = issue(tmp_path / "a", "web01")
+    context = server_context(issued.files)
+    context.maximum_version = ssl.TLSVersion.TLSv1_2
+    with Peer(always=lambda talk: talk.until_closed(), tls=context) as peer:
+        found = Host("web01", "127.0.0.1", peer.port, "u", "p")
+        assert await outcome(HostTLS(Config()), found) is None
+        assert await outcome(HostTLS(Config(tls_minimum="1.3")), found) is not None
+    assert len(HostTLS(Config(tls_minimum="1.0")).warnings) == 2
+
+
+def certificate(*names: str) -> dict[str, Any]:
+    """A certificate as `ssl` shows it."""
+    kinds = tuple(("IP Address" if name[0].isdigit() or ":" in name else "DNS", name) for name in names)
+    return {"subject": ((("commonName", "web01"),),), "subjectAltName": kinds}
+
+
+@pytest.mark.parametrize(
+    ("names", "hostname", "address", "accepted"),
+    [
+        (("web01",), "web01", "10.0.0.1", True),
+        (("10.0.0.1",), "web01", "10.0.0.1", True),
+        (("web01.example.net",), "web01", "web01.example.net", True),
+        (("WEB01.Example.net.",), "web01.EXAMPLE.net", "10.0.0.1", True),
+        (("a", "b", "web01"), "web01", "10.0.0.1", True),
+        (("2001:DB8:0:0:0:0:0:1\n",), "web01", "2001:db8::1", True),
+        (("*.example.net",), "web01.example.net", "10.0.0.1", True),
+        (("b\u00fccher.example".encode("idna").decode(),), "b\u00fccher.example", "10.0.0.1", True),
+        ((), "web01", "10.0.0.1", False),  # the common name does not count
+        (("web02",), "web01", "10.0.0.1", False),
+        (("10.0.0.2",), "web01", "10.0.0.1", False),
+        (("*.example.net",), "example.net", "10.0.0.1", False),
+        (("*.example.net",), "a.web01.example.net", "10.0.0.1", False),
+        (("*.net",), "example.net", "10.0.0.1", False),
+        (("*",), "web01", "10.0.0.1", False),
+        (("w*.example.net",), "web01.example.net", "10.0.0.1", False),
+        (("web01.*.net",), "web01.example.net", "10.0.0.1", False),
+        (("*.0.0.1",), "web01", "10.0.0.1", False),
+        (("web01.example.net",), "web01", "10.0.0.1", False),
+        (("web01",), "\ud800", "a" * 70 + "\u00fc", False),
+    ],
+)
+def test_names(names: tuple[str, ...], hostname: str, address: str, accepted: bool) -> None:
+    assert names_host(certificate(*names), Host(hostname, address, 1, "u", "p")) is accepted
+
+
+def test_an_address_in_a_name_entry_is_no_address() -> None:
+    entry = {"subjectAltName": (("DNS", "10.0.0.1"), ("DNS", "*.0.0.1"))}
+    assert not names_host(entry, Host("10.0.0.1", "10.0.0.1", 1, "u", "p"))
+
+
+@pytest.mark.parametrize(
+    ("address", "name"),
+    [
+        ("web01.example.net", "web01.example.net"),
+        ("WEB_01", "web_01"),
+        ("example.net.", "example.net"),
+        ("b\u00fccher.example", "xn--bcher-kva.example"),
+        ("10.0.0.1", ""),
+        ("::1", ""),
+        ("fe80::1%eth0", ""),
+        (".example", ""),
+        ("a b", ""),
+        ("a" * 64 + ".b", ""),
+        ("\ud800", ""),
+    ],
+)
+def test_a_server_name_is_sent_for_names_only(address: str, name: str) -> None:
+    assert server_name(address) == name
