@@ -144,7 +144,7 @@ def show_step(number: int, step: tour.Step, arguments: tour.System) -> None:
 HOW_TO_TALK = """
 Both daemons keep running. In another terminal, from this directory:
 
-   ./dev run harp --dispatcher=localhost:{harpcallerd} call localhost disk_usage '"/"'
+   ./dev run harp --dispatcher=localhost:{harpcallerd} call --wait localhost disk_usage /
    ./dev run harpcallerd --socket={directory}/control list --all
    ./dev run python
    >>> import harp

@@ -2,7 +2,7 @@
 
 The daemon, its reload and ``--test`` all read it by `load`. Every fault reads ``FILE: key: expected X, got Y``.
 
-Spec: docs/settings.md, harpd.
+Spec: docs/settings-harpd.md.
 """
 
 from __future__ import annotations

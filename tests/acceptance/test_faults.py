@@ -209,12 +209,21 @@ def tls_answer(directory: Path, answer: bytes, close: bool = True) -> Callable[[
 
 
 ACKNOWLEDGED = b'{"harp":1,"stream_result":true}\n'
-SILENT: Callable[[socket.socket], None] = lambda connection: None  # noqa: E731
-HTTP: Callable[[socket.socket], None] = lambda connection: connection.sendall(b"HTTP/1.1 400 Bad\r\n\r\n")  # noqa: E731
 
-STRANGE = {
-    "silent before TLS": (lambda _: SILENT, "network_error"),
-    "no TLS": (lambda _: HTTP, "network_error"),
+
+def silent(connection: socket.socket) -> None:
+    """Take the connection and say nothing."""
+
+
+def no_tls(connection: socket.socket) -> None:
+    connection.sendall(b"HTTP/1.1 400 Bad\r\n\r\n")
+
+
+Behaviour = Callable[[socket.socket], None]
+
+STRANGE: dict[str, tuple[Callable[[Path], Behaviour], str]] = {
+    "silent before TLS": (lambda _: silent, "network_error"),
+    "no TLS": (lambda _: no_tls, "network_error"),
     "silent after the request": (lambda d: tls_answer(d, b"", close=False), "network_error"),
     "closes at once": (lambda d: tls_answer(d, b""), "network_error"),
     "closes after the acknowledgement": (lambda d: tls_answer(d, ACKNOWLEDGED), "network_error"),

@@ -52,6 +52,7 @@ def running(
     procedures: str,
     harpd: Mapping[str, Any] | None = None,
     dispatcher: Mapping[str, Any] | None = None,
+    names: tuple[str, ...] = ("web01",),
 ) -> Iterator[System]:
     """Run a system; stop it at the end, and see that nothing is left.
 
@@ -60,11 +61,12 @@ def running(
         procedures: the text of the procedures file.
         harpd: changes to harpd's configuration.
         dispatcher: changes to the dispatcher's configuration.
+        names: under which names the dispatcher knows the harpd.
     """
     with Harpd(directory / "harpd", procedures, dict(harpd or {})) as one:
         settings = {"ca_file": str(one.ca_file), **(dispatcher or {})}
         credentials = (one.user, one.password)
         with Harpcallerd(
-            directory / "harpcallerd", hosts={"web01": one.port}, credentials=credentials, settings=settings
+            directory / "harpcallerd", hosts=dict.fromkeys(names, one.port), credentials=credentials, settings=settings
         ) as other:
             yield System(one, other)

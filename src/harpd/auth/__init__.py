@@ -14,7 +14,7 @@ __all__ = ["AuthDB"]
 
 
 class AuthDB(ABC):
-    """Knows users and their passwords. Spec: docs/protocol.md, Configuration of harpd."""
+    """Knows users and their passwords. Spec: docs/settings-harpd.md, Authentication."""
 
     @abstractmethod
     def authenticate(self, user: str, password: str) -> bool:

@@ -1,0 +1,152 @@
+"""What the README shows first: the demo runs and ends well, and the synopses do on a real system what they say."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import redirect_stdout
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from support.deadline import wait_until
+from support.system import System, running
+
+ROOT = Path(__file__).parents[2]
+DEMO = [sys.executable, "-P", "-u", str(ROOT / "examples" / "demo.py")]
+
+EXPECTED = [
+    r'\{"number": 0, "time": \d+\}',
+    r"RemoteError\('timeout', 'maximum execution time",
+    r"'values': \['bar', 'baz'\]",
+    r'log message: "minute 0: all is well"',
+    r'^\{"messages": 10\}$',
+    r"^job 4: started at \d+ s",
+    r"^ *\d+\.\d s  record 4: ",
+    r"^ZeroDivisionError: division by zero",
+    r"^RemoteError\('timeout', 'the procedure took more than its limit of 1 s'",
+    r"^cancelled: True$",
+    r"^Both daemons have stopped",
+]
+
+
+@pytest.fixture
+def environment() -> dict[str, str]:
+    programs = Path(sys.executable).parent
+    return {"PATH": f"{programs}:/usr/bin:/bin", "PYTHONPATH": str(ROOT / "examples"), "PYTHONWARNINGS": "error"}
+
+
+def test_the_demo_shows_everything_and_ends_well(environment: dict[str, str]) -> None:
+    done = subprocess.run(DEMO, env=environment, capture_output=True, text=True, timeout=110, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    for pattern in EXPECTED:
+        assert re.search(pattern, done.stdout, re.MULTILINE), f"{pattern} is missing in:\n{done.stdout}"
+
+
+def test_the_demo_can_be_kept(environment: dict[str, str]) -> None:
+    with subprocess.Popen([*DEMO, "--keep"], env=environment, stdout=subprocess.PIPE, text=True) as demo:
+        try:
+            assert demo.stdout is not None
+            said = "".join(iter(demo.stdout.readline, "Ctrl-C here stops both and removes the directory.\n"))
+            found = re.search(r"\./dev run (harp .*)", said)
+            assert found is not None
+            command = shlex.split(found[1])
+            answer = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+            assert '"total"' in answer.stdout, answer.stderr
+            family = psutil.Process(demo.pid).children(recursive=True)
+            assert len(family) >= 4
+        finally:
+            demo.send_signal(signal.SIGINT)
+            assert demo.wait(60) == 0
+        _, alive = psutil.wait_procs(family, 60)
+        assert not alive
+
+
+@pytest.fixture(scope="module")
+def system(tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
+    procedures = (ROOT / "examples" / "procedures.py").read_text()
+    with running(tmp_path_factory.mktemp("synopses"), procedures, names=("localhost",)) as system:
+        yield system
+
+
+def synopsis(title: str) -> str:
+    page = (ROOT / "docs" / "client-api.md").read_text()
+    found = re.search(rf"^### {title}\n+```python\n(.*?)```", page, re.MULTILINE | re.DOTALL)
+    assert found is not None
+    return found[1]
+
+
+def output_of(program: str) -> list[str]:
+    with redirect_stdout(StringIO()) as output:
+        exec(program, {})
+    return output.getvalue().splitlines()
+
+
+def test_the_synopsis_with_a_dispatcher(system: System) -> None:
+    """As it stands, but for the port; and for the limit, lest the test takes 15 seconds."""
+    program = synopsis("With a dispatcher")
+    program = program.replace('HarpCaller("localhost"', f'HarpCaller("localhost", {system.dispatcher.port}')
+    begin = time.time()
+    *records, job_id, result, state = output_of(program.replace("max_exec_time=15", "max_exec_time=3"))
+    assert 1 <= len(records) <= 4
+    assert records[0].startswith('{"number": 0, "time": ')
+    assert re.fullmatch(r"[0-9a-f-]{36}", job_id)
+    assert "maximum execution time" in result
+    assert state.startswith("failed: invalid_jobid")
+    job = system.rpc.job(job_id)
+    assert begin - 1 <= job.submit_time() <= (job.start_time() or 0) <= (job.end_time() or 0) <= time.time()
+
+
+def test_the_synopsis_with_a_harpd(system: System) -> None:
+    program = synopsis("With a harpd").replace('"localhost"', f'"localhost", port={system.harpd.port}')
+    program = program.replace('"username"', repr(system.harpd.user)).replace('"secret"', repr(system.harpd.password))
+    now, *messages, result = output_of(program)
+    assert abs(int(now) - time.time()) < 60
+    assert messages == [f'log message: "minute {minute}: all is well"' for minute in range(10)]
+    assert result == '{"messages": 10}'
+
+
+def test_the_synopsis_with_asyncio(system: System) -> None:
+    program = synopsis("With asyncio").replace('"localhost"', f'"localhost", {system.dispatcher.port}')
+    program = program.replace("stream_infinity()", "count(3, 0)")
+    body = textwrap.indent(program, "    ")
+    namespace: dict[str, object] = {}
+    exec(f"import asyncio\nasync def main():\n{body}", namespace)
+    with redirect_stdout(StringIO()) as output:
+        asyncio.run(namespace["main"]())  # type: ignore[operator]
+    lines = output.getvalue().splitlines()
+    assert lines[:3] == ["{'number': 0}", "{'number': 1}", "{'number': 2}"]
+    assert lines[3:] in (["{'numbers': 3}"], ["<CallNotFinished>"])
+
+
+def test_the_web_application(system: System, environment: dict[str, str]) -> None:
+    command = [sys.executable, "-P", str(ROOT / "examples" / "webapp.py"), "--port=0"]
+    dispatcher = f"--dispatcher=localhost:{system.dispatcher.port}"
+    with subprocess.Popen([*command, dispatcher], env=environment, stdout=subprocess.PIPE, text=True) as application:
+        try:
+            assert application.stdout is not None
+            address = application.stdout.readline().strip().rstrip("/")
+            submitted = _curl(address + "/disk-usage/localhost", "POST")
+            page = f"{address}/jobs/{submitted['job']}"
+            wait_until(lambda: _curl(page)["state"] == "done", 60, "the job's end in the web application")
+            assert _curl(page)["result"]["path"] == "/"
+        finally:
+            application.terminate()
+
+
+def _curl(address: str, method: str = "GET") -> dict[str, Any]:
+    with urllib.request.urlopen(urllib.request.Request(address, method=method), timeout=60) as answer:
+        body: dict[str, Any] = json.load(answer)
+        return body
