@@ -144,6 +144,7 @@ BAD_REQUESTS = [
     ('{"harpcaller":1,"host":"h","procedure":"p","arguments":[],"timeout":0}', "timeout: expected a positive"),
     ('{"harpcaller":1,"host":"h","procedure":"p","arguments":[],"timeout":"1"}', "timeout: expected a positive"),
     ('{"harpcaller":1,"host":"h","procedure":"p","arguments":[],"max_exec_time":1e999}', "max_exec_time: expected"),
+    ('{"harpcaller":1,"host":"h","procedure":"p","arguments":[],"timeout":-1}', "timeout: expected"),
     ('{"harpcaller":1,"host":"h","procedure":"p","arguments":[],"queue":[]}', "queue: expected an object"),
     ('{"harpcaller":1,"host":"h","procedure":"p","arguments":[],"queue":{}}', "queue: expected an object with a name"),
     ('{"harpcaller":1,"host":"h","procedure":"p","arguments":[],"queue":{"name":1}}', "queue.name: expected"),
@@ -166,6 +167,11 @@ def test_a_bad_request_says_what_and_where(line: str, message: str, opener: Any)
 def test_null_is_absent(key: str) -> None:
     line = f'{{"harpcaller":1,"host":"h","procedure":"p","arguments":[],"{key}":null}}'
     assert decode_request(line.encode()) == CALL
+
+
+def test_a_limit_may_be_a_very_large_integer() -> None:
+    line = f'{{"harpcaller":1,"host":"h","procedure":"p","arguments":[],"timeout":{10**400}}}'
+    assert decode_request(line.encode()) == Call("h", "p", [], timeout=10**400)
 
 
 def test_a_packet_out_of_number_is_a_protocol_error() -> None:
