@@ -90,7 +90,7 @@ class Daemon:
 
         Raises:
             NotRunning: there is no daemon.
-            ControlError: it refused, or is still there after `timeout` seconds.
+            ControlError: it did not answer, or is still there after `timeout` seconds.
         """
         with self._connect() as connection:
             pid = _peer(connection)
@@ -99,6 +99,7 @@ class Daemon:
             except OSError as error:
                 raise ControlError(f"process {pid} can't be watched: {error.strerror}") from error
             try:
+                connection.settimeout(_PATIENCE if timeout is None else max(timeout, _PAUSE))
                 for _ in self._converse(connection, "stop", {}):
                     pass
                 gone, _, _ = select.select([process], [], [], timeout)

@@ -109,7 +109,10 @@ class Dispatcher:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         await self._shut_down()
-        await self._group.__aexit__(kind, error, traceback)
+        if isinstance(error, Exception):
+            await self._group.__aexit__(None, None, None)  # the doors' own error stays what it is
+        else:
+            await self._group.__aexit__(kind, error, traceback)
 
     # What follows is what the doors call.
 

@@ -8,6 +8,9 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from io import FileIO
 from pathlib import Path
 
 __all__ = ["MOST_OUTPUT", "ScriptFailed", "run_script"]
@@ -17,6 +20,9 @@ MOST_OUTPUT = 64 * 1024 * 1024
 
 #: How much of what it says on stderr is kept for the error's message, in bytes.
 _STDERR_TAIL = 500
+
+#: Seconds that a dead script's stderr is waited for.
+_LAST_WORDS = 1.0
 
 _PIECE = 64 * 1024
 
@@ -38,35 +44,57 @@ async def run_script(script: Path, seconds: float, most_output: int = MOST_OUTPU
     Raises:
         ScriptFailed: it can't be started, took too long, printed too much, or exited with a status other than 0.
     """
-    try:
-        process = await asyncio.create_subprocess_exec(
-            script,
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.PIPE,
-            start_new_session=True,
-        )
-    except OSError as error:
-        raise ScriptFailed(f"{script} can't be started: {error.strerror}") from error
-    assert process.stdout is not None
-    assert process.stderr is not None
-    complaint = asyncio.create_task(_tail(process.stderr))
-    try:
-        async with asyncio.timeout(seconds):
-            output = await _read(process.stdout, most_output)
-            status = await process.wait()
-    except TimeoutError as error:
-        raise ScriptFailed(f"{script} took more than {seconds:g} s") from error
-    finally:
-        _kill_group(process.pid)
-        await process.wait()
-        said = await complaint
+    async with _pipe() as (printed, output_end), _pipe() as (said, complaint_end):
+        try:
+            process = await asyncio.create_subprocess_exec(
+                script,
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=output_end,
+                stderr=complaint_end,
+                start_new_session=True,
+            )
+        except OSError as error:
+            raise ScriptFailed(f"{script} can't be started: {error.strerror}") from error
+        output_end.close()
+        complaint_end.close()
+        complaint = asyncio.create_task(_tail(said))
+        try:
+            async with asyncio.timeout(seconds):
+                output = await _read(printed, most_output)
+                status = None if output is None else await process.wait()
+        except TimeoutError as error:
+            raise ScriptFailed(f"{script} took more than {seconds:g} s") from error
+        finally:
+            _kill_group(process.pid)
+            await process.wait()
+            # Whoever left the group may hold this pipe open for ever.
+            await asyncio.wait([complaint], timeout=_LAST_WORDS)
+            complaint.cancel()
     if output is None:
         raise ScriptFailed(f"{script} printed more than {most_output} bytes")
     if status != 0:
+        assert status is not None
         how = f"exited with status {status}" if status > 0 else f"was ended by {signal.Signals(-status).name}"
-        raise ScriptFailed(f"{script} {how}{said and ': '}{said}")
+        last_words = complaint.result() if complaint.done() else ""
+        raise ScriptFailed(f"{script} {how}{last_words and ': '}{last_words}")
     return output
+
+
+@asynccontextmanager
+async def _pipe() -> AsyncIterator[tuple[asyncio.StreamReader, FileIO]]:
+    """A pipe: its reading end as a stream, and its writing end, to be closed once it is handed on.
+
+    The pipes of `asyncio.subprocess` are not used: its `wait` waits for their ends too.
+    """
+    reading, writing = os.pipe()
+    with FileIO(writing, "wb") as writing_end:
+        reader = asyncio.StreamReader()
+        protocol = asyncio.StreamReaderProtocol(reader)
+        transport, _ = await asyncio.get_running_loop().connect_read_pipe(lambda: protocol, FileIO(reading))
+        try:
+            yield reader, writing_end
+        finally:
+            transport.close()
 
 
 async def _read(stream: asyncio.StreamReader, most: int) -> bytes | None:

@@ -198,8 +198,10 @@ def _open_control(path: Path) -> Listener:
     try:
         return listen_unix(path, _CONTROL_MODE)
     except OSError as error:
-        if error.errno == errno.EADDRINUSE:
+        if error.errno == errno.EADDRINUSE and path.is_socket():
             raise ProcessError(f"a harpcallerd is already running on {path}") from error
+        if error.errno == errno.EADDRINUSE:
+            raise ProcessError(f"control socket {path}: what lies there is no socket") from error
         raise ProcessError(f"control socket {path}: {reason(error)}") from error
 
 

@@ -60,7 +60,7 @@ async def listen(config: Config, present: Listeners | None = None) -> Listeners:
 
     Args:
         config: the configuration.
-        present: what is open already, and is not opened again.
+        present: what is open already. What `listen` has of it is not opened again, the rest may be taken over.
 
     Returns:
         What was opened.
@@ -68,16 +68,28 @@ async def listen(config: Config, present: Listeners | None = None) -> Listeners:
     Raises:
         ConfigError: one can't be listened on; then none was opened.
     """
+    present = present or {}
+    leaving = [listener for entry in present.keys() - set(config.listen) for listener in present[entry]]
     opened: Listeners = {}
-    for entry in dict.fromkeys(config.listen):
-        if present is not None and entry in present:
-            continue
-        try:
-            opened[entry] = await listen_tcp(entry) if entry.path is None else [listen_unix(entry.path, _UNIX_MODE)]
-        except (OSError, UnicodeError) as error:
-            close(opened)
+    try:
+        for listener in leaving:
+            listener.yield_address(True)
+        for entry in config.listen:
+            if entry not in present and entry not in opened:
+                opened[entry] = await _listen(entry, bool(leaving))
+    except BaseException as error:
+        close(opened)
+        if isinstance(error, (OSError, UnicodeError)):
             raise ConfigError(f"{config.file}: listen: can't listen on {entry}: {reason(error)}") from error
+        raise
+    finally:
+        for listener in leaving:
+            listener.yield_address(False)
     return opened
+
+
+async def _listen(entry: Address, takeover: bool) -> list[Listener]:
+    return await listen_tcp(entry, takeover) if entry.path is None else [listen_unix(entry.path, _UNIX_MODE)]
 
 
 def close(listeners: Listeners) -> None:
@@ -98,6 +110,7 @@ class Service:
         self._dispatcher = dispatcher
         refusal = Failed("too_many_connections", "more clients are connected than the setting connections allows")
         self._door = Door(self._answer, lambda: dispatcher.config.connections, encode_reply(refusal))
+        self._local_told = False
         #: What it accepts from.
         self.listeners: Listeners = {}
 
@@ -117,7 +130,18 @@ class Service:
             for listener in group:
                 self._door.open(listener)
                 log.info("harpcallerd is serving", extra=listener.fields)
-                _report_reach(listener)
+                self._report_reach(listener)
+
+    def _report_reach(self, listener: Listener) -> None:
+        """Say who can call: there is no authentication of clients."""
+        if listener.path is not None:
+            return  # its file's owner and group
+        address = ipaddress.ip_address(str(listener.fields["address"]).partition("%")[0])
+        if not address.is_loopback:
+            log.warning("not a loopback address: whoever reaches it can call", extra=listener.fields)
+        elif not self._local_told:
+            self._local_told = True
+            log.info("every local user can call; a Unix socket with file permissions can be listened on instead")
 
     def keep(self, entries: Sequence[Address]) -> None:
         """Close the listeners of all other entries of `listen`; connections that were accepted stay."""
@@ -241,14 +265,3 @@ def _status(job: Job) -> Status:
 
 def _shortened(message: str) -> str:
     return message if len(message) <= _LONGEST_MESSAGE else f"{message[:_LONGEST_MESSAGE]}..."
-
-
-def _report_reach(listener: Listener) -> None:
-    """Say who can call: there is no authentication of clients."""
-    if listener.path is not None:
-        return
-    address = ipaddress.ip_address(str(listener.fields["address"]).partition("%")[0])
-    if address.is_loopback:
-        log.info("every local user can call; a Unix socket with file permissions can be listened on instead")
-    else:
-        log.warning("not a loopback address: whoever reaches it can call", extra=listener.fields)

@@ -6,9 +6,10 @@ import ctypes
 import os
 import signal
 
-__all__ = ["become_subreaper", "die_with_parent"]
+__all__ = ["become_subreaper", "die_with_parent", "never_dump_core"]
 
 _SET_PDEATHSIG = 1
+_SET_DUMPABLE = 4
 _SET_CHILD_SUBREAPER = 36
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -24,6 +25,11 @@ def _prctl(option: int, value: int) -> None:
 def become_subreaper() -> None:
     """Descendants whose parent dies become children of this process."""
     _prctl(_SET_CHILD_SUBREAPER, 1)
+
+
+def never_dump_core() -> None:
+    """Leave no core, whatever signal ends this process and wherever the system sends cores."""
+    _prctl(_SET_DUMPABLE, 0)
 
 
 def die_with_parent(parent: int) -> None:

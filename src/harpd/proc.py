@@ -62,7 +62,7 @@ class Procedure:
         timeout: seconds that a call may take; None: no limit.
         uid: the user that a call runs as, number or name; None: harpd's default.
         gid: the group, number or name, or a list of groups (first: primary, all: supplementary). None: with a user
-            that the system knows, this user's groups; else harpd's default.
+            that the system knows, this user's groups; with another user, group 65534; without, harpd's default.
 
     Raises:
         TypeError: an argument is of the wrong type.
@@ -90,13 +90,17 @@ class Procedure:
         self.__doc__ = function.__doc__
         self.__name__ = getattr(function, "__name__", type(self).__name__)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
         """Run the function here, as a plain call would."""
         return self.function(*args, **kwargs)
 
     def signature(self) -> inspect.Signature:
-        """What a call's arguments must fit."""
-        overridden = type(self).__call__ not in (Procedure.__call__, StreamingProcedure.__call__)
+        """What a call's arguments must fit: the function's signature, or that of a subclass's ``__call__``.
+
+        Raises:
+            ValueError: it has none, as some functions that are written in C; a call's arguments aren't checked.
+        """
+        overridden = type(self).__call__ is not Procedure.__call__
         return inspect.signature(self.__call__ if overridden else self.function)
 
     def __repr__(self) -> str:
@@ -131,6 +135,8 @@ def _checked_identity(key: str, identity: Identity) -> Identity:
 
 
 def _checked_groups(gid: Groups) -> tuple[Identity, ...]:
+    if not isinstance(gid, (int, str, list, tuple)):
+        raise TypeError(f"gid: expected a number, a name or a list of them, got {gid!r}")
     groups = (gid,) if isinstance(gid, (int, str)) else tuple(gid)
     if not groups:
         raise ValueError("gid: expected at least one group")

@@ -16,6 +16,10 @@ __all__ = ["ProceduresError", "load_procedures"]
 MODULE_NAME = "harpd_procedures"
 
 
+#: The most characters of an exception's text that go into a message.
+_LONGEST_TEXT = 2000
+
+
 class ProceduresError(Exception):
     """The procedures file can't be loaded. The message names file, line and cause."""
 
@@ -29,25 +33,30 @@ def load_procedures(path: Path) -> Mapping[str, Procedure]:
     Raises:
         ProceduresError: it can't be read, or raised; SystemExit counts as raising.
     """
-    module = ModuleType(MODULE_NAME)
+    module = sys.modules[MODULE_NAME] = ModuleType(MODULE_NAME)
     module.__file__ = str(path)
-    before = sys.modules.get(MODULE_NAME)
-    sys.modules[MODULE_NAME] = module
     try:
-        exec(compile(path.read_bytes(), path, "exec"), module.__dict__)  # noqa: S102 - running it is the purpose
+        code = compile(path.read_bytes(), path, "exec", dont_inherit=True)  # our own __future__ is not the file's
+        exec(code, module.__dict__)  # noqa: S102 - running it is the purpose
     except BaseException as error:
-        if before is not None:
-            sys.modules[MODULE_NAME] = before
-        if isinstance(error, KeyboardInterrupt):
-            raise
         raise ProceduresError(_describe(path, error)) from error
-    return MappingProxyType({name: value for name, value in vars(module).items() if isinstance(value, Procedure)})
+    # By the type itself: `isinstance` asks the value, and a lazy one may answer with an exception.
+    found = {name: value for name, value in vars(module).items() if issubclass(type(value), Procedure)}
+    for name, procedure in found.items():
+        try:
+            procedure.check()
+        except (AttributeError, TypeError, ValueError) as error:
+            raise ProceduresError(f"{path}: {name}: {error}") from error
+    return MappingProxyType(found)
 
 
 def _describe(path: Path, error: BaseException) -> str:
     if isinstance(error, OSError) and error.filename == str(path):
         return f"{path}: {error.strerror}"
-    text = " ".join(str(error).split())
+    try:
+        text = " ".join(str(error).split())[:_LONGEST_TEXT]
+    except BaseException:  # noqa: BLE001 - the exception's own __str__ may fail, too
+        text = "(the exception's text can't be made)"
     if isinstance(error, SyntaxError) and error.filename == str(path):
         return f"{path}:{error.lineno}: {type(error).__name__}: {error.msg}"
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]

@@ -67,7 +67,7 @@ def _find_user(uid: int | str | None) -> pwd.struct_passwd | None:
         return None
     try:
         return pwd.getpwnam(uid) if isinstance(uid, str) else pwd.getpwuid(uid)
-    except KeyError as error:
+    except (KeyError, ValueError) as error:  # the latter: no name has such characters
         if isinstance(uid, int):
             return None
         if uid.isdecimal():
@@ -80,7 +80,7 @@ def _group_number(group: int | str) -> int:
         return group
     try:
         return grp.getgrnam(group).gr_gid
-    except KeyError as error:
+    except (KeyError, ValueError) as error:
         if group.isdecimal():
             return int(group)
         raise UserError(f"no group is called {group!r}") from error

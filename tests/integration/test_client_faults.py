@@ -154,7 +154,7 @@ def saying(data: bytes) -> Script:
         (saying(b"\x16\x03\x03\xff\xff" + b"\0" * 64), "TLS handshake: "),
         (saying(b"\0" * 1000), "TLS handshake: "),
         (lambda talk: None, "TLS handshake: "),
-        (lambda talk: talk.reset(), "TLS handshake: "),
+        (lambda talk: talk.reset(), "TLS handshake: |can't connect: "),  # as soon as it is seen
     ],
     ids=["text", "garbage", "zeros", "close", "reset"],
 )
@@ -361,7 +361,7 @@ async def test_an_iterator_that_never_began_has_no_connection() -> None:
         assert await iterator.all() == []
 
 
-async def test_a_thousand_waiting_calls_are_one_thread(files: Certificates) -> None:
+async def test_many_calls_at_once() -> None:
     def script(talk: Conversation) -> None:
         request = talk.expect()
         talk.reply({"result": request["get_result"]})

@@ -130,7 +130,9 @@ async def test_an_accepted_job_is_claimed_once_the_store_can(tmp_path: Path) -> 
     await real.close()
 
 
-@pytest.mark.parametrize("job_id", ["", "x", NOBODY, NOBODY + "\n", str(uuid.uuid4()).upper(), "\ud800", "0" * 36])
+@pytest.mark.parametrize(
+    "job_id", ["", "x", NOBODY, NOBODY + "\n", "E435BF10-6D80-4BF6-9B83-9398FBE1FD21", "\ud800", "0" * 36]
+)
 async def test_an_id_of_no_job(tmp_path: Path, job_id: str) -> None:
     async with running(tmp_path) as dispatcher:
         assert not await dispatcher.cancel(job_id)
@@ -343,7 +345,7 @@ async def test_records_come_in_batches_of_bounded_size(tmp_path: Path) -> None:
 
 async def test_jobs_are_listed_in_the_order_of_submission(tmp_path: Path) -> None:
     store = await open_store(tmp_path / "store")
-    ended = [await job_in(store, State.RETURNED) for _ in range(3)]
+    ended = [await job_in(store, State.RETURNED, now=time.time()) for _ in range(3)]
     waiting = [await job_in(store, State.QUEUED, queue={}) for _ in range(450)]
     async with running(
         tmp_path, store=store, calls=1, hosts_file=None, host_db_script=Path("/bin/sleep")

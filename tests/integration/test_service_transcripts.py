@@ -361,6 +361,21 @@ def test_records_are_followed_as_they_come(dispatcher: Harpcallerd, peer: Peer) 
         assert client.messages() == [{"result": None}]
 
 
+def test_a_number_may_be_beyond_all_records(dispatcher: Harpcallerd) -> None:
+    job = dispatcher.submit("web01", "hang")
+    for number in (2**31, 2**63 - 1, 2**63, 10**40):
+        assert dispatcher.ask(read_stream=job, since=number) == [{"continue": True}]
+        assert dispatcher.ask(read_stream=job, recent=number) == [{"continue": True}]
+        with dispatcher.connect() as following:
+            following.send({"harpcaller": 1, "follow_stream": job, "since": number})
+            following.half_close()
+            assert following.messages() == []
+    with dispatcher.connect() as following:
+        following.send({"harpcaller": 1, "follow_stream": job, "since": 10**40})
+        assert dispatcher.ask(cancel=job) == [{"cancelled": True}]
+        assert following.messages() == [{"cancelled": True}]
+
+
 def test_a_waiting_client_is_told_of_the_end(dispatcher: Harpcallerd) -> None:
     job = dispatcher.submit("web01", "hang")
     with dispatcher.connect() as waiting, dispatcher.connect() as following:

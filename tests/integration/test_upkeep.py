@@ -78,6 +78,14 @@ async def kept_up(directory: Path, **settings: Any) -> AsyncIterator[HostsRegist
         assert task.cancelled()
 
 
+def alive(pid: int) -> bool:
+    """Whether it is there and no zombie: those are reaped when init comes to it."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
 def names(registry: HostsRegistry) -> list[str]:
     return [host.hostname for host in registry.hosts()]
 
@@ -103,13 +111,12 @@ async def test_the_kept_copy_counts_while_it_is_young(tmp_path: Path, script: Sc
         assert registry.usable
         assert registry.find("web01") == WEB01
         if runs:
-            await eventually(lambda: names(registry) == ["new"], what="the refresh")
+            await eventually(lambda: "new" in read_copy(tmp_path / "hosts.db").hosts, what="the refresh")
         else:
             await registry.refresh()  # one that is due would run, or have run, before
         assert script.runs == 1
-    assert names(HostsRegistry(Config(host_db=tmp_path / "hosts.db", host_db_script=script.file), lambda: None)) == [
-        "new"
-    ]
+    restarted = HostsRegistry(Config(host_db=tmp_path / "hosts.db", host_db_script=script.file), lambda: None)
+    assert names(restarted) == ["new"]
 
 
 async def test_the_script_never_runs_twice_at_once(tmp_path: Path, script: Script) -> None:
@@ -130,7 +137,7 @@ async def test_the_script_never_runs_twice_at_once(tmp_path: Path, script: Scrip
 async def test_a_script_that_fails_changes_nothing(tmp_path: Path, script: Script, ending: str) -> None:
     script.does(host_line(1, "a"))
     async with kept_up(tmp_path, host_db_script=script.file) as registry:
-        await eventually(lambda: names(registry) == ["a"], what="the hosts")
+        assert await registry.refresh() == 1
         copy = (tmp_path / "hosts.db").read_bytes()
         script.does(host_line(1, "b"), after=ending)
         with pytest.raises(RefreshFailed) as caught:
@@ -159,9 +166,9 @@ async def test_a_script_has_a_deadline_and_leaves_nothing_running(tmp_path: Path
     script.does(after=f"sleep 1000 & echo $! $$ >{shlex.quote(str(pids))}; wait")
 
     def gone() -> bool:
-        return not any(psutil.pid_exists(int(pid)) for pid in pids.read_text().split())
+        return not any(alive(int(pid)) for pid in pids.read_text().split())
 
-    with pytest.raises(ScriptFailed, match="more than 0.5 s"):
+    with pytest.raises(ScriptFailed, match="took more than"):
         await run_script(script.file, 0.5)
     await eventually(gone, what="the end of the script's processes")
 
@@ -178,7 +185,7 @@ async def test_a_script_that_ends_may_leave_nothing_running_either(tmp_path: Pat
     pid = tmp_path / "pid"
     script.does(host_line(1, "a"), after=f"sleep 1000 >/dev/null & echo $! >{shlex.quote(str(pid))}")
     assert await run_script(script.file, 60.0) == host_line(1, "a").encode()
-    await eventually(lambda: not psutil.pid_exists(int(pid.read_text())), what="the end of the script's processes")
+    await eventually(lambda: not alive(int(pid.read_text())), what="the end of the script's processes")
 
 
 async def test_a_script_that_prints_too_much(script: Script) -> None:
@@ -218,7 +225,9 @@ async def test_jobs_wait_for_the_first_run_of_the_script(tmp_path: Path, script:
             assert (await dispatcher.job(job_id)).state is State.QUEUED
             await asyncio.to_thread(go.write_text, "")
             assert await dispatcher.result(job_id, wait=True) == Returned(b"1")
-            assert await dispatcher.refresh_hosts() == 1 if not go.unlink() else False
+            script.does(host_line(1, "a"), host_line(1, "b"))
+            assert await dispatcher.refresh_hosts() == 2
+            assert [host.hostname for host in dispatcher.hosts()] == ["a", "b"]
 
 
 # ---- the copy and the hosts file -----------------------------------------------------------------------------

@@ -67,7 +67,7 @@ class Harpcallerd:
             atexit.register(shutil.rmtree, short, ignore_errors=True)
             self.socket = Path(short) / "control"
         #: The port; 0 before the first start. A later start takes the same one.
-        self.port = 0
+        self.port = self._configured_port = 0
         self._credentials = credentials
         self._options = options
         self._descriptors = descriptors
@@ -92,7 +92,7 @@ class Harpcallerd:
         """Write the configuration file: the usual one with these keys. Takes effect by `reload`."""
         self._settings = settings
         usual = {
-            "listen": [f"{self.host}:{self.port}"],
+            "listen": [f"{self.host}:{self._configured_port}"],
             "stream_directory": str(self.store_directory),
             "host_db": str(self.directory / "hosts.db"),
             "hosts_file": str(self.hosts_file),
@@ -127,6 +127,7 @@ class Harpcallerd:
         assert self._process is None
         limit = [] if self._descriptors is None else ["prlimit", f"--nofile={self._descriptors}"]
         start = self.command("start", f"--config={self.config_file}", *self._options)
+        self._configured_port = self.port
         self.configure(self._settings)
         seen = len(self.events("harpcallerd is serving"))
         with self.log_file.open("ab") as log:

@@ -17,8 +17,9 @@ _STREAM = {"harp": 1, "stream_result": True}
 def scripted_harpd(directory: Path) -> Peer:
     """A peer that answers every call; it is to be entered.
 
-    Procedures: ``echo`` returns its arguments, ``count`` streams as many numbers as it is told, ``raise`` and ``error``
-    end so, ``hang`` never ends, ``feed`` streams its arguments and then what the test has its conversation send.
+    Procedures: ``echo`` returns its arguments, ``count`` streams as many numbers as it is told, ``repeat`` streams a
+    record so often, ``raise`` and ``error`` end so, ``hang`` never ends, ``feed`` streams its arguments and then what
+    the test has its conversation send.
     """
     return Peer(always=_play, tls=server_context(server_files(directory)))
 
@@ -35,6 +36,8 @@ def _answer(talk: Conversation, request: dict[str, Any]) -> None:
             talk.reply(_SINGLE, {"result": arguments})
         case "count", [most]:
             talk.reply(_STREAM, *({"stream": number} for number in range(most)), {"result": "counted"})
+        case "repeat", [times, record]:
+            talk.reply(_STREAM, *([{"stream": record}] * times), {"result": None})
         case "raise", _:
             talk.reply(_SINGLE, {"exception": {"type": "ValueError", "message": "no", "data": {"class": "ValueError"}}})
         case "error", _:

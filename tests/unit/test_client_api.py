@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, assert_type
 
 import pytest
 
@@ -238,6 +238,14 @@ def test_attributes_make_objects_not_calls() -> None:
     with pytest.raises(AttributeError, match="_private"):
         _ = rpc._private
     assert harp.RemoteProcedure(rpc, server, "_private").procedure() == "_private"
+
+
+def test_attributes_have_types() -> None:
+    rpc, arpc = harp.HarpCaller("h"), harp.aio.AsyncHarpCaller("h")
+    assert_type(rpc.web01, harp.RemoteServer)
+    assert_type(rpc.web01(queue={"a": 1}, timeout=5).restart, harp.RemoteProcedure)
+    assert_type(harp.HarpServer("h", "u", "p").current_time, harp.HarpProcedure)
+    assert_type(arpc.web01(info=1).restart, aio.AsyncRemoteProcedure)
 
 
 def test_the_sentinels_stand_for_themselves() -> None:

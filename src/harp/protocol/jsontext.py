@@ -288,7 +288,9 @@ def dumps(value: JSON) -> Raw:
     if isinstance(value, Envelope):
         return Raw(b"{" + b",".join(dumps(key) + b":" + dumps(member) for key, member in value.items()) + b"}")
     try:
-        return Raw(_ENCODER.encode(value).encode("ascii"))
+        text = _ENCODER.encode(value).encode("ascii")
+        _check_depth(text)
+        return Raw(text)
     except (TypeError, ValueError, RecursionError) as error:
         path, reason = _find_fault(value) or ("", str(error))
         raise NotJSON(path, reason) from error

@@ -1,0 +1,254 @@
+"""What an administrator asks of a running harpcallerd, through the program: output, exit status, what stays secret."""
+
+from __future__ import annotations
+
+import json
+import socket
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from support.deadline import wait_until
+from support.harpcallerd import DEADLINE, Harpcallerd, LineClient
+from support.peers import Peer
+from support.scripted import scripted_harpd
+
+UNKNOWN = "00000000-0000-4000-8000-000000000000"
+QUEUE = {"name": {"b": 1, "a": 2}}
+
+
+@pytest.fixture(scope="module")
+def peer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Peer]:
+    with scripted_harpd(tmp_path_factory.mktemp("harpd")) as peer:
+        yield peer
+
+
+@pytest.fixture
+def dispatcher(tmp_path: Path, peer: Peer) -> Iterator[Harpcallerd]:
+    with Harpcallerd(tmp_path, {"web01": peer.port}, ("u", "topsecret")) as dispatcher:
+        yield dispatcher
+
+
+def failure(dispatcher: Harpcallerd, *arguments: str) -> str:
+    """What a command that must fail with 1 says: one line on stderr, nothing else."""
+    done = dispatcher.control(*arguments)
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr.startswith("harpcallerd: ")
+    assert done.stderr.count("\n") == 1
+    return done.stderr.removeprefix("harpcallerd: ").rstrip("\n")
+
+
+def ended(dispatcher: Harpcallerd, *arguments: Any, **options: Any) -> str:
+    job = dispatcher.submit("web01", "echo", *arguments, **options)
+    dispatcher.ask(get_result=job)
+    return job
+
+
+def listed(job: str, procedure: str, arguments: Any, times: str) -> dict[str, Any]:
+    """A job of a list; of its times submit, start and end those are set whose letter is given."""
+    time = {name: name[0] in times for name in ("submit", "start", "end")}
+    time["start"], time["end"] = "b" in times, "e" in times
+    return {"job": job, "call": {"host": "web01", "procedure": procedure, "arguments": arguments}, "time": time}
+
+
+def with_times_seen(jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The jobs with each of their times as whether it is set, once it is seen to be an integer or null."""
+    for job in jobs:
+        assert list(job["time"]) == ["submit", "start", "end"]
+        assert all(moment is None or type(moment) is int for moment in job["time"].values())
+        job["time"] = {name: moment is not None for name, moment in job["time"].items()}
+    return jobs
+
+
+def wait_started(dispatcher: Harpcallerd, job: str) -> None:
+    wait_until(lambda: dispatcher.ask(get_status=job)[0]["time"]["start"], DEADLINE, "the start")
+
+
+def test_lists_of_jobs(dispatcher: Harpcallerd) -> None:
+    done = ended(dispatcher, {"z": 1, "a": 10**40})
+    running = dispatcher.submit("web01", "hang", queue=QUEUE)
+    waiting = dispatcher.submit("web01", "echo", queue={"name": {"a": 2, "b": 1}})
+    wait_started(dispatcher, running)
+    first = listed(done, "echo", [{"z": 1, "a": 10**40}], "sbe")
+    second = listed(running, "hang", [], "sb")
+    third = listed(waiting, "echo", [], "s")
+    assert with_times_seen(dispatcher.listed("list")) == [second, third]
+    assert with_times_seen(dispatcher.listed("list", "--all")) == [first, second, third]
+    assert with_times_seen(dispatcher.listed("list", "--all", "--queue")) == [
+        {**first, "queue": None},
+        {**second, "queue": {"b": 1, "a": 2}},
+        {**third, "queue": {"a": 2, "b": 1}},
+    ]
+    assert with_times_seen(dispatcher.listed("queue-list", '{"a": 2, "b": 1.0}')) == [
+        {**second, "running": True},
+        {**third, "running": False},
+    ]
+    assert dispatcher.listed("queue-list") == [{"queue": {"b": 1, "a": 2}, "concurrency": 1, "running": 1, "queued": 1}]
+    assert dispatcher.listed("queue-list", "{}") == []
+
+
+def test_arguments_are_listed_as_they_were_sent(dispatcher: Harpcallerd) -> None:
+    with dispatcher.connect() as client:
+        client.send(b'{"harpcaller":1,"host":"none","procedure":"p","arguments":[1.10, 1E5,"\\ud800"],"info":0.30}\n')
+        job = client.message()["job_id"]
+    assert '"arguments":[1.10, 1E5,"\\ud800"]' in dispatcher.control("list", "--all").stdout
+    assert '"info":0.30' in dispatcher.control("info", job).stdout
+
+
+def test_a_long_list_comes_whole_and_in_order(dispatcher: Harpcallerd) -> None:
+    jobs = [dispatcher.submit("nowhere", "p", number, "x" * 2000) for number in range(500)]
+    assert [job["job"] for job in dispatcher.listed("list", "--all")] == jobs
+
+
+def test_info_of_a_job(dispatcher: Harpcallerd) -> None:
+    job = ended(dispatcher, 1, queue=QUEUE, info={"who": "me"}, timeout=7)
+    (info,) = with_times_seen(dispatcher.listed("info", job))
+    assert info == {
+        **listed(job, "echo", [1], "sbe"),
+        "queue": {"b": 1, "a": 2},
+        "info": {"who": "me"},
+        "state": "returned",
+        "timeout": 7.0,
+        "max_exec_time": 600.0,
+        "records": 0,
+        "end": {"result": [1]},
+    }
+    assert failure(dispatcher, "info", UNKNOWN) == f"there is no job {UNKNOWN}"
+    assert failure(dispatcher, "info", "no id") == "there is no job no id"
+
+
+def test_cancel_of_a_job(dispatcher: Harpcallerd) -> None:
+    job = dispatcher.submit("web01", "hang")
+    done = dispatcher.control("cancel", job)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert dispatcher.ask(get_result=job) == [{"cancelled": True}]
+    assert failure(dispatcher, "cancel", job) == f"job {job} has ended, or there is none"
+
+
+def test_cancel_of_a_queue(dispatcher: Harpcallerd) -> None:
+    jobs = [dispatcher.submit("web01", "hang", queue=QUEUE) for _ in range(3)]
+    other = dispatcher.submit("web01", "hang", queue={"name": {}})
+    assert dispatcher.listed("queue-cancel", '{"a": 2,\n "b": 1}') == [{"cancelled": 3}]
+    assert [dispatcher.ask(get_result=job) for job in jobs] == [[{"cancelled": True}]] * 3
+    assert [job["job"] for job in dispatcher.listed("list")] == [other]
+    assert dispatcher.listed("queue-cancel", '{"a": 2, "b": 1}') == [{"cancelled": 0}]
+
+
+@pytest.mark.parametrize("queue", ["nginx", "[]", '"q"', "{", "NaN"])
+def test_a_queue_that_is_none(dispatcher: Harpcallerd, queue: str) -> None:
+    for command in ("queue-list", "queue-cancel"):
+        done = dispatcher.control(command, queue)
+        assert done.returncode == 2
+        assert "expected a JSON object" in done.stderr
+
+
+def test_hosts_and_their_refresh(dispatcher: Harpcallerd, peer: Peer) -> None:
+    assert dispatcher.listed("hosts-list") == [{"hostname": "web01", "address": "127.0.0.1", "port": peer.port}]
+    script = dispatcher.directory / "hosts.sh"
+    credentials = {"user": "u", "password": "topsecret"}
+    host = {"hostname": "db01", "address": "db01.example.net", "port": 4306, "credentials": credentials}
+    script.write_text(f"#!/bin/sh\necho '{json.dumps(host)}'\n")
+    script.chmod(0o700)
+    dispatcher.configure({"host_db_script": str(script)})
+    assert dispatcher.control("reload").returncode == 0
+    assert dispatcher.listed("hosts-refresh") == [{"hosts": 2}]
+    assert [host["hostname"] for host in dispatcher.listed("hosts-list")] == ["db01", "web01"]
+    script.write_text("#!/bin/sh\nexit 3\n")
+    assert failure(dispatcher, "hosts-refresh")
+    assert [host["hostname"] for host in dispatcher.listed("hosts-list")] == ["db01", "web01"]
+
+
+def test_prune(dispatcher: Harpcallerd) -> None:
+    ended(dispatcher)
+    running = dispatcher.submit("web01", "hang")
+    assert dispatcher.listed("prune-jobs") == [{"pruned": 0}]
+    assert dispatcher.listed("prune-jobs", "--age=1") == [{"pruned": 0}]
+    assert dispatcher.listed("prune-jobs", "--age=0") == [{"pruned": 1}]
+    assert [job["job"] for job in dispatcher.listed("list", "--all")] == [running]
+    assert dispatcher.control("prune-jobs", "--age=-1").returncode == 2
+
+
+def test_no_password_is_ever_seen(dispatcher: Harpcallerd) -> None:
+    job = ended(dispatcher)
+    printed = "".join(
+        dispatcher.control(*arguments).stdout
+        for arguments in (["hosts-list"], ["list", "--all", "--queue"], ["info", job], ["queue-list"])
+    )
+    assert "web01" in printed
+    assert "topsecret" not in printed
+    assert "topsecret" not in dispatcher.log_file.read_text()
+
+
+def test_the_control_socket_is_private(dispatcher: Harpcallerd) -> None:
+    assert stat.S_IMODE(dispatcher.socket.stat().st_mode) == 0o600
+
+
+def test_a_waiting_command_ends_when_the_daemon_dies(dispatcher: Harpcallerd) -> None:
+    script = dispatcher.directory / "hosts.sh"
+    script.write_text("#!/bin/sh\necho started >&2\nexec sleep 600\n")
+    script.chmod(0o700)
+    dispatcher.configure({"host_db_script": str(script)})
+    assert dispatcher.control("reload").returncode == 0
+    with LineClient(socket.socket(socket.AF_UNIX)) as client:
+        client.socket.settimeout(DEADLINE)
+        client.socket.connect(str(dispatcher.socket))
+        client.send({"command": "hosts-refresh"})
+        wait_until(lambda: psutil.Process(dispatcher.pid).children(), DEADLINE, "the script")
+        children = psutil.Process(dispatcher.pid).children(recursive=True)
+        dispatcher.kill()
+        assert client.lines() == []
+    for child in children:
+        child.kill()
+    dispatcher.start()
+
+
+# The socket itself.
+
+
+def control(dispatcher: Harpcallerd, data: bytes) -> list[Any]:
+    with LineClient(socket.socket(socket.AF_UNIX)) as client:
+        client.socket.settimeout(DEADLINE)
+        client.socket.connect(str(dispatcher.socket))
+        client.send(data)
+        return client.messages()
+
+
+COMMANDS = "status, stop, reload, reopen-logs, list, info, cancel, queue-list, queue-cancel, hosts-list, hosts-refresh"
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        (b"x", "Expecting value at column 1"),
+        (b"[]", "expected an object"),
+        (b"{}", "command: missing"),
+        (b'{"command": 5}', "command: expected a string, got a number"),
+        (b'{"command": "dance"}', f"command: expected one of {COMMANDS}, prune-jobs, got 'dance'"),
+        (b'{"command": "status", "more": 1}', "unknown key more"),
+        (b'{"command": "list", "all": 1}', "all: expected true or false"),
+        (b'{"command": "info"}', "job: missing"),
+        (b'{"command": "queue-cancel"}', "queue: missing"),
+        (b'{"command": "queue-list", "queue": []}', "queue: expected an object"),
+        (b'{"command": "prune-jobs", "age": "x"}', "age: expected a number of seconds, got 'x'"),
+        (b'{"command": "prune-jobs", "age": -1}', "age: expected a number of seconds, got -1"),
+    ],
+)
+def test_a_request_that_is_none_is_refused(dispatcher: Harpcallerd, request_: bytes, message: str) -> None:
+    assert control(dispatcher, request_ + b"\n") == [{"error": message}]
+
+
+def test_a_list_nobody_reads_stops_nothing(dispatcher: Harpcallerd) -> None:
+    for number in range(200):
+        dispatcher.submit("nowhere", "p", number, "x" * 20_000)
+    with LineClient(socket.socket(socket.AF_UNIX)) as client:
+        client.socket.settimeout(DEADLINE)
+        client.socket.connect(str(dispatcher.socket))
+        client.send({"command": "list", "all": True})
+        assert client.line()
+        assert dispatcher.control("status").returncode == 0
+        assert len(dispatcher.listed("list", "--all")) == 200

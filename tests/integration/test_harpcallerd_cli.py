@@ -1,0 +1,438 @@
+"""The program harpcallerd: start, stop, status, signals, reload, and where it listens."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import stat
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from support.deadline import wait_until
+from support.harpcallerd import DEADLINE, Harpcallerd, LineClient
+
+UNKNOWN = "00000000-0000-4000-8000-000000000000"
+
+
+@pytest.fixture
+def dispatcher(tmp_path: Path) -> Harpcallerd:
+    """Not started."""
+    return Harpcallerd(tmp_path)
+
+
+def answers(family: int, address: Any) -> bool:
+    """Whether a dispatcher answers there."""
+    connection = socket.socket(family)
+    connection.settimeout(DEADLINE)
+    try:
+        connection.connect(address)
+    except OSError:
+        connection.close()
+        return False
+    with LineClient(connection) as client:
+        client.send({"harpcaller": 1, "cancel": UNKNOWN})
+        return bool(client.messages() == [{"cancelled": False}])
+
+
+def fails(dispatcher: Harpcallerd, *arguments: str) -> str:
+    """What a command that must fail with 1 says on stderr: one line, apart from the log of a start."""
+    done = dispatcher.control(*arguments)
+    assert (done.returncode, done.stdout) == (1, "")
+    (said,) = (line for line in done.stderr.splitlines() if not line.startswith("{"))
+    return said
+
+
+def start_arguments(dispatcher: Harpcallerd, *options: str) -> tuple[str, ...]:
+    return ("start", f"--config={dispatcher.config_file}", *options)
+
+
+# Running or not.
+
+
+def test_status(dispatcher: Harpcallerd) -> None:
+    stopped = dispatcher.control("status")
+    assert (stopped.returncode, stopped.stdout, stopped.stderr) == (1, "harpcallerd is stopped\n", "")
+    with dispatcher:
+        for options in ((), ("--wait",), ("--wait", "--timeout=1")):
+            running = dispatcher.control("status", *options)
+            assert (running.returncode, running.stdout, running.stderr) == (0, "harpcallerd is running\n", "")
+    dispatcher.start()
+    dispatcher.kill()  # leaves its socket behind
+    assert dispatcher.socket.is_socket()
+    assert dispatcher.control("status", "--wait", "--timeout=0.1").stdout == "harpcallerd is stopped\n"
+
+
+def test_status_waits_for_the_start(dispatcher: Harpcallerd) -> None:
+    with subprocess.Popen(dispatcher.command("status", "--wait"), stdout=subprocess.PIPE, text=True) as waiting:
+        with dispatcher:
+            output, _ = waiting.communicate(timeout=DEADLINE)
+        assert (waiting.returncode, output) == (0, "harpcallerd is running\n")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        *(
+            ["stop"],
+            ["reload"],
+            ["list"],
+            ["info", UNKNOWN],
+            ["cancel", UNKNOWN],
+            ["queue-list"],
+            ["queue-cancel", "{}"],
+        ),
+        *(["hosts-list"], ["hosts-refresh"], ["prune-jobs"], ["reopen-logs"]),
+    ],
+    ids=" ".join,
+)
+def test_without_a_daemon_every_command_says_so(dispatcher: Harpcallerd, command: list[str]) -> None:
+    assert fails(dispatcher, *command) == f"harpcallerd: no harpcallerd is running on {dispatcher.socket}"
+
+
+def test_stop(dispatcher: Harpcallerd) -> None:
+    dispatcher.start()
+    pid = dispatcher.pid
+    process = psutil.Process(pid)
+    done = dispatcher.control("stop", "--print-pid", "--timeout=50")
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"{pid}\n", "")
+    assert process.status() == psutil.STATUS_ZOMBIE  # gone, but for us who have not looked yet
+    assert dispatcher.wait() == 0
+    assert not dispatcher.socket.exists()
+    dispatcher.start()
+    done = dispatcher.control("stop")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert dispatcher.wait() == 0
+
+
+def test_stop_says_when_it_takes_too_long(dispatcher: Harpcallerd) -> None:
+    dispatcher.start()
+    os.kill(dispatcher.pid, signal.SIGSTOP)
+    # It can't even answer; a status finds that out too.
+    with subprocess.Popen(dispatcher.command("stop", "--timeout=0.5"), stderr=subprocess.PIPE, text=True) as stopping:
+        _, said = stopping.communicate(timeout=DEADLINE)
+    assert stopping.returncode == 1
+    assert said == f"harpcallerd: harpcallerd does not answer on {dispatcher.socket}\n"
+    os.kill(dispatcher.pid, signal.SIGCONT)
+    assert dispatcher.wait() == 0  # the request was there all the time
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_stops_it(dispatcher: Harpcallerd, number: signal.Signals) -> None:
+    dispatcher.start()
+    assert dispatcher.stop(number) == 0
+    assert not dispatcher.socket.exists()
+    order = [event["event"] for event in dispatcher.events("harpcallerd stops", "dispatcher stops")]
+    assert order == ["harpcallerd stops", "dispatcher stops"]
+    assert not dispatcher.faults()
+
+
+# Starts.
+
+
+def test_a_second_one_does_not_start(dispatcher: Harpcallerd) -> None:
+    with dispatcher:
+        said = fails(dispatcher, *start_arguments(dispatcher))
+        assert said == f"harpcallerd: a harpcallerd is already running on {dispatcher.socket}"
+        other = dispatcher.directory / "other"
+        dispatcher.configure({"listen": [f"127.0.0.1:{dispatcher.port}"]})
+        done = dispatcher.control(*start_arguments(dispatcher), f"--socket={other}")
+        assert done.returncode == 1
+        assert "Address already in use" in done.stderr
+        dispatcher.configure({"listen": ["127.0.0.1:0"]})
+        done = dispatcher.control(*start_arguments(dispatcher), f"--socket={other}")
+        assert done.returncode == 1
+        assert str(dispatcher.store_directory) in done.stderr
+        assert dispatcher.control("status").returncode == 0
+        assert answers(socket.AF_INET, (dispatcher.host, dispatcher.port))
+        assert not other.exists()
+
+
+def test_what_a_dead_one_left_is_taken_over(dispatcher: Harpcallerd) -> None:
+    dispatcher.start()
+    dispatcher.kill()
+    with dispatcher:
+        assert dispatcher.control("status").returncode == 0
+
+
+def test_a_file_that_is_no_socket_is_not_touched(dispatcher: Harpcallerd) -> None:
+    dispatcher.socket.write_text("mine")
+    said = f"harpcallerd: control socket {dispatcher.socket}: what lies there is no socket"
+    assert fails(dispatcher, *start_arguments(dispatcher)) == said
+    assert dispatcher.socket.read_text() == "mine"
+    assert fails(dispatcher, "list") == f"harpcallerd: no harpcallerd is running on {dispatcher.socket}"
+
+
+def test_two_starts_at_once_make_one_daemon(dispatcher: Harpcallerd) -> None:
+    dispatcher.start()
+    dispatcher.kill()  # both find what it left
+    dispatcher.configure({"listen": ["127.0.0.1:0"]})
+    start = dispatcher.command(*start_arguments(dispatcher))
+    starts = [subprocess.Popen(start, stderr=subprocess.PIPE) for _ in range(4)]
+    try:
+        wait_until(lambda: sum(one.poll() is not None for one in starts) == 3, DEADLINE, "all but one giving up")
+        assert dispatcher.control("status", "--wait").returncode == 0
+        assert dispatcher.control("stop").returncode == 0
+        assert sorted(one.wait(DEADLINE) for one in starts) == [0, 1, 1, 1]
+    finally:
+        for one in starts:
+            one.kill()
+            one.communicate()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"listne": ["*:1"]}, "listne: expected a key of the dispatcher, got an unknown one"),
+        ({"connections": 0}, "connections: expected an integer >= 1, got 0"),
+        ({"listen": ["192.0.2.1:0"]}, "listen: can't listen on 192.0.2.1:0: Cannot assign requested address"),
+        ({"ca_file": "/nowhere.pem"}, "ca_file: expected a file that can be used"),
+    ],
+)
+def test_a_wrong_configuration_is_one_line(dispatcher: Harpcallerd, settings: dict[str, Any], message: str) -> None:
+    dispatcher.configure({**settings, "log_level": "error"})
+    for options in ((), ("--daemon",)):
+        assert f"{dispatcher.config_file}: {message}" in fails(dispatcher, *start_arguments(dispatcher, *options))
+    assert not dispatcher.socket.exists()
+
+
+def test_a_missing_configuration(dispatcher: Harpcallerd) -> None:
+    assert fails(dispatcher, "start", "--config=/nowhere.toml") == (
+        "harpcallerd: /nowhere.toml: No such file or directory"
+    )
+
+
+def test_the_background(dispatcher: Harpcallerd, tmp_path: Path) -> None:
+    pidfile = tmp_path / "pid"
+    done = dispatcher.control(*start_arguments(dispatcher, "--daemon", f"--pidfile={pidfile}"))
+    try:
+        assert done.returncode == 0, done.stderr
+        assert dispatcher.control("status").returncode == 0
+        process = psutil.Process(int(pidfile.read_text()))
+        assert process.cwd() == "/"
+        assert process.terminal() is None
+        assert os.getsid(process.pid) != process.pid
+        assert os.getsid(process.pid) != os.getsid(0)
+        assert {Path(f"/proc/{process.pid}/fd/{number}").readlink() for number in range(3)} == {Path("/dev/null")}
+    finally:
+        stopped = dispatcher.control("stop", "--print-pid")
+    assert stopped.stdout == f"{process.pid}\n"
+    assert not process.is_running() or process.status() == psutil.STATUS_ZOMBIE  # not reaped yet
+    assert not pidfile.exists()
+
+
+def test_a_pid_file(dispatcher: Harpcallerd, tmp_path: Path) -> None:
+    pidfile = tmp_path / "pid"
+    with Harpcallerd(tmp_path / "one", options=(f"--pidfile={pidfile}",)) as one:
+        assert pidfile.read_text() == f"{one.pid}\n"
+        said = fails(dispatcher, *start_arguments(dispatcher, f"--pidfile={pidfile}"))
+        assert said == f"harpcallerd: pid file {pidfile}: held by the running process {one.pid}"
+    assert not pidfile.exists()
+
+
+@contextmanager
+def service_manager(directory: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[socket.socket]:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.settimeout(DEADLINE)
+        manager.bind(str(directory / "notify"))
+        monkeypatch.setenv("NOTIFY_SOCKET", str(directory / "notify"))
+        yield manager
+
+
+def test_the_service_manager_is_told(dispatcher: Harpcallerd, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with service_manager(tmp_path, monkeypatch) as manager:
+        with dispatcher:
+            assert manager.recv(1000) == b"READY=1"
+            assert answers(socket.AF_INET, (dispatcher.host, dispatcher.port))
+            dispatcher.reload()
+            assert manager.recv(1000).startswith(b"RELOADING=1\nMONOTONIC_USEC=")
+            assert manager.recv(1000) == b"READY=1"
+        assert manager.recv(1000) == b"STOPPING=1"
+
+
+def test_debug_logs_everything(tmp_path: Path) -> None:
+    for options, logged in (((), False), (("--debug",), True)):
+        directory = tmp_path / str(logged)
+        with Harpcallerd(directory, settings={"log_level": "info"}, options=options) as dispatcher:
+            dispatcher.submit("nowhere", "p", "the argument")
+            assert ("the argument" in dispatcher.log_file.read_text()) is logged
+
+
+# Where it listens.
+
+
+def test_every_address_is_told(tmp_path: Path) -> None:
+    door = tmp_path / "door"
+    listen = ["127.0.0.1:0", "[::1]:0", "*:0", f"unix:{door}"]
+    with Harpcallerd(tmp_path / "many", settings={"listen": listen}) as dispatcher:
+        serving = dispatcher.events("harpcallerd is serving")
+        assert [event["address"] for event in serving] == ["127.0.0.1", "::1", "::", f"unix:{door}"]
+        ports = [event.get("port") for event in serving]
+        assert ports[3] is None
+        assert answers(socket.AF_INET, ("127.0.0.1", ports[0]))
+        assert answers(socket.AF_INET6, ("::1", ports[1]))
+        assert answers(socket.AF_INET, ("127.0.0.1", ports[2]))
+        assert answers(socket.AF_INET6, ("::1", ports[2]))
+        assert answers(socket.AF_UNIX, str(door))
+        assert stat.S_IMODE(door.stat().st_mode) == 0o660
+        assert len(dispatcher.events("not a loopback address: whoever reaches it can call", level="warning")) == 1
+        said = "every local user can call; a Unix socket with file permissions can be listened on instead"
+        assert len(dispatcher.events(said)) == 1
+    assert not door.exists()
+
+
+def test_a_name_may_stand_for_several_addresses(tmp_path: Path) -> None:
+    with Harpcallerd(tmp_path, settings={"listen": ["localhost:0"]}) as dispatcher:
+        serving = dispatcher.events("harpcallerd is serving")
+        assert {event["port"] for event in serving} == {dispatcher.port}
+        for event in serving:
+            family = socket.AF_INET6 if ":" in event["address"] else socket.AF_INET
+            assert answers(family, (event["address"], event["port"]))
+
+
+def test_who_came_through_a_unix_socket_is_logged_by_user(tmp_path: Path) -> None:
+    door = tmp_path / "door"
+    with Harpcallerd(tmp_path / "one", settings={"listen": [f"unix:{door}"]}) as dispatcher:
+        with LineClient(socket.socket(socket.AF_UNIX)) as client:
+            client.socket.connect(str(door))
+            client.send({"harpcaller": 1, "host": "h", "procedure": "p", "arguments": []})
+            assert client.message()
+        dispatcher.wait_event("job submitted", client=f"uid:{os.getuid()}")
+
+
+# Reload.
+
+
+def test_a_reload_opens_and_closes_addresses(tmp_path: Path) -> None:
+    door = tmp_path / "door"
+    with Harpcallerd(tmp_path / "one", settings={"listen": ["127.0.0.1:0"]}) as dispatcher:
+        old = (dispatcher.host, dispatcher.port)
+        with dispatcher.connect() as before:
+            before.send(b'{"harpcaller": 1, ')
+            dispatcher.configure({"listen": ["[::1]:0", f"unix:{door}"]})
+            assert dispatcher.reload()["event"] == "reloaded"
+            new = dispatcher.events("harpcallerd is serving", address="::1")[0]
+            assert answers(socket.AF_INET6, ("::1", new["port"]))
+            assert answers(socket.AF_UNIX, str(door))
+            assert not answers(socket.AF_INET, old)
+            before.send(f'"cancel": "{UNKNOWN}"}}\n'.encode())  # it was there before
+            assert before.messages() == [{"cancelled": False}]
+        dispatcher.configure({"listen": ["[::1]:0"]})
+        assert dispatcher.reload()["event"] == "reloaded"
+        assert not door.exists()
+        assert len(dispatcher.events("harpcallerd is serving", address="::1")) == 1
+        assert answers(socket.AF_INET6, ("::1", new["port"]))
+
+
+def test_a_reload_widens_and_narrows_an_address(dispatcher: Harpcallerd) -> None:
+    with dispatcher:
+        for listen in (f"*:{dispatcher.port}", f"127.0.0.1:{dispatcher.port}", f"localhost:{dispatcher.port}"):
+            dispatcher.configure({"listen": [listen]})
+            assert dispatcher.reload()["event"] == "reloaded"
+            assert answers(socket.AF_INET, (dispatcher.host, dispatcher.port))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"connections": "many"}, "connections: expected"),
+        ({"listen": ["127.0.0.1:0", "192.0.2.1:0"]}, "listen: can't listen on 192.0.2.1:0"),
+        ({"listen": ["[::1]:0"], "ca_file": "/nowhere.pem"}, "ca_file: expected"),
+    ],
+)
+def test_a_broken_file_changes_nothing(dispatcher: Harpcallerd, settings: dict[str, Any], message: str) -> None:
+    with dispatcher:
+        listening = {connection.laddr for connection in psutil.Process(dispatcher.pid).net_connections("tcp")}
+        dispatcher.configure({**settings, "log_level": "error"})
+        outcome = dispatcher.reload()
+        assert outcome["event"] == "reload failed; nothing is changed"
+        assert message in outcome["reason"]
+        assert message in fails(dispatcher, "reload")
+        assert {one.laddr for one in psutil.Process(dispatcher.pid).net_connections("tcp")} == listening
+        assert answers(socket.AF_INET, (dispatcher.host, dispatcher.port))
+        dispatcher.wait_event("command", command="reload")  # the level of the log is what it was
+
+
+def test_a_reload_takes_settings_of_requests_and_of_the_log(dispatcher: Harpcallerd) -> None:
+    with dispatcher:
+        dispatcher.configure({"request_line": 1024, "log_level": "info", "stream_directory": "/elsewhere"})
+        assert dispatcher.control("reload").returncode == 0
+        (reply,) = dispatcher.ask(cancel="x" * 2000)
+        assert reply["error"]["message"] == "the request line is longer than 1024 bytes"
+        dispatcher.submit("nowhere", "p", "the argument")
+        assert "the argument" not in dispatcher.log_file.read_text()
+        assert dispatcher.events("a changed setting needs a restart", key="stream_directory")
+
+
+def test_many_reloads_at_once(dispatcher: Harpcallerd) -> None:
+    with dispatcher:
+        for _ in range(20):
+            os.kill(dispatcher.pid, signal.SIGHUP)
+        assert dispatcher.control("reload").returncode == 0
+        assert answers(socket.AF_INET, (dispatcher.host, dispatcher.port))
+
+
+@pytest.mark.parametrize("by_signal", [True, False])
+def test_the_log_is_reopened(dispatcher: Harpcallerd, by_signal: bool) -> None:
+    with dispatcher:
+        if by_signal:
+            os.kill(dispatcher.pid, signal.SIGUSR1)
+        else:
+            assert dispatcher.control("reopen-logs").returncode == 0
+        dispatcher.wait_event("log files reopened")
+
+
+# The command line.
+
+
+def test_the_socket_may_be_given_before_or_after_the_command(dispatcher: Harpcallerd) -> None:
+    program = dispatcher.command()[:-1]
+
+    def run(*arguments: str) -> str:
+        return subprocess.run([*program, *arguments], capture_output=True, text=True, timeout=DEADLINE).stdout
+
+    with dispatcher:
+        socket = f"--socket={dispatcher.socket}"
+        assert run(socket, "status") == run("status", socket) == "harpcallerd is running\n"
+        assert run("--socket=/nowhere", "status", socket) == "harpcallerd is running\n"
+        assert run("--socket=/nowhere", "status") == "harpcallerd is stopped\n"
+
+
+@pytest.mark.parametrize("arguments", [[], ["dance"], ["info"], ["prune-jobs", "--age=x"], ["status", "--timeout=nan"]])
+def test_wrong_usage_is_told_apart(dispatcher: Harpcallerd, arguments: list[str]) -> None:
+    done = dispatcher.control(*arguments)
+    assert done.returncode == 2
+    assert "usage: harpcallerd" in done.stderr
+
+
+def test_the_help_names_every_command_and_ends_with_examples(dispatcher: Harpcallerd) -> None:
+    help = dispatcher.control("--help").stdout
+    commands = "start status stop reload list info cancel queue-list queue-cancel hosts-list hosts-refresh prune-jobs"
+    for command in (*commands.split(), "reopen-logs"):
+        assert re.search(rf"^    {command}\s", help, re.MULTILINE)
+        assert dispatcher.control(command, "--help").returncode == 0
+    assert "examples:\n  harpcallerd start" in help
+    assert "exit status: 0 done" in help
+
+
+def test_a_reader_of_a_list_may_stop(dispatcher: Harpcallerd) -> None:
+    with dispatcher:
+        for number in range(300):
+            dispatcher.submit("nowhere", "p", number, "x" * 1000)
+        command = subprocess.Popen(
+            dispatcher.command("list", "--all"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        assert command.stdout is not None
+        assert command.stderr is not None
+        with command, command.stdout, command.stderr:
+            assert command.stdout.readline()
+            command.stdout.close()
+            assert command.stderr.read() == ""
+            assert command.wait(DEADLINE) == 0
