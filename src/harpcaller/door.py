@@ -16,6 +16,7 @@ from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
+from harp.daemon.sockets import prepare
 from harpcaller.connection import ClientLeft, Connection
 from harpcaller.listening import Listener
 
@@ -171,15 +172,11 @@ def _dismiss(tasks: dict[asyncio.Task[None], Connection], task: asyncio.Task[Non
 
 
 def _prepare(accepted: socket.socket) -> None:
-    accepted.setblocking(False)
     if accepted.family == socket.AF_UNIX:
+        accepted.setblocking(False)
         return
-    accepted.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    prepare(accepted)
     accepted.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _UNSENT_BYTES)
-    accepted.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    accepted.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60)
-    accepted.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 15)
-    accepted.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 4)
 
 
 def _name(accepted: socket.socket, address: Any) -> str:

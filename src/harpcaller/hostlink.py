@@ -13,6 +13,7 @@ import ssl
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
+from harp.daemon.sockets import prepare
 from harp.protocol.ends import Failed
 from harp.protocol.jsontext import Raw, dumps
 from harpcaller.hosts import Host
@@ -40,9 +41,6 @@ _RESOLVER_ERRORS = {getattr(socket, name): name for name in dir(socket) if name.
 
 #: What the resolver gives for an address.
 _Place: TypeAlias = tuple[int, int, int, str, tuple[Any, ...]]
-
-#: A peer that is gone without a word is noticed after about two minutes.
-_KEEPALIVE = ((socket.TCP_KEEPIDLE, 60), (socket.TCP_KEEPINTVL, 15), (socket.TCP_KEEPCNT, 4))
 
 #: How much the stream buffers before it stops reading is twice this, in bytes.
 _BUFFER = 64 * 1024
@@ -112,7 +110,7 @@ async def _reach_place(place: _Place, seconds: float) -> socket.socket:
     family, kind, protocol, _, address = place
     connection = socket.socket(family, kind, protocol)
     try:
-        _prepare(connection)
+        prepare(connection)
         async with asyncio.timeout(seconds):
             await asyncio.get_running_loop().sock_connect(connection, address)
     except BaseException:
@@ -127,14 +125,6 @@ async def _resolve(host: Host) -> Sequence[_Place]:
         return socket.getaddrinfo(host.address, host.port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
     loop = asyncio.get_running_loop()
     return await loop.getaddrinfo(host.address, host.port, type=socket.SOCK_STREAM)
-
-
-def _prepare(connection: socket.socket) -> None:
-    connection.setblocking(False)
-    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for option, value in _KEEPALIVE:
-        connection.setsockopt(socket.IPPROTO_TCP, option, value)
 
 
 def failed(error: BaseException, host: Host, doing: str) -> Failed:

@@ -1,6 +1,6 @@
 """The hosts registry: its lines, and the hosts in them. Pure: no clock, no input or output.
 
-Spec: docs/settings-dispatcher.md, Hosts registry, Hosts registry.
+Spec: docs/settings-dispatcher.md, Hosts registry.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from harp.daemon.sockets import TCPPlace, any_address, distinct
 from harpcaller.config import Address
 
 __all__ = ["Listener", "listen_tcp", "listen_unix", "reason"]
@@ -93,24 +94,13 @@ async def listen_tcp(address: Address, takeover: bool = False) -> list[Listener]
     return opened
 
 
-async def _places(address: Address) -> list[tuple[socket.AddressFamily, str]]:
+async def _places(address: Address) -> list[TCPPlace]:
     if address.host is None:
-        return [(socket.AF_INET6, "::")] if _has_ipv6() else [(socket.AF_INET, "0.0.0.0")]  # noqa: S104 - as asked
+        return [any_address()]
     found = await asyncio.get_running_loop().getaddrinfo(
         address.host, None, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
     )
-    return list(dict.fromkeys((family, str(where[0])) for family, _, _, _, where in found))
-
-
-def _has_ipv6() -> bool:
-    if not socket.has_dualstack_ipv6():
-        return False
-    try:
-        with socket.socket(socket.AF_INET6, socket.SOCK_STREAM) as probe:
-            probe.bind(("::", 0))
-    except OSError:
-        return False
-    return True
+    return distinct(found)
 
 
 def listen_unix(path: Path, mode: int) -> Listener:

@@ -18,12 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from harp.daemon.process import notify
+from harp.daemon.sockets import prepare
 from harpd.allowance import Allowance
 from harpd.config import ConfigError
 from harpd.connection import Connection, peer_name
 from harpd.generation import Generation, Options, configure_log, make_generation, warden_settings
 from harpd.keeper import Keeper, WardenError
-from harpd.listening import listen, prepare
+from harpd.listening import listen
 from harpd.runtime import runtime_directory
 from harpd.threads import Crashed, Threads
 

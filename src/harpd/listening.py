@@ -1,13 +1,14 @@
-"""The sockets of the network: where harpd listens, and how it sets up what it accepts."""
+"""Where harpd listens."""
 
 from __future__ import annotations
 
 import socket
 from pathlib import Path
 
+from harp.daemon.sockets import TCPPlace, any_address, distinct
 from harpd.config import ConfigError, Network
 
-__all__ = ["listen", "prepare"]
+__all__ = ["listen"]
 
 
 def listen(network: Network, path: Path) -> list[socket.socket]:
@@ -36,27 +37,8 @@ def listen(network: Network, path: Path) -> list[socket.socket]:
     return found
 
 
-def _addresses(network: Network) -> list[tuple[socket.AddressFamily, str]]:
+def _addresses(network: Network) -> list[TCPPlace]:
     if network.address is None:
-        both = _has_ipv6() and socket.has_dualstack_ipv6()
-        return [(socket.AF_INET6, "::")] if both else [(socket.AF_INET, "0.0.0.0")]  # noqa: S104 - as asked
+        return [any_address()]
     found = socket.getaddrinfo(network.address, None, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    return list(dict.fromkeys((family, str(address[0])) for family, _, _, _, address in found))
-
-
-def _has_ipv6() -> bool:
-    try:
-        with socket.socket(socket.AF_INET6, socket.SOCK_STREAM) as probe:
-            probe.bind(("::", 0))
-    except OSError:
-        return False
-    return True
-
-
-def prepare(accepted: socket.socket) -> None:
-    """Have an accepted socket send at once, and notice within two minutes that its peer is lost. Raises `OSError`."""
-    accepted.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    accepted.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    accepted.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60)
-    accepted.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 15)
-    accepted.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 4)
+    return distinct(found)
