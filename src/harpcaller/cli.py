@@ -82,7 +82,7 @@ def _start(parsed: argparse.Namespace) -> Exit:
     try:
         config = load(options.config)  # a fault is told to the one who is still there to read it
         if parsed.daemon:
-            served = _Detached(detach())
+            served = detach()
         with pidfile(parsed.pidfile):
             configure_log(options, config)
             asyncio.run(run(options, config, served))
@@ -93,23 +93,6 @@ def _start(parsed: argparse.Namespace) -> Exit:
 
 def _nothing() -> None:
     """In the foreground nobody waits."""
-
-
-class _Detached:
-    """Tells the process that waits in the foreground that the daemon serves, and lets go of its terminal."""
-
-    def __init__(self, descriptor: int) -> None:
-        self._descriptor = descriptor
-
-    def __call__(self) -> None:
-        null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, 2)
-        os.close(null)
-        try:
-            os.write(self._descriptor, b"1")
-        except BrokenPipeError:
-            pass  # nobody waits any more
-        os.close(self._descriptor)
 
 
 # What asks the daemon.

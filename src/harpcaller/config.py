@@ -91,6 +91,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     connections: Count = 10_000
     #: Longest line of a request, bytes.
     request_line: Bytes = 16 * 1024 * 1024
+    #: Bytes of all long requests together that are being read or stored.
+    request_memory: Bytes = 256 * 1024 * 1024
     #: Seconds that a client may take to send its request.
     idle_timeout: Seconds = 30.0
 

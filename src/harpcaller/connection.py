@@ -13,6 +13,7 @@ import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
+from harp.daemon.allowance import Share
 from harp.protocol.fields import ProtocolError
 from harp.protocol.lines import LineBuffer, LineTooLong
 
@@ -46,24 +47,28 @@ class Connection:
         self._watched = False
         self._left = False
 
-    async def request_line(self, longest: int, seconds: float) -> bytes:
+    async def request_line(self, longest: int, seconds: float, share: Share | None = None) -> bytes:
         """Read the request.
 
         Args:
             longest: the most bytes that the line may have.
             seconds: how long the client may take.
+            share: what the line takes of the memory that all requests share; None: it is not counted.
 
         Returns:
             The line without its line feed.
 
         Raises:
-            ProtocolError: the line is too long, late or cut off.
+            ProtocolError: the line is too long, late or cut off; of type ``too_many_connections`` when too many
+                long ones are here at once.
             ClientLeft: it sent nothing.
         """
         lines = LineBuffer(longest)
         try:
             async with asyncio.timeout(seconds) as self._wait:
                 while data := await self._receive():
+                    if share is not None and not share.grow(len(data)):
+                        raise ProtocolError("too many long requests at once; try again later", "too_many_connections")
                     if found := lines.feed(data):
                         self._asked = True
                         return found[0]

@@ -46,7 +46,7 @@ log = logging.getLogger(__name__)
 _JOB_ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.ASCII)
 
 #: About how many bytes of records are read from the store at a time, for one follower.
-_BATCH_BYTES = 256 * 1024
+_BATCH_BYTES = 64 * 1024
 
 #: How many jobs are claimed at a time, and listed at a time.
 _CLAIMED_AT_ONCE = 100
@@ -200,8 +200,10 @@ class Dispatcher:
                 if job.end is None or at < job.records:
                     records = topic.newest(at) or await self._store.read_records(job_id, at, _BATCH_BYTES)
                     if records:
-                        yield _packets(at, records)
+                        batch = [_packets(at, records)]
                         at += len(records)
+                        records = ()
+                        yield batch.pop()  # not kept here as well while the reader is slow
                         continue
                 if job.end is not None:
                     _check_complete(job, at)
@@ -222,8 +224,10 @@ class Dispatcher:
             records = (await self._store.read_records(job_id, at, _BATCH_BYTES))[: job.records - at]
             if not records:
                 break
-            yield _packets(at, records)
+            batch = [_packets(at, records)]
             at += len(records)
+            records = []
+            yield batch.pop()
         _check_complete(job, at)
         yield Continue() if job.end is None else job.end
 

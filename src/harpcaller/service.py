@@ -12,6 +12,7 @@ from contextlib import aclosing
 from types import TracebackType
 from typing import Self
 
+from harp.daemon.allowance import Allowance, Share
 from harp.protocol.dispatcher import (
     Call,
     Cancel,
@@ -110,6 +111,7 @@ class Service:
         self._dispatcher = dispatcher
         refusal = Failed("too_many_connections", "more clients are connected than the setting connections allows")
         self._door = Door(self._answer, lambda: dispatcher.config.connections, encode_reply(refusal))
+        self._memory = Allowance(dispatcher.config.request_memory)
         self._local_told = False
         #: What it accepts from.
         self.listeners: Listeners = {}
@@ -159,17 +161,19 @@ class Service:
         """Read a request and answer it; return what is left to say when that fails, at once or in the middle."""
         config, client = self._dispatcher.config, connection.client
         try:
-            request = decode_request(
-                await connection.request_line(config.request_line, config.idle_timeout), open_sliced
-            )
-            async with aclosing(self._replies(request, connection)) as replies:
-                async for lines in replies:
-                    await connection.send(lines)
+            with Share(self._memory) as share:
+                line = await connection.request_line(config.request_line, config.idle_timeout, share)
+                request = decode_request(line, open_sliced)
+                del line
+                async with aclosing(self._replies(request, connection, share)) as replies:
+                    async for lines in replies:
+                        await connection.send(lines)
         except ClientLeft:
             raise
         except ProtocolError as error:
-            # The dispatcher has one type for all faults of a request.
-            failure = Failed("invalid_request", _shortened(error.message))
+            # The dispatcher has one type for all faults of a request; being too much at once is none.
+            kind = error.type if error.type == "too_many_connections" else "invalid_request"
+            failure = Failed(kind, _shortened(error.message))
             log.info("request refused", extra={"client": client, "reason": failure.message})
         except UnknownJob as error:
             failure = Failed("invalid_jobid", _shortened(f"there is no job {error}"))
@@ -183,8 +187,10 @@ class Service:
             return None
         return failure
 
-    async def _replies(self, request: Request, connection: Connection) -> AsyncGenerator[bytes, None]:
-        """Carry out a request; yield the lines that answer it."""
+    async def _replies(self, request: Request, connection: Connection, share: Share) -> AsyncGenerator[bytes, None]:
+        """Carry out a request; yield the lines that answer it. Whatever waits gives its share of memory back."""
+        if not isinstance(request, Call):
+            share.release()
         dispatcher = self._dispatcher
         match request:
             case Call():

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -67,7 +65,7 @@ def _serve(options: Options, pid_file: Path | None) -> None:
     served: Callable[[], None] = _nothing
     if options.background:
         check(options)  # a fault is told to the one who is still there to read it
-        served = _Detached(detach())
+        served = detach()
     with pidfile(pid_file):
         generation = make_generation(options)
         configure_log(options, generation)
@@ -76,21 +74,6 @@ def _serve(options: Options, pid_file: Path | None) -> None:
 
 def _nothing() -> None:
     """In the foreground nobody waits."""
-
-
-class _Detached:
-    """Tells the process that waits in the foreground that the daemon serves, and lets go of its terminal."""
-
-    def __init__(self, descriptor: int) -> None:
-        self._descriptor = descriptor
-
-    def __call__(self) -> None:
-        with contextlib.suppress(OSError):
-            os.write(self._descriptor, b"1")
-        os.close(self._descriptor)
-        null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, 2)
-        os.close(null)
 
 
 def _path(text: str) -> Path:

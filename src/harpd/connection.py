@@ -20,12 +20,12 @@ from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import TypeVar
 
+from harp.daemon.allowance import Allowance, Share
 from harp.protocol.daemon import Request, decode_request, encode_message
 from harp.protocol.ends import Failed
 from harp.protocol.fields import ProtocolError
 from harp.protocol.jsontext import Envelope, dumps, open_sliced
 from harp.protocol.lines import LineBuffer, LineTooLong
-from harpd.allowance import Allowance, Share
 from harpd.generation import Generation
 from harpd.keeper import Keeper, WardenError
 from harpd.relay import Relay

@@ -17,9 +17,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from harp.daemon.allowance import Allowance
 from harp.daemon.process import notify
 from harp.daemon.sockets import prepare
-from harpd.allowance import Allowance
 from harpd.config import ConfigError
 from harpd.connection import Connection, peer_name
 from harpd.generation import Generation, Options, configure_log, make_generation, warden_settings

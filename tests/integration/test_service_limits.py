@@ -253,16 +253,42 @@ def test_a_stop_ends_waits_at_once(tmp_path_factory: pytest.TempPathFactory, pee
 def test_a_silent_death_of_a_client_is_noticed(dispatcher: Harpcallerd) -> None:
     """The kernel's timer of the program's side of an idle connection is the one of keepalive."""
 
-    def timer(client: LineClient) -> str:
-        port = client.socket.getsockname()[1]
-        lines = Path("/proc/net/tcp").read_text().splitlines()
-        (entry,) = (fields for fields in map(str.split, lines) if fields[2].endswith(f":{port:04X}"))
-        return entry[5][:2]
+    def timers(client: LineClient) -> list[str]:
+        ends = (dispatcher.port, client.socket.getsockname()[1])
+        lines = map(str.split, Path("/proc/net/tcp").read_text().splitlines()[1:])
+        return [fields[5][:2] for fields in lines if (_port(fields[1]), _port(fields[2])) == ends]
 
+    job = dispatcher.submit("web01", "hang")
     with dispatcher.connect() as client:
-        client.send(b"{")
-        wait_until(lambda: timer(client) == "02", DEADLINE, "the keepalive timer")
+        client.send({"harpcaller": 1, "get_result": job})
+        wait_until(lambda: timers(client) == ["02"], DEADLINE, "the keepalive timer")
+    assert dispatcher.ask(cancel=job) == [{"cancelled": True}]
+
+
+def _port(end: str) -> int:
+    return int(end.rpartition(":")[2], 16)
 
 
 def test_no_client_is_left(dispatcher: Harpcallerd) -> None:
     wait_for_connections(dispatcher, 0)
+
+
+def test_long_requests_together_are_limited(tmp_path: Path, peer: Peer) -> None:
+    settings = {"request_memory": 1_500_000, "idle_timeout": 60}
+    full = [{"error": {"type": "too_many_connections", "message": "too many long requests at once; try again later"}}]
+    with Harpcallerd(tmp_path, {"web01": peer.port}, settings=settings) as dispatcher:
+        with dispatcher.connect() as first:
+            first.send(b"x" * 1_000_000)
+            # Refused only once the first one's bytes have come; until then a second one would fit too.
+            wait_until(lambda: long_request(dispatcher) == full, DEADLINE, "the refusal")
+            assert dispatcher.ask(cancel=UNKNOWN) == [{"cancelled": False}]  # short ones pass
+        wait_for_connections(dispatcher, 0)
+        assert long_request(dispatcher) == [{"cancelled": False}]
+
+
+def long_request(dispatcher: Harpcallerd) -> list[object]:
+    """What is answered to a request of a million bytes."""
+    request = json.dumps({"harpcaller": 1, "cancel": UNKNOWN}).encode()
+    with dispatcher.connect() as client:
+        client.send(request + b" " * 1_000_000 + b"\n")
+        return client.messages()

@@ -6,9 +6,11 @@ on by itself when there is room again. Prints ``ok`` at the end; anything else i
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import FrameType
 
 import harp
 from support.deadline import wait_until
@@ -34,6 +36,8 @@ def when_told(path, records):
 
 LARGE = "x" * 50_000
 RECORDS = 2000
+#: Seconds; less than a test may take.
+PATIENCE = 100
 
 
 def fill(system: System, queue: dict[str, str]) -> list[harp.RemoteCall]:
@@ -69,7 +73,14 @@ def scenario(system: System, store: Path, told: Path) -> None:
     assert system.rpc.web01.echo("again").get() == "again"
 
 
+def _give_up(number: int, frame: FrameType | None) -> None:
+    raise TimeoutError(f"not done within {PATIENCE} s")
+
+
 def main() -> None:
+    # Whoever waits for this program can't clear away what it has started; so it gives up first.
+    signal.signal(signal.SIGALRM, _give_up)
+    signal.alarm(PATIENCE)
     directory = Path(sys.argv[1])
     store = directory / "small"
     store.mkdir()

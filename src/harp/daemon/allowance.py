@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Self
+
 __all__ = ["Allowance", "Share"]
 
 #: Bytes that each share has for nothing, so that small requests pass however much the long ones hold.
@@ -46,6 +48,12 @@ class Share:
             return False
         self._counted += more
         return True
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
 
     def release(self) -> None:
         """Give everything back."""

@@ -7,10 +7,10 @@ import os
 import signal
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-__all__ = ["ProcessError", "detach", "notify", "pidfile"]
+__all__ = ["Detached", "ProcessError", "detach", "notify", "pidfile"]
 
 
 class ProcessError(Exception):
@@ -50,13 +50,35 @@ def _first_line(descriptor: int) -> str:
     return os.pread(descriptor, 32, 0).decode("ascii", "replace").strip()
 
 
-def detach() -> int:
+class Detached:
+    """In a daemon that has gone to the background: call it once the daemon serves.
+
+    It tells the process that waits in the foreground, and lets go of the terminal.
+
+    Args:
+        descriptor: where the waiting process reads.
+    """
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+
+    def __call__(self) -> None:
+        """Say that the daemon serves. Once."""
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, 2)
+        os.close(null)
+        with suppress(BrokenPipeError):  # nobody waits any more
+            os.write(self._descriptor, b"1")
+        os.close(self._descriptor)
+
+
+def detach() -> Detached:
     """Go to the background. Call it before any thread, loop or socket of the program exists.
 
     The calling process stays until the daemon has said that it serves or has died; it then exits with 0 or 1.
 
     Returns:
-        In the daemon: a descriptor. Write a byte to it and close it once the daemon serves.
+        In the daemon: what to call once it serves.
     """
     ready, said = os.pipe()
     if os.fork():
@@ -72,7 +94,7 @@ def detach() -> int:
     os.dup2(null, 0)
     os.dup2(null, 1)  # stderr stays until the program has said how its start went
     os.close(null)
-    return said
+    return Detached(said)
 
 
 def notify(state: str) -> None:
