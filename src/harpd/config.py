@@ -147,9 +147,6 @@ class Configuration(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
         return f"Configuration(network={self.network!r}, authentication={self.authentication['module']!r}, ...)"
 
 
-# ---- reading -------------------------------------------------------------------------------------------------
-
-
 def load(path: Path) -> Configuration:
     """Read and check a configuration file.
 
@@ -252,9 +249,6 @@ def _shown(value: object) -> str:
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
-
-
-# ---- TLS -----------------------------------------------------------------------------------------------------
 
 
 def server_context(network: Network, path: Path) -> ssl.SSLContext:

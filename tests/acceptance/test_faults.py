@@ -79,9 +79,6 @@ def family(process: psutil.Process) -> list[psutil.Process]:
     return [process, *process.children(recursive=True)]
 
 
-# ---- kill -9 -------------------------------------------------------------------------------------------------
-
-
 def test_the_dispatcher_is_killed(system: System, tmp_path: Path) -> None:
     host = system.rpc.host("web01", queue={"q": 1})
     first = host.sleep()
@@ -157,9 +154,6 @@ def test_a_call_is_killed(system: System, call: Callable[[Any], harp.RemoteCall]
     assert isinstance(error, harp.RemoteError)
     assert (error.type, error.data) == ("call_died", data)
     assert system.rpc.web01.echo(1).get() == [1]
-
-
-# ---- a host that is not as it should be ----------------------------------------------------------------------
 
 
 @contextmanager
@@ -259,9 +253,6 @@ def test_an_absent_host(tmp_path: Path) -> None:
         assert isinstance(error, harp.RemoteError)
         assert error.type == "network_error"
         assert error.data == {"errno": "ECONNREFUSED"}
-
-
-# ---- a full disk ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.root

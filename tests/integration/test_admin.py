@@ -12,8 +12,9 @@ from typing import Any
 import psutil
 import pytest
 
+from support.daemonlog import DEADLINE
 from support.deadline import wait_until
-from support.harpcallerd import DEADLINE, Harpcallerd, LineClient
+from support.harpcallerd import Harpcallerd, LineClient
 from support.peers import Peer
 from support.scripted import scripted_harpd
 

@@ -81,9 +81,6 @@ def host(directory: Path, script: Script) -> Iterator[Peer]:
         yield peer
 
 
-# ---- submit --------------------------------------------------------------------------------------------------
-
-
 async def test_limits_are_those_asked_for_up_to_the_configured_ones(tmp_path: Path) -> None:
     async with running(tmp_path, default_timeout=20.0, max_exec_time=30.0) as dispatcher:
         for asked, stored in (((None, None), (20.0, 30.0)), ((5, 6.5), (5.0, 6.5)), ((10**40, 31), (20.0, 30.0))):
@@ -147,9 +144,6 @@ async def test_an_id_of_no_job(tmp_path: Path, job_id: str) -> None:
             await collected(dispatcher, job_id)
 
 
-# ---- limits on what runs -------------------------------------------------------------------------------------
-
-
 async def test_a_queues_jobs_run_in_order_and_within_its_concurrency(tmp_path: Path) -> None:
     gates = Gates()
     with host(tmp_path, gates.script) as peer:
@@ -188,9 +182,6 @@ async def test_two_hundred_calls_at_once_on_one_host(tmp_path: Path) -> None:
             gates.let_go(200)
             for n, job in enumerate(jobs):
                 assert await dispatcher.result(job, wait=True) == Returned(raw([n]))
-
-
-# ---- cancel --------------------------------------------------------------------------------------------------
 
 
 async def test_a_queue_is_cancelled_as_a_whole(tmp_path: Path) -> None:
@@ -243,9 +234,6 @@ async def test_whoever_waits_learns_of_a_cancel(tmp_path: Path) -> None:
                 await dispatcher.cancel(blocker)
                 gates.let_go(1)
                 await eventually(lambda: gates.running == 0, what="the call's end")
-
-
-# ---- streams -------------------------------------------------------------------------------------------------
 
 
 class Stream:
@@ -340,9 +328,6 @@ async def test_records_come_in_batches_of_bounded_size(tmp_path: Path) -> None:
             assert max(sizes) < 1_000_000
 
 
-# ---- list, hosts, reload -------------------------------------------------------------------------------------
-
-
 async def test_jobs_are_listed_in_the_order_of_submission(tmp_path: Path) -> None:
     store = await open_store(tmp_path / "store")
     ended = [await job_in(store, State.RETURNED, now=time.time()) for _ in range(3)]
@@ -377,9 +362,6 @@ async def test_reload_takes_effect_for_the_calls_after_it(tmp_path: Path) -> Non
                 with pytest.raises(ConfigError, match=next(iter(broken))):
                     await dispatcher.reload(Config(**broken))  # type: ignore[arg-type]
                 assert dispatcher.config is config
-
-
-# ---- start and stop ------------------------------------------------------------------------------------------
 
 
 async def test_interrupted_jobs_end_at_start_and_queued_ones_run(tmp_path: Path) -> None:

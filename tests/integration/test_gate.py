@@ -15,8 +15,9 @@ from typing import Any
 import psutil
 import pytest
 
+from support.daemonlog import DEADLINE
 from support.deadline import wait_until
-from support.harpd import DEADLINE, Harpd
+from support.harpd import Harpd
 
 PROCEDURES = """
 import time
@@ -63,9 +64,6 @@ def serves(harpd: Harpd) -> bool:
         return "result" in harpd.call("echo")[-1]
     except OSError:  # closed for the number of connections
         return False
-
-
-# ---- requests ------------------------------------------------------------------------------------------------
 
 
 def test_a_call_is_acknowledged_and_returns(harpd: Harpd) -> None:
@@ -142,9 +140,6 @@ def test_an_unknown_procedure_is_named(harpd: Harpd) -> None:
     assert refusal["error"]["data"] == {"procedure": "nowhere"}
 
 
-# ---- users ---------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("changes", [{"password": "wrong"}, {"user": "nobody"}, {"user": "", "password": ""}])
 def test_a_wrong_password_and_an_unknown_user_get_one_answer(harpd: Harpd, changes: dict[str, str]) -> None:
     request = harpd.request("echo", [], auth={**harpd.auth, **changes})
@@ -159,9 +154,6 @@ def test_no_password_is_logged(harpd: Harpd) -> None:
             client.send(harpd.request("echo", [], auth={"user": harpd.user, "password": password}))
             client.lines()
     assert not [line for line in harpd.log_lines() if "a wrong password" in line or harpd.password in line]
-
-
-# ---- clients that go away, are slow, or are no clients ----------------------------------------------------------
 
 
 def test_a_client_that_goes_away_stops_its_call(harpd: Harpd) -> None:
@@ -246,9 +238,6 @@ def test_nothing_is_left_of_connections(harpd: Harpd) -> None:
             plain.sendall(b"x")
     wait_until(lambda: (gate.num_fds(), gate.num_threads()) == before, DEADLINE, "descriptors and threads as before")
     assert harpd.status()["calls"] == 0
-
-
-# ---- deadlines and limits ----------------------------------------------------------------------------------------
 
 
 def test_each_phase_has_its_deadline(tmp_path: Path) -> None:
@@ -349,8 +338,6 @@ def test_without_descriptors_it_waits_and_goes_on(tmp_path: Path) -> None:
         assert harpd.call("echo") == [ACKNOWLEDGED, {"result": []}]
         assert len(harpd.events("can't accept connections")) < 10
 
-
-# ---- own authentication modules ----------------------------------------------------------------------------------
 
 OWN = """
 import threading, time

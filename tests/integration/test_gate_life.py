@@ -14,8 +14,9 @@ import psutil
 import pytest
 
 from support.certificates import server_files
+from support.daemonlog import DEADLINE
 from support.deadline import wait_until
-from support.harpd import DEADLINE, Harpd, is_dead
+from support.harpd import Harpd, is_dead
 
 PROCEDURES = """
 import os, time
@@ -61,9 +62,6 @@ def harpd(tmp_path: Path) -> Harpd:
 
 def version(harpd: Harpd) -> Any:
     return harpd.call("version")[-1]
-
-
-# ---- reload --------------------------------------------------------------------------------------------------
 
 
 def test_reload_takes_new_procedures_and_running_calls_finish_on_the_old(harpd: Harpd, tmp_path: Path) -> None:
@@ -148,9 +146,6 @@ def test_a_low_floor_of_tls_is_warned_of(harpd: Harpd) -> None:
         harpd.wait_event("TLS versions below 1.2 are allowed", level="warning", tls_minimum="1.1")
 
 
-# ---- the end -------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_it_ends_calls_with_shutdown_and_exits_with_0(harpd: Harpd, number: signal.Signals) -> None:
     harpd.start()
@@ -183,9 +178,6 @@ def test_a_restart_serves_on_the_same_port(harpd: Harpd) -> None:
     with harpd:
         assert harpd.port == port
         assert version(harpd) == {"result": 1}
-
-
-# ---- what dies -----------------------------------------------------------------------------------------------
 
 
 def test_when_the_warden_is_killed_its_calls_are_dead_and_the_next_one_works(harpd: Harpd, tmp_path: Path) -> None:
@@ -246,9 +238,6 @@ def test_a_port_in_use_is_a_fault(harpd: Harpd) -> None:
         outcome = subprocess.run(harpd.command(), capture_output=True, text=True, timeout=DEADLINE)
     assert outcome.returncode == 1
     assert "network.address: can't listen on 127.0.0.1, port" in outcome.stderr
-
-
-# ---- the command line ----------------------------------------------------------------------------------------
 
 
 def run(harpd: Harpd, *options: str, **more: Any) -> subprocess.CompletedProcess[str]:

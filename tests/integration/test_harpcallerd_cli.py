@@ -16,8 +16,9 @@ from typing import Any
 import psutil
 import pytest
 
+from support.daemonlog import DEADLINE
 from support.deadline import wait_until
-from support.harpcallerd import DEADLINE, Harpcallerd, LineClient
+from support.harpcallerd import Harpcallerd, LineClient
 
 UNKNOWN = "00000000-0000-4000-8000-000000000000"
 

@@ -219,9 +219,6 @@ async def test_no_server_name_is_sent_for_an_address_but_for_a_name(tmp_path: Pa
     assert names == [None, "localhost"]
 
 
-# ---- cancel --------------------------------------------------------------------------------------------------
-
-
 async def cancelled(dispatcher: Dispatcher, job_id: str) -> None:
     assert await dispatcher.cancel(job_id)
     assert await dispatcher.result(job_id, wait=False) == Cancelled()
@@ -303,9 +300,6 @@ async def test_a_cancel_is_carried_out_when_the_one_who_asked_has_gone(tmp_path:
             await eventually(peer.conversations[0].closed.is_set, what="the connection's end")
 
 
-# ---- a store that fails --------------------------------------------------------------------------------------
-
-
 async def test_what_came_while_the_store_failed_is_stored_later(tmp_path: Path) -> None:
     first, rest = threading.Event(), threading.Event()
 
@@ -368,9 +362,6 @@ async def test_reading_pauses_while_the_store_takes_nothing(tmp_path: Path) -> N
                 b'{"stream": "' + b"x" * 65_500 + b'"}\n'
             ) + 1
     await real.close()
-
-
-# ---- the log -------------------------------------------------------------------------------------------------
 
 
 async def test_the_log_has_the_jobs_fields_and_no_secrets(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

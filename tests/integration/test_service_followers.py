@@ -13,8 +13,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+from support.daemonlog import DEADLINE
 from support.deadline import wait_until
-from support.harpcallerd import DEADLINE, Harpcallerd, LineClient
+from support.harpcallerd import Harpcallerd, LineClient
 from support.peers import Peer
 from support.scripted import conversation, scripted_harpd
 

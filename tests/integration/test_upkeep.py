@@ -90,9 +90,6 @@ def names(registry: HostsRegistry) -> list[str]:
     return [host.hostname for host in registry.hosts()]
 
 
-# ---- the script and its schedule -----------------------------------------------------------------------------
-
-
 async def test_the_script_is_run_at_start_and_then_regularly(tmp_path: Path, script: Script) -> None:
     script.does(host_line(1, "b"), host_line(2, "a"))
     async with kept_up(tmp_path, host_db_script=script.file, host_db_refresh=0.1) as registry:
@@ -230,9 +227,6 @@ async def test_jobs_wait_for_the_first_run_of_the_script(tmp_path: Path, script:
             assert [host.hostname for host in dispatcher.hosts()] == ["a", "b"]
 
 
-# ---- the copy and the hosts file -----------------------------------------------------------------------------
-
-
 def test_the_copy_is_private_and_whole(tmp_path: Path) -> None:
     file = tmp_path / "new" / "hosts.db"
     hosts = {"web01": WEB01, "\ud800": Host("\ud800", "::1", 1, "\u00fc", "\n")}
@@ -293,9 +287,6 @@ async def test_reconfiguring(tmp_path: Path, script: Script) -> None:
         await eventually(lambda: names(registry) == ["a"], what="the script's hosts")
         registry.reconfigure(Config(host_db=tmp_path / "hosts.db", hosts_file=file))
         assert names(registry) == ["b"]
-
-
-# ---- old jobs ------------------------------------------------------------------------------------------------
 
 
 async def test_old_jobs_are_deleted_with_their_records_and_others_are_not(tmp_path: Path) -> None:

@@ -36,9 +36,6 @@ def old_tls_client() -> ssl.SSLContext:
     return context
 
 
-# ---- the old dispatcher, towards harpd -----------------------------------------------------------------------
-
-
 def old_dispatcher_call(
     port: int, procedure: str, arguments: Any, user: str, password: str, pieces: int | None = None
 ) -> list[dict[str, Any]]:
@@ -81,9 +78,6 @@ def _old_reply(line: bytes, forms: tuple[set[str], ...]) -> dict[str, Any]:
     return message
 
 
-# ---- the old client, towards the dispatcher ------------------------------------------------------------------
-
-
 def old_client(port: int, **request: Any) -> list[dict[str, Any]]:
     """Ask the dispatcher as the old client does: one reply line, or lines until one has no `packet`."""
     with socket.create_connection(("127.0.0.1", port), DEADLINE) as connection:
@@ -96,8 +90,6 @@ def old_client(port: int, **request: Any) -> list[dict[str, Any]]:
                     break
         return replies
 
-
-# ---- servers -------------------------------------------------------------------------------------------------
 
 Answer = Callable[["Line"], None]
 

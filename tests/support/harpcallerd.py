@@ -22,16 +22,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from support.daemonlog import DEADLINE, DaemonLog
 from support.deadline import wait_until
-
-#: Seconds within which the program has to do what takes a moment; never waited for in full when all is well.
-DEADLINE = 60.0
 
 #: A Unix socket's path may be this long, with something to spare.
 _LONGEST_PATH = 100
 
 
-class Harpcallerd:
+class Harpcallerd(DaemonLog):
     """A harpcallerd on a free port of 127.0.0.1; a context manager that starts and stops it.
 
     Args:
@@ -76,8 +74,6 @@ class Harpcallerd:
         self.set_hosts(hosts or {})
         self.configure(settings or {})
 
-    # ---- its files -------------------------------------------------------------------------------------------
-
     def set_hosts(self, hosts: Mapping[str, int]) -> None:
         """Write the hosts file; it is read again when it has changed."""
         user, password = self._credentials
@@ -103,8 +99,6 @@ class Harpcallerd:
         # What JSON and TOML have in common is enough here.
         lines = (f"{key} = {json.dumps(value)}\n" for key, value in keys.items() if value is not None)
         self.config_file.write_text("".join(lines))
-
-    # ---- the program -----------------------------------------------------------------------------------------
 
     def command(self, *arguments: str) -> list[str]:
         """A command line of the program, with this one's control socket."""
@@ -201,32 +195,10 @@ class Harpcallerd:
             assert status == 0, f"harpcallerd ended with {status}:\n{self.log_file.read_text()}"
             assert not self.faults()
 
-    # ---- its log ---------------------------------------------------------------------------------------------
-
-    def log_lines(self) -> list[str]:
-        """All that it wrote to its log, stdout and stderr."""
-        return self.log_file.read_text("utf-8", "replace").splitlines()
-
-    def events(self, *names: str, **fields: Any) -> list[dict[str, Any]]:
-        """The events of its log that have one of these names (none: any) and these fields."""
-        found = []
-        for line in self.log_lines():
-            if line.startswith("{") and line.endswith("}"):
-                event = json.loads(line)
-                if (not names or event["event"] in names) and fields.items() <= event.items():
-                    found.append(event)
-        return found
-
-    def wait_event(self, name: str, **fields: Any) -> dict[str, Any]:
-        """Wait until the log has such an event; return the first."""
-        return wait_until(lambda: self.events(name, **fields), DEADLINE, f"the event {name!r} {fields}")[0]
-
     def faults(self) -> list[str]:
         """Lines of its log that no client, no host and no disk may cause."""
         marks = ("Traceback", '"traceback"', "Exception ignored", "never retrieved", "Warning: ", "Fatal Python error")
         return [line for line in self.log_lines() if any(mark in line for mark in marks)]
-
-    # ---- its clients -----------------------------------------------------------------------------------------
 
     def connect(self) -> LineClient:
         """A raw client, connected."""

@@ -22,10 +22,8 @@ import psutil
 import yaml
 
 from support.certificates import server_files
+from support.daemonlog import DEADLINE, DaemonLog
 from support.deadline import wait_until
-
-#: Seconds within which the program has to do what takes a moment; never waited for in full when all is well.
-DEADLINE = 60.0
 
 _LOGGING = {
     "version": 1,
@@ -35,7 +33,7 @@ _LOGGING = {
 }
 
 
-class Harpd:
+class Harpd(DaemonLog):
     """A harpd on a free port of 127.0.0.1; a context manager that starts and stops it.
 
     Args:
@@ -81,8 +79,6 @@ class Harpd:
     def auth(self) -> dict[str, str]:
         """What a request has under `auth`."""
         return {"user": self.user, "password": self.password}
-
-    # ---- the program -----------------------------------------------------------------------------------------
 
     def configure(self, changes: dict[str, Any]) -> None:
         """Write the configuration file: the usual one with sections laid over it. Takes effect by `reload`."""
@@ -208,26 +204,6 @@ class Harpd:
             assert status == 0, f"harpd ended with {status}:\n{self.log_file.read_text()}"
             assert not (faults := self.faults()), faults
 
-    # ---- its log ---------------------------------------------------------------------------------------------
-
-    def log_lines(self) -> list[str]:
-        """All that it wrote to its log, stdout and stderr."""
-        return self.log_file.read_text("utf-8", "replace").splitlines()
-
-    def events(self, *names: str, **fields: Any) -> list[dict[str, Any]]:
-        """The events of its log that have one of these names (none: any) and these fields."""
-        found = []
-        for line in self.log_lines():
-            if line.startswith("{") and line.endswith("}"):
-                event = json.loads(line)
-                if (not names or event["event"] in names) and fields.items() <= event.items():
-                    found.append(event)
-        return found
-
-    def wait_event(self, name: str, **fields: Any) -> dict[str, Any]:
-        """Wait until the log has such an event; return the first."""
-        return wait_until(lambda: self.events(name, **fields), DEADLINE, f"the event {name!r} {fields}")[0]
-
     def faults(self) -> list[str]:
         """Lines of its log that no peer and no procedure may cause."""
         marks = ("Exception ignored", "never retrieved", "Warning: ", "Fatal Python error")
@@ -236,8 +212,6 @@ class Harpd:
             *(line for line in self.log_lines() if line.startswith("Traceback") or any(mark in line for mark in marks)),
             *(str(event) for event in self.events(*bugs)),
         ]
-
-    # ---- its clients -----------------------------------------------------------------------------------------
 
     def connect(self, **changes: Any) -> LineClient:
         """A raw client, connected. `changes` are set on its SSL context."""

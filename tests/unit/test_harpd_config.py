@@ -150,9 +150,6 @@ def test_merge_keys_of_yaml_still_work(file: Path) -> None:
     assert load_yaml(file) == {"a": {"x": 1, "y": 2}, "b": {"x": 1, "y": 3}}
 
 
-# ---- certificate and key -------------------------------------------------------------------------------------
-
-
 def test_certificate_and_key_must_fit(tmp_path: Path, file: Path) -> None:
     files = server_files(tmp_path)
     server_context(Network(certfile=str(files.certfile), keyfile=str(files.keyfile)), file)
@@ -198,9 +195,6 @@ def test_the_default_floor_is_tls_1_2(tmp_path: Path, file: Path) -> None:
     files = server_files(tmp_path)
     context = server_context(Network(certfile=str(files.certfile), keyfile=str(files.keyfile)), file)
     assert context.minimum_version.name == "TLSv1_2"
-
-
-# ---- the documentation ---------------------------------------------------------------------------------------
 
 
 PAGE = Path(__file__).parents[2] / "docs" / "settings-harpd.md"

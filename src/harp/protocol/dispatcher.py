@@ -43,9 +43,6 @@ __all__ = [
 VERSION = 1
 
 
-# ---- requests ------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True, slots=True)
 class Queue:
     """The queue a call waits in: `name` is a JSON object, `concurrency` how many of its jobs may run at once."""
@@ -237,9 +234,6 @@ _REQUESTS: Mapping[str, tuple[tuple[str, ...], Callable[[Members], Request]]] = 
         ),
     }
 )
-
-
-# ---- replies -------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)

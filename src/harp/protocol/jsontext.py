@@ -75,9 +75,6 @@ class Envelope(dict[str, Any]):
     __slots__ = ()
 
 
-# ---- reading -------------------------------------------------------------------------------------------------
-
-
 def _refuse_constant(name: str) -> NoReturn:
     raise InvalidJSON(f"{name} is not JSON")
 
@@ -267,8 +264,6 @@ def _skip_space(text: str, at: int) -> int:
     return match.end()
 
 
-# ---- writing -------------------------------------------------------------------------------------------------
-
 _ENCODER = json.JSONEncoder(ensure_ascii=True, allow_nan=False, separators=(",", ":"))
 
 
@@ -337,8 +332,6 @@ def _type_name(item: object) -> str:
     kind = type(item)
     return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
 
-
-# ---- equality ------------------------------------------------------------------------------------------------
 
 _EXACT = Context(prec=MAX_PREC, Emax=MAX_EMAX, Emin=MIN_EMIN)
 

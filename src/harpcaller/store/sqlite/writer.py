@@ -96,8 +96,6 @@ class Writer:
         """Wait until all that was taken is done and the connection closed. Blocks."""
         self._thread.join()
 
-    # ---- in the thread ---------------------------------------------------------------------------------------
-
     def _work(self) -> None:
         open_ = True
         while open_:
