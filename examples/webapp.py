@@ -1,6 +1,6 @@
 """A web application that never blocks on a server: it submits, and asks later by the job's id.
 
-./dev run python examples/webapp.py --dispatcher localhost:3502 --port 8080
+./dev run python examples/webapp.py --dispatcher localhost:3502 --port 8080   (its port, as `./dev demo --keep` says it)
 
 curl -X POST localhost:8080/disk-usage/localhost     {"job": "5f0c..."}
 curl localhost:8080/jobs/5f0c...                     {"state": "done", "result": {...}}

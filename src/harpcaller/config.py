@@ -13,6 +13,7 @@ import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args, get_origin, get_type_hints
 
@@ -166,7 +167,8 @@ def load(file: Path = DEFAULT_FILE) -> Config:
     ignored = tuple(key for key in members if key in IGNORED_KEYS)
     for key in members:
         if key not in KEYS and key not in IGNORED_KEYS:
-            raise ConfigError(f"{file}: {key}: expected a key of the dispatcher, got an unknown one")
+            near = "".join(f"; did you mean {name}?" for name in get_close_matches(key, KEYS, 1))
+            raise ConfigError(f"{file}: {key}: expected a key of the dispatcher, got an unknown one{near}")
     known = {key: value for key, value in members.items() if key in KEYS - {"listen"}}
     try:
         config = msgspec.convert(known, Config, dec_hook=_converter(file.absolute().parent))

@@ -417,6 +417,8 @@ class Dispatcher:
         for key in config.ignored:
             if key not in reported:
                 log.warning("key of an older configuration ignored", extra={"file": str(config.file), "key": key})
+        if config.hosts_file is None and config.host_db_script is None:
+            log.warning("no host is known: set hosts_file or host_db_script")
         for warning in self._surroundings.tls.warnings:
             log.warning(warning)
 

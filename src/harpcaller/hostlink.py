@@ -19,7 +19,7 @@ from harp.protocol.jsontext import Raw, dumps
 from harpcaller.hosts import Host
 from harpcaller.hosttls import CertificateRefused, HostTLS, as_ip, server_name
 
-__all__ = ["FAULTS", "connect", "errno_data", "failed", "named"]
+__all__ = ["FAULTS", "address_text", "connect", "errno_data", "failed", "named"]
 
 #: What `connect` and a connection raise, for `failed`. UnicodeError: an address that is no name.
 FAULTS = (OSError, CertificateRefused, UnicodeError)
@@ -28,6 +28,9 @@ FAULTS = (OSError, CertificateRefused, UnicodeError)
 _LOCAL = frozenset(
     {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EACCES, errno.EPERM, errno.EADDRNOTAVAIL}
 )
+
+#: What OpenSSL says when the other side's first bytes are no TLS.
+_NO_TLS = frozenset({"WRONG_VERSION_NUMBER", "HTTP_REQUEST", "HTTPS_PROXY_REQUEST", "RECORD_LAYER_FAILURE"})
 
 #: The loop raises some of these without a number.
 _BY_CLASS = {
@@ -137,6 +140,8 @@ def failed(error: BaseException, host: Host, doing: str) -> Failed:
     """
     if isinstance(error, CertificateRefused):
         return Failed("certificate_error", f"{named(host)}: its certificate is refused: {error}")
+    if isinstance(error, ssl.SSLError) and error.reason in _NO_TLS:
+        return Failed("protocol_error", f"{named(host)}: {doing}: it does not speak TLS; is this harpd's port?")
     name, text = _described(error)
     kind = "os_error" if isinstance(error, OSError) and error.errno in _LOCAL and _is_plain(error) else "network_error"
     return Failed(kind, f"{named(host)}: {doing}: {text}", errno_data(name))
@@ -145,6 +150,12 @@ def failed(error: BaseException, host: Host, doing: str) -> Failed:
 def named(host: Host) -> str:
     """A host as messages name it."""
     return f"host {host.hostname} ({host.address}, port {host.port})"
+
+
+def address_text(address: tuple[Any, ...]) -> str:
+    """An address of a socket as the log has it."""
+    host, port = address[:2]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def errno_data(name: str | None) -> Raw | None:

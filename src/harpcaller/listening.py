@@ -113,7 +113,7 @@ def listen_unix(path: Path, mode: int) -> Listener:
     Raises:
         OSError: it can't be listened on; `errno.EADDRINUSE`: a running process does.
     """
-    path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+    path.parent.mkdir(mode=0o755, exist_ok=True)
     listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         os.fchmod(listening.fileno(), mode)  # on Linux the file is made with the socket's own permissions

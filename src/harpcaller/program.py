@@ -23,10 +23,11 @@ from harp.daemon import logs
 from harp.daemon.process import ProcessError, notify
 from harpcaller import service
 from harpcaller.admin import Admin
-from harpcaller.config import Config, ConfigError, load
+from harpcaller.config import Config, ConfigError, file_errors, load
 from harpcaller.dispatcher import Dispatcher
 from harpcaller.listening import Listener, listen_unix, reason
 from harpcaller.service import Service
+from harpcaller.store import Store
 from harpcaller.store.sqlite import open_store
 
 __all__ = ["Options", "configure_log", "run"]
@@ -91,7 +92,7 @@ async def run(options: Options, config: Config, serving: Callable[[], None]) -> 
             control = stack.enter_context(closing(_open_control(options.socket)))
             listeners = await service.listen(config)
             stack.callback(service.close, listeners)
-            store = await open_store(config.stream_directory)
+            store = await _open_store(config)
             stack.push_async_callback(store.close)
             dispatcher = await stack.enter_async_context(Dispatcher(config, store))
             door = await stack.enter_async_context(Service(dispatcher))
@@ -109,6 +110,11 @@ async def run(options: Options, config: Config, serving: Callable[[], None]) -> 
     finally:
         # The loop's end brings back the signals' usual effect: a second one would now spoil the exit status.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1})
+
+
+async def _open_store(config: Config) -> Store:
+    with file_errors(config, "stream_directory"):
+        return await open_store(config.stream_directory)
 
 
 def _nothing() -> None:

@@ -24,12 +24,12 @@ from functools import partial
 from typing import Any, TypeVar
 
 from harp.protocol.daemon import Acknowledgement, Exchange, Message, Record, Request, encode_request
-from harp.protocol.ends import End, Failed
+from harp.protocol.ends import End, Failed, Raised
 from harp.protocol.fields import ProtocolError
 from harp.protocol.jsontext import Raw, open_sliced
 from harp.protocol.lines import LineBuffer, LineTooLong
 from harpcaller.config import Config
-from harpcaller.hostlink import FAULTS, connect, errno_data, failed, named
+from harpcaller.hostlink import FAULTS, address_text, connect, errno_data, failed, named
 from harpcaller.hosts import Host
 from harpcaller.hosttls import HostTLS
 from harpcaller.jobs import Job, NewJob, state_of
@@ -55,6 +55,9 @@ _WAITING_BYTES = 1024 * 1024
 _RECORD_OVERHEAD = 64
 
 _READ_BYTES = 64 * 1024
+
+#: Characters of an end's message that are logged.
+_LOGGED_MESSAGE = 500
 
 
 class StoreTrouble:
@@ -100,6 +103,13 @@ def fields(job: Job | NewJob) -> dict[str, Any]:
     return {"job": job.id, "host": job.host, "procedure": job.procedure, "queue": queue}
 
 
+def _why(end: End | None) -> dict[str, str]:
+    """What the log says of an end that is no result."""
+    if isinstance(end, (Failed, Raised)):
+        return {"error": end.type, "reason": end.message[:_LOGGED_MESSAGE]}
+    return {}
+
+
 class Run:
     """The call of one job.
 
@@ -117,6 +127,8 @@ class Run:
         self._limit: asyncio.Timeout | None = None
         self._told_to_stop = False
         self._end: End | None = None
+        # Our end of the connection, which harpd logs as the call's peer: so the two logs can be held together.
+        self._link: dict[str, str] = {}
 
     async def run(self) -> None:
         """Carry out the call and store its end. Returns when all is stored, or the job has been cancelled."""
@@ -131,7 +143,8 @@ class Run:
             how = state_of(end).value if end is not None and await self._finish(end) else "cancelled"
         finally:
             self._records.give_up()
-        log.info("call ended", extra={**fields(self.job), "end": how, "seconds": round(time.monotonic() - begin, 3)})
+        seconds = round(time.monotonic() - begin, 3)
+        log.info("call ended", extra={**fields(self.job), "end": how, **_why(end), "seconds": seconds, **self._link})
 
     async def _finish(self, end: End) -> bool:
         """Store the end; False when the job has one already: it was cancelled."""
@@ -192,6 +205,7 @@ class Run:
         except FAULTS as error:
             return failed(error, host, "connecting")
         try:
+            self._link = {"connection": address_text(writer.get_extra_info("sockname"))}
             line = encode_request(Request(self.job.procedure, self.job.arguments, host.user, host.password))
             # Nothing may be awaited between this look and the writing.
             if self._told_to_stop:

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import threading
 from collections.abc import Sequence
 from typing import NoReturn
 
+from harpd.auth import AuthDB
 from harpd.config import ConfigError
 from harpd.generation import Options, configure_log, make_generation
 from harpd.procedures import load_procedures
@@ -64,12 +66,23 @@ def _report(options: Options, said: int) -> NoReturn:
         os._exit(0)
 
 
+def _check_address(options: Options, address: str | None) -> None:
+    """Whether the address means something. Whether it can be listened on, only a start can know."""
+    try:
+        socket.getaddrinfo(address, None, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except OSError as error:
+        raise ConfigError(f"{options.config}: network.address: {address}: {error.strerror}") from error
+
+
 def _read_all(options: Options) -> list[str]:
     generation = make_generation(options)
     configure_log(options, generation)
+    _check_address(options, generation.configuration.network.address)
     before = threading.active_count()
     procedures = load_procedures(options.procedures)
-    warnings = []
+    warnings = generation.users.warnings() if isinstance(generation.users, AuthDB) else []
+    if not procedures:
+        warnings.append(f"{options.procedures}: exposes no procedure; decorate functions with @procedure")
     if (running := threading.active_count() - before) > 0:
         warnings.append(f"{options.procedures}: leaves {running} thread(s) running; no call will have them")
     group = None if options.default_group is None else (options.default_group,)

@@ -151,8 +151,6 @@ class Connection:
             self._share.release()
             await self._close()
 
-    # ---- phases ----------------------------------------------------------------------------------------------
-
     async def _handshake(self) -> bool:
         loop = asyncio.get_running_loop()
         protocol = asyncio.StreamReaderProtocol(self._reader)
@@ -190,6 +188,8 @@ class Connection:
             raise _Refused(Failed(error.type, error.message)) from error
         if not await self._authenticated(request):
             raise _Refused(_AUTH_ERROR)
+        asked = {"procedure": request.procedure[:_NAME_SHOWN], "user": request.user, "peer": self._peer}
+        log.info("call accepted", extra={"call": call, **asked})
         members = Envelope(call=call, procedure=request.procedure, arguments=request.arguments)
         return dumps(Envelope(members, user=request.user, peer=self._peer)) + b"\n"
 
@@ -239,8 +239,6 @@ class Connection:
         elif not answer:
             log.warning("authentication failed", extra=about)
         return answer is True
-
-    # ---- the call --------------------------------------------------------------------------------------------
 
     async def _call(self, call: str, request: bytes) -> None:
         try:
@@ -324,8 +322,6 @@ class Connection:
                 return
         what = "client went away; call stopped" if isinstance(reason, _Gone) else "client sent more; call stopped"
         log.info(what, extra=about)
-
-    # ---- saying ----------------------------------------------------------------------------------------------
 
     async def _refuse(self, error: Failed, sending: bool = False) -> None:
         """Send an error line. `sending`: whether more may be on its way from the client."""

@@ -138,8 +138,6 @@ class Gate:
         self._threads = Threads(limits.authentication_threads)
         self._allowance = Allowance(limits.request_memory)
 
-    # ---- connections -----------------------------------------------------------------------------------------
-
     async def _accept(self, listener: socket.socket) -> None:
         loop = asyncio.get_running_loop()
         exhausted = False
@@ -184,8 +182,6 @@ class Gate:
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("connection failed", exc_info=error)
 
-    # ---- reload ----------------------------------------------------------------------------------------------
-
     def reload(self) -> None:
         """Begin to reload all that can be; it follows the start or the reload that is under way."""
         if not self._started or (self._reloading is not None and not self._reloading.done()):
@@ -226,8 +222,6 @@ class Gate:
         for key in _needing_restart(old, new):
             log.warning("a changed setting needs a restart", extra={"key": key})
         _warn_of_low_floor(new)
-
-    # ---- end -------------------------------------------------------------------------------------------------
 
     async def stop(self) -> None:
         """Stop accepting, end all calls with ``shutdown``, end the warden; within bounds whatever happens."""

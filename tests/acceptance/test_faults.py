@@ -217,7 +217,7 @@ Behaviour = Callable[[socket.socket], None]
 
 STRANGE: dict[str, tuple[Callable[[Path], Behaviour], str]] = {
     "silent before TLS": (lambda _: silent, "network_error"),
-    "no TLS": (lambda _: no_tls, "network_error"),
+    "no TLS": (lambda _: no_tls, "protocol_error"),
     "silent after the request": (lambda d: tls_answer(d, b"", close=False), "network_error"),
     "closes at once": (lambda d: tls_answer(d, b""), "network_error"),
     "closes after the acknowledgement": (lambda d: tls_answer(d, ACKNOWLEDGED), "network_error"),

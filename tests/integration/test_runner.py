@@ -131,7 +131,7 @@ async def test_a_host_that_does_not_shake_hands(tmp_path: Path) -> None:
 async def test_a_host_that_does_not_speak_tls(tmp_path: Path) -> None:
     with Peer(lambda talk: talk.send(b"220 smtp\r\n")) as peer:
         async with running(tmp_path, host_line(peer.port)) as dispatcher:
-            failure(await result(dispatcher), "network_error", "TLS")
+            failure(await result(dispatcher), "protocol_error", "it does not speak TLS")
 
 
 async def test_a_host_that_does_not_acknowledge(tmp_path: Path) -> None:

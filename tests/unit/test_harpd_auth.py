@@ -101,12 +101,20 @@ def test_passfile_sees_edits_at_once(users_file: Path) -> None:
 def test_passfile_that_vanished_lets_nobody_in(users_file: Path) -> None:
     users = passfile.create({"file": str(users_file)})
     users_file.unlink()
-    with pytest.raises(FileNotFoundError):
-        users.authenticate("alice", "secret")
+    assert users.authenticate("alice", "secret") is False
+
+
+def test_passfile_warns_of_lines_that_let_nobody_in(tmp_path: Path) -> None:
+    file = tmp_path / "users"
+    file.write_text(
+        "# users\n\nalice:$6$salt$hash-of-some-length\nbob:plain\ncarol\n:$6$x$y0123456789\ndave:!\nerin:*\nfred:\n"
+    )
+    warned = passfile.create({"file": str(file)}).warnings()
+    assert warned == [f"{file}:{line}: expected user:crypt-hash; this line lets nobody in" for line in (4, 5, 6, 9)]
 
 
 def test_passfile_needs_its_file(tmp_path: Path) -> None:
-    with pytest.raises(OSError, match="nowhere"):
+    with pytest.raises(ValueError, match=r"file: .*nowhere: No such file or directory"):
         passfile.create({"file": str(tmp_path / "nowhere")})
 
 

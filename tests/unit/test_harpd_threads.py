@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from harpd.allowance import Allowance, Share
+from harp.daemon.allowance import Allowance, Share
 from harpd.threads import Crashed, Threads
 from support.deadline import eventually
 

@@ -30,3 +30,7 @@ class AuthDB(ABC):
         Returns:
             True, and nothing that is merely true, to let the user in.
         """
+
+    def warnings(self) -> list[str]:
+        """What is wrong with the users and still lets the daemon run; ``harpd --test`` prints it."""
+        return []

@@ -10,7 +10,8 @@ file may have more fields. ``openssl passwd -6`` and ``mkpasswd`` make hashes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,14 @@ from harpd.auth.crypt import matches
 
 __all__ = ["PasswordFile", "create"]
 
+log = logging.getLogger(__name__)
+
 
 def create(config: Mapping[str, Any]) -> PasswordFile:
     """Open the file that `config` names.
 
     Raises:
-        ValueError: the configuration is wrong; the message names the key.
-        OSError: the file can't be read.
+        ValueError: the configuration is wrong, or the file can't be read; the message names key and file.
     """
     file = config.get("file")
     if not isinstance(file, str) or not file:
@@ -33,8 +35,15 @@ def create(config: Mapping[str, Any]) -> PasswordFile:
     if unknown := sorted(set(config) - {"file"}):
         raise ValueError(f"{unknown[0]}: unknown key; expected file")
     database = PasswordFile(Path(file))
-    database.hashes()
+    try:
+        database.hashes()
+    except OSError as error:
+        raise ValueError(f"file: {file}: {error.strerror}") from error
     return database
+
+
+#: No form of crypt(3) gives less: DES has 13 characters. What is shorter, `*` and `!` apart, is a slip of the pen.
+_SHORTEST_HASH = 13
 
 
 class PasswordFile(AuthDB):
@@ -48,10 +57,15 @@ class PasswordFile(AuthDB):
         self._path = path
 
     def authenticate(self, user: str, password: str) -> bool:
-        """Say whether the file has this user with this password. Raises `OSError` when it can't be read."""
-        hashes = self.hashes()
+        """Say whether the file has this user with this password; when it can't be read, it has nobody."""
+        try:
+            hashes = self.hashes()
+        except OSError as error:
+            log.error("the users' file can't be read", extra={"file": str(self._path), "reason": error.strerror})
+            return False
         if user in hashes:
             return matches(password, hashes[user])
+        log.info("the users' file has no such user", extra={"file": str(self._path), "user": user})
         # Takes as long as for a known user, so that time does not tell which names exist.
         for other in hashes.values():
             matches(password, other)
@@ -61,8 +75,22 @@ class PasswordFile(AuthDB):
     def hashes(self) -> dict[str, str]:
         """Read the file: hashes by user. The first line of a user counts. Raises `OSError`."""
         found: dict[str, str] = {}
-        for line in self._path.read_text("utf-8", "replace").splitlines():
-            user, colon, rest = line.strip().partition(":")
-            if user and colon and not user.startswith("#"):
-                found.setdefault(user, rest.split(":", 1)[0])
+        for _, user, hashed in self._entries():
+            if user and hashed:
+                found.setdefault(user, hashed)
         return found
+
+    def warnings(self) -> list[str]:
+        """The lines that let nobody in, though they look as if they should. Raises `OSError`."""
+        found = []
+        for number, user, hashed in self._entries():
+            locked = hashed.startswith(("*", "!"))  # as in shadow(5), on purpose
+            if not user or (len(hashed) < _SHORTEST_HASH and not locked):
+                found.append(f"{self._path}:{number}: expected user:crypt-hash; this line lets nobody in")
+        return found
+
+    def _entries(self) -> Iterator[tuple[int, str, str]]:
+        for number, line in enumerate(self._path.read_text("utf-8", "replace").splitlines(), 1):
+            user, _, rest = line.strip().partition(":")
+            if line.strip() and not user.startswith("#"):
+                yield number, user, rest.split(":", 1)[0]
