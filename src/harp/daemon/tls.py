@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ssl
+import warnings
 
 __all__ = ["DEFAULT_FLOOR", "FLOORS", "set_floor"]
 
@@ -34,5 +35,8 @@ def set_floor(context: ssl.SSLContext, floor: str) -> bool:
     low = floor in ("1.0", "1.1")
     if low:
         context.set_ciphers("DEFAULT:@SECLEVEL=0")
-    context.minimum_version = version
+    with warnings.catch_warnings():
+        # Python warns of the old versions; the administrator, who asked for one, is warned by the daemon's log.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        context.minimum_version = version
     return low
