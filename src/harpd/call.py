@@ -23,10 +23,7 @@ from harpd.prctl import become_subreaper, die_with_parent
 from harpd.proc import Cancelled, Procedure, Result, TimeLimit
 from harpd.users import Account, UserError, resolve, take
 
-__all__ = ["CALL_VARIABLE", "Descriptors", "run_call"]
-
-#: The environment variable by which what a call started is known as the call's.
-CALL_VARIABLE = "HARPD_CALL"
+__all__ = ["Descriptors", "run_call"]
 
 
 @dataclass(frozen=True)
@@ -48,7 +45,6 @@ class _Refused(Exception):
 
 def run_call(
     procedure: Procedure,
-    call_id: str,
     descriptors: Descriptors,
     zygote: int,
     default_user: int | str | None,
@@ -58,7 +54,6 @@ def run_call(
 
     Args:
         procedure: what to run.
-        call_id: the call's id, for the environment.
         descriptors: the call's channel and pipes.
         zygote: the parent's pid.
         default_user: the user of a procedure that names none.
@@ -67,7 +62,7 @@ def run_call(
     call, limits = os.getpid(), Limits()
     try:
         channel = Channel(descriptors.channel, limits)
-        end = _carry_out(procedure, call_id, channel, descriptors, limits, zygote, (default_user, default_group))
+        end = _carry_out(procedure, channel, descriptors, limits, zygote, (default_user, default_group))
         if os.getpid() != call:
             os._exit(0)  # the procedure forked, and this is the child: it has nothing to say to the caller
         _flush_output()
@@ -92,7 +87,6 @@ def _detach(descriptors: Descriptors) -> None:
 
 def _carry_out(
     procedure: Procedure,
-    call_id: str,
     channel: Channel,
     descriptors: Descriptors,
     limits: Limits,
@@ -104,7 +98,7 @@ def _carry_out(
         try:
             limits.install()
             _detach(descriptors)
-            _become(procedure, call_id, zygote, defaults)
+            _become(procedure, zygote, defaults)
             positional, named = _arguments(procedure, channel)
             value = procedure(*positional, **named)
             if procedure.streaming:
@@ -123,9 +117,7 @@ def _carry_out(
         return Raised(kind.__name__, _text(error), data)
 
 
-def _become(
-    procedure: Procedure, call_id: str, zygote: int, defaults: tuple[int | str | None, int | str | None]
-) -> None:
+def _become(procedure: Procedure, zygote: int, defaults: tuple[int | str | None, int | str | None]) -> None:
     """Take the procedure's user."""
     try:
         account = _account(procedure, *defaults)
@@ -139,7 +131,7 @@ def _become(
         raise _Refused("system_error", str(error)) from error
     finally:
         die_with_parent(zygote)
-    _set_environment(call_id, account)
+    _set_environment(account)
 
 
 def _account(procedure: Procedure, user: int | str | None, group: int | str | None) -> Account:
@@ -148,8 +140,7 @@ def _account(procedure: Procedure, user: int | str | None, group: int | str | No
     return resolve(user, procedure.gid or (None if group is None else (group,)))
 
 
-def _set_environment(call_id: str, account: Account) -> None:
-    os.environ[CALL_VARIABLE] = call_id
+def _set_environment(account: Account) -> None:
     if account.name is not None:
         os.environ.update(USER=account.name, LOGNAME=account.name, HOME=account.home or "/")
     elif account.uid is not None:  # a user that the system does not know, and surely not ours

@@ -17,20 +17,26 @@ log = logging.getLogger("harpd.warden")
 READ = select.EPOLLIN
 WRITE = select.EPOLLOUT
 
+#: So many cancelled timers are never worth a cleaning.
+_MANY = 100
+
 Callback: TypeAlias = Callable[[], None]
 
 
 class Timer:
     """A callback that is due once, unless it is cancelled before."""
 
-    __slots__ = ("callback",)
+    __slots__ = ("_on_cancel", "callback")
 
-    def __init__(self, callback: Callback) -> None:
+    def __init__(self, callback: Callback, on_cancel: Callback) -> None:
         self.callback: Callback | None = callback
+        self._on_cancel = on_cancel
 
     def cancel(self) -> None:
         """Forget the callback."""
-        self.callback = None
+        if self.callback is not None:
+            self.callback = None
+            self._on_cancel()
 
 
 class EventLoop:
@@ -40,6 +46,7 @@ class EventLoop:
         self._epoll = select.epoll()
         self._watched: dict[int, tuple[int, Callback]] = {}
         self._timers: list[tuple[float, int, Timer]] = []
+        self._cancelled = 0
         self._order = itertools.count()
         self._running = True
 
@@ -59,9 +66,17 @@ class EventLoop:
 
     def after(self, seconds: float, callback: Callback) -> Timer:
         """Call back once, that many seconds from now."""
-        timer = Timer(callback)
+        timer = Timer(callback, self._on_cancel)
         heapq.heappush(self._timers, (time.monotonic() + seconds, next(self._order), timer))
         return timer
+
+    def _on_cancel(self) -> None:
+        # Limits are long, most calls are short: without this the limits of calls that have ended would pile up.
+        self._cancelled += 1
+        if self._cancelled > _MANY and 2 * self._cancelled > len(self._timers):
+            self._timers = [entry for entry in self._timers if entry[2].callback is not None]
+            heapq.heapify(self._timers)
+            self._cancelled = 0
 
     def stop(self) -> None:
         """Return from `run` after this turn."""
@@ -78,15 +93,22 @@ class EventLoop:
 
     def _patience(self) -> float:
         while self._timers and self._timers[0][2].callback is None:
-            heapq.heappop(self._timers)
+            self._pop()
         return max(0.0, self._timers[0][0] - time.monotonic()) if self._timers else -1
 
     def _run_timers(self) -> None:
         now = time.monotonic()
         while self._timers and self._timers[0][0] <= now:
-            _, _, timer = heapq.heappop(self._timers)
-            if timer.callback is not None:
-                _guard(timer.callback)
+            callback = self._pop()
+            if callback is not None:
+                _guard(callback)
+
+    def _pop(self) -> Callback | None:
+        timer = heapq.heappop(self._timers)[2]
+        callback, timer.callback = timer.callback, None
+        if callback is None:
+            self._cancelled -= 1
+        return callback
 
 
 def _guard(callback: Callback) -> None:

@@ -17,12 +17,15 @@ from typing import Any, Protocol
 
 from harp.protocol.jsontext import dumps, loads
 from harpd.eventloop import READ, WRITE, EventLoop
+from harpd.mark import environment_with_room
 
 __all__ = ["Offered", "Parent", "Zygote"]
 
 log = logging.getLogger("harpd.warden")
 
 _MESSAGE_SIZE = 1 << 18
+#: What the warden ignores; a procedures file and what it executes find the usual effect.
+_OUR_SIGNALS = (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +57,13 @@ class Zygote:
         settings: the warden's settings, see `harpd.warden`.
         on_loaded: called once: None when the file is loaded, else the fault.
         on_died: called when the process has ended unasked after it had loaded.
+
+    Raises:
+        OSError: there is no process or descriptor to be had.
+
+    Attributes:
+        pid: its process.
+        procedures: what it offers, by name; whole once it has loaded.
     """
 
     def __init__(
@@ -70,12 +80,13 @@ class Zygote:
         self._forking: dict[str, Parent] = {}
         self._children: dict[int, Parent] = {}
         self._retired = False
-        #: What it offers, by name; whole once it has loaded.
         self.procedures: dict[str, Offered] = {}
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with theirs:
+        with theirs, contextlib.ExitStack() as undo:
+            undo.callback(self._socket.close)
             self.pid = _spawn(theirs)
-        self._process = os.pidfd_open(self.pid)
+            self._process = os.pidfd_open(self.pid)
+            undo.pop_all()
         self._socket.setblocking(False)
         self._loop.watch(self._socket.fileno(), READ, self._on_ready)
         path = _search_path(settings.get("python_path") or {})
@@ -104,22 +115,30 @@ class Zygote:
         self._end_if_idle()
 
     def end(self) -> None:
-        """End it now, and wait until it has ended."""
+        """End it now, and wait until it has ended. Its calls, if it has any, end with it."""
         self._retired = True
-        self._close()
+        if self._closed:
+            return
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(self._process, signal.SIGKILL)
-        select.select([self._process], [], [])
+        ended = select.poll()
+        ended.register(self._process, select.POLLIN)
+        ended.poll()
+        self._close()
 
     def _end_if_idle(self) -> None:
         if self._retired and self.idle:
             self._close()
-            os.close(self._process)
+
+    @property
+    def _closed(self) -> bool:
+        return self._socket.fileno() < 0
 
     def _close(self) -> None:
-        if self._socket.fileno() >= 0:
+        if not self._closed:
             self._loop.forget(self._socket.fileno())
             self._socket.close()
+            os.close(self._process)
         while self._waiting:
             _close_all(self._waiting.popleft()[1])
 
@@ -143,7 +162,7 @@ class Zygote:
 
     def _on_ready(self) -> None:
         self._send_waiting()
-        while True:
+        while not self._closed:  # what is said may lead to its end
             try:
                 data = self._socket.recv(_MESSAGE_SIZE)
             except BlockingIOError:
@@ -192,7 +211,6 @@ class Zygote:
             parent.reaped(9)  # they are killed with it
         self._forking.clear()
         self._children.clear()
-        os.close(self._process)
         if not self._retired:
             self._on_died()
 
@@ -201,7 +219,8 @@ def _spawn(theirs: socket.socket) -> int:
     """Exec a zygote with its end of the socket; what else is open here closes on exec."""
     os.set_inheritable(theirs.fileno(), True)
     arguments = [sys.executable, "-P", "-m", "harpd.zygote", str(theirs.fileno()), str(os.getpid())]
-    return os.posix_spawn(sys.executable, arguments, os.environ, setsigdef=(signal.SIGCHLD,), setsigmask=())
+    environment = environment_with_room()
+    return os.posix_spawn(sys.executable, arguments, environment, setsigdef=_OUR_SIGNALS, setsigmask=())
 
 
 def _search_path(changes: Mapping[str, list[str]]) -> list[str]:

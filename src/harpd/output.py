@@ -1,7 +1,7 @@
 """What calls print: each line of their stdout and stderr becomes an event of the log, with the call's id.
 
 A pipe stays open after its call's end for as long as somebody holds it: a service that a procedure started must not
-be killed by its own next message. The number of such pipes is bounded; the oldest are closed first.
+be killed by its own next message. The number of such pipes is bounded; those of the oldest calls are closed first.
 """
 
 from __future__ import annotations
@@ -16,48 +16,66 @@ __all__ = ["Output"]
 
 log = logging.getLogger("harpd.call")
 
-_READ_SIZE = 1 << 16
+#: The most bytes that are read at once: a call that prints without end shares the warden with the others.
+_READ_SIZE = 512
 #: The most bytes of a line that are logged in one event; what is longer goes into several.
 _LONGEST = 8192
-#: The most pipes: two for each running call, and those that outlived their call.
-_MOST_PIPES = 8192
 
 
 class Output:
-    """The reading ends of all calls' pipes."""
+    """The reading ends of all calls' pipes.
 
-    def __init__(self, loop: EventLoop) -> None:
+    Args:
+        loop: the event loop.
+        most_left: how many pipes may outlive their calls.
+    """
+
+    def __init__(self, loop: EventLoop, most_left: int) -> None:
         self._loop = loop
+        self._most_left = most_left
         self._pipes: dict[int, _Pipe] = {}
+        self._left: dict[int, None] = {}  # in the order of their calls' ends
 
-    def open(self, fields: Mapping[str, str], stream: str) -> int:
-        """Make a pipe for a call; return the end to write to, which is the caller's to close.
+    def open(self, fields: Mapping[str, str], stream: str) -> tuple[int, int]:
+        """Make a pipe for a call.
 
         Args:
             fields: what every event of the pipe carries.
             stream: ``stdout`` or ``stderr``.
+
+        Returns:
+            The end to read, for `leave`, and the end to write, which is the caller's to close.
+
+        Raises:
+            OSError: no descriptor is free.
         """
-        while len(self._pipes) >= _MOST_PIPES:
-            self._close(next(iter(self._pipes)))
         reading, writing = os.pipe2(os.O_CLOEXEC)
         os.set_blocking(reading, False)
         self._pipes[reading] = _Pipe({**fields, "stream": stream})
         self._loop.watch(reading, READ, lambda: self._read(reading))
-        return writing
+        return reading, writing
 
-    def _read(self, descriptor: int) -> None:
+    def leave(self, reading: int) -> None:
+        """The pipe's call has ended; what it left running may go on printing."""
+        if reading in self._pipes:
+            self._left[reading] = None
+        while len(self._left) > self._most_left:
+            self._close(next(iter(self._left)))
+
+    def _read(self, reading: int) -> None:
         try:
-            data = os.read(descriptor, _READ_SIZE)
+            data = os.read(reading, _READ_SIZE)
         except BlockingIOError:
             return
-        self._pipes[descriptor].take(data)
+        self._pipes[reading].take(data)
         if not data:
-            self._close(descriptor)
+            self._close(reading)
 
-    def _close(self, descriptor: int) -> None:
-        self._pipes.pop(descriptor).take(b"")
-        self._loop.forget(descriptor)
-        os.close(descriptor)
+    def _close(self, reading: int) -> None:
+        self._pipes.pop(reading).end()
+        self._left.pop(reading, None)
+        self._loop.forget(reading)
+        os.close(reading)
 
 
 class _Pipe:
@@ -68,12 +86,27 @@ class _Pipe:
         self._begun = b""
 
     def take(self, data: bytes) -> None:
-        """Log the lines that the data completes; no data: the end."""
+        """Log the lines that the data completes."""
         *lines, self._begun = (self._begun + data).split(b"\n")
-        if not data or len(self._begun) > _LONGEST:
-            lines.append(self._begun)
-            self._begun = b""
         for line in lines:
-            for start in range(0, len(line), _LONGEST):
-                text = line[start : start + _LONGEST].decode("utf-8", "backslashreplace")
-                log.info("call printed", extra={**self._fields, "text": text})
+            self._log(line)
+        while len(self._begun) > _LONGEST:
+            cut = _character_start(self._begun, _LONGEST)
+            self._log(self._begun[:cut])
+            self._begun = self._begun[cut:]
+
+    def end(self) -> None:
+        """Log what is left of a line."""
+        if self._begun:
+            self._log(self._begun)
+
+    def _log(self, line: bytes) -> None:
+        log.info("call printed", extra={**self._fields, "text": line.decode("utf-8", "backslashreplace")})
+
+
+def _character_start(text: bytes, at: int) -> int:
+    """The last place up to `at` at which a character of UTF-8 begins; `at` when there is none near."""
+    for start in range(at, at - 4, -1):
+        if text[start] & 0xC0 != 0x80:
+            return start
+    return at

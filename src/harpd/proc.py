@@ -74,6 +74,11 @@ class Procedure:
     #: Whether a call yields records before its end result.
     streaming: ClassVar[bool] = False
 
+    # So that a subclass may have an `__init__` of its own that sets none of them.
+    timeout: float | None = None
+    uid: Identity | None = None
+    gid: tuple[Identity, ...] | None = None
+
     def __init__(
         self,
         function: Callable[..., Any],
@@ -104,7 +109,7 @@ class Procedure:
         return inspect.signature(self.__call__ if overridden else self.function)
 
     def __repr__(self) -> str:
-        return f"<{type(self).__name__} {self.__name__}>"
+        return f"<{type(self).__name__} {getattr(self, '__name__', 'without a name')}>"
 
 
 class StreamingProcedure(Procedure):
@@ -114,6 +119,13 @@ class StreamingProcedure(Procedure):
     """
 
     streaming = True
+
+
+def check_options(procedure: Procedure) -> None:
+    """Check and settle what a subclass may have set by itself. Raises TypeError or ValueError."""
+    procedure.timeout = _checked_timeout(procedure.timeout)
+    procedure.uid = None if procedure.uid is None else _checked_identity("uid", procedure.uid)
+    procedure.gid = None if procedure.gid is None else _checked_groups(procedure.gid)
 
 
 def _checked_timeout(timeout: float | None) -> float | None:

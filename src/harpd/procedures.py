@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType, ModuleType
 
-from harpd.proc import Procedure
+from harpd.proc import Procedure, check_options
 
 __all__ = ["ProceduresError", "load_procedures"]
 
@@ -44,7 +44,7 @@ def load_procedures(path: Path) -> Mapping[str, Procedure]:
     found = {name: value for name, value in vars(module).items() if issubclass(type(value), Procedure)}
     for name, procedure in found.items():
         try:
-            procedure.check()
+            check_options(procedure)
         except (AttributeError, TypeError, ValueError) as error:
             raise ProceduresError(f"{path}: {name}: {error}") from error
     return MappingProxyType(found)

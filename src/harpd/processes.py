@@ -1,7 +1,7 @@
 """Processes as /proc shows them: which belong to a call, and how to signal one without ever hitting another.
 
-A pid may be given to a new process once its owner was reaped; pid and start time together are one process for
-ever. A signal goes through a pidfd that was checked against the start time.
+A pid may be given to a new process once its owner was reaped; pid and start time together are one process until
+the system starts anew. A signal goes through a pidfd that was checked against the start time.
 """
 
 from __future__ import annotations
@@ -10,11 +10,12 @@ import os
 import signal
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
-__all__ = ["Process", "Tree", "alive", "send", "snapshot", "start_time"]
+__all__ = ["Process", "Tree", "send", "snapshot", "start_time"]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Process:
     """A process at one moment. `start` is its start time in clock ticks since boot."""
 
@@ -27,38 +28,50 @@ class Process:
 
     @property
     def identity(self) -> tuple[int, int]:
-        """What no other process ever has."""
+        """What no other process has before the system starts anew."""
         return self.pid, self.start
+
+    @cached_property
+    def environment(self) -> frozenset[bytes]:
+        """The entries that it was executed with, as far as we may know them; looked at once."""
+        try:
+            with open(f"/proc/{self.pid}/environ", "rb") as file:
+                return frozenset(file.read().split(b"\0"))
+        except (FileNotFoundError, ProcessLookupError, PermissionError):
+            return frozenset()
 
 
 @dataclass(frozen=True, slots=True)
 class Tree:
-    """A call's processes: by its main process, which leads their session, and by the call's id.
+    """A call's processes: by its main process, which leads their session, and by the call's mark.
 
     Attributes:
         pid: the main process.
         start: its start time.
-        variable: the environment entry, ``NAME=ID``, that what the call executes inherits.
+        mark: the environment entry that what the call forks and executes inherits, see `harpd.mark`.
     """
 
     pid: int
     start: int
-    variable: bytes
+    mark: bytes
 
-    def members(self, processes: Mapping[int, Process], known: Iterable[tuple[int, int]] = ()) -> list[Process]:
+    def members(
+        self, processes: Mapping[int, Process], known: Iterable[tuple[int, int]] = (), late: bool = False
+    ) -> list[Process]:
         """Which of these processes are the call's, zombies left out.
 
         Args:
             processes: a `snapshot`.
             known: identities that were found to be the call's before; they and their children still are.
+            late: nobody has watched the call for a while. Its session's number may be another session's by now that
+                has lost its leader, too: then only the mark counts.
         """
         found = {pid for pid, start in known if pid in processes and processes[pid].start == start}
         main = processes.get(self.pid)
         # A number is not given again while a session has it; a leader with another start time has it anew.
-        if main is None or main.start == self.start:
-            found |= {p.pid for p in processes.values() if self.pid in (p.session, p.group)}
-            found |= {self.pid} & processes.keys()
-        found |= {p.pid for p in processes.values() if p.start >= self.start and self._marked(p)}
+        if main.start == self.start if main is not None else not late:
+            found |= {p.pid for p in processes.values() if self.pid in (p.pid, p.session, p.group)}
+        found |= {p.pid for p in processes.values() if p.start >= self.start and self.mark in p.environment}
         children: dict[int, list[int]] = {}
         for process in processes.values():
             children.setdefault(process.parent, []).append(process.pid)
@@ -69,13 +82,6 @@ class Tree:
                     found.add(child)
                     waiting.append(child)
         return [processes[pid] for pid in found if processes[pid].state not in "ZX"]
-
-    def _marked(self, process: Process) -> bool:
-        try:
-            with open(f"/proc/{process.pid}/environ", "rb") as environment:
-                return self.variable in environment.read().split(b"\0")
-        except OSError:
-            return False  # gone, or another user's: its family shows it
 
 
 def snapshot() -> dict[int, Process]:
@@ -95,7 +101,7 @@ def _read(pid: int) -> Process | None:
     try:
         with open(f"/proc/{pid}/stat", "rb") as stat:
             text = stat.read()
-    except OSError:
+    except (FileNotFoundError, ProcessLookupError, PermissionError):
         return None
     fields = text[text.rindex(b")") + 2 :].split()  # the command before may hold anything
     parent, group, session = (int(field) for field in fields[1:4])
@@ -108,24 +114,18 @@ def start_time(pid: int) -> int:
     return process.start if process else 0
 
 
-def alive(identity: tuple[int, int]) -> bool:
-    """Whether this very process runs still; a zombie does not."""
-    process = _read(identity[0])
-    return process is not None and process.start == identity[1] and process.state not in "ZX"
-
-
 def send(number: signal.Signals, identity: tuple[int, int]) -> bool:
     """Send a signal to this very process; False: it is gone, or not ours to signal."""
     pid, start = identity
     try:
         descriptor = os.pidfd_open(pid)
-    except OSError:
+    except ProcessLookupError:
         return False
     try:
         if start_time(pid) != start:
             return False
         signal.pidfd_send_signal(descriptor, number)
-    except OSError:
+    except (ProcessLookupError, PermissionError):
         return False
     finally:
         os.close(descriptor)

@@ -5,40 +5,38 @@ nothing is read, so that the process waits (back-pressure) and nothing is droppe
 
 - a limit that fired, a cancel or a shutdown stands, whatever the process says afterwards;
 - else the process's own closing line;
-- else the process died without one: ``call_died``.
-
-Stopping: SIGXCPU to the main process for a limit, which may clean up; then SIGTERM to the tree, then SIGKILL to the
-tree until it is empty, `kill_grace` seconds between the steps. The main process is stopped first and killed last in
-each sweep: as their subreaper it keeps the others findable.
+- else the process died without one: ``call_died``, and what it left is stopped.
 """
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
+import resource
 import signal
 import socket
-import time
 from collections.abc import Callable, Mapping
 from enum import Enum
 
 from harp.protocol.daemon import Acknowledgement, Message, encode_message
 from harp.protocol.ends import Failed
 from harp.protocol.jsontext import Raw
-from harpd.call import CALL_VARIABLE
 from harpd.eventloop import READ, WRITE, EventLoop, Timer
+from harpd.mark import entry
 from harpd.nursery import Offered, Zygote
 from harpd.output import Output
-from harpd.processes import Process, Tree, send
+from harpd.processes import Process, Tree
 from harpd.records import CallRecords
+from harpd.stopping import Stopping
 
 __all__ = ["RunningCall", "Stop"]
 
 log = logging.getLogger("harpd.warden")
 
 _READ_SIZE = 1 << 16
-#: Seconds between two looks whether a stopped call's processes are gone.
-_LOOK = 0.05
+#: Descriptors that no call may take, and their most as a share: stopping the others needs some, so do controls.
+_RESERVED, _RESERVED_SHARE = 64, 8
 
 _RECORD = b'{"stream":'
 
@@ -65,7 +63,12 @@ class RunningCall:
         spool: how many bytes may wait for the gate.
         records: where running calls are recorded.
         look: gives all processes as they were at this moment of the monotonic clock, or later.
+        output: where the pipes for its stdout and stderr are made.
         on_gone: called once, when nothing of the call is left.
+        on_closed: called once, when moreover the gate has been told everything.
+
+    Raises:
+        OSError: no descriptor is free; the connection is still the caller's.
     """
 
     def __init__(
@@ -82,36 +85,31 @@ class RunningCall:
         look: Callable[[float], Mapping[int, Process]],
         output: Output,
         on_gone: Callable[[RunningCall], None],
+        on_closed: Callable[[RunningCall], None],
     ) -> None:
         self._loop = loop
         self._gate: socket.socket | None = connection
         self.id = call_id
-        self._procedure = procedure
         self._offered = offered
         self._kill_grace = kill_grace
         self._spool = spool
         self._records = records
         self._look = look
+        self._output = output
         self._on_gone = on_gone
+        self._on_closed = on_closed
         self._fields = {"call": call_id, "procedure": procedure}
         self._to_gate = bytearray()
+        self._to_call = memoryview(b"")
         self._from_call = bytearray()
         self._said_end = False
-        self._stopping: Stop | None = None
-        self._stopped_at = 0.0
-        self._step: Timer | None = None
-        self._limit: Timer | None = None
-        self._tree: Tree | None = None
-        self._known: set[tuple[int, int]] = set()
-        self._status: int | None = None
-        self._eof = False
-        self._gone = False
         self._caller_gone = False
-        self._channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._channel.setblocking(False)
-        stdout, stderr = output.open(self._fields, "stdout"), output.open(self._fields, "stderr")
-        self._to_call = memoryview(b"")
-        zygote.fork(call_id, procedure, (theirs.detach(), stdout, stderr), self)
+        self._stopped: Stop | None = None
+        self._limit: Timer | None = None
+        self._processes: Stopping | None = None  # None: the zygote has not forked yet
+        self._gone = False
+        self._channel, self._pipes, theirs = _equip(output, self._fields)
+        zygote.fork(call_id, procedure, theirs, self)
 
     def give(self, arguments: Raw) -> None:
         """Give the process its arguments; once."""
@@ -122,101 +120,62 @@ class RunningCall:
 
     def forked(self, pid: int, start: int) -> None:
         """The process is there: the call is acknowledged."""
-        self._tree = Tree(pid, start, f"{CALL_VARIABLE}={self.id}".encode())
-        self._records.add(self.id, pid, start)
+        tree = Tree(pid, start, entry(self.id))
+        self._processes = Stopping(self._loop, tree, self._kill_grace, self._look, self._leave)
+        try:
+            self._records.add(self.id, tree)
+        except OSError as error:  # it would be missed only if this warden were killed
+            log.error("a call can't be recorded", extra={**self._fields, "reason": str(error)})
         log.info("call started", extra={**self._fields, "pid": pid})
-        if self._stopping is None:
+        if self._stopped is None:
             self._say(Acknowledgement(self._offered.streaming))
             if self._offered.timeout is not None:
                 self._limit = self._loop.after(self._offered.timeout, lambda: self.stop(Stop.TIME_LIMIT))
-            self._watch()
         else:
-            self._begin_stop()
+            self._processes.begin(interrupt=False)
+        self._watch()
 
     def refused(self, reason: str) -> None:
         """There is no process."""
         self._end(Failed("system_error", reason))
-        self._close_channel()
         self._leave()
 
     def reaped(self, status: int) -> None:
         """The main process has ended: what it has said is read to the end, then its end is known."""
-        self._status = status
+        assert self._processes is not None
         self._read_call()
-        if not self._eof:
-            self._close_channel()  # a descendant holds the channel; the call is over all the same
+        self._close_channel()  # a descendant may hold the channel; the call is over all the same
         if self._limit is not None:
             self._limit.cancel()
-        if not self._said_end:
-            self._end(self._stopped_end() or _died(status))  # a caller who has left does not hear it
-        if self._stopping is None:
-            self._leave()
+        if self._said_end:
+            self._leave()  # what it left running is not ours to stop
+            return
+        if self._stopped is Stop.CANCELLED:  # nobody is there to be told
+            self._said_end = True
+            log.info("call ended", extra={**self._fields, "end": "cancelled"})
         else:
-            self._look_for_survivors()
+            self._end(self._stopped_end(status))
+        self._processes.main_ended()
 
     # Stopping.
 
     def stop(self, why: Stop) -> None:
-        """Stop the call; the first reason stands."""
-        if self._stopping is not None or self._gone:
+        """Stop the call; the first reason stands. One that has ended by itself is left alone."""
+        if self._stopped is not None or self._said_end:
             return
-        if self._said_end:
-            return  # it has ended by itself; what it left running is not ours to stop
-        self._stopping, self._stopped_at = why, time.monotonic()
+        self._stopped = why
         log.info("call is stopped", extra={**self._fields, "why": why.value})
-        if self._tree is not None:
-            self._begin_stop()
+        if self._processes is not None:
+            self._processes.begin(interrupt=why is Stop.TIME_LIMIT)
 
-    def _begin_stop(self) -> None:
-        assert self._tree is not None
-        if self._stopping is Stop.TIME_LIMIT:
-            send(signal.SIGXCPU, (self._tree.pid, self._tree.start))
-            self._step = self._loop.after(self._kill_grace, self._terminate)
-        else:
-            # In the next turn, so that all calls that are stopped in this one share a look at the processes.
-            self._step = self._loop.after(0, self._terminate)
-
-    def _terminate(self) -> None:
-        for member in self._members():
-            send(signal.SIGTERM, member.identity)
-        self._step = self._loop.after(self._kill_grace, self._kill)
-        self._loop.after(_LOOK, self._look_for_survivors)
-
-    def _kill(self) -> None:
-        """Kill what is left, again and again until nothing is."""
-        assert self._tree is not None
-        main = (self._tree.pid, self._tree.start)
-        send(signal.SIGSTOP, main)
-        for member in self._members():
-            if member.identity != main:
-                send(signal.SIGKILL, member.identity)
-        if all(member.identity == main for member in self._members(time.monotonic())):
-            send(signal.SIGKILL, main)
-        self._step = self._loop.after(_LOOK, self._kill)
-
-    def _members(self, moment: float = 0.0) -> list[Process]:
-        assert self._tree is not None
-        members = self._tree.members(self._look(max(self._stopped_at, moment)), self._known)
-        self._known.update(member.identity for member in members)
-        return members
-
-    def _look_for_survivors(self) -> None:
-        if self._gone or self._status is None:
-            return
-        if self._members():
-            self._loop.after(_LOOK, self._look_for_survivors)
-        else:
-            self._leave()
-
-    def _stopped_end(self) -> Failed | None:
-        """The end of a call that was stopped; None: it was not, or nobody is there to hear it."""
-        match self._stopping:
+    def _stopped_end(self, status: int) -> Failed:
+        match self._stopped:
             case Stop.TIME_LIMIT:
                 return Failed("timeout", f"the procedure took more than its limit of {self._offered.timeout:g} s")
             case Stop.SHUTDOWN:
                 return Failed("shutdown", "harpd was stopped while the call ran")
             case _:
-                return None
+                return _died(status)
 
     # What the process says, and who hears it.
 
@@ -224,7 +183,7 @@ class RunningCall:
         """Watch for what can be done now, and for the other sides going away."""
         if self._channel.fileno() >= 0:
             # Nothing is read before the acknowledgement has gone out: it comes first on the wire.
-            reading = self._tree is not None and len(self._to_gate) < self._spool
+            reading = self._processes is not None and len(self._to_gate) < self._spool
             events = (READ if reading else 0) | (WRITE if self._to_call else 0)
             if events:
                 self._loop.watch(self._channel.fileno(), events, self._on_channel)
@@ -236,18 +195,18 @@ class RunningCall:
     def _on_channel(self) -> None:
         if self._to_call:
             try:
-                self._to_call = self._to_call[self._channel.send(self._to_call) :]
+                self._to_call = self._to_call[self._channel.send(self._to_call) :] or memoryview(b"")
             except BlockingIOError:
                 pass
             except OSError:
                 self._to_call = memoryview(b"")
-        if self._tree is not None:
+        if self._processes is not None:
             self._read_call(1)
         self._watch()
 
     def _read_call(self, most: int | None = None) -> None:
         """Read what the process has written; `most` times, or to the end of what is there."""
-        while most != 0 and not self._eof and self._channel.fileno() >= 0:
+        while most != 0 and self._channel.fileno() >= 0:
             if len(self._to_gate) >= self._spool and most is not None:
                 return
             try:
@@ -257,28 +216,29 @@ class RunningCall:
             except OSError:
                 data = b""
             if not data:
-                self._eof = True
                 self._close_channel()
                 return
             self._take(data)
             most = None if most is None else most - 1
 
     def _take(self, data: bytes) -> None:
-        self._from_call += data
-        end = self._from_call.rfind(b"\n") + 1
-        if not end:
-            return
-        lines = bytes(self._from_call[:end])
-        del self._from_call[:end]
-        if self._stopping is not None or self._said_end:
+        if self._stopped is not None or self._said_end:
             return  # the end is decided
-        last = lines.rfind(b"\n", 0, end - 1) + 1
-        self._pass_on(lines)
+        end = data.rfind(b"\n") + 1
+        if not end:
+            self._from_call += data
+            return
+        lines = bytes(self._from_call) + data[:end]
+        self._from_call = bytearray(data[end:])
+        last = lines.rfind(b"\n", 0, -1) + 1
         if not lines.startswith(_RECORD, last):
             self._said_end = True
             if self._limit is not None:
                 self._limit.cancel()
             log.info("call ended", extra={**self._fields, "end": _kind(lines[last:])})
+            assert self._processes is not None
+            self._processes.expect_exit()
+        self._pass_on(lines)
 
     def _end(self, end: Failed) -> None:
         self._said_end = True
@@ -327,8 +287,7 @@ class RunningCall:
         self._to_gate.clear()
         self.stop(Stop.CANCELLED)
         self._watch()  # what the process still says is read, and dropped
-        if self._gone:
-            self._close_gate()
+        self._close_gate_if_done()
 
     # Leaving.
 
@@ -337,12 +296,16 @@ class RunningCall:
         if self._gone:
             return
         self._gone = True
-        if self._step is not None:
-            self._step.cancel()
+        if self._limit is not None:
+            self._limit.cancel()
+        if self._processes is not None:
+            self._processes.cancel()
         self._close_channel()
+        for pipe in self._pipes:
+            self._output.leave(pipe)
         self._records.remove(self.id)
-        self._close_gate_if_done()
         self._on_gone(self)
+        self._close_gate_if_done()
 
     def _close_channel(self) -> None:
         if self._channel.fileno() >= 0:
@@ -350,14 +313,33 @@ class RunningCall:
             self._channel.close()
 
     def _close_gate_if_done(self) -> None:
-        if self._gone and not self._to_gate:
-            self._close_gate()
-
-    def _close_gate(self) -> None:
-        if self._gate is not None:
+        if self._gone and not self._to_gate and self._gate is not None:
             self._loop.forget(self._gate.fileno())
             self._gate.close()
             self._gate = None
+            self._on_closed(self)
+
+
+def _equip(output: Output, fields: Mapping[str, str]) -> tuple[socket.socket, tuple[int, int], tuple[int, int, int]]:
+    """Make a call's descriptors: our end of its channel, our ends of its pipes, and its three."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    ours.setblocking(False)
+    descriptors = [theirs.detach()]
+    try:
+        pipes = []
+        for stream in ("stdout", "stderr"):
+            reading, writing = output.open(fields, stream)
+            pipes.append(reading)
+            descriptors.append(writing)
+        limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if max(ours.fileno(), *descriptors, *pipes) >= limit - min(_RESERVED, limit // _RESERVED_SHARE):
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+    except OSError:
+        ours.close()
+        for descriptor in descriptors:  # the pipes' other ends see it, and go
+            os.close(descriptor)
+        raise
+    return ours, (pipes[0], pipes[1]), (descriptors[0], descriptors[1], descriptors[2])
 
 
 def _kind(line: bytes) -> str:

@@ -22,6 +22,7 @@ gone: a close is the proof of death. A connection whose first line has the key `
 
 The settings: `procedures` (path), `python_path` (prepend, append), `default_user`, `default_group`, `calls` (the most
 at once), `kill_grace` (seconds), `spool` (bytes of a call that may wait for the gate), `runtime_directory`, `logging`.
+`descriptors`, the limit of open files that calls have, may be absent: then it is the warden's own at its start.
 Nothing secret ever comes here.
 """
 
@@ -29,6 +30,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import resource
 import signal
 import socket
@@ -41,6 +43,7 @@ from typing import Any, NoReturn
 
 from harp.protocol.daemon import encode_message
 from harp.protocol.ends import Failed
+from harp.protocol.fields import ProtocolError, check, is_container, string
 from harp.protocol.jsontext import InvalidJSON, Members, dumps, loads, open_sliced
 from harp.protocol.lines import LineBuffer, LineTooLong
 from harpd import logs
@@ -60,10 +63,18 @@ _READ_SIZE = 1 << 16
 _LONGEST_LINE = 1 << 30
 #: Seconds that a look at all processes stays good.
 _LOOK_LASTS = 0.02
-#: Seconds until a dead zygote is started again.
-_ZYGOTE_PAUSE = 1.0
+#: Seconds until a dead zygote is started again, and that a procedures file has to load: less than the gate waits.
+_ZYGOTE_PAUSE, _LOAD = 1.0, 50.0
+#: Seconds without a look at new connections when there is no descriptor for them.
+_ACCEPT_PAUSE = 0.1
+#: At the end, seconds in which gates may still take what calls have said before.
+_LAST_WORDS = 2.0
+#: The share of descriptors that may belong to what ended calls have left running, as its output.
+_LEFT_SHARE = 8
 _RECURSION_LIMIT = 10_000
 _CREDENTIALS = struct.Struct("3i")
+#: What a call's id may be: it names a file and is an entry of the environment. A UUID is what the gate gives.
+_CALL_ID = re.compile(r"[0-9A-Za-z-]{1,36}")
 
 
 class Warden:
@@ -74,9 +85,12 @@ class Warden:
         self._listener = listener
         self._settings = settings
         self._calls: set[RunningCall] = set()
+        self._speaking: set[RunningCall] = set()
+        self._lifeline = lifeline
         self._records = CallRecords(Path(settings["runtime_directory"]))
-        self._output = Output(loop)
+        self._output = Output(loop, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // _LEFT_SHARE)
         self._zygote: Zygote | None = None
+        self._give_up: Callable[[str], None] = lambda reason: None  # the load that is under way, if there is one
         self._closing: Callable[[], None] | None = None
         self._looked_at, self._processes = 0.0, dict[int, Process]()
         if killed := self._records.sweep():
@@ -87,9 +101,16 @@ class Warden:
     # The zygote.
 
     def _load(self, settings: Mapping[str, Any], done: Callable[[str | None], None]) -> None:
-        """Start a zygote with these settings; take it when it has loaded."""
+        """Start a zygote with these settings; take it when it has loaded. The last request counts."""
+        self._give_up("another load has begun")
+
+        def give_up(reason: str) -> None:
+            zygote.end()
+            on_loaded(reason)
 
         def on_loaded(fault: str | None) -> None:
+            deadline.cancel()
+            self._give_up = lambda reason: None
             if fault is None:
                 if self._zygote is not None:
                     self._zygote.retire()
@@ -105,14 +126,24 @@ class Warden:
                 log.error("the zygote died", extra={"zygote": zygote.pid})
                 self._loop.after(_ZYGOTE_PAUSE, self._load_again)
 
-        zygote = Zygote(self._loop, settings, on_loaded, on_died)
+        try:
+            zygote = Zygote(self._loop, settings, on_loaded, on_died)
+        except OSError as error:
+            done(f"no process can be made: {error.strerror}")
+            return
+        self._give_up = give_up
+        deadline = self._loop.after(_LOAD, lambda: give_up(f"loading took longer than {_LOAD:g} s"))
 
     def _on_first_loaded(self, fault: str | None) -> None:
         if fault is not None:
             log.error("the procedures file can't be loaded", extra={"reason": fault})
             os._exit(1)
         self._listener.setblocking(False)
-        self._loop.watch(self._listener.fileno(), READ, self._accept)
+        self._listen()
+
+    def _listen(self) -> None:
+        if self._closing is None:
+            self._loop.watch(self._listener.fileno(), READ, self._accept)
 
     def _load_again(self) -> None:
         if self._zygote is None:
@@ -130,9 +161,10 @@ class Warden:
             connection, _ = self._listener.accept()
         except BlockingIOError:
             return
-        except OSError as error:  # no descriptor is free: the listener stays ready, so take a breath
+        except OSError as error:  # no descriptor is free: the listener stays ready, so look away
             log.error("a connection can't be taken", extra={"reason": str(error)})
-            time.sleep(_LOOK_LASTS)
+            self._loop.forget(self._listener.fileno())
+            self._loop.after(_ACCEPT_PAUSE, self._listen)
             return
         credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
         _, uid, _ = _CREDENTIALS.unpack(credentials)
@@ -147,7 +179,11 @@ class Warden:
         if "control" in request:
             self._control(connection, request)
             return
-        name, call_id = request.value("procedure"), request.value("call")
+        call_id, name = string(request, "call"), string(request, "procedure")
+        arguments = request.payload("arguments")
+        check(_CALL_ID.fullmatch(call_id) is not None, f"call: expected a UUID, got {call_id!r}")
+        check(all(call.id != call_id for call in self._calls), f"call: {call_id} runs already")
+        check(is_container(arguments, (list, dict)), "arguments: expected an array or an object")
         refusal = self._refusal(name)
         if refusal is not None:
             _Farewell(self._loop, connection, encode_message(refusal))
@@ -167,13 +203,15 @@ class Warden:
                 self._look,
                 self._output,
                 self._on_call_gone,
+                self._on_call_closed,
             )
         except OSError as error:
             failed = Failed("system_error", f"no process can be made: {error.strerror}")
             _Farewell(self._loop, connection, encode_message(failed))
             return
         self._calls.add(call)
-        call.give(request.payload("arguments"))
+        self._speaking.add(call)
+        call.give(arguments)
 
     def _refusal(self, name: str) -> Failed | None:
         if self._closing is not None:
@@ -193,7 +231,6 @@ class Warden:
 
         match request.value("control"):
             case "status":
-                assert self._zygote is not None or self._closing is None
                 answer(
                     {
                         "calls": len(self._calls),
@@ -203,7 +240,9 @@ class Warden:
                     }
                 )
             case "reload":
-                settings = {**request.value("settings"), "descriptors": self._settings["descriptors"]}
+                given = request.value("settings")
+                check(isinstance(given, dict), "settings: expected an object")
+                settings = {"descriptors": self._settings["descriptors"], **given}
                 self._load(settings, lambda fault: answer(_reloaded(settings, fault)))
             case "shutdown":
                 self._shut_down(lambda: answer({"ok": True}))
@@ -216,7 +255,12 @@ class Warden:
         self._calls.discard(call)
         self._end_if_done()
 
+    def _on_call_closed(self, call: RunningCall) -> None:
+        self._speaking.discard(call)
+        self._end_if_done()
+
     def _on_gate_died(self) -> None:
+        self._loop.forget(self._lifeline)
         log.error("the gate died; its calls are ended")
         self._shut_down(lambda: None)
 
@@ -228,13 +272,21 @@ class Warden:
         self._end_if_done()
 
     def _end_if_done(self) -> None:
-        if self._closing is not None and not self._calls:
-            if self._zygote is not None:
-                self._zygote.end()
-                self._zygote = None
-            self._closing()
-            self._closing = lambda: None
-            self._loop.after(0, self._loop.stop)
+        if self._closing is None or self._calls:
+            return
+        if self._speaking:
+            self._loop.after(_LAST_WORDS, self._end)
+        else:
+            self._end()
+
+    def _end(self) -> None:
+        assert self._closing is not None
+        if self._zygote is not None:
+            self._zygote.end()
+            self._zygote = None
+        self._closing()
+        self._closing = lambda: None
+        self._loop.after(0, self._loop.stop)
 
     def _look(self, moment: float) -> Mapping[int, Process]:
         """All processes as they were at `moment` or later, and not long ago; many calls share a look."""
@@ -285,7 +337,11 @@ class _FirstLine:
             self._loop.forget(self._connection.fileno())
             self._connection.close()
             return
-        self._done(self._connection, request)
+        try:
+            self._done(self._connection, request)
+        except (KeyError, InvalidJSON, ProtocolError) as error:
+            log.error("a request that is none was refused", extra={"reason": repr(error)})
+            self._connection.close()
 
 
 class _Farewell:
@@ -320,10 +376,12 @@ def main() -> NoReturn:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # zygotes are not waited for; their sockets tell of their end
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):  # for the gate to act on, if all of harpd gets it
+        signal.signal(number, signal.SIG_IGN)
     for descriptor in (listener, lifeline):
         os.set_inheritable(descriptor, False)
     loop = EventLoop()
-    Warden(loop, socket.socket(fileno=listener), lifeline, {**settings, "descriptors": soft})
+    Warden(loop, socket.socket(fileno=listener), lifeline, {"descriptors": soft, **settings})
     loop.run()
     os._exit(0)
 

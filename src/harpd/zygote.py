@@ -18,19 +18,23 @@ JSON objects:
 from __future__ import annotations
 
 import contextlib
+import errno
 import gc
+import io
 import os
 import resource
 import select
 import signal
 import socket
 import sys
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from harp.protocol.jsontext import dumps, loads
 from harpd.call import Descriptors, run_call
+from harpd.mark import Mark
 from harpd.prctl import become_subreaper, die_with_parent
 from harpd.proc import Procedure
 from harpd.procedures import ProceduresError, load_procedures
@@ -39,6 +43,9 @@ from harpd.processes import start_time
 __all__ = ["main"]
 
 _MESSAGE_SIZE = 1 << 18
+#: How many descriptors come with an order to fork, and how many bytes each takes.
+_DESCRIPTORS, _DESCRIPTOR_SIZE = 3, 4
+_LIMITS = frozenset({signal.SIGTERM, signal.SIGXCPU})
 #: Payloads may be nested this deep and need a frame or more for each level.
 _RECURSION_LIMIT = 10_000
 
@@ -46,6 +53,7 @@ _RECURSION_LIMIT = 10_000
 class _Zygote:
     def __init__(self, warden: socket.socket) -> None:
         self._warden = warden
+        self._mark = Mark()
         self._procedures: Mapping[str, Procedure] = {}
         self._defaults: tuple[int | str | None, int | str | None] = (None, None)
         self._children, self._child_ended = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
@@ -62,6 +70,9 @@ class _Zygote:
         except ProceduresError as error:
             self._say({"fault": str(error)})
             return False
+        _settle_streams()
+        # The warden's own warning of threads says it once, and to the right person.
+        warnings.filterwarnings("ignore", message=".*use of fork", category=DeprecationWarning)
         for name, procedure in self._procedures.items():
             self._say({"procedure": name, "streaming": procedure.streaming, "timeout": procedure.timeout})
         self._say({"loaded": len(self._procedures), "threads": len(os.listdir("/proc/self/task")) - 1})
@@ -69,6 +80,7 @@ class _Zygote:
 
     def serve(self) -> None:
         """Fork and reap until the warden closes the socket."""
+        _ignore_signals()  # the file may have set its own
         signal.signal(signal.SIGCHLD, lambda number, frame: None)
         signal.set_wakeup_fd(self._child_ended, warn_on_full_buffer=False)
         gc.collect()
@@ -85,14 +97,17 @@ class _Zygote:
                 return
 
     def _take_order(self) -> bool:
-        data, ancillary, _, _ = self._warden.recvmsg(_MESSAGE_SIZE, socket.CMSG_SPACE(3 * 4), socket.MSG_CMSG_CLOEXEC)
+        data, ancillary, _, _ = self._warden.recvmsg(
+            _MESSAGE_SIZE, socket.CMSG_SPACE(_DESCRIPTORS * _DESCRIPTOR_SIZE), socket.MSG_CMSG_CLOEXEC
+        )
         if not data:
             return False
         received = memoryview(b"".join(item for _, _, item in ancillary)).cast("i")
-        descriptors = Descriptors(*received)
         order = loads(data)
         try:
-            self._fork(order["fork"], self._procedures[order["procedure"]], descriptors)
+            if len(received) != _DESCRIPTORS:
+                raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+            self._fork(order["fork"], self._procedures[order["procedure"]], Descriptors(*received))
         except OSError as error:
             self._say({"refused": order["fork"], "reason": f"no process can be made: {error.strerror}"})
         finally:
@@ -102,16 +117,25 @@ class _Zygote:
 
     def _fork(self, call_id: str, procedure: Procedure, descriptors: Descriptors) -> None:
         parent = os.getpid()
-        pid = os.fork()
-        if pid:
-            self._say({"forked": call_id, "pid": pid, "start": start_time(pid)})
-            return
+        signal.pthread_sigmask(signal.SIG_BLOCK, _LIMITS)  # until the call has handlers for them
+        try:
+            pid = os.fork()
+            if pid == 0:
+                self._become_call(procedure, call_id, descriptors, parent)
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, _LIMITS)
+        self._say({"forked": call_id, "pid": pid, "start": start_time(pid)})
+
+    def _become_call(self, procedure: Procedure, call_id: str, descriptors: Descriptors, parent: int) -> NoReturn:
         try:
             signal.set_wakeup_fd(-1)
             self._warden.close()
             os.close(self._children)
             os.close(self._child_ended)
-            run_call(procedure, call_id, descriptors, parent, *self._defaults)
+            self._mark.write(call_id)
+            run_call(procedure, descriptors, parent, *self._defaults)
+        except BaseException:  # noqa: BLE001 - nothing may go up into the zygote's own code
+            sys.excepthook(*sys.exc_info())
         finally:
             os._exit(1)
 
@@ -129,18 +153,37 @@ class _Zygote:
         self._warden.send(dumps(message))
 
 
-def main() -> None:
+def _ignore_signals() -> None:
+    """What is sent to harpd as a whole is the gate's to act on. By a handler: what the file executes inherits none."""
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
+        signal.signal(number, lambda number, frame: None)
+
+
+def _settle_streams() -> None:
+    """Leave nothing in the streams that each call would write again, and no number that a call's own could take."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(Exception):  # the file may have closed or replaced it
+            stream.flush()
+    while (descriptor := os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)) <= 2:
+        pass
+    os.close(descriptor)
+
+
+def main() -> NoReturn:
     """Run the zygote."""
     descriptor, warden = map(int, sys.argv[1:])
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    _ignore_signals()
     sys.setrecursionlimit(_RECURSION_LIMIT)
+    for stream in (sys.stdout, sys.stderr):  # a line is in the log when it is printed, and printing does not fail
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace", line_buffering=True)
     become_subreaper()
     die_with_parent(warden)
     with socket.socket(fileno=descriptor) as channel, contextlib.suppress(ConnectionError):  # the warden is gone
         zygote = _Zygote(channel)
         if zygote.load():
             zygote.serve()
+    os._exit(0)  # threads that the procedures file left must not keep a retired zygote
 
 
 if __name__ == "__main__":

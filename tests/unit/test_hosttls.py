@@ -174,7 +174,6 @@ def test_files_that_can_not_be_used(tmp_path: Path, key: str) -> None:
         assert str(file) in str(caught.value)
 
 
-@pytest.mark.filterwarnings("ignore:ssl.TLSVersion:DeprecationWarning")
 async def test_the_floor_of_tls(tmp_path: Path) -> None:
     issued = issue(tmp_path / "a", "web01")
     context = server_context(issued.files)

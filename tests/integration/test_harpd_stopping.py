@@ -1,0 +1,593 @@
+"""How calls are stopped: limits, callers that go away, the daemon's end, processes that resist, deaths on the way."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from support.daemonlog import DEADLINE
+from support.deadline import wait_until
+from support.harpd import Harpd, is_dead
+
+PROCEDURES = r'''
+import os, signal, stat, sys, threading, time
+from harpd.proc import Cancelled, Result, TimeLimit, procedure, streaming_procedure
+
+def note(path, text):
+    with open(path, "a") as file:
+        file.write(text + "\n")
+
+def note_pid(path):
+    note(path, str(os.getpid()))
+
+@procedure
+def echo(value):
+    return value
+
+@procedure
+def version():
+    return 1
+
+def pause():
+    while True:
+        time.sleep(3600)
+
+def sleep_and_note(path):
+    try:
+        note_pid(path)
+        pause()
+    except BaseException as error:
+        note(path, type(error).__name__)
+        raise
+
+sleeps = procedure(sleep_and_note)
+limited = procedure(timeout=0.3)(sleep_and_note)
+
+@procedure(timeout=0.3)
+def gives_a_result_all_the_same(path):
+    try:
+        sleep_and_note(path)
+    except TimeLimit:
+        return "a result"
+
+@streaming_procedure(timeout=0.5)
+def limited_stream(path):
+    try:
+        while True:
+            yield "x" * 1000
+    except TimeLimit:
+        note(path, "TimeLimit")
+        yield "more"
+    finally:
+        note(path, "finally")
+
+@streaming_procedure
+def streams(path):
+    note_pid(path)
+    try:
+        number = 0
+        while True:
+            yield number
+            number += 1
+    finally:
+        note(path, "finally")
+
+@procedure(timeout=0.3)
+def counts_threads(path):
+    stop = threading.Event()
+    thread = threading.Thread(target=stop.wait)
+    thread.start()
+    try:
+        sleep_and_note(path)
+    finally:
+        stop.set()
+        thread.join()
+        note(path, "joined")
+
+def resist():
+    for number in set(signal.Signals) - {signal.SIGKILL, signal.SIGSTOP}:
+        signal.signal(number, signal.SIG_IGN)
+
+def escape(path, execute):
+    """Fork twice with a session of its own; the grandchild resists."""
+    if os.fork() == 0:
+        os.setsid()
+        if os.fork() == 0:
+            resist()
+            note_pid(path)
+            if execute:
+                os.execvp("sh", ["sh", "-c", "while :; do sleep 3600; done"])
+            while True:
+                time.sleep(3600)
+        os._exit(0)
+    os.wait()
+
+def resist_and_escape(path):
+    note_pid(path)
+    escape(path, True)
+    escape(path, False)
+    resist()
+    note(path, "ready")
+    while True:
+        time.sleep(3600)
+
+resists = procedure(resist_and_escape)
+resists_limit = procedure(timeout=0.5)(resist_and_escape)
+
+def escape_and_obey(path):
+    """The main process ends as told; what has escaped does not."""
+    note_pid(path)
+    escape(path, True)
+    escape(path, False)
+    note(path, "ready")
+    pause()
+
+obeys = procedure(escape_and_obey)
+obeys_limit = procedure(timeout=0.5)(escape_and_obey)
+
+@procedure
+def escapes_and_dies(path):
+    note_pid(path)
+    child = os.fork()
+    if not child:
+        note_pid(path)
+        pause()
+    escape(path, True)
+    note(path, "ready")
+    os.kill(os.getpid(), signal.SIGKILL)
+
+@procedure
+def breeds(path):
+    """Children that escape and have children that escape, for as long as they are let."""
+    resist()
+    note_pid(path)
+    note(path, "ready")
+    while True:
+        if os.fork() == 0:
+            os.setsid()
+            note_pid(path)
+            if os.fork():
+                os._exit(0)
+        else:
+            os.wait()
+        time.sleep(0.002)
+
+@procedure
+def says_its_end_and_stays():
+    channel = next(number for number in range(3, 100)
+                   if os.path.exists(f"/proc/self/fd/{number}") and stat.S_ISSOCK(os.fstat(number).st_mode))
+    os.write(channel, b'{"result":"forged"}\n')
+    resist()
+    pause()
+
+@procedure
+def raises_its_own():
+    raise TimeLimit("mine")
+'''
+
+ACKNOWLEDGED = {"harp": 1, "stream_result": False}
+STREAMING = {"harp": 1, "stream_result": True}
+GRACE = 0.5
+
+
+@pytest.fixture(scope="module")
+def harpd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Harpd]:
+    limits = {"limits": {"kill_grace": GRACE}}
+    with Harpd(tmp_path_factory.mktemp("stopping"), PROCEDURES, limits) as harpd:
+        yield harpd
+        nothing_is_left(harpd)
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> Harpd:
+    """A harpd for one test, not started."""
+    return Harpd(tmp_path / "harpd", PROCEDURES, {"limits": {"kill_grace": GRACE}})
+
+
+@pytest.fixture
+def notes(tmp_path: Path) -> Path:
+    return tmp_path / "notes"
+
+
+def nothing_is_left(harpd: Harpd) -> None:
+    """No call, record or fault of the warden is left."""
+    wait_until(lambda: harpd.status()["calls"] == 0, DEADLINE, "the end of the calls")
+    assert not list((harpd.runtime_directory / "calls").iterdir())
+    assert not harpd.events("fault in the warden")
+
+
+def words(notes: Path) -> list[str]:
+    return notes.read_text().split("\n")[:-1] if notes.exists() else []
+
+
+def pids(notes: Path) -> list[int]:
+    return [int(word) for word in words(notes) if word.isdigit()]
+
+
+def wait_word(notes: Path, word: str) -> None:
+    wait_until(lambda: word in words(notes), DEADLINE, f"the note {word}")
+
+
+def wait_pid(notes: Path) -> int:
+    return wait_until(lambda: pids(notes), DEADLINE, "the procedure's start")[0]
+
+
+def all_dead(found: list[int]) -> bool:
+    return all(map(is_dead, found))
+
+
+def call_id(harpd: Harpd, procedure: str) -> str:
+    return str(harpd.events("call started", procedure=procedure)[-1]["call"])
+
+
+# ---- a procedure's limit -------------------------------------------------------------------------------------
+
+
+def test_a_limit_raises_in_the_procedure(harpd: Harpd, notes: Path) -> None:
+    acknowledged, last = harpd.call("limited", str(notes))
+    assert acknowledged == ACKNOWLEDGED
+    message = "the procedure took more than its limit of 0.3 s"
+    assert last == {"harp": 1, "error": {"type": "timeout", "message": message}}
+    assert words(notes)[1:] == ["TimeLimit"]
+
+
+@pytest.mark.parametrize("procedure", ["gives_a_result_all_the_same", "counts_threads"])
+def test_whatever_the_procedure_makes_of_it_the_end_is_timeout(harpd: Harpd, procedure: str, notes: Path) -> None:
+    assert harpd.call(procedure, str(notes))[-1]["error"]["type"] == "timeout"
+    assert words(notes)[1] == "TimeLimit"
+
+
+def test_a_limit_in_the_middle_of_records_tears_no_line(harpd: Harpd, notes: Path) -> None:
+    first, *records, last = harpd.call("limited_stream", str(notes))
+    assert first == STREAMING
+    assert last["error"]["type"] == "timeout"
+    assert all(record == {"stream": "x" * 1000} for record in records)
+    wait_word(notes, "finally")
+
+
+def test_who_raises_it_without_a_limit_has_died(harpd: Harpd) -> None:
+    last = harpd.call("raises_its_own")[-1]
+    assert (last["error"]["type"], last["error"]["data"]) == ("call_died", {"signal": "SIGXCPU"})
+
+
+@pytest.mark.parametrize("procedure", ["resists_limit", "obeys_limit"])
+def test_a_limit_ends_all_that_the_call_has_started(harpd: Harpd, procedure: str, notes: Path) -> None:
+    with harpd.connect() as client:
+        client.send(harpd.request(procedure, [str(notes)]))
+        _, last = client.lines()
+    assert last["error"]["type"] == "timeout"
+    assert len(pids(notes)) == 3
+    assert all_dead(pids(notes))  # at once: a close is the proof
+
+
+# ---- a caller that goes away ---------------------------------------------------------------------------------
+
+
+def test_a_cancel_raises_in_the_procedure(harpd: Harpd, notes: Path) -> None:
+    with harpd.connect() as client:
+        client.send(harpd.request("sleeps", [str(notes)]))
+        assert client.message() == ACKNOWLEDGED
+        pid = wait_pid(notes)
+    wait_word(notes, "Cancelled")
+    call = call_id(harpd, "sleeps")
+    harpd.wait_event("client went away; call stopped", call=call)
+    assert is_dead(pid)
+    assert harpd.events("call ended", call=call)[0]["end"] == "cancelled"
+
+
+def test_a_stream_whose_caller_goes_cleans_up(harpd: Harpd, notes: Path) -> None:
+    with harpd.connect() as client:
+        client.send(harpd.request("streams", [str(notes)]))
+        assert client.message() == STREAMING
+        wait_pid(notes)
+    wait_word(notes, "finally")
+    harpd.wait_event("client went away; call stopped", call=call_id(harpd, "streams"))
+    assert all_dead(pids(notes))
+
+
+@pytest.mark.parametrize("procedure", ["resists", "obeys"])
+def test_a_cancel_ends_all_that_the_call_has_started(harpd: Harpd, procedure: str, notes: Path) -> None:
+    with harpd.connect() as client:
+        client.send(harpd.request(procedure, [str(notes)]))
+        assert client.message() == ACKNOWLEDGED
+        wait_word(notes, "ready")
+    harpd.wait_event("client went away; call stopped", call=call_id(harpd, procedure))
+    assert len(pids(notes)) == 3
+    assert all_dead(pids(notes))
+
+
+def test_processes_that_breed_are_ended(harpd: Harpd, notes: Path) -> None:
+    with harpd.connect() as client:
+        client.send(harpd.request("breeds", [str(notes)]))
+        wait_until(lambda: len(pids(notes)) > 10, DEADLINE, "some children")
+    harpd.wait_event("client went away; call stopped", call=call_id(harpd, "breeds"))
+    assert all_dead(pids(notes))
+
+
+def test_a_cancel_right_after_the_acknowledgement(harpd: Harpd, notes: Path) -> None:
+    for _ in range(30):
+        with harpd.connect() as client:
+            client.send(harpd.request("sleeps", [str(notes)]))
+            assert client.message() == ACKNOWLEDGED
+    wait_until(lambda: harpd.status()["calls"] == 0, DEADLINE, "the end of all")
+    assert all_dead(pids(notes))
+
+
+def test_what_a_dead_process_leaves_is_ended(harpd: Harpd, notes: Path) -> None:
+    last = harpd.call("escapes_and_dies", str(notes))[-1]
+    assert (last["error"]["type"], last["error"]["data"]) == ("call_died", {"signal": "SIGKILL"})
+    assert len(pids(notes)) == 3
+    assert all_dead(pids(notes))
+
+
+def test_a_process_that_has_said_its_end_has_to_go(harpd: Harpd) -> None:
+    assert harpd.call("says_its_end_and_stays") == [ACKNOWLEDGED, {"result": "forged"}]
+    wait_until(lambda: harpd.status()["calls"] == 0, DEADLINE, "the call's end")
+
+
+def warden_connection(harpd: Harpd) -> socket.socket:
+    """A connection to the warden as the gate makes it."""
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    connection.settimeout(DEADLINE)
+    descriptor = os.open(harpd.runtime_directory, os.O_PATH)
+    try:
+        connection.connect(f"/proc/self/fd/{descriptor}/warden")
+    finally:
+        os.close(descriptor)
+    return connection
+
+
+def wardens_request(call: str, procedure: str, *arguments: Any) -> bytes:
+    request = {"call": call, "procedure": procedure, "arguments": arguments, "user": "u", "peer": "p"}
+    return json.dumps(request).encode() + b"\n"
+
+
+def test_the_gate_may_close_at_any_moment(harpd: Harpd, notes: Path) -> None:
+    moments = random.Random(7)
+    line = wardens_request("CALL", "streams", str(notes))
+    for number in range(60):
+        request = line.replace(b"CALL", f"any-moment-{number}".encode())
+        with warden_connection(harpd) as connection:
+            connection.sendall(request[: moments.choice([0, 1, 20, len(request) - 1, *[len(request)] * 6])])
+            if moments.random() < 0.5:
+                connection.shutdown(socket.SHUT_WR)
+            elif moments.random() < 0.5:
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+            if moments.random() < 0.3:
+                connection.settimeout(moments.random() / 20)
+                with contextlib.suppress(TimeoutError):
+                    connection.recv(100)
+    wait_until(lambda: harpd.status()["calls"] == 0, DEADLINE, "the end of all")
+    assert all_dead(pids(notes))
+    assert harpd.call("echo", 1)[-1] == {"result": 1}
+
+
+def test_the_wardens_close_is_the_proof_of_death(harpd: Harpd, notes: Path) -> None:
+    with warden_connection(harpd) as connection:
+        connection.sendall(wardens_request("proof", "resists", str(notes)))
+        wait_word(notes, "ready")
+        connection.shutdown(socket.SHUT_WR)
+        received = b"".join(iter(lambda: connection.recv(65536), b""))
+    assert all_dead(pids(notes))
+    assert received == b'{"harp":1,"stream_result":false}\n'
+
+
+@pytest.mark.parametrize(
+    "garbage",
+    [b"\n", b"[]\n", b"\xff\n", b"{}\n", b'{"procedure":[]}\n', b'{"control":5}\n', b'{"control":"reload"}\n'],
+)
+def test_garbage_on_the_wardens_socket(harpd: Harpd, garbage: bytes) -> None:
+    with warden_connection(harpd) as connection:
+        connection.sendall(garbage)
+        connection.recv(1000)
+    assert harpd.call("echo", 1)[-1] == {"result": 1}
+
+
+# ---- reload --------------------------------------------------------------------------------------------------
+
+
+def test_a_retired_zygote_goes_with_its_last_call(own: Harpd, notes: Path) -> None:
+    with own, own.connect() as first, own.connect() as second:
+        for client in (first, second):
+            client.send(own.request("sleeps", [str(notes)]))
+            assert client.message() == ACKNOWLEDGED
+        wait_until(lambda: len(pids(notes)) == 2, DEADLINE, "both")
+        old = own.zygote
+        own.procedures_file.write_text(PROCEDURES.replace("return 1\n", "return 2\n"))
+        assert own.reload()["event"] == "reloaded"
+        assert own.call("version")[-1] == {"result": 2}
+        first.close()
+        wait_until(lambda: own.status()["calls"] == 1, DEADLINE, "the first call's end")
+        assert not is_dead(old)
+        second.close()
+        wait_until(lambda: is_dead(old), DEADLINE, "the old zygote's end")
+        own.procedures_file.write_text("import os\nos._exit(1)\n")
+        assert own.reload()["event"] == "reload failed; nothing is changed"
+        assert own.call("version")[-1] == {"result": 2}
+        nothing_is_left(own)
+
+
+def test_a_load_that_hangs_gives_way_to_the_next(own: Harpd) -> None:
+    with own:
+        settings: dict[str, Any] = {
+            "procedures": str(own.directory / "hangs.py"),
+            "calls": 10,
+            "kill_grace": 1,
+            "spool": 1000,
+        }
+        settings |= {"runtime_directory": str(own.runtime_directory), "logging": {"config": None, "syslog": False}}
+        started = own.directory / "started"
+        (own.directory / "hangs.py").write_text(f"import time\nopen({str(started)!r}, 'w')\ntime.sleep(3600)\n")
+        with warden_connection(own) as connection:
+            connection.sendall(json.dumps({"control": "reload", "settings": settings}).encode() + b"\n")
+            wait_until(started.exists, DEADLINE, "the hanging load")
+            assert own.call("version")[-1] == {"result": 1}
+            assert own.reload()["event"] == "reloaded"
+            assert json.loads(connection.recv(1000)) == {"error": "another load has begun"}
+        nothing_is_left(own)
+
+
+# ---- the end of the daemon -----------------------------------------------------------------------------------
+
+
+def test_shutdown_ends_what_resists(own: Harpd, notes: Path) -> None:
+    own.start()
+    with own.connect() as client, own.connect() as obeying:
+        client.send(own.request("resists", [str(notes)]))
+        obeying.send(own.request("obeys", [str(notes)]))
+        for one in (client, obeying):
+            assert one.message() == ACKNOWLEDGED
+        wait_until(lambda: words(notes).count("ready") == 2, DEADLINE, "both")
+        assert own.stop() == 0
+        for one in (client, obeying):
+            assert one.message()["error"]["type"] == "shutdown"
+    assert len(pids(notes)) == 6
+    assert all_dead(pids(notes))
+    assert not own.events("fault in the warden")
+    assert not own.events("warden did not end in order; killed")
+
+
+def test_a_signal_to_all_of_harpd_is_still_an_orderly_end(own: Harpd, notes: Path) -> None:
+    own.start()
+    with own.connect() as client:
+        client.send(own.request("sleeps", [str(notes)]))
+        assert client.message() == ACKNOWLEDGED
+        wait_pid(notes)
+        for pid in (own.zygote, own.warden):
+            for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
+                os.kill(pid, number)
+        assert own.call("echo", 1)[-1] == {"result": 1}
+        assert own.stop() == 0
+        assert client.message()["error"]["type"] == "shutdown"
+
+
+def test_the_gates_death_ends_what_resists_once(own: Harpd, notes: Path) -> None:
+    own.start()
+    with own.connect() as client:
+        client.send(own.request("resists", [str(notes)]))
+        wait_word(notes, "ready")
+        warden = own.warden
+        own.kill()
+        wait_until(lambda: is_dead(warden), DEADLINE, "the warden's end")
+    assert all_dead(pids(notes))
+    assert len(own.events("the gate died; its calls are ended")) == 1
+
+
+# ---- what dies on the way ------------------------------------------------------------------------------------
+
+
+def test_the_zygotes_death_ends_what_its_calls_have_started(own: Harpd, notes: Path) -> None:
+    with own, own.connect() as client:
+        client.send(own.request("resists", [str(notes)]))
+        assert client.message() == ACKNOWLEDGED
+        wait_word(notes, "ready")
+        os.kill(own.zygote, signal.SIGKILL)
+        assert client.message()["error"]["type"] == "call_died"
+        assert client.lines() == []
+        assert all_dead(pids(notes))
+        wait_until(lambda: own.status()["zygote"], DEADLINE, "the next zygote")
+        assert own.call("echo", 1)[-1] == {"result": 1}
+        nothing_is_left(own)
+
+
+def test_a_zygote_that_stands_still_holds_up_only_what_has_not_begun(own: Harpd, notes: Path) -> None:
+    with own, own.connect() as running, own.connect() as waiting, own.connect() as leaving:
+        running.send(own.request("streams", [str(notes)]))
+        assert running.message() == STREAMING
+        zygote = own.zygote
+        os.kill(zygote, signal.SIGSTOP)
+        try:
+            waiting.send(own.request("echo", [2]))
+            leaving.send(own.request("sleeps", [str(notes) + "2"]))
+            wait_until(lambda: own.status()["calls"] == 3, DEADLINE, "all three")
+            leaving.close()
+            for number in range(1000):
+                assert running.message() == {"stream": number}
+        finally:
+            os.kill(zygote, signal.SIGCONT)
+        assert waiting.lines() == [ACKNOWLEDGED, {"result": 2}]
+        running.close()
+        nothing_is_left(own)
+        assert all_dead(pids(notes) + pids(Path(str(notes) + "2")))
+
+
+def test_the_wardens_death_ends_what_has_escaped(own: Harpd, notes: Path) -> None:
+    with own:
+        with own.connect() as client:
+            client.send(own.request("resists", [str(notes)]))
+            assert client.message() == ACKNOWLEDGED
+            wait_word(notes, "ready")
+            os.kill(own.warden, signal.SIGKILL)
+            assert client.message()["error"]["type"] == "call_died"
+        assert own.call("echo", 1)[-1] == {"result": 1}  # so the next warden has swept
+        assert len(pids(notes)) == 3
+        assert all_dead(pids(notes))
+        own.wait_event("processes of an earlier warden's calls were killed")
+        nothing_is_left(own)
+
+
+def record(harpd: Harpd, name: str, **fields: Any) -> None:
+    directory = harpd.runtime_directory / "calls"
+    directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+    (directory / name).write_text(json.dumps(fields))
+
+
+def test_a_record_whose_numbers_are_others_by_now_kills_no_stranger(own: Harpd) -> None:
+    """A session without its leader, as daemons have, and processes whose pid a record names."""
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    program = "import os, sys, time\nos.setsid()\nif os.fork(): os._exit(0)\nprint(os.getpid(), flush=True)\n"
+    leader = subprocess.Popen([sys.executable, "-c", program + "time.sleep(3600)"], stdout=subprocess.PIPE)
+    plain = subprocess.Popen(["sleep", "3600"])
+    assert leader.stdout is not None
+    stranger = int(leader.stdout.readline())
+    leader.wait()
+    start = int(Path(f"/proc/{plain.pid}/stat").read_text().rsplit(") ", 1)[1].split()[19])
+    try:
+        record(own, "session", boot=boot, pid=leader.pid, start=1)
+        record(own, "another-start", boot=boot, pid=plain.pid, start=start - 1)
+        record(own, "another-boot", boot="another", pid=plain.pid, start=start)
+        for name, text in (("empty", ""), ("torn", '{"pid": 1'), ("strange", "[]"), ("old", '{"pid": 1, "start": 0}')):
+            (own.runtime_directory / "calls" / name).write_text(text)
+        (own.runtime_directory / "calls" / "directory").mkdir()
+        with own:
+            assert own.call("echo", 1)[-1] == {"result": 1}
+            assert not own.events("processes of an earlier warden's calls were killed")
+            assert [path.name for path in (own.runtime_directory / "calls").iterdir()] == ["directory"]
+        assert not is_dead(stranger)
+        assert plain.poll() is None
+    finally:
+        leader.stdout.close()
+        os.kill(stranger, signal.SIGKILL)
+        plain.kill()
+        plain.wait()
+
+
+# ---- many ----------------------------------------------------------------------------------------------------
+
+
+def test_a_hundred_calls_that_resist_are_stopped_together(own: Harpd, notes: Path) -> None:
+    with own:
+        clients = [own.connect() for _ in range(100)]
+        for client in clients:
+            client.send(own.request("resists", [str(notes)]))
+        wait_until(lambda: words(notes).count("ready") == 100, DEADLINE, "all calls")
+        begun = time.monotonic()
+        for client in clients:
+            client.close()
+        wait_until(lambda: own.status()["calls"] == 0, DEADLINE, "the end of all")
+        assert time.monotonic() - begun < 20
+        assert len(pids(notes)) == 300
+        assert all_dead(pids(notes))
+        nothing_is_left(own)

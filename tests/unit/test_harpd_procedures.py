@@ -1,0 +1,197 @@
+"""What a procedures file imports and how it is loaded; which numbers a procedure's user and groups are."""
+
+from __future__ import annotations
+
+import inspect
+import pwd
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from harpd.proc import Procedure, Result, StreamingProcedure, procedure, streaming_procedure
+from harpd.procedures import ProceduresError, load_procedures
+from harpd.users import Account, UserError, resolve
+
+
+def function(a: int, b: int = 2) -> int:
+    """Add."""
+    return a + b
+
+
+# ---- decorators and classes ----------------------------------------------------------------------------------
+
+
+def test_decorators_with_and_without_options() -> None:
+    kinds: list[tuple[Any, type[Procedure]]] = [(procedure, Procedure), (streaming_procedure, StreamingProcedure)]
+    for decorator, kind in kinds:
+        bare = decorator(function)
+        assert type(bare) is kind
+        assert (bare.timeout, bare.uid, bare.gid) == (None, None, None)
+        with_options = decorator(timeout=1.5, uid="u", gid=["g", 5])(function)
+        assert type(with_options) is kind
+        assert (with_options.timeout, with_options.uid, with_options.gid) == (1.5, "u", ("g", 5))
+        assert type(decorator()(function)) is kind
+        assert bare(1) == 3
+        assert bare.__doc__ == "Add."
+        assert bare.streaming is (kind is StreamingProcedure)
+    assert repr(Procedure(function)) == "<Procedure function>"
+    assert repr(Result([1])) == "Result([1])"
+
+
+def test_gid_may_be_one_group() -> None:
+    assert Procedure(function, gid=0).gid == (0,)
+    assert Procedure(function, gid="adm").gid == ("adm",)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"timeout": 0},
+        {"timeout": -1},
+        {"timeout": float("nan")},
+        {"timeout": float("inf")},
+        {"timeout": "5"},
+        {"timeout": True},
+        {"uid": -1},
+        {"uid": True},
+        {"uid": 1.0},
+        {"gid": []},
+        {"gid": [-1]},
+        {"gid": b"adm"},
+        {"gid": {"adm"}},
+        {"gid": [["adm"]]},
+    ],
+)
+def test_options_that_are_none(options: dict[str, Any]) -> None:
+    (key,) = options
+    with pytest.raises((TypeError, ValueError), match=f"^{key}: expected"):
+        Procedure(function, **options)
+
+
+def test_what_is_no_function() -> None:
+    with pytest.raises(TypeError, match="expected a function, got 5"):
+        Procedure(5)  # type: ignore[arg-type]
+
+
+def test_the_signature_is_the_functions_or_that_of_an_own_call() -> None:
+    class Own(Procedure):
+        def __call__(self, word: str) -> Any:
+            return word
+
+    class Inherited(Own):
+        pass
+
+    assert Procedure(function).signature() == inspect.signature(function)
+    assert StreamingProcedure(function).signature() == inspect.signature(function)
+    for kind in (Own, Inherited):
+        assert list(kind(function).signature().parameters) == ["word"]
+    with pytest.raises(ValueError, match="no signature"):
+        Procedure(max).signature()
+
+
+# ---- the file ------------------------------------------------------------------------------------------------
+
+
+def load(directory: Path, text: str) -> Any:
+    path = directory / "procedures of \u00fc.py"
+    path.write_text(text)
+    return load_procedures(path)
+
+
+def test_what_is_exposed(tmp_path: Path) -> None:
+    text = """
+from harpd.proc import Procedure, procedure
+class Lazy:
+    @property
+    def __class__(self):
+        raise RuntimeError("not now")
+class Bare(Procedure):
+    gid = "adm"
+    def __init__(self): pass
+    def __call__(self): pass
+lazy, bare, number = Lazy(), Bare(), 5
+one = two = procedure(len)
+_hidden = procedure(len)
+def plain(x: int): pass
+ANNOTATION = plain.__annotations__["x"]
+globals()["class"] = one if ANNOTATION is int else None  # our own __future__ imports are not the file's
+"""
+    found = load(tmp_path, text)
+    assert sorted(found) == ["_hidden", "bare", "class", "one", "two"]
+    assert found["bare"].gid == ("adm",)
+    assert (found["bare"].timeout, found["bare"].uid) == (None, None)
+    with pytest.raises(TypeError):
+        found["three"] = found["one"]
+
+
+def test_dataclasses_and_pickles_find_their_module(tmp_path: Path) -> None:
+    text = """
+import dataclasses, pickle
+from harpd.proc import procedure
+@dataclasses.dataclass
+class Point:
+    x: "int"
+assert pickle.loads(pickle.dumps(Point(1))) == Point(1)
+p = procedure(Point)
+"""
+    assert list(load(tmp_path, text)) == ["p"]
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("x = (\n", ".py:1: SyntaxError: '(' was never closed"),
+        ("\n\n1/0\n", ".py:3: ZeroDivisionError: division by zero"),
+        ("raise SystemExit('no\\nmore')\n", ".py:1: SystemExit: no more"),
+        ("raise KeyboardInterrupt\n", ".py:1: KeyboardInterrupt: "),
+        ("def f():\n  import nowhere\nf()\n", ".py:2: ModuleNotFoundError: No module named 'nowhere'"),
+        ("class E(Exception):\n def __str__(s): 1/0\nraise E\n", ".py:3: E: (the exception's text can't be made)"),
+        ("\0", "null bytes"),
+        ("from harpd.proc import *\np = procedure(len)\np.timeout = -1\n", ".py: p: timeout: expected a positive"),
+        ("from harpd.proc import *\nclass P(Procedure): uid = 1.5\np = P(len)\np.uid = 1.5\n", ".py: p: uid: expected"),
+    ],
+)
+def test_a_file_that_can_not_be_loaded(tmp_path: Path, text: str, says: str) -> None:
+    with pytest.raises(ProceduresError) as caught:
+        load(tmp_path, text)
+    assert says in str(caught.value)
+    assert "procedures of \u00fc.py" in str(caught.value)
+
+
+def test_a_long_text_is_cut(tmp_path: Path) -> None:
+    with pytest.raises(ProceduresError) as caught:
+        load(tmp_path, "raise ValueError('x' * 10**6)")
+    assert len(str(caught.value)) < 5000
+
+
+def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(ProceduresError, match=r"none\.py: No such file or directory"):
+        load_procedures(tmp_path / "none.py")
+
+
+# ---- users ---------------------------------------------------------------------------------------------------
+
+
+def test_resolve() -> None:
+    daemon = pwd.getpwnam("daemon")
+    by_name = resolve("daemon", None)
+    assert (by_name.uid, by_name.gid, by_name.name, by_name.home) == (
+        daemon.pw_uid,
+        daemon.pw_gid,
+        "daemon",
+        daemon.pw_dir,
+    )
+    assert resolve(daemon.pw_uid, None) == resolve(str(daemon.pw_uid), None) == by_name
+    assert resolve(None, None) == Account(None, None, None)
+    assert resolve(54321, None) == Account(54321, 65534, ())
+    assert resolve(54321, [5, "6", 5]) == Account(54321, 5, (5, 6))
+    assert resolve(None, ["root"]) == Account(None, 0, (0,))
+
+
+@pytest.mark.parametrize("uid", ["no-such-user", "", "a\0b", "\ud800", "-1"])
+def test_no_such_user_or_group(uid: str) -> None:
+    with pytest.raises(UserError, match="no user is called"):
+        resolve(uid, None)
+    with pytest.raises(UserError, match="no group is called"):
+        resolve(None, [uid])
