@@ -48,9 +48,7 @@ def resolve(uid: int | str | None, gid: Sequence[int | str] | None) -> Account:
     Raises:
         UserError: a name is not known.
     """
-    entry = _find_user(uid)
-    number = entry.pw_uid if entry else uid
-    assert number is None or isinstance(number, int)
+    number, entry = _find_user(uid)
     name, home = (entry.pw_name, entry.pw_dir) if entry else (None, None)
     if gid is not None:
         groups = tuple(dict.fromkeys(_group_number(group) for group in gid))
@@ -62,14 +60,16 @@ def resolve(uid: int | str | None, gid: Sequence[int | str] | None) -> Account:
     return Account(number, _OVERFLOW_GROUP, ())
 
 
-def _find_user(uid: int | str | None) -> pwd.struct_passwd | None:
+def _find_user(uid: int | str | None) -> tuple[int | None, pwd.struct_passwd | None]:
+    """The user's number, and its entry if the system knows it."""
     if uid is None:
-        return None
+        return None, None
     try:
-        return pwd.getpwnam(uid) if isinstance(uid, str) else pwd.getpwuid(uid)
+        entry = pwd.getpwnam(uid) if isinstance(uid, str) else pwd.getpwuid(uid)
+        return entry.pw_uid, entry
     except (KeyError, ValueError) as error:  # the latter: no name has such characters
         if isinstance(uid, int):
-            return None
+            return uid, None
         if uid.isdecimal():
             return _find_user(int(uid))
         raise UserError(f"no user is called {uid!r}") from error

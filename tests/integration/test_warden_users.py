@@ -55,6 +55,11 @@ def resist(path):
 
 named = procedure(uid="nobody")(resist)
 numbered = procedure(uid=54321)(resist)
+
+@procedure(uid="54321")
+def number_as_text():
+    return [os.getresuid(), os.getresgid(), os.getgroups()]
+
 named_limited = procedure(uid="nobody", timeout=0.5)(resist)
 numbered_limited = procedure(uid=54321, timeout=0.5)(resist)
 """
@@ -96,3 +101,8 @@ def test_a_call_of_another_user_is_stopped(tmp_path: Path, notes: Path, user: st
                 wait_until(lambda: not runs(processes[0]), 2.0, "the death of the main process")
                 warden.start()
         assert not [process for process in processes if runs(process)]
+
+
+def test_a_number_that_is_written_as_text(tmp_path: Path) -> None:
+    with Warden(tmp_path / "warden", PROCEDURES) as warden:
+        assert warden.result("number_as_text") == [[54321] * 3, [65534] * 3, []]
