@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 from harp.protocol.daemon import Message, Record
 from harp.protocol.ends import Failed, Raised, Returned
-from harp.protocol.jsontext import InvalidJSON, NotJSON, dumps, loads
+from harp.protocol.jsontext import InvalidJSON, NotJSON, Raw, dumps, loads
 from harpd.channel import Channel
 from harpd.limits import Limits
 from harpd.prctl import become_subreaper, die_with_parent
@@ -24,6 +24,10 @@ from harpd.proc import Cancelled, Procedure, Result, TimeLimit
 from harpd.users import Account, UserError, resolve, take
 
 __all__ = ["Descriptors", "run_call"]
+
+
+#: The most bytes of a record or a result: a line of 64 MiB, which clients and dispatchers read, less its envelope.
+LONGEST_PAYLOAD = 64 * 1024 * 1024 - 64
 
 
 @dataclass(frozen=True)
@@ -178,9 +182,17 @@ def _parameters(signature: inspect.Signature) -> str:
     return f"({', '.join(names)})"
 
 
+def _payload(value: Any) -> Raw:
+    """A value as JSON, short enough for its line. Raises NotJSON."""
+    text = dumps(value)
+    if len(text) > LONGEST_PAYLOAD:
+        raise NotJSON("", f"{len(text)} bytes; a record or a result may have {LONGEST_PAYLOAD}")
+    return text
+
+
 def _returned(value: Any) -> Returned:
     try:
-        return Returned(dumps(value))
+        return Returned(_payload(value))
     except NotJSON as error:
         raise _Refused("invalid_message", f"the result can't be written as JSON: {error}") from error
 
@@ -200,7 +212,7 @@ def _stream(records: Any, channel: Channel) -> Any:
             if isinstance(record, Result):
                 return record.value
             try:
-                channel.write(Record(record))
+                channel.write(Record(_payload(record)))
             except NotJSON as error:
                 fault = f"record {number} can't be written as JSON: {error}"
                 raise _Refused("invalid_message", fault) from error

@@ -27,6 +27,9 @@ Identity: TypeAlias = int | str
 Groups: TypeAlias = Identity | Sequence[Identity]
 
 
+_ANY = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+
+
 class TimeLimit(BaseException):
     """Raised in a procedure that has used up its `timeout`, so that it can clean up. Its process is killed soon after.
 
@@ -102,11 +105,16 @@ class Procedure:
     def signature(self) -> inspect.Signature:
         """What a call's arguments must fit: the function's signature, or that of a subclass's ``__call__``.
 
+        A ``__call__(self, *args, **kwargs)`` takes what the function takes.
+
         Raises:
             ValueError: it has none, as some functions that are written in C; a call's arguments aren't checked.
         """
-        overridden = type(self).__call__ is not Procedure.__call__
-        return inspect.signature(self.__call__ if overridden else self.function)
+        if type(self).__call__ is not Procedure.__call__:
+            own = inspect.signature(self.__call__)
+            if any(parameter.kind not in _ANY for parameter in own.parameters.values()):
+                return own
+        return inspect.signature(self.function)
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {getattr(self, '__name__', 'without a name')}>"

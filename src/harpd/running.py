@@ -182,9 +182,11 @@ class RunningCall:
     def _watch(self) -> None:
         """Watch for what can be done now, and for the other sides going away."""
         if self._channel.fileno() >= 0:
-            # Nothing is read before the acknowledgement has gone out: it comes first on the wire.
-            reading = self._processes is not None and len(self._to_gate) < self._spool
-            events = (READ if reading else 0) | (WRITE if self._to_call else 0)
+            # Nothing is read before the acknowledgement has gone out: it comes first on the wire. And nothing is
+            # given before the call is recorded: till then the procedure can't have started anything.
+            recorded = self._processes is not None
+            reading = recorded and len(self._to_gate) < self._spool
+            events = (READ if reading else 0) | (WRITE if recorded and self._to_call else 0)
             if events:
                 self._loop.watch(self._channel.fileno(), events, self._on_channel)
             else:  # watched for nothing it would still report its hang-up, again and again

@@ -66,13 +66,13 @@ def _find_user(uid: int | str | None) -> tuple[int | None, pwd.struct_passwd | N
         return None, None
     try:
         entry = pwd.getpwnam(uid) if isinstance(uid, str) else pwd.getpwuid(uid)
-        return entry.pw_uid, entry
     except (KeyError, ValueError) as error:  # the latter: no name has such characters
         if isinstance(uid, int):
             return uid, None
         if uid.isdecimal():
             return _find_user(int(uid))
         raise UserError(f"no user is called {uid!r}") from error
+    return entry.pw_uid, entry
 
 
 def _group_number(group: int | str) -> int:

@@ -269,6 +269,8 @@ class Warden:
         self._loop.forget(self._listener.fileno())
         for call in list(self._calls):
             call.stop(Stop.SHUTDOWN)
+        # In any case: without a gate there is nobody else to end this, and the next warden sweeps what is left.
+        self._loop.after(2 * self._settings["kill_grace"] + _LAST_WORDS, self._end)
         self._end_if_done()
 
     def _end_if_done(self) -> None:

@@ -32,6 +32,14 @@ LATE = []
 def echo(*values, **named):
     return named or list(values)
 
+@procedure
+def long(length):
+    return "x" * length
+
+@streaming_procedure
+def stream_long(length):
+    yield "x" * length
+
 @procedure(timeout=50)
 def options():
     return "with options"
@@ -288,9 +296,6 @@ def last_call(harpd: Harpd, procedure: str) -> str:
     return str(harpd.events("call started", procedure=procedure)[-1]["call"])
 
 
-# ---- what is exposed -----------------------------------------------------------------------------------------
-
-
 def test_every_instance_is_exposed_under_its_variables_name(harpd: Harpd) -> None:
     assert result(harpd, "options") == "with options"
     assert result(harpd, "doubled", "ab") == "abab"
@@ -306,9 +311,6 @@ def test_nothing_else_is(harpd: Harpd, name: str) -> None:
     (message,) = harpd.call(name)
     assert message["error"]["type"] == "no_such_procedure"
     assert message["error"]["data"] == {"procedure": name}
-
-
-# ---- arguments -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -354,9 +356,6 @@ def test_deep_and_large_values(harpd: Harpd) -> None:
     assert result(harpd, "sizes", text) == [5_000_000, text]
 
 
-# ---- results and exceptions ----------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("what", "says"),
     [
@@ -371,6 +370,13 @@ def test_a_result_that_json_can_not_carry(harpd: Harpd, what: str, says: str) ->
     fault = error(harpd, "give", what)
     assert fault["type"] == "invalid_message"
     assert says in fault["message"]
+
+
+@pytest.mark.parametrize("procedure", ["long", "stream_long"])
+def test_what_is_too_long_for_a_line(harpd: Harpd, procedure: str) -> None:
+    fault = error(harpd, procedure, 64 * 1024 * 1024)
+    assert fault["type"] == "invalid_message"
+    assert "67108866 bytes; a record or a result may have 67108800" in fault["message"]
 
 
 def test_a_record_that_json_can_not_carry(harpd: Harpd) -> None:
@@ -440,9 +446,6 @@ def test_what_a_procedure_does_to_descriptors_never_hits_a_file(harpd: Harpd, tm
         assert result(harpd, "prints_around", how) == how
 
 
-# ---- the process ---------------------------------------------------------------------------------------------
-
-
 def test_the_surroundings_of_a_call(harpd: Harpd) -> None:
     found = result(harpd, "surroundings")
     assert re.fullmatch(r"[0-9a-f-]{36}", found["call"])
@@ -468,9 +471,6 @@ def test_what_it_executes_inherits_nothing_but_the_three_streams(harpd: Harpd) -
 
 def test_signals_have_their_usual_effect(harpd: Harpd) -> None:
     assert result(harpd, "signals") == [0, True, True]
-
-
-# ---- what it prints ------------------------------------------------------------------------------------------
 
 
 def test_what_is_printed_is_in_the_log_with_the_calls_id_and_not_on_the_wire(harpd: Harpd) -> None:
@@ -502,9 +502,6 @@ def test_bytes_and_long_lines_in_the_log(harpd: Harpd) -> None:
     assert 30 < len(printed(harpd, call)) < 60
     assert result(harpd, "prints_around", "surrogate") == "surrogate"
     harpd.wait_event("call printed", call=last_call(harpd, "prints_around"), text="\\ud800 and \u20ac")
-
-
-# ---- many ----------------------------------------------------------------------------------------------------
 
 
 def test_two_hundred_calls_at_once(harpd: Harpd, tmp_path: Path) -> None:
@@ -610,8 +607,6 @@ def test_without_descriptors_calls_are_refused_and_those_that_run_can_be_stopped
         assert result(harpd, "echo", 1) == [1]
         nothing_is_left(harpd)
 
-
-# ---- users ---------------------------------------------------------------------------------------------------
 
 USERS = """
 import os
@@ -764,8 +759,6 @@ def test_without_root_no_other_user_can_be_taken(tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.stdout.split() == ["own", "refused", "refused", "refused", "refused"], done.stderr
 
-
-# ---- the procedures file -------------------------------------------------------------------------------------
 
 UNRULY = """
 import atexit, os, signal, sys, threading

@@ -232,9 +232,6 @@ def call_id(harpd: Harpd, procedure: str) -> str:
     return str(harpd.events("call started", procedure=procedure)[-1]["call"])
 
 
-# ---- a procedure's limit -------------------------------------------------------------------------------------
-
-
 def test_a_limit_raises_in_the_procedure(harpd: Harpd, notes: Path) -> None:
     acknowledged, last = harpd.call("limited", str(notes))
     assert acknowledged == ACKNOWLEDGED
@@ -270,9 +267,6 @@ def test_a_limit_ends_all_that_the_call_has_started(harpd: Harpd, procedure: str
     assert last["error"]["type"] == "timeout"
     assert len(pids(notes)) == 3
     assert all_dead(pids(notes))  # at once: a close is the proof
-
-
-# ---- a caller that goes away ---------------------------------------------------------------------------------
 
 
 def test_a_cancel_raises_in_the_procedure(harpd: Harpd, notes: Path) -> None:
@@ -395,9 +389,6 @@ def test_garbage_on_the_wardens_socket(harpd: Harpd, garbage: bytes) -> None:
     assert harpd.call("echo", 1)[-1] == {"result": 1}
 
 
-# ---- reload --------------------------------------------------------------------------------------------------
-
-
 def test_a_retired_zygote_goes_with_its_last_call(own: Harpd, notes: Path) -> None:
     with own, own.connect() as first, own.connect() as second:
         for client in (first, second):
@@ -437,9 +428,6 @@ def test_a_load_that_hangs_gives_way_to_the_next(own: Harpd) -> None:
             assert own.reload()["event"] == "reloaded"
             assert json.loads(connection.recv(1000)) == {"error": "another load has begun"}
         nothing_is_left(own)
-
-
-# ---- the end of the daemon -----------------------------------------------------------------------------------
 
 
 def test_shutdown_ends_what_resists(own: Harpd, notes: Path) -> None:
@@ -485,7 +473,16 @@ def test_the_gates_death_ends_what_resists_once(own: Harpd, notes: Path) -> None
     assert len(own.events("the gate died; its calls are ended")) == 1
 
 
-# ---- what dies on the way ------------------------------------------------------------------------------------
+def test_a_zygote_that_stands_still_does_not_keep_the_daemon(own: Harpd, notes: Path) -> None:
+    own.start()
+    with own.connect() as client:
+        zygote, warden = own.zygote, own.warden
+        os.kill(zygote, signal.SIGSTOP)
+        client.send(own.request("sleeps", [str(notes)]))
+        wait_until(lambda: own.status()["calls"] == 1, DEADLINE, "the call that can't begin")
+        own.kill()
+        wait_until(lambda: all_dead([zygote, warden]), DEADLINE, "the end of both")
+    assert not notes.exists()
 
 
 def test_the_zygotes_death_ends_what_its_calls_have_started(own: Harpd, notes: Path) -> None:
@@ -572,9 +569,6 @@ def test_a_record_whose_numbers_are_others_by_now_kills_no_stranger(own: Harpd) 
         os.kill(stranger, signal.SIGKILL)
         plain.kill()
         plain.wait()
-
-
-# ---- many ----------------------------------------------------------------------------------------------------
 
 
 def test_a_hundred_calls_that_resist_are_stopped_together(own: Harpd, notes: Path) -> None:

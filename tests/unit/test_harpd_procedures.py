@@ -19,9 +19,6 @@ def function(a: int, b: int = 2) -> int:
     return a + b
 
 
-# ---- decorators and classes ----------------------------------------------------------------------------------
-
-
 def test_decorators_with_and_without_options() -> None:
     kinds: list[tuple[Any, type[Procedure]]] = [(procedure, Procedure), (streaming_procedure, StreamingProcedure)]
     for decorator, kind in kinds:
@@ -82,15 +79,17 @@ def test_the_signature_is_the_functions_or_that_of_an_own_call() -> None:
     class Inherited(Own):
         pass
 
+    class Wrapping(Procedure):
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            return super().__call__(*args, **kwargs)
+
     assert Procedure(function).signature() == inspect.signature(function)
+    assert Wrapping(function).signature() == inspect.signature(function)
     assert StreamingProcedure(function).signature() == inspect.signature(function)
     for kind in (Own, Inherited):
         assert list(kind(function).signature().parameters) == ["word"]
     with pytest.raises(ValueError, match="no signature"):
         Procedure(max).signature()
-
-
-# ---- the file ------------------------------------------------------------------------------------------------
 
 
 def load(directory: Path, text: str) -> Any:
@@ -168,9 +167,6 @@ def test_a_long_text_is_cut(tmp_path: Path) -> None:
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(ProceduresError, match=r"none\.py: No such file or directory"):
         load_procedures(tmp_path / "none.py")
-
-
-# ---- users ---------------------------------------------------------------------------------------------------
 
 
 def test_resolve() -> None:

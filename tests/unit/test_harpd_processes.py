@@ -102,9 +102,6 @@ def test_a_name_may_hold_anything() -> None:
         child.kill()
 
 
-# ---- the event loop ------------------------------------------------------------------------------------------
-
-
 def fail() -> None:
     raise RuntimeError
 
@@ -132,9 +129,6 @@ def test_limits_of_calls_that_have_ended_do_not_pile_up() -> None:
         timer.cancel()
     loop.after(0, loop.stop)
     loop.run()
-
-
-# ---- what calls print ----------------------------------------------------------------------------------------
 
 
 def printed(caplog: pytest.LogCaptureFixture) -> list[str]:
