@@ -6,9 +6,10 @@
 from __future__ import annotations
 
 import importlib
+import resource
 import ssl
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ class Options:
         syslog: the log goes to syslog.
         background: the program has left its terminal; what it starts must not hold the terminal either.
         search_path: `sys.path` as the program found it.
+        descriptors: the limit of open files as the program found it, which calls get.
     """
 
     config: Path
@@ -43,6 +45,7 @@ class Options:
     syslog: bool = False
     background: bool = False
     search_path: tuple[str, ...] = tuple(sys.path)
+    descriptors: int = field(default_factory=lambda: resource.getrlimit(resource.RLIMIT_NOFILE)[0])
 
 
 @dataclass(frozen=True)
@@ -138,4 +141,5 @@ def warden_settings(options: Options, generation: Generation, runtime_directory:
         "spool": limits.spool,
         "runtime_directory": str(runtime_directory),
         "logging": generation.log,
+        "descriptors": options.descriptors,
     }

@@ -60,20 +60,22 @@ def test_a_thousand_jobs_through_a_queue_of_eight(system: System, tmp_path: Path
         assert job.get() is None
     at_once: set[str] = set()
     most = 0
-    order = []
+    ran = []
     for line in log.read_text().splitlines():
         what, number = line.split()
         if what == "start":
-            order.append(int(number))
+            ran.append(int(number))
             at_once.add(number)
             most = max(most, len(at_once))
         else:
             at_once.remove(number)
     assert not at_once
-    assert sorted(order) == list(range(1000))
+    assert sorted(ran) == list(range(1000))
     assert 1 < most <= 8
-    # Eight that start together race to the log; further apart than that, no job overtakes another.
-    assert all(abs(place - number) < 8 for place, number in enumerate(order))
+    # Calls that were started one after the other may overtake each other on the host; the starts are in order.
+    ids = [job.id() for job in jobs]
+    started = [event["job"] for event in system.dispatcher.events("call started")]
+    assert [job for job in started if job in set(ids)] == ids
     starts = [job.start_time() or 0 for job in jobs]
     assert starts == sorted(starts)
 

@@ -207,7 +207,7 @@ class Harpd(DaemonLog):
     def faults(self) -> list[str]:
         """Lines of its log that no peer and no procedure may cause."""
         marks = ("Exception ignored", "never retrieved", "Warning: ", "Fatal Python error")
-        bugs = ("unexpected error", "connection failed")
+        bugs = ("unexpected error", "connection failed", "fault in the warden")
         return [
             *(line for line in self.log_lines() if line.startswith("Traceback") or any(mark in line for mark in marks)),
             *(str(event) for event in self.events(*bugs)),
