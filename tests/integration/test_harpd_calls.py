@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import os
-import pwd
 import re
 import resource
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -16,9 +13,10 @@ from typing import Any
 
 import pytest
 
+from support.calls import ACKNOWLEDGED, error, last_call, nothing_is_left, printed, result
 from support.daemonlog import DEADLINE
 from support.deadline import wait_until
-from support.harpd import Harpd, LineClient, is_dead
+from support.harpd import Harpd, LineClient
 
 PROCEDURES = r"""
 import json, os, sys, threading, time, warnings
@@ -257,7 +255,6 @@ def signals():
             signal.getsignal(signal.SIGCHLD) == signal.SIG_DFL]
 """
 
-ACKNOWLEDGED = {"harp": 1, "stream_result": False}
 STREAMING = {"harp": 1, "stream_result": True}
 
 
@@ -266,34 +263,6 @@ def harpd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Harpd]:
     with Harpd(tmp_path_factory.mktemp("calls"), PROCEDURES, {"limits": {"calls": 300, "kill_grace": 1}}) as harpd:
         yield harpd
         nothing_is_left(harpd)
-
-
-def nothing_is_left(harpd: Harpd) -> None:
-    """No call, record or fault of the warden is left."""
-    wait_until(lambda: harpd.status()["calls"] == 0, DEADLINE, "the end of the calls")
-    assert not list((harpd.runtime_directory / "calls").iterdir())
-    assert not harpd.events("fault in the warden")
-
-
-def result(harpd: Harpd, procedure: str, *arguments: Any) -> Any:
-    acknowledged, last = harpd.call(procedure, *arguments)
-    assert acknowledged == ACKNOWLEDGED
-    assert list(last) == ["result"], last
-    return last["result"]
-
-
-def error(harpd: Harpd, procedure: str, *arguments: Any) -> Any:
-    *_, last = harpd.call(procedure, *arguments)
-    assert "error" in last, last
-    return last["error"]
-
-
-def printed(harpd: Harpd, call: str) -> list[str]:
-    return [event["text"] for event in harpd.events("call printed", call=call)]
-
-
-def last_call(harpd: Harpd, procedure: str) -> str:
-    return str(harpd.events("call started", procedure=procedure)[-1]["call"])
 
 
 def test_every_instance_is_exposed_under_its_variables_name(harpd: Harpd) -> None:
@@ -605,223 +574,4 @@ def test_without_descriptors_calls_are_refused_and_those_that_run_can_be_stopped
                 client.close()
         wait_until(lambda: harpd.status()["calls"] == 0, DEADLINE, "the end of all calls")
         assert result(harpd, "echo", 1) == [1]
-        nothing_is_left(harpd)
-
-
-USERS = """
-import os
-from harpd.proc import Procedure, StreamingProcedure, procedure, streaming_procedure
-
-def ids(path=None):
-    if path:
-        open(path, "w").close()
-    return {"uid": os.getresuid(), "gid": os.getresgid(), "groups": sorted(os.getgroups()),
-            "names": [os.environ.get(name) for name in ("USER", "LOGNAME", "HOME")]}
-
-def stream_ids(path=None):
-    yield ids(path)
-
-OPTIONS = {
-    "nothing": {}, "name": {"uid": "daemon"}, "number": {"uid": NUMBER}, "text": {"uid": "NUMBER"},
-    "user_and_group": {"uid": "daemon", "gid": "nogroup"}, "groups": {"uid": "daemon", "gid": ["nogroup", 7, "7", 8]},
-    "group": {"gid": 7}, "unknown": {"uid": 54321}, "unknown_and_group": {"uid": 54321, "gid": [7]},
-    "no_user": {"uid": "no-such-user"}, "no_group": {"uid": "daemon", "gid": "no-such-group"},
-    "odd_user": {"uid": "a\\0b"}, "minus_one": {"uid": 2**32 - 1}, "huge": {"uid": 2**70, "gid": 1},
-    "huge_group": {"gid": 2**70},
-}
-for name, options in OPTIONS.items():
-    globals()["plain_" + name] = Procedure(ids, **options)
-    globals()["stream_" + name] = StreamingProcedure(stream_ids, **options)
-
-@procedure(uid="nobody")
-def shell():
-    os.system("echo to stdout > /dev/stdout; echo to stderr > /dev/stderr")
-
-@procedure(uid="nobody")
-def regain():
-    for change in (lambda: os.setuid(0), lambda: os.setgid(0), lambda: os.setgroups([0])):
-        try:
-            change()
-        except PermissionError:
-            continue
-        return "regained"
-    return "refused"
-
-@procedure(uid="nobody")
-def reach(pids):
-    refused = []
-    for pid in pids:
-        for attempt in (lambda: os.kill(pid, 0), lambda: os.listdir(f"/proc/{pid}/fd"),
-                        lambda: open(f"/proc/{pid}/mem", "rb"), lambda: open("/proc/self/mem", "rb"),
-                        lambda: open(f"/proc/{os.getppid()}/environ", "rb").read()):
-            try:
-                attempt()
-                refused.append(False)
-            except PermissionError:
-                refused.append(True)
-    return refused
-"""
-
-needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can change users")
-
-
-def user_groups(name: str) -> list[int]:
-    return sorted(set(os.getgrouplist(name, pwd.getpwnam(name).pw_gid)))
-
-
-@pytest.fixture(scope="module")
-def users(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Harpd]:
-    procedures = USERS.replace("NUMBER", str(pwd.getpwnam("daemon").pw_uid))
-    with Harpd(tmp_path_factory.mktemp("users"), procedures) as harpd:
-        yield harpd
-        nothing_is_left(harpd)
-
-
-def ids(harpd: Harpd, kind: str, name: str, *arguments: Any) -> Any:
-    messages = harpd.call(f"{kind}_{name}", *arguments)
-    return messages[1].get("stream") or messages[1].get("result") or messages[1]
-
-
-@pytest.mark.root
-@needs_root
-@pytest.mark.parametrize("kind", ["plain", "stream"])
-def test_users_and_groups(users: Harpd, kind: str) -> None:
-    daemon, nogroup = pwd.getpwnam("daemon"), pwd.getpwnam("nobody").pw_gid
-    names = ["daemon", "daemon", daemon.pw_dir]
-    uid = [daemon.pw_uid] * 3
-    whole = {"uid": uid, "gid": [daemon.pw_gid] * 3, "groups": user_groups("daemon"), "names": names}
-    for name in ("name", "number", "text"):
-        assert ids(users, kind, name) == whole, name
-    assert ids(users, kind, "user_and_group") == {**whole, "gid": [nogroup] * 3, "groups": [nogroup]}
-    assert ids(users, kind, "groups") == {**whole, "gid": [nogroup] * 3, "groups": sorted([nogroup, 7, 8])}
-    found = ids(users, kind, "group")
-    assert (found["uid"], found["gid"], found["groups"]) == ([0] * 3, [7] * 3, [7])
-    unknown = {"uid": [54321] * 3, "gid": [65534] * 3, "groups": [], "names": [None, None, "/"]}
-    assert ids(users, kind, "unknown") == unknown
-    assert ids(users, kind, "unknown_and_group") == {**unknown, "gid": [7] * 3, "groups": [7]}
-    assert ids(users, kind, "nothing")["uid"] == [0, 0, 0]
-
-
-@pytest.mark.root
-@needs_root
-@pytest.mark.parametrize("kind", ["plain", "stream"])
-@pytest.mark.parametrize("name", ["no_user", "no_group", "odd_user", "minus_one", "huge", "huge_group"])
-def test_a_call_that_can_not_take_its_user_does_not_run(users: Harpd, kind: str, name: str, tmp_path: Path) -> None:
-    found = ids(users, kind, name, str(tmp_path / "ran"))
-    assert found["error"]["type"] == "system_error", found
-    assert not (tmp_path / "ran").exists()
-
-
-@pytest.mark.root
-@needs_root
-def test_a_user_once_taken_can_not_be_left(users: Harpd) -> None:
-    assert result(users, "regain") == "refused"
-    assert all(result(users, "reach", [users.warden, users.zygote, users.pid]))
-    assert result(users, "shell") is None
-    for stream in ("stdout", "stderr"):
-        users.wait_event("call printed", procedure="shell", stream=stream, text=f"to {stream}")
-
-
-@pytest.mark.root
-@needs_root
-def test_the_default_user_and_group(tmp_path: Path) -> None:
-    procedures = USERS.replace("NUMBER", "1")
-    daemon, nobody = pwd.getpwnam("daemon"), pwd.getpwnam("nobody")
-    with Harpd(tmp_path / "user", procedures, options=("--default-user", "nobody")) as harpd:
-        found = ids(harpd, "plain", "nothing")
-        assert (found["uid"], found["groups"]) == ([nobody.pw_uid] * 3, user_groups("nobody"))
-        assert ids(harpd, "stream", "name")["uid"] == [daemon.pw_uid] * 3
-        assert ids(harpd, "plain", "group")["gid"] == [7] * 3
-    options = ("--default-user", str(daemon.pw_uid), "--default-group", "7")
-    with Harpd(tmp_path / "both", procedures, options=options) as harpd:
-        found = ids(harpd, "stream", "nothing")
-        assert (found["uid"], found["gid"], found["groups"]) == ([daemon.pw_uid] * 3, [7] * 3, [7])
-        assert ids(harpd, "plain", "name")["groups"] == user_groups("daemon")
-
-
-@pytest.mark.root
-@needs_root
-def test_without_root_no_other_user_can_be_taken(tmp_path: Path) -> None:
-    """In a process of its own as nobody: the call's own part, without the daemon around it."""
-    nobody = pwd.getpwnam("nobody")
-    program = (
-        "from harpd.users import *\n"
-        "take(resolve('nobody', None)); take(resolve(None, None)); print('own')\n"
-        "for uid, gid in (('daemon', None), (0, None), (None, (7,)), ('nobody', (7,))):\n"
-        "    try:\n        take(resolve(uid, gid))\n        print('taken')\n"
-        "    except UserError as error:\n        print('refused')\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", "import os, sys\nimport harpd.users\n"
-         f"os.setgroups({user_groups('nobody')}); os.setresgid(*[{nobody.pw_gid}] * 3); "
-         f"os.setresuid(*[{nobody.pw_uid}] * 3)\nexec({program!r})"],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.stdout.split() == ["own", "refused", "refused", "refused", "refused"], done.stderr
-
-
-UNRULY = """
-import atexit, os, signal, sys, threading
-from harpd.proc import procedure
-atexit.register(os._exit, 7)
-os.chdir("/")
-os.umask(0o077)
-os.environ["SET"] = "here"
-for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD, signal.SIGXCPU):
-    signal.signal(number, signal.SIG_IGN)
-signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGUSR1, signal.SIGXCPU})
-sys.argv[:] = ["other"]
-sys.stdout.write("no line feed")
-os.close(0)
-threading.Thread(target=threading.Event().wait, args=(3600,)).start()
-
-@procedure(timeout=0.2)
-def slow():
-    import time
-    try:
-        time.sleep(3600)
-    finally:
-        print("cleaned up")
-
-@procedure
-def setting():
-    return [os.getcwd(), os.environ["SET"], os.read(0, 10).decode(), __name__]
-"""
-
-
-def test_a_procedures_file_may_do_what_it_likes(tmp_path: Path) -> None:
-    harpd = Harpd(tmp_path / "with a space and \u00fc", UNRULY, {"limits": {"kill_grace": 1}})
-    with harpd:
-        assert harpd.wait_event("the procedures file leaves threads running; no call has them")["threads"] == 1
-        assert result(harpd, "setting")[:3] == ["/", "here", ""]
-        assert error(harpd, "slow")["type"] == "timeout"
-        harpd.wait_event("call printed", procedure="slow", text="cleaned up")
-        assert "no line feed" not in printed(harpd, last_call(harpd, "setting"))
-        zygote = harpd.zygote
-        assert harpd.reload()["event"] == "reloaded"
-        wait_until(lambda: is_dead(zygote), DEADLINE, "the end of the zygote that has threads")
-        nothing_is_left(harpd)
-
-
-def test_a_service_goes_on_and_goes_on_printing(tmp_path: Path) -> None:
-    procedures = """
-import os, subprocess
-from harpd.proc import procedure
-@procedure
-def start(script, pid):
-    child = subprocess.Popen(["sh", "-c", script], start_new_session=True)
-    with open(pid, "w") as file:
-        file.write(str(child.pid))
-"""
-    go, pid = tmp_path / "go", tmp_path / "pid"
-    script = f"while [ ! -e {go} ]; do sleep 0.05; done; echo still here; echo and here >&2; echo $? > {go}"
-    with Harpd(tmp_path / "harpd", procedures) as harpd:
-        assert result(harpd, "start", script, str(pid)) is None
-        call = last_call(harpd, "start")
-        wait_until(lambda: harpd.status()["calls"] == 0, DEADLINE, "the call's end")
-        assert harpd.reload()["event"] == "reloaded"
-        assert not is_dead(int(pid.read_text()))
-        go.touch()
-        wait_until(lambda: sorted(printed(harpd, call)) == ["and here", "still here"], DEADLINE, "what it prints")
-        wait_until(lambda: go.read_text() == "0\n", DEADLINE, "the service's end")
         nothing_is_left(harpd)

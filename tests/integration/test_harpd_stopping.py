@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from support.calls import nothing_is_left
 from support.daemonlog import DEADLINE
 from support.deadline import wait_until
 from support.harpd import Harpd, is_dead
@@ -199,13 +200,6 @@ def own(tmp_path: Path) -> Harpd:
 @pytest.fixture
 def notes(tmp_path: Path) -> Path:
     return tmp_path / "notes"
-
-
-def nothing_is_left(harpd: Harpd) -> None:
-    """No call, record or fault of the warden is left."""
-    wait_until(lambda: harpd.status()["calls"] == 0, DEADLINE, "the end of the calls")
-    assert not list((harpd.runtime_directory / "calls").iterdir())
-    assert not harpd.events("fault in the warden")
 
 
 def words(notes: Path) -> list[str]:

@@ -1,0 +1,40 @@
+"""What tests of calls ask of a real harpd: an end, what was printed, and that nothing is left."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from support.daemonlog import DEADLINE
+from support.deadline import wait_until
+from support.harpd import Harpd
+
+#: What comes first from a procedure that does not stream.
+ACKNOWLEDGED = {"harp": 1, "stream_result": False}
+
+
+def nothing_is_left(harpd: Harpd) -> None:
+    """No call, record or fault of the warden is left."""
+    wait_until(lambda: harpd.status()["calls"] == 0, DEADLINE, "the end of the calls")
+    assert not list((harpd.runtime_directory / "calls").iterdir())
+    assert not harpd.events("fault in the warden")
+
+
+def result(harpd: Harpd, procedure: str, *arguments: Any) -> Any:
+    acknowledged, last = harpd.call(procedure, *arguments)
+    assert acknowledged == ACKNOWLEDGED
+    assert list(last) == ["result"], last
+    return last["result"]
+
+
+def error(harpd: Harpd, procedure: str, *arguments: Any) -> Any:
+    *_, last = harpd.call(procedure, *arguments)
+    assert "error" in last, last
+    return last["error"]
+
+
+def printed(harpd: Harpd, call: str) -> list[str]:
+    return [event["text"] for event in harpd.events("call printed", call=call)]
+
+
+def last_call(harpd: Harpd, procedure: str) -> str:
+    return str(harpd.events("call started", procedure=procedure)[-1]["call"])
