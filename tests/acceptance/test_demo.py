@@ -22,6 +22,7 @@ import psutil
 import pytest
 
 from support.deadline import wait_until
+from support.harpd import is_dead
 from support.system import System, running
 
 ROOT = Path(__file__).parents[2]
@@ -70,8 +71,7 @@ def test_the_demo_can_be_kept(environment: dict[str, str]) -> None:
         finally:
             demo.send_signal(signal.SIGINT)
             assert demo.wait(60) == 0
-        _, alive = psutil.wait_procs(family, 60)
-        assert not alive
+        wait_until(lambda: all(is_dead(member.pid) for member in family), 60, "the end of all that the demo started")
 
 
 @pytest.fixture(scope="module")

@@ -22,6 +22,7 @@ import harp
 from support.certificates import server_files
 from support.deadline import wait_until
 from support.harpcallerd import Harpcallerd
+from support.harpd import is_dead
 from support.system import System, running
 
 PROCEDURES = """
@@ -75,6 +76,11 @@ def started(job: harp.RemoteCall) -> psutil.Process:
     return psutil.Process(pid)
 
 
+def wait_for_death(processes: list[psutil.Process], seconds: float = 60.0) -> None:
+    """Wait until none of them runs; how soon init takes notice of its orphans' deaths is init's affair."""
+    wait_until(lambda: all(is_dead(process.pid) for process in processes), seconds, f"the death of {processes}")
+
+
 def family(process: psutil.Process) -> list[psutil.Process]:
     return [process, *process.children(recursive=True)]
 
@@ -86,8 +92,7 @@ def test_the_dispatcher_is_killed(system: System, tmp_path: Path) -> None:
     order = tmp_path / "order"
     waiting = [host.mark(str(order), str(number)) for number in range(5)]
     system.dispatcher.kill()
-    psutil.wait_procs([process], 60)
-    assert not process.is_running()  # the connection is gone, so the call is
+    wait_for_death([process])  # the connection is gone, so the call is
     system.dispatcher.restart()
     error = system.rpc.job(first.id()).result(wait=True)
     assert isinstance(error, harp.RemoteError)
@@ -105,8 +110,7 @@ def test_the_gate_is_killed(system: System) -> None:
     error = job.result(wait=True)
     assert isinstance(error, harp.RemoteError)
     assert error.type == "network_error"
-    _, alive = psutil.wait_procs(processes, 60)
-    assert not alive
+    wait_for_death(processes)
     system.harpd.start()
     assert system.rpc.web01.echo(1).get() == [1]
 
@@ -118,8 +122,7 @@ def test_the_warden_is_killed(system: System, escape: bool) -> None:
     assert len(processes) == (10 if escape else 5)
     warden = system.harpd.warden
     os.kill(warden, signal.SIGKILL)
-    _, alive = psutil.wait_procs(processes, DEAD_WITHIN)
-    assert not alive
+    wait_for_death(processes, DEAD_WITHIN)
     for job in jobs:
         error = job.result(wait=True)
         assert isinstance(error, harp.RemoteError)
@@ -135,8 +138,7 @@ def test_the_zygote_is_killed(system: System) -> None:
     error = job.result(wait=True)
     assert isinstance(error, harp.RemoteError)
     assert error.type == "call_died"
-    psutil.wait_procs([process], 60)
-    assert not process.is_running()
+    wait_for_death([process])
     wait_until(lambda: system.harpd.status()["zygote"], 60, "the next zygote")
     assert system.rpc.web01.echo(1).get() == [1]
 
