@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from typing import Any, get_args
 
@@ -10,16 +11,33 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from harp.protocol.daemon import (
+    LONGEST_ORDER,
     NEXT,
     Acknowledgement,
+    Alive,
+    AnyRequest,
+    Attach,
+    CallTerms,
+    Done,
+    Evidence,
     Exchange,
+    Held,
+    KeptTerms,
+    ListCalls,
     Message,
+    Order,
     Phase,
+    Receipt,
     Record,
+    RecordsAt,
     Request,
+    StopCall,
+    Stored,
     decode_message,
+    decode_order,
     decode_request,
     encode_message,
+    encode_order,
     encode_request,
 )
 from harp.protocol.ends import Failed, Raised, Returned
@@ -28,10 +46,46 @@ from harp.protocol.jsontext import open_decoded, open_sliced
 
 REQUEST = '{"harp":1,"procedure":"p","arguments":[1],"auth":{"user":"u","password":"s"}}'
 
+ID = "0e8400e2-9b1d-41d4-a716-446655440000"
+AUTH = '"auth":{"user":"u","password":"s"}'
+TERMS = CallTerms(ID, "o", "hush", "1f", 240, 3600.5, 60, 600)
+TERMS_TEXT = (
+    f'{{"id":"{ID}","owner":"o","secret":"hush","warden":"1f",'
+    '"keep_running":240,"linger":3600.5,"timeout":60,"max_exec_time":600}'
+)
+KEPT = KeptTerms("1f", 240, 3600.5, 5, 0.25, 3)
+KEPT_TEXT = '{"warden":"1f","keep_running":240,"linger":3600.5,"kill_grace":5,"elapsed":0.25,"records":3}'
+
+REQUESTS: list[tuple[str, AnyRequest]] = [
+    (REQUEST, Request("p", [1], "u", "s")),
+    (REQUEST[:-1] + f',"call":{TERMS_TEXT}}}', Request("p", [1], "u", "s", TERMS)),
+    (
+        f'{{"harp":1,"attach":"{ID}","owner":"o","secret":"hush","since":3,{AUTH}}}',
+        Attach(ID, "o", "hush", 3, "u", "s"),
+    ),
+    (f'{{"harp":1,"procedure":"-","arguments":[],"calls":"o",{AUTH}}}', ListCalls("o", "u", "s")),
+]
+
+ORDERS: list[tuple[str, Order]] = [
+    ('{"stored":0}', Stored(0)),
+    ('{"alive":1.5}', Alive(1.5)),
+    ('{"stop":{"why":"cancel"}}', StopCall("cancel")),
+    ('{"stop":{"why":"cancel","by":"127.0.0.1:5"}}', StopCall("cancel", "127.0.0.1:5")),
+    ('{"done":true}', Done()),
+]
+
 MESSAGES: list[tuple[str, Message]] = [
     ('{"harp":1,"stream_result":false}', Acknowledgement(False)),
     ('{"harp":1,"stream_result":true}', Acknowledgement(True)),
+    (f'{{"harp":1,"stream_result":false,"call":{KEPT_TEXT}}}', Acknowledgement(False, KEPT)),
+    (f'{{"harp":1,"stream_result":true,"call":{KEPT_TEXT}}}', Acknowledgement(True, KEPT)),
     ('{"stream":{"a":1}}', Record({"a": 1})),
+    ('{"at":1700000000.25}', RecordsAt(1700000000.25)),
+    ('{"alive":1.5}', Alive(1.5)),
+    ('{"receipt":{"survivors":[]}}', Receipt({"survivors": []})),
+    ('{"evidence":{"exit":0}}', Evidence({"exit": 0})),
+    ('{"harp":1,"calls":[],"warden":"1f"}', Held((), "1f")),
+    (f'{{"harp":1,"calls":["{ID}"],"warden":"1f"}}', Held((ID,), "1f")),
     ('{"result":null}', Returned(None)),
     (
         '{"exception":{"type":"E","message":"m","data":{"class":"E","module":"x"}}}',
@@ -42,23 +96,55 @@ MESSAGES: list[tuple[str, Message]] = [
 ]
 
 
+def turned(value: Any) -> Any:
+    """The same value with its keys in the opposite order, all the way down."""
+    if isinstance(value, dict):
+        return {key: turned(member) for key, member in reversed(value.items())}
+    return list(map(turned, value)) if isinstance(value, list) else value
+
+
+def spaced(line: str) -> bytes:
+    """The line written otherwise: keys in another order, white space between them."""
+    return json.dumps(turned(json.loads(line)), indent=1).replace("\n", " ").encode()
+
+
+@pytest.mark.parametrize(("line", "request_"), REQUESTS)
+def test_requests_are_written_and_read(line: str, request_: AnyRequest) -> None:
+    assert encode_request(request_) == line.encode() + b"\n"
+    assert decode_request(line.encode()) == decode_request(spaced(line)) == request_
+    assert encode_request(decode_request(line.encode(), open_sliced)) == line.encode() + b"\n"
+
+
 def test_the_request_is_written_as_the_field_writes_it() -> None:
-    request = Request("p", [1], "u", "s")
-    assert encode_request(request) == REQUEST.encode() + b"\n"
-    assert decode_request(REQUEST.encode()) == request
+    assert encode_request(Request("p", [1], "u", "s")) == REQUEST.encode() + b"\n"
 
 
-def test_the_password_is_not_shown() -> None:
-    assert "secret" not in repr(Request("p", [], "u", "secret"))
+def test_no_secret_is_shown() -> None:
+    terms = CallTerms(ID, "whose", "hush", "1f", 1, 1, 1, 1)
+    shown = map(repr, (Request("p", [], "u", "hush", terms), Attach(ID, "whose", "hush", 0, "u", "hush")))
+    assert not [text for text in (*shown, repr(ListCalls("whose", "u", "hush"))) if "hush" in text or "whose" in text]
 
 
 @pytest.mark.parametrize(("line", "message"), MESSAGES)
 def test_messages_are_written_and_read(line: str, message: Message) -> None:
     assert encode_message(message) == line.encode() + b"\n"
-    assert decode_message(line.encode()) == message
-    spaced = json.dumps(dict(reversed(json.loads(line).items())), indent=1).replace("\n", " ")
-    assert decode_message(spaced.encode()) == message
+    assert decode_message(line.encode()) == decode_message(spaced(line)) == message
     assert encode_message(decode_message(line.encode(), open_sliced)) == line.encode() + b"\n"
+
+
+@pytest.mark.parametrize(("line", "order"), ORDERS)
+def test_orders_are_written_and_read(line: str, order: Order) -> None:
+    assert encode_order(order) == line.encode() + b"\n"
+    assert decode_order(line.encode()) == decode_order(spaced(line)) == order
+
+
+@given(st.text(min_size=1, max_size=100), st.text(min_size=1, max_size=200))
+def test_an_order_is_never_longer_than_it_may_be(why: str, by: str) -> None:
+    assert len(encode_order(StopCall(why, by))) <= LONGEST_ORDER + 1
+
+
+def test_the_longest_order_is_short_enough() -> None:
+    assert len(encode_order(StopCall("\U0001f600" * 100, "\U0001f600" * 200))) <= LONGEST_ORDER + 1
 
 
 BAD_REQUESTS = [
@@ -74,7 +160,88 @@ BAD_REQUESTS = [
     (REQUEST.replace('"p"', '""'), "invalid_request", "procedure: expected a name"),
     (REQUEST.replace('"u"', "1"), "invalid_request", "user: expected a string, got a number"),
     (REQUEST.replace('"harp":1', '"harp":1,"new":1'), "invalid_request", "unknown key new"),
+    (REQUEST[:-1] + ',"call":null}', "invalid_request", "call: expected an object"),
+    (REQUEST[:-1] + ',"call":{}}', "invalid_request", "call.id: missing"),
+    (f'{{"harp":1,"attach":"{ID}","calls":"o",{AUTH}}}', "invalid_request", "unknown key calls"),
+    (f'{{"harp":1,"attach":"{ID}",{AUTH}}}', "invalid_request", "owner: missing"),
+    (
+        f'{{"harp":1,"attach":"x","owner":"o","secret":"s","since":0,{AUTH}}}',
+        "invalid_request",
+        "attach: expected a UUID",
+    ),
+    (f'{{"harp":1,"attach":"{ID}","owner":"o","secret":"s",{AUTH}}}', "invalid_request", "since: missing"),
+    (f'{{"harp":1,"attach":"{ID}","owner":"o","secret":"s","since":-1,{AUTH}}}', "invalid_request", "since: expected"),
+    (f'{{"harp":1,"calls":"",{AUTH}}}', "invalid_request", "calls: expected a string of 1 to 200 characters"),
+    (f'{{"harp":1,"calls":["o"],{AUTH}}}', "invalid_request", "calls: expected a string, got an array"),
+    ('{"harp":1,"calls":"o"}', "invalid_request", "auth: expected an object"),
 ]
+
+
+def with_terms(**changes: Any) -> str:
+    terms = {**json.loads(TERMS_TEXT), **changes}
+    return REQUEST[:-1] + f',"call":{json.dumps({key: value for key, value in terms.items() if value != "gone"})}}}'
+
+
+NO_NAME, NO_TIME = [5, "", "x" * 201, None], [0, -1, True, "1", None, 10**400, 1e10]
+BAD_TERMS: list[tuple[str, list[Any], str]] = [
+    ("id", [5, "", ID.upper(), ID + "\n", ID[1:]], "expected a UUID in lower case"),
+    *((key, NO_NAME, "expected a string of 1 to 200") for key in ("owner", "secret", "warden")),
+    *((key, NO_TIME, "expected a positive number") for key in ("keep_running", "linger", "timeout", "max_exec_time")),
+    *((key, ["gone"], "missing") for key in json.loads(TERMS_TEXT)),
+]
+BAD_REQUESTS += [
+    (with_terms(**{key: value}), "invalid_request", f"call.{key}: {fault}")
+    for key, values, fault in BAD_TERMS
+    for value in values
+]
+BAD_REQUESTS.append((with_terms(more=1), "invalid_request", "unknown key more"))
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("x", "Expecting value"),
+        ("{}", "expected exactly one of stored, alive, stop, done"),
+        ('{"stored":1,"done":true}', "expected exactly one of"),
+        ('{"done":true,"more":1}', "unknown key more"),
+        ('{"done":1}', "done: expected true"),
+        ('{"alive":true}', "alive: expected a number"),
+        ('{"alive":-1}', "alive: expected a number"),
+        ('{"stored":-1}', "stored: expected an integer from 0 on, got -1"),
+        ('{"stored":true}', "stored: expected an integer from 0 on, got True"),
+        ('{"stop":true}', "stop: expected an object"),
+        ('{"stop":{}}', "why: missing"),
+        ('{"stop":{"why":""}}', "stop.why: expected a string of 1 to 100 characters"),
+        ('{"stop":{"why":"w","by":null}}', "by: expected a string, got null"),
+        ('{"stop":{"why":"w","x":1}}', "unknown key x"),
+    ],
+)
+def test_a_bad_order_has_its_reason(line: str, message: str) -> None:
+    with pytest.raises(ProtocolError, match=message):
+        decode_order(line.encode())
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"at":"x"}', "at: expected a number"),
+        ('{"at":-1}', "at: expected a number"),
+        ('{"at":true}', "at: expected a number"),
+        ('{"at":1,"stream":1}', "both stream and at"),
+        ('{"receipt":[]}', "receipt: expected an object"),
+        ('{"evidence":1}', "evidence: expected an object"),
+        ('{"calls":[],"warden":"w"}', "harp: expected 1"),
+        ('{"harp":1,"calls":{},"warden":"w"}', "calls: expected an array"),
+        ('{"harp":1,"calls":["x"],"warden":"w"}', r"calls\[0\]: expected a UUID"),
+        ('{"harp":1,"calls":[]}', "warden: missing"),
+        ('{"harp":1,"stream_result":true,"call":true}', "call: expected an object"),
+        ('{"harp":1,"stream_result":true,"call":{"warden":"w"}}', "call.keep_running: missing"),
+    ],
+)
+def test_a_bad_message_has_its_reason(line: str, message: str) -> None:
+    for opener in (open_decoded, open_sliced):
+        with pytest.raises(ProtocolError, match=message):
+            decode_message(line.encode(), opener)
 
 
 @pytest.mark.parametrize("opener", [open_decoded, open_sliced])
@@ -90,9 +257,15 @@ def test_a_bad_request_has_its_type_and_its_reason(line: str, type_: str, messag
 def test_what_may_come_when_is_the_table(phase: Phase, line: str, message: Message) -> None:
     exchange = Exchange()
     exchange.phase = phase
-    if type(message) in NEXT[phase]:
+    kept = phase in (Phase.KEPT_RUNNING, Phase.KEPT_STREAMING, Phase.KEPT_ENDING, Phase.KEPT_ENDED)
+    fits = not isinstance(message, Acknowledgement) or phase is Phase.SENT_KEPT
+    if isinstance(message, Acknowledgement) and phase in (Phase.SENT, Phase.SENT_ATTACH):
+        fits = (message.call is not None) == (phase is Phase.SENT_ATTACH)
+    if type(message) in NEXT[phase] and fits:
         assert exchange.message(line.encode()) == message
-        assert exchange.finished == isinstance(message, (Returned, Raised, Failed))
+        closing = isinstance(message, (Returned, Raised, Failed, Held))
+        assert exchange.ended == (closing or phase is Phase.KEPT_ENDED)
+        assert exchange.finished == (closing and not kept)
     else:
         with pytest.raises(ProtocolError, match="came while"):
             exchange.message(line.encode())
@@ -111,15 +284,67 @@ def test_records_come_only_after_an_acknowledgement_that_said_so() -> None:
     assert exchange.phase is Phase.RUNNING
 
 
+def test_a_kept_call_has_its_own_order_of_lines() -> None:
+    lines: dict[type, bytes] = {type(message): line.encode() for line, message in MESSAGES}
+    exchange = Exchange(request=Request("p", [1], "u", "s", TERMS))
+    told = [Acknowledgement, RecordsAt, Record, Alive, Record, RecordsAt, Record, Receipt, Evidence, Alive]
+    for kind in told:
+        exchange.message(lines[kind])
+        assert not exchange.ended
+    for kind in (RecordsAt, Record, Evidence, Acknowledgement):
+        with pytest.raises(ProtocolError, match="came while waiting for the result, its evidence given"):
+            exchange.message(lines[kind])
+    exchange.message(lines[Failed])
+    assert exchange.phase is Phase.KEPT_ENDED
+    exchange.message(lines[Receipt])
+    exchange.message(lines[Alive])
+    for kind in (Returned, Evidence, RecordsAt):
+        with pytest.raises(ProtocolError, match="came while waiting for the close"):
+            exchange.message(lines[kind])
+
+
+PLAIN_ACK, KEPT_ACK = (f'{{"harp":1,"stream_result":true{more}}}'.encode() for more in ("", f',"call":{KEPT_TEXT}'))
+
+
+@pytest.mark.parametrize(
+    ("request_", "line", "phase"),
+    [
+        (None, PLAIN_ACK, Phase.STREAMING),
+        (None, KEPT_ACK, None),
+        (Request("p", [], "u", "s"), KEPT_ACK, None),
+        (Request("p", [], "u", "s", TERMS), PLAIN_ACK, Phase.STREAMING),  # a harpd of the field
+        (Request("p", [], "u", "s", TERMS), KEPT_ACK, Phase.KEPT_STREAMING),
+        (Attach(ID, "o", "s", 0, "u", "s"), PLAIN_ACK, None),
+        (Attach(ID, "o", "s", 0, "u", "s"), KEPT_ACK, Phase.KEPT_STREAMING),
+        (ListCalls("o", "u", "s"), PLAIN_ACK, None),
+        (ListCalls("o", "u", "s"), b'{"harp":1,"calls":[],"warden":"w"}', Phase.CLOSED),
+        (Attach(ID, "o", "s", 0, "u", "s"), b'{"harp":1,"calls":[],"warden":"w"}', None),
+    ],
+)
+def test_only_who_asked_for_a_kept_call_is_told_of_one(
+    request_: AnyRequest | None, line: bytes, phase: Phase | None
+) -> None:
+    exchange = Exchange(request=request_)
+    if phase is None:
+        with pytest.raises(ProtocolError, match="came while waiting for"):
+            exchange.message(line)
+    else:
+        exchange.message(line)
+        assert exchange.phase is phase
+
+
 @given(st.binary(), st.sampled_from([open_decoded, open_sliced]))
 def test_any_line_is_a_message_or_a_protocol_error(line: bytes, opener: Any) -> None:
     for decode in (decode_request, decode_message):
         with pytest.raises(ProtocolError):
             decode(line, opener)
+    with pytest.raises(ProtocolError):
+        decode_order(line)
 
 
 keys = st.sampled_from(
-    "harp stream_result stream result exception error type message data procedure arguments auth".split()
+    "harp stream_result stream result exception error type message data procedure arguments auth user password "
+    "call calls attach owner secret since warden at alive receipt evidence stored stop why by done".split()
 )
 objects = st.recursive(
     st.none() | st.booleans() | st.integers(0, 2) | st.floats() | st.just("x"),
@@ -134,3 +359,17 @@ def test_any_object_is_a_message_or_a_protocol_error(line: bytes, opener: Any) -
             decode(line, opener)
         except ProtocolError as error:
             assert error.type in ("parse_error", "invalid_protocol", "invalid_request")
+    with contextlib.suppress(ProtocolError):
+        decode_order(line)
+
+
+@given(
+    st.lists(st.sampled_from([line for line, _ in MESSAGES]), max_size=12), st.sampled_from([r for _, r in REQUESTS])
+)
+def test_any_order_of_messages_is_taken_or_a_protocol_error(lines: list[str], request_: AnyRequest) -> None:
+    exchange = Exchange(request=request_)
+    with contextlib.suppress(ProtocolError):
+        for line in lines:
+            if exchange.finished:
+                return
+            exchange.message(line.encode())

@@ -1,6 +1,8 @@
 """The messages between harpd and those who call it: values, their lines, and which may follow which.
 
-Sans-IO, as `harp.protocol.dispatcher`.
+Sans-IO, as `harp.protocol.dispatcher`. A *tied* call ends with its connection. A *kept* call has an id that its
+caller gave it: it outlives the connection, and its caller may attach to it again. All that has to do with kept calls
+is said only to those who asked for it.
 
 Spec: docs/protocol.md, harpd.
 """
@@ -11,35 +13,76 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from types import MappingProxyType
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from harp.protocol.ends import Cancelled, Failed, Raised, Returned, decode_end, encode_end
-from harp.protocol.fields import ProtocolError, check, is_container, opened, string, value, within
+from harp.protocol.fields import ProtocolError, check, is_container, is_count, opened, string, value, within
 from harp.protocol.jsontext import Envelope, Members, Opener, Payload, dumps, open_decoded
+from harp.protocol.kept import (
+    LONGEST_ORDER,
+    Alive,
+    CallTerms,
+    Done,
+    KeptTerms,
+    Order,
+    StopCall,
+    Stored,
+    check_id,
+    check_moment,
+    check_name,
+    decode_alive,
+    decode_order,
+    decode_terms,
+    encode_order,
+    encode_terms,
+)
 
 __all__ = [
+    "LONGEST_ORDER",
     "Acknowledgement",
+    "Alive",
+    "AnyRequest",
+    "Attach",
+    "CallTerms",
+    "Done",
+    "Evidence",
     "Exchange",
+    "Held",
+    "KeptTerms",
+    "ListCalls",
     "Message",
+    "Order",
+    "Receipt",
     "Record",
+    "RecordsAt",
     "Request",
+    "StopCall",
+    "Stored",
     "decode_message",
+    "decode_order",
     "decode_request",
     "encode_message",
+    "encode_order",
     "encode_request",
 ]
 
 VERSION = 1
 
+_NO_PROCEDURE = "-"
+
+
+# Requests.
+
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """Call a procedure. `arguments` is an array (positional) or an object (named)."""
+    """Call a procedure. `arguments` is an array (positional) or an object (named); `call`: None for a tied call."""
 
     procedure: str
     arguments: Payload
     user: str
     password: str = field(repr=False)
+    call: CallTerms | None = None
 
     def __post_init__(self) -> None:
         check(
@@ -49,14 +92,62 @@ class Request:
         check(is_container(self.arguments, (list, dict)), "arguments: expected an array or an object")
 
 
-def encode_request(request: Request) -> bytes:
+@dataclass(frozen=True, slots=True)
+class Attach:
+    """Go on with a kept call: its records from number `since` on, then its end."""
+
+    call: str
+    owner: str = field(repr=False)
+    secret: str = field(repr=False)
+    since: int
+    user: str
+    password: str = field(repr=False)
+
+    def __post_init__(self) -> None:
+        check_id("attach", self.call)
+        check_name("owner", self.owner)
+        check_name("secret", self.secret)
+        check(is_count(self.since), f"since: expected an integer from 0 on, got {self.since!r}")
+
+
+@dataclass(frozen=True, slots=True)
+class ListCalls:
+    """Ask which kept calls of this owner there are.
+
+    To a harpd that does not know the question it looks like the call of a procedure that does not exist.
+    """
+
+    owner: str = field(repr=False)
+    user: str
+    password: str = field(repr=False)
+
+    def __post_init__(self) -> None:
+        check_name("calls", self.owner)
+
+
+AnyRequest: TypeAlias = Request | Attach | ListCalls
+
+
+def encode_request(request: AnyRequest) -> bytes:
     """The request's line, line feed included. Raises `NotJSON` when the arguments have no form in JSON."""
-    auth = Envelope(user=request.user, password=request.password)
-    members = Envelope(harp=VERSION, procedure=request.procedure, arguments=request.arguments, auth=auth)
+    members = Envelope(harp=VERSION)
+    match request:
+        case Request(call=call):
+            members |= {"procedure": request.procedure, "arguments": request.arguments}
+        case Attach():
+            call = None
+            members |= {"attach": request.call, "owner": request.owner}
+            members |= {"secret": request.secret, "since": request.since}
+        case ListCalls(owner):
+            call = None
+            members |= {"procedure": _NO_PROCEDURE, "arguments": (), "calls": owner}
+    members["auth"] = Envelope(user=request.user, password=request.password)
+    if call is not None:
+        members["call"] = encode_terms(call)
     return bytes(dumps(members)) + b"\n"
 
 
-def decode_request(line: bytes, opener: Opener = open_decoded) -> Request:
+def decode_request(line: bytes, opener: Opener = open_decoded) -> AnyRequest:
     """Read a request's line, given without its line feed.
 
     Raises:
@@ -64,18 +155,31 @@ def decode_request(line: bytes, opener: Opener = open_decoded) -> Request:
     """
     members = opened(line, opener)
     _check_version(members)
-    within(members, ("harp", "procedure", "arguments", "auth"))
+    if "attach" in members:
+        within(members, ("harp", "attach", "owner", "secret", "since", "auth"))
+        call, owner, secret = (string(members, key) for key in ("attach", "owner", "secret"))
+        return Attach(call, owner, secret, _present(members, "since"), *_credentials(members))
+    if "calls" in members:
+        within(members, ("harp", "procedure", "arguments", "calls", "auth"))
+        return ListCalls(string(members, "calls"), *_credentials(members))
+    within(members, ("harp", "procedure", "arguments", "auth", "call"))
     check("arguments" in members, "arguments: missing")
+    credentials = _credentials(members)
+    procedure, arguments = string(members, "procedure"), members.payload("arguments")
+    return Request(procedure, arguments, *credentials, decode_terms(members, CallTerms))
+
+
+def _credentials(members: Members) -> tuple[str, str]:
     auth = members.members("auth") if "auth" in members else None
     check(auth is not None, "auth: expected an object with user and password")
     assert auth is not None
     within(auth, ("user", "password"))
-    return Request(
-        string(members, "procedure"),
-        members.payload("arguments"),
-        string(auth, "user"),
-        string(auth, "password"),
-    )
+    return string(auth, "user"), string(auth, "password")
+
+
+def _present(members: Members, key: str) -> Any:
+    check(key in members, f"{key}: missing")
+    return value(members, key)
 
 
 def _check_version(members: Members) -> None:
@@ -84,11 +188,20 @@ def _check_version(members: Members) -> None:
         raise ProtocolError(f"harp: expected {VERSION}, got {version!r}", "invalid_protocol")
 
 
+# What harpd says.
+
+
 @dataclass(frozen=True, slots=True)
 class Acknowledgement:
-    """The procedure exists and the call is under way; `stream_result`: whether records will come."""
+    """The procedure exists and the call is under way.
+
+    Attributes:
+        stream_result: whether records will come.
+        call: the terms of a kept call; None: the call is tied, whatever was asked for.
+    """
 
     stream_result: bool
+    call: KeptTerms | None = None
 
     def __post_init__(self) -> None:
         check(isinstance(self.stream_result, bool), "stream_result: expected true or false")
@@ -101,16 +214,73 @@ class Record:
     data: Payload
 
 
-Message: TypeAlias = Acknowledgement | Record | Returned | Raised | Failed
+@dataclass(frozen=True, slots=True)
+class RecordsAt:
+    """The records that follow were made at `time` (Unix seconds)."""
+
+    time: float
+
+    def __post_init__(self) -> None:
+        check_moment("at", self.time)
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """What was done to stop the call, an object; the later one counts."""
+
+    receipt: Payload
+
+    def __post_init__(self) -> None:
+        check(is_container(self.receipt, (dict,)), "receipt: expected an object")
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """How the call's process ended, an object."""
+
+    evidence: Payload
+
+    def __post_init__(self) -> None:
+        check(is_container(self.evidence, (dict,)), "evidence: expected an object")
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """The owner's kept calls, and the incarnation of the warden that starts new ones."""
+
+    calls: tuple[str, ...]
+    warden: str
+
+    def __post_init__(self) -> None:
+        for number, call in enumerate(self.calls):
+            check_id(f"calls[{number}]", call)
+        check_name("warden", self.warden)
+
+
+Message: TypeAlias = (
+    Acknowledgement | Record | RecordsAt | Alive | Receipt | Evidence | Held | Returned | Raised | Failed
+)
 
 
 def encode_message(message: Message) -> bytes:
     """The line of what harpd says, line feed included. Raises `NotJSON` when a payload has no form in JSON."""
     match message:
-        case Acknowledgement(stream_result):
+        case Acknowledgement(stream_result, call):
             members = Envelope(harp=VERSION, stream_result=stream_result)
+            if call is not None:
+                members["call"] = encode_terms(call)
         case Record(data):
             members = Envelope(stream=data)
+        case RecordsAt(time):
+            members = Envelope(at=time)
+        case Alive(at):
+            members = Envelope(alive=at)
+        case Receipt(receipt):
+            members = Envelope(receipt=receipt)
+        case Evidence(evidence):
+            members = Envelope(evidence=evidence)
+        case Held(calls, warden):
+            members = Envelope(harp=VERSION, calls=calls, warden=warden)
         case Failed():
             members = Envelope(harp=VERSION, **encode_end(message))
         case _:
@@ -128,7 +298,14 @@ def decode_message(line: bytes, opener: Opener = open_decoded) -> Message:
 
 def _decode_acknowledgement(members: Members) -> Acknowledgement:
     _check_version(members)
-    return Acknowledgement(value(members, "stream_result"))
+    return Acknowledgement(value(members, "stream_result"), decode_terms(members, KeptTerms))
+
+
+def _decode_held(members: Members) -> Held:
+    _check_version(members)
+    calls = value(members, "calls")
+    check(isinstance(calls, list), "calls: expected an array")
+    return Held(tuple(calls), string(members, "warden"))
 
 
 def _decode_failed(members: Members) -> Failed:
@@ -151,6 +328,11 @@ _MESSAGES: Mapping[str, Callable[[Members], Message]] = MappingProxyType(
     {
         "stream_result": _decode_acknowledgement,
         "stream": lambda m: Record(m.payload("stream")),
+        "at": lambda m: RecordsAt(value(m, "at")),
+        "alive": decode_alive,
+        "receipt": lambda m: Receipt(m.payload("receipt")),
+        "evidence": lambda m: Evidence(m.payload("evidence")),
+        "calls": _decode_held,
         "result": _decode_end("result"),
         "exception": _decode_end("exception"),
         "error": _decode_failed,
@@ -158,26 +340,94 @@ _MESSAGES: Mapping[str, Callable[[Members], Message]] = MappingProxyType(
 )
 
 
+# What may follow what.
+
+
 class Phase(Enum):
-    """Where an exchange stands."""
+    """Where an exchange stands. The first three: by what was asked."""
 
     SENT = "waiting for the acknowledgement"
+    SENT_KEPT = "waiting for the acknowledgement of a kept call"
+    SENT_ATTACH = "waiting for the acknowledgement of an attach"
+    SENT_LIST = "waiting for the list of calls"
     RUNNING = "waiting for the result"
     STREAMING = "waiting for records or the result"
+    KEPT_RUNNING = "waiting for the result of a kept call"
+    KEPT_STREAMING = "waiting for records or the result of a kept call"
+    KEPT_ENDING = "waiting for the result, its evidence given"
+    KEPT_ENDED = "waiting for the close of a kept call"
     CLOSED = "closed"
 
 
-_CLOSING = dict.fromkeys((Returned, Raised, Failed), Phase.CLOSED)
+def _closing(phase: Phase) -> dict[type, Phase]:
+    return dict.fromkeys((Returned, Raised, Failed), phase)
+
+
+def _kept(phase: Phase) -> dict[type, Phase]:
+    """What may come in every phase of a kept call, and leaves the phase as it is."""
+    return dict.fromkeys((Alive, Receipt), phase)
+
+
+_ANSWERED = MappingProxyType({Acknowledgement: Phase.RUNNING, Failed: Phase.CLOSED})
 
 #: What may come in which phase, and the phase after it. What is not listed here is a protocol error.
+#: The acknowledgement itself says more: see `_ACKNOWLEDGED`.
 NEXT: Mapping[Phase, Mapping[type, Phase]] = MappingProxyType(
     {
-        Phase.SENT: {Acknowledgement: Phase.RUNNING, Failed: Phase.CLOSED},
-        Phase.RUNNING: _CLOSING,
-        Phase.STREAMING: {Record: Phase.STREAMING, **_CLOSING},
+        Phase.SENT: _ANSWERED,
+        Phase.SENT_KEPT: _ANSWERED,
+        Phase.SENT_ATTACH: _ANSWERED,
+        Phase.SENT_LIST: {Held: Phase.CLOSED, Failed: Phase.CLOSED},
+        Phase.RUNNING: _closing(Phase.CLOSED),
+        Phase.STREAMING: {Record: Phase.STREAMING, **_closing(Phase.CLOSED)},
+        Phase.KEPT_RUNNING: {
+            **_kept(Phase.KEPT_RUNNING),
+            Evidence: Phase.KEPT_ENDING,
+            **_closing(Phase.KEPT_ENDED),
+        },
+        Phase.KEPT_STREAMING: {
+            **_kept(Phase.KEPT_STREAMING),
+            RecordsAt: Phase.KEPT_STREAMING,
+            Record: Phase.KEPT_STREAMING,
+            Evidence: Phase.KEPT_ENDING,
+            **_closing(Phase.KEPT_ENDED),
+        },
+        Phase.KEPT_ENDING: {**_kept(Phase.KEPT_ENDING), **_closing(Phase.KEPT_ENDED)},
+        Phase.KEPT_ENDED: _kept(Phase.KEPT_ENDED),
         Phase.CLOSED: {},
     }
 )
+
+#: Which acknowledgements may come in which phase: whether of a kept call.
+_MAY_BE_KEPT: Mapping[Phase, frozenset[bool]] = MappingProxyType(
+    {
+        Phase.SENT: frozenset({False}),
+        Phase.SENT_KEPT: frozenset({False, True}),  # a harpd of the field knows tied calls only
+        Phase.SENT_ATTACH: frozenset({True}),
+    }
+)
+
+#: The phase after an acknowledgement, by whether the call is kept and whether it streams.
+_ACKNOWLEDGED: Mapping[tuple[bool, bool], Phase] = MappingProxyType(
+    {
+        (False, False): Phase.RUNNING,
+        (False, True): Phase.STREAMING,
+        (True, False): Phase.KEPT_RUNNING,
+        (True, True): Phase.KEPT_STREAMING,
+    }
+)
+
+
+def _first_phase(request: AnyRequest | None) -> Phase:
+    match request:
+        case Attach():
+            return Phase.SENT_ATTACH
+        case ListCalls():
+            return Phase.SENT_LIST
+        case Request(call=CallTerms()):
+            return Phase.SENT_KEPT
+        case _:
+            return Phase.SENT
 
 
 class Exchange:
@@ -185,16 +435,22 @@ class Exchange:
 
     Args:
         opener: decides whether payloads come as values or as `Raw` text.
+        request: what was sent; None: a request for a tied call.
     """
 
-    def __init__(self, opener: Opener = open_decoded) -> None:
+    def __init__(self, opener: Opener = open_decoded, request: AnyRequest | None = None) -> None:
         self._opener = opener
         #: Where the exchange stands.
-        self.phase = Phase.SENT
+        self.phase = _first_phase(request)
+
+    @property
+    def ended(self) -> bool:
+        """Whether the closing line, a refusal or the list has come. A receipt may still follow a kept call's end."""
+        return self.phase in (Phase.CLOSED, Phase.KEPT_ENDED)
 
     @property
     def finished(self) -> bool:
-        """Whether the last message has come."""
+        """Whether the last message has come. Never so for a kept call: it is over when harpd closes."""
         return self.phase is Phase.CLOSED
 
     def message(self, line: bytes) -> Message:
@@ -203,6 +459,11 @@ class Exchange:
         following = NEXT[self.phase].get(type(message))
         if following is None:
             raise ProtocolError(f"{type(message).__name__} came while {self.phase.value}")
-        streams = isinstance(message, Acknowledgement) and message.stream_result
-        self.phase = Phase.STREAMING if streams else following
+        if isinstance(message, Acknowledgement):
+            kept = message.call is not None
+            if kept not in _MAY_BE_KEPT[self.phase]:
+                came = "kept" if kept else "tied"
+                raise ProtocolError(f"acknowledgement of a {came} call came while {self.phase.value}")
+            following = _ACKNOWLEDGED[kept, message.stream_result]
+        self.phase = following
         return message

@@ -3,6 +3,9 @@
 Sans-IO: nothing here touches a socket. Each message is a frozen value that is valid once it is made.
 Whatever bytes come, the outcome is a message or a `ProtocolError`.
 
+What version 1 does not have is opt-in: a request carries ``wait`` (of a cancel) or ``timed`` only when its caller asked
+for it, and only the replies to such a request carry ``stop`` or ``time``.
+
 Spec: docs/protocol.md, Client and dispatcher.
 """
 
@@ -21,8 +24,10 @@ __all__ = [
     "Call",
     "Cancel",
     "Continue",
+    "Details",
     "Exchange",
     "FollowStream",
+    "GetDetails",
     "GetResult",
     "GetStatus",
     "NoResult",
@@ -83,9 +88,13 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class Cancel:
-    """Cancel a job."""
+    """Cancel a job; with `wait`, the reply comes once it is settled whether its processes are gone."""
 
     job: str
+    wait: bool = False
+
+    def __post_init__(self) -> None:
+        check(isinstance(self.wait, bool), "wait: expected true or false")
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,17 +116,29 @@ class GetStatus:
 
 
 @dataclass(frozen=True, slots=True)
+class GetDetails:
+    """Ask for all that is known of a job."""
+
+    job: str
+
+
+@dataclass(frozen=True, slots=True)
 class _Stream:
-    """Ask for a job's records: from number `since` on, or the `recent` newest of those collected."""
+    """Ask for a job's records: from number `since` on, or the `recent` newest of those collected.
+
+    With `timed`, each comes with the time it was made.
+    """
 
     job: str
     since: int | None = None
     recent: int | None = None
+    timed: bool = False
 
     def __post_init__(self) -> None:
         for key, number in (("since", self.since), ("recent", self.recent)):
             check(number is None or is_count(number), f"{key}: expected an integer from 0 on, got {number!r}")
         check(self.since is None or self.recent is None, "since and recent exclude each other")
+        check(isinstance(self.timed, bool), "timed: expected true or false")
 
 
 class FollowStream(_Stream):
@@ -132,7 +153,7 @@ class ReadStream(_Stream):
     __slots__ = ()
 
 
-Request: TypeAlias = Call | Cancel | GetResult | GetStatus | FollowStream | ReadStream
+Request: TypeAlias = Call | Cancel | GetResult | GetStatus | GetDetails | FollowStream | ReadStream
 
 
 def encode_request(request: Request) -> bytes:
@@ -149,16 +170,18 @@ def encode_request(request: Request) -> bytes:
                 "queue": queue and Envelope(name=queue.name, concurrency=queue.concurrency),
                 "info": request.info,
             }
-        case Cancel(job):
-            members = {"cancel": job}
+        case Cancel(job, wait):
+            members = {"cancel": job, "wait": wait or None}
         case GetResult(job, wait):
             members = {"get_result": job, "wait": wait}
         case GetStatus(job):
             members = {"get_status": job}
-        case FollowStream(job, since, recent):
-            members = {"follow_stream": job, "since": since, "recent": recent}
-        case ReadStream(job, since, recent):
-            members = {"read_stream": job, "since": since, "recent": recent}
+        case GetDetails(job):
+            members = {"get_details": job}
+        case FollowStream(job, since, recent, timed):
+            members = {"follow_stream": job, "since": since, "recent": recent, "timed": timed or None}
+        case ReadStream(job, since, recent, timed):
+            members = {"read_stream": job, "since": since, "recent": recent, "timed": timed or None}
     return _line({"harpcaller": VERSION, **members})
 
 
@@ -186,6 +209,12 @@ def _optional(members: Members, key: str) -> Any:
     return value(members, key) if key in members else None
 
 
+def _flag(members: Members, key: str, absent: bool) -> Any:
+    """A member that may be missing or null; that it is true or false is checked by the message."""
+    flag = _optional(members, key)
+    return absent if flag is None else flag
+
+
 def _decode_call(members: Members) -> Call:
     check("arguments" in members, "arguments: missing")
     return Call(
@@ -210,28 +239,26 @@ def _decode_queue(members: Members) -> Queue | None:
     return Queue(queue.payload("name"), 1 if concurrency is None else concurrency)
 
 
-def _decode_result(members: Members) -> GetResult:
-    wait = _optional(members, "wait")
-    return GetResult(string(members, "get_result"), True if wait is None else wait)
+def _decode_stream(kind: str, request: type[FollowStream] | type[ReadStream]) -> Callable[[Members], Request]:
+    def decode(members: Members) -> Request:
+        since, recent = _optional(members, "since"), _optional(members, "recent")
+        return request(string(members, kind), since, recent, _flag(members, "timed", False))
+
+    return decode
 
 
-_STREAM_KEYS = ("since", "recent")
+_STREAM_KEYS = ("since", "recent", "timed")
 
 #: The key that tells the request, the keys that may stand beside it, and how it is read.
 _REQUESTS: Mapping[str, tuple[tuple[str, ...], Callable[[Members], Request]]] = MappingProxyType(
     {
         "procedure": (("host", "arguments", "timeout", "max_exec_time", "queue", "info"), _decode_call),
-        "cancel": ((), lambda m: Cancel(string(m, "cancel"))),
-        "get_result": (("wait",), _decode_result),
+        "cancel": (("wait",), lambda m: Cancel(string(m, "cancel"), _flag(m, "wait", False))),
+        "get_result": (("wait",), lambda m: GetResult(string(m, "get_result"), _flag(m, "wait", True))),
         "get_status": ((), lambda m: GetStatus(string(m, "get_status"))),
-        "follow_stream": (
-            _STREAM_KEYS,
-            lambda m: FollowStream(string(m, "follow_stream"), _optional(m, "since"), _optional(m, "recent")),
-        ),
-        "read_stream": (
-            _STREAM_KEYS,
-            lambda m: ReadStream(string(m, "read_stream"), _optional(m, "since"), _optional(m, "recent")),
-        ),
+        "get_details": ((), lambda m: GetDetails(string(m, "get_details"))),
+        "follow_stream": (_STREAM_KEYS, _decode_stream("follow_stream", FollowStream)),
+        "read_stream": (_STREAM_KEYS, _decode_stream("read_stream", ReadStream)),
     }
 )
 
@@ -245,9 +272,17 @@ class Submitted:
 
 @dataclass(frozen=True, slots=True)
 class WasCancelled:
-    """The reply to a cancel: whether the job was stopped by it."""
+    """The reply to a cancel: whether the job was stopped by it.
+
+    `stop` is how the stop of its processes turned out, an object with `state` and `receipt`; None when there were none,
+    or when nobody waited for it.
+    """
 
     cancelled: bool
+    stop: Payload = None
+
+    def __post_init__(self) -> None:
+        check(self.stop is None or is_container(self.stop, (dict,)), "stop: expected an object")
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,11 +304,22 @@ class Status:
 
 
 @dataclass(frozen=True, slots=True)
+class Details:
+    """All that is known of a job, an object: its keys are listed in docs/protocol.md."""
+
+    details: Payload
+
+    def __post_init__(self) -> None:
+        check(is_container(self.details, (dict,)), "details: expected an object")
+
+
+@dataclass(frozen=True, slots=True)
 class Packet:
-    """A record of the stream; `number` counts from 0."""
+    """A record of the stream; `number` counts from 0, `time` is when it was made (Unix seconds, None: nobody asked)."""
 
     number: int
     data: Payload
+    time: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -281,7 +327,7 @@ class Continue:
     """The records end here for now; the job runs on."""
 
 
-Reply: TypeAlias = Submitted | WasCancelled | NoResult | Status | Packet | Continue | End
+Reply: TypeAlias = Submitted | WasCancelled | NoResult | Status | Details | Packet | Continue | End
 
 
 def encode_reply(reply: Reply) -> bytes:
@@ -289,16 +335,20 @@ def encode_reply(reply: Reply) -> bytes:
     match reply:
         case Submitted(job_id):
             return _line({"harpcaller": VERSION, "job_id": job_id})
-        case WasCancelled(cancelled):
-            return _line({"cancelled": cancelled})
+        case WasCancelled(cancelled, stop):
+            return _line({"cancelled": cancelled, "stop": stop})
         case NoResult():
             return _line({"no_result": True})
         case Status():
             call = Envelope(host=reply.host, procedure=reply.procedure, arguments=reply.arguments)
-            time = Envelope(submit=reply.submit, start=reply.start, end=reply.end)
-            return bytes(dumps(Envelope(call=call, time=time, info=reply.info))) + b"\n"
-        case Packet(number, data):
+            times = Envelope(submit=reply.submit, start=reply.start, end=reply.end)
+            return bytes(dumps(Envelope(call=call, time=times, info=reply.info))) + b"\n"
+        case Details(details):
+            return _line({"details": details})
+        case Packet(number, data, None):
             return bytes(dumps(Envelope(packet=number, data=data))) + b"\n"
+        case Packet(number, data, time):
+            return bytes(dumps(Envelope(packet=number, time=time, data=data))) + b"\n"
         case Continue():
             return _line({"continue": True})
         case _:
@@ -315,16 +365,21 @@ def decode_reply(line: bytes, request: Request, opener: Opener = open_decoded) -
     kinds = [kind for kind in _REPLIES if kind in members]
     check(len(kinds) == 1, "not a reply of the protocol" if not kinds else f"both {' and '.join(kinds)}")
     kind = kinds[0]
-    if kind == "cancelled" and isinstance(request, Cancel):
-        flag = value(members, kind)
-        check(isinstance(flag, bool), "cancelled: expected true or false")
-        return WasCancelled(flag)
-    reply = _REPLIES[kind](members)
+    reply = _REPLIES[kind](members, request)
     check(type(reply) in MAY_FOLLOW[type(request)], f"a reply with {kind!r} does not answer this request")
     return reply
 
 
-def _decode_status(members: Members) -> Status:
+def _decode_cancelled(members: Members, request: Request) -> Reply:
+    if not isinstance(request, Cancel):
+        return decode_end("cancelled", members)
+    flag = value(members, "cancelled")
+    check(isinstance(flag, bool), "cancelled: expected true or false")
+    stop = members.payload("stop") if request.wait and "stop" in members else None
+    return WasCancelled(flag, None if stop == b"null" else stop)
+
+
+def _decode_status(members: Members, request: Request) -> Status:
     call = members.members("call")
     time = members.members("time") if "time" in members else None
     if call is None or time is None or "arguments" not in call:
@@ -343,32 +398,51 @@ def _is_time(moment: object) -> bool:
     return isinstance(moment, int) and not isinstance(moment, bool)
 
 
-def _decode_packet(members: Members) -> Packet:
+def _decode_packet(members: Members, request: Request) -> Packet:
     number = value(members, "packet")
     check(is_count(number), f"packet: expected an integer from 0 on, got {number!r}")
     check("data" in members, "data: missing")
-    return Packet(number, members.payload("data"))
+    timed = isinstance(request, _Stream) and request.timed
+    return Packet(number, members.payload("data"), _decode_moment(members) if timed else None)
 
 
-def _flag(kind: str, reply: Reply) -> Callable[[Members], Reply]:
-    def decode(members: Members) -> Reply:
+def _decode_moment(members: Members) -> float:
+    check("time" in members, "time: missing, though the records were to have one")
+    moment = value(members, "time")
+    in_range = isinstance(moment, (int, float)) and not isinstance(moment, bool) and abs(moment) < _LAST_MOMENT
+    check(in_range, f"time: expected Unix seconds, got {moment!r}")
+    return float(moment)
+
+
+#: Times beyond this are none, and not every integer beyond it has a float.
+_LAST_MOMENT = 2**53
+
+
+def _decode_end(kind: str) -> Callable[[Members, Request], Reply]:
+    return lambda members, request: decode_end(kind, members)
+
+
+def _sign(kind: str, reply: Reply) -> Callable[[Members, Request], Reply]:
+    def decode(members: Members, request: Request) -> Reply:
         check(value(members, kind) is True, f"{kind}: expected true")
         return reply
 
     return decode
 
 
-_REPLIES: Mapping[str, Callable[[Members], Reply]] = MappingProxyType(
+#: The key that tells the reply, and how it is read, given the request that it answers.
+_REPLIES: Mapping[str, Callable[[Members, Request], Reply]] = MappingProxyType(
     {
-        "job_id": lambda m: Submitted(string(m, "job_id")),
-        "no_result": _flag("no_result", NoResult()),
-        "result": lambda m: decode_end("result", m),
-        "exception": lambda m: decode_end("exception", m),
-        "cancelled": lambda m: decode_end("cancelled", m),
-        "error": lambda m: decode_end("error", m),
+        "job_id": lambda m, _: Submitted(string(m, "job_id")),
+        "no_result": _sign("no_result", NoResult()),
+        "result": _decode_end("result"),
+        "exception": _decode_end("exception"),
+        "cancelled": _decode_cancelled,
+        "error": _decode_end("error"),
         "call": _decode_status,
+        "details": lambda m, _: Details(m.payload("details")),
         "packet": _decode_packet,
-        "continue": _flag("continue", Continue()),
+        "continue": _sign("continue", Continue()),
     }
 )
 
@@ -381,6 +455,7 @@ MAY_FOLLOW: Mapping[type, frozenset[type]] = MappingProxyType(
         Cancel: frozenset({WasCancelled, Failed}),
         GetResult: _ENDS | {NoResult},
         GetStatus: frozenset({Status, Failed}),
+        GetDetails: frozenset({Details, Failed}),
         FollowStream: _ENDS | {Packet},
         ReadStream: _ENDS | {Packet, Continue},
     }
