@@ -6,15 +6,31 @@ the documentation and the conformance cases are made from it or tested against i
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import hashlib
+import hmac
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from enum import StrEnum
 from types import MappingProxyType
 
 from harp.protocol.ends import Cancelled, End, Failed, Raised, Returned
 from harp.protocol.jsontext import Raw
 
-__all__ = ["ENDED", "MISSING_RESULT", "TRANSITIONS", "Job", "NewJob", "State", "state_of"]
+__all__ = [
+    "ENDED",
+    "NO_FACTS",
+    "TRANSITIONS",
+    "Facts",
+    "Identity",
+    "Job",
+    "JobDetails",
+    "NewJob",
+    "Records",
+    "State",
+    "Stop",
+    "Waiting",
+    "state_of",
+]
 
 
 class State(StrEnum):
@@ -60,8 +76,13 @@ def state_of(end: End) -> State:
     return _STATES[type(end)]
 
 
-#: The end of a job that was running when the dispatcher died.
-MISSING_RESULT = Failed("missing_result", "the dispatcher stopped while the job was running; its end is not known")
+class Stop(StrEnum):
+    """What is known of the processes of a job that was stopped. A job that ended by itself has none of these."""
+
+    PENDING = "pending"  # the host has been asked, or is to be asked once it can be reached
+    CONFIRMED = "confirmed"  # the host says that nothing of the call is left
+    FAILED = "failed"  # something of it survives, or the host was given up as lost
+    UNKNOWN = "unknown"  # the host's daemon can't say: one of the field
 
 
 _NULL = Raw(b"null")
@@ -106,6 +127,9 @@ class Job:
         ended: when its end was stored; None: not yet.
         end: how it ended, payloads as `Raw`; None: not yet.
         records: how many records of its stream are stored.
+        holds_slot: whether it takes a place of its queue and host: from its start until the host has confirmed that
+            the call is over, or has been given up as lost. A job that has ended may still hold it.
+        stop: what is known of the processes of a job that was stopped; None: it was not.
     """
 
     id: str
@@ -122,3 +146,96 @@ class Job:
     ended: float | None
     end: End | None
     records: int
+    holds_slot: bool = False
+    stop: Stop | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What is known of a job's call beside its end: JSON objects as text, None: nothing.
+
+    Attributes:
+        call: where and how it runs: address, attempts, whether the host keeps it.
+        contact: since when its host can't be reached, and what was tried; the text ``null`` takes it back.
+        stopped: who stopped it, why and when.
+        receipt: what the host says of the stop.
+        evidence: how the call's process ended, what it used, its last words.
+    """
+
+    call: Raw | None = None
+    contact: Raw | None = None
+    stopped: Raw | None = None
+    receipt: Raw | None = None
+    evidence: Raw | None = None
+
+
+NO_FACTS = Facts()
+
+
+@dataclass(frozen=True, slots=True)
+class Records:
+    """Records of a stream, one after the other: their values, and when each was made (Unix seconds with fractions)."""
+
+    values: Sequence[Raw] = ()
+    made: Sequence[float] = ()
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """Why a queued job has not been given its slot.
+
+    Attributes:
+        position: its place among the queued jobs of its queue, or of its host's jobs without a queue; 1: the first.
+        concurrency: how many jobs of the queue may hold a slot; None: it has no queue.
+        holding: how many hold one.
+        holders: the ids of the oldest of these.
+        on_host: how many jobs hold a slot on its host, with or without a queue.
+    """
+
+    position: int
+    concurrency: int | None
+    holding: int
+    holders: tuple[str, ...]
+    on_host: int
+
+
+@dataclass(frozen=True, slots=True)
+class JobDetails:
+    """A job with all that is stored about it.
+
+    Attributes:
+        record_bytes: how many bytes the stored records have.
+        waiting: for a queued job.
+    """
+
+    job: Job
+    facts: Facts
+    record_bytes: int
+    waiting: Waiting | None
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """Who this dispatcher is to its hosts: made with the store, for as long as the store lives.
+
+    Attributes:
+        owner: its id; random, so that nobody guesses what is derived from it.
+        key: what the secrets of its calls are derived with.
+    """
+
+    owner: str = field(repr=False)
+    key: bytes = field(repr=False)
+
+    def owner_at(self, host: str) -> str:
+        """The name by which a host knows whose calls are ours; of no use at another host."""
+        return self._derived(f"owner {self.owner} at {host}")
+
+    def secret(self, job_id: str) -> str:
+        """What a host asks of whoever wants to attach to the job's call."""
+        return self._derived(f"secret of {job_id}")
+
+    def _derived(self, what: str) -> str:
+        return hmac.new(self.key, what.encode("utf-8", "surrogatepass"), hashlib.sha256).hexdigest()

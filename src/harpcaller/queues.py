@@ -49,7 +49,7 @@ class Head:
 
 def startable(
     next_head: Callable[[int], Head | None],
-    running_on: Callable[[str], int],
+    holding_on: Callable[[str], int],
     *,
     limit: int,
     host_concurrency: int,
@@ -61,16 +61,17 @@ def startable(
 
     Args:
         next_head: gives the first head behind a place among the lanes whose own limit has room.
-        running_on: how many jobs run on a host; asked at most once for each.
+        holding_on: how many jobs hold a slot on a host; asked at most once for each.
         limit: how many to yield at most.
-        host_concurrency: how many jobs may run on one host. A head whose host is full stays, and its lane waits.
+        host_concurrency: how many jobs may hold a slot on one host. A head whose host is full stays, and its lane
+            waits.
     """
     room: dict[str, int] = {}
     place = 0
     while limit > 0 and (head := next_head(place)) is not None:
         place = head.place
         if head.host not in room:
-            room[head.host] = host_concurrency - running_on(head.host)
+            room[head.host] = host_concurrency - holding_on(head.host)
         if room[head.host] > 0:
             room[head.host] -= 1
             limit -= 1

@@ -1,36 +1,37 @@
-"""What every store must do: each verb from each start state, unknown jobs, order and limits, races, reopening."""
+"""What every store must do: each verb from each start state, what it keeps to the byte, unknown jobs, reopening."""
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from harp.protocol.ends import Cancelled, Failed, Returned
+from harp.protocol.ends import Cancelled, Returned
 from harp.protocol.jsontext import Raw
-from harpcaller.jobs import ENDED, MISSING_RESULT, TRANSITIONS, Job, State
+from harpcaller.jobs import ENDED, NO_FACTS, TRANSITIONS, Facts, Job, JobDetails, Records, State, Stop
 from harpcaller.store import QueueStatus, Store, UnknownJob
-from support.jobs import ENDS, job_in, new_id, new_job
+from support.backends import BACKENDS
+from support.jobs import ENDS, STANDS, job_in, new_id, new_job, records
 
 Reopen = Callable[[], Awaitable[Store]]
 
-STATES = pytest.mark.parametrize("state", list(State))
-HOUR = 3600.0
+STARTS = pytest.mark.parametrize(("state", "held"), STANDS)
 MANY = 1000
 
+FACTS = Facts(
+    call=Raw(b'{"address":"10.0.0.1",  "attempts":1}'),
+    contact=Raw(b'{"since":1.50}'),
+    stopped=Raw(b'{"why":"cancel","by":"\\ud800"}'),
+    receipt=Raw(b'{"survivors":[]}'),
+    evidence=Raw(b'{"exit":0,"memory":100000000000000000000}'),
+)
+STOPPED = Raw(b'{"why":"cancel"}')
 
-async def claimed(store: Store, limit: int = MANY, host_concurrency: int = MANY, now: float = 5.0) -> list[str]:
-    return [job.id for job in await store.claim_jobs(now, limit, host_concurrency)]
 
-
-async def added(store: Store, *jobs: object, count: int = 1, **attributes: object) -> list[str]:
-    ids = []
-    for _ in range(count):
-        job = new_job(**attributes)  # type: ignore[arg-type]
-        await store.add_job(job, 1.0)
-        ids.append(job.id)
-    return ids
+async def facts_of(store: Store, job_id: str) -> Facts:
+    return (await store.get_details(job_id)).facts
 
 
 # A job as it is kept
@@ -67,9 +68,13 @@ async def test_a_new_job_is_queued_and_kept_to_the_byte(store: Store) -> None:
 
 
 async def test_payloads_come_back_as_raw_text(store: Store) -> None:
-    job = await store.get_job(await job_in(store, State.RETURNED, queue={}))
+    job_id = await job_in(store, State.RETURNED, queue={})
+    await store.note_facts(job_id, FACTS)
+    job = await store.get_job(job_id)
     assert isinstance(job.end, Returned)
     assert {type(payload) for payload in (job.arguments, job.info, job.queue, job.end.result)} == {Raw}
+    facts = await facts_of(store, job_id)
+    assert {type(fact) for fact in (facts.call, facts.contact, facts.stopped, facts.receipt, facts.evidence)} == {Raw}
 
 
 async def test_a_large_job_is_kept_whole(store: Store) -> None:
@@ -98,127 +103,208 @@ async def test_an_end_is_kept_to_the_byte(store: Store, state: State) -> None:
 # Each verb from each start state
 
 
-@STATES
+@STARTS
 @pytest.mark.parametrize("end", list(ENDS))
-async def test_finish(store: Store, state: State, end: State) -> None:
-    job_id = await job_in(store, state)
+@pytest.mark.parametrize("keep_slot", [False, True])
+async def test_finish(store: Store, state: State, held: bool, end: State, keep_slot: bool) -> None:
+    job_id = await job_in(store, state, held=held)
     before = await store.get_job(job_id)
     if state in ENDED:
-        assert await store.finish_job(job_id, ENDS[end], 9.0) is False
-    elif end in TRANSITIONS[state]:
-        assert await store.finish_job(job_id, ENDS[end], 9.0) is True
+        assert await store.finish_job(job_id, ENDS[end], 9.0, keep_slot=keep_slot, facts=FACTS) is False
+    elif end in TRANSITIONS[state] and (before.holds_slot or not keep_slot):
+        assert await store.finish_job(job_id, ENDS[end], 9.0, keep_slot=keep_slot, facts=FACTS) is True
         after = await store.get_job(job_id)
         assert (after.state, after.end, after.started, after.ended) == (end, ENDS[end], before.started, 9.0)
+        assert (after.holds_slot, after.stop) == (keep_slot, None)
+        assert await facts_of(store, job_id) == FACTS
         return
     else:
         with pytest.raises(ValueError, match=state):
-            await store.finish_job(job_id, ENDS[end], 9.0)
+            await store.finish_job(job_id, ENDS[end], 9.0, keep_slot=keep_slot, facts=FACTS)
     assert await store.get_job(job_id) == before
+    assert await facts_of(store, job_id) == NO_FACTS
 
 
-@STATES
-async def test_cancel(store: Store, state: State) -> None:
-    job_id = await job_in(store, state)
+@pytest.mark.parametrize("stop", list(Stop))
+async def test_finish_with_a_stop(store: Store, stop: Stop) -> None:
+    running = await job_in(store, State.RUNNING)
+    assert await store.finish_job(running, ENDS[State.FAILED], 9.0, stop=stop) is True
+    after = await store.get_job(running)
+    assert (after.state, after.stop, after.holds_slot) == (State.FAILED, stop, False)
+    queued = await job_in(store, State.QUEUED)
+    with pytest.raises(ValueError, match="queued"):
+        await store.finish_job(queued, ENDS[State.FAILED], 9.0, stop=stop)
+    assert (await store.get_job(queued)).state is State.QUEUED
+
+
+@STARTS
+async def test_cancel(store: Store, state: State, held: bool) -> None:
+    job_id = await job_in(store, state, held=held)
     before = await store.get_job(job_id)
     if State.CANCELLED in TRANSITIONS[state]:
-        assert await store.cancel_job(job_id, 9.0) is state
+        assert await store.cancel_job(job_id, 9.0, STOPPED) is state
         after = await store.get_job(job_id)
         assert (after.state, after.end, after.ended) == (State.CANCELLED, Cancelled(), 9.0)
         assert after.started == before.started
+        ran = state is State.RUNNING
+        assert (after.holds_slot, after.stop) == (ran, Stop.PENDING if ran else None)
+        assert await facts_of(store, job_id) == (Facts(stopped=STOPPED) if ran else NO_FACTS)
     else:
-        assert await store.cancel_job(job_id, 9.0) is None
+        assert await store.cancel_job(job_id, 9.0, STOPPED) is None
         assert await store.get_job(job_id) == before
+        assert await facts_of(store, job_id) == NO_FACTS
 
 
-@STATES
-async def test_claim(store: Store, state: State) -> None:
-    job_id = await job_in(store, state)
+@STARTS
+async def test_cancel_queue(store: Store, state: State, held: bool) -> None:
+    job_id = await job_in(store, state, held=held, queue={"a": 1})
+    before = await store.get_job(job_id)
+    cancelled = await store.cancel_queue(Raw(b'{ "a": 1.0 }'), 9.0, STOPPED)
+    after = await store.get_job(job_id)
+    if State.CANCELLED in TRANSITIONS[state]:
+        assert cancelled == [(job_id, state)]
+        assert (after.state, after.ended) == (State.CANCELLED, 9.0)
+        ran = state is State.RUNNING
+        assert (after.holds_slot, after.stop) == (ran, Stop.PENDING if ran else None)
+        assert await facts_of(store, job_id) == (Facts(stopped=STOPPED) if ran else NO_FACTS)
+    else:
+        assert cancelled == []
+        assert after == before
+
+
+@STARTS
+@pytest.mark.parametrize("keep_slot", [False, True])
+@pytest.mark.parametrize("stop", list(Stop))
+async def test_settle_a_stop(store: Store, state: State, held: bool, keep_slot: bool, stop: Stop) -> None:
+    job_id = await job_in(store, state, held=held)
+    before = await store.get_job(job_id)
+    settled = await store.settle_stop(job_id, stop, keep_slot=keep_slot, facts=FACTS)
+    assert settled is (state in ENDED and held)
+    after = await store.get_job(job_id)
+    assert after == (replace(before, stop=stop, holds_slot=keep_slot) if settled else before)
+    assert await facts_of(store, job_id) == (FACTS if settled else NO_FACTS)
+    assert await store.settle_stop(job_id, Stop.FAILED) is (settled and keep_slot), "settled for good with its slot"
+
+
+@STARTS
+async def test_release_a_slot(store: Store, state: State, held: bool) -> None:
+    job_id = await job_in(store, state, held=held)
+    before = await store.get_job(job_id)
+    released = await store.release_slot(job_id)
+    assert released is (state in ENDED and held)
+    assert await store.get_job(job_id) == (replace(before, holds_slot=False) if released else before)
+    assert await store.release_slot(job_id) is False
+
+
+@STARTS
+async def test_note_facts(store: Store, state: State, held: bool) -> None:
+    job_id = await job_in(store, state, held=held)
+    before = await store.get_job(job_id)
+    assert await store.note_facts(job_id, NO_FACTS) is True
+    assert await facts_of(store, job_id) == NO_FACTS
+    assert await store.note_facts(job_id, FACTS) is True
+    assert await facts_of(store, job_id) == FACTS
+    assert await store.get_job(job_id) == before
+
+
+@STARTS
+async def test_held(store: Store, state: State, held: bool) -> None:
+    job_id = await job_in(store, state, held=held)
+    assert await store.held_jobs() == ([await store.get_job(job_id)] if held else [])
+
+
+@STARTS
+async def test_claim(store: Store, state: State, held: bool) -> None:
+    job_id = await job_in(store, state, held=held)
     before = await store.get_job(job_id)
     jobs = await store.claim_jobs(9.0, MANY, MANY)
     if State.RUNNING in TRANSITIONS[state]:
-        assert [(job.id, job.state, job.started) for job in jobs] == [(job_id, State.RUNNING, 9.0)]
+        assert jobs == [replace(before, state=State.RUNNING, started=9.0, holds_slot=True)]
         assert await store.get_job(job_id) == jobs[0]
     else:
         assert jobs == []
         assert await store.get_job(job_id) == before
 
 
-@STATES
-async def test_append(store: Store, state: State) -> None:
-    job_id = await job_in(store, state)
-    appended = await store.append_records(job_id, 0, [Raw(b"1"), Raw(b"2")])
+@STARTS
+async def test_append(store: Store, state: State, held: bool) -> None:
+    job_id = await job_in(store, state, held=held)
+    two = records([b"1", b"2"])
+    appended = await store.append_records(job_id, 0, two)
     assert appended is (state is State.RUNNING)
     assert (await store.get_job(job_id)).records == (2 if appended else 0)
-    assert await store.read_records(job_id, 0, MANY) == ([b"1", b"2"] if appended else [])
+    assert await store.read_records(job_id, 0, MANY) == (two if appended else Records())
 
 
-@STATES
-async def test_cancel_queue(store: Store, state: State) -> None:
-    job_id = await job_in(store, state, queue={"a": 1})
-    before = await store.get_job(job_id)
-    cancelled = await store.cancel_queue(Raw(b'{ "a": 1.0 }'), 9.0)
-    after = await store.get_job(job_id)
-    if State.CANCELLED in TRANSITIONS[state]:
-        assert cancelled == [(job_id, state)]
-        assert (after.state, after.ended) == (State.CANCELLED, 9.0)
-    else:
-        assert cancelled == []
-        assert after == before
+@STARTS
+async def test_details(store: Store, state: State, held: bool) -> None:
+    job_id = await job_in(store, state, held=held)
+    details = await store.get_details(job_id)
+    waiting = details.waiting
+    assert details == JobDetails(await store.get_job(job_id), NO_FACTS, 0, waiting)
+    assert (waiting is not None) is (state is State.QUEUED)
 
 
-@STATES
-async def test_settle(store: Store, state: State) -> None:
-    job_id = await job_in(store, state)
-    before = await store.get_job(job_id)
-    assert await store.settle_interrupted(MISSING_RESULT, 9.0) == (state is State.RUNNING)
-    after = await store.get_job(job_id)
-    if state is State.RUNNING:
-        assert (after.state, after.end, after.ended) == (State.FAILED, MISSING_RESULT, 9.0)
-    else:
-        assert after == before
-
-
-@STATES
-async def test_prune(store: Store, state: State) -> None:
-    job_id = await job_in(store, state, now=100.0)
+@STARTS
+async def test_prune(store: Store, state: State, held: bool) -> None:
+    job_id = await job_in(store, state, 100.0, held=held)
+    goes = state in ENDED and not held
+    assert await store.note_facts(job_id, FACTS)
     assert await store.prune_jobs(100.0, MANY) == 0, "ended at that time is not before it"
-    assert await store.prune_jobs(1e12, MANY) == (state in ENDED)
-    if state in ENDED:
+    assert await store.prune_jobs(1e12, MANY) == goes
+    if goes:
         with pytest.raises(UnknownJob):
-            await store.get_job(job_id)
+            await store.get_details(job_id)
     else:
         assert (await store.get_job(job_id)).state is state
+        assert await facts_of(store, job_id) == FACTS
 
 
-@STATES
-async def test_list(store: Store, state: State) -> None:
-    job_id = await job_in(store, state, queue={"q": 1})
+@STARTS
+async def test_list(store: Store, state: State, held: bool) -> None:
+    job_id = await job_in(store, state, held=held, queue={"q": 1})
     job = await store.get_job(job_id)
+    assert (job.state, job.holds_slot) == (state, held)
     for queue in (None, Raw(b'{"q": 1}')):
         assert [job for _, job in await store.list_jobs(ended=True, queue=queue)] == [job]
         assert [job for _, job in await store.list_jobs(queue=queue)] == ([] if state in ENDED else [job])
     assert await store.list_jobs(ended=True, queue=Raw(b'{"q": 2}')) == []
 
 
-@STATES
-async def test_reopen(reopen: Reopen, state: State) -> None:
+@STARTS
+async def test_list_queues(store: Store, state: State, held: bool) -> None:
+    await job_in(store, state, held=held, queue={"q": 1}, concurrency=7)
+    there = [QueueStatus(Raw(b'{"q": 1}'), 7, running=int(held), queued=int(state is State.QUEUED))]
+    assert await store.list_queues() == (there if held or state is State.QUEUED else [])
+
+
+@STARTS
+async def test_reopen(reopen: Reopen, state: State, held: bool) -> None:
     store = await reopen()
-    job_id = await job_in(store, state, queue={"q": 1})
-    job, listed, queues = await store.get_job(job_id), await store.list_jobs(ended=True), await store.list_queues()
+    job_id = await job_in(store, state, held=held, queue={"q": 1})
+    await store.note_facts(job_id, FACTS)
+    details, listed = await store.get_details(job_id), await store.list_jobs(ended=True)
+    queues, holding = await store.list_queues(), await store.held_jobs()
     store = await reopen()
-    assert await store.get_job(job_id) == job
+    assert await store.get_details(job_id) == details
     assert await store.list_jobs(ended=True) == listed
     assert await store.list_queues() == queues
+    assert await store.held_jobs() == holding
 
 
 async def test_an_unknown_job(store: Store) -> None:
     await job_in(store, State.RUNNING)
     with pytest.raises(UnknownJob):
         await store.get_job(new_id())
-    assert await store.finish_job(new_id(), Cancelled(), 1.0) is False
-    assert await store.cancel_job(new_id(), 1.0) is None
-    assert await store.append_records(new_id(), 0, [Raw(b"1")]) is False
-    assert await store.read_records(new_id(), 0, MANY) == []
+    with pytest.raises(UnknownJob):
+        await store.get_details(new_id())
+    assert await store.finish_job(new_id(), Cancelled(), 1.0, facts=FACTS) is False
+    assert await store.cancel_job(new_id(), 1.0, STOPPED) is None
+    assert await store.settle_stop(new_id(), Stop.CONFIRMED, facts=FACTS) is False
+    assert await store.release_slot(new_id()) is False
+    assert await store.note_facts(new_id(), FACTS) is False
+    assert await store.append_records(new_id(), 0, records([b"1"])) is False
+    assert await store.read_records(new_id(), 0, MANY) == Records()
     assert await store.cancel_queue(Raw(b"{}"), 1.0) == []
 
 
@@ -226,7 +312,7 @@ async def test_an_empty_store(store: Store) -> None:
     assert await store.claim_jobs(1.0, MANY, MANY) == []
     assert await store.list_jobs(ended=True) == []
     assert await store.list_queues() == []
-    assert await store.settle_interrupted(MISSING_RESULT, 1.0) == 0
+    assert await store.held_jobs() == []
     assert await store.prune_jobs(1e12, MANY) == 0
 
 
@@ -235,313 +321,63 @@ async def test_closing_again_does_nothing(store: Store) -> None:
     await store.close()
 
 
-# Order and limits
+# Facts
 
 
-async def test_jobs_without_a_queue_start_in_order_up_to_the_hosts_limit(store: Store) -> None:
-    one = await added(store, count=3, host="one")
-    two = await added(store, count=3, host="two")
-    assert await claimed(store, host_concurrency=2) == [*one[:2], *two[:2]]
-    assert await claimed(store, host_concurrency=2) == []
-    await store.finish_job(two[0], ENDS[State.RETURNED], 6.0)
-    assert await claimed(store, host_concurrency=2) == [two[2]]
-    assert await claimed(store, host_concurrency=3) == [one[2]]
+@pytest.mark.parametrize("name", ["call", "contact", "stopped", "receipt", "evidence"])
+async def test_each_fact_is_written_and_taken_back_alone(store: Store, name: str) -> None:
+    job_id = await job_in(store, State.RUNNING)
+    one = Facts(**{name: Raw(b'{ "a" : 1.10 }')})
+    await store.note_facts(job_id, one)
+    assert await facts_of(store, job_id) == one
+    await store.note_facts(job_id, FACTS)
+    await store.note_facts(job_id, one)
+    assert await facts_of(store, job_id) == replace(FACTS, **{name: Raw(b'{ "a" : 1.10 }')})
+    await store.note_facts(job_id, Facts(**{name: Raw(b"null")}))
+    assert await facts_of(store, job_id) == replace(FACTS, **{name: None})
 
 
-async def test_a_claim_takes_the_first_submitted_and_no_more_than_its_limit(store: Store) -> None:
-    ids = []
-    for n in range(12):
-        ids += await added(store, host=f"host{n % 3}", queue={"n": n % 4} if n % 2 else None, concurrency=MANY)
-    assert await claimed(store, limit=0) == []
-    assert await claimed(store, limit=5) == ids[:5]
-    assert await claimed(store, limit=5) == ids[5:10]
-    assert await claimed(store, limit=5) == ids[10:]
+async def test_a_fact_that_is_not_there_may_be_taken_back(store: Store) -> None:
+    job_id = await job_in(store, State.RUNNING)
+    assert await store.note_facts(job_id, Facts(contact=Raw(b"null"))) is True
+    assert await facts_of(store, job_id) == NO_FACTS
+    await store.finish_job(job_id, ENDS[State.RETURNED], 9.0, facts=Facts(call=FACTS.call, contact=Raw(b"null")))
+    assert await facts_of(store, job_id) == Facts(call=FACTS.call)
 
 
-async def test_a_queue_starts_in_order_and_within_its_concurrency(store: Store) -> None:
-    ids = await added(store, count=5, queue={"q": 1}, concurrency=2)
-    assert await claimed(store) == ids[:2]
-    await store.finish_job(ids[1], ENDS[State.RAISED], 6.0)
-    assert await claimed(store) == [ids[2]]
-    await store.cancel_job(ids[3], 6.0)
-    await store.cancel_job(ids[0], 6.0)
-    assert await claimed(store) == [ids[4]]
+async def test_the_facts_of_an_end_add_to_those_there_are(store: Store) -> None:
+    job_id = await job_in(store, State.RUNNING)
+    await store.note_facts(job_id, Facts(call=FACTS.call, contact=FACTS.contact))
+    await store.cancel_job(job_id, 9.0, STOPPED)
+    receipt = Facts(contact=Raw(b"null"), receipt=FACTS.receipt)
+    await store.settle_stop(job_id, Stop.CONFIRMED, facts=receipt)
+    assert await facts_of(store, job_id) == Facts(call=FACTS.call, stopped=STOPPED, receipt=FACTS.receipt)
 
 
-async def test_a_queue_is_its_name_as_a_value(store: Store) -> None:
-    names = [b'{"a":1,"b":[2]}', b'{ "b": [2.0], "a": 1e0 }', b'{"b":[2],"\\u0061":1}']
-    ids = [(await added(store, queue=Raw(name)))[0] for name in names]
-    other = await added(store, queue=Raw(b'{"a":true,"b":[2]}'))
-    empty = await added(store, queue={})
-    assert await claimed(store) == [ids[0], *other, *empty]
-    assert [queue.name for queue in await store.list_queues()] == [names[0], b'{"a":true,"b":[2]}', b"{}"]
-    assert [job.queue for _, job in await store.list_jobs(queue=Raw(names[2]))] == names
+async def test_large_facts_are_kept_whole_and_pruned(store: Store) -> None:
+    large = Facts(evidence=Raw(b'{"stderr":["' + b"x" * 5_000_000 + b'"]}'))
+    job_id = await job_in(store, State.RUNNING)
+    assert await store.finish_job(job_id, ENDS[State.RAISED], 9.0, facts=large)
+    assert await facts_of(store, job_id) == large
+    assert await store.prune_jobs(10.0, MANY) == 1
 
 
-async def test_the_first_job_decides_the_concurrency_until_the_last_has_ended(store: Store) -> None:
-    ids = await added(store, queue={}, concurrency=2)
-    ids += await added(store, count=3, queue={}, concurrency=9)
-    assert await claimed(store) == ids[:2]
-    assert await store.list_queues() == [QueueStatus(Raw(b"{}"), 2, running=2, queued=2)]
-    for job_id in ids:
-        await store.cancel_job(job_id, 6.0)
-    assert await store.list_queues() == []
-    ids = await added(store, count=4, queue={}, concurrency=3)
-    assert await claimed(store) == ids[:3]
+# Identity
 
 
-@pytest.mark.parametrize("last_end", ["finish", "cancel", "cancel_queue", "settle"])
-async def test_a_queue_is_gone_with_its_last_job(store: Store, last_end: str) -> None:
-    job_id = await job_in(store, State.RUNNING, queue={}, concurrency=7)
-    match last_end:
-        case "finish":
-            await store.finish_job(job_id, ENDS[State.RETURNED], 6.0)
-        case "cancel":
-            await store.cancel_job(job_id, 6.0)
-        case "cancel_queue":
-            await store.cancel_queue(Raw(b"{}"), 6.0)
-        case "settle":
-            await store.settle_interrupted(MISSING_RESULT, 6.0)
-    assert await store.list_queues() == []
-    ids = await added(store, count=2, queue={}, concurrency=1)
-    assert await claimed(store) == ids[:1]
-
-
-async def test_a_concurrency_beyond_any_machine(store: Store) -> None:
-    ids = await added(store, count=2, queue={}, concurrency=10**40)
-    assert await claimed(store) == ids
-
-
-async def test_behind_a_head_whose_host_is_full_the_queue_waits(store: Store) -> None:
-    busy = await added(store, host="full")
-    assert await claimed(store, host_concurrency=1) == busy
-    queue = await added(store, host="full", queue={}, concurrency=5)
-    queue += await added(store, host="free", queue={}, concurrency=5)
-    free = await added(store, host="free")
-    assert await claimed(store, host_concurrency=1) == free
-    await store.finish_job(free[0], ENDS[State.RETURNED], 6.0)
-    assert await claimed(store, host_concurrency=1) == []
-    await store.finish_job(busy[0], ENDS[State.RETURNED], 6.0)
-    assert await claimed(store, host_concurrency=1) == queue
-
-
-async def test_jobs_of_queues_count_for_their_host(store: Store) -> None:
-    queued = await added(store, host="one", queue={"q": 1})
-    queued += await added(store, host="one", queue={"q": 2})
-    await added(store, host="one", queue={"q": 3})
-    await added(store, host="one")
-    assert await claimed(store, host_concurrency=2) == queued
-
-
-async def test_a_job_that_fails_in_the_queue_makes_way(store: Store) -> None:
-    ids = await added(store, count=2, queue={})
-    assert await store.finish_job(ids[0], Failed("unknown_host", "no such host"), 6.0)
-    assert await claimed(store) == ids[1:]
-
-
-async def test_order_does_not_depend_on_the_clock(store: Store) -> None:
-    ids = []
-    for now in (500.0, 300.0, 400.0, 100.0):
-        job = new_job(queue={})
-        await store.add_job(job, now)
-        ids.append(job.id)
-    started = []
-    for now in (90.0, 80.0, 70.0, 60.0):
-        started += await claimed(store, now=now)
-        await store.finish_job(started[-1], ENDS[State.RETURNED], now - 5)
-    assert started == ids
-    assert [job.id for _, job in await store.list_jobs(ended=True)] == ids
-
-
-async def test_limits_and_order_survive_reopening(reopen: Reopen) -> None:
+async def test_the_identity_is_the_stores_own_for_its_life(reopen: Reopen) -> None:
     store = await reopen()
-    ids = await added(store, count=5, queue={}, concurrency=2)
-    assert await claimed(store) == ids[:2]
+    identity = await store.identity()
+    assert await store.identity() == identity
+    assert len(bytes.fromhex(identity.owner)) == 16
+    assert len(identity.key) == 32
     store = await reopen()
-    assert await claimed(store) == []
-    assert await store.settle_interrupted(MISSING_RESULT, 6.0) == 2
-    assert await claimed(store) == ids[2:4]
+    assert await store.identity() == identity
 
 
-async def test_cancelling_a_queue_leaves_the_others(store: Store) -> None:
-    ids = await added(store, count=3, queue={"q": 1})
-    others = await added(store, count=2, queue={"q": 2}) + await added(store)
-    await claimed(store)
-    assert await store.cancel_queue(Raw(b'{"q": 1}'), 6.0) == [
-        (ids[0], State.RUNNING), (ids[1], State.QUEUED), (ids[2], State.QUEUED),
-    ]  # fmt: skip
-    assert [job.id for _, job in await store.list_jobs()] == others
-    assert await claimed(store) == []
-
-
-# Records
-
-
-async def test_records_are_numbered_without_a_gap(store: Store) -> None:
-    job_id = await job_in(store, State.RUNNING)
-    assert await store.append_records(job_id, 1, [Raw(b"1")]) is False
-    assert await store.append_records(job_id, 0, [Raw(b"0")]) is True
-    assert await store.append_records(job_id, 0, [Raw(b"0")]) is False, "stored already"
-    assert await store.append_records(job_id, 1, []) is True
-    assert await store.append_records(job_id, 1, [Raw(b"1"), Raw(b"2")]) is True
-    assert (await store.get_job(job_id)).records == 3
-    assert await store.read_records(job_id, 0, MANY) == [b"0", b"1", b"2"]
-    assert await store.read_records(job_id, 2, MANY) == [b"2"]
-    assert await store.read_records(job_id, 3, MANY) == []
-    assert await store.read_records(job_id, 10**30, MANY) == []
-
-
-async def test_records_are_kept_to_the_byte_and_in_order_however_they_come(reopen: Reopen) -> None:
-    store = await reopen()
-    job_id = await job_in(store, State.RUNNING)
-    records = [Raw(b'{"n": %d, "s": "\\ud800%s"}' % (n, b"x" * (n * 37 % 3000))) for n in range(300)]
-    at, size = 0, 1
-    while at < len(records):
-        assert await store.append_records(job_id, at, records[at : at + size])
-        at, size = at + size, size * 3 % 50
-    store = await reopen()
-    assert await store.read_records(job_id, 0, 10**9) == records
-    for first in (0, 1, 17, 150, 299):
-        assert await store.read_records(job_id, first, 10**9) == records[first:]
-
-
-async def test_reading_is_bounded_in_bytes(store: Store) -> None:
-    job_id = await job_in(store, State.RUNNING)
-    await store.append_records(job_id, 0, [Raw(b'"%06d"' % n) for n in range(10_000)])
-    await store.append_records(job_id, 10_000, [Raw(b'"' + b"x" * 100_000 + b'"'), Raw(b"1")])
-    assert await store.read_records(job_id, 3, 80) == [b'"%06d"' % n for n in range(3, 13)]
-    assert [len(record) for record in await store.read_records(job_id, 10_000, 80)] == [100_002]
-    found: list[Raw] = []
-    while more := await store.read_records(job_id, len(found), 5000):
-        assert len(more) == 1 or sum(map(len, more)) <= 5000
-        found += more
-    assert len(found) == 10_002
-
-
-async def test_a_record_with_a_line_feed_is_refused(store: Store) -> None:
-    job_id = await job_in(store, State.RUNNING)
-    with pytest.raises(ValueError, match="line feed"):
-        await store.append_records(job_id, 0, [Raw(b"1"), Raw(b"[\n]")])
-    assert (await store.get_job(job_id)).records == 0
-
-
-async def test_records_stay_when_the_job_has_ended_and_go_when_it_is_pruned(store: Store) -> None:
-    job_id = await job_in(store, State.RUNNING)
-    await store.append_records(job_id, 0, [Raw(b"1")])
-    await store.finish_job(job_id, ENDS[State.RETURNED], 6.0)
-    assert await store.append_records(job_id, 1, [Raw(b"2")]) is False
-    assert await store.read_records(job_id, 0, MANY) == [b"1"]
-    assert await store.prune_jobs(7.0, MANY) == 1
-    assert await store.read_records(job_id, 0, MANY) == []
-
-
-# Lists
-
-
-async def test_a_list_comes_in_pages(store: Store) -> None:
-    ids = await added(store, count=7)
-    listed, after = [], 0
-    while page := await store.list_jobs(after=after, limit=3):
-        listed += [job.id for _, job in page]
-        after = page[-1][0]
-    assert listed == ids
-    assert await store.list_jobs(after=10**30) == []
-
-
-async def test_a_page_is_bounded_in_bytes(store: Store) -> None:
-    ids = await added(store, count=20, arguments=Raw(b'["' + b"x" * 1_000_000 + b'"]'))
-    page = await store.list_jobs()
-    assert 0 < len(page) < 20
-    listed = [job.id for _, job in page]
-    while page := await store.list_jobs(after=page[-1][0]):
-        listed += [job.id for _, job in page]
-    assert listed == ids
-
-
-async def test_pruning_takes_the_oldest_ends_first_up_to_its_limit(store: Store) -> None:
-    ids = [await job_in(store, State.RETURNED, now=now) for now in (30.0, 10.0, 20.0)]
-    assert await store.prune_jobs(1e12, 2) == 2
-    assert [job.id for _, job in await store.list_jobs(ended=True)] == [ids[0]]
-
-
-async def test_pruning_many_and_much(store: Store) -> None:
-    for n in range(150):
-        text = Raw(b'"' + b"x" * 100_000 + b'"')
-        job_id = await job_in(store, State.RUNNING)
-        await store.append_records(job_id, 0, [text] * (3 if n % 50 else 200))
-        await store.finish_job(job_id, Returned(text), 2.0)
-    running = await job_in(store, State.RUNNING)
-    await store.append_records(running, 0, [Raw(b"1")])
-    assert await store.prune_jobs(HOUR, MANY) == 150
-    assert [job.id for _, job in await store.list_jobs(ended=True)] == [running]
-    assert await store.read_records(running, 0, MANY) == [b"1"]
-
-
-# Races
-
-
-async def test_of_many_ends_at_once_the_first_wins(store: Store) -> None:
-    ids = [await job_in(store, State.RUNNING) for _ in range(20)]
-    for job_id in ids:
-        finishes = [store.finish_job(job_id, Returned(Raw(b"%d" % n)), 6.0) for n in range(3)]
-        *finished, cancelled = await asyncio.gather(*finishes, store.cancel_job(job_id, 6.0))
-        outcomes = [*finished, cancelled is not None]
-        assert outcomes.count(True) == 1
-        won = outcomes.index(True)
-        assert (await store.get_job(job_id)).end == (Cancelled() if won == 3 else Returned(Raw(b"%d" % won)))
-
-
-async def test_a_job_cancelled_before_it_started_never_starts(store: Store) -> None:
-    ids = await added(store, count=200, queue={}, concurrency=MANY)
-    started: list[str] = []
-
-    async def claim() -> None:
-        for _ in range(20):
-            started.extend(await claimed(store, limit=10))
-
-    async def cancel(job_id: str) -> tuple[str, State]:
-        before = await store.cancel_job(job_id, 6.0)
-        assert before is not None
-        return job_id, before
-
-    claiming = asyncio.create_task(claim())
-    cancelled = await asyncio.gather(*map(cancel, ids))
-    await claiming
-    for job_id, before in cancelled:
-        assert (job_id in started) == (before is State.RUNNING)
-
-
-async def test_many_claims_at_once_stay_within_the_limits(store: Store) -> None:
-    ids = await added(store, count=40, queue={}, concurrency=8)
-    claims = await asyncio.gather(*(claimed(store, limit=3) for _ in range(10)))
-    assert [job_id for ids in claims for job_id in ids] == ids[:8]
-
-
-async def test_everyone_reads_while_others_write(store: Store) -> None:
-    job_id = await job_in(store, State.RUNNING)
-    total = 300
-
-    async def follow() -> list[Raw]:
-        found: list[Raw] = []
-        while len(found) < total:
-            found += await store.read_records(job_id, len(found), 200)
-            await asyncio.sleep(0)
-        return found
-
-    followers = [asyncio.create_task(follow()) for _ in range(20)]
-    for n in range(total):
-        assert await store.append_records(job_id, n, [Raw(b"%d" % n)])
-    for found in await asyncio.gather(*followers):
-        assert found == [b"%d" % n for n in range(total)]
-
-
-async def test_a_cancelled_awaiter_harms_nobody(store: Store) -> None:
-    jobs = [new_job() for _ in range(50)]
-    tasks = [asyncio.create_task(store.add_job(job, 1.0)) for job in jobs]
-    await asyncio.sleep(0)
-    for task in tasks[::2]:
-        task.cancel()
-    results = await asyncio.gather(*tasks, return_exceptions=True)
-    assert all(result is None for result in results[1::2])
-    for job in jobs[1::2]:
-        assert (await store.get_job(job.id)).state is State.QUEUED
+async def test_two_stores_have_two_identities(tmp_path: Path, store: Store, request: pytest.FixtureRequest) -> None:
+    other = await BACKENDS[request.node.callspec.params["reopen"]](tmp_path / "other")
+    ours, theirs = await store.identity(), await other.identity()
+    await other.close()
+    assert ours.owner != theirs.owner
+    assert ours.key != theirs.key

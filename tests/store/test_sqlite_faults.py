@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from harp.protocol.jsontext import Raw
-from harpcaller.jobs import State
+from harpcaller.jobs import Facts, State, Stop
 from harpcaller.store import StorageError
 from harpcaller.store.sqlite import FILE_NAME, file, open_store
 from support import full_disk, killed_writer
@@ -56,14 +56,22 @@ async def test_what_was_confirmed_survives_a_kill(tmp_path: Path, lines: int) ->
         for line in confirmed:
             match line.split():
                 case ["job", job_id]:
-                    assert (await store.get_job(job_id)).state in (State.QUEUED, State.RUNNING)
+                    assert (await store.get_job(job_id)).id == job_id
                 case ["records", job_id, count]:
                     records = await store.read_records(job_id, 0, 10**9)
                     assert len(records) >= int(count)
-                    assert records == [b"%d" % n for n in range(len(records))]
-                    assert (await store.get_job(job_id)).records == len(records)
-        running = [job for _, job in await store.list_jobs() if job.state is State.RUNNING and job.queue]
-        assert len(running) <= 2
+                    assert records.values == tuple(b"%d" % n for n in range(len(records)))
+                    assert (await store.get_job(job_id)).records == len(records) == len(records.made)
+                case ["cancelled", job_id]:
+                    details = await store.get_details(job_id)
+                    settled = details.job.stop is Stop.CONFIRMED
+                    receipt = Raw(b'{"survivors":[]}') if settled else None
+                    assert details.facts == Facts(stopped=Raw(b'{"why":"cancel"}'), receipt=receipt)
+                    assert (details.job.state, details.job.holds_slot) == (State.CANCELLED, not settled)
+                case ["settled", job_id]:
+                    assert (await store.get_job(job_id)).stop is Stop.CONFIRMED
+        held = await store.held_jobs()
+        assert len([job for job in held if job.queue]) <= 2
     finally:
         await store.close()
     with closing(sqlite3.connect(tmp_path / FILE_NAME)) as connection:

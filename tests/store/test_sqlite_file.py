@@ -16,13 +16,13 @@ import pytest
 
 from harp.protocol.ends import Returned
 from harp.protocol.jsontext import Raw
-from harpcaller.jobs import TRANSITIONS, State
+from harpcaller.jobs import TRANSITIONS, Facts, Records, State, Stop
 from harpcaller.store import StorageError
-from harpcaller.store.sqlite import FILE_NAME, SQLiteStore, file, open_store, sql, writes
+from harpcaller.store.sqlite import FILE_NAME, SQLiteStore, file, open_store, pruning, sql, writes
 from harpcaller.store.sqlite.file import connect
 from harpcaller.store.sqlite.sql import MIGRATIONS, QUERIES
 from support.deadline import eventually
-from support.jobs import ENDS, job_in, new_id, new_job
+from support.jobs import ENDS, claimed, job_in, new_id, new_job, records
 
 
 @pytest.fixture
@@ -200,8 +200,9 @@ def insert(database: sqlite3.Connection, state: State) -> str:
     started = None if state in (State.QUEUED, State.CANCELLED) else 2.0
     ended = 3.0 if not TRANSITIONS[state] else None
     database.execute(
-        "INSERT INTO jobs (id, lane, host, state, submitted, started, ended) VALUES (?, 'lane', x'', ?, 1.0, ?, ?)",
-        (job_id, state, started, ended),
+        "INSERT INTO jobs (id, lane, host, state, submitted, started, ended, holds_slot) "
+        "VALUES (?, 'lane', x'', ?, 1.0, ?, ?, ?)",
+        (job_id, state, started, ended, state is State.RUNNING),
     )
     return job_id
 
@@ -213,12 +214,13 @@ def test_the_schema_allows_the_transitions_and_no_other(
     job_id = insert(database, before)
     ended = 4.0 if not TRANSITIONS[after] else None
     started = 2.0 if after is State.RUNNING else None
-    change = "UPDATE jobs SET state = ?, started = coalesce(?, started), ended = ? WHERE id = ?"
+    change = "UPDATE jobs SET state = ?, started = coalesce(?, started), ended = ?, holds_slot = ? WHERE id = ?"
+    changed = (after, started, ended, after is State.RUNNING, job_id)
     if after in TRANSITIONS[before]:
-        database.execute(change, (after, started, ended, job_id))
+        database.execute(change, changed)
     else:
         with pytest.raises(sqlite3.IntegrityError, match="no such transition"):
-            database.execute(change, (after, started, ended, job_id))
+            database.execute(change, changed)
 
 
 @pytest.mark.parametrize(
@@ -238,9 +240,65 @@ def test_the_schema_refuses_rows_that_make_no_sense(
 ) -> None:
     with pytest.raises(sqlite3.IntegrityError, match="CHECK"):
         database.execute(
-            "INSERT INTO jobs (id, lane, host, state, submitted, started, ended) VALUES ('x', 'l', x'', ?, 1.0, ?, ?)",
-            (state, started, ended),
+            "INSERT INTO jobs (id, lane, host, state, submitted, started, ended, holds_slot) "
+            "VALUES ('x', 'l', x'', ?, 1.0, ?, ?, ?)",
+            (state, started, ended, state == "running"),
         )
+
+
+@pytest.mark.parametrize(
+    ("state", "change"),
+    [
+        (State.QUEUED, "holds_slot = 1"),
+        (State.CANCELLED, "holds_slot = 1"),  # without having started
+        (State.RUNNING, "holds_slot = 0"),
+        (State.RUNNING, "holds_slot = 2"),
+        (State.RETURNED, "holds_slot = NULL"),
+        (State.QUEUED, "stop = 'pending'"),
+        (State.CANCELLED, "stop = 'pending'"),
+        (State.RUNNING, "stop = 'pending'"),
+        (State.FAILED, "stop = 'perhaps'"),
+        (State.FAILED, "stop = ''"),
+    ],
+)
+def test_the_schema_refuses_slots_and_stops_that_make_no_sense(
+    database: sqlite3.Connection, state: State, change: str
+) -> None:
+    job_id = insert(database, state)
+    with pytest.raises(sqlite3.IntegrityError, match=r"CHECK|NOT NULL|holds a slot"):
+        database.execute(f"UPDATE jobs SET {change} WHERE id = ?", (job_id,))
+
+
+def test_the_schema_refuses_a_running_job_without_a_slot(database: sqlite3.Connection) -> None:
+    with pytest.raises(sqlite3.IntegrityError, match="holds a slot"):
+        database.execute(
+            "INSERT INTO jobs (id, lane, host, state, submitted, started) VALUES ('x', 'l', x'', 'running', 1.0, 2.0)"
+        )
+    job_id = insert(database, State.QUEUED)
+    with pytest.raises(sqlite3.IntegrityError, match="holds a slot"):
+        database.execute("UPDATE jobs SET state = 'running', started = 2.0 WHERE id = ?", (job_id,))
+
+
+@pytest.mark.parametrize("stop", list(Stop))
+def test_the_schema_knows_every_stop(database: sqlite3.Connection, stop: Stop) -> None:
+    job_id = insert(database, State.FAILED)
+    database.execute("UPDATE jobs SET stop = ?, holds_slot = 1 WHERE id = ?", (stop, job_id))
+
+
+def test_there_is_one_identity(database: sqlite3.Connection) -> None:
+    for only in (1, 2):
+        with pytest.raises(sqlite3.IntegrityError):
+            database.execute("INSERT INTO identity (only, owner, key) VALUES (?, 'another', x'00')", (only,))
+
+
+async def test_an_upgrade_cut_short_before_the_identity_is_made_good(
+    tmp_path: Path, database: sqlite3.Connection
+) -> None:
+    database.execute("DELETE FROM identity")
+    database.close()
+    store = await open_store(tmp_path)
+    assert len((await store.identity()).key) == 32
+    await store.close()
 
 
 def test_every_statement_is_used() -> None:
@@ -263,7 +321,8 @@ class Anything(dict[str, int]):
 @pytest.mark.parametrize("name", QUERIES)
 def test_no_statement_goes_through_all_old_jobs(database: sqlite3.Connection, name: str) -> None:
     plan = [row[3] for row in database.execute("EXPLAIN QUERY PLAN " + QUERIES[name], Anything())]
-    of_few = ("jobs_not_ended", "jobs_not_ended_of_lane", "jobs_running_on_host", "lanes_with_room", "lanes")
+    of_jobs = ("jobs_not_ended", "jobs_not_ended_of_lane", "jobs_holding_on_host", "jobs_holding_of_lane")
+    of_few = (*of_jobs, "lanes_with_room", "lanes", "identity")
     for step in plan:
         if step.startswith("SCAN"):
             assert step.split()[-1] in of_few or "CONSTANT ROW" in step, plan
@@ -297,14 +356,43 @@ async def test_a_claim_costs_the_same_however_many_wait(tmp_path: Path) -> None:
     assert many < few * 1.5
 
 
+def test_a_place_in_a_queue_is_counted_in_an_index_alone(database: sqlite3.Connection) -> None:
+    plan = [row[3] for row in database.execute("EXPLAIN QUERY PLAN " + QUERIES["waiting"], Anything())]
+    for index in ("jobs_not_ended_of_lane", "jobs_holding_of_lane", "jobs_holding_on_host"):
+        assert any(f"COVERING INDEX {index} " in step for step in plan), plan
+
+
 async def test_many_small_records_share_few_rows(tmp_path: Path, store: SQLiteStore) -> None:
     job_id = await job_in(store, State.RUNNING)
     for n in range(500):
-        await store.append_records(job_id, n, [Raw(b'"x"')])
-    await store.append_records(job_id, 500, [Raw(b'"xxxxxxxxx"')] * 50_000)
+        await store.append_records(job_id, n, records([b'"x"'], made=float(n)))
+    await store.append_records(job_id, 500, records([b'"xxxxxxxxx"'] * 50_000))
     with closing(connect(tmp_path / FILE_NAME, query_only=True)) as connection:
         [(rows,)] = connection.execute("SELECT count(*) FROM records").fetchall()
     assert rows < 15
+
+
+async def test_the_times_of_records_take_little_room(tmp_path: Path, store: SQLiteStore) -> None:
+    job_id = await job_in(store, State.RUNNING)
+    values = [Raw(b'"x"')] * 50_000
+    await store.append_records(job_id, 0, Records(values, [float(n // 1000) for n in range(50_000)]))
+    await store.append_records(job_id, 50_000, Records(values, [float(n) for n in range(50_000)]))
+    with closing(connect(tmp_path / FILE_NAME, query_only=True)) as connection:
+        few = "SELECT sum(length(made)) FROM records WHERE first < 50000"
+        assert connection.execute(few).fetchone()[0] <= (50 + 4) * 12
+        [(longest,)] = connection.execute("SELECT max(length(bytes) + length(made)) FROM records").fetchall()
+        assert longest < 2 * 65536, "a chunk with many times is cut, too"
+
+
+async def test_a_small_job_takes_little_room(tmp_path: Path) -> None:
+    facts = Facts(call=Raw(b'{"x":"' + b"c" * 100 + b'"}'), evidence=Raw(b'{"x":"' + b"e" * 140 + b'"}'))
+    store = await open_store(tmp_path)
+    jobs = [new_job(f"host{n % 8}") for n in range(2000)]
+    await asyncio.gather(*(store.add_job(job, 1.0) for job in jobs))
+    for job_id in await claimed(store, limit=2000):
+        await store.finish_job(job_id, Returned(Raw(b'{"changed":true}')), 2.0, facts=facts)
+    await store.close()
+    assert (tmp_path / FILE_NAME).stat().st_size / len(jobs) < 1000
 
 
 async def test_a_change_of_state_does_not_write_the_payloads_again(tmp_path: Path) -> None:
@@ -316,7 +404,7 @@ async def test_a_change_of_state_does_not_write_the_payloads_again(tmp_path: Pat
     await eventually(lambda: log.stat().st_size == 0, what="the cut of the log")
     await store.claim_jobs(1.0, 1, 1)
     for n in range(20):
-        await store.append_records(job.id, n, [Raw(b"1")])
+        await store.append_records(job.id, n, records([b"1"]))
     await store.finish_job(job.id, ENDS[State.RETURNED], 1.0)
     assert log.stat().st_size < len(text)
     await store.close()
@@ -331,7 +419,7 @@ async def test_space_goes_back_when_jobs_are_pruned(tmp_path: Path) -> None:
 
     for _ in range(100):
         job_id = await job_in(store, State.RUNNING)
-        await store.append_records(job_id, 0, [Raw(b'"' + b"r" * 50_000 + b'"')])
+        await store.append_records(job_id, 0, records([b'"' + b"r" * 50_000 + b'"']))
         await store.finish_job(job_id, Returned(Raw(b'"' + b"x" * 50_000 + b'"')), 1.0)
     kept = await job_in(store, State.RETURNED, now=50.0)
     full = size()
@@ -344,14 +432,14 @@ async def test_space_goes_back_when_jobs_are_pruned(tmp_path: Path) -> None:
 async def test_records_that_an_interrupted_pruning_left_go_with_the_next(tmp_path: Path) -> None:
     store = await open_store(tmp_path)
     job_id = await job_in(store, State.RUNNING)
-    await store.append_records(job_id, 0, [Raw(b"1")])
-    await store.finish_job(job_id, ENDS[State.RETURNED], 1.0)
+    await store.append_records(job_id, 0, records([b"1"]))
+    await store.finish_job(job_id, ENDS[State.RETURNED], 1.0, facts=Facts(call=Raw(b"{}")))
     await store.close()
     with closing(connect(tmp_path / FILE_NAME)) as connection:
-        assert writes.delete_jobs(connection, 10.0, 10) == 1
+        assert pruning.delete_jobs(connection, 10.0, 10) == 1
     store = await open_store(tmp_path)
     assert await store.prune_jobs(0.0, 10) == 0
     await store.close()
     with closing(connect(tmp_path / FILE_NAME)) as connection:
-        for table in ("jobs", "calls", "ends", "records", "leftovers", "lanes"):
+        for table in ("jobs", "calls", "ends", "facts", "records", "leftovers", "lanes"):
             assert connection.execute(f"SELECT count(*) FROM {table}").fetchall() == [(0,)], table

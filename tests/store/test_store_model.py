@@ -24,7 +24,7 @@ from hypothesis.stateful import (
 
 from harp.protocol.ends import End
 from harp.protocol.jsontext import Raw, canonical
-from harpcaller.jobs import MISSING_RESULT, NewJob
+from harpcaller.jobs import NO_FACTS, Facts, NewJob, Records, Stop
 from support.backends import BACKENDS, Opener
 from support.jobs import ENDS, new_id, new_job
 from support.store_model import ModelStore
@@ -34,6 +34,9 @@ HOSTS = st.sampled_from(["one", "two", "three"])
 QUEUES = st.sampled_from([Raw(b"{}"), Raw(b'{"a":1,"b":2}'), Raw(b'{ "b": 2.0, "a": 1 }'), Raw(b'{"a":true}')])
 SMALL = st.integers(0, 4)
 END_VALUES = st.sampled_from(list(ENDS.values()))
+STOPS = st.sampled_from(list(Stop))
+FACT = st.sampled_from([None, Raw(b'{"a": 1.10}'), Raw(b"{}"), Raw(b"null")])
+FACTS = st.just(NO_FACTS) | st.builds(Facts, FACT, FACT, FACT, FACT, FACT)
 
 
 class Comparison(RuleBasedStateMachine):
@@ -58,10 +61,10 @@ class Comparison(RuleBasedStateMachine):
         self.runner.close()
         shutil.rmtree(self.directory)
 
-    def both(self, verb: str, *args: object) -> Any:
+    def both(self, verb: str, *args: object, **options: object) -> Any:
         """The store's outcome, a value or the type of what it raised; the same as the model's."""
-        expected = self.outcome(lambda: getattr(self.model, verb)(*args))
-        outcome = self.outcome(lambda: self.runner.run(getattr(self.store, verb)(*args)))
+        expected = self.outcome(lambda: getattr(self.model, verb)(*args, **options))
+        outcome = self.outcome(lambda: self.runner.run(getattr(self.store, verb)(*args, **options)))
         assert outcome == expected
         return outcome
 
@@ -95,7 +98,7 @@ class Comparison(RuleBasedStateMachine):
 
     @rule(limit=SMALL, host_concurrency=SMALL)
     def claim(self, limit: int, host_concurrency: int) -> None:
-        used = Counter(job.host for job in self.model.running())
+        used = Counter(job.host for job in self.model.held_jobs())
         for job in self.both("claim_jobs", self.now, limit, host_concurrency):
             used[job.host] += 1
             assert used[job.host] <= host_concurrency
@@ -103,24 +106,41 @@ class Comparison(RuleBasedStateMachine):
     @rule(job_id=jobs, off=st.sampled_from([0, 0, 0, 1, -1]), count=SMALL)
     def append(self, job_id: str, off: int, count: int) -> None:
         first = len(self.model.records.get(job_id, [])) + off
-        self.both("append_records", job_id, first, [Raw(b"%d" % n) for n in range(count)])
+        values = [Raw(b"%d" % n) for n in range(count)]
+        self.both("append_records", job_id, first, Records(values, [self.now + n // 2 for n in range(count)]))
 
-    @rule(job_id=jobs, end=END_VALUES)
-    def finish(self, job_id: str, end: End) -> None:
-        self.both("finish_job", job_id, end, self.now)
+    @rule(job_id=jobs, end=END_VALUES, stop=st.none() | STOPS, keep_slot=st.booleans(), facts=FACTS)
+    def finish(self, job_id: str, end: End, stop: Stop | None, keep_slot: bool, facts: Facts) -> None:
+        self.both("finish_job", job_id, end, self.now, stop=stop, keep_slot=keep_slot, facts=facts)
 
-    @rule(end=END_VALUES)
-    def finish_the_first_that_runs(self, end: End) -> None:
-        running = self.model.running()
-        self.both("finish_job", running[0].id if running else new_id(), end, self.now)
+    @rule(end=END_VALUES, keep_slot=st.booleans(), facts=FACTS)
+    def finish_the_first_that_holds(self, end: End, keep_slot: bool, facts: Facts) -> None:
+        self.both("finish_job", self.first_that_holds(), end, self.now, keep_slot=keep_slot, facts=facts)
 
-    @rule(job_id=jobs)
-    def cancel(self, job_id: str) -> None:
-        self.both("cancel_job", job_id, self.now)
+    def first_that_holds(self) -> str:
+        held = self.model.held_jobs()
+        return held[0].id if held else new_id()
 
-    @rule(queue=QUEUES)
-    def cancel_queue(self, queue: Raw) -> None:
-        self.both("cancel_queue", queue, self.now)
+    @rule(job_id=jobs, stopped=FACT)
+    def cancel(self, job_id: str, stopped: Raw | None) -> None:
+        self.both("cancel_job", job_id, self.now, stopped)
+
+    @rule(queue=QUEUES, stopped=FACT)
+    def cancel_queue(self, queue: Raw, stopped: Raw | None) -> None:
+        self.both("cancel_queue", queue, self.now, stopped)
+
+    @rule(job_id=jobs, first=st.booleans(), stop=STOPS, keep_slot=st.booleans(), facts=FACTS)
+    def settle(self, job_id: str, first: bool, stop: Stop, keep_slot: bool, facts: Facts) -> None:
+        settled = self.first_that_holds() if first else job_id
+        self.both("settle_stop", settled, stop, keep_slot=keep_slot, facts=facts)
+
+    @rule(job_id=jobs, first=st.booleans())
+    def release(self, job_id: str, first: bool) -> None:
+        self.both("release_slot", self.first_that_holds() if first else job_id)
+
+    @rule(job_id=jobs, facts=FACTS)
+    def note(self, job_id: str, facts: Facts) -> None:
+        self.both("note_facts", job_id, facts)
 
     @rule(age=SMALL, limit=SMALL)
     def prune(self, age: int, limit: int) -> None:
@@ -131,29 +151,29 @@ class Comparison(RuleBasedStateMachine):
         self.now += step
 
     @precondition(lambda self: self.model.jobs)
-    @rule(crashed=st.booleans())
-    def reopen(self, crashed: bool) -> None:
+    @rule()
+    def reopen(self) -> None:
         self.runner.run(self.store.close())
         self.store = self.runner.run(self.opened())
-        if crashed:
-            self.both("settle_interrupted", MISSING_RESULT, self.now)
 
     @rule(job_id=jobs, first=SMALL)
     def read(self, job_id: str, first: int) -> None:
         found = self.runner.run(self.store.read_records(job_id, first, 10**6))
-        assert found == self.model.records.get(job_id, [])[first:]
+        assert found == self.model.read_records(job_id, first)
         self.both("get_job", job_id)
+        self.both("get_details", job_id)
 
     @invariant()
     def lists_are_the_same(self) -> None:
         self.both("list_queues")
+        self.both("held_jobs")
         listed = self.runner.run(self.store.list_jobs(ended=True))
         expected = self.model.list_jobs(ended=True)
         assert [job for _, job in listed] == [job for _, job in expected]
 
     @invariant()
-    def no_queue_has_more_running_than_it_may(self) -> None:
-        used = Counter(canonical(job.queue) for job in self.model.running() if job.queue is not None)
+    def no_queue_has_more_slots_than_it_may(self) -> None:
+        used = Counter(canonical(job.queue) for job in self.model.held_jobs() if job.queue is not None)
         for name, count in used.items():
             assert count <= self.model.limits[name][1]
 

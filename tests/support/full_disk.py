@@ -17,7 +17,7 @@ from pathlib import Path
 
 from harp.protocol.ends import Returned
 from harp.protocol.jsontext import Raw
-from harpcaller.jobs import NewJob, State
+from harpcaller.jobs import NO_FACTS, Facts, NewJob, State
 from harpcaller.store import StorageError
 from harpcaller.store.sqlite import SQLiteStore, open_store
 
@@ -54,8 +54,10 @@ async def scenario(directory: Path, take_room: Callable[[], None], make_room: Ca
     taken = [before.id, *await fill(store, LARGE, 1000), *await fill(store, SMALL, 200_000)]
 
     # Writers are told, each of those that came together; readers don't notice.
+    facts = Facts(evidence=LARGE)
     together = [store.add_job(job(number, LARGE), 1.0) for number in range(500_000, 500_020)]
-    outcomes = await asyncio.gather(*together, return_exceptions=True)
+    ending = [store.note_facts(running.id, facts), store.finish_job(running.id, Returned(LARGE), 2.0, facts=facts)]
+    outcomes = await asyncio.gather(*together, *ending, return_exceptions=True)
     assert all(isinstance(outcome, StorageError) for outcome in outcomes), outcomes
     assert len({id(outcome) for outcome in outcomes}) == len(outcomes)
     for job_id in taken:
@@ -63,8 +65,10 @@ async def scenario(directory: Path, take_room: Callable[[], None], make_room: Ca
     refused = job(500_000, LARGE)
 
     make_room()
+    details = await store.get_details(running.id)
+    assert (details.job, details.facts) == (running, NO_FACTS)
     await store.add_job(refused, 2.0)
-    assert await store.finish_job(running.id, Returned(LARGE), 2.0)
+    assert await store.finish_job(running.id, Returned(LARGE), 2.0, facts=facts)
     assert (await store.get_job(running.id)).end == Returned(LARGE)
     await store.close()
 
@@ -75,7 +79,8 @@ async def scenario(directory: Path, take_room: Callable[[], None], make_room: Ca
         kept += [found.id for _, found in page]
         after = page[-1][0]
     assert kept == [*taken, refused.id], (len(kept), len(taken))
-    assert (await store.get_job(running.id)).state is State.RETURNED
+    details = await store.get_details(running.id)
+    assert (details.job.state, details.facts, details.job.holds_slot) == (State.RETURNED, facts, False)
     await store.close()
 
 

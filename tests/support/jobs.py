@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from harp.protocol.ends import Cancelled, End, Failed, Raised, Returned
 from harp.protocol.jsontext import Raw
-from harpcaller.jobs import NewJob, State
+from harpcaller.jobs import ENDED, NewJob, Records, State
 from harpcaller.store import Store
 
 #: An end for each state that is one; payloads that would not survive decoding.
@@ -19,6 +19,14 @@ ENDS: Mapping[State, End] = {
     State.FAILED: Failed("timeout", "max_exec_time: 3 s are over"),
     State.CANCELLED: Cancelled(),
 }
+
+
+#: Every state with whether the job holds its slot.
+STANDS = (
+    (State.QUEUED, False),
+    (State.RUNNING, True),
+    *((state, held) for state in State if state in ENDED for held in (False, True)),
+)
 
 
 def new_id() -> str:
@@ -32,16 +40,42 @@ def new_job(host: str = "web01", queue: Any = None, concurrency: int = 1, **attr
     return NewJob(host=host, queue=name, concurrency=concurrency, **{**given, **attributes})
 
 
-async def job_in(store: Store, state: State, now: float = 1.0, **attributes: Any) -> str:
-    """Bring a new job to a state, the shortest way; return its id. There must be no other that could start."""
+def records(values: Iterable[bytes], made: float = 2.0) -> Records:
+    """Records with these values, all made at one time."""
+    raw = tuple(map(Raw, values))
+    return Records(raw, (made,) * len(raw))
+
+
+async def job_in(store: Store, state: State, now: float = 1.0, *, held: bool = False, **attributes: Any) -> str:
+    """Bring a new job to a state, the shortest way; return its id. There must be no other that could start.
+
+    With `held` one that has ended holds its slot.
+    """
     job = new_job(**attributes)
     await store.add_job(job, now)
     if state is State.QUEUED:
         return job.id
-    if state is State.CANCELLED:
+    if state is State.CANCELLED and not held:
         assert await store.cancel_job(job.id, now) is State.QUEUED
         return job.id
     assert [claimed.id for claimed in await store.claim_jobs(now, 1, 1000)] == [job.id]
-    if state is not State.RUNNING:
-        assert await store.finish_job(job.id, ENDS[state], now)
+    if state is State.CANCELLED:
+        assert await store.cancel_job(job.id, now) is State.RUNNING
+    elif state is not State.RUNNING:
+        assert await store.finish_job(job.id, ENDS[state], now, keep_slot=held)
     return job.id
+
+
+async def added(store: Store, *, count: int = 1, **attributes: Any) -> list[str]:
+    """Add jobs that are alike; return their ids."""
+    ids = []
+    for _ in range(count):
+        job = new_job(**attributes)
+        await store.add_job(job, 1.0)
+        ids.append(job.id)
+    return ids
+
+
+async def claimed(store: Store, limit: int = 1000, host_concurrency: int = 1000, now: float = 5.0) -> list[str]:
+    """Claim jobs; return their ids."""
+    return [job.id for job in await store.claim_jobs(now, limit, host_concurrency)]

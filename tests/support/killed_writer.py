@@ -1,6 +1,7 @@
-"""Program: adds and starts jobs and appends records without end; prints what the store has confirmed.
+"""Program: adds, starts and cancels jobs and appends records without end; prints what the store has confirmed.
 
-Killed in mid-write by tests/store/test_sqlite_faults.py. Lines: ``job ID`` and ``records ID COUNT``.
+Killed in mid-write by tests/store/test_sqlite_faults.py. Lines: ``job ID``, ``records ID COUNT``,
+``cancelled ID`` and ``settled ID``.
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ import sys
 from pathlib import Path
 
 from harp.protocol.jsontext import Raw
+from harpcaller.jobs import Facts, State, Stop
 from harpcaller.store.sqlite import SQLiteStore, open_store
-from support.jobs import new_job
+from support.jobs import new_job, records
 
 
 def confirmed(*words: object) -> None:
@@ -26,20 +28,34 @@ async def submit(store: SQLiteStore) -> None:
         confirmed("job", job.id)
 
 
-async def stream(store: SQLiteStore) -> None:
+async def start(store: SQLiteStore) -> str:
     job = new_job()
     await store.add_job(job, 1.0)
     confirmed("job", job.id)
-    while job.id not in [claimed.id for claimed in await store.claim_jobs(1.0, 1000, 1000)]:
-        pass
+    while (await store.get_job(job.id)).state is State.QUEUED:
+        await store.claim_jobs(1.0, 1000, 1000)
+    return job.id
+
+
+async def stream(store: SQLiteStore) -> None:
+    job_id = await start(store)
     for first in itertools.count(0, 3):
-        assert await store.append_records(job.id, first, [Raw(b"%d" % n) for n in range(first, first + 3)])
-        confirmed("records", job.id, first + 3)
+        assert await store.append_records(job_id, first, records(b"%d" % n for n in range(first, first + 3)))
+        confirmed("records", job_id, first + 3)
+
+
+async def cancel(store: SQLiteStore) -> None:
+    while True:
+        job_id = await start(store)
+        await store.cancel_job(job_id, 2.0, Raw(b'{"why":"cancel"}'))
+        confirmed("cancelled", job_id)
+        assert await store.settle_stop(job_id, Stop.CONFIRMED, facts=Facts(receipt=Raw(b'{"survivors":[]}')))
+        confirmed("settled", job_id)
 
 
 async def main(directory: Path) -> None:
     store = await open_store(directory)
-    await asyncio.gather(stream(store), *(submit(store) for _ in range(5)))
+    await asyncio.gather(stream(store), cancel(store), *(submit(store) for _ in range(5)))
 
 
 if __name__ == "__main__":

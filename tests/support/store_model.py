@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import asdict, replace
 
 from harp.protocol.ends import Cancelled, End
 from harp.protocol.jsontext import Raw, canonical
-from harpcaller.jobs import ENDED, TRANSITIONS, Job, NewJob, State, state_of
+from harpcaller.jobs import (
+    ENDED,
+    NO_FACTS,
+    TRANSITIONS,
+    Facts,
+    Job,
+    JobDetails,
+    NewJob,
+    Records,
+    State,
+    Stop,
+    Waiting,
+    state_of,
+)
 from harpcaller.store import QueueStatus, UnknownJob
 
 
@@ -17,12 +30,19 @@ class ModelStore:
 
     def __init__(self) -> None:
         self.jobs: dict[str, tuple[int, Job]] = {}
-        self.records: dict[str, list[Raw]] = {}
+        self.records: dict[str, list[tuple[Raw, float]]] = {}
+        self.facts: dict[str, Facts] = {}
         self.limits: dict[str, tuple[Raw, int]] = {}
         self._places = itertools.count(1)
 
-    def running(self) -> list[Job]:
-        return [job for _, job in self.jobs.values() if job.state is State.RUNNING]
+    def held_jobs(self) -> list[Job]:
+        return [job for _, job in self.jobs.values() if job.holds_slot]
+
+    def in_lane(self, wanted: Job) -> list[Job]:
+        return [job for _, job in self.jobs.values() if self._lane(job) == self._lane(wanted)]
+
+    def _lane(self, job: Job) -> tuple[str, str]:
+        return ("host", job.host) if job.queue is None else ("queue", canonical(job.queue))
 
     def add_job(self, job: NewJob, now: float) -> None:
         if job.id in self.jobs:
@@ -35,6 +55,7 @@ class ModelStore:
         )  # fmt: skip
         self.jobs[job.id] = (next(self._places), stored)
         self.records[job.id] = []
+        self.facts[job.id] = NO_FACTS
 
     def claim_jobs(self, now: float, limit: int, host_concurrency: int) -> list[Job]:
         claimed: list[Job] = []
@@ -42,59 +63,111 @@ class ModelStore:
         for _, job in list(self.jobs.values()):
             if job.state is not State.QUEUED or len(claimed) == limit:
                 continue
-            lane = (job.host,) if job.queue is None else canonical(job.queue)
-            if lane not in waiting_lanes and self._may_start(job, host_concurrency):
-                claimed.append(self._put(job, state=State.RUNNING, started=now))
+            if self._lane(job) not in waiting_lanes and self._may_start(job, host_concurrency):
+                claimed.append(self._put(job, state=State.RUNNING, started=now, holds_slot=True))
             else:
-                waiting_lanes.add(lane)
+                waiting_lanes.add(self._lane(job))
         return claimed
 
     def _may_start(self, job: Job, host_concurrency: int) -> bool:
-        running = self.running()
-        if sum(other.host == job.host for other in running) >= host_concurrency:
+        if sum(other.host == job.host for other in self.held_jobs()) >= host_concurrency:
             return False
         if job.queue is None:
             return True
-        queue = canonical(job.queue)
-        used = sum(other.queue is not None and canonical(other.queue) == queue for other in running)
-        return used < self.limits[queue][1]
+        return sum(other.holds_slot for other in self.in_lane(job)) < self.limits[canonical(job.queue)][1]
 
-    def append_records(self, job_id: str, first: int, records: Sequence[Raw]) -> bool:
+    def append_records(self, job_id: str, first: int, records: Records) -> bool:
         if job_id not in self.jobs:
             return False
         job = self.get_job(job_id)
         if job.state is not State.RUNNING or job.records != first:
             return False
-        self.records[job_id].extend(records)
+        self.records[job_id].extend(zip(records.values, records.made, strict=True))
         self._put(job, records=first + len(records))
         return True
 
-    def finish_job(self, job_id: str, end: End, now: float) -> bool:
+    def finish_job(
+        self,
+        job_id: str,
+        end: End,
+        now: float,
+        *,
+        stop: Stop | None = None,
+        keep_slot: bool = False,
+        facts: Facts = NO_FACTS,
+    ) -> bool:
         if job_id not in self.jobs or self.get_job(job_id).state in ENDED:
             return False
         job = self.get_job(job_id)
         if state_of(end) not in TRANSITIONS[job.state]:
             raise ValueError
-        self._end(job, end, now)
+        if job.state is State.QUEUED and (keep_slot or stop):
+            raise ValueError
+        self._put(job, state=state_of(end), ended=now, end=end, stop=stop, holds_slot=keep_slot)
+        self.note_facts(job_id, facts)
+        self._drop_queue(job)
         return True
 
-    def cancel_job(self, job_id: str, now: float) -> State | None:
+    def cancel_job(self, job_id: str, now: float, stopped: Raw | None = None) -> State | None:
         if job_id not in self.jobs or self.get_job(job_id).state in ENDED:
             return None
-        job = self.get_job(job_id)
-        self._end(job, Cancelled(), now)
-        return job.state
+        state = self.get_job(job_id).state
+        if state is State.RUNNING:
+            self.finish_job(job_id, Cancelled(), now, stop=Stop.PENDING, keep_slot=True, facts=Facts(stopped=stopped))
+        else:
+            self.finish_job(job_id, Cancelled(), now)
+        return state
 
-    def cancel_queue(self, queue: Raw, now: float) -> list[tuple[str, State]]:
+    def cancel_queue(self, queue: Raw, now: float, stopped: Raw | None = None) -> list[tuple[str, State]]:
         found = [job for _, job in self.list_jobs(queue=queue)]
         for job in found:
-            self._end(job, Cancelled(), now)
+            self.cancel_job(job.id, now, stopped)
         return [(job.id, job.state) for job in found]
+
+    def settle_stop(self, job_id: str, stop: Stop, *, keep_slot: bool = False, facts: Facts = NO_FACTS) -> bool:
+        if not self._has_ended_and_holds(job_id):
+            return False
+        self._drop_queue(self._put(self.get_job(job_id), stop=stop, holds_slot=keep_slot))
+        return self.note_facts(job_id, facts)
+
+    def release_slot(self, job_id: str) -> bool:
+        if not self._has_ended_and_holds(job_id):
+            return False
+        self._drop_queue(self._put(self.get_job(job_id), holds_slot=False))
+        return True
+
+    def _has_ended_and_holds(self, job_id: str) -> bool:
+        return job_id in self.jobs and self.get_job(job_id).state in ENDED and self.get_job(job_id).holds_slot
+
+    def note_facts(self, job_id: str, facts: Facts) -> bool:
+        if job_id not in self.jobs:
+            return False
+        given = {name: fact for name, fact in asdict(facts).items() if fact is not None}
+        noted = replace(self.facts[job_id], **given)
+        self.facts[job_id] = Facts(**{name: None if fact == b"null" else fact for name, fact in asdict(noted).items()})
+        return True
 
     def get_job(self, job_id: str) -> Job:
         if job_id not in self.jobs:
             raise UnknownJob(job_id)
         return self.jobs[job_id][1]
+
+    def get_details(self, job_id: str) -> JobDetails:
+        job = self.get_job(job_id)
+        size = sum(len(value) for value, _ in self.records[job_id])
+        waiting = self._waiting(job) if job.state is State.QUEUED else None
+        return JobDetails(job, self.facts[job_id], size, waiting)
+
+    def _waiting(self, job: Job) -> Waiting:
+        queued = [other.id for other in self.in_lane(job) if other.state is State.QUEUED]
+        holders = [other.id for other in self.in_lane(job) if other.holds_slot]
+        limit = None if job.queue is None else self.limits[canonical(job.queue)][1]
+        on_host = sum(other.host == job.host for other in self.held_jobs())
+        return Waiting(queued.index(job.id) + 1, limit, len(holders), tuple(holders[:10]), on_host)
+
+    def read_records(self, job_id: str, first: int) -> Records:
+        found = self.records.get(job_id, [])[first:]
+        return Records(tuple(value for value, _ in found), tuple(made for _, made in found))
 
     def list_jobs(self, *, ended: bool = False, queue: Raw | None = None) -> list[tuple[int, Job]]:
         return [
@@ -109,25 +182,21 @@ class ModelStore:
 
     def _queues(self) -> Iterator[QueueStatus]:
         for name, concurrency in self.limits.values():
-            states = [job.state for _, job in self.list_jobs(queue=name)]
-            yield QueueStatus(name, concurrency, states.count(State.RUNNING), states.count(State.QUEUED))
-
-    def settle_interrupted(self, end: End, now: float) -> int:
-        running = self.running()
-        for job in running:
-            self._end(job, end, now)
-        return len(running)
+            jobs = [job for _, job in self.list_jobs(ended=True, queue=name)]
+            queued = sum(job.state is State.QUEUED for job in jobs)
+            yield QueueStatus(name, concurrency, sum(job.holds_slot for job in jobs), queued)
 
     def prune_jobs(self, ended_before: float, limit: int) -> int:
-        old = [job for _, job in self.jobs.values() if job.ended is not None and job.ended < ended_before]
+        ended = [job for _, job in self.jobs.values() if job.ended is not None and job.ended < ended_before]
+        old = [job for job in ended if not job.holds_slot]
         old.sort(key=lambda job: job.ended or 0)
         for job in old[:limit]:
-            del self.jobs[job.id], self.records[job.id]
+            del self.jobs[job.id], self.records[job.id], self.facts[job.id]
         return len(old[:limit])
 
-    def _end(self, job: Job, end: End, now: float) -> None:
-        self._put(job, state=state_of(end), ended=now, end=end)
-        if job.queue is not None and not self.list_jobs(queue=job.queue):
+    def _drop_queue(self, job: Job) -> None:
+        """A queue is there while it has a job that has not ended or holds a slot."""
+        if job.queue is not None and all(other.state in ENDED and not other.holds_slot for other in self.in_lane(job)):
             del self.limits[canonical(job.queue)]
 
     def _put(self, job: Job, **changes: object) -> Job:

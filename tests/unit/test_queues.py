@@ -49,7 +49,7 @@ def test_a_lane_has_a_short_key_for_any_name() -> None:
 
 @dataclass
 class Lane:
-    """A lane in memory: places and hosts of those who wait, and how many more may run."""
+    """A lane in memory: places and hosts of those who wait, and how many more may start."""
 
     waiting: deque[Head]
     room: int
@@ -58,22 +58,22 @@ class Lane:
 class Lanes:
     """Some lanes, and who was started."""
 
-    def __init__(self, lanes: list[Lane], running: Counter[str]) -> None:
+    def __init__(self, lanes: list[Lane], holding: Counter[str]) -> None:
         self.lanes = lanes
-        self.running = running
+        self.holding = holding
         self.asked: Counter[str] = Counter()
 
     def next_head(self, place: int) -> Head | None:
         heads = [lane.waiting[0] for lane in self.lanes if lane.waiting and lane.room]
         return min((head for head in heads if head.place > place), key=lambda head: head.place, default=None)
 
-    def running_on(self, host: str) -> int:
+    def holding_on(self, host: str) -> int:
         self.asked[host] += 1
-        return self.running[host]
+        return self.holding[host]
 
     def start(self, limit: int, host_concurrency: int) -> list[int]:
         started = []
-        for head in startable(self.next_head, self.running_on, limit=limit, host_concurrency=host_concurrency):
+        for head in startable(self.next_head, self.holding_on, limit=limit, host_concurrency=host_concurrency):
             [lane] = [lane for lane in self.lanes if lane.waiting and lane.waiting[0] == head]
             lane.waiting.popleft()
             lane.room -= 1
@@ -101,7 +101,7 @@ def test_a_host_that_is_full_holds_back_its_heads_and_what_is_behind_them() -> N
     assert lanes.start(9, 2) == [1, 4]
 
 
-def test_a_lower_limit_than_what_runs() -> None:
+def test_a_lower_limit_than_what_holds_a_slot() -> None:
     assert Lanes([lane("a", 1)], Counter(a=5)).start(9, 2) == []
 
 
@@ -118,10 +118,10 @@ HEADS = st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 4)), max_size=
 def test_as_if_everyone_was_looked_at(
     waiting: list[tuple[str, int]], rooms: list[int], limit: int, host_concurrency: int, data: st.DataObject
 ) -> None:
-    running = Counter({host: data.draw(st.integers(0, 3)) for host in "abc"})
+    holding = Counter({host: data.draw(st.integers(0, 3)) for host in "abc"})
     queues = [deque[Head]() for _ in rooms]
     expected: list[int] = []
-    used, room, held = Counter(running), list(rooms), set[int]()
+    used, room, held = Counter(holding), list(rooms), set[int]()
     for place, (host, queue) in enumerate(waiting, 1):
         queues[queue].append(Head(place, host))
         if queue not in held and room[queue] > 0 and used[host] < host_concurrency and len(expected) < limit:
@@ -130,6 +130,6 @@ def test_as_if_everyone_was_looked_at(
             room[queue] -= 1
         else:
             held.add(queue)
-    lanes = Lanes([Lane(queue, room) for queue, room in zip(queues, rooms, strict=True)], running)
+    lanes = Lanes([Lane(queue, room) for queue, room in zip(queues, rooms, strict=True)], holding)
     assert lanes.start(limit, host_concurrency) == expected
     assert max(lanes.asked.values(), default=0) <= 1

@@ -9,13 +9,12 @@ A backend passes the conformance suite in tests/store.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from harp.protocol.ends import End
 from harp.protocol.jsontext import Raw
-from harpcaller.jobs import Job, NewJob, State
+from harpcaller.jobs import NO_FACTS, Facts, Identity, Job, JobDetails, NewJob, Records, State, Stop
 
 __all__ = ["QueueStatus", "StorageError", "Store", "UnknownJob"]
 
@@ -30,7 +29,14 @@ class UnknownJob(LookupError):
 
 @dataclass(frozen=True, slots=True)
 class QueueStatus:
-    """A queue with jobs that have not ended: its name as the first submitter wrote it, its limit, its counts."""
+    """A queue with jobs that have not ended or hold a slot.
+
+    Attributes:
+        name: as the first submitter wrote it.
+        concurrency: its limit.
+        running: how many of its jobs hold a slot.
+        queued: how many wait.
+    """
 
     name: Raw
     concurrency: int
@@ -50,33 +56,70 @@ class Store(Protocol):
     async def claim_jobs(self, now: float, limit: int, host_concurrency: int) -> list[Job]:
         """Give up to `limit` queued jobs their slot, in the order of submission, and return them as running.
 
-        A queue's running jobs stay within its concurrency and its jobs start first in, first out; the running
-        jobs of a host, queued or not, stay within `host_concurrency`.
+        A queue's jobs that hold a slot stay within its concurrency and its jobs start first in, first out; the jobs
+        that hold a slot on a host, with or without a queue, stay within `host_concurrency`.
         """
 
-    async def append_records(self, job_id: str, first: int, records: Sequence[Raw]) -> bool:
-        """Append records numbered from `first`; False when the job is not running or has not exactly `first`."""
+    async def append_records(self, job_id: str, first: int, records: Records) -> bool:
+        """Append records numbered from `first`; False when the job is not running or has not exactly `first`.
 
-    async def finish_job(self, job_id: str, end: End, now: float) -> bool:
-        """Store a job's end; False when it has one already, or when there is no such job.
-
-        Raises `ValueError` for an end that may not follow the job's state: a queued job can't have returned.
+        Raises `ValueError` for a record without its time, or with a line feed in it.
         """
 
-    async def cancel_job(self, job_id: str, now: float) -> State | None:
-        """Store the end `Cancelled`; return the state before, None when the job had ended or is not known."""
+    async def finish_job(
+        self,
+        job_id: str,
+        end: End,
+        now: float,
+        *,
+        stop: Stop | None = None,
+        keep_slot: bool = False,
+        facts: Facts = NO_FACTS,
+    ) -> bool:
+        """Store a job's end and what is known beside it; its slot is free then, unless it is kept.
 
-    async def cancel_queue(self, queue: Raw, now: float) -> list[tuple[str, State]]:
-        """Cancel all jobs of a queue in one transaction; return the id and state before of each cancelled one."""
+        False when the job has an end already, or when there is no such job: then nothing is stored. Raises `ValueError`
+        for an end that may not follow the job's state: a queued job can't have returned, nor keep a slot or be stopped.
+        """
+
+    async def cancel_job(self, job_id: str, now: float, stopped: Raw | None = None) -> State | None:
+        """Store the end `Cancelled`; return the state before, None when the job had ended or is not known.
+
+        A job that was running keeps its slot, its stop is pending then, and `stopped` is stored as that fact.
+        """
+
+    async def cancel_queue(self, queue: Raw, now: float, stopped: Raw | None = None) -> list[tuple[str, State]]:
+        """Cancel all jobs of a queue in one transaction, as `cancel_job`; return id and state before of each."""
+
+    async def settle_stop(self, job_id: str, stop: Stop, *, keep_slot: bool = False, facts: Facts = NO_FACTS) -> bool:
+        """Store how the stop of a job turned out, and free its slot unless it is kept.
+
+        False, and nothing stored, when the job has not ended, holds no slot, or is not known.
+        """
+
+    async def note_facts(self, job_id: str, facts: Facts) -> bool:
+        """Store those facts of a job that are given, whatever its state; False when there is no such job."""
+
+    async def release_slot(self, job_id: str) -> bool:
+        """Free the slot of a job that has ended; False when it has not, holds none, or is not known."""
+
+    async def held_jobs(self) -> list[Job]:
+        """Return all jobs that hold a slot, in the order of submission."""
 
     async def get_job(self, job_id: str) -> Job:
         """Return a job. Raises `UnknownJob`."""
 
-    async def read_records(self, job_id: str, first: int, most_bytes: int) -> list[Raw]:
+    async def get_details(self, job_id: str) -> JobDetails:
+        """Return a job with all that is stored about it, as of one moment. Raises `UnknownJob`."""
+
+    async def read_records(self, job_id: str, first: int, most_bytes: int) -> Records:
         """Return records from number `first` on, at least one if there is one, else up to `most_bytes` in sum.
 
         Empty as well when there is no such job.
         """
+
+    async def identity(self) -> Identity:
+        """Return who the dispatcher of this store is to its hosts: always the same."""
 
     async def list_jobs(
         self, *, ended: bool = False, queue: Raw | None = None, after: int = 0, limit: int = 1000
@@ -88,13 +131,12 @@ class Store(Protocol):
         """
 
     async def list_queues(self) -> list[QueueStatus]:
-        """Return the queues that have jobs which have not ended, oldest first."""
-
-    async def settle_interrupted(self, end: End, now: float) -> int:
-        """Give every running job this end: used once at start, when nothing can be running. Returns how many."""
+        """Return the queues that have jobs which have not ended or hold a slot, oldest first."""
 
     async def prune_jobs(self, ended_before: float, limit: int) -> int:
         """Delete up to `limit` jobs that ended before, with their records, and give space back; returns how many.
+
+        A job that holds a slot stays.
 
         Takes its time, in small steps: others are not kept waiting.
         """

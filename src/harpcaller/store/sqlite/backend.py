@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Sequence
 from pathlib import Path
 
 from harp.protocol.ends import End
 from harp.protocol.jsontext import Raw
-from harpcaller.jobs import Job, NewJob, State
+from harpcaller.jobs import NO_FACTS, Facts, Identity, Job, JobDetails, NewJob, Records, State, Stop
 from harpcaller.store import QueueStatus
-from harpcaller.store.sqlite import reads, writes
+from harpcaller.store.sqlite import pruning, reads, writes
 from harpcaller.store.sqlite.file import FILE_NAME, connect, lock, prepare, storage_errors
 from harpcaller.store.sqlite.readers import Readers
 from harpcaller.store.sqlite.writer import Writer
@@ -66,29 +65,62 @@ class SQLiteStore:
         """See `Store.claim_jobs`."""
         return await self._writer.run(writes.claim_jobs, now, limit, host_concurrency)
 
-    async def append_records(self, job_id: str, first: int, records: Sequence[Raw]) -> bool:
+    async def append_records(self, job_id: str, first: int, records: Records) -> bool:
         """See `Store.append_records`."""
         return await self._writer.run(writes.append_records, job_id, first, records)
 
-    async def finish_job(self, job_id: str, end: End, now: float) -> bool:
+    async def finish_job(
+        self,
+        job_id: str,
+        end: End,
+        now: float,
+        *,
+        stop: Stop | None = None,
+        keep_slot: bool = False,
+        facts: Facts = NO_FACTS,
+    ) -> bool:
         """See `Store.finish_job`."""
-        return await self._writer.run(writes.finish_job, job_id, end, now)
+        return await self._writer.run(writes.finish_job, job_id, end, now, stop=stop, keep_slot=keep_slot, facts=facts)
 
-    async def cancel_job(self, job_id: str, now: float) -> State | None:
+    async def cancel_job(self, job_id: str, now: float, stopped: Raw | None = None) -> State | None:
         """See `Store.cancel_job`."""
-        return await self._writer.run(writes.cancel_job, job_id, now)
+        return await self._writer.run(writes.cancel_job, job_id, now, stopped)
 
-    async def cancel_queue(self, queue: Raw, now: float) -> list[tuple[str, State]]:
+    async def cancel_queue(self, queue: Raw, now: float, stopped: Raw | None = None) -> list[tuple[str, State]]:
         """See `Store.cancel_queue`."""
-        return await self._writer.run(writes.cancel_queue, queue, now)
+        return await self._writer.run(writes.cancel_queue, queue, now, stopped)
+
+    async def settle_stop(self, job_id: str, stop: Stop, *, keep_slot: bool = False, facts: Facts = NO_FACTS) -> bool:
+        """See `Store.settle_stop`."""
+        return await self._writer.run(writes.settle_stop, job_id, stop, keep_slot=keep_slot, facts=facts)
+
+    async def note_facts(self, job_id: str, facts: Facts) -> bool:
+        """See `Store.note_facts`."""
+        return await self._writer.run(writes.note_facts, job_id, facts)
+
+    async def release_slot(self, job_id: str) -> bool:
+        """See `Store.release_slot`."""
+        return await self._writer.run(writes.release_slot, job_id)
+
+    async def held_jobs(self) -> list[Job]:
+        """See `Store.held_jobs`."""
+        return await self._readers.run(reads.held_jobs)
 
     async def get_job(self, job_id: str) -> Job:
         """See `Store.get_job`."""
         return await self._readers.run(reads.get_job, job_id)
 
-    async def read_records(self, job_id: str, first: int, most_bytes: int) -> list[Raw]:
+    async def get_details(self, job_id: str) -> JobDetails:
+        """See `Store.get_details`."""
+        return await self._readers.run(reads.get_details, job_id)
+
+    async def read_records(self, job_id: str, first: int, most_bytes: int) -> Records:
         """See `Store.read_records`."""
         return await self._readers.run(reads.read_records, job_id, first, most_bytes)
+
+    async def identity(self) -> Identity:
+        """See `Store.identity`."""
+        return await self._readers.run(reads.identity)
 
     async def list_jobs(
         self, *, ended: bool = False, queue: Raw | None = None, after: int = 0, limit: int = 1000
@@ -100,18 +132,14 @@ class SQLiteStore:
         """See `Store.list_queues`."""
         return await self._readers.run(reads.list_queues)
 
-    async def settle_interrupted(self, end: End, now: float) -> int:
-        """See `Store.settle_interrupted`."""
-        return await self._writer.run(writes.settle_interrupted, end, now)
-
     async def prune_jobs(self, ended_before: float, limit: int) -> int:
         """See `Store.prune_jobs`. Works in small steps, each a transaction; what others ask for goes between them."""
         pruned = 0
-        while deleted := await self._writer.run(writes.delete_jobs, ended_before, limit - pruned):
+        while deleted := await self._writer.run(pruning.delete_jobs, ended_before, limit - pruned):
             pruned += deleted
-        while await self._writer.run(writes.delete_leftover_records):
+        while await self._writer.run(pruning.delete_leftover_records):
             pass
-        while await self._writer.run(writes.give_back_space):
+        while await self._writer.run(pruning.give_back_space):
             pass
         return pruned
 

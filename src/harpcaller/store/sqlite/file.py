@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import fcntl
 import os
+import secrets
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 from harpcaller.store import StorageError
-from harpcaller.store.sqlite.sql import MIGRATIONS
+from harpcaller.store.sqlite.sql import MIGRATIONS, QUERIES
 
 __all__ = ["BUSY_TIMEOUT", "FILE_NAME", "connect", "lock", "prepare", "storage_errors"]
 
@@ -28,6 +29,10 @@ _APPLICATION_ID_AT = slice(68, 72)
 
 #: How long to wait for another program (a backup, say) that holds the file, in milliseconds.
 BUSY_TIMEOUT = 5000
+
+# Nobody guesses what has as many random bytes.
+_OWNER_BYTES = 16
+_KEY_BYTES = 32
 
 # Faults of the program, not of the storage.
 _BUGS = (sqlite3.ProgrammingError, sqlite3.InterfaceError, sqlite3.IntegrityError)
@@ -150,7 +155,8 @@ def _version(connection: sqlite3.Connection) -> int:
 def _complete(connection: sqlite3.Connection, version: int) -> None:
     """Bring the schema from this version to the newest, each step in a transaction of its own; and use the log.
 
-    A file restored from a copy that SQLite made may have left its log of writes switched off.
+    A file restored from a copy that SQLite made may have left its log of writes switched off. The identity is made
+    when it is missed, not with its table: so a migration that was cut short in between is made good.
     """
     for number, statements in MIGRATIONS.items():
         if number <= version:
@@ -168,3 +174,6 @@ def _complete(connection: sqlite3.Connection, version: int) -> None:
                 connection.execute("ROLLBACK")
             raise
     connection.execute("PRAGMA journal_mode = WAL").fetchall()
+    if not connection.execute(QUERIES["get_identity"]).fetchall():
+        made = {"owner": secrets.token_hex(_OWNER_BYTES), "key": secrets.token_bytes(_KEY_BYTES)}
+        connection.execute(QUERIES["add_identity"], made)

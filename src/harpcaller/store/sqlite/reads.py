@@ -1,24 +1,39 @@
-"""The verbs that read, as functions on a reading connection. Each is one statement, so it sees one moment."""
+"""The verbs that read, as functions on a reading connection. Each sees one moment."""
 
 from __future__ import annotations
 
 import sqlite3
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 
 from harp.protocol.jsontext import Raw
-from harpcaller.jobs import Job
+from harpcaller.jobs import NO_FACTS, Identity, Job, JobDetails, Records, State, Waiting
 from harpcaller.queues import queue_lane
 from harpcaller.store import QueueStatus, UnknownJob
-from harpcaller.store.sqlite.rows import decode_job, payload_size, split_records
+from harpcaller.store.sqlite.rows import decode_facts, decode_job, payload_size, split_made, split_records
 from harpcaller.store.sqlite.sql import QUERIES
 
-__all__ = ["get_job", "list_jobs", "list_queues", "read_records"]
+__all__ = ["get_details", "get_job", "held_jobs", "identity", "list_jobs", "list_queues", "read_records"]
 
 # SQLite's integers end here.
 _MAX_INTEGER = 2**63 - 1
 
 # A page of a list ends once its payloads have this many bytes.
 _PAGE_BYTES = 8 * 1024 * 1024
+
+# How many of those that hold a slot are named to one who waits.
+_HOLDERS = 10
+
+
+@contextmanager
+def _one_moment(db: sqlite3.Connection) -> Iterator[None]:
+    """Let several statements see the same; one alone does so anyway."""
+    db.execute("BEGIN")
+    try:
+        yield
+    finally:
+        if db.in_transaction:
+            db.execute("ROLLBACK")
 
 
 def get_job(db: sqlite3.Connection, job_id: str) -> Job:
@@ -29,19 +44,54 @@ def get_job(db: sqlite3.Connection, job_id: str) -> Job:
     return decode_job(rows[0])
 
 
-def read_records(db: sqlite3.Connection, job_id: str, first: int, most_bytes: int) -> list[Raw]:
-    """See `Store.read_records`."""
-    found: list[Raw] = []
+def get_details(db: sqlite3.Connection, job_id: str) -> JobDetails:
+    """See `Store.get_details`."""
+    with _one_moment(db):
+        rows = db.execute(QUERIES["get_job"], {"id": job_id}).fetchall()
+        if not rows:
+            raise UnknownJob(job_id)
+        job, place = decode_job(rows[0]), rows[0][0]
+        facts = db.execute(QUERIES["get_facts"], {"place": place}).fetchall()
+        [(record_bytes,)] = db.execute(QUERIES["record_bytes"], {"place": place}).fetchall()
+        waiting = _waiting(db, place) if job.state is State.QUEUED else None
+    return JobDetails(job, decode_facts(facts[0]) if facts else NO_FACTS, record_bytes, waiting)
+
+
+def _waiting(db: sqlite3.Connection, place: int) -> Waiting:
+    [(position, concurrency, holding, on_host)] = db.execute(QUERIES["waiting"], {"place": place}).fetchall()
+    holders = db.execute(QUERIES["holders"], {"place": place, "limit": _HOLDERS}).fetchall()
+    return Waiting(position, concurrency, holding, tuple(job_id for (job_id,) in holders), on_host)
+
+
+def read_records(db: sqlite3.Connection, job_id: str, first: int, most_bytes: int) -> Records:
+    """See `Store.read_records`. Records that are older than the column of their times were made at the job's start."""
+    values: list[Raw] = []
+    times: list[float] = []
     room = most_bytes
     wanted = {"id": job_id, "first": min(first, _MAX_INTEGER)}
     with closing(db.execute(QUERIES["read_chunks"], wanted)) as chunks:
-        for chunk_first, chunk in chunks:
-            for record in split_records(chunk)[max(0, first - chunk_first) :]:
-                room -= len(record)
-                if found and room < 0:
-                    return found
-                found.append(record)
-    return found
+        for chunk_first, chunk, made, started in chunks:
+            skipped = max(0, first - chunk_first)
+            records = split_records(chunk)
+            chunk_times = [started] * len(records) if made is None else split_made(made)
+            for at in range(skipped, len(records)):
+                room -= len(records[at])
+                if values and room < 0:
+                    return Records(tuple(values), tuple(times))
+                values.append(records[at])
+                times.append(chunk_times[at])
+    return Records(tuple(values), tuple(times))
+
+
+def held_jobs(db: sqlite3.Connection) -> list[Job]:
+    """See `Store.held_jobs`."""
+    return [decode_job(row) for row in db.execute(QUERIES["held_jobs"]).fetchall()]
+
+
+def identity(db: sqlite3.Connection) -> Identity:
+    """See `Store.identity`."""
+    [(owner, key)] = db.execute(QUERIES["get_identity"]).fetchall()
+    return Identity(owner, key)
 
 
 def list_jobs(

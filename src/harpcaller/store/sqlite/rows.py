@@ -1,28 +1,44 @@
-"""Jobs, ends and records as columns, and back. Names and payloads are bytes in the file.
+"""Jobs, ends, facts and records as columns, and back. Names and payloads are bytes in the file.
 
 A name is a string of JSON, so it may hold lone surrogates, which SQLite's own text can't.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+from struct import Struct
 from typing import Any, TypeAlias
 
 from harp.protocol.ends import Cancelled, End, Returned, decode_end, encode_end
 from harp.protocol.jsontext import Raw, dumps, open_sliced
-from harpcaller.jobs import Job, State
+from harpcaller.jobs import Facts, Job, State, Stop
 
 __all__ = [
+    "RUN_BYTES",
+    "decode_facts",
     "decode_job",
     "decode_name",
     "encode_end_body",
+    "encode_facts",
     "encode_name",
+    "join_made",
     "join_records",
     "payload_size",
+    "split_made",
     "split_records",
 ]
 
 Row: TypeAlias = Sequence[Any]
+
+# Records that were made at one time: how many, and the time.
+_RUN = Struct("<Id")
+
+#: How many bytes such a run takes.
+RUN_BYTES = _RUN.size
+
+# As a fact, this takes back the one that is stored.
+_NOTHING = b"null"
 
 _CLOSING_KEYS = {State.RAISED: "exception", State.FAILED: "error"}
 
@@ -63,8 +79,8 @@ def _decode_end(state: State, body: bytes | None) -> End | None:
 
 def decode_job(row: Row) -> Job:
     """The job in a row of the view whole_jobs."""
-    (_, _, id_, state, host, procedure, arguments, timeout, max_exec_time, queue, info, *times, body, records) = row
-    submitted, started, ended = times
+    (_, _, id_, state, host, procedure, arguments, timeout, max_exec_time, queue, info, *rest) = row
+    submitted, started, ended, body, records, holds_slot, stop = rest
     return Job(
         id=id_,
         state=State(state),
@@ -80,12 +96,31 @@ def decode_job(row: Row) -> Job:
         ended=ended,
         end=_decode_end(State(state), body),
         records=records,
+        holds_slot=bool(holds_slot),
+        stop=None if stop is None else Stop(stop),
     )
 
 
 def payload_size(row: Row) -> int:
     """How many bytes the payloads in a row of the view whole_jobs have."""
     return sum(len(column) for column in row if isinstance(column, bytes))
+
+
+def encode_facts(facts: Facts) -> Mapping[str, bytes | None]:
+    """The parameters of a statement that stores facts."""
+    return {
+        "call": facts.call,
+        "contact": facts.contact,
+        "stopped": facts.stopped,
+        "receipt": facts.receipt,
+        "evidence": facts.evidence,
+        "nothing": _NOTHING,
+    }
+
+
+def decode_facts(row: Row) -> Facts:
+    """The facts in a row of the table."""
+    return Facts(*(None if fact is None else Raw(fact) for fact in row))
 
 
 def join_records(records: Sequence[Raw]) -> bytes:
@@ -99,3 +134,22 @@ def join_records(records: Sequence[Raw]) -> bytes:
 def split_records(chunk: bytes) -> list[Raw]:
     """The reverse of `join_records`."""
     return [Raw(record) for record in chunk.split(b"\n")]
+
+
+def join_made(begun: bytes, made: Sequence[float]) -> bytes:
+    """The times of a chunk's first records, as stored, followed by those of more."""
+    runs = [(len(list(same)), time) for time, same in groupby(made)]
+    if begun and runs:
+        count, time = _RUN.unpack_from(begun, len(begun) - RUN_BYTES)
+        if time == runs[0][1]:
+            begun = begun[:-RUN_BYTES]
+            runs[0] = (count + runs[0][0], time)
+    return begun + b"".join(_RUN.pack(count, time) for count, time in runs)
+
+
+def split_made(made: bytes) -> list[float]:
+    """The reverse of `join_made`."""
+    times: list[float] = []
+    for count, time in _RUN.iter_unpack(made):
+        times += [time] * count
+    return times

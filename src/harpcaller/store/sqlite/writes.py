@@ -6,13 +6,23 @@ Nothing else writes meanwhile: what a verb has read stays true until it is done.
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Sequence
+from collections.abc import Iterator
+from typing import NamedTuple
 
 from harp.protocol.ends import Cancelled, End
 from harp.protocol.jsontext import Raw
-from harpcaller.jobs import ENDED, TRANSITIONS, Job, NewJob, State, state_of
+from harpcaller.jobs import ENDED, NO_FACTS, TRANSITIONS, Facts, Job, NewJob, Records, State, Stop, state_of
 from harpcaller.queues import Head, host_lane, queue_lane, startable
-from harpcaller.store.sqlite.rows import decode_job, decode_name, encode_end_body, encode_name, join_records
+from harpcaller.store.sqlite.rows import (
+    RUN_BYTES,
+    decode_job,
+    decode_name,
+    encode_end_body,
+    encode_facts,
+    encode_name,
+    join_made,
+    join_records,
+)
 from harpcaller.store.sqlite.sql import QUERIES
 
 __all__ = [
@@ -21,11 +31,10 @@ __all__ = [
     "cancel_job",
     "cancel_queue",
     "claim_jobs",
-    "delete_jobs",
-    "delete_leftover_records",
     "finish_job",
-    "give_back_space",
-    "settle_interrupted",
+    "note_facts",
+    "release_slot",
+    "settle_stop",
 ]
 
 # SQLite's integers end here.
@@ -36,15 +45,25 @@ _GROWING_CHUNK_BYTES = 2048
 # A chunk takes no further record once it has this size.
 _CHUNK_BYTES = 65536
 
-# One step of pruning deletes about this much, so that what waits behind it does not wait long.
-_STEP_JOBS = 100
-_STEP_BYTES = 8 * 1024 * 1024
-_STEP_PAGES = 512
+
+class _Found(NamedTuple):
+    """Where a job stands."""
+
+    place: int
+    state: State
+    records: int
+    holds_slot: bool
+
+
+def _find_job(db: sqlite3.Connection, job_id: str) -> _Found | None:
+    for place, state, records, holds_slot in db.execute(QUERIES["find_job"], {"id": job_id}).fetchall():
+        return _Found(place, State(state), records, bool(holds_slot))
+    return None
 
 
 def add_job(db: sqlite3.Connection, job: NewJob, now: float) -> None:
     """See `Store.add_job`."""
-    if db.execute(QUERIES["find_job"], {"id": job.id}).fetchall():
+    if _find_job(db, job.id) is not None:
         raise ValueError(f"there is a job {job.id} already")
     if job.queue is None:
         lane, concurrency = host_lane(job.host), None
@@ -72,144 +91,134 @@ def claim_jobs(db: sqlite3.Connection, now: float, limit: int, host_concurrency:
         rows = db.execute(QUERIES["next_head"], {"place": place}).fetchall()
         return Head(rows[0][0], decode_name(rows[0][1])) if rows else None
 
-    def running_on(host: str) -> int:
-        [(running,)] = db.execute(QUERIES["running_on_host"], {"host": encode_name(host)}).fetchall()
-        return int(running)
+    def holding_on(host: str) -> int:
+        [(holding,)] = db.execute(QUERIES["holding_on_host"], {"host": encode_name(host)}).fetchall()
+        return int(holding)
 
     claimed: list[Job] = []
-    for head in startable(next_head, running_on, limit=limit, host_concurrency=host_concurrency):
+    for head in startable(next_head, holding_on, limit=limit, host_concurrency=host_concurrency):
         db.execute(QUERIES["start_job"], {"place": head.place, "now": now})
         [row] = db.execute(QUERIES["get_job_at"], {"place": head.place}).fetchall()
         claimed.append(decode_job(row))
     return claimed
 
 
-def append_records(db: sqlite3.Connection, job_id: str, first: int, records: Sequence[Raw]) -> bool:
+def append_records(db: sqlite3.Connection, job_id: str, first: int, records: Records) -> bool:
     """See `Store.append_records`."""
-    rows = db.execute(QUERIES["find_job"], {"id": job_id}).fetchall()
-    if not rows:
-        return False
-    place, state, stored = rows[0]
-    if state != State.RUNNING or stored != first:
+    if len(records.values) != len(records.made):
+        raise ValueError(f"{len(records.values)} records and {len(records.made)} times: expected one each")
+    job = _find_job(db, job_id)
+    if job is None or job.state is not State.RUNNING or job.records != first:
         return False
     for chunk in _chunks(records):
-        _append_chunk(db, place, first, chunk)
+        _append_chunk(db, job.place, first, chunk)
         first += len(chunk)
-    db.execute(QUERIES["count_records"], {"place": place, "records": first})
+    db.execute(QUERIES["count_records"], {"place": job.place, "records": first})
     return True
 
 
-def _chunks(records: Sequence[Raw]) -> list[list[Raw]]:
-    chunks: list[list[Raw]] = []
-    room = 0
-    for record in records:
-        if room <= 0:
-            chunks.append([])
-            room = _CHUNK_BYTES
-        chunks[-1].append(record)
-        room -= len(record)
-    return chunks
+def _chunks(records: Records) -> Iterator[Records]:
+    start, size = 0, 0
+    time: float | None = None
+    for at, (value, made) in enumerate(zip(records.values, records.made, strict=True), 1):
+        size += len(value) + (0 if made == time else RUN_BYTES)
+        time = made
+        if size >= _CHUNK_BYTES:
+            yield Records(records.values[start:at], records.made[start:at])
+            start, size, time = at, 0, None
+    if size:
+        yield Records(records.values[start:], records.made[start:])
 
 
-def _append_chunk(db: sqlite3.Connection, place: int, first: int, records: Sequence[Raw]) -> None:
-    joined = join_records(records)
+def _append_chunk(db: sqlite3.Connection, place: int, first: int, records: Records) -> None:
+    joined = join_records(records.values)
     small = db.execute(QUERIES["last_chunk"], {"place": place, "most": _GROWING_CHUNK_BYTES}).fetchall()
     if small:
-        [(chunk_first, count, begun)] = small
-        grown = {"count": count + len(records), "bytes": begun + b"\n" + joined}
-        db.execute(QUERIES["grow_chunk"], {"place": place, "first": chunk_first, **grown})
+        [(chunk_first, count, begun, made)] = small
+        chunk = {"first": chunk_first, "count": count + len(records), "bytes": begun + b"\n" + joined}
+        db.execute(QUERIES["grow_chunk"], {"place": place, "made": join_made(made, records.made), **chunk})
     else:
         chunk = {"first": first, "count": len(records), "bytes": joined}
-        db.execute(QUERIES["add_chunk"], {"place": place, **chunk})
+        db.execute(QUERIES["add_chunk"], {"place": place, "made": join_made(b"", records.made), **chunk})
 
 
-def finish_job(db: sqlite3.Connection, job_id: str, end: End, now: float) -> bool:
+def finish_job(
+    db: sqlite3.Connection, job_id: str, end: End, now: float, *, stop: Stop | None, keep_slot: bool, facts: Facts
+) -> bool:
     """See `Store.finish_job`."""
-    rows = db.execute(QUERIES["find_job"], {"id": job_id}).fetchall()
-    if not rows or State(rows[0][1]) in ENDED:
+    job = _find_job(db, job_id)
+    if job is None or job.state in ENDED:
         return False
-    place, state, _ = rows[0]
-    if state_of(end) not in TRANSITIONS[State(state)]:
-        raise ValueError(f"job {job_id} is {state}: it can't have been {state_of(end)}")
-    _end_job(db, place, end, now)
+    if state_of(end) not in TRANSITIONS[job.state]:
+        raise ValueError(f"job {job_id} is {job.state}: it can't have been {state_of(end)}")
+    if not job.holds_slot and (keep_slot or stop is not None):
+        raise ValueError(f"job {job_id} is {job.state}: it has no slot to keep, and nothing of it to stop")
+    _end_job(db, job.place, end, now, stop=stop, keep_slot=keep_slot)
+    _note_facts(db, job.place, facts)
     return True
 
 
-def _end_job(db: sqlite3.Connection, place: int, end: End, now: float) -> None:
-    db.execute(QUERIES["end_job"], {"place": place, "state": state_of(end), "now": now})
+def _end_job(db: sqlite3.Connection, place: int, end: End, now: float, *, stop: Stop | None, keep_slot: bool) -> None:
+    ended = {"place": place, "state": state_of(end), "now": now, "stop": stop, "holds_slot": keep_slot}
+    db.execute(QUERIES["end_job"], ended)
     body = encode_end_body(end)
     if body is not None:
         db.execute(QUERIES["add_end"], {"place": place, "body": body})
 
 
-def cancel_job(db: sqlite3.Connection, job_id: str, now: float) -> State | None:
+def _note_facts(db: sqlite3.Connection, place: int, facts: Facts) -> None:
+    if facts != NO_FACTS:
+        db.execute(QUERIES["note_facts"], {"place": place, **encode_facts(facts)})
+
+
+def cancel_job(db: sqlite3.Connection, job_id: str, now: float, stopped: Raw | None) -> State | None:
     """See `Store.cancel_job`."""
-    rows = db.execute(QUERIES["find_job"], {"id": job_id}).fetchall()
-    if not rows or State(rows[0][1]) in ENDED:
+    job = _find_job(db, job_id)
+    if job is None or job.state in ENDED:
         return None
-    place, state, _ = rows[0]
-    _end_job(db, place, Cancelled(), now)
-    return State(state)
+    _cancel(db, job.place, job.state, now, stopped)
+    return job.state
 
 
-def cancel_queue(db: sqlite3.Connection, queue: Raw, now: float) -> list[tuple[str, State]]:
+def cancel_queue(db: sqlite3.Connection, queue: Raw, now: float, stopped: Raw | None) -> list[tuple[str, State]]:
     """See `Store.cancel_queue`."""
     rows = db.execute(QUERIES["not_ended_of_lane"], {"lane": queue_lane(queue)}).fetchall()
-    for place, _, _ in rows:
-        _end_job(db, place, Cancelled(), now)
+    for place, _, state in rows:
+        _cancel(db, place, State(state), now, stopped)
     return [(job_id, State(state)) for _, job_id, state in rows]
 
 
-def settle_interrupted(db: sqlite3.Connection, end: End, now: float) -> int:
-    """See `Store.settle_interrupted`."""
-    rows = db.execute(QUERIES["running_jobs"]).fetchall()
-    for (place,) in rows:
-        _end_job(db, place, end, now)
-    return len(rows)
+def _cancel(db: sqlite3.Connection, place: int, state: State, now: float, stopped: Raw | None) -> None:
+    if state is State.RUNNING:
+        _end_job(db, place, Cancelled(), now, stop=Stop.PENDING, keep_slot=True)
+        _note_facts(db, place, Facts(stopped=stopped))
+    else:
+        _end_job(db, place, Cancelled(), now, stop=None, keep_slot=False)
 
 
-def delete_jobs(db: sqlite3.Connection, ended_before: float, limit: int) -> int:
-    """Delete a few of the jobs that ended before; their records become leftovers. Returns how many jobs."""
-    found = {"before": ended_before, "limit": min(limit, _STEP_JOBS)}
-    deleted = 0
-    room = _STEP_BYTES
-    for place, size in db.execute(QUERIES["old_jobs"], found).fetchall():
-        if room <= 0:
-            break
-        db.execute(QUERIES["add_leftover"], {"place": place})
-        db.execute(QUERIES["delete_job"], {"place": place})
-        room -= size
-        deleted += 1
-    return deleted
-
-
-def delete_leftover_records(db: sqlite3.Connection) -> bool:
-    """Delete some of the records that deleted jobs left. Returns whether there may be more."""
-    [(place,)] = db.execute(QUERIES["first_leftover"]).fetchall()
-    if place is None:
+def settle_stop(db: sqlite3.Connection, job_id: str, stop: Stop, *, keep_slot: bool, facts: Facts) -> bool:
+    """See `Store.settle_stop`."""
+    job = _find_job(db, job_id)
+    if job is None or job.state not in ENDED or not job.holds_slot:
         return False
-    step = {"place": place, "limit": _STEP_BYTES // _GROWING_CHUNK_BYTES}
-    room = _STEP_BYTES
-    for rowid, size in db.execute(QUERIES["chunks"], step).fetchall():
-        if room <= 0:
-            break
-        db.execute(QUERIES["delete_chunk"], {"rowid": rowid})
-        room -= size
-    db.execute(QUERIES["delete_leftover"], {"place": place})
+    db.execute(QUERIES["settle_stop"], {"place": job.place, "stop": stop, "holds_slot": keep_slot})
+    _note_facts(db, job.place, facts)
     return True
 
 
-def give_back_space(db: sqlite3.Connection) -> bool:
-    """Take some free pages out of the file, which gets shorter with the next checkpoint.
-
-    Returns whether there are more.
-    """
-    before = _free_pages(db)
-    for _ in range(min(before, _STEP_PAGES)):
-        db.execute("PRAGMA incremental_vacuum(1)")  # one each: the driver runs this statement for one step only
-    return 0 < _free_pages(db) < before
+def note_facts(db: sqlite3.Connection, job_id: str, facts: Facts) -> bool:
+    """See `Store.note_facts`."""
+    job = _find_job(db, job_id)
+    if job is None:
+        return False
+    _note_facts(db, job.place, facts)
+    return True
 
 
-def _free_pages(db: sqlite3.Connection) -> int:
-    [(pages,)] = db.execute("PRAGMA freelist_count").fetchall()
-    return int(pages)
+def release_slot(db: sqlite3.Connection, job_id: str) -> bool:
+    """See `Store.release_slot`."""
+    job = _find_job(db, job_id)
+    if job is None or job.state not in ENDED or not job.holds_slot:
+        return False
+    db.execute(QUERIES["release_slot"], {"place": job.place})
+    return True

@@ -1,0 +1,65 @@
+"""The steps of pruning, as functions on the writing connection. Each is short: what waits behind it does not wait long.
+
+Jobs go first, then the records that they left, then the room that is free in the file.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+
+from harpcaller.store.sqlite.sql import QUERIES
+
+__all__ = ["delete_jobs", "delete_leftover_records", "give_back_space"]
+
+# One step deletes about this much.
+_STEP_JOBS = 100
+_STEP_BYTES = 8 * 1024 * 1024
+_STEP_CHUNKS = 4096
+_STEP_PAGES = 512
+
+
+def delete_jobs(db: sqlite3.Connection, ended_before: float, limit: int) -> int:
+    """Delete a few of the jobs that ended before and hold no slot; their records become leftovers. Returns how many."""
+    found = {"before": ended_before, "limit": min(limit, _STEP_JOBS)}
+    deleted = 0
+    room = _STEP_BYTES
+    for place, size in db.execute(QUERIES["old_jobs"], found).fetchall():
+        if room <= 0:
+            break
+        db.execute(QUERIES["add_leftover"], {"place": place})
+        db.execute(QUERIES["delete_job"], {"place": place})
+        room -= size
+        deleted += 1
+    return deleted
+
+
+def delete_leftover_records(db: sqlite3.Connection) -> bool:
+    """Delete some of the records that deleted jobs left. Returns whether there may be more."""
+    [(place,)] = db.execute(QUERIES["first_leftover"]).fetchall()
+    if place is None:
+        return False
+    step = {"place": place, "limit": _STEP_CHUNKS}
+    room = _STEP_BYTES
+    for rowid, size in db.execute(QUERIES["chunks"], step).fetchall():
+        if room <= 0:
+            break
+        db.execute(QUERIES["delete_chunk"], {"rowid": rowid})
+        room -= size
+    db.execute(QUERIES["delete_leftover"], {"place": place})
+    return True
+
+
+def give_back_space(db: sqlite3.Connection) -> bool:
+    """Take some free pages out of the file, which gets shorter with the next checkpoint.
+
+    Returns whether there are more.
+    """
+    before = _free_pages(db)
+    for _ in range(min(before, _STEP_PAGES)):
+        db.execute("PRAGMA incremental_vacuum(1)")  # one each: the driver runs this statement for one step only
+    return 0 < _free_pages(db) < before
+
+
+def _free_pages(db: sqlite3.Connection) -> int:
+    [(pages,)] = db.execute("PRAGMA freelist_count").fetchall()
+    return int(pages)

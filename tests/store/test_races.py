@@ -1,0 +1,132 @@
+"""What every store must do when much is asked at once."""
+
+from __future__ import annotations
+
+import asyncio
+
+from harp.protocol.ends import Cancelled, Returned
+from harp.protocol.jsontext import Raw
+from harpcaller.jobs import Facts, State, Stop
+from harpcaller.store import Store
+from support.jobs import ENDS, added, claimed, job_in, new_job, records
+
+MANY = 1000
+
+
+async def test_of_many_ends_at_once_the_first_wins(store: Store) -> None:
+    ids = [await job_in(store, State.RUNNING) for _ in range(20)]
+    for job_id in ids:
+        numbers = [Raw(b"%d" % n) for n in range(3)]
+        finishes = [store.finish_job(job_id, Returned(n), 6.0, facts=Facts(evidence=n)) for n in numbers]
+        *finished, cancelled = await asyncio.gather(*finishes, store.cancel_job(job_id, 6.0, Raw(b"3")))
+        outcomes = [*finished, cancelled is not None]
+        assert outcomes.count(True) == 1
+        won = outcomes.index(True)
+        details = await store.get_details(job_id)
+        if won == 3:
+            assert (details.job.end, details.job.holds_slot) == (Cancelled(), True)
+            assert details.facts == Facts(stopped=Raw(b"3"))
+        else:
+            assert (details.job.end, details.job.holds_slot) == (Returned(numbers[won]), False)
+            assert details.facts == Facts(evidence=numbers[won])
+
+
+async def test_a_stop_is_settled_once(store: Store) -> None:
+    job_id = await job_in(store, State.CANCELLED, held=True)
+    settled = await asyncio.gather(
+        *(store.settle_stop(job_id, stop, facts=Facts(receipt=Raw(b'"%s"' % stop.encode()))) for stop in Stop),
+        store.release_slot(job_id),
+    )
+    assert settled.count(True) == 1
+    details = await store.get_details(job_id)
+    assert details.job.holds_slot is False
+    if settled[-1]:
+        assert (details.job.stop, details.facts.receipt) == (Stop.PENDING, None)
+    else:
+        stop = list(Stop)[settled.index(True)]
+        assert (details.job.stop, details.facts.receipt) == (stop, b'"%s"' % stop.encode())
+
+
+async def test_a_job_cancelled_before_it_started_never_starts(store: Store) -> None:
+    ids = await added(store, count=200, queue={}, concurrency=MANY)
+    started: list[str] = []
+
+    async def claim() -> None:
+        for _ in range(20):
+            started.extend(await claimed(store, limit=10))
+
+    async def cancel(job_id: str) -> tuple[str, State]:
+        before = await store.cancel_job(job_id, 6.0)
+        assert before is not None
+        return job_id, before
+
+    claiming = asyncio.create_task(claim())
+    cancelled = await asyncio.gather(*map(cancel, ids))
+    await claiming
+    for job_id, before in cancelled:
+        assert (job_id in started) == (before is State.RUNNING)
+
+
+async def test_many_claims_at_once_stay_within_the_limits(store: Store) -> None:
+    ids = await added(store, count=40, queue={}, concurrency=8)
+    claims = await asyncio.gather(*(claimed(store, limit=3) for _ in range(10)))
+    assert [job_id for ids in claims for job_id in ids] == ids[:8]
+
+
+async def test_everyone_reads_while_others_write(store: Store) -> None:
+    job_id = await job_in(store, State.RUNNING)
+    total = 300
+
+    async def follow() -> list[Raw]:
+        found: list[Raw] = []
+        while len(found) < total:
+            found += (await store.read_records(job_id, len(found), 200)).values
+            await asyncio.sleep(0)
+        return found
+
+    followers = [asyncio.create_task(follow()) for _ in range(20)]
+    for n in range(total):
+        assert await store.append_records(job_id, n, records([b"%d" % n]))
+    for found in await asyncio.gather(*followers):
+        assert found == [b"%d" % n for n in range(total)]
+
+
+async def test_details_are_of_one_moment(store: Store) -> None:
+    ids = await added(store, count=100, queue={}, concurrency=1)
+    total = 40
+
+    async def work() -> None:
+        for job_id in ids[:-1]:
+            assert await claimed(store) == [job_id]
+            for n in range(0, total, 10):
+                assert await store.append_records(job_id, n, records([b"1"] * 10))
+            facts = Facts(evidence=Raw(b"{}"))
+            assert await store.finish_job(job_id, ENDS[State.RETURNED], 6.0, keep_slot=True, facts=facts)
+            assert await store.release_slot(job_id)
+
+    async def look() -> None:
+        while not working.done():
+            for job_id in ids:
+                details = await store.get_details(job_id)
+                assert details.record_bytes == details.job.records
+                assert (details.facts.evidence is not None) is (details.job.state is State.RETURNED)
+                if details.waiting is not None and details.waiting.holders:
+                    # Those between the holder and this job wait before it.
+                    [holder] = details.waiting.holders
+                    assert details.waiting.position == ids.index(job_id) - ids.index(holder)
+
+    working = asyncio.create_task(work())
+    await asyncio.gather(*(look() for _ in range(3)))
+    await working
+
+
+async def test_a_cancelled_awaiter_harms_nobody(store: Store) -> None:
+    jobs = [new_job() for _ in range(50)]
+    tasks = [asyncio.create_task(store.add_job(job, 1.0)) for job in jobs]
+    await asyncio.sleep(0)
+    for task in tasks[::2]:
+        task.cancel()
+    results = await asyncio.gather(*tasks, return_exceptions=True)
+    assert all(result is None for result in results[1::2])
+    for job in jobs[1::2]:
+        assert (await store.get_job(job.id)).state is State.QUEUED

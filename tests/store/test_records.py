@@ -1,0 +1,162 @@
+"""What every store must do: records and their times, lists in pages, pruning."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+
+import pytest
+
+from harp.protocol.ends import Returned
+from harp.protocol.jsontext import Raw
+from harpcaller.jobs import Records, State
+from harpcaller.store import Store
+from support.jobs import ENDS, added, job_in, records
+
+Reopen = Callable[[], Awaitable[Store]]
+
+HOUR = 3600.0
+MANY = 1000
+
+
+# Records
+
+
+async def test_records_are_numbered_without_a_gap(store: Store) -> None:
+    job_id = await job_in(store, State.RUNNING)
+    assert await store.append_records(job_id, 1, records([b"1"])) is False
+    assert await store.append_records(job_id, 0, records([b"0"])) is True
+    assert await store.append_records(job_id, 0, records([b"0"])) is False, "stored already"
+    assert await store.append_records(job_id, 1, Records()) is True
+    assert await store.append_records(job_id, 1, records([b"1", b"2"])) is True
+    assert (await store.get_job(job_id)).records == 3
+    assert await store.read_records(job_id, 0, MANY) == records([b"0", b"1", b"2"])
+    assert await store.read_records(job_id, 2, MANY) == records([b"2"])
+    assert await store.read_records(job_id, 3, MANY) == Records()
+    assert await store.read_records(job_id, 10**30, MANY) == Records()
+
+
+async def test_records_are_kept_to_the_byte_and_in_order_however_they_come(reopen: Reopen) -> None:
+    store = await reopen()
+    job_id = await job_in(store, State.RUNNING)
+    values = tuple(Raw(b'{"n": %d, "s": "\\ud800%s"}' % (n, b"x" * (n * 37 % 3000))) for n in range(300))
+    made = tuple(1e9 + n // 7 / 3 for n in range(300))
+    at, size = 0, 1
+    while at < len(values):
+        assert await store.append_records(job_id, at, Records(values[at : at + size], made[at : at + size]))
+        at, size = at + size, size * 3 % 50
+    store = await reopen()
+    for first in (0, 1, 17, 150, 299):
+        assert await store.read_records(job_id, first, 10**9) == Records(values[first:], made[first:])
+    assert (await store.get_details(job_id)).record_bytes == sum(map(len, values))
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        [5.0] * 1000,
+        [float(n) for n in range(1000)],
+        [float(-n) for n in range(1000)],
+        [float(n % 2) for n in range(1000)],
+        [1e300, 0.1 + 0.2, 1763868000.123456] * 3,
+    ],
+    ids=["one time", "each its own", "backwards", "to and fro", "any"],
+)
+@pytest.mark.parametrize("at_once", [1, 3, 1000])
+async def test_the_time_of_each_record_is_kept(store: Store, made: list[float], at_once: int) -> None:
+    job_id = await job_in(store, State.RUNNING)
+    values = tuple(Raw(b"%d" % n) for n in range(len(made)))
+    for at in range(0, len(made), at_once):
+        part = slice(at, at + at_once)
+        assert await store.append_records(job_id, at, Records(values[part], made[part]))
+    assert await store.read_records(job_id, 0, 10**9) == Records(values, tuple(made))
+    assert await store.read_records(job_id, 7, 3) == Records(values[7:10], tuple(made[7:10]))
+
+
+@pytest.mark.parametrize("times", [0, 1, 3])
+async def test_a_record_without_its_time_is_refused(store: Store, times: int) -> None:
+    job_id = await job_in(store, State.RUNNING)
+    with pytest.raises(ValueError, match=f"2 records and {times} times"):
+        await store.append_records(job_id, 0, Records([Raw(b"1"), Raw(b"2")], [1.0] * times))
+    assert (await store.get_job(job_id)).records == 0
+
+
+async def test_reading_is_bounded_in_bytes(store: Store) -> None:
+    job_id = await job_in(store, State.RUNNING)
+    await store.append_records(job_id, 0, records(b'"%06d"' % n for n in range(10_000)))
+    await store.append_records(job_id, 10_000, records([b'"' + b"x" * 100_000 + b'"', b"1"]))
+    assert await store.read_records(job_id, 3, 80) == records(b'"%06d"' % n for n in range(3, 13))
+    assert [len(record) for record in (await store.read_records(job_id, 10_000, 80)).values] == [100_002]
+    found: list[Raw] = []
+    while more := (await store.read_records(job_id, len(found), 5000)).values:
+        assert len(more) == 1 or sum(map(len, more)) <= 5000
+        found += more
+    assert len(found) == 10_002
+
+
+async def test_a_record_with_a_line_feed_is_refused(store: Store) -> None:
+    job_id = await job_in(store, State.RUNNING)
+    with pytest.raises(ValueError, match="line feed"):
+        await store.append_records(job_id, 0, records([b"1", b"[\n]"]))
+    assert (await store.get_job(job_id)).records == 0
+
+
+async def test_records_stay_when_the_job_has_ended_and_go_when_it_is_pruned(store: Store) -> None:
+    job_id = await job_in(store, State.RUNNING)
+    await store.append_records(job_id, 0, records([b"1"]))
+    await store.finish_job(job_id, ENDS[State.RETURNED], 6.0)
+    assert await store.append_records(job_id, 1, records([b"2"])) is False
+    assert await store.read_records(job_id, 0, MANY) == records([b"1"])
+    assert await store.prune_jobs(7.0, MANY) == 1
+    assert await store.read_records(job_id, 0, MANY) == Records()
+
+
+# Lists
+
+
+async def test_a_list_comes_in_pages(store: Store) -> None:
+    ids = await added(store, count=7)
+    listed, after = [], 0
+    while page := await store.list_jobs(after=after, limit=3):
+        listed += [job.id for _, job in page]
+        after = page[-1][0]
+    assert listed == ids
+    assert await store.list_jobs(after=10**30) == []
+
+
+async def test_a_page_is_bounded_in_bytes(store: Store) -> None:
+    ids = await added(store, count=20, arguments=Raw(b'["' + b"x" * 1_000_000 + b'"]'))
+    page = await store.list_jobs()
+    assert 0 < len(page) < 20
+    listed = [job.id for _, job in page]
+    while page := await store.list_jobs(after=page[-1][0]):
+        listed += [job.id for _, job in page]
+    assert listed == ids
+
+
+async def test_pruning_takes_the_oldest_ends_first_up_to_its_limit(store: Store) -> None:
+    ids = [await job_in(store, State.RETURNED, now=now) for now in (30.0, 10.0, 20.0)]
+    assert await store.prune_jobs(1e12, 2) == 2
+    assert [job.id for _, job in await store.list_jobs(ended=True)] == [ids[0]]
+
+
+async def test_pruning_passes_over_jobs_that_hold_a_slot(store: Store) -> None:
+    held = [await job_in(store, State.RETURNED, 1.0, held=True) for _ in range(3)]
+    await job_in(store, State.RETURNED, 2.0)
+    assert await store.prune_jobs(1e12, 1) == 1
+    assert [job.id for _, job in await store.list_jobs(ended=True)] == held
+    assert await store.release_slot(held[1])
+    assert await store.prune_jobs(1e12, MANY) == 1
+    assert [job.id for _, job in await store.list_jobs(ended=True)] == [held[0], held[2]]
+
+
+async def test_pruning_many_and_much(store: Store) -> None:
+    for n in range(150):
+        text = Raw(b'"' + b"x" * 100_000 + b'"')
+        job_id = await job_in(store, State.RUNNING)
+        await store.append_records(job_id, 0, records([text] * (3 if n % 50 else 200)))
+        await store.finish_job(job_id, Returned(text), 2.0)
+    running = await job_in(store, State.RUNNING)
+    await store.append_records(running, 0, records([b"1"]))
+    assert await store.prune_jobs(HOUR, MANY) == 150
+    assert [job.id for _, job in await store.list_jobs(ended=True)] == [running]
+    assert await store.read_records(running, 0, MANY) == records([b"1"])

@@ -1,0 +1,246 @@
+"""What every store must do: who gets a slot, in which order, within which limits; and when it is free again."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+
+import pytest
+
+from harp.protocol.ends import Failed
+from harp.protocol.jsontext import Raw
+from harpcaller.jobs import State, Stop, Waiting
+from harpcaller.store import QueueStatus, Store
+from support.jobs import ENDS, added, claimed, job_in, new_job
+
+Reopen = Callable[[], Awaitable[Store]]
+
+MANY = 1000
+
+
+async def test_jobs_without_a_queue_start_in_order_up_to_the_hosts_limit(store: Store) -> None:
+    one = await added(store, count=3, host="one")
+    two = await added(store, count=3, host="two")
+    assert await claimed(store, host_concurrency=2) == [*one[:2], *two[:2]]
+    assert await claimed(store, host_concurrency=2) == []
+    await store.finish_job(two[0], ENDS[State.RETURNED], 6.0)
+    assert await claimed(store, host_concurrency=2) == [two[2]]
+    assert await claimed(store, host_concurrency=3) == [one[2]]
+
+
+async def test_a_claim_takes_the_first_submitted_and_no_more_than_its_limit(store: Store) -> None:
+    ids = []
+    for n in range(12):
+        ids += await added(store, host=f"host{n % 3}", queue={"n": n % 4} if n % 2 else None, concurrency=MANY)
+    assert await claimed(store, limit=0) == []
+    assert await claimed(store, limit=5) == ids[:5]
+    assert await claimed(store, limit=5) == ids[5:10]
+    assert await claimed(store, limit=5) == ids[10:]
+
+
+async def test_a_queue_starts_in_order_and_within_its_concurrency(store: Store) -> None:
+    ids = await added(store, count=5, queue={"q": 1}, concurrency=2)
+    assert await claimed(store) == ids[:2]
+    await store.finish_job(ids[1], ENDS[State.RAISED], 6.0)
+    assert await claimed(store) == [ids[2]]
+    await store.cancel_job(ids[3], 6.0)
+    await store.finish_job(ids[0], ENDS[State.FAILED], 6.0)
+    assert await claimed(store) == [ids[4]]
+
+
+async def test_a_queue_is_its_name_as_a_value(store: Store) -> None:
+    names = [b'{"a":1,"b":[2]}', b'{ "b": [2.0], "a": 1e0 }', b'{"b":[2],"\\u0061":1}']
+    ids = [(await added(store, queue=Raw(name)))[0] for name in names]
+    other = await added(store, queue=Raw(b'{"a":true,"b":[2]}'))
+    empty = await added(store, queue={})
+    assert await claimed(store) == [ids[0], *other, *empty]
+    assert [queue.name for queue in await store.list_queues()] == [names[0], b'{"a":true,"b":[2]}', b"{}"]
+    assert [job.queue for _, job in await store.list_jobs(queue=Raw(names[2]))] == names
+
+
+async def test_the_first_job_decides_the_concurrency_until_no_job_needs_the_queue(store: Store) -> None:
+    ids = await added(store, queue={}, concurrency=2)
+    ids += await added(store, count=3, queue={}, concurrency=9)
+    assert await claimed(store) == ids[:2]
+    assert await store.list_queues() == [QueueStatus(Raw(b"{}"), 2, running=2, queued=2)]
+    for job_id in ids:
+        await store.cancel_job(job_id, 6.0)
+    assert await store.list_queues() == [QueueStatus(Raw(b"{}"), 2, running=2, queued=0)]
+    ids += await added(store, queue={}, concurrency=9)
+    assert await claimed(store) == []
+    await store.cancel_job(ids[-1], 6.0)
+    for job_id in ids[:2]:
+        await store.settle_stop(job_id, Stop.CONFIRMED)
+    assert await store.list_queues() == []
+    ids = await added(store, count=4, queue={}, concurrency=3)
+    assert await claimed(store) == ids[:3]
+
+
+@pytest.mark.parametrize("last", ["finish", "cancel", "cancel_queue", "settle", "release"])
+async def test_a_queue_is_gone_with_its_last_job(store: Store, last: str) -> None:
+    job_id = await job_in(store, State.QUEUED, queue={}, concurrency=7)
+    if last in ("finish", "settle", "release"):
+        assert await claimed(store) == [job_id]
+    match last:
+        case "finish":
+            await store.finish_job(job_id, ENDS[State.RETURNED], 6.0)
+        case "cancel":
+            await store.cancel_job(job_id, 6.0)
+        case "cancel_queue":
+            await store.cancel_queue(Raw(b"{}"), 6.0)
+        case "settle":
+            await store.cancel_queue(Raw(b"{}"), 6.0)
+            await store.settle_stop(job_id, Stop.CONFIRMED)
+        case "release":
+            await store.finish_job(job_id, ENDS[State.FAILED], 6.0, keep_slot=True)
+            await store.release_slot(job_id)
+    assert await store.list_queues() == []
+    ids = await added(store, count=2, queue={}, concurrency=1)
+    assert await claimed(store) == ids[:1]
+
+
+async def test_a_concurrency_beyond_any_machine(store: Store) -> None:
+    ids = await added(store, count=2, queue={}, concurrency=10**40)
+    assert await claimed(store) == ids
+
+
+async def test_behind_a_head_whose_host_is_full_the_queue_waits(store: Store) -> None:
+    busy = await added(store, host="full")
+    assert await claimed(store, host_concurrency=1) == busy
+    queue = await added(store, host="full", queue={}, concurrency=5)
+    queue += await added(store, host="free", queue={}, concurrency=5)
+    free = await added(store, host="free")
+    assert await claimed(store, host_concurrency=1) == free
+    await store.finish_job(free[0], ENDS[State.RETURNED], 6.0)
+    assert await claimed(store, host_concurrency=1) == []
+    await store.finish_job(busy[0], ENDS[State.RETURNED], 6.0)
+    assert await claimed(store, host_concurrency=1) == queue
+
+
+async def test_jobs_of_queues_count_for_their_host(store: Store) -> None:
+    queued = await added(store, host="one", queue={"q": 1})
+    queued += await added(store, host="one", queue={"q": 2})
+    await added(store, host="one", queue={"q": 3})
+    await added(store, host="one")
+    assert await claimed(store, host_concurrency=2) == queued
+
+
+async def test_a_job_that_fails_in_the_queue_makes_way(store: Store) -> None:
+    ids = await added(store, count=2, queue={})
+    assert await store.finish_job(ids[0], Failed("unknown_host", "no such host"), 6.0)
+    assert await claimed(store) == ids[1:]
+
+
+async def test_order_does_not_depend_on_the_clock(store: Store) -> None:
+    ids = []
+    for now in (500.0, 300.0, 400.0, 100.0):
+        job = new_job(queue={})
+        await store.add_job(job, now)
+        ids.append(job.id)
+    started = []
+    for now in (90.0, 80.0, 70.0, 60.0):
+        started += await claimed(store, now=now)
+        await store.finish_job(started[-1], ENDS[State.RETURNED], now - 5)
+    assert started == ids
+    assert [job.id for _, job in await store.list_jobs(ended=True)] == ids
+
+
+async def test_limits_and_order_survive_reopening(reopen: Reopen) -> None:
+    store = await reopen()
+    ids = await added(store, count=5, queue={}, concurrency=2)
+    assert await claimed(store) == ids[:2]
+    await store.cancel_job(ids[0], 6.0)
+    store = await reopen()
+    assert await claimed(store) == []
+    assert [job.id for job in await store.held_jobs()] == ids[:2]
+    await store.settle_stop(ids[0], Stop.CONFIRMED)
+    await store.finish_job(ids[1], ENDS[State.FAILED], 6.0)
+    assert await claimed(store) == ids[2:4]
+
+
+async def test_cancelling_a_queue_leaves_the_others(store: Store) -> None:
+    ids = await added(store, count=3, queue={"q": 1})
+    others = await added(store, count=2, queue={"q": 2}) + await added(store)
+    await claimed(store)
+    assert await store.cancel_queue(Raw(b'{"q": 1}'), 6.0) == [
+        (ids[0], State.RUNNING), (ids[1], State.QUEUED), (ids[2], State.QUEUED),
+    ]  # fmt: skip
+    assert [job.id for _, job in await store.list_jobs()] == others
+    assert await claimed(store) == []
+
+
+# Slots of jobs that have ended
+
+
+@pytest.mark.parametrize("free", ["settle", "release"])
+async def test_a_slot_is_free_when_it_is_said_to_be_and_not_before(store: Store, free: str) -> None:
+    ids = await added(store, count=3, queue={}, concurrency=1)
+    assert await claimed(store) == ids[:1]
+    await store.cancel_job(ids[0], 6.0)
+    assert await claimed(store) == []
+    await store.settle_stop(ids[0], Stop.FAILED, keep_slot=True)
+    assert await claimed(store) == []
+    if free == "settle":
+        assert await store.settle_stop(ids[0], Stop.CONFIRMED)
+    else:
+        assert await store.release_slot(ids[0])
+    assert await claimed(store) == ids[1:2]
+
+
+async def test_a_held_slot_counts_for_its_host(store: Store) -> None:
+    first = await added(store, queue={"q": 1}, concurrency=9)
+    second = await added(store)
+    assert await claimed(store, host_concurrency=1) == first
+    await store.finish_job(first[0], ENDS[State.FAILED], 6.0, keep_slot=True)
+    assert await claimed(store, host_concurrency=1) == []
+    assert await store.release_slot(first[0])
+    assert await claimed(store, host_concurrency=1) == second
+
+
+async def test_held_jobs_come_in_the_order_of_submission(store: Store) -> None:
+    ids = [(await added(store, host=f"host{9 - n}", queue={"q": n} if n % 2 else None))[0] for n in range(8)]
+    assert await claimed(store, limit=6) == ids[:6]
+    await store.finish_job(ids[1], ENDS[State.RETURNED], 6.0)
+    await store.cancel_job(ids[4], 6.0)
+    await store.cancel_job(ids[7], 6.0)
+    held = await store.held_jobs()
+    assert [job.id for job in held] == [ids[0], *ids[2:6]]
+    assert held == [await store.get_job(job.id) for job in held]
+
+
+# Why a job waits
+
+
+async def waiting_of(store: Store, job_id: str) -> Waiting:
+    waiting = (await store.get_details(job_id)).waiting
+    assert waiting is not None
+    return waiting
+
+
+async def test_why_a_job_of_a_queue_waits(store: Store) -> None:
+    ids = await added(store, count=20, queue={}, concurrency=12)
+    assert await claimed(store) == ids[:12]
+    await store.cancel_job(ids[3], 6.0)
+    await store.finish_job(ids[0], ENDS[State.RETURNED], 6.0)
+    await store.cancel_job(ids[15], 6.0)
+    others = await added(store) + await added(store, host="other", queue={"q": 1})
+    assert await claimed(store) == [ids[12], *others]
+    first = Waiting(1, 12, holding=12, holders=tuple(ids[1:11]), on_host=13)
+    assert await waiting_of(store, ids[13]) == first
+    assert await waiting_of(store, ids[14]) == replace(first, position=2)
+    assert await waiting_of(store, ids[19]) == replace(first, position=6)
+
+
+async def test_why_a_job_without_a_queue_waits(store: Store) -> None:
+    queued = await added(store, queue={"q": 1})
+    ids = await added(store, count=4)
+    assert await claimed(store, host_concurrency=3) == [*queued, *ids[:2]]
+    assert await waiting_of(store, ids[2]) == Waiting(1, None, holding=2, holders=tuple(ids[:2]), on_host=3)
+    assert (await waiting_of(store, ids[3])).position == 2
+
+
+async def test_a_head_behind_a_full_host_is_the_first_with_room(store: Store) -> None:
+    busy = await added(store)
+    waits = await added(store, queue={}, concurrency=5)
+    assert await claimed(store, host_concurrency=1) == busy
+    assert await waiting_of(store, waits[0]) == Waiting(1, 5, holding=0, holders=(), on_host=1)

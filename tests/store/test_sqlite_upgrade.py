@@ -1,0 +1,134 @@
+"""A store of an earlier schema is upgraded in place, with all that is in it."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import AsyncIterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from harp.protocol.ends import Cancelled, Failed, Raised, Returned
+from harp.protocol.jsontext import Raw
+from harpcaller.jobs import NO_FACTS, Facts, Job, Records, State, Stop
+from harpcaller.store import QueueStatus
+from harpcaller.store.sqlite import FILE_NAME, SQLiteStore, open_store
+from harpcaller.store.sqlite.file import connect
+from harpcaller.store.sqlite.sql import MIGRATIONS
+from support.jobs import added, claimed, new_job, records
+
+VERSION_1 = Path(__file__).with_name("version1.sql")
+
+QUEUE = Raw(b'{"db":"prod"}')
+
+
+def number(job: Job) -> int:
+    return int(job.id[-12:])
+
+
+def job_id(n: int) -> str:
+    return f"00000000-0000-4000-8000-{n:012}"
+
+
+def write_version_1(directory: Path) -> None:
+    with closing(sqlite3.connect(directory / FILE_NAME)) as connection:
+        connection.execute("PRAGMA auto_vacuum = INCREMENTAL")
+        connection.execute(f"PRAGMA application_id = {int.from_bytes(b'HARP', 'big')}")
+        connection.executescript(VERSION_1.read_text())
+
+
+@pytest.fixture
+async def store(tmp_path: Path) -> AsyncIterator[SQLiteStore]:
+    write_version_1(tmp_path)
+    opened = await open_store(tmp_path)
+    yield opened
+    await opened.close()
+
+
+async def test_every_job_is_there_as_it_was(store: SQLiteStore) -> None:
+    jobs = {number(job): job for _, job in await store.list_jobs(ended=True)}
+    assert list(jobs) == list(range(1, 13))
+    assert {n: job.state.value for n, job in jobs.items()} == {
+        1: "returned", 2: "raised", 3: "failed", 4: "failed", 5: "cancelled", 6: "cancelled",
+        7: "running", 8: "running", 9: "queued", 10: "running", 11: "queued", 12: "queued",
+    }  # fmt: skip
+    assert jobs[1].end == Returned(Raw(b'{"b": 1.10, "a": 2}'))
+    assert jobs[2].end == Raised("Trouble\ud800", "line\nline", Raw(b'{"class": "T"}'))
+    assert jobs[3].end == Failed("timeout", "max_exec_time: 3 s are over")
+    assert jobs[4].end == Failed("unknown_host", "no such host")
+    assert jobs[5].end == jobs[6].end == Cancelled()
+    assert (jobs[2].host, jobs[2].procedure, jobs[3].info) == ("web\ud800", "d\ud83d", b'" \\ud800"')
+    assert (jobs[1].submitted, jobs[1].started, jobs[1].ended, jobs[1].records) == (100.25, 100.75, 101.0, 4)
+    assert (jobs[8].queue, jobs[8].arguments) == (b'{ "db": "prod" }', b'["8"]')
+
+
+async def test_running_jobs_hold_their_slots_and_no_others(store: SQLiteStore) -> None:
+    assert [number(job) for job in await store.held_jobs()] == [7, 8, 10]
+    assert {(job.holds_slot, job.stop) for job in await store.held_jobs()} == {(True, None)}
+    assert await store.list_queues() == [QueueStatus(QUEUE, 2, running=2, queued=1)]
+    assert await claimed(store, host_concurrency=2) == [job_id(12)], "the queue and web01 are full"
+    assert await store.cancel_job(job_id(7), 300.0) is State.RUNNING
+    assert await claimed(store) == [job_id(11)]
+    assert await store.settle_stop(job_id(7), Stop.CONFIRMED)
+    assert await claimed(store) == [job_id(9)]
+
+
+async def test_records_were_made_when_their_job_started(store: SQLiteStore) -> None:
+    lines = [b'"line 0"', b'"line 1"', b'"line 2"', b'{"b":1.10,"a":"\\ud800"}']
+    assert await store.read_records(job_id(1), 0, 10**6) == records(lines, made=100.75)
+    assert await store.read_records(job_id(1), 2, 1) == records(lines[2:3], made=100.75)
+    assert (await store.get_details(job_id(1))).record_bytes == sum(map(len, lines))
+
+
+async def test_a_stream_goes_on(store: SQLiteStore) -> None:
+    assert await store.append_records(job_id(7), 2, Records([Raw(b"2")], [200.5]))
+    assert await store.append_records(job_id(7), 3, Records([Raw(b"3")], [200.75]))
+    made = (160.75, 160.75, 200.5, 200.75)
+    assert await store.read_records(job_id(7), 0, 100) == Records(records([b"0", b"1", b"2", b"3"]).values, made)
+    assert await store.finish_job(job_id(7), Returned(Raw(b"1")), 201.0)
+
+
+async def test_there_are_no_facts_until_some_are_noted(store: SQLiteStore) -> None:
+    for n in range(1, 13):
+        assert (await store.get_details(job_id(n))).facts == NO_FACTS
+    facts = Facts(evidence=Raw(b"{}"))
+    assert await store.note_facts(job_id(1), facts)
+    assert (await store.get_details(job_id(1))).facts == facts
+
+
+async def test_it_is_used_like_a_new_one(tmp_path: Path, store: SQLiteStore) -> None:
+    [new] = await added(store, host="new")
+    with pytest.raises(ValueError, match="already"):
+        await store.add_job(new_job(id=job_id(5)), 300.0)
+    assert new in await claimed(store)
+    identity = await store.identity()
+    assert await store.prune_jobs(1e9, 100) == 6
+    await store.close()
+    again = await open_store(tmp_path)
+    assert await again.identity() == identity
+    assert len(await again.list_jobs(ended=True)) == 7
+    await again.close()
+
+
+async def test_its_schema_is_that_of_a_new_one(tmp_path: Path, store: SQLiteStore) -> None:
+    await store.close()
+    (tmp_path / "new").mkdir()
+    await (await open_store(tmp_path / "new")).close()
+    found = []
+    for path in (tmp_path / FILE_NAME, tmp_path / "new" / FILE_NAME):
+        with closing(connect(path)) as connection:
+            found.append(connection.execute("SELECT type, name, sql FROM sqlite_master ORDER BY 1, 2").fetchall())
+            assert connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+            assert connection.execute("PRAGMA foreign_key_check").fetchall() == []
+            [(version,)] = connection.execute("SELECT max(version) FROM schema_version").fetchall()
+            assert version == max(MIGRATIONS)
+    assert found[0] == found[1]
+
+
+def test_an_upgrade_writes_no_old_job_again(tmp_path: Path) -> None:
+    write_version_1(tmp_path)
+    with closing(connect(tmp_path / FILE_NAME)) as connection:
+        before = connection.total_changes
+        connection.executescript(f"BEGIN; {MIGRATIONS[2]} COMMIT;")
+        assert connection.total_changes - before == 3, "the running ones"
