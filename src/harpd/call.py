@@ -30,6 +30,10 @@ __all__ = ["Descriptors", "run_call"]
 LONGEST_PAYLOAD = 64 * 1024 * 1024 - 64
 
 
+#: The most characters of a traceback.
+_LONGEST_TRACEBACK = 16 * 1024
+
+
 @dataclass(frozen=True)
 class Descriptors:
     """What the warden gave the call: its channel, and pipes that become stdout and stderr."""
@@ -37,6 +41,13 @@ class Descriptors:
     channel: int
     stdout: int
     stderr: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Traced(Raised):
+    """The procedure raised, and the traceback is wanted."""
+
+    traceback: str = ""
 
 
 class _Refused(Exception):
@@ -53,6 +64,7 @@ def run_call(
     zygote: int,
     default_user: int | str | None,
     default_group: int | str | None,
+    tracebacks: bool,
 ) -> NoReturn:
     """Run one call in this freshly forked process, and exit.
 
@@ -62,14 +74,17 @@ def run_call(
         zygote: the parent's pid.
         default_user: the user of a procedure that names none.
         default_group: the group of a procedure that names neither user nor group.
+        tracebacks: whether the traceback of an exception goes to the warden, before the closing line.
     """
     call, limits = os.getpid(), Limits()
     try:
         channel = Channel(descriptors.channel, limits)
-        end = _carry_out(procedure, channel, descriptors, limits, zygote, (default_user, default_group))
+        end = _carry_out(procedure, channel, descriptors, limits, zygote, (default_user, default_group), tracebacks)
         if os.getpid() != call:
             os._exit(0)  # the procedure forked, and this is the child: it has nothing to say to the caller
         _flush_output()
+        if isinstance(end, _Traced):
+            channel.write_line(dumps({"traceback": end.traceback}) + b"\n")
         channel.write(end)
     except OSError:
         os._exit(1)  # the warden is gone, and with it whoever wanted to know
@@ -96,6 +111,7 @@ def _carry_out(
     limits: Limits,
     zygote: int,
     defaults: tuple[int | str | None, int | str | None],
+    tracebacks: bool,
 ) -> Message:
     """Prepare the process and run the procedure; whatever that raises becomes the end."""
     try:
@@ -118,6 +134,8 @@ def _carry_out(
     except BaseException as error:  # noqa: BLE001 - also SystemExit: the procedure's end is the caller's to know
         kind = type(error)
         data = {"class": kind.__name__, "module": str(kind.__module__)}
+        if tracebacks:
+            return _Traced(kind.__name__, _text(error), data, _traceback(error))
         return Raised(kind.__name__, _text(error), data)
 
 
@@ -238,6 +256,18 @@ def _text(error: BaseException) -> str:
         return str(error)
     except BaseException:  # noqa: BLE001 - a broken __str__ must not hide the exception
         return "(the exception's text can't be made)"
+
+
+def _traceback(error: BaseException) -> str:
+    """The exception's traceback, from the procedure on; its end, when it is long."""
+    import traceback  # here, for the zygote must stay lean
+
+    try:
+        frames = error.__traceback__
+        text = "".join(traceback.format_exception(type(error), error, frames and (frames.tb_next or frames)))
+    except BaseException:  # noqa: BLE001 - a broken __repr__ must not hide the exception
+        text = "(the traceback can't be made)"
+    return text[-_LONGEST_TRACEBACK:]
 
 
 def _flush_output() -> None:

@@ -52,9 +52,13 @@ class Channel:
         Raises:
             NotJSON: the message can't be written as JSON.
         """
+        self.write_line(encode_message(message))
+
+    def write_line(self, line: bytes) -> None:
+        """Write a line for the warden itself, or one that is encoded already."""
         if os.getpid() != self._owner:
             os._exit(0)
-        self._unwritten += encode_message(message)
+        self._unwritten += line
         while self._unwritten:
             with self._limits:  # an exception between the write and its count would repeat a part of the line
                 try:

@@ -4,30 +4,43 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import json
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 from harp.daemon.process import ProcessError, detach, pidfile
-from harpd import gate
+from harpd import calls, control, gate
 from harpd.check import check
-from harpd.config import ConfigError
-from harpd.generation import Options, configure_log, make_generation
-from harpd.keeper import WardenError
+from harpd.config import ConfigError, load
+from harpd.generation import Options, configure_log, make_generation, make_plan
+from harpd.wardens import WardenError
 
 __all__ = ["main", "parser"]
 
 _EXAMPLES = """\
+commands:
+  (none)      serve, and keep the calls: TERM ends all calls
+  gate        serve alone; calls are kept by `harpd calls`, and TERM leaves kept ones running
+  calls       keep the calls alone: TERM ends all calls, USR1 ends only this program
+  drain       refuse new calls, and wait until the last one has ended and its end has been fetched
+  resume      take new calls again
+  status      print what each warden of calls holds, one a line, as JSON
+
 examples:
   harpd -t                                      check everything that the next start or reload will read
   harpd -c ./harpd.conf -r ./procedures.py      in the foreground, the log on stderr
   harpd -u nobody --syslog -d -p /run/harpd.pid in the background; returns once it serves
+  harpd drain --timeout 600 && systemctl stop harpd harpd-calls
 
 signals:
   HUP         read configuration, certificate, users, log settings and procedures again, all or nothing
-  TERM, INT   end all calls with the error shutdown, and stop
+              (calls: put a new warden in the place of the old one, which ends with its last call)
+  TERM, INT   stop, see above; calls that are ended have the error shutdown
 
-exit status: 0 ended or checked in order, 1 a fault (one line on stderr), 2 wrong usage
+exit status: 0 ended or checked in order; 1 a fault (one line on stderr), no warden (status), calls are left (drain);
+2 wrong usage
 """
 
 #: Nested values of the protocol's depth need more than Python's default.
@@ -36,7 +49,10 @@ _RECURSION_LIMIT = 10_000
 
 def main(arguments: list[str] | None = None) -> int:
     """Run harpd; return its exit status."""
-    parsed = parser().parse_args(arguments)
+    command = parser()
+    parsed = command.parse_args(arguments)
+    if parsed.timeout is not None and parsed.command != "drain":
+        command.error("--timeout is for drain")
     sys.setrecursionlimit(_RECURSION_LIMIT)
     options = Options(
         config=parsed.config,
@@ -49,27 +65,71 @@ def main(arguments: list[str] | None = None) -> int:
         search_path=tuple(sys.path),
     )
     try:
-        if parsed.test:
-            for warning in check(options):
-                print(f"harpd: warning: {warning}", file=sys.stderr)
-            print("config OK")
-        else:
-            _serve(options, parsed.pidfile)
+        return _run(options, parsed)
     except (ConfigError, ProcessError, WardenError) as error:
         print(f"harpd: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:  # of a command that waits; the daemon's programs take the signal for themselves
+        return 1
+
+
+def _run(options: Options, parsed: argparse.Namespace) -> int:
+    if parsed.test:
+        for warning in check(options):
+            print(f"harpd: warning: {warning}", file=sys.stderr)
+        print("config OK")
+        return 0
+    match parsed.command:
+        case None:
+            _serve(options, parsed.pidfile, alone=False)
+        case "gate":
+            _directory(options)
+            _serve(options, parsed.pidfile, alone=True)
+        case "calls":
+            _directory(options)
+            _keep(options, parsed.pidfile)
+        case "status":
+            wardens = asyncio.run(control.status(_directory(options)))
+            for warden in wardens:
+                print(json.dumps(warden))
+            return 0 if wardens else 1
+        case "drain":
+            return 0 if asyncio.run(control.drain(_directory(options), parsed.timeout)) else 1
+        case "resume":
+            asyncio.run(control.resume(_directory(options)))
     return 0
 
 
-def _serve(options: Options, pid_file: Path | None) -> None:
-    served: Callable[[], None] = _nothing
-    if options.background:
-        check(options)  # a fault is told to the one who is still there to read it
-        served = detach()
+def _directory(options: Options) -> Path:
+    """The runtime directory, which parts of harpd that run apart must have configured. Raises `ConfigError`."""
+    configured = load(options.config).runtime_directory
+    if configured is None:
+        raise ConfigError(f"{options.config}: runtime_directory: missing; gate and calls meet there")
+    return Path(configured).absolute()
+
+
+def _serve(options: Options, pid_file: Path | None, alone: bool) -> None:
+    served = _detached(options)
     with pidfile(pid_file):
         generation = make_generation(options)
         configure_log(options, generation)
-        asyncio.run(gate.run(options, generation, served))
+        asyncio.run(gate.run(options, generation, served, alone))
+
+
+def _keep(options: Options, pid_file: Path | None) -> None:
+    served = _detached(options)
+    with pidfile(pid_file):
+        plan = make_plan(options)
+        configure_log(options, plan)
+        asyncio.run(calls.run(options, plan, served))
+
+
+def _detached(options: Options) -> Callable[[], None]:
+    """Go to the background if that is asked for; return what to call once the program serves."""
+    if not options.background:
+        return _nothing
+    check(options)  # a fault is told to the one who is still there to read it
+    return detach()
 
 
 def _nothing() -> None:
@@ -84,6 +144,13 @@ def _identity(text: str) -> str | int:
     return int(text) if text.isascii() and text.isdigit() else text
 
 
+def _seconds(text: str) -> float:
+    seconds = float(text)
+    if not 0 <= seconds < math.inf:
+        raise ValueError
+    return seconds
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line of harpd."""
     command = argparse.ArgumentParser(
@@ -93,6 +160,8 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = command.add_argument
+    commands = ("gate", "calls", "drain", "resume", "status")
+    add("command", nargs="?", choices=commands, metavar="COMMAND", help=f"one of {', '.join(commands)}: see below")
     add("-c", "--config", metavar="FILE", type=_path, default="/etc/harpd/harpd.conf", help="YAML (%(default)s)")
     add("-r", "--procedures", metavar="FILE", type=_path, default="/etc/harpd/harpd.py", help="(%(default)s)")
     add("-l", "--logging", metavar="FILE", type=_path, help="YAML for Python's logging.config.dictConfig")
@@ -102,6 +171,7 @@ def parser() -> argparse.ArgumentParser:
     add("--syslog", action="store_true", help="log to syslog instead of stderr")
     add("-d", "--daemon", action="store_true", help="go to the background; return once it serves")
     add("-p", "--pidfile", metavar="FILE", type=_path, help="write the process id there")
+    add("--timeout", metavar="S", type=_seconds, help="drain: the most seconds to wait; without it, for ever")
     return command
 
 

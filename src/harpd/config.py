@@ -22,6 +22,7 @@ from harp.daemon.tls import DEFAULT_FLOOR, FLOORS, set_floor
 __all__ = [
     "ConfigError",
     "Configuration",
+    "Evidence",
     "Limits",
     "Network",
     "Python",
@@ -98,7 +99,11 @@ class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         authentication_threads: password checks at once.
         write_stall: how long a client may take nothing of what it is sent.
         kill_grace: between two steps of ending a call: SIGXCPU, SIGTERM, SIGKILL.
-        spool: what a call may have said that its client has not read yet; past it the procedure waits.
+        spool: what a kept call may have said that its dispatcher has not stored yet, and, up to 1 MiB, what a tied
+            one may have said that its client has not read yet; past it the procedure waits.
+        spool_memory: what all calls together may have said so; past it those with more than 1 MiB wait.
+        keep_running: the most that a dispatcher may ask for its running calls to go on without it.
+        linger: the most that a dispatcher may ask for the ends of its calls to be kept for it.
     """
 
     connections: Count = 1000
@@ -111,12 +116,30 @@ class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     authentication_threads: Count = 8
     write_stall: Seconds = 300.0
     kill_grace: Seconds = 5.0
-    spool: Bytes = 1024 * 1024
+    spool: Bytes = 64 * 1024 * 1024
+    spool_memory: Bytes = 1024 * 1024 * 1024
+    keep_running: Seconds = 3600.0
+    linger: Seconds = 86400.0
 
     def __post_init__(self) -> None:
         if self.request_memory < self.request_line:
             expected = f"at least {self.request_line}, as limits.request_line"
             raise ValueError(f"request_memory: expected {expected}, got {self.request_memory}")
+        if self.spool_memory < self.spool:
+            expected = f"at least {self.spool}, as limits.spool"
+            raise ValueError(f"spool_memory: expected {expected}, got {self.spool_memory}")
+
+
+class Evidence(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Section `evidence`: what dispatchers are told of a call's end, beside what is no secret.
+
+    Attributes:
+        stderr: the last lines of its stderr.
+        traceback: the traceback of an exception.
+    """
+
+    stderr: bool = False
+    traceback: bool = False
 
 
 class Configuration(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -127,15 +150,19 @@ class Configuration(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
         authentication: `module`, and the keys that this module takes.
         python: where own modules are found.
         limits: how much of everything.
-        runtime_directory: where the daemon keeps its socket and the records of running calls;
+        evidence: what dispatchers are told of a call's end.
+        runtime_directory: where gate and wardens meet, with the records of running calls;
             None: a fresh private directory, removed at the end.
+        cgroup: the directory of the cgroup in which each call gets one; None: the service's own, if it was delegated.
     """
 
     network: Network
     authentication: dict[str, Any]
     python: Python = Python()
     limits: Limits = Limits()
+    evidence: Evidence = Evidence()
     runtime_directory: str | None = None
+    cgroup: str | None = None
 
     def __post_init__(self) -> None:
         module = self.authentication.get("module")

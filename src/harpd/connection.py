@@ -1,9 +1,9 @@
-"""One client's connection, from the handshake to its close: each phase with its deadline.
+"""One client's connection, phase by phase: each with its deadline.
 
     handshake -> request line -> authentication -> call -> close
 
-A client that is silent, slow or sends garbage costs its own connection and one line of the log. The client's
-going away stops its call, and the connection counts until the call's processes are gone.
+A client that is silent, slow or sends garbage costs its own connection and one line of the log. An owner id and a
+secret, of which requests for kept calls have both, go to the warden and nowhere else.
 
 Spec: docs/protocol.md, harpd.
 """
@@ -18,75 +18,31 @@ import traceback
 import uuid
 from collections.abc import Awaitable, Callable
 from functools import partial
-from typing import TypeVar
 
 from harp.daemon.allowance import Allowance, Share
-from harp.protocol.daemon import Request, decode_request, encode_message
+from harp.protocol.daemon import AnyRequest, Attach, ListCalls, Request, decode_request
 from harp.protocol.ends import Failed
 from harp.protocol.fields import ProtocolError
 from harp.protocol.jsontext import Envelope, dumps, open_sliced
+from harp.protocol.kept import encode_terms
 from harp.protocol.lines import LineBuffer, LineTooLong
+from harpd.carrying import AFTER_REQUEST, CALL_DIED, SHUTDOWN, Around, KeptCall, Refused, TiedCall
+from harpd.client import Client, Gone
 from harpd.generation import Generation
-from harpd.keeper import Keeper, WardenError
-from harpd.relay import Relay
 from harpd.threads import Crashed, Threads
+from harpd.wardens import WardenError, Wardens
 
-__all__ = ["Connection", "peer_name"]
-
-T = TypeVar("T")
+__all__ = ["Connection"]
 
 log = logging.getLogger("harpd.gate")
 
-_CHUNK = 64 * 1024
-#: Seconds for TLS's own farewell, the last bytes on their way included.
-_FAREWELL = 30.0
-#: After a refusal the client may still be sending. What it sends is read, so that the refusal is not lost by a
-#: reset: until it has been silent for the first time, and no longer than the second; seconds.
-_SILENT, _LINGER = 0.5, 10.0
-#: Seconds beyond the grace periods that the warden has to end a call.
-_STOP_MARGIN = 10.0
 #: What of a user's name goes into the log.
 _NAME_SHOWN = 64
 
-_AFTER_REQUEST = Failed("invalid_request", "data after the request line")
 _AUTH_ERROR = Failed("auth_error", "unknown user or wrong password")
-_CALL_DIED = Failed("call_died", "the warden of the calls died")
-_SHUTDOWN = Failed("shutdown", "the daemon is shutting down")
 _TOO_MANY = Failed("too_many_connections", "the daemon has as many connections as it may have; try again later")
 _NO_MEMORY = Failed("too_many_connections", "the daemon holds as many long requests as it may hold; try again later")
 _INTERNAL = Failed("system_error", "an internal error of the daemon; its log says more")
-
-
-class _Gone(Exception):
-    """The client closed the connection, or takes nothing any more."""
-
-
-class _Spoke(Exception):
-    """The client sent something after its request."""
-
-
-class _WardenLost(Exception):
-    """The warden's connection broke: the warden is dead."""
-
-
-class _Refused(Exception):
-    """The request is refused.
-
-    Args:
-        error: what the client is told.
-        sending: whether more may be on its way from the client.
-    """
-
-    def __init__(self, error: Failed, sending: bool = False) -> None:
-        super().__init__(error, sending)
-        self.error = error
-        self.sending = sending
-
-
-def peer_name(address: tuple[object, ...]) -> str:
-    """A peer's address and port as text."""
-    host = str(address[0]).removeprefix("::ffff:")
-    return f"[{host}]:{address[1]}" if ":" in host else f"{host}:{address[1]}"
 
 
 class Connection:
@@ -98,7 +54,7 @@ class Connection:
         generation: configuration, certificate and users for this connection.
         threads: where passwords are checked.
         allowance: memory for long requests.
-        keeper: the way to the warden.
+        wardens: the way to the wardens.
     """
 
     def __init__(
@@ -108,21 +64,38 @@ class Connection:
         generation: Generation,
         threads: Threads,
         allowance: Allowance,
-        keeper: Keeper,
+        wardens: Wardens,
     ) -> None:
-        self._socket = accepted
+        self._client = Client(accepted, peer, generation)
         self._peer = peer
         self._generation = generation
         self._limits = generation.configuration.limits
         self._threads = threads
         self._share = Share(allowance)
-        self._keeper = keeper
-        self._reader = asyncio.StreamReader(limit=_CHUNK)
-        self._writer: asyncio.StreamWriter
-        #: Whether the daemon ends. Set it, then cancel the task unless `calling`.
-        self.stopping = False
-        #: Whether the warden has the call; then it is the warden who ends it.
-        self.calling = False
+        self._wardens = wardens
+        self._call: TiedCall | KeptCall | None = None
+        self._over = asyncio.Event()
+        self._stopping = False
+
+    async def call_over(self) -> None:
+        """Return when there is no call that this connection may have to end."""
+        if self._call is not None:
+            await self._over.wait()
+
+    def stop(self, task: asyncio.Task[None], wardens_end: bool) -> None:
+        """End this connection soon, because the daemon ends.
+
+        Args:
+            task: the task that serves it.
+            wardens_end: whether the wardens end too; then it is they who end calls.
+        """
+        self._stopping = True
+        if self._call is None:
+            task.cancel()
+        elif not wardens_end:
+            self._call.leave()
+        elif isinstance(self._call, TiedCall):
+            self._call.lost = SHUTDOWN
 
     async def serve(self) -> None:
         """Answer the one request of this connection. Raises nothing of the network."""
@@ -130,98 +103,119 @@ class Connection:
 
     async def refuse(self) -> None:
         """Say that there are too many connections. Raises nothing of the network."""
-        await self._guard(partial(self._refuse, _TOO_MANY, sending=True))
+        await self._guard(partial(self._refuse, Refused(_TOO_MANY, sending=True)))
 
     async def _guard(self, phases: Callable[[], Awaitable[None]]) -> None:
-        if not await self._handshake():
+        if not await self._client.handshake():
             return
         try:
             await phases()
-        except (_Gone, OSError):
+        except Gone:
             log.debug("client went away", extra={"peer": self._peer})
         except asyncio.CancelledError:
-            if self.calling or not self.stopping:
-                self._writer.transport.abort()
+            if self._call is not None or not self._stopping:
+                self._client.abort()
                 raise
-            await self._say_at_last(_SHUTDOWN)
+            await self._say_at_last(SHUTDOWN)
         except Exception:
             log.exception("connection failed", extra={"peer": self._peer})
             await self._say_at_last(_INTERNAL)
         finally:
             self._share.release()
-            await self._close()
-
-    async def _handshake(self) -> bool:
-        loop = asyncio.get_running_loop()
-        protocol = asyncio.StreamReaderProtocol(self._reader)
-        try:
-            transport, _ = await loop.connect_accepted_socket(
-                lambda: protocol,
-                self._socket,
-                ssl=self._generation.context,
-                ssl_handshake_timeout=self._limits.handshake,
-                ssl_shutdown_timeout=_FAREWELL,
-            )
-        except OSError as error:  # of the network and of TLS alike
-            reason = getattr(error, "reason", None) or str(error) or type(error).__name__
-            log.info("handshake failed", extra={"peer": self._peer, "reason": reason})
-            return False
-        self._writer = asyncio.StreamWriter(transport, protocol, self._reader, loop)
-        transport.set_write_buffer_limits(high=_CHUNK)
-        return True
+            await self._client.close()
 
     async def _answer(self) -> None:
-        call = str(uuid.uuid4())
         try:
-            await self._call(call, await self._accepted_request(call))
-        except _Refused as refused:
-            await self._refuse(refused.error, refused.sending)
+            try:
+                self._call = await self._begun_call()
+                if self._call is not None:
+                    await self._call.carry()
+            except WardenError as error:
+                raise Refused(Failed("procedure_loading_error", str(error))) from error
+            finally:
+                self._over.set()
+        except Refused as refused:
+            await self._refuse(refused)
 
-    async def _accepted_request(self, call: str) -> bytes:
-        """Read a request and check who sent it; return what the warden gets. Raises `_Refused` and `_Gone`.
+    async def _refuse(self, refused: Refused) -> None:
+        level = logging.ERROR if refused.error is CALL_DIED else logging.INFO
+        await self._client.refuse(refused.error, refused.sending, level)
+
+    async def _say_at_last(self, error: Failed) -> None:
+        with contextlib.suppress(Gone):
+            await self._client.refuse(error, False, logging.ERROR if error is _INTERNAL else logging.INFO)
+
+    # The request.
+
+    async def _begun_call(self) -> TiedCall | KeptCall | None:
+        """Read a request, check who sent it, and begin what it asks for; None when it has been answered.
 
         Nothing of the request is kept here: it may be long, and the call may take days.
-        """
-        try:
-            request = decode_request(await self._read_line(), open_sliced)
-        except ProtocolError as error:
-            raise _Refused(Failed(error.type, error.message)) from error
-        if not await self._authenticated(request):
-            raise _Refused(_AUTH_ERROR)
-        asked = {"procedure": request.procedure[:_NAME_SHOWN], "user": request.user, "peer": self._peer}
-        log.info("call accepted", extra={"call": call, **asked})
-        members = Envelope(call=call, procedure=request.procedure, arguments=request.arguments)
-        return dumps(Envelope(members, user=request.user, peer=self._peer)) + b"\n"
 
-    async def _read_line(self) -> bytes:
-        """Read the request line. Raises `_Refused` and `_Gone`."""
+        Raises:
+            Refused: the request is refused.
+            Gone: the client is.
+            WardenError: a warden gives no answer.
+        """
+        request, orders = await self._accepted_request()
+        about = {"user": request.user[:_NAME_SHOWN], "peer": self._peer}
+        match request:
+            case ListCalls(owner):
+                log.debug("calls listed", extra=about)
+                await self._client.say(await self._wardens.held(owner))
+                return None
+            case Attach(call=call):
+                log.info("attach accepted", extra={"call": call, "since": request.since, **about})
+                reply = await self._wardens.attach(_attach_line(request, self._peer))
+                return KeptCall.attached(self._around(call), reply, orders)
+            case Request(call=terms):
+                call = str(uuid.uuid4()) if terms is None else terms.id
+                procedure = request.procedure[:_NAME_SHOWN]
+                log.info("call accepted", extra={"call": call, "procedure": procedure, **about})
+                line = _start_line(call, request, self._peer)
+                if terms is None:
+                    return await TiedCall.begin(self._around(call), self._wardens, line)
+                return await KeptCall.begin(self._around(call), self._wardens, line, orders)
+
+    def _around(self, call: str) -> Around:
+        return Around(call, self._client, self._limits, self._share.release)
+
+    async def _accepted_request(self) -> tuple[AnyRequest, bytes]:
+        """Read a request and check who sent it; return it, and what came after it. Raises `Refused` and `Gone`."""
+        line, more = await self._read_line()
+        said_more = bool(more.strip())
+        try:
+            request = decode_request(line, open_sliced)
+        except ProtocolError as error:
+            raise Refused(Failed(error.type, error.message), sending=said_more) from error
+        kept = isinstance(request, Attach) or (isinstance(request, Request) and request.call is not None)
+        if said_more and not kept:
+            raise Refused(AFTER_REQUEST, sending=True)
+        if not await self._authenticated(request):
+            raise Refused(_AUTH_ERROR)
+        return request, more
+
+    async def _read_line(self) -> tuple[bytes, bytes]:
+        """Read the request line; return it and what came after it. Raises `Refused` and `Gone`."""
         buffer = LineBuffer(self._limits.request_line)
         try:
             async with asyncio.timeout(self._limits.request):
                 lines: list[bytes] = []
                 while not lines:
-                    data = await self._read()
+                    data = await self._client.read()
                     if not self._share.grow(len(data)):
-                        raise _Refused(_NO_MEMORY, sending=True)
+                        raise Refused(_NO_MEMORY, sending=True)
                     lines = buffer.feed(data)
         except TimeoutError as error:
             fault = f"no whole request line came within {self._limits.request:g} s"
-            raise _Refused(Failed("invalid_request", fault)) from error
+            raise Refused(Failed("invalid_request", fault)) from error
         except LineTooLong as error:
             fault = f"the request line is longer than {self._limits.request_line} bytes"
-            raise _Refused(Failed("invalid_request", fault), sending=True) from error
+            raise Refused(Failed("invalid_request", fault), sending=True) from error
         line, *more = lines
-        if any(map(bytes.strip, (*more, buffer.pending))):
-            raise _Refused(_AFTER_REQUEST, sending=True)
-        return line
+        return line, b"\n".join((*more, buffer.pending))
 
-    async def _read(self) -> bytes:
-        data = await self._reader.read(_CHUNK)
-        if not data:
-            raise _Gone
-        return data
-
-    async def _authenticated(self, request: Request) -> bool:
+    async def _authenticated(self, request: AnyRequest) -> bool:
         about = {"user": request.user[:_NAME_SHOWN], "peer": self._peer}
         check = partial(self._generation.users.authenticate, request.user, request.password)
         try:
@@ -240,148 +234,22 @@ class Connection:
             log.warning("authentication failed", extra=about)
         return answer is True
 
-    async def _call(self, call: str, request: bytes) -> None:
-        try:
-            reader, writer = await self._keeper.connect()
-        except WardenError as error:
-            raise _Refused(Failed("procedure_loading_error", str(error))) from error
-        self.calling = True
-        try:
-            writer.transport.set_write_buffer_limits(high=1, low=0)
-            writer.write(request)
-            del request
-            await self._carry(call, reader, writer)
-        finally:
-            writer.transport.abort()
 
-    async def _carry(self, call: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Carry the warden's lines to the client until the call has ended or the client is gone."""
-        relay = Relay()
-        relaying = asyncio.create_task(self._relay(relay, reader, writer))
-        watching = asyncio.create_task(self._watch())
-        spoke = False
-        try:
-            await asyncio.wait({relaying, watching}, return_when=asyncio.FIRST_COMPLETED)
-            (relaying if relaying.done() else watching).result()
-        except (_Gone, _Spoke) as reason:
-            if not relay.ended:
-                relaying.cancel()
-                await asyncio.wait({relaying})
-                await self._stop(call, reason, reader, writer)
-            if isinstance(reason, _Gone):
-                return
-            spoke = True
-        finally:
-            relaying.cancel()
-            watching.cancel()
-            await asyncio.gather(relaying, watching, return_exceptions=True)
-        if relay.torn:
-            self._writer.transport.abort()
-        elif relay.ended:
-            await self._drain(wholly=True)
-        elif spoke:
-            raise _Refused(_AFTER_REQUEST, sending=True)
-        else:
-            raise _Refused(_SHUTDOWN if self.stopping else _CALL_DIED)
-
-    async def _relay(self, relay: Relay, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Send the client what the warden says, until the warden closes or dies. Raises `_Gone`."""
-        with contextlib.suppress(_WardenLost):
-            await _of_warden(writer.drain())
-            self._share.release()
-            while data := await _of_warden(reader.read(_CHUNK)):
-                if sendable := relay.feed(data):
-                    self._writer.write(sendable)
-                    await self._drain()
-
-    async def _watch(self) -> None:
-        """Wait until the client goes away or says something. Raises `_Gone` or `_Spoke`."""
-        while True:
-            try:
-                data = await self._read()
-            except OSError as error:
-                raise _Gone from error
-            if data.strip():
-                raise _Spoke
-
-    async def _stop(
-        self, call: str, reason: Exception, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
-    ) -> None:
-        """Have the warden stop the call, and wait until its processes are gone."""
-        about = {"call": call, "peer": self._peer}
-        if isinstance(reason, _Gone):
-            self._writer.transport.abort()
-        try:
-            writer.write_eof()
-            async with asyncio.timeout(2 * self._limits.kill_grace + _STOP_MARGIN):
-                while await reader.read(_CHUNK):
-                    pass
-        except OSError as error:
-            if isinstance(error, TimeoutError):
-                log.error("call did not end in time after its client was gone", extra=about)
-                return
-        what = "client went away; call stopped" if isinstance(reason, _Gone) else "client sent more; call stopped"
-        log.info(what, extra=about)
-
-    async def _refuse(self, error: Failed, sending: bool = False) -> None:
-        """Send an error line. `sending`: whether more may be on its way from the client."""
-        level = logging.ERROR if error in (_CALL_DIED, _INTERNAL) else logging.INFO
-        log.log(
-            level, "answered with an error", extra={"peer": self._peer, "type": error.type, "reason": error.message}
-        )
-        self._writer.write(encode_message(error))
-        await self._drain(wholly=True)
-        if sending:
-            with contextlib.suppress(TimeoutError, _Gone):
-                async with asyncio.timeout(_LINGER):
-                    while True:
-                        async with asyncio.timeout(_SILENT):
-                            await self._read()
-
-    async def _say_at_last(self, error: Failed) -> None:
-        with contextlib.suppress(_Gone, OSError):
-            await self._refuse(error)
-
-    async def _drain(self, wholly: bool = False) -> None:
-        """Wait until the client has taken what is more than the buffer's share, or all of it.
-
-        Raises:
-            _Gone: the client is gone, or took nothing for as long as it may.
-        """
-        transport = self._writer.transport
-        if wholly:
-            transport.set_write_buffer_limits(high=1, low=0)
-        left = transport.get_write_buffer_size()
-        while True:
-            try:
-                async with asyncio.timeout(self._limits.write_stall):
-                    await self._writer.drain()
-                    return
-            except TimeoutError as error:
-                before, left = left, transport.get_write_buffer_size()
-                if left >= before:
-                    log.info("client does not read", extra={"peer": self._peer, "unsent": left})
-                    raise _Gone from error
-            except OSError as error:
-                raise _Gone from error
-
-    async def _close(self) -> None:
-        self._writer.close()
-        try:
-            async with asyncio.timeout(_FAREWELL):
-                await self._writer.wait_closed()
-        except (OSError, asyncio.CancelledError) as error:
-            self._writer.transport.abort()
-            if isinstance(error, asyncio.CancelledError):
-                raise
+def _start_line(call: str, request: Request, peer: str) -> bytes:
+    """The line that asks a warden to start a call. Spec: harpd.warden."""
+    members = Envelope(call=call, procedure=request.procedure, arguments=request.arguments)
+    members |= {"user": request.user, "peer": peer}
+    if request.call is not None:
+        terms = encode_terms(request.call)
+        del terms["id"]
+        members["kept"] = terms
+    return dumps(members) + b"\n"
 
 
-async def _of_warden(operation: Awaitable[T]) -> T:
-    """Await something on the warden's connection; its loss is told apart from the client's."""
-    try:
-        return await operation
-    except ConnectionError as error:
-        raise _WardenLost from error
+def _attach_line(request: Attach, peer: str) -> bytes:
+    """The line that asks a warden to attach to a call. Spec: harpd.warden."""
+    members = Envelope(attach=request.call, owner=request.owner, secret=request.secret, since=request.since)
+    return dumps(members | {"user": request.user, "peer": peer}) + b"\n"
 
 
 def _place(error: BaseException | None) -> dict[str, object]:

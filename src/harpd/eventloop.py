@@ -17,6 +17,8 @@ log = logging.getLogger("harpd.warden")
 READ = select.EPOLLIN
 WRITE = select.EPOLLOUT
 
+#: Seconds after which timers are looked at in any case: a wait does not count the time that the system slept.
+_LONGEST_WAIT = 5.0
 #: So many cancelled timers are never worth a cleaning.
 _MANY = 100
 
@@ -64,10 +66,15 @@ class EventLoop:
         if self._watched.pop(descriptor, None) is not None:
             self._epoll.unregister(descriptor)
 
+    @staticmethod
+    def now() -> float:
+        """The time of this loop, in seconds: the system's since boot, during which it may have slept."""
+        return time.clock_gettime(time.CLOCK_BOOTTIME)
+
     def after(self, seconds: float, callback: Callback) -> Timer:
         """Call back once, that many seconds from now."""
         timer = Timer(callback, self._on_cancel)
-        heapq.heappush(self._timers, (time.monotonic() + seconds, next(self._order), timer))
+        heapq.heappush(self._timers, (self.now() + seconds, next(self._order), timer))
         return timer
 
     def _on_cancel(self) -> None:
@@ -94,10 +101,10 @@ class EventLoop:
     def _patience(self) -> float:
         while self._timers and self._timers[0][2].callback is None:
             self._pop()
-        return max(0.0, self._timers[0][0] - time.monotonic()) if self._timers else -1
+        return min(max(0.0, self._timers[0][0] - self.now()), _LONGEST_WAIT) if self._timers else -1
 
     def _run_timers(self) -> None:
-        now = time.monotonic()
+        now = self.now()
         while self._timers and self._timers[0][0] <= now:
             callback = self._pop()
             if callback is not None:

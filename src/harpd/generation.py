@@ -18,7 +18,15 @@ from harpd.auth import AuthDB
 from harpd.config import ConfigError, Configuration, load, load_yaml, server_context
 from harpd.logs import LogSettings
 
-__all__ = ["Generation", "Options", "configure_log", "make_generation", "warden_settings"]
+__all__ = [
+    "Generation",
+    "Options",
+    "Plan",
+    "configure_log",
+    "make_generation",
+    "make_plan",
+    "warden_settings",
+]
 
 
 @dataclass(frozen=True)
@@ -49,13 +57,25 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Generation:
-    """What one connection works with from its first byte to its last."""
+class Plan:
+    """What a keeper of wardens needs of the files: no key and no user."""
 
     configuration: Configuration
+    log: LogSettings
+
+
+@dataclass(frozen=True)
+class Generation(Plan):
+    """What one connection works with from its first byte to its last."""
+
     context: ssl.SSLContext
     users: AuthDB
-    log: LogSettings
+
+
+def make_plan(options: Options) -> Plan:
+    """Read configuration and log settings. May block. Raises `ConfigError`."""
+    configuration = load(options.config)
+    return Plan(configuration, LogSettings(syslog=options.syslog, config=_log_config(options.logging)))
 
 
 def make_generation(options: Options) -> Generation:
@@ -66,9 +86,9 @@ def make_generation(options: Options) -> Generation:
     Raises:
         ConfigError: something is wrong; what was in use before still is.
     """
-    configuration = load(options.config)
+    plan = make_plan(options)
+    configuration = plan.configuration
     context = server_context(configuration.network, options.config)
-    log = LogSettings(syslog=options.syslog, config=_log_config(options.logging))
     before = sys.path[:]
     ends = configuration.python.ends()
     sys.path[:] = [*ends["prepend"], *options.search_path, *ends["append"]]
@@ -77,7 +97,7 @@ def make_generation(options: Options) -> Generation:
     except BaseException:
         sys.path[:] = before
         raise
-    return Generation(configuration, context, users, log)
+    return Generation(configuration, plan.log, context, users)
 
 
 def _log_config(path: Path | None) -> dict[str, Any] | None:
@@ -120,26 +140,40 @@ def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split())
 
 
-def configure_log(options: Options, generation: Generation) -> None:
-    """Set up this process's log as a generation has it. Raises `ConfigError`."""
+def configure_log(options: Options, plan: Plan) -> None:
+    """Set up this process's log as configured. Raises `ConfigError`."""
     try:
-        logs.configure(generation.log)
+        logs.configure(plan.log)
     except (ValueError, OSError) as error:
         raise ConfigError(f"{options.logging or '--syslog'}: {_one_line(error)}") from error
 
 
-def warden_settings(options: Options, generation: Generation, runtime_directory: Path) -> dict[str, Any]:
-    """What the warden gets to know: nothing secret, values that JSON can carry. Spec: harpd.warden."""
-    limits = generation.configuration.limits
+def warden_settings(options: Options, plan: Plan, runtime_directory: Path, outlive: bool) -> dict[str, Any]:
+    """What the warden gets to know: nothing secret, values that JSON can carry. Spec: harpd.warden.
+
+    Args:
+        options: the command line.
+        plan: configuration and log.
+        runtime_directory: where it makes its sockets.
+        outlive: whether it goes on without a keeper while it holds calls.
+    """
+    configuration = plan.configuration
+    limits, evidence = configuration.limits, configuration.evidence
     return {
         "procedures": str(options.procedures),
-        "python_path": generation.configuration.python.ends(),
+        "python_path": configuration.python.ends(),
         "default_user": options.default_user,
         "default_group": options.default_group,
         "calls": limits.calls,
         "kill_grace": limits.kill_grace,
         "spool": limits.spool,
+        "spool_memory": limits.spool_memory,
+        "keep_running": limits.keep_running,
+        "linger": limits.linger,
+        "evidence": {"stderr": evidence.stderr, "traceback": evidence.traceback},
+        "cgroup": configuration.cgroup,
+        "outlive": outlive,
         "runtime_directory": str(runtime_directory),
-        "logging": generation.log,
+        "logging": plan.log,
         "descriptors": options.descriptors,
     }

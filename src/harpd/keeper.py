@@ -1,11 +1,12 @@
-"""Keeps a warden running, and is how the gate speaks with it.
+"""Keeps a warden running: starts it, starts another when it dies, puts a new one in its place.
 
-The warden is ``python -m harpd.warden LISTENER LIFELINE``: the numbers of two descriptors that it inherits, the
-listening socket that the gate made and the read end of a pipe whose write end only the gate holds. Its settings
-come on its stdin as one JSON object. In the foreground it inherits stderr.
+A warden is ``python -m harpd.warden LIFELINE``: the number of a descriptor that it inherits, one end of a socket pair
+whose other end its keeper holds. Its settings come on its stdin as one JSON object. In the foreground it inherits
+stderr.
 
-The gate keeps the listening socket open. So a connection that is made while there is no warden waits for the
-next one; only the calls that a dead warden had are lost.
+A warden makes its own sockets and may outlive its keeper. So a keeper that starts may find older wardens, and one that
+puts another in its warden's place has one itself: they *retire*, which is to say that they start nothing more and end
+with their last call. A full stop ends them all.
 """
 
 from __future__ import annotations
@@ -15,228 +16,189 @@ import contextlib
 import logging
 import os
 import socket
+import subprocess
 import sys
 import time
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, TypeAlias
 
-from harp.protocol.jsontext import InvalidJSON, dumps, loads
+from harp.protocol.jsontext import dumps
+from harpd.wardens import NoWarden, WardenError, Wardens
 
-__all__ = ["Keeper", "WardenError"]
+__all__ = ["STOP_MARGIN", "Keeper", "Settings"]
 
-log = logging.getLogger("harpd.gate")
+log = logging.getLogger("harpd.keeper")
 
-#: Seconds that a warden has to load the procedures file and to answer.
-_START = 60.0
-#: Seconds that a call waits for a warden that is being started: less than what a dispatcher waits for harpd.
-_WAIT = 5.0
-#: Seconds for a control request that is answered at once.
-_ANSWER = 10.0
+#: What a warden needs to know; values that JSON can carry, no secret.
+Settings: TypeAlias = Mapping[str, Any]
+
+#: Seconds that a warden has to load the procedures file and to answer, and between two looks whether it does.
+_START, _LOOK = 60.0, 0.02
+#: Seconds for the answer of whoever takes new calls meanwhile; it may hang, and is asked again.
+_ANSWER = 2.0
+#: Seconds, beyond the calls' two grace periods, for the end of a warden.
+STOP_MARGIN = 5.0
 #: Seconds between two starts of a warden that dies: the first pause, and the longest that it grows to.
 _PAUSE_FIRST, _PAUSE_LONGEST = 0.1, 30.0
 #: A warden that lived this many seconds was no failed start.
 _LIVED = 10.0
 
-#: What may wait unread, in bytes: an answer to a control request, which is one line; what a call says.
-_ANSWER_BYTES, _CALL_BYTES = 16 * 1024 * 1024, 64 * 1024
-
-
-class WardenError(Exception):
-    """The warden is not there, or refused. The message says why."""
-
 
 class Keeper:
-    """Starts the warden, starts another when it dies, and opens connections to it.
+    """Keeps the warden of a runtime directory.
 
     Args:
-        directory: the runtime directory.
-        background: the warden gets no stderr.
+        wardens: the way to the wardens of the directory.
+        background: wardens get no stderr.
+        settings: gives what the next warden starts with.
     """
 
-    def __init__(self, directory: Path, background: bool) -> None:
-        self._stderr = asyncio.subprocess.DEVNULL if background else None
-        # By way of the descriptor, for a socket's address has no more than 107 bytes.
-        self._directory = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-        self._address = f"/proc/self/fd/{self._directory}/warden"
-        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        (directory / "warden").unlink(missing_ok=True)
-        self._listener.bind(self._address)
-        (directory / "warden").chmod(0o600)
-        self._listener.listen(4096)
-        self._lifeline_end, self._lifeline = os.pipe()
-        self._settings: Mapping[str, Any] = {}
-        self._process: asyncio.subprocess.Process | None = None
-        self._started = 0.0
-        self._ready = asyncio.Event()
-        self._keeping: asyncio.Task[None] | None = None
-
-    async def start(self, settings: Mapping[str, Any]) -> None:
-        """Start the warden and return once it can take calls.
-
-        Args:
-            settings: what the warden needs to know; values that JSON can carry, no secret.
-
-        Raises:
-            WardenError: it ended or did not answer; its log says why.
-        """
+    def __init__(self, wardens: Wardens, background: bool, settings: Callable[[], Settings]) -> None:
+        self._wardens = wardens
+        self._stderr = subprocess.DEVNULL if background else None
         self._settings = settings
-        await self._spawn()
-        self._keeping = asyncio.create_task(self._keep())
+        self._warden: _Child | None = None
+        self._children: set[_Child] = set()
+        self._retired: set[_Child] = set()
+        self._starting = asyncio.Lock()
+        self._restarting: asyncio.Task[None] | None = None
+        self._pause = 0.0
 
-    async def _spawn(self) -> None:
-        environment = {name: value for name, value in os.environ.items() if name != "NOTIFY_SOCKET"}
-        # -P: modules are not taken from the directory in which harpd was started.
-        self._process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-P", "-m", "harpd.warden"),
-            *(str(self._listener.fileno()), str(self._lifeline_end)),
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.DEVNULL,
-            stderr=self._stderr,
-            pass_fds=(self._listener.fileno(), self._lifeline_end),
-            start_new_session=True,  # ^C in a terminal is for the gate, which then ends the warden in order
-            env=environment,
-        )
-        self._started = time.monotonic()
-        assert self._process.stdin is not None
-        with contextlib.suppress(ConnectionError):
-            self._process.stdin.write(dumps(dict(self._settings)))
-            await self._process.stdin.drain()
-        self._process.stdin.close()
-        await self._until_ready(self._process)
-        self._ready.set()
-        log.info("warden started", extra={"warden": self._process.pid})
+    async def start(self) -> None:
+        """Start a warden and return once it takes the new calls; older ones retire.
 
-    async def _until_ready(self, process: asyncio.subprocess.Process) -> None:
-        answered = asyncio.create_task(self._ask({"control": "status"}, _START))
-        ended = asyncio.create_task(process.wait())
-        try:
-            await asyncio.wait({answered, ended}, return_when=asyncio.FIRST_COMPLETED)
-            if not answered.done():
-                raise WardenError(f"the warden ended before it was ready ({_ending(ended.result())})")
+        Raises:
+            WardenError: it ended or did not answer; its log says why. An earlier one goes on as before.
+        """
+        async with self._starting:
+            await self._wardens.remove_dead()
+            child = _Child(self._settings(), self._stderr)
+            self._children.add(child)
+            child.ended.add_done_callback(partial(self._on_ended, child))
             try:
-                answered.result()
-            except WardenError:
-                if process.returncode is None:
-                    process.kill()
+                incarnation = await self._until_ready(child)
+            except BaseException:
+                child.process.kill()
                 raise
-        finally:
-            for task in (answered, ended):
-                task.cancel()
-            await asyncio.wait({answered, ended})
+            if self._warden is not None:
+                self._retired.add(self._warden)
+            self._warden = child
+            if child.ended.done():  # it was not yet ours when it died
+                self._restart()
+            log.info("warden started", extra={"warden": child.process.pid})
+            await self._retire_others(incarnation)
 
-    async def _keep(self) -> None:
-        """Wait for the warden's death and start another, ever again."""
-        pause = 0.0
-        while True:
-            assert self._process is not None
-            status = await self._process.wait()
-            self._ready.clear()
-            log.error("warden died", extra={"warden": self._process.pid, "status": _ending(status)})
-            if time.monotonic() - self._started > _LIVED:
-                pause = 0.0
-            while not self._ready.is_set():
-                await asyncio.sleep(pause)
-                pause = min(max(2 * pause, _PAUSE_FIRST), _PAUSE_LONGEST)
-                try:
-                    await self._spawn()
-                except (WardenError, OSError) as error:
-                    log.error("warden did not start", extra={"reason": str(error), "again_in": pause})
-
-    async def connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        """Open a connection for one call.
-
-        Raises:
-            WardenError: there is no warden and none comes up.
-        """
+    async def _until_ready(self, child: _Child) -> str:
+        """Wait until the warden takes calls; return its incarnation."""
         try:
-            async with asyncio.timeout(_WAIT):
-                await self._ready.wait()
-                return await self._connect(_CALL_BYTES)
+            async with asyncio.timeout(_START):
+                while not child.ended.done():
+                    with contextlib.suppress(WardenError):
+                        status = await self._wardens.ask({"control": "status"}, _ANSWER)
+                        if status["warden"] == child.process.pid:
+                            return str(status["incarnation"])
+                    await asyncio.wait({child.ended}, timeout=_LOOK)
         except TimeoutError as error:
-            raise WardenError("the warden of the calls does not run; it is being started again") from error
+            raise WardenError(f"the warden did not answer within {_START:g} s") from error
+        raise WardenError(f"the warden ended before it was ready ({_ending(child.ended.result())})")
 
-    async def _connect(self, limit: int) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        try:
-            connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-            # The loop's own connect takes a full backlog, EAGAIN here, for a connection under way.
-            while True:
+    async def _retire_others(self, incarnation: str) -> None:
+        for name in self._wardens.names():
+            if not name.endswith(incarnation):
                 try:
-                    connection.connect(self._address)
-                    break
-                except BlockingIOError:
-                    await asyncio.sleep(0.01)
-                except BaseException:
-                    connection.close()
-                    raise
-            return await asyncio.open_unix_connection(sock=connection, limit=limit)
-        except OSError as error:
-            raise WardenError(f"no connection to the warden of the calls: {error.strerror}") from error
+                    await self._wardens.ask({"control": "retire"}, name=name)
+                except NoWarden:
+                    continue
+                except WardenError as error:
+                    log.error("an older warden did not retire", extra={"warden": name, "reason": str(error)})
 
-    async def control(self, request: Mapping[str, Any], deadline: float = _ANSWER) -> dict[str, Any]:
-        """Send a control request and return the answer.
+    def _on_ended(self, child: _Child, ended: asyncio.Future[int]) -> None:
+        self._children.discard(child)
+        about = {"warden": child.process.pid, "status": _ending(ended.result())}
+        if child is self._warden:
+            log.error("warden died", extra=about)
+            self._restart()
+        elif child in self._retired:
+            self._retired.discard(child)
+            log.info("an older warden has ended", extra=about)
 
-        Args:
-            request: the request, with the key ``control``.
-            deadline: seconds for the answer.
+    def _restart(self) -> None:
+        """Begin to start another warden, ever again until there is one."""
+        assert self._warden is not None
+        if time.monotonic() - self._warden.started > _LIVED:
+            self._pause = 0.0
+        self._warden = None
+        if self._restarting is None or self._restarting.done():
+            self._restarting = asyncio.create_task(self._start_again())
 
-        Raises:
-            WardenError: no answer came, or it is an error.
-        """
-        answer = await self._ask(request, deadline)
-        if request["control"] == "reload":
-            self._settings = request["settings"]  # a later warden starts with them
-        return answer
+    async def _start_again(self) -> None:
+        while self._warden is None:
+            await asyncio.sleep(self._pause)
+            self._pause = min(max(2 * self._pause, _PAUSE_FIRST), _PAUSE_LONGEST)
+            try:
+                await self.start()
+            except (WardenError, OSError) as error:
+                log.error("warden did not start", extra={"reason": str(error), "again_in": self._pause})
 
-    async def _ask(self, request: Mapping[str, Any], deadline: float) -> dict[str, Any]:
-        try:
-            async with asyncio.timeout(deadline):
-                reader, writer = await self._connect(_ANSWER_BYTES)
-                try:
-                    writer.write(dumps(dict(request)) + b"\n")
-                    line = await reader.readline()
-                finally:
-                    writer.close()
-            answer = loads(line)
-        except TimeoutError as error:
-            raise WardenError(f"the warden did not answer within {deadline:g} s") from error
-        except (OSError, InvalidJSON, ValueError) as error:
-            raise WardenError(f"the warden gave no answer: {error}") from error
-        if not isinstance(answer, dict) or "error" in answer:
-            raise WardenError(str(answer["error"] if isinstance(answer, dict) else answer))
-        return answer
+    async def leave(self) -> None:
+        """Keep nothing any more: wardens may go on, calls do."""
+        self._warden = None
+        if self._restarting is not None:
+            self._restarting.cancel()
+            await asyncio.wait({self._restarting})
 
     async def stop(self, deadline: float) -> None:
-        """End all calls with the error ``shutdown``, then the warden; by force when it takes longer than asked.
+        """End all calls of all wardens with the error ``shutdown``, and the wardens; by force when it takes longer.
 
         Args:
             deadline: seconds for an orderly end.
         """
-        if self._keeping is not None:
-            self._keeping.cancel()
-            await asyncio.wait({self._keeping})
-        process = self._process
-        try:
-            if process is not None and process.returncode is None:
-                try:
-                    async with asyncio.timeout(deadline):
-                        await self._ask({"control": "shutdown"}, deadline)
-                        await process.wait()
-                except (WardenError, TimeoutError) as error:
-                    log.error("warden did not end in order; killed", extra={"reason": str(error)})
-                    with contextlib.suppress(ProcessLookupError):
-                        process.kill()
-                    await process.wait()
-        finally:
-            self._close()
+        await self.leave()
+        names = self._wardens.names()
+        await asyncio.gather(*(self._wardens.end(name, deadline) for name in names))
+        children = [child.ended for child in self._children]
+        for child in self._children:  # what is still starting, and has no name yet
+            child.process.kill()
+        if children:
+            await asyncio.wait(children)
+        await self._wardens.remove_dead()
 
-    def _close(self) -> None:
-        self._ready.clear()
-        with contextlib.suppress(OSError):
-            os.unlink(self._address)
-        self._listener.close()
-        for descriptor in (self._lifeline, self._lifeline_end, self._directory):
-            os.close(descriptor)
+
+class _Child:
+    """A warden's process.
+
+    Raises:
+        OSError: no process can be made.
+    """
+
+    def __init__(self, settings: Settings, stderr: int | None) -> None:
+        environment = {name: value for name, value in os.environ.items() if name != "NOTIFY_SOCKET"}
+        self.started = time.monotonic()
+        #: Its exit status, once it has ended.
+        self.ended: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        self._lifeline, theirs = socket.socketpair()
+        with theirs, os.fdopen(os.memfd_create("settings"), "w+b") as given:
+            given.write(dumps(dict(settings)))
+            given.seek(0)
+            # -P: modules are not taken from the directory in which harpd was started.
+            self.process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "harpd.warden", str(theirs.fileno())],
+                stdin=given,
+                stdout=subprocess.DEVNULL,
+                stderr=stderr,
+                pass_fds=(theirs.fileno(),),
+                start_new_session=True,  # ^C in a terminal is for the keeper, which then ends the warden in order
+                env=environment,
+            )
+        self._descriptor = os.pidfd_open(self.process.pid)
+        asyncio.get_running_loop().add_reader(self._descriptor, self._on_ended)
+
+    def _on_ended(self) -> None:
+        asyncio.get_running_loop().remove_reader(self._descriptor)
+        os.close(self._descriptor)
+        self._lifeline.close()
+        self.ended.set_result(self.process.wait())
 
 
 def _ending(status: int) -> str:

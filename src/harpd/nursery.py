@@ -19,7 +19,7 @@ from harp.protocol.jsontext import dumps, loads
 from harpd.eventloop import READ, WRITE, EventLoop
 from harpd.mark import environment_with_room
 
-__all__ = ["Offered", "Parent", "Zygote"]
+__all__ = ["Offered", "Parent", "Usage", "Zygote"]
 
 log = logging.getLogger("harpd.warden")
 
@@ -36,6 +36,19 @@ class Offered:
     timeout: float | None
 
 
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What a call's main process and the children that it waited for have used; None: not known.
+
+    Attributes:
+        cpu: seconds of processor time, of the user's and the system's.
+        memory: bytes of memory at the most, of the largest of them.
+    """
+
+    cpu: float | None = None
+    memory: int | None = None
+
+
 class Parent(Protocol):
     """Who asked for a fork."""
 
@@ -45,7 +58,7 @@ class Parent(Protocol):
     def refused(self, reason: str) -> None:
         """There is no process."""
 
-    def reaped(self, status: int) -> None:
+    def reaped(self, status: int, usage: Usage) -> None:
         """The process has ended, with this wait status; or its zygote has, and took it along."""
 
 
@@ -96,6 +109,7 @@ class Zygote:
             "default_user": settings.get("default_user"),
             "default_group": settings.get("default_group"),
             "descriptors": settings["descriptors"],
+            "tracebacks": settings["evidence"]["traceback"],
         }
         self._say(order)
 
@@ -179,9 +193,9 @@ class Zygote:
             case {"forked": call_id, "pid": pid, "start": start}:
                 parent = self._children[pid] = self._forking.pop(call_id)
                 parent.forked(pid, start)
-            case {"reaped": pid, "status": status}:
+            case {"reaped": pid, "status": status, "cpu": cpu, "memory": memory}:
                 if ended := self._children.pop(pid, None):
-                    ended.reaped(status)
+                    ended.reaped(status, Usage(cpu, memory))
                 self._end_if_idle()
             case {"refused": call_id, "reason": reason}:
                 self._forking.pop(call_id).refused(reason)
@@ -208,7 +222,7 @@ class Zygote:
         for parent in [*self._forking.values()]:
             parent.refused("the process that makes processes died")
         for parent in [*self._children.values()]:
-            parent.reaped(9)  # they are killed with it
+            parent.reaped(signal.SIGKILL, Usage())  # they are killed with it
         self._forking.clear()
         self._children.clear()
         if not self._retired:

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import logging
 import os
+from collections import deque
 from collections.abc import Mapping
+from functools import partial
 
 from harpd.eventloop import READ, EventLoop
 
-__all__ = ["Output"]
+__all__ = ["Output", "Pipe"]
 
 log = logging.getLogger("harpd.call")
 
@@ -20,6 +22,8 @@ log = logging.getLogger("harpd.call")
 _READ_SIZE = 512
 #: The most bytes of a line that are logged in one event; what is longer goes into several.
 _LONGEST = 8192
+#: How many of the last lines are evidence, how many characters of each, and how many reads fetch what is there still.
+_LAST_LINES, _LINE_SHOWN, _LAST_READS = 20, 500, 128
 
 
 class Output:
@@ -33,10 +37,9 @@ class Output:
     def __init__(self, loop: EventLoop, most_left: int) -> None:
         self._loop = loop
         self._most_left = most_left
-        self._pipes: dict[int, _Pipe] = {}
-        self._left: dict[int, None] = {}  # in the order of their calls' ends
+        self._left: dict[Pipe, None] = {}  # in the order of their calls' ends
 
-    def open(self, fields: Mapping[str, str], stream: str) -> tuple[int, int]:
+    def open(self, fields: Mapping[str, str], stream: str) -> tuple[Pipe, int]:
         """Make a pipe for a call.
 
         Args:
@@ -51,39 +54,56 @@ class Output:
         """
         reading, writing = os.pipe2(os.O_CLOEXEC)
         os.set_blocking(reading, False)
-        self._pipes[reading] = _Pipe({**fields, "stream": stream})
-        self._loop.watch(reading, READ, lambda: self._read(reading))
-        return reading, writing
+        pipe = Pipe(reading, {**fields, "stream": stream})
+        self._loop.watch(reading, READ, partial(self._on_ready, pipe))
+        return pipe, writing
 
-    def leave(self, reading: int) -> None:
+    def tail(self, pipe: Pipe) -> list[str]:
+        """The last lines of a pipe whose call has just ended."""
+        for _ in range(_LAST_READS):
+            if not self._read(pipe):
+                break
+        return pipe.last_lines()
+
+    def leave(self, pipe: Pipe) -> None:
         """The pipe's call has ended; what it left running may go on printing."""
-        if reading in self._pipes:
-            self._left[reading] = None
+        if pipe.descriptor >= 0:
+            self._left[pipe] = None
         while len(self._left) > self._most_left:
             self._close(next(iter(self._left)))
 
-    def _read(self, reading: int) -> None:
+    def _on_ready(self, pipe: Pipe) -> None:
+        self._read(pipe)
+
+    def _read(self, pipe: Pipe) -> bool:
+        """Read once; whether there was something."""
+        if pipe.descriptor < 0:
+            return False
         try:
-            data = os.read(reading, _READ_SIZE)
+            data = os.read(pipe.descriptor, _READ_SIZE)
         except BlockingIOError:
-            return
-        self._pipes[reading].take(data)
+            return False
+        pipe.take(data)
         if not data:
-            self._close(reading)
+            self._close(pipe)
+        return bool(data)
 
-    def _close(self, reading: int) -> None:
-        self._pipes.pop(reading).end()
-        self._left.pop(reading, None)
-        self._loop.forget(reading)
-        os.close(reading)
+    def _close(self, pipe: Pipe) -> None:
+        pipe.end()
+        self._left.pop(pipe, None)
+        self._loop.forget(pipe.descriptor)
+        os.close(pipe.descriptor)
+        pipe.descriptor = -1
 
 
-class _Pipe:
-    """What came of a line so far."""
+class Pipe:
+    """A pipe's end to read, and what came of a line so far. `descriptor` is -1 once it is closed."""
 
-    def __init__(self, fields: Mapping[str, str]) -> None:
+    def __init__(self, descriptor: int, fields: Mapping[str, str]) -> None:
+        self.descriptor = descriptor
         self._fields = fields
         self._begun = b""
+        self._last: deque[bytes] = deque(maxlen=_LAST_LINES)
 
     def take(self, data: bytes) -> None:
         """Log the lines that the data completes."""
@@ -99,9 +119,20 @@ class _Pipe:
         """Log what is left of a line."""
         if self._begun:
             self._log(self._begun)
+            self._begun = b""
+
+    def last_lines(self) -> list[str]:
+        """The last lines, the one that is not whole too; long ones cut."""
+        lines = [*self._last, self._begun] if self._begun else list(self._last)
+        return [_text(line)[:_LINE_SHOWN] for line in lines[-_LAST_LINES:]]
 
     def _log(self, line: bytes) -> None:
-        log.info("call printed", extra={**self._fields, "text": line.decode("utf-8", "backslashreplace")})
+        self._last.append(line)
+        log.info("call printed", extra={**self._fields, "text": _text(line)})
+
+
+def _text(line: bytes) -> str:
+    return line.decode("utf-8", "backslashreplace")
 
 
 def _character_start(text: bytes, at: int) -> int:

@@ -12,12 +12,18 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
+from harpd.cgroup import Cgroup
+from harpd.mark import entry
+
 __all__ = ["Process", "Tree", "send", "snapshot", "start_time"]
+
+
+_MARK = entry("")
 
 
 @dataclass(frozen=True)
 class Process:
-    """A process at one moment. `start` is its start time in clock ticks since boot."""
+    """A process at one moment. `start` is its start time in clock ticks since boot, `command` its name for itself."""
 
     pid: int
     start: int
@@ -25,11 +31,17 @@ class Process:
     group: int = 0
     session: int = 0
     state: str = "R"
+    command: str = ""
 
     @property
     def identity(self) -> tuple[int, int]:
         """What no other process has before the system starts anew."""
         return self.pid, self.start
+
+    @property
+    def is_marked(self) -> bool:
+        """Whether it carries some call's mark."""
+        return any(found.startswith(_MARK) and not found.startswith(_MARK + b"-") for found in self.environment)
 
     @cached_property
     def environment(self) -> frozenset[bytes]:
@@ -49,11 +61,13 @@ class Tree:
         pid: the main process.
         start: its start time.
         mark: the environment entry that what the call forks and executes inherits, see `harpd.mark`.
+        group: its cgroup, which nothing of the call can leave; None: it has none.
     """
 
     pid: int
     start: int
     mark: bytes
+    group: Cgroup | None = None
 
     def members(
         self, processes: Mapping[int, Process], known: Iterable[tuple[int, int]] = (), late: bool = False
@@ -72,6 +86,8 @@ class Tree:
         if main.start == self.start if main is not None else not late:
             found |= {p.pid for p in processes.values() if self.pid in (p.pid, p.session, p.group)}
         found |= {p.pid for p in processes.values() if p.start >= self.start and self.mark in p.environment}
+        if self.group is not None:
+            found |= self.group.pids() & processes.keys()
         children: dict[int, list[int]] = {}
         for process in processes.values():
             children.setdefault(process.parent, []).append(process.pid)
@@ -103,9 +119,11 @@ def _read(pid: int) -> Process | None:
             text = stat.read()
     except (FileNotFoundError, ProcessLookupError, PermissionError):
         return None
-    fields = text[text.rindex(b")") + 2 :].split()  # the command before may hold anything
+    end = text.rindex(b")")  # the command before may hold anything
+    fields = text[end + 2 :].split()
     parent, group, session = (int(field) for field in fields[1:4])
-    return Process(pid, int(fields[19]), parent, group, session, fields[0].decode())
+    command = text[text.index(b"(") + 1 : end].decode("utf-8", "backslashreplace")
+    return Process(pid, int(fields[19]), parent, group, session, fields[0].decode(), command)
 
 
 def start_time(pid: int) -> int:

@@ -1,11 +1,13 @@
 """One call as the warden sees it: its process, what it says, its limit, and its end.
 
-What the process writes goes to the gate's connection as it comes, through a bounded buffer: while that is full
-nothing is read, so that the process waits (back-pressure) and nothing is dropped. The end is decided here, once:
+What the process writes goes to its audience (`harpd.tied`, `harpd.kept`); while that is full nothing is read, so that
+the process waits (back-pressure) and nothing is dropped. The end is decided here, once:
 
 - a limit that fired, a cancel or a shutdown stands, whatever the process says afterwards;
 - else the process's own closing line;
 - else the process died without one: ``call_died``, and what it left is stopped.
+
+Then the audience is told what is known of the process's death (evidence), and how a stop turned out (receipt).
 """
 
 from __future__ import annotations
@@ -16,21 +18,25 @@ import os
 import resource
 import signal
 import socket
+import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from enum import Enum
+from typing import Any, Protocol
 
-from harp.protocol.daemon import Acknowledgement, Message, encode_message
+from harp.protocol.daemon import encode_message
 from harp.protocol.ends import Failed
-from harp.protocol.jsontext import Raw
+from harp.protocol.jsontext import Raw, dumps, loads
+from harpd.cgroup import Cgroups
 from harpd.eventloop import READ, WRITE, EventLoop, Timer
 from harpd.mark import entry
-from harpd.nursery import Offered, Zygote
-from harpd.output import Output
+from harpd.nursery import Offered, Usage, Zygote
+from harpd.output import Output, Pipe
 from harpd.processes import Process, Tree
-from harpd.records import CallRecords
+from harpd.records import CallRecords, Record
 from harpd.stopping import Stopping
 
-__all__ = ["RunningCall", "Stop"]
+__all__ = ["Audience", "RunningCall", "Stop", "Surroundings"]
 
 log = logging.getLogger("harpd.warden")
 
@@ -39,76 +45,126 @@ _READ_SIZE = 1 << 16
 _RESERVED, _RESERVED_SHARE = 64, 8
 
 _RECORD = b'{"stream":'
+_TRACEBACK = b'{"traceback":'
 
 
 class Stop(Enum):
-    """Why a call is stopped."""
+    """Why a call is stopped: the word for the log, and who does it by way of the evidence."""
 
-    TIME_LIMIT = "timeout"
-    CANCELLED = "cancelled"
-    SHUTDOWN = "shutdown"
+    TIME_LIMIT = "timeout", "limit"
+    MAX_EXEC_TIME = "max_exec_time", "limit"
+    SILENCE = "silence", "limit"
+    CANCELLED = "cancelled", "cancel"
+    SHUTDOWN = "shutdown", "shutdown"
+    LOST_CONTACT = "lost_contact", "lost_contact"
+
+    def __init__(self, why: str, by: str) -> None:
+        self.why = why
+        self.by = by
+
+
+class Audience(Protocol):
+    """Who hears a call."""
+
+    @property
+    def full(self) -> bool:
+        """Whether nothing more should be said now; `RunningCall.resume` is called once more may be."""
+
+    def acknowledged(self) -> None:
+        """The process exists. Comes first, unless there is a refusal."""
+
+    def refused(self, end: Failed) -> None:
+        """There is no process; nothing but `gone` follows."""
+
+    def take(self, lines: bytes, count: int) -> None:
+        """The process has said `count` records."""
+
+    def end(self, line: bytes) -> None:
+        """The end is decided: this is the closing line."""
+
+    def over(self, evidence: Raw, receipt: Raw | None) -> None:
+        """The main process has ended, and what was to be stopped is gone, or survives as the receipt says."""
+
+    def gone(self, receipt: Raw | None) -> None:
+        """Nothing of the call is left, or nothing that is ours to stop. A receipt: of survivors that are gone now."""
+
+
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """What all calls share.
+
+    Attributes:
+        loop: the event loop.
+        kill_grace: seconds between the steps of stopping.
+        records: where running calls are recorded.
+        look: gives all processes as they were at this moment of the monotonic clock, or later.
+        strays: whether among these processes is one that may be a call's of this age and can't be told to be.
+        output: where the pipes for stdout and stderr are made.
+        cgroups: where calls get a cgroup, if that is possible here.
+        keep_stderr: whether the last lines of stderr are evidence.
+    """
+
+    loop: EventLoop
+    kill_grace: float
+    records: CallRecords
+    look: Callable[[float], Mapping[int, Process]]
+    strays: Callable[[Mapping[int, Process], Tree], bool]
+    output: Output
+    cgroups: Cgroups
+    keep_stderr: bool
 
 
 class RunningCall:
     """A call from its fork to the death of its processes.
 
     Args:
-        loop: the event loop.
-        connection: the gate's connection for this call, non-blocking; owned by this object from now on.
-        call_id: the call's id, the gate's choice.
-        procedure: its name.
+        around: what it shares with the others.
+        call_id: its id.
+        procedure: its procedure's name.
         offered: what the zygote says of the procedure.
         zygote: who forks.
-        kill_grace: seconds between the steps of stopping.
-        spool: how many bytes may wait for the gate.
-        records: where running calls are recorded.
-        look: gives all processes as they were at this moment of the monotonic clock, or later.
-        output: where the pipes for its stdout and stderr are made.
-        on_gone: called once, when nothing of the call is left.
-        on_closed: called once, when moreover the gate has been told everything.
+        audience: who hears it.
+        record: what else its record on disk says, for the next warden.
+        on_gone: called once, when nothing of the call is left; the audience knows by then.
 
     Raises:
-        OSError: no descriptor is free; the connection is still the caller's.
+        OSError: no descriptor is free; nothing has begun.
     """
 
     def __init__(
         self,
-        loop: EventLoop,
-        connection: socket.socket,
+        around: Surroundings,
         call_id: str,
         procedure: str,
         offered: Offered,
         zygote: Zygote,
-        kill_grace: float,
-        spool: int,
-        records: CallRecords,
-        look: Callable[[float], Mapping[int, Process]],
-        output: Output,
+        audience: Audience,
+        record: Mapping[str, Any],
         on_gone: Callable[[RunningCall], None],
-        on_closed: Callable[[RunningCall], None],
     ) -> None:
-        self._loop = loop
-        self._gate: socket.socket | None = connection
+        self._around = around
+        self._loop = around.loop
         self.id = call_id
         self._offered = offered
-        self._kill_grace = kill_grace
-        self._spool = spool
-        self._records = records
-        self._look = look
-        self._output = output
+        self._audience = audience
+        self._record = record
         self._on_gone = on_gone
-        self._on_closed = on_closed
         self._fields = {"call": call_id, "procedure": procedure}
-        self._to_gate = bytearray()
         self._to_call = memoryview(b"")
         self._from_call = bytearray()
         self._said_end = False
-        self._caller_gone = False
         self._stopped: Stop | None = None
+        self._stopped_by: tuple[str | None, str | None] = (None, None)
         self._limit: Timer | None = None
         self._processes: Stopping | None = None  # None: the zygote has not forked yet
+        self._tree: Tree | None = None
+        self._status: int | None = None
+        self._usage = Usage()
+        self._traceback: Any = None
+        self._began = time.time()
+        self._over = False
         self._gone = False
-        self._channel, self._pipes, theirs = _equip(output, self._fields)
+        self._channel, self._pipes, theirs = _equip(around.output, self._fields)
         zygote.fork(call_id, procedure, theirs, self)
 
     def give(self, arguments: Raw) -> None:
@@ -116,19 +172,28 @@ class RunningCall:
         self._to_call = memoryview(bytes(arguments) + b"\n")
         self._watch()
 
+    @property
+    def main(self) -> tuple[int, int] | None:
+        """Pid and start time of the main process; None: there is none yet."""
+        return None if self._tree is None else (self._tree.pid, self._tree.start)
+
     # What the zygote says.
 
     def forked(self, pid: int, start: int) -> None:
         """The process is there: the call is acknowledged."""
-        tree = Tree(pid, start, entry(self.id))
-        self._processes = Stopping(self._loop, tree, self._kill_grace, self._look, self._leave)
+        group = self._around.cgroups.make(self.id, pid)
+        self._tree = Tree(pid, start, entry(self.id), group)
+        around = self._around
+        self._processes = Stopping(
+            around.loop, self._tree, around.kill_grace, around.look, around.strays, self._survived, self._leave
+        )
         try:
-            self._records.add(self.id, tree)
+            around.records.add(self.id, Record(self._tree, self._record))
         except OSError as error:  # it would be missed only if this warden were killed
             log.error("a call can't be recorded", extra={**self._fields, "reason": str(error)})
         log.info("call started", extra={**self._fields, "pid": pid})
+        self._audience.acknowledged()
         if self._stopped is None:
-            self._say(Acknowledgement(self._offered.streaming))
             if self._offered.timeout is not None:
                 self._limit = self._loop.after(self._offered.timeout, lambda: self.stop(Stop.TIME_LIMIT))
         else:
@@ -137,62 +202,136 @@ class RunningCall:
 
     def refused(self, reason: str) -> None:
         """There is no process."""
-        self._end(Failed("system_error", reason))
+        log.info("call ended", extra={**self._fields, "end": "system_error", "reason": reason})
+        self._said_end = self._over = True
+        self._audience.refused(Failed("system_error", reason))
         self._leave()
 
-    def reaped(self, status: int) -> None:
+    def reaped(self, status: int, usage: Usage) -> None:
         """The main process has ended: what it has said is read to the end, then its end is known."""
         assert self._processes is not None
+        self._status, self._usage = status, usage
         self._read_call()
         self._close_channel()  # a descendant may hold the channel; the call is over all the same
         if self._limit is not None:
             self._limit.cancel()
-        if self._said_end:
+        if self._said_end and self._stopped is None:
+            self._finish(None)
             self._leave()  # what it left running is not ours to stop
             return
-        if self._stopped is Stop.CANCELLED:  # nobody is there to be told
-            self._said_end = True
-            log.info("call ended", extra={**self._fields, "end": "cancelled"})
-        else:
-            self._end(self._stopped_end(status))
-        self._processes.main_ended()
+        self._decide_end()
+        self._processes.main_ended(status)
 
     # Stopping.
 
-    def stop(self, why: Stop) -> None:
-        """Stop the call; the first reason stands. One that has ended by itself is left alone."""
+    def stop(self, why: Stop, reason: str | None = None, by: str | None = None) -> None:
+        """Stop the call; the first reason stands. One that has ended by itself is left alone.
+
+        Args:
+            why: what kind of stop it is.
+            reason: the caller's word for it.
+            by: who asked the caller.
+        """
         if self._stopped is not None or self._said_end:
             return
         self._stopped = why
-        log.info("call is stopped", extra={**self._fields, "why": why.value})
+        self._stopped_by = reason, by
+        log.info("call is stopped", extra={**self._fields, "why": why.why})
         if self._processes is not None:
             self._processes.begin(interrupt=why is Stop.TIME_LIMIT)
 
-    def _stopped_end(self, status: int) -> Failed:
+    def _decide_end(self) -> None:
+        if not self._said_end:
+            self._said_end = True
+            end = self._stopped_end()
+            log.info("call ended", extra={**self._fields, "end": end.type, "reason": end.message})
+            self._audience.end(encode_message(end))
+
+    def _stopped_end(self) -> Failed:
+        reason, _ = self._stopped_by
         match self._stopped:
             case Stop.TIME_LIMIT:
                 return Failed("timeout", f"the procedure took more than its limit of {self._offered.timeout:g} s")
+            case Stop.MAX_EXEC_TIME:
+                return Failed("timeout", f"maximum execution time: the call took more than {reason}")
+            case Stop.SILENCE:
+                return Failed("timeout", f"reading the result: the call said nothing for {reason}")
+            case Stop.CANCELLED:
+                return Failed("cancelled", f"its caller stopped the call{f' ({reason})' if reason else ''}")
             case Stop.SHUTDOWN:
                 return Failed("shutdown", "harpd was stopped while the call ran")
-            case _:
-                return _died(status)
+            case Stop.LOST_CONTACT:
+                return Failed("lost_contact", "its dispatcher was away for longer than the call may run without it")
+            case None:
+                assert self._status is not None
+                return _died(self._status)
 
-    # What the process says, and who hears it.
+    def _survived(self) -> None:
+        """Killed, and still there: that is what there is to say, for now."""
+        self._decide_end()
+        assert self._processes is not None
+        receipt = self._processes.receipt()
+        log.error("processes of a call can't be killed", extra={**self._fields, "receipt": receipt})
+        self._finish(receipt)
+
+    def _finish(self, receipt: dict[str, Any] | None) -> None:
+        """Tell what is known at the call's end; once."""
+        if not self._over:
+            self._over = True
+            self._audience.over(dumps(self._evidence()), None if receipt is None else dumps(receipt))
+
+    def _evidence(self) -> dict[str, Any]:
+        status = self._status
+        signalled = status is not None and os.WIFSIGNALED(status)
+        _, by_whom = self._stopped_by
+        evidence: dict[str, Any] = {
+            "exit": None if status is None or signalled else os.waitstatus_to_exitcode(status),
+            "signal": _signal_name(status) if signalled and status is not None else None,
+            "by": self._ended_by(signalled),
+            "by_whom": by_whom,
+            "cpu": self._usage.cpu,
+            "memory": self._usage.memory,
+            "started": self._began,
+            "ended": time.time(),
+        }
+        if self._around.keep_stderr:
+            evidence["stderr"] = self._around.output.tail(self._pipes[1])
+        if self._traceback is not None:
+            evidence["traceback"] = self._traceback
+        return evidence
+
+    def _ended_by(self, signalled: bool) -> str:
+        if self._stopped is not None:
+            return self._stopped.by
+        if not signalled:
+            return "itself"
+        group = self._tree.group if self._tree is not None else None
+        return "out_of_memory" if group is not None and group.out_of_memory() else "unknown"
+
+    # What the process says.
+
+    def resume(self) -> None:
+        """More may be said again, or nobody wants to hear it any more."""
+        self._watch()
 
     def _watch(self) -> None:
-        """Watch for what can be done now, and for the other sides going away."""
-        if self._channel.fileno() >= 0:
-            # Nothing is read before the acknowledgement has gone out: it comes first on the wire. And nothing is
-            # given before the call is recorded: till then the procedure can't have started anything.
-            recorded = self._processes is not None
-            reading = recorded and len(self._to_gate) < self._spool
-            events = (READ if reading else 0) | (WRITE if recorded and self._to_call else 0)
-            if events:
-                self._loop.watch(self._channel.fileno(), events, self._on_channel)
-            else:  # watched for nothing it would still report its hang-up, again and again
-                self._loop.forget(self._channel.fileno())
-        if self._gate is not None and not self._caller_gone:
-            self._loop.watch(self._gate.fileno(), READ | (WRITE if self._to_gate else 0), self._on_gate)
+        """Watch for what can be done now, and for the process going away."""
+        if self._channel.fileno() < 0:
+            return
+        # Nothing is read before the acknowledgement has gone out: it comes first on the wire. And nothing is
+        # given before the call is recorded: till then the procedure can't have started anything.
+        recorded = self._processes is not None
+        reading = recorded and (self._decided or not self._audience.full)
+        events = (READ if reading else 0) | (WRITE if recorded and self._to_call else 0)
+        if events:
+            self._loop.watch(self._channel.fileno(), events, self._on_channel)
+        else:  # watched for nothing it would still report its hang-up, again and again
+            self._loop.forget(self._channel.fileno())
+
+    @property
+    def _decided(self) -> bool:
+        """Whether what the process still says does not count."""
+        return self._stopped is not None or self._said_end
 
     def _on_channel(self) -> None:
         if self._to_call:
@@ -209,7 +348,7 @@ class RunningCall:
     def _read_call(self, most: int | None = None) -> None:
         """Read what the process has written; `most` times, or to the end of what is there."""
         while most != 0 and self._channel.fileno() >= 0:
-            if len(self._to_gate) >= self._spool and most is not None:
+            if most is not None and not self._decided and self._audience.full:
                 return
             try:
                 data = self._channel.recv(_READ_SIZE)
@@ -224,8 +363,8 @@ class RunningCall:
             most = None if most is None else most - 1
 
     def _take(self, data: bytes) -> None:
-        if self._stopped is not None or self._said_end:
-            return  # the end is decided
+        if self._decided:
+            return
         end = data.rfind(b"\n") + 1
         if not end:
             self._from_call += data
@@ -233,63 +372,29 @@ class RunningCall:
         lines = bytes(self._from_call) + data[:end]
         self._from_call = bytearray(data[end:])
         last = lines.rfind(b"\n", 0, -1) + 1
-        if not lines.startswith(_RECORD, last):
-            self._said_end = True
-            if self._limit is not None:
-                self._limit.cancel()
-            log.info("call ended", extra={**self._fields, "end": _kind(lines[last:])})
-            assert self._processes is not None
-            self._processes.expect_exit()
-        self._pass_on(lines)
+        if lines.startswith(_RECORD, last):
+            self._audience.take(lines, lines.count(b"\n"))
+            return
+        closing = lines[last:]
+        if closing.startswith(_TRACEBACK):  # the closing line itself is still to come
+            self._traceback, closing = _traceback(closing), b""
+        else:
+            before = lines.rfind(b"\n", 0, last - 1) + 1 if last else 0
+            if lines.startswith(_TRACEBACK, before) and before < last:
+                self._traceback, last = _traceback(lines[before:last]), before
+        if last:
+            self._audience.take(lines[:last], lines.count(b"\n", 0, last))
+        if closing:
+            self._close_saying(closing)
 
-    def _end(self, end: Failed) -> None:
+    def _close_saying(self, closing: bytes) -> None:
         self._said_end = True
-        log.info("call ended", extra={**self._fields, "end": end.type, "reason": end.message})
-        self._say(end)
-
-    def _say(self, message: Message) -> None:
-        self._pass_on(encode_message(message))
-
-    def _pass_on(self, lines: bytes) -> None:
-        if self._gate is not None and not self._caller_gone:
-            self._to_gate += lines
-            self._send_gate()
-            self._watch()
-
-    def _send_gate(self) -> None:
-        try:
-            while self._to_gate and self._gate is not None:
-                del self._to_gate[: self._gate.send(self._to_gate)]
-        except BlockingIOError:
-            pass
-        except OSError:
-            self._caller_left()
-
-    def _on_gate(self) -> None:
-        self._send_gate()
-        if self._gate is None or self._caller_gone:
-            return
-        try:
-            if not self._gate.recv(_READ_SIZE):
-                self._caller_left()
-                return
-        except BlockingIOError:
-            pass
-        except OSError:
-            self._caller_left()
-            return
-        self._watch()
-        self._close_gate_if_done()
-
-    def _caller_left(self) -> None:
-        """Nobody wants the call any more. The connection stays open until its processes are gone."""
-        if self._gate is not None:
-            self._loop.forget(self._gate.fileno())
-        self._caller_gone = True
-        self._to_gate.clear()
-        self.stop(Stop.CANCELLED)
-        self._watch()  # what the process still says is read, and dropped
-        self._close_gate_if_done()
+        if self._limit is not None:
+            self._limit.cancel()
+        log.info("call ended", extra={**self._fields, "end": _kind(closing)})
+        assert self._processes is not None
+        self._processes.expect_exit()
+        self._audience.end(closing)
 
     # Leaving.
 
@@ -300,41 +405,42 @@ class RunningCall:
         self._gone = True
         if self._limit is not None:
             self._limit.cancel()
+        receipt: dict[str, Any] | None = None
+        late = self._over
         if self._processes is not None:
             self._processes.cancel()
+            receipt = self._processes.receipt()
+        self._finish(receipt)
         self._close_channel()
         for pipe in self._pipes:
-            self._output.leave(pipe)
-        self._records.remove(self.id)
+            self._around.output.leave(pipe)
+        if self._tree is not None and self._tree.group is not None:
+            self._tree.group.remove()
+        self._around.records.remove(self.id)
+        self._audience.gone(dumps(receipt) if late and receipt is not None else None)
         self._on_gone(self)
-        self._close_gate_if_done()
 
     def _close_channel(self) -> None:
         if self._channel.fileno() >= 0:
             self._loop.forget(self._channel.fileno())
             self._channel.close()
 
-    def _close_gate_if_done(self) -> None:
-        if self._gone and not self._to_gate and self._gate is not None:
-            self._loop.forget(self._gate.fileno())
-            self._gate.close()
-            self._gate = None
-            self._on_closed(self)
 
-
-def _equip(output: Output, fields: Mapping[str, str]) -> tuple[socket.socket, tuple[int, int], tuple[int, int, int]]:
+def _equip(output: Output, fields: Mapping[str, str]) -> tuple[socket.socket, tuple[Pipe, Pipe], tuple[int, int, int]]:
     """Make a call's descriptors: our end of its channel, our ends of its pipes, and its three."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     ours.setblocking(False)
     descriptors = [theirs.detach()]
     try:
-        pipes = []
+        pipes: list[Pipe] = []
         for stream in ("stdout", "stderr"):
-            reading, writing = output.open(fields, stream)
-            pipes.append(reading)
+            pipe, writing = output.open(fields, stream)
+            pipes.append(pipe)
             descriptors.append(writing)
         limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-        if max(ours.fileno(), *descriptors, *pipes) >= limit - min(_RESERVED, limit // _RESERVED_SHARE):
+        if max(ours.fileno(), *descriptors, *(pipe.descriptor for pipe in pipes)) >= limit - min(
+            _RESERVED, limit // _RESERVED_SHARE
+        ):
             raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
     except OSError:
         ours.close()
@@ -344,6 +450,10 @@ def _equip(output: Output, fields: Mapping[str, str]) -> tuple[socket.socket, tu
     return ours, (pipes[0], pipes[1]), (descriptors[0], descriptors[1], descriptors[2])
 
 
+def _traceback(line: bytes) -> Any:
+    return loads(line)["traceback"]
+
+
 def _kind(line: bytes) -> str:
     for kind in ("result", "exception", "error"):
         if line.startswith((f'{{"{kind}"'.encode(), f'{{"harp":1,"{kind}"'.encode())):
@@ -351,10 +461,14 @@ def _kind(line: bytes) -> str:
     return "unknown"
 
 
+def _signal_name(status: int) -> str:
+    number = os.WTERMSIG(status)
+    return signal.Signals(number).name if number in set(signal.Signals) else str(number)
+
+
 def _died(status: int) -> Failed:
     if os.WIFSIGNALED(status):
-        number = os.WTERMSIG(status)
-        name = signal.Signals(number).name if number in set(signal.Signals) else str(number)
+        name = _signal_name(status)
         return Failed("call_died", f"the call's process was ended by {name}", {"signal": name})
     code = os.waitstatus_to_exitcode(status)
     return Failed("call_died", f"the call's process ended without a result, exit code {code}", {"code": code})

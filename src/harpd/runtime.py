@@ -1,4 +1,7 @@
-"""The runtime directory: where the gate and its warden meet, and where calls are recorded. One daemon holds it."""
+"""The runtime directory: where gate and wardens meet, and where calls are recorded. One gate and one keeper hold it.
+
+They may be one program or two services.
+"""
 
 from __future__ import annotations
 
@@ -7,42 +10,49 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from enum import Enum
 from pathlib import Path
 
 from harpd.config import ConfigError
 
-__all__ = ["runtime_directory"]
+__all__ = ["Part", "runtime_directory"]
+
+
+class Part(Enum):
+    """A part of harpd that there is once for a runtime directory; the value names its lock."""
+
+    GATE = "gate"
+    KEEPER = "keeper"
 
 
 @contextmanager
-def runtime_directory(configured: str | None, file: Path) -> Iterator[Path]:
-    """Make and hold the runtime directory.
+def runtime_directory(configured: str | None, file: Path, *parts: Part) -> Iterator[Path]:
+    """Make the runtime directory, and hold it as these parts of harpd.
 
     Args:
         configured: its path, made when it is missing; None: a fresh one that is removed at the end.
         file: the configuration file, for messages.
+        parts: what the program is.
 
     Raises:
-        ConfigError: it can't be made, is not a directory, or is held by a running daemon.
+        ConfigError: it can't be made, is not a directory, or a running program is one of these parts already.
     """
     if configured is None:
         path = Path(tempfile.mkdtemp(prefix="harpd-"))
     else:
         path = Path(configured).absolute()
-    try:
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except OSError as error:
-        raise ConfigError(f"{file}: runtime_directory: {path}: {error.strerror}") from error
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            # A second warden would take the first one's calls for left over and kill them.
-            raise ConfigError(f"{file}: runtime_directory: {path}: held by another running harpd") from error
-        yield path
-    finally:
-        os.close(descriptor)
+    with ExitStack() as closing:
         if configured is None:
-            shutil.rmtree(path, ignore_errors=True)
+            closing.callback(shutil.rmtree, path, ignore_errors=True)
+        try:
+            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            for part in parts:
+                descriptor = os.open(path / f"{part.value}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+                closing.callback(os.close, descriptor)
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigError(f"{file}: runtime_directory: {path}: held by another running harpd") from error
+        except OSError as error:
+            raise ConfigError(f"{file}: runtime_directory: {path}: {error.strerror}") from error
+        yield path

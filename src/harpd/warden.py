@@ -3,27 +3,40 @@
 Theory of operation
 ===================
 
-``python -m harpd.warden LISTENER LIFELINE`` inherits a listening Unix socket and a pipe, and reads its settings, one
-JSON object, from stdin. The end of the pipe means that the gate has died: all calls are ended, then the warden is.
-It exec's a zygote (`harpd.zygote`), which loads the procedures file and forks a process for each call. A reload is
-a new zygote for new calls; the old one retires with its last call; a file that can't be loaded changes nothing.
+``python -m harpd.warden LIFELINE`` inherits a socket whose other end its keeper holds, and reads its settings, one
+JSON object, from stdin. It gives itself a name, its *incarnation*, and listens at ``warden-INCARNATION`` in the
+runtime directory; once it can take calls, at ``warden`` too, in the place of an earlier one. It exec's a zygote
+(`harpd.zygote`), which loads the procedures file and forks a process for each call. A reload is a new zygote for new
+calls; the old one retires with its last call; a file that can't be loaded changes nothing.
 
-The gate makes one connection per call, JSON lines:
+The gate makes one connection per call, JSON lines. The first line says what is wanted:
 
-    gate -> warden   {"call": ID, "procedure": NAME, "arguments": ..., "user": NAME, "peer": ADDRESS}
-    warden -> gate   the lines for the client, as docs/protocol.md has them: acknowledgement, records, end
+    {"call": ID, "procedure": NAME, "arguments": ..., "user": NAME, "peer": ADDRESS}    a tied call, see `harpd.tied`
+    ... with "kept": {owner, secret, warden, keep_running, linger, timeout, max_exec_time}     a kept one, `harpd.kept`
+    {"attach": ID, "owner": ..., "secret": ..., "since": NUMBER, "user": NAME, "peer": ADDRESS}    to a kept one again
+    {"calls": OWNER}                                                                               which there are
 
-Half-closing or closing the connection stops the call. The warden closes its side only when the call's processes are
-gone: a close is the proof of death. A connection whose first line has the key ``control`` gets one line back:
+and what comes back are the lines for the client, as docs/protocol.md has them. Half-closing or closing the connection
+stops a tied call; the warden closes its side only when that call's processes are gone: a close is the proof of death. A
+connection whose first line has the key ``control`` gets one line back:
 
-    {"control": "status"}                       {"calls": N, "warden": PID, "zygote": PID, "procedures": [NAME]}
+    {"control": "status"}                       {"calls": N, "held": N, "warden": PID, "incarnation": NAME,
+                                                 "accepting": BOOL, "zygote": PID, "procedures": [NAME]}
     {"control": "reload", "settings": {...}}    {"ok": true} or {"error": MESSAGE}
+    {"control": "drain"}, {"control": "resume"} {"ok": true}; new calls are refused, or taken again
+    {"control": "retire"}                       {"ok": true}; it takes no new call ever, and ends with its last one
+    {"control": "keep"}                         {"ok": true}; the connection stays: a keeper, as at the lifeline
     {"control": "shutdown"}                     {"ok": true}, once every call has ended, with the error shutdown
 
+When its last keeper goes, a warden whose settings say `outlive` goes on for as long as it holds calls; one whose
+runtime directory is temporary, where nobody would find it again, ends all calls and itself.
+
 The settings: `procedures` (path), `python_path` (prepend, append), `default_user`, `default_group`, `calls` (the most
-at once), `kill_grace` (seconds), `spool` (bytes of a call that may wait for the gate), `runtime_directory`, `logging`.
-`descriptors`, the limit of open files that calls have, may be absent: then it is the warden's own at its start.
-Nothing secret ever comes here.
+at once), `kill_grace` (seconds), `spool` and `spool_memory` (bytes that a kept call, and all calls, may have said that
+nobody has stored), `keep_running` and `linger` (the most seconds that may be asked for), `evidence` (stderr,
+traceback: whether), `cgroup` (directory or null), `outlive`, `runtime_directory`, `logging`. `descriptors`, the limit
+of open files that calls have, may be absent: then it is the warden's own at its start. Nothing secret but the calls'
+owners and secrets ever comes here.
 """
 
 from __future__ import annotations
@@ -32,71 +45,87 @@ import logging
 import os
 import re
 import resource
+import secrets
 import signal
 import socket
-import struct
 import sys
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
 from harp.protocol.daemon import encode_message
 from harp.protocol.ends import Failed
-from harp.protocol.fields import ProtocolError, check, is_container, string
-from harp.protocol.jsontext import InvalidJSON, Members, dumps, loads, open_sliced
-from harp.protocol.lines import LineBuffer, LineTooLong
+from harp.protocol.fields import check, is_container, string
+from harp.protocol.jsontext import Members, dumps, loads
 from harpd import logs
-from harpd.eventloop import READ, WRITE, EventLoop
+from harpd.cgroup import Cgroups, own_cgroup
+from harpd.eventloop import READ, EventLoop
+from harpd.held import HeldCalls
+from harpd.kept import Kept
 from harpd.nursery import Zygote
 from harpd.output import Output
-from harpd.processes import Process, snapshot
+from harpd.processes import Process, Tree, snapshot
+from harpd.reception import Farewell, Reception
 from harpd.records import CallRecords
-from harpd.running import RunningCall, Stop
+from harpd.running import RunningCall, Stop, Surroundings
+from harpd.spool import SHARE
+from harpd.tied import Tied
 
 __all__ = ["main"]
 
 log = logging.getLogger("harpd.warden")
 
-_READ_SIZE = 1 << 16
-#: The most bytes of a first line; the gate has its own, lower limit for what comes from outside.
-_LONGEST_LINE = 1 << 30
+#: Seconds between two looks for wardens that have died.
+_SWEEP = 1.0
 #: Seconds that a look at all processes stays good.
 _LOOK_LASTS = 0.02
 #: Seconds until a dead zygote is started again, and that a procedures file has to load: less than the gate waits.
 _ZYGOTE_PAUSE, _LOAD = 1.0, 50.0
-#: Seconds without a look at new connections when there is no descriptor for them.
-_ACCEPT_PAUSE = 0.1
 #: At the end, seconds in which gates may still take what calls have said before.
 _LAST_WORDS = 2.0
+#: Seconds after which a warden that holds no call and has no keeper ends itself.
+_UNWANTED = 10.0
 #: The share of descriptors that may belong to what ended calls have left running, as its output.
 _LEFT_SHARE = 8
 _RECURSION_LIMIT = 10_000
-_CREDENTIALS = struct.Struct("3i")
 #: What a call's id may be: it names a file and is an entry of the environment. A UUID is what the gate gives.
 _CALL_ID = re.compile(r"[0-9A-Za-z-]{1,36}")
 
 
 class Warden:
-    """All calls of one harpd."""
+    """All calls that one process watches."""
 
-    def __init__(self, loop: EventLoop, listener: socket.socket, lifeline: int, settings: Mapping[str, Any]) -> None:
+    def __init__(self, loop: EventLoop, lifeline: socket.socket, settings: Mapping[str, Any]) -> None:
         self._loop = loop
-        self._listener = listener
+        self._incarnation = secrets.token_hex(8)
         self._settings = settings
-        self._calls: set[RunningCall] = set()
-        self._speaking: set[RunningCall] = set()
-        self._lifeline = lifeline
-        self._records = CallRecords(Path(settings["runtime_directory"]))
+        self._calls: dict[str, RunningCall] = {}
+        self._tied: set[Tied] = set()
+        self._keepers: set[socket.socket] = set()
+        self._accepting, self._draining, self._retired = False, False, False
+        self._records = CallRecords(Path(settings["runtime_directory"]), self._incarnation)
         self._output = Output(loop, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // _LEFT_SHARE)
+        self._cgroups = Cgroups(settings["cgroup"] or own_cgroup())
+        self._held = HeldCalls(loop, self._incarnation, settings, self._end_if_done)
         self._zygote: Zygote | None = None
         self._give_up: Callable[[str], None] = lambda reason: None  # the load that is under way, if there is one
-        self._closing: Callable[[], None] | None = None
+        self._closing = False
+        self._done: list[Callable[[], None]] = []  # who waits for the end
         self._looked_at, self._processes = 0.0, dict[int, Process]()
-        if killed := self._records.sweep():
-            log.warning("processes of an earlier warden's calls were killed", extra={"processes": killed})
-        loop.watch(lifeline, READ, self._on_gate_died)
+        self._sweep()
+        self._keep(lifeline)
+        self._reception = Reception(loop, settings["runtime_directory"], self._incarnation, self._serve)
         self._load(settings, self._on_first_loaded)
+
+    def _sweep(self) -> None:
+        """End what wardens that have died left behind, and know it; now and then, for one may die beside us."""
+        swept = self._records.sweep()
+        if swept.killed:
+            log.warning("processes of an earlier warden's calls were killed", extra={"processes": swept.killed})
+        self._held.bury(swept.calls)
+        self._loop.after(_SWEEP, self._sweep)
 
     # The zygote.
 
@@ -115,6 +144,7 @@ class Warden:
                 if self._zygote is not None:
                     self._zygote.retire()
                 self._zygote, self._settings = zygote, settings
+                self._held.use(settings)
                 log.info(
                     "procedures loaded", extra={"file": settings["procedures"], "procedures": len(zygote.procedures)}
                 )
@@ -137,13 +167,11 @@ class Warden:
     def _on_first_loaded(self, fault: str | None) -> None:
         if fault is not None:
             log.error("the procedures file can't be loaded", extra={"reason": fault})
+            self._reception.close()
             os._exit(1)
-        self._listener.setblocking(False)
-        self._listen()
-
-    def _listen(self) -> None:
-        if self._closing is None:
-            self._loop.watch(self._listener.fileno(), READ, self._accept)
+        if not self._closing and not self._retired:
+            self._accepting = True
+            self._reception.take_over()
 
     def _load_again(self) -> None:
         if self._zygote is None:
@@ -154,68 +182,48 @@ class Warden:
             log.error("the procedures file can't be loaded", extra={"reason": fault})
             self._loop.after(_ZYGOTE_PAUSE, self._load_again)
 
-    # Connections.
+    # Requests.
 
-    def _accept(self) -> None:
-        try:
-            connection, _ = self._listener.accept()
-        except BlockingIOError:
-            return
-        except OSError as error:  # no descriptor is free: the listener stays ready, so look away
-            log.error("a connection can't be taken", extra={"reason": str(error)})
-            self._loop.forget(self._listener.fileno())
-            self._loop.after(_ACCEPT_PAUSE, self._listen)
-            return
-        credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-        _, uid, _ = _CREDENTIALS.unpack(credentials)
-        if uid not in (0, os.geteuid()):
-            log.error("a connection of another user was refused", extra={"uid": uid})
-            connection.close()
-            return
-        connection.setblocking(False)
-        _FirstLine(self._loop, connection, self._serve)
-
-    def _serve(self, connection: socket.socket, request: Members) -> None:
+    def _serve(self, connection: socket.socket, request: Members, behind: bytes) -> None:
         if "control" in request:
             self._control(connection, request)
-            return
+        elif "calls" in request:
+            Farewell(self._loop, connection, self._held.listed(string(request, "calls")))
+        elif "attach" in request:
+            self._attach(connection, request, behind)
+        else:
+            self._start(connection, request, behind)
+
+    def _attach(self, connection: socket.socket, request: Members, behind: bytes) -> None:
+        refusal = self._held.attach(connection, request, behind)
+        if refusal is not None:
+            Farewell(self._loop, connection, encode_message(refusal))
+
+    def _start(self, connection: socket.socket, request: Members, behind: bytes) -> None:
         call_id, name = string(request, "call"), string(request, "procedure")
         arguments = request.payload("arguments")
         check(_CALL_ID.fullmatch(call_id) is not None, f"call: expected a UUID, got {call_id!r}")
-        check(all(call.id != call_id for call in self._calls), f"call: {call_id} runs already")
         check(is_container(arguments, (list, dict)), "arguments: expected an array or an object")
-        refusal = self._refusal(name)
-        if refusal is not None:
-            _Farewell(self._loop, connection, encode_message(refusal))
-            return
-        assert self._zygote is not None
-        try:
-            call = RunningCall(
-                self._loop,
-                connection,
-                call_id,
-                name,
-                self._zygote.procedures[name],
-                self._zygote,
-                self._settings["kill_grace"],
-                self._settings["spool"],
-                self._records,
-                self._look,
-                self._output,
-                self._on_call_gone,
-                self._on_call_closed,
-            )
-        except OSError as error:
-            failed = Failed("system_error", f"no process can be made: {error.strerror}")
-            _Farewell(self._loop, connection, encode_message(failed))
-            return
-        self._calls.add(call)
-        self._speaking.add(call)
-        call.give(arguments)
+        asked = request.members("kept") if "kept" in request else None
+        failed = self._refusal(call_id, name, asked)
+        if failed is None:
+            assert self._zygote is not None
+            if asked is None:
+                failed = self._start_tied(connection, call_id, name, self._zygote)
+            else:
+                failed = self._start_kept(connection, call_id, name, self._zygote, asked, behind)
+        if failed is not None:
+            Farewell(self._loop, connection, encode_message(failed))
+        else:
+            self._calls[call_id].give(arguments)
 
-    def _refusal(self, name: str) -> Failed | None:
-        if self._closing is not None:
+    def _refusal(self, call_id: str, name: str, asked: Members | None) -> Failed | None:
+        if self._retired and asked is not None:
+            return self._held.other_warden()
+        if self._closing or self._retired:
             return Failed("shutdown", "harpd is being stopped")
+        if self._draining:
+            return Failed("shutdown", "harpd takes no new calls for the moment")
         if self._zygote is None:
             return Failed("procedure_loading_error", "the procedures are being loaded again")
         if name not in self._zygote.procedures:
@@ -223,72 +231,179 @@ class Warden:
         most = self._settings["calls"]
         if len(self._calls) >= most:
             return Failed("too_many_calls", f"{most} calls run already, which is the limit of this host")
+        if call_id in self._calls:
+            return Failed("call_refused", "a call of this id runs already")
         return None
+
+    def _start_tied(self, connection: socket.socket, call_id: str, name: str, zygote: Zygote) -> Failed | None:
+        streaming = zygote.procedures[name].streaming
+        tied = Tied(self._loop, connection, streaming, min(self._settings["spool"], SHARE), lambda: closed())
+
+        def closed() -> None:
+            self._tied.discard(tied)
+            self._end_if_done()
+
+        try:
+            call = self._run(call_id, name, zygote, tied, {})
+        except OSError as error:
+            tied.let_go()
+            return _no_process(error)
+        tied.attend(call)
+        self._tied.add(tied)
+        return None
+
+    def _start_kept(
+        self, connection: socket.socket, call_id: str, name: str, zygote: Zygote, asked: Members, behind: bytes
+    ) -> Failed | None:
+        streaming = zygote.procedures[name].streaming
+        kept = self._held.start(call_id, asked, streaming)
+        if isinstance(kept, Failed):
+            return kept
+        try:
+            call = self._run(call_id, name, zygote, kept, self._held.record(kept, streaming))
+        except OSError as error:
+            kept.forget()
+            return _no_process(error)
+        kept.attend(call)
+        kept.attach(connection, 0, behind)
+        return None
+
+    def _run(
+        self, call_id: str, name: str, zygote: Zygote, audience: Tied | Kept, record: Mapping[str, Any]
+    ) -> RunningCall:
+        settings = self._settings
+        around = Surroundings(
+            loop=self._loop,
+            kill_grace=settings["kill_grace"],
+            records=self._records,
+            look=self._look,
+            strays=partial(self._has_strays, zygote),
+            output=self._output,
+            cgroups=self._cgroups,
+            keep_stderr=settings["evidence"]["stderr"],
+        )
+        call = RunningCall(around, call_id, name, zygote.procedures[name], zygote, audience, record, self._on_call_gone)
+        self._calls[call_id] = call
+        return call
+
+    # Control.
 
     def _control(self, connection: socket.socket, request: Members) -> None:
         def answer(message: dict[str, Any]) -> None:
-            _Farewell(self._loop, connection, dumps(message) + b"\n")
+            Farewell(self._loop, connection, dumps(message) + b"\n")
 
         match request.value("control"):
             case "status":
-                answer(
-                    {
-                        "calls": len(self._calls),
-                        "warden": os.getpid(),
-                        "zygote": self._zygote.pid if self._zygote else None,
-                        "procedures": sorted(self._zygote.procedures) if self._zygote else [],
-                    }
-                )
+                answer(self._status())
             case "reload":
                 given = request.value("settings")
                 check(isinstance(given, dict), "settings: expected an object")
                 settings = {"descriptors": self._settings["descriptors"], **given}
                 self._load(settings, lambda fault: answer(_reloaded(settings, fault)))
+            case "drain" | "resume" as command:
+                self._draining = command == "drain"
+                log.info("new calls are refused" if self._draining else "new calls are taken again")
+                answer({"ok": True})
+            case "retire":
+                self._retire()
+                answer({"ok": True})
+                self._end_if_unwanted()
+            case "keep":
+                connection.send(b'{"ok":true}\n')
+                self._keep(connection)
             case "shutdown":
                 self._shut_down(lambda: answer({"ok": True}))
             case other:
                 answer({"error": f"unknown control request {other!r}"})
 
+    def _status(self) -> dict[str, Any]:
+        return {
+            "calls": len(self._calls),
+            "held": len(self._held),
+            "warden": os.getpid(),
+            "incarnation": self._incarnation,
+            "accepting": self._accepting and not self._draining,
+            "zygote": self._zygote.pid if self._zygote else None,
+            "procedures": sorted(self._zygote.procedures) if self._zygote else [],
+        }
+
+    def _keep(self, keeper: socket.socket) -> None:
+        keeper.setblocking(False)
+        self._keepers.add(keeper)
+        self._loop.watch(keeper.fileno(), READ, lambda: self._on_keeper(keeper))
+
+    def _on_keeper(self, keeper: socket.socket) -> None:
+        try:
+            if keeper.recv(1):
+                return
+        except BlockingIOError:
+            return
+        except OSError:
+            pass
+        self._loop.forget(keeper.fileno())
+        keeper.close()
+        self._keepers.discard(keeper)
+        if self._keepers or self._closing:
+            return
+        if self._settings["outlive"]:
+            log.warning("the keeper has gone; kept calls go on")
+            self._loop.after(_UNWANTED, self._end_if_unwanted)
+        else:
+            log.error("the gate died; its calls are ended")
+            self._shut_down(lambda: None)
+
     # The end.
 
+    def _retire(self) -> None:
+        log.info("warden retires", extra={"calls": len(self._calls), "held": len(self._held)})
+        self._retired, self._accepting = True, False
+        if self._zygote is not None:
+            self._zygote.retire()
+            self._zygote = None
+
+    def _end_if_unwanted(self) -> None:
+        """End a warden that holds no call and gets no new ones."""
+        if self._closing or self._calls or self._tied or self._held:
+            return
+        if self._retired or not self._keepers:
+            self._shut_down(lambda: None)
+
     def _on_call_gone(self, call: RunningCall) -> None:
-        self._calls.discard(call)
+        del self._calls[call.id]
         self._end_if_done()
-
-    def _on_call_closed(self, call: RunningCall) -> None:
-        self._speaking.discard(call)
-        self._end_if_done()
-
-    def _on_gate_died(self) -> None:
-        self._loop.forget(self._lifeline)
-        log.error("the gate died; its calls are ended")
-        self._shut_down(lambda: None)
 
     def _shut_down(self, done: Callable[[], None]) -> None:
-        self._closing = done
-        self._loop.forget(self._listener.fileno())
-        for call in list(self._calls):
+        self._done.append(done)
+        if self._closing:
+            return
+        self._closing = True
+        for call in list(self._calls.values()):
             call.stop(Stop.SHUTDOWN)
         # In any case: without a gate there is nobody else to end this, and the next warden sweeps what is left.
         self._loop.after(2 * self._settings["kill_grace"] + _LAST_WORDS, self._end)
         self._end_if_done()
 
     def _end_if_done(self) -> None:
-        if self._closing is None or self._calls:
-            return
-        if self._speaking:
-            self._loop.after(_LAST_WORDS, self._end)
-        else:
-            self._end()
+        if not self._closing:
+            if self._retired or not self._keepers:
+                self._loop.after(0, self._end_if_unwanted)
+        elif not self._calls:
+            if self._tied or self._held.attached:
+                self._loop.after(_LAST_WORDS, self._end)
+            else:
+                self._end()
 
     def _end(self) -> None:
-        assert self._closing is not None
         if self._zygote is not None:
             self._zygote.end()
             self._zygote = None
-        self._closing()
-        self._closing = lambda: None
+        while self._done:
+            self._done.pop()()
+        self._reception.close()
+        self._records.close()
         self._loop.after(0, self._loop.stop)
+
+    # Processes.
 
     def _look(self, moment: float) -> Mapping[int, Process]:
         """All processes as they were at `moment` or later, and not long ago; many calls share a look."""
@@ -296,6 +411,30 @@ class Warden:
             self._looked_at = time.monotonic()
             self._processes = snapshot()
         return self._processes
+
+    def _has_strays(self, zygote: Zygote, processes: Mapping[int, Process], tree: Tree) -> bool:
+        """Whether something may have escaped from a call whose main process has ended.
+
+        The zygote is a subreaper: what a call has left behind is its child. A child that is no call, carries no call's
+        mark and is not older than the call may be this call's. In a cgroup nothing escapes.
+        """
+        if tree.group is not None:
+            return False
+        if zygote.pid not in processes:
+            return True
+        mains = {call.main for call in self._calls.values()}
+        return any(
+            process.parent == zygote.pid
+            and process.start >= tree.start
+            and process.state not in "ZX"
+            and process.identity not in mains
+            and not process.is_marked
+            for process in processes.values()
+        )
+
+
+def _no_process(error: OSError) -> Failed:
+    return Failed("system_error", f"no process can be made: {error.strerror}")
 
 
 def _reloaded(settings: Mapping[str, Any], fault: str | None) -> dict[str, Any]:
@@ -309,81 +448,20 @@ def _reloaded(settings: Mapping[str, Any], fault: str | None) -> dict[str, Any]:
     return {"ok": True}
 
 
-class _FirstLine:
-    """Reads a connection's first line, however slowly it comes."""
-
-    def __init__(
-        self, loop: EventLoop, connection: socket.socket, done: Callable[[socket.socket, Members], None]
-    ) -> None:
-        self._loop = loop
-        self._connection = connection
-        self._done = done
-        self._buffer = LineBuffer(_LONGEST_LINE)
-        loop.watch(connection.fileno(), READ, self._on_ready)
-
-    def _on_ready(self) -> None:
-        try:
-            data = self._connection.recv(_READ_SIZE)
-            lines = self._buffer.feed(data)
-            if data and not lines:
-                return
-            self._loop.forget(self._connection.fileno())
-            if not data:
-                self._connection.close()
-                return
-            request = open_sliced(lines[0])
-        except BlockingIOError:
-            return
-        except (OSError, LineTooLong, InvalidJSON) as error:
-            log.error("a connection without a request was closed", extra={"reason": str(error)})
-            self._loop.forget(self._connection.fileno())
-            self._connection.close()
-            return
-        try:
-            self._done(self._connection, request)
-        except (KeyError, InvalidJSON, ProtocolError) as error:
-            log.error("a request that is none was refused", extra={"reason": repr(error)})
-            self._connection.close()
-
-
-class _Farewell:
-    """Sends the last bytes on a connection, then closes it."""
-
-    def __init__(self, loop: EventLoop, connection: socket.socket, data: bytes) -> None:
-        self._loop = loop
-        self._connection = connection
-        self._rest = memoryview(data)
-        self._send()
-
-    def _send(self) -> None:
-        try:
-            self._rest = self._rest[self._connection.send(self._rest) :]
-        except BlockingIOError:
-            pass
-        except OSError:
-            self._rest = self._rest[:0]
-        if self._rest:
-            self._loop.watch(self._connection.fileno(), WRITE, self._send)
-        else:
-            self._loop.forget(self._connection.fileno())
-            self._connection.close()
-
-
 def main() -> NoReturn:
     """Run the warden."""
-    listener, lifeline = map(int, sys.argv[1:])
+    (lifeline,) = map(int, sys.argv[1:])
     settings = loads(sys.stdin.buffer.read())
     logs.configure(settings["logging"])
     sys.setrecursionlimit(_RECURSION_LIMIT)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # zygotes are not waited for; their sockets tell of their end
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):  # for the gate to act on, if all of harpd gets it
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):  # for the keeper to act on, if all of harpd gets it
         signal.signal(number, signal.SIG_IGN)
-    for descriptor in (listener, lifeline):
-        os.set_inheritable(descriptor, False)
+    os.set_inheritable(lifeline, False)
     loop = EventLoop()
-    Warden(loop, socket.socket(fileno=listener), lifeline, {"descriptors": soft, **settings})
+    Warden(loop, socket.socket(fileno=lifeline), {"descriptors": soft, **settings})
     loop.run()
     os._exit(0)
 

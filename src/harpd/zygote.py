@@ -7,12 +7,13 @@ killed when the warden dies.
 ``python -m harpd.zygote SOCKET WARDEN``: the descriptor of a SOCK_SEQPACKET socket, and the warden's pid. Messages are
 JSON objects:
 
-    warden -> zygote  {"load": PATH, "path": [STR], "default_user", "default_group", "descriptors"}      once, first
+    warden -> zygote  {"load": PATH, "path": [STR], "default_user", "default_group", "descriptors", "tracebacks"}
+                                                                                                         once, first
     zygote -> warden  {"procedure": NAME, "streaming": BOOL, "timeout": SECONDS|null}                    each, then
                       {"loaded": NUMBER, "threads": NUMBER}  or  {"fault": MESSAGE}, and it ends
     warden -> zygote  {"fork": CALL, "procedure": NAME}, with three descriptors: channel, stdout, stderr
     zygote -> warden  {"forked": CALL, "pid": PID, "start": TICKS}  or  {"refused": CALL, "reason": MESSAGE}
-                      {"reaped": PID, "status": NUMBER}
+                      {"reaped": PID, "status": NUMBER, "cpu": SECONDS, "memory": BYTES}
 """
 
 from __future__ import annotations
@@ -56,6 +57,7 @@ class _Zygote:
         self._mark = Mark()
         self._procedures: Mapping[str, Procedure] = {}
         self._defaults: tuple[int | str | None, int | str | None] = (None, None)
+        self._tracebacks = False
         self._children, self._child_ended = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
 
     def load(self) -> bool:
@@ -65,6 +67,7 @@ class _Zygote:
         _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (order["descriptors"], hard))  # the warden has raised its own
         self._defaults = order["default_user"], order["default_group"]
+        self._tracebacks = order["tracebacks"]
         try:
             self._procedures = load_procedures(Path(order["load"]))
         except ProceduresError as error:
@@ -133,7 +136,7 @@ class _Zygote:
             os.close(self._children)
             os.close(self._child_ended)
             self._mark.write(call_id)
-            run_call(procedure, descriptors, parent, *self._defaults)
+            run_call(procedure, descriptors, parent, *self._defaults, self._tracebacks)
         except BaseException:  # noqa: BLE001 - nothing may go up into the zygote's own code
             sys.excepthook(*sys.exc_info())
         finally:
@@ -142,12 +145,13 @@ class _Zygote:
     def _reap(self) -> None:
         while True:
             try:
-                pid, status = os.waitpid(-1, os.WNOHANG)
+                pid, status, usage = os.wait4(-1, os.WNOHANG)
             except ChildProcessError:
                 return
             if not pid:
                 return
-            self._say({"reaped": pid, "status": status})
+            cpu = round(usage.ru_utime + usage.ru_stime, 6)
+            self._say({"reaped": pid, "status": status, "cpu": cpu, "memory": 1024 * usage.ru_maxrss})
 
     def _say(self, message: dict[str, Any]) -> None:
         self._warden.send(dumps(message))

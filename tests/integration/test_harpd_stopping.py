@@ -15,12 +15,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from support.calls import nothing_is_left
 from support.daemonlog import DEADLINE
 from support.deadline import wait_until
 from support.harpd import Harpd, is_dead
+from support.warden import runs
 
 PROCEDURES = r'''
 import os, signal, stat, sys, threading, time
@@ -413,6 +415,8 @@ def test_a_load_that_hangs_gives_way_to_the_next(own: Harpd) -> None:
             "spool": 1000,
         }
         settings |= {"runtime_directory": str(own.runtime_directory), "logging": {"config": None, "syslog": False}}
+        settings |= {"spool_memory": 1 << 30, "keep_running": 60, "linger": 60, "outlive": True, "cgroup": None}
+        settings["evidence"] = {"stderr": False, "traceback": False}
         started = own.directory / "started"
         (own.directory / "hangs.py").write_text(f"import time\nopen({str(started)!r}, 'w')\ntime.sleep(3600)\n")
         with warden_connection(own) as connection:
@@ -455,14 +459,27 @@ def test_a_signal_to_all_of_harpd_is_still_an_orderly_end(own: Harpd, notes: Pat
         assert client.message()["error"]["type"] == "shutdown"
 
 
-def test_the_gates_death_ends_what_resists_once(own: Harpd, notes: Path) -> None:
+def test_the_gates_death_ends_tied_calls_whatever_they_do(own: Harpd, notes: Path) -> None:
     own.start()
     with own.connect() as client:
         client.send(own.request("resists", [str(notes)]))
         wait_word(notes, "ready")
         warden = own.warden
         own.kill()
-        wait_until(lambda: is_dead(warden), DEADLINE, "the warden's end")
+        wait_until(lambda: all_dead(pids(notes)), DEADLINE, "the end of the call's processes")
+        wait_until(lambda: is_dead(warden), DEADLINE, "the end of a warden that nobody wants")
+    assert len(own.events("the keeper has gone; kept calls go on")) == 1
+
+
+def test_with_a_temporary_runtime_directory_the_gates_death_ends_all(own: Harpd, notes: Path) -> None:
+    own.configure({"runtime_directory": None})
+    own.start()
+    with own.connect() as client:
+        client.send(own.request("resists", [str(notes)]))
+        wait_word(notes, "ready")
+        family = psutil.Process(own.pid).children(recursive=True)
+        own.kill()
+        wait_until(lambda: not any(map(runs, family)), DEADLINE, "the end of everything")
     assert all_dead(pids(notes))
     assert len(own.events("the gate died; its calls are ended")) == 1
 
@@ -475,7 +492,10 @@ def test_a_zygote_that_stands_still_does_not_keep_the_daemon(own: Harpd, notes: 
         client.send(own.request("sleeps", [str(notes)]))
         wait_until(lambda: own.status()["calls"] == 1, DEADLINE, "the call that can't begin")
         own.kill()
-        wait_until(lambda: all_dead([zygote, warden]), DEADLINE, "the end of both")
+    with own:  # the next one is not kept from its work, and ends what is left in the end
+        assert own.call("version")[-1] == {"result": 1}
+        assert not all_dead([warden])
+    wait_until(lambda: all_dead([zygote, warden]), DEADLINE, "the end of both")
     assert not notes.exists()
 
 
@@ -530,7 +550,7 @@ def test_the_wardens_death_ends_what_has_escaped(own: Harpd, notes: Path) -> Non
 
 
 def record(harpd: Harpd, name: str, **fields: Any) -> None:
-    directory = harpd.runtime_directory / "calls"
+    directory = harpd.runtime_directory / "calls" / "dead"
     directory.mkdir(parents=True, exist_ok=True, mode=0o700)
     (directory / name).write_text(json.dumps(fields))
 
@@ -550,12 +570,12 @@ def test_a_record_whose_numbers_are_others_by_now_kills_no_stranger(own: Harpd) 
         record(own, "another-start", boot=boot, pid=plain.pid, start=start - 1)
         record(own, "another-boot", boot="another", pid=plain.pid, start=start)
         for name, text in (("empty", ""), ("torn", '{"pid": 1'), ("strange", "[]"), ("old", '{"pid": 1, "start": 0}')):
-            (own.runtime_directory / "calls" / name).write_text(text)
-        (own.runtime_directory / "calls" / "directory").mkdir()
+            (own.runtime_directory / "calls" / "dead" / name).write_text(text)
+        (own.runtime_directory / "calls" / "dead" / "directory").mkdir()
         with own:
             assert own.call("echo", 1)[-1] == {"result": 1}
             assert not own.events("processes of an earlier warden's calls were killed")
-            assert [path.name for path in (own.runtime_directory / "calls").iterdir()] == ["directory"]
+            assert not (own.runtime_directory / "calls" / "dead").exists()
         assert not is_dead(stranger)
         assert plain.poll() is None
     finally:

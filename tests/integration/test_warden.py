@@ -63,8 +63,8 @@ def test_status(warden: Warden, tmp_path: Path) -> None:
     with warden.call("wait_for", [str(tmp_path / "go")]) as call:
         assert call.line() == PLAIN
         status = warden.status()
-        assert status.keys() == {"calls", "warden", "zygote", "procedures"}
-        assert status["calls"] == 1
+        assert status.keys() == {"calls", "held", "warden", "incarnation", "accepting", "zygote", "procedures"}
+        assert (status["calls"], status["held"], status["accepting"]) == (1, 0, True)
         assert status["procedures"] == ["count", "descriptors", "echo", "wait_for"]
         (tmp_path / "go").touch()
         assert len(call.lines()) == 1
@@ -141,17 +141,17 @@ def test_silent_slow_and_leaving_peers_delay_nobody(warden: Warden) -> None:
 @pytest.mark.root
 @pytest.mark.skipif(os.geteuid() != 0, reason="becoming another user needs root")
 def test_another_user_is_not_heard(warden: Warden) -> None:
-    descriptor = os.open(warden.directory, os.O_PATH)
+    descriptor = os.open(warden.runtime_directory, os.O_PATH)
     child = os.fork()
     if child == 0:
         try:
             with socket.socket(socket.AF_UNIX) as connection:
-                warden.directory.chmod(0o711)
-                (warden.directory / "socket").chmod(0o777)
+                warden.runtime_directory.chmod(0o711)
+                (warden.runtime_directory / "warden").chmod(0o777)
                 os.chdir(descriptor)
                 os.setresuid(65534, 65534, 65534)
                 connection.settimeout(DEADLINE)
-                connection.connect("socket")
+                connection.connect("warden")
                 os._exit(0 if connection.recv(1) == b"" else 1)
         finally:
             os._exit(2)

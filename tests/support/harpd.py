@@ -7,6 +7,7 @@ with Harpd(tmp_path, PROCEDURES) as harpd, harpd.connect() as client:
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -14,6 +15,7 @@ import socket
 import ssl
 import subprocess
 import sys
+import uuid
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -33,6 +35,10 @@ _LOGGING = {
 }
 
 
+#: Whose kept calls are, unless a test says otherwise.
+OWNER, SECRET = "the owner of calls", "a secret of calls"
+
+
 class Harpd(DaemonLog):
     """A harpd on a free port of 127.0.0.1; a context manager that starts and stops it.
 
@@ -42,6 +48,7 @@ class Harpd(DaemonLog):
         configuration: sections to lay over the usual ones: ``{"limits": {"calls": 2}}``.
         options: more options of the command line.
         descriptors: the hard limit of open files, None: as it is here.
+        apart: gate and calls are two programs, as the services are; else one program is both.
     """
 
     host = "127.0.0.1"
@@ -55,6 +62,7 @@ class Harpd(DaemonLog):
         configuration: dict[str, Any] | None = None,
         options: tuple[str, ...] = (),
         descriptors: int | None = None,
+        apart: bool = False,
     ) -> None:
         self.directory = directory
         directory.mkdir(parents=True, exist_ok=True)
@@ -70,6 +78,8 @@ class Harpd(DaemonLog):
         self._options = options
         self._descriptors = descriptors
         self._process: subprocess.Popen[bytes] | None = None
+        self._apart = apart
+        self._calls: subprocess.Popen[bytes] | None = None
         self.procedures_file.write_text(procedures)
         self.logging_file.write_text(yaml.safe_dump(_LOGGING))
         self.log_file.touch()
@@ -108,23 +118,59 @@ class Harpd(DaemonLog):
         ]
 
     def start(self) -> Harpd:
-        """Start it and return once it takes calls."""
+        """Start it, or what of it does not run, and return once it takes calls."""
         assert self._process is None
-        limit = [] if self._descriptors is None else ["prlimit", f"--nofile={self._descriptors}"]
+        if self._apart and self._calls is None:
+            self.start_calls()
+        return self.start_gate()
+
+    def start_gate(self) -> Harpd:
+        """Start the gate, and what else is in its program; return once it takes connections."""
         self._configured_port = self.port
         self.configure(self._changes)
         seen = len(self.events("harpd is serving"))
-        with self.log_file.open("ab") as log:
-            self._process = subprocess.Popen(
-                [*limit, *self.command()], stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=self.directory
-            )
+        self._process = self._spawn(*(("gate",) if self._apart else ()))
         try:
             wait_until(lambda: self._serves(seen), DEADLINE, "harpd serving")
         except BaseException:
             self.kill()
+            if self._calls is not None:
+                self.end_calls()
             raise
         self.port = self.events("harpd is serving")[-1]["port"]
         return self
+
+    def start_calls(self) -> None:
+        """Start the program that keeps the calls; return once there is a warden."""
+        assert self._calls is None
+        seen = len(self.events("harpd keeps calls"))
+        calls = self._calls = self._spawn("calls")
+        try:
+            wait_until(
+                lambda: calls.poll() is not None or len(self.events("harpd keeps calls")) > seen, DEADLINE, "a warden"
+            )
+            assert calls.poll() is None, f"harpd calls has ended:\n{self.log_file.read_text()}"
+        except BaseException:
+            self.end_calls(signal.SIGKILL)
+            raise
+
+    def _spawn(self, *command: str) -> subprocess.Popen[bytes]:
+        limit = [] if self._descriptors is None else ["prlimit", f"--nofile={self._descriptors}"]
+        with self.log_file.open("ab") as log:
+            return subprocess.Popen(
+                [*limit, *self.command(*command)], stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=self.directory
+            )
+
+    def end_calls(self, number: signal.Signals = signal.SIGTERM) -> int:
+        """End the program that keeps the calls by a signal; return its exit status. Wardens may go on."""
+        assert self._calls is not None
+        self._calls.send_signal(number)
+        try:
+            return self._calls.wait(DEADLINE)
+        finally:
+            self._calls.kill()
+            self._calls.wait()
+            self._calls = None
 
     def _serves(self, seen: int) -> bool:
         assert self._process is not None
@@ -139,18 +185,30 @@ class Harpd(DaemonLog):
         return self._process.pid
 
     def status(self) -> dict[str, Any]:
-        """What the warden says of itself: calls, warden, zygote, procedures."""
+        """What the warden that takes new calls says of itself: calls, held, warden, incarnation, zygote and more."""
+        return self.ask({"control": "status"})
+
+    def ask(self, request: Any, name: str = "warden") -> dict[str, Any]:
+        """Send a warden a line; return the first that comes back."""
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
             connection.settimeout(DEADLINE)
             descriptor = os.open(self.runtime_directory, os.O_PATH)
             try:
-                connection.connect(f"/proc/self/fd/{descriptor}/warden")
+                connection.connect(f"/proc/self/fd/{descriptor}/{name}")
             finally:
                 os.close(descriptor)
-            connection.sendall(b'{"control":"status"}\n')
+            connection.sendall(json.dumps(request).encode() + b"\n")
             with connection.makefile("rb") as answer:
-                status: dict[str, Any] = json.loads(answer.readline())
-        return status
+                found: dict[str, Any] = json.loads(answer.readline())
+        return found
+
+    def statuses(self) -> list[dict[str, Any]]:
+        """What each living warden says of itself."""
+        found = []
+        for name in sorted(path.name for path in self.runtime_directory.glob("warden-*")):
+            with contextlib.suppress(ConnectionError, FileNotFoundError, json.JSONDecodeError):
+                found.append(self.ask({"control": "status"}, name))
+        return found
 
     @property
     def warden(self) -> int:
@@ -162,38 +220,62 @@ class Harpd(DaemonLog):
         """The zygote's process id."""
         return int(self.status()["zygote"])
 
-    def reload(self) -> dict[str, Any]:
-        """Send SIGHUP; return the event that says how the reload went."""
+    def reload(self, calls: bool = False) -> dict[str, Any]:
+        """Send SIGHUP to the gate, or to the program that keeps the calls; return the event that says how it went."""
         outcomes = ("reloaded", "reload failed; nothing is changed")
+        process = self._calls if calls else self._process
+        assert process is not None
         seen = len(self.events(*outcomes))
-        os.kill(self.pid, signal.SIGHUP)
+        process.send_signal(signal.SIGHUP)
         return wait_until(lambda: self.events(*outcomes)[seen:], DEADLINE, "the reload")[0]
 
     def stop(self, number: signal.Signals = signal.SIGTERM) -> int:
-        """End it by a signal; return its exit status once nothing of it is left."""
-        if self._process is None:
+        """End it by a signal, all calls too; return its exit status once nothing of it is left."""
+        if self._process is None and self._calls is None:
+            self.end_wardens()
             return 0
         family = self._family()
-        self._process.send_signal(number)
-        try:
-            status = self._process.wait(DEADLINE)
-        finally:
-            self.kill()
+        status = self.stop_gate(number)
+        if self._calls is not None:
+            status = self.end_calls() or status
         wait_until(lambda: all(map(_is_dead, family)), DEADLINE, f"the end of {family}")
         return status
 
+    def stop_gate(self, number: signal.Signals = signal.SIGTERM) -> int:
+        """End the gate by a signal, if it runs; return its exit status."""
+        if self._process is None:
+            return 0
+        self._process.send_signal(number)
+        try:
+            return self._process.wait(DEADLINE)
+        finally:
+            self.kill()
+
     def kill(self) -> None:
-        """End the gate by SIGKILL, if it still runs."""
+        """End the gate by SIGKILL, if it still runs; wardens may go on."""
         if self._process is not None:
             self._process.kill()
             self._process.wait()
             self._process = None
 
+    def end_wardens(self) -> None:
+        """End the wardens that nobody keeps any more, and all calls."""
+        family = self._family()
+        for status in self.statuses():
+            with contextlib.suppress(ConnectionError, FileNotFoundError, json.JSONDecodeError):
+                self.ask({"control": "shutdown"}, f"warden-{status['incarnation']}")
+        wait_until(lambda: all(map(_is_dead, family)), DEADLINE, f"the end of {family}")
+
     def _family(self) -> list[psutil.Process]:
-        try:
-            return psutil.Process(self.pid).children(recursive=True)
-        except psutil.NoSuchProcess:
-            return []
+        """All its processes but the programs themselves."""
+        found: set[psutil.Process] = set()
+        own = [process.pid for process in (self._process, self._calls) if process is not None]
+        wardens = [status["warden"] for status in self.statuses()] if self.runtime_directory.exists() else []
+        for pid in own + wardens:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process = psutil.Process(pid)
+                found |= {process, *process.children(recursive=True)}
+        return [process for process in found if process.pid not in own]
 
     def __enter__(self) -> Harpd:
         return self.start()
@@ -223,6 +305,36 @@ class Harpd(DaemonLog):
     def request(self, procedure: str, arguments: Any, **members: Any) -> dict[str, Any]:
         """A request as the protocol has it; `members` are laid over it."""
         return {"harp": 1, "procedure": procedure, "arguments": arguments, "auth": self.auth, **members}
+
+    def keep(self, procedure: str, *arguments: Any, **terms: Any) -> LineClient:
+        """Start a kept call, of owner `OWNER` with secret `SECRET`; return the client after its request.
+
+        `terms` are laid over the usual ones. The client's `call` is the call's id.
+        """
+        usual = {"id": str(uuid.uuid4()), "owner": OWNER, "secret": SECRET, "keep_running": 60, "linger": 60}
+        limits = {"timeout": 60, "max_exec_time": 600}
+        call = {**usual, **limits, **terms}
+        if "warden" not in call:
+            call["warden"] = self.status()["incarnation"]
+        client = self.connect()
+        client.call = call["id"]
+        client.send(self.request(procedure, list(arguments), call=call))
+        return client
+
+    def attach(self, call: str, since: int = 0, **members: Any) -> LineClient:
+        """Attach to a kept call; `members` are laid over the request. Return the client after its request."""
+        client = self.connect()
+        client.call = call
+        request = {"harp": 1, "attach": call, "owner": OWNER, "secret": SECRET, "since": since, "auth": self.auth}
+        client.send({**request, **members})
+        return client
+
+    def held(self, owner: str | None = None) -> Any:
+        """The answer to the question which kept calls there are, decoded."""
+        with self.connect() as client:
+            client.send({"harp": 1, "calls": OWNER if owner is None else owner, "auth": self.auth})
+            (answer,) = client.lines()
+        return answer
 
     def call(self, procedure: str, *arguments: Any) -> list[Any]:
         """Call a procedure; return all messages that came, decoded."""
@@ -257,6 +369,8 @@ class LineClient:
             plain.close()
             raise
         self._received = b""
+        #: The id of the kept call that it speaks of.
+        self.call = ""
 
     def send(self, message: Any) -> None:
         """Send bytes as they are, anything else as a JSON line."""

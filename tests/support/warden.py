@@ -24,6 +24,9 @@ from support.deadline import wait_until
 #: Seconds within which everything has to happen; never waited for in full when all is well.
 DEADLINE = 60.0
 
+#: Whose kept calls are, unless a test says otherwise.
+OWNER, SECRET = "owner-1", "secret-1"
+
 PLAIN = {"harp": 1, "stream_result": False}
 STREAMS = {"harp": 1, "stream_result": True}
 
@@ -64,10 +67,18 @@ class Warden:
             "calls": 500,
             "kill_grace": 60.0,
             "spool": 1 << 20,
+            "spool_memory": 1 << 30,
+            "keep_running": 3600.0,
+            "linger": 3600.0,
+            "evidence": {"stderr": False, "traceback": False},
+            "cgroup": None,
+            "outlive": False,
             "runtime_directory": str(self.runtime_directory),
             "logging": _LOGGING,
             **settings,
         }
+        #: Whom it runs as; None: as the test.
+        self.user: int | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._family: list[psutil.Process] = []
 
@@ -81,23 +92,21 @@ class Warden:
         """
         assert self._process is None
         # By way of a descriptor, for a socket's address has no more than 107 bytes.
-        self._directory = os.open(self.directory, os.O_PATH | os.O_DIRECTORY)
-        self._address = f"/proc/self/fd/{self._directory}/socket"
-        (self.directory / "socket").unlink(missing_ok=True)
-        lifeline_end, self._lifeline = os.pipe()
+        self._directory = os.open(self.runtime_directory, os.O_PATH | os.O_DIRECTORY)
+        self._address = f"/proc/self/fd/{self._directory}/warden"
+        (self.runtime_directory / "warden").unlink(missing_ok=True)
+        self._lifeline, theirs = socket.socketpair()
         limit = [] if descriptors is None else ["prlimit", f"--nofile={descriptors[0]}:{descriptors[1]}"]
-        with socket.socket(socket.AF_UNIX) as listener, self.log_file.open("ab") as log:
-            listener.bind(self._address)
-            listener.listen(4096)
+        limit += [] if self.user is None else as_user(self.user)
+        with theirs, self.log_file.open("ab") as log:
             self._process = subprocess.Popen(
-                [*limit, sys.executable, "-P", "-m", "harpd.warden", str(listener.fileno()), str(lifeline_end)],
+                [*limit, sys.executable, "-P", "-m", "harpd.warden", str(theirs.fileno())],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.DEVNULL,
                 stderr=log,
-                pass_fds=(listener.fileno(), lifeline_end),
+                pass_fds=(theirs.fileno(),),
                 start_new_session=True,
             )
-        os.close(lifeline_end)
         assert self._process.stdin is not None
         with self._process.stdin as stdin, contextlib.suppress(BrokenPipeError):
             stdin.write(json.dumps(self.settings).encode())
@@ -105,14 +114,18 @@ class Warden:
 
     def start(self, descriptors: tuple[int, int] | None = None) -> Warden:
         """Start it and return once it takes calls."""
-        self.spawn(descriptors)
+        process = self.spawn(descriptors)
         try:
+            wait_until(lambda: self._takes_calls() or process.poll() is not None, DEADLINE, "the warden's socket")
             self.status()
         except BaseException:
             self.kill()
             print(self.log_file.read_text(), file=sys.stderr)
             raise
         return self
+
+    def _takes_calls(self) -> bool:
+        return (self.runtime_directory / "warden").exists()
 
     def wait(self) -> int:
         """Wait until it has ended, and its zygotes; return its exit status."""
@@ -137,9 +150,7 @@ class Warden:
 
     def end_gate(self) -> None:
         """Close the lifeline, as the gate's death does."""
-        if self._lifeline >= 0:
-            os.close(self._lifeline)
-            self._lifeline = -1
+        self._lifeline.close()
 
     def __enter__(self) -> Warden:
         return self.start() if self._process is None else self
@@ -153,7 +164,7 @@ class Warden:
         assert self.control("shutdown") == {"ok": True}
         assert self.wait() == 0, self.log_file.read_text()
         assert not (faults := self.faults()), faults
-        assert not list((self.runtime_directory / "calls").iterdir())
+        assert not list((self.runtime_directory / "calls").glob("*/*"))
 
     # What it is asked.
 
@@ -164,13 +175,37 @@ class Warden:
         connection.connect(self._address)
         return Conversation(connection, "")
 
-    def call(self, procedure: str, arguments: Any = (), call_id: str | None = None) -> Conversation:
+    def call(
+        self, procedure: str, arguments: Any = (), call_id: str | None = None, kept: dict[str, Any] | None = None
+    ) -> Conversation:
         """Call a procedure, and do not wait for anything."""
         conversation = self.connect()
         conversation.id = call_id or str(uuid.uuid4())
         request = {"call": conversation.id, "procedure": procedure, "arguments": arguments, "user": "u", "peer": "p"}
-        conversation.send(request)
+        conversation.send(request if kept is None else {**request, "kept": kept})
         return conversation
+
+    def keep(self, procedure: str, *arguments: Any, call_id: str | None = None, **terms: Any) -> Conversation:
+        """Call a procedure whose call is kept, by `OWNER` with `SECRET`; `terms` are laid over the usual ones."""
+        usual = {"owner": OWNER, "secret": SECRET, "keep_running": 60, "linger": 60, "timeout": 60, "max_exec_time": 60}
+        warden = self.status()["incarnation"]
+        return self.call(procedure, arguments, call_id, {**usual, "warden": warden, **terms})
+
+    def attach(self, call_id: str, since: int = 0, behind: bytes = b"", **members: Any) -> Conversation:
+        """Attach to a kept call; `members` are laid over the usual ones, `behind` is sent with the request."""
+        conversation = self.connect()
+        conversation.id = call_id
+        request = {"attach": call_id, "owner": OWNER, "secret": SECRET, "since": since, "user": "u", "peer": "p"}
+        conversation.send(json.dumps({**request, **members}).encode() + b"\n" + behind)
+        return conversation
+
+    def held(self, owner: str | None = None) -> list[str]:
+        """The ids of an owner's kept calls."""
+        with self.connect() as conversation:
+            conversation.send({"calls": owner or OWNER})
+            (answer,) = conversation.lines()
+        ids: list[str] = answer["calls"]
+        return ids
 
     def lines(self, procedure: str, *arguments: Any, **named: Any) -> list[Any]:
         """Call a procedure; return all that came."""
@@ -278,6 +313,13 @@ class Conversation:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def as_user(user: int) -> list[str]:
+    """The command that runs another as this user, who may read every file (this Python, say) and nothing more."""
+    reading = "+dac_read_search"
+    ids = ["--reuid", str(user), "--regid", str(user), "--clear-groups"]
+    return ["setpriv", *ids, "--inh-caps", reading, "--ambient-caps", reading]
 
 
 def runs(process: psutil.Process) -> bool:

@@ -115,6 +115,11 @@ def network(key: str) -> str:
         (f"{LEAST}limits: {{handshake: .nan}}", "limits.handshake: expected a number, more than 0.0, got nan"),
         (f"{LEAST}limits: {{calls: true}}", "limits.calls: expected an integer, got true or false"),
         (f"{LEAST}limits: {{calls: 0}}", "limits.calls: expected an integer, at least 1, got 0"),
+        (f"{LEAST}limits: {{spool: 2147483648}}", "limits.spool_memory: expected at least 2147483648, as limits.spool"),
+        (f"{LEAST}limits: {{linger: 0}}", "limits.linger: expected a number, more than 0.0, got 0"),
+        (f"{LEAST}evidence: {{stderr: 1}}", "evidence.stderr: expected true or false, got an integer"),
+        (f"{LEAST}evidence: {{stdout: true}}", "evidence.stdout: unknown key"),
+        (f"{LEAST}cgroup: 5", "cgroup: expected a string or nothing, got an integer"),
         (f"{LEAST}python: {{path: [1]}}", "python.path[0]: expected a string, got an integer"),
         (f"{LEAST}python: {{path: {{end: /a}}}}", "python.path.end: unknown key; expected prepend or append"),
         (f"{LEAST}python: {{path: 5}}", "python.path: expected a string or a mapping or a list, got an integer"),
@@ -223,16 +228,18 @@ def shown(option: msgspec.structs.FieldInfo) -> str:
 
 
 def test_the_settings_page_lists_every_option_with_unit_and_default() -> None:
-    rows = re.findall(r"^\| `([a-z_.]+)` \|([^|]*)\|([^|]*)\|", PAGE.read_text(), re.MULTILINE)
+    rows = re.findall(r"^\| `([a-z_.]+)` \|([^|\n]*)\|([^|\n]*)\|", PAGE.read_text(), re.MULTILINE)
     assert {name: (default.strip(" `"), unit.strip()) for name, default, unit in rows} == options(Configuration)
 
 
 def test_the_settings_page_lists_every_option_of_the_command_line() -> None:
     rows = re.findall(r"^\| (`-[^|]*) \|([^|]*)\|", PAGE.read_text(), re.MULTILINE)
+    (command,) = (action for action in parser()._actions if action.dest == "command")
+    assert set(command.choices or ()) <= set(re.findall(r"^\| `([a-z]+)` \|", PAGE.read_text(), re.MULTILINE))
     documented = {tuple(re.findall(r"`?(--?[a-z-]+)", flags)): default.strip(" `") for flags, default in rows}
     expected = {
         tuple(action.option_strings): str(action.default or "")
         for action in parser()._actions
-        if "--help" not in action.option_strings
+        if action.option_strings and "--help" not in action.option_strings
     }
     assert documented == expected

@@ -27,8 +27,10 @@ def members(processes: dict[int, Process], *known: tuple[int, int], late: bool =
     return {process.pid for process in TREE.members(processes, known, late)}
 
 
-def process(pid: int, start: int = 60, state: str = "S", marked: bool = False, **fields: int) -> Process:
-    made = Process(pid, start, state=state, **fields)
+def process(
+    pid: int, start: int = 60, state: str = "S", marked: bool = False, parent: int = 0, group: int = 0, session: int = 0
+) -> Process:
+    made = Process(pid, start, parent, group, session, state)
     made.__dict__["environment"] = {TREE.mark} if marked else set()  # so that it does not look into /proc
     return made
 

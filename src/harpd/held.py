@@ -1,0 +1,197 @@
+"""The kept calls of a warden: whose they are, who may attach, and which ids can never start here.
+
+A dispatcher proves a call to be its own by its owner id and by the call's secret; of the secret only a digest is
+kept. What is not its own looks to it as if it were not there. The answer "not here" is a promise: the id is barred from
+then on, so that a start of it that is still on its way finds the door closed. Ids that were used are barred as well.
+They are barred for longer than any request can be on its way.
+
+Spec: docs/protocol.md, Kept calls.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import logging
+import socket
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from harp.protocol.daemon import Held, encode_message
+from harp.protocol.ends import Failed
+from harp.protocol.fields import check, is_count, is_seconds, string, value
+from harp.protocol.jsontext import Members, dumps
+from harpd.eventloop import EventLoop
+from harpd.kept import Claim, Kept, Terms
+from harpd.records import Record
+from harpd.spool import SpoolMemory
+
+__all__ = ["HeldCalls"]
+
+log = logging.getLogger("harpd.warden")
+
+#: Seconds for which an id is barred.
+_BARRED = 3600.0
+#: So many barred ids are never worth a cleaning.
+_MANY = 1000
+
+_WARDEN_DIED = Failed("call_died", "the warden of the calls died")
+
+
+class HeldCalls:
+    """All kept calls of one warden.
+
+    Args:
+        loop: the event loop.
+        warden: this warden's incarnation.
+        settings: the warden's settings, see `harpd.warden`.
+        on_forgotten: called when a call is not kept any more.
+    """
+
+    def __init__(
+        self, loop: EventLoop, warden: str, settings: Mapping[str, Any], on_forgotten: Callable[[], None]
+    ) -> None:
+        self._loop = loop
+        self._warden = warden
+        self._call_forgotten = on_forgotten
+        self._calls: dict[str, Kept] = {}
+        self._barred: dict[tuple[str, str], float] = {}
+        self._memory = SpoolMemory(settings["spool_memory"])
+        self.use(settings)
+
+    def use(self, settings: Mapping[str, Any]) -> None:
+        """Take these settings for the calls to come."""
+        self._settings = settings
+        self._memory.limit = settings["spool_memory"]
+
+    def __len__(self) -> int:
+        return len(self._calls)
+
+    @property
+    def attached(self) -> bool:
+        """Whether somebody is attached to an ended call and may yet say that it has stored the end."""
+        return any(call.attached for call in self._calls.values())
+
+    def start(self, call_id: str, asked: Members, streaming: bool) -> Kept | Failed:
+        """Keep a new call, or say why not. It has nobody attached yet."""
+        if string(asked, "warden") != self._warden:
+            return self.other_warden()
+        owner = string(asked, "owner")
+        if call_id in self._calls or (owner, call_id) in self._barred:
+            return Failed("call_refused", "a call of this id was started, or given up, before")
+        claim = Claim(owner, _digest(string(asked, "secret")))
+        terms = Terms(
+            keep_running=min(_seconds(asked, "keep_running"), self._settings["keep_running"]),
+            linger=min(_seconds(asked, "linger"), self._settings["linger"]),
+            timeout=_seconds(asked, "timeout"),
+            max_exec_time=_seconds(asked, "max_exec_time"),
+        )
+        return self._keep(call_id, claim, terms, streaming)
+
+    def other_warden(self) -> Failed:
+        """The answer to a start that names another warden, or one that comes to a warden that starts no more."""
+        return Failed("other_warden", "the start was meant for another warden; it did not happen", self._data())
+
+    def bury(self, calls: Mapping[str, Record]) -> None:
+        """Take over the kept calls of wardens that have died, as calls that have died with them."""
+        for call_id, record in calls.items():
+            try:
+                kept = record.more["kept"]
+                claim = Claim(str(kept["owner"]), str(kept["secret"]))
+                terms = Terms(*(float(kept[key]) for key in ("keep_running", "linger", "timeout", "max_exec_time")))
+                streaming = bool(kept["streaming"])
+            except (KeyError, TypeError, ValueError):
+                continue  # a tied call: nobody asks for it
+            self._keep(call_id, claim, terms, streaming).bury(_WARDEN_DIED, dumps({"by": "unknown", "warden": "died"}))
+
+    def _keep(self, call_id: str, claim: Claim, terms: Terms, streaming: bool) -> Kept:
+        settings = self._settings
+        kept = self._calls[call_id] = Kept(
+            self._loop,
+            call_id,
+            claim,
+            terms,
+            streaming,
+            settings["kill_grace"],
+            self._warden,
+            settings["spool"],
+            self._memory,
+            self._on_forgotten,
+        )
+        return kept
+
+    @staticmethod
+    def record(kept: Kept, streaming: bool) -> dict[str, Any]:
+        """What the next warden has to know to `bury` a call."""
+        terms = kept.terms
+        return {
+            "kept": {
+                "owner": kept.claim.owner,
+                "secret": kept.claim.secret,
+                "keep_running": terms.keep_running,
+                "linger": terms.linger,
+                "timeout": terms.timeout,
+                "max_exec_time": terms.max_exec_time,
+                "streaming": streaming,
+            }
+        }
+
+    def attach(self, connection: socket.socket, request: Members, behind: bytes) -> Failed | None:
+        """Attach a connection to a call, or say why not. `behind`: what came behind the request."""
+        call_id, owner = string(request, "attach"), string(request, "owner")
+        since = value(request, "since")
+        check(is_count(since), "since: expected a count")
+        kept = self._calls.get(call_id)
+        claim = Claim(owner, _digest(string(request, "secret")))
+        if kept is None or not _same(kept.claim, claim):
+            self._bar(owner, call_id)
+            return Failed("no_such_call", "there is no such call here, and none of this id will start", self._data())
+        if not kept.can_serve(since):
+            first, end = kept.span
+            data = {"first": first, "end": end}
+            return Failed("records_gone", "not all of the call's records from this number on are here", data)
+        log.info("dispatcher attached to its call", extra={"call": call_id, "since": since})
+        kept.attach(connection, since, behind)
+        return None
+
+    def listed(self, owner: str) -> bytes:
+        """The line that lists an owner's calls."""
+        calls = tuple(
+            call_id
+            for call_id, kept in self._calls.items()
+            if hmac.compare_digest(_bytes(kept.claim.owner), _bytes(owner))
+        )
+        return encode_message(Held(calls, self._warden))
+
+    def _on_forgotten(self, kept: Kept) -> None:
+        del self._calls[kept.id]
+        self._bar(kept.claim.owner, kept.id)
+        self._call_forgotten()
+
+    def _bar(self, owner: str, call_id: str) -> None:
+        now = self._loop.now()
+        self._barred[owner, call_id] = now + _BARRED
+        if len(self._barred) > _MANY:  # the oldest come first
+            for key in [key for key, until in self._barred.items() if until < now]:
+                del self._barred[key]
+
+    def _data(self) -> dict[str, str]:
+        return {"warden": self._warden}
+
+
+def _seconds(members: Members, key: str) -> float:
+    seconds = value(members, key)
+    check(is_seconds(seconds), f"{key}: expected a positive number of seconds")
+    return float(seconds)
+
+
+def _digest(secret: str) -> str:
+    return hashlib.sha256(_bytes(secret)).hexdigest()
+
+
+def _bytes(text: str) -> bytes:
+    return text.encode("utf-8", "surrogatepass")
+
+
+def _same(one: Claim, other: Claim) -> bool:
+    return hmac.compare_digest(_bytes(one.owner), _bytes(other.owner)) and hmac.compare_digest(one.secret, other.secret)

@@ -1,0 +1,375 @@
+"""Who hears a kept call: its dispatcher, which may go away and come back.
+
+Theory of operation. The call's records go into a spool; whoever is attached is sent them from the number it asked for,
+and drops them here by saying how far it has stored them. The end is told once the main process has been reaped and
+what was to be stopped is gone (or survives, which the receipt says): evidence, then the closing line. So a closing
+line means that nothing of the call runs any more. The dispatcher says ``done`` when it has stored that.
+
+Contact is proven by the dispatcher's ``alive``: it says the time of ours that it has heard last, so up to then it has
+heard us, and can't have given us up as lost for longer than since then. Nothing else counts: an open connection proves
+nothing, and what it said may have been long on its way. A running call without contact for `keep_running` seconds is
+stopped; an ended one is forgotten after `linger` seconds. One connection is attached at a time: a later one takes the
+place of the earlier.
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from harp.protocol.daemon import (
+    Acknowledgement,
+    Alive,
+    Done,
+    Evidence,
+    KeptTerms,
+    Receipt,
+    RecordsAt,
+    StopCall,
+    Stored,
+    decode_order,
+    encode_message,
+)
+from harp.protocol.ends import Failed
+from harp.protocol.fields import ProtocolError
+from harp.protocol.jsontext import Raw
+from harp.protocol.lines import LineBuffer, LineTooLong
+from harpd.attachment import Attachment
+from harpd.eventloop import EventLoop, Timer
+from harpd.running import RunningCall, Stop
+from harpd.spool import Spool, SpoolMemory
+
+__all__ = ["Claim", "Kept", "Terms"]
+
+log = logging.getLogger("harpd.warden")
+
+#: The most bytes of a line of the dispatcher's after its request.
+_LONGEST_ORDER = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """Whose a call is: the dispatcher's name for itself, and a digest of the call's secret."""
+
+    owner: str = field(repr=False)
+    secret: str = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """How long a call is kept, and its limits; seconds. What was asked for, lowered to what is allowed here."""
+
+    keep_running: float
+    linger: float
+    timeout: float
+    max_exec_time: float
+
+
+class Kept:
+    """A call that is kept for its dispatcher. A `harpd.running.Audience`.
+
+    Args:
+        loop: the event loop.
+        call_id: the call's id.
+        claim: whose it is.
+        terms: how long it is kept.
+        streaming: whether records will come.
+        kill_grace: told to the dispatcher.
+        warden: the incarnation, told to the dispatcher.
+        spool: bytes that may wait to be stored.
+        memory: what all calls may keep together.
+        on_forgotten: called once, when the call is not kept any more.
+    """
+
+    def __init__(
+        self,
+        loop: EventLoop,
+        call_id: str,
+        claim: Claim,
+        terms: Terms,
+        streaming: bool,
+        kill_grace: float,
+        warden: str,
+        spool: int,
+        memory: SpoolMemory,
+        on_forgotten: Callable[[Kept], None],
+    ) -> None:
+        self.id = call_id
+        self.claim = claim
+        self.terms = terms
+        self._loop = loop
+        self._streaming = streaming
+        self._kill_grace = kill_grace
+        self._warden = warden
+        self._most = spool
+        self._memory = memory
+        self._on_forgotten = on_forgotten
+        self._spool = Spool()
+        self._call: RunningCall | None = None
+        self._reader: Attachment | None = None
+        self._lines = LineBuffer(_LONGEST_ORDER)
+        self._next = 0
+        self._told_end = self._told_last = False
+        self._started: float | None = None
+        self._refusal: Failed | None = None
+        self._end: bytes | None = None
+        self._closing: bytes | None = None
+        self._last_receipt: bytes | None = None
+        self._ended = 0.0
+        self._buried = False
+        self._contact = self._said = loop.now()
+        self._timer: Timer | None = None
+        self._limits: list[Timer] = []
+        self.forgotten = False
+        self._check_contact()
+
+    # What the call does: `Audience`.
+
+    def attend(self, call: RunningCall) -> None:
+        """From now on this is the call."""
+        self._call = call
+
+    @property
+    def full(self) -> bool:
+        """See `Audience`."""
+        size = self._spool.size
+        return size >= self._most or not self._memory.has_room(size, self, self._resume)
+
+    def acknowledged(self) -> None:
+        """See `Audience`."""
+        self._started = self._said = self._loop.now()
+        self._limits.append(self._loop.after(self.terms.max_exec_time, self._take_too_long))
+        self._check_silence()
+        self._greet()
+
+    def refused(self, end: Failed) -> None:
+        """See `Audience`."""
+        self._refusal = end
+        if self._reader is not None:
+            self._reader.send(encode_message(end))
+        self.forget()
+
+    def take(self, lines: bytes, count: int) -> None:
+        """See `Audience`."""
+        self._said = self._loop.now()
+        self._spool.append(lines, count, time.time())
+        self._memory.take(len(lines))
+        self._pump()
+
+    def end(self, line: bytes) -> None:
+        """See `Audience`."""
+        self._end = line
+        self._cancel_limits()
+
+    def over(self, evidence: Raw, receipt: Raw | None) -> None:
+        """See `Audience`."""
+        assert self._end is not None
+        said = b"" if receipt is None else encode_message(Receipt(receipt))
+        self._closing = said + encode_message(Evidence(evidence)) + self._end
+        self._end = None
+        self._ended = self._loop.now()
+        self._arm(self.terms.linger)
+        self._pump()
+
+    def gone(self, receipt: Raw | None) -> None:
+        """See `Audience`."""
+        self._call = None
+        if receipt is not None:
+            self._last_receipt = encode_message(Receipt(receipt))
+            self._pump()
+
+    # Who is attached.
+
+    def attach(self, connection: socket.socket, since: int, behind: bytes) -> None:
+        """Send everything from record number `since` on to this connection, and listen to it.
+
+        Args:
+            connection: the connection.
+            since: a number that `can_serve` has allowed.
+            behind: what has come on the connection already, behind the request.
+        """
+        if self._reader is not None:
+            self._reader.close()
+        self._lines = LineBuffer(_LONGEST_ORDER)
+        self._next = since
+        self._told_end = self._told_last = False
+        # The callbacks know their own connection: one that was superseded says nothing any more.
+        reader: Attachment
+        reader = self._reader = Attachment(
+            self._loop,
+            connection,
+            lambda data: self._take_orders(reader, data),
+            lambda: self._detach(reader),
+            self._pump,
+        )
+        self._greet()
+        if behind:
+            self._take_orders(reader, behind)
+
+    def bury(self, end: Failed, evidence: Raw) -> None:
+        """It was the call of a warden that has died: it is over, and there are no more records of it."""
+        self._buried = True
+        self._started = self._ended = self._loop.now()
+        self._closing = encode_message(Evidence(evidence)) + encode_message(end)
+        self._arm(self.terms.linger)
+
+    def can_serve(self, since: int) -> bool:
+        """Whether the records from this number on are still here."""
+        if self._buried:
+            self._spool.skip(since)
+        return self._spool.first <= since <= self._spool.end
+
+    @property
+    def span(self) -> tuple[int, int]:
+        """The numbers of the first record that is here and of the one to come."""
+        return self._spool.first, self._spool.end
+
+    @property
+    def attached(self) -> bool:
+        """Whether somebody is there to hear it."""
+        return self._reader is not None
+
+    @property
+    def running(self) -> bool:
+        """Whether its end is not known yet."""
+        return self._closing is None
+
+    def _greet(self) -> None:
+        if self._reader is not None and self._started is not None:
+            terms = KeptTerms(
+                warden=self._warden,
+                keep_running=self.terms.keep_running,
+                linger=self.terms.linger,
+                kill_grace=self._kill_grace,
+                elapsed=self._elapsed(),
+                records=self._spool.end,
+            )
+            self._reader.send(encode_message(Acknowledgement(self._streaming, terms)))
+            self._pump()
+
+    def _elapsed(self) -> float:
+        """Seconds since the start."""
+        return 0.0 if self._started is None else max(0.0, self._loop.now() - self._started)
+
+    def _pump(self) -> None:
+        """Send what the reader has not been sent yet, as much as it takes now."""
+        reader = self._reader
+        if reader is None or self._started is None:
+            return
+        while reader.has_room and (piece := self._spool.piece(self._next)) is not None:
+            self._next = piece.first + piece.count
+            reader.send(encode_message(RecordsAt(piece.at)) + piece.lines)
+        if self._next < self._spool.end or self._closing is None:
+            return
+        if not self._told_end:
+            self._told_end = True
+            reader.send(self._closing)
+        if self._last_receipt is not None and not self._told_last:
+            self._told_last = True
+            reader.send(self._last_receipt)
+
+    def _take_orders(self, reader: Attachment, data: bytes) -> None:
+        try:
+            lines = self._lines.feed(data)
+            for line in lines:
+                if reader is self._reader:
+                    self._obey(decode_order(line), reader)
+        except (ProtocolError, LineTooLong) as error:
+            log.error("what a dispatcher said of its call is not of the protocol", extra=self._about(str(error)))
+            self._detach(reader)
+
+    def _obey(self, order: Stored | Alive | StopCall | Done, reader: Attachment) -> None:
+        match order:
+            case Stored(count):
+                if count > self._spool.end:
+                    raise ProtocolError(f"stored: {count} records, of {self._spool.end}")
+                self._memory.give_back(self._spool.acknowledge(count))
+                self._resume()
+            case Alive(at):
+                if at > self._elapsed():
+                    raise ProtocolError("alive: a time that has not come yet")
+                self._contact = max(self._contact, (self._started or 0) + at)
+                reader.send(encode_message(Alive(self._elapsed())))
+            case StopCall(why, by):
+                self._stop(Stop.CANCELLED, why, by)
+            case Done():
+                if self._closing is None:
+                    raise ProtocolError("done: the call has not ended")
+                self.forget()
+
+    def _detach(self, reader: Attachment) -> None:
+        reader.close()
+        if reader is self._reader:
+            self._reader = None
+            log.debug("dispatcher detached from its call", extra={"call": self.id})
+
+    # Limits and contact.
+
+    def _stop(self, why: Stop, reason: str | None = None, by: str | None = None) -> None:
+        if self._call is not None and self.running:
+            self._call.stop(why, reason, by)
+
+    def _resume(self) -> None:
+        if self._call is not None:
+            self._call.resume()
+
+    def _take_too_long(self) -> None:
+        self._stop(Stop.MAX_EXEC_TIME, f"{self.terms.max_exec_time:g} s")
+
+    def _check_silence(self) -> None:
+        """Stop a call that has said nothing for too long. While its spool is full it can't say anything."""
+        if not self.running or self._end is not None:
+            return
+        now = self._loop.now()
+        if self.full:
+            self._said = now
+        left = self._said + self.terms.timeout - now
+        if left <= 0:
+            self._stop(Stop.SILENCE, f"{self.terms.timeout:g} s")
+        else:
+            self._limits[1:] = [self._loop.after(left, self._check_silence)]
+
+    def _check_contact(self) -> None:
+        now = self._loop.now()
+        if self.running:
+            left = self._contact + self.terms.keep_running - now
+            if left <= 0:
+                self._stop(Stop.LOST_CONTACT)
+                left = self.terms.linger
+        else:
+            left = max(self._contact, self._ended) + self.terms.linger - now
+            if left <= 0:
+                log.warning("an ended call was not fetched in time; forgotten", extra={"call": self.id})
+                self.forget()
+                return
+        self._arm(left)
+
+    def _arm(self, seconds: float) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = self._loop.after(seconds, self._check_contact)
+
+    def _cancel_limits(self) -> None:
+        for timer in self._limits:
+            timer.cancel()
+        self._limits.clear()
+
+    def forget(self) -> None:
+        """Keep it no more: its end is stored, or nobody came for it."""
+        if self.forgotten:
+            return
+        self.forgotten = True
+        self._cancel_limits()
+        if self._timer is not None:
+            self._timer.cancel()
+        self._memory.give_back(self._spool.size)
+        if self._reader is not None:
+            self._reader.finish(lambda: None)
+            self._reader = None
+        self._on_forgotten(self)
+
+    def _about(self, reason: str) -> dict[str, str]:
+        return {"call": self.id, "reason": reason}

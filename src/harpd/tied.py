@@ -1,0 +1,86 @@
+"""Who hears a tied call: one connection, whose end is the call's end.
+
+A call of a direct client, or of a dispatcher of the field. What it says goes out as it comes, through a bounded
+buffer; while that is full the process waits. The connection is closed only when the call's processes are gone: the
+close is the proof of death.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+
+from harp.protocol.daemon import Acknowledgement, encode_message
+from harp.protocol.ends import Failed
+from harp.protocol.jsontext import Raw
+from harpd.attachment import Attachment
+from harpd.eventloop import EventLoop
+from harpd.running import RunningCall, Stop
+
+__all__ = ["Tied"]
+
+
+class Tied:
+    """The one connection of a call. A `harpd.running.Audience`.
+
+    Args:
+        loop: the event loop.
+        connection: the gate's connection, non-blocking.
+        streaming: whether records will come.
+        most: bytes that may wait for the gate.
+        on_closed: called once, when the connection is closed.
+    """
+
+    def __init__(
+        self, loop: EventLoop, connection: socket.socket, streaming: bool, most: int, on_closed: Callable[[], None]
+    ) -> None:
+        self._streaming = streaming
+        self._most = most
+        self._on_closed = on_closed
+        self._call: RunningCall | None = None
+        self._gate = Attachment(loop, connection, lambda data: None, self._on_lost, self._on_room)
+
+    def attend(self, call: RunningCall) -> None:
+        """From now on this is the call."""
+        self._call = call
+
+    def let_go(self) -> None:
+        """There is no call: leave the connection, which stays open, to whoever gave it."""
+        self._gate.release()
+
+    @property
+    def full(self) -> bool:
+        """See `Audience`."""
+        return self._gate.waiting >= self._most
+
+    def acknowledged(self) -> None:
+        """See `Audience`."""
+        self._gate.send(encode_message(Acknowledgement(self._streaming)))
+
+    def take(self, lines: bytes, count: int) -> None:
+        """See `Audience`."""
+        self._gate.send(lines)
+
+    def end(self, line: bytes) -> None:
+        """See `Audience`."""
+        self._gate.send(line)
+
+    def refused(self, end: Failed) -> None:
+        """See `Audience`."""
+        self._gate.send(encode_message(end))
+
+    def over(self, evidence: Raw, receipt: Raw | None) -> None:
+        """See `Audience`; a tied caller is told nothing of this."""
+
+    def gone(self, receipt: Raw | None) -> None:
+        """See `Audience`."""
+        self._gate.finish(self._on_closed)
+
+    def _on_room(self) -> None:
+        if self._call is not None:
+            self._call.resume()
+
+    def _on_lost(self) -> None:
+        if self._call is not None:
+            self._call.stop(Stop.CANCELLED)
+            self._call.resume()  # what the process still says is read, and dropped

@@ -1,0 +1,322 @@
+"""Gate and calls as two programs, as the services are: what may end, start again or be replaced under running calls."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from support.daemonlog import DEADLINE
+from support.deadline import wait_until
+from support.harpd import Harpd, LineClient, is_dead
+
+PROCEDURES = """
+import os, time
+from harpd.proc import procedure, streaming_procedure, Result
+
+@procedure
+def version():
+    return 1
+
+@procedure
+def pid_then_wait(path):
+    with open(path + ".new", "w") as file:
+        file.write(str(os.getpid()))
+    os.rename(path + ".new", path)
+    while not os.path.exists(path + ".go"):
+        time.sleep(0.01)
+    return "seen"
+
+@streaming_procedure
+def count_until(path):
+    number = 0
+    while not os.path.exists(path):
+        yield number
+        number += 1
+        time.sleep(0.005)
+    yield Result(number)
+"""
+NEXT = PROCEDURES.replace("return 1\n", "return 2\n")
+BROKEN = "raise RuntimeError('broken on purpose')\n"
+
+ACKNOWLEDGED = {"harp": 1, "stream_result": False}
+
+
+@pytest.fixture
+def harpd(tmp_path: Path) -> Iterator[Harpd]:
+    harpd = Harpd(tmp_path / "harpd", PROCEDURES, apart=True)
+    with harpd:
+        yield harpd
+
+
+def version(harpd: Harpd) -> Any:
+    return harpd.call("version")[-1]
+
+
+def records(client: LineClient, most: int | None = None) -> list[Any]:
+    """The records that come next: so many, or all before the evidence, which is read too."""
+    found: list[Any] = []
+    while most is None or len(found) < most:
+        line = client.message()
+        if "evidence" in line:
+            break
+        if "stream" in line:
+            found.append(line["stream"])
+    return found
+
+
+def closing_line(client: LineClient) -> Any:
+    """The closing line; then the call is told to be forgotten, and the connection closes."""
+    while not (line := client.message()).keys() & {"result", "exception", "error"}:
+        pass
+    client.send({"done": True})
+    assert client.lines() == []
+    return line
+
+
+def pid_of(path: Path) -> int:
+    return int(wait_until(lambda: path.exists() and path.read_text(), DEADLINE, "the call's process"))
+
+
+def begin(harpd: Harpd, path: Path) -> tuple[str, int]:
+    """Start a kept call that waits, and detach; return its id and its process."""
+    with harpd.keep("pid_then_wait", str(path)) as client:
+        client.message()
+        return client.call, pid_of(path)
+
+
+def finish(harpd: Harpd, call: str, path: Path) -> Any:
+    """Let it end; return its closing line."""
+    with harpd.attach(call) as client:
+        client.message()
+        path.with_name(f"{path.name}.go").touch()
+        return closing_line(client)
+
+
+def run(harpd: Harpd, *options: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(harpd.command(*options), capture_output=True, text=True, timeout=DEADLINE)
+
+
+def test_a_killed_gate_costs_a_stream_nothing(harpd: Harpd, tmp_path: Path) -> None:
+    seen: list[int] = []
+    client = harpd.keep("count_until", str(tmp_path / "go"))
+    for _ in range(3):
+        with client:
+            client.message()
+            seen += records(client, 20)
+            harpd.kill()
+        harpd.start()
+        client = harpd.attach(client.call, len(seen))
+    (tmp_path / "go").touch()
+    with client:
+        client.message()
+        seen += records(client)
+        assert closing_line(client) == {"result": len(seen)}
+    assert seen == list(range(len(seen)))
+
+
+def test_the_end_of_the_gate_ends_tied_calls_and_no_others(harpd: Harpd, tmp_path: Path) -> None:
+    call, kept = begin(harpd, tmp_path / "kept")
+    with harpd.connect() as tied, harpd.attach(call) as attached, harpd.connect() as waiting:
+        tied.send(harpd.request("pid_then_wait", [str(tmp_path / "tied")]))
+        attached.message()
+        assert tied.message() == ACKNOWLEDGED
+        process = pid_of(tmp_path / "tied")
+        assert harpd.stop_gate() == 0
+        for client in (tied, waiting):
+            (last,) = client.lines()
+            assert last["error"]["type"] == "shutdown"
+        assert attached.lines() == []  # nothing is said: the call goes on
+        assert is_dead(process)
+        assert not is_dead(kept)
+    harpd.start()
+    assert finish(harpd, call, tmp_path / "kept") == {"result": "seen"}
+
+
+def test_an_upgrade_leaves_calls_where_they_are(harpd: Harpd, tmp_path: Path) -> None:
+    old = harpd.status()["incarnation"]
+    call, process = begin(harpd, tmp_path / "old")
+    harpd.procedures_file.write_text(NEXT)
+    assert harpd.reload(calls=True)["event"] == "reloaded"
+    new = harpd.status()["incarnation"]
+    assert {status["incarnation"]: status["accepting"] for status in harpd.statuses()} == {old: False, new: True}
+    assert version(harpd) == {"result": 2}
+    with harpd.keep("version", warden=old) as refused:
+        (refusal,) = refused.lines()
+        assert refusal["error"]["type"] == "other_warden"
+        assert refusal["error"]["data"] == {"warden": new}
+    other, _ = begin(harpd, tmp_path / "new")
+    held = harpd.held()
+    assert (sorted(held["calls"]), held["warden"]) == (sorted((call, other)), new)
+    assert not is_dead(process)
+    assert finish(harpd, call, tmp_path / "old") == {"result": "seen"}
+    wait_until(lambda: len(harpd.statuses()) == 1, DEADLINE, "the end of the older warden")
+    harpd.wait_event("an older warden has ended", status="exit status 0")
+    assert finish(harpd, other, tmp_path / "new") == {"result": "seen"}
+    assert not harpd.events("warden died")
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGKILL])
+def test_calls_outlive_their_keeper(harpd: Harpd, tmp_path: Path, number: signal.Signals) -> None:
+    call, process = begin(harpd, tmp_path / "old")
+    old = harpd.status()["incarnation"]
+    harpd.end_calls(number)
+    assert version(harpd) == {"result": 1}  # the warden goes on
+    harpd.start_calls()
+    assert harpd.status()["incarnation"] != old
+    assert len(harpd.statuses()) == 2
+    assert not is_dead(process)
+    assert finish(harpd, call, tmp_path / "old") == {"result": "seen"}
+    wait_until(lambda: len(harpd.statuses()) == 1, DEADLINE, "the end of the older warden")
+
+
+def test_the_end_of_the_keeper_is_the_end_of_all_calls(harpd: Harpd, tmp_path: Path) -> None:
+    old, first = begin(harpd, tmp_path / "old")
+    harpd.reload(calls=True)
+    new, second = begin(harpd, tmp_path / "new")
+    with harpd.attach(old) as one, harpd.attach(new) as other:
+        for client in (one, other):
+            client.message()
+        assert harpd.end_calls() == 0
+        assert [client.lines()[-1]["error"]["type"] for client in (one, other)] == ["shutdown", "shutdown"]
+    assert is_dead(first)
+    assert is_dead(second)
+    assert harpd.statuses() == []
+    assert not list(harpd.runtime_directory.glob("warden*"))
+    harpd.start_calls()
+    assert version(harpd) == {"result": 1}
+
+
+def test_a_broken_procedures_file_replaces_no_warden(harpd: Harpd, tmp_path: Path) -> None:
+    before = harpd.status()["warden"]
+    harpd.procedures_file.write_text(BROKEN)
+    assert harpd.reload(calls=True)["event"] == "reload failed; nothing is changed"
+    assert harpd.reload()["event"] == "reload failed; nothing is changed"
+    assert harpd.status()["warden"] == before
+    assert version(harpd) == {"result": 1}
+    harpd.procedures_file.write_text(NEXT)
+    assert harpd.reload(calls=True)["event"] == "reloaded"
+    assert version(harpd) == {"result": 2}
+    assert harpd.status()["warden"] != before
+
+
+def test_a_reload_of_the_gate_reaches_the_warden(harpd: Harpd) -> None:
+    before = harpd.status()["warden"]
+    harpd.procedures_file.write_text(NEXT)
+    harpd.configure({"limits": {"kill_grace": 7}})
+    assert harpd.reload()["event"] == "reloaded"
+    assert version(harpd) == {"result": 2}
+    assert harpd.status()["warden"] == before
+    with harpd.keep("version") as client:
+        assert client.message()["call"]["kill_grace"] == 7
+        closing_line(client)
+
+
+def test_a_dead_warden_is_replaced_by_one_that_knows_the_files_of_now(harpd: Harpd) -> None:
+    harpd.configure({"limits": {"kill_grace": 7}})
+    harpd.reload()
+    subprocess.run(["kill", "-9", str(harpd.warden)], check=True)
+    harpd.wait_event("warden died", status="signal 9")
+    assert version(harpd) == {"result": 1}
+    with harpd.keep("version") as client:
+        assert client.message()["call"]["kill_grace"] == 7
+        closing_line(client)
+
+
+def test_without_wardens_the_gate_waits_a_little_and_says_so(harpd: Harpd) -> None:
+    harpd.end_calls()
+    (refusal,) = harpd.call("version")
+    assert refusal["error"]["type"] == "procedure_loading_error"
+    with harpd.connect() as client:
+        client.send(harpd.request("version", []))
+        harpd.start_calls()
+        assert client.lines() == [ACKNOWLEDGED, {"result": 1}]
+
+
+def test_status_drain_and_resume(harpd: Harpd, tmp_path: Path) -> None:
+    call, _ = begin(harpd, tmp_path / "call")
+    harpd.reload(calls=True)
+    outcome = run(harpd, "status")
+    assert (outcome.returncode, outcome.stderr) == (0, "")
+    wardens = {status["accepting"]: status for status in map(json.loads, outcome.stdout.splitlines())}
+    assert wardens[True]["incarnation"] == harpd.status()["incarnation"]
+    assert (wardens[False]["calls"], wardens[False]["held"]) == (1, 1)
+
+    outcome = run(harpd, "drain", "--timeout", "0.1")
+    assert (outcome.returncode, outcome.stdout, outcome.stderr) == (1, "", "")
+    with harpd.keep("version") as refused:
+        (refusal,) = refused.lines()
+        assert refusal["error"]["type"] == "shutdown"
+    assert version(harpd)["error"]["type"] == "shutdown"
+    draining = subprocess.Popen(harpd.command("drain"), stderr=subprocess.PIPE)
+    assert finish(harpd, call, tmp_path / "call") == {"result": "seen"}
+    _, said = draining.communicate(timeout=DEADLINE)
+    assert (draining.returncode, said) == (0, b"")
+
+    assert run(harpd, "resume").returncode == 0
+    assert version(harpd) == {"result": 1}
+
+
+def test_without_wardens_the_commands_say_so(tmp_path: Path) -> None:
+    harpd = Harpd(tmp_path / "harpd", PROCEDURES)
+    outcome = run(harpd, "status")
+    assert outcome.returncode == 1
+    assert "runtime_directory: " in outcome.stderr
+    harpd.runtime_directory.mkdir()
+    outcome = run(harpd, "status")
+    assert (outcome.returncode, outcome.stdout, outcome.stderr) == (1, "", "")
+    for command in ("drain", "resume"):
+        outcome = run(harpd, command)
+        assert (outcome.returncode, outcome.stderr) == (1, "harpd: the warden of the calls does not run\n")
+
+
+@pytest.mark.parametrize("command", ["gate", "calls", "status", "drain", "resume"])
+def test_programs_that_run_apart_need_a_place_to_meet(tmp_path: Path, command: str) -> None:
+    harpd = Harpd(tmp_path / "harpd", PROCEDURES, {"runtime_directory": None})
+    outcome = run(harpd, command)
+    assert outcome.returncode == 1
+    (line,) = outcome.stderr.splitlines()
+    assert line.endswith("harpd.conf: runtime_directory: missing; gate and calls meet there")
+
+
+@pytest.mark.parametrize("command", ["gate", "calls", None])
+def test_each_part_runs_once(harpd: Harpd, command: str | None) -> None:
+    outcome = run(harpd, *([command] if command else []))
+    assert outcome.returncode == 1
+    assert "held by another running harpd" in outcome.stderr
+    assert version(harpd) == {"result": 1}
+
+
+def test_a_killed_program_that_is_both_leaves_its_calls_to_the_next(tmp_path: Path) -> None:
+    harpd = Harpd(tmp_path / "harpd", PROCEDURES)
+    harpd.start()
+    call, process = begin(harpd, tmp_path / "call")
+    harpd.kill()
+    assert not is_dead(process)
+    with harpd:
+        assert len(harpd.statuses()) == 2
+        assert finish(harpd, call, tmp_path / "call") == {"result": "seen"}
+        wait_until(lambda: len(harpd.statuses()) == 1, DEADLINE, "the end of the older warden")
+
+
+def test_without_a_configured_directory_nothing_outlives_it(tmp_path: Path) -> None:
+    harpd = Harpd(tmp_path / "harpd", PROCEDURES, {"runtime_directory": None})
+    harpd.start()
+    with harpd.connect() as client:
+        client.send(harpd.request("pid_then_wait", [str(tmp_path / "call")]))
+        process = pid_of(tmp_path / "call")
+        harpd.kill()
+        wait_until(lambda: is_dead(process), DEADLINE, "the call's death")
+
+
+def test_timeout_is_for_drain_alone(tmp_path: Path) -> None:
+    harpd = Harpd(tmp_path / "harpd", PROCEDURES)
+    assert run(harpd, "status", "--timeout", "1").returncode == 2
+    assert run(harpd, "drain", "--timeout", "x").returncode == 2
+    assert run(harpd, "drain", "--timeout", "-1").returncode == 2
+    assert run(harpd, "nonsense").returncode == 2

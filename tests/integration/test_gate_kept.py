@@ -1,0 +1,397 @@
+"""Kept calls over real sockets: what their client says and hears, who may attach, and who may go away.
+
+The transcripts quote docs/protocol.md, Kept calls.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from support.daemonlog import DEADLINE
+from support.deadline import wait_until
+from support.harpd import OWNER, SECRET, Harpd, LineClient
+from support.wardens import make_current, warden
+
+PROCEDURES = """
+import os, time
+from harpd.proc import procedure, streaming_procedure, Result
+
+@procedure
+def echo(*values):
+    return values
+
+@procedure
+def wait_for(path):
+    while not os.path.exists(path):
+        time.sleep(0.01)
+    return "seen"
+
+@streaming_procedure
+def count(many, path=None):
+    for number in range(many):
+        yield number
+    while path and not os.path.exists(path):
+        time.sleep(0.01)
+    yield Result(many)
+
+@streaming_procedure
+def flood(many, size):
+    for number in range(many):
+        yield [number, "x" * size]
+"""
+
+LIMITS = {"write_stall": 1, "keep_running": 1800}
+
+
+@pytest.fixture(scope="module")
+def harpd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Harpd]:
+    with Harpd(tmp_path_factory.mktemp("kept"), PROCEDURES, {"limits": LIMITS}) as harpd:
+        yield harpd
+
+
+def failed(type: str, message: str) -> dict[str, Any]:
+    return {"harp": 1, "error": {"type": type, "message": message}}
+
+
+def error_type(client: LineClient) -> Any:
+    """The type of the error that is all that comes."""
+    (refusal,) = client.lines()
+    return refusal["error"]["type"]
+
+
+def records(client: LineClient, most: int | None = None) -> list[Any]:
+    """The records that come next: so many, or all before the evidence, which is read too."""
+    found: list[Any] = []
+    while most is None or len(found) < most:
+        line = client.message()
+        assert line.keys() <= {"stream", "at", "evidence"}, line
+        if "evidence" in line:
+            break
+        if "stream" in line:
+            found.append(line["stream"])
+    return found
+
+
+def last_lines(client: LineClient) -> list[Any]:
+    """The lines up to the closing line; then the call is told to be forgotten, and the connection closes."""
+    found = [client.message()]
+    while not found[-1].keys() & {"result", "exception", "error"}:
+        found.append(client.message())
+    client.send({"done": True})
+    assert client.lines() == []
+    return found
+
+
+def closing_line(client: LineClient) -> Any:
+    return last_lines(client)[-1]
+
+
+def test_a_kept_call_says_its_terms_and_waits_to_be_forgotten(harpd: Harpd) -> None:
+    with harpd.keep("echo", 1, "two", keep_running=7200) as client:
+        acknowledgement = client.message()
+        terms = acknowledgement.pop("call")
+        assert acknowledgement == {"harp": 1, "stream_result": False}
+        assert terms.pop("elapsed") >= 0
+        warden = harpd.status()["incarnation"]
+        kept = {"warden": warden, "keep_running": 1800, "linger": 60, "kill_grace": 5, "records": 0}
+        assert terms == kept  # no more than the configuration allows
+        evidence, end = last_lines(client)
+        assert evidence["evidence"]["exit"] == 0
+        assert end == {"result": [1, "two"]}
+    assert client.call not in harpd.held()["calls"]
+
+
+def test_records_have_the_time_they_were_made(harpd: Harpd) -> None:
+    with harpd.keep("count", 3) as client:
+        assert client.message()["stream_result"] is True
+        lines = last_lines(client)
+        assert "at" in lines[0]
+        assert [line["stream"] for line in lines if "stream" in line] == [0, 1, 2]
+        assert lines[-1] == {"result": 3}
+
+
+def test_orders_are_answered_and_obeyed(harpd: Harpd, tmp_path: Path) -> None:
+    with harpd.keep("wait_for", str(tmp_path / "go")) as client:
+        client.message()
+        client.send(b'{"alive":0}\n{"al')
+        assert client.message().keys() == {"alive"}
+        client.send(b'ive":0}\n')
+        assert client.message().keys() == {"alive"}
+        client.send({"stop": {"why": "cancel", "by": "127.0.0.1:5"}})
+        receipt, evidence, end = last_lines(client)
+        assert receipt["receipt"]["survivors"] == []
+        assert (evidence["evidence"]["by"], evidence["evidence"]["by_whom"]) == ("cancel", "127.0.0.1:5")
+        assert end["error"]["type"] == "cancelled"
+
+
+def test_orders_may_stand_right_behind_the_request(harpd: Harpd) -> None:
+    terms = {"id": str(uuid.uuid4()), "owner": OWNER, "secret": SECRET, "warden": harpd.status()["incarnation"]}
+    terms |= dict.fromkeys(("keep_running", "linger", "timeout", "max_exec_time"), 60)
+    with harpd.connect() as client:
+        client.send(json.dumps(harpd.request("echo", [], call=terms)).encode() + b'\n{"alive":0}\n{"alive":0}\n')
+        lines = [client.message() for _ in range(5)]  # acknowledgement, evidence, result, and wherever they come, these
+        assert len([line for line in lines if "alive" in line]) == 2
+        client.send({"done": True})
+        assert client.lines() == []
+
+
+def test_a_client_that_comes_back_goes_on_from_any_number(harpd: Harpd, tmp_path: Path) -> None:
+    with harpd.keep("count", 1000, str(tmp_path / "go")) as client:
+        client.message()
+        assert records(client, 10) == list(range(10))
+    for since in (0, 5, 999, 1000):
+        with harpd.attach(client.call, since) as again:
+            terms = again.message()["call"]
+            assert terms["records"] <= 1000
+            assert records(again, 1000 - since) == list(range(since, 1000))
+    with harpd.attach(client.call, 7) as again:
+        again.message()
+        again.send({"stored": 500})
+        assert records(again, 993) == list(range(7, 1000))
+        again.send({"alive": 0})
+        assert again.message().keys() == {"alive"}  # the order before it has been obeyed
+    with harpd.attach(client.call, 1001) as gone:
+        assert error_type(gone) == "records_gone"
+    (tmp_path / "go").touch()
+    with harpd.attach(client.call, 1000) as again:
+        again.message()
+        assert closing_line(again) == {"result": 1000}
+
+
+def test_an_ended_call_waits_for_its_client(harpd: Harpd) -> None:
+    with harpd.keep("count", 5) as client:
+        client.message()
+    wait_until(lambda: harpd.status()["calls"] == 0, DEADLINE, "the end of the call")
+    held = harpd.held()
+    assert held.keys() == {"harp", "calls", "warden"}
+    assert client.call in held["calls"]
+    assert held["warden"] == harpd.status()["incarnation"]
+    with harpd.attach(client.call) as again:
+        assert again.message()["call"]["records"] == 5
+        assert records(again) == list(range(5))
+        assert closing_line(again) == {"result": 5}
+    assert client.call not in harpd.held()["calls"]
+
+
+def test_a_second_attach_takes_the_place_of_the_first(harpd: Harpd, tmp_path: Path) -> None:
+    with harpd.keep("wait_for", str(tmp_path / "go")) as first:
+        first.message()
+        with harpd.attach(first.call) as second:
+            second.message()
+            assert first.lines() == []
+            (tmp_path / "go").touch()
+            assert closing_line(second) == {"result": "seen"}
+
+
+@pytest.mark.parametrize("changes", [{"secret": "guessed"}, {"owner": "another"}])
+def test_who_is_not_the_owner_is_told_that_there_is_no_such_call(
+    harpd: Harpd, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    with harpd.keep("wait_for", str(tmp_path / "go")) as client:
+        client.message()
+        with harpd.attach(client.call, **changes) as other:
+            (refusal,) = other.lines()
+        assert refusal["error"]["type"] == "no_such_call"
+        assert refusal["error"]["data"] == {"warden": harpd.status()["incarnation"]}
+        assert harpd.held("another")["calls"] == []
+        assert client.call in harpd.held()["calls"]
+        (tmp_path / "go").touch()
+        assert closing_line(client) == {"result": "seen"}
+
+
+def test_an_id_that_was_given_up_or_used_never_starts(harpd: Harpd) -> None:
+    call = str(uuid.uuid4())
+    with harpd.attach(call) as client:
+        assert error_type(client) == "no_such_call"
+    with harpd.keep("echo", id=call) as client:
+        assert error_type(client) == "call_refused"
+    with harpd.keep("echo") as client:
+        client.message()
+        closing_line(client)
+    with harpd.keep("echo", id=client.call) as client:
+        assert error_type(client) == "call_refused"
+
+
+def test_a_start_for_another_warden_does_not_happen(harpd: Harpd) -> None:
+    with harpd.keep("echo", warden="0123456789abcdef") as client:
+        (refusal,) = client.lines()
+    assert refusal["error"]["type"] == "other_warden"
+    assert refusal["error"]["data"] == {"warden": harpd.status()["incarnation"]}
+    assert client.call not in harpd.held()["calls"]
+
+
+@pytest.mark.parametrize("what", ["start", "attach", "list"])
+def test_each_request_needs_a_password(harpd: Harpd, what: str) -> None:
+    wrong = {"user": harpd.user, "password": "wrong"}
+    request: dict[str, Any] = {"harp": 1, "calls": OWNER}
+    if what == "attach":
+        request = {"harp": 1, "attach": str(uuid.uuid4()), "owner": OWNER, "secret": SECRET, "since": 0}
+    if what == "start":
+        terms: dict[str, Any] = {"id": str(uuid.uuid4()), "owner": OWNER, "secret": SECRET, "warden": "w"}
+        terms |= dict.fromkeys(("keep_running", "linger", "timeout", "max_exec_time"), 60)
+        request = harpd.request("echo", [], call=terms)
+    with harpd.connect() as client:
+        client.send({**request, "auth": wrong})
+        assert client.lines() == [failed("auth_error", "unknown user or wrong password")]
+    with harpd.connect() as client:
+        client.send(request | ({"auth": harpd.auth} if what != "start" else {"call": {**terms, "linger": 0}}))
+        answer = client.message()
+        assert (what == "list") == ("calls" in answer)
+
+
+@pytest.mark.parametrize(
+    "said", [b"garbage\n", b"{}\n", b'{"done":true}\n', b'{"stored":5}\n', b'{"stop":1}\n', b'{"alive":1e9}\n']
+)
+def test_what_is_no_order_closes_the_connection_and_nothing_else(harpd: Harpd, tmp_path: Path, said: bytes) -> None:
+    with harpd.keep("wait_for", str(tmp_path / "go")) as client:
+        client.message()
+        client.send(said)
+        assert client.lines() == []  # no closing line: the call goes on
+    with harpd.attach(client.call) as again:
+        again.message()
+        (tmp_path / "go").touch()
+        assert closing_line(again) == {"result": "seen"}
+
+
+@pytest.mark.parametrize("said", [b"x" * 5000, b'{"alive":0' + b" " * 5000 + b"}\n"])
+def test_a_line_that_is_too_long_closes_the_connection_and_nothing_else(
+    harpd: Harpd, tmp_path: Path, said: bytes
+) -> None:
+    with harpd.keep("wait_for", str(tmp_path / "go")) as client:
+        client.message()
+        client.send(said)
+        assert client.lines() == []
+        harpd.wait_event("client sent what is no order; detached", call=client.call)
+    with harpd.attach(client.call) as again:
+        again.message()
+        (tmp_path / "go").touch()
+        assert closing_line(again) == {"result": "seen"}
+
+
+def test_a_client_that_closes_its_half_is_detached(harpd: Harpd, tmp_path: Path) -> None:
+    with harpd.keep("wait_for", str(tmp_path / "go")) as client:
+        client.message()
+        client.socket.shutdown(socket.SHUT_WR)
+    with harpd.attach(client.call) as again:
+        again.message()
+        (tmp_path / "go").touch()
+        assert closing_line(again) == {"result": "seen"}
+
+
+def test_a_client_that_resets_before_the_acknowledgement_is_detached(harpd: Harpd, tmp_path: Path) -> None:
+    client = harpd.keep("wait_for", str(tmp_path / "go"))
+    wait_until(lambda: client.call in harpd.held()["calls"], DEADLINE, "the call")
+    client.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+    client.close()
+    with harpd.attach(client.call) as again:
+        again.message()
+        (tmp_path / "go").touch()
+        assert closing_line(again) == {"result": "seen"}
+
+
+def test_a_client_that_does_not_read_is_detached_and_loses_nothing(harpd: Harpd) -> None:
+    many = 3000
+    with harpd.keep("flood", many, 10_000) as client:
+        client.message()
+        harpd.wait_event("client does not read")
+        numbers: list[int] = []
+        while len(numbers) < many:
+            with harpd.attach(client.call, len(numbers)) as again:
+                again.message()
+                found = records(again, min(1000, many - len(numbers)))
+                numbers += [number for number, _ in found]
+                again.send({"stored": len(numbers)})
+                again.send({"alive": 0})
+                while b'"alive"' not in again.line():
+                    pass
+        assert numbers == list(range(many))
+    with harpd.attach(client.call, many) as again:
+        again.message()
+        assert closing_line(again) == {"result": None}
+
+
+def test_neither_owner_nor_secret_is_logged(harpd: Harpd) -> None:
+    with harpd.keep("echo") as client:
+        client.message()
+        closing_line(client)
+    with harpd.attach(client.call) as again:
+        again.lines()
+    assert harpd.events("call accepted", call=client.call)
+    assert harpd.events("attach accepted", call=client.call)
+    harpd.held()
+    assert not [line for line in harpd.log_lines() if OWNER in line or SECRET in line]
+
+
+def test_when_the_warden_is_killed_nothing_is_said_in_its_name(tmp_path: Path) -> None:
+    with Harpd(tmp_path / "harpd", PROCEDURES) as harpd:
+        with harpd.keep("wait_for", str(tmp_path / "go")) as client:
+            old = client.message()["call"]["warden"]
+            os.kill(harpd.warden, signal.SIGKILL)
+            assert client.lines() == []
+        with harpd.attach(client.call) as again:  # waits for the next warden
+            terms = again.message()["call"]
+            assert terms["warden"] != old
+            assert closing_line(again)["error"]["type"] == "call_died"
+        names = {path.name for path in harpd.runtime_directory.glob("warden-*")}
+        assert names == {f"warden-{terms['warden']}"}  # the dead one's socket is removed
+        with harpd.keep("echo", warden=old) as client:
+            assert error_type(client) == "other_warden"
+
+
+def test_a_dead_warden_that_does_not_come_back_is_no_answer_to_an_attach(tmp_path: Path) -> None:
+    with Harpd(tmp_path / "harpd", PROCEDURES) as harpd:
+        harpd.procedures_file.write_text("raise RuntimeError('broken on purpose')\n")
+        os.kill(harpd.warden, signal.SIGKILL)
+        harpd.wait_event("warden did not start")
+        with harpd.attach(str(uuid.uuid4())) as client:
+            assert error_type(client) == "procedure_loading_error"
+        assert harpd.held()["error"]["type"] == "procedure_loading_error"
+
+
+def test_a_stop_of_everything_ends_kept_calls_with_shutdown(tmp_path: Path) -> None:
+    harpd = Harpd(tmp_path / "harpd", PROCEDURES)
+    harpd.start()
+    with harpd.keep("wait_for", str(tmp_path / "go")) as client:
+        client.message()
+        os.kill(harpd.pid, signal.SIGTERM)
+        lines = client.lines()
+        assert lines[-1]["error"]["type"] == "shutdown"
+        assert [line for line in lines if "receipt" in line]
+    assert harpd.stop() == 0
+    assert not harpd.faults()
+
+
+async def test_a_tied_call_that_meets_a_retiring_warden_goes_to_the_next(tmp_path: Path) -> None:
+    harpd = Harpd(tmp_path / "harpd", "", apart=True)
+    directory = harpd.runtime_directory
+    directory.mkdir()
+    asked: list[str] = []
+
+    def old(request: dict[str, Any]) -> bytes:
+        asked.append(f"old {request['procedure']}")
+        if request["procedure"] == "first":
+            make_current(directory, "b")
+        return json.dumps(failed("shutdown", "harpd is being stopped"), separators=(",", ":")).encode() + b"\n"
+
+    def new(request: dict[str, Any]) -> bytes:
+        asked.append(f"new {request['procedure']}")
+        return b'{"harp":1,"stream_result":false}\n{"result":1}\n'
+
+    async with warden(directory, "a", old), warden(directory, "b", new):
+        make_current(directory, "a")
+        await asyncio.to_thread(harpd.start_gate)
+        assert await asyncio.to_thread(harpd.call, "zeroth") == [failed("shutdown", "harpd is being stopped")]
+        assert await asyncio.to_thread(harpd.call, "first") == [{"harp": 1, "stream_result": False}, {"result": 1}]
+        assert asked == ["old zeroth", "old first", "new first"]
+        assert await asyncio.to_thread(harpd.stop_gate) == 0
+    assert not harpd.faults()

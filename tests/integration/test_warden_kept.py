@@ -1,0 +1,599 @@
+"""Kept calls as the warden holds them: who may attach, what is said again, what is given up, what a stop proves."""
+
+from __future__ import annotations
+
+import os
+import signal
+import tempfile
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from harpd.cgroup import Cgroup
+from support.deadline import wait_until
+from support.warden import DEADLINE, OWNER, SECRET, Conversation, Warden, runs
+
+NOBODY = 65534
+ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+
+PROCEDURES = """
+import os, signal, subprocess, sys, time
+from harpd.proc import procedure, streaming_procedure
+
+@procedure
+def echo(value):
+    return value
+
+@procedure
+def wrong(text):
+    print("first", text, file=sys.stderr)
+    print("not whole", end="", file=sys.stderr)
+    raise ValueError(text)
+
+@procedure
+def wait_for(path):
+    while not os.path.exists(path):
+        time.sleep(0.01)
+    return "there"
+
+@streaming_procedure
+def count(most, path=None):
+    for number in range(most):
+        yield number
+    while path is not None and not os.path.exists(path):
+        time.sleep(0.01)
+
+@streaming_procedure
+def long_records(most, size):
+    for number in range(most):
+        yield [number, "x" * size]
+
+@procedure
+def kill_itself():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+@procedure
+def resist(path):
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for _ in range(2):
+        if os.fork() == 0:
+            os.setsid()
+            if os.fork() == 0:
+                os.setsid()
+            with open(path, "a") as file:
+                file.write(f"{os.getpid()}\\n")
+            while True:
+                time.sleep(60)
+    with open(path, "a") as file:
+        file.write(f"{os.getpid()}\\n")
+    while True:
+        time.sleep(60)
+
+@procedure
+def leave_a_stranger(path):
+    if os.fork() == 0:
+        os.setsid()
+        if os.fork() == 0:
+            code = "import os, time; open(os.sys.argv[1], 'w').write(str(os.getpid())); time.sleep(600)"
+            os.execve(sys.executable, [sys.executable, "-c", code, path], {})
+        os._exit(0)
+    while not os.path.exists(path):
+        time.sleep(0.01)
+    os._exit(7)
+"""
+
+
+@pytest.fixture(scope="module")
+def warden(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Warden]:
+    evidence = {"stderr": True, "traceback": True}
+    with Warden(tmp_path_factory.mktemp("kept"), PROCEDURES, kill_grace=0.3, evidence=evidence) as warden:
+        yield warden
+
+
+def ended(call: Conversation) -> tuple[list[Any], dict[str, Any], Any]:
+    """Read to the closing line: what came before it, the evidence, the closing line."""
+    before: list[Any] = []
+    while "evidence" not in (line := call.line()):
+        before.append(line)
+    return before, line["evidence"], call.line()
+
+
+def done(call: Conversation) -> list[Any]:
+    """Say that the end is stored; return what came after that."""
+    call.send({"done": True})
+    return call.lines()
+
+
+def error_of(line: Any) -> str:
+    assert line.keys() == {"harp", "error"}, line
+    return str(line["error"]["type"])
+
+
+def refused(call: Conversation) -> str:
+    (line,) = call.lines()
+    return error_of(line)
+
+
+def test_the_end_is_kept_until_it_is_stored(warden: Warden) -> None:
+    with warden.keep("echo", 5) as call:
+        acknowledgement = call.line()
+        assert acknowledgement["call"].keys() == {
+            "warden", "keep_running", "linger", "kill_grace", "elapsed", "records",
+        }  # fmt: skip
+        before, evidence, end = ended(call)
+        assert (before, end) == ([], {"result": 5})
+        assert (evidence["exit"], evidence["signal"], evidence["by"]) == (0, None, "itself")
+        assert evidence["cpu"] > 0
+        assert evidence["memory"] > 1 << 20
+        assert evidence["started"] <= evidence["ended"]
+        call_id = call.id
+    assert call_id in warden.held()
+    with warden.attach(call_id) as call:
+        assert call.line()["stream_result"] is False
+        assert ended(call)[2] == {"result": 5}
+        assert done(call) == []
+    assert call_id not in warden.held()
+    with warden.attach(call_id) as call:
+        assert refused(call) == "no_such_call"
+
+
+def test_records_are_told_from_any_number_on_and_dropped_when_stored(warden: Warden, tmp_path: Path) -> None:
+    with warden.keep("count", 6, str(tmp_path / "go")) as call:
+        call_id = call.id
+        call.line()
+        numbers: list[int] = []
+        while numbers != list(range(6)):
+            line = call.line()
+            if "stream" in line:
+                numbers.append(line["stream"])
+            else:
+                assert line.keys() == {"at"}
+    for since in (0, 3, 6):
+        with warden.attach(call_id, since) as call:
+            assert call.line()["call"]["records"] == 6
+            call.send({"alive": 0})
+            told = []
+            while "alive" not in (line := call.line()):
+                told += [line["stream"]] if "stream" in line else []
+            assert told == list(range(since, 6))
+    with warden.attach(call_id, 6) as call:
+        call.line()
+        call.send({"stored": 6})
+        (tmp_path / "go").touch()
+        assert ended(call)[2] == {"result": None}
+    with warden.attach(call_id, 2) as call:
+        (line,) = call.lines()
+        assert (error_of(line), line["error"]["data"]) == ("records_gone", {"first": 6, "end": 6})
+    with warden.attach(call_id, 6) as call:
+        call.line()
+        ended(call)
+        done(call)
+
+
+def test_a_later_attach_takes_the_place_of_the_earlier(warden: Warden, tmp_path: Path) -> None:
+    with warden.keep("wait_for", str(tmp_path / "go")) as first:
+        first.line()
+        with warden.attach(first.id) as second:
+            second.line()
+            assert first.lines() == []  # closed
+            (tmp_path / "go").touch()
+            assert ended(second)[2] == {"result": "there"}
+            done(second)
+
+
+def test_only_its_owner_with_its_secret_finds_a_call(warden: Warden, tmp_path: Path) -> None:
+    with warden.keep("wait_for", str(tmp_path / "go")) as call:
+        call.line()
+        for owner, secret in (("owner-2", SECRET), (OWNER, "secret-2"), (SECRET, OWNER)):
+            with warden.attach(call.id, owner=owner, secret=secret) as other:
+                assert refused(other) == "no_such_call"
+        assert warden.held("owner-2") == []
+        assert call.id in warden.held()
+        (tmp_path / "go").touch()
+        assert ended(call)[2] == {"result": "there"}
+        done(call)
+
+
+def test_an_id_that_was_said_not_to_be_here_never_starts(warden: Warden) -> None:
+    call_id = str(uuid.uuid4())
+    with warden.attach(call_id) as call:
+        (line,) = call.lines()
+        assert line["error"]["data"] == {"warden": warden.status()["incarnation"]}
+    with warden.keep("echo", 1, call_id=call_id) as call:
+        assert refused(call) == "call_refused"
+    with warden.keep("echo", 1, call_id=call_id, owner="owner-2") as call:  # another's ids are its own affair
+        call.line()
+        ended(call)
+        done(call)
+
+
+def test_a_start_that_names_another_warden_is_refused(warden: Warden) -> None:
+    with warden.keep("echo", 1, warden="another") as call:
+        (line,) = call.lines()
+        assert (error_of(line), line["error"]["data"]["warden"]) == ("other_warden", warden.status()["incarnation"])
+
+
+def test_an_id_starts_once(warden: Warden, tmp_path: Path) -> None:
+    with warden.keep("wait_for", str(tmp_path / "go")) as call:
+        call.line()
+        with warden.keep("echo", 1, call_id=call.id) as again:
+            assert refused(again) == "call_refused"
+        (tmp_path / "go").touch()
+        ended(call)
+        done(call)
+    with warden.keep("echo", 1, call_id=call.id) as again:
+        assert refused(again) == "call_refused"
+
+
+def test_a_call_that_can_not_start_is_not_kept(warden: Warden) -> None:
+    with warden.keep("nowhere") as call:
+        assert refused(call) == "no_such_procedure"
+        assert call.id not in warden.held()
+
+
+def test_without_contact_a_call_is_stopped_and_its_end_kept(warden: Warden, tmp_path: Path) -> None:
+    with warden.keep("resist", str(tmp_path / "pids"), keep_running=0.2) as call:
+        call.line()
+        call_id = call.id  # it stays attached: an open connection is no contact
+        _, evidence, end = ended(call)
+        assert error_of(end) == "lost_contact"
+        assert evidence["by"] == "lost_contact"
+    with warden.attach(call_id) as call:
+        call.line()
+        before, _, end = ended(call)
+        assert before[0]["receipt"]["survivors"] == []
+        assert error_of(end) == "lost_contact"
+        done(call)
+
+
+def test_contact_is_what_the_dispatcher_has_heard_of(warden: Warden, tmp_path: Path) -> None:
+    """A sign of life that is late says nothing new, and one of the future is a fault."""
+    with warden.keep("wait_for", str(tmp_path / "go"), keep_running=0.5) as call:
+        call.line()
+        line = {"alive": 0}
+        while "alive" in line:
+            call.send({"alive": 0})
+            line = call.line()
+        assert "receipt" in line
+        assert error_of(ended(call)[2]) == "lost_contact"
+        done(call)
+    with warden.keep("echo", 1) as call:
+        call.line()
+        ended(call)
+        call.send({"alive": 1e6})
+        assert call.lines() == []
+    with warden.attach(call.id) as call:
+        call.line()
+        ended(call)
+        done(call)
+
+
+def test_with_contact_a_call_runs_on(warden: Warden, tmp_path: Path) -> None:
+    with warden.keep("wait_for", str(tmp_path / "go"), keep_running=0.4) as call:
+        heard = call.line()["call"]["elapsed"]
+        while heard < 1.2:
+            call.send({"alive": heard})
+            heard = call.line()["alive"]
+        (tmp_path / "go").touch()
+        assert ended(call)[2] == {"result": "there"}
+        done(call)
+
+
+def test_an_end_that_nobody_fetches_is_forgotten(warden: Warden) -> None:
+    with warden.keep("echo", 1, linger=0.1) as call:
+        call.line()
+        ended(call)
+        assert call.lines() == []  # closed by the warden
+    warden.wait_event("an ended call was not fetched in time; forgotten", call=call.id)
+    assert call.id not in warden.held()
+
+
+def test_limits_go_with_the_call(warden: Warden, tmp_path: Path) -> None:
+    with warden.keep("wait_for", str(tmp_path / "go"), max_exec_time=0.1) as call:
+        call.line()
+        before, evidence, end = ended(call)
+        assert (error_of(end), evidence["by"]) == ("timeout", "limit")
+        assert "maximum execution time" in end["error"]["message"]
+        assert before[0]["receipt"]["processes"][0]["signals"] == ["SIGTERM"]
+        done(call)
+    with warden.keep("count", 3, str(tmp_path / "go"), timeout=0.1) as call:
+        call.line()
+        before, _, end = ended(call)
+        assert error_of(end) == "timeout"
+        assert "reading the result" in end["error"]["message"]
+        assert [line["stream"] for line in before if "stream" in line] == [0, 1, 2]
+        done(call)
+
+
+def test_a_full_spool_makes_the_procedure_wait_and_drops_nothing(tmp_path: Path) -> None:
+    most, size = 400, 10_000
+    with Warden(tmp_path / "warden", PROCEDURES, spool=100_000) as warden:
+        with warden.keep("long_records", most, size, timeout=0.5) as call:
+            call.line()
+            first = [call.line() for _ in range(2)]
+        process = psutil.Process(warden.wait_event("call started", call=call.id)["pid"])
+
+        def waits() -> bool:
+            return process.status() == psutil.STATUS_SLEEPING and warden.status()["calls"] == 1
+
+        wait_until(waits, DEADLINE, "the procedure waiting")
+        with pytest.raises(psutil.TimeoutExpired):
+            process.wait(1.0)  # longer than its timeout, which does not count while it can't say anything
+        assert "at" in first[0]
+        with warden.attach(call.id) as again:
+            assert again.line()["call"]["records"] < most
+            numbers: list[int] = []
+            while "evidence" not in (line := again.line()):
+                if "stream" in line:
+                    numbers.append(line["stream"][0])
+                    again.send({"stored": len(numbers)})
+            assert numbers == list(range(most))
+            assert again.line() == {"result": None}
+            done(again)
+
+
+def test_orders_may_come_with_the_request(warden: Warden, tmp_path: Path) -> None:
+    with warden.keep("wait_for", str(tmp_path / "never")) as call:
+        call.line()
+    with warden.attach(call.id, behind=b'{"alive":0}\n{"stop":{"why":"cancelled"}}\n{"ali') as again:
+        again.send(b've":0}\n')
+        before, _, end = ended(again)
+        assert error_of(end) == "cancelled"
+        assert [line for line in before if "alive" in line][1:] or again.line().keys() == {"alive"}
+        done(again)
+
+
+def test_what_is_no_order_costs_the_connection_and_not_the_call(warden: Warden, tmp_path: Path) -> None:
+    with warden.keep("wait_for", str(tmp_path / "go")) as call:
+        call.line()
+    for garbage in (b"garbage\n", b"{}\n", b'{"stored":1}\n', b'{"done":true}\n', b"x" * 5000):
+        with warden.attach(call.id) as other:
+            other.line()
+            other.send(garbage)
+            assert other.lines() == []
+    (tmp_path / "go").touch()
+    with warden.attach(call.id) as other:
+        other.line()
+        assert ended(other)[2] == {"result": "there"}
+        done(other)
+
+
+def test_evidence_of_an_exception(warden: Warden) -> None:
+    with warden.keep("wrong", "text") as call:
+        call.line()
+        _, evidence, end = ended(call)
+        data = {"class": "ValueError", "module": "builtins"}
+        assert end == {"exception": {"type": "ValueError", "message": "text", "data": data}}
+        assert evidence["stderr"] == ["first text", "not whole"]
+        assert evidence["traceback"].endswith("ValueError: text\n")
+        assert "in wrong" in evidence["traceback"]
+        done(call)
+
+
+def test_evidence_is_of_the_process_only_unless_it_is_allowed(tmp_path: Path) -> None:
+    with Warden(tmp_path, PROCEDURES) as warden, warden.keep("wrong", "text") as call:
+        call.line()
+        _, evidence, _ = ended(call)
+        assert not {"stderr", "traceback"} & evidence.keys()
+        done(call)
+
+
+def test_evidence_of_a_death(warden: Warden) -> None:
+    with warden.keep("kill_itself") as call:
+        call.line()
+        before, evidence, end = ended(call)
+        assert error_of(end) == "call_died"
+        assert (evidence["exit"], evidence["signal"], evidence["by"]) == (None, "SIGKILL", "unknown")
+        assert [line["receipt"]["survivors"] for line in before] == [[]]
+        done(call)
+
+
+def five(path: Path) -> list[str]:
+    """Wait for the pids of the five processes of the call that resists."""
+    wait_until(lambda: len(path.read_text().split()) == 5, DEADLINE, "five processes")
+    return path.read_text().split()
+
+
+def stopped(warden: Warden, path: Path) -> tuple[dict[str, Any], dict[str, Any], list[int]]:
+    """Stop the call that resists; return its receipt, the evidence and the pids that it had."""
+    with warden.keep("resist", str(path)) as call:
+        call.line()
+        pids = five(path)
+        call.send({"stop": {"why": "cancelled", "by": "somebody"}})
+        before, evidence, end = ended(call)
+        assert error_of(end) == "cancelled"
+        done(call)
+    return before[-1]["receipt"], evidence, [int(pid) for pid in pids]
+
+
+def dead(pids: list[int]) -> bool:
+    return not any(psutil.pid_exists(pid) and runs(psutil.Process(pid)) for pid in pids)
+
+
+def test_a_stop_has_a_receipt(warden: Warden, tmp_path: Path) -> None:
+    (tmp_path / "pids").touch()
+    receipt, evidence, pids = stopped(warden, tmp_path / "pids")
+    assert dead(pids)
+    assert {one["pid"] for one in receipt["processes"]} == set(pids)
+    assert all(one["signals"] == ["SIGTERM", "SIGKILL"] for one in receipt["processes"])
+    assert all("SIGKILL" in one["ended"] for one in receipt["processes"])
+    assert (receipt["found"], receipt["survivors"], receipt["complete"]) == (5, [], True)
+    assert receipt["began"] <= receipt["ended"]
+    assert (evidence["signal"], evidence["by"], evidence["by_whom"]) == ("SIGKILL", "cancel", "somebody")
+
+
+def test_what_may_have_escaped_makes_a_receipt_incomplete(warden: Warden, tmp_path: Path) -> None:
+    path = tmp_path / "pid"
+    with warden.keep("leave_a_stranger", str(path)) as call:
+        call.line()
+        before, _, end = ended(call)
+        assert error_of(end) == "call_died"
+        receipt = before[-1]["receipt"]
+        done(call)
+    pid = int(path.read_text())
+    if not dead([pid]):
+        assert receipt["complete"] is False
+        os.kill(pid, signal.SIGKILL)
+
+
+@pytest.fixture
+def own_cgroup() -> Iterator[str]:
+    places = [line.split() for line in Path("/proc/mounts").read_text().splitlines()]
+    mounted = next((place[1] for place in places if place[2] == "cgroup2"), None)
+    if mounted is None:
+        pytest.skip("there is no cgroup2 here")
+    directory = Path(mounted) / f"harpd-test-{uuid.uuid4().hex}"
+    try:
+        directory.mkdir()
+    except OSError:
+        pytest.skip("no cgroup can be made here")
+    yield str(directory)
+    Cgroup(str(directory)).remove()
+
+
+@pytest.mark.root
+@ROOT
+def test_in_a_cgroup_nothing_escapes(tmp_path: Path, own_cgroup: str) -> None:
+    path = tmp_path / "pid"
+    with Warden(tmp_path / "warden", PROCEDURES, kill_grace=0.3, cgroup=own_cgroup) as warden:
+        with warden.keep("leave_a_stranger", str(path)) as call:
+            call.line()
+            before, _, _ = ended(call)
+            receipt = before[-1]["receipt"]
+            assert (receipt["survivors"], receipt["complete"]) == ([], True)
+            pid = int(path.read_text())
+            assert dead([pid])
+            assert pid in {one["pid"] for one in receipt["processes"]}
+            done(call)
+        (tmp_path / "pids").touch()
+        receipt, _, pids = stopped(warden, tmp_path / "pids")
+        assert dead(pids)
+        assert not list(Path(own_cgroup).glob("call-*"))
+
+
+@pytest.mark.root
+@ROOT
+def test_what_survives_is_told_and_watched_on(tmp_path: Path) -> None:
+    """A process that stands in a frozen cgroup of the old kind dies only when it is thawed."""
+    freezer = Path("/sys/fs/cgroup/freezer")
+    if not (freezer / "tasks").exists():
+        pytest.skip("there is no freezer of the old kind here")
+    frozen = freezer / f"harpd-test-{uuid.uuid4().hex}"
+    frozen.mkdir()
+    try:
+        with Warden(tmp_path / "warden", PROCEDURES, kill_grace=0.2) as warden:
+            with warden.keep("wait_for", str(tmp_path / "never")) as call:
+                call.line()
+                pid = warden.wait_event("call started", call=call.id)["pid"]
+                (frozen / "tasks").write_text(str(pid))
+                (frozen / "freezer.state").write_text("FROZEN")
+                call.send({"stop": {"why": "cancelled"}})
+                before, evidence, end = ended(call)
+                receipt = before[-1]["receipt"]
+                assert [one["pid"] for one in receipt["survivors"]] == [pid]
+                assert (error_of(end), evidence["exit"], evidence["signal"]) == ("cancelled", None, None)
+                assert warden.status()["calls"] == 1
+                (frozen / "freezer.state").write_text("THAWED")
+                receipt = call.line()["receipt"]
+                assert (receipt["survivors"], receipt["processes"][0]["ended"]) == ([], "SIGKILL")
+                assert done(call) == []
+            wait_until(lambda: warden.status()["calls"] == 0, DEADLINE, "the call gone")
+    finally:
+        (frozen / "freezer.state").write_text("THAWED")
+        wait_until(lambda: not (frozen / "tasks").read_text(), DEADLINE, "an empty cgroup")
+        frozen.rmdir()
+
+
+def test_calls_of_a_killed_warden_are_known_to_the_next_as_dead(tmp_path: Path) -> None:
+    (tmp_path / "pids").touch()
+    warden = Warden(tmp_path / "warden", PROCEDURES).start()
+    with warden.keep("resist", str(tmp_path / "pids")) as call:
+        call.line()
+        pids = five(tmp_path / "pids")
+        warden.kill()
+    with warden:
+        assert dead([int(pid) for pid in pids])
+        assert warden.held() == [call.id]
+        with warden.attach(call.id, secret="guessed") as other:
+            assert refused(other) == "no_such_call"
+        with warden.attach(call.id, 12) as again:  # whatever is asked for, there are no more records
+            again.line()
+            before, _, end = ended(again)
+            assert (before, error_of(end)) == ([], "call_died")
+            done(again)
+        assert warden.held() == []
+
+
+def test_a_retired_warden_starts_nothing_and_goes_with_its_last_call(tmp_path: Path) -> None:
+    warden = Warden(tmp_path / "warden", PROCEDURES).start()
+    with warden.keep("wait_for", str(tmp_path / "go")) as call:
+        call.line()
+        assert warden.control("retire") == {"ok": True}
+        assert warden.status()["accepting"] is False
+        with warden.keep("echo", 1) as other:
+            assert refused(other) == "other_warden"
+        (tmp_path / "go").touch()
+        assert ended(call)[2] == {"result": "there"}
+        assert warden.status()["held"] == 1
+        assert done(call) == []
+    assert warden.wait() == 0
+    assert not warden.faults()
+
+
+def test_a_drained_warden_takes_calls_again_when_told(warden: Warden) -> None:
+    assert warden.control("drain") == {"ok": True}
+    assert warden.end("echo", 1)["error"]["type"] == "shutdown"
+    with warden.keep("echo", 1) as call:
+        assert refused(call) == "shutdown"
+    assert warden.control("resume") == {"ok": True}
+    assert warden.result("echo", 1) == 1
+
+
+def test_without_its_keeper_a_warden_goes_on_as_long_as_it_may(tmp_path: Path) -> None:
+    warden = Warden(tmp_path / "warden", PROCEDURES, outlive=True).start()
+    with warden.keep("wait_for", str(tmp_path / "go")) as call:
+        call.line()
+        warden.end_gate()
+        warden.wait_event("the keeper has gone; kept calls go on")
+        (tmp_path / "go").touch()
+        assert ended(call)[2] == {"result": "there"}
+        assert done(call) == []
+    assert warden.wait() == 0
+
+
+def test_a_shutdown_is_told_to_who_is_attached(tmp_path: Path) -> None:
+    warden = Warden(tmp_path / "warden", PROCEDURES).start()
+    with warden.keep("wait_for", str(tmp_path / "never")) as call:
+        call.line()
+        with warden.connect() as control:
+            control.send({"control": "shutdown"})
+            before, evidence, end = ended(call)
+            assert (error_of(end), evidence["by"]) == ("shutdown", "shutdown")
+            assert before[-1]["receipt"]["survivors"] == []
+            assert done(call) == []
+            assert control.lines() == [{"ok": True}]
+    assert warden.wait() == 0
+
+
+@pytest.mark.root
+@ROOT
+def test_a_stop_has_a_receipt_without_root(tmp_path: Path) -> None:
+    """The same as an ordinary user, who may see and signal his own processes: that is enough."""
+    with tempfile.TemporaryDirectory() as place:
+        os.chmod(place, 0o755)
+        warden = Warden(Path(place) / "warden", PROCEDURES, kill_grace=0.3)
+        warden.user = NOBODY
+        for path in (warden.directory, warden.runtime_directory, warden.procedures_file):
+            os.chown(path, NOBODY, NOBODY)
+        pids_file = warden.directory / "pids"
+        pids_file.touch()
+        os.chown(pids_file, NOBODY, NOBODY)
+        with warden:
+            assert psutil.Process(warden.status()["warden"]).uids().effective == NOBODY
+            receipt, _, pids = stopped(warden, pids_file)
+        assert dead(pids)
+        assert (receipt["found"], receipt["survivors"], receipt["complete"]) == (5, [], True)

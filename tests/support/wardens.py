@@ -1,0 +1,63 @@
+"""Scripted wardens: each answers the first line of every connection by a script of the test's."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import socket
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, TypeAlias
+
+__all__ = ["Script", "dead_warden", "make_current", "warden"]
+
+#: What a warden says to a request before it closes; None: nothing, and it does not close.
+Script: TypeAlias = Callable[[dict[str, Any]], bytes | None]
+
+
+@asynccontextmanager
+async def warden(directory: Path, name: str, script: Script) -> AsyncIterator[None]:
+    """Run a warden of this incarnation in a runtime directory."""
+
+    conversations: set[asyncio.Task[None]] = set()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        conversation = asyncio.create_task(_converse(reader, writer, script))
+        conversations.add(conversation)
+        conversation.add_done_callback(conversations.discard)
+
+    async with await asyncio.start_unix_server(serve, directory / f"warden-{name}"):
+        yield
+    await asyncio.gather(*conversations)
+
+
+async def _converse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, script: Script) -> None:
+    request = await reader.readline()
+    if request:
+        said = script(json.loads(request))
+        if said is None:
+            await reader.read()
+        else:
+            writer.write(said)
+    writer.close()
+    with contextlib.suppress(ConnectionError):
+        await writer.wait_closed()
+
+
+def make_current(directory: Path, name: str) -> None:
+    """Have this warden take the new calls, as a warden does it itself."""
+    (directory / "new").hardlink_to(directory / f"warden-{name}")
+    (directory / "new").replace(directory / "warden")
+
+
+def dead_warden(directory: Path, name: str) -> None:
+    """Leave the socket of a warden that was killed."""
+    descriptor = os.open(directory, os.O_PATH)
+    try:
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(f"/proc/self/fd/{descriptor}/warden-{name}")
+    finally:
+        os.close(descriptor)

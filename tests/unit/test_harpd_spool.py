@@ -1,0 +1,63 @@
+"""The spool: numbered records, read from any number on, dropped when they are acknowledged and only then."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from harpd.spool import SHARE, Spool, SpoolMemory
+
+
+def lines(first: int, count: int) -> bytes:
+    return b"".join(b'{"stream":%d}\n' % number for number in range(first, first + count))
+
+
+def read(spool: Spool, number: int) -> bytes:
+    found = b""
+    while (piece := spool.piece(number)) is not None:
+        assert piece.first == number
+        found += piece.lines
+        number = piece.first + piece.count
+    return found
+
+
+@given(st.lists(st.integers(1, 5), max_size=8), st.data())
+def test_what_is_not_acknowledged_is_there_from_any_number_on(counts: list[int], data: st.DataObject) -> None:
+    spool = Spool()
+    for at, count in enumerate(counts):
+        spool.append(lines(spool.end, count), count, float(at))
+    acknowledged = data.draw(st.integers(0, spool.end))
+    before = spool.size
+    given_back = spool.acknowledge(acknowledged)
+    assert before - spool.size == given_back
+    assert spool.first <= acknowledged <= spool.end == sum(counts)
+    since = data.draw(st.integers(acknowledged, spool.end))
+    assert read(spool, since) == lines(since, spool.end - since)
+
+
+def test_a_piece_knows_when_it_came() -> None:
+    spool = Spool()
+    spool.append(lines(0, 3), 3, 12.5)
+    spool.append(lines(3, 1), 1, 13.5)
+    pieces = [spool.piece(1), spool.piece(3)]
+    assert [(piece.first, piece.count, piece.at) for piece in pieces if piece] == [(1, 2, 12.5), (3, 1, 13.5)]
+
+
+def test_a_spool_that_begins_later_knows_nothing_before() -> None:
+    spool = Spool()
+    spool.skip(7)
+    assert (spool.first, spool.end, spool.piece(7)) == (7, 7, None)
+
+
+def test_past_the_memory_of_all_those_wait_who_have_more_than_their_share() -> None:
+    memory = SpoolMemory(3 * SHARE)
+    woken: list[str] = []
+    memory.take(3 * SHARE)
+    assert memory.has_room(SHARE - 1, "small", lambda: woken.append("small"))
+    assert not memory.has_room(SHARE, "large", lambda: woken.append("large"))
+    memory.give_back(0)
+    assert woken == []
+    memory.give_back(1)
+    memory.give_back(1)
+    assert woken == ["large"]
+    assert memory.has_room(2 * SHARE, "large", lambda: woken.append("again"))

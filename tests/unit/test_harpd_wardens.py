@@ -1,0 +1,159 @@
+"""How wardens are found and asked, with scripted ones: dead, silent, dying in the middle, one after another."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from harpd import wardens as module
+from harpd.wardens import NoWarden, WardenError, Wardens
+from support.wardens import Script, dead_warden, make_current, warden
+
+IDS = [f"{number}e8400e2-9b1d-41d4-a716-446655440000" for number in range(3)]
+ATTACH = b'{"attach":"x"}\n'
+
+
+def line(**members: Any) -> bytes:
+    return json.dumps({"harp": 1, **members}).encode() + b"\n"
+
+
+def says(data: bytes | None) -> Script:
+    return lambda request: data
+
+
+def unknown(name: str) -> Script:
+    return says(line(error={"type": "no_such_call", "message": "m", "data": {"warden": name}}))
+
+
+def held(name: str, *calls: str) -> Script:
+    return says(line(calls=calls, warden=name))
+
+
+@asynccontextmanager
+async def scripted(directory: Path, **scripts: Script) -> AsyncIterator[Wardens]:
+    """Wardens of these names, the first of which takes the new calls; and the way to them."""
+    async with AsyncExitStack() as running:
+        for name, script in scripts.items():
+            await running.enter_async_context(warden(directory, name, script))
+        make_current(directory, next(iter(scripts)))
+        yield running.enter_context(Wardens(directory))
+
+
+async def attached(wardens: Wardens) -> bytes:
+    reply = await wardens.attach(ATTACH)
+    with reply.connection:
+        return reply.line + reply.more
+
+
+async def test_a_call_is_found_wherever_it_is(tmp_path: Path) -> None:
+    answer = line(stream_result=True) + b'{"stream":1}\n'
+    for where in "abc":
+        directory = tmp_path / where
+        directory.mkdir()
+        scripts = {name: says(answer) if name == where else unknown(name) for name in "abc"}
+        async with scripted(directory, **scripts) as wardens:
+            assert await attached(wardens) == answer
+
+
+async def test_what_nobody_holds_is_answered_by_who_takes_new_calls(tmp_path: Path) -> None:
+    dead_warden(tmp_path, "d")
+    async with scripted(tmp_path, b=unknown("b"), a=unknown("a"), c=unknown("c")) as wardens:
+        assert json.loads(await attached(wardens))["error"]["data"] == {"warden": "b"}
+
+
+async def test_another_answer_ends_the_search(tmp_path: Path) -> None:
+    answer = line(error={"type": "records_gone", "message": "m"})
+    async with scripted(tmp_path, a=unknown("a"), b=says(answer)) as wardens:
+        assert await attached(wardens) == answer
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_WAIT", 0.3)
+    monkeypatch.setattr(module, "_ANSWER", 0.2)
+
+
+@pytest.mark.usefixtures("impatient")
+async def test_silence_is_not_taken_for_no(tmp_path: Path) -> None:
+    async with scripted(tmp_path, a=unknown("a"), b=says(None)) as wardens:
+        with pytest.raises(WardenError, match="did not answer"):
+            await wardens.attach(ATTACH)
+    async with scripted(tmp_path, a=held("a"), b=says(None)) as wardens:
+        with pytest.raises(WardenError, match="did not answer"):
+            await wardens.held("o")
+
+
+@pytest.mark.usefixtures("impatient")
+async def test_without_who_takes_new_calls_nobody_knows(tmp_path: Path) -> None:
+    async with warden(tmp_path, "a", unknown("a")):
+        with Wardens(tmp_path) as wardens:
+            for operation in (wardens.attach(ATTACH), wardens.held("o"), wardens.reach()):
+                with pytest.raises(WardenError, match="does not run; it is being started again"):
+                    await operation
+
+
+async def test_an_older_warden_is_found_although_nobody_takes_new_calls(tmp_path: Path) -> None:
+    async with warden(tmp_path, "a", says(line(stream_result=False))):
+        with Wardens(tmp_path) as wardens:
+            assert await attached(wardens) == line(stream_result=False)
+
+
+async def test_one_that_dies_before_it_answers_is_waited_for(tmp_path: Path) -> None:
+    answers = iter((b"", b'{"harp":1,"er', line(stream_result=False)))
+    async with scripted(tmp_path, a=lambda request: next(answers)) as wardens:
+        assert await attached(wardens) == line(stream_result=False)
+    answers = iter((b"", line(calls=[], warden="a")))
+    async with scripted(tmp_path, a=lambda request: next(answers)) as wardens:
+        assert (await wardens.held("o")).warden == "a"
+
+
+async def test_one_that_is_being_started_is_waited_for(tmp_path: Path) -> None:
+    with Wardens(tmp_path) as wardens:
+        reaching = asyncio.create_task(wardens.reach())
+        async with warden(tmp_path, "a", says(b"")):
+            make_current(tmp_path, "a")
+            (await reaching).close()
+
+
+async def test_the_list_has_the_calls_of_all(tmp_path: Path) -> None:
+    dead_warden(tmp_path, "d")
+    async with scripted(tmp_path, b=held("b", IDS[0]), a=held("a", *IDS[1:]), c=held("c", IDS[0])) as wardens:
+        found = await wardens.held("o")
+    assert (sorted(found.calls), found.warden) == (IDS, "b")
+
+
+@pytest.mark.parametrize(
+    "answer", [b"nonsense\n", b'{"ok":true}\n', b'{"harp":1,"calls":5,"warden":"a"}\n', line(result=1)]
+)
+async def test_a_list_that_is_none_is_a_fault(tmp_path: Path, answer: bytes) -> None:
+    async with scripted(tmp_path, a=says(answer)) as wardens:
+        with pytest.raises(WardenError, match="gave no list"):
+            await wardens.held("o")
+
+
+@pytest.mark.parametrize(
+    ("answer", "fault"), [(b"nonsense\n", "no answer"), (b"", "no answer"), (b'{"error":"e"}\n', "e")]
+)
+async def test_a_control_request_has_an_answer_or_a_fault(tmp_path: Path, answer: bytes, fault: str) -> None:
+    async with scripted(tmp_path, a=says(answer)) as wardens:
+        with pytest.raises(WardenError, match=fault):
+            await wardens.ask({"control": "status"})
+
+
+async def test_the_sockets_of_the_dead_are_removed(tmp_path: Path) -> None:
+    dead_warden(tmp_path, "d")
+    async with warden(tmp_path, "a", says(b"")):
+        make_current(tmp_path, "d")
+        with Wardens(tmp_path) as wardens:
+            assert wardens.names() == ["warden-a", "warden-d"]
+            with pytest.raises(NoWarden):
+                await wardens.open()
+            await wardens.remove_dead()
+            assert wardens.names() == ["warden-a"]
+            assert wardens.current() is None
