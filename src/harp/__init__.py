@@ -18,16 +18,9 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from harp import aio as aio
-    from harp.client import (
-        HarpCaller,
-        HarpProcedure,
-        HarpServer,
-        HarpStreamIterator,
-        RemoteCall,
-        RemoteProcedure,
-        RemoteServer,
-    )
+    from harp.client import HarpCaller, RemoteCall, RemoteProcedure, RemoteServer
     from harp.connection import JSONConnection, JSONSSLConnection
+    from harp.direct import HarpProcedure, HarpServer, HarpStreamIterator
     from harp.errors import CancelledException, CommunicationError, HarpException, RemoteError, RemoteException
     from harp.operations import CALL_CANCELLED, CALL_NOT_FINISHED, Result
 
@@ -53,7 +46,7 @@ __all__ = [
 
 
 #: Where the names are, the cheapest module first.
-_HOMES = ("harp.errors", "harp.operations", "harp.connection", "harp.client")
+_HOMES = ("harp.errors", "harp.operations", "harp.connection", "harp.client", "harp.direct")
 
 
 if not TYPE_CHECKING:  # a type checker knows the names from above, and refuses others

@@ -11,33 +11,36 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
 from abc import abstractmethod
-from collections.abc import AsyncIterable, AsyncIterator
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable
+from contextlib import suppress
 from types import TracebackType
 from typing import Any, NoReturn, Self, TypeVar, Unpack
 
 from harp.aioconnection import AsyncJSONConnection, AsyncJSONSSLConnection
 from harp.connection import Endpoint
-from harp.errors import CommunicationError
+from harp.errors import HarpException
 from harp.operations import (
     Answer,
     Credentials,
-    DirectReader,
     Job,
     JobOptions,
     Options,
-    Reader,
     Steps,
-    StreamReader,
     answered,
     direct_request,
     name_of,
+    passes,
     plain_reply,
     plain_request,
     public,
     submit,
+    waits,
 )
 from harp.protocol.dispatcher import FollowStream, ReadStream, Request, encode_request
+from harp.readers import DirectReader, Reader, StreamReader
+from harp.reconnecting import Patience, seconds_to_reconnect
 
 __all__ = [
     "AsyncHarpCaller",
@@ -57,8 +60,9 @@ T = TypeVar("T")
 class AsyncHarpCaller:
     """As `harp.HarpCaller`."""
 
-    def __init__(self, host: str, port: int = 3502) -> None:
+    def __init__(self, host: str, port: int = 3502, *, reconnect: float | None = 300.0) -> None:
         self._endpoint = Endpoint(host, port)
+        self._reconnect = seconds_to_reconnect(reconnect)
 
     def __getattr__(self, host: str) -> AsyncRemoteServer:
         """The host of this name, without options."""
@@ -100,7 +104,7 @@ class AsyncHarpCaller:
             while True:
                 try:
                     answer = await self._ask(request)
-                except CommunicationError as error:
+                except HarpException as error:
                     request = steps.throw(error)
                 else:
                     request = steps.send(answer)
@@ -109,10 +113,17 @@ class AsyncHarpCaller:
             return outcome
 
     async def _ask(self, request: Request) -> Answer:
-        async with self._connection() as conn:
-            line = await conn.ask(encode_request(request))
-            with conn.endpoint.mapped("reply"):
-                return answered(request, line)
+        patience = Patience(self._reconnect if waits(request) else 0.0)
+        while True:
+            try:
+                async with self._connection() as conn:
+                    patience.connected(time.monotonic())
+                    line = await conn.ask(encode_request(request))
+                    with conn.endpoint.mapped("reply"):
+                        return passes(answered(request, line), patience)
+            except HarpException as error:
+                pause = patience.pause(error, time.monotonic())
+            await asyncio.sleep(pause)
 
     def __repr__(self) -> str:
         return f"AsyncHarpCaller({self._endpoint.host!r}, {self._endpoint.port})"
@@ -199,18 +210,15 @@ class _Stream(_Iteration):
     def __init__(self, conn: AsyncJSONConnection, reader: Reader) -> None:
         self._conn = conn
         self._reader = reader
-        self._unsent: Request | None = None
         self._turn = asyncio.Lock()
+        self._waiting: asyncio.Timeout | None = None
         self._closed = False
 
     async def __anext__(self) -> Any:
         async with self._turn:
             while not self._closed:
                 try:
-                    await self._begin()
-                    line = await self._conn.receive_line()
-                    with self._conn.endpoint.mapped("reading"):
-                        items = self._reader.read(line)
+                    items = await self._items()
                 except BaseException:
                     await self.close()
                     raise
@@ -220,16 +228,47 @@ class _Stream(_Iteration):
                     return item
             raise StopAsyncIteration
 
-    async def _begin(self) -> None:
-        request, self._unsent = self._unsent, None
-        if request is not None:
-            await self._conn.connect()
-            await self._conn.send_line(encode_request(request))
+    async def _items(self) -> tuple[Any, ...]:
+        """The items of the next line; none after an interruption and the pause that follows it."""
+        try:
+            line = await self._line()
+            with self._conn.endpoint.mapped("reading"):
+                return self._reader.read(line)
+        except HarpException as error:
+            if self._closed:  # by another task, which wants no more
+                return ()
+            pause = self._reader.interrupted(error, time.monotonic())
+        await self._until_closed(asyncio.sleep(pause))
+        return ()
+
+    async def _line(self) -> bytes:
+        request = self._reader.request()
+        if request is None:
+            return await self._conn.receive_line()
+        await self._until_closed(self._conn.connect())
+        if self._closed:  # before there was a connection to be closed
+            await self._conn.close()
+        self._reader.connected(time.monotonic())
+        return await self._conn.ask(request)
+
+    async def _until_closed(self, waiting: Awaitable[None]) -> None:
+        """Wait for something; `close`, by another task, ends that."""
+        try:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(None) as self._waiting:
+                    await waiting
+        finally:
+            self._waiting = None
 
     async def close(self) -> None:
-        """End the iteration early and close its connection; nothing happens when it has ended."""
+        """End the iteration early and close its connection; nothing happens when it has ended.
+
+        A task that waits for an item, or for the dispatcher to come back, is woken: its iteration ends.
+        """
         if not self._closed:
             self._closed = True
+            if self._waiting is not None:
+                self._waiting.reschedule(asyncio.get_running_loop().time())
             await self._conn.close()
 
     def __del__(self) -> None:
@@ -245,7 +284,8 @@ class AsyncRemoteCall:
 
         def __init__(self, remote_call: AsyncRemoteCall, conn: AsyncJSONConnection, numbered: bool = False) -> None:
             # Replies to read_stream are those to follow_stream and one more.
-            super().__init__(conn, StreamReader(remote_call._job, ReadStream(remote_call.id()), numbered))
+            asked = ReadStream(remote_call.id())
+            super().__init__(conn, StreamReader(remote_call._job, asked, numbered, asked=True))
 
     def __init__(self, dispatcher: AsyncHarpCaller, job_id: str) -> None:
         self._dispatcher = dispatcher
@@ -263,26 +303,33 @@ class AsyncRemoteCall:
         """As `harp.RemoteCall.get`."""
         return await self._dispatcher._run(self._job.get(wait))
 
-    async def cancel(self) -> bool:
+    async def cancel(self, *, wait: bool = False) -> bool:
         """As `harp.RemoteCall.cancel`."""
-        return await self._dispatcher._run(self._job.cancel())
+        return await self._dispatcher._run(self._job.cancel(wait))
+
+    async def details(self) -> dict[str, Any]:
+        """As `harp.RemoteCall.details`."""
+        return await self._dispatcher._run(self._job.details())
+
+    async def why(self) -> str:
+        """As `harp.RemoteCall.why`."""
+        return await self._dispatcher._run(self._job.why())
 
     def follow(
-        self, since: int | None = None, recent: int | None = None, numbered: bool = False
+        self, since: int | None = None, recent: int | None = None, numbered: bool = False, *, timed: bool = False
     ) -> AsyncRemoteCall.StreamIterator:
         """As `harp.RemoteCall.follow`; asks when the first record is wanted."""
-        return self._stream(self._job.stream(True, since, recent), numbered)
+        return self._stream(self._job.stream(True, since, recent, timed), numbered)
 
     def stream(
-        self, since: int | None = None, recent: int | None = None, numbered: bool = False
+        self, since: int | None = None, recent: int | None = None, numbered: bool = False, *, timed: bool = False
     ) -> AsyncRemoteCall.StreamIterator:
         """As `harp.RemoteCall.stream`; asks when the first record is wanted."""
-        return self._stream(self._job.stream(False, since, recent), numbered)
+        return self._stream(self._job.stream(False, since, recent, timed), numbered)
 
     def _stream(self, request: FollowStream | ReadStream, numbered: bool) -> AsyncRemoteCall.StreamIterator:
         iterator = self.StreamIterator(self, self._dispatcher._connection(), numbered)
-        iterator._reader = StreamReader(self._job, request, numbered)
-        iterator._unsent = request
+        iterator._reader = StreamReader(self._job, request, numbered, self._dispatcher._reconnect)
         return iterator
 
     async def host(self) -> str:

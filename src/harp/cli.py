@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from enum import IntEnum
 from typing import Any
 
-from harp import client
+from harp import client, direct
 from harp.errors import CancelledException, CommunicationError, HarpException, RemoteError, RemoteException
 from harp.operations import CALL_NOT_FINISHED, Result
 from harp.protocol.jsontext import InvalidJSON, loads
@@ -43,6 +43,8 @@ examples:
   harp follow JOB --since 0                             records as they come, until the job ends
   harp read JOB --recent 10 --numbered                  records so far, each as [number, record]
   harp result JOB --no-wait                             exit code 5 while it runs
+  harp why JOB                                          why it waits or ended, in one sentence
+  harp cancel JOB --wait                                until its host has confirmed that all of it is gone
   HARP_PASSWORD=secret harp direct web01 uptime --user admin --ca-file ca.pem
 
 exit codes:
@@ -97,7 +99,7 @@ def _show(items: Iterable[Any]) -> Exit:
 def _dispatcher(options: Namespace) -> client.HarpCaller:
     if options.dispatcher is None:
         raise HarpException("which dispatcher? Give --dispatcher HOST[:PORT] or set HARP_DISPATCHER")
-    return client.HarpCaller(**options.dispatcher)
+    return client.HarpCaller(**options.dispatcher, reconnect=options.reconnect)
 
 
 def _job(options: Namespace) -> client.RemoteCall:
@@ -128,8 +130,17 @@ def _status(options: Namespace) -> Exit:
     return _show([{"call": call, "time": time, "info": job.info()}])
 
 
+def _records(options: Namespace) -> dict[str, Any]:
+    return {name: getattr(options, name) for name in ("since", "recent", "numbered", "timed")}
+
+
+def _why(options: Namespace) -> Exit:
+    print(_job(options).why())
+    return Exit.OK
+
+
 def _cancel(options: Namespace) -> Exit:
-    cancelled = _job(options).cancel()
+    cancelled = _job(options).cancel(wait=options.wait)
     print(json.dumps(cancelled))
     return Exit.OK if cancelled else Exit.CANCELLED
 
@@ -138,9 +149,9 @@ def _direct(options: Namespace) -> Exit:
     password = os.environ.get("HARP_PASSWORD")
     if password is None:
         raise HarpException("which password? Set HARP_PASSWORD")
-    server = client.HarpServer(user=options.user, password=password, ca_file=options.ca_file, **options.address)
-    result = client.HarpProcedure(server, options.procedure)(*options.arguments, **dict(options.named))
-    return _show(result if isinstance(result, client.HarpStreamIterator) else [result])
+    server = direct.HarpServer(user=options.user, password=password, ca_file=options.ca_file, **options.address)
+    result = direct.HarpProcedure(server, options.procedure)(*options.arguments, **dict(options.named))
+    return _show(result if isinstance(result, direct.HarpStreamIterator) else [result])
 
 
 _ARGUMENTS: dict[str, dict[str, Any]] = {
@@ -149,6 +160,12 @@ _ARGUMENTS: dict[str, dict[str, Any]] = {
     "--dispatcher": {"metavar": "HOST[:PORT]", "type": _address, "help": "default: $HARP_DISPATCHER"},
     "--named": {"metavar": "NAME=ARG", "action": "append", "default": [], "type": _named, "help": "named argument"},
     "--wait": {"action": "store_true", "help": "wait for the job to end and print its result instead"},
+    "cancel --wait": {"action": "store_true", "help": "wait until its host has confirmed that its processes are gone"},
+    "--reconnect": {
+        "metavar": "SECONDS",
+        "type": float,
+        "help": "how long to try to reach the dispatcher again when it was lost; default: 300, 0: not at all",
+    },
     "--queue": {"metavar": "JSON", "type": _value, "help": "the queue to wait in, an object"},
     "--concurrency": {"metavar": "N", "type": _value, "help": "jobs of the queue that may run at once"},
     "--timeout": {"metavar": "SECONDS", "type": _value, "help": "longest silence of the job"},
@@ -158,27 +175,34 @@ _ARGUMENTS: dict[str, dict[str, Any]] = {
     "--since": {"metavar": "N", "type": int, "help": "from record N on, counted from 0"},
     "--recent": {"metavar": "N", "type": int, "help": "from the N newest records on"},
     "--numbered": {"action": "store_true", "help": "print pairs [number, record]"},
+    "--timed": {"action": "store_true", "help": "print [number, time, record]; time: Unix seconds"},
     "--user": {"required": True, "help": "user to authenticate as"},
     "--ca-file": {"metavar": "FILE", "help": "authorities of the certificate; without, it is not verified"},
 }
 
 _JOB = "--queue --concurrency --timeout --max-exec-time --info"
-_STREAM = "job --since --recent --numbered"
+_STREAM = "job --since --recent --numbered --timed"
 _COMMANDS: dict[str, tuple[Callable[[Namespace], Exit], str, str]] = {
     "call": (_call, "submit a job; prints its id", f"host procedure arguments --named --wait {_JOB}"),
     "result": (_result, "wait for a job to end and print its result", "job --no-wait"),
     "status": (_status, "print what a job is, and when it was submitted, started, ended", "job"),
+    "details": (
+        lambda options: _show([_job(options).details()]),
+        "print all that is known of a job: what it waits for, its call, how it was stopped, how it ended",
+        "job",
+    ),
+    "why": (_why, "say in one sentence why a job waits, runs or ended", "job"),
     "follow": (
-        lambda options: _show(_job(options).follow(options.since, options.recent, options.numbered)),
+        lambda options: _show(_job(options).follow(**_records(options))),
         "print a job's records as they come, until it ends",
         _STREAM,
     ),
     "read": (
-        lambda options: _show(_job(options).stream(options.since, options.recent, options.numbered)),
+        lambda options: _show(_job(options).stream(**_records(options))),
         "print a job's records so far",
         _STREAM,
     ),
-    "cancel": (_cancel, "cancel a job; prints whether that stopped it", "job"),
+    "cancel": (_cancel, "cancel a job; prints whether that stopped it", "job --wait"),
     "direct": (
         _direct,
         "call a procedure on a harpd; the password is in $HARP_PASSWORD",
@@ -191,13 +215,16 @@ def _parser() -> argparse.ArgumentParser:
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="harp", description=__doc__, epilog=_EPILOG, formatter_class=form)
     parser.add_argument("--dispatcher", default=os.environ.get("HARP_DISPATCHER"), **_ARGUMENTS["--dispatcher"])
+    parser.add_argument("--reconnect", default=300.0, **_ARGUMENTS["--reconnect"])
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for name, (run, text, arguments) in _COMMANDS.items():
         command = commands.add_parser(name, help=text, description=text, epilog=_EPILOG, formatter_class=form)
         command.set_defaults(run=run)
-        command.add_argument("--dispatcher", default=argparse.SUPPRESS, **_ARGUMENTS["--dispatcher"])
+        for argument in ("--dispatcher", "--reconnect"):
+            command.add_argument(argument, default=argparse.SUPPRESS, **_ARGUMENTS[argument])
         for argument in arguments.split():
-            command.add_argument(argument, **_ARGUMENTS.get(argument, {"metavar": argument.upper()}))
+            settings = _ARGUMENTS.get(f"{name} {argument}") or _ARGUMENTS.get(argument, {"metavar": argument.upper()})
+            command.add_argument(argument, **settings)
     return parser
 
 

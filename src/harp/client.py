@@ -1,4 +1,4 @@
-"""The synchronous client: `HarpCaller` for the dispatcher, `HarpServer` for harpd itself, and what they give out.
+"""The synchronous client of a dispatcher: `HarpCaller`, and what it gives out.
 
 Thin shells over `harp.operations`: here is only the talking. Objects may be shared by threads; each request has its
 own connection. Looking at an object (repr, copy, pickle, hasattr) never sends anything: names that begin with an
@@ -7,45 +7,32 @@ underscore are no hosts and no procedures.
 
 from __future__ import annotations
 
-import os
-import threading
-from abc import abstractmethod
-from collections.abc import Iterable, Iterator
-from contextlib import suppress
-from types import TracebackType
-from typing import Any, NoReturn, Self, TypeVar, Unpack
+import time
+from typing import Any, Self, TypeVar, Unpack
 
-from harp.connection import Endpoint, JSONConnection, JSONSSLConnection
-from harp.errors import CommunicationError
+from harp.connection import Endpoint, JSONConnection
+from harp.errors import HarpException
+from harp.iteration import Stream
 from harp.operations import (
     Answer,
-    Credentials,
-    DirectReader,
     Job,
     JobOptions,
     Options,
-    Reader,
     Steps,
-    StreamReader,
     answered,
-    direct_request,
     name_of,
+    passes,
     plain_reply,
     plain_request,
     public,
     submit,
+    waits,
 )
 from harp.protocol.dispatcher import FollowStream, ReadStream, Request, encode_request
+from harp.readers import StreamReader
+from harp.reconnecting import Patience, seconds_to_reconnect
 
-__all__ = [
-    "HarpCaller",
-    "HarpProcedure",
-    "HarpServer",
-    "HarpStreamIterator",
-    "RemoteCall",
-    "RemoteProcedure",
-    "RemoteServer",
-]
+__all__ = ["HarpCaller", "RemoteCall", "RemoteProcedure", "RemoteServer"]
 
 T = TypeVar("T")
 
@@ -58,13 +45,19 @@ class HarpCaller:
 
     Args:
         host: name or address of the dispatcher.
-        port: its port. Raises `HarpException` when one of them won't do.
+        port: its port.
+        reconnect: for how many seconds in a row a reader that was interrupted tries to reach the dispatcher again;
+            0, None or False: it does not. Readers are `RemoteCall.follow`, `result` and `get` with `wait`.
+
+    Raises:
+        HarpException: `host`, `port` or `reconnect` won't do.
 
     Spec: docs/client-api.md, HarpCaller.
     """
 
-    def __init__(self, host: str, port: int = 3502) -> None:
+    def __init__(self, host: str, port: int = 3502, *, reconnect: float | None = 300.0) -> None:
         self._endpoint = Endpoint(host, port)
+        self._reconnect = seconds_to_reconnect(reconnect)
 
     def __getattr__(self, host: str) -> RemoteServer:
         """The host of this name, without options."""
@@ -133,7 +126,7 @@ class HarpCaller:
             while True:
                 try:
                     answer = self._ask(request)
-                except CommunicationError as error:
+                except HarpException as error:
                     request = steps.throw(error)
                 else:
                     request = steps.send(answer)
@@ -142,10 +135,17 @@ class HarpCaller:
             return outcome
 
     def _ask(self, request: Request) -> Answer:
-        with self.connect() as conn:
-            line = conn.ask(encode_request(request))
-            with conn.endpoint.mapped("reply"):
-                return answered(request, line)
+        patience = Patience(self._reconnect if waits(request) else 0.0)
+        while True:
+            try:
+                with self.connect() as conn:
+                    patience.connected(time.monotonic())
+                    line = conn.ask(encode_request(request))
+                    with conn.endpoint.mapped("reply"):
+                        return passes(answered(request, line), patience)
+            except HarpException as error:
+                pause = patience.pause(error, time.monotonic())
+            time.sleep(pause)
 
     def __repr__(self) -> str:
         return f"HarpCaller({self._endpoint.host!r}, {self._endpoint.port})"
@@ -245,67 +245,6 @@ class RemoteProcedure:
         return f"<RemoteProcedure {self._procedure} on {self._server} by {self._dispatcher!r}>"
 
 
-class _Iteration(Iterator[Any]):
-    """What the iterators share: all items at once, and a context manager that closes."""
-
-    @abstractmethod
-    def close(self) -> None:
-        """End the iteration early and close its connection."""
-
-    def all(self) -> list[Any]:
-        """All items that are still to come, in one list. Spec: docs/client-api.md, RemoteCall.StreamIterator."""
-        return list(self)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def __reduce__(self) -> NoReturn:
-        raise TypeError(f"a {type(self).__name__} can't be copied or pickled: it reads from a connection")
-
-
-class _Stream(_Iteration):
-    """Items read from a connection, which is closed after the last, at an error, and when nobody holds this."""
-
-    _closed = True
-
-    def __init__(self, conn: JSONConnection, reader: Reader) -> None:
-        self._conn = conn
-        self._reader = reader
-        self._turn = threading.Lock()
-        self._closed = False
-
-    def __next__(self) -> Any:
-        with self._turn:
-            while not self._closed:
-                try:
-                    line = self._conn.receive_line()
-                    with self._conn.endpoint.mapped("reading"):
-                        items = self._reader.read(line)
-                except BaseException:
-                    self.close()
-                    raise
-                if self._reader.finished:
-                    self.close()
-                for item in items:
-                    return item
-            raise StopIteration
-
-    def close(self) -> None:
-        """End the iteration early and close its connection; nothing happens when it has ended."""
-        if not self._closed:
-            self._closed = True
-            self._conn.close()
-
-    def __del__(self) -> None:
-        with suppress(Exception):
-            self.close()
-
-
 class RemoteCall:
     """A job: its status, its records, its end. What is final is asked for once.
 
@@ -322,13 +261,15 @@ class RemoteCall:
     Spec: docs/client-api.md, RemoteCall.
     """
 
-    class StreamIterator(_Stream):
+    class StreamIterator(Stream):
         """The records of a job. Leaving early, by `close` or ``with``, closes the connection.
 
         Args:
             remote_call: the job.
             conn: a connection over which ``follow_stream`` or ``read_stream`` was asked.
             numbered: whether items are pairs of a record's number and the record.
+
+        One that `RemoteCall.follow` gave connects again when it is interrupted; one made by hand does not.
 
         Iterating raises:
             CommunicationError: the stream broke off, or went wrong.
@@ -339,7 +280,8 @@ class RemoteCall:
 
         def __init__(self, remote_call: RemoteCall, conn: JSONConnection, numbered: bool = False) -> None:
             # Replies to read_stream are those to follow_stream and one more.
-            super().__init__(conn, StreamReader(remote_call._job, ReadStream(remote_call.id()), numbered))
+            asked = ReadStream(remote_call.id())
+            super().__init__(conn, StreamReader(remote_call._job, asked, numbered, asked=True))
 
     def __init__(self, dispatcher: HarpCaller, job_id: str) -> None:
         self._dispatcher = dispatcher
@@ -383,35 +325,57 @@ class RemoteCall:
         """
         return self._dispatcher._run(self._job.get(wait))
 
-    def cancel(self) -> bool:
+    def cancel(self, *, wait: bool = False) -> bool:
         """Cancel the job.
+
+        Args:
+            wait: wait until its host has confirmed that the processes are gone, however long that takes.
 
         Returns:
             Whether it was running or waiting and is now stopped.
 
+        Raises:
+            RemoteError: with `wait`, ``stop_failed`` when processes survive, the message names them, or the host was
+                given up; ``stop_unknown`` when the host's daemon can't confirm it. `data` is what the dispatcher told.
+
         Spec: docs/client-api.md, RemoteCall.
         """
-        return self._dispatcher._run(self._job.cancel())
+        return self._dispatcher._run(self._job.cancel(wait))
+
+    def details(self) -> dict[str, Any]:
+        """All that is known of the job: what it waits for, its host and call, how it was stopped, how it ended.
+
+        Spec: docs/client-api.md, Details.
+        """
+        return self._dispatcher._run(self._job.details())
+
+    def why(self) -> str:
+        """One sentence, with facts, that says why the job waits, runs or ended.
+
+        Spec: docs/client-api.md, Details.
+        """
+        return self._dispatcher._run(self._job.why())
 
     def follow(
-        self, since: int | None = None, recent: int | None = None, numbered: bool = False
+        self, since: int | None = None, recent: int | None = None, numbered: bool = False, *, timed: bool = False
     ) -> RemoteCall.StreamIterator:
-        """The job's records, those to come too, until it ends.
+        """The job's records, those to come too, until it ends; goes on where it was when it is interrupted.
 
         Args:
             since: number of the first record wanted, from 0.
             recent: how many of the newest records to begin with, instead of `since`; neither: 0.
             numbered: give pairs of a record's number and the record.
+            timed: give a record's number, the time it was made (Unix seconds with fractions) and the record.
 
         Raises:
             HarpException: a number won't do, or both are given.
 
         Spec: docs/client-api.md, RemoteCall.
         """
-        return self._stream(self._job.stream(True, since, recent), numbered)
+        return self._stream(self._job.stream(True, since, recent, timed), numbered)
 
     def stream(
-        self, since: int | None = None, recent: int | None = None, numbered: bool = False
+        self, since: int | None = None, recent: int | None = None, numbered: bool = False, *, timed: bool = False
     ) -> RemoteCall.StreamIterator:
         """The job's records collected so far; does not wait for the job.
 
@@ -419,23 +383,19 @@ class RemoteCall:
             since: number of the first record wanted, from 0; the default.
             recent: how many of the newest records to give, instead of `since`.
             numbered: give pairs of a record's number and the record.
+            timed: give a record's number, the time it was made (Unix seconds with fractions) and the record.
 
         Raises:
             HarpException: a number won't do, or both are given.
 
         Spec: docs/client-api.md, RemoteCall.
         """
-        return self._stream(self._job.stream(False, since, recent), numbered)
+        return self._stream(self._job.stream(False, since, recent, timed), numbered)
 
     def _stream(self, request: FollowStream | ReadStream, numbered: bool) -> RemoteCall.StreamIterator:
-        conn = self._dispatcher.connect()
-        iterator = self.StreamIterator(self, conn, numbered)
-        iterator._reader = StreamReader(self._job, request, numbered)
-        try:
-            conn.send_line(encode_request(request))
-        except BaseException:
-            conn.close()
-            raise
+        iterator = self.StreamIterator(self, self._dispatcher.connect(), numbered)
+        iterator._reader = StreamReader(self._job, request, numbered, self._dispatcher._reconnect)
+        iterator._begin()
         return iterator
 
     def host(self) -> str:
@@ -471,122 +431,3 @@ class RemoteCall:
 
     def __repr__(self) -> str:
         return f"<RemoteCall {self._job.id} by {self._dispatcher!r}>"
-
-
-class HarpServer:
-    """A harpd, called without a dispatcher. Any attribute is a procedure on it.
-
-    Args:
-        host: name or address of the host.
-        user: name to authenticate as.
-        password: the user's password. It is in a pickle of this object, never in its repr.
-        port: harpd's port.
-        ca_file: PEM file with the authorities that the server's certificate must come from, and it must be for
-            `host`; None verifies neither.
-
-    Raises:
-        HarpException: `host`, `port`, `user` or `password` won't do.
-
-    Spec: docs/client-api.md, HarpServer.
-    """
-
-    def __init__(
-        self,
-        host: str,
-        user: str,
-        password: str,
-        port: int = 4306,
-        ca_file: str | os.PathLike[str] | None = None,
-    ) -> None:
-        self._endpoint = Endpoint(host, port)
-        self._credentials = Credentials(user, password)
-        self._ca_file = ca_file
-
-    def __getattr__(self, procedure: str) -> HarpProcedure:
-        """The procedure of this name."""
-        return HarpProcedure(self, public(procedure, self))
-
-    def _connect(self) -> JSONConnection:
-        return JSONSSLConnection(self._endpoint.host, self._endpoint.port, self._ca_file)
-
-    def __repr__(self) -> str:
-        where, who = self._endpoint, self._credentials
-        return f"HarpServer({where.host!r}, {who!r}, port={where.port}, ca_file={self._ca_file!r})"
-
-
-class HarpProcedure:
-    """A procedure on a harpd; calling it runs it.
-
-    Args:
-        server: the harpd.
-        name: name of the procedure; here it may begin with an underscore.
-
-    Spec: docs/client-api.md, HarpProcedure.
-    """
-
-    def __init__(self, server: HarpServer, name: str) -> None:
-        self._server = server
-        self._name = name_of("procedure", name)
-
-    def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
-        """Call the procedure and wait for its result, however long that takes.
-
-        Args:
-            *args: positional arguments, any JSON values.
-            **kwargs: named arguments, instead of positional ones.
-
-        Returns:
-            The result; of a streaming procedure a `HarpStreamIterator`, as soon as it runs.
-
-        Raises:
-            HarpException: both kinds of arguments, or one that JSON can't carry; nothing was sent.
-            RemoteException: the procedure raised.
-            RemoteError: harpd refused the call or cut it short.
-            CommunicationError: harpd can't be reached, is not who it should be, or broke off.
-
-        Spec: docs/client-api.md, HarpProcedure.
-        """
-        line = direct_request(self._name, args, kwargs, self._server._credentials)
-        conn = self._server._connect()
-        reader = DirectReader()
-        try:
-            answer = conn.ask(line)
-            with conn.endpoint.mapped("reply"):
-                streams = reader.streams(answer)
-        except BaseException:
-            conn.close()
-            raise
-        stream = _Stream(conn, reader)
-        return HarpStreamIterator(stream) if streams else next(stream).value
-
-    def __repr__(self) -> str:
-        return f"<HarpProcedure {self._name} on {self._server!r}>"
-
-
-class HarpStreamIterator(_Iteration):
-    """The records of a streaming procedure, then its end result as a `Result`.
-
-    Leaving early, by `close` or ``with``, closes the connection, which cancels the call.
-
-    Args:
-        orig_iterator: what gives the items.
-
-    Iterating raises:
-        RemoteException: the procedure raised.
-        RemoteError: the call was cut short.
-        CommunicationError: harpd broke off.
-
-    Spec: docs/client-api.md, HarpStreamIterator.
-    """
-
-    def __init__(self, orig_iterator: Iterable[Any]) -> None:
-        self._items = iter(orig_iterator)
-
-    def __next__(self) -> Any:
-        return next(self._items)
-
-    def close(self) -> None:
-        """End the iteration early; closes what it iterates over, if that can be closed."""
-        close = getattr(self._items, "close", None)
-        if close is not None:
-            close()

@@ -2,7 +2,8 @@
 
 This is the border to the network: every error of socket, ssl and json is mapped here, once, by
 `Endpoint.mapped`. What comes out is `CommunicationError` with host, port and cause, or `HarpException` when the
-caller's own value or file is at fault.
+caller's own value or file is at fault. The cause tells what happened: `OSError` the network or the peer broke off,
+`EOFError` the peer closed and had said whole lines or nothing, `ValueError` what it said makes no sense.
 """
 
 from __future__ import annotations
@@ -208,12 +209,16 @@ class Incoming:
 
     def feed(self, data: bytes) -> None:
         """Take what was read; no bytes mean that the peer has closed. Raises `CommunicationError`."""
-        if not data:
-            size = len(self._buffer.pending)
-            where = f"{size} bytes into a line" if size else "before it had said all"
-            raise self._endpoint.error("reading", f"the peer closed the connection {where}")
         with self._endpoint.mapped("reading"):
+            if not data:
+                self._end()
             self._lines.extend(self._buffer.feed(data))
+
+    def _end(self) -> NoReturn:
+        size = len(self._buffer.pending)
+        if size:
+            raise ConnectionAbortedError(f"the peer closed the connection {size} bytes into a line")
+        raise EOFError("the peer closed the connection before it had said all")
 
 
 def encoded(obj: Any) -> bytes:
@@ -254,7 +259,15 @@ class JSONConnection:
         """
         self.close()
         self._incoming = Incoming(self.endpoint)
-        self._socket = self._open(time.monotonic() + CONNECT_DEADLINE)
+        try:
+            opened = self._open(time.monotonic() + CONNECT_DEADLINE)
+        except BaseException:
+            self._socket = None
+            raise
+        if self._socket is None:
+            opened.close()
+            raise self._closed_here()
+        self._socket = opened
 
     def _open(self, last: float) -> socket.socket:
         """Connect before `last`, a time of the monotonic clock."""
@@ -262,15 +275,18 @@ class JSONConnection:
             found = socket.getaddrinfo(self.endpoint.host, self.endpoint.port, type=socket.SOCK_STREAM)
         dial = Dial(self.endpoint, found, last)
         for sock, address, seconds in dial:
+            self._socket = sock  # `close`, by another thread, ends the attempt
             with dial.attempt(sock, address):
                 sock.settimeout(seconds)
                 sock.connect(address)
                 sock.settimeout(None)
+            if sock.fileno() >= 0:  # what has failed is closed
                 return sock
+            self._connected()  # raises when it was `close` that ended it
         raise dial.failure()
 
     def close(self) -> None:
-        """Close the connection; nothing happens when it is closed. A thread that reads from it is woken."""
+        """Close the connection; nothing happens when it is closed. A thread that connects it or reads is woken."""
         sock, self._socket = self._socket, None
         if sock is None:
             return
@@ -329,8 +345,11 @@ class JSONConnection:
 
     def _connected(self) -> socket.socket:
         if self._socket is None:
-            raise self.endpoint.error("not connected", "the connection was closed on this side")
+            raise self._closed_here()
         return self._socket
+
+    def _closed_here(self) -> CommunicationError:
+        return self.endpoint.error("not connected", "the connection was closed on this side")
 
     def __enter__(self) -> Self:
         return self

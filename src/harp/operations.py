@@ -1,8 +1,8 @@
 """What the client does, apart from doing it: options, arguments, requests, how replies are read, what is kept.
 
 Nothing here touches a socket. An operation is a generator (`Steps`): it yields a request, is sent the `Answer`
-and returns the outcome; one that needs no request yields none. A `Reader` takes the lines of a stream and gives
-its items. `harp.client` and `harp.aio` are thin shells that do the talking, so each operation exists once.
+and returns the outcome; one that needs no request yields none. What comes as a stream is read by `harp.readers`.
+`harp.client` and `harp.aio` are thin shells that do the talking, so each operation exists once.
 
 What is final about a job is kept as the line it came in: everyone who asks gets values of his own, and threads
 share nothing that changes.
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any, Final, Protocol, TypeAlias, TypedDict, TypeVar, final
+from typing import Any, Final, TypeAlias, TypedDict, TypeVar, final
 
 from harp.errors import CancelledException, CommunicationError, HarpException, RemoteError, RemoteException
 from harp.protocol import daemon
@@ -20,12 +20,12 @@ from harp.protocol.dispatcher import (
     VERSION,
     Call,
     Cancel,
-    Exchange,
+    Details,
     FollowStream,
+    GetDetails,
     GetResult,
     GetStatus,
     NoResult,
-    Packet,
     Queue,
     ReadStream,
     Reply,
@@ -38,6 +38,7 @@ from harp.protocol.dispatcher import (
 from harp.protocol.ends import Cancelled, End, Failed, Raised, Returned
 from harp.protocol.fields import check, is_count, is_seconds
 from harp.protocol.jsontext import NotJSON, Raw, dumps, loads
+from harp.reconnecting import STORAGE_ERROR, Patience, closed_silently, too_old
 
 __all__ = [
     "CALL_CANCELLED",
@@ -45,27 +46,28 @@ __all__ = [
     "REFUSALS",
     "Answer",
     "Credentials",
-    "DirectReader",
     "Job",
     "JobOptions",
     "Options",
-    "Reader",
     "Result",
     "Steps",
-    "StreamReader",
     "answered",
     "direct_request",
+    "error_of",
     "name_of",
+    "outcome_of",
+    "passes",
     "plain_reply",
     "plain_request",
     "public",
     "submit",
+    "waits",
 ]
 
 T = TypeVar("T")
 
 #: Errors that refuse the request. They say nothing about the job, so they are never taken for its end.
-REFUSALS = frozenset({"storage_error", "invalid_request", "invalid_jobid"})
+REFUSALS = frozenset({STORAGE_ERROR, "invalid_request", "invalid_jobid"})
 
 
 @final
@@ -202,16 +204,39 @@ class Answer:
     line: bytes
 
 
-#: An operation: yields requests, is sent their answers (or has `CommunicationError` thrown in), returns an outcome.
+#: An operation: yields requests, is sent their answers (or has what kept them away thrown in), returns an outcome.
 Steps: TypeAlias = Generator[Request, Answer, T]
 
 
 def answered(request: Request, line: bytes) -> Answer:
     """Read the reply to a request. Raises `ProtocolError` for a line that does not answer it."""
     reply = decode_reply(line, request)
-    waits = isinstance(request, GetResult) and request.wait
-    check(not (waits and isinstance(reply, NoResult)), "no result, though it was asked to wait for one")
+    match reply:
+        case NoResult():
+            check(not waits(request), "no result, though it was asked to wait for one")
+        case Details(details):
+            check(isinstance(details.get("why"), str), "details.why: expected a string")
+        case WasCancelled(_, dict(stop)):
+            check(isinstance(stop.get("state"), str), "stop.state: expected a string")
     return Answer(reply, line)
+
+
+def waits(request: Request) -> bool:
+    """Whether a request waits and changes nothing: it is repeated after an interruption."""
+    return isinstance(request, GetResult) and request.wait
+
+
+def passes(answer: Answer, patience: Patience) -> Answer:
+    """Let an answer pass, unless it tells of trouble that is over soon, as when the dispatcher has just come back.
+
+    Raises:
+        RemoteError: it does; `Patience.pause` says what to do.
+    """
+    if isinstance(answer.reply, Failed):
+        error = error_of(answer.reply)
+        if patience.retries(error):
+            raise error
+    return answer
 
 
 def submit(host: str, procedure: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], options: Options) -> Steps[str]:
@@ -233,15 +258,47 @@ def submit(host: str, procedure: str, args: tuple[Any, ...], kwargs: Mapping[str
 
 def _accepted(answer: Answer) -> Reply:
     if isinstance(answer.reply, Failed):
-        raise _error(answer.reply)
+        raise error_of(answer.reply)
     return answer.reply
 
 
-def _error(report: Failed) -> RemoteError:
+def _asked(request: Request) -> Steps[Reply]:
+    return _accepted((yield request))
+
+
+def _asked_anew(request: Request, feature: str) -> Steps[Reply]:
+    """Ask what the dispatchers of the field don't know; the error tells when this may be one."""
+    try:
+        return _accepted((yield request))
+    except CommunicationError as error:
+        if not closed_silently(error):
+            raise
+        raise too_old(error, feature) from error
+
+
+def _not_stopped(job_id: str, stop: Mapping[str, Any]) -> RemoteError:
+    """What `cancel` says of a stop that the host has not confirmed."""
+    if stop["state"] != "failed":
+        return RemoteError("stop_unknown", f"nobody can say whether the processes of job {job_id} are gone", stop)
+    receipt = stop.get("receipt")
+    survivors = receipt.get("survivors") if isinstance(receipt, dict) else None
+    if not isinstance(survivors, list) or not survivors:
+        return RemoteError("stop_failed", f"the host has not confirmed that job {job_id} is stopped", stop)
+    return RemoteError("stop_failed", f"processes of job {job_id} survive: {', '.join(map(_process, survivors))}", stop)
+
+
+def _process(survivor: Any) -> str:
+    if isinstance(survivor, dict) and "pid" in survivor:
+        return f"{survivor['pid']} ({survivor.get('command')})"
+    return str(survivor)
+
+
+def error_of(report: Failed) -> RemoteError:
+    """What the dispatcher or harpd reports as an error."""
     return RemoteError(report.type, report.message, report.data)
 
 
-def _outcome(end: End) -> Any:
+def outcome_of(end: End) -> Any:
     """What `result()` gives for an end."""
     match end:
         case Returned(result):
@@ -249,7 +306,7 @@ def _outcome(end: End) -> Any:
         case Raised(kind, message, data):
             return RemoteException(kind, message, data)
         case Failed():
-            return _error(end)
+            return error_of(end)
         case Cancelled():
             return CALL_CANCELLED
 
@@ -277,13 +334,13 @@ class Job:
         request = GetResult(self.id, bool(wait))
         try:
             answer = (yield request) if self._end is None else answered(request, self._end)
-        except CommunicationError as error:
+        except (CommunicationError, RemoteError) as error:
             return error.with_traceback(None)
         if isinstance(answer.reply, NoResult):
             return CALL_NOT_FINISHED
         self.keep(answer)
         assert isinstance(answer.reply, End)
-        return _outcome(answer.reply)
+        return outcome_of(answer.reply)
 
     def get(self, wait: bool) -> Steps[Any]:
         """The job's end as a value; errors are raised."""
@@ -294,11 +351,30 @@ class Job:
             raise CancelledException(f"job {self.id} was cancelled")
         return outcome
 
-    def cancel(self) -> Steps[bool]:
-        """Cancel the job; returns whether this stopped it."""
-        reply = _accepted((yield Cancel(self.id)))
+    def cancel(self, wait: bool) -> Steps[bool]:
+        """Cancel the job; returns whether this stopped it, and with `wait`, once its host has confirmed that.
+
+        Raises:
+            RemoteError: ``stop_failed`` or ``stop_unknown``: the host has not confirmed it.
+        """
+        request = Cancel(self.id, bool(wait))
+        reply = yield from (_asked_anew(request, "cancel(wait=True)") if request.wait else _asked(request))
         assert isinstance(reply, WasCancelled)
+        if reply.stop is not None and reply.stop["state"] != "confirmed":
+            raise _not_stopped(self.id, reply.stop)
         return reply.cancelled
+
+    def details(self) -> Steps[dict[str, Any]]:
+        """All that is known of the job."""
+        reply = yield from _asked_anew(GetDetails(self.id), "details() and why()")
+        assert isinstance(reply, Details)
+        details: dict[str, Any] = reply.details
+        return details
+
+    def why(self) -> Steps[str]:
+        """One sentence that says why the job waits, runs or ended."""
+        details = yield from self.details()
+        return str(details["why"])
 
     def submitted(self) -> Steps[Status]:
         """A status in which what was submitted is right, as in every one."""
@@ -325,14 +401,16 @@ class Job:
         self._status = answer.line
         return reply
 
-    def stream(self, follow: bool, since: int | None, recent: int | None) -> FollowStream | ReadStream:
+    def stream(
+        self, follow: bool, since: int | None, recent: int | None, timed: bool = False
+    ) -> FollowStream | ReadStream:
         """The request for the job's records.
 
         Raises:
             HarpException: a number won't do, or both are given.
         """
         try:
-            return (FollowStream if follow else ReadStream)(self.id, since, recent)
+            return (FollowStream if follow else ReadStream)(self.id, since, recent, bool(timed))
         except ValueError as error:
             raise HarpException(str(error)) from error
 
@@ -354,53 +432,6 @@ def plain_reply(line: bytes) -> dict[str, Any]:
     check(isinstance(reply, dict), "expected an object")
     found: dict[str, Any] = reply
     return found
-
-
-class Reader(Protocol):
-    """Takes the lines of a stream and gives its items."""
-
-    @property
-    def finished(self) -> bool:
-        """Whether the last line has come."""
-
-    def read(self, line: bytes) -> tuple[Any, ...]:
-        """The items of a line, none or one. Raises what the line reports, and `ProtocolError`."""
-
-
-class StreamReader:
-    """Reads the replies to a request for a job's records; the end that closes them is kept in the job.
-
-    Args:
-        job: the job.
-        request: what was asked for.
-        numbered: whether items are pairs of a record's number and the record.
-    """
-
-    def __init__(self, job: Job, request: FollowStream | ReadStream, numbered: bool) -> None:
-        self._job = job
-        self._numbered = numbered
-        self._exchange = Exchange(request)
-
-    @property
-    def finished(self) -> bool:
-        """Whether the closing line has come."""
-        return self._exchange.finished
-
-    def read(self, line: bytes) -> tuple[Any, ...]:
-        """The record of a line, nothing for the closing line.
-
-        Raises:
-            RemoteError: the dispatcher refused the request.
-            ProtocolError: the line may not come here.
-        """
-        reply = self._exchange.reply(line)
-        match reply:
-            case Packet(number, data):
-                return ((number, data) if self._numbered else data,)
-            case Failed(kind) if kind in REFUSALS:
-                raise _error(reply)
-        self._job.keep(Answer(reply, line))
-        return ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -428,44 +459,3 @@ def direct_request(procedure: str, args: tuple[Any, ...], kwargs: Mapping[str, A
     return daemon.encode_request(
         daemon.Request(procedure, _arguments(args, kwargs), credentials.user, credentials.password)
     )
-
-
-class DirectReader:
-    """Reads what harpd says after a request."""
-
-    def __init__(self) -> None:
-        self._exchange = daemon.Exchange()
-
-    @property
-    def finished(self) -> bool:
-        """Whether the closing line has come."""
-        return self._exchange.finished
-
-    def streams(self, line: bytes) -> bool:
-        """Read the first line: whether the result will be a streamed one.
-
-        Raises:
-            RemoteError: harpd refused the call.
-            ProtocolError: the line may not come here.
-        """
-        message = self._exchange.message(line)
-        if isinstance(message, Failed):
-            raise _error(message)
-        assert isinstance(message, daemon.Acknowledgement)
-        return message.stream_result
-
-    def read(self, line: bytes) -> tuple[Any, ...]:
-        """The record of a line; the end result as a `Result`.
-
-        Raises:
-            RemoteException: the procedure raised.
-            RemoteError: the call was cut short.
-            ProtocolError: the line may not come here.
-        """
-        message = self._exchange.message(line)
-        if isinstance(message, daemon.Record):
-            return (message.data,)
-        assert not isinstance(message, daemon.Acknowledgement)  # the exchange lets no second one pass
-        if isinstance(message, Returned):
-            return (Result(message.result),)
-        raise _outcome(message)

@@ -23,6 +23,7 @@ STATUS = {
     "time": {"submit": 1, "start": 2, "end": 3},
     "info": None,
 }
+DETAILS = {"job": JOB, "state": "queued", "why": "it waits"}
 
 
 def harp(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -71,7 +72,9 @@ CASES: list[tuple[str, list[Script], str, Exit]] = [
     (f"result {JOB}", [answering({"error": {"type": "e", "message": "m", "data": [1]}})], "", Exit.FAILED),
     (f"result {JOB}", [answering({"cancelled": True})], "", Exit.CANCELLED),
     (f"result {JOB} --no-wait", [answering({"no_result": True})], "", Exit.NOT_FINISHED),
-    (f"result {JOB}", [answering()], "", Exit.UNREACHABLE),
+    (f"result {JOB} --reconnect 0", [answering()], "", Exit.UNREACHABLE),
+    (f"result {JOB}", [answering(), answering({"result": 1})], "1\n", Exit.OK),
+    (f"result {JOB} --reconnect -1", [], "", Exit.USAGE),
     (f"status {JOB}", [answering(STATUS)], json.dumps(STATUS) + "\n", Exit.OK),
     (
         f"follow {JOB} --since 4 --numbered",
@@ -97,6 +100,38 @@ CASES: list[tuple[str, list[Script], str, Exit]] = [
         ],
         "1\n2\n",
         Exit.OK,
+    ),
+    (
+        f"follow {JOB} --since 0 --timed",
+        [
+            answering(
+                {"packet": 0, "time": 1700000000.25, "data": "x"},
+                {"result": 1},
+                request={"harpcaller": 1, "follow_stream": JOB, "since": 0, "timed": True},
+            )
+        ],
+        '[0, 1700000000.25, "x"]\n',
+        Exit.OK,
+    ),
+    (f"details {JOB}", [answering({"details": DETAILS})], json.dumps(DETAILS) + "\n", Exit.OK),
+    (f"why {JOB}", [answering({"details": DETAILS})], "it waits\n", Exit.OK),
+    (f"why {JOB}", [answering()], "", Exit.UNREACHABLE),
+    (
+        f"cancel --wait {JOB}",
+        [
+            answering(
+                {"cancelled": True, "stop": {"state": "confirmed", "receipt": None}},
+                request={"harpcaller": 1, "cancel": JOB, "wait": True},
+            )
+        ],
+        "true\n",
+        Exit.OK,
+    ),
+    (
+        f"cancel --wait {JOB}",
+        [answering({"cancelled": True, "stop": {"state": "failed", "receipt": None}})],
+        "",
+        Exit.FAILED,
     ),
     (f"cancel {JOB}", [answering({"cancelled": True})], "true\n", Exit.OK),
     (f"cancel {JOB}", [answering({"cancelled": False})], "false\n", Exit.CANCELLED),

@@ -87,7 +87,7 @@ FAULTS: list[tuple[str, Script, str]] = [
 @pytest.mark.parametrize(("script", "message"), [fault[1:] for fault in FAULTS], ids=[fault[0] for fault in FAULTS])
 def test_every_fault_is_a_communication_error(shell: Shell, script: Script, message: str) -> None:
     with Peer(script, script) as peer:
-        job = shell.caller(peer).job(JOB)
+        job = shell.caller(peer, reconnect=0).job(JOB)
         with pytest.raises(harp.CommunicationError, match=message) as caught:
             job.get()
         assert str(caught.value).startswith(f"127.0.0.1:{peer.port}: ")
@@ -100,6 +100,8 @@ OPERATIONS = [
     "start_time",
     "end_time",
     "cancel",
+    "details",
+    "why",
     "get",
     "follow",
     "stream",
@@ -321,7 +323,7 @@ async def test_a_cancelled_task_closes_its_connection(files: Certificates) -> No
         await wait_for_cancel(asyncio.create_task(rpc.job(JOB).get()), peer)
     with Peer(hearing()) as peer:
         rpc = aio.AsyncHarpCaller(peer.host, peer.port)
-        await wait_for_cancel(asyncio.create_task(rpc.job(JOB).follow().all()), peer)
+        await wait_for_cancel(asyncio.create_task(rpc.job(JOB).follow(since=0).all()), peer)
     for replies in ([], [{"harp": 1, "stream_result": False}]):
         with Peer(hearing(*replies), tls=server_context(files)) as peer:
             server = aio.AsyncHarpServer(peer.host, "u", "p", peer.port)
@@ -343,7 +345,7 @@ async def test_a_task_cancelled_in_the_handshake_closes_its_connection() -> None
 
 async def test_an_iterator_that_is_left_closes_its_connection(files: Certificates) -> None:
     with Peer(hearing({"packet": 0, "data": 1})) as peer:
-        async for item in aio.AsyncHarpCaller(peer.host, peer.port).job(JOB).follow():
+        async for item in aio.AsyncHarpCaller(peer.host, peer.port).job(JOB).follow(since=0):
             assert item == 1
             break
         gc.collect()

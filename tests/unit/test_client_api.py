@@ -19,9 +19,10 @@ from harp import aio
 
 JOB = "3f22e0d4-c8ed-11e5-8d66-001e8c140268"
 
-#: Every class and method of the page, with its parameters; `self` is left out.
+#: Every class and method of the page, with its parameters; `self` is left out. What stands after ``*`` is our addition
+#: to the interface that programs in the field use, and so are these methods: `RemoteCall.details`, `RemoteCall.why`.
 SIGNATURES = {
-    "HarpCaller": "(host, port=3502)",
+    "HarpCaller": "(host, port=3502, *, reconnect=300.0)",
     "HarpCaller.__getattr__": "(host)",
     "HarpCaller.__call__": "(host, **kwargs)",
     "HarpCaller.connect": "()",
@@ -40,9 +41,10 @@ SIGNATURES = {
     "RemoteCall.StreamIterator": "(remote_call, conn, numbered=False)",
     "RemoteCall.StreamIterator.all": "()",
     "RemoteCall.args": "()",
-    "RemoteCall.cancel": "()",
+    "RemoteCall.cancel": "(*, wait=False)",
+    "RemoteCall.details": "()",
     "RemoteCall.end_time": "()",
-    "RemoteCall.follow": "(since=None, recent=None, numbered=False)",
+    "RemoteCall.follow": "(since=None, recent=None, numbered=False, *, timed=False)",
     "RemoteCall.get": "(wait=True)",
     "RemoteCall.host": "()",
     "RemoteCall.id": "()",
@@ -50,8 +52,9 @@ SIGNATURES = {
     "RemoteCall.procedure": "()",
     "RemoteCall.result": "(wait=False)",
     "RemoteCall.start_time": "()",
-    "RemoteCall.stream": "(since=None, recent=None, numbered=False)",
+    "RemoteCall.stream": "(since=None, recent=None, numbered=False, *, timed=False)",
     "RemoteCall.submit_time": "()",
+    "RemoteCall.why": "()",
     "HarpServer": "(host, user, password, port=4306, ca_file=None)",
     "HarpServer.__getattr__": "(procedure)",
     "HarpProcedure": "(server, name)",
@@ -86,6 +89,8 @@ def signature(found: Callable[..., Any]) -> str:
     parameters = inspect.signature(found).parameters.values()
     texts = []
     for parameter in parameters:
+        if parameter.kind is parameter.KEYWORD_ONLY and "*" not in texts:
+            texts.append("*")
         stars = {"VAR_POSITIONAL": "*", "VAR_KEYWORD": "**"}.get(parameter.kind.name, "")
         default = "" if parameter.default is parameter.empty else f"={parameter.default!r}"
         texts.append(f"{stars}{parameter.name}{default}")
@@ -332,6 +337,10 @@ def test_concurrency_needs_a_queue_when_the_job_is_submitted() -> None:
         (lambda: harp.HarpCaller("h", 0), "port: expected a number"),
         (lambda: harp.HarpCaller("h", "3502"), "port: expected a number"),  # type: ignore[arg-type]
         (lambda: harp.HarpCaller("h", 65536), "port: expected a number"),
+        (lambda: harp.HarpCaller("h", reconnect=-1), "reconnect: expected seconds from 0 on, or None, got -1"),
+        (lambda: harp.HarpCaller("h", reconnect=True), "reconnect: expected seconds"),
+        (lambda: harp.HarpCaller("h", reconnect=float("nan")), "reconnect: expected seconds"),
+        (lambda: harp.HarpCaller("h", reconnect="5"), "reconnect: expected seconds"),  # type: ignore[arg-type]
         (lambda: harp.HarpCaller("h").host(""), "host: expected a name"),
         (lambda: harp.HarpCaller("h").job(""), "job_id: expected a name"),
         (lambda: harp.HarpCaller("h").job(5), "job_id: expected a name"),  # type: ignore[arg-type]

@@ -1,0 +1,124 @@
+"""The iterators of the synchronous client: what they share, and the one that reads from a connection.
+
+The reader says what to ask, what a line gives, and how to go on after an interruption; here is only the talking and
+the waiting.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from abc import abstractmethod
+from collections.abc import Iterator
+from contextlib import suppress
+from types import TracebackType
+from typing import Any, NoReturn, Self
+
+from harp.connection import JSONConnection
+from harp.errors import HarpException
+from harp.readers import Reader
+
+__all__ = ["Iteration", "Stream"]
+
+
+class Iteration(Iterator[Any]):
+    """What the iterators share: all items at once, and a context manager that closes."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """End the iteration early and close its connection."""
+
+    def all(self) -> list[Any]:
+        """All items that are still to come, in one list. Spec: docs/client-api.md, RemoteCall.StreamIterator."""
+        return list(self)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(f"a {type(self).__name__} can't be copied or pickled: it reads from a connection")
+
+
+class Stream(Iteration):
+    """Items read from a connection, which is closed after the last, at an error, and when nobody holds this.
+
+    Args:
+        conn: the connection; it is connected again when the reader has something to ask.
+        reader: what reads its lines.
+    """
+
+    _closed = True
+
+    def __init__(self, conn: JSONConnection, reader: Reader) -> None:
+        self._conn = conn
+        self._reader = reader
+        self._turn = threading.Lock()
+        self._left = threading.Event()
+        self._closed = False
+
+    def _begin(self) -> None:
+        """Send what the reader asks first, over the connection that is there."""
+        request = self._reader.request()
+        assert request is not None
+        try:
+            self._reader.connected(time.monotonic())
+            self._conn.send_line(request)
+        except BaseException:
+            self.close()
+            raise
+
+    def __next__(self) -> Any:
+        with self._turn:
+            while not self._closed:
+                try:
+                    items = self._items()
+                except BaseException:
+                    self.close()
+                    raise
+                if self._reader.finished:
+                    self.close()
+                for item in items:
+                    return item
+            raise StopIteration
+
+    def _items(self) -> tuple[Any, ...]:
+        """The items of the next line; none after an interruption and the pause that follows it."""
+        try:
+            line = self._line()
+            with self._conn.endpoint.mapped("reading"):
+                return self._reader.read(line)
+        except HarpException as error:
+            if self._closed:  # by another thread, which wants no more
+                return ()
+            pause = self._reader.interrupted(error, time.monotonic())
+        self._left.wait(pause)
+        return ()
+
+    def _line(self) -> bytes:
+        request = self._reader.request()
+        if request is None:
+            return self._conn.receive_line()
+        self._conn.connect()
+        if self._closed:  # before there was a connection to be closed
+            self._conn.close()
+        self._reader.connected(time.monotonic())
+        return self._conn.ask(request)
+
+    def close(self) -> None:
+        """End the iteration early and close its connection; nothing happens when it has ended.
+
+        A thread that waits for an item, or for the dispatcher to come back, is woken: its iteration ends.
+        """
+        if not self._closed:
+            self._closed = True
+            self._left.set()
+            self._conn.close()
+
+    def __del__(self) -> None:
+        with suppress(Exception):
+            self.close()
