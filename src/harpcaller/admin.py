@@ -33,6 +33,9 @@ _CONNECTIONS = 64
 _REQUEST_LINE = 16 * 1024 * 1024
 _IDLE_TIMEOUT = 30.0
 
+#: Who has cancelled a job, as its evidence says, when it was done over this socket.
+_ADMINISTRATOR = "administrator"
+
 #: Bytes of a list that are sent at once.
 _PIECE = 64 * 1024
 
@@ -155,6 +158,9 @@ async def _list(admin: Admin, members: Members) -> Items:
 
 
 async def _info(admin: Admin, members: Members) -> Items:
+    if _flag(members, "full"):
+        yield Envelope(await admin.dispatcher.details(string(members, "job")))
+        return
     job = await admin.dispatcher.job(string(members, "job"))
     yield Envelope(
         _listed(job),
@@ -169,7 +175,11 @@ async def _info(admin: Admin, members: Members) -> Items:
 
 
 async def _cancel(admin: Admin, members: Members) -> Items:
-    yield Envelope(cancelled=await admin.dispatcher.cancel(string(members, "job")))
+    yield Envelope(cancelled=await admin.dispatcher.cancel(string(members, "job"), _ADMINISTRATOR))
+
+
+async def _release(admin: Admin, members: Members) -> Items:
+    yield Envelope(released=await admin.dispatcher.release(string(members, "job")))
 
 
 async def _queue_list(admin: Admin, members: Members) -> Items:
@@ -182,7 +192,7 @@ async def _queue_list(admin: Admin, members: Members) -> Items:
 
 
 async def _queue_cancel(admin: Admin, members: Members) -> Items:
-    yield Envelope(cancelled=await admin.dispatcher.cancel_queue(_queue(members)))
+    yield Envelope(cancelled=await admin.dispatcher.cancel_queue(_queue(members), _ADMINISTRATOR))
 
 
 async def _hosts_list(admin: Admin, _: Members) -> Items:
@@ -216,8 +226,9 @@ COMMANDS: Mapping[str, Command] = MappingProxyType(
         "reload": Command(_reload),
         "reopen-logs": Command(_reopen_logs),
         "list": Command(_list, ("all", "queue")),
-        "info": Command(_info, ("job",)),
+        "info": Command(_info, ("job", "full")),
         "cancel": Command(_cancel, ("job",)),
+        "release": Command(_release, ("job",)),
         "queue-list": Command(_queue_list, ("queue",)),
         "queue-cancel": Command(_queue_cancel, ("queue",)),
         "hosts-list": Command(_hosts_list),

@@ -28,7 +28,7 @@ examples:
                                                         in the background; returns once it serves
   harpcallerd status --wait --timeout=10                wait until it serves
   harpcallerd list --all --queue                        all jobs that are kept, one JSON object a line
-  harpcallerd info 3f22e0d4-c8ed-11e5-8d66-001e8c140268
+  harpcallerd info --full 3f22e0d4-c8ed-11e5-8d66-001e8c140268
   harpcallerd queue-list '{"service": "nginx"}'         the jobs of a queue that have not ended
   harpcallerd queue-cancel '{"service": "nginx"}'       cancel them
   harpcallerd --socket=./control stop --print-pid       the one that was started with this --socket
@@ -36,7 +36,7 @@ examples:
 signals:
   HUP         read the configuration again, all or nothing
   USR1        reopen the log files
-  TERM, INT   stop: running jobs end as missing_result, waiting ones wait for the next start
+  TERM, INT   stop: running calls are left to their hosts, and taken up by the next start; waiting jobs wait
 
 exit status: 0 done, 1 not done (one line on stderr says why; status: stopped), 2 wrong usage
 """
@@ -124,13 +124,20 @@ def _list(parsed: argparse.Namespace) -> Exit:
 
 
 def _info(parsed: argparse.Namespace) -> Exit:
-    return _print(Daemon(parsed.socket).ask("info", job=parsed.job))
+    return _print(Daemon(parsed.socket).ask("info", job=parsed.job, full=parsed.full))
 
 
 def _cancel(parsed: argparse.Namespace) -> Exit:
     (answer,) = Daemon(parsed.socket).ask("cancel", job=parsed.job)
     if not loads(answer)["cancelled"]:
         raise ControlError(f"job {parsed.job} has ended, or there is none")
+    return Exit.DONE
+
+
+def _release(parsed: argparse.Namespace) -> Exit:
+    (answer,) = Daemon(parsed.socket).ask("release", job=parsed.job)
+    if not loads(answer)["released"]:
+        raise ControlError(f"job {parsed.job} has not ended, holds no slot, or there is none")
     return Exit.DONE
 
 
@@ -199,8 +206,11 @@ def parser() -> argparse.ArgumentParser:
     option = add("list", _list, "list the jobs that have not ended")
     option("--all", action="store_true", help="list those that have ended too")
     option("--queue", action="store_true", help="with the queue that each waits in")
-    add("info", _info, "show all that is known of a job")("job", metavar="JOB")
+    option = add("info", _info, "show a job, and how it ended")
+    option("job", metavar="JOB")
+    option("--full", action="store_true", help="all that is known: where it runs, its stop, evidence, and why")
     add("cancel", _cancel, "cancel a job")("job", metavar="JOB")
+    add("release", _release, "free the slot of a job that has ended, whatever its host says")("job", metavar="JOB")
     option = add("queue-list", _queue_list, "list the queues, or the jobs of one that have not ended")
     option("queue", metavar="QUEUE", type=_queue, nargs="?", help="the queue's name, a JSON object")
     option = add("queue-cancel", _queue_cancel, "cancel all jobs of a queue")

@@ -36,6 +36,9 @@ Hours = Annotated[float, Meta(gt=0, le=_LONGEST // 3600)]
 Bytes = Annotated[int, Meta(ge=1024)]
 Count = Annotated[int, Meta(ge=1)]
 
+#: Seconds that a host may need to stop a call that has run without contact for as long as it may.
+_STOP_MARGIN = 10.0
+
 _ADDRESS = re.compile(r"(?:\[(?P<bracketed>[^\[\]]+)\]|(?P<plain>[^:\[\]]+)):(?P<port>\d{1,5})", re.ASCII)
 
 
@@ -114,6 +117,14 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     connect_timeout: Seconds = 10.0
     #: Seconds that a host may take to receive and acknowledge a call.
     acknowledgement_timeout: Seconds = 30.0
+    #: Whether calls are kept by hosts that can: they outlive the connection and this program.
+    kept_calls: bool = True
+    #: Seconds that a call may run without contact before its host stops it.
+    keep_running: Seconds = 240.0
+    #: Seconds for which a host keeps the end of a call that nobody has fetched.
+    linger: Seconds = 3600.0
+    #: Seconds without contact after which a host is given up as lost.
+    host_lost_after: Seconds = 300.0
     #: Longest line that a host may send, bytes.
     record_line: Bytes = 64 * 1024 * 1024
 
@@ -143,6 +154,11 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     log_format: Literal["text", "json"] = "text"
     #: Whether the log goes to syslog instead of stderr.
     syslog: bool = False
+
+    def __post_init__(self) -> None:
+        if self.host_lost_after < self.keep_running + _STOP_MARGIN:
+            least = f"at least {_STOP_MARGIN:g} more than keep_running ({self.keep_running:g})"
+            raise ValueError(f"host_lost_after: expected {least}, got {self.host_lost_after:g}")
 
     @property
     def max_age_seconds(self) -> float:
@@ -228,7 +244,8 @@ _KINDS = {"bool": "true or false", "float": "a number", "int": "an integer"}
 def _described(fault: str, members: Mapping[str, Any]) -> str:
     """``KEY: expected X, got Y`` of what `msgspec` says."""
     match = _FAULT.fullmatch(fault)
-    assert match is not None, fault
+    if match is None:  # of several keys together; the fault names them
+        return fault
     key = match["key"]
     hint = get_type_hints(Config)[key]
     if get_origin(hint) is Literal:

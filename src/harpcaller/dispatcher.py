@@ -7,8 +7,9 @@ The order of a shutdown, held by leaving the context:
 
 1. the doors have stopped accepting (they are inside the context);
 2. nothing more is claimed: what is queued stays queued;
-3. the calls under way are cancelled by closing their connections; their jobs end as ``missing_result``;
-4. the ends are stored, for a bounded time: what the store does not take is settled at the next start;
+3. the calls under way are left to their hosts, which keep them for the next dispatcher; those that a host can't keep
+   are cancelled by closing their connections, and their jobs end as ``missing_result``;
+4. what is left to be stored is stored, for a bounded time: what the store does not take the next start takes up;
 5. upkeep stops, a running `host_db_script` with it;
 6. whoever opened the store closes it.
 """
@@ -20,22 +21,26 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import AsyncGenerator, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from dataclasses import replace
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from harp.protocol.dispatcher import Call, Continue, Packet
-from harp.protocol.ends import End, Failed
-from harp.protocol.jsontext import Raw
+from harp.protocol.ends import End
+from harp.protocol.jsontext import Raw, dumps
 from harpcaller.config import Config
+from harpcaller.details import Situation, describe
+from harpcaller.hostbook import HostBook
 from harpcaller.hosts import Host
 from harpcaller.hosttls import HostTLS
-from harpcaller.jobs import MISSING_RESULT, Job, NewJob, State
+from harpcaller.jobs import Facts, Job, JobDetails, NewJob, Records, State, Stop
 from harpcaller.news import News
 from harpcaller.registry import HostsRegistry
-from harpcaller.runner import Run, Surroundings, fields
+from harpcaller.runner import Run
 from harpcaller.store import QueueStatus, StorageError, Store, UnknownJob
+from harpcaller.surroundings import Surroundings, fields
+from harpcaller.unwanted import Unwanted
 from harpcaller.upkeep import prune, prune_regularly
 
 __all__ = ["Dispatcher"]
@@ -60,8 +65,6 @@ _LAST_ENDS = 10.0
 
 T = TypeVar("T")
 
-_STOPPED = Failed("missing_result", "the dispatcher was stopped while the job was running; its end is not known")
-
 
 class Dispatcher:
     """The dispatcher: an asynchronous context manager that runs while its context lasts.
@@ -72,18 +75,22 @@ class Dispatcher:
     Args:
         config: the configuration.
         store: where jobs are kept, open; it stays open when the context is left.
+        wall: the wall clock, for times that are stored and shown; Unix seconds.
 
     Raises:
         ConfigError: a certificate file or the hosts file can't be used.
     """
 
-    def __init__(self, config: Config, store: Store) -> None:
+    def __init__(self, config: Config, store: Store, wall: Callable[[], float] = time.time) -> None:
         self._config = config
         self._store = store
+        self._wall = wall
         self._news = News()
         self._wake = asyncio.Event()
         self._registry = HostsRegistry(config, self._wake.set)
-        self._surroundings = Surroundings(config, HostTLS(config), store, self._news, self._registry.find)
+        self._tls = HostTLS(config)
+        self._surroundings: Surroundings
+        self._unwanted: Unwanted
         self._group = asyncio.TaskGroup()
         self._runs: dict[str, Run] = {}
         self._run_tasks: set[asyncio.Task[None]] = set()
@@ -94,13 +101,25 @@ class Dispatcher:
         self._dropped: set[str] = set()
 
     async def __aenter__(self) -> Self:
+        identity = await self._store.identity()
+        self._surroundings = Surroundings(
+            config=self._config,
+            tls=self._tls,
+            store=self._store,
+            news=self._news,
+            find_host=self._registry.find,
+            identity=identity,
+            hosts=HostBook(identity, self._on_held),
+            wall=self._wall,
+        )
         self._report_config(self._config, frozenset())
-        settled = await self._settle()
         await self._group.__aenter__()
-        self._claimer = self._group.create_task(self._claim(settled))
+        self._unwanted = Unwanted(self._group, self._runs.__contains__)
+        taken_up = await self._take_up()
+        self._claimer = self._group.create_task(self._claim(taken_up))
         self._upkeep = [
             self._group.create_task(self._registry.refresh_regularly()),
-            self._group.create_task(prune_regularly(self._store, lambda: self._config.max_age_seconds)),
+            self._group.create_task(prune_regularly(self._store, self._wall, lambda: self._config.max_age_seconds)),
         ]
         self._wake.set()
         return self
@@ -140,17 +159,62 @@ class Dispatcher:
         """
         return await self._whole(self._submit(call, client))
 
-    async def cancel(self, job_id: str) -> bool:
+    async def cancel(self, job_id: str, client: str | None = None) -> bool:
         """Cancel a job that is queued or running. No start of its call follows this function's return.
+
+        Args:
+            job_id: the job.
+            client: who asks, for the evidence: an address.
 
         Returns:
             False when the job has ended or is not known.
         """
-        return _is_job_id(job_id) and await self._whole(self._cancel(job_id))
+        return _is_job_id(job_id) and await self._whole(self._cancel(job_id, client))
 
-    async def cancel_queue(self, queue: Raw) -> int:
+    async def cancel_queue(self, queue: Raw, client: str | None = None) -> int:
         """Cancel all jobs of a queue, as `cancel` does; return how many there were."""
-        return await self._whole(self._cancel_queue(queue))
+        return await self._whole(self._cancel_queue(queue, client))
+
+    async def stopped(self, job_id: str) -> JobDetails:
+        """Return a job once nothing is pending any more of its stop; at once when it was not stopped.
+
+        Raises:
+            UnknownJob: there is no such job, or it was pruned meanwhile.
+        """
+        with self._news.watching(job_id) as topic:
+            while True:
+                ended = topic.ended
+                job = await self.job(job_id)
+                if job.end is not None and job.stop is not Stop.PENDING:
+                    return await self._store.get_details(job_id)
+                await ended.wait()
+
+    async def release(self, job_id: str) -> bool:
+        """Free the slot of a job that has ended, whatever its host says; False when there is nothing to free."""
+        return _is_job_id(job_id) and await self._whole(self._release(job_id))
+
+    async def details(self, job_id: str) -> dict[str, Any]:
+        """Return all that is known of a job, and a sentence why it is as it is. Payloads are `Raw`.
+
+        Raises:
+            UnknownJob: there is no such job.
+
+        Spec: docs/protocol.md, Details.
+        """
+        if not _is_job_id(job_id):
+            raise UnknownJob(job_id)
+        details = await self._store.get_details(job_id)
+        situation = Situation(
+            run=self._runs.get(job_id),
+            host=self._registry.find(details.job.host),
+            hosts_known=self._registry.usable,
+            host_concurrency=self._config.host_concurrency,
+            calls=len(self._runs),
+            most_calls=self._config.calls,
+            store_troubled=bool(self._surroundings.trouble.waiting),
+            now=self._wall(),
+        )
+        return describe(details, situation)
 
     async def job(self, job_id: str) -> Job:
         """Return a job. Raises `UnknownJob`."""
@@ -176,7 +240,7 @@ class Dispatcher:
                 await ended.wait()
 
     async def follow(
-        self, job_id: str, since: int | None = None, recent: int | None = None
+        self, job_id: str, since: int | None = None, recent: int | None = None, timed: bool = False
     ) -> AsyncGenerator[list[Packet] | End, None]:
         """Yield a job's records, those to come too, in batches of bounded size, then its end.
 
@@ -186,6 +250,7 @@ class Dispatcher:
             job_id: the job.
             since: number of the first record wanted; it may be one that has not come yet.
             recent: how many of the newest records to begin with. Neither given: 0. Not both.
+            timed: whether each record comes with the time it was made.
 
         Raises:
             UnknownJob: there is no such job, or it was pruned meanwhile.
@@ -200,9 +265,9 @@ class Dispatcher:
                 if job.end is None or at < job.records:
                     records = topic.newest(at) or await self._store.read_records(job_id, at, _BATCH_BYTES)
                     if records:
-                        batch = [_packets(at, records)]
+                        batch = [_packets(at, records, timed)]
                         at += len(records)
-                        records = ()
+                        records = Records()
                         yield batch.pop()  # not kept here as well while the reader is slow
                         continue
                 if job.end is not None:
@@ -212,7 +277,7 @@ class Dispatcher:
                 await changed.wait()
 
     async def read(
-        self, job_id: str, since: int | None = None, recent: int | None = None
+        self, job_id: str, since: int | None = None, recent: int | None = None, timed: bool = False
     ) -> AsyncGenerator[list[Packet] | End | Continue, None]:
         """Yield a job's records collected so far, in batches of bounded size, then its end or `Continue`.
 
@@ -221,12 +286,12 @@ class Dispatcher:
         job = await self.job(job_id)
         at = _first(job, since, recent)
         while at < job.records:
-            records = (await self._store.read_records(job_id, at, _BATCH_BYTES))[: job.records - at]
+            records = await self._store.read_records(job_id, at, _BATCH_BYTES)
             if not records:
                 break
-            batch = [_packets(at, records)]
+            batch = [_packets(at, records, timed)[: job.records - at]]
             at += len(records)
-            records = []
+            records = Records()
             yield batch.pop()
         _check_complete(job, at)
         yield Continue() if job.end is None else job.end
@@ -262,7 +327,7 @@ class Dispatcher:
 
     async def prune(self, age: float) -> int:
         """Delete the jobs that ended more than `age` seconds ago, with their records; return how many."""
-        return await prune(self._store, time.time() - age)
+        return await prune(self._store, self._wall() - age)
 
     async def reload(self, config: Config) -> None:
         """Take a new configuration: for calls that start from now on, for the registry and for pruning.
@@ -275,6 +340,7 @@ class Dispatcher:
         tls = HostTLS(config)
         self._registry.reconfigure(config)
         reported, self._config = frozenset(self._config.ignored), config
+        self._tls = tls
         self._surroundings = replace(self._surroundings, config=config, tls=tls)
         self._report_config(config, reported)
         self._wake.set()
@@ -301,53 +367,77 @@ class Dispatcher:
             concurrency=call.queue.concurrency if call.queue else 1,
             info=Raw(b"null") if call.info is None else call.info,
         )
-        await self._store.add_job(job, time.time())
+        await self._store.add_job(job, self._wall())
         log.info("job submitted", extra={**fields(job), "client": client})
         if log.isEnabledFor(logging.DEBUG):
             log.debug("job's arguments", extra={"job": job.id, "arguments": job.arguments.decode()})
         self._wake.set()
         return job.id
 
-    async def _cancel(self, job_id: str) -> bool:
-        before = await self._store.cancel_job(job_id, time.time())
+    async def _cancel(self, job_id: str, client: str | None) -> bool:
+        before = await self._store.cancel_job(job_id, self._wall(), self._cancelled_by(client))
         if before is not None:
-            await self._stop_cancelled(job_id, before)
+            await self._stop_cancelled(job_id, before, client)
         return before is not None
 
-    async def _cancel_queue(self, queue: Raw) -> int:
-        cancelled = await self._store.cancel_queue(queue, time.time())
-        await asyncio.gather(*(self._stop_cancelled(job_id, before) for job_id, before in cancelled))
+    async def _cancel_queue(self, queue: Raw, client: str | None) -> int:
+        cancelled = await self._store.cancel_queue(queue, self._wall(), self._cancelled_by(client))
+        await asyncio.gather(*(self._stop_cancelled(job_id, before, client) for job_id, before in cancelled))
         return len(cancelled)
 
-    async def _stop_cancelled(self, job_id: str, before: State) -> None:
+    async def _release(self, job_id: str) -> bool:
+        try:
+            pending = (await self._store.get_job(job_id)).stop is Stop.PENDING
+        except UnknownJob:
+            return False
+        if pending:  # nobody would settle it any more
+            facts = Facts(receipt=dumps({"released": self._wall()}))
+            released = await self._store.settle_stop(job_id, Stop.FAILED, facts=facts)
+        else:
+            released = await self._store.release_slot(job_id)
+        if released:
+            log.warning("slot of a job released by hand", extra={"job": job_id})
+            self._news.end(job_id)
+            self._wake.set()
+        return released
+
+    def _cancelled_by(self, client: str | None) -> Raw:
+        return dumps({"why": "cancelled", "by": client, "at": self._wall()})
+
+    async def _stop_cancelled(self, job_id: str, before: State, client: str | None) -> None:
         """Stop the call of a job whose end `Cancelled` is committed."""
-        log.info("job cancelled", extra={"job": job_id, "was": before.value})
+        log.info("job cancelled", extra={"job": job_id, "was": before.value, "client": client})
         self._news.end(job_id)
         if run := self._runs.get(job_id):
-            await run.cancel()
+            await run.cancel(client)
         elif before is State.RUNNING and self._claiming:
             self._dropped.add(job_id)
         self._wake.set()
 
-    async def _settle(self) -> bool:
-        """End the jobs that ran when the last dispatcher died. False: the store can't, try again."""
+    async def _take_up(self) -> bool:
+        """Go on with the jobs that hold a slot from the last dispatcher. False: the store can't, try again."""
         try:
-            interrupted = await self._store.settle_interrupted(MISSING_RESULT, time.time())
+            held = await self._store.held_jobs()
         except StorageError as error:
-            log.error("interrupted jobs can't be settled yet", extra={"error": str(error)})
+            log.error("jobs of the last dispatcher can't be taken up yet", extra={"error": str(error)})
             return False
-        if interrupted:
-            log.warning("jobs were interrupted by the end of the last dispatcher", extra={"jobs": interrupted})
-            self._news.ends()
+        if held:
+            log.info("jobs of the last dispatcher are taken up", extra={"jobs": len(held)})
+        for job in held:
+            self._start(job, resumed=True)
         return True
 
-    async def _claim(self, settled: bool) -> None:
+    def _on_held(self, host: Host, calls: Sequence[str]) -> None:
+        """A host says which calls it holds for us."""
+        self._unwanted.look_at(host, calls, self._surroundings)
+
+    async def _claim(self, taken_up: bool) -> None:
         """Start queued jobs whenever something may have made room for one, until the dispatcher stops."""
         while not self._stop.is_set():
             await self._wake.wait()
             self._wake.clear()
-            settled = settled or await self._settle()
-            if not settled or not await self._claim_batch():
+            taken_up = taken_up or await self._take_up()
+            if not taken_up or not await self._claim_batch():
                 await self._pause(_STORE_PAUSE)
                 self._wake.set()
 
@@ -360,10 +450,10 @@ class Dispatcher:
             return True  # the end of a call wakes, or the registry
         self._claiming = True
         try:
-            jobs = await self._store.claim_jobs(time.time(), limit, self._config.host_concurrency)
+            jobs = await self._store.claim_jobs(self._wall(), limit, self._config.host_concurrency)
             for job in jobs:
-                if job.id not in self._dropped:
-                    self._start(job)
+                # A job that was cancelled meanwhile has a run, too: it gives the slot back.
+                self._start(job, cancelled=job.id in self._dropped)
         except StorageError as error:
             log.error("jobs can't be claimed, trying again", extra={"error": str(error)})
             return False
@@ -374,8 +464,10 @@ class Dispatcher:
             self._wake.set()
         return True
 
-    def _start(self, job: Job) -> None:
-        run = self._runs[job.id] = Run(job, self._surroundings)
+    def _start(self, job: Job, resumed: bool = False, cancelled: bool = False) -> None:
+        run = self._runs[job.id] = Run(job, self._surroundings, resumed)
+        if cancelled:
+            run.drop()
         task = self._group.create_task(self._carry_out(run))
         self._run_tasks.add(task)
         task.add_done_callback(self._run_tasks.discard)
@@ -403,15 +495,17 @@ class Dispatcher:
         self._wake.set()
         await asyncio.wait([self._claimer])
         for run in list(self._runs.values()):
-            run.stop(_STOPPED)
+            run.leave()
         if last := self._run_tasks | self._requests:
             _, left = await asyncio.wait(last, timeout=_LAST_ENDS)
             if left:
-                log.error("the store did not take all ends", extra={"left": len(left)})
+                log.error("not all could be stored; the next start takes it up", extra={"left": len(left)})
             for task in left:
                 task.cancel()
         for task in self._upkeep:
             task.cancel()
+        self._unwanted.stop()
+        await self._surroundings.hosts.close()
 
     def _report_config(self, config: Config, reported: frozenset[str]) -> None:
         for key in config.ignored:
@@ -419,7 +513,7 @@ class Dispatcher:
                 log.warning("key of an older configuration ignored", extra={"file": str(config.file), "key": key})
         if config.hosts_file is None and config.host_db_script is None:
             log.warning("no host is known: set hosts_file or host_db_script")
-        for warning in self._surroundings.tls.warnings:
+        for warning in self._tls.warnings:
             log.warning(warning)
 
 
@@ -433,8 +527,11 @@ def _first(job: Job, since: int | None, recent: int | None) -> int:
     return since or 0
 
 
-def _packets(first: int, records: Sequence[Raw]) -> list[Packet]:
-    return [Packet(number, record) for number, record in enumerate(records, first)]
+def _packets(first: int, records: Records, timed: bool) -> list[Packet]:
+    if timed:
+        made = zip(records.values, records.made, strict=True)
+        return [Packet(number, record, moment) for number, (record, moment) in enumerate(made, first)]
+    return [Packet(number, record) for number, record in enumerate(records.values, first)]
 
 
 def _check_complete(job: Job, at: int) -> None:

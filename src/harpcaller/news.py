@@ -9,10 +9,10 @@ from the store.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 
-from harp.protocol.jsontext import Raw
+from harpcaller.jobs import Records
 
 __all__ = ["News", "Topic"]
 
@@ -32,14 +32,18 @@ class Topic:
         self.ended = asyncio.Event()
         self.watchers = 0
         self._first = 0
-        self._newest: Sequence[Raw] = ()
+        self._newest = Records()
 
-    def newest(self, first: int) -> Sequence[Raw]:
-        """The records from number `first` on, if they came with the last news; else nothing."""
-        skipped = first - self._first
-        return self._newest[skipped:] if 0 <= skipped < len(self._newest) else ()
+    def newest(self, first: int) -> Records:
+        """The records from number `first` on, if they came with the last news; else none."""
+        skipped, newest = first - self._first, self._newest
+        if skipped == 0:
+            return newest
+        if not 0 < skipped < len(newest):
+            return Records()
+        return Records(newest.values[skipped:], newest.made[skipped:])
 
-    def tell_records(self, first: int, records: Sequence[Raw]) -> None:
+    def tell_records(self, first: int, records: Records) -> None:
         """Wake those who wait for records."""
         self._first, self._newest = first, records
         self.changed.set()
@@ -71,17 +75,12 @@ class News:
             if not topic.watchers:
                 del self._topics[job_id]
 
-    def records(self, job_id: str, first: int, records: Sequence[Raw]) -> None:
+    def records(self, job_id: str, first: int, records: Records) -> None:
         """Tell the watchers that records numbered from `first` are committed."""
         if topic := self._topics.get(job_id):
             topic.tell_records(first, records)
 
     def end(self, job_id: str) -> None:
-        """Tell the watchers that the job's end is committed."""
+        """Tell the watchers that the job's end, or how its stop turned out, is committed."""
         if topic := self._topics.get(job_id):
-            topic.tell_end()
-
-    def ends(self) -> None:
-        """Tell all watchers that their job may have ended."""
-        for topic in self._topics.values():
             topic.tell_end()

@@ -1,8 +1,8 @@
 """The dispatcher as a running program: opens the store, builds the dispatcher, opens the doors, listens to signals.
 
 What can fail for reasons of configuration comes first: the sockets are opened before the store, and the store before
-the dispatcher, which ends interrupted jobs and starts waiting ones. The order at the end is the reverse: the
-doors close, then the dispatcher stops as its module says, then the store is closed.
+the dispatcher, which takes up what its predecessor left and starts waiting jobs. The order at the end is the reverse:
+the doors close, then the dispatcher stops as its module says, then the store is closed.
 """
 
 from __future__ import annotations
@@ -65,13 +65,16 @@ def configure_log(options: Options, config: Config) -> None:
         raise ConfigError(f"{config.file}: syslog: can't reach syslog: {error.strerror}") from error
 
 
-async def run(options: Options, config: Config, serving: Callable[[], None]) -> None:
+async def run(
+    options: Options, config: Config, serving: Callable[[], None], wall: Callable[[], float] = time.time
+) -> None:
     """Serve until SIGTERM, SIGINT or the command `stop`; SIGHUP reloads, SIGUSR1 reopens the log files.
 
     Args:
         options: the command line.
         config: the configuration that `load` made of `options.config`.
         serving: called once requests are accepted.
+        wall: the wall clock, for times that are stored and shown; Unix seconds.
 
     Raises:
         ConfigError: the configuration can't be used.
@@ -94,7 +97,7 @@ async def run(options: Options, config: Config, serving: Callable[[], None]) -> 
             stack.callback(service.close, listeners)
             store = await _open_store(config)
             stack.push_async_callback(store.close)
-            dispatcher = await stack.enter_async_context(Dispatcher(config, store))
+            dispatcher = await stack.enter_async_context(Dispatcher(config, store, wall))
             door = await stack.enter_async_context(Service(dispatcher))
             program = _Program(options, dispatcher, door, stop)
             await stack.enter_async_context(Admin(dispatcher, program, control))

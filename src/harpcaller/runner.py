@@ -1,13 +1,19 @@
-"""One job -> one call on a host: connect, send the request once, keep the records, store the end.
+"""One job -> one call on a host: start it once, keep its records, follow it through cuts, settle its end and its slot.
 
-Theory of operation. A `Run` goes through `Phase`, forward only. Its one deadline is `max_exec_time`; whoever wants
-the call to stop (`cancel`, `stop`) says what the end is and moves that deadline to now, so that there is one way out,
-whatever the run waits for. The request is written without waiting in between: just before, the run looks whether
-it has been told to stop. So a request either never goes out or went out before the word to stop, and then `cancel`
-waits for the acknowledgement: a call that is acknowledged has started, and can't start after the cancel's reply.
+Theory of operation. A `Run` lives as long as its job holds its slot. It starts the call, listens to it, and when the
+contact is lost attaches to it again, until the host says that the call is over, or has been given up as lost.
 
-Records are stored while more are read: what came during one commit goes into the next. What waits for the store is
-bounded; then reading pauses, and the host with it. While the store fails, records and ends wait and are tried again.
+A call is *kept* when its host's harpd knows how (`harpcaller.hostbook`); else it is *tied* to its connection, as with
+the harpd of the field: closing stops it, nobody confirms that, a cut ends the job.
+
+At most once: the request is written a single time, without waiting in between the last look at whether the call is
+still wanted and the writing. A start may be tried again only when the host says that it surely did not happen
+(``other_warden``). If contact is lost before the acknowledgement, attaching settles it: a host that does not hold the
+call has barred its id with that answer.
+
+Whoever wants the call to stop (cancel, a limit) has stored the job's end before. What then remains is the stop: it is
+ordered, as soon as there is contact, and the receipt is stored when it comes. Waits are interrupted by `_interrupt`;
+what is to be done is looked up after every wait, in one place.
 
 A run sees the store's interface and never a backend.
 """
@@ -17,26 +23,41 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
-from enum import IntEnum
-from functools import partial
+from collections.abc import Awaitable
+from enum import Enum, IntEnum
 from typing import Any, TypeVar
 
-from harp.protocol.daemon import Acknowledgement, Exchange, Message, Record, Request, encode_request
-from harp.protocol.ends import End, Failed, Raised
+from harp.protocol.daemon import (
+    Acknowledgement,
+    Attach,
+    CallTerms,
+    Done,
+    Evidence,
+    KeptTerms,
+    Message,
+    Receipt,
+    Record,
+    RecordsAt,
+    Request,
+    StopCall,
+    Stored,
+)
+from harp.protocol.ends import End, Failed
 from harp.protocol.fields import ProtocolError
-from harp.protocol.jsontext import Raw, open_sliced
-from harp.protocol.lines import LineBuffer, LineTooLong
-from harpcaller.config import Config
-from harpcaller.hostlink import FAULTS, address_text, connect, errno_data, failed, named
+from harp.protocol.jsontext import Raw, dumps, loads
+from harp.protocol.lines import LineTooLong
+from harpcaller.contact import LostContact
+from harpcaller.conversation import Conversation, dial
+from harpcaller.hostbook import Refused
+from harpcaller.hostlink import FAULTS, failed, named
 from harpcaller.hosts import Host
-from harpcaller.hosttls import HostTLS
-from harpcaller.jobs import Job, NewJob, state_of
-from harpcaller.news import News
-from harpcaller.store import StorageError, Store
+from harpcaller.jobs import NO_FACTS, Facts, Job, Stop
+from harpcaller.limits import Limits
+from harpcaller.recording import Recording
+from harpcaller.settling import Settling
+from harpcaller.surroundings import Surroundings, fields
 
-__all__ = ["Run", "StoreTrouble", "Surroundings", "fields"]
+__all__ = ["Run"]
 
 log = logging.getLogger(__name__)
 
@@ -45,330 +66,547 @@ T = TypeVar("T")
 #: Seconds that a cancel waits for the acknowledgement of a request that is out.
 _CANCEL_WAIT = 2.0
 
-#: Seconds until a write is tried again that the store failed to do.
-_STORE_PAUSE = 1.0
+#: How often a start is tried that surely did not happen.
+_STARTS = 3
 
-#: Bytes of records that may wait for the store before reading pauses.
-_WAITING_BYTES = 1024 * 1024
+#: Seconds between two attempts to reach a host again: the first pause, and the longest.
+_PAUSE_FIRST, _PAUSE_LONGEST = 0.2, 5.0
 
-#: What a waiting record costs beside its bytes.
-_RECORD_OVERHEAD = 64
+#: What a host says that can't tell about a call now, but may later.
+_NOT_NOW = frozenset({"procedure_loading_error", "too_many_connections", "shutdown", "system_error", "auth_error"})
 
-_READ_BYTES = 64 * 1024
-
-#: Characters of an end's message that are logged.
-_LOGGED_MESSAGE = 500
-
-
-class StoreTrouble:
-    """How many runs have something that the store does not take at the moment."""
-
-    def __init__(self) -> None:
-        self.waiting = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Surroundings:
-    """What a run needs.
-
-    Attributes:
-        config: timeouts and limits.
-        tls: judges the certificates of hosts.
-        store: takes records and ends.
-        news: tells those who wait for them.
-        find_host: finds a host of the registry by its name; None: there is none.
-        trouble: counts what the store does not take.
-    """
-
-    config: Config
-    tls: HostTLS
-    store: Store
-    news: News
-    find_host: Callable[[str], Host | None]
-    trouble: StoreTrouble = field(default_factory=StoreTrouble)
+_STOPPED = Failed("missing_result", "the dispatcher was stopped while the job was running; its end is not known")
+_INTERNAL = Failed("internal_error", "the dispatcher failed; its log says more")
 
 
 class Phase(IntEnum):
-    """How far a run is."""
+    """How far the start is."""
 
     BEFORE = 0  # the request has not been sent
     SENT = 1  # it is out, and nothing has come back
-    ANSWERED = 2  # the host has answered, or is gone
-    OVER = 3  # the connection is closed
+    ANSWERED = 2  # the host has answered, or the contact is lost
+    OVER = 3  # the run has ended
 
 
-def fields(job: Job | NewJob) -> dict[str, Any]:
-    """The fields by which the log names a job."""
-    queue = job.queue.decode() if job.queue is not None else None
-    return {"job": job.id, "host": job.host, "procedure": job.procedure, "queue": queue}
+class Outcome(Enum):
+    """How a conversation ended."""
+
+    OVER = "nothing is left to do"
+    LOST = "the contact is lost; the call may run on"
+    AGAIN = "the start surely did not happen"
 
 
-def _why(end: End | None) -> dict[str, str]:
-    """What the log says of an end that is no result."""
-    if isinstance(end, (Failed, Raised)):
-        return {"error": end.type, "reason": end.message[:_LOGGED_MESSAGE]}
-    return {}
+class _Interrupted(Exception):
+    """A wait was broken off: its time is over, or there is something to look at."""
 
 
 class Run:
-    """The call of one job.
+    """The call of one job that holds a slot.
 
     Args:
-        job: the job; it is running in the store.
+        job: the job.
         surroundings: what the run needs.
+        resumed: whether an earlier dispatcher has claimed it, and perhaps started its call.
     """
 
-    def __init__(self, job: Job, surroundings: Surroundings) -> None:
+    def __init__(self, job: Job, surroundings: Surroundings, resumed: bool = False) -> None:
         self.job = job
         self._around = surroundings
-        self._records = _Records(job, surroundings)
+        self._resumed = resumed
+        self._recording = Recording(
+            job.id, job.records, surroundings.store, surroundings.news, surroundings.trouble, self._on_stored
+        )
+        self._settling = Settling(job, surroundings, self.facts)
         self._phase = Phase.BEFORE
         self._moved = asyncio.Event()
-        self._limit: asyncio.Timeout | None = None
-        self._told_to_stop = False
-        self._end: End | None = None
-        # Our end of the connection, which harpd logs as the call's peer: so the two logs can be held together.
-        self._link: dict[str, str] = {}
+        self._wake: asyncio.Timeout | None = None
+        self._told = False  # something is to be looked at
+        self._leaving = False
+        self._order: StopCall | None = None
+        self._talk: Conversation | None = None
+        self._host: Host | None = None
+        self._terms: KeptTerms | None = None
+        self._named = False  # the start, or the attach, was one of a kept call
+        self._limits = Limits(job, surroundings.config.acknowledgement_timeout)
+        self._ordered = False  # in the conversation now under way, as the next
+        self._over_there = False  # the closing line has come
+        self._skipped_to: int | None = None  # records before are gone
+        self._attempts = 0
+        self._attempted = float("-inf")  # when an attach was tried the last time
+        self._lost: LostContact | None = None
+        self._made: float | None = None
 
     async def run(self) -> None:
-        """Carry out the call and store its end. Returns when all is stored, or the job has been cancelled."""
+        """Carry the call out, or go on with it. Returns when all is stored, or when it is left to itself by `leave`."""
         begin = time.monotonic()
-        log.info("call started", extra=fields(self.job))
+        log.info("call is taken up again" if self._resumed else "call started", extra=fields(self.job))
         try:
-            end = await self._guarded_call()
+            outcome = await (self._take_up() if self._resumed else self._begin())
+            while outcome is Outcome.LOST and not self._leaving:
+                outcome = await self._attach_again()
         finally:
             self._reach(Phase.OVER)
-        try:
-            await self._records.stored()
-            how = state_of(end).value if end is not None and await self._finish(end) else "cancelled"
-        finally:
-            self._records.give_up()
+            self._recording.give_up()
+        what = "call ended" if outcome is Outcome.OVER else "call is left to its host"
         seconds = round(time.monotonic() - begin, 3)
-        log.info("call ended", extra={**fields(self.job), "end": how, **_why(end), "seconds": seconds, **self._link})
+        log.info(what, extra={**fields(self.job), **self._settling.told, "seconds": seconds})
 
-    async def _finish(self, end: End) -> bool:
-        """Store the end; False when the job has one already: it was cancelled."""
-        around, job_id = self._around, self.job.id
-        stored = await _persist(around.trouble, job_id, lambda: around.store.finish_job(job_id, end, time.time()))
-        around.news.end(job_id)
-        return stored
+    # What others want of the run.
 
-    async def cancel(self) -> None:
-        """Stop the call of a job that is cancelled in the store; no start of it follows this function's return."""
+    async def cancel(self, by: str | None) -> None:
+        """Stop the call of a job that is cancelled in the store; no start of it follows this function's return.
+
+        Args:
+            by: who cancelled it, for the evidence.
+        """
+        self._settling.ended = True
         if self._phase is Phase.SENT:
             try:
                 async with asyncio.timeout(_CANCEL_WAIT):
                     await self._moved.wait()
             except TimeoutError:
                 log.warning("cancelled before the host acknowledged the call", extra=fields(self.job))
-        self._interrupt(None)
+        if self._order is None:
+            self._order = StopCall("cancelled", by)
+        self._interrupt()
 
-    def stop(self, end: End) -> None:
-        """Stop the call; `end` is how its job ends, unless it has an end already."""
-        self._interrupt(end)
+    def drop(self) -> None:
+        """It was cancelled before its run came to be: there is nothing to do but to give its slot back."""
+        self._settling.ended = True
+        self._order = StopCall("cancelled")
 
-    def _interrupt(self, end: End | None) -> None:
-        if self._phase is Phase.OVER or self._told_to_stop:
-            return
-        self._told_to_stop = True
-        self._end = end
-        if self._limit is not None and not self._limit.expired():
-            self._limit.reschedule(asyncio.get_running_loop().time())
+    def leave(self) -> None:
+        """Leave a kept call to its host, where the next dispatcher finds it; end a tied one."""
+        self._leaving = True
+        self._interrupt()
+
+    def facts(self) -> dict[str, Any]:
+        """Where and how the call runs, for `details`. Spec: docs/protocol.md, Details."""
+        host, terms = self._host, self._terms
+        return {
+            "address": host.address if host else None,
+            "port": host.port if host else None,
+            "attempts": self._attempts,
+            "kept": terms is not None or (self._named and self._lost is not None),
+            "warden": terms.warden if terms else None,
+        }
+
+    def contact(self, now: float) -> float | None:
+        """When something was heard of the call the last time; Unix seconds, as `now` is. None: nothing yet."""
+        if self._lost is not None:
+            return self._lost.wall
+        return None if self._talk is None else now - (time.monotonic() - self._talk.heard)
+
+    def lost_in(self) -> float:
+        """Seconds until the host is given up as lost, if it stays as it is."""
+        return 0.0 if self._lost is None else self._lost.deadline(self._lost_after()) - time.monotonic()
+
+    @property
+    def is_acknowledged(self) -> bool:
+        """Whether the host has acknowledged the call."""
+        return self._limits.acknowledged
+
+    @property
+    def lost(self) -> LostContact | None:
+        """The contact that is lost; None: it is not."""
+        return self._lost
+
+    def _interrupt(self) -> None:
+        self._told = True
+        if self._wake is not None and not self._wake.expired():
+            self._wake.reschedule(asyncio.get_running_loop().time())
+
+    async def _wait(self, what: Awaitable[T], until: float | None = None) -> T:
+        """Wait for something else; raises `_Interrupted` when told to look up, or at a time of the monotonic clock."""
+        loop = asyncio.get_running_loop()
+        when = None if until is None else loop.time() + until - time.monotonic()
+        try:
+            async with asyncio.timeout_at(loop.time() if self._told else when) as self._wake:
+                return await what
+        except TimeoutError:
+            if self._wake is not None and self._wake.expired():
+                raise _Interrupted from None
+            raise  # the system's: a connection is dead
+        finally:
+            self._wake = None
 
     def _reach(self, phase: Phase) -> None:
-        self._phase = phase
-        if phase >= Phase.ANSWERED:
+        self._phase = max(self._phase, phase)
+        if self._phase >= Phase.ANSWERED:
             self._moved.set()
 
-    async def _guarded_call(self) -> End | None:
-        """The end of the call, whatever happens in it. None: the job is cancelled."""
-        host = self._around.find_host(self.job.host)
+    # The start.
+
+    async def _begin(self) -> Outcome:
+        job = self.job
+        host = self._host = self._around.find_host(job.host)
         if host is None:
-            return Failed("unknown_host", f"the hosts registry has no host {self.job.host}")
-        try:
-            async with asyncio.timeout(self.job.max_exec_time) as self._limit:
-                if not self._told_to_stop:
-                    return await self._call(host)
-        except TimeoutError:
-            if not self._told_to_stop:
-                return Failed("timeout", f"maximum execution time: the job took more than {self.job.max_exec_time:g} s")
-        except Exception:
-            log.exception("call failed by a fault of the dispatcher", extra=fields(self.job))
-            return Failed("internal_error", "the dispatcher failed; its log says more")
-        finally:
-            self._limit = None
-        return self._end
+            return await self._conclude(Failed("unknown_host", f"the hosts registry has no host {job.host}"))
+        outcome = Outcome.AGAIN
+        for _ in range(_STARTS):
+            outcome = await self._start(host)
+            if outcome is not Outcome.AGAIN:
+                return outcome
+        return await self._conclude(Failed("network_error", f"{named(host)}: its warden changes with every start"))
 
-    async def _call(self, host: Host) -> End | None:
+    async def _start(self, host: Host) -> Outcome:
+        around = self._around
         try:
-            reader, writer = await connect(host, self._around.tls, self._around.config.connect_timeout)
+            while True:
+                self._told = False
+                if not self._is_wanted() or time.monotonic() >= self._limits.deadline:
+                    return await self._never_sent()
+                self._attempts += 1
+                try:
+                    warden = None
+                    if around.config.kept_calls:
+                        warden = await self._wait(
+                            around.hosts.warden(host, around.tls, around.config), self._limits.deadline
+                        )
+                    talk = await self._wait(dial(host, around.tls, around.config), self._limits.deadline)
+                    break
+                except _Interrupted:
+                    continue
+        except Refused as refused:
+            return await self._conclude(refused.error)
+        except LineTooLong as error:
+            return await self._conclude(_not_of_the_protocol(host, error))
         except FAULTS as error:
-            return failed(error, host, "connecting")
+            return await self._conclude(failed(error, host, "connecting"))
+        request = Request(self.job.procedure, self.job.arguments, host.user, host.password, self._call_terms(warden))
+        # Nothing may be awaited between this look and the writing.
+        if not self._is_wanted():
+            talk.abort()
+            return await self._never_sent()
+        talk.ask(request)
+        self._phase = Phase.SENT
+        self._named = warden is not None
+        return await self._listen(talk, host)
+
+    def _call_terms(self, warden: str | None) -> CallTerms | None:
+        if warden is None:
+            return None
+        job, config, identity = self.job, self._around.config, self._around.identity
+        return CallTerms(
+            id=job.id,
+            owner=identity.owner_at(job.host),
+            secret=identity.secret(job.id),
+            warden=warden,
+            keep_running=config.keep_running,
+            linger=config.linger,
+            timeout=job.timeout,
+            max_exec_time=job.max_exec_time,
+        )
+
+    def _is_wanted(self) -> bool:
+        return self._order is None
+
+    async def _never_sent(self) -> Outcome:
+        if self._settling.ended:
+            return await self._settle(Stop.CONFIRMED)
+        return await self._conclude(self._limits.too_long())
+
+    # A conversation.
+
+    async def _listen(self, talk: Conversation, host: Host) -> Outcome:
+        """Listen until there is nothing more to hear. Closes the connection."""
+        self._talk = talk
+        self._over_there = False
+        self._limits.asked()
+        if self._order is not None:
+            self._told = True
         try:
-            self._link = {"connection": address_text(writer.get_extra_info("sockname"))}
-            line = encode_request(Request(self.job.procedure, self.job.arguments, host.user, host.password))
-            # Nothing may be awaited between this look and the writing.
-            if self._told_to_stop:
-                return self._end
-            writer.write(line)
-            self._phase = Phase.SENT
-            return await self._read_end(reader, host)
+            while True:
+                try:
+                    if (outcome := await self._look_up(talk, host)) is not None:
+                        return outcome
+                    if self._recording.full:
+                        await self._wait(self._recording.stored())
+                        self._limits.heard()
+                        continue
+                    lines = await self._wait(talk.read(), self._limits.due(self._settling.ended))
+                except _Interrupted:
+                    continue
+                except LineTooLong as error:
+                    return await self._broken(_not_of_the_protocol(host, error), host)
+                except OSError as error:
+                    return await self._broken(failed(error, host, talk.standing), host)
+                if lines is None:
+                    closed = Failed("network_error", f"{named(host)}: it closed the connection {_while(talk)}")
+                    return await self._broken(closed, host)
+                for line in lines:
+                    self._limits.heard()
+                    try:
+                        message = talk.message(line)
+                    except ProtocolError as error:
+                        return await self._broken(_not_of_the_protocol(host, error), host)
+                    if (outcome := await self._hear(message, talk, host)) is not None:
+                        return outcome
         finally:
-            writer.transport.abort()
+            self._talk = None
+            talk.abort()
 
-    async def _read_end(self, reader: asyncio.StreamReader, host: Host) -> End | None:
-        lines = LineBuffer(self._around.config.record_line)
-        exchange = Exchange(open_sliced)
-        silence = _Silence(self.job.timeout, self._around.config.acknowledgement_timeout)
-        try:
-            while data := await silence.read(reader):
-                for line in lines.feed(data):
-                    silence.broken()
-                    if (end := self._take(exchange.message(line))) is not None:
-                        return end
-                if not await self._records.keep_up():
-                    return Failed("internal_error", "the dispatcher could not keep the job's records")
-        except (LineTooLong, ProtocolError) as error:
-            return Failed("protocol_error", f"{named(host)}: what it sent is not of the protocol: {error}")
-        except _Silent as silent:
-            return silent.end(host)
-        except OSError as error:
-            return failed(error, host, exchange.phase.value)
-        cut = "in the middle of a line" if lines.pending else f"while {exchange.phase.value}"
-        return Failed("network_error", f"{named(host)}: it closed the connection {cut}")
-
-    def _take(self, message: Message) -> End | None:
-        if self._phase is Phase.SENT:
-            self._reach(Phase.ANSWERED)
-        if isinstance(message, Record):
-            self._records.add(message.data)
-        elif not isinstance(message, Acknowledgement):
-            return message
+    async def _look_up(self, talk: Conversation, host: Host) -> Outcome | None:
+        """Do what is to be done now, whoever asked for it."""
+        self._told = False
+        if self._recording.refused and not self._settling.ended:
+            await self._stop_with(_INTERNAL, "internal_error")
+        elif (end := self._limits.overdue(named(host), self._settling.ended)) is not None:
+            if not self._limits.acknowledged and self._named and end.type != "timeout":
+                self._lose(end.message)  # whether it has started will be known once we are attached
+                return Outcome.LOST
+            await self._stop_with(end, "limit")
+        if self._order is not None:
+            if not self._named:
+                return await self._cut()
+            if self._limits.acknowledged and not self._ordered:
+                self._ordered = True
+                talk.say(self._order)
+        if self._leaving and self._limits.acknowledged:
+            if self._terms is not None:
+                return Outcome.LOST
+            return await self._conclude(_STOPPED, stop=Stop.UNKNOWN)
         return None
 
+    async def _hear(self, message: Message, talk: Conversation, host: Host) -> Outcome | None:
+        match message:
+            case Record(data):
+                self._recording.add(data, self._around.wall() if self._made is None else self._made)
+            case RecordsAt(moment):
+                self._made = moment
+            case Acknowledgement(_, terms):
+                await self._on_acknowledged(terms, talk, host)
+            case Evidence(evidence):
+                self._settling.evidence = Raw(evidence)
+            case Receipt(receipt):
+                self._settling.receipt = Raw(receipt)
+                if self._over_there:
+                    return await self._on_over(talk)
+            case Failed() if not self._limits.acknowledged:
+                return await self._on_refused(message, host)
+            case _ if isinstance(message, End):
+                if self._terms is None:
+                    return await self._conclude(message)
+                self._over_there = True
+                return await self._on_over(talk, message)
+        return None
 
-class _Silent(Exception):
-    """The host has said nothing for too long. `limit`: for how many seconds; `acknowledged`: whether it ever did."""
+    async def _on_acknowledged(self, terms: KeptTerms | None, talk: Conversation, host: Host) -> None:
+        self._reach(Phase.ANSWERED)
+        self._limits.acknowledge(None if terms is None else terms.elapsed)
+        self._terms = terms
+        self._told = True  # an order may be waiting for this
+        if terms is None:
+            if self._named:  # it was replaced by an older one since we asked
+                self._named = False
+                self._around.hosts.learnt(host, None)
+            return
+        self._ordered = False
+        talk.keep_contact(terms.elapsed, terms.keep_running)
+        if self._lost is not None:
+            lost, self._lost = self._lost, None
+            log.info("contact is there again", extra={**fields(self.job), "attempts": lost.attempts})
+            if lost.noted:
+                await self._settling.note(Facts(contact=Raw(b"null")))
 
-    def __init__(self, limit: float, acknowledging: bool) -> None:
-        super().__init__()
-        self._limit = limit
-        self._acknowledging = acknowledging
+    async def _on_refused(self, error: Failed, host: Host) -> Outcome:
+        """An error that stands for the acknowledgement."""
+        self._reach(Phase.ANSWERED)
+        if self._lost is not None:  # of an attach
+            match error.type:
+                case "no_such_call":
+                    return await self._not_held(host)
+                case "records_gone":
+                    return await self._records_gone(error, host)
+                case _:
+                    self._lost.failed(f"{named(host)}: {error.type}: {error.message}")
+                    return Outcome.LOST
+        if error.type == "other_warden" and self._named:
+            self._around.hosts.forget(host)
+            return Outcome.AGAIN
+        return await self._conclude(error)
 
-    def end(self, host: Host) -> Failed:
-        """What it means for the job."""
-        if self._acknowledging:
-            message = f"{named(host)}: it did not acknowledge the call within {self._limit:g} s"
-            return Failed("network_error", message, errno_data("ETIMEDOUT"))
-        return Failed("timeout", f"reading the result: {named(host)} sent nothing for {self._limit:g} s")
+    async def _on_over(self, talk: Conversation, end: End | None = None) -> Outcome | None:
+        """The call is over on its host, but for what survives. None: something does, and there is more to hear."""
+        await self._recording.stored()
+        survives = self._settling.survives
+        stop = Stop.FAILED if survives else Stop.CONFIRMED
+        if end is not None and not self._settling.ended:
+            ended = await self._settling.finish(end, None if self._settling.receipt is None else stop, survives)
+            if not ended:  # somebody has cancelled it meanwhile
+                await self._settle(stop, survives)
+        else:
+            await self._settle(stop, survives)
+        if survives:
+            log.error("processes of a job survive on its host", extra=fields(self.job))
+            return None
+        talk.say(Done())
+        talk.close()
+        return Outcome.OVER
 
+    async def _broken(self, end: Failed, host: Host) -> Outcome:
+        """The connection broke."""
+        if not self._named:
+            self._reach(Phase.ANSWERED)
+            if self._settling.ended:
+                return await self._settle(Stop.UNKNOWN)
+            return await self._conclude(end)
+        self._lose(end.message)
+        return Outcome.LOST
 
-class _Silence:
-    """The time since the last message. Only reading counts: while the store is waited for, the host may be silent.
+    # Limits.
 
-    Args:
-        timeout: the job's, in seconds.
-        acknowledgement_timeout: for the first message, when it is less.
-    """
+    async def _stop_with(self, end: Failed, why: str) -> None:
+        """End the job from here; its call is to be stopped."""
+        if not self._settling.ended:
+            stopped = dumps({"why": why, "by": "dispatcher", "at": self._around.wall()})
+            await self._settling.finish(end, Stop.PENDING, True, Facts(stopped=stopped))
+        if self._order is None:
+            self._order = StopCall(why, "dispatcher")
 
-    def __init__(self, timeout: float, acknowledgement_timeout: float) -> None:
-        self._timeout = timeout
-        self._acknowledging = acknowledgement_timeout < timeout
-        self._limit = min(timeout, acknowledgement_timeout)
-        self._spent = 0.0
+    async def _cut(self) -> Outcome:
+        """Stop a tied call, the only way there is."""
+        self._reach(Phase.ANSWERED)
+        return await self._settle(Stop.UNKNOWN)
 
-    def broken(self) -> None:
-        """A message has come."""
-        self._acknowledging = False
-        self._limit = self._timeout
-        self._spent = 0.0
+    # Contact lost.
 
-    async def read(self, reader: asyncio.StreamReader) -> bytes:
-        """What comes next; empty at the end. Raises `_Silent`, OSError."""
-        begin = time.monotonic()
+    def _lose(self, error: str) -> None:
+        if self._lost is None:
+            heard = self._talk.heard if self._talk is not None else time.monotonic()
+            self._lost = LostContact.begin(time.monotonic() - heard, self._around.wall())
+            log.warning("contact is lost; the host keeps the call", extra={**fields(self.job), "reason": error})
+            if self._host is not None:
+                self._around.hosts.forget(self._host)
+        self._lost.failed(error)
+        self._reach(Phase.ANSWERED)
+
+    async def _take_up(self) -> Outcome:
+        """Go on with what an earlier dispatcher began."""
+        self._phase = Phase.ANSWERED
+        self._moved.set()
+        self._named = True
+        facts = await self._settling.facts()
+        self._lost = LostContact.resumed(facts.contact, self._around.wall())
+        if self.job.end is not None and self._order is None:
+            stopped = loads(facts.stopped) if facts.stopped else {}
+            self._order = StopCall(str(stopped.get("why", "cancelled")), stopped.get("by"))
+        return Outcome.LOST
+
+    async def _attach_again(self) -> Outcome:
+        """Try to reach the call once more; pauses before that when the last attempt failed."""
+        assert self._lost is not None
+        lost, around = self._lost, self._around
+        give_up_at = lost.deadline(self._lost_after())
         try:
-            async with asyncio.timeout(self._limit - self._spent) as limit:
-                return await reader.read(_READ_BYTES)
-        except TimeoutError:
-            if limit.expired():
-                raise _Silent(self._limit, self._acknowledging) from None
-            raise  # the system's: the connection is dead
-        finally:
-            self._spent += time.monotonic() - begin
-
-
-class _Records:
-    """A job's records on their way into the store, in batches: what came during a commit goes into the next.
-
-    Args:
-        job: the job; its records so far are in the store.
-        surroundings: as of the run.
-    """
-
-    def __init__(self, job: Job, surroundings: Surroundings) -> None:
-        self._job = job
-        self._around = surroundings
-        self._count = job.records
-        self._waiting: list[Raw] = []
-        self._bytes = 0
-        self._task: asyncio.Task[None] | None = None
-        self._refused = False
-
-    def add(self, record: Raw) -> None:
-        """Take the next record."""
-        self._waiting.append(record)
-        self._bytes += len(record) + _RECORD_OVERHEAD
-        if self._task is None or self._task.done():
-            self._task = asyncio.create_task(self._store())
-
-    async def keep_up(self) -> bool:
-        """Wait while too much waits for the store. False: the store does not take this job's records any more."""
-        if self._bytes > _WAITING_BYTES:
-            await self.stored()
-        return not self._refused
-
-    async def stored(self) -> None:
-        """Wait until nothing waits."""
-        if self._task is not None:
-            await asyncio.wait([self._task])
-
-    def give_up(self) -> None:
-        """Drop what waits still."""
-        if self._task is not None:
-            self._task.cancel()
-
-    async def _store(self) -> None:
-        around, job_id = self._around, self._job.id
+            if lost.attempts or time.monotonic() - self._attempted < _PAUSE_LONGEST:
+                await self._wait(asyncio.sleep(lost.pause(_PAUSE_FIRST, _PAUSE_LONGEST)), give_up_at)
+        except _Interrupted:
+            self._told = False
+            if self._leaving:
+                return Outcome.LOST
+        if time.monotonic() >= give_up_at:
+            return await self._give_up()
+        self._host = host = around.find_host(self.job.host) or self._host
+        if host is None:
+            lost.failed(f"the hosts registry has no host {self.job.host}")
+            return Outcome.LOST
+        self._attempts += 1
+        self._attempted = time.monotonic()
+        lost.attempts += 1
+        self._told = False
+        talk: Conversation | None = None
         try:
-            while self._waiting and not self._refused:
-                batch, self._waiting, self._bytes = self._waiting, [], 0
-                append = partial(around.store.append_records, job_id, self._count, batch)
-                if await _persist(around.trouble, job_id, append):
-                    around.news.records(job_id, self._count, batch)
-                    self._count += len(batch)
-                else:
-                    self._refused = True
-        except Exception:
-            log.exception("records lost by a fault of the dispatcher", extra=fields(self._job))
-            self._refused = True
+            warden = await self._wait(around.hosts.warden(host, around.tls, around.config), give_up_at)
+            if warden is None and self._terms is None:
+                return await self._was_tied(host)
+            talk = await self._wait(dial(host, around.tls, around.config), give_up_at)
+        except _Interrupted:
+            lost.failed(lost.error or "reaching it took too long")
+        except Refused as refused:
+            lost.failed(f"{named(host)}: {refused.error.type}: {refused.error.message}")
+        except LineTooLong as error:
+            lost.failed(_not_of_the_protocol(host, error).message)
+        except FAULTS as error:
+            lost.failed(failed(error, host, "connecting").message)
+        if talk is None:
+            if not lost.noted:
+                lost.noted = True
+                await self._settling.note(Facts(contact=dumps(lost.fact())))
+            return Outcome.LOST
+        identity = around.identity
+        owner, secret = identity.owner_at(self.job.host), identity.secret(self.job.id)
+        talk.ask(Attach(self.job.id, owner, secret, self._next, host.user, host.password))
+        return await self._listen(talk, host)
+
+    @property
+    def _next(self) -> int:
+        """The number of the record to ask for."""
+        return self._skipped_to if self._skipped_to is not None else self._recording.expected
+
+    def _lost_after(self) -> float:
+        """Seconds without contact after which nothing of the call runs any more: its host ended it before."""
+        terms, after = self._terms, self._around.config.host_lost_after
+        return after if terms is None else max(after, terms.keep_running + 2 * terms.kill_grace + 5.0)
+
+    async def _give_up(self) -> Outcome:
+        """The host is lost: the job must not hold its slot any longer."""
+        assert self._lost is not None
+        fact = self._lost.fact()
+        message = f"host {self.job.host} could not be reached for {self._lost_after():g} s, {self._lost.told()}"
+        if not self._settling.ended:
+            return await self._conclude(
+                Failed("host_lost", message, dumps(fact)), Stop.FAILED, Facts(contact=dumps(fact))
+            )
+        return await self._settle(Stop.FAILED, facts=Facts(receipt=dumps({"lost": fact}), contact=dumps(fact)))
+
+    async def _not_held(self, host: Host) -> Outcome:
+        assert self._lost is not None
+        if self._settling.ended:
+            return await self._settle(Stop.CONFIRMED, facts=Facts(receipt=Raw(b'{"held":false}')))
+        message = f"{named(host)} does not hold the job's call: it never started there, or was given up; the contact"
+        return await self._conclude(Failed("missing_result", f"{message} was lost {self._lost.told()}"))
+
+    async def _was_tied(self, host: Host) -> Outcome:
+        """An earlier dispatcher has called a harpd of the field: its end of the connection was the call's."""
+        if self._settling.ended:
+            return await self._settle(Stop.UNKNOWN)
+        message = f"the dispatcher stopped while the job was running; {named(host)} can't keep calls"
+        return await self._conclude(Failed("missing_result", message), Stop.UNKNOWN)
+
+    async def _records_gone(self, error: Failed, host: Host) -> Outcome:
+        """Records between what is stored here and what the host still has are lost: a store from a backup, say."""
+        assert self._lost is not None
+        data = loads(error.data) if isinstance(error.data, bytes) else {}
+        self._skipped_to = int(data.get("end", 0)) if isinstance(data, dict) else 0
+        message = f"{named(host)}: records of the job are gone, from number {self._recording.expected} on"
+        await self._stop_with(Failed("missing_result", message), "records_gone")
+        self._lost.failed(message)
+        return Outcome.LOST
+
+    # The end.
+
+    async def _conclude(self, end: End, stop: Stop | None = None, facts: Facts | None = None) -> Outcome:
+        """Store the end of a call that is over, or never was; its slot is free then."""
+        await self._recording.stored()
+        if not await self._settling.finish(end, stop, facts=facts or NO_FACTS):
+            await self._settle(
+                stop or (Stop.CONFIRMED if self._terms or not self._limits.acknowledged else Stop.UNKNOWN)
+            )
+        return Outcome.OVER
+
+    async def _settle(self, stop: Stop, keep_slot: bool = False, facts: Facts = NO_FACTS) -> Outcome:
+        await self._settling.settle(stop, keep_slot, facts)
+        return Outcome.OVER
+
+    def _on_stored(self, count: int) -> None:
+        if self._talk is not None and self._terms is not None and self._limits.acknowledged:
+            self._talk.say(Stored(count))
 
 
-async def _persist(trouble: StoreTrouble, job_id: str, write: Callable[[], Awaitable[T]]) -> T:
-    """Write, again and again until the store can."""
-    failing = False
-    try:
-        while True:
-            try:
-                return await write()
-            except StorageError as error:
-                if not failing:
-                    log.error("what a call brought can't be stored, trying again", extra=_fault(job_id, error))
-                    trouble.waiting += 1
-                    failing = True
-            await asyncio.sleep(_STORE_PAUSE)
-    finally:
-        trouble.waiting -= failing
+def _not_of_the_protocol(host: Host, error: Exception) -> Failed:
+    return Failed("protocol_error", f"{named(host)}: what it sent is not of the protocol: {error}")
 
 
-def _fault(job_id: str, error: StorageError) -> dict[str, str]:
-    return {"job": job_id, "error": str(error)}
+def _while(talk: Conversation) -> str:
+    return f"while {talk.standing}" if "middle" not in talk.standing else "in the middle of a line"

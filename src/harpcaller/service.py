@@ -17,7 +17,9 @@ from harp.protocol.dispatcher import (
     Call,
     Cancel,
     Continue,
+    Details,
     FollowStream,
+    GetDetails,
     GetResult,
     GetStatus,
     NoResult,
@@ -33,7 +35,7 @@ from harp.protocol.dispatcher import (
 )
 from harp.protocol.ends import Failed
 from harp.protocol.fields import ProtocolError
-from harp.protocol.jsontext import open_sliced
+from harp.protocol.jsontext import Envelope, open_sliced
 from harpcaller.config import Address, Config, ConfigError
 from harpcaller.connection import ClientLeft, Connection
 from harpcaller.dispatcher import Dispatcher
@@ -195,18 +197,24 @@ class Service:
         match request:
             case Call():
                 yield encode_reply(Submitted(await dispatcher.submit(request, connection.client)))
-            case Cancel(job):
-                yield encode_reply(WasCancelled(await dispatcher.cancel(job)))
+            case Cancel(job, wait):
+                cancelled = await dispatcher.cancel(job, connection.client)
+                stop = await self._stop(job, connection) if wait else None
+                yield encode_reply(WasCancelled(cancelled, stop))
             case GetResult(job, wait):
                 yield encode_reply(await self._result(job, wait, connection))
             case GetStatus(job):
                 yield encode_reply(_status(await dispatcher.job(job)))
+            case GetDetails(job):
+                yield encode_reply(Details(await dispatcher.details(job)))
             case FollowStream():
                 async with aclosing(self._follow(request, connection)) as followed:
                     async for lines in followed:
                         yield lines
             case ReadStream():
-                async with aclosing(dispatcher.read(request.job, request.since, request.recent)) as items:
+                async with aclosing(
+                    dispatcher.read(request.job, request.since, request.recent, request.timed)
+                ) as items:
                     async for item in items:
                         lines = _lines(item)
                         del item  # not kept as well while the client reads
@@ -226,10 +234,21 @@ class Service:
             end = await self._dispatcher.result(job, wait=False)
         return NoResult() if end is None else end
 
+    async def _stop(self, job: str, connection: Connection) -> Envelope | None:
+        """How the stop of a job turned out, once it has; None: there is none."""
+        try:
+            async with connection.waiting():
+                details = await self._dispatcher.stopped(job)
+        except UnknownJob:
+            return None
+        if details.job.stop is None:
+            return None
+        return Envelope(state=details.job.stop.value, receipt=details.facts.receipt)
+
     async def _follow(self, request: FollowStream, connection: Connection) -> AsyncGenerator[bytes, None]:
         since, recent = request.since, request.recent
         try:
-            async with aclosing(self._dispatcher.follow(request.job, since, recent)) as items:
+            async with aclosing(self._dispatcher.follow(request.job, since, recent, request.timed)) as items:
                 while True:
                     async with connection.waiting():
                         item = await anext(items)
@@ -244,7 +263,7 @@ class Service:
             pass
         # As for a result: what needs no waiting.
         recent = 0 if since is None and recent is None else recent
-        async with aclosing(self._dispatcher.read(request.job, since, recent)) as rest:
+        async with aclosing(self._dispatcher.read(request.job, since, recent, request.timed)) as rest:
             async for part in rest:
                 if isinstance(part, Continue):
                     raise ClientLeft

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections.abc import Callable
 
 from harpcaller.store import StorageError, Store
@@ -43,17 +42,20 @@ async def prune(store: Store, ended_before: float) -> int:
     return pruned
 
 
-async def prune_regularly(store: Store, max_age: Callable[[], float], every: float = PRUNE_EVERY) -> None:
+async def prune_regularly(
+    store: Store, wall: Callable[[], float], max_age: Callable[[], float], every: float = PRUNE_EVERY
+) -> None:
     """Delete old jobs now and then, until cancelled.
 
     Args:
         store: where they are.
+        wall: the wall clock, Unix seconds.
         max_age: gives the age after its end at which a job is deleted, in seconds.
         every: seconds between two looks.
     """
     while True:
         try:
-            await prune(store, time.time() - max_age())
+            await prune(store, wall() - max_age())
         except StorageError as error:
             log.error("old jobs can't be deleted now", extra={"error": str(error)})
         await asyncio.sleep(every)

@@ -92,11 +92,11 @@ def test_the_dispatcher_is_killed(system: System, tmp_path: Path) -> None:
     order = tmp_path / "order"
     waiting = [host.mark(str(order), str(number)) for number in range(5)]
     system.dispatcher.kill()
-    wait_for_death([process])  # the connection is gone, so the call is
     system.dispatcher.restart()
-    error = system.rpc.job(first.id()).result(wait=True)
-    assert isinstance(error, harp.RemoteError)
-    assert error.type == "missing_result"
+    assert not is_dead(process.pid)  # its host keeps the call
+    assert first.details()["state"] == "running"
+    assert first.cancel(wait=True)
+    assert is_dead(process.pid)
     for job in waiting:
         assert system.rpc.job(job.id()).get() is None
     assert order.read_text() == "01234"
@@ -106,13 +106,19 @@ def test_the_gate_is_killed(system: System) -> None:
     job = system.rpc.web01.sleep(escape=True)
     processes = family(started(job))
     assert len(processes) == 2
+    server = system.server
+    direct = server.sleep()  # a call that is tied to its connection
+    tied = psutil.Process(next(direct))
     system.harpd.kill()
-    error = job.result(wait=True)
-    assert isinstance(error, harp.RemoteError)
-    assert error.type == "network_error"
-    wait_for_death(processes)
+    with pytest.raises(harp.CommunicationError):
+        next(direct)
+    wait_for_death([tied])
     system.harpd.start()
+    assert not any(is_dead(process.pid) for process in processes)
     assert system.rpc.web01.echo(1).get() == [1]
+    wait_until(lambda: job.details()["call"]["unreachable"] is None, what="contact")
+    assert job.cancel(wait=True)
+    assert all(is_dead(process.pid) for process in processes)
 
 
 @pytest.mark.parametrize("escape", [False, True])

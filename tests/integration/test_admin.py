@@ -219,7 +219,10 @@ def control(dispatcher: Harpcallerd, data: bytes) -> list[Any]:
         return client.messages()
 
 
-COMMANDS = "status, stop, reload, reopen-logs, list, info, cancel, queue-list, queue-cancel, hosts-list, hosts-refresh"
+COMMANDS = (
+    "status, stop, reload, reopen-logs, list, info, cancel, release, queue-list, queue-cancel, hosts-list, "
+    "hosts-refresh"
+)
 
 
 @pytest.mark.parametrize(

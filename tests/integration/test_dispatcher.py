@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 
 from harp.protocol.dispatcher import Continue
-from harp.protocol.ends import Cancelled, Failed, Returned
+from harp.protocol.ends import Cancelled, End, Failed, Returned
 from harpcaller.config import Config, ConfigError
-from harpcaller.jobs import MISSING_RESULT, State
+from harpcaller.jobs import State
 from harpcaller.store import StorageError, UnknownJob
 from harpcaller.store.sqlite import open_store
 from support.certificates import server_files
@@ -75,9 +75,9 @@ def echo(talk: Conversation) -> None:
 
 
 @contextmanager
-def host(directory: Path, script: Script) -> Iterator[Peer]:
-    """A host each of whose calls follows the script."""
-    with Peer(always=script, tls=server_context(server_files(directory))) as peer:
+def host(directory: Path, script: Script, first: tuple[Script, ...] = ()) -> Iterator[Peer]:
+    """A host each of whose calls follows the script; the first ones their own."""
+    with Peer(*first, always=script, tls=server_context(server_files(directory))) as peer:
         yield peer
 
 
@@ -351,6 +351,7 @@ async def test_reload_takes_effect_for_the_calls_after_it(tmp_path: Path) -> Non
                 ca_file=server_files(tmp_path).ca_file,
                 host_db=tmp_path / "hosts.db",
                 stream_directory=tmp_path / "store",
+                kept_calls=False,
             )
             await dispatcher.reload(config)
             assert dispatcher.config is config
@@ -364,6 +365,16 @@ async def test_reload_takes_effect_for_the_calls_after_it(tmp_path: Path) -> Non
                 assert dispatcher.config is config
 
 
+def of_the_field(talk: Conversation) -> None:
+    """A harpd that does not know the question which calls it holds."""
+    assert "calls" in talk.expect()
+    talk.reply({"harp": 1, "error": {"type": "invalid_request", "message": "procedure: missing"}})
+
+
+def is_missing(end: End | None) -> bool:
+    return isinstance(end, Failed) and end.type == "missing_result"
+
+
 async def test_interrupted_jobs_end_at_start_and_queued_ones_run(tmp_path: Path) -> None:
     store = await open_store(tmp_path / "store")
     interrupted = await job_in(store, State.RUNNING, queue={"q": 1})
@@ -374,9 +385,9 @@ async def test_interrupted_jobs_end_at_start_and_queued_ones_run(tmp_path: Path)
         begun.append(json.loads(talk.line())["arguments"])
         talk.reply(ACKNOWLEDGED, {"result": None})
 
-    with host(tmp_path, script) as peer:
+    with host(tmp_path, script, (of_the_field,)) as peer:
         async with running(tmp_path, host_line(peer.port), store=store) as dispatcher:
-            assert await dispatcher.result(interrupted, wait=False) == MISSING_RESULT
+            assert is_missing(await dispatcher.result(interrupted, wait=True))
             for job in queued:
                 assert await dispatcher.result(job, wait=True) == Returned(b"null")
     assert begun == [[0], [1], [2]]
@@ -386,17 +397,17 @@ async def test_interrupted_jobs_end_at_start_and_queued_ones_run(tmp_path: Path)
 async def test_nothing_starts_before_the_interrupted_are_settled(tmp_path: Path) -> None:
     real = await open_store(tmp_path / "store")
     interrupted = await job_in(real, State.RUNNING, queue={})
-    store = Switched(real, "settle_interrupted")
+    store = Switched(real, "held_jobs")
     store.off = True
-    with host(tmp_path, echo) as peer:
+    with host(tmp_path, echo, (of_the_field,)) as peer:
         async with running(tmp_path, host_line(peer.port), store=store) as dispatcher:
-            job_id = await dispatcher.submit(call(), "test")
+            job_id = await dispatcher.submit(call(queue={}), "test")
             waiting = asyncio.create_task(dispatcher.result(interrupted, wait=True))
             await eventually(lambda: store.refused >= 2, what="a second try")
             assert (await dispatcher.job(job_id)).state is State.QUEUED
             store.off = False
             assert await dispatcher.result(job_id, wait=True) == Returned(b"[]")
-            assert await waiting == MISSING_RESULT
+            assert is_missing(await waiting)
     await real.close()
 
 

@@ -285,7 +285,7 @@ def test_a_transcript(dispatcher: Harpcallerd, transcript: str, form: Form) -> N
 
 
 CALL = {"harpcaller": 1, "host": "h", "procedure": "p", "arguments": []}
-KINDS = "expected exactly one of procedure, cancel, get_result, get_status, follow_stream, read_stream"
+KINDS = "expected exactly one of procedure, cancel, get_result, get_status, get_details, follow_stream, read_stream"
 
 REFUSED: dict[str, tuple[Any, str]] = {
     "nothing": (b"", "Expecting value at column 1"),

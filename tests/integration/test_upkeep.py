@@ -310,7 +310,7 @@ async def test_pruning_goes_on_after_a_failure_and_follows_max_age(tmp_path: Pat
     store.off = True
     job_id = await job_in(real, State.RETURNED, now=time.time() - 1000)
     max_age = 2000.0
-    task = asyncio.create_task(prune_regularly(store, lambda: max_age, every=0.05))
+    task = asyncio.create_task(prune_regularly(store, time.time, lambda: max_age, every=0.05))
     await eventually(lambda: store.refused >= 2, what="a second try")
     with pytest.raises(StorageError):
         await prune(store, 0)

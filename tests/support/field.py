@@ -222,5 +222,7 @@ class OldDispatcher:
                 line.send({"packet": number, "data": number}, odd=False)
             line.send({"result": "end"})
         elif keys in ({"read_stream"}, {"read_stream", "since"}, {"read_stream", "recent"}):
+            if request["read_stream"] != self.JOB:
+                return
             line.send({"packet": 0, "data": 0})
             line.send({"continue": True})

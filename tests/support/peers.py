@@ -20,8 +20,8 @@ import socket
 import ssl
 import struct
 import threading
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import Any, TypeAlias
 
@@ -149,6 +149,15 @@ def server_context(certificates: Certificates) -> ssl.SSLContext:
     return context
 
 
+@contextmanager
+def reserved_port() -> Iterator[int]:
+    """A port of 127.0.0.1 that refuses, for peers to listen on one after the other; nobody else gets it meanwhile."""
+    with socket.socket() as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(("127.0.0.1", 0))
+        yield sock.getsockname()[1]
+
+
 class Peer:
     """A server that plays scripts.
 
@@ -156,7 +165,8 @@ class Peer:
         *scripts: one a connection, in the order in which connections come.
         always: the script of every connection after these; None: there must be no more.
         tls: speak TLS.
-        address: where to listen; the port is a free one.
+        address: where to listen.
+        port: the port; 0: a free one.
     """
 
     def __init__(
@@ -165,13 +175,14 @@ class Peer:
         always: Script | None = None,
         tls: ssl.SSLContext | None = None,
         address: str = "127.0.0.1",
+        port: int = 0,
     ) -> None:
         self._scripts = list(scripts)
         self._always = always
         self._tls = tls
         self.host = address
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
-        self._listener = socket.create_server((address, 0), family=family, backlog=512)
+        self._listener = socket.create_server((address, port), family=family, backlog=512)
         self.port: int = self._listener.getsockname()[1]
         self.conversations: list[Conversation] = []
         self._last: Any = None

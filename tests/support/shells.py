@@ -19,16 +19,22 @@ from support.peers import Peer
 class Shell(Protocol):
     """The classes of one shell, or what behaves like them."""
 
-    def caller(self, peer: Peer) -> Any:
+    def caller(self, peer: Peer, **kwargs: Any) -> Any:
         """A HarpCaller for a peer."""
+
+    def caller_at(self, host: str, port: int, **kwargs: Any) -> Any:
+        """A HarpCaller."""
 
     def server(self, peer: Peer, **kwargs: Any) -> Any:
         """A HarpServer for a peer."""
 
 
 class SyncShell:
-    def caller(self, peer: Peer) -> Any:
-        return harp.HarpCaller(peer.host, peer.port)
+    def caller(self, peer: Peer, **kwargs: Any) -> Any:
+        return self.caller_at(peer.host, peer.port, **kwargs)
+
+    def caller_at(self, host: str, port: int, **kwargs: Any) -> Any:
+        return harp.HarpCaller(host, port, **kwargs)
 
     def server(self, peer: Peer, **kwargs: Any) -> Any:
         return harp.HarpServer(**{"host": peer.host, "port": peer.port, "user": "u", "password": "secret", **kwargs})
@@ -38,8 +44,11 @@ class AioShell:
     def __init__(self, thread: LoopThread) -> None:
         self._thread = thread
 
-    def caller(self, peer: Peer) -> Any:
-        return Blocking(aio.AsyncHarpCaller(peer.host, peer.port), self._thread)
+    def caller(self, peer: Peer, **kwargs: Any) -> Any:
+        return self.caller_at(peer.host, peer.port, **kwargs)
+
+    def caller_at(self, host: str, port: int, **kwargs: Any) -> Any:
+        return Blocking(aio.AsyncHarpCaller(host, port, **kwargs), self._thread)
 
     def server(self, peer: Peer, **kwargs: Any) -> Any:
         arguments = {"host": peer.host, "port": peer.port, "user": "u", "password": "secret", **kwargs}

@@ -1,0 +1,136 @@
+"""One connection to a host: a request, what harpd says, and what is said to it while a kept call runs.
+
+Contact is kept up by `Alive`, in both directions: a connection that is open proves nothing. We say the host's own time
+that we have heard last; that is what it counts from, and so it never believes in a contact that we have given up. When
+nothing has come for too long the connection is given up, and reading ends as if the host had closed it. While we don't
+read ourselves, for the store is slow, silence proves nothing either.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+from harp.protocol.daemon import Alive, AnyRequest, Exchange, Message, Order, encode_order, encode_request
+from harp.protocol.jsontext import open_sliced
+from harp.protocol.lines import LineBuffer
+from harpcaller.config import Config
+from harpcaller.hostlink import address_text, connect
+from harpcaller.hosts import Host
+from harpcaller.hosttls import HostTLS
+
+__all__ = ["Conversation", "dial"]
+
+_READ_BYTES = 64 * 1024
+#: Seconds between two signs of life, and after how many without an answer the host is taken for gone.
+_BEAT, _MISSED = 15.0, 3
+
+
+class Conversation:
+    """A connection to a host on which nothing was said yet. Close it in any case.
+
+    Args:
+        reader: its reading end.
+        writer: its writing end.
+        longest: the most bytes of a line of the host's.
+    """
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, longest: int) -> None:
+        self._reader = reader
+        self._writer = writer
+        self._lines = LineBuffer(longest)
+        self._exchange: Exchange | None = None
+        self._beat: asyncio.TimerHandle | None = None
+        self._heard = time.monotonic()
+        self._theirs = 0.0
+        self._reading = False
+        self._closed = False
+        #: Our end of the connection, which harpd logs as the call's peer: so the two logs can be held together.
+        self.name = address_text(writer.get_extra_info("sockname"))
+
+    def ask(self, request: AnyRequest) -> None:
+        """Send the request; it is written when this returns, whatever becomes of it."""
+        self._exchange = Exchange(open_sliced, request)
+        self._writer.write(encode_request(request))
+
+    async def read(self) -> list[bytes] | None:
+        """What has come, none or more lines, each for `message`; None at the end.
+
+        Raises:
+            LineTooLong: a line is too long.
+            OSError: the connection broke.
+        """
+        self._reading = True
+        try:
+            data = await self._reader.read(_READ_BYTES)
+        finally:
+            self._reading = False
+        self._heard = time.monotonic()
+        if not data:
+            return None
+        return self._lines.feed(data)
+
+    def message(self, line: bytes) -> Message:
+        """The message of the next line. Raises `ProtocolError`: it is none, or may not come now."""
+        assert self._exchange is not None
+        message = self._exchange.message(line)
+        if isinstance(message, Alive):
+            self._theirs = message.at
+        return message
+
+    def say(self, order: Order) -> None:
+        """Say something about the call that this connection is attached to."""
+        if not self._writer.transport.is_closing():
+            self._writer.write(encode_order(order))
+
+    def keep_contact(self, theirs: float, within: float) -> None:
+        """Give a sign of life now, and every now and then.
+
+        Args:
+            theirs: the host's time, as its acknowledgement has it.
+            within: seconds without a sign after which the host gives the call up.
+        """
+        self._theirs = theirs
+        self._on_beat(min(_BEAT, within / (_MISSED + 2)))
+
+    def _on_beat(self, pause: float) -> None:
+        if self._reading and time.monotonic() - self._heard > _MISSED * pause:
+            self._writer.transport.abort()
+            return
+        self.say(Alive(self._theirs))
+        self._beat = asyncio.get_running_loop().call_later(pause, self._on_beat, pause)
+
+    @property
+    def heard(self) -> float:
+        """When something came the last time, on the monotonic clock."""
+        return self._heard
+
+    @property
+    def standing(self) -> str:
+        """Where the exchange stands, for messages."""
+        assert self._exchange is not None
+        cut = " in the middle of a line" if self._lines.pending else ""
+        return f"{self._exchange.phase.value}{cut}"
+
+    def close(self) -> None:
+        """Close; what was said last still goes out."""
+        self._stop_beating()
+        self._closed = True
+        self._writer.close()
+
+    def abort(self) -> None:
+        """Close at once, unless it is being closed already."""
+        self._stop_beating()
+        if not self._closed:
+            self._writer.transport.abort()
+
+    def _stop_beating(self) -> None:
+        if self._beat is not None:
+            self._beat.cancel()
+            self._beat = None
+
+
+async def dial(host: Host, tls: HostTLS, config: Config) -> Conversation:
+    """Connect to a host. Raises as `harpcaller.hostlink.connect`."""
+    reader, writer = await connect(host, tls, config.connect_timeout)
+    return Conversation(reader, writer, config.record_line)

@@ -1,0 +1,174 @@
+"""All that is known of a job, and one sentence why it is as it is. Pure but for what it is given.
+
+Spec: docs/protocol.md, Details.
+"""
+
+from __future__ import annotations
+
+import datetime
+from dataclasses import dataclass
+
+from harp.protocol.ends import Failed, Raised
+from harp.protocol.jsontext import Envelope, Raw, loads
+from harpcaller.hosts import Host
+from harpcaller.jobs import Job, JobDetails, State, Stop, Waiting
+from harpcaller.runner import Run
+
+__all__ = ["Situation", "describe"]
+
+#: How much of a message a sentence quotes, in characters.
+_QUOTED = 300
+
+
+@dataclass(frozen=True, slots=True)
+class Situation:
+    """What the dispatcher knows beside the store.
+
+    Attributes:
+        run: who looks after the job's call; None: nobody now.
+        host: the job's host; None: the registry has none of this name.
+        hosts_known: whether the registry is known.
+        host_concurrency: how many jobs may hold a slot on a host.
+        calls: how many calls are under way.
+        most_calls: how many may be.
+        store_troubled: whether the store refuses what calls bring.
+        now: Unix seconds.
+    """
+
+    run: Run | None
+    host: Host | None
+    hosts_known: bool
+    host_concurrency: int
+    calls: int
+    most_calls: int
+    store_troubled: bool
+    now: float
+
+
+def describe(details: JobDetails, situation: Situation) -> Envelope:
+    """The object that `get_details` answers with; payloads are `Raw`."""
+    job, facts = details.job, details.facts
+    return Envelope(
+        job=job.id,
+        state=job.state.value,
+        host=job.host,
+        procedure=job.procedure,
+        queue=job.queue,
+        position=details.waiting.position if details.waiting else None,
+        time=Envelope(submit=job.submitted, start=job.started, end=job.ended),
+        limits=Envelope(timeout=job.timeout, max_exec_time=job.max_exec_time),
+        call=_call(facts.call, situation),
+        records=Envelope(count=job.records, bytes=details.record_bytes),
+        stop=job.stop.value if job.stop else None,
+        holds_slot=job.holds_slot,
+        stopped=facts.stopped,
+        receipt=facts.receipt,
+        evidence=facts.evidence,
+        why=_why(details, situation),
+    )
+
+
+def _call(stored: Raw | None, situation: Situation) -> Envelope | Raw | None:
+    run = situation.run
+    if run is None:
+        return stored
+    lost = run.lost
+    unreachable = None if lost is None else Envelope(since=lost.wall, attempts=lost.attempts, error=lost.error)
+    return Envelope(run.facts(), contact=run.contact(situation.now), unreachable=unreachable)
+
+
+def _why(details: JobDetails, situation: Situation) -> str:
+    job = details.job
+    if job.state is State.QUEUED:
+        return _why_queued(job, details.waiting, situation)
+    if job.state is State.RUNNING:
+        return _why_running(job, situation)
+    return f"{_how_ended(job, details)}{_stop(job, details, situation)}"
+
+
+def _why_queued(job: Job, waiting: Waiting | None, situation: Situation) -> str:
+    if waiting is None:
+        return "it is about to start"
+    position = f"position {waiting.position}"
+    if waiting.concurrency is not None and waiting.holding >= waiting.concurrency:
+        more = ", ..." if waiting.holding > len(waiting.holders) else ""
+        holders = f"{waiting.holding} of {waiting.concurrency}: {', '.join(waiting.holders)}{more}"
+        return f"queue {_text(job.queue)} is full ({holders}), {position}"
+    if waiting.on_host >= situation.host_concurrency:
+        return f"host {job.host} is full ({waiting.on_host} of {situation.host_concurrency} calls), {position}"
+    if not situation.hosts_known:
+        return "the hosts registry is not known yet"
+    if situation.store_troubled:
+        return "the store does not take what running calls bring; nothing is started until it does"
+    if situation.calls >= situation.most_calls:
+        return f"the dispatcher is full ({situation.calls} of {situation.most_calls} calls), {position}"
+    if waiting.position > 1:
+        return f"{waiting.position - 1} jobs are before it, {position}"
+    return "it is about to start"
+
+
+def _why_running(job: Job, situation: Situation) -> str:
+    run = situation.run
+    if run is None:
+        return "its call is taken up again with the dispatcher's start"
+    if run.lost is not None:
+        return _unreachable(job, run)
+    if not run.is_acknowledged:
+        where = f" ({situation.host.address}, port {situation.host.port})" if situation.host else ""
+        return f"host {job.host}{where} is being connected to, since {_moment(job.started)}"
+    return f"it runs on host {job.host} since {_moment(job.started)}; {job.records} records so far"
+
+
+def _unreachable(job: Job, run: Run) -> str:
+    assert run.lost is not None
+    if run.lost.error is None:
+        return f"host {job.host} is being reached again, since {_moment(run.lost.wall)}"
+    tried = f"{run.lost.attempts} attempts, the last error: {run.lost.error[:_QUOTED]}"
+    left = max(0.0, run.lost_in())
+    return (
+        f"host {job.host} unreachable since {_moment(run.lost.wall)} ({tried}), next try within 5 s, "
+        f"given up as lost in {left:.0f} s"
+    )
+
+
+def _how_ended(job: Job, details: JobDetails) -> str:
+    took = "" if job.started is None or job.ended is None else f" after {max(0.0, job.ended - job.started):.3f} s"
+    match job.end:
+        case Failed(kind, message):
+            return f"it failed{took}: {kind}: {message[:_QUOTED]}"
+        case Raised(kind, message):
+            return f"it raised {kind}{took}: {message[:_QUOTED]}"
+    if job.state is State.RETURNED:
+        return f"it returned{took}"
+    by = loads(details.facts.stopped).get("by") if details.facts.stopped else None
+    whom = f" by {by}" if by else ""
+    return f"it was cancelled{whom} at {_moment(job.ended)}{', before it started' if job.started is None else ''}"
+
+
+def _stop(job: Job, details: JobDetails, situation: Situation) -> str:
+    receipt = loads(details.facts.receipt) if details.facts.receipt else {}
+    match job.stop:
+        case Stop.PENDING:
+            if situation.run is not None and situation.run.lost is not None:
+                return f"; its stop is pending: {_unreachable(job, situation.run)}"
+            return "; its stop is pending: the host has not confirmed it yet"
+        case Stop.CONFIRMED:
+            found = receipt.get("found")
+            return f"; its stop is confirmed{f' ({found} processes)' if found else ''}"
+        case Stop.FAILED:
+            pids = ", ".join(str(one["pid"]) for one in receipt.get("survivors", ()))
+            return f"; its stop failed: {f'processes survive on its host: {pids}' if pids else 'the host is lost'}"
+        case Stop.UNKNOWN:
+            return "; whether its processes are gone is not known: the host's harpd can't say"
+        case None:
+            return ""
+
+
+def _text(payload: Raw | None) -> str:
+    return payload.decode("utf-8", "replace") if payload is not None else "null"
+
+
+def _moment(seconds: float | None) -> str:
+    if seconds is None:
+        return "an unknown time"
+    return datetime.datetime.fromtimestamp(seconds, datetime.UTC).isoformat(timespec="seconds")

@@ -1,0 +1,88 @@
+"""The times that a call may take, as a run watches them: to be acknowledged, between two messages, in all.
+
+The host watches the limits of a kept call itself, so that they hold while nobody can reach it, and so that nothing is
+lost that was said in time. From here they are enforced later by a margin, should the host fail to.
+"""
+
+from __future__ import annotations
+
+import time
+
+from harp.protocol.ends import Failed
+from harpcaller.hostlink import errno_data
+from harpcaller.jobs import Job
+
+__all__ = ["Limits"]
+
+#: The host enforces the limits of a kept call; this much later, in seconds, they are enforced from here.
+_MARGIN = 15.0
+
+
+class Limits:
+    """The limits of one job's call, on the monotonic clock.
+
+    Args:
+        job: the job.
+        acknowledgement: seconds that the host may take to acknowledge the call.
+    """
+
+    def __init__(self, job: Job, acknowledgement: float) -> None:
+        self._job = job
+        self._acknowledgement = acknowledgement
+        self._since = time.monotonic()
+        self._silence = min(job.timeout, acknowledgement)
+        #: Whether the host has acknowledged the call, on the connection now in use.
+        self.acknowledged = False
+        #: When the call has taken all the time that it may.
+        self.deadline = time.monotonic() + job.max_exec_time
+
+    def asked(self) -> None:
+        """The host has been asked for the call, or asked again."""
+        self.acknowledged = False
+        self._silence = min(self._job.timeout, self._acknowledgement)
+        self.heard()
+
+    def heard(self) -> None:
+        """A message has come, or nothing could come until now."""
+        self._since = time.monotonic()
+
+    def acknowledge(self, elapsed: float | None) -> None:
+        """The host has acknowledged the call; `elapsed` seconds ago it began there, None: it is a tied one."""
+        job = self._job
+        self.acknowledged = True
+        self._silence = job.timeout
+        if elapsed is not None:
+            self.deadline = time.monotonic() + job.max_exec_time - elapsed + _MARGIN
+            self._silence = job.timeout + job.max_exec_time
+
+    def due(self, ended: bool) -> float | None:
+        """When there is something to look up although nothing comes; None: never.
+
+        Args:
+            ended: whether the job has an end; then only the acknowledgement is waited for.
+        """
+        if ended:
+            return None if self.acknowledged else self._since + self._acknowledgement
+        return min(self.deadline, self._since + self._silence)
+
+    def overdue(self, host: str, ended: bool) -> Failed | None:
+        """What a limit that is over means for the job; None: none is.
+
+        Args:
+            host: the host, for the message.
+            ended: as for `due`.
+        """
+        due, now = self.due(ended), time.monotonic()
+        if due is None or now < due:
+            return None
+        waited_in_vain = not self.acknowledged and self._acknowledgement < self._job.timeout
+        if waited_in_vain and (ended or now < self.deadline):
+            message = f"{host}: it did not acknowledge the call within {self._acknowledgement:g} s"
+            return Failed("network_error", message, errno_data("ETIMEDOUT"))
+        if now >= self.deadline:
+            return self.too_long()
+        return Failed("timeout", f"reading the result: {host} sent nothing for {self._job.timeout:g} s")
+
+    def too_long(self) -> Failed:
+        """The end of a job that has taken all the time that it may."""
+        return Failed("timeout", f"maximum execution time: the job took more than {self._job.max_exec_time:g} s")

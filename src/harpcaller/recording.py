@@ -1,0 +1,143 @@
+"""A job's records on their way into the store, in batches: what came during a commit goes into the next.
+
+What waits for the store is bounded by whoever adds: it looks at `full` and waits. While the store fails, records wait
+and are tried again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from functools import partial
+from typing import TypeVar
+
+from harp.protocol.jsontext import Raw
+from harpcaller.jobs import Records
+from harpcaller.news import News
+from harpcaller.store import StorageError, Store
+
+__all__ = ["Recording", "StoreTrouble", "persist"]
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+#: Seconds until a write is tried again that the store failed to do.
+_STORE_PAUSE = 1.0
+
+#: Bytes of records that may wait for the store.
+_WAITING_BYTES = 1024 * 1024
+
+#: What a waiting record costs beside its bytes.
+_RECORD_OVERHEAD = 64
+
+
+class StoreTrouble:
+    """How many runs have something that the store does not take at the moment."""
+
+    def __init__(self) -> None:
+        self.waiting = 0
+
+
+class Recording:
+    """Stores the records of one job, from the first that is not stored on.
+
+    Args:
+        job_id: the job.
+        count: how many of its records are stored.
+        store: where they go.
+        news: who follows is told there.
+        trouble: counts what the store does not take.
+        on_stored: called with the number of stored records whenever there are more.
+    """
+
+    def __init__(
+        self,
+        job_id: str,
+        count: int,
+        store: Store,
+        news: News,
+        trouble: StoreTrouble,
+        on_stored: Callable[[int], None],
+    ) -> None:
+        self._job_id = job_id
+        self._store = store
+        self._news = news
+        self._trouble = trouble
+        self._on_stored = on_stored
+        self._values: list[Raw] = []
+        self._made: list[float] = []
+        self._bytes = 0
+        self._under_way = 0
+        self._task: asyncio.Task[None] | None = None
+        #: How many are stored.
+        self.count = count
+        #: Whether the store takes no more of them: the job has ended.
+        self.refused = False
+
+    @property
+    def full(self) -> bool:
+        """Whether so much waits that no more should be added."""
+        return self._bytes > _WAITING_BYTES
+
+    @property
+    def expected(self) -> int:
+        """The number of the record to come."""
+        return self.count + self._under_way + len(self._values)
+
+    def add(self, record: Raw, made: float) -> None:
+        """Take the next record, made at this time; Unix seconds."""
+        if self.refused:
+            return
+        self._values.append(record)
+        self._made.append(made)
+        self._bytes += len(record) + _RECORD_OVERHEAD
+        if self._task is None or self._task.done():
+            self._task = asyncio.create_task(self._keep_storing())
+
+    async def stored(self) -> None:
+        """Wait until nothing waits."""
+        if self._task is not None:
+            await asyncio.wait([self._task])
+
+    def give_up(self) -> None:
+        """Drop what waits still."""
+        if self._task is not None:
+            self._task.cancel()
+
+    async def _keep_storing(self) -> None:
+        try:
+            while self._values and not self.refused:
+                batch, self._values, self._made, self._bytes = Records(self._values, self._made), [], [], 0
+                self._under_way = len(batch)
+                append = partial(self._store.append_records, self._job_id, self.count, batch)
+                taken = await persist(self._trouble, self._job_id, append)
+                self._under_way = 0
+                if taken:
+                    self._news.records(self._job_id, self.count, batch)
+                    self.count += len(batch)
+                    self._on_stored(self.count)
+                else:
+                    self.refused = True
+        except Exception:
+            log.exception("records lost by a fault of the dispatcher", extra={"job": self._job_id})
+            self.refused = True
+
+
+async def persist(trouble: StoreTrouble, job_id: str, write: Callable[[], Awaitable[T]]) -> T:
+    """Write, again and again until the store can."""
+    failing = False
+    try:
+        while True:
+            try:
+                return await write()
+            except StorageError as error:
+                if not failing:
+                    about = {"job": job_id, "error": str(error)}
+                    log.error("what a call brought can't be stored, trying again", extra=about)
+                    trouble.waiting += 1
+                    failing = True
+            await asyncio.sleep(_STORE_PAUSE)
+    finally:
+        trouble.waiting -= failing

@@ -1,0 +1,51 @@
+"""What every run of a job's call needs of the dispatcher, and how the log names a job."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from harpcaller.config import Config
+from harpcaller.hostbook import HostBook
+from harpcaller.hosts import Host
+from harpcaller.hosttls import HostTLS
+from harpcaller.jobs import Identity, Job, NewJob
+from harpcaller.news import News
+from harpcaller.recording import StoreTrouble
+from harpcaller.store import Store
+
+__all__ = ["Surroundings", "fields"]
+
+
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """What a run needs.
+
+    Attributes:
+        config: timeouts and limits.
+        tls: judges the certificates of hosts.
+        store: takes records and ends.
+        news: tells those who wait for them.
+        find_host: finds a host of the registry by its name; None: there is none.
+        identity: who we are to the hosts.
+        hosts: what is known of them.
+        wall: the wall clock, for times that are stored; Unix seconds.
+        trouble: counts what the store does not take.
+    """
+
+    config: Config
+    tls: HostTLS
+    store: Store
+    news: News
+    find_host: Callable[[str], Host | None]
+    identity: Identity
+    hosts: HostBook
+    wall: Callable[[], float]
+    trouble: StoreTrouble = field(default_factory=StoreTrouble)
+
+
+def fields(job: Job | NewJob) -> dict[str, Any]:
+    """The fields by which the log names a job."""
+    queue = job.queue.decode() if job.queue is not None else None
+    return {"job": job.id, "host": job.host, "procedure": job.procedure, "queue": queue}
