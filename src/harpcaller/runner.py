@@ -12,8 +12,8 @@ still wanted and the writing. A start may be tried again only when the host says
 call has barred its id with that answer.
 
 Whoever wants the call to stop (cancel, a limit) has stored the job's end before. What then remains is the stop: it is
-ordered, as soon as there is contact, and the receipt is stored when it comes. Waits are interrupted by `_interrupt`;
-what is to be done is looked up after every wait, in one place.
+ordered, as soon as there is contact, and the receipt is stored when it comes. Waits can be interrupted
+(`harpcaller.waiting`); what is to be done is looked up after every wait, in one place.
 
 A run sees the store's interface and never a backend.
 """
@@ -23,9 +23,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable
 from enum import Enum, IntEnum
-from typing import Any, TypeVar
+from typing import Any
 
 from harp.protocol.daemon import (
     Acknowledgement,
@@ -56,12 +55,11 @@ from harpcaller.limits import Limits
 from harpcaller.recording import Recording
 from harpcaller.settling import Settling
 from harpcaller.surroundings import Surroundings, fields
+from harpcaller.waiting import Interrupted, Waiting
 
 __all__ = ["Run"]
 
 log = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 #: Seconds that a cancel waits for the acknowledgement of a request that is out.
 _CANCEL_WAIT = 2.0
@@ -96,10 +94,6 @@ class Outcome(Enum):
     AGAIN = "the start surely did not happen"
 
 
-class _Interrupted(Exception):
-    """A wait was broken off: its time is over, or there is something to look at."""
-
-
 class Run:
     """The call of one job that holds a slot.
 
@@ -119,8 +113,7 @@ class Run:
         self._settling = Settling(job, surroundings, self.facts)
         self._phase = Phase.BEFORE
         self._moved = asyncio.Event()
-        self._wake: asyncio.Timeout | None = None
-        self._told = False  # something is to be looked at
+        self._waiting = Waiting()
         self._leaving = False
         self._order: StopCall | None = None
         self._talk: Conversation | None = None
@@ -168,7 +161,7 @@ class Run:
                 log.warning("cancelled before the host acknowledged the call", extra=fields(self.job))
         if self._order is None:
             self._order = StopCall("cancelled", by)
-        self._interrupt()
+        self._waiting.interrupt()
 
     def drop(self) -> None:
         """It was cancelled before its run came to be: there is nothing to do but to give its slot back."""
@@ -178,7 +171,7 @@ class Run:
     def leave(self) -> None:
         """Leave a kept call to its host, where the next dispatcher finds it; end a tied one."""
         self._leaving = True
-        self._interrupt()
+        self._waiting.interrupt()
 
     def facts(self) -> dict[str, Any]:
         """Where and how the call runs, for `details`. Spec: docs/protocol.md, Details."""
@@ -211,25 +204,6 @@ class Run:
         """The contact that is lost; None: it is not."""
         return self._lost
 
-    def _interrupt(self) -> None:
-        self._told = True
-        if self._wake is not None and not self._wake.expired():
-            self._wake.reschedule(asyncio.get_running_loop().time())
-
-    async def _wait(self, what: Awaitable[T], until: float | None = None) -> T:
-        """Wait for something else; raises `_Interrupted` when told to look up, or at a time of the monotonic clock."""
-        loop = asyncio.get_running_loop()
-        when = None if until is None else loop.time() + until - time.monotonic()
-        try:
-            async with asyncio.timeout_at(loop.time() if self._told else when) as self._wake:
-                return await what
-        except TimeoutError:
-            if self._wake is not None and self._wake.expired():
-                raise _Interrupted from None
-            raise  # the system's: a connection is dead
-        finally:
-            self._wake = None
-
     def _reach(self, phase: Phase) -> None:
         self._phase = max(self._phase, phase)
         if self._phase >= Phase.ANSWERED:
@@ -253,19 +227,19 @@ class Run:
         around = self._around
         try:
             while True:
-                self._told = False
+                self._waiting.look_up()
                 if not self._is_wanted() or time.monotonic() >= self._limits.deadline:
                     return await self._never_sent()
                 self._attempts += 1
                 try:
                     warden = None
                     if around.config.kept_calls:
-                        warden = await self._wait(
+                        warden = await self._waiting.wait(
                             around.hosts.warden(host, around.tls, around.config), self._limits.deadline
                         )
-                    talk = await self._wait(dial(host, around.tls, around.config), self._limits.deadline)
+                    talk = await self._waiting.wait(dial(host, around.tls, around.config), self._limits.deadline)
                     break
-                except _Interrupted:
+                except Interrupted:
                     continue
         except Refused as refused:
             return await self._conclude(refused.error)
@@ -314,18 +288,18 @@ class Run:
         self._over_there = False
         self._limits.asked()
         if self._order is not None:
-            self._told = True
+            self._waiting.interrupt()
         try:
             while True:
                 try:
                     if (outcome := await self._look_up(talk, host)) is not None:
                         return outcome
                     if self._recording.full:
-                        await self._wait(self._recording.stored())
+                        await self._waiting.wait(self._recording.stored())
                         self._limits.heard()
                         continue
-                    lines = await self._wait(talk.read(), self._limits.due(self._settling.ended))
-                except _Interrupted:
+                    lines = await self._waiting.wait(talk.read(), self._limits.due(self._settling.ended))
+                except Interrupted:
                     continue
                 except LineTooLong as error:
                     return await self._broken(_not_of_the_protocol(host, error), host)
@@ -348,7 +322,7 @@ class Run:
 
     async def _look_up(self, talk: Conversation, host: Host) -> Outcome | None:
         """Do what is to be done now, whoever asked for it."""
-        self._told = False
+        self._waiting.look_up()
         if self._recording.refused and not self._settling.ended:
             await self._stop_with(_INTERNAL, "internal_error")
         elif (end := self._limits.overdue(named(host), self._settling.ended)) is not None:
@@ -395,7 +369,7 @@ class Run:
         self._reach(Phase.ANSWERED)
         self._limits.acknowledge(None if terms is None else terms.elapsed)
         self._terms = terms
-        self._told = True  # an order may be waiting for this
+        self._waiting.interrupt()  # an order may be waiting for this
         if terms is None:
             if self._named:  # it was replaced by an older one since we asked
                 self._named = False
@@ -500,28 +474,28 @@ class Run:
         give_up_at = lost.deadline(self._lost_after())
         try:
             if lost.attempts or time.monotonic() - self._attempted < _PAUSE_LONGEST:
-                await self._wait(asyncio.sleep(lost.pause(_PAUSE_FIRST, _PAUSE_LONGEST)), give_up_at)
-        except _Interrupted:
-            self._told = False
+                await self._waiting.wait(asyncio.sleep(lost.pause(_PAUSE_FIRST, _PAUSE_LONGEST)), give_up_at)
+        except Interrupted:
+            self._waiting.look_up()
             if self._leaving:
                 return Outcome.LOST
         if time.monotonic() >= give_up_at:
             return await self._give_up()
+        self._attempts += 1
+        self._attempted = time.monotonic()
+        lost.attempts += 1
         self._host = host = around.find_host(self.job.host) or self._host
         if host is None:
             lost.failed(f"the hosts registry has no host {self.job.host}")
             return Outcome.LOST
-        self._attempts += 1
-        self._attempted = time.monotonic()
-        lost.attempts += 1
-        self._told = False
+        self._waiting.look_up()
         talk: Conversation | None = None
         try:
-            warden = await self._wait(around.hosts.warden(host, around.tls, around.config), give_up_at)
+            warden = await self._waiting.wait(around.hosts.warden(host, around.tls, around.config), give_up_at)
             if warden is None and self._terms is None:
                 return await self._was_tied(host)
-            talk = await self._wait(dial(host, around.tls, around.config), give_up_at)
-        except _Interrupted:
+            talk = await self._waiting.wait(dial(host, around.tls, around.config), give_up_at)
+        except Interrupted:
             lost.failed(lost.error or "reaching it took too long")
         except Refused as refused:
             lost.failed(f"{named(host)}: {refused.error.type}: {refused.error.message}")

@@ -23,7 +23,7 @@ from harp.protocol.fields import check, is_count, is_seconds, string, value
 from harp.protocol.jsontext import Members, dumps
 from harpd.eventloop import EventLoop
 from harpd.kept import Claim, Kept, Terms
-from harpd.records import Record
+from harpd.records import CallRecords, Record
 from harpd.spool import SpoolMemory
 
 __all__ = ["HeldCalls"]
@@ -45,14 +45,21 @@ class HeldCalls:
         loop: the event loop.
         warden: this warden's incarnation.
         settings: the warden's settings, see `harpd.warden`.
+        records: where calls are recorded.
         on_forgotten: called when a call is not kept any more.
     """
 
     def __init__(
-        self, loop: EventLoop, warden: str, settings: Mapping[str, Any], on_forgotten: Callable[[], None]
+        self,
+        loop: EventLoop,
+        warden: str,
+        settings: Mapping[str, Any],
+        records: CallRecords,
+        on_forgotten: Callable[[], None],
     ) -> None:
         self._loop = loop
         self._warden = warden
+        self._records = records
         self._call_forgotten = on_forgotten
         self._calls: dict[str, Kept] = {}
         self._barred: dict[tuple[str, str], float] = {}
@@ -165,6 +172,7 @@ class HeldCalls:
 
     def _on_forgotten(self, kept: Kept) -> None:
         del self._calls[kept.id]
+        self._records.remove(kept.id)
         self._bar(kept.claim.owner, kept.id)
         self._call_forgotten()
 

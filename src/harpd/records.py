@@ -29,6 +29,8 @@ __all__ = ["CallRecords", "Record", "Swept"]
 
 log = logging.getLogger("harpd.warden")
 
+#: What the name of a record ends with whose call has ended.
+_OVER = ".over"
 #: How often, and how many seconds apart, the sweep looks for what is left.
 _SWEEPS, _PAUSE = 100, 0.02
 
@@ -82,10 +84,16 @@ class CallRecords:
             text["cgroup"] = tree.group.path
         (self._directory / call_id).write_text(json.dumps(text))
 
+    def over(self, call_id: str) -> None:
+        """The call has ended, and its end is still to be told: what it has left running is not ours to stop."""
+        with contextlib.suppress(OSError):
+            os.rename(self._directory / call_id, self._directory / (call_id + _OVER))
+
     def remove(self, call_id: str) -> None:
         """Forget a call: nothing of it is left that is ours to stop or to tell."""
-        with contextlib.suppress(OSError):
-            os.unlink(self._directory / call_id)
+        for name in (call_id, call_id + _OVER):
+            with contextlib.suppress(OSError):
+                os.unlink(self._directory / name)
 
     def close(self) -> None:
         """Remove the directory, with what is left in it: this warden ends in order."""
@@ -99,8 +107,8 @@ class CallRecords:
             with _locked(directory) as dead:
                 if dead:
                     found = dict(self._read(directory))
-                    killed += _kill([record.tree for record in found.values()])
-                    calls.update(found)
+                    killed += _kill([record.tree for name, record in found.items() if not name.endswith(_OVER)])
+                    calls.update({name.removesuffix(_OVER): record for name, record in found.items()})
                     shutil.rmtree(directory, ignore_errors=True)
         return Swept(killed, calls)
 
@@ -109,7 +117,7 @@ class CallRecords:
             try:
                 record = json.loads(file.read_text())
                 group = Cgroup(record["cgroup"]) if "cgroup" in record else None
-                tree = Tree(int(record["pid"]), int(record["start"]), entry(file.name), group)
+                tree = Tree(int(record["pid"]), int(record["start"]), entry(file.name.removesuffix(_OVER)), group)
                 if record["boot"] == self._boot:
                     yield file.name, Record(tree, record)
             except (OSError, ValueError, KeyError, TypeError):

@@ -124,7 +124,7 @@ class RunningCall:
         offered: what the zygote says of the procedure.
         zygote: who forks.
         audience: who hears it.
-        record: what else its record on disk says, for the next warden.
+        record: what else its record on disk says, for the next warden; empty: there is nobody to be told of its end.
         on_gone: called once, when nothing of the call is left; the audience knows by then.
 
     Raises:
@@ -416,7 +416,10 @@ class RunningCall:
             self._around.output.leave(pipe)
         if self._tree is not None and self._tree.group is not None:
             self._tree.group.remove()
-        self._around.records.remove(self.id)
+        if self._record:
+            self._around.records.over(self.id)  # its audience removes it, once the end is stored
+        else:
+            self._around.records.remove(self.id)
         self._audience.gone(dumps(receipt) if late and receipt is not None else None)
         self._on_gone(self)
 

@@ -108,7 +108,7 @@ class Warden:
         self._records = CallRecords(Path(settings["runtime_directory"]), self._incarnation)
         self._output = Output(loop, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // _LEFT_SHARE)
         self._cgroups = Cgroups(settings["cgroup"] or own_cgroup())
-        self._held = HeldCalls(loop, self._incarnation, settings, self._end_if_done)
+        self._held = HeldCalls(loop, self._incarnation, settings, self._records, self._end_if_done)
         self._zygote: Zygote | None = None
         self._give_up: Callable[[str], None] = lambda reason: None  # the load that is under way, if there is one
         self._closing = False

@@ -74,6 +74,17 @@ def resist(path):
         time.sleep(60)
 
 @procedure
+def leave_a_service(path):
+    if os.fork() == 0:
+        os.setsid()
+        with open(path, "w") as file:
+            file.write(str(os.getpid()))
+        os.execvp("sleep", ["sleep", "600"])
+    while not os.path.exists(path) or not open(path).read():
+        time.sleep(0.01)
+    return "left"
+
+@procedure
 def leave_a_stranger(path):
     if os.fork() == 0:
         os.setsid()
@@ -526,6 +537,24 @@ def test_calls_of_a_killed_warden_are_known_to_the_next_as_dead(tmp_path: Path) 
             assert (before, error_of(end)) == ([], "call_died")
             done(again)
         assert warden.held() == []
+
+
+def test_an_end_that_died_with_its_warden_is_told_as_such_and_nothing_is_stopped(tmp_path: Path) -> None:
+    path = tmp_path / "pid"
+    warden = Warden(tmp_path / "warden", PROCEDURES).start()
+    with warden.keep("leave_a_service", str(path)) as call:
+        call.line()
+        assert ended(call)[2] == {"result": "left"}
+        warden.kill()
+    service = int(path.read_text())
+    try:
+        with warden, warden.attach(call.id) as again:
+            again.line()
+            assert error_of(ended(again)[2]) == "call_died"
+            done(again)
+            assert not dead([service])
+    finally:
+        os.kill(service, signal.SIGKILL)
 
 
 def test_a_retired_warden_starts_nothing_and_goes_with_its_last_call(tmp_path: Path) -> None:

@@ -66,6 +66,8 @@ class Harpcallerd(DaemonLog):
             self.socket = Path(short) / "control"
         #: The port; 0 before the first start. A later start takes the same one.
         self.port = self._configured_port = 0
+        #: Where the next start takes the program from; None: what is installed.
+        self.code: Path | None = None
         self._credentials = credentials
         self._options = options
         self._descriptors = descriptors
@@ -126,7 +128,12 @@ class Harpcallerd(DaemonLog):
         seen = len(self.events("harpcallerd is serving"))
         with self.log_file.open("ab") as log:
             self._process = subprocess.Popen(
-                [*limit, *start], stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=self.directory
+                [*limit, *start],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                cwd=self.directory,
+                env=None if self.code is None else {**os.environ, "PYTHONPATH": str(self.code)},
             )
         try:
             serving = wait_until(lambda: self._serves(seen), DEADLINE, "harpcallerd serving")

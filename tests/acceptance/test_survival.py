@@ -1,0 +1,308 @@
+"""Calls outlive what starts and carries them: the dispatcher, the gate, the network, an upgrade of either."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+import harp
+from support.deadline import wait_until
+from support.harpcallerd import Harpcallerd
+from support.harpd import Harpd, is_dead
+from support.system import System
+
+DEADLINE = 60.0
+
+PROCEDURES = """
+import os, signal, time
+from harpd.proc import Result, procedure, streaming_procedure
+
+@streaming_procedure
+def tick(path, pause):
+    \"\"\"Numbers, until the file is there.\"\"\"
+    number = 0
+    while not os.path.exists(path):
+        yield number
+        number += 1
+        time.sleep(pause)
+    yield Result(number)
+
+@streaming_procedure
+def count(most, pause):
+    for number in range(most):
+        yield number
+        time.sleep(pause)
+    yield Result(most)
+
+@procedure
+def wait_for(path, value):
+    while not os.path.exists(path):
+        time.sleep(0.02)
+    return value
+
+@procedure
+def resist(path):
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for _ in range(2):
+        if os.fork() == 0:
+            os.setsid()
+            if os.fork() == 0:
+                os.setsid()
+            break
+    with open(path, "a") as file:
+        file.write(f"{os.getpid()}\\n")
+    while True:
+        time.sleep(60)
+"""
+
+
+@contextmanager
+def system(directory: Path, harpd: dict[str, Any] | None = None, **dispatcher: Any) -> Iterator[System]:
+    """A whole system, its harpd as two services, and nothing left of it at the end."""
+    with Harpd(directory / "harpd", PROCEDURES, harpd or {"limits": {"kill_grace": 0.5}}, apart=True) as one:
+        settings = {"ca_file": str(one.ca_file), **dispatcher}
+        credentials = (one.user, one.password)
+        with Harpcallerd(directory / "harpcallerd", {"web01": one.port}, credentials, settings) as other:
+            yield System(one, other)
+
+
+class Follower:
+    """Follows a job in a thread of its own, and keeps what it is given."""
+
+    def __init__(self, follow: Callable[[], Iterator[Any]]) -> None:
+        self.records: list[Any] = []
+        self.error: BaseException | None = None
+        self._follow = follow
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            for record in self._follow():
+                self.records.append(record)
+        except BaseException as error:  # noqa: BLE001 - looked at by the test
+            self.error = error
+
+    def reach(self, count: int) -> None:
+        """Wait until it has so many records."""
+        wait_until(lambda: len(self.records) >= count or self.error, DEADLINE, f"record {count}")
+        assert self.error is None, self.error
+
+    def end(self) -> list[Any]:
+        """Wait until the stream has ended; return all of it."""
+        self._thread.join(DEADLINE)
+        assert not self._thread.is_alive()
+        assert self.error is None, self.error
+        return self.records
+
+
+def test_a_stream_goes_on_through_ten_kills(tmp_path: Path) -> None:
+    """The dispatcher and the gate are killed five times each; two followers have every record once and in order."""
+    done = tmp_path / "done"
+    with system(tmp_path) as running:
+        job = running.rpc.web01.tick(str(done), 0.05)
+        followers = [
+            Follower(lambda: job.follow(since=0, numbered=True)),
+            Follower(lambda: running.rpc.job(job.id()).follow(since=0, timed=True)),
+        ]
+        waiting = Follower(lambda: iter([running.rpc.job(job.id()).get()]))
+        for follower in followers:
+            follower.reach(1)
+        for _ in range(5):
+            for kill in (partial(running.dispatcher.restart, kill=True), partial(again, running.harpd)):
+                reached = [len(follower.records) for follower in followers]
+                kill()
+                for follower, count in zip(followers, reached, strict=True):
+                    follower.reach(count + 5)
+        done.touch()
+        numbered, timed = (follower.end() for follower in followers)
+        (result,) = waiting.end()
+        assert result > 50
+        assert numbered == [(number, number) for number in range(result)]
+        assert [(number, value) for number, _, value in timed] == numbered
+        times = [moment for _, moment, _ in timed]
+        assert times == sorted(times)
+        assert list(running.rpc.job(job.id()).stream()) == list(range(result))
+        details = job.details()
+        assert (details["state"], details["records"]["count"]) == ("returned", result)
+        assert details["evidence"]["by"] == "itself"
+
+
+def again(harpd: Harpd) -> None:
+    """Kill the gate and start it again."""
+    harpd.kill()
+    harpd.start_gate()
+
+
+def test_a_stop_is_proven_through_the_whole_chain(tmp_path: Path) -> None:
+    """It ignores TERM, forks, changes its session and never writes: all of it is gone, and the receipt says so."""
+    pids = tmp_path / "pids"
+    pids.touch()
+    with system(tmp_path) as running:
+        job = running.rpc.web01.resist(str(pids))
+        wait_until(lambda: len(pids.read_text().split()) == 5, DEADLINE, "five processes")
+        begun = time.monotonic()
+        assert job.cancel(wait=True)
+        took = time.monotonic() - begun
+        found = [int(pid) for pid in pids.read_text().split()]
+        assert all(map(is_dead, found))
+        details = job.details()
+        assert (details["stop"], details["holds_slot"]) == ("confirmed", False)
+        assert {one["pid"] for one in details["receipt"]["processes"]} >= set(found)
+        assert (details["receipt"]["survivors"], details["receipt"]["complete"]) == ([], True)
+        assert details["stopped"]["by"].startswith("127.0.0.1:")
+        assert details["evidence"]["by_whom"] == details["stopped"]["by"]
+        assert "confirmed" in job.why()
+        assert took < 0.5 + 20  # kill_grace, and what a slow machine may take for the rest
+
+
+def test_a_cancel_while_the_host_is_cut_off(tmp_path: Path) -> None:
+    with system(tmp_path) as running:
+        host = running.rpc.host("web01", queue={"q": 1})
+        job = host.wait_for(str(tmp_path / "never"), 1)
+        second = host.count(1, 0)
+        wait_until(lambda: (job.details()["call"] or {}).get("warden"), DEADLINE, "the call")
+        assert "is full (1 of 1: " + job.id() in second.why()
+        warden = psutil.Process(running.harpd.warden)
+        call = next(
+            process for process in warden.children(recursive=True) if process.children() == [] and process != warden
+        )
+        running.harpd.kill()
+        assert job.cancel() is True
+        assert job.result() is harp.CALL_CANCELLED
+        wait_until(lambda: job.details()["call"]["unreachable"], DEADLINE, "the loss of contact")
+        details = job.details()
+        assert (details["state"], details["stop"], details["holds_slot"]) == ("cancelled", "pending", True)
+        assert "unreachable since" in job.why()
+        assert call.is_running()
+        assert second.details()["state"] == "queued"
+        running.harpd.start_gate()
+        assert job.cancel(wait=True) is False  # it had ended; the stop is settled now
+        details = job.details()
+        assert (details["stop"], details["holds_slot"]) == ("confirmed", False)
+        assert is_dead(call.pid)
+        assert second.get() == 1
+
+
+def test_a_host_that_stays_away_is_given_up_and_has_ended_the_call_itself(tmp_path: Path) -> None:
+    with system(tmp_path, keep_running=1.0, host_lost_after=11.0) as running:
+        host = running.rpc.host("web01", queue={"q": 1})
+        job = host.wait_for(str(tmp_path / "never"), 1)
+        second = host.wait_for(str(tmp_path / "never"), 2)
+        wait_until(lambda: (job.details()["call"] or {}).get("warden"), DEADLINE, "the call")
+        running.harpd.kill()
+        wait_until(lambda: running.harpd.statuses()[0]["calls"] == 0, DEADLINE, "the end of the call by itself")
+        assert job.result() is harp.CALL_NOT_FINISHED
+        error = job.result(wait=True)
+        assert isinstance(error, harp.RemoteError)
+        assert error.type == "host_lost"
+        assert "since 20" in error.message
+        assert error.data["attempts"] > 1
+        assert job.details()["stop"] == "failed"
+        assert isinstance(second.result(wait=True), harp.RemoteError)  # its slot came free; nobody is there
+        running.harpd.start_gate()
+        assert running.rpc.web01.count(1, 0).get() == 1
+        wait_until(lambda: running.harpd.statuses()[0]["held"] == 0, DEADLINE, "the unwanted call forgotten")
+        assert job.details()["evidence"]["by"] == "lost_contact"  # what it had to say is kept, its end stands
+        assert job.result().type == "host_lost"
+
+
+def wait_for_records(job: harp.RemoteCall, count: int) -> None:
+    wait_until(lambda: job.details()["records"]["count"] >= count, DEADLINE, f"{count} records")
+
+
+def newer(directory: Path) -> Path:
+    """A copy of the programs that is a version ahead: its store has one more column."""
+    source = Path(harp.__file__).parents[1]
+    copy = directory / "newer"
+    shutil.copytree(source, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    migrations = copy / "harpcaller" / "store" / "sqlite" / "migrations"
+    number = max(int(file.stem) for file in migrations.glob("*.sql")) + 1
+    (migrations / f"{number:04}.sql").write_text("ALTER TABLE jobs ADD COLUMN note TEXT;\n")
+    return copy
+
+
+def test_the_dispatcher_is_upgraded_under_a_hundred_calls(tmp_path: Path) -> None:
+    done = tmp_path / "done"
+    with system(tmp_path) as running:
+        plain = [running.rpc.web01.wait_for(str(done), number) for number in range(50)]
+        streaming = [running.rpc.web01.tick(str(done), 0.1) for _ in range(50)]
+        for job in streaming:
+            wait_for_records(job, 1)
+        wait_until(lambda: running.harpd.status()["calls"] == 100, DEADLINE, "a hundred calls")
+        followers = [Follower(partial(job.follow, since=0)) for job in streaming[:10]]
+        assert running.dispatcher.stop(signal.SIGTERM) == 0
+        running.dispatcher.code = newer(tmp_path)
+        running.dispatcher.start()
+        assert running.harpd.status()["calls"] == 100
+        before = [job.details()["records"]["count"] for job in streaming]
+        for job, count in zip(streaming, before, strict=True):
+            wait_for_records(job, count + 1)
+        done.touch()
+        assert [job.get() for job in plain] == list(range(50))
+        for job in streaming:
+            assert list(job.stream()) == list(range(job.get()))
+        for follower, job in zip(followers, streaming[:10], strict=True):
+            assert follower.end() == list(range(job.get()))
+        version = running.dispatcher.store_directory / "harpcaller.sqlite"
+        assert version.exists()
+
+
+def test_harpd_is_upgraded_under_running_calls(tmp_path: Path) -> None:
+    """The calls' service is started anew: a new warden takes new calls, the old one keeps its own to their end."""
+    done = tmp_path / "done"
+    with system(tmp_path) as running:
+        job = running.rpc.web01.tick(str(done), 0.05)
+        follower = Follower(lambda: job.follow(since=0))
+        follower.reach(5)
+        old = running.harpd.warden
+        running.harpd.end_calls(signal.SIGUSR1)
+        running.harpd.start_calls()
+        assert running.harpd.warden != old
+        again(running.harpd)
+        assert running.rpc.web01.count(3, 0).get() == 3
+        follower.reach(len(follower.records) + 5)
+        done.touch()
+        assert follower.end() == list(range(job.get()))
+        wait_until(lambda: is_dead(old), DEADLINE, "the end of the old warden")
+
+
+def test_a_job_whose_call_its_host_does_not_know_is_missing_its_result(tmp_path: Path) -> None:
+    with system(tmp_path) as running:
+        job = running.rpc.web01.wait_for(str(tmp_path / "never"), 1)
+        wait_until(lambda: (job.details()["call"] or {}).get("warden"), DEADLINE, "the call")
+        running.dispatcher.kill()
+        running.harpd.stop()  # all calls end with it; nobody is there to be told
+        running.harpd.start()
+        running.dispatcher.start()
+        error = job.result(wait=True)
+        assert isinstance(error, harp.RemoteError)
+        assert error.type == "missing_result"
+        assert "does not hold the job's call" in error.message
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_an_end_that_came_while_the_dispatcher_was_away_is_fetched(tmp_path: Path, number: signal.Signals) -> None:
+    done = tmp_path / "done"
+    with system(tmp_path) as running:
+        job = running.rpc.web01.wait_for(str(done), {"k": [1]})
+        wait_until(lambda: (job.details()["call"] or {}).get("warden"), DEADLINE, "the call")
+        os.kill(running.dispatcher.pid, number)
+        running.dispatcher.wait()
+        done.touch()
+        wait_until(lambda: running.harpd.status()["calls"] == 0, DEADLINE, "the end of the call")
+        assert running.harpd.status()["held"] == 1
+        running.dispatcher.start()
+        assert job.get() == {"k": [1]}
+        wait_until(lambda: running.harpd.status()["held"] == 0, DEADLINE, "the call forgotten")
