@@ -1,0 +1,453 @@
+"""One job, one kept call: what a host says and does not say, what it is asked again, and what becomes of the job."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from harp.protocol.ends import Cancelled, End, Failed, Returned
+from harpcaller.dispatcher import Dispatcher
+from harpcaller.jobs import Job, State, Stop
+from harpcaller.store import UnknownJob
+from harpcaller.store.sqlite import open_store
+from support.certificates import server_files
+from support.deadline import eventually
+from support.dispatcher import CREDENTIALS, call, followed, host_line, running, until
+from support.peers import Conversation, Peer, Script, server_context
+
+TERMS = {"warden": "w1", "keep_running": 60.0, "linger": 60.0, "kill_grace": 1.0, "elapsed": 0.0, "records": 0}
+EVIDENCE = {"evidence": {"exit": 0, "by": "itself"}}
+NOT_HELD = {"harp": 1, "error": {"type": "no_such_call", "message": "no", "data": {"warden": "w1"}}}
+
+
+def acknowledgement(stream: bool = False, **terms: Any) -> dict[str, Any]:
+    return {"harp": 1, "stream_result": stream, "call": {**TERMS, **terms}}
+
+
+def receipt(*survivors: int) -> dict[str, Any]:
+    left = [{"pid": pid, "command": "x"} for pid in survivors]
+    return {"receipt": {"processes": [], "found": 1, "survivors": left, "complete": True, "began": 1.0, "ended": 2.0}}
+
+
+def holding(*calls: str, warden: str = "w1") -> Script:
+    """Answers the question which calls it holds."""
+
+    def script(talk: Conversation) -> None:
+        asked = talk.expect()
+        assert asked.keys() == {"harp", "procedure", "arguments", "calls", "auth"}
+        talk.reply({"harp": 1, "calls": list(calls), "warden": warden})
+
+    return script
+
+
+def orders(talk: Conversation) -> Iterator[dict[str, Any]]:
+    """What the dispatcher says beside its signs of life."""
+    while True:
+        order = json.loads(talk.line())
+        if "alive" not in order:
+            yield order
+
+
+def started(talk: Conversation, **terms: Any) -> dict[str, Any]:
+    """Take a start and acknowledge it; return the request."""
+    request: dict[str, Any] = talk.expect()
+    assert "attach" not in request
+    talk.reply(acknowledgement(**terms))
+    return request
+
+
+def attached(talk: Conversation, **terms: Any) -> dict[str, Any]:
+    """Take an attach and acknowledge it; return the request."""
+    request: dict[str, Any] = talk.expect()
+    assert request.keys() == {"harp", "attach", "owner", "secret", "since", "auth"}
+    talk.reply(acknowledgement(**terms))
+    return request
+
+
+def ends(talk: Conversation, *lines: object) -> None:
+    """Say the end; wait until it is stored."""
+    talk.reply(*lines)
+    assert next(order for order in orders(talk) if "stored" not in order) == {"done": True}
+
+
+@contextmanager
+def playing(directory: Path, *scripts: Script, **options: Any) -> Iterator[Peer]:
+    with Peer(*scripts, tls=server_context(server_files(directory)), **options) as peer:
+        yield peer
+
+
+async def result_of(dispatcher: Dispatcher, **options: Any) -> tuple[str, End | None]:
+    job_id = await dispatcher.submit(call(**options), "test")
+    return job_id, await dispatcher.result(job_id, wait=True)
+
+
+async def settled(dispatcher: Dispatcher, job_id: str) -> Job:
+    await until(dispatcher, job_id, lambda job: not job.holds_slot, "the slot given back")
+    return await dispatcher.job(job_id)
+
+
+async def acknowledged(dispatcher: Dispatcher, job_id: str) -> None:
+    """Wait until the host has acknowledged the job's call."""
+
+    async def looked() -> bool:
+        at = (await dispatcher.details(job_id))["call"]
+        return isinstance(at, dict) and at["warden"] is not None
+
+    predicate: Callable[[], bool | Awaitable[bool]] = looked
+    await eventually(predicate, what="the acknowledgement")
+
+
+async def lost(dispatcher: Dispatcher, job_id: str) -> None:
+    """Wait until the contact with the job's call is lost."""
+
+    async def looked() -> bool:
+        at = (await dispatcher.details(job_id))["call"]
+        return isinstance(at, dict) and at["unreachable"] is not None
+
+    predicate: Callable[[], bool | Awaitable[bool]] = looked
+    await eventually(predicate, what="the loss of contact")
+
+
+async def test_a_call_is_named_and_its_end_acknowledged(tmp_path: Path) -> None:
+    requests: list[Any] = []
+
+    def script(talk: Conversation) -> None:
+        requests.append(started(talk))
+        ends(talk, EVIDENCE, {"result": [1]})
+
+    with playing(tmp_path, holding(), script, script) as peer:
+        async with running(tmp_path, host_line(peer.port), kept_calls=True, keep_running=50.0) as dispatcher:
+            for _ in range(2):  # asked once, not for each call
+                job_id, end = await result_of(dispatcher, timeout=3, max_exec_time=4)
+                assert end == Returned(b"[1]")
+            assert (await dispatcher.details(job_id))["evidence"] == b'{"exit": 0, "by": "itself"}'
+    first, second = (request["call"] for request in requests)
+    assert first.keys() == {
+        "id", "owner", "secret", "warden", "keep_running", "linger", "timeout", "max_exec_time",
+    }  # fmt: skip
+    assert second["id"] == job_id
+    assert (first["warden"], first["keep_running"], first["timeout"], first["max_exec_time"]) == ("w1", 50.0, 3.0, 4.0)
+    assert first["owner"] == second["owner"]
+    assert first["secret"] != second["secret"]
+    assert requests[0]["auth"] == CREDENTIALS
+
+
+async def test_a_start_that_named_another_warden_is_tried_again_with_the_right_one(tmp_path: Path) -> None:
+    def other(talk: Conversation) -> None:
+        assert talk.expect()["call"]["warden"] == "w1"
+        talk.reply({"harp": 1, "error": {"type": "other_warden", "message": "no", "data": {"warden": "w2"}}})
+
+    def right(talk: Conversation) -> None:
+        assert started(talk, warden="w2")["call"]["warden"] == "w2"
+        ends(talk, EVIDENCE, {"result": 1})
+
+    with playing(tmp_path, holding(), other, holding(warden="w2"), right) as peer:
+        async with running(tmp_path, host_line(peer.port), kept_calls=True) as dispatcher:
+            assert (await result_of(dispatcher))[1] == Returned(b"1")
+
+
+async def test_a_host_whose_warden_changes_with_every_start(tmp_path: Path) -> None:
+    def other(talk: Conversation) -> None:
+        talk.expect()
+        talk.reply({"harp": 1, "error": {"type": "other_warden", "message": "no", "data": {"warden": "w2"}}})
+
+    with playing(tmp_path, *(holding(), other) * 3) as peer:
+        async with running(tmp_path, host_line(peer.port), kept_calls=True) as dispatcher:
+            _, end = await result_of(dispatcher)
+            assert isinstance(end, Failed)
+            assert end.type == "network_error"
+
+
+async def test_a_start_without_an_answer_is_never_repeated(tmp_path: Path) -> None:
+    """The connection breaks after the request: the host is asked for the call, and says that it never will be."""
+
+    def cut(talk: Conversation) -> None:
+        talk.expect()
+        talk.reset()
+
+    def not_held(talk: Conversation) -> None:
+        assert "attach" in talk.expect()
+        talk.reply(NOT_HELD)
+
+    with playing(tmp_path, holding(), cut, holding(), not_held) as peer:
+        async with running(tmp_path, host_line(peer.port), kept_calls=True) as dispatcher:
+            job_id, end = await result_of(dispatcher)
+            assert isinstance(end, Failed)
+            assert end.type == "missing_result"
+            assert "does not hold the job's call" in end.message
+            assert not (await dispatcher.job(job_id)).holds_slot
+
+
+async def test_a_start_without_an_answer_that_did_happen_goes_on(tmp_path: Path) -> None:
+    def cut(talk: Conversation) -> None:
+        talk.expect()
+        talk.reset()
+
+    def held(talk: Conversation) -> None:
+        assert attached(talk, stream=True)["since"] == 0
+        ends(talk, {"at": 5.5}, {"stream": "a"}, EVIDENCE, {"result": 1})
+
+    with playing(tmp_path, holding(), cut, holding(), held) as peer:
+        async with running(tmp_path, host_line(peer.port), kept_calls=True) as dispatcher:
+            job_id = await dispatcher.submit(call(), "test")
+            assert await followed(dispatcher, job_id, since=0) == ([(0, "a")], Returned(b"1"))
+
+
+async def test_after_a_cut_it_goes_on_from_the_next_record(tmp_path: Path) -> None:
+    asked: list[tuple[int, str]] = []
+
+    def begin(talk: Conversation) -> None:
+        started(talk, stream=True)
+        talk.reply({"at": 10.0}, {"stream": 0}, {"stream": 1}, {"at": 11.5})
+        talk.send(b'{"stream": "cut in the mid')
+
+    def middle(talk: Conversation) -> None:
+        request = attached(talk, stream=True, records=4)
+        asked.append((request["since"], request["attach"]))
+        talk.reply({"at": 12.0}, {"stream": 2})
+        talk.reset()
+
+    def rest(talk: Conversation) -> None:
+        request = attached(talk, stream=True, records=4)
+        asked.append((request["since"], request["attach"]))
+        talk.reply(*({"stream": number} for number in range(request["since"], 4)))
+        ends(talk, EVIDENCE, {"result": "end"})
+
+    with playing(tmp_path, holding(), begin, holding(), middle, holding(), rest) as peer:
+        async with running(tmp_path, host_line(peer.port), kept_calls=True) as dispatcher:
+            job_id = await dispatcher.submit(call(), "test")
+            records, end = await followed(dispatcher, job_id, since=0)
+            assert records == [(number, number) for number in range(4)]
+            assert end == Returned(b'"end"')
+            times = [
+                packet.time
+                async for item in dispatcher.read(job_id, since=0, timed=True)
+                if isinstance(item, list)
+                for packet in item
+            ]
+            assert times[:2] == [10.0, 10.0]
+    assert asked[0] == (2, job_id)
+    assert asked[1][0] in (2, 3)  # a reset may take away what was on its way
+
+
+async def test_a_stop_goes_with_the_attach_and_the_slot_is_free_with_the_receipt(tmp_path: Path) -> None:
+    broken, back = threading.Event(), threading.Event()
+
+    def begin(talk: Conversation) -> None:
+        started(talk)
+        assert broken.wait(30)
+
+    def nobody(talk: Conversation) -> None:
+        assert back.wait(30)
+        talk.reset()
+
+    def again(talk: Conversation) -> None:
+        attached(talk)
+        order = next(orders(talk))
+        assert order == {"stop": {"why": "cancelled", "by": "192.0.2.1:5"}}
+        ends(talk, receipt(), EVIDENCE, {"harp": 1, "error": {"type": "cancelled", "message": "stopped"}})
+
+    with playing(tmp_path, holding(), begin, nobody, holding(), again) as peer:
+        async with running(tmp_path, host_line(peer.port), kept_calls=True) as dispatcher:
+            job_id = await dispatcher.submit(call(), "test")
+            await acknowledged(dispatcher, job_id)
+            broken.set()
+            await lost(dispatcher, job_id)
+            assert await dispatcher.cancel(job_id, "192.0.2.1:5")
+            job = await dispatcher.job(job_id)
+            assert (job.state, job.stop, job.holds_slot) == (State.CANCELLED, Stop.PENDING, True)
+            assert "its stop is pending" in (await dispatcher.details(job_id))["why"]
+            waiting = asyncio.create_task(dispatcher.stopped(job_id))
+            back.set()
+            details = await waiting
+            assert (details.job.stop, details.job.holds_slot, details.job.end) == (Stop.CONFIRMED, False, Cancelled())
+            assert details.facts.receipt is not None
+
+
+async def test_survivors_keep_the_slot_until_they_are_gone(tmp_path: Path) -> None:
+    gone = threading.Event()
+
+    def script(talk: Conversation) -> None:
+        started(talk)
+        assert next(orders(talk)).keys() == {"stop"}
+        talk.reply(receipt(7), EVIDENCE, {"harp": 1, "error": {"type": "cancelled", "message": "stopped"}})
+        assert gone.wait(30)
+        ends(talk, receipt())
+
+    with playing(tmp_path, holding(), script) as peer:
+        async with running(tmp_path, host_line(peer.port), kept_calls=True) as dispatcher:
+            job_id = await dispatcher.submit(call(), "test")
+            await acknowledged(dispatcher, job_id)
+            await dispatcher.cancel(job_id)
+            details = await dispatcher.stopped(job_id)
+            assert (details.job.stop, details.job.holds_slot) == (Stop.FAILED, True)
+            assert "processes survive on its host: 7" in (await dispatcher.details(job_id))["why"]
+            gone.set()
+            assert (await settled(dispatcher, job_id)).stop is Stop.CONFIRMED
+
+
+async def test_a_slot_is_released_by_hand(tmp_path: Path) -> None:
+    def script(talk: Conversation) -> None:
+        started(talk)
+        talk.until_closed()
+
+    with playing(tmp_path, holding(), script) as peer:
+        async with running(tmp_path, host_line(peer.port), kept_calls=True) as dispatcher:
+            job_id = await dispatcher.submit(call(), "test")
+            await acknowledged(dispatcher, job_id)
+            assert not await dispatcher.release(job_id)  # it runs
+            await dispatcher.cancel(job_id)
+            waiting = asyncio.create_task(dispatcher.stopped(job_id))
+            assert await dispatcher.release(job_id)
+            assert (await waiting).job.stop is Stop.FAILED
+            assert not (await dispatcher.job(job_id)).holds_slot
+            assert not await dispatcher.release(job_id)
+            assert not await dispatcher.release("nothing")
+
+
+async def test_a_limit_of_the_host_is_the_jobs_end_with_its_receipt(tmp_path: Path) -> None:
+    def script(talk: Conversation) -> None:
+        started(talk)
+        ends(talk, receipt(), EVIDENCE, {"harp": 1, "error": {"type": "timeout", "message": "too long"}})
+
+    with playing(tmp_path, holding(), script) as peer:
+        async with running(tmp_path, host_line(peer.port), kept_calls=True) as dispatcher:
+            job_id, end = await result_of(dispatcher)
+            assert end == Failed("timeout", "too long")
+            assert (await dispatcher.job(job_id)).stop is Stop.CONFIRMED
+
+
+async def test_records_that_are_gone_end_the_job_and_stop_the_call(tmp_path: Path) -> None:
+    def begin(talk: Conversation) -> None:
+        started(talk, stream=True)
+        talk.reset()
+
+    def lacking(talk: Conversation) -> None:
+        assert talk.expect()["since"] == 0
+        data = {"first": 5, "end": 9}
+        talk.reply({"harp": 1, "error": {"type": "records_gone", "message": "gone", "data": data}})
+
+    def rest(talk: Conversation) -> None:
+        assert attached(talk, stream=True)["since"] == 9
+        assert next(orders(talk)) == {"stop": {"why": "records_gone", "by": "dispatcher"}}
+        ends(talk, receipt(), EVIDENCE, {"harp": 1, "error": {"type": "cancelled", "message": "stopped"}})
+
+    with playing(tmp_path, holding(), begin, holding(), lacking, rest) as peer:
+        async with running(tmp_path, host_line(peer.port), kept_calls=True) as dispatcher:
+            job_id, end = await result_of(dispatcher)
+            assert isinstance(end, Failed)
+            assert end.type == "missing_result"
+            assert (await settled(dispatcher, job_id)).stop is Stop.CONFIRMED
+
+
+async def test_a_harpd_that_became_an_older_one_has_tied_calls(tmp_path: Path) -> None:
+    def script(talk: Conversation) -> None:
+        talk.expect()
+        talk.reply({"harp": 1, "stream_result": False}, {"result": 1})
+
+    with playing(tmp_path, holding(), script) as peer:
+        async with running(tmp_path, host_line(peer.port), kept_calls=True) as dispatcher:
+            job_id, end = await result_of(dispatcher)
+            assert end == Returned(b"1")
+            assert json.loads((await dispatcher.details(job_id))["call"])["kept"] is False
+
+
+async def test_calls_that_nobody_wants_are_ended(tmp_path: Path) -> None:
+    """A call of a job that has ended, and one of a job that is not known."""
+    unknown = "3f22e0d4-c8ed-11e5-8d66-001e8c140268"
+    ids: list[str] = []
+    stopped: list[str] = []
+
+    def list_both(talk: Conversation) -> None:
+        talk.expect()
+        talk.reply({"harp": 1, "calls": [*ids, unknown], "warden": "w1"})
+
+    def unwanted(talk: Conversation) -> None:
+        request = talk.expect()
+        if "attach" not in request:
+            talk.reply(acknowledgement())
+            ends(talk, EVIDENCE, {"result": 1})
+            return
+        talk.reply(acknowledgement())
+        assert next(orders(talk)) == {"stop": {"why": "unwanted"}}
+        ends(talk, receipt(), {"evidence": {"late": 1}}, {"result": 1})
+        stopped.append(request["attach"])
+
+    store = await open_store(tmp_path / "store")
+    with playing(tmp_path, always=unwanted) as peer:
+        async with running(tmp_path, host_line(1, "elsewhere"), store=store) as dispatcher:
+            job_id, _ = await result_of(dispatcher, host="nowhere")
+            ids.append(job_id)
+        peer._scripts.append(list_both)
+        async with running(tmp_path, host_line(peer.port), store=store, kept_calls=True) as dispatcher:
+            assert (await result_of(dispatcher))[1] == Returned(b"1")
+            await eventually(lambda: len(stopped) == 2, what="both ended")
+            assert (await dispatcher.details(job_id))["evidence"] == b'{"late": 1}'
+            end = await dispatcher.result(job_id, wait=False)
+            assert isinstance(end, Failed)  # the first end stands
+    assert sorted(stopped) == sorted([job_id, unknown])
+    await store.close()
+
+
+async def test_a_dispatcher_that_stops_leaves_its_calls_and_the_next_takes_them_up(tmp_path: Path) -> None:
+    asked: list[dict[str, Any]] = []
+
+    def begin(talk: Conversation) -> None:
+        started(talk, stream=True)
+        talk.reply({"at": 1.0}, {"stream": 0})
+        assert next(orders(talk)) == {"stored": 1}
+        talk.until_closed()
+
+    def again(talk: Conversation) -> None:
+        asked.append(attached(talk, stream=True, elapsed=100.0, records=1))
+        ends(talk, {"at": 2.0}, {"stream": 1}, EVIDENCE, {"result": 1})
+
+    store = await open_store(tmp_path / "store")
+    with playing(tmp_path, holding(), begin, holding(), again) as peer:
+        async with running(tmp_path, host_line(peer.port), store=store, kept_calls=True) as dispatcher:
+            job_id = await dispatcher.submit(call(), "test")
+            await until(dispatcher, job_id, lambda job: job.records == 1, "the first record")
+        job = await store.get_job(job_id)
+        assert (job.state, job.holds_slot) == (State.RUNNING, True)
+        async with running(tmp_path, host_line(peer.port), store=store, kept_calls=True) as dispatcher:
+            assert await followed(dispatcher, job_id, since=0) == ([(0, 0), (1, 1)], Returned(b"1"))
+    assert asked[0]["since"] == 1
+    await store.close()
+
+
+async def test_why_a_job_waits(tmp_path: Path) -> None:
+    go_on = threading.Event()
+
+    def script(talk: Conversation) -> None:
+        started(talk)
+        assert go_on.wait(30)
+        ends(talk, EVIDENCE, {"result": 1})
+
+    with playing(tmp_path, holding(), always=script) as peer:
+        async with running(tmp_path, host_line(peer.port), kept_calls=True, host_concurrency=2) as dispatcher:
+            first, second, third = [await dispatcher.submit(call(queue={"db": "prod"}), "test") for _ in range(3)]
+            await acknowledged(dispatcher, first)
+            other = await dispatcher.submit(call(), "test")
+            await acknowledged(dispatcher, other)
+            waiting = await dispatcher.submit(call(), "test")
+
+            async def why(job_id: str) -> str:
+                return str((await dispatcher.details(job_id))["why"])
+
+            assert await why(third) == f'queue {{"db": "prod"}} is full (1 of 1: {first}), position 2'
+            assert await why(second) == f'queue {{"db": "prod"}} is full (1 of 1: {first}), position 1'
+            assert await why(waiting) == "host web01 is full (2 of 2 calls), position 1"
+            assert (await why(first)).startswith("it runs on host web01 since 20")
+            go_on.set()
+            for job_id in (first, second, third, other, waiting):
+                assert await dispatcher.result(job_id, wait=True) == Returned(b"1")
+                assert (await why(job_id)).startswith("it returned after ")
+            with pytest.raises(UnknownJob):
+                await dispatcher.details("3f22e0d4-c8ed-11e5-8d66-001e8c140268")
