@@ -538,7 +538,7 @@ class Run:
         assert self._lost is not None
         if self._settling.ended:
             return await self._settle(Stop.CONFIRMED, facts=Facts(receipt=Raw(b'{"held":false}')))
-        message = f"{named(host)} does not hold the job's call: it never started there, or was given up; the contact"
+        message = f"{named(host)} does not hold the job's call: it never started, or its end was lost; the contact"
         return await self._conclude(Failed("missing_result", f"{message} was lost {self._lost.told()}"))
 
     async def _was_tied(self, host: Host) -> Outcome:

@@ -92,7 +92,8 @@ class EventLoop:
     def run(self) -> None:
         """Serve until `stop`."""
         while self._running:
-            for descriptor, _ in self._epoll.poll(self._patience()):
+            # A process that was halted wakes up with everything due: what has come meanwhile goes before the timers.
+            for descriptor, _ in self._epoll.poll(self._patience()) or self._epoll.poll(0):
                 watched = self._watched.get(descriptor)  # an earlier callback of this turn may have forgotten it
                 if watched is not None:
                     _guard(watched[1])

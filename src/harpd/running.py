@@ -216,6 +216,7 @@ class RunningCall:
         if self._limit is not None:
             self._limit.cancel()
         if self._said_end and self._stopped is None:
+            self._unrecord()  # before anybody knows: from now on nothing of it may be taken for left over
             self._finish(None)
             self._leave()  # what it left running is not ours to stop
             return
@@ -416,12 +417,16 @@ class RunningCall:
             self._around.output.leave(pipe)
         if self._tree is not None and self._tree.group is not None:
             self._tree.group.remove()
-        if self._record:
-            self._around.records.over(self.id)  # its audience removes it, once the end is stored
-        else:
-            self._around.records.remove(self.id)
+        self._unrecord()
         self._audience.gone(dumps(receipt) if late and receipt is not None else None)
         self._on_gone(self)
+
+    def _unrecord(self) -> None:
+        """Nothing of the call is ours to stop any more; its audience may still need the record, and removes it then."""
+        if self._record:
+            self._around.records.over(self.id)
+        else:
+            self._around.records.remove(self.id)
 
     def _close_channel(self) -> None:
         if self._channel.fileno() >= 0:

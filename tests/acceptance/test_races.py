@@ -22,19 +22,30 @@ import pytest
 from support.certificates import server_files
 from support.harpcallerd import Harpcallerd
 
-JOBS = 10_000
+#: How many jobs race, by whether the host keeps calls.
+JOBS = {True: 10_000, False: 3_000}
 AT_ONCE = 32
 LEAST_SHARE = 0.05
 #: What the recording harpd waits before its result, in seconds, at most.
 LONGEST_CALL = 0.03
 
 
-class RecordingHarpd:
-    """A TLS server that speaks harpd's protocol and records the moment each job's request was read."""
+TERMS = {"warden": "w", "keep_running": 60, "linger": 60, "kill_grace": 1, "elapsed": 0, "records": 0}
 
-    def __init__(self, clock: itertools.count[int], chance: random.Random) -> None:
+
+class RecordingHarpd:
+    """A TLS server that speaks harpd's protocol and records the moment each job's request was read.
+
+    Args:
+        clock: gives the moments.
+        chance: decides how long calls take.
+        keeps: whether it keeps calls.
+    """
+
+    def __init__(self, clock: itertools.count[int], chance: random.Random, keeps: bool) -> None:
         self._clock = clock
         self._chance = chance
+        self._keeps = keeps
         self.started: dict[int, int] = {}
         self.reading: dict[int, asyncio.Event] = {}
 
@@ -42,10 +53,18 @@ class RecordingHarpd:
         """Serve one call."""
         try:
             request = json.loads(await reader.readline())
+            if "calls" in request:
+                error = {"type": "no_such_procedure", "message": "-"}
+                answer = {"calls": [], "warden": "w"} if self._keeps else {"error": error}
+                writer.write(json.dumps({"harp": 1, **answer}).encode() + b"\n")
+                return
             (number,) = request["arguments"]
             assert number not in self.started, f"job {number} was started twice"
             self.started[number] = next(self._clock)
             self.reading[number].set()
+            if self._keeps:
+                await self._keep(reader, writer)
+                return
             writer.write(b'{"harp":1,"stream_result":false}\n')
             closed = asyncio.ensure_future(reader.read())
             done, _ = await asyncio.wait({closed}, timeout=self._chance.uniform(0, LONGEST_CALL))
@@ -56,6 +75,21 @@ class RecordingHarpd:
             pass  # cancelled before the request was written: nothing came
         finally:
             writer.close()
+
+    async def _keep(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Go on until the end is stored; a stop ends the call at once."""
+        writer.write(json.dumps({"harp": 1, "stream_result": False, "call": TERMS}).encode() + b"\n")
+        closing = b'{"evidence":{}}\n{"result":null}\n'
+        try:
+            async with asyncio.timeout(self._chance.uniform(0, LONGEST_CALL)):
+                while "stop" not in json.loads(await reader.readline()):
+                    pass
+            closing = b'{"evidence":{}}\n{"harp":1,"error":{"type":"cancelled","message":"stopped"}}\n'
+        except TimeoutError:
+            pass
+        writer.write(closing)
+        while "done" not in json.loads(await reader.readline()):
+            pass
 
 
 @asynccontextmanager
@@ -80,10 +114,12 @@ async def ask(port: int, request: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.timeout(600)
-async def test_nothing_starts_after_a_confirmed_cancel(tmp_path: Path) -> None:
+@pytest.mark.parametrize("keeps", [True, False], ids=["kept", "tied"])
+async def test_nothing_starts_after_a_confirmed_cancel(tmp_path: Path, keeps: bool) -> None:
+    jobs = JOBS[keeps]
     chance = random.Random(20261123)
     clock = itertools.count()
-    harpd = RecordingHarpd(clock, chance)
+    harpd = RecordingHarpd(clock, chance, keeps)
     outcomes: Counter[str] = Counter()
     slots = asyncio.Semaphore(AT_ONCE)
 
@@ -119,10 +155,10 @@ async def test_nothing_starts_after_a_confirmed_cancel(tmp_path: Path) -> None:
     async with recording_harpd(tmp_path, harpd) as harpd_port:
         with Harpcallerd(tmp_path, hosts={"h": harpd_port}) as dispatcher:
             async with asyncio.TaskGroup() as races:
-                for number in range(JOBS):
+                for number in range(jobs):
                     races.create_task(race(dispatcher.port, number))
     # Both sides are gone: whatever was on its way has arrived.
     assert not unstarted.keys() & harpd.started.keys()
-    assert sum(outcomes.values()) == JOBS
+    assert sum(outcomes.values()) == jobs
     for outcome in ("never started", "stopped", "finished"):
-        assert outcomes[outcome] >= LEAST_SHARE * JOBS, outcomes
+        assert outcomes[outcome] >= LEAST_SHARE * jobs, outcomes

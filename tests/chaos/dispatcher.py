@@ -1,0 +1,117 @@
+"""Program: the real dispatcher with an injected wall clock, and on demand with a fault of the kind it must not have.
+
+    python -m chaos.dispatcher CLOCK SABOTAGE ARGUMENTS-OF-HARPCALLERD...
+
+CLOCK is a file whose first eight bytes are the seconds that the clock is wrong by. SABOTAGE is ``none`` or a name of
+`SABOTAGES`. The product has no hook for this: its store is wrapped from outside.
+"""
+
+from __future__ import annotations
+
+import mmap
+import struct
+import sys
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from harpcaller import cli
+from harpcaller.jobs import NewJob, Records
+from harpcaller.store import Store, sqlite
+
+__all__ = ["CLOCK", "SABOTAGES"]
+
+#: The form of the clock's file.
+CLOCK = struct.Struct("d")
+
+#: Which append loses a record, of those that could: one in so many, and at most so many in all.
+_DROP_EVERY, _DROPS = 5, 3
+
+
+class _Sabotaged:
+    """A store, but for what a subclass does differently."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._store, name)
+
+
+class DropRecord(_Sabotaged):
+    """Loses the first record of a batch, now and then, and says that all are stored."""
+
+    def __init__(self, store: Store) -> None:
+        super().__init__(store)
+        self._appends = 0
+        self._dropped: dict[str, int] = {}
+
+    async def append_records(self, job_id: str, first: int, records: Records) -> bool:
+        self._appends += 1
+        before = self._dropped.get(job_id, 0)
+        if not before and len(self._dropped) < _DROPS and not self._appends % _DROP_EVERY:
+            self._dropped[job_id] = 1
+            records = replace(records, values=records.values[1:], made=records.made[1:])
+        return not len(records) or await self._store.append_records(job_id, first - before, records)
+
+
+class StartTwice(_Sabotaged):
+    """Gives every tenth job a twin, as a dispatcher would that tries again what may have started."""
+
+    def __init__(self, store: Store) -> None:
+        super().__init__(store)
+        self._jobs = 0
+
+    async def add_job(self, job: NewJob, now: float) -> None:
+        await self._store.add_job(job, now)
+        self._jobs += 1
+        if not self._jobs % 10:
+            await self._store.add_job(replace(job, id=str(uuid.uuid4())), now)
+
+
+class LeakSlot(_Sabotaged):
+    """Lets one job more than is allowed run in each queue, as a counter would that has lost one."""
+
+    async def add_job(self, job: NewJob, now: float) -> None:
+        await self._store.add_job(replace(job, concurrency=job.concurrency + 1), now)
+
+
+SABOTAGES: dict[str, Callable[[Store], _Sabotaged]] = {
+    "drop-record": DropRecord,
+    "start-twice": StartTwice,
+    "leak-slot": LeakSlot,
+}
+
+
+def _clock(file: Path) -> Callable[[], float]:
+    with file.open("rb") as opened:
+        shared = mmap.mmap(opened.fileno(), CLOCK.size, prot=mmap.PROT_READ)
+
+    def wall() -> float:
+        (wrong,) = CLOCK.unpack_from(shared)
+        return time.time() + float(wrong)
+
+    return wall
+
+
+def main(clock: str, sabotage: str, *arguments: str) -> int:
+    """Run harpcallerd."""
+    if sabotage != "none":
+        real = sqlite.open_store
+
+        async def open_store(directory: Path) -> Any:
+            return SABOTAGES[sabotage](await real(directory))
+
+        sqlite.open_store = open_store
+    from harpcaller import program  # only now, for it takes `open_store` when it is imported
+
+    program.run = partial(program.run, wall=_clock(Path(clock)))
+    return cli.main(list(arguments))
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))
