@@ -110,12 +110,15 @@ def timeout(system: System) -> None:
 
 
 def cancel(system: System) -> None:
-    """A job that is cancelled"""
+    """A job that is cancelled, and the proof that nothing of it is left"""
     rpc = harp.HarpCaller("localhost", system.harpcallerd)
     job = rpc.localhost.sleep(600)
     print("not finished yet:", job.result() is harp.CALL_NOT_FINISHED)
-    print("stopped by this:", job.cancel())
+    print("stopped by this, and its host has confirmed it:", job.cancel(wait=True))
     print("cancelled:", job.result() is harp.CALL_CANCELLED)
+    for process in job.details()["receipt"]["processes"]:
+        print("process", process["pid"], "was sent", *process["signals"], "and ended by", process["ended"])
+    print(job.why())
 
 
 STEPS: tuple[Step, ...] = (synopsis_dispatcher, synopsis_direct, queue, follow, exception, timeout, cancel)

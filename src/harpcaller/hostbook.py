@@ -101,8 +101,10 @@ class HostBook:
         page.warden, page.learnt = warden, time.monotonic()
 
     def forget(self, host: Host) -> None:
-        """Ask the host again before the next start."""
-        self._pages.pop(_place(host), None)
+        """Ask the host again before the next start; a question that is under way will do."""
+        page = self._pages.get(_place(host))
+        if page is not None and (page.asking is None or page.asking.done()):
+            del self._pages[_place(host)]
 
     async def close(self) -> None:
         """Ask nothing more."""

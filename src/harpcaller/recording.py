@@ -71,7 +71,7 @@ class Recording:
         self._bytes = 0
         self._under_way = 0
         self._task: asyncio.Task[None] | None = None
-        #: How many are stored.
+        #: How many are stored, or dropped because the store takes no more of them.
         self.count = count
         #: Whether the store takes no more of them: the job has ended.
         self.refused = False
@@ -89,6 +89,7 @@ class Recording:
     def add(self, record: Raw, made: float) -> None:
         """Take the next record, made at this time; Unix seconds."""
         if self.refused:
+            self.count += 1  # dropped, which is as good as stored to the host
             return
         self._values.append(record)
         self._made.append(made)
@@ -119,10 +120,17 @@ class Recording:
                     self.count += len(batch)
                     self._on_stored(self.count)
                 else:
-                    self.refused = True
+                    self._refuse(len(batch))
         except Exception:
             log.exception("records lost by a fault of the dispatcher", extra={"job": self._job_id})
-            self.refused = True
+            self._refuse(self._under_way)
+
+    def _refuse(self, dropped: int) -> None:
+        """Take no more records, and drop those that wait."""
+        self.refused = True
+        self.count += dropped + len(self._values)
+        self._values, self._made, self._bytes, self._under_way = [], [], 0, 0
+        self._on_stored(self.count)
 
 
 async def persist(trouble: StoreTrouble, job_id: str, write: Callable[[], Awaitable[T]]) -> T:

@@ -134,15 +134,29 @@ class Run:
         begin = time.monotonic()
         log.info("call is taken up again" if self._resumed else "call started", extra=fields(self.job))
         try:
-            outcome = await (self._take_up() if self._resumed else self._begin())
-            while outcome is Outcome.LOST and not self._leaving:
-                outcome = await self._attach_again()
+            outcome = await self._carry_out()
+        except Exception:
+            log.exception("call failed by a fault of the dispatcher", extra=fields(self.job))
+            outcome = await self._give_up_on_itself()
         finally:
             self._reach(Phase.OVER)
             self._recording.give_up()
         what = "call ended" if outcome is Outcome.OVER else "call is left to its host"
         seconds = round(time.monotonic() - begin, 3)
         log.info(what, extra={**fields(self.job), **self._settling.told, "seconds": seconds})
+
+    async def _carry_out(self) -> Outcome:
+        outcome = await (self._take_up() if self._resumed else self._begin())
+        while outcome is Outcome.LOST and not self._leaving:
+            outcome = await self._attach_again()
+        return outcome
+
+    async def _give_up_on_itself(self) -> Outcome:
+        """End the job of a run that failed. What was sent may run: then the slot is kept, till the next start looks."""
+        sent = self._phase is not Phase.BEFORE
+        if not self._settling.ended:
+            await self._settling.finish(_INTERNAL, Stop.FAILED if sent else None, keep_slot=sent)
+        return Outcome.OVER
 
     # What others want of the run.
 
@@ -294,7 +308,7 @@ class Run:
                 try:
                     if (outcome := await self._look_up(talk, host)) is not None:
                         return outcome
-                    if self._recording.full:
+                    if self._recording.full and self._terms is None:  # of a kept call the host sends no more by itself
                         await self._waiting.wait(self._recording.stored())
                         self._limits.heard()
                         continue
@@ -316,6 +330,8 @@ class Run:
                         return await self._broken(_not_of_the_protocol(host, error), host)
                     if (outcome := await self._hear(message, talk, host)) is not None:
                         return outcome
+                if self._recording.refused:
+                    self._on_stored(self._recording.count)
         finally:
             self._talk = None
             talk.abort()

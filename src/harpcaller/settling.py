@@ -6,16 +6,21 @@ only the stop left to settle.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
+from harp.protocol.daemon import Receipt
 from harp.protocol.ends import End, Failed, Raised
-from harp.protocol.jsontext import Raw, dumps, loads
+from harp.protocol.jsontext import Raw, dumps
 from harpcaller.jobs import NO_FACTS, Facts, Job, Stop, state_of
 from harpcaller.recording import persist
+from harpcaller.store import StorageError
 from harpcaller.surroundings import Surroundings
 
 __all__ = ["Settling"]
+
+log = logging.getLogger(__name__)
 
 #: Characters of an end's message that are logged.
 _LOGGED_MESSAGE = 500
@@ -45,7 +50,7 @@ class Settling:
     @property
     def survives(self) -> bool:
         """Whether the receipt says that something of the call survives."""
-        return self.receipt is not None and bool(loads(self.receipt).get("survivors"))
+        return self.receipt is not None and bool(Receipt(self.receipt).survivors)
 
     async def finish(
         self, end: End, stop: Stop | None = None, keep_slot: bool = False, facts: Facts = NO_FACTS
@@ -78,12 +83,11 @@ class Settling:
         around.news.end(self._id)
 
     async def note(self, facts: Facts) -> None:
-        """Store facts, whatever the job's state."""
-
-        async def note() -> bool:
-            return await self._around.store.note_facts(self._id, facts)
-
-        await persist(self._around.trouble, self._id, note)
+        """Store facts, whatever the job's state, if the store can just now: nobody waits for them."""
+        try:
+            await self._around.store.note_facts(self._id, facts)
+        except StorageError as error:
+            log.warning("facts of a job can't be stored", extra={"job": self._id, "error": str(error)})
 
     async def facts(self) -> Facts:
         """What is stored beside the end."""

@@ -11,7 +11,7 @@ import logging
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from harp.protocol.daemon import Acknowledgement, Attach, Done, Evidence, Receipt, StopCall
+from harp.protocol.daemon import Acknowledgement, Attach, Done, Evidence, Receipt, Record, StopCall, Stored
 from harp.protocol.ends import End, Failed
 from harp.protocol.fields import ProtocolError
 from harp.protocol.jsontext import Raw, loads
@@ -92,6 +92,7 @@ async def _finish_off(talk: Conversation, host: Host, call: str, since: int, aro
     owner, secret = around.identity.owner_at(host.hostname), around.identity.secret(call)
     talk.ask(Attach(call, owner, secret, since, host.user, host.password))
     acknowledged = False
+    number = since
     receipt: Raw | None = None
     evidence: Raw | None = None
     while (lines := await talk.read()) is not None:
@@ -102,6 +103,9 @@ async def _finish_off(talk: Conversation, host: Host, call: str, since: int, aro
                     if terms is not None:
                         talk.keep_contact(terms.elapsed, terms.keep_running)
                     talk.say(StopCall("unwanted"))
+                case Record():
+                    number += 1  # wanted no more, which is as good as stored
+                    talk.say(Stored(number))
                 case Receipt(found):
                     receipt = Raw(found)
                 case Evidence(found):

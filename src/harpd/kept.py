@@ -5,6 +5,9 @@ and drops them here by saying how far it has stored them. The end is told once t
 what was to be stopped is gone (or survives, which the receipt says): evidence, then the closing line. So a closing
 line means that nothing of the call runs any more. The dispatcher says ``done`` when it has stored that.
 
+No more is sent ahead of what is acknowledged than a window: so a dispatcher whose store is slow need not stop reading,
+and hears what else there is to hear.
+
 Contact is proven by the dispatcher's ``alive``: it says the time of ours that it has heard last, so up to then it has
 heard us, and can't have given us up as lost for longer than since then. Nothing else counts: an open connection proves
 nothing, and what it said may have been long on its way. A running call without contact for `keep_running` seconds is
@@ -46,6 +49,8 @@ __all__ = ["Claim", "Kept", "Terms"]
 
 log = logging.getLogger("harpd.warden")
 
+#: Bytes of records that are sent ahead of what the dispatcher has stored; one record may be longer.
+_WINDOW = 1024 * 1024
 #: The most bytes of a line of the dispatcher's after its request.
 _LONGEST_ORDER = 4096
 
@@ -112,6 +117,7 @@ class Kept:
         self._reader: Attachment | None = None
         self._lines = LineBuffer(_LONGEST_ORDER)
         self._next = 0
+        self._ahead = 0  # bytes that were sent on this connection and are not acknowledged
         self._told_end = self._told_last = False
         self._started: float | None = None
         self._refusal: Failed | None = None
@@ -195,6 +201,7 @@ class Kept:
             self._reader.close()
         self._lines = LineBuffer(_LONGEST_ORDER)
         self._next = since
+        self._ahead = 0
         self._told_end = self._told_last = False
         # The callbacks know their own connection: one that was superseded says nothing any more.
         reader: Attachment
@@ -259,8 +266,9 @@ class Kept:
         reader = self._reader
         if reader is None or self._started is None:
             return
-        while reader.has_room and (piece := self._spool.piece(self._next)) is not None:
+        while reader.has_room and self._ahead < _WINDOW and (piece := self._spool.piece(self._next)) is not None:
             self._next = piece.first + piece.count
+            self._ahead += len(piece.lines)
             reader.send(encode_message(RecordsAt(piece.at)) + piece.lines)
         if self._next < self._spool.end or self._closing is None:
             return
@@ -286,8 +294,11 @@ class Kept:
             case Stored(count):
                 if count > self._spool.end:
                     raise ProtocolError(f"stored: {count} records, of {self._spool.end}")
-                self._memory.give_back(self._spool.acknowledge(count))
+                stored = self._spool.acknowledge(count)
+                self._memory.give_back(stored)
+                self._ahead = 0 if count >= self._next else max(0, self._ahead - stored)
                 self._resume()
+                self._pump()
             case Alive(at):
                 if at > self._elapsed():
                     raise ProtocolError("alive: a time that has not come yet")

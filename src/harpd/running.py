@@ -41,6 +41,8 @@ __all__ = ["Audience", "RunningCall", "Stop", "Surroundings"]
 log = logging.getLogger("harpd.warden")
 
 _READ_SIZE = 1 << 16
+#: How often what a call has said is read before it is stopped: as much as its channel holds.
+_LAST_READS = 16
 #: Descriptors that no call may take, and their most as a share: stopping the others needs some, so do controls.
 _RESERVED, _RESERVED_SHARE = 64, 8
 
@@ -233,6 +235,8 @@ class RunningCall:
             reason: the caller's word for it.
             by: who asked the caller.
         """
+        if self._stopped is None and not self._said_end:
+            self._read_call(_LAST_READS, waiting=False)  # what it has said before the stop counts
         if self._stopped is not None or self._said_end:
             return
         self._stopped = why
@@ -346,10 +350,13 @@ class RunningCall:
             self._read_call(1)
         self._watch()
 
-    def _read_call(self, most: int | None = None) -> None:
-        """Read what the process has written; `most` times, or to the end of what is there."""
+    def _read_call(self, most: int | None = None, waiting: bool = True) -> None:
+        """Read what the process has written; `most` times, or to the end of what is there.
+
+        `waiting`: not while the audience is full.
+        """
         while most != 0 and self._channel.fileno() >= 0:
-            if most is not None and not self._decided and self._audience.full:
+            if most is not None and waiting and not self._decided and self._audience.full:
                 return
             try:
                 data = self._channel.recv(_READ_SIZE)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 import os
 import shutil
 import signal
@@ -17,7 +19,10 @@ import psutil
 import pytest
 
 import harp
-from support.deadline import wait_until
+from harp.protocol.ends import Returned
+from harpcaller.store.sqlite import open_store
+from support.deadline import eventually, wait_until
+from support.dispatcher import Switched, call, running, until
 from support.harpcallerd import Harpcallerd
 from support.harpd import Harpd, is_dead
 from support.system import System
@@ -44,6 +49,17 @@ def count(most, pause):
         yield number
         time.sleep(pause)
     yield Result(most)
+
+@streaming_procedure
+def flood(path):
+    # Long records as fast as they go, until the file is there; slower once there are some megabytes.
+    number = 0
+    while not os.path.exists(path):
+        yield [number, "x" * 1000]
+        number += 1
+        if number > 5000:
+            time.sleep(0.02)
+    yield Result(number)
 
 @procedure
 def wait_for(path, value):
@@ -110,17 +126,17 @@ class Follower:
 def test_a_stream_goes_on_through_ten_kills(tmp_path: Path) -> None:
     """The dispatcher and the gate are killed five times each; two followers have every record once and in order."""
     done = tmp_path / "done"
-    with system(tmp_path) as running:
-        job = running.rpc.web01.tick(str(done), 0.05)
+    with system(tmp_path) as whole:
+        job = whole.rpc.web01.tick(str(done), 0.05)
         followers = [
             Follower(lambda: job.follow(since=0, numbered=True)),
-            Follower(lambda: running.rpc.job(job.id()).follow(since=0, timed=True)),
+            Follower(lambda: whole.rpc.job(job.id()).follow(since=0, timed=True)),
         ]
-        waiting = Follower(lambda: iter([running.rpc.job(job.id()).get()]))
+        waiting = Follower(lambda: iter([whole.rpc.job(job.id()).get()]))
         for follower in followers:
             follower.reach(1)
         for _ in range(5):
-            for kill in (partial(running.dispatcher.restart, kill=True), partial(again, running.harpd)):
+            for kill in (partial(whole.dispatcher.restart, kill=True), partial(again, whole.harpd)):
                 reached = [len(follower.records) for follower in followers]
                 kill()
                 for follower, count in zip(followers, reached, strict=True):
@@ -133,7 +149,7 @@ def test_a_stream_goes_on_through_ten_kills(tmp_path: Path) -> None:
         assert [(number, value) for number, _, value in timed] == numbered
         times = [moment for _, moment, _ in timed]
         assert times == sorted(times)
-        assert list(running.rpc.job(job.id()).stream()) == list(range(result))
+        assert list(whole.rpc.job(job.id()).stream()) == list(range(result))
         details = job.details()
         assert (details["state"], details["records"]["count"]) == ("returned", result)
         assert details["evidence"]["by"] == "itself"
@@ -149,8 +165,8 @@ def test_a_stop_is_proven_through_the_whole_chain(tmp_path: Path) -> None:
     """It ignores TERM, forks, changes its session and never writes: all of it is gone, and the receipt says so."""
     pids = tmp_path / "pids"
     pids.touch()
-    with system(tmp_path) as running:
-        job = running.rpc.web01.resist(str(pids))
+    with system(tmp_path) as whole:
+        job = whole.rpc.web01.resist(str(pids))
         wait_until(lambda: len(pids.read_text().split()) == 5, DEADLINE, "five processes")
         begun = time.monotonic()
         assert job.cancel(wait=True)
@@ -168,17 +184,17 @@ def test_a_stop_is_proven_through_the_whole_chain(tmp_path: Path) -> None:
 
 
 def test_a_cancel_while_the_host_is_cut_off(tmp_path: Path) -> None:
-    with system(tmp_path) as running:
-        host = running.rpc.host("web01", queue={"q": 1})
+    with system(tmp_path) as whole:
+        host = whole.rpc.host("web01", queue={"q": 1})
         job = host.wait_for(str(tmp_path / "never"), 1)
         second = host.count(1, 0)
         wait_until(lambda: (job.details()["call"] or {}).get("warden"), DEADLINE, "the call")
         assert "is full (1 of 1: " + job.id() in second.why()
-        warden = psutil.Process(running.harpd.warden)
+        warden = psutil.Process(whole.harpd.warden)
         call = next(
             process for process in warden.children(recursive=True) if process.children() == [] and process != warden
         )
-        running.harpd.kill()
+        whole.harpd.kill()
         assert job.cancel() is True
         assert job.result() is harp.CALL_CANCELLED
         wait_until(lambda: job.details()["call"]["unreachable"], DEADLINE, "the loss of contact")
@@ -187,7 +203,7 @@ def test_a_cancel_while_the_host_is_cut_off(tmp_path: Path) -> None:
         assert "unreachable since" in job.why()
         assert call.is_running()
         assert second.details()["state"] == "queued"
-        running.harpd.start_gate()
+        whole.harpd.start_gate()
         assert job.cancel(wait=True) is False  # it had ended; the stop is settled now
         details = job.details()
         assert (details["stop"], details["holds_slot"]) == ("confirmed", False)
@@ -196,13 +212,13 @@ def test_a_cancel_while_the_host_is_cut_off(tmp_path: Path) -> None:
 
 
 def test_a_host_that_stays_away_is_given_up_and_has_ended_the_call_itself(tmp_path: Path) -> None:
-    with system(tmp_path, keep_running=1.0, host_lost_after=11.0) as running:
-        host = running.rpc.host("web01", queue={"q": 1})
+    with system(tmp_path, keep_running=1.0, host_lost_after=11.0) as whole:
+        host = whole.rpc.host("web01", queue={"q": 1})
         job = host.wait_for(str(tmp_path / "never"), 1)
         second = host.wait_for(str(tmp_path / "never"), 2)
         wait_until(lambda: (job.details()["call"] or {}).get("warden"), DEADLINE, "the call")
-        running.harpd.kill()
-        wait_until(lambda: running.harpd.statuses()[0]["calls"] == 0, DEADLINE, "the end of the call by itself")
+        whole.harpd.kill()
+        wait_until(lambda: whole.harpd.statuses()[0]["calls"] == 0, DEADLINE, "the end of the call by itself")
         assert job.result() is harp.CALL_NOT_FINISHED
         error = job.result(wait=True)
         assert isinstance(error, harp.RemoteError)
@@ -211,9 +227,9 @@ def test_a_host_that_stays_away_is_given_up_and_has_ended_the_call_itself(tmp_pa
         assert error.data["attempts"] > 1
         assert job.details()["stop"] == "failed"
         assert isinstance(second.result(wait=True), harp.RemoteError)  # its slot came free; nobody is there
-        running.harpd.start_gate()
-        assert running.rpc.web01.count(1, 0).get() == 1
-        wait_until(lambda: running.harpd.statuses()[0]["held"] == 0, DEADLINE, "the unwanted call forgotten")
+        whole.harpd.start_gate()
+        assert whole.rpc.web01.count(1, 0).get() == 1
+        wait_until(lambda: whole.harpd.statuses()[0]["held"] == 0, DEADLINE, "the unwanted call forgotten")
         assert job.details()["evidence"]["by"] == "lost_contact"  # what it had to say is kept, its end stands
         assert job.result().type == "host_lost"
 
@@ -235,17 +251,17 @@ def newer(directory: Path) -> Path:
 
 def test_the_dispatcher_is_upgraded_under_a_hundred_calls(tmp_path: Path) -> None:
     done = tmp_path / "done"
-    with system(tmp_path) as running:
-        plain = [running.rpc.web01.wait_for(str(done), number) for number in range(50)]
-        streaming = [running.rpc.web01.tick(str(done), 0.1) for _ in range(50)]
+    with system(tmp_path) as whole:
+        plain = [whole.rpc.web01.wait_for(str(done), number) for number in range(50)]
+        streaming = [whole.rpc.web01.tick(str(done), 0.1) for _ in range(50)]
         for job in streaming:
             wait_for_records(job, 1)
-        wait_until(lambda: running.harpd.status()["calls"] == 100, DEADLINE, "a hundred calls")
+        wait_until(lambda: whole.harpd.status()["calls"] == 100, DEADLINE, "a hundred calls")
         followers = [Follower(partial(job.follow, since=0)) for job in streaming[:10]]
-        assert running.dispatcher.stop(signal.SIGTERM) == 0
-        running.dispatcher.code = newer(tmp_path)
-        running.dispatcher.start()
-        assert running.harpd.status()["calls"] == 100
+        assert whole.dispatcher.stop(signal.SIGTERM) == 0
+        whole.dispatcher.code = newer(tmp_path)
+        whole.dispatcher.start()
+        assert whole.harpd.status()["calls"] == 100
         before = [job.details()["records"]["count"] for job in streaming]
         for job, count in zip(streaming, before, strict=True):
             wait_for_records(job, count + 1)
@@ -255,23 +271,23 @@ def test_the_dispatcher_is_upgraded_under_a_hundred_calls(tmp_path: Path) -> Non
             assert list(job.stream()) == list(range(job.get()))
         for follower, job in zip(followers, streaming[:10], strict=True):
             assert follower.end() == list(range(job.get()))
-        version = running.dispatcher.store_directory / "harpcaller.sqlite"
+        version = whole.dispatcher.store_directory / "harpcaller.sqlite"
         assert version.exists()
 
 
 def test_harpd_is_upgraded_under_running_calls(tmp_path: Path) -> None:
     """The calls' service is started anew: a new warden takes new calls, the old one keeps its own to their end."""
     done = tmp_path / "done"
-    with system(tmp_path) as running:
-        job = running.rpc.web01.tick(str(done), 0.05)
+    with system(tmp_path) as whole:
+        job = whole.rpc.web01.tick(str(done), 0.05)
         follower = Follower(lambda: job.follow(since=0))
         follower.reach(5)
-        old = running.harpd.warden
-        running.harpd.end_calls(signal.SIGUSR1)
-        running.harpd.start_calls()
-        assert running.harpd.warden != old
-        again(running.harpd)
-        assert running.rpc.web01.count(3, 0).get() == 3
+        old = whole.harpd.warden
+        whole.harpd.end_calls(signal.SIGUSR1)
+        whole.harpd.start_calls()
+        assert whole.harpd.warden != old
+        again(whole.harpd)
+        assert whole.rpc.web01.count(3, 0).get() == 3
         follower.reach(len(follower.records) + 5)
         done.touch()
         assert follower.end() == list(range(job.get()))
@@ -279,13 +295,13 @@ def test_harpd_is_upgraded_under_running_calls(tmp_path: Path) -> None:
 
 
 def test_a_job_whose_call_its_host_does_not_know_is_missing_its_result(tmp_path: Path) -> None:
-    with system(tmp_path) as running:
-        job = running.rpc.web01.wait_for(str(tmp_path / "never"), 1)
+    with system(tmp_path) as whole:
+        job = whole.rpc.web01.wait_for(str(tmp_path / "never"), 1)
         wait_until(lambda: (job.details()["call"] or {}).get("warden"), DEADLINE, "the call")
-        running.dispatcher.kill()
-        running.harpd.stop()  # all calls end with it; nobody is there to be told
-        running.harpd.start()
-        running.dispatcher.start()
+        whole.dispatcher.kill()
+        whole.harpd.stop()  # all calls end with it; nobody is there to be told
+        whole.harpd.start()
+        whole.dispatcher.start()
         error = job.result(wait=True)
         assert isinstance(error, harp.RemoteError)
         assert error.type == "missing_result"
@@ -295,14 +311,45 @@ def test_a_job_whose_call_its_host_does_not_know_is_missing_its_result(tmp_path:
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_an_end_that_came_while_the_dispatcher_was_away_is_fetched(tmp_path: Path, number: signal.Signals) -> None:
     done = tmp_path / "done"
-    with system(tmp_path) as running:
-        job = running.rpc.web01.wait_for(str(done), {"k": [1]})
+    with system(tmp_path) as whole:
+        job = whole.rpc.web01.wait_for(str(done), {"k": [1]})
         wait_until(lambda: (job.details()["call"] or {}).get("warden"), DEADLINE, "the call")
-        os.kill(running.dispatcher.pid, number)
-        running.dispatcher.wait()
+        os.kill(whole.dispatcher.pid, number)
+        whole.dispatcher.wait()
         done.touch()
-        wait_until(lambda: running.harpd.status()["calls"] == 0, DEADLINE, "the end of the call")
-        assert running.harpd.status()["held"] == 1
-        running.dispatcher.start()
+        wait_until(lambda: whole.harpd.status()["calls"] == 0, DEADLINE, "the end of the call")
+        assert whole.harpd.status()["held"] == 1
+        whole.dispatcher.start()
         assert job.get() == {"k": [1]}
-        wait_until(lambda: running.harpd.status()["held"] == 0, DEADLINE, "the call forgotten")
+        wait_until(lambda: whole.harpd.status()["held"] == 0, DEADLINE, "the call forgotten")
+
+
+async def test_calls_go_on_while_the_store_takes_nothing(tmp_path: Path) -> None:
+    """A full disk for longer than a call may run without contact: the host is heard all the same, and waits."""
+    done = tmp_path / "done"
+    real = await open_store(tmp_path / "store")
+    store = Switched(real, "append_records", "finish_job", "settle_stop", "note_facts")
+    with Harpd(tmp_path / "harpd", PROCEDURES) as harpd:
+        credentials = {"user": harpd.user, "password": harpd.password}
+        host = {"hostname": "web01", "address": "127.0.0.1", "port": harpd.port, "credentials": credentials}
+        settings: dict[str, Any] = {"kept_calls": True, "keep_running": 1.0, "host_lost_after": 11.0}
+        async with running(tmp_path, json.dumps(host) + "\n", store=store, **settings) as dispatcher:
+            flood = await dispatcher.submit(call("flood", arguments=[str(done)]), "test")
+            quiet = await dispatcher.submit(call("wait_for", arguments=[str(done), 5]), "test")
+            await until(dispatcher, flood, lambda job: job.records > 0, "the first record")
+            store.off = True
+            began = time.monotonic()
+            while time.monotonic() - began < 4.0:
+                await asyncio.sleep(0.1)
+                assert harpd.status()["calls"] == 2
+            done.touch()
+            await eventually(lambda: harpd.status()["calls"] == 0, what="the end of the calls")
+            store.off = False
+            end = await dispatcher.result(flood, wait=True)
+            assert isinstance(end, Returned), end
+            count = int(end.result)
+            assert (await dispatcher.job(flood)).records == count
+            numbers = [number async for item in dispatcher.read(flood) if isinstance(item, list) for number in item]
+            assert [int(json.loads(packet.data)[0]) for packet in numbers] == list(range(count))
+            assert await dispatcher.result(quiet, wait=True) == Returned(b"5")
+    await real.close()

@@ -35,6 +35,7 @@ class History:
         killed: calls' processes that were killed.
         wardens: when a warden of a host was killed.
         shutdowns: when all calls of a host were told to end.
+        gates: when the gate of a host was told to end.
         outages: which fault struck from when to when; those that were over at once are among them.
     """
 
@@ -43,6 +44,7 @@ class History:
     killed: set[Identity] = field(default_factory=set)
     wardens: list[tuple[str, float]] = field(default_factory=list)
     shutdowns: list[tuple[str, float]] = field(default_factory=list)
+    gates: list[tuple[str, float]] = field(default_factory=list)
     outages: list[tuple[Fault, float, float]] = field(default_factory=list)
 
     def between(self, since: float, to: float, host: str) -> list[tuple[Fault, float, float]]:
@@ -119,6 +121,7 @@ class Injector:
             case Kind.KILL_GATE:
                 return await _end(host.gate, signal.SIGKILL, fault)
             case Kind.RESTART_GATE:
+                self.history.gates.append((host.name, now()))
                 return await _end(host.gate, signal.SIGTERM, fault)
             case Kind.HALT_GATE:
                 return await _halt(host.gate, fault)

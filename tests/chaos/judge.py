@@ -100,6 +100,8 @@ class Judge:
             case "call_died":
                 fits = order.procedure == "die" or self._killed(entry, truth)
                 return None if fits else "nobody killed it"
+            case "shutdown" if not truth.starts and self._struck(entry, self._history.gates):
+                return None  # it was refused by a gate that was about to end
             case "shutdown":
                 return None if self._struck(entry, self._history.shutdowns) else "its host was not told to end calls"
             case "lost_contact":

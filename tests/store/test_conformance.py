@@ -148,7 +148,7 @@ async def test_cancel(store: Store, state: State, held: bool) -> None:
         assert after.started == before.started
         ran = state is State.RUNNING
         assert (after.holds_slot, after.stop) == (ran, Stop.PENDING if ran else None)
-        assert await facts_of(store, job_id) == (Facts(stopped=STOPPED) if ran else NO_FACTS)
+        assert await facts_of(store, job_id) == Facts(stopped=STOPPED)
     else:
         assert await store.cancel_job(job_id, 9.0, STOPPED) is None
         assert await store.get_job(job_id) == before
@@ -166,7 +166,7 @@ async def test_cancel_queue(store: Store, state: State, held: bool) -> None:
         assert (after.state, after.ended) == (State.CANCELLED, 9.0)
         ran = state is State.RUNNING
         assert (after.holds_slot, after.stop) == (ran, Stop.PENDING if ran else None)
-        assert await facts_of(store, job_id) == (Facts(stopped=STOPPED) if ran else NO_FACTS)
+        assert await facts_of(store, job_id) == Facts(stopped=STOPPED)
     else:
         assert cancelled == []
         assert after == before

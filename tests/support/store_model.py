@@ -112,10 +112,11 @@ class ModelStore:
         if job_id not in self.jobs or self.get_job(job_id).state in ENDED:
             return None
         state = self.get_job(job_id).state
+        facts = Facts(stopped=stopped)
         if state is State.RUNNING:
-            self.finish_job(job_id, Cancelled(), now, stop=Stop.PENDING, keep_slot=True, facts=Facts(stopped=stopped))
+            self.finish_job(job_id, Cancelled(), now, stop=Stop.PENDING, keep_slot=True, facts=facts)
         else:
-            self.finish_job(job_id, Cancelled(), now)
+            self.finish_job(job_id, Cancelled(), now, facts=facts)
         return state
 
     def cancel_queue(self, queue: Raw, now: float, stopped: Raw | None = None) -> list[tuple[str, State]]:

@@ -17,7 +17,7 @@ from typing import Any, TypeAlias
 
 from harp.protocol.ends import Cancelled, Failed, Raised, Returned, decode_end, encode_end
 from harp.protocol.fields import ProtocolError, check, is_container, is_count, opened, string, value, within
-from harp.protocol.jsontext import Envelope, Members, Opener, Payload, dumps, open_decoded
+from harp.protocol.jsontext import Envelope, InvalidJSON, Members, Opener, Payload, Raw, dumps, loads, open_decoded
 from harp.protocol.kept import (
     LONGEST_ORDER,
     Alive,
@@ -69,6 +69,9 @@ __all__ = [
 VERSION = 1
 
 _NO_PROCEDURE = "-"
+
+#: The most bytes of a receipt or of evidence.
+_LONGEST_REPORT = 1024 * 1024
 
 
 # Requests.
@@ -231,7 +234,15 @@ class Receipt:
     receipt: Payload
 
     def __post_init__(self) -> None:
-        check(is_container(self.receipt, (dict,)), "receipt: expected an object")
+        _check_report("receipt", self.receipt)
+        found = _held(self.receipt).get("survivors", [])
+        known = isinstance(found, list) and all(isinstance(one, dict) and is_count(one.get("pid")) for one in found)
+        check(known, "receipt.survivors: expected an array of objects with a pid")
+
+    @property
+    def survivors(self) -> list[int]:
+        """The pids of the processes that survive."""
+        return [int(one["pid"]) for one in _held(self.receipt).get("survivors", [])]
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,7 +252,22 @@ class Evidence:
     evidence: Payload
 
     def __post_init__(self) -> None:
-        check(is_container(self.evidence, (dict,)), "evidence: expected an object")
+        _check_report("evidence", self.evidence)
+
+
+def _check_report(key: str, report: Payload) -> None:
+    check(is_container(report, (dict,)), f"{key}: expected an object")
+    longest = isinstance(report, Raw) and len(report) > _LONGEST_REPORT
+    check(not longest, f"{key}: expected at most {_LONGEST_REPORT} bytes")
+
+
+def _held(report: Payload) -> Mapping[str, Any]:
+    """A receipt's value. Raises `ProtocolError`."""
+    try:
+        found: Mapping[str, Any] = loads(report) if isinstance(report, Raw) else report
+    except InvalidJSON as error:
+        raise ProtocolError(f"receipt: {error}") from error
+    return found
 
 
 @dataclass(frozen=True, slots=True)

@@ -85,7 +85,7 @@ class Store(Protocol):
     async def cancel_job(self, job_id: str, now: float, stopped: Raw | None = None) -> State | None:
         """Store the end `Cancelled`; return the state before, None when the job had ended or is not known.
 
-        A job that was running keeps its slot, its stop is pending then, and `stopped` is stored as that fact.
+        `stopped` is stored as that fact. A job that was running keeps its slot, and its stop is pending then.
         """
 
     async def cancel_queue(self, queue: Raw, now: float, stopped: Raw | None = None) -> list[tuple[str, State]]:

@@ -191,9 +191,9 @@ def cancel_queue(db: sqlite3.Connection, queue: Raw, now: float, stopped: Raw | 
 def _cancel(db: sqlite3.Connection, place: int, state: State, now: float, stopped: Raw | None) -> None:
     if state is State.RUNNING:
         _end_job(db, place, Cancelled(), now, stop=Stop.PENDING, keep_slot=True)
-        _note_facts(db, place, Facts(stopped=stopped))
     else:
         _end_job(db, place, Cancelled(), now, stop=None, keep_slot=False)
+    _note_facts(db, place, Facts(stopped=stopped))
 
 
 def settle_stop(db: sqlite3.Connection, job_id: str, stop: Stop, *, keep_slot: bool, facts: Facts) -> bool:
