@@ -109,8 +109,12 @@ class Conversation:
     def standing(self) -> str:
         """Where the exchange stands, for messages."""
         assert self._exchange is not None
-        cut = " in the middle of a line" if self._lines.pending else ""
-        return f"{self._exchange.phase.value}{cut}"
+        return self._exchange.phase.value
+
+    @property
+    def where(self) -> str:
+        """Where the exchange stands, for a message that says that it broke off there."""
+        return "in the middle of a line" if self._lines.pending else f"while {self.standing}"
 
     def close(self) -> None:
         """Close; what was said last still goes out."""

@@ -320,7 +320,7 @@ class Run:
                 except OSError as error:
                     return await self._broken(failed(error, host, talk.standing), host)
                 if lines is None:
-                    closed = Failed("network_error", f"{named(host)}: it closed the connection {_while(talk)}")
+                    closed = Failed("network_error", f"{named(host)}: it closed the connection {talk.where}")
                     return await self._broken(closed, host)
                 for line in lines:
                     self._limits.heard()
@@ -596,7 +596,3 @@ class Run:
 
 def _not_of_the_protocol(host: Host, error: Exception) -> Failed:
     return Failed("protocol_error", f"{named(host)}: what it sent is not of the protocol: {error}")
-
-
-def _while(talk: Conversation) -> str:
-    return f"while {talk.standing}" if "middle" not in talk.standing else "in the middle of a line"

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import socket
+import time
 
 from harp.protocol.daemon import Message, encode_message
 from harp.protocol.ends import Failed
@@ -47,6 +48,8 @@ class Client:
         self._socket = accepted
         self._context = generation.context
         self._limits = generation.configuration.limits
+        #: When it arrived, in seconds since the system's start.
+        self.begun = time.clock_gettime(time.CLOCK_BOOTTIME)
         self._reader = asyncio.StreamReader(limit=_CHUNK)
         self._writer: asyncio.StreamWriter
 

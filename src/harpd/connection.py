@@ -172,7 +172,7 @@ class Connection:
                 call = str(uuid.uuid4()) if terms is None else terms.id
                 procedure = request.procedure[:_NAME_SHOWN]
                 log.info("call accepted", extra={"call": call, "procedure": procedure, **about})
-                line = _start_line(call, request, self._peer)
+                line = _start_line(call, request, self._peer, self._client.begun)
                 if terms is None:
                     return await TiedCall.begin(self._around(call), self._wardens, line)
                 return await KeptCall.begin(self._around(call), self._wardens, line, orders)
@@ -235,14 +235,14 @@ class Connection:
         return answer is True
 
 
-def _start_line(call: str, request: Request, peer: str) -> bytes:
-    """The line that asks a warden to start a call. Spec: harpd.warden."""
+def _start_line(call: str, request: Request, peer: str, begun: float) -> bytes:
+    """The line that asks a warden to start a call; `begun`: when its connection arrived. Spec: harpd.warden."""
     members = Envelope(call=call, procedure=request.procedure, arguments=request.arguments)
     members |= {"user": request.user, "peer": peer}
     if request.call is not None:
         terms = encode_terms(request.call)
         del terms["id"]
-        members["kept"] = terms
+        members["kept"] = {**terms, "begun": begun}
     return dumps(members) + b"\n"
 
 

@@ -3,7 +3,7 @@
 A dispatcher proves a call to be its own by its owner id and by the call's secret; of the secret only a digest is
 kept. What is not its own looks to it as if it were not there. The answer "not here" is a promise: the id is barred from
 then on, so that a start of it that is still on its way finds the door closed. Ids that were used are barred as well.
-They are barred for longer than any request can be on its way.
+They are barred for longer than a start may be on its way: one whose connection is older is refused.
 
 Spec: docs/protocol.md, Kept calls.
 """
@@ -30,8 +30,10 @@ __all__ = ["HeldCalls"]
 
 log = logging.getLogger("harpd.warden")
 
-#: Seconds for which an id is barred.
-_BARRED = 3600.0
+#: Seconds for which an id is barred, and that a start may have been on its way.
+_BARRED, _OLDEST_START = 3600.0, 1800.0
+#: How many ended calls are held for each that may run, before no new one is kept.
+_HELD_SHARE = 20
 #: So many barred ids are never worth a cleaning.
 _MANY = 1000
 
@@ -83,6 +85,10 @@ class HeldCalls:
         """Keep a new call, or say why not. It has nobody attached yet."""
         if string(asked, "warden") != self._warden:
             return self.other_warden()
+        if self._loop.now() - float(value(asked, "begun")) > _OLDEST_START:
+            return Failed("call_refused", "the start was too long on its way; it did not happen")
+        if self._memory.exhausted or len(self._calls) >= _HELD_SHARE * self._settings["calls"]:
+            return Failed("too_many_calls", "the calls whose ends nobody has fetched hold as much as they may")
         owner = string(asked, "owner")
         if call_id in self._calls or (owner, call_id) in self._barred:
             return Failed("call_refused", "a call of this id was started, or given up, before")

@@ -119,6 +119,7 @@ class Kept:
         self._next = 0
         self._ahead = 0  # bytes that were sent on this connection and are not acknowledged
         self._told_end = self._told_last = False
+        self._owes_answer = False
         self._started: float | None = None
         self._refusal: Failed | None = None
         self._end: bytes | None = None
@@ -175,6 +176,7 @@ class Kept:
         assert self._end is not None
         said = b"" if receipt is None else encode_message(Receipt(receipt))
         self._closing = said + encode_message(Evidence(evidence)) + self._end
+        self._memory.take(len(self._closing))
         self._end = None
         self._ended = self._loop.now()
         self._arm(self.terms.linger)
@@ -202,7 +204,7 @@ class Kept:
         self._lines = LineBuffer(_LONGEST_ORDER)
         self._next = since
         self._ahead = 0
-        self._told_end = self._told_last = False
+        self._told_end = self._told_last = self._owes_answer = False
         # The callbacks know their own connection: one that was superseded says nothing any more.
         reader: Attachment
         reader = self._reader = Attachment(
@@ -266,6 +268,9 @@ class Kept:
         reader = self._reader
         if reader is None or self._started is None:
             return
+        if self._owes_answer and reader.has_room:  # one for all that were asked for since
+            self._owes_answer = False
+            reader.send(encode_message(Alive(self._elapsed())))
         while reader.has_room and self._ahead < _WINDOW and (piece := self._spool.piece(self._next)) is not None:
             self._next = piece.first + piece.count
             self._ahead += len(piece.lines)
@@ -303,7 +308,8 @@ class Kept:
                 if at > self._elapsed():
                     raise ProtocolError("alive: a time that has not come yet")
                 self._contact = max(self._contact, (self._started or 0) + at)
-                reader.send(encode_message(Alive(self._elapsed())))
+                self._owes_answer = True
+                self._pump()
             case StopCall(why, by):
                 self._stop(Stop.CANCELLED, why, by)
             case Done():
@@ -376,7 +382,7 @@ class Kept:
         self._cancel_limits()
         if self._timer is not None:
             self._timer.cancel()
-        self._memory.give_back(self._spool.size)
+        self._memory.give_back(self._spool.size + (0 if self._closing is None or self._buried else len(self._closing)))
         if self._reader is not None:
             self._reader.finish(lambda: None)
             self._reader = None

@@ -102,6 +102,11 @@ class SpoolMemory:
         self._held = 0
         self._waiting: dict[object, Callable[[], None]] = {}
 
+    @property
+    def exhausted(self) -> bool:
+        """Whether so much is held, shares and ends too, that nobody else should begin."""
+        return self._held > 2 * self.limit
+
     def take(self, size: int) -> None:
         """Count bytes that are kept."""
         self._held += size

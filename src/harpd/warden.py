@@ -12,7 +12,7 @@ calls; the old one retires with its last call; a file that can't be loaded chang
 The gate makes one connection per call, JSON lines. The first line says what is wanted:
 
     {"call": ID, "procedure": NAME, "arguments": ..., "user": NAME, "peer": ADDRESS}    a tied call, see `harpd.tied`
-    ... with "kept": {owner, secret, warden, keep_running, linger, timeout, max_exec_time}     a kept one, `harpd.kept`
+    ... with "kept": {owner, secret, warden, keep_running, linger, timeout, max_exec_time, begun}       a kept one
     {"attach": ID, "owner": ..., "secret": ..., "since": NUMBER, "user": NAME, "peer": ADDRESS}    to a kept one again
     {"calls": OWNER}                                                                               which there are
 

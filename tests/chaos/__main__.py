@@ -70,7 +70,8 @@ def main() -> int:
 
 def _run(plan: Plan) -> int:
     """The exit status of a run."""
-    signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))
+    for number in (signal.SIGINT, signal.SIGTERM):  # in the background a shell has it ignore the first
+        signal.signal(number, signal.default_int_handler)
     run: Run | None = None
 
     async def whole() -> None:

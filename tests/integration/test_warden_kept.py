@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import tempfile
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -226,6 +227,34 @@ def test_a_start_that_names_another_warden_is_refused(warden: Warden) -> None:
     with warden.keep("echo", 1, warden="another") as call:
         (line,) = call.lines()
         assert (error_of(line), line["error"]["data"]["warden"]) == ("other_warden", warden.status()["incarnation"])
+
+
+def test_a_start_that_was_long_on_its_way_does_not_happen(warden: Warden) -> None:
+    """It would come after the ids are forgotten that were said never to start."""
+    with warden.keep("echo", 1, begun=time.clock_gettime(time.CLOCK_BOOTTIME) - 1900) as call:
+        assert refused(call) == "call_refused"
+        assert call.id not in warden.held()
+
+
+def test_who_fetches_nothing_gets_no_more_calls(tmp_path: Path) -> None:
+    with Warden(tmp_path, PROCEDURES, calls=1, spool_memory=10_000) as warden:
+        held = []
+        for _ in range(2):
+            with warden.keep("echo", "x" * 15_000) as call:
+                held.append(call.id)
+                call.line()
+                ended(call)
+        with warden.keep("echo", 1) as call:
+            assert refused(call) == "too_many_calls"
+        for call_id in held:
+            with warden.attach(call_id) as call:
+                call.line()
+                ended(call)
+                done(call)
+        with warden.keep("echo", 1) as call:
+            call.line()
+            ended(call)
+            done(call)
 
 
 def test_an_id_starts_once(warden: Warden, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 import uuid
 from pathlib import Path
 from types import TracebackType
@@ -187,7 +188,16 @@ class Warden:
 
     def keep(self, procedure: str, *arguments: Any, call_id: str | None = None, **terms: Any) -> Conversation:
         """Call a procedure whose call is kept, by `OWNER` with `SECRET`; `terms` are laid over the usual ones."""
-        usual = {"owner": OWNER, "secret": SECRET, "keep_running": 60, "linger": 60, "timeout": 60, "max_exec_time": 60}
+        begun = time.clock_gettime(time.CLOCK_BOOTTIME)
+        usual = {
+            "begun": begun,
+            "owner": OWNER,
+            "secret": SECRET,
+            "keep_running": 60,
+            "linger": 60,
+            "timeout": 60,
+            "max_exec_time": 60,
+        }
         warden = self.status()["incarnation"]
         return self.call(procedure, arguments, call_id, {**usual, "warden": warden, **terms})
 
