@@ -112,7 +112,9 @@ def timeout(system: System) -> None:
 def cancel(system: System) -> None:
     """A job that is cancelled, and the proof that nothing of it is left"""
     rpc = harp.HarpCaller("localhost", system.harpcallerd)
-    job = rpc.localhost.sleep(600)
+    job = rpc.localhost.stream_infinity()
+    with job.follow(since=0) as records:
+        print("it runs:", next(records))
     print("not finished yet:", job.result() is harp.CALL_NOT_FINISHED)
     print("stopped by this, and its host has confirmed it:", job.cancel(wait=True))
     print("cancelled:", job.result() is harp.CALL_CANCELLED)
