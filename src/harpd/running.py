@@ -26,7 +26,7 @@ from typing import Any, Protocol
 
 from harp.protocol.daemon import encode_message
 from harp.protocol.ends import Failed
-from harp.protocol.jsontext import Raw, dumps, loads
+from harp.protocol.jsontext import InvalidJSON, Raw, dumps, loads
 from harpd.cgroup import Cgroups
 from harpd.eventloop import READ, WRITE, EventLoop, Timer
 from harpd.mark import entry
@@ -41,6 +41,8 @@ __all__ = ["Audience", "RunningCall", "Stop", "Surroundings"]
 log = logging.getLogger("harpd.warden")
 
 _READ_SIZE = 1 << 16
+#: The most characters of a traceback.
+_LONGEST_TRACEBACK = 16 * 1024
 #: How often what a call has said is read before it is stopped: as much as its channel holds.
 _LAST_READS = 16
 #: Descriptors that no call may take, and their most as a share: stopping the others needs some, so do controls.
@@ -162,7 +164,7 @@ class RunningCall:
         self._tree: Tree | None = None
         self._status: int | None = None
         self._usage = Usage()
-        self._traceback: Any = None
+        self._traceback: str | None = None
         self._began = time.time()
         self._over = False
         self._gone = False
@@ -465,8 +467,13 @@ def _equip(output: Output, fields: Mapping[str, str]) -> tuple[socket.socket, tu
     return ours, (pipes[0], pipes[1]), (descriptors[0], descriptors[1], descriptors[2])
 
 
-def _traceback(line: bytes) -> Any:
-    return loads(line)["traceback"]
+def _traceback(line: bytes) -> str | None:
+    """The traceback in a line that the call's process wrote; None: it wrote something else."""
+    try:
+        found = loads(line)["traceback"]
+    except (InvalidJSON, LookupError, TypeError):
+        return None
+    return found[-_LONGEST_TRACEBACK:] if isinstance(found, str) else None
 
 
 def _kind(line: bytes) -> str:
