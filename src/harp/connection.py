@@ -8,6 +8,7 @@ caller's own value or file is at fault. The cause tells what happened: `OSError`
 
 from __future__ import annotations
 
+import errno
 import ipaddress
 import os
 import socket
@@ -176,6 +177,7 @@ def tls_context(ca_file: str | os.PathLike[str] | None) -> ssl.SSLContext:
         HarpException: the file can't be read or holds no certificate.
     """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.sslsocket_class = _SSLSocket
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     if ca_file is None:
         context.check_hostname = False
@@ -188,6 +190,20 @@ def tls_context(ca_file: str | os.PathLike[str] | None) -> ssl.SSLContext:
     except (OSError, ValueError, TypeError) as error:
         raise HarpException(f"ca_file {ca_file!r}: {getattr(error, 'strerror', None) or error}") from error
     return context
+
+
+class _SSLSocket(ssl.SSLSocket):
+    """Is closed, and says why, when the peer has reset the connection before the handshake.
+
+    The plain one, which asks for the peer's name first of all, would be left open, or be taken for connected.
+    """
+
+    def getpeername(self) -> Any:
+        try:
+            return super().getpeername()
+        except OSError as error:
+            self.close()
+            raise ConnectionResetError(errno.ECONNRESET, os.strerror(errno.ECONNRESET)) from error
 
 
 class Incoming:

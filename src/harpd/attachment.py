@@ -9,7 +9,8 @@ from harpd.eventloop import READ, WRITE, EventLoop
 
 __all__ = ["Attachment"]
 
-_READ_SIZE = 1 << 16
+#: Bytes that are read at once: a caller that gives orders without end shares the warden with the others.
+_READ_SIZE = 1 << 12
 #: Bytes that wait for the socket; past it whoever sends should wait.
 _ENOUGH = 256 * 1024
 

@@ -21,6 +21,7 @@ from harp.protocol.daemon import Held, encode_message
 from harp.protocol.ends import Failed
 from harp.protocol.fields import check, is_count, is_seconds, string, value
 from harp.protocol.jsontext import Members, dumps
+from harpd.barred import BarredIds
 from harpd.eventloop import EventLoop
 from harpd.kept import Claim, Kept, Terms
 from harpd.records import CallRecords, Record
@@ -30,12 +31,10 @@ __all__ = ["HeldCalls"]
 
 log = logging.getLogger("harpd.warden")
 
-#: Seconds for which an id is barred, and that a start may have been on its way.
-_BARRED, _OLDEST_START = 3600.0, 1800.0
+#: Seconds that a start may have been on its way, and for which an id is barred at least.
+_OLDEST_START, _BARRED = 120.0, 150.0
 #: How many ended calls are held for each that may run, before no new one is kept.
 _HELD_SHARE = 20
-#: So many barred ids are never worth a cleaning.
-_MANY = 1000
 
 _WARDEN_DIED = Failed("call_died", "the warden of the calls died")
 
@@ -48,6 +47,8 @@ class HeldCalls:
         warden: this warden's incarnation.
         settings: the warden's settings, see `harpd.warden`.
         records: where calls are recorded.
+        memory: what all calls hold together.
+        sweep: looks for wardens that have died, and has their calls buried here.
         on_forgotten: called when a call is not kept any more.
     """
 
@@ -57,6 +58,8 @@ class HeldCalls:
         warden: str,
         settings: Mapping[str, Any],
         records: CallRecords,
+        memory: SpoolMemory,
+        sweep: Callable[[], None],
         on_forgotten: Callable[[], None],
     ) -> None:
         self._loop = loop
@@ -64,14 +67,14 @@ class HeldCalls:
         self._records = records
         self._call_forgotten = on_forgotten
         self._calls: dict[str, Kept] = {}
-        self._barred: dict[tuple[str, str], float] = {}
-        self._memory = SpoolMemory(settings["spool_memory"])
+        self._barred = BarredIds(_BARRED, loop.now())
+        self._memory = memory
+        self._sweep = sweep
         self.use(settings)
 
     def use(self, settings: Mapping[str, Any]) -> None:
         """Take these settings for the calls to come."""
         self._settings = settings
-        self._memory.limit = settings["spool_memory"]
 
     def __len__(self) -> int:
         return len(self._calls)
@@ -85,21 +88,24 @@ class HeldCalls:
         """Keep a new call, or say why not. It has nobody attached yet."""
         if string(asked, "warden") != self._warden:
             return self.other_warden()
-        if self._loop.now() - float(value(asked, "begun")) > _OLDEST_START:
+        begun = float(value(asked, "begun"))
+        terms = self._terms(asked)
+        if self._loop.now() - begun > min(_OLDEST_START, terms.keep_running):
             return Failed("call_refused", "the start was too long on its way; it did not happen")
         if self._memory.exhausted or len(self._calls) >= _HELD_SHARE * self._settings["calls"]:
             return Failed("too_many_calls", "the calls whose ends nobody has fetched hold as much as they may")
         owner = string(asked, "owner")
-        if call_id in self._calls or (owner, call_id) in self._barred:
+        if call_id in self._calls or self._barred.has(owner, call_id):
             return Failed("call_refused", "a call of this id was started, or given up, before")
-        claim = Claim(owner, _digest(string(asked, "secret")))
-        terms = Terms(
+        return self._keep(call_id, Claim(owner, _digest(string(asked, "secret"))), terms, streaming, begun)
+
+    def _terms(self, asked: Members) -> Terms:
+        return Terms(
             keep_running=min(_seconds(asked, "keep_running"), self._settings["keep_running"]),
             linger=min(_seconds(asked, "linger"), self._settings["linger"]),
             timeout=_seconds(asked, "timeout"),
             max_exec_time=_seconds(asked, "max_exec_time"),
         )
-        return self._keep(call_id, claim, terms, streaming)
 
     def other_warden(self) -> Failed:
         """The answer to a start that names another warden, or one that comes to a warden that starts no more."""
@@ -115,9 +121,19 @@ class HeldCalls:
                 streaming = bool(kept["streaming"])
             except (KeyError, TypeError, ValueError):
                 continue  # a tied call: nobody asks for it
-            self._keep(call_id, claim, terms, streaming).bury(_WARDEN_DIED, dumps({"by": "unknown", "warden": "died"}))
+            kept_call = self._keep(call_id, claim, terms, streaming, self._loop.now())
+            kept_call.bury(_WARDEN_DIED, dumps({"by": "unknown", "warden": "died"}))
+            self._record_again(call_id, record)
 
-    def _keep(self, call_id: str, claim: Claim, terms: Terms, streaming: bool) -> Kept:
+    def _record_again(self, call_id: str, record: Record) -> None:
+        """So that whoever comes after this warden can tell of it, too."""
+        try:
+            self._records.add(call_id, record)
+        except OSError as error:
+            log.error("a call can't be recorded", extra={"call": call_id, "reason": str(error)})
+        self._records.over(call_id)
+
+    def _keep(self, call_id: str, claim: Claim, terms: Terms, streaming: bool, begun: float) -> Kept:
         settings = self._settings
         kept = self._calls[call_id] = Kept(
             self._loop,
@@ -125,6 +141,7 @@ class HeldCalls:
             claim,
             terms,
             streaming,
+            begun,
             settings["kill_grace"],
             self._warden,
             settings["spool"],
@@ -154,10 +171,12 @@ class HeldCalls:
         call_id, owner = string(request, "attach"), string(request, "owner")
         since = value(request, "since")
         check(is_count(since), "since: expected a count")
+        if call_id not in self._calls:
+            self._sweep()  # its warden may have died just now
         kept = self._calls.get(call_id)
         claim = Claim(owner, _digest(string(request, "secret")))
         if kept is None or not _same(kept.claim, claim):
-            self._bar(owner, call_id)
+            self._barred.add(owner, call_id, self._loop.now())
             return Failed("no_such_call", "there is no such call here, and none of this id will start", self._data())
         if not kept.can_serve(since):
             first, end = kept.span
@@ -169,6 +188,7 @@ class HeldCalls:
 
     def listed(self, owner: str) -> bytes:
         """The line that lists an owner's calls."""
+        self._sweep()
         calls = tuple(
             call_id
             for call_id, kept in self._calls.items()
@@ -179,15 +199,8 @@ class HeldCalls:
     def _on_forgotten(self, kept: Kept) -> None:
         del self._calls[kept.id]
         self._records.remove(kept.id)
-        self._bar(kept.claim.owner, kept.id)
+        self._barred.add(kept.claim.owner, kept.id, self._loop.now())
         self._call_forgotten()
-
-    def _bar(self, owner: str, call_id: str) -> None:
-        now = self._loop.now()
-        self._barred[owner, call_id] = now + _BARRED
-        if len(self._barred) > _MANY:  # the oldest come first
-            for key in [key for key, until in self._barred.items() if until < now]:
-                del self._barred[key]
 
     def _data(self) -> dict[str, str]:
         return {"warden": self._warden}

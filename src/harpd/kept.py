@@ -82,6 +82,7 @@ class Kept:
         claim: whose it is.
         terms: how long it is kept.
         streaming: whether records will come.
+        begun: when its start, or what else was heard of its dispatcher, arrived here; a time of the loop.
         kill_grace: told to the dispatcher.
         warden: the incarnation, told to the dispatcher.
         spool: bytes that may wait to be stored.
@@ -96,6 +97,7 @@ class Kept:
         claim: Claim,
         terms: Terms,
         streaming: bool,
+        begun: float,
         kill_grace: float,
         warden: str,
         spool: int,
@@ -127,7 +129,7 @@ class Kept:
         self._last_receipt: bytes | None = None
         self._ended = 0.0
         self._buried = False
-        self._contact = self._said = loop.now()
+        self._contact, self._said = begun, loop.now()
         self._timer: Timer | None = None
         self._limits: list[Timer] = []
         self.forgotten = False

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from harp.protocol.jsontext import dumps, loads
-from harpd.eventloop import READ, WRITE, EventLoop
+from harpd.eventloop import READ, WRITE, EventLoop, Timer
 from harpd.mark import environment_with_room
 
 __all__ = ["Offered", "Parent", "Usage", "Zygote"]
@@ -24,6 +24,8 @@ __all__ = ["Offered", "Parent", "Usage", "Zygote"]
 log = logging.getLogger("harpd.warden")
 
 _MESSAGE_SIZE = 1 << 18
+#: Seconds for a fork, and for the death of a zygote that was killed.
+_FORK, _DEATH = 10.0, 5.0
 #: What the warden ignores; a procedures file and what it executes find the usual effect.
 _OUR_SIGNALS = (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
@@ -70,6 +72,7 @@ class Zygote:
         settings: the warden's settings, see `harpd.warden`.
         on_loaded: called once: None when the file is loaded, else the fault.
         on_died: called when the process has ended unasked after it had loaded.
+        on_stuck: called when it does not fork. Its calls may go on; it should get no more of them.
 
     Raises:
         OSError: there is no process or descriptor to be had.
@@ -85,12 +88,14 @@ class Zygote:
         settings: Mapping[str, Any],
         on_loaded: Callable[[str | None], None],
         on_died: Callable[[], None],
+        on_stuck: Callable[[], None],
     ) -> None:
         self._loop = loop
         self._on_loaded: Callable[[str | None], None] | None = on_loaded
         self._on_died = on_died
+        self._on_stuck = on_stuck
         self._waiting: deque[tuple[bytes, tuple[int, ...]]] = deque()
-        self._forking: dict[str, Parent] = {}
+        self._forking: dict[str, tuple[Parent, Timer]] = {}
         self._children: dict[int, Parent] = {}
         self._retired = False
         self.procedures: dict[str, Offered] = {}
@@ -120,8 +125,23 @@ class Zygote:
 
     def fork(self, call_id: str, procedure: str, descriptors: tuple[int, int, int], parent: Parent) -> None:
         """Ask for a process for a call. The descriptors are its, and closed here once they were sent."""
-        self._forking[call_id] = parent
+        self._forking[call_id] = parent, self._loop.after(_FORK, lambda: self._give_up(call_id))
         self._say({"fork": call_id, "procedure": procedure}, descriptors)
+
+    def _give_up(self, call_id: str) -> None:
+        """Wait no longer for a fork. A process that still comes finds its channel closed, and ends without a word."""
+        parent, _ = self._forking.pop(call_id)
+        log.error("a zygote does not fork", extra={"zygote": self.pid, "call": call_id, "seconds": _FORK})
+        parent.refused(f"the process that makes processes did not answer within {_FORK:g} s")
+        if not self._retired:
+            self._on_stuck()
+
+    def _born(self, call_id: str) -> Parent | None:
+        """Who asked for this fork, if anybody still waits for it."""
+        parent, deadline = self._forking.pop(call_id, (None, None))
+        if deadline is not None:
+            deadline.cancel()
+        return parent
 
     def retire(self) -> None:
         """End it once its last call has ended."""
@@ -129,7 +149,7 @@ class Zygote:
         self._end_if_idle()
 
     def end(self) -> None:
-        """End it now, and wait until it has ended. Its calls, if it has any, end with it."""
+        """End it now, and wait until it has ended, if it can. Its calls, if it has any, end with it."""
         self._retired = True
         if self._closed:
             return
@@ -137,7 +157,7 @@ class Zygote:
             signal.pidfd_send_signal(self._process, signal.SIGKILL)
         ended = select.poll()
         ended.register(self._process, select.POLLIN)
-        ended.poll()
+        ended.poll(_DEATH * 1000)
         self._close()
 
     def _end_if_idle(self) -> None:
@@ -191,14 +211,16 @@ class Zygote:
     def _take(self, message: dict[str, Any]) -> None:
         match message:
             case {"forked": call_id, "pid": pid, "start": start}:
-                parent = self._children[pid] = self._forking.pop(call_id)
-                parent.forked(pid, start)
+                if parent := self._born(call_id):
+                    self._children[pid] = parent
+                    parent.forked(pid, start)
             case {"reaped": pid, "status": status, "cpu": cpu, "memory": memory}:
                 if ended := self._children.pop(pid, None):
                     ended.reaped(status, Usage(cpu, memory))
                 self._end_if_idle()
             case {"refused": call_id, "reason": reason}:
-                self._forking.pop(call_id).refused(reason)
+                if parent := self._born(call_id):
+                    parent.refused(reason)
                 self._end_if_idle()
             case {"procedure": name, "streaming": streaming, "timeout": timeout}:
                 self.procedures[name] = Offered(streaming, timeout)
@@ -219,11 +241,11 @@ class Zygote:
     def _on_closed(self) -> None:
         self._close()
         self._loaded("the process that loads the procedures file ended")
-        for parent in [*self._forking.values()]:
-            parent.refused("the process that makes processes died")
+        for call_id in list(self._forking):
+            if parent := self._born(call_id):
+                parent.refused("the process that makes processes died")
         for parent in [*self._children.values()]:
             parent.reaped(signal.SIGKILL, Usage())  # they are killed with it
-        self._forking.clear()
         self._children.clear()
         if not self._retired:
             self._on_died()

@@ -5,7 +5,10 @@ the process waits (back-pressure) and nothing is dropped. The end is decided her
 
 - a limit that fired, a cancel or a shutdown stands, whatever the process says afterwards;
 - else the process's own closing line;
-- else the process died without one: ``call_died``, and what it left is stopped.
+- else the process died without one, or said what no call may say: ``call_died``, and what it left is stopped.
+
+The process is the procedure's, and no more trusted than that: each of its lines is a record, a traceback if these are
+evidence, or the closing line, which is the last. What only the warden may say it can't say.
 
 Then the audience is told what is known of the process's death (evidence), and how a stop turned out (receipt).
 """
@@ -34,6 +37,7 @@ from harpd.nursery import Offered, Usage, Zygote
 from harpd.output import Output, Pipe
 from harpd.processes import Process, Tree
 from harpd.records import CallRecords, Record
+from harpd.spool import SHARE, SpoolMemory
 from harpd.stopping import Stopping
 
 __all__ = ["Audience", "RunningCall", "Stop", "Surroundings"]
@@ -43,13 +47,19 @@ log = logging.getLogger("harpd.warden")
 _READ_SIZE = 1 << 16
 #: The most characters of a traceback.
 _LONGEST_TRACEBACK = 16 * 1024
-#: How often what a call has said is read before it is stopped: as much as its channel holds.
+#: How often what a call has said is read before it is stopped, and when it has ended: as much as its channel holds.
 _LAST_READS = 16
+#: The most bytes of a line; no client takes a longer one.
+_LONGEST_LINE = 64 * 1024 * 1024
+#: How many bytes of a line that is none are shown.
+_SHOWN = 60
 #: Descriptors that no call may take, and their most as a share: stopping the others needs some, so do controls.
 _RESERVED, _RESERVED_SHARE = 64, 8
 
 _RECORD = b'{"stream":'
 _TRACEBACK = b'{"traceback":'
+#: What a closing line begins with.
+_CLOSINGS = {b'{"result":': "result", b'{"exception":': "exception", b'{"harp":1,"error":': "error"}
 
 
 class Stop(Enum):
@@ -61,6 +71,7 @@ class Stop(Enum):
     CANCELLED = "cancelled", "cancel"
     SHUTDOWN = "shutdown", "shutdown"
     LOST_CONTACT = "lost_contact", "lost_contact"
+    GARBLED = "garbled", "itself"
 
     def __init__(self, why: str, by: str) -> None:
         self.why = why
@@ -105,7 +116,9 @@ class Surroundings:
         strays: whether among these processes is one that may be a call's of this age and can't be told to be.
         output: where the pipes for stdout and stderr are made.
         cgroups: where calls get a cgroup, if that is possible here.
+        memory: what all calls hold together; lines that are not whole yet count too.
         keep_stderr: whether the last lines of stderr are evidence.
+        keep_tracebacks: whether the traceback of an exception is.
     """
 
     loop: EventLoop
@@ -115,7 +128,9 @@ class Surroundings:
     strays: Callable[[Mapping[int, Process], Tree], bool]
     output: Output
     cgroups: Cgroups
+    memory: SpoolMemory
     keep_stderr: bool
+    keep_tracebacks: bool
 
 
 class RunningCall:
@@ -215,8 +230,8 @@ class RunningCall:
         """The main process has ended: what it has said is read to the end, then its end is known."""
         assert self._processes is not None
         self._status, self._usage = status, usage
-        self._read_call()
-        self._close_channel()  # a descendant may hold the channel; the call is over all the same
+        self._read_call(_LAST_READS, waiting=False)  # all that it has said; a descendant may go on without end
+        self._close_channel()
         if self._limit is not None:
             self._limit.cancel()
         if self._said_end and self._stopped is None:
@@ -237,13 +252,17 @@ class RunningCall:
             reason: the caller's word for it.
             by: who asked the caller.
         """
-        if self._stopped is None and not self._said_end:
+        if not self._decided:
             self._read_call(_LAST_READS, waiting=False)  # what it has said before the stop counts
-        if self._stopped is not None or self._said_end:
-            return
+        if not self._decided:
+            self._begin_stop(why, reason, by)
+
+    def _begin_stop(self, why: Stop, reason: str | None, by: str | None) -> None:
         self._stopped = why
         self._stopped_by = reason, by
-        log.info("call is stopped", extra={**self._fields, "why": why.why})
+        self._to_call = memoryview(b"")  # a procedure that has no arguments yet never begins
+        self._drop_line()
+        log.info("call is stopped", extra={**self._fields, "why": why.why, "reason": reason})
         if self._processes is not None:
             self._processes.begin(interrupt=why is Stop.TIME_LIMIT)
 
@@ -269,6 +288,8 @@ class RunningCall:
                 return Failed("shutdown", "harpd was stopped while the call ran")
             case Stop.LOST_CONTACT:
                 return Failed("lost_contact", "its dispatcher was away for longer than the call may run without it")
+            case Stop.GARBLED:
+                return Failed("call_died", f"the call was stopped: {reason}")
             case None:
                 assert self._status is not None
                 return _died(self._status)
@@ -283,9 +304,15 @@ class RunningCall:
 
     def _finish(self, receipt: dict[str, Any] | None) -> None:
         """Tell what is known at the call's end; once."""
-        if not self._over:
-            self._over = True
-            self._audience.over(dumps(self._evidence()), None if receipt is None else dumps(receipt))
+        if self._over:
+            return
+        self._over = True
+        try:
+            evidence = dumps(self._evidence())
+        except Exception:  # what is beside the end must not cost the end
+            log.exception("the evidence of a call is lost", extra=self._fields)
+            evidence = dumps({"by": "unknown"})
+        self._audience.over(evidence, None if receipt is None else dumps(receipt))
 
     def _evidence(self) -> dict[str, Any]:
         status = self._status
@@ -303,7 +330,7 @@ class RunningCall:
         }
         if self._around.keep_stderr:
             evidence["stderr"] = self._around.output.tail(self._pipes[1])
-        if self._traceback is not None:
+        if self._traceback is not None and self._around.keep_tracebacks:
             evidence["traceback"] = self._traceback
         return evidence
 
@@ -369,42 +396,77 @@ class RunningCall:
             if not data:
                 self._close_channel()
                 return
-            self._take(data)
+            if not self._decided:
+                self._take(data)
             most = None if most is None else most - 1
 
     def _take(self, data: bytes) -> None:
-        if self._decided:
-            return
         end = data.rfind(b"\n") + 1
         if not end:
-            self._from_call += data
+            self._begin_line(data)
             return
         lines = bytes(self._from_call) + data[:end]
-        self._from_call = bytearray(data[end:])
+        self._drop_line()
+        self._begin_line(data[end:])
         last = lines.rfind(b"\n", 0, -1) + 1
         if lines.startswith(_RECORD, last):
-            self._audience.take(lines, lines.count(b"\n"))
+            self._take_records(lines)
             return
-        closing = lines[last:]
+        records, closing = lines[:last], lines[last:]
         if closing.startswith(_TRACEBACK):  # the closing line itself is still to come
             self._traceback, closing = _traceback(closing), b""
         else:
-            before = lines.rfind(b"\n", 0, last - 1) + 1 if last else 0
-            if lines.startswith(_TRACEBACK, before) and before < last:
-                self._traceback, last = _traceback(lines[before:last]), before
-        if last:
-            self._audience.take(lines[:last], lines.count(b"\n", 0, last))
-        if closing:
+            before = records.rfind(b"\n", 0, -1) + 1
+            if records.startswith(_TRACEBACK, before):
+                self._traceback, records = _traceback(records[before:]), records[:before]
+        if self._take_records(records) and closing:
             self._close_saying(closing)
 
+    def _begin_line(self, data: bytes) -> None:
+        """Keep what may become a line, if there is room for it."""
+        self._from_call += data
+        self._around.memory.take(len(data))
+        if len(self._from_call) > _LONGEST_LINE:
+            self._garbled(f"it wrote a line longer than {_LONGEST_LINE} bytes")
+        elif len(self._from_call) > SHARE and self._around.memory.exhausted:
+            self._garbled("it wrote a long line, and the calls of this host hold as much as they may")
+
+    def _drop_line(self) -> None:
+        self._around.memory.give_back(len(self._from_call))
+        self._from_call = bytearray()
+
+    def _take_records(self, lines: bytes) -> bool:
+        """Hand on what must be records, each of them; whether it was."""
+        if not lines:
+            return True
+        count = lines.count(b"\n")
+        # JSON on a line has no line feed: so this counts the lines that begin as records do.
+        if lines.startswith(_RECORD) + lines.count(b"\n" + _RECORD) != count:
+            wrong = next(line for line in lines.split(b"\n") if not line.startswith(_RECORD))
+            self._garbled(f"it wrote what is no record: {wrong[:_SHOWN]!r}")
+            return False
+        if not self._offered.streaming:
+            self._garbled("it wrote records, and its procedure is not a streaming one")
+            return False
+        self._audience.take(lines, count)
+        return True
+
     def _close_saying(self, closing: bytes) -> None:
+        kind = next((kind for start, kind in _CLOSINGS.items() if closing.startswith(start)), None)
+        if kind is None:
+            self._garbled(f"it wrote what is no end: {closing[:_SHOWN]!r}")
+            return
         self._said_end = True
         if self._limit is not None:
             self._limit.cancel()
-        log.info("call ended", extra={**self._fields, "end": _kind(closing)})
+        log.info("call ended", extra={**self._fields, "end": kind})
         assert self._processes is not None
         self._processes.expect_exit()
         self._audience.end(closing)
+
+    def _garbled(self, what: str) -> None:
+        """It has said what no call may say: what came before stands, and nothing after it counts."""
+        self._begin_stop(Stop.GARBLED, what, None)
 
     # Leaving.
 
@@ -438,6 +500,7 @@ class RunningCall:
             self._around.records.remove(self.id)
 
     def _close_channel(self) -> None:
+        self._drop_line()
         if self._channel.fileno() >= 0:
             self._loop.forget(self._channel.fileno())
             self._channel.close()
@@ -474,13 +537,6 @@ def _traceback(line: bytes) -> str | None:
     except (InvalidJSON, LookupError, TypeError):
         return None
     return found[-_LONGEST_TRACEBACK:] if isinstance(found, str) else None
-
-
-def _kind(line: bytes) -> str:
-    for kind in ("result", "exception", "error"):
-        if line.startswith((f'{{"{kind}"'.encode(), f'{{"harp":1,"{kind}"'.encode())):
-            return kind
-    return "unknown"
 
 
 def _signal_name(status: int) -> str:

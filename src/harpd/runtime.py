@@ -8,6 +8,7 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -26,6 +27,16 @@ class Part(Enum):
     KEEPER = "keeper"
 
 
+def _check_owner(path: Path, file: Path) -> None:
+    """Whoever may write there could take the wardens' place."""
+    found = path.stat()
+    whose = f"{file}: runtime_directory: {path}"
+    if found.st_uid not in (0, os.geteuid()):
+        raise ConfigError(f"{whose}: belongs to user {found.st_uid}; give it to the user that harpd runs as")
+    if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise ConfigError(f"{whose}: others may write there; take that from them (chmod go-w)")
+
+
 @contextmanager
 def runtime_directory(configured: str | None, file: Path, *parts: Part) -> Iterator[Path]:
     """Make the runtime directory, and hold it as these parts of harpd.
@@ -36,7 +47,8 @@ def runtime_directory(configured: str | None, file: Path, *parts: Part) -> Itera
         parts: what the program is.
 
     Raises:
-        ConfigError: it can't be made, is not a directory, or a running program is one of these parts already.
+        ConfigError: it can't be made, is not a directory, others may write there, or a running program is one of
+            these parts already.
     """
     if configured is None:
         path = Path(tempfile.mkdtemp(prefix="harpd-"))
@@ -47,6 +59,7 @@ def runtime_directory(configured: str | None, file: Path, *parts: Part) -> Itera
             closing.callback(shutil.rmtree, path, ignore_errors=True)
         try:
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            _check_owner(path, file)
             for part in parts:
                 descriptor = os.open(path / f"{part.value}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
                 closing.callback(os.close, descriptor)

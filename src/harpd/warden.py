@@ -70,7 +70,7 @@ from harpd.processes import Process, Tree, snapshot
 from harpd.reception import Farewell, Reception
 from harpd.records import CallRecords
 from harpd.running import RunningCall, Stop, Surroundings
-from harpd.spool import SHARE
+from harpd.spool import SHARE, SpoolMemory
 from harpd.tied import Tied
 
 __all__ = ["main"]
@@ -108,24 +108,33 @@ class Warden:
         self._records = CallRecords(Path(settings["runtime_directory"]), self._incarnation)
         self._output = Output(loop, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // _LEFT_SHARE)
         self._cgroups = Cgroups(settings["cgroup"] or own_cgroup())
-        self._held = HeldCalls(loop, self._incarnation, settings, self._records, self._end_if_done)
+        self._memory = SpoolMemory(settings["spool_memory"])
+        self._held = HeldCalls(
+            loop, self._incarnation, settings, self._records, self._memory, self._sweep, self._end_if_done
+        )
         self._zygote: Zygote | None = None
         self._give_up: Callable[[str], None] = lambda reason: None  # the load that is under way, if there is one
         self._closing = False
         self._done: list[Callable[[], None]] = []  # who waits for the end
         self._looked_at, self._processes = 0.0, dict[int, Process]()
-        self._sweep()
+        self._sweep_now_and_then()
         self._keep(lifeline)
         self._reception = Reception(loop, settings["runtime_directory"], self._incarnation, self._serve)
         self._load(settings, self._on_first_loaded)
 
+    def _sweep_now_and_then(self) -> None:
+        """One may die beside us."""
+        self._sweep()
+        self._loop.after(_SWEEP, self._sweep_now_and_then)
+
     def _sweep(self) -> None:
-        """End what wardens that have died left behind, and know it; now and then, for one may die beside us."""
+        """End what wardens that have died left behind, and know it."""
+        if self._closing:
+            return
         swept = self._records.sweep()
         if swept.killed:
             log.warning("processes of an earlier warden's calls were killed", extra={"processes": swept.killed})
         self._held.bury(swept.calls)
-        self._loop.after(_SWEEP, self._sweep)
 
     # The zygote.
 
@@ -145,6 +154,7 @@ class Warden:
                     self._zygote.retire()
                 self._zygote, self._settings = zygote, settings
                 self._held.use(settings)
+                self._memory.limit = settings["spool_memory"]
                 log.info(
                     "procedures loaded", extra={"file": settings["procedures"], "procedures": len(zygote.procedures)}
                 )
@@ -156,8 +166,14 @@ class Warden:
                 log.error("the zygote died", extra={"zygote": zygote.pid})
                 self._loop.after(_ZYGOTE_PAUSE, self._load_again)
 
+        def on_stuck() -> None:
+            if self._zygote is zygote:
+                self._zygote = None
+                zygote.retire()
+                self._load_again()
+
         try:
-            zygote = Zygote(self._loop, settings, on_loaded, on_died)
+            zygote = Zygote(self._loop, settings, on_loaded, on_died, on_stuck)
         except OSError as error:
             done(f"no process can be made: {error.strerror}")
             return
@@ -280,7 +296,9 @@ class Warden:
             strays=partial(self._has_strays, zygote),
             output=self._output,
             cgroups=self._cgroups,
+            memory=self._memory,
             keep_stderr=settings["evidence"]["stderr"],
+            keep_tracebacks=settings["evidence"]["traceback"],
         )
         call = RunningCall(around, call_id, name, zygote.procedures[name], zygote, audience, record, self._on_call_gone)
         self._calls[call_id] = call

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import gc
 import socket
+import struct
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,7 +16,7 @@ import pytest
 import harp
 from harp import aio, aioconnection, connection
 from support.certificates import Certificates, server_files
-from support.deadline import eventually
+from support.deadline import eventually, wait_until
 from support.peers import Conversation, Peer, Script, answering, resetting, server_context, silent
 from support.shells import Shell, nothing_left, shell_of
 
@@ -167,6 +169,19 @@ def test_what_is_no_tls(shell: Shell, script: Script, message: str) -> None:
         with pytest.raises(harp.CommunicationError, match=message) as caught:
             shell.server(peer).p()
         assert isinstance(caught.value.__cause__, OSError)
+
+
+def test_a_connection_that_is_reset_before_the_handshake_is_closed() -> None:
+    """Nothing is left open, and nothing would be said in the clear on what only looks like a TLS connection."""
+    with nothing_left():
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            sock = socket.create_connection(listener.getsockname())
+            accepted, _ = listener.accept()
+            accepted.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            accepted.close()
+            wait_until(lambda: sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) == errno.ECONNRESET)
+            with pytest.raises(ConnectionResetError):
+                connection.tls_context(None).wrap_socket(sock)
 
 
 def test_tls_where_none_is_expected(shell: Shell, files: Certificates) -> None:

@@ -232,6 +232,23 @@ def test_two_can_not_share_a_runtime_directory(harpd: Harpd) -> None:
         assert version(harpd) == {"result": 1}
 
 
+def test_others_may_not_write_to_the_runtime_directory(harpd: Harpd) -> None:
+    harpd.runtime_directory.mkdir(mode=0o700)
+    harpd.runtime_directory.chmod(0o777)
+    outcome = subprocess.run(harpd.command(), capture_output=True, text=True, timeout=DEADLINE)
+    assert outcome.returncode == 1
+    assert f"{harpd.runtime_directory}: others may write there" in outcome.stderr
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+def test_the_runtime_directory_is_nobody_elses(harpd: Harpd) -> None:
+    harpd.runtime_directory.mkdir(mode=0o700)
+    os.chown(harpd.runtime_directory, 4321, 4321)
+    outcome = subprocess.run(harpd.command(), capture_output=True, text=True, timeout=DEADLINE)
+    assert outcome.returncode == 1
+    assert f"{harpd.runtime_directory}: belongs to user 4321" in outcome.stderr
+
+
 def test_a_port_in_use_is_a_fault(harpd: Harpd) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         harpd.configure({"network": {"port": taken.getsockname()[1]}})
