@@ -1,4 +1,4 @@
-"""A cgroup for each call, where the daemon may make one: nothing of a call can leave it unseen.
+"""A cgroup for each call, where the daemon may make one: what a call starts is in it, unless it is moved on purpose.
 
 That is where systemd has delegated the service's cgroup (``Delegate=yes``), or where the setting `cgroup` names a
 directory. Only the grouping is used, no controller: what a call may use is not limited here. Elsewhere there is none,
@@ -35,6 +35,29 @@ class Cgroup:
                 with open(f"{directory}/cgroup.procs", "rb") as file:
                     found |= {int(line) for line in file}
         return found
+
+    @property
+    def populated(self) -> bool:
+        """Whether anything lives in it, or below it: the system knows, however fast it forks."""
+        try:
+            with open(f"{self.path}/cgroup.events", "rb") as file:
+                return b"populated 1\n" in file.read()
+        except OSError:  # it has been removed
+            return False
+
+    @property
+    def can_kill(self) -> bool:
+        """Whether the system can kill all that is in it at once: Linux 5.14 and later can."""
+        return os.access(f"{self.path}/cgroup.kill", os.W_OK)
+
+    def kill(self) -> None:
+        """Kill all that is in it, and below it, at once: none of it can fork meanwhile. Nothing where that can't be."""
+        with contextlib.suppress(OSError):
+            descriptor = os.open(f"{self.path}/cgroup.kill", os.O_WRONLY | os.O_CLOEXEC)
+            try:
+                os.write(descriptor, b"1")
+            finally:
+                os.close(descriptor)
 
     def out_of_memory(self) -> bool:
         """Whether the system has killed something in it for want of memory; it may not be known."""

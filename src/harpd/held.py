@@ -59,7 +59,7 @@ class HeldCalls:
         settings: Mapping[str, Any],
         records: CallRecords,
         memory: SpoolMemory,
-        sweep: Callable[[], None],
+        sweep: Callable[[], object],
         on_forgotten: Callable[[], None],
     ) -> None:
         self._loop = loop
@@ -111,8 +111,15 @@ class HeldCalls:
         """The answer to a start that names another warden, or one that comes to a warden that starts no more."""
         return Failed("other_warden", "the start was meant for another warden; it did not happen", self._data())
 
-    def bury(self, calls: Mapping[str, Record]) -> None:
-        """Take over the kept calls of wardens that have died, as calls that have died with them."""
+    def bury(self, calls: Mapping[str, Record], receipts: Mapping[str, Mapping[str, Any]]) -> None:
+        """Take over the kept calls of wardens that have died, as calls that have died with them.
+
+        Args:
+            calls: what the records say of them.
+            receipts: of those of which something survives, and of earlier ones of which that is gone by now.
+        """
+        for call_id in receipts.keys() & self._calls.keys() - calls.keys():
+            self._calls[call_id].gone(dumps(receipts[call_id]))
         for call_id, record in calls.items():
             try:
                 kept = record.more["kept"]
@@ -122,7 +129,8 @@ class HeldCalls:
             except (KeyError, TypeError, ValueError):
                 continue  # a tied call: nobody asks for it
             kept_call = self._keep(call_id, claim, terms, streaming, self._loop.now())
-            kept_call.bury(_WARDEN_DIED, dumps({"by": "unknown", "warden": "died"}))
+            receipt = dumps(receipts[call_id]) if call_id in receipts else None
+            kept_call.bury(_WARDEN_DIED, dumps({"by": "unknown", "warden": "died"}), receipt)
             self._record_again(call_id, record)
 
     def _record_again(self, call_id: str, record: Record) -> None:
@@ -198,7 +206,7 @@ class HeldCalls:
 
     def _on_forgotten(self, kept: Kept) -> None:
         del self._calls[kept.id]
-        self._records.remove(kept.id)
+        self._records.told(kept.id)
         self._barred.add(kept.claim.owner, kept.id, self._loop.now())
         self._call_forgotten()
 

@@ -220,11 +220,15 @@ class Kept:
         if behind:
             self._take_orders(reader, behind)
 
-    def bury(self, end: Failed, evidence: Raw) -> None:
-        """It was the call of a warden that has died: it is over, and there are no more records of it."""
+    def bury(self, end: Failed, evidence: Raw, receipt: Raw | None = None) -> None:
+        """It was the call of a warden that has died: it is over, and there are no more records of it.
+
+        `receipt`: something of it survives; `gone` tells the end of that.
+        """
         self._buried = True
         self._started = self._ended = self._loop.now()
-        self._closing = encode_message(Evidence(evidence)) + encode_message(end)
+        said = b"" if receipt is None else encode_message(Receipt(receipt))
+        self._closing = said + encode_message(Evidence(evidence)) + encode_message(end)
         self._arm(self.terms.linger)
 
     def can_serve(self, since: int) -> bool:
@@ -385,10 +389,10 @@ class Kept:
         if self._timer is not None:
             self._timer.cancel()
         self._memory.give_back(self._spool.size + (0 if self._closing is None or self._buried else len(self._closing)))
+        self._on_forgotten(self)  # before the connection closes, by which others learn of it
         if self._reader is not None:
             self._reader.finish(lambda: None)
             self._reader = None
-        self._on_forgotten(self)
 
     def _about(self, reason: str) -> dict[str, str]:
         return {"call": self.id, "reason": reason}

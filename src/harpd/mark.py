@@ -10,11 +10,12 @@ from __future__ import annotations
 import ctypes
 import os
 
-__all__ = ["Mark", "entry", "environment_with_room"]
+__all__ = ["Mark", "entry", "environment_with_room", "marks_in"]
 
 _NAME = "HARPD_CALL"
 #: Bytes for a call's id, which is a UUID.
 _ROOM = 36
+_PREFIX, _UNUSED = f"{_NAME}=".encode(), "-" * _ROOM
 
 _getenv = ctypes.CDLL(None).getenv
 _getenv.restype = ctypes.c_void_p
@@ -23,12 +24,20 @@ _getenv.argtypes = [ctypes.c_char_p]
 
 def entry(call_id: str) -> bytes:
     """The entry that marks the processes of a call."""
-    return f"{_NAME}={call_id}".encode()
+    return _PREFIX + call_id.encode()
 
 
 def environment_with_room() -> dict[str, str]:
     """The environment to execute a zygote with."""
-    return {**os.environ, _NAME: "-" * _ROOM}
+    return {**os.environ, _NAME: _UNUSED}
+
+
+def marks_in(environment: bytes) -> frozenset[bytes]:
+    """The entries that mark the processes of calls, in an environment as /proc shows it."""
+    if _PREFIX not in environment:
+        return frozenset()
+    found = (item for item in environment.split(b"\0") if item.startswith(_PREFIX))
+    return frozenset(found) - {_PREFIX + _UNUSED.encode()}
 
 
 class Mark:

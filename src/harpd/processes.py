@@ -2,28 +2,50 @@
 
 A pid may be given to a new process once its owner was reaped; pid and start time together are one process until
 the system starts anew. A signal goes through a pidfd that was checked against the start time.
+
+When a look proves something
+============================
+
+/proc is listed first and read then, and processes go on meanwhile. One that forks and exits without pause (a hopper) is
+listed under some number, for numbers are given in turn and /proc is listed in their order; but when that number is
+read its process may be gone, and its child is not in the list. So a look lists again until everything that a list has
+brought was read alive: then it is *whole*, and whatever is not in it did not live at the moment of its last list. Whose
+parent has ended meanwhile is read again, for it has another parent by now. Only processes that end within a fraction
+of a millisecond make a look fail to become whole; on a busy system the second list has few that are new.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Container, Iterable, Mapping
+from dataclasses import dataclass, replace
 
 from harpd.cgroup import Cgroup
-from harpd.mark import entry
+from harpd.mark import marks_in
 
-__all__ = ["Process", "Tree", "send", "snapshot", "start_time"]
+__all__ = ["Process", "Snapshot", "Tree", "kill_group", "may_have_escaped", "send", "snapshot", "start_time"]
+
+#: So often processes are listed before a look is given up as not whole.
+_MOST_LISTS = 8
+#: The flag of a process that is on its way out.
+_EXITING = 4
 
 
-_MARK = entry("")
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Process:
-    """A process at one moment. `start` is its start time in clock ticks since boot, `command` its name for itself."""
+    """A process at one moment.
+
+    Attributes:
+        pid: its number.
+        start: its start time, in clock ticks since boot.
+        parent, group, session: numbers, as others are known by.
+        state: a letter, as /proc has it.
+        command: its name for itself.
+        threads: how many it has.
+        marks: the marks of calls that it was executed with, see `harpd.mark`, as far as we may know them.
+    """
 
     pid: int
     start: int
@@ -32,6 +54,8 @@ class Process:
     session: int = 0
     state: str = "R"
     command: str = ""
+    threads: int = 1
+    marks: frozenset[bytes] = frozenset()
 
     @property
     def identity(self) -> tuple[int, int]:
@@ -39,18 +63,19 @@ class Process:
         return self.pid, self.start
 
     @property
-    def is_marked(self) -> bool:
-        """Whether it carries some call's mark."""
-        return any(found.startswith(_MARK) and not found.startswith(_MARK + b"-") for found in self.environment)
+    def alive(self) -> bool:
+        """Whether any of its threads lives: the first may have ended before the others, which shows it as a zombie."""
+        return self.state not in "ZX" or self.threads > 1
 
-    @cached_property
-    def environment(self) -> frozenset[bytes]:
-        """The entries that it was executed with, as far as we may know them; looked at once."""
-        try:
-            with open(f"/proc/{self.pid}/environ", "rb") as file:
-                return frozenset(file.read().split(b"\0"))
-        except (FileNotFoundError, ProcessLookupError, PermissionError):
-            return frozenset()
+
+class Snapshot(dict[int, Process]):
+    """Processes by pid.
+
+    Attributes:
+        whole: whether it has all that lived at one moment, later than the call of `snapshot`; see above.
+    """
+
+    whole = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +86,7 @@ class Tree:
         pid: the main process.
         start: its start time.
         mark: the environment entry that what the call forks and executes inherits, see `harpd.mark`.
-        group: its cgroup, which nothing of the call can leave; None: it has none.
+        group: its cgroup, which only what gets another one on purpose leaves (`su` may); None: it has none.
     """
 
     pid: int
@@ -72,7 +97,7 @@ class Tree:
     def members(
         self, processes: Mapping[int, Process], known: Iterable[tuple[int, int]] = (), late: bool = False
     ) -> list[Process]:
-        """Which of these processes are the call's, zombies left out.
+        """Which of these processes are the call's, dead ones left out.
 
         Args:
             processes: a `snapshot`.
@@ -85,7 +110,7 @@ class Tree:
         # A number is not given again while a session has it; a leader with another start time has it anew.
         if main.start == self.start if main is not None else not late:
             found |= {p.pid for p in processes.values() if self.pid in (p.pid, p.session, p.group)}
-        found |= {p.pid for p in processes.values() if p.start >= self.start and self.mark in p.environment}
+        found |= {p.pid for p in processes.values() if p.start >= self.start and self.mark in p.marks}
         if self.group is not None:
             found |= self.group.pids() & processes.keys()
         children: dict[int, list[int]] = {}
@@ -97,38 +122,142 @@ class Tree:
                 if child not in found:
                     found.add(child)
                     waiting.append(child)
-        return [processes[pid] for pid in found if processes[pid].state not in "ZX"]
+        return [processes[pid] for pid in found if processes[pid].alive]
+
+    def groups(self, members: Iterable[Process]) -> set[int]:
+        """The process groups of these members. Nobody else is in them, for the call has made them all.
+
+        The main process makes the first as soon as it was forked; till then it is alone, and in its zygote's group.
+        """
+        return {
+            member.group
+            for member in members
+            if member.group > 1 and (member.pid != self.pid or member.session == self.pid)
+        }
 
 
-def snapshot() -> dict[int, Process]:
-    """All processes of this moment, by pid."""
-    return {process.pid: process for process in _all()}
+def may_have_escaped(
+    tree: Tree, zygote: int, processes: Snapshot, mains: Container[tuple[int, int] | None], marks: Container[bytes]
+) -> bool:
+    """Whether something of a call may live that can't be told to be the call's; its main process has been reaped.
+
+    The zygote is a subreaper: what a call has left behind is its child, or that child's descendant. A child that is no
+    call's main process, carries no known call's mark and is not older than the call may be this call's.
+
+    Args:
+        tree: the call.
+        zygote: the pid of the zygote that forked it.
+        processes: a look that is younger than the main process's death.
+        mains: the main processes of the zygote's calls.
+        marks: the marks of all known calls; anybody can write any other.
+    """
+    if not processes.whole or zygote not in processes:
+        return True
+    return any(
+        process.parent == zygote
+        and process.start >= tree.start
+        and process.alive
+        and process.identity not in mains
+        and not any(mark in marks for mark in process.marks)
+        for process in processes.values()
+    )
 
 
-def _all() -> Iterator[Process]:
-    for name in os.listdir("/proc"):
-        if name.isdecimal():
-            process = _read(int(name))
-            if process is not None:
-                yield process
+def snapshot() -> Snapshot:
+    """All processes of a moment from now on."""
+    processes = Snapshot()
+    for _ in range(_MOST_LISTS):
+        new = {int(name) for name in os.listdir("/proc") if name.isdecimal()} - processes.keys()
+        alive = [_add(pid, processes) for pid in new]
+        # A dead process has no children: who has a dead parent was read before they were given another.
+        orphans = [p for p in processes.values() if p.alive and p.parent and not _lives(p.parent, processes)]
+        moved = [_has_moved(orphan, processes) for orphan in orphans]
+        processes.whole = all(alive) and not any(moved)
+        if processes.whole:
+            break
+    return processes
+
+
+def _lives(pid: int, processes: Mapping[int, Process]) -> bool:
+    return pid in processes and processes[pid].alive
+
+
+def _add(pid: int, processes: dict[int, Process]) -> bool:
+    """Read a process; whether it lives, or is one that we may not know."""
+    try:
+        process = _read(pid)
+    except PermissionError:
+        return True
+    if process is None:
+        processes.pop(pid, None)
+        return False
+    marks = _marks(process)
+    processes[pid] = replace(process, marks=marks) if marks else process
+    return process.alive and marks is not None
+
+
+def _marks(process: Process) -> frozenset[bytes] | None:
+    """The marks that a process was executed with, as far as we may know them; None: it is ending, and shows none now.
+
+    One in uninterruptible sleep is not asked: it may hold what the answer would wait for, for as long as its disk or
+    its network is away. Kernel threads, which have no session, have nothing to tell; nor have the dead.
+    """
+    if process.state == "D" or not process.session or not process.alive:
+        return frozenset()
+    places = [f"/proc/{process.pid}"]
+    try:
+        if process.state in "ZX":  # the first thread has given its memory away, the others have it still
+            places = [f"/proc/{process.pid}/task/{thread}" for thread in os.listdir(f"/proc/{process.pid}/task")]
+        for place in places:
+            with contextlib.suppress(ProcessLookupError), open(f"{place}/environ", "rb") as file:
+                if text := file.read():
+                    return marks_in(text)
+        return None if _is_ending(process.pid) else frozenset()
+    except PermissionError:
+        return frozenset()
+    except OSError:
+        return None
+
+
+def _has_moved(orphan: Process, processes: dict[int, Process]) -> bool:
+    """Read again whose parent is not known to live; whether it has another now. There are parents that we don't see."""
+    return not _add(orphan.pid, processes) or processes[orphan.pid].parent != orphan.parent
+
+
+def _is_ending(pid: int) -> bool:
+    """Whether a process is on its way out, or gone."""
+    found = _stat(pid)
+    return found is None or bool(int(found[1][6]) & _EXITING)
 
 
 def _read(pid: int) -> Process | None:
+    """A process as it is now, its marks left out; None: it is gone. Raises PermissionError: we may not know of it."""
+    found = _stat(pid)
+    if found is None:
+        return None
+    command, fields = found
+    parent, group, session = (int(field) for field in fields[1:4])
+    state, threads, start = fields[0].decode(), int(fields[17]), int(fields[19])
+    return Process(pid, start, parent, group, session, state, command, threads)
+
+
+def _stat(pid: int) -> tuple[str, list[bytes]] | None:
+    """What /proc says of a process: its command, and the fields from its state on; None: it is gone."""
     try:
         with open(f"/proc/{pid}/stat", "rb") as stat:
             text = stat.read()
-    except (FileNotFoundError, ProcessLookupError, PermissionError):
+    except (FileNotFoundError, ProcessLookupError):
         return None
     end = text.rindex(b")")  # the command before may hold anything
-    fields = text[end + 2 :].split()
-    parent, group, session = (int(field) for field in fields[1:4])
-    command = text[text.index(b"(") + 1 : end].decode("utf-8", "backslashreplace")
-    return Process(pid, int(fields[19]), parent, group, session, fields[0].decode(), command)
+    return text[text.index(b"(") + 1 : end].decode("utf-8", "backslashreplace"), text[end + 2 :].split()
 
 
 def start_time(pid: int) -> int:
     """The start time of a process in clock ticks since boot; 0: there is none."""
-    process = _read(pid)
+    try:
+        process = _read(pid)
+    except PermissionError:
+        return 0
     return process.start if process else 0
 
 
@@ -148,3 +277,14 @@ def send(number: signal.Signals, identity: tuple[int, int]) -> bool:
     finally:
         os.close(descriptor)
     return True
+
+
+def kill_group(group: int) -> None:
+    """Kill a process group at once: none of it can fork while the others are killed.
+
+    Args:
+        group: one of `Tree.groups` of a look of this moment. A group has its number while there is anybody in it, and
+            numbers are given in turn: this one is not another's before all others were given.
+    """
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(group, signal.SIGKILL)

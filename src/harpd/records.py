@@ -4,6 +4,13 @@ A directory for each warden in ``calls/`` of the runtime directory, locked while
 each call. They are not synced: they have to outlive the warden, not the machine. A record may be old when it is read,
 and its numbers may be others' by then: so it counts only before the system starts anew, and finds only what is surely
 the call's.
+
+A record says two things, and stays for as long as one of them holds: that processes of the call may have to be ended,
+and that somebody may have to be told of its end. Its name says which: the call's id for both; ``.told`` behind it when
+only the first holds, ``.over`` when only the second does.
+
+Whoever finds a dead warden keeps its directory locked until no process of its calls is left. What can't be killed is
+told once, like the survivors of any stop, and tried again with each sweep.
 """
 
 from __future__ import annotations
@@ -14,25 +21,29 @@ import json
 import logging
 import os
 import shutil
-import signal
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from harpd.cgroup import Cgroup
+from harpd.lost import LostCall, end_lost
 from harpd.mark import entry
-from harpd.processes import Tree, send, snapshot
+from harpd.processes import Tree
 
 __all__ = ["CallRecords", "Record", "Swept"]
 
 log = logging.getLogger("harpd.warden")
 
-#: What the name of a record ends with whose call has ended.
-_OVER = ".over"
-#: How often, and how many seconds apart, the sweep looks for what is left.
-_SWEEPS, _PAUSE = 100, 0.02
+#: What the name of a record ends with of which only the end has to be told, or only processes have to be ended.
+_OVER, _TOLD = ".over", ".told"
+#: What the name of a directory begins with that is not locked yet.
+_UNLOCKED = "."
+#: A sweep that finds a dead warden looks some times more, so many seconds apart: mostly all are dead by then.
+_PAUSES = (0.005, 0.01, 0.02, 0.04)
+#: Seconds between two rounds of killing at least, however often is swept.
+_ROUND = 0.02
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,12 +59,33 @@ class Swept:
     """What a sweep found.
 
     Attributes:
-        killed: how many processes were killed.
-        calls: the records of the dead wardens' calls, by their ids.
+        killed: how many processes were killed that were not before.
+        calls: the dead wardens' calls of which somebody may have to be told, by their ids; each once, when it is found.
+        receipts: of those calls of which something survives; and later, of each once more, when that is gone.
+        again: whether something was killed so lately that it may go any moment: the next sweep should come soon.
     """
 
-    killed: int
-    calls: Mapping[str, Record]
+    killed: int = 0
+    calls: Mapping[str, Record] = field(default_factory=dict)
+    receipts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    again: bool = False
+
+
+@dataclass(slots=True)
+class _Left:
+    """A call of a dead warden that is not known to be gone.
+
+    Attributes:
+        call: it.
+        file: its record.
+        to_tell: whether somebody has still to be told of its end.
+        told: whether that was told, with survivors.
+    """
+
+    call: LostCall
+    file: Path
+    to_tell: bool
+    told: bool = False
 
 
 class CallRecords:
@@ -71,10 +103,15 @@ class CallRecords:
         self._all = runtime_directory / "calls"
         self._all.mkdir(mode=0o700, exist_ok=True)
         self._directory = self._all / warden
-        self._directory.mkdir(mode=0o700)
-        self._lock = os.open(self._directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        unlocked = self._all / (_UNLOCKED + warden)
+        unlocked.mkdir(mode=0o700)
+        self._lock = os.open(unlocked, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         fcntl.flock(self._lock, fcntl.LOCK_EX)
+        unlocked.rename(self._directory)  # nobody has seen it without its lock
         self._boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        self._dead: dict[Path, int] = {}  # directories of dead wardens, with the descriptors that lock them
+        self._left: list[_Left] = []
+        self._round_at = 0.0
 
     def add(self, call_id: str, record: Record) -> None:
         """Record a call. Raises OSError."""
@@ -85,80 +122,120 @@ class CallRecords:
         (self._directory / call_id).write_text(json.dumps(text))
 
     def over(self, call_id: str) -> None:
-        """The call has ended, and its end is still to be told: what it has left running is not ours to stop."""
+        """Nothing of the call has to be ended any more; its end may still have to be told."""
+        self._settle(call_id, _OVER, _TOLD)
+
+    def told(self, call_id: str) -> None:
+        """Nobody has to be told of the call's end any more; processes of it may still have to be ended."""
+        self._settle(call_id, _TOLD, _OVER)
+
+    def _settle(self, call_id: str, this: str, other: str) -> None:
+        """One of the two things that the record says holds no more; forget it if the other doesn't either."""
+        record = self._directory / call_id
         with contextlib.suppress(OSError):
-            os.rename(self._directory / call_id, self._directory / (call_id + _OVER))
+            if (settled := Path(f"{record}{other}")).exists():
+                settled.unlink()
+            else:
+                record.rename(f"{record}{this}")
 
     def remove(self, call_id: str) -> None:
-        """Forget a call: nothing of it is left that is ours to stop or to tell."""
-        for name in (call_id, call_id + _OVER):
+        """Forget a call: nothing of it has to be ended, and nobody to be told."""
+        for name in (call_id, call_id + _OVER, call_id + _TOLD):
             with contextlib.suppress(OSError):
                 os.unlink(self._directory / name)
 
     def close(self) -> None:
-        """Remove the directory, with what is left in it: this warden ends in order."""
-        shutil.rmtree(self._directory, ignore_errors=True)
+        """This warden ends in order: there is nobody to be told. What survives is left to the next one."""
+        for file in self._directory.glob(f"*{_OVER}"):
+            with contextlib.suppress(OSError):
+                file.unlink()
+        with contextlib.suppress(OSError):  # there is something left
+            self._directory.rmdir()
 
     def sweep(self) -> Swept:
-        """Kill what is left of the calls of wardens that have died, and forget them there."""
+        """Kill what is left of the calls of wardens that have died. It takes some tens of milliseconds at the most."""
         calls: dict[str, Record] = {}
-        killed = 0
-        for directory in sorted(self._all.iterdir()):
-            with _locked(directory) as dead:
-                if dead:
-                    found = dict(self._read(directory))
-                    killed += _kill([record.tree for name, record in found.items() if not name.endswith(_OVER)])
-                    calls.update({name.removesuffix(_OVER): record for name, record in found.items()})
-                    shutil.rmtree(directory, ignore_errors=True)
-        return Swept(killed, calls)
+        found: list[_Left] = []
+        for directory in self._find_dead():
+            for file, ending, record in self._read(directory):
+                call_id = file.name.removesuffix(ending)
+                if ending != _TOLD:
+                    calls[call_id] = record
+                if ending != _OVER:
+                    found.append(_Left(LostCall(call_id, record.tree), file, ending != _TOLD))
+        self._left += found
+        killed = self._end(found)
+        receipts = self._settle_left()
+        return Swept(killed, calls, receipts, any(left.call.is_fresh for left in self._left))
 
-    def _read(self, directory: Path) -> Iterator[tuple[str, Record]]:
-        for file in directory.iterdir():
+    def _find_dead(self) -> Iterator[Path]:
+        """Lock the directories of wardens that have died."""
+        for directory in sorted(self._all.iterdir()):
+            if directory not in self._dead and not directory.name.startswith(_UNLOCKED):
+                lock = _lock(directory)
+                if lock is not None:
+                    self._dead[directory] = lock
+                    yield directory
+
+    def _read(self, directory: Path) -> Iterator[tuple[Path, str, Record]]:
+        """A dead warden's records: file, what its name ends with, record."""
+        for file in list(directory.iterdir()):
+            ending = file.suffix if file.suffix in (_OVER, _TOLD) else ""
             try:
                 record = json.loads(file.read_text())
                 group = Cgroup(record["cgroup"]) if "cgroup" in record else None
-                tree = Tree(int(record["pid"]), int(record["start"]), entry(file.name.removesuffix(_OVER)), group)
+                tree = Tree(int(record["pid"]), int(record["start"]), entry(file.name.removesuffix(ending)), group)
                 if record["boot"] == self._boot:
-                    yield file.name, Record(tree, record)
+                    yield file, ending, Record(tree, record)
             except (OSError, ValueError, KeyError, TypeError):
                 log.warning("a record of a call can't be read", extra={"call": file.name})
 
+    def _end(self, found: list[_Left]) -> int:
+        """Look for what is left, and kill it; how much of it is new."""
+        if not self._left or (not found and time.monotonic() - self._round_at < _ROUND):
+            return 0
+        calls = [left.call for left in self._left]
+        killed = end_lost(calls)
+        for pause in _PAUSES:
+            if all(left.call.gone for left in found):
+                break
+            time.sleep(pause)
+            killed += end_lost(calls)
+        self._round_at = time.monotonic()
+        return killed
 
-@contextlib.contextmanager
-def _locked(directory: Path) -> Iterator[bool]:
-    """Lock a warden's directory; whether that could be done, which means that the warden is dead."""
+    def _settle_left(self) -> dict[str, Mapping[str, Any]]:
+        """Bring the records up to what the last round has found; the receipts that follow from it."""
+        receipts: dict[str, Mapping[str, Any]] = {}
+        for left in self._left:
+            if left.to_tell:
+                left.to_tell, left.told = False, left.call.survives
+            elif not left.call.gone:
+                continue
+            if left.told:
+                receipts[left.call.call_id] = left.call.receipt()
+            with contextlib.suppress(OSError):
+                if left.call.gone:
+                    left.file.unlink()
+                else:  # whoever sweeps tells it, and makes a record of that if need be
+                    left.file = left.file.rename(f"{left.file}{_TOLD}")
+        self._left = [left for left in self._left if not left.call.gone]
+        waiting = {left.file.parent for left in self._left}
+        for directory in self._dead.keys() - waiting:
+            shutil.rmtree(directory, ignore_errors=True)
+            os.close(self._dead.pop(directory))
+        return receipts
+
+
+def _lock(directory: Path) -> int | None:
+    """Lock a warden's directory; None: that can't be done, for the warden lives, or another has swept it."""
     try:
         descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError:
-        yield False
-        return
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-        else:
-            yield True
-    finally:
-        os.close(descriptor)
-
-
-def _kill(trees: list[Tree]) -> int:
-    killed: set[tuple[int, int]] = set()
-    for _ in range(_SWEEPS if trees else 0):
-        processes = snapshot()
-        left = {member.identity for tree in trees for member in tree.members(processes, killed, late=True)}
-        if not left:
-            break
-        for number in (signal.SIGSTOP, signal.SIGKILL):  # none forks while the others are killed
-            for identity in left:
-                send(number, identity)
-        killed |= left
-        time.sleep(_PAUSE)
-    else:
-        if trees:
-            log.error("processes of dead calls can't be killed", extra={"left": len(left)})
-    for tree in trees:
-        if tree.group is not None:
-            tree.group.remove()
-    return len(killed)
+        return None
+    with contextlib.suppress(BlockingIOError):
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if directory.exists():
+            return descriptor
+    os.close(descriptor)
+    return None

@@ -35,7 +35,7 @@ from harpd.eventloop import READ, WRITE, EventLoop, Timer
 from harpd.mark import entry
 from harpd.nursery import Offered, Usage, Zygote
 from harpd.output import Output, Pipe
-from harpd.processes import Process, Tree
+from harpd.processes import Snapshot, Tree
 from harpd.records import CallRecords, Record
 from harpd.spool import SHARE, SpoolMemory
 from harpd.stopping import Stopping
@@ -124,8 +124,8 @@ class Surroundings:
     loop: EventLoop
     kill_grace: float
     records: CallRecords
-    look: Callable[[float], Mapping[int, Process]]
-    strays: Callable[[Mapping[int, Process], Tree], bool]
+    look: Callable[[float], Snapshot]
+    strays: Callable[[Snapshot, Tree], bool]
     output: Output
     cgroups: Cgroups
     memory: SpoolMemory

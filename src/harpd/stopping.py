@@ -2,8 +2,11 @@
 
 SIGXCPU to the main process for a limit, which may clean up; then SIGTERM to the tree, then SIGKILL, `kill_grace`
 seconds between the steps. Before they are killed all are halted by SIGSTOP, until a look finds no new one. The main
-process is killed last: as their subreaper it keeps the others findable. The call is gone when a look at the
-processes that is younger than the main process's death finds none of its own.
+process is killed last: as their subreaper it keeps the others findable. What goes on forking faster than it is halted
+is killed at once with all the rest, by process groups; what is in a cgroup always is, if the system can do that.
+
+The call is gone when a look at the processes that is younger than the main process's death finds none of its own, its
+cgroup is empty, and nothing may have escaped. A doubt of that is settled by further looks, if it can be, or it is told.
 
 What was found, what it was sent and what became of it is the receipt. Whatever survives SIGKILL for `kill_grace`
 seconds is told once, and watched on.
@@ -14,15 +17,14 @@ share it. Each step arranges for the next one first: whatever fails in it, the n
 
 from __future__ import annotations
 
-import os
 import signal
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from harpd.eventloop import EventLoop, Timer
-from harpd.processes import Process, Tree, send
+from harpd.processes import Process, Snapshot, Tree, kill_group, send
+from harpd.receipt import Findings
 
 __all__ = ["Stopping"]
 
@@ -30,26 +32,12 @@ __all__ = ["Stopping"]
 _LOOK, _LOOK_RARELY = 0.05, 1.0
 #: Seconds that processes have at least to be gone after SIGKILL before they count as survivors.
 _DEATH = 2.0
-#: How many processes a receipt lists; it counts them all.
-_SHOWN = 100
 #: So often processes are halted before they are killed although there are ever new ones.
 _MOST_HALTS = 20
-
-
-@dataclass(slots=True)
-class _Trace:
-    """What became of a process: its name, what it was sent, how it ended."""
-
-    command: str
-    signals: list[str]
-    ended: str | None = None
-
-
-def _ending(status: int) -> str:
-    if os.WIFSIGNALED(status):
-        number = os.WTERMSIG(status)
-        return signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
-    return f"exit {os.waitstatus_to_exitcode(status)}"
+#: How many further looks a doubt whether something has escaped is worth, and how many seconds apart.
+_MOST_DOUBTS, _DOUBT = 5, 0.02
+#: Seconds without a look after which the number of the main process's session may be another's.
+_TRUSTED = 10.0
 
 
 class Stopping:
@@ -70,8 +58,8 @@ class Stopping:
         loop: EventLoop,
         tree: Tree,
         kill_grace: float,
-        look: Callable[[float], Mapping[int, Process]],
-        strays: Callable[[Mapping[int, Process], Tree], bool],
+        look: Callable[[float], Snapshot],
+        strays: Callable[[Snapshot, Tree], bool],
         on_survived: Callable[[], None],
         on_gone: Callable[[], None],
     ) -> None:
@@ -85,18 +73,18 @@ class Stopping:
         self._on_gone = on_gone
         self._step: Timer | None = None
         self._check: Timer | None = None
-        self._known: set[tuple[int, int]] = set()
-        self._halted: set[tuple[int, int]] = set()
-        self._halts = 0
-        self._pause = _LOOK
-        self._changed_at = 0.0  # a look must be younger than this to tell how things are
-        self._main_ended = False
-        self._status: int | None = None
         self._survived: Timer | None = None
-        self._traces: dict[tuple[int, int], _Trace] = {}
-        self._left: set[tuple[int, int]] = set()
-        self._complete = True
-        self._began = self._ended = 0.0
+        self._findings = Findings(self._main)
+        self._processes = Snapshot()
+        self._looked_at: float | None = None
+        self._changed_at = 0.0  # a look must be younger than this to tell how things are
+        self._halted: set[tuple[int, int]] = set()
+        self._halts = self._doubts = 0
+        self._pause = _LOOK
+        self._main_ended = False
+        self._complete = False
+        self._began = 0.0
+        self._ended: float | None = None
 
     def begin(self, interrupt: bool) -> None:
         """Begin to stop everything. `interrupt`: by SIGXCPU to the main process."""
@@ -111,7 +99,8 @@ class Stopping:
     def main_ended(self, status: int) -> None:
         """The main process has been reaped, with this wait status; what is left has to end, too."""
         self._main_ended = True
-        self._status = status
+        self._looked_at = None  # it had its number until now
+        self._findings.note_end(status)
         self._began = self._began or time.time()
         self._changed_at = time.monotonic()
         self._check = self._loop.after(0, self._look_for_survivors)
@@ -129,96 +118,113 @@ class Stopping:
         """
         if not self._began:
             return None
-        main = self._traces.setdefault(self._main, _Trace("", []))
-        if self._main_ended and self._status is not None:
-            main.ended = _ending(self._status)
-        shown = list(self._traces.items())[:_SHOWN]
-        return {
-            "processes": [
-                {"pid": pid, "command": trace.command, "signals": trace.signals, "ended": trace.ended}
-                for (pid, _), trace in shown
-            ],
-            "found": len(self._traces),
-            "survivors": [{"pid": pid, "command": self._traces[pid, start].command} for pid, start in self._left],
-            "complete": self._complete,
-            "began": self._began,
-            "ended": self._ended or time.time(),
-        }
+        return self._findings.receipt(self._main_ended, self._complete, self._began, self._ended)
 
-    def _send(self, number: signal.Signals, identity: tuple[int, int]) -> None:
-        if send(number, identity) and number is not signal.SIGSTOP and identity in self._traces:
-            signals = self._traces[identity].signals
-            if not signals or signals[-1] != number.name:
-                signals.append(number.name)
+    # The steps.
 
     def _kill_main(self) -> None:
         send(signal.SIGKILL, self._main)
 
     def _interrupt(self) -> None:
         self._step = self._loop.after(self._kill_grace, self._terminate)
-        self._members()  # what its end lets escape is known from now on
+        self._find()  # what its end lets escape is known from now on
         self._send(signal.SIGXCPU, self._main)
 
     def _terminate(self) -> None:
         self._step = self._loop.after(self._kill_grace, self._kill)
         self._pause = _LOOK
-        for identity in self._members():
+        for identity in self._find():
             self._send(signal.SIGTERM, identity)
 
     def _kill(self) -> None:
         """Halt what is left, then kill it; again and again until nothing is."""
         self._step = self._loop.after(self._patience(), self._kill)
-        members = self._members()
-        new = members - self._halted
+        members = self._find()
+        new = members.keys() - self._halted
         if new and self._halts < _MOST_HALTS:
             for identity in new:
-                self._send(signal.SIGSTOP, identity)
-            self._halted |= new
+                send(signal.SIGSTOP, identity)
+            self._halted = set(members)
             self._halts += 1
             self._pause = _LOOK
             self._step.cancel()
             self._step = self._loop.after(0, self._kill)
         else:
+            self._kill_members(members, outrun=bool(new))
             self._halts = 0
-            for identity in members - {self._main} or members:
-                self._send(signal.SIGKILL, identity)
             if self._survived is None:
                 self._survived = self._loop.after(max(self._kill_grace, _DEATH), self._tell_survivors)
         self._changed_at = time.monotonic()
-        if self._main_ended and not members:
-            self._gone()
+        if self._is_gone():
+            self._leave()
+
+    def _kill_members(self, members: Mapping[tuple[int, int], Process], outrun: bool) -> None:
+        """Kill what was halted. `outrun`: there were ever new ones, so all have to go at once, the main one too."""
+        cgroup = self._tree.group
+        at_once = outrun or (cgroup is not None and cgroup.can_kill)
+        main = members.keys() & {self._main}
+        targets = members.keys() if at_once else (members.keys() - main or main)
+        for identity in targets:
+            self._send(signal.SIGKILL, identity)
+        spared = {self._tree.pid} if main - targets else set()
+        for group in self._tree.groups(members[identity] for identity in targets) - spared:
+            kill_group(group)
+        if cgroup is not None:
+            cgroup.kill()
+
+    def _send(self, number: signal.Signals, identity: tuple[int, int]) -> None:
+        if send(number, identity):
+            self._findings.note_signal(number, identity)
+
+    # What there is.
+
+    def _find(self) -> Mapping[tuple[int, int], Process]:
+        """Look, if need be, and note what is left; all of it that is known, by identity."""
+        now = time.monotonic()
+        late = self._looked_at is not None and now - self._looked_at > _TRUSTED
+        self._looked_at = now
+        self._processes = self._look(self._changed_at)
+        self._findings.note(self._tree.members(self._processes, self._findings.left, late))
+        return self._findings.left
+
+    def _is_empty(self) -> bool:
+        """Whether the last look has found nothing."""
+        cgroup = self._tree.group
+        return self._main_ended and not self._findings.left and not (cgroup is not None and cgroup.populated)
+
+    def _is_gone(self) -> bool:
+        """Whether the last look has found nothing; if something may have escaped, some further ones as well."""
+        if not self._is_empty():
+            self._doubts = 0
+            return False
+        self._complete = not self._strays(self._processes, self._tree)
+        self._doubts += 1
+        return self._complete or self._doubts > _MOST_DOUBTS
 
     def _look_for_survivors(self) -> None:
         self._check = self._loop.after(self._patience(), self._look_for_survivors)
-        if not self._members():
-            self._gone()
+        self._find()
+        if self._is_gone():
+            self._leave()
+        elif self._doubts:
+            self._changed_at = time.monotonic()
+            self._check.cancel()
+            self._check = self._loop.after(_DOUBT, self._look_for_survivors)
         elif self._step is None:
             self._terminate()
 
-    def _members(self) -> set[tuple[int, int]]:
-        processes = self._look(self._changed_at)
-        found = self._tree.members(processes, self._known)
-        members = {member.identity for member in found}
-        for member in found:
-            self._traces.setdefault(member.identity, _Trace(member.command, []))
-        for identity in self._left - members:
-            trace = self._traces[identity]
-            trace.ended = f"gone after {trace.signals[-1]}" if trace.signals else "gone"
-        self._known |= members
-        self._left = members
-        if self._main_ended and not members:
-            self._complete = not self._strays(processes, self._tree)
-        return members
-
     def _tell_survivors(self) -> None:
-        if self._members() or not self._main_ended:
+        self._find()
+        if self._is_empty():  # gone, which the next step tells; or never twice the same, and not seen this time
+            self._survived = self._loop.after(_LOOK_RARELY, self._tell_survivors)
+        else:
             self._on_survived()
 
     def _patience(self) -> float:
         pause, self._pause = self._pause, min(2 * self._pause, _LOOK_RARELY)
         return pause
 
-    def _gone(self) -> None:
+    def _leave(self) -> None:
         self._ended = time.time()
         self.cancel()
         self._on_gone()

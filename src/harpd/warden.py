@@ -50,6 +50,7 @@ import signal
 import socket
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -64,9 +65,10 @@ from harpd.cgroup import Cgroups, own_cgroup
 from harpd.eventloop import READ, EventLoop
 from harpd.held import HeldCalls
 from harpd.kept import Kept
+from harpd.mark import entry
 from harpd.nursery import Zygote
 from harpd.output import Output
-from harpd.processes import Process, Tree, snapshot
+from harpd.processes import Snapshot, Tree, may_have_escaped, snapshot
 from harpd.reception import Farewell, Reception
 from harpd.records import CallRecords
 from harpd.running import RunningCall, Stop, Surroundings
@@ -77,8 +79,8 @@ __all__ = ["main"]
 
 log = logging.getLogger("harpd.warden")
 
-#: Seconds between two looks for wardens that have died.
-_SWEEP = 1.0
+#: Seconds between two looks for wardens that have died; and while what they have left is dying.
+_SWEEP, _SWEEP_AGAIN = 1.0, 0.05
 #: Seconds that a look at all processes stays good.
 _LOOK_LASTS = 0.02
 #: Seconds until a dead zygote is started again, and that a procedures file has to load: less than the gate waits.
@@ -89,6 +91,8 @@ _LAST_WORDS = 2.0
 _UNWANTED = 10.0
 #: The share of descriptors that may belong to what ended calls have left running, as its output.
 _LEFT_SHARE = 8
+#: How many ended calls' marks are known.
+_REMEMBERED = 1000
 _RECURSION_LIMIT = 10_000
 #: What a call's id may be: it names a file and is an entry of the environment. A UUID is what the gate gives.
 _CALL_ID = re.compile(r"[0-9A-Za-z-]{1,36}")
@@ -116,7 +120,8 @@ class Warden:
         self._give_up: Callable[[str], None] = lambda reason: None  # the load that is under way, if there is one
         self._closing = False
         self._done: list[Callable[[], None]] = []  # who waits for the end
-        self._looked_at, self._processes = 0.0, dict[int, Process]()
+        self._looked_at, self._processes = 0.0, Snapshot()
+        self._past = deque[bytes](maxlen=_REMEMBERED)  # marks of ended calls: they may have left services running
         self._sweep_now_and_then()
         self._keep(lifeline)
         self._reception = Reception(loop, settings["runtime_directory"], self._incarnation, self._serve)
@@ -124,17 +129,18 @@ class Warden:
 
     def _sweep_now_and_then(self) -> None:
         """One may die beside us."""
-        self._sweep()
-        self._loop.after(_SWEEP, self._sweep_now_and_then)
+        again = self._sweep()
+        self._loop.after(_SWEEP_AGAIN if again else _SWEEP, self._sweep_now_and_then)
 
-    def _sweep(self) -> None:
-        """End what wardens that have died left behind, and know it."""
+    def _sweep(self) -> bool:
+        """End what wardens that have died left behind, and know it; whether that should be done again soon."""
         if self._closing:
-            return
+            return False
         swept = self._records.sweep()
         if swept.killed:
             log.warning("processes of an earlier warden's calls were killed", extra={"processes": swept.killed})
-        self._held.bury(swept.calls)
+        self._held.bury(swept.calls, swept.receipts)
+        return swept.again
 
     # The zygote.
 
@@ -388,6 +394,7 @@ class Warden:
 
     def _on_call_gone(self, call: RunningCall) -> None:
         del self._calls[call.id]
+        self._past.append(entry(call.id))
         self._end_if_done()
 
     def _shut_down(self, done: Callable[[], None]) -> None:
@@ -423,32 +430,18 @@ class Warden:
 
     # Processes.
 
-    def _look(self, moment: float) -> Mapping[int, Process]:
+    def _look(self, moment: float) -> Snapshot:
         """All processes as they were at `moment` or later, and not long ago; many calls share a look."""
         if self._looked_at < max(moment, time.monotonic() - _LOOK_LASTS):
             self._looked_at = time.monotonic()
             self._processes = snapshot()
         return self._processes
 
-    def _has_strays(self, zygote: Zygote, processes: Mapping[int, Process], tree: Tree) -> bool:
-        """Whether something may have escaped from a call whose main process has ended.
-
-        The zygote is a subreaper: what a call has left behind is its child. A child that is no call, carries no call's
-        mark and is not older than the call may be this call's. In a cgroup nothing escapes.
-        """
-        if tree.group is not None:
-            return False
-        if zygote.pid not in processes:
-            return True
+    def _has_strays(self, zygote: Zygote, processes: Snapshot, tree: Tree) -> bool:
+        """Whether something may have escaped from a call whose main process has ended."""
         mains = {call.main for call in self._calls.values()}
-        return any(
-            process.parent == zygote.pid
-            and process.start >= tree.start
-            and process.state not in "ZX"
-            and process.identity not in mains
-            and not process.is_marked
-            for process in processes.values()
-        )
+        marks = {*self._past, *map(entry, self._calls)}
+        return may_have_escaped(tree, zygote.pid, processes, mains, marks)
 
 
 def _no_process(error: OSError) -> Failed:

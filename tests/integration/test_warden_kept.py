@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 import pytest
 
-from harpd.cgroup import Cgroup
+from support.cgroups import own_cgroup
 from support.deadline import wait_until
 from support.warden import DEADLINE, OWNER, SECRET, Conversation, Warden, runs
 
@@ -480,26 +480,11 @@ def test_what_may_have_escaped_makes_a_receipt_incomplete(warden: Warden, tmp_pa
         os.kill(pid, signal.SIGKILL)
 
 
-@pytest.fixture
-def own_cgroup() -> Iterator[str]:
-    places = [line.split() for line in Path("/proc/mounts").read_text().splitlines()]
-    mounted = next((place[1] for place in places if place[2] == "cgroup2"), None)
-    if mounted is None:
-        pytest.skip("there is no cgroup2 here")
-    directory = Path(mounted) / f"harpd-test-{uuid.uuid4().hex}"
-    try:
-        directory.mkdir()
-    except OSError:
-        pytest.skip("no cgroup can be made here")
-    yield str(directory)
-    Cgroup(str(directory)).remove()
-
-
 @pytest.mark.root
 @ROOT
-def test_in_a_cgroup_nothing_escapes(tmp_path: Path, own_cgroup: str) -> None:
+def test_in_a_cgroup_nothing_escapes(tmp_path: Path) -> None:
     path = tmp_path / "pid"
-    with Warden(tmp_path / "warden", PROCEDURES, kill_grace=0.3, cgroup=own_cgroup) as warden:
+    with own_cgroup() as group, Warden(tmp_path / "warden", PROCEDURES, kill_grace=0.3, cgroup=str(group)) as warden:
         with warden.keep("leave_a_stranger", str(path)) as call:
             call.line()
             before, _, _ = ended(call)
@@ -512,7 +497,7 @@ def test_in_a_cgroup_nothing_escapes(tmp_path: Path, own_cgroup: str) -> None:
         (tmp_path / "pids").touch()
         receipt, _, pids = stopped(warden, tmp_path / "pids")
         assert dead(pids)
-        assert not list(Path(own_cgroup).glob("call-*"))
+        assert not list(group.glob("call-*"))
 
 
 @pytest.mark.root

@@ -1,4 +1,4 @@
-"""Which processes are a call's, signals that never hit another, the event loop's timers, lines that are printed."""
+"""Which processes are a call's, what a look proves, signals that never hit another; the event loop's timers, output."""
 
 from __future__ import annotations
 
@@ -8,19 +8,24 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
+from harpd.cgroup import Cgroup
 from harpd.eventloop import EventLoop
+from harpd.mark import entry
 from harpd.output import Output
-from harpd.processes import Process, Tree, send, snapshot, start_time
+from harpd.processes import Process, Snapshot, Tree, kill_group, may_have_escaped, send, snapshot, start_time
+from support.deadline import wait_until
+from support.hopper import group_lives, hopping
 
 #: A tree whose main process is 100; no process of this system has these numbers and this environment.
 TREE = Tree(100, 50, b"HARPD_CALL=none of this system")
 
 
-def table(*processes: Process) -> dict[int, Process]:
-    return {process.pid: process for process in processes}
+def table(*processes: Process) -> Snapshot:
+    return Snapshot({process.pid: process for process in processes})
 
 
 def members(processes: dict[int, Process], *known: tuple[int, int], late: bool = False) -> set[int]:
@@ -30,9 +35,8 @@ def members(processes: dict[int, Process], *known: tuple[int, int], late: bool =
 def process(
     pid: int, start: int = 60, state: str = "S", marked: bool = False, parent: int = 0, group: int = 0, session: int = 0
 ) -> Process:
-    made = Process(pid, start, parent, group, session, state)
-    made.__dict__["environment"] = {TREE.mark} if marked else set()  # so that it does not look into /proc
-    return made
+    marks = frozenset({TREE.mark} if marked else ())
+    return Process(pid, start, parent, group, session, state, marks=marks)
 
 
 MAIN = process(100, 50, group=100, session=100)
@@ -76,9 +80,129 @@ def test_a_session_without_a_leader_is_the_calls_unless_nobody_watched() -> None
     assert members(table(MAIN, child, marked), late=True) == {100, 101, 102}
 
 
+ZYGOTE = process(7, 20, session=7)
+#: An earlier call's and one that lives at the same time.
+OTHERS = frozenset({entry("other"), entry("earlier")})
+
+
+def escaped(*processes: Process, whole: bool = True) -> bool:
+    look = table(ZYGOTE, *processes)
+    look.whole = whole
+    return may_have_escaped(TREE, ZYGOTE.pid, look, {(400, 70)}, OTHERS)
+
+
+def child(pid: int = 300, start: int = 60, state: str = "S", threads: int = 1, mark: str | None = None) -> Process:
+    """A child of the zygote."""
+    marks = frozenset(() if mark is None else {entry(mark)})
+    return Process(pid, start, ZYGOTE.pid, pid, pid, state, threads=threads, marks=marks)
+
+
+def test_a_child_of_the_zygote_that_is_no_known_calls_may_have_escaped() -> None:
+    assert escaped(child())
+    assert escaped(child(state="Z", threads=2))
+    assert not escaped(child(state="Z"))
+    assert not escaped(child(start=49))
+    assert not escaped(child(400, 70))
+    assert not escaped(process(300, parent=1), process(301, parent=400))
+
+
+def test_only_marks_of_known_calls_count() -> None:
+    assert not escaped(child(mark="other"))
+    assert escaped(child(mark="made up"))
+
+
+def test_it_is_not_known_without_the_zygote_or_a_whole_look() -> None:
+    assert not escaped()
+    assert escaped(whole=False)
+    assert may_have_escaped(TREE, ZYGOTE.pid, table(MAIN), (), ())
+
+
+def test_in_a_cgroup_as_well_something_may_have_escaped(tmp_path: Path) -> None:
+    """`su` with PAM puts what it executes into another one."""
+    tree = Tree(TREE.pid, TREE.start, TREE.mark, Cgroup(str(tmp_path)))
+    assert may_have_escaped(tree, ZYGOTE.pid, table(ZYGOTE, child()), (), ())
+
+
+def test_a_process_whose_first_thread_has_ended_lives() -> None:
+    headless = Process(101, 60, 1, 100, 100, "Z", threads=2)
+    assert members(table(headless)) == {101}
+    assert members(table(Process(101, 60, 1, 100, 100, "Z", threads=1))) == set()
+
+
+def test_groups_are_the_calls_own() -> None:
+    before = process(100, 50, group=7, session=7)  # it has not left its zygote's session yet
+    assert TREE.groups([before]) == set()
+    assert TREE.groups([MAIN, process(101, group=100), process(102, group=102)]) == {100, 102}
+    assert TREE.groups([process(103, group=0), process(104, group=1)]) == set()  # -1 would be everybody
+
+
+HEADLESS = """
+import ctypes, os, platform, threading, time
+threading.Thread(target=time.sleep, args=(3600,)).start()
+print(flush=True)
+number = {"x86_64": 60}.get(platform.machine(), 93)  # exit(2), of this thread alone
+ctypes.CDLL(None).syscall(number, 0)
+"""
+
+
+def test_a_look_finds_a_process_whose_first_thread_has_ended() -> None:
+    environment = {"HARPD_CALL": "headless"}
+    with subprocess.Popen([sys.executable, "-c", HEADLESS], stdout=subprocess.PIPE, env=environment) as child:
+        try:
+            assert child.stdout is not None
+            child.stdout.readline()
+            wait_until(lambda: snapshot()[child.pid].state == "Z", what="the first thread's end")
+            found = snapshot()[child.pid]
+            assert found.alive
+            assert found.marks == {entry("headless")}
+            assert send(signal.SIGKILL, found.identity)
+        finally:
+            child.kill()
+
+
+#: Waits for a child that has its memory, and that waits for somebody to write to a pipe before it executes anything.
+DEEP_SLEEP = """
+import os, sys
+os.posix_spawn("/bin/true", ["true"], {}, file_actions=[(os.POSIX_SPAWN_OPEN, 5, sys.argv[1], os.O_RDONLY, 0)])
+"""
+
+
+@pytest.mark.parametrize("session", [False, True])
+def test_a_look_that_is_whole_has_who_forks_and_exits_without_pause(tmp_path: Path, session: bool) -> None:
+    with hopping(tmp_path, session, HARPD_CALL="hopper") as group:
+        for _ in range(100):
+            look = snapshot()
+            found = any(p.alive and (entry("hopper") in p.marks or p.group == group) for p in look.values())
+            assert found or not look.whole
+
+
+def test_a_group_is_killed_although_it_forks_without_pause(tmp_path: Path) -> None:
+    with hopping(tmp_path) as group:
+        assert group_lives(group)
+        kill_group(group)
+        wait_until(lambda: not group_lives(group), what="the group's end")
+        kill_group(group)
+
+
+def test_a_look_becomes_whole_although_there_is_a_zombie() -> None:
+    with subprocess.Popen(["true"]) as child:
+        wait_until(lambda: snapshot()[child.pid].state == "Z", what="the child's end")
+        wait_until(lambda: (look := snapshot()).whole and child.pid in look, what="a whole look")
+
+
+def test_who_sleeps_uninterruptibly_is_not_asked_for_its_mark(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    command = [sys.executable, "-c", DEEP_SLEEP, str(tmp_path / "pipe")]
+    with subprocess.Popen(command, env={"HARPD_CALL": "deep"}) as child:
+        wait_until(lambda: snapshot()[child.pid].state == "D", what="deep sleep")
+        assert not snapshot()[child.pid].marks
+        os.close(os.open(tmp_path / "pipe", os.O_WRONLY))
+        assert child.wait() == 0
+
+
 @pytest.fixture
 def sleeper() -> Iterator[subprocess.Popen[bytes]]:
-    with subprocess.Popen(["sleep", "3600"], env={"MARK": "of the sleeper"}) as child:
+    with subprocess.Popen(["sleep", "3600"], env={"HARPD_CALL": "sleeper"}) as child:
         yield child
         child.kill()
 
@@ -86,7 +210,7 @@ def sleeper() -> Iterator[subprocess.Popen[bytes]]:
 def test_snapshot_and_signals(sleeper: subprocess.Popen[bytes]) -> None:
     found = snapshot()[sleeper.pid]
     assert (found.parent, found.start) == (os.getpid(), start_time(sleeper.pid))
-    assert b"MARK=of the sleeper" in found.environment
+    assert found.marks == {entry("sleeper")}
     assert not send(signal.SIGKILL, (sleeper.pid, found.start + 1))
     assert sleeper.poll() is None
     assert send(signal.SIGKILL, found.identity)

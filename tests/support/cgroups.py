@@ -1,0 +1,74 @@
+"""Cgroups of a test's own: one to put calls into, and one that freezes what is put into it."""
+
+from __future__ import annotations
+
+import contextlib
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from harpd.cgroup import Cgroup
+from support.deadline import wait_until
+
+__all__ = ["Freezer", "freezer", "own_cgroup"]
+
+_FREEZERS = Path("/sys/fs/cgroup/freezer")
+
+
+@contextlib.contextmanager
+def own_cgroup() -> Iterator[Path]:
+    """A cgroup of the new kind; it skips the test where none can be made."""
+    places = [line.split() for line in Path("/proc/mounts").read_text().splitlines()]
+    mounted = next((place[1] for place in places if place[2] == "cgroup2"), None)
+    if mounted is None:
+        pytest.skip("there is no cgroup2 here")
+    directory = Path(mounted) / f"harpd-test-{uuid.uuid4().hex}"
+    try:
+        directory.mkdir()
+    except OSError:
+        pytest.skip("no cgroup can be made here")
+    try:
+        yield directory
+    finally:
+        Cgroup(str(directory)).kill()
+        wait_until(lambda: not Cgroup(str(directory)).populated, what="an empty cgroup")
+        Cgroup(str(directory)).remove()
+
+
+class Freezer:
+    """A frozen process dies only when it is thawed, whatever it is sent.
+
+    Args:
+        directory: a cgroup of the old kind.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+
+    def freeze(self, *pids: int) -> None:
+        """Freeze these processes."""
+        for pid in pids:
+            (self._directory / "tasks").write_text(str(pid))
+        (self._directory / "freezer.state").write_text("FROZEN")
+
+    def thaw(self) -> None:
+        """Let them go on, or die."""
+        (self._directory / "freezer.state").write_text("THAWED")
+
+
+@contextlib.contextmanager
+def freezer() -> Iterator[Freezer]:
+    """A freezer; it skips the test where there is none."""
+    if not (_FREEZERS / "tasks").exists():
+        pytest.skip("there is no freezer of the old kind here")
+    directory = _FREEZERS / f"harpd-test-{uuid.uuid4().hex}"
+    directory.mkdir()
+    freezer = Freezer(directory)
+    try:
+        yield freezer
+    finally:
+        freezer.thaw()
+        wait_until(lambda: not (directory / "tasks").read_text(), what="an empty freezer")
+        directory.rmdir()

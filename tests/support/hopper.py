@@ -1,0 +1,63 @@
+"""A program that forks and exits without pause, and is gone under each number before it can be read or signalled."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+from harpd.processes import snapshot
+from support.deadline import wait_until
+
+__all__ = ["HOP", "group_lives", "hopping"]
+
+#: The loop itself, for the text of a procedures file: it goes on until the file `stop` is there.
+HOP = """
+import os, signal
+
+def hop(stop, session=False):
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    while not os.path.exists(stop):
+        if os.fork():
+            os._exit(0)
+        if session:
+            os.setsid()
+    os._exit(0)
+"""
+_PROGRAM = HOP + "\nimport sys; os.setpgid(0, 0); hop(sys.argv[1], sys.argv[2] == 'session')\n"
+
+
+@contextlib.contextmanager
+def hopping(directory: Path, session: bool = False, **environment: str) -> Iterator[int]:
+    """Let one hop, and end it.
+
+    Args:
+        directory: where the file is made that ends it.
+        session: whether it has a new session after each hop.
+        environment: what it is executed with.
+
+    Yields:
+        its process group, if it keeps it.
+    """
+    stop = directory / f"stop-{uuid.uuid4().hex}"
+    kind = "session" if session else "group"
+    reading, writing = os.pipe()  # open until its last process has ended
+    try:
+        command = [sys.executable, "-c", _PROGRAM, str(stop), kind]
+        process = subprocess.Popen(command, env=environment, pass_fds=(writing,))
+        os.close(writing)
+        wait_until(lambda: process.poll() is not None, what="the first hop")
+        yield process.pid
+    finally:
+        stop.touch()
+        os.read(reading, 1)
+        os.close(reading)
+
+
+def group_lives(group: int) -> bool:
+    """Whether anything runs in a process group."""
+    return any(process.group == group and process.alive for process in snapshot().values())

@@ -1,0 +1,42 @@
+"""A call's cgroup: what the system knows of it, and kills at once."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+
+import pytest
+
+from harpd.cgroup import Cgroup, Cgroups
+from support.cgroups import own_cgroup
+from support.deadline import wait_until
+from support.hopper import hopping
+
+pytestmark = [
+    pytest.mark.root,
+    pytest.mark.skipif(os.geteuid() != 0, reason="needs root"),
+]
+
+
+def test_what_forks_without_pause_is_in_it_and_is_killed(tmp_path: Path) -> None:
+    with own_cgroup() as place, contextlib.ExitStack() as ending:
+        group = Cgroups(str(place)).make("a", os.getpid())  # what the test starts now is in it
+        assert group is not None
+        try:
+            ending.enter_context(hopping(tmp_path, session=True))
+        finally:
+            (place.parent / "cgroup.procs").write_text(str(os.getpid()))
+        assert group.populated
+        assert group.can_kill
+        group.kill()
+        wait_until(lambda: not group.populated, what="an empty cgroup")
+
+
+def test_one_that_is_gone() -> None:
+    group = Cgroup("/nowhere/call-a")
+    assert not group.populated
+    assert not group.can_kill
+    assert group.pids() == set()
+    group.kill()
+    group.remove()

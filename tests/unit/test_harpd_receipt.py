@@ -1,0 +1,63 @@
+"""Receipts: bounded whatever is found, and never better than what is known."""
+
+from __future__ import annotations
+
+import signal
+
+from harp.protocol.daemon import Receipt
+from harp.protocol.jsontext import dumps
+from harpd.processes import Process
+from harpd.receipt import Findings
+
+MAIN = Process(100, 50, command="main")
+
+
+def others(number: int) -> list[Process]:
+    return [Process(pid, 60, command="\\xff" * 15) for pid in range(101, 101 + number)]
+
+
+def test_what_became_of_each() -> None:
+    findings = Findings(MAIN.identity)
+    one, other = others(2)
+    findings.note([MAIN, one, other])
+    for number in (signal.SIGTERM, signal.SIGKILL, signal.SIGKILL):
+        findings.note_signal(number, one.identity)
+    findings.note([MAIN])
+    findings.note_end(signal.SIGKILL)
+    findings.note([])
+    receipt = findings.receipt(main_ended=True, complete=True, began=1.0, ended=2.0)
+    assert [(each["pid"], each["signals"], each["ended"]) for each in receipt["processes"]] == [
+        (100, [], "SIGKILL"),
+        (101, ["SIGTERM", "SIGKILL"], "gone after SIGKILL"),
+        (102, [], "gone"),
+    ]
+    assert [receipt[key] for key in ("found", "survivors", "surviving", "complete")] == [3, [], 0, True]
+
+
+def test_a_main_process_that_was_not_reaped_survives_whatever_was_found() -> None:
+    findings = Findings(MAIN.identity)
+    findings.note([MAIN])
+    findings.note([])
+    receipt = findings.receipt(main_ended=False, complete=False, began=1.0)
+    assert (receipt["survivors"], receipt["surviving"]) == ([{"pid": 100, "command": "main"}], 1)
+
+
+def test_however_many_there_are_the_receipt_is_small() -> None:
+    findings = Findings(MAIN.identity)
+    findings.note([MAIN, *others(50_000)])
+    findings.note(others(50_000))
+    receipt = findings.receipt(main_ended=False, complete=False, began=1.0)
+    assert (len(receipt["processes"]), receipt["found"]) == (100, 50_001)
+    assert (len(receipt["survivors"]), receipt["surviving"]) == (100, 50_001)
+    text = dumps(receipt)
+    assert len(text) < 64 * 1024
+    assert len(Receipt(text).survivors) == 100
+
+
+def test_what_comes_and_goes_without_end_is_counted_and_not_kept() -> None:
+    findings = Findings(MAIN.identity)
+    for pid in range(200, 5200):
+        findings.note([Process(pid, 60)])
+    receipt = findings.receipt(main_ended=True, complete=False, began=1.0)
+    assert receipt["found"] == 5001
+    assert len(findings._traces) == 100

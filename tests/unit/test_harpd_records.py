@@ -1,0 +1,262 @@
+"""Records of calls: what the next warden ends and tells, what it can't end, and what a record still says."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from harpd.cgroup import Cgroups
+from harpd.mark import entry
+from harpd.processes import Tree, snapshot, start_time
+from harpd.records import CallRecords, Record, Swept
+from support.cgroups import freezer, own_cgroup
+from support.deadline import wait_until
+from support.hopper import group_lives, hopping
+
+ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+
+
+class Wardens:
+    """Records as wardens keep them, all in one runtime directory."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._alive: set[CallRecords] = set()
+
+    def begin(self, name: str) -> CallRecords:
+        """A new warden."""
+        records = CallRecords(self._directory, name)
+        self._alive.add(records)
+        return records
+
+    def kill(self, records: CallRecords) -> None:
+        """What the death of a warden does to its records."""
+        self._alive.remove(records)
+        for lock in (records._lock, *records._dead.values()):
+            os.close(lock)
+
+    def kill_all(self) -> None:
+        """End what is left."""
+        for records in tuple(self._alive):
+            self.kill(records)
+
+
+@pytest.fixture
+def wardens(tmp_path: Path) -> Iterator[Wardens]:
+    wardens = Wardens(tmp_path)
+    yield wardens
+    wardens.kill_all()
+
+
+@pytest.fixture
+def old(wardens: Wardens) -> CallRecords:
+    """The records of a warden that is going to die."""
+    return wardens.begin("old")
+
+
+@pytest.fixture
+def new(wardens: Wardens) -> CallRecords:
+    """Those of its successor."""
+    return wardens.begin("new")
+
+
+def names(tmp_path: Path) -> set[str]:
+    """All records, by the names of their files."""
+    return {file.name for file in tmp_path.glob("calls/*/*")}
+
+
+@contextlib.contextmanager
+def process(call_id: str) -> Iterator[int]:
+    """A process with a call's mark, in a session of its own; it ignores SIGTERM."""
+    code = "import signal, time; signal.signal(15, signal.SIG_IGN); print(flush=True); time.sleep(600)"
+    command = [sys.executable, "-c", code]
+    environment = {"HARPD_CALL": call_id}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, start_new_session=True) as child:
+        try:
+            assert child.stdout is not None
+            child.stdout.readline()
+            yield child.pid
+        finally:
+            child.kill()
+
+
+def lives(pid: int) -> bool:
+    found = snapshot().get(pid)
+    return found is not None and found.alive
+
+
+def record(call_id: str, pid: int, **more: Any) -> Record:
+    return Record(Tree(pid, start_time(pid), entry(call_id)), more)
+
+
+def sweep(records: CallRecords, until_gone: bool = True) -> list[Swept]:
+    """Sweep until it is not worth while to do it again soon; all that was found."""
+    found = [records.sweep()]
+    while until_gone and found[-1].again:
+        time.sleep(0.02)
+        found.append(records.sweep())
+    return found
+
+
+def test_what_a_dead_warden_left_is_killed_and_told_once(
+    wardens: Wardens, tmp_path: Path, old: CallRecords, new: CallRecords
+) -> None:
+    with process("a") as pid:
+        old.add("a", record("a", pid, kept=1))
+        assert new.sweep() == Swept()  # it lives
+        wardens.kill(old)
+        swept = new.sweep()
+        assert not lives(pid)
+        assert (swept.killed, swept.calls["a"].more["kept"], swept.receipts, swept.again) == (1, 1, {}, False)
+        assert new.sweep() == Swept()
+        assert names(tmp_path) == set()
+
+
+def test_an_end_that_was_to_be_told_is_told_and_nothing_killed(
+    wardens: Wardens, old: CallRecords, new: CallRecords
+) -> None:
+    with process("a") as pid:
+        old.add("a", record("a", pid))
+        old.over("a")
+        wardens.kill(old)
+        assert list(new.sweep().calls) == ["a"]
+        assert lives(pid)
+
+
+def test_what_survives_an_end_that_was_told_is_killed_and_not_told(
+    wardens: Wardens, old: CallRecords, new: CallRecords
+) -> None:
+    with process("a") as pid:
+        old.add("a", record("a", pid))
+        old.told("a")
+        wardens.kill(old)
+        swept = new.sweep()
+        assert (swept.killed, swept.calls) == (1, {})
+        assert not lives(pid)
+
+
+@pytest.mark.parametrize(
+    "order", ["over told", "told over", "remove", "over remove", "told remove", "remove over told"]
+)
+def test_a_record_goes_when_it_says_nothing_more(tmp_path: Path, new: CallRecords, order: str) -> None:
+    new.add("a", Record(Tree(1, 2, entry("a")), {}))
+    for step in order.split():
+        assert not step.startswith("over") or names(tmp_path) <= {"a", "a.told"}
+        getattr(new, step)("a")
+    assert names(tmp_path) == set()
+
+
+def test_an_orderly_end_leaves_only_what_has_still_to_be_ended(
+    wardens: Wardens, tmp_path: Path, old: CallRecords
+) -> None:
+    for call_id in ("a", "b", "c"):
+        old.add(call_id, Record(Tree(1, 2, entry(call_id)), {}))
+    old.over("b")
+    old.told("c")
+    old.close()
+    assert names(tmp_path) == {"a", "c.told"}
+    other = wardens.begin("other")
+    other.close()
+    assert not (tmp_path / "calls" / "other").exists()
+
+
+def test_a_directory_is_locked_before_it_can_be_seen(tmp_path: Path, new: CallRecords) -> None:
+    """One that is just being made is not a dead warden's."""
+    (tmp_path / "calls" / ".made").mkdir()
+    assert new.sweep() == Swept()
+    assert (tmp_path / "calls" / ".made").exists()
+
+
+def test_who_forks_without_pause_is_killed(
+    wardens: Wardens, tmp_path: Path, old: CallRecords, new: CallRecords
+) -> None:
+    with hopping(tmp_path, HARPD_CALL="a") as group:
+        old.add("a", Record(Tree(group, 0, entry("a")), {}))
+        wardens.kill(old)
+        sweep(new)
+        assert not group_lives(group)
+        assert names(tmp_path) == set()
+
+
+@pytest.mark.root
+@ROOT
+def test_in_a_cgroup_who_forks_without_pause_is_killed(
+    wardens: Wardens, tmp_path: Path, old: CallRecords, new: CallRecords
+) -> None:
+    with own_cgroup() as place, contextlib.ExitStack() as ending:
+        group = Cgroups(str(place)).make("a", os.getpid())
+        assert group is not None
+        try:
+            ending.enter_context(hopping(tmp_path, session=True))
+        finally:
+            (place.parent / "cgroup.procs").write_text(str(os.getpid()))
+        old.add("a", Record(Tree(os.getpid(), 0, entry("a"), group), {}))
+        wardens.kill(old)
+        sweep(new)
+        assert not Path(group.path).exists()
+
+
+@pytest.mark.root
+@ROOT
+def test_what_cannot_be_killed_is_told_watched_and_left_to_the_next(
+    wardens: Wardens, tmp_path: Path, old: CallRecords, new: CallRecords, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.ERROR, "harpd.warden")
+    with process("a") as pid, process("b") as other, freezer() as cold:
+        cold.freeze(pid)
+        for call_id, main in (("a", pid), ("b", other)):
+            old.add(call_id, record(call_id, main))
+        wardens.kill(old)
+        begin = time.monotonic()
+        swept = new.sweep()
+        assert time.monotonic() - begin < 1.0
+        assert swept.calls.keys() == {"a", "b"}
+        assert [one["pid"] for one in swept.receipts["a"]["survivors"]] == [pid]
+        assert swept.receipts.keys() == {"a"}
+        assert swept.again
+        assert not lives(other)
+        assert names(tmp_path) == {"a.told"}
+        for later in sweep(new):
+            assert (later.killed, later.calls, later.receipts) == (0, {}, {})
+        assert [event.message for event in caplog.records] == ["processes of a dead warden's call can't be killed"]
+        for _ in range(3):
+            assert new.sweep() == Swept()
+        assert len(caplog.records) == 1
+        third = wardens.begin("third")
+        assert third.sweep() == Swept()  # another has taken it over
+        wardens.kill(new)
+        swept = third.sweep()
+        assert (swept.killed, swept.calls, swept.receipts) == (1, {}, {})
+        cold.thaw()
+        wait_until(lambda: not third.sweep().again, what="the last one's end")
+        wait_until(lambda: third.sweep() == Swept() and not names(tmp_path), what="no record")
+
+
+@pytest.mark.root
+@ROOT
+def test_the_end_of_what_survived_is_told(wardens: Wardens, old: CallRecords, new: CallRecords) -> None:
+    with process("a") as pid, freezer() as cold:
+        cold.freeze(pid)
+        old.add("a", record("a", pid))
+        wardens.kill(old)
+        (first,) = sweep(new, until_gone=False)
+        assert [one["pid"] for one in first.receipts["a"]["survivors"]] == [pid]
+        cold.thaw()
+        (last,) = wait_until(lambda: [swept for swept in sweep(new) if swept.receipts], what="the last receipt")
+        assert (last.calls, last.again) == ({}, False)
+        receipt = last.receipts["a"]
+        assert (receipt["survivors"], receipt["complete"]) == ([], False)
+        assert (receipt["processes"][0]["signals"], receipt["processes"][0]["ended"]) == (
+            [signal.SIGKILL.name],
+            "gone after SIGKILL",
+        )
