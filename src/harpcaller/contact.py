@@ -1,4 +1,4 @@
-"""A host that can't be reached: since when, what was tried, and until when that is borne.
+"""A host that can't be reached: since when, what was tried, when it is tried again, and until when that is borne.
 
 Counted on the clock that runs since the system's start, so that no step of the wall clock frees a slot too early; with
 the name of that start beside it, so that a dispatcher that was started again goes on counting.
@@ -15,10 +15,44 @@ from typing import Any, Self
 
 from harp.protocol.jsontext import Raw, loads
 
-__all__ = ["LostContact"]
+__all__ = ["LostContact", "Pace"]
+
+#: Seconds between two attempts to reach a host again: the first pause, and the longest.
+_PAUSE_FIRST, _PAUSE_LONGEST = 0.2, 5.0
 
 #: After so many attempts the pause between two does not grow any more.
 _GROWING = 16
+
+#: The most characters of an error that are kept: a host may say what it likes.
+_LONGEST_ERROR = 1000
+
+
+class Pace:
+    """The pauses between attempts to reach a call again.
+
+    They grow with every attempt that brought nothing, however far it came: a host that acknowledges and then breaks off
+    is asked no more often than one that does not answer.
+    """
+
+    def __init__(self) -> None:
+        self._in_vain = 0
+        self._tried = float("-inf")
+
+    def tried(self) -> None:
+        """An attempt begins; until there is progress, it was in vain."""
+        self._in_vain += 1
+        self._tried = time.monotonic()
+
+    def progress(self) -> None:
+        """Something of the call was stored that was not before."""
+        self._in_vain = 0
+
+    def pause(self) -> float:
+        """Seconds to wait before the next attempt: not the same for all calls of a host."""
+        if not self._in_vain and time.monotonic() - self._tried >= _PAUSE_LONGEST:
+            return 0.0
+        whole = min(_PAUSE_LONGEST, _PAUSE_FIRST * 2.0 ** min(self._in_vain, _GROWING))
+        return whole * random.uniform(0.5, 1.0)  # noqa: S311 - spreads attempts, protects nothing
 
 
 @dataclass(slots=True)
@@ -54,7 +88,7 @@ class LostContact:
 
     def failed(self, error: str) -> None:
         """An attempt failed, or what was there broke."""
-        self.error = error
+        self.error = error[:_LONGEST_ERROR]
 
     def fact(self) -> dict[str, Any]:
         """What is stored of it."""
@@ -69,11 +103,6 @@ class LostContact:
     def deadline(self, after: float) -> float:
         """When `after` seconds without contact are over; a time of the monotonic clock."""
         return time.monotonic() + self.since + after - _boottime()
-
-    def pause(self, first: float, longest: float) -> float:
-        """Seconds before the next attempt: more with each, and not the same for all."""
-        whole = min(longest, first * 2.0 ** min(self.attempts, _GROWING))
-        return whole * random.uniform(0.5, 1.0)  # noqa: S311 - spreads attempts, protects nothing
 
     def told(self) -> str:
         """Since when, and what was tried, for a message."""

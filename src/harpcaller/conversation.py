@@ -9,21 +9,31 @@ read ourselves, for the store is slow, silence proves nothing either.
 from __future__ import annotations
 
 import asyncio
+import sys
 import time
 
 from harp.protocol.daemon import Alive, AnyRequest, Exchange, Message, Order, encode_order, encode_request
-from harp.protocol.jsontext import open_sliced
+from harp.protocol.ends import Failed
+from harp.protocol.fields import ProtocolError, is_count
+from harp.protocol.jsontext import InvalidJSON, Raw, loads, open_sliced
 from harp.protocol.lines import LineBuffer
 from harpcaller.config import Config
 from harpcaller.hostlink import address_text, connect
 from harpcaller.hosts import Host
 from harpcaller.hosttls import HostTLS
 
-__all__ = ["Conversation", "dial"]
+__all__ = ["BEHIND_ALL", "Conversation", "dial", "end_of_records"]
+
+#: A number that no record has. To attach from it on is refused with the number to come, which is what it is for.
+BEHIND_ALL = 2**53
 
 _READ_BYTES = 64 * 1024
 #: Seconds between two signs of life, and after how many without an answer the host is taken for gone.
 _BEAT, _MISSED = 15.0, 3
+#: They are never closer together than this, whatever a host says of its patience.
+_LEAST_BEAT = 0.1
+#: Bytes of orders that a host may leave unread.
+_UNREAD_BYTES = 64 * 1024
 
 
 class Conversation:
@@ -79,9 +89,15 @@ class Conversation:
         return message
 
     def say(self, order: Order) -> None:
-        """Say something about the call that this connection is attached to."""
-        if not self._writer.transport.is_closing():
+        """Say something about the call that this connection is attached to.
+
+        A host that leaves too much unread is given up: reading ends as if it had closed the connection.
+        """
+        transport = self._writer.transport
+        if not transport.is_closing():
             self._writer.write(encode_order(order))
+            if transport.get_write_buffer_size() > _UNREAD_BYTES:
+                transport.abort()
 
     def keep_contact(self, theirs: float, within: float) -> None:
         """Give a sign of life now, and every now and then.
@@ -91,7 +107,7 @@ class Conversation:
             within: seconds without a sign after which the host gives the call up.
         """
         self._theirs = theirs
-        self._on_beat(min(_BEAT, within / (_MISSED + 2)))
+        self._on_beat(max(_LEAST_BEAT, min(_BEAT, within / (_MISSED + 2))))
 
     def _on_beat(self, pause: float) -> None:
         if self._reading and time.monotonic() - self._heard > _MISSED * pause:
@@ -134,7 +150,26 @@ class Conversation:
             self._beat = None
 
 
-async def dial(host: Host, tls: HostTLS, config: Config) -> Conversation:
-    """Connect to a host. Raises as `harpcaller.hostlink.connect`."""
+async def dial(host: Host, tls: HostTLS, config: Config, longest: int = sys.maxsize) -> Conversation:
+    """Connect to a host. Raises as `harpcaller.hostlink.connect`.
+
+    Args:
+        host: the host.
+        tls: judges its certificate.
+        config: its `connect_timeout` and `record_line` count.
+        longest: the most bytes of a line of the host's, if that is less than `record_line`.
+    """
     reader, writer = await connect(host, tls, config.connect_timeout)
-    return Conversation(reader, writer, config.record_line)
+    return Conversation(reader, writer, min(longest, config.record_line))
+
+
+def end_of_records(error: Failed) -> int:
+    """The number of the record to come of a call, as the error ``records_gone`` has it. Raises `ProtocolError`."""
+    try:
+        data = loads(error.data) if isinstance(error.data, Raw) else None
+    except InvalidJSON as fault:
+        raise ProtocolError(f"records_gone: {fault}") from fault
+    end = data.get("end") if isinstance(data, dict) else None
+    if not isinstance(end, int) or not is_count(end) or end >= BEHIND_ALL:
+        raise ProtocolError("records_gone: expected the number of the record to come as end")
+    return end

@@ -96,7 +96,7 @@ class Dispatcher:
         self._run_tasks: set[asyncio.Task[None]] = set()
         self._requests: set[asyncio.Task[Any]] = set()
         self._stop = asyncio.Event()
-        # Jobs cancelled between their claim's commit and the start of their call.
+        # Jobs cancelled between the moment that the store gives them out and the one that their run is there.
         self._claiming = False
         self._dropped: set[str] = set()
 
@@ -416,15 +416,19 @@ class Dispatcher:
 
     async def _take_up(self) -> bool:
         """Go on with the jobs that hold a slot from the last dispatcher. False: the store can't, try again."""
+        self._claiming = True
         try:
             held = await self._store.held_jobs()
+            for job in held:
+                self._start(job, resumed=True, cancelled=job.id in self._dropped)
         except StorageError as error:
             log.error("jobs of the last dispatcher can't be taken up yet", extra={"error": str(error)})
             return False
+        finally:
+            self._claiming = False
+            self._dropped.clear()
         if held:
             log.info("jobs of the last dispatcher are taken up", extra={"jobs": len(held)})
-        for job in held:
-            self._start(job, resumed=True)
         return True
 
     def _on_held(self, host: Host, calls: Sequence[str]) -> None:

@@ -19,7 +19,7 @@ from harp.protocol.daemon import Held, ListCalls, Message
 from harp.protocol.ends import Failed
 from harp.protocol.fields import ProtocolError
 from harpcaller.config import Config
-from harpcaller.conversation import Conversation, dial
+from harpcaller.conversation import dial
 from harpcaller.hosts import Host
 from harpcaller.hosttls import HostTLS
 from harpcaller.jobs import Identity
@@ -34,6 +34,9 @@ _ASK_AGAIN = 300.0
 _NOT_NOW = frozenset(
     {"auth_error", "too_many_connections", "shutdown", "procedure_loading_error", "system_error", "call_died"}
 )
+
+#: The most bytes of the list of calls that a host holds: two hundred thousand of them.
+_LONGEST_LIST = 8 * 1024 * 1024
 
 _Place = tuple[str, str, int]
 
@@ -115,18 +118,10 @@ class HostBook:
             await asyncio.wait(asking)
 
     async def _ask(self, host: Host, tls: HostTLS, config: Config, page: _Page) -> str | None:
-        conversation = await dial(host, tls, config)
-        try:
-            conversation.ask(ListCalls(self._identity.owner_at(host.hostname), host.user, host.password))
-            async with asyncio.timeout(config.acknowledgement_timeout):
-                lines: list[bytes] | None = []
-                while lines == []:
-                    lines = await conversation.read()
-                if lines is None:  # which says nothing of the host: anything between may have cut the connection
-                    raise ConnectionAbortedError("it closed the connection without an answer")
-                answer = _answer(conversation, lines[0])
-        finally:
-            conversation.abort()
+        answer = await self._answer(host, tls, config)
+        if isinstance(answer, Failed) and answer.type == "invalid_request":
+            # Our own harpd says this of a question that was too long on its way: the next one may fare better.
+            answer = await self._answer(host, tls, config)
         match answer:
             case Held(calls, warden):
                 page.warden = warden
@@ -139,13 +134,22 @@ class HostBook:
         page.learnt = time.monotonic()
         return page.warden
 
-
-def _answer(conversation: Conversation, line: bytes) -> Message | None:
-    """What the host says; None: what makes no sense here, as a program that does not know the question may say."""
-    try:
-        return conversation.message(line)
-    except ProtocolError:
-        return None
+    async def _answer(self, host: Host, tls: HostTLS, config: Config) -> Message | None:
+        """Ask; return what the host says, None: what makes no sense here, as an older program may say."""
+        conversation = await dial(host, tls, config, _LONGEST_LIST)
+        try:
+            conversation.ask(ListCalls(self._identity.owner_at(host.hostname), host.user, host.password))
+            async with asyncio.timeout(config.acknowledgement_timeout):
+                lines: list[bytes] | None = []
+                while lines == []:
+                    lines = await conversation.read()
+                if lines is None:  # which says nothing of the host: anything between may have cut the connection
+                    raise ConnectionAbortedError("it closed the connection without an answer")
+                return conversation.message(lines[0])
+        except ProtocolError:
+            return None
+        finally:
+            conversation.abort()
 
 
 def _heed(task: asyncio.Task[str | None]) -> None:

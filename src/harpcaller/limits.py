@@ -1,7 +1,8 @@
 """The times that a call may take, as a run watches them: to be acknowledged, between two messages, in all.
 
 The host watches the limits of a kept call itself, so that they hold while nobody can reach it, and so that nothing is
-lost that was said in time. From here they are enforced later by a margin, should the host fail to.
+lost that was said in time. From here they are enforced later by a margin, should the host fail to: not before the host
+has had the time to say what it has kept, however late we ask for it.
 """
 
 from __future__ import annotations
@@ -17,6 +18,9 @@ __all__ = ["Limits"]
 #: The host enforces the limits of a kept call; this much later, in seconds, they are enforced from here.
 _MARGIN = 15.0
 
+#: For so many seconds more it may still be busy with giving us the records that it has kept.
+_DELIVERY = 600.0
+
 
 class Limits:
     """The limits of one job's call, on the monotonic clock.
@@ -29,16 +33,21 @@ class Limits:
     def __init__(self, job: Job, acknowledgement: float) -> None:
         self._job = job
         self._acknowledgement = acknowledgement
-        self._since = time.monotonic()
+        self._since = self._brought = time.monotonic()
         self._silence = min(job.timeout, acknowledgement)
+        self._kept = False
+        self._again = False
+        self._delivering = False  # the host is there, and the time is over
+        self._delivered = float("inf")  # by when it must have said all
         #: Whether the host has acknowledged the call, on the connection now in use.
         self.acknowledged = False
         #: When the call has taken all the time that it may.
         self.deadline = time.monotonic() + job.max_exec_time
 
-    def asked(self) -> None:
-        """The host has been asked for the call, or asked again."""
+    def asked(self, again: bool = False) -> None:
+        """The host has been asked for the call; `again`: for one that it may have had for long."""
         self.acknowledged = False
+        self._again = again
         self._silence = min(self._job.timeout, self._acknowledgement)
         self.heard()
 
@@ -46,13 +55,30 @@ class Limits:
         """A message has come, or nothing could come until now."""
         self._since = time.monotonic()
 
+    def brought(self) -> None:
+        """A record has come."""
+        self._brought = time.monotonic()
+
+    def put_off(self) -> None:
+        """What the host has said in time can't be stored at the moment: nothing is enforced meanwhile."""
+        if self._kept:
+            now = time.monotonic()
+            self.deadline = max(self.deadline, now + _MARGIN)
+            self._delivered = max(self._delivered, now + _DELIVERY)
+
     def acknowledge(self, elapsed: float | None) -> None:
         """The host has acknowledged the call; `elapsed` seconds ago it began there, None: it is a tied one."""
         job = self._job
         self.acknowledged = True
         self._silence = job.timeout
         if elapsed is not None:
-            self.deadline = time.monotonic() + job.max_exec_time - elapsed + _MARGIN
+            now = self._brought = time.monotonic()
+            deadline = now + job.max_exec_time - elapsed + _MARGIN
+            self.deadline = min(self.deadline, deadline) if self._kept else deadline
+            if not self._delivering:
+                self._delivering = now >= self.deadline
+                self._delivered = max(now, self.deadline) + _DELIVERY
+            self._kept = True
             self._silence = job.timeout + job.max_exec_time
 
     def due(self, ended: bool) -> float | None:
@@ -61,9 +87,19 @@ class Limits:
         Args:
             ended: whether the job has an end; then only the acknowledgement is waited for.
         """
-        if ended:
-            return None if self.acknowledged else self._since + self._acknowledgement
-        return min(self.deadline, self._since + self._silence)
+        if ended or self._again:
+            if not self.acknowledged:
+                return self._since + self._acknowledgement
+            if ended:
+                return None
+        return min(self._enforced, self._since + self._silence)
+
+    @property
+    def _enforced(self) -> float:
+        """When `deadline` is enforced from here."""
+        if not self._kept:
+            return self.deadline
+        return min(max(self.deadline, self._brought + _MARGIN), self._delivered)
 
     def overdue(self, host: str, ended: bool) -> Failed | None:
         """What a limit that is over means for the job; None: none is.
@@ -75,11 +111,11 @@ class Limits:
         due, now = self.due(ended), time.monotonic()
         if due is None or now < due:
             return None
-        waited_in_vain = not self.acknowledged and self._acknowledgement < self._job.timeout
-        if waited_in_vain and (ended or now < self.deadline):
+        in_vain = not self.acknowledged and self._acknowledgement < self._job.timeout and now < self.deadline
+        if in_vain or (not self.acknowledged and (ended or self._again)):
             message = f"{host}: it did not acknowledge the call within {self._acknowledgement:g} s"
             return Failed("network_error", message, errno_data("ETIMEDOUT"))
-        if now >= self.deadline:
+        if now >= self._enforced:
             return self.too_long()
         return Failed("timeout", f"reading the result: {host} sent nothing for {self._job.timeout:g} s")
 

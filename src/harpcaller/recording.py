@@ -29,6 +29,9 @@ _STORE_PAUSE = 1.0
 #: Bytes of records that may wait for the store.
 _WAITING_BYTES = 1024 * 1024
 
+#: As many and one record more is what a host sends ahead by itself of a kept call, however short its records are.
+_AHEAD_BYTES = 8 * 1024 * 1024
+
 #: What a waiting record costs beside its bytes.
 _RECORD_OVERHEAD = 64
 
@@ -69,6 +72,7 @@ class Recording:
         self._values: list[Raw] = []
         self._made: list[float] = []
         self._bytes = 0
+        self._longest = 0
         self._under_way = 0
         self._task: asyncio.Task[None] | None = None
         #: How many are stored, or dropped because the store takes no more of them.
@@ -80,6 +84,11 @@ class Recording:
     def full(self) -> bool:
         """Whether so much waits that no more should be added."""
         return self._bytes > _WAITING_BYTES
+
+    @property
+    def flooded(self) -> bool:
+        """Whether more waits than a host sends ahead that keeps to the protocol."""
+        return self._bytes - self._longest > _AHEAD_BYTES
 
     @property
     def expected(self) -> int:
@@ -94,6 +103,7 @@ class Recording:
         self._values.append(record)
         self._made.append(made)
         self._bytes += len(record) + _RECORD_OVERHEAD
+        self._longest = max(self._longest, len(record))
         if self._task is None or self._task.done():
             self._task = asyncio.create_task(self._keep_storing())
 
@@ -101,6 +111,11 @@ class Recording:
         """Wait until nothing waits."""
         if self._task is not None:
             await asyncio.wait([self._task])
+
+    def skip_to(self, number: int) -> None:
+        """Take no more of them; the next to come has this number. Nothing waits: see `stored`."""
+        self.refused = True
+        self.count = number
 
     def give_up(self) -> None:
         """Drop what waits still."""
@@ -110,7 +125,8 @@ class Recording:
     async def _keep_storing(self) -> None:
         try:
             while self._values and not self.refused:
-                batch, self._values, self._made, self._bytes = Records(self._values, self._made), [], [], 0
+                batch = Records(self._values, self._made)
+                self._forget_waiting()
                 self._under_way = len(batch)
                 append = partial(self._store.append_records, self._job_id, self.count, batch)
                 taken = await persist(self._trouble, self._job_id, append)
@@ -129,8 +145,12 @@ class Recording:
         """Take no more records, and drop those that wait."""
         self.refused = True
         self.count += dropped + len(self._values)
-        self._values, self._made, self._bytes, self._under_way = [], [], 0, 0
+        self._forget_waiting()
+        self._under_way = 0
         self._on_stored(self.count)
+
+    def _forget_waiting(self) -> None:
+        self._values, self._made, self._bytes, self._longest = [], [], 0, 0
 
 
 async def persist(trouble: StoreTrouble, job_id: str, write: Callable[[], Awaitable[T]]) -> T:

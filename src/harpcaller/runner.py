@@ -11,6 +11,9 @@ still wanted and the writing. A start may be tried again only when the host says
 (``other_warden``). If contact is lost before the acknowledgement, attaching settles it: a host that does not hold the
 call has barred its id with that answer.
 
+A host that breaks the protocol in the middle of a kept call has ended its job. What it has still to say of the call is
+worth nothing but for the receipt: it is attached to once more, behind all its records, to have it stopped.
+
 Whoever wants the call to stop (cancel, a limit) has stored the job's end before. What then remains is the stop: it is
 ordered, as soon as there is contact, and the receipt is stored when it comes. Waits can be interrupted
 (`harpcaller.waiting`); what is to be done is looked up after every wait, in one place.
@@ -28,8 +31,6 @@ from typing import Any
 
 from harp.protocol.daemon import (
     Acknowledgement,
-    Attach,
-    CallTerms,
     Done,
     Evidence,
     KeptTerms,
@@ -37,7 +38,6 @@ from harp.protocol.daemon import (
     Receipt,
     Record,
     RecordsAt,
-    Request,
     StopCall,
     Stored,
 )
@@ -45,13 +45,14 @@ from harp.protocol.ends import End, Failed
 from harp.protocol.fields import ProtocolError
 from harp.protocol.jsontext import Raw, dumps, loads
 from harp.protocol.lines import LineTooLong
-from harpcaller.contact import LostContact
-from harpcaller.conversation import Conversation, dial
-from harpcaller.hostbook import Refused
-from harpcaller.hostlink import FAULTS, failed, named
+from harpcaller import asking
+from harpcaller.contact import LostContact, Pace
+from harpcaller.conversation import BEHIND_ALL, Conversation, dial, end_of_records
+from harpcaller.hostlink import failed, named
 from harpcaller.hosts import Host
 from harpcaller.jobs import NO_FACTS, Facts, Job, Stop
 from harpcaller.limits import Limits
+from harpcaller.reaching import Unreachable, not_of_the_protocol, reaching
 from harpcaller.recording import Recording
 from harpcaller.settling import Settling
 from harpcaller.surroundings import Surroundings, fields
@@ -67,11 +68,8 @@ _CANCEL_WAIT = 2.0
 #: How often a start is tried that surely did not happen.
 _STARTS = 3
 
-#: Seconds between two attempts to reach a host again: the first pause, and the longest.
-_PAUSE_FIRST, _PAUSE_LONGEST = 0.2, 5.0
-
-#: What a host says that can't tell about a call now, but may later.
-_NOT_NOW = frozenset({"procedure_loading_error", "too_many_connections", "shutdown", "system_error", "auth_error"})
+#: Seconds for which a run that takes up a call tries to reach it, however long it has been lost.
+_FIRST_TRY = 5.0
 
 _STOPPED = Failed("missing_result", "the dispatcher was stopped while the job was running; its end is not known")
 _INTERNAL = Failed("internal_error", "the dispatcher failed; its log says more")
@@ -123,9 +121,9 @@ class Run:
         self._limits = Limits(job, surroundings.config.acknowledgement_timeout)
         self._ordered = False  # in the conversation now under way, as the next
         self._over_there = False  # the closing line has come
-        self._skipped_to: int | None = None  # records before are gone
         self._attempts = 0
-        self._attempted = float("-inf")  # when an attach was tried the last time
+        self._pace = Pace()
+        self._tries_until = float("-inf")
         self._lost: LostContact | None = None
         self._made: float | None = None
 
@@ -141,6 +139,7 @@ class Run:
         finally:
             self._reach(Phase.OVER)
             self._recording.give_up()
+            self._settling.give_up()
         what = "call ended" if outcome is Outcome.OVER else "call is left to its host"
         seconds = round(time.monotonic() - begin, 3)
         log.info(what, extra={**fields(self.job), **self._settling.told, "seconds": seconds})
@@ -152,10 +151,13 @@ class Run:
         return outcome
 
     async def _give_up_on_itself(self) -> Outcome:
-        """End the job of a run that failed. What was sent may run: then the slot is kept, till the next start looks."""
+        """End the job of a run that failed. What was sent may run: then the slot is kept, till the next start looks.
+
+        Nobody looks after the stop any more: it is not pending.
+        """
         sent = self._phase is not Phase.BEFORE
-        if not self._settling.ended:
-            await self._settling.finish(_INTERNAL, Stop.FAILED if sent else None, keep_slot=sent)
+        if self._settling.ended or not await self._settling.finish(_INTERNAL, Stop.FAILED if sent else None, sent):
+            await self._settling.settle(Stop.FAILED if sent else Stop.CONFIRMED, keep_slot=sent)
         return Outcome.OVER
 
     # What others want of the run.
@@ -178,7 +180,7 @@ class Run:
         self._waiting.interrupt()
 
     def drop(self) -> None:
-        """It was cancelled before its run came to be: there is nothing to do but to give its slot back."""
+        """It was cancelled before its run came to be: it is not started, and stopped if it was before."""
         self._settling.ended = True
         self._order = StopCall("cancelled")
 
@@ -247,21 +249,18 @@ class Run:
                 self._attempts += 1
                 try:
                     warden = None
-                    if around.config.kept_calls:
-                        warden = await self._waiting.wait(
-                            around.hosts.warden(host, around.tls, around.config), self._limits.deadline
-                        )
-                    talk = await self._waiting.wait(dial(host, around.tls, around.config), self._limits.deadline)
+                    with reaching(host):
+                        if around.config.kept_calls:
+                            warden = await self._waiting.wait(
+                                around.hosts.warden(host, around.tls, around.config), self._limits.deadline
+                            )
+                        talk = await self._waiting.wait(dial(host, around.tls, around.config), self._limits.deadline)
                     break
                 except Interrupted:
                     continue
-        except Refused as refused:
-            return await self._conclude(refused.error)
-        except LineTooLong as error:
-            return await self._conclude(_not_of_the_protocol(host, error))
-        except FAULTS as error:
-            return await self._conclude(failed(error, host, "connecting"))
-        request = Request(self.job.procedure, self.job.arguments, host.user, host.password, self._call_terms(warden))
+        except Unreachable as unreachable:
+            return await self._conclude(unreachable.error)
+        request = asking.start(self.job, host, warden, around.identity, around.config)
         # Nothing may be awaited between this look and the writing.
         if not self._is_wanted():
             talk.abort()
@@ -270,21 +269,6 @@ class Run:
         self._phase = Phase.SENT
         self._named = warden is not None
         return await self._listen(talk, host)
-
-    def _call_terms(self, warden: str | None) -> CallTerms | None:
-        if warden is None:
-            return None
-        job, config, identity = self.job, self._around.config, self._around.identity
-        return CallTerms(
-            id=job.id,
-            owner=identity.owner_at(job.host),
-            secret=identity.secret(job.id),
-            warden=warden,
-            keep_running=config.keep_running,
-            linger=config.linger,
-            timeout=job.timeout,
-            max_exec_time=job.max_exec_time,
-        )
 
     def _is_wanted(self) -> bool:
         return self._order is None
@@ -300,15 +284,13 @@ class Run:
         """Listen until there is nothing more to hear. Closes the connection."""
         self._talk = talk
         self._over_there = False
-        self._limits.asked()
-        if self._order is not None:
-            self._waiting.interrupt()
+        self._limits.asked(again=self._lost is not None)
         try:
             while True:
                 try:
                     if (outcome := await self._look_up(talk, host)) is not None:
                         return outcome
-                    if self._recording.full and self._terms is None:  # of a kept call the host sends no more by itself
+                    if self._recording.full if self._terms is None else self._recording.flooded:
                         await self._waiting.wait(self._recording.stored())
                         self._limits.heard()
                         continue
@@ -316,7 +298,7 @@ class Run:
                 except Interrupted:
                     continue
                 except LineTooLong as error:
-                    return await self._broken(_not_of_the_protocol(host, error), host)
+                    return await self._broken_off(error, host)
                 except OSError as error:
                     return await self._broken(failed(error, host, talk.standing), host)
                 if lines is None:
@@ -327,7 +309,7 @@ class Run:
                     try:
                         message = talk.message(line)
                     except ProtocolError as error:
-                        return await self._broken(_not_of_the_protocol(host, error), host)
+                        return await self._broken_off(error, host)
                     if (outcome := await self._hear(message, talk, host)) is not None:
                         return outcome
                 if self._recording.refused:
@@ -341,7 +323,7 @@ class Run:
         self._waiting.look_up()
         if self._recording.refused and not self._settling.ended:
             await self._stop_with(_INTERNAL, "internal_error")
-        elif (end := self._limits.overdue(named(host), self._settling.ended)) is not None:
+        elif (end := self._overdue(host)) is not None:
             if not self._limits.acknowledged and self._named and end.type != "timeout":
                 self._lose(end.message)  # whether it has started will be known once we are attached
                 return Outcome.LOST
@@ -349,18 +331,28 @@ class Run:
         if self._order is not None:
             if not self._named:
                 return await self._cut()
-            if self._limits.acknowledged and not self._ordered:
-                self._ordered = True
-                talk.say(self._order)
+            if self._limits.acknowledged:
+                self._say_order(talk)
         if self._leaving and self._limits.acknowledged:
             if self._terms is not None:
                 return Outcome.LOST
             return await self._conclude(_STOPPED, stop=Stop.UNKNOWN)
         return None
 
+    def _overdue(self, host: Host) -> Failed | None:
+        if self._around.trouble.waiting:
+            self._limits.put_off()  # what the host has said in time may still wait here
+        return self._limits.overdue(named(host), self._settling.ended)
+
+    def _say_order(self, talk: Conversation) -> None:
+        if self._order is not None and not self._ordered:
+            self._ordered = True
+            talk.say(self._order)
+
     async def _hear(self, message: Message, talk: Conversation, host: Host) -> Outcome | None:
         match message:
             case Record(data):
+                self._limits.brought()
                 self._recording.add(data, self._around.wall() if self._made is None else self._made)
             case RecordsAt(moment):
                 self._made = moment
@@ -385,19 +377,19 @@ class Run:
         self._reach(Phase.ANSWERED)
         self._limits.acknowledge(None if terms is None else terms.elapsed)
         self._terms = terms
-        self._waiting.interrupt()  # an order may be waiting for this
         if terms is None:
             if self._named:  # it was replaced by an older one since we asked
                 self._named = False
                 self._around.hosts.learnt(host, None)
             return
         self._ordered = False
-        talk.keep_contact(terms.elapsed, terms.keep_running)
+        self._say_order(talk)  # at once: what comes next may break the connection
         if self._lost is not None:
             lost, self._lost = self._lost, None
             log.info("contact is there again", extra={**fields(self.job), "attempts": lost.attempts})
-            if lost.noted:
-                await self._settling.note(Facts(contact=Raw(b"null")))
+            if lost.noted:  # taken back before the host counts on it: else the next start might give it up too early
+                await self._settling.note_contact(Raw(b"null"))
+        talk.keep_contact(terms.elapsed, terms.keep_running)
 
     async def _on_refused(self, error: Failed, host: Host) -> Outcome:
         """An error that stands for the acknowledgement."""
@@ -444,13 +436,24 @@ class Run:
         self._lose(end.message)
         return Outcome.LOST
 
+    async def _broken_off(self, error: ProtocolError | LineTooLong, host: Host) -> Outcome:
+        """What came is not of the protocol. Of a kept call that is its job's end: it would come again."""
+        end = not_of_the_protocol(host, error)
+        if self._named and self._limits.acknowledged:
+            await self._recording.stored()
+            end = Failed(end.type, f"{end.message} (record {self._recording.expected} was to come)")
+            await self._stop_with(end, "protocol_error")
+            self._recording.skip_to(BEHIND_ALL)
+        return await self._broken(end, host)
+
     # Limits.
 
     async def _stop_with(self, end: Failed, why: str) -> None:
         """End the job from here; its call is to be stopped."""
         if not self._settling.ended:
             stopped = dumps({"why": why, "by": "dispatcher", "at": self._around.wall()})
-            await self._settling.finish(end, Stop.PENDING, True, Facts(stopped=stopped))
+            if not await self._settling.finish(end, Stop.PENDING, True, Facts(stopped=stopped)):
+                return  # it was cancelled, and the order to stop it is on its way here
         if self._order is None:
             self._order = StopCall(why, "dispatcher")
 
@@ -478,6 +481,7 @@ class Run:
         self._named = True
         facts = await self._settling.facts()
         self._lost = LostContact.resumed(facts.contact, self._around.wall())
+        self._tries_until = time.monotonic() + _FIRST_TRY
         if self.job.end is not None and self._order is None:
             stopped = loads(facts.stopped) if facts.stopped else {}
             self._order = StopCall(str(stopped.get("why", "cancelled")), stopped.get("by"))
@@ -487,10 +491,10 @@ class Run:
         """Try to reach the call once more; pauses before that when the last attempt failed."""
         assert self._lost is not None
         lost, around = self._lost, self._around
-        give_up_at = lost.deadline(self._lost_after())
+        give_up_at = max(lost.deadline(self._lost_after()), self._tries_until)
         try:
-            if lost.attempts or time.monotonic() - self._attempted < _PAUSE_LONGEST:
-                await self._waiting.wait(asyncio.sleep(lost.pause(_PAUSE_FIRST, _PAUSE_LONGEST)), give_up_at)
+            if pause := self._pace.pause():
+                await self._waiting.wait(asyncio.sleep(pause), give_up_at)
         except Interrupted:
             self._waiting.look_up()
             if self._leaving:
@@ -498,7 +502,7 @@ class Run:
         if time.monotonic() >= give_up_at:
             return await self._give_up()
         self._attempts += 1
-        self._attempted = time.monotonic()
+        self._pace.tried()
         lost.attempts += 1
         self._host = host = around.find_host(self.job.host) or self._host
         if host is None:
@@ -507,32 +511,22 @@ class Run:
         self._waiting.look_up()
         talk: Conversation | None = None
         try:
-            warden = await self._waiting.wait(around.hosts.warden(host, around.tls, around.config), give_up_at)
-            if warden is None and self._terms is None:
-                return await self._was_tied(host)
-            talk = await self._waiting.wait(dial(host, around.tls, around.config), give_up_at)
+            with reaching(host):
+                warden = await self._waiting.wait(around.hosts.warden(host, around.tls, around.config), give_up_at)
+                if warden is None and self._terms is None:
+                    return await self._was_tied(host)
+                talk = await self._waiting.wait(dial(host, around.tls, around.config), give_up_at)
         except Interrupted:
             lost.failed(lost.error or "reaching it took too long")
-        except Refused as refused:
-            lost.failed(f"{named(host)}: {refused.error.type}: {refused.error.message}")
-        except LineTooLong as error:
-            lost.failed(_not_of_the_protocol(host, error).message)
-        except FAULTS as error:
-            lost.failed(failed(error, host, "connecting").message)
+        except Unreachable as unreachable:
+            lost.failed(f"{unreachable.error.type}: {unreachable.error.message}")
         if talk is None:
             if not lost.noted:
                 lost.noted = True
-                await self._settling.note(Facts(contact=dumps(lost.fact())))
+                await self._settling.note_contact(dumps(lost.fact()))
             return Outcome.LOST
-        identity = around.identity
-        owner, secret = identity.owner_at(self.job.host), identity.secret(self.job.id)
-        talk.ask(Attach(self.job.id, owner, secret, self._next, host.user, host.password))
+        talk.ask(asking.attach(self.job.id, host, self._recording.expected, around.identity))
         return await self._listen(talk, host)
-
-    @property
-    def _next(self) -> int:
-        """The number of the record to ask for."""
-        return self._skipped_to if self._skipped_to is not None else self._recording.expected
 
     def _lost_after(self) -> float:
         """Seconds without contact after which nothing of the call runs any more: its host ended it before."""
@@ -567,10 +561,15 @@ class Run:
     async def _records_gone(self, error: Failed, host: Host) -> Outcome:
         """Records between what is stored here and what the host still has are lost: a store from a backup, say."""
         assert self._lost is not None
-        data = loads(error.data) if isinstance(error.data, bytes) else {}
-        self._skipped_to = int(data.get("end", 0)) if isinstance(data, dict) else 0
         message = f"{named(host)}: records of the job are gone, from number {self._recording.expected} on"
+        try:
+            end = end_of_records(error)
+        except ProtocolError as fault:
+            self._lost.failed(not_of_the_protocol(host, fault).message)
+            return Outcome.LOST
+        await self._recording.stored()
         await self._stop_with(Failed("missing_result", message), "records_gone")
+        self._recording.skip_to(end)
         self._lost.failed(message)
         return Outcome.LOST
 
@@ -590,9 +589,7 @@ class Run:
         return Outcome.OVER
 
     def _on_stored(self, count: int) -> None:
+        if not self._recording.refused:
+            self._pace.progress()
         if self._talk is not None and self._terms is not None and self._limits.acknowledged:
             self._talk.say(Stored(count))
-
-
-def _not_of_the_protocol(host: Host, error: Exception) -> Failed:
-    return Failed("protocol_error", f"{named(host)}: what it sent is not of the protocol: {error}")

@@ -6,8 +6,10 @@ only the stop left to settle.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from harp.protocol.daemon import Receipt
@@ -46,6 +48,7 @@ class Settling:
         self.evidence: Raw | None = None
         #: What the log is to say of the end.
         self.told: dict[str, Any] = {}
+        self._noting: asyncio.Task[bool] | None = None
 
     @property
     def survives(self) -> bool:
@@ -82,12 +85,19 @@ class Settling:
         await persist(around.trouble, self._id, settle)
         around.news.end(self._id)
 
-    async def note(self, facts: Facts) -> None:
-        """Store facts, whatever the job's state, if the store can just now: nobody waits for them."""
+    async def note_contact(self, contact: Raw) -> None:
+        """Store that contact was lost or is there again; what the store can't take now is tried again, unwaited for."""
+        note = partial(self._around.store.note_facts, self._id, Facts(contact=contact))
+        self.give_up()
         try:
-            await self._around.store.note_facts(self._id, facts)
-        except StorageError as error:
-            log.warning("facts of a job can't be stored", extra={"job": self._id, "error": str(error)})
+            await note()
+        except StorageError:
+            self._noting = asyncio.create_task(persist(self._around.trouble, self._id, note))
+
+    def give_up(self) -> None:
+        """Try no more to store what nobody waits for."""
+        if self._noting is not None:
+            self._noting.cancel()
 
     async def facts(self) -> Facts:
         """What is stored beside the end."""
@@ -110,5 +120,5 @@ class Settling:
 def _why(end: End) -> dict[str, str]:
     """What the log says of an end that is no result."""
     if isinstance(end, (Failed, Raised)):
-        return {"error": end.type, "reason": end.message[:_LOGGED_MESSAGE]}
+        return {"error": end.type[:_LOGGED_MESSAGE], "reason": end.message[:_LOGGED_MESSAGE]}
     return {}

@@ -1,25 +1,28 @@
 """Calls that hosts hold for us and nobody here wants: jobs that ended, were given up, or are not known any more.
 
 Each is stopped if it still runs, and forgotten by its host. What it has to say about its end is kept as evidence of its
-job, if there is one; the end that was stored first stands.
+job, if that is a job of this host; the end that was stored first stands.
+
+A host may list what it likes and answer what it likes: it takes up the time of its own few workers, and no more.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
 
-from harp.protocol.daemon import Acknowledgement, Attach, Done, Evidence, Receipt, Record, StopCall, Stored
+from harp.protocol.daemon import Acknowledgement, Done, Evidence, Receipt, Record, StopCall, Stored
 from harp.protocol.ends import End, Failed
 from harp.protocol.fields import ProtocolError
-from harp.protocol.jsontext import Raw, loads
+from harp.protocol.jsontext import Raw
 from harp.protocol.lines import LineTooLong
-from harpcaller.conversation import Conversation, dial
+from harpcaller import asking
+from harpcaller.conversation import BEHIND_ALL, Conversation, dial, end_of_records
 from harpcaller.hostlink import FAULTS
 from harpcaller.hosts import Host
-from harpcaller.jobs import Facts
+from harpcaller.jobs import Facts, Job
 from harpcaller.store import StorageError, UnknownJob
 from harpcaller.surroundings import Surroundings
 
@@ -27,8 +30,29 @@ __all__ = ["Unwanted"]
 
 log = logging.getLogger(__name__)
 
-#: How many are dealt with at once.
-_AT_ONCE = 8
+#: How many are dealt with at once on a host.
+_AT_ONCE = 4
+
+#: Seconds that one may take: it is stopped in less, unless a very long `kill_grace` is configured on its host.
+_PATIENCE = 120.0
+
+#: How often one is attached to: its records are asked for from behind their end, which is told by a refusal.
+_ATTACHES = 3
+
+
+@dataclass(slots=True)
+class _Host:
+    """What is to be done on a host.
+
+    Attributes:
+        waiting: calls that it holds, in the order in which it listed them; the values mean nothing.
+        under_way: those that are dealt with now.
+        workers: who deals with them.
+    """
+
+    waiting: dict[str, None] = field(default_factory=dict)
+    under_way: set[str] = field(default_factory=set)
+    workers: set[asyncio.Task[None]] = field(default_factory=set)
 
 
 class Unwanted:
@@ -42,55 +66,81 @@ class Unwanted:
     def __init__(self, group: asyncio.TaskGroup, is_wanted: Callable[[str], bool]) -> None:
         self._group = group
         self._is_wanted = is_wanted
-        self._turn = asyncio.Semaphore(_AT_ONCE)
-        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._hosts: dict[str, _Host] = {}
         self._stopped = False
 
     def look_at(self, host: Host, calls: Sequence[str], around: Surroundings) -> None:
-        """Begin to get rid of those that nobody wants."""
-        for call in calls:
-            if not self._is_wanted(call) and call not in self._tasks and not self._stopped:
-                task = self._tasks[call] = self._group.create_task(self._get_rid(host, call, around))
-                task.add_done_callback(partial(self._done, call))
-
-    def _done(self, call: str, _: asyncio.Task[None]) -> None:
-        del self._tasks[call]
+        """Begin to get rid of those that nobody wants. A host's list takes the place of the one before."""
+        if self._stopped:
+            return
+        there = self._hosts.setdefault(host.hostname, _Host())
+        there.waiting = {call: None for call in calls if call not in there.under_way and not self._is_wanted(call)}
+        for _ in range(min(_AT_ONCE - len(there.workers), len(there.waiting))):
+            worker = self._group.create_task(self._work(host, there, around))
+            there.workers.add(worker)
+            worker.add_done_callback(there.workers.discard)
 
     def stop(self) -> None:
         """Stop what is under way; the hosts will list it again."""
         self._stopped = True
-        for task in self._tasks.values():
-            task.cancel()
+        for there in self._hosts.values():
+            for worker in there.workers:
+                worker.cancel()
+
+    async def _work(self, host: Host, there: _Host, around: Surroundings) -> None:
+        while there.waiting:
+            call = next(iter(there.waiting))
+            del there.waiting[call]
+            there.under_way.add(call)
+            try:
+                await self._get_rid(host, call, around)
+            except Exception:  # whatever one host says must not end the dispatcher
+                log.exception("a call that nobody wants: a fault of the dispatcher", extra=_about(host, call))
+            finally:
+                there.under_way.discard(call)
 
     async def _get_rid(self, host: Host, call: str, around: Surroundings) -> None:
-        about = {"job": call, "host": host.hostname}
         try:
-            async with self._turn:
-                if self._is_wanted(call) or await _holds_slot(call, around):
-                    return
-                log.info("a call that nobody wants is stopped", extra=about)
-                since: int | None = 0
-                while since is not None:
-                    talk = await dial(host, around.tls, around.config)
-                    try:
-                        since = await _finish_off(talk, host, call, since, around)
-                    finally:
-                        talk.abort()
+            job = await _find_job(call, around)
+            if self._is_wanted(call) or (job is not None and job.holds_slot):
+                return
+            log.info("a call that nobody wants is stopped", extra=_about(host, call))
+            ours = job is not None and job.host == host.hostname  # else it is not for this host to say how it ended
+            async with asyncio.timeout(_PATIENCE):
+                await _finish_off(host, call, around, ours)
         except (*FAULTS, StorageError, ProtocolError, LineTooLong) as error:
-            log.info("a call that nobody wants is left for later", extra={**about, "reason": str(error)})
+            reason = str(error) or type(error).__name__
+            log.info("a call that nobody wants is left for later", extra={**_about(host, call), "reason": reason})
 
 
-async def _holds_slot(call: str, around: Surroundings) -> bool:
+async def _find_job(call: str, around: Surroundings) -> Job | None:
     try:
-        return (await around.store.get_job(call)).holds_slot
+        return await around.store.get_job(call)
     except UnknownJob:
-        return False
+        return None
 
 
-async def _finish_off(talk: Conversation, host: Host, call: str, since: int, around: Surroundings) -> int | None:
-    """Stop a call and have it forgotten; return the record to attach at instead, None: there is no more to do."""
-    owner, secret = around.identity.owner_at(host.hostname), around.identity.secret(call)
-    talk.ask(Attach(call, owner, secret, since, host.user, host.password))
+async def _finish_off(host: Host, call: str, around: Surroundings, ours: bool) -> None:
+    """Stop a call and have it forgotten; keep what its host says of it, if it is the call of a job of ours."""
+
+    async def note(facts: Facts) -> None:
+        if ours:
+            await around.store.note_facts(call, facts)
+
+    since: int | None = BEHIND_ALL
+    for _ in range(_ATTACHES):
+        if since is None:
+            return
+        talk = await dial(host, around.tls, around.config)
+        try:
+            talk.ask(asking.attach(call, host, since, around.identity))
+            since = await _hear_out(talk, since, note)
+        finally:
+            talk.abort()
+
+
+async def _hear_out(talk: Conversation, since: int, note: Callable[[Facts], Awaitable[None]]) -> int | None:
+    """Order the stop and hear the end; return the record to attach at instead, None: there is no more to do."""
     acknowledged = False
     number = since
     receipt: Raw | None = None
@@ -100,23 +150,29 @@ async def _finish_off(talk: Conversation, host: Host, call: str, since: int, aro
             match message := talk.message(line):
                 case Acknowledgement(_, terms):
                     acknowledged = True
+                    talk.say(StopCall("unwanted"))
                     if terms is not None:
                         talk.keep_contact(terms.elapsed, terms.keep_running)
-                    talk.say(StopCall("unwanted"))
                 case Record():
-                    number += 1  # wanted no more, which is as good as stored
-                    talk.say(Stored(number))
+                    number += 1
                 case Receipt(found):
                     receipt = Raw(found)
                 case Evidence(found):
                     evidence = Raw(found)
-                case Failed("records_gone", _, data) if not acknowledged and isinstance(data, bytes):
-                    return int(loads(data)["end"])
+                case Failed("records_gone") if not acknowledged:
+                    return end_of_records(message)
                 case Failed() if not acknowledged:
                     return None
                 case _ if isinstance(message, End):
-                    await around.store.note_facts(call, Facts(receipt=receipt, evidence=evidence))
+                    await note(Facts(receipt=receipt, evidence=evidence))
                     talk.say(Done())
                     talk.close()
                     return None
+        if number > since:
+            since = number
+            talk.say(Stored(number))  # wanted no more, which is as good as stored
     return None
+
+
+def _about(host: Host, call: str) -> dict[str, str]:
+    return {"job": call, "host": host.hostname}

@@ -368,7 +368,7 @@ async def test_reload_takes_effect_for_the_calls_after_it(tmp_path: Path) -> Non
 def of_the_field(talk: Conversation) -> None:
     """A harpd that does not know the question which calls it holds."""
     assert "calls" in talk.expect()
-    talk.reply({"harp": 1, "error": {"type": "invalid_request", "message": "procedure: missing"}})
+    talk.reply({"harp": 1, "error": {"type": "no_such_procedure", "message": "-"}})
 
 
 def is_missing(end: End | None) -> bool:

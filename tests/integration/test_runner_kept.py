@@ -5,114 +5,34 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from harp.protocol.ends import Cancelled, End, Failed, Returned
-from harpcaller.dispatcher import Dispatcher
-from harpcaller.jobs import Job, State, Stop
+from harp.protocol.ends import Cancelled, Failed, Returned
+from harpcaller.jobs import State, Stop
 from harpcaller.store import UnknownJob
 from harpcaller.store.sqlite import open_store
-from support.certificates import server_files
 from support.deadline import eventually
 from support.dispatcher import CREDENTIALS, call, followed, host_line, running, until
-from support.peers import Conversation, Peer, Script, server_context
-
-TERMS = {"warden": "w1", "keep_running": 60.0, "linger": 60.0, "kill_grace": 1.0, "elapsed": 0.0, "records": 0}
-EVIDENCE = {"evidence": {"exit": 0, "by": "itself"}}
-NOT_HELD = {"harp": 1, "error": {"type": "no_such_call", "message": "no", "data": {"warden": "w1"}}}
-
-
-def acknowledgement(stream: bool = False, **terms: Any) -> dict[str, Any]:
-    return {"harp": 1, "stream_result": stream, "call": {**TERMS, **terms}}
-
-
-def receipt(*survivors: int) -> dict[str, Any]:
-    left = [{"pid": pid, "command": "x"} for pid in survivors]
-    return {"receipt": {"processes": [], "found": 1, "survivors": left, "complete": True, "began": 1.0, "ended": 2.0}}
-
-
-def holding(*calls: str, warden: str = "w1") -> Script:
-    """Answers the question which calls it holds."""
-
-    def script(talk: Conversation) -> None:
-        asked = talk.expect()
-        assert asked.keys() == {"harp", "procedure", "arguments", "calls", "auth"}
-        talk.reply({"harp": 1, "calls": list(calls), "warden": warden})
-
-    return script
-
-
-def orders(talk: Conversation) -> Iterator[dict[str, Any]]:
-    """What the dispatcher says beside its signs of life."""
-    while True:
-        order = json.loads(talk.line())
-        if "alive" not in order:
-            yield order
-
-
-def started(talk: Conversation, **terms: Any) -> dict[str, Any]:
-    """Take a start and acknowledge it; return the request."""
-    request: dict[str, Any] = talk.expect()
-    assert "attach" not in request
-    talk.reply(acknowledgement(**terms))
-    return request
-
-
-def attached(talk: Conversation, **terms: Any) -> dict[str, Any]:
-    """Take an attach and acknowledge it; return the request."""
-    request: dict[str, Any] = talk.expect()
-    assert request.keys() == {"harp", "attach", "owner", "secret", "since", "auth"}
-    talk.reply(acknowledgement(**terms))
-    return request
-
-
-def ends(talk: Conversation, *lines: object) -> None:
-    """Say the end; wait until it is stored."""
-    talk.reply(*lines)
-    assert next(order for order in orders(talk) if "stored" not in order) == {"done": True}
-
-
-@contextmanager
-def playing(directory: Path, *scripts: Script, **options: Any) -> Iterator[Peer]:
-    with Peer(*scripts, tls=server_context(server_files(directory)), **options) as peer:
-        yield peer
-
-
-async def result_of(dispatcher: Dispatcher, **options: Any) -> tuple[str, End | None]:
-    job_id = await dispatcher.submit(call(**options), "test")
-    return job_id, await dispatcher.result(job_id, wait=True)
-
-
-async def settled(dispatcher: Dispatcher, job_id: str) -> Job:
-    await until(dispatcher, job_id, lambda job: not job.holds_slot, "the slot given back")
-    return await dispatcher.job(job_id)
-
-
-async def acknowledged(dispatcher: Dispatcher, job_id: str) -> None:
-    """Wait until the host has acknowledged the job's call."""
-
-    async def looked() -> bool:
-        at = (await dispatcher.details(job_id))["call"]
-        return isinstance(at, dict) and at["warden"] is not None
-
-    predicate: Callable[[], bool | Awaitable[bool]] = looked
-    await eventually(predicate, what="the acknowledgement")
-
-
-async def lost(dispatcher: Dispatcher, job_id: str) -> None:
-    """Wait until the contact with the job's call is lost."""
-
-    async def looked() -> bool:
-        at = (await dispatcher.details(job_id))["call"]
-        return isinstance(at, dict) and at["unreachable"] is not None
-
-    predicate: Callable[[], bool | Awaitable[bool]] = looked
-    await eventually(predicate, what="the loss of contact")
+from support.kept import (
+    EVIDENCE,
+    NOT_HELD,
+    acknowledged,
+    acknowledgement,
+    attached,
+    ends,
+    holding,
+    lost,
+    orders,
+    playing,
+    receipt,
+    result_of,
+    settled,
+    started,
+)
+from support.peers import Conversation
 
 
 async def test_a_call_is_named_and_its_end_acknowledged(tmp_path: Path) -> None:
@@ -383,7 +303,7 @@ async def test_calls_that_nobody_wants_are_ended(tmp_path: Path) -> None:
     store = await open_store(tmp_path / "store")
     with playing(tmp_path, always=unwanted) as peer:
         async with running(tmp_path, host_line(1, "elsewhere"), store=store) as dispatcher:
-            job_id, _ = await result_of(dispatcher, host="nowhere")
+            job_id, _ = await result_of(dispatcher)  # its host is not known
             ids.append(job_id)
         peer._scripts.append(list_both)
         async with running(tmp_path, host_line(peer.port), store=store, kept_calls=True) as dispatcher:

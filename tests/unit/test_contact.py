@@ -8,7 +8,7 @@ import time
 import pytest
 
 from harp.protocol.jsontext import Raw
-from harpcaller.contact import LostContact
+from harpcaller.contact import LostContact, Pace
 
 
 def boottime() -> float:
@@ -38,14 +38,17 @@ def test_what_is_not_of_this_start_of_the_system_counts_anew(fact: bytes | None)
 
 
 def test_pauses_grow_up_to_a_bound_and_differ() -> None:
-    lost = LostContact.begin(0.0, 0.0)
+    pace = Pace()
+    assert pace.pause() == 0.0
     pauses = []
-    for attempts in range(40):
-        lost.attempts = attempts
-        pauses.append(lost.pause(0.2, 5.0))
-    assert 0.1 <= pauses[0] <= 0.2
+    for _ in range(40):
+        pace.tried()
+        pauses.append(pace.pause())
+    assert 0.2 <= pauses[0] <= 0.4
     assert all(2.5 <= pause <= 5.0 for pause in pauses[5:])
     assert len(set(pauses)) > 30
+    pace.progress()
+    assert 0.1 <= pace.pause() <= 0.2  # it was asked a moment ago
 
 
 def test_it_says_since_when_and_what_was_tried() -> None:
@@ -54,3 +57,9 @@ def test_it_says_since_when_and_what_was_tried() -> None:
     lost.attempts = 3
     lost.failed("refused")
     assert lost.told().endswith("3 attempts to reach it again; the last error: refused")
+
+
+def test_an_error_is_kept_up_to_a_bound() -> None:
+    lost = LostContact.begin(0.0, 1000.0)
+    lost.failed("x" * 1_000_000)
+    assert len(lost.told()) < 2000

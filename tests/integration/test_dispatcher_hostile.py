@@ -1,0 +1,291 @@
+"""What a host, a store or an ill-chosen moment can't do to the dispatcher."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+import uuid
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from harp.protocol.ends import Cancelled, Failed, Returned
+from harp.protocol.jsontext import Raw
+from harpcaller.contact import LostContact
+from harpcaller.jobs import Facts, NewJob, Stop
+from harpcaller.store.sqlite import open_store
+from support.deadline import eventually
+from support.dispatcher import Switched, call, host_line, running
+from support.kept import (
+    EVIDENCE,
+    acknowledged,
+    acknowledgement,
+    attached,
+    ends,
+    holding,
+    lost,
+    orders,
+    playing,
+    receipt,
+    result_of,
+    settled,
+    started,
+)
+from support.peers import Conversation
+
+UNKNOWN = "3f22e0d4-c8ed-11e5-8d66-001e8c140268"
+
+
+async def claimed_job(store: Any) -> str:
+    """A job that an earlier dispatcher has given its slot."""
+    job = NewJob(str(uuid.uuid4()), "web01", "p", Raw(b"[]"), 600.0, 600.0)
+    await store.add_job(job, 1.0)
+    [claimed] = await store.claim_jobs(1.0, 1, 1000)
+    assert claimed.id == job.id
+    return job.id
+
+
+@pytest.mark.parametrize("data", [{}, {"end": "x"}, [1], None, {"end": 10**30}])
+async def test_an_odd_answer_about_a_call_that_nobody_wants_ends_nothing_else(tmp_path: Path, data: Any) -> None:
+    refused = threading.Event()
+
+    def script(talk: Conversation) -> None:
+        request = talk.expect()
+        if "calls" in request:
+            talk.reply({"harp": 1, "calls": [UNKNOWN], "warden": "w1"})
+        elif "attach" in request:
+            talk.reply({"harp": 1, "error": {"type": "records_gone", "message": "gone", "data": data}})
+            refused.set()
+            talk.until_closed()
+        else:
+            talk.reply(acknowledgement())
+            assert refused.wait(30)
+            ends(talk, EVIDENCE, {"result": 1})
+
+    with playing(tmp_path, always=script) as peer:
+        async with running(tmp_path, host_line(peer.port), kept_calls=True) as dispatcher:
+            for _ in range(2):
+                assert (await result_of(dispatcher))[1] == Returned(b"1")
+
+
+async def test_a_silent_host_holds_up_the_unwanted_calls_of_no_other(tmp_path: Path) -> None:
+    """One host holds many calls that nobody wants, and says nothing when it is asked for them."""
+    waiting = threading.Semaphore(0)
+    stopped = threading.Event()
+
+    def silent_host(talk: Conversation) -> None:
+        request = talk.expect()
+        if "calls" in request:
+            talk.reply({"harp": 1, "calls": [str(uuid.uuid4()) for _ in range(20)], "warden": "w1"})
+        elif "attach" in request:
+            waiting.release()
+            talk.until_closed()
+        else:
+            talk.reply(acknowledgement())
+            ends(talk, EVIDENCE, {"result": 1})
+
+    def good_host(talk: Conversation) -> None:
+        request = talk.expect()
+        if "calls" in request:
+            talk.reply({"harp": 1, "calls": [UNKNOWN], "warden": "w1"})
+            return
+        talk.reply(acknowledgement())
+        if "attach" in request:
+            assert next(orders(talk)) == {"stop": {"why": "unwanted"}}
+            ends(talk, receipt(), EVIDENCE, {"result": 1})
+            stopped.set()
+        else:
+            ends(talk, EVIDENCE, {"result": 1})
+
+    with playing(tmp_path, always=silent_host) as one, playing(tmp_path, always=good_host) as two:
+        lines = host_line(one.port, "web01"), host_line(two.port, "web02")
+        async with running(tmp_path, *lines, kept_calls=True) as dispatcher:
+            assert (await result_of(dispatcher, host="web01"))[1] == Returned(b"1")
+            await eventually(lambda: waiting.acquire(blocking=False), what="the first of the silent ones")
+            assert (await result_of(dispatcher, host="web02"))[1] == Returned(b"1")
+            await eventually(stopped.is_set, what="the other host's call stopped")
+
+
+async def test_a_host_says_nothing_of_the_ends_of_others(tmp_path: Path) -> None:
+    ids: list[str] = []
+    forged = threading.Event()
+
+    def script(talk: Conversation) -> None:
+        request = talk.expect()
+        if "calls" in request:
+            talk.reply({"harp": 1, "calls": ids, "warden": "w1"})
+            return
+        talk.reply(acknowledgement())
+        if "attach" in request:
+            assert "stop" in next(orders(talk))
+            ends(talk, receipt(), {"evidence": {"forged": 1}}, {"result": 1})
+            forged.set()
+        else:
+            ends(talk, EVIDENCE, {"result": 1})
+
+    with playing(tmp_path, always=script) as peer:
+        async with running(tmp_path, host_line(peer.port), kept_calls=True) as dispatcher:
+            job_id, end = await result_of(dispatcher, host="elsewhere")
+            assert isinstance(end, Failed)
+            ids.append(job_id)
+            assert (await result_of(dispatcher))[1] == Returned(b"1")
+            await eventually(forged.is_set, what="the forged end")
+            details = await dispatcher.details(job_id)
+            assert (details["evidence"], details["receipt"]) == (None, None)
+
+
+async def test_a_list_that_is_too_long_is_none(tmp_path: Path) -> None:
+    def script(talk: Conversation) -> None:
+        talk.expect()
+        talk.send(b'{"harp": 1, "calls": [' + b'"3f22e0d4-c8ed-11e5-8d66-001e8c140268", ' * 250_000)
+        talk.until_closed()
+
+    with playing(tmp_path, script) as peer:
+        async with running(tmp_path, host_line(peer.port), kept_calls=True) as dispatcher:
+            _, end = await result_of(dispatcher)
+            assert isinstance(end, Failed)
+            assert end.type == "protocol_error"
+
+
+async def test_a_question_that_was_too_long_on_its_way_does_not_make_a_host_an_older_one(tmp_path: Path) -> None:
+    def late(talk: Conversation) -> None:
+        talk.expect()
+        fault = {"type": "invalid_request", "message": "no whole request line came within 30 s"}
+        talk.reply({"harp": 1, "error": fault})
+
+    def script(talk: Conversation) -> None:
+        assert "call" in started(talk)
+        ends(talk, EVIDENCE, {"result": 1})
+
+    with playing(tmp_path, late, holding(), script) as peer:
+        async with running(tmp_path, host_line(peer.port), kept_calls=True) as dispatcher:
+            assert (await result_of(dispatcher))[1] == Returned(b"1")
+
+
+async def test_a_call_that_is_taken_up_is_tried_before_it_is_given_up(tmp_path: Path) -> None:
+    """However long the last dispatcher says that it has not been reached: that may be out of date."""
+    store = await open_store(tmp_path / "store")
+    job_id = await claimed_job(store)
+    await store.note_facts(job_id, Facts(contact=Raw(json.dumps(LostContact.begin(5000.0, 5000.0).fact()).encode())))
+
+    def held(talk: Conversation) -> None:
+        attached(talk)
+        ends(talk, EVIDENCE, {"result": 1})
+
+    with playing(tmp_path, holding(), held) as peer:
+        async with running(tmp_path, host_line(peer.port), store=store, kept_calls=True) as dispatcher:
+            assert await dispatcher.result(job_id, wait=True) == Returned(b"1")
+    await store.close()
+
+
+async def test_that_contact_is_there_again_is_stored_although_the_store_could_not_at_first(tmp_path: Path) -> None:
+    """Else the next dispatcher would count from a loss of long ago."""
+    opened = await open_store(tmp_path / "store")
+    store = Switched(opened, "note_facts")
+    back, go_on = threading.Event(), threading.Event()
+
+    def begin(talk: Conversation) -> None:
+        started(talk)
+        talk.reset()
+
+    def nobody(talk: Conversation) -> None:
+        talk.expect()
+        talk.reset()
+
+    def gone(talk: Conversation) -> None:
+        assert back.wait(30)
+        holding()(talk)
+
+    def again(talk: Conversation) -> None:
+        attached(talk)
+        assert go_on.wait(30)
+        ends(talk, EVIDENCE, {"result": 1})
+
+    def is_noted(wanted: bool) -> Callable[[], bool | Awaitable[bool]]:
+        async def look() -> bool:
+            return ((await opened.get_details(job_id)).facts.contact is not None) is wanted
+
+        return look
+
+    with playing(tmp_path, holding(), begin, nobody, gone, again) as peer:
+        async with running(tmp_path, host_line(peer.port), store=store, kept_calls=True) as dispatcher:
+            job_id = await dispatcher.submit(call(), "test")
+            await lost(dispatcher, job_id)
+            await eventually(is_noted(True), what="the note of the loss")
+            store.off = True
+            back.set()
+            await eventually(lambda: store.refused > 0, what="a note that is refused")
+            store.off = False
+            await eventually(is_noted(False), what="the note taken back")
+            go_on.set()
+            assert await dispatcher.result(job_id, wait=True) == Returned(b"1")
+    await opened.close()
+
+
+async def test_a_cancel_while_jobs_are_taken_up_stops_the_call(tmp_path: Path) -> None:
+    """The store did not answer at the start; the doors are open when it does."""
+    opened = await open_store(tmp_path / "store")
+    job_id = await claimed_job(opened)
+    asked, go_on = asyncio.Event(), asyncio.Event()
+
+    class Late(Switched):
+        """Fails to list the held jobs once, then lists them, and takes its time to say so."""
+
+        async def held_jobs(self) -> Any:
+            if not self.refused:
+                self.off = True
+                return await self.__getattr__("held_jobs")()
+            self.off = False
+            held = await opened.held_jobs()
+            asked.set()
+            await go_on.wait()
+            return held
+
+    def held(talk: Conversation) -> None:
+        attached(talk)
+        assert next(orders(talk)) == {"stop": {"why": "cancelled"}}
+        ends(talk, receipt(), EVIDENCE, {"harp": 1, "error": {"type": "cancelled", "message": "stopped"}})
+
+    with playing(tmp_path, holding(), held) as peer:
+        store: Any = Late(opened, "held_jobs")
+        async with running(tmp_path, host_line(peer.port), store=store, kept_calls=True) as dispatcher:
+            await asked.wait()
+            assert await dispatcher.cancel(job_id, "somebody")
+            go_on.set()
+            assert (await settled(dispatcher, job_id)).stop is Stop.CONFIRMED
+            assert await dispatcher.result(job_id, wait=True) == Cancelled()
+    await opened.close()
+
+
+async def test_a_run_that_fails_leaves_no_stop_pending(tmp_path: Path) -> None:
+    """Whoever waits for the stop of its job is told; the slot is kept until the next start looks."""
+    opened = await open_store(tmp_path / "store")
+
+    class Faulty(Switched):
+        """Has a fault when the call's end is settled, once."""
+
+        async def settle_stop(self, *arguments: Any, **options: Any) -> Any:
+            if not self.refused:
+                self.refused += 1
+                raise ValueError("a fault")
+            return await opened.settle_stop(*arguments, **options)
+
+    def script(talk: Conversation) -> None:
+        started(talk)
+        assert "stop" in next(orders(talk))
+        talk.reply(receipt(), EVIDENCE, {"harp": 1, "error": {"type": "cancelled", "message": "stopped"}})
+        talk.until_closed()
+
+    with playing(tmp_path, holding(), script) as peer:
+        store: Any = Faulty(opened)
+        async with running(tmp_path, host_line(peer.port), store=store, kept_calls=True) as dispatcher:
+            job_id = await dispatcher.submit(call(), "test")
+            await acknowledged(dispatcher, job_id)
+            assert await dispatcher.cancel(job_id)
+            async with asyncio.timeout(30):
+                details = await dispatcher.stopped(job_id)
+            assert (details.job.stop, details.job.holds_slot) == (Stop.FAILED, True)
+    await opened.close()

@@ -1,0 +1,367 @@
+"""One job, one kept call, and a host that breaks the protocol, lies, floods or says nothing: what it can't do to us."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from harp.protocol.daemon import ListCalls, Stored
+from harp.protocol.ends import Failed, Returned
+from harpcaller.config import Config
+from harpcaller.conversation import dial
+from harpcaller.hosts import Host
+from harpcaller.hosttls import HostTLS
+from harpcaller.jobs import Stop
+from harpcaller.store.sqlite import open_store
+from support.deadline import eventually
+from support.dispatcher import Switched, call, followed, host_line, running
+from support.harpd import Harpd
+from support.kept import (
+    EVIDENCE,
+    NOT_HELD,
+    acknowledgement,
+    attached,
+    ends,
+    holding,
+    lost,
+    orders,
+    playing,
+    receipt,
+    result_of,
+    settled,
+    started,
+)
+from support.peers import Conversation
+
+#: A number that no record has.
+BEHIND_ALL = 2**53
+
+STOPPED = {"harp": 1, "error": {"type": "cancelled", "message": "stopped"}}
+
+
+def records_gone(**data: Any) -> dict[str, Any]:
+    return {"harp": 1, "error": {"type": "records_gone", "message": "gone", "data": data}}
+
+
+def refused_behind_all(end: int) -> Any:
+    """Takes the attach that only asks where the records end."""
+
+    def script(talk: Conversation) -> None:
+        assert talk.expect()["since"] == BEHIND_ALL
+        talk.reply(records_gone(first=0, end=end))
+
+    return script
+
+
+def stopped_behind(end: int) -> Any:
+    """Takes the attach behind all records, and the order to stop."""
+
+    def script(talk: Conversation) -> None:
+        assert attached(talk, stream=True, records=end)["since"] == end
+        assert next(orders(talk)) == {"stop": {"why": "protocol_error", "by": "dispatcher"}}
+        ends(talk, receipt(), EVIDENCE, STOPPED)
+
+    return script
+
+
+@pytest.mark.parametrize(
+    "garbage", [b'{"stream":x}\n', b"\xff\n", b'{"stream": 1, "result": 2}\n', b'{"harp": 1, "stream_result": true}\n']
+)
+async def test_garbage_in_a_kept_call_is_its_jobs_end(tmp_path: Path, garbage: bytes) -> None:
+    def begin(talk: Conversation) -> None:
+        started(talk, stream=True)
+        talk.send(b'{"at": 1.0}\n{"stream": 0}\n' + garbage + b'{"stream": 2}\n')
+        talk.until_closed()
+
+    scripts = (holding(), begin, holding(), refused_behind_all(7), stopped_behind(7))
+    with playing(tmp_path, *scripts) as peer:
+        async with running(tmp_path, host_line(peer.port), kept_calls=True) as dispatcher:
+            job_id = await dispatcher.submit(call(), "test")
+            records, end = await followed(dispatcher, job_id, since=0)
+            assert records == [(0, 0)]
+            assert isinstance(end, Failed)
+            assert end.type == "protocol_error"
+            assert "web01" in end.message
+            assert "record 1 was to come" in end.message
+            assert (await settled(dispatcher, job_id)).stop is Stop.CONFIRMED
+
+
+async def test_a_record_that_is_too_long_is_its_jobs_end_on_a_real_host(tmp_path: Path) -> None:
+    procedures = """
+import time
+from harpd.proc import streaming_procedure
+
+@streaming_procedure
+def long_record():
+    yield "short"
+    yield "x" * 100_000
+    time.sleep(600)
+"""
+    with Harpd(tmp_path / "harpd", procedures) as harpd:
+        line = json.dumps(
+            {
+                "hostname": "web01",
+                "address": "127.0.0.1",
+                "port": harpd.port,
+                "credentials": {"user": harpd.user, "password": harpd.password},
+            }
+        )
+        async with running(tmp_path, line + "\n", kept_calls=True, record_line=50_000) as dispatcher:
+            job_id = await dispatcher.submit(call("long_record"), "test")
+            end = await dispatcher.result(job_id, wait=True)
+            assert isinstance(end, Failed)
+            assert end.type == "protocol_error"
+            assert "longer than 50000 bytes" in end.message
+            job = await settled(dispatcher, job_id)
+            assert job.stop is Stop.CONFIRMED
+            assert (await dispatcher.details(job_id))["receipt"] is not None
+        assert harpd.status()["calls"] == 0
+
+
+async def test_garbage_again_and_again_is_asked_for_ever_more_rarely(tmp_path: Path) -> None:
+    """An acknowledgement is no progress. The slot is kept until the host says that the call is over."""
+    attaches: list[float] = []
+
+    def script(talk: Conversation) -> None:
+        request = talk.expect()
+        if "calls" in request:
+            talk.reply({"harp": 1, "calls": [], "warden": "w1"})
+            return
+        if "attach" in request:
+            attaches.append(time.monotonic())
+        talk.reply(acknowledgement(stream=True))
+        if len(attaches) >= 5:
+            assert "stop" in next(orders(talk))
+            ends(talk, receipt(), EVIDENCE, STOPPED)
+            return
+        talk.send(b"garbage\n")
+        talk.until_closed()
+
+    with playing(tmp_path, always=script) as peer:
+        async with running(tmp_path, host_line(peer.port), kept_calls=True) as dispatcher:
+            job_id, end = await result_of(dispatcher)
+            assert isinstance(end, Failed)
+            assert end.type == "protocol_error"
+            assert (await settled(dispatcher, job_id)).stop is Stop.CONFIRMED
+    assert attaches[4] - attaches[3] > 0.79  # at least half of the pause after four in vain: 0.2 s * 2 ** 4 / 2 = 1.6 s
+
+
+async def test_a_host_that_acknowledges_and_breaks_off_is_asked_ever_more_rarely(tmp_path: Path) -> None:
+    attaches: list[float] = []
+
+    def script(talk: Conversation) -> None:
+        request = talk.expect()
+        if "calls" in request:
+            talk.reply({"harp": 1, "calls": [], "warden": "w1"})
+            return
+        if "attach" in request:
+            attaches.append(time.monotonic())
+        talk.reply(acknowledgement())
+        if len(attaches) >= 5:
+            ends(talk, EVIDENCE, {"result": 1})
+
+    with playing(tmp_path, always=script) as peer:
+        async with running(tmp_path, host_line(peer.port), kept_calls=True) as dispatcher:
+            assert (await result_of(dispatcher))[1] == Returned(b"1")
+    assert attaches[4] - attaches[3] > 0.79
+
+
+@pytest.mark.parametrize("data", [{}, {"end": "x"}, {"end": -1}, {"end": 1.5}, {"end": True}, [1], 10**400, "x"])
+async def test_records_gone_of_an_odd_form(tmp_path: Path, data: Any) -> None:
+    """It is one more failed attempt, and no fault of the dispatcher."""
+
+    def begin(talk: Conversation) -> None:
+        started(talk)
+        talk.reset()
+
+    def odd(talk: Conversation) -> None:
+        talk.expect()
+        talk.reply({"harp": 1, "error": {"type": "records_gone", "message": "gone", "data": data}})
+
+    def right(talk: Conversation) -> None:
+        attached(talk)
+        ends(talk, EVIDENCE, {"result": 1})
+
+    with playing(tmp_path, holding(), begin, holding(), odd, right) as peer:
+        async with running(tmp_path, host_line(peer.port), kept_calls=True) as dispatcher:
+            assert (await result_of(dispatcher))[1] == Returned(b"1")
+
+
+async def test_records_behind_those_that_are_gone_are_counted_from_where_they_begin(tmp_path: Path) -> None:
+    """Else the host would wait for ever to hear that they are stored, and never say the end."""
+    counts: list[int] = []
+
+    def begin(talk: Conversation) -> None:
+        started(talk, stream=True)
+        talk.reset()
+
+    def lacking(talk: Conversation) -> None:
+        talk.expect()
+        talk.reply(records_gone(first=5, end=9))
+
+    def rest(talk: Conversation) -> None:
+        assert attached(talk, stream=True)["since"] == 9
+        said = orders(talk)
+        assert "stop" in next(said)
+        talk.reply({"stream": 9}, {"stream": 10})
+        while not counts or counts[-1] < 11:
+            counts.append(next(said)["stored"])
+        ends(talk, receipt(), EVIDENCE, STOPPED)
+
+    with playing(tmp_path, holding(), begin, holding(), lacking, rest) as peer:
+        async with running(tmp_path, host_line(peer.port), kept_calls=True) as dispatcher:
+            job_id, _ = await result_of(dispatcher)
+            assert (await settled(dispatcher, job_id)).stop is Stop.CONFIRMED
+
+
+async def test_what_comes_behind_the_end_changes_nothing(tmp_path: Path) -> None:
+    def script(talk: Conversation) -> None:
+        started(talk, stream=True)
+        talk.send(b'{"stream": 0}\n{"result": 1}\n{"result": 2}\ngarbage\n{"stream": 1}\n')
+        talk.until_closed()
+
+    with playing(tmp_path, holding(), script) as peer:
+        async with running(tmp_path, host_line(peer.port), kept_calls=True) as dispatcher:
+            job_id = await dispatcher.submit(call(), "test")
+            assert await followed(dispatcher, job_id, since=0) == ([(0, 0)], Returned(b"1"))
+            assert not (await settled(dispatcher, job_id)).holds_slot
+
+
+# Time.
+
+
+async def test_a_result_that_waited_on_the_host_is_not_too_late(tmp_path: Path) -> None:
+    """The call ended in time; the dispatcher could not be there. The host watches the limits, and says the end."""
+    may_answer = threading.Event()
+
+    def begin(talk: Conversation) -> None:
+        talk.expect()
+        talk.reset()
+
+    def late(talk: Conversation) -> None:
+        assert may_answer.wait(30)
+        request = talk.expect()
+        assert "attach" in request
+        talk.reply(acknowledgement(stream=True, elapsed=10_000.0, records=1))
+        assert "alive" in json.loads(talk.line())  # it has looked at its limits by now
+        talk.reply({"stream": 0})
+        assert next(orders(talk)) == {"stored": 1}
+        ends(talk, EVIDENCE, {"result": "in time"})
+
+    with playing(tmp_path, holding(), begin, holding(), late) as peer:
+        async with running(tmp_path, host_line(peer.port), kept_calls=True) as dispatcher:
+            job_id = await dispatcher.submit(call(timeout=0.4, max_exec_time=0.4), "test")
+            await lost(dispatcher, job_id)
+            over = time.monotonic() + 0.5
+            await eventually(lambda: time.monotonic() > over, what="the end of the limits")
+            assert (await dispatcher.job(job_id)).end is None
+            may_answer.set()
+            assert await dispatcher.result(job_id, wait=True) == Returned(b'"in time"')
+
+
+async def test_a_host_that_does_not_acknowledge_costs_no_time(tmp_path: Path) -> None:
+    """A job whose timeout is shorter than the acknowledgement may take, and that is stopped meanwhile."""
+    silent = threading.Event()
+
+    def begin(talk: Conversation) -> None:
+        talk.expect()
+        silent.set()
+        talk.until_closed()
+
+    def not_held(talk: Conversation) -> None:
+        talk.expect()
+        talk.reply(NOT_HELD)
+
+    with playing(tmp_path, holding(), begin, holding(), not_held) as peer:
+        options: dict[str, Any] = {"acknowledgement_timeout": 0.5, "kept_calls": True}
+        async with running(tmp_path, host_line(peer.port), **options) as dispatcher:
+            job_id = await dispatcher.submit(call(timeout=0.2), "test")
+            await eventually(silent.is_set, what="the request")
+            end = await dispatcher.result(job_id, wait=True)
+            assert isinstance(end, Failed)
+            assert end.type == "timeout"
+            assert (await settled(dispatcher, job_id)).stop is Stop.CONFIRMED
+
+
+async def test_signs_of_life_are_never_close_together(tmp_path: Path) -> None:
+    """Whatever a host says of its patience."""
+    beats: list[float] = []
+
+    def script(talk: Conversation) -> None:
+        started(talk, keep_running=1e-9)
+        while len(beats) < 4:
+            assert "alive" in json.loads(talk.line())
+            beats.append(time.monotonic())
+            talk.reply({"alive": 0.0})
+        ends(talk, EVIDENCE, {"result": 1})
+
+    with playing(tmp_path, holding(), script) as peer:
+        async with running(tmp_path, host_line(peer.port), kept_calls=True) as dispatcher:
+            assert (await result_of(dispatcher))[1] == Returned(b"1")
+    assert beats[3] - beats[1] > 0.15
+
+
+async def test_a_host_that_reads_nothing_is_given_up(tmp_path: Path) -> None:
+    """What is to be said to it does not pile up: not more than the kernel holds, and a little."""
+    over = threading.Event()
+
+    def deaf(talk: Conversation) -> None:
+        assert over.wait(30)
+
+    config = Config(stream_directory=tmp_path)
+    with playing(tmp_path, deaf) as peer:
+        talk = await dial(Host("web01", "127.0.0.1", peer.port, "u", "p"), HostTLS(config), config)
+        talk.ask(ListCalls("owner", "u", "p"))
+        reading = asyncio.create_task(talk.read())
+        said = 0
+        while not reading.done() and said < 1_000_000:
+            for _ in range(1000):
+                talk.say(Stored(said))
+            said += 1000
+            await asyncio.sleep(0)
+        over.set()
+        assert said < 1_000_000
+        assert await reading is None
+        talk.abort()
+
+
+async def test_records_of_a_host_that_minds_no_window_wait_on_the_host(tmp_path: Path) -> None:
+    """While the store can't take them, what is held of them here is bounded."""
+    sent = 0
+    held_back = threading.Event()
+
+    def flood(talk: Conversation) -> None:
+        nonlocal sent
+        started(talk, stream=True)
+        talk.sock.settimeout(1.0)
+        line = json.dumps({"stream": "x" * 100_000}).encode() + b"\n"
+        try:
+            while sent < 100_000_000:
+                talk.send(line)
+                sent += len(line)
+        except TimeoutError:
+            pass
+        held_back.set()
+
+    def rest(talk: Conversation) -> None:
+        attached(talk, stream=True)
+        ends(talk, EVIDENCE, {"result": 1})
+
+    opened = await open_store(tmp_path / "store")
+    store = Switched(opened, "append_records")
+    store.off = True
+    with playing(tmp_path, holding(), flood, always=rest) as peer:
+        peer._scripts.append(holding())
+        async with running(tmp_path, host_line(peer.port), store=store, kept_calls=True) as dispatcher:
+            job_id = await dispatcher.submit(call(), "test")
+            await eventually(held_back.is_set, what="no more room")
+            assert sent < 40_000_000
+            store.off = False
+            assert await dispatcher.result(job_id, wait=True) == Returned(b"1")
+    await opened.close()

@@ -1,0 +1,126 @@
+"""When a call has taken too long, as the dispatcher sees it: on a clock of the test's own."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+from harp.protocol.jsontext import Raw
+from harpcaller import limits
+from harpcaller.jobs import Job, State
+from harpcaller.limits import Limits
+
+NULL = Raw(b"null")
+
+
+class Clock:
+    """Stands still but for `pass_`."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def pass_(self, seconds: float) -> None:
+        self.now += seconds
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(limits, "time", SimpleNamespace(monotonic=clock.monotonic))
+    return clock
+
+
+def of_a_job(timeout: float = 600.0, max_exec_time: float = 60.0, acknowledgement: float = 30.0) -> Limits:
+    job = Job(
+        "id", State.RUNNING, "web01", "p", NULL, timeout, max_exec_time, None, NULL, 0.0, 0.0, None, None, 0, True
+    )
+    return Limits(job, acknowledgement)
+
+
+def end(limits: Limits, ended: bool = False) -> str | None:
+    failed = limits.overdue("host web01", ended)
+    return failed.type if failed else None
+
+
+def test_a_kept_call_has_its_time_and_a_margin(clock: Clock) -> None:
+    watched = of_a_job()
+    watched.asked()
+    watched.acknowledge(0.0)
+    clock.pass_(74.0)
+    assert end(watched) is None
+    clock.pass_(2.0)
+    assert end(watched) == "timeout"
+
+
+def test_a_tied_call_has_its_time(clock: Clock) -> None:
+    watched = of_a_job()
+    watched.asked()
+    watched.acknowledge(None)
+    watched.put_off()  # for kept calls only
+    clock.pass_(61.0)
+    assert end(watched) == "timeout"
+
+
+@pytest.mark.parametrize("timeout", [5.0, 600.0])
+@pytest.mark.parametrize("ended", [False, True])
+def test_an_attach_ends_no_job_before_it_is_acknowledged(clock: Clock, timeout: float, ended: bool) -> None:
+    watched = of_a_job(timeout)
+    clock.pass_(10_000.0)
+    watched.asked(again=True)
+    clock.pass_(29.0)
+    assert end(watched, ended) is None
+    clock.pass_(2.0)
+    assert end(watched, ended) == "network_error"
+
+
+def test_a_host_that_is_reached_late_has_time_to_say_what_it_has_kept(clock: Clock) -> None:
+    watched = of_a_job()
+    watched.asked(again=True)
+    watched.acknowledge(10_000.0)
+    clock.pass_(14.0)
+    assert end(watched) is None
+    watched.brought()
+    clock.pass_(14.0)
+    assert end(watched) is None
+    clock.pass_(2.0)
+    assert end(watched) == "timeout"
+
+
+def test_delivering_has_an_end_however_often_the_host_is_reached(clock: Clock) -> None:
+    watched = of_a_job()
+    for _ in range(100):
+        watched.asked(again=True)
+        watched.acknowledge(0.0)
+        watched.brought()
+        if end(watched) is not None:
+            break
+        clock.pass_(10.0)
+    assert 60 + 15 + 600 <= clock.now - 1000.0 <= 60 + 15 + 600 + 20
+
+
+def test_nothing_is_enforced_while_the_store_fails(clock: Clock) -> None:
+    watched = of_a_job()
+    watched.asked()
+    watched.acknowledge(0.0)
+    for _ in range(500):
+        clock.pass_(10.0)
+        watched.heard()  # a sign of life
+        watched.put_off()
+        assert end(watched) is None
+    clock.pass_(16.0)
+    assert end(watched) == "timeout"
+
+
+def test_a_host_can_not_make_a_call_younger(clock: Clock) -> None:
+    watched = of_a_job()
+    watched.asked()
+    watched.acknowledge(0.0)
+    clock.pass_(50.0)
+    watched.asked(again=True)
+    watched.acknowledge(0.0)
+    clock.pass_(26.0)
+    assert end(watched) == "timeout"
