@@ -115,9 +115,10 @@ def test_what_a_dead_warden_left_is_killed_and_told_once(
         old.add("a", record("a", pid, kept=1))
         assert new.sweep() == Swept()  # it lives
         wardens.kill(old)
-        swept = new.sweep()
+        found = sweep(new)
         assert not lives(pid)
-        assert (swept.killed, swept.calls["a"].more["kept"], swept.receipts, swept.again) == (1, 1, {}, False)
+        assert sum(swept.killed for swept in found) == 1
+        assert [swept.calls["a"].more["kept"] for swept in found if swept.calls] == [1]
         assert new.sweep() == Swept()
         assert names(tmp_path) == set()
 
@@ -140,8 +141,9 @@ def test_what_survives_an_end_that_was_told_is_killed_and_not_told(
         old.add("a", record("a", pid))
         old.told("a")
         wardens.kill(old)
-        swept = new.sweep()
-        assert (swept.killed, swept.calls) == (1, {})
+        found = sweep(new)
+        assert sum(swept.killed for swept in found) == 1
+        assert not any(swept.calls for swept in found)
         assert not lives(pid)
 
 
@@ -217,17 +219,14 @@ def test_what_cannot_be_killed_is_told_watched_and_left_to_the_next(
         for call_id, main in (("a", pid), ("b", other)):
             old.add(call_id, record(call_id, main))
         wardens.kill(old)
-        begin = time.monotonic()
         swept = new.sweep()
-        assert time.monotonic() - begin < 1.0
         assert swept.calls.keys() == {"a", "b"}
         assert [one["pid"] for one in swept.receipts["a"]["survivors"]] == [pid]
-        assert swept.receipts.keys() == {"a"}
         assert swept.again
+        for later in sweep(new):
+            assert (later.killed, later.calls, later.receipts.keys() - {"b"}) == (0, {}, set())
         assert not lives(other)
         assert names(tmp_path) == {"a.told"}
-        for later in sweep(new):
-            assert (later.killed, later.calls, later.receipts) == (0, {}, {})
         assert [event.message for event in caplog.records] == ["processes of a dead warden's call can't be killed"]
         for _ in range(3):
             assert new.sweep() == Swept()
