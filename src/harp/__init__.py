@@ -14,8 +14,8 @@ Spec: docs/client-api.md.
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING
 
+TYPE_CHECKING = False  # not from `typing`: the process that calls are forked from loads this module, too
 if TYPE_CHECKING:
     from harp import aio as aio
     from harp.client import HarpCaller, RemoteCall, RemoteProcedure, RemoteServer

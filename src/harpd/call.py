@@ -6,22 +6,22 @@ end the warden holds: one line with the arguments comes in, the lines of the wir
 
 from __future__ import annotations
 
-import contextlib
-import inspect
 import os
 import signal
 import sys
-from dataclasses import dataclass
-from typing import Any, NoReturn
 
-from harp.protocol.daemon import Message, Record
-from harp.protocol.ends import Failed, Raised, Returned
-from harp.protocol.jsontext import InvalidJSON, NotJSON, Raw, dumps, loads
+from harp.protocol import closing
+from harp.protocol.strictjson import Envelope, InvalidJSON, NotJSON, Raw, dumps, loads
+from harpd.arguments import WrongArguments, check_arguments
 from harpd.channel import Channel
 from harpd.limits import Limits
 from harpd.prctl import become_subreaper, die_with_parent
 from harpd.proc import Cancelled, Procedure, Result, TimeLimit
 from harpd.users import Account, UserError, resolve, take
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any, NoReturn
 
 __all__ = ["Descriptors", "run_call"]
 
@@ -34,20 +34,15 @@ LONGEST_PAYLOAD = 64 * 1024 * 1024 - 64
 _LONGEST_TRACEBACK = 16 * 1024
 
 
-@dataclass(frozen=True)
 class Descriptors:
     """What the warden gave the call: its channel, and pipes that become stdout and stderr."""
 
-    channel: int
-    stdout: int
-    stderr: int
+    __slots__ = ("channel", "stderr", "stdout")
 
-
-@dataclass(frozen=True, slots=True)
-class _Traced(Raised):
-    """The procedure raised, and the traceback is wanted."""
-
-    traceback: str = ""
+    def __init__(self, channel: int, stdout: int, stderr: int) -> None:
+        self.channel = channel
+        self.stdout = stdout
+        self.stderr = stderr
 
 
 class _Refused(Exception):
@@ -55,7 +50,7 @@ class _Refused(Exception):
 
     def __init__(self, type: str, message: str) -> None:
         super().__init__(message)
-        self.end = Failed(type, message)
+        self.type = type
 
 
 def run_call(
@@ -79,13 +74,11 @@ def run_call(
     call, limits = os.getpid(), Limits()
     try:
         channel = Channel(descriptors.channel, limits)
-        end = _carry_out(procedure, channel, descriptors, limits, zygote, (default_user, default_group), tracebacks)
+        lines = _carry_out(procedure, channel, descriptors, limits, zygote, (default_user, default_group), tracebacks)
         if os.getpid() != call:
             os._exit(0)  # the procedure forked, and this is the child: it has nothing to say to the caller
         _flush_output()
-        if isinstance(end, _Traced):
-            channel.write_line(dumps({"traceback": end.traceback}) + b"\n")
-        channel.write(end)
+        channel.write(lines)
     except OSError:
         os._exit(1)  # the warden is gone, and with it whoever wanted to know
     os._exit(0)
@@ -101,7 +94,7 @@ def _detach(descriptors: Descriptors) -> None:
         os.close(source)
     for number in (signal.SIGHUP, signal.SIGINT, signal.SIGCHLD):
         signal.signal(number, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_SETMASK, ())  # the zygote has blocked what there was no handler for yet
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())  # the zygote has blocked what is the call's
 
 
 def _carry_out(
@@ -112,11 +105,11 @@ def _carry_out(
     zygote: int,
     defaults: tuple[int | str | None, int | str | None],
     tracebacks: bool,
-) -> Message:
-    """Prepare the process and run the procedure; whatever that raises becomes the end."""
+) -> bytes:
+    """Prepare the process and run the procedure; return the last lines, whatever that raises."""
     try:
         try:
-            limits.install()
+            limits.take_over()
             _detach(descriptors)
             _become(procedure, zygote, defaults)
             positional, named = _arguments(procedure, channel)
@@ -127,16 +120,19 @@ def _carry_out(
             limits.hold()  # from here on the warden's steps are enough
         return _returned(value)
     except _Refused as refused:
-        return refused.end
+        return _line(Envelope(harp=closing.VERSION, **closing.error(refused.type, str(refused), None)))
     except (TimeLimit, Cancelled) as limit:
         _flush_output()
         limits.die_of(limit)
     except BaseException as error:  # noqa: BLE001 - also SystemExit: the procedure's end is the caller's to know
         kind = type(error)
         data = {"class": kind.__name__, "module": str(kind.__module__)}
-        if tracebacks:
-            return _Traced(kind.__name__, _text(error), data, _traceback(error))
-        return Raised(kind.__name__, _text(error), data)
+        traceback = _line({"traceback": _traceback(error)}) if tracebacks else b""
+        return traceback + _line(closing.exception(kind.__name__, _text(error), data))
+
+
+def _line(message: dict[str, Any]) -> bytes:
+    return dumps(message) + b"\n"
 
 
 def _become(procedure: Procedure, zygote: int, defaults: tuple[int | str | None, int | str | None]) -> None:
@@ -145,9 +141,11 @@ def _become(procedure: Procedure, zygote: int, defaults: tuple[int | str | None,
         account = _account(procedure, *defaults)
         if account.uid is not None:
             # Pipes are opened anew by name, as /dev/stderr, in many a shell script.
-            with contextlib.suppress(OSError, OverflowError):
-                for stream in (1, 2):
+            for stream in (1, 2):
+                try:
                     os.fchown(stream, account.uid, -1)
+                except (OSError, OverflowError):
+                    break
         take(account)
     except UserError as error:
         raise _Refused("system_error", str(error)) from error
@@ -180,24 +178,10 @@ def _arguments(procedure: Procedure, channel: Channel) -> tuple[list[Any], dict[
     positional: list[Any] = arguments if isinstance(arguments, list) else []
     named: dict[str, Any] = arguments if isinstance(arguments, dict) else {}
     try:
-        signature = procedure.signature()
-    except ValueError:  # some functions that are written in C have none
-        return positional, named
-    try:
-        signature.bind(*positional, **named)
-    except TypeError as error:
-        raise _Refused("invalid_argument_list", f"{error}; the procedure takes {_parameters(signature)}") from error
+        check_arguments(procedure, positional, named)
+    except WrongArguments as wrong:
+        raise _Refused("invalid_argument_list", str(wrong)) from wrong
     return positional, named
-
-
-def _parameters(signature: inspect.Signature) -> str:
-    """The parameters' names; not their defaults, which are nobody's business."""
-    empty = inspect.Parameter.empty
-    names = [
-        str(parameter.replace(default=empty, annotation=empty)) + ("" if parameter.default is empty else "=...")
-        for parameter in signature.parameters.values()
-    ]
-    return f"({', '.join(names)})"
 
 
 def _payload(value: Any) -> Raw:
@@ -208,9 +192,9 @@ def _payload(value: Any) -> Raw:
     return text
 
 
-def _returned(value: Any) -> Returned:
+def _returned(value: Any) -> bytes:
     try:
-        return Returned(_payload(value))
+        return _line(closing.result(_payload(value)))
     except NotJSON as error:
         raise _Refused("invalid_message", f"the result can't be written as JSON: {error}") from error
 
@@ -230,7 +214,7 @@ def _stream(records: Any, channel: Channel) -> Any:
             if isinstance(record, Result):
                 return record.value
             try:
-                channel.write(Record(_payload(record)))
+                channel.write(_line(closing.record(_payload(record))))
             except NotJSON as error:
                 fault = f"record {number} can't be written as JSON: {error}"
                 raise _Refused("invalid_message", fault) from error

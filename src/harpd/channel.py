@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import select
 
-from harp.protocol.daemon import Message, encode_message
 from harpd.limits import Limits
 
 __all__ = ["Channel"]
@@ -30,8 +29,6 @@ class Channel:
         self._owner = os.getpid()
         self._identity = _identity(descriptor)
         self._unwritten = bytearray()  # the rest of a line whose writing a limit interrupted goes first
-        self._writable = select.poll()
-        self._writable.register(descriptor, select.POLLOUT)
 
     def read_line(self) -> bytes:
         """Read the one line that comes."""
@@ -44,21 +41,14 @@ class Channel:
         os.set_blocking(self._descriptor, False)
         return b"".join(pieces)
 
-    def write(self, message: Message) -> None:
-        """Write a message's line; wait while the warden does not take it.
+    def write(self, lines: bytes) -> None:
+        """Write whole lines; wait while the warden does not take them.
 
         A child that the procedure forked has nothing to say to the caller: it ends here.
-
-        Raises:
-            NotJSON: the message can't be written as JSON.
         """
-        self.write_line(encode_message(message))
-
-    def write_line(self, line: bytes) -> None:
-        """Write a line for the warden itself, or one that is encoded already."""
         if os.getpid() != self._owner:
             os._exit(0)
-        self._unwritten += line
+        self._unwritten += lines
         while self._unwritten:
             with self._limits:  # an exception between the write and its count would repeat a part of the line
                 try:
@@ -69,7 +59,9 @@ class Channel:
                 except BlockingIOError:
                     pass
             if self._unwritten:
-                self._writable.poll()
+                writable = select.poll()
+                writable.register(self._descriptor, select.POLLOUT)
+                writable.poll()
 
 
 def _identity(descriptor: int) -> tuple[int, int]:

@@ -8,19 +8,37 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Mapping
-from types import FrameType
-from typing import NoReturn
 
 from harpd.prctl import never_dump_core
 from harpd.proc import Cancelled, TimeLimit
 
-__all__ = ["Limits"]
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from types import FrameType
+    from typing import NoReturn
+
+__all__ = ["Limits", "install"]
 
 _RAISED: Mapping[int, tuple[type[BaseException], str]] = {
     signal.SIGXCPU: (TimeLimit, "the call's time is over"),
     signal.SIGTERM: (Cancelled, "the call was cancelled"),
 }
+
+
+#: What the signals of this process go to.
+_current: Limits | None = None
+
+
+def install() -> None:
+    """Install the handlers, in the process that calls are forked from: so no call has to. There they do nothing."""
+    for number in _RAISED:
+        signal.signal(number, _on_signal)
+
+
+def _on_signal(number: int, frame: FrameType | None) -> None:
+    if _current is not None:
+        _current.take(number)
 
 
 class Limits:
@@ -30,10 +48,10 @@ class Limits:
         self._holding = 0
         self._waiting: int | None = None
 
-    def install(self) -> None:
-        """From now on the signals raise."""
-        for number in _RAISED:
-            signal.signal(number, self._take)
+    def take_over(self) -> None:
+        """From now on the signals raise in this process, once they are not blocked any more."""
+        global _current
+        _current = self
 
     def hold(self) -> None:
         """Let signals wait from now on, for good unless `__exit__` follows."""
@@ -46,9 +64,10 @@ class Limits:
         self._holding -= 1
         if self._waiting is not None and not self._holding:
             number, self._waiting = self._waiting, None
-            self._take(number, None)
+            self.take(number)
 
-    def _take(self, number: int, frame: FrameType | None) -> None:
+    def take(self, number: int) -> None:
+        """Raise what this signal means, now or when it may."""
         if self._holding:
             self._waiting = number
             return

@@ -12,12 +12,13 @@ _SET_PDEATHSIG = 1
 _SET_DUMPABLE = 4
 _SET_CHILD_SUBREAPER = 36
 
-_libc = ctypes.CDLL(None, use_errno=True)
+# Prepared here: each call's process, where it is used, is a copy of the one that has loaded this module.
+_call = ctypes.CDLL(None, use_errno=True).prctl
+_call.argtypes = [ctypes.c_int, *[ctypes.c_ulong] * 4]
 
 
 def _prctl(option: int, value: int) -> None:
-    zero = ctypes.c_ulong(0)
-    if _libc.prctl(option, ctypes.c_ulong(value), zero, zero, zero):
+    if _call(option, value, 0, 0, 0):
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number))
 

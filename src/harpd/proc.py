@@ -7,9 +7,16 @@ Spec: docs/procedures.md.
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, ClassVar, TypeAlias, overload
+TYPE_CHECKING = False  # not from `typing`: every call's process is forked from one that has loaded this module
+if TYPE_CHECKING:
+    import inspect
+    from collections.abc import Callable, Iterable, Sequence
+    from typing import Any, ClassVar, TypeAlias, overload
+
+    #: A user or a group: its number or its name.
+    Identity: TypeAlias = int | str
+    #: A group, or several: the first is the primary one, all are supplementary.
+    Groups: TypeAlias = Identity | Sequence[Identity]
 
 __all__ = [
     "Cancelled",
@@ -20,14 +27,6 @@ __all__ = [
     "procedure",
     "streaming_procedure",
 ]
-
-#: A user or a group: its number or its name.
-Identity: TypeAlias = int | str
-#: A group, or several: the first is the primary one, all are supplementary.
-Groups: TypeAlias = Identity | Sequence[Identity]
-
-
-_ANY = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
 class TimeLimit(BaseException):
@@ -110,9 +109,12 @@ class Procedure:
         Raises:
             ValueError: it has none, as some functions that are written in C; a call's arguments aren't checked.
         """
+        import inspect  # large; most calls do without, see `harpd.arguments`
+
         if type(self).__call__ is not Procedure.__call__:
             own = inspect.signature(self.__call__)
-            if any(parameter.kind not in _ANY for parameter in own.parameters.values()):
+            forwarding = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+            if any(parameter.kind not in forwarding for parameter in own.parameters.values()):
                 return own
         return inspect.signature(self.function)
 
@@ -163,12 +165,16 @@ def _checked_groups(gid: Groups) -> tuple[Identity, ...]:
     return tuple(_checked_identity("gid", group) for group in groups)
 
 
-@overload
-def procedure(function: Callable[..., Any], /) -> Procedure: ...
-@overload
-def procedure(
-    *, timeout: float | None = None, uid: Identity | None = None, gid: Groups | None = None
-) -> Callable[[Callable[..., Any]], Procedure]: ...
+if TYPE_CHECKING:
+
+    @overload
+    def procedure(function: Callable[..., Any], /) -> Procedure: ...
+    @overload
+    def procedure(
+        *, timeout: float | None = None, uid: Identity | None = None, gid: Groups | None = None
+    ) -> Callable[[Callable[..., Any]], Procedure]: ...
+
+
 def procedure(
     function: Callable[..., Any] | None = None,
     /,
@@ -184,12 +190,16 @@ def procedure(
     return _decorate(Procedure, function, timeout, uid, gid)
 
 
-@overload
-def streaming_procedure(function: Callable[..., Iterable[Any]], /) -> StreamingProcedure: ...
-@overload
-def streaming_procedure(
-    *, timeout: float | None = None, uid: Identity | None = None, gid: Groups | None = None
-) -> Callable[[Callable[..., Iterable[Any]]], StreamingProcedure]: ...
+if TYPE_CHECKING:
+
+    @overload
+    def streaming_procedure(function: Callable[..., Iterable[Any]], /) -> StreamingProcedure: ...
+    @overload
+    def streaming_procedure(
+        *, timeout: float | None = None, uid: Identity | None = None, gid: Groups | None = None
+    ) -> Callable[[Callable[..., Iterable[Any]]], StreamingProcedure]: ...
+
+
 def streaming_procedure(
     function: Callable[..., Iterable[Any]] | None = None,
     /,

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import sys
-import traceback
-from collections.abc import Mapping
-from pathlib import Path
 from types import MappingProxyType, ModuleType
 
 from harpd.proc import Procedure, check_options
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 __all__ = ["ProceduresError", "load_procedures"]
 
@@ -24,19 +26,22 @@ class ProceduresError(Exception):
     """The procedures file can't be loaded. The message names file, line and cause."""
 
 
-def load_procedures(path: Path) -> Mapping[str, Procedure]:
+def load_procedures(file: str | os.PathLike[str]) -> Mapping[str, Procedure]:
     """Run a procedures file and return its procedures by name.
 
     Args:
-        path: the file.
+        file: its path.
 
     Raises:
         ProceduresError: it can't be read, or raised; SystemExit counts as raising.
     """
+    path = os.fspath(file)
     module = sys.modules[MODULE_NAME] = ModuleType(MODULE_NAME)
-    module.__file__ = str(path)
+    module.__file__ = path
     try:
-        code = compile(path.read_bytes(), path, "exec", dont_inherit=True)  # our own __future__ is not the file's
+        with open(path, "rb") as opened:
+            text = opened.read()
+        code = compile(text, path, "exec", dont_inherit=True)  # our own __future__ is not the file's
         exec(code, module.__dict__)  # noqa: S102 - running it is the purpose
     except BaseException as error:
         raise ProceduresError(_describe(path, error)) from error
@@ -50,15 +55,17 @@ def load_procedures(path: Path) -> Mapping[str, Procedure]:
     return MappingProxyType(found)
 
 
-def _describe(path: Path, error: BaseException) -> str:
-    if isinstance(error, OSError) and error.filename == str(path):
+def _describe(path: str, error: BaseException) -> str:
+    if isinstance(error, OSError) and error.filename == path:
         return f"{path}: {error.strerror}"
     try:
         text = " ".join(str(error).split())[:_LONGEST_TEXT]
     except BaseException:  # noqa: BLE001 - the exception's own __str__ may fail, too
         text = "(the exception's text can't be made)"
-    if isinstance(error, SyntaxError) and error.filename == str(path):
+    if isinstance(error, SyntaxError) and error.filename == path:
         return f"{path}:{error.lineno}: {type(error).__name__}: {error.msg}"
-    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
-    where = f"{path}:{lines[-1]}" if lines else str(path)
+    import traceback  # large, and only needed here
+
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+    where = f"{path}:{lines[-1]}" if lines else path
     return f"{where}: {type(error).__name__}: {text}"

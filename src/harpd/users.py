@@ -5,8 +5,10 @@ from __future__ import annotations
 import grp
 import os
 import pwd
-from collections.abc import Sequence
-from dataclasses import dataclass
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 __all__ = ["Account", "UserError", "resolve", "take"]
 
@@ -18,7 +20,6 @@ class UserError(Exception):
     """The user or group is unknown, or can't be taken. The message says which and why."""
 
 
-@dataclass(frozen=True)
 class Account:
     """Whom a call runs as. None: as the daemon itself.
 
@@ -30,11 +31,21 @@ class Account:
         home: the user's home directory, if known.
     """
 
-    uid: int | None
-    gid: int | None
-    groups: tuple[int, ...] | None
-    name: str | None = None
-    home: str | None = None
+    __slots__ = ("gid", "groups", "home", "name", "uid")
+
+    def __init__(
+        self,
+        uid: int | None,
+        gid: int | None,
+        groups: tuple[int, ...] | None,
+        name: str | None = None,
+        home: str | None = None,
+    ) -> None:
+        self.uid = uid
+        self.gid = gid
+        self.groups = groups
+        self.name = name
+        self.home = home
 
 
 def resolve(uid: int | str | None, gid: Sequence[int | str] | None) -> Account:

@@ -18,7 +18,6 @@ JSON objects:
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import gc
 import io
@@ -29,24 +28,31 @@ import signal
 import socket
 import sys
 import warnings
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any, NoReturn
 
-from harp.protocol.jsontext import dumps, loads
+from harp.protocol.strictjson import dumps, loads
+from harpd import arguments, limits
 from harpd.call import Descriptors, run_call
 from harpd.mark import Mark
 from harpd.prctl import become_subreaper, die_with_parent
 from harpd.proc import Procedure
 from harpd.procedures import ProceduresError, load_procedures
-from harpd.processes import start_time
+from harpd.procstat import start_time
+
+TYPE_CHECKING = False  # not from `typing`: a fork costs by what its parent holds
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from typing import Any, NoReturn
 
 __all__ = ["main"]
 
-_MESSAGE_SIZE = 1 << 18
+#: The most bytes of the first order, which has the search path, and of others.
+_FIRST_ORDER_SIZE, _ORDER_SIZE = 1 << 18, 1 << 15
 #: How many descriptors come with an order to fork, and how many bytes each takes.
 _DESCRIPTORS, _DESCRIPTOR_SIZE = 3, 4
+_ROOM = socket.CMSG_SPACE(_DESCRIPTORS * _DESCRIPTOR_SIZE)
 _LIMITS = frozenset({signal.SIGTERM, signal.SIGXCPU})
+#: Bytes that are read at once of the signals that came.
+_CHILDREN_SIZE = 4096
 #: Payloads may be nested this deep and need a frame or more for each level.
 _RECURSION_LIMIT = 10_000
 
@@ -62,17 +68,18 @@ class _Zygote:
 
     def load(self) -> bool:
         """Load the procedures file that the first message names, and report."""
-        order = loads(self._warden.recv(_MESSAGE_SIZE))
+        order = loads(self._warden.recv(_FIRST_ORDER_SIZE))
         sys.path[:] = order["path"]
         _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (order["descriptors"], hard))  # the warden has raised its own
         self._defaults = order["default_user"], order["default_group"]
         self._tracebacks = order["tracebacks"]
         try:
-            self._procedures = load_procedures(Path(order["load"]))
+            self._procedures = load_procedures(order["load"])
         except ProceduresError as error:
             self._say({"fault": str(error)})
             return False
+        arguments.prepare(self._procedures.values())
         _settle_streams()
         # The warden's own warning of threads says it once, and to the right person.
         warnings.filterwarnings("ignore", message=".*use of fork", category=DeprecationWarning)
@@ -84,25 +91,25 @@ class _Zygote:
     def serve(self) -> None:
         """Fork and reap until the warden closes the socket."""
         _ignore_signals()  # the file may have set its own
+        limits.install()
         signal.signal(signal.SIGCHLD, lambda number, frame: None)
         signal.set_wakeup_fd(self._child_ended, warn_on_full_buffer=False)
+        signal.pthread_sigmask(signal.SIG_SETMASK, _LIMITS)  # each call takes them as it begins
         gc.collect()
         gc.freeze()  # what is there now is never looked at again, and never copied for the look
         poll = select.poll()
         poll.register(self._warden, select.POLLIN)
         poll.register(self._children, select.POLLIN)
         while True:
-            ready = {descriptor for descriptor, _ in poll.poll()}
-            if self._children in ready:
-                os.read(self._children, 4096)
-                self._reap()
-            if self._warden.fileno() in ready and not self._take_order():
-                return
+            for descriptor, _ in poll.poll():
+                if descriptor == self._children:
+                    os.read(descriptor, _CHILDREN_SIZE)
+                    self._reap()
+                elif not self._take_order():
+                    return
 
     def _take_order(self) -> bool:
-        data, ancillary, _, _ = self._warden.recvmsg(
-            _MESSAGE_SIZE, socket.CMSG_SPACE(_DESCRIPTORS * _DESCRIPTOR_SIZE), socket.MSG_CMSG_CLOEXEC
-        )
+        data, ancillary, _, _ = self._warden.recvmsg(_ORDER_SIZE, _ROOM, socket.MSG_CMSG_CLOEXEC)
         if not data:
             return False
         received = memoryview(b"".join(item for _, _, item in ancillary)).cast("i")
@@ -120,19 +127,15 @@ class _Zygote:
 
     def _fork(self, call_id: str, procedure: Procedure, descriptors: Descriptors) -> None:
         parent = os.getpid()
-        signal.pthread_sigmask(signal.SIG_BLOCK, _LIMITS)  # until the call has handlers for them
-        try:
-            pid = os.fork()
-            if pid == 0:
-                self._become_call(procedure, call_id, descriptors, parent)
-        finally:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, _LIMITS)
+        pid = os.fork()
+        if pid == 0:
+            self._become_call(procedure, call_id, descriptors, parent)
         self._say({"forked": call_id, "pid": pid, "start": start_time(pid)})
 
     def _become_call(self, procedure: Procedure, call_id: str, descriptors: Descriptors, parent: int) -> NoReturn:
         try:
             signal.set_wakeup_fd(-1)
-            self._warden.close()
+            os.close(self._warden.detach())
             os.close(self._children)
             os.close(self._child_ended)
             self._mark.write(call_id)
@@ -166,8 +169,10 @@ def _ignore_signals() -> None:
 def _settle_streams() -> None:
     """Leave nothing in the streams that each call would write again, and no number that a call's own could take."""
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(Exception):  # the file may have closed or replaced it
+        try:
             stream.flush()
+        except Exception:  # noqa: BLE001, S110 - the file may have closed or replaced it
+            pass
     while (descriptor := os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)) <= 2:
         pass
     os.close(descriptor)
@@ -183,10 +188,13 @@ def main() -> NoReturn:
             stream.reconfigure(encoding="utf-8", errors="backslashreplace", line_buffering=True)
     become_subreaper()
     die_with_parent(warden)
-    with socket.socket(fileno=descriptor) as channel, contextlib.suppress(ConnectionError):  # the warden is gone
-        zygote = _Zygote(channel)
-        if zygote.load():
-            zygote.serve()
+    with socket.socket(fileno=descriptor) as channel:
+        try:
+            zygote = _Zygote(channel)
+            if zygote.load():
+                zygote.serve()
+        except ConnectionError:
+            pass  # the warden is gone
     os._exit(0)  # threads that the procedures file left must not keep a retired zygote
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import pwd
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 
 from harpd.proc import Procedure, Result, StreamingProcedure, procedure, streaming_procedure
 from harpd.procedures import ProceduresError, load_procedures
-from harpd.users import Account, UserError, resolve
+from harpd.users import UserError, resolve
 
 
 def function(a: int, b: int = 2) -> int:
@@ -169,20 +170,21 @@ def test_a_file_that_is_not_there(tmp_path: Path) -> None:
         load_procedures(tmp_path / "none.py")
 
 
+def resolved(uid: int | str | None, gid: list[int | str] | None) -> tuple[object, ...]:
+    account = resolve(uid, gid)
+    return account.uid, account.gid, account.groups, account.name, account.home
+
+
 def test_resolve() -> None:
     daemon = pwd.getpwnam("daemon")
-    by_name = resolve("daemon", None)
-    assert (by_name.uid, by_name.gid, by_name.name, by_name.home) == (
-        daemon.pw_uid,
-        daemon.pw_gid,
-        "daemon",
-        daemon.pw_dir,
-    )
-    assert resolve(daemon.pw_uid, None) == resolve(str(daemon.pw_uid), None) == by_name
-    assert resolve(None, None) == Account(None, None, None)
-    assert resolve(54321, None) == Account(54321, 65534, ())
-    assert resolve(54321, [5, "6", 5]) == Account(54321, 5, (5, 6))
-    assert resolve(None, ["root"]) == Account(None, 0, (0,))
+    groups = tuple(os.getgrouplist("daemon", daemon.pw_gid))
+    by_name = resolved("daemon", None)
+    assert by_name == (daemon.pw_uid, daemon.pw_gid, groups, "daemon", daemon.pw_dir)
+    assert resolved(daemon.pw_uid, None) == resolved(str(daemon.pw_uid), None) == by_name
+    assert resolved(None, None) == (None, None, None, None, None)
+    assert resolved(54321, None) == (54321, 65534, (), None, None)
+    assert resolved(54321, [5, "6", 5]) == (54321, 5, (5, 6), None, None)
+    assert resolved(None, ["root"]) == (None, 0, (0,), None, None)
 
 
 @pytest.mark.parametrize("uid", ["no-such-user", "", "a\0b", "\ud800", "-1"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TypeAlias
 
+from harp.protocol import closing
 from harp.protocol.fields import check, string
 from harp.protocol.jsontext import Envelope, Members, Payload, Raw
 
@@ -48,20 +49,13 @@ def encode_end(end: End) -> Envelope:
     """The closing line's object. harpd adds its version to a `Failed`."""
     match end:
         case Returned(result):
-            return Envelope(result=result)
-        case Raised():
-            return Envelope(exception=_encode_report(end))
-        case Failed():
-            return Envelope(error=_encode_report(end))
+            return closing.result(result)
+        case Raised(type, message, data):
+            return closing.exception(type, message, data)
+        case Failed(type, message, data):
+            return closing.error(type, message, data)
         case Cancelled():
             return Envelope(cancelled=True)
-
-
-def _encode_report(report: Raised | Failed) -> Envelope:
-    body = Envelope(type=report.type, message=report.message)
-    if report.data is not None:
-        body["data"] = report.data
-    return body
 
 
 def decode_end(kind: str, members: Members) -> End:

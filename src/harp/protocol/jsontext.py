@@ -15,8 +15,20 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from decimal import MAX_EMAX, MAX_PREC, MIN_EMIN, Context, Decimal
-from itertools import accumulate
-from typing import Any, NoReturn, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias
+
+from harp.protocol.strictjson import (
+    MAX_DEPTH,
+    Envelope,
+    InvalidJSON,
+    NotJSON,
+    Raw,
+    checked_text,
+    dumps,
+    guarded,
+    loads,
+    refuse_constant,
+)
 
 __all__ = [
     "MAX_DEPTH",
@@ -34,110 +46,17 @@ __all__ = [
     "open_sliced",
 ]
 
-#: Arrays and objects may be nested this deep in a line. An interpreter with a lower recursion limit may refuse
-#: less deep values; both daemons raise theirs so that this is the limit that counts.
-MAX_DEPTH = 1000
-
 JSON: TypeAlias = Any  # dict[str, JSON] | list[JSON] | str | int | float | bool | None
-
-
-class InvalidJSON(ValueError):
-    """The text is not JSON, or not JSON that we accept. The message says what and where."""
-
-
-class NotJSON(ValueError):
-    """The value can't be written as JSON.
-
-    Attributes:
-        path: where in the value, for example ``"['hosts'][3]"``; empty for the value itself.
-        reason: what is wrong there.
-    """
-
-    def __init__(self, path: str, reason: str) -> None:
-        super().__init__(f"at {path}: {reason}" if path else reason)
-        self.path = path
-        self.reason = reason
-
-
-class Raw(bytes):
-    """JSON text in UTF-8, checked, without a line feed; passed on as it is."""
-
-    __slots__ = ()
 
 
 #: A payload: any JSON value, or its text.
 Payload: TypeAlias = Any
 
 
-class Envelope(dict[str, Any]):
-    """An object of the protocol itself, whose members may be `Raw`."""
-
-    __slots__ = ()
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise InvalidJSON(f"{name} is not JSON")
-
-
-_DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
+_DECODER = json.JSONDecoder(parse_constant=refuse_constant)
 # Only finds where values end: numbers of any length pass, and cost no conversion.
-_SKIPPER = json.JSONDecoder(parse_constant=_refuse_constant, parse_int=str, parse_float=str)
+_SKIPPER = json.JSONDecoder(parse_constant=refuse_constant, parse_int=str, parse_float=str)
 _SPACE = re.compile(r"[ \t\n\r]*")
-_STRING = re.compile(rb'"(?:[^"\\]|\\.)*"', re.DOTALL)
-_NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
-_STEP = {ord("["): 1, ord("{"): 1, ord("]"): -1, ord("}"): -1}
-
-
-def loads(text: bytes | str) -> JSON:
-    """Decode one JSON value.
-
-    Args:
-        text: the JSON text; bytes are UTF-8 and nothing else.
-
-    Returns:
-        The value: dict, list, str, int, float, bool or None.
-
-    Raises:
-        InvalidJSON: not JSON, not UTF-8, ``NaN`` or ``Infinity``, nested too deep, or a number that this
-            interpreter can't hold.
-    """
-    checked = _checked_text(text)
-    return _guarded(_DECODER.decode, checked)
-
-
-def _checked_text(text: bytes | str) -> str:
-    if isinstance(text, str):
-        _check_depth(text.encode("utf-8", "surrogatepass"))
-        return text
-    try:
-        decoded = text.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise InvalidJSON(f"not UTF-8 at byte {error.start}") from error
-    _check_depth(text)
-    return decoded
-
-
-def _check_depth(text: bytes) -> None:
-    """Refuse what nests deeper than MAX_DEPTH. Costs next to nothing for text with few brackets."""
-    if text.count(b"[") + text.count(b"{") <= MAX_DEPTH:
-        return
-    brackets = _STRING.sub(b"", text).translate(None, _NOT_BRACKETS)
-    if max(accumulate(map(_STEP.__getitem__, brackets)), default=0) > MAX_DEPTH:
-        raise InvalidJSON(f"nested deeper than {MAX_DEPTH}")
-
-
-def _guarded(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Call a function of `json`; everything that it raises becomes `InvalidJSON`."""
-    try:
-        return function(*arguments)
-    except InvalidJSON:
-        raise
-    except json.JSONDecodeError as error:
-        raise InvalidJSON(f"{error.msg} at column {error.pos + 1}") from error
-    except RecursionError as error:
-        raise InvalidJSON("nested too deep for this interpreter") from error
-    except ValueError as error:  # an integer with more digits than the interpreter converts
-        raise InvalidJSON(str(error)) from error
 
 
 class Members(Protocol):
@@ -204,7 +123,7 @@ class _Sliced:
         return self._text[start:end]
 
     def value(self, key: str) -> JSON:
-        return _guarded(_DECODER.decode, self._slice(key))
+        return guarded(_DECODER.decode, self._slice(key))
 
     def payload(self, key: str) -> Payload:
         return Raw(self._slice(key).encode("utf-8"))
@@ -216,13 +135,13 @@ class _Sliced:
 
 def open_decoded(line: bytes) -> Members:
     """Open an object with its payloads decoded. Raises `InvalidJSON`."""
-    text = _checked_text(line)
+    text = checked_text(line)
     return _Decoded({key: value for key, value, _ in _scan_object(text, _DECODER)})
 
 
 def open_sliced(line: bytes) -> Members:
     """Open an object with its payloads as `Raw` text. Raises `InvalidJSON`."""
-    return _Sliced(_checked_text(line))
+    return _Sliced(checked_text(line))
 
 
 def _scan_object(text: str, decoder: json.JSONDecoder) -> Iterator[tuple[str, JSON, tuple[int, int]]]:
@@ -230,14 +149,14 @@ def _scan_object(text: str, decoder: json.JSONDecoder) -> Iterator[tuple[str, JS
     seen: set[str] = set()
     at = _skip_space(text, 0)
     if text[at : at + 1] != "{":
-        _guarded(decoder.decode, text)  # not JSON at all: say so; else it is JSON, but no object
+        guarded(decoder.decode, text)  # not JSON at all: say so; else it is JSON, but no object
         raise InvalidJSON("expected an object")
     at = _skip_space(text, at + 1)
     more = text[at : at + 1] != "}"
     while more:
         if text[at : at + 1] != '"':
             raise InvalidJSON(f"expected a name in double quotes at column {at + 1}")
-        key, at = _guarded(decoder.raw_decode, text, at)
+        key, at = guarded(decoder.raw_decode, text, at)
         if key in seen:
             raise InvalidJSON(f"repeated key {json.dumps(key)}")
         seen.add(key)
@@ -245,7 +164,7 @@ def _scan_object(text: str, decoder: json.JSONDecoder) -> Iterator[tuple[str, JS
         if text[at : at + 1] != ":":
             raise InvalidJSON(f"expected ':' at column {at + 1}")
         start = _skip_space(text, at + 1)
-        value, end = _guarded(decoder.raw_decode, text, start)
+        value, end = guarded(decoder.raw_decode, text, start)
         yield key, value, (start, end)
         at = _skip_space(text, end)
         more = text[at : at + 1] == ","
@@ -262,75 +181,6 @@ def _skip_space(text: str, at: int) -> int:
     match = _SPACE.match(text, at)
     assert match is not None
     return match.end()
-
-
-_ENCODER = json.JSONEncoder(ensure_ascii=True, allow_nan=False, separators=(",", ":"))
-
-
-def dumps(value: JSON) -> Raw:
-    """Write a value as one line of ASCII JSON, without the line feed.
-
-    As in `json`, tuples become arrays, and keys that are int, float, bool or None become strings.
-
-    Args:
-        value: anything JSON can carry; an `Envelope` may hold `Raw` members.
-
-    Raises:
-        NotJSON: the value, or a value in it, has no form in JSON; the exception says where.
-    """
-    if isinstance(value, Raw):
-        return value
-    if isinstance(value, Envelope):
-        return Raw(b"{" + b",".join(dumps(key) + b":" + dumps(member) for key, member in value.items()) + b"}")
-    try:
-        text = _ENCODER.encode(value).encode("ascii")
-        _check_depth(text)
-        return Raw(text)
-    except (TypeError, ValueError, RecursionError) as error:
-        path, reason = _find_fault(value) or ("", str(error))
-        raise NotJSON(path, reason) from error
-
-
-def _find_fault(value: JSON) -> tuple[str, str] | None:
-    """Find the first place in `value` that JSON can't carry. Iterative: the value may be nested too deep."""
-    stack: list[tuple[JSON, str, int]] = [(value, "", 0)]
-    trail: list[int] = []  # the containers that the item is in
-    while stack:
-        item, path, depth = stack.pop()
-        del trail[depth:]
-        if isinstance(item, (dict, list, tuple)):
-            if id(item) in trail:
-                return path, "contains itself"
-            if depth >= MAX_DEPTH:
-                return "", f"nested deeper than {MAX_DEPTH}"
-            trail.append(id(item))
-            children = item.items() if isinstance(item, dict) else enumerate(item)
-            for key, child in reversed(list(children)):
-                if isinstance(item, dict) and not isinstance(key, (str, int, float, bool, type(None))):
-                    return path, f"a key is of type {_type_name(key)}, expected str"
-                stack.append((child, f"{path}[{key!r}]", depth + 1))
-        elif (reason := _fault_of_scalar(item)) is not None:
-            return path, reason
-    return None
-
-
-def _fault_of_scalar(item: JSON) -> str | None:
-    if item is None or isinstance(item, (str, bool)):
-        return None
-    if isinstance(item, float):
-        return None if item - item == 0 else f"{item!r} is not a number of JSON"
-    if isinstance(item, int):
-        try:
-            int.__repr__(item)
-        except ValueError as error:
-            return str(error)
-        return None
-    return f"type {_type_name(item)} has no form in JSON"
-
-
-def _type_name(item: object) -> str:
-    kind = type(item)
-    return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
 
 
 _EXACT = Context(prec=MAX_PREC, Emax=MAX_EMAX, Emin=MIN_EMIN)
@@ -351,7 +201,7 @@ def _canonical_number(text: str) -> _Number:
 
 
 _CANONICAL = json.JSONDecoder(
-    parse_constant=_refuse_constant, parse_int=_canonical_number, parse_float=_canonical_number
+    parse_constant=refuse_constant, parse_int=_canonical_number, parse_float=_canonical_number
 )
 
 
@@ -363,7 +213,7 @@ def canonical(text: bytes) -> str:
     Args:
         text: JSON in UTF-8, as in a `Raw`.
     """
-    return _write_canonical(_guarded(_CANONICAL.decode, _checked_text(text)))
+    return _write_canonical(guarded(_CANONICAL.decode, checked_text(text)))
 
 
 def _write_canonical(value: JSON) -> str:

@@ -1,0 +1,198 @@
+"""Strict JSON for what has to stay small: decoding and encoding whole values, and nothing else.
+
+A call's process is forked from one that has loaded this: so it imports little, and no `typing`. The rules, and the
+rest, are in `harp.protocol.jsontext`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from itertools import accumulate
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any, NoReturn
+
+    from harp.protocol.jsontext import JSON
+
+__all__ = [
+    "MAX_DEPTH",
+    "Envelope",
+    "InvalidJSON",
+    "NotJSON",
+    "Raw",
+    "checked_text",
+    "dumps",
+    "guarded",
+    "loads",
+    "refuse_constant",
+]
+
+#: Arrays and objects may be nested this deep in a line. An interpreter with a lower recursion limit may refuse
+#: less deep values; both daemons raise theirs so that this is the limit that counts.
+MAX_DEPTH = 1000
+
+
+class InvalidJSON(ValueError):
+    """The text is not JSON, or not JSON that we accept. The message says what and where."""
+
+
+class NotJSON(ValueError):
+    """The value can't be written as JSON.
+
+    Attributes:
+        path: where in the value, for example ``"['hosts'][3]"``; empty for the value itself.
+        reason: what is wrong there.
+    """
+
+    def __init__(self, path: str, reason: str) -> None:
+        super().__init__(f"at {path}: {reason}" if path else reason)
+        self.path = path
+        self.reason = reason
+
+
+class Raw(bytes):
+    """JSON text in UTF-8, checked, without a line feed; passed on as it is."""
+
+    __slots__ = ()
+
+
+class Envelope(dict[str, "Any"]):
+    """An object of the protocol itself, whose members may be `Raw`."""
+
+    __slots__ = ()
+
+
+def refuse_constant(name: str) -> NoReturn:
+    """For a decoder: refuse ``NaN`` and ``Infinity``."""
+    raise InvalidJSON(f"{name} is not JSON")
+
+
+_DECODER = json.JSONDecoder(parse_constant=refuse_constant)
+_STRING = re.compile(rb'"(?:[^"\\]|\\.)*"', re.DOTALL)
+_NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
+_STEP = {ord("["): 1, ord("{"): 1, ord("]"): -1, ord("}"): -1}
+
+
+def loads(text: bytes | str) -> JSON:
+    """Decode one JSON value.
+
+    Args:
+        text: the JSON text; bytes are UTF-8 and nothing else.
+
+    Returns:
+        The value: dict, list, str, int, float, bool or None.
+
+    Raises:
+        InvalidJSON: not JSON, not UTF-8, ``NaN`` or ``Infinity``, nested too deep, or a number that this
+            interpreter can't hold.
+    """
+    checked = checked_text(text)
+    return guarded(_DECODER.decode, checked)
+
+
+def checked_text(text: bytes | str) -> str:
+    """The text, if it is UTF-8 and nested no deeper than it may be. Raises `InvalidJSON`."""
+    if isinstance(text, str):
+        _check_depth(text.encode("utf-8", "surrogatepass"))
+        return text
+    try:
+        decoded = text.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InvalidJSON(f"not UTF-8 at byte {error.start}") from error
+    _check_depth(text)
+    return decoded
+
+
+def _check_depth(text: bytes) -> None:
+    """Refuse what nests deeper than MAX_DEPTH. Costs next to nothing for text with few brackets."""
+    if text.count(b"[") + text.count(b"{") <= MAX_DEPTH:
+        return
+    brackets = _STRING.sub(b"", text).translate(None, _NOT_BRACKETS)
+    if max(accumulate(map(_STEP.__getitem__, brackets)), default=0) > MAX_DEPTH:
+        raise InvalidJSON(f"nested deeper than {MAX_DEPTH}")
+
+
+def guarded(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a function of `json`; everything that it raises becomes `InvalidJSON`."""
+    try:
+        return function(*arguments)
+    except InvalidJSON:
+        raise
+    except json.JSONDecodeError as error:
+        raise InvalidJSON(f"{error.msg} at column {error.pos + 1}") from error
+    except RecursionError as error:
+        raise InvalidJSON("nested too deep for this interpreter") from error
+    except ValueError as error:  # an integer with more digits than the interpreter converts
+        raise InvalidJSON(str(error)) from error
+
+
+_ENCODER = json.JSONEncoder(ensure_ascii=True, allow_nan=False, separators=(",", ":"))
+
+
+def dumps(value: JSON) -> Raw:
+    """Write a value as one line of ASCII JSON, without the line feed.
+
+    As in `json`, tuples become arrays, and keys that are int, float, bool or None become strings.
+
+    Args:
+        value: anything JSON can carry; an `Envelope` may hold `Raw` members.
+
+    Raises:
+        NotJSON: the value, or a value in it, has no form in JSON; the exception says where.
+    """
+    if isinstance(value, Raw):
+        return value
+    if isinstance(value, Envelope):
+        return Raw(b"{" + b",".join(dumps(key) + b":" + dumps(member) for key, member in value.items()) + b"}")
+    try:
+        text = _ENCODER.encode(value).encode("ascii")
+        _check_depth(text)
+        return Raw(text)
+    except (TypeError, ValueError, RecursionError) as error:
+        path, reason = _find_fault(value) or ("", str(error))
+        raise NotJSON(path, reason) from error
+
+
+def _find_fault(value: JSON) -> tuple[str, str] | None:
+    """Find the first place in `value` that JSON can't carry. Iterative: the value may be nested too deep."""
+    stack: list[tuple[JSON, str, int]] = [(value, "", 0)]
+    trail: list[int] = []  # the containers that the item is in
+    while stack:
+        item, path, depth = stack.pop()
+        del trail[depth:]
+        if isinstance(item, (dict, list, tuple)):
+            if id(item) in trail:
+                return path, "contains itself"
+            if depth >= MAX_DEPTH:
+                return "", f"nested deeper than {MAX_DEPTH}"
+            trail.append(id(item))
+            children = item.items() if isinstance(item, dict) else enumerate(item)
+            for key, child in reversed(list(children)):
+                if isinstance(item, dict) and not isinstance(key, (str, int, float, bool, type(None))):
+                    return path, f"a key is of type {_type_name(key)}, expected str"
+                stack.append((child, f"{path}[{key!r}]", depth + 1))
+        elif (reason := _fault_of_scalar(item)) is not None:
+            return path, reason
+    return None
+
+
+def _fault_of_scalar(item: JSON) -> str | None:
+    if item is None or isinstance(item, (str, bool)):
+        return None
+    if isinstance(item, float):
+        return None if item - item == 0 else f"{item!r} is not a number of JSON"
+    if isinstance(item, int):
+        try:
+            int.__repr__(item)
+        except ValueError as error:
+            return str(error)
+        return None
+    return f"type {_type_name(item)} has no form in JSON"
+
+
+def _type_name(item: object) -> str:
+    kind = type(item)
+    return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
