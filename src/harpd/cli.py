@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from harp.daemon.eventloop import run
 from harp.daemon.process import ProcessError, detach, pidfile
 from harpd import calls, control, gate
 from harpd.check import check
@@ -113,7 +114,7 @@ def _serve(options: Options, pid_file: Path | None, alone: bool) -> None:
     with pidfile(pid_file):
         generation = make_generation(options)
         configure_log(options, generation)
-        asyncio.run(gate.run(options, generation, served, alone))
+        run(gate.run(options, generation, served, alone))
 
 
 def _keep(options: Options, pid_file: Path | None) -> None:
@@ -121,7 +122,7 @@ def _keep(options: Options, pid_file: Path | None) -> None:
     with pidfile(pid_file):
         plan = make_plan(options)
         configure_log(options, plan)
-        asyncio.run(calls.run(options, plan, served))
+        run(calls.run(options, plan, served))
 
 
 def _detached(options: Options) -> Callable[[], None]:

@@ -15,8 +15,10 @@ from enum import Enum
 from types import MappingProxyType
 from typing import Any, TypeAlias
 
+from harp.protocol import closing
+from harp.protocol.closing import VERSION
 from harp.protocol.ends import Cancelled, Failed, Raised, Returned, decode_end, encode_end
-from harp.protocol.fields import ProtocolError, check, is_container, is_count, opened, string, value, within
+from harp.protocol.fields import ProtocolError, check, is_container, is_count, is_seconds, opened, string, value, within
 from harp.protocol.jsontext import Envelope, InvalidJSON, Members, Opener, Payload, Raw, dumps, loads, open_decoded
 from harp.protocol.kept import (
     LONGEST_ORDER,
@@ -66,8 +68,6 @@ __all__ = [
     "encode_request",
 ]
 
-VERSION = 1
-
 _NO_PROCEDURE = "-"
 
 #: The most bytes of a receipt or of evidence.
@@ -79,13 +79,23 @@ _LONGEST_REPORT = 1024 * 1024
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """Call a procedure. `arguments` is an array (positional) or an object (named); `call`: None for a tied call."""
+    """Call a procedure.
+
+    Attributes:
+        procedure: its name.
+        arguments: an array (positional) or an object (named).
+        user: who calls.
+        password: the user's password.
+        call: how the call is to be kept; None: it is tied to the connection.
+        keep: whether the connection is to be kept for another request.
+    """
 
     procedure: str
     arguments: Payload
     user: str
     password: str = field(repr=False)
     call: CallTerms | None = None
+    keep: bool = False
 
     def __post_init__(self) -> None:
         check(
@@ -105,6 +115,7 @@ class Attach:
     since: int
     user: str
     password: str = field(repr=False)
+    keep: bool = False
 
     def __post_init__(self) -> None:
         check_id("attach", self.call)
@@ -123,6 +134,7 @@ class ListCalls:
     owner: str = field(repr=False)
     user: str
     password: str = field(repr=False)
+    keep: bool = False
 
     def __post_init__(self) -> None:
         check_name("calls", self.owner)
@@ -147,6 +159,8 @@ def encode_request(request: AnyRequest) -> bytes:
     members["auth"] = Envelope(user=request.user, password=request.password)
     if call is not None:
         members["call"] = encode_terms(call)
+    if request.keep:
+        members["keep"] = True
     return bytes(dumps(members)) + b"\n"
 
 
@@ -159,17 +173,23 @@ def decode_request(line: bytes, opener: Opener = open_decoded) -> AnyRequest:
     members = opened(line, opener)
     _check_version(members)
     if "attach" in members:
-        within(members, ("harp", "attach", "owner", "secret", "since", "auth"))
+        within(members, ("harp", "attach", "owner", "secret", "since", "auth", "keep"))
         call, owner, secret = (string(members, key) for key in ("attach", "owner", "secret"))
-        return Attach(call, owner, secret, _present(members, "since"), *_credentials(members))
+        return Attach(call, owner, secret, _present(members, "since"), *_credentials(members), _keep(members))
     if "calls" in members:
-        within(members, ("harp", "procedure", "arguments", "calls", "auth"))
-        return ListCalls(string(members, "calls"), *_credentials(members))
-    within(members, ("harp", "procedure", "arguments", "auth", "call"))
+        within(members, ("harp", "procedure", "arguments", "calls", "auth", "keep"))
+        return ListCalls(string(members, "calls"), *_credentials(members), _keep(members))
+    within(members, ("harp", "procedure", "arguments", "auth", "call", "keep"))
     check("arguments" in members, "arguments: missing")
     credentials = _credentials(members)
     procedure, arguments = string(members, "procedure"), members.payload("arguments")
-    return Request(procedure, arguments, *credentials, decode_terms(members, CallTerms))
+    return Request(procedure, arguments, *credentials, decode_terms(members, CallTerms), _keep(members))
+
+
+def _keep(members: Members) -> bool:
+    keep = value(members, "keep") if "keep" in members else False
+    check(isinstance(keep, bool), "keep: expected true or false")
+    return bool(keep)
 
 
 def _credentials(members: Members) -> tuple[str, str]:
@@ -201,13 +221,16 @@ class Acknowledgement:
     Attributes:
         stream_result: whether records will come.
         call: the terms of a kept call; None: the call is tied, whatever was asked for.
+        keep: seconds for which the connection waits for another request after the call; None: it is closed.
     """
 
     stream_result: bool
     call: KeptTerms | None = None
+    keep: float | None = None
 
     def __post_init__(self) -> None:
         check(isinstance(self.stream_result, bool), "stream_result: expected true or false")
+        _check_keep(self.keep)
 
 
 @dataclass(frozen=True, slots=True)
@@ -272,15 +295,21 @@ def _held(report: Payload) -> Mapping[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """The owner's kept calls, and the incarnation of the warden that starts new ones."""
+    """The owner's kept calls, and the incarnation of the warden that starts new ones; `keep` as above."""
 
     calls: tuple[str, ...]
     warden: str
+    keep: float | None = None
 
     def __post_init__(self) -> None:
+        _check_keep(self.keep)
         for number, call in enumerate(self.calls):
             check_id(f"calls[{number}]", call)
         check_name("warden", self.warden)
+
+
+def _check_keep(keep: object) -> None:
+    check(keep is None or is_seconds(keep), f"keep: expected a positive number of seconds, got {keep!r}")
 
 
 Message: TypeAlias = (
@@ -291,12 +320,14 @@ Message: TypeAlias = (
 def encode_message(message: Message) -> bytes:
     """The line of what harpd says, line feed included. Raises `NotJSON` when a payload has no form in JSON."""
     match message:
-        case Acknowledgement(stream_result, call):
+        case Acknowledgement(stream_result, call, keep):
             members = Envelope(harp=VERSION, stream_result=stream_result)
             if call is not None:
                 members["call"] = encode_terms(call)
+            if keep is not None:
+                members["keep"] = keep
         case Record(data):
-            members = Envelope(stream=data)
+            members = closing.record(data)
         case RecordsAt(time):
             members = Envelope(at=time)
         case Alive(at):
@@ -305,8 +336,10 @@ def encode_message(message: Message) -> bytes:
             members = Envelope(receipt=receipt)
         case Evidence(evidence):
             members = Envelope(evidence=evidence)
-        case Held(calls, warden):
+        case Held(calls, warden, keep):
             members = Envelope(harp=VERSION, calls=calls, warden=warden)
+            if keep is not None:
+                members["keep"] = keep
         case Failed():
             members = Envelope(harp=VERSION, **encode_end(message))
         case _:
@@ -324,14 +357,20 @@ def decode_message(line: bytes, opener: Opener = open_decoded) -> Message:
 
 def _decode_acknowledgement(members: Members) -> Acknowledgement:
     _check_version(members)
-    return Acknowledgement(value(members, "stream_result"), decode_terms(members, KeptTerms))
+    return Acknowledgement(
+        value(members, "stream_result"), decode_terms(members, KeptTerms), _optional(members, "keep")
+    )
 
 
 def _decode_held(members: Members) -> Held:
     _check_version(members)
     calls = value(members, "calls")
     check(isinstance(calls, list), "calls: expected an array")
-    return Held(tuple(calls), string(members, "warden"))
+    return Held(tuple(calls), string(members, "warden"), _optional(members, "keep"))
+
+
+def _optional(members: Members, key: str) -> Any:
+    return value(members, key) if key in members else None
 
 
 def _decode_failed(members: Members) -> Failed:
@@ -468,6 +507,8 @@ class Exchange:
         self._opener = opener
         #: Where the exchange stands.
         self.phase = _first_phase(request)
+        #: Seconds for which the connection then waits for another request; None: harpd closes it.
+        self.keep: float | None = None
 
     @property
     def ended(self) -> bool:
@@ -491,5 +532,9 @@ class Exchange:
                 came = "kept" if kept else "tied"
                 raise ProtocolError(f"acknowledgement of a {came} call came while {self.phase.value}")
             following = _ACKNOWLEDGED[kept, message.stream_result]
+        if isinstance(message, (Acknowledgement, Held)):
+            self.keep = message.keep
+        elif isinstance(message, Failed) and following is Phase.CLOSED:
+            self.keep = None  # whoever says so closes
         self.phase = following
         return message

@@ -1,0 +1,45 @@
+"""The event loop of the daemons: uvloop where it is installed (the extra ``speed``), else asyncio's own.
+
+`HARP_EVENT_LOOP=asyncio` in the environment asks for asyncio's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import os
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeVar
+
+__all__ = ["run"]
+
+T = TypeVar("T")
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_TRIM, _MMAP = 64 * 1024 * 1024, 16 * 1024 * 1024
+
+
+def run(main: Coroutine[Any, Any, T]) -> T:
+    """Run a program's coroutine to its end, and return what it returns."""
+    _keep_memory()
+    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+        return runner.run(main)
+
+
+def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    if os.environ.get("HARP_EVENT_LOOP") == "asyncio":
+        return None
+    try:
+        import uvloop
+    except ImportError:
+        return None
+    return uvloop.new_event_loop
+
+
+def _keep_memory() -> None:
+    """Have glibc keep the memory of receive buffers: to map and unmap them again and again doubles the cost."""
+    with contextlib.suppress(AttributeError, OSError):  # another C library
+        libc = ctypes.CDLL(None)
+        libc.mallopt(_M_TRIM_THRESHOLD, _TRIM)
+        libc.mallopt(_M_MMAP_THRESHOLD, _MMAP)
