@@ -3,8 +3,11 @@
 Of a *tied* call only the warden's lines are carried: a client that says anything, or goes away, stops the call, and its
 connection counts until the call's processes are gone.
 
+When the client has asked for its connection to be kept, what it says after the closing line is its next request.
+
 Of a *kept* call bytes are carried both ways, unread but for the length of the client's lines. Whoever goes away,
-nothing is said in its name: an error line would be taken for the call's end, and the call goes on.
+nothing is said in its name: an error line would be taken for the call's end, and the call goes on. With a connection
+that is to be kept, the next request follows the order ``done``.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any
 
-from harp.protocol.daemon import LONGEST_ORDER
+from harp.protocol.daemon import LONGEST_ORDER, Done, encode_order
 from harp.protocol.ends import Failed
 from harp.protocol.lines import LineBuffer, LineTooLong
 from harpd.client import Client, Gone
@@ -34,6 +37,8 @@ _STOP_MARGIN = 10.0
 _MOST_HELD = 64 * 1024
 #: How the line begins by which a warden refuses a call because it ends; `encode_message` writes it so.
 _REFUSED = b'{"harp":1,"error":{"type":"shutdown"'
+#: By this a client says that it wants no more of a kept call.
+_DONE = encode_order(Done())
 
 AFTER_REQUEST = Failed("invalid_request", "data after the request line")
 CALL_DIED = Failed("call_died", "the warden of the calls died")
@@ -71,12 +76,14 @@ class Around:
         client: its client.
         limits: the configuration's.
         taken: called once the warden has the request.
+        keep: whether the client wants to go on with another request.
     """
 
     call: str
     client: Client
     limits: Limits
     taken: Callable[[], None]
+    keep: bool
 
 
 class _Carrying:
@@ -87,16 +94,14 @@ class _Carrying:
         self._limits = around.limits
         self._taken = around.taken
         self._about = {"call": around.call, "peer": around.client.peer}
+        self._keep = around.keep
         self._warden = warden
-        self._left = asyncio.Event()
+        self._left: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     def leave(self) -> None:
         """End the carrying: the gate ends, and the wardens go on."""
-        self._left.set()
-
-    async def _leave(self) -> None:
-        await self._left.wait()
-        raise _Leaving
+        if not self._left.done():
+            self._left.set_exception(_Leaving())
 
 
 class TiedCall(_Carrying):
@@ -118,6 +123,7 @@ class TiedCall(_Carrying):
         self._asked = asked
         self._request = request
         self._relay = Relay()
+        self._next = b""
         #: What the client is told when the warden ends before the call does.
         self.lost = CALL_DIED
 
@@ -127,8 +133,11 @@ class TiedCall(_Carrying):
         asked = wardens.current()
         return cls(around, wardens, asked, await wardens.reach(), request)
 
-    async def carry(self) -> None:
+    async def carry(self) -> bytes | None:
         """Ask the warden for the call, and carry its lines to the client until the call has ended.
+
+        Returns:
+            What has come of the client's next request; None: there will be none.
 
         Raises:
             Gone: the client is gone, and the call with it.
@@ -138,7 +147,7 @@ class TiedCall(_Carrying):
         relay = self._relay
         cut: Refused | None = None
         try:
-            await _first(self._carry_lines(), self._watch(), self._leave())
+            await _first(self._carry_lines(), self._watch(), self._left)
         except Gone:
             if not relay.ended:
                 self._client.abort()
@@ -156,10 +165,18 @@ class TiedCall(_Carrying):
             self._warden.close()
         if relay.torn:
             self._client.abort()
-        elif relay.ended:
-            await self._client.finish()
-        else:
+        elif not relay.ended:
             raise cut or Refused(self.lost)
+        elif self._goes_on and cut is None:
+            return self._next
+        else:
+            await self._client.finish()
+        return None
+
+    @property
+    def _goes_on(self) -> bool:
+        """Whether the client may say its next request now."""
+        return self._keep and self._relay.ended and not self._relay.failed
 
     async def _carry_lines(self) -> None:
         """Send the client what the warden says, until the warden closes or dies. Raises `Gone`."""
@@ -175,6 +192,8 @@ class TiedCall(_Carrying):
             while data:
                 if sendable := self._relay.feed(data):
                     await self._client.write(sendable)
+                if self._goes_on:
+                    return  # that its process is gone, which the warden says by closing, nobody waits for
                 data = await self._warden.receive()
 
     async def _ask(self) -> bytes:
@@ -183,9 +202,13 @@ class TiedCall(_Carrying):
 
     async def _watch(self) -> None:
         """Wait until the client goes away or says something. Raises `Gone` or `_Spoke`."""
-        while not (await self._client.read()).strip():
-            pass
-        raise _Spoke
+        while True:
+            data = await self._client.read()
+            if self._goes_on:
+                self._next = data
+                return
+            if data.strip():
+                raise _Spoke
 
     async def _stop(self, why: str) -> None:
         """Have the warden stop the call, and wait until its processes are gone."""
@@ -221,6 +244,7 @@ class KeptCall(_Carrying):
         self._orders = orders
         self._held = bytearray()  # orders that came before the warden has answered, which reads nothing else till then
         self._answered = False
+        self._next: bytes | None = None
 
     @classmethod
     async def begin(cls, around: Around, wardens: Wardens, request: bytes, orders: bytes) -> KeptCall:
@@ -232,19 +256,30 @@ class KeptCall(_Carrying):
         """Go on with a call from what its warden has replied."""
         return cls(around, reply.connection, orders, received=reply.line + reply.more)
 
-    async def carry(self) -> None:
-        """Carry bytes both ways until one side is gone. Raises `Gone`: it was the client."""
+    async def carry(self) -> bytes | None:
+        """Carry bytes both ways until one side is gone.
+
+        Returns:
+            What has come of the client's next request; None: there will be none.
+
+        Raises:
+            Gone: it was the client.
+        """
         try:
-            await _first(self._carry_lines(), self._carry_orders(), self._leave())
-            await self._client.finish()
+            await _first(self._carry_lines(), self._carry_orders(), self._left)
+            if self._next is None:
+                await self._client.finish()
         except LineTooLong as error:
             log.warning("client sent what is no order; detached", extra={**self._about, "reason": str(error)})
         except TimeoutError:
             log.error("warden does not read; client detached", extra=self._about)
         except _Leaving:
             log.info("the gate ends; client detached", extra=self._about)
+        else:
+            return self._next
         finally:
             self._warden.close()
+        return None
 
     async def _carry_lines(self) -> None:
         """Send the client what the warden says. Raises `Gone` and `TimeoutError`."""
@@ -269,15 +304,21 @@ class KeptCall(_Carrying):
         buffer = LineBuffer(LONGEST_ORDER)
         data = self._orders
         with contextlib.suppress(WardenLost):
-            while True:
-                lines = b"".join(line + b"\n" for line in buffer.feed(data))
+            while self._next is None:
+                lines = [line + b"\n" for line in buffer.feed(data)]
+                if self._keep and _DONE in lines:
+                    last = lines.index(_DONE) + 1
+                    self._next = b"".join([*lines[last:], buffer.pending])
+                    del lines[last:]
                 if self._answered and lines:
-                    await self._send(lines)
+                    await self._send(b"".join(lines))
                 else:
-                    self._held += lines
+                    self._held += b"".join(lines)
                     if len(self._held) > _MOST_HELD:
                         raise LineTooLong(f"more than {_MOST_HELD} bytes came before the acknowledgement")
-                data = await self._client.read()
+                if self._next is None:
+                    data = await self._client.read()
+            await self._left  # the warden closes now; what the client says until then is its next request
         while True:  # what the warden has said before it died goes to the client still
             await self._client.read()
 
@@ -286,13 +327,13 @@ class KeptCall(_Carrying):
             await self._warden.send(data)
 
 
-async def _first(*operations: Coroutine[Any, Any, None]) -> None:
-    """Run them until one has ended, by returning or raising; the one that stands first counts. End the others."""
-    tasks = [asyncio.create_task(operation) for operation in operations]
+async def _first(one: Coroutine[Any, Any, None], other: Coroutine[Any, Any, None], left: asyncio.Future[None]) -> None:
+    """Run both until one has ended, by returning or raising, or until it is left; the first of the three counts."""
+    tasks = [asyncio.create_task(one), asyncio.create_task(other)]
     try:
-        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait([*tasks, left], return_when=asyncio.FIRST_COMPLETED)
     finally:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-    next(task for task in tasks if not task.cancelled()).result()
+    next(future for future in (*tasks, left) if future.done() and not future.cancelled()).result()

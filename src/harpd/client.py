@@ -12,7 +12,7 @@ from harp.protocol.daemon import Message, encode_message
 from harp.protocol.ends import Failed
 from harpd.generation import Generation
 
-__all__ = ["Client", "Gone", "peer_name"]
+__all__ = ["Client", "Gone", "boottime", "peer_name"]
 
 log = logging.getLogger("harpd.gate")
 
@@ -26,6 +26,11 @@ _SILENT, _LINGER = 0.5, 10.0
 
 class Gone(Exception):
     """The client closed the connection, or takes nothing any more."""
+
+
+def boottime() -> float:
+    """Seconds since the system's start, during which it may have slept."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 def peer_name(address: tuple[object, ...]) -> str:
@@ -49,7 +54,7 @@ class Client:
         self._context = generation.context
         self._limits = generation.configuration.limits
         #: When it arrived, in seconds since the system's start.
-        self.begun = time.clock_gettime(time.CLOCK_BOOTTIME)
+        self.begun = boottime()
         self._reader = asyncio.StreamReader(limit=_CHUNK)
         self._writer: asyncio.StreamWriter
 

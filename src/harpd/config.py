@@ -95,6 +95,7 @@ class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         request: from the handshake to the end of the request line.
         request_line: length of the request line.
         request_memory: length of all request lines together that are on their way to a call.
+        idle: how long a connection that is kept waits for another request.
         authentication: for the password's check.
         authentication_threads: password checks at once.
         write_stall: how long a client may take nothing of what it is sent.
@@ -112,6 +113,7 @@ class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     request: Seconds = 30.0
     request_line: Bytes = 16 * 1024 * 1024
     request_memory: Bytes = 256 * 1024 * 1024
+    idle: Seconds = 60.0
     authentication: Seconds = 10.0
     authentication_threads: Count = 8
     write_stall: Seconds = 300.0

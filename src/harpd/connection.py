@@ -1,6 +1,6 @@
 """One client's connection, phase by phase: each with its deadline.
 
-    handshake -> request line -> authentication -> call -> close
+    handshake -> request line -> authentication -> call -> close, or, if the client asked for that, the next request
 
 A client that is silent, slow or sends garbage costs its own connection and one line of the log. An owner id and a
 secret, of which requests for kept calls have both, go to the warden and nowhere else.
@@ -17,10 +17,11 @@ import socket
 import traceback
 import uuid
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from functools import partial
 
 from harp.daemon.allowance import Allowance, Share
-from harp.protocol.daemon import AnyRequest, Attach, ListCalls, Request, decode_request
+from harp.protocol.daemon import AnyRequest, Attach, ListCalls, Request, decode_request, encode_message
 from harp.protocol.ends import Failed
 from harp.protocol.fields import ProtocolError
 from harp.protocol.jsontext import Envelope, dumps, open_sliced
@@ -55,6 +56,7 @@ class Connection:
         threads: where passwords are checked.
         allowance: memory for long requests.
         wardens: the way to the wardens.
+        lately: a time, in seconds since the system's start, at which this program did run, some seconds ago at most.
     """
 
     def __init__(
@@ -65,6 +67,7 @@ class Connection:
         threads: Threads,
         allowance: Allowance,
         wardens: Wardens,
+        lately: Callable[[], float],
     ) -> None:
         self._client = Client(accepted, peer, generation)
         self._peer = peer
@@ -73,6 +76,10 @@ class Connection:
         self._threads = threads
         self._share = Share(allowance)
         self._wardens = wardens
+        self._lately = lately
+        self._next = b""
+        self._idle = False
+        self._begun = self._client.begun  # when the request arrived, or before
         self._call: TiedCall | KeptCall | None = None
         self._over = asyncio.Event()
         self._stopping = False
@@ -98,8 +105,8 @@ class Connection:
             self._call.lost = SHUTDOWN
 
     async def serve(self) -> None:
-        """Answer the one request of this connection. Raises nothing of the network."""
-        await self._guard(self._answer)
+        """Answer the requests of this connection, mostly one. Raises nothing of the network."""
+        await self._guard(self._answer_all)
 
     async def refuse(self) -> None:
         """Say that there are too many connections. Raises nothing of the network."""
@@ -116,7 +123,8 @@ class Connection:
             if self._call is not None or not self._stopping:
                 self._client.abort()
                 raise
-            await self._say_at_last(SHUTDOWN)
+            if not self._idle:
+                await self._say_at_last(SHUTDOWN)
         except Exception:
             log.exception("connection failed", extra={"peer": self._peer})
             await self._say_at_last(_INTERNAL)
@@ -124,18 +132,40 @@ class Connection:
             self._share.release()
             await self._client.close()
 
-    async def _answer(self) -> None:
+    async def _answer_all(self) -> None:
+        while await self._answer() and not self._stopping:
+            await self._wait_for_next()
+
+    async def _answer(self) -> bool:
+        """Answer one request; whether another one may come."""
         try:
             try:
-                self._call = await self._begun_call()
+                self._call, goes_on = await self._begun_call()
                 if self._call is not None:
-                    await self._call.carry()
+                    more = await self._call.carry()
+                    self._next, goes_on = more or b"", more is not None
             except WardenError as error:
                 raise Refused(Failed("procedure_loading_error", str(error))) from error
             finally:
                 self._over.set()
         except Refused as refused:
             await self._refuse(refused)
+            return False
+        return goes_on
+
+    async def _wait_for_next(self) -> None:
+        """Wait until the next request begins to come. Raises `Gone`: it did not."""
+        self._call = None
+        self._over = asyncio.Event()
+        self._idle = True
+        try:
+            if not self._next:
+                async with asyncio.timeout(self._limits.idle):
+                    self._next = await self._client.read()
+        except TimeoutError as error:
+            raise Gone from error
+        self._idle = False
+        self._begun = self._lately()
 
     async def _refuse(self, refused: Refused) -> None:
         level = logging.ERROR if refused.error is CALL_DIED else logging.INFO
@@ -147,8 +177,11 @@ class Connection:
 
     # The request.
 
-    async def _begun_call(self) -> TiedCall | KeptCall | None:
-        """Read a request, check who sent it, and begin what it asks for; None when it has been answered.
+    async def _begun_call(self) -> tuple[TiedCall | KeptCall | None, bool]:
+        """Read a request, check who sent it, and begin what it asks for.
+
+        Returns:
+            The call; None when the request has been answered. And whether then another may come.
 
         Nothing of the request is kept here: it may be long, and the call may take days.
 
@@ -162,23 +195,28 @@ class Connection:
         match request:
             case ListCalls(owner):
                 log.debug("calls listed", extra=about)
-                await self._client.say(await self._wardens.held(owner))
-                return None
+                held = await self._wardens.held(owner)
+                keep = self._limits.idle if request.keep else None
+                await self._client.write(encode_message(replace(held, keep=keep)))
+                if not request.keep:
+                    await self._client.finish()
+                return None, request.keep
             case Attach(call=call):
                 log.info("attach accepted", extra={"call": call, "since": request.since, **about})
-                reply = await self._wardens.attach(_attach_line(request, self._peer))
-                return KeptCall.attached(self._around(call), reply, orders)
+                reply = await self._wardens.attach(_attach_line(request, self._peer, self._limits.idle))
+                return KeptCall.attached(self._around(call, request.keep), reply, orders), False
             case Request(call=terms):
                 call = str(uuid.uuid4()) if terms is None else terms.id
                 procedure = request.procedure[:_NAME_SHOWN]
                 log.info("call accepted", extra={"call": call, "procedure": procedure, **about})
-                line = _start_line(call, request, self._peer, self._client.begun)
+                line = _start_line(call, request, self._peer, self._begun, self._limits.idle)
+                around = self._around(call, request.keep)
                 if terms is None:
-                    return await TiedCall.begin(self._around(call), self._wardens, line)
-                return await KeptCall.begin(self._around(call), self._wardens, line, orders)
+                    return await TiedCall.begin(around, self._wardens, line), False
+                return await KeptCall.begin(around, self._wardens, line, orders), False
 
-    def _around(self, call: str) -> Around:
-        return Around(call, self._client, self._limits, self._share.release)
+    def _around(self, call: str, keep: bool) -> Around:
+        return Around(call, self._client, self._limits, self._share.release, keep)
 
     async def _accepted_request(self) -> tuple[AnyRequest, bytes]:
         """Read a request and check who sent it; return it, and what came after it. Raises `Refused` and `Gone`."""
@@ -189,7 +227,7 @@ class Connection:
         except ProtocolError as error:
             raise Refused(Failed(error.type, error.message), sending=said_more) from error
         kept = isinstance(request, Attach) or (isinstance(request, Request) and request.call is not None)
-        if said_more and not kept:
+        if said_more and not kept:  # one that keeps its connection waits for the answer, too
             raise Refused(AFTER_REQUEST, sending=True)
         if not await self._authenticated(request):
             raise Refused(_AUTH_ERROR)
@@ -202,7 +240,7 @@ class Connection:
             async with asyncio.timeout(self._limits.request):
                 lines: list[bytes] = []
                 while not lines:
-                    data = await self._client.read()
+                    data, self._next = self._next or await self._client.read(), b""
                     if not self._share.grow(len(data)):
                         raise Refused(_NO_MEMORY, sending=True)
                     lines = buffer.feed(data)
@@ -216,6 +254,8 @@ class Connection:
         return line, b"\n".join((*more, buffer.pending))
 
     async def _authenticated(self, request: AnyRequest) -> bool:
+        if self._recalls(request):
+            return True
         about = {"user": request.user[:_NAME_SHOWN], "peer": self._peer}
         check = partial(self._generation.users.authenticate, request.user, request.password)
         try:
@@ -234,11 +274,21 @@ class Connection:
             log.warning("authentication failed", extra=about)
         return answer is True
 
+    def _recalls(self, request: AnyRequest) -> bool:
+        """Whether the module knows already, without a thread, that this is the user's password."""
+        recalls = getattr(self._generation.users, "recalls", None)  # not every module derives from `AuthDB`
+        try:
+            return recalls is not None and recalls(request.user, request.password) is True
+        except Exception:  # noqa: BLE001 - the usual way logs it
+            return False
 
-def _start_line(call: str, request: Request, peer: str, begun: float) -> bytes:
-    """The line that asks a warden to start a call; `begun`: when its connection arrived. Spec: harpd.warden."""
+
+def _start_line(call: str, request: Request, peer: str, begun: float, idle: float) -> bytes:
+    """The line that asks a warden to start a call; `begun`: when it arrived, or before. Spec: harpd.warden."""
     members = Envelope(call=call, procedure=request.procedure, arguments=request.arguments)
     members |= {"user": request.user, "peer": peer}
+    if request.keep:
+        members["keep"] = idle
     if request.call is not None:
         terms = encode_terms(request.call)
         del terms["id"]
@@ -246,10 +296,13 @@ def _start_line(call: str, request: Request, peer: str, begun: float) -> bytes:
     return dumps(members) + b"\n"
 
 
-def _attach_line(request: Attach, peer: str) -> bytes:
+def _attach_line(request: Attach, peer: str, idle: float) -> bytes:
     """The line that asks a warden to attach to a call. Spec: harpd.warden."""
     members = Envelope(attach=request.call, owner=request.owner, secret=request.secret, since=request.since)
-    return dumps(members | {"user": request.user, "peer": peer}) + b"\n"
+    members |= {"user": request.user, "peer": peer}
+    if request.keep:
+        members["keep"] = idle
+    return dumps(members) + b"\n"
 
 
 def _place(error: BaseException | None) -> dict[str, object]:

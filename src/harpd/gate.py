@@ -18,7 +18,7 @@ from typing import Any
 
 from harp.daemon.allowance import Allowance
 from harp.daemon.sockets import prepare
-from harpd.client import peer_name
+from harpd.client import boottime, peer_name
 from harpd.config import ConfigError
 from harpd.connection import Connection
 from harpd.generation import Generation, Options, configure_log, make_generation, warden_settings
@@ -40,6 +40,8 @@ _CALM = 0.9
 #: Seconds to wait when the system has no descriptor or memory for another connection.
 _ACCEPT_PAUSE = 0.1
 _EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
+#: Seconds between two signs that the program runs, and was not halted.
+_BEAT = 1.0
 #: Seconds for a reload's blocking part and for its warden.
 _RELOAD = 60.0
 #: Seconds for what clients still have to be told at the end.
@@ -104,16 +106,23 @@ class Gate:
         self._connections: dict[asyncio.Task[None], Connection] = {}
         self._surplus = 0
         self._crowded = False
+        self._beats = (boottime(),) * 2
 
     async def start(self) -> None:
         """Start the warden, if that is done here, then accept connections. Raises `WardenError`."""
         if self._keeper is not None:
             await self._keeper.start()
+        self._beat()
         for listener in self._listeners:
             self._accepting.append(asyncio.create_task(self._accept(listener)))
             address, port = listener.getsockname()[:2]
             log.info("harpd is serving", extra={"address": address, "port": port})
         _warn_of_low_floor(self._generation)
+
+    def _beat(self) -> None:
+        """Note that this program runs. The beat before the last one is surely before anything that is read now."""
+        self._beats = (self._beats[1], boottime())
+        asyncio.get_running_loop().call_later(_BEAT, self._beat)
 
     def _use(self, generation: Generation) -> None:
         """Serve the connections to come by this generation; those under way keep what they have."""
@@ -154,7 +163,9 @@ class Gate:
         except OSError:  # it is closed already
             accepted.close()
             return
-        connection = Connection(accepted, peer, self._generation, self._threads, self._allowance, self._wardens)
+        connection = Connection(
+            accepted, peer, self._generation, self._threads, self._allowance, self._wardens, lambda: self._beats[0]
+        )
         task = asyncio.create_task(connection.refuse() if over else connection.serve())
         self._connections[task] = connection
         self._surplus += over

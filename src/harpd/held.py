@@ -191,7 +191,7 @@ class HeldCalls:
             data = {"first": first, "end": end}
             return Failed("records_gone", "not all of the call's records from this number on are here", data)
         log.info("dispatcher attached to its call", extra={"call": call_id, "since": since})
-        kept.attach(connection, since, behind)
+        kept.attach(connection, since, behind, value(request, "keep") if "keep" in request else None)
         return None
 
     def listed(self, owner: str) -> bytes:

@@ -117,6 +117,7 @@ class Kept:
         self._spool = Spool()
         self._call: RunningCall | None = None
         self._reader: Attachment | None = None
+        self._keep: float | None = None
         self._lines = LineBuffer(_LONGEST_ORDER)
         self._next = 0
         self._ahead = 0  # bytes that were sent on this connection and are not acknowledged
@@ -193,14 +194,16 @@ class Kept:
 
     # Who is attached.
 
-    def attach(self, connection: socket.socket, since: int, behind: bytes) -> None:
+    def attach(self, connection: socket.socket, since: int, behind: bytes, keep: float | None) -> None:
         """Send everything from record number `since` on to this connection, and listen to it.
 
         Args:
             connection: the connection.
             since: a number that `can_serve` has allowed.
             behind: what has come on the connection already, behind the request.
+            keep: what the acknowledgement says of the client's connection.
         """
+        self._keep = keep
         if self._reader is not None:
             self._reader.close()
         self._lines = LineBuffer(_LONGEST_ORDER)
@@ -262,7 +265,7 @@ class Kept:
                 elapsed=self._elapsed(),
                 records=self._spool.end,
             )
-            self._reader.send(encode_message(Acknowledgement(self._streaming, terms)))
+            self._reader.send(encode_message(Acknowledgement(self._streaming, terms, self._keep)))
             self._pump()
 
     def _elapsed(self) -> float:

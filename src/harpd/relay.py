@@ -13,7 +13,8 @@ __all__ = ["Relay"]
 _KEPT_BACK = 64 * 1024
 
 #: How the lines begin that close a call; `harp.protocol.daemon.encode_message` writes them so.
-_CLOSING = (b'{"result":', b'{"exception":', b'{"harp":1,"error":')
+_ERROR = b'{"harp":1,"error":'
+_CLOSING = (b'{"result":', b'{"exception":', _ERROR)
 _HEAD = max(map(len, _CLOSING))
 
 
@@ -29,6 +30,11 @@ class Relay:
     def ended(self) -> bool:
         """Whether the closing line was sent on."""
         return not self._inside and self._head.startswith(_CLOSING)
+
+    @property
+    def failed(self) -> bool:
+        """Whether the closing line is an error, after which the connection is of no more use."""
+        return self.ended and self._head.startswith(_ERROR)
 
     @property
     def torn(self) -> bool:

@@ -27,14 +27,21 @@ class Tied:
         loop: the event loop.
         connection: the gate's connection, non-blocking.
         streaming: whether records will come.
+        keep: what the acknowledgement says of the client's connection.
         most: bytes that may wait for the gate.
         on_closed: called once, when the connection is closed.
     """
 
     def __init__(
-        self, loop: EventLoop, connection: socket.socket, streaming: bool, most: int, on_closed: Callable[[], None]
+        self,
+        loop: EventLoop,
+        connection: socket.socket,
+        streaming: bool,
+        keep: float | None,
+        most: int,
+        on_closed: Callable[[], None],
     ) -> None:
-        self._streaming = streaming
+        self._acknowledgement = Acknowledgement(streaming, keep=keep)
         self._most = most
         self._on_closed = on_closed
         self._call: RunningCall | None = None
@@ -55,7 +62,7 @@ class Tied:
 
     def acknowledged(self) -> None:
         """See `Audience`."""
-        self._gate.send(encode_message(Acknowledgement(self._streaming)))
+        self._gate.send(encode_message(self._acknowledgement))
 
     def take(self, lines: bytes, count: int) -> None:
         """See `Audience`."""

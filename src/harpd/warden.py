@@ -16,6 +16,8 @@ The gate makes one connection per call, JSON lines. The first line says what is 
     {"attach": ID, "owner": ..., "secret": ..., "since": NUMBER, "user": NAME, "peer": ADDRESS}    to a kept one again
     {"calls": OWNER}                                                                               which there are
 
+The first three may have "keep": SECONDS, which the acknowledgement then says, too.
+
 and what comes back are the lines for the client, as docs/protocol.md has them. Half-closing or closing the connection
 stops a tied call; the warden closes its side only when that call's processes are gone: a close is the proof of death. A
 connection whose first line has the key ``control`` gets one line back:
@@ -227,13 +229,14 @@ class Warden:
         check(_CALL_ID.fullmatch(call_id) is not None, f"call: expected a UUID, got {call_id!r}")
         check(is_container(arguments, (list, dict)), "arguments: expected an array or an object")
         asked = request.members("kept") if "kept" in request else None
+        keep = request.value("keep") if "keep" in request else None
         failed = self._refusal(call_id, name, asked)
         if failed is None:
             assert self._zygote is not None
             if asked is None:
-                failed = self._start_tied(connection, call_id, name, self._zygote)
+                failed = self._start_tied(connection, call_id, name, self._zygote, keep)
             else:
-                failed = self._start_kept(connection, call_id, name, self._zygote, asked, behind)
+                failed = self._start_kept(connection, call_id, name, self._zygote, asked, behind, keep)
         if failed is not None:
             Farewell(self._loop, connection, encode_message(failed))
         else:
@@ -257,9 +260,11 @@ class Warden:
             return Failed("call_refused", "a call of this id runs already")
         return None
 
-    def _start_tied(self, connection: socket.socket, call_id: str, name: str, zygote: Zygote) -> Failed | None:
+    def _start_tied(
+        self, connection: socket.socket, call_id: str, name: str, zygote: Zygote, keep: float | None
+    ) -> Failed | None:
         streaming = zygote.procedures[name].streaming
-        tied = Tied(self._loop, connection, streaming, min(self._settings["spool"], SHARE), lambda: closed())
+        tied = Tied(self._loop, connection, streaming, keep, min(self._settings["spool"], SHARE), lambda: closed())
 
         def closed() -> None:
             self._tied.discard(tied)
@@ -275,7 +280,14 @@ class Warden:
         return None
 
     def _start_kept(
-        self, connection: socket.socket, call_id: str, name: str, zygote: Zygote, asked: Members, behind: bytes
+        self,
+        connection: socket.socket,
+        call_id: str,
+        name: str,
+        zygote: Zygote,
+        asked: Members,
+        behind: bytes,
+        keep: float | None,
     ) -> Failed | None:
         streaming = zygote.procedures[name].streaming
         kept = self._held.start(call_id, asked, streaming)
@@ -287,7 +299,7 @@ class Warden:
             kept.forget()
             return _no_process(error)
         kept.attend(call)
-        kept.attach(connection, 0, behind)
+        kept.attach(connection, 0, behind, keep)
         return None
 
     def _run(

@@ -31,6 +31,14 @@ class AuthDB(ABC):
             True, and nothing that is merely true, to let the user in.
         """
 
+    def recalls(self, user: str, password: str) -> bool:
+        """Say whether it is known already, without blocking, that this is the user's password.
+
+        It is asked before `authenticate`, on the daemon's event loop: True lets the user in, False has `authenticate`
+        asked. It may answer from what was found earlier, as long as that still holds.
+        """
+        return False
+
     def warnings(self) -> list[str]:
         """What is wrong with the users and still lets the daemon run; ``harpd --test`` prints it."""
         return []

@@ -15,6 +15,7 @@ from typing import Any
 
 from harpd.auth import AuthDB
 from harpd.auth.crypt import matches
+from harpd.auth.recalled import RecalledPasswords
 
 __all__ = ["ConfiguredUsers", "create"]
 
@@ -45,11 +46,23 @@ class ConfiguredUsers(AuthDB):
 
     def __init__(self, users: Mapping[str, str]) -> None:
         self._users = dict(users)
+        self._recalled = RecalledPasswords()
+
+    def recalls(self, user: str, password: str) -> bool:
+        """Say whether this is the user's password, as far as that is known without a hash."""
+        stored = self._users.get(user)
+        if stored is None:
+            return False
+        return _is_plain(password, stored) or self._recalled.has(user, password, stored)
 
     def authenticate(self, user: str, password: str) -> bool:
         """Say whether the configuration has this user with this password."""
         if user in self._users:
-            return _fits(password, self._users[user])
+            stored = self._users[user]
+            fits = _fits(password, stored)
+            if fits:
+                self._recalled.note(user, password, stored)
+            return fits
         # Takes as long as for a known user, so that time does not tell which names exist.
         for other in self._users.values():
             _fits(password, other)
@@ -59,6 +72,11 @@ class ConfiguredUsers(AuthDB):
 
 def _fits(password: str, expected: str) -> bool:
     kind, _, secret = expected.partition(":")
-    if kind == "crypt":
-        return matches(password, secret)
-    return hmac.compare_digest(password.encode("utf-8", "surrogatepass"), secret.encode("utf-8", "surrogatepass"))
+    return matches(password, secret) if kind == "crypt" else _is_plain(password, expected)
+
+
+def _is_plain(password: str, expected: str) -> bool:
+    kind, _, secret = expected.partition(":")
+    return kind == "plain" and hmac.compare_digest(
+        password.encode("utf-8", "surrogatepass"), secret.encode("utf-8", "surrogatepass")
+    )

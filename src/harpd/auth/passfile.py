@@ -1,4 +1,4 @@
-"""Users in a file of lines ``user:crypt-hash``, which is read at every request: edits take effect at once.
+"""Users in a file of lines ``user:crypt-hash``, which is looked at with every request: edits take effect at once.
 
     authentication:
       module: harpd.auth.passfile
@@ -11,12 +11,15 @@ file may have more fields. ``openssl passwd -6`` and ``mkpasswd`` make hashes.
 from __future__ import annotations
 
 import logging
+import os
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from harpd.auth import AuthDB
 from harpd.auth.crypt import matches
+from harpd.auth.recalled import RecalledPasswords
 
 __all__ = ["PasswordFile", "create"]
 
@@ -46,6 +49,11 @@ def create(config: Mapping[str, Any]) -> PasswordFile:
 _SHORTEST_HASH = 13
 
 
+#: Seconds since its last change after which a file that looks the same is the same. What is younger may have been
+#: changed again within a tick of the clock that its time is taken from.
+_SETTLED = 2.0
+
+
 class PasswordFile(AuthDB):
     """Users and hashed passwords from a file.
 
@@ -55,16 +63,41 @@ class PasswordFile(AuthDB):
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self._recalled = RecalledPasswords()
+        self._known: tuple[tuple[int, ...], dict[str, str]] | None = None
+
+    def recalls(self, user: str, password: str) -> bool:
+        """Say whether it was found that the file has this user with this password, and the file is still the same."""
+        known = self._known
+        if known is None or known[0] != self._look():
+            return False
+        stored = known[1].get(user)
+        return stored is not None and self._recalled.has(user, password, stored)
+
+    def _look(self) -> tuple[int, ...] | None:
+        """What changes when the file does; None: it can't be told."""
+        try:
+            found = os.stat(self._path)
+        except OSError:
+            return None
+        if time.time() - found.st_ctime < _SETTLED:
+            return None
+        return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
     def authenticate(self, user: str, password: str) -> bool:
         """Say whether the file has this user with this password; when it can't be read, it has nobody."""
+        looked = self._look()
         try:
             hashes = self.hashes()
         except OSError as error:
             log.error("the users' file can't be read", extra={"file": str(self._path), "reason": error.strerror})
             return False
         if user in hashes:
-            return matches(password, hashes[user])
+            fits = matches(password, hashes[user])
+            if fits:
+                self._recalled.note(user, password, hashes[user])
+                self._known = None if looked is None else (looked, hashes)
+            return fits
         log.info("the users' file has no such user", extra={"file": str(self._path), "user": user})
         # Takes as long as for a known user, so that time does not tell which names exist.
         for other in hashes.values():
