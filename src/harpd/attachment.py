@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 from collections.abc import Callable
 
-from harpd.eventloop import READ, WRITE, EventLoop
+from harpd.eventloop import READ, WRITE, EventLoop, Timer
 
 __all__ = ["Attachment"]
 
@@ -13,6 +13,8 @@ __all__ = ["Attachment"]
 _READ_SIZE = 1 << 12
 #: Bytes that wait for the socket; past it whoever sends should wait.
 _ENOUGH = 256 * 1024
+#: Seconds that what may wait waits for more to go out with it.
+_SOON = 0.003
 
 
 class Attachment:
@@ -43,6 +45,7 @@ class Attachment:
         self._out = bytearray()
         self._lost = False
         self._closing: Callable[[], None] | None = None
+        self._soon: Timer | None = None
         self._watch()
 
     @property
@@ -67,9 +70,24 @@ class Attachment:
             self._flush()
             self._watch()
 
+    def send_soon(self, data: bytes) -> None:
+        """Send with what comes next, or a little later: each piece costs whoever passes it on."""
+        if not self._lost and not self.closed:
+            self._out += data
+            if self._soon is None:
+                self._soon = self._loop.after(_SOON, self._send_now)
+
+    def _send_now(self) -> None:
+        self._flush()
+        self._watch()
+        self._close_if_done()
+
     def finish(self, closed: Callable[[], None]) -> None:
         """Close once everything is sent; `closed` is called then."""
         self._closing = closed
+        if self._soon is not None:
+            self._flush()
+            self._watch()
         self._close_if_done()
 
     def release(self) -> None:
@@ -78,6 +96,9 @@ class Attachment:
 
     def close(self) -> None:
         """Close now; what is not sent is dropped."""
+        if self._soon is not None:
+            self._soon.cancel()
+            self._soon = None
         if not self.closed:
             self._loop.forget(self._connection.fileno())
             self._connection.close()
@@ -86,7 +107,8 @@ class Attachment:
 
     def _watch(self) -> None:
         if not self._lost and not self.closed:
-            self._loop.watch(self._connection.fileno(), READ | (WRITE if self._out else 0), self._on_ready)
+            writing = self._out and self._soon is None
+            self._loop.watch(self._connection.fileno(), READ | (WRITE if writing else 0), self._on_ready)
 
     def _on_ready(self) -> None:
         waited = bool(self._out)
@@ -111,6 +133,9 @@ class Attachment:
             self._lose()
 
     def _flush(self) -> None:
+        if self._soon is not None:
+            self._soon.cancel()
+            self._soon = None
         try:
             while self._out and not self.closed:
                 del self._out[: self._connection.send(self._out)]

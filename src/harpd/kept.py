@@ -265,7 +265,7 @@ class Kept:
                 elapsed=self._elapsed(),
                 records=self._spool.end,
             )
-            self._reader.send(encode_message(Acknowledgement(self._streaming, terms, self._keep)))
+            self._reader.send_soon(encode_message(Acknowledgement(self._streaming, terms, self._keep)))
             self._pump()
 
     def _elapsed(self) -> float:

@@ -62,7 +62,7 @@ class Tied:
 
     def acknowledged(self) -> None:
         """See `Audience`."""
-        self._gate.send(encode_message(self._acknowledgement))
+        self._gate.send_soon(encode_message(self._acknowledgement))
 
     def take(self, lines: bytes, count: int) -> None:
         """See `Audience`."""
