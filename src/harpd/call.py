@@ -23,7 +23,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any, NoReturn
 
-__all__ = ["Descriptors", "run_call"]
+__all__ = ["Descriptors", "leave_zygote", "run_call"]
 
 
 #: The most bytes of a record or a result: a line of 64 MiB, which clients and dispatchers read, less its envelope.
@@ -53,6 +53,22 @@ class _Refused(Exception):
         self.type = type
 
 
+def leave_zygote(zygote: int) -> None:
+    """Leave the zygote's session and signals, in a freshly forked process that has no call yet.
+
+    Args:
+        zygote: the parent's pid.
+
+    Raises:
+        OSError: that failed; the process is of no use.
+    """
+    os.setsid()  # a process group and session of its own, to be stopped as one
+    become_subreaper()  # what forks twice stays a descendant
+    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGCHLD):
+        signal.signal(number, signal.SIG_DFL)
+    die_with_parent(zygote)
+
+
 def run_call(
     procedure: Procedure,
     descriptors: Descriptors,
@@ -61,7 +77,7 @@ def run_call(
     default_group: int | str | None,
     tracebacks: bool,
 ) -> NoReturn:
-    """Run one call in this freshly forked process, and exit.
+    """Run one call in this process, which has left the zygote, and exit.
 
     Args:
         procedure: what to run.
@@ -84,17 +100,11 @@ def run_call(
     os._exit(0)
 
 
-def _detach(descriptors: Descriptors) -> None:
-    """Leave the zygote's session, streams and signals. Later steps rely on this order."""
-    os.setsid()  # a process group and session of its own, to be stopped as one
-    become_subreaper()  # what forks twice stays a descendant
+def _take_streams(descriptors: Descriptors) -> None:
     null = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
     for source, target in ((null, 0), (descriptors.stdout, 1), (descriptors.stderr, 2)):
         os.dup2(source, target)
         os.close(source)
-    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGCHLD):
-        signal.signal(number, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_SETMASK, ())  # the zygote has blocked what is the call's
 
 
 def _carry_out(
@@ -110,7 +120,8 @@ def _carry_out(
     try:
         try:
             limits.take_over()
-            _detach(descriptors)
+            _take_streams(descriptors)
+            signal.pthread_sigmask(signal.SIG_SETMASK, ())  # the zygote has blocked what is the call's
             _become(procedure, zygote, defaults)
             positional, named = _arguments(procedure, channel)
             value = procedure(*positional, **named)

@@ -79,6 +79,7 @@ class Zygote:
 
     Attributes:
         pid: its process.
+        spares: its processes that have no call yet: start times by pid.
         procedures: what it offers, by name; whole once it has loaded.
     """
 
@@ -99,6 +100,7 @@ class Zygote:
         self._children: dict[int, Parent] = {}
         self._retired = False
         self.procedures: dict[str, Offered] = {}
+        self.spares: dict[int, int] = {}
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs, contextlib.ExitStack() as undo:
             undo.callback(self._socket.close)
@@ -210,11 +212,15 @@ class Zygote:
 
     def _take(self, message: dict[str, Any]) -> None:
         match message:
+            case {"spare": pid, "start": start}:
+                self.spares[pid] = start
             case {"forked": call_id, "pid": pid, "start": start}:
+                self.spares.pop(pid, None)
                 if parent := self._born(call_id):
                     self._children[pid] = parent
                     parent.forked(pid, start)
             case {"reaped": pid, "status": status, "cpu": cpu, "memory": memory}:
+                self.spares.pop(pid, None)
                 if ended := self._children.pop(pid, None):
                     ended.reaped(status, Usage(cpu, memory))
                 self._end_if_idle()

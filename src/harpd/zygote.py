@@ -1,5 +1,7 @@
 """The zygote: has loaded one generation of the procedures file, and forks a process for each call.
 
+It forks ahead: a few processes, the *spares*, wait for a call each, so that no call waits for a fork. Each is used once.
+
 Leaner than the warden: a fork costs by what its parent holds. It has read no key and no password, for it is
 exec'ed. It is the calls' parent: it reaps them and reports. It ends when the warden closes the socket, and is
 killed when the warden dies.
@@ -12,7 +14,8 @@ JSON objects:
     zygote -> warden  {"procedure": NAME, "streaming": BOOL, "timeout": SECONDS|null}                    each, then
                       {"loaded": NUMBER, "threads": NUMBER}  or  {"fault": MESSAGE}, and it ends
     warden -> zygote  {"fork": CALL, "procedure": NAME}, with three descriptors: channel, stdout, stderr
-    zygote -> warden  {"forked": CALL, "pid": PID, "start": TICKS}  or  {"refused": CALL, "reason": MESSAGE}
+    zygote -> warden  {"spare": PID, "start": TICKS}                                                     before
+                      {"forked": CALL, "pid": PID, "start": TICKS}  or  {"refused": CALL, "reason": MESSAGE}
                       {"reaped": PID, "status": NUMBER, "cpu": SECONDS, "memory": BYTES}
 """
 
@@ -31,7 +34,7 @@ import warnings
 
 from harp.protocol.strictjson import dumps, loads
 from harpd import arguments, limits
-from harpd.call import Descriptors, run_call
+from harpd.call import Descriptors, leave_zygote, run_call
 from harpd.mark import Mark
 from harpd.prctl import become_subreaper, die_with_parent
 from harpd.proc import Procedure
@@ -51,10 +54,23 @@ _FIRST_ORDER_SIZE, _ORDER_SIZE = 1 << 18, 1 << 15
 _DESCRIPTORS, _DESCRIPTOR_SIZE = 3, 4
 _ROOM = socket.CMSG_SPACE(_DESCRIPTORS * _DESCRIPTOR_SIZE)
 _LIMITS = frozenset({signal.SIGTERM, signal.SIGXCPU})
+#: How many processes wait for a call.
+_SPARES = 2
 #: Bytes that are read at once of the signals that came.
 _CHILDREN_SIZE = 4096
 #: Payloads may be nested this deep and need a frame or more for each level.
 _RECURSION_LIMIT = 10_000
+
+
+class _Spare:
+    """A process that waits for a call, and our end of the socket by which it gets one."""
+
+    __slots__ = ("pid", "socket", "start")
+
+    def __init__(self, pid: int, start: int, socket: socket.socket) -> None:
+        self.pid = pid
+        self.start = start
+        self.socket = socket
 
 
 class _Zygote:
@@ -64,6 +80,7 @@ class _Zygote:
         self._procedures: Mapping[str, Procedure] = {}
         self._defaults: tuple[int | str | None, int | str | None] = (None, None)
         self._tracebacks = False
+        self._spares: dict[int, _Spare] = {}
         self._children, self._child_ended = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
 
     def load(self) -> bool:
@@ -101,45 +118,86 @@ class _Zygote:
         poll.register(self._warden, select.POLLIN)
         poll.register(self._children, select.POLLIN)
         while True:
-            for descriptor, _ in poll.poll():
+            ready = poll.poll(0 if len(self._spares) < _SPARES else None)
+            for descriptor, _ in ready:
                 if descriptor == self._children:
                     os.read(descriptor, _CHILDREN_SIZE)
                     self._reap()
                 elif not self._take_order():
                     return
+            if not ready:
+                try:
+                    self._fork_spare()
+                except OSError:
+                    poll.poll()  # no process is to be had now; a call that needs one will say so
 
     def _take_order(self) -> bool:
         data, ancillary, _, _ = self._warden.recvmsg(_ORDER_SIZE, _ROOM, socket.MSG_CMSG_CLOEXEC)
         if not data:
             return False
-        received = memoryview(b"".join(item for _, _, item in ancillary)).cast("i")
-        order = loads(data)
+        received = [item for _, _, item in ancillary]
+        descriptors = memoryview(b"".join(received)).cast("i")
+        call_id = loads(data)["fork"]
         try:
-            if len(received) != _DESCRIPTORS:
+            if len(descriptors) != _DESCRIPTORS:
                 raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
-            self._fork(order["fork"], self._procedures[order["procedure"]], Descriptors(*received))
+            spare = self._give_to_spare(data, received)
+            self._say({"forked": call_id, "pid": spare.pid, "start": spare.start})
         except OSError as error:
-            self._say({"refused": order["fork"], "reason": f"no process can be made: {error.strerror}"})
+            self._say({"refused": call_id, "reason": f"no process can be made: {error.strerror}"})
         finally:
-            for descriptor in received:
+            for descriptor in descriptors:
                 os.close(descriptor)
         return True
 
-    def _fork(self, call_id: str, procedure: Procedure, descriptors: Descriptors) -> None:
-        parent = os.getpid()
-        pid = os.fork()
-        if pid == 0:
-            self._become_call(procedure, call_id, descriptors, parent)
-        self._say({"forked": call_id, "pid": pid, "start": start_time(pid)})
+    def _give_to_spare(self, order: bytes, descriptors: list[bytes]) -> _Spare:
+        """Give an order to a spare that lives. Raises OSError."""
+        while True:
+            if not self._spares:
+                self._fork_spare()
+            spare = self._spares.pop(next(iter(self._spares)))
+            with spare.socket:
+                try:
+                    spare.socket.sendmsg(
+                        [order], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, item) for item in descriptors]
+                    )
+                except ConnectionError:
+                    continue  # somebody has killed it
+            return spare
 
-    def _become_call(self, procedure: Procedure, call_id: str, descriptors: Descriptors, parent: int) -> NoReturn:
+    def _fork_spare(self) -> None:
+        """Fork a process that waits for a call. Raises OSError."""
+        parent = os.getpid()
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            try:
+                pid = os.fork()
+            except OSError:
+                ours.close()
+                raise
+            if pid == 0:
+                ours.close()
+                self._become_spare(theirs, parent)
+        spare = self._spares[pid] = _Spare(pid, start_time(pid), ours)
+        self._say({"spare": pid, "start": spare.start})
+
+    def _become_spare(self, orders: socket.socket, parent: int) -> NoReturn:
         try:
             signal.set_wakeup_fd(-1)
             os.close(self._warden.detach())
             os.close(self._children)
             os.close(self._child_ended)
-            self._mark.write(call_id)
-            run_call(procedure, descriptors, parent, *self._defaults, self._tracebacks)
+            for spare in self._spares.values():
+                spare.socket.close()
+            leave_zygote(parent)
+            data, ancillary, _, _ = orders.recvmsg(_ORDER_SIZE, _ROOM, socket.MSG_CMSG_CLOEXEC)
+            orders.close()
+            if data:
+                order = loads(data)
+                self._mark.write(order["fork"])
+                descriptors = Descriptors(*memoryview(b"".join(item for _, _, item in ancillary)).cast("i"))
+                procedure = self._procedures[order["procedure"]]
+                run_call(procedure, descriptors, parent, *self._defaults, self._tracebacks)
         except BaseException:  # noqa: BLE001 - nothing may go up into the zygote's own code
             sys.excepthook(*sys.exc_info())
         finally:
@@ -153,6 +211,8 @@ class _Zygote:
                 return
             if not pid:
                 return
+            if spare := self._spares.pop(pid, None):
+                spare.socket.close()
             cpu = round(usage.ru_utime + usage.ru_stime, 6)
             self._say({"reaped": pid, "status": status, "cpu": cpu, "memory": 1024 * usage.ru_maxrss})
 
