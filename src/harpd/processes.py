@@ -24,8 +24,9 @@ from dataclasses import dataclass, replace
 
 from harpd.cgroup import Cgroup
 from harpd.mark import marks_in
+from harpd.procstat import start_time, stat_of
 
-__all__ = ["Process", "Snapshot", "Tree", "kill_group", "may_have_escaped", "send", "snapshot", "start_time"]
+__all__ = ["Process", "Snapshot", "Tree", "kill_group", "may_have_escaped", "send", "snapshot"]
 
 #: So often processes are listed before a look is given up as not whole.
 _MOST_LISTS = 8
@@ -226,39 +227,19 @@ def _has_moved(orphan: Process, processes: dict[int, Process]) -> bool:
 
 def _is_ending(pid: int) -> bool:
     """Whether a process is on its way out, or gone."""
-    found = _stat(pid)
+    found = stat_of(pid)
     return found is None or bool(int(found[1][6]) & _EXITING)
 
 
 def _read(pid: int) -> Process | None:
     """A process as it is now, its marks left out; None: it is gone. Raises PermissionError: we may not know of it."""
-    found = _stat(pid)
+    found = stat_of(pid)
     if found is None:
         return None
-    command, fields = found
+    command, fields = found[0].decode("utf-8", "backslashreplace"), found[1]
     parent, group, session = (int(field) for field in fields[1:4])
     state, threads, start = fields[0].decode(), int(fields[17]), int(fields[19])
     return Process(pid, start, parent, group, session, state, command, threads)
-
-
-def _stat(pid: int) -> tuple[str, list[bytes]] | None:
-    """What /proc says of a process: its command, and the fields from its state on; None: it is gone."""
-    try:
-        with open(f"/proc/{pid}/stat", "rb") as stat:
-            text = stat.read()
-    except (FileNotFoundError, ProcessLookupError):
-        return None
-    end = text.rindex(b")")  # the command before may hold anything
-    return text[text.index(b"(") + 1 : end].decode("utf-8", "backslashreplace"), text[end + 2 :].split()
-
-
-def start_time(pid: int) -> int:
-    """The start time of a process in clock ticks since boot; 0: there is none."""
-    try:
-        process = _read(pid)
-    except PermissionError:
-        return 0
-    return process.start if process else 0
 
 
 def send(number: signal.Signals, identity: tuple[int, int]) -> bool:

@@ -1,4 +1,4 @@
-"""A process's line in /proc: when it was started. Pid and start time together are one process until a system start."""
+"""A process's line in /proc, above all when it was started: pid and start time together are one process."""
 
 from __future__ import annotations
 
@@ -13,13 +13,16 @@ _START = 19
 
 
 def stat_of(pid: int) -> tuple[bytes, list[bytes]] | None:
-    """The process's command and the fields after it, the first of which is its state; None: there is no such process.
+    """What /proc says of a process: its command, and the fields from its state on; None: it is gone.
+
+    Raises:
+        PermissionError: we may not know of it.
 
     Spec: proc_pid_stat(5).
     """
     try:
         descriptor = os.open(f"/proc/{pid}/stat", os.O_RDONLY | os.O_CLOEXEC)
-    except (FileNotFoundError, ProcessLookupError, PermissionError):
+    except (FileNotFoundError, ProcessLookupError):
         return None
     try:
         text = os.read(descriptor, _SIZE)
@@ -32,6 +35,9 @@ def stat_of(pid: int) -> tuple[bytes, list[bytes]] | None:
 
 
 def start_time(pid: int) -> int:
-    """The start time of a process in clock ticks since boot; 0: there is none."""
-    found = stat_of(pid)
+    """The start time of a process in clock ticks since boot; 0: there is none that we may know of."""
+    try:
+        found = stat_of(pid)
+    except PermissionError:
+        return 0
     return int(found[1][_START]) if found else 0

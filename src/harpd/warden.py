@@ -449,6 +449,8 @@ class Warden:
             self._processes = snapshot()
         return self._processes
 
+    def _has_strays(self, zygote: Zygote, processes: Snapshot, tree: Tree) -> bool:
+        """Whether something may have escaped from a call whose main process has ended."""
         mains = {call.main for call in self._calls.values()} | zygote.spares.items()
         marks = {*self._past, *map(entry, self._calls)}
         return may_have_escaped(tree, zygote.pid, processes, mains, marks)

@@ -1,6 +1,7 @@
 """The zygote: has loaded one generation of the procedures file, and forks a process for each call.
 
-It forks ahead: a few processes, the *spares*, wait for a call each, so that no call waits for a fork. Each is used once.
+It forks ahead: a few processes, the *spares*, wait for a call each, so that no call waits for a fork. Each is used
+once.
 
 Leaner than the warden: a fork costs by what its parent holds. It has read no key and no password, for it is
 exec'ed. It is the calls' parent: it reaps them and reports. It ends when the warden closes the socket, and is

@@ -16,7 +16,8 @@ from harpd.cgroup import Cgroup
 from harpd.eventloop import EventLoop
 from harpd.mark import entry
 from harpd.output import Output
-from harpd.processes import Process, Snapshot, Tree, kill_group, may_have_escaped, send, snapshot, start_time
+from harpd.processes import Process, Snapshot, Tree, kill_group, may_have_escaped, send, snapshot
+from harpd.procstat import start_time
 from support.deadline import wait_until
 from support.hopper import group_lives, hopping
 

@@ -17,7 +17,8 @@ import pytest
 
 from harpd.cgroup import Cgroups
 from harpd.mark import entry
-from harpd.processes import Tree, snapshot, start_time
+from harpd.processes import Tree, snapshot
+from harpd.procstat import start_time
 from harpd.records import CallRecords, Record, Swept
 from support.cgroups import freezer, own_cgroup
 from support.deadline import wait_until
