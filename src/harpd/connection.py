@@ -21,10 +21,11 @@ from dataclasses import replace
 from functools import partial
 
 from harp.daemon.allowance import Allowance, Share
+from harp.daemon.slicing import open_quickly
 from harp.protocol.daemon import AnyRequest, Attach, ListCalls, Request, decode_request, encode_message
 from harp.protocol.ends import Failed
 from harp.protocol.fields import ProtocolError
-from harp.protocol.jsontext import Envelope, dumps, open_sliced
+from harp.protocol.jsontext import Envelope, dumps
 from harp.protocol.kept import encode_terms
 from harp.protocol.lines import LineBuffer, LineTooLong
 from harpd.carrying import AFTER_REQUEST, CALL_DIED, SHUTDOWN, Around, KeptCall, Refused, TiedCall
@@ -223,7 +224,7 @@ class Connection:
         line, more = await self._read_line()
         said_more = bool(more.strip())
         try:
-            request = decode_request(line, open_sliced)
+            request = decode_request(line, open_quickly)
         except ProtocolError as error:
             raise Refused(Failed(error.type, error.message), sending=said_more) from error
         kept = isinstance(request, Attach) or (isinstance(request, Request) and request.call is not None)

@@ -8,8 +8,9 @@ import socket
 import struct
 from collections.abc import Callable
 
+from harp.daemon.slicing import open_quickly
 from harp.protocol.fields import ProtocolError
-from harp.protocol.jsontext import InvalidJSON, Members, open_sliced
+from harp.protocol.jsontext import InvalidJSON, Members
 from harp.protocol.lines import LineBuffer, LineTooLong
 from harpd.eventloop import READ, WRITE, EventLoop
 
@@ -123,7 +124,7 @@ class _FirstLine:
             if not data:
                 self._connection.close()
                 return
-            request = open_sliced(lines[0])
+            request = open_quickly(lines[0])
         except BlockingIOError:
             return
         except (OSError, LineTooLong, InvalidJSON) as error:

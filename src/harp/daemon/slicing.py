@@ -1,0 +1,66 @@
+"""Opening a message with its payloads as `Raw` text, as `harp.protocol.jsontext.open_sliced` does, some times faster.
+
+msgspec slices; whatever it does not take, or may have taken too lightly, goes to the careful one. Both give the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import msgspec
+
+from harp.protocol.jsontext import Members, Payload, Raw, open_sliced
+from harp.protocol.strictjson import checked_text, loads
+
+__all__ = ["open_quickly"]
+
+_decoder = msgspec.json.Decoder(dict[str, msgspec.Raw])
+
+#: What stands around a member besides its value: two quotes, a colon and a comma.
+_AROUND = 4
+
+
+class _Members:
+    """Members whose payloads are slices of the line."""
+
+    __slots__ = ("_slices",)
+
+    def __init__(self, slices: dict[str, msgspec.Raw]) -> None:
+        self._slices = slices
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._slices
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._slices)
+
+    def value(self, key: str) -> Any:
+        """See `Members`."""
+        raw = self._slices[key]
+        try:
+            return msgspec.json.decode(raw)
+        except (msgspec.MsgspecError, ValueError, RecursionError):
+            return loads(bytes(raw))
+
+    def payload(self, key: str) -> Payload:
+        """See `Members`."""
+        return Raw(self._slices[key])
+
+    def members(self, key: str) -> Members | None:
+        """See `Members`."""
+        raw = bytes(self._slices[key])
+        return open_quickly(raw) if raw.startswith(b"{") else None
+
+
+def open_quickly(line: bytes) -> Members:
+    """Open an object with its payloads as `Raw` text. Raises `InvalidJSON`."""
+    checked_text(line)
+    try:
+        slices = _decoder.decode(line)
+    except (msgspec.MsgspecError, ValueError, RecursionError):
+        return open_sliced(line)
+    # Of a repeated key the last one is left. The members that are left are the whole line only if nothing was dropped,
+    # nor anything is spelled in more bytes than it must; then the careful one looks.
+    size = 1 + sum(len(key.encode()) + len(memoryview(raw)) + _AROUND for key, raw in slices.items())
+    return _Members(slices) if slices and size == len(line) else open_sliced(line)

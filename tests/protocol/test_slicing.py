@@ -1,0 +1,118 @@
+"""`harp.daemon.slicing` against the careful opener: the same members, the same text, the same refusals."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from harp.daemon.slicing import open_quickly
+from harp.protocol.jsontext import InvalidJSON, Opener, open_sliced
+
+scalars = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text()
+values = st.recursive(scalars, lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=20)
+objects = st.dictionaries(st.text(), values)
+
+
+def outcome(opener: Opener, line: bytes) -> object:
+    """All that an opener makes of a line."""
+    try:
+        members = opener(line)
+        found: list[tuple[str, bytes, Any, object]] = []
+        for key in members:
+            inner = members.members(key)
+            within = None if inner is None else [(name, inner.payload(name)) for name in inner]
+            found.append((key, members.payload(key), repr(members.value(key)), within))
+    except InvalidJSON as error:
+        return str(error)
+    return found
+
+
+@given(objects, st.sampled_from([(",", ":"), (", ", ": ")]), st.booleans())
+def test_of_what_is_written_it_makes_the_same(value: Any, separators: tuple[str, str], ascii: bool) -> None:
+    line = json.dumps(value, separators=separators, ensure_ascii=ascii).encode("utf-8", "surrogatepass")
+    assert outcome(open_quickly, line) == outcome(open_sliced, line)
+
+
+@given(st.binary() | st.text().map(str.encode))
+@example(b'{"a":1,"a":2}')
+@example(b'{"a":1,"b":{},"a":1}')
+@example(b'{"a":1,"b":2,"a":12345}')
+@example(b'{"\\u0061":1,"a":2}')
+@example(b'{"a":1e999,"b":"\\ud800","c":"\xff"}')
+@example(b'{"a":"\\ud800"}')
+@example(b'{"a":NaN}')
+@example(b'{"a":-0,"b":0.10,"c":1E5}')
+@example(b'{"a":' + b"1" * 5000 + b"}")
+@example(b'{"a":1}x')
+@example(b" {}")
+@example(b'\xef\xbb\xbf{"a":1}')
+@example(b'{"a":' + b"[" * 1100 + b"]" * 1100 + b"}")
+def test_of_any_bytes_it_makes_the_same(line: bytes) -> None:
+    assert outcome(open_quickly, line) == outcome(open_sliced, line)
+
+
+@given(objects, st.data())
+def test_of_what_is_cut_or_changed_it_makes_the_same(value: Any, data: st.DataObject) -> None:
+    line = json.dumps(value, separators=(",", ":")).encode()
+    at = data.draw(st.integers(0, len(line)))
+    changed = line[:at] + data.draw(st.sampled_from([b"", b",", b'"a":1,', b" ", b"}", b"0"])) + line[at:]
+    assert outcome(open_quickly, changed) == outcome(open_sliced, changed)
+
+
+WRONG = [
+    "01",
+    '"\n"',
+    "[1,]",
+    '"\\x"',
+    "+1",
+    "1.",
+    '"\\u12"',
+    "tru",
+    "-",
+    "1e",
+    ".5",
+    '"\x1f"',
+    "[1 2]",
+    "{1:2}",
+    "nulll",
+    "1\x0b",
+    "1_0",
+]
+ODD = [
+    '"\\ud83d\\ude00"',
+    '"\x7f"',
+    '{"a":1,"a":2}',
+    '"\\ud800\\u0041"',
+    '"\\udc00"',
+    '"a\\/b"',
+    "\t1",
+    "-0",
+    "1E400",
+    "1" * 5000,
+]
+
+
+@pytest.mark.parametrize("text", WRONG)
+def test_what_is_no_value_is_refused_by_both(text: str) -> None:
+    line = f'{{"a":{text}}}'.encode()
+    assert isinstance(outcome(open_sliced, line), str)
+    assert outcome(open_quickly, line) == outcome(open_sliced, line)
+
+
+@pytest.mark.parametrize("text", ODD)
+def test_what_is_odd_and_still_a_value_is_the_same_to_both(text: str) -> None:
+    line = f'{{"a":{text}}}'.encode()
+    assert open_quickly(line).payload("a") == open_sliced(line).payload("a") == text.strip().encode()
+    assert outcome(open_quickly, line) == outcome(open_sliced, line)
+
+
+@pytest.mark.parametrize("count", [1, 2, 100])
+def test_a_repeated_key_is_refused_wherever_it_is(count: int) -> None:
+    members = [f'"{number}":{number}' for number in range(count)]
+    line = ("{" + ",".join([*members, '"0":0']) + "}").encode()
+    with pytest.raises(InvalidJSON, match="repeated key"):
+        open_quickly(line)
