@@ -19,8 +19,9 @@ from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any
 
-from harp.protocol.daemon import LONGEST_ORDER, Done, encode_order
+from harp.protocol.daemon import LONGEST_ORDER, Done, decode_order
 from harp.protocol.ends import Failed
+from harp.protocol.fields import ProtocolError
 from harp.protocol.lines import LineBuffer, LineTooLong
 from harpd.client import Client, Gone
 from harpd.config import Limits
@@ -37,8 +38,6 @@ _STOP_MARGIN = 10.0
 _MOST_HELD = 64 * 1024
 #: How the line begins by which a warden refuses a call because it ends; `encode_message` writes it so.
 _REFUSED = b'{"harp":1,"error":{"type":"shutdown"'
-#: By this a client says that it wants no more of a kept call.
-_DONE = encode_order(Done())
 
 AFTER_REQUEST = Failed("invalid_request", "data after the request line")
 CALL_DIED = Failed("call_died", "the warden of the calls died")
@@ -306,10 +305,11 @@ class KeptCall(_Carrying):
         with contextlib.suppress(WardenLost):
             while self._next is None:
                 lines = [line + b"\n" for line in buffer.feed(data)]
-                if self._keep and _DONE in lines:
-                    last = lines.index(_DONE) + 1
-                    self._next = b"".join([*lines[last:], buffer.pending])
-                    del lines[last:]
+                if self._keep:
+                    last = next((number for number, line in enumerate(lines, 1) if _is_done(line)), None)
+                    if last is not None:
+                        self._next = b"".join([*lines[last:], buffer.pending])
+                        del lines[last:]
                 if self._answered and lines:
                     await self._send(b"".join(lines))
                 else:
@@ -325,6 +325,14 @@ class KeptCall(_Carrying):
     async def _send(self, data: bytes) -> None:
         async with asyncio.timeout(self._limits.write_stall):
             await self._warden.send(data)
+
+
+def _is_done(line: bytes) -> bool:
+    """Whether a client says by this line that it wants no more of a kept call."""
+    try:
+        return b"done" in line and isinstance(decode_order(line), Done)
+    except ProtocolError:
+        return False
 
 
 async def _first(one: Coroutine[Any, Any, None], other: Coroutine[Any, Any, None], left: asyncio.Future[None]) -> None:

@@ -1,0 +1,235 @@
+"""Connections to harpd that are kept for another request: what may follow what, and what ends them."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from support.calls import nothing_is_left
+from support.daemonlog import DEADLINE
+from support.deadline import wait_until
+from support.harpd import OWNER, SECRET, Harpd, LineClient
+
+PROCEDURES = """
+import os, time
+from harpd.proc import procedure, streaming_procedure
+
+@procedure
+def echo(value):
+    return value
+
+@procedure
+def pid():
+    return os.getpid()
+
+@procedure
+def wrong():
+    raise ValueError("text")
+
+@procedure(timeout=0.1)
+def too_long():
+    time.sleep(3600)
+
+@procedure
+def wait_for(path):
+    while not os.path.exists(path):
+        time.sleep(0.01)
+    return "there"
+
+@streaming_procedure
+def count(most):
+    for number in range(most):
+        yield number
+"""
+
+IDLE = 60.0
+
+
+@pytest.fixture(scope="module")
+def harpd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Harpd]:
+    configuration = {"limits": {"kill_grace": 1, "idle": IDLE}}
+    with Harpd(tmp_path_factory.mktemp("keep"), PROCEDURES, configuration, apart=True) as harpd:
+        yield harpd
+        nothing_is_left(harpd)
+
+
+def ask(harpd: Harpd, client: LineClient, procedure: str, *arguments: Any, **more: Any) -> Any:
+    """Ask on a connection that is to be kept; return the acknowledgement, or the refusal."""
+    client.send({**harpd.request(procedure, list(arguments)), "keep": True, **more})
+    return client.message()
+
+
+def kept(call_id: str, harpd: Harpd, client: LineClient) -> dict[str, Any]:
+    """The terms of a kept call; asks for the warden's name on the same connection."""
+    client.send({"harp": 1, "calls": OWNER, "auth": harpd.auth, "keep": True})
+    held = client.message()
+    assert held["keep"] == IDLE
+    terms = {"keep_running": 60, "linger": 60, "timeout": 60, "max_exec_time": 60}
+    return {"id": call_id, "owner": OWNER, "secret": SECRET, "warden": held["warden"], **terms}
+
+
+def closed(client: LineClient) -> bool:
+    return bool(client.lines() == [])
+
+
+def test_one_connection_serves_many_calls_each_in_its_own_process(harpd: Harpd) -> None:
+    pids = set()
+    with harpd.connect() as client:
+        for _ in range(20):
+            assert ask(harpd, client, "pid") == {"harp": 1, "stream_result": False, "keep": IDLE}
+            pids.add(client.message()["result"])
+        assert ask(harpd, client, "count", 3)["stream_result"] is True
+        assert [client.message() for _ in range(4)] == [{"stream": n} for n in range(3)] + [{"result": None}]
+        ask(harpd, client, "wrong")
+        assert client.message()["exception"]["message"] == "text"
+        ask(harpd, client, "echo", "last")
+        assert client.message() == {"result": "last"}
+    assert len(pids) == 20
+
+
+def test_who_does_not_ask_for_it_is_told_nothing_of_it_and_the_connection_closes(harpd: Harpd) -> None:
+    with harpd.connect() as client:
+        client.send(harpd.request("echo", [1]))
+        assert client.lines() == [{"harp": 1, "stream_result": False}, {"result": 1}]
+    with harpd.connect() as client:  # at any time
+        ask(harpd, client, "echo", 1)
+        client.message()
+        client.send(harpd.request("echo", [2]))
+        assert client.lines() == [{"harp": 1, "stream_result": False}, {"result": 2}]
+
+
+@pytest.mark.parametrize("procedure", ["nobody", "too_long"])
+def test_after_an_error_it_closes(harpd: Harpd, procedure: str) -> None:
+    with harpd.connect() as client:
+        ask(harpd, client, "echo", 1)
+        client.message()
+        client.send({**harpd.request(procedure, []), "keep": True})
+        lines = client.lines()
+        assert lines[-1]["error"]["type"] in {"no_such_procedure", "timeout"}
+
+
+def test_what_comes_before_the_end_still_stops_the_call(harpd: Harpd, tmp_path: Path) -> None:
+    with harpd.connect() as client:
+        ask(harpd, client, "wait_for", str(tmp_path / "never"))
+        client.send({**harpd.request("echo", [1]), "keep": True})
+        (error,) = client.lines()
+        assert error["error"]["message"] == "data after the request line"
+    harpd.wait_event("client sent more; call stopped")
+
+
+def test_whoever_goes_away_stops_his_call(harpd: Harpd, tmp_path: Path) -> None:
+    with harpd.connect() as client:
+        ask(harpd, client, "echo", 1)
+        client.message()
+        ask(harpd, client, "wait_for", str(tmp_path / "never"))
+    harpd.wait_event("client went away; call stopped")
+
+
+def test_each_request_is_authenticated(harpd: Harpd) -> None:
+    with harpd.connect() as client:
+        ask(harpd, client, "echo", 1)
+        client.message()
+        client.send({**harpd.request("echo", [2]), "auth": {"user": harpd.user, "password": "wrong"}, "keep": True})
+        (refusal,) = client.lines()
+        assert refusal["error"]["type"] == "auth_error"
+
+
+def test_a_bit_at_a_time(harpd: Harpd) -> None:
+    line = json.dumps({**harpd.request("echo", [1]), "keep": True}).encode() + b"\n"
+    with harpd.connect() as client:
+        for _ in range(2):
+            for at in range(len(line)):
+                client.send(line[at : at + 1])
+            assert client.message()["keep"] == IDLE
+            assert client.message() == {"result": 1}
+
+
+def test_garbage_instead_of_the_next_request_is_refused(harpd: Harpd) -> None:
+    with harpd.connect() as client:
+        ask(harpd, client, "echo", 1)
+        client.message()
+        client.send(b"garbage\n")
+        (refusal,) = client.lines()
+        assert refusal["error"]["type"] == "parse_error"
+
+
+def test_kept_calls_and_lists_take_turns_on_a_connection(harpd: Harpd) -> None:
+    """What is said right behind `done` is the next request."""
+    ids = [f"00000000-0000-4000-8000-00000000000{number}" for number in range(4)]
+    with harpd.connect() as client:
+        terms = [kept(call_id, harpd, client) for call_id in ids]
+        requests = [{**harpd.request("count", [2]), "call": one, "keep": True} for one in terms]
+        client.send(requests[0])
+        for number, call_id in enumerate(ids):
+            acknowledged = client.message()
+            assert (acknowledged["keep"], acknowledged["call"]["records"]) == (IDLE, 0)
+            lines = []
+            while "result" not in (line := client.message()):
+                lines.append(line)
+            assert [one for one in lines if "stream" in one] == [{"stream": 0}, {"stream": 1}], call_id
+            following = requests[number + 1] if number + 1 < len(ids) else {**harpd.request("echo", [5]), "keep": True}
+            behind = b'{"done":true}\n' + json.dumps(following).encode() + b"\n"
+            client.send(behind if number % 2 else behind[:20])
+            if not number % 2:
+                client.send(behind[20:])
+        assert client.message() == {"harp": 1, "stream_result": False, "keep": IDLE}
+        assert client.message() == {"result": 5}
+        client.send({"harp": 1, "calls": OWNER, "auth": harpd.auth, "keep": True})
+        assert client.message()["calls"] == []
+
+
+def test_a_kept_call_goes_on_when_its_connection_is_cut_and_attaching_may_keep_one_too(
+    harpd: Harpd, tmp_path: Path
+) -> None:
+    call_id = "00000000-0000-4000-8000-0000000000aa"
+    with harpd.connect() as client:
+        client.send({**harpd.request("wait_for", [str(tmp_path / "go")]), "call": kept(call_id, harpd, client)})
+        assert "keep" not in client.message()
+    with harpd.connect() as client:
+        attach = {"harp": 1, "attach": call_id, "owner": OWNER, "secret": SECRET, "since": 0, "auth": harpd.auth}
+        client.send({**attach, "keep": True})
+        assert client.message()["keep"] == IDLE
+        (tmp_path / "go").touch()
+        while "result" not in (line := client.message()):
+            assert "evidence" in line
+        client.send({"done": True})
+        ask(harpd, client, "echo", 1)
+        assert client.message() == {"result": 1}
+
+
+def test_a_connection_that_nobody_uses_is_closed(tmp_path: Path) -> None:
+    with Harpd(tmp_path / "harpd", PROCEDURES, {"limits": {"idle": 0.2}}) as harpd, harpd.connect() as client:
+        assert ask(harpd, client, "echo", 1)["keep"] == 0.2
+        client.message()
+        assert closed(client)
+
+
+def test_the_end_of_the_daemon_closes_what_is_idle_without_a_word(tmp_path: Path) -> None:
+    harpd = Harpd(tmp_path / "harpd", PROCEDURES).start()
+    with harpd.connect() as client:
+        ask(harpd, client, "echo", 1)
+        client.message()
+        harpd.stop()
+        assert closed(client)
+
+
+def test_a_request_that_lay_in_a_halted_gate_is_as_old_as_that(tmp_path: Path) -> None:
+    """Else a start that its dispatcher has given up could still come true."""
+    with Harpd(tmp_path / "harpd", PROCEDURES, apart=True) as harpd, harpd.connect() as client:
+        terms = {**kept("00000000-0000-4000-8000-0000000000bb", harpd, client), "keep_running": 3}
+        os.kill(harpd.pid, signal.SIGSTOP)
+        try:
+            client.send({**harpd.request("wait_for", [str(tmp_path / "never")]), "call": terms, "keep": True})
+            halted = time.monotonic()
+            wait_until(lambda: time.monotonic() - halted > 4, DEADLINE, "a while")
+        finally:
+            os.kill(harpd.pid, signal.SIGCONT)
+        (refusal,) = client.lines()
+        assert refusal["error"]["type"] == "call_refused"
