@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ import pytest
 
 from harpd.auth import AuthDB, inconfig, passfile
 from harpd.auth.crypt import matches
+from harpd.auth.recalled import RecalledPasswords
+from support.deadline import wait_until
 
 #: Hashes of "secret" in the forms that Debian and Red Hat write.
 HASHES = {
@@ -168,3 +171,56 @@ def test_own_modules_derive_from_the_base_class() -> None:
     assert Anybody().authenticate("a", "b")
     with pytest.raises(TypeError):
         AuthDB()  # type: ignore[abstract]
+
+
+def settle(file: Path) -> None:
+    """Let the file's last change be long ago, as far as its times tell; that of its inode can't be set."""
+    changed = file.stat().st_ctime
+    wait_until(lambda: time.time() - changed > passfile._SETTLED, what="a file that was not changed for a while")
+
+
+def test_passfile_recalls_what_it_found_until_the_file_changes(users_file: Path) -> None:
+    users = passfile.create({"file": str(users_file)})
+    settle(users_file)
+    assert not users.recalls("alice", "secret")
+    assert not users.authenticate("alice", "wrong")
+    assert not users.recalls("alice", "wrong")
+    assert users.authenticate("alice", "secret")
+    assert users.recalls("alice", "secret")
+    assert not users.recalls("alice", "wrong")
+    assert not users.recalls("bob", "secret")
+    users_file.write_text(users_file.read_text())
+    assert not users.recalls("alice", "secret")
+    users_file.unlink()
+    assert not users.recalls("alice", "secret")
+
+
+def test_passfile_recalls_nothing_of_a_file_that_was_just_changed(users_file: Path) -> None:
+    """It may be changed again within the same tick of the clock."""
+    users = passfile.create({"file": str(users_file)})
+    users_file.write_text(users_file.read_text())
+    assert users.authenticate("alice", "secret")
+    assert not users.recalls("alice", "secret")
+
+
+def test_inconfig_recalls_hashed_passwords_once_they_were_right_and_plain_ones_always() -> None:
+    users = inconfig.create({"users": {"alice": f"crypt:{SHA512}", "bob": "plain:word"}})
+    assert users.recalls("bob", "word")
+    assert not users.recalls("bob", "Word")
+    assert not users.recalls("carol", "word")
+    assert not users.recalls("alice", "secret")
+    assert users.authenticate("alice", "secret")
+    assert users.recalls("alice", "secret")
+    assert not users.recalls("alice", "secret ")
+
+
+def test_a_recalled_password_is_of_one_user_and_one_stored_hash() -> None:
+    recalled = RecalledPasswords()
+    recalled.note("alice", "secret", "stored")
+    assert recalled.has("alice", "secret", "stored")
+    for user, password, stored in (("bob", "secret", "stored"), ("alice", "dsecret", "store"), ("alice", "", "stored")):
+        assert not recalled.has(user, password, stored)
+    for number in range(2000):
+        recalled.note(str(number), "\ud800", "stored")
+    assert not recalled.has("alice", "secret", "stored")
+    assert recalled.has("1999", "\ud800", "stored")

@@ -1,0 +1,117 @@
+"""`harpd.arguments`: the look at the code object says what `inspect` says."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import subprocess
+import sys
+from collections.abc import Callable
+from itertools import product
+from typing import Any
+
+import pytest
+
+from harpd.arguments import WrongArguments, check_arguments
+from harpd.proc import Procedure, StreamingProcedure, procedure
+
+
+def none() -> None: ...
+def one(a: Any) -> None: ...
+def optional(a: Any, b: Any = 1) -> None: ...
+def positional_only(a: Any, /, b: Any = 1) -> None: ...
+def keyword_only(a: Any, *, k: Any) -> None: ...
+def keyword_optional(a: Any = 0, *, k: Any = 1) -> None: ...
+def mixed(a: Any, /, b: Any, c: Any = 1, *, k: Any, m: Any = 2) -> None: ...
+def any_positional(*args: Any) -> None: ...
+def any_named(**kwargs: Any) -> None: ...
+def anything(a: Any, *args: Any, k: Any = 1, **kwargs: Any) -> None: ...
+
+
+@functools.wraps(one)
+def wrapper(*args: Any, **kwargs: Any) -> None: ...
+
+
+class Callable_:
+    def __call__(self, a: Any, b: Any = 1) -> None: ...
+
+
+class Own(Procedure):
+    def __call__(self, word: Any, /) -> Any:
+        return word
+
+
+class Local:
+    """Many a function has locals, which are no parameters."""
+
+    @staticmethod
+    def function(a: Any) -> None:
+        b = k = a
+        del b, k
+
+
+FUNCTIONS: list[Callable[..., Any]] = [none, one, optional, positional_only, keyword_only, keyword_optional, mixed]
+FUNCTIONS += [wrapper, any_positional, any_named, anything, Local.function, Callable_(), len]
+FUNCTIONS += [functools.partial(mixed, 1)]
+PROCEDURES = [*map(Procedure, FUNCTIONS), StreamingProcedure(one), Own(one)]
+GIVEN: list[tuple[list[int], dict[str, int]]] = [([0] * count, {}) for count in range(5)]
+GIVEN += [([], dict.fromkeys(names, 0)) for size in range(1, 4) for names in product("abckmz", repeat=size)]
+
+
+@pytest.mark.parametrize("one", PROCEDURES, ids=repr)
+def test_it_agrees_with_inspect_on_everything(one: Procedure) -> None:
+    signature = one.signature()
+    for positional, named in GIVEN:
+        try:
+            signature.bind(*positional, **named)
+        except TypeError as error:
+            with pytest.raises(WrongArguments) as caught:
+                check_arguments(one, positional, named)
+            assert str(caught.value).startswith(str(error))
+        else:
+            check_arguments(one, positional, named)
+
+
+def test_changed_defaults_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(one, "__defaults__", (5,))
+    check_arguments(procedure(one), [], {})
+
+
+def test_a_signature_that_is_given_counts() -> None:
+    def disguised(a: Any) -> None: ...
+
+    disguised.__signature__ = inspect.signature(optional)  # type: ignore[attr-defined]
+    check_arguments(procedure(disguised), [1, 2], {})
+
+
+def test_what_has_no_signature_is_not_checked() -> None:
+    with pytest.raises(ValueError, match="signature"):
+        Procedure(max).signature()
+    check_arguments(Procedure(max), [1, 2, 3, 4], {})
+
+
+def loaded(text: str) -> set[str]:
+    """The modules that a process has which has loaded a procedures file with this text, as a zygote does."""
+    program = """
+import sys, tempfile
+from harpd import arguments, zygote
+from harpd.procedures import load_procedures
+with tempfile.NamedTemporaryFile("w", suffix=".py") as file:
+    file.write(sys.argv[1])
+    file.flush()
+    arguments.prepare(load_procedures(file.name).values())
+print(*sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-P", "-c", program, text], capture_output=True, text=True, check=True)
+    return set(done.stdout.split())
+
+
+def test_a_zygote_is_lean() -> None:
+    """A fork costs by what its parent has loaded; threading alone, by what it does at each, a fifth of a small call."""
+    plain = "from harpd.proc import *\n@procedure\ndef f(a): return a\n"
+    heavy = {"typing", "dataclasses", "inspect", "logging", "threading", "asyncio", "ssl", "subprocess"}
+    assert not heavy & loaded(plain)
+
+
+def test_what_its_calls_would_load_is_loaded_before() -> None:
+    assert "inspect" in loaded("from harpd.proc import *\n@procedure\ndef f(*a): return a\n")
