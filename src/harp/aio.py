@@ -21,6 +21,7 @@ from typing import Any, NoReturn, Self, TypeVar, Unpack
 from harp.aioconnection import AsyncJSONConnection, AsyncJSONSSLConnection
 from harp.connection import Endpoint
 from harp.errors import HarpException
+from harp.idle import Idle
 from harp.operations import (
     Answer,
     Credentials,
@@ -36,6 +37,7 @@ from harp.operations import (
     plain_request,
     public,
     submit,
+    surely,
     waits,
 )
 from harp.protocol.dispatcher import FollowStream, ReadStream, Request, encode_request
@@ -207,9 +209,12 @@ class _Stream(_Iteration):
 
     _closed = True
 
-    def __init__(self, conn: AsyncJSONConnection, reader: Reader) -> None:
+    def __init__(
+        self, conn: AsyncJSONConnection, reader: Reader, idle: Idle[AsyncJSONConnection] | None = None
+    ) -> None:
         self._conn = conn
         self._reader = reader
+        self._idle = idle
         self._turn = asyncio.Lock()
         self._waiting: asyncio.Timeout | None = None
         self._closed = False
@@ -220,10 +225,10 @@ class _Stream(_Iteration):
                 try:
                     items = await self._items()
                 except BaseException:
-                    await self.close()
+                    await self._finish()
                     raise
                 if self._reader.finished:
-                    await self.close()
+                    await self._finish()
                 for item in items:
                     return item
             raise StopAsyncIteration
@@ -270,6 +275,16 @@ class _Stream(_Iteration):
             if self._waiting is not None:
                 self._waiting.reschedule(asyncio.get_running_loop().time())
             await self._conn.close()
+
+    async def _finish(self) -> None:
+        """End the iteration after the last line or an error."""
+        keep = self._reader.keep
+        if self._idle is None or keep is None:
+            await self.close()
+        elif not self._closed:
+            self._closed = True
+            self._conn.rest()
+            self._idle.put(self._conn, keep, time.monotonic())
 
     def __del__(self) -> None:
         if not self._closed:
@@ -374,10 +389,14 @@ class AsyncHarpServer:
         password: str,
         port: int = 4306,
         ca_file: str | os.PathLike[str] | None = None,
+        *,
+        keep: bool = False,
     ) -> None:
         self._endpoint = Endpoint(host, port)
         self._credentials = Credentials(user, password)
         self._ca_file = ca_file
+        self._keep = bool(keep)
+        self._idle = Idle(AsyncJSONConnection.abandon)
 
     def __getattr__(self, procedure: str) -> AsyncHarpProcedure:
         """The procedure of this name."""
@@ -388,7 +407,23 @@ class AsyncHarpServer:
 
     def __repr__(self) -> str:
         where, who = self._endpoint, self._credentials
-        return f"AsyncHarpServer({where.host!r}, {who!r}, port={where.port}, ca_file={self._ca_file!r})"
+        file, keep = self._ca_file, self._keep
+        return f"AsyncHarpServer({where.host!r}, {who!r}, port={where.port}, ca_file={file!r}, keep={keep})"
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for conn in self._idle.drain():
+            if conn.quiet():
+                await conn.close()
+            else:  # it may be of another event loop
+                conn.abandon()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_idle": Idle(AsyncJSONConnection.abandon)}  # a copy has connections of its own
 
 
 class AsyncHarpProcedure:
@@ -400,18 +435,22 @@ class AsyncHarpProcedure:
 
     async def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
         """As `harp.HarpProcedure.__call__`; a streamed result is an `AsyncHarpStreamIterator`."""
-        line = direct_request(self._name, args, kwargs, self._server._credentials)
-        conn = self._server._connection()
+        server = self._server
+        line = direct_request(self._name, args, kwargs, server._credentials, server._keep)
+        kept = server._idle.take(time.monotonic())
+        conn = kept or server._connection()
         reader = DirectReader()
         try:
-            await conn.connect()
-            answer = await conn.ask(line)
+            if kept is None:
+                await conn.connect()
+            with surely(kept is not None):
+                answer = await conn.ask(line)
             with conn.endpoint.mapped("reply"):
                 streams = reader.streams(answer)
         except BaseException:
             await conn.close()
             raise
-        stream = _Stream(conn, reader)
+        stream = _Stream(conn, reader, server._idle if server._keep else None)
         return AsyncHarpStreamIterator(stream) if streams else (await anext(stream)).value
 
     def __repr__(self) -> str:

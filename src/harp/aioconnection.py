@@ -11,9 +11,10 @@ from contextlib import suppress
 from types import TracebackType
 from typing import Any, NoReturn, Self, cast
 
-from harp.connection import CONNECT_DEADLINE, Dial, Endpoint, Incoming, encoded, tls_context
+from harp.connection import CONNECT_DEADLINE, Dial, Endpoint, Incoming, encoded, quiet
 from harp.errors import CommunicationError
 from harp.protocol.jsontext import loads
+from harp.tls import tls_context
 
 __all__ = ["AsyncJSONConnection", "AsyncJSONSSLConnection"]
 
@@ -27,7 +28,8 @@ class _Link(asyncio.Protocol):
 
     transport: asyncio.Transport
 
-    def __init__(self, endpoint: Endpoint) -> None:
+    def __init__(self, endpoint: Endpoint, sock: socket.socket) -> None:
+        self.sock = sock
         self._incoming = Incoming(endpoint)
         self._endpoint = endpoint
         self._failure: CommunicationError | None = None
@@ -96,6 +98,10 @@ class _Link(asyncio.Protocol):
             await self._news.wait()
         return line
 
+    def quiet(self) -> bool:
+        """Whether the connection stands and nothing has come that nobody has taken."""
+        return self._failure is None and self._incoming.empty and quiet(self.sock)
+
     async def lost(self) -> None:
         """Wait until nothing is left of the connection."""
         await self._lost.wait()
@@ -141,7 +147,7 @@ class AsyncJSONConnection:
         with self.endpoint.mapped("TLS handshake" if context else "can't connect"):
             async with asyncio.timeout(last - time.monotonic()):
                 _, link = await self._loop.create_connection(
-                    lambda: _Link(self.endpoint), sock=sock, ssl=context, server_hostname=name
+                    lambda: _Link(self.endpoint, sock), sock=sock, ssl=context, server_hostname=name
                 )
         return link
 
@@ -162,8 +168,10 @@ class AsyncJSONConnection:
         """`abort`, from any thread and also when the event loop has gone: for who is not held by anyone any more."""
         link, self._link = self._link, None
         if link is not None:
-            with suppress(RuntimeError):  # the loop is closed
+            try:
                 self._loop.call_soon_threadsafe(link.transport.abort)
+            except RuntimeError:  # the loop is closed: nobody else will close the socket
+                link.sock.close()
 
     async def send(self, obj: Any) -> None:
         """As `harp.JSONConnection.send`."""
@@ -195,6 +203,14 @@ class AsyncJSONConnection:
                 return await self.receive_line()
             raise
         return await self.receive_line()
+
+    def rest(self) -> None:
+        """Notice from now on what comes, the end of the connection too, though nobody waits for a line."""
+        self._connected().transport.resume_reading()
+
+    def quiet(self) -> bool:
+        """As `harp.JSONConnection.quiet`, and the running event loop is the one that has the connection."""
+        return self._link is not None and self._loop is asyncio.get_running_loop() and self._link.quiet()
 
     def _connected(self) -> _Link:
         if self._link is None:

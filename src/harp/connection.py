@@ -8,7 +8,6 @@ caller's own value or file is at fault. The cause tells what happened: `OSError`
 
 from __future__ import annotations
 
-import errno
 import ipaddress
 import os
 import socket
@@ -24,6 +23,7 @@ from typing import Any, NoReturn, Self, TypeAlias
 from harp.errors import CommunicationError, HarpException
 from harp.protocol.jsontext import NotJSON, dumps, loads
 from harp.protocol.lines import LineBuffer
+from harp.tls import TLSSocket, tls_context
 
 __all__ = [
     "CONNECT_DEADLINE",
@@ -34,7 +34,7 @@ __all__ = [
     "JSONConnection",
     "JSONSSLConnection",
     "encoded",
-    "tls_context",
+    "quiet",
 ]
 
 #: Seconds that a connection may take to come to be, TLS handshake included.
@@ -89,13 +89,28 @@ class Endpoint:
         """The error that says what could not be done with this peer, and why."""
         return CommunicationError(f"{self}: {doing}: {cause}")
 
-    @contextmanager
-    def mapped(self, doing: str) -> Iterator[None]:
+    def mapped(self, doing: str) -> _Mapped:
         """Turn errors of the network, of TLS, of JSON and of the protocol into `CommunicationError`."""
-        try:
-            yield
-        except (OSError, EOFError, ValueError) as error:
-            raise self.error(doing, _cause(error)) from error
+        return _Mapped(self, doing)
+
+
+class _Mapped:
+    """The context manager of `Endpoint.mapped`; a class, as a generator would cost each call more than its lines do."""
+
+    __slots__ = ("_doing", "_endpoint")
+
+    def __init__(self, endpoint: Endpoint, doing: str) -> None:
+        self._endpoint = endpoint
+        self._doing = doing
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if isinstance(error, (OSError, EOFError, ValueError)):
+            raise self._endpoint.error(self._doing, _cause(error)) from error
 
 
 def _cause(error: Exception) -> str:
@@ -170,42 +185,6 @@ def _prepare(sock: socket.socket) -> None:
             sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
 
 
-def tls_context(ca_file: str | os.PathLike[str] | None) -> ssl.SSLContext:
-    """How TLS is spoken: 1.2 and up; the server's chain and name are verified when there is a `ca_file`.
-
-    Raises:
-        HarpException: the file can't be read or holds no certificate.
-    """
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.sslsocket_class = _SSLSocket
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    if ca_file is None:
-        context.check_hostname = False
-        context.verify_mode = ssl.CERT_NONE
-        return context
-    try:
-        context.load_verify_locations(cafile=ca_file)
-    except ssl.SSLError as error:
-        raise HarpException(f"ca_file {os.fspath(ca_file)!r}: holds no certificate in PEM form") from error
-    except (OSError, ValueError, TypeError) as error:
-        raise HarpException(f"ca_file {ca_file!r}: {getattr(error, 'strerror', None) or error}") from error
-    return context
-
-
-class _SSLSocket(ssl.SSLSocket):
-    """Is closed, and says why, when the peer has reset the connection before the handshake.
-
-    The plain one, which asks for the peer's name first of all, would be left open, or be taken for connected.
-    """
-
-    def getpeername(self) -> Any:
-        try:
-            return super().getpeername()
-        except OSError as error:
-            self.close()
-            raise ConnectionResetError(errno.ECONNRESET, os.strerror(errno.ECONNRESET)) from error
-
-
 class Incoming:
     """What has come from a peer: bytes in, lines out."""
 
@@ -223,6 +202,11 @@ class Incoming:
         """Whether there are lines that nobody has taken."""
         return bool(self._lines)
 
+    @property
+    def empty(self) -> bool:
+        """Whether nothing is left of what has come, no line and no part of one."""
+        return not self._lines and not self._buffer.pending
+
     def feed(self, data: bytes) -> None:
         """Take what was read; no bytes mean that the peer has closed. Raises `CommunicationError`."""
         with self._endpoint.mapped("reading"):
@@ -235,6 +219,20 @@ class Incoming:
         if size:
             raise ConnectionAbortedError(f"the peer closed the connection {size} bytes into a line")
         raise EOFError("the peer closed the connection before it had said all")
+
+
+def quiet(sock: socket.socket) -> bool:
+    """Whether nothing has come that nobody has read, not even the connection's end. Neither waits nor reads."""
+    if isinstance(sock, ssl.SSLSocket) and sock.pending():
+        return False
+    try:
+        # Of socket itself: an SSLSocket does not peek.
+        socket.socket.recv(sock, 1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
 
 
 def encoded(obj: Any) -> bytes:
@@ -275,6 +273,7 @@ class JSONConnection:
         """
         self.close()
         self._incoming = Incoming(self.endpoint)
+        self._process = os.getpid()
         try:
             opened = self._open(time.monotonic() + CONNECT_DEADLINE)
         except BaseException:
@@ -302,13 +301,17 @@ class JSONConnection:
         raise dial.failure()
 
     def close(self) -> None:
-        """Close the connection; nothing happens when it is closed. A thread that connects it or reads is woken."""
+        """Close the connection; nothing happens when it is closed. A thread that connects it or reads is woken.
+
+        In a process that was forked from the one that had it connected, only the copy here is closed.
+        """
         sock, self._socket = self._socket, None
         if sock is None:
             return
-        with suppress(OSError):
-            # Of socket itself: that of an SSLSocket takes TLS away from under a reading thread.
-            socket.socket.shutdown(sock, socket.SHUT_RDWR)
+        if self._process == os.getpid():
+            with suppress(OSError):
+                # Of socket itself: that of an SSLSocket takes TLS away from under a reading thread.
+                socket.socket.shutdown(sock, socket.SHUT_RDWR)
         with suppress(OSError):
             sock.close()
 
@@ -344,9 +347,18 @@ class JSONConnection:
         """Wait for a line and return it without its line feed. Raises `CommunicationError`."""
         while (line := self._incoming.line()) is None:
             with self.endpoint.mapped("reading"):
-                data = self._connected().recv(_CHUNK)
+                data = self._receive(self._connected())
             self._incoming.feed(data)
         return line
+
+    def _receive(self, sock: socket.socket) -> bytes:
+        """Wait for bytes and return them; none: the peer has closed."""
+        return sock.recv(_CHUNK)
+
+    def quiet(self) -> bool:
+        """Whether another request may go over the connection: it is open and of this process, and nothing has come."""
+        sock = self._socket
+        return sock is not None and self._process == os.getpid() and self._incoming.empty and quiet(sock)
 
     def ask(self, line: bytes) -> bytes:
         """Send a line and return the first line of the answer. Raises `CommunicationError`."""
@@ -404,14 +416,24 @@ class JSONSSLConnection(JSONConnection):
         super().__init__(host, port)
 
     def _open(self, last: float) -> socket.socket:
-        context = tls_context(self._ca_file)
+        self._context = tls_context(self._ca_file)
+        self._name = self.endpoint.server_name
+        self._heard = False
         sock = super()._open(last)
         try:
             sock.settimeout(max(last - time.monotonic(), 0.001))
             with self.endpoint.mapped("TLS handshake"):
-                secured = context.wrap_socket(sock, server_hostname=self.endpoint.server_name)
+                secured = self._context.secured(sock, self._name, self.endpoint.port)
         except BaseException:
             sock.close()
             raise
         secured.settimeout(None)
         return secured
+
+    def _receive(self, sock: socket.socket) -> bytes:
+        data = super()._receive(sock)
+        if not self._heard:
+            self._heard = True
+            assert isinstance(sock, TLSSocket)
+            self._context.remember(sock, self._name, self.endpoint.port)
+        return data

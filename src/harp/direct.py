@@ -6,12 +6,15 @@ As in `harp.client`, here is only the talking, and looking at an object never se
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterable
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 from harp.connection import Endpoint, JSONConnection, JSONSSLConnection
+from harp.idle import Idle
 from harp.iteration import Iteration, Stream
-from harp.operations import Credentials, direct_request, name_of, public
+from harp.operations import Credentials, direct_request, name_of, public, surely
 from harp.readers import DirectReader
 
 __all__ = ["HarpProcedure", "HarpServer", "HarpStreamIterator"]
@@ -20,6 +23,9 @@ __all__ = ["HarpProcedure", "HarpServer", "HarpStreamIterator"]
 class HarpServer:
     """A harpd, called without a dispatcher. Any attribute is a procedure on it.
 
+    A context manager that closes, at its end, the connections that wait for another call; so does the end of the
+    object. Calls are possible after it, too.
+
     Args:
         host: name or address of the host.
         user: name to authenticate as.
@@ -27,6 +33,8 @@ class HarpServer:
         port: harpd's port.
         ca_file: PEM file with the authorities that the server's certificate must come from, and it must be for
             `host`; None verifies neither.
+        keep: whether connections are kept for further calls, if harpd keeps them. Each carries one call at a time,
+            and no call is ever sent twice.
 
     Raises:
         HarpException: `host`, `port`, `user` or `password` won't do.
@@ -41,10 +49,14 @@ class HarpServer:
         password: str,
         port: int = 4306,
         ca_file: str | os.PathLike[str] | None = None,
+        *,
+        keep: bool = False,
     ) -> None:
         self._endpoint = Endpoint(host, port)
         self._credentials = Credentials(user, password)
         self._ca_file = ca_file
+        self._keep = bool(keep)
+        self._idle = Idle(JSONConnection.close)
 
     def __getattr__(self, procedure: str) -> HarpProcedure:
         """The procedure of this name."""
@@ -55,7 +67,19 @@ class HarpServer:
 
     def __repr__(self) -> str:
         where, who = self._endpoint, self._credentials
-        return f"HarpServer({where.host!r}, {who!r}, port={where.port}, ca_file={self._ca_file!r})"
+        return f"HarpServer({where.host!r}, {who!r}, port={where.port}, ca_file={self._ca_file!r}, keep={self._keep})"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for conn in self._idle.drain():
+            conn.close()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_idle": Idle(JSONConnection.close)}  # a copy has connections of its own
 
 
 class HarpProcedure:
@@ -90,17 +114,20 @@ class HarpProcedure:
 
         Spec: docs/client-api.md, HarpProcedure.
         """
-        line = direct_request(self._name, args, kwargs, self._server._credentials)
-        conn = self._server._connect()
+        server = self._server
+        line = direct_request(self._name, args, kwargs, server._credentials, server._keep)
+        kept = server._idle.take(time.monotonic())
+        conn = kept or server._connect()
         reader = DirectReader()
         try:
-            answer = conn.ask(line)
+            with surely(kept is not None):
+                answer = conn.ask(line)
             with conn.endpoint.mapped("reply"):
                 streams = reader.streams(answer)
         except BaseException:
             conn.close()
             raise
-        stream = Stream(conn, reader)
+        stream = Stream(conn, reader, server._idle if server._keep else None)
         return HarpStreamIterator(stream) if streams else next(stream).value
 
     def __repr__(self) -> str:

@@ -16,6 +16,7 @@ from typing import Any, NoReturn, Self
 
 from harp.connection import JSONConnection
 from harp.errors import HarpException
+from harp.idle import Idle
 from harp.readers import Reader
 
 __all__ = ["Iteration", "Stream"]
@@ -50,13 +51,16 @@ class Stream(Iteration):
     Args:
         conn: the connection; it is connected again when the reader has something to ask.
         reader: what reads its lines.
+        idle: where the connection goes instead when the reader has come to an end after which the peer keeps it.
     """
 
     _closed = True
 
-    def __init__(self, conn: JSONConnection, reader: Reader) -> None:
+    def __init__(self, conn: JSONConnection, reader: Reader, idle: Idle[JSONConnection] | None = None) -> None:
         self._conn = conn
         self._reader = reader
+        self._idle = idle
+        self._ending = threading.Lock()  # is taken for good by who ends the iteration
         self._turn = threading.Lock()
         self._left = threading.Event()
         self._closed = False
@@ -78,10 +82,10 @@ class Stream(Iteration):
                 try:
                     items = self._items()
                 except BaseException:
-                    self.close()
+                    self._finish()
                     raise
                 if self._reader.finished:
-                    self.close()
+                    self._finish()
                 for item in items:
                     return item
             raise StopIteration
@@ -114,10 +118,24 @@ class Stream(Iteration):
 
         A thread that waits for an item, or for the dispatcher to come back, is woken: its iteration ends.
         """
-        if not self._closed:
-            self._closed = True
-            self._left.set()
+        if self._end():
             self._conn.close()
+
+    def _finish(self) -> None:
+        """End the iteration after the last line or an error."""
+        keep = self._reader.keep
+        if self._idle is None or keep is None:
+            self.close()
+        elif self._end():
+            self._idle.put(self._conn, keep, time.monotonic())
+
+    def _end(self) -> bool:
+        """End the iteration; whether this did it: the connection is then the caller's, and of no other thread."""
+        if self._closed or not self._ending.acquire(blocking=False):
+            return False
+        self._closed = True
+        self._left.set()
+        return True
 
     def __del__(self) -> None:
         with suppress(Exception):

@@ -10,7 +10,8 @@ share nothing that changes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from typing import Any, Final, TypeAlias, TypedDict, TypeVar, final
 
@@ -61,6 +62,7 @@ __all__ = [
     "plain_request",
     "public",
     "submit",
+    "surely",
     "waits",
 ]
 
@@ -450,12 +452,30 @@ class Credentials:
         return f"user={self.user!r}, password='***'"
 
 
-def direct_request(procedure: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], credentials: Credentials) -> bytes:
-    """The line that asks harpd for a call.
+def direct_request(
+    procedure: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], credentials: Credentials, keep: bool
+) -> bytes:
+    """The line that asks harpd for a call, and with `keep` for another one over the same connection.
 
     Raises:
         HarpException: the arguments won't do.
     """
     return daemon.encode_request(
-        daemon.Request(procedure, _arguments(args, kwargs), credentials.user, credentials.password)
+        daemon.Request(procedure, _arguments(args, kwargs), credentials.user, credentials.password, keep=keep)
     )
+
+
+@contextmanager
+def surely(kept: bool) -> Iterator[None]:
+    """Let what keeps an answer away say that the call may have run, when its connection was kept from another call.
+
+    harpd may have closed it for its age just when the request was on its way, or may have broken off in the middle of
+    the call: that looks the same. So the call is not made again.
+    """
+    try:
+        yield
+    except CommunicationError as error:
+        if not kept:
+            raise
+        unknown = f"{error} (a kept connection broke: it is not known whether the call ran)"
+        raise CommunicationError(unknown) from error.__cause__

@@ -42,6 +42,11 @@ class Reader(ABC):
     def finished(self) -> bool:
         """Whether the last line has come."""
 
+    @property
+    def keep(self) -> float | None:
+        """Seconds for which the connection then waits for another request; None: it is to be closed."""
+        return None
+
     def interrupted(self, error: HarpException, now: float) -> float:
         """The seconds to wait before what `request` then gives is asked. Raises the error when there is no going on."""
         raise error
@@ -176,6 +181,11 @@ class DirectReader(Reader):
     def finished(self) -> bool:
         """Whether the closing line has come."""
         return self._exchange.finished
+
+    @property
+    def keep(self) -> float | None:
+        """Seconds for which harpd then waits for another request; None: it closes, or the closing line has not come."""
+        return self._exchange.keep if self._exchange.finished else None
 
     def streams(self, line: bytes) -> bool:
         """Read the first line: whether the result will be a streamed one.

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 import harp
-from harp import aio, aioconnection, connection
+from harp import aio, aioconnection, connection, tls
 from support.certificates import Certificates, server_files
 from support.deadline import eventually, wait_until
 from support.peers import Conversation, Peer, Script, answering, resetting, server_context, silent
@@ -181,7 +181,7 @@ def test_a_connection_that_is_reset_before_the_handshake_is_closed() -> None:
             accepted.close()
             wait_until(lambda: sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) == errno.ECONNRESET)
             with pytest.raises(ConnectionResetError):
-                connection.tls_context(None).wrap_socket(sock)
+                tls.tls_context(None).wrap_socket(sock)
 
 
 def test_tls_where_none_is_expected(shell: Shell, files: Certificates) -> None:

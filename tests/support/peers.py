@@ -131,6 +131,18 @@ def answering(
     return script
 
 
+def keeping(*answers: Iterable[object]) -> Script:
+    """A script: one request after the other, each with its replies, then silence until the other side closes."""
+
+    def script(talk: Conversation) -> None:
+        for replies in answers:
+            talk.expect()
+            talk.send(b"".join(map(line_of, replies)))
+        talk.until_closed()
+
+    return script
+
+
 def silent(talk: Conversation) -> None:
     """A script: say nothing."""
     talk.until_closed()

@@ -55,7 +55,7 @@ SIGNATURES = {
     "RemoteCall.stream": "(since=None, recent=None, numbered=False, *, timed=False)",
     "RemoteCall.submit_time": "()",
     "RemoteCall.why": "()",
-    "HarpServer": "(host, user, password, port=4306, ca_file=None)",
+    "HarpServer": "(host, user, password, port=4306, ca_file=None, *, keep=False)",
     "HarpServer.__getattr__": "(procedure)",
     "HarpProcedure": "(server, name)",
     "HarpProcedure.__call__": "(*args, **kwargs)",
