@@ -39,8 +39,11 @@ _SESSIONS = 256
 #: The most contexts that are kept.
 _CONTEXTS = 16
 
-#: What tells one state of a file from another.
+#: What tells one state of a file from another, if there is more time between them than a tick of the file system.
 _FileState: TypeAlias = tuple[int, ...]
+
+#: Nanoseconds within which a file may change twice and its times only once: what is as new as that is not kept.
+_TICK = 20_000_000
 
 
 def tls_context(ca_file: str | os.PathLike[str] | None) -> TLSContext:
@@ -53,12 +56,13 @@ def tls_context(ca_file: str | os.PathLike[str] | None) -> TLSContext:
         HarpException: the file can't be read or holds no certificate.
     """
     if ca_file is None:
-        return _context(None, ())
+        return _kept_context(None, ())
     try:
         path = os.fspath(ca_file)
         found = os.stat(path)
         state = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
-        return _context(path, state)
+        settled = time.time_ns() - found.st_ctime_ns > _TICK
+        return _kept_context(path, state) if settled else _context(path)
     except ssl.SSLError as error:
         raise HarpException(f"ca_file {os.fspath(ca_file)!r}: holds no certificate in PEM form") from error
     except (OSError, ValueError, TypeError) as error:
@@ -66,7 +70,11 @@ def tls_context(ca_file: str | os.PathLike[str] | None) -> TLSContext:
 
 
 @lru_cache(maxsize=_CONTEXTS)  # keeps no errors
-def _context(path: str | None, state: _FileState) -> TLSContext:
+def _kept_context(path: str | None, state: _FileState) -> TLSContext:
+    return _context(path)
+
+
+def _context(path: str | None) -> TLSContext:
     context = TLSContext(ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     if path is None:
