@@ -308,6 +308,19 @@ def test_an_answer_that_makes_no_sense_is_no_unknown(shell: Shell, tls: ssl.SSLC
         assert peer.conversations[0].closed.wait(30)
 
 
+@pytest.mark.parametrize("lines", [[PLAIN, {"stream": 1}], [STREAM, {"stream": 1}, PLAIN], [PLAIN, b"garbage\n"]])
+def test_a_call_whose_end_was_not_understood_ends_the_connection(
+    shell: Shell, tls: ssl.SSLContext, lines: list[object]
+) -> None:
+    """Its end may still come: it is not to be taken for that of the next call."""
+    with Peer(keeping(lines), keeping(result(2)), tls=tls) as peer:
+        server = shell.server(peer, keep=True)
+        with pytest.raises(harp.CommunicationError, match="came while waiting|column 1"):
+            list(server.p())
+        assert peer.conversations[0].closed.wait(30)
+        assert server.p() == 2
+
+
 def test_wrong_arguments_cost_no_connection(shell: Shell, tls: ssl.SSLContext) -> None:
     with Peer(keeping(result(1), result(2)), tls=tls) as peer:
         server = shell.server(peer, keep=True)
@@ -336,6 +349,25 @@ def test_threads_share_a_server(shell: Shell, tls: ssl.SSLContext) -> None:
         with server:
             pass
         assert all(talk.closed.wait(30) for talk in peer.conversations)
+
+
+def test_a_stream_that_ends_while_another_thread_closes_it(tls: ssl.SSLContext) -> None:
+    """Either the connection is closed or it goes to the next call; never both."""
+
+    def script(talk: Conversation) -> None:
+        with suppress(AssertionError, OSError):  # it has closed
+            while True:
+                kind = STREAM if talk.expect()["procedure"] == "stream" else PLAIN
+                talk.reply(kind, {"result": 1})
+
+    with nothing_left(), Peer(always=script, tls=tls) as peer:
+        with harp.HarpServer(peer.host, "u", "secret", peer.port, keep=True) as server, ThreadPoolExecutor(1) as pool:
+            for _ in range(100):
+                iterator = server.stream()
+                closing = pool.submit(iterator.close)
+                assert list(iterator) in ([], [harp.Result(1)])
+                assert server.plain() == 1
+                closing.result(30)
 
 
 # The end of the object, and its copies.

@@ -145,6 +145,7 @@ def test_a_server_without_sessions(files: Certificates) -> None:
     context.num_tickets = 0
     with nothing_left(), Peer(always=handshakes, tls=context) as peer:
         assert [server(peer, files.ca_file).p() for _ in range(2)] == [1, 1]
+        assert not tls.tls_context(files.ca_file)._sessions
     assert handshakes.resumed == [False, False]
 
 
