@@ -98,6 +98,11 @@ class _Link(asyncio.Protocol):
             await self._news.wait()
         return line
 
+    def rest(self) -> None:
+        """Notice what comes, though nobody waits for a line."""
+        if self._failure is None:
+            self.transport.resume_reading()
+
     def quiet(self) -> bool:
         """Whether the connection stands and nothing has come that nobody has taken."""
         return self._failure is None and self._incoming.empty and quiet(self.sock)
@@ -206,7 +211,7 @@ class AsyncJSONConnection:
 
     def rest(self) -> None:
         """Notice from now on what comes, the end of the connection too, though nobody waits for a line."""
-        self._connected().transport.resume_reading()
+        self._connected().rest()
 
     def quiet(self) -> bool:
         """As `harp.JSONConnection.quiet`, and the running event loop is the one that has the connection."""

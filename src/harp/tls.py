@@ -1,8 +1,9 @@
 """TLS as the client speaks it: contexts that are made once, and sessions that are resumed.
 
-To make a context and to parse its authorities costs as much as a call, a full handshake about as much. So a context
-is made once for each state of a `ca_file`, and lives as long as it is used; the synchronous client resumes TLS 1.3
-sessions, in which a server that has shown its certificate before proves by a shared secret that it is the same one.
+Making a context with its authorities takes about as long as a full handshake, and either takes longer than a call over
+a connection that stands. So a context is made once for each state of a `ca_file`. The synchronous client also resumes
+TLS 1.3 sessions: a server that has shown its certificate before proves by a shared secret that it is the same one.
+(asyncio has no way to be given a session.)
 
 What a resumed session proves, and what not:
 
@@ -91,6 +92,9 @@ class TLSSocket(ssl.SSLSocket):
     The plain one, which asks for the peer's name first of all, would be left open, or be taken for connected.
     """
 
+    #: When its handshake began, in seconds of the monotonic clock.
+    began: float
+
     def getpeername(self) -> Any:
         """The peer's address. Raises `OSError`."""
         try:
@@ -120,11 +124,13 @@ class TLSContext(ssl.SSLContext):
         Raises:
             OSError: the handshake failed, or the certificate is not accepted.
         """
-        session, began = self._sessions.get((name, port), (None, 0.0))
-        if session is not None and time.monotonic() - began > TRUST_IN_SESSION:
+        now = time.monotonic()
+        session, began = self._sessions.get((name, port), (None, now))
+        if now - began > TRUST_IN_SESSION:
             session = None
         secured = self.wrap_socket(sock, server_hostname=name, session=session)
         assert isinstance(secured, TLSSocket)
+        secured.began = now
         return secured
 
     def remember(self, sock: TLSSocket, name: str, port: int) -> None:
@@ -138,6 +144,6 @@ class TLSContext(ssl.SSLContext):
         if session is None or not session.has_ticket:
             return
         self._sessions.pop((name, port), None)
-        self._sessions[name, port] = session, time.monotonic()
+        self._sessions[name, port] = session, sock.began
         for oldest in list(self._sessions)[:-_SESSIONS]:
             self._sessions.pop(oldest, None)

@@ -130,10 +130,11 @@ def test_a_cancel_closes_the_connection_to_an_old_harpd(beside_old_harpd: harp.H
     assert job.result(wait=True) is harp.CALL_CANCELLED
 
 
-def test_our_client_calls_an_old_harpd(tmp_path: Path) -> None:
+@pytest.mark.parametrize("keep", [False, True])
+def test_our_client_calls_an_old_harpd(tmp_path: Path, keep: bool) -> None:
     files = server_files(tmp_path)
     with server(old_harpd, old_tls_server(files.certfile, files.keyfile)) as port:
-        old = harp.HarpServer("127.0.0.1", "u", "p", port, ca_file=str(files.ca_file))
+        old = harp.HarpServer("127.0.0.1", "u", "p", port, ca_file=str(files.ca_file), keep=keep)
         assert old.echo("a") == ["a"]
         *records, result = old.stream(2)
         assert (records, result.value) == ([{"n": 0}, {"n": 1}], None)

@@ -315,7 +315,7 @@ def test_a_call_whose_end_was_not_understood_ends_the_connection(
     """Its end may still come: it is not to be taken for that of the next call."""
     with Peer(keeping(lines), keeping(result(2)), tls=tls) as peer:
         server = shell.server(peer, keep=True)
-        with pytest.raises(harp.CommunicationError, match="came while waiting|column 1"):
+        with pytest.raises(harp.CommunicationError, match=r"came while waiting|column 1"):
             list(server.p())
         assert peer.conversations[0].closed.wait(30)
         assert server.p() == 2
