@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -46,6 +47,10 @@ def warden(tmp_path: Path) -> Iterator[Warden]:
         yield warden
 
 
+def is_dead(process: psutil.Process) -> bool:
+    return not runs(process)
+
+
 def spares(warden: Warden) -> list[psutil.Process]:
     """The processes that wait, once there are some."""
     zygote = psutil.Process(warden.status()["zygote"])
@@ -70,10 +75,9 @@ def test_a_process_that_waited_is_used_for_the_next_call(warden: Warden) -> None
 
 def test_a_process_that_is_killed_while_it_waits_costs_no_call(warden: Warden) -> None:
     for _ in range(5):
-        killed = spares(warden)
-        for process in killed:
+        for process in spares(warden):
             os.kill(process.pid, signal.SIGKILL)
-        wait_until(lambda: not any(map(runs, killed)), what="the death of what waited")
+            wait_until(partial(is_dead, process), what="its death")
         assert warden.result("own")["mark"]
 
 
