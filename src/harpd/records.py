@@ -109,6 +109,7 @@ class CallRecords:
         fcntl.flock(self._lock, fcntl.LOCK_EX)
         unlocked.rename(self._directory)  # nobody has seen it without its lock
         self._boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        self._endings: dict[str, str] = {}  # what the names of the records end with, by call
         self._dead: dict[Path, int] = {}  # directories of dead wardens, with the descriptors that lock them
         self._left: list[_Left] = []
         self._round_at = 0.0
@@ -119,7 +120,10 @@ class CallRecords:
         text = {"boot": self._boot, "pid": tree.pid, "start": tree.start, **record.more}
         if tree.group is not None:
             text["cgroup"] = tree.group.path
-        (self._directory / call_id).write_text(json.dumps(text))
+        self._endings[call_id] = ""
+        descriptor = os.open(call_id, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600, dir_fd=self._lock)
+        with open(descriptor, "wb", buffering=0) as file:
+            file.write(json.dumps(text).encode())
 
     def over(self, call_id: str) -> None:
         """Nothing of the call has to be ended any more; its end may still have to be told."""
@@ -131,18 +135,20 @@ class CallRecords:
 
     def _settle(self, call_id: str, this: str, other: str) -> None:
         """One of the two things that the record says holds no more; forget it if the other doesn't either."""
-        record = self._directory / call_id
-        with contextlib.suppress(OSError):
-            if (settled := Path(f"{record}{other}")).exists():
-                settled.unlink()
-            else:
-                record.rename(f"{record}{this}")
+        ending = self._endings.get(call_id)
+        if ending == other:
+            self.remove(call_id)
+        elif ending == "":
+            self._endings[call_id] = this
+            with contextlib.suppress(OSError):
+                os.rename(call_id, call_id + this, src_dir_fd=self._lock, dst_dir_fd=self._lock)
 
     def remove(self, call_id: str) -> None:
         """Forget a call: nothing of it has to be ended, and nobody to be told."""
-        for name in (call_id, call_id + _OVER, call_id + _TOLD):
+        ending = self._endings.pop(call_id, None)
+        if ending is not None:
             with contextlib.suppress(OSError):
-                os.unlink(self._directory / name)
+                os.unlink(call_id + ending, dir_fd=self._lock)
 
     def close(self) -> None:
         """This warden ends in order: there is nobody to be told. What survives is left to the next one."""
