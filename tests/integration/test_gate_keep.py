@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+import harp
+import harp.aio
 from support.calls import nothing_is_left
 from support.daemonlog import DEADLINE
 from support.deadline import wait_until
@@ -233,3 +235,26 @@ def test_a_request_that_lay_in_a_halted_gate_is_as_old_as_that(tmp_path: Path) -
             os.kill(harpd.pid, signal.SIGCONT)
         (refusal,) = client.lines()
         assert refusal["error"]["type"] == "call_refused"
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_the_client_keeps_its_connection_if_it_is_asked_to(harpd: Harpd, keep: bool) -> None:
+    before = len(harpd.events("call accepted"))
+    arguments = (harpd.host, harpd.user, harpd.password, harpd.port, str(harpd.ca_file))
+    with harp.HarpServer(*arguments, keep=keep) as server:
+        assert [server.echo(number) for number in range(10)] == list(range(10))
+        assert list(server.count(3))[:3] == [0, 1, 2]
+        with pytest.raises(harp.RemoteException):
+            server.wrong()
+        assert server.echo("last") == "last"
+    accepted = harpd.events("call accepted")[before:]
+    assert len(accepted) == 13
+    assert len({event["peer"] for event in accepted}) == (1 if keep else 13)
+
+
+async def test_so_does_the_one_of_asyncio(harpd: Harpd) -> None:
+    before = len(harpd.events("call accepted"))
+    arguments = (harpd.host, harpd.user, harpd.password, harpd.port, str(harpd.ca_file))
+    async with harp.aio.AsyncHarpServer(*arguments, keep=True) as server:
+        assert [await server.echo(number) for number in range(10)] == list(range(10))
+    assert len({event["peer"] for event in harpd.events("call accepted")[before:]}) == 1
