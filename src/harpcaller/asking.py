@@ -10,13 +10,14 @@ from harpcaller.jobs import Identity, Job
 __all__ = ["attach", "start"]
 
 
-def start(job: Job, host: Host, warden: str | None, identity: Identity, config: Config) -> Request:
+def start(job: Job, host: Host, warden: str | None, keep: bool, identity: Identity, config: Config) -> Request:
     """The request that starts a job's call.
 
     Args:
         job: the job.
         host: where.
         warden: the warden that shall keep the call; None: it is to be a tied one.
+        keep: whether the connection is to be kept for another call.
         identity: who we are to the hosts.
         config: its `keep_running` and `linger` count.
     """
@@ -32,7 +33,7 @@ def start(job: Job, host: Host, warden: str | None, identity: Identity, config: 
             timeout=job.timeout,
             max_exec_time=job.max_exec_time,
         )
-    return Request(job.procedure, job.arguments, host.user, host.password, terms)
+    return Request(job.procedure, job.arguments, host.user, host.password, terms, keep and terms is not None)
 
 
 def attach(job_id: str, host: Host, since: int, identity: Identity) -> Attach:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -75,6 +74,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _start(parsed: argparse.Namespace) -> Exit:
     # Only the daemon needs the event loop, TLS and SQLite; what asks a daemon should not wait for them.
+    from harp.daemon.eventloop import run as run_loop
     from harpcaller.program import Options, configure_log, run
 
     options = Options(config=parsed.config, socket=parsed.socket, debug=parsed.debug)
@@ -85,7 +85,7 @@ def _start(parsed: argparse.Namespace) -> Exit:
             served = detach()
         with pidfile(parsed.pidfile):
             configure_log(options, config)
-            asyncio.run(run(options, config, served))
+            run_loop(run(options, config, served))
     except (ConfigError, StorageError) as error:
         raise ProcessError(str(error)) from error
     return Exit.DONE

@@ -1,4 +1,4 @@
-"""One connection to a host: a request, what harpd says, and what is said to it while a kept call runs.
+"""One connection to a host: a request, what harpd says, what is said to it while a kept call runs; and the next one.
 
 Contact is kept up by `Alive`, in both directions: a connection that is open proves nothing. We say the host's own time
 that we have heard last; that is what it counts from, and so it never believes in a contact that we have given up. When
@@ -12,10 +12,11 @@ import asyncio
 import sys
 import time
 
+from harp.daemon.slicing import open_quickly
 from harp.protocol.daemon import Alive, AnyRequest, Exchange, Message, Order, encode_order, encode_request
 from harp.protocol.ends import Failed
 from harp.protocol.fields import ProtocolError, is_count
-from harp.protocol.jsontext import InvalidJSON, Raw, loads, open_sliced
+from harp.protocol.jsontext import InvalidJSON, Raw, loads
 from harp.protocol.lines import LineBuffer
 from harpcaller.config import Config
 from harpcaller.hostlink import address_text, connect
@@ -32,12 +33,14 @@ _READ_BYTES = 64 * 1024
 _BEAT, _MISSED = 15.0, 3
 #: They are never closer together than this, whatever a host says of its patience.
 _LEAST_BEAT = 0.1
+#: How an answer to a sign of life begins.
+_ALIVE = b'{"alive":'
 #: Bytes of orders that a host may leave unread.
 _UNREAD_BYTES = 64 * 1024
 
 
 class Conversation:
-    """A connection to a host on which nothing was said yet. Close it in any case.
+    """A connection to a host on which the next thing to be said is a request. Close it in any case.
 
     Args:
         reader: its reading end.
@@ -55,12 +58,18 @@ class Conversation:
         self._theirs = 0.0
         self._reading = False
         self._closed = False
+        self._resting = False
+        self._used = False  # for a request before
+        self._answered = False
         #: Our end of the connection, which harpd logs as the call's peer: so the two logs can be held together.
         self.name = address_text(writer.get_extra_info("sockname"))
 
     def ask(self, request: AnyRequest) -> None:
         """Send the request; it is written when this returns, whatever becomes of it."""
-        self._exchange = Exchange(open_sliced, request)
+        self._used = self._exchange is not None
+        self._answered = False
+        self._heard, self._theirs = time.monotonic(), 0.0
+        self._exchange = Exchange(open_quickly, request)
         self._writer.write(encode_request(request))
 
     async def read(self) -> list[bytes] | None:
@@ -83,10 +92,33 @@ class Conversation:
     def message(self, line: bytes) -> Message:
         """The message of the next line. Raises `ProtocolError`: it is none, or may not come now."""
         assert self._exchange is not None
+        if self._used and not self._answered and line.startswith(_ALIVE):
+            return Alive(0.0)  # an answer to what was asked of the call before
         message = self._exchange.message(line)
+        self._answered = True
         if isinstance(message, Alive):
             self._theirs = message.at
         return message
+
+    @property
+    def keep(self) -> float | None:
+        """Seconds for which the host waits for another request on this connection; None: it closes."""
+        return None if self._exchange is None else self._exchange.keep
+
+    @property
+    def is_fresh(self) -> bool:
+        """Whether neither side has closed, and nothing was said by halves."""
+        closed = self._closed or self._reader.at_eof() or self._writer.transport.is_closing()
+        return not closed and not self._lines.pending and self._reader.exception() is None
+
+    def rest(self) -> None:
+        """Keep the connection as it is, for the next request: `abort` has no effect until then."""
+        self._stop_beating()
+        self._resting = True
+
+    def wake(self) -> None:
+        """It rests no more."""
+        self._resting = False
 
     def say(self, order: Order) -> None:
         """Say something about the call that this connection is attached to.
@@ -140,9 +172,10 @@ class Conversation:
 
     def abort(self) -> None:
         """Close at once, unless it is being closed already."""
-        self._stop_beating()
-        if not self._closed:
-            self._writer.transport.abort()
+        if not self._resting:
+            self._stop_beating()
+            if not self._closed:
+                self._writer.transport.abort()
 
     def _stop_beating(self) -> None:
         if self._beat is not None:

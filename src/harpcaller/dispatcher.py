@@ -34,6 +34,7 @@ from harpcaller.details import Situation, describe
 from harpcaller.hostbook import HostBook
 from harpcaller.hosts import Host
 from harpcaller.hosttls import HostTLS
+from harpcaller.idle import IdleConnections
 from harpcaller.jobs import Facts, Job, JobDetails, NewJob, Records, State, Stop
 from harpcaller.news import News
 from harpcaller.registry import HostsRegistry
@@ -110,6 +111,7 @@ class Dispatcher:
             find_host=self._registry.find,
             identity=identity,
             hosts=HostBook(identity, self._on_held),
+            idle=IdleConnections(),
             wall=self._wall,
         )
         self._report_config(self._config, frozenset())
@@ -509,6 +511,7 @@ class Dispatcher:
         for task in self._upkeep:
             task.cancel()
         self._unwanted.stop()
+        self._surroundings.idle.close()
         await self._surroundings.hosts.close()
 
     def _report_config(self, config: Config, reported: frozenset[str]) -> None:

@@ -59,11 +59,13 @@ class _Page:
 
     Attributes:
         warden: the warden's name; None: a harpd of the field, or nothing was learnt.
+        keeps: whether it keeps connections for another request.
         learnt: when it was learnt.
         asking: the question under way.
     """
 
     warden: str | None = None
+    keeps: bool = False
     learnt: float | None = None
     asking: asyncio.Task[str | None] | None = field(default=None, repr=False)
 
@@ -98,6 +100,11 @@ class HostBook:
             page.asking.add_done_callback(_heed)
         return await asyncio.shield(page.asking)
 
+    def keeps(self, host: Host) -> bool:
+        """Whether the host is known to keep connections for another request."""
+        page = self._pages.get(_place(host))
+        return page is not None and page.warden is not None and page.keeps
+
     def learnt(self, host: Host, warden: str | None) -> None:
         """The host has said itself which warden it has; None: it is one of the field."""
         page = self._pages.setdefault(_place(host), _Page())
@@ -123,8 +130,8 @@ class HostBook:
             # Our own harpd says this of a question that was too long on its way: the next one may fare better.
             answer = await self._answer(host, tls, config)
         match answer:
-            case Held(calls, warden):
-                page.warden = warden
+            case Held(calls, warden, keep):
+                page.warden, page.keeps = warden, keep is not None
                 self._on_held(host, calls)
             case Failed(kind) if kind in _NOT_NOW:
                 raise Refused(answer)
@@ -138,7 +145,8 @@ class HostBook:
         """Ask; return what the host says, None: what makes no sense here, as an older program may say."""
         conversation = await dial(host, tls, config, _LONGEST_LIST)
         try:
-            conversation.ask(ListCalls(self._identity.owner_at(host.hostname), host.user, host.password))
+            owner = self._identity.owner_at(host.hostname)
+            conversation.ask(ListCalls(owner, host.user, host.password, keep=True))
             async with asyncio.timeout(config.acknowledgement_timeout):
                 lines: list[bytes] | None = []
                 while lines == []:

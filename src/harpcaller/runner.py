@@ -254,13 +254,16 @@ class Run:
                             warden = await self._waiting.wait(
                                 around.hosts.warden(host, around.tls, around.config), self._limits.deadline
                             )
-                        talk = await self._waiting.wait(dial(host, around.tls, around.config), self._limits.deadline)
+                        talk = around.idle.take(host, around.tls)
+                        if talk is None:
+                            dialling = dial(host, around.tls, around.config)
+                            talk = await self._waiting.wait(dialling, self._limits.deadline)
                     break
                 except Interrupted:
                     continue
         except Unreachable as unreachable:
             return await self._conclude(unreachable.error)
-        request = asking.start(self.job, host, warden, around.identity, around.config)
+        request = asking.start(self.job, host, warden, around.hosts.keeps(host), around.identity, around.config)
         # Nothing may be awaited between this look and the writing.
         if not self._is_wanted():
             talk.abort()
@@ -423,7 +426,8 @@ class Run:
             log.error("processes of a job survive on its host", extra=fields(self.job))
             return None
         talk.say(Done())
-        talk.close()
+        assert self._host is not None
+        self._around.idle.give(self._host, self._around.tls, talk)
         return Outcome.OVER
 
     async def _broken(self, end: Failed, host: Host) -> Outcome:

@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import Self
 
 from harp.daemon.allowance import Allowance, Share
+from harp.daemon.slicing import open_quickly
 from harp.protocol.dispatcher import (
     Call,
     Cancel,
@@ -35,7 +36,7 @@ from harp.protocol.dispatcher import (
 )
 from harp.protocol.ends import Failed
 from harp.protocol.fields import ProtocolError
-from harp.protocol.jsontext import Envelope, open_sliced
+from harp.protocol.jsontext import Envelope
 from harpcaller.config import Address, Config, ConfigError
 from harpcaller.connection import ClientLeft, Connection
 from harpcaller.dispatcher import Dispatcher
@@ -165,7 +166,7 @@ class Service:
         try:
             with Share(self._memory) as share:
                 line = await connection.request_line(config.request_line, config.idle_timeout, share)
-                request = decode_request(line, open_sliced)
+                request = decode_request(line, open_quickly)
                 del line
                 async with aclosing(self._replies(request, connection, share)) as replies:
                     async for lines in replies:

@@ -10,6 +10,7 @@ from harpcaller.config import Config
 from harpcaller.hostbook import HostBook
 from harpcaller.hosts import Host
 from harpcaller.hosttls import HostTLS
+from harpcaller.idle import IdleConnections
 from harpcaller.jobs import Identity, Job, NewJob
 from harpcaller.news import News
 from harpcaller.recording import StoreTrouble
@@ -30,6 +31,7 @@ class Surroundings:
         find_host: finds a host of the registry by its name; None: there is none.
         identity: who we are to the hosts.
         hosts: what is known of them.
+        idle: connections to them that wait for the next call.
         wall: the wall clock, for times that are stored; Unix seconds.
         trouble: counts what the store does not take.
     """
@@ -41,6 +43,7 @@ class Surroundings:
     find_host: Callable[[str], Host | None]
     identity: Identity
     hosts: HostBook
+    idle: IdleConnections
     wall: Callable[[], float]
     trouble: StoreTrouble = field(default_factory=StoreTrouble)
 

@@ -35,7 +35,7 @@ def holding(*calls: str, warden: str = "w1") -> Script:
 
     def script(talk: Conversation) -> None:
         asked = talk.expect()
-        assert asked.keys() == {"harp", "procedure", "arguments", "calls", "auth"}
+        assert asked.keys() == {"harp", "procedure", "arguments", "calls", "auth", "keep"}
         talk.reply({"harp": 1, "calls": list(calls), "warden": warden})
 
     return script
