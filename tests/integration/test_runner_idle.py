@@ -1,0 +1,197 @@
+"""Connections to hosts that wait for the next call: when they are used again, and what may happen to them meanwhile."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import harp
+from harp.protocol.ends import Failed, Returned
+from support.deadline import eventually, wait_until
+from support.dispatcher import host_line, running
+from support.harpcallerd import Harpcallerd
+from support.harpd import Harpd
+from support.kept import EVIDENCE, NOT_HELD, acknowledgement, orders, playing, result_of
+from support.peers import Conversation, Script
+
+PROCEDURES = """
+import time
+from harpd.proc import procedure, streaming_procedure
+
+@procedure
+def echo(value):
+    return value
+
+@streaming_procedure
+def count(most):
+    for number in range(most):
+        yield number
+
+@procedure
+def wrong():
+    raise ValueError("text")
+
+@procedure(timeout=0.1)
+def slow():
+    time.sleep(3600)
+"""
+
+KEEPS = {"harp": 1, "calls": [], "warden": "w1", "keep": 60}
+KEPT = {**acknowledgement(), "keep": 60}
+
+
+def peers(harpd: Harpd) -> list[str]:
+    """By which connections calls came."""
+    return [event["peer"] for event in harpd.events("call accepted")]
+
+
+@pytest.fixture
+def harpd(tmp_path: Path) -> Harpd:
+    return Harpd(tmp_path / "harpd", PROCEDURES, {"limits": {"kill_grace": 1}}, apart=True)
+
+
+def dispatcher_of(harpd: Harpd, directory: Path) -> Harpcallerd:
+    settings = {"ca_file": str(harpd.ca_file)}
+    return Harpcallerd(directory, {"web01": harpd.port}, (harpd.user, harpd.password), settings)
+
+
+def rpc_of(dispatcher: Harpcallerd) -> harp.HarpCaller:
+    return harp.HarpCaller("127.0.0.1", dispatcher.port)
+
+
+def test_one_connection_serves_call_after_call_however_they_end(harpd: Harpd, tmp_path: Path) -> None:
+    with harpd, dispatcher_of(harpd, tmp_path / "d") as dispatcher:
+        host = rpc_of(dispatcher).web01
+        for number in range(5):
+            assert host.echo(number).get() == number
+            assert host.count(3).follow().all() == [0, 1, 2]
+            for procedure in (host.wrong, host.slow):
+                with pytest.raises(Exception, match=r"text|limit"):
+                    procedure().get()
+        found = peers(harpd)
+        assert len(found) == 20
+        # The next one may begin before the one before has given its connection back.
+        assert len(set(found)) <= 4
+
+
+def test_when_the_gate_is_started_again_no_job_is_lost(harpd: Harpd, tmp_path: Path) -> None:
+    with harpd, dispatcher_of(harpd, tmp_path / "d") as dispatcher:
+        host = rpc_of(dispatcher).web01
+        for number in range(3):
+            assert host.echo(number).get() == number
+            harpd.kill() if number % 2 else harpd.stop_gate()
+            harpd.start_gate()
+            assert host.echo("after").get() == "after"
+
+
+def test_a_host_may_close_what_waits_too_long_for_it(tmp_path: Path) -> None:
+    harpd = Harpd(tmp_path / "harpd", PROCEDURES, {"limits": {"idle": 0.1}})
+    with harpd, dispatcher_of(harpd, tmp_path / "d") as dispatcher:
+        for number in range(3):
+            assert rpc_of(dispatcher).web01.echo(number).get() == number
+            wait_until(lambda: not connections(harpd.port), what="the end of the connection")
+
+
+def connections(port: int) -> int:
+    """How many connections there are to a port of this machine."""
+    own = f":{port:04X}"
+    lines = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    return sum(line[2].endswith(own) and line[3] == "01" for line in lines)
+
+
+def serving(talk: Conversation, count: int, between: Callable[[Conversation], None] = lambda talk: None) -> None:
+    """Serve kept calls on one connection."""
+    for number in range(count):
+        request = talk.expect()
+        assert request["keep"] is True
+        if number:
+            between(talk)
+        talk.reply(KEPT)
+        talk.reply(EVIDENCE, {"result": number})
+        assert next(order for order in orders(talk) if "stored" not in order) == {"done": True}
+
+
+def keeping(talk: Conversation) -> None:
+    talk.expect()
+    talk.reply(KEEPS)
+
+
+async def results(directory: Path, *scripts: Script, count: int) -> list[Any]:
+    """The ends of jobs that were submitted one after the other."""
+    with playing(directory, keeping, *scripts) as peer:
+        async with running(directory, host_line(peer.port), kept_calls=True) as dispatcher:
+            ends = []
+            for _ in range(count):
+                job_id, end = await result_of(dispatcher)
+                await dispatcher.stopped(job_id)
+                ends.append(end)
+            return ends
+
+
+async def test_an_answer_to_the_call_before_is_not_taken_for_this_ones(tmp_path: Path) -> None:
+    def script(talk: Conversation) -> None:
+        serving(talk, 3, lambda talk: talk.reply({"alive": 12345.0}))
+
+    assert await results(tmp_path, script, count=3) == [Returned(b"0"), Returned(b"1"), Returned(b"2")]
+
+
+async def test_a_connection_that_has_closed_meanwhile_is_not_used(tmp_path: Path) -> None:
+    def script(talk: Conversation) -> None:
+        serving(talk, 1)
+        talk.sock.close()
+
+    found = []
+    with playing(tmp_path, keeping, script, script) as peer:
+        async with running(tmp_path, host_line(peer.port), kept_calls=True) as dispatcher:
+            for _ in range(2):
+                found.append((await result_of(dispatcher))[1])
+                await eventually(lambda: not connections(peer.port), what="the close")
+    assert found == [Returned(b"0"), Returned(b"0")]
+
+
+async def test_one_that_breaks_with_the_request_is_settled_by_attaching_and_nothing_is_asked_twice(
+    tmp_path: Path,
+) -> None:
+    starts: list[str] = []
+
+    def script(talk: Conversation) -> None:
+        serving(talk, 1)
+        starts.append(talk.expect()["call"]["id"])
+        talk.reset()
+
+    def attach(talk: Conversation) -> None:
+        starts.append(talk.expect()["attach"])
+        talk.reply(NOT_HELD)
+
+    ends = await results(tmp_path, script, keeping, attach, count=2)
+    assert ends[0] == Returned(b"0")
+    assert isinstance(ends[1], Failed)
+    assert ends[1].type == "missing_result"
+    assert starts[0] == starts[1]
+
+
+async def test_a_host_that_does_not_keep_connections_is_not_asked_to(tmp_path: Path) -> None:
+    def plain(talk: Conversation) -> None:
+        talk.expect()
+        talk.reply({"harp": 1, "calls": [], "warden": "w1"})
+
+    def script(talk: Conversation) -> None:
+        assert "keep" not in talk.expect()
+        talk.reply(acknowledgement(), EVIDENCE, {"result": 1})
+        assert next(order for order in orders(talk) if "stored" not in order) == {"done": True}
+        talk.until_closed()
+
+    with playing(tmp_path, plain, script, script) as peer:
+        async with running(tmp_path, host_line(peer.port), kept_calls=True) as dispatcher:
+            assert [(await result_of(dispatcher))[1] for _ in range(2)] == [Returned(b"1")] * 2
+
+
+def test_a_dispatcher_that_was_killed_begins_anew(harpd: Harpd, tmp_path: Path) -> None:
+    with harpd, dispatcher_of(harpd, tmp_path / "d") as dispatcher:
+        assert rpc_of(dispatcher).web01.echo(1).get() == 1
+        assert connections(harpd.port)
+        dispatcher.restart(kill=True)
+        assert rpc_of(dispatcher).web01.echo(3).get() == 3
