@@ -1,0 +1,155 @@
+"""Ours: harpd and harpcallerd as users start them, with the defaults of their settings."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import yaml
+
+from bench.contenders import Contender, Place
+from bench.processes import Client
+from support.harpcallerd import Harpcallerd
+from support.harpd import Harpd
+
+__all__ = ["DIRECT", "JOBS", "STREAM", "daemons", "settings"]
+
+_PROCEDURES = Path(__file__).with_name("procedures.py")
+
+#: As harpd logs by itself: events of level info, as text. With a format that the harness can read.
+_LOGGING = {
+    "version": 1,
+    "formatters": {"json": {"()": "harp.daemon.logs.JSONFormatter"}},
+    "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "json"}},
+    "root": {"level": "INFO", "handlers": ["stderr"]},
+}
+
+
+class _SampledHarpd(Harpd):
+    """The same, with `bench.sampling` around the gate."""
+
+    def command(self, *options: str) -> list[str]:
+        return _sampled(super().command(*options), self.directory.with_name("gate.samples"))
+
+
+class _SampledHarpcallerd(Harpcallerd):
+    """The same, with `bench.sampling` around the dispatcher."""
+
+    def command(self, *arguments: str) -> list[str]:
+        return _sampled(super().command(*arguments), self.directory.with_name("dispatcher.samples"))
+
+
+def _sampled(command: list[str], file: Path) -> list[str]:
+    at = command.index("-m")
+    return [*command[:at], "-m", "bench.sampling", str(file), *command[at + 1 :]]
+
+
+@contextmanager
+def daemons(
+    directory: Path, *, dispatcher: bool = True, sampled: bool = False
+) -> Iterator[tuple[Harpd, Harpcallerd | None]]:
+    """A harpd with a file of hashed passwords, and a dispatcher that knows it as ``web01``.
+
+    Args:
+        directory: where their files go.
+        dispatcher: whether there is one.
+        sampled: whether `bench.sampling` is around gate and dispatcher; it leaves ``*.samples`` in the directory.
+    """
+    users = directory / "users"
+    command = ["openssl", "passwd", "-6", Harpd.password]
+    hashed = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+    users.write_text(f"{Harpd.user}:{hashed}")
+    authentication = {"module": "harpd.auth.passfile", "file": str(users)}
+    harpd = (_SampledHarpd if sampled else Harpd)(
+        directory / "harpd", _PROCEDURES.read_text(), {"authentication": authentication}
+    )
+    harpd.logging_file.write_text(yaml.safe_dump(_LOGGING))
+    with harpd:
+        if not dispatcher:
+            yield harpd, None
+            return
+        usual = {"ca_file": str(harpd.ca_file), "log_level": "info"}
+        credentials = (Harpd.user, Harpd.password)
+        hosts = {"web01": harpd.port}
+        program = _SampledHarpcallerd if sampled else Harpcallerd
+        with program(directory / "dispatcher", hosts=hosts, credentials=credentials, settings=usual) as harpcallerd:
+            yield harpd, harpcallerd
+
+
+def settings(directory: Path, harpd: Harpd, harpcallerd: Harpcallerd | None) -> dict[str, str]:
+    """The environment of our client program."""
+    facts = {
+        "directory": str(directory),
+        "user": Harpd.user,
+        "password": Harpd.password,
+        "harpd": harpd.port,
+        "ca_file": str(harpd.ca_file),
+        "harpcallerd": None if harpcallerd is None else harpcallerd.port,
+    }
+    return {"BENCH_SETTINGS": json.dumps(facts)}
+
+
+@contextmanager
+def _serve(place: Place, *, dispatcher: bool) -> Iterator[Client]:
+    with daemons(place.directory, dispatcher=dispatcher) as (harpd, harpcallerd):
+        environment = settings(place.directory, harpd, harpcallerd)
+        command = [sys.executable, "-P", "-m", "bench.harp_client"]
+        with Client.running(command, place.directory / "client.log", environment) as client:
+            yield client
+
+
+@contextmanager
+def _serve_directly(place: Place) -> Iterator[Client]:
+    with _serve(place, dispatcher=False) as client:
+        yield client
+
+
+@contextmanager
+def _serve_jobs(place: Place) -> Iterator[Client]:
+    with _serve(place, dispatcher=True) as client:
+        yield client
+
+
+_SYNCED = "each job, record and end is synced before anybody is told"
+
+DIRECT = Contender(
+    "HARP",
+    "nothing is stored",
+    {
+        "fresh-1": "fresh",
+        "fresh-16": "fresh",
+        "kept-1": "kept",
+        "kept-16": "kept",
+        "reused-1": "reused",
+        "reused-16": "reused",
+    },
+    _serve_directly,
+    ours=True,
+)
+
+JOBS = Contender(
+    "HARP",
+    _SYNCED,
+    {
+        "latency": "latency",
+        "jobs": "jobs",
+        "reused-jobs": "reused_jobs",
+        "submit-1": "submissions",
+        "submit-16": "submissions",
+        "submit-many": "submissions",
+    },
+    _serve_jobs,
+    ours=True,
+)
+
+STREAM = Contender(
+    "HARP",
+    _SYNCED,
+    {"stream": "follow", "long-stream": "follow", "slow-stream": "follow_slowly", "crowd": "crowd"},
+    _serve_jobs,
+    ours=True,
+)
