@@ -11,11 +11,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from bench import report, table
+from bench.contenders import Contender
 from bench.figures import Results
 from bench.installing import ROOT, install_debian, peers_python
 from bench.lineup import LINEUP
@@ -24,7 +25,7 @@ from bench.processes import Missing
 from bench.profile import profile
 from bench.rounds import measure
 from bench.targets import OURS, TARGETS, judge
-from bench.works import FULL, PARTS, PICTURED, QUICK, TINY, Part, Sizes
+from bench.works import FULL, PARTS, PICTURED, QUICK, TINY, Sizes
 
 _EXAMPLES = """\
 parts:
@@ -35,6 +36,8 @@ examples:
   ./dev bench --quick             everything in small, under 3 minutes: a look, not a proof
   ./dev bench jobs stream         two parts
   ./dev bench jobs --runs 9       a part, nine times
+  ./dev bench jobs --only HARP --only Celery
+                                  some of the contenders
   ./dev bench --profile           where the time of a job of ours goes
 
 Results go to bench/results/: latest.json and latest.svg, or quick.json and quick.svg. docs/performance.md says what
@@ -73,14 +76,14 @@ def _measure(options: argparse.Namespace, directory: Path) -> int:
         sizes = dataclasses.replace(sizes, runs=options.runs)
     parts = [PARTS[key] for key in options.parts] if options.parts else [part for part in PARTS.values() if part.usual]
     results = Results()
-    peers = None if options.ours else _peers(parts, results)
+    lineup = {part.key: _chosen(LINEUP[part.key], options.only) for part in parts}
+    peers = _peers(lineup, results)
     facts: dict[str, Any] = {
         "machine": report.machine(directory),
         "versions": report.versions(peers),
         "commit": _commit(),
     }
     began = time.monotonic()
-    lineup = {part.key: [one for one in LINEUP[part.key] if one.ours or not options.ours] for part in parts}
     durability = {key: {one.name: one.durability for one in contenders} for key, contenders in lineup.items()}
     for part in parts:
         measure(part, lineup[part.key], sizes, directory, peers, results, _say)
@@ -93,9 +96,9 @@ def _measure(options: argparse.Namespace, directory: Path) -> int:
     for line in table.left_out(results.left_out):
         print(line)
     took = time.monotonic() - began
-    print(f"{took:.0f} s, {sizes.runs} runs")
+    print(f"{took:.0f} s, {'a run' if sizes.runs == 1 else f'{sizes.runs} runs'}")
     document = report.document(parts, results, verdicts, durability, sizes, {**facts, "seconds": round(took)})
-    title = f"HARP and peers, medians of {sizes.runs} runs on {facts['machine']['cores']} cores"
+    title = f"HARP and peers: {facts['machine']['cores']} cores, medians of {sizes.runs}"
     picture = draw([row for part in parts for row in part.rows if row.key in PICTURED], results, OURS, title)
     if options.results is not None:
         options.results.mkdir(parents=True, exist_ok=True)
@@ -106,9 +109,14 @@ def _measure(options: argparse.Namespace, directory: Path) -> int:
     return 1 if any(contender == OURS for _, contender, _, _ in results.left_out) else 0
 
 
-def _peers(parts: Sequence[Part], results: Results) -> Path | None:
-    """The peers' Python, with what else they need installed, if any of these parts has peers."""
-    if all(one.ours for part in parts for one in LINEUP[part.key]):
+def _chosen(contenders: Sequence[Contender], only: Sequence[str] | None) -> list[Contender]:
+    """The contenders that were asked for."""
+    return [one for one in contenders if only is None or one.name.startswith(tuple(only))]
+
+
+def _peers(lineup: Mapping[str, Sequence[Contender]], results: Results) -> Path | None:
+    """The peers' Python, with what else they need installed, if there are any."""
+    if all(one.ours for contenders in lineup.values() for one in contenders):
         return None
     install_debian(_say)
     try:
@@ -155,8 +163,10 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--quick", action=_Quick, const=(QUICK, "quick"), help="in small, under 3 minutes")
     parser.add_argument("--tiny", action=_Quick, const=(TINY, "tiny"), help=argparse.SUPPRESS)
-    parser.add_argument("--runs", type=_count, metavar="N", help="how often (5; quick: 2)")
-    parser.add_argument("--ours", action="store_true", help="without the peers")
+    parser.add_argument("--runs", type=_count, metavar="N", help="how often (5; quick: 1)")
+    parser.add_argument(
+        "--only", action="append", metavar="NAME", help="contenders whose names begin so: HARP, Celery; may be repeated"
+    )
     parser.add_argument("--profile", action="store_true", help="instead: the phases of a job of ours")
     parser.add_argument("--sample", action="store_true", help="with --profile: where the daemons are, by function, too")
     parser.add_argument(

@@ -19,6 +19,7 @@ from support.harpd import Harpd
 __all__ = ["DIRECT", "JOBS", "STREAM", "daemons", "settings"]
 
 _PROCEDURES = Path(__file__).with_name("procedures.py")
+_SAMPLING = Path(__file__).with_name("sampling.py")
 
 #: As harpd logs by itself: events of level info, as text. With a format that the harness can read.
 _LOGGING = {
@@ -45,7 +46,7 @@ class _SampledHarpcallerd(Harpcallerd):
 
 def _sampled(command: list[str], file: Path) -> list[str]:
     at = command.index("-m")
-    return [*command[:at], "-m", "bench.sampling", str(file), *command[at + 1 :]]
+    return [*command[:at], str(_SAMPLING), str(file), *command[at + 1 :]]
 
 
 @contextmanager

@@ -24,6 +24,9 @@ __all__ = ["Broken", "Client", "Missing", "as_user", "free_port", "listens", "pr
 #: Seconds in which a program has to begin to serve, and to end when it is told to.
 _START, _END = 30.0, 10.0
 
+#: Where the package `bench` is: the programs of the measurements are modules of it.
+_ROOT = Path(__file__).parents[1]
+
 #: Lines of a log that a fault quotes.
 _LINES = 15
 
@@ -108,7 +111,7 @@ def program(
             stdout=subprocess.PIPE if asked else output,
             stderr=output,
             cwd=log.parent,
-            env={**os.environ, **(environment or {})},
+            env={**os.environ, "PYTHONPATH": str(_ROOT), **(environment or {})},
             start_new_session=True,
             preexec_fn=lambda: die_with_parent(harness),
             **as_user(user),

@@ -8,13 +8,14 @@ it has done stays.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from bench.contenders import Contender, Place
 from bench.figures import Results
-from bench.processes import Broken, Missing
-from bench.works import Part, Sizes
+from bench.processes import Broken, Client, Missing
+from bench.works import Part, Sizes, Work
 
 __all__ = ["measure"]
 
@@ -52,22 +53,47 @@ def measure(
             own = directory / f"{part.key}-{run}-{contenders.index(contender)}"
             own.mkdir()
             own.chmod(0o755)
-            at = "its start"
+            session = _Session(part.key, contender, run, sizes, results)
             try:
                 with contender.serve(Place(own, directory, peers)) as client:
-                    for work in works:
-                        at = work.rows[0].title
-                        try:
-                            figures = client.ask(contender.works[work.key], sizes.deadline, **work.request(sizes))
-                        except Missing as lack:
-                            out.add((contender.name, work.key))
-                            results.leave_out(part.key, contender.name, at, str(lack))
-                            continue
-                        for row in work.rows:
-                            results.add(row.key, contender.name, run, figures[row.figure])
-                    at = "its end"
+                    out |= {(contender.name, key) for key in session.do(works, client)}
+                    session.at = "its end"
             except (Missing, Broken, OSError, AssertionError) as error:
                 out |= {(contender.name, work.key) for work in works}
-                results.leave_out(part.key, contender.name, at, str(error) or repr(error))
+                results.leave_out(part.key, contender.name, session.at, str(error) or repr(error))
             finally:
                 shutil.rmtree(own, ignore_errors=True)
+
+
+@dataclass
+class _Session:
+    """A contender's turn in a run.
+
+    Attributes:
+        at: what it is about, for the note when it breaks.
+    """
+
+    part: str
+    contender: Contender
+    run: int
+    sizes: Sizes
+    results: Results
+    at: str = "its start"
+
+    def do(self, works: Sequence[Work], client: Client) -> Iterator[str]:
+        """Have the works done; give those that can't be."""
+        # For some contenders two works are the same, as where no process is made for each call anyway.
+        known: dict[tuple[str, str], dict[str, float]] = {}
+        for work in works:
+            self.at = work.rows[0].title
+            name, request = self.contender.works[work.key], work.request(self.sizes)
+            asked = (name, repr(request))
+            try:
+                if asked not in known:
+                    known[asked] = client.ask(name, self.sizes.deadline, **request)
+            except Missing as lack:
+                self.results.leave_out(self.part, self.contender.name, self.at, str(lack))
+                yield work.key
+            else:
+                for row in work.rows:
+                    self.results.add(row.key, self.contender.name, self.run, known[asked][row.figure])

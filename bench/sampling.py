@@ -1,6 +1,6 @@
 """Program and reader: a daemon that is asked, many times a second, where each of its threads is.
 
-`python -m bench.sampling FILE MODULE ARGUMENTS...` runs a module as its program would be; at its end the counts go to
+`python sampling.py FILE MODULE ARGUMENTS...` runs a module as its program would be; at its end the counts go to
 FILE. A call's process is forked elsewhere and is not seen.
 """
 

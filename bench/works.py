@@ -39,7 +39,7 @@ class Sizes:
 
 
 FULL = Sizes(5, 3.0, 2_000, 200, 20_000, 100_000, 200, 5_000)
-QUICK = Sizes(2, 0.7, 300, 30, 4_000, 20_000, 30, 1_000, deadline=60.0)
+QUICK = Sizes(1, 0.7, 300, 30, 4_000, 20_000, 30, 1_000, deadline=60.0)
 #: For the tests of the measurements themselves.
 TINY = Sizes(1, 0.1, 8, 3, 50, 100, 3, 50, followers=5, deadline=60.0)
 
