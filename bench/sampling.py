@@ -1,13 +1,15 @@
-"""Program and reader: a daemon that is asked, many times a second, where each of its threads is.
+"""Program and reader: a daemon that is asked, many times a second of CPU, where each of its threads is.
 
-`python sampling.py FILE MODULE ARGUMENTS...` runs a module as its program would be; at its end the counts go to
-FILE. A call's process is forked elsewhere and is not seen.
+`python sampling.py FILE MODULE ARGUMENTS...` runs a module as its program would be; at its end the counts go to FILE.
+The asking is done by a signal, so it finds the main thread, where the event loop is, at any bytecode; other threads it
+finds where they let go of Python's lock. A call's process is forked elsewhere and is not seen.
 """
 
 from __future__ import annotations
 
 import json
 import runpy
+import signal
 import sys
 import threading
 import time
@@ -19,65 +21,68 @@ from types import FrameType
 
 __all__ = ["summary"]
 
-#: Seconds between two looks.
-_PAUSE = 0.004
-#: Functions that a summary has.
-_TOLD = 25
+#: Seconds of the process's CPU between two looks.
+_PAUSE = 0.002
+#: Functions that each list of a summary has.
+_TOLD = 20
+#: In a stack that has this a module is being loaded, which is no work of the daemon's.
+_LOADING = "importlib."
+#: What our functions' names begin with.
+_OURS = ("harp.", "harpd.", "harpcaller.")
 
 
-class Sampler(threading.Thread):
-    """Looks at all other threads until it is stopped.
-
-    A function that a thread is in is given the CPU time that the thread has used since the last look.
-    """
+class Sampler:
+    """Gives the CPU time that a thread has used since the last look to the function that it is in now."""
 
     def __init__(self) -> None:
-        super().__init__(name="sampler", daemon=True)
         self.own: Counter[str] = Counter()
         self.within: Counter[str] = Counter()
         self._spent: dict[int, int] = {}
-        self._stopped = threading.Event()
 
-    def run(self) -> None:
-        """Look."""
-        while not self._stopped.wait(_PAUSE):
-            for thread, frame in sys._current_frames().items():
-                if thread != self.ident:
-                    with suppress(OSError):  # it has just ended
-                        self._take(thread, frame)
+    def start(self) -> None:
+        """Look from now on."""
+        signal.signal(signal.SIGPROF, self._look)
+        signal.setitimer(signal.ITIMER_PROF, _PAUSE, _PAUSE)
+
+    def stop(self) -> None:
+        """Look no more."""
+        signal.setitimer(signal.ITIMER_PROF, 0)
+
+    def _look(self, number: int, interrupted: FrameType | None) -> None:
+        main = threading.main_thread().ident
+        for thread, frame in sys._current_frames().items():
+            with suppress(OSError):  # it has just ended
+                self._take(thread, interrupted if thread == main else frame)
 
     def _take(self, thread: int, frame: FrameType | None) -> None:
         now = time.clock_gettime_ns(time.pthread_getcpuclockid(thread))
         spent = now - self._spent.get(thread, now)
         self._spent[thread] = now
-        if not spent or frame is None:
-            return
-        self.own[_name(frame)] += spent
-        seen = set()
+        stack = []
         while frame is not None:
-            seen.add(_name(frame))
+            stack.append(_name(frame))
             frame = frame.f_back
-        for name in seen:
-            self.within[name] += spent
-
-    def stop(self) -> None:
-        """Look no more."""
-        self._stopped.set()
-        self.join()
+        if spent > 0 and stack and not any(name.startswith(_LOADING) for name in stack):
+            self.own[stack[0]] += spent
+            for name in set(stack):
+                if name.startswith(_OURS):
+                    self.within[name] += spent
 
 
 def _name(frame: FrameType) -> str:
-    code = frame.f_code
-    return f"{'/'.join(Path(code.co_filename).parts[-2:])}:{code.co_qualname}"
+    return f"{frame.f_globals.get('__name__')}.{frame.f_code.co_qualname}"
 
 
 def summary(file: Path) -> Iterator[str]:
     """What a daemon was busy with, as text."""
     found = json.loads(file.read_text())
-    all_ = max(1, sum(found["own"].values()))
-    yield f"{file.stem}: {all_ / 1e9:.2f} s of CPU in {found['seconds']:.2f} s; in itself, and with calls:"
-    for name, spent in Counter(found["own"]).most_common(_TOLD):
-        yield f"  {100 * spent / all_:6.1f} %{100 * found['within'][name] / all_:8.1f} %  {name}"
+    own, within = Counter[str](found["own"]), Counter[str](found["within"])
+    whole = max(1, own.total())
+    yield f"{file.stem}: {whole / 1e9:.2f} s of CPU, without start, in {found['seconds']:.2f} s"
+    for title, counts in (("in a function itself", own), ("in a function of ours and what it calls", within)):
+        yield f"  {title}:"
+        for name, spent in counts.most_common(_TOLD):
+            yield f"    {100 * spent / whole:5.1f} %  {name}"
     yield ""
 
 
