@@ -99,7 +99,9 @@ def _measure(options: argparse.Namespace, directory: Path) -> int:
     print(f"{took:.0f} s, {'a run' if sizes.runs == 1 else f'{sizes.runs} runs'}")
     document = report.document(parts, results, verdicts, durability, sizes, {**facts, "seconds": round(took)})
     title = f"HARP and peers: {facts['machine']['cores']} cores, medians of {sizes.runs}"
-    picture = draw([row for part in parts for row in part.rows if row.key in PICTURED], results, OURS, title)
+    pictured = [row for part in parts for row in part.rows if row.key in PICTURED]
+    losing = {one.name for contenders in lineup.values() for one in contenders if one.losing}
+    picture = draw(pictured, results, OURS, title, losing)
     if options.results is not None:
         options.results.mkdir(parents=True, exist_ok=True)
         for suffix, text in ((".json", json.dumps(document, indent=1) + "\n"), (".svg", picture)):

@@ -41,6 +41,7 @@ class Contender:
         works: the works that it does, and what they are called in its client.
         serve: starts it.
         ours: whether it is ours.
+        losing: whether it can lose what it has accepted, when the machine dies.
     """
 
     name: str
@@ -48,3 +49,4 @@ class Contender:
     works: Mapping[str, str]
     serve: Serve
     ours: bool = False
+    losing: bool = False

@@ -158,13 +158,13 @@ _SHARED = {**_FORKED, "reused-jobs": "jobs"}
 _MANY = {"submit-many": "submissions"}
 
 JOBS = (
-    Contender("RQ", _SNAPSHOTS, {**_FORKED, **_MANY}, partial(_rq, durable=False)),
+    Contender("RQ", _SNAPSHOTS, {**_FORKED, **_MANY}, partial(_rq, durable=False), losing=True),
     Contender("RQ, durable Redis", _SYNCED_REDIS, {**_FORKED, **_MANY}, partial(_rq, durable=True)),
-    Contender("Celery", _SNAPSHOTS, _SHARED, partial(_celery, durable=False)),
+    Contender("Celery", _SNAPSHOTS, _SHARED, partial(_celery, durable=False), losing=True),
     Contender("Celery, durable", f"{_SYNCED_REDIS}; acknowledged late", _SHARED, partial(_celery, durable=True)),
-    Contender("Huey", _SNAPSHOTS, _SHARED, partial(_huey, durable=False)),
+    Contender("Huey", _SNAPSHOTS, _SHARED, partial(_huey, durable=False), losing=True),
     Contender("Huey on SQLite", "each commit is synced", _SHARED, _huey_on_sqlite),
-    Contender("Dramatiq", _SNAPSHOTS, _SHARED, partial(_dramatiq, durable=False)),
+    Contender("Dramatiq", _SNAPSHOTS, _SHARED, partial(_dramatiq, durable=False), losing=True),
     Contender("Dramatiq, durable Redis", _SYNCED_REDIS, _SHARED, partial(_dramatiq, durable=True)),
     Contender("Procrastinate", "each commit is synced", {**_SHARED, **_MANY}, _procrastinate),
 )
@@ -172,16 +172,25 @@ JOBS = (
 _STREAMS = {"stream": "follow", "long-stream": "follow", "slow-stream": "follow_slowly"}
 
 STREAM = (
-    Contender("gRPC, protobuf", _NOTHING, _STREAMS, partial(_direct, module="grpc_calls")),
-    Contender("gRPC, JSON", _NOTHING, {"stream": "follow_json"}, partial(_direct, module="grpc_calls")),
+    Contender("gRPC, protobuf", _NOTHING, _STREAMS, partial(_direct, module="grpc_calls"), losing=True),
+    Contender("gRPC, JSON", _NOTHING, {"stream": "follow_json"}, partial(_direct, module="grpc_calls"), losing=True),
     Contender(
         "RPyC, generator",
         _NOTHING,
         {"stream": "follow", "slow-stream": "follow_slowly"},
         partial(_direct, module="rpyc_calls", threads=False),
+        losing=True,
     ),
-    Contender("Redis streams", _SNAPSHOTS, {"stream": "follow"}, partial(_streams, pipelined=False, durable=False)),
-    Contender("Redis streams, pipelined", _SNAPSHOTS, _STREAMS, partial(_streams, pipelined=True, durable=False)),
+    Contender(
+        "Redis streams",
+        _SNAPSHOTS,
+        {"stream": "follow"},
+        partial(_streams, pipelined=False, durable=False),
+        losing=True,
+    ),
+    Contender(
+        "Redis streams, pipelined", _SNAPSHOTS, _STREAMS, partial(_streams, pipelined=True, durable=False), losing=True
+    ),
     Contender(
         "Redis streams, pipelined, durable", _SYNCED_REDIS, _STREAMS, partial(_streams, pipelined=True, durable=True)
     ),

@@ -92,10 +92,13 @@ def test_a_reason_of_many_lines_is_told_whole() -> None:
 
 def test_the_picture_is_svg_with_a_bar_for_each_contender() -> None:
     found = results(HARP=[1000, 1200], **{"a & b": [100, 50]})
-    root = ElementTree.fromstring(draw([SPEED, DELAY], found, "HARP", 'A "title"'))
-    texts = [element.text for element in root.iter("{http://www.w3.org/2000/svg}text")]
-    assert texts == ['A "title"', "The speed", "calls/s, more is better", "HARP", "1,100", "a & b", "75.0  (14.7 x)"]
-    widths = [float(bar.attrib["width"]) for bar in root.iter("{http://www.w3.org/2000/svg}rect")]
+    root = ElementTree.fromstring(draw([SPEED, DELAY], found, "HARP", 'A "title"', {"a & b"}))
+    title, _, *texts = [element.text for element in root.iter("{http://www.w3.org/2000/svg}text")]
+    assert title == 'A "title"'
+    assert texts == ["The speed", "calls/s, more is better", "HARP", "1,100", "a & b", "75.0  (14.7 x)"]
+    bars = list(root.iter("{http://www.w3.org/2000/svg}rect"))
+    assert [bar.attrib["fill"] == "none" for bar in bars] == [False, True]
+    widths = [float(bar.attrib["width"]) for bar in bars]
     assert widths[0] / widths[1] == pytest.approx(1100 / 75, rel=0.01)
     assert float(root.attrib["width"]) > max(float(bar.attrib["x"]) for bar in root.iter() if "x" in bar.attrib)
 
