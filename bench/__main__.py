@@ -16,16 +16,17 @@ from pathlib import Path
 from typing import Any
 
 from bench import report, table
+from bench.clients import Missing
 from bench.contenders import Contender
 from bench.figures import Results
 from bench.installing import ROOT, install_debian, peers_python
 from bench.lineup import LINEUP
+from bench.parts import PARTS, PICTURED
 from bench.picture import draw
-from bench.processes import Missing
 from bench.profile import profile
 from bench.rounds import measure
 from bench.targets import OURS, TARGETS, judge
-from bench.works import FULL, PARTS, PICTURED, QUICK, TINY, Sizes
+from bench.works import FULL, QUICK, TINY, Sizes
 
 _EXAMPLES = """\
 parts:
@@ -90,6 +91,8 @@ def _measure(options: argparse.Namespace, directory: Path) -> int:
         for line in table.lines(part, results, OURS, durability[part.key]):
             print(line, flush=True)
     verdicts = judge(results, TARGETS)
+    if verdicts and dataclasses.replace(sizes, runs=FULL.runs) != FULL:
+        print("The targets are for the full sizes; this run was smaller, so it only hints at what holds.")
     for verdict in verdicts:
         for line in verdict.lines():
             print(line)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench.processes import Client
+from bench.works import Sizes
 
 __all__ = ["Contender", "Place"]
 
@@ -20,11 +21,13 @@ class Place:
         directory: its own and empty.
         shared: a directory that stays from run to run.
         peers: the Python that has the peers' packages; None: there is none.
+        sizes: how much is measured.
     """
 
     directory: Path
     shared: Path
     peers: Path | None
+    sizes: Sizes
 
 
 #: Starts what a contender needs, gives its client, and ends all.

@@ -9,25 +9,14 @@ import selectors
 import socket
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import harp
-from bench.load import (
-    Figures,
-    Missing,
-    Queue,
-    calls,
-    follow,
-    follow_slowly,
-    jobs,
-    latency,
-    serve,
-    submissions,
-    together,
-)
+from bench.clients import Figures, Missing, serve, together
+from bench.load import Queue, calls, follow, follow_slowly, jobs, latency, submissions
 from harpd import proc
 
 SETTINGS: dict[str, Any] = json.loads(os.environ["BENCH_SETTINGS"])
@@ -46,6 +35,32 @@ def _server(**options: Any) -> harp.HarpServer:
 
 def _rpc() -> harp.HarpCaller:
     return harp.HarpCaller("127.0.0.1", SETTINGS["harpcallerd"])
+
+
+def _asking(port: int, request: Mapping[str, Any]) -> socket.socket:
+    """A connection to a dispatcher on which a request has been sent; for works in which a client is to cost nothing."""
+    sock = socket.create_connection(("127.0.0.1", port), _PATIENCE)
+    sock.sendall(json.dumps({"harpcaller": 1, **request}).encode() + b"\n")
+    return sock
+
+
+def follower(port: int, job: str) -> socket.socket:
+    """A connection that follows a job from its first record on."""
+    return _asking(port, {"follow_stream": job, "since": 0})
+
+
+def lines_of(sock: socket.socket) -> Iterator[Any]:
+    """What comes on a connection, decoded, line by line until it is closed."""
+    rest = b""
+    while data := sock.recv(1 << 16):
+        *lines, rest = (rest + data).split(b"\n")
+        yield from map(json.loads, lines)
+
+
+def exchange(port: int, request: Mapping[str, Any]) -> list[Any]:
+    """Ask a dispatcher; return all lines of its answer, decoded."""
+    with _asking(port, request) as sock:
+        return list(lines_of(sock))
 
 
 def _fresh() -> Callable[[Any], Any]:
@@ -67,10 +82,11 @@ class Client(Queue):
 
     Args:
         procedure: the job.
+        port: the dispatcher's; None: as the settings say.
     """
 
-    def __init__(self, procedure: str = "echo") -> None:
-        self._rpc = _rpc()
+    def __init__(self, procedure: str = "echo", port: int | None = None) -> None:
+        self._rpc = _rpc() if port is None else harp.HarpCaller("127.0.0.1", port)
         self._procedure = getattr(self._rpc.web01, procedure)
         self._waiting: harp.RemoteProcedure | None = None
 
@@ -119,9 +135,7 @@ def _crowd(followers: int, records: int) -> Figures:
     def body(client: int, start: Callable[[], object]) -> float:
         told = Path(SETTINGS["directory"]) / f"begin-{uuid.uuid4()}"
         job = _rpc().web01.count_when(str(told), records)
-        request = json.dumps({"harpcaller": 1, "follow_stream": job.id(), "since": 0}).encode() + b"\n"
-        deaf = _asking(request)
-        readers = [_asking(request) for _ in range(followers)]
+        deaf, *readers = (follower(SETTINGS["harpcallerd"], job.id()) for _ in range(1 + followers))
         _read(readers, 1)
         began = time.monotonic()
         told.touch()
@@ -132,12 +146,6 @@ def _crowd(followers: int, records: int) -> Figures:
         return followers * records / took
 
     return {"rate": together(1, body)[0]}
-
-
-def _asking(request: bytes) -> socket.socket:
-    sock = socket.create_connection(("127.0.0.1", SETTINGS["harpcallerd"]), _PATIENCE)
-    sock.sendall(request)
-    return sock
 
 
 def _read(readers: Sequence[socket.socket], records: int) -> None:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from bench.processes import Missing
+from bench.clients import Missing
 
 __all__ = ["LOCK", "ROOT", "debian_program", "install_debian", "peers_python"]
 

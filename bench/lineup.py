@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bench import ours, theirs
+from bench import alone, ours, theirs
 from bench.contenders import Contender
 
 __all__ = ["LINEUP"]
@@ -12,4 +12,9 @@ LINEUP: dict[str, tuple[Contender, ...]] = {
     "direct": (ours.DIRECT, *theirs.DIRECT),
     "jobs": (ours.JOBS, *theirs.JOBS),
     "stream": (ours.STREAM, *theirs.STREAM),
+    "store": (alone.STORE,),
+    "start": (alone.START,),
+    "wide": (alone.WIDE,),
+    "depth": (alone.DEPTH,),
+    "sustained": (alone.SUSTAINED,),
 }

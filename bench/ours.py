@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from bench.contenders import Contender, Place
+from bench.installing import ROOT
 from bench.processes import Client
 from support.harpcallerd import Harpcallerd
 from support.harpd import Harpd
 
-__all__ = ["DIRECT", "JOBS", "STREAM", "daemons", "settings"]
+__all__ = ["DIRECT", "JOBS", "PROCEDURES", "STREAM", "SYNCED", "client_program", "daemons", "serving", "settings"]
 
-_PROCEDURES = Path(__file__).with_name("procedures.py")
+#: The procedures file.
+PROCEDURES = Path(__file__).with_name("procedures.py")
 _SAMPLING = Path(__file__).with_name("sampling.py")
 
 #: As harpd logs by itself: events of level info, as text. With a format that the harness can read.
@@ -72,7 +77,7 @@ def daemons(
     users.write_text(f"{Harpd.user}:{hashed}")
     authentication = {"module": "harpd.auth.passfile", "file": str(users)}
     harpd = (_SampledHarpd if sampled else Harpd)(
-        directory / "harpd", _PROCEDURES.read_text(), {"authentication": authentication}
+        directory / "harpd", PROCEDURES.read_text(), {"authentication": authentication}
     )
     harpd.logging_file.write_text(yaml.safe_dump(_LOGGING))
     with harpd:
@@ -87,41 +92,47 @@ def daemons(
             yield harpd, harpcallerd
 
 
-def settings(directory: Path, harpd: Harpd, harpcallerd: Harpcallerd | None) -> dict[str, str]:
-    """The environment of our client program."""
-    facts = {
-        "directory": str(directory),
+@contextmanager
+def client_program(module: str, directory: Path, settings: Mapping[str, Any]) -> Iterator[Client]:
+    """Start a client program of this package.
+
+    Args:
+        module: its name.
+        directory: for its files.
+        settings: what it finds in its environment, beside the directory.
+    """
+    command = [sys.executable, "-P", "-m", f"bench.{module}"]
+    environment = {
+        "BENCH_SETTINGS": json.dumps({"directory": str(directory), **settings}),
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
+    }
+    with Client.running(command, directory / "client.log", environment) as client:
+        yield client
+
+
+def settings(harpd: Harpd, harpcallerd: Harpcallerd | None) -> dict[str, Any]:
+    """What our client programs have to know of the daemons."""
+    pids = {"gate": harpd.pid, "warden": harpd.warden}
+    return {
         "user": Harpd.user,
         "password": Harpd.password,
         "harpd": harpd.port,
         "ca_file": str(harpd.ca_file),
         "harpcallerd": None if harpcallerd is None else harpcallerd.port,
+        "pids": pids if harpcallerd is None else {"dispatcher": harpcallerd.pid, **pids},
     }
-    return {"BENCH_SETTINGS": json.dumps(facts)}
 
 
 @contextmanager
-def _serve(place: Place, *, dispatcher: bool) -> Iterator[Client]:
+def serving(place: Place, *, dispatcher: bool = True, module: str = "harp_client") -> Iterator[Client]:
+    """Start the daemons, and a client program of this package."""
     with daemons(place.directory, dispatcher=dispatcher) as (harpd, harpcallerd):
-        environment = settings(place.directory, harpd, harpcallerd)
-        command = [sys.executable, "-P", "-m", "bench.harp_client"]
-        with Client.running(command, place.directory / "client.log", environment) as client:
+        with client_program(module, place.directory, settings(harpd, harpcallerd)) as client:
             yield client
 
 
-@contextmanager
-def _serve_directly(place: Place) -> Iterator[Client]:
-    with _serve(place, dispatcher=False) as client:
-        yield client
-
-
-@contextmanager
-def _serve_jobs(place: Place) -> Iterator[Client]:
-    with _serve(place, dispatcher=True) as client:
-        yield client
-
-
-_SYNCED = "each job, record and end is synced before anybody is told"
+#: What of ours is on stable storage when.
+SYNCED = "each job, record and end is synced before anybody is told"
 
 DIRECT = Contender(
     "HARP",
@@ -134,13 +145,13 @@ DIRECT = Contender(
         "reused-1": "reused",
         "reused-16": "reused",
     },
-    _serve_directly,
+    partial(serving, dispatcher=False),
     ours=True,
 )
 
 JOBS = Contender(
     "HARP",
-    _SYNCED,
+    SYNCED,
     {
         "latency": "latency",
         "jobs": "jobs",
@@ -149,14 +160,14 @@ JOBS = Contender(
         "submit-16": "submissions",
         "submit-many": "submissions",
     },
-    _serve_jobs,
+    serving,
     ours=True,
 )
 
 STREAM = Contender(
     "HARP",
-    _SYNCED,
+    SYNCED,
     {"stream": "follow", "long-stream": "follow", "slow-stream": "follow_slowly", "crowd": "crowd"},
-    _serve_jobs,
+    serving,
     ours=True,
 )

@@ -17,9 +17,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from bench.clients import Missing
 from harpd.prctl import die_with_parent
 
-__all__ = ["Broken", "Client", "Missing", "as_user", "free_port", "listens", "program"]
+__all__ = ["Broken", "Client", "as_user", "free_port", "listens", "program"]
 
 #: Seconds in which a program has to begin to serve, and to end when it is told to.
 _START, _END = 30.0, 10.0
@@ -33,10 +34,6 @@ _LINES = 15
 
 class Broken(Exception):
     """A contender does not work; the message says what its log says."""
-
-
-class Missing(Exception):
-    """A contender can't take part, or not in this; the message says what is missing."""
 
 
 def free_port() -> int:

@@ -14,7 +14,8 @@ from statistics import median
 from typing import Any
 
 import harp
-from bench.load import payload, quantile
+from bench.clients import quantile
+from bench.load import payload
 from bench.ours import daemons
 from bench.sampling import summary
 from bench.works import Sizes

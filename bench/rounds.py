@@ -12,9 +12,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from bench.clients import Missing
 from bench.contenders import Contender, Place
 from bench.figures import Results
-from bench.processes import Broken, Client, Missing
+from bench.processes import Broken, Client
 from bench.works import Part, Sizes, Work
 
 __all__ = ["measure"]
@@ -41,7 +42,8 @@ def measure(
         say: told what is being done.
     """
     out: set[tuple[str, str]] = set()
-    for run in range(sizes.runs):
+    runs = part.runs(sizes) if contenders else 0
+    for run in range(runs):
         first = run % len(contenders)
         for contender in [*contenders[first:], *contenders[:first]]:
             works = [
@@ -49,13 +51,13 @@ def measure(
             ]
             if not works:
                 continue
-            say(f"{part.key}, run {run + 1} of {sizes.runs}: {contender.name}")
+            say(f"{part.key}, run {run + 1} of {runs}: {contender.name}")
             own = directory / f"{part.key}-{run}-{contenders.index(contender)}"
             own.mkdir()
             own.chmod(0o755)
             session = _Session(part.key, contender, run, sizes, results)
             try:
-                with contender.serve(Place(own, directory, peers)) as client:
+                with contender.serve(Place(own, directory, peers, sizes)) as client:
                     out |= {(contender.name, key) for key in session.do(works, client)}
                     session.at = "its end"
             except (Missing, Broken, OSError, AssertionError) as error:
@@ -90,10 +92,12 @@ class _Session:
             asked = (name, repr(request))
             try:
                 if asked not in known:
-                    known[asked] = client.ask(name, self.sizes.deadline, **request)
+                    known[asked] = client.ask(name, work.deadline(self.sizes), **request)
             except Missing as lack:
                 self.results.leave_out(self.part, self.contender.name, self.at, str(lack))
                 yield work.key
             else:
                 for row in work.rows:
-                    self.results.add(row.key, self.contender.name, self.run, known[asked][row.figure])
+                    values = row.values(known[asked])
+                    for number, value in enumerate(values, self.run * len(values)):
+                        self.results.add(row.key, self.contender.name, number, value)

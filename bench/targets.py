@@ -136,6 +136,8 @@ TARGETS = (
             Bound("jobs", 1.9, peer="Celery, durable"),
             Bound("jobs", 1, peer="Celery"),
             Bound("jobs", 700, unit="jobs/s"),
+            Bound("flood-lost", 0, most=True, unit="jobs lost of those submitted at once"),
+            Bound("sustained-growth", 10, most=True, unit="MB that the dispatcher grows in 10 minutes"),
         ),
     ),
     Target(
@@ -169,6 +171,30 @@ TARGETS = (
             Bound("crowd", 300_000, unit="deliveries/s"),
         ),
     ),
+    Target(
+        6,
+        "A million jobs stored",
+        (
+            Bound("stored-status-p99", 10, most=True, unit="ms"),
+            Bound("stored-result-p99", 10, most=True, unit="ms"),
+            Bound("stored-list-p99", 10, most=True, unit="ms"),
+            Bound("stored-host-p99", 10, most=True, unit="ms"),
+            Bound("stored-queue-p99", 10, most=True, unit="ms"),
+            Bound("stored-jobs-share", 0.9, unit="of the rate on an empty store"),
+            Bound("stored-bytes", 1_000, most=True, unit="bytes a job"),
+        ),
+    ),
+    Target(
+        7,
+        "Many hosts, many followers",
+        (
+            Bound("wide-lost", 0, most=True, unit="of 2,000 jobs on 200 hosts"),
+            Bound("wide-memory", 300, most=True, unit="MB"),
+            Bound("idle-followers", 10_000, unit="followers"),
+            Bound("idle-follower-memory", 20, most=True, unit="kB"),
+        ),
+    ),
+    Target(8, "Start with a million jobs", (Bound("stored-start", 2, most=True, unit="s"),)),
     Target(
         9,
         "Processes that are used again",

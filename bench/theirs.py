@@ -9,8 +9,9 @@ from functools import partial
 from typing import Any
 
 from bench import services
+from bench.clients import Missing
 from bench.contenders import Contender, Place
-from bench.processes import Client, Missing, free_port, listens, program
+from bench.processes import Client, free_port, listens, program
 from support.certificates import server_files
 
 __all__ = ["DIRECT", "JOBS", "STREAM"]

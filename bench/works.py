@@ -1,12 +1,13 @@
-"""What is measured: pieces of work, each asked of all contenders that do it in the same words, and their figures."""
+"""What a measurement is made of: pieces of work, each asked of all contenders in the same words, and their figures."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["FULL", "PARTS", "PICTURED", "QUICK", "TINY", "Part", "Row", "Sizes", "Work"]
+__all__ = ["FULL", "QUICK", "TINY", "Part", "Row", "Sizes", "Work"]
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,14 @@ class Sizes:
         slow_records: of the slow stream.
         crowd_records: of the stream with many followers.
         followers: how many these are.
+        stored: ended jobs of the full store; each has 10 records.
+        queries: of each kind.
+        queued: jobs that wait when the dispatcher starts.
+        hosts: simulated ones.
+        wide: jobs that are under way on them at once.
+        idle: followers to whom nothing is said.
+        depth: jobs that are submitted at once.
+        sustained: seconds of the long load.
         deadline: seconds after which a work is given up.
     """
 
@@ -35,13 +44,58 @@ class Sizes:
     slow_records: int
     crowd_records: int
     followers: int = 100
+    stored: int = 1_000_000
+    queries: int = 1_000
+    queued: int = 10_000
+    hosts: int = 200
+    wide: int = 2_000
+    idle: int = 10_000
+    depth: int = 20_000
+    sustained: float = 600.0
     deadline: float = 120.0
 
 
 FULL = Sizes(5, 3.0, 2_000, 200, 20_000, 100_000, 200, 5_000)
-QUICK = Sizes(1, 0.7, 300, 30, 4_000, 20_000, 30, 1_000, deadline=60.0)
+QUICK = Sizes(
+    runs=1,
+    seconds=0.7,
+    jobs=300,
+    latencies=30,
+    records=4_000,
+    long_records=20_000,
+    slow_records=30,
+    crowd_records=1_000,
+    stored=50_000,
+    queries=100,
+    queued=500,
+    hosts=50,
+    wide=300,
+    idle=1_000,
+    depth=500,
+    sustained=20.0,
+    deadline=60.0,
+)
 #: For the tests of the measurements themselves.
-TINY = Sizes(1, 0.1, 8, 3, 50, 100, 3, 50, followers=5, deadline=60.0)
+TINY = Sizes(
+    runs=1,
+    seconds=0.1,
+    jobs=8,
+    latencies=3,
+    records=50,
+    long_records=100,
+    slow_records=3,
+    crowd_records=50,
+    followers=5,
+    stored=400,
+    queries=3,
+    queued=20,
+    hosts=3,
+    wide=9,
+    idle=10,
+    depth=10,
+    sustained=2.0,
+    deadline=60.0,
+)
 
 
 @dataclass(frozen=True)
@@ -54,6 +108,7 @@ class Row:
         figure: which of the work's figures it is.
         unit: what it counts.
         less: whether less is better.
+        series: whether a run has several values of it: the figures ``FIGURE-0``, ``FIGURE-1`` and so on.
     """
 
     key: str
@@ -61,6 +116,14 @@ class Row:
     figure: str = "rate"
     unit: str = "calls/s"
     less: bool = False
+    series: bool = False
+
+    def values(self, figures: Mapping[str, float]) -> list[float]:
+        """The values of a run in the figures of its work."""
+        if not self.series:
+            return [figures[self.figure]]
+        names = itertools.takewhile(figures.__contains__, (f"{self.figure}-{number}" for number in itertools.count()))
+        return [figures[name] for name in names]
 
 
 @dataclass(frozen=True)
@@ -72,12 +135,21 @@ class Work:
         rows: what comes of it.
         arguments: what its client is given beside the names of sizes below.
         sized: arguments that are taken from the sizes: name, and attribute of `Sizes`.
+        patience: how many times the usual deadline it may take.
+        lasting: attribute of `Sizes`: seconds that it takes on top.
     """
 
     key: str
     rows: tuple[Row, ...]
     arguments: Mapping[str, Any] = field(default_factory=dict)
     sized: Mapping[str, str] = field(default_factory=dict)
+    patience: float = 1.0
+    lasting: str | None = None
+
+    def deadline(self, sizes: Sizes) -> float:
+        """Seconds after which it is given up."""
+        lasting: float = 0.0 if self.lasting is None else getattr(sizes, self.lasting)
+        return self.patience * sizes.deadline + lasting
 
     def request(self, sizes: Sizes) -> dict[str, Any]:
         """The arguments for a client."""
@@ -93,102 +165,20 @@ class Part:
         title: a line of explanation.
         works: in the order in which they are done.
         usual: whether it is measured when no part is named.
+        most_runs: how often it is measured at the most; None: as often as asked for.
     """
 
     key: str
     title: str
     works: tuple[Work, ...]
     usual: bool = True
+    most_runs: int | None = None
+
+    def runs(self, sizes: Sizes) -> int:
+        """How often it is measured."""
+        return sizes.runs if self.most_runs is None else min(sizes.runs, self.most_runs)
 
     @property
     def rows(self) -> tuple[Row, ...]:
         """All rows of it."""
         return tuple(row for work in self.works for row in work.rows)
-
-
-def _calls(key: str, title: str, clients: int) -> Work:
-    rows = (
-        Row(f"{key}-{clients}", f"{title}, {_clients(clients)}"),
-        Row(f"{key}-{clients}-p50", f"{title}, {_clients(clients)}: p50", "p50", "ms", less=True),
-    )
-    return Work(f"{key}-{clients}", rows, {"clients": clients}, {"seconds": "seconds"})
-
-
-def _clients(count: int) -> str:
-    return "1 client" if count == 1 else f"{count} clients"
-
-
-def _submissions(key: str, title: str, clients: int, batch: int = 0) -> Work:
-    row = Row(key, title, unit="jobs/s")
-    return Work(key, (row,), {"clients": clients, "batch": batch}, {"seconds": "seconds"})
-
-
-def _jobs(key: str, title: str) -> Work:
-    return Work(key, (Row(key, title, unit="jobs/s"),), {"clients": 4}, {"jobs": "jobs"})
-
-
-_DIRECT = Part(
-    "direct",
-    "Direct calls over TLS, without a dispatcher",
-    (
-        _calls("fresh", "A connection for each call", 1),
-        _calls("fresh", "A connection for each call", 16),
-        _calls("kept", "A kept connection, a process for each call", 1),
-        _calls("kept", "A kept connection, a process for each call", 16),
-        _calls("reused", "A kept connection, a process for many calls", 1),
-        _calls("reused", "A kept connection, a process for many calls", 16),
-    ),
-)
-
-_JOBS = Part(
-    "jobs",
-    "Jobs: submitted, run, results collected",
-    (
-        Work(
-            "latency",
-            (
-                Row("latency-p50", "One job, submission to result, idle system: p50", "p50", "ms", less=True),
-                Row("latency-p99", "One job, submission to result, idle system: p99", "p99", "ms", less=True),
-            ),
-            sized={"jobs": "latencies"},
-        ),
-        _jobs("jobs", "Jobs end to end, 4 clients"),
-        _jobs("reused-jobs", "Jobs end to end, 4 clients, a process for many calls"),
-        _submissions("submit-1", "Jobs accepted, 1 client", 1),
-        _submissions("submit-16", "Jobs accepted, 16 clients", 16),
-        _submissions("submit-many", "Jobs accepted, 1,000 in a request", 1, 1_000),
-    ),
-)
-
-_STREAM = Part(
-    "stream",
-    "Records from a procedure to who follows it",
-    (
-        Work("stream", (Row("stream", "A stream, short", unit="records/s"),), sized={"records": "records"}),
-        Work(
-            "long-stream", (Row("long-stream", "A stream, long", unit="records/s"),), sized={"records": "long_records"}
-        ),
-        Work(
-            "slow-stream",
-            (
-                Row("slow-stream-p50", "A record of a slow stream, made to arrived: p50", "p50", "ms", less=True),
-                Row("slow-stream-p99", "A record of a slow stream, made to arrived: p99", "p99", "ms", less=True),
-            ),
-            {"pause": 0.01},
-            {"records": "slow_records"},
-        ),
-        Work(
-            "crowd",
-            (Row("crowd", "100 followers of a stream, together", unit="deliveries/s"),),
-            sized={"records": "crowd_records", "followers": "followers"},
-        ),
-    ),
-)
-
-#: All parts, by name.
-PARTS = {part.key: part for part in (_DIRECT, _JOBS, _STREAM)}
-
-#: The rows that the picture shows.
-PICTURED = frozenset(
-    {"fresh-1", "fresh-16", "kept-16", "reused-16", "jobs", "reused-jobs", "submit-16", "latency-p50", "long-stream"}
-)

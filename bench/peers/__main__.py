@@ -5,6 +5,6 @@ from __future__ import annotations
 import sys
 from importlib import import_module
 
-from bench.load import serve
+from bench.clients import serve
 
 serve(import_module(f"bench.peers.{sys.argv[1]}").WORKS)

@@ -11,7 +11,8 @@ import psycopg
 from procrastinate import App, PsycopgConnector
 from psycopg.types.json import Jsonb
 
-from bench.load import Figures, Queue, jobs, latency, submissions
+from bench.clients import Figures
+from bench.load import Queue, jobs, latency, submissions
 from bench.peers import SETTINGS
 
 _URL = SETTINGS.get("postgres")

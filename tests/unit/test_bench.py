@@ -15,15 +15,17 @@ import pytest
 
 from bench import load, report, table
 from bench.__main__ import parser
+from bench.clients import Missing, together
 from bench.contenders import Contender, Place
 from bench.figures import Ratio, Results, Spread
 from bench.lineup import LINEUP
+from bench.parts import PARTS, PICTURED
 from bench.picture import draw
-from bench.processes import Broken, Client, Missing, program
+from bench.processes import Broken, Client, program
 from bench.profile import phases
 from bench.rounds import measure
 from bench.targets import TARGETS, Bound, Target, judge
-from bench.works import FULL, PARTS, PICTURED, QUICK, TINY, Part, Row, Work
+from bench.works import FULL, QUICK, TINY, Part, Row, Work
 
 ROWS = {row.key: row for part in PARTS.values() for row in part.rows}
 SPEED, DELAY = Row("speed", "The speed"), Row("delay", "The delay", "p50", "ms", less=True)
@@ -241,7 +243,7 @@ def test_jobs_need_their_own_results() -> None:
 
 def test_submissions_are_counted_and_a_queue_may_lack_bulk() -> None:
     assert load.submissions(Echo, clients=2, seconds=0.05)["rate"] > 0
-    with pytest.raises(load.Missing, match="one job a request"):
+    with pytest.raises(Missing, match="one job a request"):
         load.submissions(Echo, clients=2, seconds=0.05, batch=10)
 
 
@@ -263,7 +265,7 @@ def test_a_client_that_dies_is_told() -> None:
             sys.exit(3)
 
     with pytest.raises(RuntimeError, match="died"):
-        load.together(2, body)
+        together(2, body)
 
 
 def test_what_a_program_leaves_behind_ends_with_it(tmp_path: Path) -> None:
