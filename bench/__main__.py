@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import report, table
+from bench import cpu, report, table
 from bench.clients import Missing
 from bench.contenders import Contender
 from bench.figures import Results
@@ -39,7 +39,7 @@ examples:
   ./dev bench jobs --runs 9       a part, nine times
   ./dev bench jobs --only HARP --only Celery
                                   some of the contenders
-  ./dev bench --profile           where the time of a job of ours goes
+  ./dev bench --profile           where the time of a job of ours goes, and what calls cost in CPU
 
 Results go to bench/results/: latest.json and latest.svg, or quick.json and quick.svg. docs/performance.md says what
 each row is.
@@ -61,6 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if options.profile:
             for line in profile(directory, options.size, sampled=options.sample):
+                print(line)
+            for line in cpu.table(directory / "cpu", options.size):
                 print(line)
             return 0
         return _measure(options, directory)
@@ -172,7 +174,9 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--only", action="append", metavar="NAME", help="contenders whose names begin so: HARP, Celery; may be repeated"
     )
-    parser.add_argument("--profile", action="store_true", help="instead: the phases of a job of ours")
+    parser.add_argument(
+        "--profile", action="store_true", help="instead: phases of a job of ours, and CPU per call"
+    )
     parser.add_argument("--sample", action="store_true", help="with --profile: where the daemons are, by function, too")
     parser.add_argument(
         "--results", type=Path, default=ROOT / "bench" / "results", metavar="DIR", help="where files go"

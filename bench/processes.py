@@ -151,6 +151,11 @@ class Client:
                     process.stdin.close()
                 process.stdout.close()
 
+    @property
+    def pid(self) -> int:
+        """Its process id; the clients of a work are its children."""
+        return self._process.pid
+
     def ask(self, work: str, deadline: float, **arguments: Any) -> dict[str, float]:
         """Have a piece of work done.
 

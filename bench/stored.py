@@ -76,16 +76,16 @@ def stored_jobs(jobs: int) -> Figures:
         the empty store.
     """
 
-    def rate(which: str, jobs: int) -> float:
-        return run_jobs(partial(Client, port=SETTINGS[which]["port"]), _CLIENTS, jobs)["rate"]
+    def run(which: str, jobs: int) -> Figures:
+        return run_jobs(partial(Client, port=SETTINGS[which]["port"]), _CLIENTS, jobs)
 
     for which in ("empty", "full"):
-        rate(which, max(_CLIENTS, jobs // 10))
-    before, half = _size(SETTINGS["empty"]["store"]), jobs // 2
-    first, full, second = rate("empty", half), rate("full", jobs), rate("empty", half)
+        run(which, max(_CLIENTS, jobs // 10))
+    before = _size(SETTINGS["empty"]["store"])
+    first, filled, second = run("empty", jobs // 2), run("full", jobs), run("empty", jobs // 2)
     taken = _size(SETTINGS["empty"]["store"]) - before
-    empty = 2 / (1 / first + 1 / second)
-    return {"rate": full, "empty": empty, "share": full / empty, "bytes": taken / (2 * (half + _CLIENTS))}
+    full, empty = filled["rate"], 2 / (1 / first["rate"] + 1 / second["rate"])
+    return {"rate": full, "empty": empty, "share": full / empty, "bytes": taken / (first["count"] + second["count"])}
 
 
 def query(kind: str, queries: int) -> Figures:

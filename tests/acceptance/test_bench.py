@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from bench.works import TINY
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -43,6 +45,14 @@ def test_ours_is_measured(tmp_path: Path) -> None:
     document = json.loads((tmp_path / "tiny.json").read_text())
     measured = {row["row"] for row in document["rows"] if row["contender"] == "HARP"}
     assert {"fresh-1", "fresh-16", "jobs", "submit-16", "latency-p99", "long-stream", "crowd"} <= measured, printed
+    assert {"stored-jobs-share", "stored-bytes", "stored-status-p99", "stored-start", "wide-memory"} <= measured, (
+        printed
+    )
+    medians = {row["row"]: row["median"] for row in document["rows"]}
+    assert (medians["wide-lost"], medians["flood-lost"], medians["idle-followers"]) == (0, 0, TINY.idle)
+    [slices] = [row["values"] for row in document["rows"] if row["row"] == "sustained"]
+    assert len(slices) == 10
+    assert sum(slices) > 0
     # What HARP can't do yet is said to be missing; nothing is broken.
     assert all(noted["why"].endswith(" yet") for noted in document["left_out"]), printed
     assert ElementTree.fromstring((tmp_path / "tiny.svg").read_text()).tag.endswith("svg")
@@ -52,6 +62,13 @@ def test_ours_is_measured(tmp_path: Path) -> None:
 @pytest.mark.timeout(300)
 def test_the_profile_says_where_a_job_was_and_what_the_daemons_did(tmp_path: Path) -> None:
     printed = bench("--profile", "--sample", "--tiny", "--directory", str(tmp_path))
-    for expected in ("submit to start", "start to end", "dispatcher: ", "gate: ", "in a function of ours"):
+    for expected in (
+        "submit to start",
+        "start to end",
+        "dispatcher: ",
+        "gate: ",
+        "in a function of ours",
+        "CPU of a call",
+    ):
         assert expected in printed, printed
     assert not any(tmp_path.iterdir())
