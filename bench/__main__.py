@@ -33,9 +33,11 @@ parts:
 {parts}
 
 examples:
-  ./dev bench                     everything, at least 5 times each: about an hour and a half
+  ./dev bench                     everything, 5 times each: two to three hours
   ./dev bench --quick             everything in small, under 3 minutes: a look, not a proof
   ./dev bench jobs stream         two parts
+  ./dev bench store start wide depth sustained
+                                  what only HARP is measured in: about half an hour
   ./dev bench jobs --runs 9       a part, nine times
   ./dev bench jobs --only HARP --only Celery
                                   some of the contenders
@@ -174,9 +176,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--only", action="append", metavar="NAME", help="contenders whose names begin so: HARP, Celery; may be repeated"
     )
-    parser.add_argument(
-        "--profile", action="store_true", help="instead: phases of a job of ours, and CPU per call"
-    )
+    parser.add_argument("--profile", action="store_true", help="instead: phases of a job of ours, and CPU per call")
     parser.add_argument("--sample", action="store_true", help="with --profile: where the daemons are, by function, too")
     parser.add_argument(
         "--results", type=Path, default=ROOT / "bench" / "results", metavar="DIR", help="where files go"

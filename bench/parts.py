@@ -142,7 +142,7 @@ _WIDE = Part(
             (
                 Row(
                     "wide-lost",
-                    "2,000 jobs, all under way at once on 200 hosts: without a result",
+                    "Jobs all at once on many hosts: without a result",
                     "lost",
                     "jobs",
                     True,
@@ -166,7 +166,7 @@ _WIDE = Part(
 
 _DEPTH = Part(
     "depth",
-    "20,000 jobs submitted at once (--quick: 500)",
+    "20,000 jobs submitted at once, at most 3 times (--quick: 500)",
     (
         Work(
             "depth",
@@ -178,6 +178,7 @@ _DEPTH = Part(
             patience=5,
         ),
     ),
+    most_runs=3,
 )
 
 

@@ -128,7 +128,7 @@ def _list(socket: Path, kind: str) -> None:
         found = [loads(item) for item in Daemon(socket).ask("list", **options)]
     except ControlError as error:
         if any(name in str(error) for name in options):  # it does not know the option
-            raise Missing(f"harpcallerd list has no {', '.join(options.keys() - {'all'})} yet") from None
+            raise Missing(f"harpcallerd's list has no {' and '.join(list(options)[1:])} yet") from None
         raise
     hosts = {job["host"] for job in found}
     if len(found) > _NEWEST or not found or (kind == "host" and hosts != {HOSTS[0]}):

@@ -331,3 +331,36 @@ def test_what_is_the_same_for_a_contender_is_asked_for_once(tmp_path: Path) -> N
     same = contender("same", 7.0, names=("a", "a"))
     measure(PART, (same,), TINY, tmp_path, None, found, lambda text: None)
     assert found.values == {"speed": {"same": {0: 7.0}}, "delay": {"same": {0: 7.0}}}
+
+
+def test_a_part_may_have_fewer_runs_and_rows_with_many_values(tmp_path: Path) -> None:
+    found, said = Results(), list[str]()
+    rows = (Row("slices", "Slices", "slice", series=True),)
+    part = Part("part", "A part", (Work("work", rows, lasting="sustained"),), most_runs=2)
+
+    class Slices(Client):
+        def __init__(self) -> None:
+            self.asked = 0
+
+        def ask(self, work: str, deadline: float, **arguments: Any) -> dict[str, float]:
+            assert deadline == TINY.deadline + TINY.sustained
+            self.asked += 1
+            return {"slice-0": self.asked, "slice-1": 10.0 * self.asked}
+
+    client = Slices()
+
+    @contextmanager
+    def serve(place: Place) -> Iterator[Client]:
+        assert place.sizes == sizes
+        yield client
+
+    sizes = replace(TINY, runs=5)
+    measure(part, [Contender("HARP", "all", {"work": "a"}, serve)], sizes, tmp_path, None, found, said.append)
+    assert found.values == {"slices": {"HARP": {0: 1.0, 1: 10.0, 2: 2.0, 3: 20.0}}}
+    assert said[-1] == "part, run 2 of 2: HARP"
+
+
+def test_a_part_that_nobody_takes_part_in_is_passed_over(tmp_path: Path) -> None:
+    found = Results()
+    measure(PART, [], TINY, tmp_path, None, found, lambda text: None)
+    assert (found.values, found.left_out) == ({}, [])
