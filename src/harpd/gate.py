@@ -41,7 +41,7 @@ _CALM = 0.9
 _ACCEPT_PAUSE = 0.1
 _EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 #: Seconds between two signs that the program runs, and was not halted.
-_BEAT = 1.0
+_BEAT = 0.5
 #: Seconds for a reload's blocking part and for its warden.
 _RELOAD = 60.0
 #: Seconds for what clients still have to be told at the end.
