@@ -15,17 +15,13 @@ async def kind() -> type[asyncio.AbstractEventLoop]:
     return type(asyncio.get_running_loop())
 
 
-def test_uvloop_is_used_where_it_is_installed() -> None:
+def test_uvloop_can_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HARP_EVENT_LOOP", "uvloop")
     assert run(kind()) is uvloop.Loop
 
 
-def test_asyncios_own_can_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HARP_EVENT_LOOP", "asyncio")
-    assert issubclass(run(kind()), asyncio.SelectorEventLoop)
-
-
-def test_without_uvloop_asyncios_own_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "uvloop", None)
+def test_else_it_is_asyncios_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HARP_EVENT_LOOP", raising=False)
     assert issubclass(run(kind()), asyncio.SelectorEventLoop)
 
 
