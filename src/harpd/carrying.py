@@ -304,12 +304,7 @@ class KeptCall(_Carrying):
         data = self._orders
         with contextlib.suppress(WardenLost):
             while self._next is None:
-                lines = [line + b"\n" for line in buffer.feed(data)]
-                if self._keep:
-                    last = next((number for number, line in enumerate(lines, 1) if _is_done(line)), None)
-                    if last is not None:
-                        self._next = b"".join([*lines[last:], buffer.pending])
-                        del lines[last:]
+                lines = self._take_orders(buffer, data)
                 if self._answered and lines:
                     await self._send(b"".join(lines))
                 else:
@@ -321,6 +316,21 @@ class KeptCall(_Carrying):
             await self._left  # the warden closes now; what the client says until then is its next request
         while True:  # what the warden has said before it died goes to the client still
             await self._client.read()
+
+    def _take_orders(self, buffer: LineBuffer, data: bytes) -> list[bytes]:
+        """The orders that are whole; what follows the last one, if that is to be the next request, is kept as it is.
+
+        Raises:
+            LineTooLong: an order is longer than one may be; a request may be longer.
+        """
+        lines: list[bytes] = []
+        while data and self._next is None:
+            piece, end, data = data.partition(b"\n")
+            for line in buffer.feed(piece + end):
+                lines.append(line + b"\n")
+                if self._keep and _is_done(line):
+                    self._next = data
+        return lines
 
     async def _send(self, data: bytes) -> None:
         async with asyncio.timeout(self._limits.write_stall):

@@ -52,6 +52,7 @@ def count(most):
 """
 
 IDLE = 60.0
+ID = "00000000-0000-4000-8000-0000000000cc"
 
 
 @pytest.fixture(scope="module")
@@ -183,6 +184,20 @@ def test_kept_calls_and_lists_take_turns_on_a_connection(harpd: Harpd) -> None:
                 client.send(behind[20:])
         assert client.message() == {"harp": 1, "stream_result": False, "keep": IDLE}
         assert client.message() == {"result": 5}
+        client.send({"harp": 1, "calls": OWNER, "auth": harpd.auth, "keep": True})
+        assert client.message()["calls"] == []
+
+
+def test_the_request_behind_a_kept_call_may_be_longer_than_an_order(harpd: Harpd) -> None:
+    large = "x" * 300_000
+    with harpd.connect() as client:
+        client.send({**harpd.request("echo", [1]), "call": kept(ID, harpd, client), "keep": True})
+        while "result" not in client.message():
+            pass
+        following = json.dumps({**harpd.request("echo", [large]), "keep": True}).encode() + b"\n"
+        client.send(b'{"stored":0}\n{"done":true}\n' + following)
+        assert client.message()["keep"] == IDLE
+        assert client.message() == {"result": large}
         client.send({"harp": 1, "calls": OWNER, "auth": harpd.auth, "keep": True})
         assert client.message()["calls"] == []
 
