@@ -30,8 +30,8 @@ __all__ = ["Process", "Snapshot", "Tree", "kill_group", "may_have_escaped", "sen
 
 #: So often processes are listed before a look is given up as not whole.
 _MOST_LISTS = 8
-#: The flag of a process that is on its way out.
-_EXITING = 4
+#: Flags of a process, as the kernel has them: it is on its way out; it is a thread of the kernel's own.
+_EXITING, _KERNEL_THREAD = 0x4, 0x200000
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +45,7 @@ class Process:
         state: a letter, as /proc has it.
         command: its name for itself.
         threads: how many it has.
+        flags: the kernel's, of its first thread.
         marks: the marks of calls that it was executed with, see `harpd.mark`, as far as we may know them.
     """
 
@@ -56,6 +57,7 @@ class Process:
     state: str = "R"
     command: str = ""
     threads: int = 1
+    flags: int = 0
     marks: frozenset[bytes] = frozenset()
 
     @property
@@ -201,9 +203,10 @@ def _marks(process: Process) -> frozenset[bytes] | None:
     """The marks that a process was executed with, as far as we may know them; None: it is ending, and shows none now.
 
     One in uninterruptible sleep is not asked: it may hold what the answer would wait for, for as long as its disk or
-    its network is away. Kernel threads, which have no session, have nothing to tell; nor have the dead.
+    its network is away. The kernel's own threads have nothing to tell; nor have the dead. (That a process shows no
+    session says nothing: in a container its session's leader may be outside.)
     """
-    if process.state == "D" or not process.session or not process.alive:
+    if process.state == "D" or process.flags & _KERNEL_THREAD or not process.alive:
         return frozenset()
     places = [f"/proc/{process.pid}"]
     try:
@@ -238,8 +241,8 @@ def _read(pid: int) -> Process | None:
         return None
     command, fields = found[0].decode("utf-8", "backslashreplace"), found[1]
     parent, group, session = (int(field) for field in fields[1:4])
-    state, threads, start = fields[0].decode(), int(fields[17]), int(fields[19])
-    return Process(pid, start, parent, group, session, state, command, threads)
+    state, flags, threads, start = fields[0].decode(), int(fields[6]), int(fields[17]), int(fields[19])
+    return Process(pid, start, parent, group, session, state, command, threads, flags)
 
 
 def send(number: signal.Signals, identity: tuple[int, int]) -> bool:

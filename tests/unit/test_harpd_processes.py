@@ -220,6 +220,26 @@ def test_snapshot_and_signals(sleeper: subprocess.Popen[bytes]) -> None:
     assert start_time(sleeper.pid) == 0
 
 
+#: Looks for a child of its own, as the first process of a container whose session is one of outside.
+CONTAINED = """
+import os, subprocess
+from harpd.processes import snapshot
+with subprocess.Popen(["sleep", "3600"], env={"HARPD_CALL": "inside"}, stdout=subprocess.DEVNULL) as child:
+    found = snapshot()[child.pid]
+    print(found.session, *found.marks)
+    child.kill()
+"""
+
+
+@pytest.mark.root
+def test_in_a_container_who_shows_no_session_shows_its_mark() -> None:
+    contained = ["unshare", "--pid", "--fork", "--mount-proc"]
+    if subprocess.run([*contained, "true"], check=False, capture_output=True).returncode:
+        pytest.skip("needs to make a PID namespace")
+    looked = subprocess.run([*contained, sys.executable, "-c", CONTAINED], check=True, capture_output=True, text=True)
+    assert looked.stdout.split() == ["0", str(entry("inside"))]
+
+
 def test_a_name_may_hold_anything() -> None:
     program = "open('/proc/self/comm', 'w').write('a) S 1 (b\\n'); print(flush=True); import time; time.sleep(3600)"
     with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE) as child:
