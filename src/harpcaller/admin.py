@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from types import MappingProxyType, TracebackType
 from typing import Any, Protocol, Self
 
+from harp.daemon.slicing import open_quickly
 from harp.protocol.ends import encode_end
 from harp.protocol.fields import ProtocolError, check, is_container, is_seconds, opened, string, value, within
-from harp.protocol.jsontext import Envelope, Members, Raw, dumps, open_sliced
+from harp.protocol.jsontext import Envelope, Members, Raw, dumps
 from harpcaller.config import ConfigError
 from harpcaller.connection import ClientLeft, Connection
 from harpcaller.dispatcher import Dispatcher
@@ -86,7 +87,7 @@ class Admin:
     async def _carry_out(self, connection: Connection) -> bytes:
         """Read a request, carry it out and send its items; return the last line."""
         try:
-            members = opened(await connection.request_line(_REQUEST_LINE, _IDLE_TIMEOUT), open_sliced)
+            members = opened(await connection.request_line(_REQUEST_LINE, _IDLE_TIMEOUT), open_quickly)
             name = string(members, "command")
             check(name in COMMANDS, f"command: expected one of {', '.join(COMMANDS)}, got {name!r}")
             within(members, ("command", *COMMANDS[name].options))

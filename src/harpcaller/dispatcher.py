@@ -369,11 +369,11 @@ class Dispatcher:
             concurrency=call.queue.concurrency if call.queue else 1,
             info=Raw(b"null") if call.info is None else call.info,
         )
+        self._wake.set()  # its claim is asked for in the same turn of the loop, and goes into the same commit
         await self._store.add_job(job, self._wall())
         log.info("job submitted", extra={**fields(job), "client": client})
         if log.isEnabledFor(logging.DEBUG):
             log.debug("job's arguments", extra={"job": job.id, "arguments": job.arguments.decode()})
-        self._wake.set()
         return job.id
 
     async def _cancel(self, job_id: str, client: str | None) -> bool:

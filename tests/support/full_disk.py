@@ -85,7 +85,7 @@ async def scenario(directory: Path, take_room: Callable[[], None], make_room: Ca
 
 
 def mount(directory: Path) -> None:
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(directory)], check=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(directory)], check=True)
     ballast = directory / "ballast"
 
     def take_room() -> None:

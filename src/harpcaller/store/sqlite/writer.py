@@ -1,10 +1,11 @@
 """The thread that writes, and its group commit.
 
 Theory: a commit waits for the disk, so its cost is shared. Whatever arrived while the last commit ran is one batch:
-one transaction, one wait. Each member runs within a savepoint, so that a member that fails takes back its own changes
-and nobody else's. Only when the transaction itself fails (the disk is full, the file can't be written) does the whole
-batch fail: nothing of it happened, and every member is told so. The thread goes on with the next batch; once the cause
-is gone, writing works again.
+one transaction, one wait; and so is whatever is asked for in one turn of the event loop. When a member fails, all is
+taken back and run again, each within a savepoint: then a member that fails takes back its own changes and nobody
+else's. Only when the transaction itself fails (the disk is full, the file can't be written) does the whole batch fail:
+nothing of it happened, and every member is told so. The thread goes on with the next batch; once the cause is gone,
+writing works again.
 
 A member's outcome is told after the commit, never before. A member whose awaiter has gone runs all the same: nobody
 is told its outcome.
@@ -13,30 +14,29 @@ is told its outcome.
 from __future__ import annotations
 
 import asyncio
-import logging
 import sqlite3
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any, Concatenate, ParamSpec, TypeAlias, TypeVar
 
 from harpcaller.store import StorageError
-from harpcaller.store.sqlite.file import BUSY_TIMEOUT, storage_errors
+from harpcaller.store.sqlite.file import storage_errors
+from harpcaller.store.sqlite.writelog import WriteLog
 
 __all__ = ["Writer"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
-_LOG = logging.getLogger("harpcaller.store")
-
 # A batch is bounded, so that its first member does not wait for a flood behind it.
 _MOST_MEMBERS = 500
 
-# After this many seconds without work the log of writes is brought into the file and cut.
+# After this many seconds without work the log of writes is brought into the file.
 _IDLE = 1.0
 
 
@@ -67,7 +67,9 @@ class Writer:
         self._path = path
         self._connection = connection
         self._loop = loop
-        self._waiting: SimpleQueue[_Member | None] = SimpleQueue()
+        self._log = WriteLog(path, connection)
+        self._asked: list[_Member] = []  # in this turn of the loop
+        self._waiting: SimpleQueue[Sequence[_Member]] = SimpleQueue()  # an empty one: there will be no more
         self._closing = False
         self._unchecked = True  # whether something may be in the log of writes that is not in the file
         # As a daemon, so that a program which fails before it closes the store can end.
@@ -84,13 +86,22 @@ class Writer:
         if self._closing:
             raise StorageError(f"{self._path}: the store is closed")
         future: asyncio.Future[T] = self._loop.create_future()
-        self._waiting.put(_Member(lambda connection: verb(connection, *args, **kwargs), future))
+        if not self._asked:
+            self._loop.call_soon(self._hand_over)
+        self._asked.append(_Member(partial(_run_verb, verb, args, kwargs), future))
         return await future
+
+    def _hand_over(self) -> None:
+        """Give the thread what was asked for in this turn of the loop: one batch, and one wakeup."""
+        if self._asked:
+            self._waiting.put(self._asked)
+            self._asked = []
 
     def stop(self) -> None:
         """Take nothing more. Called in the loop's thread, as `run` is: so nothing comes in behind this."""
         self._closing = True
-        self._waiting.put(None)
+        self._hand_over()
+        self._waiting.put(())
 
     def join(self) -> None:
         """Wait until all that was taken is done and the connection closed. Blocks."""
@@ -106,29 +117,36 @@ class Writer:
                 # The loop may be gone when the program ends without closing the store.
                 with suppress(RuntimeError):
                     self._loop.call_soon_threadsafe(_tell, batch, outcomes)
-        self._checkpoint()
+                self._log.written()
+        self._log.close()
         self._connection.close()
 
     def _next_batch(self) -> tuple[list[_Member], bool]:
         """Wait for members and take all that are there; False once there will be none any more."""
         try:
-            member = self._waiting.get(timeout=_IDLE if self._unchecked else None)
+            asked = self._waiting.get(timeout=_IDLE if self._unchecked else None)
         except Empty:
-            self._checkpoint()
+            self._unchecked = not self._log.bring_in()
             return [], True
         batch: list[_Member] = []
-        while member is not None:
-            batch.append(member)
-            if len(batch) == _MOST_MEMBERS or self._waiting.empty():
+        while asked:
+            batch += asked
+            if len(batch) >= _MOST_MEMBERS or self._waiting.empty():
                 return batch, True
-            member = self._waiting.get()
+            asked = self._waiting.get()
         return batch, False
 
     def _commit(self, batch: Sequence[_Member]) -> list[_Outcome]:
+        outcomes: list[_Outcome]
         try:
             with storage_errors(self._path):
-                self._connection.execute("BEGIN IMMEDIATE")
-                outcomes = [self._run(member) for member in batch]
+                try:
+                    self._connection.execute("BEGIN IMMEDIATE")
+                    outcomes = [_Done(member.verb(self._connection)) for member in batch]
+                except Exception:  # noqa: BLE001 - whose fault it was is found by running each apart
+                    self._roll_back()
+                    self._connection.execute("BEGIN IMMEDIATE")
+                    outcomes = [self._run(member) for member in batch]
                 self._connection.execute("COMMIT")
         except Exception as error:  # noqa: BLE001 - each member is told, and the thread goes on
             self._roll_back()
@@ -155,19 +173,11 @@ class Writer:
             if self._connection.in_transaction:
                 self._connection.execute("ROLLBACK")
 
-    def _checkpoint(self) -> None:
-        """Bring the log of writes into the file and cut it to nothing, unless a reader is in the way."""
-        self._unchecked = False
-        try:
-            with storage_errors(self._path):
-                self._connection.execute("PRAGMA busy_timeout = 0")
-                [(busy, _, _)] = self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
-                self._unchecked = bool(busy)
-        except StorageError as error:
-            # Nothing is lost: the log stays. Tried again after the next write.
-            _LOG.warning("checkpoint failed", extra={"file": str(self._path), "reason": str(error)})
-        finally:
-            self._connection.execute(f"PRAGMA busy_timeout = {BUSY_TIMEOUT}")
+
+def _run_verb(
+    verb: Callable[..., T], args: tuple[Any, ...], kwargs: dict[str, Any], connection: sqlite3.Connection
+) -> T:
+    return verb(connection, *args, **kwargs)
 
 
 def _again(error: Exception) -> Exception:
