@@ -22,11 +22,12 @@ if TYPE_CHECKING:
     from harp.connection import JSONConnection, JSONSSLConnection
     from harp.direct import HarpProcedure, HarpServer, HarpStreamIterator
     from harp.errors import CancelledException, CommunicationError, HarpException, RemoteError, RemoteException
-    from harp.operations import CALL_CANCELLED, CALL_NOT_FINISHED, Result
+    from harp.operations import CALL_CANCELLED, CALL_NOT_FINISHED, Call, Result
 
 __all__ = [
     "CALL_CANCELLED",
     "CALL_NOT_FINISHED",
+    "Call",
     "CancelledException",
     "CommunicationError",
     "HarpCaller",

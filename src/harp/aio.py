@@ -13,7 +13,7 @@ import asyncio
 import os
 import time
 from abc import abstractmethod
-from collections.abc import AsyncIterable, AsyncIterator, Awaitable
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Iterable
 from contextlib import suppress
 from types import TracebackType
 from typing import Any, NoReturn, Self, TypeVar, Unpack
@@ -24,6 +24,7 @@ from harp.errors import HarpException
 from harp.idle import Idle
 from harp.operations import (
     Answer,
+    Call,
     Credentials,
     Job,
     JobOptions,
@@ -37,6 +38,7 @@ from harp.operations import (
     plain_request,
     public,
     submit,
+    submit_many,
     surely,
     waits,
 )
@@ -81,6 +83,11 @@ class AsyncHarpCaller:
     def job(self, job_id: str) -> AsyncRemoteCall:
         """As `harp.HarpCaller.job`."""
         return AsyncRemoteCall(self, job_id)
+
+    async def submit_many(self, calls: Iterable[Call]) -> list[AsyncRemoteCall]:
+        """As `harp.HarpCaller.submit_many`."""
+        job_ids = await self._run(submit_many(calls))
+        return [AsyncRemoteCall(self, job_id) for job_id in job_ids]
 
     async def connect(self) -> AsyncJSONConnection:
         """As `harp.HarpCaller.connect`."""

@@ -8,6 +8,7 @@ underscore are no hosts and no procedures.
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from typing import Any, Self, TypeVar, Unpack
 
 from harp.connection import Endpoint, JSONConnection
@@ -15,6 +16,7 @@ from harp.errors import HarpException
 from harp.iteration import Stream
 from harp.operations import (
     Answer,
+    Call,
     Job,
     JobOptions,
     Options,
@@ -26,6 +28,7 @@ from harp.operations import (
     plain_request,
     public,
     submit,
+    submit_many,
     waits,
 )
 from harp.protocol.dispatcher import FollowStream, ReadStream, Request, encode_request
@@ -90,6 +93,25 @@ class HarpCaller:
         Spec: docs/client-api.md, HarpCaller.
         """
         return RemoteCall(self, job_id)
+
+    def submit_many(self, calls: Iterable[Call]) -> list[RemoteCall]:
+        """Submit jobs with one request, all or none: durable when this returns.
+
+        Args:
+            calls: what to call; their line of the protocol may be as long as the dispatcher's `request_line` allows.
+
+        Returns:
+            The jobs, in the order of the calls.
+
+        Raises:
+            HarpException: what was given are no calls; nothing was sent.
+            RemoteError: the dispatcher refused; its message names the call at fault. No job was stored.
+            CommunicationError: no reply came. Whether the jobs were submitted is then unknown; they are not sent again.
+
+        Spec: docs/client-api.md, HarpCaller.
+        """
+        job_ids = self._run(submit_many(calls))
+        return [RemoteCall(self, job_id) for job_id in job_ids]
 
     def connect(self) -> JSONConnection:
         """A new connection to the dispatcher, for one request. Raises `CommunicationError`.

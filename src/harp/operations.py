@@ -10,16 +10,16 @@ share nothing that changes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import KW_ONLY, dataclass, field, fields, replace
 from typing import Any, Final, TypeAlias, TypedDict, TypeVar, final
 
 from harp.errors import CancelledException, CommunicationError, HarpException, RemoteError, RemoteException
 from harp.protocol import daemon
+from harp.protocol import dispatcher as protocol
 from harp.protocol.dispatcher import (
     VERSION,
-    Call,
     Cancel,
     Details,
     FollowStream,
@@ -32,7 +32,9 @@ from harp.protocol.dispatcher import (
     Reply,
     Request,
     Status,
+    SubmitMany,
     Submitted,
+    SubmittedMany,
     WasCancelled,
     decode_reply,
 )
@@ -46,6 +48,7 @@ __all__ = [
     "CALL_NOT_FINISHED",
     "REFUSALS",
     "Answer",
+    "Call",
     "Credentials",
     "Job",
     "JobOptions",
@@ -62,6 +65,7 @@ __all__ = [
     "plain_request",
     "public",
     "submit",
+    "submit_many",
     "surely",
     "waits",
 ]
@@ -152,11 +156,15 @@ class Options:
         Raises:
             HarpException: an option is unknown or its value won't do; the message names the option.
         """
-        known = [field.name for field in fields(self)]
+        known = [option.name for option in fields(self)]
         for name in options:
             if name not in known:
                 raise HarpException(f"unknown option {name!r}, expected one of {', '.join(known)}")
         return replace(self, **{name: _option(name, value) for name, value in options.items()})
+
+
+_OPTION_NAMES = tuple(option.name for option in fields(Options))
+_NO_OPTIONS = Options()
 
 
 def _option(name: str, value: Any) -> Any:
@@ -241,6 +249,64 @@ def passes(answer: Answer, patience: Patience) -> Answer:
     return answer
 
 
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A call to submit with others, by `harp.HarpCaller.submit_many`.
+
+    Args:
+        host: the host's name in the dispatcher's registry.
+        procedure: the procedure's name.
+        arguments: its arguments, a list or tuple; a dict when they are named. What is changed in it later is not sent.
+        queue, concurrency, timeout, max_exec_time, info: options of the job, as for `harp.RemoteServer.__call__`.
+
+    Raises:
+        HarpException: one of them won't do; the message names it.
+
+    Spec: docs/client-api.md, HarpCaller.
+    """
+
+    host: str
+    procedure: str
+    arguments: list[Any] | tuple[Any, ...] | dict[str, Any] = ()
+    _: KW_ONLY
+    queue: dict[str, Any] | None = None
+    concurrency: int | None = None
+    timeout: float | None = None
+    max_exec_time: float | None = None
+    info: Any = None
+    _request: protocol.Call = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        name_of("host", self.host)
+        name_of("procedure", self.procedure)
+        if isinstance(self.arguments, dict):
+            arguments = _arguments((), self.arguments) if self.arguments else Raw(b"{}")
+        elif isinstance(self.arguments, (list, tuple)):
+            arguments = _arguments(tuple(self.arguments), {})
+        else:
+            raise HarpException(f"arguments: expected a list, a tuple or a dict, got {self.arguments!r}")
+        given = {name: getattr(self, name) for name in _OPTION_NAMES if getattr(self, name) is not None}
+        options = Options().changed(given) if given else _NO_OPTIONS
+        object.__setattr__(self, "_request", _request(self.host, self.procedure, arguments, options))
+
+
+def submit_many(calls: Iterable[Call]) -> Steps[list[str]]:
+    """Submit jobs, all or none; returns their ids in the same order.
+
+    Raises:
+        HarpException: what was given are no calls; nothing was sent.
+        RemoteError: the dispatcher refused; no job was stored.
+    """
+    requests: list[protocol.Call] = []
+    for call in calls:
+        if not isinstance(call, Call):
+            raise HarpException(f"calls[{len(requests)}]: expected a harp.Call, got {call!r}")
+        requests.append(call._request)
+    reply = yield from _asked_anew(SubmitMany(requests), "submit_many()")
+    assert isinstance(reply, SubmittedMany)
+    return list(reply.job_ids)
+
+
 def submit(host: str, procedure: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], options: Options) -> Steps[str]:
     """Submit a job; returns its id.
 
@@ -248,14 +314,16 @@ def submit(host: str, procedure: str, args: tuple[Any, ...], kwargs: Mapping[str
         HarpException: arguments or options won't do; nothing was sent.
         RemoteError: the dispatcher refused.
     """
+    reply = _accepted((yield _request(host, procedure, _arguments(args, kwargs), options)))
+    assert isinstance(reply, Submitted)
+    return reply.job_id
+
+
+def _request(host: str, procedure: str, arguments: Raw, options: Options) -> protocol.Call:
     if options.concurrency is not None and options.queue is None:
         raise HarpException("option 'concurrency' needs option 'queue'")
     queue = None if options.queue is None else Queue(options.queue, options.concurrency or 1)
-    arguments = _arguments(args, kwargs)
-    call = Call(host, procedure, arguments, options.timeout, options.max_exec_time, queue, options.info)
-    reply = _accepted((yield call))
-    assert isinstance(reply, Submitted)
-    return reply.job_id
+    return protocol.Call(host, procedure, arguments, options.timeout, options.max_exec_time, queue, options.info)
 
 
 def _accepted(answer: Answer) -> Reply:

@@ -5,6 +5,7 @@ Spec: docs/protocol.md, Client and dispatcher.
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
 import logging
 from collections.abc import AsyncGenerator, Sequence
@@ -29,7 +30,9 @@ from harp.protocol.dispatcher import (
     Reply,
     Request,
     Status,
+    SubmitMany,
     Submitted,
+    SubmittedMany,
     WasCancelled,
     decode_request,
     encode_reply,
@@ -54,6 +57,9 @@ _UNIX_MODE = 0o660
 
 #: A message quotes what the client sent; it need not give all of it back.
 _LONGEST_MESSAGE = 1000
+
+#: Bytes from which on a request is read in a thread, so that nobody waits meanwhile.
+_LONG_REQUEST = 256 * 1024
 
 #: Listeners by the entry of `listen` that they were opened for.
 Listeners = dict[Address, list[Listener]]
@@ -166,7 +172,10 @@ class Service:
         try:
             with Share(self._memory) as share:
                 line = await connection.request_line(config.request_line, config.idle_timeout, share)
-                request = decode_request(line, open_quickly)
+                if len(line) < _LONG_REQUEST:
+                    request = decode_request(line, open_quickly)
+                else:
+                    request = await asyncio.to_thread(decode_request, line, open_quickly)
                 del line
                 async with aclosing(self._replies(request, connection, share)) as replies:
                     async for lines in replies:
@@ -192,12 +201,14 @@ class Service:
 
     async def _replies(self, request: Request, connection: Connection, share: Share) -> AsyncGenerator[bytes, None]:
         """Carry out a request; yield the lines that answer it. Whatever waits gives its share of memory back."""
-        if not isinstance(request, Call):
+        if not isinstance(request, (Call, SubmitMany)):
             share.release()
         dispatcher = self._dispatcher
         match request:
             case Call():
                 yield encode_reply(Submitted(await dispatcher.submit(request, connection.client)))
+            case SubmitMany(calls):
+                yield encode_reply(SubmittedMany(await dispatcher.submit_many(calls, connection.client)))
             case Cancel(job, wait):
                 cancelled = await dispatcher.cancel(job, connection.client)
                 stop = await self._stop(job, connection) if wait else None

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from harp.daemon.slicing import open_quickly
 from harp.protocol.dispatcher import (
     MAY_FOLLOW,
     Call,
@@ -27,7 +28,9 @@ from harp.protocol.dispatcher import (
     Reply,
     Request,
     Status,
+    SubmitMany,
     Submitted,
+    SubmittedMany,
     WasCancelled,
     decode_reply,
     decode_request,
@@ -47,6 +50,11 @@ REQUESTS: list[tuple[str, Request]] = [
         '"queue":{"name":{},"concurrency":3},"info":[1]}',
         Call("h", "p", {"a": 1}, 5, 1.5, Queue({}, 3), [1]),
     ),
+    (
+        '{"harpcaller":1,"submit_many":[{"host":"h","procedure":"p","arguments":[]},'
+        '{"host":"g","procedure":"q","arguments":{"a":1},"queue":{"name":{},"concurrency":3},"info":[1]}]}',
+        SubmitMany([Call("h", "p", []), Call("g", "q", {"a": 1}, queue=Queue({}, 3), info=[1])]),
+    ),
     (f'{{"harpcaller":1,"cancel":"{JOB}"}}', Cancel(JOB)),
     (f'{{"harpcaller":1,"get_result":"{JOB}","wait":true}}', GetResult(JOB)),
     (f'{{"harpcaller":1,"get_result":"{JOB}","wait":false}}', GetResult(JOB, wait=False)),
@@ -61,12 +69,14 @@ REQUESTS: list[tuple[str, Request]] = [
 ]
 
 CALL = Call("h", "p", [])
+MANY = SubmitMany([CALL, CALL])
 FOLLOW, READ = FollowStream(JOB), ReadStream(JOB)
 TIMED = FollowStream(JOB, timed=True)
 STATUS = '{"call":{"host":"h","procedure":"p","arguments":[1]},"time":{"submit":1,"start":null,"end":3},"info":null}'
 
 REPLIES: list[tuple[str, Request, Reply]] = [
     (f'{{"harpcaller":1,"job_id":"{JOB}"}}', CALL, Submitted(JOB)),
+    (f'{{"harpcaller":1,"job_ids":["{JOB}","x"]}}', MANY, SubmittedMany([JOB, "x"])),
     ('{"cancelled":true}', Cancel(JOB), WasCancelled(True)),
     ('{"cancelled":false}', Cancel(JOB), WasCancelled(False)),
     ('{"no_result":true}', GetResult(JOB), NoResult()),
@@ -132,6 +142,8 @@ def test_which_reply_may_follow_is_the_table(request_: Request) -> None:
             continue  # without its time it is none for this request
         if isinstance(asked, Cancel) and not isinstance(request_, Cancel):
             continue  # the same line means another thing there
+        if isinstance(reply, SubmittedMany) and request_ != asked and isinstance(request_, SubmitMany):
+            continue  # another number of calls
         if may:
             decode_reply(line.encode(), request_)
         else:
@@ -148,7 +160,7 @@ BAD_REQUESTS = [
     ("{}", "harpcaller: expected 1, got None"),
     ('{"harpcaller":true,"cancel":"x"}', "harpcaller: expected 1, got True"),
     ('{"harpcaller":2,"cancel":"x"}', "harpcaller: expected 1, got 2"),
-    ('{"harpcaller":1}', "expected exactly one of procedure, cancel"),
+    ('{"harpcaller":1}', "expected exactly one of procedure, submit_many, cancel"),
     ('{"harpcaller":1,"cancel":"x","get_status":"x"}', "expected exactly one of"),
     ('{"harpcaller":1,"cancel":1}', "cancel: expected a string, got a number"),
     ('{"harpcaller":1,"cancel":"x","force":true}', "unknown key force"),
@@ -177,15 +189,37 @@ BAD_REQUESTS = [
         '{"harpcaller":1,"host":"h","procedure":"p","arguments":[],"queue":{"name":{},"concurrency":0}}',
         "queue.concurrency: expected a positive integer",
     ),
+    ('{"harpcaller":1,"submit_many":{}}', "submit_many: expected an array"),
+    ('{"harpcaller":1,"submit_many":null}', "submit_many: expected an array"),
+    ('{"harpcaller":1,"submit_many":[],"host":"h"}', "unknown key host"),
+    ('{"harpcaller":1,"submit_many":[1]}', r"submit_many\[0\]: expected an object"),
+    (
+        '{"harpcaller":1,"submit_many":[{"host":"h","procedure":"p","arguments":[]}, {"host":"h","arguments":[]}]}',
+        r"submit_many\[1\]: procedure: missing",
+    ),
+    (
+        '{"harpcaller":1,"submit_many":[{"harpcaller":1,"host":"h","procedure":"p","arguments":[]}]}',
+        r"submit_many\[0\]: unknown key harpcaller",
+    ),
     ("GET / HTTP/1.1", "Expecting value"),
 ]
 
 
-@pytest.mark.parametrize("opener", [open_decoded, open_sliced])
+@pytest.mark.parametrize("opener", [open_decoded, open_sliced, open_quickly])
 @pytest.mark.parametrize(("line", "message"), BAD_REQUESTS)
 def test_a_bad_request_says_what_and_where(line: str, message: str, opener: Any) -> None:
     with pytest.raises(ProtocolError, match=message):
         decode_request(line.encode(), opener)
+
+
+@pytest.mark.parametrize("opener", [open_sliced, open_quickly])
+def test_a_repeated_key_within_a_request_is_a_bad_request(opener: Any) -> None:
+    many = b'{"harpcaller":1,"submit_many":[{"host":"h","procedure":"p","arguments":[],"host":"h"}]}'
+    with pytest.raises(ProtocolError, match=r"submit_many\[0\]: repeated key"):
+        decode_request(many, opener)
+    queue = b'{"harpcaller":1,"host":"h","procedure":"p","arguments":[],"queue":{"name":{},"name":{}}}'
+    with pytest.raises(ProtocolError, match="queue: repeated key"):
+        decode_request(queue, opener)
 
 
 @pytest.mark.parametrize("key", ["timeout", "max_exec_time", "queue", "info"])

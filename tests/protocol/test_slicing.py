@@ -25,7 +25,11 @@ def outcome(opener: Opener, line: bytes) -> object:
         for key in members:
             inner = members.members(key)
             within = None if inner is None else [(name, inner.payload(name)) for name in inner]
-            found.append((key, members.payload(key), repr(members.value(key)), within))
+            elements = members.elements(key)
+            opened = (
+                None if elements is None else [one and [(name, one.payload(name)) for name in one] for one in elements]
+            )
+            found.append((key, members.payload(key), repr(members.value(key)), (within, opened)))
     except InvalidJSON as error:
         return str(error)
     return found

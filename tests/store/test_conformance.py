@@ -34,6 +34,40 @@ async def facts_of(store: Store, job_id: str) -> Facts:
     return (await store.get_details(job_id)).facts
 
 
+# Many jobs at once
+
+
+async def test_many_jobs_are_stored_in_their_order_as_one_by_one(store: Store) -> None:
+    before = await job_in(store, State.QUEUED)
+    names = [None, {"q": 1}, {"q": 1.0}, None, {"q": 2}]
+    jobs = [new_job(f"host{n % 3}", names[n % 5], concurrency=n + 1, arguments=Raw(b"[%d]" % n)) for n in range(50)]
+    await store.add_jobs(jobs, 2.5)
+    listed = [job for _, job in await store.list_jobs()]
+    assert [job.id for job in listed] == [before, *(job.id for job in jobs)]
+    assert [job.arguments for job in listed[1:]] == [job.arguments for job in jobs]
+    assert {(job.submitted, job.state) for job in listed[1:]} == {(2.5, State.QUEUED)}
+    assert [(queue.name, queue.concurrency) for queue in await store.list_queues()] == [
+        (Raw(b'{"q": 1}'), 2),
+        (Raw(b'{"q": 2}'), 5),
+    ], "the first job of a queue decides"
+    claimed = await store.claim_jobs(3.0, 3, 1000)
+    assert [job.id for job in claimed] == [before, jobs[0].id, jobs[1].id]
+
+
+async def test_of_many_jobs_all_or_none_are_stored(store: Store) -> None:
+    known = await job_in(store, State.RETURNED)
+    jobs = [new_job(queue={"q": n}) for n in range(10)]
+    with pytest.raises(ValueError, match="already"):
+        await store.add_jobs([*jobs, new_job(id=known)], 1.0)
+    with pytest.raises(ValueError, match="already"):
+        await store.add_jobs([*jobs, jobs[3]], 1.0)
+    assert await store.list_jobs() == []
+    assert await store.list_queues() == []
+    await store.add_jobs([], 1.0)
+    await store.add_jobs(jobs, 1.0)
+    assert len(await store.list_jobs()) == 10
+
+
 # A job as it is kept
 
 

@@ -320,7 +320,8 @@ class Anything(dict[str, int]):
 
 @pytest.mark.parametrize("name", QUERIES)
 def test_no_statement_goes_through_all_old_jobs(database: sqlite3.Connection, name: str) -> None:
-    plan = [row[3] for row in database.execute("EXPLAIN QUERY PLAN " + QUERIES[name], Anything())]
+    given = (1,) * QUERIES[name].count("?") or Anything()
+    plan = [row[3] for row in database.execute("EXPLAIN QUERY PLAN " + QUERIES[name], given)]
     of_jobs = ("jobs_not_ended", "jobs_not_ended_of_lane", "jobs_holding_on_host", "jobs_holding_of_lane")
     of_few = (*of_jobs, "lanes_with_room", "lanes", "identity")
     for step in plan:
@@ -420,13 +421,11 @@ async def test_the_log_of_writes_keeps_its_size_and_is_used_again(tmp_path: Path
         await store.add_job(new_job(), 1.0)
     assert log.stat().st_size == writelog.LOG_BYTES
     used = log.read_bytes()
-    for n in range(1000):
+    commits = 0
+    while log.read_bytes()[: 1 << 16] == used[: 1 << 16]:
         await store.add_job(new_job(), 1.0)
-        if log.read_bytes()[: 1 << 16] != used[: 1 << 16]:
-            break
-    else:
-        raise AssertionError("the log was never begun anew")
-    assert n > 20
+        commits += 1
+        assert commits < 1000, "the log was never begun anew"
     assert log.stat().st_size < 2 * writelog.LOG_BYTES
     await store.close()
 

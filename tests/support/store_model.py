@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 
 from harp.protocol.ends import Cancelled, End
@@ -56,6 +56,12 @@ class ModelStore:
         self.jobs[job.id] = (next(self._places), stored)
         self.records[job.id] = []
         self.facts[job.id] = NO_FACTS
+
+    def add_jobs(self, jobs: Sequence[NewJob], now: float) -> None:
+        if len({job.id for job in jobs} | self.jobs.keys()) < len(jobs) + len(self.jobs):
+            raise ValueError
+        for job in jobs:
+            self.add_job(job, now)
 
     def claim_jobs(self, now: float, limit: int, host_concurrency: int) -> list[Job]:
         claimed: list[Job] = []

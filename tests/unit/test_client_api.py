@@ -20,7 +20,8 @@ from harp import aio
 JOB = "3f22e0d4-c8ed-11e5-8d66-001e8c140268"
 
 #: Every class and method of the page, with its parameters; `self` is left out. What stands after ``*`` is our addition
-#: to the interface that programs in the field use, and so are these methods: `RemoteCall.details`, `RemoteCall.why`.
+#: to the interface that programs in the field use, and so are these: `HarpCaller.submit_many`,
+#: `Call`, `RemoteCall.details`, `RemoteCall.why`.
 SIGNATURES = {
     "HarpCaller": "(host, port=3502, *, reconnect=300.0)",
     "HarpCaller.__getattr__": "(host)",
@@ -29,6 +30,10 @@ SIGNATURES = {
     "HarpCaller.host": "(host, **kwargs)",
     "HarpCaller.job": "(job_id)",
     "HarpCaller.request": "(req)",
+    "HarpCaller.submit_many": "(calls)",
+    "Call": (
+        "(host, procedure, arguments=(), *, queue=None, concurrency=None, timeout=None, max_exec_time=None, info=None)"
+    ),
     "RemoteServer": "(dispatcher, hostname)",
     "RemoteServer.__str__": "()",
     "RemoteServer.__getattr__": "(procedure)",

@@ -16,6 +16,7 @@ from harp.protocol.strictjson import checked_text, loads
 __all__ = ["open_quickly"]
 
 _decoder = msgspec.json.Decoder(dict[str, msgspec.Raw])
+_elements = msgspec.json.Decoder(list[msgspec.Raw])
 
 #: What stands around a member besides its value: two quotes, a colon and a comma.
 _AROUND = 4
@@ -52,10 +53,23 @@ class _Members:
         raw = bytes(self._slices[key])
         return open_quickly(raw) if raw.startswith(b"{") else None
 
+    def elements(self, key: str) -> Iterator[Members | None] | None:
+        """See `Members`."""
+        raw = self._slices[key]
+        if bytes(memoryview(raw)[:1]) != b"[":
+            return None
+        elements = map(bytes, _elements.decode(raw))
+        return (_opened(element) if element.startswith(b"{") else None for element in elements)
+
 
 def open_quickly(line: bytes) -> Members:
     """Open an object with its payloads as `Raw` text. Raises `InvalidJSON`."""
     checked_text(line)
+    return _opened(line)
+
+
+def _opened(line: bytes) -> Members:
+    """Open an object whose text is checked already."""
     try:
         slices = _decoder.decode(line)
     except (msgspec.MsgspecError, ValueError, RecursionError):

@@ -3,22 +3,22 @@
 Sans-IO: nothing here touches a socket. Each message is a frozen value that is valid once it is made.
 Whatever bytes come, the outcome is a message or a `ProtocolError`.
 
-What version 1 does not have is opt-in: a request carries ``wait`` (of a cancel) or ``timed`` only when its caller asked
-for it, and only the replies to such a request carry ``stop`` or ``time``.
+What version 1 does not have is opt-in: a request is a `SubmitMany`, or carries ``wait`` (of a cancel) or ``timed``,
+only when its caller asked for it, and only the replies to such a request carry ``job_ids``, ``stop`` or ``time``.
 
 Spec: docs/protocol.md, Client and dispatcher.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, TypeAlias
 
 from harp.protocol.ends import Cancelled, End, Failed, Raised, Returned, decode_end, encode_end
-from harp.protocol.fields import check, is_container, is_count, is_seconds, opened, string, value, within
-from harp.protocol.jsontext import Envelope, Members, Opener, Payload, dumps, open_decoded
+from harp.protocol.fields import ProtocolError, check, is_container, is_count, is_seconds, opened, string, value, within
+from harp.protocol.jsontext import Envelope, InvalidJSON, Members, Opener, Payload, Raw, dumps, open_decoded
 
 __all__ = [
     "Call",
@@ -37,10 +37,13 @@ __all__ = [
     "Reply",
     "Request",
     "Status",
+    "SubmitMany",
     "Submitted",
+    "SubmittedMany",
     "WasCancelled",
     "decode_reply",
     "decode_request",
+    "encode_call",
     "encode_reply",
     "encode_request",
 ]
@@ -84,6 +87,13 @@ class Call:
                 limit is None or is_seconds(limit),
                 f"{key}: expected a positive number of seconds, got {limit!r}",
             )
+
+
+@dataclass(frozen=True, slots=True)
+class SubmitMany:
+    """Submit jobs, all or none; their ids come in this order."""
+
+    calls: Sequence[Call]
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,23 +163,17 @@ class ReadStream(_Stream):
     __slots__ = ()
 
 
-Request: TypeAlias = Call | Cancel | GetResult | GetStatus | GetDetails | FollowStream | ReadStream
+Request: TypeAlias = Call | SubmitMany | Cancel | GetResult | GetStatus | GetDetails | FollowStream | ReadStream
 
 
 def encode_request(request: Request) -> bytes:
     """The request's line, line feed included. Raises `NotJSON` when a payload has no form in JSON."""
     members: dict[str, Any]
     match request:
-        case Call(queue=queue):
-            members = {
-                "host": request.host,
-                "procedure": request.procedure,
-                "arguments": request.arguments,
-                "timeout": request.timeout,
-                "max_exec_time": request.max_exec_time,
-                "queue": queue and Envelope(name=queue.name, concurrency=queue.concurrency),
-                "info": request.info,
-            }
+        case Call():
+            members = _call_members(request)
+        case SubmitMany(calls):
+            members = {"submit_many": Raw(b"[" + b",".join(map(encode_call, calls)) + b"]")}
         case Cancel(job, wait):
             members = {"cancel": job, "wait": wait or None}
         case GetResult(job, wait):
@@ -183,6 +187,24 @@ def encode_request(request: Request) -> bytes:
         case ReadStream(job, since, recent, timed):
             members = {"read_stream": job, "since": since, "recent": recent, "timed": timed or None}
     return _line({"harpcaller": VERSION, **members})
+
+
+def encode_call(call: Call) -> Raw:
+    """A call as it stands in a `SubmitMany`. Raises `NotJSON` when a payload has no form in JSON."""
+    return dumps(_present(_call_members(call)))
+
+
+def _call_members(call: Call) -> dict[str, Any]:
+    queue = call.queue
+    return {
+        "host": call.host,
+        "procedure": call.procedure,
+        "arguments": call.arguments,
+        "timeout": call.timeout,
+        "max_exec_time": call.max_exec_time,
+        "queue": queue and Envelope(name=queue.name, concurrency=queue.concurrency),
+        "info": call.info,
+    }
 
 
 def decode_request(line: bytes, opener: Opener = open_decoded) -> Request:
@@ -228,10 +250,29 @@ def _decode_call(members: Members) -> Call:
     )
 
 
+def _decode_many(members: Members) -> SubmitMany:
+    elements = members.elements("submit_many")
+    check(elements is not None, "submit_many: expected an array")
+    assert elements is not None
+    calls: list[Call] = []
+    try:
+        for call in elements:
+            check(call is not None, "expected an object")
+            assert call is not None
+            within(call, ("procedure", *_CALL_KEYS))
+            calls.append(_decode_call(call))
+    except (ProtocolError, InvalidJSON) as error:
+        raise ProtocolError(f"submit_many[{len(calls)}]: {error}") from error
+    return SubmitMany(calls)
+
+
 def _decode_queue(members: Members) -> Queue | None:
     if "queue" not in members or value(members, "queue") is None:
         return None
-    queue = members.members("queue")
+    try:
+        queue = members.members("queue")
+    except InvalidJSON as error:
+        raise ProtocolError(f"queue: {error}") from error
     check(queue is not None and "name" in queue, "queue: expected an object with a name")
     assert queue is not None
     within(queue, ("name", "concurrency"))
@@ -247,12 +288,14 @@ def _decode_stream(kind: str, request: type[FollowStream] | type[ReadStream]) ->
     return decode
 
 
+_CALL_KEYS = ("host", "arguments", "timeout", "max_exec_time", "queue", "info")
 _STREAM_KEYS = ("since", "recent", "timed")
 
 #: The key that tells the request, the keys that may stand beside it, and how it is read.
 _REQUESTS: Mapping[str, tuple[tuple[str, ...], Callable[[Members], Request]]] = MappingProxyType(
     {
-        "procedure": (("host", "arguments", "timeout", "max_exec_time", "queue", "info"), _decode_call),
+        "procedure": (_CALL_KEYS, _decode_call),
+        "submit_many": ((), _decode_many),
         "cancel": (("wait",), lambda m: Cancel(string(m, "cancel"), _flag(m, "wait", False))),
         "get_result": (("wait",), lambda m: GetResult(string(m, "get_result"), _flag(m, "wait", True))),
         "get_status": ((), lambda m: GetStatus(string(m, "get_status"))),
@@ -268,6 +311,13 @@ class Submitted:
     """The job is on stable storage under this id."""
 
     job_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class SubmittedMany:
+    """The jobs are on stable storage under these ids."""
+
+    job_ids: Sequence[str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -327,7 +377,7 @@ class Continue:
     """The records end here for now; the job runs on."""
 
 
-Reply: TypeAlias = Submitted | WasCancelled | NoResult | Status | Details | Packet | Continue | End
+Reply: TypeAlias = Submitted | SubmittedMany | WasCancelled | NoResult | Status | Details | Packet | Continue | End
 
 
 def encode_reply(reply: Reply) -> bytes:
@@ -335,6 +385,8 @@ def encode_reply(reply: Reply) -> bytes:
     match reply:
         case Submitted(job_id):
             return _line({"harpcaller": VERSION, "job_id": job_id})
+        case SubmittedMany(job_ids):
+            return _line({"harpcaller": VERSION, "job_ids": job_ids})
         case WasCancelled(cancelled, stop):
             return _line({"cancelled": cancelled, "stop": stop})
         case NoResult():
@@ -368,6 +420,15 @@ def decode_reply(line: bytes, request: Request, opener: Opener = open_decoded) -
     reply = _REPLIES[kind](members, request)
     check(type(reply) in MAY_FOLLOW[type(request)], f"a reply with {kind!r} does not answer this request")
     return reply
+
+
+def _decode_job_ids(members: Members, request: Request) -> Reply:
+    job_ids = value(members, "job_ids")
+    are_strings = isinstance(job_ids, list) and all(isinstance(job_id, str) for job_id in job_ids)
+    check(are_strings, "job_ids: expected an array of strings")
+    if isinstance(request, SubmitMany):
+        check(len(job_ids) == len(request.calls), f"{len(job_ids)} job ids for {len(request.calls)} calls")
+    return SubmittedMany(job_ids)
 
 
 def _decode_cancelled(members: Members, request: Request) -> Reply:
@@ -434,6 +495,7 @@ def _sign(kind: str, reply: Reply) -> Callable[[Members, Request], Reply]:
 _REPLIES: Mapping[str, Callable[[Members, Request], Reply]] = MappingProxyType(
     {
         "job_id": lambda m, _: Submitted(string(m, "job_id")),
+        "job_ids": _decode_job_ids,
         "no_result": _sign("no_result", NoResult()),
         "result": _decode_end("result"),
         "exception": _decode_end("exception"),
@@ -452,6 +514,7 @@ _ENDS = frozenset({Returned, Raised, Failed, Cancelled})
 MAY_FOLLOW: Mapping[type, frozenset[type]] = MappingProxyType(
     {
         Call: frozenset({Submitted, Failed}),
+        SubmitMany: frozenset({SubmittedMany, Failed}),
         Cancel: frozenset({WasCancelled, Failed}),
         GetResult: _ENDS | {NoResult},
         GetStatus: frozenset({Status, Failed}),
@@ -494,4 +557,8 @@ class Exchange:
 
 def _line(members: Mapping[str, Any]) -> bytes:
     """One line; members that are None are left out."""
-    return bytes(dumps(Envelope({k: v for k, v in members.items() if v is not None}))) + b"\n"
+    return bytes(dumps(_present(members))) + b"\n"
+
+
+def _present(members: Mapping[str, Any]) -> Envelope:
+    return Envelope({key: member for key, member in members.items() if member is not None})

@@ -75,6 +75,12 @@ class Members(Protocol):
     def members(self, key: str) -> Members | None:
         """The member opened as an object, None when it is not one."""
 
+    def elements(self, key: str) -> Iterator[Members | None] | None:
+        """The member opened as an array, None when it is not one.
+
+        Each element is opened as by `members` when its turn comes; `InvalidJSON` may be raised then.
+        """
+
 
 Opener: TypeAlias = Callable[[bytes], Members]
 
@@ -101,6 +107,12 @@ class _Decoded:
     def members(self, key: str) -> Members | None:
         value = self._members[key]
         return _Decoded(value) if isinstance(value, dict) else None
+
+    def elements(self, key: str) -> Iterator[Members | None] | None:
+        value = self._members[key]
+        if not isinstance(value, list):
+            return None
+        return (_Decoded(element) if isinstance(element, dict) else None for element in value)
 
 
 class _Sliced:
@@ -131,6 +143,13 @@ class _Sliced:
     def members(self, key: str) -> Members | None:
         text = self._slice(key)
         return _Sliced(text) if text.startswith("{") else None
+
+    def elements(self, key: str) -> Iterator[Members | None] | None:
+        text = self._slice(key)
+        if not text.startswith("["):
+            return None
+        elements = (text[start:end] for start, end in _array_spans(text))
+        return (_Sliced(element) if element.startswith("{") else None for element in elements)
 
 
 def open_decoded(line: bytes) -> Members:
@@ -175,6 +194,17 @@ def _scan_object(text: str, decoder: json.JSONDecoder) -> Iterator[tuple[str, JS
     at = _skip_space(text, at + 1)
     if at != len(text):
         raise InvalidJSON(f"data after the object at column {at + 1}")
+
+
+def _array_spans(text: str) -> Iterator[tuple[int, int]]:
+    """Yield the span of each element of the array that `text` is; it has been decoded before."""
+    at = _skip_space(text, 1)
+    while text[at] != "]":
+        _, end = guarded(_SKIPPER.raw_decode, text, at)
+        yield at, end
+        at = _skip_space(text, end)
+        if text[at] == ",":
+            at = _skip_space(text, at + 1)
 
 
 def _skip_space(text: str, at: int) -> int:

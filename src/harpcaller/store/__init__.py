@@ -9,6 +9,7 @@ A backend passes the conformance suite in tests/store.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -52,6 +53,9 @@ class Store(Protocol):
 
         Raises `ValueError` when there is a job with this id.
         """
+
+    async def add_jobs(self, jobs: Sequence[NewJob], now: float) -> None:
+        """Store queued jobs in this order, all or none, as `add_job` does."""
 
     async def claim_jobs(self, now: float, limit: int, host_concurrency: int) -> list[Job]:
         """Give up to `limit` queued jobs their slot, in the order of submission, and return them as running.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from harp.protocol.ends import End
@@ -59,7 +60,11 @@ class SQLiteStore:
 
     async def add_job(self, job: NewJob, now: float) -> None:
         """See `Store.add_job`."""
-        await self._writer.run(writes.add_job, job, now)
+        await self._writer.run(writes.add_jobs, (job,), now)
+
+    async def add_jobs(self, jobs: Sequence[NewJob], now: float) -> None:
+        """See `Store.add_jobs`."""
+        await self._writer.run(writes.add_jobs, jobs, now)
 
     async def claim_jobs(self, now: float, limit: int, host_concurrency: int) -> list[Job]:
         """See `Store.claim_jobs`."""

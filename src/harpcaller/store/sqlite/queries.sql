@@ -3,14 +3,17 @@
 
 -- name: add_lane
 -- Nothing happens when it is there: the first job of a queue decides its concurrency.
-INSERT INTO lanes (lane, queue, concurrency) VALUES (:lane, :queue, :concurrency) ON CONFLICT DO NOTHING;
+INSERT INTO lanes (lane, queue, concurrency) VALUES (?, ?, ?) ON CONFLICT DO NOTHING;
 
 -- name: add_job
-INSERT INTO jobs (id, lane, host, submitted) VALUES (:id, :lane, :host, :now);
+INSERT INTO jobs (id, lane, host, submitted) VALUES (?, ?, ?, ?);
+
+-- name: last_place
+SELECT last_insert_rowid();
 
 -- name: add_call
 INSERT INTO calls (job, procedure, arguments, timeout, max_exec_time, queue, info)
-VALUES (:place, :procedure, :arguments, :timeout, :max_exec_time, :queue, :info);
+VALUES (?, ?, ?, ?, ?, ?, ?);
 
 -- name: next_head
 -- The first head behind a place, of the lanes that have room.

@@ -6,8 +6,8 @@ Nothing else writes meanwhile: what a verb has read stays true until it is done.
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 from harp.protocol.ends import Cancelled, End
 from harp.protocol.jsontext import Raw
@@ -26,7 +26,7 @@ from harpcaller.store.sqlite.rows import (
 from harpcaller.store.sqlite.sql import QUERIES
 
 __all__ = [
-    "add_job",
+    "add_jobs",
     "append_records",
     "cancel_job",
     "cancel_queue",
@@ -61,27 +61,45 @@ def _find_job(db: sqlite3.Connection, job_id: str) -> _Found | None:
     return None
 
 
-def add_job(db: sqlite3.Connection, job: NewJob, now: float) -> None:
-    """See `Store.add_job`."""
-    if _find_job(db, job.id) is not None:
-        raise ValueError(f"there is a job {job.id} already")
+def add_jobs(db: sqlite3.Connection, jobs: Sequence[NewJob], now: float) -> None:
+    """See `Store.add_jobs`."""
+    # As tuples in the order of the columns: there may be many.
+    lanes: dict[str, tuple[Any, ...]] = {}
+    added: list[tuple[Any, ...]] = []
+    for job in jobs:
+        lane, concurrency = _lane(job)
+        lanes.setdefault(lane, (lane, job.queue, concurrency))
+        added.append((job.id, lane, encode_name(job.host), now))
+    db.executemany(QUERIES["add_lane"], lanes.values())
+    at = 0
+
+    def told() -> Iterator[tuple[Any, ...]]:
+        nonlocal at
+        for at, row in enumerate(added):  # noqa: B007 - for the one that is refused
+            yield row
+
+    try:
+        db.executemany(QUERIES["add_job"], told())
+    except sqlite3.IntegrityError as error:
+        if error.sqlite_errorname != "SQLITE_CONSTRAINT_UNIQUE":
+            raise
+        raise ValueError(f"there is a job {jobs[at].id} already") from error
+    # Nothing else is added meanwhile: their places are the last ones, one after the other.
+    [(last,)] = db.execute(QUERIES["last_place"]).fetchall()
+    calls = (_call(place, job) for place, job in enumerate(jobs, last - len(jobs) + 1))
+    db.executemany(QUERIES["add_call"], calls)
+
+
+def _call(place: int, job: NewJob) -> tuple[Any, ...]:
+    procedure = encode_name(job.procedure)
+    return place, procedure, job.arguments, float(job.timeout), float(job.max_exec_time), job.queue, job.info
+
+
+def _lane(job: NewJob) -> tuple[str, int | None]:
+    """The key of the job's lane, and the lane's limit."""
     if job.queue is None:
-        lane, concurrency = host_lane(job.host), None
-    else:
-        lane, concurrency = queue_lane(job.queue), min(job.concurrency, _MAX_INTEGER)
-    db.execute(QUERIES["add_lane"], {"lane": lane, "queue": job.queue, "concurrency": concurrency})
-    added = {"id": job.id, "lane": lane, "host": encode_name(job.host), "now": now}
-    place = db.execute(QUERIES["add_job"], added).lastrowid
-    call = {
-        "place": place,
-        "procedure": encode_name(job.procedure),
-        "arguments": job.arguments,
-        "timeout": float(job.timeout),
-        "max_exec_time": float(job.max_exec_time),
-        "queue": job.queue,
-        "info": job.info,
-    }
-    db.execute(QUERIES["add_call"], call)
+        return host_lane(job.host), None
+    return queue_lane(job.queue), min(job.concurrency, _MAX_INTEGER)
 
 
 def claim_jobs(db: sqlite3.Connection, now: float, limit: int, host_concurrency: int) -> list[Job]:
