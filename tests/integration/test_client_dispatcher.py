@@ -95,6 +95,57 @@ def test_options_are_added_and_later_changes_of_their_values_are_not_seen(shell:
     assert "timeout" not in second
 
 
+def test_many_calls_are_one_request(shell: Shell) -> None:
+    arguments: list[Any] = [1]
+    calls = [
+        harp.Call("web01", "p", arguments),
+        harp.Call("web02", "q", {"a": 1}, queue={}, concurrency=2, timeout=0.5, info=[1]),
+        harp.Call("web03", "r", {}),
+    ]
+    arguments.append(2)
+    sent = [
+        {"host": "web01", "procedure": "p", "arguments": [1]},
+        {
+            "host": "web02",
+            "procedure": "q",
+            "arguments": {"a": 1},
+            "timeout": 0.5,
+            "queue": {"name": {}, "concurrency": 2},
+            "info": [1],
+        },
+        {"host": "web03", "procedure": "r", "arguments": {}},
+    ]
+    reply = {"harpcaller": 1, "job_ids": ["x", JOB, "y"]}
+    with Peer(answering(reply, request={"harpcaller": 1, "submit_many": sent})) as peer:
+        jobs = shell.caller(peer).submit_many(iter(calls))
+        assert [job.id() for job in jobs] == ["x", JOB, "y"]
+
+
+def test_many_calls_are_refused_together(shell: Shell) -> None:
+    with Peer(answering(REFUSAL)) as peer, pytest.raises(harp.RemoteError, match="the disk is full"):
+        shell.caller(peer).submit_many([harp.Call("web01", "p")])
+    with Peer(answering({"harpcaller": 1, "job_ids": [JOB]})) as peer, pytest.raises(harp.CommunicationError):
+        shell.caller(peer).submit_many([harp.Call("web01", "p")] * 2)
+    with Peer() as peer, pytest.raises(harp.HarpException, match=r"calls\[1\]: expected a harp.Call, got 'p'"):
+        shell.caller(peer).submit_many([harp.Call("web01", "p"), "p"])
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"host": ""}, "host: expected a name"),
+        ({"procedure": 1}, "procedure: expected a name"),
+        ({"arguments": "text"}, "arguments: expected a list, a tuple or a dict"),
+        ({"arguments": [object()]}, "argument 1 can't be sent"),
+        ({"timeout": 0}, "option 'timeout': expected a positive number"),
+        ({"concurrency": 2}, "option 'concurrency' needs option 'queue'"),
+    ],
+)
+def test_a_call_that_will_not_do_is_none(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(harp.HarpException, match=message):
+        harp.Call(**{"host": "web01", "procedure": "p", **given})
+
+
 def test_an_error_reply_to_a_call_is_raised(shell: Shell) -> None:
     with Peer(answering({"error": {"type": "storage_error", "message": "full", "data": [1]}})) as peer:
         with pytest.raises(harp.RemoteError, match="storage_error: full") as caught:

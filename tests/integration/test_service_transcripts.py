@@ -48,6 +48,19 @@ TRANSCRIPTS = {
         <- {"call": {"host": "web01", "procedure": "echo", "arguments": {"a": 1}},
             "time": {"submit": "TIME", "start": "TIME", "end": "TIME"}, "info": {"who": "me"}}
     """,
+    "many calls": """
+        -> {"harpcaller": 1, "submit_many": [
+              {"host": "web01", "procedure": "echo", "arguments": [1, "two"]},
+              {"host": "web01", "procedure": "echo", "arguments": {"a": 1}, "queue": {"name": {"q": "many"}}, "info": 5}
+            ]}
+        <- {"harpcaller": 1, "job_ids": ["JOB", "OTHER JOB"]}
+        -> {"harpcaller": 1, "get_result": "JOB", "wait": true}
+        <- {"result": [1, "two"]}
+        -> {"harpcaller": 1, "get_result": "OTHER JOB", "wait": true}
+        <- {"result": {"a": 1}}
+        -> {"harpcaller": 1, "submit_many": []}
+        <- {"harpcaller": 1, "job_ids": []}
+    """,
     "null is absent": """
         -> {"harpcaller": 1, "host": "web01", "procedure": "echo", "arguments": [],
             "timeout": null, "max_exec_time": null, "queue": null, "info": null}
@@ -267,6 +280,9 @@ def check_match(expected: Any, got: Any, jobs: dict[str, str]) -> None:
         assert expected.keys() == got.keys()
         for key in expected:
             check_match(expected[key], got[key], jobs)
+    elif isinstance(expected, list) and isinstance(got, list) and len(expected) == len(got):
+        for one, other in zip(expected, got, strict=True):
+            check_match(one, other, jobs)
     else:
         assert (type(expected), expected) == (type(got), got)
 
@@ -285,7 +301,11 @@ def test_a_transcript(dispatcher: Harpcallerd, transcript: str, form: Form) -> N
 
 
 CALL = {"harpcaller": 1, "host": "h", "procedure": "p", "arguments": []}
-KINDS = "expected exactly one of procedure, cancel, get_result, get_status, get_details, follow_stream, read_stream"
+MANY = {"host": "h", "procedure": "p", "arguments": []}
+KINDS = (
+    "expected exactly one of procedure, submit_many, cancel, "
+    "get_result, get_status, get_details, follow_stream, read_stream"
+)
 
 REFUSED: dict[str, tuple[Any, str]] = {
     "nothing": (b"", "Expecting value at column 1"),
@@ -335,6 +355,11 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "both numbers": (
         {"harpcaller": 1, "follow_stream": UNKNOWN, "since": 1, "recent": 1},
         "since and recent exclude each other",
+    ),
+    "many calls that are none": ({"harpcaller": 1, "submit_many": [MANY, 5]}, "submit_many[1]: expected an object"),
+    "many calls with a bad one": (
+        {"harpcaller": 1, "submit_many": [MANY, MANY, {**MANY, "timeout": 0}]},
+        "submit_many[2]: timeout: expected a positive number of seconds, got 0",
     ),
     "a very long key": ({**CALL, "k" * 100_000: 1}, "unknown key " + "k" * 988 + "..."),
 }

@@ -397,6 +397,8 @@ def encode_reply(reply: Reply) -> bytes:
             return bytes(dumps(Envelope(call=call, time=times, info=reply.info))) + b"\n"
         case Details(details):
             return _line({"details": details})
+        case Packet(number, Raw(data), None):  # as below, without a step for each member: there may be many
+            return b'{"packet":%d,"data":%b}\n' % (number, data)
         case Packet(number, data, None):
             return bytes(dumps(Envelope(packet=number, data=data))) + b"\n"
         case Packet(number, data, time):
