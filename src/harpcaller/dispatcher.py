@@ -362,7 +362,7 @@ class Dispatcher:
 
     async def _submit(self, call: Call, client: str) -> str:
         job = self._new_job(call)
-        self._wake.set()  # its claim is asked for in the same turn of the loop, and goes into the same commit
+        self._wake.set()  # the claim is asked for in this turn of the loop, too, and goes into the same commit
         await self._store.add_job(job, self._wall())
         log.info("job submitted", extra={**fields(job), "client": client})
         self._log_arguments(job)

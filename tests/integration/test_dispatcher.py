@@ -81,6 +81,22 @@ def host(directory: Path, script: Script, first: tuple[Script, ...] = ()) -> Ite
         yield peer
 
 
+async def test_a_job_that_may_start_at_once_is_stored_and_given_its_slot_in_one_commit(tmp_path: Path) -> None:
+    store = await open_store(tmp_path / "store")
+    done: list[str] = []
+    with host(tmp_path, echo) as peer:
+        async with running(tmp_path, host_line(peer.port), store=store) as dispatcher:
+            await result(dispatcher)
+            store._writer._connection.set_trace_callback(done.append)
+            await result(dispatcher)
+            store._writer._connection.set_trace_callback(None)
+    await store.close()
+    added = next(n for n, statement in enumerate(done) if statement.startswith("INSERT INTO jobs"))
+    started = next(n for n, statement in enumerate(done) if statement.startswith("UPDATE jobs SET state = 'running'"))
+    assert added < started
+    assert "COMMIT" not in done[added:started]
+
+
 async def test_limits_are_those_asked_for_up_to_the_configured_ones(tmp_path: Path) -> None:
     async with running(tmp_path, default_timeout=20.0, max_exec_time=30.0) as dispatcher:
         for asked, stored in (((None, None), (20.0, 30.0)), ((5, 6.5), (5.0, 6.5)), ((10**40, 31), (20.0, 30.0))):

@@ -68,7 +68,7 @@ class SQLiteStore:
 
     async def claim_jobs(self, now: float, limit: int, host_concurrency: int) -> list[Job]:
         """See `Store.claim_jobs`."""
-        return await self._writer.run(writes.claim_jobs, now, limit, host_concurrency)
+        return await self._writer.run_last(writes.claim_jobs, now, limit, host_concurrency)
 
     async def append_records(self, job_id: str, first: int, records: Records) -> bool:
         """See `Store.append_records`."""

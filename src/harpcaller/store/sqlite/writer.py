@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any, Concatenate, ParamSpec, TypeAlias, TypeVar
@@ -44,6 +45,7 @@ _IDLE = 1.0
 class _Member:
     verb: Callable[[sqlite3.Connection], Any]
     future: asyncio.Future[Any]
+    last: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,13 +85,22 @@ class Writer:
             StorageError: it did not happen.
             Exception: what the verb raised; it did not happen either.
         """
+        return await self._ask(partial(_run_verb, verb, args, kwargs), last=False)
+
+    async def run_last(
+        self, verb: Callable[Concatenate[sqlite3.Connection, P], T], *args: P.args, **kwargs: P.kwargs
+    ) -> T:
+        """As `run`, but behind the others of its batch: for a verb that is to see what they do."""
+        return await self._ask(partial(_run_verb, verb, args, kwargs), last=True)
+
+    def _ask(self, verb: Callable[[sqlite3.Connection], T], last: bool) -> asyncio.Future[T]:
         if self._closing:
             raise StorageError(f"{self._path}: the store is closed")
-        future: asyncio.Future[T] = self._loop.create_future()
         if not self._asked:
             self._loop.call_soon(self._hand_over)
-        self._asked.append(_Member(partial(_run_verb, verb, args, kwargs), future))
-        return await future
+        future: asyncio.Future[T] = self._loop.create_future()
+        self._asked.append(_Member(verb, future, last))
+        return future
 
     def _hand_over(self) -> None:
         """Give the thread what was asked for in this turn of the loop: one batch, and one wakeup."""
@@ -112,6 +123,7 @@ class Writer:
         while open_:
             batch, open_ = self._next_batch()
             if batch:
+                batch.sort(key=attrgetter("last"))
                 outcomes = self._commit(batch)
                 self._unchecked = True
                 # The loop may be gone when the program ends without closing the store.
