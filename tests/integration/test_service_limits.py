@@ -212,6 +212,20 @@ def test_the_limit_of_descriptors_is_raised(dispatcher: Harpcallerd) -> None:
     assert soft == hard
 
 
+def test_a_job_under_way_takes_little_memory(tmp_path_factory: pytest.TempPathFactory, peer: Peer) -> None:
+    """With its TLS connection and all that is known of it: 60 jobs take less than 9 MB."""
+    with Harpcallerd(tmp_path_factory.mktemp("memory"), {"web01": peer.port}) as dispatcher:
+        process = psutil.Process(dispatcher.pid)
+        memory: list[int] = []
+        for count in (10, 70):
+            for _ in range(len(dispatcher.events("call started")), count):
+                dispatcher.submit("web01", "hang")
+            wait_until(lambda: len(dispatcher.events("call started")) == count, DEADLINE, "the calls")  # noqa: B023
+            memory.append(process.memory_info().rss)
+        grown = (memory[1] - memory[0]) / 60
+        assert grown < 150_000, f"{grown / 1000:.0f} kB each"
+
+
 # The store fails.
 
 

@@ -7,6 +7,7 @@ while it reads as a fatal error, which is why it is not taken by itself.
 from __future__ import annotations
 
 import asyncio
+import asyncio.sslproto
 import contextlib
 import ctypes
 import os
@@ -20,10 +21,14 @@ T = TypeVar("T")
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _TRIM, _MMAP = 64 * 1024 * 1024, 16 * 1024 * 1024
 
+#: Bytes that asyncio takes for what it receives over each TLS connection, however little comes: by itself 256 KiB.
+_RECEIVED = 32 * 1024
+
 
 def run(main: Coroutine[Any, Any, T]) -> T:
     """Run a program's coroutine to its end, and return what it returns."""
     _keep_memory()
+    asyncio.sslproto.SSLProtocol.max_size = _RECEIVED
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
         return runner.run(main)
 
