@@ -223,7 +223,6 @@ def test_what_cannot_be_killed_is_told_watched_and_left_to_the_next(
         swept = new.sweep()
         assert swept.calls.keys() == {"a", "b"}
         assert [one["pid"] for one in swept.receipts["a"]["survivors"]] == [pid]
-        assert swept.again
         for later in sweep(new):
             assert (later.killed, later.calls, later.receipts.keys() - {"b"}) == (0, {}, set())
         assert not lives(other)
