@@ -34,7 +34,7 @@ def _server(**options: Any) -> harp.HarpServer:
 
 
 def _rpc() -> harp.HarpCaller:
-    return harp.HarpCaller("127.0.0.1", SETTINGS["harpcallerd"])
+    return harp.HarpCaller("127.0.0.1", SETTINGS["harpcallerd"], keep=True)
 
 
 def _asking(port: int, request: Mapping[str, Any]) -> socket.socket:
@@ -86,7 +86,7 @@ class Client(Queue):
     """
 
     def __init__(self, procedure: str = "echo", port: int | None = None) -> None:
-        self._rpc = _rpc() if port is None else harp.HarpCaller("127.0.0.1", port)
+        self._rpc = _rpc() if port is None else harp.HarpCaller("127.0.0.1", port, keep=True)
         self._procedure = getattr(self._rpc.web01, procedure)
         self._waiting: harp.RemoteProcedure | None = None
 
@@ -97,15 +97,20 @@ class Client(Queue):
 
     def submit_waiting(self, value: Any) -> harp.RemoteCall:
         """Submit a job to a queue that is full."""
+        return self._fill()(value)
+
+    def _fill(self) -> harp.RemoteProcedure:
+        """Fill the queue; return the procedure behind it."""
         if self._waiting is None:
             host = self._rpc.host("web01", queue={"full": 1})
             host.wait("/there is no such file")
             self._waiting = host.echo
-        return self._waiting(value)
+        return self._waiting
 
     def submit_many(self, values: Sequence[Any]) -> Any:
-        """Submit jobs in one request."""
-        raise Missing("harp.HarpCaller has no submit_many yet")
+        """Submit jobs in one request, to a queue that is full."""
+        self._fill()
+        return self._rpc.submit_many([harp.Call("web01", "echo", [value], queue={"full": 1}) for value in values])
 
     def collect(self, handles: Sequence[harp.RemoteCall]) -> list[Any]:
         """Wait for results."""

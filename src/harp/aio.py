@@ -20,8 +20,9 @@ from typing import Any, NoReturn, Self, TypeVar, Unpack
 
 from harp.aioconnection import AsyncJSONConnection, AsyncJSONSSLConnection
 from harp.connection import Endpoint
-from harp.errors import HarpException
+from harp.errors import CommunicationError, HarpException
 from harp.idle import Idle
+from harp.keeping import Keeping
 from harp.operations import (
     Answer,
     Call,
@@ -64,9 +65,10 @@ T = TypeVar("T")
 class AsyncHarpCaller:
     """As `harp.HarpCaller`."""
 
-    def __init__(self, host: str, port: int = 3502, *, reconnect: float | None = 300.0) -> None:
+    def __init__(self, host: str, port: int = 3502, *, reconnect: float | None = 300.0, keep: bool = False) -> None:
         self._endpoint = Endpoint(host, port)
         self._reconnect = seconds_to_reconnect(reconnect)
+        self._keeping = Keeping(bool(keep), AsyncJSONConnection.abandon)
 
     def __getattr__(self, host: str) -> AsyncRemoteServer:
         """The host of this name, without options."""
@@ -125,17 +127,54 @@ class AsyncHarpCaller:
         patience = Patience(self._reconnect if waits(request) else 0.0)
         while True:
             try:
-                async with self._connection() as conn:
-                    patience.connected(time.monotonic())
-                    line = await conn.ask(encode_request(request))
-                    with conn.endpoint.mapped("reply"):
-                        return passes(answered(request, line), patience)
+                return await self._ask_once(request, patience)
             except HarpException as error:
                 pause = patience.pause(error, time.monotonic())
             await asyncio.sleep(pause)
 
+    async def _ask_once(self, request: Request, patience: Patience) -> Answer:
+        keeps = self._keeping.asks(request)
+        encoded = encode_request(request, keeps)
+        kept = self._keeping.take(time.monotonic()) if keeps else None
+        conn = kept or self._connection()
+        rests = False
+        try:
+            if kept is None:
+                await conn.connect()
+            patience.connected(time.monotonic())
+            try:
+                line = await conn.ask(encoded)
+            except CommunicationError as error:
+                if not keeps:
+                    raise
+                self._keeping.ask_anew(error, request, kept is not None)
+                await conn.connect()
+                line = await conn.ask(encoded)
+            with conn.endpoint.mapped("reply"):
+                answer = passes(answered(request, line), patience)
+            rests = keeps and self._keeping.put(conn, line, time.monotonic())
+        finally:
+            if rests:
+                conn.rest()
+            else:
+                await conn.close()
+        return answer
+
     def __repr__(self) -> str:
-        return f"AsyncHarpCaller({self._endpoint.host!r}, {self._endpoint.port})"
+        keep = ", keep=True" if self._keeping.keep else ""
+        return f"AsyncHarpCaller({self._endpoint.host!r}, {self._endpoint.port}{keep})"
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await _close_all(self._keeping.drain())
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy has connections of its own.
+        return {**self.__dict__, "_keeping": Keeping(self._keeping.keep, AsyncJSONConnection.abandon)}
 
 
 class AsyncRemoteServer:
@@ -386,6 +425,14 @@ class AsyncRemoteCall:
         return f"<AsyncRemoteCall {self._job.id} by {self._dispatcher!r}>"
 
 
+async def _close_all(waiting: Iterable[AsyncJSONConnection]) -> None:
+    for conn in waiting:
+        if conn.quiet():
+            await conn.close()
+        else:  # it may be of another event loop
+            conn.abandon()
+
+
 class AsyncHarpServer:
     """As `harp.HarpServer`."""
 
@@ -423,11 +470,7 @@ class AsyncHarpServer:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for conn in self._idle.drain():
-            if conn.quiet():
-                await conn.close()
-            else:  # it may be of another event loop
-                conn.abandon()
+        await _close_all(self._idle.drain())
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_idle": Idle(AsyncJSONConnection.abandon)}  # a copy has connections of its own

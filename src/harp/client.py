@@ -1,7 +1,7 @@
 """The synchronous client of a dispatcher: `HarpCaller`, and what it gives out.
 
-Thin shells over `harp.operations`: here is only the talking. Objects may be shared by threads; each request has its
-own connection. Looking at an object (repr, copy, pickle, hasattr) never sends anything: names that begin with an
+Thin shells over `harp.operations`: here is only the talking. Objects may be shared by threads; each request has a
+connection to itself. Looking at an object (repr, copy, pickle, hasattr) never sends anything: names that begin with an
 underscore are no hosts and no procedures.
 """
 
@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
+from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack
 
 from harp.connection import Endpoint, JSONConnection
-from harp.errors import HarpException
+from harp.errors import CommunicationError, HarpException
 from harp.iteration import Stream
+from harp.keeping import Keeping
 from harp.operations import (
     Answer,
     Call,
@@ -51,6 +53,9 @@ class HarpCaller:
         port: its port.
         reconnect: for how many seconds in a row a reader that was interrupted tries to reach the dispatcher again;
             0, None or False: it does not. Readers are `RemoteCall.follow`, `result` and `get` with `wait`.
+        keep: whether connections are kept for further requests, which needs a dispatcher of ours. Each carries one
+            at a time, and no job is ever submitted twice. As a context manager the object closes, at its end, those
+            that wait; so does the end of the object. Requests are possible after it, too.
 
     Raises:
         HarpException: `host`, `port` or `reconnect` won't do.
@@ -58,9 +63,10 @@ class HarpCaller:
     Spec: docs/client-api.md, HarpCaller.
     """
 
-    def __init__(self, host: str, port: int = 3502, *, reconnect: float | None = 300.0) -> None:
+    def __init__(self, host: str, port: int = 3502, *, reconnect: float | None = 300.0, keep: bool = False) -> None:
         self._endpoint = Endpoint(host, port)
         self._reconnect = seconds_to_reconnect(reconnect)
+        self._keeping = Keeping(bool(keep), JSONConnection.close)
 
     def __getattr__(self, host: str) -> RemoteServer:
         """The host of this name, without options."""
@@ -160,17 +166,51 @@ class HarpCaller:
         patience = Patience(self._reconnect if waits(request) else 0.0)
         while True:
             try:
-                with self.connect() as conn:
-                    patience.connected(time.monotonic())
-                    line = conn.ask(encode_request(request))
-                    with conn.endpoint.mapped("reply"):
-                        return passes(answered(request, line), patience)
+                return self._ask_once(request, patience)
             except HarpException as error:
                 pause = patience.pause(error, time.monotonic())
             time.sleep(pause)
 
+    def _ask_once(self, request: Request, patience: Patience) -> Answer:
+        keeps = self._keeping.asks(request)
+        encoded = encode_request(request, keeps)
+        kept = self._keeping.take(time.monotonic()) if keeps else None
+        conn = kept or self.connect()
+        rests = False
+        try:
+            patience.connected(time.monotonic())
+            try:
+                line = conn.ask(encoded)
+            except CommunicationError as error:
+                if not keeps:
+                    raise
+                self._keeping.ask_anew(error, request, kept is not None)
+                conn.connect()
+                line = conn.ask(encoded)
+            with conn.endpoint.mapped("reply"):
+                answer = passes(answered(request, line), patience)
+            rests = keeps and self._keeping.put(conn, line, time.monotonic())
+        finally:
+            if not rests:
+                conn.close()
+        return answer
+
     def __repr__(self) -> str:
-        return f"HarpCaller({self._endpoint.host!r}, {self._endpoint.port})"
+        keep = ", keep=True" if self._keeping.keep else ""
+        return f"HarpCaller({self._endpoint.host!r}, {self._endpoint.port}{keep})"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for conn in self._keeping.drain():
+            conn.close()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy has connections of its own.
+        return {**self.__dict__, "_keeping": Keeping(self._keeping.keep, JSONConnection.close)}
 
 
 class RemoteServer:

@@ -1,4 +1,4 @@
-"""Connections to a harpd that wait for another call.
+"""Connections to a harpd or a dispatcher that wait for another request.
 
 Nothing here reads a clock or knows the network. Whether a connection may be used again is its own business
 (`Reusable.quiet`); when, and how many wait, is decided here.
@@ -28,9 +28,9 @@ C = TypeVar("C", bound=Reusable)
 
 
 class Idle(Generic[C]):
-    """Connections that wait for another call, the one used last first. Any number of threads may use it.
+    """Connections that wait for another request, the one used last first. Any number of threads may use it.
 
-    Each waits for half of the time that harpd grants at most: after that harpd may be about to close it.
+    Each waits for half of the time that its peer grants at most: after that the peer may be about to close it.
 
     There is no lock, which a fork or a signal handler could meet taken: each step is one operation of `deque`.
 
@@ -43,7 +43,7 @@ class Idle(Generic[C]):
         self._waiting: deque[tuple[C, float]] = deque()
 
     def take(self, now: float) -> C | None:
-        """A connection for one call, which is the caller's from now on; None: there is none, make one."""
+        """A connection for one request, which is the caller's from now on; None: there is none, make one."""
         while (newest := self._newest()) is not None:
             conn, until = newest
             if now < until and conn.quiet():
@@ -58,7 +58,7 @@ class Idle(Generic[C]):
             return None
 
     def put(self, conn: C, keep: float, now: float) -> None:
-        """Have a connection wait, over which a call has ended at `now`, and harpd grants `keep` seconds."""
+        """Have a connection wait, over which a request was answered at `now`, and the peer grants `keep` seconds."""
         self._waiting.append((conn, now + keep / 2))
         while (oldest := self._surplus(now)) is not None:
             self._drop(oldest)

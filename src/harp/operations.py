@@ -537,8 +537,8 @@ def direct_request(
 def surely(kept: bool) -> Iterator[None]:
     """Let what keeps an answer away say that the call may have run, when its connection was kept from another call.
 
-    harpd may have closed it for its age just when the request was on its way, or may have broken off in the middle of
-    the call: that looks the same. So the call is not made again.
+    The peer may have closed it for its age just when the request was on its way, or may have broken off in the middle
+    of the call: that looks the same. So the call is not made again.
     """
     try:
         yield

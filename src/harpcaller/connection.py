@@ -1,9 +1,10 @@
-"""One client's connection to a door: its request line, the lines that go back, and its leaving.
+"""One client's connection to a door: its request line, the lines that go back, the next request, and its leaving.
 
 There is no buffer here: what is sent is handed to the kernel, and the sender waits until it has taken it. So a
 client that does not read holds one piece of the answer and delays nobody but itself. What a client sends after its
-request is dropped. When it ends its side of the connection it has left: nothing is waited for on its behalf from
-then on, but what can be said without waiting is still sent, as it may be reading.
+request and before the answer is dropped, and no other request follows then. When it ends its side of the connection
+it has left: nothing is waited for on its behalf from then on, but what can be said without waiting is still sent, as
+it may be reading.
 """
 
 from __future__ import annotations
@@ -46,6 +47,8 @@ class Connection:
         self._asked = False
         self._watched = False
         self._left = False
+        #: Whether the client has sent more than its request, which is dropped.
+        self.said_more = False
 
     async def request_line(self, longest: int, seconds: float, share: Share | None = None) -> bytes:
         """Read the request.
@@ -61,9 +64,10 @@ class Connection:
         Raises:
             ProtocolError: the line is too long, late or cut off; of type ``too_many_connections`` when too many
                 long ones are here at once.
-            ClientLeft: it sent nothing.
+            ClientLeft: it sent nothing; of a further request neither within that time.
         """
-        lines = LineBuffer(longest)
+        self._unwatch()
+        again, lines = self._asked, LineBuffer(longest)
         try:
             async with asyncio.timeout(seconds) as self._wait:
                 while data := await self._receive():
@@ -71,11 +75,12 @@ class Connection:
                         raise ProtocolError("too many long requests at once; try again later", "too_many_connections")
                     if found := lines.feed(data):
                         self._asked = True
+                        self.said_more = len(found) > 1 or bool(lines.pending)
                         return found[0]
         except LineTooLong as error:
             raise ProtocolError(f"the request line is longer than {longest} bytes") from error
         except TimeoutError as error:
-            if self._left:
+            if self._left or (again and not lines.pending):
                 raise ClientLeft from error
             raise ProtocolError(f"the request line was not whole within {seconds:g} s") from error
         finally:
@@ -157,6 +162,7 @@ class Connection:
         """The socket is readable while something else is waited for."""
         try:
             gone = not self._socket.recv(_READ_BYTES)
+            self.said_more = True
         except (BlockingIOError, InterruptedError):
             return
         except OSError:

@@ -30,7 +30,7 @@ _ACCEPTED_AT_ONCE = 64
 #: Connections over the limit that are given the time to read the refusal; those beyond may miss it.
 _REFUSED_AT_ONCE = 64
 
-#: The share of the limit below which the next crowd is worth a line in the log.
+#: The share of the limit below which the next crowd is worth a line in the log, and connections are kept.
 _CALM = 0.9
 
 #: Seconds to pause accepting when the system has no more to give.
@@ -81,6 +81,11 @@ class Door:
             for task in late:
                 task.cancel()
             await asyncio.gather(*late, return_exceptions=True)
+
+    @property
+    def crowded(self) -> bool:
+        """Whether there are nearly as many connections as there may be: none should wait for its next request then."""
+        return len(self._answering) > _CALM * self._most()
 
     def open(self, listener: Listener) -> None:
         """Accept the listener's connections."""

@@ -1,6 +1,6 @@
-"""Door 1: the client protocol, over TCP and Unix sockets. One request a connection.
+"""Door 1: the client protocol, over TCP and Unix sockets. One request a connection, unless the client keeps it.
 
-Spec: docs/protocol.md, Client and dispatcher.
+Spec: docs/protocol.md, Client and dispatcher, and Kept connections.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import logging
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from types import TracebackType
-from typing import Self
+from typing import Self, TypeAlias
 
 from harp.daemon.allowance import Allowance, Share
 from harp.daemon.slicing import open_quickly
@@ -28,13 +28,12 @@ from harp.protocol.dispatcher import (
     Packet,
     ReadStream,
     Reply,
-    Request,
     Status,
     SubmitMany,
     Submitted,
     SubmittedMany,
     WasCancelled,
-    decode_request,
+    decode_asking,
     encode_reply,
 )
 from harp.protocol.ends import Failed
@@ -60,6 +59,9 @@ _LONGEST_MESSAGE = 1000
 
 #: Bytes from which on a request is read in a thread, so that nobody waits meanwhile.
 _LONG_REQUEST = 256 * 1024
+
+#: The requests that have one reply.
+_OneReply: TypeAlias = Call | SubmitMany | Cancel | GetResult | GetStatus | GetDetails
 
 #: Listeners by the entry of `listen` that they were opened for.
 Listeners = dict[Address, list[Listener]]
@@ -167,19 +169,11 @@ class Service:
             await connection.send(encode_reply(failure))
 
     async def _carry_out(self, connection: Connection) -> Failed | None:
-        """Read a request and answer it; return what is left to say when that fails, at once or in the middle."""
-        config, client = self._dispatcher.config, connection.client
+        """Read requests and answer them; return what is left to say when one fails, at once or in the middle."""
+        client = connection.client
         try:
-            with Share(self._memory) as share:
-                line = await connection.request_line(config.request_line, config.idle_timeout, share)
-                if len(line) < _LONG_REQUEST:
-                    request = decode_request(line, open_quickly)
-                else:
-                    request = await asyncio.to_thread(decode_request, line, open_quickly)
-                del line
-                async with aclosing(self._replies(request, connection, share)) as replies:
-                    async for lines in replies:
-                        await connection.send(lines)
+            while await self._carry_out_one(connection):
+                pass
         except ClientLeft:
             raise
         except ProtocolError as error:
@@ -199,38 +193,58 @@ class Service:
             return None
         return failure
 
-    async def _replies(self, request: Request, connection: Connection, share: Share) -> AsyncGenerator[bytes, None]:
-        """Carry out a request; yield the lines that answer it. Whatever waits gives its share of memory back."""
+    async def _carry_out_one(self, connection: Connection) -> bool:
+        """Read a request and answer it; whether another one may come."""
+        config = self._dispatcher.config
+        with Share(self._memory) as share:
+            line = await connection.request_line(config.request_line, config.idle_timeout, share)
+            if len(line) < _LONG_REQUEST:
+                request, keeps = decode_asking(line, open_quickly)
+            else:
+                request, keeps = await asyncio.to_thread(decode_asking, line, open_quickly)
+            del line
+            if isinstance(request, (FollowStream, ReadStream)):
+                share.release()
+                async with aclosing(self._stream(request, connection)) as stream:
+                    async for lines in stream:
+                        await connection.send(lines)
+                return False
+            reply = await self._reply(request, connection, share)
+        keeps = keeps and not connection.said_more and not self._door.crowded
+        await connection.send(encode_reply(reply, config.idle_timeout if keeps else None))
+        return keeps
+
+    async def _reply(self, request: _OneReply, connection: Connection, share: Share) -> Reply:
+        """Carry out a request that has one reply. Whatever waits gives its share of memory back."""
         if not isinstance(request, (Call, SubmitMany)):
             share.release()
         dispatcher = self._dispatcher
         match request:
             case Call():
-                yield encode_reply(Submitted(await dispatcher.submit(request, connection.client)))
+                return Submitted(await dispatcher.submit(request, connection.client))
             case SubmitMany(calls):
-                yield encode_reply(SubmittedMany(await dispatcher.submit_many(calls, connection.client)))
+                return SubmittedMany(await dispatcher.submit_many(calls, connection.client))
             case Cancel(job, wait):
                 cancelled = await dispatcher.cancel(job, connection.client)
-                stop = await self._stop(job, connection) if wait else None
-                yield encode_reply(WasCancelled(cancelled, stop))
+                return WasCancelled(cancelled, await self._stop(job, connection) if wait else None)
             case GetResult(job, wait):
-                yield encode_reply(await self._result(job, wait, connection))
+                return await self._result(job, wait, connection)
             case GetStatus(job):
-                yield encode_reply(_status(await dispatcher.job(job)))
+                return _status(await dispatcher.job(job))
             case GetDetails(job):
-                yield encode_reply(Details(await dispatcher.details(job)))
-            case FollowStream():
-                async with aclosing(self._follow(request, connection)) as followed:
-                    async for lines in followed:
-                        yield lines
-            case ReadStream():
-                async with aclosing(
-                    dispatcher.read(request.job, request.since, request.recent, request.timed)
-                ) as items:
-                    async for item in items:
-                        lines = _lines(item)
-                        del item  # not kept as well while the client reads
-                        yield lines
+                return Details(await dispatcher.details(job))
+
+    def _stream(self, request: FollowStream | ReadStream, connection: Connection) -> AsyncGenerator[bytes, None]:
+        """The lines that answer a request for records."""
+        return self._follow(request, connection) if isinstance(request, FollowStream) else self._read(request)
+
+    async def _read(self, request: ReadStream) -> AsyncGenerator[bytes, None]:
+        items = self._dispatcher.read(request.job, request.since, request.recent, request.timed)
+        async with aclosing(items):
+            async for item in items:
+                lines = _lines(item)
+                del item  # not kept as well while the client reads
+                yield lines
 
     async def _result(self, job: str, wait: bool, connection: Connection) -> Reply:
         if wait:

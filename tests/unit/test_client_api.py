@@ -23,7 +23,7 @@ JOB = "3f22e0d4-c8ed-11e5-8d66-001e8c140268"
 #: to the interface that programs in the field use, and so are these: `HarpCaller.submit_many`,
 #: `Call`, `RemoteCall.details`, `RemoteCall.why`.
 SIGNATURES = {
-    "HarpCaller": "(host, port=3502, *, reconnect=300.0)",
+    "HarpCaller": "(host, port=3502, *, reconnect=300.0, keep=False)",
     "HarpCaller.__getattr__": "(host)",
     "HarpCaller.__call__": "(host, **kwargs)",
     "HarpCaller.connect": "()",

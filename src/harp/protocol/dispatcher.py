@@ -3,14 +3,16 @@
 Sans-IO: nothing here touches a socket. Each message is a frozen value that is valid once it is made.
 Whatever bytes come, the outcome is a message or a `ProtocolError`.
 
-What version 1 does not have is opt-in: a request is a `SubmitMany`, or carries ``wait`` (of a cancel) or ``timed``,
-only when its caller asked for it, and only the replies to such a request carry ``job_ids``, ``stop`` or ``time``.
+What version 1 does not have is opt-in: a request is a `SubmitMany`, or carries ``wait`` (of a cancel), ``timed`` or
+``keep``, only when its caller asked for it, and only the replies to such a request carry ``job_ids``, ``stop``,
+``time`` or ``keep``.
 
 Spec: docs/protocol.md, Client and dispatcher.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -41,11 +43,13 @@ __all__ = [
     "Submitted",
     "SubmittedMany",
     "WasCancelled",
+    "decode_asking",
     "decode_reply",
     "decode_request",
     "encode_call",
     "encode_reply",
     "encode_request",
+    "granted",
 ]
 
 VERSION = 1
@@ -166,8 +170,13 @@ class ReadStream(_Stream):
 Request: TypeAlias = Call | SubmitMany | Cancel | GetResult | GetStatus | GetDetails | FollowStream | ReadStream
 
 
-def encode_request(request: Request) -> bytes:
-    """The request's line, line feed included. Raises `NotJSON` when a payload has no form in JSON."""
+def encode_request(request: Request, keep: bool = False) -> bytes:
+    """The request's line, line feed included. Raises `NotJSON` when a payload has no form in JSON.
+
+    Args:
+        request: the request.
+        keep: whether its connection is to wait for another one after the reply.
+    """
     members: dict[str, Any]
     match request:
         case Call():
@@ -186,7 +195,7 @@ def encode_request(request: Request) -> bytes:
             members = {"follow_stream": job, "since": since, "recent": recent, "timed": timed or None}
         case ReadStream(job, since, recent, timed):
             members = {"read_stream": job, "since": since, "recent": recent, "timed": timed or None}
-    return _line({"harpcaller": VERSION, **members})
+    return _line({"harpcaller": VERSION, **members, "keep": keep or None})
 
 
 def encode_call(call: Call) -> Raw:
@@ -208,7 +217,12 @@ def _call_members(call: Call) -> dict[str, Any]:
 
 
 def decode_request(line: bytes, opener: Opener = open_decoded) -> Request:
-    """Read a request's line.
+    """Read a request's line, as `decode_asking` does."""
+    return decode_asking(line, opener)[0]
+
+
+def decode_asking(line: bytes, opener: Opener = open_decoded) -> tuple[Request, bool]:
+    """Read a request's line, and whether its connection is to wait for another one.
 
     Args:
         line: the line without its line feed.
@@ -223,8 +237,10 @@ def decode_request(line: bytes, opener: Opener = open_decoded) -> Request:
     kinds = [kind for kind in _REQUESTS if kind in members]
     check(len(kinds) == 1, f"expected exactly one of {', '.join(_REQUESTS)}")
     keys, decode = _REQUESTS[kinds[0]]
-    within(members, ("harpcaller", kinds[0], *keys))
-    return decode(members)
+    within(members, ("harpcaller", kinds[0], *keys, "keep"))
+    keep = _flag(members, "keep", False)
+    check(isinstance(keep, bool), "keep: expected true or false")
+    return decode(members), keep
 
 
 def _optional(members: Members, key: str) -> Any:
@@ -380,8 +396,32 @@ class Continue:
 Reply: TypeAlias = Submitted | SubmittedMany | WasCancelled | NoResult | Status | Details | Packet | Continue | End
 
 
-def encode_reply(reply: Reply) -> bytes:
-    """The reply's line, line feed included."""
+def encode_reply(reply: Reply, keep: float | None = None) -> bytes:
+    """The reply's line, line feed included.
+
+    Args:
+        reply: the reply.
+        keep: for how many seconds its connection waits for another request; None: it is closed.
+    """
+    line = _reply_line(reply)
+    return line if keep is None else b'%b,"keep":%b}\n' % (line[:-2], dumps(keep))
+
+
+#: What is granted is a line's last member: a string or an object of the reply's own ends in more than this.
+#: It is looked for in the end of a line only.
+_GRANTED = re.compile(rb',[ \t]*"keep"[ \t]*:[ \t]*([0-9]+(?:\.[0-9]+)?)[ \t]*}[ \t\r]*\Z')
+
+
+_GRANTED_BYTES = 64
+
+
+def granted(line: bytes) -> float | None:
+    """The seconds for which the connection waits after this line, a reply to a request that asked for it; or None."""
+    found = _GRANTED.search(line, max(0, len(line) - _GRANTED_BYTES))
+    return float(found[1]) if found else None
+
+
+def _reply_line(reply: Reply) -> bytes:
     match reply:
         case Submitted(job_id):
             return _line({"harpcaller": VERSION, "job_id": job_id})

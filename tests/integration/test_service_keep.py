@@ -1,0 +1,161 @@
+"""Clients that keep their connection to the dispatcher: what follows a reply, and when nothing does."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from support.daemonlog import DEADLINE
+from support.deadline import wait_until
+from support.harpcallerd import Harpcallerd, LineClient
+from support.peers import Peer
+from support.scripted import scripted_harpd
+
+UNKNOWN = "00000000-0000-4000-8000-000000000000"
+CANCEL = {"harpcaller": 1, "cancel": UNKNOWN, "keep": True}
+#: The setting `idle_timeout`, which is what is granted.
+IDLE = 2.5
+
+
+@pytest.fixture(scope="module")
+def peer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Peer]:
+    with scripted_harpd(tmp_path_factory.mktemp("harpd")) as peer:
+        yield peer
+
+
+@pytest.fixture(scope="module")
+def dispatcher(tmp_path_factory: pytest.TempPathFactory, peer: Peer) -> Iterator[Harpcallerd]:
+    settings = {"idle_timeout": IDLE, "connections": 10}
+    with Harpcallerd(tmp_path_factory.mktemp("keep"), {"web01": peer.port}, settings=settings) as dispatcher:
+        yield dispatcher
+
+
+def ask(client: LineClient, **request: Any) -> Any:
+    client.send({"harpcaller": 1, **request})
+    return client.message()
+
+
+def test_a_job_from_submission_to_end_over_one_connection(dispatcher: Harpcallerd) -> None:
+    with dispatcher.connect() as client:
+        submitted = ask(client, host="web01", procedure="echo", arguments=[5], keep=True)
+        job = submitted["job_id"]
+        assert submitted == {"harpcaller": 1, "job_id": job, "keep": IDLE}
+        assert ask(client, get_result=job, keep=True) == {"result": [5], "keep": IDLE}
+        assert ask(client, get_result=job, wait=False, keep=True) == {"result": [5], "keep": IDLE}
+        assert ask(client, get_status=job, keep=True)["keep"] == IDLE
+        assert ask(client, get_details=job, keep=True)["keep"] == IDLE
+        many = [{"host": "web01", "procedure": "echo", "arguments": []}] * 3
+        assert len(ask(client, submit_many=many, keep=True)["job_ids"]) == 3
+        # The last one does not ask for another.
+        assert ask(client, cancel=job) == {"cancelled": False}
+        assert client.line() == b""
+
+
+def test_what_is_granted_is_the_last_member(dispatcher: Harpcallerd) -> None:
+    with dispatcher.connect() as client:
+        client.send(CANCEL)
+        assert client.line() == b'{"cancelled":false,"keep":2.5}\n'
+
+
+@pytest.mark.parametrize("keep", [False, None])
+def test_who_does_not_ask_gets_version_1(dispatcher: Harpcallerd, keep: object) -> None:
+    assert dispatcher.ask(cancel=UNKNOWN, keep=keep) == [{"cancelled": False}]
+    assert dispatcher.ask(cancel=UNKNOWN) == [{"cancelled": False}]
+
+
+def test_keep_is_true_or_false(dispatcher: Harpcallerd) -> None:
+    (reply,) = dispatcher.ask(cancel=UNKNOWN, keep=1)
+    assert reply["error"] == {"type": "invalid_request", "message": "keep: expected true or false"}
+
+
+def test_a_refusal_ends_it(dispatcher: Harpcallerd) -> None:
+    with dispatcher.connect() as client:
+        assert "keep" in ask(client, cancel=UNKNOWN, keep=True)
+        client.send({"harpcaller": 1, "get_result": UNKNOWN, "keep": True})
+        (reply,) = client.messages()
+        assert reply["error"]["type"] == "invalid_jobid"
+        assert "keep" not in reply
+
+
+@pytest.mark.parametrize("kind", ["follow_stream", "read_stream"])
+def test_records_end_it(dispatcher: Harpcallerd, kind: str) -> None:
+    job = dispatcher.submit("web01", "count", 2)
+    with dispatcher.connect() as client:
+        assert ask(client, get_result=job, keep=True)["keep"] == IDLE
+        client.send({"harpcaller": 1, kind: job, "since": 0, "keep": True})
+        *records, end = client.messages()
+        assert [record["data"] for record in records] == [0, 1]
+        assert end == {"result": "counted"}
+
+
+@pytest.mark.parametrize("more", [CANCEL, b"{"], ids=["whole", "part"])
+def test_who_says_more_than_its_request_gets_one_reply(dispatcher: Harpcallerd, more: object) -> None:
+    with dispatcher.connect() as client:
+        extra = more if isinstance(more, bytes) else json.dumps(more).encode() + b"\n"
+        client.send(json.dumps(CANCEL).encode() + b"\n" + extra)
+        client.half_close()
+        assert client.messages() == [{"cancelled": False}]
+
+
+def test_who_says_more_while_it_waits_gets_one_reply(dispatcher: Harpcallerd, peer: Peer) -> None:
+    job = dispatcher.submit("web01", "hang")
+    with dispatcher.connect() as client:
+        client.send({"harpcaller": 1, "get_result": job, "keep": True})
+        # Once another request that came later is answered, this one waits.
+        assert dispatcher.ask(get_result=job, wait=False) == [{"no_result": True}]
+        client.send(CANCEL)
+        dispatcher.ask(cancel=UNKNOWN)
+        assert dispatcher.ask(cancel=job) == [{"cancelled": True}]
+        replies = client.messages()
+        assert [set(reply) for reply in replies] in ([{"cancelled"}], [{"cancelled", "keep"}, {"cancelled", "keep"}])
+
+
+def test_who_asks_no_more_is_closed_without_a_word(dispatcher: Harpcallerd) -> None:
+    with dispatcher.connect() as client:
+        client.send(CANCEL)
+        assert client.messages() == [{"cancelled": False, "keep": IDLE}]
+
+
+def test_a_request_that_breaks_off_is_told(dispatcher: Harpcallerd) -> None:
+    with dispatcher.connect() as client:
+        client.send(CANCEL)
+        assert client.message()["keep"] == IDLE
+        client.send(b'{"harpcaller":')
+        (reply,) = client.messages()
+        assert reply["error"]["message"] == f"the request line was not whole within {IDLE} s"
+
+
+def test_in_a_crowd_nothing_is_kept(dispatcher: Harpcallerd) -> None:
+    """With ten connections allowed, ten are too many to wait."""
+    process = psutil.Process(dispatcher.pid)
+
+    def held() -> int:
+        found = process.net_connections("tcp")
+        return sum(one.status == psutil.CONN_ESTABLISHED and one.laddr.port == dispatcher.port for one in found)
+
+    wait_until(lambda: held() == 0, DEADLINE, "the end of all others")
+    job = dispatcher.submit("web01", "hang")
+    crowd = [dispatcher.connect() for _ in range(9)]
+    for client in crowd:
+        client.send({"harpcaller": 1, "get_result": job})
+    wait_until(lambda: held() == len(crowd), DEADLINE, "the crowd")
+    with dispatcher.connect() as client:
+        client.send(CANCEL)
+        assert client.messages() == [{"cancelled": False}]
+    dispatcher.ask(cancel=job)
+    for client in crowd:
+        assert client.messages() == [{"cancelled": True}]
+        client.close()
+
+
+def test_a_stop_does_not_wait_for_who_keeps(tmp_path: Path, peer: Peer) -> None:
+    with Harpcallerd(tmp_path, {"web01": peer.port}) as dispatcher, dispatcher.connect() as client:
+        client.send(CANCEL)
+        assert client.message()["keep"] == 30
+        dispatcher.stop()
+        assert client.line() == b""
