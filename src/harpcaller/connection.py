@@ -107,7 +107,7 @@ class Connection:
         """
         if not self._watched and not self._left:
             self._watched = True
-            self._loop.add_reader(self._socket, self._look)
+            self._loop.add_reader(self._socket.fileno(), self._look)
         if self._left:
             raise ClientLeft
         self._wait = wait = asyncio.timeout(None)
@@ -179,5 +179,5 @@ class Connection:
 
     def _unwatch(self) -> None:
         if self._watched:
-            self._loop.remove_reader(self._socket)
+            self._loop.remove_reader(self._socket.fileno())
             self._watched = False

@@ -22,7 +22,7 @@ __all__ = ["IdleConnections"]
 #: Seconds for which a connection waits at the most, and what share of the time that its host gives.
 _LONGEST, _SHARE = 10.0, 0.5
 #: How many wait for a host, and for all.
-_MOST_HOST, _MOST = 64, 512
+_MOST_HOST, _MOST = 256, 512
 
 
 class IdleConnections:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from functools import lru_cache
 from itertools import accumulate
 
 TYPE_CHECKING = False
@@ -129,6 +130,16 @@ def guarded(function: Callable[..., Any], *arguments: Any) -> Any:
         raise InvalidJSON(str(error)) from error
 
 
+_CONSTANTS: dict[object, Raw] = {None: Raw(b"null"), True: Raw(b"true"), False: Raw(b"false")}
+_quoted = json.encoder.encode_basestring_ascii
+
+
+@lru_cache(maxsize=256)
+def _name(key: str) -> bytes:
+    """The name of a member of an envelope: the protocol has few."""
+    return _quoted(key).encode("ascii") + b":"
+
+
 _ENCODER = json.JSONEncoder(ensure_ascii=True, allow_nan=False, separators=(",", ":"))
 
 
@@ -143,10 +154,15 @@ def dumps(value: JSON) -> Raw:
     Raises:
         NotJSON: the value, or a value in it, has no form in JSON; the exception says where.
     """
-    if isinstance(value, Raw):
+    kind = type(value)
+    if kind is Raw:
         return value
-    if isinstance(value, Envelope):
-        return Raw(b"{" + b",".join(dumps(key) + b":" + dumps(member) for key, member in value.items()) + b"}")
+    if kind is Envelope:
+        return Raw(b"{" + b",".join([_name(key) + dumps(member) for key, member in value.items()]) + b"}")
+    if kind is str:  # what most members are: without a step through the encoder
+        return Raw(_quoted(value).encode("ascii"))
+    if value is None or value is True or value is False:
+        return _CONSTANTS[value]
     try:
         text = _ENCODER.encode(value).encode("ascii")
         _check_depth(text)
