@@ -132,6 +132,8 @@ class Client:
         """
         transport = self._writer.transport
         left = transport.get_write_buffer_size()
+        if not left and not transport.is_closing():
+            return  # as mostly: no need for a timer
         while True:
             try:
                 async with asyncio.timeout(self._limits.write_stall):

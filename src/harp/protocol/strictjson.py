@@ -154,12 +154,11 @@ def dumps(value: JSON) -> Raw:
     Raises:
         NotJSON: the value, or a value in it, has no form in JSON; the exception says where.
     """
-    kind = type(value)
-    if kind is Raw:
+    if isinstance(value, Raw):
         return value
-    if kind is Envelope:
+    if isinstance(value, Envelope):
         return Raw(b"{" + b",".join([_name(key) + dumps(member) for key, member in value.items()]) + b"}")
-    if kind is str:  # what most members are: without a step through the encoder
+    if type(value) is str:  # what most members are: without a step through the encoder
         return Raw(_quoted(value).encode("ascii"))
     if value is None or value is True or value is False:
         return _CONSTANTS[value]
