@@ -183,14 +183,12 @@ class Wardens:
         """
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         try:
-            # The loop's own connect takes a full backlog, EAGAIN here, for a connection under way.
-            async with asyncio.timeout(_ANSWER):
-                while True:
-                    try:
-                        connection.connect(f"/proc/self/fd/{self._directory}/{name}")
-                        return WardenConnection(connection)
-                    except BlockingIOError:
-                        await asyncio.sleep(_FULL_PAUSE)
+            path = f"/proc/self/fd/{self._directory}/{name}"
+            try:
+                connection.connect(path)
+            except BlockingIOError:
+                await _connect_when_there_is_room(connection, path)
+            return WardenConnection(connection)
         except (FileNotFoundError, ConnectionRefusedError) as error:
             connection.close()
             raise NoWarden("the warden of the calls does not run") from error
@@ -374,6 +372,18 @@ class Reply:
                 case Failed("no_such_call", _, {"warden": str(warden)}):
                     return warden
         return None
+
+
+async def _connect_when_there_is_room(connection: socket.socket, path: str) -> None:
+    """Connect to a socket whose backlog is full. The loop's own connect takes that for a connection under way."""
+    async with asyncio.timeout(_ANSWER):
+        while True:
+            try:
+                connection.connect(path)
+            except BlockingIOError:
+                await asyncio.sleep(_FULL_PAUSE)
+            else:
+                return
 
 
 async def _patiently(attempt: Callable[[], Awaitable[T | None]]) -> T:
