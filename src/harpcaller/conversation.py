@@ -131,21 +131,29 @@ class Conversation:
             if transport.get_write_buffer_size() > _UNREAD_BYTES:
                 transport.abort()
 
-    def keep_contact(self, theirs: float, within: float) -> None:
-        """Give a sign of life now, and every now and then.
+    def keep_contact(self, theirs: float, within: float, now: bool) -> None:
+        """Give a sign of life every now and then.
 
         Args:
             theirs: the host's time, as its acknowledgement has it.
             within: seconds without a sign after which the host gives the call up.
+            now: whether it needs one at once. A call that has just begun doesn't: its request was one.
         """
         self._theirs = theirs
-        self._on_beat(max(_LEAST_BEAT, min(_BEAT, within / (_MISSED + 2))))
+        pause = max(_LEAST_BEAT, min(_BEAT, within / (_MISSED + 2)))
+        if now:
+            self._on_beat(pause)
+        else:
+            self._beat_in(pause)
 
     def _on_beat(self, pause: float) -> None:
         if self._reading and time.monotonic() - self._heard > _MISSED * pause:
             self._writer.transport.abort()
             return
         self.say(Alive(self._theirs))
+        self._beat_in(pause)
+
+    def _beat_in(self, pause: float) -> None:
         self._beat = asyncio.get_running_loop().call_later(pause, self._on_beat, pause)
 
     @property

@@ -387,12 +387,13 @@ class Run:
             return
         self._ordered = False
         self._say_order(talk)  # at once: what comes next may break the connection
+        again = self._lost is not None
         if self._lost is not None:
             lost, self._lost = self._lost, None
             log.info("contact is there again", extra={**fields(self.job), "attempts": lost.attempts})
             if lost.noted:  # taken back before the host counts on it: else the next start might give it up too early
                 await self._settling.note_contact(Raw(b"null"))
-        talk.keep_contact(terms.elapsed, terms.keep_running)
+        talk.keep_contact(terms.elapsed, terms.keep_running, now=again)
 
     async def _on_refused(self, error: Failed, host: Host) -> Outcome:
         """An error that stands for the acknowledgement."""

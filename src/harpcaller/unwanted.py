@@ -152,7 +152,7 @@ async def _hear_out(talk: Conversation, since: int, note: Callable[[Facts], Awai
                     acknowledged = True
                     talk.say(StopCall("unwanted"))
                     if terms is not None:
-                        talk.keep_contact(terms.elapsed, terms.keep_running)
+                        talk.keep_contact(terms.elapsed, terms.keep_running, now=True)
                 case Record():
                     number += 1
                 case Receipt(found):
