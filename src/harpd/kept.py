@@ -174,11 +174,11 @@ class Kept:
         self._end = line
         self._cancel_limits()
 
-    def over(self, evidence: Raw, receipt: Raw | None) -> None:
+    def over(self, evidence: Callable[[], Raw], receipt: Raw | None) -> None:
         """See `Audience`."""
         assert self._end is not None
         said = b"" if receipt is None else encode_message(Receipt(receipt))
-        self._closing = said + encode_message(Evidence(evidence)) + self._end
+        self._closing = said + encode_message(Evidence(evidence())) + self._end
         self._memory.take(len(self._closing))
         self._end = None
         self._ended = self._loop.now()

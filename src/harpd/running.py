@@ -95,8 +95,11 @@ class Audience(Protocol):
     def end(self, line: bytes) -> None:
         """The end is decided: this is the closing line."""
 
-    def over(self, evidence: Raw, receipt: Raw | None) -> None:
-        """The main process has ended, and what was to be stopped is gone, or survives as the receipt says."""
+    def over(self, evidence: Callable[[], Raw], receipt: Raw | None) -> None:
+        """The main process has ended, and what was to be stopped is gone, or survives as the receipt says.
+
+        Evidence is made when it is asked for, now: most of it costs something, and not every audience wants it.
+        """
 
     def gone(self, receipt: Raw | None) -> None:
         """Nothing of the call is left, or nothing that is ours to stop. A receipt: of survivors that are gone now."""
@@ -322,14 +325,16 @@ class RunningCall:
         if self._over:
             return
         self._over = True
+        self._audience.over(self._evidence, None if receipt is None else dumps(receipt))
+
+    def _evidence(self) -> Raw:
         try:
-            evidence = dumps(self._evidence())
+            return dumps(self._facts())
         except Exception:  # what is beside the end must not cost the end
             log.exception("the evidence of a call is lost", extra=self._fields)
-            evidence = dumps({"by": "unknown"})
-        self._audience.over(evidence, None if receipt is None else dumps(receipt))
+            return dumps({"by": "unknown"})
 
-    def _evidence(self) -> dict[str, Any]:
+    def _facts(self) -> dict[str, Any]:
         status = self._status
         signalled = status is not None and os.WIFSIGNALED(status)
         _, by_whom = self._stopped_by

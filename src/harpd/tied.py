@@ -76,7 +76,7 @@ class Tied:
         """See `Audience`."""
         self._gate.send(encode_message(end))
 
-    def over(self, evidence: Raw, receipt: Raw | None) -> None:
+    def over(self, evidence: Callable[[], Raw], receipt: Raw | None) -> None:
         """See `Audience`; a tied caller is told nothing of this."""
 
     def gone(self, receipt: Raw | None) -> None:
