@@ -19,10 +19,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
+import sys
 import time
 import uuid
 from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from dataclasses import replace
+from functools import partial
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -302,18 +304,24 @@ class Dispatcher:
         _check_complete(job, at)
         yield Continue() if job.end is None else job.end
 
-    async def list_jobs(self, ended: bool = False, queue: Raw | None = None) -> AsyncGenerator[Job, None]:
+    async def list_jobs(
+        self, ended: bool = False, host: str | None = None, queue: Raw | None = None, newest: int | None = None
+    ) -> AsyncGenerator[Job, None]:
         """Yield jobs in the order of their submission, read from the store as they are taken.
 
         Args:
             ended: whether those that have ended are wanted too.
-            queue: only the jobs of this queue.
+            host: only the jobs for this host.
+            queue: only the jobs of this queue; not together with `host`.
+            newest: so many at most, and in the other order: the one that was submitted last comes first.
         """
-        after = 0
-        while page := await self._store.list_jobs(ended=ended, queue=queue, after=after, limit=_LISTED_AT_ONCE):
-            for place, job in page:
+        after = None
+        left = sys.maxsize if newest is None else newest
+        wanted = partial(self._store.list_jobs, ended=ended, host=host, queue=queue, newest_first=newest is not None)
+        while left > 0 and (page := await wanted(after=after, limit=min(left, _LISTED_AT_ONCE))):
+            left -= len(page)
+            for after, job in page:  # noqa: B007 - the last one's place
                 yield job
-                after = place
 
     async def list_queues(self) -> list[QueueStatus]:
         """Return the queues that have jobs which have not ended, oldest first."""

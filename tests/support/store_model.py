@@ -176,13 +176,17 @@ class ModelStore:
         found = self.records.get(job_id, [])[first:]
         return Records(tuple(value for value, _ in found), tuple(made for _, made in found))
 
-    def list_jobs(self, *, ended: bool = False, queue: Raw | None = None) -> list[tuple[int, Job]]:
-        return [
+    def list_jobs(
+        self, *, ended: bool = False, host: str | None = None, queue: Raw | None = None, newest_first: bool = False
+    ) -> list[tuple[int, Job]]:
+        found = [
             (place, job)
             for place, job in self.jobs.values()
             if (ended or job.state not in ENDED)
+            and host in (None, job.host)
             and (queue is None or (job.queue is not None and canonical(job.queue) == canonical(queue)))
         ]
+        return found[::-1] if newest_first else found
 
     def list_queues(self) -> list[QueueStatus]:
         return list(self._queues())
