@@ -154,9 +154,7 @@ async def _list(admin: Admin, members: Members) -> Items:
     host = string(members, "host") if "host" in members else None
     queue = _queue(members, "of_queue") if "of_queue" in members else None
     check(host is None or queue is None, "host, of_queue: expected one of them, got both")
-    newest = value(members, "newest") if "newest" in members else None
-    expected = newest is None or (is_count(newest) and newest > 0)
-    check(expected, f"newest: expected a whole number from 1 on, got {newest!r}")
+    newest = _newest(members)
     async for job in admin.dispatcher.list_jobs(ended=_flag(members, "all"), host=host, queue=queue, newest=newest):
         item = _listed(job)
         if with_queue:
@@ -249,6 +247,14 @@ def _flag(members: Members, key: str) -> bool:
     flag = value(members, key) if key in members else False
     check(isinstance(flag, bool), f"{key}: expected true or false")
     return bool(flag)
+
+
+def _newest(members: Members) -> int | None:
+    if "newest" not in members:
+        return None
+    newest = value(members, "newest")
+    check(is_count(newest) and newest > 0, f"newest: expected a whole number from 1 on, got {newest!r}")
+    return int(newest)
 
 
 def _queue(members: Members, key: str = "queue") -> Raw:
