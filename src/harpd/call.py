@@ -2,6 +2,9 @@
 
 The process was forked by the zygote for this call and is used once. Its channel is a stream socket whose other
 end the warden holds: one line with the arguments comes in, the lines of the wire go out.
+
+Where the procedure says ``reuse``, the process does not exit: it waits for the next call of the same procedure, until
+the warden sends no more. Then a line has the call's id before its arguments, as the process takes the call's mark.
 """
 
 from __future__ import annotations
@@ -15,15 +18,17 @@ from harp.protocol.strictjson import Envelope, InvalidJSON, NotJSON, Raw, dumps,
 from harpd.arguments import WrongArguments, check_arguments
 from harpd.channel import Channel
 from harpd.limits import Limits
+from harpd.mark import Mark
 from harpd.prctl import become_subreaper, die_with_parent
 from harpd.proc import Cancelled, Procedure, Result, TimeLimit
 from harpd.users import Account, UserError, resolve, take
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import Any, NoReturn
 
-__all__ = ["Descriptors", "leave_zygote", "run_call"]
+__all__ = ["Descriptors", "leave_zygote", "run_calls"]
 
 
 #: The most bytes of a record or a result: a line of 64 MiB, which clients and dispatchers read, less its envelope.
@@ -69,15 +74,16 @@ def leave_zygote(zygote: int) -> None:
     die_with_parent(zygote)
 
 
-def run_call(
+def run_calls(
     procedure: Procedure,
     descriptors: Descriptors,
     zygote: int,
     default_user: int | str | None,
     default_group: int | str | None,
     tracebacks: bool,
+    mark: Mark,
 ) -> NoReturn:
-    """Run one call in this process, which has left the zygote, and exit.
+    """Run one call in this process, which has left the zygote, and exit; or further ones first, for ``reuse``.
 
     Args:
         procedure: what to run.
@@ -86,18 +92,43 @@ def run_call(
         default_user: the user of a procedure that names none.
         default_group: the group of a procedure that names neither user nor group.
         tracebacks: whether the traceback of an exception goes to the warden, before the closing line.
+        mark: what this process is known by; it has been written for the first call.
     """
-    call, limits = os.getpid(), Limits()
+    process, limits = os.getpid(), Limits()
+    defaults = default_user, default_group
     try:
         channel = Channel(descriptors.channel, limits)
-        lines = _carry_out(procedure, channel, descriptors, limits, zygote, (default_user, default_group), tracebacks)
-        if os.getpid() != call:
-            os._exit(0)  # the procedure forked, and this is the child: it has nothing to say to the caller
-        _flush_output()
-        channel.write(lines)
+        prepared = False
+
+        def prepare() -> None:
+            nonlocal prepared
+            if not prepared:
+                limits.take_over()
+                _take_streams(descriptors)
+                signal.pthread_sigmask(signal.SIG_SETMASK, ())  # the zygote has blocked what is the call's
+                _become(procedure, zygote, defaults)
+                prepared = True
+
+        while True:
+            lines = _carry_out(procedure, channel, limits, tracebacks, mark, prepare)
+            if os.getpid() != process:
+                os._exit(0)  # the procedure forked, and this is the child: it has nothing to say to the caller
+            _flush_output()
+            channel.write(lines)
+            if procedure.reuse is None or not prepared or not _next_comes(channel, limits):
+                break
     except OSError:
         os._exit(1)  # the warden is gone, and with it whoever wanted to know
     os._exit(0)
+
+
+def _next_comes(channel: Channel, limits: Limits) -> bool:
+    """Wait for a further call; whether there is one."""
+    try:
+        limits.release()
+        return channel.line_comes()
+    except (TimeLimit, Cancelled) as limit:
+        limits.die_of(limit)
 
 
 def _take_streams(descriptors: Descriptors) -> None:
@@ -110,20 +141,16 @@ def _take_streams(descriptors: Descriptors) -> None:
 def _carry_out(
     procedure: Procedure,
     channel: Channel,
-    descriptors: Descriptors,
     limits: Limits,
-    zygote: int,
-    defaults: tuple[int | str | None, int | str | None],
     tracebacks: bool,
+    mark: Mark,
+    prepare: Callable[[], None],
 ) -> bytes:
     """Prepare the process and run the procedure; return the last lines, whatever that raises."""
     try:
         try:
-            limits.take_over()
-            _take_streams(descriptors)
-            signal.pthread_sigmask(signal.SIG_SETMASK, ())  # the zygote has blocked what is the call's
-            _become(procedure, zygote, defaults)
-            positional, named = _arguments(procedure, channel)
+            prepare()
+            positional, named = _arguments(procedure, channel, mark)
             value = procedure(*positional, **named)
             if procedure.streaming:
                 value = _stream(value, channel)
@@ -180,10 +207,14 @@ def _set_environment(account: Account) -> None:
         os.environ.pop("LOGNAME", None)
 
 
-def _arguments(procedure: Procedure, channel: Channel) -> tuple[list[Any], dict[str, Any]]:
+def _arguments(procedure: Procedure, channel: Channel, mark: Mark) -> tuple[list[Any], dict[str, Any]]:
     """Read the arguments and check them against the procedure's signature."""
+    line = channel.read_line()
+    if procedure.reuse is not None:
+        call_id, _, line = line.partition(b" ")
+        mark.write(call_id.decode())
     try:
-        arguments = loads(channel.read_line())
+        arguments = loads(line)
     except InvalidJSON as error:
         raise _Refused("invalid_request", f"arguments: {error}") from error
     positional: list[Any] = arguments if isinstance(arguments, list) else []

@@ -1,4 +1,4 @@
-"""A call's end of its channel to the warden: one line comes in, the lines of the wire go out, each of them whole."""
+"""A call's end of its channel to the warden: a line comes in, the lines of the wire go out, each of them whole."""
 
 from __future__ import annotations
 
@@ -28,11 +28,19 @@ class Channel:
         self._limits = limits
         self._owner = os.getpid()
         self._identity = _identity(descriptor)
+        self._begun = b""  # of a line that comes
         self._unwritten = bytearray()  # the rest of a line whose writing a limit interrupted goes first
 
+    def line_comes(self) -> bool:
+        """Wait until another line begins to come; False: none will."""
+        os.set_blocking(self._descriptor, True)
+        self._begun = os.read(self._descriptor, _READ_SIZE)
+        return bool(self._begun)
+
     def read_line(self) -> bytes:
-        """Read the one line that comes."""
-        pieces: list[bytes] = []
+        """Read the line that comes. There is only one at a time."""
+        pieces = [self._begun] if self._begun else []
+        self._begun = b""
         while not pieces or not pieces[-1].endswith(b"\n"):
             piece = os.read(self._descriptor, _READ_SIZE)
             if not piece:

@@ -54,13 +54,17 @@ class Limits:
         _current = self
 
     def hold(self) -> None:
-        """Let signals wait from now on, for good unless `__exit__` follows."""
+        """Let signals wait from now on, for good unless `release` follows."""
         self._holding += 1
 
     def __enter__(self) -> None:
         self.hold()
 
     def __exit__(self, *_: object) -> None:
+        self.release()
+
+    def release(self) -> None:
+        """Let signals raise again; one that has waited does now."""
         self._holding -= 1
         if self._waiting is not None and not self._holding:
             number, self._waiting = self._waiting, None

@@ -13,13 +13,14 @@ import sys
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from harp.protocol.jsontext import dumps, loads
+from harpd.callprocess import Parent, Resting, Usage
 from harpd.eventloop import READ, WRITE, EventLoop, Timer
 from harpd.mark import environment_with_room
 
-__all__ = ["Offered", "Parent", "Usage", "Zygote"]
+__all__ = ["Offered", "Zygote"]
 
 log = logging.getLogger("harpd.warden")
 
@@ -32,36 +33,17 @@ _OUR_SIGNALS = (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 @dataclass(frozen=True, slots=True)
 class Offered:
-    """A procedure that a zygote has loaded: whether it streams, and its own limit in seconds."""
+    """A procedure that a zygote has loaded.
+
+    Attributes:
+        streaming: whether it yields records.
+        timeout: its own limit in seconds; None: it has none.
+        reuse: how many calls a process of it may serve; None: a process serves one, and knows of no other.
+    """
 
     streaming: bool
     timeout: float | None
-
-
-@dataclass(frozen=True, slots=True)
-class Usage:
-    """What a call's main process and the children that it waited for have used; None: not known.
-
-    Attributes:
-        cpu: seconds of processor time, of the user's and the system's.
-        memory: bytes of memory at the most, of the largest of them.
-    """
-
-    cpu: float | None = None
-    memory: int | None = None
-
-
-class Parent(Protocol):
-    """Who asked for a fork."""
-
-    def forked(self, pid: int, start: int) -> None:
-        """The process is there."""
-
-    def refused(self, reason: str) -> None:
-        """There is no process."""
-
-    def reaped(self, status: int, usage: Usage) -> None:
-        """The process has ended, with this wait status; or its zygote has, and took it along."""
+    reuse: int | None
 
 
 class Zygote:
@@ -80,6 +62,7 @@ class Zygote:
     Attributes:
         pid: its process.
         spares: its processes that have no call yet: start times by pid.
+        resting: its processes that wait for a further call.
         procedures: what it offers, by name; whole once it has loaded.
     """
 
@@ -101,6 +84,7 @@ class Zygote:
         self._retired = False
         self.procedures: dict[str, Offered] = {}
         self.spares: dict[int, int] = {}
+        self.resting = Resting(loop)
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs, contextlib.ExitStack() as undo:
             undo.callback(self._socket.close)
@@ -122,7 +106,7 @@ class Zygote:
 
     @property
     def idle(self) -> bool:
-        """Whether it has no calls."""
+        """Whether it has no processes but spares."""
         return not self._forking and not self._children
 
     def fork(self, call_id: str, procedure: str, descriptors: tuple[int, int, int], parent: Parent) -> None:
@@ -148,11 +132,13 @@ class Zygote:
     def retire(self) -> None:
         """End it once its last call has ended."""
         self._retired = True
+        self.resting.close()
         self._end_if_idle()
 
     def end(self) -> None:
         """End it now, and wait until it has ended, if it can. Its calls, if it has any, end with it."""
         self._retired = True
+        self.resting.close()
         if self._closed:
             return
         with contextlib.suppress(ProcessLookupError):
@@ -228,8 +214,8 @@ class Zygote:
                 if parent := self._born(call_id):
                     parent.refused(reason)
                 self._end_if_idle()
-            case {"procedure": name, "streaming": streaming, "timeout": timeout}:
-                self.procedures[name] = Offered(streaming, timeout)
+            case {"procedure": name, "streaming": streaming, "timeout": timeout, "reuse": reuse}:
+                self.procedures[name] = Offered(streaming, timeout, reuse)
             case {"loaded": _, "threads": threads}:
                 if threads:
                     log.warning(
@@ -246,6 +232,7 @@ class Zygote:
 
     def _on_closed(self) -> None:
         self._close()
+        self.resting.close()
         self._loaded("the process that loads the procedures file ended")
         for call_id in list(self._forking):
             if parent := self._born(call_id):

@@ -105,6 +105,11 @@ class Pipe:
         self._begun = b""
         self._last: deque[bytes] = deque(maxlen=_LAST_LINES)
 
+    def begin(self, fields: Mapping[str, str]) -> None:
+        """From now on it is another call's."""
+        self._fields = {**fields, "stream": self._fields["stream"]}
+        self._last.clear()
+
     def take(self, data: bytes) -> None:
         """Log the lines that the data completes."""
         *lines, self._begun = (self._begun + data).split(b"\n")

@@ -65,10 +65,11 @@ class Procedure:
         uid: the user that a call runs as, number or name; None: harpd's default.
         gid: the group, number or name, or a list of groups (first: primary, all: supplementary). None: with a user
             that the system knows, this user's groups; with another user, group 65534; without, harpd's default.
+        reuse: how many calls a process may serve, one at a time; None: each call has a process of its own.
 
     Raises:
         TypeError: an argument is of the wrong type.
-        ValueError: `timeout` is not positive, or `gid` is an empty list.
+        ValueError: `timeout` is not positive, `gid` is an empty list, or `reuse` is less than 1.
 
     Spec: docs/procedures.md, Classes.
     """
@@ -80,6 +81,7 @@ class Procedure:
     timeout: float | None = None
     uid: Identity | None = None
     gid: tuple[Identity, ...] | None = None
+    reuse: int | None = None
 
     def __init__(
         self,
@@ -87,6 +89,7 @@ class Procedure:
         timeout: float | None = None,
         uid: Identity | None = None,
         gid: Groups | None = None,
+        reuse: int | None = None,
     ) -> None:
         if not callable(function):
             raise TypeError(f"expected a function, got {function!r}")
@@ -94,6 +97,7 @@ class Procedure:
         self.timeout = _checked_timeout(timeout)
         self.uid = None if uid is None else _checked_identity("uid", uid)
         self.gid = None if gid is None else _checked_groups(gid)
+        self.reuse = _checked_reuse(reuse)
         self.__doc__ = function.__doc__
         self.__name__ = getattr(function, "__name__", type(self).__name__)
 
@@ -136,6 +140,7 @@ def check_options(procedure: Procedure) -> None:
     procedure.timeout = _checked_timeout(procedure.timeout)
     procedure.uid = None if procedure.uid is None else _checked_identity("uid", procedure.uid)
     procedure.gid = None if procedure.gid is None else _checked_groups(procedure.gid)
+    procedure.reuse = _checked_reuse(procedure.reuse)
 
 
 def _checked_timeout(timeout: float | None) -> float | None:
@@ -146,6 +151,16 @@ def _checked_timeout(timeout: float | None) -> float | None:
     if not 0 < timeout < float("inf"):
         raise ValueError(f"timeout: expected a positive number of seconds, got {timeout!r}")
     return timeout
+
+
+def _checked_reuse(reuse: int | None) -> int | None:
+    if reuse is None:
+        return None
+    if isinstance(reuse, bool) or not isinstance(reuse, int):
+        raise TypeError(f"reuse: expected a number of calls, got {reuse!r}")
+    if reuse < 1:
+        raise ValueError(f"reuse: expected a number of calls from 1 on, got {reuse!r}")
+    return reuse
 
 
 def _checked_identity(key: str, identity: Identity) -> Identity:
@@ -171,7 +186,11 @@ if TYPE_CHECKING:
     def procedure(function: Callable[..., Any], /) -> Procedure: ...
     @overload
     def procedure(
-        *, timeout: float | None = None, uid: Identity | None = None, gid: Groups | None = None
+        *,
+        timeout: float | None = None,
+        uid: Identity | None = None,
+        gid: Groups | None = None,
+        reuse: int | None = None,
     ) -> Callable[[Callable[..., Any]], Procedure]: ...
 
 
@@ -182,12 +201,13 @@ def procedure(
     timeout: float | None = None,
     uid: Identity | None = None,
     gid: Groups | None = None,
+    reuse: int | None = None,
 ) -> Any:
-    """Expose a function: ``@procedure`` or ``@procedure(timeout=SECONDS, uid=..., gid=...)``.
+    """Expose a function: ``@procedure`` or ``@procedure(timeout=SECONDS, uid=..., gid=..., reuse=...)``.
 
     Arguments and errors as in `Procedure`, which is what it returns. Spec: docs/procedures.md.
     """
-    return _decorate(Procedure, function, timeout, uid, gid)
+    return _decorate(Procedure, function, timeout, uid, gid, reuse)
 
 
 if TYPE_CHECKING:
@@ -196,7 +216,11 @@ if TYPE_CHECKING:
     def streaming_procedure(function: Callable[..., Iterable[Any]], /) -> StreamingProcedure: ...
     @overload
     def streaming_procedure(
-        *, timeout: float | None = None, uid: Identity | None = None, gid: Groups | None = None
+        *,
+        timeout: float | None = None,
+        uid: Identity | None = None,
+        gid: Groups | None = None,
+        reuse: int | None = None,
     ) -> Callable[[Callable[..., Iterable[Any]]], StreamingProcedure]: ...
 
 
@@ -207,9 +231,10 @@ def streaming_procedure(
     timeout: float | None = None,
     uid: Identity | None = None,
     gid: Groups | None = None,
+    reuse: int | None = None,
 ) -> Any:
     """Expose a function that yields records; otherwise as `procedure`. Spec: docs/procedures.md."""
-    return _decorate(StreamingProcedure, function, timeout, uid, gid)
+    return _decorate(StreamingProcedure, function, timeout, uid, gid, reuse)
 
 
 def _decorate(kind: type[Procedure], function: Callable[..., Any] | None, *options: Any) -> Any:

@@ -15,12 +15,9 @@ Then the audience is told what is known of the process's death (evidence), and h
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
-import resource
 import signal
-import socket
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -30,11 +27,12 @@ from typing import Any, Protocol
 from harp.protocol.daemon import encode_message
 from harp.protocol.ends import Failed
 from harp.protocol.jsontext import InvalidJSON, Raw, dumps, loads
+from harpd.callprocess import CallProcess, Usage
 from harpd.cgroup import Cgroups
 from harpd.eventloop import READ, WRITE, EventLoop, Timer
 from harpd.mark import entry
-from harpd.nursery import Offered, Usage, Zygote
-from harpd.output import Output, Pipe
+from harpd.nursery import Offered, Zygote
+from harpd.output import Output
 from harpd.processes import Snapshot, Tree
 from harpd.records import CallRecords, Record
 from harpd.spool import SHARE, SpoolMemory
@@ -53,8 +51,6 @@ _LAST_READS = 16
 _LONGEST_LINE = 64 * 1024 * 1024
 #: How many bytes of a line that is none are shown.
 _SHOWN = 60
-#: Descriptors that no call may take, and their most as a share: stopping the others needs some, so do controls.
-_RESERVED, _RESERVED_SHARE = 64, 8
 
 _RECORD = b'{"stream":'
 _TRACEBACK = b'{"traceback":'
@@ -134,7 +130,7 @@ class Surroundings:
 
 
 class RunningCall:
-    """A call from its fork to the death of its processes.
+    """A call from its beginning to the death of its processes; or, in a process that rests then, to its closing line.
 
     Args:
         around: what it shares with the others.
@@ -183,13 +179,27 @@ class RunningCall:
         self._began = time.time()
         self._over = False
         self._gone = False
-        self._channel, self._pipes, theirs = _equip(around.output, self._fields)
-        zygote.fork(call_id, procedure, theirs, self)
+        self._procedure = procedure
+        self._resting = zygote.resting
+        process = None if offered.reuse is None else zygote.resting.take(procedure)
+        if process is None:
+            self._process = CallProcess(around.loop, around.output, self._fields, self)
+            zygote.fork(call_id, procedure, self._process.theirs, self._process)
+        else:
+            self._process = process
+            process.serve(self, self._fields)
 
     def give(self, arguments: Raw) -> None:
         """Give the process its arguments; once."""
-        self._to_call = memoryview(bytes(arguments) + b"\n")
-        self._watch()
+        if self._offered.reuse is None:
+            self._to_call = memoryview(bytes(arguments) + b"\n")
+            self._watch()
+        else:
+            self._to_call = memoryview(f"{self.id} ".encode() + bytes(arguments) + b"\n")
+            if self._process.pid:  # it is there already
+                self.forked(*self._process.identity)
+            else:
+                self._watch()
 
     @property
     def main(self) -> tuple[int, int] | None:
@@ -200,8 +210,10 @@ class RunningCall:
 
     def forked(self, pid: int, start: int) -> None:
         """The process is there: the call is acknowledged."""
-        group = self._around.cgroups.make(self.id, pid)
-        self._tree = Tree(pid, start, entry(self.id), group)
+        process = self._process
+        if process.served == 1:
+            process.group = self._around.cgroups.make(self.id, pid)
+        self._tree = Tree(pid, start, entry(self.id), process.group)
         around = self._around
         self._processes = Stopping(
             around.loop, self._tree, around.kill_grace, around.look, around.strays, self._survived, self._leave
@@ -329,7 +341,7 @@ class RunningCall:
             "ended": time.time(),
         }
         if self._around.keep_stderr:
-            evidence["stderr"] = self._around.output.tail(self._pipes[1])
+            evidence["stderr"] = self._process.last_errors()
         if self._traceback is not None and self._around.keep_tracebacks:
             evidence["traceback"] = self._traceback
         return evidence
@@ -350,7 +362,7 @@ class RunningCall:
 
     def _watch(self) -> None:
         """Watch for what can be done now, and for the process going away."""
-        if self._channel.fileno() < 0:
+        if not self._listening:
             return
         # Nothing is read before the acknowledgement has gone out: it comes first on the wire. And nothing is
         # given before the call is recorded: till then the procedure can't have started anything.
@@ -358,9 +370,14 @@ class RunningCall:
         reading = recorded and (self._decided or not self._audience.full)
         events = (READ if reading else 0) | (WRITE if recorded and self._to_call else 0)
         if events:
-            self._loop.watch(self._channel.fileno(), events, self._on_channel)
+            self._loop.watch(self._process.channel.fileno(), events, self._on_channel)
         else:  # watched for nothing it would still report its hang-up, again and again
-            self._loop.forget(self._channel.fileno())
+            self._loop.forget(self._process.channel.fileno())
+
+    @property
+    def _listening(self) -> bool:
+        """Whether the channel is there, and not another call's by now."""
+        return not self._gone and self._process.channel.fileno() >= 0
 
     @property
     def _decided(self) -> bool:
@@ -370,7 +387,7 @@ class RunningCall:
     def _on_channel(self) -> None:
         if self._to_call:
             try:
-                self._to_call = self._to_call[self._channel.send(self._to_call) :] or memoryview(b"")
+                self._to_call = self._to_call[self._process.channel.send(self._to_call) :] or memoryview(b"")
             except BlockingIOError:
                 pass
             except OSError:
@@ -384,11 +401,11 @@ class RunningCall:
 
         `waiting`: not while the audience is full.
         """
-        while most != 0 and self._channel.fileno() >= 0:
+        while most != 0 and self._listening:
             if most is not None and waiting and not self._decided and self._audience.full:
                 return
             try:
-                data = self._channel.recv(_READ_SIZE)
+                data = self._process.channel.recv(_READ_SIZE)
             except BlockingIOError:
                 return
             except OSError:
@@ -461,8 +478,28 @@ class RunningCall:
             self._limit.cancel()
         log.info("call ended", extra={**self._fields, "end": kind})
         assert self._processes is not None
+        if self._may_rest(kind):
+            self._unrecord()  # before anybody knows, as when it is reaped
+            self._audience.end(closing)
+            self._usage = self._process.usage()
+            self._finish(None)
+            self._leave(rests=True)
+            return
+        if self._offered.reuse is not None:
+            self._process.leave()
         self._processes.expect_exit()
         self._audience.end(closing)
+
+    def _may_rest(self, end: str) -> bool:
+        """Whether the process may serve another call. An error is harpd's own code's, which may have failed halfway."""
+        most = self._offered.reuse
+        return (
+            most is not None
+            and self._process.served < most
+            and end != "error"
+            and not (self._from_call or self._to_call)
+            and self._resting.open
+        )
 
     def _garbled(self, what: str) -> None:
         """It has said what no call may say: what came before stands, and nothing after it counts."""
@@ -470,8 +507,8 @@ class RunningCall:
 
     # Leaving.
 
-    def _leave(self) -> None:
-        """Nothing of the call is left, or nothing that is ours to stop."""
+    def _leave(self, rests: bool = False) -> None:
+        """Nothing of the call is left, or nothing that is ours to stop. `rests`: its process goes on, without it."""
         if self._gone:
             return
         self._gone = True
@@ -483,12 +520,12 @@ class RunningCall:
             self._processes.cancel()
             receipt = self._processes.receipt()
         self._finish(receipt)
-        self._close_channel()
-        for pipe in self._pipes:
-            self._around.output.leave(pipe)
-        if self._tree is not None and self._tree.group is not None:
-            self._tree.group.remove()
-        self._unrecord()
+        self._drop_line()
+        if rests:
+            self._resting.put(self._procedure, self._process)
+        else:
+            self._process.dispose()
+            self._unrecord()
         self._audience.gone(dumps(receipt) if late and receipt is not None else None)
         self._on_gone(self)
 
@@ -501,33 +538,7 @@ class RunningCall:
 
     def _close_channel(self) -> None:
         self._drop_line()
-        if self._channel.fileno() >= 0:
-            self._loop.forget(self._channel.fileno())
-            self._channel.close()
-
-
-def _equip(output: Output, fields: Mapping[str, str]) -> tuple[socket.socket, tuple[Pipe, Pipe], tuple[int, int, int]]:
-    """Make a call's descriptors: our end of its channel, our ends of its pipes, and its three."""
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-    ours.setblocking(False)
-    descriptors = [theirs.detach()]
-    try:
-        pipes: list[Pipe] = []
-        for stream in ("stdout", "stderr"):
-            pipe, writing = output.open(fields, stream)
-            pipes.append(pipe)
-            descriptors.append(writing)
-        limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-        if max(ours.fileno(), *descriptors, *(pipe.descriptor for pipe in pipes)) >= limit - min(
-            _RESERVED, limit // _RESERVED_SHARE
-        ):
-            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
-    except OSError:
-        ours.close()
-        for descriptor in descriptors:  # the pipes' other ends see it, and go
-            os.close(descriptor)
-        raise
-    return ours, (pipes[0], pipes[1]), (descriptors[0], descriptors[1], descriptors[2])
+        self._process.close()
 
 
 def _traceback(line: bytes) -> str | None:

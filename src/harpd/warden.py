@@ -306,6 +306,8 @@ class Warden:
         self, call_id: str, name: str, zygote: Zygote, audience: Tied | Kept, record: Mapping[str, Any]
     ) -> RunningCall:
         settings = self._settings
+        if len(self._calls) + len(zygote.resting) >= settings["calls"]:
+            zygote.resting.end_oldest()
         around = Surroundings(
             loop=self._loop,
             kill_grace=settings["kill_grace"],
@@ -451,7 +453,7 @@ class Warden:
 
     def _has_strays(self, zygote: Zygote, processes: Snapshot, tree: Tree) -> bool:
         """Whether something may have escaped from a call whose main process has ended."""
-        mains = {call.main for call in self._calls.values()} | zygote.spares.items()
+        mains = {call.main for call in self._calls.values()} | zygote.spares.items() | zygote.resting.identities()
         marks = {*self._past, *map(entry, self._calls)}
         return may_have_escaped(tree, zygote.pid, processes, mains, marks)
 

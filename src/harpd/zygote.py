@@ -1,7 +1,7 @@
 """The zygote: has loaded one generation of the procedures file, and forks a process for each call.
 
 It forks ahead: a few processes, the *spares*, wait for a call each, so that no call waits for a fork. Each is used
-once.
+once, or for further calls of the same procedure, if that says ``reuse``.
 
 Leaner than the warden: a fork costs by what its parent holds. It has read no key and no password, for it is
 exec'ed. It is the calls' parent: it reaps them and reports. It ends when the warden closes the socket, and is
@@ -12,7 +12,7 @@ JSON objects:
 
     warden -> zygote  {"load": PATH, "path": [STR], "default_user", "default_group", "descriptors", "tracebacks"}
                                                                                                          once, first
-    zygote -> warden  {"procedure": NAME, "streaming": BOOL, "timeout": SECONDS|null}                    each, then
+    zygote -> warden  {"procedure": NAME, "streaming": BOOL, "timeout": SECONDS|null, "reuse": NUMBER|null}  each, then
                       {"loaded": NUMBER, "threads": NUMBER}  or  {"fault": MESSAGE}, and it ends
     warden -> zygote  {"fork": CALL, "procedure": NAME}, with three descriptors: channel, stdout, stderr
     zygote -> warden  {"spare": PID, "start": TICKS}                                                     before
@@ -35,7 +35,7 @@ import warnings
 
 from harp.protocol.strictjson import dumps, loads
 from harpd import arguments, limits
-from harpd.call import Descriptors, leave_zygote, run_call
+from harpd.call import Descriptors, leave_zygote, run_calls
 from harpd.mark import Mark
 from harpd.prctl import become_subreaper, die_with_parent
 from harpd.proc import Procedure
@@ -102,7 +102,8 @@ class _Zygote:
         # The warden's own warning of threads says it once, and to the right person.
         warnings.filterwarnings("ignore", message=".*use of fork", category=DeprecationWarning)
         for name, procedure in self._procedures.items():
-            self._say({"procedure": name, "streaming": procedure.streaming, "timeout": procedure.timeout})
+            offered = {"streaming": procedure.streaming, "timeout": procedure.timeout, "reuse": procedure.reuse}
+            self._say({"procedure": name, **offered})
         self._say({"loaded": len(self._procedures), "threads": len(os.listdir("/proc/self/task")) - 1})
         return True
 
@@ -198,7 +199,7 @@ class _Zygote:
                 self._mark.write(order["fork"])
                 descriptors = Descriptors(*memoryview(b"".join(item for _, _, item in ancillary)).cast("i"))
                 procedure = self._procedures[order["procedure"]]
-                run_call(procedure, descriptors, parent, *self._defaults, self._tracebacks)
+                run_calls(procedure, descriptors, parent, *self._defaults, self._tracebacks, self._mark)
         except BaseException:  # noqa: BLE001 - nothing may go up into the zygote's own code
             sys.excepthook(*sys.exc_info())
         finally:

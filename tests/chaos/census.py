@@ -44,6 +44,7 @@ class Truth:
     """What a job's procedure says of itself.
 
     Attributes:
+        main: the life of the process that runs it, while it does; None: it has never started.
         starts: the processes that started it: at most one, or a promise is broken.
         processes: all of its processes that are known.
         records: when records were handed over.
@@ -51,6 +52,7 @@ class Truth:
         raised: whether it was about to raise.
     """
 
+    main: Life | None = None
     starts: list[Identity] = field(default_factory=list)
     processes: list[Identity] = field(default_factory=list)
     records: list[float] = field(default_factory=list)
@@ -65,12 +67,14 @@ class Census:
         files: the file of marks of each host.
 
     Attributes:
-        lives: every process that has marked itself.
+        lives: every process that has marked itself, as its last job knows it.
+        rested: what they were to jobs before that.
         truths: what is known by token.
     """
 
     def __init__(self, files: Mapping[str, Path]) -> None:
         self.lives: dict[Identity, Life] = {}
+        self.rested: list[Life] = []
         self.truths: dict[str, Truth] = {}
         self._readers = {host: Reader(file) for host, file in files.items()}
         self._living: set[Identity] = set()
@@ -97,8 +101,11 @@ class Census:
     def _take(self, host: str, mark: Mark) -> None:
         truth = self.truths.setdefault(mark.token, Truth())
         life = self.lives.get(mark.process)
+        main = mark.kind == "start"
+        if life is not None and main and life.gone is not None and life.token != mark.token:
+            self.rested.append(life)  # it has waited for another job, and this is it
+            life = None
         if life is None:
-            main = mark.kind == "start"
             life = self.lives[mark.process] = Life(mark.token, host, main, mark.at, mark.at)
             self._living.add(mark.process)
             truth.processes.append(mark.process)
@@ -106,6 +113,10 @@ class Census:
         match mark.kind:
             case "start":
                 truth.starts.append(mark.process)
+                truth.main = truth.main or life
+            case "rest":
+                life.gone = mark.at
+                self._living.discard(mark.process)
             case "record":
                 truth.records.append(mark.at)
             case "raise":
@@ -123,8 +134,7 @@ class Census:
 
     def main(self, token: str) -> Life | None:
         """The life of the process that runs the procedure; None: it has never started."""
-        starts = self.truth(token).starts
-        return self.lives[starts[0]] if starts else None
+        return self.truth(token).main
 
 
 def strays(run: Path) -> list[int]:

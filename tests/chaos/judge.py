@@ -115,7 +115,7 @@ class Judge:
         return "nothing explains that error"
 
     def _lasted(self, entry: Entry, truth: Truth) -> float:
-        begin = self._census.lives[truth.starts[0]].began if truth.starts else entry.submitted
+        begin = truth.main.began if truth.main is not None else entry.submitted
         return (entry.told or begin) - begin
 
     def _killed(self, entry: Entry, truth: Truth) -> bool:
@@ -157,19 +157,19 @@ class Judge:
 
     def _surely_kept(self, entry: Entry, truth: Truth, end: End) -> int:
         """How many records a job has at least that did not return: those from before it was stopped, if it was."""
-        if not truth.starts or self._struck(entry, self._history.wardens):
+        if truth.main is None or self._struck(entry, self._history.wardens):
             return 0
         if end == End("failed", "call_died"):
             return len(truth.records)
         if end != End("failed", "lost_contact"):
             return 0
-        died = self._census.lives[truth.starts[0]].seen
+        died = truth.main.seen
         return sum(at < died - _STOPPING for at in truth.records)
 
     def _judge_limits(self) -> None:
         queues: dict[str, list[tuple[float, float, str]]] = defaultdict(list)
         hosts: dict[str, list[tuple[float, float, str]]] = defaultdict(list)
-        for life in self._census.lives.values():
+        for life in [*self._census.lives.values(), *self._census.rested]:
             entry = self._ledger.entries.get(life.token)
             if not life.main or entry is None or self._given_up(entry):
                 continue

@@ -32,7 +32,7 @@ class Mark(NamedTuple):
         process: who wrote it.
         at: when.
         kind: ``start``, ``record`` (one was handed over), ``child`` (a process that the procedure made), ``raise``,
-            ``end``.
+            ``end``; ``rest``: the process is about to wait for another job.
         value: the record's number, or what the procedure is about to return.
     """
 

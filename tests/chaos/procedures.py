@@ -1,6 +1,7 @@
 """The procedures that the hosts of a chaos run offer. Each marks its start, its records, its children and its end.
 
-What they say is a function of their token, so that whoever sees a record or a result knows whether it is right.
+What they say is a function of their token, so that whoever sees a record or a result knows whether it is right. Some
+have processes of many calls.
 """
 
 from __future__ import annotations
@@ -46,12 +47,13 @@ def work(token: str, seconds: float) -> str:
     return _returned(token)
 
 
-@procedure
+@procedure(reuse=5)
 def fail(token: str, seconds: float) -> NoReturn:
     """Take some time and raise."""
     _marks.write(token, "start")
     time.sleep(seconds)
     _marks.write(token, "raise")
+    _marks.write(token, "rest")
     raise ValueError(token)
 
 
@@ -84,7 +86,7 @@ def stream(token: str, records: int, size: int, pause: float) -> Iterator[Any]:
     yield Result(_returned(token))
 
 
-@procedure
+@procedure(reuse=5)
 def family(token: str, seconds: float) -> str:
     """Take some time in company: a child, a grandchild whose parent is gone, a stranger in a session of its own."""
     _marks.write(token, "start")
@@ -93,7 +95,9 @@ def family(token: str, seconds: float) -> str:
     for gate in gates:
         os.write(gate, b"x")
     os.wait()
-    return _returned(token)
+    value = _returned(token)
+    _marks.write(token, "rest")
+    return value
 
 
 @procedure

@@ -25,10 +25,11 @@ def test_decorators_with_and_without_options() -> None:
     for decorator, kind in kinds:
         bare = decorator(function)
         assert type(bare) is kind
-        assert (bare.timeout, bare.uid, bare.gid) == (None, None, None)
-        with_options = decorator(timeout=1.5, uid="u", gid=["g", 5])(function)
+        assert (bare.timeout, bare.uid, bare.gid, bare.reuse) == (None, None, None, None)
+        with_options = decorator(timeout=1.5, uid="u", gid=["g", 5], reuse=3)(function)
         assert type(with_options) is kind
         assert (with_options.timeout, with_options.uid, with_options.gid) == (1.5, "u", ("g", 5))
+        assert with_options.reuse == 3
         assert type(decorator()(function)) is kind
         assert bare(1) == 3
         assert bare.__doc__ == "Add."
@@ -51,6 +52,10 @@ def test_gid_may_be_one_group() -> None:
         {"timeout": float("inf")},
         {"timeout": "5"},
         {"timeout": True},
+        {"reuse": 0},
+        {"reuse": True},
+        {"reuse": 1.5},
+        {"reuse": "3"},
         {"uid": -1},
         {"uid": True},
         {"uid": 1.0},
@@ -149,6 +154,10 @@ p = procedure(Point)
         ("class E(Exception):\n def __str__(s): 1/0\nraise E\n", ".py:3: E: (the exception's text can't be made)"),
         ("\0", "null bytes"),
         ("from harpd.proc import *\np = procedure(len)\np.timeout = -1\n", ".py: p: timeout: expected a positive"),
+        (
+            "from harpd.proc import *\np = procedure(len)\np.reuse = 0\n",
+            ".py: p: reuse: expected a number of calls from 1",
+        ),
         ("from harpd.proc import *\nclass P(Procedure): uid = 1.5\np = P(len)\np.uid = 1.5\n", ".py: p: uid: expected"),
     ],
 )
