@@ -249,6 +249,13 @@ async def test_held(store: Store, state: State, held: bool) -> None:
     assert await store.held_jobs() == ([await store.get_job(job_id)] if held else [])
 
 
+async def test_no_job_starts_before_it_was_submitted(store: Store) -> None:
+    job = new_job()
+    await store.add_job(job, 9.0)
+    assert [claimed.started for claimed in await store.claim_jobs(8.5, MANY, MANY)] == [9.0]
+    assert (await store.get_job(job.id)).started == 9.0
+
+
 @STARTS
 async def test_claim(store: Store, state: State, held: bool) -> None:
     job_id = await job_in(store, state, held=held)

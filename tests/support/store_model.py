@@ -70,7 +70,7 @@ class ModelStore:
             if job.state is not State.QUEUED or len(claimed) == limit:
                 continue
             if self._lane(job) not in waiting_lanes and self._may_start(job, host_concurrency):
-                claimed.append(self._put(job, state=State.RUNNING, started=now, holds_slot=True))
+                claimed.append(self._put(job, state=State.RUNNING, started=max(now, job.submitted), holds_slot=True))
             else:
                 waiting_lanes.add(self._lane(job))
         return claimed

@@ -61,7 +61,8 @@ class Store(Protocol):
         """Give up to `limit` queued jobs their slot, in the order of submission, and return them as running.
 
         A queue's jobs that hold a slot stay within its concurrency and its jobs start first in, first out; the jobs
-        that hold a slot on a host, with or without a queue, stay within `host_concurrency`.
+        that hold a slot on a host, with or without a queue, stay within `host_concurrency`. No job starts before it was
+        submitted, whatever `now` is.
         """
 
     async def append_records(self, job_id: str, first: int, records: Records) -> bool:

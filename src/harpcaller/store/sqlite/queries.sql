@@ -24,7 +24,8 @@ WHERE lanes.head > :place AND lanes.is_full = 0 ORDER BY lanes.head LIMIT 1;
 SELECT count(*) FROM jobs INDEXED BY jobs_holding_on_host WHERE host = :host AND holds_slot = 1;
 
 -- name: start_job
-UPDATE jobs SET state = 'running', started = :now, holds_slot = 1 WHERE place = :place;
+-- A claim may have been asked for before the job, and comes behind it all the same.
+UPDATE jobs SET state = 'running', started = max(:now, submitted), holds_slot = 1 WHERE place = :place;
 
 -- name: find_job
 SELECT place, state, records, holds_slot FROM jobs WHERE id = :id;
