@@ -13,6 +13,7 @@ import asyncio
 import os
 import time
 from abc import abstractmethod
+from collections import deque
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Iterable
 from contextlib import suppress
 from types import TracebackType
@@ -263,11 +264,14 @@ class _Stream(_Iteration):
         self._idle = idle
         self._turn = asyncio.Lock()
         self._waiting: asyncio.Timeout | None = None
+        self._ready: deque[Any] = deque()  # items that came with one before
         self._closed = False
 
     async def __anext__(self) -> Any:
         async with self._turn:
             while not self._closed:
+                if self._ready:
+                    return self._ready.popleft()
                 try:
                     items = await self._items()
                 except BaseException:
@@ -275,6 +279,8 @@ class _Stream(_Iteration):
                     raise
                 if self._reader.finished:
                     await self._finish()
+                elif items:
+                    self._ready += self._conn.take(self._reader.read_on)
                 for item in items:
                     return item
             raise StopAsyncIteration

@@ -7,6 +7,7 @@ import os
 import socket
 import ssl
 import time
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from types import TracebackType
 from typing import Any, NoReturn, Self, cast
@@ -97,6 +98,10 @@ class _Link(asyncio.Protocol):
             self.transport.resume_reading()
             await self._news.wait()
         return line
+
+    def take(self, read: Callable[[Iterable[bytes]], list[Any]]) -> list[Any]:
+        """What a function makes of the lines that have come already; see `Incoming.take`."""
+        return self._incoming.take(read)
 
     def rest(self) -> None:
         """Notice what comes, though nobody waits for a line."""
@@ -197,6 +202,10 @@ class AsyncJSONConnection:
     async def receive_line(self) -> bytes:
         """As `harp.JSONConnection.receive_line`."""
         return await self._connected().line()
+
+    def take(self, read: Callable[[Iterable[bytes]], list[Any]]) -> list[Any]:
+        """As `harp.JSONConnection.take`."""
+        return [] if self._link is None else self._link.take(read)
 
     async def ask(self, line: bytes) -> bytes:
         """As `harp.JSONConnection.ask`."""

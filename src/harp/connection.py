@@ -14,7 +14,7 @@ import socket
 import ssl
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from types import TracebackType
@@ -197,6 +197,13 @@ class Incoming:
         """The next whole line, None when more has to be read."""
         return self._lines.popleft() if self._lines else None
 
+    def take(self, read: Callable[[Iterable[bytes]], list[Any]]) -> list[Any]:
+        """What a function makes of the lines that are there; it takes as many of the first ones as it gives items."""
+        items = read(self._lines)
+        for _ in items:
+            self._lines.popleft()
+        return items
+
     @property
     def waiting(self) -> bool:
         """Whether there are lines that nobody has taken."""
@@ -350,6 +357,10 @@ class JSONConnection:
                 data = self._receive(self._connected())
             self._incoming.feed(data)
         return line
+
+    def take(self, read: Callable[[Iterable[bytes]], list[Any]]) -> list[Any]:
+        """What a function makes of the lines that have come already; see `Incoming.take`."""
+        return self._incoming.take(read)
 
     def _receive(self, sock: socket.socket) -> bytes:
         """Wait for bytes and return them; none: the peer has closed."""

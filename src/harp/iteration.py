@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from abc import abstractmethod
+from collections import deque
 from collections.abc import Iterator
 from contextlib import suppress
 from types import TracebackType
@@ -63,6 +64,7 @@ class Stream(Iteration):
         self._ending = threading.Lock()  # is taken for good by who ends the iteration
         self._turn = threading.Lock()
         self._left = threading.Event()
+        self._ready: deque[Any] = deque()  # items that came with one before
         self._closed = False
 
     def _begin(self) -> None:
@@ -79,6 +81,8 @@ class Stream(Iteration):
     def __next__(self) -> Any:
         with self._turn:
             while not self._closed:
+                if self._ready:
+                    return self._ready.popleft()
                 try:
                     items = self._items()
                 except BaseException:
@@ -86,6 +90,8 @@ class Stream(Iteration):
                     raise
                 if self._reader.finished:
                     self._finish()
+                elif items:
+                    self._ready += self._conn.take(self._reader.read_on)
                 for item in items:
                     return item
             raise StopIteration

@@ -7,6 +7,7 @@ and the shells do what it says.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from typing import Any
 
 from harp.errors import CommunicationError, HarpException
@@ -36,6 +37,13 @@ class Reader(ABC):
     @abstractmethod
     def read(self, line: bytes) -> tuple[Any, ...]:
         """The items of a line, none or one. Raises what the line reports, and `ProtocolError`."""
+
+    @abstractmethod
+    def read_on(self, lines: Iterable[bytes]) -> list[Any]:
+        """The items of the first of these lines, in one step as there may be many; the next line is for `read`.
+
+        They came behind a line with an item, and give one item each.
+        """
 
     @property
     @abstractmethod
@@ -147,6 +155,15 @@ class StreamReader(Reader):
         self._job.keep(Answer(reply, line))
         return ()
 
+    def read_on(self, lines: Iterable[bytes]) -> list[Any]:
+        """See `Reader`."""
+        first = self._number
+        if first is None or self._wanted.timed:
+            return []
+        found = self._exchange.packets(lines)
+        self._number = first + len(found)
+        return list(enumerate(found, first)) if self._numbered else found
+
     def _item(self, packet: Packet) -> Any:
         if self._wanted.timed:
             return packet.number, packet.time, packet.data
@@ -215,3 +232,7 @@ class DirectReader(Reader):
             return (Result(message.result),)
         assert isinstance(message, (Raised, Failed))  # the exchange lets nothing else pass
         raise outcome_of(message)
+
+    def read_on(self, lines: Iterable[bytes]) -> list[Any]:
+        """See `Reader`."""
+        return self._exchange.records(lines)

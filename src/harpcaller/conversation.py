@@ -11,9 +11,13 @@ from __future__ import annotations
 import asyncio
 import sys
 import time
+from collections.abc import Iterator, Sequence
+from itertools import islice, takewhile
+from operator import methodcaller
 
-from harp.daemon.slicing import open_quickly
-from harp.protocol.daemon import Alive, AnyRequest, Exchange, Message, Order, encode_order, encode_request
+from harp.daemon.slicing import open_quickly, sliced_records
+from harp.protocol.closing import RECORD
+from harp.protocol.daemon import Alive, AnyRequest, Exchange, Message, Order, Record, encode_order, encode_request
 from harp.protocol.ends import Failed
 from harp.protocol.fields import ProtocolError, is_count
 from harp.protocol.jsontext import InvalidJSON, Raw, loads
@@ -35,6 +39,7 @@ _BEAT, _MISSED = 15.0, 3
 _LEAST_BEAT = 0.1
 #: How an answer to a sign of life begins.
 _ALIVE = b'{"alive":'
+_is_record = methodcaller("startswith", RECORD)
 #: Bytes of orders that a host may leave unread.
 _UNREAD_BYTES = 64 * 1024
 
@@ -99,6 +104,29 @@ class Conversation:
         if isinstance(message, Alive):
             self._theirs = message.at
         return message
+
+    def said(self, lines: Sequence[bytes]) -> Iterator[Message | list[Raw] | ProtocolError]:
+        """What these lines say, one after the other: messages, records as lists, for there may be many of them at once.
+
+        A fault ends it: a line that is no message, or may not come now.
+        """
+        assert self._exchange is not None
+        at = 0
+        while at < len(lines):
+            run = list(takewhile(_is_record, islice(lines, at, None))) if self._exchange.streams else []
+            records = sliced_records(run) if len(run) > 1 else None
+            if records is not None:
+                yield records
+            else:
+                run = run or [lines[at]]
+                try:
+                    for line in run:
+                        message = self.message(line)
+                        yield [Raw(message.data)] if isinstance(message, Record) else message
+                except ProtocolError as error:
+                    yield error
+                    return
+            at += len(run)
 
     @property
     def keep(self) -> float | None:

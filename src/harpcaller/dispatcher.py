@@ -26,7 +26,7 @@ from functools import partial
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-from harp.protocol.dispatcher import Call, Continue, Packet
+from harp.protocol.dispatcher import Call, Continue
 from harp.protocol.ends import End
 from harp.protocol.jsontext import Raw, dumps
 from harpcaller.config import Config
@@ -37,7 +37,7 @@ from harpcaller.hosttls import HostTLS
 from harpcaller.idle import IdleConnections
 from harpcaller.jobids import is_job_id, new_job_id
 from harpcaller.jobs import Facts, Job, JobDetails, NewJob, Records, State, Stop
-from harpcaller.news import News
+from harpcaller.news import News, Packets
 from harpcaller.registry import HostsRegistry
 from harpcaller.runner import Run
 from harpcaller.store import QueueStatus, StorageError, Store, UnknownJob
@@ -244,8 +244,8 @@ class Dispatcher:
                 await ended.wait()
 
     async def follow(
-        self, job_id: str, since: int | None = None, recent: int | None = None, timed: bool = False
-    ) -> AsyncGenerator[list[Packet] | End, None]:
+        self, job_id: str, since: int | None = None, recent: int | None = None
+    ) -> AsyncGenerator[Packets | End, None]:
         """Yield a job's records, those to come too, in batches of bounded size, then its end.
 
         Close the generator (`contextlib.aclosing`) when the reader goes before the end.
@@ -254,7 +254,6 @@ class Dispatcher:
             job_id: the job.
             since: number of the first record wanted; it may be one that has not come yet.
             recent: how many of the newest records to begin with. Neither given: 0. Not both.
-            timed: whether each record comes with the time it was made.
 
         Raises:
             UnknownJob: there is no such job, or it was pruned meanwhile.
@@ -267,12 +266,12 @@ class Dispatcher:
                 if ended.is_set():
                     ended, job = topic.ended, await self.job(job_id)
                 if job.end is None or at < job.records:
-                    records = topic.newest(at) or await self._store.read_records(job_id, at, _BATCH_BYTES)
-                    if records:
-                        batch = [_packets(at, records, timed)]
-                        at += len(records)
-                        records = Records()
-                        yield batch.pop()  # not kept here as well while the reader is slow
+                    batch = topic.newest(at) or await self._batch(job_id, at)
+                    if batch is not None:
+                        at = batch.next
+                        waiting = [batch]
+                        del batch
+                        yield waiting.pop()  # not kept here as well while the reader is slow
                         continue
                 if job.end is not None:
                     _check_complete(job, at)
@@ -281,8 +280,8 @@ class Dispatcher:
                 await changed.wait()
 
     async def read(
-        self, job_id: str, since: int | None = None, recent: int | None = None, timed: bool = False
-    ) -> AsyncGenerator[list[Packet] | End | Continue, None]:
+        self, job_id: str, since: int | None = None, recent: int | None = None
+    ) -> AsyncGenerator[Packets | End | Continue, None]:
         """Yield a job's records collected so far, in batches of bounded size, then its end or `Continue`.
 
         Arguments and errors as in `follow`, but with neither number given it begins with record 0.
@@ -290,15 +289,22 @@ class Dispatcher:
         job = await self.job(job_id)
         at = _first(job, since, recent)
         while at < job.records:
-            records = await self._store.read_records(job_id, at, _BATCH_BYTES)
-            if not records:
+            batch = await self._batch(job_id, at, job.records)
+            if batch is None:
                 break
-            batch = [_packets(at, records, timed)[: job.records - at]]
-            at += len(records)
-            records = Records()
-            yield batch.pop()
+            at = batch.next
+            waiting = [batch]
+            del batch
+            yield waiting.pop()
         _check_complete(job, at)
         yield Continue() if job.end is None else job.end
+
+    async def _batch(self, job_id: str, first: int, most: int | None = None) -> Packets | None:
+        """Stored records from this one on, and before `most`; None: there are none."""
+        records = await self._store.read_records(job_id, first, _BATCH_BYTES)
+        if most is not None and first + len(records) > most:
+            records = Records(records.values[: most - first], records.made[: most - first])
+        return Packets(first, records) if records else None
 
     async def list_jobs(
         self, ended: bool = False, host: str | None = None, queue: Raw | None = None, newest: int | None = None
@@ -557,13 +563,6 @@ def _first(job: Job, since: int | None, recent: int | None) -> int:
     if recent is not None:
         return max(0, job.records - recent)
     return since or 0
-
-
-def _packets(first: int, records: Records, timed: bool) -> list[Packet]:
-    if timed:
-        made = zip(records.values, records.made, strict=True)
-        return [Packet(number, record, moment) for number, (record, moment) in enumerate(made, first)]
-    return [Packet(number, record) for number, record in enumerate(records.values, first)]
 
 
 def _check_complete(job: Job, at: int) -> None:

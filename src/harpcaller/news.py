@@ -3,7 +3,7 @@
 News only wakes; the store is the truth. A watcher takes the event, then reads the store, then waits for the
 event: whatever is committed after its reading sets the event that it holds, so nothing is missed. Events are
 used once. The newest records come along, so that a thousand followers who are up to date need not read them
-from the store.
+from the store, nor have their lines made for each.
 """
 
 from __future__ import annotations
@@ -12,9 +12,39 @@ import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from harp.protocol.dispatcher import encode_packets
 from harpcaller.jobs import Records
 
-__all__ = ["News", "Topic"]
+__all__ = ["News", "Packets", "Topic"]
+
+
+class Packets:
+    """Records on their way to followers, who share the lines.
+
+    Args:
+        first: the number of the first.
+        records: they; one at least.
+    """
+
+    __slots__ = ("_lines", "first", "records")
+
+    def __init__(self, first: int, records: Records) -> None:
+        self.first = first
+        self.records = records
+        self._lines: dict[bool, bytes] = {}
+
+    @property
+    def next(self) -> int:
+        """The number that follows the last."""
+        return self.first + len(self.records)
+
+    def lines(self, timed: bool) -> bytes:
+        """The lines for a follower; `timed`: each with the time at which the record was made."""
+        lines = self._lines.get(timed)
+        if lines is None:
+            values, made = self.records.values, self.records.made
+            lines = self._lines[timed] = encode_packets(self.first, values, made if timed else None)
+        return lines
 
 
 class Topic:
@@ -25,27 +55,27 @@ class Topic:
         ended: set at the next news of an end.
     """
 
-    __slots__ = ("_first", "_newest", "changed", "ended", "watchers")
+    __slots__ = ("_newest", "changed", "ended", "watchers")
 
     def __init__(self) -> None:
         self.changed = asyncio.Event()
         self.ended = asyncio.Event()
         self.watchers = 0
-        self._first = 0
-        self._newest = Records()
+        self._newest: Packets | None = None
 
-    def newest(self, first: int) -> Records:
-        """The records from number `first` on, if they came with the last news; else none."""
-        skipped, newest = first - self._first, self._newest
-        if skipped == 0:
+    def newest(self, first: int) -> Packets | None:
+        """The records from number `first` on, if they came with the last news."""
+        newest = self._newest
+        if newest is None or not newest.first <= first < newest.next:
+            return None
+        if newest.first == first:
             return newest
-        if not 0 < skipped < len(newest):
-            return Records()
-        return Records(newest.values[skipped:], newest.made[skipped:])
+        skipped, records = first - newest.first, newest.records
+        return Packets(first, Records(records.values[skipped:], records.made[skipped:]))
 
     def tell_records(self, first: int, records: Records) -> None:
         """Wake those who wait for records."""
-        self._first, self._newest = first, records
+        self._newest = Packets(first, records)
         self.changed.set()
         self.changed = asyncio.Event()
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from typing import TypeVar
 
@@ -95,15 +95,16 @@ class Recording:
         """The number of the record to come."""
         return self.count + self._under_way + len(self._values)
 
-    def add(self, record: Raw, made: float) -> None:
-        """Take the next record, made at this time; Unix seconds."""
+    def add(self, records: Sequence[Raw], made: float) -> None:
+        """Take the next records, one or more, made at this time; Unix seconds."""
         if self.refused:
-            self.count += 1  # dropped, which is as good as stored to the host
+            self.count += len(records)  # dropped, which is as good as stored to the host
             return
-        self._values.append(record)
-        self._made.append(made)
-        self._bytes += len(record) + _RECORD_OVERHEAD
-        self._longest = max(self._longest, len(record))
+        self._values += records
+        self._made += [made] * len(records)
+        sizes = [len(record) for record in records]
+        self._bytes += sum(sizes) + _RECORD_OVERHEAD * len(sizes)
+        self._longest = max(self._longest, *sizes)
         if self._task is None or self._task.done():
             self._task = asyncio.create_task(self._keep_storing())
 

@@ -36,7 +36,6 @@ from harp.protocol.daemon import (
     KeptTerms,
     Message,
     Receipt,
-    Record,
     RecordsAt,
     StopCall,
     Stored,
@@ -307,12 +306,10 @@ class Run:
                 if lines is None:
                     closed = Failed("network_error", f"{named(host)}: it closed the connection {talk.where}")
                     return await self._broken(closed, host)
-                for line in lines:
+                for message in talk.said(lines):
                     self._limits.heard()
-                    try:
-                        message = talk.message(line)
-                    except ProtocolError as error:
-                        return await self._broken_off(error, host)
+                    if isinstance(message, ProtocolError):
+                        return await self._broken_off(message, host)
                     if (outcome := await self._hear(message, talk, host)) is not None:
                         return outcome
                 if self._recording.refused:
@@ -352,11 +349,11 @@ class Run:
             self._ordered = True
             talk.say(self._order)
 
-    async def _hear(self, message: Message, talk: Conversation, host: Host) -> Outcome | None:
+    async def _hear(self, message: Message | list[Raw], talk: Conversation, host: Host) -> Outcome | None:
         match message:
-            case Record(data):
+            case list(records):
                 self._limits.brought()
-                self._recording.add(data, self._around.wall() if self._made is None else self._made)
+                self._recording.add(records, self._around.wall() if self._made is None else self._made)
             case RecordsAt(moment):
                 self._made = moment
             case Acknowledgement(_, terms):

@@ -25,7 +25,6 @@ from harp.protocol.dispatcher import (
     GetResult,
     GetStatus,
     NoResult,
-    Packet,
     ReadStream,
     Reply,
     Status,
@@ -45,6 +44,7 @@ from harpcaller.dispatcher import Dispatcher
 from harpcaller.door import Door
 from harpcaller.jobs import Job
 from harpcaller.listening import Listener, listen_tcp, listen_unix, reason
+from harpcaller.news import Packets
 from harpcaller.store import StorageError, UnknownJob
 
 __all__ = ["Listeners", "Service", "close", "listen"]
@@ -239,10 +239,10 @@ class Service:
         return self._follow(request, connection) if isinstance(request, FollowStream) else self._read(request)
 
     async def _read(self, request: ReadStream) -> AsyncGenerator[bytes, None]:
-        items = self._dispatcher.read(request.job, request.since, request.recent, request.timed)
+        items = self._dispatcher.read(request.job, request.since, request.recent)
         async with aclosing(items):
             async for item in items:
-                lines = _lines(item)
+                lines = _lines(item, request.timed)
                 del item  # not kept as well while the client reads
                 yield lines
 
@@ -274,32 +274,32 @@ class Service:
     async def _follow(self, request: FollowStream, connection: Connection) -> AsyncGenerator[bytes, None]:
         since, recent = request.since, request.recent
         try:
-            async with aclosing(self._dispatcher.follow(request.job, since, recent, request.timed)) as items:
+            async with aclosing(self._dispatcher.follow(request.job, since, recent)) as items:
                 while True:
                     async with connection.waiting():
                         item = await anext(items)
-                    if not isinstance(item, list):
+                    if not isinstance(item, Packets):
                         yield encode_reply(item)
                         return
-                    since, recent = item[-1].number + 1, None
-                    lines = _lines(item)
+                    since, recent = item.next, None
+                    lines = _lines(item, request.timed)
                     del item  # not kept as well while the client reads
                     yield lines
         except ClientLeft:
             pass
         # As for a result: what needs no waiting.
         recent = 0 if since is None and recent is None else recent
-        async with aclosing(self._dispatcher.read(request.job, since, recent, request.timed)) as rest:
+        async with aclosing(self._dispatcher.read(request.job, since, recent)) as rest:
             async for part in rest:
                 if isinstance(part, Continue):
                     raise ClientLeft
-                lines = _lines(part)
+                lines = _lines(part, request.timed)
                 del part
                 yield lines
 
 
-def _lines(item: list[Packet] | Reply) -> bytes:
-    return b"".join(map(encode_reply, item)) if isinstance(item, list) else encode_reply(item)
+def _lines(item: Packets | Reply, timed: bool) -> bytes:
+    return item.lines(timed) if isinstance(item, Packets) else encode_reply(item)
 
 
 def _status(job: Job) -> Status:

@@ -256,7 +256,7 @@ def _stream(records: Any, channel: Channel) -> Any:
             if isinstance(record, Result):
                 return record.value
             try:
-                channel.write(_line(closing.record(_payload(record))))
+                channel.write(closing.record(_payload(record)))
             except NotJSON as error:
                 fault = f"record {number} can't be written as JSON: {error}"
                 raise _Refused("invalid_message", fault) from error

@@ -58,14 +58,17 @@ class Channel:
             os._exit(0)
         self._unwritten += lines
         while self._unwritten:
-            with self._limits:  # an exception between the write and its count would repeat a part of the line
-                try:
-                    # A procedure that closes what it does not know may have another file under this number by now.
-                    if _identity(self._descriptor) != self._identity:
-                        raise ConnectionAbortedError("the procedure closed the channel")
-                    del self._unwritten[: os.write(self._descriptor, self._unwritten)]
-                except BlockingIOError:
-                    pass
+            limits = self._limits
+            limits.hold()  # an exception between the write and its count would repeat a part of the line
+            try:
+                # A procedure that closes what it does not know may have another file under this number by now.
+                if _identity(self._descriptor) != self._identity:
+                    raise ConnectionAbortedError("the procedure closed the channel")
+                del self._unwritten[: os.write(self._descriptor, self._unwritten)]
+            except BlockingIOError:
+                pass
+            finally:
+                limits.release()
             if self._unwritten:
                 writable = select.poll()
                 writable.register(self._descriptor, select.POLLOUT)

@@ -42,7 +42,7 @@ def _on_signal(number: int, frame: FrameType | None) -> None:
 
 
 class Limits:
-    """Turns signals into exceptions. A context in which they wait; they are raised at its end."""
+    """Turns signals into exceptions. Between `hold` and `release` they wait."""
 
     def __init__(self) -> None:
         self._holding = 0
@@ -56,12 +56,6 @@ class Limits:
     def hold(self) -> None:
         """Let signals wait from now on, for good unless `release` follows."""
         self._holding += 1
-
-    def __enter__(self) -> None:
-        self.hold()
-
-    def __exit__(self, *_: object) -> None:
-        self.release()
 
     def release(self) -> None:
         """Let signals raise again; one that has waited does now."""

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Protocol
 
+from harp.protocol.closing import RECORD
 from harp.protocol.daemon import encode_message
 from harp.protocol.ends import Failed
 from harp.protocol.jsontext import InvalidJSON, Raw, dumps, loads
@@ -45,6 +46,8 @@ log = logging.getLogger("harpd.warden")
 _READ_SIZE = 1 << 16
 #: The most characters of a traceback.
 _LONGEST_TRACEBACK = 16 * 1024
+#: Seconds in which what a call says fast is gathered.
+_GATHER = 0.002
 #: How often what a call has said is read before it is stopped, and when it has ended: as much as its channel holds.
 _LAST_READS = 16
 #: The most bytes of a line; no client takes a longer one.
@@ -52,7 +55,6 @@ _LONGEST_LINE = 64 * 1024 * 1024
 #: How many bytes of a line that is none are shown.
 _SHOWN = 60
 
-_RECORD = b'{"stream":'
 _TRACEBACK = b'{"traceback":'
 #: What a closing line begins with.
 _CLOSINGS = {b'{"result":': "result", b'{"exception":': "exception", b'{"harp":1,"error":': "error"}
@@ -180,6 +182,7 @@ class RunningCall:
         self._asked = time.monotonic()
         self._authentication: float | None = None
         self._fork: float | None = None  # seconds until the process was there
+        self._looked_at = 0.0
         self._over = False
         self._gone = False
         self._procedure = procedure
@@ -401,7 +404,18 @@ class RunningCall:
                 self._to_call = memoryview(b"")
         if self._processes is not None:
             self._read_call(1)
-        self._watch()
+        if self._hurries():
+            self._loop.forget(self._process.channel.fileno())
+            self._loop.after(_GATHER, self._watch)
+        else:
+            self._watch()
+
+    def _hurries(self) -> bool:
+        """Whether it says records so fast that it is worth while to wait for more of them: each look costs as much."""
+        if not self._offered.streaming or self._decided or self._to_call or not self._listening:
+            return False
+        before, self._looked_at = self._looked_at, self._loop.now()
+        return self._looked_at - before < _GATHER
 
     def _read_call(self, most: int | None = None, waiting: bool = True) -> None:
         """Read what the process has written; `most` times, or to the end of what is there.
@@ -433,7 +447,7 @@ class RunningCall:
         self._drop_line()
         self._begin_line(data[end:])
         last = lines.rfind(b"\n", 0, -1) + 1
-        if lines.startswith(_RECORD, last):
+        if lines.startswith(RECORD, last):
             self._take_records(lines)
             return
         records, closing = lines[:last], lines[last:]
@@ -465,8 +479,8 @@ class RunningCall:
             return True
         count = lines.count(b"\n")
         # JSON on a line has no line feed: so this counts the lines that begin as records do.
-        if lines.startswith(_RECORD) + lines.count(b"\n" + _RECORD) != count:
-            wrong = next(line for line in lines.split(b"\n") if not line.startswith(_RECORD))
+        if lines.startswith(RECORD) + lines.count(b"\n" + RECORD) != count:
+            wrong = next(line for line in lines.split(b"\n") if not line.startswith(RECORD))
             self._garbled(f"it wrote what is no record: {wrong[:_SHOWN]!r}")
             return False
         if not self._offered.streaming:

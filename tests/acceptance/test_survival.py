@@ -20,9 +20,10 @@ import pytest
 
 import harp
 from harp.protocol.ends import Returned
+from harpcaller.news import Packets
 from harpcaller.store.sqlite import open_store
 from support.deadline import eventually, wait_until
-from support.dispatcher import Switched, call, running, until
+from support.dispatcher import Switched, call, decoded, running, until
 from support.harpcallerd import Harpcallerd
 from support.harpd import Harpd, is_dead
 from support.system import System
@@ -362,7 +363,9 @@ async def test_calls_go_on_while_the_store_takes_nothing(tmp_path: Path) -> None
             assert isinstance(end, Returned), end
             count = int(end.result)
             assert (await dispatcher.job(flood)).records == count
-            numbers = [number async for item in dispatcher.read(flood) if isinstance(item, list) for number in item]
-            assert [int(json.loads(packet.data)[0]) for packet in numbers] == list(range(count))
+            records = [
+                pair async for item in dispatcher.read(flood) if isinstance(item, Packets) for pair in decoded(item)
+            ]
+            assert [int(record[0]) for _, record in records] == list(range(count))
             assert await dispatcher.result(quiet, wait=True) == Returned(b"5")
     await real.close()

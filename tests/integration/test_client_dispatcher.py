@@ -430,6 +430,60 @@ def test_records_are_given_as_they_come(shell: Shell) -> None:
         assert iterator.all() == []
 
 
+def asked_for(talk: Conversation, *lines: bytes) -> None:
+    talk.expect()
+    talk.send(b"".join(line + b"\n" for line in lines))
+    talk.until_closed()
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        b'{"packet":4,"data":0}',
+        b'{"packet":2,"data":0}',
+        b'{"packet":3,"data":NaN}',
+        b'{"packet":3,"data":1,"data":2}',
+        b'{"packet":3,"data":1}x',
+        b'{"packet":3,"data":"\xff"}',
+    ],
+)
+def test_what_comes_before_a_wrong_line_is_given_first(shell: Shell, wrong: bytes) -> None:
+    """However much came at once."""
+    right = [line_of(packet).strip() for packet in packets("a", "b", "c")]
+    with Peer(lambda talk: asked_for(talk, *right, wrong, *right)) as peer:
+        iterator = shell.caller(peer).job(JOB).follow(since=0)
+        assert [next(iterator) for _ in right] == ["a", "b", "c"]
+        with pytest.raises(harp.CommunicationError):
+            next(iterator)
+        assert list(iterator) == []
+
+
+def test_many_records_at_once_in_every_form(shell: Shell) -> None:
+    """As our dispatcher writes them, with spaces, with times, and mixed."""
+    tight = [b'{"packet":%d,"data":[%d]}' % (number, number) for number in range(100)]
+    spaced = [json.dumps(packet).encode() for packet in packets(*([n] for n in range(100)))]
+    mixed = [tight[number] if number % 3 else spaced[number] for number in range(100)]
+    timed = [b'{"packet":%d,"time":1.5,"data":[%d]}' % (number, number) for number in range(100)]
+    end = b'{"result":null}'
+    for lines in (tight, spaced, mixed):
+        with Peer(lambda talk: asked_for(talk, *lines, end)) as peer:  # noqa: B023 - used at once
+            assert shell.caller(peer).job(JOB).follow(since=0).all() == [[number] for number in range(100)]
+        with Peer(lambda talk: asked_for(talk, *lines[40:], end)) as peer:  # noqa: B023
+            found = shell.caller(peer).job(JOB).follow(recent=60, numbered=True).all()
+            assert found == [(number, [number]) for number in range(40, 100)]
+    with Peer(lambda talk: asked_for(talk, *timed, end)) as peer:
+        found = shell.caller(peer).job(JOB).follow(since=0, timed=True).all()
+        assert found == [(number, 1.5, [number]) for number in range(100)]
+
+
+def test_records_that_came_with_others_are_dropped_at_the_close(shell: Shell) -> None:
+    with Peer(lambda talk: asked_for(talk, *(line_of(packet).strip() for packet in packets(1, 2, 3)))) as peer:
+        iterator = shell.caller(peer).job(JOB).follow(since=0)
+        assert next(iterator) == 1
+        iterator.close()
+        assert list(iterator) == []
+
+
 def test_an_iterator_made_by_hand() -> None:
     with (
         nothing_left(),

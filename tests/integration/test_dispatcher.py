@@ -18,6 +18,7 @@ from harp.protocol.dispatcher import Continue
 from harp.protocol.ends import Cancelled, End, Failed, Returned
 from harpcaller.config import Config, ConfigError
 from harpcaller.jobs import State
+from harpcaller.news import Packets
 from harpcaller.store import StorageError, UnknownJob
 from harpcaller.store.sqlite import open_store
 from support.certificates import server_files
@@ -285,7 +286,7 @@ async def test_follow_and_read_from_every_place(tmp_path: Path) -> None:
             since = {n: asyncio.create_task(followed(dispatcher, job_id, since=n)) for n in (0, 3, 5, 7, 10, 20)}
             recent = dispatcher.follow(job_id, recent=2)
             begin = await anext(recent)
-            assert isinstance(begin, list)
+            assert isinstance(begin, Packets)
             assert decoded(begin) == [(3, 3), (4, 4)]
             for first, options in (
                 (0, {}),
@@ -318,7 +319,7 @@ async def test_a_thousand_followers_and_one_that_never_reads(tmp_path: Path) -> 
             await stream.send({"stream": 0})
             idle = dispatcher.follow(job_id, since=0)
             first = await anext(idle)
-            assert isinstance(first, list)
+            assert isinstance(first, Packets)
             assert decoded(first) == [(0, 0)]
             tasks = [asyncio.create_task(followed(dispatcher, job_id, since=0)) for _ in range(1000)]
             for begin in range(1, 101, 10):
@@ -338,8 +339,8 @@ async def test_records_come_in_batches_of_bounded_size(tmp_path: Path) -> None:
         async with running(tmp_path, host_line(peer.port)) as dispatcher:
             job_id = await dispatcher.submit(call(), "test")
             assert await dispatcher.result(job_id, wait=True) == Returned(b"null")
-            batches = [item async for item in dispatcher.follow(job_id, since=0) if isinstance(item, list)]
-            sizes = [sum(len(packet.data) for packet in batch) for batch in batches]
+            batches = [item async for item in dispatcher.follow(job_id, since=0) if isinstance(item, Packets)]
+            sizes = [sum(map(len, batch.records.values)) for batch in batches]
             assert sum(sizes) == 50 * 100_002
             assert max(sizes) < 1_000_000
 

@@ -12,6 +12,7 @@ import pytest
 
 from harp.protocol.ends import Cancelled, Failed, Returned
 from harpcaller.jobs import State, Stop
+from harpcaller.news import Packets
 from harpcaller.store import UnknownJob
 from harpcaller.store.sqlite import open_store
 from support.deadline import eventually
@@ -147,10 +148,10 @@ async def test_after_a_cut_it_goes_on_from_the_next_record(tmp_path: Path) -> No
             assert records == [(number, number) for number in range(4)]
             assert end == Returned(b'"end"')
             times = [
-                packet.time
-                async for item in dispatcher.read(job_id, since=0, timed=True)
-                if isinstance(item, list)
-                for packet in item
+                made
+                async for item in dispatcher.read(job_id, since=0)
+                if isinstance(item, Packets)
+                for made in item.records.made
             ]
             assert times[:2] == [10.0, 10.0]
     assert asked[0] == (2, job_id)

@@ -26,7 +26,9 @@ def test_the_limit_counts_the_line_without_its_end() -> None:
     assert LineBuffer(3).feed(b"abc\nabc\n") == [b"abc", b"abc"]
 
 
-@pytest.mark.parametrize("pieces", [[b"abcd\n"], [b"abcd"], [b"ab", b"cd"], [b"x\nab", b"cd"]])
+@pytest.mark.parametrize(
+    "pieces", [[b"abcd\n"], [b"abcd"], [b"ab", b"cd"], [b"x\nab", b"cd"], [b"a\nabcd\nb\n"], [b"a\nb\nabcd"]]
+)
 def test_a_line_past_the_limit_is_refused_before_it_is_whole(pieces: list[bytes]) -> None:
     buffer = LineBuffer(3)
     with pytest.raises(LineTooLong, match="longer than 3 bytes"):

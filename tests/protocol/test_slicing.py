@@ -9,8 +9,10 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from harp.daemon.slicing import open_quickly
-from harp.protocol.jsontext import InvalidJSON, Opener, open_sliced
+from harp.daemon.slicing import open_quickly, sliced_records
+from harp.protocol.closing import RECORD
+from harp.protocol.jsontext import InvalidJSON, Opener, Raw, loads, open_sliced
+from harp.protocol.strictjson import MAX_DEPTH, enclosed
 
 scalars = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text()
 values = st.recursive(scalars, lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=20)
@@ -120,3 +122,73 @@ def test_a_repeated_key_is_refused_wherever_it_is(count: int) -> None:
     line = ("{" + ",".join([*members, '"0":0']) + "}").encode()
     with pytest.raises(InvalidJSON, match="repeated key"):
         open_quickly(line)
+
+
+def one_by_one(lines: list[bytes]) -> list[Raw] | None:
+    """The payloads of lines of records; None: one is none."""
+    try:
+        opened = [open_sliced(line) for line in lines]
+    except InvalidJSON:
+        return None
+    if any(list(members) != ["stream"] for members in opened):
+        return None
+    return [Raw(members.payload("stream")) for members in opened]
+
+
+@given(st.lists(values, min_size=1), st.booleans())
+def test_many_records_are_what_each_of_them_is(records: list[Any], ascii: bool) -> None:
+    texts = [json.dumps(record, ensure_ascii=ascii).encode("utf-8", "surrogatepass") for record in records]
+    lines = [RECORD + text + b"}" for text in texts]
+    expected = one_by_one(lines)
+    assert sliced_records(lines) == expected
+    assert expected in (None, texts)
+
+
+#: Lines that begin as records do, of which some are none, be it that together they look like some.
+BESIDE = [
+    [b'{"stream":1},{"stream":2}', b'{"stream":[3}', b'{"stream":4]}'],
+    [b'{"stream":1,"x}', b'{"stream":y"}'],
+    [b'{"stream":1,2}', b'{"stream":"}'],
+    [b'{"stream":[1}', b'{"stream":2]}'],
+    [b'{"stream":"}', b'{"stream":"}'],
+    [b'{"stream":1,"stream":2}', b'{"stream":3}'],
+    [b'{"stream":1,"result":2}', b'{"stream":3}'],
+    [b'{"stream":}', b'{"stream":3}'],
+    [b'{"stream":1}}', b'{"stream":3}'],
+    [b'{"stream":1', b'{"stream":3}'],
+    [b'{"stream":', b'{"stream":3}'],
+    [b'{"stream":"\xff"}', b'{"stream":3}'],
+    [b'{"stream":NaN}', b'{"stream":3}'],
+    [b'{"stream":01}', b'{"stream":3}'],
+    [b'{"stream":' + b"[" * (MAX_DEPTH + 1) + b"]" * (MAX_DEPTH + 1) + b"}", b'{"stream":3}'],
+    [b'{"stream":' + b"1" * 5000 + b"}", b'{"stream":3}'],
+]
+
+
+@pytest.mark.parametrize("lines", BESIDE)
+def test_records_of_which_one_is_none_are_looked_at_one_by_one(lines: list[bytes]) -> None:
+    assert sliced_records(lines) in (None, one_by_one(lines))
+    for count in range(1, len(lines)):
+        assert sliced_records(lines[:count]) in (None, one_by_one(lines[:count]))
+
+
+def test_records_that_are_written_with_spaces_are_looked_at_one_by_one() -> None:
+    assert sliced_records([b'{"stream": 1}', b'{"stream":2}']) is None
+
+
+@given(st.lists(st.binary() | st.text().map(str.encode), min_size=1, max_size=4))
+def test_of_any_bytes_no_record_is_made_that_is_none(insides: list[bytes]) -> None:
+    lines = [RECORD + inside + b"}" for inside in insides]
+    assert sliced_records(lines) in (None, one_by_one(lines))
+    for line in lines:
+        alone = one_by_one([line])
+        found = enclosed(line, RECORD)
+        assert found is None or (alone is not None and repr(found) == repr((loads(alone[0]),)))
+
+
+@given(values)
+def test_what_a_line_encloses(value: Any) -> None:
+    text = json.dumps(value).encode()
+    assert enclosed(RECORD + text + b"}", RECORD) == (value,)
+    for wrong in (RECORD + text, RECORD + text + b"}}", RECORD + text + b"} ", b" " + RECORD + text + b"}"):
+        assert enclosed(wrong, RECORD) is None

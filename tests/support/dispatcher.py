@@ -8,12 +8,13 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-from harp.protocol.dispatcher import Call, Continue, Packet, Queue
+from harp.protocol.dispatcher import Call, Continue, Queue
 from harp.protocol.ends import End
 from harp.protocol.jsontext import Raw
 from harpcaller.config import Config
 from harpcaller.dispatcher import Dispatcher
 from harpcaller.jobs import Job
+from harpcaller.news import Packets
 from harpcaller.store import StorageError, Store
 from harpcaller.store.sqlite import open_store
 from support.deadline import eventually
@@ -73,14 +74,15 @@ async def followed(
     """Follow to the end: the records, numbered and decoded, and the end."""
     records: list[tuple[int, Any]] = []
     async for item in dispatcher.follow(job_id, since, recent):
-        if not isinstance(item, list):
+        if not isinstance(item, Packets):
             return records, item
         records += decoded(item)
     raise AssertionError("no end")
 
 
-def decoded(packets: list[Packet]) -> list[tuple[int, Any]]:
-    return [(packet.number, json.loads(packet.data)) for packet in packets]
+def decoded(packets: Packets) -> list[tuple[int, Any]]:
+    """Records, numbered."""
+    return list(enumerate(map(json.loads, packets.records.values), packets.first))
 
 
 async def collected(
@@ -89,7 +91,7 @@ async def collected(
     """Read what there is: the records, and the closing item."""
     records: list[tuple[int, Any]] = []
     async for item in dispatcher.read(job_id, since, recent):
-        if not isinstance(item, list):
+        if not isinstance(item, Packets):
             return records, item
         records += decoded(item)
     raise AssertionError("no closing item")

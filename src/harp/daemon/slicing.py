@@ -5,15 +5,17 @@ msgspec slices; whatever it does not take, or may have taken too lightly, goes t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import msgspec
 
+from harp.protocol.closing import RECORD
 from harp.protocol.jsontext import Members, Payload, Raw, open_sliced
-from harp.protocol.strictjson import checked_text, loads
+from harp.protocol.strictjson import checked_text, loads, may_be_deep
 
-__all__ = ["open_quickly"]
+__all__ = ["open_quickly", "sliced_records"]
+
 
 _decoder = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _elements = msgspec.json.Decoder(list[msgspec.Raw])
@@ -78,3 +80,21 @@ def _opened(line: bytes) -> Members:
     # nor anything is spelled in more bytes than it must; then the careful one looks.
     size = 1 + sum(len(key.encode()) + len(memoryview(raw)) + _AROUND for key, raw in slices.items())
     return _Members(slices) if slices and size == len(line) else open_sliced(line)
+
+
+def sliced_records(lines: Sequence[bytes]) -> list[Raw] | None:
+    """The payloads of lines that all begin as records do, in one step for all; None: look at each.
+
+    Each line's inside has to be a whole element of an array that is made of them all: then it is one value, and
+    nothing else.
+    """
+    insides = [line[len(RECORD) : -1] for line in lines]
+    if any(not line.endswith(b"}") for line in lines) or any(map(may_be_deep, lines)):
+        return None
+    text = b"[%b]" % b",".join(insides)
+    try:
+        text.decode("utf-8")
+        found = list(map(Raw, _elements.decode(text)))
+    except (msgspec.MsgspecError, ValueError, RecursionError):
+        return None
+    return found if found == insides else None

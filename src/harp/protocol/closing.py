@@ -1,25 +1,27 @@
-"""What a call's process says, as objects of the wire: a record, and the three ways that a call ends.
+"""What a call's process says: a record, as a line of the wire, and the three ways that a call ends, as objects.
 
 Lean, as `harp.protocol.strictjson` is and for the same reason. `harp.protocol.ends` has the values.
 """
 
 from __future__ import annotations
 
-from harp.protocol.strictjson import Envelope
+from harp.protocol.strictjson import Envelope, Raw
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from harp.protocol.jsontext import Payload
 
-__all__ = ["VERSION", "error", "exception", "record", "result"]
+__all__ = ["RECORD", "VERSION", "error", "exception", "record", "result"]
 
 #: The version of harpd's protocol.
 VERSION = 1
+#: How the line of a record begins, in all that a harpd of ours says.
+RECORD = b'{"stream":'
 
 
-def record(value: Payload) -> Envelope:
-    """A record of a streaming procedure."""
-    return Envelope(stream=value)
+def record(text: Raw) -> bytes:
+    """The line of a record of a streaming procedure. There may be many: without a step for each member."""
+    return b"%b%b}\n" % (RECORD, text)
 
 
 def result(value: Payload) -> Envelope:

@@ -9,7 +9,7 @@ Spec: docs/protocol.md, harpd.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from types import MappingProxyType
@@ -38,6 +38,7 @@ from harp.protocol.kept import (
     encode_order,
     encode_terms,
 )
+from harp.protocol.strictjson import enclosed
 
 __all__ = [
     "LONGEST_ORDER",
@@ -327,7 +328,7 @@ def encode_message(message: Message) -> bytes:
             if keep is not None:
                 members["keep"] = keep
         case Record(data):
-            members = closing.record(data)
+            return closing.record(dumps(data))
         case RecordsAt(time):
             members = Envelope(at=time)
         case Alive(at):
@@ -519,6 +520,25 @@ class Exchange:
     def finished(self) -> bool:
         """Whether the last message has come. Never so for a kept call: it is over when harpd closes."""
         return self.phase is Phase.CLOSED
+
+    @property
+    def streams(self) -> bool:
+        """Whether the next messages may be records, after which it stands where it does."""
+        return self.phase in (Phase.STREAMING, Phase.KEPT_STREAMING)
+
+    def records(self, lines: Iterable[bytes]) -> list[Payload]:
+        """The records that the first lines are, while they are written as harpd's calls write them.
+
+        That is quicker than `message`, which is for the line after them.
+        """
+        found: list[Payload] = []
+        if self.streams:
+            for line in lines:
+                value = enclosed(line, closing.RECORD)
+                if value is None:
+                    break
+                found += value
+        return found
 
     def message(self, line: bytes) -> Message:
         """Read the next message. Raises `ProtocolError` for anything that may not come now."""

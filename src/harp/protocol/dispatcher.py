@@ -13,14 +13,16 @@ Spec: docs/protocol.md, Client and dispatcher.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count
 from types import MappingProxyType
 from typing import Any, TypeAlias
 
 from harp.protocol.ends import Cancelled, End, Failed, Raised, Returned, decode_end, encode_end
 from harp.protocol.fields import ProtocolError, check, is_container, is_count, is_seconds, opened, string, value, within
 from harp.protocol.jsontext import Envelope, InvalidJSON, Members, Opener, Payload, Raw, dumps, open_decoded
+from harp.protocol.strictjson import enclosed
 
 __all__ = [
     "Call",
@@ -47,6 +49,7 @@ __all__ = [
     "decode_reply",
     "decode_request",
     "encode_call",
+    "encode_packets",
     "encode_reply",
     "encode_request",
     "granted",
@@ -407,6 +410,20 @@ def encode_reply(reply: Reply, keep: float | None = None) -> bytes:
     return line if keep is None else b'%b,"keep":%b}\n' % (line[:-2], dumps(keep))
 
 
+def encode_packets(first: int, values: Sequence[Raw], times: Sequence[float] | None = None) -> bytes:
+    """The lines of many packets, without a step for each member, as there may be many.
+
+    Args:
+        first: the number of the first.
+        values: their data.
+        times: when each was made (Unix seconds); None: nobody asked.
+    """
+    if times is None:
+        return b"".join([b'{"packet":%d,"data":%b}\n' % numbered for numbered in enumerate(values, first)])
+    packets = zip(count(first), times, values, strict=False)
+    return b"".join([b'{"packet":%d,"time":%b,"data":%b}\n' % (at, dumps(made), data) for at, made, data in packets])
+
+
 #: What is granted is a line's last member: a string or an object of the reply's own ends in more than this.
 #: It is looked for in the end of a line only.
 _GRANTED = re.compile(rb',[ \t]*"keep"[ \t]*:[ \t]*([0-9]+(?:\.[0-9]+)?)[ \t]*}[ \t\r]*\Z')
@@ -437,8 +454,6 @@ def _reply_line(reply: Reply) -> bytes:
             return bytes(dumps(Envelope(call=call, time=times, info=reply.info))) + b"\n"
         case Details(details):
             return _line({"details": details})
-        case Packet(number, Raw(data), None):  # as below, without a step for each member: there may be many
-            return b'{"packet":%d,"data":%b}\n' % (number, data)
         case Packet(number, data, None):
             return bytes(dumps(Envelope(packet=number, data=data))) + b"\n"
         case Packet(number, data, time):
@@ -581,6 +596,21 @@ class Exchange:
         self._next = getattr(request, "since", None)
         #: Whether the last reply has come.
         self.finished = False
+
+    def packets(self, lines: Iterable[bytes]) -> list[Payload]:
+        """The data of the first lines, while they are packets just as `encode_packets` writes them without times.
+
+        That is quicker than `reply`, which is for the line after them.
+        """
+        found: list[Payload] = []
+        if self._next is not None and not self.finished:
+            for line in lines:
+                value = enclosed(line, b'{"packet":%d,"data":' % self._next)
+                if value is None:
+                    break
+                found += value
+                self._next += 1
+        return found
 
     def reply(self, line: bytes) -> Reply:
         """Read the next reply. Raises `ProtocolError` for anything that may not come now."""

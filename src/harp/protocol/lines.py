@@ -33,13 +33,14 @@ class LineBuffer:
             LineTooLong: a line is longer than the limit, whole or not. Lines before it in `data` are lost:
                 the connection is of no more use.
         """
-        *ends, rest = data.split(b"\n")
-        lines: list[bytes] = []
-        for end in ends:
-            self._keep(end)
-            lines.append(self.pending)
+        *lines, rest = data.split(b"\n")
+        if lines:
+            self._keep(lines[0])
+            lines[0] = self.pending
             self._pieces.clear()
             self._size = 0
+            if len(data) > self._limit and len(max(lines, key=len)) > self._limit:
+                raise self._too_long()
         if rest:
             self._keep(rest)
         return lines
@@ -47,5 +48,8 @@ class LineBuffer:
     def _keep(self, piece: bytes) -> None:
         self._size += len(piece)
         if self._size > self._limit:
-            raise LineTooLong(f"a line is longer than {self._limit} bytes")
+            raise self._too_long()
         self._pieces.append(piece)
+
+    def _too_long(self) -> LineTooLong:
+        return LineTooLong(f"a line is longer than {self._limit} bytes")

@@ -13,7 +13,7 @@ from itertools import accumulate
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
     from typing import Any, NoReturn
 
     from harp.protocol.jsontext import JSON
@@ -26,8 +26,10 @@ __all__ = [
     "Raw",
     "checked_text",
     "dumps",
+    "enclosed",
     "guarded",
     "loads",
+    "may_be_deep",
     "refuse_constant",
 ]
 
@@ -94,6 +96,18 @@ def loads(text: bytes | str) -> JSON:
     return guarded(_DECODER.decode, checked)
 
 
+def enclosed(line: bytes, opening: bytes) -> tuple[JSON] | None:
+    """The value of a line that is this opening, a value and a brace, and nothing else; None: look closer at it."""
+    if not line.startswith(opening) or may_be_deep(line):
+        return None
+    try:
+        text = line.decode("utf-8")
+        value, end = _DECODER.raw_decode(text, len(opening))
+    except (ValueError, RecursionError):
+        return None
+    return (value,) if text[end:] == "}" else None
+
+
 def checked_text(text: bytes | str) -> str:
     """The text, if it is UTF-8 and nested no deeper than it may be. Raises `InvalidJSON`."""
     if isinstance(text, str):
@@ -107,9 +121,14 @@ def checked_text(text: bytes | str) -> str:
     return decoded
 
 
+def may_be_deep(text: bytes) -> bool:
+    """Whether there are so many brackets that there may be more inside each other than MAX_DEPTH."""
+    return len(text) > MAX_DEPTH and text.count(b"[") + text.count(b"{") > MAX_DEPTH
+
+
 def _check_depth(text: bytes) -> None:
     """Refuse what nests deeper than MAX_DEPTH. Costs next to nothing for text with few brackets."""
-    if text.count(b"[") + text.count(b"{") <= MAX_DEPTH:
+    if not may_be_deep(text):
         return
     brackets = _STRING.sub(b"", text).translate(None, _NOT_BRACKETS)
     if max(accumulate(map(_STEP.__getitem__, brackets)), default=0) > MAX_DEPTH:
@@ -143,6 +162,29 @@ def _name(key: str) -> bytes:
 _ENCODER = json.JSONEncoder(ensure_ascii=True, allow_nan=False, separators=(",", ":"))
 
 
+def _kept_encoder() -> Callable[[Any, int], Iterable[str]] | None:
+    """What `_ENCODER` makes anew for each value, if it can be made once: that is half of the cost."""
+    given = (_ENCODER.default, _quoted, None, _ENCODER.key_separator, _ENCODER.item_separator, False, False, False)
+    try:
+        made: Callable[[Any, int], Iterable[str]] = json.encoder.c_make_encoder(_containers, *given)  # type: ignore[attr-defined]
+        return made if "".join(made({"a": [1, None]}, 0)) == '{"a":[1,null]}' else None
+    except (AttributeError, TypeError):
+        return None
+
+
+_containers: dict[int, object] = {}  # those that are being written: one that comes again contains itself
+_kept = _kept_encoder()
+
+
+def _encoded(value: JSON) -> str:
+    if _kept is not None:
+        try:
+            return "".join(_kept(value, 0))
+        except Exception:  # noqa: BLE001 - the other one says what is wrong, if anything is
+            _containers.clear()
+    return _ENCODER.encode(value)
+
+
 def dumps(value: JSON) -> Raw:
     """Write a value as one line of ASCII JSON, without the line feed.
 
@@ -163,7 +205,7 @@ def dumps(value: JSON) -> Raw:
     if value is None or value is True or value is False:
         return _CONSTANTS[value]
     try:
-        text = _ENCODER.encode(value).encode("ascii")
+        text = _encoded(value).encode("ascii")
         _check_depth(text)
         return Raw(text)
     except (TypeError, ValueError, RecursionError) as error:
