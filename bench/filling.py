@@ -36,8 +36,12 @@ _COPIES = 500
 #: Seconds before now in which the jobs ran: they are not yet to be pruned.
 _SPAN = 20 * 86_400.0
 
-_ID = "lower(printf('%s-%s-4%s-a%s-%s', {}, {}, substr({}, 2), substr({}, 2), {}))".format(
-    *(f"hex(randomblob({size}))" for size in (4, 2, 2, 2, 6))
+#: As `harpcaller.jobids` makes them, of a job's time in the statement below.
+_ID = "printf('%s-%s-7%s-%s-%s', substr({0}, 1, 8), substr({0}, 9, 4), {1}, {2}, {3})".format(
+    "printf('%012x', CAST({submitted} * 1000 AS INTEGER))",
+    "printf('%03x', CAST({submitted} * 4096000 AS INTEGER) & 4095)",
+    "printf('%04x', 32768 | (random() & 16383))",
+    "lower(hex(randomblob(6)))",
 )
 
 
@@ -142,11 +146,9 @@ def multiply(file: Path, times: int) -> None:
             numbers = ((number,) for number in range(begin, min(begin + _COPIES, times)))
             db.executemany("INSERT INTO copies VALUES (?)", numbers)
             for table, key, columns in tables:
-                replaced = {
-                    key: f"t.{key} + {templates} * copies.number",
-                    "id": _ID,
-                    **{time: f"t.{time} + {step} * copies.number" for time in ("submitted", "started", "ended")},
-                }
+                moments = {time: f"(t.{time} + {step} * copies.number)" for time in ("submitted", "started", "ended")}
+                place = f"t.{key} + {templates} * copies.number"
+                replaced = {key: place, "id": _ID.format(**moments), **moments}
                 values = ", ".join(replaced.get(column, f"t.{column}") for column in columns)
                 db.execute(
                     f"INSERT INTO {table} ({', '.join(columns)}) SELECT {values} "  # noqa: S608 - names of the schema

@@ -130,7 +130,7 @@ def _list(socket: Path, kind: str) -> None:
         if any(name in str(error) for name in options):  # it does not know the option
             raise Missing(f"harpcallerd's list has no {' and '.join(list(options)[1:])} yet") from None
         raise
-    hosts = {job["host"] for job in found}
+    hosts = {job["call"]["host"] for job in found}
     if len(found) > _NEWEST or not found or (kind == "host" and hosts != {HOSTS[0]}):
         raise RuntimeError(f"expected the newest {_NEWEST} jobs, got {len(found)} of {hosts}")
 

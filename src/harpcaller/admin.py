@@ -15,7 +15,7 @@ from typing import Any, Protocol, Self
 
 from harp.daemon.slicing import open_quickly
 from harp.protocol.ends import encode_end
-from harp.protocol.fields import ProtocolError, check, is_container, is_seconds, opened, string, value, within
+from harp.protocol.fields import ProtocolError, check, is_container, is_count, is_seconds, opened, string, value, within
 from harp.protocol.jsontext import Envelope, Members, Raw, dumps
 from harpcaller.config import ConfigError
 from harpcaller.connection import ClientLeft, Connection
@@ -151,7 +151,11 @@ async def _reopen_logs(admin: Admin, _: Members) -> Items:
 
 async def _list(admin: Admin, members: Members) -> Items:
     with_queue = _flag(members, "queue")
-    async for job in admin.dispatcher.list_jobs(ended=_flag(members, "all")):
+    host = string(members, "host") if "host" in members else None
+    queue = _queue(members, "of_queue") if "of_queue" in members else None
+    check(host is None or queue is None, "host, of_queue: expected one of them, got both")
+    newest = _newest(members)
+    async for job in admin.dispatcher.list_jobs(ended=_flag(members, "all"), host=host, queue=queue, newest=newest):
         item = _listed(job)
         if with_queue:
             item["queue"] = job.queue
@@ -226,7 +230,7 @@ COMMANDS: Mapping[str, Command] = MappingProxyType(
         "stop": Command(_stop),
         "reload": Command(_reload),
         "reopen-logs": Command(_reopen_logs),
-        "list": Command(_list, ("all", "queue")),
+        "list": Command(_list, ("all", "queue", "newest", "host", "of_queue")),
         "info": Command(_info, ("job", "full")),
         "cancel": Command(_cancel, ("job",)),
         "release": Command(_release, ("job",)),
@@ -245,10 +249,18 @@ def _flag(members: Members, key: str) -> bool:
     return bool(flag)
 
 
-def _queue(members: Members) -> Raw:
-    check("queue" in members, "queue: missing")
-    queue = members.payload("queue")
-    check(is_container(queue, (dict,)), "queue: expected an object")
+def _newest(members: Members) -> int | None:
+    if "newest" not in members:
+        return None
+    newest = value(members, "newest")
+    check(is_count(newest) and newest > 0, f"newest: expected a whole number from 1 on, got {newest!r}")
+    return int(newest)
+
+
+def _queue(members: Members, key: str = "queue") -> Raw:
+    check(key in members, f"{key}: missing")
+    queue = members.payload(key)
+    check(is_container(queue, (dict,)), f"{key}: expected an object")
     return Raw(queue)
 
 

@@ -27,6 +27,7 @@ examples:
                                                         in the background; returns once it serves
   harpcallerd status --wait --timeout=10                wait until it serves
   harpcallerd list --all --queue                        all jobs that are kept, one JSON object a line
+  harpcallerd list --all --newest=100 --host=web01      what was submitted last for a host, ended or not
   harpcallerd info --full 3f22e0d4-c8ed-11e5-8d66-001e8c140268
   harpcallerd queue-list '{"service": "nginx"}'         the jobs of a queue that have not ended
   harpcallerd queue-cancel '{"service": "nginx"}'       cancel them
@@ -120,7 +121,8 @@ def _plain(parsed: argparse.Namespace) -> Exit:
 
 
 def _list(parsed: argparse.Namespace) -> Exit:
-    return _print(Daemon(parsed.socket).ask("list", all=parsed.all, queue=parsed.queue))
+    options = {"newest": parsed.newest, "host": parsed.host, "of_queue": parsed.of_queue}
+    return _print(Daemon(parsed.socket).ask("list", all=parsed.all, queue=parsed.queue, **options))
 
 
 def _info(parsed: argparse.Namespace) -> Exit:
@@ -203,8 +205,11 @@ def parser() -> argparse.ArgumentParser:
     option("--timeout", metavar="S", type=_number, help="wait at most so many seconds")
     option("--print-pid", action="store_true", help="print the id that the process had")
     add("reload", _plain, "have it read its configuration again, all or nothing")
-    option = add("list", _list, "list the jobs that have not ended")
+    option = add("list", _list, "list the jobs that have not ended, in the order of their submission")
     option("--all", action="store_true", help="list those that have ended too")
+    option("--newest", metavar="N", type=_count, help="only the N that were submitted last, the last one first")
+    option("--host", metavar="HOST", help="only those for this host")
+    option("--of-queue", metavar="QUEUE", type=_queue, help="only those of this queue, its name as a JSON object")
     option("--queue", action="store_true", help="with the queue that each waits in")
     option = add("info", _info, "show a job, and how it ended")
     option("job", metavar="JOB")
@@ -235,6 +240,12 @@ def _number(text: str) -> float:
     if not 0 <= number < float("inf"):
         raise argparse.ArgumentTypeError(f"expected a number from 0 on, got {text!r}")
     return number
+
+
+def _count(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1 on, got {text!r}")
+    return int(text)
 
 
 def _queue(text: str) -> Raw:

@@ -7,17 +7,21 @@ from __future__ import annotations
 
 import datetime
 from dataclasses import dataclass
+from typing import Any
 
 from harp.protocol.ends import Failed, Raised
-from harp.protocol.jsontext import Envelope, Raw, loads
+from harp.protocol.jsontext import Envelope, InvalidJSON, Raw, loads
 from harpcaller.hosts import Host
-from harpcaller.jobs import Job, JobDetails, State, Stop, Waiting
+from harpcaller.jobs import Facts, Job, JobDetails, State, Stop, Waiting
 from harpcaller.runner import Run
 
 __all__ = ["Situation", "describe"]
 
 #: How much of a message a sentence quotes, in characters.
 _QUOTED = 300
+
+#: What a host says of times is taken for a number of seconds below this, be they since 1970.
+_MOST_SECONDS = 2.0**40
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +68,51 @@ def describe(details: JobDetails, situation: Situation) -> Envelope:
         stopped=facts.stopped,
         receipt=facts.receipt,
         evidence=facts.evidence,
+        phases=_phases(job, facts),
         why=_why(details, situation),
     )
+
+
+def _phases(job: Job, facts: Facts) -> Envelope:
+    """Where the job's time went, in seconds; None: not known, or not over.
+
+    What happened on the host was measured there, so that its clock may be wrong. The rest is what is left of the time
+    from the job's start to its end: on the way there and back, and until its last records were stored.
+    """
+    call, evidence = (_object(fact) for fact in (facts.call, facts.evidence))
+    began, ended = (_seconds(evidence, moment) for moment in ("started", "ended"))
+    fork = _seconds(evidence, "fork")
+    phases = Envelope(
+        wait=_between(job.submitted, job.started),
+        connect=_seconds(call, "connecting"),
+        authenticate=_seconds(evidence, "authentication"),
+        fork=fork,
+        run=None if fork is None or began is None else _between(began + fork, ended),
+    )
+    here = sum(seconds for name, seconds in phases.items() if name != "wait" and seconds is not None)
+    took = _between(job.started, job.ended)
+    phases["rest"] = None if took is None or phases["run"] is None else _between(here, took)
+    return phases
+
+
+def _object(fact: Raw | None) -> dict[str, Any]:
+    try:
+        found = None if fact is None else loads(fact)
+    except InvalidJSON:  # a number that is too long, say: what a host says is kept as it is
+        found = None
+    return found if isinstance(found, dict) else {}
+
+
+def _seconds(fact: dict[str, Any], key: str) -> float | None:
+    """What a host has said, if that is a number which is of use."""
+    found = fact.get(key)
+    if isinstance(found, bool) or not isinstance(found, (int, float)) or not 0 <= found < _MOST_SECONDS:
+        return None
+    return float(found)
+
+
+def _between(before: float | None, after: float | None) -> float | None:
+    return None if before is None or after is None else round(max(0.0, after - before), 6)
 
 
 def _call(stored: Raw | None, situation: Situation) -> Envelope | Raw | None:

@@ -18,11 +18,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import re
+import sys
 import time
-import uuid
 from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from dataclasses import replace
+from functools import partial
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -35,6 +35,7 @@ from harpcaller.hostbook import HostBook
 from harpcaller.hosts import Host
 from harpcaller.hosttls import HostTLS
 from harpcaller.idle import IdleConnections
+from harpcaller.jobids import is_job_id, new_job_id
 from harpcaller.jobs import Facts, Job, JobDetails, NewJob, Records, State, Stop
 from harpcaller.news import News, Packets
 from harpcaller.registry import HostsRegistry
@@ -47,9 +48,6 @@ from harpcaller.upkeep import prune, prune_regularly
 __all__ = ["Dispatcher"]
 
 log = logging.getLogger(__name__)
-
-#: The form of a job id; anything else is the id of no job.
-_JOB_ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.ASCII)
 
 #: About how many bytes of records are read from the store at a time, for one follower.
 _BATCH_BYTES = 64 * 1024
@@ -175,7 +173,7 @@ class Dispatcher:
         Returns:
             False when the job has ended or is not known.
         """
-        return _is_job_id(job_id) and await self._whole(self._cancel(job_id, client))
+        return is_job_id(job_id) and await self._whole(self._cancel(job_id, client))
 
     async def cancel_queue(self, queue: Raw, client: str | None = None) -> int:
         """Cancel all jobs of a queue, as `cancel` does; return how many there were."""
@@ -197,7 +195,7 @@ class Dispatcher:
 
     async def release(self, job_id: str) -> bool:
         """Free the slot of a job that has ended, whatever its host says; False when there is nothing to free."""
-        return _is_job_id(job_id) and await self._whole(self._release(job_id))
+        return is_job_id(job_id) and await self._whole(self._release(job_id))
 
     async def details(self, job_id: str) -> dict[str, Any]:
         """Return all that is known of a job, and a sentence why it is as it is. Payloads are `Raw`.
@@ -207,7 +205,7 @@ class Dispatcher:
 
         Spec: docs/protocol.md, Details.
         """
-        if not _is_job_id(job_id):
+        if not is_job_id(job_id):
             raise UnknownJob(job_id)
         details = await self._store.get_details(job_id)
         situation = Situation(
@@ -224,7 +222,7 @@ class Dispatcher:
 
     async def job(self, job_id: str) -> Job:
         """Return a job. Raises `UnknownJob`."""
-        if not _is_job_id(job_id):
+        if not is_job_id(job_id):
             raise UnknownJob(job_id)
         return await self._store.get_job(job_id)
 
@@ -308,18 +306,24 @@ class Dispatcher:
             records = Records(records.values[: most - first], records.made[: most - first])
         return Packets(first, records) if records else None
 
-    async def list_jobs(self, ended: bool = False, queue: Raw | None = None) -> AsyncGenerator[Job, None]:
+    async def list_jobs(
+        self, ended: bool = False, host: str | None = None, queue: Raw | None = None, newest: int | None = None
+    ) -> AsyncGenerator[Job, None]:
         """Yield jobs in the order of their submission, read from the store as they are taken.
 
         Args:
             ended: whether those that have ended are wanted too.
-            queue: only the jobs of this queue.
+            host: only the jobs for this host.
+            queue: only the jobs of this queue; not together with `host`.
+            newest: so many at most, and in the other order: the one that was submitted last comes first.
         """
-        after = 0
-        while page := await self._store.list_jobs(ended=ended, queue=queue, after=after, limit=_LISTED_AT_ONCE):
-            for place, job in page:
+        after = None
+        left = sys.maxsize if newest is None else newest
+        wanted = partial(self._store.list_jobs, ended=ended, host=host, queue=queue, newest_first=newest is not None)
+        while left > 0 and (page := await wanted(after=after, limit=min(left, _LISTED_AT_ONCE))):
+            left -= len(page)
+            for after, job in page:  # noqa: B007 - the last one's place
                 yield job
-                after = place
 
     async def list_queues(self) -> list[QueueStatus]:
         """Return the queues that have jobs which have not ended, oldest first."""
@@ -392,7 +396,7 @@ class Dispatcher:
     def _new_job(self, call: Call) -> NewJob:
         config = self._config
         return NewJob(
-            id=str(uuid.uuid4()),
+            id=new_job_id(self._wall()),
             host=call.host,
             procedure=call.procedure,
             arguments=call.arguments,
@@ -553,10 +557,6 @@ class Dispatcher:
             log.warning("no host is known: set hosts_file or host_db_script")
         for warning in self._tls.warnings:
             log.warning(warning)
-
-
-def _is_job_id(text: str) -> bool:
-    return _JOB_ID.fullmatch(text) is not None
 
 
 def _first(job: Job, since: int | None, recent: int | None) -> int:

@@ -33,7 +33,7 @@ class Limits:
     def __init__(self, job: Job, acknowledgement: float) -> None:
         self._job = job
         self._acknowledgement = acknowledgement
-        self._since = self._brought = time.monotonic()
+        self._since = self._brought = self._made = time.monotonic()
         self._silence = min(job.timeout, acknowledgement)
         self._kept = False
         self._again = False
@@ -41,6 +41,8 @@ class Limits:
         self._delivered = float("inf")  # by when it must have said all
         #: Whether the host has acknowledged the call, on the connection now in use.
         self.acknowledged = False
+        #: Seconds until the host was asked for the call the first time, for it had to be reached; None: not yet.
+        self.connecting: float | None = None
         #: When the call has taken all the time that it may.
         self.deadline = time.monotonic() + job.max_exec_time
 
@@ -50,6 +52,8 @@ class Limits:
         self._again = again
         self._silence = min(self._job.timeout, self._acknowledgement)
         self.heard()
+        if self.connecting is None and not again:
+            self.connecting = round(self._since - self._made, 6)
 
     def heard(self) -> None:
         """A message has come, or nothing could come until now."""

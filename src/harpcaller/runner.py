@@ -140,8 +140,7 @@ class Run:
             self._recording.give_up()
             self._settling.give_up()
         what = "call ended" if outcome is Outcome.OVER else "call is left to its host"
-        seconds = round(time.monotonic() - begin, 3)
-        log.info(what, extra={**fields(self.job), **self._settling.told, "seconds": seconds})
+        log.info(what, extra={**fields(self.job), **self._settling.told, "seconds": round(time.monotonic() - begin, 3)})
 
     async def _carry_out(self) -> Outcome:
         outcome = await (self._take_up() if self._resumed else self._begin())
@@ -195,6 +194,7 @@ class Run:
             "address": host.address if host else None,
             "port": host.port if host else None,
             "attempts": self._attempts,
+            "connecting": self._limits.connecting,
             "kept": terms is not None or (self._named and self._lost is not None),
             "warden": terms.warden if terms else None,
         }

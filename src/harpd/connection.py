@@ -14,6 +14,7 @@ import asyncio
 import contextlib
 import logging
 import socket
+import time
 import traceback
 import uuid
 from collections.abc import Awaitable, Callable
@@ -81,6 +82,7 @@ class Connection:
         self._next = b""
         self._idle = False
         self._begun = self._client.begun  # when the request arrived, or before
+        self._authentication = 0.0  # seconds that the request's took
         self._call: TiedCall | KeptCall | None = None
         self._over = asyncio.Event()
         self._stopping = False
@@ -210,7 +212,7 @@ class Connection:
                 call = str(uuid.uuid4()) if terms is None else terms.id
                 procedure = request.procedure[:_NAME_SHOWN]
                 log.info("call accepted", extra={"call": call, "procedure": procedure, **about})
-                line = _start_line(call, request, self._peer, self._begun, self._limits.idle)
+                line = _start_line(call, request, self._peer, self._begun, self._limits.idle, self._authentication)
                 around = self._around(call, request.keep)
                 if terms is None:
                     return await TiedCall.begin(around, self._wardens, line), False
@@ -230,8 +232,10 @@ class Connection:
         kept = isinstance(request, Attach) or (isinstance(request, Request) and request.call is not None)
         if said_more and not kept:  # one that keeps its connection waits for the answer, too
             raise Refused(AFTER_REQUEST, sending=True)
+        begin = time.monotonic()
         if not await self._authenticated(request):
             raise Refused(_AUTH_ERROR)
+        self._authentication = time.monotonic() - begin
         return request, more
 
     async def _read_line(self) -> tuple[bytes, bytes]:
@@ -284,10 +288,10 @@ class Connection:
             return False
 
 
-def _start_line(call: str, request: Request, peer: str, begun: float, idle: float) -> bytes:
+def _start_line(call: str, request: Request, peer: str, begun: float, idle: float, authentication: float) -> bytes:
     """The line that asks a warden to start a call; `begun`: when it arrived, or before. Spec: harpd.warden."""
     members = Envelope(call=call, procedure=request.procedure, arguments=request.arguments)
-    members |= {"user": request.user, "peer": peer}
+    members |= {"user": request.user, "peer": peer, "authentication": round(authentication, 6)}
     if request.keep:
         members["keep"] = idle
     if request.call is not None:

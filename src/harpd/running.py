@@ -182,6 +182,9 @@ class RunningCall:
         self._usage = Usage()
         self._traceback: str | None = None
         self._began = time.time()
+        self._asked = time.monotonic()
+        self._authentication: float | None = None
+        self._fork: float | None = None  # seconds until the process was there
         self._looked_at = 0.0
         self._over = False
         self._gone = False
@@ -195,8 +198,9 @@ class RunningCall:
             self._process = process
             process.serve(self, self._fields)
 
-    def give(self, arguments: Raw) -> None:
-        """Give the process its arguments; once."""
+    def give(self, arguments: Raw, authentication: float | None) -> None:
+        """Give the process its arguments; once. `authentication`: seconds that it took, for the evidence."""
+        self._authentication = authentication
         if self._offered.reuse is None:
             self._to_call = memoryview(bytes(arguments) + b"\n")
             self._watch()
@@ -219,6 +223,7 @@ class RunningCall:
         process = self._process
         if process.served == 1:
             process.group = self._around.cgroups.make(self.id, pid)
+        self._fork = time.monotonic() - self._asked
         self._tree = Tree(pid, start, entry(self.id), process.group)
         around = self._around
         self._processes = Stopping(
@@ -347,6 +352,8 @@ class RunningCall:
             "memory": self._usage.memory,
             "started": self._began,
             "ended": time.time(),
+            "authentication": self._authentication,
+            "fork": None if self._fork is None else round(self._fork, 6),
         }
         if self._around.keep_stderr:
             evidence["stderr"] = self._process.last_errors()

@@ -16,7 +16,8 @@ The gate makes one connection per call, JSON lines. The first line says what is 
     {"attach": ID, "owner": ..., "secret": ..., "since": NUMBER, "user": NAME, "peer": ADDRESS}    to a kept one again
     {"calls": OWNER}                                                                               which there are
 
-The first three may have "keep": SECONDS, which the acknowledgement then says, too.
+The first three may have "keep": SECONDS, which the acknowledgement then says, too; the first two "authentication":
+SECONDS, how long that took, which the evidence then says.
 
 and what comes back are the lines for the client, as docs/protocol.md has them. Half-closing or closing the connection
 stops a tied call; the warden closes its side only when that call's processes are gone: a close is the proof of death. A
@@ -230,6 +231,7 @@ class Warden:
         check(is_container(arguments, (list, dict)), "arguments: expected an array or an object")
         asked = request.members("kept") if "kept" in request else None
         keep = request.value("keep") if "keep" in request else None
+        authentication = request.value("authentication") if "authentication" in request else None
         failed = self._refusal(call_id, name, asked)
         if failed is None:
             assert self._zygote is not None
@@ -240,7 +242,7 @@ class Warden:
         if failed is not None:
             Farewell(self._loop, connection, encode_message(failed))
         else:
-            self._calls[call_id].give(arguments)
+            self._calls[call_id].give(arguments, authentication)
 
     def _refusal(self, call_id: str, name: str, asked: Members | None) -> Failed | None:
         if self._retired and asked is not None:

@@ -156,6 +156,19 @@ def test_a_stream_goes_on_through_ten_kills(tmp_path: Path) -> None:
         assert details["evidence"]["by"] == "itself"
 
 
+def test_the_phases_of_a_job_add_up_to_its_time(tmp_path: Path) -> None:
+    done = tmp_path / "done"
+    done.touch()
+    with system(tmp_path) as whole:
+        job = whole.rpc.web01.tick(str(done), 0.05)
+        job.get()
+        details = job.details()
+        phases, time = details["phases"], details["time"]
+        assert list(phases) == ["wait", "connect", "authenticate", "fork", "run", "rest"]
+        assert min(phases.values()) >= 0
+        assert sum(phases.values()) == pytest.approx(time["end"] - time["submit"], abs=0.001)
+
+
 def again(harpd: Harpd) -> None:
     """Kill the gate and start it again."""
     harpd.kill()

@@ -93,6 +93,33 @@ def test_lists_of_jobs(dispatcher: Harpcallerd) -> None:
     assert dispatcher.listed("queue-list", "{}") == []
 
 
+def test_the_newest_jobs_of_a_host_or_of_a_queue(dispatcher: Harpcallerd) -> None:
+    def listed(*options: str) -> list[str]:
+        return [job["job"] for job in dispatcher.listed("list", *options)]
+
+    old = [ended(dispatcher, number, **({"queue": QUEUE} if number % 2 else {})) for number in range(4)]
+    running = dispatcher.submit("web01", "hang", queue=QUEUE)
+    waiting = dispatcher.submit("web01", "echo", queue=QUEUE)
+    elsewhere = dispatcher.submit("nowhere", "echo")
+    dispatcher.ask(get_result=elsewhere)
+    name = "--of-queue=" + json.dumps({"a": 2, "b": 1.0})
+    assert listed("--all", "--newest=3") == [elsewhere, waiting, running]
+    assert listed("--all", "--newest=1000") == [elsewhere, waiting, running, *old[::-1]]
+    assert listed("--newest=1") == [waiting]
+    assert listed("--host=web01") == [running, waiting]
+    assert listed("--host=web01", "--all", "--newest=3") == [waiting, running, old[3]]
+    assert listed("--host=nowhere", "--newest=3") == []
+    assert listed("--host=nowhere", "--all") == [elsewhere]
+    assert listed("--host=web", "--all") == []
+    assert listed(name) == [running, waiting]
+    assert listed(name, "--all") == [old[1], old[3], running, waiting]
+    assert listed(name, "--all", "--newest=3") == [waiting, running, old[3]]
+    assert listed("--of-queue={}", "--all") == []
+    assert dispatcher.listed("list", "--newest=1", "--queue")[0]["queue"] == QUEUE["name"]
+    both = ("list", "--host=web01", name)
+    assert failure(dispatcher, *both) == "host, of_queue: expected one of them, got both"
+
+
 def test_arguments_are_listed_as_they_were_sent(dispatcher: Harpcallerd) -> None:
     with dispatcher.connect() as client:
         client.send(b'{"harpcaller":1,"host":"none","procedure":"p","arguments":[1.10, 1E5,"\\ud800"],"info":0.30}\n')
@@ -104,6 +131,7 @@ def test_arguments_are_listed_as_they_were_sent(dispatcher: Harpcallerd) -> None
 def test_a_long_list_comes_whole_and_in_order(dispatcher: Harpcallerd) -> None:
     jobs = [dispatcher.submit("nowhere", "p", number, "x" * 2000) for number in range(500)]
     assert [job["job"] for job in dispatcher.listed("list", "--all")] == jobs
+    assert [job["job"] for job in dispatcher.listed("list", "--all", "--newest=450")] == jobs[:-451:-1]
 
 
 def test_info_of_a_job(dispatcher: Harpcallerd) -> None:
@@ -235,6 +263,13 @@ COMMANDS = (
         (b'{"command": "dance"}', f"command: expected one of {COMMANDS}, prune-jobs, got 'dance'"),
         (b'{"command": "status", "more": 1}', "unknown key more"),
         (b'{"command": "list", "all": 1}', "all: expected true or false"),
+        (b'{"command": "list", "newest": 0}', "newest: expected a whole number from 1 on, got 0"),
+        (b'{"command": "list", "newest": true}', "newest: expected a whole number from 1 on, got True"),
+        (b'{"command": "list", "newest": 1.5}', "newest: expected a whole number from 1 on, got 1.5"),
+        (b'{"command": "list", "newest": null}', "newest: expected a whole number from 1 on, got None"),
+        (b'{"command": "list", "host": 1}', "host: expected a string, got a number"),
+        (b'{"command": "list", "of_queue": "q"}', "of_queue: expected an object"),
+        (b'{"command": "list", "host": "a", "of_queue": {}}', "host, of_queue: expected one of them, got both"),
         (b'{"command": "info"}', "job: missing"),
         (b'{"command": "queue-cancel"}', "queue: missing"),
         (b'{"command": "queue-list", "queue": []}', "queue: expected an object"),

@@ -93,7 +93,7 @@ async def test_a_job_that_may_start_at_once_is_stored_and_given_its_slot_in_one_
             store._writer._connection.set_trace_callback(None)
     await store.close()
     added = next(n for n, statement in enumerate(done) if statement.startswith("INSERT INTO jobs"))
-    started = next(n for n, statement in enumerate(done) if statement.startswith("UPDATE jobs SET state = 'running'"))
+    started = next(n for n, statement in enumerate(done) if "UPDATE jobs SET state = 'running'" in statement)
     assert added < started
     assert "COMMIT" not in done[added:started]
 

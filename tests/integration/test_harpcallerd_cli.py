@@ -406,7 +406,20 @@ def test_the_socket_may_be_given_before_or_after_the_command(dispatcher: Harpcal
         assert run("--socket=/nowhere", "status") == "harpcallerd is stopped\n"
 
 
-@pytest.mark.parametrize("arguments", [[], ["dance"], ["info"], ["prune-jobs", "--age=x"], ["status", "--timeout=nan"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["dance"],
+        ["info"],
+        ["prune-jobs", "--age=x"],
+        ["status", "--timeout=nan"],
+        ["list", "--newest=0"],
+        ["list", "--newest=1.5"],
+        ["list", "--of-queue=q"],
+    ],
+    ids=" ".join,
+)
 def test_wrong_usage_is_told_apart(dispatcher: Harpcallerd, arguments: list[str]) -> None:
     done = dispatcher.control(*arguments)
     assert done.returncode == 2

@@ -142,6 +142,8 @@ def test_the_end_is_kept_until_it_is_stored(warden: Warden) -> None:
         assert evidence["cpu"] > 0
         assert evidence["memory"] > 1 << 20
         assert evidence["started"] <= evidence["ended"]
+        assert 0 <= evidence["fork"] <= 60
+        assert evidence["authentication"] is None, "nobody has said so"
         call_id = call.id
     assert call_id in warden.held()
     with warden.attach(call_id) as call:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -247,6 +249,13 @@ async def test_held(store: Store, state: State, held: bool) -> None:
     assert await store.held_jobs() == ([await store.get_job(job_id)] if held else [])
 
 
+async def test_no_job_starts_before_it_was_submitted(store: Store) -> None:
+    job = new_job()
+    await store.add_job(job, 9.0)
+    assert [claimed.started for claimed in await store.claim_jobs(8.5, MANY, MANY)] == [9.0]
+    assert (await store.get_job(job.id)).started == 9.0
+
+
 @STARTS
 async def test_claim(store: Store, state: State, held: bool) -> None:
     job_id = await job_in(store, state, held=held)
@@ -299,10 +308,14 @@ async def test_list(store: Store, state: State, held: bool) -> None:
     job_id = await job_in(store, state, held=held, queue={"q": 1})
     job = await store.get_job(job_id)
     assert (job.state, job.holds_slot) == (state, held)
-    for queue in (None, Raw(b'{"q": 1}')):
-        assert [job for _, job in await store.list_jobs(ended=True, queue=queue)] == [job]
-        assert [job for _, job in await store.list_jobs(queue=queue)] == ([] if state in ENDED else [job])
-    assert await store.list_jobs(ended=True, queue=Raw(b'{"q": 2}')) == []
+    choices: list[dict[str, Any]] = [{}, {"queue": Raw(b'{"q": 1}')}, {"host": "web01"}]
+    for newest_first in (False, True):
+        listed = partial(store.list_jobs, newest_first=newest_first)
+        for of in choices:
+            assert [job for _, job in await listed(ended=True, **of)] == [job]
+            assert [job for _, job in await listed(**of)] == ([] if state in ENDED else [job])
+        assert await listed(ended=True, queue=Raw(b'{"q": 2}')) == []
+        assert await listed(ended=True, host="web02") == []
 
 
 @STARTS

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from typing import Any
 
 import pytest
 
@@ -10,7 +11,7 @@ from harp.protocol.ends import Returned
 from harp.protocol.jsontext import Raw
 from harpcaller.jobs import Records, State
 from harpcaller.store import Store
-from support.jobs import ENDS, added, job_in, records
+from support.jobs import ENDS, added, claimed, job_in, records
 
 Reopen = Callable[[], Awaitable[Store]]
 
@@ -121,6 +122,43 @@ async def test_a_list_comes_in_pages(store: Store) -> None:
         after = page[-1][0]
     assert listed == ids
     assert await store.list_jobs(after=10**30) == []
+
+
+@pytest.mark.parametrize("ended", [False, True])
+@pytest.mark.parametrize("of", [{}, {"host": "web01"}, {"queue": Raw(b'{"q": 1}')}], ids=["all", "host", "queue"])
+async def test_a_list_begins_at_either_end(store: Store, ended: bool, of: dict[str, Any]) -> None:
+    ids = []
+    for number in range(10):
+        [job_id] = await added(store, host="web01", queue={"q": 1}, concurrency=2)
+        await added(store, host="web02", queue={"q": 2})
+        await added(store, host="web02")
+        ids.append(job_id)
+        if number % 3 == 0:  # one in three has ended, the next runs
+            assert await store.cancel_job(job_id, 6.0)
+            ids = ids if ended else ids[:-1]
+        elif number % 3 == 1:
+            await claimed(store)
+    if not of:
+        ids = [job.id for _, job in await store.list_jobs(ended=ended)]
+    for newest_first, expected in ((False, ids), (True, ids[::-1])):
+        listed, after = [], None
+        while page := await store.list_jobs(ended=ended, newest_first=newest_first, after=after, limit=3, **of):
+            listed += [job.id for _, job in page]
+            after = page[-1][0]
+        assert listed == expected
+    assert await store.list_jobs(ended=True, newest_first=True, after=1, **of) == []
+    assert len(await store.list_jobs(ended=ended, newest_first=True, after=10**30, limit=1, **of)) == 1
+
+
+async def test_a_list_is_of_a_host_or_of_a_queue(store: Store) -> None:
+    with pytest.raises(ValueError, match="expected one of them"):
+        await store.list_jobs(host="web01", queue=Raw(b"{}"))
+
+
+async def test_hosts_are_listed_by_their_whole_names(store: Store) -> None:
+    for host in ("web", "web01", "web01.example", "web\ud800", ""):
+        ids = await added(store, host=host, count=2)
+        assert [job.id for _, job in await store.list_jobs(host=host)] == ids
 
 
 async def test_a_page_is_bounded_in_bytes(store: Store) -> None:

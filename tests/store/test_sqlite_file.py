@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator
 from contextlib import closing
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,7 +19,7 @@ from harp.protocol.ends import Returned
 from harp.protocol.jsontext import Raw
 from harpcaller.jobs import TRANSITIONS, Facts, Records, State, Stop
 from harpcaller.store import StorageError
-from harpcaller.store.sqlite import FILE_NAME, SQLiteStore, file, open_store, pruning, sql, writelog, writes
+from harpcaller.store.sqlite import FILE_NAME, SQLiteStore, file, open_store, pruning, reads, sql, writelog, writes
 from harpcaller.store.sqlite.file import connect
 from harpcaller.store.sqlite.sql import MIGRATIONS, QUERIES
 from support.deadline import eventually
@@ -301,11 +302,19 @@ async def test_an_upgrade_cut_short_before_the_identity_is_made_good(
     await store.close()
 
 
+#: The statements of lists, whose names reads.py builds.
+LISTS = {
+    f"{way}{which}{of}"
+    for way in ("list_jobs", "list_newest")
+    for which in ("", "_not_ended")
+    for of in ("", "_of_host", "_of_lane")
+}
+
+
 def test_every_statement_is_used() -> None:
     package = Path(sql.__file__).parent
     code = "".join(module.read_text() for module in package.glob("*.py"))
-    built = {"list_jobs", "list_jobs_of_lane", "list_jobs_not_ended", "list_jobs_not_ended_of_lane"}
-    assert {name for name in QUERIES if f'QUERIES["{name}"]' not in code} == built
+    assert {name for name in QUERIES if f'QUERIES["{name}"]' not in code} == LISTS
 
 
 # What it costs
@@ -322,11 +331,67 @@ class Anything(dict[str, int]):
 def test_no_statement_goes_through_all_old_jobs(database: sqlite3.Connection, name: str) -> None:
     given = (1,) * QUERIES[name].count("?") or Anything()
     plan = [row[3] for row in database.execute("EXPLAIN QUERY PLAN " + QUERIES[name], given)]
-    of_jobs = ("jobs_not_ended", "jobs_not_ended_of_lane", "jobs_holding_on_host", "jobs_holding_of_lane")
+    of_jobs = ("jobs_not_ended", "jobs_queued_of_lane", "jobs_holding_on_host", "jobs_holding_of_lane")
     of_few = (*of_jobs, "lanes_with_room", "lanes", "identity")
     for step in plan:
         if step.startswith("SCAN"):
             assert step.split()[-1] in of_few or "CONSTANT ROW" in step, plan
+
+
+@pytest.mark.parametrize("name", sorted(LISTS))
+def test_a_list_is_read_in_its_order_from_an_index(database: sqlite3.Connection, name: str) -> None:
+    plan = [row[3] for row in database.execute("EXPLAIN QUERY PLAN " + QUERIES[name], Anything())]
+    assert not [step for step in plan if "TEMP B-TREE" in step or "SCAN" in step], plan
+    indexes = {
+        "": {"PRIMARY KEY (rowid"},
+        "_of_host": {"INDEX jobs_of_host (host=? AND rowid"},
+        "_of_lane": {"INDEX jobs_of_queue (lane=? AND rowid"},
+        "_not_ended": {"INDEX jobs_not_ended (place"},
+        "_not_ended_of_host": {"COVERING INDEX jobs_not_ended (place"},
+        "_not_ended_of_lane": {
+            "COVERING INDEX jobs_queued_of_lane (lane=? AND state=? AND place",
+            "INDEX jobs_holding_of_lane (lane=? AND holds_slot=? AND place",
+        },
+    }
+    beyond = "<" if name.startswith("list_newest") else ">"
+    for index in indexes[name.removeprefix("list_newest").removeprefix("list_jobs")]:
+        assert any(f"{index}{beyond}?)" in step for step in plan), plan
+
+
+async def instructions_of_lists(directory: Path, old: int) -> dict[str, int]:
+    """How many of SQLite's instructions each list takes, by what is asked for, with so many old jobs of one kind."""
+    store = await open_store(directory)
+    options: list[dict[str, Any]] = [{}]
+    for name in ("first", "many", "last", "none"):
+        queue = Raw(b'{"q":"%s"}' % name.encode())
+        await store.add_jobs([new_job(name, queue) for _ in range({"many": old, "none": 0}.get(name, 30))], 1.0)
+        await store.cancel_queue(queue, 2.0)
+        options += [{"host": name}, {"queue": queue}]
+    await store.add_jobs([new_job("first", {"q": "first"}) for _ in range(5)], 3.0)
+    await store.close()
+    count = 0
+
+    def step() -> None:
+        nonlocal count
+        count += 1
+
+    found = {}
+    with closing(connect(directory / FILE_NAME)) as connection:
+        connection.set_progress_handler(step, 1)
+        for of in options:
+            for ended, newest_first in product((False, True), repeat=2):
+                count = 0
+                wanted = {"host": None, "queue": None, **of}
+                reads.list_jobs(connection, ended=ended, newest_first=newest_first, after=None, limit=10, **wanted)
+                found[f"{of} {ended=} {newest_first=}"] = count
+        connection.set_progress_handler(None, 0)
+    return found
+
+
+async def test_a_list_costs_the_same_however_many_jobs_have_ended(tmp_path: Path) -> None:
+    few = await instructions_of_lists(tmp_path / "few", 30)
+    many = await instructions_of_lists(tmp_path / "many", 3_000)
+    assert many == few
 
 
 async def instructions_of_a_claim(directory: Path, waiting: int) -> int:
@@ -359,7 +424,7 @@ async def test_a_claim_costs_the_same_however_many_wait(tmp_path: Path) -> None:
 
 def test_a_place_in_a_queue_is_counted_in_an_index_alone(database: sqlite3.Connection) -> None:
     plan = [row[3] for row in database.execute("EXPLAIN QUERY PLAN " + QUERIES["waiting"], Anything())]
-    for index in ("jobs_not_ended_of_lane", "jobs_holding_of_lane", "jobs_holding_on_host"):
+    for index in ("jobs_queued_of_lane", "jobs_holding_of_lane", "jobs_holding_on_host"):
         assert any(f"COVERING INDEX {index} " in step for step in plan), plan
 
 
@@ -388,7 +453,7 @@ async def test_the_times_of_records_take_little_room(tmp_path: Path, store: SQLi
 async def test_a_small_job_takes_little_room(tmp_path: Path) -> None:
     facts = Facts(call=Raw(b'{"x":"' + b"c" * 100 + b'"}'), evidence=Raw(b'{"x":"' + b"e" * 140 + b'"}'))
     store = await open_store(tmp_path)
-    jobs = [new_job(f"host{n % 8}") for n in range(2000)]
+    jobs = [new_job(f"host{n % 8}.example.org", {"q": n % 8} if n % 2 else None, 2000) for n in range(2000)]
     await asyncio.gather(*(store.add_job(job, 1.0) for job in jobs))
     for job_id in await claimed(store, limit=2000):
         await store.finish_job(job_id, Returned(Raw(b'{"changed":true}')), 2.0, facts=facts)

@@ -6,12 +6,13 @@ import sqlite3
 from collections.abc import AsyncIterator
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from harp.protocol.ends import Cancelled, Failed, Raised, Returned
-from harp.protocol.jsontext import Raw
-from harpcaller.jobs import NO_FACTS, Facts, Job, Records, State, Stop
+from harp.protocol.jsontext import Raw, canonical
+from harpcaller.jobs import ENDED, NO_FACTS, Facts, Job, Records, State, Stop
 from harpcaller.store import QueueStatus
 from harpcaller.store.sqlite import FILE_NAME, SQLiteStore, open_store
 from harpcaller.store.sqlite.file import connect
@@ -31,16 +32,19 @@ def job_id(n: int) -> str:
     return f"00000000-0000-4000-8000-{n:012}"
 
 
-def write_version_1(directory: Path) -> None:
+def write_version(version: int, directory: Path) -> None:
+    """Write a store of this version: the jobs of version 1, upgraded as far."""
     with closing(sqlite3.connect(directory / FILE_NAME)) as connection:
         connection.execute("PRAGMA auto_vacuum = INCREMENTAL")
         connection.execute(f"PRAGMA application_id = {int.from_bytes(b'HARP', 'big')}")
         connection.executescript(VERSION_1.read_text())
+        for step in range(2, version + 1):
+            connection.executescript(f"BEGIN; {MIGRATIONS[step]} INSERT INTO schema_version VALUES ({step}); COMMIT;")
 
 
-@pytest.fixture
-async def store(tmp_path: Path) -> AsyncIterator[SQLiteStore]:
-    write_version_1(tmp_path)
+@pytest.fixture(params=range(1, max(MIGRATIONS)))
+async def store(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[SQLiteStore]:
+    write_version(request.param, tmp_path)
     opened = await open_store(tmp_path)
     yield opened
     await opened.close()
@@ -72,6 +76,26 @@ async def test_running_jobs_hold_their_slots_and_no_others(store: SQLiteStore) -
     assert await claimed(store) == [job_id(11)]
     assert await store.settle_stop(job_id(7), Stop.CONFIRMED)
     assert await claimed(store) == [job_id(9)]
+
+
+async def test_old_jobs_are_in_every_list(store: SQLiteStore) -> None:
+    async def listed(**options: Any) -> list[int]:
+        return [number(job) for _, job in await store.list_jobs(**options)]
+
+    jobs = {number(job): job for _, job in await store.list_jobs(ended=True)}
+    of_queue = [n for n, job in jobs.items() if job.queue is not None and canonical(job.queue) == canonical(QUEUE)]
+    lists: list[tuple[dict[str, Any], list[int]]] = [
+        *(({"host": host}, [n for n, job in jobs.items() if job.host == host]) for host in ("web01", "web\ud800")),
+        ({"queue": QUEUE}, of_queue),
+        ({}, list(jobs)),
+    ]
+    for of, found in lists:
+        assert found
+        there = [n for n in found if jobs[n].state not in ENDED]
+        assert await listed(**of) == there
+        assert await listed(ended=True, **of) == found
+        assert await listed(newest_first=True, **of) == there[::-1]
+        assert await listed(ended=True, newest_first=True, **of) == found[::-1]
 
 
 async def test_records_were_made_when_their_job_started(store: SQLiteStore) -> None:
@@ -126,9 +150,10 @@ async def test_its_schema_is_that_of_a_new_one(tmp_path: Path, store: SQLiteStor
     assert found[0] == found[1]
 
 
-def test_an_upgrade_writes_no_old_job_again(tmp_path: Path) -> None:
-    write_version_1(tmp_path)
+@pytest.mark.parametrize(("version", "written"), [(2, 3), (3, 0)], ids=["2: the running ones", "3: none"])
+def test_an_upgrade_writes_no_old_job_again(tmp_path: Path, version: int, written: int) -> None:
+    write_version(version - 1, tmp_path)
     with closing(connect(tmp_path / FILE_NAME)) as connection:
         before = connection.total_changes
-        connection.executescript(f"BEGIN; {MIGRATIONS[2]} COMMIT;")
-        assert connection.total_changes - before == 3, "the running ones"
+        connection.executescript(f"BEGIN; {MIGRATIONS[version]} COMMIT;")
+        assert connection.total_changes - before == written

@@ -163,6 +163,22 @@ class Comparison(RuleBasedStateMachine):
         self.both("get_job", job_id)
         self.both("get_details", job_id)
 
+    @rule(
+        ended=st.booleans(),
+        newest_first=st.booleans(),
+        of=st.just({}) | st.builds(dict, host=HOSTS) | st.builds(dict, queue=QUEUES),
+        limit=st.integers(1, 3),
+    )
+    def list_jobs(self, ended: bool, newest_first: bool, of: dict[str, Any], limit: int) -> None:
+        options = {"ended": ended, "newest_first": newest_first, **of}
+        found: list[Any] = []
+        after = None
+        while page := self.runner.run(self.store.list_jobs(**options, after=after, limit=limit)):
+            assert len(page) <= limit
+            found += [job for _, job in page]
+            after = page[-1][0]
+        assert found == [job for _, job in self.model.list_jobs(**options)]
+
     @invariant()
     def lists_are_the_same(self) -> None:
         self.both("list_queues")

@@ -70,7 +70,7 @@ class ModelStore:
             if job.state is not State.QUEUED or len(claimed) == limit:
                 continue
             if self._lane(job) not in waiting_lanes and self._may_start(job, host_concurrency):
-                claimed.append(self._put(job, state=State.RUNNING, started=now, holds_slot=True))
+                claimed.append(self._put(job, state=State.RUNNING, started=max(now, job.submitted), holds_slot=True))
             else:
                 waiting_lanes.add(self._lane(job))
         return claimed
@@ -176,13 +176,17 @@ class ModelStore:
         found = self.records.get(job_id, [])[first:]
         return Records(tuple(value for value, _ in found), tuple(made for _, made in found))
 
-    def list_jobs(self, *, ended: bool = False, queue: Raw | None = None) -> list[tuple[int, Job]]:
-        return [
+    def list_jobs(
+        self, *, ended: bool = False, host: str | None = None, queue: Raw | None = None, newest_first: bool = False
+    ) -> list[tuple[int, Job]]:
+        found = [
             (place, job)
             for place, job in self.jobs.values()
             if (ended or job.state not in ENDED)
+            and host in (None, job.host)
             and (queue is None or (job.queue is not None and canonical(job.queue) == canonical(queue)))
         ]
+        return found[::-1] if newest_first else found
 
     def list_queues(self) -> list[QueueStatus]:
         return list(self._queues())

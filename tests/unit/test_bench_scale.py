@@ -19,6 +19,7 @@ from bench.ours import PROCEDURES
 from bench.simulated import address_of
 from bench.simulation import HOST, dispatcher_on_simulated_hosts, host_name, simulated_hosts
 from bench.works import Row
+from harpcaller.jobids import new_job_id
 from harpcaller.store.sqlite.file import FILE_NAME
 from support.deadline import wait_until
 from support.harpcallerd import Harpcallerd
@@ -72,6 +73,7 @@ def test_copies_are_as_the_jobs_that_ran(database: sqlite3.Connection) -> None:
             [job], [original] = copy["jobs"], ran["jobs"]
             assert len(job["id"]) == len(original["id"])
             assert str(uuid.UUID(job["id"])) == job["id"]
+            assert job["id"][:19] == new_job_id(job["submitted"])[:19], "in the order of their times"
             assert job["ended"] - job["started"] == pytest.approx(original["ended"] - original["started"], abs=0.001)
             assert job["ended"] > original["ended"]
 

@@ -61,7 +61,8 @@ class Store(Protocol):
         """Give up to `limit` queued jobs their slot, in the order of submission, and return them as running.
 
         A queue's jobs that hold a slot stay within its concurrency and its jobs start first in, first out; the jobs
-        that hold a slot on a host, with or without a queue, stay within `host_concurrency`.
+        that hold a slot on a host, with or without a queue, stay within `host_concurrency`. No job starts before it was
+        submitted, whatever `now` is.
         """
 
     async def append_records(self, job_id: str, first: int, records: Records) -> bool:
@@ -126,12 +127,21 @@ class Store(Protocol):
         """Return who the dispatcher of this store is to its hosts: always the same."""
 
     async def list_jobs(
-        self, *, ended: bool = False, queue: Raw | None = None, after: int = 0, limit: int = 1000
+        self,
+        *,
+        ended: bool = False,
+        host: str | None = None,
+        queue: Raw | None = None,
+        newest_first: bool = False,
+        after: int | None = None,
+        limit: int = 1000,
     ) -> list[tuple[int, Job]]:
-        """Return jobs with their place in the order of submission, oldest first, from behind place `after` on.
+        """Return jobs with their place in the order of submission, oldest first or newest first.
 
-        Without `ended` only those that have not ended; with `queue` only those of this queue. A page has up to
-        `limit` jobs, fewer when their payloads are long; only an empty page says that there are no more.
+        Without `ended` only those that have not ended; with `host` or `queue`, of which only one may be given, only
+        those of that host or queue. A page begins behind place `after`, or with the first of the list; it has up to
+        `limit` jobs, fewer when their payloads are long; only an empty page says that there are no more. However many
+        other jobs there are, a page takes no longer for those that have ended.
         """
 
     async def list_queues(self) -> list[QueueStatus]:

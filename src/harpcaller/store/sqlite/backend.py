@@ -128,10 +128,25 @@ class SQLiteStore:
         return await self._readers.run(reads.identity)
 
     async def list_jobs(
-        self, *, ended: bool = False, queue: Raw | None = None, after: int = 0, limit: int = 1000
+        self,
+        *,
+        ended: bool = False,
+        host: str | None = None,
+        queue: Raw | None = None,
+        newest_first: bool = False,
+        after: int | None = None,
+        limit: int = 1000,
     ) -> list[tuple[int, Job]]:
         """See `Store.list_jobs`."""
-        return await self._readers.run(reads.list_jobs, ended=ended, queue=queue, after=after, limit=limit)
+        return await self._readers.run(
+            reads.list_jobs,
+            ended=ended,
+            host=host,
+            queue=queue,
+            newest_first=newest_first,
+            after=after,
+            limit=limit,
+        )
 
     async def list_queues(self) -> list[QueueStatus]:
         """See `Store.list_queues`."""

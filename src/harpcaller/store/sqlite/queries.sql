@@ -24,7 +24,8 @@ WHERE lanes.head > :place AND lanes.is_full = 0 ORDER BY lanes.head LIMIT 1;
 SELECT count(*) FROM jobs INDEXED BY jobs_holding_on_host WHERE host = :host AND holds_slot = 1;
 
 -- name: start_job
-UPDATE jobs SET state = 'running', started = :now, holds_slot = 1 WHERE place = :place;
+-- A claim may have been asked for before the job, and comes behind it all the same.
+UPDATE jobs SET state = 'running', started = max(:now, submitted), holds_slot = 1 WHERE place = :place;
 
 -- name: find_job
 SELECT place, state, records, holds_slot FROM jobs WHERE id = :id;
@@ -56,8 +57,11 @@ ON CONFLICT (job) DO UPDATE SET
     evidence = nullif(coalesce(:evidence, evidence), :nothing);
 
 -- name: not_ended_of_lane
-SELECT place, id, state FROM jobs INDEXED BY jobs_not_ended_of_lane
-WHERE lane = :lane AND ended IS NULL ORDER BY place;
+SELECT place, id, state FROM jobs INDEXED BY jobs_queued_of_lane WHERE lane = :lane AND state = 'queued'
+UNION ALL
+SELECT place, id, state FROM jobs INDEXED BY jobs_holding_of_lane
+WHERE lane = :lane AND holds_slot = 1 AND state = 'running'
+ORDER BY place;
 
 -- name: last_chunk
 -- The last chunk of a job's records, when it is small enough to grow.
@@ -120,8 +124,8 @@ SELECT coalesce(sum(length(bytes) - count + 1), 0) FROM records WHERE job = :pla
 -- name: waiting
 SELECT
     (
-        SELECT count(*) FROM jobs INDEXED BY jobs_not_ended_of_lane
-        WHERE lane = waiting.lane AND state = 'queued' AND ended IS NULL AND place <= waiting.place
+        SELECT count(*) FROM jobs INDEXED BY jobs_queued_of_lane
+        WHERE lane = waiting.lane AND state = 'queued' AND place <= waiting.place
     ),
     lanes.concurrency,
     (SELECT count(*) FROM jobs INDEXED BY jobs_holding_of_lane WHERE lane = waiting.lane AND holds_slot = 1),
@@ -141,20 +145,65 @@ WHERE place IN (SELECT place FROM jobs INDEXED BY jobs_holding_on_host WHERE hol
 -- name: list_jobs
 SELECT * FROM whole_jobs WHERE place > :after ORDER BY place LIMIT :limit;
 
+-- name: list_jobs_of_host
+SELECT * FROM whole_jobs WHERE host = :host AND place > :after ORDER BY place LIMIT :limit;
+
 -- name: list_jobs_of_lane
-SELECT * FROM whole_jobs WHERE lane = :lane AND place > :after ORDER BY place LIMIT :limit;
+SELECT * FROM whole_jobs WHERE lane = :lane AND lane >= 'queue:' AND place > :after
+ORDER BY place LIMIT :limit;
 
 -- name: list_jobs_not_ended
 SELECT * FROM whole_jobs WHERE ended IS NULL AND place > :after ORDER BY place LIMIT :limit;
 
+-- name: list_jobs_not_ended_of_host
+SELECT * FROM whole_jobs WHERE place IN (
+    SELECT place FROM jobs INDEXED BY jobs_not_ended WHERE ended IS NULL AND host = :host AND place > :after
+    ORDER BY place LIMIT :limit
+) ORDER BY place;
+
 -- name: list_jobs_not_ended_of_lane
-SELECT * FROM whole_jobs WHERE lane = :lane AND ended IS NULL AND place > :after ORDER BY place LIMIT :limit;
+SELECT * FROM whole_jobs WHERE place IN (
+    SELECT place FROM jobs INDEXED BY jobs_queued_of_lane WHERE lane = :lane AND state = 'queued' AND place > :after
+    UNION ALL
+    SELECT place FROM jobs INDEXED BY jobs_holding_of_lane
+    WHERE lane = :lane AND holds_slot = 1 AND state = 'running' AND place > :after
+    ORDER BY place LIMIT :limit
+) ORDER BY place;
+
+-- name: list_newest
+-- The same lists from their other end, for jobs before a place.
+SELECT * FROM whole_jobs WHERE place < :after ORDER BY place DESC LIMIT :limit;
+
+-- name: list_newest_of_host
+SELECT * FROM whole_jobs WHERE host = :host AND place < :after ORDER BY place DESC LIMIT :limit;
+
+-- name: list_newest_of_lane
+SELECT * FROM whole_jobs WHERE lane = :lane AND lane >= 'queue:' AND place < :after
+ORDER BY place DESC LIMIT :limit;
+
+-- name: list_newest_not_ended
+SELECT * FROM whole_jobs WHERE ended IS NULL AND place < :after ORDER BY place DESC LIMIT :limit;
+
+-- name: list_newest_not_ended_of_host
+SELECT * FROM whole_jobs WHERE place IN (
+    SELECT place FROM jobs INDEXED BY jobs_not_ended WHERE ended IS NULL AND host = :host AND place < :after
+    ORDER BY place DESC LIMIT :limit
+) ORDER BY place DESC;
+
+-- name: list_newest_not_ended_of_lane
+SELECT * FROM whole_jobs WHERE place IN (
+    SELECT place FROM jobs INDEXED BY jobs_queued_of_lane WHERE lane = :lane AND state = 'queued' AND place < :after
+    UNION ALL
+    SELECT place FROM jobs INDEXED BY jobs_holding_of_lane
+    WHERE lane = :lane AND holds_slot = 1 AND state = 'running' AND place < :after
+    ORDER BY place DESC LIMIT :limit
+) ORDER BY place DESC;
 
 -- name: list_queues
 -- A lane's rowid is greater than those of all lanes that were there before it.
 SELECT queue, concurrency,
-    (SELECT count(*) FROM jobs WHERE jobs.lane = lanes.lane AND holds_slot = 1),
-    (SELECT count(*) FROM jobs WHERE jobs.lane = lanes.lane AND state = 'queued' AND ended IS NULL)
+    (SELECT count(*) FROM jobs INDEXED BY jobs_holding_of_lane WHERE jobs.lane = lanes.lane AND holds_slot = 1),
+    (SELECT count(*) FROM jobs INDEXED BY jobs_queued_of_lane WHERE jobs.lane = lanes.lane AND state = 'queued')
 FROM lanes WHERE queue IS NOT NULL ORDER BY lanes.rowid;
 
 -- name: read_chunks

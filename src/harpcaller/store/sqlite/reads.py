@@ -10,7 +10,14 @@ from harp.protocol.jsontext import Raw
 from harpcaller.jobs import NO_FACTS, Identity, Job, JobDetails, Records, State, Waiting
 from harpcaller.queues import queue_lane
 from harpcaller.store import QueueStatus, UnknownJob
-from harpcaller.store.sqlite.rows import decode_facts, decode_job, payload_size, split_made, split_records
+from harpcaller.store.sqlite.rows import (
+    decode_facts,
+    decode_job,
+    encode_name,
+    payload_size,
+    split_made,
+    split_records,
+)
 from harpcaller.store.sqlite.sql import QUERIES
 
 __all__ = ["get_details", "get_job", "held_jobs", "identity", "list_jobs", "list_queues", "read_records"]
@@ -95,12 +102,27 @@ def identity(db: sqlite3.Connection) -> Identity:
 
 
 def list_jobs(
-    db: sqlite3.Connection, *, ended: bool, queue: Raw | None, after: int, limit: int
+    db: sqlite3.Connection,
+    *,
+    ended: bool,
+    host: str | None,
+    queue: Raw | None,
+    newest_first: bool,
+    after: int | None,
+    limit: int,
 ) -> list[tuple[int, Job]]:
     """See `Store.list_jobs`."""
-    name = "list_jobs" + ("" if ended else "_not_ended") + ("" if queue is None else "_of_lane")
-    wanted: dict[str, int | str] = {"after": min(after, _MAX_INTEGER), "limit": limit}
-    if queue is not None:
+    if after is None:
+        after = _MAX_INTEGER if newest_first else 0
+    wanted: dict[str, int | str | bytes] = {"after": min(after, _MAX_INTEGER), "limit": limit}
+    name = ("list_newest" if newest_first else "list_jobs") + ("" if ended else "_not_ended")
+    if host is not None:
+        if queue is not None:
+            raise ValueError("host and queue: expected one of them")
+        name += "_of_host"
+        wanted["host"] = encode_name(host)
+    elif queue is not None:
+        name += "_of_lane"
         wanted["lane"] = queue_lane(queue)
     found: list[tuple[int, Job]] = []
     room = _PAGE_BYTES

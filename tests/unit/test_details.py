@@ -1,0 +1,79 @@
+"""What details tell of a job's phases, whatever a host has said."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from harp.protocol.ends import Returned
+from harp.protocol.jsontext import Raw
+from harpcaller.details import Situation, describe
+from harpcaller.jobs import NO_FACTS, Facts, Job, JobDetails, State
+
+SITUATION = Situation(
+    run=None,
+    host=None,
+    hosts_known=True,
+    host_concurrency=1,
+    calls=0,
+    most_calls=1,
+    store_troubled=False,
+    now=200.0,
+)
+EVIDENCE = {"by": "itself", "started": 5000.0, "ended": 5000.5, "authentication": 0.125, "fork": 0.25}
+NOTHING = dict.fromkeys(("wait", "connect", "authenticate", "fork", "run", "rest"))
+
+
+def phases(started: float | None, ended: float | None, facts: Facts = NO_FACTS) -> dict[str, Any]:
+    end = None if ended is None else Returned(Raw(b"1"))
+    state = State.QUEUED if started is None else State.RUNNING if ended is None else State.RETURNED
+    job = Job(
+        "id", state, "web01", "p", Raw(b"[]"), 1.0, 1.0, None, Raw(b"null"), 100.0, started, ended, end, 0
+    )  # fmt: skip
+    found = describe(JobDetails(job, facts, 0, None), SITUATION)["phases"]
+    assert isinstance(found, dict)
+    return found
+
+
+def facts(evidence: Any, call: Any = None) -> Facts:
+    return Facts(
+        call=Raw(json.dumps(call or {"connecting": 0.0625}).encode()), evidence=Raw(json.dumps(evidence).encode())
+    )
+
+
+def test_all_phases_of_a_job_add_up() -> None:
+    found = phases(101.5, 103.0, facts(EVIDENCE))
+    assert found == {
+        "wait": 1.5, "connect": 0.0625, "authenticate": 0.125, "fork": 0.25, "run": 0.25, "rest": 0.8125,
+    }  # fmt: skip
+    assert sum(found.values()) == 3.0, "from submission to end"
+
+
+def test_what_is_not_over_is_not_known() -> None:
+    assert phases(None, None) == NOTHING
+    assert phases(102.0, None) == {**NOTHING, "wait": 2.0}
+
+
+def test_without_the_hosts_word_there_is_no_rest() -> None:
+    older = {key: EVIDENCE[key] for key in ("by", "started", "ended")}
+    for facts_ in (NO_FACTS, Facts(call=Raw(b"{}")), Facts(evidence=Raw(json.dumps(older).encode()))):
+        assert phases(100.0, 101.0, facts_) == {**NOTHING, "wait": 0.0}
+
+
+def test_clocks_that_disagree_make_nothing_negative() -> None:
+    found = phases(99.0, 100.0, facts({**EVIDENCE, "ended": 4000.0}))
+    assert (found["wait"], found["run"]) == (0.0, 0.0)
+    assert phases(101.0, 101.25, facts({**EVIDENCE, "ended": 5001.0}))["rest"] == 0.0
+
+
+@pytest.mark.parametrize("said", ["1", None, True, [1], -1, 10**400, 1e300])
+def test_what_a_host_says_may_be_anything(said: Any) -> None:
+    found = phases(101.0, 102.0, facts({**EVIDENCE, "fork": said, "authentication": said}))
+    assert (found["fork"], found["authenticate"], found["run"], found["rest"]) == (None,) * 4
+
+
+@pytest.mark.parametrize("evidence", [b"[]", b'{"fork":1' + b"0" * 5000 + b"}", b'{"fork":1e999}'])
+def test_what_can_not_be_read_is_nothing(evidence: bytes) -> None:
+    assert phases(101.0, 102.0, Facts(evidence=Raw(evidence))) == {**NOTHING, "wait": 1.0}

@@ -1,0 +1,55 @@
+"""Job ids: their form, and the order in which they are."""
+
+from __future__ import annotations
+
+import uuid
+
+import pytest
+
+from harpcaller.jobids import is_job_id, new_job_id
+
+NOW = 1_763_868_000.25
+
+
+def test_an_id_is_a_uuid_in_its_lower_case_text_form() -> None:
+    made = new_job_id(NOW)
+    assert is_job_id(made)
+    parsed = uuid.UUID(made)
+    assert (str(parsed), parsed.version, parsed.variant) == (made, 7, uuid.RFC_4122)
+    assert parsed.int >> 80 == int(NOW * 1000), "milliseconds"
+
+
+def test_ids_are_in_the_order_in_which_they_are_made() -> None:
+    made = [new_job_id(NOW + step * 1e-6) for step in range(5000)]
+    assert made == sorted(made)
+
+
+def test_ids_of_one_moment_differ() -> None:
+    assert len({new_job_id(NOW) for _ in range(1000)}) == 1000
+
+
+@pytest.mark.parametrize("now", [0.0, -5.5, 1e12])
+def test_a_clock_that_is_wrong_makes_ids_all_the_same(now: float) -> None:
+    made = new_job_id(now)
+    assert is_job_id(made)
+    assert uuid.UUID(made).version == 7
+
+
+@pytest.mark.parametrize("id_", ["3f22e0d4-c8ed-11e5-8d66-001e8c140268", str(uuid.UUID(int=0)), str(uuid.uuid4())])
+def test_a_uuid_of_any_version_may_be_a_job(id_: str) -> None:
+    assert is_job_id(id_)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "job",
+        "3F22E0D4-C8ED-11E5-8D66-001E8C140268",
+        "3f22e0d4c8ed11e58d66001e8c140268",
+        "3f22e0d4-c8ed-11e5-8d66-001e8c140268\n",
+        "3f22e0d4-c8ed-11e5-8d66-001e8c14026\u0668",
+    ],
+)
+def test_anything_else_is_the_id_of_no_job(text: str) -> None:
+    assert not is_job_id(text)
