@@ -1,7 +1,7 @@
 """Job ids: UUIDs that are in the order of the jobs' submission, as near as the clock tells.
 
 The store finds a job by its id in an index. Ids that are made one after the other lie side by side in it, so that a
-new one goes where the last one went, however many there are: see docs/decisions/0014. Nothing relies on their order.
+new one goes where the last one went, however many there are: see docs/decisions/0016. Nothing relies on their order.
 """
 
 from __future__ import annotations
