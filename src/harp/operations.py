@@ -21,26 +21,19 @@ from harp.protocol import dispatcher as protocol
 from harp.protocol.dispatcher import (
     VERSION,
     Cancel,
-    Details,
     FollowStream,
     GetDetails,
     GetResult,
     GetStatus,
-    NoResult,
     Queue,
     ReadStream,
-    Reply,
     Request,
-    Status,
     SubmitMany,
-    Submitted,
-    SubmittedMany,
-    WasCancelled,
-    decode_reply,
 )
 from harp.protocol.ends import Cancelled, End, Failed, Raised, Returned
 from harp.protocol.fields import check, is_count, is_seconds
 from harp.protocol.jsontext import NotJSON, Raw, dumps, loads
+from harp.protocol.replies import Details, NoResult, Reply, Status, Submitted, SubmittedMany, WasCancelled, decode_reply
 from harp.reconnecting import STORAGE_ERROR, Patience, closed_silently, too_old
 
 __all__ = [

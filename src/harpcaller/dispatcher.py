@@ -26,9 +26,10 @@ from functools import partial
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-from harp.protocol.dispatcher import Call, Continue
+from harp.protocol.dispatcher import Call
 from harp.protocol.ends import End
 from harp.protocol.jsontext import Raw, dumps
+from harp.protocol.replies import Continue
 from harpcaller.config import Config
 from harpcaller.details import Situation, describe
 from harpcaller.hostbook import HostBook

@@ -12,7 +12,7 @@ import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from harp.protocol.dispatcher import encode_packets
+from harp.protocol.replies import encode_packets
 from harpcaller.jobs import Records
 
 __all__ = ["News", "Packets", "Topic"]

@@ -18,26 +18,28 @@ from harp.daemon.slicing import open_quickly
 from harp.protocol.dispatcher import (
     Call,
     Cancel,
-    Continue,
-    Details,
     FollowStream,
     GetDetails,
     GetResult,
     GetStatus,
-    NoResult,
     ReadStream,
-    Reply,
-    Status,
     SubmitMany,
-    Submitted,
-    SubmittedMany,
-    WasCancelled,
     decode_asking,
-    encode_reply,
 )
 from harp.protocol.ends import Failed
 from harp.protocol.fields import ProtocolError
 from harp.protocol.jsontext import Envelope
+from harp.protocol.replies import (
+    Continue,
+    Details,
+    NoResult,
+    Reply,
+    Status,
+    Submitted,
+    SubmittedMany,
+    WasCancelled,
+    encode_reply,
+)
 from harpcaller.config import Address, Config, ConfigError
 from harpcaller.connection import ClientLeft, Connection
 from harpcaller.dispatcher import Dispatcher

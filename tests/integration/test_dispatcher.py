@@ -7,15 +7,15 @@ import json
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from harp.protocol.dispatcher import Continue
 from harp.protocol.ends import Cancelled, End, Failed, Returned
+from harp.protocol.replies import Continue
 from harpcaller.config import Config, ConfigError
 from harpcaller.jobs import State
 from harpcaller.news import Packets
@@ -85,17 +85,23 @@ def host(directory: Path, script: Script, first: tuple[Script, ...] = ()) -> Ite
 async def test_a_job_that_may_start_at_once_is_stored_and_given_its_slot_in_one_commit(tmp_path: Path) -> None:
     store = await open_store(tmp_path / "store")
     done: list[str] = []
+
+    async def in_one_commit() -> bool:
+        """Not so when the end of the job before has just had what waits looked through."""
+        done.clear()
+        await result(dispatcher)
+        added = next(n for n, statement in enumerate(done) if statement.startswith("INSERT INTO jobs"))
+        started = next(n for n, statement in enumerate(done) if "UPDATE jobs SET state = 'running'" in statement)
+        assert added < started
+        return "COMMIT" not in done[added:started]
+
     with host(tmp_path, echo) as peer:
         async with running(tmp_path, host_line(peer.port), store=store) as dispatcher:
-            await result(dispatcher)
-            store._writer._connection.set_trace_callback(done.append)
-            await result(dispatcher)
-            store._writer._connection.set_trace_callback(None)
+            # In the writer's thread: who sets it in another waits for a statement that waits for its tracing.
+            await store._writer.run(lambda db: db.set_trace_callback(done.append))
+            predicate: Callable[[], Awaitable[bool]] = in_one_commit
+            await eventually(predicate, what="a job that is stored and has its slot in one commit")
     await store.close()
-    added = next(n for n, statement in enumerate(done) if statement.startswith("INSERT INTO jobs"))
-    started = next(n for n, statement in enumerate(done) if "UPDATE jobs SET state = 'running'" in statement)
-    assert added < started
-    assert "COMMIT" not in done[added:started]
 
 
 async def test_limits_are_those_asked_for_up_to_the_configured_ones(tmp_path: Path) -> None:

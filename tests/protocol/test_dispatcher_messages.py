@@ -11,35 +11,37 @@ from hypothesis import strategies as st
 
 from harp.daemon.slicing import open_quickly
 from harp.protocol.dispatcher import (
-    MAY_FOLLOW,
     Call,
     Cancel,
-    Continue,
-    Details,
-    Exchange,
     FollowStream,
     GetDetails,
     GetResult,
     GetStatus,
-    NoResult,
-    Packet,
     Queue,
     ReadStream,
-    Reply,
     Request,
-    Status,
     SubmitMany,
-    Submitted,
-    SubmittedMany,
-    WasCancelled,
-    decode_reply,
     decode_request,
-    encode_reply,
     encode_request,
 )
 from harp.protocol.ends import Cancelled, Failed, Raised, Returned
 from harp.protocol.fields import ProtocolError
 from harp.protocol.jsontext import loads, open_decoded, open_sliced
+from harp.protocol.replies import (
+    MAY_FOLLOW,
+    Continue,
+    Details,
+    Exchange,
+    NoResult,
+    Packet,
+    Reply,
+    Status,
+    Submitted,
+    SubmittedMany,
+    WasCancelled,
+    decode_reply,
+    encode_reply,
+)
 
 JOB = "3f22e0d4-c8ed-11e5-8d66-001e8c140268"
 

@@ -1,0 +1,351 @@
+"""What a dispatcher replies to a client: values, their lines, and which may follow which request.
+
+Sans-IO, as `harp.protocol.dispatcher`, which has the requests. Spec: docs/protocol.md, Client and dispatcher.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import count
+from types import MappingProxyType
+from typing import TypeAlias
+
+from harp.protocol.dispatcher import (
+    VERSION,
+    Call,
+    Cancel,
+    FollowStream,
+    GetDetails,
+    GetResult,
+    GetStatus,
+    ReadStream,
+    Request,
+    SubmitMany,
+    line_of,
+    optional,
+)
+from harp.protocol.ends import Cancelled, End, Failed, Raised, Returned, decode_end, encode_end
+from harp.protocol.fields import check, is_container, is_count, opened, string, value
+from harp.protocol.jsontext import Envelope, Members, Opener, Payload, Raw, dumps, open_decoded
+from harp.protocol.strictjson import enclosed
+
+__all__ = [
+    "Continue",
+    "Details",
+    "Exchange",
+    "NoResult",
+    "Packet",
+    "Reply",
+    "Status",
+    "Submitted",
+    "SubmittedMany",
+    "WasCancelled",
+    "decode_reply",
+    "encode_packets",
+    "encode_reply",
+    "granted",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Submitted:
+    """The job is on stable storage under this id."""
+
+    job_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class SubmittedMany:
+    """The jobs are on stable storage under these ids."""
+
+    job_ids: Sequence[str]
+
+
+@dataclass(frozen=True, slots=True)
+class WasCancelled:
+    """The reply to a cancel: whether the job was stopped by it.
+
+    `stop` is how the stop of its processes turned out, an object with `state` and `receipt`; None when there were none,
+    or when nobody waited for it.
+    """
+
+    cancelled: bool
+    stop: Payload = None
+
+    def __post_init__(self) -> None:
+        check(self.stop is None or is_container(self.stop, (dict,)), "stop: expected an object")
+
+
+@dataclass(frozen=True, slots=True)
+class NoResult:
+    """The job has not ended yet."""
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """What was asked for, and when it was submitted, started and ended (Unix seconds, None: not yet)."""
+
+    host: str
+    procedure: str
+    arguments: Payload
+    submit: int
+    start: int | None
+    end: int | None
+    info: Payload
+
+
+@dataclass(frozen=True, slots=True)
+class Details:
+    """All that is known of a job, an object: its keys are listed in docs/protocol.md."""
+
+    details: Payload
+
+    def __post_init__(self) -> None:
+        check(is_container(self.details, (dict,)), "details: expected an object")
+
+
+@dataclass(frozen=True, slots=True)
+class Packet:
+    """A record of the stream; `number` counts from 0, `time` is when it was made (Unix seconds, None: nobody asked)."""
+
+    number: int
+    data: Payload
+    time: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Continue:
+    """The records end here for now; the job runs on."""
+
+
+Reply: TypeAlias = Submitted | SubmittedMany | WasCancelled | NoResult | Status | Details | Packet | Continue | End
+
+
+def encode_reply(reply: Reply, keep: float | None = None) -> bytes:
+    """The reply's line, line feed included.
+
+    Args:
+        reply: the reply.
+        keep: for how many seconds its connection waits for another request; None: it is closed.
+    """
+    line = _reply_line(reply)
+    return line if keep is None else b'%b,"keep":%b}\n' % (line[:-2], dumps(keep))
+
+
+def encode_packets(first: int, values: Sequence[Raw], times: Sequence[float] | None = None) -> bytes:
+    """The lines of many packets, without a step for each member, as there may be many.
+
+    Args:
+        first: the number of the first.
+        values: their data.
+        times: when each was made (Unix seconds); None: nobody asked.
+    """
+    if times is None:
+        return b"".join([b'{"packet":%d,"data":%b}\n' % numbered for numbered in enumerate(values, first)])
+    packets = zip(count(first), times, values, strict=False)
+    return b"".join([b'{"packet":%d,"time":%b,"data":%b}\n' % (at, dumps(made), data) for at, made, data in packets])
+
+
+#: What is granted is a line's last member: a string or an object of the reply's own ends in more than this.
+#: It is looked for in the end of a line only.
+_GRANTED = re.compile(rb',[ \t]*"keep"[ \t]*:[ \t]*([0-9]+(?:\.[0-9]+)?)[ \t]*}[ \t\r]*\Z')
+
+
+_GRANTED_BYTES = 64
+
+
+def granted(line: bytes) -> float | None:
+    """The seconds for which the connection waits after this line, a reply to a request that asked for it; or None."""
+    found = _GRANTED.search(line, max(0, len(line) - _GRANTED_BYTES))
+    return float(found[1]) if found else None
+
+
+def _reply_line(reply: Reply) -> bytes:
+    match reply:
+        case Submitted(job_id):
+            return line_of({"harpcaller": VERSION, "job_id": job_id})
+        case SubmittedMany(job_ids):
+            return line_of({"harpcaller": VERSION, "job_ids": job_ids})
+        case WasCancelled(cancelled, stop):
+            return line_of({"cancelled": cancelled, "stop": stop})
+        case NoResult():
+            return line_of({"no_result": True})
+        case Status():
+            call = Envelope(host=reply.host, procedure=reply.procedure, arguments=reply.arguments)
+            times = Envelope(submit=reply.submit, start=reply.start, end=reply.end)
+            return bytes(dumps(Envelope(call=call, time=times, info=reply.info))) + b"\n"
+        case Details(details):
+            return line_of({"details": details})
+        case Packet(number, data, None):
+            return bytes(dumps(Envelope(packet=number, data=data))) + b"\n"
+        case Packet(number, data, time):
+            return bytes(dumps(Envelope(packet=number, time=time, data=data))) + b"\n"
+        case Continue():
+            return line_of({"continue": True})
+        case _:
+            return bytes(dumps(encode_end(reply))) + b"\n"
+
+
+def decode_reply(line: bytes, request: Request, opener: Opener = open_decoded) -> Reply:
+    """Read a reply's line, given the request that it answers.
+
+    Raises:
+        ProtocolError: not a reply, or none that may follow this request.
+    """
+    members = opened(line, opener)
+    kinds = [kind for kind in _REPLIES if kind in members]
+    check(len(kinds) == 1, "not a reply of the protocol" if not kinds else f"both {' and '.join(kinds)}")
+    kind = kinds[0]
+    reply = _REPLIES[kind](members, request)
+    check(type(reply) in MAY_FOLLOW[type(request)], f"a reply with {kind!r} does not answer this request")
+    return reply
+
+
+def _decode_job_ids(members: Members, request: Request) -> Reply:
+    job_ids = value(members, "job_ids")
+    are_strings = isinstance(job_ids, list) and all(isinstance(job_id, str) for job_id in job_ids)
+    check(are_strings, "job_ids: expected an array of strings")
+    if isinstance(request, SubmitMany):
+        check(len(job_ids) == len(request.calls), f"{len(job_ids)} job ids for {len(request.calls)} calls")
+    return SubmittedMany(job_ids)
+
+
+def _decode_cancelled(members: Members, request: Request) -> Reply:
+    if not isinstance(request, Cancel):
+        return decode_end("cancelled", members)
+    flag = value(members, "cancelled")
+    check(isinstance(flag, bool), "cancelled: expected true or false")
+    stop = members.payload("stop") if request.wait and "stop" in members else None
+    return WasCancelled(flag, None if stop == b"null" else stop)
+
+
+def _decode_status(members: Members, request: Request) -> Status:
+    call = members.members("call")
+    time = members.members("time") if "time" in members else None
+    if call is None or time is None or "arguments" not in call:
+        check(False, "status: expected call and time as objects, with the call's arguments")
+    assert call is not None
+    assert time is not None
+    times = [optional(time, key) for key in ("submit", "start", "end")]
+    submit, start, end = times
+    check(_is_time(submit), "time.submit: expected an integer")
+    check(all(moment is None or _is_time(moment) for moment in times), "time: expected integers or null")
+    info = members.payload("info") if "info" in members else None
+    return Status(string(call, "host"), string(call, "procedure"), call.payload("arguments"), submit, start, end, info)
+
+
+def _is_time(moment: object) -> bool:
+    return isinstance(moment, int) and not isinstance(moment, bool)
+
+
+def _decode_packet(members: Members, request: Request) -> Packet:
+    number = value(members, "packet")
+    check(is_count(number), f"packet: expected an integer from 0 on, got {number!r}")
+    check("data" in members, "data: missing")
+    timed = isinstance(request, (FollowStream, ReadStream)) and request.timed
+    return Packet(number, members.payload("data"), _decode_moment(members) if timed else None)
+
+
+def _decode_moment(members: Members) -> float:
+    check("time" in members, "time: missing, though the records were to have one")
+    moment = value(members, "time")
+    in_range = isinstance(moment, (int, float)) and not isinstance(moment, bool) and abs(moment) < _LAST_MOMENT
+    check(in_range, f"time: expected Unix seconds, got {moment!r}")
+    return float(moment)
+
+
+#: Times beyond this are none, and not every integer beyond it has a float.
+_LAST_MOMENT = 2**53
+
+
+def _decode_end(kind: str) -> Callable[[Members, Request], Reply]:
+    return lambda members, request: decode_end(kind, members)
+
+
+def _sign(kind: str, reply: Reply) -> Callable[[Members, Request], Reply]:
+    def decode(members: Members, request: Request) -> Reply:
+        check(value(members, kind) is True, f"{kind}: expected true")
+        return reply
+
+    return decode
+
+
+#: The key that tells the reply, and how it is read, given the request that it answers.
+_REPLIES: Mapping[str, Callable[[Members, Request], Reply]] = MappingProxyType(
+    {
+        "job_id": lambda m, _: Submitted(string(m, "job_id")),
+        "job_ids": _decode_job_ids,
+        "no_result": _sign("no_result", NoResult()),
+        "result": _decode_end("result"),
+        "exception": _decode_end("exception"),
+        "cancelled": _decode_cancelled,
+        "error": _decode_end("error"),
+        "call": _decode_status,
+        "details": lambda m, _: Details(m.payload("details")),
+        "packet": _decode_packet,
+        "continue": _sign("continue", Continue()),
+    }
+)
+
+_ENDS = frozenset({Returned, Raised, Failed, Cancelled})
+
+#: Which replies may follow which request. What is not listed here is a protocol error.
+MAY_FOLLOW: Mapping[type, frozenset[type]] = MappingProxyType(
+    {
+        Call: frozenset({Submitted, Failed}),
+        SubmitMany: frozenset({SubmittedMany, Failed}),
+        Cancel: frozenset({WasCancelled, Failed}),
+        GetResult: _ENDS | {NoResult},
+        GetStatus: frozenset({Status, Failed}),
+        GetDetails: frozenset({Details, Failed}),
+        FollowStream: _ENDS | {Packet},
+        ReadStream: _ENDS | {Packet, Continue},
+    }
+)
+
+
+class Exchange:
+    """One request and its replies: reads line after line, and knows when nothing more may come.
+
+    Args:
+        request: the request that was sent.
+        opener: decides whether payloads come as values or as `Raw` text.
+    """
+
+    def __init__(self, request: Request, opener: Opener = open_decoded) -> None:
+        self._request = request
+        self._opener = opener
+        self._next = getattr(request, "since", None)
+        #: Whether the last reply has come.
+        self.finished = False
+
+    def packets(self, lines: Iterable[bytes]) -> list[Payload]:
+        """The data of the first lines, while they are packets just as `encode_packets` writes them without times.
+
+        That is quicker than `reply`, which is for the line after them.
+        """
+        found: list[Payload] = []
+        if self._next is not None and not self.finished:
+            for line in lines:
+                value = enclosed(line, b'{"packet":%d,"data":' % self._next)
+                if value is None:
+                    break
+                found += value
+                self._next += 1
+        return found
+
+    def reply(self, line: bytes) -> Reply:
+        """Read the next reply. Raises `ProtocolError` for anything that may not come now."""
+        check(not self.finished, "data after the last reply")
+        reply = decode_reply(line, self._request, self._opener)
+        if isinstance(reply, Packet):
+            check(
+                self._next is None or reply.number == self._next,
+                f"packet {reply.number}: expected number {self._next}",
+            )
+            self._next = reply.number + 1
+        else:
+            self.finished = True
+        return reply
