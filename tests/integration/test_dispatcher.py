@@ -99,7 +99,7 @@ async def test_a_job_that_may_start_at_once_is_stored_and_given_its_slot_in_one_
         async with running(tmp_path, host_line(peer.port), store=store) as dispatcher:
             # In the writer's thread: who sets it in another waits for a statement that waits for its tracing.
             await store._writer.run(lambda db: db.set_trace_callback(done.append))
-            predicate: Callable[[], Awaitable[bool]] = in_one_commit
+            predicate: Callable[[], bool | Awaitable[bool]] = in_one_commit
             await eventually(predicate, what="a job that is stored and has its slot in one commit")
     await store.close()
 
