@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -25,6 +26,8 @@ __all__ = ["DIRECT", "JOBS", "PROCEDURES", "STREAM", "SYNCED", "client_program",
 #: The procedures file.
 PROCEDURES = Path(__file__).with_name("procedures.py")
 _SAMPLING = Path(__file__).with_name("sampling.py")
+#: Seconds until a file of users counts as settled, and a little more; see `harpd.auth.passfile`.
+_SETTLED = 2.2
 
 #: As harpd logs by itself: events of level info, as text. With a format that the harness can read.
 _LOGGING = {
@@ -80,6 +83,8 @@ def daemons(
         directory / "harpd", PROCEDURES.read_text(), {"authentication": authentication}
     )
     harpd.logging_file.write_text(yaml.safe_dump(_LOGGING))
+    # As anywhere: a file of users that has just been written is read, and its hashes made, for each request.
+    time.sleep(max(0.0, users.stat().st_ctime + _SETTLED - time.time()))
     with harpd:
         if not dispatcher:
             yield harpd, None
