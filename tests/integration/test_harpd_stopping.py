@@ -104,18 +104,20 @@ def resist():
         signal.signal(number, signal.SIG_IGN)
 
 def escape(path, execute):
-    """Fork twice with a session of its own; the grandchild resists."""
+    """Fork twice with a session of its own; the grandchild, which has noted itself, resists."""
+    noted, note_it = os.pipe()
     if os.fork() == 0:
         os.setsid()
         if os.fork() == 0:
             resist()
             note_pid(path)
+            os.write(note_it, b"x")
             if execute:
                 os.execvp("sh", ["sh", "-c", "while :; do sleep 3600; done"])
             while True:
                 time.sleep(3600)
         os._exit(0)
-    os.wait()
+    os.read(noted, 1)
 
 def resist_and_escape(path):
     note_pid(path)
@@ -143,10 +145,12 @@ obeys_limit = procedure(timeout=0.5)(escape_and_obey)
 @procedure
 def escapes_and_dies(path):
     note_pid(path)
-    child = os.fork()
-    if not child:
+    noted, note_it = os.pipe()
+    if os.fork() == 0:
         note_pid(path)
+        os.write(note_it, b"x")
         pause()
+    os.read(noted, 1)
     escape(path, True)
     note(path, "ready")
     os.kill(os.getpid(), signal.SIGKILL)
