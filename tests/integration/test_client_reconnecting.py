@@ -360,7 +360,7 @@ def test_a_task_cancelled_while_it_waits_for_a_result() -> None:
 def test_control_c_ends_the_waiting(command: str) -> None:
     environment = {key: value for key, value in os.environ.items() if not key.startswith("HARP_")}
     program = "import sys; from harp.cli import main; sys.exit(main())"
-    with Peer(tearing_at_once, always=closing) as peer:
+    with Peer(always=tearing_at_once) as peer:
         with subprocess.Popen(
             [sys.executable, "-c", program, "--dispatcher", f"{peer.host}:{peer.port}", command, JOB], env=environment
         ) as child:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import threading
 import uuid
@@ -140,7 +141,8 @@ async def test_a_host_says_nothing_of_the_ends_of_others(tmp_path: Path) -> None
 async def test_a_list_that_is_too_long_is_none(tmp_path: Path) -> None:
     def script(talk: Conversation) -> None:
         talk.expect()
-        talk.send(b'{"harp": 1, "calls": [' + b'"3f22e0d4-c8ed-11e5-8d66-001e8c140268", ' * 250_000)
+        with contextlib.suppress(ConnectionError):  # the dispatcher may have hung up before all of it was sent
+            talk.send(b'{"harp": 1, "calls": [' + b'"3f22e0d4-c8ed-11e5-8d66-001e8c140268", ' * 250_000)
         talk.until_closed()
 
     with playing(tmp_path, script) as peer:
