@@ -359,7 +359,9 @@ def test_a_task_cancelled_while_it_waits_for_a_result() -> None:
 @pytest.mark.parametrize("command", ["follow", "result"])
 def test_control_c_ends_the_waiting(command: str) -> None:
     environment = {key: value for key, value in os.environ.items() if not key.startswith("HARP_")}
-    program = "import sys; from harp.cli import main; sys.exit(main())"
+    # Whoever is started in the background of a shell would ignore the signal, as the tests may be.
+    ctrl_c = "signal.signal(signal.SIGINT, signal.default_int_handler)"
+    program = f"import signal, sys; from harp.cli import main; {ctrl_c}; sys.exit(main())"
     with Peer(always=tearing_at_once) as peer:
         with subprocess.Popen(
             [sys.executable, "-c", program, "--dispatcher", f"{peer.host}:{peer.port}", command, JOB], env=environment
