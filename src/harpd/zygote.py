@@ -57,6 +57,9 @@ _ROOM = socket.CMSG_SPACE(_DESCRIPTORS * _DESCRIPTOR_SIZE)
 _LIMITS = frozenset({signal.SIGTERM, signal.SIGXCPU})
 #: How many processes wait for a call.
 _SPARES = 2
+#: Milliseconds without anything to do after which another one is forked. A fork beside a call that has just begun takes
+#: a processor from it; with none left there is no choice.
+_FORK_PAUSE = 8
 #: Bytes that are read at once of the signals that came.
 _CHILDREN_SIZE = 4096
 #: Payloads may be nested this deep and need a frame or more for each level.
@@ -120,7 +123,7 @@ class _Zygote:
         poll.register(self._warden, select.POLLIN)
         poll.register(self._children, select.POLLIN)
         while True:
-            ready = poll.poll(0 if len(self._spares) < _SPARES else None)
+            ready = poll.poll(self._fork_pause())
             for descriptor, _ in ready:
                 if descriptor == self._children:
                     os.read(descriptor, _CHILDREN_SIZE)
@@ -132,6 +135,12 @@ class _Zygote:
                     self._fork_spare()
                 except OSError:
                     poll.poll()  # no process is to be had now; a call that needs one will say so
+
+    def _fork_pause(self) -> int | None:
+        """Milliseconds to wait for something to do, after which a process is forked; None: there are enough."""
+        if not self._spares:
+            return 0
+        return _FORK_PAUSE if len(self._spares) < _SPARES else None
 
     def _take_order(self) -> bool:
         data, ancillary, _, _ = self._warden.recvmsg(_ORDER_SIZE, _ROOM, socket.MSG_CMSG_CLOEXEC)
