@@ -149,15 +149,13 @@ class Options:
         Raises:
             HarpException: an option is unknown or its value won't do; the message names the option.
         """
-        known = [option.name for option in fields(self)]
         for name in options:
-            if name not in known:
-                raise HarpException(f"unknown option {name!r}, expected one of {', '.join(known)}")
+            if name not in _OPTION_NAMES:
+                raise HarpException(f"unknown option {name!r}, expected one of {', '.join(_OPTION_NAMES)}")
         return replace(self, **{name: _option(name, value) for name, value in options.items()})
 
 
 _OPTION_NAMES = tuple(option.name for option in fields(Options))
-_NO_OPTIONS = Options()
 
 
 def _option(name: str, value: Any) -> Any:
@@ -278,8 +276,7 @@ class Call:
             arguments = _arguments(tuple(self.arguments), {})
         else:
             raise HarpException(f"arguments: expected a list, a tuple or a dict, got {self.arguments!r}")
-        given = {name: getattr(self, name) for name in _OPTION_NAMES if getattr(self, name) is not None}
-        options = Options().changed(given) if given else _NO_OPTIONS
+        options = Options(*[_option(name, getattr(self, name)) for name in _OPTION_NAMES])
         object.__setattr__(self, "_request", _request(self.host, self.procedure, arguments, options))
 
 

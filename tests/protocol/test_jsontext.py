@@ -70,6 +70,15 @@ def test_brackets_in_strings_are_no_nesting() -> None:
     assert loads(text) == json.loads(text)
 
 
+@given(st.lists(st.text('[]{}"\\\\a')))
+def test_what_strings_hold_neither_hides_depth_nor_adds_to_it(strings: list[str]) -> None:
+    text = json.dumps(strings)
+    around = MAX_DEPTH - 1  # the list itself is a step, too
+    assert loads("[" * around + text + "]" * around)
+    with pytest.raises(InvalidJSON, match=f"nested deeper than {MAX_DEPTH}"):
+        loads("[" * MAX_DEPTH + text + "]" * MAX_DEPTH)
+
+
 @given(values)
 def test_values_survive_the_trip(value: Any) -> None:
     assert loads(dumps(value)) == value

@@ -42,7 +42,7 @@ async def facts_of(store: Store, job_id: str) -> Facts:
 async def test_many_jobs_are_stored_in_their_order_as_one_by_one(store: Store) -> None:
     before = await job_in(store, State.QUEUED)
     names = [None, {"q": 1}, {"q": 1.0}, None, {"q": 2}]
-    jobs = [new_job(f"host{n % 3}", names[n % 5], concurrency=n + 1, arguments=Raw(b"[%d]" % n)) for n in range(50)]
+    jobs = [new_job(f"host{n % 3}", names[n % 5], concurrency=n + 1, arguments=Raw(b"[%d]" % n)) for n in range(120)]
     await store.add_jobs(jobs, 2.5)
     listed = [job for _, job in await store.list_jobs()]
     assert [job.id for job in listed] == [before, *(job.id for job in jobs)]
@@ -58,7 +58,7 @@ async def test_many_jobs_are_stored_in_their_order_as_one_by_one(store: Store) -
 
 async def test_of_many_jobs_all_or_none_are_stored(store: Store) -> None:
     known = await job_in(store, State.RETURNED)
-    jobs = [new_job(queue={"q": n}) for n in range(10)]
+    jobs = [new_job(queue={"q": n}) for n in range(110)]
     with pytest.raises(ValueError, match="already"):
         await store.add_jobs([*jobs, new_job(id=known)], 1.0)
     with pytest.raises(ValueError, match="already"):
@@ -67,7 +67,7 @@ async def test_of_many_jobs_all_or_none_are_stored(store: Store) -> None:
     assert await store.list_queues() == []
     await store.add_jobs([], 1.0)
     await store.add_jobs(jobs, 1.0)
-    assert len(await store.list_jobs()) == 10
+    assert len(await store.list_jobs()) == 110
 
 
 # A job as it is kept

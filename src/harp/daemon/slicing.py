@@ -5,7 +5,7 @@ msgspec slices; whatever it does not take, or may have taken too lightly, goes t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Sized
 from typing import Any
 
 import msgspec
@@ -19,6 +19,8 @@ __all__ = ["open_quickly", "sliced_records"]
 
 _decoder = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _elements = msgspec.json.Decoder(list[msgspec.Raw])
+
+_view: Callable[[msgspec.Raw], Sized] = memoryview
 
 #: What stands around a member besides its value: two quotes, a colon and a comma.
 _AROUND = 4
@@ -78,7 +80,7 @@ def _opened(line: bytes) -> Members:
         return open_sliced(line)
     # Of a repeated key the last one is left. The members that are left are the whole line only if nothing was dropped,
     # nor anything is spelled in more bytes than it must; then the careful one looks.
-    size = 1 + sum(len(key.encode()) + len(memoryview(raw)) + _AROUND for key, raw in slices.items())
+    size = 1 + len("".join(slices).encode()) + sum(map(len, map(_view, slices.values()))) + _AROUND * len(slices)
     return _Members(slices) if slices and size == len(line) else open_sliced(line)
 
 

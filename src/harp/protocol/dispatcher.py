@@ -52,10 +52,8 @@ class Queue:
 
     def __post_init__(self) -> None:
         check(is_container(self.name, (dict,)), "queue.name: expected an object")
-        check(
-            is_count(self.concurrency) and self.concurrency > 0,
-            f"queue.concurrency: expected a positive integer, got {self.concurrency!r}",
-        )
+        if not (is_count(self.concurrency) and self.concurrency > 0):
+            raise ProtocolError(f"queue.concurrency: expected a positive integer, got {self.concurrency!r}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,13 +70,12 @@ class Call:
 
     def __post_init__(self) -> None:
         for key, name in (("host", self.host), ("procedure", self.procedure)):
-            check(isinstance(name, str) and name != "", f"{key}: expected a name, got {name!r}")
+            if not (isinstance(name, str) and name):
+                raise ProtocolError(f"{key}: expected a name, got {name!r}")
         check(is_container(self.arguments, (list, dict)), "arguments: expected an array or an object")
         for key, limit in (("timeout", self.timeout), ("max_exec_time", self.max_exec_time)):
-            check(
-                limit is None or is_seconds(limit),
-                f"{key}: expected a positive number of seconds, got {limit!r}",
-            )
+            if not (limit is None or is_seconds(limit)):
+                raise ProtocolError(f"{key}: expected a positive number of seconds, got {limit!r}")
 
 
 @dataclass(frozen=True, slots=True)

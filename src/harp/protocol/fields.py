@@ -53,16 +53,18 @@ def value(members: Members, key: str) -> Any:
 
 def string(members: Members, key: str) -> str:
     """A member that must be there and be a string."""
-    check(key in members, f"{key}: missing")
+    if key not in members:
+        raise ProtocolError(f"{key}: missing")
     found = value(members, key)
-    check(isinstance(found, str), f"{key}: expected a string, got {_kind(found)}")
-    return str(found)
+    if not isinstance(found, str):
+        raise ProtocolError(f"{key}: expected a string, got {_kind(found)}")
+    return found
 
 
 def within(members: Members, known: Iterable[str]) -> None:
     """Refuse members that the message does not have."""
-    unknown = sorted(set(members) - set(known))
-    check(not unknown, f"unknown key {', '.join(unknown)}")
+    if unknown := set(members).difference(known):
+        raise ProtocolError(f"unknown key {', '.join(sorted(unknown))}")
 
 
 def is_count(number: object) -> bool:

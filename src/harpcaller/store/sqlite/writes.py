@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from typing import Any, NamedTuple
 
 from harp.protocol.ends import Cancelled, End
@@ -23,7 +24,7 @@ from harpcaller.store.sqlite.rows import (
     join_made,
     join_records,
 )
-from harpcaller.store.sqlite.sql import QUERIES
+from harpcaller.store.sqlite.sql import INSERTED_AT_ONCE, QUERIES, inserts_many
 
 __all__ = [
     "add_jobs",
@@ -71,23 +72,26 @@ def add_jobs(db: sqlite3.Connection, jobs: Sequence[NewJob], now: float) -> None
         lanes.setdefault(lane, (lane, job.queue, concurrency))
         added.append((job.id, lane, encode_name(job.host), now))
     db.executemany(QUERIES["add_lane"], lanes.values())
-    at = 0
-
-    def told() -> Iterator[tuple[Any, ...]]:
-        nonlocal at
-        for at, row in enumerate(added):  # noqa: B007 - for the one that is refused
-            yield row
-
     try:
-        db.executemany(QUERIES["add_job"], told())
+        _insert(db, QUERIES["add_job"], added)
     except sqlite3.IntegrityError as error:
         if error.sqlite_errorname != "SQLITE_CONSTRAINT_UNIQUE":
             raise
-        raise ValueError(f"there is a job {jobs[at].id} already") from error
+        which = jobs[0].id if len(jobs) == 1 else "with one of these ids"
+        raise ValueError(f"there is a job {which} already") from error
     # Nothing else is added meanwhile: their places are the last ones, one after the other.
     [(last,)] = db.execute(QUERIES["last_place"]).fetchall()
-    calls = (_call(place, job) for place, job in enumerate(jobs, last - len(jobs) + 1))
-    db.executemany(QUERIES["add_call"], calls)
+    calls = [_call(place, job) for place, job in enumerate(jobs, last - len(jobs) + 1)]
+    _insert(db, QUERIES["add_call"], calls)
+
+
+def _insert(db: sqlite3.Connection, statement: str, rows: list[tuple[Any, ...]]) -> None:
+    """Insert rows by a statement that inserts one, and by what is made of it for many."""
+    rest = len(rows) % INSERTED_AT_ONCE
+    for start in range(0, len(rows) - rest, INSERTED_AT_ONCE):
+        db.execute(inserts_many(statement), list(chain.from_iterable(rows[start : start + INSERTED_AT_ONCE])))
+    if rest:
+        db.executemany(statement, rows[-rest:])
 
 
 def _call(place: int, job: NewJob) -> tuple[Any, ...]:
