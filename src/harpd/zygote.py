@@ -35,7 +35,7 @@ import warnings
 
 from harp.protocol.strictjson import dumps, loads
 from harpd import arguments, limits
-from harpd.call import Descriptors, leave_zygote, run_calls
+from harpd.call import Descriptors, leave_zygote, rehearse, run_calls
 from harpd.mark import Mark
 from harpd.prctl import become_subreaper, die_with_parent
 from harpd.proc import Procedure
@@ -132,7 +132,7 @@ class _Zygote:
                     return
             if not ready:
                 try:
-                    self._fork_spare()
+                    self._fork_spare(idle=bool(self._spares))
                 except OSError:
                     poll.poll()  # no process is to be had now; a call that needs one will say so
 
@@ -176,8 +176,12 @@ class _Zygote:
                     continue  # somebody has killed it
             return spare
 
-    def _fork_spare(self) -> None:
-        """Fork a process that waits for a call. Raises OSError."""
+    def _fork_spare(self, idle: bool = False) -> None:
+        """Fork a process that waits for a call. Raises OSError.
+
+        Args:
+            idle: whether nobody is likely to wait for it soon.
+        """
         parent = os.getpid()
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
@@ -188,11 +192,11 @@ class _Zygote:
                 raise
             if pid == 0:
                 ours.close()
-                self._become_spare(theirs, parent)
+                self._become_spare(theirs, parent, idle)
         spare = self._spares[pid] = _Spare(pid, start_time(pid), ours)
         self._say({"spare": pid, "start": spare.start})
 
-    def _become_spare(self, orders: socket.socket, parent: int) -> NoReturn:
+    def _become_spare(self, orders: socket.socket, parent: int, idle: bool) -> NoReturn:
         try:
             signal.set_wakeup_fd(-1)
             os.close(self._warden.detach())
@@ -201,6 +205,8 @@ class _Zygote:
             for spare in self._spares.values():
                 spare.socket.close()
             leave_zygote(parent)
+            if idle:
+                rehearse()
             data, ancillary, _, _ = orders.recvmsg(_ORDER_SIZE, _ROOM, socket.MSG_CMSG_CLOEXEC)
             orders.close()
             if data:
