@@ -240,6 +240,7 @@ class RunningCall:
                 self._limit = self._loop.after(self._offered.timeout, lambda: self.stop(Stop.TIME_LIMIT))
         else:
             self._processes.begin(interrupt=False)
+        self._send_arguments()  # at once: the process waits for nothing else
         self._watch()
 
     def refused(self, reason: str) -> None:
@@ -399,7 +400,7 @@ class RunningCall:
         """Whether what the process still says does not count."""
         return self._stopped is not None or self._said_end
 
-    def _on_channel(self) -> None:
+    def _send_arguments(self) -> None:
         if self._to_call:
             try:
                 self._to_call = self._to_call[self._process.channel.send(self._to_call) :] or memoryview(b"")
@@ -407,6 +408,9 @@ class RunningCall:
                 pass
             except OSError:
                 self._to_call = memoryview(b"")
+
+    def _on_channel(self) -> None:
+        self._send_arguments()
         if self._processes is not None:
             self._read_call(1)
         if self._hurries():
