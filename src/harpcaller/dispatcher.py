@@ -27,7 +27,7 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from harp.protocol.dispatcher import Call
-from harp.protocol.ends import End
+from harp.protocol.ends import Cancelled, End
 from harp.protocol.jsontext import Raw, dumps
 from harp.protocol.replies import Continue
 from harpcaller.config import Config
@@ -237,12 +237,16 @@ class Dispatcher:
             UnknownJob: there is no such job, or it was pruned meanwhile.
         """
         with self._news.watching(job_id) as topic:
-            while True:
+            run = self._runs.get(job_id)
+            if wait and run is not None and not run.ended:
+                await topic.ended.wait()  # the store would say the same, and news comes before the run knows better
+            while topic.end is None:
                 ended = topic.ended
                 job = await self.job(job_id)
                 if job.end is not None or not wait:
                     return job.end
                 await ended.wait()
+            return topic.end
 
     async def follow(
         self, job_id: str, since: int | None = None, recent: int | None = None
@@ -445,7 +449,7 @@ class Dispatcher:
     async def _stop_cancelled(self, job_id: str, before: State, client: str | None) -> None:
         """Stop the call of a job whose end `Cancelled` is committed."""
         log.info("job cancelled", extra={"job": job_id, "was": before.value, "client": client})
-        self._news.end(job_id)
+        self._news.end(job_id, Cancelled())
         if run := self._runs.get(job_id):
             await run.cancel(client)
         elif before is State.RUNNING and self._claiming:

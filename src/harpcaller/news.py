@@ -3,7 +3,7 @@
 News only wakes; the store is the truth. A watcher takes the event, then reads the store, then waits for the
 event: whatever is committed after its reading sets the event that it holds, so nothing is missed. Events are
 used once. The newest records come along, so that a thousand followers who are up to date need not read them
-from the store, nor have their lines made for each.
+from the store, nor have their lines made for each; and so does an end, which stays what it is.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from harp.protocol.ends import End
 from harp.protocol.replies import encode_packets
 from harpcaller.jobs import Records
 
@@ -53,13 +54,15 @@ class Topic:
     Attributes:
         changed: set at the next news of any kind.
         ended: set at the next news of an end.
+        end: the job's end, if it came with news; None: the store knows.
     """
 
-    __slots__ = ("_newest", "changed", "ended", "watchers")
+    __slots__ = ("_newest", "changed", "end", "ended", "watchers")
 
     def __init__(self) -> None:
         self.changed = asyncio.Event()
         self.ended = asyncio.Event()
+        self.end: End | None = None
         self.watchers = 0
         self._newest: Packets | None = None
 
@@ -79,8 +82,9 @@ class Topic:
         self.changed.set()
         self.changed = asyncio.Event()
 
-    def tell_end(self) -> None:
+    def tell_end(self, end: End | None) -> None:
         """Wake all who wait."""
+        self.end = end or self.end
         self.ended.set()
         self.ended = asyncio.Event()
         self.changed.set()
@@ -110,7 +114,12 @@ class News:
         if topic := self._topics.get(job_id):
             topic.tell_records(first, records)
 
-    def end(self, job_id: str) -> None:
-        """Tell the watchers that the job's end, or how its stop turned out, is committed."""
+    def end(self, job_id: str, end: End | None = None) -> None:
+        """Tell the watchers that the job's end, or how its stop turned out, is committed.
+
+        Args:
+            job_id: the job.
+            end: its end, as it is stored; None: they read it from the store.
+        """
         if topic := self._topics.get(job_id):
-            topic.tell_end()
+            topic.tell_end(end)

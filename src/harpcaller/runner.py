@@ -173,14 +173,18 @@ class Run:
                     await self._moved.wait()
             except TimeoutError:
                 log.warning("cancelled before the host acknowledged the call", extra=fields(self.job))
-        if self._order is None:
-            self._order = StopCall("cancelled", by)
+        self._order = self._order or StopCall("cancelled", by)
         self._waiting.interrupt()
 
     def drop(self) -> None:
         """It was cancelled before its run came to be: it is not started, and stopped if it was before."""
         self._settling.ended = True
         self._order = StopCall("cancelled")
+
+    @property
+    def ended(self) -> bool:
+        """Whether the job has an end, as far as is known here."""
+        return self._settling.ended
 
     def leave(self) -> None:
         """Leave a kept call to its host, where the next dispatcher finds it; end a tied one."""
@@ -456,8 +460,7 @@ class Run:
             stopped = dumps({"why": why, "by": "dispatcher", "at": self._around.wall()})
             if not await self._settling.finish(end, Stop.PENDING, True, Facts(stopped=stopped)):
                 return  # it was cancelled, and the order to stop it is on its way here
-        if self._order is None:
-            self._order = StopCall(why, "dispatcher")
+        self._order = self._order or StopCall(why, "dispatcher")
 
     async def _cut(self) -> Outcome:
         """Stop a tied call, the only way there is."""

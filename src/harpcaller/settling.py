@@ -70,7 +70,7 @@ class Settling:
         self.ended = True
         if stored:
             self.told = {"end": state_of(end).value, **_why(end)}
-        around.news.end(self._id)
+        around.news.end(self._id, end if stored else None)
         return stored
 
     async def settle(self, stop: Stop, keep_slot: bool = False, facts: Facts = NO_FACTS) -> None:
