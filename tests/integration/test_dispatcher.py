@@ -259,6 +259,28 @@ async def test_whoever_waits_learns_of_a_cancel(tmp_path: Path) -> None:
                 await eventually(lambda: gates.running == 0, what="the call's end")
 
 
+async def test_whoever_waits_while_a_call_runs_does_not_depend_on_reading(tmp_path: Path) -> None:
+    """The end comes with the news of it; what has ended before is read from the store, and is the same."""
+    gates, opened = Gates(), await open_store(tmp_path / "store")
+    store = Switched(opened, "get_job")
+    with host(tmp_path, gates.script) as peer:
+        async with running(tmp_path, host_line(peer.port), store=store) as dispatcher:
+            job_id = await dispatcher.submit(call(), "test")
+            await eventually(lambda: gates.running == 1, what="a call")
+            store.off = True
+            waiting = [asyncio.create_task(dispatcher.result(job_id, wait=True)) for _ in range(3)]
+            with pytest.raises(StorageError):
+                await dispatcher.result(job_id, wait=False)
+            gates.let_go(1)
+            assert await asyncio.gather(*waiting) == [Returned(b"[]")] * 3
+            await eventually(lambda: not dispatcher.calls, what="the run's end")
+            with pytest.raises(StorageError):
+                await dispatcher.result(job_id, wait=True)
+            store.off = False
+            assert await dispatcher.result(job_id, wait=True) == Returned(b"[]")
+    await opened.close()
+
+
 class Stream:
     """A host whose one call sends records when the test says so."""
 
