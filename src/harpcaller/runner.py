@@ -419,14 +419,14 @@ class Run:
         survives = self._settling.survives
         stop = Stop.FAILED if survives else Stop.CONFIRMED
         if end is not None and not self._settling.ended:
-            ended = await self._settling.finish(end, None if self._settling.receipt is None else stop, survives)
-            if not ended:  # somebody has cancelled it meanwhile
-                await self._settle(stop, survives)
+            if not await self._settling.finish(end, None if self._settling.receipt is None else stop, survives):
+                await self._settle(stop, survives)  # somebody has cancelled it meanwhile
         else:
             await self._settle(stop, survives)
         if survives:
             log.error("processes of a job survive on its host", extra=fields(self.job))
             return None
+        await asyncio.sleep(0)  # those who wait for the end go first
         talk.say(Done())
         assert self._host is not None
         self._around.idle.give(self._host, self._around.tls, talk)
