@@ -6,6 +6,7 @@ Spec: docs/protocol.md, Details.
 from __future__ import annotations
 
 import datetime
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +37,7 @@ class Situation:
         calls: how many calls are under way.
         most_calls: how many may be.
         store_troubled: whether the store refuses what calls bring.
+        timings: how long the dispatcher's own steps took, seconds by phase, as far as that is known.
         now: Unix seconds.
     """
 
@@ -46,6 +48,7 @@ class Situation:
     calls: int
     most_calls: int
     store_troubled: bool
+    timings: Mapping[str, float]
     now: float
 
 
@@ -68,16 +71,17 @@ def describe(details: JobDetails, situation: Situation) -> Envelope:
         stopped=facts.stopped,
         receipt=facts.receipt,
         evidence=facts.evidence,
-        phases=_phases(job, facts),
+        phases=_phases(job, facts, situation.timings),
         why=_why(details, situation),
     )
 
 
-def _phases(job: Job, facts: Facts) -> Envelope:
+def _phases(job: Job, facts: Facts, own: Mapping[str, float]) -> Envelope:
     """Where the job's time went, in seconds; None: not known, or not over.
 
     What happened on the host was measured there, so that its clock may be wrong. The rest is what is left of the time
-    from the job's start to its end: on the way there and back, and until its last records were stored.
+    from the job's start to its end: on the way there and back, and until its last records were stored. What the
+    dispatcher alone knows lies before and after, but for the storing of a job that got its slot with it.
     """
     call, evidence = (_object(fact) for fact in (facts.call, facts.evidence))
     began, ended = (_seconds(evidence, moment) for moment in ("started", "ended"))
@@ -92,7 +96,12 @@ def _phases(job: Job, facts: Facts) -> Envelope:
     here = sum(seconds for name, seconds in phases.items() if name != "wait" and seconds is not None)
     took = _between(job.started, job.ended)
     phases["rest"] = None if took is None or phases["run"] is None else _between(here, took)
-    return phases
+    accept, store, store_end, deliver = map(own.get, ("accept", "store", "store_end", "deliver"))
+    return Envelope(_rounded(accept=accept, store=store), **phases, **_rounded(store_end=store_end, deliver=deliver))
+
+
+def _rounded(**seconds: float | None) -> dict[str, float | None]:
+    return {name: None if value is None else round(value, 6) for name, value in seconds.items()}
 
 
 def _object(fact: Raw | None) -> dict[str, Any]:

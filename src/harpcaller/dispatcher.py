@@ -146,7 +146,7 @@ class Dispatcher:
         """How many calls are under way."""
         return len(self._runs)
 
-    async def submit(self, call: Call, client: str) -> str:
+    async def submit(self, call: Call, client: str, came: float | None = None) -> str:
         """Accept a job: it is on stable storage when this returns.
 
         An unknown host is accepted; the job then ends as ``unknown_host``.
@@ -154,11 +154,12 @@ class Dispatcher:
         Args:
             call: what to call; its payloads are `Raw`. Limits above the configured ones are lowered to these.
             client: who asks, for the log: an address.
+            came: when the request was here, on the monotonic clock, for the job's phases; None: not known.
 
         Returns:
             The job's id.
         """
-        return await self._whole(self._submit(call, client))
+        return await self._whole(self._submit(call, client, came))
 
     async def submit_many(self, calls: Sequence[Call], client: str) -> list[str]:
         """Accept jobs, all or none, as `submit` does; return their ids in the same order."""
@@ -217,6 +218,7 @@ class Dispatcher:
             calls=len(self._runs),
             most_calls=self._config.calls,
             store_troubled=bool(self._surroundings.trouble.waiting),
+            timings=self._surroundings.timings.of(job_id),
             now=self._wall(),
         )
         return describe(details, situation)
@@ -247,6 +249,10 @@ class Dispatcher:
                     return job.end
                 await ended.wait()
             return topic.end
+
+    def delivered(self, job_id: str, came: float) -> None:
+        """Somebody was told how a job ended whose request came at this time on the monotonic clock."""
+        self._surroundings.timings.delivered(job_id, came)
 
     async def follow(
         self, job_id: str, since: int | None = None, recent: int | None = None
@@ -375,10 +381,12 @@ class Dispatcher:
         task.add_done_callback(self._requests.discard)
         return await asyncio.shield(task)
 
-    async def _submit(self, call: Call, client: str) -> str:
+    async def _submit(self, call: Call, client: str, came: float | None) -> str:
         job = self._new_job(call)
         self._wake.set()  # the claim is asked for in this turn of the loop, too, and goes into the same commit
+        asked = time.monotonic()
         await self._store.add_job(job, self._wall())
+        self._surroundings.timings.stored(job.id, came, asked)
         log.info("job submitted", extra={**fields(job), "client": client})
         self._log_arguments(job)
         return job.id

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import logging
+import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from types import TracebackType
@@ -200,6 +201,7 @@ class Service:
         config = self._dispatcher.config
         with Share(self._memory) as share:
             line = await connection.request_line(config.request_line, config.idle_timeout, share)
+            came = time.monotonic()
             if len(line) < _LONG_REQUEST:
                 request, keeps = decode_asking(line, open_quickly)
             else:
@@ -211,19 +213,21 @@ class Service:
                     async for lines in stream:
                         await connection.send(lines)
                 return False
-            reply = await self._reply(request, connection, share)
+            reply = await self._reply(request, connection, share, came)
         keeps = keeps and not connection.said_more and not self._door.crowded
         await connection.send(encode_reply(reply, config.idle_timeout if keeps else None))
+        if isinstance(request, GetResult):
+            self._dispatcher.delivered(request.job, came)
         return keeps
 
-    async def _reply(self, request: _OneReply, connection: Connection, share: Share) -> Reply:
+    async def _reply(self, request: _OneReply, connection: Connection, share: Share, came: float) -> Reply:
         """Carry out a request that has one reply. Whatever waits gives its share of memory back."""
         if not isinstance(request, (Call, SubmitMany)):
             share.release()
         dispatcher = self._dispatcher
         match request:
             case Call():
-                return Submitted(await dispatcher.submit(request, connection.client))
+                return Submitted(await dispatcher.submit(request, connection.client, came))
             case SubmitMany(calls):
                 return SubmittedMany(await dispatcher.submit_many(calls, connection.client))
             case Cancel(job, wait):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -61,6 +62,7 @@ class Settling:
         """Store the end; False when the job has one already. Its slot is free then, unless it is kept."""
         around = self._around
         known = self._known(facts)
+        asked = time.monotonic()
 
         async def finish() -> bool:
             now = around.wall()
@@ -69,6 +71,7 @@ class Settling:
         stored = await persist(around.trouble, self._id, finish)
         self.ended = True
         if stored:
+            around.timings.ended(self._id, asked)
             self.told = {"end": state_of(end).value, **_why(end)}
         around.news.end(self._id, end if stored else None)
         return stored

@@ -15,6 +15,7 @@ from harpcaller.jobs import Identity, Job, NewJob
 from harpcaller.news import News
 from harpcaller.recording import StoreTrouble
 from harpcaller.store import Store
+from harpcaller.timings import Timings
 
 __all__ = ["Surroundings", "fields"]
 
@@ -34,6 +35,7 @@ class Surroundings:
         idle: connections to them that wait for the next call.
         wall: the wall clock, for times that are stored; Unix seconds.
         trouble: counts what the store does not take.
+        timings: take down how long storing takes.
     """
 
     config: Config
@@ -46,6 +48,7 @@ class Surroundings:
     idle: IdleConnections
     wall: Callable[[], float]
     trouble: StoreTrouble = field(default_factory=StoreTrouble)
+    timings: Timings = field(default_factory=Timings)
 
 
 def fields(job: Job | NewJob) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from harp.protocol.ends import Returned
 from harp.protocol.jsontext import Raw
 from harpcaller.details import Situation, describe
 from harpcaller.jobs import NO_FACTS, Facts, Job, JobDetails, State
+from harpcaller.timings import Timings
 
 SITUATION = Situation(
     run=None,
@@ -20,10 +22,12 @@ SITUATION = Situation(
     calls=0,
     most_calls=1,
     store_troubled=False,
+    timings={},
     now=200.0,
 )
 EVIDENCE = {"by": "itself", "started": 5000.0, "ended": 5000.5, "authentication": 0.125, "fork": 0.25}
-NOTHING = dict.fromkeys(("wait", "connect", "authenticate", "fork", "run", "rest"))
+OWN = dict.fromkeys(("accept", "store", "store_end", "deliver"))
+NOTHING = {**dict.fromkeys(("wait", "connect", "authenticate", "fork", "run", "rest")), **OWN}
 
 
 def phases(started: float | None, ended: float | None, facts: Facts = NO_FACTS) -> dict[str, Any]:
@@ -46,9 +50,29 @@ def facts(evidence: Any, call: Any = None) -> Facts:
 def test_all_phases_of_a_job_add_up() -> None:
     found = phases(101.5, 103.0, facts(EVIDENCE))
     assert found == {
-        "wait": 1.5, "connect": 0.0625, "authenticate": 0.125, "fork": 0.25, "run": 0.25, "rest": 0.8125,
+        "wait": 1.5, "connect": 0.0625, "authenticate": 0.125, "fork": 0.25, "run": 0.25, "rest": 0.8125, **OWN,
     }  # fmt: skip
-    assert sum(found.values()) == 3.0, "from submission to end"
+    assert sum(filter(None, found.values())) == 3.0, "from submission to end"
+
+
+def test_what_only_the_dispatcher_knows_is_told_of_its_latest_jobs() -> None:
+    timings = Timings()
+    now = time.monotonic()
+    for job_id in map(str, range(1001)):
+        timings.stored(job_id, now - 0.5, now)
+        timings.ended(job_id, now)
+    assert timings.of("0") == {}, "there is room for a thousand"
+    known = timings.of("1")
+    assert (list(known), known["accept"]) == (["accept", "store", "store_end"], 0.5)
+    timings.delivered("1", time.monotonic())
+    assert "deliver" not in known, "it was not waited for"
+    timings.delivered("1", now)
+    first = known["deliver"]
+    assert first >= 0
+    timings.delivered("1", now)
+    assert timings.of("1")["deliver"] == first
+    timings.stored("another", None, now)
+    assert list(timings.of("another")) == ["store"]
 
 
 def test_what_is_not_over_is_not_known() -> None:
