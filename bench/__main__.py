@@ -17,15 +17,13 @@ from typing import Any
 
 from bench import cpu, report, table
 from bench.clients import Missing
-from bench.contenders import Contender
+from bench.contenders import OURS, Contender
 from bench.figures import Results
 from bench.installing import ROOT, install_debian, peers_python
 from bench.lineup import LINEUP
 from bench.parts import PARTS, PICTURED
 from bench.picture import draw
-from bench.profile import profile
 from bench.rounds import measure
-from bench.targets import OURS, TARGETS, judge
 from bench.works import FULL, QUICK, TINY, Sizes
 
 _EXAMPLES = """\
@@ -41,7 +39,7 @@ examples:
   ./dev bench jobs --runs 9       a part, nine times
   ./dev bench jobs --only HARP --only Celery
                                   some of the contenders
-  ./dev bench --profile           where the time of a job of ours goes, and what calls cost in CPU
+  ./dev bench --profile           what calls and jobs cost in CPU, process by process
 
 Results go to bench/results/: latest.json and latest.svg, or quick.json and quick.svg. docs/performance.md says what
 each row is.
@@ -62,8 +60,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     directory.chmod(0o755)  # a server that gives up root's rights works in it
     try:
         if options.profile:
-            for line in profile(directory, options.size, sampled=options.sample):
-                print(line)
             for line in cpu.table(directory / "cpu", options.size):
                 print(line)
             return 0
@@ -94,17 +90,11 @@ def _measure(options: argparse.Namespace, directory: Path) -> int:
         measure(part, lineup[part.key], sizes, directory, peers, results, _say)
         for line in table.lines(part, results, OURS, durability[part.key]):
             print(line, flush=True)
-    verdicts = judge(results, TARGETS)
-    if verdicts and dataclasses.replace(sizes, runs=FULL.runs) != FULL:
-        print("The targets are for the full sizes; this run was smaller, so it only hints at what holds.")
-    for verdict in verdicts:
-        for line in verdict.lines():
-            print(line)
     for line in table.left_out(results.left_out):
         print(line)
     took = time.monotonic() - began
     print(f"{took:.0f} s, {'a run' if sizes.runs == 1 else f'{sizes.runs} runs'}")
-    document = report.document(parts, results, verdicts, durability, sizes, {**facts, "seconds": round(took)})
+    document = report.document(parts, results, durability, sizes, {**facts, "seconds": round(took)})
     title = f"HARP and peers: {facts['machine']['cores']} cores, medians of {sizes.runs}"
     pictured = [row for part in parts for row in part.rows if row.key in PICTURED]
     losing = {one.name for contenders in lineup.values() for one in contenders if one.losing}
@@ -176,8 +166,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--only", action="append", metavar="NAME", help="contenders whose names begin so: HARP, Celery; may be repeated"
     )
-    parser.add_argument("--profile", action="store_true", help="instead: phases of a job of ours, and CPU per call")
-    parser.add_argument("--sample", action="store_true", help="with --profile: where the daemons are, by function, too")
+    parser.add_argument("--profile", action="store_true", help="instead: CPU per call, process by process")
     parser.add_argument(
         "--results", type=Path, default=ROOT / "bench" / "results", metavar="DIR", help="where files go"
     )

@@ -25,7 +25,6 @@ __all__ = ["DIRECT", "JOBS", "PROCEDURES", "STREAM", "SYNCED", "client_program",
 
 #: The procedures file.
 PROCEDURES = Path(__file__).with_name("procedures.py")
-_SAMPLING = Path(__file__).with_name("sampling.py")
 #: Seconds until a file of users counts as settled, and a little more; see `harpd.auth.passfile`.
 _SETTLED = 2.2
 
@@ -38,50 +37,20 @@ _LOGGING = {
 }
 
 
-class _SampledHarpd(Harpd):
-    """The same, with `bench.sampling` around the gate."""
-
-    def command(self, *options: str) -> list[str]:
-        return _sampled(super().command(*options), self.directory.with_name("gate.samples"))
-
-    def faults(self) -> list[str]:
-        return []  # a look that comes when the event loop has closed its descriptors is told in the log
-
-
-class _SampledHarpcallerd(Harpcallerd):
-    """The same, with `bench.sampling` around the dispatcher."""
-
-    def command(self, *arguments: str) -> list[str]:
-        return _sampled(super().command(*arguments), self.directory.with_name("dispatcher.samples"))
-
-    def faults(self) -> list[str]:
-        return []  # a look that comes when the event loop has closed its descriptors is told in the log
-
-
-def _sampled(command: list[str], file: Path) -> list[str]:
-    at = command.index("-m")
-    return [*command[:at], str(_SAMPLING), str(file), *command[at + 1 :]]
-
-
 @contextmanager
-def daemons(
-    directory: Path, *, dispatcher: bool = True, sampled: bool = False
-) -> Iterator[tuple[Harpd, Harpcallerd | None]]:
+def daemons(directory: Path, *, dispatcher: bool = True) -> Iterator[tuple[Harpd, Harpcallerd | None]]:
     """A harpd with a file of hashed passwords, and a dispatcher that knows it as ``web01``.
 
     Args:
         directory: where their files go.
         dispatcher: whether there is one.
-        sampled: whether `bench.sampling` is around gate and dispatcher; it leaves ``*.samples`` in the directory.
     """
     users = directory / "users"
     command = ["openssl", "passwd", "-6", Harpd.password]
     hashed = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
     users.write_text(f"{Harpd.user}:{hashed}")
     authentication = {"module": "harpd.auth.passfile", "file": str(users)}
-    harpd = (_SampledHarpd if sampled else Harpd)(
-        directory / "harpd", PROCEDURES.read_text(), {"authentication": authentication}
-    )
+    harpd = Harpd(directory / "harpd", PROCEDURES.read_text(), {"authentication": authentication})
     harpd.logging_file.write_text(yaml.safe_dump(_LOGGING))
     # As anywhere: a file of users that has just been written is read, and its hashes made, for each request.
     time.sleep(max(0.0, users.stat().st_ctime + _SETTLED - time.time()))
@@ -92,8 +61,7 @@ def daemons(
         usual = {"ca_file": str(harpd.ca_file), "log_level": "info"}
         credentials = (Harpd.user, Harpd.password)
         hosts = {"web01": harpd.port}
-        program = _SampledHarpcallerd if sampled else Harpcallerd
-        with program(directory / "dispatcher", hosts=hosts, credentials=credentials, settings=usual) as harpcallerd:
+        with Harpcallerd(directory / "dispatcher", hosts=hosts, credentials=credentials, settings=usual) as harpcallerd:
             yield harpd, harpcallerd
 
 

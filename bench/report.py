@@ -15,8 +15,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from bench.contenders import OURS
 from bench.figures import Results
-from bench.targets import OURS, Verdict
 from bench.works import Part, Sizes
 
 __all__ = ["document", "machine", "versions"]
@@ -85,7 +85,6 @@ def versions(peers: Path | None) -> dict[str, str]:
 def document(
     parts: Sequence[Part],
     results: Results,
-    verdicts: Sequence[Verdict],
     durability: Mapping[str, Mapping[str, str]],
     sizes: Sizes,
     facts: Mapping[str, Any],
@@ -95,7 +94,6 @@ def document(
     Args:
         parts: what was measured.
         results: the figures.
-        verdicts: what they say to the targets.
         durability: by part and contender, what is synced when.
         sizes: how much was done.
         facts: machine, versions and what else goes on top.
@@ -122,17 +120,5 @@ def document(
         **facts,
         "sizes": asdict(sizes),
         "rows": rows,
-        "targets": [
-            {
-                "target": verdict.target.number,
-                "title": verdict.target.title,
-                "reached": verdict.reached,
-                "bounds": [
-                    {"bound": str(finding.bound), "found": finding.found, "holds": finding.holds}
-                    for finding in verdict.findings
-                ],
-            }
-            for verdict in verdicts
-        ],
         "left_out": [dict(zip(("part", "contender", "what", "why"), noted, strict=True)) for noted in results.left_out],
     }

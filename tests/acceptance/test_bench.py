@@ -60,15 +60,8 @@ def test_ours_is_measured(tmp_path: Path) -> None:
 
 
 @pytest.mark.timeout(300)
-def test_the_profile_says_where_a_job_was_and_what_the_daemons_did(tmp_path: Path) -> None:
-    printed = bench("--profile", "--sample", "--tiny", "--directory", str(tmp_path))
-    for expected in (
-        "submit to start",
-        "start to end",
-        "dispatcher: ",
-        "gate: ",
-        "in a function of ours",
-        "CPU of a call",
-    ):
+def test_profile_prints_cpu_by_process(tmp_path: Path) -> None:
+    printed = bench("--profile", "--tiny", "--directory", str(tmp_path))
+    for expected in ("CPU of a call", "dispatcher", "direct, a kept connection", "jobs, 4 clients"):
         assert expected in printed, printed
     assert not any(tmp_path.iterdir())

@@ -22,9 +22,7 @@ from bench.lineup import LINEUP
 from bench.parts import PARTS, PICTURED
 from bench.picture import draw
 from bench.processes import Broken, Client, program
-from bench.profile import phases
 from bench.rounds import measure
-from bench.targets import TARGETS, Bound, Target, judge
 from bench.works import FULL, QUICK, TINY, Part, Row, Work
 
 ROWS = {row.key: row for part in PARTS.values() for row in part.rows}
@@ -105,36 +103,15 @@ def test_the_picture_is_svg_with_a_bar_for_each_contender() -> None:
     assert float(root.attrib["width"]) > max(float(bar.attrib["x"]) for bar in root.iter() if "x" in bar.attrib)
 
 
-def test_targets_are_judged_by_ratio_and_by_figure() -> None:
-    found = results(HARP=[100], peer=[40])
-    bounds = (Bound("speed", 2, peer="peer"), Bound("speed", 100), Bound("speed", 50, most=True), Bound("delay", 1))
-    (verdict,) = judge(found, (Target(1, "All", bounds), Target(2, "Another", bounds[3:])))
-    assert [finding.holds for finding in verdict.findings] == [True, True, False, None]
-    assert [finding.found for finding in verdict.findings] == [2.5, 100, 100, None]
-    assert list(verdict.lines()) == [
-        "1. All: SHORT",
-        "     speed: at least 2 x peer: holds, 2.50 x",
-        "     speed: at least 100: holds, 100",
-        "     speed: at most 50: SHORT, 100",
-        "     delay: at least 1: not measured",
-    ]
-    (verdict,) = judge(found, (Target(1, "Half", (bounds[0], bounds[3])),))
-    assert verdict.reached is None
-    (verdict,) = judge(found, (Target(1, "Whole", bounds[:2]),))
-    assert verdict.reached is True
-
-
 def test_the_file_of_a_run_has_everything() -> None:
     found = results(HARP=[100, 300], peer=[50])
     found.leave_out("part", "peer", "The delay", "it has none")
-    verdicts = judge(found, (Target(1, "All", (Bound("speed", 2, peer="peer"),)),))
     synced = {"part": {"HARP": "all", "peer": "nothing"}}
-    document = report.document([PART], found, verdicts, synced, TINY, {"commit": "abc"})
+    document = report.document([PART], found, synced, TINY, {"commit": "abc"})
     assert document["commit"] == "abc"
     ours, theirs = document["rows"]
     assert (ours["contender"], ours["values"], ours["median"], ours["durability"]) == ("HARP", [100, 300], 200, "all")
     assert theirs["ours_to_this"] == {"ratio": 4.0, "least": 2.0, "most": 2.0}
-    assert document["targets"][0]["bounds"][0]["holds"] is True
     assert document["left_out"] == [{"part": "part", "contender": "peer", "what": "The delay", "why": "it has none"}]
 
 
@@ -174,33 +151,14 @@ def test_contenders_do_works_that_there_are_and_have_names_of_their_own() -> Non
         assert contenders[0].ours
 
 
-def test_targets_and_picture_speak_of_rows_and_contenders_that_there_are() -> None:
-    bounds = [bound for target in TARGETS for bound in target.bounds]
-    assert {bound.row for bound in bounds} <= ROWS.keys()
+def test_the_picture_shows_rows_that_exist() -> None:
     assert ROWS.keys() >= PICTURED
-    doing = {
-        (row.key, contender.name)
-        for key, contenders in LINEUP.items()
-        for work in PARTS[key].works
-        for row in work.rows
-        for contender in contenders
-        if work.key in contender.works
-    }
-    assert {(bound.row, bound.peer or "HARP") for bound in bounds} <= doing
 
 
 def test_no_work_is_asked_for_what_sizes_lack() -> None:
     for part in PARTS.values():
         for work in part.works:
             assert work.request(TINY).keys() >= work.sized.keys()
-
-
-def test_phases_are_from_moment_to_moment_and_what_was_taken_down() -> None:
-    assert phases({"end": 5.0, "submit": 1.0, "start": 2.0}, {"fork": 0.5}) == {
-        "submit to start": 1.0,
-        "start to end": 3.0,
-        "fork": 0.5,
-    }
 
 
 class Echo(load.Queue):
