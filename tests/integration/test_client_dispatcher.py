@@ -500,8 +500,11 @@ def test_an_iterator_made_by_hand() -> None:
 
 def test_iterators_and_connections_are_not_copied() -> None:
     with nothing_left(), Peer(endless) as peer:
-        iterator = harp.HarpCaller(peer.host, peer.port).job(JOB).follow(since=0)
-        for item in (iterator, iterator._conn):
+        rpc = harp.HarpCaller(peer.host, peer.port)
+        conn = rpc.connect()
+        conn.send(FOLLOW)
+        iterator = harp.RemoteCall.StreamIterator(rpc.job(JOB), conn, numbered=True)
+        for item in (iterator, conn):
             for duplicate in (copy.copy, copy.deepcopy, pickle.dumps):
                 with pytest.raises(TypeError, match="can't be copied or pickled"):
                     duplicate(item)
@@ -561,13 +564,22 @@ def test_an_iterator_is_shared_by_threads() -> None:
 
 
 def test_close_wakes_a_thread_that_reads() -> None:
-    with nothing_left(), Peer(endless) as peer, ThreadPoolExecutor(1) as pool:
+    read: list[Any] = []
+
+    def script(talk: Conversation) -> None:
+        talk.expect()
+        talk.reply(*packets(1))
+        wait_until(lambda: read, what="the first item, after which the thread reads on")
+        talk.reply(*packets(2, begin=1))
+        talk.until_closed()
+
+    with nothing_left(), Peer(script) as peer, ThreadPoolExecutor(1) as pool:
         iterator = harp.HarpCaller(peer.host, peer.port).job(JOB).follow(since=0)
-        assert [next(iterator), next(iterator)] == [1, 2]
-        reading = pool.submit(list, iterator)
-        wait_until(lambda: iterator._turn.locked(), what="the reading thread")
+        reading = pool.submit(read.extend, iterator)
+        wait_until(lambda: len(read) == 2, what="the second item")
         iterator.close()
-        assert reading.result(60) == []
+        reading.result(60)
+        assert read == [1, 2]
 
 
 def test_scripts_that_fail_fail_the_test() -> None:

@@ -6,11 +6,13 @@ import asyncio
 import contextlib
 import errno
 import gc
+import os
 import socket
 import struct
 from collections.abc import Iterator
 from typing import Any
 
+import psutil
 import pytest
 
 import harp
@@ -292,10 +294,16 @@ def test_a_name_that_has_two_families(shell: Shell) -> None:
 def test_sockets_have_keepalive_and_no_delay() -> None:
     with nothing_left(), Peer(silent, silent, tls=None) as peer:
         with harp.JSONConnection(peer.host, peer.port) as conn:
-            sock = conn._connected()
-            assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
-            assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
-            assert sock.gettimeout() is None  # results may take hours
+            conn.send({})
+            (ours,) = [
+                found.fd
+                for found in psutil.Process().net_connections()
+                if found.raddr == (peer.host, peer.port) and found.status == psutil.CONN_ESTABLISHED
+            ]
+            with socket.socket(fileno=os.dup(ours)) as sock:
+                assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+                assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+                assert os.get_blocking(ours)  # without a timeout: results may take hours
         with harp.JSONConnection(peer.host, peer.port):
             pass
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import socket
 import ssl
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -98,15 +100,12 @@ def test_trust_in_a_session_ends(files: Certificates, monkeypatch: pytest.Monkey
     """And is not prolonged by being resumed."""
     handshakes = Handshakes()
     with nothing_left(), Peer(always=handshakes, tls=server_context(files)) as peer:
-        context = tls.tls_context(files.ca_file)
-        assert server(peer, files.ca_file).p() == 1
-        first = context._sessions["127.0.0.1", peer.port]
-        assert server(peer, files.ca_file).p() == 1
-        assert context._sessions["127.0.0.1", peer.port] is first
-        monkeypatch.setattr(tls, "TRUST_IN_SESSION", -1.0)
-        assert server(peer, files.ca_file).p() == 1
-        assert context._sessions["127.0.0.1", peer.port] is not first
-    assert handshakes.resumed == [False, True, False]
+        now = 0.0
+        monkeypatch.setattr(tls, "time", SimpleNamespace(monotonic=lambda: now, time_ns=time.time_ns))
+        for now in (0.0, 0.9, 1.1, 2.0):
+            now *= tls.TRUST_IN_SESSION
+            assert server(peer, files.ca_file).p() == 1
+    assert handshakes.resumed == [False, True, False, True]
 
 
 def test_a_server_that_was_started_anew(files: Certificates) -> None:
@@ -145,20 +144,22 @@ def test_a_server_without_sessions(files: Certificates) -> None:
     context.num_tickets = 0
     with nothing_left(), Peer(always=handshakes, tls=context) as peer:
         assert [server(peer, files.ca_file).p() for _ in range(2)] == [1, 1]
-        assert not tls.tls_context(files.ca_file)._sessions
     assert handshakes.resumed == [False, False]
 
 
 def test_only_so_many_sessions_are_remembered(files: Certificates) -> None:
-    with nothing_left(), Peer(answering(*ANSWER), tls=server_context(files)) as peer:
-        context = tls.tls_context(files.ca_file)
-        with harp.JSONSSLConnection(peer.host, peer.port, files.ca_file) as conn:
-            assert conn.ask(b"{}\n")
-            sock = conn._connected()
-            assert isinstance(sock, tls.TLSSocket)
+    with nothing_left(), Peer(answering(*ANSWER), always=silent, tls=server_context(files)) as peer:
+        context = tls.tls_context(None)
+        with context.secured(socket.create_connection((peer.host, peer.port)), peer.host, peer.port) as sock:
+            sock.sendall(b"{}\n")
+            assert sock.recv(1)
             for number in range(300):
                 context.remember(sock, f"host{number}", 1)
-    assert list(context._sessions) == [(f"host{number}", 1) for number in range(44, 300)]
+        resumed = []
+        for number in (0, 43, 44, 299):
+            with context.secured(socket.create_connection((peer.host, peer.port)), f"host{number}", 1) as sock:
+                resumed.append(sock.session_reused)
+    assert resumed == [False, False, True, True]
 
 
 # Authorities.

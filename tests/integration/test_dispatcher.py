@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sqlite3
 import threading
 import time
 import uuid
@@ -82,9 +83,19 @@ def host(directory: Path, script: Script, first: tuple[Script, ...] = ()) -> Ite
         yield peer
 
 
-async def test_a_job_that_may_start_at_once_is_stored_and_given_its_slot_in_one_commit(tmp_path: Path) -> None:
-    store = await open_store(tmp_path / "store")
+async def test_a_job_that_may_start_at_once_is_stored_and_given_its_slot_in_one_commit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     done: list[str] = []
+    plain = sqlite3.connect
+
+    def traced(*args: Any, **options: Any) -> sqlite3.Connection:
+        connection: sqlite3.Connection = plain(*args, **options)
+        connection.set_trace_callback(done.append)
+        return connection
+
+    monkeypatch.setattr(sqlite3, "connect", traced)
+    store = await open_store(tmp_path / "store")
 
     async def in_one_commit() -> bool:
         """Not so when the end of the job before has just had what waits looked through."""
@@ -97,8 +108,6 @@ async def test_a_job_that_may_start_at_once_is_stored_and_given_its_slot_in_one_
 
     with host(tmp_path, echo) as peer:
         async with running(tmp_path, host_line(peer.port), store=store) as dispatcher:
-            # In the writer's thread: who sets it in another waits for a statement that waits for its tracing.
-            await store._writer.run(lambda db: db.set_trace_callback(done.append))
             predicate: Callable[[], bool | Awaitable[bool]] = in_one_commit
             await eventually(predicate, what="a job that is stored and has its slot in one commit")
     await store.close()

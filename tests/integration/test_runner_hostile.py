@@ -357,7 +357,7 @@ async def test_records_of_a_host_that_minds_no_window_wait_on_the_host(tmp_path:
     store = Switched(opened, "append_records")
     store.off = True
     with playing(tmp_path, holding(), flood, always=rest) as peer:
-        peer._scripts.append(holding())
+        peer.play_next(holding())
         async with running(tmp_path, host_line(peer.port), store=store, kept_calls=True) as dispatcher:
             job_id = await dispatcher.submit(call(), "test")
             await eventually(held_back.is_set, what="no more room")

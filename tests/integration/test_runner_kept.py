@@ -306,7 +306,7 @@ async def test_calls_that_nobody_wants_are_ended(tmp_path: Path) -> None:
         async with running(tmp_path, host_line(1, "elsewhere"), store=store) as dispatcher:
             job_id, _ = await result_of(dispatcher)  # its host is not known
             ids.append(job_id)
-        peer._scripts.append(list_both)
+        peer.play_next(list_both)
         async with running(tmp_path, host_line(peer.port), store=store, kept_calls=True) as dispatcher:
             assert (await result_of(dispatcher))[1] == Returned(b"1")
             await eventually(lambda: len(stopped) == 2, what="both ended")

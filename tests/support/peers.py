@@ -207,6 +207,10 @@ class Peer:
         """Every line that came, decoded, connection after connection."""
         return [json.loads(line) for talk in self.conversations for line in talk.received]
 
+    def play_next(self, script: Script) -> None:
+        """Have this script played by a connection that is still to come, after the scripts that wait already."""
+        self._scripts.append(script)
+
     def _accept(self) -> None:
         while True:
             sock, address = self._listener.accept()

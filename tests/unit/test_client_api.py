@@ -245,9 +245,10 @@ def test_attributes_make_objects_not_calls() -> None:
     assert [str(host) for host in (rpc.web01, rpc("web01"), rpc.host("web01"), rpc.host(host="web01"))] == ["web01"] * 4
     server = rpc.web01
     assert server(queue={"a": 1}) is server
-    with pytest.raises(AttributeError, match="_private"):
-        _ = rpc._private
-    assert harp.RemoteProcedure(rpc, server, "_private").procedure() == "_private"
+    name = "_private"
+    with pytest.raises(AttributeError, match=name):
+        getattr(rpc, name)
+    assert harp.RemoteProcedure(rpc, server, name).procedure() == name
 
 
 def test_attributes_have_types() -> None:

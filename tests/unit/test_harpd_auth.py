@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Any
 
@@ -174,9 +173,12 @@ def test_own_modules_derive_from_the_base_class() -> None:
 
 
 def settle(file: Path) -> None:
-    """Let the file's last change be long ago, as far as its times tell; that of its inode can't be set."""
-    changed = file.stat().st_ctime
-    wait_until(lambda: time.time() - changed > passfile._SETTLED, what="a file that was not changed for a while")
+    """Wait until the file's last change is old enough to be relied on; the change time of an inode cannot be set."""
+    users = passfile.create({"file": str(file)})
+    wait_until(
+        lambda: users.authenticate("alice", "secret") and users.recalls("alice", "secret"),
+        what="a file that was not changed for a while",
+    )
 
 
 def test_passfile_recalls_what_it_found_until_the_file_changes(users_file: Path) -> None:

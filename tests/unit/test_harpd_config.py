@@ -234,12 +234,15 @@ def test_the_settings_page_lists_every_option_with_unit_and_default() -> None:
 
 def test_the_settings_page_lists_every_option_of_the_command_line() -> None:
     rows = re.findall(r"^\| (`-[^|]*) \|([^|]*)\|", PAGE.read_text(), re.MULTILINE)
-    (command,) = (action for action in parser()._actions if action.dest == "command")
-    assert set(command.choices or ()) <= set(re.findall(r"^\| `([a-z]+)` \|", PAGE.read_text(), re.MULTILINE))
+    text = parser().format_help()
+    commands = re.search(r"COMMAND +one of ([a-z, ]+):", text)
+    assert commands is not None
+    assert set(commands[1].split(", ")) <= set(re.findall(r"^\| `([a-z]+)` \|", PAGE.read_text(), re.MULTILINE))
     documented = {tuple(re.findall(r"`?(--?[a-z-]+)", flags)): default.strip(" `") for flags, default in rows}
-    expected = {
-        tuple(action.option_strings): str(action.default or "")
-        for action in parser()._actions
-        if action.option_strings and "--help" not in action.option_strings
-    }
+    defaults = {name: str(value or "") for name, value in vars(parser().parse_args([])).items()}
+    expected = {}
+    for short, long in re.findall(r"^  (?:(-[a-z])(?: [A-Z]+)?, )?(--[a-z-]+)", text, re.MULTILINE):
+        if long != "--help":
+            flags = (short, long) if short else (long,)
+            expected[flags] = defaults[long.removeprefix("--").replace("-", "_")]
     assert documented == expected

@@ -60,4 +60,4 @@ def test_what_comes_and_goes_without_end_is_counted_and_not_kept() -> None:
         findings.note([Process(pid, 60)])
     receipt = findings.receipt(main_ended=True, complete=False, began=1.0)
     assert receipt["found"] == 5001
-    assert len(findings._traces) == 100
+    assert len(receipt["processes"]) == 100

@@ -32,19 +32,24 @@ class Wardens:
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
-        self._alive: set[CallRecords] = set()
+        self._alive: dict[CallRecords, str] = {}
 
     def begin(self, name: str) -> CallRecords:
         """A new warden."""
         records = CallRecords(self._directory, name)
-        self._alive.add(records)
+        self._alive[records] = name
         return records
 
     def kill(self, records: CallRecords) -> None:
-        """What the death of a warden does to its records."""
-        self._alive.remove(records)
-        for lock in (records._lock, *records._dead.values()):
-            os.close(lock)
+        """Do what a warden's death does: close its locks, on its own directory and on those of dead wardens."""
+        del self._alive[records]
+        calls = self._directory / "calls"
+        living = {str(calls / name) for name in self._alive.values()}
+        for number in os.listdir("/proc/self/fd"):
+            with contextlib.suppress(FileNotFoundError):  # the descriptor of the listing itself
+                target = os.readlink(f"/proc/self/fd/{number}")
+                if target.startswith(f"{calls}/") and target not in living:
+                    os.close(int(number))
 
     def kill_all(self) -> None:
         """End what is left."""
