@@ -31,7 +31,7 @@ _SETTLED = 2.2
 #: As harpd logs by itself: events of level info, as text. With a format that the harness can read.
 _LOGGING = {
     "version": 1,
-    "formatters": {"json": {"()": "harp.daemon.logs.JSONFormatter"}},
+    "formatters": {"json": {"()": "harp_daemon.logs.JSONFormatter"}},
     "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "json"}},
     "root": {"level": "INFO", "handlers": ["stderr"]},
 }

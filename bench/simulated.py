@@ -22,7 +22,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-from harp.daemon.eventloop import run
 from harp.protocol.daemon import (
     Acknowledgement,
     Alive,
@@ -47,6 +46,7 @@ from harp.protocol.daemon import (
 )
 from harp.protocol.ends import Failed, Raised, Returned
 from harp.protocol.jsontext import dumps
+from harp_daemon.event_loop import run
 
 __all__ = ["address_of"]
 

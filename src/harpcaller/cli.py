@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator
 from enum import IntEnum
 from pathlib import Path
 
-from harp.daemon.process import ProcessError, detach, pidfile
 from harp.protocol.jsontext import InvalidJSON, Raw, loads
+from harp_daemon.process import ProcessError, detach, pidfile
 from harpcaller.config import DEFAULT_FILE, ConfigError, load
 from harpcaller.control import ControlError, Daemon
 from harpcaller.store import StorageError
@@ -75,7 +75,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _start(parsed: argparse.Namespace) -> Exit:
     # Only the daemon needs the event loop, TLS and SQLite; what asks a daemon should not wait for them.
-    from harp.daemon.eventloop import run as run_loop
+    from harp_daemon.event_loop import run as run_loop
     from harpcaller.program import Options, configure_log, run
 
     options = Options(config=parsed.config, socket=parsed.socket, debug=parsed.debug)

@@ -14,9 +14,9 @@ import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from harp.daemon.allowance import Share
 from harp.protocol.fields import ProtocolError
 from harp.protocol.lines import LineBuffer, LineTooLong
+from harp_daemon.memory_quota import Share
 
 __all__ = ["ClientLeft", "Connection"]
 

@@ -16,7 +16,7 @@ from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
-from harp.daemon.sockets import prepare
+from harp_daemon.sockets import prepare
 from harpcaller.connection import ClientLeft, Connection
 from harpcaller.listening import Listener
 

@@ -13,9 +13,9 @@ import ssl
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
-from harp.daemon.sockets import prepare
 from harp.protocol.ends import Failed
 from harp.protocol.jsontext import Raw, dumps
+from harp_daemon.sockets import prepare
 from harpcaller.hosts import Host
 from harpcaller.hosttls import CertificateRefused, HostTLS, as_ip, server_name
 

@@ -21,7 +21,7 @@ from collections.abc import Mapping
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from typing import Any
 
-from harp.daemon.tls import set_floor
+from harp_daemon.tls import set_floor
 from harpcaller.config import Config, file_errors
 from harpcaller.freshfile import FreshFile
 from harpcaller.hosts import Host

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from harp.daemon.sockets import TCPPlace, any_address, distinct
+from harp_daemon.sockets import TCPPlace, any_address, distinct
 from harpcaller.config import Address
 
 __all__ = ["Listener", "listen_tcp", "listen_unix", "reason"]

@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from harp.daemon import logs
-from harp.daemon.process import ProcessError, notify
+from harp_daemon import logs
+from harp_daemon.process import ProcessError, notify
 from harpcaller import service
 from harpcaller.admin import Admin
 from harpcaller.config import Config, ConfigError, file_errors, load

@@ -14,8 +14,6 @@ from contextlib import aclosing
 from types import TracebackType
 from typing import Self, TypeAlias
 
-from harp.daemon.allowance import Allowance, Share
-from harp.daemon.slicing import open_quickly
 from harp.protocol.dispatcher import (
     Call,
     Cancel,
@@ -41,6 +39,8 @@ from harp.protocol.replies import (
     WasCancelled,
     encode_reply,
 )
+from harp_daemon.memory_quota import Allowance, Share
+from harp_daemon.sliced_json import open_quickly
 from harpcaller.config import Address, Config, ConfigError
 from harpcaller.connection import ClientLeft, Connection
 from harpcaller.dispatcher import Dispatcher

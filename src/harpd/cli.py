@@ -10,8 +10,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from harp.daemon.eventloop import run
-from harp.daemon.process import ProcessError, detach, pidfile
+from harp_daemon.event_loop import run
+from harp_daemon.process import ProcessError, detach, pidfile
 from harpd import calls, control, gate
 from harpd.check import check
 from harpd.config import ConfigError, load

@@ -17,7 +17,7 @@ import msgspec
 import yaml
 from msgspec import Meta
 
-from harp.daemon.tls import DEFAULT_FLOOR, FLOORS, set_floor
+from harp_daemon.tls import DEFAULT_FLOOR, FLOORS, set_floor
 
 __all__ = [
     "ConfigError",
@@ -65,7 +65,7 @@ class Network(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
 
     @property
     def tls_floor(self) -> str:
-        """`tls_minimum` as `harp.daemon.tls` names it."""
+        """`tls_minimum` as `harp_daemon.tls` names it."""
         return str(self.tls_minimum)
 
 

@@ -16,8 +16,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from harp.daemon.allowance import Allowance
-from harp.daemon.sockets import prepare
+from harp_daemon.memory_quota import Allowance
+from harp_daemon.sockets import prepare
 from harpd.client import boottime, peer_name
 from harpd.config import ConfigError
 from harpd.connection import Connection

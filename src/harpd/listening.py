@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 from pathlib import Path
 
-from harp.daemon.sockets import TCPPlace, any_address, distinct
+from harp_daemon.sockets import TCPPlace, any_address, distinct
 from harpd.config import ConfigError, Network
 
 __all__ = ["listen"]

@@ -9,7 +9,7 @@ import logging.config
 from collections.abc import Mapping
 from typing import Any, TypedDict
 
-from harp.daemon import logs
+from harp_daemon import logs
 
 __all__ = ["LogSettings", "configure"]
 

@@ -8,7 +8,7 @@ import signal
 from collections.abc import Awaitable, Callable, Iterable
 from typing import Any, Protocol
 
-from harp.daemon.process import notify
+from harp_daemon.process import notify
 from harpd.config import ConfigError
 from harpd.wardens import WardenError
 

@@ -8,10 +8,10 @@ import socket
 import struct
 from collections.abc import Callable
 
-from harp.daemon.slicing import open_quickly
 from harp.protocol.fields import ProtocolError
 from harp.protocol.jsontext import InvalidJSON, Members
 from harp.protocol.lines import LineBuffer, LineTooLong
+from harp_daemon.sliced_json import open_quickly
 from harpd.eventloop import READ, WRITE, EventLoop
 
 __all__ = ["Farewell", "Reception"]

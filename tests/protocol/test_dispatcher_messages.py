@@ -9,7 +9,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harp.daemon.slicing import open_quickly
 from harp.protocol.dispatcher import (
     Call,
     Cancel,
@@ -42,6 +41,7 @@ from harp.protocol.replies import (
     decode_reply,
     encode_reply,
 )
+from harp_daemon.sliced_json import open_quickly
 
 JOB = "3f22e0d4-c8ed-11e5-8d66-001e8c140268"
 

@@ -1,4 +1,4 @@
-"""`harp.daemon.slicing` against the careful opener: the same members, the same text, the same refusals."""
+"""`harp_daemon.sliced_json` against the careful opener: the same members, the same text, the same refusals."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from harp.daemon.slicing import open_quickly, sliced_records
 from harp.protocol.closing import RECORD
 from harp.protocol.jsontext import InvalidJSON, Opener, Raw, loads, open_sliced
 from harp.protocol.strictjson import MAX_DEPTH, enclosed
+from harp_daemon.sliced_json import open_quickly, sliced_records
 
 scalars = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text()
 values = st.recursive(scalars, lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=20)

@@ -29,7 +29,7 @@ from support.deadline import wait_until
 
 _LOGGING = {
     "version": 1,
-    "formatters": {"json": {"()": "harp.daemon.logs.JSONFormatter"}},
+    "formatters": {"json": {"()": "harp_daemon.logs.JSONFormatter"}},
     "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "json"}},
     "root": {"level": "DEBUG", "handlers": ["stderr"]},
 }

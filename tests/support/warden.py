@@ -35,7 +35,7 @@ _LOGGING = {
     "syslog": False,
     "config": {
         "version": 1,
-        "formatters": {"json": {"()": "harp.daemon.logs.JSONFormatter"}},
+        "formatters": {"json": {"()": "harp_daemon.logs.JSONFormatter"}},
         "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "json"}},
         "root": {"level": "DEBUG", "handlers": ["stderr"]},
     },

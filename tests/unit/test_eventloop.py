@@ -1,4 +1,4 @@
-"""`harp.daemon.eventloop`: which loop the daemons run on."""
+"""`harp_daemon.event_loop`: which loop the daemons run on."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import asyncio
 import pytest
 import uvloop
 
-from harp.daemon.eventloop import run
+from harp_daemon.event_loop import run
 
 
 async def kind() -> type[asyncio.AbstractEventLoop]:

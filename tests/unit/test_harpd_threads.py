@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from harp.daemon.allowance import Allowance, Share
+from harp_daemon.memory_quota import Allowance, Share
 from harpd.threads import Crashed, Threads
 from support.deadline import eventually
 
