@@ -22,7 +22,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-from harp.protocol.daemon import (
+from harp.protocol.ends import Failed, Raised, Returned
+from harp.protocol.harpd import (
     Acknowledgement,
     Alive,
     AnyRequest,
@@ -44,8 +45,7 @@ from harp.protocol.daemon import (
     decode_request,
     encode_message,
 )
-from harp.protocol.ends import Failed, Raised, Returned
-from harp.protocol.jsontext import dumps
+from harp.protocol.json_text import dumps
 from harp_daemon.event_loop import run
 
 __all__ = ["address_of"]

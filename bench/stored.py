@@ -22,7 +22,7 @@ from bench.harp_client import SETTINGS, Client, exchange
 from bench.load import jobs as run_jobs
 from bench.processes import free_port, program
 from bench.simulation import HOST, dispatcher_on_simulated_hosts
-from harp.protocol.jsontext import loads
+from harp.protocol.json_text import loads
 from harpcaller.control import ControlError, Daemon
 from harpcaller.store.sqlite.file import FILE_NAME
 

@@ -44,7 +44,7 @@ from harp.operations import (
     surely,
     waits,
 )
-from harp.protocol.dispatcher import FollowStream, ReadStream, Request, encode_request
+from harp.protocol.requests import FollowStream, ReadStream, Request, encode_request
 from harp.readers import DirectReader, Reader, StreamReader
 from harp.reconnecting import Patience, seconds_to_reconnect
 

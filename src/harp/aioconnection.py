@@ -14,7 +14,7 @@ from typing import Any, NoReturn, Self, cast
 
 from harp.connection import CONNECT_DEADLINE, Dial, Endpoint, Incoming, encoded, quiet
 from harp.errors import CommunicationError
-from harp.protocol.jsontext import loads
+from harp.protocol.json_text import loads
 from harp.tls import tls_context
 
 __all__ = ["AsyncJSONConnection", "AsyncJSONSSLConnection"]

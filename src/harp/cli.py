@@ -14,7 +14,7 @@ from typing import Any
 from harp import client, direct
 from harp.errors import CancelledException, CommunicationError, HarpException, RemoteError, RemoteException
 from harp.operations import CALL_NOT_FINISHED, Result
-from harp.protocol.jsontext import InvalidJSON, loads
+from harp.protocol.json_text import InvalidJSON, loads
 
 __all__ = ["Exit", "main"]
 

@@ -33,7 +33,7 @@ from harp.operations import (
     submit_many,
     waits,
 )
-from harp.protocol.dispatcher import FollowStream, ReadStream, Request, encode_request
+from harp.protocol.requests import FollowStream, ReadStream, Request, encode_request
 from harp.readers import StreamReader
 from harp.reconnecting import Patience, seconds_to_reconnect
 

@@ -21,7 +21,7 @@ from types import TracebackType
 from typing import Any, NoReturn, Self, TypeAlias
 
 from harp.errors import CommunicationError, HarpException
-from harp.protocol.jsontext import NotJSON, dumps, loads
+from harp.protocol.json_text import NotJSON, dumps, loads
 from harp.protocol.lines import LineBuffer
 from harp.tls import TLSSocket, tls_context
 

@@ -12,8 +12,8 @@ from typing import Generic, TypeVar
 from harp.errors import CommunicationError
 from harp.idle import Idle, Reusable
 from harp.operations import surely, waits
-from harp.protocol.dispatcher import Call, Cancel, Request, SubmitMany
 from harp.protocol.replies import granted
+from harp.protocol.requests import Call, Cancel, Request, SubmitMany
 from harp.reconnecting import closed_silently, too_old
 
 __all__ = ["Keeping"]

@@ -16,9 +16,13 @@ from dataclasses import KW_ONLY, dataclass, field, fields, replace
 from typing import Any, Final, TypeAlias, TypedDict, TypeVar, final
 
 from harp.errors import CancelledException, CommunicationError, HarpException, RemoteError, RemoteException
-from harp.protocol import daemon
-from harp.protocol import dispatcher as protocol
-from harp.protocol.dispatcher import (
+from harp.protocol import harpd as daemon
+from harp.protocol import requests as protocol
+from harp.protocol.ends import Cancelled, End, Failed, Raised, Returned
+from harp.protocol.fields import check, is_count, is_seconds
+from harp.protocol.json_text import NotJSON, Raw, dumps, loads
+from harp.protocol.replies import Details, NoResult, Reply, Status, Submitted, SubmittedMany, WasCancelled, decode_reply
+from harp.protocol.requests import (
     VERSION,
     Cancel,
     FollowStream,
@@ -30,10 +34,6 @@ from harp.protocol.dispatcher import (
     Request,
     SubmitMany,
 )
-from harp.protocol.ends import Cancelled, End, Failed, Raised, Returned
-from harp.protocol.fields import check, is_count, is_seconds
-from harp.protocol.jsontext import NotJSON, Raw, dumps, loads
-from harp.protocol.replies import Details, NoResult, Reply, Status, Submitted, SubmittedMany, WasCancelled, decode_reply
 from harp.reconnecting import STORAGE_ERROR, Patience, closed_silently, too_old
 
 __all__ = [

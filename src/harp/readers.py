@@ -12,10 +12,10 @@ from typing import Any
 
 from harp.errors import CommunicationError, HarpException
 from harp.operations import REFUSALS, Answer, Job, Result, error_of, outcome_of
-from harp.protocol import daemon
-from harp.protocol.dispatcher import FollowStream, ReadStream, encode_request
+from harp.protocol import harpd as daemon
 from harp.protocol.ends import Failed, Raised, Returned
 from harp.protocol.replies import Continue, Exchange, Packet
+from harp.protocol.requests import FollowStream, ReadStream, encode_request
 from harp.reconnecting import Patience, closed_silently, too_old
 
 __all__ = ["DirectReader", "Reader", "StreamReader"]

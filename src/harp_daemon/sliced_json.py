@@ -1,4 +1,4 @@
-"""Opening a message with its payloads as `Raw` text, as `harp.protocol.jsontext.open_sliced` does, some times faster.
+"""Opening a message with its payloads as `Raw` text, as `harp.protocol.json_text.open_sliced` does, some times faster.
 
 msgspec slices; whatever it does not take, or may have taken too lightly, goes to the careful one. Both give the same.
 """
@@ -10,9 +10,9 @@ from typing import Any
 
 import msgspec
 
-from harp.protocol.closing import RECORD
-from harp.protocol.jsontext import Members, Payload, Raw, open_sliced
-from harp.protocol.strictjson import checked_text, loads, may_be_deep
+from harp.protocol.call_output import RECORD
+from harp.protocol.json_text import Members, Payload, Raw, open_sliced
+from harp.protocol.strict_json import checked_text, loads, may_be_deep
 
 __all__ = ["open_quickly", "sliced_records"]
 

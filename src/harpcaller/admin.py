@@ -15,7 +15,7 @@ from typing import Any, Protocol, Self
 
 from harp.protocol.ends import encode_end
 from harp.protocol.fields import ProtocolError, check, is_container, is_count, is_seconds, opened, string, value, within
-from harp.protocol.jsontext import Envelope, Members, Raw, dumps
+from harp.protocol.json_text import Envelope, Members, Raw, dumps
 from harp_daemon.sliced_json import open_quickly
 from harpcaller.config import ConfigError
 from harpcaller.connection import ClientLeft, Connection

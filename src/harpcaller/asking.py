@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from harp.protocol.daemon import Attach, CallTerms, Request
+from harp.protocol.harpd import Attach, CallTerms, Request
 from harpcaller.config import Config
 from harpcaller.hosts import Host
 from harpcaller.jobs import Identity, Job

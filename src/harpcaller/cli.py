@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from enum import IntEnum
 from pathlib import Path
 
-from harp.protocol.jsontext import InvalidJSON, Raw, loads
+from harp.protocol.json_text import InvalidJSON, Raw, loads
 from harp_daemon.process import ProcessError, detach, pidfile
 from harpcaller.config import DEFAULT_FILE, ConfigError, load
 from harpcaller.control import ControlError, Daemon

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from harp.protocol.jsontext import Raw, loads
+from harp.protocol.json_text import Raw, loads
 
 __all__ = ["LostContact", "Pace"]
 

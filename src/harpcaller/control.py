@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from harp.protocol.jsontext import Envelope, InvalidJSON, Raw, dumps, open_sliced
+from harp.protocol.json_text import Envelope, InvalidJSON, Raw, dumps, open_sliced
 
 __all__ = ["ControlError", "Daemon", "NotRunning"]
 

@@ -15,11 +15,11 @@ from collections.abc import Iterator, Sequence
 from itertools import islice, takewhile
 from operator import methodcaller
 
-from harp.protocol.closing import RECORD
-from harp.protocol.daemon import Alive, AnyRequest, Exchange, Message, Order, Record, encode_order, encode_request
+from harp.protocol.call_output import RECORD
 from harp.protocol.ends import Failed
 from harp.protocol.fields import ProtocolError, is_count
-from harp.protocol.jsontext import InvalidJSON, Raw, loads
+from harp.protocol.harpd import Alive, AnyRequest, Exchange, Message, Order, Record, encode_order, encode_request
+from harp.protocol.json_text import InvalidJSON, Raw, loads
 from harp.protocol.lines import LineBuffer
 from harp_daemon.sliced_json import open_quickly, sliced_records
 from harpcaller.config import Config

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from harp.protocol.ends import Failed, Raised
-from harp.protocol.jsontext import Envelope, InvalidJSON, Raw, loads
+from harp.protocol.json_text import Envelope, InvalidJSON, Raw, loads
 from harpcaller.hosts import Host
 from harpcaller.jobs import Facts, Job, JobDetails, State, Stop, Waiting
 from harpcaller.runner import Run

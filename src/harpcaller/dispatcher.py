@@ -26,10 +26,10 @@ from functools import partial
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-from harp.protocol.dispatcher import Call
 from harp.protocol.ends import Cancelled, End
-from harp.protocol.jsontext import Raw, dumps
+from harp.protocol.json_text import Raw, dumps
 from harp.protocol.replies import Continue
+from harp.protocol.requests import Call
 from harpcaller.config import Config
 from harpcaller.details import Situation, describe
 from harpcaller.hostbook import HostBook

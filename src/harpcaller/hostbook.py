@@ -15,9 +15,9 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from harp.protocol.daemon import Held, ListCalls, Message
 from harp.protocol.ends import Failed
 from harp.protocol.fields import ProtocolError
+from harp.protocol.harpd import Held, ListCalls, Message
 from harpcaller.config import Config
 from harpcaller.conversation import dial
 from harpcaller.hosts import Host

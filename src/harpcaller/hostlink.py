@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 from harp.protocol.ends import Failed
-from harp.protocol.jsontext import Raw, dumps
+from harp.protocol.json_text import Raw, dumps
 from harp_daemon.sockets import prepare
 from harpcaller.hosts import Host
 from harpcaller.hosttls import CertificateRefused, HostTLS, as_ip, server_name

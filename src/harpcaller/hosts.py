@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from harp.protocol.fields import ProtocolError, check, opened, string, value, within
-from harp.protocol.jsontext import Members, open_decoded
+from harp.protocol.json_text import Members, open_decoded
 
 __all__ = ["Host", "Registry", "Skipped", "parse_line", "parse_registry"]
 

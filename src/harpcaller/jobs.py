@@ -14,7 +14,7 @@ from enum import StrEnum
 from types import MappingProxyType
 
 from harp.protocol.ends import Cancelled, End, Failed, Raised, Returned
-from harp.protocol.jsontext import Raw
+from harp.protocol.json_text import Raw
 
 __all__ = [
     "ENDED",

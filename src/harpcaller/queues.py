@@ -11,7 +11,7 @@ import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from harp.protocol.jsontext import Raw, canonical
+from harp.protocol.json_text import Raw, canonical
 
 __all__ = ["Head", "host_lane", "queue_lane", "startable"]
 

@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from typing import TypeVar
 
-from harp.protocol.jsontext import Raw
+from harp.protocol.json_text import Raw
 from harpcaller.jobs import Records
 from harpcaller.news import News
 from harpcaller.store import StorageError, Store

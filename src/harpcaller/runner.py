@@ -29,7 +29,9 @@ import time
 from enum import Enum, IntEnum
 from typing import Any
 
-from harp.protocol.daemon import (
+from harp.protocol.ends import End, Failed
+from harp.protocol.fields import ProtocolError
+from harp.protocol.harpd import (
     Acknowledgement,
     Done,
     Evidence,
@@ -40,9 +42,7 @@ from harp.protocol.daemon import (
     StopCall,
     Stored,
 )
-from harp.protocol.ends import End, Failed
-from harp.protocol.fields import ProtocolError
-from harp.protocol.jsontext import Raw, dumps, loads
+from harp.protocol.json_text import Raw, dumps, loads
 from harp.protocol.lines import LineTooLong
 from harpcaller import asking
 from harpcaller.contact import LostContact, Pace

@@ -14,20 +14,9 @@ from contextlib import aclosing
 from types import TracebackType
 from typing import Self, TypeAlias
 
-from harp.protocol.dispatcher import (
-    Call,
-    Cancel,
-    FollowStream,
-    GetDetails,
-    GetResult,
-    GetStatus,
-    ReadStream,
-    SubmitMany,
-    decode_asking,
-)
 from harp.protocol.ends import Failed
 from harp.protocol.fields import ProtocolError
-from harp.protocol.jsontext import Envelope
+from harp.protocol.json_text import Envelope
 from harp.protocol.replies import (
     Continue,
     Details,
@@ -38,6 +27,17 @@ from harp.protocol.replies import (
     SubmittedMany,
     WasCancelled,
     encode_reply,
+)
+from harp.protocol.requests import (
+    Call,
+    Cancel,
+    FollowStream,
+    GetDetails,
+    GetResult,
+    GetStatus,
+    ReadStream,
+    SubmitMany,
+    decode_asking,
 )
 from harp_daemon.memory_quota import Allowance, Share
 from harp_daemon.sliced_json import open_quickly

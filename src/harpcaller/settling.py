@@ -13,9 +13,9 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from harp.protocol.daemon import Receipt
 from harp.protocol.ends import End, Failed, Raised
-from harp.protocol.jsontext import Raw, dumps
+from harp.protocol.harpd import Receipt
+from harp.protocol.json_text import Raw, dumps
 from harpcaller.jobs import NO_FACTS, Facts, Job, Stop, state_of
 from harpcaller.recording import persist
 from harpcaller.store import StorageError

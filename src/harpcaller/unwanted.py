@@ -13,10 +13,10 @@ import logging
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 
-from harp.protocol.daemon import Acknowledgement, Done, Evidence, Receipt, Record, StopCall, Stored
 from harp.protocol.ends import End, Failed
 from harp.protocol.fields import ProtocolError
-from harp.protocol.jsontext import Raw
+from harp.protocol.harpd import Acknowledgement, Done, Evidence, Receipt, Record, StopCall, Stored
+from harp.protocol.json_text import Raw
 from harp.protocol.lines import LineTooLong
 from harpcaller import asking
 from harpcaller.conversation import BEHIND_ALL, Conversation, dial, end_of_records

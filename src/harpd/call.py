@@ -13,8 +13,8 @@ import os
 import signal
 import sys
 
-from harp.protocol import closing
-from harp.protocol.strictjson import Envelope, InvalidJSON, NotJSON, Raw, dumps, loads
+from harp.protocol import call_output as closing
+from harp.protocol.strict_json import Envelope, InvalidJSON, NotJSON, Raw, dumps, loads
 from harpd.arguments import WrongArguments, check_arguments
 from harpd.channel import Channel
 from harpd.limits import Limits

@@ -19,9 +19,9 @@ from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any
 
-from harp.protocol.daemon import LONGEST_ORDER, Done, decode_order
 from harp.protocol.ends import Failed
 from harp.protocol.fields import ProtocolError
+from harp.protocol.harpd import LONGEST_ORDER, Done, decode_order
 from harp.protocol.lines import LineBuffer, LineTooLong
 from harpd.client import Client, Gone
 from harpd.config import Limits

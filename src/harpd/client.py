@@ -8,8 +8,8 @@ import logging
 import socket
 import time
 
-from harp.protocol.daemon import Message, encode_message
 from harp.protocol.ends import Failed
+from harp.protocol.harpd import Message, encode_message
 from harpd.generation import Generation
 
 __all__ = ["Client", "Gone", "boottime", "peer_name"]

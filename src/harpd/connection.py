@@ -21,12 +21,12 @@ from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from functools import partial
 
-from harp.protocol.daemon import AnyRequest, Attach, ListCalls, Request, decode_request, encode_message
 from harp.protocol.ends import Failed
 from harp.protocol.fields import ProtocolError
-from harp.protocol.jsontext import Envelope, dumps
-from harp.protocol.kept import encode_terms
+from harp.protocol.harpd import AnyRequest, Attach, ListCalls, Request, decode_request, encode_message
+from harp.protocol.json_text import Envelope, dumps
 from harp.protocol.lines import LineBuffer, LineTooLong
+from harp.protocol.resumable import encode_terms
 from harp_daemon.memory_quota import Allowance, Share
 from harp_daemon.sliced_json import open_quickly
 from harpd.carrying import AFTER_REQUEST, CALL_DIED, SHUTDOWN, Around, KeptCall, Refused, TiedCall

@@ -17,10 +17,10 @@ import socket
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from harp.protocol.daemon import Held, encode_message
 from harp.protocol.ends import Failed
 from harp.protocol.fields import check, is_count, is_seconds, string, value
-from harp.protocol.jsontext import Members, dumps
+from harp.protocol.harpd import Held, encode_message
+from harp.protocol.json_text import Members, dumps
 from harpd.barred import BarredIds
 from harpd.eventloop import EventLoop
 from harpd.kept import Claim, Kept, Terms

@@ -23,7 +23,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, TypeAlias
 
-from harp.protocol.jsontext import dumps
+from harp.protocol.json_text import dumps
 from harpd.wardens import NoWarden, WardenError, Wardens
 
 __all__ = ["STOP_MARGIN", "Keeper", "Settings"]

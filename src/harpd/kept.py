@@ -23,7 +23,9 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from harp.protocol.daemon import (
+from harp.protocol.ends import Failed
+from harp.protocol.fields import ProtocolError
+from harp.protocol.harpd import (
     Acknowledgement,
     Alive,
     Done,
@@ -36,9 +38,7 @@ from harp.protocol.daemon import (
     decode_order,
     encode_message,
 )
-from harp.protocol.ends import Failed
-from harp.protocol.fields import ProtocolError
-from harp.protocol.jsontext import Raw
+from harp.protocol.json_text import Raw
 from harp.protocol.lines import LineBuffer, LineTooLong
 from harpd.attachment import Attachment
 from harpd.eventloop import EventLoop, Timer

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from harp.protocol.jsontext import dumps, loads
+from harp.protocol.json_text import dumps, loads
 from harpd.callprocess import Parent, Resting, Usage
 from harpd.eventloop import READ, WRITE, EventLoop, Timer
 from harpd.mark import environment_with_room

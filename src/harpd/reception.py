@@ -9,7 +9,7 @@ import struct
 from collections.abc import Callable
 
 from harp.protocol.fields import ProtocolError
-from harp.protocol.jsontext import InvalidJSON, Members
+from harp.protocol.json_text import InvalidJSON, Members
 from harp.protocol.lines import LineBuffer, LineTooLong
 from harp_daemon.sliced_json import open_quickly
 from harpd.eventloop import READ, WRITE, EventLoop

@@ -12,7 +12,7 @@ __all__ = ["Relay"]
 #: line that the client has seen nothing of, unless it is a long one.
 _KEPT_BACK = 64 * 1024
 
-#: How the lines begin that close a call; `harp.protocol.daemon.encode_message` writes them so.
+#: How the lines begin that close a call; `harp.protocol.harpd.encode_message` writes them so.
 _ERROR = b'{"harp":1,"error":'
 _CLOSING = (b'{"result":', b'{"exception":', _ERROR)
 _HEAD = max(map(len, _CLOSING))

@@ -24,10 +24,10 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Protocol
 
-from harp.protocol.closing import RECORD
-from harp.protocol.daemon import encode_message
+from harp.protocol.call_output import RECORD
 from harp.protocol.ends import Failed
-from harp.protocol.jsontext import InvalidJSON, Raw, dumps, loads
+from harp.protocol.harpd import encode_message
+from harp.protocol.json_text import InvalidJSON, Raw, dumps, loads
 from harpd.callprocess import CallProcess, Usage
 from harpd.cgroup import Cgroups
 from harpd.eventloop import READ, WRITE, EventLoop, Timer

@@ -10,9 +10,9 @@ from __future__ import annotations
 import socket
 from collections.abc import Callable
 
-from harp.protocol.daemon import Acknowledgement, encode_message
 from harp.protocol.ends import Failed
-from harp.protocol.jsontext import Raw
+from harp.protocol.harpd import Acknowledgement, encode_message
+from harp.protocol.json_text import Raw
 from harpd.attachment import Attachment
 from harpd.eventloop import EventLoop
 from harpd.running import RunningCall, Stop

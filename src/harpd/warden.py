@@ -59,10 +59,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
-from harp.protocol.daemon import encode_message
 from harp.protocol.ends import Failed
 from harp.protocol.fields import check, is_container, string
-from harp.protocol.jsontext import Members, dumps, loads
+from harp.protocol.harpd import encode_message
+from harp.protocol.json_text import Members, dumps, loads
 from harpd import logs
 from harpd.cgroup import Cgroups, own_cgroup
 from harpd.eventloop import READ, EventLoop

@@ -24,10 +24,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
-from harp.protocol.daemon import Held, decode_message
 from harp.protocol.ends import Failed
 from harp.protocol.fields import ProtocolError
-from harp.protocol.jsontext import InvalidJSON, dumps, loads
+from harp.protocol.harpd import Held, decode_message
+from harp.protocol.json_text import InvalidJSON, dumps, loads
 from harpd.reception import CURRENT, OWN
 
 __all__ = ["CURRENT", "NoWarden", "Reply", "WardenConnection", "WardenError", "WardenLost", "Wardens"]

@@ -33,7 +33,7 @@ import socket
 import sys
 import warnings
 
-from harp.protocol.strictjson import dumps, loads
+from harp.protocol.strict_json import dumps, loads
 from harpd import arguments, limits
 from harpd.call import Descriptors, leave_zygote, rehearse, run_calls
 from harpd.mark import Mark

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from harp.protocol.ends import Cancelled, Failed, Returned
-from harp.protocol.jsontext import Raw
+from harp.protocol.json_text import Raw
 from harpcaller.contact import LostContact
 from harpcaller.jobs import Facts, NewJob, Stop
 from harpcaller.store.sqlite import open_store

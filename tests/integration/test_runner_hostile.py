@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from harp.protocol.daemon import ListCalls, Stored
 from harp.protocol.ends import Failed, Returned
+from harp.protocol.harpd import ListCalls, Stored
 from harpcaller.config import Config
 from harpcaller.conversation import dial
 from harpcaller.hosts import Host

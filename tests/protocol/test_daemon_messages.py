@@ -10,7 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harp.protocol.daemon import (
+from harp.protocol.ends import Failed, Raised, Returned
+from harp.protocol.fields import ProtocolError
+from harp.protocol.harpd import (
     LONGEST_ORDER,
     NEXT,
     Acknowledgement,
@@ -40,9 +42,7 @@ from harp.protocol.daemon import (
     encode_order,
     encode_request,
 )
-from harp.protocol.ends import Failed, Raised, Returned
-from harp.protocol.fields import ProtocolError
-from harp.protocol.jsontext import open_decoded, open_sliced
+from harp.protocol.json_text import open_decoded, open_sliced
 
 REQUEST = '{"harp":1,"procedure":"p","arguments":[1],"auth":{"user":"u","password":"s"}}'
 

@@ -9,23 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harp.protocol.dispatcher import (
-    Call,
-    Cancel,
-    FollowStream,
-    GetDetails,
-    GetResult,
-    GetStatus,
-    Queue,
-    ReadStream,
-    Request,
-    SubmitMany,
-    decode_request,
-    encode_request,
-)
 from harp.protocol.ends import Cancelled, Failed, Raised, Returned
 from harp.protocol.fields import ProtocolError
-from harp.protocol.jsontext import loads, open_decoded, open_sliced
+from harp.protocol.json_text import loads, open_decoded, open_sliced
 from harp.protocol.replies import (
     MAY_FOLLOW,
     Continue,
@@ -40,6 +26,20 @@ from harp.protocol.replies import (
     WasCancelled,
     decode_reply,
     encode_reply,
+)
+from harp.protocol.requests import (
+    Call,
+    Cancel,
+    FollowStream,
+    GetDetails,
+    GetResult,
+    GetStatus,
+    Queue,
+    ReadStream,
+    Request,
+    SubmitMany,
+    decode_request,
+    encode_request,
 )
 from harp_daemon.sliced_json import open_quickly
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harp.protocol.jsontext import (
+from harp.protocol.json_text import (
     MAX_DEPTH,
     Envelope,
     InvalidJSON,

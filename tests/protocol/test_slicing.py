@@ -9,9 +9,9 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from harp.protocol.closing import RECORD
-from harp.protocol.jsontext import InvalidJSON, Opener, Raw, loads, open_sliced
-from harp.protocol.strictjson import MAX_DEPTH, enclosed
+from harp.protocol.call_output import RECORD
+from harp.protocol.json_text import InvalidJSON, Opener, Raw, loads, open_sliced
+from harp.protocol.strict_json import MAX_DEPTH, enclosed
 from harp_daemon.sliced_json import open_quickly, sliced_records
 
 scalars = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text()

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from harp.protocol.ends import Cancelled, Returned
-from harp.protocol.jsontext import Raw
+from harp.protocol.json_text import Raw
 from harpcaller.jobs import ENDED, NO_FACTS, TRANSITIONS, Facts, Job, JobDetails, Records, State, Stop
 from harpcaller.store import QueueStatus, Store, UnknownJob
 from support.backends import BACKENDS

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from harp.protocol.ends import Cancelled, Returned
-from harp.protocol.jsontext import Raw
+from harp.protocol.json_text import Raw
 from harpcaller.jobs import Facts, State, Stop
 from harpcaller.store import Store
 from support.jobs import ENDS, added, claimed, job_in, new_job, records

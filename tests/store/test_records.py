@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from harp.protocol.ends import Returned
-from harp.protocol.jsontext import Raw
+from harp.protocol.json_text import Raw
 from harpcaller.jobs import Records, State
 from harpcaller.store import Store
 from support.jobs import ENDS, added, claimed, job_in, records

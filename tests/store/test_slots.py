@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from harp.protocol.ends import Failed
-from harp.protocol.jsontext import Raw
+from harp.protocol.json_text import Raw
 from harpcaller.jobs import State, Stop, Waiting
 from harpcaller.store import QueueStatus, Store
 from support.jobs import ENDS, added, claimed, job_in, new_job

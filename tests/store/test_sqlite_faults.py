@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from harp.protocol.jsontext import Raw
+from harp.protocol.json_text import Raw
 from harpcaller.jobs import Facts, State, Stop
 from harpcaller.store import StorageError
 from harpcaller.store.sqlite import FILE_NAME, file, open_store

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from harp.protocol.ends import Returned
-from harp.protocol.jsontext import Raw
+from harp.protocol.json_text import Raw
 from harpcaller.jobs import TRANSITIONS, Facts, Records, State, Stop
 from harpcaller.store import StorageError
 from harpcaller.store.sqlite import FILE_NAME, SQLiteStore, file, open_store, pruning, reads, sql, writelog, writes

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from harp.protocol.ends import Cancelled, Failed, Raised, Returned
-from harp.protocol.jsontext import Raw, canonical
+from harp.protocol.json_text import Raw, canonical
 from harpcaller.jobs import ENDED, NO_FACTS, Facts, Job, Records, State, Stop
 from harpcaller.store import QueueStatus
 from harpcaller.store.sqlite import FILE_NAME, SQLiteStore, open_store

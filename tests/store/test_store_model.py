@@ -23,7 +23,7 @@ from hypothesis.stateful import (
 )
 
 from harp.protocol.ends import End
-from harp.protocol.jsontext import Raw, canonical
+from harp.protocol.json_text import Raw, canonical
 from harpcaller.jobs import NO_FACTS, Facts, NewJob, Records, Stop
 from support.backends import BACKENDS, Opener
 from support.jobs import ENDS, new_id, new_job

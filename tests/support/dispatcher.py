@@ -8,10 +8,10 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-from harp.protocol.dispatcher import Call, Queue
 from harp.protocol.ends import End
-from harp.protocol.jsontext import Raw
+from harp.protocol.json_text import Raw
 from harp.protocol.replies import Continue
+from harp.protocol.requests import Call, Queue
 from harpcaller.config import Config
 from harpcaller.dispatcher import Dispatcher
 from harpcaller.jobs import Job

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from harp.protocol.ends import Returned
-from harp.protocol.jsontext import Raw
+from harp.protocol.json_text import Raw
 from harpcaller.jobs import NO_FACTS, Facts, NewJob, State
 from harpcaller.store import StorageError
 from harpcaller.store.sqlite import SQLiteStore, open_store

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from harp.protocol.ends import Cancelled, End, Failed, Raised, Returned
-from harp.protocol.jsontext import Raw
+from harp.protocol.json_text import Raw
 from harpcaller.jobs import ENDED, NewJob, Records, State
 from harpcaller.store import Store
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 
 from harp.protocol.ends import Cancelled, End
-from harp.protocol.jsontext import Raw, canonical
+from harp.protocol.json_text import Raw, canonical
 from harpcaller.jobs import (
     ENDED,
     NO_FACTS,

@@ -189,7 +189,7 @@ def test_the_client_does_not_load_asyncio(module: str) -> None:
 
 def test_the_protocol_loads_neither_client_nor_network() -> None:
     program = (
-        "import sys, harp.protocol.daemon, harp.protocol.dispatcher, harp.errors\n"
+        "import sys, harp.protocol.harpd, harp.protocol.requests, harp.errors\n"
         "heavy = {'socket', 'ssl', 'asyncio', 'logging', 'threading', 'harp.client'}\n"
         "sys.exit(', '.join(heavy & set(sys.modules)) or 0)"
     )

@@ -11,7 +11,7 @@ import pytest
 
 from harp.errors import CommunicationError, HarpException, RemoteError
 from harp.operations import Job
-from harp.protocol.dispatcher import FollowStream, ReadStream
+from harp.protocol.requests import FollowStream, ReadStream
 from harp.readers import StreamReader
 from harp.reconnecting import Patience, seconds_to_reconnect
 

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from harp.protocol.jsontext import Raw
+from harp.protocol.json_text import Raw
 from harpcaller.contact import LostContact, Pace
 
 

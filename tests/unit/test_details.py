@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from harp.protocol.ends import Returned
-from harp.protocol.jsontext import Raw
+from harp.protocol.json_text import Raw
 from harpcaller.details import Situation, describe
 from harpcaller.jobs import NO_FACTS, Facts, Job, JobDetails, State
 from harpcaller.timings import Timings

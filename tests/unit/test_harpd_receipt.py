@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import signal
 
-from harp.protocol.daemon import Receipt
-from harp.protocol.jsontext import dumps
+from harp.protocol.harpd import Receipt
+from harp.protocol.json_text import dumps
 from harpd.processes import Process
 from harpd.receipt import Findings
 

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harp.protocol.daemon import Acknowledgement, Message, Record, encode_message
 from harp.protocol.ends import Failed, Raised, Returned
+from harp.protocol.harpd import Acknowledgement, Message, Record, encode_message
 from harpd.relay import Relay
 
 KEPT_BACK = 64 * 1024

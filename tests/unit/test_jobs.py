@@ -7,7 +7,7 @@ from typing import get_args
 import pytest
 
 from harp.protocol.ends import Cancelled, End, Failed, Raised, Returned
-from harp.protocol.jsontext import Raw
+from harp.protocol.json_text import Raw
 from harpcaller.jobs import ENDED, TRANSITIONS, Identity, NewJob, Records, State, state_of
 
 ENDS: list[End] = [Returned(Raw(b"1")), Raised("T", "m"), Failed("t", "m"), Cancelled()]

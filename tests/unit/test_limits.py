@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from harp.protocol.jsontext import Raw
+from harp.protocol.json_text import Raw
 from harpcaller import limits
 from harpcaller.jobs import Job, State
 from harpcaller.limits import Limits

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harp.protocol.jsontext import Raw
+from harp.protocol.json_text import Raw
 from harpcaller.queues import Head, host_lane, queue_lane, startable
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from harp.protocol import closing
+from harp.protocol import call_output as closing
 from harp.protocol.fields import check, string
-from harp.protocol.jsontext import Envelope, Members, Payload, Raw
+from harp.protocol.json_text import Envelope, Members, Payload, Raw
 
 __all__ = ["Cancelled", "End", "Failed", "Raised", "Returned", "decode_end", "encode_end"]
 

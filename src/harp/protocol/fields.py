@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
-from harp.protocol.jsontext import InvalidJSON, Members, NotJSON, Opener, Payload, Raw, dumps
+from harp.protocol.json_text import InvalidJSON, Members, NotJSON, Opener, Payload, Raw, dumps
 
 __all__ = ["ProtocolError", "check", "opened", "payload_text", "string", "within"]
 

@@ -1,6 +1,6 @@
 """What a dispatcher replies to a client: values, their lines, and which may follow which request.
 
-Sans-IO, as `harp.protocol.dispatcher`, which has the requests. Spec: docs/protocol.md, Client and dispatcher.
+Sans-IO, as `harp.protocol.requests`, which has the requests. Spec: docs/protocol.md, Client and dispatcher.
 """
 
 from __future__ import annotations
@@ -12,7 +12,10 @@ from itertools import count
 from types import MappingProxyType
 from typing import TypeAlias
 
-from harp.protocol.dispatcher import (
+from harp.protocol.ends import Cancelled, End, Failed, Raised, Returned, decode_end, encode_end
+from harp.protocol.fields import check, is_container, is_count, opened, string, value
+from harp.protocol.json_text import Envelope, Members, Opener, Payload, Raw, dumps, open_decoded
+from harp.protocol.requests import (
     VERSION,
     Call,
     Cancel,
@@ -26,10 +29,7 @@ from harp.protocol.dispatcher import (
     line_of,
     optional,
 )
-from harp.protocol.ends import Cancelled, End, Failed, Raised, Returned, decode_end, encode_end
-from harp.protocol.fields import check, is_container, is_count, opened, string, value
-from harp.protocol.jsontext import Envelope, Members, Opener, Payload, Raw, dumps, open_decoded
-from harp.protocol.strictjson import enclosed
+from harp.protocol.strict_json import enclosed
 
 __all__ = [
     "Continue",

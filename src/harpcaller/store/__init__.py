@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from harp.protocol.ends import End
-from harp.protocol.jsontext import Raw
+from harp.protocol.json_text import Raw
 from harpcaller.jobs import NO_FACTS, Facts, Identity, Job, JobDetails, NewJob, Records, State, Stop
 
 __all__ = ["QueueStatus", "StorageError", "Store", "UnknownJob"]

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from harp.protocol.ends import End
-from harp.protocol.jsontext import Raw
+from harp.protocol.json_text import Raw
 from harpcaller.jobs import NO_FACTS, Facts, Identity, Job, JobDetails, NewJob, Records, State, Stop
 from harpcaller.store import QueueStatus
 from harpcaller.store.sqlite import pruning, reads, writes

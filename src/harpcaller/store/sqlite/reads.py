@@ -6,7 +6,7 @@ import sqlite3
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 
-from harp.protocol.jsontext import Raw
+from harp.protocol.json_text import Raw
 from harpcaller.jobs import NO_FACTS, Identity, Job, JobDetails, Records, State, Waiting
 from harpcaller.queues import queue_lane
 from harpcaller.store import QueueStatus, UnknownJob

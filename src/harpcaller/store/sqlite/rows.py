@@ -11,7 +11,7 @@ from struct import Struct
 from typing import Any, TypeAlias
 
 from harp.protocol.ends import Cancelled, End, Returned, decode_end, encode_end
-from harp.protocol.jsontext import Raw, dumps, open_sliced
+from harp.protocol.json_text import Raw, dumps, open_sliced
 from harpcaller.jobs import Facts, Job, State, Stop
 
 __all__ = [

@@ -11,7 +11,7 @@ from itertools import chain
 from typing import Any, NamedTuple
 
 from harp.protocol.ends import Cancelled, End
-from harp.protocol.jsontext import Raw
+from harp.protocol.json_text import Raw
 from harpcaller.jobs import ENDED, NO_FACTS, TRANSITIONS, Facts, Job, NewJob, Records, State, Stop, state_of
 from harpcaller.queues import Head, host_lane, queue_lane, startable
 from harpcaller.store.sqlite.rows import (

@@ -1,15 +1,15 @@
 """What a call's process says: a record, as a line of the wire, and the three ways that a call ends, as objects.
 
-Lean, as `harp.protocol.strictjson` is and for the same reason. `harp.protocol.ends` has the values.
+Lean, as `harp.protocol.strict_json` is and for the same reason. `harp.protocol.ends` has the values.
 """
 
 from __future__ import annotations
 
-from harp.protocol.strictjson import Envelope, Raw
+from harp.protocol.strict_json import Envelope, Raw
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from harp.protocol.jsontext import Payload
+    from harp.protocol.json_text import Payload
 
 __all__ = ["RECORD", "VERSION", "error", "exception", "record", "result"]
 

@@ -1,6 +1,6 @@
 """The messages between harpd and those who call it: values, their lines, and which may follow which.
 
-Sans-IO, as `harp.protocol.dispatcher`. A *tied* call ends with its connection. A *kept* call has an id that its
+Sans-IO, as `harp.protocol.requests`. A *tied* call ends with its connection. A *kept* call has an id that its
 caller gave it: it outlives the connection, and its caller may attach to it again. All that has to do with kept calls
 is said only to those who asked for it.
 
@@ -15,12 +15,12 @@ from enum import Enum
 from types import MappingProxyType
 from typing import Any, TypeAlias
 
-from harp.protocol import closing
-from harp.protocol.closing import VERSION
+from harp.protocol import call_output as closing
+from harp.protocol.call_output import VERSION
 from harp.protocol.ends import Cancelled, Failed, Raised, Returned, decode_end, encode_end
 from harp.protocol.fields import ProtocolError, check, is_container, is_count, is_seconds, opened, string, value, within
-from harp.protocol.jsontext import Envelope, InvalidJSON, Members, Opener, Payload, Raw, dumps, loads, open_decoded
-from harp.protocol.kept import (
+from harp.protocol.json_text import Envelope, InvalidJSON, Members, Opener, Payload, Raw, dumps, loads, open_decoded
+from harp.protocol.resumable import (
     LONGEST_ORDER,
     Alive,
     CallTerms,
@@ -38,7 +38,7 @@ from harp.protocol.kept import (
     encode_order,
     encode_terms,
 )
-from harp.protocol.strictjson import enclosed
+from harp.protocol.strict_json import enclosed
 
 __all__ = [
     "LONGEST_ORDER",

@@ -1,7 +1,7 @@
 """Strict JSON for what has to stay small: decoding and encoding whole values, and nothing else.
 
 A call's process is forked from one that has loaded this: so it imports little, and no `typing`. The rules, and the
-rest, are in `harp.protocol.jsontext`.
+rest, are in `harp.protocol.json_text`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
     from typing import Any, NoReturn
 
-    from harp.protocol.jsontext import JSON
+    from harp.protocol.json_text import JSON
 
 __all__ = [
     "MAX_DEPTH",

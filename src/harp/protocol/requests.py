@@ -18,7 +18,7 @@ from types import MappingProxyType
 from typing import Any, TypeAlias
 
 from harp.protocol.fields import ProtocolError, check, is_container, is_count, is_seconds, opened, string, value, within
-from harp.protocol.jsontext import Envelope, InvalidJSON, Members, Opener, Payload, Raw, dumps, open_decoded
+from harp.protocol.json_text import Envelope, InvalidJSON, Members, Opener, Payload, Raw, dumps, open_decoded
 
 __all__ = [
     "VERSION",

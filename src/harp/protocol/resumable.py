@@ -1,6 +1,6 @@
 """What only kept calls have: the terms asked for and given, and what their caller says while they run.
 
-Sans-IO. `harp.protocol.daemon` gives all of it on, beside the messages that every call has.
+Sans-IO. `harp.protocol.harpd` gives all of it on, beside the messages that every call has.
 
 Spec: docs/protocol.md, harpd.
 """
@@ -14,7 +14,7 @@ from types import MappingProxyType
 from typing import Any, TypeAlias, TypeVar
 
 from harp.protocol.fields import check, is_count, is_seconds, opened, string, value, within
-from harp.protocol.jsontext import Envelope, Members, dumps, open_decoded
+from harp.protocol.json_text import Envelope, Members, dumps, open_decoded
 
 __all__ = [
     "LONGEST_ORDER",

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from decimal import MAX_EMAX, MAX_PREC, MIN_EMIN, Context, Decimal
 from typing import Any, Protocol, TypeAlias
 
-from harp.protocol.strictjson import (
+from harp.protocol.strict_json import (
     MAX_DEPTH,
     Envelope,
     InvalidJSON,
