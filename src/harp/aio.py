@@ -1,6 +1,6 @@
 """The client for asyncio: `harp.client` with ``await`` and ``async for``, same names, same semantics.
 
-Thin shells over `harp.operations`, as their synchronous twins; a test compares the signatures. What asks nothing of
+Thin shells over `harp._core.operations`, as their synchronous twins; a test compares the signatures. What asks nothing of
 the network stays a plain method: `AsyncHarpCaller.host`, `AsyncRemoteCall.id`, and `AsyncRemoteCall.follow`, whose
 iterator connects when its first item is wanted. When a task is cancelled, its connection is closed.
 
@@ -19,12 +19,9 @@ from contextlib import suppress
 from types import TracebackType
 from typing import Any, NoReturn, Self, TypeVar, Unpack
 
-from harp.aioconnection import AsyncJSONConnection, AsyncJSONSSLConnection
-from harp.connection import Endpoint
-from harp.errors import CommunicationError, HarpException
-from harp.idle import Idle
-from harp.keeping import Keeping
-from harp.operations import (
+from harp._core.connection_pool import Idle
+from harp._core.keep_alive import Keeping
+from harp._core.operations import (
     Answer,
     Call,
     Credentials,
@@ -44,9 +41,12 @@ from harp.operations import (
     surely,
     waits,
 )
+from harp._core.retry import Patience, seconds_to_reconnect
+from harp._core.streams import DirectReader, Reader, StreamReader
+from harp._net.aio_connection import AsyncJSONConnection, AsyncJSONSSLConnection
+from harp._net.connection import Endpoint
+from harp.errors import CommunicationError, HarpException
 from harp.protocol.requests import FollowStream, ReadStream, Request, encode_request
-from harp.readers import DirectReader, Reader, StreamReader
-from harp.reconnecting import Patience, seconds_to_reconnect
 
 __all__ = [
     "AsyncHarpCaller",

@@ -12,8 +12,8 @@ from enum import IntEnum
 from typing import Any
 
 from harp import client, direct
+from harp._core.operations import CALL_NOT_FINISHED, Result
 from harp.errors import CancelledException, CommunicationError, HarpException, RemoteError, RemoteException
-from harp.operations import CALL_NOT_FINISHED, Result
 from harp.protocol.json_text import InvalidJSON, loads
 
 __all__ = ["Exit", "main"]

@@ -1,6 +1,6 @@
 """The synchronous client of a dispatcher: `HarpCaller`, and what it gives out.
 
-Thin shells over `harp.operations`: here is only the talking. Objects may be shared by threads; each request has a
+Thin shells over `harp._core.operations`: here is only the talking. Objects may be shared by threads; each request has a
 connection to itself. Looking at an object (repr, copy, pickle, hasattr) never sends anything: names that begin with an
 underscore are no hosts and no procedures.
 """
@@ -12,11 +12,8 @@ from collections.abc import Iterable
 from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack
 
-from harp.connection import Endpoint, JSONConnection
-from harp.errors import CommunicationError, HarpException
-from harp.iteration import Stream
-from harp.keeping import Keeping
-from harp.operations import (
+from harp._core.keep_alive import Keeping
+from harp._core.operations import (
     Answer,
     Call,
     Job,
@@ -33,9 +30,12 @@ from harp.operations import (
     submit_many,
     waits,
 )
+from harp._core.retry import Patience, seconds_to_reconnect
+from harp._core.streams import StreamReader
+from harp._net.connection import Endpoint, JSONConnection
+from harp._net.iterators import Stream
+from harp.errors import CommunicationError, HarpException
 from harp.protocol.requests import FollowStream, ReadStream, Request, encode_request
-from harp.readers import StreamReader
-from harp.reconnecting import Patience, seconds_to_reconnect
 
 __all__ = ["HarpCaller", "RemoteCall", "RemoteProcedure", "RemoteServer"]
 

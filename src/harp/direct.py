@@ -11,11 +11,11 @@ from collections.abc import Iterable
 from types import TracebackType
 from typing import Any, Self
 
-from harp.connection import Endpoint, JSONConnection, JSONSSLConnection
-from harp.idle import Idle
-from harp.iteration import Iteration, Stream
-from harp.operations import Credentials, direct_request, name_of, public, surely
-from harp.readers import DirectReader
+from harp._core.connection_pool import Idle
+from harp._core.operations import Credentials, direct_request, name_of, public, surely
+from harp._core.streams import DirectReader
+from harp._net.connection import Endpoint, JSONConnection, JSONSSLConnection
+from harp._net.iterators import Iteration, Stream
 
 __all__ = ["HarpProcedure", "HarpServer", "HarpStreamIterator"]
 

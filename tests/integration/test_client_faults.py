@@ -16,7 +16,9 @@ import psutil
 import pytest
 
 import harp
-from harp import aio, aioconnection, connection, tls
+from harp import aio
+from harp._net import aio_connection as aioconnection
+from harp._net import connection, tls
 from support.certificates import Certificates, server_files
 from support.deadline import eventually, wait_until
 from support.peers import Conversation, Peer, Script, answering, resetting, server_context, silent

@@ -16,7 +16,7 @@ import pytest
 import trustme
 
 import harp
-from harp import tls
+from harp._net import tls
 from support.certificates import Certificates, server_files
 from support.deadline import wait_until
 from support.peers import Conversation, Peer, answering, reserved_port, server_context, silent

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
+from harp._core.operations import Job
+from harp._core.retry import Patience, seconds_to_reconnect
+from harp._core.streams import StreamReader
 from harp.errors import CommunicationError, HarpException, RemoteError
-from harp.operations import Job
 from harp.protocol.requests import FollowStream, ReadStream
-from harp.readers import StreamReader
-from harp.reconnecting import Patience, seconds_to_reconnect
 
 JOB = "3f22e0d4-c8ed-11e5-8d66-001e8c140268"
 

@@ -6,7 +6,7 @@ import gc
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
-from harp.idle import Idle
+from harp._core.connection_pool import Idle
 
 
 class Conn:

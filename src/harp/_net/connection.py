@@ -20,10 +20,10 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, NoReturn, Self, TypeAlias
 
+from harp._net.tls import TLSSocket, tls_context
 from harp.errors import CommunicationError, HarpException
 from harp.protocol.json_text import NotJSON, dumps, loads
 from harp.protocol.lines import LineBuffer
-from harp.tls import TLSSocket, tls_context
 
 __all__ = [
     "CONNECT_DEADLINE",

@@ -1,7 +1,7 @@
 """What the client does, apart from doing it: options, arguments, requests, how replies are read, what is kept.
 
 Nothing here touches a socket. An operation is a generator (`Steps`): it yields a request, is sent the `Answer`
-and returns the outcome; one that needs no request yields none. What comes as a stream is read by `harp.readers`.
+and returns the outcome; one that needs no request yields none. What comes as a stream is read by `harp._core.streams`.
 `harp.client` and `harp.aio` are thin shells that do the talking, so each operation exists once.
 
 What is final about a job is kept as the line it came in: everyone who asks gets values of his own, and threads
@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass, field, fields, replace
 from typing import Any, Final, TypeAlias, TypedDict, TypeVar, final
 
+from harp._core.retry import STORAGE_ERROR, Patience, closed_silently, too_old
 from harp.errors import CancelledException, CommunicationError, HarpException, RemoteError, RemoteException
 from harp.protocol import harpd as daemon
 from harp.protocol import requests as protocol
@@ -34,7 +35,6 @@ from harp.protocol.requests import (
     Request,
     SubmitMany,
 )
-from harp.reconnecting import STORAGE_ERROR, Patience, closed_silently, too_old
 
 __all__ = [
     "CALL_CANCELLED",

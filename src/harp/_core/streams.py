@@ -1,6 +1,6 @@
 """What comes as a stream: its items, what is to be asked for them, and how to go on after an interruption.
 
-As in `harp.operations`, nothing here touches a socket or reads a clock: a `Reader` is given lines, errors and the time,
+As in `harp._core.operations`, nothing here touches a socket or reads a clock: a `Reader` is given lines, errors and the time,
 and the shells do what it says.
 """
 
@@ -10,13 +10,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from typing import Any
 
+from harp._core.operations import REFUSALS, Answer, Job, Result, error_of, outcome_of
+from harp._core.retry import Patience, closed_silently, too_old
 from harp.errors import CommunicationError, HarpException
-from harp.operations import REFUSALS, Answer, Job, Result, error_of, outcome_of
 from harp.protocol import harpd as daemon
 from harp.protocol.ends import Failed, Raised, Returned
 from harp.protocol.replies import Continue, Exchange, Packet
 from harp.protocol.requests import FollowStream, ReadStream, encode_request
-from harp.reconnecting import Patience, closed_silently, too_old
 
 __all__ = ["DirectReader", "Reader", "StreamReader"]
 

@@ -1,6 +1,6 @@
 """Connections to a dispatcher that are kept: who asks for it, where they wait, what it means when one breaks.
 
-As in `harp.operations`, nothing here touches a socket or reads a clock: the shells of `HarpCaller` and its asyncio twin
+As in `harp._core.operations`, nothing here touches a socket or reads a clock: the shells of `HarpCaller` and its asyncio twin
 do what it says.
 """
 
@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
+from harp._core.connection_pool import Idle, Reusable
+from harp._core.operations import surely, waits
+from harp._core.retry import closed_silently, too_old
 from harp.errors import CommunicationError
-from harp.idle import Idle, Reusable
-from harp.operations import surely, waits
 from harp.protocol.replies import granted
 from harp.protocol.requests import Call, Cancel, Request, SubmitMany
-from harp.reconnecting import closed_silently, too_old
 
 __all__ = ["Keeping"]
 

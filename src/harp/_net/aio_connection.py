@@ -1,4 +1,4 @@
-"""Connections that carry JSON lines, for asyncio: the twins of `harp.connection`, which see for the rules."""
+"""Connections that carry JSON lines, for asyncio: the twins of `harp._net.connection`, which see for the rules."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from contextlib import suppress
 from types import TracebackType
 from typing import Any, NoReturn, Self, cast
 
-from harp.connection import CONNECT_DEADLINE, Dial, Endpoint, Incoming, encoded, quiet
+from harp._net.connection import CONNECT_DEADLINE, Dial, Endpoint, Incoming, encoded, quiet
+from harp._net.tls import tls_context
 from harp.errors import CommunicationError
 from harp.protocol.json_text import loads
-from harp.tls import tls_context
 
 __all__ = ["AsyncJSONConnection", "AsyncJSONSSLConnection"]
 

@@ -15,10 +15,10 @@ from contextlib import suppress
 from types import TracebackType
 from typing import Any, NoReturn, Self
 
-from harp.connection import JSONConnection
+from harp._core.connection_pool import Idle
+from harp._core.streams import Reader
+from harp._net.connection import JSONConnection
 from harp.errors import HarpException
-from harp.idle import Idle
-from harp.readers import Reader
 
 __all__ = ["Iteration", "Stream"]
 
