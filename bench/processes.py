@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.clients import Missing
-from harpd.prctl import die_with_parent
+from harpd.processes.prctl import die_with_parent
 
 __all__ = ["Broken", "Client", "as_user", "free_port", "listens", "program"]
 

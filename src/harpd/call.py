@@ -18,9 +18,9 @@ from harp.protocol.strict_json import Envelope, InvalidJSON, NotJSON, Raw, dumps
 from harpd.arguments import WrongArguments, check_arguments
 from harpd.channel import Channel
 from harpd.limits import Limits
-from harpd.mark import Mark
-from harpd.prctl import become_subreaper, die_with_parent
 from harpd.proc import Cancelled, Procedure, Result, TimeLimit
+from harpd.processes.cookie import Mark
+from harpd.processes.prctl import become_subreaper, die_with_parent
 from harpd.users import Account, UserError, resolve, take
 
 TYPE_CHECKING = False

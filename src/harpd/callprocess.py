@@ -19,10 +19,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-from harpd.cgroup import Cgroup
 from harpd.eventloop import EventLoop
 from harpd.output import Output, Pipe
-from harpd.processes import send
+from harpd.processes.cgroup import Cgroup
+from harpd.processes.process_tree import send
 
 __all__ = ["CallProcess", "Parent", "Resting", "Usage"]
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 import os
 import signal
 
-from harpd.prctl import never_dump_core
 from harpd.proc import Cancelled, TimeLimit
+from harpd.processes.prctl import never_dump_core
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from typing import Any
 from harp.protocol.json_text import dumps, loads
 from harpd.callprocess import Parent, Resting, Usage
 from harpd.eventloop import READ, WRITE, EventLoop, Timer
-from harpd.mark import environment_with_room
+from harpd.processes.cookie import environment_with_room
 
 __all__ = ["Offered", "Zygote"]
 

@@ -27,10 +27,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from harpd.cgroup import Cgroup
-from harpd.lost import LostCall, end_lost
-from harpd.mark import entry
-from harpd.processes import Tree
+from harpd.processes.cgroup import Cgroup
+from harpd.processes.cookie import entry
+from harpd.processes.orphans import LostCall, end_lost
+from harpd.processes.process_tree import Tree
 
 __all__ = ["CallRecords", "Record", "Swept"]
 

@@ -29,12 +29,12 @@ from harp.protocol.ends import Failed
 from harp.protocol.harpd import encode_message
 from harp.protocol.json_text import InvalidJSON, Raw, dumps, loads
 from harpd.callprocess import CallProcess, Usage
-from harpd.cgroup import Cgroups
 from harpd.eventloop import READ, WRITE, EventLoop, Timer
-from harpd.mark import entry
 from harpd.nursery import Offered, Zygote
 from harpd.output import Output
-from harpd.processes import Snapshot, Tree
+from harpd.processes.cgroup import Cgroups
+from harpd.processes.cookie import entry
+from harpd.processes.process_tree import Snapshot, Tree
 from harpd.records import CallRecords, Record
 from harpd.spool import SHARE, SpoolMemory
 from harpd.stopping import Stopping

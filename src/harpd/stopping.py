@@ -23,8 +23,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from harpd.eventloop import EventLoop, Timer
-from harpd.processes import Process, Snapshot, Tree, kill_group, send
-from harpd.receipt import Findings
+from harpd.processes.process_tree import Process, Snapshot, Tree, kill_group, send
+from harpd.processes.stop_report import Findings
 
 __all__ = ["Stopping"]
 

@@ -64,14 +64,14 @@ from harp.protocol.fields import check, is_container, string
 from harp.protocol.harpd import encode_message
 from harp.protocol.json_text import Members, dumps, loads
 from harpd import logs
-from harpd.cgroup import Cgroups, own_cgroup
 from harpd.eventloop import READ, EventLoop
 from harpd.held import HeldCalls
 from harpd.kept import Kept
-from harpd.mark import entry
 from harpd.nursery import Zygote
 from harpd.output import Output
-from harpd.processes import Snapshot, Tree, may_have_escaped, snapshot
+from harpd.processes.cgroup import Cgroups, own_cgroup
+from harpd.processes.cookie import entry
+from harpd.processes.process_tree import Snapshot, Tree, may_have_escaped, snapshot
 from harpd.reception import Farewell, Reception
 from harpd.records import CallRecords
 from harpd.running import RunningCall, Stop, Surroundings

@@ -36,11 +36,11 @@ import warnings
 from harp.protocol.strict_json import dumps, loads
 from harpd import arguments, limits
 from harpd.call import Descriptors, leave_zygote, rehearse, run_calls
-from harpd.mark import Mark
-from harpd.prctl import become_subreaper, die_with_parent
 from harpd.proc import Procedure
 from harpd.procedures import ProceduresError, load_procedures
-from harpd.procstat import start_time
+from harpd.processes.cookie import Mark
+from harpd.processes.prctl import become_subreaper, die_with_parent
+from harpd.processes.procfs import start_time
 
 TYPE_CHECKING = False  # not from `typing`: a fork costs by what its parent holds
 if TYPE_CHECKING:

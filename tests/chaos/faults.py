@@ -18,7 +18,7 @@ from chaos.proxy import Mode
 from chaos.schedule import Fault, Kind
 from chaos.service import Service
 from chaos.system import Host, System
-from harpd.processes import send
+from harpd.processes.process_tree import send
 
 _MEBIBYTE = bytes(1 << 20)
 #: Seconds in which a start that found the disk full may still be failing when there is room again.

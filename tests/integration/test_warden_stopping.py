@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from harpd.mark import entry
-from harpd.processes import snapshot
+from harpd.processes.cookie import entry
+from harpd.processes.process_tree import snapshot
 from support.cgroups import freezer, own_cgroup
 from support.deadline import wait_until
 from support.hopper import HOP, group_lives

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from harpd.cgroup import Cgroup
+from harpd.processes.cgroup import Cgroup
 from support.deadline import wait_until
 
 __all__ = ["Freezer", "freezer", "own_cgroup"]

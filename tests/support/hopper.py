@@ -10,7 +10,7 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
-from harpd.processes import snapshot
+from harpd.processes.process_tree import snapshot
 from support.deadline import wait_until
 
 __all__ = ["HOP", "group_lives", "hopping"]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from harpd.cgroup import Cgroup, Cgroups
+from harpd.processes.cgroup import Cgroup, Cgroups
 from support.cgroups import own_cgroup
 from support.deadline import wait_until
 from support.hopper import hopping

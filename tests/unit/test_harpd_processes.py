@@ -13,12 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from harpd.cgroup import Cgroup
 from harpd.eventloop import EventLoop, Timer
-from harpd.mark import entry
 from harpd.output import Output
-from harpd.processes import Process, Snapshot, Tree, kill_group, may_have_escaped, send, snapshot
-from harpd.procstat import start_time
+from harpd.processes.cgroup import Cgroup
+from harpd.processes.cookie import entry
+from harpd.processes.process_tree import Process, Snapshot, Tree, kill_group, may_have_escaped, send, snapshot
+from harpd.processes.procfs import start_time
 from support.deadline import wait_until
 from support.hopper import group_lives, hopping
 
@@ -224,7 +224,7 @@ def test_snapshot_and_signals(sleeper: subprocess.Popen[bytes]) -> None:
 #: Looks for a child of its own, as the first process of a container whose session is one of outside.
 CONTAINED = """
 import os, subprocess
-from harpd.processes import snapshot
+from harpd.processes.process_tree import snapshot
 with subprocess.Popen(["sleep", "3600"], env={"HARPD_CALL": "inside"}, stdout=subprocess.DEVNULL) as child:
     found = snapshot()[child.pid]
     print(found.session, *found.marks)

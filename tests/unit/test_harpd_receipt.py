@@ -6,8 +6,8 @@ import signal
 
 from harp.protocol.harpd import Receipt
 from harp.protocol.json_text import dumps
-from harpd.processes import Process
-from harpd.receipt import Findings
+from harpd.processes.process_tree import Process
+from harpd.processes.stop_report import Findings
 
 MAIN = Process(100, 50, command="main")
 

@@ -15,10 +15,10 @@ from typing import Any
 
 import pytest
 
-from harpd.cgroup import Cgroups
-from harpd.mark import entry
-from harpd.processes import Tree, snapshot
-from harpd.procstat import start_time
+from harpd.processes.cgroup import Cgroups
+from harpd.processes.cookie import entry
+from harpd.processes.process_tree import Tree, snapshot
+from harpd.processes.procfs import start_time
 from harpd.records import CallRecords, Record, Swept
 from support.cgroups import freezer, own_cgroup
 from support.deadline import wait_until

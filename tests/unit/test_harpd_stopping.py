@@ -10,7 +10,7 @@ import pytest
 
 from harpd import stopping
 from harpd.eventloop import EventLoop
-from harpd.processes import Process, Snapshot, Tree
+from harpd.processes.process_tree import Process, Snapshot, Tree
 from harpd.stopping import Stopping
 
 #: No process of this system has such a number.

@@ -22,9 +22,9 @@ import signal
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, replace
 
-from harpd.cgroup import Cgroup
-from harpd.mark import marks_in
-from harpd.procstat import start_time, stat_of
+from harpd.processes.cgroup import Cgroup
+from harpd.processes.cookie import marks_in
+from harpd.processes.procfs import start_time, stat_of
 
 __all__ = ["Process", "Snapshot", "Tree", "kill_group", "may_have_escaped", "send", "snapshot"]
 
@@ -46,7 +46,7 @@ class Process:
         command: its name for itself.
         threads: how many it has.
         flags: the kernel's, of its first thread.
-        marks: the marks of calls that it was executed with, see `harpd.mark`, as far as we may know them.
+        marks: the marks of calls that it was executed with, see `harpd.processes.cookie`, as far as we may know them.
     """
 
     pid: int
@@ -88,7 +88,7 @@ class Tree:
     Attributes:
         pid: the main process.
         start: its start time.
-        mark: the environment entry that what the call forks and executes inherits, see `harpd.mark`.
+        mark: the environment entry that what the call forks and executes inherits, see `harpd.processes.cookie`.
         group: its cgroup, which only what gets another one on purpose leaves (`su` may); None: it has none.
     """
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from harpd.processes import Process
+from harpd.processes.process_tree import Process
 
 __all__ = ["Findings"]
 

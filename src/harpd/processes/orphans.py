@@ -12,8 +12,8 @@ import time
 from collections.abc import Collection
 from typing import Any
 
-from harpd.processes import Snapshot, Tree, kill_group, send, snapshot
-from harpd.receipt import Findings
+from harpd.processes.process_tree import Snapshot, Tree, kill_group, send, snapshot
+from harpd.processes.stop_report import Findings
 
 __all__ = ["LostCall", "end_lost"]
 
