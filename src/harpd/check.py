@@ -16,8 +16,8 @@ from typing import NoReturn
 from harpd.auth import AuthDB
 from harpd.config import ConfigError
 from harpd.generation import Options, configure_log, make_generation
-from harpd.procedures import load_procedures
-from harpd.users import UserError, resolve
+from harpd.worker.privileges import UserError, resolve
+from harpd.worker.procedures import load_procedures
 
 __all__ = ["check"]
 

@@ -247,7 +247,7 @@ class Zygote:
 def _spawn(theirs: socket.socket) -> int:
     """Exec a zygote with its end of the socket; what else is open here closes on exec."""
     os.set_inheritable(theirs.fileno(), True)
-    arguments = [sys.executable, "-P", "-m", "harpd.zygote", str(theirs.fileno()), str(os.getpid())]
+    arguments = [sys.executable, "-P", "-m", "harpd.worker.zygote", str(theirs.fileno()), str(os.getpid())]
     environment = environment_with_room()
     return os.posix_spawn(sys.executable, arguments, environment, setsigdef=_OUR_SIGNALS, setsigmask=())
 

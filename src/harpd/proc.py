@@ -113,7 +113,7 @@ class Procedure:
         Raises:
             ValueError: it has none, as some functions that are written in C; a call's arguments aren't checked.
         """
-        import inspect  # large; most calls do without, see `harpd.arguments`
+        import inspect  # large; most calls do without, see `harpd.worker.arguments`
 
         if type(self).__call__ is not Procedure.__call__:
             own = inspect.signature(self.__call__)

@@ -6,7 +6,7 @@ Theory of operation
 ``python -m harpd.warden LIFELINE`` inherits a socket whose other end its keeper holds, and reads its settings, one
 JSON object, from stdin. It gives itself a name, its *incarnation*, and listens at ``warden-INCARNATION`` in the
 runtime directory; once it can take calls, at ``warden`` too, in the place of an earlier one. It exec's a zygote
-(`harpd.zygote`), which loads the procedures file and forks a process for each call. A reload is a new zygote for new
+(`harpd.worker.zygote`), which loads the procedures file and forks a process for each call. A reload is a new zygote for new
 calls; the old one retires with its last call; a file that can't be loaded changes nothing.
 
 The gate makes one connection per call, JSON lines. The first line says what is wanted:

@@ -152,14 +152,14 @@ def test_without_root_no_other_user_can_be_taken(tmp_path: Path) -> None:
     """In a process of its own as nobody: the call's own part, without the daemon around it."""
     nobody = pwd.getpwnam("nobody")
     program = (
-        "from harpd.users import *\n"
+        "from harpd.worker.privileges import *\n"
         "take(resolve('nobody', None)); take(resolve(None, None)); print('own')\n"
         "for uid, gid in (('daemon', None), (0, None), (None, (7,)), ('nobody', (7,))):\n"
         "    try:\n        take(resolve(uid, gid))\n        print('taken')\n"
         "    except UserError as error:\n        print('refused')\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", "import os, sys\nimport harpd.users\n"
+        [sys.executable, "-c", "import os, sys\nimport harpd.worker.privileges\n"
          f"os.setgroups({user_groups('nobody')}); os.setresgid(*[{nobody.pw_gid}] * 3); "
          f"os.setresuid(*[{nobody.pw_uid}] * 3)\nexec({program!r})"],
         capture_output=True, text=True, check=False,

@@ -1,4 +1,4 @@
-"""`harpd.arguments`: the look at the code object says what `inspect` says."""
+"""`harpd.worker.arguments`: the look at the code object says what `inspect` says."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from harpd.arguments import WrongArguments, check_arguments
 from harpd.proc import Procedure, StreamingProcedure, procedure
+from harpd.worker.arguments import WrongArguments, check_arguments
 
 
 def none() -> None: ...
@@ -94,8 +94,9 @@ def loaded(text: str) -> set[str]:
     """The modules that a process has which has loaded a procedures file with this text, as a zygote does."""
     program = """
 import sys, tempfile
-from harpd import arguments, zygote
-from harpd.procedures import load_procedures
+from harpd.worker import arguments
+from harpd.worker import zygote
+from harpd.worker.procedures import load_procedures
 with tempfile.NamedTemporaryFile("w", suffix=".py") as file:
     file.write(sys.argv[1])
     file.flush()

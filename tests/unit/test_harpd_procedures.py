@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from harpd.proc import Procedure, Result, StreamingProcedure, procedure, streaming_procedure
-from harpd.procedures import ProceduresError, load_procedures
-from harpd.users import UserError, resolve
+from harpd.worker.privileges import UserError, resolve
+from harpd.worker.procedures import ProceduresError, load_procedures
 
 
 def function(a: int, b: int = 2) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import select
 
-from harpd.limits import Limits
+from harpd.worker.signals import Limits
 
 __all__ = ["Channel"]
 

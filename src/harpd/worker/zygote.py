@@ -7,7 +7,7 @@ Leaner than the warden: a fork costs by what its parent holds. It has read no ke
 exec'ed. It is the calls' parent: it reaps them and reports. It ends when the warden closes the socket, and is
 killed when the warden dies.
 
-``python -m harpd.zygote SOCKET WARDEN``: the descriptor of a SOCK_SEQPACKET socket, and the warden's pid. Messages are
+``python -m harpd.worker.zygote SOCKET WARDEN``: the descriptor of a SOCK_SEQPACKET socket, and the warden's pid. Messages are
 JSON objects:
 
     warden -> zygote  {"load": PATH, "path": [STR], "default_user", "default_group", "descriptors", "tracebacks"}
@@ -34,13 +34,14 @@ import sys
 import warnings
 
 from harp.protocol.strict_json import dumps, loads
-from harpd import arguments, limits
-from harpd.call import Descriptors, leave_zygote, rehearse, run_calls
 from harpd.proc import Procedure
-from harpd.procedures import ProceduresError, load_procedures
 from harpd.processes.cookie import Mark
 from harpd.processes.prctl import become_subreaper, die_with_parent
 from harpd.processes.procfs import start_time
+from harpd.worker import arguments
+from harpd.worker import signals as limits
+from harpd.worker.child import Descriptors, leave_zygote, rehearse, run_calls
+from harpd.worker.procedures import ProceduresError, load_procedures
 
 TYPE_CHECKING = False  # not from `typing`: a fork costs by what its parent holds
 if TYPE_CHECKING:

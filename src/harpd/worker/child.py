@@ -15,13 +15,13 @@ import sys
 
 from harp.protocol import call_output as closing
 from harp.protocol.strict_json import Envelope, InvalidJSON, NotJSON, Raw, dumps, loads
-from harpd.arguments import WrongArguments, check_arguments
-from harpd.channel import Channel
-from harpd.limits import Limits
 from harpd.proc import Cancelled, Procedure, Result, TimeLimit
 from harpd.processes.cookie import Mark
 from harpd.processes.prctl import become_subreaper, die_with_parent
-from harpd.users import Account, UserError, resolve, take
+from harpd.worker.arguments import WrongArguments, check_arguments
+from harpd.worker.channel import Channel
+from harpd.worker.privileges import Account, UserError, resolve, take
+from harpd.worker.signals import Limits
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
