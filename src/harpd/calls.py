@@ -13,8 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from harpd.config import ConfigError
-from harpd.generation import Options, Plan, configure_log, make_plan, warden_settings
+from harpd.config.loaded import Options, Plan, configure_log, make_plan, warden_settings
+from harpd.config.settings import ConfigError
 from harpd.keeper import STOP_MARGIN, Keeper
 from harpd.program import Program
 from harpd.runtime import Part, runtime_directory

@@ -24,7 +24,7 @@ from harp.protocol.fields import ProtocolError
 from harp.protocol.harpd import LONGEST_ORDER, Done, decode_order
 from harp.protocol.lines import LineBuffer, LineTooLong
 from harpd.client import Client, Gone
-from harpd.config import Limits
+from harpd.config.settings import Limits
 from harpd.relay import Relay
 from harpd.wardens import Reply, WardenConnection, WardenLost, Wardens
 

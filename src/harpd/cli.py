@@ -13,9 +13,9 @@ from pathlib import Path
 from harp_daemon.event_loop import run
 from harp_daemon.process import ProcessError, detach, pidfile
 from harpd import calls, control, gate
-from harpd.check import check
-from harpd.config import ConfigError, load
-from harpd.generation import Options, configure_log, make_generation, make_plan
+from harpd.config.check import check
+from harpd.config.loaded import Options, configure_log, make_generation, make_plan
+from harpd.config.settings import ConfigError, load
 from harpd.wardens import WardenError
 
 __all__ = ["main", "parser"]

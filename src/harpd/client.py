@@ -10,7 +10,7 @@ import time
 
 from harp.protocol.ends import Failed
 from harp.protocol.harpd import Message, encode_message
-from harpd.generation import Generation
+from harpd.config.loaded import Generation
 
 __all__ = ["Client", "Gone", "boottime", "peer_name"]
 

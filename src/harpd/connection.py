@@ -31,7 +31,7 @@ from harp_daemon.memory_quota import Allowance, Share
 from harp_daemon.sliced_json import open_quickly
 from harpd.carrying import AFTER_REQUEST, CALL_DIED, SHUTDOWN, Around, KeptCall, Refused, TiedCall
 from harpd.client import Client, Gone
-from harpd.generation import Generation
+from harpd.config.loaded import Generation
 from harpd.threads import Crashed, Threads
 from harpd.wardens import WardenError, Wardens
 

@@ -6,7 +6,7 @@ import asyncio
 from pathlib import Path
 from typing import Any
 
-from harpd.config import ConfigError
+from harpd.config.settings import ConfigError
 from harpd.wardens import WardenError, Wardens
 
 __all__ = ["drain", "resume", "status"]

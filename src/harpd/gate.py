@@ -19,9 +19,9 @@ from typing import Any
 from harp_daemon.memory_quota import Allowance
 from harp_daemon.sockets import prepare
 from harpd.client import boottime, peer_name
-from harpd.config import ConfigError
+from harpd.config.loaded import Generation, Options, configure_log, make_generation, warden_settings
+from harpd.config.settings import ConfigError
 from harpd.connection import Connection
-from harpd.generation import Generation, Options, configure_log, make_generation, warden_settings
 from harpd.keeper import STOP_MARGIN, Keeper
 from harpd.listening import listen
 from harpd.program import Program, end

@@ -6,7 +6,7 @@ import socket
 from pathlib import Path
 
 from harp_daemon.sockets import TCPPlace, any_address, distinct
-from harpd.config import ConfigError, Network
+from harpd.config.settings import ConfigError, Network
 
 __all__ = ["listen"]
 

@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, Iterable
 from typing import Any, Protocol
 
 from harp_daemon.process import notify
-from harpd.config import ConfigError
+from harpd.config.settings import ConfigError
 from harpd.wardens import WardenError
 
 __all__ = ["Program", "Service", "end"]

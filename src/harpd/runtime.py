@@ -15,7 +15,7 @@ from contextlib import ExitStack, contextmanager
 from enum import Enum
 from pathlib import Path
 
-from harpd.config import ConfigError
+from harpd.config.settings import ConfigError
 
 __all__ = ["Part", "runtime_directory"]
 

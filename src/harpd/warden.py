@@ -63,7 +63,7 @@ from harp.protocol.ends import Failed
 from harp.protocol.fields import check, is_container, string
 from harp.protocol.harpd import encode_message
 from harp.protocol.json_text import Members, dumps, loads
-from harpd import logs
+from harpd.config import log_settings as logs
 from harpd.eventloop import READ, EventLoop
 from harpd.held import HeldCalls
 from harpd.kept import Kept

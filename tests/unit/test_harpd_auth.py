@@ -9,7 +9,7 @@ import pytest
 
 from harpd.auth import AuthDB, inconfig, passfile
 from harpd.auth.crypt import matches
-from harpd.auth.recalled import RecalledPasswords
+from harpd.auth.password_cache import RecalledPasswords
 from support.deadline import wait_until
 
 #: Hashes of "secret" in the forms that Debian and Red Hat write.

@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 from harpd.cli import parser
-from harpd.config import ConfigError, Configuration, Limits, Network, load, load_yaml, server_context
+from harpd.config.settings import ConfigError, Configuration, Limits, Network, load, load_yaml, server_context
 from support.certificates import server_files
 
 LEAST = """

@@ -19,7 +19,7 @@ from typing import Any
 
 from harpd.auth import AuthDB
 from harpd.auth.crypt import matches
-from harpd.auth.recalled import RecalledPasswords
+from harpd.auth.password_cache import RecalledPasswords
 
 __all__ = ["PasswordFile", "create"]
 

@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from harpd import logs
 from harpd.auth import AuthDB
-from harpd.config import ConfigError, Configuration, load, load_yaml, server_context
-from harpd.logs import LogSettings
+from harpd.config import log_settings as logs
+from harpd.config.log_settings import LogSettings
+from harpd.config.settings import ConfigError, Configuration, load, load_yaml, server_context
 
 __all__ = [
     "Generation",

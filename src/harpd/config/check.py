@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from harpd.auth import AuthDB
-from harpd.config import ConfigError
-from harpd.generation import Options, configure_log, make_generation
+from harpd.config.loaded import Options, configure_log, make_generation
+from harpd.config.settings import ConfigError
 from harpd.worker.privileges import UserError, resolve
 from harpd.worker.procedures import load_procedures
 
