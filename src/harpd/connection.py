@@ -289,7 +289,7 @@ class Connection:
 
 
 def _start_line(call: str, request: Request, peer: str, begun: float, idle: float, authentication: float) -> bytes:
-    """The line that asks a warden to start a call; `begun`: when it arrived, or before. Spec: harpd.warden."""
+    """The line that asks a warden to start a call; `begun`: when it arrived, or before. Spec: harpd.supervisor.main."""
     members = Envelope(call=call, procedure=request.procedure, arguments=request.arguments)
     members |= {"user": request.user, "peer": peer, "authentication": round(authentication, 6)}
     if request.keep:
@@ -302,7 +302,7 @@ def _start_line(call: str, request: Request, peer: str, begun: float, idle: floa
 
 
 def _attach_line(request: Attach, peer: str, idle: float) -> bytes:
-    """The line that asks a warden to attach to a call. Spec: harpd.warden."""
+    """The line that asks a warden to attach to a call. Spec: harpd.supervisor.main."""
     members = Envelope(attach=request.call, owner=request.owner, secret=request.secret, since=request.since)
     members |= {"user": request.user, "peer": peer}
     if request.keep:

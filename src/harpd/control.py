@@ -23,7 +23,7 @@ def _wardens(directory: Path) -> Wardens:
 
 
 async def status(directory: Path) -> list[dict[str, Any]]:
-    """What each warden says of itself; see `harpd.warden`.
+    """What each warden says of itself; see `harpd.supervisor.main`.
 
     Args:
         directory: the runtime directory.

@@ -1,6 +1,6 @@
 """Keeps a warden running: starts it, starts another when it dies, puts a new one in its place.
 
-A warden is ``python -m harpd.warden LIFELINE``: the number of a descriptor that it inherits, one end of a socket pair
+A warden is ``python -m harpd.supervisor.main LIFELINE``: the number of a descriptor that it inherits, one end of a socket pair
 whose other end its keeper holds. Its settings come on its stdin as one JSON object. In the foreground it inherits
 stderr.
 
@@ -183,7 +183,7 @@ class _Child:
             given.seek(0)
             # -P: modules are not taken from the directory in which harpd was started.
             self.process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "harpd.warden", str(theirs.fileno())],
+                [sys.executable, "-P", "-m", "harpd.supervisor.main", str(theirs.fileno())],
                 stdin=given,
                 stdout=subprocess.DEVNULL,
                 stderr=stderr,

@@ -28,7 +28,7 @@ from harp.protocol.ends import Failed
 from harp.protocol.fields import ProtocolError
 from harp.protocol.harpd import Held, decode_message
 from harp.protocol.json_text import InvalidJSON, dumps, loads
-from harpd.reception import CURRENT, OWN
+from harpd.supervisor.listener import CURRENT, OWN
 
 __all__ = ["CURRENT", "NoWarden", "Reply", "WardenConnection", "WardenError", "WardenLost", "Wardens"]
 

@@ -101,7 +101,7 @@ class Warden:
         limit += [] if self.user is None else as_user(self.user)
         with theirs, self.log_file.open("ab") as log:
             self._process = subprocess.Popen(
-                [*limit, sys.executable, "-P", "-m", "harpd.warden", str(theirs.fileno())],
+                [*limit, sys.executable, "-P", "-m", "harpd.supervisor.main", str(theirs.fileno())],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.DEVNULL,
                 stderr=log,

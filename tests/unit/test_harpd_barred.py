@@ -1,8 +1,8 @@
-"""`harpd.barred`: ids that can't start any more."""
+"""`harpd.supervisor.tombstones`: ids that can't start any more."""
 
 from __future__ import annotations
 
-from harpd.barred import BarredIds
+from harpd.supervisor.tombstones import BarredIds
 
 
 def test_an_id_is_barred_for_its_owner_alone() -> None:

@@ -13,12 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from harpd.eventloop import EventLoop, Timer
-from harpd.output import Output
 from harpd.processes.cgroup import Cgroup
 from harpd.processes.cookie import entry
 from harpd.processes.process_tree import Process, Snapshot, Tree, kill_group, may_have_escaped, send, snapshot
 from harpd.processes.procfs import start_time
+from harpd.supervisor.event_loop import EventLoop, Timer
+from harpd.supervisor.output import Output
 from support.deadline import wait_until
 from support.hopper import group_lives, hopping
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harpd.spool import SHARE, Spool, SpoolMemory
+from harpd.supervisor.spool import SHARE, Spool, SpoolMemory
 
 
 def lines(first: int, count: int) -> bytes:

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from harpd import stopping
-from harpd.eventloop import EventLoop
 from harpd.processes.process_tree import Process, Snapshot, Tree
-from harpd.stopping import Stopping
+from harpd.supervisor import termination as stopping
+from harpd.supervisor.event_loop import EventLoop
+from harpd.supervisor.termination import Stopping
 
 #: No process of this system has such a number.
 MAIN = 5_000_000

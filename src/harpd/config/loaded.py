@@ -149,7 +149,7 @@ def configure_log(options: Options, plan: Plan) -> None:
 
 
 def warden_settings(options: Options, plan: Plan, runtime_directory: Path, outlive: bool) -> dict[str, Any]:
-    """What the warden gets to know: nothing secret, values that JSON can carry. Spec: harpd.warden.
+    """What the warden gets to know: nothing secret, values that JSON can carry. Spec: harpd.supervisor.main.
 
     Args:
         options: the command line.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 from collections.abc import Callable
 
-from harpd.eventloop import READ, WRITE, EventLoop, Timer
+from harpd.supervisor.event_loop import READ, WRITE, EventLoop, Timer
 
 __all__ = ["Attachment"]
 

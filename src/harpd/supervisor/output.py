@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Mapping
 from functools import partial
 
-from harpd.eventloop import READ, EventLoop
+from harpd.supervisor.event_loop import READ, EventLoop
 
 __all__ = ["Output", "Pipe"]
 

@@ -16,13 +16,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from harp.protocol.json_text import dumps, loads
-from harpd.callprocess import Parent, Resting, Usage
-from harpd.eventloop import READ, WRITE, EventLoop, Timer
 from harpd.processes.cookie import environment_with_room
+from harpd.supervisor.event_loop import READ, WRITE, EventLoop, Timer
+from harpd.supervisor.worker_process import Parent, Resting, Usage
 
 __all__ = ["Offered", "Zygote"]
 
-log = logging.getLogger("harpd.warden")
+log = logging.getLogger("harpd.supervisor.main")
 
 _MESSAGE_SIZE = 1 << 18
 #: Seconds for a fork, and for the death of a zygote that was killed.
@@ -51,7 +51,7 @@ class Zygote:
 
     Args:
         loop: the event loop.
-        settings: the warden's settings, see `harpd.warden`.
+        settings: the warden's settings, see `harpd.supervisor.main`.
         on_loaded: called once: None when the file is loaded, else the fault.
         on_died: called when the process has ended unasked after it had loaded.
         on_stuck: called when it does not fork. Its calls may go on; it should get no more of them.

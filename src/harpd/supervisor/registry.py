@@ -21,15 +21,15 @@ from harp.protocol.ends import Failed
 from harp.protocol.fields import check, is_count, is_seconds, string, value
 from harp.protocol.harpd import Held, encode_message
 from harp.protocol.json_text import Members, dumps
-from harpd.barred import BarredIds
-from harpd.eventloop import EventLoop
-from harpd.kept import Claim, Kept, Terms
-from harpd.records import CallRecords, Record
-from harpd.spool import SpoolMemory
+from harpd.supervisor.event_loop import EventLoop
+from harpd.supervisor.resumable_session import Claim, Kept, Terms
+from harpd.supervisor.spool import SpoolMemory
+from harpd.supervisor.state_files import CallRecords, Record
+from harpd.supervisor.tombstones import BarredIds
 
 __all__ = ["HeldCalls"]
 
-log = logging.getLogger("harpd.warden")
+log = logging.getLogger("harpd.supervisor.main")
 
 #: Seconds that a start may have been on its way, and for which an id is barred at least.
 _OLDEST_START, _BARRED = 120.0, 150.0
@@ -45,7 +45,7 @@ class HeldCalls:
     Args:
         loop: the event loop.
         warden: this warden's incarnation.
-        settings: the warden's settings, see `harpd.warden`.
+        settings: the warden's settings, see `harpd.supervisor.main`.
         records: where calls are recorded.
         memory: what all calls hold together.
         sweep: looks for wardens that have died, and has their calls buried here.

@@ -12,11 +12,11 @@ from harp.protocol.fields import ProtocolError
 from harp.protocol.json_text import InvalidJSON, Members
 from harp.protocol.lines import LineBuffer, LineTooLong
 from harp_daemon.sliced_json import open_quickly
-from harpd.eventloop import READ, WRITE, EventLoop
+from harpd.supervisor.event_loop import READ, WRITE, EventLoop
 
 __all__ = ["Farewell", "Reception"]
 
-log = logging.getLogger("harpd.warden")
+log = logging.getLogger("harpd.supervisor.main")
 
 _READ_SIZE = 1 << 16
 #: The most bytes of a first line; the gate has its own, lower limit for what comes from outside.

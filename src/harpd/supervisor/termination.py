@@ -22,9 +22,9 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from harpd.eventloop import EventLoop, Timer
 from harpd.processes.process_tree import Process, Snapshot, Tree, kill_group, send
 from harpd.processes.stop_report import Findings
+from harpd.supervisor.event_loop import EventLoop, Timer
 
 __all__ = ["Stopping"]
 

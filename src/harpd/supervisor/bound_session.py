@@ -13,15 +13,15 @@ from collections.abc import Callable
 from harp.protocol.ends import Failed
 from harp.protocol.harpd import Acknowledgement, encode_message
 from harp.protocol.json_text import Raw
-from harpd.attachment import Attachment
-from harpd.eventloop import EventLoop
-from harpd.running import RunningCall, Stop
+from harpd.supervisor.buffered_stream import Attachment
+from harpd.supervisor.call import RunningCall, Stop
+from harpd.supervisor.event_loop import EventLoop
 
 __all__ = ["Tied"]
 
 
 class Tied:
-    """The one connection of a call. A `harpd.running.Audience`.
+    """The one connection of a call. A `harpd.supervisor.call.Audience`.
 
     Args:
         loop: the event loop.

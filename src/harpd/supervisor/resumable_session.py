@@ -40,14 +40,14 @@ from harp.protocol.harpd import (
 )
 from harp.protocol.json_text import Raw
 from harp.protocol.lines import LineBuffer, LineTooLong
-from harpd.attachment import Attachment
-from harpd.eventloop import EventLoop, Timer
-from harpd.running import RunningCall, Stop
-from harpd.spool import Spool, SpoolMemory
+from harpd.supervisor.buffered_stream import Attachment
+from harpd.supervisor.call import RunningCall, Stop
+from harpd.supervisor.event_loop import EventLoop, Timer
+from harpd.supervisor.spool import Spool, SpoolMemory
 
 __all__ = ["Claim", "Kept", "Terms"]
 
-log = logging.getLogger("harpd.warden")
+log = logging.getLogger("harpd.supervisor.main")
 
 #: Bytes of records that are sent ahead of what the dispatcher has stored; one record may be longer.
 _WINDOW = 1024 * 1024
@@ -74,7 +74,7 @@ class Terms:
 
 
 class Kept:
-    """A call that is kept for its dispatcher. A `harpd.running.Audience`.
+    """A call that is kept for its dispatcher. A `harpd.supervisor.call.Audience`.
 
     Args:
         loop: the event loop.

@@ -1,6 +1,6 @@
 """One call as the warden sees it: its process, what it says, its limit, and its end.
 
-What the process writes goes to its audience (`harpd.tied`, `harpd.kept`); while that is full nothing is read, so that
+What the process writes goes to its audience (`harpd.supervisor.bound_session`, `harpd.supervisor.resumable_session`); while that is full nothing is read, so that
 the process waits (back-pressure) and nothing is dropped. The end is decided here, once:
 
 - a limit that fired, a cancel or a shutdown stands, whatever the process says afterwards;
@@ -28,20 +28,20 @@ from harp.protocol.call_output import RECORD
 from harp.protocol.ends import Failed
 from harp.protocol.harpd import encode_message
 from harp.protocol.json_text import InvalidJSON, Raw, dumps, loads
-from harpd.callprocess import CallProcess, Usage
-from harpd.eventloop import READ, WRITE, EventLoop, Timer
-from harpd.nursery import Offered, Zygote
-from harpd.output import Output
 from harpd.processes.cgroup import Cgroups
 from harpd.processes.cookie import entry
 from harpd.processes.process_tree import Snapshot, Tree
-from harpd.records import CallRecords, Record
-from harpd.spool import SHARE, SpoolMemory
-from harpd.stopping import Stopping
+from harpd.supervisor.event_loop import READ, WRITE, EventLoop, Timer
+from harpd.supervisor.output import Output
+from harpd.supervisor.spool import SHARE, SpoolMemory
+from harpd.supervisor.state_files import CallRecords, Record
+from harpd.supervisor.termination import Stopping
+from harpd.supervisor.worker_process import CallProcess, Usage
+from harpd.supervisor.zygote_client import Offered, Zygote
 
 __all__ = ["Audience", "RunningCall", "Stop", "Surroundings"]
 
-log = logging.getLogger("harpd.warden")
+log = logging.getLogger("harpd.supervisor.main")
 
 _READ_SIZE = 1 << 16
 #: The most characters of a traceback.

@@ -3,7 +3,7 @@
 Theory of operation
 ===================
 
-``python -m harpd.warden LIFELINE`` inherits a socket whose other end its keeper holds, and reads its settings, one
+``python -m harpd.supervisor.main LIFELINE`` inherits a socket whose other end its keeper holds, and reads its settings, one
 JSON object, from stdin. It gives itself a name, its *incarnation*, and listens at ``warden-INCARNATION`` in the
 runtime directory; once it can take calls, at ``warden`` too, in the place of an earlier one. It exec's a zygote
 (`harpd.worker.zygote`), which loads the procedures file and forks a process for each call. A reload is a new zygote for new
@@ -11,7 +11,7 @@ calls; the old one retires with its last call; a file that can't be loaded chang
 
 The gate makes one connection per call, JSON lines. The first line says what is wanted:
 
-    {"call": ID, "procedure": NAME, "arguments": ..., "user": NAME, "peer": ADDRESS}    a tied call, see `harpd.tied`
+    {"call": ID, "procedure": NAME, "arguments": ..., "user": NAME, "peer": ADDRESS}    a tied call, see `harpd.supervisor.bound_session`
     ... with "kept": {owner, secret, warden, keep_running, linger, timeout, max_exec_time, begun}       a kept one
     {"attach": ID, "owner": ..., "secret": ..., "since": NUMBER, "user": NAME, "peer": ADDRESS}    to a kept one again
     {"calls": OWNER}                                                                               which there are
@@ -64,23 +64,23 @@ from harp.protocol.fields import check, is_container, string
 from harp.protocol.harpd import encode_message
 from harp.protocol.json_text import Members, dumps, loads
 from harpd.config import log_settings as logs
-from harpd.eventloop import READ, EventLoop
-from harpd.held import HeldCalls
-from harpd.kept import Kept
-from harpd.nursery import Zygote
-from harpd.output import Output
 from harpd.processes.cgroup import Cgroups, own_cgroup
 from harpd.processes.cookie import entry
 from harpd.processes.process_tree import Snapshot, Tree, may_have_escaped, snapshot
-from harpd.reception import Farewell, Reception
-from harpd.records import CallRecords
-from harpd.running import RunningCall, Stop, Surroundings
-from harpd.spool import SHARE, SpoolMemory
-from harpd.tied import Tied
+from harpd.supervisor.bound_session import Tied
+from harpd.supervisor.call import RunningCall, Stop, Surroundings
+from harpd.supervisor.event_loop import READ, EventLoop
+from harpd.supervisor.listener import Farewell, Reception
+from harpd.supervisor.output import Output
+from harpd.supervisor.registry import HeldCalls
+from harpd.supervisor.resumable_session import Kept
+from harpd.supervisor.spool import SHARE, SpoolMemory
+from harpd.supervisor.state_files import CallRecords
+from harpd.supervisor.zygote_client import Zygote
 
 __all__ = ["main"]
 
-log = logging.getLogger("harpd.warden")
+log = logging.getLogger("harpd.supervisor.main")
 
 #: Seconds between two looks for wardens that have died; and while what they have left is dying.
 _SWEEP, _SWEEP_AGAIN = 1.0, 0.05

@@ -19,14 +19,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-from harpd.eventloop import EventLoop
-from harpd.output import Output, Pipe
 from harpd.processes.cgroup import Cgroup
 from harpd.processes.process_tree import send
+from harpd.supervisor.event_loop import EventLoop
+from harpd.supervisor.output import Output, Pipe
 
 __all__ = ["CallProcess", "Parent", "Resting", "Usage"]
 
-log = logging.getLogger("harpd.warden")
+log = logging.getLogger("harpd.supervisor.main")
 
 #: Descriptors that no call may take, and their most as a share: stopping the others needs some, so do controls.
 _RESERVED, _RESERVED_SHARE = 64, 8
