@@ -25,8 +25,8 @@ from harp.protocol.harpd import LONGEST_ORDER, Done, decode_order
 from harp.protocol.lines import LineBuffer, LineTooLong
 from harpd.client import Client, Gone
 from harpd.config.settings import Limits
+from harpd.control.supervisor_client import Reply, WardenConnection, WardenLost, Wardens
 from harpd.relay import Relay
-from harpd.wardens import Reply, WardenConnection, WardenLost, Wardens
 
 __all__ = ["AFTER_REQUEST", "CALL_DIED", "SHUTDOWN", "Around", "KeptCall", "Refused", "TiedCall"]
 

@@ -32,8 +32,8 @@ from harp_daemon.sliced_json import open_quickly
 from harpd.carrying import AFTER_REQUEST, CALL_DIED, SHUTDOWN, Around, KeptCall, Refused, TiedCall
 from harpd.client import Client, Gone
 from harpd.config.loaded import Generation
+from harpd.control.supervisor_client import WardenError, Wardens
 from harpd.threads import Crashed, Threads
-from harpd.wardens import WardenError, Wardens
 
 __all__ = ["Connection"]
 

@@ -22,12 +22,12 @@ from harpd.client import boottime, peer_name
 from harpd.config.loaded import Generation, Options, configure_log, make_generation, warden_settings
 from harpd.config.settings import ConfigError
 from harpd.connection import Connection
-from harpd.keeper import STOP_MARGIN, Keeper
+from harpd.control.launcher import STOP_MARGIN, Keeper
+from harpd.control.lifecycle import Program, end
+from harpd.control.runtime_directory import Part, runtime_directory
+from harpd.control.supervisor_client import Wardens
 from harpd.listening import listen
-from harpd.program import Program, end
-from harpd.runtime import Part, runtime_directory
 from harpd.threads import Crashed, Threads
-from harpd.wardens import Wardens
 
 __all__ = ["run"]
 
@@ -75,7 +75,7 @@ async def run(options: Options, generation: Generation, serving: Callable[[], No
 
 
 class Gate:
-    """The running daemon. A `harpd.program.Service`.
+    """The running daemon. A `harpd.control.lifecycle.Service`.
 
     Args:
         options: the command line.

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from harpd import wardens as module
-from harpd.wardens import NoWarden, WardenError, Wardens
+from harpd.control import supervisor_client as module
+from harpd.control.supervisor_client import NoWarden, WardenError, Wardens
 from support.wardens import Script, dead_warden, make_current, warden
 
 IDS = [f"{number}e8400e2-9b1d-41d4-a716-446655440000" for number in range(3)]

@@ -10,11 +10,11 @@ from typing import Any, Protocol
 
 from harp_daemon.process import notify
 from harpd.config.settings import ConfigError
-from harpd.wardens import WardenError
+from harpd.control.supervisor_client import WardenError
 
 __all__ = ["Program", "Service", "end"]
 
-log = logging.getLogger("harpd.program")
+log = logging.getLogger("harpd.control.lifecycle")
 
 
 class Service(Protocol):

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from harpd.config.settings import ConfigError
-from harpd.wardens import WardenError, Wardens
+from harpd.control.supervisor_client import WardenError, Wardens
 
 __all__ = ["drain", "resume", "status"]
 

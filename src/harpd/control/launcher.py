@@ -24,11 +24,11 @@ from functools import partial
 from typing import Any, TypeAlias
 
 from harp.protocol.json_text import dumps
-from harpd.wardens import NoWarden, WardenError, Wardens
+from harpd.control.supervisor_client import NoWarden, WardenError, Wardens
 
 __all__ = ["STOP_MARGIN", "Keeper", "Settings"]
 
-log = logging.getLogger("harpd.keeper")
+log = logging.getLogger("harpd.control.launcher")
 
 #: What a warden needs to know; values that JSON can carry, no secret.
 Settings: TypeAlias = Mapping[str, Any]

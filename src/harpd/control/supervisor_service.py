@@ -15,14 +15,14 @@ from typing import Any
 
 from harpd.config.loaded import Options, Plan, configure_log, make_plan, warden_settings
 from harpd.config.settings import ConfigError
-from harpd.keeper import STOP_MARGIN, Keeper
-from harpd.program import Program
-from harpd.runtime import Part, runtime_directory
-from harpd.wardens import Wardens
+from harpd.control.launcher import STOP_MARGIN, Keeper
+from harpd.control.lifecycle import Program
+from harpd.control.runtime_directory import Part, runtime_directory
+from harpd.control.supervisor_client import Wardens
 
 __all__ = ["run"]
 
-log = logging.getLogger("harpd.keeper")
+log = logging.getLogger("harpd.control.launcher")
 
 
 async def run(options: Options, plan: Plan, serving: Callable[[], None]) -> None:
@@ -51,7 +51,7 @@ async def run(options: Options, plan: Plan, serving: Callable[[], None]) -> None
 
 
 class Calls:
-    """The running service. A `harpd.program.Service`.
+    """The running service. A `harpd.control.lifecycle.Service`.
 
     Args:
         options: the command line.
