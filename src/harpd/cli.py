@@ -12,13 +12,13 @@ from pathlib import Path
 
 from harp_daemon.event_loop import run
 from harp_daemon.process import ProcessError, detach, pidfile
-from harpd import gate
 from harpd.config.check import check
 from harpd.config.loaded import Options, configure_log, make_generation, make_plan
 from harpd.config.settings import ConfigError, load
 from harpd.control import administration as control
 from harpd.control import supervisor_service as calls
 from harpd.control.supervisor_client import WardenError
+from harpd.frontend import server as gate
 
 __all__ = ["main", "parser"]
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from harp.protocol.ends import Failed, Raised, Returned
 from harp.protocol.harpd import Acknowledgement, Message, Record, encode_message
-from harpd.relay import Relay
+from harpd.frontend.line_relay import Relay
 
 KEPT_BACK = 64 * 1024
 CLOSINGS: list[Message] = [

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from harp_daemon.memory_quota import Allowance, Share
-from harpd.threads import Crashed, Threads
+from harpd.frontend.thread_pool import Crashed, Threads
 from support.deadline import eventually
 
 LONG = 60.0

@@ -23,14 +23,14 @@ from harp.protocol.ends import Failed
 from harp.protocol.fields import ProtocolError
 from harp.protocol.harpd import LONGEST_ORDER, Done, decode_order
 from harp.protocol.lines import LineBuffer, LineTooLong
-from harpd.client import Client, Gone
 from harpd.config.settings import Limits
 from harpd.control.supervisor_client import Reply, WardenConnection, WardenLost, Wardens
-from harpd.relay import Relay
+from harpd.frontend.line_relay import Relay
+from harpd.frontend.tls_stream import Client, Gone
 
 __all__ = ["AFTER_REQUEST", "CALL_DIED", "SHUTDOWN", "Around", "KeptCall", "Refused", "TiedCall"]
 
-log = logging.getLogger("harpd.gate")
+log = logging.getLogger("harpd.frontend.server")
 
 #: Seconds beyond the grace periods that the warden has to end a call.
 _STOP_MARGIN = 10.0

@@ -29,15 +29,15 @@ from harp.protocol.lines import LineBuffer, LineTooLong
 from harp.protocol.resumable import encode_terms
 from harp_daemon.memory_quota import Allowance, Share
 from harp_daemon.sliced_json import open_quickly
-from harpd.carrying import AFTER_REQUEST, CALL_DIED, SHUTDOWN, Around, KeptCall, Refused, TiedCall
-from harpd.client import Client, Gone
 from harpd.config.loaded import Generation
 from harpd.control.supervisor_client import WardenError, Wardens
-from harpd.threads import Crashed, Threads
+from harpd.frontend.proxy import AFTER_REQUEST, CALL_DIED, SHUTDOWN, Around, KeptCall, Refused, TiedCall
+from harpd.frontend.thread_pool import Crashed, Threads
+from harpd.frontend.tls_stream import Client, Gone
 
 __all__ = ["Connection"]
 
-log = logging.getLogger("harpd.gate")
+log = logging.getLogger("harpd.frontend.server")
 
 #: What of a user's name goes into the log.
 _NAME_SHOWN = 64

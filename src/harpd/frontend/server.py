@@ -18,20 +18,20 @@ from typing import Any
 
 from harp_daemon.memory_quota import Allowance
 from harp_daemon.sockets import prepare
-from harpd.client import boottime, peer_name
 from harpd.config.loaded import Generation, Options, configure_log, make_generation, warden_settings
 from harpd.config.settings import ConfigError
-from harpd.connection import Connection
 from harpd.control.launcher import STOP_MARGIN, Keeper
 from harpd.control.lifecycle import Program, end
 from harpd.control.runtime_directory import Part, runtime_directory
 from harpd.control.supervisor_client import Wardens
-from harpd.listening import listen
-from harpd.threads import Crashed, Threads
+from harpd.frontend.connection import Connection
+from harpd.frontend.listeners import listen
+from harpd.frontend.thread_pool import Crashed, Threads
+from harpd.frontend.tls_stream import boottime, peer_name
 
 __all__ = ["run"]
 
-log = logging.getLogger("harpd.gate")
+log = logging.getLogger("harpd.frontend.server")
 
 #: Connections over the limit that are taken just to be told so; those beyond are closed.
 _SURPLUS = 32
