@@ -36,7 +36,7 @@ _COPIES = 500
 #: Seconds before now in which the jobs ran: they are not yet to be pruned.
 _SPAN = 20 * 86_400.0
 
-#: As `harpcaller.jobids` makes them, of a job's time in the statement below.
+#: As `harpcaller.model.ids` makes them, of a job's time in the statement below.
 _ID = "printf('%s-%s-7%s-%s-%s', substr({0}, 1, 8), substr({0}, 9, 4), {1}, {2}, {3})".format(
     "printf('%012x', CAST({submitted} * 1000 AS INTEGER))",
     "printf('%03x', CAST({submitted} * 4096000 AS INTEGER) & 4095)",

@@ -36,8 +36,8 @@ from harpcaller.hostbook import HostBook
 from harpcaller.hosts import Host
 from harpcaller.hosttls import HostTLS
 from harpcaller.idle import IdleConnections
-from harpcaller.jobids import is_job_id, new_job_id
-from harpcaller.jobs import Facts, Job, JobDetails, NewJob, Records, State, Stop
+from harpcaller.model.ids import is_job_id, new_job_id
+from harpcaller.model.jobs import Facts, Job, JobDetails, NewJob, Records, State, Stop
 from harpcaller.news import News, Packets
 from harpcaller.registry import HostsRegistry
 from harpcaller.runner import Run

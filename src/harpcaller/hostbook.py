@@ -22,7 +22,7 @@ from harpcaller.config import Config
 from harpcaller.conversation import dial
 from harpcaller.hosts import Host
 from harpcaller.hosttls import HostTLS
-from harpcaller.jobs import Identity
+from harpcaller.model.jobs import Identity
 
 __all__ = ["HostBook", "Refused"]
 

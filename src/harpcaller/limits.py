@@ -11,7 +11,7 @@ import time
 
 from harp.protocol.ends import Failed
 from harpcaller.hostlink import errno_data
-from harpcaller.jobs import Job
+from harpcaller.model.jobs import Job
 
 __all__ = ["Limits"]
 

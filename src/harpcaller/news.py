@@ -14,7 +14,7 @@ from contextlib import contextmanager
 
 from harp.protocol.ends import End
 from harp.protocol.replies import encode_packets
-from harpcaller.jobs import Records
+from harpcaller.model.jobs import Records
 
 __all__ = ["News", "Packets", "Topic"]
 

@@ -13,7 +13,7 @@ from functools import partial
 from typing import TypeVar
 
 from harp.protocol.json_text import Raw
-from harpcaller.jobs import Records
+from harpcaller.model.jobs import Records
 from harpcaller.news import News
 from harpcaller.store import StorageError, Store
 

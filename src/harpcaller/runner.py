@@ -49,8 +49,8 @@ from harpcaller.contact import LostContact, Pace
 from harpcaller.conversation import BEHIND_ALL, Conversation, dial, end_of_records
 from harpcaller.hostlink import failed, named
 from harpcaller.hosts import Host
-from harpcaller.jobs import NO_FACTS, Facts, Job, Stop
 from harpcaller.limits import Limits
+from harpcaller.model.jobs import NO_FACTS, Facts, Job, Stop
 from harpcaller.reaching import Unreachable, not_of_the_protocol, reaching
 from harpcaller.recording import Recording
 from harpcaller.settling import Settling

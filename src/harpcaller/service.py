@@ -45,8 +45,8 @@ from harpcaller.config import Address, Config, ConfigError
 from harpcaller.connection import ClientLeft, Connection
 from harpcaller.dispatcher import Dispatcher
 from harpcaller.door import Door
-from harpcaller.jobs import Job
 from harpcaller.listening import Listener, listen_tcp, listen_unix, reason
+from harpcaller.model.jobs import Job
 from harpcaller.news import Packets
 from harpcaller.store import StorageError, UnknownJob
 

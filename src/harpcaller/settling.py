@@ -16,7 +16,7 @@ from typing import Any
 from harp.protocol.ends import End, Failed, Raised
 from harp.protocol.harpd import Receipt
 from harp.protocol.json_text import Raw, dumps
-from harpcaller.jobs import NO_FACTS, Facts, Job, Stop, state_of
+from harpcaller.model.jobs import NO_FACTS, Facts, Job, Stop, state_of
 from harpcaller.recording import persist
 from harpcaller.store import StorageError
 from harpcaller.surroundings import Surroundings

@@ -11,7 +11,7 @@ from harpcaller.hostbook import HostBook
 from harpcaller.hosts import Host
 from harpcaller.hosttls import HostTLS
 from harpcaller.idle import IdleConnections
-from harpcaller.jobs import Identity, Job, NewJob
+from harpcaller.model.jobs import Identity, Job, NewJob
 from harpcaller.news import News
 from harpcaller.recording import StoreTrouble
 from harpcaller.store import Store

@@ -22,7 +22,7 @@ from harpcaller import asking
 from harpcaller.conversation import BEHIND_ALL, Conversation, dial, end_of_records
 from harpcaller.hostlink import FAULTS
 from harpcaller.hosts import Host
-from harpcaller.jobs import Facts, Job
+from harpcaller.model.jobs import Facts, Job
 from harpcaller.store import StorageError, UnknownJob
 from harpcaller.surroundings import Surroundings
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from harpcaller import cli
-from harpcaller.jobs import NewJob, Records
+from harpcaller.model.jobs import NewJob, Records
 from harpcaller.store import Store, sqlite
 
 __all__ = ["CLOCK", "SABOTAGES"]

@@ -18,7 +18,7 @@ import pytest
 from harp.protocol.ends import Cancelled, End, Failed, Returned
 from harp.protocol.replies import Continue
 from harpcaller.config import Config, ConfigError
-from harpcaller.jobs import State
+from harpcaller.model.jobs import State
 from harpcaller.news import Packets
 from harpcaller.store import StorageError, UnknownJob
 from harpcaller.store.sqlite import open_store

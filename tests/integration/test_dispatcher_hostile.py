@@ -16,7 +16,7 @@ import pytest
 from harp.protocol.ends import Cancelled, Failed, Returned
 from harp.protocol.json_text import Raw
 from harpcaller.contact import LostContact
-from harpcaller.jobs import Facts, NewJob, Stop
+from harpcaller.model.jobs import Facts, NewJob, Stop
 from harpcaller.store.sqlite import open_store
 from support.deadline import eventually
 from support.dispatcher import Switched, call, host_line, running

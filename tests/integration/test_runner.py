@@ -17,7 +17,7 @@ import pytest
 
 from harp.protocol.ends import Cancelled, End, Failed, Raised, Returned
 from harpcaller.dispatcher import Dispatcher
-from harpcaller.jobs import State
+from harpcaller.model.jobs import State
 from harpcaller.store.sqlite import open_store
 from support.certificates import server_files
 from support.deadline import eventually

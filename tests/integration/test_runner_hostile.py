@@ -17,7 +17,7 @@ from harpcaller.config import Config
 from harpcaller.conversation import dial
 from harpcaller.hosts import Host
 from harpcaller.hosttls import HostTLS
-from harpcaller.jobs import Stop
+from harpcaller.model.jobs import Stop
 from harpcaller.store.sqlite import open_store
 from support.deadline import eventually
 from support.dispatcher import Switched, call, followed, host_line, running

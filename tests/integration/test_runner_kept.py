@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from harp.protocol.ends import Cancelled, Failed, Returned
-from harpcaller.jobs import State, Stop
+from harpcaller.model.jobs import State, Stop
 from harpcaller.news import Packets
 from harpcaller.store import UnknownJob
 from harpcaller.store.sqlite import open_store

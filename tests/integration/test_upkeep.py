@@ -22,7 +22,7 @@ from harpcaller.config import Config
 from harpcaller.hostcopy import HostCopy, read_copy, write_copy
 from harpcaller.hosts import Host
 from harpcaller.hostscript import ScriptFailed, run_script
-from harpcaller.jobs import State
+from harpcaller.model.jobs import State
 from harpcaller.registry import HostsRegistry, RefreshFailed
 from harpcaller.store import StorageError, UnknownJob
 from harpcaller.store.sqlite import open_store

@@ -12,7 +12,7 @@ import pytest
 
 from harp.protocol.ends import Cancelled, Returned
 from harp.protocol.json_text import Raw
-from harpcaller.jobs import ENDED, NO_FACTS, TRANSITIONS, Facts, Job, JobDetails, Records, State, Stop
+from harpcaller.model.jobs import ENDED, NO_FACTS, TRANSITIONS, Facts, Job, JobDetails, Records, State, Stop
 from harpcaller.store import QueueStatus, Store, UnknownJob
 from support.backends import BACKENDS
 from support.jobs import ENDS, STANDS, job_in, new_id, new_job, records

@@ -6,7 +6,7 @@ import asyncio
 
 from harp.protocol.ends import Cancelled, Returned
 from harp.protocol.json_text import Raw
-from harpcaller.jobs import Facts, State, Stop
+from harpcaller.model.jobs import Facts, State, Stop
 from harpcaller.store import Store
 from support.jobs import ENDS, added, claimed, job_in, new_job, records
 

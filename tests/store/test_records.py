@@ -9,7 +9,7 @@ import pytest
 
 from harp.protocol.ends import Returned
 from harp.protocol.json_text import Raw
-from harpcaller.jobs import Records, State
+from harpcaller.model.jobs import Records, State
 from harpcaller.store import Store
 from support.jobs import ENDS, added, claimed, job_in, records
 

@@ -9,7 +9,7 @@ import pytest
 
 from harp.protocol.ends import Failed
 from harp.protocol.json_text import Raw
-from harpcaller.jobs import State, Stop, Waiting
+from harpcaller.model.jobs import State, Stop, Waiting
 from harpcaller.store import QueueStatus, Store
 from support.jobs import ENDS, added, claimed, job_in, new_job
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from harp.protocol.json_text import Raw
-from harpcaller.jobs import Facts, State, Stop
+from harpcaller.model.jobs import Facts, State, Stop
 from harpcaller.store import StorageError
 from harpcaller.store.sqlite import FILE_NAME, file, open_store
 from support import full_disk, killed_writer

@@ -17,7 +17,7 @@ import pytest
 
 from harp.protocol.ends import Returned
 from harp.protocol.json_text import Raw
-from harpcaller.jobs import TRANSITIONS, Facts, Records, State, Stop
+from harpcaller.model.jobs import TRANSITIONS, Facts, Records, State, Stop
 from harpcaller.store import StorageError
 from harpcaller.store.sqlite import FILE_NAME, SQLiteStore, file, open_store, pruning, reads, sql, writelog, writes
 from harpcaller.store.sqlite.file import connect

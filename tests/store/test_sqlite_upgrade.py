@@ -12,7 +12,7 @@ import pytest
 
 from harp.protocol.ends import Cancelled, Failed, Raised, Returned
 from harp.protocol.json_text import Raw, canonical
-from harpcaller.jobs import ENDED, NO_FACTS, Facts, Job, Records, State, Stop
+from harpcaller.model.jobs import ENDED, NO_FACTS, Facts, Job, Records, State, Stop
 from harpcaller.store import QueueStatus
 from harpcaller.store.sqlite import FILE_NAME, SQLiteStore, open_store
 from harpcaller.store.sqlite.file import connect

@@ -24,7 +24,7 @@ from hypothesis.stateful import (
 
 from harp.protocol.ends import End
 from harp.protocol.json_text import Raw, canonical
-from harpcaller.jobs import NO_FACTS, Facts, NewJob, Records, Stop
+from harpcaller.model.jobs import NO_FACTS, Facts, NewJob, Records, Stop
 from support.backends import BACKENDS, Opener
 from support.jobs import ENDS, new_id, new_job
 from support.store_model import ModelStore

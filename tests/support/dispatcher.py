@@ -14,7 +14,7 @@ from harp.protocol.replies import Continue
 from harp.protocol.requests import Call, Queue
 from harpcaller.config import Config
 from harpcaller.dispatcher import Dispatcher
-from harpcaller.jobs import Job
+from harpcaller.model.jobs import Job
 from harpcaller.news import Packets
 from harpcaller.store import StorageError, Store
 from harpcaller.store.sqlite import open_store

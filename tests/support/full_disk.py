@@ -17,7 +17,7 @@ from pathlib import Path
 
 from harp.protocol.ends import Returned
 from harp.protocol.json_text import Raw
-from harpcaller.jobs import NO_FACTS, Facts, NewJob, State
+from harpcaller.model.jobs import NO_FACTS, Facts, NewJob, State
 from harpcaller.store import StorageError
 from harpcaller.store.sqlite import SQLiteStore, open_store
 

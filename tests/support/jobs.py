@@ -9,7 +9,7 @@ from typing import Any
 
 from harp.protocol.ends import Cancelled, End, Failed, Raised, Returned
 from harp.protocol.json_text import Raw
-from harpcaller.jobs import ENDED, NewJob, Records, State
+from harpcaller.model.jobs import ENDED, NewJob, Records, State
 from harpcaller.store import Store
 
 #: An end for each state that is one; payloads that would not survive decoding.

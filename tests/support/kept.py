@@ -10,7 +10,7 @@ from typing import Any
 
 from harp.protocol.ends import End
 from harpcaller.dispatcher import Dispatcher
-from harpcaller.jobs import Job
+from harpcaller.model.jobs import Job
 from support.certificates import server_files
 from support.deadline import eventually
 from support.dispatcher import call, until

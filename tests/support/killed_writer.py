@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from harp.protocol.json_text import Raw
-from harpcaller.jobs import Facts, State, Stop
+from harpcaller.model.jobs import Facts, State, Stop
 from harpcaller.store.sqlite import SQLiteStore, open_store
 from support.jobs import new_job, records
 

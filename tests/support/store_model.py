@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 
 from harp.protocol.ends import Cancelled, End
 from harp.protocol.json_text import Raw, canonical
-from harpcaller.jobs import (
+from harpcaller.model.jobs import (
     ENDED,
     NO_FACTS,
     TRANSITIONS,

@@ -19,7 +19,7 @@ from bench.ours import PROCEDURES
 from bench.simulated import address_of
 from bench.simulation import HOST, dispatcher_on_simulated_hosts, host_name, simulated_hosts
 from bench.works import Row
-from harpcaller.jobids import new_job_id
+from harpcaller.model.ids import new_job_id
 from harpcaller.store.sqlite.file import FILE_NAME
 from support.deadline import wait_until
 from support.harpcallerd import Harpcallerd

@@ -11,7 +11,7 @@ import pytest
 from harp.protocol.ends import Returned
 from harp.protocol.json_text import Raw
 from harpcaller.details import Situation, describe
-from harpcaller.jobs import NO_FACTS, Facts, Job, JobDetails, State
+from harpcaller.model.jobs import NO_FACTS, Facts, Job, JobDetails, State
 from harpcaller.timings import Timings
 
 SITUATION = Situation(

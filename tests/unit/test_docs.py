@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from harpcaller.jobs import TRANSITIONS
+from harpcaller.model.jobs import TRANSITIONS
 
 ROOT = Path(__file__).parents[2]
 SOURCES = {path: path.read_text() for path in (ROOT / "src").rglob("*.py")}

@@ -6,7 +6,7 @@ import uuid
 
 import pytest
 
-from harpcaller.jobids import is_job_id, new_job_id
+from harpcaller.model.ids import is_job_id, new_job_id
 
 NOW = 1_763_868_000.25
 

@@ -8,7 +8,7 @@ import pytest
 
 from harp.protocol.ends import Cancelled, End, Failed, Raised, Returned
 from harp.protocol.json_text import Raw
-from harpcaller.jobs import ENDED, TRANSITIONS, Identity, NewJob, Records, State, state_of
+from harpcaller.model.jobs import ENDED, TRANSITIONS, Identity, NewJob, Records, State, state_of
 
 ENDS: list[End] = [Returned(Raw(b"1")), Raised("T", "m"), Failed("t", "m"), Cancelled()]
 

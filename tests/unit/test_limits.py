@@ -8,8 +8,8 @@ import pytest
 
 from harp.protocol.json_text import Raw
 from harpcaller import limits
-from harpcaller.jobs import Job, State
 from harpcaller.limits import Limits
+from harpcaller.model.jobs import Job, State
 
 NULL = Raw(b"null")
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from harp.protocol.json_text import Raw
-from harpcaller.queues import Head, host_lane, queue_lane, startable
+from harpcaller.model.lanes import Head, host_lane, queue_lane, startable
 
 
 @pytest.mark.parametrize(

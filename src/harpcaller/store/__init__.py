@@ -15,7 +15,7 @@ from typing import Protocol
 
 from harp.protocol.ends import End
 from harp.protocol.json_text import Raw
-from harpcaller.jobs import NO_FACTS, Facts, Identity, Job, JobDetails, NewJob, Records, State, Stop
+from harpcaller.model.jobs import NO_FACTS, Facts, Identity, Job, JobDetails, NewJob, Records, State, Stop
 
 __all__ = ["QueueStatus", "StorageError", "Store", "UnknownJob"]
 

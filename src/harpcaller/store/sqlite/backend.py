@@ -9,7 +9,7 @@ from pathlib import Path
 
 from harp.protocol.ends import End
 from harp.protocol.json_text import Raw
-from harpcaller.jobs import NO_FACTS, Facts, Identity, Job, JobDetails, NewJob, Records, State, Stop
+from harpcaller.model.jobs import NO_FACTS, Facts, Identity, Job, JobDetails, NewJob, Records, State, Stop
 from harpcaller.store import QueueStatus
 from harpcaller.store.sqlite import pruning, reads, writes
 from harpcaller.store.sqlite.file import FILE_NAME, connect, lock, prepare, storage_errors

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 
 from harp.protocol.json_text import Raw
-from harpcaller.jobs import NO_FACTS, Identity, Job, JobDetails, Records, State, Waiting
-from harpcaller.queues import queue_lane
+from harpcaller.model.jobs import NO_FACTS, Identity, Job, JobDetails, Records, State, Waiting
+from harpcaller.model.lanes import queue_lane
 from harpcaller.store import QueueStatus, UnknownJob
 from harpcaller.store.sqlite.rows import (
     decode_facts,

@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 
 from harp.protocol.ends import Cancelled, End, Returned, decode_end, encode_end
 from harp.protocol.json_text import Raw, dumps, open_sliced
-from harpcaller.jobs import Facts, Job, State, Stop
+from harpcaller.model.jobs import Facts, Job, State, Stop
 
 __all__ = [
     "RUN_BYTES",

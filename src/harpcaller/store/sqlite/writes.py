@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 from harp.protocol.ends import Cancelled, End
 from harp.protocol.json_text import Raw
-from harpcaller.jobs import ENDED, NO_FACTS, TRANSITIONS, Facts, Job, NewJob, Records, State, Stop, state_of
-from harpcaller.queues import Head, host_lane, queue_lane, startable
+from harpcaller.model.jobs import ENDED, NO_FACTS, TRANSITIONS, Facts, Job, NewJob, Records, State, Stop, state_of
+from harpcaller.model.lanes import Head, host_lane, queue_lane, startable
 from harpcaller.store.sqlite.rows import (
     RUN_BYTES,
     decode_job,
