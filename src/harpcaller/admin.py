@@ -21,9 +21,9 @@ from harpcaller.config import ConfigError
 from harpcaller.connection import ClientLeft, Connection
 from harpcaller.dispatcher import Dispatcher
 from harpcaller.door import Door
+from harpcaller.hosts.registry import RefreshFailed
 from harpcaller.listening import Listener
 from harpcaller.model.jobs import Job, State
-from harpcaller.registry import RefreshFailed
 from harpcaller.store import StorageError, UnknownJob
 
 __all__ = ["COMMANDS", "Admin", "Program"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from harp.protocol.harpd import Attach, CallTerms, Request
 from harpcaller.config import Config
-from harpcaller.hosts import Host
+from harpcaller.hosts.inventory import Host
 from harpcaller.model.jobs import Identity, Job
 
 __all__ = ["attach", "start"]

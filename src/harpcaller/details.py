@@ -12,7 +12,7 @@ from typing import Any
 
 from harp.protocol.ends import Failed, Raised
 from harp.protocol.json_text import Envelope, InvalidJSON, Raw, loads
-from harpcaller.hosts import Host
+from harpcaller.hosts.inventory import Host
 from harpcaller.model.jobs import Facts, Job, JobDetails, State, Stop, Waiting
 from harpcaller.runner import Run
 

@@ -32,14 +32,14 @@ from harp.protocol.replies import Continue
 from harp.protocol.requests import Call
 from harpcaller.config import Config
 from harpcaller.details import Situation, describe
-from harpcaller.hostbook import HostBook
-from harpcaller.hosts import Host
-from harpcaller.hosttls import HostTLS
-from harpcaller.idle import IdleConnections
+from harpcaller.hosts.capabilities import HostBook
+from harpcaller.hosts.inventory import Host
+from harpcaller.hosts.pool import IdleConnections
+from harpcaller.hosts.registry import HostsRegistry
+from harpcaller.hosts.tls import HostTLS
 from harpcaller.model.ids import is_job_id, new_job_id
 from harpcaller.model.jobs import Facts, Job, JobDetails, NewJob, Records, State, Stop
 from harpcaller.news import News, Packets
-from harpcaller.registry import HostsRegistry
 from harpcaller.runner import Run
 from harpcaller.store import QueueStatus, StorageError, Store, UnknownJob
 from harpcaller.surroundings import Surroundings, fields

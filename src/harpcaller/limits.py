@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 
 from harp.protocol.ends import Failed
-from harpcaller.hostlink import errno_data
+from harpcaller.hosts.connecting import errno_data
 from harpcaller.model.jobs import Job
 
 __all__ = ["Limits"]

@@ -7,9 +7,9 @@ from contextlib import contextmanager
 
 from harp.protocol.ends import Failed
 from harp.protocol.lines import LineTooLong
-from harpcaller.hostbook import Refused
-from harpcaller.hostlink import FAULTS, failed, named
-from harpcaller.hosts import Host
+from harpcaller.hosts.capabilities import Refused
+from harpcaller.hosts.connecting import FAULTS, failed, named
+from harpcaller.hosts.inventory import Host
 
 __all__ = ["Unreachable", "not_of_the_protocol", "reaching"]
 

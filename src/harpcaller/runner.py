@@ -3,7 +3,7 @@
 Theory of operation. A `Run` lives as long as its job holds its slot. It starts the call, listens to it, and when the
 contact is lost attaches to it again, until the host says that the call is over, or has been given up as lost.
 
-A call is *kept* when its host's harpd knows how (`harpcaller.hostbook`); else it is *tied* to its connection, as with
+A call is *kept* when its host's harpd knows how (`harpcaller.hosts.capabilities`); else it is *tied* to its connection, as with
 the harpd of the field: closing stops it, nobody confirms that, a cut ends the job.
 
 At most once: the request is written a single time, without waiting in between the last look at whether the call is
@@ -46,9 +46,9 @@ from harp.protocol.json_text import Raw, dumps, loads
 from harp.protocol.lines import LineTooLong
 from harpcaller import asking
 from harpcaller.contact import LostContact, Pace
-from harpcaller.conversation import BEHIND_ALL, Conversation, dial, end_of_records
-from harpcaller.hostlink import failed, named
-from harpcaller.hosts import Host
+from harpcaller.hosts.connecting import failed, named
+from harpcaller.hosts.connection import BEHIND_ALL, Conversation, dial, end_of_records
+from harpcaller.hosts.inventory import Host
 from harpcaller.limits import Limits
 from harpcaller.model.jobs import NO_FACTS, Facts, Job, Stop
 from harpcaller.reaching import Unreachable, not_of_the_protocol, reaching

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from harpcaller.config import Config
-from harpcaller.hostbook import HostBook
-from harpcaller.hosts import Host
-from harpcaller.hosttls import HostTLS
-from harpcaller.idle import IdleConnections
+from harpcaller.hosts.capabilities import HostBook
+from harpcaller.hosts.inventory import Host
+from harpcaller.hosts.pool import IdleConnections
+from harpcaller.hosts.tls import HostTLS
 from harpcaller.model.jobs import Identity, Job, NewJob
 from harpcaller.news import News
 from harpcaller.recording import StoreTrouble

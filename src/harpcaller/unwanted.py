@@ -19,9 +19,9 @@ from harp.protocol.harpd import Acknowledgement, Done, Evidence, Receipt, Record
 from harp.protocol.json_text import Raw
 from harp.protocol.lines import LineTooLong
 from harpcaller import asking
-from harpcaller.conversation import BEHIND_ALL, Conversation, dial, end_of_records
-from harpcaller.hostlink import FAULTS
-from harpcaller.hosts import Host
+from harpcaller.hosts.connecting import FAULTS
+from harpcaller.hosts.connection import BEHIND_ALL, Conversation, dial, end_of_records
+from harpcaller.hosts.inventory import Host
 from harpcaller.model.jobs import Facts, Job
 from harpcaller.store import StorageError, UnknownJob
 from harpcaller.surroundings import Surroundings

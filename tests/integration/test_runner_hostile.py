@@ -14,9 +14,9 @@ import pytest
 from harp.protocol.ends import Failed, Returned
 from harp.protocol.harpd import ListCalls, Stored
 from harpcaller.config import Config
-from harpcaller.conversation import dial
-from harpcaller.hosts import Host
-from harpcaller.hosttls import HostTLS
+from harpcaller.hosts.connection import dial
+from harpcaller.hosts.inventory import Host
+from harpcaller.hosts.tls import HostTLS
 from harpcaller.model.jobs import Stop
 from harpcaller.store.sqlite import open_store
 from support.deadline import eventually

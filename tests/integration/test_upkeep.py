@@ -19,11 +19,11 @@ import pytest
 
 from harp.protocol.ends import Failed, Returned
 from harpcaller.config import Config
-from harpcaller.hostcopy import HostCopy, read_copy, write_copy
-from harpcaller.hosts import Host
-from harpcaller.hostscript import ScriptFailed, run_script
+from harpcaller.hosts.cache import HostCopy, read_copy, write_copy
+from harpcaller.hosts.inventory import Host
+from harpcaller.hosts.registry import HostsRegistry, RefreshFailed
+from harpcaller.hosts.script import ScriptFailed, run_script
 from harpcaller.model.jobs import State
-from harpcaller.registry import HostsRegistry, RefreshFailed
 from harpcaller.store import StorageError, UnknownJob
 from harpcaller.store.sqlite import open_store
 from harpcaller.upkeep import prune, prune_regularly

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from harp.protocol.fields import ProtocolError
-from harpcaller.hosts import Host, Skipped, parse_line, parse_registry
+from harpcaller.hosts.inventory import Host, Skipped, parse_line, parse_registry
 
 LINE: dict[str, Any] = {
     "hostname": "web01",

@@ -14,9 +14,9 @@ import pytest
 import trustme
 
 from harpcaller.config import Config, ConfigError
-from harpcaller.hostlink import connect, failed
-from harpcaller.hosts import Host
-from harpcaller.hosttls import CertificateRefused, HostTLS, names_host, server_name
+from harpcaller.hosts.connecting import connect, failed
+from harpcaller.hosts.inventory import Host
+from harpcaller.hosts.tls import CertificateRefused, HostTLS, names_host, server_name
 from support.certificates import Certificates, authority
 from support.peers import Peer, server_context
 

@@ -19,9 +19,9 @@ from harp.protocol.ends import Failed
 from harp.protocol.fields import ProtocolError
 from harp.protocol.harpd import Held, ListCalls, Message
 from harpcaller.config import Config
-from harpcaller.conversation import dial
-from harpcaller.hosts import Host
-from harpcaller.hosttls import HostTLS
+from harpcaller.hosts.connection import dial
+from harpcaller.hosts.inventory import Host
+from harpcaller.hosts.tls import HostTLS
 from harpcaller.model.jobs import Identity
 
 __all__ = ["HostBook", "Refused"]
@@ -90,7 +90,7 @@ class HostBook:
             Refused: the host refused the question for a reason that a start would meet as well.
             LineTooLong: it does not speak the protocol.
             TimeoutError: it did not answer.
-            OSError, CertificateRefused, UnicodeError: it can't be reached, see `harpcaller.hostlink`.
+            OSError, CertificateRefused, UnicodeError: it can't be reached, see `harpcaller.hosts.connecting`.
         """
         page = self._pages.setdefault(_place(host), _Page())
         if page.learnt is not None and (page.warden is not None or time.monotonic() - page.learnt < _ASK_AGAIN):

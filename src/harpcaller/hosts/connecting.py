@@ -16,8 +16,8 @@ from typing import Any, TypeAlias
 from harp.protocol.ends import Failed
 from harp.protocol.json_text import Raw, dumps
 from harp_daemon.sockets import prepare
-from harpcaller.hosts import Host
-from harpcaller.hosttls import CertificateRefused, HostTLS, as_ip, server_name
+from harpcaller.hosts.inventory import Host
+from harpcaller.hosts.tls import CertificateRefused, HostTLS, as_ip, server_name
 
 __all__ = ["FAULTS", "address_text", "connect", "errno_data", "failed", "named"]
 

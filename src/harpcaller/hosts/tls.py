@@ -23,8 +23,8 @@ from typing import Any
 
 from harp_daemon.tls import set_floor
 from harpcaller.config import Config, file_errors
-from harpcaller.freshfile import FreshFile
-from harpcaller.hosts import Host
+from harpcaller.hosts.inventory import Host
+from harpcaller.hosts.watched_file import FreshFile
 
 __all__ = ["CertificateRefused", "HostTLS", "as_ip", "names_host", "server_name"]
 

@@ -16,10 +16,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from harpcaller.config import Config, file_errors
-from harpcaller.freshfile import FreshFile
-from harpcaller.hostcopy import HostCopy, read_copy, write_copy
-from harpcaller.hosts import Host, Registry, parse_registry
-from harpcaller.hostscript import ScriptFailed, run_script
+from harpcaller.hosts.cache import HostCopy, read_copy, write_copy
+from harpcaller.hosts.inventory import Host, Registry, parse_registry
+from harpcaller.hosts.script import ScriptFailed, run_script
+from harpcaller.hosts.watched_file import FreshFile
 
 __all__ = ["HostsRegistry", "RefreshFailed"]
 

@@ -13,9 +13,9 @@ import asyncio
 import time
 from collections import deque
 
-from harpcaller.conversation import Conversation
-from harpcaller.hosts import Host
-from harpcaller.hosttls import HostTLS
+from harpcaller.hosts.connection import Conversation
+from harpcaller.hosts.inventory import Host
+from harpcaller.hosts.tls import HostTLS
 
 __all__ = ["IdleConnections"]
 

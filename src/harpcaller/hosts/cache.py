@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from harpcaller.hosts import Host, parse_registry
+from harpcaller.hosts.inventory import Host, parse_registry
 
 __all__ = ["HostCopy", "read_copy", "write_copy"]
 

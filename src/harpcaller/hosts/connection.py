@@ -23,9 +23,9 @@ from harp.protocol.json_text import InvalidJSON, Raw, loads
 from harp.protocol.lines import LineBuffer
 from harp_daemon.sliced_json import open_quickly, sliced_records
 from harpcaller.config import Config
-from harpcaller.hostlink import address_text, connect
-from harpcaller.hosts import Host
-from harpcaller.hosttls import HostTLS
+from harpcaller.hosts.connecting import address_text, connect
+from harpcaller.hosts.inventory import Host
+from harpcaller.hosts.tls import HostTLS
 
 __all__ = ["BEHIND_ALL", "Conversation", "dial", "end_of_records"]
 
@@ -220,7 +220,7 @@ class Conversation:
 
 
 async def dial(host: Host, tls: HostTLS, config: Config, longest: int = sys.maxsize) -> Conversation:
-    """Connect to a host. Raises as `harpcaller.hostlink.connect`.
+    """Connect to a host. Raises as `harpcaller.hosts.connecting.connect`.
 
     Args:
         host: the host.
