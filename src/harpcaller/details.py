@@ -14,7 +14,7 @@ from harp.protocol.ends import Failed, Raised
 from harp.protocol.json_text import Envelope, InvalidJSON, Raw, loads
 from harpcaller.hosts.inventory import Host
 from harpcaller.model.jobs import Facts, Job, JobDetails, State, Stop, Waiting
-from harpcaller.runner import Run
+from harpcaller.runs.run import Run
 
 __all__ = ["Situation", "describe"]
 

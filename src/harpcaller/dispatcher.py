@@ -40,10 +40,10 @@ from harpcaller.hosts.tls import HostTLS
 from harpcaller.model.ids import is_job_id, new_job_id
 from harpcaller.model.jobs import Facts, Job, JobDetails, NewJob, Records, State, Stop
 from harpcaller.news import News, Packets
-from harpcaller.runner import Run
+from harpcaller.runs.context import Surroundings, fields
+from harpcaller.runs.reconciliation import Unwanted
+from harpcaller.runs.run import Run
 from harpcaller.store import QueueStatus, StorageError, Store, UnknownJob
-from harpcaller.surroundings import Surroundings, fields
-from harpcaller.unwanted import Unwanted
 from harpcaller.upkeep import prune, prune_regularly
 
 __all__ = ["Dispatcher"]

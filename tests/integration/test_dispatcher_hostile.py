@@ -15,8 +15,8 @@ import pytest
 
 from harp.protocol.ends import Cancelled, Failed, Returned
 from harp.protocol.json_text import Raw
-from harpcaller.contact import LostContact
 from harpcaller.model.jobs import Facts, NewJob, Stop
+from harpcaller.runs.outage import LostContact
 from harpcaller.store.sqlite import open_store
 from support.deadline import eventually
 from support.dispatcher import Switched, call, host_line, running

@@ -8,7 +8,7 @@ import time
 import pytest
 
 from harp.protocol.json_text import Raw
-from harpcaller.contact import LostContact, Pace
+from harpcaller.runs.outage import LostContact, Pace
 
 
 def boottime() -> float:

@@ -12,7 +12,7 @@ from harp.protocol.ends import Returned
 from harp.protocol.json_text import Raw
 from harpcaller.details import Situation, describe
 from harpcaller.model.jobs import NO_FACTS, Facts, Job, JobDetails, State
-from harpcaller.timings import Timings
+from harpcaller.runs.timings import Timings
 
 SITUATION = Situation(
     run=None,

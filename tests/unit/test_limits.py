@@ -7,9 +7,9 @@ from types import SimpleNamespace
 import pytest
 
 from harp.protocol.json_text import Raw
-from harpcaller import limits
-from harpcaller.limits import Limits
 from harpcaller.model.jobs import Job, State
+from harpcaller.runs import deadlines as limits
+from harpcaller.runs.deadlines import Limits
 
 NULL = Raw(b"null")
 

@@ -16,7 +16,7 @@ worth nothing but for the receipt: it is attached to once more, behind all its r
 
 Whoever wants the call to stop (cancel, a limit) has stored the job's end before. What then remains is the stop: it is
 ordered, as soon as there is contact, and the receipt is stored when it comes. Waits can be interrupted
-(`harpcaller.waiting`); what is to be done is looked up after every wait, in one place.
+(`harpcaller.runs.interruptible_wait`); what is to be done is looked up after every wait, in one place.
 
 A run sees the store's interface and never a backend.
 """
@@ -44,18 +44,18 @@ from harp.protocol.harpd import (
 )
 from harp.protocol.json_text import Raw, dumps, loads
 from harp.protocol.lines import LineTooLong
-from harpcaller import asking
-from harpcaller.contact import LostContact, Pace
 from harpcaller.hosts.connecting import failed, named
 from harpcaller.hosts.connection import BEHIND_ALL, Conversation, dial, end_of_records
 from harpcaller.hosts.inventory import Host
-from harpcaller.limits import Limits
 from harpcaller.model.jobs import NO_FACTS, Facts, Job, Stop
-from harpcaller.reaching import Unreachable, not_of_the_protocol, reaching
-from harpcaller.recording import Recording
-from harpcaller.settling import Settling
-from harpcaller.surroundings import Surroundings, fields
-from harpcaller.waiting import Interrupted, Waiting
+from harpcaller.runs import requests as asking
+from harpcaller.runs.context import Surroundings, fields
+from harpcaller.runs.deadlines import Limits
+from harpcaller.runs.errors import Unreachable, not_of_the_protocol, reaching
+from harpcaller.runs.interruptible_wait import Interrupted, Waiting
+from harpcaller.runs.outage import LostContact, Pace
+from harpcaller.runs.outcome_writer import Settling
+from harpcaller.runs.record_writer import Recording
 
 __all__ = ["Run"]
 

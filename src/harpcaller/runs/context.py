@@ -13,9 +13,9 @@ from harpcaller.hosts.pool import IdleConnections
 from harpcaller.hosts.tls import HostTLS
 from harpcaller.model.jobs import Identity, Job, NewJob
 from harpcaller.news import News
-from harpcaller.recording import StoreTrouble
+from harpcaller.runs.record_writer import StoreTrouble
+from harpcaller.runs.timings import Timings
 from harpcaller.store import Store
-from harpcaller.timings import Timings
 
 __all__ = ["Surroundings", "fields"]
 

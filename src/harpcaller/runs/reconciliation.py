@@ -18,13 +18,13 @@ from harp.protocol.fields import ProtocolError
 from harp.protocol.harpd import Acknowledgement, Done, Evidence, Receipt, Record, StopCall, Stored
 from harp.protocol.json_text import Raw
 from harp.protocol.lines import LineTooLong
-from harpcaller import asking
 from harpcaller.hosts.connecting import FAULTS
 from harpcaller.hosts.connection import BEHIND_ALL, Conversation, dial, end_of_records
 from harpcaller.hosts.inventory import Host
 from harpcaller.model.jobs import Facts, Job
+from harpcaller.runs import requests as asking
+from harpcaller.runs.context import Surroundings
 from harpcaller.store import StorageError, UnknownJob
-from harpcaller.surroundings import Surroundings
 
 __all__ = ["Unwanted"]
 

@@ -17,9 +17,9 @@ from harp.protocol.ends import End, Failed, Raised
 from harp.protocol.harpd import Receipt
 from harp.protocol.json_text import Raw, dumps
 from harpcaller.model.jobs import NO_FACTS, Facts, Job, Stop, state_of
-from harpcaller.recording import persist
+from harpcaller.runs.context import Surroundings
+from harpcaller.runs.record_writer import persist
 from harpcaller.store import StorageError
-from harpcaller.surroundings import Surroundings
 
 __all__ = ["Settling"]
 
