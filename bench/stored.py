@@ -23,7 +23,7 @@ from bench.load import jobs as run_jobs
 from bench.processes import free_port, program
 from bench.simulation import HOST, dispatcher_on_simulated_hosts
 from harp.protocol.json_text import loads
-from harpcaller.control import ControlError, Daemon
+from harpcaller.api.control_client import ControlError, Daemon
 from harpcaller.store.sqlite.file import FILE_NAME
 
 __all__ = ["WORKS"]

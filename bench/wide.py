@@ -16,7 +16,7 @@ import harp
 from bench.clients import Figures, Missing, together
 from bench.harp_client import SETTINGS, follower, lines_of
 from bench.simulation import HOST, dispatcher_on_simulated_hosts, host_name
-from harpcaller.control import Daemon
+from harpcaller.api.control_client import Daemon
 
 __all__ = ["WORKS"]
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from harp.protocol.json_text import InvalidJSON, Raw, loads
 from harp_daemon.process import ProcessError, detach, pidfile
+from harpcaller.api.control_client import ControlError, Daemon
 from harpcaller.config import DEFAULT_FILE, ConfigError, load
-from harpcaller.control import ControlError, Daemon
 from harpcaller.store import StorageError
 
 __all__ = ["Exit", "main", "parser"]

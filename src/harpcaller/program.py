@@ -21,12 +21,12 @@ from typing import Any
 
 from harp_daemon import logs
 from harp_daemon.process import ProcessError, notify
-from harpcaller import service
-from harpcaller.admin import Admin
+from harpcaller.api import client_server as service
+from harpcaller.api.client_server import Service
+from harpcaller.api.control_server import Admin
+from harpcaller.api.listeners import Listener, listen_unix, reason
 from harpcaller.config import Config, ConfigError, file_errors, load
 from harpcaller.dispatcher import Dispatcher
-from harpcaller.listening import Listener, listen_unix, reason
-from harpcaller.service import Service
 from harpcaller.store import Store
 from harpcaller.store.sqlite import open_store
 

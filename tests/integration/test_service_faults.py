@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
+from harpcaller.api.client_server import Service, listen
 from harpcaller.config import Address
-from harpcaller.service import Service, listen
 from harpcaller.store import Store
 from harpcaller.store.sqlite import open_store
 from support.dispatcher import host_line, running

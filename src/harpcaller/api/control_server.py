@@ -1,6 +1,6 @@
 """Door 2: the control socket, for the administrator. The socket is private to the daemon's user.
 
-`harpcaller.control` is its other end and describes the protocol. Nothing that is given out here holds credentials.
+`harpcaller.api.control_client` is its other end and describes the protocol. Nothing that is given out here holds credentials.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from harp.protocol.ends import encode_end
 from harp.protocol.fields import ProtocolError, check, is_container, is_count, is_seconds, opened, string, value, within
 from harp.protocol.json_text import Envelope, Members, Raw, dumps
 from harp_daemon.sliced_json import open_quickly
+from harpcaller.api.acceptor import Door
+from harpcaller.api.connection import ClientLeft, Connection
+from harpcaller.api.listeners import Listener
 from harpcaller.config import ConfigError
-from harpcaller.connection import ClientLeft, Connection
 from harpcaller.dispatcher import Dispatcher
-from harpcaller.door import Door
 from harpcaller.hosts.registry import RefreshFailed
-from harpcaller.listening import Listener
 from harpcaller.model.jobs import Job, State
 from harpcaller.store import StorageError, UnknownJob
 

@@ -49,7 +49,7 @@ class Daemon:
         """Give a command; yield the objects that it answers with, as their text.
 
         Args:
-            command: name of the command; `harpcaller.admin` lists them.
+            command: name of the command; `harpcaller.api.control_server` lists them.
             options: what goes with it; those that are None are left out.
 
         Raises:

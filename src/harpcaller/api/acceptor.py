@@ -17,8 +17,8 @@ from types import TracebackType
 from typing import Any, Self
 
 from harp_daemon.sockets import prepare
-from harpcaller.connection import ClientLeft, Connection
-from harpcaller.listening import Listener
+from harpcaller.api.connection import ClientLeft, Connection
+from harpcaller.api.listeners import Listener
 
 __all__ = ["Door"]
 

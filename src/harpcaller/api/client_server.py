@@ -41,11 +41,11 @@ from harp.protocol.requests import (
 )
 from harp_daemon.memory_quota import Allowance, Share
 from harp_daemon.sliced_json import open_quickly
+from harpcaller.api.acceptor import Door
+from harpcaller.api.connection import ClientLeft, Connection
+from harpcaller.api.listeners import Listener, listen_tcp, listen_unix, reason
 from harpcaller.config import Address, Config, ConfigError
-from harpcaller.connection import ClientLeft, Connection
 from harpcaller.dispatcher import Dispatcher
-from harpcaller.door import Door
-from harpcaller.listening import Listener, listen_tcp, listen_unix, reason
 from harpcaller.model.jobs import Job
 from harpcaller.news import Packets
 from harpcaller.store import StorageError, UnknownJob
