@@ -76,7 +76,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _start(parsed: argparse.Namespace) -> Exit:
     # Only the daemon needs the event loop, TLS and SQLite; what asks a daemon should not wait for them.
     from harp_daemon.event_loop import run as run_loop
-    from harpcaller.program import Options, configure_log, run
+    from harpcaller.daemon import Options, configure_log, run
 
     options = Options(config=parsed.config, socket=parsed.socket, debug=parsed.debug)
     served: Callable[[], None] = _nothing

@@ -31,7 +31,7 @@ from harp.protocol.json_text import Raw, dumps
 from harp.protocol.replies import Continue
 from harp.protocol.requests import Call
 from harpcaller.config import Config
-from harpcaller.details import Situation, describe
+from harpcaller.explain import Situation, describe
 from harpcaller.hosts.capabilities import HostBook
 from harpcaller.hosts.inventory import Host
 from harpcaller.hosts.pool import IdleConnections
@@ -39,12 +39,12 @@ from harpcaller.hosts.registry import HostsRegistry
 from harpcaller.hosts.tls import HostTLS
 from harpcaller.model.ids import is_job_id, new_job_id
 from harpcaller.model.jobs import Facts, Job, JobDetails, NewJob, Records, State, Stop
-from harpcaller.news import News, Packets
+from harpcaller.notifier import News, Packets
+from harpcaller.pruner import prune, prune_regularly
 from harpcaller.runs.context import Surroundings, fields
 from harpcaller.runs.reconciliation import Unwanted
 from harpcaller.runs.run import Run
 from harpcaller.store import QueueStatus, StorageError, Store, UnknownJob
-from harpcaller.upkeep import prune, prune_regularly
 
 __all__ = ["Dispatcher"]
 

@@ -20,7 +20,7 @@ import pytest
 
 import harp
 from harp.protocol.ends import Returned
-from harpcaller.news import Packets
+from harpcaller.notifier import Packets
 from harpcaller.store.sqlite import open_store
 from support.deadline import eventually, wait_until
 from support.dispatcher import Switched, call, decoded, running, until

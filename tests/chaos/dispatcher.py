@@ -107,7 +107,7 @@ def main(clock: str, sabotage: str, *arguments: str) -> int:
             return SABOTAGES[sabotage](await real(directory))
 
         sqlite.open_store = open_store
-    from harpcaller import program  # only now, for it takes `open_store` when it is imported
+    from harpcaller import daemon as program  # only now, for it takes `open_store` when it is imported
 
     program.run = partial(program.run, wall=_clock(Path(clock)))
     return cli.main(list(arguments))

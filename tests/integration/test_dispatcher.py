@@ -19,7 +19,7 @@ from harp.protocol.ends import Cancelled, End, Failed, Returned
 from harp.protocol.replies import Continue
 from harpcaller.config import Config, ConfigError
 from harpcaller.model.jobs import State
-from harpcaller.news import Packets
+from harpcaller.notifier import Packets
 from harpcaller.store import StorageError, UnknownJob
 from harpcaller.store.sqlite import open_store
 from support.certificates import server_files

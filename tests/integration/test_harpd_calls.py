@@ -529,7 +529,7 @@ def test_a_client_that_does_not_read_holds_up_its_own_call_alone(harpd: Harpd, t
 
         wait_until(has_stopped, DEADLINE, "the flood's standstill")
         assert int(last) < 500
-        memory = int(re.findall(r"VmRSS:\s+(\d+)", Path(f"/proc/{harpd.supervisor.main}/status").read_text())[0])
+        memory = int(re.findall(r"VmRSS:\s+(\d+)", Path(f"/proc/{harpd.warden}/status").read_text())[0])
         assert memory < 100_000
         assert result(harpd, "echo", 1) == [1]
         spent = cpu(harpd.warden)

@@ -12,7 +12,7 @@ import pytest
 
 from harp.protocol.ends import Cancelled, Failed, Returned
 from harpcaller.model.jobs import State, Stop
-from harpcaller.news import Packets
+from harpcaller.notifier import Packets
 from harpcaller.store import UnknownJob
 from harpcaller.store.sqlite import open_store
 from support.deadline import eventually

@@ -24,9 +24,9 @@ from harpcaller.hosts.inventory import Host
 from harpcaller.hosts.registry import HostsRegistry, RefreshFailed
 from harpcaller.hosts.script import ScriptFailed, run_script
 from harpcaller.model.jobs import State
+from harpcaller.pruner import prune, prune_regularly
 from harpcaller.store import StorageError, UnknownJob
 from harpcaller.store.sqlite import open_store
-from harpcaller.upkeep import prune, prune_regularly
 from support.certificates import server_files
 from support.deadline import eventually
 from support.dispatcher import Switched, call, followed, host_line, hosts_file, running, until

@@ -15,7 +15,7 @@ from harp.protocol.requests import Call, Queue
 from harpcaller.config import Config
 from harpcaller.dispatcher import Dispatcher
 from harpcaller.model.jobs import Job
-from harpcaller.news import Packets
+from harpcaller.notifier import Packets
 from harpcaller.store import StorageError, Store
 from harpcaller.store.sqlite import open_store
 from support.deadline import eventually

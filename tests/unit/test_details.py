@@ -10,7 +10,7 @@ import pytest
 
 from harp.protocol.ends import Returned
 from harp.protocol.json_text import Raw
-from harpcaller.details import Situation, describe
+from harpcaller.explain import Situation, describe
 from harpcaller.model.jobs import NO_FACTS, Facts, Job, JobDetails, State
 from harpcaller.runs.timings import Timings
 

@@ -47,7 +47,7 @@ from harpcaller.api.listeners import Listener, listen_tcp, listen_unix, reason
 from harpcaller.config import Address, Config, ConfigError
 from harpcaller.dispatcher import Dispatcher
 from harpcaller.model.jobs import Job
-from harpcaller.news import Packets
+from harpcaller.notifier import Packets
 from harpcaller.store import StorageError, UnknownJob
 
 __all__ = ["Listeners", "Service", "close", "listen"]

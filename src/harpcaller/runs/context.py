@@ -12,7 +12,7 @@ from harpcaller.hosts.inventory import Host
 from harpcaller.hosts.pool import IdleConnections
 from harpcaller.hosts.tls import HostTLS
 from harpcaller.model.jobs import Identity, Job, NewJob
-from harpcaller.news import News
+from harpcaller.notifier import News
 from harpcaller.runs.record_writer import StoreTrouble
 from harpcaller.runs.timings import Timings
 from harpcaller.store import Store

@@ -14,7 +14,7 @@ from typing import TypeVar
 
 from harp.protocol.json_text import Raw
 from harpcaller.model.jobs import Records
-from harpcaller.news import News
+from harpcaller.notifier import News
 from harpcaller.store import StorageError, Store
 
 __all__ = ["Recording", "StoreTrouble", "persist"]
