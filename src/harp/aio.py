@@ -1,6 +1,7 @@
 """The client for asyncio: `harp.client` with ``await`` and ``async for``, same names, same semantics.
 
-Thin shells over `harp._core.operations`, as their synchronous twins; a test compares the signatures. What asks nothing of
+Thin shells over `harp._core.operations`, as their synchronous twins; a test compares the signatures. What asks
+nothing of
 the network stays a plain method: `AsyncHarpCaller.host`, `AsyncRemoteCall.id`, and `AsyncRemoteCall.follow`, whose
 iterator connects when its first item is wanted. When a task is cancelled, its connection is closed.
 

@@ -219,7 +219,7 @@ def test_in_a_cgroup_who_forks_without_pause_is_killed(
 def test_what_cannot_be_killed_is_told_watched_and_left_to_the_next(
     wardens: Wardens, tmp_path: Path, old: CallRecords, new: CallRecords, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level(logging.ERROR, "harpd.supervisor.main")
+    caplog.set_level(logging.ERROR, "harpd.supervisor")
     with process("a") as pid, process("b") as other, freezer() as cold:
         cold.freeze(pid)
         for call_id, main in (("a", pid), ("b", other)):

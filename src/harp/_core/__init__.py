@@ -1,0 +1,1 @@
+"""The client without network and clock: operations, streams, retry, connection pool, keep-alive."""

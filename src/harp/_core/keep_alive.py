@@ -1,6 +1,7 @@
 """Connections to a dispatcher that are kept: who asks for it, where they wait, what it means when one breaks.
 
-As in `harp._core.operations`, nothing here touches a socket or reads a clock: the shells of `HarpCaller` and its asyncio twin
+As in `harp._core.operations`, nothing here touches a socket or reads a clock: the shells of `HarpCaller` and its
+asyncio twin
 do what it says.
 """
 

@@ -3,7 +3,8 @@
 Nothing here sleeps or reads a clock: the shells say what time it is (seconds of the monotonic clock), and wait. Only
 what reads is repeated, never what submits or cancels.
 
-Whether an error is an interruption is told by its cause, as `harp._net.connection` sets it: the network's errors (`OSError`)
+Whether an error is an interruption is told by its cause, as `harp._net.connection` sets it: the network's errors
+(`OSError`)
 and the end of the connection (`EOFError`) are. Garbage from the peer (`ValueError`) is none, nor is a connection that
 was closed on this side (no cause).
 """

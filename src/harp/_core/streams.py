@@ -1,6 +1,7 @@
 """What comes as a stream: its items, what is to be asked for them, and how to go on after an interruption.
 
-As in `harp._core.operations`, nothing here touches a socket or reads a clock: a `Reader` is given lines, errors and the time,
+As in `harp._core.operations`, nothing here touches a socket or reads a clock: a `Reader` is given lines, errors and
+the time,
 and the shells do what it says.
 """
 

@@ -1,0 +1,1 @@
+"""The doors of the dispatcher: the client protocol and the control socket."""

@@ -1,6 +1,7 @@
 """Door 2: the control socket, for the administrator. The socket is private to the daemon's user.
 
-`harpcaller.api.control_client` is its other end and describes the protocol. Nothing that is given out here holds credentials.
+`harpcaller.api.control_client` is its other end and describes the protocol. Nothing that is given out here holds
+credentials.
 """
 
 from __future__ import annotations

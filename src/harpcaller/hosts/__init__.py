@@ -1,0 +1,1 @@
+"""The hosts: their registry, TLS, capabilities, and the connections to their harpd."""

@@ -1,0 +1,1 @@
+"""Jobs, lanes and ids. Pure: no clock, no input or output."""

@@ -3,7 +3,8 @@
 Theory of operation. A `Run` lives as long as its job holds its slot. It starts the call, listens to it, and when the
 contact is lost attaches to it again, until the host says that the call is over, or has been given up as lost.
 
-A call is *kept* when its host's harpd knows how (`harpcaller.hosts.capabilities`); else it is *tied* to its connection, as with
+A call is *kept* when its host's harpd knows how (`harpcaller.hosts.capabilities`); else it is *tied* to its
+connection, as with
 the harpd of the field: closing stops it, nobody confirms that, a cut ends the job.
 
 At most once: the request is written a single time, without waiting in between the last look at whether the call is

@@ -1,0 +1,1 @@
+"""harpd's settings: one file becomes one frozen value, checked once; the same check serves --test, start and reload."""

@@ -1,0 +1,1 @@
+"""harpd's own processes: lifecycle, launcher, supervisor client, runtime directory, administration."""

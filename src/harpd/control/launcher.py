@@ -1,6 +1,7 @@
 """Keeps a warden running: starts it, starts another when it dies, puts a new one in its place.
 
-A warden is ``python -m harpd.supervisor.main LIFELINE``: the number of a descriptor that it inherits, one end of a socket pair
+A warden is ``python -m harpd.supervisor.main LIFELINE``: the number of a descriptor that it inherits, one end of a
+socket pair
 whose other end its keeper holds. Its settings come on its stdin as one JSON object. In the foreground it inherits
 stderr.
 
@@ -28,7 +29,7 @@ from harpd.control.supervisor_client import NoWarden, WardenError, Wardens
 
 __all__ = ["STOP_MARGIN", "Keeper", "Settings"]
 
-log = logging.getLogger("harpd.control.launcher")
+log = logging.getLogger("harpd.control")
 
 #: What a warden needs to know; values that JSON can carry, no secret.
 Settings: TypeAlias = Mapping[str, Any]

@@ -14,7 +14,7 @@ from harpd.control.supervisor_client import WardenError
 
 __all__ = ["Program", "Service", "end"]
 
-log = logging.getLogger("harpd.control.lifecycle")
+log = logging.getLogger("harpd.control")
 
 
 class Service(Protocol):

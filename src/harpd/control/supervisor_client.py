@@ -34,7 +34,7 @@ __all__ = ["CURRENT", "NoWarden", "Reply", "WardenConnection", "WardenError", "W
 
 T = TypeVar("T")
 
-log = logging.getLogger("harpd.control.supervisor_client")
+log = logging.getLogger("harpd.control")
 
 #: Seconds that a call waits for a warden that is being started: less than what a dispatcher waits for harpd.
 _WAIT = 5.0

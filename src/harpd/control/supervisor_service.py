@@ -22,7 +22,7 @@ from harpd.control.supervisor_client import Wardens
 
 __all__ = ["run"]
 
-log = logging.getLogger("harpd.control.launcher")
+log = logging.getLogger("harpd.control")
 
 
 async def run(options: Options, plan: Plan, serving: Callable[[], None]) -> None:

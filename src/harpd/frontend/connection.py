@@ -37,7 +37,7 @@ from harpd.frontend.tls_stream import Client, Gone
 
 __all__ = ["Connection"]
 
-log = logging.getLogger("harpd.frontend.server")
+log = logging.getLogger("harpd.frontend")
 
 #: What of a user's name goes into the log.
 _NAME_SHOWN = 64

@@ -30,7 +30,7 @@ from harpd.frontend.tls_stream import Client, Gone
 
 __all__ = ["AFTER_REQUEST", "CALL_DIED", "SHUTDOWN", "Around", "KeptCall", "Refused", "TiedCall"]
 
-log = logging.getLogger("harpd.frontend.server")
+log = logging.getLogger("harpd.frontend")
 
 #: Seconds beyond the grace periods that the warden has to end a call.
 _STOP_MARGIN = 10.0

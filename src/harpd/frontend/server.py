@@ -31,7 +31,7 @@ from harpd.frontend.tls_stream import boottime, peer_name
 
 __all__ = ["run"]
 
-log = logging.getLogger("harpd.frontend.server")
+log = logging.getLogger("harpd.frontend")
 
 #: Connections over the limit that are taken just to be told so; those beyond are closed.
 _SURPLUS = 32

@@ -14,7 +14,7 @@ from harpd.config.loaded import Generation
 
 __all__ = ["Client", "Gone", "boottime", "peer_name"]
 
-log = logging.getLogger("harpd.frontend.server")
+log = logging.getLogger("harpd.frontend")
 
 _CHUNK = 64 * 1024
 #: Seconds for TLS's own farewell, the last bytes on their way included.

@@ -15,7 +15,7 @@ from pathlib import Path
 
 __all__ = ["Cgroup", "Cgroups", "own_cgroup"]
 
-log = logging.getLogger("harpd.supervisor.main")
+log = logging.getLogger("harpd.supervisor")
 
 #: systemd marks the cgroups that are the service's to divide; the second name is for daemons that are not root.
 _DELEGATED = ("trusted.delegate", "user.delegate")

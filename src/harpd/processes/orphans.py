@@ -17,7 +17,7 @@ from harpd.processes.stop_report import Findings
 
 __all__ = ["LostCall", "end_lost"]
 
-log = logging.getLogger("harpd.supervisor.main")
+log = logging.getLogger("harpd.supervisor")
 
 #: Seconds after which what is still there counts as what can't be killed.
 _DEATH = 2.0

@@ -1,6 +1,7 @@
 """One call as the warden sees it: its process, what it says, its limit, and its end.
 
-What the process writes goes to its audience (`harpd.supervisor.bound_session`, `harpd.supervisor.resumable_session`); while that is full nothing is read, so that
+What the process writes goes to its audience (`harpd.supervisor.bound_session`,
+`harpd.supervisor.resumable_session`); while that is full nothing is read, so that
 the process waits (back-pressure) and nothing is dropped. The end is decided here, once:
 
 - a limit that fired, a cancel or a shutdown stands, whatever the process says afterwards;
@@ -41,7 +42,7 @@ from harpd.supervisor.zygote_client import Offered, Zygote
 
 __all__ = ["Audience", "RunningCall", "Stop", "Surroundings"]
 
-log = logging.getLogger("harpd.supervisor.main")
+log = logging.getLogger("harpd.supervisor")
 
 _READ_SIZE = 1 << 16
 #: The most characters of a traceback.

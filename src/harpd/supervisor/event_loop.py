@@ -12,7 +12,7 @@ from typing import TypeAlias
 
 __all__ = ["READ", "WRITE", "EventLoop", "Timer"]
 
-log = logging.getLogger("harpd.supervisor.main")
+log = logging.getLogger("harpd.supervisor")
 
 READ = select.EPOLLIN
 WRITE = select.EPOLLOUT

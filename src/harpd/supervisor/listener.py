@@ -16,7 +16,7 @@ from harpd.supervisor.event_loop import READ, WRITE, EventLoop
 
 __all__ = ["Farewell", "Reception"]
 
-log = logging.getLogger("harpd.supervisor.main")
+log = logging.getLogger("harpd.supervisor")
 
 _READ_SIZE = 1 << 16
 #: The most bytes of a first line; the gate has its own, lower limit for what comes from outside.

@@ -3,15 +3,18 @@
 Theory of operation
 ===================
 
-``python -m harpd.supervisor.main LIFELINE`` inherits a socket whose other end its keeper holds, and reads its settings, one
+``python -m harpd.supervisor.main LIFELINE`` inherits a socket whose other end its keeper holds, and reads its
+settings, one
 JSON object, from stdin. It gives itself a name, its *incarnation*, and listens at ``warden-INCARNATION`` in the
 runtime directory; once it can take calls, at ``warden`` too, in the place of an earlier one. It exec's a zygote
-(`harpd.worker.zygote`), which loads the procedures file and forks a process for each call. A reload is a new zygote for new
+(`harpd.worker.zygote`), which loads the procedures file and forks a process for each call. A reload is a new zygote
+for new
 calls; the old one retires with its last call; a file that can't be loaded changes nothing.
 
 The gate makes one connection per call, JSON lines. The first line says what is wanted:
 
-    {"call": ID, "procedure": NAME, "arguments": ..., "user": NAME, "peer": ADDRESS}    a tied call, see `harpd.supervisor.bound_session`
+    {"call": ID, "procedure": NAME, "arguments": ..., "user": NAME, "peer": ADDRESS}    a tied call, see
+    `harpd.supervisor.bound_session`
     ... with "kept": {owner, secret, warden, keep_running, linger, timeout, max_exec_time, begun}       a kept one
     {"attach": ID, "owner": ..., "secret": ..., "since": NUMBER, "user": NAME, "peer": ADDRESS}    to a kept one again
     {"calls": OWNER}                                                                               which there are
@@ -80,7 +83,7 @@ from harpd.supervisor.zygote_client import Zygote
 
 __all__ = ["main"]
 
-log = logging.getLogger("harpd.supervisor.main")
+log = logging.getLogger("harpd.supervisor")
 
 #: Seconds between two looks for wardens that have died; and while what they have left is dying.
 _SWEEP, _SWEEP_AGAIN = 1.0, 0.05

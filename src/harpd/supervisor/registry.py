@@ -29,7 +29,7 @@ from harpd.supervisor.tombstones import BarredIds
 
 __all__ = ["HeldCalls"]
 
-log = logging.getLogger("harpd.supervisor.main")
+log = logging.getLogger("harpd.supervisor")
 
 #: Seconds that a start may have been on its way, and for which an id is barred at least.
 _OLDEST_START, _BARRED = 120.0, 150.0

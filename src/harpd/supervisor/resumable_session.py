@@ -47,7 +47,7 @@ from harpd.supervisor.spool import Spool, SpoolMemory
 
 __all__ = ["Claim", "Kept", "Terms"]
 
-log = logging.getLogger("harpd.supervisor.main")
+log = logging.getLogger("harpd.supervisor")
 
 #: Bytes of records that are sent ahead of what the dispatcher has stored; one record may be longer.
 _WINDOW = 1024 * 1024

@@ -34,7 +34,7 @@ from harpd.processes.process_tree import Tree
 
 __all__ = ["CallRecords", "Record", "Swept"]
 
-log = logging.getLogger("harpd.supervisor.main")
+log = logging.getLogger("harpd.supervisor")
 
 #: What the name of a record ends with of which only the end has to be told, or only processes have to be ended.
 _OVER, _TOLD = ".over", ".told"

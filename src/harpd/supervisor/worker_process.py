@@ -26,7 +26,7 @@ from harpd.supervisor.output import Output, Pipe
 
 __all__ = ["CallProcess", "Parent", "Resting", "Usage"]
 
-log = logging.getLogger("harpd.supervisor.main")
+log = logging.getLogger("harpd.supervisor")
 
 #: Descriptors that no call may take, and their most as a share: stopping the others needs some, so do controls.
 _RESERVED, _RESERVED_SHARE = 64, 8

@@ -22,7 +22,7 @@ from harpd.supervisor.worker_process import Parent, Resting, Usage
 
 __all__ = ["Offered", "Zygote"]
 
-log = logging.getLogger("harpd.supervisor.main")
+log = logging.getLogger("harpd.supervisor")
 
 _MESSAGE_SIZE = 1 << 18
 #: Seconds for a fork, and for the death of a zygote that was killed.

@@ -7,7 +7,8 @@ Leaner than the warden: a fork costs by what its parent holds. It has read no ke
 exec'ed. It is the calls' parent: it reaps them and reports. It ends when the warden closes the socket, and is
 killed when the warden dies.
 
-``python -m harpd.worker.zygote SOCKET WARDEN``: the descriptor of a SOCK_SEQPACKET socket, and the warden's pid. Messages are
+``python -m harpd.worker.zygote SOCKET WARDEN``: the descriptor of a SOCK_SEQPACKET socket, and the warden's pid.
+Messages are
 JSON objects:
 
     warden -> zygote  {"load": PATH, "path": [STR], "default_user", "default_group", "descriptors", "tracebacks"}
