@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any, NoReturn
 
-__all__ = ["Descriptors", "leave_zygote", "rehearse", "run_calls"]
+__all__ = ["Descriptors", "leave_zygote", "run_calls"]
 
 
 #: The most bytes of a record or a result: a line of 64 MiB, which clients and dispatchers read, less its envelope.
@@ -72,17 +72,6 @@ def leave_zygote(zygote: int) -> None:
     for number in (signal.SIGHUP, signal.SIGINT, signal.SIGCHLD):
         signal.signal(number, signal.SIG_DFL)
     die_with_parent(zygote)
-
-
-def rehearse() -> None:
-    """Do for nothing what every call does: the memory that it writes is the process's own then, and the call is faster.
-
-    That is as much work for the system as it is later, and a little more.
-    """
-    loads(_line(closing.result(_payload([{"a": 1.5, "b": [True, None]}]))))
-    Limits()
-    Descriptors(*memoryview(bytes(12)).cast("i"))
-    _flush_output()
 
 
 def run_calls(

@@ -41,7 +41,7 @@ from harpd.processes.prctl import become_subreaper, die_with_parent
 from harpd.processes.procfs import start_time
 from harpd.worker import arguments
 from harpd.worker import signals as limits
-from harpd.worker.child import Descriptors, leave_zygote, rehearse, run_calls
+from harpd.worker.child import Descriptors, leave_zygote, run_calls
 from harpd.worker.procedures import ProceduresError, load_procedures
 
 TYPE_CHECKING = False  # not from `typing`: a fork costs by what its parent holds
@@ -134,7 +134,7 @@ class _Zygote:
                     return
             if not ready:
                 try:
-                    self._fork_spare(idle=bool(self._spares))
+                    self._fork_spare()
                 except OSError:
                     poll.poll()  # no process is to be had now; a call that needs one will say so
 
@@ -178,12 +178,8 @@ class _Zygote:
                     continue  # somebody has killed it
             return spare
 
-    def _fork_spare(self, idle: bool = False) -> None:
-        """Fork a process that waits for a call. Raises OSError.
-
-        Args:
-            idle: whether nobody is likely to wait for it soon.
-        """
+    def _fork_spare(self) -> None:
+        """Fork a process that waits for a call. Raises OSError."""
         parent = os.getpid()
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
@@ -194,11 +190,11 @@ class _Zygote:
                 raise
             if pid == 0:
                 ours.close()
-                self._become_spare(theirs, parent, idle)
+                self._become_spare(theirs, parent)
         spare = self._spares[pid] = _Spare(pid, start_time(pid), ours)
         self._say({"spare": pid, "start": spare.start})
 
-    def _become_spare(self, orders: socket.socket, parent: int, idle: bool) -> NoReturn:
+    def _become_spare(self, orders: socket.socket, parent: int) -> NoReturn:
         try:
             signal.set_wakeup_fd(-1)
             os.close(self._warden.detach())
@@ -207,8 +203,6 @@ class _Zygote:
             for spare in self._spares.values():
                 spare.socket.close()
             leave_zygote(parent)
-            if idle:
-                rehearse()
             data, ancillary, _, _ = orders.recvmsg(_ORDER_SIZE, _ROOM, socket.MSG_CMSG_CLOEXEC)
             orders.close()
             if data:
