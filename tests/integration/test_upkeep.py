@@ -19,7 +19,7 @@ import pytest
 
 from harp.protocol.ends import Failed, Returned
 from harpcaller.config import Config
-from harpcaller.hosts.cache import HostCopy, read_copy, write_copy
+from harpcaller.hosts.cache import CachedHosts, read_cache, write_cache
 from harpcaller.hosts.inventory import Host
 from harpcaller.hosts.registry import HostsRegistry, RefreshFailed
 from harpcaller.hosts.script import ScriptFailed, run_script
@@ -102,13 +102,13 @@ async def test_the_script_is_run_at_start_and_then_regularly(tmp_path: Path, scr
 
 @pytest.mark.parametrize(("age", "runs"), [(400.0, 0), (500.0, 1), (-100.0, 1), (1e9, 1)])
 async def test_the_kept_copy_counts_while_it_is_young(tmp_path: Path, script: Script, age: float, runs: int) -> None:
-    write_copy(tmp_path / "hosts.db", HostCopy({"web01": WEB01}, time.time() - age))
+    write_cache(tmp_path / "hosts.db", CachedHosts({"web01": WEB01}, time.time() - age))
     script.does(host_line(1, "new"))
     async with kept_up(tmp_path, host_db_script=script.file, host_db_refresh=900.0) as registry:
         assert registry.usable
         assert registry.find("web01") == WEB01
         if runs:
-            await eventually(lambda: "new" in read_copy(tmp_path / "hosts.db").hosts, what="the refresh")
+            await eventually(lambda: "new" in read_cache(tmp_path / "hosts.db").hosts, what="the refresh")
         else:
             await registry.refresh()  # one that is due would run, or have run, before
         assert script.runs == 1
@@ -180,15 +180,16 @@ async def test_a_script_has_a_deadline_and_leaves_nothing_running(tmp_path: Path
 
 async def test_a_script_that_ends_may_leave_nothing_running_either(tmp_path: Path, script: Script) -> None:
     pid = tmp_path / "pid"
-    script.does(host_line(1, "a"), after=f"sleep 1000 >/dev/null & echo $! >{shlex.quote(str(pid))}")
+    script.does(host_line(1, "a"), after=f"sleep 1000 & echo $! >{shlex.quote(str(pid))}")
     assert await run_script(script.file, 60.0) == host_line(1, "a").encode()
     await eventually(lambda: not alive(int(pid.read_text())), what="the end of the script's processes")
 
 
-async def test_a_script_that_prints_too_much(script: Script) -> None:
-    script.does(after="yes")
+@pytest.mark.parametrize("stream", [1, 2])
+async def test_a_script_that_prints_too_much(script: Script, stream: int) -> None:
+    script.does(after=f"head -c 200000 /dev/zero >&{stream}; sleep 1000")
     with pytest.raises(ScriptFailed, match="more than 100000 bytes"):
-        await run_script(script.file, 60.0, most_output=100_000)
+        await run_script(script.file, 60.0, max_output=100_000)
 
 
 async def test_lines_that_do_not_count_are_told_without_what_is_in_them(
@@ -230,26 +231,24 @@ async def test_jobs_wait_for_the_first_run_of_the_script(tmp_path: Path, script:
 def test_the_copy_is_private_and_whole(tmp_path: Path) -> None:
     file = tmp_path / "new" / "hosts.db"
     hosts = {"web01": WEB01, "\ud800": Host("\ud800", "::1", 1, "\u00fc", "\n")}
-    assert write_copy(file, HostCopy(hosts, 12.5)) is None
+    assert write_cache(file, CachedHosts(hosts, 12.5)) is None
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
     assert stat.S_IMODE(file.parent.stat().st_mode) == 0o700
-    assert read_copy(file) == HostCopy(hosts, 12.5)
+    assert read_cache(file) == CachedHosts(hosts, 12.5)
     (tmp_path / "new" / "hosts.db.new").write_text("left by a crash")
-    assert write_copy(file, HostCopy({}, 13.5)) is None
-    assert read_copy(file) == HostCopy({}, 13.5)
+    assert write_cache(file, CachedHosts({}, 13.5)) is None
+    assert read_cache(file) == CachedHosts({}, 13.5)
     assert [path.name for path in file.parent.iterdir()] == ["hosts.db"]
 
 
 @pytest.mark.parametrize("content", [b"\x00DETS\x00", b"{}\n", b'{"form": "x", "refreshed": 1}\n', b"[" * 5000])
-def test_a_foreign_file_is_moved_aside(tmp_path: Path, content: bytes) -> None:
+def test_a_foreign_file_is_renamed(tmp_path: Path, content: bytes) -> None:
     file = tmp_path / "hosts.db"
-    for number, name in enumerate(["hosts.db.foreign", "hosts.db.foreign.1"]):
-        foreign = content + bytes([number])
-        file.write_bytes(foreign)
-        assert read_copy(file) == HostCopy()
-        assert write_copy(file, HostCopy({"web01": WEB01}, 1.0)) == tmp_path / name
-        assert (tmp_path / name).read_bytes() == foreign
-        assert read_copy(file).hosts == {"web01": WEB01}
+    file.write_bytes(content)
+    assert read_cache(file) == CachedHosts()
+    assert write_cache(file, CachedHosts({"web01": WEB01}, 1.0)) == tmp_path / "hosts.db.foreign"
+    assert (tmp_path / "hosts.db.foreign").read_bytes() == content
+    assert read_cache(file).hosts == {"web01": WEB01}
 
 
 async def test_a_copy_that_can_not_be_written_stops_nothing(tmp_path: Path, script: Script) -> None:

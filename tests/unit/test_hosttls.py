@@ -151,7 +151,7 @@ async def test_known_certificates_are_read_again_when_they_change(
         file.unlink()
         for _ in range(2):
             assert await outcome(tls, found) is None
-    assert [record.levelname for record in caplog.records if "refused" in record.getMessage()] == ["ERROR"] * 2
+    assert [record.levelname for record in caplog.records if "cannot reload" in record.getMessage()] == ["ERROR"] * 2
 
 
 async def test_no_credentials_before_the_certificate_is_accepted(tmp_path: Path) -> None:

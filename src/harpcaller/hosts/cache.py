@@ -1,122 +1,94 @@
-"""The last good copy of the hosts registry, in `host_db`: a line that says what the file is, then a host a line.
+"""The cached hosts registry in `host_db`: a header line, then one host a line.
 
-The file holds passwords: it is for the daemon's user alone, and written whole or not at all. A file that is not
-of this form (an older dispatcher's, say) is moved aside, never written over.
+The file holds passwords, so only the daemon's user can read it. It is replaced as a whole.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from harpcaller.hosts.inventory import Host, parse_registry
 
-__all__ = ["HostCopy", "read_copy", "write_copy"]
+__all__ = ["CachedHosts", "read_cache", "write_cache"]
 
-_FORM = "harpcaller hosts 1"
+_FORMAT = "harpcaller hosts 1"
 
 
 @dataclass(frozen=True, slots=True)
-class HostCopy:
-    """What a script printed.
+class CachedHosts:
+    """The hosts that a script printed.
 
     Attributes:
         hosts: the hosts by name.
-        refreshed: when, in Unix seconds; 0: unknown, so long ago.
+        refreshed_at: Unix time of the script's run; 0 makes a refresh due.
     """
 
     hosts: Mapping[str, Host] = field(default_factory=dict)
-    refreshed: float = 0.0
+    refreshed_at: float = 0.0
 
 
-def read_copy(file: Path) -> HostCopy:
-    """Read the copy; an empty one when there is none, or when the file is not of this form.
+def read_cache(file: Path) -> CachedHosts:
+    """Return the cached hosts; an empty value if the file does not exist or has another format.
 
     Raises:
-        OSError: it can't be read.
+        OSError: the file cannot be read.
     """
     try:
-        lines = file.read_bytes().split(b"\n")
+        header, *lines = file.read_bytes().split(b"\n")
     except FileNotFoundError:
-        return HostCopy()
-    header = _header(lines[0])
-    if header is None:
-        return HostCopy()
-    return HostCopy(parse_registry(lines[1:]).hosts, header)
+        return CachedHosts()
+    refreshed_at = _parse_header(header)
+    return CachedHosts() if refreshed_at is None else CachedHosts(parse_registry(lines).hosts, refreshed_at)
 
 
-def write_copy(file: Path, copy: HostCopy) -> Path | None:
-    """Write the copy; it is on stable storage, and the one before gone, when this returns.
+def write_cache(file: Path, cached: CachedHosts) -> Path | None:
+    """Replace the file. A file of another format (of the legacy dispatcher, for example) is renamed first.
 
     Returns:
-        Where a file that was no copy has been moved; None: there was none.
+        The new name of the renamed file; None if no file was renamed.
 
     Raises:
-        OSError: it can't be written; then the one before is as it was.
+        OSError: the file cannot be written; then it is unchanged.
     """
     file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     new = file.with_name(f"{file.name}.new")
-    with suppress(FileNotFoundError):
-        new.unlink()  # left by a crash
-    descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    new.unlink(missing_ok=True)  # left by a crash
     try:
-        with open(descriptor, "wb") as stream:
-            stream.writelines(_lines(copy))
+        with open(new, "x", encoding="ascii", opener=lambda path, flags: os.open(path, flags, 0o600)) as stream:
+            stream.write(json.dumps({"form": _FORMAT, "refreshed": cached.refreshed_at}) + "\n")
+            for host in cached.hosts.values():
+                credentials = {"user": host.user, "password": host.password}
+                members = {"hostname": host.hostname, "address": host.address, "port": host.port}
+                stream.write(json.dumps({**members, "credentials": credentials}) + "\n")
             stream.flush()
             os.fsync(stream.fileno())
-        aside = _move_aside(file)
-        new.replace(file)
+        foreign = file.with_name(f"{file.name}.foreign") if _is_foreign(file) else None
+        if foreign is not None:
+            os.replace(file, foreign)
+        os.replace(new, file)
     except BaseException:
-        with suppress(OSError):
-            new.unlink()
+        new.unlink(missing_ok=True)
         raise
-    _sync_directory(file.parent)
-    return aside
+    return foreign
 
 
-def _lines(copy: HostCopy) -> Iterator[bytes]:
-    yield _line({"form": _FORM, "refreshed": copy.refreshed})
-    for host in copy.hosts.values():
-        credentials = {"user": host.user, "password": host.password}
-        yield _line({"hostname": host.hostname, "address": host.address, "port": host.port, "credentials": credentials})
-
-
-def _line(members: Mapping[str, Any]) -> bytes:
-    return json.dumps(members).encode("ascii") + b"\n"
-
-
-def _header(line: bytes) -> float | None:
-    """When the copy was made; None: this is no first line of a copy."""
+def _parse_header(line: bytes) -> float | None:
+    """Return the time of the refresh; None if the line is not a header."""
     try:
         members = json.loads(line)
-        return float(members["refreshed"]) if members["form"] == _FORM else None
+        return float(members["refreshed"]) if members["form"] == _FORMAT else None
     except (ValueError, TypeError, LookupError, RecursionError):
         return None
 
 
-def _move_aside(file: Path) -> Path | None:
+def _is_foreign(file: Path) -> bool:
     try:
         with file.open("rb") as stream:
-            first = stream.readline(1024)
+            header = stream.readline(1024)
     except FileNotFoundError:
-        return None
-    if not first or _header(first) is not None:
-        return None
-    number, aside = 0, file.with_name(f"{file.name}.foreign")
-    while aside.exists():
-        number += 1
-        aside = file.with_name(f"{file.name}.foreign.{number}")
-    return file.rename(aside)
-
-
-def _sync_directory(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        return False
+    return header != b"" and _parse_header(header) is None

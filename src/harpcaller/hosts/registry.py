@@ -16,10 +16,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from harpcaller.config import Config, file_errors
-from harpcaller.hosts.cache import HostCopy, read_copy, write_copy
+from harpcaller.hosts.cache import CachedHosts, read_cache, write_cache
 from harpcaller.hosts.inventory import Host, Registry, parse_registry
 from harpcaller.hosts.script import ScriptFailed, run_script
-from harpcaller.hosts.watched_file import FreshFile
+from harpcaller.hosts.watched_file import WatchedFile
 
 __all__ = ["HostsRegistry", "RefreshFailed"]
 
@@ -48,7 +48,7 @@ class HostsRegistry:
         self._config = config
         self._on_change = on_change
         self._file = _hosts_file(config)
-        self._copy = _kept_copy(config.host_db) if config.host_db_script else HostCopy()
+        self._copy = _kept_copy(config.host_db) if config.host_db_script else CachedHosts()
         self._tried = False
         self._refreshing: asyncio.Task[int] | None = None
         self._reconfigured = asyncio.Event()
@@ -78,9 +78,9 @@ class HostsRegistry:
         """
         self._file = _hosts_file(config)
         if config.host_db_script is None:
-            self._copy = HostCopy()
+            self._copy = CachedHosts()
         elif config.host_db_script != self._config.host_db_script:
-            self._copy = HostCopy(self._copy.hosts)  # due at once
+            self._copy = CachedHosts(self._copy.hosts)  # due at once
         self._config = config
         self._reconfigured.set()
         self._on_change()
@@ -123,7 +123,7 @@ class HostsRegistry:
 
     async def _refresh_if_old(self) -> None:
         # A time in the future says nothing: the clock was wrong then or is now.
-        if not 0 <= time.time() - self._copy.refreshed < self._config.host_db_refresh / 2:
+        if not 0 <= time.time() - self._copy.refreshed_at < self._config.host_db_refresh / 2:
             await self._refresh_quietly()
 
     async def _refresh_quietly(self) -> None:
@@ -147,15 +147,15 @@ class HostsRegistry:
         _report(registry, config.host_db_script)
         if config.host_db_script != self._config.host_db_script:
             raise RefreshFailed("host_db_script has been changed meanwhile")
-        self._copy = HostCopy(registry.hosts, time.time())
+        self._copy = CachedHosts(registry.hosts, time.time())
         log.info("hosts registry refreshed", extra={"hosts": len(registry.hosts)})
         await _keep(config.host_db, self._copy)
         return len(self.hosts())
 
 
-async def _keep(file: Path, copy: HostCopy) -> None:
+async def _keep(file: Path, copy: CachedHosts) -> None:
     try:
-        aside = await asyncio.to_thread(write_copy, file, copy)
+        aside = await asyncio.to_thread(write_cache, file, copy)
     except OSError as error:
         log.error("copy of the hosts registry can't be written", extra={"file": str(file), "error": error.strerror})
         return
@@ -163,19 +163,19 @@ async def _keep(file: Path, copy: HostCopy) -> None:
         log.warning("host_db was no copy of ours and was moved", extra={"file": str(file), "to": str(aside)})
 
 
-def _kept_copy(file: Path) -> HostCopy:
+def _kept_copy(file: Path) -> CachedHosts:
     try:
-        return read_copy(file)
+        return read_cache(file)
     except OSError as error:
         log.error("copy of the hosts registry can't be read", extra={"file": str(file), "error": error.strerror})
-        return HostCopy()
+        return CachedHosts()
 
 
 def _parse(text: bytes) -> Registry:
     return parse_registry(text.split(b"\n"))
 
 
-def _hosts_file(config: Config) -> FreshFile[Mapping[str, Host]] | None:
+def _hosts_file(config: Config) -> WatchedFile[Mapping[str, Host]] | None:
     if config.hosts_file is None:
         return None
     file = config.hosts_file
@@ -186,7 +186,7 @@ def _hosts_file(config: Config) -> FreshFile[Mapping[str, Host]] | None:
         return registry.hosts
 
     with file_errors(config, "hosts_file"):
-        return FreshFile(file, parse)
+        return WatchedFile(file, parse)
 
 
 def _report(registry: Registry, source: Path) -> None:

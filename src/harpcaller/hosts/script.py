@@ -1,4 +1,6 @@
-"""Running `host_db_script`: bounded in time and output, and never left behind.
+"""Runs `host_db_script` with a limit on time and output.
+
+The output goes to a file without a name, so that a process which survives the script cannot hold up the reader.
 
 Spec: docs/settings-dispatcher.md, Hosts registry.
 """
@@ -8,117 +10,79 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from io import FileIO
+from asyncio.subprocess import DEVNULL, Process
+from contextlib import suppress
 from pathlib import Path
+from tempfile import TemporaryFile
+from typing import IO
 
-__all__ = ["MOST_OUTPUT", "ScriptFailed", "run_script"]
+__all__ = ["MAX_OUTPUT", "ScriptFailed", "run_script"]
 
-#: The most that a script may print, in bytes.
-MOST_OUTPUT = 64 * 1024 * 1024
+#: Maximum output on stdout, and on stderr, in bytes.
+MAX_OUTPUT = 64 * 1024 * 1024
 
-#: How much of what it says on stderr is kept for the error's message, in bytes.
+#: Number of bytes at the end of stderr that are quoted in an error.
 _STDERR_TAIL = 500
 
-#: Seconds that a dead script's stderr is waited for.
-_LAST_WORDS = 1.0
-
-_PIECE = 64 * 1024
+#: Seconds between two checks of the output's size.
+_CHECK_INTERVAL = 0.05
 
 
 class ScriptFailed(Exception):
-    """The script gave no result. The message says why, with the end of what it said on stderr."""
+    """A script that returned no hosts. The message says why and quotes the end of stderr."""
 
 
-async def run_script(script: Path, seconds: float, most_output: int = MOST_OUTPUT) -> bytes:
-    """Run a program without arguments and return what it prints.
+async def run_script(script: Path, time_limit: float, max_output: int = MAX_OUTPUT) -> bytes:
+    """Run a program without arguments and return its output.
 
-    It runs in a process group of its own. However this function ends, the whole group is dead then.
+    The program runs in its own process group. The whole group has been killed when this function returns or raises.
 
     Args:
         script: the program.
-        seconds: how long it may take.
-        most_output: how much it may print, in bytes.
+        time_limit: maximum run time in seconds.
+        max_output: maximum output in bytes.
 
     Raises:
-        ScriptFailed: it can't be started, took too long, printed too much, or exited with a status other than 0.
+        ScriptFailed: the program cannot be started, exceeds a limit or exits with a status other than 0.
     """
-    async with _pipe() as (printed, output_end), _pipe() as (said, complaint_end):
+    with TemporaryFile() as output, TemporaryFile() as errors:
         try:
             process = await asyncio.create_subprocess_exec(
-                script,
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=output_end,
-                stderr=complaint_end,
-                start_new_session=True,
+                script, stdin=DEVNULL, stdout=output, stderr=errors, start_new_session=True
             )
         except OSError as error:
-            raise ScriptFailed(f"{script} can't be started: {error.strerror}") from error
-        output_end.close()
-        complaint_end.close()
-        complaint = asyncio.create_task(_tail(said))
+            raise ScriptFailed(f"{script} cannot be started: {error.strerror}") from error
         try:
-            async with asyncio.timeout(seconds):
-                output = await _read(printed, most_output)
-                status = None if output is None else await process.wait()
+            async with asyncio.timeout(time_limit):
+                status = await _wait_exit(process, output, errors, max_output)
         except TimeoutError as error:
-            raise ScriptFailed(f"{script} took more than {seconds:g} s") from error
+            raise ScriptFailed(f"{script} took more than {time_limit:g} s") from error
         finally:
-            _kill_group(process.pid)
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
             await process.wait()
-            # Whoever left the group may hold this pipe open for ever.
-            await asyncio.wait([complaint], timeout=_LAST_WORDS)
-            complaint.cancel()
-    if output is None:
-        raise ScriptFailed(f"{script} printed more than {most_output} bytes")
-    if status != 0:
-        assert status is not None
-        how = f"exited with status {status}" if status > 0 else f"was ended by {signal.Signals(-status).name}"
-        last_words = complaint.result() if complaint.done() else ""
-        raise ScriptFailed(f"{script} {how}{last_words and ': '}{last_words}")
-    return output
+        if status is None:
+            raise ScriptFailed(f"{script} printed more than {max_output} bytes")
+        if status != 0:
+            reason = f"exited with status {status}" if status > 0 else f"was killed by {signal.Signals(-status).name}"
+            tail = os.pread(errors.fileno(), _STDERR_TAIL, max(0, _size(errors) - _STDERR_TAIL))
+            message = tail.decode("utf-8", "replace").strip()
+            raise ScriptFailed(f"{script} {reason}{message and ': '}{message}")
+        output.seek(0)
+        return output.read()
 
 
-@asynccontextmanager
-async def _pipe() -> AsyncIterator[tuple[asyncio.StreamReader, FileIO]]:
-    """A pipe: its reading end as a stream, and its writing end, to be closed once it is handed on.
-
-    The pipes of `asyncio.subprocess` are not used: its `wait` waits for their ends too.
-    """
-    reading, writing = os.pipe()
-    with FileIO(writing, "wb") as writing_end:
-        reader = asyncio.StreamReader()
-        protocol = asyncio.StreamReaderProtocol(reader)
-        transport, _ = await asyncio.get_running_loop().connect_read_pipe(lambda: protocol, FileIO(reading))
-        try:
-            yield reader, writing_end
-        finally:
-            transport.close()
-
-
-async def _read(stream: asyncio.StreamReader, most: int) -> bytes | None:
-    """All of it; None: it is more than `most`."""
-    pieces: list[bytes] = []
-    size = 0
-    while piece := await stream.read(_PIECE):
-        pieces.append(piece)
-        size += len(piece)
-        if size > most:
+async def _wait_exit(process: Process, output: IO[bytes], errors: IO[bytes], max_output: int) -> int | None:
+    """Return the exit status; None if the process has written more than it may."""
+    status = None
+    while status is None:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_CHECK_INTERVAL):
+                status = await process.wait()
+        if max(_size(output), _size(errors)) > max_output:
             return None
-    return b"".join(pieces)
+    return status
 
 
-async def _tail(stream: asyncio.StreamReader) -> str:
-    tail = b""
-    while piece := await stream.read(_PIECE):
-        tail = (tail + piece)[-_STDERR_TAIL:]
-    return tail.decode("utf-8", "replace").strip()
-
-
-def _kill_group(group: int) -> None:
-    # The group's number is not given to others while one of its processes lives.
-    try:
-        os.killpg(group, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
+def _size(file: IO[bytes]) -> int:
+    return os.fstat(file.fileno()).st_size

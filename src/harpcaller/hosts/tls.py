@@ -24,7 +24,7 @@ from typing import Any
 from harp_daemon.tls import set_floor
 from harpcaller.config import Config, file_errors
 from harpcaller.hosts.inventory import Host
-from harpcaller.hosts.watched_file import FreshFile
+from harpcaller.hosts.watched_file import WatchedFile
 
 __all__ = ["CertificateRefused", "HostTLS", "as_ip", "names_host", "server_name"]
 
@@ -160,11 +160,11 @@ def _context(config: Config, mode: ssl.VerifyMode) -> ssl.SSLContext:
     return context
 
 
-def _known_certificates(config: Config) -> FreshFile[frozenset[bytes]] | None:
+def _known_certificates(config: Config) -> WatchedFile[frozenset[bytes]] | None:
     if config.known_certs_file is None:
         return None
     with file_errors(config, "known_certs_file"):
-        return FreshFile(config.known_certs_file, _certificates)
+        return WatchedFile(config.known_certs_file, _certificates)
 
 
 def _certificates(text: bytes) -> frozenset[bytes]:

@@ -1,4 +1,4 @@
-"""A small file that is read again once it has changed."""
+"""A small file that is read again after a change."""
 
 from __future__ import annotations
 
@@ -8,54 +8,50 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Generic, TypeVar
 
-__all__ = ["FreshFile"]
+__all__ = ["WatchedFile"]
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
 
-class FreshFile(Generic[T]):
-    """What a file says now.
+class WatchedFile(Generic[T]):
+    """The parsed contents of a file.
 
-    A change is seen by modification time, size and inode. A changed file that can't be read or parsed is logged,
-    once, and the last good value stays.
+    A change is detected by modification time, size and inode. If the changed file cannot be read or parsed, the
+    error is logged once and the previous value remains.
 
     Args:
         file: the file.
-        parse: makes the value of the file's bytes; raises ValueError when they make none.
+        parse: returns the value for the file's bytes; raises ValueError if they are invalid.
 
     Raises:
-        OSError: the file can't be read at first.
-        ValueError: what it says first can't be parsed.
+        OSError: the file cannot be read.
+        ValueError: the file cannot be parsed.
     """
 
     def __init__(self, file: Path, parse: Callable[[bytes], T]) -> None:
         self.file = file
         self._parse = parse
-        self._seen = self._signature()
+        self._signature = _signature(file)
         self._value = parse(file.read_bytes())
 
     @property
     def value(self) -> T:
-        """What the file says; looks whether it has changed, and then reads it."""
-        seen = None
+        """The contents, after a check for a change."""
+        signature = None
         try:
-            # Looked at before it is read: a change between the two is seen the next time.
-            seen = self._signature()
-            if seen != self._seen:
+            signature = _signature(self.file)  # before reading, so that the next check detects a change in between
+            if signature != self._signature:
                 self._value = self._parse(self.file.read_bytes())
                 log.info("changed file read", extra={"file": str(self.file)})
         except (OSError, ValueError) as error:
-            if seen != self._seen:
-                log.error("changed file refused, what it said before stays", extra=_described(self.file, error))
-        self._seen = seen
+            if signature != self._signature:
+                log.error("cannot reload changed file", extra={"file": str(self.file), "error": str(error)})
+        self._signature = signature
         return self._value
 
-    def _signature(self) -> tuple[int, int, int] | None:
-        status = os.stat(self.file)
-        return status.st_mtime_ns, status.st_size, status.st_ino
 
-
-def _described(file: Path, error: Exception) -> dict[str, str]:
-    return {"file": str(file), "error": (error.strerror if isinstance(error, OSError) else None) or str(error)}
+def _signature(file: Path) -> tuple[int, int, int] | None:
+    status = os.stat(file)
+    return status.st_mtime_ns, status.st_size, status.st_ino
