@@ -14,7 +14,7 @@ import pytest
 import trustme
 
 from harpcaller.config import Config, ConfigError
-from harpcaller.hosts.connecting import connect, failed
+from harpcaller.hosts.connecting import connect, to_failed
 from harpcaller.hosts.inventory import Host
 from harpcaller.hosts.tls import CertificateRefused, HostTLS, names_host, server_name
 from support.certificates import Certificates, authority
@@ -54,7 +54,7 @@ async def outcome(tls: HostTLS, host: Host) -> str | None:
     try:
         _, writer = await connect(host, tls, 30.0)
     except (CertificateRefused, OSError) as error:
-        end = failed(error, host, "connecting")
+        end = to_failed(error, host, "connecting")
         assert end.type == ("certificate_error" if isinstance(error, CertificateRefused) else "network_error")
         return end.message
     writer.transport.abort()

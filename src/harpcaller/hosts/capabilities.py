@@ -19,12 +19,13 @@ from harp.protocol.ends import Failed
 from harp.protocol.fields import ProtocolError
 from harp.protocol.harpd import Held, ListCalls, Message
 from harpcaller.config import Config
+from harpcaller.hosts.connecting import HostUnreachable
 from harpcaller.hosts.connection import dial
 from harpcaller.hosts.inventory import Host
 from harpcaller.hosts.tls import HostTLS
 from harpcaller.model.jobs import Identity
 
-__all__ = ["HostBook", "Refused"]
+__all__ = ["HostBook"]
 
 log = logging.getLogger(__name__)
 
@@ -39,18 +40,6 @@ _NOT_NOW = frozenset(
 _LONGEST_LIST = 8 * 1024 * 1024
 
 _Place = tuple[str, str, int]
-
-
-class Refused(Exception):
-    """The host did not answer the question, but refused the request.
-
-    Attributes:
-        error: what it said.
-    """
-
-    def __init__(self, error: Failed) -> None:
-        super().__init__(error.message)
-        self.error = error
 
 
 @dataclass(slots=True)
@@ -87,7 +76,7 @@ class HostBook:
         """The warden that a start on this host has to name; None: its harpd is one of the field.
 
         Raises:
-            Refused: the host refused the question for a reason that a start would meet as well.
+            HostUnreachable: the host refused the question for a reason that a start would meet as well.
             LineTooLong: it does not speak the protocol.
             TimeoutError: it did not answer.
             OSError, CertificateRefused, UnicodeError: it can't be reached, see `harpcaller.hosts.connecting`.
@@ -134,7 +123,7 @@ class HostBook:
                 page.warden, page.keeps = warden, keep is not None
                 self._on_held(host, calls)
             case Failed(kind) if kind in _NOT_NOW:
-                raise Refused(answer)
+                raise HostUnreachable(answer)
             case _:  # another error: it does not know the question
                 log.info("host's harpd does not keep calls: it is an older one", extra={"host": host.hostname})
                 page.warden = None

@@ -10,16 +10,28 @@ import errno
 import os
 import socket
 import ssl
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeAlias
 
 from harp.protocol.ends import Failed
 from harp.protocol.json_text import Raw, dumps
+from harp.protocol.lines import LineTooLong
 from harp_daemon.sockets import prepare
 from harpcaller.hosts.inventory import Host
 from harpcaller.hosts.tls import CertificateRefused, HostTLS, as_ip, server_name
 
-__all__ = ["FAULTS", "address_text", "connect", "errno_data", "failed", "named"]
+__all__ = [
+    "FAULTS",
+    "HostUnreachable",
+    "address_text",
+    "connect",
+    "describe_host",
+    "errno_data",
+    "map_connect_errors",
+    "to_failed",
+    "to_protocol_error",
+]
 
 #: What `connect` and a connection raise, for `failed`. UnicodeError: an address that is no name.
 FAULTS = (OSError, CertificateRefused, UnicodeError)
@@ -47,6 +59,29 @@ _Place: TypeAlias = tuple[int, int, int, str, tuple[Any, ...]]
 
 #: How much the stream buffers before it stops reading is twice this, in bytes.
 _BUFFER = 64 * 1024
+
+
+class HostUnreachable(Exception):
+    """A host that could not be connected to, or that refused to list its calls.
+
+    Attributes:
+        error: the reason, as a job's end.
+    """
+
+    def __init__(self, error: Failed) -> None:
+        super().__init__(error.message)
+        self.error = error
+
+
+@contextmanager
+def map_connect_errors(host: Host) -> Iterator[None]:
+    """Raise errors of the host or the network as `HostUnreachable`."""
+    try:
+        yield
+    except LineTooLong as error:
+        raise HostUnreachable(to_protocol_error(error, host)) from error
+    except FAULTS as error:
+        raise HostUnreachable(to_failed(error, host, "connecting")) from error
 
 
 async def connect(host: Host, tls: HostTLS, seconds: float) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
@@ -130,7 +165,7 @@ async def _resolve(host: Host) -> Sequence[_Place]:
     return await loop.getaddrinfo(host.address, host.port, type=socket.SOCK_STREAM)
 
 
-def failed(error: BaseException, host: Host, doing: str) -> Failed:
+def to_failed(error: BaseException, host: Host, doing: str) -> Failed:
     """What one of `FAULTS` means for the job.
 
     Args:
@@ -139,15 +174,20 @@ def failed(error: BaseException, host: Host, doing: str) -> Failed:
         doing: what was being done, for the message: ``"connecting"``.
     """
     if isinstance(error, CertificateRefused):
-        return Failed("certificate_error", f"{named(host)}: its certificate is refused: {error}")
+        return Failed("certificate_error", f"{describe_host(host)}: its certificate is refused: {error}")
     if isinstance(error, ssl.SSLError) and error.reason in _NO_TLS:
-        return Failed("protocol_error", f"{named(host)}: {doing}: it does not speak TLS; is this harpd's port?")
+        return Failed("protocol_error", f"{describe_host(host)}: {doing}: it does not speak TLS; is this harpd's port?")
     name, text = _described(error)
     kind = "os_error" if isinstance(error, OSError) and error.errno in _LOCAL and _is_plain(error) else "network_error"
-    return Failed(kind, f"{named(host)}: {doing}: {text}", errno_data(name))
+    return Failed(kind, f"{describe_host(host)}: {doing}: {text}", errno_data(name))
 
 
-def named(host: Host) -> str:
+def to_protocol_error(error: Exception, host: Host) -> Failed:
+    """Return the end of a job whose host broke the protocol."""
+    return Failed("protocol_error", f"{describe_host(host)}: what it sent is not of the protocol: {error}")
+
+
+def describe_host(host: Host) -> str:
     """A host as messages name it."""
     return f"host {host.hostname} ({host.address}, port {host.port})"
 

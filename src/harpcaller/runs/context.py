@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from harp.protocol.harpd import Attach, CallTerms, Request
 from harpcaller.config import Config
 from harpcaller.hosts.capabilities import HostBook
 from harpcaller.hosts.inventory import Host
@@ -49,6 +50,33 @@ class Surroundings:
     wall: Callable[[], float]
     trouble: StoreTrouble = field(default_factory=StoreTrouble)
     timings: Timings = field(default_factory=Timings)
+
+    def start_request(self, job: Job, host: Host, instance: str | None) -> Request:
+        """Return the request that starts a job's call.
+
+        Args:
+            job: the job.
+            host: its host.
+            instance: the supervisor's instance id; None makes the call connection-bound.
+        """
+        if instance is None:
+            return Request(job.procedure, job.arguments, host.user, host.password)
+        terms = CallTerms(
+            id=job.id,
+            owner=self.identity.owner_at(host.hostname),
+            secret=self.identity.secret(job.id),
+            warden=instance,
+            keep_running=self.config.keep_running,
+            linger=self.config.linger,
+            timeout=job.timeout,
+            max_exec_time=job.max_exec_time,
+        )
+        return Request(job.procedure, job.arguments, host.user, host.password, terms, self.hosts.keeps(host))
+
+    def attach_request(self, job_id: str, host: Host, since: int) -> Attach:
+        """Return the request that attaches to a job's call and resumes its records at number `since`."""
+        owner, secret = self.identity.owner_at(host.hostname), self.identity.secret(job_id)
+        return Attach(job_id, owner, secret, since, host.user, host.password)
 
 
 def fields(job: Job | NewJob) -> dict[str, Any]:

@@ -22,7 +22,6 @@ from harpcaller.hosts.connecting import FAULTS
 from harpcaller.hosts.connection import BEHIND_ALL, Conversation, dial, end_of_records
 from harpcaller.hosts.inventory import Host
 from harpcaller.model.jobs import Facts, Job
-from harpcaller.runs import requests as asking
 from harpcaller.runs.context import Surroundings
 from harpcaller.store import StorageError, UnknownJob
 
@@ -133,7 +132,7 @@ async def _finish_off(host: Host, call: str, around: Surroundings, ours: bool) -
             return
         talk = await dial(host, around.tls, around.config)
         try:
-            talk.ask(asking.attach(call, host, since, around.identity))
+            talk.ask(around.attach_request(call, host, since))
             since = await _hear_out(talk, since, note)
         finally:
             talk.abort()

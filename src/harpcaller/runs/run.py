@@ -45,14 +45,18 @@ from harp.protocol.harpd import (
 )
 from harp.protocol.json_text import Raw, dumps, loads
 from harp.protocol.lines import LineTooLong
-from harpcaller.hosts.connecting import failed, named
+from harpcaller.hosts.connecting import (
+    HostUnreachable,
+    describe_host,
+    map_connect_errors,
+    to_failed,
+    to_protocol_error,
+)
 from harpcaller.hosts.connection import BEHIND_ALL, Conversation, dial, end_of_records
 from harpcaller.hosts.inventory import Host
 from harpcaller.model.jobs import NO_FACTS, Facts, Job, Stop
-from harpcaller.runs import requests as asking
 from harpcaller.runs.context import Surroundings, fields
 from harpcaller.runs.deadlines import Limits
-from harpcaller.runs.errors import Unreachable, not_of_the_protocol, reaching
 from harpcaller.runs.interruptible_wait import Interrupted, Waiting
 from harpcaller.runs.outage import LostContact, Pace
 from harpcaller.runs.outcome_writer import Settling
@@ -241,7 +245,9 @@ class Run:
             outcome = await self._start(host)
             if outcome is not Outcome.AGAIN:
                 return outcome
-        return await self._conclude(Failed("network_error", f"{named(host)}: its warden changes with every start"))
+        return await self._conclude(
+            Failed("network_error", f"{describe_host(host)}: its warden changes with every start")
+        )
 
     async def _start(self, host: Host) -> Outcome:
         around = self._around
@@ -253,7 +259,7 @@ class Run:
                 self._attempts += 1
                 try:
                     warden = None
-                    with reaching(host):
+                    with map_connect_errors(host):
                         if around.config.kept_calls:
                             warden = await self._waiting.wait(
                                 around.hosts.warden(host, around.tls, around.config), self._limits.deadline
@@ -265,9 +271,9 @@ class Run:
                     break
                 except Interrupted:
                     continue
-        except Unreachable as unreachable:
+        except HostUnreachable as unreachable:
             return await self._conclude(unreachable.error)
-        request = asking.start(self.job, host, warden, around.hosts.keeps(host), around.identity, around.config)
+        request = around.start_request(self.job, host, warden)
         # Nothing may be awaited between this look and the writing.
         if not self._is_wanted():
             talk.abort()
@@ -307,9 +313,9 @@ class Run:
                 except LineTooLong as error:
                     return await self._broken_off(error, host)
                 except OSError as error:
-                    return await self._broken(failed(error, host, talk.standing), host)
+                    return await self._broken(to_failed(error, host, talk.standing), host)
                 if lines is None:
-                    closed = Failed("network_error", f"{named(host)}: it closed the connection {talk.where}")
+                    closed = Failed("network_error", f"{describe_host(host)}: it closed the connection {talk.where}")
                     return await self._broken(closed, host)
                 for message in talk.said(lines):
                     self._limits.heard()
@@ -347,7 +353,7 @@ class Run:
     def _overdue(self, host: Host) -> Failed | None:
         if self._around.trouble.waiting:
             self._limits.put_off()  # what the host has said in time may still wait here
-        return self._limits.overdue(named(host), self._settling.ended)
+        return self._limits.overdue(describe_host(host), self._settling.ended)
 
     def _say_order(self, talk: Conversation) -> None:
         if self._order is not None and not self._ordered:
@@ -407,7 +413,7 @@ class Run:
                 case "records_gone":
                     return await self._records_gone(error, host)
                 case _:
-                    self._lost.failed(f"{named(host)}: {error.type}: {error.message}")
+                    self._lost.failed(f"{describe_host(host)}: {error.type}: {error.message}")
                     return Outcome.LOST
         if error.type == "other_warden" and self._named:
             self._around.hosts.forget(host)
@@ -445,7 +451,7 @@ class Run:
 
     async def _broken_off(self, error: ProtocolError | LineTooLong, host: Host) -> Outcome:
         """What came is not of the protocol. Of a kept call that is its job's end: it would come again."""
-        end = not_of_the_protocol(host, error)
+        end = to_protocol_error(error, host)
         if self._named and self._limits.acknowledged:
             await self._recording.stored()
             end = Failed(end.type, f"{end.message} (record {self._recording.expected} was to come)")
@@ -517,21 +523,21 @@ class Run:
         self._waiting.look_up()
         talk: Conversation | None = None
         try:
-            with reaching(host):
+            with map_connect_errors(host):
                 warden = await self._waiting.wait(around.hosts.warden(host, around.tls, around.config), give_up_at)
                 if warden is None and self._terms is None:
                     return await self._was_tied(host)
                 talk = await self._waiting.wait(dial(host, around.tls, around.config), give_up_at)
         except Interrupted:
             lost.failed(lost.error or "reaching it took too long")
-        except Unreachable as unreachable:
+        except HostUnreachable as unreachable:
             lost.failed(f"{unreachable.error.type}: {unreachable.error.message}")
         if talk is None:
             if not lost.noted:
                 lost.noted = True
                 await self._settling.note_contact(dumps(lost.fact()))
             return Outcome.LOST
-        talk.ask(asking.attach(self.job.id, host, self._recording.expected, around.identity))
+        talk.ask(around.attach_request(self.job.id, host, self._recording.expected))
         return await self._listen(talk, host)
 
     def _lost_after(self) -> float:
@@ -554,24 +560,26 @@ class Run:
         assert self._lost is not None
         if self._settling.ended:
             return await self._settle(Stop.CONFIRMED, facts=Facts(receipt=Raw(b'{"held":false}')))
-        message = f"{named(host)} does not hold the job's call: it never started, or its end was lost; the contact"
+        message = (
+            f"{describe_host(host)} does not hold the job's call: it never started, or its end was lost; the contact"
+        )
         return await self._conclude(Failed("missing_result", f"{message} was lost {self._lost.told()}"))
 
     async def _was_tied(self, host: Host) -> Outcome:
         """An earlier dispatcher has called a harpd of the field: its end of the connection was the call's."""
         if self._settling.ended:
             return await self._settle(Stop.UNKNOWN)
-        message = f"the dispatcher stopped while the job was running; {named(host)} can't keep calls"
+        message = f"the dispatcher stopped while the job was running; {describe_host(host)} can't keep calls"
         return await self._conclude(Failed("missing_result", message), Stop.UNKNOWN)
 
     async def _records_gone(self, error: Failed, host: Host) -> Outcome:
         """Records between what is stored here and what the host still has are lost: a store from a backup, say."""
         assert self._lost is not None
-        message = f"{named(host)}: records of the job are gone, from number {self._recording.expected} on"
+        message = f"{describe_host(host)}: records of the job are gone, from number {self._recording.expected} on"
         try:
             end = end_of_records(error)
         except ProtocolError as fault:
-            self._lost.failed(not_of_the_protocol(host, fault).message)
+            self._lost.failed(to_protocol_error(fault, host).message)
             return Outcome.LOST
         await self._recording.stored()
         await self._stop_with(Failed("missing_result", message), "records_gone")
