@@ -120,6 +120,13 @@ def _plain(parsed: argparse.Namespace) -> Exit:
     return Exit.DONE
 
 
+def _reload(parsed: argparse.Namespace) -> Exit:
+    (answer,) = Daemon(parsed.socket).ask("reload")
+    for key in loads(answer)["restart_needed"]:
+        print(f"harpcallerd: warning: the change of {key} needs a restart", file=sys.stderr)
+    return Exit.DONE
+
+
 def _list(parsed: argparse.Namespace) -> Exit:
     options = {"newest": parsed.newest, "host": parsed.host, "of_queue": parsed.of_queue}
     return _print(Daemon(parsed.socket).ask("list", all=parsed.all, queue=parsed.queue, **options))
@@ -204,7 +211,7 @@ def parser() -> argparse.ArgumentParser:
     option = add("stop", _stop, "stop it, and wait until its process is gone")
     option("--timeout", metavar="S", type=_number, help="wait at most so many seconds")
     option("--print-pid", action="store_true", help="print the id that the process had")
-    add("reload", _plain, "have it read its configuration again, all or nothing")
+    add("reload", _reload, "have it read its configuration again, all or nothing")
     option = add("list", _list, "list the jobs that have not ended, in the order of their submission")
     option("--all", action="store_true", help="list those that have ended too")
     option("--newest", metavar="N", type=_count, help="only the N that were submitted last, the last one first")

@@ -37,6 +37,9 @@ log = logging.getLogger(__name__)
 #: The control socket is for the daemon's user alone.
 _CONTROL_MODE = 0o600
 
+#: The settings that a reload does not change.
+_NEEDING_RESTART = ("listen", "stream_directory", "request_memory")
+
 #: Descriptors of the program itself, beside those of its connections.
 _OWN_DESCRIPTORS = 64
 
@@ -99,7 +102,7 @@ async def run(
             stack.push_async_callback(store.close)
             dispatcher = await stack.enter_async_context(Dispatcher(config, store, wall))
             door = await stack.enter_async_context(Service(dispatcher))
-            program = _Program(options, dispatcher, door, stop)
+            program = _Program(options, dispatcher, stop)
             await stack.enter_async_context(Admin(dispatcher, program, control))
             loop.add_signal_handler(signal.SIGHUP, program.reload_by_signal)
             loop.add_signal_handler(signal.SIGUSR1, program.reopen_logs)
@@ -130,15 +133,14 @@ class _Program:
     Args:
         options: the command line.
         dispatcher: what runs in the program.
-        door: the door for clients.
         stop: set when the program is to stop.
     """
 
-    def __init__(self, options: Options, dispatcher: Dispatcher, door: Service, stop: asyncio.Event) -> None:
+    def __init__(self, options: Options, dispatcher: Dispatcher, stop: asyncio.Event) -> None:
         self._options = options
         self._dispatcher = dispatcher
-        self._door = door
         self._stop = stop
+        self._at_start = dispatcher.config
         self._reloading = asyncio.Lock()
         self._reloads: set[asyncio.Task[None]] = set()
 
@@ -163,8 +165,11 @@ class _Program:
         except ConfigError:
             pass  # it is in the log
 
-    async def reload(self) -> None:
+    async def reload(self) -> list[str]:
         """Take the configuration file as it is now, wholly or not at all.
+
+        Returns:
+            The changed keys that need a restart; their old values stay in use.
 
         Raises:
             ConfigError: it can't be used; nothing has changed.
@@ -172,29 +177,27 @@ class _Program:
         async with self._reloading:
             notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
             try:
-                await self._reload()
+                needing_restart = await self._reload()
             except ConfigError as error:
                 log.error("reload failed; nothing is changed", extra={"reason": str(error)})
                 raise
             finally:
                 notify("READY=1")
             log.info("reloaded")
+            for key in needing_restart:
+                log.warning("a changed setting needs a restart", extra={"key": key})
+            return needing_restart
 
-    async def _reload(self) -> None:
+    async def _reload(self) -> list[str]:
         before = self._dispatcher.config
         config = await asyncio.to_thread(load, self._options.config)
-        added = await service.listen(config, self._door.listeners)
         try:
             configure_log(self._options, config)
             await self._dispatcher.reload(config)
         except BaseException:
-            service.close(added)
             configure_log(self._options, before)
             raise
-        self._door.serve(added)
-        self._door.keep(config.listen)
-        if config.stream_directory != before.stream_directory:
-            log.warning("a changed setting needs a restart", extra={"key": "stream_directory"})
+        return [key for key in _NEEDING_RESTART if getattr(config, key) != getattr(self._at_start, key)]
 
     async def finish(self) -> None:
         """Let no reload change anything any more."""

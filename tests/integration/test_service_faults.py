@@ -53,8 +53,8 @@ async def service(directory: Path, verb: str, sound: int = 0, *hosts: str) -> As
         faulty: Any = Faulty(store, verb, sound)
         async with running(directory, *hosts, store=faulty, listen=(Address("127.0.0.1", 0),)) as dispatcher:
             async with Service(dispatcher) as door:
-                door.serve(await listen(dispatcher.config))
-                ((listener,),) = door.listeners.values()
+                (listener,) = listeners = await listen(dispatcher.config)
+                door.serve(listeners)
                 yield int(listener.fields["port"])
     finally:
         await store.close()

@@ -9,7 +9,7 @@ import asyncio
 import ipaddress
 import logging
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterable
 from contextlib import aclosing
 from types import TracebackType
 from typing import Self, TypeAlias
@@ -44,13 +44,13 @@ from harp_daemon.sliced_json import open_quickly
 from harpcaller.api.acceptor import Door
 from harpcaller.api.connection import ClientLeft, Connection
 from harpcaller.api.listeners import Listener, listen_tcp, listen_unix, reason
-from harpcaller.config import Address, Config, ConfigError
+from harpcaller.config import Config, ConfigError
 from harpcaller.dispatcher import Dispatcher
 from harpcaller.model.jobs import Job
 from harpcaller.notifier import Packets
 from harpcaller.store import StorageError, UnknownJob
 
-__all__ = ["Listeners", "Service", "close", "listen"]
+__all__ = ["Service", "close", "listen"]
 
 log = logging.getLogger(__name__)
 
@@ -66,52 +66,29 @@ _LONG_REQUEST = 256 * 1024
 #: The requests that have one reply.
 _OneReply: TypeAlias = Call | SubmitMany | Cancel | GetResult | GetStatus | GetDetails
 
-#: Listeners by the entry of `listen` that they were opened for.
-Listeners = dict[Address, list[Listener]]
 
-
-async def listen(config: Config, present: Listeners | None = None) -> Listeners:
-    """Open the addresses of a configuration's `listen`.
-
-    Args:
-        config: the configuration.
-        present: what is open already. What `listen` has of it is not opened again, the rest may be taken over.
-
-    Returns:
-        What was opened.
+async def listen(config: Config) -> list[Listener]:
+    """Open the addresses of a configuration's `listen`, each once.
 
     Raises:
-        ConfigError: one can't be listened on; then none was opened.
+        ConfigError: an address cannot be listened on; then none was opened.
     """
-    present = present or {}
-    leaving = [listener for entry in present.keys() - set(config.listen) for listener in present[entry]]
-    opened: Listeners = {}
-    try:
-        for listener in leaving:
-            listener.yield_address(True)
-        for entry in config.listen:
-            if entry not in present and entry not in opened:
-                opened[entry] = await _listen(entry, bool(leaving))
-    except BaseException as error:
-        close(opened)
-        if isinstance(error, (OSError, UnicodeError)):
-            raise ConfigError(f"{config.file}: listen: can't listen on {entry}: {reason(error)}") from error
-        raise
-    finally:
-        for listener in leaving:
-            listener.yield_address(False)
+    opened: list[Listener] = []
+    for entry in dict.fromkeys(config.listen):
+        try:
+            opened += await listen_tcp(entry) if entry.path is None else [listen_unix(entry.path, _UNIX_MODE)]
+        except BaseException as error:
+            close(opened)
+            if isinstance(error, (OSError, UnicodeError)):
+                raise ConfigError(f"{config.file}: listen: can't listen on {entry}: {reason(error)}") from error
+            raise
     return opened
 
 
-async def _listen(entry: Address, takeover: bool) -> list[Listener]:
-    return await listen_tcp(entry, takeover) if entry.path is None else [listen_unix(entry.path, _UNIX_MODE)]
-
-
-def close(listeners: Listeners) -> None:
+def close(listeners: Iterable[Listener]) -> None:
     """Close listeners that nothing accepts from."""
-    for group in listeners.values():
-        for listener in group:
-            listener.close()
+    for listener in listeners:
+        listener.close()
 
 
 class Service:
@@ -127,8 +104,6 @@ class Service:
         self._door = Door(self._answer, lambda: dispatcher.config.connections, encode_reply(refusal))
         self._memory = Allowance(dispatcher.config.request_memory)
         self._local_told = False
-        #: What it accepts from.
-        self.listeners: Listeners = {}
 
     async def __aenter__(self) -> Self:
         await self._door.__aenter__()
@@ -139,14 +114,12 @@ class Service:
     ) -> None:
         await self._door.__aexit__(kind, error, traceback)
 
-    def serve(self, opened: Listeners) -> None:
-        """Accept from listeners as well."""
-        self.listeners.update(opened)
-        for group in opened.values():
-            for listener in group:
-                self._door.open(listener)
-                log.info("harpcallerd is serving", extra=listener.fields)
-                self._report_reach(listener)
+    def serve(self, listeners: Iterable[Listener]) -> None:
+        """Accept connections from the listeners."""
+        for listener in listeners:
+            self._door.open(listener)
+            log.info("harpcallerd is serving", extra=listener.fields)
+            self._report_reach(listener)
 
     def _report_reach(self, listener: Listener) -> None:
         """Say who can call: there is no authentication of clients."""
@@ -158,13 +131,6 @@ class Service:
         elif not self._local_told:
             self._local_told = True
             log.info("every local user can call; a Unix socket with file permissions can be listened on instead")
-
-    def keep(self, entries: Sequence[Address]) -> None:
-        """Close the listeners of all other entries of `listen`; connections that were accepted stay."""
-        for entry in self.listeners.keys() - set(entries):
-            for listener in self.listeners.pop(entry):
-                log.info("harpcallerd serves no longer", extra=listener.fields)
-                self._door.close(listener)
 
     async def _answer(self, connection: Connection) -> None:
         failure = await self._carry_out(connection)

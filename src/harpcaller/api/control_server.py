@@ -50,8 +50,12 @@ class Program(Protocol):
     def stop(self) -> None:
         """Begin to stop."""
 
-    def reload(self) -> Awaitable[None]:
-        """Read the configuration again. Raises `ConfigError`; then nothing has changed."""
+    def reload(self) -> Awaitable[list[str]]:
+        """Read the configuration again; return the changed keys that need a restart.
+
+        Raises:
+            ConfigError: the configuration cannot be used; nothing has changed.
+        """
 
     def reopen_logs(self) -> None:
         """Open log files anew."""
@@ -141,8 +145,7 @@ async def _stop(admin: Admin, _: Members) -> Items:
 
 
 async def _reload(admin: Admin, _: Members) -> Items:
-    await admin.program.reload()
-    yield Envelope(reloaded=True)
+    yield Envelope(reloaded=True, restart_needed=await admin.program.reload())
 
 
 async def _reopen_logs(admin: Admin, _: Members) -> Items:

@@ -40,11 +40,6 @@ class Listener:
         address, port = self.socket.getsockname()[:2]
         return {"address": address, "port": port}
 
-    def yield_address(self, willing: bool) -> None:
-        """Let one that takes over listen on the same address; this one is closed soon."""
-        if self.path is None:
-            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, willing)
-
     def close(self) -> None:
         """Stop listening. Closing again does nothing."""
         if self.path is not None and self.socket.fileno() >= 0:
@@ -62,12 +57,11 @@ def reason(error: OSError | UnicodeError) -> str:
     return (error.strerror if isinstance(error, OSError) else None) or str(error)
 
 
-async def listen_tcp(address: Address, takeover: bool = False) -> list[Listener]:
+async def listen_tcp(address: Address) -> list[Listener]:
     """Listen on an address; a name may stand for several.
 
     Args:
         address: where.
-        takeover: also where one listens that `yield_address` was called of.
 
     Raises:
         OSError: it can't be listened on.
@@ -80,12 +74,10 @@ async def listen_tcp(address: Address, takeover: bool = False) -> list[Listener]
             opened.append(Listener(listening))
             listening.setblocking(False)
             listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, takeover)
             if family == socket.AF_INET6:
                 listening.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, address.host is not None)
             listening.bind((host, port))
             listening.listen(_BACKLOG)
-            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, False)
             port = listening.getsockname()[1]  # when 0 was asked for, one free port for all
     except BaseException:
         for listener in opened:

@@ -101,6 +101,7 @@ class Gate:
         self._listeners = listeners
         self._keeper = None if alone else Keeper(wardens, options.background, lambda: settings(self._generation))
         self._loader = Threads(1)
+        self._at_start = generation
         self._use(generation)
         self._accepting: list[asyncio.Task[None]] = []
         self._connections: dict[asyncio.Task[None], Connection] = {}
@@ -194,7 +195,7 @@ class Gate:
             raise
         self._use(new)
         log.info("reloaded")
-        for key in _needing_restart(old, new):
+        for key in _needing_restart(self._at_start, new):
             log.warning("a changed setting needs a restart", extra={"key": key})
         _warn_of_low_floor(new)
 
