@@ -13,7 +13,7 @@ from itertools import accumulate
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable
     from typing import Any, NoReturn
 
     from harp.protocol.json_text import JSON
@@ -154,39 +154,13 @@ def guarded(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 _CONSTANTS: dict[object, Raw] = {None: Raw(b"null"), True: Raw(b"true"), False: Raw(b"false")}
-_quoted = json.encoder.encode_basestring_ascii
+_ENCODER = json.JSONEncoder(ensure_ascii=True, allow_nan=False, separators=(",", ":"))
 
 
 @lru_cache(maxsize=256)
 def _name(key: str) -> bytes:
-    """The name of a member of an envelope: the protocol has few."""
-    return _quoted(key).encode("ascii") + b":"
-
-
-_ENCODER = json.JSONEncoder(ensure_ascii=True, allow_nan=False, separators=(",", ":"))
-
-
-def _kept_encoder() -> Callable[[Any, int], Iterable[str]] | None:
-    """What `_ENCODER` makes anew for each value, if it can be made once: that is half of the cost."""
-    given = (_ENCODER.default, _quoted, None, _ENCODER.key_separator, _ENCODER.item_separator, False, False, False)
-    try:
-        made: Callable[[Any, int], Iterable[str]] = json.encoder.c_make_encoder(_containers, *given)  # type: ignore[attr-defined]
-        return made if "".join(made({"a": [1, None]}, 0)) == '{"a":[1,null]}' else None
-    except (AttributeError, TypeError):
-        return None
-
-
-_containers: dict[int, object] = {}  # those that are being written: one that comes again contains itself
-_kept = _kept_encoder()
-
-
-def _encoded(value: JSON) -> str:
-    if _kept is not None:
-        try:
-            return "".join(_kept(value, 0))
-        except Exception:  # noqa: BLE001 - the other one says what is wrong, if anything is
-            _containers.clear()
-    return _ENCODER.encode(value)
+    """Return the name of a member of an envelope and its colon: the protocol has few names."""
+    return _ENCODER.encode(key).encode("ascii") + b":"
 
 
 def dumps(value: JSON) -> Raw:
@@ -204,12 +178,10 @@ def dumps(value: JSON) -> Raw:
         return value
     if isinstance(value, Envelope):
         return Raw(b"{" + b",".join([_name(key) + dumps(member) for key, member in value.items()]) + b"}")
-    if type(value) is str:  # what most members are: without a step through the encoder
-        return Raw(_quoted(value).encode("ascii"))
     if value is None or value is True or value is False:
         return _CONSTANTS[value]
     try:
-        text = _encoded(value).encode("ascii")
+        text = _ENCODER.encode(value).encode("ascii")
         _check_depth(text)
         return Raw(text)
     except (TypeError, ValueError, RecursionError) as error:
