@@ -72,8 +72,8 @@ def _kept() -> Callable[[Any], Any]:
 
 
 def _reused() -> Callable[[Any], Any]:
-    if "reuse" not in inspect.signature(proc.procedure).parameters:
-        raise Missing("@procedure has no reuse yet")
+    if "max_calls_per_process" not in inspect.signature(proc.procedure).parameters:
+        raise Missing("@procedure has no max_calls_per_process yet")
     return _server(keep=True).reused_echo
 
 
@@ -118,8 +118,8 @@ class Client(Queue):
 
 
 def _reused_client() -> Client:
-    if "reuse" not in inspect.signature(proc.procedure).parameters:
-        raise Missing("@procedure has no reuse yet")
+    if "max_calls_per_process" not in inspect.signature(proc.procedure).parameters:
+        raise Missing("@procedure has no max_calls_per_process yet")
     return Client("reused_echo")
 
 

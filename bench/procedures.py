@@ -18,9 +18,9 @@ def echo(value):
     return value
 
 
-if "reuse" in inspect.signature(procedure).parameters:
+if "max_calls_per_process" in inspect.signature(procedure).parameters:
 
-    @procedure(reuse=1_000_000)
+    @procedure(max_calls_per_process=1_000_000)
     def reused_echo(value):
         """The same, from a process that serves many calls."""
         return value

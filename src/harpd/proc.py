@@ -65,11 +65,11 @@ class Procedure:
         uid: the user that a call runs as, number or name; None: harpd's default.
         gid: the group, number or name, or a list of groups (first: primary, all: supplementary). None: with a user
             that the system knows, this user's groups; with another user, group 65534; without, harpd's default.
-        reuse: how many calls a process may serve, one at a time; None: each call has a process of its own.
+        max_calls_per_process: how many calls a process may serve, one after the other; 1: each has its own.
 
     Raises:
         TypeError: an argument is of the wrong type.
-        ValueError: `timeout` is not positive, `gid` is an empty list, or `reuse` is less than 1.
+        ValueError: `timeout` is not positive, `gid` is an empty list, or `max_calls_per_process` is less than 1.
 
     Spec: docs/procedures.md, Classes.
     """
@@ -81,7 +81,7 @@ class Procedure:
     timeout: float | None = None
     uid: Identity | None = None
     gid: tuple[Identity, ...] | None = None
-    reuse: int | None = None
+    max_calls_per_process: int = 1
 
     def __init__(
         self,
@@ -89,7 +89,7 @@ class Procedure:
         timeout: float | None = None,
         uid: Identity | None = None,
         gid: Groups | None = None,
-        reuse: int | None = None,
+        max_calls_per_process: int = 1,
     ) -> None:
         if not callable(function):
             raise TypeError(f"expected a function, got {function!r}")
@@ -97,7 +97,7 @@ class Procedure:
         self.timeout = _checked_timeout(timeout)
         self.uid = None if uid is None else _checked_identity("uid", uid)
         self.gid = None if gid is None else _checked_groups(gid)
-        self.reuse = _checked_reuse(reuse)
+        self.max_calls_per_process = _checked_calls(max_calls_per_process)
         self.__doc__ = function.__doc__
         self.__name__ = getattr(function, "__name__", type(self).__name__)
 
@@ -140,7 +140,7 @@ def check_options(procedure: Procedure) -> None:
     procedure.timeout = _checked_timeout(procedure.timeout)
     procedure.uid = None if procedure.uid is None else _checked_identity("uid", procedure.uid)
     procedure.gid = None if procedure.gid is None else _checked_groups(procedure.gid)
-    procedure.reuse = _checked_reuse(procedure.reuse)
+    procedure.max_calls_per_process = _checked_calls(procedure.max_calls_per_process)
 
 
 def _checked_timeout(timeout: float | None) -> float | None:
@@ -153,14 +153,12 @@ def _checked_timeout(timeout: float | None) -> float | None:
     return timeout
 
 
-def _checked_reuse(reuse: int | None) -> int | None:
-    if reuse is None:
-        return None
-    if isinstance(reuse, bool) or not isinstance(reuse, int):
-        raise TypeError(f"reuse: expected a number of calls, got {reuse!r}")
-    if reuse < 1:
-        raise ValueError(f"reuse: expected a number of calls from 1 on, got {reuse!r}")
-    return reuse
+def _checked_calls(calls: int) -> int:
+    if isinstance(calls, bool) or not isinstance(calls, int):
+        raise TypeError(f"max_calls_per_process: expected a number of calls, got {calls!r}")
+    if calls < 1:
+        raise ValueError(f"max_calls_per_process: expected a number of calls from 1 on, got {calls!r}")
+    return calls
 
 
 def _checked_identity(key: str, identity: Identity) -> Identity:
@@ -190,7 +188,7 @@ if TYPE_CHECKING:
         timeout: float | None = None,
         uid: Identity | None = None,
         gid: Groups | None = None,
-        reuse: int | None = None,
+        max_calls_per_process: int = 1,
     ) -> Callable[[Callable[..., Any]], Procedure]: ...
 
 
@@ -201,13 +199,13 @@ def procedure(
     timeout: float | None = None,
     uid: Identity | None = None,
     gid: Groups | None = None,
-    reuse: int | None = None,
+    max_calls_per_process: int = 1,
 ) -> Any:
-    """Expose a function: ``@procedure`` or ``@procedure(timeout=SECONDS, uid=..., gid=..., reuse=...)``.
+    """Expose a function: ``@procedure`` or ``@procedure(timeout=SECONDS, uid=..., gid=...)``.
 
     Arguments and errors as in `Procedure`, which is what it returns. Spec: docs/procedures.md.
     """
-    return _decorate(Procedure, function, timeout, uid, gid, reuse)
+    return _decorate(Procedure, function, timeout, uid, gid, max_calls_per_process)
 
 
 if TYPE_CHECKING:
@@ -220,7 +218,7 @@ if TYPE_CHECKING:
         timeout: float | None = None,
         uid: Identity | None = None,
         gid: Groups | None = None,
-        reuse: int | None = None,
+        max_calls_per_process: int = 1,
     ) -> Callable[[Callable[..., Iterable[Any]]], StreamingProcedure]: ...
 
 
@@ -231,10 +229,10 @@ def streaming_procedure(
     timeout: float | None = None,
     uid: Identity | None = None,
     gid: Groups | None = None,
-    reuse: int | None = None,
+    max_calls_per_process: int = 1,
 ) -> Any:
     """Expose a function that yields records; otherwise as `procedure`. Spec: docs/procedures.md."""
-    return _decorate(StreamingProcedure, function, timeout, uid, gid, reuse)
+    return _decorate(StreamingProcedure, function, timeout, uid, gid, max_calls_per_process)
 
 
 def _decorate(kind: type[Procedure], function: Callable[..., Any] | None, *options: Any) -> Any:

@@ -47,7 +47,7 @@ def work(token: str, seconds: float) -> str:
     return _returned(token)
 
 
-@procedure(reuse=5)
+@procedure(max_calls_per_process=5)
 def fail(token: str, seconds: float) -> NoReturn:
     """Take some time and raise."""
     _marks.write(token, "start")
@@ -86,7 +86,7 @@ def stream(token: str, records: int, size: int, pause: float) -> Iterator[Any]:
     yield Result(_returned(token))
 
 
-@procedure(reuse=5)
+@procedure(max_calls_per_process=5)
 def family(token: str, seconds: float) -> str:
     """Take some time in company: a child, a grandchild whose parent is gone, a stranger in a session of its own."""
     _marks.write(token, "start")

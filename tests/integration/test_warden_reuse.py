@@ -27,53 +27,53 @@ def about():
     calls += 1
     return {"pid": os.getpid(), "calls": calls, "mark": os.environ["HARPD_CALL"], "uid": os.getuid()}
 
-@procedure(reuse=100)
+@procedure(max_calls_per_process=100)
 def own():
     return about()
 
-@procedure(reuse=100)
+@procedure(max_calls_per_process=100)
 def another():
     return about()
 
-@procedure(reuse=100, uid="nobody")
+@procedure(max_calls_per_process=100, uid="nobody")
 def nobodys():
     return about()
 
-@procedure(reuse=1, uid="no-such-user-at-all")
+@procedure(max_calls_per_process=1, uid="no-such-user-at-all")
 def nobody_there():
     open("/proc/self/oom_score_adj").read()
     raise AssertionError("must not run")
 
-@procedure(reuse=3)
+@procedure(max_calls_per_process=3)
 def thrice():
     return about()
 
-@procedure(reuse=100, timeout=0.2)
+@procedure(max_calls_per_process=100, timeout=0.2)
 def limited(seconds):
     time.sleep(seconds)
     return about()
 
-@procedure(reuse=100)
+@procedure(max_calls_per_process=100)
 def spin(seconds):
     end = time.process_time() + seconds
     while time.process_time() < end:
         pass
     return about()
 
-@procedure(reuse=100)
+@procedure(max_calls_per_process=100)
 def fail(text):
     about()
     print("why", text, file=sys.stderr, end="")
     raise ValueError(text)
 
-@procedure(reuse=100)
+@procedure(max_calls_per_process=100)
 def meet(mine, other):
     open(mine, "w").close()
     while not os.path.exists(other):
         time.sleep(0.01)
     return about()
 
-@procedure(reuse=100)
+@procedure(max_calls_per_process=100)
 def say_more():
     for descriptor in range(3, 20):
         try:
@@ -81,7 +81,7 @@ def say_more():
         except OSError:
             pass
 
-@procedure(reuse=100)
+@procedure(max_calls_per_process=100)
 def say_more_later():
     if not os.path.exists("PATH") and os.fork() == 0:
         while not os.path.exists("PATH"):
@@ -95,15 +95,15 @@ def say_more_later():
         os._exit(0)
     return about()
 
-@procedure(reuse=100)
+@procedure(max_calls_per_process=100)
 def leave_a_child():
     return subprocess.Popen(["sleep", "3600"], start_new_session=True).pid, os.getpid()
 
-@procedure(reuse=100)
+@procedure(max_calls_per_process=100)
 def leave(code):
     os._exit(code)
 
-@streaming_procedure(reuse=100)
+@streaming_procedure(max_calls_per_process=100)
 def count(most):
     yield from range(most)
     yield Result(about())

@@ -25,11 +25,11 @@ def test_decorators_with_and_without_options() -> None:
     for decorator, kind in kinds:
         bare = decorator(function)
         assert type(bare) is kind
-        assert (bare.timeout, bare.uid, bare.gid, bare.reuse) == (None, None, None, None)
-        with_options = decorator(timeout=1.5, uid="u", gid=["g", 5], reuse=3)(function)
+        assert (bare.timeout, bare.uid, bare.gid, bare.max_calls_per_process) == (None, None, None, 1)
+        with_options = decorator(timeout=1.5, uid="u", gid=["g", 5], max_calls_per_process=3)(function)
         assert type(with_options) is kind
         assert (with_options.timeout, with_options.uid, with_options.gid) == (1.5, "u", ("g", 5))
-        assert with_options.reuse == 3
+        assert with_options.max_calls_per_process == 3
         assert type(decorator()(function)) is kind
         assert bare(1) == 3
         assert bare.__doc__ == "Add."
@@ -52,10 +52,10 @@ def test_gid_may_be_one_group() -> None:
         {"timeout": float("inf")},
         {"timeout": "5"},
         {"timeout": True},
-        {"reuse": 0},
-        {"reuse": True},
-        {"reuse": 1.5},
-        {"reuse": "3"},
+        {"max_calls_per_process": 0},
+        {"max_calls_per_process": True},
+        {"max_calls_per_process": 1.5},
+        {"max_calls_per_process": "3"},
         {"uid": -1},
         {"uid": True},
         {"uid": 1.0},
@@ -155,8 +155,8 @@ p = procedure(Point)
         ("\0", "null bytes"),
         ("from harpd.proc import *\np = procedure(len)\np.timeout = -1\n", ".py: p: timeout: expected a positive"),
         (
-            "from harpd.proc import *\np = procedure(len)\np.reuse = 0\n",
-            ".py: p: reuse: expected a number of calls from 1",
+            "from harpd.proc import *\np = procedure(len)\np.max_calls_per_process = 0\n",
+            ".py: p: max_calls_per_process: expected a number of calls from 1",
         ),
         ("from harpd.proc import *\nclass P(Procedure): uid = 1.5\np = P(len)\np.uid = 1.5\n", ".py: p: uid: expected"),
     ],

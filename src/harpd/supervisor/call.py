@@ -37,7 +37,7 @@ from harpd.supervisor.output import Output
 from harpd.supervisor.spool import SHARE, SpoolMemory
 from harpd.supervisor.state_files import CallRecords, Record
 from harpd.supervisor.termination import Stopping
-from harpd.supervisor.worker_process import CallProcess, Usage
+from harpd.supervisor.worker_process import Usage
 from harpd.supervisor.zygote_client import Offered, Zygote
 
 __all__ = ["Audience", "RunningCall", "Stop", "Surroundings"]
@@ -189,28 +189,14 @@ class RunningCall:
         self._looked_at = 0.0
         self._over = False
         self._gone = False
-        self._procedure = procedure
-        self._resting = zygote.resting
-        process = None if offered.reuse is None else zygote.resting.take(procedure)
-        if process is None:
-            self._process = CallProcess(around.loop, around.output, self._fields, self)
-            zygote.fork(call_id, procedure, self._process.theirs, self._process)
-        else:
-            self._process = process
-            process.serve(self, self._fields)
+        self._process = zygote.assign(self, call_id, procedure, around.output, self._fields)
 
     def give(self, arguments: Raw, authentication: float | None) -> None:
         """Give the process its arguments; once. `authentication`: seconds that it took, for the evidence."""
         self._authentication = authentication
-        if self._offered.reuse is None:
-            self._to_call = memoryview(bytes(arguments) + b"\n")
-            self._watch()
-        else:
-            self._to_call = memoryview(f"{self.id} ".encode() + bytes(arguments) + b"\n")
-            if self._process.pid:  # it is there already
-                self.forked(*self._process.identity)
-            else:
-                self._watch()
+        self._to_call = memoryview(f"{self.id} ".encode() + bytes(arguments) + b"\n")
+        if self._process.pid:  # an idle process; the zygote announces a new one
+            self.forked(*self._process.identity)
 
     @property
     def main(self) -> tuple[int, int] | None:
@@ -509,28 +495,17 @@ class RunningCall:
             self._limit.cancel()
         log.info("call ended", extra={**self._fields, "end": kind})
         assert self._processes is not None
-        if self._may_rest(kind):
+        # An error is harpd's own code's, which may have failed halfway.
+        if kind != "error" and not (self._from_call or self._to_call) and self._process.has_calls_left:
             self._unrecord()  # before anybody knows, as when it is reaped
             self._audience.end(closing)
             self._usage = self._process.usage()
             self._finish(None)
             self._leave(rests=True)
             return
-        if self._offered.reuse is not None:
-            self._process.leave()
+        self._process.leave()
         self._processes.expect_exit()
         self._audience.end(closing)
-
-    def _may_rest(self, end: str) -> bool:
-        """Whether the process may serve another call. An error is harpd's own code's, which may have failed halfway."""
-        most = self._offered.reuse
-        return (
-            most is not None
-            and self._process.served < most
-            and end != "error"
-            and not (self._from_call or self._to_call)
-            and self._resting.open
-        )
 
     def _garbled(self, what: str) -> None:
         """It has said what no call may say: what came before stands, and nothing after it counts."""
@@ -553,7 +528,7 @@ class RunningCall:
         self._finish(receipt)
         self._drop_line()
         if rests:
-            self._resting.put(self._procedure, self._process)
+            self._process.rest()
         else:
             self._process.dispose()
             self._unrecord()

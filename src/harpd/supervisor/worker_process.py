@@ -1,9 +1,9 @@
 """A process that runs calls, as the warden has it: its channel, its output, its death.
 
-Mostly it is one call's and ends with it. Where the procedure says ``reuse`` it may rest after a call and serve another
-one; `Resting` has those that do. What never rests: a process whose call was stopped or died, was refused by harpd's own
-code, or has said more than its closing line; and one of a retired zygote. A resting process holds up nothing: it is no
-call, is not counted as one, and ends as soon as its channel closes, or is killed.
+Most processes serve one call and end with it. Where the procedure allows more calls per process, a process waits for the
+next call in `Resting`. A process does not wait there when its call was stopped or died, when harpd's own code rejected
+its call, when it wrote more than its closing line, or when its zygote has retired. A waiting process does not count as a
+call. It ends as soon as its channel closes, or is killed.
 """
 
 from __future__ import annotations
@@ -70,6 +70,9 @@ class CallProcess:
         output: where its pipes are made.
         fields: what the events of its output carry, until it serves another call.
         call: its first call.
+        procedure: the name of the procedure that it runs.
+        max_calls: how many calls it may serve.
+        resting: where it waits between two calls.
 
     Raises:
         OSError: no descriptor is free; nothing has begun.
@@ -83,9 +86,21 @@ class CallProcess:
         ended: whether it was reaped.
     """
 
-    def __init__(self, loop: EventLoop, output: Output, fields: Mapping[str, str], call: Parent) -> None:
+    def __init__(
+        self,
+        loop: EventLoop,
+        output: Output,
+        fields: Mapping[str, str],
+        call: Parent,
+        procedure: str,
+        max_calls: int,
+        resting: Resting,
+    ) -> None:
         self._loop = loop
         self._output = output
+        self._procedure = procedure
+        self._max_calls = max_calls
+        self._resting = resting
         self.pid = self.start = 0
         self.group: Cgroup | None = None
         self.served = 1
@@ -154,13 +169,19 @@ class CallProcess:
             log.warning("a process has spoken after its call's end; it gets no other", extra={"pid": self.pid})
         return False
 
+    @property
+    def has_calls_left(self) -> bool:
+        """Whether it may serve another call."""
+        return self.served < self._max_calls and self._resting.open
+
     def rest(self) -> None:
-        """Its call has ended, and all that the call has printed is there."""
+        """Wait for another call: the present one has ended, and all that it has printed is there."""
         self._call = None
         self._loop.forget(self.channel.fileno())
         for pipe in self._pipes:
             self._output.tail(pipe)
             pipe.end()
+        self._resting.put(self._procedure, self)
 
     def leave(self) -> None:
         """It gets no call any more: have it end by itself, once it has ended its last."""
@@ -220,7 +241,6 @@ class Resting:
 
     def put(self, procedure: str, process: CallProcess) -> None:
         """Let a process rest."""
-        process.rest()
         self._by_procedure.setdefault(procedure, []).append((self._loop.now(), process))
         if not self._looking:
             self._looking = True

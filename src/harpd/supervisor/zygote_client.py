@@ -18,7 +18,8 @@ from typing import Any
 from harp.protocol.json_text import dumps, loads
 from harpd.processes.cookie import environment_with_room
 from harpd.supervisor.event_loop import READ, WRITE, EventLoop, Timer
-from harpd.supervisor.worker_process import Parent, Resting, Usage
+from harpd.supervisor.output import Output
+from harpd.supervisor.worker_process import CallProcess, Parent, Resting, Usage
 
 __all__ = ["Offered", "Zygote"]
 
@@ -38,12 +39,12 @@ class Offered:
     Attributes:
         streaming: whether it yields records.
         timeout: its own limit in seconds; None: it has none.
-        reuse: how many calls a process of it may serve; None: a process serves one, and knows of no other.
+        max_calls: how many calls a process of it may serve.
     """
 
     streaming: bool
     timeout: float | None
-    reuse: int | None
+    max_calls: int
 
 
 class Zygote:
@@ -109,10 +110,30 @@ class Zygote:
         """Whether it has no processes but spares."""
         return not self._forking and not self._children
 
-    def fork(self, call_id: str, procedure: str, descriptors: tuple[int, int, int], parent: Parent) -> None:
-        """Ask for a process for a call. The descriptors are its, and closed here once they were sent."""
-        self._forking[call_id] = parent, self._loop.after(_FORK, lambda: self._give_up(call_id))
-        self._say({"fork": call_id, "procedure": procedure}, descriptors)
+    def assign(
+        self, call: Parent, call_id: str, procedure: str, output: Output, fields: Mapping[str, str]
+    ) -> CallProcess:
+        """Return a process for a call: an idle one of its procedure, else a new one that is being forked.
+
+        Args:
+            call: the call; it is notified of the fork and of the death of the process.
+            call_id: its id.
+            procedure: the name of its procedure.
+            output: where the pipes of a new process are made.
+            fields: the fields of the log events of its output.
+
+        Raises:
+            OSError: no descriptor is free.
+        """
+        idle = self.resting.take(procedure)
+        if idle is not None:
+            idle.serve(call, fields)
+            return idle
+        most = self.procedures[procedure].max_calls
+        process = CallProcess(self._loop, output, fields, call, procedure, most, self.resting)
+        self._forking[call_id] = process, self._loop.after(_FORK, lambda: self._give_up(call_id))
+        self._say({"fork": call_id, "procedure": procedure}, process.theirs)  # which closes the descriptors here
+        return process
 
     def _give_up(self, call_id: str) -> None:
         """Wait no longer for a fork. A process that still comes finds its channel closed, and ends without a word."""
@@ -214,8 +235,8 @@ class Zygote:
                 if parent := self._born(call_id):
                     parent.refused(reason)
                 self._end_if_idle()
-            case {"procedure": name, "streaming": streaming, "timeout": timeout, "reuse": reuse}:
-                self.procedures[name] = Offered(streaming, timeout, reuse)
+            case {"procedure": name, "streaming": streaming, "timeout": timeout, "max_calls": max_calls}:
+                self.procedures[name] = Offered(streaming, timeout, max_calls)
             case {"loaded": _, "threads": threads}:
                 if threads:
                     log.warning(

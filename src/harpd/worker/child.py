@@ -3,8 +3,9 @@
 The process was forked by the zygote for this call and is used once. Its channel is a stream socket whose other
 end the warden holds: one line with the arguments comes in, the lines of the wire go out.
 
-Where the procedure says ``reuse``, the process does not exit: it waits for the next call of the same procedure, until
-the warden sends no more. Then a line has the call's id before its arguments, as the process takes the call's mark.
+Where the procedure allows more calls per process, the process waits for the next call of the same procedure, until it
+has served so many or the warden sends no more. A line has the call's id before its arguments: the process takes the
+call's mark.
 """
 
 from __future__ import annotations
@@ -83,7 +84,7 @@ def run_calls(
     tracebacks: bool,
     mark: Mark,
 ) -> NoReturn:
-    """Run one call in this process, which has left the zygote, and exit; or further ones first, for ``reuse``.
+    """Run one call in this process, which has left the zygote, or as many as the procedure allows; then exit.
 
     Args:
         procedure: what to run.
@@ -92,7 +93,7 @@ def run_calls(
         default_user: the user of a procedure that names none.
         default_group: the group of a procedure that names neither user nor group.
         tracebacks: whether the traceback of an exception goes to the warden, before the closing line.
-        mark: what this process is known by; it has been written for the first call.
+        mark: what this process is known by.
     """
     process, limits = os.getpid(), Limits()
     defaults = default_user, default_group
@@ -109,13 +110,13 @@ def run_calls(
                 _become(procedure, zygote, defaults)
                 prepared = True
 
-        while True:
+        for served in range(1, procedure.max_calls_per_process + 1):
             lines = _carry_out(procedure, channel, limits, tracebacks, mark, prepare)
             if os.getpid() != process:
                 os._exit(0)  # the procedure forked, and this is the child: it has nothing to say to the caller
             _flush_output()
             channel.write(lines)
-            if procedure.reuse is None or not prepared or not _next_comes(channel, limits):
+            if served == procedure.max_calls_per_process or not prepared or not _next_comes(channel, limits):
                 break
     except OSError:
         os._exit(1)  # the warden is gone, and with it whoever wanted to know
@@ -209,12 +210,10 @@ def _set_environment(account: Account) -> None:
 
 def _arguments(procedure: Procedure, channel: Channel, mark: Mark) -> tuple[list[Any], dict[str, Any]]:
     """Read the arguments and check them against the procedure's signature."""
-    line = channel.read_line()
-    if procedure.reuse is not None:
-        call_id, _, line = line.partition(b" ")
-        mark.write(call_id.decode())
+    call_id, _, text = channel.read_line().partition(b" ")
+    mark.write(call_id.decode())
     try:
-        arguments = loads(line)
+        arguments = loads(text)
     except InvalidJSON as error:
         raise _Refused("invalid_request", f"arguments: {error}") from error
     positional: list[Any] = arguments if isinstance(arguments, list) else []

@@ -1,7 +1,7 @@
 """The zygote: has loaded one generation of the procedures file, and forks a process for each call.
 
 It forks ahead: a few processes, the *spares*, wait for a call each, so that no call waits for a fork. Each is used
-once, or for further calls of the same procedure, if that says ``reuse``.
+once, or for up to ``max_calls_per_process`` calls of the same procedure.
 
 Leaner than the warden: a fork costs by what its parent holds. It has read no key and no password, for it is
 exec'ed. It is the calls' parent: it reaps them and reports. It ends when the warden closes the socket, and is
@@ -13,7 +13,7 @@ JSON objects:
 
     warden -> zygote  {"load": PATH, "path": [STR], "default_user", "default_group", "descriptors", "tracebacks"}
                                                                                                          once, first
-    zygote -> warden  {"procedure": NAME, "streaming": BOOL, "timeout": SECONDS|null, "reuse": NUMBER|null}  each, then
+    zygote -> warden  {"procedure": NAME, "streaming": BOOL, "timeout": SECONDS|null, "max_calls": NUMBER}  each, then
                       {"loaded": NUMBER, "threads": NUMBER}  or  {"fault": MESSAGE}, and it ends
     warden -> zygote  {"fork": CALL, "procedure": NAME}, with three descriptors: channel, stdout, stderr
     zygote -> warden  {"spare": PID, "start": TICKS}                                                     before
@@ -107,7 +107,11 @@ class _Zygote:
         # The warden's own warning of threads says it once, and to the right person.
         warnings.filterwarnings("ignore", message=".*use of fork", category=DeprecationWarning)
         for name, procedure in self._procedures.items():
-            offered = {"streaming": procedure.streaming, "timeout": procedure.timeout, "reuse": procedure.reuse}
+            offered = {
+                "streaming": procedure.streaming,
+                "timeout": procedure.timeout,
+                "max_calls": procedure.max_calls_per_process,
+            }
             self._say({"procedure": name, **offered})
         self._say({"loaded": len(self._procedures), "threads": len(os.listdir("/proc/self/task")) - 1})
         return True
@@ -207,7 +211,6 @@ class _Zygote:
             orders.close()
             if data:
                 order = loads(data)
-                self._mark.write(order["fork"])
                 descriptors = Descriptors(*memoryview(b"".join(item for _, _, item in ancillary)).cast("i"))
                 procedure = self._procedures[order["procedure"]]
                 run_calls(procedure, descriptors, parent, *self._defaults, self._tracebacks, self._mark)
