@@ -377,15 +377,41 @@ def test_the_service_manager_is_told(harpd: Harpd, tmp_path: Path, monkeypatch: 
         assert manager.recv(100) == b"STOPPING=1"
 
 
-@pytest.mark.parametrize(
-    ("address", "host"), [(None, "127.0.0.1"), ("0.0.0.0", "127.0.0.1"), ("localhost", "localhost")]
-)
+def test_test_accepts_a_port_in_use(harpd: Harpd) -> None:
+    """The running harpd has it when the next reload is tested."""
+    with harpd:
+        outcome = run(harpd, "--test")
+    assert (outcome.returncode, outcome.stdout, outcome.stderr) == (0, "config OK\n", "")
+
+
+ADDRESSES = [
+    (None, "127.0.0.1"),
+    ("*", "127.0.0.1"),
+    ("0.0.0.0", "127.0.0.1"),
+    ("localhost", "localhost"),
+    pytest.param("::", "::1", marks=pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="no IPv6 here")),
+]
+
+
+@pytest.mark.parametrize(("address", "host"), ADDRESSES)
 def test_where_it_listens(harpd: Harpd, address: str | None, host: str) -> None:
     harpd.configure({"network": {"address": address}})
+    outcome = run(harpd, "--test")
+    assert (outcome.returncode, outcome.stdout, outcome.stderr) == (0, "config OK\n", "")
     with harpd:
         context = ssl.create_default_context(cafile=str(harpd.ca_file))
         with socket.create_connection((host, harpd.port), DEADLINE) as plain:
             context.wrap_socket(plain, server_hostname="localhost").close()
+
+
+@pytest.mark.parametrize("address", ["no-such-host.invalid", "a..b", "a b", ""])
+def test_start_with_unknown_address_fails_as_test_does(harpd: Harpd, address: str) -> None:
+    harpd.configure({"network": {"address": address}})
+    tested, started = run(harpd, "--test"), run(harpd)
+    assert (tested.returncode, tested.stdout) == (1, "")
+    assert tested.stderr.startswith(f"harpd: {harpd.config_file}: network.address: cannot resolve {address!r}: ")
+    assert (started.returncode, started.stdout) == (1, "")
+    assert started.stderr.endswith(tested.stderr)
 
 
 @pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="no IPv6 here")

@@ -41,6 +41,7 @@ from harp.protocol.requests import (
 )
 from harp_daemon.memory_quota import Allowance, Share
 from harp_daemon.sliced_json import open_quickly
+from harp_daemon.sockets import ResolveError
 from harpcaller.api.acceptor import Door
 from harpcaller.api.connection import ClientLeft, Connection
 from harpcaller.api.listeners import Listener, listen_tcp, listen_unix, reason
@@ -79,7 +80,7 @@ async def listen(config: Config) -> list[Listener]:
             opened += await listen_tcp(entry) if entry.path is None else [listen_unix(entry.path, _UNIX_MODE)]
         except BaseException as error:
             close(opened)
-            if isinstance(error, (OSError, UnicodeError)):
+            if isinstance(error, (OSError, ResolveError)):
                 raise ConfigError(f"{config.file}: listen: can't listen on {entry}: {reason(error)}") from error
             raise
     return opened

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from harp_daemon.sockets import TCPPlace, any_address, distinct
+from harp_daemon.sockets import ResolveError, listening_places
 from harpcaller.config import Address
 
 __all__ = ["Listener", "listen_tcp", "listen_unix", "reason"]
@@ -52,8 +52,8 @@ class Listener:
         self.socket.close()
 
 
-def reason(error: OSError | UnicodeError) -> str:
-    """Why it can't be listened on, in the system's words."""
+def reason(error: OSError | ResolveError) -> str:
+    """Why it can't be listened on."""
     return (error.strerror if isinstance(error, OSError) else None) or str(error)
 
 
@@ -65,11 +65,12 @@ async def listen_tcp(address: Address) -> list[Listener]:
 
     Raises:
         OSError: it can't be listened on.
+        ResolveError: it is not an address, and no address is known for it as a name.
     """
     opened: list[Listener] = []
     port = address.port
     try:
-        for family, host in await _places(address):
+        for family, host in await asyncio.to_thread(listening_places, address.host):
             listening = socket.socket(family, socket.SOCK_STREAM)
             opened.append(Listener(listening))
             listening.setblocking(False)
@@ -84,15 +85,6 @@ async def listen_tcp(address: Address) -> list[Listener]:
             listener.close()
         raise
     return opened
-
-
-async def _places(address: Address) -> list[TCPPlace]:
-    if address.host is None:
-        return [any_address()]
-    found = await asyncio.get_running_loop().getaddrinfo(
-        address.host, None, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-    )
-    return distinct(found)
 
 
 def listen_unix(path: Path, mode: int) -> Listener:

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import threading
 from collections.abc import Sequence
 from typing import NoReturn
 
 from harpd.auth import AuthDB
 from harpd.config.loaded import Options, configure_log, make_generation
-from harpd.config.settings import ConfigError
+from harpd.config.settings import ConfigError, listening_places
 from harpd.worker.privileges import UserError, resolve
 from harpd.worker.procedures import load_procedures
 
@@ -66,18 +65,12 @@ def _report(options: Options, said: int) -> NoReturn:
         os._exit(0)
 
 
-def _check_address(options: Options, address: str | None) -> None:
-    """Whether the address means something. Whether it can be listened on, only a start can know."""
-    try:
-        socket.getaddrinfo(address, None, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    except OSError as error:
-        raise ConfigError(f"{options.config}: network.address: {address}: {error.strerror}") from error
-
-
 def _read_all(options: Options) -> list[str]:
     generation = make_generation(options)
     configure_log(options, generation)
-    _check_address(options, generation.configuration.network.address)
+    listening_places(
+        generation.configuration.network, options.config
+    )  # whether they can be listened on, only a start can know
     before = threading.active_count()
     procedures = load_procedures(options.procedures)
     warnings = generation.users.warnings() if isinstance(generation.users, AuthDB) else []

@@ -17,6 +17,7 @@ import msgspec
 import yaml
 from msgspec import Meta
 
+from harp_daemon import sockets
 from harp_daemon.tls import DEFAULT_FLOOR, FLOORS, set_floor
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "Limits",
     "Network",
     "Python",
+    "listening_places",
     "load",
     "load_yaml",
     "server_context",
@@ -278,6 +280,22 @@ def _shown(value: object) -> str:
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
+
+
+def listening_places(network: Network, path: Path) -> list[sockets.TCPPlace]:
+    """Return what to bind in order to listen as `network` describes. It may wait for a name server.
+
+    Args:
+        network: the section.
+        path: the configuration file, for messages.
+
+    Raises:
+        ConfigError: the address can't be resolved.
+    """
+    try:
+        return sockets.listening_places(network.address)
+    except sockets.ResolveError as error:
+        raise ConfigError(f"{path}: network.address: {error}") from error
 
 
 def server_context(network: Network, path: Path) -> ssl.SSLContext:

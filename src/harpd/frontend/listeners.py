@@ -5,8 +5,7 @@ from __future__ import annotations
 import socket
 from pathlib import Path
 
-from harp_daemon.sockets import TCPPlace, any_address, distinct
-from harpd.config.settings import ConfigError, Network
+from harpd.config.settings import ConfigError, Network, listening_places
 
 __all__ = ["listen"]
 
@@ -15,15 +14,17 @@ def listen(network: Network, path: Path) -> list[socket.socket]:
     """Open the listening sockets that the section `network` of the configuration file `path` asks for.
 
     Raises:
-        ConfigError: an address can't be listened on.
+        ConfigError: the address can't be resolved, or one of its addresses can't be listened on.
     """
+    places = listening_places(network, path)
+    everywhere = network.address in (None, "*")
     found: list[socket.socket] = []
     port = network.port
     try:
-        for family, address in _addresses(network):
-            everywhere = network.address is None and family == socket.AF_INET6
+        for family, address in places:
+            both = everywhere and family == socket.AF_INET6
             listener = socket.create_server(
-                (address, port), family=family, backlog=1024, dualstack_ipv6=everywhere, reuse_port=False
+                (address, port), family=family, backlog=1024, dualstack_ipv6=both, reuse_port=False
             )
             listener.setblocking(False)
             found.append(listener)
@@ -31,14 +32,7 @@ def listen(network: Network, path: Path) -> list[socket.socket]:
     except OSError as error:
         for listener in found:
             listener.close()
-        where = network.address or "any address"
+        where = "any address" if everywhere else network.address
         fault = f"can't listen on {where}, port {port}: {error.strerror}"
         raise ConfigError(f"{path}: network.address: {fault}") from error
     return found
-
-
-def _addresses(network: Network) -> list[TCPPlace]:
-    if network.address is None:
-        return [any_address()]
-    found = socket.getaddrinfo(network.address, None, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    return distinct(found)

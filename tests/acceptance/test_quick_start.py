@@ -1,0 +1,196 @@
+"""The README's quick start, followed word by word: its commands are taken from its text.
+
+Two machines are made of namespaces, where that is permitted, with the README's addresses and system directories of
+their own; the same is done in two directories of this machine on loopback, as any user. What is different from a
+reader's machines:
+
+- `apt-get` only checks that what it would install is here. pip installs the project literally, but takes other packages
+  from wheels that are made of the ones installed here: tests need no network.
+- `systemctl` is `support/systemctl.py`, which runs what the units say: there is no systemd in a namespace.
+- `editor` writes the password into the hosts file, as the text asks.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import secrets
+import shutil
+import socket
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, suppress
+from functools import partial
+from pathlib import Path
+from typing import TypeAlias
+
+import psutil
+import pytest
+
+from support.deadline import wait_until
+from support.machines import (
+    CommandFailed,
+    LoopbackMachine,
+    Machine,
+    NamespaceMachine,
+    join,
+    missing_for_namespaces,
+)
+from support.quick_start import QuickStart, read_quick_start
+from support.wheels import make_wheels
+
+ROOT = Path(__file__).parents[2]
+PASSWORD = secrets.token_urlsafe()
+#: The step that makes certificates, which are then copied by hand.
+CERTIFICATES = 2
+
+Machines: TypeAlias = dict[str, Machine]
+
+
+@pytest.fixture(scope="module")
+def quick_start() -> QuickStart:
+    return read_quick_start((ROOT / "README.md").read_text())
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    wheels = tmp_path_factory.mktemp("wheels")
+    make_wheels(ROOT, wheels)
+    return {
+        "PIP_NO_INDEX": "1",
+        "PIP_FIND_LINKS": wheels.as_uri(),
+        "PIP_CONFIG_FILE": os.devnull,
+        "PIP_DISABLE_PIP_VERSION_CHECK": "1",
+        "TYPED_PASSWORD": PASSWORD,
+    }
+
+
+def free_port() -> int:
+    """A port that is free, and that the system gives nobody who asks for any."""
+    while True:
+        port = random.randrange(20_000, 32_000)
+        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
+
+
+@pytest.fixture
+def directory() -> Iterator[Path]:
+    """A directory whose path is short enough for Unix sockets below it."""
+    with tempfile.TemporaryDirectory(prefix="harp-") as directory:
+        yield Path(directory)
+
+
+@pytest.fixture
+def may_have_namespaces(directory: Path) -> None:
+    (directory / "probe").mkdir()
+    if missing := missing_for_namespaces(directory / "probe"):
+        pytest.skip(f"machines of namespaces: {missing}; the quick start is followed on loopback only")
+
+
+@pytest.fixture
+def namespaces(
+    quick_start: QuickStart, environment: dict[str, str], directory: Path, may_have_namespaces: None
+) -> Iterator[Machines]:
+    with ExitStack() as closing:
+        dispatcher = closing.enter_context(NamespaceMachine("dispatcher", directory / "dispatcher", environment))
+        server = closing.enter_context(NamespaceMachine(quick_start.server, directory / "server", environment))
+        network = quick_start.address.rpartition(".")[0]
+        join((dispatcher, f"{network}.1"), (server, quick_start.address))
+        yield {machine.name: machine for machine in (dispatcher, server)}
+
+
+@pytest.fixture
+def loopback(quick_start: QuickStart, environment: dict[str, str], directory: Path) -> Iterator[Machines]:
+    if shutil.which("openssl") is None:
+        pytest.skip("the quick start needs openssl")
+    replaced = {quick_start.address: "127.0.0.1", "4306": str(free_port()), "3502": str(free_port())}
+    with ExitStack() as closing:
+        yield {
+            name: closing.enter_context(LoopbackMachine(name, directory / name, environment, replaced))
+            for name in ("dispatcher", quick_start.server)
+        }
+
+
+def follow(quick_start: QuickStart, machines: Machines) -> str:
+    """Follow the quick start; return what the terminal shows in the last step."""
+    shown = ""
+    for number, step in enumerate(quick_start.steps, 1):
+        for name in step.machines:
+            shown = machines[name].run(*step.commands, answers={"Password: ": PASSWORD})
+        if number == CERTIFICATES:
+            copy_certificate(quick_start, machines)
+    return shown
+
+
+def copy_certificate(quick_start: QuickStart, machines: Machines) -> None:
+    copied = quick_start.copied
+    for source, target in copied.files:
+        machines[copied.target].write(target, machines["dispatcher"].read(source), copied.mode)
+
+
+def check(quick_start: QuickStart, machines: Machines, shown: str) -> None:
+    """Check what the last step has shown; then renew the certificate as step 2 tells, and stop all services."""
+    dispatcher, server = machines["dispatcher"], machines[quick_start.server]
+    usage, job = (json.loads(line) for line in shown.splitlines())
+    assert usage["path"] == "/"
+    assert usage["total"] == shutil.disk_usage("/").total
+    assert job["call"] == {"host": quick_start.server, "procedure": "disk_usage", "arguments": ["/"]}
+    assert job["time"]["end"] is not None
+
+    dispatcher.run(quick_start.steps[CERTIFICATES - 1].commands[-1])
+    copy_certificate(quick_start, machines)
+    server.run(quick_start.renewal)
+    renewed = dispatcher.run(f"openssl x509 -noout -serial -in {quick_start.copied.files[0][0]}")
+    served = f"openssl s_client -connect {quick_start.address}:4306 < /dev/null 2>&1 | openssl x509 -noout -serial"
+    wait_until(lambda: dispatcher.run(served) == renewed, 60, "the renewed certificate")
+    assert json.loads(dispatcher.run(*quick_start.steps[-1].commands[:2]))["path"] == "/"
+
+    server.run("systemctl stop harpd-calls harpd")
+    dispatcher.run("systemctl stop harpcallerd")
+    for machine in machines.values():
+        wait_until(partial(stopped, machine), 60, f"the end of all services of {machine.name}")
+
+
+def stopped(machine: Machine) -> bool:
+    return not running(machine, "/opt/harp/bin/")
+
+
+def running(machine: Machine, program: str) -> list[psutil.Process]:
+    """Return the machine's processes whose arguments contain a text."""
+    found = []
+    for process in machine.processes():
+        with suppress(psutil.Error):
+            if program in " ".join(process.cmdline()):
+                found.append(process)
+    return found
+
+
+@pytest.mark.timeout(600)
+def test_quick_start_in_namespaces(quick_start: QuickStart, namespaces: Machines) -> None:
+    check(quick_start, namespaces, follow(quick_start, namespaces))
+    assert namespaces["dispatcher"].run("stat -c %U /var/lib/harpcaller") == "harpcaller\n"
+
+
+@pytest.mark.timeout(600)
+def test_quick_start_on_loopback(quick_start: QuickStart, loopback: Machines) -> None:
+    check(quick_start, loopback, follow(quick_start, loopback))
+
+
+def leaves_nothing(machine: Machine) -> None:
+    with pytest.raises(CommandFailed, match="failed: false && true"), machine:
+        machine.run("trap '' HUP", "setsid --fork sleep 600 > /dev/null 2>&1 < /dev/null")
+        wait_until(lambda: running(machine, "sleep"), 60, "the process that is left behind")
+        machine.run("true", "false && true", "touch reached")
+    assert machine.processes() == []
+    assert not (machine.copy / "reached").exists()
+    assert str(machine.directory) not in Path("/proc/self/mounts").read_text()
+
+
+@pytest.mark.usefixtures("may_have_namespaces")
+def test_failed_command_in_namespaces_leaves_nothing(directory: Path) -> None:
+    leaves_nothing(NamespaceMachine("web01", directory / "web01", {}))
+
+
+def test_failed_command_on_loopback_leaves_nothing(directory: Path) -> None:
+    leaves_nothing(LoopbackMachine("web01", directory / "web01", {}, {}))
