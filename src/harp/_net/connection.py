@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, NoReturn, Self, TypeAlias
 
-from harp._net.tls import TLSSocket, tls_context
+from harp._net.tls import tls_context
 from harp.errors import CommunicationError, HarpException
 from harp.protocol.json_text import NotJSON, dumps, loads
 from harp.protocol.lines import LineBuffer
@@ -354,17 +354,13 @@ class JSONConnection:
         """Wait for a line and return it without its line feed. Raises `CommunicationError`."""
         while (line := self._incoming.line()) is None:
             with self.endpoint.mapped("reading"):
-                data = self._receive(self._connected())
+                data = self._connected().recv(_CHUNK)
             self._incoming.feed(data)
         return line
 
     def take(self, read: Callable[[Iterable[bytes]], list[Any]]) -> list[Any]:
         """What a function makes of the lines that have come already; see `Incoming.take`."""
         return self._incoming.take(read)
-
-    def _receive(self, sock: socket.socket) -> bytes:
-        """Wait for bytes and return them; none: the peer has closed."""
-        return sock.recv(_CHUNK)
 
     def quiet(self) -> bool:
         """Whether another request may go over the connection: it is open and of this process, and nothing has come."""
@@ -427,24 +423,14 @@ class JSONSSLConnection(JSONConnection):
         super().__init__(host, port)
 
     def _open(self, last: float) -> socket.socket:
-        self._context = tls_context(self._ca_file)
-        self._name = self.endpoint.server_name
-        self._heard = False
+        context = tls_context(self._ca_file)
         sock = super()._open(last)
         try:
             sock.settimeout(max(last - time.monotonic(), 0.001))
             with self.endpoint.mapped("TLS handshake"):
-                secured = self._context.secured(sock, self._name, self.endpoint.port)
+                secured = context.wrap_socket(sock, server_hostname=self.endpoint.server_name)
         except BaseException:
             sock.close()
             raise
         secured.settimeout(None)
         return secured
-
-    def _receive(self, sock: socket.socket) -> bytes:
-        data = super()._receive(sock)
-        if not self._heard:
-            self._heard = True
-            assert isinstance(sock, TLSSocket)
-            self._context.remember(sock, self._name, self.endpoint.port)
-        return data

@@ -1,27 +1,13 @@
-"""TLS as the client speaks it: contexts that are made once, and sessions that are resumed.
+"""TLS contexts of the client, each made once for each state of a `ca_file`.
 
 Making a context with its authorities takes about as long as a full handshake, and either takes longer than a call over
-a connection that stands. So a context is made once for each state of a `ca_file`. The synchronous client also resumes
-TLS 1.3 sessions: a server that has shown its certificate before proves by a shared secret that it is the same one.
-(asyncio has no way to be given a session.)
-
-What a resumed session proves, and what not:
-
-- A session belongs to the context that verified the certificate, and to the name and port that it was verified for;
-  it is never used for anything else. A `ca_file` that has changed is another context, and has no sessions.
-- The certificate is not shown again. So one that has expired meanwhile is noticed at the next full handshake, which is
-  due `TRUST_IN_SESSION` seconds after the one that began the session: what a resumed connection brings is not
-  remembered, so no chain of them puts that off. The server may set a shorter time.
-- Every handshake agrees on fresh keys: connections of the past stay secret when the secret of a session gets known.
-- A server that does not want the session, as one that was started anew, goes on with a full handshake. A session that
-  is used for several connections tells who listens that they are of the same client; its address does so anyway.
+an open connection.
 """
 
 from __future__ import annotations
 
 import errno
 import os
-import socket
 import ssl
 import time
 from functools import lru_cache
@@ -29,13 +15,7 @@ from typing import Any, TypeAlias
 
 from harp.errors import HarpException
 
-__all__ = ["TRUST_IN_SESSION", "TLSContext", "TLSSocket", "tls_context"]
-
-#: Seconds for which a session is resumed.
-TRUST_IN_SESSION = 600.0
-
-#: The most servers whose session a context remembers.
-_SESSIONS = 256
+__all__ = ["tls_context"]
 
 #: The most contexts that are kept.
 _CONTEXTS = 16
@@ -47,7 +27,7 @@ _FileState: TypeAlias = tuple[int, ...]
 _TICK = 20_000_000
 
 
-def tls_context(ca_file: str | os.PathLike[str] | None) -> TLSContext:
+def tls_context(ca_file: str | os.PathLike[str] | None) -> ssl.SSLContext:
     """How TLS is spoken: 1.2 and up; the server's chain and name are verified when there is a `ca_file`.
 
     The context is shared by all that ask for the same: nobody may change it. The file is read again as soon as it
@@ -71,12 +51,13 @@ def tls_context(ca_file: str | os.PathLike[str] | None) -> TLSContext:
 
 
 @lru_cache(maxsize=_CONTEXTS)  # keeps no errors
-def _kept_context(path: str | None, state: _FileState) -> TLSContext:
+def _kept_context(path: str | None, state: _FileState) -> ssl.SSLContext:
     return _context(path)
 
 
-def _context(path: str | None) -> TLSContext:
-    context = TLSContext(ssl.PROTOCOL_TLS_CLIENT)
+def _context(path: str | None) -> ssl.SSLContext:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.sslsocket_class = _TLSSocket
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     if path is None:
         context.check_hostname = False
@@ -86,14 +67,11 @@ def _context(path: str | None) -> TLSContext:
     return context
 
 
-class TLSSocket(ssl.SSLSocket):
+class _TLSSocket(ssl.SSLSocket):
     """Is closed, and says why, when the peer has reset the connection before the handshake.
 
     The plain one, which asks for the peer's name first of all, would be left open, or be taken for connected.
     """
-
-    #: When its handshake began, in seconds of the monotonic clock.
-    began: float
 
     def getpeername(self) -> Any:
         """The peer's address. Raises `OSError`."""
@@ -102,48 +80,3 @@ class TLSSocket(ssl.SSLSocket):
         except OSError as error:
             self.close()
             raise ConnectionResetError(errno.ECONNRESET, os.strerror(errno.ECONNRESET)) from error
-
-
-class TLSContext(ssl.SSLContext):
-    """A context that remembers a session with each server. Any number of threads may use it."""
-
-    sslsocket_class = TLSSocket
-
-    def __init__(self, protocol: int) -> None:
-        # Sessions, and when they began. Changed by single operations of dict: no lock can be held when a process forks.
-        self._sessions: dict[tuple[str, int], tuple[ssl.SSLSession, float]] = {}
-
-    def secured(self, sock: socket.socket, name: str, port: int) -> TLSSocket:
-        """Shake hands with a server over a connected socket; resumes the session with it, if there is one.
-
-        Args:
-            sock: the socket; what is returned takes its place.
-            name: what the server's certificate is to be for.
-            port: the server's port.
-
-        Raises:
-            OSError: the handshake failed, or the certificate is not accepted.
-        """
-        now = time.monotonic()
-        session, began = self._sessions.get((name, port), (None, now))
-        if now - began > TRUST_IN_SESSION:
-            session = None
-        secured = self.wrap_socket(sock, server_hostname=name, session=session)
-        assert isinstance(secured, TLSSocket)
-        secured.began = now
-        return secured
-
-    def remember(self, sock: TLSSocket, name: str, port: int) -> None:
-        """Remember the session that began with a connection, once the server has said something over it.
-
-        In TLS 1.3 what is needed to resume it comes after the handshake. A session that was resumed is known already.
-        """
-        if sock.session_reused or sock.version() != "TLSv1.3":
-            return
-        session = sock.session
-        if session is None or not session.has_ticket:
-            return
-        self._sessions.pop((name, port), None)
-        self._sessions[name, port] = session, sock.began
-        for oldest in list(self._sessions)[:-_SESSIONS]:
-            self._sessions.pop(oldest, None)
