@@ -2,7 +2,6 @@
 
 - `file` makes, recognises, locks and migrates the file, and maps what SQLite raises.
 - `writer` is the thread that writes: everything that arrived while the last commit ran goes into the next.
-- `writelog` keeps SQLite's log of writes at its size and brings it into the file beside the commits.
 - `readers` are the threads that read, each with a connection of its own; they never wait for the writer.
 - `writes`, `pruning` and `reads` are the verbs as functions on a connection; their SQL is in ``queries.sql``.
 - `rows` turns jobs, facts and records into columns and back.

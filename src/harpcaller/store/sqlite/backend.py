@@ -161,6 +161,8 @@ class SQLiteStore:
             pass
         while await self._writer.run(pruning.give_back_space):
             pass
+        if pruned:
+            await self._readers.run(pruning.checkpoint)
         return pruned
 
     async def close(self) -> None:

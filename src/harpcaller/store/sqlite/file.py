@@ -17,7 +17,7 @@ from pathlib import Path
 from harpcaller.store import StorageError
 from harpcaller.store.sqlite.sql import MIGRATIONS, QUERIES
 
-__all__ = ["BUSY_TIMEOUT", "FILE_NAME", "connect", "lock", "prepare", "storage_errors"]
+__all__ = ["BUSY_TIMEOUT", "FILE_NAME", "LOG_BYTES", "connect", "lock", "prepare", "storage_errors"]
 
 #: The name of the file in the store's directory.
 FILE_NAME = "harpcaller.sqlite"
@@ -29,6 +29,10 @@ _APPLICATION_ID_AT = slice(68, 72)
 
 #: How long to wait for another program (a backup, say) that holds the file, in milliseconds.
 BUSY_TIMEOUT = 5000
+
+#: The write-ahead log is cut to this size after it has grown beyond it. SQLite checkpoints it at about 4 MiB, and then
+#: overwrites it in place, which costs the file system less than growing it.
+LOG_BYTES = 16 * 1024 * 1024
 
 # Nobody guesses what has as many random bytes.
 _OWNER_BYTES = 16
@@ -110,6 +114,7 @@ def connect(path: Path, *, query_only: bool = False) -> sqlite3.Connection:
     try:
         connection.execute(f"PRAGMA busy_timeout = {BUSY_TIMEOUT}")
         connection.execute("PRAGMA synchronous = FULL")
+        connection.execute(f"PRAGMA journal_size_limit = {LOG_BYTES}")
         connection.execute("PRAGMA foreign_keys = ON")
         # Some builds overwrite what is deleted: that would make pruning as costly as writing it all again.
         connection.execute("PRAGMA secure_delete = OFF")

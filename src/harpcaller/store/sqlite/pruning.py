@@ -9,7 +9,7 @@ import sqlite3
 
 from harpcaller.store.sqlite.sql import QUERIES
 
-__all__ = ["delete_jobs", "delete_leftover_records", "give_back_space"]
+__all__ = ["checkpoint", "delete_jobs", "delete_leftover_records", "give_back_space"]
 
 # One step deletes about this much.
 _STEP_JOBS = 100
@@ -50,7 +50,7 @@ def delete_leftover_records(db: sqlite3.Connection) -> bool:
 
 
 def give_back_space(db: sqlite3.Connection) -> bool:
-    """Take some free pages out of the file, which gets shorter with the next checkpoint.
+    """Remove some free pages from the file, which becomes shorter at the next checkpoint.
 
     Returns whether there are more.
     """
@@ -58,6 +58,14 @@ def give_back_space(db: sqlite3.Connection) -> bool:
     for _ in range(min(before, _STEP_PAGES)):
         db.execute("PRAGMA incremental_vacuum(1)")  # one each: the driver runs this statement for one step only
     return 0 < _free_pages(db) < before
+
+
+def checkpoint(db: sqlite3.Connection) -> None:
+    """Copy the write-ahead log into the file, as far as other connections allow it without waiting.
+
+    It runs on a connection that has no transaction. The next write checkpoints again if this one was incomplete.
+    """
+    db.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
 
 
 def _free_pages(db: sqlite3.Connection) -> int:

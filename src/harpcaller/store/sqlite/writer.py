@@ -22,12 +22,11 @@ from dataclasses import dataclass
 from functools import partial
 from operator import attrgetter
 from pathlib import Path
-from queue import Empty, SimpleQueue
+from queue import SimpleQueue
 from typing import Any, Concatenate, ParamSpec, TypeAlias, TypeVar
 
 from harpcaller.store import StorageError
 from harpcaller.store.sqlite.file import storage_errors
-from harpcaller.store.sqlite.writelog import WriteLog
 
 __all__ = ["Writer"]
 
@@ -36,9 +35,6 @@ T = TypeVar("T")
 
 # A batch is bounded, so that its first member does not wait for a flood behind it.
 _MOST_MEMBERS = 500
-
-# After this many seconds without work the log of writes is brought into the file.
-_IDLE = 1.0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -69,11 +65,9 @@ class Writer:
         self._path = path
         self._connection = connection
         self._loop = loop
-        self._log = WriteLog(path, connection)
         self._asked: list[_Member] = []  # in this turn of the loop
         self._waiting: SimpleQueue[Sequence[_Member]] = SimpleQueue()  # an empty one: there will be no more
         self._closing = False
-        self._unchecked = True  # whether something may be in the log of writes that is not in the file
         # As a daemon, so that a program which fails before it closes the store can end.
         self._thread = threading.Thread(target=self._work, name="store-writer", daemon=True)
         self._thread.start()
@@ -125,27 +119,18 @@ class Writer:
             if batch:
                 batch.sort(key=attrgetter("last"))
                 outcomes = self._commit(batch)
-                self._unchecked = True
                 # The loop may be gone when the program ends without closing the store.
                 with suppress(RuntimeError):
                     self._loop.call_soon_threadsafe(_tell, batch, outcomes)
-                self._log.written()
-        self._log.close()
         self._connection.close()
 
     def _next_batch(self) -> tuple[list[_Member], bool]:
         """Wait for members and take all that are there; False once there will be none any more."""
-        try:
-            asked = self._waiting.get(timeout=_IDLE if self._unchecked else None)
-        except Empty:
-            self._unchecked = not self._log.bring_in()
-            return [], True
         batch: list[_Member] = []
-        while asked:
+        while asked := self._waiting.get():
             batch += asked
             if len(batch) >= _MOST_MEMBERS or self._waiting.empty():
                 return batch, True
-            asked = self._waiting.get()
         return batch, False
 
     def _commit(self, batch: Sequence[_Member]) -> list[_Outcome]:
