@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Sequence
+import sqlite3
+from collections.abc import Callable, Coroutine
+from functools import wraps
 from pathlib import Path
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
-from harp.protocol.ends import End
-from harp.protocol.json_text import Raw
-from harpcaller.model.jobs import NO_FACTS, Facts, Identity, Job, JobDetails, NewJob, Records, State, Stop
-from harpcaller.store import QueueStatus
 from harpcaller.store.sqlite import pruning, reads, writes
 from harpcaller.store.sqlite.file import FILE_NAME, connect, lock, prepare, storage_errors
 from harpcaller.store.sqlite.readers import Readers
 from harpcaller.store.sqlite.writer import Writer
 
 __all__ = ["SQLiteStore", "open_store"]
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 # How many reads run at once. They hold Python's lock for most of their time: more would not be faster.
 _READERS = 4
@@ -33,6 +35,30 @@ async def open_store(directory: Path) -> SQLiteStore:
             or it can't be made, read or written.
     """
     return await asyncio.to_thread(SQLiteStore, directory, asyncio.get_running_loop())
+
+
+def _writes(
+    verb: Callable[Concatenate[sqlite3.Connection, P], T], last: bool = False
+) -> Callable[Concatenate[SQLiteStore, P], Coroutine[Any, Any, T]]:
+    """Make a method that runs a verb in the writing thread; `last`: behind the others of its batch."""
+
+    @wraps(verb)
+    async def method(self: SQLiteStore, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        return await self._writer.run(lambda db: verb(db, *args, **kwargs), last)
+
+    return method
+
+
+def _reads(
+    verb: Callable[Concatenate[sqlite3.Connection, P], T],
+) -> Callable[Concatenate[SQLiteStore, P], Coroutine[Any, Any, T]]:
+    """Make a method that runs a verb in a reading thread."""
+
+    @wraps(verb)
+    async def method(self: SQLiteStore, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        return await self._readers.run(lambda db: verb(db, *args, **kwargs))
+
+    return method
 
 
 class SQLiteStore:
@@ -58,111 +84,40 @@ class SQLiteStore:
             os.close(self._lock)
             raise
 
-    async def add_job(self, job: NewJob, now: float) -> None:
-        """See `Store.add_job`."""
-        await self._writer.run(writes.add_jobs, (job,), now)
+    add_job = _writes(writes.add_job)
+    add_jobs = _writes(writes.add_jobs)
+    claim_jobs = _writes(writes.claim_jobs, last=True)
+    append_records = _writes(writes.append_records)
+    finish_job = _writes(writes.finish_job)
+    cancel_job = _writes(writes.cancel_job)
+    cancel_queue = _writes(writes.cancel_queue)
+    settle_stop = _writes(writes.settle_stop)
+    note_facts = _writes(writes.note_facts)
+    release_slot = _writes(writes.release_slot)
+    held_jobs = _reads(reads.held_jobs)
+    get_job = _reads(reads.get_job)
+    get_details = _reads(reads.get_details)
+    read_records = _reads(reads.read_records)
+    identity = _reads(reads.identity)
+    list_jobs = _reads(reads.list_jobs)
+    list_queues = _reads(reads.list_queues)
 
-    async def add_jobs(self, jobs: Sequence[NewJob], now: float) -> None:
-        """See `Store.add_jobs`."""
-        await self._writer.run(writes.add_jobs, jobs, now)
-
-    async def claim_jobs(self, now: float, limit: int, host_concurrency: int) -> list[Job]:
-        """See `Store.claim_jobs`."""
-        return await self._writer.run_last(writes.claim_jobs, now, limit, host_concurrency)
-
-    async def append_records(self, job_id: str, first: int, records: Records) -> bool:
-        """See `Store.append_records`."""
-        return await self._writer.run(writes.append_records, job_id, first, records)
-
-    async def finish_job(
-        self,
-        job_id: str,
-        end: End,
-        now: float,
-        *,
-        stop: Stop | None = None,
-        keep_slot: bool = False,
-        facts: Facts = NO_FACTS,
-    ) -> bool:
-        """See `Store.finish_job`."""
-        return await self._writer.run(writes.finish_job, job_id, end, now, stop=stop, keep_slot=keep_slot, facts=facts)
-
-    async def cancel_job(self, job_id: str, now: float, stopped: Raw | None = None) -> State | None:
-        """See `Store.cancel_job`."""
-        return await self._writer.run(writes.cancel_job, job_id, now, stopped)
-
-    async def cancel_queue(self, queue: Raw, now: float, stopped: Raw | None = None) -> list[tuple[str, State]]:
-        """See `Store.cancel_queue`."""
-        return await self._writer.run(writes.cancel_queue, queue, now, stopped)
-
-    async def settle_stop(self, job_id: str, stop: Stop, *, keep_slot: bool = False, facts: Facts = NO_FACTS) -> bool:
-        """See `Store.settle_stop`."""
-        return await self._writer.run(writes.settle_stop, job_id, stop, keep_slot=keep_slot, facts=facts)
-
-    async def note_facts(self, job_id: str, facts: Facts) -> bool:
-        """See `Store.note_facts`."""
-        return await self._writer.run(writes.note_facts, job_id, facts)
-
-    async def release_slot(self, job_id: str) -> bool:
-        """See `Store.release_slot`."""
-        return await self._writer.run(writes.release_slot, job_id)
-
-    async def held_jobs(self) -> list[Job]:
-        """See `Store.held_jobs`."""
-        return await self._readers.run(reads.held_jobs)
-
-    async def get_job(self, job_id: str) -> Job:
-        """See `Store.get_job`."""
-        return await self._readers.run(reads.get_job, job_id)
-
-    async def get_details(self, job_id: str) -> JobDetails:
-        """See `Store.get_details`."""
-        return await self._readers.run(reads.get_details, job_id)
-
-    async def read_records(self, job_id: str, first: int, most_bytes: int) -> Records:
-        """See `Store.read_records`."""
-        return await self._readers.run(reads.read_records, job_id, first, most_bytes)
-
-    async def identity(self) -> Identity:
-        """See `Store.identity`."""
-        return await self._readers.run(reads.identity)
-
-    async def list_jobs(
-        self,
-        *,
-        ended: bool = False,
-        host: str | None = None,
-        queue: Raw | None = None,
-        newest_first: bool = False,
-        after: int | None = None,
-        limit: int = 1000,
-    ) -> list[tuple[int, Job]]:
-        """See `Store.list_jobs`."""
-        return await self._readers.run(
-            reads.list_jobs,
-            ended=ended,
-            host=host,
-            queue=queue,
-            newest_first=newest_first,
-            after=after,
-            limit=limit,
-        )
-
-    async def list_queues(self) -> list[QueueStatus]:
-        """See `Store.list_queues`."""
-        return await self._readers.run(reads.list_queues)
+    _delete_jobs = _writes(pruning.delete_jobs)
+    _delete_leftover_records = _writes(pruning.delete_leftover_records)
+    _give_back_space = _writes(pruning.give_back_space)
+    _checkpoint = _reads(pruning.checkpoint)
 
     async def prune_jobs(self, ended_before: float, limit: int) -> int:
         """See `Store.prune_jobs`. Works in small steps, each a transaction; what others ask for goes between them."""
         pruned = 0
-        while deleted := await self._writer.run(pruning.delete_jobs, ended_before, limit - pruned):
+        while deleted := await self._delete_jobs(ended_before, limit - pruned):
             pruned += deleted
-        while await self._writer.run(pruning.delete_leftover_records):
+        while await self._delete_leftover_records():
             pass
-        while await self._writer.run(pruning.give_back_space):
+        while await self._give_back_space():
             pass
         if pruned:
-            await self._readers.run(pruning.checkpoint)
+            await self._checkpoint()
         return pruned
 
     async def close(self) -> None:

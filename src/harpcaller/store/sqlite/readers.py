@@ -8,14 +8,13 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Concatenate, ParamSpec, TypeVar
+from typing import TypeVar
 
 from harpcaller.store import StorageError
 from harpcaller.store.sqlite.file import connect, storage_errors
 
 __all__ = ["Readers"]
 
-P = ParamSpec("P")
 T = TypeVar("T")
 
 
@@ -41,7 +40,7 @@ class Readers:
             self.join()
             raise
 
-    async def run(self, verb: Callable[Concatenate[sqlite3.Connection, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
+    async def run(self, verb: Callable[[sqlite3.Connection], T]) -> T:
         """Run a verb in one of the threads. Raises `StorageError`, and what the verb raises."""
         if self._stopped:
             raise StorageError(f"{self._path}: the store is closed")
@@ -50,7 +49,7 @@ class Readers:
             connection = self._idle.get()
             try:
                 with storage_errors(self._path):
-                    return verb(connection, *args, **kwargs)
+                    return verb(connection)
             finally:
                 self._idle.put(connection)
 

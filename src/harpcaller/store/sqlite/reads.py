@@ -104,12 +104,12 @@ def identity(db: sqlite3.Connection) -> Identity:
 def list_jobs(
     db: sqlite3.Connection,
     *,
-    ended: bool,
-    host: str | None,
-    queue: Raw | None,
-    newest_first: bool,
-    after: int | None,
-    limit: int,
+    ended: bool = False,
+    host: str | None = None,
+    queue: Raw | None = None,
+    newest_first: bool = False,
+    after: int | None = None,
+    limit: int = 1000,
 ) -> list[tuple[int, Job]]:
     """See `Store.list_jobs`."""
     if after is None:

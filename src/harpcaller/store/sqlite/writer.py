@@ -19,18 +19,16 @@ import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from operator import attrgetter
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any, Concatenate, ParamSpec, TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 from harpcaller.store import StorageError
 from harpcaller.store.sqlite.file import storage_errors
 
 __all__ = ["Writer"]
 
-P = ParamSpec("P")
 T = TypeVar("T")
 
 # A batch is bounded, so that its first member does not wait for a flood behind it.
@@ -72,29 +70,24 @@ class Writer:
         self._thread = threading.Thread(target=self._work, name="store-writer", daemon=True)
         self._thread.start()
 
-    async def run(self, verb: Callable[Concatenate[sqlite3.Connection, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
+    async def run(self, verb: Callable[[sqlite3.Connection], T], last: bool = False) -> T:
         """Run a verb; it is on stable storage when this returns.
+
+        Args:
+            verb: what to do, on the connection, within a transaction.
+            last: whether it runs behind the others of its batch, to see what they do.
 
         Raises:
             StorageError: it did not happen.
             Exception: what the verb raised; it did not happen either.
         """
-        return await self._ask(partial(_run_verb, verb, args, kwargs), last=False)
-
-    async def run_last(
-        self, verb: Callable[Concatenate[sqlite3.Connection, P], T], *args: P.args, **kwargs: P.kwargs
-    ) -> T:
-        """As `run`, but behind the others of its batch: for a verb that is to see what they do."""
-        return await self._ask(partial(_run_verb, verb, args, kwargs), last=True)
-
-    def _ask(self, verb: Callable[[sqlite3.Connection], T], last: bool) -> asyncio.Future[T]:
         if self._closing:
             raise StorageError(f"{self._path}: the store is closed")
         if not self._asked:
             self._loop.call_soon(self._hand_over)
         future: asyncio.Future[T] = self._loop.create_future()
         self._asked.append(_Member(verb, future, last))
-        return future
+        return await future
 
     def _hand_over(self) -> None:
         """Give the thread what was asked for in this turn of the loop: one batch, and one wakeup."""
@@ -169,12 +162,6 @@ class Writer:
         with suppress(sqlite3.Error):
             if self._connection.in_transaction:
                 self._connection.execute("ROLLBACK")
-
-
-def _run_verb(
-    verb: Callable[..., T], args: tuple[Any, ...], kwargs: dict[str, Any], connection: sqlite3.Connection
-) -> T:
-    return verb(connection, *args, **kwargs)
 
 
 def _again(error: Exception) -> Exception:

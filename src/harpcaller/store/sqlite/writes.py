@@ -27,6 +27,7 @@ from harpcaller.store.sqlite.rows import (
 from harpcaller.store.sqlite.sql import INSERTED_AT_ONCE, QUERIES, inserts_many
 
 __all__ = [
+    "add_job",
     "add_jobs",
     "append_records",
     "cancel_job",
@@ -60,6 +61,11 @@ def _find_job(db: sqlite3.Connection, job_id: str) -> _Found | None:
     for place, state, records, holds_slot in db.execute(QUERIES["find_job"], {"id": job_id}).fetchall():
         return _Found(place, State(state), records, bool(holds_slot))
     return None
+
+
+def add_job(db: sqlite3.Connection, job: NewJob, now: float) -> None:
+    """See `Store.add_job`."""
+    add_jobs(db, (job,), now)
 
 
 def add_jobs(db: sqlite3.Connection, jobs: Sequence[NewJob], now: float) -> None:
@@ -165,7 +171,14 @@ def _append_chunk(db: sqlite3.Connection, place: int, first: int, records: Recor
 
 
 def finish_job(
-    db: sqlite3.Connection, job_id: str, end: End, now: float, *, stop: Stop | None, keep_slot: bool, facts: Facts
+    db: sqlite3.Connection,
+    job_id: str,
+    end: End,
+    now: float,
+    *,
+    stop: Stop | None = None,
+    keep_slot: bool = False,
+    facts: Facts = NO_FACTS,
 ) -> bool:
     """See `Store.finish_job`."""
     job = _find_job(db, job_id)
@@ -193,7 +206,7 @@ def _note_facts(db: sqlite3.Connection, place: int, facts: Facts) -> None:
         db.execute(QUERIES["note_facts"], {"place": place, **encode_facts(facts)})
 
 
-def cancel_job(db: sqlite3.Connection, job_id: str, now: float, stopped: Raw | None) -> State | None:
+def cancel_job(db: sqlite3.Connection, job_id: str, now: float, stopped: Raw | None = None) -> State | None:
     """See `Store.cancel_job`."""
     job = _find_job(db, job_id)
     if job is None or job.state in ENDED:
@@ -202,7 +215,7 @@ def cancel_job(db: sqlite3.Connection, job_id: str, now: float, stopped: Raw | N
     return job.state
 
 
-def cancel_queue(db: sqlite3.Connection, queue: Raw, now: float, stopped: Raw | None) -> list[tuple[str, State]]:
+def cancel_queue(db: sqlite3.Connection, queue: Raw, now: float, stopped: Raw | None = None) -> list[tuple[str, State]]:
     """See `Store.cancel_queue`."""
     rows = db.execute(QUERIES["not_ended_of_lane"], {"lane": queue_lane(queue)}).fetchall()
     for place, _, state in rows:
@@ -218,7 +231,9 @@ def _cancel(db: sqlite3.Connection, place: int, state: State, now: float, stoppe
     _note_facts(db, place, Facts(stopped=stopped))
 
 
-def settle_stop(db: sqlite3.Connection, job_id: str, stop: Stop, *, keep_slot: bool, facts: Facts) -> bool:
+def settle_stop(
+    db: sqlite3.Connection, job_id: str, stop: Stop, *, keep_slot: bool = False, facts: Facts = NO_FACTS
+) -> bool:
     """See `Store.settle_stop`."""
     job = _find_job(db, job_id)
     if job is None or job.state not in ENDED or not job.holds_slot:
