@@ -1,9 +1,9 @@
 """A process that runs calls, as the warden has it: its channel, its output, its death.
 
-Most processes serve one call and end with it. Where the procedure allows more calls per process, a process waits for the
-next call in `Resting`. A process does not wait there when its call was stopped or died, when harpd's own code rejected
-its call, when it wrote more than its closing line, or when its zygote has retired. A waiting process does not count as a
-call. It ends as soon as its channel closes, or is killed.
+Most processes serve one call and end with it. Where the procedure allows more calls per process, a process waits for
+the next call in `Resting`. A process does not wait there when its call was stopped or died, when harpd's own code
+rejected its call, when it wrote more than its closing line, or when its zygote has retired. A waiting process does not
+count as a call. It ends as soon as its channel closes, or is killed.
 """
 
 from __future__ import annotations
