@@ -32,9 +32,9 @@ from harp.protocol.replies import Continue
 from harp.protocol.requests import Call
 from harpcaller.config import Config
 from harpcaller.explain import Situation, describe
-from harpcaller.hosts.capabilities import HostBook
+from harpcaller.hosts.capabilities import HostCapabilities
 from harpcaller.hosts.inventory import Host
-from harpcaller.hosts.pool import IdleConnections
+from harpcaller.hosts.pool import ConnectionPool
 from harpcaller.hosts.registry import HostsRegistry
 from harpcaller.hosts.tls import HostTLS
 from harpcaller.model.ids import is_job_id, new_job_id
@@ -107,10 +107,10 @@ class Dispatcher:
             tls=self._tls,
             store=self._store,
             news=self._news,
-            find_host=self._registry.find,
+            find_host=self._registry.find_host,
             identity=identity,
-            hosts=HostBook(identity, self._on_held),
-            idle=IdleConnections(),
+            hosts=HostCapabilities(identity, self._on_held),
+            idle=ConnectionPool(),
             wall=self._wall,
         )
         self._report_config(self._config, frozenset())
@@ -212,8 +212,8 @@ class Dispatcher:
         details = await self._store.get_details(job_id)
         situation = Situation(
             run=self._runs.get(job_id),
-            host=self._registry.find(details.job.host),
-            hosts_known=self._registry.usable,
+            host=self._registry.find_host(details.job.host),
+            hosts_known=self._registry.is_ready,
             host_concurrency=self._config.host_concurrency,
             calls=len(self._runs),
             most_calls=self._config.calls,
@@ -342,7 +342,7 @@ class Dispatcher:
 
     def hosts(self) -> list[Host]:
         """Return the hosts of the registry, by name. They hold credentials: these are for no list and no log."""
-        return self._registry.hosts()
+        return self._registry.list_hosts()
 
     async def refresh_hosts(self) -> int:
         """Run `host_db_script` now, or wait for the run that is under way; return how many hosts there are.
@@ -365,7 +365,7 @@ class Dispatcher:
             ConfigError: a certificate file or the hosts file can't be used; then nothing has changed.
         """
         tls = HostTLS(config)
-        self._registry.reconfigure(config)
+        self._registry.update_config(config)
         reported, self._config = frozenset(self._config.ignored), config
         self._tls = tls
         self._surroundings = replace(self._surroundings, config=config, tls=tls)
@@ -500,7 +500,7 @@ class Dispatcher:
         if self._surroundings.trouble.waiting:
             return False  # ends of calls wait to be stored: no new ones until they are
         limit = min(_CLAIMED_AT_ONCE, self._config.calls - len(self._runs))
-        if limit <= 0 or not self._registry.usable or self._stop.is_set():
+        if limit <= 0 or not self._registry.is_ready or self._stop.is_set():
             return True  # the end of a call wakes, or the registry
         self._claiming = True
         try:

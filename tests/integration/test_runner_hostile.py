@@ -14,7 +14,7 @@ import pytest
 from harp.protocol.ends import Failed, Returned
 from harp.protocol.harpd import ListCalls, Stored
 from harpcaller.config import Config
-from harpcaller.hosts.connection import dial
+from harpcaller.hosts.connection import open_connection
 from harpcaller.hosts.inventory import Host
 from harpcaller.hosts.tls import HostTLS
 from harpcaller.model.jobs import Stop
@@ -316,13 +316,13 @@ async def test_a_host_that_reads_nothing_is_given_up(tmp_path: Path) -> None:
 
     config = Config(stream_directory=tmp_path)
     with playing(tmp_path, deaf) as peer:
-        talk = await dial(Host("web01", "127.0.0.1", peer.port, "u", "p"), HostTLS(config), config)
-        talk.ask(ListCalls("owner", "u", "p"))
+        talk = await open_connection(Host("web01", "127.0.0.1", peer.port, "u", "p"), HostTLS(config), config)
+        talk.send_request(ListCalls("owner", "u", "p"))
         reading = asyncio.create_task(talk.read())
         said = 0
         while not reading.done() and said < 1_000_000:
             for _ in range(1000):
-                talk.say(Stored(said))
+                talk.send_command(Stored(said))
             said += 1000
             await asyncio.sleep(0)
         over.set()

@@ -87,7 +87,7 @@ def alive(pid: int) -> bool:
 
 
 def names(registry: HostsRegistry) -> list[str]:
-    return [host.hostname for host in registry.hosts()]
+    return [host.hostname for host in registry.list_hosts()]
 
 
 async def test_the_script_is_run_at_start_and_then_regularly(tmp_path: Path, script: Script) -> None:
@@ -96,8 +96,8 @@ async def test_the_script_is_run_at_start_and_then_regularly(tmp_path: Path, scr
         await eventually(lambda: names(registry) == ["a", "b"], what="the hosts")
         script.does(host_line(1, "c"))
         await eventually(lambda: names(registry) == ["c"], what="the new hosts")
-        assert registry.find("c") == Host("c", "127.0.0.1", 1, "u", "topsecret")
-        assert registry.find("a") is None
+        assert registry.find_host("c") == Host("c", "127.0.0.1", 1, "u", "topsecret")
+        assert registry.find_host("a") is None
 
 
 @pytest.mark.parametrize(("age", "runs"), [(400.0, 0), (500.0, 1), (-100.0, 1), (1e9, 1)])
@@ -105,8 +105,8 @@ async def test_the_kept_copy_counts_while_it_is_young(tmp_path: Path, script: Sc
     write_cache(tmp_path / "hosts.db", CachedHosts({"web01": WEB01}, time.time() - age))
     script.does(host_line(1, "new"))
     async with kept_up(tmp_path, host_db_script=script.file, host_db_refresh=900.0) as registry:
-        assert registry.usable
-        assert registry.find("web01") == WEB01
+        assert registry.is_ready
+        assert registry.find_host("web01") == WEB01
         if runs:
             await eventually(lambda: "new" in read_cache(tmp_path / "hosts.db").hosts, what="the refresh")
         else:
@@ -149,7 +149,7 @@ async def test_a_script_that_can_not_be_started(tmp_path: Path) -> None:
     async with kept_up(tmp_path, host_db_script=tmp_path / "none") as registry:
         with pytest.raises(RefreshFailed, match="No such file"):
             await registry.refresh()
-        assert registry.usable
+        assert registry.is_ready
 
 
 async def test_without_script_and_hosts_file_there_is_nothing_to_refresh(tmp_path: Path) -> None:
@@ -200,7 +200,7 @@ async def test_lines_that_do_not_count_are_told_without_what_is_in_them(
     script.does(broken, host_line(1, "a"), "topsecret\n", host_line(2, "a"), after="echo topsecret >&2")
     async with kept_up(tmp_path, host_db_script=script.file) as registry:
         await registry.refresh()
-        assert [host.port for host in registry.hosts()] == [2]
+        assert [host.port for host in registry.list_hosts()] == [2]
     counted = next(record.__dict__ for record in caplog.records if "repeated" in record.__dict__)
     assert (counted["skipped"], counted["repeated"]) == (2, 1)
     assert [record.__dict__["line"] for record in caplog.records if "line" in record.__dict__] == [1, 3]
@@ -265,14 +265,19 @@ async def test_the_hosts_file_is_read_again_when_it_changes(tmp_path: Path, scri
     file = hosts_file(tmp_path, host_line(2, "b"), host_line(2, "c"))
     async with kept_up(tmp_path, host_db_script=script.file, hosts_file=file) as registry:
         assert await registry.refresh() == 3
-        assert [(host.hostname, host.port) for host in registry.hosts()] == [("a", 1), ("b", 2), ("c", 2)]
-        found = registry.find("b")
+        assert [(host.hostname, host.port) for host in registry.list_hosts()] == [("a", 1), ("b", 2), ("c", 2)]
+        found = registry.find_host("b")
         assert found is not None
         assert found.port == 2
         file.write_text(host_line(3, "c") + host_line(3, "d"))
-        assert [(host.hostname, host.port) for host in registry.hosts()] == [("a", 1), ("b", 1), ("c", 3), ("d", 3)]
+        assert [(host.hostname, host.port) for host in registry.list_hosts()] == [
+            ("a", 1),
+            ("b", 1),
+            ("c", 3),
+            ("d", 3),
+        ]
         file.unlink()
-        assert len(registry.hosts()) == 4
+        assert len(registry.list_hosts()) == 4
         hosts_file(tmp_path, host_line(4, "e"))
         assert names(registry) == ["a", "b", "e"]
 
@@ -282,9 +287,9 @@ async def test_reconfiguring(tmp_path: Path, script: Script) -> None:
     file = hosts_file(tmp_path, host_line(2, "b"))
     async with kept_up(tmp_path, hosts_file=file) as registry:
         assert names(registry) == ["b"]
-        registry.reconfigure(Config(host_db=tmp_path / "hosts.db", host_db_script=script.file))
+        registry.update_config(Config(host_db=tmp_path / "hosts.db", host_db_script=script.file))
         await eventually(lambda: names(registry) == ["a"], what="the script's hosts")
-        registry.reconfigure(Config(host_db=tmp_path / "hosts.db", hosts_file=file))
+        registry.update_config(Config(host_db=tmp_path / "hosts.db", hosts_file=file))
         assert names(registry) == ["b"]
 
 

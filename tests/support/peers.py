@@ -1,6 +1,6 @@
 """Scripted peers: servers of lines, plain or with TLS, that do exactly what a test tells them.
 
-A script is a function that is given a `Conversation`; each connection plays the next script, in a thread of its own:
+A script is a function that is given a `HarpdConnection`; each connection plays the next script, in a thread of its own:
 
     def script(talk: Conversation) -> None:
         talk.expect({"harpcaller": 1, "get_result": JOB, "wait": True})

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from harp.protocol.fields import ProtocolError
-from harpcaller.hosts.inventory import Host, Skipped, parse_line, parse_registry
+from harpcaller.hosts.inventory import Host, InvalidLine, parse_hosts, parse_line
 
 LINE: dict[str, Any] = {
     "hostname": "web01",
@@ -88,38 +88,38 @@ def test_a_port_of_more_digits_than_can_be_read() -> None:
 
 
 def test_the_password_is_not_shown() -> None:
-    assert "s3cret" not in repr(WEB01) + str(WEB01) + repr(parse_registry([line()]))
+    assert "s3cret" not in repr(WEB01) + str(WEB01) + repr(parse_hosts([line()]))
 
 
 def test_a_registry() -> None:
-    registry = parse_registry([line(), b"", b"oops\n", line(hostname="web02"), b" \r\n", without("port")])
+    registry = parse_hosts([line(), b"", b"oops\n", line(hostname="web02"), b" \r\n", without("port")])
     assert registry.hosts == {"web01": WEB01, "web02": parse_line(line(hostname="web02"))}
-    assert [(skipped.line, skipped.reason.split(":")[0]) for skipped in registry.skipped] == [
+    assert [(skipped.line, skipped.reason.split(":")[0]) for skipped in registry.invalid_lines] == [
         (3, "Expecting value at column 1"),
         (6, "port"),
     ]
-    assert registry.repeated == 0
+    assert registry.duplicates == 0
 
 
 def test_of_a_repeated_hostname_the_last_wins() -> None:
-    registry = parse_registry([line(port=1), line(hostname="web02"), line(port=2), line(port=3)])
+    registry = parse_hosts([line(port=1), line(hostname="web02"), line(port=2), line(port=3)])
     assert [(host.hostname, host.port) for host in registry.hosts.values()] == [("web02", 4306), ("web01", 3)]
-    assert registry.repeated == 2
+    assert registry.duplicates == 2
 
 
 def test_a_line_that_is_no_host_does_not_replace_one() -> None:
-    registry = parse_registry([line(), line(port=0)])
+    registry = parse_hosts([line(), line(port=0)])
     assert registry.hosts == {"web01": WEB01}
-    assert registry.skipped == (Skipped(2, "port: expected an integer from 1 to 65535"),)
+    assert registry.invalid_lines == (InvalidLine(2, "port: expected an integer from 1 to 65535"),)
 
 
 def test_nothing_at_all() -> None:
-    registry = parse_registry([])
-    assert (registry.hosts, registry.skipped, registry.repeated) == ({}, (), 0)
+    registry = parse_hosts([])
+    assert (registry.hosts, registry.invalid_lines, registry.duplicates) == ({}, (), 0)
 
 
 @given(st.lists(st.binary() | st.sampled_from([line(), line(hostname="web02")]), max_size=10))
 def test_any_bytes_are_hosts_or_skipped(lines: list[bytes]) -> None:
-    registry = parse_registry(lines)
+    registry = parse_hosts(lines)
     blank = sum(not text.strip() for text in lines)
-    assert len(registry.hosts) + registry.repeated + len(registry.skipped) + blank == len(lines)
+    assert len(registry.hosts) + registry.duplicates + len(registry.invalid_lines) + blank == len(lines)

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from harpcaller.hosts.inventory import Host, parse_registry
+from harpcaller.hosts.inventory import Host, parse_hosts
 
 __all__ = ["CachedHosts", "read_cache", "write_cache"]
 
@@ -42,7 +42,7 @@ def read_cache(file: Path) -> CachedHosts:
     except FileNotFoundError:
         return CachedHosts()
     refreshed_at = _parse_header(header)
-    return CachedHosts() if refreshed_at is None else CachedHosts(parse_registry(lines).hosts, refreshed_at)
+    return CachedHosts() if refreshed_at is None else CachedHosts(parse_hosts(lines).hosts, refreshed_at)
 
 
 def write_cache(file: Path, cached: CachedHosts) -> Path | None:

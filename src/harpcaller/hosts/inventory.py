@@ -12,7 +12,7 @@ from typing import Any
 from harp.protocol.fields import ProtocolError, check, opened, string, value, within
 from harp.protocol.json_text import Members, open_decoded
 
-__all__ = ["Host", "Registry", "Skipped", "parse_line", "parse_registry"]
+__all__ = ["Host", "InvalidLine", "ParsedHosts", "parse_hosts", "parse_line"]
 
 _MAX_PORT = 65535
 
@@ -37,7 +37,7 @@ class Host:
 
 
 @dataclass(frozen=True, slots=True)
-class Skipped:
+class InvalidLine:
     """A line that is no host: its number, from 1, and what is wrong with it. Never quotes the line."""
 
     line: int
@@ -45,7 +45,7 @@ class Skipped:
 
 
 @dataclass(frozen=True, slots=True)
-class Registry:
+class ParsedHosts:
     """What the lines gave.
 
     Attributes:
@@ -55,17 +55,17 @@ class Registry:
     """
 
     hosts: Mapping[str, Host]
-    skipped: tuple[Skipped, ...] = ()
-    repeated: int = 0
+    invalid_lines: tuple[InvalidLine, ...] = ()
+    duplicates: int = 0
 
 
-def parse_registry(lines: Iterable[bytes]) -> Registry:
+def parse_hosts(lines: Iterable[bytes]) -> ParsedHosts:
     """Read the lines that a `host_db_script` printed or a `hosts_file` holds.
 
     A line that is no host is skipped and told; an empty one is just skipped. Of two hosts of one name the last wins.
     """
     hosts: dict[str, Host] = {}
-    skipped: list[Skipped] = []
+    skipped: list[InvalidLine] = []
     repeated = 0
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -73,11 +73,11 @@ def parse_registry(lines: Iterable[bytes]) -> Registry:
         try:
             host = parse_line(line)
         except ProtocolError as error:
-            skipped.append(Skipped(number, error.message))
+            skipped.append(InvalidLine(number, error.message))
             continue
         repeated += hosts.pop(host.hostname, None) is not None
         hosts[host.hostname] = host
-    return Registry(hosts, tuple(skipped), repeated)
+    return ParsedHosts(hosts, tuple(skipped), repeated)
 
 
 def parse_line(line: bytes) -> Host:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from harpcaller.config import Config, file_errors
 from harpcaller.hosts.cache import CachedHosts, read_cache, write_cache
-from harpcaller.hosts.inventory import Host, Registry, parse_registry
+from harpcaller.hosts.inventory import Host, ParsedHosts, parse_hosts
 from harpcaller.hosts.script import ScriptFailed, run_script
 from harpcaller.hosts.watched_file import WatchedFile
 
@@ -26,7 +26,7 @@ __all__ = ["HostsRegistry", "RefreshFailed"]
 log = logging.getLogger(__name__)
 
 #: Skipped lines that the log tells one by one; the others are only counted.
-_TOLD_LINES = 10
+_MAX_LOGGED_LINES = 10
 
 
 class RefreshFailed(Exception):
@@ -47,42 +47,47 @@ class HostsRegistry:
     def __init__(self, config: Config, on_change: Callable[[], None]) -> None:
         self._config = config
         self._on_change = on_change
-        self._file = _hosts_file(config)
-        self._copy = _kept_copy(config.host_db) if config.host_db_script else CachedHosts()
-        self._tried = False
-        self._refreshing: asyncio.Task[int] | None = None
-        self._reconfigured = asyncio.Event()
+        self._watched_file = _watch_hosts_file(config)
+        self._cached = _load_cache(config.host_db) if config.host_db_script else CachedHosts()
+        self._refresh_attempted = False
+        self._refresh_task: asyncio.Task[int] | None = None
+        self._config_changed = asyncio.Event()
 
     @property
-    def usable(self) -> bool:
+    def is_ready(self) -> bool:
         """Whether calls may start: not before a first run of the script when nothing is known without it."""
-        return self._tried or self._config.host_db_script is None or bool(self._copy.hosts) or bool(self._static())
+        return (
+            self._refresh_attempted
+            or self._config.host_db_script is None
+            or bool(self._cached.hosts)
+            or bool(self._hosts_of_file())
+        )
 
-    def find(self, hostname: str) -> Host | None:
+    def find_host(self, hostname: str) -> Host | None:
         """Return a host; None: it is not in the registry."""
-        return self._static().get(hostname) or self._copy.hosts.get(hostname)
+        return self._hosts_of_file().get(hostname) or self._cached.hosts.get(hostname)
 
-    def hosts(self) -> list[Host]:
+    def list_hosts(self) -> list[Host]:
         """Return all hosts, by name."""
-        merged = {**self._copy.hosts, **self._static()}
+        merged = {**self._cached.hosts, **self._hosts_of_file()}
         return [merged[name] for name in sorted(merged)]
 
-    def _static(self) -> Mapping[str, Host]:
-        return self._file.value if self._file else {}
+    def _hosts_of_file(self) -> Mapping[str, Host]:
+        return self._watched_file.value if self._watched_file else {}
 
-    def reconfigure(self, config: Config) -> None:
+    def update_config(self, config: Config) -> None:
         """Take a new configuration; the hosts known stay until the next refresh.
 
         Raises:
             ConfigError: the hosts file can't be read; then nothing has changed.
         """
-        self._file = _hosts_file(config)
+        self._watched_file = _watch_hosts_file(config)
         if config.host_db_script is None:
-            self._copy = CachedHosts()
+            self._cached = CachedHosts()
         elif config.host_db_script != self._config.host_db_script:
-            self._copy = CachedHosts(self._copy.hosts)  # due at once
+            self._cached = CachedHosts(self._cached.hosts)  # due at once
         self._config = config
-        self._reconfigured.set()
+        self._config_changed.set()
         self._on_change()
 
     async def refresh(self) -> int:
@@ -91,14 +96,14 @@ class HostsRegistry:
         Raises:
             RefreshFailed: the script failed, or there is none and no hosts file either.
         """
-        if self._refreshing is None:
-            self._refreshing = asyncio.create_task(self._refresh(self._config))
-            self._refreshing.add_done_callback(self._refreshed)
-        return await asyncio.shield(self._refreshing)
+        if self._refresh_task is None:
+            self._refresh_task = asyncio.create_task(self._run_refresh(self._config))
+            self._refresh_task.add_done_callback(self._on_refreshed)
+        return await asyncio.shield(self._refresh_task)
 
-    def _refreshed(self, task: asyncio.Task[int]) -> None:
-        self._refreshing = None
-        self._tried = True
+    def _on_refreshed(self, task: asyncio.Task[int]) -> None:
+        self._refresh_task = None
+        self._refresh_attempted = True
         if not task.cancelled():
             task.exception()  # whoever waited has it
         self._on_change()
@@ -110,50 +115,50 @@ class HostsRegistry:
             while True:
                 try:
                     async with asyncio.timeout(self._config.host_db_refresh):
-                        await self._reconfigured.wait()
+                        await self._config_changed.wait()
                 except TimeoutError:
-                    await self._refresh_quietly()
+                    await self._try_refresh()
                 else:
-                    self._reconfigured.clear()
+                    self._config_changed.clear()
                     await self._refresh_if_old()
         finally:
-            if self._refreshing is not None:
-                self._refreshing.cancel()  # ends the script too
-                await asyncio.wait([self._refreshing])
+            if self._refresh_task is not None:
+                self._refresh_task.cancel()  # ends the script too
+                await asyncio.wait([self._refresh_task])
 
     async def _refresh_if_old(self) -> None:
         # A time in the future says nothing: the clock was wrong then or is now.
-        if not 0 <= time.time() - self._copy.refreshed_at < self._config.host_db_refresh / 2:
-            await self._refresh_quietly()
+        if not 0 <= time.time() - self._cached.refreshed_at < self._config.host_db_refresh / 2:
+            await self._try_refresh()
 
-    async def _refresh_quietly(self) -> None:
+    async def _try_refresh(self) -> None:
         if self._config.host_db_script is not None:
             try:
                 await self.refresh()
             except RefreshFailed:
                 pass  # it is in the log
 
-    async def _refresh(self, config: Config) -> int:
+    async def _run_refresh(self, config: Config) -> int:
         if config.host_db_script is None:
-            if self._file is None:
+            if self._watched_file is None:
                 raise RefreshFailed("there is nothing to refresh from: neither host_db_script nor hosts_file is set")
-            return len(self.hosts())
+            return len(self.list_hosts())
         try:
             output = await run_script(config.host_db_script, config.host_db_timeout)
         except ScriptFailed as error:
             log.error("hosts registry not refreshed", extra={"error": str(error)})
             raise RefreshFailed(str(error)) from error
         registry = await asyncio.to_thread(_parse, output)
-        _report(registry, config.host_db_script)
+        _log_invalid_lines(registry, config.host_db_script)
         if config.host_db_script != self._config.host_db_script:
             raise RefreshFailed("host_db_script has been changed meanwhile")
-        self._copy = CachedHosts(registry.hosts, time.time())
+        self._cached = CachedHosts(registry.hosts, time.time())
         log.info("hosts registry refreshed", extra={"hosts": len(registry.hosts)})
-        await _keep(config.host_db, self._copy)
-        return len(self.hosts())
+        await _save_cache(config.host_db, self._cached)
+        return len(self.list_hosts())
 
 
-async def _keep(file: Path, copy: CachedHosts) -> None:
+async def _save_cache(file: Path, copy: CachedHosts) -> None:
     try:
         aside = await asyncio.to_thread(write_cache, file, copy)
     except OSError as error:
@@ -163,7 +168,7 @@ async def _keep(file: Path, copy: CachedHosts) -> None:
         log.warning("host_db was no copy of ours and was moved", extra={"file": str(file), "to": str(aside)})
 
 
-def _kept_copy(file: Path) -> CachedHosts:
+def _load_cache(file: Path) -> CachedHosts:
     try:
         return read_cache(file)
     except OSError as error:
@@ -171,29 +176,29 @@ def _kept_copy(file: Path) -> CachedHosts:
         return CachedHosts()
 
 
-def _parse(text: bytes) -> Registry:
-    return parse_registry(text.split(b"\n"))
+def _parse(text: bytes) -> ParsedHosts:
+    return parse_hosts(text.split(b"\n"))
 
 
-def _hosts_file(config: Config) -> WatchedFile[Mapping[str, Host]] | None:
+def _watch_hosts_file(config: Config) -> WatchedFile[Mapping[str, Host]] | None:
     if config.hosts_file is None:
         return None
     file = config.hosts_file
 
     def parse(text: bytes) -> Mapping[str, Host]:
         registry = _parse(text)
-        _report(registry, file)
+        _log_invalid_lines(registry, file)
         return registry.hosts
 
     with file_errors(config, "hosts_file"):
         return WatchedFile(file, parse)
 
 
-def _report(registry: Registry, source: Path) -> None:
+def _log_invalid_lines(registry: ParsedHosts, source: Path) -> None:
     """Tell what was wrong with the lines, never what was in them."""
-    for skipped in registry.skipped[:_TOLD_LINES]:
+    for skipped in registry.invalid_lines[:_MAX_LOGGED_LINES]:
         fault = {"source": str(source), "line": skipped.line, "error": skipped.reason}
         log.warning("line of the hosts registry skipped", extra=fault)
-    if registry.skipped or registry.repeated:
-        counts = {"source": str(source), "skipped": len(registry.skipped), "repeated": registry.repeated}
+    if registry.invalid_lines or registry.duplicates:
+        counts = {"source": str(source), "skipped": len(registry.invalid_lines), "repeated": registry.duplicates}
         log.warning("hosts registry has lines that do not count", extra=counts)

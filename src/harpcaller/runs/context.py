@@ -8,9 +8,9 @@ from typing import Any
 
 from harp.protocol.harpd import Attach, CallTerms, Request
 from harpcaller.config import Config
-from harpcaller.hosts.capabilities import HostBook
+from harpcaller.hosts.capabilities import HostCapabilities
 from harpcaller.hosts.inventory import Host
-from harpcaller.hosts.pool import IdleConnections
+from harpcaller.hosts.pool import ConnectionPool
 from harpcaller.hosts.tls import HostTLS
 from harpcaller.model.jobs import Identity, Job, NewJob
 from harpcaller.notifier import News
@@ -45,8 +45,8 @@ class Surroundings:
     news: News
     find_host: Callable[[str], Host | None]
     identity: Identity
-    hosts: HostBook
-    idle: IdleConnections
+    hosts: HostCapabilities
+    idle: ConnectionPool
     wall: Callable[[], float]
     trouble: StoreTrouble = field(default_factory=StoreTrouble)
     timings: Timings = field(default_factory=Timings)
@@ -71,7 +71,9 @@ class Surroundings:
             timeout=job.timeout,
             max_exec_time=job.max_exec_time,
         )
-        return Request(job.procedure, job.arguments, host.user, host.password, terms, self.hosts.keeps(host))
+        return Request(
+            job.procedure, job.arguments, host.user, host.password, terms, self.hosts.supports_keep_alive(host)
+        )
 
     def attach_request(self, job_id: str, host: Host, since: int) -> Attach:
         """Return the request that attaches to a job's call and resumes its records at number `since`."""

@@ -18,8 +18,8 @@ from harp.protocol.fields import ProtocolError
 from harp.protocol.harpd import Acknowledgement, Done, Evidence, Receipt, Record, StopCall, Stored
 from harp.protocol.json_text import Raw
 from harp.protocol.lines import LineTooLong
-from harpcaller.hosts.connecting import FAULTS
-from harpcaller.hosts.connection import BEHIND_ALL, Conversation, dial, end_of_records
+from harpcaller.hosts.connecting import CONNECT_ERRORS
+from harpcaller.hosts.connection import PAST_END, HarpdConnection, open_connection, parse_end_of_records
 from harpcaller.hosts.inventory import Host
 from harpcaller.model.jobs import Facts, Job
 from harpcaller.runs.context import Surroundings
@@ -107,7 +107,7 @@ class Unwanted:
             ours = job is not None and job.host == host.hostname  # else it is not for this host to say how it ended
             async with asyncio.timeout(_PATIENCE):
                 await _finish_off(host, call, around, ours)
-        except (*FAULTS, StorageError, ProtocolError, LineTooLong) as error:
+        except (*CONNECT_ERRORS, StorageError, ProtocolError, LineTooLong) as error:
             reason = str(error) or type(error).__name__
             log.info("a call that nobody wants is left for later", extra={**_about(host, call), "reason": reason})
 
@@ -126,19 +126,19 @@ async def _finish_off(host: Host, call: str, around: Surroundings, ours: bool) -
         if ours:
             await around.store.note_facts(call, facts)
 
-    since: int | None = BEHIND_ALL
+    since: int | None = PAST_END
     for _ in range(_ATTACHES):
         if since is None:
             return
-        talk = await dial(host, around.tls, around.config)
+        talk = await open_connection(host, around.tls, around.config)
         try:
-            talk.ask(around.attach_request(call, host, since))
+            talk.send_request(around.attach_request(call, host, since))
             since = await _hear_out(talk, since, note)
         finally:
             talk.abort()
 
 
-async def _hear_out(talk: Conversation, since: int, note: Callable[[Facts], Awaitable[None]]) -> int | None:
+async def _hear_out(talk: HarpdConnection, since: int, note: Callable[[Facts], Awaitable[None]]) -> int | None:
     """Order the stop and hear the end; return the record to attach at instead, None: there is no more to do."""
     acknowledged = False
     number = since
@@ -146,12 +146,12 @@ async def _hear_out(talk: Conversation, since: int, note: Callable[[Facts], Awai
     evidence: Raw | None = None
     while (lines := await talk.read()) is not None:
         for line in lines:
-            match message := talk.message(line):
+            match message := talk.parse_line(line):
                 case Acknowledgement(_, terms):
                     acknowledged = True
-                    talk.say(StopCall("unwanted"))
+                    talk.send_command(StopCall("unwanted"))
                     if terms is not None:
-                        talk.keep_contact(terms.elapsed, terms.keep_running, now=True)
+                        talk.start_heartbeat(terms.elapsed, terms.keep_running, at_once=True)
                 case Record():
                     number += 1
                 case Receipt(found):
@@ -159,17 +159,17 @@ async def _hear_out(talk: Conversation, since: int, note: Callable[[Facts], Awai
                 case Evidence(found):
                     evidence = Raw(found)
                 case Failed("records_gone") if not acknowledged:
-                    return end_of_records(message)
+                    return parse_end_of_records(message)
                 case Failed() if not acknowledged:
                     return None
                 case _ if isinstance(message, End):
                     await note(Facts(receipt=receipt, evidence=evidence))
-                    talk.say(Done())
+                    talk.send_command(Done())
                     talk.close()
                     return None
         if number > since:
             since = number
-            talk.say(Stored(number))  # wanted no more, which is as good as stored
+            talk.send_command(Stored(number))  # wanted no more, which is as good as stored
     return None
 
 

@@ -52,7 +52,7 @@ from harpcaller.hosts.connecting import (
     to_failed,
     to_protocol_error,
 )
-from harpcaller.hosts.connection import BEHIND_ALL, Conversation, dial, end_of_records
+from harpcaller.hosts.connection import PAST_END, HarpdConnection, open_connection, parse_end_of_records
 from harpcaller.hosts.inventory import Host
 from harpcaller.model.jobs import NO_FACTS, Facts, Job, Stop
 from harpcaller.runs.context import Surroundings, fields
@@ -118,7 +118,7 @@ class Run:
         self._waiting = Waiting()
         self._leaving = False
         self._order: StopCall | None = None
-        self._talk: Conversation | None = None
+        self._talk: HarpdConnection | None = None
         self._host: Host | None = None
         self._terms: KeptTerms | None = None
         self._named = False  # the start, or the attach, was one of a kept call
@@ -212,7 +212,7 @@ class Run:
         """When something was heard of the call the last time; Unix seconds, as `now` is. None: nothing yet."""
         if self._lost is not None:
             return self._lost.wall
-        return None if self._talk is None else now - (time.monotonic() - self._talk.heard)
+        return None if self._talk is None else now - (time.monotonic() - self._talk.last_received_at)
 
     def lost_in(self) -> float:
         """Seconds until the host is given up as lost, if it stays as it is."""
@@ -262,11 +262,11 @@ class Run:
                     with map_connect_errors(host):
                         if around.config.kept_calls:
                             warden = await self._waiting.wait(
-                                around.hosts.warden(host, around.tls, around.config), self._limits.deadline
+                                around.hosts.get_instance(host, around.tls, around.config), self._limits.deadline
                             )
-                        talk = around.idle.take(host, around.tls)
+                        talk = around.idle.get(host, around.tls)
                         if talk is None:
-                            dialling = dial(host, around.tls, around.config)
+                            dialling = open_connection(host, around.tls, around.config)
                             talk = await self._waiting.wait(dialling, self._limits.deadline)
                     break
                 except Interrupted:
@@ -278,7 +278,7 @@ class Run:
         if not self._is_wanted():
             talk.abort()
             return await self._never_sent()
-        talk.ask(request)
+        talk.send_request(request)
         self._phase = Phase.SENT
         self._named = warden is not None
         return await self._listen(talk, host)
@@ -293,7 +293,7 @@ class Run:
 
     # A conversation.
 
-    async def _listen(self, talk: Conversation, host: Host) -> Outcome:
+    async def _listen(self, talk: HarpdConnection, host: Host) -> Outcome:
         """Listen until there is nothing more to hear. Closes the connection."""
         self._talk = talk
         self._over_there = False
@@ -313,11 +313,13 @@ class Run:
                 except LineTooLong as error:
                     return await self._broken_off(error, host)
                 except OSError as error:
-                    return await self._broken(to_failed(error, host, talk.standing), host)
+                    return await self._broken(to_failed(error, host, talk.phase_text), host)
                 if lines is None:
-                    closed = Failed("network_error", f"{describe_host(host)}: it closed the connection {talk.where}")
+                    closed = Failed(
+                        "network_error", f"{describe_host(host)}: it closed the connection {talk.describe_state}"
+                    )
                     return await self._broken(closed, host)
-                for message in talk.said(lines):
+                for message in talk.messages(lines):
                     self._limits.heard()
                     if isinstance(message, ProtocolError):
                         return await self._broken_off(message, host)
@@ -329,7 +331,7 @@ class Run:
             self._talk = None
             talk.abort()
 
-    async def _look_up(self, talk: Conversation, host: Host) -> Outcome | None:
+    async def _look_up(self, talk: HarpdConnection, host: Host) -> Outcome | None:
         """Do what is to be done now, whoever asked for it."""
         self._waiting.look_up()
         if self._recording.refused and not self._settling.ended:
@@ -355,12 +357,12 @@ class Run:
             self._limits.put_off()  # what the host has said in time may still wait here
         return self._limits.overdue(describe_host(host), self._settling.ended)
 
-    def _say_order(self, talk: Conversation) -> None:
+    def _say_order(self, talk: HarpdConnection) -> None:
         if self._order is not None and not self._ordered:
             self._ordered = True
-            talk.say(self._order)
+            talk.send_command(self._order)
 
-    async def _hear(self, message: Message | list[Raw], talk: Conversation, host: Host) -> Outcome | None:
+    async def _hear(self, message: Message | list[Raw], talk: HarpdConnection, host: Host) -> Outcome | None:
         match message:
             case list(records):
                 self._limits.brought()
@@ -384,14 +386,14 @@ class Run:
                 return await self._on_over(talk, message)
         return None
 
-    async def _on_acknowledged(self, terms: KeptTerms | None, talk: Conversation, host: Host) -> None:
+    async def _on_acknowledged(self, terms: KeptTerms | None, talk: HarpdConnection, host: Host) -> None:
         self._reach(Phase.ANSWERED)
         self._limits.acknowledge(None if terms is None else terms.elapsed)
         self._terms = terms
         if terms is None:
             if self._named:  # it was replaced by an older one since we asked
                 self._named = False
-                self._around.hosts.learnt(host, None)
+                self._around.hosts.set_instance(host, None)
             return
         self._ordered = False
         self._say_order(talk)  # at once: what comes next may break the connection
@@ -401,7 +403,7 @@ class Run:
             log.info("contact is there again", extra={**fields(self.job), "attempts": lost.attempts})
             if lost.noted:  # taken back before the host counts on it: else the next start might give it up too early
                 await self._settling.note_contact(Raw(b"null"))
-        talk.keep_contact(terms.elapsed, terms.keep_running, now=again)
+        talk.start_heartbeat(terms.elapsed, terms.keep_running, at_once=again)
 
     async def _on_refused(self, error: Failed, host: Host) -> Outcome:
         """An error that stands for the acknowledgement."""
@@ -416,11 +418,11 @@ class Run:
                     self._lost.failed(f"{describe_host(host)}: {error.type}: {error.message}")
                     return Outcome.LOST
         if error.type == "other_warden" and self._named:
-            self._around.hosts.forget(host)
+            self._around.hosts.invalidate(host)
             return Outcome.AGAIN
         return await self._conclude(error)
 
-    async def _on_over(self, talk: Conversation, end: End | None = None) -> Outcome | None:
+    async def _on_over(self, talk: HarpdConnection, end: End | None = None) -> Outcome | None:
         """The call is over on its host, but for what survives. None: something does, and there is more to hear."""
         await self._recording.stored()
         survives = self._settling.survives
@@ -434,9 +436,9 @@ class Run:
             log.error("processes of a job survive on its host", extra=fields(self.job))
             return None
         await asyncio.sleep(0)  # those who wait for the end go first
-        talk.say(Done())
+        talk.send_command(Done())
         assert self._host is not None
-        self._around.idle.give(self._host, self._around.tls, talk)
+        self._around.idle.put(self._host, self._around.tls, talk)
         return Outcome.OVER
 
     async def _broken(self, end: Failed, host: Host) -> Outcome:
@@ -456,7 +458,7 @@ class Run:
             await self._recording.stored()
             end = Failed(end.type, f"{end.message} (record {self._recording.expected} was to come)")
             await self._stop_with(end, "protocol_error")
-            self._recording.skip_to(BEHIND_ALL)
+            self._recording.skip_to(PAST_END)
         return await self._broken(end, host)
 
     # Limits.
@@ -478,11 +480,11 @@ class Run:
 
     def _lose(self, error: str) -> None:
         if self._lost is None:
-            heard = self._talk.heard if self._talk is not None else time.monotonic()
+            heard = self._talk.last_received_at if self._talk is not None else time.monotonic()
             self._lost = LostContact.begin(time.monotonic() - heard, self._around.wall())
             log.warning("contact is lost; the host keeps the call", extra={**fields(self.job), "reason": error})
             if self._host is not None:
-                self._around.hosts.forget(self._host)
+                self._around.hosts.invalidate(self._host)
         self._lost.failed(error)
         self._reach(Phase.ANSWERED)
 
@@ -521,13 +523,15 @@ class Run:
             lost.failed(f"the hosts registry has no host {self.job.host}")
             return Outcome.LOST
         self._waiting.look_up()
-        talk: Conversation | None = None
+        talk: HarpdConnection | None = None
         try:
             with map_connect_errors(host):
-                warden = await self._waiting.wait(around.hosts.warden(host, around.tls, around.config), give_up_at)
+                warden = await self._waiting.wait(
+                    around.hosts.get_instance(host, around.tls, around.config), give_up_at
+                )
                 if warden is None and self._terms is None:
                     return await self._was_tied(host)
-                talk = await self._waiting.wait(dial(host, around.tls, around.config), give_up_at)
+                talk = await self._waiting.wait(open_connection(host, around.tls, around.config), give_up_at)
         except Interrupted:
             lost.failed(lost.error or "reaching it took too long")
         except HostUnreachable as unreachable:
@@ -537,7 +541,7 @@ class Run:
                 lost.noted = True
                 await self._settling.note_contact(dumps(lost.fact()))
             return Outcome.LOST
-        talk.ask(around.attach_request(self.job.id, host, self._recording.expected))
+        talk.send_request(around.attach_request(self.job.id, host, self._recording.expected))
         return await self._listen(talk, host)
 
     def _lost_after(self) -> float:
@@ -577,7 +581,7 @@ class Run:
         assert self._lost is not None
         message = f"{describe_host(host)}: records of the job are gone, from number {self._recording.expected} on"
         try:
-            end = end_of_records(error)
+            end = parse_end_of_records(error)
         except ProtocolError as fault:
             self._lost.failed(to_protocol_error(fault, host).message)
             return Outcome.LOST
@@ -606,4 +610,4 @@ class Run:
         if not self._recording.refused:
             self._pace.progress()
         if self._talk is not None and self._terms is not None and self._limits.acknowledged:
-            self._talk.say(Stored(count))
+            self._talk.send_command(Stored(count))
