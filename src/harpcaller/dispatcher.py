@@ -22,9 +22,9 @@ import sys
 import time
 from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import partial, wraps
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 
 from harp.protocol.ends import Cancelled, End
 from harp.protocol.json_text import Raw, dumps
@@ -63,7 +63,23 @@ _STORE_PAUSE = 1.0
 #: Seconds that a shutdown waits for the ends of the calls under way to be stored.
 _LAST_ENDS = 10.0
 
+P = ParamSpec("P")
 T = TypeVar("T")
+
+
+def _shielded(
+    request: Callable[Concatenate[Dispatcher, P], Coroutine[Any, Any, T]],
+) -> Callable[Concatenate[Dispatcher, P], Coroutine[Any, Any, T]]:
+    """Make a method that completes its work even when its caller is cancelled."""
+
+    @wraps(request)
+    async def method(self: Dispatcher, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        task = asyncio.create_task(request(self, *args, **kwargs))
+        self._requests.add(task)
+        task.add_done_callback(self._requests.discard)
+        return await asyncio.shield(task)
+
+    return method
 
 
 class Dispatcher:
@@ -146,6 +162,7 @@ class Dispatcher:
         """How many calls are under way."""
         return len(self._runs)
 
+    @_shielded
     async def submit(self, call: Call, client: str, came: float | None = None) -> str:
         """Accept a job: it is on stable storage when this returns.
 
@@ -159,12 +176,33 @@ class Dispatcher:
         Returns:
             The job's id.
         """
-        return await self._whole(self._submit(call, client, came))
+        job = self._new_job(call)
+        self._wake.set()  # the claim is asked for in this turn of the loop, too, and goes into the same commit
+        asked = time.monotonic()
+        await self._store.add_job(job, self._wall())
+        self._surroundings.timings.stored(job.id, came, asked)
+        log.info("job submitted", extra={**fields(job), "client": client})
+        self._log_arguments(job)
+        return job.id
 
+    @_shielded
     async def submit_many(self, calls: Sequence[Call], client: str) -> list[str]:
         """Accept jobs, all or none, as `submit` does; return their ids in the same order."""
-        return await self._whole(self._submit_many(calls, client))
+        if not calls:
+            return []
+        # In a thread, so that nobody waits while there are many.
+        jobs = await asyncio.to_thread(lambda: list(map(self._new_job, calls)))
+        await self._store.add_jobs(jobs, self._wall())
+        self._wake.set()
+        about = {"jobs": len(jobs), "first": jobs[0].id, "last": jobs[-1].id}
+        log.info("jobs submitted", extra={**about, "client": client})
+        if log.isEnabledFor(logging.DEBUG):
+            for job in jobs:
+                log.debug("job submitted among many", extra=fields(job))
+                self._log_arguments(job)
+        return [job.id for job in jobs]
 
+    @_shielded
     async def cancel(self, job_id: str, client: str | None = None) -> bool:
         """Cancel a job that is queued or running. No start of its call follows this function's return.
 
@@ -175,11 +213,19 @@ class Dispatcher:
         Returns:
             False when the job has ended or is not known.
         """
-        return is_job_id(job_id) and await self._whole(self._cancel(job_id, client))
+        if not is_job_id(job_id):
+            return False
+        before = await self._store.cancel_job(job_id, self._wall(), self._cancelled_by(client))
+        if before is not None:
+            await self._stop_cancelled(job_id, before, client)
+        return before is not None
 
+    @_shielded
     async def cancel_queue(self, queue: Raw, client: str | None = None) -> int:
         """Cancel all jobs of a queue, as `cancel` does; return how many there were."""
-        return await self._whole(self._cancel_queue(queue, client))
+        cancelled = await self._store.cancel_queue(queue, self._wall(), self._cancelled_by(client))
+        await asyncio.gather(*(self._stop_cancelled(job_id, before, client) for job_id, before in cancelled))
+        return len(cancelled)
 
     async def stopped(self, job_id: str) -> JobDetails:
         """Return a job once nothing is pending any more of its stop; at once when it was not stopped.
@@ -195,9 +241,25 @@ class Dispatcher:
                     return await self._store.get_details(job_id)
                 await ended.wait()
 
+    @_shielded
     async def release(self, job_id: str) -> bool:
         """Free the slot of a job that has ended, whatever its host says; False when there is nothing to free."""
-        return is_job_id(job_id) and await self._whole(self._release(job_id))
+        if not is_job_id(job_id):
+            return False
+        try:
+            pending = (await self._store.get_job(job_id)).stop is Stop.PENDING
+        except UnknownJob:
+            return False
+        if pending:  # nobody would settle it any more
+            facts = Facts(receipt=dumps({"released": self._wall()}))
+            released = await self._store.settle_stop(job_id, Stop.FAILED, facts=facts)
+        else:
+            released = await self._store.release_slot(job_id)
+        if released:
+            log.warning("slot of a job released by hand", extra={"job": job_id})
+            self._news.end(job_id)
+            self._wake.set()
+        return released
 
     async def details(self, job_id: str) -> dict[str, Any]:
         """Return all that is known of a job, and a sentence why it is as it is. Payloads are `Raw`.
@@ -374,38 +436,6 @@ class Dispatcher:
 
     # From here on: how it is done.
 
-    async def _whole(self, request: Coroutine[Any, Any, T]) -> T:
-        """Carry out a request to its end, also when the one who asked goes away in the middle."""
-        task = asyncio.create_task(request)
-        self._requests.add(task)
-        task.add_done_callback(self._requests.discard)
-        return await asyncio.shield(task)
-
-    async def _submit(self, call: Call, client: str, came: float | None) -> str:
-        job = self._new_job(call)
-        self._wake.set()  # the claim is asked for in this turn of the loop, too, and goes into the same commit
-        asked = time.monotonic()
-        await self._store.add_job(job, self._wall())
-        self._surroundings.timings.stored(job.id, came, asked)
-        log.info("job submitted", extra={**fields(job), "client": client})
-        self._log_arguments(job)
-        return job.id
-
-    async def _submit_many(self, calls: Sequence[Call], client: str) -> list[str]:
-        if not calls:
-            return []
-        # In a thread, so that nobody waits while there are many.
-        jobs = await asyncio.to_thread(lambda: list(map(self._new_job, calls)))
-        await self._store.add_jobs(jobs, self._wall())
-        self._wake.set()
-        about = {"jobs": len(jobs), "first": jobs[0].id, "last": jobs[-1].id}
-        log.info("jobs submitted", extra={**about, "client": client})
-        if log.isEnabledFor(logging.DEBUG):
-            for job in jobs:
-                log.debug("job submitted among many", extra=fields(job))
-                self._log_arguments(job)
-        return [job.id for job in jobs]
-
     def _new_job(self, call: Call) -> NewJob:
         config = self._config
         return NewJob(
@@ -423,33 +453,6 @@ class Dispatcher:
     def _log_arguments(self, job: NewJob) -> None:
         if log.isEnabledFor(logging.DEBUG):
             log.debug("job's arguments", extra={"job": job.id, "arguments": job.arguments.decode()})
-
-    async def _cancel(self, job_id: str, client: str | None) -> bool:
-        before = await self._store.cancel_job(job_id, self._wall(), self._cancelled_by(client))
-        if before is not None:
-            await self._stop_cancelled(job_id, before, client)
-        return before is not None
-
-    async def _cancel_queue(self, queue: Raw, client: str | None) -> int:
-        cancelled = await self._store.cancel_queue(queue, self._wall(), self._cancelled_by(client))
-        await asyncio.gather(*(self._stop_cancelled(job_id, before, client) for job_id, before in cancelled))
-        return len(cancelled)
-
-    async def _release(self, job_id: str) -> bool:
-        try:
-            pending = (await self._store.get_job(job_id)).stop is Stop.PENDING
-        except UnknownJob:
-            return False
-        if pending:  # nobody would settle it any more
-            facts = Facts(receipt=dumps({"released": self._wall()}))
-            released = await self._store.settle_stop(job_id, Stop.FAILED, facts=facts)
-        else:
-            released = await self._store.release_slot(job_id)
-        if released:
-            log.warning("slot of a job released by hand", extra={"job": job_id})
-            self._news.end(job_id)
-            self._wake.set()
-        return released
 
     def _cancelled_by(self, client: str | None) -> Raw:
         return dumps({"why": "cancelled", "by": client, "at": self._wall()})
