@@ -18,7 +18,7 @@ from chaos.proxy import Mode
 from chaos.schedule import Fault, Kind
 from chaos.service import Service
 from chaos.system import Host, System
-from harpd.processes.process_tree import send
+from harpd.processes.process_tree import send_signal
 
 _MEBIBYTE = bytes(1 << 20)
 #: Seconds in which a start that found the disk full may still be failing when there is room again.
@@ -161,7 +161,7 @@ class Injector:
             return False
         process = calls[int(fault.choice * len(calls))]
         self.history.killed.add(process)
-        return send(signal.SIGKILL, process)
+        return send_signal(signal.SIGKILL, process)
 
     async def _on_warden(self, fault: Fault, host: Host) -> bool:
         wardens = await host.wardens()
@@ -174,13 +174,13 @@ class Injector:
         warden = Identity(pid, found[1])
         if fault.kind is Kind.KILL_WARDEN:
             self.history.wardens.append((host.name, now()))
-            return send(signal.SIGKILL, warden)
-        if not send(signal.SIGSTOP, warden):
+            return send_signal(signal.SIGKILL, warden)
+        if not send_signal(signal.SIGSTOP, warden):
             return False
         try:
             await asyncio.sleep(fault.seconds)
         finally:
-            send(signal.SIGCONT, warden)
+            send_signal(signal.SIGCONT, warden)
         return True
 
     async def _fill(self, fault: Fault) -> bool:

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from harpd.processes.cookie import entry
-from harpd.processes.process_tree import snapshot
+from harpd.processes.cookie import cookie_for
+from harpd.processes.process_tree import take_snapshot
 from support.cgroups import freezer, own_cgroup
 from support.deadline import wait_until
 from support.hopper import HOP, group_lives
@@ -122,7 +122,7 @@ def receipt_of(call: Conversation) -> dict[str, Any]:
 
 def lives(call_id: str) -> bool:
     """Whether anything runs that carries the call's mark."""
-    return any(process.alive and entry(call_id) in process.marks for process in snapshot().values())
+    return any(process.alive and cookie_for(call_id) in process.cookies for process in take_snapshot().values())
 
 
 def done(call: Conversation) -> None:
@@ -133,7 +133,7 @@ def done(call: Conversation) -> None:
 def test_what_forks_without_pause_is_ended(warden: Warden, stop: Path) -> None:
     with warden.keep("hops", str(stop), False) as call:
         pid = started(warden, call)
-        wait_until(lambda: any(p.group == pid != p.pid for p in snapshot().values()), DEADLINE, "the first hop")
+        wait_until(lambda: any(p.group == pid != p.pid for p in take_snapshot().values()), DEADLINE, "the first hop")
         call.send({"stop": {"why": "cancelled"}})
         receipt = receipt_of(call)
         assert not group_lives(pid)
@@ -203,7 +203,7 @@ def test_a_process_whose_first_thread_has_ended_is_ended(warden: Warden, tmp_pat
         started(warden, call)
         receipt = receipt_of(call)
         pid = int(path.read_text())
-        assert pid not in snapshot()
+        assert pid not in take_snapshot()
         assert pid in {one["pid"] for one in receipt["processes"]}
         assert (receipt["survivors"], receipt["complete"]) == ([], True)
         done(call)
@@ -254,7 +254,9 @@ def test_what_survives_a_call_that_was_forgotten_is_left_to_the_next_warden(tmp_
             call.send({"stop": {"why": "cancelled"}})
             assert [one["pid"] for one in receipt_of(call)["survivors"]] == [pid]
             done(call)
-        (record,) = wait_until(lambda: [*warden.runtime_directory.glob(f"calls/*/{call.id}.told")], what="the record")
+        (record,) = wait_until(
+            lambda: [*warden.runtime_directory.glob(f"calls/*/{call.id}.reported")], what="the record"
+        )
         warden.kill()
         with warden:
             assert warden.held() == []

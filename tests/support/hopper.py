@@ -10,7 +10,7 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
-from harpd.processes.process_tree import snapshot
+from harpd.processes.process_tree import take_snapshot
 from support.deadline import wait_until
 
 __all__ = ["HOP", "group_lives", "hopping"]
@@ -60,4 +60,4 @@ def hopping(directory: Path, session: bool = False, **environment: str) -> Itera
 
 def group_lives(group: int) -> bool:
     """Whether anything runs in a process group."""
-    return any(process.group == group and process.alive for process in snapshot().values())
+    return any(process.group == group and process.alive for process in take_snapshot().values())

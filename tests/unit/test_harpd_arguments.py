@@ -100,7 +100,7 @@ from harpd.worker.procedures import load_procedures
 with tempfile.NamedTemporaryFile("w", suffix=".py") as file:
     file.write(sys.argv[1])
     file.flush()
-    arguments.prepare(load_procedures(file.name).values())
+    arguments.preload_inspect(load_procedures(file.name).values())
 print(*sys.modules)
 """
     done = subprocess.run([sys.executable, "-P", "-c", program, text], capture_output=True, text=True, check=True)

@@ -21,7 +21,7 @@ pytestmark = [
 
 def test_what_forks_without_pause_is_in_it_and_is_killed(tmp_path: Path) -> None:
     with own_cgroup() as place, contextlib.ExitStack() as ending:
-        group = Cgroups(str(place)).make("a", os.getpid())  # what the test starts now is in it
+        group = Cgroups(str(place)).create("a", os.getpid())  # what the test starts now is in it
         assert group is not None
         try:
             ending.enter_context(hopping(tmp_path, session=True))

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from harpd.proc import Procedure, Result, StreamingProcedure, procedure, streaming_procedure
-from harpd.worker.privileges import UserError, resolve
+from harpd.worker.privileges import UserError, resolve_credentials
 from harpd.worker.procedures import ProceduresError, load_procedures
 
 
@@ -180,7 +180,7 @@ def test_a_file_that_is_not_there(tmp_path: Path) -> None:
 
 
 def resolved(uid: int | str | None, gid: list[int | str] | None) -> tuple[object, ...]:
-    account = resolve(uid, gid)
+    account = resolve_credentials(uid, gid)
     return account.uid, account.gid, account.groups, account.name, account.home
 
 
@@ -199,6 +199,6 @@ def test_resolve() -> None:
 @pytest.mark.parametrize("uid", ["no-such-user", "", "a\0b", "\ud800", "-1"])
 def test_no_such_user_or_group(uid: str) -> None:
     with pytest.raises(UserError, match="no user is called"):
-        resolve(uid, None)
+        resolve_credentials(uid, None)
     with pytest.raises(UserError, match="no group is called"):
-        resolve(None, [uid])
+        resolve_credentials(None, [uid])

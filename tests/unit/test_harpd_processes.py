@@ -14,16 +14,24 @@ from pathlib import Path
 import pytest
 
 from harpd.processes.cgroup import Cgroup
-from harpd.processes.cookie import entry
-from harpd.processes.process_tree import Process, Snapshot, Tree, kill_group, may_have_escaped, send, snapshot
+from harpd.processes.cookie import cookie_for
+from harpd.processes.process_tree import (
+    CallTree,
+    Process,
+    Snapshot,
+    has_possible_escapes,
+    kill_group,
+    send_signal,
+    take_snapshot,
+)
 from harpd.processes.procfs import start_time
 from harpd.supervisor.event_loop import EventLoop, Timer
-from harpd.supervisor.output import Output
+from harpd.supervisor.output import OutputCollector
 from support.deadline import wait_until
 from support.hopper import group_lives, hopping
 
 #: A tree whose main process is 100; no process of this system has these numbers and this environment.
-TREE = Tree(100, 50, b"HARPD_CALL=none of this system")
+TREE = CallTree(100, 50, b"HARPD_CALL=none of this system")
 
 
 def table(*processes: Process) -> Snapshot:
@@ -37,8 +45,8 @@ def members(processes: dict[int, Process], *known: tuple[int, int], late: bool =
 def process(
     pid: int, start: int = 60, state: str = "S", marked: bool = False, parent: int = 0, group: int = 0, session: int = 0
 ) -> Process:
-    marks = frozenset({TREE.mark} if marked else ())
-    return Process(pid, start, parent, group, session, state, marks=marks)
+    marks = frozenset({TREE.cookie} if marked else ())
+    return Process(pid, start, parent, group, session, state, cookies=marks)
 
 
 MAIN = process(100, 50, group=100, session=100)
@@ -84,19 +92,19 @@ def test_a_session_without_a_leader_is_the_calls_unless_nobody_watched() -> None
 
 ZYGOTE = process(7, 20, session=7)
 #: An earlier call's and one that lives at the same time.
-OTHERS = frozenset({entry("other"), entry("earlier")})
+OTHERS = frozenset({cookie_for("other"), cookie_for("earlier")})
 
 
 def escaped(*processes: Process, whole: bool = True) -> bool:
     look = table(ZYGOTE, *processes)
-    look.whole = whole
-    return may_have_escaped(TREE, ZYGOTE.pid, look, {(400, 70)}, OTHERS)
+    look.complete = whole
+    return has_possible_escapes(TREE, ZYGOTE.pid, look, {(400, 70)}, OTHERS)
 
 
 def child(pid: int = 300, start: int = 60, state: str = "S", threads: int = 1, mark: str | None = None) -> Process:
     """A child of the zygote."""
-    marks = frozenset(() if mark is None else {entry(mark)})
-    return Process(pid, start, ZYGOTE.pid, pid, pid, state, threads=threads, marks=marks)
+    marks = frozenset(() if mark is None else {cookie_for(mark)})
+    return Process(pid, start, ZYGOTE.pid, pid, pid, state, threads=threads, cookies=marks)
 
 
 def test_a_child_of_the_zygote_that_is_no_known_calls_may_have_escaped() -> None:
@@ -116,13 +124,13 @@ def test_only_marks_of_known_calls_count() -> None:
 def test_it_is_not_known_without_the_zygote_or_a_whole_look() -> None:
     assert not escaped()
     assert escaped(whole=False)
-    assert may_have_escaped(TREE, ZYGOTE.pid, table(MAIN), (), ())
+    assert has_possible_escapes(TREE, ZYGOTE.pid, table(MAIN), (), ())
 
 
 def test_in_a_cgroup_as_well_something_may_have_escaped(tmp_path: Path) -> None:
     """`su` with PAM puts what it executes into another one."""
-    tree = Tree(TREE.pid, TREE.start, TREE.mark, Cgroup(str(tmp_path)))
-    assert may_have_escaped(tree, ZYGOTE.pid, table(ZYGOTE, child()), (), ())
+    tree = CallTree(TREE.pid, TREE.start, TREE.cookie, Cgroup(str(tmp_path)))
+    assert has_possible_escapes(tree, ZYGOTE.pid, table(ZYGOTE, child()), (), ())
 
 
 def test_a_process_whose_first_thread_has_ended_lives() -> None:
@@ -133,9 +141,9 @@ def test_a_process_whose_first_thread_has_ended_lives() -> None:
 
 def test_groups_are_the_calls_own() -> None:
     before = process(100, 50, group=7, session=7)  # it has not left its zygote's session yet
-    assert TREE.groups([before]) == set()
-    assert TREE.groups([MAIN, process(101, group=100), process(102, group=102)]) == {100, 102}
-    assert TREE.groups([process(103, group=0), process(104, group=1)]) == set()  # -1 would be everybody
+    assert TREE.process_groups([before]) == set()
+    assert TREE.process_groups([MAIN, process(101, group=100), process(102, group=102)]) == {100, 102}
+    assert TREE.process_groups([process(103, group=0), process(104, group=1)]) == set()  # -1 would be everybody
 
 
 HEADLESS = """
@@ -153,11 +161,11 @@ def test_a_look_finds_a_process_whose_first_thread_has_ended() -> None:
         try:
             assert child.stdout is not None
             child.stdout.readline()
-            wait_until(lambda: snapshot()[child.pid].state == "Z", what="the first thread's end")
-            found = snapshot()[child.pid]
+            wait_until(lambda: take_snapshot()[child.pid].state == "Z", what="the first thread's end")
+            found = take_snapshot()[child.pid]
             assert found.alive
-            assert found.marks == {entry("headless")}
-            assert send(signal.SIGKILL, found.identity)
+            assert found.cookies == {cookie_for("headless")}
+            assert send_signal(signal.SIGKILL, found.identity)
         finally:
             child.kill()
 
@@ -173,9 +181,9 @@ os.posix_spawn("/bin/true", ["true"], {}, file_actions=[(os.POSIX_SPAWN_OPEN, 5,
 def test_a_look_that_is_whole_has_who_forks_and_exits_without_pause(tmp_path: Path, session: bool) -> None:
     with hopping(tmp_path, session, HARPD_CALL="hopper") as group:
         for _ in range(100):
-            look = snapshot()
-            found = any(p.alive and (entry("hopper") in p.marks or p.group == group) for p in look.values())
-            assert found or not look.whole
+            look = take_snapshot()
+            found = any(p.alive and (cookie_for("hopper") in p.cookies or p.group == group) for p in look.values())
+            assert found or not look.complete
 
 
 def test_a_group_is_killed_although_it_forks_without_pause(tmp_path: Path) -> None:
@@ -188,16 +196,16 @@ def test_a_group_is_killed_although_it_forks_without_pause(tmp_path: Path) -> No
 
 def test_a_look_becomes_whole_although_there_is_a_zombie() -> None:
     with subprocess.Popen(["true"]) as child:
-        wait_until(lambda: snapshot()[child.pid].state == "Z", what="the child's end")
-        wait_until(lambda: (look := snapshot()).whole and child.pid in look, what="a whole look")
+        wait_until(lambda: take_snapshot()[child.pid].state == "Z", what="the child's end")
+        wait_until(lambda: (look := take_snapshot()).complete and child.pid in look, what="a whole look")
 
 
 def test_who_sleeps_uninterruptibly_is_not_asked_for_its_mark(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     command = [sys.executable, "-c", DEEP_SLEEP, str(tmp_path / "pipe")]
     with subprocess.Popen(command, env={"HARPD_CALL": "deep"}) as child:
-        wait_until(lambda: snapshot()[child.pid].state == "D", what="deep sleep")
-        assert not snapshot()[child.pid].marks
+        wait_until(lambda: take_snapshot()[child.pid].state == "D", what="deep sleep")
+        assert not take_snapshot()[child.pid].cookies
         os.close(os.open(tmp_path / "pipe", os.O_WRONLY))
         assert child.wait() == 0
 
@@ -210,24 +218,24 @@ def sleeper() -> Iterator[subprocess.Popen[bytes]]:
 
 
 def test_snapshot_and_signals(sleeper: subprocess.Popen[bytes]) -> None:
-    found = snapshot()[sleeper.pid]
+    found = take_snapshot()[sleeper.pid]
     assert (found.parent, found.start) == (os.getpid(), start_time(sleeper.pid))
-    assert found.marks == {entry("sleeper")}
-    assert not send(signal.SIGKILL, (sleeper.pid, found.start + 1))
+    assert found.cookies == {cookie_for("sleeper")}
+    assert not send_signal(signal.SIGKILL, (sleeper.pid, found.start + 1))
     assert sleeper.poll() is None
-    assert send(signal.SIGKILL, found.identity)
+    assert send_signal(signal.SIGKILL, found.identity)
     sleeper.wait()
-    assert not send(signal.SIGKILL, found.identity)
+    assert not send_signal(signal.SIGKILL, found.identity)
     assert start_time(sleeper.pid) == 0
 
 
 #: Looks for a child of its own, as the first process of a container whose session is one of outside.
 CONTAINED = """
 import os, subprocess
-from harpd.processes.process_tree import snapshot
+from harpd.processes.process_tree import take_snapshot
 with subprocess.Popen(["sleep", "3600"], env={"HARPD_CALL": "inside"}, stdout=subprocess.DEVNULL) as child:
-    found = snapshot()[child.pid]
-    print(found.session, *found.marks)
+    found = take_snapshot()[child.pid]
+    print(found.session, *found.cookies)
     child.kill()
 """
 
@@ -238,7 +246,7 @@ def test_in_a_container_who_shows_no_session_shows_its_mark() -> None:
     if subprocess.run([*contained, "true"], check=False, capture_output=True).returncode:
         pytest.skip("needs to make a PID namespace")
     looked = subprocess.run([*contained, sys.executable, "-c", CONTAINED], check=True, capture_output=True, text=True)
-    assert looked.stdout.split() == ["0", str(entry("inside"))]
+    assert looked.stdout.split() == ["0", str(cookie_for("inside"))]
 
 
 def test_a_name_may_hold_anything() -> None:
@@ -246,7 +254,7 @@ def test_a_name_may_hold_anything() -> None:
     with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE) as child:
         assert child.stdout is not None
         child.stdout.readline()
-        assert snapshot()[child.pid].parent == os.getpid()
+        assert take_snapshot()[child.pid].parent == os.getpid()
         child.kill()
 
 
@@ -257,25 +265,25 @@ def fail() -> None:
 def test_timers_fire_in_order_and_cancelled_ones_are_gone() -> None:
     loop, fired = EventLoop(), list[int]()
     for number in (3, 1, 2):
-        loop.after(number / 1000, lambda number=number: fired.append(number))  # type: ignore[misc]
-    loop.after(0.0015, lambda: fired.append(9)).cancel()
-    loop.after(0, fail)  # ends no other
-    loop.after(0.004, loop.stop)
+        loop.call_later(number / 1000, lambda number=number: fired.append(number))  # type: ignore[misc]
+    loop.call_later(0.0015, lambda: fired.append(9)).cancel()
+    loop.call_later(0, fail)  # ends no other
+    loop.call_later(0.004, loop.stop)
     loop.run()
     assert fired == [1, 2, 3]
 
 
 def test_limits_of_calls_that_have_ended_do_not_pile_up() -> None:
     loop = EventLoop()
-    kept = [loop.after(3600, loop.stop) for _ in range(10)]
+    kept = [loop.call_later(3600, loop.stop) for _ in range(10)]
     for _ in range(10_000):
-        timer = loop.after(3600, loop.stop)
+        timer = loop.call_later(3600, loop.stop)
         timer.cancel()
         timer.cancel()
     assert sum(isinstance(one, Timer) for one in gc.get_objects()) < 300
     for timer in kept:
         timer.cancel()
-    loop.after(0, loop.stop)
+    loop.call_later(0, loop.stop)
     loop.run()
 
 
@@ -286,8 +294,8 @@ def printed(caplog: pytest.LogCaptureFixture) -> list[str]:
 def test_lines_of_pipes(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     loop = EventLoop()
-    output = Output(loop, 1)
-    pipes = [output.open({"call": str(number)}, "stdout") for number in range(3)]
+    output = OutputCollector(loop, 1)
+    pipes = [output.open_pipe({"call": str(number)}, "stdout") for number in range(3)]
     for number, (_, writing) in enumerate(pipes):
         os.write(writing, f"begun {number}".encode())
     os.write(pipes[0][1], b"\n\nnext\nrest")
@@ -295,16 +303,16 @@ def test_lines_of_pipes(caplog: pytest.LogCaptureFixture) -> None:
     def go_on() -> None:
         assert printed(caplog) == ["begun 0", "", "next"]
         for reading, _ in pipes[:2]:
-            output.leave(reading)  # one too many: the first is closed
+            output.release(reading)  # one too many: the first is closed
         assert printed(caplog)[3:] == ["rest"]
         with pytest.raises(BrokenPipeError):
             os.write(pipes[0][1], b"more")
         os.write(pipes[1][1], b"!\n")
         for _, writing in pipes:
             os.close(writing)
-        loop.after(0.01, loop.stop)  # what the pipes hold is read before timers are looked at
+        loop.call_later(0.01, loop.stop)  # what the pipes hold is read before timers are looked at
 
-    loop.after(0.01, go_on)
-    loop.after(30, loop.stop)
+    loop.call_later(0.01, go_on)
+    loop.call_later(30, loop.stop)
     loop.run()
     assert sorted(printed(caplog)[4:]) == ["begun 1!", "begun 2"]

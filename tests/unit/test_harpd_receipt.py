@@ -7,7 +7,7 @@ import signal
 from harp.protocol.harpd import Receipt
 from harp.protocol.json_text import dumps
 from harpd.processes.process_tree import Process
-from harpd.processes.stop_report import Findings
+from harpd.processes.stop_report import StopReport
 
 MAIN = Process(100, 50, command="main")
 
@@ -17,15 +17,15 @@ def others(number: int) -> list[Process]:
 
 
 def test_what_became_of_each() -> None:
-    findings = Findings(MAIN.identity)
+    findings = StopReport(MAIN.identity)
     one, other = others(2)
-    findings.note([MAIN, one, other])
+    findings.record([MAIN, one, other])
     for number in (signal.SIGTERM, signal.SIGKILL, signal.SIGKILL):
-        findings.note_signal(number, one.identity)
-    findings.note([MAIN])
-    findings.note_end(signal.SIGKILL)
-    findings.note([])
-    receipt = findings.receipt(main_ended=True, complete=True, began=1.0, ended=2.0)
+        findings.record_signal(number, one.identity)
+    findings.record([MAIN])
+    findings.record_exit(signal.SIGKILL)
+    findings.record([])
+    receipt = findings.to_json(main_ended=True, complete=True, began=1.0, ended=2.0)
     assert [(each["pid"], each["signals"], each["ended"]) for each in receipt["processes"]] == [
         (100, [], "SIGKILL"),
         (101, ["SIGTERM", "SIGKILL"], "gone after SIGKILL"),
@@ -35,18 +35,18 @@ def test_what_became_of_each() -> None:
 
 
 def test_a_main_process_that_was_not_reaped_survives_whatever_was_found() -> None:
-    findings = Findings(MAIN.identity)
-    findings.note([MAIN])
-    findings.note([])
-    receipt = findings.receipt(main_ended=False, complete=False, began=1.0)
+    findings = StopReport(MAIN.identity)
+    findings.record([MAIN])
+    findings.record([])
+    receipt = findings.to_json(main_ended=False, complete=False, began=1.0)
     assert (receipt["survivors"], receipt["surviving"]) == ([{"pid": 100, "command": "main"}], 1)
 
 
 def test_however_many_there_are_the_receipt_is_small() -> None:
-    findings = Findings(MAIN.identity)
-    findings.note([MAIN, *others(50_000)])
-    findings.note(others(50_000))
-    receipt = findings.receipt(main_ended=False, complete=False, began=1.0)
+    findings = StopReport(MAIN.identity)
+    findings.record([MAIN, *others(50_000)])
+    findings.record(others(50_000))
+    receipt = findings.to_json(main_ended=False, complete=False, began=1.0)
     assert (len(receipt["processes"]), receipt["found"]) == (100, 50_001)
     assert (len(receipt["survivors"]), receipt["surviving"]) == (100, 50_001)
     text = dumps(receipt)
@@ -55,9 +55,9 @@ def test_however_many_there_are_the_receipt_is_small() -> None:
 
 
 def test_what_comes_and_goes_without_end_is_counted_and_not_kept() -> None:
-    findings = Findings(MAIN.identity)
+    findings = StopReport(MAIN.identity)
     for pid in range(200, 5200):
-        findings.note([Process(pid, 60)])
-    receipt = findings.receipt(main_ended=True, complete=False, began=1.0)
+        findings.record([Process(pid, 60)])
+    receipt = findings.to_json(main_ended=True, complete=False, began=1.0)
     assert receipt["found"] == 5001
     assert len(receipt["processes"]) == 100

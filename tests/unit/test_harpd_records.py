@@ -16,10 +16,10 @@ from typing import Any
 import pytest
 
 from harpd.processes.cgroup import Cgroups
-from harpd.processes.cookie import entry
-from harpd.processes.process_tree import Tree, snapshot
+from harpd.processes.cookie import cookie_for
+from harpd.processes.process_tree import CallTree, take_snapshot
 from harpd.processes.procfs import start_time
-from harpd.supervisor.state_files import CallRecords, Record, Swept
+from harpd.supervisor.state_files import CallState, CleanupResult, StateDir
 from support.cgroups import freezer, own_cgroup
 from support.deadline import wait_until
 from support.hopper import group_lives, hopping
@@ -32,15 +32,15 @@ class Wardens:
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
-        self._alive: dict[CallRecords, str] = {}
+        self._alive: dict[StateDir, str] = {}
 
-    def begin(self, name: str) -> CallRecords:
+    def begin(self, name: str) -> StateDir:
         """A new warden."""
-        records = CallRecords(self._directory, name)
+        records = StateDir(self._directory, name)
         self._alive[records] = name
         return records
 
-    def kill(self, records: CallRecords) -> None:
+    def kill(self, records: StateDir) -> None:
         """Do what a warden's death does: close its locks, on its own directory and on those of dead wardens."""
         del self._alive[records]
         calls = self._directory / "calls"
@@ -65,13 +65,13 @@ def wardens(tmp_path: Path) -> Iterator[Wardens]:
 
 
 @pytest.fixture
-def old(wardens: Wardens) -> CallRecords:
+def old(wardens: Wardens) -> StateDir:
     """The records of a warden that is going to die."""
     return wardens.begin("old")
 
 
 @pytest.fixture
-def new(wardens: Wardens) -> CallRecords:
+def new(wardens: Wardens) -> StateDir:
     """Those of its successor."""
     return wardens.begin("new")
 
@@ -97,55 +97,53 @@ def process(call_id: str) -> Iterator[int]:
 
 
 def lives(pid: int) -> bool:
-    found = snapshot().get(pid)
+    found = take_snapshot().get(pid)
     return found is not None and found.alive
 
 
-def record(call_id: str, pid: int, **more: Any) -> Record:
-    return Record(Tree(pid, start_time(pid), entry(call_id)), more)
+def record(call_id: str, pid: int, **more: Any) -> CallState:
+    return CallState(CallTree(pid, start_time(pid), cookie_for(call_id)), more)
 
 
-def sweep(records: CallRecords, until_gone: bool = True) -> list[Swept]:
+def sweep(records: StateDir, until_gone: bool = True) -> list[CleanupResult]:
     """Sweep until it is not worth while to do it again soon; all that was found."""
-    found = [records.sweep()]
+    found = [records.clean_up()]
     while until_gone and found[-1].again:
         time.sleep(0.02)
-        found.append(records.sweep())
+        found.append(records.clean_up())
     return found
 
 
 def test_what_a_dead_warden_left_is_killed_and_told_once(
-    wardens: Wardens, tmp_path: Path, old: CallRecords, new: CallRecords
+    wardens: Wardens, tmp_path: Path, old: StateDir, new: StateDir
 ) -> None:
     with process("a") as pid:
-        old.add("a", record("a", pid, kept=1))
-        assert new.sweep() == Swept()  # it lives
+        old.write("a", record("a", pid, kept=1))
+        assert new.clean_up() == CleanupResult()  # it lives
         wardens.kill(old)
         found = sweep(new)
         assert not lives(pid)
         assert sum(swept.killed for swept in found) == 1
-        assert [swept.calls["a"].more["kept"] for swept in found if swept.calls] == [1]
-        assert new.sweep() == Swept()
+        assert [swept.calls["a"].session["kept"] for swept in found if swept.calls] == [1]
+        assert new.clean_up() == CleanupResult()
         assert names(tmp_path) == set()
 
 
-def test_an_end_that_was_to_be_told_is_told_and_nothing_killed(
-    wardens: Wardens, old: CallRecords, new: CallRecords
-) -> None:
+def test_an_end_that_was_to_be_told_is_told_and_nothing_killed(wardens: Wardens, old: StateDir, new: StateDir) -> None:
     with process("a") as pid:
-        old.add("a", record("a", pid))
-        old.over("a")
+        old.write("a", record("a", pid))
+        old.mark_ended("a")
         wardens.kill(old)
-        assert list(new.sweep().calls) == ["a"]
+        assert list(new.clean_up().calls) == ["a"]
         assert lives(pid)
 
 
 def test_what_survives_an_end_that_was_told_is_killed_and_not_told(
-    wardens: Wardens, old: CallRecords, new: CallRecords
+    wardens: Wardens, old: StateDir, new: StateDir
 ) -> None:
     with process("a") as pid:
-        old.add("a", record("a", pid))
-        old.told("a")
+        old.write("a", record("a", pid))
+        old.mark_reported("a")
         wardens.kill(old)
         found = sweep(new)
         assert sum(swept.killed for swept in found) == 1
@@ -154,42 +152,46 @@ def test_what_survives_an_end_that_was_told_is_killed_and_not_told(
 
 
 @pytest.mark.parametrize(
-    "order", ["over told", "told over", "remove", "over remove", "told remove", "remove over told"]
+    "order",
+    [
+        "mark_ended mark_reported",
+        "mark_reported mark_ended",
+        "remove",
+        "mark_ended remove",
+        "mark_reported remove",
+        "remove mark_ended mark_reported",
+    ],
 )
-def test_a_record_goes_when_it_says_nothing_more(tmp_path: Path, new: CallRecords, order: str) -> None:
-    new.add("a", Record(Tree(1, 2, entry("a")), {}))
+def test_a_record_goes_when_it_says_nothing_more(tmp_path: Path, new: StateDir, order: str) -> None:
+    new.write("a", CallState(CallTree(1, 2, cookie_for("a")), {}))
     for step in order.split():
-        assert not step.startswith("over") or names(tmp_path) <= {"a", "a.told"}
+        assert step != "mark_ended" or names(tmp_path) <= {"a", "a.reported"}
         getattr(new, step)("a")
     assert names(tmp_path) == set()
 
 
-def test_an_orderly_end_leaves_only_what_has_still_to_be_ended(
-    wardens: Wardens, tmp_path: Path, old: CallRecords
-) -> None:
+def test_an_orderly_end_leaves_only_what_has_still_to_be_ended(wardens: Wardens, tmp_path: Path, old: StateDir) -> None:
     for call_id in ("a", "b", "c"):
-        old.add(call_id, Record(Tree(1, 2, entry(call_id)), {}))
-    old.over("b")
-    old.told("c")
+        old.write(call_id, CallState(CallTree(1, 2, cookie_for(call_id)), {}))
+    old.mark_ended("b")
+    old.mark_reported("c")
     old.close()
-    assert names(tmp_path) == {"a", "c.told"}
+    assert names(tmp_path) == {"a", "c.reported"}
     other = wardens.begin("other")
     other.close()
     assert not (tmp_path / "calls" / "other").exists()
 
 
-def test_a_directory_is_locked_before_it_can_be_seen(tmp_path: Path, new: CallRecords) -> None:
+def test_a_directory_is_locked_before_it_can_be_seen(tmp_path: Path, new: StateDir) -> None:
     """One that is just being made is not a dead warden's."""
     (tmp_path / "calls" / ".made").mkdir()
-    assert new.sweep() == Swept()
+    assert new.clean_up() == CleanupResult()
     assert (tmp_path / "calls" / ".made").exists()
 
 
-def test_who_forks_without_pause_is_killed(
-    wardens: Wardens, tmp_path: Path, old: CallRecords, new: CallRecords
-) -> None:
+def test_who_forks_without_pause_is_killed(wardens: Wardens, tmp_path: Path, old: StateDir, new: StateDir) -> None:
     with hopping(tmp_path, HARPD_CALL="a") as group:
-        old.add("a", Record(Tree(group, 0, entry("a")), {}))
+        old.write("a", CallState(CallTree(group, 0, cookie_for("a")), {}))
         wardens.kill(old)
         sweep(new)
         assert not group_lives(group)
@@ -199,16 +201,16 @@ def test_who_forks_without_pause_is_killed(
 @pytest.mark.root
 @ROOT
 def test_in_a_cgroup_who_forks_without_pause_is_killed(
-    wardens: Wardens, tmp_path: Path, old: CallRecords, new: CallRecords
+    wardens: Wardens, tmp_path: Path, old: StateDir, new: StateDir
 ) -> None:
     with own_cgroup() as place, contextlib.ExitStack() as ending:
-        group = Cgroups(str(place)).make("a", os.getpid())
+        group = Cgroups(str(place)).create("a", os.getpid())
         assert group is not None
         try:
             ending.enter_context(hopping(tmp_path, session=True))
         finally:
             (place.parent / "cgroup.procs").write_text(str(os.getpid()))
-        old.add("a", Record(Tree(os.getpid(), 0, entry("a"), group), {}))
+        old.write("a", CallState(CallTree(os.getpid(), 0, cookie_for("a"), group), {}))
         wardens.kill(old)
         sweep(new)
         assert not Path(group.path).exists()
@@ -217,48 +219,48 @@ def test_in_a_cgroup_who_forks_without_pause_is_killed(
 @pytest.mark.root
 @ROOT
 def test_what_cannot_be_killed_is_told_watched_and_left_to_the_next(
-    wardens: Wardens, tmp_path: Path, old: CallRecords, new: CallRecords, caplog: pytest.LogCaptureFixture
+    wardens: Wardens, tmp_path: Path, old: StateDir, new: StateDir, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.ERROR, "harpd.supervisor")
     with process("a") as pid, process("b") as other, freezer() as cold:
         cold.freeze(pid)
         for call_id, main in (("a", pid), ("b", other)):
-            old.add(call_id, record(call_id, main))
+            old.write(call_id, record(call_id, main))
         wardens.kill(old)
-        swept = new.sweep()
+        swept = new.clean_up()
         assert swept.calls.keys() == {"a", "b"}
-        assert [one["pid"] for one in swept.receipts["a"]["survivors"]] == [pid]
+        assert [one["pid"] for one in swept.stop_reports["a"]["survivors"]] == [pid]
         for later in sweep(new):
-            assert (later.killed, later.calls, later.receipts.keys() - {"b"}) == (0, {}, set())
+            assert (later.killed, later.calls, later.stop_reports.keys() - {"b"}) == (0, {}, set())
         assert not lives(other)
-        assert names(tmp_path) == {"a.told"}
+        assert names(tmp_path) == {"a.reported"}
         assert [event.message for event in caplog.records] == ["processes of a dead warden's call can't be killed"]
         for _ in range(3):
-            assert new.sweep() == Swept()
+            assert new.clean_up() == CleanupResult()
         assert len(caplog.records) == 1
         third = wardens.begin("third")
-        assert third.sweep() == Swept()  # another has taken it over
+        assert third.clean_up() == CleanupResult()  # another has taken it over
         wardens.kill(new)
-        swept = third.sweep()
-        assert (swept.killed, swept.calls, swept.receipts) == (1, {}, {})
+        swept = third.clean_up()
+        assert (swept.killed, swept.calls, swept.stop_reports) == (1, {}, {})
         cold.thaw()
-        wait_until(lambda: not third.sweep().again, what="the last one's end")
-        wait_until(lambda: third.sweep() == Swept() and not names(tmp_path), what="no record")
+        wait_until(lambda: not third.clean_up().again, what="the last one's end")
+        wait_until(lambda: third.clean_up() == CleanupResult() and not names(tmp_path), what="no record")
 
 
 @pytest.mark.root
 @ROOT
-def test_the_end_of_what_survived_is_told(wardens: Wardens, old: CallRecords, new: CallRecords) -> None:
+def test_the_end_of_what_survived_is_told(wardens: Wardens, old: StateDir, new: StateDir) -> None:
     with process("a") as pid, freezer() as cold:
         cold.freeze(pid)
-        old.add("a", record("a", pid))
+        old.write("a", record("a", pid))
         wardens.kill(old)
         (first,) = sweep(new, until_gone=False)
-        assert [one["pid"] for one in first.receipts["a"]["survivors"]] == [pid]
+        assert [one["pid"] for one in first.stop_reports["a"]["survivors"]] == [pid]
         cold.thaw()
-        (last,) = wait_until(lambda: [swept for swept in sweep(new) if swept.receipts], what="the last receipt")
+        (last,) = wait_until(lambda: [swept for swept in sweep(new) if swept.stop_reports], what="the last receipt")
         assert (last.calls, last.again) == ({}, False)
-        receipt = last.receipts["a"]
+        receipt = last.stop_reports["a"]
         assert (receipt["survivors"], receipt["complete"]) == ([], False)
         assert (receipt["processes"][0]["signals"], receipt["processes"][0]["ended"]) == (
             [signal.SIGKILL.name],

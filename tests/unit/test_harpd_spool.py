@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harpd.supervisor.spool import SHARE, Spool, SpoolMemory
+from harpd.supervisor.spool import GUARANTEED_BYTES, Spool, SpoolQuota
 
 
 def lines(first: int, count: int) -> bytes:
@@ -14,7 +14,7 @@ def lines(first: int, count: int) -> bytes:
 
 def read(spool: Spool, number: int) -> bytes:
     found = b""
-    while (piece := spool.piece(number)) is not None:
+    while (piece := spool.chunk_from(number)) is not None:
         assert piece.first == number
         found += piece.lines
         number = piece.first + piece.count
@@ -39,25 +39,25 @@ def test_a_piece_knows_when_it_came() -> None:
     spool = Spool()
     spool.append(lines(0, 3), 3, 12.5)
     spool.append(lines(3, 1), 1, 13.5)
-    pieces = [spool.piece(1), spool.piece(3)]
-    assert [(piece.first, piece.count, piece.at) for piece in pieces if piece] == [(1, 2, 12.5), (3, 1, 13.5)]
+    pieces = [spool.chunk_from(1), spool.chunk_from(3)]
+    assert [(piece.first, piece.count, piece.time) for piece in pieces if piece] == [(1, 2, 12.5), (3, 1, 13.5)]
 
 
 def test_a_spool_that_begins_later_knows_nothing_before() -> None:
     spool = Spool()
-    spool.skip(7)
-    assert (spool.first, spool.end, spool.piece(7)) == (7, 7, None)
+    spool.start_at(7)
+    assert (spool.first, spool.end, spool.chunk_from(7)) == (7, 7, None)
 
 
 def test_past_the_memory_of_all_those_wait_who_have_more_than_their_share() -> None:
-    memory = SpoolMemory(3 * SHARE)
+    memory = SpoolQuota(3 * GUARANTEED_BYTES)
     woken: list[str] = []
-    memory.take(3 * SHARE)
-    assert memory.has_room(SHARE - 1, "small", lambda: woken.append("small"))
-    assert not memory.has_room(SHARE, "large", lambda: woken.append("large"))
-    memory.give_back(0)
+    memory.reserve(3 * GUARANTEED_BYTES)
+    assert memory.may_grow(GUARANTEED_BYTES - 1, "small", lambda: woken.append("small"))
+    assert not memory.may_grow(GUARANTEED_BYTES, "large", lambda: woken.append("large"))
+    memory.release(0)
     assert woken == []
-    memory.give_back(1)
-    memory.give_back(1)
+    memory.release(1)
+    memory.release(1)
     assert woken == ["large"]
-    assert memory.has_room(2 * SHARE, "large", lambda: woken.append("again"))
+    assert memory.may_grow(2 * GUARANTEED_BYTES, "large", lambda: woken.append("again"))

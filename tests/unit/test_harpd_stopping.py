@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from harpd.processes.process_tree import Process, Snapshot, Tree
+from harpd.processes.process_tree import CallTree, Process, Snapshot
 from harpd.supervisor import termination as stopping
 from harpd.supervisor.event_loop import EventLoop
-from harpd.supervisor.termination import Stopping
+from harpd.supervisor.termination import TerminationSequence
 
 #: No process of this system has such a number.
 MAIN = 5_000_000
@@ -24,17 +24,17 @@ def gone(look: Callable[[float], Snapshot], strays: Callable[[], bool]) -> tuple
     told: list[dict[str, Any]] = []
 
     def tell() -> None:
-        receipt = stopping_.receipt()
+        receipt = stopping_.stop_report()
         assert receipt is not None
         told.append(receipt)
 
-    stopping_ = Stopping(
-        loop, Tree(MAIN, 50, b"HARPD_CALL=a"), 0.01, look, lambda processes, tree: strays(), tell, loop.stop
+    stopping_ = TerminationSequence(
+        loop, CallTree(MAIN, 50, b"HARPD_CALL=a"), 0.01, look, lambda processes, tree: strays(), tell, loop.stop
     )
-    stopping_.main_ended(0)
-    loop.after(20.0, loop.stop)
+    stopping_.on_main_exit(0)
+    loop.call_later(20.0, loop.stop)
     loop.run()
-    receipt = stopping_.receipt()
+    receipt = stopping_.stop_report()
     assert receipt is not None
     return receipt, told
 

@@ -15,7 +15,7 @@ from typing import NoReturn
 from harpd.auth import AuthDB
 from harpd.config.loaded import Options, configure_log, make_generation
 from harpd.config.settings import ConfigError, listening_places
-from harpd.worker.privileges import UserError, resolve
+from harpd.worker.privileges import UserError, resolve_credentials
 from harpd.worker.procedures import load_procedures
 
 __all__ = ["check"]
@@ -84,7 +84,7 @@ def _read_all(options: Options) -> list[str]:
     accounts |= {f"{options.procedures}: {name}": (found.uid, found.gid) for name, found in procedures.items()}
     for whose, (user, groups) in accounts.items():
         try:
-            resolve(user, groups)
+            resolve_credentials(user, groups)
         except UserError as error:
             warnings.append(f"{whose}: {error}; calls will fail")
     return warnings

@@ -28,9 +28,9 @@ from harp.protocol.ends import Failed
 from harp.protocol.fields import ProtocolError
 from harp.protocol.harpd import Held, decode_message
 from harp.protocol.json_text import InvalidJSON, dumps, loads
-from harpd.supervisor.listener import CURRENT, OWN
+from harpd.supervisor.listener import ACTIVE_SOCKET, SOCKET_PREFIX
 
-__all__ = ["CURRENT", "NoWarden", "Reply", "WardenConnection", "WardenError", "WardenLost", "Wardens"]
+__all__ = ["ACTIVE_SOCKET", "NoWarden", "Reply", "WardenConnection", "WardenError", "WardenLost", "Wardens"]
 
 T = TypeVar("T")
 
@@ -151,19 +151,21 @@ class Wardens:
 
     def names(self) -> list[str]:
         """The names of all wardens' own sockets, dead ones' too."""
-        return sorted(name for name in os.listdir(self._directory) if name.startswith(OWN) and "." not in name)
+        return sorted(
+            name for name in os.listdir(self._directory) if name.startswith(SOCKET_PREFIX) and "." not in name
+        )
 
     def current(self) -> int | None:
         """The number of who takes new calls: another number, another warden. None: nobody does."""
         try:
-            return os.stat(CURRENT, dir_fd=self._directory).st_ino
+            return os.stat(ACTIVE_SOCKET, dir_fd=self._directory).st_ino
         except FileNotFoundError:
             return None
 
     async def remove_dead(self) -> None:
         """Remove the sockets of dead wardens. Only for who starts wardens, and while none is being started."""
         for name in os.listdir(self._directory):
-            if name == CURRENT or name.startswith(OWN):
+            if name == ACTIVE_SOCKET or name.startswith(SOCKET_PREFIX):
                 try:
                     (await self.open(name)).close()
                 except NoWarden:
@@ -174,7 +176,7 @@ class Wardens:
 
     # One warden.
 
-    async def open(self, name: str = CURRENT) -> WardenConnection:
+    async def open(self, name: str = ACTIVE_SOCKET) -> WardenConnection:
         """Open a connection to a warden.
 
         Raises:
@@ -213,7 +215,9 @@ class Wardens:
             return await self.open()
         return None
 
-    async def ask(self, request: Mapping[str, Any], deadline: float = _ANSWER, name: str = CURRENT) -> dict[str, Any]:
+    async def ask(
+        self, request: Mapping[str, Any], deadline: float = _ANSWER, name: str = ACTIVE_SOCKET
+    ) -> dict[str, Any]:
         """Send a control request and return the answer.
 
         Args:
@@ -283,7 +287,7 @@ class Wardens:
             WardenError: there is no warden, or one gives no answer: a list with a gap is worse than none.
         """
         request = dumps({"calls": owner}) + b"\n"
-        current = await _patiently(partial(self._held_by, CURRENT, request))
+        current = await _patiently(partial(self._held_by, ACTIVE_SOCKET, request))
         calls = dict.fromkeys(current.calls)
         for name in self._others(current.warden):
             if (held := await self._held_by(name, request)) is not None:
@@ -291,7 +295,7 @@ class Wardens:
         return Held(tuple(calls), current.warden)
 
     def _others(self, warden: str) -> list[str]:
-        return [name for name in self.names() if name != OWN + warden]
+        return [name for name in self.names() if name != SOCKET_PREFIX + warden]
 
     async def _held_by(self, name: str, request: bytes) -> Held | None:
         """What one warden holds; None when it is dead."""
@@ -323,7 +327,7 @@ class Wardens:
 
     async def _find(self, request: bytes) -> Reply | None:
         """Ask each warden once; None when that leaves open who holds the call."""
-        current = await self._reply(CURRENT, request)
+        current = await self._reply(ACTIVE_SOCKET, request)
         if current is not None and current.unknown_to is None:
             return current
         with ExitStack() as closing:

@@ -13,7 +13,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["Cgroup", "Cgroups", "own_cgroup"]
+__all__ = ["Cgroup", "Cgroups", "delegated_cgroup"]
 
 log = logging.getLogger("harpd.supervisor")
 
@@ -85,7 +85,7 @@ class Cgroups:
     def __init__(self, directory: str | None) -> None:
         self._directory = directory
 
-    def make(self, call_id: str, pid: int) -> Cgroup | None:
+    def create(self, call_id: str, pid: int) -> Cgroup | None:
         """Make a cgroup for a call and put its main process there; None: that can't be done."""
         if self._directory is None:
             return None
@@ -101,7 +101,7 @@ class Cgroups:
         return group
 
 
-def own_cgroup() -> str | None:
+def delegated_cgroup() -> str | None:
     """The directory of this process's cgroup, if it was delegated to us; else None."""
     try:
         path = _own_directory()

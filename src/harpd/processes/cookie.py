@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import os
 
-__all__ = ["Mark", "entry", "environment_with_room", "marks_in"]
+__all__ = ["EnvCookie", "cookie_for", "find_cookies", "reserve_cookie"]
 
 _NAME = "HARPD_CALL"
 #: Bytes for a call's id, which is a UUID.
@@ -22,17 +22,17 @@ _getenv.restype = ctypes.c_void_p
 _getenv.argtypes = [ctypes.c_char_p]
 
 
-def entry(call_id: str) -> bytes:
+def cookie_for(call_id: str) -> bytes:
     """The entry that marks the processes of a call."""
     return _PREFIX + call_id.encode()
 
 
-def environment_with_room() -> dict[str, str]:
+def reserve_cookie() -> dict[str, str]:
     """The environment to execute a zygote with."""
     return {**os.environ, _NAME: _UNUSED}
 
 
-def marks_in(environment: bytes) -> frozenset[bytes]:
+def find_cookies(environment: bytes) -> frozenset[bytes]:
     """The entries that mark the processes of calls, in an environment as /proc shows it."""
     if _PREFIX not in environment:
         return frozenset()
@@ -40,7 +40,7 @@ def marks_in(environment: bytes) -> frozenset[bytes]:
     return frozenset(found) - {_PREFIX + _UNUSED.encode()}
 
 
-class Mark:
+class EnvCookie:
     """The room in this process's environment. Make it before anything changes the environment."""
 
     def __init__(self) -> None:

@@ -23,10 +23,10 @@ from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from harpd.processes.cgroup import Cgroup
-from harpd.processes.cookie import marks_in
-from harpd.processes.procfs import start_time, stat_of
+from harpd.processes.cookie import find_cookies
+from harpd.processes.procfs import read_stat, start_time
 
-__all__ = ["Process", "Snapshot", "Tree", "kill_group", "may_have_escaped", "send", "snapshot"]
+__all__ = ["CallTree", "Process", "Snapshot", "has_possible_escapes", "kill_group", "send_signal", "take_snapshot"]
 
 #: So often processes are listed before a look is given up as not whole.
 _MOST_LISTS = 8
@@ -58,7 +58,7 @@ class Process:
     command: str = ""
     threads: int = 1
     flags: int = 0
-    marks: frozenset[bytes] = frozenset()
+    cookies: frozenset[bytes] = frozenset()
 
     @property
     def identity(self) -> tuple[int, int]:
@@ -78,11 +78,11 @@ class Snapshot(dict[int, Process]):
         whole: whether it has all that lived at one moment, later than the call of `snapshot`; see above.
     """
 
-    whole = True
+    complete = True
 
 
 @dataclass(frozen=True, slots=True)
-class Tree:
+class CallTree:
     """A call's processes: by its main process, which leads their session, and by the call's mark.
 
     Attributes:
@@ -94,8 +94,8 @@ class Tree:
 
     pid: int
     start: int
-    mark: bytes
-    group: Cgroup | None = None
+    cookie: bytes
+    cgroup: Cgroup | None = None
 
     def members(
         self, processes: Mapping[int, Process], known: Iterable[tuple[int, int]] = (), late: bool = False
@@ -113,9 +113,9 @@ class Tree:
         # A number is not given again while a session has it; a leader with another start time has it anew.
         if main.start == self.start if main is not None else not late:
             found |= {p.pid for p in processes.values() if self.pid in (p.pid, p.session, p.group)}
-        found |= {p.pid for p in processes.values() if p.start >= self.start and self.mark in p.marks}
-        if self.group is not None:
-            found |= self.group.pids() & processes.keys()
+        found |= {p.pid for p in processes.values() if p.start >= self.start and self.cookie in p.cookies}
+        if self.cgroup is not None:
+            found |= self.cgroup.pids() & processes.keys()
         children: dict[int, list[int]] = {}
         for process in processes.values():
             children.setdefault(process.parent, []).append(process.pid)
@@ -127,7 +127,7 @@ class Tree:
                     waiting.append(child)
         return [processes[pid] for pid in found if processes[pid].alive]
 
-    def groups(self, members: Iterable[Process]) -> set[int]:
+    def process_groups(self, members: Iterable[Process]) -> set[int]:
         """The process groups of these members. Nobody else is in them, for the call has made them all.
 
         The main process makes the first as soon as it was forked; till then it is alone, and in its zygote's group.
@@ -139,8 +139,8 @@ class Tree:
         }
 
 
-def may_have_escaped(
-    tree: Tree, zygote: int, processes: Snapshot, mains: Container[tuple[int, int] | None], marks: Container[bytes]
+def has_possible_escapes(
+    tree: CallTree, zygote: int, processes: Snapshot, mains: Container[tuple[int, int] | None], marks: Container[bytes]
 ) -> bool:
     """Whether something of a call may live that can't be told to be the call's; its main process has been reaped.
 
@@ -154,19 +154,19 @@ def may_have_escaped(
         mains: the main processes of the zygote's calls.
         marks: the marks of all known calls; anybody can write any other.
     """
-    if not processes.whole or zygote not in processes:
+    if not processes.complete or zygote not in processes:
         return True
     return any(
         process.parent == zygote
         and process.start >= tree.start
         and process.alive
         and process.identity not in mains
-        and not any(mark in marks for mark in process.marks)
+        and not any(mark in marks for mark in process.cookies)
         for process in processes.values()
     )
 
 
-def snapshot() -> Snapshot:
+def take_snapshot() -> Snapshot:
     """All processes of a moment from now on."""
     processes = Snapshot()
     for _ in range(_MOST_LISTS):
@@ -175,8 +175,8 @@ def snapshot() -> Snapshot:
         # A dead process has no children: who has a dead parent was read before they were given another.
         orphans = [p for p in processes.values() if p.alive and p.parent and not _lives(p.parent, processes)]
         moved = [_has_moved(orphan, processes) for orphan in orphans]
-        processes.whole = all(alive) and not any(moved)
-        if processes.whole:
+        processes.complete = all(alive) and not any(moved)
+        if processes.complete:
             break
     return processes
 
@@ -195,7 +195,7 @@ def _add(pid: int, processes: dict[int, Process]) -> bool:
         processes.pop(pid, None)
         return False
     marks = _marks(process)
-    processes[pid] = replace(process, marks=marks) if marks else process
+    processes[pid] = replace(process, cookies=marks) if marks else process
     return process.alive and marks is not None
 
 
@@ -215,7 +215,7 @@ def _marks(process: Process) -> frozenset[bytes] | None:
         for place in places:
             with contextlib.suppress(ProcessLookupError), open(f"{place}/environ", "rb") as file:
                 if text := file.read():
-                    return marks_in(text)
+                    return find_cookies(text)
         return None if _is_ending(process.pid) else frozenset()
     except PermissionError:
         return frozenset()
@@ -230,13 +230,13 @@ def _has_moved(orphan: Process, processes: dict[int, Process]) -> bool:
 
 def _is_ending(pid: int) -> bool:
     """Whether a process is on its way out, or gone."""
-    found = stat_of(pid)
+    found = read_stat(pid)
     return found is None or bool(int(found[1][6]) & _EXITING)
 
 
 def _read(pid: int) -> Process | None:
     """A process as it is now, its marks left out; None: it is gone. Raises PermissionError: we may not know of it."""
-    found = stat_of(pid)
+    found = read_stat(pid)
     if found is None:
         return None
     command, fields = found[0].decode("utf-8", "backslashreplace"), found[1]
@@ -245,7 +245,7 @@ def _read(pid: int) -> Process | None:
     return Process(pid, start, parent, group, session, state, command, threads, flags)
 
 
-def send(number: signal.Signals, identity: tuple[int, int]) -> bool:
+def send_signal(number: signal.Signals, identity: tuple[int, int]) -> bool:
     """Send a signal to this very process; False: it is gone, or not ours to signal."""
     pid, start = identity
     try:
@@ -267,7 +267,7 @@ def kill_group(group: int) -> None:
     """Kill a process group at once: none of it can fork while the others are killed.
 
     Args:
-        group: one of `Tree.groups` of a look of this moment. A group has its number while there is anybody in it, and
+        group: one of `CallTree.process_groups` of a snapshot of now. A group has its number while it has members, and
             numbers are given in turn: this one is not another's before all others were given.
     """
     with contextlib.suppress(ProcessLookupError, PermissionError):

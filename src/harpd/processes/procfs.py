@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-__all__ = ["start_time", "stat_of"]
+__all__ = ["read_stat", "start_time"]
 
 #: More than the line can have.
 _SIZE = 4096
@@ -12,7 +12,7 @@ _SIZE = 4096
 _START = 19
 
 
-def stat_of(pid: int) -> tuple[bytes, list[bytes]] | None:
+def read_stat(pid: int) -> tuple[bytes, list[bytes]] | None:
     """What /proc says of a process: its command, and the fields from its state on; None: it is gone.
 
     Raises:
@@ -37,7 +37,7 @@ def stat_of(pid: int) -> tuple[bytes, list[bytes]] | None:
 def start_time(pid: int) -> int:
     """The start time of a process in clock ticks since boot; 0: there is none that we may know of."""
     try:
-        found = stat_of(pid)
+        found = read_stat(pid)
     except PermissionError:
         return 0
     return int(found[1][_START]) if found else 0

@@ -14,7 +14,7 @@ from typing import Any
 
 from harpd.processes.process_tree import Process
 
-__all__ = ["Findings"]
+__all__ = ["StopReport"]
 
 #: How many processes, and how many survivors, a receipt lists.
 _SHOWN = 100
@@ -29,7 +29,7 @@ class _Trace:
     ended: str | None = None
 
 
-class Findings:
+class StopReport:
     """What the looks at a call's processes have found.
 
     Args:
@@ -43,11 +43,11 @@ class Findings:
         self._others = 0
 
     @property
-    def left(self) -> Mapping[tuple[int, int], Process]:
+    def remaining(self) -> Mapping[tuple[int, int], Process]:
         """What the last look has found."""
         return self._left
 
-    def note(self, members: Iterable[Process]) -> None:
+    def record(self, members: Iterable[Process]) -> None:
         """A look has found these processes, and nothing else of the call."""
         found = {member.identity: member for member in members}
         for identity, member in found.items():
@@ -63,17 +63,17 @@ class Findings:
                 trace.ended = f"gone after {trace.signals[-1]}" if trace.signals else "gone"
         self._left = found
 
-    def note_signal(self, number: signal.Signals, identity: tuple[int, int]) -> None:
+    def record_signal(self, number: signal.Signals, identity: tuple[int, int]) -> None:
         """A process was sent a signal; the same one again is not worth mentioning."""
         trace = self._traces.get(identity)
         if trace and trace.signals[-1:] != [number.name]:
             trace.signals.append(number.name)
 
-    def note_end(self, status: int) -> None:
+    def record_exit(self, status: int) -> None:
         """The main process has been reaped, with this wait status."""
         self._traces[self._main].ended = _ending(status)
 
-    def receipt(self, main_ended: bool, complete: bool, began: float, ended: float | None = None) -> dict[str, Any]:
+    def to_json(self, main_ended: bool, complete: bool, began: float, ended: float | None = None) -> dict[str, Any]:
         """The receipt.
 
         Args:

@@ -13,15 +13,15 @@ from collections.abc import Callable
 from harp.protocol.ends import Failed
 from harp.protocol.harpd import Acknowledgement, encode_message
 from harp.protocol.json_text import Raw
-from harpd.supervisor.buffered_stream import Attachment
-from harpd.supervisor.call import RunningCall, Stop
+from harpd.supervisor.buffered_stream import BufferedStream
+from harpd.supervisor.call import Call, StopReason
 from harpd.supervisor.event_loop import EventLoop
 
-__all__ = ["Tied"]
+__all__ = ["BoundSession"]
 
 
-class Tied:
-    """The one connection of a call. A `harpd.supervisor.call.Audience`.
+class BoundSession:
+    """The one connection of a call. A `harpd.supervisor.call.CallObserver`.
 
     Args:
         loop: the event loop.
@@ -44,50 +44,50 @@ class Tied:
         self._acknowledgement = Acknowledgement(streaming, keep=keep)
         self._most = most
         self._on_closed = on_closed
-        self._call: RunningCall | None = None
-        self._gate = Attachment(loop, connection, lambda data: None, self._on_lost, self._on_room)
+        self._call: Call | None = None
+        self._gate = BufferedStream(loop, connection, lambda data: None, self._on_lost, self._on_room)
 
-    def attend(self, call: RunningCall) -> None:
+    def bind_call(self, call: Call) -> None:
         """From now on this is the call."""
         self._call = call
 
-    def let_go(self) -> None:
+    def release(self) -> None:
         """There is no call: leave the connection, which stays open, to whoever gave it."""
-        self._gate.release()
+        self._gate.detach()
 
     @property
     def full(self) -> bool:
-        """See `Audience`."""
-        return self._gate.waiting >= self._most
+        """See `CallObserver`."""
+        return self._gate.pending_bytes >= self._most
 
-    def acknowledged(self) -> None:
-        """See `Audience`."""
+    def on_started(self) -> None:
+        """See `CallObserver`."""
         self._gate.send_soon(encode_message(self._acknowledgement))
 
-    def take(self, lines: bytes, count: int) -> None:
-        """See `Audience`."""
+    def on_records(self, lines: bytes, count: int) -> None:
+        """See `CallObserver`."""
         self._gate.send(lines)
 
-    def end(self, line: bytes) -> None:
-        """See `Audience`."""
+    def on_end(self, line: bytes) -> None:
+        """See `CallObserver`."""
         self._gate.send(line)
 
-    def refused(self, end: Failed) -> None:
-        """See `Audience`."""
+    def on_rejected(self, end: Failed) -> None:
+        """See `CallObserver`."""
         self._gate.send(encode_message(end))
 
-    def over(self, evidence: Callable[[], Raw], receipt: Raw | None) -> None:
-        """See `Audience`; a tied caller is told nothing of this."""
+    def on_exit(self, evidence: Callable[[], Raw], receipt: Raw | None) -> None:
+        """See `CallObserver`; a tied caller is told nothing of this."""
 
-    def gone(self, receipt: Raw | None) -> None:
-        """See `Audience`."""
-        self._gate.finish(self._on_closed)
+    def on_closed(self, receipt: Raw | None) -> None:
+        """See `CallObserver`."""
+        self._gate.close_after_flush(self._on_closed)
 
     def _on_room(self) -> None:
         if self._call is not None:
-            self._call.resume()
+            self._call.resume_reading()
 
     def _on_lost(self) -> None:
         if self._call is not None:
-            self._call.stop(Stop.CANCELLED)
-            self._call.resume()  # what the process still says is read, and dropped
+            self._call.stop(StopReason.CANCELLED)
+            self._call.resume_reading()  # what the process still says is read, and dropped

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from harpd.supervisor.event_loop import READ, WRITE, EventLoop, Timer
 
-__all__ = ["Attachment"]
+__all__ = ["BufferedStream"]
 
 #: Bytes that are read at once: a caller that gives orders without end shares the warden with the others.
 _READ_SIZE = 1 << 12
@@ -17,7 +17,7 @@ _ENOUGH = 256 * 1024
 _SOON = 0.003
 
 
-class Attachment:
+class BufferedStream:
     """Owns a non-blocking connection from the gate.
 
     Args:
@@ -49,12 +49,12 @@ class Attachment:
         self._watch()
 
     @property
-    def waiting(self) -> int:
+    def pending_bytes(self) -> int:
         """Bytes that the other side has not taken yet."""
         return len(self._out)
 
     @property
-    def has_room(self) -> bool:
+    def writable(self) -> bool:
         """Whether more should be sent now."""
         return len(self._out) < _ENOUGH and not self._lost
 
@@ -75,14 +75,14 @@ class Attachment:
         if not self._lost and not self.closed:
             self._out += data
             if self._soon is None:
-                self._soon = self._loop.after(_SOON, self._send_now)
+                self._soon = self._loop.call_later(_SOON, self._send_now)
 
     def _send_now(self) -> None:
         self._flush()
         self._watch()
         self._close_if_done()
 
-    def finish(self, closed: Callable[[], None]) -> None:
+    def close_after_flush(self, closed: Callable[[], None]) -> None:
         """Close once everything is sent; `closed` is called then."""
         self._closing = closed
         if self._soon is not None:
@@ -90,9 +90,9 @@ class Attachment:
             self._watch()
         self._close_if_done()
 
-    def release(self) -> None:
+    def detach(self) -> None:
         """Have nothing to do with the connection any more; it stays open."""
-        self._loop.forget(self._connection.fileno())
+        self._loop.unwatch(self._connection.fileno())
 
     def close(self) -> None:
         """Close now; what is not sent is dropped."""
@@ -100,7 +100,7 @@ class Attachment:
             self._soon.cancel()
             self._soon = None
         if not self.closed:
-            self._loop.forget(self._connection.fileno())
+            self._loop.unwatch(self._connection.fileno())
             self._connection.close()
         self._out.clear()
         self._lost = True
@@ -113,7 +113,7 @@ class Attachment:
     def _on_ready(self) -> None:
         waited = bool(self._out)
         self._flush()
-        if waited and self.has_room:
+        if waited and self.writable:
             self._on_room()
         if not self._lost and not self.closed:
             self._receive()
@@ -149,7 +149,7 @@ class Attachment:
             self._lost = True
             self._out.clear()
             if not self.closed:
-                self._loop.forget(self._connection.fileno())
+                self._loop.unwatch(self._connection.fileno())
             self._on_lost()
 
     def _close_if_done(self) -> None:

@@ -30,17 +30,17 @@ from harp.protocol.ends import Failed
 from harp.protocol.harpd import encode_message
 from harp.protocol.json_text import InvalidJSON, Raw, dumps, loads
 from harpd.processes.cgroup import Cgroups
-from harpd.processes.cookie import entry
-from harpd.processes.process_tree import Snapshot, Tree
+from harpd.processes.cookie import cookie_for
+from harpd.processes.process_tree import CallTree, Snapshot
 from harpd.supervisor.event_loop import READ, WRITE, EventLoop, Timer
-from harpd.supervisor.output import Output
-from harpd.supervisor.spool import SHARE, SpoolMemory
-from harpd.supervisor.state_files import CallRecords, Record
-from harpd.supervisor.termination import Stopping
+from harpd.supervisor.output import OutputCollector
+from harpd.supervisor.spool import GUARANTEED_BYTES, SpoolQuota
+from harpd.supervisor.state_files import CallState, StateDir
+from harpd.supervisor.termination import TerminationSequence
 from harpd.supervisor.worker_process import Usage
-from harpd.supervisor.zygote_client import Offered, Zygote
+from harpd.supervisor.zygote_client import ProcedureInfo, ZygoteClient
 
-__all__ = ["Audience", "RunningCall", "Stop", "Surroundings"]
+__all__ = ["Call", "CallContext", "CallObserver", "StopReason"]
 
 log = logging.getLogger("harpd.supervisor")
 
@@ -61,7 +61,7 @@ _TRACEBACK = b'{"traceback":'
 _CLOSINGS = {b'{"result":': "result", b'{"exception":': "exception", b'{"harp":1,"error":': "error"}
 
 
-class Stop(Enum):
+class StopReason(Enum):
     """Why a call is stopped: the word for the log, and who does it by way of the evidence."""
 
     TIME_LIMIT = "timeout", "limit"
@@ -70,44 +70,44 @@ class Stop(Enum):
     CANCELLED = "cancelled", "cancel"
     SHUTDOWN = "shutdown", "shutdown"
     LOST_CONTACT = "lost_contact", "lost_contact"
-    GARBLED = "garbled", "itself"
+    PROTOCOL_VIOLATION = "garbled", "itself"
 
     def __init__(self, why: str, by: str) -> None:
         self.why = why
         self.by = by
 
 
-class Audience(Protocol):
+class CallObserver(Protocol):
     """Who hears a call."""
 
     @property
     def full(self) -> bool:
-        """Whether nothing more should be said now; `RunningCall.resume` is called once more may be."""
+        """Whether nothing more should be said now; `Call.resume` is called once more may be."""
 
-    def acknowledged(self) -> None:
+    def on_started(self) -> None:
         """The process exists. Comes first, unless there is a refusal."""
 
-    def refused(self, end: Failed) -> None:
+    def on_rejected(self, end: Failed) -> None:
         """There is no process; nothing but `gone` follows."""
 
-    def take(self, lines: bytes, count: int) -> None:
+    def on_records(self, lines: bytes, count: int) -> None:
         """The process has said `count` records."""
 
-    def end(self, line: bytes) -> None:
+    def on_end(self, line: bytes) -> None:
         """The end is decided: this is the closing line."""
 
-    def over(self, evidence: Callable[[], Raw], receipt: Raw | None) -> None:
+    def on_exit(self, evidence: Callable[[], Raw], receipt: Raw | None) -> None:
         """The main process has ended, and what was to be stopped is gone, or survives as the receipt says.
 
         Evidence is made when it is asked for, now: most of it costs something, and not every audience wants it.
         """
 
-    def gone(self, receipt: Raw | None) -> None:
+    def on_closed(self, receipt: Raw | None) -> None:
         """Nothing of the call is left, or nothing that is ours to stop. A receipt: of survivors that are gone now."""
 
 
 @dataclass(frozen=True, slots=True)
-class Surroundings:
+class CallContext:
     """What all calls share.
 
     Attributes:
@@ -125,17 +125,17 @@ class Surroundings:
 
     loop: EventLoop
     kill_grace: float
-    records: CallRecords
-    look: Callable[[float], Snapshot]
-    strays: Callable[[Snapshot, Tree], bool]
-    output: Output
+    state_dir: StateDir
+    take_snapshot: Callable[[float], Snapshot]
+    has_possible_escapes: Callable[[Snapshot, CallTree], bool]
+    output: OutputCollector
     cgroups: Cgroups
-    memory: SpoolMemory
+    quota: SpoolQuota
     keep_stderr: bool
     keep_tracebacks: bool
 
 
-class RunningCall:
+class Call:
     """A call from its beginning to the death of its processes; or, in a process that rests then, to its closing line.
 
     Args:
@@ -154,14 +154,14 @@ class RunningCall:
 
     def __init__(
         self,
-        around: Surroundings,
+        around: CallContext,
         call_id: str,
         procedure: str,
-        offered: Offered,
-        zygote: Zygote,
-        audience: Audience,
+        offered: ProcedureInfo,
+        zygote: ZygoteClient,
+        audience: CallObserver,
         record: Mapping[str, Any],
-        on_gone: Callable[[RunningCall], None],
+        on_gone: Callable[[Call], None],
     ) -> None:
         self._around = around
         self._loop = around.loop
@@ -174,11 +174,11 @@ class RunningCall:
         self._to_call = memoryview(b"")
         self._from_call = bytearray()
         self._said_end = False
-        self._stopped: Stop | None = None
+        self._stopped: StopReason | None = None
         self._stopped_by: tuple[str | None, str | None] = (None, None)
         self._limit: Timer | None = None
-        self._processes: Stopping | None = None  # None: the zygote has not forked yet
-        self._tree: Tree | None = None
+        self._processes: TerminationSequence | None = None  # None: the zygote has not forked yet
+        self._tree: CallTree | None = None
         self._status: int | None = None
         self._usage = Usage()
         self._traceback: str | None = None
@@ -191,53 +191,59 @@ class RunningCall:
         self._gone = False
         self._process = zygote.assign(self, call_id, procedure, around.output, self._fields)
 
-    def give(self, arguments: Raw, authentication: float | None) -> None:
+    def send_arguments(self, arguments: Raw, authentication: float | None) -> None:
         """Give the process its arguments; once. `authentication`: seconds that it took, for the evidence."""
         self._authentication = authentication
         self._to_call = memoryview(f"{self.id} ".encode() + bytes(arguments) + b"\n")
         if self._process.pid:  # an idle process; the zygote announces a new one
-            self.forked(*self._process.identity)
+            self.on_forked(*self._process.identity)
 
     @property
-    def main(self) -> tuple[int, int] | None:
+    def main_process(self) -> tuple[int, int] | None:
         """Pid and start time of the main process; None: there is none yet."""
         return None if self._tree is None else (self._tree.pid, self._tree.start)
 
     # What the zygote says.
 
-    def forked(self, pid: int, start: int) -> None:
+    def on_forked(self, pid: int, start: int) -> None:
         """The process is there: the call is acknowledged."""
         process = self._process
         if process.served == 1:
-            process.group = self._around.cgroups.make(self.id, pid)
+            process.cgroup = self._around.cgroups.create(self.id, pid)
         self._fork = time.monotonic() - self._asked
-        self._tree = Tree(pid, start, entry(self.id), process.group)
+        self._tree = CallTree(pid, start, cookie_for(self.id), process.cgroup)
         around = self._around
-        self._processes = Stopping(
-            around.loop, self._tree, around.kill_grace, around.look, around.strays, self._survived, self._leave
+        self._processes = TerminationSequence(
+            around.loop,
+            self._tree,
+            around.kill_grace,
+            around.take_snapshot,
+            around.has_possible_escapes,
+            self._survived,
+            self._leave,
         )
         try:
-            around.records.add(self.id, Record(self._tree, self._record))
+            around.state_dir.write(self.id, CallState(self._tree, self._record))
         except OSError as error:  # it would be missed only if this warden were killed
             log.error("a call can't be recorded", extra={**self._fields, "reason": str(error)})
         log.info("call started", extra={**self._fields, "pid": pid})
-        self._audience.acknowledged()
+        self._audience.on_started()
         if self._stopped is None:
             if self._offered.timeout is not None:
-                self._limit = self._loop.after(self._offered.timeout, lambda: self.stop(Stop.TIME_LIMIT))
+                self._limit = self._loop.call_later(self._offered.timeout, lambda: self.stop(StopReason.TIME_LIMIT))
         else:
-            self._processes.begin(interrupt=False)
+            self._processes.start(interrupt=False)
         self._send_arguments()  # at once: the process waits for nothing else
         self._watch()
 
-    def refused(self, reason: str) -> None:
+    def on_fork_failed(self, reason: str) -> None:
         """There is no process."""
         log.info("call ended", extra={**self._fields, "end": "system_error", "reason": reason})
         self._said_end = self._over = True
-        self._audience.refused(Failed("system_error", reason))
+        self._audience.on_rejected(Failed("system_error", reason))
         self._leave()
 
-    def reaped(self, status: int, usage: Usage) -> None:
+    def on_reaped(self, status: int, usage: Usage) -> None:
         """The main process has ended: what it has said is read to the end, then its end is known."""
         assert self._processes is not None
         self._status, self._usage = status, usage
@@ -251,11 +257,11 @@ class RunningCall:
             self._leave()  # what it left running is not ours to stop
             return
         self._decide_end()
-        self._processes.main_ended(status)
+        self._processes.on_main_exit(status)
 
     # Stopping.
 
-    def stop(self, why: Stop, reason: str | None = None, by: str | None = None) -> None:
+    def stop(self, why: StopReason, reason: str | None = None, by: str | None = None) -> None:
         """Stop the call; the first reason stands. One that has ended by itself is left alone.
 
         Args:
@@ -268,38 +274,38 @@ class RunningCall:
         if not self._decided:
             self._begin_stop(why, reason, by)
 
-    def _begin_stop(self, why: Stop, reason: str | None, by: str | None) -> None:
+    def _begin_stop(self, why: StopReason, reason: str | None, by: str | None) -> None:
         self._stopped = why
         self._stopped_by = reason, by
         self._to_call = memoryview(b"")  # a procedure that has no arguments yet never begins
         self._drop_line()
         log.info("call is stopped", extra={**self._fields, "why": why.why, "reason": reason})
         if self._processes is not None:
-            self._processes.begin(interrupt=why is Stop.TIME_LIMIT)
+            self._processes.start(interrupt=why is StopReason.TIME_LIMIT)
 
     def _decide_end(self) -> None:
         if not self._said_end:
             self._said_end = True
             end = self._stopped_end()
             log.info("call ended", extra={**self._fields, "end": end.type, "reason": end.message})
-            self._audience.end(encode_message(end))
+            self._audience.on_end(encode_message(end))
 
     def _stopped_end(self) -> Failed:
         reason, _ = self._stopped_by
         match self._stopped:
-            case Stop.TIME_LIMIT:
+            case StopReason.TIME_LIMIT:
                 return Failed("timeout", f"the procedure took more than its limit of {self._offered.timeout:g} s")
-            case Stop.MAX_EXEC_TIME:
+            case StopReason.MAX_EXEC_TIME:
                 return Failed("timeout", f"maximum execution time: the call took more than {reason}")
-            case Stop.SILENCE:
+            case StopReason.SILENCE:
                 return Failed("timeout", f"reading the result: the call said nothing for {reason}")
-            case Stop.CANCELLED:
+            case StopReason.CANCELLED:
                 return Failed("cancelled", f"its caller stopped the call{f' ({reason})' if reason else ''}")
-            case Stop.SHUTDOWN:
+            case StopReason.SHUTDOWN:
                 return Failed("shutdown", "harpd was stopped while the call ran")
-            case Stop.LOST_CONTACT:
+            case StopReason.LOST_CONTACT:
                 return Failed("lost_contact", "its dispatcher was away for longer than the call may run without it")
-            case Stop.GARBLED:
+            case StopReason.PROTOCOL_VIOLATION:
                 return Failed("call_died", f"the call was stopped: {reason}")
             case None:
                 assert self._status is not None
@@ -309,7 +315,7 @@ class RunningCall:
         """Killed, and still there: that is what there is to say, for now."""
         self._decide_end()
         assert self._processes is not None
-        receipt = self._processes.receipt()
+        receipt = self._processes.stop_report()
         log.error("processes of a call can't be killed", extra={**self._fields, "receipt": receipt})
         self._finish(receipt)
 
@@ -318,7 +324,7 @@ class RunningCall:
         if self._over:
             return
         self._over = True
-        self._audience.over(self._evidence, None if receipt is None else dumps(receipt))
+        self._audience.on_exit(self._evidence, None if receipt is None else dumps(receipt))
 
     def _evidence(self) -> Raw:
         try:
@@ -354,12 +360,12 @@ class RunningCall:
             return self._stopped.by
         if not signalled:
             return "itself"
-        group = self._tree.group if self._tree is not None else None
+        group = self._tree.cgroup if self._tree is not None else None
         return "out_of_memory" if group is not None and group.out_of_memory() else "unknown"
 
     # What the process says.
 
-    def resume(self) -> None:
+    def resume_reading(self) -> None:
         """More may be said again, or nobody wants to hear it any more."""
         self._watch()
 
@@ -375,7 +381,7 @@ class RunningCall:
         if events:
             self._loop.watch(self._process.channel.fileno(), events, self._on_channel)
         else:  # watched for nothing it would still report its hang-up, again and again
-            self._loop.forget(self._process.channel.fileno())
+            self._loop.unwatch(self._process.channel.fileno())
 
     @property
     def _listening(self) -> bool:
@@ -401,8 +407,8 @@ class RunningCall:
         if self._processes is not None:
             self._read_call(1)
         if self._hurries():
-            self._loop.forget(self._process.channel.fileno())
-            self._loop.after(_GATHER, self._watch)
+            self._loop.unwatch(self._process.channel.fileno())
+            self._loop.call_later(_GATHER, self._watch)
         else:
             self._watch()
 
@@ -459,14 +465,14 @@ class RunningCall:
     def _begin_line(self, data: bytes) -> None:
         """Keep what may become a line, if there is room for it."""
         self._from_call += data
-        self._around.memory.take(len(data))
+        self._around.quota.reserve(len(data))
         if len(self._from_call) > _LONGEST_LINE:
             self._garbled(f"it wrote a line longer than {_LONGEST_LINE} bytes")
-        elif len(self._from_call) > SHARE and self._around.memory.exhausted:
+        elif len(self._from_call) > GUARANTEED_BYTES and self._around.quota.exhausted:
             self._garbled("it wrote a long line, and the calls of this host hold as much as they may")
 
     def _drop_line(self) -> None:
-        self._around.memory.give_back(len(self._from_call))
+        self._around.quota.release(len(self._from_call))
         self._from_call = bytearray()
 
     def _take_records(self, lines: bytes) -> bool:
@@ -482,7 +488,7 @@ class RunningCall:
         if not self._offered.streaming:
             self._garbled("it wrote records, and its procedure is not a streaming one")
             return False
-        self._audience.take(lines, count)
+        self._audience.on_records(lines, count)
         return True
 
     def _close_saying(self, closing: bytes) -> None:
@@ -498,18 +504,18 @@ class RunningCall:
         # An error is harpd's own code's, which may have failed halfway.
         if kind != "error" and not (self._from_call or self._to_call) and self._process.has_calls_left:
             self._unrecord()  # before anybody knows, as when it is reaped
-            self._audience.end(closing)
+            self._audience.on_end(closing)
             self._usage = self._process.usage()
             self._finish(None)
             self._leave(rests=True)
             return
-        self._process.leave()
+        self._process.finish_input()
         self._processes.expect_exit()
-        self._audience.end(closing)
+        self._audience.on_end(closing)
 
     def _garbled(self, what: str) -> None:
         """It has said what no call may say: what came before stands, and nothing after it counts."""
-        self._begin_stop(Stop.GARBLED, what, None)
+        self._begin_stop(StopReason.PROTOCOL_VIOLATION, what, None)
 
     # Leaving.
 
@@ -524,23 +530,23 @@ class RunningCall:
         late = self._over
         if self._processes is not None:
             self._processes.cancel()
-            receipt = self._processes.receipt()
+            receipt = self._processes.stop_report()
         self._finish(receipt)
         self._drop_line()
         if rests:
-            self._process.rest()
+            self._process.become_idle()
         else:
-            self._process.dispose()
+            self._process.release()
             self._unrecord()
-        self._audience.gone(dumps(receipt) if late and receipt is not None else None)
+        self._audience.on_closed(dumps(receipt) if late and receipt is not None else None)
         self._on_gone(self)
 
     def _unrecord(self) -> None:
         """Nothing of the call is ours to stop any more; its audience may still need the record, and removes it then."""
         if self._record:
-            self._around.records.over(self.id)
+            self._around.state_dir.mark_ended(self.id)
         else:
-            self._around.records.remove(self.id)
+            self._around.state_dir.remove(self.id)
 
     def _close_channel(self) -> None:
         self._drop_line()

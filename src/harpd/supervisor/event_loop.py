@@ -61,7 +61,7 @@ class EventLoop:
             self._epoll.modify(descriptor, events)
         self._watched[descriptor] = (events, callback)
 
-    def forget(self, descriptor: int) -> None:
+    def unwatch(self, descriptor: int) -> None:
         """Watch the descriptor no more; call it before the descriptor is closed."""
         if self._watched.pop(descriptor, None) is not None:
             self._epoll.unregister(descriptor)
@@ -71,7 +71,7 @@ class EventLoop:
         """The time of this loop, in seconds: the system's since boot, during which it may have slept."""
         return time.clock_gettime(time.CLOCK_BOOTTIME)
 
-    def after(self, seconds: float, callback: Callback) -> Timer:
+    def call_later(self, seconds: float, callback: Callback) -> Timer:
         """Call back once, that many seconds from now."""
         timer = Timer(callback, self._on_cancel)
         heapq.heappush(self._timers, (self.now() + seconds, next(self._order), timer))

@@ -14,7 +14,7 @@ from harp.protocol.lines import LineBuffer, LineTooLong
 from harp_daemon.sliced_json import open_quickly
 from harpd.supervisor.event_loop import READ, WRITE, EventLoop
 
-__all__ = ["Farewell", "Reception"]
+__all__ = ["FinalReply", "Listener"]
 
 log = logging.getLogger("harpd.supervisor")
 
@@ -27,10 +27,10 @@ _BACKLOG = 4096
 _CREDENTIALS = struct.Struct("3i")
 
 #: Names in the runtime directory: the socket of the warden that takes new calls; what each warden's own begins with.
-CURRENT, OWN = "warden", "warden-"
+ACTIVE_SOCKET, SOCKET_PREFIX = "warden", "warden-"
 
 
-class Reception:
+class Listener:
     """Listens at a socket in the runtime directory that carries this warden's name, and hands on first lines.
 
     Args:
@@ -51,7 +51,7 @@ class Reception:
         self._serve = serve
         # By way of the descriptor, for a socket's address has no more than 107 bytes.
         self._directory = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-        self._name = OWN + warden
+        self._name = SOCKET_PREFIX + warden
         self._open = True
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         self._listener.bind(f"/proc/self/fd/{self._directory}/{self._name}")
@@ -59,22 +59,22 @@ class Reception:
         self._listener.listen(_BACKLOG)
         self._listen()
 
-    def take_over(self) -> None:
+    def become_current(self) -> None:
         """Be the one whom new calls go to: in one step, so that there is always one."""
         making = self._name + ".new"
         os.link(self._name, making, src_dir_fd=self._directory, dst_dir_fd=self._directory)
-        os.rename(making, CURRENT, src_dir_fd=self._directory, dst_dir_fd=self._directory)
+        os.rename(making, ACTIVE_SOCKET, src_dir_fd=self._directory, dst_dir_fd=self._directory)
 
     def close(self) -> None:
         """Take no connection any more; remove the socket, and the other name if it is still ours."""
         self._open = False
-        self._loop.forget(self._listener.fileno())
+        self._loop.unwatch(self._listener.fileno())
         self._listener.close()
         try:
             own = os.stat(self._name, dir_fd=self._directory).st_ino
             os.unlink(self._name, dir_fd=self._directory)
-            if os.stat(CURRENT, dir_fd=self._directory).st_ino == own:
-                os.unlink(CURRENT, dir_fd=self._directory)
+            if os.stat(ACTIVE_SOCKET, dir_fd=self._directory).st_ino == own:
+                os.unlink(ACTIVE_SOCKET, dir_fd=self._directory)
         except OSError:
             pass  # the directory is gone, or somebody has tidied up
 
@@ -89,8 +89,8 @@ class Reception:
             return
         except OSError as error:  # no descriptor is free: the listener stays ready, so look away
             log.error("a connection can't be taken", extra={"reason": str(error)})
-            self._loop.forget(self._listener.fileno())
-            self._loop.after(_ACCEPT_PAUSE, self._listen)
+            self._loop.unwatch(self._listener.fileno())
+            self._loop.call_later(_ACCEPT_PAUSE, self._listen)
             return
         credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
         _, uid, _ = _CREDENTIALS.unpack(credentials)
@@ -120,7 +120,7 @@ class _FirstLine:
             lines = self._buffer.feed(data)
             if data and not lines:
                 return
-            self._loop.forget(self._connection.fileno())
+            self._loop.unwatch(self._connection.fileno())
             if not data:
                 self._connection.close()
                 return
@@ -129,7 +129,7 @@ class _FirstLine:
             return
         except (OSError, LineTooLong, InvalidJSON) as error:
             log.error("a connection without a request was closed", extra={"reason": str(error)})
-            self._loop.forget(self._connection.fileno())
+            self._loop.unwatch(self._connection.fileno())
             self._connection.close()
             return
         try:
@@ -139,7 +139,7 @@ class _FirstLine:
             self._connection.close()
 
 
-class Farewell:
+class FinalReply:
     """Sends the last bytes on a connection, then closes it."""
 
     def __init__(self, loop: EventLoop, connection: socket.socket, data: bytes) -> None:
@@ -158,5 +158,5 @@ class Farewell:
         if self._rest:
             self._loop.watch(self._connection.fileno(), WRITE, self._send)
         else:
-            self._loop.forget(self._connection.fileno())
+            self._loop.unwatch(self._connection.fileno())
             self._connection.close()

@@ -39,7 +39,7 @@ runtime directory is temporary, where nobody would find it again, ends all calls
 
 The settings: `procedures` (path), `python_path` (prepend, append), `default_user`, `default_group`, `calls` (the most
 at once), `kill_grace` (seconds), `spool` and `spool_memory` (bytes that a kept call, and all calls, may have said that
-nobody has stored), `keep_running` and `linger` (the most seconds that may be asked for), `evidence` (stderr,
+nobody has stored), `disconnect_timeout` and `linger` (the most seconds that may be asked for), `evidence` (stderr,
 traceback: whether), `cgroup` (directory or null), `outlive`, `runtime_directory`, `logging`. `descriptors`, the limit
 of open files that calls have, may be absent: then it is the warden's own at its start. Nothing secret but the calls'
 owners and secrets ever comes here.
@@ -67,19 +67,19 @@ from harp.protocol.fields import check, is_container, string
 from harp.protocol.harpd import encode_message
 from harp.protocol.json_text import Members, dumps, loads
 from harpd.config import log_settings as logs
-from harpd.processes.cgroup import Cgroups, own_cgroup
-from harpd.processes.cookie import entry
-from harpd.processes.process_tree import Snapshot, Tree, may_have_escaped, snapshot
-from harpd.supervisor.bound_session import Tied
-from harpd.supervisor.call import RunningCall, Stop, Surroundings
+from harpd.processes.cgroup import Cgroups, delegated_cgroup
+from harpd.processes.cookie import cookie_for
+from harpd.processes.process_tree import CallTree, Snapshot, has_possible_escapes, take_snapshot
+from harpd.supervisor.bound_session import BoundSession
+from harpd.supervisor.call import Call, CallContext, StopReason
 from harpd.supervisor.event_loop import READ, EventLoop
-from harpd.supervisor.listener import Farewell, Reception
-from harpd.supervisor.output import Output
-from harpd.supervisor.registry import HeldCalls
-from harpd.supervisor.resumable_session import Kept
-from harpd.supervisor.spool import SHARE, SpoolMemory
-from harpd.supervisor.state_files import CallRecords
-from harpd.supervisor.zygote_client import Zygote
+from harpd.supervisor.listener import FinalReply, Listener
+from harpd.supervisor.output import OutputCollector
+from harpd.supervisor.registry import CallRegistry
+from harpd.supervisor.resumable_session import ResumableSession
+from harpd.supervisor.spool import GUARANTEED_BYTES, SpoolQuota
+from harpd.supervisor.state_files import StateDir
+from harpd.supervisor.zygote_client import ZygoteClient
 
 __all__ = ["main"]
 
@@ -104,25 +104,25 @@ _RECURSION_LIMIT = 10_000
 _CALL_ID = re.compile(r"[0-9A-Za-z-]{1,36}")
 
 
-class Warden:
+class Supervisor:
     """All calls that one process watches."""
 
     def __init__(self, loop: EventLoop, lifeline: socket.socket, settings: Mapping[str, Any]) -> None:
         self._loop = loop
         self._incarnation = secrets.token_hex(8)
         self._settings = settings
-        self._calls: dict[str, RunningCall] = {}
-        self._tied: set[Tied] = set()
+        self._calls: dict[str, Call] = {}
+        self._tied: set[BoundSession] = set()
         self._keepers: set[socket.socket] = set()
         self._accepting, self._draining, self._retired = False, False, False
-        self._records = CallRecords(Path(settings["runtime_directory"]), self._incarnation)
-        self._output = Output(loop, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // _LEFT_SHARE)
-        self._cgroups = Cgroups(settings["cgroup"] or own_cgroup())
-        self._memory = SpoolMemory(settings["spool_memory"])
-        self._held = HeldCalls(
+        self._records = StateDir(Path(settings["runtime_directory"]), self._incarnation)
+        self._output = OutputCollector(loop, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // _LEFT_SHARE)
+        self._cgroups = Cgroups(settings["cgroup"] or delegated_cgroup())
+        self._memory = SpoolQuota(settings["spool_memory"])
+        self._held = CallRegistry(
             loop, self._incarnation, settings, self._records, self._memory, self._sweep, self._end_if_done
         )
-        self._zygote: Zygote | None = None
+        self._zygote: ZygoteClient | None = None
         self._give_up: Callable[[str], None] = lambda reason: None  # the load that is under way, if there is one
         self._closing = False
         self._done: list[Callable[[], None]] = []  # who waits for the end
@@ -130,22 +130,22 @@ class Warden:
         self._past = deque[bytes](maxlen=_REMEMBERED)  # marks of ended calls: they may have left services running
         self._sweep_now_and_then()
         self._keep(lifeline)
-        self._reception = Reception(loop, settings["runtime_directory"], self._incarnation, self._serve)
+        self._reception = Listener(loop, settings["runtime_directory"], self._incarnation, self._serve)
         self._load(settings, self._on_first_loaded)
 
     def _sweep_now_and_then(self) -> None:
         """One may die beside us."""
         again = self._sweep()
-        self._loop.after(_SWEEP_AGAIN if again else _SWEEP, self._sweep_now_and_then)
+        self._loop.call_later(_SWEEP_AGAIN if again else _SWEEP, self._sweep_now_and_then)
 
     def _sweep(self) -> bool:
         """End what wardens that have died left behind, and know it; whether that should be done again soon."""
         if self._closing:
             return False
-        swept = self._records.sweep()
+        swept = self._records.clean_up()
         if swept.killed:
             log.warning("processes of an earlier warden's calls were killed", extra={"processes": swept.killed})
-        self._held.bury(swept.calls, swept.receipts)
+        self._held.adopt_orphans(swept.calls, swept.stop_reports)
         return swept.again
 
     # The zygote.
@@ -155,7 +155,7 @@ class Warden:
         self._give_up("another load has begun")
 
         def give_up(reason: str) -> None:
-            zygote.end()
+            zygote.kill()
             on_loaded(reason)
 
         def on_loaded(fault: str | None) -> None:
@@ -165,7 +165,7 @@ class Warden:
                 if self._zygote is not None:
                     self._zygote.retire()
                 self._zygote, self._settings = zygote, settings
-                self._held.use(settings)
+                self._held.update_settings(settings)
                 self._memory.limit = settings["spool_memory"]
                 log.info(
                     "procedures loaded", extra={"file": settings["procedures"], "procedures": len(zygote.procedures)}
@@ -176,7 +176,7 @@ class Warden:
             if self._zygote is zygote:
                 self._zygote = None
                 log.error("the zygote died", extra={"zygote": zygote.pid})
-                self._loop.after(_ZYGOTE_PAUSE, self._load_again)
+                self._loop.call_later(_ZYGOTE_PAUSE, self._load_again)
 
         def on_stuck() -> None:
             if self._zygote is zygote:
@@ -185,12 +185,12 @@ class Warden:
                 self._load_again()
 
         try:
-            zygote = Zygote(self._loop, settings, on_loaded, on_died, on_stuck)
+            zygote = ZygoteClient(self._loop, settings, on_loaded, on_died, on_stuck)
         except OSError as error:
             done(f"no process can be made: {error.strerror}")
             return
         self._give_up = give_up
-        deadline = self._loop.after(_LOAD, lambda: give_up(f"loading took longer than {_LOAD:g} s"))
+        deadline = self._loop.call_later(_LOAD, lambda: give_up(f"loading took longer than {_LOAD:g} s"))
 
     def _on_first_loaded(self, fault: str | None) -> None:
         if fault is not None:
@@ -199,7 +199,7 @@ class Warden:
             os._exit(1)
         if not self._closing and not self._retired:
             self._accepting = True
-            self._reception.take_over()
+            self._reception.become_current()
 
     def _load_again(self) -> None:
         if self._zygote is None:
@@ -208,7 +208,7 @@ class Warden:
     def _on_loaded_again(self, fault: str | None) -> None:
         if fault is not None:
             log.error("the procedures file can't be loaded", extra={"reason": fault})
-            self._loop.after(_ZYGOTE_PAUSE, self._load_again)
+            self._loop.call_later(_ZYGOTE_PAUSE, self._load_again)
 
     # Requests.
 
@@ -216,7 +216,7 @@ class Warden:
         if "control" in request:
             self._control(connection, request)
         elif "calls" in request:
-            Farewell(self._loop, connection, self._held.listed(string(request, "calls")))
+            FinalReply(self._loop, connection, self._held.list_calls(string(request, "calls")))
         elif "attach" in request:
             self._attach(connection, request, behind)
         else:
@@ -225,7 +225,7 @@ class Warden:
     def _attach(self, connection: socket.socket, request: Members, behind: bytes) -> None:
         refusal = self._held.attach(connection, request, behind)
         if refusal is not None:
-            Farewell(self._loop, connection, encode_message(refusal))
+            FinalReply(self._loop, connection, encode_message(refusal))
 
     def _start(self, connection: socket.socket, request: Members, behind: bytes) -> None:
         call_id, name = string(request, "call"), string(request, "procedure")
@@ -243,13 +243,13 @@ class Warden:
             else:
                 failed = self._start_kept(connection, call_id, name, self._zygote, asked, behind, keep)
         if failed is not None:
-            Farewell(self._loop, connection, encode_message(failed))
+            FinalReply(self._loop, connection, encode_message(failed))
         else:
-            self._calls[call_id].give(arguments, authentication)
+            self._calls[call_id].send_arguments(arguments, authentication)
 
     def _refusal(self, call_id: str, name: str, asked: Members | None) -> Failed | None:
         if self._retired and asked is not None:
-            return self._held.other_warden()
+            return self._held.wrong_instance()
         if self._closing or self._retired:
             return Failed("shutdown", "harpd is being stopped")
         if self._draining:
@@ -266,10 +266,12 @@ class Warden:
         return None
 
     def _start_tied(
-        self, connection: socket.socket, call_id: str, name: str, zygote: Zygote, keep: float | None
+        self, connection: socket.socket, call_id: str, name: str, zygote: ZygoteClient, keep: float | None
     ) -> Failed | None:
         streaming = zygote.procedures[name].streaming
-        tied = Tied(self._loop, connection, streaming, keep, min(self._settings["spool"], SHARE), lambda: closed())
+        tied = BoundSession(
+            self._loop, connection, streaming, keep, min(self._settings["spool"], GUARANTEED_BYTES), lambda: closed()
+        )
 
         def closed() -> None:
             self._tied.discard(tied)
@@ -278,9 +280,9 @@ class Warden:
         try:
             call = self._run(call_id, name, zygote, tied, {})
         except OSError as error:
-            tied.let_go()
+            tied.release()
             return _no_process(error)
-        tied.attend(call)
+        tied.bind_call(call)
         self._tied.add(tied)
         return None
 
@@ -289,43 +291,48 @@ class Warden:
         connection: socket.socket,
         call_id: str,
         name: str,
-        zygote: Zygote,
+        zygote: ZygoteClient,
         asked: Members,
         behind: bytes,
         keep: float | None,
     ) -> Failed | None:
         streaming = zygote.procedures[name].streaming
-        kept = self._held.start(call_id, asked, streaming)
+        kept = self._held.create_session(call_id, asked, streaming)
         if isinstance(kept, Failed):
             return kept
         try:
-            call = self._run(call_id, name, zygote, kept, self._held.record(kept, streaming))
+            call = self._run(call_id, name, zygote, kept, self._held.stored_session(kept, streaming))
         except OSError as error:
-            kept.forget()
+            kept.discard()
             return _no_process(error)
-        kept.attend(call)
+        kept.bind_call(call)
         kept.attach(connection, 0, behind, keep)
         return None
 
     def _run(
-        self, call_id: str, name: str, zygote: Zygote, audience: Tied | Kept, record: Mapping[str, Any]
-    ) -> RunningCall:
+        self,
+        call_id: str,
+        name: str,
+        zygote: ZygoteClient,
+        audience: BoundSession | ResumableSession,
+        record: Mapping[str, Any],
+    ) -> Call:
         settings = self._settings
-        if len(self._calls) + len(zygote.resting) >= settings["calls"]:
-            zygote.resting.end_oldest()
-        around = Surroundings(
+        if len(self._calls) + len(zygote.idle_workers) >= settings["calls"]:
+            zygote.idle_workers.shut_down_oldest()
+        around = CallContext(
             loop=self._loop,
             kill_grace=settings["kill_grace"],
-            records=self._records,
-            look=self._look,
-            strays=partial(self._has_strays, zygote),
+            state_dir=self._records,
+            take_snapshot=self._look,
+            has_possible_escapes=partial(self._has_strays, zygote),
             output=self._output,
             cgroups=self._cgroups,
-            memory=self._memory,
+            quota=self._memory,
             keep_stderr=settings["evidence"]["stderr"],
             keep_tracebacks=settings["evidence"]["traceback"],
         )
-        call = RunningCall(around, call_id, name, zygote.procedures[name], zygote, audience, record, self._on_call_gone)
+        call = Call(around, call_id, name, zygote.procedures[name], zygote, audience, record, self._on_call_gone)
         self._calls[call_id] = call
         return call
 
@@ -333,7 +340,7 @@ class Warden:
 
     def _control(self, connection: socket.socket, request: Members) -> None:
         def answer(message: dict[str, Any]) -> None:
-            Farewell(self._loop, connection, dumps(message) + b"\n")
+            FinalReply(self._loop, connection, dumps(message) + b"\n")
 
         match request.value("control"):
             case "status":
@@ -383,14 +390,14 @@ class Warden:
             return
         except OSError:
             pass
-        self._loop.forget(keeper.fileno())
+        self._loop.unwatch(keeper.fileno())
         keeper.close()
         self._keepers.discard(keeper)
         if self._keepers or self._closing:
             return
         if self._settings["outlive"]:
             log.warning("the keeper has gone; kept calls go on")
-            self._loop.after(_UNWANTED, self._end_if_unwanted)
+            self._loop.call_later(_UNWANTED, self._end_if_unwanted)
         else:
             log.error("the gate died; its calls are ended")
             self._shut_down(lambda: None)
@@ -411,9 +418,9 @@ class Warden:
         if self._retired or not self._keepers:
             self._shut_down(lambda: None)
 
-    def _on_call_gone(self, call: RunningCall) -> None:
+    def _on_call_gone(self, call: Call) -> None:
         del self._calls[call.id]
-        self._past.append(entry(call.id))
+        self._past.append(cookie_for(call.id))
         self._end_if_done()
 
     def _shut_down(self, done: Callable[[], None]) -> None:
@@ -422,30 +429,30 @@ class Warden:
             return
         self._closing = True
         for call in list(self._calls.values()):
-            call.stop(Stop.SHUTDOWN)
+            call.stop(StopReason.SHUTDOWN)
         # In any case: without a gate there is nobody else to end this, and the next warden sweeps what is left.
-        self._loop.after(2 * self._settings["kill_grace"] + _LAST_WORDS, self._end)
+        self._loop.call_later(2 * self._settings["kill_grace"] + _LAST_WORDS, self._end)
         self._end_if_done()
 
     def _end_if_done(self) -> None:
         if not self._closing:
             if self._retired or not self._keepers:
-                self._loop.after(0, self._end_if_unwanted)
+                self._loop.call_later(0, self._end_if_unwanted)
         elif not self._calls:
             if self._tied or self._held.attached:
-                self._loop.after(_LAST_WORDS, self._end)
+                self._loop.call_later(_LAST_WORDS, self._end)
             else:
                 self._end()
 
     def _end(self) -> None:
         if self._zygote is not None:
-            self._zygote.end()
+            self._zygote.kill()
             self._zygote = None
         while self._done:
             self._done.pop()()
         self._reception.close()
         self._records.close()
-        self._loop.after(0, self._loop.stop)
+        self._loop.call_later(0, self._loop.stop)
 
     # Processes.
 
@@ -453,14 +460,18 @@ class Warden:
         """All processes as they were at `moment` or later, and not long ago; many calls share a look."""
         if self._looked_at < max(moment, time.monotonic() - _LOOK_LASTS):
             self._looked_at = time.monotonic()
-            self._processes = snapshot()
+            self._processes = take_snapshot()
         return self._processes
 
-    def _has_strays(self, zygote: Zygote, processes: Snapshot, tree: Tree) -> bool:
+    def _has_strays(self, zygote: ZygoteClient, processes: Snapshot, tree: CallTree) -> bool:
         """Whether something may have escaped from a call whose main process has ended."""
-        mains = {call.main for call in self._calls.values()} | zygote.spares.items() | zygote.resting.identities()
-        marks = {*self._past, *map(entry, self._calls)}
-        return may_have_escaped(tree, zygote.pid, processes, mains, marks)
+        mains = (
+            {call.main_process for call in self._calls.values()}
+            | zygote.preforked.items()
+            | zygote.idle_workers.identities()
+        )
+        marks = {*self._past, *map(cookie_for, self._calls)}
+        return has_possible_escapes(tree, zygote.pid, processes, mains, marks)
 
 
 def _no_process(error: OSError) -> Failed:
@@ -491,7 +502,7 @@ def main() -> NoReturn:
         signal.signal(number, signal.SIG_IGN)
     os.set_inheritable(lifeline, False)
     loop = EventLoop()
-    Warden(loop, socket.socket(fileno=lifeline), {"descriptors": soft, **settings})
+    Supervisor(loop, socket.socket(fileno=lifeline), {"descriptors": soft, **settings})
     loop.run()
     os._exit(0)
 

@@ -14,7 +14,7 @@ from functools import partial
 
 from harpd.supervisor.event_loop import READ, EventLoop
 
-__all__ = ["Output", "Pipe"]
+__all__ = ["OutputCollector", "OutputPipe"]
 
 log = logging.getLogger("harpd.call")
 
@@ -26,7 +26,7 @@ _LONGEST = 8192
 _LAST_LINES, _LINE_SHOWN, _LAST_READS = 20, 500, 128
 
 
-class Output:
+class OutputCollector:
     """The reading ends of all calls' pipes.
 
     Args:
@@ -37,9 +37,9 @@ class Output:
     def __init__(self, loop: EventLoop, most_left: int) -> None:
         self._loop = loop
         self._most_left = most_left
-        self._left: dict[Pipe, None] = {}  # in the order of their calls' ends
+        self._left: dict[OutputPipe, None] = {}  # in the order of their calls' ends
 
-    def open(self, fields: Mapping[str, str], stream: str) -> tuple[Pipe, int]:
+    def open_pipe(self, fields: Mapping[str, str], stream: str) -> tuple[OutputPipe, int]:
         """Make a pipe for a call.
 
         Args:
@@ -54,28 +54,28 @@ class Output:
         """
         reading, writing = os.pipe2(os.O_CLOEXEC)
         os.set_blocking(reading, False)
-        pipe = Pipe(reading, {**fields, "stream": stream})
+        pipe = OutputPipe(reading, {**fields, "stream": stream})
         self._loop.watch(reading, READ, partial(self._on_ready, pipe))
         return pipe, writing
 
-    def tail(self, pipe: Pipe) -> list[str]:
+    def drain_tail(self, pipe: OutputPipe) -> list[str]:
         """The last lines of a pipe whose call has just ended."""
         for _ in range(_LAST_READS):
             if not self._read(pipe):
                 break
         return pipe.last_lines()
 
-    def leave(self, pipe: Pipe) -> None:
+    def release(self, pipe: OutputPipe) -> None:
         """The pipe's call has ended; what it left running may go on printing."""
         if pipe.descriptor >= 0:
             self._left[pipe] = None
         while len(self._left) > self._most_left:
             self._close(next(iter(self._left)))
 
-    def _on_ready(self, pipe: Pipe) -> None:
+    def _on_ready(self, pipe: OutputPipe) -> None:
         self._read(pipe)
 
-    def _read(self, pipe: Pipe) -> bool:
+    def _read(self, pipe: OutputPipe) -> bool:
         """Read once; whether there was something."""
         if pipe.descriptor < 0:
             return False
@@ -83,20 +83,20 @@ class Output:
             data = os.read(pipe.descriptor, _READ_SIZE)
         except BlockingIOError:
             return False
-        pipe.take(data)
+        pipe.feed(data)
         if not data:
             self._close(pipe)
         return bool(data)
 
-    def _close(self, pipe: Pipe) -> None:
-        pipe.end()
+    def _close(self, pipe: OutputPipe) -> None:
+        pipe.flush()
         self._left.pop(pipe, None)
-        self._loop.forget(pipe.descriptor)
+        self._loop.unwatch(pipe.descriptor)
         os.close(pipe.descriptor)
         pipe.descriptor = -1
 
 
-class Pipe:
+class OutputPipe:
     """A pipe's end to read, and what came of a line so far. `descriptor` is -1 once it is closed."""
 
     def __init__(self, descriptor: int, fields: Mapping[str, str]) -> None:
@@ -105,12 +105,12 @@ class Pipe:
         self._begun = b""
         self._last: deque[bytes] = deque(maxlen=_LAST_LINES)
 
-    def begin(self, fields: Mapping[str, str]) -> None:
+    def assign(self, fields: Mapping[str, str]) -> None:
         """From now on it is another call's."""
         self._fields = {**fields, "stream": self._fields["stream"]}
         self._last.clear()
 
-    def take(self, data: bytes) -> None:
+    def feed(self, data: bytes) -> None:
         """Log the lines that the data completes."""
         *lines, self._begun = (self._begun + data).split(b"\n")
         for line in lines:
@@ -120,7 +120,7 @@ class Pipe:
             self._log(self._begun[:cut])
             self._begun = self._begun[cut:]
 
-    def end(self) -> None:
+    def flush(self) -> None:
         """Log what is left of a line."""
         if self._begun:
             self._log(self._begun)

@@ -22,12 +22,12 @@ from harp.protocol.fields import check, is_count, is_seconds, string, value
 from harp.protocol.harpd import Held, encode_message
 from harp.protocol.json_text import Members, dumps
 from harpd.supervisor.event_loop import EventLoop
-from harpd.supervisor.resumable_session import Claim, Kept, Terms
-from harpd.supervisor.spool import SpoolMemory
-from harpd.supervisor.state_files import CallRecords, Record
-from harpd.supervisor.tombstones import BarredIds
+from harpd.supervisor.resumable_session import Ownership, ResumableSession, SessionLimits
+from harpd.supervisor.spool import SpoolQuota
+from harpd.supervisor.state_files import CallState, StateDir
+from harpd.supervisor.tombstones import TombstoneSet
 
-__all__ = ["HeldCalls"]
+__all__ = ["CallRegistry"]
 
 log = logging.getLogger("harpd.supervisor")
 
@@ -39,7 +39,7 @@ _HELD_SHARE = 20
 _WARDEN_DIED = Failed("call_died", "the warden of the calls died")
 
 
-class HeldCalls:
+class CallRegistry:
     """All kept calls of one warden.
 
     Args:
@@ -57,8 +57,8 @@ class HeldCalls:
         loop: EventLoop,
         warden: str,
         settings: Mapping[str, Any],
-        records: CallRecords,
-        memory: SpoolMemory,
+        records: StateDir,
+        memory: SpoolQuota,
         sweep: Callable[[], object],
         on_forgotten: Callable[[], None],
     ) -> None:
@@ -66,13 +66,13 @@ class HeldCalls:
         self._warden = warden
         self._records = records
         self._call_forgotten = on_forgotten
-        self._calls: dict[str, Kept] = {}
-        self._barred = BarredIds(_BARRED, loop.now())
+        self._calls: dict[str, ResumableSession] = {}
+        self._barred = TombstoneSet(_BARRED, loop.now())
         self._memory = memory
         self._sweep = sweep
-        self.use(settings)
+        self.update_settings(settings)
 
-    def use(self, settings: Mapping[str, Any]) -> None:
+    def update_settings(self, settings: Mapping[str, Any]) -> None:
         """Take these settings for the calls to come."""
         self._settings = settings
 
@@ -84,34 +84,34 @@ class HeldCalls:
         """Whether somebody is attached to an ended call and may yet say that it has stored the end."""
         return any(call.attached for call in self._calls.values())
 
-    def start(self, call_id: str, asked: Members, streaming: bool) -> Kept | Failed:
+    def create_session(self, call_id: str, asked: Members, streaming: bool) -> ResumableSession | Failed:
         """Keep a new call, or say why not. It has nobody attached yet."""
         if string(asked, "warden") != self._warden:
-            return self.other_warden()
+            return self.wrong_instance()
         begun = float(value(asked, "begun"))
         terms = self._terms(asked)
-        if self._loop.now() - begun > min(_OLDEST_START, terms.keep_running):
+        if self._loop.now() - begun > min(_OLDEST_START, terms.disconnect_timeout):
             return Failed("call_refused", "the start was too long on its way; it did not happen")
         if self._memory.exhausted or len(self._calls) >= _HELD_SHARE * self._settings["calls"]:
             return Failed("too_many_calls", "the calls whose ends nobody has fetched hold as much as they may")
         owner = string(asked, "owner")
-        if call_id in self._calls or self._barred.has(owner, call_id):
+        if call_id in self._calls or self._barred.contains(owner, call_id):
             return Failed("call_refused", "a call of this id was started, or given up, before")
-        return self._keep(call_id, Claim(owner, _digest(string(asked, "secret"))), terms, streaming, begun)
+        return self._keep(call_id, Ownership(owner, _digest(string(asked, "secret"))), terms, streaming, begun)
 
-    def _terms(self, asked: Members) -> Terms:
-        return Terms(
-            keep_running=min(_seconds(asked, "keep_running"), self._settings["keep_running"]),
-            linger=min(_seconds(asked, "linger"), self._settings["linger"]),
+    def _terms(self, asked: Members) -> SessionLimits:
+        return SessionLimits(
+            disconnect_timeout=min(_seconds(asked, "keep_running"), self._settings["keep_running"]),
+            result_ttl=min(_seconds(asked, "linger"), self._settings["linger"]),
             timeout=_seconds(asked, "timeout"),
             max_exec_time=_seconds(asked, "max_exec_time"),
         )
 
-    def other_warden(self) -> Failed:
+    def wrong_instance(self) -> Failed:
         """The answer to a start that names another warden, or one that comes to a warden that starts no more."""
         return Failed("other_warden", "the start was meant for another warden; it did not happen", self._data())
 
-    def bury(self, calls: Mapping[str, Record], receipts: Mapping[str, Mapping[str, Any]]) -> None:
+    def adopt_orphans(self, calls: Mapping[str, CallState], receipts: Mapping[str, Mapping[str, Any]]) -> None:
         """Take over the kept calls of wardens that have died, as calls that have died with them.
 
         Args:
@@ -119,31 +119,35 @@ class HeldCalls:
             receipts: of those of which something survives, and of earlier ones of which that is gone by now.
         """
         for call_id in receipts.keys() & self._calls.keys() - calls.keys():
-            self._calls[call_id].gone(dumps(receipts[call_id]))
+            self._calls[call_id].on_closed(dumps(receipts[call_id]))
         for call_id, record in calls.items():
             try:
-                kept = record.more["kept"]
-                claim = Claim(str(kept["owner"]), str(kept["secret"]))
-                terms = Terms(*(float(kept[key]) for key in ("keep_running", "linger", "timeout", "max_exec_time")))
+                kept = record.session["kept"]
+                claim = Ownership(str(kept["owner"]), str(kept["secret"]))
+                terms = SessionLimits(
+                    *(float(kept[key]) for key in ("keep_running", "linger", "timeout", "max_exec_time"))
+                )
                 streaming = bool(kept["streaming"])
             except (KeyError, TypeError, ValueError):
                 continue  # a tied call: nobody asks for it
             kept_call = self._keep(call_id, claim, terms, streaming, self._loop.now())
             receipt = dumps(receipts[call_id]) if call_id in receipts else None
-            kept_call.bury(_WARDEN_DIED, dumps({"by": "unknown", "warden": "died"}), receipt)
+            kept_call.adopt(_WARDEN_DIED, dumps({"by": "unknown", "warden": "died"}), receipt)
             self._record_again(call_id, record)
 
-    def _record_again(self, call_id: str, record: Record) -> None:
+    def _record_again(self, call_id: str, record: CallState) -> None:
         """So that whoever comes after this warden can tell of it, too."""
         try:
-            self._records.add(call_id, record)
+            self._records.write(call_id, record)
         except OSError as error:
             log.error("a call can't be recorded", extra={"call": call_id, "reason": str(error)})
-        self._records.over(call_id)
+        self._records.mark_ended(call_id)
 
-    def _keep(self, call_id: str, claim: Claim, terms: Terms, streaming: bool, begun: float) -> Kept:
+    def _keep(
+        self, call_id: str, claim: Ownership, terms: SessionLimits, streaming: bool, begun: float
+    ) -> ResumableSession:
         settings = self._settings
-        kept = self._calls[call_id] = Kept(
+        kept = self._calls[call_id] = ResumableSession(
             self._loop,
             call_id,
             claim,
@@ -159,15 +163,15 @@ class HeldCalls:
         return kept
 
     @staticmethod
-    def record(kept: Kept, streaming: bool) -> dict[str, Any]:
+    def stored_session(kept: ResumableSession, streaming: bool) -> dict[str, Any]:
         """What the next warden has to know to `bury` a call."""
-        terms = kept.terms
+        terms = kept.limits
         return {
             "kept": {
-                "owner": kept.claim.owner,
-                "secret": kept.claim.secret,
-                "keep_running": terms.keep_running,
-                "linger": terms.linger,
+                "owner": kept.ownership.owner,
+                "secret": kept.ownership.secret,
+                "keep_running": terms.disconnect_timeout,
+                "linger": terms.result_ttl,
                 "timeout": terms.timeout,
                 "max_exec_time": terms.max_exec_time,
                 "streaming": streaming,
@@ -182,32 +186,32 @@ class HeldCalls:
         if call_id not in self._calls:
             self._sweep()  # its warden may have died just now
         kept = self._calls.get(call_id)
-        claim = Claim(owner, _digest(string(request, "secret")))
-        if kept is None or not _same(kept.claim, claim):
+        claim = Ownership(owner, _digest(string(request, "secret")))
+        if kept is None or not _same(kept.ownership, claim):
             self._barred.add(owner, call_id, self._loop.now())
             return Failed("no_such_call", "there is no such call here, and none of this id will start", self._data())
-        if not kept.can_serve(since):
-            first, end = kept.span
+        if not kept.has_records_from(since):
+            first, end = kept.available_range
             data = {"first": first, "end": end}
             return Failed("records_gone", "not all of the call's records from this number on are here", data)
         log.info("dispatcher attached to its call", extra={"call": call_id, "since": since})
         kept.attach(connection, since, behind, value(request, "keep") if "keep" in request else None)
         return None
 
-    def listed(self, owner: str) -> bytes:
+    def list_calls(self, owner: str) -> bytes:
         """The line that lists an owner's calls."""
         self._sweep()
         calls = tuple(
             call_id
             for call_id, kept in self._calls.items()
-            if hmac.compare_digest(_bytes(kept.claim.owner), _bytes(owner))
+            if hmac.compare_digest(_bytes(kept.ownership.owner), _bytes(owner))
         )
         return encode_message(Held(calls, self._warden))
 
-    def _on_forgotten(self, kept: Kept) -> None:
+    def _on_forgotten(self, kept: ResumableSession) -> None:
         del self._calls[kept.id]
-        self._records.told(kept.id)
-        self._barred.add(kept.claim.owner, kept.id, self._loop.now())
+        self._records.mark_reported(kept.id)
+        self._barred.add(kept.ownership.owner, kept.id, self._loop.now())
         self._call_forgotten()
 
     def _data(self) -> dict[str, str]:
@@ -228,5 +232,5 @@ def _bytes(text: str) -> bytes:
     return text.encode("utf-8", "surrogatepass")
 
 
-def _same(one: Claim, other: Claim) -> bool:
+def _same(one: Ownership, other: Ownership) -> bool:
     return hmac.compare_digest(_bytes(one.owner), _bytes(other.owner)) and hmac.compare_digest(one.secret, other.secret)

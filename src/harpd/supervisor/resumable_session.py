@@ -10,9 +10,9 @@ and hears what else there is to hear.
 
 Contact is proven by the dispatcher's ``alive``: it says the time of ours that it has heard last, so up to then it has
 heard us, and can't have given us up as lost for longer than since then. Nothing else counts: an open connection proves
-nothing, and what it said may have been long on its way. A running call without contact for `keep_running` seconds is
-stopped; an ended one is forgotten after `linger` seconds. One connection is attached at a time: a later one takes the
-place of the earlier.
+nothing, and what it said may have been long on its way. A running call without contact for `disconnect_timeout` seconds
+is stopped; an ended one is forgotten after `result_ttl` seconds. One connection is attached at a time: a later one
+takes the place of the earlier.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ from harp.protocol.harpd import (
 )
 from harp.protocol.json_text import Raw
 from harp.protocol.lines import LineBuffer, LineTooLong
-from harpd.supervisor.buffered_stream import Attachment
-from harpd.supervisor.call import RunningCall, Stop
+from harpd.supervisor.buffered_stream import BufferedStream
+from harpd.supervisor.call import Call, StopReason
 from harpd.supervisor.event_loop import EventLoop, Timer
-from harpd.supervisor.spool import Spool, SpoolMemory
+from harpd.supervisor.spool import Spool, SpoolQuota
 
-__all__ = ["Claim", "Kept", "Terms"]
+__all__ = ["Ownership", "ResumableSession", "SessionLimits"]
 
 log = logging.getLogger("harpd.supervisor")
 
@@ -56,7 +56,7 @@ _LONGEST_ORDER = 4096
 
 
 @dataclass(frozen=True, slots=True)
-class Claim:
+class Ownership:
     """Whose a call is: the dispatcher's name for itself, and a digest of the call's secret."""
 
     owner: str = field(repr=False)
@@ -64,17 +64,17 @@ class Claim:
 
 
 @dataclass(frozen=True, slots=True)
-class Terms:
+class SessionLimits:
     """How long a call is kept, and its limits; seconds. What was asked for, lowered to what is allowed here."""
 
-    keep_running: float
-    linger: float
+    disconnect_timeout: float
+    result_ttl: float
     timeout: float
     max_exec_time: float
 
 
-class Kept:
-    """A call that is kept for its dispatcher. A `harpd.supervisor.call.Audience`.
+class ResumableSession:
+    """A call that is kept for its dispatcher. A `harpd.supervisor.call.CallObserver`.
 
     Args:
         loop: the event loop.
@@ -94,19 +94,19 @@ class Kept:
         self,
         loop: EventLoop,
         call_id: str,
-        claim: Claim,
-        terms: Terms,
+        claim: Ownership,
+        terms: SessionLimits,
         streaming: bool,
         begun: float,
         kill_grace: float,
         warden: str,
         spool: int,
-        memory: SpoolMemory,
-        on_forgotten: Callable[[Kept], None],
+        memory: SpoolQuota,
+        on_forgotten: Callable[[ResumableSession], None],
     ) -> None:
         self.id = call_id
-        self.claim = claim
-        self.terms = terms
+        self.ownership = claim
+        self.limits = terms
         self._loop = loop
         self._streaming = streaming
         self._kill_grace = kill_grace
@@ -115,8 +115,8 @@ class Kept:
         self._memory = memory
         self._on_forgotten = on_forgotten
         self._spool = Spool()
-        self._call: RunningCall | None = None
-        self._reader: Attachment | None = None
+        self._call: Call | None = None
+        self._reader: BufferedStream | None = None
         self._keep: float | None = None
         self._lines = LineBuffer(_LONGEST_ORDER)
         self._next = 0
@@ -133,60 +133,60 @@ class Kept:
         self._contact, self._said = begun, loop.now()
         self._timer: Timer | None = None
         self._limits: list[Timer] = []
-        self.forgotten = False
+        self.discarded = False
         self._check_contact()
 
-    # What the call does: `Audience`.
+    # What the call does: `CallObserver`.
 
-    def attend(self, call: RunningCall) -> None:
+    def bind_call(self, call: Call) -> None:
         """From now on this is the call."""
         self._call = call
 
     @property
     def full(self) -> bool:
-        """See `Audience`."""
+        """See `CallObserver`."""
         size = self._spool.size
-        return size >= self._most or not self._memory.has_room(size, self, self._resume)
+        return size >= self._most or not self._memory.may_grow(size, self, self._resume)
 
-    def acknowledged(self) -> None:
-        """See `Audience`."""
+    def on_started(self) -> None:
+        """See `CallObserver`."""
         self._started = self._said = self._loop.now()
-        self._limits.append(self._loop.after(self.terms.max_exec_time, self._take_too_long))
+        self._limits.append(self._loop.call_later(self.limits.max_exec_time, self._take_too_long))
         self._check_silence()
         self._greet()
 
-    def refused(self, end: Failed) -> None:
-        """See `Audience`."""
+    def on_rejected(self, end: Failed) -> None:
+        """See `CallObserver`."""
         self._refusal = end
         if self._reader is not None:
             self._reader.send(encode_message(end))
-        self.forget()
+        self.discard()
 
-    def take(self, lines: bytes, count: int) -> None:
-        """See `Audience`."""
+    def on_records(self, lines: bytes, count: int) -> None:
+        """See `CallObserver`."""
         self._said = self._loop.now()
         self._spool.append(lines, count, time.time())
-        self._memory.take(len(lines))
+        self._memory.reserve(len(lines))
         self._pump()
 
-    def end(self, line: bytes) -> None:
-        """See `Audience`."""
+    def on_end(self, line: bytes) -> None:
+        """See `CallObserver`."""
         self._end = line
         self._cancel_limits()
 
-    def over(self, evidence: Callable[[], Raw], receipt: Raw | None) -> None:
-        """See `Audience`."""
+    def on_exit(self, evidence: Callable[[], Raw], receipt: Raw | None) -> None:
+        """See `CallObserver`."""
         assert self._end is not None
         said = b"" if receipt is None else encode_message(Receipt(receipt))
         self._closing = said + encode_message(Evidence(evidence())) + self._end
-        self._memory.take(len(self._closing))
+        self._memory.reserve(len(self._closing))
         self._end = None
         self._ended = self._loop.now()
-        self._arm(self.terms.linger)
+        self._arm(self.limits.result_ttl)
         self._pump()
 
-    def gone(self, receipt: Raw | None) -> None:
-        """See `Audience`."""
+    def on_closed(self, receipt: Raw | None) -> None:
+        """See `CallObserver`."""
         self._call = None
         if receipt is not None:
             self._last_receipt = encode_message(Receipt(receipt))
@@ -199,7 +199,7 @@ class Kept:
 
         Args:
             connection: the connection.
-            since: a number that `can_serve` has allowed.
+            since: a number that `has_records_from` has allowed.
             behind: what has come on the connection already, behind the request.
             keep: what the acknowledgement says of the client's connection.
         """
@@ -211,8 +211,8 @@ class Kept:
         self._ahead = 0
         self._told_end = self._told_last = self._owes_answer = False
         # The callbacks know their own connection: one that was superseded says nothing any more.
-        reader: Attachment
-        reader = self._reader = Attachment(
+        reader: BufferedStream
+        reader = self._reader = BufferedStream(
             self._loop,
             connection,
             lambda data: self._take_orders(reader, data),
@@ -223,7 +223,7 @@ class Kept:
         if behind:
             self._take_orders(reader, behind)
 
-    def bury(self, end: Failed, evidence: Raw, receipt: Raw | None = None) -> None:
+    def adopt(self, end: Failed, evidence: Raw, receipt: Raw | None = None) -> None:
         """It was the call of a warden that has died: it is over, and there are no more records of it.
 
         `receipt`: something of it survives; `gone` tells the end of that.
@@ -232,16 +232,16 @@ class Kept:
         self._started = self._ended = self._loop.now()
         said = b"" if receipt is None else encode_message(Receipt(receipt))
         self._closing = said + encode_message(Evidence(evidence)) + encode_message(end)
-        self._arm(self.terms.linger)
+        self._arm(self.limits.result_ttl)
 
-    def can_serve(self, since: int) -> bool:
+    def has_records_from(self, since: int) -> bool:
         """Whether the records from this number on are still here."""
         if self._buried:
-            self._spool.skip(since)
+            self._spool.start_at(since)
         return self._spool.first <= since <= self._spool.end
 
     @property
-    def span(self) -> tuple[int, int]:
+    def available_range(self) -> tuple[int, int]:
         """The numbers of the first record that is here and of the one to come."""
         return self._spool.first, self._spool.end
 
@@ -259,8 +259,8 @@ class Kept:
         if self._reader is not None and self._started is not None:
             terms = KeptTerms(
                 warden=self._warden,
-                keep_running=self.terms.keep_running,
-                linger=self.terms.linger,
+                keep_running=self.limits.disconnect_timeout,
+                linger=self.limits.result_ttl,
                 kill_grace=self._kill_grace,
                 elapsed=self._elapsed(),
                 records=self._spool.end,
@@ -277,13 +277,13 @@ class Kept:
         reader = self._reader
         if reader is None or self._started is None:
             return
-        if self._owes_answer and reader.has_room:  # one for all that were asked for since
+        if self._owes_answer and reader.writable:  # one for all that were asked for since
             self._owes_answer = False
             reader.send(encode_message(Alive(self._elapsed())))
-        while reader.has_room and self._ahead < _WINDOW and (piece := self._spool.piece(self._next)) is not None:
+        while reader.writable and self._ahead < _WINDOW and (piece := self._spool.chunk_from(self._next)) is not None:
             self._next = piece.first + piece.count
             self._ahead += len(piece.lines)
-            reader.send(encode_message(RecordsAt(piece.at)) + piece.lines)
+            reader.send(encode_message(RecordsAt(piece.time)) + piece.lines)
         if self._next < self._spool.end or self._closing is None:
             return
         if not self._told_end:
@@ -293,7 +293,7 @@ class Kept:
             self._told_last = True
             reader.send(self._last_receipt)
 
-    def _take_orders(self, reader: Attachment, data: bytes) -> None:
+    def _take_orders(self, reader: BufferedStream, data: bytes) -> None:
         try:
             lines = self._lines.feed(data)
             for line in lines:
@@ -303,13 +303,13 @@ class Kept:
             log.error("what a dispatcher said of its call is not of the protocol", extra=self._about(str(error)))
             self._detach(reader)
 
-    def _obey(self, order: Stored | Alive | StopCall | Done, reader: Attachment) -> None:
+    def _obey(self, order: Stored | Alive | StopCall | Done, reader: BufferedStream) -> None:
         match order:
             case Stored(count):
                 if count > self._spool.end:
                     raise ProtocolError(f"stored: {count} records, of {self._spool.end}")
                 stored = self._spool.acknowledge(count)
-                self._memory.give_back(stored)
+                self._memory.release(stored)
                 self._ahead = 0 if count >= self._next else max(0, self._ahead - stored)
                 self._resume()
                 self._pump()
@@ -320,13 +320,13 @@ class Kept:
                 self._owes_answer = True
                 self._pump()
             case StopCall(why, by):
-                self._stop(Stop.CANCELLED, why, by)
+                self._stop(StopReason.CANCELLED, why, by)
             case Done():
                 if self._closing is None:
                     raise ProtocolError("done: the call has not ended")
-                self.forget()
+                self.discard()
 
-    def _detach(self, reader: Attachment) -> None:
+    def _detach(self, reader: BufferedStream) -> None:
         reader.close()
         if reader is self._reader:
             self._reader = None
@@ -334,16 +334,16 @@ class Kept:
 
     # Limits and contact.
 
-    def _stop(self, why: Stop, reason: str | None = None, by: str | None = None) -> None:
+    def _stop(self, why: StopReason, reason: str | None = None, by: str | None = None) -> None:
         if self._call is not None and self.running:
             self._call.stop(why, reason, by)
 
     def _resume(self) -> None:
         if self._call is not None:
-            self._call.resume()
+            self._call.resume_reading()
 
     def _take_too_long(self) -> None:
-        self._stop(Stop.MAX_EXEC_TIME, f"{self.terms.max_exec_time:g} s")
+        self._stop(StopReason.MAX_EXEC_TIME, f"{self.limits.max_exec_time:g} s")
 
     def _check_silence(self) -> None:
         """Stop a call that has said nothing for too long. While its spool is full it can't say anything."""
@@ -352,49 +352,49 @@ class Kept:
         now = self._loop.now()
         if self.full:
             self._said = now
-        left = self._said + self.terms.timeout - now
+        left = self._said + self.limits.timeout - now
         if left <= 0:
-            self._stop(Stop.SILENCE, f"{self.terms.timeout:g} s")
+            self._stop(StopReason.SILENCE, f"{self.limits.timeout:g} s")
         else:
-            self._limits[1:] = [self._loop.after(left, self._check_silence)]
+            self._limits[1:] = [self._loop.call_later(left, self._check_silence)]
 
     def _check_contact(self) -> None:
         now = self._loop.now()
         if self.running:
-            left = self._contact + self.terms.keep_running - now
+            left = self._contact + self.limits.disconnect_timeout - now
             if left <= 0:
-                self._stop(Stop.LOST_CONTACT)
-                left = self.terms.linger
+                self._stop(StopReason.LOST_CONTACT)
+                left = self.limits.result_ttl
         else:
-            left = max(self._contact, self._ended) + self.terms.linger - now
+            left = max(self._contact, self._ended) + self.limits.result_ttl - now
             if left <= 0:
                 log.warning("an ended call was not fetched in time; forgotten", extra={"call": self.id})
-                self.forget()
+                self.discard()
                 return
         self._arm(left)
 
     def _arm(self, seconds: float) -> None:
         if self._timer is not None:
             self._timer.cancel()
-        self._timer = self._loop.after(seconds, self._check_contact)
+        self._timer = self._loop.call_later(seconds, self._check_contact)
 
     def _cancel_limits(self) -> None:
         for timer in self._limits:
             timer.cancel()
         self._limits.clear()
 
-    def forget(self) -> None:
+    def discard(self) -> None:
         """Keep it no more: its end is stored, or nobody came for it."""
-        if self.forgotten:
+        if self.discarded:
             return
-        self.forgotten = True
+        self.discarded = True
         self._cancel_limits()
         if self._timer is not None:
             self._timer.cancel()
-        self._memory.give_back(self._spool.size + (0 if self._closing is None or self._buried else len(self._closing)))
+        self._memory.release(self._spool.size + (0 if self._closing is None or self._buried else len(self._closing)))
         self._on_forgotten(self)  # before the connection closes, by which others learn of it
         if self._reader is not None:
-            self._reader.finish(lambda: None)
+            self._reader.close_after_flush(lambda: None)
             self._reader = None
 
     def _about(self, reason: str) -> dict[str, str]:

@@ -10,14 +10,14 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 
-__all__ = ["SHARE", "Piece", "Spool", "SpoolMemory"]
+__all__ = ["GUARANTEED_BYTES", "Chunk", "Spool", "SpoolQuota"]
 
 #: Bytes that every call may keep, however much the others keep.
-SHARE = 1024 * 1024
+GUARANTEED_BYTES = 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class Chunk:
     """Records that came together.
 
     Attributes:
@@ -30,15 +30,15 @@ class Piece:
     first: int
     count: int
     lines: bytes
-    at: float
+    time: float
 
-    def since(self, number: int) -> Piece:
+    def from_number(self, number: int) -> Chunk:
         """The part from a number on; the number is one of the piece's."""
         if number == self.first:
             return self
         skipped = number - self.first
         lines = self.lines.split(b"\n", skipped)[skipped]
-        return Piece(number, self.count - skipped, lines, self.at)
+        return Chunk(number, self.count - skipped, lines, self.time)
 
 
 class Spool:
@@ -54,11 +54,11 @@ class Spool:
         self.first = 0
         self.end = 0
         self.size = 0
-        self._pieces: OrderedDict[int, Piece] = OrderedDict()
+        self._pieces: OrderedDict[int, Chunk] = OrderedDict()
 
     def append(self, lines: bytes, count: int, at: float) -> None:
         """Take the next `count` records."""
-        self._pieces[self.end] = Piece(self.end, count, lines, at)
+        self._pieces[self.end] = Chunk(self.end, count, lines, at)
         self.end += count
         self.size += len(lines)
 
@@ -74,11 +74,11 @@ class Spool:
         self.first = next(iter(self._pieces), self.end)
         return before - self.size
 
-    def skip(self, number: int) -> None:
+    def start_at(self, number: int) -> None:
         """Begin with this number: what came before is not known here."""
         self.first = self.end = number
 
-    def piece(self, number: int) -> Piece | None:
+    def chunk_from(self, number: int) -> Chunk | None:
         """Records from a number on, some of them; None: there are none. The number is not below `first`."""
         if number >= self.end:
             return None
@@ -86,12 +86,12 @@ class Spool:
             return self._pieces[number]
         for piece in self._pieces.values():
             if number < piece.first + piece.count:
-                return piece.since(number)
+                return piece.from_number(number)
         return None
 
 
-class SpoolMemory:
-    """The memory that all spools share. Past it, every call with more than `SHARE` waits.
+class SpoolQuota:
+    """The memory that all spools share. Past it, every call with more than `GUARANTEED_BYTES` waits.
 
     Args:
         limit: bytes.
@@ -107,11 +107,11 @@ class SpoolMemory:
         """Whether so much is held, shares and ends too, that nobody else should begin."""
         return self._held > 2 * self.limit
 
-    def take(self, size: int) -> None:
+    def reserve(self, size: int) -> None:
         """Count bytes that are kept."""
         self._held += size
 
-    def give_back(self, size: int) -> None:
+    def release(self, size: int) -> None:
         """Count bytes that are not kept any more; who waited for room is called."""
         self._held -= size
         if self._waiting and self._held < self.limit:
@@ -119,9 +119,9 @@ class SpoolMemory:
             for call in waiting.values():
                 call()
 
-    def has_room(self, held: int, who: object, wake: Callable[[], None]) -> bool:
+    def may_grow(self, held: int, who: object, wake: Callable[[], None]) -> bool:
         """Whether somebody who keeps `held` bytes may take more; if not, `wake` is called once there is room."""
-        if held < SHARE or self._held < self.limit:
+        if held < GUARANTEED_BYTES or self._held < self.limit:
             return True
         self._waiting[who] = wake
         return False

@@ -6,8 +6,8 @@ and its numbers may be others' by then: so it counts only before the system star
 the call's.
 
 A record says two things, and stays for as long as one of them holds: that processes of the call may have to be ended,
-and that somebody may have to be told of its end. Its name says which: the call's id for both; ``.told`` behind it when
-only the first holds, ``.over`` when only the second does.
+and that somebody may have to be told of its end. Its name says which: the call's id for both; ``.reported`` behind it
+when only the first holds, ``.ended`` when only the second does.
 
 Whoever finds a dead warden keeps its directory locked until no process of its calls is left. What can't be killed is
 told once, like the survivors of any stop, and tried again with each sweep.
@@ -28,16 +28,16 @@ from pathlib import Path
 from typing import Any
 
 from harpd.processes.cgroup import Cgroup
-from harpd.processes.cookie import entry
-from harpd.processes.orphans import LostCall, end_lost
-from harpd.processes.process_tree import Tree
+from harpd.processes.cookie import cookie_for
+from harpd.processes.orphans import OrphanedCall, kill_orphans
+from harpd.processes.process_tree import CallTree
 
-__all__ = ["CallRecords", "Record", "Swept"]
+__all__ = ["CallState", "CleanupResult", "StateDir"]
 
 log = logging.getLogger("harpd.supervisor")
 
 #: What the name of a record ends with of which only the end has to be told, or only processes have to be ended.
-_OVER, _TOLD = ".over", ".told"
+_OVER, _TOLD = ".ended", ".reported"
 #: What the name of a directory begins with that is not locked yet.
 _UNLOCKED = "."
 #: A sweep that finds a dead warden looks some times more, so many seconds apart: mostly all are dead by then.
@@ -47,15 +47,15 @@ _ROUND = 0.02
 
 
 @dataclass(frozen=True, slots=True)
-class Record:
+class CallState:
     """A call's record: its processes, and what else the next warden should know. Values that JSON can carry."""
 
-    tree: Tree
-    more: Mapping[str, Any]
+    tree: CallTree
+    session: Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
-class Swept:
+class CleanupResult:
     """What a sweep found.
 
     Attributes:
@@ -66,13 +66,13 @@ class Swept:
     """
 
     killed: int = 0
-    calls: Mapping[str, Record] = field(default_factory=dict)
-    receipts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    calls: Mapping[str, CallState] = field(default_factory=dict)
+    stop_reports: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     again: bool = False
 
 
 @dataclass(slots=True)
-class _Left:
+class _PendingOrphan:
     """A call of a dead warden that is not known to be gone.
 
     Attributes:
@@ -82,13 +82,13 @@ class _Left:
         told: whether that was told, with survivors.
     """
 
-    call: LostCall
+    call: OrphanedCall
     file: Path
     to_tell: bool
     told: bool = False
 
 
-class CallRecords:
+class StateDir:
     """The records of one warden.
 
     Args:
@@ -111,25 +111,25 @@ class CallRecords:
         self._boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         self._endings: dict[str, str] = {}  # what the names of the records end with, by call
         self._dead: dict[Path, int] = {}  # directories of dead wardens, with the descriptors that lock them
-        self._left: list[_Left] = []
+        self._left: list[_PendingOrphan] = []
         self._round_at = 0.0
 
-    def add(self, call_id: str, record: Record) -> None:
+    def write(self, call_id: str, record: CallState) -> None:
         """Record a call. Raises OSError."""
         tree = record.tree
-        text = {"boot": self._boot, "pid": tree.pid, "start": tree.start, **record.more}
-        if tree.group is not None:
-            text["cgroup"] = tree.group.path
+        text = {"boot": self._boot, "pid": tree.pid, "start": tree.start, **record.session}
+        if tree.cgroup is not None:
+            text["cgroup"] = tree.cgroup.path
         self._endings[call_id] = ""
         descriptor = os.open(call_id, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600, dir_fd=self._lock)
         with open(descriptor, "wb", buffering=0) as file:
             file.write(json.dumps(text).encode())
 
-    def over(self, call_id: str) -> None:
+    def mark_ended(self, call_id: str) -> None:
         """Nothing of the call has to be ended any more; its end may still have to be told."""
         self._settle(call_id, _OVER, _TOLD)
 
-    def told(self, call_id: str) -> None:
+    def mark_reported(self, call_id: str) -> None:
         """Nobody has to be told of the call's end any more; processes of it may still have to be ended."""
         self._settle(call_id, _TOLD, _OVER)
 
@@ -158,21 +158,21 @@ class CallRecords:
         with contextlib.suppress(OSError):  # there is something left
             self._directory.rmdir()
 
-    def sweep(self) -> Swept:
+    def clean_up(self) -> CleanupResult:
         """Kill what is left of the calls of wardens that have died. It takes some tens of milliseconds at the most."""
-        calls: dict[str, Record] = {}
-        found: list[_Left] = []
+        calls: dict[str, CallState] = {}
+        found: list[_PendingOrphan] = []
         for directory in self._find_dead():
             for file, ending, record in self._read(directory):
                 call_id = file.name.removesuffix(ending)
                 if ending != _TOLD:
                     calls[call_id] = record
                 if ending != _OVER:
-                    found.append(_Left(LostCall(call_id, record.tree), file, ending != _TOLD))
+                    found.append(_PendingOrphan(OrphanedCall(call_id, record.tree), file, ending != _TOLD))
         self._left += found
         killed = self._end(found)
         receipts = self._settle_left()
-        return Swept(killed, calls, receipts, any(left.call.is_fresh for left in self._left))
+        return CleanupResult(killed, calls, receipts, any(left.call.is_fresh for left in self._left))
 
     def _find_dead(self) -> Iterator[Path]:
         """Lock the directories of wardens that have died."""
@@ -183,30 +183,32 @@ class CallRecords:
                     self._dead[directory] = lock
                     yield directory
 
-    def _read(self, directory: Path) -> Iterator[tuple[Path, str, Record]]:
+    def _read(self, directory: Path) -> Iterator[tuple[Path, str, CallState]]:
         """A dead warden's records: file, what its name ends with, record."""
         for file in list(directory.iterdir()):
             ending = file.suffix if file.suffix in (_OVER, _TOLD) else ""
             try:
                 record = json.loads(file.read_text())
                 group = Cgroup(record["cgroup"]) if "cgroup" in record else None
-                tree = Tree(int(record["pid"]), int(record["start"]), entry(file.name.removesuffix(ending)), group)
+                tree = CallTree(
+                    int(record["pid"]), int(record["start"]), cookie_for(file.name.removesuffix(ending)), group
+                )
                 if record["boot"] == self._boot:
-                    yield file, ending, Record(tree, record)
+                    yield file, ending, CallState(tree, record)
             except (OSError, ValueError, KeyError, TypeError):
                 log.warning("a record of a call can't be read", extra={"call": file.name})
 
-    def _end(self, found: list[_Left]) -> int:
+    def _end(self, found: list[_PendingOrphan]) -> int:
         """Look for what is left, and kill it; how much of it is new."""
         if not self._left or (not found and time.monotonic() - self._round_at < _ROUND):
             return 0
         calls = [left.call for left in self._left]
-        killed = end_lost(calls)
+        killed = kill_orphans(calls)
         for pause in _PAUSES:
             if all(left.call.gone for left in found):
                 break
             time.sleep(pause)
-            killed += end_lost(calls)
+            killed += kill_orphans(calls)
         self._round_at = time.monotonic()
         return killed
 
@@ -219,7 +221,7 @@ class CallRecords:
             elif not left.call.gone:
                 continue
             if left.told:
-                receipts[left.call.call_id] = left.call.receipt()
+                receipts[left.call.call_id] = left.call.stop_report()
             with contextlib.suppress(OSError):
                 if left.call.gone:
                     left.file.unlink()

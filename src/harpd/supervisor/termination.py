@@ -22,11 +22,11 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from harpd.processes.process_tree import Process, Snapshot, Tree, kill_group, send
-from harpd.processes.stop_report import Findings
+from harpd.processes.process_tree import CallTree, Process, Snapshot, kill_group, send_signal
+from harpd.processes.stop_report import StopReport
 from harpd.supervisor.event_loop import EventLoop, Timer
 
-__all__ = ["Stopping"]
+__all__ = ["TerminationSequence"]
 
 #: Seconds between two looks whether processes are gone: at first, and the most.
 _LOOK, _LOOK_RARELY = 0.05, 1.0
@@ -40,7 +40,7 @@ _MOST_DOUBTS, _DOUBT = 5, 0.02
 _TRUSTED = 10.0
 
 
-class Stopping:
+class TerminationSequence:
     """What ends the processes of one call.
 
     Args:
@@ -56,10 +56,10 @@ class Stopping:
     def __init__(
         self,
         loop: EventLoop,
-        tree: Tree,
+        tree: CallTree,
         kill_grace: float,
         look: Callable[[float], Snapshot],
-        strays: Callable[[Snapshot, Tree], bool],
+        strays: Callable[[Snapshot, CallTree], bool],
         on_survived: Callable[[], None],
         on_gone: Callable[[], None],
     ) -> None:
@@ -74,7 +74,7 @@ class Stopping:
         self._step: Timer | None = None
         self._check: Timer | None = None
         self._survived: Timer | None = None
-        self._findings = Findings(self._main)
+        self._findings = StopReport(self._main)
         self._processes = Snapshot()
         self._looked_at: float | None = None
         self._changed_at = 0.0  # a look must be younger than this to tell how things are
@@ -86,24 +86,24 @@ class Stopping:
         self._began = 0.0
         self._ended: float | None = None
 
-    def begin(self, interrupt: bool) -> None:
+    def start(self, interrupt: bool) -> None:
         """Begin to stop everything. `interrupt`: by SIGXCPU to the main process."""
         self._began = time.time()
         self._changed_at = time.monotonic()
-        self._step = self._loop.after(0, self._interrupt if interrupt else self._terminate)
+        self._step = self._loop.call_later(0, self._interrupt if interrupt else self._terminate)
 
     def expect_exit(self) -> None:
         """The main process is about to end by itself; it is killed if it does not."""
-        self._step = self._loop.after(self._kill_grace, self._kill_main)
+        self._step = self._loop.call_later(self._kill_grace, self._kill_main)
 
-    def main_ended(self, status: int) -> None:
+    def on_main_exit(self, status: int) -> None:
         """The main process has been reaped, with this wait status; what is left has to end, too."""
         self._main_ended = True
         self._looked_at = None  # it had its number until now
-        self._findings.note_end(status)
+        self._findings.record_exit(status)
         self._began = self._began or time.time()
         self._changed_at = time.monotonic()
-        self._check = self._loop.after(0, self._look_for_survivors)
+        self._check = self._loop.call_later(0, self._look_for_survivors)
 
     def cancel(self) -> None:
         """Do nothing more."""
@@ -111,70 +111,70 @@ class Stopping:
             if timer is not None:
                 timer.cancel()
 
-    def receipt(self) -> dict[str, Any] | None:
+    def stop_report(self) -> dict[str, Any] | None:
         """What was found, what it was sent, what became of it; None: nothing had to be stopped.
 
         Spec: docs/protocol.md, Kept calls.
         """
         if not self._began:
             return None
-        return self._findings.receipt(self._main_ended, self._complete, self._began, self._ended)
+        return self._findings.to_json(self._main_ended, self._complete, self._began, self._ended)
 
     # The steps.
 
     def _kill_main(self) -> None:
-        send(signal.SIGKILL, self._main)
+        send_signal(signal.SIGKILL, self._main)
 
     def _interrupt(self) -> None:
-        self._step = self._loop.after(self._kill_grace, self._terminate)
+        self._step = self._loop.call_later(self._kill_grace, self._terminate)
         self._find()  # what its end lets escape is known from now on
         self._send(signal.SIGXCPU, self._main)
 
     def _terminate(self) -> None:
-        self._step = self._loop.after(self._kill_grace, self._kill)
+        self._step = self._loop.call_later(self._kill_grace, self._kill)
         self._pause = _LOOK
         for identity in self._find():
             self._send(signal.SIGTERM, identity)
 
     def _kill(self) -> None:
         """Halt what is left, then kill it; again and again until nothing is."""
-        self._step = self._loop.after(self._patience(), self._kill)
+        self._step = self._loop.call_later(self._patience(), self._kill)
         members = self._find()
         new = members.keys() - self._halted
         if new and self._halts < _MOST_HALTS:
             for identity in new:
-                send(signal.SIGSTOP, identity)
+                send_signal(signal.SIGSTOP, identity)
             self._halted = set(members)
             self._halts += 1
             self._pause = _LOOK
             self._step.cancel()
-            self._step = self._loop.after(0, self._kill)
+            self._step = self._loop.call_later(0, self._kill)
         else:
             self._kill_members(members, outrun=bool(new))
             self._halts = 0
             if self._survived is None:
-                self._survived = self._loop.after(max(self._kill_grace, _DEATH), self._tell_survivors)
+                self._survived = self._loop.call_later(max(self._kill_grace, _DEATH), self._tell_survivors)
         self._changed_at = time.monotonic()
         if self._is_gone():
             self._leave()
 
     def _kill_members(self, members: Mapping[tuple[int, int], Process], outrun: bool) -> None:
         """Kill what was halted. `outrun`: there were ever new ones, so all have to go at once, the main one too."""
-        cgroup = self._tree.group
+        cgroup = self._tree.cgroup
         at_once = outrun or (cgroup is not None and cgroup.can_kill)
         main = members.keys() & {self._main}
         targets = members.keys() if at_once else (members.keys() - main or main)
         for identity in targets:
             self._send(signal.SIGKILL, identity)
         spared = {self._tree.pid} if main - targets else set()
-        for group in self._tree.groups(members[identity] for identity in targets) - spared:
+        for group in self._tree.process_groups(members[identity] for identity in targets) - spared:
             kill_group(group)
         if cgroup is not None:
             cgroup.kill()
 
     def _send(self, number: signal.Signals, identity: tuple[int, int]) -> None:
-        if send(number, identity):
-            self._findings.note_signal(number, identity)
+        if send_signal(number, identity):
+            self._findings.record_signal(number, identity)
 
     # What there is.
 
@@ -184,13 +184,13 @@ class Stopping:
         late = self._looked_at is not None and now - self._looked_at > _TRUSTED
         self._looked_at = now
         self._processes = self._look(self._changed_at)
-        self._findings.note(self._tree.members(self._processes, self._findings.left, late))
-        return self._findings.left
+        self._findings.record(self._tree.members(self._processes, self._findings.remaining, late))
+        return self._findings.remaining
 
     def _is_empty(self) -> bool:
         """Whether the last look has found nothing."""
-        cgroup = self._tree.group
-        return self._main_ended and not self._findings.left and not (cgroup is not None and cgroup.populated)
+        cgroup = self._tree.cgroup
+        return self._main_ended and not self._findings.remaining and not (cgroup is not None and cgroup.populated)
 
     def _is_gone(self) -> bool:
         """Whether the last look has found nothing; if something may have escaped, some further ones as well."""
@@ -202,21 +202,21 @@ class Stopping:
         return self._complete or self._doubts > _MOST_DOUBTS
 
     def _look_for_survivors(self) -> None:
-        self._check = self._loop.after(self._patience(), self._look_for_survivors)
+        self._check = self._loop.call_later(self._patience(), self._look_for_survivors)
         self._find()
         if self._is_gone():
             self._leave()
         elif self._doubts:
             self._changed_at = time.monotonic()
             self._check.cancel()
-            self._check = self._loop.after(_DOUBT, self._look_for_survivors)
+            self._check = self._loop.call_later(_DOUBT, self._look_for_survivors)
         elif self._step is None:
             self._terminate()
 
     def _tell_survivors(self) -> None:
         self._find()
         if self._is_empty():  # gone, which the next step tells; or never twice the same, and not seen this time
-            self._survived = self._loop.after(_LOOK_RARELY, self._tell_survivors)
+            self._survived = self._loop.call_later(_LOOK_RARELY, self._tell_survivors)
         else:
             self._on_survived()
 

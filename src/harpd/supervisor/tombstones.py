@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import hashlib
 
-__all__ = ["BarredIds"]
+__all__ = ["TombstoneSet"]
 
 
-class BarredIds:
+class TombstoneSet:
     """Ids, each barred for its owner alone; for `least` seconds at least, and for twice that at most while ids come.
 
     Args:
@@ -37,7 +37,7 @@ class BarredIds:
             self._since = now
         self._new.add(_digest(owner, call_id))
 
-    def has(self, owner: str, call_id: str) -> bool:
+    def contains(self, owner: str, call_id: str) -> bool:
         """Whether it is barred."""
         digest = _digest(owner, call_id)
         return digest in self._new or digest in self._old

@@ -1,9 +1,9 @@
 """A process that runs calls, as the warden has it: its channel, its output, its death.
 
-Most processes serve one call and end with it. Where the procedure allows more calls per process, a process waits for
-the next call in `Resting`. A process does not wait there when its call was stopped or died, when harpd's own code
-rejected its call, when it wrote more than its closing line, or when its zygote has retired. A waiting process does not
-count as a call. It ends as soon as its channel closes, or is killed.
+Most processes serve one call and end with it. Where the procedure allows more, a process waits for the next call in
+`IdleWorkers`. A process does not wait there when its call was stopped or died, when harpd's own code rejected its
+call, when it wrote more than its closing line, or when its zygote has retired. A waiting process does not count as a
+call. It ends as soon as its channel closes, or is killed.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from harpd.processes.cgroup import Cgroup
-from harpd.processes.process_tree import send
+from harpd.processes.process_tree import send_signal
 from harpd.supervisor.event_loop import EventLoop
-from harpd.supervisor.output import Output, Pipe
+from harpd.supervisor.output import OutputCollector, OutputPipe
 
-__all__ = ["CallProcess", "Parent", "Resting", "Usage"]
+__all__ = ["ForkListener", "IdleWorkers", "Usage", "WorkerProcess"]
 
 log = logging.getLogger("harpd.supervisor")
 
@@ -49,21 +49,21 @@ class Usage:
     memory: int | None = None
 
 
-class Parent(Protocol):
+class ForkListener(Protocol):
     """Who asked for a fork."""
 
-    def forked(self, pid: int, start: int) -> None:
+    def on_forked(self, pid: int, start: int) -> None:
         """The process is there."""
 
-    def refused(self, reason: str) -> None:
+    def on_fork_failed(self, reason: str) -> None:
         """There is no process."""
 
-    def reaped(self, status: int, usage: Usage) -> None:
+    def on_reaped(self, status: int, usage: Usage) -> None:
         """The process has ended, with this wait status; or its zygote has, and took it along."""
 
 
-class CallProcess:
-    """A process from its fork to its death. A `Parent`, which tells its present call.
+class WorkerProcess:
+    """A process from its fork to its death. A `ForkListener`, which tells its present call.
 
     Args:
         loop: the event loop.
@@ -89,12 +89,12 @@ class CallProcess:
     def __init__(
         self,
         loop: EventLoop,
-        output: Output,
+        output: OutputCollector,
         fields: Mapping[str, str],
-        call: Parent,
+        call: ForkListener,
         procedure: str,
         max_calls: int,
-        resting: Resting,
+        resting: IdleWorkers,
     ) -> None:
         self._loop = loop
         self._output = output
@@ -102,40 +102,40 @@ class CallProcess:
         self._max_calls = max_calls
         self._resting = resting
         self.pid = self.start = 0
-        self.group: Cgroup | None = None
+        self.cgroup: Cgroup | None = None
         self.served = 1
         self.ended = False
-        self._call: Parent | None = call
+        self._call: ForkListener | None = call
         self._cpu = 0.0  # what it had used when the present call began
-        self.channel, self._pipes, self.theirs = _equip(output, fields)
+        self.channel, self._pipes, self.child_descriptors = _equip(output, fields)
 
-    def serve(self, call: Parent, fields: Mapping[str, str]) -> None:
+    def assign(self, call: ForkListener, fields: Mapping[str, str]) -> None:
         """Rest no more, and belong to another call."""
         self._call = call
         self.served += 1
         self._cpu = self._clock()
         for pipe in self._pipes:
-            pipe.begin(fields)
+            pipe.assign(fields)
 
-    def forked(self, pid: int, start: int) -> None:
-        """See `Parent`."""
+    def on_forked(self, pid: int, start: int) -> None:
+        """See `ForkListener`."""
         self.pid, self.start = pid, start
         if self._call is not None:
-            self._call.forked(pid, start)
+            self._call.on_forked(pid, start)
 
-    def refused(self, reason: str) -> None:
-        """See `Parent`."""
+    def on_fork_failed(self, reason: str) -> None:
+        """See `ForkListener`."""
         if self._call is not None:
-            self._call.refused(reason)
+            self._call.on_fork_failed(reason)
 
-    def reaped(self, status: int, usage: Usage) -> None:
-        """See `Parent`. Of one that has served many calls the usage is the last one's, as far as that is known."""
+    def on_reaped(self, status: int, usage: Usage) -> None:
+        """See `ForkListener`. After several calls, `usage` is that of the last one, as far as it is known."""
         self.ended = True
         if self._call is None:
-            self.dispose()
+            self.release()
             return
         cpu = None if usage.cpu is None else round(max(usage.cpu - self._cpu, 0.0), 6)
-        self._call.reaped(status, Usage(cpu, usage.memory))
+        self._call.on_reaped(status, Usage(cpu, usage.memory))
 
     @property
     def identity(self) -> tuple[int, int]:
@@ -155,9 +155,9 @@ class CallProcess:
 
     def last_errors(self) -> list[str]:
         """The last lines of the present call's stderr, when the call has just ended."""
-        return self._output.tail(self._pipes[1])
+        return self._output.drain_tail(self._pipes[1])
 
-    def says_nothing(self) -> bool:
+    def is_quiet(self) -> bool:
         """Whether it waits for a call, as it should: it lives, and has said nothing since its last one."""
         try:
             said = self.channel.recv(1, socket.MSG_PEEK)
@@ -174,47 +174,47 @@ class CallProcess:
         """Whether it may serve another call."""
         return self.served < self._max_calls and self._resting.open
 
-    def rest(self) -> None:
+    def become_idle(self) -> None:
         """Wait for another call: the present one has ended, and all that it has printed is there."""
         self._call = None
-        self._loop.forget(self.channel.fileno())
+        self._loop.unwatch(self.channel.fileno())
         for pipe in self._pipes:
-            self._output.tail(pipe)
-            pipe.end()
-        self._resting.put(self._procedure, self)
+            self._output.drain_tail(pipe)
+            pipe.flush()
+        self._resting.add(self._procedure, self)
 
-    def leave(self) -> None:
+    def finish_input(self) -> None:
         """It gets no call any more: have it end by itself, once it has ended its last."""
         try:
             self.channel.shutdown(socket.SHUT_WR)
         except OSError:
             pass  # it has gone already
 
-    def end(self) -> None:
+    def shut_down(self) -> None:
         """End a process that rests. It is killed if it goes on."""
         self.close()
-        self._loop.after(_EXIT, lambda: None if self.ended else self._kill())
+        self._loop.call_later(_EXIT, lambda: None if self.ended else self._kill())
 
     def _kill(self) -> None:
-        send(signal.SIGKILL, self.identity)
+        send_signal(signal.SIGKILL, self.identity)
 
     def close(self) -> None:
         """Close the channel: the process is told nothing more, nor heard."""
         if self.channel.fileno() >= 0:
-            self._loop.forget(self.channel.fileno())
+            self._loop.unwatch(self.channel.fileno())
             self.channel.close()
 
-    def dispose(self) -> None:
+    def release(self) -> None:
         """It has ended, or never began. What it has left running may go on printing."""
         self._call = None
         self.close()
         for pipe in self._pipes:
-            self._output.leave(pipe)
-        if self.group is not None:
-            self.group.remove()
+            self._output.release(pipe)
+        if self.cgroup is not None:
+            self.cgroup.remove()
 
 
-class Resting:
+class IdleWorkers:
     """The processes of one zygote that wait for a further call of their procedures; the last one goes first.
 
     Args:
@@ -223,7 +223,7 @@ class Resting:
 
     def __init__(self, loop: EventLoop) -> None:
         self._loop = loop
-        self._by_procedure: dict[str, list[tuple[float, CallProcess]]] = {}
+        self._by_procedure: dict[str, list[tuple[float, WorkerProcess]]] = {}
         self._open = True
         self._looking = False
 
@@ -239,38 +239,38 @@ class Resting:
         """Whether processes may rest."""
         return self._open
 
-    def put(self, procedure: str, process: CallProcess) -> None:
+    def add(self, procedure: str, process: WorkerProcess) -> None:
         """Let a process rest."""
         self._by_procedure.setdefault(procedure, []).append((self._loop.now(), process))
         if not self._looking:
             self._looking = True
-            self._loop.after(_REST, self._look)
+            self._loop.call_later(_REST, self._look)
 
-    def take(self, procedure: str) -> CallProcess | None:
+    def pop(self, procedure: str) -> WorkerProcess | None:
         """A process for a call; None: none rests that could serve it."""
         resting = self._by_procedure.get(procedure)
         while resting:
             _, process = resting.pop()
             if process.ended:
                 continue
-            if process.says_nothing():
+            if process.is_quiet():
                 return process
-            process.end()
+            process.shut_down()
         return None
 
-    def end_oldest(self) -> None:
+    def shut_down_oldest(self) -> None:
         """End the process that has rested longest, to make room."""
         waiting = [resting for resting in self._by_procedure.values() if resting]
         if waiting:
             _, process = min(waiting, key=lambda resting: resting[0][0]).pop(0)
-            process.end()
+            process.shut_down()
 
     def close(self) -> None:
         """End all, and let none rest any more."""
         self._open = False
         for resting in self._by_procedure.values():
             for _, process in resting:
-                process.end()
+                process.shut_down()
         self._by_procedure.clear()
 
     def _look(self) -> None:
@@ -278,21 +278,23 @@ class Resting:
         until = self._loop.now() - _REST
         for resting in self._by_procedure.values():
             while resting and resting[0][0] <= until:
-                resting.pop(0)[1].end()
+                resting.pop(0)[1].shut_down()
         self._looking = bool(len(self))
         if self._looking:
-            self._loop.after(_REST, self._look)
+            self._loop.call_later(_REST, self._look)
 
 
-def _equip(output: Output, fields: Mapping[str, str]) -> tuple[socket.socket, tuple[Pipe, Pipe], tuple[int, int, int]]:
+def _equip(
+    output: OutputCollector, fields: Mapping[str, str]
+) -> tuple[socket.socket, tuple[OutputPipe, OutputPipe], tuple[int, int, int]]:
     """Make a process's descriptors: our end of its channel, our ends of its pipes, and its three."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     ours.setblocking(False)
     descriptors = [theirs.detach()]
     try:
-        pipes: list[Pipe] = []
+        pipes: list[OutputPipe] = []
         for stream in ("stdout", "stderr"):
-            pipe, writing = output.open(fields, stream)
+            pipe, writing = output.open_pipe(fields, stream)
             pipes.append(pipe)
             descriptors.append(writing)
         limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)

@@ -16,12 +16,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from harp.protocol.json_text import dumps, loads
-from harpd.processes.cookie import environment_with_room
+from harpd.processes.cookie import reserve_cookie
 from harpd.supervisor.event_loop import READ, WRITE, EventLoop, Timer
-from harpd.supervisor.output import Output
-from harpd.supervisor.worker_process import CallProcess, Parent, Resting, Usage
+from harpd.supervisor.output import OutputCollector
+from harpd.supervisor.worker_process import ForkListener, IdleWorkers, Usage, WorkerProcess
 
-__all__ = ["Offered", "Zygote"]
+__all__ = ["ProcedureInfo", "ZygoteClient"]
 
 log = logging.getLogger("harpd.supervisor")
 
@@ -33,7 +33,7 @@ _OUR_SIGNALS = (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 @dataclass(frozen=True, slots=True)
-class Offered:
+class ProcedureInfo:
     """A procedure that a zygote has loaded.
 
     Attributes:
@@ -47,7 +47,7 @@ class Offered:
     max_calls: int
 
 
-class Zygote:
+class ZygoteClient:
     """A process that has loaded one generation of the procedures file.
 
     Args:
@@ -80,12 +80,12 @@ class Zygote:
         self._on_died = on_died
         self._on_stuck = on_stuck
         self._waiting: deque[tuple[bytes, tuple[int, ...]]] = deque()
-        self._forking: dict[str, tuple[Parent, Timer]] = {}
-        self._children: dict[int, Parent] = {}
+        self._forking: dict[str, tuple[ForkListener, Timer]] = {}
+        self._children: dict[int, ForkListener] = {}
         self._retired = False
-        self.procedures: dict[str, Offered] = {}
-        self.spares: dict[int, int] = {}
-        self.resting = Resting(loop)
+        self.procedures: dict[str, ProcedureInfo] = {}
+        self.preforked: dict[int, int] = {}
+        self.idle_workers = IdleWorkers(loop)
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs, contextlib.ExitStack() as undo:
             undo.callback(self._socket.close)
@@ -106,13 +106,13 @@ class Zygote:
         self._say(order)
 
     @property
-    def idle(self) -> bool:
+    def is_idle(self) -> bool:
         """Whether it has no processes but spares."""
         return not self._forking and not self._children
 
     def assign(
-        self, call: Parent, call_id: str, procedure: str, output: Output, fields: Mapping[str, str]
-    ) -> CallProcess:
+        self, call: ForkListener, call_id: str, procedure: str, output: OutputCollector, fields: Mapping[str, str]
+    ) -> WorkerProcess:
         """Return a process for a call: an idle one of its procedure, else a new one that is being forked.
 
         Args:
@@ -125,25 +125,27 @@ class Zygote:
         Raises:
             OSError: no descriptor is free.
         """
-        idle = self.resting.take(procedure)
+        idle = self.idle_workers.pop(procedure)
         if idle is not None:
-            idle.serve(call, fields)
+            idle.assign(call, fields)
             return idle
         most = self.procedures[procedure].max_calls
-        process = CallProcess(self._loop, output, fields, call, procedure, most, self.resting)
-        self._forking[call_id] = process, self._loop.after(_FORK, lambda: self._give_up(call_id))
-        self._say({"fork": call_id, "procedure": procedure}, process.theirs)  # which closes the descriptors here
+        process = WorkerProcess(self._loop, output, fields, call, procedure, most, self.idle_workers)
+        self._forking[call_id] = process, self._loop.call_later(_FORK, lambda: self._give_up(call_id))
+        self._say(
+            {"fork": call_id, "procedure": procedure}, process.child_descriptors
+        )  # which closes the descriptors here
         return process
 
     def _give_up(self, call_id: str) -> None:
         """Wait no longer for a fork. A process that still comes finds its channel closed, and ends without a word."""
         parent, _ = self._forking.pop(call_id)
         log.error("a zygote does not fork", extra={"zygote": self.pid, "call": call_id, "seconds": _FORK})
-        parent.refused(f"the process that makes processes did not answer within {_FORK:g} s")
+        parent.on_fork_failed(f"the process that makes processes did not answer within {_FORK:g} s")
         if not self._retired:
             self._on_stuck()
 
-    def _born(self, call_id: str) -> Parent | None:
+    def _born(self, call_id: str) -> ForkListener | None:
         """Who asked for this fork, if anybody still waits for it."""
         parent, deadline = self._forking.pop(call_id, (None, None))
         if deadline is not None:
@@ -153,13 +155,13 @@ class Zygote:
     def retire(self) -> None:
         """End it once its last call has ended."""
         self._retired = True
-        self.resting.close()
+        self.idle_workers.close()
         self._end_if_idle()
 
-    def end(self) -> None:
+    def kill(self) -> None:
         """End it now, and wait until it has ended, if it can. Its calls, if it has any, end with it."""
         self._retired = True
-        self.resting.close()
+        self.idle_workers.close()
         if self._closed:
             return
         with contextlib.suppress(ProcessLookupError):
@@ -170,7 +172,7 @@ class Zygote:
         self._close()
 
     def _end_if_idle(self) -> None:
-        if self._retired and self.idle:
+        if self._retired and self.is_idle:
             self._close()
 
     @property
@@ -179,7 +181,7 @@ class Zygote:
 
     def _close(self) -> None:
         if not self._closed:
-            self._loop.forget(self._socket.fileno())
+            self._loop.unwatch(self._socket.fileno())
             self._socket.close()
             os.close(self._process)
         while self._waiting:
@@ -220,23 +222,23 @@ class Zygote:
     def _take(self, message: dict[str, Any]) -> None:
         match message:
             case {"spare": pid, "start": start}:
-                self.spares[pid] = start
+                self.preforked[pid] = start
             case {"forked": call_id, "pid": pid, "start": start}:
-                self.spares.pop(pid, None)
+                self.preforked.pop(pid, None)
                 if parent := self._born(call_id):
                     self._children[pid] = parent
-                    parent.forked(pid, start)
+                    parent.on_forked(pid, start)
             case {"reaped": pid, "status": status, "cpu": cpu, "memory": memory}:
-                self.spares.pop(pid, None)
+                self.preforked.pop(pid, None)
                 if ended := self._children.pop(pid, None):
-                    ended.reaped(status, Usage(cpu, memory))
+                    ended.on_reaped(status, Usage(cpu, memory))
                 self._end_if_idle()
             case {"refused": call_id, "reason": reason}:
                 if parent := self._born(call_id):
-                    parent.refused(reason)
+                    parent.on_fork_failed(reason)
                 self._end_if_idle()
             case {"procedure": name, "streaming": streaming, "timeout": timeout, "max_calls": max_calls}:
-                self.procedures[name] = Offered(streaming, timeout, max_calls)
+                self.procedures[name] = ProcedureInfo(streaming, timeout, max_calls)
             case {"loaded": _, "threads": threads}:
                 if threads:
                     log.warning(
@@ -253,13 +255,13 @@ class Zygote:
 
     def _on_closed(self) -> None:
         self._close()
-        self.resting.close()
+        self.idle_workers.close()
         self._loaded("the process that loads the procedures file ended")
         for call_id in list(self._forking):
             if parent := self._born(call_id):
-                parent.refused("the process that makes processes died")
+                parent.on_fork_failed("the process that makes processes died")
         for parent in [*self._children.values()]:
-            parent.reaped(signal.SIGKILL, Usage())  # they are killed with it
+            parent.on_reaped(signal.SIGKILL, Usage())  # they are killed with it
         self._children.clear()
         if not self._retired:
             self._on_died()
@@ -269,7 +271,7 @@ def _spawn(theirs: socket.socket) -> int:
     """Exec a zygote with its end of the socket; what else is open here closes on exec."""
     os.set_inheritable(theirs.fileno(), True)
     arguments = [sys.executable, "-P", "-m", "harpd.worker.zygote", str(theirs.fileno()), str(os.getpid())]
-    environment = environment_with_room()
+    environment = reserve_cookie()
     return os.posix_spawn(sys.executable, arguments, environment, setsigdef=_OUR_SIGNALS, setsigmask=())
 
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
     from typing import Any
 
-__all__ = ["WrongArguments", "check_arguments", "prepare"]
+__all__ = ["WrongArguments", "check_arguments", "preload_inspect"]
 
 #: Of a code object's flags: it takes any further positional, any further named arguments.
 _VARIABLE = 0x04 | 0x08
@@ -28,7 +28,7 @@ class WrongArguments(Exception):
     """The arguments don't fit. The message says why, and what the procedure takes."""
 
 
-def prepare(procedures: Iterable[Procedure]) -> None:
+def preload_inspect(procedures: Iterable[Procedure]) -> None:
     """Load now what these procedures' calls would load each for itself."""
     if not all(map(_is_plain, procedures)):
         import inspect  # noqa: F401

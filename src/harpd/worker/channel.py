@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import select
 
-from harpd.worker.signals import Limits
+from harpd.worker.signals import SignalGuard
 
 __all__ = ["Channel"]
 
@@ -23,7 +23,7 @@ class Channel:
         OSError: of every method: the warden is gone, or the procedure closed the descriptor.
     """
 
-    def __init__(self, descriptor: int, limits: Limits) -> None:
+    def __init__(self, descriptor: int, limits: SignalGuard) -> None:
         self._descriptor = descriptor
         self._limits = limits
         self._owner = os.getpid()
@@ -31,7 +31,7 @@ class Channel:
         self._begun = b""  # of a line that comes
         self._unwritten = bytearray()  # the rest of a line whose writing a limit interrupted goes first
 
-    def line_comes(self) -> bool:
+    def wait_for_line(self) -> bool:
         """Wait until another line begins to come; False: none will."""
         os.set_blocking(self._descriptor, True)
         self._begun = os.read(self._descriptor, _READ_SIZE)
@@ -59,7 +59,7 @@ class Channel:
         self._unwritten += lines
         while self._unwritten:
             limits = self._limits
-            limits.hold()  # an exception between the write and its count would repeat a part of the line
+            limits.defer()  # an exception between the write and its count would repeat a part of the line
             try:
                 # A procedure that closes what it does not know may have another file under this number by now.
                 if _identity(self._descriptor) != self._identity:
@@ -68,7 +68,7 @@ class Channel:
             except BlockingIOError:
                 pass
             finally:
-                limits.release()
+                limits.deliver()
             if self._unwritten:
                 writable = select.poll()
                 writable.register(self._descriptor, select.POLLOUT)

@@ -17,19 +17,19 @@ import sys
 from harp.protocol import call_output as closing
 from harp.protocol.strict_json import Envelope, InvalidJSON, NotJSON, Raw, dumps, loads
 from harpd.proc import Cancelled, Procedure, Result, TimeLimit
-from harpd.processes.cookie import Mark
+from harpd.processes.cookie import EnvCookie
 from harpd.processes.prctl import become_subreaper, die_with_parent
 from harpd.worker.arguments import WrongArguments, check_arguments
 from harpd.worker.channel import Channel
-from harpd.worker.privileges import Account, UserError, resolve, take
-from harpd.worker.signals import Limits
+from harpd.worker.privileges import Credentials, UserError, drop_privileges, resolve_credentials
+from harpd.worker.signals import SignalGuard
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any, NoReturn
 
-__all__ = ["Descriptors", "leave_zygote", "run_calls"]
+__all__ = ["Descriptors", "detach_from_zygote", "run_worker"]
 
 
 #: The most bytes of a record or a result: a line of 64 MiB, which clients and dispatchers read, less its envelope.
@@ -59,7 +59,7 @@ class _Refused(Exception):
         self.type = type
 
 
-def leave_zygote(zygote: int) -> None:
+def detach_from_zygote(zygote: int) -> None:
     """Leave the zygote's session and signals, in a freshly forked process that has no call yet.
 
     Args:
@@ -75,14 +75,14 @@ def leave_zygote(zygote: int) -> None:
     die_with_parent(zygote)
 
 
-def run_calls(
+def run_worker(
     procedure: Procedure,
     descriptors: Descriptors,
     zygote: int,
     default_user: int | str | None,
     default_group: int | str | None,
     tracebacks: bool,
-    mark: Mark,
+    mark: EnvCookie,
 ) -> NoReturn:
     """Run one call in this process, which has left the zygote, or as many as the procedure allows; then exit.
 
@@ -95,7 +95,7 @@ def run_calls(
         tracebacks: whether the traceback of an exception goes to the warden, before the closing line.
         mark: what this process is known by.
     """
-    process, limits = os.getpid(), Limits()
+    process, limits = os.getpid(), SignalGuard()
     defaults = default_user, default_group
     try:
         channel = Channel(descriptors.channel, limits)
@@ -104,7 +104,7 @@ def run_calls(
         def prepare() -> None:
             nonlocal prepared
             if not prepared:
-                limits.take_over()
+                limits.activate()
                 _take_streams(descriptors)
                 signal.pthread_sigmask(signal.SIG_SETMASK, ())  # the zygote has blocked what is the call's
                 _become(procedure, zygote, defaults)
@@ -123,13 +123,13 @@ def run_calls(
     os._exit(0)
 
 
-def _next_comes(channel: Channel, limits: Limits) -> bool:
+def _next_comes(channel: Channel, limits: SignalGuard) -> bool:
     """Wait for a further call; whether there is one."""
     try:
-        limits.release()
-        return channel.line_comes()
+        limits.deliver()
+        return channel.wait_for_line()
     except (TimeLimit, Cancelled) as limit:
-        limits.die_of(limit)
+        limits.exit_with(limit)
 
 
 def _take_streams(descriptors: Descriptors) -> None:
@@ -142,9 +142,9 @@ def _take_streams(descriptors: Descriptors) -> None:
 def _carry_out(
     procedure: Procedure,
     channel: Channel,
-    limits: Limits,
+    limits: SignalGuard,
     tracebacks: bool,
-    mark: Mark,
+    mark: EnvCookie,
     prepare: Callable[[], None],
 ) -> bytes:
     """Prepare the process and run the procedure; return the last lines, whatever that raises."""
@@ -156,13 +156,13 @@ def _carry_out(
             if procedure.streaming:
                 value = _stream(value, channel)
         finally:
-            limits.hold()  # from here on the warden's steps are enough
+            limits.defer()  # from here on the warden's steps are enough
         return _returned(value)
     except _Refused as refused:
         return _line(Envelope(harp=closing.VERSION, **closing.error(refused.type, str(refused), None)))
     except (TimeLimit, Cancelled) as limit:
         _flush_output()
-        limits.die_of(limit)
+        limits.exit_with(limit)
     except BaseException as error:  # noqa: BLE001 - also SystemExit: the procedure's end is the caller's to know
         kind = type(error)
         data = {"class": kind.__name__, "module": str(kind.__module__)}
@@ -185,7 +185,7 @@ def _become(procedure: Procedure, zygote: int, defaults: tuple[int | str | None,
                     os.fchown(stream, account.uid, -1)
                 except (OSError, OverflowError):
                     break
-        take(account)
+        drop_privileges(account)
     except UserError as error:
         raise _Refused("system_error", str(error)) from error
     finally:
@@ -193,13 +193,13 @@ def _become(procedure: Procedure, zygote: int, defaults: tuple[int | str | None,
     _set_environment(account)
 
 
-def _account(procedure: Procedure, user: int | str | None, group: int | str | None) -> Account:
+def _account(procedure: Procedure, user: int | str | None, group: int | str | None) -> Credentials:
     if procedure.uid is not None:
-        return resolve(procedure.uid, procedure.gid)
-    return resolve(user, procedure.gid or (None if group is None else (group,)))
+        return resolve_credentials(procedure.uid, procedure.gid)
+    return resolve_credentials(user, procedure.gid or (None if group is None else (group,)))
 
 
-def _set_environment(account: Account) -> None:
+def _set_environment(account: Credentials) -> None:
     if account.name is not None:
         os.environ.update(USER=account.name, LOGNAME=account.name, HOME=account.home or "/")
     elif account.uid is not None:  # a user that the system does not know, and surely not ours
@@ -208,7 +208,7 @@ def _set_environment(account: Account) -> None:
         os.environ.pop("LOGNAME", None)
 
 
-def _arguments(procedure: Procedure, channel: Channel, mark: Mark) -> tuple[list[Any], dict[str, Any]]:
+def _arguments(procedure: Procedure, channel: Channel, mark: EnvCookie) -> tuple[list[Any], dict[str, Any]]:
     """Read the arguments and check them against the procedure's signature."""
     call_id, _, text = channel.read_line().partition(b" ")
     mark.write(call_id.decode())

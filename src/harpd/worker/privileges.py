@@ -10,7 +10,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["Account", "UserError", "resolve", "take"]
+__all__ = ["Credentials", "UserError", "drop_privileges", "resolve_credentials"]
 
 #: The group of a user that the system does not know when none is asked for: nobody's, and none of root's.
 _OVERFLOW_GROUP = 65534
@@ -20,7 +20,7 @@ class UserError(Exception):
     """The user or group is unknown, or can't be taken. The message says which and why."""
 
 
-class Account:
+class Credentials:
     """Whom a call runs as. None: as the daemon itself.
 
     Attributes:
@@ -48,7 +48,7 @@ class Account:
         self.home = home
 
 
-def resolve(uid: int | str | None, gid: Sequence[int | str] | None) -> Account:
+def resolve_credentials(uid: int | str | None, gid: Sequence[int | str] | None) -> Credentials:
     """Find the numbers.
 
     Args:
@@ -63,12 +63,12 @@ def resolve(uid: int | str | None, gid: Sequence[int | str] | None) -> Account:
     name, home = (entry.pw_name, entry.pw_dir) if entry else (None, None)
     if gid is not None:
         groups = tuple(dict.fromkeys(_group_number(group) for group in gid))
-        return Account(number, groups[0], groups, name, home)
+        return Credentials(number, groups[0], groups, name, home)
     if entry:
-        return Account(number, entry.pw_gid, tuple(os.getgrouplist(entry.pw_name, entry.pw_gid)), name, home)
+        return Credentials(number, entry.pw_gid, tuple(os.getgrouplist(entry.pw_name, entry.pw_gid)), name, home)
     if number is None:
-        return Account(None, None, None)
-    return Account(number, _OVERFLOW_GROUP, ())
+        return Credentials(None, None, None)
+    return Credentials(number, _OVERFLOW_GROUP, ())
 
 
 def _find_user(uid: int | str | None) -> tuple[int | None, pwd.struct_passwd | None]:
@@ -97,7 +97,7 @@ def _group_number(group: int | str) -> int:
         raise UserError(f"no group is called {group!r}") from error
 
 
-def take(account: Account) -> None:
+def drop_privileges(account: Credentials) -> None:
     """Become the account, for good: groups first, user last, then look whether it is so.
 
     Raises:

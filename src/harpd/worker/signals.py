@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from types import FrameType
     from typing import NoReturn
 
-__all__ = ["Limits", "install"]
+__all__ = ["SignalGuard", "install"]
 
 _RAISED: Mapping[int, tuple[type[BaseException], str]] = {
     signal.SIGXCPU: (TimeLimit, "the call's time is over"),
@@ -27,7 +27,7 @@ _RAISED: Mapping[int, tuple[type[BaseException], str]] = {
 
 
 #: What the signals of this process go to.
-_current: Limits | None = None
+_current: SignalGuard | None = None
 
 
 def install() -> None:
@@ -38,33 +38,33 @@ def install() -> None:
 
 def _on_signal(number: int, frame: FrameType | None) -> None:
     if _current is not None:
-        _current.take(number)
+        _current.handle(number)
 
 
-class Limits:
+class SignalGuard:
     """Turns signals into exceptions. Between `hold` and `release` they wait."""
 
     def __init__(self) -> None:
         self._holding = 0
         self._waiting: int | None = None
 
-    def take_over(self) -> None:
+    def activate(self) -> None:
         """From now on the signals raise in this process, once they are not blocked any more."""
         global _current
         _current = self
 
-    def hold(self) -> None:
+    def defer(self) -> None:
         """Let signals wait from now on, for good unless `release` follows."""
         self._holding += 1
 
-    def release(self) -> None:
+    def deliver(self) -> None:
         """Let signals raise again; one that has waited does now."""
         self._holding -= 1
         if self._waiting is not None and not self._holding:
             number, self._waiting = self._waiting, None
-            self.take(number)
+            self.handle(number)
 
-    def take(self, number: int) -> None:
+    def handle(self, number: int) -> None:
         """Raise what this signal means, now or when it may."""
         if self._holding:
             self._waiting = number
@@ -72,7 +72,7 @@ class Limits:
         kind, message = _RAISED[number]
         raise kind(message)
 
-    def die_of(self, limit: TimeLimit | Cancelled) -> NoReturn:
+    def exit_with(self, limit: TimeLimit | Cancelled) -> NoReturn:
         """End this process by the signal that raised: the warden knows whether it sent it."""
         number = signal.SIGXCPU if isinstance(limit, TimeLimit) else signal.SIGTERM
         never_dump_core()

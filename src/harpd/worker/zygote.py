@@ -36,12 +36,12 @@ import warnings
 
 from harp.protocol.strict_json import dumps, loads
 from harpd.proc import Procedure
-from harpd.processes.cookie import Mark
+from harpd.processes.cookie import EnvCookie
 from harpd.processes.prctl import become_subreaper, die_with_parent
 from harpd.processes.procfs import start_time
 from harpd.worker import arguments
 from harpd.worker import signals as limits
-from harpd.worker.child import Descriptors, leave_zygote, run_calls
+from harpd.worker.child import Descriptors, detach_from_zygote, run_worker
 from harpd.worker.procedures import ProceduresError, load_procedures
 
 TYPE_CHECKING = False  # not from `typing`: a fork costs by what its parent holds
@@ -82,7 +82,7 @@ class _Spare:
 class _Zygote:
     def __init__(self, warden: socket.socket) -> None:
         self._warden = warden
-        self._mark = Mark()
+        self._mark = EnvCookie()
         self._procedures: Mapping[str, Procedure] = {}
         self._defaults: tuple[int | str | None, int | str | None] = (None, None)
         self._tracebacks = False
@@ -102,7 +102,7 @@ class _Zygote:
         except ProceduresError as error:
             self._say({"fault": str(error)})
             return False
-        arguments.prepare(self._procedures.values())
+        arguments.preload_inspect(self._procedures.values())
         _settle_streams()
         # The warden's own warning of threads says it once, and to the right person.
         warnings.filterwarnings("ignore", message=".*use of fork", category=DeprecationWarning)
@@ -206,14 +206,14 @@ class _Zygote:
             os.close(self._child_ended)
             for spare in self._spares.values():
                 spare.socket.close()
-            leave_zygote(parent)
+            detach_from_zygote(parent)
             data, ancillary, _, _ = orders.recvmsg(_ORDER_SIZE, _ROOM, socket.MSG_CMSG_CLOEXEC)
             orders.close()
             if data:
                 order = loads(data)
                 descriptors = Descriptors(*memoryview(b"".join(item for _, _, item in ancillary)).cast("i"))
                 procedure = self._procedures[order["procedure"]]
-                run_calls(procedure, descriptors, parent, *self._defaults, self._tracebacks, self._mark)
+                run_worker(procedure, descriptors, parent, *self._defaults, self._tracebacks, self._mark)
         except BaseException:  # noqa: BLE001 - nothing may go up into the zygote's own code
             sys.excepthook(*sys.exc_info())
         finally:
