@@ -129,7 +129,7 @@ def _call(stored: Raw | None, situation: Situation) -> Envelope | Raw | None:
     if run is None:
         return stored
     lost = run.lost
-    unreachable = None if lost is None else Envelope(since=lost.wall, attempts=lost.attempts, error=lost.error)
+    unreachable = None if lost is None else Envelope(lost.as_json())
     return Envelope(run.facts(), contact=run.contact(situation.now), unreachable=unreachable)
 
 

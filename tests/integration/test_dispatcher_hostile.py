@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import threading
 import uuid
-from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +13,7 @@ import pytest
 
 from harp.protocol.ends import Cancelled, Failed, Returned
 from harp.protocol.json_text import Raw
-from harpcaller.model.jobs import Facts, NewJob, Stop
-from harpcaller.runs.outage import LostContact
+from harpcaller.model.jobs import NewJob, Stop
 from harpcaller.store.sqlite import open_store
 from support.deadline import eventually
 from support.dispatcher import Switched, call, host_line, running
@@ -27,7 +24,6 @@ from support.kept import (
     attached,
     ends,
     holding,
-    lost,
     orders,
     playing,
     receipt,
@@ -165,66 +161,6 @@ async def test_a_question_that_was_too_long_on_its_way_does_not_make_a_host_an_o
     with playing(tmp_path, late, holding(), script) as peer:
         async with running(tmp_path, host_line(peer.port), kept_calls=True) as dispatcher:
             assert (await result_of(dispatcher))[1] == Returned(b"1")
-
-
-async def test_a_call_that_is_taken_up_is_tried_before_it_is_given_up(tmp_path: Path) -> None:
-    """However long the last dispatcher says that it has not been reached: that may be out of date."""
-    store = await open_store(tmp_path / "store")
-    job_id = await claimed_job(store)
-    await store.note_facts(job_id, Facts(contact=Raw(json.dumps(LostContact.begin(5000.0, 5000.0).fact()).encode())))
-
-    def held(talk: Conversation) -> None:
-        attached(talk)
-        ends(talk, EVIDENCE, {"result": 1})
-
-    with playing(tmp_path, holding(), held) as peer:
-        async with running(tmp_path, host_line(peer.port), store=store, kept_calls=True) as dispatcher:
-            assert await dispatcher.result(job_id, wait=True) == Returned(b"1")
-    await store.close()
-
-
-async def test_that_contact_is_there_again_is_stored_although_the_store_could_not_at_first(tmp_path: Path) -> None:
-    """Else the next dispatcher would count from a loss of long ago."""
-    opened = await open_store(tmp_path / "store")
-    store = Switched(opened, "note_facts")
-    back, go_on = threading.Event(), threading.Event()
-
-    def begin(talk: Conversation) -> None:
-        started(talk)
-        talk.reset()
-
-    def nobody(talk: Conversation) -> None:
-        talk.expect()
-        talk.reset()
-
-    def gone(talk: Conversation) -> None:
-        assert back.wait(30)
-        holding()(talk)
-
-    def again(talk: Conversation) -> None:
-        attached(talk)
-        assert go_on.wait(30)
-        ends(talk, EVIDENCE, {"result": 1})
-
-    def is_noted(wanted: bool) -> Callable[[], bool | Awaitable[bool]]:
-        async def look() -> bool:
-            return ((await opened.get_details(job_id)).facts.contact is not None) is wanted
-
-        return look
-
-    with playing(tmp_path, holding(), begin, nobody, gone, again) as peer:
-        async with running(tmp_path, host_line(peer.port), store=store, kept_calls=True) as dispatcher:
-            job_id = await dispatcher.submit(call(), "test")
-            await lost(dispatcher, job_id)
-            await eventually(is_noted(True), what="the note of the loss")
-            store.off = True
-            back.set()
-            await eventually(lambda: store.refused > 0, what="a note that is refused")
-            store.off = False
-            await eventually(is_noted(False), what="the note taken back")
-            go_on.set()
-            assert await dispatcher.result(job_id, wait=True) == Returned(b"1")
-    await opened.close()
 
 
 async def test_a_cancel_while_jobs_are_taken_up_stops_the_call(tmp_path: Path) -> None:

@@ -24,7 +24,6 @@ MANY = 1000
 
 FACTS = Facts(
     call=Raw(b'{"address":"10.0.0.1",  "attempts":1}'),
-    contact=Raw(b'{"since":1.50}'),
     stopped=Raw(b'{"why":"cancel","by":"\\ud800"}'),
     receipt=Raw(b'{"survivors":[]}'),
     evidence=Raw(b'{"exit":0,"memory":100000000000000000000}'),
@@ -110,7 +109,7 @@ async def test_payloads_come_back_as_raw_text(store: Store) -> None:
     assert isinstance(job.end, Returned)
     assert {type(payload) for payload in (job.arguments, job.info, job.queue, job.end.result)} == {Raw}
     facts = await facts_of(store, job_id)
-    assert {type(fact) for fact in (facts.call, facts.contact, facts.stopped, facts.receipt, facts.evidence)} == {Raw}
+    assert {type(fact) for fact in (facts.call, facts.stopped, facts.receipt, facts.evidence)} == {Raw}
 
 
 async def test_a_large_job_is_kept_whole(store: Store) -> None:
@@ -371,8 +370,8 @@ async def test_closing_again_does_nothing(store: Store) -> None:
 # Facts
 
 
-@pytest.mark.parametrize("name", ["call", "contact", "stopped", "receipt", "evidence"])
-async def test_each_fact_is_written_and_taken_back_alone(store: Store, name: str) -> None:
+@pytest.mark.parametrize("name", ["call", "stopped", "receipt", "evidence"])
+async def test_each_fact_is_written_alone(store: Store, name: str) -> None:
     job_id = await job_in(store, State.RUNNING)
     one = Facts(**{name: Raw(b'{ "a" : 1.10 }')})
     await store.note_facts(job_id, one)
@@ -380,24 +379,13 @@ async def test_each_fact_is_written_and_taken_back_alone(store: Store, name: str
     await store.note_facts(job_id, FACTS)
     await store.note_facts(job_id, one)
     assert await facts_of(store, job_id) == replace(FACTS, **{name: Raw(b'{ "a" : 1.10 }')})
-    await store.note_facts(job_id, Facts(**{name: Raw(b"null")}))
-    assert await facts_of(store, job_id) == replace(FACTS, **{name: None})
-
-
-async def test_a_fact_that_is_not_there_may_be_taken_back(store: Store) -> None:
-    job_id = await job_in(store, State.RUNNING)
-    assert await store.note_facts(job_id, Facts(contact=Raw(b"null"))) is True
-    assert await facts_of(store, job_id) == NO_FACTS
-    await store.finish_job(job_id, ENDS[State.RETURNED], 9.0, facts=Facts(call=FACTS.call, contact=Raw(b"null")))
-    assert await facts_of(store, job_id) == Facts(call=FACTS.call)
 
 
 async def test_the_facts_of_an_end_add_to_those_there_are(store: Store) -> None:
     job_id = await job_in(store, State.RUNNING)
-    await store.note_facts(job_id, Facts(call=FACTS.call, contact=FACTS.contact))
+    await store.note_facts(job_id, Facts(call=FACTS.call))
     await store.cancel_job(job_id, 9.0, STOPPED)
-    receipt = Facts(contact=Raw(b"null"), receipt=FACTS.receipt)
-    await store.settle_stop(job_id, Stop.CONFIRMED, facts=receipt)
+    await store.settle_stop(job_id, Stop.CONFIRMED, facts=Facts(receipt=FACTS.receipt))
     assert await facts_of(store, job_id) == Facts(call=FACTS.call, stopped=STOPPED, receipt=FACTS.receipt)
 
 

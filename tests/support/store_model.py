@@ -150,8 +150,7 @@ class ModelStore:
         if job_id not in self.jobs:
             return False
         given = {name: fact for name, fact in asdict(facts).items() if fact is not None}
-        noted = replace(self.facts[job_id], **given)
-        self.facts[job_id] = Facts(**{name: None if fact == b"null" else fact for name, fact in asdict(noted).items()})
+        self.facts[job_id] = replace(self.facts[job_id], **given)
         return True
 
     def get_job(self, job_id: str) -> Job:

@@ -156,14 +156,12 @@ class Facts:
 
     Attributes:
         call: where and how it runs: address, attempts, whether the host keeps it.
-        contact: since when its host can't be reached, and what was tried; the text ``null`` takes it back.
         stopped: who stopped it, why and when.
         receipt: what the host says of the stop.
         evidence: how the call's process ended, what it used, its last words.
     """
 
     call: Raw | None = None
-    contact: Raw | None = None
     stopped: Raw | None = None
     receipt: Raw | None = None
     evidence: Raw | None = None

@@ -1,7 +1,7 @@
 """A host that can't be reached: since when, what was tried, when it is tried again, and until when that is borne.
 
-Counted on the clock that runs since the system's start, so that no step of the wall clock frees a slot too early; with
-the name of that start beside it, so that a dispatcher that was started again goes on counting.
+The time is counted on CLOCK_BOOTTIME, so that no step of the wall clock releases a slot too early. It is not stored: a
+dispatcher that was restarted counts from its start.
 """
 
 from __future__ import annotations
@@ -10,10 +10,7 @@ import datetime
 import random
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Self
-
-from harp.protocol.json_text import Raw, loads
 
 __all__ = ["LostContact", "Pace"]
 
@@ -64,41 +61,25 @@ class LostContact:
         wall: the same as Unix seconds.
         attempts: how often it was tried to reach the host again.
         error: what came of the last attempt.
-        noted: whether the store knows.
     """
 
     since: float
     wall: float
     attempts: int = 0
     error: str | None = None
-    noted: bool = False
 
     @classmethod
     def begin(cls, ago: float, wall: float) -> Self:
         """Contact was lost this many seconds ago; `wall` is now."""
         return cls(_boottime() - ago, wall - ago)
 
-    @classmethod
-    def resumed(cls, fact: Raw | None, wall: float) -> Self:
-        """What an earlier dispatcher noted; if that says nothing or is of another start of the system: from now on."""
-        known = loads(fact) if fact is not None else None
-        if isinstance(known, dict) and known.get("boot") == _boot():
-            return cls(float(known["boottime"]), float(known["since"]), int(known["attempts"]), known["error"], True)
-        return cls.begin(0.0, wall)
-
     def failed(self, error: str) -> None:
         """An attempt failed, or what was there broke."""
         self.error = error[:_LONGEST_ERROR]
 
-    def fact(self) -> dict[str, Any]:
-        """What is stored of it."""
-        return {
-            "since": self.wall,
-            "attempts": self.attempts,
-            "error": self.error,
-            "boot": _boot(),
-            "boottime": self.since,
-        }
+    def as_json(self) -> dict[str, Any]:
+        """Return what a job's error and `details` say about the outage."""
+        return {"since": self.wall, "attempts": self.attempts, "error": self.error}
 
     def deadline(self, after: float) -> float:
         """When `after` seconds without contact are over; a time of the monotonic clock."""
@@ -113,7 +94,3 @@ class LostContact:
 
 def _boottime() -> float:
     return time.clock_gettime(time.CLOCK_BOOTTIME)
-
-
-def _boot() -> str:
-    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()

@@ -6,11 +6,9 @@ only the stop left to settle.
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import time
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 from harp.protocol.ends import End, Failed, Raised
@@ -19,7 +17,6 @@ from harp.protocol.json_text import Raw, dumps
 from harpcaller.model.jobs import NO_FACTS, Facts, Job, Stop, state_of
 from harpcaller.runs.context import Surroundings
 from harpcaller.runs.record_writer import persist
-from harpcaller.store import StorageError
 
 __all__ = ["Settling"]
 
@@ -49,7 +46,6 @@ class Settling:
         self.evidence: Raw | None = None
         #: What the log is to say of the end.
         self.told: dict[str, Any] = {}
-        self._noting: asyncio.Task[bool] | None = None
 
     @property
     def survives(self) -> bool:
@@ -88,20 +84,6 @@ class Settling:
         await persist(around.trouble, self._id, settle)
         around.news.end(self._id)
 
-    async def note_contact(self, contact: Raw) -> None:
-        """Store that contact was lost or is there again; what the store can't take now is tried again, unwaited for."""
-        note = partial(self._around.store.note_facts, self._id, Facts(contact=contact))
-        self.give_up()
-        try:
-            await note()
-        except StorageError:
-            self._noting = asyncio.create_task(persist(self._around.trouble, self._id, note))
-
-    def give_up(self) -> None:
-        """Try no more to store what nobody waits for."""
-        if self._noting is not None:
-            self._noting.cancel()
-
     async def facts(self) -> Facts:
         """What is stored beside the end."""
 
@@ -113,7 +95,6 @@ class Settling:
     def _known(self, facts: Facts) -> Facts:
         return Facts(
             call=dumps(self._call()),
-            contact=facts.contact,
             stopped=facts.stopped,
             receipt=facts.receipt or self.receipt,
             evidence=facts.evidence or self.evidence,

@@ -72,9 +72,6 @@ _CANCEL_WAIT = 2.0
 #: How often a start is tried that surely did not happen.
 _STARTS = 3
 
-#: Seconds for which a run that takes up a call tries to reach it, however long it has been lost.
-_FIRST_TRY = 5.0
-
 _STOPPED = Failed("missing_result", "the dispatcher was stopped while the job was running; its end is not known")
 _INTERNAL = Failed("internal_error", "the dispatcher failed; its log says more")
 
@@ -127,7 +124,6 @@ class Run:
         self._over_there = False  # the closing line has come
         self._attempts = 0
         self._pace = Pace()
-        self._tries_until = float("-inf")
         self._lost: LostContact | None = None
         self._made: float | None = None
 
@@ -143,7 +139,6 @@ class Run:
         finally:
             self._reach(Phase.OVER)
             self._recording.give_up()
-            self._settling.give_up()
         what = "call ended" if outcome is Outcome.OVER else "call is left to its host"
         log.info(what, extra={**fields(self.job), **self._settling.told, "seconds": round(time.monotonic() - begin, 3)})
 
@@ -401,8 +396,6 @@ class Run:
         if self._lost is not None:
             lost, self._lost = self._lost, None
             log.info("contact is there again", extra={**fields(self.job), "attempts": lost.attempts})
-            if lost.noted:  # taken back before the host counts on it: else the next start might give it up too early
-                await self._settling.note_contact(Raw(b"null"))
         talk.start_heartbeat(terms.elapsed, terms.keep_running, at_once=again)
 
     async def _on_refused(self, error: Failed, host: Host) -> Outcome:
@@ -494,8 +487,7 @@ class Run:
         self._moved.set()
         self._named = True
         facts = await self._settling.facts()
-        self._lost = LostContact.resumed(facts.contact, self._around.wall())
-        self._tries_until = time.monotonic() + _FIRST_TRY
+        self._lost = LostContact.begin(0.0, self._around.wall())
         if self.job.end is not None and self._order is None:
             stopped = loads(facts.stopped) if facts.stopped else {}
             self._order = StopCall(str(stopped.get("why", "cancelled")), stopped.get("by"))
@@ -505,7 +497,7 @@ class Run:
         """Try to reach the call once more; pauses before that when the last attempt failed."""
         assert self._lost is not None
         lost, around = self._lost, self._around
-        give_up_at = max(lost.deadline(self._lost_after()), self._tries_until)
+        give_up_at = lost.deadline(self._lost_after())
         try:
             if pause := self._pace.pause():
                 await self._waiting.wait(asyncio.sleep(pause), give_up_at)
@@ -537,9 +529,6 @@ class Run:
         except HostUnreachable as unreachable:
             lost.failed(f"{unreachable.error.type}: {unreachable.error.message}")
         if talk is None:
-            if not lost.noted:
-                lost.noted = True
-                await self._settling.note_contact(dumps(lost.fact()))
             return Outcome.LOST
         talk.send_request(around.attach_request(self.job.id, host, self._recording.expected))
         return await self._listen(talk, host)
@@ -552,13 +541,11 @@ class Run:
     async def _give_up(self) -> Outcome:
         """The host is lost: the job must not hold its slot any longer."""
         assert self._lost is not None
-        fact = self._lost.fact()
+        outage = self._lost.as_json()
         message = f"host {self.job.host} could not be reached for {self._lost_after():g} s, {self._lost.told()}"
         if not self._settling.ended:
-            return await self._conclude(
-                Failed("host_lost", message, dumps(fact)), Stop.FAILED, Facts(contact=dumps(fact))
-            )
-        return await self._settle(Stop.FAILED, facts=Facts(receipt=dumps({"lost": fact}), contact=dumps(fact)))
+            return await self._conclude(Failed("host_lost", message, dumps(outage)), Stop.FAILED)
+        return await self._settle(Stop.FAILED, facts=Facts(receipt=dumps({"lost": outage})))
 
     async def _not_held(self, host: Host) -> Outcome:
         assert self._lost is not None

@@ -43,18 +43,13 @@ UPDATE jobs SET stop = :stop, holds_slot = :holds_slot WHERE place = :place;
 UPDATE jobs SET holds_slot = 0 WHERE place = :place;
 
 -- name: note_facts
--- Those that are NULL stay as they are; one that is :nothing becomes NULL.
-INSERT INTO facts (job, call, contact, stopped, receipt, evidence)
-VALUES (
-    :place, nullif(:call, :nothing), nullif(:contact, :nothing), nullif(:stopped, :nothing),
-    nullif(:receipt, :nothing), nullif(:evidence, :nothing)
-)
+-- A parameter that is NULL leaves its column as it is.
+INSERT INTO facts (job, call, stopped, receipt, evidence) VALUES (:place, :call, :stopped, :receipt, :evidence)
 ON CONFLICT (job) DO UPDATE SET
-    call = nullif(coalesce(:call, call), :nothing),
-    contact = nullif(coalesce(:contact, contact), :nothing),
-    stopped = nullif(coalesce(:stopped, stopped), :nothing),
-    receipt = nullif(coalesce(:receipt, receipt), :nothing),
-    evidence = nullif(coalesce(:evidence, evidence), :nothing);
+    call = coalesce(:call, call),
+    stopped = coalesce(:stopped, stopped),
+    receipt = coalesce(:receipt, receipt),
+    evidence = coalesce(:evidence, evidence);
 
 -- name: not_ended_of_lane
 SELECT place, id, state FROM jobs INDEXED BY jobs_queued_of_lane WHERE lane = :lane AND state = 'queued'
@@ -82,7 +77,7 @@ UPDATE jobs SET records = :records WHERE place = :place;
 -- Ended jobs with the size of what is stored of them, without the records; the oldest end first.
 SELECT jobs.place,
     length(calls.arguments) + length(calls.info) + coalesce(length(ends.body), 0)
-    + coalesce(length(facts.call), 0) + coalesce(length(facts.contact), 0) + coalesce(length(facts.stopped), 0)
+    + coalesce(length(facts.call), 0) + coalesce(length(facts.stopped), 0)
     + coalesce(length(facts.receipt), 0) + coalesce(length(facts.evidence), 0)
 FROM jobs INDEXED BY jobs_ended
     JOIN calls ON calls.job = jobs.place
@@ -115,7 +110,7 @@ SELECT * FROM whole_jobs WHERE id = :id;
 SELECT * FROM whole_jobs WHERE place = :place;
 
 -- name: get_facts
-SELECT call, contact, stopped, receipt, evidence FROM facts WHERE job = :place;
+SELECT call, stopped, receipt, evidence FROM facts WHERE job = :place;
 
 -- name: record_bytes
 -- Without the line feeds between them.

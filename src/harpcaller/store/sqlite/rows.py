@@ -37,9 +37,6 @@ _RUN = Struct("<Id")
 #: How many bytes such a run takes.
 RUN_BYTES = _RUN.size
 
-# As a fact, this takes back the one that is stored.
-_NOTHING = b"null"
-
 _CLOSING_KEYS = {State.RAISED: "exception", State.FAILED: "error"}
 
 
@@ -110,11 +107,9 @@ def encode_facts(facts: Facts) -> Mapping[str, bytes | None]:
     """The parameters of a statement that stores facts."""
     return {
         "call": facts.call,
-        "contact": facts.contact,
         "stopped": facts.stopped,
         "receipt": facts.receipt,
         "evidence": facts.evidence,
-        "nothing": _NOTHING,
     }
 
 

@@ -1,0 +1,44 @@
+"""An outage of a host: its deadline on the system's own clock, its pauses, its description."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from harpcaller.runs.outage import LostContact, Pace
+
+
+def test_outage_deadline_counts_from_the_last_message() -> None:
+    lost = LostContact.begin(30.0, 1000.0)
+    assert lost.wall == 970.0
+    assert lost.deadline(300.0) == pytest.approx(time.monotonic() + 270.0, abs=5.0)
+
+
+def test_backoff_pauses_grow_to_a_limit_and_differ() -> None:
+    pace = Pace()
+    assert pace.pause() == 0.0
+    pauses = []
+    for _ in range(40):
+        pace.tried()
+        pauses.append(pace.pause())
+    assert 0.2 <= pauses[0] <= 0.4
+    assert all(2.5 <= pause <= 5.0 for pause in pauses[5:])
+    assert len(set(pauses)) > 30
+    pace.progress()
+    assert 0.1 <= pace.pause() <= 0.2  # the last attempt was a moment ago
+
+
+def test_outage_description_has_start_attempts_and_error() -> None:
+    lost = LostContact.begin(0.0, 1000.0)
+    assert lost.told() == "since 1970-01-01T00:16:40+00:00; nothing was tried; the last error: none"
+    lost.attempts = 3
+    lost.failed("refused")
+    assert lost.told().endswith("3 attempts to reach it again; the last error: refused")
+    assert lost.as_json() == {"since": 1000.0, "attempts": 3, "error": "refused"}
+
+
+def test_outage_with_a_long_error_cuts_it() -> None:
+    lost = LostContact.begin(0.0, 1000.0)
+    lost.failed("x" * 1_000_000)
+    assert len(lost.told()) < 2000
