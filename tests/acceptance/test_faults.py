@@ -23,24 +23,15 @@ from support.certificates import server_files
 from support.deadline import wait_until
 from support.harpcallerd import Harpcallerd
 from support.harpd import is_dead
+from support.procedures_file import PROCEDURES
 from support.system import System, running
 
-PROCEDURES = """
-import os, time
-from harpd.proc import procedure, streaming_procedure
-
-@procedure
-def echo(*values):
-    return list(values)
-
-@procedure
-def mark(path, text):
-    with open(path, "a") as file:
-        file.write(text)
+OWN = """
+import os, signal, time
+from harpd.proc import streaming_procedure
 
 @streaming_procedure
-def sleep(seconds=600, ignore=False, escape=False):
-    import signal
+def pid_then_sleep(seconds=600, ignore=False, escape=False):
     if ignore:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if escape and not os.fork():
@@ -48,14 +39,6 @@ def sleep(seconds=600, ignore=False, escape=False):
         os.execvp("sleep", ["sleep", "600"])
     yield os.getpid()
     time.sleep(seconds)
-
-@procedure
-def die(number):
-    os.kill(os.getpid(), number)
-
-@procedure
-def leave(code):
-    os._exit(code)
 """
 
 #: What the product promises for the calls of a killed warden, in seconds.
@@ -64,7 +47,7 @@ DEAD_WITHIN = 2.0
 
 @pytest.fixture
 def system(tmp_path: Path) -> Iterator[System]:
-    with running(tmp_path, PROCEDURES, harpd={"limits": {"kill_grace": 0.5}}) as system:
+    with running(tmp_path, PROCEDURES + OWN, harpd={"limits": {"kill_grace": 0.5}}) as system:
         yield system
 
 
@@ -87,7 +70,7 @@ def family(process: psutil.Process) -> list[psutil.Process]:
 
 def test_the_dispatcher_is_killed(system: System, tmp_path: Path) -> None:
     host = system.rpc.host("web01", queue={"q": 1})
-    first = host.sleep()
+    first = host.pid_then_sleep()
     process = started(first)
     order = tmp_path / "order"
     waiting = [host.mark(str(order), str(number)) for number in range(5)]
@@ -103,11 +86,11 @@ def test_the_dispatcher_is_killed(system: System, tmp_path: Path) -> None:
 
 
 def test_the_gate_is_killed(system: System) -> None:
-    job = system.rpc.web01.sleep(escape=True)
+    job = system.rpc.web01.pid_then_sleep(escape=True)
     processes = family(started(job))
     assert len(processes) == 2
     server = system.server
-    direct = server.sleep()  # a call that is tied to its connection
+    direct = server.pid_then_sleep()  # a call that is tied to its connection
     tied = psutil.Process(next(direct))
     system.harpd.kill()
     with pytest.raises(harp.CommunicationError):
@@ -123,7 +106,7 @@ def test_the_gate_is_killed(system: System) -> None:
 
 @pytest.mark.parametrize("escape", [False, True])
 def test_the_warden_is_killed(system: System, escape: bool) -> None:
-    jobs = [system.rpc.web01.sleep(ignore=True, escape=escape) for _ in range(5)]
+    jobs = [system.rpc.web01.pid_then_sleep(ignore=True, escape=escape) for _ in range(5)]
     processes = [member for job in jobs for member in family(started(job))]
     assert len(processes) == (10 if escape else 5)
     warden = system.harpd.warden
@@ -138,7 +121,7 @@ def test_the_warden_is_killed(system: System, escape: bool) -> None:
 
 
 def test_the_zygote_is_killed(system: System) -> None:
-    job = system.rpc.web01.sleep()
+    job = system.rpc.web01.pid_then_sleep()
     process = started(job)
     os.kill(system.harpd.zygote, signal.SIGKILL)
     error = job.result(wait=True)

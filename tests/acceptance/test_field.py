@@ -11,32 +11,8 @@ import harp
 from support.certificates import server_files
 from support.field import OldDispatcher, old_client, old_dispatcher_call, old_harpd, old_tls_server, server
 from support.harpcallerd import Harpcallerd
+from support.procedures_file import PROCEDURES
 from support.system import System, running
-
-PROCEDURES = """
-import time
-from harpd.proc import procedure, streaming_procedure, Result
-
-@procedure
-def echo(*values):
-    return list(values)
-
-@procedure
-def fail():
-    raise KeyError("missing")
-
-@procedure
-def unwritable():
-    return {"x": [object()]}
-
-@streaming_procedure
-def count(numbers):
-    yield from range(numbers)
-
-@procedure
-def sleep(seconds):
-    time.sleep(seconds)
-"""
 
 UNKNOWN = "00000000-0000-4000-8000-000000000000"
 
@@ -62,12 +38,12 @@ def test_an_old_dispatcher_calls_our_harpd(system: System, pieces: int | None) -
         {"harp": 1, "stream_result": True},
         {"stream": 0},
         {"stream": 1},
-        {"result": None},
+        {"result": 2},
     ]
-    acknowledgement, end = call("fail", [])
+    acknowledgement, end = call("fail", ["missing"])
     assert acknowledgement == {"harp": 1, "stream_result": False}
     assert end == {
-        "exception": {"type": "KeyError", "message": "'missing'", "data": {"class": "KeyError", "module": "builtins"}}
+        "exception": {"type": "ValueError", "message": "missing", "data": {"class": "ValueError", "module": "builtins"}}
     }
     assert call("nothing", [])[-1]["error"]["type"] == "no_such_procedure"  # type: ignore[index]
     assert call("echo", {"wrong": 1})[-1]["error"]["type"] == "invalid_argument_list"  # type: ignore[index]
@@ -157,11 +133,11 @@ def test_an_old_client_uses_our_dispatcher(system: System) -> None:
     assert set(accepted) == {"harpcaller", "job_id"}
     job = accepted["job_id"]
     packets = [{"packet": 0, "data": 0}, {"packet": 1, "data": 1}]
-    assert old_client(port, follow_stream=job, since=0) == [*packets, {"result": None}]
-    assert old_client(port, get_result=job, wait=True) == [{"result": None}]
-    assert old_client(port, get_result=job, wait=False) == [{"result": None}]
-    assert old_client(port, read_stream=job) == [*packets, {"result": None}]
-    assert old_client(port, read_stream=job, recent=1) == [packets[1], {"result": None}]
+    assert old_client(port, follow_stream=job, since=0) == [*packets, {"result": 2}]
+    assert old_client(port, get_result=job, wait=True) == [{"result": 2}]
+    assert old_client(port, get_result=job, wait=False) == [{"result": 2}]
+    assert old_client(port, read_stream=job) == [*packets, {"result": 2}]
+    assert old_client(port, read_stream=job, recent=1) == [packets[1], {"result": 2}]
     assert old_client(port, cancel=job) == [{"cancelled": False}]
     (status,) = old_client(port, get_status=job)
     assert set(status) == {"call", "time", "info"}

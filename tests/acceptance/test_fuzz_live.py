@@ -12,15 +12,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from support.procedures_file import PROCEDURES
 from support.system import System, running
-
-PROCEDURES = """
-from harpd.proc import procedure
-
-@procedure
-def echo(*values):
-    return values
-"""
 
 #: A server that has not answered and closed by then hangs. Both are set to give up on silence well before.
 DEADLINE = 60.0

@@ -9,19 +9,16 @@ from pathlib import Path
 
 import pytest
 
-from support.system import System, running
+from support.deadline import wait_until
+from support.procedures_file import PROCEDURES
+from support.system import DEADLINE, System, running
 
-PROCEDURES = """
+OWN = """
 import fcntl, os, time
-from harpd.proc import procedure, streaming_procedure
+from harpd.proc import procedure
 
 @procedure
-def sleep(seconds):
-    time.sleep(seconds)
-    return seconds
-
-@procedure
-def mark(path, number):
+def mark_turn(path, number):
     # What is true, known independently of the dispatcher: who runs at which moment, in one log.
     with open(path, "a") as log:
         fcntl.flock(log, fcntl.LOCK_EX)
@@ -30,23 +27,21 @@ def mark(path, number):
     with open(path, "a") as log:
         fcntl.flock(log, fcntl.LOCK_EX)
         log.write(f"end {number}\\n")
-
-@streaming_procedure
-def count(numbers, size=10):
-    for number in range(numbers):
-        yield [number, "x" * size]
 """
 
 
 @pytest.fixture(scope="module")
 def system(tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
-    with running(tmp_path_factory.mktemp("load"), PROCEDURES) as system:
+    with running(tmp_path_factory.mktemp("load"), PROCEDURES + OWN) as system:
         yield system
 
 
-def test_two_hundred_jobs_sleep_at_once_on_one_host(system: System) -> None:
-    jobs = [system.rpc.web01.sleep(5) for _ in range(200)]
-    assert [job.get() for job in jobs] == [5] * 200
+def test_harpd_two_hundred_jobs_run_at_once(system: System, tmp_path: Path) -> None:
+    jobs = [system.rpc.web01.wait_for(str(tmp_path / "go"), number) for number in range(200)]
+    for job in jobs:
+        wait_until(job.start_time, DEADLINE, "the start of all jobs")
+    (tmp_path / "go").touch()
+    assert [job.get() for job in jobs] == list(range(200))
     starts = [job.start_time() or 0 for job in jobs]
     ends = [job.end_time() or 0 for job in jobs]
     assert max(starts) <= min(ends)  # they did run at once
@@ -55,7 +50,7 @@ def test_two_hundred_jobs_sleep_at_once_on_one_host(system: System) -> None:
 def test_a_thousand_jobs_through_a_queue_of_eight(system: System, tmp_path: Path) -> None:
     log = tmp_path / "log"
     host = system.rpc.host("web01", queue={"eight": 8}, concurrency=8)
-    jobs = [host.mark(str(log), number) for number in range(1000)]
+    jobs = [host.mark_turn(str(log), number) for number in range(1000)]
     for job in jobs:
         assert job.get() is None
     at_once: set[str] = set()
@@ -81,14 +76,14 @@ def test_a_thousand_jobs_through_a_queue_of_eight(system: System, tmp_path: Path
 
 
 def test_a_thousand_followers_and_one_that_never_reads(system: System) -> None:
-    job = system.rpc.web01.count(20_000, 500)
+    job = system.rpc.web01.long_records(20_000, 500)
     request = b'{"harpcaller":1,"follow_stream":"%s","since":0}\n' % job.id().encode()
     with socket.socket() as deaf:
         deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         deaf.connect(("127.0.0.1", system.dispatcher.port))
         deaf.sendall(request)
         idle = system.rpc.host("web01", queue={"gate": 1})
-        first, second = idle.sleep(600), idle.count(3)
+        first, second = idle.sleep(600), idle.long_records(3, 1)
         crowd = [second.follow(since=0) for _ in range(1000)]
         assert [number for number, _ in job.follow(since=0)] == list(range(20_000))
         assert first.cancel()

@@ -26,33 +26,17 @@ from support.deadline import eventually, wait_until
 from support.dispatcher import Switched, call, decoded, running, until
 from support.harpcallerd import Harpcallerd
 from support.harpd import Harpd, is_dead
+from support.procedures_file import PROCEDURES
 from support.system import System
 
 DEADLINE = 60.0
 
-PROCEDURES = """
-import os, signal, time
-from harpd.proc import Result, procedure, streaming_procedure
+OWN = """
+import os, time
+from harpd.proc import Result, streaming_procedure
 
 @streaming_procedure
-def tick(path, pause):
-    \"\"\"Numbers, until the file is there.\"\"\"
-    number = 0
-    while not os.path.exists(path):
-        yield number
-        number += 1
-        time.sleep(pause)
-    yield Result(number)
-
-@streaming_procedure
-def count(most, pause):
-    for number in range(most):
-        yield number
-        time.sleep(pause)
-    yield Result(most)
-
-@streaming_procedure
-def flood(path):
+def flood_until(path):
     # Long records as fast as they go, until the file is there; slower once there are some megabytes.
     number = 0
     while not os.path.exists(path):
@@ -61,33 +45,13 @@ def flood(path):
         if number > 5000:
             time.sleep(0.02)
     yield Result(number)
-
-@procedure
-def wait_for(path, value):
-    while not os.path.exists(path):
-        time.sleep(0.02)
-    return value
-
-@procedure
-def resist(path):
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    for _ in range(2):
-        if os.fork() == 0:
-            os.setsid()
-            if os.fork() == 0:
-                os.setsid()
-            break
-    with open(path, "a") as file:
-        file.write(f"{os.getpid()}\\n")
-    while True:
-        time.sleep(60)
 """
 
 
 @contextmanager
 def system(directory: Path, harpd: dict[str, Any] | None = None, **dispatcher: Any) -> Iterator[System]:
     """A whole system, its harpd as two services, and nothing left of it at the end."""
-    with Harpd(directory / "harpd", PROCEDURES, harpd or {"limits": {"kill_grace": 0.5}}, apart=True) as one:
+    with Harpd(directory / "harpd", PROCEDURES + OWN, harpd or {"limits": {"kill_grace": 0.5}}, apart=True) as one:
         settings = {"ca_file": str(one.ca_file), **dispatcher}
         credentials = (one.user, one.password)
         with Harpcallerd(directory / "harpcallerd", {"web01": one.port}, credentials, settings) as other:
@@ -128,7 +92,7 @@ def test_a_stream_goes_on_through_ten_kills(tmp_path: Path) -> None:
     """The dispatcher and the gate are killed five times each; two followers have every record once and in order."""
     done = tmp_path / "done"
     with system(tmp_path) as whole:
-        job = whole.rpc.web01.tick(str(done), 0.05)
+        job = whole.rpc.web01.count_until(str(done), 0.05)
         followers = [
             Follower(lambda: job.follow(since=0, numbered=True)),
             Follower(lambda: whole.rpc.job(job.id()).follow(since=0, timed=True)),
@@ -160,7 +124,7 @@ def test_the_phases_of_a_job_add_up_to_its_time(tmp_path: Path) -> None:
     done = tmp_path / "done"
     done.touch()
     with system(tmp_path) as whole:
-        job = whole.rpc.web01.tick(str(done), 0.05)
+        job = whole.rpc.web01.count_until(str(done), 0.05)
         job.get()
         details = job.details()
         phases, time = details["phases"], details["time"]
@@ -202,7 +166,7 @@ def test_a_cancel_while_the_host_is_cut_off(tmp_path: Path) -> None:
     with system(tmp_path) as whole:
         host = whole.rpc.host("web01", queue={"q": 1})
         job = host.wait_for(str(tmp_path / "never"), 1)
-        second = host.count(1, 0)
+        second = host.count(1)
         wait_until(lambda: (job.details()["call"] or {}).get("warden"), DEADLINE, "the call")
         assert "is full (1 of 1: " + job.id() in second.why()
         warden = psutil.Process(whole.harpd.warden)
@@ -243,7 +207,7 @@ def test_a_host_that_stays_away_is_given_up_and_has_ended_the_call_itself(tmp_pa
         assert job.details()["stop"] == "failed"
         assert isinstance(second.result(wait=True), harp.RemoteError)  # its slot came free; nobody is there
         whole.harpd.start_gate()
-        assert whole.rpc.web01.count(1, 0).get() == 1
+        assert whole.rpc.web01.count(1).get() == 1
         wait_until(lambda: whole.harpd.statuses()[0]["held"] == 0, DEADLINE, "the unwanted call forgotten")
         assert job.details()["evidence"]["by"] == "lost_contact"  # what it had to say is kept, its end stands
         assert job.result().type == "host_lost"
@@ -268,7 +232,7 @@ def test_the_dispatcher_is_upgraded_under_a_hundred_calls(tmp_path: Path) -> Non
     done = tmp_path / "done"
     with system(tmp_path) as whole:
         plain = [whole.rpc.web01.wait_for(str(done), number) for number in range(50)]
-        streaming = [whole.rpc.web01.tick(str(done), 0.1) for _ in range(50)]
+        streaming = [whole.rpc.web01.count_until(str(done), 0.1) for _ in range(50)]
         for job in streaming:
             wait_for_records(job, 1)
         wait_until(lambda: whole.harpd.status()["calls"] == 100, DEADLINE, "a hundred calls")
@@ -294,7 +258,7 @@ def test_harpd_is_upgraded_under_running_calls(tmp_path: Path) -> None:
     """The calls' service is started anew: a new warden takes new calls, the old one keeps its own to their end."""
     done = tmp_path / "done"
     with system(tmp_path) as whole:
-        job = whole.rpc.web01.tick(str(done), 0.05)
+        job = whole.rpc.web01.count_until(str(done), 0.05)
         follower = Follower(lambda: job.follow(since=0))
         follower.reach(5)
         old = whole.harpd.warden
@@ -302,7 +266,7 @@ def test_harpd_is_upgraded_under_running_calls(tmp_path: Path) -> None:
         whole.harpd.start_calls()
         assert whole.harpd.warden != old
         again(whole.harpd)
-        assert whole.rpc.web01.count(3, 0).get() == 3
+        assert whole.rpc.web01.count(3).get() == 3
         follower.reach(len(follower.records) + 5)
         done.touch()
         assert follower.end() == list(range(job.get()))
@@ -344,12 +308,12 @@ async def test_calls_go_on_while_the_store_takes_nothing(tmp_path: Path) -> None
     done = tmp_path / "done"
     real = await open_store(tmp_path / "store")
     store = Switched(real, "append_records", "finish_job", "settle_stop", "note_facts")
-    with Harpd(tmp_path / "harpd", PROCEDURES) as harpd:
+    with Harpd(tmp_path / "harpd", PROCEDURES + OWN) as harpd:
         credentials = {"user": harpd.user, "password": harpd.password}
         host = {"hostname": "web01", "address": "127.0.0.1", "port": harpd.port, "credentials": credentials}
         settings: dict[str, Any] = {"kept_calls": True, "keep_running": 1.0, "host_lost_after": 11.0}
         async with running(tmp_path, json.dumps(host) + "\n", store=store, **settings) as dispatcher:
-            flood = await dispatcher.submit(call("flood", arguments=[str(done)]), "test")
+            flood = await dispatcher.submit(call("flood_until", arguments=[str(done)]), "test")
             quiet = await dispatcher.submit(call("wait_for", arguments=[str(done), 5]), "test")
             await until(dispatcher, flood, lambda job: job.records > 0, "the first record")
             store.off = True

@@ -9,14 +9,11 @@ from typing import Any
 import pytest
 
 import harp
+from support.procedures_file import PROCEDURES
 from support.system import System, running
 
-PROCEDURES = """
-from harpd.proc import procedure, streaming_procedure, Result
-
-@procedure
-def echo(value):
-    return value
+OWN = """
+from harpd.proc import Result, streaming_procedure
 
 @streaming_procedure
 def stream(value):
@@ -52,7 +49,7 @@ VALUES = {
 
 @pytest.fixture(scope="module")
 def system(tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
-    with running(tmp_path_factory.mktemp("values"), PROCEDURES) as system:
+    with running(tmp_path_factory.mktemp("values"), PROCEDURES + OWN) as system:
         yield system
 
 
@@ -74,7 +71,7 @@ def test_a_value_survives_the_dispatcher(system: System, value: Any) -> None:
 
 @pytest.mark.parametrize("value", VALUES.values(), ids=VALUES)
 def test_a_value_survives_a_direct_call(system: System, value: Any) -> None:
-    assert same(system.server.echo(value), value)
+    assert same(system.server.same(value), value)
     record, result = system.server.stream(value)
     assert same(record, value)
     assert isinstance(result, harp.Result)

@@ -18,25 +18,7 @@ import pytest
 from support.daemonlog import DEADLINE
 from support.deadline import wait_until
 from support.harpd import Harpd
-
-PROCEDURES = """
-import time
-from harpd.proc import procedure, streaming_procedure, Result
-
-@procedure
-def echo(*values):
-    return values
-
-@procedure
-def sleep(seconds):
-    time.sleep(seconds)
-    return "slept"
-
-@streaming_procedure
-def flood(size):
-    while True:
-        yield "x" * size
-"""
+from support.procedures_file import PROCEDURES
 
 ACKNOWLEDGED = {"harp": 1, "stream_result": False}
 

@@ -14,35 +14,7 @@ import pytest
 from support.daemonlog import DEADLINE
 from support.deadline import wait_until
 from support.harpd import Harpd, LineClient, is_dead
-
-PROCEDURES = """
-import os, time
-from harpd.proc import procedure, streaming_procedure, Result
-
-@procedure
-def version():
-    return 1
-
-@procedure
-def pid_then_wait(path):
-    with open(path + ".new", "w") as file:
-        file.write(str(os.getpid()))
-    os.rename(path + ".new", path)
-    while not os.path.exists(path + ".go"):
-        time.sleep(0.01)
-    return "seen"
-
-@streaming_procedure
-def count_until(path):
-    number = 0
-    while not os.path.exists(path):
-        yield number
-        number += 1
-        time.sleep(0.005)
-    yield Result(number)
-"""
-NEXT = PROCEDURES.replace("return 1\n", "return 2\n")
-BROKEN = "raise RuntimeError('broken on purpose')\n"
+from support.procedures_file import BROKEN, CHANGED, PROCEDURES
 
 ACKNOWLEDGED = {"harp": 1, "stream_result": False}
 
@@ -141,7 +113,7 @@ def test_the_end_of_the_gate_ends_tied_calls_and_no_others(harpd: Harpd, tmp_pat
 def test_an_upgrade_leaves_calls_where_they_are(harpd: Harpd, tmp_path: Path) -> None:
     old = harpd.status()["incarnation"]
     call, process = begin(harpd, tmp_path / "old")
-    harpd.procedures_file.write_text(NEXT)
+    harpd.procedures_file.write_text(CHANGED)
     assert harpd.reload(calls=True)["event"] == "reloaded"
     new = harpd.status()["incarnation"]
     assert {status["incarnation"]: status["accepting"] for status in harpd.statuses()} == {old: False, new: True}
@@ -199,7 +171,7 @@ def test_a_broken_procedures_file_replaces_no_warden(harpd: Harpd, tmp_path: Pat
     assert harpd.reload()["event"] == "reload failed; nothing is changed"
     assert harpd.status()["warden"] == before
     assert version(harpd) == {"result": 1}
-    harpd.procedures_file.write_text(NEXT)
+    harpd.procedures_file.write_text(CHANGED)
     assert harpd.reload(calls=True)["event"] == "reloaded"
     assert version(harpd) == {"result": 2}
     assert harpd.status()["warden"] != before
@@ -207,7 +179,7 @@ def test_a_broken_procedures_file_replaces_no_warden(harpd: Harpd, tmp_path: Pat
 
 def test_a_reload_of_the_gate_reaches_the_warden(harpd: Harpd) -> None:
     before = harpd.status()["warden"]
-    harpd.procedures_file.write_text(NEXT)
+    harpd.procedures_file.write_text(CHANGED)
     harpd.configure({"limits": {"kill_grace": 7}})
     assert harpd.reload()["event"] == "reloaded"
     assert version(harpd) == {"result": 2}

@@ -18,38 +18,7 @@ from support.calls import nothing_is_left
 from support.daemonlog import DEADLINE
 from support.deadline import wait_until
 from support.harpd import OWNER, SECRET, Harpd, LineClient
-
-PROCEDURES = """
-import os, time
-from harpd.proc import procedure, streaming_procedure
-
-@procedure
-def echo(value):
-    return value
-
-@procedure
-def pid():
-    return os.getpid()
-
-@procedure
-def wrong():
-    raise ValueError("text")
-
-@procedure(timeout=0.1)
-def too_long():
-    time.sleep(3600)
-
-@procedure
-def wait_for(path):
-    while not os.path.exists(path):
-        time.sleep(0.01)
-    return "there"
-
-@streaming_procedure
-def count(most):
-    for number in range(most):
-        yield number
-"""
+from support.procedures_file import PROCEDURES
 
 IDLE = 60.0
 ID = "00000000-0000-4000-8000-0000000000cc"
@@ -89,29 +58,29 @@ def test_one_connection_serves_many_calls_each_in_its_own_process(harpd: Harpd) 
             assert ask(harpd, client, "pid") == {"harp": 1, "stream_result": False, "keep": IDLE}
             pids.add(client.message()["result"])
         assert ask(harpd, client, "count", 3)["stream_result"] is True
-        assert [client.message() for _ in range(4)] == [{"stream": n} for n in range(3)] + [{"result": None}]
-        ask(harpd, client, "wrong")
+        assert [client.message() for _ in range(4)] == [{"stream": n} for n in range(3)] + [{"result": 3}]
+        ask(harpd, client, "fail", "text")
         assert client.message()["exception"]["message"] == "text"
-        ask(harpd, client, "echo", "last")
+        ask(harpd, client, "same", "last")
         assert client.message() == {"result": "last"}
     assert len(pids) == 20
 
 
 def test_who_does_not_ask_for_it_is_told_nothing_of_it_and_the_connection_closes(harpd: Harpd) -> None:
     with harpd.connect() as client:
-        client.send(harpd.request("echo", [1]))
+        client.send(harpd.request("same", [1]))
         assert client.lines() == [{"harp": 1, "stream_result": False}, {"result": 1}]
     with harpd.connect() as client:  # at any time
-        ask(harpd, client, "echo", 1)
+        ask(harpd, client, "same", 1)
         client.message()
-        client.send(harpd.request("echo", [2]))
+        client.send(harpd.request("same", [2]))
         assert client.lines() == [{"harp": 1, "stream_result": False}, {"result": 2}]
 
 
 @pytest.mark.parametrize("procedure", ["nobody", "too_long"])
 def test_after_an_error_it_closes(harpd: Harpd, procedure: str) -> None:
     with harpd.connect() as client:
-        ask(harpd, client, "echo", 1)
+        ask(harpd, client, "same", 1)
         client.message()
         client.send({**harpd.request(procedure, []), "keep": True})
         lines = client.lines()
@@ -121,7 +90,7 @@ def test_after_an_error_it_closes(harpd: Harpd, procedure: str) -> None:
 def test_what_comes_before_the_end_still_stops_the_call(harpd: Harpd, tmp_path: Path) -> None:
     with harpd.connect() as client:
         ask(harpd, client, "wait_for", str(tmp_path / "never"))
-        client.send({**harpd.request("echo", [1]), "keep": True})
+        client.send({**harpd.request("same", [1]), "keep": True})
         (error,) = client.lines()
         assert error["error"]["message"] == "data after the request line"
     harpd.wait_event("client sent more; call stopped")
@@ -129,7 +98,7 @@ def test_what_comes_before_the_end_still_stops_the_call(harpd: Harpd, tmp_path: 
 
 def test_whoever_goes_away_stops_his_call(harpd: Harpd, tmp_path: Path) -> None:
     with harpd.connect() as client:
-        ask(harpd, client, "echo", 1)
+        ask(harpd, client, "same", 1)
         client.message()
         ask(harpd, client, "wait_for", str(tmp_path / "never"))
     harpd.wait_event("client went away; call stopped")
@@ -137,15 +106,15 @@ def test_whoever_goes_away_stops_his_call(harpd: Harpd, tmp_path: Path) -> None:
 
 def test_each_request_is_authenticated(harpd: Harpd) -> None:
     with harpd.connect() as client:
-        ask(harpd, client, "echo", 1)
+        ask(harpd, client, "same", 1)
         client.message()
-        client.send({**harpd.request("echo", [2]), "auth": {"user": harpd.user, "password": "wrong"}, "keep": True})
+        client.send({**harpd.request("same", [2]), "auth": {"user": harpd.user, "password": "wrong"}, "keep": True})
         (refusal,) = client.lines()
         assert refusal["error"]["type"] == "auth_error"
 
 
 def test_a_bit_at_a_time(harpd: Harpd) -> None:
-    line = json.dumps({**harpd.request("echo", [1]), "keep": True}).encode() + b"\n"
+    line = json.dumps({**harpd.request("same", [1]), "keep": True}).encode() + b"\n"
     with harpd.connect() as client:
         for _ in range(2):
             for at in range(len(line)):
@@ -156,7 +125,7 @@ def test_a_bit_at_a_time(harpd: Harpd) -> None:
 
 def test_garbage_instead_of_the_next_request_is_refused(harpd: Harpd) -> None:
     with harpd.connect() as client:
-        ask(harpd, client, "echo", 1)
+        ask(harpd, client, "same", 1)
         client.message()
         client.send(b"garbage\n")
         (refusal,) = client.lines()
@@ -177,7 +146,7 @@ def test_kept_calls_and_lists_take_turns_on_a_connection(harpd: Harpd) -> None:
             while "result" not in (line := client.message()):
                 lines.append(line)
             assert [one for one in lines if "stream" in one] == [{"stream": 0}, {"stream": 1}], call_id
-            following = requests[number + 1] if number + 1 < len(ids) else {**harpd.request("echo", [5]), "keep": True}
+            following = requests[number + 1] if number + 1 < len(ids) else {**harpd.request("same", [5]), "keep": True}
             behind = b'{"done":true}\n' + json.dumps(following).encode() + b"\n"
             client.send(behind if number % 2 else behind[:20])
             if not number % 2:
@@ -191,10 +160,10 @@ def test_kept_calls_and_lists_take_turns_on_a_connection(harpd: Harpd) -> None:
 def test_the_request_behind_a_kept_call_may_be_longer_than_an_order(harpd: Harpd) -> None:
     large = "x" * 300_000
     with harpd.connect() as client:
-        client.send({**harpd.request("echo", [1]), "call": kept(ID, harpd, client), "keep": True})
+        client.send({**harpd.request("same", [1]), "call": kept(ID, harpd, client), "keep": True})
         while "result" not in client.message():
             pass
-        following = json.dumps({**harpd.request("echo", [large]), "keep": True}).encode() + b"\n"
+        following = json.dumps({**harpd.request("same", [large]), "keep": True}).encode() + b"\n"
         client.send(b'{"stored":0}\n{"done":true}\n' + following)
         assert client.message()["keep"] == IDLE
         assert client.message() == {"result": large}
@@ -217,13 +186,13 @@ def test_a_kept_call_goes_on_when_its_connection_is_cut_and_attaching_may_keep_o
         while "result" not in (line := client.message()):
             assert "evidence" in line
         client.send({"done": True})
-        ask(harpd, client, "echo", 1)
+        ask(harpd, client, "same", 1)
         assert client.message() == {"result": 1}
 
 
 def test_a_connection_that_nobody_uses_is_closed(tmp_path: Path) -> None:
     with Harpd(tmp_path / "harpd", PROCEDURES, {"limits": {"idle": 0.2}}) as harpd, harpd.connect() as client:
-        assert ask(harpd, client, "echo", 1)["keep"] == 0.2
+        assert ask(harpd, client, "same", 1)["keep"] == 0.2
         client.message()
         assert closed(client)
 
@@ -231,7 +200,7 @@ def test_a_connection_that_nobody_uses_is_closed(tmp_path: Path) -> None:
 def test_the_end_of_the_daemon_closes_what_is_idle_without_a_word(tmp_path: Path) -> None:
     harpd = Harpd(tmp_path / "harpd", PROCEDURES).start()
     with harpd.connect() as client:
-        ask(harpd, client, "echo", 1)
+        ask(harpd, client, "same", 1)
         client.message()
         harpd.stop()
         assert closed(client)
@@ -257,11 +226,11 @@ def test_the_client_keeps_its_connection_if_it_is_asked_to(harpd: Harpd, keep: b
     before = len(harpd.events("call accepted"))
     arguments = (harpd.host, harpd.user, harpd.password, harpd.port, str(harpd.ca_file))
     with harp.HarpServer(*arguments, keep=keep) as server:
-        assert [server.echo(number) for number in range(10)] == list(range(10))
+        assert [server.same(number) for number in range(10)] == list(range(10))
         assert list(server.count(3))[:3] == [0, 1, 2]
         with pytest.raises(harp.RemoteException):
-            server.wrong()
-        assert server.echo("last") == "last"
+            server.fail("text")
+        assert server.same("last") == "last"
     accepted = harpd.events("call accepted")[before:]
     assert len(accepted) == 13
     assert len({event["peer"] for event in accepted}) == (1 if keep else 13)
@@ -271,5 +240,5 @@ async def test_so_does_the_one_of_asyncio(harpd: Harpd) -> None:
     before = len(harpd.events("call accepted"))
     arguments = (harpd.host, harpd.user, harpd.password, harpd.port, str(harpd.ca_file))
     async with harp.aio.AsyncHarpServer(*arguments, keep=True) as server:
-        assert [await server.echo(number) for number in range(10)] == list(range(10))
+        assert [await server.same(number) for number in range(10)] == list(range(10))
     assert len({event["peer"] for event in harpd.events("call accepted")[before:]}) == 1

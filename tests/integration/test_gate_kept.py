@@ -20,35 +20,8 @@ import pytest
 from support.daemonlog import DEADLINE
 from support.deadline import wait_until
 from support.harpd import OWNER, SECRET, Harpd, LineClient
+from support.procedures_file import PROCEDURES
 from support.wardens import make_current, warden
-
-PROCEDURES = """
-import os, time
-from harpd.proc import procedure, streaming_procedure, Result
-
-@procedure
-def echo(*values):
-    return values
-
-@procedure
-def wait_for(path):
-    while not os.path.exists(path):
-        time.sleep(0.01)
-    return "seen"
-
-@streaming_procedure
-def count(many, path=None):
-    for number in range(many):
-        yield number
-    while path and not os.path.exists(path):
-        time.sleep(0.01)
-    yield Result(many)
-
-@streaming_procedure
-def flood(many, size):
-    for number in range(many):
-        yield [number, "x" * size]
-"""
 
 LIMITS = {"write_stall": 1, "keep_running": 1800}
 
@@ -190,7 +163,7 @@ def test_a_second_attach_takes_the_place_of_the_first(harpd: Harpd, tmp_path: Pa
             second.message()
             assert first.lines() == []
             (tmp_path / "go").touch()
-            assert closing_line(second) == {"result": "seen"}
+            assert closing_line(second) == {"result": "there"}
 
 
 @pytest.mark.parametrize("changes", [{"secret": "guessed"}, {"owner": "another"}])
@@ -206,7 +179,7 @@ def test_who_is_not_the_owner_is_told_that_there_is_no_such_call(
         assert harpd.held("another")["calls"] == []
         assert client.call in harpd.held()["calls"]
         (tmp_path / "go").touch()
-        assert closing_line(client) == {"result": "seen"}
+        assert closing_line(client) == {"result": "there"}
 
 
 def test_an_id_that_was_given_up_or_used_never_starts(harpd: Harpd) -> None:
@@ -260,7 +233,7 @@ def test_what_is_no_order_closes_the_connection_and_nothing_else(harpd: Harpd, t
     with harpd.attach(client.call) as again:
         again.message()
         (tmp_path / "go").touch()
-        assert closing_line(again) == {"result": "seen"}
+        assert closing_line(again) == {"result": "there"}
 
 
 @pytest.mark.parametrize("said", [b"x" * 5000, b'{"alive":0' + b" " * 5000 + b"}\n"])
@@ -275,7 +248,7 @@ def test_a_line_that_is_too_long_closes_the_connection_and_nothing_else(
     with harpd.attach(client.call) as again:
         again.message()
         (tmp_path / "go").touch()
-        assert closing_line(again) == {"result": "seen"}
+        assert closing_line(again) == {"result": "there"}
 
 
 def test_a_client_that_closes_its_half_is_detached(harpd: Harpd, tmp_path: Path) -> None:
@@ -285,7 +258,7 @@ def test_a_client_that_closes_its_half_is_detached(harpd: Harpd, tmp_path: Path)
     with harpd.attach(client.call) as again:
         again.message()
         (tmp_path / "go").touch()
-        assert closing_line(again) == {"result": "seen"}
+        assert closing_line(again) == {"result": "there"}
 
 
 def test_a_client_that_resets_before_the_acknowledgement_is_detached(harpd: Harpd, tmp_path: Path) -> None:
@@ -296,12 +269,12 @@ def test_a_client_that_resets_before_the_acknowledgement_is_detached(harpd: Harp
     with harpd.attach(client.call) as again:
         again.message()
         (tmp_path / "go").touch()
-        assert closing_line(again) == {"result": "seen"}
+        assert closing_line(again) == {"result": "there"}
 
 
 def test_a_client_that_does_not_read_is_detached_and_loses_nothing(harpd: Harpd) -> None:
     many = 8  # of records that are longer than what is sent ahead of an acknowledgement, and than the sockets hold
-    with harpd.keep("flood", many, 8_000_000) as client:
+    with harpd.keep("long_records", many, 8_000_000) as client:
         client.message()
         harpd.wait_event("client does not read")
         numbers: list[int] = []

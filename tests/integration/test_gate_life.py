@@ -17,40 +17,7 @@ from support.certificates import server_files
 from support.daemonlog import DEADLINE
 from support.deadline import wait_until
 from support.harpd import Harpd, is_dead
-
-PROCEDURES = """
-import os, time
-from harpd.proc import procedure, streaming_procedure
-
-@procedure
-def version():
-    return 1
-
-@procedure
-def sleep(seconds):
-    time.sleep(seconds)
-
-@procedure
-def pid_then_sleep(path):
-    with open(path, "w") as file:
-        file.write(f"{os.getpid()}\\n")
-    time.sleep(3600)
-
-@procedure
-def wait_for(path):
-    while not os.path.exists(path):
-        time.sleep(0.01)
-    return 1
-
-@streaming_procedure
-def count():
-    number = 0
-    while True:
-        yield number
-        number += 1
-"""
-NEXT = PROCEDURES.replace("return 1\n", "return 2\n")
-BROKEN = "raise RuntimeError('broken on purpose')\n"
+from support.procedures_file import BROKEN, CHANGED, PROCEDURES
 
 ACKNOWLEDGED = {"harp": 1, "stream_result": False}
 
@@ -68,11 +35,11 @@ def test_reload_takes_new_procedures_and_running_calls_finish_on_the_old(harpd: 
     with harpd, harpd.connect() as running:
         running.send(harpd.request("wait_for", [str(tmp_path / "go")]))
         assert running.message() == ACKNOWLEDGED
-        harpd.procedures_file.write_text(NEXT)
+        harpd.procedures_file.write_text(CHANGED)
         assert harpd.reload()["event"] == "reloaded"
         assert version(harpd) == {"result": 2}
         (tmp_path / "go").touch()
-        assert running.lines() == [{"result": 1}]
+        assert running.lines() == [{"result": "there"}]
 
 
 def break_procedures(harpd: Harpd) -> None:
@@ -80,22 +47,22 @@ def break_procedures(harpd: Harpd) -> None:
 
 
 def break_configuration(harpd: Harpd) -> None:
-    harpd.procedures_file.write_text(NEXT)
+    harpd.procedures_file.write_text(CHANGED)
     harpd.config_file.write_text("network: {")
 
 
 def break_users(harpd: Harpd) -> None:
-    harpd.procedures_file.write_text(NEXT)
+    harpd.procedures_file.write_text(CHANGED)
     harpd.configure({"authentication": {"module": "harpd.auth.passfile", "file": "/nowhere"}})
 
 
 def break_certificate(harpd: Harpd) -> None:
-    harpd.procedures_file.write_text(NEXT)
+    harpd.procedures_file.write_text(CHANGED)
     harpd.certfile.write_text("garbage")
 
 
 def break_logging(harpd: Harpd) -> None:
-    harpd.procedures_file.write_text(NEXT)
+    harpd.procedures_file.write_text(CHANGED)
     harpd.logging_file.write_text("handlers: {a: {class: nowhere.Handler}}\nroot: {handlers: [a]}\n")
 
 
@@ -171,7 +138,7 @@ def test_it_ends_although_a_client_does_not_read(harpd: Harpd) -> None:
     harpd.configure({"limits": {"kill_grace": 0.5}})
     harpd.start()
     with harpd.connect() as client:
-        client.send(harpd.request("count", []))
+        client.send(harpd.request("flood", [10_000]))
         assert client.message() == {"harp": 1, "stream_result": True}
         assert harpd.stop() == 0
 
@@ -187,11 +154,11 @@ def test_a_restart_serves_on_the_same_port(harpd: Harpd) -> None:
 
 def test_when_the_warden_is_killed_its_calls_are_dead_and_the_next_one_works(harpd: Harpd, tmp_path: Path) -> None:
     with harpd, harpd.connect() as running, harpd.connect() as streaming:
-        running.send(harpd.request("pid_then_sleep", [str(tmp_path / "pid")]))
+        running.send(harpd.request("pid_then_wait", [str(tmp_path / "pid")]))
         assert running.message() == ACKNOWLEDGED
-        streaming.send(harpd.request("count", []))
+        streaming.send(harpd.request("count_until", [str(tmp_path / "never")]))
         assert streaming.message() == {"harp": 1, "stream_result": True}
-        wait_until(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text().endswith("\n"))
+        wait_until((tmp_path / "pid").exists, what="the call")
         call, warden, zygote = int((tmp_path / "pid").read_text()), harpd.warden, harpd.zygote
         os.kill(warden, signal.SIGKILL)
         wait_until(lambda: is_dead(call) and is_dead(zygote), 2.0, "the death of the call and of the zygote")
@@ -212,16 +179,16 @@ def test_a_warden_that_can_not_start_again_is_an_answer(harpd: Harpd) -> None:
         harpd.wait_event("warden did not start")
         (refusal,) = harpd.call("version")
         assert refusal["error"]["type"] == "procedure_loading_error"
-        harpd.procedures_file.write_text(NEXT)
+        harpd.procedures_file.write_text(CHANGED)
         wait_until(lambda: version(harpd) == {"result": 2}, DEADLINE, "the next warden")
 
 
 def test_when_the_gate_is_killed_its_calls_are_dead_and_the_next_start_works(harpd: Harpd, tmp_path: Path) -> None:
     harpd.start()
     with harpd.connect() as running:
-        running.send(harpd.request("pid_then_sleep", [str(tmp_path / "pid")]))
+        running.send(harpd.request("pid_then_wait", [str(tmp_path / "pid")]))
         assert running.message() == ACKNOWLEDGED
-        wait_until(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text().endswith("\n"))
+        wait_until((tmp_path / "pid").exists, what="the call")
         call, warden, zygote = int((tmp_path / "pid").read_text()), harpd.warden, harpd.zygote
         harpd.kill()
         wait_until(lambda: all(map(is_dead, (call, warden, zygote))), DEADLINE, "the death of all")

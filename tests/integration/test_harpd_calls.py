@@ -17,8 +17,9 @@ from support.calls import ACKNOWLEDGED, error, last_call, nothing_is_left, print
 from support.daemonlog import DEADLINE
 from support.deadline import wait_until
 from support.harpd import Harpd, LineClient
+from support.procedures_file import PROCEDURES
 
-PROCEDURES = r"""
+OWN = r"""
 import json, os, sys, threading, time, warnings
 from harpd.proc import Procedure, Result, StreamingProcedure, procedure, streaming_procedure
 
@@ -27,8 +28,8 @@ plain_value = 5
 LATE = []
 
 @procedure
-def echo(*values, **named):
-    return named or list(values)
+def named(**values):
+    return values
 
 @procedure
 def long(length):
@@ -85,7 +86,7 @@ def stream_bad():
     yield {"a": [object()]}
 
 @procedure
-def fail(kind):
+def raises(kind):
     class Broken(Exception):
         def __str__(self):
             raise SystemExit("not even this")
@@ -219,10 +220,6 @@ def registers():
     return "registered"
 
 @procedure
-def exits(code):
-    os._exit(code)
-
-@procedure
 def nested(depth):
     value = []
     for _ in range(depth - 1):
@@ -232,12 +229,6 @@ def nested(depth):
 @procedure
 def sizes(text):
     return [len(text), text]
-
-@procedure
-def waits(path):
-    while not os.path.exists(path):
-        time.sleep(0.01)
-    return "waited"
 
 @streaming_procedure
 def floods(path, lines=1000):
@@ -260,7 +251,9 @@ STREAMING = {"harp": 1, "stream_result": True}
 
 @pytest.fixture(scope="module")
 def harpd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Harpd]:
-    with Harpd(tmp_path_factory.mktemp("calls"), PROCEDURES, {"limits": {"calls": 300, "kill_grace": 1}}) as harpd:
+    with Harpd(
+        tmp_path_factory.mktemp("calls"), PROCEDURES + OWN, {"limits": {"calls": 300, "kill_grace": 1}}
+    ) as harpd:
         yield harpd
         nothing_is_left(harpd)
 
@@ -304,7 +297,7 @@ def test_arguments_that_do_not_fit(harpd: Harpd, procedure: str, arguments: Any,
 
 def test_named_arguments(harpd: Harpd) -> None:
     for procedure, arguments, expected in [
-        ("echo", {"": 1, "b": [2], "self": 3, "class": 4}, {"": 1, "b": [2], "self": 3, "class": 4}),
+        ("named", {"": 1, "b": [2], "self": 3, "class": 4}, {"": 1, "b": [2], "self": 3, "class": 4}),
         ("takes_self", {"self": 5}, 5),
     ]:
         with harpd.connect() as client:
@@ -369,7 +362,7 @@ def test_a_record_that_json_can_not_carry(harpd: Harpd) -> None:
 )
 def test_exceptions(harpd: Harpd, kind: str, type: str, message: str, module: str) -> None:
     raised = {"type": type, "message": message, "data": {"class": type, "module": module}}
-    assert harpd.call("fail", kind) == [ACKNOWLEDGED, {"exception": raised}]
+    assert harpd.call("raises", kind) == [ACKNOWLEDGED, {"exception": raised}]
 
 
 def test_an_exception_after_records(harpd: Harpd) -> None:
@@ -395,7 +388,7 @@ def test_a_generator_cleans_up_after_its_result(harpd: Harpd, tmp_path: Path) ->
 @pytest.mark.parametrize("code", [0, 3])
 def test_a_process_that_ends_without_a_result(harpd: Harpd, code: int) -> None:
     message = f"the call's process ended without a result, exit code {code}"
-    assert error(harpd, "exits", code) == {"type": "call_died", "message": message, "data": {"code": code}}
+    assert error(harpd, "leave", code) == {"type": "call_died", "message": message, "data": {"code": code}}
 
 
 def test_a_child_that_the_procedure_forked_has_nothing_to_say(harpd: Harpd) -> None:
@@ -479,13 +472,13 @@ def test_two_hundred_calls_at_once(harpd: Harpd, tmp_path: Path) -> None:
         for _ in range(200):
             client = harpd.connect()
             clients.append(client)
-            client.send(harpd.request("waits", [str(tmp_path / "go")]))
+            client.send(harpd.request("wait_for", [str(tmp_path / "go")]))
         for client in clients:
             assert client.message() == ACKNOWLEDGED
         assert harpd.status()["calls"] == 200
         (tmp_path / "go").touch()
         for client in clients:
-            assert client.lines() == [{"result": "waited"}]
+            assert client.lines() == [{"result": "there"}]
     finally:
         for client in clients:
             client.close()
@@ -544,27 +537,27 @@ def cpu(pid: int) -> float:
 
 
 def test_more_calls_than_allowed(tmp_path: Path) -> None:
-    with Harpd(tmp_path / "harpd", PROCEDURES, {"limits": {"calls": 1, "kill_grace": 1}}) as harpd:
+    with Harpd(tmp_path / "harpd", PROCEDURES + OWN, {"limits": {"calls": 1, "kill_grace": 1}}) as harpd:
         with harpd.connect() as client:
-            client.send(harpd.request("waits", [str(tmp_path / "go")]))
+            client.send(harpd.request("wait_for", [str(tmp_path / "go")]))
             assert client.message() == ACKNOWLEDGED
             (refusal,) = harpd.call("echo", 1)
             assert refusal["error"]["type"] == "too_many_calls"
             (tmp_path / "go").touch()
-            assert client.lines() == [{"result": "waited"}]
+            assert client.lines() == [{"result": "there"}]
         wait_until(lambda: harpd.status()["calls"] == 0, DEADLINE, "the call's end")
         assert result(harpd, "echo", 1) == [1]
         nothing_is_left(harpd)
 
 
 def test_without_descriptors_calls_are_refused_and_those_that_run_can_be_stopped(tmp_path: Path) -> None:
-    with Harpd(tmp_path / "harpd", PROCEDURES, {"limits": {"kill_grace": 1}}, descriptors=200) as harpd:
+    with Harpd(tmp_path / "harpd", PROCEDURES + OWN, {"limits": {"kill_grace": 1}}, descriptors=200) as harpd:
         clients: list[LineClient] = []
         try:
             for _ in range(60):
                 client = harpd.connect()
                 clients.append(client)
-                client.send(harpd.request("waits", [str(tmp_path / "never")]))
+                client.send(harpd.request("wait_for", [str(tmp_path / "never")]))
             answers = [client.message() for client in clients]
             refused = [answer for answer in answers if "error" in answer]
             assert 10 < len(refused) < 60

@@ -16,28 +16,7 @@ from support.harpcallerd import Harpcallerd
 from support.harpd import Harpd
 from support.kept import EVIDENCE, NOT_HELD, acknowledgement, orders, playing, result_of
 from support.peers import Conversation, Script
-
-PROCEDURES = """
-import time
-from harpd.proc import procedure, streaming_procedure
-
-@procedure
-def echo(value):
-    return value
-
-@streaming_procedure
-def count(most):
-    for number in range(most):
-        yield number
-
-@procedure
-def wrong():
-    raise ValueError("text")
-
-@procedure(timeout=0.1)
-def slow():
-    time.sleep(3600)
-"""
+from support.procedures_file import PROCEDURES
 
 KEEPS = {"harp": 1, "calls": [], "warden": "w1", "keep": 60}
 KEPT = {**acknowledgement(), "keep": 60}
@@ -66,11 +45,11 @@ def test_one_connection_serves_call_after_call_however_they_end(harpd: Harpd, tm
     with harpd, dispatcher_of(harpd, tmp_path / "d") as dispatcher:
         host = rpc_of(dispatcher).web01
         for number in range(5):
-            assert host.echo(number).get() == number
+            assert host.same(number).get() == number
             assert host.count(3).follow().all() == [0, 1, 2]
-            for procedure in (host.wrong, host.slow):
+            for job in (host.fail("text"), host.too_long()):
                 with pytest.raises(Exception, match=r"text|limit"):
-                    procedure().get()
+                    job.get()
         found = peers(harpd)
         assert len(found) == 20
         # The next one may begin before the one before has given its connection back.
@@ -81,17 +60,17 @@ def test_when_the_gate_is_started_again_no_job_is_lost(harpd: Harpd, tmp_path: P
     with harpd, dispatcher_of(harpd, tmp_path / "d") as dispatcher:
         host = rpc_of(dispatcher).web01
         for number in range(3):
-            assert host.echo(number).get() == number
+            assert host.same(number).get() == number
             harpd.kill() if number % 2 else harpd.stop_gate()
             harpd.start_gate()
-            assert host.echo("after").get() == "after"
+            assert host.same("after").get() == "after"
 
 
 def test_a_host_may_close_what_waits_too_long_for_it(tmp_path: Path) -> None:
     harpd = Harpd(tmp_path / "harpd", PROCEDURES, {"limits": {"idle": 0.1}})
     with harpd, dispatcher_of(harpd, tmp_path / "d") as dispatcher:
         for number in range(3):
-            assert rpc_of(dispatcher).web01.echo(number).get() == number
+            assert rpc_of(dispatcher).web01.same(number).get() == number
             wait_until(lambda: not connections(harpd.port), what="the end of the connection")
 
 
@@ -191,7 +170,7 @@ async def test_a_host_that_does_not_keep_connections_is_not_asked_to(tmp_path: P
 
 def test_a_dispatcher_that_was_killed_begins_anew(harpd: Harpd, tmp_path: Path) -> None:
     with harpd, dispatcher_of(harpd, tmp_path / "d") as dispatcher:
-        assert rpc_of(dispatcher).web01.echo(1).get() == 1
+        assert rpc_of(dispatcher).web01.same(1).get() == 1
         assert connections(harpd.port)
         dispatcher.restart(kill=True)
-        assert rpc_of(dispatcher).web01.echo(3).get() == 3
+        assert rpc_of(dispatcher).web01.same(3).get() == 3

@@ -11,25 +11,14 @@ from pathlib import Path
 
 import pytest
 
+from harpd.proc import Procedure, StreamingProcedure
+from support import procedures
+from support.procedures_file import PROCEDURES
 from support.warden import DEADLINE, PLAIN, Warden
 
-PROCEDURES = """
-import os, resource, time
-from harpd.proc import procedure, streaming_procedure
-
-@procedure
-def echo(*values):
-    return list(values)
-
-@streaming_procedure
-def count(most):
-    yield from range(most)
-
-@procedure
-def wait_for(path):
-    while not os.path.exists(path):
-        time.sleep(0.01)
-    return os.getpid()
+COMMON = [name for name, value in vars(procedures).items() if isinstance(value, (Procedure, StreamingProcedure))]
+OWN = """
+import resource
 
 @procedure
 def descriptors():
@@ -39,7 +28,7 @@ def descriptors():
 
 @pytest.fixture(scope="module")
 def warden(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Warden]:
-    with Warden(tmp_path_factory.mktemp("warden"), PROCEDURES) as warden:
+    with Warden(tmp_path_factory.mktemp("warden"), PROCEDURES + OWN) as warden:
         yield warden
 
 
@@ -49,7 +38,7 @@ def test_what_is_said_is_what_the_client_gets(warden: Warden) -> None:
     assert lines == [b'{"harp":1,"stream_result":false}', b'{"result":["\\u00e4",1]}']
     with warden.call("count", [2]) as call:
         lines = list(iter(call.raw_line, b""))
-    assert lines == [b'{"harp":1,"stream_result":true}', b'{"stream":0}', b'{"stream":1}', b'{"result":null}']
+    assert lines == [b'{"harp":1,"stream_result":true}', b'{"stream":0}', b'{"stream":1}', b'{"result":2}']
 
 
 def test_an_error_stands_for_the_acknowledgement(warden: Warden) -> None:
@@ -65,7 +54,7 @@ def test_status(warden: Warden, tmp_path: Path) -> None:
         status = warden.status()
         assert status.keys() == {"calls", "held", "warden", "incarnation", "accepting", "zygote", "procedures"}
         assert (status["calls"], status["held"], status["accepting"]) == (1, 0, True)
-        assert status["procedures"] == ["count", "descriptors", "echo", "wait_for"]
+        assert status["procedures"] == sorted([*COMMON, "descriptors"])
         (tmp_path / "go").touch()
         assert len(call.lines()) == 1
     assert warden.status()["calls"] == 0
@@ -73,9 +62,9 @@ def test_status(warden: Warden, tmp_path: Path) -> None:
 
 def test_a_call_has_the_limit_of_files_that_harpd_was_started_with(warden: Warden) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with Warden(warden.directory / "limited", PROCEDURES) as limited_not:
+    with Warden(warden.directory / "limited", PROCEDURES + OWN) as limited_not:
         assert limited_not.result("descriptors") == [soft, hard]
-    limited = Warden(warden.directory / "limited", PROCEDURES)
+    limited = Warden(warden.directory / "limited", PROCEDURES + OWN)
     with limited.start((200, 1000)):
         assert limited.result("descriptors") == [200, 1000]
         own = Path(f"/proc/{limited.status()['warden']}/limits").read_text()
@@ -170,7 +159,7 @@ def test_a_file_that_is_missing_changes_nothing(warden: Warden, tmp_path: Path) 
 
 
 def test_settings_come_with_a_reload(tmp_path: Path) -> None:
-    with Warden(tmp_path / "warden", PROCEDURES) as warden:
+    with Warden(tmp_path / "warden", PROCEDURES + OWN) as warden:
         assert warden.reload(calls=1) == {"ok": True}
         with warden.call("wait_for", [str(tmp_path / "go")]) as running:
             assert running.line() == PLAIN

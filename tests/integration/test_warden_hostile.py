@@ -12,9 +12,10 @@ import psutil
 import pytest
 
 from support.deadline import wait_until
+from support.procedures_file import PROCEDURES
 from support.warden import PLAIN, STREAMS, Conversation, Warden, runs
 
-PROCEDURES = """
+OWN = """
 import os, signal, socket, stat, sys, time
 from harpd.proc import procedure, streaming_procedure
 
@@ -37,19 +38,6 @@ def say(path, text):
 
 say_plainly = procedure(say)
 say_streaming = streaming_procedure(say)
-
-@procedure
-def echo(value):
-    return value
-
-@procedure
-def start(path):
-    open(path, "w").close()
-
-@procedure
-def wait_for(path):
-    while not os.path.exists(path):
-        time.sleep(0.01)
 
 @procedure
 def talk_without_end(size, path=None):
@@ -81,7 +69,7 @@ RECORD = '{"stream":1}'
 
 @pytest.fixture(scope="module")
 def warden(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Warden]:
-    with Warden(tmp_path_factory.mktemp("hostile"), PROCEDURES, kill_grace=0.3) as warden:
+    with Warden(tmp_path_factory.mktemp("hostile"), PROCEDURES + OWN, kill_grace=0.3) as warden:
         yield warden
 
 
@@ -145,10 +133,10 @@ def test_a_line_without_end_ends_its_call(warden: Warden) -> None:
 
 
 def test_long_lines_count_for_what_all_calls_hold(tmp_path: Path) -> None:
-    with Warden(tmp_path / "warden", PROCEDURES, kill_grace=0.3, spool_memory=1 << 20) as warden:
+    with Warden(tmp_path / "warden", PROCEDURES + OWN, kill_grace=0.3, spool_memory=1 << 20) as warden:
         error = warden.end("talk_without_end", 1 << 20)["error"]
         assert "the calls of this host hold as much as they may" in error["message"]
-        assert warden.result("echo", "x" * (1 << 20)) == "x" * (1 << 20)  # and what it held is given back
+        assert warden.result("same", "x" * (1 << 20)) == "x" * (1 << 20)  # and what it held is given back
 
 
 def test_a_child_that_talks_without_end_keeps_no_call_from_ending(warden: Warden, tmp_path: Path) -> None:
@@ -159,22 +147,22 @@ def test_a_child_that_talks_without_end_keeps_no_call_from_ending(warden: Warden
 
 def test_a_zygote_that_stands_still_is_replaced_and_its_calls_go_on(tmp_path: Path) -> None:
     """A start that it was asked for never happens, even when it wakes."""
-    with Warden(tmp_path / "warden", PROCEDURES, kill_grace=0.3) as warden:
+    with Warden(tmp_path / "warden", PROCEDURES + OWN, kill_grace=0.3) as warden:
         zygote = psutil.Process(warden.status()["zygote"])
         with warden.keep("wait_for", str(tmp_path / "go")) as before:
             before.line()
             zygote.suspend()
             try:
-                with warden.keep("start", str(tmp_path / "started")) as late:
+                with warden.keep("mark", str(tmp_path / "started"), "x") as late:
                     (line,) = late.lines()
                     assert line["error"]["type"] == "system_error"
                     assert "did not answer within" in line["error"]["message"]
                 assert wait_until(lambda: warden.status()["zygote"] not in (None, zygote.pid), what="another zygote")
-                assert warden.result("echo", 1) == 1
+                assert warden.result("same", 1) == 1
             finally:
                 zygote.resume()
             (tmp_path / "go").touch()
-            assert read_end(before)[1] == {"result": None}
+            assert read_end(before)[1] == {"result": "there"}
             before.send({"done": True})
             before.lines()
         wait_until(lambda: not runs(zygote), what="the end of the first zygote")
@@ -205,14 +193,14 @@ def test_a_start_that_its_dispatcher_may_have_given_up_does_not_go_on(warden: Wa
 
 def test_a_call_of_a_warden_that_has_just_died_is_not_said_never_to_have_been(tmp_path: Path) -> None:
     """Nor is it forgotten when the next one dies at once, too."""
-    first = Warden(tmp_path / "warden", PROCEDURES).start()
+    first = Warden(tmp_path / "warden", PROCEDURES + OWN).start()
     with first.keep("wait_for", str(tmp_path / "go")) as call:
         call.line()
-        second = Warden(tmp_path / "warden", PROCEDURES).start()
+        second = Warden(tmp_path / "warden", PROCEDURES + OWN).start()
         first.kill()
         assert second.held() == [call.id]
         second.kill()
-    with Warden(tmp_path / "warden", PROCEDURES) as third, third.attach(call.id) as again:
+    with Warden(tmp_path / "warden", PROCEDURES + OWN) as third, third.attach(call.id) as again:
         again.line()
         assert read_end(again)[1]["error"]["type"] == "call_died"
         again.send({"done": True})

@@ -16,63 +16,21 @@ import pytest
 
 from support.cgroups import own_cgroup
 from support.deadline import wait_until
+from support.procedures_file import PROCEDURES
 from support.warden import DEADLINE, OWNER, SECRET, Conversation, Warden, runs
 
 NOBODY = 65534
 ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 
-PROCEDURES = """
-import os, signal, subprocess, sys, time
-from harpd.proc import procedure, streaming_procedure
-
-@procedure
-def echo(value):
-    return value
+OWN = """
+import os, sys, time
+from harpd.proc import procedure
 
 @procedure
 def wrong(text):
     print("first", text, file=sys.stderr)
     print("not whole", end="", file=sys.stderr)
     raise ValueError(text)
-
-@procedure
-def wait_for(path):
-    while not os.path.exists(path):
-        time.sleep(0.01)
-    return "there"
-
-@streaming_procedure
-def count(most, path=None):
-    for number in range(most):
-        yield number
-    while path is not None and not os.path.exists(path):
-        time.sleep(0.01)
-
-@streaming_procedure
-def long_records(most, size):
-    for number in range(most):
-        yield [number, "x" * size]
-
-@procedure
-def kill_itself():
-    os.kill(os.getpid(), signal.SIGKILL)
-
-@procedure
-def resist(path):
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    for _ in range(2):
-        if os.fork() == 0:
-            os.setsid()
-            if os.fork() == 0:
-                os.setsid()
-            with open(path, "a") as file:
-                file.write(f"{os.getpid()}\\n")
-            while True:
-                time.sleep(60)
-    with open(path, "a") as file:
-        file.write(f"{os.getpid()}\\n")
-    while True:
-        time.sleep(60)
 
 @procedure
 def leave_a_service(path):
@@ -102,7 +60,7 @@ def leave_a_stranger(path):
 @pytest.fixture(scope="module")
 def warden(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Warden]:
     evidence = {"stderr": True, "traceback": True}
-    with Warden(tmp_path_factory.mktemp("kept"), PROCEDURES, kill_grace=0.3, evidence=evidence) as warden:
+    with Warden(tmp_path_factory.mktemp("kept"), PROCEDURES + OWN, kill_grace=0.3, evidence=evidence) as warden:
         yield warden
 
 
@@ -131,7 +89,7 @@ def refused(call: Conversation) -> str:
 
 
 def test_the_end_is_kept_until_it_is_stored(warden: Warden) -> None:
-    with warden.keep("echo", 5) as call:
+    with warden.keep("same", 5) as call:
         acknowledgement = call.line()
         assert acknowledgement["call"].keys() == {
             "warden", "keep_running", "linger", "kill_grace", "elapsed", "records",
@@ -178,7 +136,7 @@ def test_records_are_told_from_any_number_on_and_dropped_when_stored(warden: War
         call.line()
         call.send({"stored": 6})
         (tmp_path / "go").touch()
-        assert ended(call)[2] == {"result": None}
+        assert ended(call)[2] == {"result": 6}
     with warden.attach(call_id, 2) as call:
         (line,) = call.lines()
         assert (error_of(line), line["error"]["data"]) == ("records_gone", {"first": 6, "end": 6})
@@ -217,43 +175,43 @@ def test_an_id_that_was_said_not_to_be_here_never_starts(warden: Warden) -> None
     with warden.attach(call_id) as call:
         (line,) = call.lines()
         assert line["error"]["data"] == {"warden": warden.status()["incarnation"]}
-    with warden.keep("echo", 1, call_id=call_id) as call:
+    with warden.keep("same", 1, call_id=call_id) as call:
         assert refused(call) == "call_refused"
-    with warden.keep("echo", 1, call_id=call_id, owner="owner-2") as call:  # another's ids are its own affair
+    with warden.keep("same", 1, call_id=call_id, owner="owner-2") as call:  # another's ids are its own affair
         call.line()
         ended(call)
         done(call)
 
 
 def test_a_start_that_names_another_warden_is_refused(warden: Warden) -> None:
-    with warden.keep("echo", 1, warden="another") as call:
+    with warden.keep("same", 1, warden="another") as call:
         (line,) = call.lines()
         assert (error_of(line), line["error"]["data"]["warden"]) == ("other_warden", warden.status()["incarnation"])
 
 
 def test_a_start_that_was_long_on_its_way_does_not_happen(warden: Warden) -> None:
     """It would come after the ids are forgotten that were said never to start."""
-    with warden.keep("echo", 1, begun=time.clock_gettime(time.CLOCK_BOOTTIME) - 1900) as call:
+    with warden.keep("same", 1, begun=time.clock_gettime(time.CLOCK_BOOTTIME) - 1900) as call:
         assert refused(call) == "call_refused"
         assert call.id not in warden.held()
 
 
 def test_who_fetches_nothing_gets_no_more_calls(tmp_path: Path) -> None:
-    with Warden(tmp_path, PROCEDURES, calls=1, spool_memory=10_000) as warden:
+    with Warden(tmp_path, PROCEDURES + OWN, calls=1, spool_memory=10_000) as warden:
         held = []
         for _ in range(2):
-            with warden.keep("echo", "x" * 15_000) as call:
+            with warden.keep("same", "x" * 15_000) as call:
                 held.append(call.id)
                 call.line()
                 ended(call)
-        with warden.keep("echo", 1) as call:
+        with warden.keep("same", 1) as call:
             assert refused(call) == "too_many_calls"
         for call_id in held:
             with warden.attach(call_id) as call:
                 call.line()
                 ended(call)
                 done(call)
-        with warden.keep("echo", 1) as call:
+        with warden.keep("same", 1) as call:
             call.line()
             ended(call)
             done(call)
@@ -262,12 +220,12 @@ def test_who_fetches_nothing_gets_no_more_calls(tmp_path: Path) -> None:
 def test_an_id_starts_once(warden: Warden, tmp_path: Path) -> None:
     with warden.keep("wait_for", str(tmp_path / "go")) as call:
         call.line()
-        with warden.keep("echo", 1, call_id=call.id) as again:
+        with warden.keep("same", 1, call_id=call.id) as again:
             assert refused(again) == "call_refused"
         (tmp_path / "go").touch()
         ended(call)
         done(call)
-    with warden.keep("echo", 1, call_id=call.id) as again:
+    with warden.keep("same", 1, call_id=call.id) as again:
         assert refused(again) == "call_refused"
 
 
@@ -303,7 +261,7 @@ def test_contact_is_what_the_dispatcher_has_heard_of(warden: Warden, tmp_path: P
         assert "receipt" in line
         assert error_of(ended(call)[2]) == "lost_contact"
         done(call)
-    with warden.keep("echo", 1) as call:
+    with warden.keep("same", 1) as call:
         call.line()
         ended(call)
         call.send({"alive": 1e6})
@@ -326,7 +284,7 @@ def test_with_contact_a_call_runs_on(warden: Warden, tmp_path: Path) -> None:
 
 
 def test_an_end_that_nobody_fetches_is_forgotten(warden: Warden) -> None:
-    with warden.keep("echo", 1, linger=0.1) as call:
+    with warden.keep("same", 1, linger=0.1) as call:
         call.line()
         ended(call)
         assert call.lines() == []  # closed by the warden
@@ -353,7 +311,7 @@ def test_limits_go_with_the_call(warden: Warden, tmp_path: Path) -> None:
 
 def test_a_full_spool_makes_the_procedure_wait_and_drops_nothing(tmp_path: Path) -> None:
     most, size = 400, 10_000
-    with Warden(tmp_path / "warden", PROCEDURES, spool=100_000) as warden:
+    with Warden(tmp_path / "warden", PROCEDURES + OWN, spool=100_000) as warden:
         with warden.keep("long_records", most, size, timeout=0.5) as call:
             call.line()
             first = [call.line() for _ in range(2)]
@@ -417,7 +375,7 @@ def test_evidence_of_an_exception(warden: Warden) -> None:
 
 
 def test_evidence_is_of_the_process_only_unless_it_is_allowed(tmp_path: Path) -> None:
-    with Warden(tmp_path, PROCEDURES) as warden, warden.keep("wrong", "text") as call:
+    with Warden(tmp_path, PROCEDURES + OWN) as warden, warden.keep("wrong", "text") as call:
         call.line()
         _, evidence, _ = ended(call)
         assert not {"stderr", "traceback"} & evidence.keys()
@@ -425,7 +383,7 @@ def test_evidence_is_of_the_process_only_unless_it_is_allowed(tmp_path: Path) ->
 
 
 def test_evidence_of_a_death(warden: Warden) -> None:
-    with warden.keep("kill_itself") as call:
+    with warden.keep("die", int(signal.SIGKILL)) as call:
         call.line()
         before, evidence, end = ended(call)
         assert error_of(end) == "call_died"
@@ -486,7 +444,10 @@ def test_what_may_have_escaped_makes_a_receipt_incomplete(warden: Warden, tmp_pa
 @ROOT
 def test_in_a_cgroup_nothing_escapes(tmp_path: Path) -> None:
     path = tmp_path / "pid"
-    with own_cgroup() as group, Warden(tmp_path / "warden", PROCEDURES, kill_grace=0.3, cgroup=str(group)) as warden:
+    with (
+        own_cgroup() as group,
+        Warden(tmp_path / "warden", PROCEDURES + OWN, kill_grace=0.3, cgroup=str(group)) as warden,
+    ):
         with warden.keep("leave_a_stranger", str(path)) as call:
             call.line()
             before, _, _ = ended(call)
@@ -512,7 +473,7 @@ def test_what_survives_is_told_and_watched_on(tmp_path: Path) -> None:
     frozen = freezer / f"harpd-test-{uuid.uuid4().hex}"
     frozen.mkdir()
     try:
-        with Warden(tmp_path / "warden", PROCEDURES, kill_grace=0.2) as warden:
+        with Warden(tmp_path / "warden", PROCEDURES + OWN, kill_grace=0.2) as warden:
             with warden.keep("wait_for", str(tmp_path / "never")) as call:
                 call.line()
                 pid = warden.wait_event("call started", call=call.id)["pid"]
@@ -537,7 +498,7 @@ def test_what_survives_is_told_and_watched_on(tmp_path: Path) -> None:
 
 def test_calls_of_a_killed_warden_are_known_to_the_next_as_dead(tmp_path: Path) -> None:
     (tmp_path / "pids").touch()
-    warden = Warden(tmp_path / "warden", PROCEDURES).start()
+    warden = Warden(tmp_path / "warden", PROCEDURES + OWN).start()
     with warden.keep("resist", str(tmp_path / "pids")) as call:
         call.line()
         pids = five(tmp_path / "pids")
@@ -557,7 +518,7 @@ def test_calls_of_a_killed_warden_are_known_to_the_next_as_dead(tmp_path: Path) 
 
 def test_an_end_that_died_with_its_warden_is_told_as_such_and_nothing_is_stopped(tmp_path: Path) -> None:
     path = tmp_path / "pid"
-    warden = Warden(tmp_path / "warden", PROCEDURES).start()
+    warden = Warden(tmp_path / "warden", PROCEDURES + OWN).start()
     with warden.keep("leave_a_service", str(path)) as call:
         call.line()
         assert ended(call)[2] == {"result": "left"}
@@ -574,12 +535,12 @@ def test_an_end_that_died_with_its_warden_is_told_as_such_and_nothing_is_stopped
 
 
 def test_a_retired_warden_starts_nothing_and_goes_with_its_last_call(tmp_path: Path) -> None:
-    warden = Warden(tmp_path / "warden", PROCEDURES).start()
+    warden = Warden(tmp_path / "warden", PROCEDURES + OWN).start()
     with warden.keep("wait_for", str(tmp_path / "go")) as call:
         call.line()
         assert warden.control("retire") == {"ok": True}
         assert warden.status()["accepting"] is False
-        with warden.keep("echo", 1) as other:
+        with warden.keep("same", 1) as other:
             assert refused(other) == "other_warden"
         (tmp_path / "go").touch()
         assert ended(call)[2] == {"result": "there"}
@@ -591,15 +552,15 @@ def test_a_retired_warden_starts_nothing_and_goes_with_its_last_call(tmp_path: P
 
 def test_a_drained_warden_takes_calls_again_when_told(warden: Warden) -> None:
     assert warden.control("drain") == {"ok": True}
-    assert warden.end("echo", 1)["error"]["type"] == "shutdown"
-    with warden.keep("echo", 1) as call:
+    assert warden.end("same", 1)["error"]["type"] == "shutdown"
+    with warden.keep("same", 1) as call:
         assert refused(call) == "shutdown"
     assert warden.control("resume") == {"ok": True}
-    assert warden.result("echo", 1) == 1
+    assert warden.result("same", 1) == 1
 
 
 def test_without_its_keeper_a_warden_goes_on_as_long_as_it_may(tmp_path: Path) -> None:
-    warden = Warden(tmp_path / "warden", PROCEDURES, outlive=True).start()
+    warden = Warden(tmp_path / "warden", PROCEDURES + OWN, outlive=True).start()
     with warden.keep("wait_for", str(tmp_path / "go")) as call:
         call.line()
         warden.end_gate()
@@ -611,7 +572,7 @@ def test_without_its_keeper_a_warden_goes_on_as_long_as_it_may(tmp_path: Path) -
 
 
 def test_a_shutdown_is_told_to_who_is_attached(tmp_path: Path) -> None:
-    warden = Warden(tmp_path / "warden", PROCEDURES).start()
+    warden = Warden(tmp_path / "warden", PROCEDURES + OWN).start()
     with warden.keep("wait_for", str(tmp_path / "never")) as call:
         call.line()
         with warden.connect() as control:
@@ -630,7 +591,7 @@ def test_a_stop_has_a_receipt_without_root(tmp_path: Path) -> None:
     """The same as an ordinary user, who may see and signal his own processes: that is enough."""
     with tempfile.TemporaryDirectory() as place:
         os.chmod(place, 0o755)
-        warden = Warden(Path(place) / "warden", PROCEDURES, kill_grace=0.3)
+        warden = Warden(Path(place) / "warden", PROCEDURES + OWN, kill_grace=0.3)
         warden.user = NOBODY
         for path in (warden.directory, warden.runtime_directory, warden.procedures_file):
             os.chown(path, NOBODY, NOBODY)

@@ -12,11 +12,12 @@ import psutil
 import pytest
 
 from support.deadline import wait_until
+from support.procedures_file import PROCEDURES
 from support.warden import Warden, runs
 
 ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 
-PROCEDURES = """
+OWN = """
 import os, subprocess, sys, time
 from harpd.proc import Result, procedure, streaming_procedure
 
@@ -61,7 +62,7 @@ def spin(seconds):
     return about()
 
 @procedure(max_calls_per_process=100)
-def fail(text):
+def fail_reused(text):
     about()
     print("why", text, file=sys.stderr, end="")
     raise ValueError(text)
@@ -100,11 +101,11 @@ def leave_a_child():
     return subprocess.Popen(["sleep", "3600"], start_new_session=True).pid, os.getpid()
 
 @procedure(max_calls_per_process=100)
-def leave(code):
+def leave_reused(code):
     os._exit(code)
 
 @streaming_procedure(max_calls_per_process=100)
-def count(most):
+def count_reused(most):
     yield from range(most)
     yield Result(about())
 """
@@ -117,7 +118,7 @@ def go(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def warden(tmp_path: Path, go: Path) -> Iterator[Warden]:
-    procedures = PROCEDURES.replace("PATH", str(go))
+    procedures = PROCEDURES + OWN.replace("PATH", str(go))
     with Warden(tmp_path / "warden", procedures, kill_grace=0.5, calls=4) as warden:
         yield warden
 
@@ -177,7 +178,7 @@ def test_without_its_user_nothing_runs(warden: Warden) -> None:
 
 def test_records_come_from_such_a_process_too(warden: Warden) -> None:
     for number in (1, 2):
-        *lines, end = warden.lines("count", 2)
+        *lines, end = warden.lines("count_reused", 2)
         assert lines[1:] == [{"stream": 0}, {"stream": 1}]
         assert end["result"]["calls"] == number
 
@@ -207,7 +208,7 @@ def test_a_stopped_call_ends_its_process_and_the_next_has_another(warden: Warden
 
 def test_a_process_that_ends_itself_costs_its_own_call(warden: Warden) -> None:
     for _ in range(3):
-        assert warden.end("leave", 3)["error"]["data"] == {"code": 3}
+        assert warden.end("leave_reused", 3)["error"]["data"] == {"code": 3}
 
 
 def test_one_that_is_killed_while_it_waits_costs_no_call(warden: Warden) -> None:
@@ -230,9 +231,9 @@ def test_one_that_says_more_than_its_end_is_not_used_again(warden: Warden, go: P
 
 def test_evidence_is_the_calls_own(tmp_path: Path) -> None:
     evidence = {"stderr": True, "traceback": True}
-    with Warden(tmp_path / "evidence", PROCEDURES, evidence=evidence) as warden:
+    with Warden(tmp_path / "evidence", PROCEDURES + OWN, evidence=evidence) as warden:
         for text in ("one", "two"):
-            found, end = finish(warden, "fail", text)
+            found, end = finish(warden, "fail_reused", text)
             assert found["stderr"] == [f"why {text}"]
             assert f"ValueError: {text}" in str(found["traceback"])
             assert (found["exit"], found["signal"], found["by"]) == (None, None, "itself")
@@ -289,7 +290,7 @@ def test_a_reload_ends_those_that_rest_and_those_that_would(warden: Warden, tmp_
 
 
 def test_with_its_warden_it_goes(tmp_path: Path) -> None:
-    warden = Warden(tmp_path / "killed", PROCEDURES)
+    warden = Warden(tmp_path / "killed", PROCEDURES + OWN)
     with warden:
         resting = psutil.Process(warden.result("own")["pid"])
         warden.kill()

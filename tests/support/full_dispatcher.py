@@ -14,15 +14,12 @@ from types import FrameType
 
 import harp
 from support.deadline import wait_until
+from support.procedures_file import PROCEDURES
 from support.system import System, running
 
-PROCEDURES = """
+OWN = """
 import pathlib, time
-from harpd.proc import procedure, streaming_procedure, Result
-
-@procedure
-def echo(value):
-    return value
+from harpd.proc import Result, streaming_procedure
 
 @streaming_procedure
 def when_told(path, records):
@@ -45,7 +42,7 @@ def fill(system: System, queue: dict[str, str]) -> list[harp.RemoteCall]:
     accepted = []
     while True:
         try:
-            accepted.append(system.rpc.host("web01", queue=queue).echo(LARGE))
+            accepted.append(system.rpc.host("web01", queue=queue).same(LARGE))
         except harp.RemoteError as error:
             assert error.type == "storage_error", error
             return accepted
@@ -70,7 +67,7 @@ def scenario(system: System, store: Path, told: Path) -> None:
     assert running_job.get() == "done"
     for job in accepted:
         assert job.get() == LARGE
-    assert system.rpc.web01.echo("again").get() == "again"
+    assert system.rpc.web01.same("again").get() == "again"
 
 
 def _give_up(number: int, frame: FrameType | None) -> None:
@@ -85,7 +82,7 @@ def main() -> None:
     store = directory / "small"
     store.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=48m", "tmpfs", str(store)], check=True)
-    with running(directory, PROCEDURES, dispatcher={"stream_directory": str(store / "jobs")}) as system:
+    with running(directory, PROCEDURES + OWN, dispatcher={"stream_directory": str(store / "jobs")}) as system:
         scenario(system, store, directory / "told")
     print("ok")
 
