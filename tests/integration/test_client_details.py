@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 import harp
-from support.field import OldDispatcher, server
+from support.legacy import OldDispatcher, server
 from support.peers import Peer, answering
 from support.shells import Shell, shell_of
 

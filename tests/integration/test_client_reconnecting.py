@@ -18,7 +18,7 @@ import harp
 from harp import aio
 from harp.cli import Exit
 from support.deadline import eventually, wait_until
-from support.field import OldDispatcher, server
+from support.legacy import OldDispatcher, server
 from support.peers import Conversation, Peer, Script, answering, line_of, reserved_port, resetting, single_bytes
 from support.shells import Shell, nothing_left, shell_of
 

@@ -1,4 +1,4 @@
-"""Every pairing with the programs in the field, which `support.field` plays as the protocol page describes them."""
+"""Every pairing with legacy programs, which `support.legacy` implements from the protocol specification."""
 
 from __future__ import annotations
 
@@ -9,7 +9,14 @@ import pytest
 
 import harp
 from support.certificates import server_files
-from support.field import OldDispatcher, old_client, old_dispatcher_call, old_harpd, old_tls_server, server
+from support.legacy import (
+    LegacyDispatcher,
+    legacy_client,
+    legacy_dispatcher_call,
+    legacy_harpd,
+    legacy_tls_server,
+    server,
+)
 from support.harpcallerd import Harpcallerd
 from support.procedures_file import PROCEDURES
 from support.system import System, running
@@ -19,17 +26,17 @@ UNKNOWN = "00000000-0000-4000-8000-000000000000"
 
 @pytest.fixture(scope="module")
 def system(tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
-    with running(tmp_path_factory.mktemp("field"), PROCEDURES) as system:
+    with running(tmp_path_factory.mktemp("legacy"), PROCEDURES) as system:
         yield system
 
 
-# An old dispatcher and our harpd.
+# A legacy dispatcher and our harpd.
 
 
 @pytest.mark.parametrize("pieces", [None, 1])
-def test_an_old_dispatcher_calls_our_harpd(system: System, pieces: int | None) -> None:
+def test_legacy_dispatcher_calls_harpd(system: System, pieces: int | None) -> None:
     def call(procedure: str, arguments: object) -> list[dict[str, object]]:
-        return old_dispatcher_call(
+        return legacy_dispatcher_call(
             system.harpd.port, procedure, arguments, system.harpd.user, system.harpd.password, pieces
         )
 
@@ -50,26 +57,26 @@ def test_an_old_dispatcher_calls_our_harpd(system: System, pieces: int | None) -
     assert call("unwritable", [])[-1]["error"]["type"] == "invalid_message"  # type: ignore[index]
 
 
-def test_an_old_dispatcher_with_a_wrong_password(system: System) -> None:
-    (refusal,) = old_dispatcher_call(system.harpd.port, "echo", [], "nobody", "wrong")
+def test_legacy_dispatcher_wrong_password_is_auth_error(system: System) -> None:
+    (refusal,) = legacy_dispatcher_call(system.harpd.port, "echo", [], "nobody", "wrong")
     assert refusal["error"]["type"] == "auth_error"
     assert set(refusal) == {"harp", "error"}
 
 
-# Our dispatcher and an old harpd.
+# Our dispatcher and a legacy harpd.
 
 
 @pytest.fixture(scope="module")
-def beside_old_harpd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[harp.HarpCaller]:
+def with_legacy_harpd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[harp.HarpCaller]:
     directory = tmp_path_factory.mktemp("old-harpd")
     files = server_files(directory)
-    with server(old_harpd, old_tls_server(files.certfile, files.keyfile)) as port:
+    with server(legacy_harpd, legacy_tls_server(files.certfile, files.keyfile)) as port:
         with Harpcallerd(directory, hosts={"old": port}, credentials=("u", "p")) as dispatcher:
             yield harp.HarpCaller("127.0.0.1", dispatcher.port)
 
 
-def test_our_dispatcher_calls_an_old_harpd(beside_old_harpd: harp.HarpCaller) -> None:
-    old = beside_old_harpd.old
+def test_dispatcher_calls_legacy_harpd(with_legacy_harpd: harp.HarpCaller) -> None:
+    old = with_legacy_harpd.old
     assert old.echo(1, {"b": 1, "a": 2}).get() == [1, {"b": 1, "a": 2}]
     job = old.stream(5)
     assert list(job.follow(since=0)) == [{"n": number} for number in range(5)]
@@ -85,31 +92,31 @@ def test_our_dispatcher_calls_an_old_harpd(beside_old_harpd: harp.HarpCaller) ->
         ("garbage", "protocol_error", ...),
     ],
 )
-def test_what_an_old_harpd_answers_becomes_the_jobs_error(
-    beside_old_harpd: harp.HarpCaller, procedure: str, type_: str, data: object
+def test_legacy_harpd_error_becomes_job_error(
+    with_legacy_harpd: harp.HarpCaller, procedure: str, type_: str, data: object
 ) -> None:
-    error = getattr(beside_old_harpd.old, procedure)().result(wait=True)
+    error = getattr(with_legacy_harpd.old, procedure)().result(wait=True)
     assert isinstance(error, harp.RemoteError)
     assert error.type == type_
     assert data is ... or error.data == data
 
 
-def test_an_exception_of_an_old_harpd(beside_old_harpd: harp.HarpCaller) -> None:
-    exception = getattr(beside_old_harpd.old, "raise")().result(wait=True)
+def test_legacy_harpd_exception_is_raised(with_legacy_harpd: harp.HarpCaller) -> None:
+    exception = getattr(with_legacy_harpd.old, "raise")().result(wait=True)
     assert isinstance(exception, harp.RemoteException)
     assert (exception.type, exception.data) == ("TypeError", {"class": "TypeError"})
 
 
-def test_a_cancel_closes_the_connection_to_an_old_harpd(beside_old_harpd: harp.HarpCaller) -> None:
-    job = beside_old_harpd.old.hang()  # its server's thread ends only when the connection is closed
+def test_cancel_closes_connection_to_legacy_harpd(with_legacy_harpd: harp.HarpCaller) -> None:
+    job = with_legacy_harpd.old.hang()  # its server's thread ends only when the connection is closed
     assert job.cancel() is True
     assert job.result(wait=True) is harp.CALL_CANCELLED
 
 
 @pytest.mark.parametrize("keep", [False, True])
-def test_our_client_calls_an_old_harpd(tmp_path: Path, keep: bool) -> None:
+def test_client_calls_legacy_harpd(tmp_path: Path, keep: bool) -> None:
     files = server_files(tmp_path)
-    with server(old_harpd, old_tls_server(files.certfile, files.keyfile)) as port:
+    with server(legacy_harpd, legacy_tls_server(files.certfile, files.keyfile)) as port:
         old = harp.HarpServer("127.0.0.1", "u", "p", port, ca_file=str(files.ca_file), keep=keep)
         assert old.echo("a") == ["a"]
         *records, result = old.stream(2)
@@ -124,49 +131,51 @@ def test_our_client_calls_an_old_harpd(tmp_path: Path, keep: bool) -> None:
             old.close()
 
 
-# An old client and our dispatcher: every reply has exactly the keys of version 1.
+# A legacy client and our dispatcher: every reply has exactly the keys of version 1.
 
 
-def test_an_old_client_uses_our_dispatcher(system: System) -> None:
+def test_legacy_client_uses_dispatcher(system: System) -> None:
     port = system.dispatcher.port
-    (accepted,) = old_client(port, host="web01", procedure="count", arguments=[2], queue={"name": {}, "concurrency": 1})
+    (accepted,) = legacy_client(
+        port, host="web01", procedure="count", arguments=[2], queue={"name": {}, "concurrency": 1}
+    )
     assert set(accepted) == {"harpcaller", "job_id"}
     job = accepted["job_id"]
     packets = [{"packet": 0, "data": 0}, {"packet": 1, "data": 1}]
-    assert old_client(port, follow_stream=job, since=0) == [*packets, {"result": 2}]
-    assert old_client(port, get_result=job, wait=True) == [{"result": 2}]
-    assert old_client(port, get_result=job, wait=False) == [{"result": 2}]
-    assert old_client(port, read_stream=job) == [*packets, {"result": 2}]
-    assert old_client(port, read_stream=job, recent=1) == [packets[1], {"result": 2}]
-    assert old_client(port, cancel=job) == [{"cancelled": False}]
-    (status,) = old_client(port, get_status=job)
+    assert legacy_client(port, follow_stream=job, since=0) == [*packets, {"result": 2}]
+    assert legacy_client(port, get_result=job, wait=True) == [{"result": 2}]
+    assert legacy_client(port, get_result=job, wait=False) == [{"result": 2}]
+    assert legacy_client(port, read_stream=job) == [*packets, {"result": 2}]
+    assert legacy_client(port, read_stream=job, recent=1) == [packets[1], {"result": 2}]
+    assert legacy_client(port, cancel=job) == [{"cancelled": False}]
+    (status,) = legacy_client(port, get_status=job)
     assert set(status) == {"call", "time", "info"}
     assert status["call"] == {"host": "web01", "procedure": "count", "arguments": [2]}
     assert set(status["time"]) == {"submit", "start", "end"}
     assert all(type(moment) is int for moment in status["time"].values())
 
 
-def test_an_old_client_cancels_and_asks_for_what_is_not_there(system: System) -> None:
+def test_legacy_client_unknown_job_is_invalid_jobid(system: System) -> None:
     port = system.dispatcher.port
-    job = old_client(port, host="web01", procedure="sleep", arguments=[600])[0]["job_id"]
-    assert old_client(port, get_result=job, wait=False) == [{"no_result": True}]
-    assert old_client(port, read_stream=job)[-1] == {"continue": True}
-    assert old_client(port, cancel=job) == [{"cancelled": True}]
-    assert old_client(port, follow_stream=job) == [{"cancelled": True}]
+    job = legacy_client(port, host="web01", procedure="sleep", arguments=[600])[0]["job_id"]
+    assert legacy_client(port, get_result=job, wait=False) == [{"no_result": True}]
+    assert legacy_client(port, read_stream=job)[-1] == {"continue": True}
+    assert legacy_client(port, cancel=job) == [{"cancelled": True}]
+    assert legacy_client(port, follow_stream=job) == [{"cancelled": True}]
     for request in ({"get_result": UNKNOWN, "wait": True}, {"get_status": UNKNOWN}, {"follow_stream": UNKNOWN}):
-        (refusal,) = old_client(port, **request)
+        (refusal,) = legacy_client(port, **request)
         assert set(refusal) == {"error"}
         assert refusal["error"]["type"] == "invalid_jobid"
-    assert old_client(port, cancel=UNKNOWN) == [{"cancelled": False}]
-    job = old_client(port, host="nowhere", procedure="p", arguments=[])[0]["job_id"]
-    assert old_client(port, get_result=job, wait=True)[0]["error"]["type"] == "unknown_host"
+    assert legacy_client(port, cancel=UNKNOWN) == [{"cancelled": False}]
+    job = legacy_client(port, host="nowhere", procedure="p", arguments=[])[0]["job_id"]
+    assert legacy_client(port, get_result=job, wait=True)[0]["error"]["type"] == "unknown_host"
 
 
-# Our client and an old dispatcher.
+# Our client and a legacy dispatcher.
 
 
-def test_our_client_uses_an_old_dispatcher() -> None:
-    old = OldDispatcher()
+def test_client_uses_legacy_dispatcher() -> None:
+    old = LegacyDispatcher()
     with server(old) as port:
         rpc = harp.HarpCaller("127.0.0.1", port)
         job = rpc.host("h", queue={"q": 1}, concurrency=2, timeout=5, max_exec_time=6, info=[1]).p(1)

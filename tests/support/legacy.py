@@ -1,7 +1,7 @@
-"""The programs in the field, as sections A, B and E of the protocol page describe them: no more, no less.
+"""Legacy programs, as sections A, B and E of the protocol specification describe them.
 
-They are strict where the old programs are strict (a key too many in a reply is a fault) and odd where those are odd
-(white space, sorted keys, a connection closed at once). Blocking sockets and threads: nothing of ours is used.
+They are strict where the real programs are strict (an unexpected key in a reply is an error) and unusual where those are
+unusual (white space, sorted keys, a connection closed at once). Blocking sockets and threads; no code of HARP is used.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-#: The old dispatcher waits this long for connection and acknowledgement together, in seconds.
-PATIENCE = 10.0
+#: Seconds that a legacy dispatcher waits for connection and acknowledgement together.
+START_TIMEOUT = 10.0
 
 DEADLINE = 60.0
 
 
 class BadProtocol(Exception):
-    """What the old program would report as `bad_protocol`."""
+    """What the legacy program would report as `bad_protocol`."""
 
 
-def old_tls_client() -> ssl.SSLContext:
+def legacy_tls_client() -> ssl.SSLContext:
     """TLS 1.2 at best, no verification, no server name."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False
@@ -36,35 +36,35 @@ def old_tls_client() -> ssl.SSLContext:
     return context
 
 
-def old_dispatcher_call(
+def legacy_dispatcher_call(
     port: int, procedure: str, arguments: Any, user: str, password: str, pieces: int | None = None
 ) -> list[dict[str, Any]]:
-    """Call harpd as the old dispatcher does; return what came, acknowledgement first. Raises BadProtocol."""
+    """Call harpd as the legacy dispatcher does; return what came, acknowledgement first. Raises BadProtocol."""
     begin = time.monotonic()
-    with socket.create_connection(("127.0.0.1", port), PATIENCE) as plain:
-        with old_tls_client().wrap_socket(plain) as connection:
+    with socket.create_connection(("127.0.0.1", port), START_TIMEOUT) as plain:
+        with legacy_tls_client().wrap_socket(plain) as connection:
             auth = {"password": password, "user": user}
             line = json.dumps({"procedure": procedure, "arguments": arguments, "harp": 1, "auth": auth}) + "\n"
             data = line.encode()
             for start in range(0, len(data), pieces or len(data)):
                 connection.sendall(data[start : start + (pieces or len(data))])
             replies = connection.makefile("rb")
-            first = _old_reply(replies.readline(), ({"harp", "stream_result"}, {"harp", "error"}))
-            if time.monotonic() - begin > PATIENCE:
-                raise BadProtocol("no acknowledgement within the old dispatcher's patience")
+            first = _legacy_reply(replies.readline(), ({"harp", "stream_result"}, {"harp", "error"}))
+            if time.monotonic() - begin > START_TIMEOUT:
+                raise BadProtocol("no acknowledgement within the legacy dispatcher's patience")
             messages = [first]
             while "error" not in messages[-1] and "result" not in messages[-1] and "exception" not in messages[-1]:
                 connection.settimeout(DEADLINE)
                 forms = ({"result"}, {"exception"}, {"harp", "error"})
                 messages.append(
-                    _old_reply(replies.readline(), (*forms, {"stream"}) if first["stream_result"] else forms)
+                    _legacy_reply(replies.readline(), (*forms, {"stream"}) if first["stream_result"] else forms)
                 )
             if replies.readline():
                 raise BadProtocol("data after the end")
             return messages
 
 
-def _old_reply(line: bytes, forms: tuple[set[str], ...]) -> dict[str, Any]:
+def _legacy_reply(line: bytes, forms: tuple[set[str], ...]) -> dict[str, Any]:
     if not line.endswith(b"\n"):
         raise BadProtocol(f"closed: {line!r}")
     message: dict[str, Any] = json.loads(line)
@@ -78,8 +78,8 @@ def _old_reply(line: bytes, forms: tuple[set[str], ...]) -> dict[str, Any]:
     return message
 
 
-def old_client(port: int, **request: Any) -> list[dict[str, Any]]:
-    """Ask the dispatcher as the old client does: one reply line, or lines until one has no `packet`."""
+def legacy_client(port: int, **request: Any) -> list[dict[str, Any]]:
+    """Ask the dispatcher as the legacy client does: one reply line, or lines until one has no `packet`."""
     with socket.create_connection(("127.0.0.1", port), DEADLINE) as connection:
         connection.sendall(json.dumps(dict(reversed([*request.items(), ("harpcaller", 1)]))).encode() + b"\n")
         replies = []
@@ -141,7 +141,7 @@ def server(answer: Answer, context: ssl.SSLContext | None = None) -> Iterator[in
             thread.join()
 
 
-def old_tls_server(certfile: Path, keyfile: Path) -> ssl.SSLContext:
+def legacy_tls_server(certfile: Path, keyfile: Path) -> ssl.SSLContext:
     """TLS 1.2 only."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.maximum_version = ssl.TLSVersion.TLSv1_2
@@ -149,8 +149,8 @@ def old_tls_server(certfile: Path, keyfile: Path) -> ssl.SSLContext:
     return context
 
 
-def old_harpd(line: Line) -> None:
-    """Answer a request as the old harpd: ignores unknown keys, does not check arguments."""
+def legacy_harpd(line: Line) -> None:
+    """Answer a request as the legacy harpd: ignores unknown keys, does not check arguments."""
     try:
         request = json.loads(line.text)
     except ValueError:
@@ -187,8 +187,8 @@ def old_harpd(line: Line) -> None:
     return None
 
 
-class OldDispatcher:
-    """An old dispatcher with one job for each state: closes without a reply on whatever it does not know."""
+class LegacyDispatcher:
+    """A legacy dispatcher with one job for each state: closes without a reply on whatever it does not know."""
 
     JOB = "3f22e0d4-c8ed-11e5-8d66-001e8c140268"
     _CALL_KEYS = frozenset({"host", "procedure", "arguments", "timeout", "max_exec_time", "queue", "info"})
