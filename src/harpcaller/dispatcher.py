@@ -41,8 +41,8 @@ from harpcaller.model.ids import is_job_id, new_job_id
 from harpcaller.model.jobs import Facts, Job, JobDetails, NewJob, Records, State, Stop
 from harpcaller.notifier import News, Packets
 from harpcaller.pruner import prune, prune_regularly
-from harpcaller.runs.context import Surroundings, fields
-from harpcaller.runs.reconciliation import Unwanted
+from harpcaller.runs.context import RunContext, log_fields
+from harpcaller.runs.reconciliation import OrphanReaper
 from harpcaller.runs.run import Run
 from harpcaller.store import QueueStatus, StorageError, Store, UnknownJob
 
@@ -105,8 +105,8 @@ class Dispatcher:
         self._wake = asyncio.Event()
         self._registry = HostsRegistry(config, self._wake.set)
         self._tls = HostTLS(config)
-        self._surroundings: Surroundings
-        self._unwanted: Unwanted
+        self._surroundings: RunContext
+        self._unwanted: OrphanReaper
         self._group = asyncio.TaskGroup()
         self._runs: dict[str, Run] = {}
         self._run_tasks: set[asyncio.Task[None]] = set()
@@ -118,20 +118,20 @@ class Dispatcher:
 
     async def __aenter__(self) -> Self:
         identity = await self._store.identity()
-        self._surroundings = Surroundings(
+        self._surroundings = RunContext(
             config=self._config,
             tls=self._tls,
             store=self._store,
             news=self._news,
             find_host=self._registry.find_host,
             identity=identity,
-            hosts=HostCapabilities(identity, self._on_held),
-            idle=ConnectionPool(),
+            capabilities=HostCapabilities(identity, self._on_held),
+            connections=ConnectionPool(),
             wall=self._wall,
         )
         self._report_config(self._config, frozenset())
         await self._group.__aenter__()
-        self._unwanted = Unwanted(self._group, self._runs.__contains__)
+        self._unwanted = OrphanReaper(self._group, self._runs.__contains__)
         taken_up = await self._take_up()
         self._claimer = self._group.create_task(self._claim(taken_up))
         self._upkeep = [
@@ -181,7 +181,7 @@ class Dispatcher:
         asked = time.monotonic()
         await self._store.add_job(job, self._wall())
         self._surroundings.timings.stored(job.id, came, asked)
-        log.info("job submitted", extra={**fields(job), "client": client})
+        log.info("job submitted", extra={**log_fields(job), "client": client})
         self._log_arguments(job)
         return job.id
 
@@ -198,7 +198,7 @@ class Dispatcher:
         log.info("jobs submitted", extra={**about, "client": client})
         if log.isEnabledFor(logging.DEBUG):
             for job in jobs:
-                log.debug("job submitted among many", extra=fields(job))
+                log.debug("job submitted among many", extra=log_fields(job))
                 self._log_arguments(job)
         return [job.id for job in jobs]
 
@@ -279,7 +279,7 @@ class Dispatcher:
             host_concurrency=self._config.host_concurrency,
             calls=len(self._runs),
             most_calls=self._config.calls,
-            store_troubled=bool(self._surroundings.trouble.waiting),
+            store_troubled=bool(self._surroundings.pending_writes.count),
             timings=self._surroundings.timings.of(job_id),
             now=self._wall(),
         )
@@ -302,7 +302,7 @@ class Dispatcher:
         """
         with self._news.watching(job_id) as topic:
             run = self._runs.get(job_id)
-            if wait and run is not None and not run.ended:
+            if wait and run is not None and not run.has_ended:
                 await topic.ended.wait()  # the store would say the same, and news comes before the run knows better
             while topic.end is None:
                 ended = topic.ended
@@ -462,7 +462,7 @@ class Dispatcher:
         log.info("job cancelled", extra={"job": job_id, "was": before.value, "client": client})
         self._news.end(job_id, Cancelled())
         if run := self._runs.get(job_id):
-            await run.cancel(client)
+            await run.cancel_call(client)
         elif before is State.RUNNING and self._claiming:
             self._dropped.add(job_id)
         self._wake.set()
@@ -486,7 +486,7 @@ class Dispatcher:
 
     def _on_held(self, host: Host, calls: Sequence[str]) -> None:
         """A host says which calls it holds for us."""
-        self._unwanted.look_at(host, calls, self._surroundings)
+        self._unwanted.reap_calls(host, calls, self._surroundings)
 
     async def _claim(self, taken_up: bool) -> None:
         """Start queued jobs whenever something may have made room for one, until the dispatcher stops."""
@@ -500,7 +500,7 @@ class Dispatcher:
 
     async def _claim_batch(self) -> bool:
         """Claim and start what there is room for. False: the store has no room for more, try again later."""
-        if self._surroundings.trouble.waiting:
+        if self._surroundings.pending_writes.count:
             return False  # ends of calls wait to be stored: no new ones until they are
         limit = min(_CLAIMED_AT_ONCE, self._config.calls - len(self._runs))
         if limit <= 0 or not self._registry.is_ready or self._stop.is_set():
@@ -524,7 +524,7 @@ class Dispatcher:
     def _start(self, job: Job, resumed: bool = False, cancelled: bool = False) -> None:
         run = self._runs[job.id] = Run(job, self._surroundings, resumed)
         if cancelled:
-            run.drop()
+            run.cancel_before_start()
         task = self._group.create_task(self._carry_out(run))
         self._run_tasks.add(task)
         task.add_done_callback(self._run_tasks.discard)
@@ -534,7 +534,7 @@ class Dispatcher:
             await run.run()
         except Exception:
             # One job's fault must not end the others; this job ends at the next start.
-            log.exception("run failed by a fault of the dispatcher", extra=fields(run.job))
+            log.exception("run failed by a fault of the dispatcher", extra=log_fields(run.job))
         finally:
             del self._runs[run.job.id]
             self._wake.set()
@@ -552,7 +552,7 @@ class Dispatcher:
         self._wake.set()
         await asyncio.wait([self._claimer])
         for run in list(self._runs.values()):
-            run.leave()
+            run.detach()
         if last := self._run_tasks | self._requests:
             _, left = await asyncio.wait(last, timeout=_LAST_ENDS)
             if left:
@@ -562,8 +562,8 @@ class Dispatcher:
         for task in self._upkeep:
             task.cancel()
         self._unwanted.stop()
-        self._surroundings.idle.close()
-        await self._surroundings.hosts.close()
+        self._surroundings.connections.close()
+        await self._surroundings.capabilities.close()
 
     def _report_config(self, config: Config, reported: frozenset[str]) -> None:
         for key in config.ignored:

@@ -128,9 +128,9 @@ def _call(stored: Raw | None, situation: Situation) -> Envelope | Raw | None:
     run = situation.run
     if run is None:
         return stored
-    lost = run.lost
+    lost = run.outage
     unreachable = None if lost is None else Envelope(lost.as_json())
-    return Envelope(run.facts(), contact=run.contact(situation.now), unreachable=unreachable)
+    return Envelope(run.describe_call(), contact=run.last_contact(situation.now), unreachable=unreachable)
 
 
 def _why(details: JobDetails, situation: Situation) -> str:
@@ -167,7 +167,7 @@ def _why_running(job: Job, situation: Situation) -> str:
     run = situation.run
     if run is None:
         return "its call is taken up again with the dispatcher's start"
-    if run.lost is not None:
+    if run.outage is not None:
         return _unreachable(job, run)
     if not run.is_acknowledged:
         where = f" ({situation.host.address}, port {situation.host.port})" if situation.host else ""
@@ -176,13 +176,13 @@ def _why_running(job: Job, situation: Situation) -> str:
 
 
 def _unreachable(job: Job, run: Run) -> str:
-    assert run.lost is not None
-    if run.lost.error is None:
-        return f"host {job.host} is being reached again, since {_moment(run.lost.wall)}"
-    tried = f"{run.lost.attempts} attempts, the last error: {run.lost.error[:_QUOTED]}"
-    left = max(0.0, run.lost_in())
+    assert run.outage is not None
+    if run.outage.error is None:
+        return f"host {job.host} is being reached again, since {_moment(run.outage.wall)}"
+    tried = f"{run.outage.attempts} attempts, the last error: {run.outage.error[:_QUOTED]}"
+    left = max(0.0, run.seconds_until_lost())
     return (
-        f"host {job.host} unreachable since {_moment(run.lost.wall)} ({tried}), next try within 5 s, "
+        f"host {job.host} unreachable since {_moment(run.outage.wall)} ({tried}), next try within 5 s, "
         f"given up as lost in {left:.0f} s"
     )
 
@@ -205,7 +205,7 @@ def _stop(job: Job, details: JobDetails, situation: Situation) -> str:
     receipt = loads(details.facts.receipt) if details.facts.receipt else {}
     match job.stop:
         case Stop.PENDING:
-            if situation.run is not None and situation.run.lost is not None:
+            if situation.run is not None and situation.run.outage is not None:
                 return f"; its stop is pending: {_unreachable(job, situation.run)}"
             return "; its stop is pending: the host has not confirmed it yet"
         case Stop.CONFIRMED:

@@ -9,7 +9,7 @@ import pytest
 from harp.protocol.json_text import Raw
 from harpcaller.model.jobs import Job, State
 from harpcaller.runs import deadlines as limits
-from harpcaller.runs.deadlines import Limits
+from harpcaller.runs.deadlines import Deadlines
 
 NULL = Raw(b"null")
 
@@ -34,22 +34,22 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return clock
 
 
-def of_a_job(timeout: float = 600.0, max_exec_time: float = 60.0, acknowledgement: float = 30.0) -> Limits:
+def of_a_job(timeout: float = 600.0, max_exec_time: float = 60.0, acknowledgement: float = 30.0) -> Deadlines:
     job = Job(
         "id", State.RUNNING, "web01", "p", NULL, timeout, max_exec_time, None, NULL, 0.0, 0.0, None, None, 0, True
     )
-    return Limits(job, acknowledgement)
+    return Deadlines(job, acknowledgement)
 
 
-def end(limits: Limits, ended: bool = False) -> str | None:
-    failed = limits.overdue("host web01", ended)
+def end(limits: Deadlines, ended: bool = False) -> str | None:
+    failed = limits.expired("host web01", ended)
     return failed.type if failed else None
 
 
 def test_a_kept_call_has_its_time_and_a_margin(clock: Clock) -> None:
     watched = of_a_job()
-    watched.asked()
-    watched.acknowledge(0.0)
+    watched.on_request_sent()
+    watched.on_acknowledged(0.0)
     clock.pass_(74.0)
     assert end(watched) is None
     clock.pass_(2.0)
@@ -58,9 +58,9 @@ def test_a_kept_call_has_its_time_and_a_margin(clock: Clock) -> None:
 
 def test_a_tied_call_has_its_time(clock: Clock) -> None:
     watched = of_a_job()
-    watched.asked()
-    watched.acknowledge(None)
-    watched.put_off()  # for kept calls only
+    watched.on_request_sent()
+    watched.on_acknowledged(None)
+    watched.postpone()  # for kept calls only
     clock.pass_(61.0)
     assert end(watched) == "timeout"
 
@@ -70,7 +70,7 @@ def test_a_tied_call_has_its_time(clock: Clock) -> None:
 def test_an_attach_ends_no_job_before_it_is_acknowledged(clock: Clock, timeout: float, ended: bool) -> None:
     watched = of_a_job(timeout)
     clock.pass_(10_000.0)
-    watched.asked(again=True)
+    watched.on_request_sent(reattach=True)
     clock.pass_(29.0)
     assert end(watched, ended) is None
     clock.pass_(2.0)
@@ -79,11 +79,11 @@ def test_an_attach_ends_no_job_before_it_is_acknowledged(clock: Clock, timeout: 
 
 def test_a_host_that_is_reached_late_has_time_to_say_what_it_has_kept(clock: Clock) -> None:
     watched = of_a_job()
-    watched.asked(again=True)
-    watched.acknowledge(10_000.0)
+    watched.on_request_sent(reattach=True)
+    watched.on_acknowledged(10_000.0)
     clock.pass_(14.0)
     assert end(watched) is None
-    watched.brought()
+    watched.on_record()
     clock.pass_(14.0)
     assert end(watched) is None
     clock.pass_(2.0)
@@ -93,9 +93,9 @@ def test_a_host_that_is_reached_late_has_time_to_say_what_it_has_kept(clock: Clo
 def test_delivering_has_an_end_however_often_the_host_is_reached(clock: Clock) -> None:
     watched = of_a_job()
     for _ in range(100):
-        watched.asked(again=True)
-        watched.acknowledge(0.0)
-        watched.brought()
+        watched.on_request_sent(reattach=True)
+        watched.on_acknowledged(0.0)
+        watched.on_record()
         if end(watched) is not None:
             break
         clock.pass_(10.0)
@@ -104,12 +104,12 @@ def test_delivering_has_an_end_however_often_the_host_is_reached(clock: Clock) -
 
 def test_nothing_is_enforced_while_the_store_fails(clock: Clock) -> None:
     watched = of_a_job()
-    watched.asked()
-    watched.acknowledge(0.0)
+    watched.on_request_sent()
+    watched.on_acknowledged(0.0)
     for _ in range(500):
         clock.pass_(10.0)
-        watched.heard()  # a sign of life
-        watched.put_off()
+        watched.on_message()  # a sign of life
+        watched.postpone()
         assert end(watched) is None
     clock.pass_(16.0)
     assert end(watched) == "timeout"
@@ -117,10 +117,10 @@ def test_nothing_is_enforced_while_the_store_fails(clock: Clock) -> None:
 
 def test_a_host_can_not_make_a_call_younger(clock: Clock) -> None:
     watched = of_a_job()
-    watched.asked()
-    watched.acknowledge(0.0)
+    watched.on_request_sent()
+    watched.on_acknowledged(0.0)
     clock.pass_(50.0)
-    watched.asked(again=True)
-    watched.acknowledge(0.0)
+    watched.on_request_sent(reattach=True)
+    watched.on_acknowledged(0.0)
     clock.pass_(26.0)
     assert end(watched) == "timeout"

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from harpcaller.runs.outage import LostContact, Pace
+from harpcaller.runs.outage import Backoff, LostContact
 
 
 def test_outage_deadline_counts_from_the_last_message() -> None:
@@ -16,17 +16,17 @@ def test_outage_deadline_counts_from_the_last_message() -> None:
 
 
 def test_backoff_pauses_grow_to_a_limit_and_differ() -> None:
-    pace = Pace()
-    assert pace.pause() == 0.0
+    backoff = Backoff()
+    assert backoff.next_delay() == 0.0
     pauses = []
     for _ in range(40):
-        pace.tried()
-        pauses.append(pace.pause())
+        backoff.record_attempt()
+        pauses.append(backoff.next_delay())
     assert 0.2 <= pauses[0] <= 0.4
     assert all(2.5 <= pause <= 5.0 for pause in pauses[5:])
     assert len(set(pauses)) > 30
-    pace.progress()
-    assert 0.1 <= pace.pause() <= 0.2  # the last attempt was a moment ago
+    backoff.reset()
+    assert 0.1 <= backoff.next_delay() <= 0.2  # the last attempt was a moment ago
 
 
 def test_outage_description_has_start_attempts_and_error() -> None:

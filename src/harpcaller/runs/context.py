@@ -14,15 +14,15 @@ from harpcaller.hosts.pool import ConnectionPool
 from harpcaller.hosts.tls import HostTLS
 from harpcaller.model.jobs import Identity, Job, NewJob
 from harpcaller.notifier import News
-from harpcaller.runs.record_writer import StoreTrouble
+from harpcaller.runs.record_writer import PendingWrites
 from harpcaller.runs.timings import Timings
 from harpcaller.store import Store
 
-__all__ = ["Surroundings", "fields"]
+__all__ = ["RunContext", "log_fields"]
 
 
 @dataclass(frozen=True, slots=True)
-class Surroundings:
+class RunContext:
     """What a run needs.
 
     Attributes:
@@ -45,10 +45,10 @@ class Surroundings:
     news: News
     find_host: Callable[[str], Host | None]
     identity: Identity
-    hosts: HostCapabilities
-    idle: ConnectionPool
+    capabilities: HostCapabilities
+    connections: ConnectionPool
     wall: Callable[[], float]
-    trouble: StoreTrouble = field(default_factory=StoreTrouble)
+    pending_writes: PendingWrites = field(default_factory=PendingWrites)
     timings: Timings = field(default_factory=Timings)
 
     def start_request(self, job: Job, host: Host, instance: str | None) -> Request:
@@ -72,7 +72,7 @@ class Surroundings:
             max_exec_time=job.max_exec_time,
         )
         return Request(
-            job.procedure, job.arguments, host.user, host.password, terms, self.hosts.supports_keep_alive(host)
+            job.procedure, job.arguments, host.user, host.password, terms, self.capabilities.supports_keep_alive(host)
         )
 
     def attach_request(self, job_id: str, host: Host, since: int) -> Attach:
@@ -81,7 +81,7 @@ class Surroundings:
         return Attach(job_id, owner, secret, since, host.user, host.password)
 
 
-def fields(job: Job | NewJob) -> dict[str, Any]:
+def log_fields(job: Job | NewJob) -> dict[str, Any]:
     """The fields by which the log names a job."""
     queue = job.queue.decode() if job.queue is not None else None
     return {"job": job.id, "host": job.host, "procedure": job.procedure, "queue": queue}

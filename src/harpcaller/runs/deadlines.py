@@ -13,16 +13,16 @@ from harp.protocol.ends import Failed
 from harpcaller.hosts.connecting import errno_data
 from harpcaller.model.jobs import Job
 
-__all__ = ["Limits"]
+__all__ = ["Deadlines"]
 
 #: The host enforces the limits of a kept call; this much later, in seconds, they are enforced from here.
 _MARGIN = 15.0
 
 #: For so many seconds more it may still be busy with giving us the records that it has kept.
-_DELIVERY = 600.0
+_DELIVERY_TIME = 600.0
 
 
-class Limits:
+class Deadlines:
     """The limits of one job's call, on the monotonic clock.
 
     Args:
@@ -33,96 +33,96 @@ class Limits:
     def __init__(self, job: Job, acknowledgement: float) -> None:
         self._job = job
         self._acknowledgement = acknowledgement
-        self._since = self._brought = self._made = time.monotonic()
-        self._silence = min(job.timeout, acknowledgement)
-        self._kept = False
-        self._again = False
+        self._last_message_at = self._last_record_at = self._created_at = time.monotonic()
+        self._max_silence = min(job.timeout, acknowledgement)
+        self._resumable = False
+        self._reattached = False
         self._delivering = False  # the host is there, and the time is over
-        self._delivered = float("inf")  # by when it must have said all
+        self._delivery_deadline = float("inf")  # by when it must have said all
         #: Whether the host has acknowledged the call, on the connection now in use.
         self.acknowledged = False
         #: Seconds until the host was asked for the call the first time, for it had to be reached; None: not yet.
-        self.connecting: float | None = None
+        self.connect_seconds: float | None = None
         #: When the call has taken all the time that it may.
         self.deadline = time.monotonic() + job.max_exec_time
 
-    def asked(self, again: bool = False) -> None:
+    def on_request_sent(self, reattach: bool = False) -> None:
         """The host has been asked for the call; `again`: for one that it may have had for long."""
         self.acknowledged = False
-        self._again = again
-        self._silence = min(self._job.timeout, self._acknowledgement)
-        self.heard()
-        if self.connecting is None and not again:
-            self.connecting = round(self._since - self._made, 6)
+        self._reattached = reattach
+        self._max_silence = min(self._job.timeout, self._acknowledgement)
+        self.on_message()
+        if self.connect_seconds is None and not reattach:
+            self.connect_seconds = round(self._last_message_at - self._created_at, 6)
 
-    def heard(self) -> None:
+    def on_message(self) -> None:
         """A message has come, or nothing could come until now."""
-        self._since = time.monotonic()
+        self._last_message_at = time.monotonic()
 
-    def brought(self) -> None:
+    def on_record(self) -> None:
         """A record has come."""
-        self._brought = time.monotonic()
+        self._last_record_at = time.monotonic()
 
-    def put_off(self) -> None:
+    def postpone(self) -> None:
         """What the host has said in time can't be stored at the moment: nothing is enforced meanwhile."""
-        if self._kept:
+        if self._resumable:
             now = time.monotonic()
             self.deadline = max(self.deadline, now + _MARGIN)
-            self._delivered = max(self._delivered, now + _DELIVERY)
+            self._delivery_deadline = max(self._delivery_deadline, now + _DELIVERY_TIME)
 
-    def acknowledge(self, elapsed: float | None) -> None:
+    def on_acknowledged(self, elapsed: float | None) -> None:
         """The host has acknowledged the call; `elapsed` seconds ago it began there, None: it is a tied one."""
         job = self._job
         self.acknowledged = True
-        self._silence = job.timeout
+        self._max_silence = job.timeout
         if elapsed is not None:
-            now = self._brought = time.monotonic()
+            now = self._last_record_at = time.monotonic()
             deadline = now + job.max_exec_time - elapsed + _MARGIN
-            self.deadline = min(self.deadline, deadline) if self._kept else deadline
+            self.deadline = min(self.deadline, deadline) if self._resumable else deadline
             if not self._delivering:
                 self._delivering = now >= self.deadline
-                self._delivered = max(now, self.deadline) + _DELIVERY
-            self._kept = True
-            self._silence = job.timeout + job.max_exec_time
+                self._delivery_deadline = max(now, self.deadline) + _DELIVERY_TIME
+            self._resumable = True
+            self._max_silence = job.timeout + job.max_exec_time
 
-    def due(self, ended: bool) -> float | None:
+    def next_deadline(self, ended: bool) -> float | None:
         """When there is something to look up although nothing comes; None: never.
 
         Args:
             ended: whether the job has an end; then only the acknowledgement is waited for.
         """
-        if ended or self._again:
+        if ended or self._reattached:
             if not self.acknowledged:
-                return self._since + self._acknowledgement
+                return self._last_message_at + self._acknowledgement
             if ended:
                 return None
-        return min(self._enforced, self._since + self._silence)
+        return min(self._enforced_at, self._last_message_at + self._max_silence)
 
     @property
-    def _enforced(self) -> float:
+    def _enforced_at(self) -> float:
         """When `deadline` is enforced from here."""
-        if not self._kept:
+        if not self._resumable:
             return self.deadline
-        return min(max(self.deadline, self._brought + _MARGIN), self._delivered)
+        return min(max(self.deadline, self._last_record_at + _MARGIN), self._delivery_deadline)
 
-    def overdue(self, host: str, ended: bool) -> Failed | None:
+    def expired(self, host: str, ended: bool) -> Failed | None:
         """What a limit that is over means for the job; None: none is.
 
         Args:
             host: the host, for the message.
             ended: as for `due`.
         """
-        due, now = self.due(ended), time.monotonic()
+        due, now = self.next_deadline(ended), time.monotonic()
         if due is None or now < due:
             return None
         in_vain = not self.acknowledged and self._acknowledgement < self._job.timeout and now < self.deadline
-        if in_vain or (not self.acknowledged and (ended or self._again)):
+        if in_vain or (not self.acknowledged and (ended or self._reattached)):
             message = f"{host}: it did not acknowledge the call within {self._acknowledgement:g} s"
             return Failed("network_error", message, errno_data("ETIMEDOUT"))
-        if now >= self._enforced:
-            return self.too_long()
+        if now >= self._enforced_at:
+            return self.max_exec_time_error()
         return Failed("timeout", f"reading the result: {host} sent nothing for {self._job.timeout:g} s")
 
-    def too_long(self) -> Failed:
+    def max_exec_time_error(self) -> Failed:
         """The end of a job that has taken all the time that it may."""
         return Failed("timeout", f"maximum execution time: the job took more than {self._job.max_exec_time:g} s")

@@ -12,19 +12,19 @@ import time
 from dataclasses import dataclass
 from typing import Any, Self
 
-__all__ = ["LostContact", "Pace"]
+__all__ = ["Backoff", "LostContact"]
 
 #: Seconds between two attempts to reach a host again: the first pause, and the longest.
-_PAUSE_FIRST, _PAUSE_LONGEST = 0.2, 5.0
+_MIN_DELAY, _MAX_DELAY = 0.2, 5.0
 
 #: After so many attempts the pause between two does not grow any more.
-_GROWING = 16
+_MAX_DOUBLINGS = 16
 
 #: The most characters of an error that are kept: a host may say what it likes.
-_LONGEST_ERROR = 1000
+_MAX_ERROR = 1000
 
 
-class Pace:
+class Backoff:
     """The pauses between attempts to reach a call again.
 
     They grow with every attempt that brought nothing, however far it came: a host that acknowledges and then breaks off
@@ -32,23 +32,23 @@ class Pace:
     """
 
     def __init__(self) -> None:
-        self._in_vain = 0
-        self._tried = float("-inf")
+        self._attempts = 0
+        self._last_attempt_at = float("-inf")
 
-    def tried(self) -> None:
+    def record_attempt(self) -> None:
         """An attempt begins; until there is progress, it was in vain."""
-        self._in_vain += 1
-        self._tried = time.monotonic()
+        self._attempts += 1
+        self._last_attempt_at = time.monotonic()
 
-    def progress(self) -> None:
+    def reset(self) -> None:
         """Something of the call was stored that was not before."""
-        self._in_vain = 0
+        self._attempts = 0
 
-    def pause(self) -> float:
+    def next_delay(self) -> float:
         """Seconds to wait before the next attempt: not the same for all calls of a host."""
-        if not self._in_vain and time.monotonic() - self._tried >= _PAUSE_LONGEST:
+        if not self._attempts and time.monotonic() - self._last_attempt_at >= _MAX_DELAY:
             return 0.0
-        whole = min(_PAUSE_LONGEST, _PAUSE_FIRST * 2.0 ** min(self._in_vain, _GROWING))
+        whole = min(_MAX_DELAY, _MIN_DELAY * 2.0 ** min(self._attempts, _MAX_DOUBLINGS))
         return whole * random.uniform(0.5, 1.0)  # noqa: S311 - spreads attempts, protects nothing
 
 
@@ -75,7 +75,7 @@ class LostContact:
 
     def failed(self, error: str) -> None:
         """An attempt failed, or what was there broke."""
-        self.error = error[:_LONGEST_ERROR]
+        self.error = error[:_MAX_ERROR]
 
     def as_json(self) -> dict[str, Any]:
         """Return what a job's error and `details` say about the outage."""

@@ -22,25 +22,25 @@ from harpcaller.hosts.connecting import CONNECT_ERRORS
 from harpcaller.hosts.connection import PAST_END, HarpdConnection, open_connection, parse_end_of_records
 from harpcaller.hosts.inventory import Host
 from harpcaller.model.jobs import Facts, Job
-from harpcaller.runs.context import Surroundings
+from harpcaller.runs.context import RunContext
 from harpcaller.store import StorageError, UnknownJob
 
-__all__ = ["Unwanted"]
+__all__ = ["OrphanReaper"]
 
 log = logging.getLogger(__name__)
 
 #: How many are dealt with at once on a host.
-_AT_ONCE = 4
+_WORKERS_PER_HOST = 4
 
 #: Seconds that one may take: it is stopped in less, unless a very long `kill_grace` is configured on its host.
-_PATIENCE = 120.0
+_TIME_LIMIT = 120.0
 
 #: How often one is attached to: its records are asked for from behind their end, which is told by a refusal.
-_ATTACHES = 3
+_MAX_ATTACHES = 3
 
 
 @dataclass(slots=True)
-class _Host:
+class _HostQueue:
     """What is to be done on a host.
 
     Attributes:
@@ -49,12 +49,12 @@ class _Host:
         workers: who deals with them.
     """
 
-    waiting: dict[str, None] = field(default_factory=dict)
-    under_way: set[str] = field(default_factory=set)
+    pending: dict[str, None] = field(default_factory=dict)
+    active: set[str] = field(default_factory=set)
     workers: set[asyncio.Task[None]] = field(default_factory=set)
 
 
-class Unwanted:
+class OrphanReaper:
     """Looks through the lists of calls that hosts hold.
 
     Args:
@@ -62,20 +62,20 @@ class Unwanted:
         is_wanted: whether somebody looks after this job's call.
     """
 
-    def __init__(self, group: asyncio.TaskGroup, is_wanted: Callable[[str], bool]) -> None:
+    def __init__(self, group: asyncio.TaskGroup, is_active: Callable[[str], bool]) -> None:
         self._group = group
-        self._is_wanted = is_wanted
-        self._hosts: dict[str, _Host] = {}
+        self._is_active = is_active
+        self._hosts: dict[str, _HostQueue] = {}
         self._stopped = False
 
-    def look_at(self, host: Host, calls: Sequence[str], around: Surroundings) -> None:
+    def reap_calls(self, host: Host, calls: Sequence[str], context: RunContext) -> None:
         """Begin to get rid of those that nobody wants. A host's list takes the place of the one before."""
         if self._stopped:
             return
-        there = self._hosts.setdefault(host.hostname, _Host())
-        there.waiting = {call: None for call in calls if call not in there.under_way and not self._is_wanted(call)}
-        for _ in range(min(_AT_ONCE - len(there.workers), len(there.waiting))):
-            worker = self._group.create_task(self._work(host, there, around))
+        there = self._hosts.setdefault(host.hostname, _HostQueue())
+        there.pending = {call: None for call in calls if call not in there.active and not self._is_active(call)}
+        for _ in range(min(_WORKERS_PER_HOST - len(there.workers), len(there.pending))):
+            worker = self._group.create_task(self._reap_pending(host, there, context))
             there.workers.add(worker)
             worker.add_done_callback(there.workers.discard)
 
@@ -86,72 +86,72 @@ class Unwanted:
             for worker in there.workers:
                 worker.cancel()
 
-    async def _work(self, host: Host, there: _Host, around: Surroundings) -> None:
-        while there.waiting:
-            call = next(iter(there.waiting))
-            del there.waiting[call]
-            there.under_way.add(call)
+    async def _reap_pending(self, host: Host, there: _HostQueue, context: RunContext) -> None:
+        while there.pending:
+            call = next(iter(there.pending))
+            del there.pending[call]
+            there.active.add(call)
             try:
-                await self._get_rid(host, call, around)
+                await self._reap_call(host, call, context)
             except Exception:  # whatever one host says must not end the dispatcher
-                log.exception("a call that nobody wants: a fault of the dispatcher", extra=_about(host, call))
+                log.exception("a call that nobody wants: a fault of the dispatcher", extra=_call_fields(host, call))
             finally:
-                there.under_way.discard(call)
+                there.active.discard(call)
 
-    async def _get_rid(self, host: Host, call: str, around: Surroundings) -> None:
+    async def _reap_call(self, host: Host, call: str, context: RunContext) -> None:
         try:
-            job = await _find_job(call, around)
-            if self._is_wanted(call) or (job is not None and job.holds_slot):
+            job = await _find_job(call, context)
+            if self._is_active(call) or (job is not None and job.holds_slot):
                 return
-            log.info("a call that nobody wants is stopped", extra=_about(host, call))
+            log.info("a call that nobody wants is stopped", extra=_call_fields(host, call))
             ours = job is not None and job.host == host.hostname  # else it is not for this host to say how it ended
-            async with asyncio.timeout(_PATIENCE):
-                await _finish_off(host, call, around, ours)
+            async with asyncio.timeout(_TIME_LIMIT):
+                await _stop_and_release(host, call, context, ours)
         except (*CONNECT_ERRORS, StorageError, ProtocolError, LineTooLong) as error:
             reason = str(error) or type(error).__name__
-            log.info("a call that nobody wants is left for later", extra={**_about(host, call), "reason": reason})
+            log.info("a call that nobody wants is left for later", extra={**_call_fields(host, call), "reason": reason})
 
 
-async def _find_job(call: str, around: Surroundings) -> Job | None:
+async def _find_job(call: str, context: RunContext) -> Job | None:
     try:
-        return await around.store.get_job(call)
+        return await context.store.get_job(call)
     except UnknownJob:
         return None
 
 
-async def _finish_off(host: Host, call: str, around: Surroundings, ours: bool) -> None:
+async def _stop_and_release(host: Host, call: str, context: RunContext, ours: bool) -> None:
     """Stop a call and have it forgotten; keep what its host says of it, if it is the call of a job of ours."""
 
     async def note(facts: Facts) -> None:
         if ours:
-            await around.store.note_facts(call, facts)
+            await context.store.note_facts(call, facts)
 
     since: int | None = PAST_END
-    for _ in range(_ATTACHES):
+    for _ in range(_MAX_ATTACHES):
         if since is None:
             return
-        talk = await open_connection(host, around.tls, around.config)
+        conn = await open_connection(host, context.tls, context.config)
         try:
-            talk.send_request(around.attach_request(call, host, since))
-            since = await _hear_out(talk, since, note)
+            conn.send_request(context.attach_request(call, host, since))
+            since = await _await_end(conn, since, note)
         finally:
-            talk.abort()
+            conn.abort()
 
 
-async def _hear_out(talk: HarpdConnection, since: int, note: Callable[[Facts], Awaitable[None]]) -> int | None:
+async def _await_end(conn: HarpdConnection, since: int, note: Callable[[Facts], Awaitable[None]]) -> int | None:
     """Order the stop and hear the end; return the record to attach at instead, None: there is no more to do."""
     acknowledged = False
     number = since
     receipt: Raw | None = None
     evidence: Raw | None = None
-    while (lines := await talk.read()) is not None:
+    while (lines := await conn.read()) is not None:
         for line in lines:
-            match message := talk.parse_line(line):
+            match message := conn.parse_line(line):
                 case Acknowledgement(_, terms):
                     acknowledged = True
-                    talk.send_command(StopCall("unwanted"))
+                    conn.send_command(StopCall("unwanted"))
                     if terms is not None:
-                        talk.start_heartbeat(terms.elapsed, terms.keep_running, at_once=True)
+                        conn.start_heartbeat(terms.elapsed, terms.keep_running, at_once=True)
                 case Record():
                     number += 1
                 case Receipt(found):
@@ -164,14 +164,14 @@ async def _hear_out(talk: HarpdConnection, since: int, note: Callable[[Facts], A
                     return None
                 case _ if isinstance(message, End):
                     await note(Facts(receipt=receipt, evidence=evidence))
-                    talk.send_command(Done())
-                    talk.close()
+                    conn.send_command(Done())
+                    conn.close()
                     return None
         if number > since:
             since = number
-            talk.send_command(Stored(number))  # wanted no more, which is as good as stored
+            conn.send_command(Stored(number))  # wanted no more, which is as good as stored
     return None
 
 
-def _about(host: Host, call: str) -> dict[str, str]:
+def _call_fields(host: Host, call: str) -> dict[str, str]:
     return {"job": call, "host": host.hostname}
