@@ -128,8 +128,8 @@ def _call(stored: Raw | None, situation: Situation) -> Envelope | Raw | None:
     run = situation.run
     if run is None:
         return stored
-    lost = run.outage
-    unreachable = None if lost is None else Envelope(lost.as_json())
+    outage = run.outage
+    unreachable = None if outage is None else Envelope(outage.as_json())
     return Envelope(run.describe_call(), contact=run.last_contact(situation.now), unreachable=unreachable)
 
 
@@ -178,11 +178,11 @@ def _why_running(job: Job, situation: Situation) -> str:
 def _unreachable(job: Job, run: Run) -> str:
     assert run.outage is not None
     if run.outage.error is None:
-        return f"host {job.host} is being reached again, since {_moment(run.outage.wall)}"
+        return f"host {job.host} is being reached again, since {_moment(run.outage.since)}"
     tried = f"{run.outage.attempts} attempts, the last error: {run.outage.error[:_QUOTED]}"
     left = max(0.0, run.seconds_until_lost())
     return (
-        f"host {job.host} unreachable since {_moment(run.outage.wall)} ({tried}), next try within 5 s, "
+        f"host {job.host} unreachable since {_moment(run.outage.since)} ({tried}), next try within 5 s, "
         f"given up as lost in {left:.0f} s"
     )
 

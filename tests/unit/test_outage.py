@@ -6,13 +6,13 @@ import time
 
 import pytest
 
-from harpcaller.runs.outage import Backoff, LostContact
+from harpcaller.runs.outage import Backoff, Outage
 
 
 def test_outage_deadline_counts_from_the_last_message() -> None:
-    lost = LostContact.begin(30.0, 1000.0)
-    assert lost.wall == 970.0
-    assert lost.deadline(300.0) == pytest.approx(time.monotonic() + 270.0, abs=5.0)
+    outage = Outage.begin(30.0, 1000.0)
+    assert outage.since == 970.0
+    assert outage.deadline(300.0) == pytest.approx(time.monotonic() + 270.0, abs=5.0)
 
 
 def test_backoff_pauses_grow_to_a_limit_and_differ() -> None:
@@ -30,15 +30,15 @@ def test_backoff_pauses_grow_to_a_limit_and_differ() -> None:
 
 
 def test_outage_description_has_start_attempts_and_error() -> None:
-    lost = LostContact.begin(0.0, 1000.0)
-    assert lost.told() == "since 1970-01-01T00:16:40+00:00; nothing was tried; the last error: none"
-    lost.attempts = 3
-    lost.failed("refused")
-    assert lost.told().endswith("3 attempts to reach it again; the last error: refused")
-    assert lost.as_json() == {"since": 1000.0, "attempts": 3, "error": "refused"}
+    outage = Outage.begin(0.0, 1000.0)
+    assert outage.describe() == "since 1970-01-01T00:16:40+00:00; no attempt to reach it again; last error: none"
+    outage.attempts = 3
+    outage.record_error("refused")
+    assert outage.describe().endswith("3 attempts to reach it again; last error: refused")
+    assert outage.as_json() == {"since": 1000.0, "attempts": 3, "error": "refused"}
 
 
 def test_outage_with_a_long_error_cuts_it() -> None:
-    lost = LostContact.begin(0.0, 1000.0)
-    lost.failed("x" * 1_000_000)
-    assert len(lost.told()) < 2000
+    outage = Outage.begin(0.0, 1000.0)
+    outage.record_error("x" * 1_000_000)
+    assert len(outage.describe()) < 2000

@@ -1,7 +1,6 @@
-"""A host that can't be reached: since when, what was tried, when it is tried again, and until when that is borne.
+"""An outage of a host: its start, the attempts to reach the host again, and the time at which the host counts as lost.
 
-The time is counted on CLOCK_BOOTTIME, so that no step of the wall clock releases a slot too early. It is not stored: a
-dispatcher that was restarted counts from its start.
+Measured with CLOCK_BOOTTIME, so that no step of the wall clock releases a slot too early.
 """
 
 from __future__ import annotations
@@ -12,23 +11,23 @@ import time
 from dataclasses import dataclass
 from typing import Any, Self
 
-__all__ = ["Backoff", "LostContact"]
+__all__ = ["Backoff", "Outage"]
 
-#: Seconds between two attempts to reach a host again: the first pause, and the longest.
+#: Seconds between two attempts to reach a host: the first delay, and the maximum.
 _MIN_DELAY, _MAX_DELAY = 0.2, 5.0
 
-#: After so many attempts the pause between two does not grow any more.
+#: Maximum number of times that the first delay is doubled.
 _MAX_DOUBLINGS = 16
 
-#: The most characters of an error that are kept: a host may say what it likes.
+#: Maximum length of a stored error in characters: a host may send any text.
 _MAX_ERROR = 1000
 
 
 class Backoff:
-    """The pauses between attempts to reach a call again.
+    """The delays between attempts to attach to a call.
 
-    They grow with every attempt that brought nothing, however far it came: a host that acknowledges and then breaks off
-    is asked no more often than one that does not answer.
+    Every attempt without progress doubles the delay, even if the host acknowledged the call: a host that acknowledges
+    and then disconnects is asked no more often than one that does not answer.
     """
 
     def __init__(self) -> None:
@@ -36,60 +35,60 @@ class Backoff:
         self._last_attempt_at = float("-inf")
 
     def record_attempt(self) -> None:
-        """An attempt begins; until there is progress, it was in vain."""
+        """Count an attempt."""
         self._attempts += 1
         self._last_attempt_at = time.monotonic()
 
     def reset(self) -> None:
-        """Something of the call was stored that was not before."""
+        """Forget all attempts, because the call has made progress."""
         self._attempts = 0
 
     def next_delay(self) -> float:
-        """Seconds to wait before the next attempt: not the same for all calls of a host."""
+        """Return the seconds to wait before the next attempt, randomized so that the calls of a host spread."""
         if not self._attempts and time.monotonic() - self._last_attempt_at >= _MAX_DELAY:
             return 0.0
-        whole = min(_MAX_DELAY, _MIN_DELAY * 2.0 ** min(self._attempts, _MAX_DOUBLINGS))
-        return whole * random.uniform(0.5, 1.0)  # noqa: S311 - spreads attempts, protects nothing
+        delay = min(_MAX_DELAY, _MIN_DELAY * 2.0 ** min(self._attempts, _MAX_DOUBLINGS))
+        return delay * random.uniform(0.5, 1.0)  # noqa: S311 - spreads attempts, protects nothing
 
 
 @dataclass(slots=True)
-class LostContact:
-    """The contact with a call that was lost.
+class Outage:
+    """A time without contact to a call's host.
 
     Attributes:
-        since: when something was heard the last time, seconds since the system's start.
-        wall: the same as Unix seconds.
-        attempts: how often it was tried to reach the host again.
-        error: what came of the last attempt.
+        boottime: CLOCK_BOOTTIME of the last received data.
+        since: Unix time of the last received data.
+        attempts: number of attempts to reach the host again.
+        error: error of the last attempt.
     """
 
+    boottime: float
     since: float
-    wall: float
     attempts: int = 0
     error: str | None = None
 
     @classmethod
-    def begin(cls, ago: float, wall: float) -> Self:
-        """Contact was lost this many seconds ago; `wall` is now."""
-        return cls(_boottime() - ago, wall - ago)
+    def begin(cls, seconds_ago: float, now: float) -> Self:
+        """Return an outage that began `seconds_ago`; `now` is Unix time."""
+        return cls(_boottime() - seconds_ago, now - seconds_ago)
 
-    def failed(self, error: str) -> None:
-        """An attempt failed, or what was there broke."""
+    def record_error(self, error: str) -> None:
+        """Store the error of the last attempt."""
         self.error = error[:_MAX_ERROR]
 
     def as_json(self) -> dict[str, Any]:
-        """Return what a job's error and `details` say about the outage."""
-        return {"since": self.wall, "attempts": self.attempts, "error": self.error}
+        """Return the outage as it appears in a job's error and in `details`."""
+        return {"since": self.since, "attempts": self.attempts, "error": self.error}
 
-    def deadline(self, after: float) -> float:
-        """When `after` seconds without contact are over; a time of the monotonic clock."""
-        return time.monotonic() + self.since + after - _boottime()
+    def deadline(self, timeout: float) -> float:
+        """Return the monotonic time at which the outage has lasted `timeout` seconds."""
+        return time.monotonic() + self.boottime + timeout - _boottime()
 
-    def told(self) -> str:
-        """Since when, and what was tried, for a message."""
-        since = datetime.datetime.fromtimestamp(self.wall, datetime.UTC).isoformat(timespec="seconds")
-        tried = f"{self.attempts} attempts to reach it again" if self.attempts else "nothing was tried"
-        return f"since {since}; {tried}; the last error: {self.error or 'none'}"
+    def describe(self) -> str:
+        """Return the start, the attempts and the last error for a message."""
+        since = datetime.datetime.fromtimestamp(self.since, datetime.UTC).isoformat(timespec="seconds")
+        attempts = f"{self.attempts} attempts to reach it again" if self.attempts else "no attempt to reach it again"
+        return f"since {since}; {attempts}; last error: {self.error or 'none'}"
 
 
 def _boottime() -> float:

@@ -58,7 +58,7 @@ from harpcaller.model.jobs import NO_FACTS, Facts, Job, Stop
 from harpcaller.runs.context import RunContext, log_fields
 from harpcaller.runs.deadlines import Deadlines
 from harpcaller.runs.interruptible_wait import Interrupted, InterruptibleWait
-from harpcaller.runs.outage import Backoff, LostContact
+from harpcaller.runs.outage import Backoff, Outage
 from harpcaller.runs.outcome_writer import OutcomeWriter
 from harpcaller.runs.record_writer import RecordWriter
 
@@ -126,7 +126,7 @@ class Run:
         self._remote_ended = False  # the closing line has come
         self._attempts = 0
         self._backoff = Backoff()
-        self._outage: LostContact | None = None
+        self._outage: Outage | None = None
         self._record_time: float | None = None
 
     async def run(self) -> None:
@@ -213,7 +213,7 @@ class Run:
     def last_contact(self, now: float) -> float | None:
         """When something was heard of the call the last time; Unix seconds, as `now` is. None: nothing yet."""
         if self._outage is not None:
-            return self._outage.wall
+            return self._outage.since
         return None if self._conn is None else now - (time.monotonic() - self._conn.last_received_at)
 
     def seconds_until_lost(self) -> float:
@@ -226,7 +226,7 @@ class Run:
         return self._deadlines.acknowledged
 
     @property
-    def outage(self) -> LostContact | None:
+    def outage(self) -> Outage | None:
         """The contact that is lost; None: it is not."""
         return self._outage
 
@@ -404,8 +404,8 @@ class Run:
         self._send_stop(conn)  # at once: what comes next may break the connection
         again = self._outage is not None
         if self._outage is not None:
-            lost, self._outage = self._outage, None
-            log.info("contact is there again", extra={**log_fields(self.job), "attempts": lost.attempts})
+            outage, self._outage = self._outage, None
+            log.info("contact is there again", extra={**log_fields(self.job), "attempts": outage.attempts})
         conn.start_heartbeat(terms.elapsed, terms.keep_running, at_once=again)
 
     async def _on_refused(self, error: Failed, host: Host) -> Outcome:
@@ -418,7 +418,7 @@ class Run:
                 case "records_gone":
                     return await self._on_records_gone(error, host)
                 case _:
-                    self._outage.failed(f"{describe_host(host)}: {error.type}: {error.message}")
+                    self._outage.record_error(f"{describe_host(host)}: {error.type}: {error.message}")
                     return Outcome.DISCONNECTED
         if error.type == "other_warden" and self._resumable:
             self._context.capabilities.invalidate(host)
@@ -479,16 +479,16 @@ class Run:
         self._advance(Phase.ANSWERED)
         return await self._finish_stop(Stop.UNKNOWN)
 
-    # Contact lost.
+    # Outages.
 
     def _begin_outage(self, error: str) -> None:
         if self._outage is None:
             heard = self._conn.last_received_at if self._conn is not None else time.monotonic()
-            self._outage = LostContact.begin(time.monotonic() - heard, self._context.wall())
+            self._outage = Outage.begin(time.monotonic() - heard, self._context.wall())
             log.warning("contact is lost; the host keeps the call", extra={**log_fields(self.job), "reason": error})
             if self._host is not None:
                 self._context.capabilities.invalidate(self._host)
-        self._outage.failed(error)
+        self._outage.record_error(error)
         self._advance(Phase.ANSWERED)
 
     async def _recover(self) -> Outcome:
@@ -497,7 +497,7 @@ class Run:
         self._answered.set()
         self._resumable = True
         facts = await self._outcome.read_metadata()
-        self._outage = LostContact.begin(0.0, self._context.wall())
+        self._outage = Outage.begin(0.0, self._context.wall())
         if self.job.end is not None and self._stop_command is None:
             stopped = loads(facts.stopped) if facts.stopped else {}
             self._stop_command = StopCall(str(stopped.get("why", "cancelled")), stopped.get("by"))
@@ -506,8 +506,8 @@ class Run:
     async def _reattach(self) -> Outcome:
         """Try to reach the call once more; pauses before that when the last attempt failed."""
         assert self._outage is not None
-        lost, context = self._outage, self._context
-        give_up_at = lost.deadline(self._host_timeout())
+        outage, context = self._outage, self._context
+        give_up_at = outage.deadline(self._host_timeout())
         try:
             if pause := self._backoff.next_delay():
                 await self._wait.wait(asyncio.sleep(pause), give_up_at)
@@ -519,10 +519,10 @@ class Run:
             return await self._declare_host_lost()
         self._attempts += 1
         self._backoff.record_attempt()
-        lost.attempts += 1
+        outage.attempts += 1
         self._host = host = context.find_host(self.job.host) or self._host
         if host is None:
-            lost.failed(f"the hosts registry has no host {self.job.host}")
+            outage.record_error(f"the hosts registry has no host {self.job.host}")
             return Outcome.DISCONNECTED
         self._wait.clear()
         conn: HarpdConnection | None = None
@@ -535,9 +535,9 @@ class Run:
                     return await self._on_legacy_host(host)
                 conn = await self._wait.wait(open_connection(host, context.tls, context.config), give_up_at)
         except Interrupted:
-            lost.failed(lost.error or "reaching it took too long")
+            outage.record_error(outage.error or "reaching it took too long")
         except HostUnreachable as unreachable:
-            lost.failed(f"{unreachable.error.type}: {unreachable.error.message}")
+            outage.record_error(f"{unreachable.error.type}: {unreachable.error.message}")
         if conn is None:
             return Outcome.DISCONNECTED
         conn.send_request(context.attach_request(self.job.id, host, self._records.next_number))
@@ -552,7 +552,7 @@ class Run:
         """The host is lost: the job must not hold its slot any longer."""
         assert self._outage is not None
         outage = self._outage.as_json()
-        message = f"host {self.job.host} could not be reached for {self._host_timeout():g} s, {self._outage.told()}"
+        message = f"host {self.job.host} could not be reached for {self._host_timeout():g} s, {self._outage.describe()}"
         if not self._outcome.has_ended:
             return await self._finish(Failed("host_lost", message, dumps(outage)), Stop.FAILED)
         return await self._finish_stop(Stop.FAILED, facts=Facts(receipt=dumps({"lost": outage})))
@@ -564,7 +564,7 @@ class Run:
         message = (
             f"{describe_host(host)} does not hold the job's call: it never started, or its end was lost; the contact"
         )
-        return await self._finish(Failed("missing_result", f"{message} was lost {self._outage.told()}"))
+        return await self._finish(Failed("missing_result", f"{message} was lost {self._outage.describe()}"))
 
     async def _on_legacy_host(self, host: Host) -> Outcome:
         """An earlier dispatcher has called a harpd of the field: its end of the connection was the call's."""
@@ -580,12 +580,12 @@ class Run:
         try:
             end = parse_end_of_records(error)
         except ProtocolError as fault:
-            self._outage.failed(to_protocol_error(fault, host).message)
+            self._outage.record_error(to_protocol_error(fault, host).message)
             return Outcome.DISCONNECTED
         await self._records.flush()
         await self._end_job(Failed("missing_result", message), "records_gone")
         self._records.close_at(end)
-        self._outage.failed(message)
+        self._outage.record_error(message)
         return Outcome.DISCONNECTED
 
     # The end.
