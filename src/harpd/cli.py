@@ -25,8 +25,8 @@ __all__ = ["main", "parser"]
 _EXAMPLES = """\
 commands:
   (none)      serve, and keep the calls: TERM ends all calls
-  gate        serve alone; calls are kept by `harpd calls`, and TERM leaves kept ones running
-  calls       keep the calls alone: TERM ends all calls, USR1 ends only this program
+  frontend    serve alone; calls are kept by `harpd supervisor`, and TERM leaves kept ones running
+  supervisor  keep the calls alone: TERM ends all calls, USR1 ends only this program
   drain       refuse new calls, and wait until the last one has ended and its end has been fetched
   resume      take new calls again
   status      print what each warden of calls holds, one a line, as JSON
@@ -35,11 +35,11 @@ examples:
   harpd -t                                      check everything that the next start or reload will read
   harpd -c ./harpd.conf -r ./procedures.py      in the foreground, the log on stderr
   harpd -u nobody --syslog -d -p /run/harpd.pid in the background; returns once it serves
-  harpd drain --timeout 600 && systemctl stop harpd harpd-calls
+  harpd drain --timeout 600 && systemctl stop harpd harpd-supervisor
 
 signals:
   HUP         read configuration, certificate, users, log settings and procedures again, all or nothing
-              (calls: put a new warden in the place of the old one, which ends with its last call)
+              (supervisor: put a new warden in the place of the old one, which ends with its last call)
   TERM, INT   stop, see above; calls that are ended have the error shutdown
 
 exit status: 0 ended or checked in order; 1 a fault (one line on stderr), no warden (status), calls are left (drain);
@@ -85,10 +85,10 @@ def _run(options: Options, parsed: argparse.Namespace) -> int:
     match parsed.command:
         case None:
             _serve(options, parsed.pidfile, alone=False)
-        case "gate":
+        case "frontend":
             _directory(options)
             _serve(options, parsed.pidfile, alone=True)
-        case "calls":
+        case "supervisor":
             _directory(options)
             _keep(options, parsed.pidfile)
         case "status":
@@ -107,7 +107,7 @@ def _directory(options: Options) -> Path:
     """The runtime directory, which parts of harpd that run apart must have configured. Raises `ConfigError`."""
     configured = load(options.config).runtime_directory
     if configured is None:
-        raise ConfigError(f"{options.config}: runtime_directory: missing; gate and calls meet there")
+        raise ConfigError(f"{options.config}: runtime_directory: missing; frontend and supervisor meet there")
     return Path(configured).absolute()
 
 
@@ -163,7 +163,7 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = command.add_argument
-    commands = ("gate", "calls", "drain", "resume", "status")
+    commands = ("frontend", "supervisor", "drain", "resume", "status")
     add("command", nargs="?", choices=commands, metavar="COMMAND", help=f"one of {', '.join(commands)}: see below")
     add("-c", "--config", metavar="FILE", type=_path, default="/etc/harpd/harpd.conf", help="YAML (%(default)s)")
     add("-r", "--procedures", metavar="FILE", type=_path, default="/etc/harpd/harpd.py", help="(%(default)s)")

@@ -146,7 +146,7 @@ def check(quick_start: QuickStart, machines: Machines, shown: str) -> None:
     wait_until(lambda: dispatcher.run(served) == renewed, 60, "the renewed certificate")
     assert json.loads(dispatcher.run(*quick_start.steps[-1].commands[:2]))["path"] == "/"
 
-    server.run("systemctl stop harpd-calls harpd")
+    server.run("systemctl stop harpd-supervisor harpd")
     dispatcher.run("systemctl stop harpcallerd")
     for machine in machines.values():
         wait_until(partial(stopped, machine), 60, f"the end of all services of {machine.name}")

@@ -142,8 +142,8 @@ class System:
         port = self._port()
         files = Harpd(self.run / name, procedures, {"network": {"port": port}, "limits": limits})
         environment = _marked(self.marks[name])
-        gate = Service(f"{name} gate", files.command("gate"), environment, files.log_file)
-        calls = Service(f"{name} calls", files.command("calls"), environment, files.directory / "calls.log")
+        gate = Service(f"{name} gate", files.command("frontend"), environment, files.log_file)
+        calls = Service(f"{name} calls", files.command("supervisor"), environment, files.directory / "calls.log")
         proxy = Proxy(port, f"{seed}/{name}")
         self.hosts[name] = Host(name, gate, calls, proxy, files.runtime_directory)
 

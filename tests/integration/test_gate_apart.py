@@ -247,16 +247,16 @@ def test_without_wardens_the_commands_say_so(tmp_path: Path) -> None:
         assert (outcome.returncode, outcome.stderr) == (1, "harpd: the warden of the calls does not run\n")
 
 
-@pytest.mark.parametrize("command", ["gate", "calls", "status", "drain", "resume"])
+@pytest.mark.parametrize("command", ["frontend", "supervisor", "status", "drain", "resume"])
 def test_programs_that_run_apart_need_a_place_to_meet(tmp_path: Path, command: str) -> None:
     harpd = Harpd(tmp_path / "harpd", PROCEDURES, {"runtime_directory": None})
     outcome = run(harpd, command)
     assert outcome.returncode == 1
     (line,) = outcome.stderr.splitlines()
-    assert line.endswith("harpd.conf: runtime_directory: missing; gate and calls meet there")
+    assert line.endswith("harpd.conf: runtime_directory: missing; frontend and supervisor meet there")
 
 
-@pytest.mark.parametrize("command", ["gate", "calls", None])
+@pytest.mark.parametrize("command", ["frontend", "supervisor", None])
 def test_each_part_runs_once(harpd: Harpd, command: str | None) -> None:
     outcome = run(harpd, *([command] if command else []))
     assert outcome.returncode == 1

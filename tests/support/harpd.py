@@ -129,7 +129,7 @@ class Harpd(DaemonLog):
         self._configured_port = self.port
         self.configure(self._changes)
         seen = len(self.events("harpd is serving"))
-        self._process = self._spawn(*(("gate",) if self._apart else ()))
+        self._process = self._spawn(*(("frontend",) if self._apart else ()))
         try:
             wait_until(lambda: self._serves(seen), DEADLINE, "harpd serving")
         except BaseException:
@@ -144,12 +144,12 @@ class Harpd(DaemonLog):
         """Start the program that keeps the calls; return once there is a warden."""
         assert self._calls is None
         seen = len(self.events("harpd keeps calls"))
-        calls = self._calls = self._spawn("calls")
+        calls = self._calls = self._spawn("supervisor")
         try:
             wait_until(
                 lambda: calls.poll() is not None or len(self.events("harpd keeps calls")) > seen, DEADLINE, "a warden"
             )
-            assert calls.poll() is None, f"harpd calls has ended:\n{self.log_file.read_text()}"
+            assert calls.poll() is None, f"harpd supervisor has ended:\n{self.log_file.read_text()}"
         except BaseException:
             self.end_calls(signal.SIGKILL)
             raise

@@ -1,4 +1,4 @@
-"""The service `harpd calls`: keeps the wardens, and with them the calls, apart from the gate.
+"""The service `harpd supervisor`: keeps the wardens, and with them the calls, apart from the gate.
 
 SIGTERM ends all calls. SIGHUP puts a new warden, with what is then installed and configured, in the place of the old
 one, which retires. SIGUSR1 ends this program alone: the wardens go on, and retire when it is started again.
