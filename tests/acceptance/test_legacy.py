@@ -9,6 +9,7 @@ import pytest
 
 import harp
 from support.certificates import server_files
+from support.harpcallerd import Harpcallerd
 from support.legacy import (
     LegacyDispatcher,
     legacy_client,
@@ -17,7 +18,6 @@ from support.legacy import (
     legacy_tls_server,
     server,
 )
-from support.harpcallerd import Harpcallerd
 from support.procedures_file import PROCEDURES
 from support.system import System, running
 

@@ -205,7 +205,7 @@ async def test_records_before_a_fault_are_kept(tmp_path: Path) -> None:
         async with running(tmp_path, host_line(peer.port)) as dispatcher:
             records, end = await followed(dispatcher, await dispatcher.submit(call(), "test"), since=0)
             assert records == [(0, 1), (1, 2)]
-            failure(end, "protocol_error", "not of the protocol")
+            failure(end, "protocol_error", "broke the protocol")
 
 
 async def test_no_server_name_is_sent_for_an_address_but_for_a_name(tmp_path: Path) -> None:

@@ -201,8 +201,8 @@ async def test_lines_that_do_not_count_are_told_without_what_is_in_them(
     async with kept_up(tmp_path, host_db_script=script.file) as registry:
         await registry.refresh()
         assert [host.port for host in registry.list_hosts()] == [2]
-    counted = next(record.__dict__ for record in caplog.records if "repeated" in record.__dict__)
-    assert (counted["skipped"], counted["repeated"]) == (2, 1)
+    counted = next(record.__dict__ for record in caplog.records if "duplicates" in record.__dict__)
+    assert (counted["invalid"], counted["duplicates"]) == (2, 1)
     assert [record.__dict__["line"] for record in caplog.records if "line" in record.__dict__] == [1, 3]
     assert "topsecret" not in " ".join(str(record.__dict__) for record in caplog.records)
 

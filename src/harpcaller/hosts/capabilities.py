@@ -1,8 +1,8 @@
-"""What is known of each host: whether its harpd keeps calls, by which warden, and whether it can be reached.
+"""What is known of each host: its supervisor's instance id, and whether it supports resumable calls and keep-alive.
 
-The first question to a host is which calls it holds for us. The answer names the warden that a start has to name, and
-shows calls that nobody here wants any more. A harpd of the field does not understand the question: it is asked again
-after a while, as it may have been replaced.
+The first request to a host lists the calls that it holds for this dispatcher. The reply contains the instance id that
+a start has to name, and shows orphaned calls. A legacy harpd does not know this request. It is asked again after some
+time, because it may have been upgraded.
 
 Spec: docs/protocol.md, Kept calls.
 """
@@ -29,14 +29,14 @@ __all__ = ["HostCapabilities"]
 
 log = logging.getLogger(__name__)
 
-#: Seconds after which a harpd of the field is asked again whether it is one.
+#: Seconds after which a legacy harpd is asked again.
 _LEGACY_RETRY_SECONDS = 300.0
-#: Errors of a harpd that understood the question, or can't tell yet.
+#: Errors that do not show a legacy harpd.
 _TEMPORARY_ERRORS = frozenset(
     {"auth_error", "too_many_connections", "shutdown", "procedure_loading_error", "system_error", "call_died"}
 )
 
-#: The most bytes of the list of calls that a host holds: two hundred thousand of them.
+#: Maximum length of a list of calls in bytes: about 200,000 calls.
 _MAX_LIST_BYTES = 8 * 1024 * 1024
 
 _HostKey = tuple[str, str, int]
@@ -44,13 +44,13 @@ _HostKey = tuple[str, str, int]
 
 @dataclass(slots=True)
 class _Entry:
-    """A host's page.
+    """What is known of a host.
 
     Attributes:
-        warden: the warden's name; None: a harpd of the field, or nothing was learnt.
-        keeps: whether it keeps connections for another request.
-        learnt: when it was learnt.
-        asking: the question under way.
+        instance: the supervisor's instance id; None for a legacy harpd, or if not known.
+        keep_alive: whether the host supports keep-alive.
+        learned_at: monotonic time of the last reply; None before it.
+        query: the query that is in progress.
     """
 
     instance: str | None = None
@@ -60,11 +60,11 @@ class _Entry:
 
 
 class HostCapabilities:
-    """Learns about hosts, each question once at a time.
+    """A cache of what hosts support; it sends one query at a time to each host.
 
     Args:
-        identity: who we are to the hosts.
-        on_held: called with the calls that a host says it holds for us.
+        identity: the dispatcher's identity towards hosts.
+        on_call_list: called with the ids of the calls that a host holds for this dispatcher.
     """
 
     def __init__(self, identity: Identity, on_call_list: Callable[[Host, Sequence[str]], None]) -> None:
@@ -73,86 +73,86 @@ class HostCapabilities:
         self._entries: dict[_HostKey, _Entry] = {}
 
     async def get_instance(self, host: Host, tls: HostTLS, config: Config) -> str | None:
-        """The warden that a start on this host has to name; None: its harpd is one of the field.
+        """Return the instance id that a start on this host has to name; None for a legacy harpd.
 
         Raises:
-            HostUnreachable: the host refused the question for a reason that a start would meet as well.
-            LineTooLong: it does not speak the protocol.
-            TimeoutError: it did not answer.
-            OSError, CertificateRefused, UnicodeError: it can't be reached, see `harpcaller.hosts.connecting`.
+            HostUnreachable: the host refused the query with an error that a start would receive too.
+            LineTooLong: the reply is too long.
+            TimeoutError: the host did not reply in time.
+            OSError, CertificateRefused, UnicodeError: see `harpcaller.hosts.connecting.connect`.
         """
-        page = self._entries.setdefault(_host_key(host), _Entry())
-        if page.learned_at is not None and (
-            page.instance is not None or time.monotonic() - page.learned_at < _LEGACY_RETRY_SECONDS
-        ):
-            return page.instance
-        if page.query is None or page.query.done():
-            page.query = asyncio.create_task(self._query(host, tls, config, page))
-            page.query.add_done_callback(_consume_exception)
-        return await asyncio.shield(page.query)
+        entry = self._entries.setdefault(_host_key(host), _Entry())
+        if entry.learned_at is not None:
+            age = time.monotonic() - entry.learned_at
+            if entry.instance is not None or age < _LEGACY_RETRY_SECONDS:
+                return entry.instance
+        if entry.query is None or entry.query.done():
+            entry.query = asyncio.create_task(self._query(host, tls, config, entry))
+            entry.query.add_done_callback(_consume_exception)
+        return await asyncio.shield(entry.query)
 
     def supports_keep_alive(self, host: Host) -> bool:
-        """Whether the host is known to keep connections for another request."""
-        page = self._entries.get(_host_key(host))
-        return page is not None and page.instance is not None and page.keep_alive
+        """Return whether the host is known to support keep-alive."""
+        entry = self._entries.get(_host_key(host))
+        return entry is not None and entry.instance is not None and entry.keep_alive
 
     def set_instance(self, host: Host, instance: str | None) -> None:
-        """The host has said itself which warden it has; None: it is one of the field."""
-        page = self._entries.setdefault(_host_key(host), _Entry())
-        page.instance, page.learned_at = instance, time.monotonic()
+        """Store the instance id that a host sent with an acknowledgement; None for a legacy harpd."""
+        entry = self._entries.setdefault(_host_key(host), _Entry())
+        entry.instance, entry.learned_at = instance, time.monotonic()
 
     def invalidate(self, host: Host) -> None:
-        """Ask the host again before the next start; a question that is under way will do."""
-        page = self._entries.get(_host_key(host))
-        if page is not None and (page.query is None or page.query.done()):
+        """Query the host again before the next start, unless a query is in progress."""
+        entry = self._entries.get(_host_key(host))
+        if entry is not None and (entry.query is None or entry.query.done()):
             del self._entries[_host_key(host)]
 
     async def close(self) -> None:
-        """Ask nothing more."""
-        asking = [page.query for page in self._entries.values() if page.query is not None and not page.query.done()]
-        for task in asking:
-            task.cancel()
-        if asking:
-            await asyncio.wait(asking)
+        """Cancel all queries."""
+        queries = [entry.query for entry in self._entries.values() if entry.query is not None]
+        for query in queries:
+            query.cancel()
+        if queries:
+            await asyncio.wait(queries)
 
-    async def _query(self, host: Host, tls: HostTLS, config: Config, page: _Entry) -> str | None:
-        answer = await self._request_call_list(host, tls, config)
-        if isinstance(answer, Failed) and answer.type == "invalid_request":
-            # Our own harpd says this of a question that was too long on its way: the next one may fare better.
-            answer = await self._request_call_list(host, tls, config)
-        match answer:
-            case Held(calls, warden, keep):
-                page.instance, page.keep_alive = warden, keep is not None
+    async def _query(self, host: Host, tls: HostTLS, config: Config, entry: _Entry) -> str | None:
+        reply = await self._request_call_list(host, tls, config)
+        if isinstance(reply, Failed) and reply.type == "invalid_request":
+            # A current harpd replies so to a request that arrived too slowly: a second one may succeed.
+            reply = await self._request_call_list(host, tls, config)
+        match reply:
+            case Held(calls, instance, keep_alive):
+                entry.instance, entry.keep_alive = instance, keep_alive is not None
                 self._on_call_list(host, calls)
             case Failed(kind) if kind in _TEMPORARY_ERRORS:
-                raise HostUnreachable(answer)
-            case _:  # another error: it does not know the question
-                log.info("host's harpd does not keep calls: it is an older one", extra={"host": host.hostname})
-                page.instance = None
-        page.learned_at = time.monotonic()
-        return page.instance
+                raise HostUnreachable(reply)
+            case _:  # any other error: the host does not know the request
+                log.info("host runs a legacy harpd", extra={"host": host.hostname})
+                entry.instance = None
+        entry.learned_at = time.monotonic()
+        return entry.instance
 
     async def _request_call_list(self, host: Host, tls: HostTLS, config: Config) -> Message | None:
-        """Ask; return what the host says, None: what makes no sense here, as an older program may say."""
-        conversation = await open_connection(host, tls, config, _MAX_LIST_BYTES)
+        """Return the host's reply; None if the reply is not part of the protocol, as from another program."""
+        conn = await open_connection(host, tls, config, _MAX_LIST_BYTES)
         try:
             owner = self._identity.owner_at(host.hostname)
-            conversation.send_request(ListCalls(owner, host.user, host.password, keep=True))
+            conn.send_request(ListCalls(owner, host.user, host.password, keep=True))
             async with asyncio.timeout(config.acknowledgement_timeout):
                 lines: list[bytes] | None = []
                 while lines == []:
-                    lines = await conversation.read()
-                if lines is None:  # which says nothing of the host: anything between may have cut the connection
+                    lines = await conn.read()
+                if lines is None:  # does not show a legacy harpd: a middlebox may have closed the connection
                     raise ConnectionAbortedError("it closed the connection without an answer")
-                return conversation.parse_line(lines[0])
+                return conn.parse_line(lines[0])
         except ProtocolError:
             return None
         finally:
-            conversation.abort()
+            conn.abort()
 
 
 def _consume_exception(task: asyncio.Task[str | None]) -> None:
-    """Whoever asked may be gone by now: then nobody else takes note of a failure."""
+    """Prevent a log entry for a failed query if no run waits for it any more."""
     if not task.cancelled():
         task.exception()
 

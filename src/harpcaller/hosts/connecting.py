@@ -1,4 +1,4 @@
-"""A connection to a host, and what its faults mean for the job: each is mapped to a job's end here, once.
+"""Opens TLS connections to hosts, and maps every connection error to a job's end.
 
 Spec: docs/protocol.md, Error types.
 """
@@ -27,24 +27,23 @@ __all__ = [
     "connect",
     "describe_host",
     "errno_data",
-    "format_address",
     "map_connect_errors",
     "to_failed",
     "to_protocol_error",
 ]
 
-#: What `connect` and a connection raise, for `failed`. UnicodeError: an address that is no name.
+#: What `connect` and a connection raise. UnicodeError: an address that is not a valid name.
 CONNECT_ERRORS = (OSError, CertificateRefused, UnicodeError)
 
-#: Faults of this machine; all others are the network's.
+#: Errors of this machine; all others are errors of the network.
 _LOCAL_ERRNOS = frozenset(
     {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EACCES, errno.EPERM, errno.EADDRNOTAVAIL}
 )
 
-#: What OpenSSL says when the other side's first bytes are no TLS.
+#: OpenSSL's reasons if the peer's first bytes are not TLS.
 _NOT_TLS_REASONS = frozenset({"WRONG_VERSION_NUMBER", "HTTP_REQUEST", "HTTPS_PROXY_REQUEST", "RECORD_LAYER_FAILURE"})
 
-#: The loop raises some of these without a number.
+#: Error numbers for errors that the event loop raises without one.
 _ERRNO_BY_CLASS = {
     TimeoutError: errno.ETIMEDOUT,
     ConnectionResetError: errno.ECONNRESET,
@@ -54,15 +53,15 @@ _ERRNO_BY_CLASS = {
 
 _RESOLVER_ERRORS = {getattr(socket, name): name for name in dir(socket) if name.startswith("EAI_")}
 
-#: What the resolver gives for an address.
+#: One result of `getaddrinfo`.
 _AddressInfo: TypeAlias = tuple[int, int, int, str, tuple[Any, ...]]
 
-#: How much the stream buffers before it stops reading is twice this, in bytes.
+#: Buffer limit of a stream in bytes; it stops reading at twice this size.
 _STREAM_LIMIT = 64 * 1024
 
 
 class HostUnreachable(Exception):
-    """A host that could not be connected to, or that refused to list its calls.
+    """A host that could not be connected to, or refused to list its calls.
 
     Attributes:
         error: the reason, as a job's end.
@@ -85,33 +84,33 @@ def map_connect_errors(host: Host) -> Iterator[None]:
 
 
 async def connect(host: Host, tls: HostTLS, seconds: float) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    """Connect to a host, and accept its certificate.
+    """Connect to a host and check its certificate.
 
     Args:
         host: the host.
-        tls: judges its certificate.
-        seconds: for reaching it, and again for the handshake.
+        tls: checks the certificate.
+        seconds: maximum time to connect, and again for the handshake.
 
     Raises:
-        OSError: it can't be reached, or the handshake failed.
-        CertificateRefused: its certificate is not accepted.
-        UnicodeError: its address is no name.
+        OSError: the host cannot be reached, or the handshake failed.
+        CertificateRefused: the certificate is not accepted.
+        UnicodeError: the address is not a valid name.
     """
-    chain_fault: str | None = None
+    chain_error: str | None = None
     for context in tls.contexts:
         try:
             reader, writer = await _connect(host, context, seconds)
         except ssl.SSLCertVerificationError as error:
-            chain_fault = error.verify_message
+            chain_error = error.verify_message
             continue
         try:
-            tls.check_certificate(writer.get_extra_info("ssl_object"), host, chain_fault)
+            tls.check_certificate(writer.get_extra_info("ssl_object"), host, chain_error)
         except BaseException:
             writer.transport.abort()
             raise
         return reader, writer
-    assert chain_fault is not None  # else a context was accepted or another error raised
-    raise tls.chain_refused(chain_fault)
+    assert chain_error is not None  # otherwise a context was accepted or another error was raised
+    raise tls.chain_refused(chain_error)
 
 
 async def _connect(
@@ -119,33 +118,33 @@ async def _connect(
 ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
     async with asyncio.timeout(seconds):
         connection = await _connect_any_address(host, seconds)
-    # From its first step on the socket is the transport's, which closes it also when this is cancelled. Closed here
-    # too, its number could be the next connection's while the loop still watches it for this one.
+    # From here the transport owns the socket and closes it, also after a cancellation. If it were closed here too, the
+    # loop could still watch its number, which may belong to the next connection.
     async with asyncio.timeout(seconds):
         return await asyncio.open_connection(
             sock=connection,
             ssl=context,
             server_hostname=server_name(host.address),
-            ssl_handshake_timeout=2 * seconds,  # the one above comes first and says so in its own way
+            ssl_handshake_timeout=2 * seconds,  # the timeout above expires first
             limit=_STREAM_LIMIT,
         )
 
 
 async def _connect_any_address(host: Host, seconds: float) -> socket.socket:
-    """Connect to the first of the host's addresses that answers; each has its share of the time."""
+    """Connect to the first of the host's addresses that answers; each gets an equal share of the time."""
     loop = asyncio.get_running_loop()
     end = loop.time() + seconds
-    places = await _resolve(host)
-    for left, place in zip(range(len(places), 1, -1), places, strict=False):
+    addresses = await _resolve(host)
+    for left, address in zip(range(len(addresses), 1, -1), addresses, strict=False):
         try:
-            return await _connect_address(place, (end - loop.time()) / left)
+            return await _connect_address(address, (end - loop.time()) / left)
         except OSError:
-            continue  # the last one's fault is the one to tell
-    return await _connect_address(places[-1], end - loop.time())
+            continue  # the error of the last address is reported
+    return await _connect_address(addresses[-1], end - loop.time())
 
 
-async def _connect_address(place: _AddressInfo, seconds: float) -> socket.socket:
-    family, kind, protocol, _, address = place
+async def _connect_address(info: _AddressInfo, seconds: float) -> socket.socket:
+    family, kind, protocol, _, address = info
     connection = socket.socket(family, kind, protocol)
     try:
         prepare(connection)
@@ -158,23 +157,23 @@ async def _connect_address(place: _AddressInfo, seconds: float) -> socket.socket
 
 
 async def _resolve(host: Host) -> Sequence[_AddressInfo]:
-    """The places that an address stands for; at least one."""
-    if parse_ip(host.address):  # needs no thread
+    """Return the results for the host's address, at least one."""
+    if parse_ip(host.address):  # does not need a thread
         return socket.getaddrinfo(host.address, host.port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
     loop = asyncio.get_running_loop()
     return await loop.getaddrinfo(host.address, host.port, type=socket.SOCK_STREAM)
 
 
 def to_failed(error: BaseException, host: Host, doing: str) -> Failed:
-    """What one of `CONNECT_ERRORS` means for the job.
+    """Return the end of a job after one of `CONNECT_ERRORS`.
 
     Args:
-        error: the fault.
-        host: the host that it happened with.
-        doing: what was being done, for the message: ``"connecting"``.
+        error: the error.
+        host: the host of the connection.
+        doing: the step that failed, for the message: ``"connecting"``.
     """
     if isinstance(error, CertificateRefused):
-        return Failed("certificate_error", f"{describe_host(host)}: its certificate is refused: {error}")
+        return Failed("certificate_error", f"{describe_host(host)}: certificate refused: {error}")
     if isinstance(error, ssl.SSLError) and error.reason in _NOT_TLS_REASONS:
         return Failed("protocol_error", f"{describe_host(host)}: {doing}: it does not speak TLS; is this harpd's port?")
     name, text = _describe_error(error)
@@ -188,32 +187,26 @@ def to_failed(error: BaseException, host: Host, doing: str) -> Failed:
 
 def to_protocol_error(error: Exception, host: Host) -> Failed:
     """Return the end of a job whose host broke the protocol."""
-    return Failed("protocol_error", f"{describe_host(host)}: what it sent is not of the protocol: {error}")
+    return Failed("protocol_error", f"{describe_host(host)}: the host broke the protocol: {error}")
 
 
 def describe_host(host: Host) -> str:
-    """A host as messages name it."""
+    """Return the host's name, address and port for messages."""
     return f"host {host.hostname} ({host.address}, port {host.port})"
 
 
-def format_address(address: tuple[Any, ...]) -> str:
-    """An address of a socket as the log has it."""
-    host, port = address[:2]
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-
 def errno_data(name: str | None) -> Raw | None:
-    """An error's data: the name of its errno, if it has one."""
+    """Return the data of an error: the name of its errno, if it has one."""
     return dumps({"errno": name}) if name else None
 
 
 def _has_system_errno(error: OSError) -> bool:
-    """Whether `errno` is the system's: `ssl` and the resolver have numbers of their own."""
+    """Return whether `errno` is a system error number; `ssl` and the resolver use their own numbers."""
     return not isinstance(error, (ssl.SSLError, socket.gaierror))
 
 
 def _describe_error(error: BaseException) -> tuple[str | None, str]:
-    """The name of the errno, if there is one, and a text."""
+    """Return the name of the errno, if there is one, and a text."""
     if isinstance(error, socket.gaierror):
         return _RESOLVER_ERRORS.get(error.errno), error.strerror or str(error)
     if isinstance(error, ssl.SSLError) or not isinstance(error, OSError):

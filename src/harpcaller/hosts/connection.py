@@ -1,9 +1,9 @@
-"""One connection to a host: a request, what harpd says, what is said to it while a kept call runs; and the next one.
+"""A connection to a host's harpd: one request at a time, the messages that answer it, commands to a running call.
 
-Contact is kept up by `Alive`, in both directions: a connection that is open proves nothing. We say the host's own time
-that we have heard last; that is what it counts from, and so it never believes in a contact that we have given up. When
-nothing has come for too long the connection is given up, and reading ends as if the host had closed it. While we don't
-read ourselves, for the store is slow, silence proves nothing either.
+Heartbeats run in both directions, because an open connection does not prove that the peer is alive. Each heartbeat
+echoes the host's latest timestamp. The host measures contact from that timestamp, so it can never count contact that
+the dispatcher did not have. If nothing was received for too long, the connection is aborted and reading ends as if the
+host had closed it. Time in which the dispatcher itself does not read, because the store is slow, is not counted.
 """
 
 from __future__ import annotations
@@ -23,34 +23,34 @@ from harp.protocol.json_text import InvalidJSON, Raw, loads
 from harp.protocol.lines import LineBuffer
 from harp_daemon.sliced_json import open_quickly, sliced_records
 from harpcaller.config import Config
-from harpcaller.hosts.connecting import connect, format_address
+from harpcaller.hosts.connecting import connect
 from harpcaller.hosts.inventory import Host
 from harpcaller.hosts.tls import HostTLS
 
 __all__ = ["PAST_END", "HarpdConnection", "open_connection", "parse_end_of_records"]
 
-#: A number that no record has. To attach from it on is refused with the number to come, which is what it is for.
+#: A record number that does not exist. Attaching at it is refused with the number of the next record.
 PAST_END = 2**53
 
 _READ_BYTES = 64 * 1024
-#: Seconds between two signs of life, and after how many without an answer the host is taken for gone.
+#: Seconds between two heartbeats, and the number of unanswered ones after which the host counts as gone.
 _HEARTBEAT_INTERVAL, _MAX_MISSED_HEARTBEATS = 15.0, 3
-#: They are never closer together than this, whatever a host says of its patience.
+#: Minimum seconds between two heartbeats, whatever timeout a host sets.
 _MIN_HEARTBEAT_INTERVAL = 0.1
-#: How an answer to a sign of life begins.
+#: The start of a host's heartbeat line.
 _HEARTBEAT_PREFIX = b'{"alive":'
 _is_record = methodcaller("startswith", RECORD)
-#: Bytes of orders that a host may leave unread.
+#: Maximum bytes of commands that the host has not read.
 _MAX_UNSENT_BYTES = 64 * 1024
 
 
 class HarpdConnection:
-    """A connection to a host on which the next thing to be said is a request. Close it in any case.
+    """A connection to a host, ready for a request. The caller closes it.
 
     Args:
-        reader: its reading end.
-        writer: its writing end.
-        max_line: the most bytes of a line of the host's.
+        reader: the stream of received data.
+        writer: the stream of sent data.
+        max_line: maximum length of a received line in bytes.
     """
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, max_line: int) -> None:
@@ -59,29 +59,28 @@ class HarpdConnection:
         self._lines = LineBuffer(max_line)
         self._exchange: Exchange | None = None
         self._heartbeat_timer: asyncio.TimerHandle | None = None
-        self._last_received_at = time.monotonic()
         self._peer_time = 0.0
         self._reading = False
         self._closed = False
         self._parked = False
-        self._reused = False  # for a request before
+        self._reused = False
         self._answered = False
-        #: Our end of the connection, which harpd logs as the call's peer: so the two logs can be held together.
-        self.local_address = format_address(writer.get_extra_info("sockname"))
+        #: Monotonic time of the last received data, or of the request.
+        self.last_received_at = time.monotonic()
 
     def send_request(self, request: AnyRequest) -> None:
-        """Send the request; it is written when this returns, whatever becomes of it."""
+        """Write the request. It may have reached the host even if the connection breaks at once."""
         self._reused = self._exchange is not None
         self._answered = False
-        self._last_received_at, self._peer_time = time.monotonic(), 0.0
+        self.last_received_at, self._peer_time = time.monotonic(), 0.0
         self._exchange = Exchange(open_quickly, request)
         self._writer.write(encode_request(request))
 
     async def read(self) -> list[bytes] | None:
-        """What has come, none or more lines, each for `message`; None at the end.
+        """Return the next complete lines, possibly none; None at the end of the connection.
 
         Raises:
-            LineTooLong: a line is too long.
+            LineTooLong: a line exceeds the maximum length.
             OSError: the connection broke.
         """
         self._reading = True
@@ -89,16 +88,20 @@ class HarpdConnection:
             data = await self._reader.read(_READ_BYTES)
         finally:
             self._reading = False
-        self._last_received_at = time.monotonic()
+        self.last_received_at = time.monotonic()
         if not data:
             return None
         return self._lines.feed(data)
 
     def parse_line(self, line: bytes) -> Message:
-        """The message of the next line. Raises `ProtocolError`: it is none, or may not come now."""
+        """Return the message of the next line.
+
+        Raises:
+            ProtocolError: the line is not a message, or the message is not allowed at this point.
+        """
         assert self._exchange is not None
         if self._reused and not self._answered and line.startswith(_HEARTBEAT_PREFIX):
-            return Alive(0.0)  # an answer to what was asked of the call before
+            return Alive(0.0)  # it belongs to the previous call on this connection
         message = self._exchange.message(line)
         self._answered = True
         if isinstance(message, Alive):
@@ -106,9 +109,9 @@ class HarpdConnection:
         return message
 
     def messages(self, lines: Sequence[bytes]) -> Iterator[Message | list[Raw] | ProtocolError]:
-        """What these lines say, one after the other: messages, records as lists, for there may be many of them at once.
+        """Yield the messages of the lines; adjacent records together as a list.
 
-        A fault ends it: a line that is no message, or may not come now.
+        The first invalid line yields its `ProtocolError` and ends the iteration.
         """
         assert self._exchange is not None
         at = 0
@@ -130,84 +133,75 @@ class HarpdConnection:
 
     @property
     def keep_alive(self) -> float | None:
-        """Seconds for which the host waits for another request on this connection; None: it closes."""
+        """Seconds for which the host accepts another request on this connection; None if it closes it."""
         return None if self._exchange is None else self._exchange.keep
 
     @property
     def is_reusable(self) -> bool:
-        """Whether neither side has closed, and nothing was said by halves."""
+        """Whether both sides are open and no partial line was received."""
         closed = self._closed or self._reader.at_eof() or self._writer.transport.is_closing()
         return not closed and not self._lines.pending and self._reader.exception() is None
 
     def park(self) -> None:
-        """Keep the connection as it is, for the next request: `abort` has no effect until then."""
+        """Stop the heartbeat and make `abort` ineffective until `unpark`."""
         self._stop_heartbeat()
         self._parked = True
 
     def unpark(self) -> None:
-        """It rests no more."""
+        """Make `abort` effective again."""
         self._parked = False
 
-    def send_command(self, order: Order) -> None:
-        """Say something about the call that this connection is attached to.
-
-        A host that leaves too much unread is given up: reading ends as if it had closed the connection.
-        """
+    def send_command(self, command: Order) -> None:
+        """Send a command for the attached call. Abort the connection if the host leaves too much unread."""
         transport = self._writer.transport
         if not transport.is_closing():
-            self._writer.write(encode_order(order))
+            self._writer.write(encode_order(command))
             if transport.get_write_buffer_size() > _MAX_UNSENT_BYTES:
                 transport.abort()
 
     def start_heartbeat(self, peer_time: float, timeout: float, at_once: bool) -> None:
-        """Give a sign of life every now and then.
+        """Send heartbeats until the connection is closed or parked.
 
         Args:
-            peer_time: the host's time, as its acknowledgement has it.
-            timeout: seconds without a sign after which the host gives the call up.
-            at_once: whether it needs one at once. A call that has just begun doesn't: its request was one.
+            peer_time: the host's timestamp in its acknowledgement.
+            timeout: seconds without a heartbeat after which the host ends the call.
+            at_once: whether to send the first one now. A new call needs none: its request was one.
         """
         self._peer_time = peer_time
-        pause = max(_MIN_HEARTBEAT_INTERVAL, min(_HEARTBEAT_INTERVAL, timeout / (_MAX_MISSED_HEARTBEATS + 2)))
+        interval = max(_MIN_HEARTBEAT_INTERVAL, min(_HEARTBEAT_INTERVAL, timeout / (_MAX_MISSED_HEARTBEATS + 2)))
         if at_once:
-            self._send_heartbeat(pause)
+            self._send_heartbeat(interval)
         else:
-            self._schedule_heartbeat(pause)
+            self._schedule_heartbeat(interval)
 
-    def _send_heartbeat(self, pause: float) -> None:
-        if self._reading and time.monotonic() - self._last_received_at > _MAX_MISSED_HEARTBEATS * pause:
+    def _send_heartbeat(self, interval: float) -> None:
+        if self._reading and time.monotonic() - self.last_received_at > _MAX_MISSED_HEARTBEATS * interval:
             self._writer.transport.abort()
             return
         self.send_command(Alive(self._peer_time))
-        self._schedule_heartbeat(pause)
+        self._schedule_heartbeat(interval)
 
-    def _schedule_heartbeat(self, pause: float) -> None:
-        self._heartbeat_timer = asyncio.get_running_loop().call_later(pause, self._send_heartbeat, pause)
-
-    @property
-    def last_received_at(self) -> float:
-        """When something came the last time, on the monotonic clock."""
-        return self._last_received_at
+    def _schedule_heartbeat(self, interval: float) -> None:
+        self._heartbeat_timer = asyncio.get_running_loop().call_later(interval, self._send_heartbeat, interval)
 
     @property
     def phase_text(self) -> str:
-        """Where the exchange stands, for messages."""
+        """The phase of the exchange, for messages."""
         assert self._exchange is not None
         return self._exchange.phase.value
 
-    @property
     def describe_state(self) -> str:
-        """Where the exchange stands, for a message that says that it broke off there."""
+        """Return where the exchange stands, for the message that the connection ended there."""
         return "in the middle of a line" if self._lines.pending else f"while {self.phase_text}"
 
     def close(self) -> None:
-        """Close; what was said last still goes out."""
+        """Close the connection after the written data was sent."""
         self._stop_heartbeat()
         self._closed = True
         self._writer.close()
 
     def abort(self) -> None:
-        """Close at once, unless it is being closed already."""
+        """Close the connection at once, unless it is parked or closed."""
         if not self._parked:
             self._stop_heartbeat()
             if not self._closed:
@@ -220,25 +214,32 @@ class HarpdConnection:
 
 
 async def open_connection(host: Host, tls: HostTLS, config: Config, max_line: int = sys.maxsize) -> HarpdConnection:
-    """Connect to a host. Raises as `harpcaller.hosts.connecting.connect`.
+    """Connect to a host.
 
     Args:
         host: the host.
-        tls: judges its certificate.
-        config: its `connect_timeout` and `record_line` count.
-        max_line: the most bytes of a line of the host's, if that is less than `record_line`.
+        tls: checks the host's certificate.
+        config: provides `connect_timeout` and `record_line`.
+        max_line: maximum length of a received line in bytes, if less than `record_line`.
+
+    Raises:
+        OSError, CertificateRefused, UnicodeError: see `harpcaller.hosts.connecting.connect`.
     """
     reader, writer = await connect(host, tls, config.connect_timeout)
     return HarpdConnection(reader, writer, min(max_line, config.record_line))
 
 
 def parse_end_of_records(error: Failed) -> int:
-    """The number of the record to come of a call, as the error ``records_gone`` has it. Raises `ProtocolError`."""
+    """Return the number of the next record of a call, from the data of the error ``records_gone``.
+
+    Raises:
+        ProtocolError: the data has another form.
+    """
     try:
         data = loads(error.data) if isinstance(error.data, Raw) else None
     except InvalidJSON as fault:
         raise ProtocolError(f"records_gone: {fault}") from fault
     end = data.get("end") if isinstance(data, dict) else None
     if not isinstance(end, int) or not is_count(end) or end >= PAST_END:
-        raise ProtocolError("records_gone: expected the number of the record to come as end")
+        raise ProtocolError("records_gone: expected the number of the next record as end")
     return end

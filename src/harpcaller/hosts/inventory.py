@@ -1,4 +1,4 @@
-"""The hosts registry: its lines, and the hosts in them. Pure: no clock, no input or output.
+"""The lines of the hosts registry and the hosts in them. Pure: no clock, no input or output.
 
 Spec: docs/settings-dispatcher.md, Hosts registry.
 """
@@ -22,11 +22,11 @@ class Host:
     """A host of the registry: where its harpd listens, and the credentials to call it with.
 
     Attributes:
-        hostname: the name that jobs are submitted for.
-        address: name, IPv4 or IPv6 address to connect to.
-        port: TCP port, 1 to 65535.
-        user: whom harpd is to authenticate.
-        password: never shown in a `repr`.
+        hostname: the name in submitted jobs.
+        address: the name, IPv4 or IPv6 address to connect to.
+        port: the TCP port, 1 to 65535.
+        user: the user name for harpd's authentication.
+        password: the password; not part of the `repr`.
     """
 
     hostname: str
@@ -38,7 +38,7 @@ class Host:
 
 @dataclass(frozen=True, slots=True)
 class InvalidLine:
-    """A line that is no host: its number, from 1, and what is wrong with it. Never quotes the line."""
+    """A line that is not a valid host: its number, from 1, and the error, which never quotes the line."""
 
     line: int
     reason: str
@@ -46,12 +46,12 @@ class InvalidLine:
 
 @dataclass(frozen=True, slots=True)
 class ParsedHosts:
-    """What the lines gave.
+    """The hosts of a file or of a script's output.
 
     Attributes:
-        hosts: the hosts by their names, in the order of the lines.
-        skipped: the lines that are no host.
-        repeated: how many lines were replaced by a later one with the same hostname.
+        hosts: the hosts by name, in the order of the lines.
+        invalid_lines: the lines that are not valid hosts.
+        duplicates: number of lines that were replaced by a later line with the same hostname.
     """
 
     hosts: Mapping[str, Host]
@@ -60,31 +60,31 @@ class ParsedHosts:
 
 
 def parse_hosts(lines: Iterable[bytes]) -> ParsedHosts:
-    """Read the lines that a `host_db_script` printed or a `hosts_file` holds.
+    """Parse the output of `host_db_script` or the lines of `hosts_file`.
 
-    A line that is no host is skipped and told; an empty one is just skipped. Of two hosts of one name the last wins.
+    Empty lines are skipped. If two lines have the same hostname, the last one is used.
     """
     hosts: dict[str, Host] = {}
-    skipped: list[InvalidLine] = []
-    repeated = 0
+    invalid_lines: list[InvalidLine] = []
+    duplicates = 0
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
             host = parse_line(line)
         except ProtocolError as error:
-            skipped.append(InvalidLine(number, error.message))
+            invalid_lines.append(InvalidLine(number, error.message))
             continue
-        repeated += hosts.pop(host.hostname, None) is not None
+        duplicates += hosts.pop(host.hostname, None) is not None
         hosts[host.hostname] = host
-    return ParsedHosts(hosts, tuple(skipped), repeated)
+    return ParsedHosts(hosts, tuple(invalid_lines), duplicates)
 
 
 def parse_line(line: bytes) -> Host:
-    """Read one host.
+    """Parse one host.
 
     Raises:
-        ProtocolError: the line is no host; the message says why and never quotes a value.
+        ProtocolError: the line is not a valid host; the message never quotes a value.
     """
     members = opened(line, open_decoded)
     within(members, ("hostname", "address", "port", "credentials"))

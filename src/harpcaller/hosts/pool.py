@@ -1,8 +1,11 @@
-"""Connections to hosts that wait for the next call: a TLS handshake costs as much as the rest of a small one.
+"""Idle connections to hosts, kept for the next call: a TLS handshake costs as much as the rest of a small call.
 
-Only of hosts that agreed, and only for a short while: a host that vanishes without a word leaves a connection that
-looks alive, and a start that is written to it is lost with its job. Whatever breaks before a call is acknowledged is
-settled by attaching, as ever: no request is written twice.
+A connection is kept only if its host supports keep-alive, and only for a short time: a host that disappears leaves a
+connection that looks alive, and a start written to it is delayed until the outage is detected. If a reused connection
+breaks before the acknowledgement, the run attaches to the call; it never writes the start twice.
+
+The client's pool is a separate one on purpose: it is shared between threads and has no timer, this one belongs to an
+event loop and limits connections per host.
 
 Spec: docs/protocol.md, Kept connections.
 """
@@ -19,14 +22,14 @@ from harpcaller.hosts.tls import HostTLS
 
 __all__ = ["ConnectionPool"]
 
-#: Seconds for which a connection waits at the most, and what share of the time that its host gives.
+#: Maximum idle time of a connection in seconds, and as a share of the time that its host grants.
 _MAX_IDLE, _KEEP_ALIVE_SHARE = 10.0, 0.5
-#: How many wait for a host, and for all.
+#: Maximum number of idle connections to one host, and to all hosts.
 _MAX_PER_HOST, _MAX_TOTAL = 256, 512
 
 
 class ConnectionPool:
-    """All connections that wait. Belongs to one event loop."""
+    """All idle connections of one event loop."""
 
     def __init__(self) -> None:
         self._connections: dict[tuple[Host, HostTLS], deque[tuple[float, HarpdConnection]]] = {}
@@ -34,60 +37,56 @@ class ConnectionPool:
         self._cleanup_timer: asyncio.TimerHandle | None = None
 
     def get(self, host: Host, tls: HostTLS) -> HarpdConnection | None:
-        """A connection to this host on which the next request may be written; None: there is none."""
-        waiting = self._connections.get((host, tls))
-        while waiting:
-            until, talk = waiting.pop()
+        """Remove and return the connection to this host that was used last; None if there is none."""
+        idle = self._connections.get((host, tls))
+        while idle:
+            expires_at, conn = idle.pop()
             self._count -= 1
-            talk.unpark()
-            if time.monotonic() < until and talk.is_reusable:
-                return talk
-            talk.abort()
+            conn.unpark()
+            if time.monotonic() < expires_at and conn.is_reusable:
+                return conn
+            conn.abort()
         return None
 
-    def put(self, host: Host, tls: HostTLS, talk: HarpdConnection) -> None:
-        """Have a connection wait, if its host wants that; else close it. What was said last still goes out."""
-        waiting = self._connections.setdefault((host, tls), deque())
-        if (
-            talk.keep_alive is None
-            or not talk.is_reusable
-            or len(waiting) >= _MAX_PER_HOST
-            or self._count >= _MAX_TOTAL
-        ):
-            talk.close()
+    def put(self, host: Host, tls: HostTLS, conn: HarpdConnection) -> None:
+        """Add a connection, or close it if it cannot be reused. In both cases written data is still sent."""
+        idle = self._connections.setdefault((host, tls), deque())
+        full = len(idle) >= _MAX_PER_HOST or self._count >= _MAX_TOTAL
+        if conn.keep_alive is None or not conn.is_reusable or full:
+            conn.close()
             return
-        talk.park()
-        waiting.append((time.monotonic() + min(_MAX_IDLE, _KEEP_ALIVE_SHARE * talk.keep_alive), talk))
+        conn.park()
+        idle.append((time.monotonic() + min(_MAX_IDLE, _KEEP_ALIVE_SHARE * conn.keep_alive), conn))
         self._count += 1
         if self._cleanup_timer is None:
             self._cleanup_timer = asyncio.get_running_loop().call_later(_MAX_IDLE, self._close_expired)
 
     def close(self) -> None:
-        """Close all."""
+        """Close all connections."""
         if self._cleanup_timer is not None:
             self._cleanup_timer.cancel()
             self._cleanup_timer = None
-        for waiting in self._connections.values():
-            for _, talk in waiting:
-                talk.unpark()
-                talk.close()
+        for idle in self._connections.values():
+            for _, conn in idle:
+                conn.unpark()
+                conn.close()
         self._connections.clear()
         self._count = 0
 
     def _close_expired(self) -> None:
-        """Close what has waited long enough, and what nobody can use any more."""
+        """Close the connections that have expired or can no longer be reused."""
         self._cleanup_timer = None
         now = time.monotonic()
-        for place, waiting in list(self._connections.items()):
-            left = deque((until, talk) for until, talk in waiting if now < until and talk.is_reusable)
-            for _, talk in waiting:
-                if all(talk is not other for _, other in left):
-                    talk.unpark()
-                    talk.close()
-            self._count -= len(waiting) - len(left)
-            if left:
-                self._connections[place] = left
-            else:
-                del self._connections[place]
+        for key, idle in list(self._connections.items()):
+            for _ in range(len(idle)):
+                expires_at, conn = idle.popleft()
+                if now < expires_at and conn.is_reusable:
+                    idle.append((expires_at, conn))
+                else:
+                    self._count -= 1
+                    conn.unpark()
+                    conn.close()
+            if not idle:
+                del self._connections[key]
         if self._count:
             self._cleanup_timer = asyncio.get_running_loop().call_later(_MAX_IDLE / 2, self._close_expired)

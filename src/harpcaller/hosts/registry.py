@@ -1,8 +1,8 @@
-"""The hosts registry at work: the script that fills it, the last good copy, and the hosts file beside it.
+"""The hosts registry: the output of `host_db_script`, its cache in `host_db`, and the hosts of `hosts_file`.
 
-What the script printed last with success is what counts; a copy of it in `host_db` survives restarts. A host of
-`hosts_file` takes the place of one with the same name from the script. No password gets into the log: neither do
-lines that can't be understood, nor what the script says on stderr when it succeeds.
+The registry contains the hosts of the script's last successful run; the cache survives restarts. A host of `hosts_file`
+replaces a host with the same name from the script. Passwords are never logged; neither are invalid lines, nor the
+script's stderr if it succeeds.
 
 Spec: docs/settings-dispatcher.md, Hosts registry.
 """
@@ -25,23 +25,23 @@ __all__ = ["HostsRegistry", "RefreshFailed"]
 
 log = logging.getLogger(__name__)
 
-#: Skipped lines that the log tells one by one; the others are only counted.
+#: Maximum number of invalid lines that are logged one by one; the others are only counted.
 _MAX_LOGGED_LINES = 10
 
 
 class RefreshFailed(Exception):
-    """The registry was not refreshed and is what it was. The message says why."""
+    """A refresh that failed; the registry is unchanged. The message says why."""
 
 
 class HostsRegistry:
     """The hosts that may be called.
 
     Args:
-        config: its `host_db`, `host_db_script`, `host_db_refresh`, `host_db_timeout` and `hosts_file` count.
-        on_change: called when the registry has become usable, or has changed.
+        config: provides `host_db`, `host_db_script`, `host_db_refresh`, `host_db_timeout` and `hosts_file`.
+        on_change: called when the registry becomes ready, or has changed.
 
     Raises:
-        ConfigError: the hosts file can't be read.
+        ConfigError: the hosts file cannot be read.
     """
 
     def __init__(self, config: Config, on_change: Callable[[], None]) -> None:
@@ -55,7 +55,7 @@ class HostsRegistry:
 
     @property
     def is_ready(self) -> bool:
-        """Whether calls may start: not before a first run of the script when nothing is known without it."""
+        """Whether calls may start. If no host is known, they wait for the end of the script's first run."""
         return (
             self._refresh_attempted
             or self._config.host_db_script is None
@@ -64,11 +64,11 @@ class HostsRegistry:
         )
 
     def find_host(self, hostname: str) -> Host | None:
-        """Return a host; None: it is not in the registry."""
+        """Return a host; None if it is not in the registry."""
         return self._hosts_of_file().get(hostname) or self._cached.hosts.get(hostname)
 
     def list_hosts(self) -> list[Host]:
-        """Return all hosts, by name."""
+        """Return all hosts, ordered by name."""
         merged = {**self._cached.hosts, **self._hosts_of_file()}
         return [merged[name] for name in sorted(merged)]
 
@@ -76,25 +76,25 @@ class HostsRegistry:
         return self._watched_file.value if self._watched_file else {}
 
     def update_config(self, config: Config) -> None:
-        """Take a new configuration; the hosts known stay until the next refresh.
+        """Apply a new configuration; the known hosts remain until the next refresh.
 
         Raises:
-            ConfigError: the hosts file can't be read; then nothing has changed.
+            ConfigError: the hosts file cannot be read; then nothing has changed.
         """
         self._watched_file = _watch_hosts_file(config)
         if config.host_db_script is None:
             self._cached = CachedHosts()
         elif config.host_db_script != self._config.host_db_script:
-            self._cached = CachedHosts(self._cached.hosts)  # due at once
+            self._cached = CachedHosts(self._cached.hosts)  # a refresh is due
         self._config = config
         self._config_changed.set()
         self._on_change()
 
     async def refresh(self) -> int:
-        """Run the script, or wait for its run that is under way; return how many hosts the registry has.
+        """Run the script, or wait for the current run; return the number of hosts in the registry.
 
         Raises:
-            RefreshFailed: the script failed, or there is none and no hosts file either.
+            RefreshFailed: the script failed, or neither a script nor a hosts file is configured.
         """
         if self._refresh_task is None:
             self._refresh_task = asyncio.create_task(self._run_refresh(self._config))
@@ -105,11 +105,11 @@ class HostsRegistry:
         self._refresh_task = None
         self._refresh_attempted = True
         if not task.cancelled():
-            task.exception()  # whoever waited has it
+            task.exception()  # marks it as retrieved; callers of `refresh` receive it too
         self._on_change()
 
     async def refresh_regularly(self) -> None:
-        """Refresh at start if that is due, then as often as the configuration says; until cancelled."""
+        """Refresh at start if it is due, then every `host_db_refresh` seconds, until cancelled."""
         try:
             await self._refresh_if_old()
             while True:
@@ -123,11 +123,11 @@ class HostsRegistry:
                     await self._refresh_if_old()
         finally:
             if self._refresh_task is not None:
-                self._refresh_task.cancel()  # ends the script too
+                self._refresh_task.cancel()  # kills the script too
                 await asyncio.wait([self._refresh_task])
 
     async def _refresh_if_old(self) -> None:
-        # A time in the future says nothing: the clock was wrong then or is now.
+        # A time in the future is not reliable: the clock was or is wrong.
         if not 0 <= time.time() - self._cached.refreshed_at < self._config.host_db_refresh / 2:
             await self._try_refresh()
 
@@ -136,43 +136,43 @@ class HostsRegistry:
             try:
                 await self.refresh()
             except RefreshFailed:
-                pass  # it is in the log
+                pass  # already logged
 
     async def _run_refresh(self, config: Config) -> int:
         if config.host_db_script is None:
             if self._watched_file is None:
-                raise RefreshFailed("there is nothing to refresh from: neither host_db_script nor hosts_file is set")
+                raise RefreshFailed("nothing to refresh: set host_db_script or hosts_file")
             return len(self.list_hosts())
         try:
             output = await run_script(config.host_db_script, config.host_db_timeout)
         except ScriptFailed as error:
-            log.error("hosts registry not refreshed", extra={"error": str(error)})
+            log.error("cannot refresh hosts registry", extra={"error": str(error)})
             raise RefreshFailed(str(error)) from error
         registry = await asyncio.to_thread(_parse, output)
         _log_invalid_lines(registry, config.host_db_script)
         if config.host_db_script != self._config.host_db_script:
-            raise RefreshFailed("host_db_script has been changed meanwhile")
+            raise RefreshFailed("host_db_script was changed during the refresh")
         self._cached = CachedHosts(registry.hosts, time.time())
         log.info("hosts registry refreshed", extra={"hosts": len(registry.hosts)})
         await _save_cache(config.host_db, self._cached)
         return len(self.list_hosts())
 
 
-async def _save_cache(file: Path, copy: CachedHosts) -> None:
+async def _save_cache(file: Path, cached: CachedHosts) -> None:
     try:
-        aside = await asyncio.to_thread(write_cache, file, copy)
+        renamed = await asyncio.to_thread(write_cache, file, cached)
     except OSError as error:
-        log.error("copy of the hosts registry can't be written", extra={"file": str(file), "error": error.strerror})
+        log.error("cannot write hosts cache", extra={"file": str(file), "error": error.strerror})
         return
-    if aside is not None:
-        log.warning("host_db was no copy of ours and was moved", extra={"file": str(file), "to": str(aside)})
+    if renamed is not None:
+        log.warning("host_db had another format; renamed", extra={"file": str(file), "to": str(renamed)})
 
 
 def _load_cache(file: Path) -> CachedHosts:
     try:
         return read_cache(file)
     except OSError as error:
-        log.error("copy of the hosts registry can't be read", extra={"file": str(file), "error": error.strerror})
+        log.error("cannot read hosts cache", extra={"file": str(file), "error": error.strerror})
         return CachedHosts()
 
 
@@ -195,10 +195,10 @@ def _watch_hosts_file(config: Config) -> WatchedFile[Mapping[str, Host]] | None:
 
 
 def _log_invalid_lines(registry: ParsedHosts, source: Path) -> None:
-    """Tell what was wrong with the lines, never what was in them."""
-    for skipped in registry.invalid_lines[:_MAX_LOGGED_LINES]:
-        fault = {"source": str(source), "line": skipped.line, "error": skipped.reason}
-        log.warning("line of the hosts registry skipped", extra=fault)
+    """Log the errors of invalid lines, never their contents."""
+    for invalid in registry.invalid_lines[:_MAX_LOGGED_LINES]:
+        fault = {"source": str(source), "line": invalid.line, "error": invalid.reason}
+        log.warning("hosts registry line is invalid", extra=fault)
     if registry.invalid_lines or registry.duplicates:
-        counts = {"source": str(source), "skipped": len(registry.invalid_lines), "repeated": registry.duplicates}
-        log.warning("hosts registry has lines that do not count", extra=counts)
+        counts = {"source": str(source), "invalid": len(registry.invalid_lines), "duplicates": registry.duplicates}
+        log.warning("hosts registry contains invalid or duplicate lines", extra=counts)

@@ -1,13 +1,13 @@
-"""TLS towards the hosts: which certificates are accepted, and why one was not.
+"""TLS connections to hosts: the rules by which a certificate is accepted, and the reason if it is not.
 
-- `ca_file`: the certificate has a chain to one of its authorities and, unless `verify_hostname` is off, names the
-  host as the registry does, by its name or by its address.
-- `known_certs_file`: the certificate is, byte for byte, one of those in the file. These are never loaded as trust
-  anchors: a certificate that one of them has signed is as unknown as any other.
-- Both: either is enough. Neither: any certificate is accepted.
+- `ca_file`: the certificate has a chain to one of these authorities. Unless `verify_hostname` is off, it contains the
+  host's name or address in the registry.
+- `known_certs_file`: the certificate is, byte for byte, one of those in the file. They are never loaded as trust
+  anchors: a certificate signed by one of them is not accepted.
+- Both: either rule is enough. Neither: any certificate is accepted.
 
-A handshake checks the chain or it does not; Python's `ssl` can't tell afterwards. So a host whose chain is refused
-is connected to a second time, without that check, when its certificate may still be a known one. Nothing is sent
+Python's `ssl` either checks the chain in the handshake or cannot check it at all. If a chain is refused and the
+certificate may be a known one, the host is therefore connected to a second time without that check. Nothing is sent
 over a connection before `check_certificate` has accepted its certificate.
 
 Spec: docs/settings-dispatcher.md, Certificates of hosts.
@@ -28,53 +28,53 @@ from harpcaller.hosts.watched_file import WatchedFile
 
 __all__ = ["CertificateRefused", "HostTLS", "names_host", "parse_ip", "server_name"]
 
-#: What may be sent as a server's name; an address of another form is resolved as it is, without one.
+#: Names that may be sent to the server. Other addresses are resolved, but not sent.
 _SERVER_NAME = re.compile(r"(?=.{1,253}\Z)\w([\w-]{0,62})(\.\w[\w-]{0,62})*", re.ASCII)
 
 _PEM = re.compile(rb"-----BEGIN CERTIFICATE-----.+?-----END CERTIFICATE-----", re.DOTALL)
 
 
 class CertificateRefused(Exception):
-    """A host's certificate is none that the configuration accepts. The message says why and what to do."""
+    """A host's certificate that the configuration does not accept. The message says why and what to do."""
 
 
 class HostTLS:
-    """How connections to hosts are secured, by one configuration.
+    """The TLS settings of one configuration.
 
     Args:
-        config: its `ca_file`, `verify_hostname`, `known_certs_file` and `tls_minimum` count.
+        config: provides `ca_file`, `verify_hostname`, `known_certs_file` and `tls_minimum`.
 
     Raises:
-        ConfigError: one of the files can't be used.
+        ConfigError: one of the files cannot be used.
     """
 
     def __init__(self, config: Config) -> None:
         self._verify_hostname = config.verify_hostname
         self._ca_file = config.ca_file
         self._known_certs = _watch_known_certs(config)
-        #: What an administrator should know about this configuration.
+        #: Warnings for the log.
         self.warnings: list[str] = []
-        #: The contexts to try, in this order; the next one only after `ssl.SSLCertVerificationError`.
+        #: The contexts to try in this order; the next one only after `ssl.SSLCertVerificationError`.
         self.contexts: list[ssl.SSLContext] = []
         if config.ca_file is not None:
             self.contexts.append(_context(config, ssl.CERT_REQUIRED))
         if config.ca_file is None or self._known_certs is not None:
             self.contexts.append(_context(config, ssl.CERT_NONE))
         if config.ca_file is None and self._known_certs is None:
-            self.warnings.append("certificates of hosts are not checked: set ca_file or known_certs_file")
+            self.warnings.append("certificates of hosts are not checked; set ca_file or known_certs_file")
         if config.tls_minimum in ("1.0", "1.1"):
-            self.warnings.append("hosts are spoken to below TLS 1.2, at OpenSSL's security level 0: see tls_minimum")
+            self.warnings.append("tls_minimum allows insecure TLS versions")
 
     def check_certificate(self, connection: ssl.SSLObject, host: Host, chain_error: str | None = None) -> None:
-        """Accept the certificate of a connection whose handshake is done.
+        """Check the certificate of a connection after its handshake.
 
         Args:
             connection: the connection.
-            host: the host that was connected to.
-            chain_error: why an earlier handshake with the host refused the certificate's chain, if one did.
+            host: the host of the connection.
+            chain_error: the error of an earlier handshake that checked the chain; None if there was none.
 
         Raises:
-            CertificateRefused: no rule of the configuration accepts it.
+            CertificateRefused: no rule accepts the certificate.
         """
         if self._known_certs is not None and connection.getpeercert(binary_form=True) in self._known_certs.value:
             return
@@ -86,7 +86,7 @@ class HostTLS:
             raise CertificateRefused(f"it is not in known_certs_file {self._known_certs.file}")
 
     def chain_refused(self, chain_error: str) -> CertificateRefused:
-        """What it means that no handshake accepted the certificate's chain."""
+        """Return the error for a certificate whose chain no handshake accepted."""
         unknown = f", nor is it in known_certs_file {self._known_certs.file}" if self._known_certs else ""
         return CertificateRefused(f"it has no chain to an authority of ca_file {self._ca_file}: {chain_error}{unknown}")
 
@@ -94,25 +94,25 @@ class HostTLS:
         if self._verify_hostname and not names_host(certificate, host):
             names = ", ".join(repr(name) for _, name in certificate.get("subjectAltName", ())) or "no host at all"
             raise CertificateRefused(
-                f"it names {names}, and neither {host.hostname!r} nor {host.address!r}: issue one with one of these as "
-                "subjectAltName, or correct the hosts registry, or set verify_hostname = false"
+                f"it names {names}, and neither {host.hostname!r} nor {host.address!r}; issue a certificate with "
+                "one of these as subjectAltName, correct the hosts registry, or set verify_hostname = false"
             )
 
 
 def server_name(address: str) -> str:
-    """The name that TLS tells the server: the address when it is a name, else empty, which sends none."""
+    """Return the name to send to the server: the address if it is a name, otherwise an empty string."""
     name = ".".join(_split_labels(address))
     return name if parse_ip(address) is None and _SERVER_NAME.fullmatch(name) else ""
 
 
 def names_host(certificate: Mapping[str, Any], host: Host) -> bool:
-    """Whether a certificate names a host, by its name in the registry or by its address.
+    """Return whether a certificate contains the host's name or address in the registry.
 
-    Names are compared without regard to case; a ``*`` that is the whole left-most label stands for one label.
-    Only the subject's alternative names count, never its common name.
+    The comparison ignores case. A ``*`` as the whole left-most label stands for one label. Only the subject's
+    alternative names are compared, not its common name.
 
     Args:
-        certificate: as `ssl.SSLObject.getpeercert` gives it.
+        certificate: the value of `ssl.SSLObject.getpeercert`.
         host: the host.
     """
     entries: list[tuple[str, str]] = list(certificate.get("subjectAltName", ()))
@@ -137,12 +137,12 @@ def _split_labels(name: str) -> list[str]:
         try:
             name = name.encode("idna").decode("ascii")
         except UnicodeError:
-            pass  # then it is in no certificate
+            pass  # a certificate cannot contain such a name
     return name.rstrip(".").lower().split(".")
 
 
 def parse_ip(text: str) -> IPv4Address | IPv6Address | None:
-    """The address that a text is; None: it is a name."""
+    """Return the IP address in a text; None if the text is a name."""
     try:
         return ip_address(text)
     except ValueError:
@@ -151,7 +151,7 @@ def parse_ip(text: str) -> IPv4Address | IPv6Address | None:
 
 def _context(config: Config, mode: ssl.VerifyMode) -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.check_hostname = False  # `check_certificate` does: the registry's name or address may be in the certificate
+    context.check_hostname = False  # `check_certificate` checks the name or the address
     context.verify_mode = mode
     set_floor(context, config.tls_minimum)
     if mode is ssl.CERT_REQUIRED:
@@ -170,5 +170,5 @@ def _watch_known_certs(config: Config) -> WatchedFile[frozenset[bytes]] | None:
 def _parse_certificates(text: bytes) -> frozenset[bytes]:
     ders = frozenset(ssl.PEM_cert_to_DER_cert(block.decode("ascii")) for block in _PEM.findall(text))
     for der in ders:
-        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(cadata=der)  # only to see that it is one
+        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(cadata=der)  # raises if it is not a certificate
     return ders

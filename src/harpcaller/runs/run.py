@@ -319,7 +319,7 @@ class Run:
                     return await self._on_disconnect(to_failed(error, host, conn.phase_text), host)
                 if lines is None:
                     closed = Failed(
-                        "network_error", f"{describe_host(host)}: it closed the connection {conn.describe_state}"
+                        "network_error", f"{describe_host(host)}: it closed the connection {conn.describe_state()}"
                     )
                     return await self._on_disconnect(closed, host)
                 for message in conn.messages(lines):
