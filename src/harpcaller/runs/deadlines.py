@@ -1,8 +1,8 @@
-"""The times that a call may take, as a run watches them: to be acknowledged, between two messages, in all.
+"""The time limits of a call: to its acknowledgement, between two messages, and in total.
 
-The host watches the limits of a kept call itself, so that they hold while nobody can reach it, and so that nothing is
-lost that was said in time. From here they are enforced later by a margin, should the host fail to: not before the host
-has had the time to say what it has kept, however late we ask for it.
+A host enforces the limits of a resumable call itself, so that they hold during an outage and no record that was made
+in time is lost. The dispatcher enforces the same limits as a fallback, 15 s later. It gives the host time to deliver
+the buffered records first, however late it attaches.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from harpcaller.model.jobs import Job
 
 __all__ = ["Deadlines"]
 
-#: The host enforces the limits of a kept call; this much later, in seconds, they are enforced from here.
+#: Seconds after which the dispatcher enforces a limit that the host has not enforced.
 _MARGIN = 15.0
 
-#: For so many seconds more it may still be busy with giving us the records that it has kept.
+#: Maximum seconds for the delivery of buffered records after the time limit.
 _DELIVERY_TIME = 600.0
 
 
@@ -27,7 +27,7 @@ class Deadlines:
 
     Args:
         job: the job.
-        acknowledgement: seconds that the host may take to acknowledge the call.
+        acknowledgement: maximum seconds to the acknowledgement.
     """
 
     def __init__(self, job: Job, acknowledgement: float) -> None:
@@ -37,17 +37,17 @@ class Deadlines:
         self._max_silence = min(job.timeout, acknowledgement)
         self._resumable = False
         self._reattached = False
-        self._delivering = False  # the host is there, and the time is over
-        self._delivery_deadline = float("inf")  # by when it must have said all
-        #: Whether the host has acknowledged the call, on the connection now in use.
+        self._delivering = False  # acknowledged after the time limit
+        self._delivery_deadline = float("inf")  # the end of the delivery
+        #: Whether the host has acknowledged the call on the current connection.
         self.acknowledged = False
-        #: Seconds until the host was asked for the call the first time, for it had to be reached; None: not yet.
+        #: Seconds until the request was sent for the first time; None before that.
         self.connect_seconds: float | None = None
-        #: When the call has taken all the time that it may.
+        #: Monotonic time at which the call exceeds `max_exec_time`.
         self.deadline = time.monotonic() + job.max_exec_time
 
     def on_request_sent(self, reattach: bool = False) -> None:
-        """The host has been asked for the call; `again`: for one that it may have had for long."""
+        """Restart the limits for a new request; `reattach`: it attaches to a call that may be running."""
         self.acknowledged = False
         self._reattached = reattach
         self._max_silence = min(self._job.timeout, self._acknowledgement)
@@ -56,22 +56,26 @@ class Deadlines:
             self.connect_seconds = round(self._last_message_at - self._created_at, 6)
 
     def on_message(self) -> None:
-        """A message has come, or nothing could come until now."""
+        """Restart the limit between two messages."""
         self._last_message_at = time.monotonic()
 
     def on_record(self) -> None:
-        """A record has come."""
+        """Note that a record was received."""
         self._last_record_at = time.monotonic()
 
     def postpone(self) -> None:
-        """What the host has said in time can't be stored at the moment: nothing is enforced meanwhile."""
+        """Postpone the fallback limits while the store cannot store received records."""
         if self._resumable:
             now = time.monotonic()
             self.deadline = max(self.deadline, now + _MARGIN)
             self._delivery_deadline = max(self._delivery_deadline, now + _DELIVERY_TIME)
 
     def on_acknowledged(self, elapsed: float | None) -> None:
-        """The host has acknowledged the call; `elapsed` seconds ago it began there, None: it is a tied one."""
+        """Start the limits of an acknowledged call.
+
+        Args:
+            elapsed: seconds since the call's start on the host; None for a connection-bound call.
+        """
         job = self._job
         self.acknowledged = True
         self._max_silence = job.timeout
@@ -86,10 +90,10 @@ class Deadlines:
             self._max_silence = job.timeout + job.max_exec_time
 
     def next_deadline(self, ended: bool) -> float | None:
-        """When there is something to look up although nothing comes; None: never.
+        """Return the monotonic time of the next limit; None if there is none.
 
         Args:
-            ended: whether the job has an end; then only the acknowledgement is waited for.
+            ended: whether the job has ended; then only the acknowledgement is limited.
         """
         if ended or self._reattached:
             if not self.acknowledged:
@@ -100,29 +104,29 @@ class Deadlines:
 
     @property
     def _enforced_at(self) -> float:
-        """When `deadline` is enforced from here."""
+        """Monotonic time at which the dispatcher enforces `deadline`."""
         if not self._resumable:
             return self.deadline
         return min(max(self.deadline, self._last_record_at + _MARGIN), self._delivery_deadline)
 
     def expired(self, host: str, ended: bool) -> Failed | None:
-        """What a limit that is over means for the job; None: none is.
+        """Return the end of a job that exceeded a limit; None if no limit is exceeded.
 
         Args:
             host: the host, for the message.
-            ended: as for `due`.
+            ended: as for `next_deadline`.
         """
-        due, now = self.next_deadline(ended), time.monotonic()
-        if due is None or now < due:
+        deadline, now = self.next_deadline(ended), time.monotonic()
+        if deadline is None or now < deadline:
             return None
-        in_vain = not self.acknowledged and self._acknowledgement < self._job.timeout and now < self.deadline
-        if in_vain or (not self.acknowledged and (ended or self._reattached)):
-            message = f"{host}: it did not acknowledge the call within {self._acknowledgement:g} s"
+        unanswered = not self.acknowledged and self._acknowledgement < self._job.timeout and now < self.deadline
+        if unanswered or (not self.acknowledged and (ended or self._reattached)):
+            message = f"{host} did not acknowledge the call within {self._acknowledgement:g} s"
             return Failed("network_error", message, errno_data("ETIMEDOUT"))
         if now >= self._enforced_at:
             return self.max_exec_time_error()
-        return Failed("timeout", f"reading the result: {host} sent nothing for {self._job.timeout:g} s")
+        return Failed("timeout", f"reading the result: no message from {host} for {self._job.timeout:g} s")
 
     def max_exec_time_error(self) -> Failed:
-        """The end of a job that has taken all the time that it may."""
+        """Return the end of a job that exceeded `max_exec_time`."""
         return Failed("timeout", f"maximum execution time: the job took more than {self._job.max_exec_time:g} s")

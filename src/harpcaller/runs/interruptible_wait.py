@@ -1,4 +1,4 @@
-"""Waits that can be broken off: by a time, or by somebody who has something to be looked at."""
+"""Waits that end at a deadline or when another task interrupts them."""
 
 from __future__ import annotations
 
@@ -13,35 +13,35 @@ T = TypeVar("T")
 
 
 class Interrupted(Exception):
-    """A wait was broken off: its time is over, or there is something to look at."""
+    """A wait that ended at its deadline or by an interrupt."""
 
 
 class InterruptibleWait:
-    """The waits of one task, one at a time. What interrupts between two waits breaks off the next one."""
+    """The waits of one task, one at a time. An interrupt between two waits ends the next one at once."""
 
     def __init__(self) -> None:
         self._timeout: asyncio.Timeout | None = None
         self._interrupted = False
 
     def interrupt(self) -> None:
-        """There is something to look at."""
+        """Interrupt the current wait, or the next one."""
         self._interrupted = True
         if self._timeout is not None and not self._timeout.expired():
             self._timeout.reschedule(asyncio.get_running_loop().time())
 
     def clear(self) -> None:
-        """What there was to look at is being looked at."""
+        """Clear the interrupt flag."""
         self._interrupted = False
 
     async def wait(self, awaitable: Awaitable[T], deadline: float | None = None) -> T:
-        """Wait for something.
+        """Return the result of an awaitable.
 
         Args:
             awaitable: cancelled if the wait is interrupted.
             deadline: monotonic time at which the wait is interrupted; None for no deadline.
 
         Raises:
-            Interrupted: it was broken off.
+            Interrupted: the wait was interrupted, or its deadline has passed.
         """
         loop = asyncio.get_running_loop()
         when = None if deadline is None else loop.time() + deadline - time.monotonic()
@@ -51,6 +51,6 @@ class InterruptibleWait:
         except TimeoutError:
             if self._timeout is not None and self._timeout.expired():
                 raise Interrupted from None
-            raise  # the system's: a connection is dead
+            raise  # an ETIMEDOUT of the system: the connection is dead
         finally:
             self._timeout = None

@@ -1,7 +1,7 @@
-"""A job's records on their way into the store, in batches: what came during a commit goes into the next.
+"""Writes a job's records to the store in batches: records received during a commit go into the next one.
 
-What waits for the store is bounded by whoever adds: it looks at `full` and waits. While the store fails, records wait
-and are tried again.
+The caller bounds the buffer: it checks `over_soft_limit` and waits for `flush`. If the store fails, the write is
+retried.
 """
 
 from __future__ import annotations
@@ -23,36 +23,36 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-#: Seconds until a write is tried again that the store failed to do.
+#: Seconds before a failed write is retried.
 _RETRY_DELAY = 1.0
 
-#: Bytes of records that may wait for the store.
+#: Bytes of buffered records above which the caller should stop reading.
 _SOFT_LIMIT = 1024 * 1024
 
-#: As many and one record more is what a host sends ahead by itself of a kept call, however short its records are.
+#: Maximum bytes, beside the longest record, that a host sends for a resumable call without an ack.
 _HARD_LIMIT = 8 * 1024 * 1024
 
-#: What a waiting record costs beside its bytes.
+#: Bytes that a buffered record needs beside its contents.
 _RECORD_OVERHEAD = 64
 
 
 class PendingWrites:
-    """How many runs have something that the store does not take at the moment."""
+    """The number of runs whose last write failed and is being retried."""
 
     def __init__(self) -> None:
         self.count = 0
 
 
 class RecordWriter:
-    """Stores the records of one job, from the first that is not stored on.
+    """Stores the records of one job, from the first that is not stored.
 
     Args:
         job_id: the job.
-        count: how many of its records are stored.
-        store: where they go.
-        news: who follows is told there.
-        trouble: counts what the store does not take.
-        on_stored: called with the number of stored records whenever there are more.
+        count: number of stored records.
+        store: stores the records.
+        news: publishes them to followers.
+        pending_writes: counts the failing writes.
+        on_stored: called with the number of stored records after each batch.
     """
 
     def __init__(
@@ -75,30 +75,35 @@ class RecordWriter:
         self._longest = 0
         self._in_flight = 0
         self._task: asyncio.Task[None] | None = None
-        #: How many are stored, or dropped because the store takes no more of them.
+        #: Number of records that are stored, or dropped after the end of the job.
         self.count = count
-        #: Whether the store takes no more of them: the job has ended.
+        #: Whether the job has ended, so that further records are dropped.
         self.closed = False
 
     @property
     def over_soft_limit(self) -> bool:
-        """Whether so much waits that no more should be added."""
+        """Whether the caller should wait for `flush` before it adds more."""
         return self._bytes > _SOFT_LIMIT
 
     @property
     def over_hard_limit(self) -> bool:
-        """Whether more waits than a host sends ahead that keeps to the protocol."""
+        """Whether more is buffered than a host may send without an ack."""
         return self._bytes - self._longest > _HARD_LIMIT
 
     @property
     def next_number(self) -> int:
-        """The number of the record to come."""
+        """The number of the next record."""
         return self.count + self._in_flight + len(self._values)
 
     def add_records(self, records: Sequence[Raw], made: float) -> None:
-        """Take the next records, one or more, made at this time; Unix seconds."""
+        """Buffer the next records.
+
+        Args:
+            records: one or more records.
+            made: Unix time at which they were made.
+        """
         if self.closed:
-            self.count += len(records)  # dropped, which is as good as stored to the host
+            self.count += len(records)  # dropped, but acked to the host
             return
         self._values += records
         self._made += [made] * len(records)
@@ -109,17 +114,17 @@ class RecordWriter:
             self._task = asyncio.create_task(self._store_batches())
 
     async def flush(self) -> None:
-        """Wait until nothing waits."""
+        """Wait until all buffered records are stored."""
         if self._task is not None:
             await asyncio.wait([self._task])
 
     def close_at(self, number: int) -> None:
-        """Take no more of them; the next to come has this number. Nothing waits: see `stored`."""
+        """Drop all further records; the next one has this number. Call `flush` before."""
         self.closed = True
         self.count = number
 
     def cancel(self) -> None:
-        """Drop what waits still."""
+        """Drop the buffered records."""
         if self._task is not None:
             self._task.cancel()
 
@@ -139,11 +144,11 @@ class RecordWriter:
                 else:
                     self._close(len(batch))
         except Exception:
-            log.exception("records lost by a fault of the dispatcher", extra={"job": self._job_id})
+            log.exception("cannot store records: internal error", extra={"job": self._job_id})
             self._close(self._in_flight)
 
     def _close(self, dropped: int) -> None:
-        """Take no more records, and drop those that wait."""
+        """Drop the buffered records and all further ones."""
         self.closed = True
         self.count += dropped + len(self._values)
         self._clear_buffer()
@@ -155,7 +160,7 @@ class RecordWriter:
 
 
 async def retry_until_stored(pending_writes: PendingWrites, job_id: str, write: Callable[[], Awaitable[T]]) -> T:
-    """Write, again and again until the store can."""
+    """Return the result of a write, and retry the write until the store succeeds."""
     failing = False
     try:
         while True:
@@ -163,8 +168,7 @@ async def retry_until_stored(pending_writes: PendingWrites, job_id: str, write: 
                 return await write()
             except StorageError as error:
                 if not failing:
-                    about = {"job": job_id, "error": str(error)}
-                    log.error("what a call brought can't be stored, trying again", extra=about)
+                    log.error("cannot store call data; retrying", extra={"job": job_id, "error": str(error)})
                     pending_writes.count += 1
                     failing = True
             await asyncio.sleep(_RETRY_DELAY)
