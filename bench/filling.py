@@ -130,7 +130,7 @@ def multiply(file: Path, times: int) -> None:
         # If this is cut short the file is made again.
         for pragma in ("locking_mode = EXCLUSIVE", "journal_mode = OFF", "synchronous = OFF", "cache_size = -500000"):
             db.execute(f"PRAGMA {pragma}").fetchall()
-        [(templates, first, last)] = db.execute("SELECT count(*), min(place), max(place) FROM jobs").fetchall()
+        [(templates, first, last)] = db.execute("SELECT count(*), min(seq), max(seq) FROM jobs").fetchall()
         if not first == 1 <= last == templates:
             raise ValueError(f"{file}: expected jobs at the places from 1 on, without a gap")
         step = _SPAN / times
@@ -168,7 +168,7 @@ def _tables(db: sqlite3.Connection) -> list[tuple[str, str, list[str]]]:
     found = []
     for (table,) in db.execute("SELECT name FROM sqlite_master WHERE type = 'table' ORDER BY name").fetchall():
         columns = [row[1] for row in db.execute(f"PRAGMA table_info({table})").fetchall()]
-        key = "place" if table == "jobs" else "job"
+        key = "seq" if table == "jobs" else "job"
         if key in columns:
             found.append((table, key, columns))
     return sorted(found, key=lambda one: one[0] != "jobs")

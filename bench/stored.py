@@ -62,9 +62,9 @@ def _size(store: str) -> int:
 def _ids(store: str, count: int) -> list[str]:
     """Ids of ended jobs, from anywhere in the store."""
     with _database(store) as db:
-        last = _one(db, "SELECT max(place) FROM jobs WHERE ended IS NOT NULL")
+        last = _one(db, "SELECT max(seq) FROM jobs WHERE ended IS NOT NULL")
         places = [random.randint(1, last) for _ in range(2 * count + 10)]  # noqa: S311 - no secret
-        found = [db.execute("SELECT id FROM jobs WHERE place = ? AND ended IS NOT NULL", (at,)) for at in places]
+        found = [db.execute("SELECT id FROM jobs WHERE seq = ? AND ended IS NOT NULL", (at,)) for at in places]
         return [id_ for cursor in found for (id_,) in cursor.fetchall()][:count]
 
 

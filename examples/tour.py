@@ -118,7 +118,7 @@ def cancel(system: System) -> None:
     print("not finished yet:", job.result() is harp.CALL_NOT_FINISHED)
     print("stopped by this, and its host has confirmed it:", job.cancel(wait=True))
     print("cancelled:", job.result() is harp.CALL_CANCELLED)
-    for process in job.details()["receipt"]["processes"]:
+    for process in job.details()["stop_report"]["processes"]:
         print("process", process["pid"], "was sent", *process["signals"], "and ended by", process["ended"])
     print(job.why())
 

@@ -68,9 +68,9 @@ def describe(details: JobDetails, situation: Situation) -> Envelope:
         records=Envelope(count=job.records, bytes=details.record_bytes),
         stop=job.stop.value if job.stop else None,
         holds_slot=job.holds_slot,
-        stopped=facts.stopped,
-        receipt=facts.receipt,
-        evidence=facts.evidence,
+        stop_request=facts.stopped,
+        stop_report=facts.receipt,
+        exit_info=facts.evidence,
         phases=_phases(job, facts, situation.timings),
         why=_why(details, situation),
     )
@@ -88,14 +88,14 @@ def _phases(job: Job, facts: Facts, own: Mapping[str, float]) -> Envelope:
     fork = _seconds(evidence, "fork")
     phases = Envelope(
         wait=_between(job.submitted, job.started),
-        connect=_seconds(call, "connecting"),
+        connect=_seconds(call, "connect_seconds"),
         authenticate=_seconds(evidence, "authentication"),
         fork=fork,
         run=None if fork is None or began is None else _between(began + fork, ended),
     )
     here = sum(seconds for name, seconds in phases.items() if name != "wait" and seconds is not None)
     took = _between(job.started, job.ended)
-    phases["rest"] = None if took is None or phases["run"] is None else _between(here, took)
+    phases["other"] = None if took is None or phases["run"] is None else _between(here, took)
     accept, store, store_end, deliver = map(own.get, ("accept", "store", "store_end", "deliver"))
     return Envelope(_rounded(accept=accept, store=store), **phases, **_rounded(store_end=store_end, deliver=deliver))
 
@@ -128,9 +128,8 @@ def _call(stored: Raw | None, situation: Situation) -> Envelope | Raw | None:
     run = situation.run
     if run is None:
         return stored
-    outage = run.outage
-    unreachable = None if outage is None else Envelope(outage.as_json())
-    return Envelope(run.describe_call(), contact=run.last_contact(situation.now), unreachable=unreachable)
+    outage = None if run.outage is None else Envelope(run.outage.as_json())
+    return Envelope(run.describe_call(), last_contact=run.last_contact(situation.now), outage=outage)
 
 
 def _why(details: JobDetails, situation: Situation) -> str:

@@ -99,7 +99,7 @@ def test_the_gate_is_killed(system: System) -> None:
     system.harpd.start()
     assert not any(is_dead(process.pid) for process in processes)
     assert system.rpc.web01.echo(1).get() == [1]
-    wait_until(lambda: job.details()["call"]["unreachable"] is None, what="contact")
+    wait_until(lambda: job.details()["call"]["outage"] is None, what="contact")
     assert job.cancel(wait=True)
     assert all(is_dead(process.pid) for process in processes)
 

@@ -117,7 +117,7 @@ def test_a_stream_goes_on_through_ten_kills(tmp_path: Path) -> None:
         assert list(whole.rpc.job(job.id()).stream()) == list(range(result))
         details = job.details()
         assert (details["state"], details["records"]["count"]) == ("returned", result)
-        assert details["evidence"]["by"] == "itself"
+        assert details["exit_info"]["by"] == "itself"
 
 
 def test_the_phases_of_a_job_add_up_to_its_time(tmp_path: Path) -> None:
@@ -154,10 +154,10 @@ def test_a_stop_is_proven_through_the_whole_chain(tmp_path: Path) -> None:
         assert all(map(is_dead, found))
         details = job.details()
         assert (details["stop"], details["holds_slot"]) == ("confirmed", False)
-        assert {one["pid"] for one in details["receipt"]["processes"]} >= set(found)
-        assert (details["receipt"]["survivors"], details["receipt"]["complete"]) == ([], True)
-        assert details["stopped"]["by"].startswith("127.0.0.1:")
-        assert details["evidence"]["by_whom"] == details["stopped"]["by"]
+        assert {one["pid"] for one in details["stop_report"]["processes"]} >= set(found)
+        assert (details["stop_report"]["survivors"], details["stop_report"]["complete"]) == ([], True)
+        assert details["stop_request"]["by"].startswith("127.0.0.1:")
+        assert details["exit_info"]["by_whom"] == details["stop_request"]["by"]
         assert "confirmed" in job.why()
         assert took < 0.5 + 20  # kill_grace, and what a slow machine may take for the rest
 
@@ -167,7 +167,7 @@ def test_a_cancel_while_the_host_is_cut_off(tmp_path: Path) -> None:
         host = whole.rpc.host("web01", queue={"q": 1})
         job = host.wait_for(str(tmp_path / "never"), 1)
         second = host.count(1)
-        wait_until(lambda: (job.details()["call"] or {}).get("warden"), DEADLINE, "the call")
+        wait_until(lambda: (job.details()["call"] or {}).get("instance"), DEADLINE, "the call")
         assert "is full (1 of 1: " + job.id() in second.why()
         warden = psutil.Process(whole.harpd.warden)
         call = next(
@@ -176,7 +176,7 @@ def test_a_cancel_while_the_host_is_cut_off(tmp_path: Path) -> None:
         whole.harpd.kill()
         assert job.cancel() is True
         assert job.result() is harp.CALL_CANCELLED
-        wait_until(lambda: job.details()["call"]["unreachable"], DEADLINE, "the loss of contact")
+        wait_until(lambda: job.details()["call"]["outage"], DEADLINE, "the loss of contact")
         details = job.details()
         assert (details["state"], details["stop"], details["holds_slot"]) == ("cancelled", "pending", True)
         assert "unreachable since" in job.why()
@@ -195,7 +195,7 @@ def test_a_host_that_stays_away_is_given_up_and_has_ended_the_call_itself(tmp_pa
         host = whole.rpc.host("web01", queue={"q": 1})
         job = host.wait_for(str(tmp_path / "never"), 1)
         second = host.wait_for(str(tmp_path / "never"), 2)
-        wait_until(lambda: (job.details()["call"] or {}).get("warden"), DEADLINE, "the call")
+        wait_until(lambda: (job.details()["call"] or {}).get("instance"), DEADLINE, "the call")
         whole.harpd.kill()
         wait_until(lambda: whole.harpd.statuses()[0]["calls"] == 0, DEADLINE, "the end of the call by itself")
         assert job.result() is harp.CALL_NOT_FINISHED
@@ -209,7 +209,7 @@ def test_a_host_that_stays_away_is_given_up_and_has_ended_the_call_itself(tmp_pa
         whole.harpd.start_gate()
         assert whole.rpc.web01.count(1).get() == 1
         wait_until(lambda: whole.harpd.statuses()[0]["held"] == 0, DEADLINE, "the unwanted call forgotten")
-        assert job.details()["evidence"]["by"] == "lost_contact"  # what it had to say is kept, its end stands
+        assert job.details()["exit_info"]["by"] == "lost_contact"  # what it had to say is kept, its end stands
         assert job.result().type == "host_lost"
 
 
@@ -276,7 +276,7 @@ def test_harpd_is_upgraded_under_running_calls(tmp_path: Path) -> None:
 def test_a_job_whose_call_its_host_does_not_know_is_missing_its_result(tmp_path: Path) -> None:
     with system(tmp_path) as whole:
         job = whole.rpc.web01.wait_for(str(tmp_path / "never"), 1)
-        wait_until(lambda: (job.details()["call"] or {}).get("warden"), DEADLINE, "the call")
+        wait_until(lambda: (job.details()["call"] or {}).get("instance"), DEADLINE, "the call")
         whole.dispatcher.kill()
         whole.harpd.stop()  # all calls end with it; nobody is there to be told
         whole.harpd.start()
@@ -292,7 +292,7 @@ def test_an_end_that_came_while_the_dispatcher_was_away_is_fetched(tmp_path: Pat
     done = tmp_path / "done"
     with system(tmp_path) as whole:
         job = whole.rpc.web01.wait_for(str(done), {"k": [1]})
-        wait_until(lambda: (job.details()["call"] or {}).get("warden"), DEADLINE, "the call")
+        wait_until(lambda: (job.details()["call"] or {}).get("instance"), DEADLINE, "the call")
         os.kill(whole.dispatcher.pid, number)
         whole.dispatcher.wait()
         done.touch()

@@ -16,7 +16,7 @@ JOB = "3f22e0d4-c8ed-11e5-8d66-001e8c140268"
 
 GET_DETAILS = {"harpcaller": 1, "get_details": JOB}
 CANCEL = {"harpcaller": 1, "cancel": JOB, "wait": True}
-DETAILS = {"job": JOB, "state": "queued", "position": 7, "why": 'queue {"db": "prod"} is full', "receipt": None}
+DETAILS = {"job": JOB, "state": "queued", "position": 7, "why": 'queue {"db": "prod"} is full', "stop_report": None}
 
 
 @pytest.fixture(params=["sync", "aio"])

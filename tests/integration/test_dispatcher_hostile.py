@@ -131,7 +131,7 @@ async def test_a_host_says_nothing_of_the_ends_of_others(tmp_path: Path) -> None
             assert (await result_of(dispatcher))[1] == Returned(b"1")
             await eventually(forged.is_set, what="the forged end")
             details = await dispatcher.details(job_id)
-            assert (details["evidence"], details["receipt"]) == (None, None)
+            assert (details["exit_info"], details["stop_report"]) == (None, None)
 
 
 async def test_a_list_that_is_too_long_is_none(tmp_path: Path) -> None:

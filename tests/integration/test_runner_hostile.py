@@ -120,7 +120,7 @@ def long_record():
             assert "longer than 50000 bytes" in end.message
             job = await settled(dispatcher, job_id)
             assert job.stop is Stop.CONFIRMED
-            assert (await dispatcher.details(job_id))["receipt"] is not None
+            assert (await dispatcher.details(job_id))["stop_report"] is not None
         assert harpd.status()["calls"] == 0
 
 

@@ -48,7 +48,7 @@ async def test_a_call_is_named_and_its_end_acknowledged(tmp_path: Path) -> None:
             for _ in range(2):  # asked once, not for each call
                 job_id, end = await result_of(dispatcher, timeout=3, max_exec_time=4)
                 assert end == Returned(b"[1]")
-            assert (await dispatcher.details(job_id))["evidence"] == b'{"exit": 0, "by": "itself"}'
+            assert (await dispatcher.details(job_id))["exit_info"] == b'{"exit": 0, "by": "itself"}'
     first, second = (request["call"] for request in requests)
     assert first.keys() == {
         "id", "owner", "secret", "warden", "keep_running", "linger", "timeout", "max_exec_time",
@@ -277,7 +277,7 @@ async def test_a_harpd_that_became_an_older_one_has_tied_calls(tmp_path: Path) -
         async with running(tmp_path, host_line(peer.port), kept_calls=True) as dispatcher:
             job_id, end = await result_of(dispatcher)
             assert end == Returned(b"1")
-            assert json.loads((await dispatcher.details(job_id))["call"])["kept"] is False
+            assert json.loads((await dispatcher.details(job_id))["call"])["resumable"] is False
 
 
 async def test_calls_that_nobody_wants_are_ended(tmp_path: Path) -> None:
@@ -310,7 +310,7 @@ async def test_calls_that_nobody_wants_are_ended(tmp_path: Path) -> None:
         async with running(tmp_path, host_line(peer.port), store=store, kept_calls=True) as dispatcher:
             assert (await result_of(dispatcher))[1] == Returned(b"1")
             await eventually(lambda: len(stopped) == 2, what="both ended")
-            assert (await dispatcher.details(job_id))["evidence"] == b'{"late": 1}'
+            assert (await dispatcher.details(job_id))["exit_info"] == b'{"late": 1}'
             end = await dispatcher.result(job_id, wait=False)
             assert isinstance(end, Failed)  # the first end stands
     assert sorted(stopped) == sorted([job_id, unknown])

@@ -286,9 +286,9 @@ def test_the_schema_knows_every_stop(database: sqlite3.Connection, stop: Stop) -
 
 
 def test_there_is_one_identity(database: sqlite3.Connection) -> None:
-    for only in (1, 2):
+    for singleton in (1, 2):
         with pytest.raises(sqlite3.IntegrityError):
-            database.execute("INSERT INTO identity (only, owner, key) VALUES (?, 'another', x'00')", (only,))
+            database.execute("INSERT INTO identity (singleton, owner, key) VALUES (?, 'another', x'00')", (singleton,))
 
 
 async def test_an_upgrade_cut_short_before_the_identity_is_made_good(
@@ -345,11 +345,11 @@ def test_a_list_is_read_in_its_order_from_an_index(database: sqlite3.Connection,
         "": {"PRIMARY KEY (rowid"},
         "_of_host": {"INDEX jobs_of_host (host=? AND rowid"},
         "_of_lane": {"INDEX jobs_of_queue (lane=? AND rowid"},
-        "_not_ended": {"INDEX jobs_not_ended (place"},
-        "_not_ended_of_host": {"COVERING INDEX jobs_not_ended (place"},
+        "_not_ended": {"INDEX jobs_not_ended (seq"},
+        "_not_ended_of_host": {"COVERING INDEX jobs_not_ended (seq"},
         "_not_ended_of_lane": {
-            "COVERING INDEX jobs_queued_of_lane (lane=? AND state=? AND place",
-            "INDEX jobs_holding_of_lane (lane=? AND holds_slot=? AND place",
+            "COVERING INDEX jobs_queued_of_lane (lane=? AND state=? AND seq",
+            "INDEX jobs_holding_of_lane (lane=? AND holds_slot=? AND seq",
         },
     }
     beyond = "<" if name.startswith("list_newest") else ">"
@@ -422,7 +422,7 @@ async def test_a_claim_costs_the_same_however_many_wait(tmp_path: Path) -> None:
 
 
 def test_a_place_in_a_queue_is_counted_in_an_index_alone(database: sqlite3.Connection) -> None:
-    plan = [row[3] for row in database.execute("EXPLAIN QUERY PLAN " + QUERIES["waiting"], Anything())]
+    plan = [row[3] for row in database.execute("EXPLAIN QUERY PLAN " + QUERIES["queue_position"], Anything())]
     for index in ("jobs_queued_of_lane", "jobs_holding_of_lane", "jobs_holding_on_host"):
         assert any(f"COVERING INDEX {index} " in step for step in plan), plan
 
@@ -443,9 +443,9 @@ async def test_the_times_of_records_take_little_room(tmp_path: Path, store: SQLi
     await store.append_records(job_id, 0, Records(values, [float(n // 1000) for n in range(50_000)]))
     await store.append_records(job_id, 50_000, Records(values, [float(n) for n in range(50_000)]))
     with closing(connect(tmp_path / FILE_NAME, query_only=True)) as connection:
-        few = "SELECT sum(length(made)) FROM records WHERE first < 50000"
+        few = "SELECT sum(length(timestamps)) FROM records WHERE first < 50000"
         assert connection.execute(few).fetchone()[0] <= (50 + 4) * 12
-        [(longest,)] = connection.execute("SELECT max(length(bytes) + length(made)) FROM records").fetchall()
+        [(longest,)] = connection.execute("SELECT max(length(bytes) + length(timestamps)) FROM records").fetchall()
         assert longest < 2 * 65536, "a chunk with many times is cut, too"
 
 
@@ -514,5 +514,5 @@ async def test_records_that_an_interrupted_pruning_left_go_with_the_next(tmp_pat
     assert await store.prune_jobs(0.0, 10) == 0
     await store.close()
     with closing(connect(tmp_path / FILE_NAME)) as connection:
-        for table in ("jobs", "calls", "ends", "facts", "records", "leftovers", "lanes"):
+        for table in ("jobs", "calls", "ends", "job_metadata", "records", "orphaned_records", "lanes"):
             assert connection.execute(f"SELECT count(*) FROM {table}").fetchall() == [(0,)], table

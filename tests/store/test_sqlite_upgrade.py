@@ -23,6 +23,33 @@ VERSION_1 = Path(__file__).with_name("version1.sql")
 
 QUEUE = Raw(b'{"db":"prod"}')
 
+# The facts of jobs as schemas 2 and 3 have them: call, contact, stopped, receipt, evidence. The last one is dropped.
+OLD_FACTS: dict[int, tuple[bytes | None, ...]] = {
+    1: (
+        b'{"address":"\\"kept\\":","attempts":1,"connecting":0.25,"kept":true,"warden":"ab\\ud800"}',
+        b'{"since":1.5}',
+        None,
+        None,
+        b'{"exit":0,"memory":100000000000000000000,"stderr":["\\"lost\\": 1"]}',
+    ),
+    3: (None, None, b'{"why":"limit","by":"dispatcher","at":1.50}', b'{"lost":{"since":1.5,"boot":"x"}}', None),
+    6: (b"null", None, b'{"why":"cancelled"}', b'{"held":false}', None),
+    7: (None, b'{"since":1.5}', None, None, None),
+}
+METADATA = {
+    1: Facts(
+        call=Raw(
+            b'{"address":"\\"kept\\":","attempts":1,"connect_seconds":0.25,"resumable":true,"instance":"ab\\ud800"}'
+        ),
+        evidence=Raw(b'{"exit":0,"memory":100000000000000000000,"stderr":["\\"lost\\": 1"]}'),
+    ),
+    3: Facts(
+        stopped=Raw(b'{"why":"limit","by":"dispatcher","at":1.50}'),
+        receipt=Raw(b'{"host_lost":{"since":1.5,"boot":"x"}}'),
+    ),
+    6: Facts(call=Raw(b"null"), stopped=Raw(b'{"why":"cancelled"}'), receipt=Raw(b'{"known":false}')),
+}
+
 
 def number(job: Job) -> int:
     return int(job.id[-12:])
@@ -33,13 +60,17 @@ def job_id(n: int) -> str:
 
 
 def write_version(version: int, directory: Path) -> None:
-    """Write a store of this version: the jobs of version 1, upgraded as far."""
+    """Write a store of this schema: the jobs of schema 1, upgraded, with facts from schema 2 on."""
     with closing(sqlite3.connect(directory / FILE_NAME)) as connection:
         connection.execute("PRAGMA auto_vacuum = INCREMENTAL")
         connection.execute(f"PRAGMA application_id = {int.from_bytes(b'HARP', 'big')}")
         connection.executescript(VERSION_1.read_text())
         for step in range(2, version + 1):
             connection.executescript(f"BEGIN; {MIGRATIONS[step]} INSERT INTO schema_version VALUES ({step}); COMMIT;")
+            if step == 2:
+                rows = [(job, *facts) for job, facts in OLD_FACTS.items()]
+                connection.executemany("INSERT INTO facts VALUES (?, ?, ?, ?, ?, ?)", rows)
+        connection.commit()
 
 
 @pytest.fixture(params=range(1, max(MIGRATIONS)))
@@ -113,12 +144,17 @@ async def test_a_stream_goes_on(store: SQLiteStore) -> None:
     assert await store.finish_job(job_id(7), Returned(Raw(b"1")), 201.0)
 
 
-async def test_there_are_no_facts_until_some_are_noted(store: SQLiteStore) -> None:
+@pytest.mark.parametrize("version", range(1, max(MIGRATIONS)))
+async def test_upgrade_renames_the_keys_of_stored_metadata(tmp_path: Path, version: int) -> None:
+    write_version(version, tmp_path)
+    store = await open_store(tmp_path)
     for n in range(1, 13):
-        assert (await store.get_details(job_id(n))).facts == NO_FACTS
+        expected = METADATA.get(n, NO_FACTS) if version > 1 else NO_FACTS
+        assert (await store.get_details(job_id(n))).facts == expected
     facts = Facts(evidence=Raw(b"{}"))
-    assert await store.note_facts(job_id(1), facts)
-    assert (await store.get_details(job_id(1))).facts == facts
+    assert await store.note_facts(job_id(2), facts)
+    assert (await store.get_details(job_id(2))).facts == facts
+    await store.close()
 
 
 async def test_it_is_used_like_a_new_one(tmp_path: Path, store: SQLiteStore) -> None:
@@ -150,8 +186,12 @@ async def test_its_schema_is_that_of_a_new_one(tmp_path: Path, store: SQLiteStor
     assert found[0] == found[1]
 
 
-@pytest.mark.parametrize(("version", "written"), [(2, 3), (3, 0)], ids=["2: the running ones", "3: none"])
-def test_an_upgrade_writes_no_old_job_again(tmp_path: Path, version: int, written: int) -> None:
+@pytest.mark.parametrize(
+    ("version", "written"),
+    [(2, 3), (3, 0), (4, len(METADATA))],
+    ids=["2: the running ones", "3: none", "4: their metadata"],
+)
+def test_upgrade_writes_no_old_job_again(tmp_path: Path, version: int, written: int) -> None:
     write_version(version - 1, tmp_path)
     with closing(connect(tmp_path / FILE_NAME)) as connection:
         before = connection.total_changes

@@ -92,7 +92,7 @@ async def acknowledged(dispatcher: Dispatcher, job_id: str) -> None:
 
     async def looked() -> bool:
         at = (await dispatcher.details(job_id))["call"]
-        return isinstance(at, dict) and at["warden"] is not None
+        return isinstance(at, dict) and at["instance"] is not None
 
     predicate: Callable[[], bool | Awaitable[bool]] = looked
     await eventually(predicate, what="the acknowledgement")
@@ -103,7 +103,7 @@ async def lost(dispatcher: Dispatcher, job_id: str) -> None:
 
     async def looked() -> bool:
         at = (await dispatcher.details(job_id))["call"]
-        return isinstance(at, dict) and at["unreachable"] is not None
+        return isinstance(at, dict) and at["outage"] is not None
 
     predicate: Callable[[], bool | Awaitable[bool]] = looked
     await eventually(predicate, what="the loss of contact")

@@ -46,7 +46,7 @@ def rows_of(db: sqlite3.Connection, place: int) -> dict[str, list[dict[str, Any]
     found = {}
     for (table,) in db.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall():
         columns = [row[1] for row in db.execute(f"PRAGMA table_info({table})").fetchall()]
-        key = "place" if table == "jobs" else "job"
+        key = "seq" if table == "jobs" else "job"
         if key in columns:
             rows = db.execute(f"SELECT * FROM {table} WHERE {key} = ?", (place,)).fetchall()
             found[table] = [dict(zip(columns, row, strict=True)) for row in rows]
@@ -54,10 +54,10 @@ def rows_of(db: sqlite3.Connection, place: int) -> dict[str, list[dict[str, Any]
 
 
 def test_copies_are_as_the_jobs_that_ran(database: sqlite3.Connection) -> None:
-    own = {"place", "job", "id", "submitted", "started", "ended"}
+    own = {"seq", "job", "id", "submitted", "started", "ended"}
     for place in range(1, filling.TEMPLATES + 1):
         ran = rows_of(database, place)
-        assert {"jobs", "calls", "ends", "records", "facts"} <= {table for table, rows in ran.items() if rows}
+        assert {"jobs", "calls", "ends", "records", "job_metadata"} <= {table for table, rows in ran.items() if rows}
         for number in range(1, COPIES):
             copy = rows_of(database, place + number * filling.TEMPLATES)
             assert copy.keys() == ran.keys()
@@ -84,7 +84,7 @@ def test_every_row_of_the_store_belongs_to_a_job_that_there_is(database: sqlite3
     assert database.execute("SELECT count(*), count(DISTINCT id) FROM jobs").fetchall() == [(JOBS, JOBS)]
     assert database.execute("SELECT sum(records) FROM jobs").fetchall() == [(JOBS * filling.RECORDS,)]
     # A table that is new to the schema and knows jobs by another name would be left out: then this has to be told.
-    known = {"schema_version", "sqlite_sequence", "lanes", "leftovers", "identity"}
+    known = {"schema_version", "sqlite_sequence", "lanes", "orphaned_records", "identity"}
     tables = {table for (table,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall()}
     per_job = {table for table, rows in rows_of(database, 1).items() if rows}
     assert tables - known == per_job
@@ -121,7 +121,7 @@ def test_a_store_whose_jobs_are_not_the_first_is_not_multiplied(store: Path, tmp
     filling.copied(store, tmp_path / "jobs")
     file = tmp_path / "jobs" / FILE_NAME
     with closing(sqlite3.connect(file)) as db:
-        db.execute("DELETE FROM jobs WHERE place = 7")
+        db.execute("DELETE FROM jobs WHERE seq = 7")
         db.commit()
     with pytest.raises(ValueError, match="without a gap"):
         filling.multiply(file, 2)
@@ -157,7 +157,7 @@ def test_simulated_hosts_are_as_real_ones_to_a_dispatcher(tmp_path: Path, kept: 
                 rpc.host(names[0]).fly().get()
             stop = dispatcher.ask(get_details=watched.id())[0]["details"]
             if kept:
-                assert (stop["stop"], stop["receipt"]["complete"]) == ("confirmed", True)
+                assert (stop["stop"], stop["stop_report"]["complete"]) == ("confirmed", True)
 
 
 def test_addresses_of_many_hosts_differ() -> None:

@@ -27,7 +27,7 @@ SITUATION = Situation(
 )
 EVIDENCE = {"by": "itself", "started": 5000.0, "ended": 5000.5, "authentication": 0.125, "fork": 0.25}
 OWN = dict.fromkeys(("accept", "store", "store_end", "deliver"))
-NOTHING = {**dict.fromkeys(("wait", "connect", "authenticate", "fork", "run", "rest")), **OWN}
+NOTHING = {**dict.fromkeys(("wait", "connect", "authenticate", "fork", "run", "other")), **OWN}
 
 
 def phases(started: float | None, ended: float | None, facts: Facts = NO_FACTS) -> dict[str, Any]:
@@ -43,14 +43,14 @@ def phases(started: float | None, ended: float | None, facts: Facts = NO_FACTS) 
 
 def facts(evidence: Any, call: Any = None) -> Facts:
     return Facts(
-        call=Raw(json.dumps(call or {"connecting": 0.0625}).encode()), evidence=Raw(json.dumps(evidence).encode())
+        call=Raw(json.dumps(call or {"connect_seconds": 0.0625}).encode()), evidence=Raw(json.dumps(evidence).encode())
     )
 
 
 def test_all_phases_of_a_job_add_up() -> None:
     found = phases(101.5, 103.0, facts(EVIDENCE))
     assert found == {
-        "wait": 1.5, "connect": 0.0625, "authenticate": 0.125, "fork": 0.25, "run": 0.25, "rest": 0.8125, **OWN,
+        "wait": 1.5, "connect": 0.0625, "authenticate": 0.125, "fork": 0.25, "run": 0.25, "other": 0.8125, **OWN,
     }  # fmt: skip
     assert sum(filter(None, found.values())) == 3.0, "from submission to end"
 
@@ -89,13 +89,13 @@ def test_without_the_hosts_word_there_is_no_rest() -> None:
 def test_clocks_that_disagree_make_nothing_negative() -> None:
     found = phases(99.0, 100.0, facts({**EVIDENCE, "ended": 4000.0}))
     assert (found["wait"], found["run"]) == (0.0, 0.0)
-    assert phases(101.0, 101.25, facts({**EVIDENCE, "ended": 5001.0}))["rest"] == 0.0
+    assert phases(101.0, 101.25, facts({**EVIDENCE, "ended": 5001.0}))["other"] == 0.0
 
 
 @pytest.mark.parametrize("said", ["1", None, True, [1], -1, 10**400, 1e300])
 def test_what_a_host_says_may_be_anything(said: Any) -> None:
     found = phases(101.0, 102.0, facts({**EVIDENCE, "fork": said, "authentication": said}))
-    assert (found["fork"], found["authenticate"], found["run"], found["rest"]) == (None,) * 4
+    assert (found["fork"], found["authenticate"], found["run"], found["other"]) == (None,) * 4
 
 
 @pytest.mark.parametrize("evidence", [b"[]", b'{"fork":1' + b"0" * 5000 + b"}", b'{"fork":1e999}'])

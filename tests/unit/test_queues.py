@@ -49,7 +49,7 @@ def test_a_lane_has_a_short_key_for_any_name() -> None:
 
 @dataclass
 class Lane:
-    """A lane in memory: places and hosts of those who wait, and how many more may start."""
+    """A lane in memory: seqs and hosts of those who wait, and how many more may start."""
 
     waiting: deque[Head]
     room: int
@@ -63,9 +63,9 @@ class Lanes:
         self.holding = holding
         self.asked: Counter[str] = Counter()
 
-    def next_head(self, place: int) -> Head | None:
+    def next_head(self, seq: int) -> Head | None:
         heads = [lane.waiting[0] for lane in self.lanes if lane.waiting and lane.room]
-        return min((head for head in heads if head.place > place), key=lambda head: head.place, default=None)
+        return min((head for head in heads if head.seq > seq), key=lambda head: head.seq, default=None)
 
     def holding_on(self, host: str) -> int:
         self.asked[host] += 1
@@ -77,12 +77,12 @@ class Lanes:
             [lane] = [lane for lane in self.lanes if lane.waiting and lane.waiting[0] == head]
             lane.waiting.popleft()
             lane.room -= 1
-            started.append(head.place)
+            started.append(head.seq)
         return started
 
 
-def lane(host: str, *places: int, room: int = 1000) -> Lane:
-    return Lane(deque(Head(place, host) for place in places), room)
+def lane(host: str, *seqs: int, room: int = 1000) -> Lane:
+    return Lane(deque(Head(seq, host) for seq in seqs), room)
 
 
 def test_by_order_of_submission_across_lanes() -> None:
@@ -122,10 +122,10 @@ def test_as_if_everyone_was_looked_at(
     queues = [deque[Head]() for _ in rooms]
     expected: list[int] = []
     used, room, held = Counter(holding), list(rooms), set[int]()
-    for place, (host, queue) in enumerate(waiting, 1):
-        queues[queue].append(Head(place, host))
+    for seq, (host, queue) in enumerate(waiting, 1):
+        queues[queue].append(Head(seq, host))
         if queue not in held and room[queue] > 0 and used[host] < host_concurrency and len(expected) < limit:
-            expected.append(place)
+            expected.append(seq)
             used[host] += 1
             room[queue] -= 1
         else:

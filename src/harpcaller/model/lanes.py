@@ -41,9 +41,9 @@ def _digest(text: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """The first waiting job of a lane: its place in the order of submission, and its host."""
+    """The first waiting job of a lane: its seq in the order of submission, and its host."""
 
-    place: int
+    seq: int
     host: str
 
 
@@ -60,16 +60,16 @@ def startable(
     As that one was submitted later, one sweep in the order of submission sees every job that may start.
 
     Args:
-        next_head: gives the first head behind a place among the lanes whose own limit has room.
+        next_head: gives the first head behind a seq among the lanes whose own limit has room.
         holding_on: how many jobs hold a slot on a host; asked at most once for each.
         limit: how many to yield at most.
         host_concurrency: how many jobs may hold a slot on one host. A head whose host is full stays, and its lane
             waits.
     """
     room: dict[str, int] = {}
-    place = 0
-    while limit > 0 and (head := next_head(place)) is not None:
-        place = head.place
+    seq = 0
+    while limit > 0 and (head := next_head(seq)) is not None:
+        seq = head.seq
         if head.host not in room:
             room[head.host] = host_concurrency - holding_on(head.host)
         if room[head.host] > 0:

@@ -205,9 +205,9 @@ class Run:
             "address": host.address if host else None,
             "port": host.port if host else None,
             "attempts": self._attempts,
-            "connecting": self._deadlines.connect_seconds,
-            "kept": terms is not None or (self._resumable and self._outage is not None),
-            "warden": terms.warden if terms else None,
+            "connect_seconds": self._deadlines.connect_seconds,
+            "resumable": terms is not None or (self._resumable and self._outage is not None),
+            "instance": terms.warden if terms else None,
         }
 
     def last_contact(self, now: float) -> float | None:
@@ -555,12 +555,12 @@ class Run:
         message = f"host {self.job.host} could not be reached for {self._host_timeout():g} s, {self._outage.describe()}"
         if not self._outcome.has_ended:
             return await self._finish(Failed("host_lost", message, dumps(outage)), Stop.FAILED)
-        return await self._finish_stop(Stop.FAILED, facts=Facts(receipt=dumps({"lost": outage})))
+        return await self._finish_stop(Stop.FAILED, facts=Facts(receipt=dumps({"host_lost": outage})))
 
     async def _on_unknown_call(self, host: Host) -> Outcome:
         assert self._outage is not None
         if self._outcome.has_ended:
-            return await self._finish_stop(Stop.CONFIRMED, facts=Facts(receipt=Raw(b'{"held":false}')))
+            return await self._finish_stop(Stop.CONFIRMED, facts=Facts(receipt=Raw(b'{"known":false}')))
         message = (
             f"{describe_host(host)} does not hold the job's call: it never started, or its end was lost; the contact"
         )

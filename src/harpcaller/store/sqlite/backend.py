@@ -103,7 +103,7 @@ class SQLiteStore:
     list_queues = _reads(reads.list_queues)
 
     _delete_jobs = _writes(pruning.delete_jobs)
-    _delete_leftover_records = _writes(pruning.delete_leftover_records)
+    _delete_orphaned_records = _writes(pruning.delete_orphaned_records)
     _give_back_space = _writes(pruning.give_back_space)
     _checkpoint = _reads(pruning.checkpoint)
 
@@ -112,7 +112,7 @@ class SQLiteStore:
         pruned = 0
         while deleted := await self._delete_jobs(ended_before, limit - pruned):
             pruned += deleted
-        while await self._delete_leftover_records():
+        while await self._delete_orphaned_records():
             pass
         while await self._give_back_space():
             pass

@@ -9,7 +9,7 @@ import sqlite3
 
 from harpcaller.store.sqlite.sql import QUERIES
 
-__all__ = ["checkpoint", "delete_jobs", "delete_leftover_records", "give_back_space"]
+__all__ = ["checkpoint", "delete_jobs", "delete_orphaned_records", "give_back_space"]
 
 # One step deletes about this much.
 _STEP_JOBS = 100
@@ -19,33 +19,33 @@ _STEP_PAGES = 512
 
 
 def delete_jobs(db: sqlite3.Connection, ended_before: float, limit: int) -> int:
-    """Delete a few of the jobs that ended before and hold no slot; their records become leftovers. Returns how many."""
+    """Delete a few of the jobs that ended before and hold no slot; return how many."""
     found = {"before": ended_before, "limit": min(limit, _STEP_JOBS)}
     deleted = 0
     room = _STEP_BYTES
-    for place, size in db.execute(QUERIES["old_jobs"], found).fetchall():
+    for seq, size in db.execute(QUERIES["old_jobs"], found).fetchall():
         if room <= 0:
             break
-        db.execute(QUERIES["add_leftover"], {"place": place})
-        db.execute(QUERIES["delete_job"], {"place": place})
+        db.execute(QUERIES["orphan_records"], {"seq": seq})
+        db.execute(QUERIES["delete_job"], {"seq": seq})
         room -= size
         deleted += 1
     return deleted
 
 
-def delete_leftover_records(db: sqlite3.Connection) -> bool:
+def delete_orphaned_records(db: sqlite3.Connection) -> bool:
     """Delete some of the records that deleted jobs left. Returns whether there may be more."""
-    [(place,)] = db.execute(QUERIES["first_leftover"]).fetchall()
-    if place is None:
+    [(seq,)] = db.execute(QUERIES["first_orphaned_records"]).fetchall()
+    if seq is None:
         return False
-    step = {"place": place, "limit": _STEP_CHUNKS}
+    step = {"seq": seq, "limit": _STEP_CHUNKS}
     room = _STEP_BYTES
-    for rowid, size in db.execute(QUERIES["chunks"], step).fetchall():
+    for rowid, size in db.execute(QUERIES["orphaned_chunks"], step).fetchall():
         if room <= 0:
             break
         db.execute(QUERIES["delete_chunk"], {"rowid": rowid})
         room -= size
-    db.execute(QUERIES["delete_leftover"], {"place": place})
+    db.execute(QUERIES["forget_orphaned_records"], {"seq": seq})
     return True
 
 

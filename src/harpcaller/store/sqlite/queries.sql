@@ -8,7 +8,7 @@ INSERT INTO lanes (lane, queue, concurrency) VALUES (?, ?, ?) ON CONFLICT DO NOT
 -- name: add_job
 INSERT INTO jobs (id, lane, host, submitted) VALUES (?, ?, ?, ?);
 
--- name: last_place
+-- name: last_seq
 SELECT last_insert_rowid();
 
 -- name: add_call
@@ -16,183 +16,183 @@ INSERT INTO calls (job, procedure, arguments, timeout, max_exec_time, queue, inf
 VALUES (?, ?, ?, ?, ?, ?, ?);
 
 -- name: next_head
--- The first head behind a place, of the lanes that have room.
-SELECT jobs.place, jobs.host FROM lanes INDEXED BY lanes_with_room JOIN jobs ON jobs.place = lanes.head
-WHERE lanes.head > :place AND lanes.is_full = 0 ORDER BY lanes.head LIMIT 1;
+-- The first head behind a seq, of the lanes that have room.
+SELECT jobs.seq, jobs.host FROM lanes INDEXED BY lanes_with_room JOIN jobs ON jobs.seq = lanes.head
+WHERE lanes.head > :seq AND lanes.is_full = 0 ORDER BY lanes.head LIMIT 1;
 
 -- name: holding_on_host
 SELECT count(*) FROM jobs INDEXED BY jobs_holding_on_host WHERE host = :host AND holds_slot = 1;
 
 -- name: start_job
 -- A claim may have been asked for before the job, and comes behind it all the same.
-UPDATE jobs SET state = 'running', started = max(:now, submitted), holds_slot = 1 WHERE place = :place;
+UPDATE jobs SET state = 'running', started = max(:now, submitted), holds_slot = 1 WHERE seq = :seq;
 
 -- name: find_job
-SELECT place, state, records, holds_slot FROM jobs WHERE id = :id;
+SELECT seq, state, records, holds_slot FROM jobs WHERE id = :id;
 
 -- name: end_job
-UPDATE jobs SET state = :state, ended = :now, stop = :stop, holds_slot = :holds_slot WHERE place = :place;
+UPDATE jobs SET state = :state, ended = :now, stop = :stop, holds_slot = :holds_slot WHERE seq = :seq;
 
 -- name: add_end
-INSERT INTO ends (job, body) VALUES (:place, :body);
+INSERT INTO ends (job, body) VALUES (:seq, :body);
 
 -- name: settle_stop
-UPDATE jobs SET stop = :stop, holds_slot = :holds_slot WHERE place = :place;
+UPDATE jobs SET stop = :stop, holds_slot = :holds_slot WHERE seq = :seq;
 
 -- name: release_slot
-UPDATE jobs SET holds_slot = 0 WHERE place = :place;
+UPDATE jobs SET holds_slot = 0 WHERE seq = :seq;
 
--- name: note_facts
+-- name: update_metadata
 -- A parameter that is NULL leaves its column as it is.
-INSERT INTO facts (job, call, stopped, receipt, evidence) VALUES (:place, :call, :stopped, :receipt, :evidence)
+INSERT INTO job_metadata (job, call, stop_request, stop_report, exit_info) VALUES (:seq, :call, :stop_request, :stop_report, :exit_info)
 ON CONFLICT (job) DO UPDATE SET
     call = coalesce(:call, call),
-    stopped = coalesce(:stopped, stopped),
-    receipt = coalesce(:receipt, receipt),
-    evidence = coalesce(:evidence, evidence);
+    stop_request = coalesce(:stop_request, stop_request),
+    stop_report = coalesce(:stop_report, stop_report),
+    exit_info = coalesce(:exit_info, exit_info);
 
 -- name: not_ended_of_lane
-SELECT place, id, state FROM jobs INDEXED BY jobs_queued_of_lane WHERE lane = :lane AND state = 'queued'
+SELECT seq, id, state FROM jobs INDEXED BY jobs_queued_of_lane WHERE lane = :lane AND state = 'queued'
 UNION ALL
-SELECT place, id, state FROM jobs INDEXED BY jobs_holding_of_lane
+SELECT seq, id, state FROM jobs INDEXED BY jobs_holding_of_lane
 WHERE lane = :lane AND holds_slot = 1 AND state = 'running'
-ORDER BY place;
+ORDER BY seq;
 
 -- name: last_chunk
 -- The last chunk of a job's records, when it is small enough to grow.
-SELECT first, count, bytes, made FROM records
-WHERE job = :place AND first = (SELECT max(first) FROM records WHERE job = :place)
-    AND length(bytes) + length(made) < :most;
+SELECT first, count, bytes, timestamps FROM records
+WHERE job = :seq AND first = (SELECT max(first) FROM records WHERE job = :seq)
+    AND length(bytes) + length(timestamps) < :most;
 
 -- name: add_chunk
-INSERT INTO records (job, first, count, bytes, made) VALUES (:place, :first, :count, :bytes, :made);
+INSERT INTO records (job, first, count, bytes, timestamps) VALUES (:seq, :first, :count, :bytes, :timestamps);
 
 -- name: grow_chunk
-UPDATE records SET count = :count, bytes = :bytes, made = :made WHERE job = :place AND first = :first;
+UPDATE records SET count = :count, bytes = :bytes, timestamps = :timestamps WHERE job = :seq AND first = :first;
 
 -- name: count_records
-UPDATE jobs SET records = :records WHERE place = :place;
+UPDATE jobs SET records = :records WHERE seq = :seq;
 
 -- name: old_jobs
 -- Ended jobs with the size of what is stored of them, without the records; the oldest end first.
-SELECT jobs.place,
+SELECT jobs.seq,
     length(calls.arguments) + length(calls.info) + coalesce(length(ends.body), 0)
-    + coalesce(length(facts.call), 0) + coalesce(length(facts.stopped), 0)
-    + coalesce(length(facts.receipt), 0) + coalesce(length(facts.evidence), 0)
+    + coalesce(length(job_metadata.call), 0) + coalesce(length(job_metadata.stop_request), 0)
+    + coalesce(length(job_metadata.stop_report), 0) + coalesce(length(job_metadata.exit_info), 0)
 FROM jobs INDEXED BY jobs_ended
-    JOIN calls ON calls.job = jobs.place
-    LEFT JOIN ends ON ends.job = jobs.place
-    LEFT JOIN facts ON facts.job = jobs.place
+    JOIN calls ON calls.job = jobs.seq
+    LEFT JOIN ends ON ends.job = jobs.seq
+    LEFT JOIN job_metadata ON job_metadata.job = jobs.seq
 WHERE jobs.ended < :before AND jobs.holds_slot = 0 ORDER BY jobs.ended LIMIT :limit;
 
--- name: add_leftover
-INSERT INTO leftovers (job) SELECT :place WHERE EXISTS (SELECT 1 FROM records WHERE job = :place);
+-- name: orphan_records
+INSERT INTO orphaned_records (job) SELECT :seq WHERE EXISTS (SELECT 1 FROM records WHERE job = :seq);
 
 -- name: delete_job
-DELETE FROM jobs WHERE place = :place;
+DELETE FROM jobs WHERE seq = :seq;
 
--- name: first_leftover
-SELECT min(job) FROM leftovers;
+-- name: first_orphaned_records
+SELECT min(job) FROM orphaned_records;
 
--- name: chunks
-SELECT rowid, length(bytes) FROM records WHERE job = :place LIMIT :limit;
+-- name: orphaned_chunks
+SELECT rowid, length(bytes) FROM records WHERE job = :seq LIMIT :limit;
 
 -- name: delete_chunk
 DELETE FROM records WHERE rowid = :rowid;
 
--- name: delete_leftover
-DELETE FROM leftovers WHERE job = :place AND NOT EXISTS (SELECT 1 FROM records WHERE job = :place);
+-- name: forget_orphaned_records
+DELETE FROM orphaned_records WHERE job = :seq AND NOT EXISTS (SELECT 1 FROM records WHERE job = :seq);
 
 -- name: get_job
-SELECT * FROM whole_jobs WHERE id = :id;
+SELECT * FROM job_view WHERE id = :id;
 
--- name: get_job_at
-SELECT * FROM whole_jobs WHERE place = :place;
+-- name: get_job_by_seq
+SELECT * FROM job_view WHERE seq = :seq;
 
--- name: get_facts
-SELECT call, stopped, receipt, evidence FROM facts WHERE job = :place;
+-- name: get_metadata
+SELECT call, stop_request, stop_report, exit_info FROM job_metadata WHERE job = :seq;
 
 -- name: record_bytes
 -- Without the line feeds between them.
-SELECT coalesce(sum(length(bytes) - count + 1), 0) FROM records WHERE job = :place;
+SELECT coalesce(sum(length(bytes) - count + 1), 0) FROM records WHERE job = :seq;
 
--- name: waiting
+-- name: queue_position
 SELECT
     (
         SELECT count(*) FROM jobs INDEXED BY jobs_queued_of_lane
-        WHERE lane = waiting.lane AND state = 'queued' AND place <= waiting.place
+        WHERE lane = waiting.lane AND state = 'queued' AND seq <= waiting.seq
     ),
     lanes.concurrency,
     (SELECT count(*) FROM jobs INDEXED BY jobs_holding_of_lane WHERE lane = waiting.lane AND holds_slot = 1),
     (SELECT count(*) FROM jobs INDEXED BY jobs_holding_on_host WHERE host = waiting.host AND holds_slot = 1)
 FROM jobs AS waiting JOIN lanes ON lanes.lane = waiting.lane
-WHERE waiting.place = :place;
+WHERE waiting.seq = :seq;
 
--- name: holders
+-- name: slot_holders
 SELECT jobs.id FROM jobs INDEXED BY jobs_holding_of_lane
-WHERE jobs.lane = (SELECT lane FROM jobs WHERE place = :place) AND jobs.holds_slot = 1
-ORDER BY jobs.place LIMIT :limit;
+WHERE jobs.lane = (SELECT lane FROM jobs WHERE seq = :seq) AND jobs.holds_slot = 1
+ORDER BY jobs.seq LIMIT :limit;
 
 -- name: held_jobs
-SELECT * FROM whole_jobs
-WHERE place IN (SELECT place FROM jobs INDEXED BY jobs_holding_on_host WHERE holds_slot = 1) ORDER BY place;
+SELECT * FROM job_view
+WHERE seq IN (SELECT seq FROM jobs INDEXED BY jobs_holding_on_host WHERE holds_slot = 1) ORDER BY seq;
 
 -- name: list_jobs
-SELECT * FROM whole_jobs WHERE place > :after ORDER BY place LIMIT :limit;
+SELECT * FROM job_view WHERE seq > :after ORDER BY seq LIMIT :limit;
 
 -- name: list_jobs_of_host
-SELECT * FROM whole_jobs WHERE host = :host AND place > :after ORDER BY place LIMIT :limit;
+SELECT * FROM job_view WHERE host = :host AND seq > :after ORDER BY seq LIMIT :limit;
 
 -- name: list_jobs_of_lane
-SELECT * FROM whole_jobs WHERE lane = :lane AND lane >= 'queue:' AND place > :after
-ORDER BY place LIMIT :limit;
+SELECT * FROM job_view WHERE lane = :lane AND lane >= 'queue:' AND seq > :after
+ORDER BY seq LIMIT :limit;
 
 -- name: list_jobs_not_ended
-SELECT * FROM whole_jobs WHERE ended IS NULL AND place > :after ORDER BY place LIMIT :limit;
+SELECT * FROM job_view WHERE ended IS NULL AND seq > :after ORDER BY seq LIMIT :limit;
 
 -- name: list_jobs_not_ended_of_host
-SELECT * FROM whole_jobs WHERE place IN (
-    SELECT place FROM jobs INDEXED BY jobs_not_ended WHERE ended IS NULL AND host = :host AND place > :after
-    ORDER BY place LIMIT :limit
-) ORDER BY place;
+SELECT * FROM job_view WHERE seq IN (
+    SELECT seq FROM jobs INDEXED BY jobs_not_ended WHERE ended IS NULL AND host = :host AND seq > :after
+    ORDER BY seq LIMIT :limit
+) ORDER BY seq;
 
 -- name: list_jobs_not_ended_of_lane
-SELECT * FROM whole_jobs WHERE place IN (
-    SELECT place FROM jobs INDEXED BY jobs_queued_of_lane WHERE lane = :lane AND state = 'queued' AND place > :after
+SELECT * FROM job_view WHERE seq IN (
+    SELECT seq FROM jobs INDEXED BY jobs_queued_of_lane WHERE lane = :lane AND state = 'queued' AND seq > :after
     UNION ALL
-    SELECT place FROM jobs INDEXED BY jobs_holding_of_lane
-    WHERE lane = :lane AND holds_slot = 1 AND state = 'running' AND place > :after
-    ORDER BY place LIMIT :limit
-) ORDER BY place;
+    SELECT seq FROM jobs INDEXED BY jobs_holding_of_lane
+    WHERE lane = :lane AND holds_slot = 1 AND state = 'running' AND seq > :after
+    ORDER BY seq LIMIT :limit
+) ORDER BY seq;
 
 -- name: list_newest
--- The same lists from their other end, for jobs before a place.
-SELECT * FROM whole_jobs WHERE place < :after ORDER BY place DESC LIMIT :limit;
+-- The same lists from their other end, for jobs before a seq.
+SELECT * FROM job_view WHERE seq < :after ORDER BY seq DESC LIMIT :limit;
 
 -- name: list_newest_of_host
-SELECT * FROM whole_jobs WHERE host = :host AND place < :after ORDER BY place DESC LIMIT :limit;
+SELECT * FROM job_view WHERE host = :host AND seq < :after ORDER BY seq DESC LIMIT :limit;
 
 -- name: list_newest_of_lane
-SELECT * FROM whole_jobs WHERE lane = :lane AND lane >= 'queue:' AND place < :after
-ORDER BY place DESC LIMIT :limit;
+SELECT * FROM job_view WHERE lane = :lane AND lane >= 'queue:' AND seq < :after
+ORDER BY seq DESC LIMIT :limit;
 
 -- name: list_newest_not_ended
-SELECT * FROM whole_jobs WHERE ended IS NULL AND place < :after ORDER BY place DESC LIMIT :limit;
+SELECT * FROM job_view WHERE ended IS NULL AND seq < :after ORDER BY seq DESC LIMIT :limit;
 
 -- name: list_newest_not_ended_of_host
-SELECT * FROM whole_jobs WHERE place IN (
-    SELECT place FROM jobs INDEXED BY jobs_not_ended WHERE ended IS NULL AND host = :host AND place < :after
-    ORDER BY place DESC LIMIT :limit
-) ORDER BY place DESC;
+SELECT * FROM job_view WHERE seq IN (
+    SELECT seq FROM jobs INDEXED BY jobs_not_ended WHERE ended IS NULL AND host = :host AND seq < :after
+    ORDER BY seq DESC LIMIT :limit
+) ORDER BY seq DESC;
 
 -- name: list_newest_not_ended_of_lane
-SELECT * FROM whole_jobs WHERE place IN (
-    SELECT place FROM jobs INDEXED BY jobs_queued_of_lane WHERE lane = :lane AND state = 'queued' AND place < :after
+SELECT * FROM job_view WHERE seq IN (
+    SELECT seq FROM jobs INDEXED BY jobs_queued_of_lane WHERE lane = :lane AND state = 'queued' AND seq < :after
     UNION ALL
-    SELECT place FROM jobs INDEXED BY jobs_holding_of_lane
-    WHERE lane = :lane AND holds_slot = 1 AND state = 'running' AND place < :after
-    ORDER BY place DESC LIMIT :limit
-) ORDER BY place DESC;
+    SELECT seq FROM jobs INDEXED BY jobs_holding_of_lane
+    WHERE lane = :lane AND holds_slot = 1 AND state = 'running' AND seq < :after
+    ORDER BY seq DESC LIMIT :limit
+) ORDER BY seq DESC;
 
 -- name: list_queues
 -- A lane's rowid is greater than those of all lanes that were there before it.
@@ -203,13 +203,13 @@ FROM lanes WHERE queue IS NOT NULL ORDER BY lanes.rowid;
 
 -- name: read_chunks
 -- From the chunk that holds record number :first on.
-SELECT records.first, records.bytes, records.made, jobs.started FROM jobs JOIN records ON records.job = jobs.place
+SELECT records.first, records.bytes, records.timestamps, jobs.started FROM jobs JOIN records ON records.job = jobs.seq
 WHERE jobs.id = :id
-    AND records.first >= (SELECT max(first) FROM records WHERE job = jobs.place AND first <= :first)
+    AND records.first >= (SELECT max(first) FROM records WHERE job = jobs.seq AND first <= :first)
 ORDER BY records.first;
 
 -- name: get_identity
 SELECT owner, key FROM identity;
 
 -- name: add_identity
-INSERT INTO identity (only, owner, key) VALUES (1, :owner, :key);
+INSERT INTO identity (singleton, owner, key) VALUES (1, :owner, :key);

@@ -57,16 +57,16 @@ def get_details(db: sqlite3.Connection, job_id: str) -> JobDetails:
         rows = db.execute(QUERIES["get_job"], {"id": job_id}).fetchall()
         if not rows:
             raise UnknownJob(job_id)
-        job, place = decode_job(rows[0]), rows[0][0]
-        facts = db.execute(QUERIES["get_facts"], {"place": place}).fetchall()
-        [(record_bytes,)] = db.execute(QUERIES["record_bytes"], {"place": place}).fetchall()
-        waiting = _waiting(db, place) if job.state is State.QUEUED else None
+        job, seq = decode_job(rows[0]), rows[0][0]
+        facts = db.execute(QUERIES["get_metadata"], {"seq": seq}).fetchall()
+        [(record_bytes,)] = db.execute(QUERIES["record_bytes"], {"seq": seq}).fetchall()
+        waiting = _waiting(db, seq) if job.state is State.QUEUED else None
     return JobDetails(job, decode_facts(facts[0]) if facts else NO_FACTS, record_bytes, waiting)
 
 
-def _waiting(db: sqlite3.Connection, place: int) -> Waiting:
-    [(position, concurrency, holding, on_host)] = db.execute(QUERIES["waiting"], {"place": place}).fetchall()
-    holders = db.execute(QUERIES["holders"], {"place": place, "limit": _HOLDERS}).fetchall()
+def _waiting(db: sqlite3.Connection, seq: int) -> Waiting:
+    [(position, concurrency, holding, on_host)] = db.execute(QUERIES["queue_position"], {"seq": seq}).fetchall()
+    holders = db.execute(QUERIES["slot_holders"], {"seq": seq, "limit": _HOLDERS}).fetchall()
     return Waiting(position, concurrency, holding, tuple(job_id for (job_id,) in holders), on_host)
 
 

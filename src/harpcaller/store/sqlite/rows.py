@@ -75,7 +75,7 @@ def _decode_end(state: State, body: bytes | None) -> End | None:
 
 
 def decode_job(row: Row) -> Job:
-    """The job in a row of the view whole_jobs."""
+    """The job in a row of the view job_view."""
     (_, _, id_, state, host, procedure, arguments, timeout, max_exec_time, queue, info, *rest) = row
     submitted, started, ended, body, records, holds_slot, stop = rest
     return Job(
@@ -99,7 +99,7 @@ def decode_job(row: Row) -> Job:
 
 
 def payload_size(row: Row) -> int:
-    """How many bytes the payloads in a row of the view whole_jobs have."""
+    """How many bytes the payloads in a row of the view job_view have."""
     return sum(len(column) for column in row if isinstance(column, bytes))
 
 
@@ -107,9 +107,9 @@ def encode_facts(facts: Facts) -> Mapping[str, bytes | None]:
     """The parameters of a statement that stores facts."""
     return {
         "call": facts.call,
-        "stopped": facts.stopped,
-        "receipt": facts.receipt,
-        "evidence": facts.evidence,
+        "stop_request": facts.stopped,
+        "stop_report": facts.receipt,
+        "exit_info": facts.evidence,
     }
 
 

@@ -51,15 +51,15 @@ _CHUNK_BYTES = 65536
 class _Found(NamedTuple):
     """Where a job stands."""
 
-    place: int
+    seq: int
     state: State
     records: int
     holds_slot: bool
 
 
 def _find_job(db: sqlite3.Connection, job_id: str) -> _Found | None:
-    for place, state, records, holds_slot in db.execute(QUERIES["find_job"], {"id": job_id}).fetchall():
-        return _Found(place, State(state), records, bool(holds_slot))
+    for seq, state, records, holds_slot in db.execute(QUERIES["find_job"], {"id": job_id}).fetchall():
+        return _Found(seq, State(state), records, bool(holds_slot))
     return None
 
 
@@ -86,8 +86,8 @@ def add_jobs(db: sqlite3.Connection, jobs: Sequence[NewJob], now: float) -> None
         which = jobs[0].id if len(jobs) == 1 else "with one of these ids"
         raise ValueError(f"there is a job {which} already") from error
     # Nothing else is added meanwhile: their places are the last ones, one after the other.
-    [(last,)] = db.execute(QUERIES["last_place"]).fetchall()
-    calls = [_call(place, job) for place, job in enumerate(jobs, last - len(jobs) + 1)]
+    [(last,)] = db.execute(QUERIES["last_seq"]).fetchall()
+    calls = [_call(seq, job) for seq, job in enumerate(jobs, last - len(jobs) + 1)]
     _insert(db, QUERIES["add_call"], calls)
 
 
@@ -100,9 +100,9 @@ def _insert(db: sqlite3.Connection, statement: str, rows: list[tuple[Any, ...]])
         db.executemany(statement, rows[-rest:])
 
 
-def _call(place: int, job: NewJob) -> tuple[Any, ...]:
+def _call(seq: int, job: NewJob) -> tuple[Any, ...]:
     procedure = encode_name(job.procedure)
-    return place, procedure, job.arguments, float(job.timeout), float(job.max_exec_time), job.queue, job.info
+    return seq, procedure, job.arguments, float(job.timeout), float(job.max_exec_time), job.queue, job.info
 
 
 def _lane(job: NewJob) -> tuple[str, int | None]:
@@ -115,8 +115,8 @@ def _lane(job: NewJob) -> tuple[str, int | None]:
 def claim_jobs(db: sqlite3.Connection, now: float, limit: int, host_concurrency: int) -> list[Job]:
     """See `Store.claim_jobs`."""
 
-    def next_head(place: int) -> Head | None:
-        rows = db.execute(QUERIES["next_head"], {"place": place}).fetchall()
+    def next_head(seq: int) -> Head | None:
+        rows = db.execute(QUERIES["next_head"], {"seq": seq}).fetchall()
         return Head(rows[0][0], decode_name(rows[0][1])) if rows else None
 
     def holding_on(host: str) -> int:
@@ -125,8 +125,8 @@ def claim_jobs(db: sqlite3.Connection, now: float, limit: int, host_concurrency:
 
     claimed: list[Job] = []
     for head in startable(next_head, holding_on, limit=limit, host_concurrency=host_concurrency):
-        db.execute(QUERIES["start_job"], {"place": head.place, "now": now})
-        [row] = db.execute(QUERIES["get_job_at"], {"place": head.place}).fetchall()
+        db.execute(QUERIES["start_job"], {"seq": head.seq, "now": now})
+        [row] = db.execute(QUERIES["get_job_by_seq"], {"seq": head.seq}).fetchall()
         claimed.append(decode_job(row))
     return claimed
 
@@ -139,9 +139,9 @@ def append_records(db: sqlite3.Connection, job_id: str, first: int, records: Rec
     if job is None or job.state is not State.RUNNING or job.records != first:
         return False
     for chunk in _chunks(records):
-        _append_chunk(db, job.place, first, chunk)
+        _append_chunk(db, job.seq, first, chunk)
         first += len(chunk)
-    db.execute(QUERIES["count_records"], {"place": job.place, "records": first})
+    db.execute(QUERIES["count_records"], {"seq": job.seq, "records": first})
     return True
 
 
@@ -158,16 +158,16 @@ def _chunks(records: Records) -> Iterator[Records]:
         yield Records(records.values[start:], records.made[start:])
 
 
-def _append_chunk(db: sqlite3.Connection, place: int, first: int, records: Records) -> None:
+def _append_chunk(db: sqlite3.Connection, seq: int, first: int, records: Records) -> None:
     joined = join_records(records.values)
-    small = db.execute(QUERIES["last_chunk"], {"place": place, "most": _GROWING_CHUNK_BYTES}).fetchall()
+    small = db.execute(QUERIES["last_chunk"], {"seq": seq, "most": _GROWING_CHUNK_BYTES}).fetchall()
     if small:
         [(chunk_first, count, begun, made)] = small
         chunk = {"first": chunk_first, "count": count + len(records), "bytes": begun + b"\n" + joined}
-        db.execute(QUERIES["grow_chunk"], {"place": place, "made": join_made(made, records.made), **chunk})
+        db.execute(QUERIES["grow_chunk"], {"seq": seq, "timestamps": join_made(made, records.made), **chunk})
     else:
         chunk = {"first": first, "count": len(records), "bytes": joined}
-        db.execute(QUERIES["add_chunk"], {"place": place, "made": join_made(b"", records.made), **chunk})
+        db.execute(QUERIES["add_chunk"], {"seq": seq, "timestamps": join_made(b"", records.made), **chunk})
 
 
 def finish_job(
@@ -188,22 +188,22 @@ def finish_job(
         raise ValueError(f"job {job_id} is {job.state}: it can't have been {state_of(end)}")
     if not job.holds_slot and (keep_slot or stop is not None):
         raise ValueError(f"job {job_id} is {job.state}: it has no slot to keep, and nothing of it to stop")
-    _end_job(db, job.place, end, now, stop=stop, keep_slot=keep_slot)
-    _note_facts(db, job.place, facts)
+    _end_job(db, job.seq, end, now, stop=stop, keep_slot=keep_slot)
+    _note_facts(db, job.seq, facts)
     return True
 
 
-def _end_job(db: sqlite3.Connection, place: int, end: End, now: float, *, stop: Stop | None, keep_slot: bool) -> None:
-    ended = {"place": place, "state": state_of(end), "now": now, "stop": stop, "holds_slot": keep_slot}
+def _end_job(db: sqlite3.Connection, seq: int, end: End, now: float, *, stop: Stop | None, keep_slot: bool) -> None:
+    ended = {"seq": seq, "state": state_of(end), "now": now, "stop": stop, "holds_slot": keep_slot}
     db.execute(QUERIES["end_job"], ended)
     body = encode_end_body(end)
     if body is not None:
-        db.execute(QUERIES["add_end"], {"place": place, "body": body})
+        db.execute(QUERIES["add_end"], {"seq": seq, "body": body})
 
 
-def _note_facts(db: sqlite3.Connection, place: int, facts: Facts) -> None:
+def _note_facts(db: sqlite3.Connection, seq: int, facts: Facts) -> None:
     if facts != NO_FACTS:
-        db.execute(QUERIES["note_facts"], {"place": place, **encode_facts(facts)})
+        db.execute(QUERIES["update_metadata"], {"seq": seq, **encode_facts(facts)})
 
 
 def cancel_job(db: sqlite3.Connection, job_id: str, now: float, stopped: Raw | None = None) -> State | None:
@@ -211,24 +211,24 @@ def cancel_job(db: sqlite3.Connection, job_id: str, now: float, stopped: Raw | N
     job = _find_job(db, job_id)
     if job is None or job.state in ENDED:
         return None
-    _cancel(db, job.place, job.state, now, stopped)
+    _cancel(db, job.seq, job.state, now, stopped)
     return job.state
 
 
 def cancel_queue(db: sqlite3.Connection, queue: Raw, now: float, stopped: Raw | None = None) -> list[tuple[str, State]]:
     """See `Store.cancel_queue`."""
     rows = db.execute(QUERIES["not_ended_of_lane"], {"lane": queue_lane(queue)}).fetchall()
-    for place, _, state in rows:
-        _cancel(db, place, State(state), now, stopped)
+    for seq, _, state in rows:
+        _cancel(db, seq, State(state), now, stopped)
     return [(job_id, State(state)) for _, job_id, state in rows]
 
 
-def _cancel(db: sqlite3.Connection, place: int, state: State, now: float, stopped: Raw | None) -> None:
+def _cancel(db: sqlite3.Connection, seq: int, state: State, now: float, stopped: Raw | None) -> None:
     if state is State.RUNNING:
-        _end_job(db, place, Cancelled(), now, stop=Stop.PENDING, keep_slot=True)
+        _end_job(db, seq, Cancelled(), now, stop=Stop.PENDING, keep_slot=True)
     else:
-        _end_job(db, place, Cancelled(), now, stop=None, keep_slot=False)
-    _note_facts(db, place, Facts(stopped=stopped))
+        _end_job(db, seq, Cancelled(), now, stop=None, keep_slot=False)
+    _note_facts(db, seq, Facts(stopped=stopped))
 
 
 def settle_stop(
@@ -238,8 +238,8 @@ def settle_stop(
     job = _find_job(db, job_id)
     if job is None or job.state not in ENDED or not job.holds_slot:
         return False
-    db.execute(QUERIES["settle_stop"], {"place": job.place, "stop": stop, "holds_slot": keep_slot})
-    _note_facts(db, job.place, facts)
+    db.execute(QUERIES["settle_stop"], {"seq": job.seq, "stop": stop, "holds_slot": keep_slot})
+    _note_facts(db, job.seq, facts)
     return True
 
 
@@ -248,7 +248,7 @@ def note_facts(db: sqlite3.Connection, job_id: str, facts: Facts) -> bool:
     job = _find_job(db, job_id)
     if job is None:
         return False
-    _note_facts(db, job.place, facts)
+    _note_facts(db, job.seq, facts)
     return True
 
 
@@ -257,5 +257,5 @@ def release_slot(db: sqlite3.Connection, job_id: str) -> bool:
     job = _find_job(db, job_id)
     if job is None or job.state not in ENDED or not job.holds_slot:
         return False
-    db.execute(QUERIES["release_slot"], {"place": job.place})
+    db.execute(QUERIES["release_slot"], {"seq": job.seq})
     return True
