@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 import harp
-from support.legacy import OldDispatcher, server
+from support.legacy import LegacyDispatcher, server
 from support.peers import Peer, answering
 from support.shells import Shell, shell_of
 
@@ -130,7 +130,7 @@ def test_a_record_without_its_time(shell: Shell) -> None:
 
 
 def test_an_old_dispatcher_may_be_too_old(shell: Shell) -> None:
-    old = OldDispatcher()
+    old = LegacyDispatcher()
     with server(old) as port:
         rpc = shell.caller_at("127.0.0.1", port)
         job = rpc.job(old.JOB)

@@ -18,7 +18,7 @@ import harp
 from harp import aio
 from harp.cli import Exit
 from support.deadline import eventually, wait_until
-from support.legacy import OldDispatcher, server
+from support.legacy import LegacyDispatcher, server
 from support.peers import Conversation, Peer, Script, answering, line_of, reserved_port, resetting, single_bytes
 from support.shells import Shell, nothing_left, shell_of
 
@@ -226,7 +226,7 @@ def test_storage_that_fails_by_itself_is_told(shell: Shell) -> None:
 
 @pytest.mark.parametrize("options", [{}, {"since": 0}, {"recent": 2}, {"timed": True}])
 def test_an_old_dispatcher_that_does_not_know_the_job(shell: Shell, options: dict[str, Any]) -> None:
-    old = OldDispatcher()
+    old = LegacyDispatcher()
     with server(old) as port:
         rpc = shell.caller_at("127.0.0.1", port)
         message = "too old for timed=True" if options.get("timed") else "closed the connection before"
