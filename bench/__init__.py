@@ -1,5 +1,5 @@
-"""The measurements behind docs/performance.md: ours and theirs on the same work, in the same run, in turn.
+"""The measurements behind docs/performance.md: HARP and its peers on the same work, in the same run, in turn.
 
-`./dev bench` runs them. What is measured is in `bench.works`, who is measured in `bench.ours` and `bench.peers`, how in
-`bench.rounds`.
+`./dev bench` runs them. `bench.workloads` defines what is measured, `bench.contenders` who is measured,
+`bench.harness` the order, `bench.load` the load of all clients.
 """

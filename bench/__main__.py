@@ -1,183 +1,121 @@
-"""Program: the measurements. `./dev bench --help` says how to use it."""
+"""Program: the measurements. `./dev bench --help` explains its options."""
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from bench import cpu, report, table
-from bench.clients import Missing
-from bench.contenders import OURS, Contender
-from bench.figures import Results
-from bench.installing import ROOT, install_debian, peers_python
-from bench.lineup import LINEUP
-from bench.parts import PARTS, PICTURED
+from bench import services
+from bench.contenders import CONTENDERS, Place
+from bench.harness import measure
 from bench.picture import draw
-from bench.rounds import measure
-from bench.works import FULL, QUICK, TINY, Sizes
+from bench.processes import ROOT
+from bench.results import OURS, Results, conditions, table, update, write
+from bench.workloads import PARTS, Sizes
 
-_EXAMPLES = """\
+_EPILOG = """\
 parts:
 {parts}
 
 examples:
-  ./dev bench                     everything, 5 times each: two to three hours
-  ./dev bench --quick             everything in small, under 3 minutes: a look, not a proof
-  ./dev bench jobs stream         two parts
-  ./dev bench store start wide depth sustained
-                                  what only HARP is measured in: about half an hour
+  ./dev bench                     everything: two to three hours
+  ./dev bench --quick             direct, jobs, stream, cost in small, about 3 minutes
   ./dev bench jobs --runs 9       a part, nine times
-  ./dev bench jobs --only HARP --only Celery
-                                  some of the contenders
-  ./dev bench --profile           what calls and jobs cost in CPU, process by process
+  ./dev bench jobs --only HARP    one contender; written only with --output
 
-Results go to bench/results/: latest.json and latest.svg, or quick.json and quick.svg. docs/performance.md says what
-each row is.
+Results go to bench/results/latest.json and latest.svg, or quick.json and quick.svg. A part that is not measured keeps
+its earlier results. docs/performance.md explains each row.
 
-exit status: 0 measured, 1 something of ours could not be measured, 2 wrong usage, 130 broken off
+exit status: 0 measured, 1 something of HARP was not measured, 2 wrong usage, 130 interrupted
 """
 
-#: Where a run's directory is made: on a disk, so that a sync is one.
-_DISK = Path("/var/tmp")  # noqa: S108 - the directory itself is mkdtemp's
+#: On a disk, not in memory: a sync has to be one.
+_DISK = Path("/var/tmp")  # noqa: S108 - mkdtemp makes the directory
+#: What --quick does of everything.
+_QUICK = 0.2
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run as the command line says; return the exit status."""
+    """Run the program; return its exit status."""
     options = parser().parse_args(arguments)
-    for number in (signal.SIGINT, signal.SIGTERM):  # in the background a shell has it ignore the first
+    if options.scale is not None and not 0 < options.scale <= 100:
+        parser().error(f"--scale: expected a number above 0, at most 100, got {options.scale:g}")
+    for number in (signal.SIGINT, signal.SIGTERM):  # a shell ignores SIGINT for background programs
         signal.signal(number, signal.default_int_handler)
     directory = Path(tempfile.mkdtemp(prefix="harp-bench-", dir=options.directory))
-    directory.chmod(0o755)  # a server that gives up root's rights works in it
     try:
-        if options.profile:
-            for line in cpu.table(directory / "cpu", options.size):
-                print(line)
-            return 0
         return _measure(options, directory)
     except KeyboardInterrupt:
-        print("broken off; all processes have been ended", file=sys.stderr)
+        print("interrupted; all processes have been ended", file=sys.stderr)
         return 130
     finally:
         shutil.rmtree(directory, ignore_errors=True)
 
 
 def _measure(options: argparse.Namespace, directory: Path) -> int:
-    sizes: Sizes = options.size
-    if options.runs is not None:
-        sizes = dataclasses.replace(sizes, runs=options.runs)
-    parts = [PARTS[key] for key in options.parts] if options.parts else [part for part in PARTS.values() if part.usual]
-    results = Results()
-    lineup = {part.key: _chosen(LINEUP[part.key], options.only) for part in parts}
-    peers = _peers(lineup, results)
-    facts: dict[str, Any] = {
-        "machine": report.machine(directory),
-        "versions": report.versions(peers),
-        "commit": _commit(),
+    usual = [key for key, part in PARTS.items() if not (options.quick and part.large)]
+    chosen = [PARTS[key] for key in options.parts or usual]
+    sizes = Sizes().scaled(options.scale or (_QUICK if options.quick else 1.0))
+    runs = options.runs or (1 if options.quick else 5)
+    contenders = {
+        part.key: [one for one in CONTENDERS[part.key] if one.name.startswith(tuple(options.only or [""]))]
+        for part in chosen
     }
+    place = Place(directory, services.peers_python(_say) if options.only != [OURS] else None)
+    results, entries, measured = Results(), [], {}
     began = time.monotonic()
-    durability = {key: {one.name: one.durability for one in contenders} for key, contenders in lineup.items()}
-    for part in parts:
-        measure(part, lineup[part.key], sizes, directory, peers, results, _say)
-        for line in table.lines(part, results, OURS, durability[part.key]):
-            print(line, flush=True)
-    for line in table.left_out(results.left_out):
-        print(line)
-    took = time.monotonic() - began
-    print(f"{took:.0f} s, {'a run' if sizes.runs == 1 else f'{sizes.runs} runs'}")
-    document = report.document(parts, results, durability, sizes, {**facts, "seconds": round(took)})
-    title = f"HARP and peers: {facts['machine']['cores']} cores, medians of {sizes.runs}"
-    pictured = [row for part in parts for row in part.rows if row.key in PICTURED]
-    losing = {one.name for contenders in lineup.values() for one in contenders if one.losing}
-    picture = draw(pictured, results, OURS, title, losing)
-    if options.results is not None:
-        options.results.mkdir(parents=True, exist_ok=True)
-        for suffix, text in ((".json", json.dumps(document, indent=1) + "\n"), (".svg", picture)):
-            file = options.results / f"{options.name}{suffix}"
-            file.write_text(text)
-            print(f"written: {file}")
-    return 1 if any(contender == OURS for _, contender, _, _ in results.left_out) else 0
-
-
-def _chosen(contenders: Sequence[Contender], only: Sequence[str] | None) -> list[Contender]:
-    """The contenders that were asked for."""
-    return [one for one in contenders if only is None or one.name.startswith(tuple(only))]
-
-
-def _peers(lineup: Mapping[str, Sequence[Contender]], results: Results) -> Path | None:
-    """The peers' Python, with what else they need installed, if there are any."""
-    if all(one.ours for contenders in lineup.values() for one in contenders):
-        return None
-    install_debian(_say)
-    try:
-        return peers_python(_say)
-    except Missing as lack:
-        results.leave_out("all", "peers", "their packages", str(lack))
-        return None
-
-
-def _commit() -> str | None:
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=False)
-    return done.stdout.strip() or None
+    for part in chosen:
+        facts = {**conditions(directory), "runs": 1 if part.large else runs}
+        measure(part, contenders[part.key], sizes, facts["runs"], place, results, _say)
+        found = results.entries(part, [one.name for one in contenders[part.key] if one.durable])
+        if found:
+            entries += found
+            measured[part.key] = facts
+            print(f"\n{part.title}\n", *table(found), sep="\n", flush=True)
+    for key, contender, why in results.left_out:
+        print(f"left out: {key}: {contender}: {why}")
+    print(f"{time.monotonic() - began:.0f} s")
+    output = options.output
+    if output is None and not options.only:
+        output = ROOT / "bench" / "results" / ("quick.json" if options.quick else "latest.json")
+    if output is not None:
+        earlier = json.loads(output.read_text()) if output.exists() else {}
+        document = update(earlier, measured, entries)
+        write(document, output)
+        output.with_suffix(".svg").write_text(draw(document))
+        print(f"written: {output} and {output.with_suffix('.svg').name}")
+    return 1 if any(contender == OURS for _, contender, _ in results.left_out) else 0
 
 
 def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-class _Quick(argparse.Action):
-    """A size, and the name of the files that it is written to."""
-
-    def __init__(self, option_strings: Sequence[str], dest: str, const: tuple[Sizes, str], help: str) -> None:
-        super().__init__(option_strings, dest, nargs=0, const=const, help=help)
-
-    def __call__(self, parser: object, namespace: argparse.Namespace, *_: object) -> None:
-        namespace.size, namespace.name = self.const
-
-
 def parser() -> argparse.ArgumentParser:
-    """What the command line takes."""
-    known = "\n".join(
-        f"  {part.key:12}{part.title}{'' if part.usual else ' (only when named)'}" for part in PARTS.values()
-    )
+    """Return the parser of the command line."""
+    parts = "\n".join(f"  {part.key:12}{part.title}{' (once)' if part.large else ''}" for part in PARTS.values())
     parser = argparse.ArgumentParser(
         prog="./dev bench",
         description="Measure HARP and its peers on the same work, in turn.",
-        epilog=_EXAMPLES.format(parts=known),
+        epilog=_EPILOG.format(parts=parts),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.set_defaults(size=FULL, name="latest")
-    parser.add_argument(
-        "parts", nargs="*", choices=[*PARTS, []], metavar="PART", help="what to measure (all usual parts)"
-    )
-    parser.add_argument("--quick", action=_Quick, const=(QUICK, "quick"), help="in small, under 3 minutes")
-    parser.add_argument("--tiny", action=_Quick, const=(TINY, "tiny"), help=argparse.SUPPRESS)
-    parser.add_argument("--runs", type=_count, metavar="N", help="how often (5; quick: 1)")
-    parser.add_argument(
-        "--only", action="append", metavar="NAME", help="contenders whose names begin so: HARP, Celery; may be repeated"
-    )
-    parser.add_argument("--profile", action="store_true", help="instead: CPU per call, process by process")
-    parser.add_argument(
-        "--results", type=Path, default=ROOT / "bench" / "results", metavar="DIR", help="where files go"
-    )
-    parser.add_argument("--directory", type=Path, default=_DISK, metavar="DIR", help=f"where stores lie ({_DISK})")
+    add = parser.add_argument
+    add("parts", nargs="*", choices=[*PARTS, []], metavar="PART", help="what to measure (everything)")
+    add("--quick", action="store_true", help=f"{_QUICK:g} of everything, once, without the large parts")
+    add("--scale", type=float, metavar="FACTOR", help="amount of work (1)")
+    add("--runs", type=int, choices=range(1, 101), metavar="N", help="how often (5; quick: 1)")
+    add("--only", action="append", metavar="NAME", help="contenders whose names begin so; may be repeated")
+    add("--output", type=Path, metavar="FILE", help="the JSON file to update; the picture goes beside it")
+    add("--directory", type=Path, default=_DISK, metavar="DIR", help=f"where stores are ({_DISK})")
     return parser
-
-
-def _count(text: str) -> int:
-    if not text.isascii() or not text.isdigit() or not int(text):
-        raise argparse.ArgumentTypeError(f"expected a number from 1, got {text!r}")
-    return int(text)
 
 
 if __name__ == "__main__":

@@ -1,45 +1,64 @@
-"""The load, the same for every contender: what is asked, how often, and what is taken down.
+"""The load: what a client sends, how often, and what it measures. The same code drives every contender.
 
-Client programs import this, ours under our Python and the peers' under theirs, so it needs the standard library only.
+Clients import this module, HARP's under the project's Python and the peers' under theirs: standard library only.
+Each client is a process of its own, forked before anything is connected. So no client waits for another one's
+interpreter lock or library threads.
 """
 
 from __future__ import annotations
 
+import json
+import multiprocessing
+import os
 import time
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing.connection import Connection
+from typing import Any, TypeVar
 
-from bench.clients import Figures, Missing, quantile, together
+T = TypeVar("T")
 
-__all__ = [
-    "TEXT",
-    "Queue",
-    "calls",
-    "follow",
-    "follow_slowly",
-    "jobs",
-    "latency",
-    "payload",
-    "record",
-    "submissions",
-]
+#: Results of a function by name: ``rate`` (1/s), ``p50`` and ``p99`` (ms), and others that it documents.
+Figures = dict[str, float]
 
-#: What a record says beside its number.
+#: Blocks until all clients of a workload are connected.
+Ready = Callable[[], object]
+
+#: What the harness passes to clients and to the workers of peers: ports, files, switches.
+SETTINGS: dict[str, Any] = json.loads(os.environ.get("BENCH_SETTINGS", "{}"))
+
+#: Text of each record of a stream.
 TEXT = "a line of output, as procedures have them"
 
-#: Seconds between two jobs of an idle system.
-_IDLE = 0.01
+#: Seconds that clients wait for each other.
+_PATIENCE = 60.0
+#: Seconds between two jobs on an idle system, and jobs before the first that is measured.
+_PAUSE, _WARM_UP = 0.01, 5
+
+_fork = multiprocessing.get_context("fork")
+
+
+class Missing(Exception):
+    """A contender cannot do a workload; the message says what it lacks."""
 
 
 def payload(number: int) -> dict[str, Any]:
-    """Arguments of a call, and its result: small, as most are; different in each call."""
+    """Return the argument and expected result of a call: small, and different for each number."""
     return {"number": number, "name": "web01.example.net", "flags": [True, False, None], "ratio": 0.25}
 
 
-def record(number: int) -> dict[str, Any]:
-    """A record of a stream."""
-    return {"number": number, "text": TEXT}
+def fast_records(count: int) -> Iterator[dict[str, Any]]:
+    """Return the records of a fast stream."""
+    return ({"number": number, "text": TEXT} for number in range(count))
+
+
+def slow_records(count: int, pause: float) -> Iterator[dict[str, Any]]:
+    """Yield the records of a slow stream; ``at`` is the creation time, in Unix seconds."""
+    for number in range(count):
+        time.sleep(pause)
+        yield {"number": number, "at": time.time()}
 
 
 def _expect(found: object, wanted: object) -> None:
@@ -47,84 +66,104 @@ def _expect(found: object, wanted: object) -> None:
         raise RuntimeError(f"expected {wanted!r}, got {found!r}")
 
 
-def calls(connect: Callable[[], Callable[[Any], Any]], clients: int, seconds: float) -> Figures:
-    """Each client calls as fast as it gets answers, for some seconds.
+def quantiles(seconds: Sequence[float]) -> Figures:
+    """Return ``p50`` and ``p99`` of durations, in milliseconds."""
+    ordered = sorted(seconds)
+    return {name: 1000 * ordered[int(share * len(ordered))] for name, share in (("p50", 0.5), ("p99", 0.99))}
+
+
+def together(clients: int, body: Callable[[int, Ready], T]) -> list[T]:
+    """Run clients as processes and return what each returns; raise RuntimeError if one fails.
 
     Args:
-        connect: makes a client; what it returns is given a payload and returns the answer, the same payload.
+        clients: number of processes.
+        body: receives the number of its client, and a function that blocks until all clients have called it.
+    """
+    barrier = _fork.Barrier(clients)
+
+    def run(number: int, pipe: Connection) -> None:
+        try:
+            pipe.send((True, body(number, lambda: barrier.wait(_PATIENCE))))
+        except Exception:  # noqa: BLE001 - the parent raises it
+            barrier.abort()
+            pipe.send((False, traceback.format_exc()))
+
+    running = []
+    for number in range(clients):
+        reader, writer = _fork.Pipe(duplex=False)
+        process = _fork.Process(target=run, args=(number, writer), daemon=True)
+        process.start()
+        writer.close()
+        running.append((process, reader))
+    outcomes = []
+    for process, reader in running:
+        try:
+            outcomes.append(reader.recv())
+        except EOFError:
+            barrier.abort()
+            outcomes.append((False, "a client died"))
+        process.join()
+    # The client that failed first gives the reason; the others failed because the barrier was aborted.
+    failures = sorted((what for fine, what in outcomes if not fine), key=lambda what: "BrokenBarrier" in what)
+    if failures:
+        raise RuntimeError(failures[0])
+    return [what for _, what in outcomes]
+
+
+def calls(connect: Callable[[], Callable[[Any], Any]], clients: int, seconds: float) -> Figures:
+    """Have each client call as fast as it gets answers.
+
+    Args:
+        connect: returns a function that makes one call: it receives a payload and returns the answer.
         clients: how many.
         seconds: how long.
 
     Returns:
-        ``rate``: calls a second of all clients together; ``p50`` and ``p99`` of a call, milliseconds; ``count``: all
-        calls that were made, the first of each client included.
+        ``rate``: calls of all clients; ``count``: calls made, with the first of each client.
     """
 
-    def body(client: int, start: Callable[[], object]) -> tuple[float, list[float]]:
+    def body(client: int, ready: Ready) -> tuple[float, int]:
         call = connect()
         _expect(call(payload(0)), payload(0))
-        start()
-        took: list[float] = []
+        ready()
+        count = 0
         began = now = time.monotonic()
-        until = began + seconds
-        while now < until:
-            value = payload(len(took))
+        while now < began + seconds:
+            count += 1
+            value = payload(count)
             _expect(call(value), value)
-            after = time.monotonic()
-            took.append(after - now)
-            now = after
-        return len(took) / (now - began), took
+            now = time.monotonic()
+        return count / (now - began), count
 
     outcomes = together(clients, body)
-    took = [one for _, all_ in outcomes for one in all_]
-    return {"rate": sum(rate for rate, _ in outcomes), "count": len(took) + clients, **_quantiles(took)}
+    return {"rate": sum(rate for rate, _ in outcomes), "count": sum(count for _, count in outcomes) + clients}
 
 
-def _quantiles(seconds: Sequence[float]) -> Figures:
-    return {"p50": 1000 * quantile(seconds, 0.5), "p99": 1000 * quantile(seconds, 0.99)}
+@dataclass(frozen=True)
+class Queue:
+    """A connected client of a job queue."""
 
-
-class Queue(ABC):
-    """A client of a job queue."""
-
-    @abstractmethod
-    def submit(self, value: Any) -> Any:
-        """Submit the job that returns this value; return its handle."""
-
-    @abstractmethod
-    def submit_waiting(self, value: Any) -> Any:
-        """Submit a job that nobody starts."""
-
-    def submit_many(self, values: Sequence[Any]) -> Any:
-        """Submit such jobs in one request."""
-        raise Missing("it takes one job a request")
-
-    @abstractmethod
-    def collect(self, handles: Sequence[Any]) -> list[Any]:
-        """Wait for the results of jobs."""
+    submit: Callable[[Any], Any]  # submits the job that returns this value; returns a handle
+    result: Callable[[Any], Any]  # waits for the result of a handle
+    submit_waiting: Callable[[Any], Any]  # submits a job that no worker starts
+    submit_many: Callable[[Sequence[Any]], Any] | None = None  # submits such jobs in one request, if it can
 
 
 def jobs(connect: Callable[[], Queue], clients: int, jobs: int) -> Figures:
-    """Clients share in submitting jobs, then each collects the results of its own.
-
-    Args:
-        connect: makes a client.
-        clients: how many.
-        jobs: how many all of them submit.
+    """Have clients share in submitting jobs; then each collects the results of its own.
 
     Returns:
-        ``rate``: jobs a second, from the first submission to the last result; ``count``: all jobs, the first of each
-        client included.
+        ``rate``: jobs from the first submission to the last result; ``count``: jobs, with the first of each client.
     """
 
-    def body(client: int, start: Callable[[], object]) -> tuple[float, float]:
+    def body(client: int, ready: Ready) -> tuple[float, float]:
         queue = connect()
         mine = [payload(number) for number in range(client, jobs, clients)]
-        queue.collect([queue.submit(payload(0))])
-        start()
+        queue.result(queue.submit(payload(0)))
+        ready()
         began = time.monotonic()
         handles = [queue.submit(value) for value in mine]
-        results = queue.collect(handles)
+        results = [queue.result(handle) for handle in handles]
         ended = time.monotonic()
         _expect(results, mine)
         return began, ended
@@ -135,32 +174,25 @@ def jobs(connect: Callable[[], Queue], clients: int, jobs: int) -> Figures:
 
 
 def submissions(connect: Callable[[], Queue], clients: int, seconds: float, batch: int = 0) -> Figures:
-    """Each client submits jobs that nobody starts, one after the other, for some seconds.
+    """Have each client submit jobs that no worker starts; return the ``rate`` of jobs accepted.
 
-    Args:
-        connect: makes a client.
-        clients: how many.
-        seconds: how long.
-        batch: how many in one request, by `Queue.submit_many`; 0: one, by `Queue.submit_waiting`.
-
-    Returns:
-        ``rate``: jobs a second that were accepted.
+    A batch is that many jobs in one request; 0: one job a request, by the ordinary operation.
     """
 
-    def body(client: int, start: Callable[[], object]) -> float:
+    def body(client: int, ready: Ready) -> float:
         queue = connect()
         queue.submit_waiting(payload(0))
         values = [payload(number) for number in range(batch)]
-        start()
+        ready()
         count = 0
         began = now = time.monotonic()
         while now < began + seconds:
             if batch:
+                assert queue.submit_many is not None
                 queue.submit_many(values)
-                count += batch
             else:
                 queue.submit_waiting(payload(count))
-                count += 1
+            count += batch or 1
             now = time.monotonic()
         return count / (now - began)
 
@@ -168,45 +200,37 @@ def submissions(connect: Callable[[], Queue], clients: int, seconds: float, batc
 
 
 def latency(connect: Callable[[], Queue], jobs: int) -> Figures:
-    """One job at a time, on a system that has nothing else to do.
+    """Run one job at a time on an idle system; return ``p50`` and ``p99`` from submission to result."""
 
-    Args:
-        connect: makes a client.
-        jobs: how many.
-
-    Returns:
-        ``p50`` and ``p99`` from before the submission to the result, milliseconds.
-    """
-
-    def body(client: int, start: Callable[[], object]) -> Figures:
+    def body(client: int, ready: Ready) -> Figures:
         queue = connect()
         took = []
-        for number in range(jobs + 5):
+        for number in range(_WARM_UP + jobs):
             value = payload(number)
-            time.sleep(_IDLE)
+            time.sleep(_PAUSE)
             began = time.monotonic()
-            found = queue.collect([queue.submit(value)])
+            found = queue.result(queue.submit(value))
             took.append(time.monotonic() - began)
-            _expect(found, [value])
-        return _quantiles(took[5:])
+            _expect(found, value)
+        return quantiles(took[_WARM_UP:])
 
     return together(1, body)[0]
 
 
+def queue_functions(connect: Callable[[], Queue]) -> Mapping[str, Callable[..., Figures]]:
+    """Return the functions that every job queue offers to the harness, by name."""
+    return {
+        "jobs": partial(jobs, connect),
+        "submissions": partial(submissions, connect),
+        "latency": partial(latency, connect),
+    }
+
+
 def follow(stream: Callable[[int], Iterator[Any]], records: int) -> Figures:
-    """A follower reads a stream as fast as it comes.
+    """Read a stream as fast as it comes; return the ``rate`` of records, from the request to the last one."""
 
-    Args:
-        stream: starts a stream of so many records and gives them.
-        records: how many.
-
-    Returns:
-        ``rate``: records a second, from the request to the last record.
-    """
-
-    def body(client: int, start: Callable[[], object]) -> float:
-        for number, found in enumerate(stream(10)):
-            _expect(found, record(number))
+    def body(client: int, ready: Ready) -> float:
+        _expect(list(stream(10)), list(fast_records(10)))
         began = time.monotonic()
         count = 0
         for found in stream(records):
@@ -221,20 +245,11 @@ def follow(stream: Callable[[int], Iterator[Any]], records: int) -> Figures:
 
 
 def follow_slowly(stream: Callable[[int, float], Iterator[Any]], records: int, pause: float) -> Figures:
-    """A follower reads a stream that has a record now and then.
+    """Read a stream that has a record now and then; return ``p50`` and ``p99`` from creation to arrival."""
 
-    Args:
-        stream: is given the two others; each record says under ``at`` when it was made, in Unix seconds.
-        records: how many.
-        pause: seconds between two.
-
-    Returns:
-        ``p50`` and ``p99`` from a record's making to its arrival, milliseconds.
-    """
-
-    def body(client: int, start: Callable[[], object]) -> Figures:
+    def body(client: int, ready: Ready) -> Figures:
         took = [time.time() - found["at"] for found in stream(records, pause)]
         _expect(len(took), records)
-        return _quantiles(took)
+        return quantiles(took)
 
     return together(1, body)[0]

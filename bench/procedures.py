@@ -1,63 +1,40 @@
-"""The procedures file of the measurements, as harpd loads it.
+"""The procedures file of the measurements, as harpd loads it. Like most such files it imports little."""
 
-It imports little, as most do; so it has words of its own for what `bench.load` expects.
-"""
-
-import inspect
 import os
 import time
 
-from harpd.proc import Result, procedure, streaming_procedure
-
-TEXT = "a line of output, as procedures have them"
+from harpd.proc import procedure, streaming_procedure
 
 
 @procedure
 def echo(value):
-    """Give back what was given, from a process of its own."""
+    """Return the value, from a process of its own."""
     return value
 
 
-if "max_calls_per_process" in inspect.signature(procedure).parameters:
-
-    @procedure(max_calls_per_process=1_000_000)
-    def reused_echo(value):
-        """The same, from a process that serves many calls."""
-        return value
-
-
-def until_there(path):
-    """Return once there is a file."""
-    while not os.path.exists(path):
-        time.sleep(0.005)
+@procedure(max_calls_per_process=1_000_000)
+def reused_echo(value):
+    """Return the value, from a process that serves many calls."""
+    return value
 
 
 @procedure
 def wait(path):
-    """Wait for a file to be there."""
-    until_there(path)
+    """Return once a file exists."""
+    while not os.path.exists(path):
+        time.sleep(0.005)
 
 
 @streaming_procedure
 def count(records):
-    """The stream."""
+    """Yield the records that `bench.load` expects."""
     for number in range(records):
-        yield {"number": number, "text": TEXT}
+        yield {"number": number, "text": "a line of output, as procedures have them"}
 
 
 @streaming_procedure
 def slowly(records, pause):
-    """The slow stream."""
+    """Yield a record now and then."""
     for number in range(records):
         time.sleep(pause)
         yield {"number": number, "at": time.time()}
-
-
-@streaming_procedure
-def count_when(path, records):
-    """The stream, once all are there to see it: a record says that it is about to begin."""
-    yield "about to begin"
-    until_there(path)
-    for number in range(records):
-        yield {"number": number, "text": TEXT}
-    yield Result(records)

@@ -1,104 +1,75 @@
-"""Servers of Debian's that peers stand on: Redis, PostgreSQL, OpenSSH. Each has a free port and its own directory."""
+"""What peers need: servers on free ports with files of their own, and an environment for their Python packages."""
 
 from __future__ import annotations
 
 import getpass
 import os
+import shutil
 import subprocess
-from collections.abc import Iterator
+import sys
+import venv
+import zlib
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
-from bench.installing import debian_program
-from bench.processes import as_user, free_port, listens, program
+from bench.load import Missing
+from bench.processes import ROOT, free_port, listens, program
 
-__all__ = ["SSHServer", "postgres", "redis", "ssh_server"]
+#: Versions and hashes of the peers' packages.
+_LOCK = Path(__file__).parent / "peers" / "requirements.lock"
+#: Programs, and the Debian package of each.
+_PACKAGES = {"redis-server": "redis-server", "sshd": "openssh-server", "ssh": "openssh-client"}
 
-#: Debian's user nobody. PostgreSQL refuses to run as root.
-_NOBODY = 65534
+
+def _path(name: str) -> str:
+    found = shutil.which(name) or shutil.which(name, path="/usr/sbin:/sbin")
+    if found is None:
+        raise Missing(f"no program {name}; as root: apt-get install --no-install-recommends {_PACKAGES[name]}")
+    return found
+
+
+def peers_python(say: Callable[[str], None]) -> Path | None:
+    """Return the Python that has the peers; make its environment if it is missing or older than the lock.
+
+    None: pip failed, and `say` has received its message.
+    """
+    directory = ROOT / ".env" / f"peers-{'.'.join(map(str, sys.version_info[:3]))}"
+    python = directory / "bin" / "python"
+    stamp = directory / "stamp"
+    wanted = f"{zlib.crc32(_LOCK.read_bytes())} {directory}\n"
+    if stamp.exists() and stamp.read_text() == wanted:
+        return python
+    say(f"making the peers' environment {directory.relative_to(ROOT)} (once, about a minute)")
+    shutil.rmtree(directory, ignore_errors=True)
+    venv.create(directory, with_pip=True)
+    options = ["-qq", "--disable-pip-version-check", "--require-hashes", "--only-binary", ":all:"]
+    command = [str(python), "-m", "pip", "install", *options, "-r", str(_LOCK)]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False)
+    if done.returncode != 0:
+        say(f"cannot install the peers' packages: {done.stderr.strip()[-1000:]}")
+        return None
+    stamp.write_text(wanted)
+    return python
 
 
 @contextmanager
 def redis(directory: Path, *, durable: bool) -> Iterator[int]:
-    """A Redis; gives its port.
-
-    Args:
-        directory: where its files go.
-        durable: every write is synced before it is answered; else it is as it comes, with a snapshot now and then.
-    """
+    """Run a Redis; yield its port. Durable: each write is synced before its reply. Else: Redis's defaults."""
     port = free_port()
     synced = ["--appendonly", "yes", "--appendfsync", "always"] if durable else []
-    command = [debian_program("redis-server"), "--bind", "127.0.0.1", "--port", str(port), "--dir", str(directory)]
-    with program([*command, *synced], directory / "redis.log", ready=lambda: listens(port)):
+    command = [_path("redis-server"), "--bind", "127.0.0.1", "--port", str(port), "--dir", str(directory), *synced]
+    with program(command, directory / "redis.log", ready=lambda: listens(port)):
         yield port
 
 
 @contextmanager
-def postgres(directory: Path) -> Iterator[str]:
-    """A PostgreSQL as it comes, which syncs every commit; gives its address as a URL.
-
-    Args:
-        directory: where its data go; kept, and used again.
-    """
-    user = _NOBODY if os.geteuid() == 0 else None
-    directory.mkdir(exist_ok=True)
-    data = directory / "data"
-    log = directory / "postgres.log"
-    if user is not None:
-        os.chown(directory, user, user)
-    if not data.exists():
-        initdb = [
-            debian_program("initdb"),
-            "--auth=trust",
-            "--username=bench",
-            "--encoding=UTF8",
-            "--locale=C",
-            str(data),
-        ]
-        with log.open("ab") as output:
-            subprocess.run(
-                initdb,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-                cwd=directory,
-                check=True,
-                **as_user(user),
-            )
-    port = free_port()
-    command = [debian_program("postgres"), "-D", str(data), "-p", str(port), "-c", "listen_addresses=127.0.0.1"]
-    pid_file = data / "postmaster.pid"
-
-    def ready() -> bool:
-        return pid_file.exists() and "ready" in pid_file.read_text()
-
-    with program([*command, "-c", "unix_socket_directories="], log, ready=ready, user=user):
-        yield f"postgresql://bench@127.0.0.1:{port}/postgres"
-
-
-@dataclass(frozen=True)
-class SSHServer:
-    """A running sshd.
-
-    Attributes:
-        port: where.
-        options: what `ssh` needs to log in, its destination last.
-    """
-
-    port: int
-    options: list[str]
-
-
-@contextmanager
-def ssh_server(directory: Path) -> Iterator[SSHServer]:
-    """An sshd that lets this user in by key."""
-    sshd = debian_program("sshd")
-    debian_program("ssh")
+def ssh_server(directory: Path) -> Iterator[list[str]]:
+    """Run an sshd that accepts a key of this user; yield the options that `ssh` needs, its destination last."""
+    sshd = _path("sshd")
+    _path("ssh")
     if os.geteuid() == 0:
-        Path("/run/sshd").mkdir(
-            mode=0o755, exist_ok=True
-        )  # where it gives up its privileges; a service's start makes it
+        Path("/run/sshd").mkdir(mode=0o755, exist_ok=True)  # sshd needs it to drop privileges; a unit would make it
     for name in ("host", "user"):
         key = directory / name
         subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(key)], check=True)
@@ -113,8 +84,7 @@ def ssh_server(directory: Path) -> Iterator[SSHServer]:
         f"AuthorizedKeysFile {directory / 'authorized_keys'}\n"
         "PidFile none\nStrictModes no\nPermitRootLogin prohibit-password\nPasswordAuthentication no\n"
         "KbdInteractiveAuthentication no\nMaxStartups 200\nMaxSessions 100\n"
-        # An empty home: what a user's shell does at its start is not ssh's cost.
-        f"SetEnv HOME={directory}\n"
+        f"SetEnv HOME={directory}\n"  # an empty home: a user's shell profile is not a cost of ssh
     )
     options = [
         *("-F", "/dev/null", "-p", str(port), "-i", str(directory / "user"), "-T"),
@@ -123,4 +93,4 @@ def ssh_server(directory: Path) -> Iterator[SSHServer]:
     ]
     command = [sshd, "-D", "-e", "-f", str(config)]
     with program(command, directory / "sshd.log", ready=lambda: listens(port)):
-        yield SSHServer(port, options)
+        yield options

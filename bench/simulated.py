@@ -1,11 +1,10 @@
-"""Program: hosts that need no machine. One process is the harpd of each, on an address of its own in 127.0.0.0/8.
+"""Program: simulated hosts. One process is the harpd of each host, on an address of its own in 127.0.0.0/8.
 
-`python -m bench.simulated CERTIFICATE KEY HOSTS FILE` listens, then writes the addresses to FILE: a JSON array of
-pairs of address and port. It speaks harpd's side of the wire with the protocol's own messages, for tied and kept
-calls and on kept connections. A call costs no process: what is measured is who calls.
+`python -m bench.simulated CERTIFICATE KEY HOSTS FILE` listens, then writes a JSON array of pairs of address and port
+to FILE. It serves resumable calls on kept connections. A call has no process: what is measured is the dispatcher.
 
-Procedures: `echo(value)`; `gather(count)`, of which each call ends once so many are under way in all hosts; `watch()`,
-which gives one record and does not end by itself.
+Procedures: `echo(value)`; `count(records)`, a stream; `gather(count)`, which returns once so many calls of it run on
+all hosts together; `watch()`, which produces one record and runs until it is stopped.
 
 Spec: docs/protocol.md, harpd.
 """
@@ -22,180 +21,118 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
+from harp.protocol import harpd as wire
 from harp.protocol.ends import Failed, Raised, Returned
-from harp.protocol.harpd import (
-    Acknowledgement,
-    Alive,
-    AnyRequest,
-    Attach,
-    Done,
-    Evidence,
-    Held,
-    KeptTerms,
-    ListCalls,
-    Message,
-    Order,
-    Receipt,
-    Record,
-    RecordsAt,
-    Request,
-    StopCall,
-    Stored,
-    decode_order,
-    decode_request,
-    encode_message,
-)
 from harp.protocol.json_text import dumps
 from harp_daemon.event_loop import run
 
-__all__ = ["address_of"]
-
-#: Seconds for which a connection is kept; that a call of `gather` waits for the others; that it takes from then on.
-_KEEP, _PATIENCE, _PAUSE = 60.0, 60.0, 0.1
+#: Seconds: of keep-alive; that a call of `gather` waits for the others; from the last of them to the results.
+_KEEP_ALIVE, _PATIENCE, _PAUSE = 60.0, 60.0, 0.1
 
 
 def address_of(number: int) -> str:
-    """The address of a host."""
+    """Return the address of a host."""
     return f"127.0.{1 + number // 250}.{1 + number % 250}"
-
-
-class _Gathering:
-    """The calls that wait until there are enough of them."""
-
-    def __init__(self) -> None:
-        self._waiting: list[Callable[[], None]] = []
-
-    def join(self, count: int, end: Callable[[], None]) -> None:
-        """Call `end` once there are so many."""
-        self._waiting.append(end)
-        if len(self._waiting) >= count:
-            loop = asyncio.get_running_loop()
-            for one in self._waiting:
-                loop.call_later(_PAUSE, one)
-            self._waiting.clear()
 
 
 class _Connection(asyncio.Protocol):
     """A connection to a host: one request after the other.
 
     Args:
-        warden: the warden's incarnation.
-        gathering: those of all hosts.
+        instance: instance id of the host's supervisor.
+        gathering: ends the waiting calls of `gather`, of all hosts.
     """
 
-    def __init__(self, warden: str, gathering: _Gathering) -> None:
-        self._warden = warden
+    def __init__(self, instance: str, gathering: list[Callable[[], None]]) -> None:
+        self._instance = instance
         self._gathering = gathering
         self._transport: asyncio.Transport | None = None
         self._rest = b""
-        self._request: Request | None = None
+        self._request: wire.Request | None = None
         self._began = 0.0
-        self._timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast(asyncio.Transport, transport)  # uvloop's is no subclass
+        self._transport = cast(asyncio.Transport, transport)
 
     def connection_lost(self, error: Exception | None) -> None:
-        self._transport = None
-        self._forget()
+        self._transport = self._request = None
 
     def data_received(self, data: bytes) -> None:
         *lines, self._rest = (self._rest + data).split(b"\n")
         for line in lines:
             if self._request is None:
-                self._on_request(decode_request(line))
+                self._on_request(wire.decode_request(line))
             else:
-                self._on_order(decode_order(line))
+                self._on_command(wire.decode_order(line))
 
-    def _say(self, *messages: Message) -> None:
+    def _send(self, *messages: wire.Message) -> None:
         if self._transport is not None:
-            self._transport.write(b"".join(map(encode_message, messages)))
+            self._transport.write(b"".join(map(wire.encode_message, messages)))
 
-    def _over(self, keep: bool) -> None:
-        """A request is done with."""
-        self._forget()
-        if not keep and self._transport is not None:
-            self._transport.close()
-
-    def _forget(self) -> None:
-        self._request = None
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-
-    def _on_request(self, request: AnyRequest) -> None:
-        keep = _KEEP if request.keep else None
+    def _on_request(self, request: wire.AnyRequest) -> None:
+        keep_alive = _KEEP_ALIVE if request.keep else None
         match request:
-            case ListCalls():
-                self._say(Held((), self._warden, keep))
-                self._over(request.keep)
-            case Attach():
-                self._say(Failed("no_such_call", "simulated hosts hold nothing"))
-                self._over(False)
-            case Request(procedure="echo" | "gather" | "watch", call=terms):
+            case wire.ListCalls():
+                self._send(wire.Held((), self._instance, keep_alive))
+            case wire.Request(procedure="echo" | "count" | "gather" | "watch", call=terms) if terms is not None:
                 self._request, self._began = request, time.monotonic()
-                kept = None
-                if terms is not None:
-                    kept = KeptTerms(terms.warden, terms.keep_running, terms.linger, 5.0, 0.0, 0)
-                self._say(Acknowledgement(request.procedure == "watch", kept, keep))
+                kept = wire.KeptTerms(terms.warden, terms.keep_running, terms.linger, 5.0, 0.0, 0)
+                self._send(wire.Acknowledgement(request.procedure in ("count", "watch"), kept, keep_alive))
                 self._start(request)
-            case Request(procedure):
-                self._say(Failed("no_such_procedure", procedure))
-                self._over(False)
+            case wire.Attach():
+                self._send(Failed("no_such_call", "simulated hosts hold no calls"))
+            case _:
+                self._send(Failed("no_such_procedure", "simulated hosts do not have it"))
 
-    def _start(self, request: Request) -> None:
-        assert isinstance(request.arguments, list)
-        match request.procedure, request.arguments:
+    def _start(self, request: wire.Request) -> None:
+        match request.procedure, cast(list[Any], request.arguments):
             case "echo", [value]:
                 self._end(request, Returned(value))
-            case "gather", [int(count)]:
-                late = Raised("TimeoutError", f"{count} calls did not come together", {"class": "TimeoutError"})
-                self._timer = asyncio.get_running_loop().call_later(_PATIENCE, self._end, request, late)
-                self._gathering.join(count, partial(self._end, request, Returned(None)))
+            case "count", [records]:
+                self._send(wire.RecordsAt(time.time()), *map(wire.Record, range(records)))
+                self._end(request, Returned(None))
+            case "gather", [count]:
+                late = Raised("TimeoutError", f"fewer than {count} calls", {"class": "TimeoutError"})
+                asyncio.get_running_loop().call_later(_PATIENCE, self._end, request, late)
+                self._gathering.append(partial(self._end, request, Returned(None)))
+                if len(self._gathering) >= count:
+                    for end in self._gathering:
+                        asyncio.get_running_loop().call_later(_PAUSE, end)
+                    self._gathering.clear()
             case _:
-                at = () if request.call is None else (RecordsAt(time.time()),)
-                self._say(*at, Record("about to wait"))
+                self._send(wire.RecordsAt(time.time()), wire.Record("running"))
 
-    def _end(self, request: Request, end: Returned | Raised | Failed) -> None:
-        if self._request is not request:  # it was given up
-            return
-        if request.call is None:
-            self._say(end)
-            self._over(request.keep)
-            return
-        now = time.time()
-        seen: dict[str, Any] = {"exit": 0, "by": "itself", "cpu": 0.001, "memory": 10_000_000}
-        self._say(Evidence(dumps({**seen, "started": now, "ended": now})), end)
+    def _end(self, request: wire.Request, end: Returned | Raised | Failed) -> None:
+        if self._request is request:  # else it has ended, or the dispatcher has disconnected
+            now = time.time()
+            exit_info = {"exit": 0, "by": "itself", "cpu": 0.001, "memory": 10_000_000, "started": now, "ended": now}
+            self._send(wire.Evidence(dumps(exit_info)), end)
 
-    def _on_order(self, order: Order) -> None:
-        assert self._request is not None
-        match order:
-            case Alive():
-                self._say(Alive(time.monotonic() - self._began))
-            case StopCall(why):
+    def _on_command(self, command: wire.Order) -> None:
+        match command:
+            case wire.Alive():
+                self._send(wire.Alive(time.monotonic() - self._began))
+            case wire.StopCall(reason):
                 now = time.time()
-                receipt = {"processes": [], "found": 0, "survivors": [], "surviving": 0, "complete": True}
-                self._say(Receipt(dumps({**receipt, "began": now, "ended": now})))
-                self._end(self._request, Failed(why, "stopped"))
-            case Done():
-                self._over(self._request.keep)
-            case Stored():
-                pass
+                report = {"processes": [], "found": 0, "survivors": [], "surviving": 0, "complete": True}
+                self._send(wire.Receipt(dumps({**report, "began": now, "ended": now})))
+                self._end(cast(wire.Request, self._request), Failed(reason, "stopped"))
+            case wire.Done():
+                self._request = None
 
 
 async def _serve(certificate: str, key: str, hosts: int, file: Path) -> None:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(certificate, key)
-    loop = asyncio.get_running_loop()
-    gathering = _Gathering()
-    places = []
+    gathering: list[Callable[[], None]] = []
+    addresses = []
     for number in range(hosts):
         make = partial(_Connection, f"simulated-{number}", gathering)
-        server = await loop.create_server(make, address_of(number), 0, ssl=context, backlog=1024)
-        places.append(server.sockets[0].getsockname())
-    making = file.with_suffix(".new")
-    making.write_text(json.dumps(places))
-    making.rename(file)
+        server = await asyncio.get_running_loop().create_server(make, address_of(number), 0, ssl=context, backlog=1024)
+        addresses.append(server.sockets[0].getsockname())
+    partial_file = file.with_suffix(".new")
+    partial_file.write_text(json.dumps(addresses))
+    partial_file.rename(file)
     await asyncio.get_running_loop().create_future()  # until a signal ends the program
 
 

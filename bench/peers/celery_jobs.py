@@ -1,15 +1,12 @@
-"""Celery on Redis, as broker and for results. Durable: acknowledged late, so that a worker's death loses nothing."""
+"""Celery on Redis, as broker and for results. Durable: acknowledged late, so that no job is lost with its worker."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 from celery import Celery
 
-from bench.load import Queue, jobs, latency, submissions
-from bench.peers import SETTINGS
+from bench.load import SETTINGS, Queue, queue_functions
 
 _URL = f"redis://127.0.0.1:{SETTINGS.get('redis')}/0"
 
@@ -22,28 +19,16 @@ if SETTINGS.get("durable"):
 
 @app.task(name="echo")
 def echo(value: Any) -> Any:
-    """The job."""
+    """Return the value."""
     return value
 
 
-class Client(Queue):
-    """A client of Celery's."""
-
-    def submit(self, value: Any) -> Any:
-        """Submit a job."""
-        return echo.delay(value)
-
-    def submit_waiting(self, value: Any) -> Any:
-        """Submit a job to a queue without workers."""
-        return echo.apply_async((value,), queue="waiting")
-
-    def collect(self, handles: Sequence[Any]) -> list[Any]:
-        """Wait for results."""
-        return [result.get() for result in handles]  # each is told; ResultSet.join_native looks twice a second
+def _connect() -> Queue:
+    return Queue(
+        submit=echo.delay,
+        result=lambda result: result.get(),  # notified; ResultSet.join_native polls twice a second
+        submit_waiting=lambda value: echo.apply_async((value,), queue="waiting"),
+    )
 
 
-WORKS = {
-    "jobs": partial(jobs, Client),
-    "submissions": partial(submissions, Client),
-    "latency": partial(latency, Client),
-}
+FUNCTIONS = queue_functions(_connect)

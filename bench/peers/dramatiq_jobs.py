@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import dramatiq
@@ -11,11 +9,10 @@ from dramatiq.brokers.redis import RedisBroker
 from dramatiq.results import Results
 from dramatiq.results.backends import RedisBackend
 
-from bench.load import Queue, jobs, latency, submissions
-from bench.peers import SETTINGS
+from bench.load import SETTINGS, Queue, queue_functions
 
-#: Milliseconds.
-_PATIENCE = 60_000
+#: Milliseconds to wait for a result.
+_TIMEOUT = 60_000
 
 _URL = f"redis://127.0.0.1:{SETTINGS.get('redis')}/0"
 
@@ -26,34 +23,18 @@ dramatiq.set_broker(broker)
 
 @dramatiq.actor(store_results=True)
 def echo(value: Any) -> Any:
-    """The job."""
+    """Return the value."""
     return value
 
 
 @dramatiq.actor(store_results=True, queue_name="waiting")
 def wait(value: Any) -> Any:
-    """The job that nobody starts."""
+    """Return the value; no worker serves this queue."""
     return value
 
 
-class Client(Queue):
-    """A client of Dramatiq's."""
-
-    def submit(self, value: Any) -> Any:
-        """Submit a job."""
-        return echo.send(value)
-
-    def submit_waiting(self, value: Any) -> Any:
-        """Submit a job to a queue without workers."""
-        return wait.send(value)
-
-    def collect(self, handles: Sequence[Any]) -> list[Any]:
-        """Wait for results."""
-        return [message.get_result(block=True, timeout=_PATIENCE) for message in handles]
+def _connect() -> Queue:
+    return Queue(echo.send, lambda message: message.get_result(block=True, timeout=_TIMEOUT), wait.send)
 
 
-WORKS = {
-    "jobs": partial(jobs, Client),
-    "submissions": partial(submissions, Client),
-    "latency": partial(latency, Client),
-}
+FUNCTIONS = queue_functions(_connect)

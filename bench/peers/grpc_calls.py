@@ -1,10 +1,8 @@
-"""gRPC over TLS: one server process with threads; a connection per call or a kept one; protobuf or JSON."""
+"""gRPC over TLS with protobuf: one server process with threads; a connection for each call, or a kept one."""
 
 from __future__ import annotations
 
 import json
-import sys
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -13,34 +11,34 @@ from typing import Any
 
 import grpc
 
-from bench.load import TEXT, calls, follow, follow_slowly, record
-from bench.peers import SETTINGS
+from bench.load import SETTINGS, calls, fast_records, follow, follow_slowly, slow_records
 
 messages, services = grpc.protos_and_services("bench/peers/record.proto")
 
 
 class Bench(services.BenchServicer):  # type: ignore[name-defined]
-    """What the server offers."""
+    """The procedures of the server."""
 
     def Echo(self, request: Any, context: Any) -> Any:
-        """The call."""
+        """Return the value."""
         return request
 
     def Count(self, request: Any, context: Any) -> Iterator[Any]:
-        """The stream."""
-        for number in range(request.records):
-            yield messages.Record(number=number, text=TEXT)
+        """Yield records as fast as possible."""
+        return (messages.Record(**one) for one in fast_records(request.records))
 
     def Slowly(self, request: Any, context: Any) -> Iterator[Any]:
-        """The slow stream."""
-        for number in range(request.records):
-            time.sleep(request.pause)
-            yield messages.Record(number=number, at=time.time())
+        """Yield a record now and then."""
+        return (messages.Record(**one) for one in slow_records(request.records, request.pause))
 
 
-def _count_json(request: bytes, context: Any) -> Iterator[bytes]:
-    for number in range(json.loads(request)["records"]):
-        yield json.dumps(record(number)).encode()
+def _serve() -> None:
+    server = grpc.server(ThreadPoolExecutor(max_workers=32))
+    services.add_BenchServicer_to_server(Bench(), server)
+    pair = (Path(SETTINGS["keyfile"]).read_bytes(), Path(SETTINGS["certfile"]).read_bytes())
+    server.add_secure_port(f"127.0.0.1:{SETTINGS['port']}", grpc.ssl_server_credentials([pair]))
+    server.start()
+    server.wait_for_termination()
 
 
 def _channel() -> Any:
@@ -50,8 +48,7 @@ def _channel() -> Any:
 
 def _echo(stub: Any, value: Any) -> Any:
     flags = [json.dumps(flag) for flag in value["flags"]]
-    call = messages.Call(number=value["number"], name=value["name"], flags=flags, ratio=value["ratio"])
-    found = stub.Echo(call)
+    found = stub.Echo(messages.Call(number=value["number"], name=value["name"], flags=flags, ratio=value["ratio"]))
     flags = [json.loads(flag) for flag in found.flags]
     return {"number": found.number, "name": found.name, "flags": flags, "ratio": found.ratio}
 
@@ -80,29 +77,10 @@ def _slow_stream(records: int, pause: float) -> Iterator[Any]:
             yield {"number": found.number, "at": found.at}
 
 
-def _json_stream(records: int) -> Iterator[Any]:
-    with _channel() as channel:
-        yield from map(json.loads, channel.unary_stream("/bench.JSON/Count")(json.dumps({"records": records}).encode()))
-
-
-def _serve() -> None:
-    server = grpc.server(ThreadPoolExecutor(max_workers=32))
-    services.add_BenchServicer_to_server(Bench(), server)
-    handlers = {"Count": grpc.unary_stream_rpc_method_handler(_count_json)}
-    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("bench.JSON", handlers),))
-    pair = (Path(SETTINGS["keyfile"]).read_bytes(), Path(SETTINGS["certfile"]).read_bytes())
-    server.add_secure_port(f"127.0.0.1:{SETTINGS['port']}", grpc.ssl_server_credentials([pair]))
-    server.start()
-    server.wait_for_termination()
-
-
-WORKS = {
+FUNCTIONS = {
+    "server": _serve,
     "fresh": partial(calls, _fresh),
-    "reused": partial(calls, _kept),
+    "kept": partial(calls, _kept),
     "follow": partial(follow, _stream),
-    "follow_json": partial(follow, _json_stream),
     "follow_slowly": partial(follow_slowly, _slow_stream),
 }
-
-if __name__ == "__main__" and sys.argv[1:] == ["server"]:
-    _serve()

@@ -1,23 +1,20 @@
-"""Redis streams: a worker adds records, each by itself or many in a pipeline, a follower reads what is there."""
+"""Redis streams: a worker adds records in pipelines; a follower reads whatever has arrived."""
 
 from __future__ import annotations
 
 import json
-import sys
 import time
 from collections.abc import Iterator
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import redis
 
-from bench.load import follow, follow_slowly, record
-from bench.peers import SETTINGS
+from bench.load import SETTINGS, fast_records, follow, follow_slowly, slow_records
 
-#: Records in a pipeline.
-_PIPELINE = 100
-#: The most that a follower takes at once.
-_BATCH = 1000
+#: Records in a pipeline, and the most that a follower reads at once.
+_PIPELINE, _BATCH = 100, 1000
 
 
 def _connect() -> Any:
@@ -33,18 +30,15 @@ def _work() -> None:
 
 def _produce(connection: Any, name: str, records: int, pause: float) -> None:
     if pause:
-        for number in range(records):
-            time.sleep(pause)
-            connection.xadd(name, {"record": json.dumps({"number": number, "at": time.time()})})
-    elif SETTINGS["pipelined"]:
-        for first in range(0, records, _PIPELINE):
-            pipeline = connection.pipeline(transaction=False)
-            for number in range(first, min(first + _PIPELINE, records)):
-                pipeline.xadd(name, {"record": json.dumps(record(number))})
-            pipeline.execute()
-    else:
-        for number in range(records):
-            connection.xadd(name, {"record": json.dumps(record(number))})
+        for one in slow_records(records, pause):
+            connection.xadd(name, {"record": json.dumps(one)})
+        return
+    left = fast_records(records)
+    while batch := list(islice(left, _PIPELINE)):
+        pipeline = connection.pipeline(transaction=False)
+        for one in batch:
+            pipeline.xadd(name, {"record": json.dumps(one)})
+        pipeline.execute()
 
 
 def _stream(records: int, pause: float = 0.0) -> Iterator[Any]:
@@ -61,7 +55,8 @@ def _stream(records: int, pause: float = 0.0) -> Iterator[Any]:
     connection.delete(name)
 
 
-WORKS = {"follow": partial(follow, _stream), "follow_slowly": partial(follow_slowly, _stream)}
-
-if __name__ == "__main__" and sys.argv[1:] == ["worker"]:
-    _work()
+FUNCTIONS = {
+    "worker": _work,
+    "follow": partial(follow, _stream),
+    "follow_slowly": partial(follow_slowly, _stream),
+}

@@ -1,55 +1,47 @@
-"""RPyC over TLS. As it comes, its server forks a process for each connection; or threads, with TCP_NODELAY set by hand.
+"""RPyC over TLS. Its server forks a process for each connection.
 
-Arguments and results go as JSON text: RPyC would hand out references to objects, and ask back for each item.
+Arguments and results are JSON text: RPyC would pass references to objects, and fetch each member separately.
 """
 
 from __future__ import annotations
 
 import json
-import socket
-import sys
-import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
 import rpyc
-from rpyc.core.stream import SocketStream
 from rpyc.utils.authenticators import SSLAuthenticator
-from rpyc.utils.server import ForkingServer, ThreadedServer
+from rpyc.utils.server import ForkingServer
 
-from bench.load import calls, follow, follow_slowly, record
-from bench.peers import SETTINGS
+from bench.load import SETTINGS, calls, fast_records, follow, follow_slowly, slow_records
 
 
 class Service(rpyc.Service):
-    """What the server offers."""
+    """The procedures of the server."""
 
     def exposed_echo(self, text: str) -> str:
-        """The call."""
+        """Return the value."""
         return json.dumps(json.loads(text))
 
     def exposed_count(self, records: int) -> Iterator[str]:
-        """The stream."""
-        for number in range(records):
-            yield json.dumps(record(number))
+        """Yield records as fast as possible."""
+        return map(json.dumps, fast_records(records))
 
     def exposed_slowly(self, records: int, pause: float) -> Iterator[str]:
-        """The slow stream."""
-        for number in range(records):
-            time.sleep(pause)
-            yield json.dumps({"number": number, "at": time.time()})
+        """Yield a record now and then."""
+        return map(json.dumps, slow_records(records, pause))
+
+
+def _serve() -> None:
+    authenticator = SSLAuthenticator(SETTINGS["keyfile"], SETTINGS["certfile"])
+    ForkingServer(
+        Service, hostname="127.0.0.1", port=SETTINGS["port"], backlog=128, authenticator=authenticator
+    ).start()
 
 
 def _connect() -> Any:
-    connection = rpyc.ssl_connect("127.0.0.1", SETTINGS["port"], ca_certs=SETTINGS["ca_file"])
-    if SETTINGS["threads"]:
-        _without_delay(connection._channel.stream)
-    return connection
-
-
-def _without_delay(stream: SocketStream) -> None:
-    stream.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return rpyc.ssl_connect("127.0.0.1", SETTINGS["port"], ca_certs=SETTINGS["ca_file"])
 
 
 def _fresh() -> Callable[[Any], Any]:
@@ -68,33 +60,12 @@ def _kept() -> Callable[[Any], Any]:
     return lambda value: json.loads(echo(json.dumps(value)))
 
 
-def _stream(records: int) -> Iterator[Any]:
-    return map(json.loads, _connect().root.count(records))
-
-
-def _slow_stream(records: int, pause: float) -> Iterator[Any]:
-    return map(json.loads, _connect().root.slowly(records, pause))
-
-
-class _Authenticator(SSLAuthenticator):
-    def __call__(self, sock: socket.socket) -> Any:
-        if SETTINGS["threads"]:
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        return super().__call__(sock)
-
-
-def _serve() -> None:
-    kind = ThreadedServer if SETTINGS["threads"] else ForkingServer
-    authenticator = _Authenticator(SETTINGS["keyfile"], SETTINGS["certfile"])
-    kind(Service, hostname="127.0.0.1", port=SETTINGS["port"], backlog=128, authenticator=authenticator).start()
-
-
-WORKS = {
+FUNCTIONS = {
+    "server": _serve,
     "fresh": partial(calls, _fresh),
-    "reused": partial(calls, _kept),
-    "follow": partial(follow, _stream),
-    "follow_slowly": partial(follow_slowly, _slow_stream),
+    "kept": partial(calls, _kept),
+    "follow": partial(follow, lambda records: map(json.loads, _connect().root.count(records))),
+    "follow_slowly": partial(
+        follow_slowly, lambda records, pause: map(json.loads, _connect().root.slowly(records, pause))
+    ),
 }
-
-if __name__ == "__main__" and sys.argv[1:] == ["server"]:
-    _serve()

@@ -1,53 +1,33 @@
-"""RQ: a process forked for each job, as it comes."""
+"""RQ with its defaults: a process forked for each job."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import redis
 import rq
 
-from bench.load import Queue, jobs, latency, submissions
-from bench.peers import SETTINGS
+from bench.load import SETTINGS, Queue, queue_functions
 
-#: Seconds.
-_PATIENCE = 60
+#: Seconds to wait for a result.
+_TIMEOUT = 60
 
 
 def echo(value: Any) -> Any:
-    """The job."""
+    """Return the value."""
     return value
 
 
-class Client(Queue):
-    """A client of RQ's."""
-
-    def __init__(self) -> None:
-        connection = redis.Redis(port=SETTINGS["redis"])
-        self._queue = rq.Queue("work", connection=connection)
-        self._waiting = rq.Queue("nobody works on this", connection=connection)
-
-    def submit(self, value: Any) -> Any:
-        """Submit a job."""
-        return self._queue.enqueue(echo, value)
-
-    def submit_waiting(self, value: Any) -> Any:
-        """Submit a job to a queue without workers."""
-        return self._waiting.enqueue(echo, value)
-
-    def submit_many(self, values: Sequence[Any]) -> Any:
-        """Submit jobs in one pipeline."""
-        return self._waiting.enqueue_many([rq.Queue.prepare_data(echo, (value,)) for value in values])
-
-    def collect(self, handles: Sequence[Any]) -> list[Any]:
-        """Wait for results."""
-        return [job.latest_result(timeout=_PATIENCE).return_value for job in handles]
+def _connect() -> Queue:
+    connection = redis.Redis(port=SETTINGS["redis"])
+    queue = rq.Queue("work", connection=connection)
+    waiting = rq.Queue("waiting", connection=connection)
+    return Queue(
+        submit=lambda value: queue.enqueue(echo, value),
+        result=lambda job: job.latest_result(timeout=_TIMEOUT).return_value,
+        submit_waiting=lambda value: waiting.enqueue(echo, value),
+        submit_many=lambda values: waiting.enqueue_many([rq.Queue.prepare_data(echo, (one,)) for one in values]),
+    )
 
 
-WORKS = {
-    "jobs": partial(jobs, Client),
-    "submissions": partial(submissions, Client),
-    "latency": partial(latency, Client),
-}
+FUNCTIONS = queue_functions(_connect)

@@ -1,7 +1,4 @@
-"""OpenSSH: a command on the other side, JSON in its arguments, JSON out.
-
-Multiplexed: over a connection that each client keeps.
-"""
+"""OpenSSH: a remote command with JSON in its arguments and in its output. Multiplexed: each client has a connection."""
 
 from __future__ import annotations
 
@@ -13,24 +10,23 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from bench.load import calls
-from bench.peers import SETTINGS
+from bench.load import SETTINGS, calls
 
 
-def _fresh() -> Callable[[Any], Any]:
+def _connect() -> Callable[[Any], Any]:
     command = ["ssh", *SETTINGS["options"]]
     if SETTINGS["multiplexed"]:
         path = f"ControlPath={SETTINGS['directory']}/{os.getpid()}"
         command[1:1] = ["-o", "ControlMaster=auto", "-o", path, "-o", "ControlPersist=30"]
 
     def call(value: Any) -> Any:
-        # Arguments on the command line: what is sent on stdin waits 40 ms for an acknowledgement of TCP.
+        # On the command line: data on stdin would wait 40 ms for an acknowledgement of TCP.
         remote = f"echo {shlex.quote(json.dumps(value))}"
-        # The connection that stays is a process that keeps stderr open: nothing may wait for that to close.
+        # stderr is not a pipe: the process of the shared connection would keep it open.
         done = subprocess.run([*command, remote], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, check=True)
         return json.loads(done.stdout)
 
     return call
 
 
-WORKS = {"fresh": partial(calls, _fresh)}
+FUNCTIONS = dict.fromkeys(("fresh", "kept"), partial(calls, _connect))

@@ -1,0 +1,219 @@
+"""What is measured: workloads, the rows that come of them, and the parts in which they are measured together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much is done: seconds, and counts."""
+
+    seconds: float = 3.0  # of calls and of submissions, for each workload
+    jobs: int = 2_000
+    latencies: int = 200  # jobs that are measured one by one
+    records: int = 100_000
+    slow_records: int = 200
+    followers: int = 10_000  # idle ones
+    stored: int = 1_000_000  # ended jobs of the full store
+    queries: int = 1_000  # of each kind, on the full store
+    hosts: int = 200  # simulated ones
+    at_once: int = 2_000  # jobs that run on them at the same time
+    flood: int = 20_000  # jobs that are submitted before the first result is read
+    soak: float = 600.0  # seconds of the long load
+
+    def scaled(self, factor: float) -> Sizes:
+        """Return sizes that are this many times as large; no count becomes less than 1."""
+        scaled = {name: value * factor for name, value in asdict(self).items()}
+        counts = {name: max(1, round(value)) for name, value in scaled.items() if isinstance(getattr(self, name), int)}
+        return Sizes(**{**scaled, **counts})
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of the table: one figure of a workload."""
+
+    key: str
+    title: str
+    unit: str
+    figure: str = "rate"  # its name among the figures of the workload
+
+    @property
+    def less(self) -> bool:
+        """Whether less is better: of everything that is not a rate."""
+        return not self.unit.endswith("/s")
+
+
+#: The arguments of a workload's function.
+Arguments = Callable[[Sizes], Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Work that every contender of a part is asked to do in the same way."""
+
+    key: str  # contenders map it to a function of their client
+    arguments: Arguments
+    rows: tuple[Row, ...]
+    deadline: float = 120.0  # seconds after which it is given up
+
+
+@dataclass(frozen=True)
+class Part:
+    """Workloads that are measured together: each contender is started once a run for all of them."""
+
+    key: str
+    title: str
+    workloads: tuple[Workload, ...]
+    large: bool = False  # measured once, and not by --quick
+
+    @property
+    def rows(self) -> tuple[Row, ...]:
+        """All rows."""
+        return tuple(row for workload in self.workloads for row in workload.rows)
+
+
+def _four_clients(sizes: Sizes) -> dict[str, Any]:
+    return {"clients": 4, "jobs": sizes.jobs}
+
+
+def _calls(key: str, title: str, clients: int) -> Workload:
+    told = "1 client" if clients == 1 else f"{clients} clients"
+    row = Row(f"{key}-{clients}", f"{title}, {told}", "calls/s")
+    return Workload(row.key, lambda sizes: {"clients": clients, "seconds": sizes.seconds}, (row,))
+
+
+def _jobs(key: str, title: str) -> Workload:
+    return Workload(key, _four_clients, (Row(key, title, "jobs/s"),))
+
+
+def _submissions(key: str, title: str, clients: int, batch: int = 0) -> Workload:
+    def arguments(sizes: Sizes) -> dict[str, Any]:
+        return {"clients": clients, "batch": batch, "seconds": sizes.seconds}
+
+    return Workload(key, arguments, (Row(key, title, "jobs/s"),))
+
+
+def _quantiles(key: str, title: str) -> tuple[Row, ...]:
+    return tuple(Row(f"{key}-{share}", f"{title}: {share}", "ms", share) for share in ("p50", "p99"))
+
+
+def _cpu(key: str, title: str, *processes: str) -> tuple[Row, ...]:
+    return tuple(Row(f"{key}-{name}", f"{title}: {name}", "ms", name) for name in processes)
+
+
+_DIRECT = (
+    _calls("fresh", "A connection for each call", 1),
+    _calls("fresh", "A connection for each call", 16),
+    _calls("kept", "A kept connection, a process for each call", 1),
+    _calls("kept", "A kept connection, a process for each call", 4),
+    _calls("kept", "A kept connection, a process for each call", 16),
+    _calls("reused", "A kept connection, a process for many calls", 1),
+    _calls("reused", "A kept connection, a process for many calls", 16),
+)
+
+_JOBS = (
+    Workload("latency", lambda sizes: {"jobs": sizes.latencies}, _quantiles("latency", "One job on an idle system")),
+    _jobs("jobs", "Jobs end to end, 4 clients"),
+    _jobs("reused-jobs", "Jobs end to end, a process for many"),
+    _submissions("submit-1", "Jobs accepted, 1 client", 1),
+    _submissions("submit-16", "Jobs accepted, 16 clients", 16),
+    _submissions("submit-many", "Jobs accepted, 1,000 in a request", 1, 1_000),
+)
+
+_STREAM = (
+    Workload(
+        "long-stream",
+        lambda sizes: {"records": sizes.records},
+        (Row("long-stream", "A stream, one follower", "records/s"),),
+    ),
+    Workload(
+        "slow-stream",
+        lambda sizes: {"records": sizes.slow_records, "pause": 0.01},
+        _quantiles("slow-stream", "A record of a slow stream, creation to arrival"),
+    ),
+)
+
+_COST = (
+    Workload(
+        "memory",
+        lambda sizes: {},
+        (
+            Row("memory-harpd", "Memory (PSS) of an idle harpd, all its processes", "MB", "harpd"),
+            Row("memory-dispatcher", "Memory (PSS) of an idle dispatcher", "MB", "dispatcher"),
+        ),
+    ),
+    Workload(
+        "call-cpu",
+        lambda sizes: {"clients": 4, "seconds": sizes.seconds},
+        _cpu("call-cpu", "CPU of a kept call", "harpd", "frontend", "supervisor", "zygote", "workers", "client"),
+    ),
+    Workload("job-cpu", _four_clients, _cpu("job-cpu", "CPU of a job", "all", "dispatcher", "harpd", "client")),
+    Workload("simulated-cpu", _four_clients, _cpu("simulated-cpu", "CPU of a job on a simulated host", "dispatcher")),
+    Workload(
+        "idle",
+        lambda sizes: {"followers": sizes.followers},
+        (Row("idle-follower-memory", "Memory of the dispatcher for an idle follower", "kB", "memory"),),
+    ),
+)
+
+_STORE = Workload(
+    "store",
+    lambda sizes: {name: getattr(sizes, name) for name in ("stored", "queries", "jobs")},
+    (
+        Row("stored-jobs-empty", "Jobs end to end, empty store", "jobs/s", "empty"),
+        Row("stored-jobs", "Jobs end to end, full store", "jobs/s", "full"),
+        Row("stored-bytes", "Disk space of a small job", "bytes", "bytes"),
+        Row("stored-status-p99", "Status of a job: p99", "ms", "status"),
+        Row("stored-result-p99", "Result of a job: p99", "ms", "result"),
+        Row("stored-list-p99", "List of the newest 100 jobs: p99", "ms", "list"),
+        Row("stored-host-p99", "List of a host's newest 100 jobs: p99", "ms", "host"),
+        Row("stored-queue-p99", "List of a queue's newest 100 jobs: p99", "ms", "queue"),
+        Row("stored-start", "Start of the dispatcher to its first answer", "s", "start"),
+    ),
+    deadline=7_200,
+)
+
+_SCALE = (
+    Workload(
+        "wide",
+        lambda sizes: {"jobs": sizes.at_once, "hosts": sizes.hosts},
+        (
+            Row("wide-seconds", "2,000 jobs at once on 200 hosts", "s", "seconds"),
+            Row("wide-memory", "Peak memory of the dispatcher with them", "MB", "memory"),
+        ),
+        deadline=300,
+    ),
+    Workload(
+        "flood",
+        lambda sizes: {"clients": 4, "jobs": sizes.flood},
+        (Row("flood", "20,000 jobs submitted before the first result is read", "jobs/s"),),
+        deadline=600,
+    ),
+    Workload(
+        "soak",
+        lambda sizes: {"seconds": sizes.soak},
+        (
+            Row("sustained", "Jobs for ten minutes", "jobs/s"),
+            Row("sustained-slowest", "The slowest of them", "jobs/s", "slowest"),
+            Row("sustained-growth-dispatcher", "Growth of the dispatcher's memory", "MB", "dispatcher"),
+            Row("sustained-growth-frontend", "Growth of the frontend's memory", "MB", "frontend"),
+            Row("sustained-growth-supervisor", "Growth of the supervisor's memory", "MB", "supervisor"),
+        ),
+        deadline=1_800,
+    ),
+)
+
+_ALL = (
+    Part("direct", "Direct calls over TLS, without a dispatcher", _DIRECT),
+    Part("jobs", "Jobs: submitted, run, results collected", _JOBS),
+    Part("stream", "Records from a procedure to its follower", _STREAM),
+    Part("cost", "CPU of one call or job by process, and memory", _COST),
+    Part("store", "A store of 1,000,000 ended jobs with 10,000,000 records", (_STORE,), large=True),
+    Part("scale", "Many jobs at once, and for a long time", _SCALE, large=True),
+)
+
+#: All parts by key, in the order in which they are measured.
+PARTS = {part.key: part for part in _ALL}
