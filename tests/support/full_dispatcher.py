@@ -57,7 +57,8 @@ def scenario(system: System, store: Path, told: Path) -> None:
     accepted = fill(system, {"wait": "here"})  # behind the running job: they stay queued
     told.touch()
     wait_until(
-        lambda: [line for line in system.dispatcher.log_lines() if "cannot store call data" in line], what="records that wait"
+        lambda: [line for line in system.dispatcher.log_lines() if "cannot store call data" in line],
+        what="records that wait",
     )
     for job in accepted:
         assert job.result() is harp.CALL_NOT_FINISHED
