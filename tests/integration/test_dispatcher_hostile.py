@@ -1,4 +1,4 @@
-"""What a host, a store or an ill-chosen moment can't do to the dispatcher."""
+"""Invalid replies of hosts, failures of the store and unlucky timing: the dispatcher continues."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ async def claimed_job(store: Any) -> str:
 
 
 @pytest.mark.parametrize("data", [{}, {"end": "x"}, [1], None, {"end": 10**30}])
-async def test_an_odd_answer_about_a_call_that_nobody_wants_ends_nothing_else(tmp_path: Path, data: Any) -> None:
+async def test_orphan_with_invalid_reply_affects_nothing_else(tmp_path: Path, data: Any) -> None:
     refused = threading.Event()
 
     def script(talk: Conversation) -> None:
@@ -68,7 +68,7 @@ async def test_an_odd_answer_about_a_call_that_nobody_wants_ends_nothing_else(tm
                 assert (await result_of(dispatcher))[1] == Returned(b"1")
 
 
-async def test_a_silent_host_holds_up_the_unwanted_calls_of_no_other(tmp_path: Path) -> None:
+async def test_orphans_of_a_silent_host_delay_no_other_host(tmp_path: Path) -> None:
     """One host holds many calls that nobody wants, and says nothing when it is asked for them."""
     waiting = threading.Semaphore(0)
     stopped = threading.Event()
@@ -106,7 +106,7 @@ async def test_a_silent_host_holds_up_the_unwanted_calls_of_no_other(tmp_path: P
             await eventually(stopped.is_set, what="the other host's call stopped")
 
 
-async def test_a_host_says_nothing_of_the_ends_of_others(tmp_path: Path) -> None:
+async def test_orphan_of_another_host_stores_no_exit_info(tmp_path: Path) -> None:
     ids: list[str] = []
     forged = threading.Event()
 
@@ -134,7 +134,7 @@ async def test_a_host_says_nothing_of_the_ends_of_others(tmp_path: Path) -> None
             assert (details["exit_info"], details["stop_report"]) == (None, None)
 
 
-async def test_a_list_that_is_too_long_is_none(tmp_path: Path) -> None:
+async def test_call_list_that_is_too_long_is_ignored(tmp_path: Path) -> None:
     def script(talk: Conversation) -> None:
         talk.expect()
         with contextlib.suppress(ConnectionError):  # the dispatcher may have hung up before all of it was sent
@@ -148,7 +148,7 @@ async def test_a_list_that_is_too_long_is_none(tmp_path: Path) -> None:
             assert end.type == "protocol_error"
 
 
-async def test_a_question_that_was_too_long_on_its_way_does_not_make_a_host_an_older_one(tmp_path: Path) -> None:
+async def test_slow_query_does_not_make_a_host_legacy(tmp_path: Path) -> None:
     def late(talk: Conversation) -> None:
         talk.expect()
         fault = {"type": "invalid_request", "message": "no whole request line came within 30 s"}
@@ -163,7 +163,7 @@ async def test_a_question_that_was_too_long_on_its_way_does_not_make_a_host_an_o
             assert (await result_of(dispatcher))[1] == Returned(b"1")
 
 
-async def test_a_cancel_while_jobs_are_taken_up_stops_the_call(tmp_path: Path) -> None:
+async def test_cancel_during_recovery_stops_the_call(tmp_path: Path) -> None:
     """The store did not answer at the start; the doors are open when it does."""
     opened = await open_store(tmp_path / "store")
     job_id = await claimed_job(opened)
@@ -198,7 +198,7 @@ async def test_a_cancel_while_jobs_are_taken_up_stops_the_call(tmp_path: Path) -
     await opened.close()
 
 
-async def test_a_run_that_fails_leaves_no_stop_pending(tmp_path: Path) -> None:
+async def test_failed_run_leaves_no_pending_stop(tmp_path: Path) -> None:
     """Whoever waits for the stop of its job is told; the slot is kept until the next start looks."""
     opened = await open_store(tmp_path / "store")
 

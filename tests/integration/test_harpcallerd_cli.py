@@ -1,4 +1,4 @@
-"""The program harpcallerd: start, stop, status, signals, reload, and where it listens."""
+"""The program harpcallerd: start, stop, status, signals, reload, listening addresses."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def start_arguments(dispatcher: Harpcallerd, *options: str) -> tuple[str, ...]:
 # Running or not.
 
 
-def test_status(dispatcher: Harpcallerd) -> None:
+def test_status_reports_running_and_stopped(dispatcher: Harpcallerd) -> None:
     stopped = dispatcher.control("status")
     assert (stopped.returncode, stopped.stdout, stopped.stderr) == (1, "harpcallerd is stopped\n", "")
     with dispatcher:
@@ -71,7 +71,7 @@ def test_status(dispatcher: Harpcallerd) -> None:
     assert dispatcher.control("status", "--wait", "--timeout=0.1").stdout == "harpcallerd is stopped\n"
 
 
-def test_status_waits_for_the_start(dispatcher: Harpcallerd) -> None:
+def test_status_wait_returns_after_the_start(dispatcher: Harpcallerd) -> None:
     with subprocess.Popen(dispatcher.command("status", "--wait"), stdout=subprocess.PIPE, text=True) as waiting:
         with dispatcher:
             output, _ = waiting.communicate(timeout=DEADLINE)
@@ -94,11 +94,11 @@ def test_status_waits_for_the_start(dispatcher: Harpcallerd) -> None:
     ],
     ids=" ".join,
 )
-def test_without_a_daemon_every_command_says_so(dispatcher: Harpcallerd, command: list[str]) -> None:
+def test_every_command_fails_without_a_daemon(dispatcher: Harpcallerd, command: list[str]) -> None:
     assert fails(dispatcher, *command) == f"harpcallerd: no harpcallerd is running on {dispatcher.socket}"
 
 
-def test_stop(dispatcher: Harpcallerd) -> None:
+def test_stop_waits_for_the_process(dispatcher: Harpcallerd) -> None:
     dispatcher.start()
     pid = dispatcher.pid
     process = psutil.Process(pid)
@@ -113,7 +113,7 @@ def test_stop(dispatcher: Harpcallerd) -> None:
     assert dispatcher.wait() == 0
 
 
-def test_stop_says_when_it_takes_too_long(dispatcher: Harpcallerd) -> None:
+def test_stop_reports_a_timeout(dispatcher: Harpcallerd) -> None:
     dispatcher.start()
     os.kill(dispatcher.pid, signal.SIGSTOP)
     # It can't even answer; a status finds that out too.
@@ -126,7 +126,7 @@ def test_stop_says_when_it_takes_too_long(dispatcher: Harpcallerd) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_stops_it(dispatcher: Harpcallerd, number: signal.Signals) -> None:
+def test_signal_stops_the_daemon(dispatcher: Harpcallerd, number: signal.Signals) -> None:
     dispatcher.start()
     assert dispatcher.stop(number) == 0
     assert not dispatcher.socket.exists()
@@ -138,7 +138,7 @@ def test_a_signal_stops_it(dispatcher: Harpcallerd, number: signal.Signals) -> N
 # Starts.
 
 
-def test_a_second_one_does_not_start(dispatcher: Harpcallerd) -> None:
+def test_second_daemon_does_not_start(dispatcher: Harpcallerd) -> None:
     with dispatcher:
         said = fails(dispatcher, *start_arguments(dispatcher))
         assert said == f"harpcallerd: a harpcallerd is already running on {dispatcher.socket}"
@@ -156,14 +156,14 @@ def test_a_second_one_does_not_start(dispatcher: Harpcallerd) -> None:
         assert not other.exists()
 
 
-def test_what_a_dead_one_left_is_taken_over(dispatcher: Harpcallerd) -> None:
+def test_start_replaces_sockets_of_a_dead_daemon(dispatcher: Harpcallerd) -> None:
     dispatcher.start()
     dispatcher.kill()
     with dispatcher:
         assert dispatcher.control("status").returncode == 0
 
 
-def test_a_file_that_is_no_socket_is_not_touched(dispatcher: Harpcallerd) -> None:
+def test_start_keeps_a_file_that_is_not_a_socket(dispatcher: Harpcallerd) -> None:
     dispatcher.socket.write_text("mine")
     said = f"harpcallerd: control socket {dispatcher.socket}: what lies there is no socket"
     assert fails(dispatcher, *start_arguments(dispatcher)) == said
@@ -198,20 +198,20 @@ def test_two_starts_at_once_make_one_daemon(dispatcher: Harpcallerd) -> None:
         ({"ca_file": "/nowhere.pem"}, "ca_file: expected a file that can be used"),
     ],
 )
-def test_a_wrong_configuration_is_one_line(dispatcher: Harpcallerd, settings: dict[str, Any], message: str) -> None:
+def test_invalid_configuration_prints_one_line(dispatcher: Harpcallerd, settings: dict[str, Any], message: str) -> None:
     dispatcher.configure({**settings, "log_level": "error"})
     for options in ((), ("--daemon",)):
         assert f"{dispatcher.config_file}: {message}" in fails(dispatcher, *start_arguments(dispatcher, *options))
     assert not dispatcher.socket.exists()
 
 
-def test_a_missing_configuration(dispatcher: Harpcallerd) -> None:
+def test_missing_configuration_prints_one_line(dispatcher: Harpcallerd) -> None:
     assert fails(dispatcher, "start", "--config=/nowhere.toml") == (
         "harpcallerd: /nowhere.toml: No such file or directory"
     )
 
 
-def test_the_background(dispatcher: Harpcallerd, tmp_path: Path) -> None:
+def test_daemon_option_detaches(dispatcher: Harpcallerd, tmp_path: Path) -> None:
     pidfile = tmp_path / "pid"
     done = dispatcher.control(*start_arguments(dispatcher, "--daemon", f"--pidfile={pidfile}"))
     try:
@@ -230,7 +230,7 @@ def test_the_background(dispatcher: Harpcallerd, tmp_path: Path) -> None:
     assert not pidfile.exists()
 
 
-def test_a_pid_file(dispatcher: Harpcallerd, tmp_path: Path) -> None:
+def test_pidfile_is_written_and_removed(dispatcher: Harpcallerd, tmp_path: Path) -> None:
     pidfile = tmp_path / "pid"
     with Harpcallerd(tmp_path / "one", options=(f"--pidfile={pidfile}",)) as one:
         assert pidfile.read_text() == f"{one.pid}\n"
@@ -248,7 +248,7 @@ def service_manager(directory: Path, monkeypatch: pytest.MonkeyPatch) -> Iterato
         yield manager
 
 
-def test_the_service_manager_is_told(dispatcher: Harpcallerd, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_service_manager_is_notified(dispatcher: Harpcallerd, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with service_manager(tmp_path, monkeypatch) as manager:
         with dispatcher:
             assert manager.recv(1000) == b"READY=1"
@@ -270,7 +270,7 @@ def test_debug_logs_everything(tmp_path: Path) -> None:
 # Where it listens.
 
 
-def test_every_address_is_told(tmp_path: Path) -> None:
+def test_listen_logs_every_address(tmp_path: Path) -> None:
     door = tmp_path / "door"
     listen = ["127.0.0.1:0", "[::1]:0", "*:0", f"unix:{door}"]
     with Harpcallerd(tmp_path / "many", settings={"listen": listen}) as dispatcher:
@@ -290,7 +290,7 @@ def test_every_address_is_told(tmp_path: Path) -> None:
     assert not door.exists()
 
 
-def test_a_name_may_stand_for_several_addresses(tmp_path: Path) -> None:
+def test_listen_name_with_several_addresses(tmp_path: Path) -> None:
     with Harpcallerd(tmp_path, settings={"listen": ["localhost:0"]}) as dispatcher:
         serving = dispatcher.events("harpcallerd is serving")
         assert {event["port"] for event in serving} == {dispatcher.port}
@@ -299,7 +299,7 @@ def test_a_name_may_stand_for_several_addresses(tmp_path: Path) -> None:
             assert answers(family, (event["address"], event["port"]))
 
 
-def test_who_came_through_a_unix_socket_is_logged_by_user(tmp_path: Path) -> None:
+def test_unix_socket_client_is_logged_by_user(tmp_path: Path) -> None:
     door = tmp_path / "door"
     with Harpcallerd(tmp_path / "one", settings={"listen": [f"unix:{door}"]}) as dispatcher:
         with LineClient(socket.socket(socket.AF_UNIX)) as client:
@@ -334,7 +334,9 @@ def test_reload_changed_listen_needs_restart(tmp_path: Path) -> None:
         ({"ca_file": "/nowhere.pem"}, "ca_file: expected"),
     ],
 )
-def test_a_broken_file_changes_nothing(dispatcher: Harpcallerd, settings: dict[str, Any], message: str) -> None:
+def test_reload_of_an_invalid_file_changes_nothing(
+    dispatcher: Harpcallerd, settings: dict[str, Any], message: str
+) -> None:
     with dispatcher:
         listening = {connection.laddr for connection in psutil.Process(dispatcher.pid).net_connections("tcp")}
         dispatcher.configure({**settings, "log_level": "error"})
@@ -347,7 +349,7 @@ def test_a_broken_file_changes_nothing(dispatcher: Harpcallerd, settings: dict[s
         dispatcher.wait_event("command", command="reload")  # the level of the log is what it was
 
 
-def test_a_reload_takes_settings_of_requests_and_of_the_log(dispatcher: Harpcallerd) -> None:
+def test_reload_applies_request_and_log_settings(dispatcher: Harpcallerd) -> None:
     with dispatcher:
         dispatcher.configure({"request_line": 1024, "log_level": "info", "stream_directory": "/elsewhere"})
         assert dispatcher.control("reload").returncode == 0
@@ -358,7 +360,7 @@ def test_a_reload_takes_settings_of_requests_and_of_the_log(dispatcher: Harpcall
         assert dispatcher.events("a changed setting needs a restart", key="stream_directory")
 
 
-def test_many_reloads_at_once(dispatcher: Harpcallerd) -> None:
+def test_reload_many_times_at_once(dispatcher: Harpcallerd) -> None:
     with dispatcher:
         for _ in range(20):
             os.kill(dispatcher.pid, signal.SIGHUP)
@@ -367,7 +369,7 @@ def test_many_reloads_at_once(dispatcher: Harpcallerd) -> None:
 
 
 @pytest.mark.parametrize("by_signal", [True, False])
-def test_the_log_is_reopened(dispatcher: Harpcallerd, by_signal: bool) -> None:
+def test_reopen_logs_opens_a_new_file(dispatcher: Harpcallerd, by_signal: bool) -> None:
     with dispatcher:
         if by_signal:
             os.kill(dispatcher.pid, signal.SIGUSR1)
@@ -379,7 +381,7 @@ def test_the_log_is_reopened(dispatcher: Harpcallerd, by_signal: bool) -> None:
 # The command line.
 
 
-def test_the_socket_may_be_given_before_or_after_the_command(dispatcher: Harpcallerd) -> None:
+def test_socket_option_before_or_after_the_command(dispatcher: Harpcallerd) -> None:
     program = dispatcher.command()[:-1]
 
     def run(*arguments: str) -> str:
@@ -406,13 +408,13 @@ def test_the_socket_may_be_given_before_or_after_the_command(dispatcher: Harpcal
     ],
     ids=" ".join,
 )
-def test_wrong_usage_is_told_apart(dispatcher: Harpcallerd, arguments: list[str]) -> None:
+def test_wrong_usage_exits_with_status_2(dispatcher: Harpcallerd, arguments: list[str]) -> None:
     done = dispatcher.control(*arguments)
     assert done.returncode == 2
     assert "usage: harpcallerd" in done.stderr
 
 
-def test_the_help_names_every_command_and_ends_with_examples(dispatcher: Harpcallerd) -> None:
+def test_help_names_every_command_and_has_examples(dispatcher: Harpcallerd) -> None:
     help = dispatcher.control("--help").stdout
     commands = "start status stop reload list info cancel queue-list queue-cancel hosts-list hosts-refresh prune-jobs"
     for command in (*commands.split(), "reopen-logs"):
@@ -422,7 +424,7 @@ def test_the_help_names_every_command_and_ends_with_examples(dispatcher: Harpcal
     assert "exit status: 0 done" in help
 
 
-def test_a_reader_of_a_list_may_stop(dispatcher: Harpcallerd) -> None:
+def test_list_into_a_closed_pipe_succeeds(dispatcher: Harpcallerd) -> None:
     with dispatcher:
         for number in range(300):
             dispatcher.submit("nowhere", "p", number, "x" * 1000)

@@ -1,4 +1,4 @@
-"""The dispatcher's configuration: files that load, faults that name key and file, the page of settings."""
+"""The configuration of the dispatcher: valid files, errors with file and key, the page of settings."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def loaded(directory: Path, text: str) -> Config:
     return load(file)
 
 
-def test_a_file_of_the_older_dispatcher_loads(tmp_path: Path) -> None:
+def test_config_legacy_file_loads(tmp_path: Path) -> None:
     config = loaded(tmp_path, OLDER)
     assert config == Config(
         file=tmp_path / "harpcaller.toml",
@@ -68,7 +68,7 @@ def test_a_file_of_the_older_dispatcher_loads(tmp_path: Path) -> None:
     assert config.max_age_seconds == 48 * 3600
 
 
-def test_an_empty_file_means_the_defaults(tmp_path: Path) -> None:
+def test_config_empty_file_has_defaults(tmp_path: Path) -> None:
     assert loaded(tmp_path, "") == Config(file=tmp_path / "harpcaller.toml")
 
 
@@ -82,13 +82,13 @@ def test_an_empty_file_means_the_defaults(tmp_path: Path) -> None:
         ("dispatcher.example.net:65535", "dispatcher.example.net", 65535),
     ],
 )
-def test_addresses(tmp_path: Path, text: str, host: str | None, port: int) -> None:
+def test_addresses_are_parsed(tmp_path: Path, text: str, host: str | None, port: int) -> None:
     config = loaded(tmp_path, f'listen = ["{text}"]')
     assert config.listen == (Address(host, port),)
     assert str(config.listen[0]) == text
 
 
-def test_paths_are_relative_to_the_file(tmp_path: Path) -> None:
+def test_config_paths_are_relative_to_the_file(tmp_path: Path) -> None:
     config = loaded(tmp_path, 'ca_file = "ca.pem"\nhost_db = "../hosts.db"')
     assert (config.ca_file, config.host_db) == (tmp_path / "ca.pem", tmp_path / "../hosts.db")
 
@@ -127,14 +127,14 @@ def test_paths_are_relative_to_the_file(tmp_path: Path) -> None:
         ("x = 1\nx = 2", "expected TOML: "),
     ],
 )
-def test_faults_name_file_and_key(tmp_path: Path, text: str, fault: str) -> None:
+def test_config_errors_name_file_and_key(tmp_path: Path, text: str, fault: str) -> None:
     with pytest.raises(ConfigError) as caught:
         loaded(tmp_path, text)
     assert str(caught.value).startswith(f"{tmp_path / 'harpcaller.toml'}: ")
     assert fault in str(caught.value)
 
 
-def test_files_that_are_no_configuration(tmp_path: Path) -> None:
+def test_config_invalid_files_are_errors(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="No such file"):
         load(tmp_path / "none")
     with pytest.raises(ConfigError, match="Is a directory"):
@@ -161,7 +161,7 @@ def _shown(value: Any) -> str:
     return str(value)
 
 
-def test_the_page_lists_every_key_with_its_default() -> None:
+def test_config_docs_list_every_key_and_default() -> None:
     rows = re.findall(r"^\| `(\w+)` \| (?:`(.*?)`)? ?\|", PAGE.read_text(), re.MULTILINE)
     fields = msgspec.structs.fields(Config)
     wanted = {field.name: _shown(field.default) for field in fields if field.name in KEYS}

@@ -1,4 +1,4 @@
-"""A fault of the dispatcher itself: the client is told that there was one, the log has the traceback."""
+"""Internal errors of the dispatcher: the client gets an error, the log has the traceback."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ async def ask(port: int, **request: Any) -> list[Any]:
 
 
 @pytest.mark.parametrize("kind", ["get_result", "get_status", "follow_stream", "read_stream"])
-async def test_a_fault_is_told_without_its_details(tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: str) -> None:
+async def test_internal_error_hides_its_details(tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: str) -> None:
     async with service(tmp_path, "get_job") as port:
         assert await ask(port, **{kind: UNKNOWN}) == TOLD
         assert await ask(port, cancel=UNKNOWN) == [{"cancelled": False}]  # it goes on
@@ -80,7 +80,7 @@ async def test_a_fault_is_told_without_its_details(tmp_path: Path, caplog: pytes
     assert str(record.exc_info[1]) == "a fault with a secret"
 
 
-async def test_a_fault_in_the_middle_of_a_stream_closes_it_with_an_error(tmp_path: Path) -> None:
+async def test_internal_error_in_a_stream_ends_it(tmp_path: Path) -> None:
     record = "x" * 200_000
     with scripted_harpd(tmp_path) as peer:
         async with service(tmp_path, "read_records", 1, host_line(peer.port)) as port:

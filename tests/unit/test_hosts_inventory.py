@@ -1,4 +1,4 @@
-"""The hosts registry: which lines are hosts, and what is said of those that are not."""
+"""The lines of the hosts registry: valid hosts, and the errors of invalid lines."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ def without(key: str) -> bytes:
     return json.dumps({name: value for name, value in LINE.items() if name != key}).encode()
 
 
-def test_a_host() -> None:
+def test_parse_line_returns_a_host() -> None:
     assert parse_line(line()) == WEB01
 
 
-def test_key_order_and_space_do_not_matter() -> None:
+def test_parse_line_ignores_key_order_and_space() -> None:
     reordered = {name: LINE[name] for name in reversed(LINE)}
     assert parse_line(b"  " + json.dumps(reordered, indent=1).replace("\n", "\r").encode() + b" \r\n") == WEB01
 
 
 @pytest.mark.parametrize("address", ["10.0.0.1", "::1", "web01.example.net"])
-def test_addresses(address: str) -> None:
+def test_addresses_are_parsed(address: str) -> None:
     assert parse_line(line(address=address)).address == address
 
 
@@ -75,23 +75,23 @@ BROKEN = [
 
 
 @pytest.mark.parametrize(("text", "reason"), BROKEN)
-def test_a_line_that_is_no_host_says_why_and_gives_nothing_away(text: bytes, reason: str) -> None:
+def test_parse_line_error_quotes_no_value(text: bytes, reason: str) -> None:
     with pytest.raises(ProtocolError) as raised:
         parse_line(text)
     assert raised.value.message.startswith(reason)
     assert "s3cret" not in raised.value.message
 
 
-def test_a_port_of_more_digits_than_can_be_read() -> None:
+def test_parse_line_huge_port_is_refused() -> None:
     with pytest.raises(ProtocolError):
         parse_line(line().replace(b"4306", b"9" * 5000))
 
 
-def test_the_password_is_not_shown() -> None:
+def test_host_repr_has_no_password() -> None:
     assert "s3cret" not in repr(WEB01) + str(WEB01) + repr(parse_hosts([line()]))
 
 
-def test_a_registry() -> None:
+def test_parse_hosts_returns_hosts_and_errors() -> None:
     registry = parse_hosts([line(), b"", b"oops\n", line(hostname="web02"), b" \r\n", without("port")])
     assert registry.hosts == {"web01": WEB01, "web02": parse_line(line(hostname="web02"))}
     assert [(skipped.line, skipped.reason.split(":")[0]) for skipped in registry.invalid_lines] == [
@@ -101,25 +101,25 @@ def test_a_registry() -> None:
     assert registry.duplicates == 0
 
 
-def test_of_a_repeated_hostname_the_last_wins() -> None:
+def test_parse_hosts_duplicate_uses_the_last_line() -> None:
     registry = parse_hosts([line(port=1), line(hostname="web02"), line(port=2), line(port=3)])
     assert [(host.hostname, host.port) for host in registry.hosts.values()] == [("web02", 4306), ("web01", 3)]
     assert registry.duplicates == 2
 
 
-def test_a_line_that_is_no_host_does_not_replace_one() -> None:
+def test_parse_hosts_invalid_line_replaces_no_host() -> None:
     registry = parse_hosts([line(), line(port=0)])
     assert registry.hosts == {"web01": WEB01}
     assert registry.invalid_lines == (InvalidLine(2, "port: expected an integer from 1 to 65535"),)
 
 
-def test_nothing_at_all() -> None:
+def test_parse_hosts_without_lines_is_empty() -> None:
     registry = parse_hosts([])
     assert (registry.hosts, registry.invalid_lines, registry.duplicates) == ({}, (), 0)
 
 
 @given(st.lists(st.binary() | st.sampled_from([line(), line(hostname="web02")]), max_size=10))
-def test_any_bytes_are_hosts_or_skipped(lines: list[bytes]) -> None:
+def test_parse_hosts_any_bytes_are_hosts_or_errors(lines: list[bytes]) -> None:
     registry = parse_hosts(lines)
     blank = sum(not text.strip() for text in lines)
     assert len(registry.hosts) + registry.duplicates + len(registry.invalid_lines) + blank == len(lines)

@@ -289,7 +289,7 @@ def check_match(expected: Any, got: Any, jobs: dict[str, str]) -> None:
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("transcript", TRANSCRIPTS.values(), ids=TRANSCRIPTS)
-def test_a_transcript(dispatcher: Harpcallerd, transcript: str, form: Form) -> None:
+def test_client_server_transcript(dispatcher: Harpcallerd, transcript: str, form: Form) -> None:
     jobs: dict[str, str] = {}
     for request, replies in steps(transcript):
         for name, job in jobs.items():
@@ -366,13 +366,13 @@ REFUSED: dict[str, tuple[Any, str]] = {
 
 
 @pytest.mark.parametrize(("request_", "message"), REFUSED.values(), ids=REFUSED)
-def test_a_request_that_is_none_is_refused(dispatcher: Harpcallerd, request_: Any, message: str) -> None:
+def test_invalid_request_is_refused(dispatcher: Harpcallerd, request_: Any, message: str) -> None:
     line = request_ if isinstance(request_, bytes) else json.dumps(request_).encode()
     (reply,) = exchange(dispatcher, [line + b"\n"])
     check_match({"error": {"type": "invalid_request", "message": message}}, reply, {})
 
 
-def test_records_are_followed_as_they_come(dispatcher: Harpcallerd, peer: Peer) -> None:
+def test_follow_yields_records_as_they_are_stored(dispatcher: Harpcallerd, peer: Peer) -> None:
     job = dispatcher.submit("web01", "feed", {"n": 0}, {"n": 1})
     with dispatcher.connect() as client:
         client.send({"harpcaller": 1, "follow_stream": job, "since": 0})
@@ -386,7 +386,7 @@ def test_records_are_followed_as_they_come(dispatcher: Harpcallerd, peer: Peer) 
         assert client.messages() == [{"result": None}]
 
 
-def test_a_number_may_be_beyond_all_records(dispatcher: Harpcallerd) -> None:
+def test_follow_from_a_future_number_waits(dispatcher: Harpcallerd) -> None:
     job = dispatcher.submit("web01", "hang")
     for number in (2**31, 2**63 - 1, 2**63, 10**40):
         assert dispatcher.ask(read_stream=job, since=number) == [{"continue": True}]
@@ -401,7 +401,7 @@ def test_a_number_may_be_beyond_all_records(dispatcher: Harpcallerd) -> None:
         assert following.messages() == [{"cancelled": True}]
 
 
-def test_a_waiting_client_is_told_of_the_end(dispatcher: Harpcallerd) -> None:
+def test_waiting_client_receives_the_end(dispatcher: Harpcallerd) -> None:
     job = dispatcher.submit("web01", "hang")
     with dispatcher.connect() as waiting, dispatcher.connect() as following:
         waiting.send({"harpcaller": 1, "get_result": job})
@@ -410,7 +410,7 @@ def test_a_waiting_client_is_told_of_the_end(dispatcher: Harpcallerd) -> None:
         assert waiting.messages() == following.messages() == [{"cancelled": True}]
 
 
-def test_an_interrupted_job_is_missing_its_result(dispatcher: Harpcallerd) -> None:
+def test_interrupted_bound_job_ends_as_missing_result(dispatcher: Harpcallerd) -> None:
     job = dispatcher.submit("web01", "hang")
     wait_until(lambda: dispatcher.ask(get_status=job)[0]["time"]["start"], what="the start")
     dispatcher.restart(kill=True)

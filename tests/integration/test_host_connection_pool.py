@@ -1,4 +1,4 @@
-"""Connections to hosts that wait for the next call: when they are used again, and what may happen to them meanwhile."""
+"""Idle connections to hosts: when they are reused, and what can happen to them in between."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def rpc_of(dispatcher: Harpcallerd) -> harp.HarpCaller:
     return harp.HarpCaller("127.0.0.1", dispatcher.port)
 
 
-def test_one_connection_serves_call_after_call_however_they_end(harpd: Harpd, tmp_path: Path) -> None:
+def test_pool_reuses_one_connection_after_any_end(harpd: Harpd, tmp_path: Path) -> None:
     with harpd, dispatcher_of(harpd, tmp_path / "d") as dispatcher:
         host = rpc_of(dispatcher).web01
         for number in range(5):
@@ -56,7 +56,7 @@ def test_one_connection_serves_call_after_call_however_they_end(harpd: Harpd, tm
         assert len(set(found)) <= 4
 
 
-def test_when_the_gate_is_started_again_no_job_is_lost(harpd: Harpd, tmp_path: Path) -> None:
+def test_pool_after_frontend_restart_loses_no_job(harpd: Harpd, tmp_path: Path) -> None:
     with harpd, dispatcher_of(harpd, tmp_path / "d") as dispatcher:
         host = rpc_of(dispatcher).web01
         for number in range(3):
@@ -66,7 +66,7 @@ def test_when_the_gate_is_started_again_no_job_is_lost(harpd: Harpd, tmp_path: P
             assert host.same("after").get() == "after"
 
 
-def test_a_host_may_close_what_waits_too_long_for_it(tmp_path: Path) -> None:
+def test_pool_connection_closed_by_the_host_is_replaced(tmp_path: Path) -> None:
     harpd = Harpd(tmp_path / "harpd", PROCEDURES, {"limits": {"idle": 0.1}})
     with harpd, dispatcher_of(harpd, tmp_path / "d") as dispatcher:
         for number in range(3):
@@ -110,14 +110,14 @@ async def results(directory: Path, *scripts: Script, count: int) -> list[Any]:
             return ends
 
 
-async def test_an_answer_to_the_call_before_is_not_taken_for_this_ones(tmp_path: Path) -> None:
+async def test_pool_late_heartbeat_of_the_previous_call_is_ignored(tmp_path: Path) -> None:
     def script(talk: Conversation) -> None:
         serving(talk, 3, lambda talk: talk.reply({"alive": 12345.0}))
 
     assert await results(tmp_path, script, count=3) == [Returned(b"0"), Returned(b"1"), Returned(b"2")]
 
 
-async def test_a_connection_that_has_closed_meanwhile_is_not_used(tmp_path: Path) -> None:
+async def test_pool_closed_connection_is_not_used(tmp_path: Path) -> None:
     def script(talk: Conversation) -> None:
         serving(talk, 1)
         talk.sock.close()
@@ -131,7 +131,7 @@ async def test_a_connection_that_has_closed_meanwhile_is_not_used(tmp_path: Path
     assert found == [Returned(b"0"), Returned(b"0")]
 
 
-async def test_one_that_breaks_with_the_request_is_settled_by_attaching_and_nothing_is_asked_twice(
+async def test_pool_connection_that_breaks_leads_to_attach(
     tmp_path: Path,
 ) -> None:
     starts: list[str] = []
@@ -152,7 +152,7 @@ async def test_one_that_breaks_with_the_request_is_settled_by_attaching_and_noth
     assert starts[0] == starts[1]
 
 
-async def test_a_host_that_does_not_keep_connections_is_not_asked_to(tmp_path: Path) -> None:
+async def test_pool_without_host_support_is_not_used(tmp_path: Path) -> None:
     def plain(talk: Conversation) -> None:
         talk.expect()
         talk.reply({"harp": 1, "calls": [], "warden": "w1"})
@@ -168,7 +168,7 @@ async def test_a_host_that_does_not_keep_connections_is_not_asked_to(tmp_path: P
             assert [(await result_of(dispatcher))[1] for _ in range(2)] == [Returned(b"1")] * 2
 
 
-def test_a_dispatcher_that_was_killed_begins_anew(harpd: Harpd, tmp_path: Path) -> None:
+def test_pool_of_a_killed_dispatcher_is_rebuilt(harpd: Harpd, tmp_path: Path) -> None:
     with harpd, dispatcher_of(harpd, tmp_path / "d") as dispatcher:
         assert rpc_of(dispatcher).web01.same(1).get() == 1
         assert connections(harpd.port)

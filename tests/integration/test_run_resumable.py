@@ -1,4 +1,4 @@
-"""One job, one kept call: what a host says and does not say, what it is asked again, and what becomes of the job."""
+"""A run of a resumable call: start, outage, reattaching, stop and recovery."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from support.kept import (
 from support.peers import Conversation
 
 
-async def test_a_call_is_named_and_its_end_acknowledged(tmp_path: Path) -> None:
+async def test_resumable_run_sends_id_and_acks_the_end(tmp_path: Path) -> None:
     requests: list[Any] = []
 
     def script(talk: Conversation) -> None:
@@ -60,7 +60,7 @@ async def test_a_call_is_named_and_its_end_acknowledged(tmp_path: Path) -> None:
     assert requests[0]["auth"] == CREDENTIALS
 
 
-async def test_a_start_that_named_another_warden_is_tried_again_with_the_right_one(tmp_path: Path) -> None:
+async def test_start_with_wrong_instance_is_retried(tmp_path: Path) -> None:
     def other(talk: Conversation) -> None:
         assert talk.expect()["call"]["warden"] == "w1"
         talk.reply({"harp": 1, "error": {"type": "other_warden", "message": "no", "data": {"warden": "w2"}}})
@@ -74,7 +74,7 @@ async def test_a_start_that_named_another_warden_is_tried_again_with_the_right_o
             assert (await result_of(dispatcher))[1] == Returned(b"1")
 
 
-async def test_a_host_whose_warden_changes_with_every_start(tmp_path: Path) -> None:
+async def test_start_with_ever_new_instance_is_network_error(tmp_path: Path) -> None:
     def other(talk: Conversation) -> None:
         talk.expect()
         talk.reply({"harp": 1, "error": {"type": "other_warden", "message": "no", "data": {"warden": "w2"}}})
@@ -86,7 +86,7 @@ async def test_a_host_whose_warden_changes_with_every_start(tmp_path: Path) -> N
             assert end.type == "network_error"
 
 
-async def test_a_start_without_an_answer_is_never_repeated(tmp_path: Path) -> None:
+async def test_start_without_reply_is_never_repeated(tmp_path: Path) -> None:
     """The connection breaks after the request: the host is asked for the call, and says that it never will be."""
 
     def cut(talk: Conversation) -> None:
@@ -106,7 +106,7 @@ async def test_a_start_without_an_answer_is_never_repeated(tmp_path: Path) -> No
             assert not (await dispatcher.job(job_id)).holds_slot
 
 
-async def test_a_start_without_an_answer_that_did_happen_goes_on(tmp_path: Path) -> None:
+async def test_start_without_reply_that_happened_continues(tmp_path: Path) -> None:
     def cut(talk: Conversation) -> None:
         talk.expect()
         talk.reset()
@@ -121,7 +121,7 @@ async def test_a_start_without_an_answer_that_did_happen_goes_on(tmp_path: Path)
             assert await followed(dispatcher, job_id, since=0) == ([(0, "a")], Returned(b"1"))
 
 
-async def test_after_a_cut_it_goes_on_from_the_next_record(tmp_path: Path) -> None:
+async def test_reattach_continues_at_the_next_record(tmp_path: Path) -> None:
     asked: list[tuple[int, str]] = []
 
     def begin(talk: Conversation) -> None:
@@ -158,7 +158,7 @@ async def test_after_a_cut_it_goes_on_from_the_next_record(tmp_path: Path) -> No
     assert asked[1][0] in (2, 3)  # a reset may take away what was on its way
 
 
-async def test_a_stop_goes_with_the_attach_and_the_slot_is_free_with_the_receipt(tmp_path: Path) -> None:
+async def test_stop_after_outage_frees_the_slot_with_the_report(tmp_path: Path) -> None:
     broken, back = threading.Event(), threading.Event()
 
     def begin(talk: Conversation) -> None:
@@ -192,7 +192,7 @@ async def test_a_stop_goes_with_the_attach_and_the_slot_is_free_with_the_receipt
             assert details.facts.receipt is not None
 
 
-async def test_survivors_keep_the_slot_until_they_are_gone(tmp_path: Path) -> None:
+async def test_surviving_processes_hold_the_slot(tmp_path: Path) -> None:
     gone = threading.Event()
 
     def script(talk: Conversation) -> None:
@@ -214,7 +214,7 @@ async def test_survivors_keep_the_slot_until_they_are_gone(tmp_path: Path) -> No
             assert (await settled(dispatcher, job_id)).stop is Stop.CONFIRMED
 
 
-async def test_a_slot_is_released_by_hand(tmp_path: Path) -> None:
+async def test_release_frees_the_slot(tmp_path: Path) -> None:
     def script(talk: Conversation) -> None:
         started(talk)
         talk.until_closed()
@@ -233,7 +233,7 @@ async def test_a_slot_is_released_by_hand(tmp_path: Path) -> None:
             assert not await dispatcher.release("nothing")
 
 
-async def test_a_limit_of_the_host_is_the_jobs_end_with_its_receipt(tmp_path: Path) -> None:
+async def test_host_limit_ends_the_job_with_a_stop_report(tmp_path: Path) -> None:
     def script(talk: Conversation) -> None:
         started(talk)
         ends(talk, receipt(), EVIDENCE, {"harp": 1, "error": {"type": "timeout", "message": "too long"}})
@@ -245,7 +245,7 @@ async def test_a_limit_of_the_host_is_the_jobs_end_with_its_receipt(tmp_path: Pa
             assert (await dispatcher.job(job_id)).stop is Stop.CONFIRMED
 
 
-async def test_records_that_are_gone_end_the_job_and_stop_the_call(tmp_path: Path) -> None:
+async def test_records_gone_ends_the_job_and_stops_the_call(tmp_path: Path) -> None:
     def begin(talk: Conversation) -> None:
         started(talk, stream=True)
         talk.reset()
@@ -268,7 +268,7 @@ async def test_records_that_are_gone_end_the_job_and_stop_the_call(tmp_path: Pat
             assert (await settled(dispatcher, job_id)).stop is Stop.CONFIRMED
 
 
-async def test_a_harpd_that_became_an_older_one_has_tied_calls(tmp_path: Path) -> None:
+async def test_host_downgraded_to_legacy_has_bound_calls(tmp_path: Path) -> None:
     def script(talk: Conversation) -> None:
         talk.expect()
         talk.reply({"harp": 1, "stream_result": False}, {"result": 1})
@@ -280,7 +280,7 @@ async def test_a_harpd_that_became_an_older_one_has_tied_calls(tmp_path: Path) -
             assert json.loads((await dispatcher.details(job_id))["call"])["resumable"] is False
 
 
-async def test_calls_that_nobody_wants_are_ended(tmp_path: Path) -> None:
+async def test_orphaned_calls_are_stopped_and_released(tmp_path: Path) -> None:
     """A call of a job that has ended, and one of a job that is not known."""
     unknown = "3f22e0d4-c8ed-11e5-8d66-001e8c140268"
     ids: list[str] = []
@@ -317,7 +317,7 @@ async def test_calls_that_nobody_wants_are_ended(tmp_path: Path) -> None:
     await store.close()
 
 
-async def test_a_dispatcher_that_stops_leaves_its_calls_and_the_next_takes_them_up(tmp_path: Path) -> None:
+async def test_restarted_dispatcher_recovers_its_calls(tmp_path: Path) -> None:
     asked: list[dict[str, Any]] = []
 
     def begin(talk: Conversation) -> None:
@@ -343,7 +343,7 @@ async def test_a_dispatcher_that_stops_leaves_its_calls_and_the_next_takes_them_
     await store.close()
 
 
-async def test_why_a_job_waits(tmp_path: Path) -> None:
+async def test_details_explain_why_a_job_waits(tmp_path: Path) -> None:
     go_on = threading.Event()
 
     def script(talk: Conversation) -> None:

@@ -1,4 +1,4 @@
-"""Clients that keep their connection to the dispatcher: what follows a reply, and when nothing does."""
+"""Keep-alive of client connections: when another request may follow a reply."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def ask(client: LineClient, **request: Any) -> Any:
     return client.message()
 
 
-def test_a_job_from_submission_to_end_over_one_connection(dispatcher: Harpcallerd) -> None:
+def test_keep_alive_serves_a_whole_job(dispatcher: Harpcallerd) -> None:
     with dispatcher.connect() as client:
         submitted = ask(client, host="web01", procedure="echo", arguments=[5], keep=True)
         job = submitted["job_id"]
@@ -56,24 +56,24 @@ def test_a_job_from_submission_to_end_over_one_connection(dispatcher: Harpcaller
         assert client.line() == b""
 
 
-def test_what_is_granted_is_the_last_member(dispatcher: Harpcallerd) -> None:
+def test_keep_alive_grant_is_the_last_member(dispatcher: Harpcallerd) -> None:
     with dispatcher.connect() as client:
         client.send(CANCEL)
         assert client.line() == b'{"cancelled":false,"keep":2.5}\n'
 
 
 @pytest.mark.parametrize("keep", [False, None])
-def test_who_does_not_ask_gets_version_1(dispatcher: Harpcallerd, keep: object) -> None:
+def test_client_without_keep_alive_gets_version_1(dispatcher: Harpcallerd, keep: object) -> None:
     assert dispatcher.ask(cancel=UNKNOWN, keep=keep) == [{"cancelled": False}]
     assert dispatcher.ask(cancel=UNKNOWN) == [{"cancelled": False}]
 
 
-def test_keep_is_true_or_false(dispatcher: Harpcallerd) -> None:
+def test_keep_alive_of_another_type_is_refused(dispatcher: Harpcallerd) -> None:
     (reply,) = dispatcher.ask(cancel=UNKNOWN, keep=1)
     assert reply["error"] == {"type": "invalid_request", "message": "keep: expected true or false"}
 
 
-def test_a_refusal_ends_it(dispatcher: Harpcallerd) -> None:
+def test_keep_alive_ends_after_a_refusal(dispatcher: Harpcallerd) -> None:
     with dispatcher.connect() as client:
         assert "keep" in ask(client, cancel=UNKNOWN, keep=True)
         client.send({"harpcaller": 1, "get_result": UNKNOWN, "keep": True})
@@ -83,7 +83,7 @@ def test_a_refusal_ends_it(dispatcher: Harpcallerd) -> None:
 
 
 @pytest.mark.parametrize("kind", ["follow_stream", "read_stream"])
-def test_records_end_it(dispatcher: Harpcallerd, kind: str) -> None:
+def test_keep_alive_ends_after_records(dispatcher: Harpcallerd, kind: str) -> None:
     job = dispatcher.submit("web01", "count", 2)
     with dispatcher.connect() as client:
         assert ask(client, get_result=job, keep=True)["keep"] == IDLE
@@ -94,7 +94,7 @@ def test_records_end_it(dispatcher: Harpcallerd, kind: str) -> None:
 
 
 @pytest.mark.parametrize("more", [CANCEL, b"{"], ids=["whole", "part"])
-def test_who_says_more_than_its_request_gets_one_reply(dispatcher: Harpcallerd, more: object) -> None:
+def test_keep_alive_with_extra_input_gets_one_reply(dispatcher: Harpcallerd, more: object) -> None:
     with dispatcher.connect() as client:
         extra = more if isinstance(more, bytes) else json.dumps(more).encode() + b"\n"
         client.send(json.dumps(CANCEL).encode() + b"\n" + extra)
@@ -102,7 +102,7 @@ def test_who_says_more_than_its_request_gets_one_reply(dispatcher: Harpcallerd, 
         assert client.messages() == [{"cancelled": False}]
 
 
-def test_who_says_more_while_it_waits_gets_one_reply(dispatcher: Harpcallerd, peer: Peer) -> None:
+def test_keep_alive_with_input_while_waiting_gets_one_reply(dispatcher: Harpcallerd, peer: Peer) -> None:
     job = dispatcher.submit("web01", "hang")
     with dispatcher.connect() as client:
         client.send({"harpcaller": 1, "get_result": job, "keep": True})
@@ -115,13 +115,13 @@ def test_who_says_more_while_it_waits_gets_one_reply(dispatcher: Harpcallerd, pe
         assert [set(reply) for reply in replies] in ([{"cancelled"}], [{"cancelled", "keep"}, {"cancelled", "keep"}])
 
 
-def test_who_asks_no_more_is_closed_without_a_word(dispatcher: Harpcallerd) -> None:
+def test_keep_alive_idle_connection_is_closed(dispatcher: Harpcallerd) -> None:
     with dispatcher.connect() as client:
         client.send(CANCEL)
         assert client.messages() == [{"cancelled": False, "keep": IDLE}]
 
 
-def test_a_request_that_breaks_off_is_told(dispatcher: Harpcallerd) -> None:
+def test_keep_alive_partial_request_gets_an_error(dispatcher: Harpcallerd) -> None:
     with dispatcher.connect() as client:
         client.send(CANCEL)
         assert client.message()["keep"] == IDLE
@@ -130,7 +130,7 @@ def test_a_request_that_breaks_off_is_told(dispatcher: Harpcallerd) -> None:
         assert reply["error"]["message"] == f"the request line was not whole within {IDLE} s"
 
 
-def test_in_a_crowd_nothing_is_kept(dispatcher: Harpcallerd) -> None:
+def test_keep_alive_near_capacity_is_not_granted(dispatcher: Harpcallerd) -> None:
     """With ten connections allowed, ten are too many to wait."""
     process = psutil.Process(dispatcher.pid)
 
@@ -153,7 +153,7 @@ def test_in_a_crowd_nothing_is_kept(dispatcher: Harpcallerd) -> None:
         client.close()
 
 
-def test_a_stop_does_not_wait_for_who_keeps(tmp_path: Path, peer: Peer) -> None:
+def test_stop_does_not_wait_for_idle_connections(tmp_path: Path, peer: Peer) -> None:
     with Harpcallerd(tmp_path, {"web01": peer.port}) as dispatcher, dispatcher.connect() as client:
         client.send(CANCEL)
         assert client.message()["keep"] == 30

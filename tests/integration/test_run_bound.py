@@ -1,4 +1,4 @@
-"""One job, one call: what every behaviour of a host makes of the job."""
+"""A run of a connection-bound call: how each behaviour of a host ends the job."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def failure(end: End | None, type: str, message: str, data: object = None) -> No
     assert message in end.message
 
 
-async def test_a_result_is_kept_as_the_host_wrote_it(tmp_path: Path) -> None:
+async def test_run_result_is_stored_unchanged(tmp_path: Path) -> None:
     def script(talk: Conversation) -> None:
         talk.expect({"harp": 1, "procedure": "p", "arguments": [1], "auth": CREDENTIALS})
         talk.reply(ACKNOWLEDGED, b'  {"result" : {"b": 1.10,"a":100000000000000000000000} } \r\n')
@@ -71,7 +71,7 @@ async def test_a_result_is_kept_as_the_host_wrote_it(tmp_path: Path) -> None:
     assert await ended(tmp_path, script, arguments=[1]) == Returned(b'{"b": 1.10,"a":100000000000000000000000}')
 
 
-async def test_an_exception_and_an_error_of_the_host_are_passed_on(tmp_path: Path) -> None:
+async def test_run_exception_or_host_error_becomes_the_end(tmp_path: Path) -> None:
     raised = saying(ACKNOWLEDGED, {"exception": {"type": "T", "message": "m", "data": [1]}})
     refused = saying({"harp": 1, "error": {"type": "no_such_procedure", "message": "m", "data": {"procedure": "p"}}})
     late = saying(ACKNOWLEDGED, {"harp": 1, "error": {"type": "call_died", "message": "m"}})
@@ -80,11 +80,11 @@ async def test_an_exception_and_an_error_of_the_host_are_passed_on(tmp_path: Pat
     assert await ended(tmp_path, late) == Failed("call_died", "m")
 
 
-async def test_what_comes_after_the_end_does_not_count(tmp_path: Path) -> None:
+async def test_run_data_after_the_end_is_ignored(tmp_path: Path) -> None:
     assert await ended(tmp_path, saying(ACKNOWLEDGED, {"result": 1}, {"result": 2}, b"garbage")) == Returned(b"1")
 
 
-async def test_records_are_kept_in_order_however_the_bytes_come(tmp_path: Path) -> None:
+async def test_run_records_in_any_chunks_stay_in_order(tmp_path: Path) -> None:
     def whole(talk: Conversation) -> None:
         acknowledge(talk, stream=True)
         talk.reply(*({"stream": {"n": n}} for n in range(500)), {"result": "end"})
@@ -102,13 +102,13 @@ async def test_records_are_kept_in_order_however_the_bytes_come(tmp_path: Path) 
                 assert end == Returned(b'"end"')
 
 
-async def test_an_unknown_host_is_the_jobs_end(tmp_path: Path) -> None:
+async def test_run_unknown_host_ends_the_job(tmp_path: Path) -> None:
     async with running(tmp_path) as dispatcher:
         job_id = await dispatcher.submit(call(host="nowhere"), "test")
         failure(await dispatcher.result(job_id, wait=True), "unknown_host", "nowhere")
 
 
-async def test_a_host_that_can_not_be_reached(tmp_path: Path) -> None:
+async def test_run_unreachable_host_is_network_error(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as closed:
         port = closed.getsockname()[1]
     lines = (host_line(port), host_line(port, "nameless", "host.invalid"), host_line(port, "bad", "a" * 64 + ".b"))
@@ -122,19 +122,19 @@ async def test_a_host_that_can_not_be_reached(tmp_path: Path) -> None:
             assert host in end.message
 
 
-async def test_a_host_that_does_not_shake_hands(tmp_path: Path) -> None:
+async def test_run_without_tls_handshake_times_out(tmp_path: Path) -> None:
     with Peer(silent) as peer:
         async with running(tmp_path, host_line(peer.port), connect_timeout=0.2) as dispatcher:
             failure(await result(dispatcher), "network_error", "connecting", {"errno": "ETIMEDOUT"})
 
 
-async def test_a_host_that_does_not_speak_tls(tmp_path: Path) -> None:
+async def test_run_without_tls_is_protocol_error(tmp_path: Path) -> None:
     with Peer(lambda talk: talk.send(b"220 smtp\r\n")) as peer:
         async with running(tmp_path, host_line(peer.port)) as dispatcher:
             failure(await result(dispatcher), "protocol_error", "it does not speak TLS")
 
 
-async def test_a_host_that_does_not_acknowledge(tmp_path: Path) -> None:
+async def test_run_without_acknowledgement_times_out(tmp_path: Path) -> None:
     def script(talk: Conversation) -> None:
         talk.expect()
         talk.until_closed()
@@ -144,7 +144,7 @@ async def test_a_host_that_does_not_acknowledge(tmp_path: Path) -> None:
     failure(await ended(tmp_path, script, timeout=0.2), "timeout", "reading the result")
 
 
-async def test_a_host_that_falls_silent(tmp_path: Path) -> None:
+async def test_run_silent_host_times_out(tmp_path: Path) -> None:
     def quiet(talk: Conversation) -> None:
         acknowledge(talk)
         talk.until_closed()
@@ -160,7 +160,7 @@ async def test_a_host_that_falls_silent(tmp_path: Path) -> None:
         failure(await ended(tmp_path, script, timeout=0.3), "timeout", "reading the result")
 
 
-async def test_a_job_that_takes_too_long(tmp_path: Path) -> None:
+async def test_run_over_max_exec_time_times_out(tmp_path: Path) -> None:
     def script(talk: Conversation) -> None:
         acknowledge(talk, stream=True)
         with pytest.raises(OSError):
@@ -171,7 +171,7 @@ async def test_a_job_that_takes_too_long(tmp_path: Path) -> None:
     failure(await ended(tmp_path, script, max_exec_time=0.5), "timeout", "maximum execution time")
 
 
-async def test_a_connection_that_ends_early(tmp_path: Path) -> None:
+async def test_run_closed_connection_is_network_error(tmp_path: Path) -> None:
     def resetting(talk: Conversation) -> None:
         acknowledge(talk)
         talk.reset()
@@ -195,12 +195,12 @@ async def test_a_connection_that_ends_early(tmp_path: Path) -> None:
         (ACKNOWLEDGED, b"x" * 5000),
     ],
 )
-async def test_a_host_that_does_not_keep_to_the_protocol(tmp_path: Path, messages: tuple[object, ...]) -> None:
+async def test_run_invalid_message_is_protocol_error(tmp_path: Path, messages: tuple[object, ...]) -> None:
     end = await ended(tmp_path, saying(*messages), {"record_line": 4096})
     failure(end, "protocol_error", "web01 (127.0.0.1")
 
 
-async def test_records_before_a_fault_are_kept(tmp_path: Path) -> None:
+async def test_run_records_before_an_error_are_stored(tmp_path: Path) -> None:
     with playing(tmp_path, saying(STREAMING, {"stream": 1}, {"stream": 2}, b"garbage\n")) as peer:
         async with running(tmp_path, host_line(peer.port)) as dispatcher:
             records, end = await followed(dispatcher, await dispatcher.submit(call(), "test"), since=0)
@@ -208,7 +208,7 @@ async def test_records_before_a_fault_are_kept(tmp_path: Path) -> None:
             failure(end, "protocol_error", "broke the protocol")
 
 
-async def test_no_server_name_is_sent_for_an_address_but_for_a_name(tmp_path: Path) -> None:
+async def test_run_sends_server_name_for_names_only(tmp_path: Path) -> None:
     context = server_context(server_files(tmp_path))
     names: list[str | None] = []
     context.sni_callback = lambda connection, name, context: names.append(name)
@@ -226,7 +226,7 @@ async def cancelled(dispatcher: Dispatcher, job_id: str) -> None:
     await eventually(lambda: dispatcher.calls == 0, what="the call's end")
 
 
-async def test_cancel_before_the_request_is_sent(tmp_path: Path) -> None:
+async def test_cancel_before_the_request_closes_the_connection(tmp_path: Path) -> None:
     with Peer(silent) as peer:
         async with running(tmp_path, host_line(peer.port)) as dispatcher:
             job_id = await dispatcher.submit(call(), "test")
@@ -235,7 +235,7 @@ async def test_cancel_before_the_request_is_sent(tmp_path: Path) -> None:
             await eventually(peer.conversations[0].closed.is_set, what="the connection's end")
 
 
-async def test_cancel_after_the_acknowledgement_closes_the_connection(tmp_path: Path) -> None:
+async def test_cancel_after_the_ack_closes_the_connection(tmp_path: Path) -> None:
     def script(talk: Conversation) -> None:
         acknowledge(talk, stream=True)
         talk.reply({"stream": 1})
@@ -250,7 +250,7 @@ async def test_cancel_after_the_acknowledgement_closes_the_connection(tmp_path: 
             await eventually(peer.conversations[0].closed.is_set, what="the connection's end")
 
 
-async def test_cancel_of_a_request_that_is_out_waits_for_the_acknowledgement(tmp_path: Path) -> None:
+async def test_cancel_after_the_request_waits_for_the_ack(tmp_path: Path) -> None:
     read, go_on = threading.Event(), threading.Event()
 
     def script(talk: Conversation) -> None:
@@ -272,7 +272,7 @@ async def test_cancel_of_a_request_that_is_out_waits_for_the_acknowledgement(tmp
             await eventually(peer.conversations[0].closed.is_set, what="the connection's end")
 
 
-async def test_cancel_does_not_wait_for_ever(tmp_path: Path) -> None:
+async def test_cancel_without_ack_returns_after_a_time(tmp_path: Path) -> None:
     def script(talk: Conversation) -> None:
         talk.expect()
         talk.until_closed()
@@ -284,7 +284,7 @@ async def test_cancel_does_not_wait_for_ever(tmp_path: Path) -> None:
             await cancelled(dispatcher, job_id)
 
 
-async def test_a_cancel_is_carried_out_when_the_one_who_asked_has_gone(tmp_path: Path) -> None:
+async def test_cancel_by_a_departed_client_is_completed(tmp_path: Path) -> None:
     def script(talk: Conversation) -> None:
         acknowledge(talk)
         talk.until_closed()
@@ -300,7 +300,7 @@ async def test_a_cancel_is_carried_out_when_the_one_who_asked_has_gone(tmp_path:
             await eventually(peer.conversations[0].closed.is_set, what="the connection's end")
 
 
-async def test_what_came_while_the_store_failed_is_stored_later(tmp_path: Path) -> None:
+async def test_run_data_during_store_failure_is_stored_later(tmp_path: Path) -> None:
     first, rest = threading.Event(), threading.Event()
 
     def script(talk: Conversation) -> None:
@@ -335,7 +335,7 @@ async def test_what_came_while_the_store_failed_is_stored_later(tmp_path: Path) 
     await real.close()
 
 
-async def test_reading_pauses_while_the_store_takes_nothing(tmp_path: Path) -> None:
+async def test_run_pauses_reading_while_the_store_fails(tmp_path: Path) -> None:
     enough = 64 * 1024 * 1024
     sent = 0
 
@@ -364,7 +364,7 @@ async def test_reading_pauses_while_the_store_takes_nothing(tmp_path: Path) -> N
     await real.close()
 
 
-async def test_the_log_has_the_jobs_fields_and_no_secrets(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+async def test_run_log_has_job_fields_and_no_secrets(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     with playing(tmp_path, saying(ACKNOWLEDGED, {"result": 1})) as peer:
         async with running(tmp_path, host_line(peer.port)) as dispatcher:

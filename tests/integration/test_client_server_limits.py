@@ -1,4 +1,4 @@
-"""What clients may do to the dispatcher's door, and what it makes of it: limits, leaving, silence, too many of them."""
+"""Limits of client connections: long, missing and partial requests, disconnects, too many clients."""
 
 from __future__ import annotations
 
@@ -50,19 +50,19 @@ def refused(message: str) -> list[object]:
 # The request line.
 
 
-def test_a_line_that_is_too_long_is_refused_while_it_comes(dispatcher: Harpcallerd) -> None:
+def test_long_request_is_refused_while_it_is_sent(dispatcher: Harpcallerd) -> None:
     with dispatcher.connect() as client:
         client.send(b"x" * 100_001)
         assert client.messages() == refused("the request line is longer than 100000 bytes")
 
 
-def test_who_sends_a_long_line_in_one_go_still_reads_the_refusal(dispatcher: Harpcallerd) -> None:
+def test_long_request_sent_at_once_reads_the_refusal(dispatcher: Harpcallerd) -> None:
     with dispatcher.connect() as client:
         client.send(b"x" * 20_000_000)
         assert client.messages() == refused("the request line is longer than 100000 bytes")
 
 
-def test_a_line_of_the_longest_length_is_taken(dispatcher: Harpcallerd) -> None:
+def test_request_of_maximum_length_is_accepted(dispatcher: Harpcallerd) -> None:
     request = json.dumps({"harpcaller": 1, "cancel": UNKNOWN}).encode()
     with dispatcher.connect() as client:
         client.send(request + b" " * (100_000 - len(request)) + b"\n")
@@ -70,20 +70,20 @@ def test_a_line_of_the_longest_length_is_taken(dispatcher: Harpcallerd) -> None:
 
 
 @pytest.mark.parametrize("part", [b"", b'{"harpcaller": 1,'])
-def test_a_request_that_does_not_come_is_refused(dispatcher: Harpcallerd, part: bytes) -> None:
+def test_missing_request_is_refused(dispatcher: Harpcallerd, part: bytes) -> None:
     with dispatcher.connect() as client:
         client.send(part)
         assert client.messages() == refused("the request line was not whole within 1 s")
 
 
-def test_a_request_that_is_cut_off_is_refused(dispatcher: Harpcallerd) -> None:
+def test_partial_request_is_refused(dispatcher: Harpcallerd) -> None:
     with dispatcher.connect() as client:
         client.send(b'{"harpcaller": 1')
         client.half_close()
         assert client.messages() == refused("the connection was closed in the middle of the request line")
 
 
-def test_who_says_nothing_and_closes_its_side_gets_nothing(dispatcher: Harpcallerd) -> None:
+def test_half_closed_client_without_request_gets_nothing(dispatcher: Harpcallerd) -> None:
     with dispatcher.connect() as client:
         client.half_close()
         assert client.lines() == []
@@ -106,7 +106,7 @@ def test_data_after_the_request_is_ignored(dispatcher: Harpcallerd, more: bytes)
 # Clients that leave.
 
 
-def test_who_has_closed_its_side_gets_what_needs_no_waiting(dispatcher: Harpcallerd) -> None:
+def test_half_closed_client_gets_an_immediate_reply(dispatcher: Harpcallerd) -> None:
     job = dispatcher.submit("web01", "count", 2)
     assert dispatcher.ask(get_result=job) == [{"result": "counted"}]
     packets = [{"packet": 0, "data": 0}, {"packet": 1, "data": 1}]
@@ -127,7 +127,7 @@ def test_who_has_closed_its_side_gets_what_needs_no_waiting(dispatcher: Harpcall
     assert "invalid_jobid" in str(ask(follow_stream=UNKNOWN))
 
 
-def test_who_has_closed_its_side_is_not_waited_for(dispatcher: Harpcallerd) -> None:
+def test_half_closed_client_ends_the_wait(dispatcher: Harpcallerd) -> None:
     job = dispatcher.submit("web01", "feed", "a", "b")
     wait_until(lambda: len(dispatcher.ask(read_stream=job)) == 3, DEADLINE, "the records")
     for request, replies in (
@@ -144,7 +144,7 @@ def test_who_has_closed_its_side_is_not_waited_for(dispatcher: Harpcallerd) -> N
 
 
 @pytest.mark.parametrize("kind", ["get_result", "follow_stream"])
-def test_who_leaves_a_wait_frees_its_connection(dispatcher: Harpcallerd, kind: str) -> None:
+def test_disconnect_during_a_wait_frees_the_connection(dispatcher: Harpcallerd, kind: str) -> None:
     job = dispatcher.submit("web01", "hang")
     wait_for_connections(dispatcher, 0)
     waiting = [dispatcher.connect() for _ in range(20)]
@@ -158,7 +158,7 @@ def test_who_leaves_a_wait_frees_its_connection(dispatcher: Harpcallerd, kind: s
     assert dispatcher.ask(cancel=job) == [{"cancelled": True}]
 
 
-def test_who_leaves_in_the_middle_of_a_stream_frees_its_connection(dispatcher: Harpcallerd, peer: Peer) -> None:
+def test_disconnect_during_a_stream_frees_the_connection(dispatcher: Harpcallerd, peer: Peer) -> None:
     job = dispatcher.submit("web01", "feed", "x" * 90_000)
     wait_until(lambda: len(dispatcher.ask(read_stream=job)) == 2, DEADLINE, "the record")
     talk = conversation(peer, "x" * 90_000)
@@ -175,7 +175,7 @@ def test_who_leaves_in_the_middle_of_a_stream_frees_its_connection(dispatcher: H
 # Too many clients.
 
 
-def test_over_the_limit_clients_are_refused(dispatcher: Harpcallerd) -> None:
+def test_clients_over_the_limit_are_refused(dispatcher: Harpcallerd) -> None:
     job = dispatcher.submit("web01", "hang")
     wait_for_connections(dispatcher, 0)
     waiting = [dispatcher.connect() for _ in range(40)]
@@ -194,7 +194,7 @@ def test_over_the_limit_clients_are_refused(dispatcher: Harpcallerd) -> None:
     assert dispatcher.events("too many connections")
 
 
-def test_without_descriptors_accepting_pauses_and_goes_on(tmp_path_factory: pytest.TempPathFactory, peer: Peer) -> None:
+def test_accepting_pauses_without_descriptors(tmp_path_factory: pytest.TempPathFactory, peer: Peer) -> None:
     directory = tmp_path_factory.mktemp("descriptors")
     with Harpcallerd(directory, {"web01": peer.port}, descriptors=64) as dispatcher:
         crowd = [dispatcher.connect() for _ in range(100)]
@@ -207,12 +207,12 @@ def test_without_descriptors_accepting_pauses_and_goes_on(tmp_path_factory: pyte
         assert dispatcher.events("the system allows fewer open files than connections and calls want", limit=64)
 
 
-def test_the_limit_of_descriptors_is_raised(dispatcher: Harpcallerd) -> None:
+def test_descriptor_limit_is_raised(dispatcher: Harpcallerd) -> None:
     soft, hard = psutil.Process(dispatcher.pid).rlimit(resource.RLIMIT_NOFILE)
     assert soft == hard
 
 
-def test_a_job_under_way_takes_little_memory(tmp_path_factory: pytest.TempPathFactory, peer: Peer) -> None:
+def test_running_job_uses_little_memory(tmp_path_factory: pytest.TempPathFactory, peer: Peer) -> None:
     """With its TLS connection and all that is known of it: 60 jobs take less than 9 MB."""
     with Harpcallerd(tmp_path_factory.mktemp("memory"), {"web01": peer.port}) as dispatcher:
         process = psutil.Process(dispatcher.pid)
@@ -229,7 +229,7 @@ def test_a_job_under_way_takes_little_memory(tmp_path_factory: pytest.TempPathFa
 # The store fails.
 
 
-def test_a_full_disk_refuses_new_jobs_until_there_is_room(dispatcher: Harpcallerd) -> None:
+def test_full_disk_refuses_new_jobs_until_space_is_free(dispatcher: Harpcallerd) -> None:
     process = psutil.Process(dispatcher.pid)
     unlimited = process.rlimit(resource.RLIMIT_FSIZE)
     job = dispatcher.submit("web01", "hang")
@@ -250,7 +250,7 @@ def test_a_full_disk_refuses_new_jobs_until_there_is_room(dispatcher: Harpcaller
 # The end.
 
 
-def test_a_stop_ends_waits_at_once(tmp_path_factory: pytest.TempPathFactory, peer: Peer) -> None:
+def test_stop_ends_waits_at_once(tmp_path_factory: pytest.TempPathFactory, peer: Peer) -> None:
     directory = tmp_path_factory.mktemp("stop")
     with Harpcallerd(directory, {"web01": peer.port}, settings={"idle_timeout": 3600}) as dispatcher:
         job = dispatcher.submit("web01", "hang")
@@ -265,7 +265,7 @@ def test_a_stop_ends_waits_at_once(tmp_path_factory: pytest.TempPathFactory, pee
             client.close()
 
 
-def test_a_silent_death_of_a_client_is_noticed(dispatcher: Harpcallerd) -> None:
+def test_silent_death_of_a_client_is_detected(dispatcher: Harpcallerd) -> None:
     """The kernel's timer of the program's side of an idle connection is the one of keepalive."""
 
     def timers(client: LineClient) -> list[str]:
@@ -284,11 +284,11 @@ def _port(end: str) -> int:
     return int(end.rpartition(":")[2], 16)
 
 
-def test_no_client_is_left(dispatcher: Harpcallerd) -> None:
+def test_disconnected_clients_leave_no_connection(dispatcher: Harpcallerd) -> None:
     wait_for_connections(dispatcher, 0)
 
 
-def test_long_requests_together_are_limited(tmp_path: Path, peer: Peer) -> None:
+def test_long_requests_share_a_memory_limit(tmp_path: Path, peer: Peer) -> None:
     settings = {"request_memory": 1_500_000, "idle_timeout": 60}
     full = [{"error": {"type": "too_many_connections", "message": "too many long requests at once; try again later"}}]
     with Harpcallerd(tmp_path, {"web01": peer.port}, settings=settings) as dispatcher:

@@ -1,4 +1,4 @@
-"""Followers of a stream: many, slow ones, some that never read. Nobody else is delayed, memory stays bounded."""
+"""Followers of a stream: many, slow, or never reading. They delay nobody else, and memory stays bounded."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def never_reading(dispatcher: Harpcallerd, job: str) -> LineClient:
     return client
 
 
-async def test_a_thousand_followers_get_every_record_in_order(dispatcher: Harpcallerd, peer: Peer) -> None:
+async def test_thousand_followers_get_every_record_in_order(dispatcher: Harpcallerd, peer: Peer) -> None:
     job = dispatcher.submit("web01", "feed", 0)
     wait_until(lambda: len(dispatcher.ask(read_stream=job)) == 2, DEADLINE, "the first record")
     talk = conversation(peer, 0)
@@ -92,7 +92,7 @@ async def test_a_thousand_followers_get_every_record_in_order(dispatcher: Harpca
         assert [json.loads(line) for line in follower.result()] == expected
 
 
-def test_followers_that_never_read_cost_little(dispatcher: Harpcallerd, peer: Peer) -> None:
+def test_followers_that_never_read_use_little_memory(dispatcher: Harpcallerd, peer: Peer) -> None:
     """50 of them, with 20 MB to read for each, cost less than a tenth of these; another one gets everything."""
     record = "x" * 100_000
     records = 200
@@ -118,7 +118,7 @@ def test_followers_that_never_read_cost_little(dispatcher: Harpcallerd, peer: Pe
         client.close()
 
 
-def test_a_slow_follower_gets_what_a_fast_one_gets(dispatcher: Harpcallerd, peer: Peer) -> None:
+def test_slow_follower_gets_every_record(dispatcher: Harpcallerd, peer: Peer) -> None:
     """One that begins to read when all is over has missed nothing, and repeats nothing."""
     job = dispatcher.submit("web01", "feed", 0)
     wait_until(lambda: len(dispatcher.ask(read_stream=job)) == 2, DEADLINE, "the first record")

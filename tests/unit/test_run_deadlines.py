@@ -1,4 +1,4 @@
-"""When a call has taken too long, as the dispatcher sees it: on a clock of the test's own."""
+"""The time limits of a call, on a clock of the test."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def end(limits: Deadlines, ended: bool = False) -> str | None:
     return failed.type if failed else None
 
 
-def test_a_kept_call_has_its_time_and_a_margin(clock: Clock) -> None:
+def test_deadlines_resumable_call_has_a_margin(clock: Clock) -> None:
     watched = of_a_job()
     watched.on_request_sent()
     watched.on_acknowledged(0.0)
@@ -56,7 +56,7 @@ def test_a_kept_call_has_its_time_and_a_margin(clock: Clock) -> None:
     assert end(watched) == "timeout"
 
 
-def test_a_tied_call_has_its_time(clock: Clock) -> None:
+def test_deadlines_bound_call_has_no_margin(clock: Clock) -> None:
     watched = of_a_job()
     watched.on_request_sent()
     watched.on_acknowledged(None)
@@ -67,7 +67,7 @@ def test_a_tied_call_has_its_time(clock: Clock) -> None:
 
 @pytest.mark.parametrize("timeout", [5.0, 600.0])
 @pytest.mark.parametrize("ended", [False, True])
-def test_an_attach_ends_no_job_before_it_is_acknowledged(clock: Clock, timeout: float, ended: bool) -> None:
+def test_deadlines_attach_waits_for_the_acknowledgement(clock: Clock, timeout: float, ended: bool) -> None:
     watched = of_a_job(timeout)
     clock.pass_(10_000.0)
     watched.on_request_sent(reattach=True)
@@ -77,7 +77,7 @@ def test_an_attach_ends_no_job_before_it_is_acknowledged(clock: Clock, timeout: 
     assert end(watched, ended) == "network_error"
 
 
-def test_a_host_that_is_reached_late_has_time_to_say_what_it_has_kept(clock: Clock) -> None:
+def test_deadlines_late_attach_has_time_to_deliver(clock: Clock) -> None:
     watched = of_a_job()
     watched.on_request_sent(reattach=True)
     watched.on_acknowledged(10_000.0)
@@ -90,7 +90,7 @@ def test_a_host_that_is_reached_late_has_time_to_say_what_it_has_kept(clock: Clo
     assert end(watched) == "timeout"
 
 
-def test_delivering_has_an_end_however_often_the_host_is_reached(clock: Clock) -> None:
+def test_deadlines_delivery_time_is_bounded(clock: Clock) -> None:
     watched = of_a_job()
     for _ in range(100):
         watched.on_request_sent(reattach=True)
@@ -102,7 +102,7 @@ def test_delivering_has_an_end_however_often_the_host_is_reached(clock: Clock) -
     assert 60 + 15 + 600 <= clock.now - 1000.0 <= 60 + 15 + 600 + 20
 
 
-def test_nothing_is_enforced_while_the_store_fails(clock: Clock) -> None:
+def test_deadlines_are_postponed_while_the_store_fails(clock: Clock) -> None:
     watched = of_a_job()
     watched.on_request_sent()
     watched.on_acknowledged(0.0)
@@ -115,7 +115,7 @@ def test_nothing_is_enforced_while_the_store_fails(clock: Clock) -> None:
     assert end(watched) == "timeout"
 
 
-def test_a_host_can_not_make_a_call_younger(clock: Clock) -> None:
+def test_deadlines_host_cannot_extend_them(clock: Clock) -> None:
     watched = of_a_job()
     watched.on_request_sent()
     watched.on_acknowledged(0.0)

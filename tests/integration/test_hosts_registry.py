@@ -1,4 +1,4 @@
-"""Upkeep: the hosts registry with real scripts and files, and the deletion of old jobs."""
+"""The hosts registry with real scripts and files."""
 
 from __future__ import annotations
 
@@ -17,20 +17,16 @@ from typing import Any
 import psutil
 import pytest
 
-from harp.protocol.ends import Failed, Returned
+from harp.protocol.ends import Returned
 from harpcaller.config import Config
 from harpcaller.hosts.cache import CachedHosts, read_cache, write_cache
 from harpcaller.hosts.inventory import Host
 from harpcaller.hosts.registry import HostsRegistry, RefreshFailed
 from harpcaller.hosts.script import ScriptFailed, run_script
 from harpcaller.model.jobs import State
-from harpcaller.pruner import prune, prune_regularly
-from harpcaller.store import StorageError, UnknownJob
-from harpcaller.store.sqlite import open_store
 from support.certificates import server_files
 from support.deadline import eventually
-from support.dispatcher import Switched, call, followed, host_line, hosts_file, running, until
-from support.jobs import job_in
+from support.dispatcher import call, host_line, hosts_file, running
 from support.peers import Conversation, Peer, server_context
 
 WEB01 = Host("web01", "10.0.0.1", 4306, "u", "topsecret")
@@ -90,7 +86,7 @@ def names(registry: HostsRegistry) -> list[str]:
     return [host.hostname for host in registry.list_hosts()]
 
 
-async def test_the_script_is_run_at_start_and_then_regularly(tmp_path: Path, script: Script) -> None:
+async def test_registry_runs_the_script_at_start_and_regularly(tmp_path: Path, script: Script) -> None:
     script.does(host_line(1, "b"), host_line(2, "a"))
     async with kept_up(tmp_path, host_db_script=script.file, host_db_refresh=0.1) as registry:
         await eventually(lambda: names(registry) == ["a", "b"], what="the hosts")
@@ -101,7 +97,7 @@ async def test_the_script_is_run_at_start_and_then_regularly(tmp_path: Path, scr
 
 
 @pytest.mark.parametrize(("age", "runs"), [(400.0, 0), (500.0, 1), (-100.0, 1), (1e9, 1)])
-async def test_the_kept_copy_counts_while_it_is_young(tmp_path: Path, script: Script, age: float, runs: int) -> None:
+async def test_registry_uses_a_young_cache(tmp_path: Path, script: Script, age: float, runs: int) -> None:
     write_cache(tmp_path / "hosts.db", CachedHosts({"web01": WEB01}, time.time() - age))
     script.does(host_line(1, "new"))
     async with kept_up(tmp_path, host_db_script=script.file, host_db_refresh=900.0) as registry:
@@ -116,7 +112,7 @@ async def test_the_kept_copy_counts_while_it_is_young(tmp_path: Path, script: Sc
     assert names(restarted) == ["new"]
 
 
-async def test_the_script_never_runs_twice_at_once(tmp_path: Path, script: Script) -> None:
+async def test_registry_never_runs_the_script_twice_at_once(tmp_path: Path, script: Script) -> None:
     go = tmp_path / "go"
     os.mkfifo(go)
     script.does(host_line(1, "a"), after=f"cat {shlex.quote(str(go))}")
@@ -131,7 +127,7 @@ async def test_the_script_never_runs_twice_at_once(tmp_path: Path, script: Scrip
 
 
 @pytest.mark.parametrize("ending", ["exit 3", "kill -9 $$", "echo trouble >&2; exit 1"])
-async def test_a_script_that_fails_changes_nothing(tmp_path: Path, script: Script, ending: str) -> None:
+async def test_registry_failed_script_changes_nothing(tmp_path: Path, script: Script, ending: str) -> None:
     script.does(host_line(1, "a"))
     async with kept_up(tmp_path, host_db_script=script.file) as registry:
         assert await registry.refresh() == 1
@@ -145,20 +141,20 @@ async def test_a_script_that_fails_changes_nothing(tmp_path: Path, script: Scrip
         assert (tmp_path / "hosts.db").read_bytes() == copy
 
 
-async def test_a_script_that_can_not_be_started(tmp_path: Path) -> None:
+async def test_registry_missing_script_fails_the_refresh(tmp_path: Path) -> None:
     async with kept_up(tmp_path, host_db_script=tmp_path / "none") as registry:
         with pytest.raises(RefreshFailed, match="No such file"):
             await registry.refresh()
         assert registry.is_ready
 
 
-async def test_without_script_and_hosts_file_there_is_nothing_to_refresh(tmp_path: Path) -> None:
+async def test_registry_without_sources_fails_the_refresh(tmp_path: Path) -> None:
     async with kept_up(tmp_path) as registry:
         with pytest.raises(RefreshFailed, match="host_db_script"):
             await registry.refresh()
 
 
-async def test_a_script_has_a_deadline_and_leaves_nothing_running(tmp_path: Path, script: Script) -> None:
+async def test_script_over_its_time_limit_is_killed(tmp_path: Path, script: Script) -> None:
     pids = tmp_path / "pids"
     script.does(after=f"sleep 1000 & echo $! $$ >{shlex.quote(str(pids))}; wait")
 
@@ -178,7 +174,7 @@ async def test_a_script_has_a_deadline_and_leaves_nothing_running(tmp_path: Path
     await eventually(gone, what="the end of the script's processes")
 
 
-async def test_a_script_that_ends_may_leave_nothing_running_either(tmp_path: Path, script: Script) -> None:
+async def test_script_exit_kills_its_other_processes(tmp_path: Path, script: Script) -> None:
     pid = tmp_path / "pid"
     script.does(host_line(1, "a"), after=f"sleep 1000 & echo $! >{shlex.quote(str(pid))}")
     assert await run_script(script.file, 60.0) == host_line(1, "a").encode()
@@ -186,13 +182,13 @@ async def test_a_script_that_ends_may_leave_nothing_running_either(tmp_path: Pat
 
 
 @pytest.mark.parametrize("stream", [1, 2])
-async def test_a_script_that_prints_too_much(script: Script, stream: int) -> None:
+async def test_script_over_its_output_limit_is_killed(script: Script, stream: int) -> None:
     script.does(after=f"head -c 200000 /dev/zero >&{stream}; sleep 1000")
     with pytest.raises(ScriptFailed, match="more than 100000 bytes"):
         await run_script(script.file, 60.0, max_output=100_000)
 
 
-async def test_lines_that_do_not_count_are_told_without_what_is_in_them(
+async def test_registry_logs_invalid_lines_without_contents(
     tmp_path: Path, script: Script, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.DEBUG)
@@ -228,7 +224,7 @@ async def test_jobs_wait_for_the_first_run_of_the_script(tmp_path: Path, script:
             assert [host.hostname for host in dispatcher.hosts()] == ["a", "b"]
 
 
-def test_the_copy_is_private_and_whole(tmp_path: Path) -> None:
+def test_cache_is_private_and_complete(tmp_path: Path) -> None:
     file = tmp_path / "new" / "hosts.db"
     hosts = {"web01": WEB01, "\ud800": Host("\ud800", "::1", 1, "\u00fc", "\n")}
     assert write_cache(file, CachedHosts(hosts, 12.5)) is None
@@ -242,7 +238,7 @@ def test_the_copy_is_private_and_whole(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"\x00DETS\x00", b"{}\n", b'{"form": "x", "refreshed": 1}\n', b"[" * 5000])
-def test_a_foreign_file_is_renamed(tmp_path: Path, content: bytes) -> None:
+def test_cache_renames_a_foreign_file(tmp_path: Path, content: bytes) -> None:
     file = tmp_path / "hosts.db"
     file.write_bytes(content)
     assert read_cache(file) == CachedHosts()
@@ -251,7 +247,7 @@ def test_a_foreign_file_is_renamed(tmp_path: Path, content: bytes) -> None:
     assert read_cache(file).hosts == {"web01": WEB01}
 
 
-async def test_a_copy_that_can_not_be_written_stops_nothing(tmp_path: Path, script: Script) -> None:
+async def test_registry_works_without_a_writable_cache(tmp_path: Path, script: Script) -> None:
     (tmp_path / "hosts.db").mkdir()
     script.does(host_line(1, "a"))
     async with kept_up(tmp_path, host_db_script=script.file) as registry:
@@ -260,7 +256,7 @@ async def test_a_copy_that_can_not_be_written_stops_nothing(tmp_path: Path, scri
     assert not (tmp_path / "hosts.db.new").exists()
 
 
-async def test_the_hosts_file_is_read_again_when_it_changes(tmp_path: Path, script: Script) -> None:
+async def test_registry_reads_a_changed_hosts_file(tmp_path: Path, script: Script) -> None:
     script.does(host_line(1, "a"), host_line(1, "b"))
     file = hosts_file(tmp_path, host_line(2, "b"), host_line(2, "c"))
     async with kept_up(tmp_path, host_db_script=script.file, hosts_file=file) as registry:
@@ -282,7 +278,7 @@ async def test_the_hosts_file_is_read_again_when_it_changes(tmp_path: Path, scri
         assert names(registry) == ["a", "b", "e"]
 
 
-async def test_reconfiguring(tmp_path: Path, script: Script) -> None:
+async def test_registry_applies_a_new_configuration(tmp_path: Path, script: Script) -> None:
     script.does(host_line(1, "a"))
     file = hosts_file(tmp_path, host_line(2, "b"))
     async with kept_up(tmp_path, hosts_file=file) as registry:
@@ -291,59 +287,3 @@ async def test_reconfiguring(tmp_path: Path, script: Script) -> None:
         await eventually(lambda: names(registry) == ["a"], what="the script's hosts")
         registry.update_config(Config(host_db=tmp_path / "hosts.db", hosts_file=file))
         assert names(registry) == ["b"]
-
-
-async def test_old_jobs_are_deleted_with_their_records_and_others_are_not(tmp_path: Path) -> None:
-    store = await open_store(tmp_path / "store")
-    long_ago = time.time() - 100_000
-    old = [await job_in(store, State.RETURNED, now=long_ago) for _ in range(450)]
-    waiting = await job_in(store, State.QUEUED, now=long_ago, queue={})
-    young = await job_in(store, State.CANCELLED, now=time.time() - 1000)
-    assert await prune(store, time.time() - 2000) == 450
-    for job_id in old:
-        with pytest.raises(UnknownJob):
-            await store.get_job(job_id)
-    assert (await store.get_job(waiting)).state is State.QUEUED
-    assert (await store.get_job(young)).state is State.CANCELLED
-    await store.close()
-
-
-async def test_pruning_goes_on_after_a_failure_and_follows_max_age(tmp_path: Path) -> None:
-    real = await open_store(tmp_path / "store")
-    store = Switched(real, "prune_jobs")
-    store.off = True
-    job_id = await job_in(real, State.RETURNED, now=time.time() - 1000)
-    max_age = 2000.0
-    task = asyncio.create_task(prune_regularly(store, time.time, lambda: max_age, every=0.05))
-    await eventually(lambda: store.refused >= 2, what="a second try")
-    with pytest.raises(StorageError):
-        await prune(store, 0)
-    store.off = False
-    assert (await real.get_job(job_id)).state is State.RETURNED
-    max_age = 500.0
-
-    async def pruned() -> bool:
-        return not await real.list_jobs(ended=True)
-
-    while not await pruned():
-        await asyncio.sleep(0.01)
-    task.cancel()
-    await asyncio.wait([task])
-    await real.close()
-
-
-async def test_the_dispatcher_prunes_at_start_and_on_demand(tmp_path: Path) -> None:
-    store = await open_store(tmp_path / "store")
-    old = await job_in(store, State.RETURNED, now=time.time() - 8000)
-    young = await job_in(store, State.RETURNED, now=time.time() - 1000)
-    async with running(tmp_path, store=store, max_age=2.0) as dispatcher:
-        with pytest.raises(UnknownJob):
-            await until(dispatcher, old, lambda job: False, "the pruning")
-        assert await dispatcher.prune(500) == 1
-        with pytest.raises(UnknownJob):
-            await followed(dispatcher, young)
-        unknown = await dispatcher.submit(call(), "test")
-        end = await dispatcher.result(unknown, wait=True)
-        assert isinstance(end, Failed)
-        assert await dispatcher.prune(0) == 1
-    await store.close()

@@ -1,4 +1,4 @@
-"""One job, one kept call, and a host that breaks the protocol, lies, floods or says nothing: what it can't do to us."""
+"""A run of a resumable call on a host that breaks the protocol, floods the dispatcher or is silent."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def stopped_behind(end: int) -> Any:
 @pytest.mark.parametrize(
     "garbage", [b'{"stream":x}\n', b"\xff\n", b'{"stream": 1, "result": 2}\n', b'{"harp": 1, "stream_result": true}\n']
 )
-async def test_garbage_in_a_kept_call_is_its_jobs_end(tmp_path: Path, garbage: bytes) -> None:
+async def test_resumable_run_invalid_message_ends_the_job(tmp_path: Path, garbage: bytes) -> None:
     def begin(talk: Conversation) -> None:
         started(talk, stream=True)
         talk.send(b'{"at": 1.0}\n{"stream": 0}\n' + garbage + b'{"stream": 2}\n')
@@ -92,7 +92,7 @@ async def test_garbage_in_a_kept_call_is_its_jobs_end(tmp_path: Path, garbage: b
             assert (await settled(dispatcher, job_id)).stop is Stop.CONFIRMED
 
 
-async def test_a_record_that_is_too_long_is_its_jobs_end_on_a_real_host(tmp_path: Path) -> None:
+async def test_resumable_run_long_record_on_real_host_ends_the_job(tmp_path: Path) -> None:
     procedures = """
 import time
 from harpd.proc import streaming_procedure
@@ -124,7 +124,7 @@ def long_record():
         assert harpd.status()["calls"] == 0
 
 
-async def test_garbage_again_and_again_is_asked_for_ever_more_rarely(tmp_path: Path) -> None:
+async def test_resumable_run_repeated_errors_slow_reattaching(tmp_path: Path) -> None:
     """An acknowledgement is no progress. The slot is kept until the host says that the call is over."""
     attaches: list[float] = []
 
@@ -152,7 +152,7 @@ async def test_garbage_again_and_again_is_asked_for_ever_more_rarely(tmp_path: P
     assert attaches[4] - attaches[3] > 0.79  # at least half of the pause after four in vain: 0.2 s * 2 ** 4 / 2 = 1.6 s
 
 
-async def test_a_host_that_acknowledges_and_breaks_off_is_asked_ever_more_rarely(tmp_path: Path) -> None:
+async def test_resumable_run_ack_and_disconnect_slows_reattaching(tmp_path: Path) -> None:
     attaches: list[float] = []
 
     def script(talk: Conversation) -> None:
@@ -173,7 +173,7 @@ async def test_a_host_that_acknowledges_and_breaks_off_is_asked_ever_more_rarely
 
 
 @pytest.mark.parametrize("data", [{}, {"end": "x"}, {"end": -1}, {"end": 1.5}, {"end": True}, [1], 10**400, "x"])
-async def test_records_gone_of_an_odd_form(tmp_path: Path, data: Any) -> None:
+async def test_records_gone_with_invalid_data_is_retried(tmp_path: Path, data: Any) -> None:
     """It is one more failed attempt, and no fault of the dispatcher."""
 
     def begin(talk: Conversation) -> None:
@@ -193,7 +193,7 @@ async def test_records_gone_of_an_odd_form(tmp_path: Path, data: Any) -> None:
             assert (await result_of(dispatcher))[1] == Returned(b"1")
 
 
-async def test_records_behind_those_that_are_gone_are_counted_from_where_they_begin(tmp_path: Path) -> None:
+async def test_records_gone_continues_at_the_given_number(tmp_path: Path) -> None:
     """Else the host would wait for ever to hear that they are stored, and never say the end."""
     counts: list[int] = []
 
@@ -220,7 +220,7 @@ async def test_records_behind_those_that_are_gone_are_counted_from_where_they_be
             assert (await settled(dispatcher, job_id)).stop is Stop.CONFIRMED
 
 
-async def test_what_comes_behind_the_end_changes_nothing(tmp_path: Path) -> None:
+async def test_resumable_run_data_after_the_end_is_ignored(tmp_path: Path) -> None:
     def script(talk: Conversation) -> None:
         started(talk, stream=True)
         talk.send(b'{"stream": 0}\n{"result": 1}\n{"result": 2}\ngarbage\n{"stream": 1}\n')
@@ -236,7 +236,7 @@ async def test_what_comes_behind_the_end_changes_nothing(tmp_path: Path) -> None
 # Time.
 
 
-async def test_a_result_that_waited_on_the_host_is_not_too_late(tmp_path: Path) -> None:
+async def test_resumable_run_buffered_result_is_not_too_late(tmp_path: Path) -> None:
     """The call ended in time; the dispatcher could not be there. The host watches the limits, and says the end."""
     may_answer = threading.Event()
 
@@ -265,7 +265,7 @@ async def test_a_result_that_waited_on_the_host_is_not_too_late(tmp_path: Path) 
             assert await dispatcher.result(job_id, wait=True) == Returned(b'"in time"')
 
 
-async def test_a_host_that_does_not_acknowledge_costs_no_time(tmp_path: Path) -> None:
+async def test_resumable_run_missing_ack_does_not_end_the_job(tmp_path: Path) -> None:
     """A job whose timeout is shorter than the acknowledgement may take, and that is stopped meanwhile."""
     silent = threading.Event()
 
@@ -289,7 +289,7 @@ async def test_a_host_that_does_not_acknowledge_costs_no_time(tmp_path: Path) ->
             assert (await settled(dispatcher, job_id)).stop is Stop.CONFIRMED
 
 
-async def test_signs_of_life_are_never_close_together(tmp_path: Path) -> None:
+async def test_heartbeats_keep_a_minimum_interval(tmp_path: Path) -> None:
     """Whatever a host says of its patience."""
     beats: list[float] = []
 
@@ -307,7 +307,7 @@ async def test_signs_of_life_are_never_close_together(tmp_path: Path) -> None:
     assert beats[3] - beats[1] > 0.15
 
 
-async def test_a_host_that_reads_nothing_is_given_up(tmp_path: Path) -> None:
+async def test_host_that_does_not_read_is_disconnected(tmp_path: Path) -> None:
     """What is to be said to it does not pile up: not more than the kernel holds, and a little."""
     over = threading.Event()
 
@@ -331,7 +331,7 @@ async def test_a_host_that_reads_nothing_is_given_up(tmp_path: Path) -> None:
         talk.abort()
 
 
-async def test_records_of_a_host_that_minds_no_window_wait_on_the_host(tmp_path: Path) -> None:
+async def test_host_that_ignores_the_window_is_paused(tmp_path: Path) -> None:
     """While the store can't take them, what is held of them here is bounded."""
     sent = 0
     held_back = threading.Event()

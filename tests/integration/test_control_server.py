@@ -1,4 +1,4 @@
-"""What an administrator asks of a running harpcallerd, through the program: output, exit status, what stays secret."""
+"""Commands to a running harpcallerd through the program: output, exit status, no secrets."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def wait_started(dispatcher: Harpcallerd, job: str) -> None:
     wait_until(lambda: dispatcher.ask(get_status=job)[0]["time"]["start"], DEADLINE, "the start")
 
 
-def test_lists_of_jobs(dispatcher: Harpcallerd) -> None:
+def test_list_shows_jobs(dispatcher: Harpcallerd) -> None:
     done = ended(dispatcher, {"z": 1, "a": 10**40})
     running = dispatcher.submit("web01", "hang", queue=QUEUE)
     waiting = dispatcher.submit("web01", "echo", queue={"name": {"a": 2, "b": 1}})
@@ -94,7 +94,7 @@ def test_lists_of_jobs(dispatcher: Harpcallerd) -> None:
     assert dispatcher.listed("queue-list", "{}") == []
 
 
-def test_the_newest_jobs_of_a_host_or_of_a_queue(dispatcher: Harpcallerd) -> None:
+def test_list_newest_of_a_host_or_queue(dispatcher: Harpcallerd) -> None:
     def listed(*options: str) -> list[str]:
         return [job["job"] for job in dispatcher.listed("list", *options)]
 
@@ -121,7 +121,7 @@ def test_the_newest_jobs_of_a_host_or_of_a_queue(dispatcher: Harpcallerd) -> Non
     assert failure(dispatcher, *both) == "host, of_queue: expected one of them, got both"
 
 
-def test_arguments_are_listed_as_they_were_sent(dispatcher: Harpcallerd) -> None:
+def test_list_shows_arguments_unchanged(dispatcher: Harpcallerd) -> None:
     with dispatcher.connect() as client:
         client.send(b'{"harpcaller":1,"host":"none","procedure":"p","arguments":[1.10, 1E5,"\\ud800"],"info":0.30}\n')
         job = client.message()["job_id"]
@@ -129,13 +129,13 @@ def test_arguments_are_listed_as_they_were_sent(dispatcher: Harpcallerd) -> None
     assert '"info":0.30' in dispatcher.control("info", job).stdout
 
 
-def test_a_long_list_comes_whole_and_in_order(dispatcher: Harpcallerd) -> None:
+def test_list_of_many_jobs_is_complete_and_ordered(dispatcher: Harpcallerd) -> None:
     jobs = [dispatcher.submit("nowhere", "p", number, "x" * 2000) for number in range(500)]
     assert [job["job"] for job in dispatcher.listed("list", "--all")] == jobs
     assert [job["job"] for job in dispatcher.listed("list", "--all", "--newest=450")] == jobs[:-451:-1]
 
 
-def test_info_of_a_job(dispatcher: Harpcallerd) -> None:
+def test_info_shows_a_job(dispatcher: Harpcallerd) -> None:
     job = ended(dispatcher, 1, queue=QUEUE, info={"who": "me"}, timeout=7)
     (info,) = with_times_seen(dispatcher.listed("info", job))
     assert info == {
@@ -152,7 +152,7 @@ def test_info_of_a_job(dispatcher: Harpcallerd) -> None:
     assert failure(dispatcher, "info", "no id") == "there is no job no id"
 
 
-def test_cancel_of_a_job(dispatcher: Harpcallerd) -> None:
+def test_cancel_ends_a_job(dispatcher: Harpcallerd) -> None:
     job = dispatcher.submit("web01", "hang")
     done = dispatcher.control("cancel", job)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
@@ -160,7 +160,7 @@ def test_cancel_of_a_job(dispatcher: Harpcallerd) -> None:
     assert failure(dispatcher, "cancel", job) == f"job {job} has ended, or there is none"
 
 
-def test_cancel_of_a_queue(dispatcher: Harpcallerd) -> None:
+def test_queue_cancel_ends_all_its_jobs(dispatcher: Harpcallerd) -> None:
     jobs = [dispatcher.submit("web01", "hang", queue=QUEUE) for _ in range(3)]
     other = dispatcher.submit("web01", "hang", queue={"name": {}})
     assert dispatcher.listed("queue-cancel", '{"a": 2,\n "b": 1}') == [{"cancelled": 3}]
@@ -170,14 +170,14 @@ def test_cancel_of_a_queue(dispatcher: Harpcallerd) -> None:
 
 
 @pytest.mark.parametrize("queue", ["nginx", "[]", '"q"', "{", "NaN"])
-def test_a_queue_that_is_none(dispatcher: Harpcallerd, queue: str) -> None:
+def test_invalid_queue_name_is_refused(dispatcher: Harpcallerd, queue: str) -> None:
     for command in ("queue-list", "queue-cancel"):
         done = dispatcher.control(command, queue)
         assert done.returncode == 2
         assert "expected a JSON object" in done.stderr
 
 
-def test_hosts_and_their_refresh(dispatcher: Harpcallerd, peer: Peer) -> None:
+def test_hosts_are_listed_and_refreshed(dispatcher: Harpcallerd, peer: Peer) -> None:
     assert dispatcher.listed("hosts-list") == [{"hostname": "web01", "address": "127.0.0.1", "port": peer.port}]
     script = dispatcher.directory / "hosts.sh"
     credentials = {"user": "u", "password": "topsecret"}
@@ -193,7 +193,7 @@ def test_hosts_and_their_refresh(dispatcher: Harpcallerd, peer: Peer) -> None:
     assert [host["hostname"] for host in dispatcher.listed("hosts-list")] == ["db01", "web01"]
 
 
-def test_prune(dispatcher: Harpcallerd) -> None:
+def test_prune_jobs_deletes_old_jobs(dispatcher: Harpcallerd) -> None:
     ended(dispatcher)
     running = dispatcher.submit("web01", "hang")
     assert dispatcher.listed("prune-jobs") == [{"pruned": 0}]
@@ -203,7 +203,7 @@ def test_prune(dispatcher: Harpcallerd) -> None:
     assert dispatcher.control("prune-jobs", "--age=-1").returncode == 2
 
 
-def test_no_password_is_ever_seen(dispatcher: Harpcallerd) -> None:
+def test_control_output_has_no_password(dispatcher: Harpcallerd) -> None:
     job = ended(dispatcher)
     printed = "".join(
         dispatcher.control(*arguments).stdout
@@ -214,11 +214,11 @@ def test_no_password_is_ever_seen(dispatcher: Harpcallerd) -> None:
     assert "topsecret" not in dispatcher.log_file.read_text()
 
 
-def test_the_control_socket_is_private(dispatcher: Harpcallerd) -> None:
+def test_control_socket_is_private(dispatcher: Harpcallerd) -> None:
     assert stat.S_IMODE(dispatcher.socket.stat().st_mode) == 0o600
 
 
-def test_a_waiting_command_ends_when_the_daemon_dies(dispatcher: Harpcallerd) -> None:
+def test_waiting_command_ends_with_the_daemon(dispatcher: Harpcallerd) -> None:
     script = dispatcher.directory / "hosts.sh"
     script.write_text("#!/bin/sh\necho started >&2\nexec sleep 600\n")
     script.chmod(0o700)
@@ -279,11 +279,11 @@ COMMANDS = (
         (b'{"command": "prune-jobs", "age": -1}', "age: expected a number of seconds, got -1"),
     ],
 )
-def test_a_request_that_is_none_is_refused(dispatcher: Harpcallerd, request_: bytes, message: str) -> None:
+def test_invalid_request_is_refused(dispatcher: Harpcallerd, request_: bytes, message: str) -> None:
     assert control(dispatcher, request_ + b"\n") == [{"error": message}]
 
 
-def test_a_list_nobody_reads_stops_nothing(dispatcher: Harpcallerd) -> None:
+def test_unread_list_blocks_nothing_else(dispatcher: Harpcallerd) -> None:
     for number in range(200):
         dispatcher.submit("nowhere", "p", number, "x" * 20_000)
     with LineClient(socket.socket(socket.AF_UNIX)) as client:

@@ -1,4 +1,4 @@
-"""Which certificates of hosts are accepted: real handshakes, and the matching of names by itself."""
+"""Certificates of hosts: real handshakes, and the comparison of names."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ async def outcome(tls: HostTLS, host: Host) -> str | None:
     return None
 
 
-async def test_without_files_any_certificate_is_accepted(tmp_path: Path) -> None:
+async def test_host_tls_without_files_accepts_any_certificate(tmp_path: Path) -> None:
     tls = HostTLS(Config())
     with host(issue(tmp_path / "a", "elsewhere", ca=trustme.CA())) as found:
         assert await outcome(tls, found) is None
@@ -69,7 +69,7 @@ async def test_without_files_any_certificate_is_accepted(tmp_path: Path) -> None
     assert "ca_file" in tls.warnings[0]
 
 
-async def test_ca_file_wants_the_chain_and_the_name_or_the_address(tmp_path: Path) -> None:
+async def test_ca_file_requires_chain_and_name(tmp_path: Path) -> None:
     named = issue(tmp_path / "named", "web01")
     addressed = issue(tmp_path / "addressed", "127.0.0.1")
     other = issue(tmp_path / "other", "web02")
@@ -93,7 +93,7 @@ async def test_ca_file_wants_the_chain_and_the_name_or_the_address(tmp_path: Pat
             assert "self-signed" in message or "unable to get" in message
 
 
-async def test_known_certificates_are_compared_by_their_bytes(tmp_path: Path) -> None:
+async def test_known_certs_are_compared_byte_for_byte(tmp_path: Path) -> None:
     ca = trustme.CA()
     known, other = issue(tmp_path / "known", "anything", ca=ca), issue(tmp_path / "other", "web01", ca=ca)
     file = tmp_path / "known.pem"
@@ -108,7 +108,7 @@ async def test_known_certificates_are_compared_by_their_bytes(tmp_path: Path) ->
         assert str(file) in message
 
 
-async def test_a_certificate_that_satisfies_either_file_is_accepted(tmp_path: Path) -> None:
+async def test_host_tls_with_both_files_accepts_either(tmp_path: Path) -> None:
     signed = issue(tmp_path / "signed", "web01")
     misnamed = issue(tmp_path / "misnamed", "web02")
     known = issue(tmp_path / "known", "web03", ca=trustme.CA())
@@ -126,9 +126,7 @@ async def test_a_certificate_that_satisfies_either_file_is_accepted(tmp_path: Pa
         assert str(signed.files.ca_file) in message
 
 
-async def test_known_certificates_are_read_again_when_they_change(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_known_certs_file_is_read_after_a_change(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     first, second = issue(tmp_path / "first", "a"), issue(tmp_path / "second", "b")
     file = tmp_path / "known.pem"
     file.write_bytes(first.pem)
@@ -154,7 +152,7 @@ async def test_known_certificates_are_read_again_when_they_change(
     assert [record.levelname for record in caplog.records if "cannot reload" in record.getMessage()] == ["ERROR"] * 2
 
 
-async def test_no_credentials_before_the_certificate_is_accepted(tmp_path: Path) -> None:
+async def test_credentials_are_sent_after_the_certificate_check(tmp_path: Path) -> None:
     issued = issue(tmp_path / "a", "web02")
     with Peer(always=lambda talk: talk.until_closed(), tls=server_context(issued.files)) as peer:
         found = Host("web01", "127.0.0.1", peer.port, "u", "topsecret")
@@ -163,7 +161,7 @@ async def test_no_credentials_before_the_certificate_is_accepted(tmp_path: Path)
 
 
 @pytest.mark.parametrize("key", ["ca_file", "known_certs_file"])
-def test_files_that_can_not_be_used(tmp_path: Path, key: str) -> None:
+def test_host_tls_invalid_file_is_config_error(tmp_path: Path, key: str) -> None:
     broken = tmp_path / "broken.pem"
     broken.write_bytes(b"-----BEGIN CERTIFICATE-----\n!\n-----END CERTIFICATE-----\n")
     for file in (tmp_path / "none.pem", broken):
@@ -174,7 +172,7 @@ def test_files_that_can_not_be_used(tmp_path: Path, key: str) -> None:
         assert str(file) in str(caught.value)
 
 
-async def test_the_floor_of_tls(tmp_path: Path) -> None:
+async def test_tls_minimum_is_enforced(tmp_path: Path) -> None:
     issued = issue(tmp_path / "a", "web01")
     context = server_context(issued.files)
     context.maximum_version = ssl.TLSVersion.TLSv1_2
@@ -216,11 +214,13 @@ def certificate(*names: str) -> dict[str, Any]:
         (("web01",), "\ud800", "a" * 70 + "\u00fc", False),
     ],
 )
-def test_names(names: tuple[str, ...], hostname: str, address: str, accepted: bool) -> None:
+def test_names_host_matches_subject_alternative_names(
+    names: tuple[str, ...], hostname: str, address: str, accepted: bool
+) -> None:
     assert names_host(certificate(*names), Host(hostname, address, 1, "u", "p")) is accepted
 
 
-def test_an_address_in_a_name_entry_is_no_address() -> None:
+def test_names_host_address_in_dns_entry_is_ignored() -> None:
     entry = {"subjectAltName": (("DNS", "10.0.0.1"), ("DNS", "*.0.0.1"))}
     assert not names_host(entry, Host("10.0.0.1", "10.0.0.1", 1, "u", "p"))
 
@@ -241,5 +241,5 @@ def test_an_address_in_a_name_entry_is_no_address() -> None:
         ("\ud800", ""),
     ],
 )
-def test_a_server_name_is_sent_for_names_only(address: str, name: str) -> None:
+def test_server_name_is_empty_for_addresses(address: str, name: str) -> None:
     assert server_name(address) == name

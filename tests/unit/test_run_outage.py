@@ -1,4 +1,4 @@
-"""An outage of a host: its deadline on the system's own clock, its pauses, its description."""
+"""An outage of a host: its deadline, the delays between attempts, its description."""
 
 from __future__ import annotations
 

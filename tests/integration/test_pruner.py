@@ -1,0 +1,74 @@
+"""The deletion of old jobs."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from pathlib import Path
+
+import pytest
+
+from harp.protocol.ends import Failed
+from harpcaller.model.jobs import State
+from harpcaller.pruner import prune, prune_regularly
+from harpcaller.store import StorageError, UnknownJob
+from harpcaller.store.sqlite import open_store
+from support.deadline import eventually
+from support.dispatcher import Switched, call, followed, running, until
+from support.jobs import job_in
+
+
+async def test_prune_deletes_only_old_ended_jobs(tmp_path: Path) -> None:
+    store = await open_store(tmp_path / "store")
+    long_ago = time.time() - 100_000
+    old = [await job_in(store, State.RETURNED, now=long_ago) for _ in range(450)]
+    waiting = await job_in(store, State.QUEUED, now=long_ago, queue={})
+    young = await job_in(store, State.CANCELLED, now=time.time() - 1000)
+    assert await prune(store, time.time() - 2000) == 450
+    for job_id in old:
+        with pytest.raises(UnknownJob):
+            await store.get_job(job_id)
+    assert (await store.get_job(waiting)).state is State.QUEUED
+    assert (await store.get_job(young)).state is State.CANCELLED
+    await store.close()
+
+
+async def test_prune_regularly_retries_and_follows_max_age(tmp_path: Path) -> None:
+    real = await open_store(tmp_path / "store")
+    store = Switched(real, "prune_jobs")
+    store.off = True
+    job_id = await job_in(real, State.RETURNED, now=time.time() - 1000)
+    max_age = 2000.0
+    task = asyncio.create_task(prune_regularly(store, time.time, lambda: max_age, every=0.05))
+    await eventually(lambda: store.refused >= 2, what="a second try")
+    with pytest.raises(StorageError):
+        await prune(store, 0)
+    store.off = False
+    assert (await real.get_job(job_id)).state is State.RETURNED
+    max_age = 500.0
+
+    async def pruned() -> bool:
+        return not await real.list_jobs(ended=True)
+
+    while not await pruned():
+        await asyncio.sleep(0.01)
+    task.cancel()
+    await asyncio.wait([task])
+    await real.close()
+
+
+async def test_dispatcher_prunes_at_start_and_on_demand(tmp_path: Path) -> None:
+    store = await open_store(tmp_path / "store")
+    old = await job_in(store, State.RETURNED, now=time.time() - 8000)
+    young = await job_in(store, State.RETURNED, now=time.time() - 1000)
+    async with running(tmp_path, store=store, max_age=2.0) as dispatcher:
+        with pytest.raises(UnknownJob):
+            await until(dispatcher, old, lambda job: False, "the pruning")
+        assert await dispatcher.prune(500) == 1
+        with pytest.raises(UnknownJob):
+            await followed(dispatcher, young)
+        unknown = await dispatcher.submit(call(), "test")
+        end = await dispatcher.result(unknown, wait=True)
+        assert isinstance(end, Failed)
+        assert await dispatcher.prune(0) == 1
+    await store.close()
