@@ -234,7 +234,7 @@ def test_what_cannot_be_killed_is_told_watched_and_left_to_the_next(
             assert (later.killed, later.calls, later.stop_reports.keys() - {"b"}) == (0, {}, set())
         assert not lives(other)
         assert names(tmp_path) == {"a.reported"}
-        assert [event.message for event in caplog.records] == ["processes of a dead warden's call can't be killed"]
+        assert [event.message for event in caplog.records] == ["cannot kill orphaned processes"]
         for _ in range(3):
             assert new.clean_up() == CleanupResult()
         assert len(caplog.records) == 1

@@ -1,8 +1,8 @@
-"""A cgroup for each call, where the daemon may make one: what a call starts is in it, unless it is moved on purpose.
+"""The cgroup of a call, where the daemon may create one. Its processes stay in it unless they are moved on purpose.
 
-That is where systemd has delegated the service's cgroup (``Delegate=yes``), or where the setting `cgroup` names a
-directory. Only the grouping is used, no controller: what a call may use is not limited here. Elsewhere there is none,
-and a call's processes are found by their parents, session and mark.
+The daemon may create cgroups where systemd has delegated the service's cgroup (``Delegate=yes``), or where the setting
+`cgroup` names a directory. Only the grouping is used, no controller: resources are not limited here. Without a cgroup,
+the processes of a call are found by parent, session and environment cookie.
 """
 
 from __future__ import annotations
@@ -17,18 +17,22 @@ __all__ = ["Cgroup", "Cgroups", "delegated_cgroup"]
 
 log = logging.getLogger("harpd.supervisor")
 
-#: systemd marks the cgroups that are the service's to divide; the second name is for daemons that are not root.
-_DELEGATED = ("trusted.delegate", "user.delegate")
+#: Extended attributes by which systemd marks a delegated cgroup; the second is for daemons that do not run as root.
+_DELEGATION_ATTRIBUTES = ("trusted.delegate", "user.delegate")
 
 
 @dataclass(frozen=True, slots=True)
 class Cgroup:
-    """A call's cgroup."""
+    """The cgroup of a call.
+
+    Attributes:
+        path: its directory.
+    """
 
     path: str
 
     def pids(self) -> set[int]:
-        """The processes in it, those in cgroups below it too."""
+        """Return the pids of all processes in it and in the cgroups below it."""
         found: set[int] = set()
         for directory, _, _ in os.walk(self.path):
             with contextlib.suppress(OSError, ValueError):
@@ -38,7 +42,7 @@ class Cgroup:
 
     @property
     def populated(self) -> bool:
-        """Whether anything lives in it, or below it: the system knows, however fast it forks."""
+        """Whether it or a cgroup below it has a live process. The kernel counts them, however fast they fork."""
         try:
             with open(f"{self.path}/cgroup.events", "rb") as file:
                 return b"populated 1\n" in file.read()
@@ -47,11 +51,11 @@ class Cgroup:
 
     @property
     def can_kill(self) -> bool:
-        """Whether the system can kill all that is in it at once: Linux 5.14 and later can."""
+        """Whether the kernel can kill all of its processes at once (since Linux 5.14)."""
         return os.access(f"{self.path}/cgroup.kill", os.W_OK)
 
     def kill(self) -> None:
-        """Kill all that is in it, and below it, at once: none of it can fork meanwhile. Nothing where that can't be."""
+        """Kill all processes in it and below it at once, so that none can fork meanwhile; only since Linux 5.14."""
         with contextlib.suppress(OSError):
             descriptor = os.open(f"{self.path}/cgroup.kill", os.O_WRONLY | os.O_CLOEXEC)
             try:
@@ -60,7 +64,7 @@ class Cgroup:
                 os.close(descriptor)
 
     def out_of_memory(self) -> bool:
-        """Whether the system has killed something in it for want of memory; it may not be known."""
+        """Return whether the kernel has killed one of its processes for lack of memory; False if that is not known."""
         try:
             with open(f"{self.path}/memory.events", "rb") as file:
                 counts = dict(line.split() for line in file)
@@ -69,24 +73,24 @@ class Cgroup:
             return False
 
     def remove(self) -> None:
-        """Remove it, if it is empty: what a procedure has left running on purpose stays in it."""
+        """Remove it if it is empty. Processes that a procedure left running on purpose stay in it."""
         for directory, _, _ in os.walk(self.path, topdown=False):
             with contextlib.suppress(OSError):
                 os.rmdir(directory)
 
 
 class Cgroups:
-    """Where calls get their cgroups.
+    """The cgroups of all calls.
 
     Args:
-        directory: the cgroup to make them in; None: calls get none.
+        directory: the cgroup in which they are created; None: calls get no cgroup.
     """
 
     def __init__(self, directory: str | None) -> None:
         self._directory = directory
 
     def create(self, call_id: str, pid: int) -> Cgroup | None:
-        """Make a cgroup for a call and put its main process there; None: that can't be done."""
+        """Create a cgroup for a call and move its main process there; return None if that is not possible."""
         if self._directory is None:
             return None
         group = Cgroup(f"{self._directory}/call-{call_id}")
@@ -95,19 +99,19 @@ class Cgroups:
             with open(f"{group.path}/cgroup.procs", "w") as file:
                 file.write(str(pid))
         except OSError as error:
-            log.error("a call gets no cgroup", extra={"call": call_id, "reason": str(error)})
+            log.error("cannot create cgroup for call", extra={"call": call_id, "reason": str(error)})
             group.remove()
             return None
         return group
 
 
 def delegated_cgroup() -> str | None:
-    """The directory of this process's cgroup, if it was delegated to us; else None."""
+    """Return the directory of this process's cgroup if it was delegated to the daemon, else None."""
     try:
         path = _own_directory()
         if path is None or not os.access(path, os.W_OK):
             return None
-        for name in _DELEGATED:
+        for name in _DELEGATION_ATTRIBUTES:
             with contextlib.suppress(OSError):
                 if os.getxattr(path, name) == b"1":
                     return path

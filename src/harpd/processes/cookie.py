@@ -1,8 +1,8 @@
-"""The mark by which a call's processes are known wherever they went: an entry of their environment, as /proc shows it.
+"""The environment cookie: an environment entry by which the processes of a call are found in /proc.
 
-What a call executes gets the entry as anything in the environment. What it only forks would show the environment
-that its zygote was executed with: /proc reads it where it lies in memory. So a zygote is executed with room for the
-entry, and each call writes its id there.
+Programs that a call executes inherit the entry as part of their environment. Processes that it only forks share the
+initial environment block of their zygote: /proc reads that block where it lies in memory. So the zygote is executed
+with space reserved for the entry, and each call writes its id there.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import os
 __all__ = ["EnvCookie", "cookie_for", "find_cookies", "reserve_cookie"]
 
 _NAME = "HARPD_CALL"
-#: Bytes for a call's id, which is a UUID.
-_ROOM = 36
-_PREFIX, _UNUSED = f"{_NAME}=".encode(), "-" * _ROOM
+#: Length of a call's id, which is a UUID.
+_ID_LENGTH = 36
+_PREFIX, _UNUSED = f"{_NAME}=".encode(), "-" * _ID_LENGTH
 
 _getenv = ctypes.CDLL(None).getenv
 _getenv.restype = ctypes.c_void_p
@@ -23,17 +23,17 @@ _getenv.argtypes = [ctypes.c_char_p]
 
 
 def cookie_for(call_id: str) -> bytes:
-    """The entry that marks the processes of a call."""
+    """Return the environment entry that the processes of a call have."""
     return _PREFIX + call_id.encode()
 
 
 def reserve_cookie() -> dict[str, str]:
-    """The environment to execute a zygote with."""
+    """Return an environment for a zygote: that of this process, with space for a cookie."""
     return {**os.environ, _NAME: _UNUSED}
 
 
 def find_cookies(environment: bytes) -> frozenset[bytes]:
-    """The entries that mark the processes of calls, in an environment as /proc shows it."""
+    """Return the cookies in an environment block as /proc shows it."""
     if _PREFIX not in environment:
         return frozenset()
     found = (item for item in environment.split(b"\0") if item.startswith(_PREFIX))
@@ -41,15 +41,15 @@ def find_cookies(environment: bytes) -> frozenset[bytes]:
 
 
 class EnvCookie:
-    """The room in this process's environment. Make it before anything changes the environment."""
+    """The cookie of this process. Create it before the environment is changed: it looks up the reserved space."""
 
     def __init__(self) -> None:
         self._address = _getenv(_NAME.encode())
-        os.environ.pop(_NAME, None)  # the memory stays; what the procedures file executes belongs to no call
+        os.environ.pop(_NAME, None)  # the memory stays; programs that the procedures file executes belong to no call
 
     def write(self, call_id: str) -> None:
-        """Mark this process, what it forks and what it executes as a call's."""
+        """Set the cookie of this process, of its future children and of the programs that they execute."""
         text = call_id.encode()
-        if self._address is not None and len(text) <= _ROOM:
-            ctypes.memmove(self._address, text.ljust(_ROOM, b"\0"), _ROOM)
+        if self._address is not None and len(text) <= _ID_LENGTH:
+            ctypes.memmove(self._address, text.ljust(_ID_LENGTH, b"\0"), _ID_LENGTH)
         os.environ[_NAME] = call_id

@@ -1,4 +1,4 @@
-"""prctl(2): what the standard library does not offer of it."""
+"""The options of prctl(2) that the standard library does not offer."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _SET_PDEATHSIG = 1
 _SET_DUMPABLE = 4
 _SET_CHILD_SUBREAPER = 36
 
-# Prepared here: each call's process, where it is used, is a copy of the one that has loaded this module.
+# Prepared once, in the zygote: the process of each call is a copy of it.
 _call = ctypes.CDLL(None, use_errno=True).prctl
 _call.argtypes = [ctypes.c_int, *[ctypes.c_ulong] * 4]
 
@@ -24,20 +24,20 @@ def _prctl(option: int, value: int) -> None:
 
 
 def become_subreaper() -> None:
-    """Descendants whose parent dies become children of this process."""
+    """Become the new parent of all descendants whose parent dies."""
     _prctl(_SET_CHILD_SUBREAPER, 1)
 
 
 def never_dump_core() -> None:
-    """Leave no core, whatever signal ends this process and wherever the system sends cores."""
+    """Disable core dumps of this process, whichever signal ends it and wherever the system sends them."""
     _prctl(_SET_DUMPABLE, 0)
 
 
 def die_with_parent(parent: int) -> None:
-    """Be killed when the parent dies; a change of user clears this, so call it after.
+    """Have the kernel kill this process when its parent dies. A change of user clears this: call it afterwards.
 
     Args:
-        parent: the parent's pid; if it has died already, this process ends here.
+        parent: the parent's pid. If the parent has died already, this process is killed here.
     """
     _prctl(_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:

@@ -1,17 +1,17 @@
-"""Processes as /proc shows them: which belong to a call, and how to signal one without ever hitting another.
+"""Processes as /proc shows them: which belong to a call, and how to send one a signal without ever hitting another.
 
-A pid may be given to a new process once its owner was reaped; pid and start time together are one process until
-the system starts anew. A signal goes through a pidfd that was checked against the start time.
+A pid can be reused once its process was reaped. Pid and start time together identify a process until the next boot. A
+signal is sent through a pidfd, after a comparison of the start time.
 
-When a look proves something
-============================
+When a snapshot is complete
+===========================
 
-/proc is listed first and read then, and processes go on meanwhile. One that forks and exits without pause (a hopper) is
-listed under some number, for numbers are given in turn and /proc is listed in their order; but when that number is
-read its process may be gone, and its child is not in the list. So a look lists again until everything that a list has
-brought was read alive: then it is *whole*, and whatever is not in it did not live at the moment of its last list. Whose
-parent has ended meanwhile is read again, for it has another parent by now. Only processes that end within a fraction
-of a millisecond make a look fail to become whole; on a busy system the second list has few that are new.
+/proc is first listed, then read, while processes continue to run. A process that forks and exits in a tight loop is
+listed under one pid, since pids are given in ascending order and /proc is listed in that order. When that pid is read,
+the process may be gone, and its child is not in the list. So a snapshot lists /proc again until every process of the
+last list was read alive. Then it is *complete*: a process that is not in it did not live at the moment of the last
+list. A process whose parent has died meanwhile is read again, because it has another parent by now. Only processes that
+live for a fraction of a millisecond prevent a complete snapshot. On a busy system the second list has few new pids.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from harpd.processes.procfs import read_stat, start_time
 
 __all__ = ["CallTree", "Process", "Snapshot", "has_possible_escapes", "kill_group", "send_signal", "take_snapshot"]
 
-#: So often processes are listed before a look is given up as not whole.
-_MOST_LISTS = 8
-#: Flags of a process, as the kernel has them: it is on its way out; it is a thread of the kernel's own.
+#: How often /proc is listed before a snapshot is left incomplete.
+_MAX_LISTS = 8
+#: Flags of the kernel (PF_EXITING, PF_KTHREAD).
 _EXITING, _KERNEL_THREAD = 0x4, 0x200000
 
 
@@ -39,14 +39,14 @@ class Process:
     """A process at one moment.
 
     Attributes:
-        pid: its number.
+        pid: its pid.
         start: its start time, in clock ticks since boot.
-        parent, group, session: numbers, as others are known by.
-        state: a letter, as /proc has it.
-        command: its name for itself.
-        threads: how many it has.
-        flags: the kernel's, of its first thread.
-        marks: the marks of calls that it was executed with, see `harpd.processes.cookie`, as far as we may know them.
+        parent, group, session: the pid of its parent, its process group and its session.
+        state: a letter, as in /proc.
+        command: its command name.
+        threads: the number of its threads.
+        flags: the kernel flags of its first thread.
+        cookies: the environment cookies that it was executed with, if this process may read them.
     """
 
     pid: int
@@ -62,12 +62,12 @@ class Process:
 
     @property
     def identity(self) -> tuple[int, int]:
-        """What no other process has before the system starts anew."""
+        """Pid and start time, which identify the process until the next boot."""
         return self.pid, self.start
 
     @property
     def alive(self) -> bool:
-        """Whether any of its threads lives: the first may have ended before the others, which shows it as a zombie."""
+        """Whether a thread of it lives. If the first thread ends before the others, the process looks like a zombie."""
         return self.state not in "ZX" or self.threads > 1
 
 
@@ -75,7 +75,7 @@ class Snapshot(dict[int, Process]):
     """Processes by pid.
 
     Attributes:
-        whole: whether it has all that lived at one moment, later than the call of `snapshot`; see above.
+        complete: whether it has every process that lived at one moment after the call of `take_snapshot`; see above.
     """
 
     complete = True
@@ -83,13 +83,13 @@ class Snapshot(dict[int, Process]):
 
 @dataclass(frozen=True, slots=True)
 class CallTree:
-    """A call's processes: by its main process, which leads their session, and by the call's mark.
+    """The processes of a call.
 
     Attributes:
-        pid: the main process.
+        pid: the main process, which leads the session of the call.
         start: its start time.
-        mark: the environment entry that what the call forks and executes inherits, see `harpd.processes.cookie`.
-        group: its cgroup, which only what gets another one on purpose leaves (`su` may); None: it has none.
+        cookie: the environment cookie that the call's processes inherit, see `harpd.processes.cookie`.
+        cgroup: its cgroup, which a process leaves only on purpose (`su` may); None: it has none.
     """
 
     pid: int
@@ -100,17 +100,17 @@ class CallTree:
     def members(
         self, processes: Mapping[int, Process], known: Iterable[tuple[int, int]] = (), late: bool = False
     ) -> list[Process]:
-        """Which of these processes are the call's, dead ones left out.
+        """Return those of the processes that belong to the call and are alive.
 
         Args:
-            processes: a `snapshot`.
-            known: identities that were found to be the call's before; they and their children still are.
-            late: nobody has watched the call for a while. Its session's number may be another session's by now that
-                has lost its leader, too: then only the mark counts.
+            processes: a snapshot.
+            known: identities of processes that belonged to the call before; they and their children still do.
+            late: the call was not watched for a while. By now its session id may belong to another session that has
+                lost its leader as well, so only the cookie counts.
         """
         found = {pid for pid, start in known if pid in processes and processes[pid].start == start}
         main = processes.get(self.pid)
-        # A number is not given again while a session has it; a leader with another start time has it anew.
+        # A pid is not reused while it is a session id. A leader with another start time has a new session.
         if main.start == self.start if main is not None else not late:
             found |= {p.pid for p in processes.values() if self.pid in (p.pid, p.session, p.group)}
         found |= {p.pid for p in processes.values() if p.start >= self.start and self.cookie in p.cookies}
@@ -128,9 +128,10 @@ class CallTree:
         return [processes[pid] for pid in found if processes[pid].alive]
 
     def process_groups(self, members: Iterable[Process]) -> set[int]:
-        """The process groups of these members. Nobody else is in them, for the call has made them all.
+        """Return the process groups of these members. They have no other members, since the call has created them.
 
-        The main process makes the first as soon as it was forked; till then it is alone, and in its zygote's group.
+        The main process creates the first one right after the fork. Until then it has no children, and is in the group
+        of its zygote.
         """
         return {
             member.group
@@ -140,19 +141,23 @@ class CallTree:
 
 
 def has_possible_escapes(
-    tree: CallTree, zygote: int, processes: Snapshot, mains: Container[tuple[int, int] | None], marks: Container[bytes]
+    tree: CallTree,
+    zygote: int,
+    processes: Snapshot,
+    mains: Container[tuple[int, int] | None],
+    cookies: Container[bytes],
 ) -> bool:
-    """Whether something of a call may live that can't be told to be the call's; its main process has been reaped.
+    """Return whether an unknown process may belong to a call whose main process has been reaped.
 
-    The zygote is a subreaper: what a call has left behind is its child, or that child's descendant. A child that is no
-    call's main process, carries no known call's mark and is not older than the call may be this call's.
+    The zygote is a subreaper, so orphans of a call become its children. A child of the zygote may belong to the call if
+    it is no main process, has no cookie of a known call, and is not older than the call.
 
     Args:
         tree: the call.
-        zygote: the pid of the zygote that forked it.
-        processes: a look that is younger than the main process's death.
+        zygote: the pid of the zygote that has forked the call.
+        processes: a snapshot that was taken after the main process was reaped.
         mains: the main processes of the zygote's calls.
-        marks: the marks of all known calls; anybody can write any other.
+        cookies: the cookies of all known calls. Any process can write other ones.
     """
     if not processes.complete or zygote not in processes:
         return True
@@ -161,21 +166,21 @@ def has_possible_escapes(
         and process.start >= tree.start
         and process.alive
         and process.identity not in mains
-        and not any(mark in marks for mark in process.cookies)
+        and not any(cookie in cookies for cookie in process.cookies)
         for process in processes.values()
     )
 
 
 def take_snapshot() -> Snapshot:
-    """All processes of a moment from now on."""
+    """Return all processes at one moment from now on."""
     processes = Snapshot()
-    for _ in range(_MOST_LISTS):
+    for _ in range(_MAX_LISTS):
         new = {int(name) for name in os.listdir("/proc") if name.isdecimal()} - processes.keys()
         alive = [_add(pid, processes) for pid in new]
-        # A dead process has no children: who has a dead parent was read before they were given another.
+        # A dead process has no children: a process with a dead parent was read before it got another parent.
         orphans = [p for p in processes.values() if p.alive and p.parent and not _lives(p.parent, processes)]
-        moved = [_has_moved(orphan, processes) for orphan in orphans]
-        processes.complete = all(alive) and not any(moved)
+        reparented = [_was_reparented(orphan, processes) for orphan in orphans]
+        processes.complete = all(alive) and not any(reparented)
         if processes.complete:
             break
     return processes
@@ -186,7 +191,7 @@ def _lives(pid: int, processes: Mapping[int, Process]) -> bool:
 
 
 def _add(pid: int, processes: dict[int, Process]) -> bool:
-    """Read a process; whether it lives, or is one that we may not know."""
+    """Read a process into `processes`; return whether it lives, or may not be read."""
     try:
         process = _read(pid)
     except PermissionError:
@@ -194,26 +199,26 @@ def _add(pid: int, processes: dict[int, Process]) -> bool:
     if process is None:
         processes.pop(pid, None)
         return False
-    marks = _marks(process)
-    processes[pid] = replace(process, cookies=marks) if marks else process
-    return process.alive and marks is not None
+    cookies = _read_cookies(process)
+    processes[pid] = replace(process, cookies=cookies) if cookies else process
+    return process.alive and cookies is not None
 
 
-def _marks(process: Process) -> frozenset[bytes] | None:
-    """The marks that a process was executed with, as far as we may know them; None: it is ending, and shows none now.
+def _read_cookies(process: Process) -> frozenset[bytes] | None:
+    """Return the cookies that a process was executed with; None if it is exiting and shows no environment any more.
 
-    One in uninterruptible sleep is not asked: it may hold what the answer would wait for, for as long as its disk or
-    its network is away. The kernel's own threads have nothing to tell; nor have the dead. (That a process shows no
-    session says nothing: in a container its session's leader may be outside.)
+    A process in uninterruptible sleep is not read: it may hold a lock that the read would wait for, as long as its disk
+    or network is unavailable. Kernel threads and dead processes have no environment. (A session id of 0 does not
+    identify a kernel thread: in a container, the session leader may be outside.)
     """
     if process.state == "D" or process.flags & _KERNEL_THREAD or not process.alive:
         return frozenset()
-    places = [f"/proc/{process.pid}"]
+    directories = [f"/proc/{process.pid}"]
     try:
-        if process.state in "ZX":  # the first thread has given its memory away, the others have it still
-            places = [f"/proc/{process.pid}/task/{thread}" for thread in os.listdir(f"/proc/{process.pid}/task")]
-        for place in places:
-            with contextlib.suppress(ProcessLookupError), open(f"{place}/environ", "rb") as file:
+        if process.state in "ZX":  # the first thread has released its memory, the others have not
+            directories = [f"/proc/{process.pid}/task/{thread}" for thread in os.listdir(f"/proc/{process.pid}/task")]
+        for directory in directories:
+            with contextlib.suppress(ProcessLookupError), open(f"{directory}/environ", "rb") as file:
                 if text := file.read():
                     return find_cookies(text)
         return None if _is_ending(process.pid) else frozenset()
@@ -223,19 +228,19 @@ def _marks(process: Process) -> frozenset[bytes] | None:
         return None
 
 
-def _has_moved(orphan: Process, processes: dict[int, Process]) -> bool:
-    """Read again whose parent is not known to live; whether it has another now. There are parents that we don't see."""
+def _was_reparented(orphan: Process, processes: dict[int, Process]) -> bool:
+    """Read a process again; return whether its parent has changed. Some parents are not visible from here."""
     return not _add(orphan.pid, processes) or processes[orphan.pid].parent != orphan.parent
 
 
 def _is_ending(pid: int) -> bool:
-    """Whether a process is on its way out, or gone."""
+    """Return whether a process is exiting or gone."""
     found = read_stat(pid)
     return found is None or bool(int(found[1][6]) & _EXITING)
 
 
 def _read(pid: int) -> Process | None:
-    """A process as it is now, its marks left out; None: it is gone. Raises PermissionError: we may not know of it."""
+    """Return a process without its cookies; None if it is gone. Raises PermissionError if it may not be read."""
     found = read_stat(pid)
     if found is None:
         return None
@@ -246,7 +251,7 @@ def _read(pid: int) -> Process | None:
 
 
 def send_signal(number: signal.Signals, identity: tuple[int, int]) -> bool:
-    """Send a signal to this very process; False: it is gone, or not ours to signal."""
+    """Send a signal to this process and no later one of its pid; return False if it is gone or may not be signalled."""
     pid, start = identity
     try:
         descriptor = os.pidfd_open(pid)
@@ -264,11 +269,11 @@ def send_signal(number: signal.Signals, identity: tuple[int, int]) -> bool:
 
 
 def kill_group(group: int) -> None:
-    """Kill a process group at once: none of it can fork while the others are killed.
+    """Kill all processes of a group at once, so that none can fork while the others are killed.
 
     Args:
-        group: one of `CallTree.process_groups` of a snapshot of now. A group has its number while it has members, and
-            numbers are given in turn: this one is not another's before all others were given.
+        group: one of `CallTree.process_groups` of a current snapshot. A group keeps its id while it has members, and
+            ids are given in ascending order: it is not reused before all others were.
     """
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(group, signal.SIGKILL)

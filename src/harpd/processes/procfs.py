@@ -1,4 +1,4 @@
-"""A process's line in /proc, above all when it was started: pid and start time together are one process."""
+"""The stat line of a process in /proc, above all its start time: pid and start time together identify a process."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ import os
 
 __all__ = ["read_stat", "start_time"]
 
-#: More than the line can have.
-_SIZE = 4096
-#: Which of the fields after the command is the start time.
-_START = 19
+#: An upper bound of the line's length.
+_MAX_BYTES = 4096
+#: Index of the start time among the fields after the command.
+_START_FIELD = 19
 
 
 def read_stat(pid: int) -> tuple[bytes, list[bytes]] | None:
-    """What /proc says of a process: its command, and the fields from its state on; None: it is gone.
+    """Return the command of a process and its fields from the state on; None if the process is gone.
 
     Raises:
-        PermissionError: we may not know of it.
+        PermissionError: this process may not read it.
 
     Spec: proc_pid_stat(5).
     """
@@ -25,19 +25,19 @@ def read_stat(pid: int) -> tuple[bytes, list[bytes]] | None:
     except (FileNotFoundError, ProcessLookupError):
         return None
     try:
-        text = os.read(descriptor, _SIZE)
+        text = os.read(descriptor, _MAX_BYTES)
     except ProcessLookupError:
         return None
     finally:
         os.close(descriptor)
-    end = text.rindex(b")")  # the command before may hold anything
+    end = text.rindex(b")")  # the command may contain any character
     return text[text.index(b"(") + 1 : end], text[end + 2 :].split()
 
 
 def start_time(pid: int) -> int:
-    """The start time of a process in clock ticks since boot; 0: there is none that we may know of."""
+    """Return the start time of a process in clock ticks since boot; 0 if it is gone or may not be read."""
     try:
         found = read_stat(pid)
     except PermissionError:
         return 0
-    return int(found[1][_START]) if found else 0
+    return int(found[1][_START_FIELD]) if found else 0

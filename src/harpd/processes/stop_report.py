@@ -1,6 +1,6 @@
-"""The receipt of a stop: what was found of a call's processes, what it was sent, what became of it.
+"""The stop report: which processes of a call were found, which signals they were sent, and how they ended.
 
-It is bounded, however many processes there are: the first are listed, all are counted.
+Its size is bounded: the first 100 processes are listed, all are counted.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from harpd.processes.process_tree import Process
 
 __all__ = ["StopReport"]
 
-#: How many processes, and how many survivors, a receipt lists.
-_SHOWN = 100
+#: How many processes, and how many survivors, are listed.
+_MAX_LISTED = 100
 
 
 @dataclass(slots=True)
-class _Trace:
-    """What became of a process: its name, what it was sent, how it ended."""
+class _ProcessOutcome:
+    """The name of a process, the signals that it was sent, and how it ended; None: it has not."""
 
     command: str = ""
     signals: list[str] = field(default_factory=list)
@@ -30,7 +30,7 @@ class _Trace:
 
 
 class StopReport:
-    """What the looks at a call's processes have found.
+    """The results of all scans for a call's processes.
 
     Args:
         main: pid and start time of the main process.
@@ -38,70 +38,71 @@ class StopReport:
 
     def __init__(self, main: tuple[int, int]) -> None:
         self._main = main
-        self._left: dict[tuple[int, int], Process] = {}
-        self._traces = {main: _Trace()}
-        self._others = 0
+        self._remaining: dict[tuple[int, int], Process] = {}
+        self._outcomes = {main: _ProcessOutcome()}
+        self._others_found = 0
 
     @property
     def remaining(self) -> Mapping[tuple[int, int], Process]:
-        """What the last look has found."""
-        return self._left
+        """The processes that the last scan has found, by pid and start time."""
+        return self._remaining
 
     def record(self, members: Iterable[Process]) -> None:
-        """A look has found these processes, and nothing else of the call."""
+        """Record a scan that has found these processes of the call and no others."""
         found = {member.identity: member for member in members}
         for identity, member in found.items():
-            if identity not in self._left and identity != self._main:
-                self._others += 1
-                if len(self._traces) < _SHOWN:
-                    self._traces[identity] = _Trace()
-            if identity in self._traces:
-                self._traces[identity].command = member.command
-        for identity in self._left.keys() - found.keys():
-            trace = self._traces.get(identity)
-            if trace and trace.ended is None:
-                trace.ended = f"gone after {trace.signals[-1]}" if trace.signals else "gone"
-        self._left = found
+            if identity not in self._remaining and identity != self._main:
+                self._others_found += 1
+                if len(self._outcomes) < _MAX_LISTED:
+                    self._outcomes[identity] = _ProcessOutcome()
+            if identity in self._outcomes:
+                self._outcomes[identity].command = member.command
+        for identity in self._remaining.keys() - found.keys():
+            outcome = self._outcomes.get(identity)
+            if outcome and outcome.ended is None:
+                outcome.ended = f"gone after {outcome.signals[-1]}" if outcome.signals else "gone"
+        self._remaining = found
 
     def record_signal(self, number: signal.Signals, identity: tuple[int, int]) -> None:
-        """A process was sent a signal; the same one again is not worth mentioning."""
-        trace = self._traces.get(identity)
-        if trace and trace.signals[-1:] != [number.name]:
-            trace.signals.append(number.name)
+        """Record that a process was sent a signal; repetitions of the last one are left out."""
+        outcome = self._outcomes.get(identity)
+        if outcome and outcome.signals[-1:] != [number.name]:
+            outcome.signals.append(number.name)
 
     def record_exit(self, status: int) -> None:
-        """The main process has been reaped, with this wait status."""
-        self._traces[self._main].ended = _ending(status)
+        """Record that the main process has been reaped, with this wait status."""
+        self._outcomes[self._main].ended = _describe_status(status)
 
     def to_json(self, main_ended: bool, complete: bool, began: float, ended: float | None = None) -> dict[str, Any]:
-        """The receipt.
+        """Return the report as values that JSON can represent.
 
         Args:
-            main_ended: whether the main process has been reaped. Until then it survives, whatever a look has found.
-            complete: whether nothing can have escaped.
+            main_ended: whether the main process has been reaped. Until then it counts as a survivor.
+            complete: whether no process can have escaped.
             began: Unix seconds.
             ended: Unix seconds; None: now.
 
-        Spec: docs/protocol.md, Kept calls.
+        Spec: docs/protocol.md, Resumable calls.
         """
-        surviving = {identity: process.command for identity, process in self._left.items()}
+        survivors = {identity: process.command for identity, process in self._remaining.items()}
         if not main_ended:
-            surviving.setdefault(self._main, self._traces[self._main].command)
+            survivors.setdefault(self._main, self._outcomes[self._main].command)
+        listed = list(survivors.items())[:_MAX_LISTED]
         return {
             "processes": [
-                {"pid": pid, "command": trace.command, "signals": trace.signals, "ended": trace.ended}
-                for (pid, _), trace in self._traces.items()
+                {"pid": pid, "command": outcome.command, "signals": outcome.signals, "ended": outcome.ended}
+                for (pid, _), outcome in self._outcomes.items()
             ],
-            "found": self._others + 1,
-            "survivors": [{"pid": pid, "command": command} for (pid, _), command in list(surviving.items())[:_SHOWN]],
-            "surviving": len(surviving),
+            "found": self._others_found + 1,
+            "survivors": [{"pid": pid, "command": command} for (pid, _), command in listed],
+            "surviving": len(survivors),
             "complete": complete,
             "began": began,
             "ended": time.time() if ended is None else ended,
         }
 
 
-def _ending(status: int) -> str:
+def _describe_status(status: int) -> str:
     if os.WIFSIGNALED(status):
         number = os.WTERMSIG(status)
         return signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
