@@ -287,8 +287,8 @@ def test_test_warns_of_what_will_fail_later(harpd: Harpd) -> None:
     assert (outcome.returncode, outcome.stdout) == (0, "config OK\n")
     assert [line.rsplit(": ", 1)[1] for line in outcome.stderr.splitlines()] == [
         "leaves 1 thread(s) running; no call will have them",
-        "no group is called 'no-such-group'; calls will fail",
-        "no user is called 'no-such-user'; calls will fail",
+        "unknown group: 'no-such-group'; calls will fail",
+        "unknown user: 'no-such-user'; calls will fail",
     ]
 
 

@@ -438,7 +438,7 @@ def test_shutdown_ends_what_resists(own: Harpd, notes: Path) -> None:
             assert one.message()["error"]["type"] == "shutdown"
     assert len(pids(notes)) == 6
     assert all_dead(pids(notes))
-    assert not own.events("fault in the warden")
+    assert not own.events("callback failed")
     assert not own.events("warden did not end in order; killed")
 
 

@@ -226,7 +226,7 @@ def test_one_that_says_more_than_its_end_is_not_used_again(warden: Warden, go: P
     go.touch()
     wait_until(go.with_name("go-said").exists)
     assert warden.result("say_more_later")["pid"] != said["pid"]
-    assert warden.wait_event("a process has spoken after its call's end; it gets no other", pid=said["pid"])
+    assert warden.wait_event("idle worker wrote output; not reused", pid=said["pid"])
 
 
 def test_evidence_is_the_calls_own(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ def nothing_is_left(harpd: Harpd) -> None:
     """No call, record or fault of the warden is left."""
     wait_until(lambda: harpd.status()["calls"] == 0, DEADLINE, "the end of the calls")
     assert not list((harpd.runtime_directory / "calls").glob("*/*"))
-    assert not harpd.events("fault in the warden")
+    assert not harpd.events("callback failed")
 
 
 def result(harpd: Harpd, procedure: str, *arguments: Any) -> Any:

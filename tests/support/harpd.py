@@ -289,7 +289,7 @@ class Harpd(DaemonLog):
     def faults(self) -> list[str]:
         """Lines of its log that no peer and no procedure may cause."""
         marks = ("Exception ignored", "never retrieved", "Warning: ", "Fatal Python error")
-        bugs = ("unexpected error", "connection failed", "fault in the warden")
+        bugs = ("unexpected error", "connection failed", "callback failed")
         lines = [line for line in self.log_lines() if "call printed" not in line]
         return [
             *(line for line in lines if line.startswith("Traceback") or any(mark in line for mark in marks)),

@@ -271,7 +271,7 @@ class Warden:
     def faults(self) -> list[str]:
         """What in its log no peer and no procedure may cause."""
         lines = self.log_file.read_text("utf-8", "replace").splitlines()
-        marks = ("Traceback", "fault in the warden", "Exception ignored", "Fatal Python error")
+        marks = ("Traceback", "callback failed", "Exception ignored", "Fatal Python error")
         return [line for line in lines if any(mark in line for mark in marks) and "call printed" not in line]
 
 

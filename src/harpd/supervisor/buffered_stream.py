@@ -1,4 +1,4 @@
-"""A connection between a call and whoever hears it: bytes out without waiting, bytes in as they come."""
+"""A connection from the frontend to a call: data is buffered and sent without waiting, and received as it arrives."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ from harpd.supervisor.event_loop import READ, WRITE, EventLoop, Timer
 
 __all__ = ["BufferedStream"]
 
-#: Bytes that are read at once: a caller that gives orders without end shares the warden with the others.
+#: Bytes that are read at once: a client that sends commands without pause shares the supervisor with the others.
 _READ_SIZE = 1 << 12
-#: Bytes that wait for the socket; past it whoever sends should wait.
-_ENOUGH = 256 * 1024
-#: Seconds that what may wait waits for more to go out with it.
-_SOON = 0.003
+#: From this many buffered bytes on, senders should wait.
+_HIGH_WATER = 256 * 1024
+#: Seconds for which `send_soon` waits for more data to send with it.
+_GATHER_SECONDS = 0.003
 
 
 class BufferedStream:
-    """Owns a non-blocking connection from the gate.
+    """A buffer in front of a non-blocking connection, which it owns.
 
     Args:
         loop: the event loop.
         connection: the connection.
-        on_data: called with what comes.
-        on_lost: called once when the other side has closed, wholly or its sending half; the connection stays open
-            until `close`.
-        on_room: called when more may be sent.
+        on_data: called with received data.
+        on_lost: called once when the peer has closed the connection, or its sending half; this end stays open until
+            `close`.
+        on_writable: called when more may be sent.
     """
 
     def __init__(
@@ -35,28 +35,28 @@ class BufferedStream:
         connection: socket.socket,
         on_data: Callable[[bytes], None],
         on_lost: Callable[[], None],
-        on_room: Callable[[], None],
+        on_writable: Callable[[], None],
     ) -> None:
         self._loop = loop
         self._connection = connection
         self._on_data = on_data
         self._on_lost = on_lost
-        self._on_room = on_room
+        self._on_writable = on_writable
         self._out = bytearray()
         self._lost = False
         self._closing: Callable[[], None] | None = None
-        self._soon: Timer | None = None
+        self._flush_timer: Timer | None = None
         self._watch()
 
     @property
     def pending_bytes(self) -> int:
-        """Bytes that the other side has not taken yet."""
+        """The number of buffered bytes."""
         return len(self._out)
 
     @property
     def writable(self) -> bool:
         """Whether more should be sent now."""
-        return len(self._out) < _ENOUGH and not self._lost
+        return len(self._out) < _HIGH_WATER and not self._lost
 
     @property
     def closed(self) -> bool:
@@ -64,18 +64,18 @@ class BufferedStream:
         return self._connection.fileno() < 0
 
     def send(self, data: bytes) -> None:
-        """Send, now or as soon as it goes. What is sent to a side that is lost is dropped."""
+        """Send data as soon as possible. Data for a lost peer is dropped."""
         if not self._lost and not self.closed:
             self._out += data
             self._flush()
             self._watch()
 
     def send_soon(self, data: bytes) -> None:
-        """Send with what comes next, or a little later: each piece costs whoever passes it on."""
+        """Send data with the next `send`, or 3 ms later: each separate piece costs the frontend time."""
         if not self._lost and not self.closed:
             self._out += data
-            if self._soon is None:
-                self._soon = self._loop.call_later(_SOON, self._send_now)
+            if self._flush_timer is None:
+                self._flush_timer = self._loop.call_later(_GATHER_SECONDS, self._send_now)
 
     def _send_now(self) -> None:
         self._flush()
@@ -83,22 +83,22 @@ class BufferedStream:
         self._close_if_done()
 
     def close_after_flush(self, closed: Callable[[], None]) -> None:
-        """Close once everything is sent; `closed` is called then."""
+        """Close once all data is sent, then call `closed`."""
         self._closing = closed
-        if self._soon is not None:
+        if self._flush_timer is not None:
             self._flush()
             self._watch()
         self._close_if_done()
 
     def detach(self) -> None:
-        """Have nothing to do with the connection any more; it stays open."""
+        """Give the connection back to the caller; it stays open."""
         self._loop.unwatch(self._connection.fileno())
 
     def close(self) -> None:
-        """Close now; what is not sent is dropped."""
-        if self._soon is not None:
-            self._soon.cancel()
-            self._soon = None
+        """Close now; unsent data is dropped."""
+        if self._flush_timer is not None:
+            self._flush_timer.cancel()
+            self._flush_timer = None
         if not self.closed:
             self._loop.unwatch(self._connection.fileno())
             self._connection.close()
@@ -107,14 +107,14 @@ class BufferedStream:
 
     def _watch(self) -> None:
         if not self._lost and not self.closed:
-            writing = self._out and self._soon is None
+            writing = self._out and self._flush_timer is None
             self._loop.watch(self._connection.fileno(), READ | (WRITE if writing else 0), self._on_ready)
 
     def _on_ready(self) -> None:
-        waited = bool(self._out)
+        had_data = bool(self._out)
         self._flush()
-        if waited and self.writable:
-            self._on_room()
+        if had_data and self.writable:
+            self._on_writable()
         if not self._lost and not self.closed:
             self._receive()
         self._watch()
@@ -133,9 +133,9 @@ class BufferedStream:
             self._lose()
 
     def _flush(self) -> None:
-        if self._soon is not None:
-            self._soon.cancel()
-            self._soon = None
+        if self._flush_timer is not None:
+            self._flush_timer.cancel()
+            self._flush_timer = None
         try:
             while self._out and not self.closed:
                 del self._out[: self._connection.send(self._out)]

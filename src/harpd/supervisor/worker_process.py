@@ -1,9 +1,9 @@
-"""A process that runs calls, as the warden has it: its channel, its output, its death.
+"""A worker process as the supervisor has it: its channel, its output pipes, its death.
 
-Most processes serve one call and end with it. Where the procedure allows more, a process waits for the next call in
-`IdleWorkers`. A process does not wait there when its call was stopped or died, when harpd's own code rejected its
-call, when it wrote more than its closing line, or when its zygote has retired. A waiting process does not count as a
-call. It ends as soon as its channel closes, or is killed.
+Most workers serve one call and exit with it. Where the procedure allows more, a worker waits for the next call in
+`IdleWorkers`. It does not wait there if its call was stopped or died, if harpd's own code rejected its call, if it wrote
+more than its closing line, or if its zygote has retired. An idle worker does not count as a call. It exits as
+soon as its channel closes, or is killed.
 """
 
 from __future__ import annotations
@@ -28,21 +28,21 @@ __all__ = ["ForkListener", "IdleWorkers", "Usage", "WorkerProcess"]
 
 log = logging.getLogger("harpd.supervisor")
 
-#: Descriptors that no call may take, and their most as a share: stopping the others needs some, so do controls.
+#: Descriptors that no call may use, and their largest share: to stop other calls and to answer control requests.
 _RESERVED, _RESERVED_SHARE = 64, 8
-#: Seconds that a process rests at least, and twice that at the most, before it is ended.
-_REST = 10.0
-#: Seconds for a process that rested to end by itself.
-_EXIT = 5.0
+#: A worker is idle for at least so many seconds, and for twice as long at most, before it is shut down.
+_IDLE_TIMEOUT = 10.0
+#: Seconds in which an idle worker has to exit by itself before it is killed.
+_EXIT_TIMEOUT = 5.0
 
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """What a call's main process and the children that it waited for have used; None: not known.
+    """The resources that a call's main process and the children that it waited for have used; None: not known.
 
     Attributes:
-        cpu: seconds of processor time, of the user's and the system's.
-        memory: bytes of memory at the most, of the largest of them.
+        cpu: seconds of processor time, of user and system.
+        memory: maximum resident bytes of the largest of these processes.
     """
 
     cpu: float | None = None
@@ -50,39 +50,39 @@ class Usage:
 
 
 class ForkListener(Protocol):
-    """Who asked for a fork."""
+    """The object that is notified of a worker's fork and death."""
 
     def on_forked(self, pid: int, start: int) -> None:
-        """The process is there."""
+        """Handle that the worker exists."""
 
     def on_fork_failed(self, reason: str) -> None:
-        """There is no process."""
+        """Handle that there is no worker."""
 
     def on_reaped(self, status: int, usage: Usage) -> None:
-        """The process has ended, with this wait status; or its zygote has, and took it along."""
+        """Handle that the worker has ended with this wait status, or was killed with its zygote."""
 
 
 class WorkerProcess:
-    """A process from its fork to its death. A `ForkListener`, which tells its present call.
+    """A worker from its fork to its death. A `ForkListener`, which notifies its present call.
 
     Args:
         loop: the event loop.
-        output: where its pipes are made.
-        fields: what the events of its output carry, until it serves another call.
+        output: creates its pipes.
+        fields: the fields of the log events of its output, until it is assigned another call.
         call: its first call.
-        procedure: the name of the procedure that it runs.
+        procedure: the name of its procedure.
         max_calls: how many calls it may serve.
-        resting: where it waits between two calls.
+        idle_workers: the workers of its zygote that wait for another call.
 
     Raises:
         OSError: no descriptor is free; nothing has begun.
 
     Attributes:
-        channel: our end of its channel, non-blocking.
-        theirs: what it gets: its end of the channel, stdout, stderr.
-        pid, start: which process it is; 0 before it was forked.
-        group: its cgroup; None: it has none.
-        served: how many calls it has got.
+        channel: this end of its channel, non-blocking.
+        child_descriptors: its own end of the channel, its stdout and its stderr.
+        pid, start: its pid and start time; 0 before it was forked.
+        cgroup: its cgroup; None: it has none.
+        served: how many calls it was assigned.
         ended: whether it was reaped.
     """
 
@@ -94,26 +94,26 @@ class WorkerProcess:
         call: ForkListener,
         procedure: str,
         max_calls: int,
-        resting: IdleWorkers,
+        idle_workers: IdleWorkers,
     ) -> None:
         self._loop = loop
         self._output = output
         self._procedure = procedure
         self._max_calls = max_calls
-        self._resting = resting
+        self._idle_workers = idle_workers
         self.pid = self.start = 0
         self.cgroup: Cgroup | None = None
         self.served = 1
         self.ended = False
         self._call: ForkListener | None = call
-        self._cpu = 0.0  # what it had used when the present call began
-        self.channel, self._pipes, self.child_descriptors = _equip(output, fields)
+        self._cpu_before = 0.0  # seconds that it had used when the present call began
+        self.channel, self._pipes, self.child_descriptors = _open_channels(output, fields)
 
     def assign(self, call: ForkListener, fields: Mapping[str, str]) -> None:
-        """Rest no more, and belong to another call."""
+        """Assign another call to an idle worker."""
         self._call = call
         self.served += 1
-        self._cpu = self._clock()
+        self._cpu_before = self._cpu_seconds()
         for pipe in self._pipes:
             pipe.assign(fields)
 
@@ -134,7 +134,7 @@ class WorkerProcess:
         if self._call is None:
             self.release()
             return
-        cpu = None if usage.cpu is None else round(max(usage.cpu - self._cpu, 0.0), 6)
+        cpu = None if usage.cpu is None else round(max(usage.cpu - self._cpu_before, 0.0), 6)
         self._call.on_reaped(status, Usage(cpu, usage.memory))
 
     @property
@@ -143,69 +143,69 @@ class WorkerProcess:
         return self.pid, self.start
 
     def usage(self) -> Usage:
-        """What its present call has used so far; not what children of the call have, nor how much memory."""
-        return Usage(round(max(self._clock() - self._cpu, 0.0), 6), None)
+        """Return the processor time of its present call so far, without that of the call's children."""
+        return Usage(round(max(self._cpu_seconds() - self._cpu_before, 0.0), 6), None)
 
-    def _clock(self) -> float:
-        """Seconds of processor time that it has used. See clock_getcpuclockid(3)."""
+    def _cpu_seconds(self) -> float:
+        """Return the processor time that it has used. See clock_getcpuclockid(3)."""
         try:
             return time.clock_gettime(~self.pid << 3 | 2)
         except OSError:  # it has just ended
-            return self._cpu
+            return self._cpu_before
 
     def last_errors(self) -> list[str]:
-        """The last lines of the present call's stderr, when the call has just ended."""
+        """Return the last lines of the present call's stderr, when the call has just ended."""
         return self._output.drain_tail(self._pipes[1])
 
     def is_quiet(self) -> bool:
-        """Whether it waits for a call, as it should: it lives, and has said nothing since its last one."""
+        """Return whether it can be assigned a call: it lives, and has written nothing since its last call."""
         try:
-            said = self.channel.recv(1, socket.MSG_PEEK)
+            data = self.channel.recv(1, socket.MSG_PEEK)
         except BlockingIOError:
             return True
         except OSError:
-            said = b""
-        if said:
-            log.warning("a process has spoken after its call's end; it gets no other", extra={"pid": self.pid})
+            data = b""
+        if data:
+            log.warning("idle worker wrote output; not reused", extra={"pid": self.pid})
         return False
 
     @property
     def has_calls_left(self) -> bool:
         """Whether it may serve another call."""
-        return self.served < self._max_calls and self._resting.open
+        return self.served < self._max_calls and self._idle_workers.accepts
 
     def become_idle(self) -> None:
-        """Wait for another call: the present one has ended, and all that it has printed is there."""
+        """Wait for another call: the present one has ended, and all its output has arrived."""
         self._call = None
         self._loop.unwatch(self.channel.fileno())
         for pipe in self._pipes:
             self._output.drain_tail(pipe)
             pipe.flush()
-        self._resting.add(self._procedure, self)
+        self._idle_workers.add(self._procedure, self)
 
     def finish_input(self) -> None:
-        """It gets no call any more: have it end by itself, once it has ended its last."""
+        """Have it exit after its present call: it gets no other one."""
         try:
             self.channel.shutdown(socket.SHUT_WR)
         except OSError:
-            pass  # it has gone already
+            pass  # it has exited already
 
     def shut_down(self) -> None:
-        """End a process that rests. It is killed if it goes on."""
+        """Have an idle worker exit; it is killed if it does not."""
         self.close()
-        self._loop.call_later(_EXIT, lambda: None if self.ended else self._kill())
+        self._loop.call_later(_EXIT_TIMEOUT, lambda: None if self.ended else self._kill())
 
     def _kill(self) -> None:
         send_signal(signal.SIGKILL, self.identity)
 
     def close(self) -> None:
-        """Close the channel: the process is told nothing more, nor heard."""
+        """Close the channel: nothing more is sent or received."""
         if self.channel.fileno() >= 0:
             self._loop.unwatch(self.channel.fileno())
             self.channel.close()
 
     def release(self) -> None:
-        """It has ended, or never began. What it has left running may go on printing."""
+        """Release its resources; it has ended, or was never forked. Processes that it left running may still print."""
         self._call = None
         self.close()
         for pipe in self._pipes:
@@ -215,7 +215,7 @@ class WorkerProcess:
 
 
 class IdleWorkers:
-    """The processes of one zygote that wait for a further call of their procedures; the last one goes first.
+    """The workers of one zygote that wait for another call of their procedures; the last one is assigned first.
 
     Args:
         loop: the event loop.
@@ -224,87 +224,94 @@ class IdleWorkers:
     def __init__(self, loop: EventLoop) -> None:
         self._loop = loop
         self._by_procedure: dict[str, list[tuple[float, WorkerProcess]]] = {}
-        self._open = True
-        self._looking = False
+        self._accepts = True
+        self._check_is_due = False
 
     def __len__(self) -> int:
         return sum(map(len, self._by_procedure.values()))
 
     def identities(self) -> set[tuple[int, int]]:
-        """Which processes rest."""
-        return {process.identity for resting in self._by_procedure.values() for _, process in resting}
+        """Return the pids and start times of all."""
+        return {worker.identity for workers in self._by_procedure.values() for _, worker in workers}
 
     @property
-    def open(self) -> bool:
-        """Whether processes may rest."""
-        return self._open
+    def accepts(self) -> bool:
+        """Whether workers may be added."""
+        return self._accepts
 
-    def add(self, procedure: str, process: WorkerProcess) -> None:
-        """Let a process rest."""
-        self._by_procedure.setdefault(procedure, []).append((self._loop.now(), process))
-        if not self._looking:
-            self._looking = True
-            self._loop.call_later(_REST, self._look)
+    def add(self, procedure: str, worker: WorkerProcess) -> None:
+        """Add a worker that has ended its call."""
+        self._by_procedure.setdefault(procedure, []).append((self._loop.now(), worker))
+        if not self._check_is_due:
+            self._check_is_due = True
+            self._loop.call_later(_IDLE_TIMEOUT, self._shut_down_expired)
 
     def pop(self, procedure: str) -> WorkerProcess | None:
-        """A process for a call; None: none rests that could serve it."""
-        resting = self._by_procedure.get(procedure)
-        while resting:
-            _, process = resting.pop()
-            if process.ended:
+        """Remove and return a worker that can serve a call of the procedure; None if there is none."""
+        workers = self._by_procedure.get(procedure)
+        while workers:
+            _, worker = workers.pop()
+            if worker.ended:
                 continue
-            if process.is_quiet():
-                return process
-            process.shut_down()
+            if worker.is_quiet():
+                return worker
+            worker.shut_down()
         return None
 
     def shut_down_oldest(self) -> None:
-        """End the process that has rested longest, to make room."""
-        waiting = [resting for resting in self._by_procedure.values() if resting]
+        """Shut down the worker that has waited longest."""
+        waiting = [workers for workers in self._by_procedure.values() if workers]
         if waiting:
-            _, process = min(waiting, key=lambda resting: resting[0][0]).pop(0)
-            process.shut_down()
+            _, worker = min(waiting, key=lambda workers: workers[0][0]).pop(0)
+            worker.shut_down()
 
     def close(self) -> None:
-        """End all, and let none rest any more."""
-        self._open = False
-        for resting in self._by_procedure.values():
-            for _, process in resting:
-                process.shut_down()
+        """Shut down all, and accept no more."""
+        self._accepts = False
+        for workers in self._by_procedure.values():
+            for _, worker in workers:
+                worker.shut_down()
         self._by_procedure.clear()
 
-    def _look(self) -> None:
-        """End those that have rested for long. One look for all: a timer for each would cost each call."""
-        until = self._loop.now() - _REST
-        for resting in self._by_procedure.values():
-            while resting and resting[0][0] <= until:
-                resting.pop(0)[1].shut_down()
-        self._looking = bool(len(self))
-        if self._looking:
-            self._loop.call_later(_REST, self._look)
+    def _shut_down_expired(self) -> None:
+        """Shut down the workers that were idle for too long. One timer serves all: one per worker would cost time."""
+        until = self._loop.now() - _IDLE_TIMEOUT
+        for workers in self._by_procedure.values():
+            while workers and workers[0][0] <= until:
+                workers.pop(0)[1].shut_down()
+        self._check_is_due = bool(len(self))
+        if self._check_is_due:
+            self._loop.call_later(_IDLE_TIMEOUT, self._shut_down_expired)
 
 
-def _equip(
+def _open_channels(
     output: OutputCollector, fields: Mapping[str, str]
 ) -> tuple[socket.socket, tuple[OutputPipe, OutputPipe], tuple[int, int, int]]:
-    """Make a process's descriptors: our end of its channel, our ends of its pipes, and its three."""
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-    ours.setblocking(False)
-    descriptors = [theirs.detach()]
+    """Create the descriptors of a worker.
+
+    Returns:
+        This end of its channel, the reading ends of its pipes, and the three descriptors of the worker.
+
+    Raises:
+        OSError: no descriptor is free.
+    """
+    near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    near.setblocking(False)
+    descriptors = [far.detach()]
     try:
         pipes: list[OutputPipe] = []
         for stream in ("stdout", "stderr"):
-            pipe, writing = output.open_pipe(fields, stream)
+            pipe, writing_end = output.open_pipe(fields, stream)
             pipes.append(pipe)
-            descriptors.append(writing)
+            descriptors.append(writing_end)
         limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-        if max(ours.fileno(), *descriptors, *(pipe.descriptor for pipe in pipes)) >= limit - min(
+        if max(near.fileno(), *descriptors, *(pipe.descriptor for pipe in pipes)) >= limit - min(
             _RESERVED, limit // _RESERVED_SHARE
         ):
             raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
     except OSError:
-        ours.close()
-        for descriptor in descriptors:  # the pipes' other ends see it, and go
+        near.close()
+        for descriptor in descriptors:  # the reading ends of the pipes see the close, and are closed as well
             os.close(descriptor)
         raise
-    return ours, (pipes[0], pipes[1]), (descriptors[0], descriptors[1], descriptors[2])
+    return near, (pipes[0], pipes[1]), (descriptors[0], descriptors[1], descriptors[2])

@@ -1,4 +1,4 @@
-"""The warden's side of a zygote: starting it, asking it for forks, hearing of deaths."""
+"""The supervisor's side of a zygote: start it, request forks, receive reports of deaths."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ __all__ = ["ProcedureInfo", "ZygoteClient"]
 
 log = logging.getLogger("harpd.supervisor")
 
-_MESSAGE_SIZE = 1 << 18
+_MAX_MESSAGE_BYTES = 1 << 18
 #: Seconds for a fork, and for the death of a zygote that was killed.
-_FORK, _DEATH = 10.0, 5.0
-#: What the warden ignores; a procedures file and what it executes find the usual effect.
-_OUR_SIGNALS = (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+_FORK_TIMEOUT, _DEATH_TIMEOUT = 10.0, 5.0
+#: Signals that the supervisor ignores. They have their default effect in the zygote and in programs that it executes.
+_IGNORED_SIGNALS = (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +38,8 @@ class ProcedureInfo:
 
     Attributes:
         streaming: whether it yields records.
-        timeout: its own limit in seconds; None: it has none.
-        max_calls: how many calls a process of it may serve.
+        timeout: its limit in seconds; None: no limit.
+        max_calls: how many calls a worker process of it may serve.
     """
 
     streaming: bool
@@ -48,23 +48,23 @@ class ProcedureInfo:
 
 
 class ZygoteClient:
-    """A process that has loaded one generation of the procedures file.
+    """A zygote process, which has loaded the procedures file once.
 
     Args:
         loop: the event loop.
-        settings: the warden's settings, see `harpd.supervisor.main`.
-        on_loaded: called once: None when the file is loaded, else the fault.
-        on_died: called when the process has ended unasked after it had loaded.
-        on_stuck: called when it does not fork. Its calls may go on; it should get no more of them.
+        settings: the supervisor's settings, see `harpd.supervisor.main`.
+        on_loaded: called once: with None when the file is loaded, else with the error.
+        on_died: called when the process has ended unexpectedly after it had loaded.
+        on_stuck: called when it does not fork. Its calls may continue; it should get no more calls.
 
     Raises:
-        OSError: there is no process or descriptor to be had.
+        OSError: no process or descriptor is available.
 
     Attributes:
-        pid: its process.
-        spares: its processes that have no call yet: start times by pid.
-        resting: its processes that wait for a further call.
-        procedures: what it offers, by name; whole once it has loaded.
+        pid: the zygote's pid.
+        preforked: its workers that have no call yet: start times by pid.
+        idle_workers: its workers that wait for another call.
+        procedures: its procedures by name; complete once it has loaded.
     """
 
     def __init__(
@@ -79,47 +79,46 @@ class ZygoteClient:
         self._on_loaded: Callable[[str | None], None] | None = on_loaded
         self._on_died = on_died
         self._on_stuck = on_stuck
-        self._waiting: deque[tuple[bytes, tuple[int, ...]]] = deque()
+        self._unsent: deque[tuple[bytes, tuple[int, ...]]] = deque()
         self._forking: dict[str, tuple[ForkListener, Timer]] = {}
         self._children: dict[int, ForkListener] = {}
         self._retired = False
         self.procedures: dict[str, ProcedureInfo] = {}
         self.preforked: dict[int, int] = {}
         self.idle_workers = IdleWorkers(loop)
-        self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with theirs, contextlib.ExitStack() as undo:
+        self._socket, zygote_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with zygote_end, contextlib.ExitStack() as undo:
             undo.callback(self._socket.close)
-            self.pid = _spawn(theirs)
-            self._process = os.pidfd_open(self.pid)
+            self.pid = _spawn(zygote_end)
+            self._pidfd = os.pidfd_open(self.pid)
             undo.pop_all()
         self._socket.setblocking(False)
         self._loop.watch(self._socket.fileno(), READ, self._on_ready)
-        path = _search_path(settings.get("python_path") or {})
-        order = {
+        command = {
             "load": settings["procedures"],
-            "path": path,
+            "path": _search_path(settings.get("python_path") or {}),
             "default_user": settings.get("default_user"),
             "default_group": settings.get("default_group"),
             "descriptors": settings["descriptors"],
             "tracebacks": settings["evidence"]["traceback"],
         }
-        self._say(order)
+        self._send(command)
 
     @property
     def is_idle(self) -> bool:
-        """Whether it has no processes but spares."""
+        """Whether it has no workers except pre-forked ones."""
         return not self._forking and not self._children
 
     def assign(
         self, call: ForkListener, call_id: str, procedure: str, output: OutputCollector, fields: Mapping[str, str]
     ) -> WorkerProcess:
-        """Return a process for a call: an idle one of its procedure, else a new one that is being forked.
+        """Return a worker for a call: an idle one of its procedure, else a new one that is being forked.
 
         Args:
-            call: the call; it is notified of the fork and of the death of the process.
+            call: the call; it is notified of the fork and of the death of the worker.
             call_id: its id.
             procedure: the name of its procedure.
-            output: where the pipes of a new process are made.
+            output: creates the pipes of a new worker.
             fields: the fields of the log events of its output.
 
         Raises:
@@ -129,49 +128,47 @@ class ZygoteClient:
         if idle is not None:
             idle.assign(call, fields)
             return idle
-        most = self.procedures[procedure].max_calls
-        process = WorkerProcess(self._loop, output, fields, call, procedure, most, self.idle_workers)
-        self._forking[call_id] = process, self._loop.call_later(_FORK, lambda: self._give_up(call_id))
-        self._say(
-            {"fork": call_id, "procedure": procedure}, process.child_descriptors
-        )  # which closes the descriptors here
-        return process
+        max_calls = self.procedures[procedure].max_calls
+        worker = WorkerProcess(self._loop, output, fields, call, procedure, max_calls, self.idle_workers)
+        self._forking[call_id] = worker, self._loop.call_later(_FORK_TIMEOUT, lambda: self._on_fork_timeout(call_id))
+        self._send({"fork": call_id, "procedure": procedure}, worker.child_descriptors)  # which closes them here
+        return worker
 
-    def _give_up(self, call_id: str) -> None:
-        """Wait no longer for a fork. A process that still comes finds its channel closed, and ends without a word."""
-        parent, _ = self._forking.pop(call_id)
-        log.error("a zygote does not fork", extra={"zygote": self.pid, "call": call_id, "seconds": _FORK})
-        parent.on_fork_failed(f"the process that makes processes did not answer within {_FORK:g} s")
+    def _on_fork_timeout(self, call_id: str) -> None:
+        """Abandon a fork. If the worker starts later, it finds its channel closed and exits."""
+        listener, _ = self._forking.pop(call_id)
+        log.error("zygote does not fork", extra={"zygote": self.pid, "call": call_id, "seconds": _FORK_TIMEOUT})
+        listener.on_fork_failed(f"cannot create a process: the zygote did not answer within {_FORK_TIMEOUT:g} s")
         if not self._retired:
             self._on_stuck()
 
-    def _born(self, call_id: str) -> ForkListener | None:
-        """Who asked for this fork, if anybody still waits for it."""
-        parent, deadline = self._forking.pop(call_id, (None, None))
+    def _take_pending(self, call_id: str) -> ForkListener | None:
+        """Remove and return the listener of a fork; None if the fork was abandoned."""
+        listener, deadline = self._forking.pop(call_id, (None, None))
         if deadline is not None:
             deadline.cancel()
-        return parent
+        return listener
 
     def retire(self) -> None:
-        """End it once its last call has ended."""
+        """Have the zygote exit once its last call has ended."""
         self._retired = True
         self.idle_workers.close()
-        self._end_if_idle()
+        self._close_if_idle()
 
     def kill(self) -> None:
-        """End it now, and wait until it has ended, if it can. Its calls, if it has any, end with it."""
+        """Kill the zygote, and with it its calls; wait for its death, at most 5 s."""
         self._retired = True
         self.idle_workers.close()
         if self._closed:
             return
         with contextlib.suppress(ProcessLookupError):
-            signal.pidfd_send_signal(self._process, signal.SIGKILL)
+            signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
         ended = select.poll()
-        ended.register(self._process, select.POLLIN)
-        ended.poll(_DEATH * 1000)
+        ended.register(self._pidfd, select.POLLIN)
+        ended.poll(_DEATH_TIMEOUT * 1000)
         self._close()
 
-    def _end_if_idle(self) -> None:
+    def _close_if_idle(self) -> None:
         if self._retired and self.is_idle:
             self._close()
 
@@ -183,33 +180,33 @@ class ZygoteClient:
         if not self._closed:
             self._loop.unwatch(self._socket.fileno())
             self._socket.close()
-            os.close(self._process)
-        while self._waiting:
-            _close_all(self._waiting.popleft()[1])
+            os.close(self._pidfd)
+        while self._unsent:
+            _close_all(self._unsent.popleft()[1])
 
-    def _say(self, message: Mapping[str, Any], descriptors: tuple[int, ...] = ()) -> None:
-        self._waiting.append((dumps(dict(message)), descriptors))
-        self._send_waiting()
+    def _send(self, message: Mapping[str, Any], descriptors: tuple[int, ...] = ()) -> None:
+        self._unsent.append((dumps(dict(message)), descriptors))
+        self._flush()
 
-    def _send_waiting(self) -> None:
-        while self._waiting:
-            data, descriptors = self._waiting[0]
+    def _flush(self) -> None:
+        while self._unsent:
+            data, descriptors = self._unsent[0]
             passed = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))] if descriptors else []
             try:
                 self._socket.sendmsg([data], passed)
             except BlockingIOError:
                 break
             except OSError:
-                return  # it is gone: reading tells so
-            self._waiting.popleft()
+                return  # the zygote has died; the next read reports it
+            self._unsent.popleft()
             _close_all(descriptors)
-        self._loop.watch(self._socket.fileno(), READ | (WRITE if self._waiting else 0), self._on_ready)
+        self._loop.watch(self._socket.fileno(), READ | (WRITE if self._unsent else 0), self._on_ready)
 
     def _on_ready(self) -> None:
-        self._send_waiting()
-        while not self._closed:  # what is said may lead to its end
+        self._flush()
+        while not self._closed:  # a message may lead to its close
             try:
-                data = self._socket.recv(_MESSAGE_SIZE)
+                data = self._socket.recv(_MAX_MESSAGE_BYTES)
             except BlockingIOError:
                 return
             except ConnectionError:
@@ -217,62 +214,59 @@ class ZygoteClient:
             if not data:
                 self._on_closed()
                 return
-            self._take(loads(data))
+            self._on_message(loads(data))
 
-    def _take(self, message: dict[str, Any]) -> None:
+    def _on_message(self, message: dict[str, Any]) -> None:
         match message:
-            case {"spare": pid, "start": start}:
+            case {"preforked": pid, "start": start}:
                 self.preforked[pid] = start
             case {"forked": call_id, "pid": pid, "start": start}:
                 self.preforked.pop(pid, None)
-                if parent := self._born(call_id):
-                    self._children[pid] = parent
-                    parent.on_forked(pid, start)
+                if listener := self._take_pending(call_id):
+                    self._children[pid] = listener
+                    listener.on_forked(pid, start)
             case {"reaped": pid, "status": status, "cpu": cpu, "memory": memory}:
                 self.preforked.pop(pid, None)
                 if ended := self._children.pop(pid, None):
                     ended.on_reaped(status, Usage(cpu, memory))
-                self._end_if_idle()
-            case {"refused": call_id, "reason": reason}:
-                if parent := self._born(call_id):
-                    parent.on_fork_failed(reason)
-                self._end_if_idle()
+                self._close_if_idle()
+            case {"failed": call_id, "reason": reason}:
+                if listener := self._take_pending(call_id):
+                    listener.on_fork_failed(reason)
+                self._close_if_idle()
             case {"procedure": name, "streaming": streaming, "timeout": timeout, "max_calls": max_calls}:
                 self.procedures[name] = ProcedureInfo(streaming, timeout, max_calls)
             case {"loaded": _, "threads": threads}:
-                if threads:
-                    log.warning(
-                        "the procedures file leaves threads running; no call has them", extra={"threads": threads}
-                    )
-                self._loaded(None)
-            case {"fault": fault}:
-                self._loaded(fault)
+                if threads:  # threads do not survive fork, so the calls do not have them
+                    log.warning("procedures file started threads", extra={"threads": threads})
+                self._report_load(None)
+            case {"error": error}:
+                self._report_load(error)
 
-    def _loaded(self, fault: str | None) -> None:
+    def _report_load(self, error: str | None) -> None:
         callback, self._on_loaded = self._on_loaded, None
         if callback is not None:
-            callback(fault)
+            callback(error)
 
     def _on_closed(self) -> None:
         self._close()
         self.idle_workers.close()
-        self._loaded("the process that loads the procedures file ended")
+        self._report_load("the zygote ended while it loaded the procedures file")
         for call_id in list(self._forking):
-            if parent := self._born(call_id):
-                parent.on_fork_failed("the process that makes processes died")
-        for parent in [*self._children.values()]:
-            parent.on_reaped(signal.SIGKILL, Usage())  # they are killed with it
+            if listener := self._take_pending(call_id):
+                listener.on_fork_failed("cannot create a process: the zygote died")
+        for listener in [*self._children.values()]:
+            listener.on_reaped(signal.SIGKILL, Usage())  # workers are killed when their zygote dies
         self._children.clear()
         if not self._retired:
             self._on_died()
 
 
-def _spawn(theirs: socket.socket) -> int:
-    """Exec a zygote with its end of the socket; what else is open here closes on exec."""
-    os.set_inheritable(theirs.fileno(), True)
-    arguments = [sys.executable, "-P", "-m", "harpd.worker.zygote", str(theirs.fileno()), str(os.getpid())]
-    environment = reserve_cookie()
-    return os.posix_spawn(sys.executable, arguments, environment, setsigdef=_OUR_SIGNALS, setsigmask=())
+def _spawn(zygote_end: socket.socket) -> int:
+    """Execute a zygote with its end of the socket; all other descriptors close on exec. Return its pid."""
+    os.set_inheritable(zygote_end.fileno(), True)
+    arguments = [sys.executable, "-P", "-m", "harpd.worker.zygote", str(zygote_end.fileno()), str(os.getpid())]
+    return os.posix_spawn(sys.executable, arguments, reserve_cookie(), setsigdef=_IGNORED_SIGNALS, setsigmask=())
 
 
 def _search_path(changes: Mapping[str, list[str]]) -> list[str]:

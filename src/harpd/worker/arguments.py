@@ -1,7 +1,7 @@
-"""A call's arguments: whether they fit the procedure, and what to say if they don't.
+"""The check of a call's arguments against its procedure's signature.
 
-Nearly all calls fit, and nearly all procedures are plain functions: for these a look at the code object is enough. What
-it leaves open `inspect` decides, which is large: a file whose procedures need it has it loaded before the first fork.
+Nearly all arguments fit, and nearly all procedures are plain functions: for these, a look at the code object is enough.
+All other cases need the large module `inspect`. A procedures file that needs it has it loaded before the first fork.
 """
 
 from __future__ import annotations
@@ -18,29 +18,29 @@ if TYPE_CHECKING:
 
 __all__ = ["WrongArguments", "check_arguments", "preload_inspect"]
 
-#: Of a code object's flags: it takes any further positional, any further named arguments.
+#: Flags of a code object that has ``*args`` or ``**kwargs``.
 _VARIABLE = 0x04 | 0x08
-#: Functions that show another's signature have one of these.
-_DISGUISES = ("__wrapped__", "__signature__", "__text_signature__")
+#: A function that shows the signature of another one has one of these attributes.
+_SIGNATURE_ATTRIBUTES = ("__wrapped__", "__signature__", "__text_signature__")
 
 
 class WrongArguments(Exception):
-    """The arguments don't fit. The message says why, and what the procedure takes."""
+    """The arguments do not fit. The message names the cause and the procedure's parameters."""
 
 
 def preload_inspect(procedures: Iterable[Procedure]) -> None:
-    """Load now what these procedures' calls would load each for itself."""
+    """Load `inspect` now if calls of these procedures need it, so that not each call has to load it."""
     if not all(map(_is_plain, procedures)):
         import inspect  # noqa: F401
 
 
 def check_arguments(procedure: Procedure, positional: Sequence[Any], named: Mapping[str, Any]) -> None:
-    """Check a call's arguments against the procedure's signature.
+    """Check the arguments of a call against the procedure's signature.
 
     Raises:
-        WrongArguments: they don't fit.
+        WrongArguments: they do not fit.
     """
-    if _is_plain(procedure) and _surely_fit(procedure.function, len(positional), named):
+    if _is_plain(procedure) and _fits_plain_signature(procedure.function, len(positional), named):
         return
     try:
         signature = procedure.signature()
@@ -53,19 +53,25 @@ def check_arguments(procedure: Procedure, positional: Sequence[Any], named: Mapp
 
 
 def _is_plain(procedure: Procedure) -> bool:
-    """Whether a call is nothing but a call of a function that is what it looks like."""
+    """Return whether a call runs a plain function, whose code object shows its signature."""
     if type(procedure) not in (Procedure, StreamingProcedure):
         return False
     function = procedure.function
     return (
         type(function) is FunctionType
         and not function.__code__.co_flags & _VARIABLE
-        and not any(name in function.__dict__ for name in _DISGUISES)
+        and not any(name in function.__dict__ for name in _SIGNATURE_ATTRIBUTES)
     )
 
 
-def _surely_fit(function: Any, given: int, named: Mapping[str, Any]) -> bool:
-    """Whether the arguments fit; False leaves it open. A call has positional arguments or named ones."""
+def _fits_plain_signature(function: Any, given: int, named: Mapping[str, Any]) -> bool:
+    """Return True if the arguments fit, False if that is not certain.
+
+    Args:
+        function: a plain function.
+        given: the number of positional arguments. A call has positional arguments or named ones, not both.
+        named: the named arguments.
+    """
     code = function.__code__
     optional = len(function.__defaults__ or ())
     if len(function.__kwdefaults__ or ()) != code.co_kwonlyargcount:
@@ -79,7 +85,7 @@ def _surely_fit(function: Any, given: int, named: Mapping[str, Any]) -> bool:
 
 
 def _parameters(signature: inspect.Signature) -> str:
-    """The parameters' names; not their defaults, which are nobody's business."""
+    """Return the parameters' names as text, without their defaults, which may be secret."""
     empty = type(signature).empty
     names = [
         str(parameter.replace(default=empty, annotation=empty)) + ("" if parameter.default is empty else "=...")

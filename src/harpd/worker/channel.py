@@ -1,4 +1,4 @@
-"""A call's end of its channel to the warden: a line comes in, the lines of the wire go out, each of them whole."""
+"""The worker's end of its channel to the supervisor: lines of arguments in, whole lines of output out."""
 
 from __future__ import annotations
 
@@ -13,68 +13,68 @@ _READ_SIZE = 1 << 16
 
 
 class Channel:
-    """Speaks for this process, not for those that it forks.
+    """The channel of this process, and not of the processes that it forks.
 
     Args:
         descriptor: a stream socket.
-        limits: held back while bytes are written.
+        guard: defers signals while bytes are written.
 
     Raises:
-        OSError: of every method: the warden is gone, or the procedure closed the descriptor.
+        OSError: by every method: the supervisor has died, or the procedure has closed the descriptor.
     """
 
-    def __init__(self, descriptor: int, limits: SignalGuard) -> None:
+    def __init__(self, descriptor: int, guard: SignalGuard) -> None:
         self._descriptor = descriptor
-        self._limits = limits
+        self._guard = guard
         self._owner = os.getpid()
-        self._identity = _identity(descriptor)
-        self._begun = b""  # of a line that comes
-        self._unwritten = bytearray()  # the rest of a line whose writing a limit interrupted goes first
+        self._file_id = _file_id(descriptor)
+        self._line_start = b""  # the first bytes of the next line, from `wait_for_line`
+        self._unwritten = bytearray()  # includes the rest of a line whose writing a signal has interrupted
 
     def wait_for_line(self) -> bool:
-        """Wait until another line begins to come; False: none will."""
+        """Wait until the next line begins to arrive; return False if the supervisor has closed its end."""
         os.set_blocking(self._descriptor, True)
-        self._begun = os.read(self._descriptor, _READ_SIZE)
-        return bool(self._begun)
+        self._line_start = os.read(self._descriptor, _READ_SIZE)
+        return bool(self._line_start)
 
     def read_line(self) -> bytes:
-        """Read the line that comes. There is only one at a time."""
-        pieces = [self._begun] if self._begun else []
-        self._begun = b""
+        """Read the next line. The supervisor sends one per call and waits for the call's end."""
+        pieces = [self._line_start] if self._line_start else []
+        self._line_start = b""
         while not pieces or not pieces[-1].endswith(b"\n"):
             piece = os.read(self._descriptor, _READ_SIZE)
             if not piece:
-                raise ConnectionAbortedError("the warden closed the channel")
+                raise ConnectionAbortedError("the supervisor closed the channel")
             pieces.append(piece)
         os.set_blocking(self._descriptor, False)
         return b"".join(pieces)
 
     def write(self, lines: bytes) -> None:
-        """Write whole lines; wait while the warden does not take them.
+        """Write whole lines; wait while the supervisor does not read.
 
-        A child that the procedure forked has nothing to say to the caller: it ends here.
+        A child that the procedure has forked must not write to the caller: it exits here.
         """
         if os.getpid() != self._owner:
             os._exit(0)
         self._unwritten += lines
         while self._unwritten:
-            limits = self._limits
-            limits.defer()  # an exception between the write and its count would repeat a part of the line
+            guard = self._guard
+            guard.defer()  # an exception between the write and its count would repeat a part of the line
             try:
-                # A procedure that closes what it does not know may have another file under this number by now.
-                if _identity(self._descriptor) != self._identity:
+                # The procedure may have closed the descriptor, and its number may belong to another file by now.
+                if _file_id(self._descriptor) != self._file_id:
                     raise ConnectionAbortedError("the procedure closed the channel")
                 del self._unwritten[: os.write(self._descriptor, self._unwritten)]
             except BlockingIOError:
                 pass
             finally:
-                limits.deliver()
+                guard.deliver()
             if self._unwritten:
                 writable = select.poll()
                 writable.register(self._descriptor, select.POLLOUT)
                 writable.poll()
 
 
-def _identity(descriptor: int) -> tuple[int, int]:
+def _file_id(descriptor: int) -> tuple[int, int]:
     status = os.fstat(descriptor)
     return status.st_dev, status.st_ino

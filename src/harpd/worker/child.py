@@ -1,11 +1,10 @@
-"""Inside a call's process: take the user, check the arguments, run the procedure, write what it says, exit.
+"""The worker: change the user, check the arguments, run the procedure, write its output, exit.
 
-The process was forked by the zygote for this call and is used once. Its channel is a stream socket whose other
-end the warden holds: one line with the arguments comes in, the lines of the wire go out.
+The zygote has forked this process. Its channel is a stream socket whose other end the supervisor has: a line with the
+call's id and arguments comes in, and the lines of the wire protocol go out.
 
-Where the procedure allows more calls per process, the process waits for the next call of the same procedure, until it
-has served so many or the warden sends no more. A line has the call's id before its arguments: the process takes the
-call's mark.
+A worker serves one call, or several of the same procedure, one after the other, if that allows more calls per process.
+It exits when it has served that many, or when the supervisor closes its end of the channel.
 """
 
 from __future__ import annotations
@@ -31,17 +30,14 @@ if TYPE_CHECKING:
 
 __all__ = ["Descriptors", "detach_from_zygote", "run_worker"]
 
-
-#: The most bytes of a record or a result: a line of 64 MiB, which clients and dispatchers read, less its envelope.
-LONGEST_PAYLOAD = 64 * 1024 * 1024 - 64
-
-
+#: The most bytes of a record or a result: clients and dispatchers read lines of 64 MiB, 64 bytes are for its envelope.
+MAX_PAYLOAD_BYTES = 64 * 1024 * 1024 - 64
 #: The most characters of a traceback.
-_LONGEST_TRACEBACK = 16 * 1024
+_MAX_TRACEBACK_LENGTH = 16 * 1024
 
 
 class Descriptors:
-    """What the warden gave the call: its channel, and pipes that become stdout and stderr."""
+    """The descriptors that the supervisor has sent: the channel, and pipes that become stdout and stderr."""
 
     __slots__ = ("channel", "stderr", "stdout")
 
@@ -51,8 +47,8 @@ class Descriptors:
         self.stderr = stderr
 
 
-class _Refused(Exception):
-    """The call ends with an error of harpd's, not with an exception of the procedure's."""
+class _CallRejected(Exception):
+    """The call ends with an error of harpd, not with an exception of the procedure."""
 
     def __init__(self, type: str, message: str) -> None:
         super().__init__(message)
@@ -60,16 +56,16 @@ class _Refused(Exception):
 
 
 def detach_from_zygote(zygote: int) -> None:
-    """Leave the zygote's session and signals, in a freshly forked process that has no call yet.
+    """Leave the zygote's session and signal handlers, in a newly forked process that has no call yet.
 
     Args:
         zygote: the parent's pid.
 
     Raises:
-        OSError: that failed; the process is of no use.
+        OSError: that failed; the process cannot be used.
     """
-    os.setsid()  # a process group and session of its own, to be stopped as one
-    become_subreaper()  # what forks twice stays a descendant
+    os.setsid()  # its own session and process group, so that they can be stopped as a whole
+    become_subreaper()  # processes that fork twice remain descendants
     for number in (signal.SIGHUP, signal.SIGINT, signal.SIGCHLD):
         signal.signal(number, signal.SIG_DFL)
     die_with_parent(zygote)
@@ -82,166 +78,166 @@ def run_worker(
     default_user: int | str | None,
     default_group: int | str | None,
     tracebacks: bool,
-    mark: EnvCookie,
+    cookie: EnvCookie,
 ) -> NoReturn:
-    """Run one call in this process, which has left the zygote, or as many as the procedure allows; then exit.
+    """Run one call, or as many as the procedure allows, in a process that has left the zygote; then exit.
 
     Args:
-        procedure: what to run.
-        descriptors: the call's channel and pipes.
+        procedure: the procedure to run.
+        descriptors: the channel and the pipes.
         zygote: the parent's pid.
         default_user: the user of a procedure that names none.
         default_group: the group of a procedure that names neither user nor group.
-        tracebacks: whether the traceback of an exception goes to the warden, before the closing line.
-        mark: what this process is known by.
+        tracebacks: whether the traceback of an exception goes to the supervisor, before the closing line.
+        cookie: the environment cookie of this process.
     """
-    process, limits = os.getpid(), SignalGuard()
+    process, guard = os.getpid(), SignalGuard()
     defaults = default_user, default_group
     try:
-        channel = Channel(descriptors.channel, limits)
+        channel = Channel(descriptors.channel, guard)
         prepared = False
 
         def prepare() -> None:
             nonlocal prepared
             if not prepared:
-                limits.activate()
-                _take_streams(descriptors)
-                signal.pthread_sigmask(signal.SIG_SETMASK, ())  # the zygote has blocked what is the call's
-                _become(procedure, zygote, defaults)
+                guard.activate()
+                _redirect_streams(descriptors)
+                signal.pthread_sigmask(signal.SIG_SETMASK, ())  # the zygote has blocked the signals of calls
+                _change_user(procedure, zygote, defaults)
                 prepared = True
 
         for served in range(1, procedure.max_calls_per_process + 1):
-            lines = _carry_out(procedure, channel, limits, tracebacks, mark, prepare)
+            lines = _run_procedure(procedure, channel, guard, tracebacks, cookie, prepare)
             if os.getpid() != process:
-                os._exit(0)  # the procedure forked, and this is the child: it has nothing to say to the caller
+                os._exit(0)  # the procedure has forked, and this is the child: it must not write to the caller
             _flush_output()
             channel.write(lines)
-            if served == procedure.max_calls_per_process or not prepared or not _next_comes(channel, limits):
+            if served == procedure.max_calls_per_process or not prepared or not _wait_for_next_call(channel, guard):
                 break
     except OSError:
-        os._exit(1)  # the warden is gone, and with it whoever wanted to know
+        os._exit(1)  # the supervisor has died: nobody reads the result
     os._exit(0)
 
 
-def _next_comes(channel: Channel, limits: SignalGuard) -> bool:
-    """Wait for a further call; whether there is one."""
+def _wait_for_next_call(channel: Channel, guard: SignalGuard) -> bool:
+    """Wait for another call; return whether there is one."""
     try:
-        limits.deliver()
+        guard.deliver()
         return channel.wait_for_line()
     except (TimeLimit, Cancelled) as limit:
-        limits.exit_with(limit)
+        guard.exit_with(limit)
 
 
-def _take_streams(descriptors: Descriptors) -> None:
+def _redirect_streams(descriptors: Descriptors) -> None:
     null = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
     for source, target in ((null, 0), (descriptors.stdout, 1), (descriptors.stderr, 2)):
         os.dup2(source, target)
         os.close(source)
 
 
-def _carry_out(
+def _run_procedure(
     procedure: Procedure,
     channel: Channel,
-    limits: SignalGuard,
+    guard: SignalGuard,
     tracebacks: bool,
-    mark: EnvCookie,
+    cookie: EnvCookie,
     prepare: Callable[[], None],
 ) -> bytes:
-    """Prepare the process and run the procedure; return the last lines, whatever that raises."""
+    """Prepare the process and run the procedure; return the last lines, whichever exception is raised."""
     try:
         try:
             prepare()
-            positional, named = _arguments(procedure, channel, mark)
+            positional, named = _read_arguments(procedure, channel, cookie)
             value = procedure(*positional, **named)
             if procedure.streaming:
-                value = _stream(value, channel)
+                value = _write_records(value, channel)
         finally:
-            limits.defer()  # from here on the warden's steps are enough
-        return _returned(value)
-    except _Refused as refused:
-        return _line(Envelope(harp=closing.VERSION, **closing.error(refused.type, str(refused), None)))
+            guard.defer()  # from here on, the supervisor's termination sequence is sufficient
+        return _encode_result(value)
+    except _CallRejected as rejected:
+        return _line(Envelope(harp=closing.VERSION, **closing.error(rejected.type, str(rejected), None)))
     except (TimeLimit, Cancelled) as limit:
         _flush_output()
-        limits.exit_with(limit)
-    except BaseException as error:  # noqa: BLE001 - also SystemExit: the procedure's end is the caller's to know
+        guard.exit_with(limit)
+    except BaseException as error:  # noqa: BLE001 - SystemExit too: the caller receives the procedure's end
         kind = type(error)
         data = {"class": kind.__name__, "module": str(kind.__module__)}
-        traceback = _line({"traceback": _traceback(error)}) if tracebacks else b""
-        return traceback + _line(closing.exception(kind.__name__, _text(error), data))
+        traceback = _line({"traceback": _format_traceback(error)}) if tracebacks else b""
+        return traceback + _line(closing.exception(kind.__name__, _message(error), data))
 
 
 def _line(message: dict[str, Any]) -> bytes:
     return dumps(message) + b"\n"
 
 
-def _become(procedure: Procedure, zygote: int, defaults: tuple[int | str | None, int | str | None]) -> None:
-    """Take the procedure's user."""
+def _change_user(procedure: Procedure, zygote: int, defaults: tuple[int | str | None, int | str | None]) -> None:
+    """Change to the user of the procedure. Raises `_CallRejected`."""
     try:
-        account = _account(procedure, *defaults)
-        if account.uid is not None:
-            # Pipes are opened anew by name, as /dev/stderr, in many a shell script.
+        credentials = _credentials(procedure, *defaults)
+        if credentials.uid is not None:
+            # Many shell scripts open these pipes again by name, as /dev/stderr.
             for stream in (1, 2):
                 try:
-                    os.fchown(stream, account.uid, -1)
+                    os.fchown(stream, credentials.uid, -1)
                 except (OSError, OverflowError):
                     break
-        drop_privileges(account)
+        drop_privileges(credentials)
     except UserError as error:
-        raise _Refused("system_error", str(error)) from error
+        raise _CallRejected("system_error", str(error)) from error
     finally:
         die_with_parent(zygote)
-    _set_environment(account)
+    _set_user_variables(credentials)
 
 
-def _account(procedure: Procedure, user: int | str | None, group: int | str | None) -> Credentials:
+def _credentials(procedure: Procedure, user: int | str | None, group: int | str | None) -> Credentials:
     if procedure.uid is not None:
         return resolve_credentials(procedure.uid, procedure.gid)
     return resolve_credentials(user, procedure.gid or (None if group is None else (group,)))
 
 
-def _set_environment(account: Credentials) -> None:
-    if account.name is not None:
-        os.environ.update(USER=account.name, LOGNAME=account.name, HOME=account.home or "/")
-    elif account.uid is not None:  # a user that the system does not know, and surely not ours
+def _set_user_variables(credentials: Credentials) -> None:
+    if credentials.name is not None:
+        os.environ.update(USER=credentials.name, LOGNAME=credentials.name, HOME=credentials.home or "/")
+    elif credentials.uid is not None:  # a user that the system does not know, so the variables are another user's
         os.environ["HOME"] = "/"
         os.environ.pop("USER", None)
         os.environ.pop("LOGNAME", None)
 
 
-def _arguments(procedure: Procedure, channel: Channel, mark: EnvCookie) -> tuple[list[Any], dict[str, Any]]:
-    """Read the arguments and check them against the procedure's signature."""
+def _read_arguments(procedure: Procedure, channel: Channel, cookie: EnvCookie) -> tuple[list[Any], dict[str, Any]]:
+    """Read the call's line, write the cookie, and check the arguments against the procedure's signature."""
     call_id, _, text = channel.read_line().partition(b" ")
-    mark.write(call_id.decode())
+    cookie.write(call_id.decode())
     try:
         arguments = loads(text)
     except InvalidJSON as error:
-        raise _Refused("invalid_request", f"arguments: {error}") from error
+        raise _CallRejected("invalid_request", f"arguments: {error}") from error
     positional: list[Any] = arguments if isinstance(arguments, list) else []
     named: dict[str, Any] = arguments if isinstance(arguments, dict) else {}
     try:
         check_arguments(procedure, positional, named)
     except WrongArguments as wrong:
-        raise _Refused("invalid_argument_list", str(wrong)) from wrong
+        raise _CallRejected("invalid_argument_list", str(wrong)) from wrong
     return positional, named
 
 
-def _payload(value: Any) -> Raw:
-    """A value as JSON, short enough for its line. Raises NotJSON."""
+def _encode_payload(value: Any) -> Raw:
+    """Encode a value as JSON that fits into a line. Raises `NotJSON`."""
     text = dumps(value)
-    if len(text) > LONGEST_PAYLOAD:
-        raise NotJSON("", f"{len(text)} bytes; a record or a result may have {LONGEST_PAYLOAD}")
+    if len(text) > MAX_PAYLOAD_BYTES:
+        raise NotJSON("", f"{len(text)} bytes; a record or a result may have {MAX_PAYLOAD_BYTES}")
     return text
 
 
-def _returned(value: Any) -> bytes:
+def _encode_result(value: Any) -> bytes:
     try:
-        return _line(closing.result(_payload(value)))
+        return _line(closing.result(_encode_payload(value)))
     except NotJSON as error:
-        raise _Refused("invalid_message", f"the result can't be written as JSON: {error}") from error
+        raise _CallRejected("invalid_message", f"cannot encode the result as JSON: {error}") from error
 
 
-def _stream(records: Any, channel: Channel) -> Any:
-    """Write the records of an iterable; return the value of its `Result`, None without one."""
+def _write_records(records: Any, channel: Channel) -> Any:
+    """Write the records of an iterable; return the value of its `Result`, or None if it has none."""
     if isinstance(records, Result):
         return records.value
     iterator = iter(records)
@@ -255,10 +251,10 @@ def _stream(records: Any, channel: Channel) -> Any:
             if isinstance(record, Result):
                 return record.value
             try:
-                channel.write(closing.record(_payload(record)))
+                channel.write(closing.record(_encode_payload(record)))
             except NotJSON as error:
-                fault = f"record {number} can't be written as JSON: {error}"
-                raise _Refused("invalid_message", fault) from error
+                message = f"cannot encode record {number} as JSON: {error}"
+                raise _CallRejected("invalid_message", message) from error
             except (TimeLimit, Cancelled) as limit:
                 _throw(iterator, limit)
                 raise
@@ -270,29 +266,29 @@ def _stream(records: Any, channel: Channel) -> Any:
 
 
 def _throw(iterator: Any, limit: BaseException) -> None:
-    """A limit that came while a record was being written is the procedure's to handle, too."""
+    """Raise an exception in the generator, which did not run when it was raised here, so that it can clean up."""
     throw = getattr(iterator, "throw", None)
     if throw is not None:
         throw(limit)
 
 
-def _text(error: BaseException) -> str:
+def _message(error: BaseException) -> str:
     try:
         return str(error)
     except BaseException:  # noqa: BLE001 - a broken __str__ must not hide the exception
-        return "(the exception's text can't be made)"
+        return "(str() of the exception failed)"
 
 
-def _traceback(error: BaseException) -> str:
-    """The exception's traceback, from the procedure on; its end, when it is long."""
-    import traceback  # here, for the zygote must stay lean
+def _format_traceback(error: BaseException) -> str:
+    """Return the exception's traceback from the procedure on; only its end if it is long."""
+    import traceback  # not at the top: the zygote must stay lean
 
     try:
         frames = error.__traceback__
         text = "".join(traceback.format_exception(type(error), error, frames and (frames.tb_next or frames)))
     except BaseException:  # noqa: BLE001 - a broken __repr__ must not hide the exception
-        text = "(the traceback can't be made)"
-    return text[-_LONGEST_TRACEBACK:]
+        text = "(formatting the traceback failed)"
+    return text[-_MAX_TRACEBACK_LENGTH:]
 
 
 def _flush_output() -> None:

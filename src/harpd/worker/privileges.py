@@ -1,4 +1,4 @@
-"""Taking a user: which ids a procedure asks for, and becoming that user for good."""
+"""The user of a call: find the ids that a procedure names, and change to that user irrevocably."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ if TYPE_CHECKING:
 
 __all__ = ["Credentials", "UserError", "drop_privileges", "resolve_credentials"]
 
-#: The group of a user that the system does not know when none is asked for: nobody's, and none of root's.
+#: The group of a user that the system does not know and for whom no group is configured: nogroup, with no rights.
 _OVERFLOW_GROUP = 65534
 
 
 class UserError(Exception):
-    """The user or group is unknown, or can't be taken. The message says which and why."""
+    """The user or group is unknown, or the change to it failed. The message says which and why."""
 
 
 class Credentials:
-    """Whom a call runs as. None: as the daemon itself.
+    """The user and groups of a call. None: those of the daemon.
 
     Attributes:
-        uid: the user's number.
-        gid: the primary group's number.
-        groups: all groups' numbers; None with `gid` None.
+        uid: the user id.
+        gid: the primary group id.
+        groups: the ids of all groups; None if `gid` is None.
         name: the user's name, if the system knows it.
-        home: the user's home directory, if known.
+        home: the user's home directory, if the system knows it.
     """
 
     __slots__ = ("gid", "groups", "home", "name", "uid")
@@ -49,12 +49,12 @@ class Credentials:
 
 
 def resolve_credentials(uid: int | str | None, gid: Sequence[int | str] | None) -> Credentials:
-    """Find the numbers.
+    """Return the ids of a user and its groups.
 
     Args:
-        uid: number or name of the user, None: unchanged.
-        gid: numbers or names of groups, the first is primary, all are supplementary. None: a user that the system
-            knows has its own groups; a number that it does not know has none but 65534.
+        uid: id or name of the user; None: no change.
+        gid: ids or names of groups, the first is primary, all are supplementary. None: a user that the system knows
+            gets its own groups; another user id gets group 65534 and no supplementary group.
 
     Raises:
         UserError: a name is not known.
@@ -62,7 +62,7 @@ def resolve_credentials(uid: int | str | None, gid: Sequence[int | str] | None) 
     number, entry = _find_user(uid)
     name, home = (entry.pw_name, entry.pw_dir) if entry else (None, None)
     if gid is not None:
-        groups = tuple(dict.fromkeys(_group_number(group) for group in gid))
+        groups = tuple(dict.fromkeys(_group_id(group) for group in gid))
         return Credentials(number, groups[0], groups, name, home)
     if entry:
         return Credentials(number, entry.pw_gid, tuple(os.getgrouplist(entry.pw_name, entry.pw_gid)), name, home)
@@ -72,21 +72,21 @@ def resolve_credentials(uid: int | str | None, gid: Sequence[int | str] | None) 
 
 
 def _find_user(uid: int | str | None) -> tuple[int | None, pwd.struct_passwd | None]:
-    """The user's number, and its entry if the system knows it."""
+    """Return the user's id, and its entry if the system knows it."""
     if uid is None:
         return None, None
     try:
         entry = pwd.getpwnam(uid) if isinstance(uid, str) else pwd.getpwuid(uid)
-    except (KeyError, ValueError) as error:  # the latter: no name has such characters
+    except (KeyError, ValueError) as error:  # ValueError: a character that no name has
         if isinstance(uid, int):
             return uid, None
         if uid.isdecimal():
             return _find_user(int(uid))
-        raise UserError(f"no user is called {uid!r}") from error
+        raise UserError(f"unknown user: {uid!r}") from error
     return entry.pw_uid, entry
 
 
-def _group_number(group: int | str) -> int:
+def _group_id(group: int | str) -> int:
     if isinstance(group, int):
         return group
     try:
@@ -94,27 +94,27 @@ def _group_number(group: int | str) -> int:
     except (KeyError, ValueError) as error:
         if group.isdecimal():
             return int(group)
-        raise UserError(f"no group is called {group!r}") from error
+        raise UserError(f"unknown group: {group!r}") from error
 
 
-def drop_privileges(account: Credentials) -> None:
-    """Become the account, for good: groups first, user last, then look whether it is so.
+def drop_privileges(credentials: Credentials) -> None:
+    """Change to this user irrevocably, groups first and user last, then verify the result.
 
     Raises:
-        UserError: the system refused. The process must not go on.
+        UserError: the system has refused. The process must not continue.
     """
     try:
-        if account.groups is not None and account.gid is not None:
-            if set(os.getgroups()) != set(account.groups):
-                os.setgroups(account.groups)
-            os.setresgid(account.gid, account.gid, account.gid)
-        if account.uid is not None:
-            os.setresuid(account.uid, account.uid, account.uid)
+        if credentials.groups is not None and credentials.gid is not None:
+            if set(os.getgroups()) != set(credentials.groups):
+                os.setgroups(credentials.groups)
+            os.setresgid(credentials.gid, credentials.gid, credentials.gid)
+        if credentials.uid is not None:
+            os.setresuid(credentials.uid, credentials.uid, credentials.uid)
     except (OSError, OverflowError) as error:
-        raise UserError(f"can't become user {account.uid}, group {account.gid}: {error}") from error
-    if account.uid is not None and os.getresuid() != (account.uid,) * 3:
-        raise UserError(f"user {account.uid} was not taken")
-    if account.gid is not None and os.getresgid() != (account.gid,) * 3:
-        raise UserError(f"group {account.gid} was not taken")
-    if account.groups is not None and not set(os.getgroups()) <= {*account.groups, account.gid}:
-        raise UserError(f"the groups {account.groups} were not taken")
+        raise UserError(f"cannot change to user {credentials.uid}, group {credentials.gid}: {error}") from error
+    if credentials.uid is not None and os.getresuid() != (credentials.uid,) * 3:
+        raise UserError(f"change to user {credentials.uid} had no effect")
+    if credentials.gid is not None and os.getresgid() != (credentials.gid,) * 3:
+        raise UserError(f"change to group {credentials.gid} had no effect")
+    if credentials.groups is not None and not set(os.getgroups()) <= {*credentials.groups, credentials.gid}:
+        raise UserError(f"change to groups {credentials.groups} had no effect")

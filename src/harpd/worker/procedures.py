@@ -1,4 +1,4 @@
-"""Loads the procedures file: runs it, and finds what it exposes."""
+"""The procedures file: run it, and find the procedures that it exposes."""
 
 from __future__ import annotations
 
@@ -14,16 +14,14 @@ if TYPE_CHECKING:
 
 __all__ = ["ProceduresError", "load_procedures"]
 
-#: The name that the file's module has. It is registered, as some modules look their classes' modules up.
+#: The name of the file's module. It is in `sys.modules`, because some libraries look up the module of a class.
 MODULE_NAME = "harpd_procedures"
-
-
-#: The most characters of an exception's text that go into a message.
-_LONGEST_TEXT = 2000
+#: The most characters of an exception's text in an error message.
+_MAX_TEXT_LENGTH = 2000
 
 
 class ProceduresError(Exception):
-    """The procedures file can't be loaded. The message names file, line and cause."""
+    """The procedures file cannot be loaded. The message names file, line and cause."""
 
 
 def load_procedures(file: str | os.PathLike[str]) -> Mapping[str, Procedure]:
@@ -33,7 +31,7 @@ def load_procedures(file: str | os.PathLike[str]) -> Mapping[str, Procedure]:
         file: its path.
 
     Raises:
-        ProceduresError: it can't be read, or raised; SystemExit counts as raising.
+        ProceduresError: the file cannot be read, or raises an exception, SystemExit included.
     """
     path = os.fspath(file)
     module = sys.modules[MODULE_NAME] = ModuleType(MODULE_NAME)
@@ -41,11 +39,11 @@ def load_procedures(file: str | os.PathLike[str]) -> Mapping[str, Procedure]:
     try:
         with open(path, "rb") as opened:
             text = opened.read()
-        code = compile(text, path, "exec", dont_inherit=True)  # our own __future__ is not the file's
+        code = compile(text, path, "exec", dont_inherit=True)  # without the __future__ imports of this module
         exec(code, module.__dict__)  # noqa: S102 - running it is the purpose
     except BaseException as error:
         raise ProceduresError(_describe(path, error)) from error
-    # By the type itself: `isinstance` asks the value, and a lazy one may answer with an exception.
+    # By type: `isinstance` reads ``__class__`` of the value, which may raise for a lazy object.
     found = {name: value for name, value in vars(module).items() if issubclass(type(value), Procedure)}
     for name, procedure in found.items():
         try:
@@ -59,9 +57,9 @@ def _describe(path: str, error: BaseException) -> str:
     if isinstance(error, OSError) and error.filename == path:
         return f"{path}: {error.strerror}"
     try:
-        text = " ".join(str(error).split())[:_LONGEST_TEXT]
+        text = " ".join(str(error).split())[:_MAX_TEXT_LENGTH]
     except BaseException:  # noqa: BLE001 - the exception's own __str__ may fail, too
-        text = "(the exception's text can't be made)"
+        text = "(str() of the exception failed)"
     if isinstance(error, SyntaxError) and error.filename == path:
         return f"{path}:{error.lineno}: {type(error).__name__}: {error.msg}"
     import traceback  # large, and only needed here

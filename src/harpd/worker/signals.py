@@ -1,7 +1,7 @@
-"""What the warden's signals do in a call's process: they raise in the procedure's code and nowhere else.
+"""Signals in a worker: the supervisor's signals raise exceptions in the procedure's code and nowhere else.
 
-Where an exception would do harm, in the middle of a line or after the procedure's end, signals are held back. That
-is not done by the signal mask: a signal that another thread takes raises in the main thread all the same.
+While an exception would do harm, within a line or after the procedure's end, signals are deferred. The signal mask
+cannot do that: a signal that another thread receives raises in the main thread all the same.
 """
 
 from __future__ import annotations
@@ -20,60 +20,59 @@ if TYPE_CHECKING:
 
 __all__ = ["SignalGuard", "install"]
 
-_RAISED: Mapping[int, tuple[type[BaseException], str]] = {
+_EXCEPTIONS: Mapping[int, tuple[type[BaseException], str]] = {
     signal.SIGXCPU: (TimeLimit, "the call's time is over"),
     signal.SIGTERM: (Cancelled, "the call was cancelled"),
 }
 
-
-#: What the signals of this process go to.
-_current: SignalGuard | None = None
+#: The guard that handles the signals of this process.
+_active: SignalGuard | None = None
 
 
 def install() -> None:
-    """Install the handlers, in the process that calls are forked from: so no call has to. There they do nothing."""
-    for number in _RAISED:
+    """Install the handlers in the zygote, so that no worker has to. They have no effect there."""
+    for number in _EXCEPTIONS:
         signal.signal(number, _on_signal)
 
 
 def _on_signal(number: int, frame: FrameType | None) -> None:
-    if _current is not None:
-        _current.handle(number)
+    if _active is not None:
+        _active.handle(number)
 
 
 class SignalGuard:
-    """Turns signals into exceptions. Between `hold` and `release` they wait."""
+    """Turns signals into exceptions. Between `defer` and `deliver`, it stores the last signal instead."""
 
     def __init__(self) -> None:
-        self._holding = 0
-        self._waiting: int | None = None
+        self._deferrals = 0
+        self._deferred: int | None = None
 
     def activate(self) -> None:
-        """From now on the signals raise in this process, once they are not blocked any more."""
-        global _current
-        _current = self
+        """Handle the signals of this process from now on."""
+        global _active
+        _active = self
 
     def defer(self) -> None:
-        """Let signals wait from now on, for good unless `release` follows."""
-        self._holding += 1
+        """Defer signals until `deliver` is called as often as this method."""
+        self._deferrals += 1
 
     def deliver(self) -> None:
-        """Let signals raise again; one that has waited does now."""
-        self._holding -= 1
-        if self._waiting is not None and not self._holding:
-            number, self._waiting = self._waiting, None
+        """End a deferral; raise the exception of a signal that was deferred."""
+        self._deferrals -= 1
+        if self._deferred is not None and not self._deferrals:
+            number, self._deferred = self._deferred, None
             self.handle(number)
 
     def handle(self, number: int) -> None:
-        """Raise what this signal means, now or when it may."""
-        if self._holding:
-            self._waiting = number
+        """Raise the exception of a signal, now or when signals are delivered."""
+        if self._deferrals:
+            self._deferred = number
             return
-        kind, message = _RAISED[number]
+        kind, message = _EXCEPTIONS[number]
         raise kind(message)
 
     def exit_with(self, limit: TimeLimit | Cancelled) -> NoReturn:
-        """End this process by the signal that raised: the warden knows whether it sent it."""
+        """End this process by the signal of this exception: the supervisor knows which signals it has sent."""
         number = signal.SIGXCPU if isinstance(limit, TimeLimit) else signal.SIGTERM
         never_dump_core()
         signal.signal(number, signal.SIG_DFL)

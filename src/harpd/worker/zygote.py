@@ -1,24 +1,22 @@
-"""The zygote: has loaded one generation of the procedures file, and forks a process for each call.
+"""The zygote (a fork server): it has loaded the procedures file and forks a worker process for each call.
 
-It forks ahead: a few processes, the *spares*, wait for a call each, so that no call waits for a fork. Each is used
-once, or for up to ``max_calls_per_process`` calls of the same procedure.
+It forks ahead: up to two *pre-forked* workers wait for a call, so that calls do not wait for a fork.
 
-Leaner than the warden: a fork costs by what its parent holds. It has read no key and no password, for it is
-exec'ed. It is the calls' parent: it reaps them and reports. It ends when the warden closes the socket, and is
-killed when the warden dies.
+It is leaner than the supervisor, because the cost of a fork grows with the memory of its parent. It is executed, not
+forked, so it has never had a key or a password in memory. As the parent of the workers, it reaps them and reports their
+ends. It exits when the supervisor closes the socket, and is killed when the supervisor dies.
 
-``python -m harpd.worker.zygote SOCKET WARDEN``: the descriptor of a SOCK_SEQPACKET socket, and the warden's pid.
-Messages are
-JSON objects:
+``python -m harpd.worker.zygote SOCKET SUPERVISOR``: the descriptor of a SOCK_SEQPACKET socket, and the supervisor's
+pid. The messages are JSON objects:
 
-    warden -> zygote  {"load": PATH, "path": [STR], "default_user", "default_group", "descriptors", "tracebacks"}
+    supervisor -> zygote  {"load": PATH, "path": [STR], "default_user", "default_group", "descriptors", "tracebacks"}
                                                                                                          once, first
-    zygote -> warden  {"procedure": NAME, "streaming": BOOL, "timeout": SECONDS|null, "max_calls": NUMBER}  each, then
-                      {"loaded": NUMBER, "threads": NUMBER}  or  {"fault": MESSAGE}, and it ends
-    warden -> zygote  {"fork": CALL, "procedure": NAME}, with three descriptors: channel, stdout, stderr
-    zygote -> warden  {"spare": PID, "start": TICKS}                                                     before
-                      {"forked": CALL, "pid": PID, "start": TICKS}  or  {"refused": CALL, "reason": MESSAGE}
-                      {"reaped": PID, "status": NUMBER, "cpu": SECONDS, "memory": BYTES}
+    zygote -> supervisor  {"procedure": NAME, "streaming": BOOL, "timeout": SECONDS|null, "max_calls": NUMBER}  each
+                          {"loaded": NUMBER, "threads": NUMBER}  or  {"error": MESSAGE}, and it exits
+    supervisor -> zygote  {"fork": CALL, "procedure": NAME}, with three descriptors: channel, stdout, stderr
+    zygote -> supervisor  {"preforked": PID, "start": TICKS}                            before one of the next two
+                          {"forked": CALL, "pid": PID, "start": TICKS}  or  {"failed": CALL, "reason": MESSAGE}
+                          {"reaped": PID, "status": NUMBER, "cpu": SECONDS, "memory": BYTES}
 """
 
 from __future__ import annotations
@@ -39,8 +37,7 @@ from harpd.proc import Procedure
 from harpd.processes.cookie import EnvCookie
 from harpd.processes.prctl import become_subreaper, die_with_parent
 from harpd.processes.procfs import start_time
-from harpd.worker import arguments
-from harpd.worker import signals as limits
+from harpd.worker import arguments, signals
 from harpd.worker.child import Descriptors, detach_from_zygote, run_worker
 from harpd.worker.procedures import ProceduresError, load_procedures
 
@@ -51,25 +48,25 @@ if TYPE_CHECKING:
 
 __all__ = ["main"]
 
-#: The most bytes of the first order, which has the search path, and of others.
-_FIRST_ORDER_SIZE, _ORDER_SIZE = 1 << 18, 1 << 15
-#: How many descriptors come with an order to fork, and how many bytes each takes.
-_DESCRIPTORS, _DESCRIPTOR_SIZE = 3, 4
-_ROOM = socket.CMSG_SPACE(_DESCRIPTORS * _DESCRIPTOR_SIZE)
-_LIMITS = frozenset({signal.SIGTERM, signal.SIGXCPU})
-#: How many processes wait for a call.
-_SPARES = 2
-#: Milliseconds without anything to do after which another one is forked. A fork beside a call that has just begun takes
-#: a processor from it; with none left there is no choice.
-_FORK_PAUSE = 8
-#: Bytes that are read at once of the signals that came.
-_CHILDREN_SIZE = 4096
-#: Payloads may be nested this deep and need a frame or more for each level.
+#: The most bytes of the first command, which has the search path, and of the others.
+_MAX_LOAD_COMMAND_BYTES, _MAX_COMMAND_BYTES = 1 << 18, 1 << 15
+#: How many descriptors come with a fork command, and how many bytes each takes.
+_DESCRIPTOR_COUNT, _DESCRIPTOR_SIZE = 3, 4
+_ANCILLARY_SIZE = socket.CMSG_SPACE(_DESCRIPTOR_COUNT * _DESCRIPTOR_SIZE)
+_CALL_SIGNALS = frozenset({signal.SIGTERM, signal.SIGXCPU})
+#: How many workers are forked ahead.
+_MAX_PREFORKED = 2
+#: Milliseconds without a command or a death before the next worker is forked ahead, unless none is left. A fork beside
+#: a call that has just begun takes a processor from it: 3 to 6 ms more for a call alone on a busy machine.
+_PREFORK_DELAY = 8
+#: Bytes that are read at once from the pipe to which the signal handler writes.
+_WAKEUP_READ_SIZE = 4096
+#: Each level of a nested payload needs one frame or more.
 _RECURSION_LIMIT = 10_000
 
 
-class _Spare:
-    """A process that waits for a call, and our end of the socket by which it gets one."""
+class _PreforkedWorker:
+    """A worker that waits for its first call, and this side of the socket over which it gets the call."""
 
     __slots__ = ("pid", "socket", "start")
 
@@ -80,141 +77,142 @@ class _Spare:
 
 
 class _Zygote:
-    def __init__(self, warden: socket.socket) -> None:
-        self._warden = warden
-        self._mark = EnvCookie()
+    def __init__(self, supervisor: socket.socket) -> None:
+        self._supervisor = supervisor
+        self._cookie = EnvCookie()
         self._procedures: Mapping[str, Procedure] = {}
         self._defaults: tuple[int | str | None, int | str | None] = (None, None)
         self._tracebacks = False
-        self._spares: dict[int, _Spare] = {}
-        self._children, self._child_ended = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        self._preforked: dict[int, _PreforkedWorker] = {}
+        self._child_deaths, self._wakeup = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
 
     def load(self) -> bool:
-        """Load the procedures file that the first message names, and report."""
-        order = loads(self._warden.recv(_FIRST_ORDER_SIZE))
-        sys.path[:] = order["path"]
+        """Load the procedures file that the first command names; report the result and return whether it succeeded."""
+        command = loads(self._supervisor.recv(_MAX_LOAD_COMMAND_BYTES))
+        sys.path[:] = command["path"]
         _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (order["descriptors"], hard))  # the warden has raised its own
-        self._defaults = order["default_user"], order["default_group"]
-        self._tracebacks = order["tracebacks"]
+        # The supervisor has raised its own limit, which this process has inherited.
+        resource.setrlimit(resource.RLIMIT_NOFILE, (command["descriptors"], hard))
+        self._defaults = command["default_user"], command["default_group"]
+        self._tracebacks = command["tracebacks"]
         try:
-            self._procedures = load_procedures(order["load"])
+            self._procedures = load_procedures(command["load"])
         except ProceduresError as error:
-            self._say({"fault": str(error)})
+            self._send({"error": str(error)})
             return False
         arguments.preload_inspect(self._procedures.values())
-        _settle_streams()
-        # The warden's own warning of threads says it once, and to the right person.
+        _reset_streams()
+        # The supervisor logs one warning about threads instead.
         warnings.filterwarnings("ignore", message=".*use of fork", category=DeprecationWarning)
         for name, procedure in self._procedures.items():
-            offered = {
+            options = {
                 "streaming": procedure.streaming,
                 "timeout": procedure.timeout,
                 "max_calls": procedure.max_calls_per_process,
             }
-            self._say({"procedure": name, **offered})
-        self._say({"loaded": len(self._procedures), "threads": len(os.listdir("/proc/self/task")) - 1})
+            self._send({"procedure": name, **options})
+        self._send({"loaded": len(self._procedures), "threads": len(os.listdir("/proc/self/task")) - 1})
         return True
 
     def serve(self) -> None:
-        """Fork and reap until the warden closes the socket."""
-        _ignore_signals()  # the file may have set its own
-        limits.install()
+        """Fork and reap until the supervisor closes the socket."""
+        _ignore_signals()  # the file may have set its own handlers
+        signals.install()
         signal.signal(signal.SIGCHLD, lambda number, frame: None)
-        signal.set_wakeup_fd(self._child_ended, warn_on_full_buffer=False)
-        signal.pthread_sigmask(signal.SIG_SETMASK, _LIMITS)  # each call takes them as it begins
+        signal.set_wakeup_fd(self._wakeup, warn_on_full_buffer=False)
+        signal.pthread_sigmask(signal.SIG_SETMASK, _CALL_SIGNALS)  # each worker unblocks them when it begins a call
         gc.collect()
-        gc.freeze()  # what is there now is never looked at again, and never copied for the look
+        gc.freeze()  # the collector ignores these objects, so that it causes no copy-on-write
         poll = select.poll()
-        poll.register(self._warden, select.POLLIN)
-        poll.register(self._children, select.POLLIN)
+        poll.register(self._supervisor, select.POLLIN)
+        poll.register(self._child_deaths, select.POLLIN)
         while True:
-            ready = poll.poll(self._fork_pause())
+            ready = poll.poll(self._poll_timeout())
             for descriptor, _ in ready:
-                if descriptor == self._children:
-                    os.read(descriptor, _CHILDREN_SIZE)
+                if descriptor == self._child_deaths:
+                    os.read(descriptor, _WAKEUP_READ_SIZE)
                     self._reap()
-                elif not self._take_order():
+                elif not self._handle_command():
                     return
             if not ready:
                 try:
-                    self._fork_spare()
+                    self._prefork()
                 except OSError:
-                    poll.poll()  # no process is to be had now; a call that needs one will say so
+                    poll.poll()  # no process can be created now; the next fork command reports the error
 
-    def _fork_pause(self) -> int | None:
-        """Milliseconds to wait for something to do, after which a process is forked; None: there are enough."""
-        if not self._spares:
+    def _poll_timeout(self) -> int | None:
+        """Return after how many milliseconds without events a worker is forked ahead; None: there are enough."""
+        if not self._preforked:
             return 0
-        return _FORK_PAUSE if len(self._spares) < _SPARES else None
+        return _PREFORK_DELAY if len(self._preforked) < _MAX_PREFORKED else None
 
-    def _take_order(self) -> bool:
-        data, ancillary, _, _ = self._warden.recvmsg(_ORDER_SIZE, _ROOM, socket.MSG_CMSG_CLOEXEC)
+    def _handle_command(self) -> bool:
+        data, ancillary, _, _ = self._supervisor.recvmsg(_MAX_COMMAND_BYTES, _ANCILLARY_SIZE, socket.MSG_CMSG_CLOEXEC)
         if not data:
             return False
         received = [item for _, _, item in ancillary]
         descriptors = memoryview(b"".join(received)).cast("i")
         call_id = loads(data)["fork"]
         try:
-            if len(descriptors) != _DESCRIPTORS:
+            if len(descriptors) != _DESCRIPTOR_COUNT:
                 raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
-            spare = self._give_to_spare(data, received)
-            self._say({"forked": call_id, "pid": spare.pid, "start": spare.start})
+            worker = self._hand_over(data, received)
+            self._send({"forked": call_id, "pid": worker.pid, "start": worker.start})
         except OSError as error:
-            self._say({"refused": call_id, "reason": f"no process can be made: {error.strerror}"})
+            self._send({"failed": call_id, "reason": f"cannot create a process: {error.strerror}"})
         finally:
             for descriptor in descriptors:
                 os.close(descriptor)
         return True
 
-    def _give_to_spare(self, order: bytes, descriptors: list[bytes]) -> _Spare:
-        """Give an order to a spare that lives. Raises OSError."""
+    def _hand_over(self, command: bytes, descriptors: list[bytes]) -> _PreforkedWorker:
+        """Send a command to a live worker. Raises OSError."""
         while True:
-            if not self._spares:
-                self._fork_spare()
-            spare = self._spares.pop(next(iter(self._spares)))
-            with spare.socket:
+            if not self._preforked:
+                self._prefork()
+            worker = self._preforked.pop(next(iter(self._preforked)))
+            with worker.socket:
                 try:
-                    spare.socket.sendmsg(
-                        [order], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, item) for item in descriptors]
+                    worker.socket.sendmsg(
+                        [command], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, item) for item in descriptors]
                     )
                 except ConnectionError:
-                    continue  # somebody has killed it
-            return spare
+                    continue  # another process has killed it
+            return worker
 
-    def _fork_spare(self) -> None:
-        """Fork a process that waits for a call. Raises OSError."""
+    def _prefork(self) -> None:
+        """Fork a worker that waits for a call. Raises OSError."""
         parent = os.getpid()
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with theirs:
+        near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with far:
             try:
                 pid = os.fork()
             except OSError:
-                ours.close()
+                near.close()
                 raise
             if pid == 0:
-                ours.close()
-                self._become_spare(theirs, parent)
-        spare = self._spares[pid] = _Spare(pid, start_time(pid), ours)
-        self._say({"spare": pid, "start": spare.start})
+                near.close()
+                self._run_preforked(far, parent)
+        worker = self._preforked[pid] = _PreforkedWorker(pid, start_time(pid), near)
+        self._send({"preforked": pid, "start": worker.start})
 
-    def _become_spare(self, orders: socket.socket, parent: int) -> NoReturn:
+    def _run_preforked(self, commands: socket.socket, parent: int) -> NoReturn:
         try:
             signal.set_wakeup_fd(-1)
-            os.close(self._warden.detach())
-            os.close(self._children)
-            os.close(self._child_ended)
-            for spare in self._spares.values():
-                spare.socket.close()
+            os.close(self._supervisor.detach())
+            os.close(self._child_deaths)
+            os.close(self._wakeup)
+            for worker in self._preforked.values():
+                worker.socket.close()
             detach_from_zygote(parent)
-            data, ancillary, _, _ = orders.recvmsg(_ORDER_SIZE, _ROOM, socket.MSG_CMSG_CLOEXEC)
-            orders.close()
+            data, ancillary, _, _ = commands.recvmsg(_MAX_COMMAND_BYTES, _ANCILLARY_SIZE, socket.MSG_CMSG_CLOEXEC)
+            commands.close()
             if data:
-                order = loads(data)
+                command = loads(data)
                 descriptors = Descriptors(*memoryview(b"".join(item for _, _, item in ancillary)).cast("i"))
-                procedure = self._procedures[order["procedure"]]
-                run_worker(procedure, descriptors, parent, *self._defaults, self._tracebacks, self._mark)
-        except BaseException:  # noqa: BLE001 - nothing may go up into the zygote's own code
+                procedure = self._procedures[command["procedure"]]
+                run_worker(procedure, descriptors, parent, *self._defaults, self._tracebacks, self._cookie)
+        except BaseException:  # noqa: BLE001 - no exception may reach the zygote's code
             sys.excepthook(*sys.exc_info())
         finally:
             os._exit(1)
@@ -227,23 +225,23 @@ class _Zygote:
                 return
             if not pid:
                 return
-            if spare := self._spares.pop(pid, None):
-                spare.socket.close()
+            if worker := self._preforked.pop(pid, None):
+                worker.socket.close()
             cpu = round(usage.ru_utime + usage.ru_stime, 6)
-            self._say({"reaped": pid, "status": status, "cpu": cpu, "memory": 1024 * usage.ru_maxrss})
+            self._send({"reaped": pid, "status": status, "cpu": cpu, "memory": 1024 * usage.ru_maxrss})
 
-    def _say(self, message: dict[str, Any]) -> None:
-        self._warden.send(dumps(message))
+    def _send(self, message: dict[str, Any]) -> None:
+        self._supervisor.send(dumps(message))
 
 
 def _ignore_signals() -> None:
-    """What is sent to harpd as a whole is the gate's to act on. By a handler: what the file executes inherits none."""
+    """Ignore signals that are sent to all of harpd. By handlers, which executed programs do not inherit."""
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
         signal.signal(number, lambda number, frame: None)
 
 
-def _settle_streams() -> None:
-    """Leave nothing in the streams that each call would write again, and no number that a call's own could take."""
+def _reset_streams() -> None:
+    """Flush the streams, so that workers do not write buffered text again, and occupy the descriptors 0 to 2."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
@@ -256,22 +254,22 @@ def _settle_streams() -> None:
 
 def main() -> NoReturn:
     """Run the zygote."""
-    descriptor, warden = map(int, sys.argv[1:])
+    descriptor, supervisor = map(int, sys.argv[1:])
     _ignore_signals()
     sys.setrecursionlimit(_RECURSION_LIMIT)
-    for stream in (sys.stdout, sys.stderr):  # a line is in the log when it is printed, and printing does not fail
+    for stream in (sys.stdout, sys.stderr):  # a line is logged when it is printed, and printing does not fail
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(encoding="utf-8", errors="backslashreplace", line_buffering=True)
     become_subreaper()
-    die_with_parent(warden)
+    die_with_parent(supervisor)
     with socket.socket(fileno=descriptor) as channel:
         try:
             zygote = _Zygote(channel)
             if zygote.load():
                 zygote.serve()
         except ConnectionError:
-            pass  # the warden is gone
-    os._exit(0)  # threads that the procedures file left must not keep a retired zygote
+            pass  # the supervisor has died
+    os._exit(0)  # threads that the procedures file has started do not keep a retired zygote alive
 
 
 if __name__ == "__main__":
