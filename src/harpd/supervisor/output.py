@@ -1,7 +1,7 @@
-"""What calls print: each line of their stdout and stderr becomes an event of the log, with the call's id.
+"""The output of calls: each line of their stdout and stderr becomes a log event with the call's id.
 
-A pipe stays open after its call's end for as long as somebody holds it: a service that a procedure started must not
-be killed by its own next message. The number of such pipes is bounded; those of the oldest calls are closed first.
+A pipe stays open after its call's end while a process has its writing end: a service that a procedure has started must
+not be killed by its next message. The number of such pipes is bounded; those of the oldest calls are closed first.
 """
 
 from __future__ import annotations
@@ -18,12 +18,14 @@ __all__ = ["OutputCollector", "OutputPipe"]
 
 log = logging.getLogger("harpd.call")
 
-#: The most bytes that are read at once: a call that prints without end shares the warden with the others.
+#: The most bytes that are read at once: a call that prints without pause shares the supervisor with the others.
 _READ_SIZE = 512
-#: The most bytes of a line that are logged in one event; what is longer goes into several.
-_LONGEST = 8192
-#: How many of the last lines are evidence, how many characters of each, and how many reads fetch what is there still.
-_LAST_LINES, _LINE_SHOWN, _LAST_READS = 20, 500, 128
+#: The most bytes of a line in one event; a longer line is split into several.
+_MAX_LINE_BYTES = 8192
+#: How many of the last lines exit info may have, and how many characters of each.
+_MAX_LAST_LINES, _MAX_LAST_LINE_LENGTH = 20, 500
+#: How many reads drain a pipe at its call's end.
+_MAX_DRAIN_READS = 128
 
 
 class OutputCollector:
@@ -31,23 +33,23 @@ class OutputCollector:
 
     Args:
         loop: the event loop.
-        most_left: how many pipes may outlive their calls.
+        max_left_open: how many pipes of ended calls may stay open.
     """
 
-    def __init__(self, loop: EventLoop, most_left: int) -> None:
+    def __init__(self, loop: EventLoop, max_left_open: int) -> None:
         self._loop = loop
-        self._most_left = most_left
-        self._left: dict[OutputPipe, None] = {}  # in the order of their calls' ends
+        self._max_left_open = max_left_open
+        self._left_open: dict[OutputPipe, None] = {}  # pipes of ended calls, oldest first
 
     def open_pipe(self, fields: Mapping[str, str], stream: str) -> tuple[OutputPipe, int]:
-        """Make a pipe for a call.
+        """Create a pipe for a call.
 
         Args:
-            fields: what every event of the pipe carries.
+            fields: the fields of its log events.
             stream: ``stdout`` or ``stderr``.
 
         Returns:
-            The end to read, for `leave`, and the end to write, which is the caller's to close.
+            The reading end, for `release`, and the descriptor of the writing end, which the caller closes.
 
         Raises:
             OSError: no descriptor is free.
@@ -59,24 +61,24 @@ class OutputCollector:
         return pipe, writing
 
     def drain_tail(self, pipe: OutputPipe) -> list[str]:
-        """The last lines of a pipe whose call has just ended."""
-        for _ in range(_LAST_READS):
+        """Read all output of a call that has just ended; return its last lines."""
+        for _ in range(_MAX_DRAIN_READS):
             if not self._read(pipe):
                 break
         return pipe.last_lines()
 
     def release(self, pipe: OutputPipe) -> None:
-        """The pipe's call has ended; what it left running may go on printing."""
+        """Leave a pipe of an ended call open for processes that go on printing."""
         if pipe.descriptor >= 0:
-            self._left[pipe] = None
-        while len(self._left) > self._most_left:
-            self._close(next(iter(self._left)))
+            self._left_open[pipe] = None
+        while len(self._left_open) > self._max_left_open:
+            self._close(next(iter(self._left_open)))
 
     def _on_ready(self, pipe: OutputPipe) -> None:
         self._read(pipe)
 
     def _read(self, pipe: OutputPipe) -> bool:
-        """Read once; whether there was something."""
+        """Read once; return whether there was data."""
         if pipe.descriptor < 0:
             return False
         try:
@@ -90,46 +92,46 @@ class OutputCollector:
 
     def _close(self, pipe: OutputPipe) -> None:
         pipe.flush()
-        self._left.pop(pipe, None)
+        self._left_open.pop(pipe, None)
         self._loop.unwatch(pipe.descriptor)
         os.close(pipe.descriptor)
         pipe.descriptor = -1
 
 
 class OutputPipe:
-    """A pipe's end to read, and what came of a line so far. `descriptor` is -1 once it is closed."""
+    """The reading end of a pipe, with its incomplete line. `descriptor` is -1 once it is closed."""
 
     def __init__(self, descriptor: int, fields: Mapping[str, str]) -> None:
         self.descriptor = descriptor
         self._fields = fields
-        self._begun = b""
-        self._last: deque[bytes] = deque(maxlen=_LAST_LINES)
+        self._partial_line = b""
+        self._last: deque[bytes] = deque(maxlen=_MAX_LAST_LINES)
 
     def assign(self, fields: Mapping[str, str]) -> None:
-        """From now on it is another call's."""
+        """Assign the pipe to another call."""
         self._fields = {**fields, "stream": self._fields["stream"]}
         self._last.clear()
 
     def feed(self, data: bytes) -> None:
-        """Log the lines that the data completes."""
-        *lines, self._begun = (self._begun + data).split(b"\n")
+        """Log the lines that these bytes complete."""
+        *lines, self._partial_line = (self._partial_line + data).split(b"\n")
         for line in lines:
             self._log(line)
-        while len(self._begun) > _LONGEST:
-            cut = _character_start(self._begun, _LONGEST)
-            self._log(self._begun[:cut])
-            self._begun = self._begun[cut:]
+        while len(self._partial_line) > _MAX_LINE_BYTES:
+            cut = _character_start(self._partial_line, _MAX_LINE_BYTES)
+            self._log(self._partial_line[:cut])
+            self._partial_line = self._partial_line[cut:]
 
     def flush(self) -> None:
-        """Log what is left of a line."""
-        if self._begun:
-            self._log(self._begun)
-            self._begun = b""
+        """Log the incomplete line."""
+        if self._partial_line:
+            self._log(self._partial_line)
+            self._partial_line = b""
 
     def last_lines(self) -> list[str]:
-        """The last lines, the one that is not whole too; long ones cut."""
-        lines = [*self._last, self._begun] if self._begun else list(self._last)
-        return [_text(line)[:_LINE_SHOWN] for line in lines[-_LAST_LINES:]]
+        """Return the last lines, the incomplete one included, long ones cut."""
+        lines = [*self._last, self._partial_line] if self._partial_line else list(self._last)
+        return [_text(line)[:_MAX_LAST_LINE_LENGTH] for line in lines[-_MAX_LAST_LINES:]]
 
     def _log(self, line: bytes) -> None:
         self._last.append(line)
@@ -141,7 +143,7 @@ def _text(line: bytes) -> str:
 
 
 def _character_start(text: bytes, at: int) -> int:
-    """The last place up to `at` at which a character of UTF-8 begins; `at` when there is none near."""
+    """Return the last index up to `at` at which a UTF-8 character begins; `at` if none begins near it."""
     for start in range(at, at - 4, -1):
         if text[start] & 0xC0 != 0x80:
             return start

@@ -1,7 +1,7 @@
-"""Ids that can't start any more: used, or said not to be here.
+"""Tombstones: ids of calls that can no longer start, because they were used or reported as absent.
 
-A busy host bars some hundred in a second, so they are small, and forgotten all of a period at once. Pure: the time
-comes from outside.
+A busy host adds some hundred a second, so a tombstone is a short digest, and all of a period are deleted at once. Pure:
+the time is an argument.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ __all__ = ["TombstoneSet"]
 
 
 class TombstoneSet:
-    """Ids, each barred for its owner alone; for `least` seconds at least, and for twice that at most while ids come.
+    """Tombstones by owner. Each stays for `ttl` seconds at least, and for twice as long at most while others are added.
 
     Args:
-        least: seconds.
+        ttl: seconds.
         now: the time.
     """
 
-    def __init__(self, least: float, now: float) -> None:
-        self._least = least
+    def __init__(self, ttl: float, now: float) -> None:
+        self._ttl = ttl
         self._since = now
         self._new: set[bytes] = set()
         self._old: set[bytes] = set()
@@ -29,20 +29,20 @@ class TombstoneSet:
         return len(self._new) + len(self._old)
 
     def add(self, owner: str, call_id: str, now: float) -> None:
-        """Bar an owner's id."""
+        """Add a tombstone for an owner's call."""
         age = now - self._since
-        if age > self._least:
-            self._old = self._new if age <= 2 * self._least else set()
+        if age > self._ttl:
+            self._old = self._new if age <= 2 * self._ttl else set()
             self._new = set()
             self._since = now
         self._new.add(_digest(owner, call_id))
 
     def contains(self, owner: str, call_id: str) -> bool:
-        """Whether it is barred."""
+        """Return whether there is a tombstone for an owner's call."""
         digest = _digest(owner, call_id)
         return digest in self._new or digest in self._old
 
 
 def _digest(owner: str, call_id: str) -> bytes:
-    text = f"{len(owner)} {owner}{call_id}"  # the length: no other owner's id reads the same
+    text = f"{len(owner)} {owner}{call_id}"  # the length makes the text unique for owner and id
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
