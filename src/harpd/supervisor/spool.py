@@ -1,7 +1,7 @@
-"""What a kept call has said and its dispatcher has not stored yet: numbered records, read from any number on.
+"""The spool of a resumable call: numbered records that its dispatcher has not acknowledged yet.
 
-Records are kept as they were written, many in a piece, with the time they came. What is acknowledged goes; nothing
-else ever does. Pure: no clock, no input or output.
+Records are stored as they were written, in chunks, with the time of their arrival. Acknowledged chunks are deleted, and
+no others. Pure: no clock, no input or output.
 """
 
 from __future__ import annotations
@@ -12,19 +12,19 @@ from dataclasses import dataclass
 
 __all__ = ["GUARANTEED_BYTES", "Chunk", "Spool", "SpoolQuota"]
 
-#: Bytes that every call may keep, however much the others keep.
+#: Bytes that each call may buffer, however much the others have buffered.
 GUARANTEED_BYTES = 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Records that came together.
+    """Records that arrived together.
 
     Attributes:
-        first: number of the first one.
+        first: the number of the first one.
         count: how many there are.
         lines: their lines, each with its line feed.
-        at: when they came, Unix seconds with fractions.
+        time: when they arrived, Unix seconds with fractions.
     """
 
     first: int
@@ -33,7 +33,7 @@ class Chunk:
     time: float
 
     def from_number(self, number: int) -> Chunk:
-        """The part from a number on; the number is one of the piece's."""
+        """Return the part from a record number on, which must be in this chunk."""
         if number == self.first:
             return self
         skipped = number - self.first
@@ -42,56 +42,56 @@ class Chunk:
 
 
 class Spool:
-    """The records of one call, from the first that is not acknowledged.
+    """The records of one call, from the first one that is not acknowledged.
 
     Attributes:
-        first: number of the first record that is still here.
-        end: number of the record to come.
-        size: bytes of all that are here.
+        first: the number of the first record in the spool.
+        end: the number of the next record.
+        size: the bytes of all records in the spool.
     """
 
     def __init__(self) -> None:
         self.first = 0
         self.end = 0
         self.size = 0
-        self._pieces: OrderedDict[int, Chunk] = OrderedDict()
+        self._chunks: OrderedDict[int, Chunk] = OrderedDict()
 
-    def append(self, lines: bytes, count: int, at: float) -> None:
-        """Take the next `count` records."""
-        self._pieces[self.end] = Chunk(self.end, count, lines, at)
+    def append(self, lines: bytes, count: int, time: float) -> None:
+        """Append the next `count` records."""
+        self._chunks[self.end] = Chunk(self.end, count, lines, time)
         self.end += count
         self.size += len(lines)
 
     def acknowledge(self, number: int) -> int:
-        """Drop records below a number; return how many bytes that gave back."""
+        """Delete chunks whose records are all below a number; return how many bytes that has freed."""
         before = self.size
-        while self._pieces:
-            piece = next(iter(self._pieces.values()))
-            if piece.first + piece.count > number:
+        while self._chunks:
+            chunk = next(iter(self._chunks.values()))
+            if chunk.first + chunk.count > number:
                 break
-            del self._pieces[piece.first]
-            self.size -= len(piece.lines)
-        self.first = next(iter(self._pieces), self.end)
+            del self._chunks[chunk.first]
+            self.size -= len(chunk.lines)
+        self.first = next(iter(self._chunks), self.end)
         return before - self.size
 
     def start_at(self, number: int) -> None:
-        """Begin with this number: what came before is not known here."""
+        """Begin an empty spool with this number: the earlier records are not known here."""
         self.first = self.end = number
 
     def chunk_from(self, number: int) -> Chunk | None:
-        """Records from a number on, some of them; None: there are none. The number is not below `first`."""
+        """Return some of the records from a number on, which is not below `first`; None if there are none."""
         if number >= self.end:
             return None
-        if number in self._pieces:
-            return self._pieces[number]
-        for piece in self._pieces.values():
-            if number < piece.first + piece.count:
-                return piece.from_number(number)
+        if number in self._chunks:
+            return self._chunks[number]
+        for chunk in self._chunks.values():
+            if number < chunk.first + chunk.count:
+                return chunk.from_number(number)
         return None
 
 
 class SpoolQuota:
-    """The memory that all spools share. Past it, every call with more than `GUARANTEED_BYTES` waits.
+    """The memory that all spools share. When it is used up, calls with more than `GUARANTEED_BYTES` are paused.
 
     Args:
         limit: bytes.
@@ -99,29 +99,29 @@ class SpoolQuota:
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
-        self._held = 0
-        self._waiting: dict[object, Callable[[], None]] = {}
+        self._used = 0
+        self._paused: dict[object, Callable[[], None]] = {}
 
     @property
     def exhausted(self) -> bool:
-        """Whether so much is held, shares and ends too, that nobody else should begin."""
-        return self._held > 2 * self.limit
+        """Whether so much is used, guaranteed bytes and ends included, that no new call should begin."""
+        return self._used > 2 * self.limit
 
     def reserve(self, size: int) -> None:
-        """Count bytes that are kept."""
-        self._held += size
+        """Count bytes as used."""
+        self._used += size
 
     def release(self, size: int) -> None:
-        """Count bytes that are not kept any more; who waited for room is called."""
-        self._held -= size
-        if self._waiting and self._held < self.limit:
-            waiting, self._waiting = self._waiting, {}
-            for call in waiting.values():
-                call()
+        """Count bytes as free; resume the paused calls if there is room."""
+        self._used -= size
+        if self._paused and self._used < self.limit:
+            paused, self._paused = self._paused, {}
+            for resume in paused.values():
+                resume()
 
-    def may_grow(self, held: int, who: object, wake: Callable[[], None]) -> bool:
-        """Whether somebody who keeps `held` bytes may take more; if not, `wake` is called once there is room."""
-        if held < GUARANTEED_BYTES or self._held < self.limit:
+    def may_grow(self, size: int, owner: object, resume: Callable[[], None]) -> bool:
+        """Return whether a spool of `size` bytes may grow; if not, `resume` is called once there is room."""
+        if size < GUARANTEED_BYTES or self._used < self.limit:
             return True
-        self._waiting[who] = wake
+        self._paused[owner] = resume
         return False

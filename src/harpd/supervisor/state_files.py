@@ -1,16 +1,16 @@
-"""Which calls there are, on disk: so that the next warden can end what a killed one left behind, and can say so.
+"""State files of running calls: they let a new supervisor stop and report the calls of one that was killed.
 
-A directory for each warden in ``calls/`` of the runtime directory, locked while the warden lives, with a small file for
-each call. They are not synced: they have to outlive the warden, not the machine. A record may be old when it is read,
-and its numbers may be others' by then: so it counts only before the system starts anew, and finds only what is surely
-the call's.
+Each supervisor has a directory in ``calls/`` of the runtime directory, locked while it lives, with a small file for
+each call. The files are not synced: they have to survive the supervisor, not the machine. When a state file is read, it
+may be old, and its pid may belong to another process. So it counts only until the next boot, and only processes that
+certainly belong to the call are killed.
 
-A record says two things, and stays for as long as one of them holds: that processes of the call may have to be ended,
-and that somebody may have to be told of its end. Its name says which: the call's id for both; ``.reported`` behind it
-when only the first holds, ``.ended`` when only the second does.
+A state file has two purposes and is deleted when neither is left: to stop processes of the call, and to report its end
+to its dispatcher. The file's name is the call's id while both are open, the id with ``.reported`` when only processes
+have to be stopped, and the id with ``.ended`` when only the end has to be reported.
 
-Whoever finds a dead warden keeps its directory locked until no process of its calls is left. What can't be killed is
-told once, like the survivors of any stop, and tried again with each sweep.
+The supervisor that finds the directory of a dead one keeps it locked until no process of its calls is left. Processes
+that cannot be killed are reported once, as survivors, and every clean-up tries again.
 """
 
 from __future__ import annotations
@@ -36,19 +36,19 @@ __all__ = ["CallState", "CleanupResult", "StateDir"]
 
 log = logging.getLogger("harpd.supervisor")
 
-#: What the name of a record ends with of which only the end has to be told, or only processes have to be ended.
-_OVER, _TOLD = ".ended", ".reported"
+#: Suffixes of state files of which only the end has to be reported, or only processes have to be stopped.
+_ENDED, _REPORTED = ".ended", ".reported"
 #: What the name of a directory begins with that is not locked yet.
 _UNLOCKED = "."
-#: A sweep that finds a dead warden looks some times more, so many seconds apart: mostly all are dead by then.
-_PAUSES = (0.005, 0.01, 0.02, 0.04)
-#: Seconds between two rounds of killing at least, however often is swept.
-_ROUND = 0.02
+#: Seconds between the scans of a clean-up that finds a dead supervisor: mostly all processes are dead by then.
+_SCAN_INTERVALS = (0.005, 0.01, 0.02, 0.04)
+#: The shortest time in seconds between two rounds of killing.
+_ROUND_INTERVAL = 0.02
 
 
 @dataclass(frozen=True, slots=True)
 class CallState:
-    """A call's record: its processes, and what else the next warden should know. Values that JSON can carry."""
+    """The state of a call: its processes, and its resumable session, as values that JSON can represent."""
 
     tree: CallTree
     session: Mapping[str, Any]
@@ -56,13 +56,13 @@ class CallState:
 
 @dataclass(frozen=True, slots=True)
 class CleanupResult:
-    """What a sweep found.
+    """The result of a clean-up.
 
     Attributes:
-        killed: how many processes were killed that were not before.
-        calls: the dead wardens' calls of which somebody may have to be told, by their ids; each once, when it is found.
-        receipts: of those calls of which something survives; and later, of each once more, when that is gone.
-        again: whether something was killed so lately that it may go any moment: the next sweep should come soon.
+        killed: how many processes were killed for the first time.
+        calls: the calls of dead supervisors whose ends may have to be reported, by id; each once.
+        stop_reports: of those calls of which a process survives; and of each once more when none is left.
+        again: whether processes were killed so recently that they may still be dying: clean up again soon.
     """
 
     killed: int = 0
@@ -73,109 +73,109 @@ class CleanupResult:
 
 @dataclass(slots=True)
 class _PendingOrphan:
-    """A call of a dead warden that is not known to be gone.
+    """A call of a dead supervisor of which processes may be left.
 
     Attributes:
-        call: it.
-        file: its record.
-        to_tell: whether somebody has still to be told of its end.
-        told: whether that was told, with survivors.
+        call: the call.
+        file: its state file.
+        to_report: whether its end has still to be reported.
+        reported_survivors: whether its end was reported with survivors.
     """
 
     call: OrphanedCall
     file: Path
-    to_tell: bool
-    told: bool = False
+    to_report: bool
+    reported_survivors: bool = False
 
 
 class StateDir:
-    """The records of one warden.
+    """The state files of one supervisor.
 
     Args:
-        runtime_directory: the runtime directory; ``calls`` is made in it.
-        warden: this warden's incarnation.
+        runtime_directory: the runtime directory; ``calls`` is created in it.
+        instance: this supervisor's instance id.
 
     Raises:
-        OSError: the directory can't be made.
+        OSError: the directory cannot be created.
     """
 
-    def __init__(self, runtime_directory: Path, warden: str) -> None:
+    def __init__(self, runtime_directory: Path, instance: str) -> None:
         self._all = runtime_directory / "calls"
         self._all.mkdir(mode=0o700, exist_ok=True)
-        self._directory = self._all / warden
-        unlocked = self._all / (_UNLOCKED + warden)
+        self._directory = self._all / instance
+        unlocked = self._all / (_UNLOCKED + instance)
         unlocked.mkdir(mode=0o700)
         self._lock = os.open(unlocked, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         fcntl.flock(self._lock, fcntl.LOCK_EX)
-        unlocked.rename(self._directory)  # nobody has seen it without its lock
+        unlocked.rename(self._directory)  # no other supervisor has seen it without its lock
         self._boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        self._endings: dict[str, str] = {}  # what the names of the records end with, by call
-        self._dead: dict[Path, int] = {}  # directories of dead wardens, with the descriptors that lock them
-        self._left: list[_PendingOrphan] = []
-        self._round_at = 0.0
+        self._suffixes: dict[str, str] = {}  # of the state files, by call id
+        self._dead: dict[Path, int] = {}  # directories of dead supervisors, with the descriptors that lock them
+        self._pending: list[_PendingOrphan] = []
+        self._last_round = 0.0
 
-    def write(self, call_id: str, record: CallState) -> None:
-        """Record a call. Raises OSError."""
-        tree = record.tree
-        text = {"boot": self._boot, "pid": tree.pid, "start": tree.start, **record.session}
+    def write(self, call_id: str, state: CallState) -> None:
+        """Write the state file of a call. Raises OSError."""
+        tree = state.tree
+        members = {"boot": self._boot, "pid": tree.pid, "start": tree.start, **state.session}
         if tree.cgroup is not None:
-            text["cgroup"] = tree.cgroup.path
-        self._endings[call_id] = ""
+            members["cgroup"] = tree.cgroup.path
+        self._suffixes[call_id] = ""
         descriptor = os.open(call_id, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600, dir_fd=self._lock)
         with open(descriptor, "wb", buffering=0) as file:
-            file.write(json.dumps(text).encode())
+            file.write(json.dumps(members).encode())
 
     def mark_ended(self, call_id: str) -> None:
-        """Nothing of the call has to be ended any more; its end may still have to be told."""
-        self._settle(call_id, _OVER, _TOLD)
+        """Note that no process of the call has to be stopped; its end may still have to be reported."""
+        self._mark(call_id, _ENDED, _REPORTED)
 
     def mark_reported(self, call_id: str) -> None:
-        """Nobody has to be told of the call's end any more; processes of it may still have to be ended."""
-        self._settle(call_id, _TOLD, _OVER)
+        """Note that the call's end need not be reported; processes of it may still have to be stopped."""
+        self._mark(call_id, _REPORTED, _ENDED)
 
-    def _settle(self, call_id: str, this: str, other: str) -> None:
-        """One of the two things that the record says holds no more; forget it if the other doesn't either."""
-        ending = self._endings.get(call_id)
-        if ending == other:
+    def _mark(self, call_id: str, suffix: str, other: str) -> None:
+        """Give a state file a suffix; delete it if it has the other one."""
+        present = self._suffixes.get(call_id)
+        if present == other:
             self.remove(call_id)
-        elif ending == "":
-            self._endings[call_id] = this
+        elif present == "":
+            self._suffixes[call_id] = suffix
             with contextlib.suppress(OSError):
-                os.rename(call_id, call_id + this, src_dir_fd=self._lock, dst_dir_fd=self._lock)
+                os.rename(call_id, call_id + suffix, src_dir_fd=self._lock, dst_dir_fd=self._lock)
 
     def remove(self, call_id: str) -> None:
-        """Forget a call: nothing of it has to be ended, and nobody to be told."""
-        ending = self._endings.pop(call_id, None)
-        if ending is not None:
+        """Delete a state file: nothing has to be stopped or reported."""
+        suffix = self._suffixes.pop(call_id, None)
+        if suffix is not None:
             with contextlib.suppress(OSError):
-                os.unlink(call_id + ending, dir_fd=self._lock)
+                os.unlink(call_id + suffix, dir_fd=self._lock)
 
     def close(self) -> None:
-        """This warden ends in order: there is nobody to be told. What survives is left to the next one."""
-        for file in self._directory.glob(f"*{_OVER}"):
+        """Delete the state files of ended calls: this supervisor exits in order. Survivors are left to the next one."""
+        for file in self._directory.glob(f"*{_ENDED}"):
             with contextlib.suppress(OSError):
                 file.unlink()
-        with contextlib.suppress(OSError):  # there is something left
+        with contextlib.suppress(OSError):  # survivors are left
             self._directory.rmdir()
 
     def clean_up(self) -> CleanupResult:
-        """Kill what is left of the calls of wardens that have died. It takes some tens of milliseconds at the most."""
+        """Kill the processes that dead supervisors have left. It takes some tens of milliseconds at most."""
         calls: dict[str, CallState] = {}
         found: list[_PendingOrphan] = []
         for directory in self._find_dead():
-            for file, ending, record in self._read(directory):
-                call_id = file.name.removesuffix(ending)
-                if ending != _TOLD:
-                    calls[call_id] = record
-                if ending != _OVER:
-                    found.append(_PendingOrphan(OrphanedCall(call_id, record.tree), file, ending != _TOLD))
-        self._left += found
-        killed = self._end(found)
-        receipts = self._settle_left()
-        return CleanupResult(killed, calls, receipts, any(left.call.is_fresh for left in self._left))
+            for file, suffix, state in self._read(directory):
+                call_id = file.name.removesuffix(suffix)
+                if suffix != _REPORTED:
+                    calls[call_id] = state
+                if suffix != _ENDED:
+                    found.append(_PendingOrphan(OrphanedCall(call_id, state.tree), file, suffix != _REPORTED))
+        self._pending += found
+        killed = self._kill(found)
+        stop_reports = self._update_pending()
+        return CleanupResult(killed, calls, stop_reports, any(pending.call.is_fresh for pending in self._pending))
 
     def _find_dead(self) -> Iterator[Path]:
-        """Lock the directories of wardens that have died."""
+        """Lock the directories of dead supervisors, and yield them."""
         for directory in sorted(self._all.iterdir()):
             if directory not in self._dead and not directory.name.startswith(_UNLOCKED):
                 lock = _lock(directory)
@@ -184,59 +184,58 @@ class StateDir:
                     yield directory
 
     def _read(self, directory: Path) -> Iterator[tuple[Path, str, CallState]]:
-        """A dead warden's records: file, what its name ends with, record."""
+        """Yield the state files of a dead supervisor: file, suffix, state."""
         for file in list(directory.iterdir()):
-            ending = file.suffix if file.suffix in (_OVER, _TOLD) else ""
+            suffix = file.suffix if file.suffix in (_ENDED, _REPORTED) else ""
             try:
-                record = json.loads(file.read_text())
-                group = Cgroup(record["cgroup"]) if "cgroup" in record else None
-                tree = CallTree(
-                    int(record["pid"]), int(record["start"]), cookie_for(file.name.removesuffix(ending)), group
-                )
-                if record["boot"] == self._boot:
-                    yield file, ending, CallState(tree, record)
+                members = json.loads(file.read_text())
+                cgroup = Cgroup(members["cgroup"]) if "cgroup" in members else None
+                cookie = cookie_for(file.name.removesuffix(suffix))
+                tree = CallTree(int(members["pid"]), int(members["start"]), cookie, cgroup)
+                if members["boot"] == self._boot:
+                    yield file, suffix, CallState(tree, members)
             except (OSError, ValueError, KeyError, TypeError):
-                log.warning("a record of a call can't be read", extra={"call": file.name})
+                log.warning("cannot read state file", extra={"call": file.name})
 
-    def _end(self, found: list[_PendingOrphan]) -> int:
-        """Look for what is left, and kill it; how much of it is new."""
-        if not self._left or (not found and time.monotonic() - self._round_at < _ROUND):
+    def _kill(self, found: list[_PendingOrphan]) -> int:
+        """Scan for the processes of all pending orphans, and kill them; return how many are new."""
+        if not self._pending or (not found and time.monotonic() - self._last_round < _ROUND_INTERVAL):
             return 0
-        calls = [left.call for left in self._left]
+        calls = [pending.call for pending in self._pending]
         killed = kill_orphans(calls)
-        for pause in _PAUSES:
-            if all(left.call.gone for left in found):
+        for interval in _SCAN_INTERVALS:
+            if all(pending.call.gone for pending in found):
                 break
-            time.sleep(pause)
+            time.sleep(interval)
             killed += kill_orphans(calls)
-        self._round_at = time.monotonic()
+        self._last_round = time.monotonic()
         return killed
 
-    def _settle_left(self) -> dict[str, Mapping[str, Any]]:
-        """Bring the records up to what the last round has found; the receipts that follow from it."""
-        receipts: dict[str, Mapping[str, Any]] = {}
-        for left in self._left:
-            if left.to_tell:
-                left.to_tell, left.told = False, left.call.survives
-            elif not left.call.gone:
+    def _update_pending(self) -> dict[str, Mapping[str, Any]]:
+        """Update the state files after a round of killing; return the stop reports that result from it."""
+        stop_reports: dict[str, Mapping[str, Any]] = {}
+        for pending in self._pending:
+            if pending.to_report:
+                pending.to_report, pending.reported_survivors = False, pending.call.survives
+            elif not pending.call.gone:
                 continue
-            if left.told:
-                receipts[left.call.call_id] = left.call.stop_report()
+            if pending.reported_survivors:
+                stop_reports[pending.call.call_id] = pending.call.stop_report()
             with contextlib.suppress(OSError):
-                if left.call.gone:
-                    left.file.unlink()
-                else:  # whoever sweeps tells it, and makes a record of that if need be
-                    left.file = left.file.rename(f"{left.file}{_TOLD}")
-        self._left = [left for left in self._left if not left.call.gone]
-        waiting = {left.file.parent for left in self._left}
-        for directory in self._dead.keys() - waiting:
+                if pending.call.gone:
+                    pending.file.unlink()
+                else:  # this supervisor reports the end, and writes its own state file for that
+                    pending.file = pending.file.rename(f"{pending.file}{_REPORTED}")
+        self._pending = [pending for pending in self._pending if not pending.call.gone]
+        in_use = {pending.file.parent for pending in self._pending}
+        for directory in self._dead.keys() - in_use:
             shutil.rmtree(directory, ignore_errors=True)
             os.close(self._dead.pop(directory))
-        return receipts
+        return stop_reports
 
 
 def _lock(directory: Path) -> int | None:
-    """Lock a warden's directory; None: that can't be done, for the warden lives, or another has swept it."""
+    """Lock a supervisor's directory; return None if the supervisor lives, or another one has cleaned up."""
     try:
         descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError:

@@ -1,18 +1,18 @@
-"""Stopping a call's processes: all of them, none else, and it is known when none is left.
+"""The termination sequence: it stops all processes of a call and no others, and proves that none is left.
 
-SIGXCPU to the main process for a limit, which may clean up; then SIGTERM to the tree, then SIGKILL, `kill_grace`
-seconds between the steps. Before they are killed all are halted by SIGSTOP, until a look finds no new one. The main
-process is killed last: as their subreaper it keeps the others findable. What goes on forking faster than it is halted
-is killed at once with all the rest, by process groups; what is in a cgroup always is, if the system can do that.
+At a limit, SIGXCPU to the main process, which may clean up. Then SIGTERM to all processes, then SIGKILL, with
+`kill_grace` seconds between the steps. Before SIGKILL, all are halted by SIGSTOP, until a scan finds no new one. The
+main process is killed last: it is a subreaper, so the orphaned descendants stay its children. Processes that fork
+faster than they are halted are killed at once by process group. Where the call has a cgroup that can be killed, it is.
 
-The call is gone when a look at the processes that is younger than the main process's death finds none of its own, its
-cgroup is empty, and nothing may have escaped. A doubt of that is settled by further looks, if it can be, or it is told.
+The call is gone when a snapshot from after the main process's death has none of its processes, its cgroup is empty, and
+no process can have escaped. A possible escape leads to further scans, then to an incomplete stop report.
 
-What was found, what it was sent and what became of it is the receipt. Whatever survives SIGKILL for `kill_grace`
-seconds is told once, and watched on.
+The stop report lists the processes that were found, the signals that they were sent, and how they ended. If a process
+survives SIGKILL for `kill_grace` seconds, that is reported once, and the scans continue.
 
-A look costs some milliseconds; steps begin in the loop's next turn, so that all calls that are stopped in this one
-share it. Each step arranges for the next one first: whatever fails in it, the next one comes.
+A scan costs some milliseconds. Steps begin in the next turn of the event loop, so that all calls that are stopped in
+this turn share a snapshot. Each step first schedules the next one, so that the sequence continues if the step fails.
 """
 
 from __future__ import annotations
@@ -28,29 +28,29 @@ from harpd.supervisor.event_loop import EventLoop, Timer
 
 __all__ = ["TerminationSequence"]
 
-#: Seconds between two looks whether processes are gone: at first, and the most.
-_LOOK, _LOOK_RARELY = 0.05, 1.0
-#: Seconds that processes have at least to be gone after SIGKILL before they count as survivors.
-_DEATH = 2.0
-#: So often processes are halted before they are killed although there are ever new ones.
-_MOST_HALTS = 20
-#: How many further looks a doubt whether something has escaped is worth, and how many seconds apart.
-_MOST_DOUBTS, _DOUBT = 5, 0.02
-#: Seconds without a look after which the number of the main process's session may be another's.
-_TRUSTED = 10.0
+#: Seconds between two scans: the first interval, and the longest.
+_FIRST_INTERVAL, _MAX_INTERVAL = 0.05, 1.0
+#: Seconds after SIGKILL, at least, before a process counts as a survivor.
+_DEATH_TIMEOUT = 2.0
+#: How often processes are halted, while scans find new ones, before they are killed.
+_MAX_HALTS = 20
+#: How many further scans follow from a possible escape, and the seconds between them.
+_MAX_ESCAPE_SCANS, _ESCAPE_SCAN_INTERVAL = 5, 0.02
+#: Seconds without a scan after which the main process's session id may belong to another session.
+_SESSION_TRUST = 10.0
 
 
 class TerminationSequence:
-    """What ends the processes of one call.
+    """The end of the processes of one call.
 
     Args:
         loop: the event loop.
         tree: the call's processes.
         kill_grace: seconds between the steps.
-        look: gives all processes as they were at this moment of the monotonic clock, or later.
-        strays: whether among these processes is one that may be the call's and can't be told to be.
-        on_survived: called once, when something has survived SIGKILL for `kill_grace` seconds.
-        on_gone: called once, when the main process has ended and none of the others is left.
+        take_snapshot: returns all processes at this time of the monotonic clock, or later.
+        has_possible_escapes: returns whether an unknown process of a snapshot may belong to the call.
+        on_survived: called once, if a process has survived SIGKILL for `kill_grace` seconds.
+        on_gone: called once, when the main process has ended and no other process is left.
     """
 
     def __init__(
@@ -58,8 +58,8 @@ class TerminationSequence:
         loop: EventLoop,
         tree: CallTree,
         kill_grace: float,
-        look: Callable[[float], Snapshot],
-        strays: Callable[[Snapshot, CallTree], bool],
+        take_snapshot: Callable[[float], Snapshot],
+        has_possible_escapes: Callable[[Snapshot, CallTree], bool],
         on_survived: Callable[[], None],
         on_gone: Callable[[], None],
     ) -> None:
@@ -67,58 +67,58 @@ class TerminationSequence:
         self._tree = tree
         self._main = (tree.pid, tree.start)
         self._kill_grace = kill_grace
-        self._look = look
-        self._strays = strays
+        self._take_snapshot = take_snapshot
+        self._has_possible_escapes = has_possible_escapes
         self._on_survived = on_survived
         self._on_gone = on_gone
         self._step: Timer | None = None
         self._check: Timer | None = None
-        self._survived: Timer | None = None
-        self._findings = StopReport(self._main)
-        self._processes = Snapshot()
-        self._looked_at: float | None = None
-        self._changed_at = 0.0  # a look must be younger than this to tell how things are
-        self._halted: set[tuple[int, int]] = set()
-        self._halts = self._doubts = 0
-        self._pause = _LOOK
+        self._survivor_check: Timer | None = None
+        self._report = StopReport(self._main)
+        self._snapshot = Snapshot()
+        self._scanned_at: float | None = None
+        self._changed_at = 0.0  # older snapshots do not show the present state
+        self._stopped_processes: set[tuple[int, int]] = set()
+        self._halts = self._escape_scans = 0
+        self._interval = _FIRST_INTERVAL
         self._main_ended = False
         self._complete = False
         self._began = 0.0
         self._ended: float | None = None
 
     def start(self, interrupt: bool) -> None:
-        """Begin to stop everything. `interrupt`: by SIGXCPU to the main process."""
+        """Start to stop all processes. `interrupt`: with SIGXCPU to the main process."""
         self._began = time.time()
         self._changed_at = time.monotonic()
         self._step = self._loop.call_later(0, self._interrupt if interrupt else self._terminate)
 
     def expect_exit(self) -> None:
-        """The main process is about to end by itself; it is killed if it does not."""
+        """Kill the main process after `kill_grace` seconds, unless it exits by itself."""
         self._step = self._loop.call_later(self._kill_grace, self._kill_main)
 
     def on_main_exit(self, status: int) -> None:
-        """The main process has been reaped, with this wait status; what is left has to end, too."""
+        """Stop all other processes: the main process has been reaped, with this wait status."""
         self._main_ended = True
-        self._looked_at = None  # it had its number until now
-        self._findings.record_exit(status)
+        self._scanned_at = None  # the session id was in use until now
+        self._report.record_exit(status)
         self._began = self._began or time.time()
         self._changed_at = time.monotonic()
-        self._check = self._loop.call_later(0, self._look_for_survivors)
+        self._check = self._loop.call_later(0, self._scan_until_gone)
 
     def cancel(self) -> None:
-        """Do nothing more."""
-        for timer in (self._step, self._check, self._survived):
+        """Cancel all further steps."""
+        for timer in (self._step, self._check, self._survivor_check):
             if timer is not None:
                 timer.cancel()
 
     def stop_report(self) -> dict[str, Any] | None:
-        """What was found, what it was sent, what became of it; None: nothing had to be stopped.
+        """Return the stop report; None if nothing had to be stopped.
 
-        Spec: docs/protocol.md, Kept calls.
+        Spec: docs/protocol.md, Resumable calls.
         """
         if not self._began:
             return None
-        return self._findings.to_json(self._main_ended, self._complete, self._began, self._ended)
+        return self._report.to_json(self._main_ended, self._complete, self._began, self._ended)
 
     # The steps.
 
@@ -127,41 +127,42 @@ class TerminationSequence:
 
     def _interrupt(self) -> None:
         self._step = self._loop.call_later(self._kill_grace, self._terminate)
-        self._find()  # what its end lets escape is known from now on
+        self._scan()  # processes that are found now stay known when the main process ends
         self._send(signal.SIGXCPU, self._main)
 
     def _terminate(self) -> None:
         self._step = self._loop.call_later(self._kill_grace, self._kill)
-        self._pause = _LOOK
-        for identity in self._find():
+        self._interval = _FIRST_INTERVAL
+        for identity in self._scan():
             self._send(signal.SIGTERM, identity)
 
     def _kill(self) -> None:
-        """Halt what is left, then kill it; again and again until nothing is."""
-        self._step = self._loop.call_later(self._patience(), self._kill)
-        members = self._find()
-        new = members.keys() - self._halted
-        if new and self._halts < _MOST_HALTS:
+        """Halt the remaining processes, then kill them; repeat until none is left."""
+        self._step = self._loop.call_later(self._next_interval(), self._kill)
+        members = self._scan()
+        new = members.keys() - self._stopped_processes
+        if new and self._halts < _MAX_HALTS:
             for identity in new:
                 send_signal(signal.SIGSTOP, identity)
-            self._halted = set(members)
+            self._stopped_processes = set(members)
             self._halts += 1
-            self._pause = _LOOK
+            self._interval = _FIRST_INTERVAL
             self._step.cancel()
             self._step = self._loop.call_later(0, self._kill)
         else:
-            self._kill_members(members, outrun=bool(new))
+            self._kill_members(members, new_remain=bool(new))
             self._halts = 0
-            if self._survived is None:
-                self._survived = self._loop.call_later(max(self._kill_grace, _DEATH), self._tell_survivors)
+            if self._survivor_check is None:
+                delay = max(self._kill_grace, _DEATH_TIMEOUT)
+                self._survivor_check = self._loop.call_later(delay, self._report_survivors)
         self._changed_at = time.monotonic()
         if self._is_gone():
-            self._leave()
+            self._finish()
 
-    def _kill_members(self, members: Mapping[tuple[int, int], Process], outrun: bool) -> None:
-        """Kill what was halted. `outrun`: there were ever new ones, so all have to go at once, the main one too."""
+    def _kill_members(self, members: Mapping[tuple[int, int], Process], new_remain: bool) -> None:
+        """Kill the halted processes. `new_remain`: scans still find new ones, so kill all at once, the main one too."""
         cgroup = self._tree.cgroup
-        at_once = outrun or (cgroup is not None and cgroup.can_kill)
+        at_once = new_remain or (cgroup is not None and cgroup.can_kill)
         main = members.keys() & {self._main}
         targets = members.keys() if at_once else (members.keys() - main or main)
         for identity in targets:
@@ -174,57 +175,57 @@ class TerminationSequence:
 
     def _send(self, number: signal.Signals, identity: tuple[int, int]) -> None:
         if send_signal(number, identity):
-            self._findings.record_signal(number, identity)
+            self._report.record_signal(number, identity)
 
-    # What there is.
+    # The scans.
 
-    def _find(self) -> Mapping[tuple[int, int], Process]:
-        """Look, if need be, and note what is left; all of it that is known, by identity."""
+    def _scan(self) -> Mapping[tuple[int, int], Process]:
+        """Take a snapshot if need be, and record the remaining processes; return them by identity."""
         now = time.monotonic()
-        late = self._looked_at is not None and now - self._looked_at > _TRUSTED
-        self._looked_at = now
-        self._processes = self._look(self._changed_at)
-        self._findings.record(self._tree.members(self._processes, self._findings.remaining, late))
-        return self._findings.remaining
+        late = self._scanned_at is not None and now - self._scanned_at > _SESSION_TRUST
+        self._scanned_at = now
+        self._snapshot = self._take_snapshot(self._changed_at)
+        self._report.record(self._tree.members(self._snapshot, self._report.remaining, late))
+        return self._report.remaining
 
     def _is_empty(self) -> bool:
-        """Whether the last look has found nothing."""
+        """Return whether the last scan has found no process."""
         cgroup = self._tree.cgroup
-        return self._main_ended and not self._findings.remaining and not (cgroup is not None and cgroup.populated)
+        return self._main_ended and not self._report.remaining and not (cgroup is not None and cgroup.populated)
 
     def _is_gone(self) -> bool:
-        """Whether the last look has found nothing; if something may have escaped, some further ones as well."""
+        """Return whether the last scan has found no process; after possible escapes, also several further scans."""
         if not self._is_empty():
-            self._doubts = 0
+            self._escape_scans = 0
             return False
-        self._complete = not self._strays(self._processes, self._tree)
-        self._doubts += 1
-        return self._complete or self._doubts > _MOST_DOUBTS
+        self._complete = not self._has_possible_escapes(self._snapshot, self._tree)
+        self._escape_scans += 1
+        return self._complete or self._escape_scans > _MAX_ESCAPE_SCANS
 
-    def _look_for_survivors(self) -> None:
-        self._check = self._loop.call_later(self._patience(), self._look_for_survivors)
-        self._find()
+    def _scan_until_gone(self) -> None:
+        self._check = self._loop.call_later(self._next_interval(), self._scan_until_gone)
+        self._scan()
         if self._is_gone():
-            self._leave()
-        elif self._doubts:
+            self._finish()
+        elif self._escape_scans:
             self._changed_at = time.monotonic()
             self._check.cancel()
-            self._check = self._loop.call_later(_DOUBT, self._look_for_survivors)
+            self._check = self._loop.call_later(_ESCAPE_SCAN_INTERVAL, self._scan_until_gone)
         elif self._step is None:
             self._terminate()
 
-    def _tell_survivors(self) -> None:
-        self._find()
-        if self._is_empty():  # gone, which the next step tells; or never twice the same, and not seen this time
-            self._survived = self._loop.call_later(_LOOK_RARELY, self._tell_survivors)
+    def _report_survivors(self) -> None:
+        self._scan()
+        if self._is_empty():  # gone, as the next step reports; or forking so fast that this scan has missed them
+            self._survivor_check = self._loop.call_later(_MAX_INTERVAL, self._report_survivors)
         else:
             self._on_survived()
 
-    def _patience(self) -> float:
-        pause, self._pause = self._pause, min(2 * self._pause, _LOOK_RARELY)
-        return pause
+    def _next_interval(self) -> float:
+        interval, self._interval = self._interval, min(2 * self._interval, _MAX_INTERVAL)
+        return interval
 
-    def _leave(self) -> None:
+    def _finish(self) -> None:
         self._ended = time.time()
         self.cancel()
         self._on_gone()

@@ -1,0 +1,94 @@
+"""The termination sequence: scans that prove nothing, reused session ids, survivors."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from harpd.processes.process_tree import CallTree, Process, Snapshot
+from harpd.supervisor import termination
+from harpd.supervisor.event_loop import EventLoop
+from harpd.supervisor.termination import TerminationSequence
+
+#: No process of this system has such a pid.
+MAIN = 5_000_000
+CHILD = Process(MAIN + 1, 60, 1, MAIN, MAIN)
+
+
+def run_sequence(
+    take_snapshot: Callable[[float], Snapshot], has_possible_escapes: Callable[[], bool]
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Run a sequence after the main process's end; return the stop report, and the reports of survivors."""
+    loop = EventLoop()
+    survivor_reports: list[dict[str, Any]] = []
+
+    def on_survived() -> None:
+        report = sequence.stop_report()
+        assert report is not None
+        survivor_reports.append(report)
+
+    sequence = TerminationSequence(
+        loop,
+        CallTree(MAIN, 50, b"HARPD_CALL=a"),
+        0.01,
+        take_snapshot,
+        lambda processes, tree: has_possible_escapes(),
+        on_survived,
+        loop.stop,
+    )
+    sequence.on_main_exit(0)
+    loop.call_later(20.0, loop.stop)
+    loop.run()
+    report = sequence.stop_report()
+    assert report is not None
+    return report, survivor_reports
+
+
+@pytest.mark.parametrize(("escapes", "complete"), [(0, True), (3, True), (1000, False)])
+def test_termination_with_possible_escape_scans_again(escapes: int, complete: bool) -> None:
+    times: list[float] = []
+
+    def take_snapshot(time: float) -> Snapshot:
+        times.append(time)
+        return Snapshot()
+
+    answers = itertools.chain([True] * escapes, itertools.repeat(False))
+    report, survivor_reports = run_sequence(take_snapshot, lambda: next(answers))
+    assert (report["complete"], report["survivors"], survivor_reports) == (complete, [], [])
+    assert len(times) == min(escapes, 5) + 1
+    assert times == sorted(set(times))  # each snapshot is newer than the one before
+
+
+def test_termination_after_long_pause_ignores_session(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(termination, "_SESSION_TRUST", 0.0)
+    stranger = Process(MAIN + 2, 70, 1, MAIN, MAIN)
+    snapshots = iter([Snapshot({CHILD.pid: CHILD})])
+    report, survivor_reports = run_sequence(
+        lambda time: next(snapshots, Snapshot({stranger.pid: stranger})), lambda: False
+    )
+    assert {process["pid"] for process in report["processes"]} == {MAIN, CHILD.pid}
+    assert (report["found"], report["complete"], survivor_reports) == (2, True, [])
+
+
+def test_termination_of_fast_forker_reports_survivor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that forks and exits in a loop is missing in some snapshots."""
+    monkeypatch.setattr(termination, "_DEATH_TIMEOUT", 0.1)
+    monkeypatch.setattr(termination, "_MAX_INTERVAL", 0.05)
+    pids = itertools.count(MAIN + 1)
+    snapshots = 0
+
+    def take_snapshot(time: float) -> Snapshot:
+        nonlocal snapshots
+        snapshots += 1
+        if snapshots > 100:
+            return Snapshot()
+        pid = next(pids)
+        return Snapshot() if snapshots % 3 == 0 else Snapshot({pid: Process(pid, 60, 1, MAIN, MAIN)})
+
+    report, survivor_reports = run_sequence(take_snapshot, lambda: snapshots <= 100)
+    assert [len(one["survivors"]) for one in survivor_reports] == [1]
+    assert not survivor_reports[0]["complete"]
+    assert (report["survivors"], report["complete"]) == ([], True)
