@@ -17,7 +17,7 @@ def connect_server(procedure: str, **options: Any) -> Any:
 
 
 def _rpc(port: int | None = None) -> harp.HarpCaller:
-    return harp.HarpCaller("127.0.0.1", port or SETTINGS["dispatcher"], keep=True)
+    return harp.HarpCaller("127.0.0.1", port or SETTINGS["dispatcher"], keep_alive=True)
 
 
 def connect_queue(procedure: str = "echo", port: int | None = None, host: str = "web01") -> Queue:
@@ -53,8 +53,8 @@ FUNCTIONS = {
     **queue_functions(connect_queue),
     "reused_jobs": queue_functions(partial(connect_queue, "reused_echo"))["jobs"],
     "fresh": partial(calls, partial(connect_server, "echo")),
-    "kept": partial(calls, partial(connect_server, "echo", keep=True)),
-    "reused": partial(calls, partial(connect_server, "reused_echo", keep=True)),
+    "kept": partial(calls, partial(connect_server, "echo", keep_alive=True)),
+    "reused": partial(calls, partial(connect_server, "reused_echo", keep_alive=True)),
     "follow": partial(follow, lambda records: _rpc().web01.count(records).follow(since=0)),
     "follow_slowly": partial(follow_slowly, lambda records, pause: _rpc().web01.slowly(records, pause).follow(since=0)),
 }

@@ -240,7 +240,7 @@ def _fill(dispatcher: Harpcallerd, stored: int) -> list[str]:
     """Run jobs, half of them in queues; return the ids of some, from the first to the last."""
 
     def body(client: int, ready: Ready) -> list[str]:
-        rpc = harp.HarpCaller("127.0.0.1", dispatcher.port, keep=True)
+        rpc = harp.HarpCaller("127.0.0.1", dispatcher.port, keep_alive=True)
         ids = []
         for begin in range(client * _REQUEST, stored, _CLIENTS * _REQUEST):
             numbers = range(begin, min(begin + _REQUEST, stored))
@@ -302,7 +302,7 @@ def _soak(seconds: float) -> Figures:
 
 FUNCTIONS: dict[str, Callable[..., Figures]] = {
     "memory": _memory,
-    "call-cpu": partial(_cost, partial(calls, partial(connect_server, "echo", keep=True))),
+    "call-cpu": partial(_cost, partial(calls, partial(connect_server, "echo", keep_alive=True))),
     "job-cpu": partial(_cost, partial(jobs, connect_queue)),
     "simulated-cpu": _simulated_cpu,
     "idle": _idle,

@@ -18,8 +18,9 @@ from importlib import import_module
 TYPE_CHECKING = False  # not from `typing`: the process that calls are forked from loads this module, too
 if TYPE_CHECKING:
     from harp import aio as aio
-    from harp._core.operations import CALL_CANCELLED, CALL_NOT_FINISHED, Call, Result
-    from harp._net.connection import JSONConnection, JSONSSLConnection
+    from harp._core.calls import Call
+    from harp._core.outcomes import CALL_CANCELLED, CALL_NOT_FINISHED, Result
+    from harp._net.sync import JSONConnection, JSONSSLConnection
     from harp.client import HarpCaller, RemoteCall, RemoteProcedure, RemoteServer
     from harp.direct import HarpProcedure, HarpServer, HarpStreamIterator
     from harp.errors import CancelledException, CommunicationError, HarpException, RemoteError, RemoteException
@@ -47,7 +48,7 @@ __all__ = [
 
 
 #: Where the names are, the cheapest module first.
-_HOMES = ("harp.errors", "harp._core.operations", "harp._net.connection", "harp.client", "harp.direct")
+_HOMES = ("harp.errors", "harp._core.outcomes", "harp._core.calls", "harp._net.sync", "harp.client", "harp.direct")
 
 
 if not TYPE_CHECKING:  # a type checker knows the names from above, and refuses others

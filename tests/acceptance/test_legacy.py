@@ -117,7 +117,7 @@ def test_cancel_closes_connection_to_legacy_harpd(with_legacy_harpd: harp.HarpCa
 def test_client_calls_legacy_harpd(tmp_path: Path, keep: bool) -> None:
     files = server_files(tmp_path)
     with server(legacy_harpd, legacy_tls_server(files.certfile, files.keyfile)) as port:
-        old = harp.HarpServer("127.0.0.1", "u", "p", port, ca_file=str(files.ca_file), keep=keep)
+        old = harp.HarpServer("127.0.0.1", "u", "p", port, ca_file=str(files.ca_file), keep_alive=keep)
         assert old.echo("a") == ["a"]
         *records, result = old.stream(2)
         assert (records, result.value) == ([{"n": 0}, {"n": 1}], None)

@@ -87,8 +87,8 @@ SURVIVORS = {"survivors": [{"pid": 4711, "command": "python3"}, {"pid": 4712, "c
         (stop("failed"), "stop_failed", "has not confirmed that job .* is stopped"),  # the host was given up
         (stop("failed", {"survivors": []}), "stop_failed", "has not confirmed"),
         (stop("failed", {"survivors": ["odd", {"odd": 1}]}), "stop_failed", r"survive: odd, \{'odd': 1\}"),
-        (stop("unknown"), "stop_unknown", "nobody can say"),
-        (stop("pending"), "stop_unknown", "nobody can say"),
+        (stop("unknown"), "stop_unknown", "may still run"),
+        (stop("pending"), "stop_unknown", "may still run"),
     ],
 )
 def test_a_stop_that_is_not(shell: Shell, found: Any, kind: str, message: str) -> None:

@@ -17,8 +17,8 @@ import pytest
 
 import harp
 from harp import aio
-from harp._net import aio_connection as aioconnection
-from harp._net import connection, tls
+from harp._net import aio as aio_network
+from harp._net import sockets, sync, tls
 from support.certificates import Certificates, server_files
 from support.deadline import eventually, wait_until
 from support.peers import Conversation, Peer, Script, answering, resetting, server_context, silent
@@ -61,7 +61,7 @@ def too_long(talk: Conversation) -> None:
     talk.expect()
     piece = b"x" * (1024 * 1024)
     try:
-        for _ in range(connection.REPLY_LIMIT // len(piece) + 1):
+        for _ in range(sockets.REPLY_LIMIT // len(piece) + 1):
             talk.send(piece)
     except OSError:
         talk.until_closed()
@@ -71,7 +71,7 @@ def too_long(talk: Conversation) -> None:
 FAULTS: list[tuple[str, Script, str]] = [
     ("closes at once", lambda talk: None, "closed the connection before|reset by peer|Broken pipe"),
     ("resets at once", lambda talk: talk.reset(), "reset by peer|Broken pipe|closed the connection"),
-    ("closes after the request", answering(), "closed the connection before it had said all"),
+    ("closes after the request", answering(), "closed the connection before the reply was complete"),
     ("resets after the request", resetting, "reset by peer"),
     ("resets in the middle of a line", half_a_line, "reset by peer"),
     ("is not JSON", answering(b"SSH-2.0-OpenSSH_9.2\r\n"), "column 1"),
@@ -121,12 +121,12 @@ OPERATIONS = [
 @pytest.mark.parametrize(
     ("host", "message"),
     [
-        ("127.0.0.1", "can't connect: Connection refused"),
-        ("localhost", "can't connect: .*Connection refused"),
-        ("no-such-host.invalid", "can't find its address: "),
-        ("a" * 300, "can't find its address: "),
-        ("null\0byte", "can't find its address: "),
-        ("..", "can't find its address: |can't connect"),
+        ("127.0.0.1", "cannot connect: Connection refused"),
+        ("localhost", "cannot connect: .*Connection refused"),
+        ("no-such-host.invalid", "cannot resolve the name: "),
+        ("a" * 300, "cannot resolve the name: "),
+        ("null\0byte", "cannot resolve the name: "),
+        ("..", "cannot resolve the name: |cannot connect"),
     ],
 )
 def test_every_operation_says_that_nobody_is_there(shell: Shell, operation: str, host: str, message: str) -> None:
@@ -164,7 +164,7 @@ def saying(data: bytes) -> Script:
         (saying(b"\x16\x03\x03\xff\xff" + b"\0" * 64), "TLS handshake: "),
         (saying(b"\0" * 1000), "TLS handshake: "),
         (lambda talk: None, "TLS handshake: "),
-        (lambda talk: talk.reset(), "TLS handshake: |can't connect: "),  # as soon as it is seen
+        (lambda talk: talk.reset(), "TLS handshake: |cannot connect: "),  # as soon as it is seen
     ],
     ids=["text", "garbage", "zeros", "close", "reset"],
 )
@@ -213,8 +213,8 @@ def test_a_refusal_that_comes_before_the_request_is_read(shell: Shell, files: Ce
 
 
 def test_a_silent_server_does_not_hold_the_handshake(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (connection, aioconnection):
-        monkeypatch.setattr(module, "CONNECT_DEADLINE", 0.3)
+    for module in (sync, aio_network):
+        monkeypatch.setattr(module, "CONNECT_TIMEOUT", 0.3)
     with Peer(silent) as peer:
         with pytest.raises(harp.CommunicationError, match=r"TLS handshake: .*timed out"):
             shell.server(peer).p()
@@ -222,8 +222,8 @@ def test_a_silent_server_does_not_hold_the_handshake(shell: Shell, monkeypatch: 
 
 
 def test_a_host_that_never_answers(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (connection, aioconnection):
-        monkeypatch.setattr(module, "CONNECT_DEADLINE", 0.3)
+    for module in (sync, aio_network):
+        monkeypatch.setattr(module, "CONNECT_TIMEOUT", 0.3)
     with socket.create_server(("127.0.0.1", 0), backlog=0) as listener:
         full = []
         try:
@@ -236,7 +236,7 @@ def test_a_host_that_never_answers(shell: Shell, monkeypatch: pytest.MonkeyPatch
             for sock in full:
                 sock.close()
     assert isinstance(error, harp.CommunicationError)
-    assert "can't connect: timed out" in str(error)
+    assert "cannot connect: timed out" in str(error)
 
 
 def test_every_address_of_a_name_is_tried(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -313,7 +313,7 @@ def test_sockets_have_keepalive_and_no_delay() -> None:
 def test_what_json_cannot_carry_is_not_sent() -> None:
     with nothing_left(), Peer(answering({"ok": 1})) as peer:
         with harp.JSONConnection(peer.host, peer.port) as conn:
-            with pytest.raises(harp.HarpException, match=r"can't be sent as JSON: at \['a'\]\[1\]: type set"):
+            with pytest.raises(harp.HarpException, match=r"cannot be sent as JSON: at \['a'\]\[1\]: type set"):
                 conn.send({"a": [0, {1}]})
             conn.send({"a": 1})
             assert conn.receive() == {"ok": 1}
@@ -446,7 +446,7 @@ def test_json_lines_with_asyncio(files: Certificates) -> None:
                 assert repr(conn) == f"<AsyncJSONSSLConnection localhost:{peer.port} connected>"
                 await conn.send([1])
                 assert await conn.receive() == {"a": 1}
-                with pytest.raises(TypeError, match="can't be copied"):
+                with pytest.raises(TypeError, match="cannot be copied"):
                     conn.__reduce__()
 
     with nothing_left():

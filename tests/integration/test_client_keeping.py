@@ -40,7 +40,7 @@ def gone(talk: Conversation) -> None:
 
 def test_requests_go_over_one_connection(shell: Shell) -> None:
     with Peer(keeping([SUBMITTED], [{"no_result": True, "keep": 60}], [{"result": 5, "keep": 60}])) as peer:
-        with shell.caller(peer, keep=True) as rpc:
+        with shell.caller(peer, keep_alive=True) as rpc:
             job = rpc.web01.p(1)
             assert job.result() is harp.CALL_NOT_FINISHED
             assert job.get() == 5
@@ -64,7 +64,7 @@ def test_what_is_not_granted_is_not_kept(shell: Shell) -> None:
     ]
     for reply in replies:
         with Peer(keeping([SUBMITTED], [reply]), answering({"cancelled": False})) as peer:
-            rpc = shell.caller(peer, keep=True)
+            rpc = shell.caller(peer, keep_alive=True)
             job = rpc.web01.p()
             assert job.get() == reply["result"]
             assert peer.conversations[0].closed.wait(30)
@@ -75,7 +75,7 @@ def test_what_is_not_granted_is_not_kept(shell: Shell) -> None:
 def test_a_waiting_request_asks_only_where_it_was_granted_before(shell: Shell) -> None:
     """A dispatcher of the field closes without a reply; waiting for the job's end would go on for minutes then."""
     with Peer(answering({"result": 1}), keeping([SUBMITTED], [{"result": 2, "keep": 60}])) as peer:
-        rpc = shell.caller(peer, keep=True)
+        rpc = shell.caller(peer, keep_alive=True)
         assert rpc.job(JOB).get() == 1
         assert rpc.web01.p().get() == 2
     assert ["keep" in request for request in peer.requests] == [False, True, True]
@@ -83,16 +83,16 @@ def test_a_waiting_request_asks_only_where_it_was_granted_before(shell: Shell) -
 
 def test_a_dispatcher_that_does_not_know_it_may_be_too_old(shell: Shell) -> None:
     with Peer(answering(), answering()) as peer:
-        rpc = shell.caller(peer, keep=True)
+        rpc = shell.caller(peer, keep_alive=True)
         for ask in (rpc.web01.p, rpc.job(JOB).cancel):
-            with pytest.raises(harp.CommunicationError, match="the dispatcher may be too old for keep=True"):
+            with pytest.raises(harp.CommunicationError, match="the dispatcher may be too old for keep_alive=True"):
                 ask()
     assert len(peer.requests) == 2
 
 
 def test_a_connection_that_was_closed_meanwhile_is_not_used(shell: Shell) -> None:
     with Peer(answering(SUBMITTED), answering(SUBMITTED)) as peer:
-        rpc = shell.caller(peer, keep=True)
+        rpc = shell.caller(peer, keep_alive=True)
         rpc.web01.p()
         gone(peer.conversations[0])
         assert rpc.web01.p().id() == JOB
@@ -108,13 +108,13 @@ def closing_unread(talk: Conversation) -> None:
 
 def test_what_only_asks_is_asked_again_when_a_kept_connection_breaks(shell: Shell) -> None:
     with Peer(closing_unread, answering({"result": 3})) as peer:
-        assert shell.caller(peer, keep=True).web01.p().get() == 3
+        assert shell.caller(peer, keep_alive=True).web01.p().get() == 3
     assert counts(peer) == [2, 1]
 
 
 def test_a_job_is_not_submitted_again_when_a_kept_connection_breaks(shell: Shell) -> None:
     with Peer(closing_unread, closing_unread) as peer:
-        rpc = shell.caller(peer, keep=True)
+        rpc = shell.caller(peer, keep_alive=True)
         job = rpc.web01.p()
         with pytest.raises(harp.CommunicationError, match=UNKNOWN):
             rpc.web01.p()
@@ -127,7 +127,7 @@ def test_a_job_is_not_submitted_again_when_a_kept_connection_breaks(shell: Shell
 def test_a_refusal_is_raised_and_its_connection_closed(shell: Shell) -> None:
     refusal = {"error": {"type": "storage_error", "message": "the disk is full"}}
     with Peer(keeping([SUBMITTED], [refusal]), answering(SUBMITTED)) as peer:
-        rpc = shell.caller(peer, keep=True)
+        rpc = shell.caller(peer, keep_alive=True)
         rpc.web01.p()
         with pytest.raises(harp.RemoteError, match="the disk is full"):
             rpc.web01.p()
@@ -138,11 +138,11 @@ def test_a_refusal_is_raised_and_its_connection_closed(shell: Shell) -> None:
 
 def test_copies_have_connections_of_their_own() -> None:
     with Peer(keeping([SUBMITTED]), keeping([SUBMITTED]), keeping([SUBMITTED])) as peer:
-        rpc = harp.HarpCaller(peer.host, peer.port, keep=True)
+        rpc = harp.HarpCaller(peer.host, peer.port, keep_alive=True)
         rpc.web01.p()
         others = [copy.copy(rpc), pickle.loads(pickle.dumps(rpc))]
         for other in others:
-            assert repr(other) == repr(rpc) == f"HarpCaller('127.0.0.1', {peer.port}, keep=True)"
+            assert repr(other) == repr(rpc) == f"HarpCaller('127.0.0.1', {peer.port}, keep_alive=True)"
             other.web01.p()
     assert counts(peer) == [1, 1, 1]
 
@@ -150,7 +150,7 @@ def test_copies_have_connections_of_their_own() -> None:
 def test_with_our_dispatcher(shell: Shell, tmp_path: Path) -> None:
     """Threads at once, a restart in between, and connections only for those at once."""
     with scripted_harpd(tmp_path) as peer, Harpcallerd(tmp_path / "dispatcher", {"web01": peer.port}) as dispatcher:
-        with shell.caller_at(dispatcher.host, dispatcher.port, keep=True) as rpc, ThreadPoolExecutor(4) as pool:
+        with shell.caller_at(dispatcher.host, dispatcher.port, keep_alive=True) as rpc, ThreadPoolExecutor(4) as pool:
             for _ in range(2):
                 jobs = list(pool.map(rpc.web01.echo, range(40)))
                 assert list(pool.map(lambda job: job.get(), jobs)) == [[number] for number in range(40)]

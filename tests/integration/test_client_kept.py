@@ -74,7 +74,7 @@ def gone(talk: Conversation) -> None:
 
 def test_calls_go_over_one_connection(shell: Shell, tls: ssl.SSLContext) -> None:
     with Peer(keeping(result(1), result("two"), result(None)), tls=tls) as peer:
-        server = shell.server(peer, keep=True)
+        server = shell.server(peer, keep_alive=True)
         assert [server.p(5), server.p(a=1), server.q()] == [1, "two", None]
     auth = {"user": "u", "password": "secret"}
     assert peer.requests == [
@@ -95,7 +95,7 @@ def test_without_keep_it_is_not_asked_for(shell: Shell, tls: ssl.SSLContext) -> 
 
 def test_an_exception_leaves_the_connection_usable(shell: Shell, tls: ssl.SSLContext) -> None:
     with Peer(keeping([PLAIN, RAISED], [STREAM, {"stream": 1}, RAISED], result(2)), tls=tls) as peer:
-        server = shell.server(peer, keep=True)
+        server = shell.server(peer, keep_alive=True)
         with pytest.raises(harp.RemoteException, match="ValueError: no"):
             server.p()
         with pytest.raises(harp.RemoteException, match="ValueError: no"):
@@ -106,7 +106,7 @@ def test_an_exception_leaves_the_connection_usable(shell: Shell, tls: ssl.SSLCon
 
 def test_a_streamed_result_gives_the_connection_back_at_its_end(shell: Shell, tls: ssl.SSLContext) -> None:
     with Peer(keeping([STREAM, {"stream": 1}, {"result": 2}], result(3)), keeping(result(4)), tls=tls) as peer:
-        server = shell.server(peer, keep=True)
+        server = shell.server(peer, keep_alive=True)
         iterator = server.p()
         assert next(iterator) == 1
         assert server.p() == 4  # the first connection is busy
@@ -119,7 +119,7 @@ def test_a_streamed_result_gives_the_connection_back_at_its_end(shell: Shell, tl
 def test_the_connection_used_last_is_used_first(shell: Shell, tls: ssl.SSLContext) -> None:
     streamed: list[object] = [STREAM, {"result": 0}]
     with Peer(keeping(streamed), keeping(streamed, result(1), result(2)), tls=tls) as peer:
-        server = shell.server(peer, keep=True)
+        server = shell.server(peer, keep_alive=True)
         first, second = server.p(), server.p()
         assert first.all() == second.all() == [harp.Result(0)]
         assert [server.p(), server.p()] == [1, 2]
@@ -132,7 +132,7 @@ def test_the_connection_used_last_is_used_first(shell: Shell, tls: ssl.SSLContex
 def test_a_harpd_of_the_field_closes_after_each_call(shell: Shell, tls: ssl.SSLContext) -> None:
     scripts = [answering(FIELD, {"result": number}) for number in range(3)]
     with Peer(*scripts, tls=tls) as peer:
-        server = shell.server(peer, keep=True)
+        server = shell.server(peer, keep_alive=True)
         assert [server.p() for _ in range(3)] == [0, 1, 2]
     assert counts(peer) == [1, 1, 1]
 
@@ -140,7 +140,7 @@ def test_a_harpd_of_the_field_closes_after_each_call(shell: Shell, tls: ssl.SSLC
 @pytest.mark.parametrize("replies", [[FAILED], [PLAIN, FAILED], [STREAM, {"stream": 1}, FAILED]])
 def test_an_error_ends_the_connection(shell: Shell, tls: ssl.SSLContext, replies: list[object]) -> None:
     with Peer(keeping(result(1), replies), keeping(result(2)), tls=tls) as peer:
-        server = shell.server(peer, keep=True)
+        server = shell.server(peer, keep_alive=True)
         assert server.p() == 1
         with pytest.raises(harp.RemoteError, match="timeout: m"):
             list(server.p())
@@ -151,7 +151,7 @@ def test_an_error_ends_the_connection(shell: Shell, tls: ssl.SSLContext, replies
 @pytest.mark.parametrize("how", ["close", "with", "forget"])
 def test_leaving_a_stream_early_closes_its_connection(shell: Shell, tls: ssl.SSLContext, how: str) -> None:
     with Peer(keeping(result(1), [STREAM, {"stream": 1}]), keeping(result(2)), tls=tls) as peer:
-        server = shell.server(peer, keep=True)
+        server = shell.server(peer, keep_alive=True)
         assert server.p() == 1
         iterator = server.p()
         assert next(iterator) == 1
@@ -180,7 +180,7 @@ def ending_tls(talk: Conversation) -> None:
 @pytest.mark.parametrize("script", [answering(*result(1)), ending_tls], ids=["close", "end of TLS"])
 def test_a_connection_that_harpd_has_closed_meanwhile(shell: Shell, tls: ssl.SSLContext, script: Script) -> None:
     with Peer(script, keeping(result(2)), tls=tls) as peer:
-        server = shell.server(peer, keep=True)
+        server = shell.server(peer, keep_alive=True)
         assert server.p() == 1
         gone(peer.conversations[0])
         assert server.p() == 2
@@ -205,7 +205,7 @@ def test_a_connection_over_which_more_came(shell: Shell, tls: ssl.SSLContext, su
         talk.until_closed()
 
     with Peer(script, keeping(result("second")), tls=tls) as peer:
-        server = shell.server(peer, keep=True)
+        server = shell.server(peer, keep_alive=True)
         assert server.p() == 1
         returned.set()
         assert said.wait(30)
@@ -217,7 +217,7 @@ def test_a_connection_over_which_more_came(shell: Shell, tls: ssl.SSLContext, su
 def test_no_more_than_half_of_the_time_granted_is_used(shell: Shell, tls: ssl.SSLContext) -> None:
     answer: list[object] = [{**PLAIN, "keep": 1e-6}, {"result": 1}]
     with Peer(keeping(answer), keeping(answer), tls=tls) as peer:
-        server = shell.server(peer, keep=True)
+        server = shell.server(peer, keep_alive=True)
         assert [server.p(), server.p()] == [1, 1]
         assert peer.conversations[0].closed.wait(30)
     assert counts(peer) == [1, 1]
@@ -234,7 +234,7 @@ def test_at_most_32_wait(shell: Shell, tls: ssl.SSLContext) -> None:
         talk.until_closed()
 
     with Peer(always=script, tls=tls) as peer:
-        with shell.server(peer, keep=True) as server, ThreadPoolExecutor(count) as pool:
+        with shell.server(peer, keep_alive=True) as server, ThreadPoolExecutor(count) as pool:
             assert [call.result() for call in [pool.submit(server.p) for _ in range(count)]] == [1] * count
             wait_until(lambda: sum(talk.closed.is_set() for talk in peer.conversations) == count - 32, what="8 closed")
         assert all(talk.closed.wait(30) for talk in peer.conversations)
@@ -261,7 +261,7 @@ def test_a_connection_that_breaks_before_it_answers(
         end(talk)
 
     with Peer(script, keeping(result(3)), tls=tls) as peer:
-        server = shell.server(peer, keep=True)
+        server = shell.server(peer, keep_alive=True)
         assert server.p() == 1
         with pytest.raises(harp.CommunicationError, match=UNKNOWN) as caught:
             server.p()
@@ -282,9 +282,9 @@ def test_a_connection_that_breaks_after_the_acknowledgement(
         talk.reply(*said)
 
     with Peer(script, keeping(result(3)), tls=tls) as peer:
-        server = shell.server(peer, keep=True)
+        server = shell.server(peer, keep_alive=True)
         assert server.p() == 1
-        with pytest.raises(harp.CommunicationError, match="before it had said all") as caught:
+        with pytest.raises(harp.CommunicationError, match="before the reply was complete") as caught:
             list(server.p())
         assert UNKNOWN not in str(caught.value)
         assert counts(peer) == [2]
@@ -294,13 +294,13 @@ def test_a_connection_that_breaks_after_the_acknowledgement(
 def test_a_new_connection_that_breaks_says_what_it_always_said(shell: Shell, tls: ssl.SSLContext) -> None:
     with Peer(answering(), tls=tls) as peer:
         with pytest.raises(harp.CommunicationError, match="closed the connection") as caught:
-            shell.server(peer, keep=True).p()
+            shell.server(peer, keep_alive=True).p()
         assert UNKNOWN not in str(caught.value)
 
 
 def test_an_answer_that_makes_no_sense_is_no_unknown(shell: Shell, tls: ssl.SSLContext) -> None:
     with Peer(keeping(result(1), [{"result": 1}]), tls=tls) as peer:
-        server = shell.server(peer, keep=True)
+        server = shell.server(peer, keep_alive=True)
         assert server.p() == 1
         with pytest.raises(harp.CommunicationError, match="came while waiting for the acknowledgement") as caught:
             server.p()
@@ -314,7 +314,7 @@ def test_a_call_whose_end_was_not_understood_ends_the_connection(
 ) -> None:
     """Its end may still come: it is not to be taken for that of the next call."""
     with Peer(keeping(lines), keeping(result(2)), tls=tls) as peer:
-        server = shell.server(peer, keep=True)
+        server = shell.server(peer, keep_alive=True)
         with pytest.raises(harp.CommunicationError, match=r"came while waiting|column 1"):
             list(server.p())
         assert peer.conversations[0].closed.wait(30)
@@ -323,7 +323,7 @@ def test_a_call_whose_end_was_not_understood_ends_the_connection(
 
 def test_wrong_arguments_cost_no_connection(shell: Shell, tls: ssl.SSLContext) -> None:
     with Peer(keeping(result(1), result(2)), tls=tls) as peer:
-        server = shell.server(peer, keep=True)
+        server = shell.server(peer, keep_alive=True)
         assert server.p() == 1
         with pytest.raises(harp.HarpException, match="argument 1"):
             server.p({1})
@@ -336,7 +336,7 @@ def test_wrong_arguments_cost_no_connection(shell: Shell, tls: ssl.SSLContext) -
 def test_threads_share_a_server(shell: Shell, tls: ssl.SSLContext) -> None:
     threads, calls = 16, 50
     with Peer(always=echoing, tls=tls) as peer:
-        server = shell.server(peer, keep=True)
+        server = shell.server(peer, keep_alive=True)
 
         def work(number: int) -> list[Any]:
             return [server.p(number, call) for call in range(calls)]
@@ -361,7 +361,8 @@ def test_a_stream_that_ends_while_another_thread_closes_it(tls: ssl.SSLContext) 
                 talk.reply(kind, {"result": 1})
 
     with nothing_left(), Peer(always=script, tls=tls) as peer:
-        with harp.HarpServer(peer.host, "u", "secret", peer.port, keep=True) as server, ThreadPoolExecutor(1) as pool:
+        server = harp.HarpServer(peer.host, "u", "secret", peer.port, keep_alive=True)
+        with server, ThreadPoolExecutor(1) as pool:
             for _ in range(100):
                 iterator = server.stream()
                 closing = pool.submit(iterator.close)
@@ -375,7 +376,7 @@ def test_a_stream_that_ends_while_another_thread_closes_it(tls: ssl.SSLContext) 
 
 def test_the_end_of_with_closes(shell: Shell, tls: ssl.SSLContext) -> None:
     with Peer(keeping(result(1)), keeping(result(2)), tls=tls) as peer:
-        with shell.server(peer, keep=True) as server:
+        with shell.server(peer, keep_alive=True) as server:
             assert server.p() == 1
         assert peer.conversations[0].closed.wait(30)
         assert server.p() == 2  # it may be used after it
@@ -386,7 +387,7 @@ def test_the_end_of_with_closes(shell: Shell, tls: ssl.SSLContext) -> None:
 
 def test_the_end_of_the_object_closes(shell: Shell, tls: ssl.SSLContext) -> None:
     with Peer(keeping(result(1)), tls=tls) as peer:
-        server = shell.server(peer, keep=True)
+        server = shell.server(peer, keep_alive=True)
         assert server.p() == 1
         del server
         gc.collect()
@@ -395,7 +396,7 @@ def test_the_end_of_the_object_closes(shell: Shell, tls: ssl.SSLContext) -> None
 
 def test_an_iterator_outlives_its_server(shell: Shell, tls: ssl.SSLContext) -> None:
     with Peer(keeping([STREAM, {"stream": 1}, {"result": 2}]), tls=tls) as peer:
-        iterator = shell.server(peer, keep=True).p()
+        iterator = shell.server(peer, keep_alive=True).p()
         gc.collect()
         assert list(iterator) == [1, harp.Result(2)]
         del iterator
@@ -409,7 +410,7 @@ COPIES: list[Callable[[Any], Any]] = [copy.copy, copy.deepcopy, lambda server: p
 @pytest.mark.parametrize("copied", COPIES, ids=["copy", "deepcopy", "pickle"])
 def test_a_copy_has_connections_of_its_own(tls: ssl.SSLContext, copied: Callable[[Any], Any]) -> None:
     with nothing_left(), Peer(keeping(result(1), result(3)), keeping(result(2)), tls=tls) as peer:
-        server = harp.HarpServer(peer.host, "u", "secret", peer.port, keep=True)
+        server = harp.HarpServer(peer.host, "u", "secret", peer.port, keep_alive=True)
         assert server.p() == 1
         with copied(server) as same:
             assert same.p() == 2
@@ -421,7 +422,7 @@ def test_a_copy_has_connections_of_its_own(tls: ssl.SSLContext, copied: Callable
 @pytest.mark.parametrize("copied", COPIES, ids=["copy", "deepcopy", "pickle"])
 def test_a_copy_has_connections_of_its_own_with_asyncio(tls: ssl.SSLContext, copied: Callable[[Any], Any]) -> None:
     async def main(peer: Peer) -> None:
-        async with aio.AsyncHarpServer(peer.host, "u", "secret", peer.port, keep=True) as server:
+        async with aio.AsyncHarpServer(peer.host, "u", "secret", peer.port, keep_alive=True) as server:
             assert await server.p() == 1
             async with copied(server) as same:
                 assert await same.p() == 2
@@ -433,8 +434,11 @@ def test_a_copy_has_connections_of_its_own_with_asyncio(tls: ssl.SSLContext, cop
 
 
 def test_no_attribute_stands_in_the_way_of_a_procedure() -> None:
-    for server in (harp.HarpServer("h", "u", "p", keep=True), aio.AsyncHarpServer("h", "u", "p", keep=True)):
-        assert "keep=True" in repr(server)
+    for server in (
+        harp.HarpServer("h", "u", "p", keep_alive=True),
+        aio.AsyncHarpServer("h", "u", "p", keep_alive=True),
+    ):
+        assert "keep_alive=True" in repr(server)
         assert not [name for name in dir(server) if not name.startswith("_")]
         for name in ("close", "keep", "idle", "connect"):
             assert isinstance(getattr(server, name), harp.HarpProcedure | aio.AsyncHarpProcedure)
@@ -452,13 +456,13 @@ def run(program: str, peer: Peer) -> None:
 
 SYNC = """
 import gc, os, sys, harp
-server = harp.HarpServer(sys.argv[1], "u", "secret", int(sys.argv[2]), keep=True)
+server = harp.HarpServer(sys.argv[1], "u", "secret", int(sys.argv[2]), keep_alive=True)
 call, renew, end = server.p, int, int
 """
 AIO = """
 import asyncio, gc, os, sys
 from harp import aio
-server = aio.AsyncHarpServer(sys.argv[1], "u", "secret", int(sys.argv[2]), keep=True)
+server = aio.AsyncHarpServer(sys.argv[1], "u", "secret", int(sys.argv[2]), keep_alive=True)
 runners = [asyncio.Runner()]
 call = lambda: runners[-1].run(server.p())
 renew = lambda: runners.append(asyncio.Runner())
@@ -499,7 +503,7 @@ def test_a_server_that_is_never_closed_warns_of_nothing(tls: ssl.SSLContext) -> 
 
 def test_a_server_that_goes_before_its_event_loop_warns_of_nothing(tls: ssl.SSLContext) -> None:
     async def main(peer: Peer) -> None:
-        server = aio.AsyncHarpServer(peer.host, "u", "secret", peer.port, keep=True)
+        server = aio.AsyncHarpServer(peer.host, "u", "secret", peer.port, keep_alive=True)
         assert [await server.p(), await server.p()] == [1, 2]
 
     with nothing_left(), Peer(keeping(result(1), result(2)), tls=tls) as peer:
@@ -509,7 +513,7 @@ def test_a_server_that_goes_before_its_event_loop_warns_of_nothing(tls: ssl.SSLC
 
 def test_each_event_loop_has_connections_of_its_own(tls: ssl.SSLContext) -> None:
     with nothing_left(), Peer(keeping(result(1)), keeping(result(2)), tls=tls) as peer:
-        server = aio.AsyncHarpServer(peer.host, "u", "secret", peer.port, keep=True)
+        server = aio.AsyncHarpServer(peer.host, "u", "secret", peer.port, keep_alive=True)
         with asyncio.Runner(debug=True) as one, asyncio.Runner(debug=True) as other:
             assert one.run(server.p()) == 1
             assert other.run(server.p()) == 2
@@ -520,7 +524,7 @@ def test_each_event_loop_has_connections_of_its_own(tls: ssl.SSLContext) -> None
 def test_an_event_loop_that_has_ended_is_in_nobodys_way(tls: ssl.SSLContext) -> None:
     """asyncio itself warns of a connection that is open at the end of its loop."""
     with nothing_left(), Peer(keeping(result(1)), keeping(result(2)), tls=tls) as peer:
-        server = aio.AsyncHarpServer(peer.host, "u", "secret", peer.port, keep=True)
+        server = aio.AsyncHarpServer(peer.host, "u", "secret", peer.port, keep_alive=True)
         assert asyncio.run(server.p()) == 1
         with pytest.warns(ResourceWarning, match="unclosed transport"):
             in_another_loop(server)
@@ -537,7 +541,7 @@ def in_another_loop(server: aio.AsyncHarpServer) -> None:
 
 async def test_a_cancelled_task_closes_its_kept_connection(tls: ssl.SSLContext) -> None:
     with Peer(keeping(result(1), []), keeping(result(2)), tls=tls) as peer:
-        async with aio.AsyncHarpServer(peer.host, "u", "secret", peer.port, keep=True) as server:
+        async with aio.AsyncHarpServer(peer.host, "u", "secret", peer.port, keep_alive=True) as server:
             assert await server.p() == 1
             task = asyncio.create_task(server.p())
             await eventually(lambda: counts(peer) == [2], what="the request")

@@ -183,7 +183,7 @@ def test_the_time_is_over(shell: Shell) -> None:
             iterator = shell.caller(peer, reconnect=0.2).job(JOB).follow(since=0)
             assert [next(iterator), next(iterator)] == records(0, 1)
         with pytest.raises(
-            harp.CommunicationError, match=rf"^127.0.0.1:{port}: .*; tried \d+ times in 0.2 s"
+            harp.CommunicationError, match=rf"^127.0.0.1:{port}: .*; gave up after \d+ attempts in 0.2 s"
         ) as caught:
             next(iterator)
         assert isinstance(caught.value.__cause__, harp.CommunicationError)
@@ -257,8 +257,8 @@ def test_a_result_is_waited_for_over_breaks(shell: Shell) -> None:
 def test_a_result_whose_dispatcher_does_not_come_back(shell: Shell) -> None:
     with Peer(always=answering()) as peer:
         job = shell.caller(peer, reconnect=0.2).job(JOB)
-        assert "in 0.2 s to reach it again" in str(job.result(wait=True))
-        with pytest.raises(harp.CommunicationError, match=r"in 0\.2 s to reach it again"):
+        assert "attempts in 0.2 s" in str(job.result(wait=True))
+        with pytest.raises(harp.CommunicationError, match=r"attempts in 0\.2 s"):
             job.get()
 
 

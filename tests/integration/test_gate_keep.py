@@ -225,7 +225,7 @@ def test_a_request_that_lay_in_a_halted_gate_is_as_old_as_that(tmp_path: Path) -
 def test_the_client_keeps_its_connection_if_it_is_asked_to(harpd: Harpd, keep: bool) -> None:
     before = len(harpd.events("call accepted"))
     arguments = (harpd.host, harpd.user, harpd.password, harpd.port, str(harpd.ca_file))
-    with harp.HarpServer(*arguments, keep=keep) as server:
+    with harp.HarpServer(*arguments, keep_alive=keep) as server:
         assert [server.same(number) for number in range(10)] == list(range(10))
         assert list(server.count(3))[:3] == [0, 1, 2]
         with pytest.raises(harp.RemoteException):
@@ -239,6 +239,6 @@ def test_the_client_keeps_its_connection_if_it_is_asked_to(harpd: Harpd, keep: b
 async def test_so_does_the_one_of_asyncio(harpd: Harpd) -> None:
     before = len(harpd.events("call accepted"))
     arguments = (harpd.host, harpd.user, harpd.password, harpd.port, str(harpd.ca_file))
-    async with harp.aio.AsyncHarpServer(*arguments, keep=True) as server:
+    async with harp.aio.AsyncHarpServer(*arguments, keep_alive=True) as server:
         assert [await server.same(number) for number in range(10)] == list(range(10))
     assert len({event["peer"] for event in harpd.events("call accepted")[before:]}) == 1

@@ -53,7 +53,7 @@ class Blocking:
     def _wrapped(self, value: Any) -> Any:
         if inspect.iscoroutine(value):
             value = self._thread.run(value)
-        ours = type(value).__module__ in ("harp.aio", "harp._net.aio_connection") or inspect.ismethod(value)
+        ours = type(value).__module__ in ("harp.aio", "harp._net.aio") or inspect.ismethod(value)
         return Blocking(value, self._thread) if ours else value
 
     def __getattr__(self, name: str) -> Any:

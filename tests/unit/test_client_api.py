@@ -23,7 +23,7 @@ JOB = "3f22e0d4-c8ed-11e5-8d66-001e8c140268"
 #: to the interface that programs in the field use, and so are these: `HarpCaller.submit_many`,
 #: `Call`, `RemoteCall.details`, `RemoteCall.why`.
 SIGNATURES = {
-    "HarpCaller": "(host, port=3502, *, reconnect=300.0, keep=False)",
+    "HarpCaller": "(host, port=3502, *, reconnect=300.0, keep_alive=False)",
     "HarpCaller.__getattr__": "(host)",
     "HarpCaller.__call__": "(host, **kwargs)",
     "HarpCaller.connect": "()",
@@ -60,7 +60,7 @@ SIGNATURES = {
     "RemoteCall.stream": "(since=None, recent=None, numbered=False, *, timed=False)",
     "RemoteCall.submit_time": "()",
     "RemoteCall.why": "()",
-    "HarpServer": "(host, user, password, port=4306, ca_file=None, *, keep=False)",
+    "HarpServer": "(host, user, password, port=4306, ca_file=None, *, keep_alive=False)",
     "HarpServer.__getattr__": "(procedure)",
     "HarpProcedure": "(server, name)",
     "HarpProcedure.__call__": "(*args, **kwargs)",
@@ -274,7 +274,7 @@ def test_a_result_is_a_value() -> None:
 WRONG_OPTIONS = [
     ({"colour": 1}, "unknown option 'colour', expected one of queue, concurrency, timeout, max_exec_time, info"),
     ({"queue": "name"}, "option 'queue': expected a dict, got 'name'"),
-    ({"queue": {"a": {1, 2}}}, r"option 'queue' can't be sent as JSON: at \['a'\]: type set"),
+    ({"queue": {"a": {1, 2}}}, r"option 'queue' cannot be sent as JSON: at \['a'\]: type set"),
     ({"concurrency": 0}, "option 'concurrency': expected a positive integer, got 0"),
     ({"concurrency": True}, "option 'concurrency'"),
     ({"concurrency": 1.5}, "option 'concurrency'"),
@@ -285,7 +285,7 @@ WRONG_OPTIONS = [
     ({"max_exec_time": float("nan")}, "option 'max_exec_time'"),
     ({"max_exec_time": float("inf")}, "option 'max_exec_time'"),
     ({"max_exec_time": False}, "option 'max_exec_time'"),
-    ({"info": object()}, "option 'info' can't be sent as JSON: type object"),
+    ({"info": object()}, "option 'info' cannot be sent as JSON: type object"),
 ]
 
 
@@ -301,12 +301,12 @@ def test_wrong_options_are_refused_at_once(options: dict[str, Any], message: str
 
 
 WRONG_CALLS: list[tuple[tuple[Any, ...], dict[str, Any], str]] = [
-    ((1,), {"a": 2}, "positional and named arguments can't be mixed"),
-    ((1, {1, 2}), {}, "argument 2 can't be sent as JSON: type set has no form"),
-    (([0, {"a": object()}],), {}, r"argument 1 can't be sent as JSON: at \[1\]\['a'\]: type object"),
-    ((), {"good": 1, "name": b"bytes"}, "argument 'name' can't be sent as JSON: type bytes"),
-    ((float("nan"),), {}, "argument 1 can't be sent as JSON: nan"),
-    (({(1, 2): 3},), {}, "argument 1 can't be sent as JSON: a key is of type tuple"),
+    ((1,), {"a": 2}, "positional and named arguments cannot be mixed"),
+    ((1, {1, 2}), {}, "argument 2 cannot be sent as JSON: type set has no form"),
+    (([0, {"a": object()}],), {}, r"argument 1 cannot be sent as JSON: at \[1\]\['a'\]: type object"),
+    ((), {"good": 1, "name": b"bytes"}, "argument 'name' cannot be sent as JSON: type bytes"),
+    ((float("nan"),), {}, "argument 1 cannot be sent as JSON: nan"),
+    (({(1, 2): 3},), {}, "argument 1 cannot be sent as JSON: a key is of type tuple"),
 ]
 
 
@@ -355,7 +355,7 @@ def test_concurrency_needs_a_queue_when_the_job_is_submitted() -> None:
         (lambda: harp.HarpCaller("h").job(JOB).follow(1, 2), "since and recent exclude each other"),
         (lambda: harp.HarpCaller("h").job(JOB).stream(10**5000), "digits"),
         (lambda: harp.HarpCaller("h").request([]), "request: expected a dict"),  # type: ignore[arg-type]
-        (lambda: harp.HarpCaller("h").request({"x": {1}}), r"the request can't be sent as JSON: at \['x'\]"),
+        (lambda: harp.HarpCaller("h").request({"x": {1}}), r"the request cannot be sent as JSON: at \['x'\]"),
         (lambda: harp.HarpServer("h", "u", None), "password: expected a string, got NoneType"),  # type: ignore[arg-type]
         (lambda: harp.HarpServer("h", 5, "p"), "user: expected a string, got int"),  # type: ignore[arg-type]
         (lambda: harp.HarpProcedure(harp.HarpServer("h", "u", "p"), ""), "procedure: expected a name"),

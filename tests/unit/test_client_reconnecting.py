@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from harp._core.operations import Job
-from harp._core.retry import Patience, seconds_to_reconnect
+from harp._core.retry import ReconnectPolicy, parse_reconnect
 from harp._core.streams import StreamReader
 from harp.errors import CommunicationError, HarpException, RemoteError
 from harp.protocol.requests import FollowStream, ReadStream
@@ -29,8 +29,8 @@ SILENCE = error_of(EOFError())
 STORAGE = RemoteError("storage_error", "the disk is full")
 
 
-def patience(seconds: float = 300.0, connected: float | None = 0.0) -> Patience:
-    made = Patience(seconds)
+def patience(seconds: float = 300.0, connected: float | None = 0.0) -> ReconnectPolicy:
+    made = ReconnectPolicy(seconds)
     if connected is not None:
         made.connected(connected)
     return made
@@ -38,7 +38,7 @@ def patience(seconds: float = 300.0, connected: float | None = 0.0) -> Patience:
 
 @pytest.mark.parametrize("cause", [OSError(), ConnectionRefusedError(), TimeoutError(), EOFError()])
 def test_an_interruption_is_waited_out(cause: Exception) -> None:
-    assert 0.05 <= patience().pause(error_of(cause), 1.0) <= 0.1
+    assert 0.05 <= patience().next_pause(error_of(cause), 1.0) <= 0.1
 
 
 @pytest.mark.parametrize(
@@ -53,9 +53,9 @@ def test_an_interruption_is_waited_out(cause: Exception) -> None:
         (LOST, lambda: patience(connected=None)),  # the first connection
     ],
 )
-def test_everything_else_is_raised_as_it_is(error: HarpException, made: Callable[[], Patience]) -> None:
+def test_everything_else_is_raised_as_it_is(error: HarpException, made: Callable[[], ReconnectPolicy]) -> None:
     with pytest.raises(type(error)) as caught:
-        made().pause(error, 1.0)
+        made().next_pause(error, 1.0)
     assert caught.value is error
 
 
@@ -63,7 +63,7 @@ def test_pauses_grow_and_are_spread() -> None:
     runs = []
     for _ in range(20):
         tried = patience()
-        runs.append([tried.pause(LOST, float(now)) for now in range(8)])
+        runs.append([tried.next_pause(LOST, float(now)) for now in range(8)])
     for pauses in zip(*runs, strict=True):
         assert len(set(pauses)) > 1
     for pause, most in zip(zip(*runs, strict=True), [0.1, 0.2, 0.4, 0.8, 1.6, 2, 2, 2], strict=True):
@@ -72,40 +72,40 @@ def test_pauses_grow_and_are_spread() -> None:
 
 def test_the_time_over_is_told_with_the_last_error() -> None:
     tried = patience(5)
-    assert tried.pause(LOST, 100.0)
-    assert tried.pause(LOST, 104.99) <= 0.011  # the last attempt comes when the time is over
-    with pytest.raises(CommunicationError, match=r"it broke; tried 2 times in 5 s to reach it again") as caught:
-        tried.pause(LOST, 105.0)
+    assert tried.next_pause(LOST, 100.0)
+    assert tried.next_pause(LOST, 104.99) <= 0.011  # the last attempt comes when the time is over
+    with pytest.raises(CommunicationError, match=r"it broke; gave up after 2 attempts in 5 s") as caught:
+        tried.next_pause(LOST, 105.0)
     assert caught.value.__cause__ is LOST
 
 
 def test_storage_that_is_away_passes_while_reconnecting() -> None:
     tried = patience(5)
-    tried.pause(LOST, 0.0)
+    tried.next_pause(LOST, 0.0)
     tried.connected(1.0)
-    assert tried.pause(STORAGE, 1.0)
+    assert tried.next_pause(STORAGE, 1.0)
     with pytest.raises(RemoteError) as caught:
-        tried.pause(STORAGE, 5.0)
+        tried.next_pause(STORAGE, 5.0)
     assert caught.value is STORAGE
 
 
 def test_success_starts_the_clock_anew() -> None:
     tried = patience(5)
-    tried.pause(LOST, 0.0)
+    tried.next_pause(LOST, 0.0)
     tried.connected(1.0)
-    tried.succeeded()
+    tried.end_outage()
     assert tried.attempts == 0
-    assert tried.pause(LOST, 100.0) <= 0.1
+    assert tried.next_pause(LOST, 100.0) <= 0.1
 
 
 def test_a_connection_that_stood_was_a_success() -> None:
     tried = patience(300)
-    tried.pause(LOST, 0.0)
+    tried.next_pause(LOST, 0.0)
     tried.connected(10.0)
-    tried.pause(LOST, 20.0)  # not long enough: the outage goes on
+    tried.next_pause(LOST, 20.0)  # not long enough: the outage goes on
     assert tried.attempts == 2
     tried.connected(20.0)
-    assert tried.pause(LOST, 1000.0)  # long enough
+    assert tried.next_pause(LOST, 1000.0)  # long enough
     assert tried.attempts == 1
 
 
@@ -113,7 +113,7 @@ def test_a_dispatcher_that_only_accepts_is_given_up() -> None:
     tried, now = patience(10), 0.0
     with pytest.raises(CommunicationError, match="in 10 s"):
         for _ in range(100):
-            now += tried.pause(SILENCE, now)
+            now += tried.next_pause(SILENCE, now)
             tried.connected(now)
     assert now <= 10.1
 
@@ -122,14 +122,14 @@ def test_a_dispatcher_that_only_accepts_is_given_up() -> None:
     ("option", "seconds"), [(None, 0), (False, 0), (0, 0), (2.5, 2.5), (math.inf, math.inf), (10**400, math.inf)]
 )
 def test_the_option(option: Any, seconds: float) -> None:
-    assert seconds_to_reconnect(option) == seconds
+    assert parse_reconnect(option) == seconds
 
 
 # A reader, line by line: what it asks, and what it gives.
 
 
 def asked(reader: StreamReader) -> dict[str, Any] | None:
-    line = reader.request()
+    line = reader.take_request()
     if line is None:
         return None
     reader.connected(0.0)

@@ -6,7 +6,7 @@ import gc
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
-from harp._core.connection_pool import Idle
+from harp._core.connection_pool import ConnectionPool
 
 
 class Conn:
@@ -17,15 +17,15 @@ class Conn:
         self.dropped = False
         self.users = 0
 
-    def quiet(self) -> bool:
+    def is_idle(self) -> bool:
         return self.fit
 
-    def drop(self) -> None:
+    def close_threadsafe(self) -> None:
         self.dropped = True
 
 
 def test_the_one_used_last_is_given_first() -> None:
-    idle, conns = Idle(Conn.drop), [Conn() for _ in range(3)]
+    idle, conns = ConnectionPool[Conn](True), [Conn() for _ in range(3)]
     for conn in conns:
         idle.put(conn, 60, now=0)
     assert [idle.take(1) for _ in range(4)] == [*reversed(conns), None]
@@ -33,7 +33,7 @@ def test_the_one_used_last_is_given_first() -> None:
 
 
 def test_half_of_the_time_counts() -> None:
-    idle, conn = Idle(Conn.drop), Conn()
+    idle, conn = ConnectionPool[Conn](True), Conn()
     idle.put(conn, 60, now=100)
     assert idle.take(129.9) is conn
     idle.put(conn, 60, now=100)
@@ -42,7 +42,7 @@ def test_half_of_the_time_counts() -> None:
 
 
 def test_what_is_not_fit_is_dropped() -> None:
-    idle, good, bad = Idle(Conn.drop), Conn(), Conn()
+    idle, good, bad = ConnectionPool[Conn](True), Conn(), Conn()
     for conn in (good, bad):
         idle.put(conn, 60, now=0)
     bad.fit = False
@@ -51,14 +51,14 @@ def test_what_is_not_fit_is_dropped() -> None:
 
 
 def test_there_is_a_bound_and_the_oldest_go() -> None:
-    idle, conns = Idle(Conn.drop), [Conn() for _ in range(40)]
+    idle, conns = ConnectionPool[Conn](True), [Conn() for _ in range(40)]
     for conn in conns:
         idle.put(conn, 60, now=0)
     assert [conn.dropped for conn in conns] == [True] * 8 + [False] * 32
 
 
 def test_what_has_waited_too_long_goes_though_others_are_used() -> None:
-    idle, first, second = Idle(Conn.drop), Conn(), Conn()
+    idle, first, second = ConnectionPool[Conn](True), Conn(), Conn()
     idle.put(first, 60, now=0)
     idle.put(second, 60, now=20)
     assert idle.take(29) is second
@@ -67,7 +67,7 @@ def test_what_has_waited_too_long_goes_though_others_are_used() -> None:
 
 
 def test_drained_ones_are_the_callers() -> None:
-    idle, conns = Idle(Conn.drop), [Conn(), Conn()]
+    idle, conns = ConnectionPool[Conn](True), [Conn(), Conn()]
     for conn in conns:
         idle.put(conn, 60, now=0)
     assert set(idle.drain()) == set(conns)
@@ -77,7 +77,7 @@ def test_drained_ones_are_the_callers() -> None:
 
 
 def test_the_rest_is_dropped_with_the_object() -> None:
-    idle, conn = Idle(Conn.drop), Conn()
+    idle, conn = ConnectionPool[Conn](True), Conn()
     idle.put(conn, 60, now=0)
     del idle
     gc.collect()
@@ -86,7 +86,7 @@ def test_the_rest_is_dropped_with_the_object() -> None:
 
 def test_no_two_threads_have_one() -> None:
     threads, rounds = 8, 2000
-    idle = Idle(Conn.drop)
+    idle = ConnectionPool[Conn](True)
     made: list[Conn] = []
     shared: list[Conn] = []
     start = threading.Barrier(threads)

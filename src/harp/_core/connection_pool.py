@@ -1,80 +1,99 @@
-"""Connections to a harpd or a dispatcher that wait for another request.
+"""Open connections to one harpd or dispatcher that wait for their next request.
 
-Nothing here reads a clock or knows the network. Whether a connection may be used again is its own business
-(`Reusable.quiet`); when, and how many wait, is decided here.
+Nothing here reads a clock or knows the network. A connection decides whether it can be used again
+(`Poolable.is_idle`); the pool decides when and how many wait.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
 from contextlib import suppress
 from typing import Generic, Protocol, TypeVar
 
-__all__ = ["Idle"]
+__all__ = ["ConnectionPool", "Poolable"]
 
-#: The most connections that wait in one place.
-_MOST = 32
-
-
-class Reusable(Protocol):
-    """What a connection has to tell."""
-
-    def quiet(self) -> bool:
-        """Whether another request may go over the connection, as far as can be known here and now."""
+#: The most connections that wait in one pool.
+_CAPACITY = 32
 
 
-C = TypeVar("C", bound=Reusable)
+class Poolable(Protocol):
+    """A connection that can wait in a pool."""
+
+    def is_idle(self) -> bool:
+        """Return whether the connection is open and its peer has sent nothing since the last reply."""
+
+    def close_threadsafe(self) -> None:
+        """Close the connection without waiting, from any thread."""
 
 
-class Idle(Generic[C]):
-    """Connections that wait for another request, the one used last first. Any number of threads may use it.
+C = TypeVar("C", bound=Poolable)
 
-    Each waits for half of the time that its peer grants at most: after that the peer may be about to close it.
 
-    There is no lock, which a fork or a signal handler could meet taken: each step is one operation of `deque`.
+class ConnectionPool(Generic[C]):
+    """Connections that wait for their next request; the most recently used one is used first.
+
+    Waiting connections are closed with the pool.
+
+    Each waits for at most half of the time that its peer grants: after that, the peer may be about to close it.
+    Any number of threads may use a pool. There is no lock, because a fork or a signal handler could find it locked:
+    each step is one operation of `deque`.
 
     Args:
-        drop: closes a connection, without waiting and from any thread. What is left is dropped with this object.
+        enabled: whether connections stay open at all.
     """
 
-    def __init__(self, drop: Callable[[C], object]) -> None:
-        self._drop = drop
+    def __init__(self, enabled: bool) -> None:
+        self.enabled = enabled
+        #: Whether the peer has granted keep-alive before.
+        self.granted = False
         self._waiting: deque[tuple[C, float]] = deque()
 
     def take(self, now: float) -> C | None:
-        """A connection for one request, which is the caller's from now on; None: there is none, make one."""
-        while (newest := self._newest()) is not None:
-            conn, until = newest
-            if now < until and conn.quiet():
+        """Return a connection for one request, and remove it from the pool; None when there is none."""
+        while (newest := self._remove_newest()) is not None:
+            conn, deadline = newest
+            if now < deadline and conn.is_idle():
                 return conn
-            self._drop(conn)
+            conn.close_threadsafe()
         return None
 
-    def _newest(self) -> tuple[C, float] | None:
+    def _remove_newest(self) -> tuple[C, float] | None:
         try:
             return self._waiting.pop()
         except IndexError:
             return None
 
-    def put(self, conn: C, keep: float, now: float) -> None:
-        """Have a connection wait, over which a request was answered at `now`, and the peer grants `keep` seconds."""
-        self._waiting.append((conn, now + keep / 2))
-        while (oldest := self._surplus(now)) is not None:
-            self._drop(oldest)
+    def put(self, conn: C, seconds: float | None, now: float) -> bool:
+        """Add a connection whose request has been answered.
 
-    def _surplus(self, now: float) -> C | None:
-        """The oldest connection, taken out, when there are too many or its time is over."""
+        Args:
+            conn: the connection.
+            seconds: how long the peer keeps it open for another request; None: not at all.
+            now: the time of the answer.
+
+        Returns:
+            Whether the pool has taken it. If not, the caller closes it.
+        """
+        if seconds is None or not self.enabled:
+            return False
+        self.granted = True
+        self._waiting.append((conn, now + seconds / 2))
+        while (oldest := self._remove_surplus(now)) is not None:
+            oldest.close_threadsafe()
+        return True
+
+    def _remove_surplus(self, now: float) -> C | None:
+        """Return the oldest connection, removed, if there are too many or its time is over."""
         with suppress(IndexError):  # other threads have taken all
-            if len(self._waiting) > _MOST or self._waiting[0][1] <= now:
+            if len(self._waiting) > _CAPACITY or self._waiting[0][1] <= now:
                 return self._waiting.popleft()[0]
         return None
 
     def drain(self) -> list[C]:
-        """Take all connections, to close them."""
-        return [conn for conn, _ in iter(self._newest, None)]
+        """Remove all connections and return them; the caller closes them."""
+        return [conn for conn, _ in iter(self._remove_newest, None)]
 
     def __del__(self) -> None:
         with suppress(Exception):
             for conn in self.drain():
-                self._drop(conn)
+                conn.close_threadsafe()

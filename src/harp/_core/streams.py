@@ -1,84 +1,87 @@
-"""What comes as a stream: its items, what is to be asked for them, and how to go on after an interruption.
+"""Reading streams: their items, the requests for them, and how to continue after an interruption.
 
-As in `harp._core.operations`, nothing here touches a socket or reads a clock: a `Reader` is given lines, errors and
-the time,
-and the shells do what it says.
+A `Reader` is given lines, errors and times, and decides; `StreamBase` carries it out on a connection.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, ClassVar, Generic, TypeVar
 
-from harp._core.operations import REFUSALS, Answer, Job, Result, error_of, outcome_of
-from harp._core.retry import Patience, closed_silently, too_old
+from harp._core.connection_pool import ConnectionPool
+from harp._core.operations import REFUSALS, Job, ParsedReply
+from harp._core.outcomes import Result, error_of, outcome_of
+from harp._core.retry import ReconnectPolicy, closed_without_reply, unsupported_by_peer
+from harp._core.steps import Clock, Connection, Steps
 from harp.errors import CommunicationError, HarpException
 from harp.protocol import harpd as daemon
 from harp.protocol.ends import Failed, Raised, Returned
 from harp.protocol.replies import Continue, Exchange, Packet
 from harp.protocol.requests import FollowStream, ReadStream, encode_request
 
-__all__ = ["DirectReader", "Reader", "StreamReader"]
+__all__ = ["DirectReader", "Reader", "StreamBase", "StreamReader"]
 
+C = TypeVar("C", bound=Connection)
 
-#: Who does not know a job closes within so many seconds; a connection that stood longer was no refusal.
+#: A legacy dispatcher closes the connection within this many seconds if the job is unknown. A later close is an outage.
 _REFUSED_WITHIN = 1.0
 
 
 class Reader(ABC):
-    """Takes the lines of a stream and gives its items; says what to ask, and how to go on after an interruption."""
+    """Turns the lines of a stream into items, and decides how to continue after an interruption."""
 
-    def request(self) -> bytes | None:
-        """The line to send over a new connection before the next line can be read; given once. None: there is none."""
+    def take_request(self) -> bytes | None:
+        """Return the line to send on a new connection before the next line is read, once; None: there is none."""
         return None
 
-    def connected(self, now: float) -> None:  # noqa: B027  who has nothing to ask need not know
-        """The connection for the request came to be, at this time."""
+    def connected(self, now: float) -> None:  # noqa: B027  only readers that reconnect need it
+        """Note that the connection for the request was established."""
 
     @abstractmethod
     def read(self, line: bytes) -> tuple[Any, ...]:
-        """The items of a line, none or one. Raises what the line reports, and `ProtocolError`."""
+        """Return the items of a line, at most one. Raise the error that the line reports, or `ProtocolError`."""
 
     @abstractmethod
-    def read_on(self, lines: Iterable[bytes]) -> list[Any]:
-        """The items of the first of these lines, in one step as there may be many; the next line is for `read`.
+    def read_batch(self, lines: Iterable[bytes]) -> list[Any]:
+        """Return the items of the first lines that have one item each; the line after them is for `read`.
 
-        They came behind a line with an item, and give one item each.
+        This is the fast path for the lines that arrived together with a line that had an item.
         """
 
     @property
     @abstractmethod
     def finished(self) -> bool:
-        """Whether the last line has come."""
+        """Whether the last line was read."""
 
     @property
-    def keep(self) -> float | None:
-        """Seconds for which the connection then waits for another request; None: it is to be closed."""
+    def keep_alive(self) -> float | None:
+        """Seconds that the connection then waits for another request; None: it must be closed."""
         return None
 
     def interrupted(self, error: HarpException, now: float) -> float:
-        """The seconds to wait before what `request` then gives is asked. Raises the error when there is no going on."""
+        """Return the seconds to wait before the next request. Raise the error if the stream cannot continue."""
         raise error
 
 
 class StreamReader(Reader):
-    """Reads a job's records, each once, over as many connections as it takes; the job keeps the end that closes them.
+    """The records of a job, each once, over as many connections as necessary; stores the job's end when it comes.
 
-    Whoever goes on after an interruption must know a number. A `FollowStream` without `since` has none before its
-    first record. So `ReadStream`, which answers at once, is asked first: it tells the number, and from there on is
-    followed.
+    To continue after an interruption, a reader needs a sequence number. A `FollowStream` without `since` has none
+    before its first record. So `ReadStream`, which is answered at once, is sent first: it gives the number, and the
+    stream is followed from there.
 
-    Dispatchers of the field close the connection without a word when they don't know the job. So that this is not
-    taken for an outage, `ReadStream` is also what is asked again as long as nothing has been heard at all; its
-    silence is then the answer.
+    Legacy dispatchers close the connection without a reply when the job is unknown. So that this is not taken for an
+    outage, `ReadStream` is also sent after an interruption until the first reply: if it is not answered either, the
+    job is unknown.
 
     Args:
         job: the job.
-        request: what is wanted.
-        numbered: whether items are pairs of a record's number and the record; timed ones are number, time and record.
-        reconnect: for how many seconds in a row the dispatcher is to be reached again; of use to a `FollowStream` only.
-        asked: the request has been sent already.
+        request: the request for the records.
+        numbered: whether items are pairs of a record's number and the record; timed items are number, time and record.
+        reconnect: how many seconds an outage may last; used by a `FollowStream` only.
+        sent: whether the request has been sent already.
     """
 
     def __init__(
@@ -87,84 +90,83 @@ class StreamReader(Reader):
         request: FollowStream | ReadStream,
         numbered: bool,
         reconnect: float = 0.0,
-        asked: bool = False,
+        sent: bool = False,
     ) -> None:
         self._job = job
         self._wanted = request
         self._numbered = numbered
-        self._patience = Patience(reconnect if isinstance(request, FollowStream) else 0.0)
-        self._number = request.since
-        self._connected = 0.0
-        self._heard = False
-        self._silences = 0
+        self._policy = ReconnectPolicy(reconnect if isinstance(request, FollowStream) else 0.0)
+        self._next_number = request.since
+        self._connected_at = 0.0
+        self._replied = False
+        self._silent_closes = 0
         self._finished = False
         self._unsent: FollowStream | ReadStream | None
-        self._ask(self._onward() if self._patience and request.since is None else request)
-        if asked:
+        self._set_request(self._next_request() if self._policy and request.since is None else request)
+        if sent:
             self._unsent = None
 
-    def _ask(self, request: FollowStream | ReadStream) -> None:
-        self._asked = request
+    def _set_request(self, request: FollowStream | ReadStream) -> None:
+        self._request = request
         self._exchange = Exchange(request)
         self._unsent = request
 
-    def _onward(self) -> FollowStream | ReadStream:
-        """What to ask, given what is known."""
+    def _next_request(self) -> FollowStream | ReadStream:
         wanted = self._wanted
-        if self._number is None:
-            # One record more than none: its number is what counts.
+        if self._next_number is None:
+            # At least one record, because of its number.
             return ReadStream(wanted.job, recent=max(wanted.recent or 0, 1), timed=wanted.timed)
-        kind = ReadStream if self._silences and not self._heard else FollowStream
-        return kind(wanted.job, since=self._number, timed=wanted.timed)
+        kind = ReadStream if self._silent_closes and not self._replied else FollowStream
+        return kind(wanted.job, since=self._next_number, timed=wanted.timed)
 
     @property
     def finished(self) -> bool:
-        """Whether the closing line has come."""
+        """Whether the closing line was read."""
         return self._finished
 
-    def request(self) -> bytes | None:
-        """The line to send over a new connection before the next line can be read; given once. None: there is none."""
+    def take_request(self) -> bytes | None:
+        """Return the line to send on a new connection before the next line is read, once; None: there is none."""
         request, self._unsent = self._unsent, None
         return None if request is None else encode_request(request)
 
     def connected(self, now: float) -> None:
-        """The connection for the request came to be, at this time."""
-        self._connected = now
-        self._patience.connected(now)
+        """Note that the connection for the request was established."""
+        self._connected_at = now
+        self._policy.connected(now)
 
     def read(self, line: bytes) -> tuple[Any, ...]:
-        """The record of a line, nothing for a closing line.
+        """Return the record of a line; a closing line has none.
 
         Raises:
             RemoteError: the dispatcher refused the request.
-            ProtocolError: the line may not come here.
+            ProtocolError: the line is not valid here.
         """
         reply = self._exchange.reply(line)
         if isinstance(reply, Failed) and reply.type in REFUSALS:
             raise error_of(reply)
-        self._heard = True
-        self._patience.succeeded()
+        self._replied = True
+        self._policy.end_outage()
         if isinstance(reply, Packet):
-            known, self._number = self._number is not None, reply.number + 1
-            # Of those asked for to learn the number, the first was there before; others came meanwhile.
-            unwanted = not known and self._asked is not self._wanted and not self._wanted.recent
-            return () if unwanted else (self._item(reply),)
+            number_known, self._next_number = self._next_number is not None, reply.number + 1
+            # Of the records read for their number, the first is older than the request; the others are new.
+            skipped = not number_known and self._request is not self._wanted and not self._wanted.recent
+            return () if skipped else (self._item(reply),)
         if isinstance(reply, Continue) and isinstance(self._wanted, FollowStream):
-            self._number = self._number or 0
-            self._ask(self._onward())
+            self._next_number = self._next_number or 0
+            self._set_request(self._next_request())
             return ()
         self._finished = True
-        self._job.keep(Answer(reply, line))
+        self._job.store_end(ParsedReply(reply, line))
         return ()
 
-    def read_on(self, lines: Iterable[bytes]) -> list[Any]:
+    def read_batch(self, lines: Iterable[bytes]) -> list[Any]:
         """See `Reader`."""
-        first = self._number
+        first = self._next_number
         if first is None or self._wanted.timed:
             return []
-        found = self._exchange.packets(lines)
-        self._number = first + len(found)
-        return list(enumerate(found, first)) if self._numbered else found
+        records = self._exchange.packets(lines)
+        self._next_number = first + len(records)
+        return list(enumerate(records, first)) if self._numbered else records
 
     def _item(self, packet: Packet) -> Any:
         if self._wanted.timed:
@@ -172,46 +174,46 @@ class StreamReader(Reader):
         return (packet.number, packet.data) if self._numbered else packet.data
 
     def interrupted(self, error: HarpException, now: float) -> float:
-        """The seconds to wait before what `request` then gives is asked.
+        """Return the seconds to wait before the next request.
 
         Raises:
-            HarpException: the error, when there is no going on.
+            HarpException: the error, if the stream cannot continue.
         """
-        silent = not self._heard and closed_silently(error) and now - self._connected < _REFUSED_WITHIN
-        self._silences += silent
-        refused = silent and isinstance(self._asked, ReadStream) and self._silences > 1
-        if silent and (refused or not self._patience):
+        silent = not self._replied and closed_without_reply(error) and now - self._connected_at < _REFUSED_WITHIN
+        self._silent_closes += silent
+        refused = silent and isinstance(self._request, ReadStream) and self._silent_closes > 1
+        if silent and (refused or not self._policy):
             assert isinstance(error, CommunicationError)
             if self._wanted.timed:
-                raise too_old(error, "timed=True") from error
+                raise unsupported_by_peer(error, "timed=True") from error
             raise error
-        pause = self._patience.pause(error, now)
-        self._ask(self._onward())
+        pause = self._policy.next_pause(error, now)
+        self._set_request(self._next_request())
         return pause
 
 
 class DirectReader(Reader):
-    """Reads what harpd says after a request."""
+    """The records and the end of a direct call to harpd."""
 
     def __init__(self) -> None:
         self._exchange = daemon.Exchange()
 
     @property
     def finished(self) -> bool:
-        """Whether the closing line has come."""
+        """Whether the closing line was read."""
         return self._exchange.finished
 
     @property
-    def keep(self) -> float | None:
-        """Seconds for which harpd then waits for another request; None: it closes, or the closing line has not come."""
+    def keep_alive(self) -> float | None:
+        """Seconds that harpd then waits for another request; None: harpd closes, or the call has not ended."""
         return self._exchange.keep if self._exchange.finished else None
 
-    def streams(self, line: bytes) -> bool:
-        """Read the first line: whether the result will be a streamed one.
+    def read_acknowledgement(self, line: bytes) -> bool:
+        """Read the first line and return whether the result is streamed.
 
         Raises:
             RemoteError: harpd refused the call.
-            ProtocolError: the line may not come here.
+            ProtocolError: the line is not valid here.
         """
         message = self._exchange.message(line)
         if isinstance(message, Failed):
@@ -220,21 +222,105 @@ class DirectReader(Reader):
         return message.stream_result
 
     def read(self, line: bytes) -> tuple[Any, ...]:
-        """The record of a line; the end result as a `Result`.
+        """Return the record of a line; the end result as a `Result`.
 
         Raises:
             RemoteException: the procedure raised.
             RemoteError: the call was cut short.
-            ProtocolError: the line may not come here.
+            ProtocolError: the line is not valid here.
         """
         message = self._exchange.message(line)
         if isinstance(message, daemon.Record):
             return (message.data,)
         if isinstance(message, Returned):
             return (Result(message.result),)
-        assert isinstance(message, (Raised, Failed))  # the exchange lets nothing else pass
+        assert isinstance(message, (Raised, Failed))  # the exchange rejects all others
         raise outcome_of(message)
 
-    def read_on(self, lines: Iterable[bytes]) -> list[Any]:
+    def read_batch(self, lines: Iterable[bytes]) -> list[Any]:
         """See `Reader`."""
         return self._exchange.records(lines)
+
+
+class StreamBase(ABC, Generic[C]):
+    """Items read from a connection, which is closed after the last item, at an error, and with this object.
+
+    Args:
+        conn: the connection; it connects again when the reader has a request.
+        reader: reads its lines.
+        pool: where the connection goes instead if the peer keeps it open after the last item.
+    """
+
+    _clock: ClassVar[Clock]
+    _closed = True  # until it is initialized, for `__del__`
+
+    def __init__(self, conn: C, reader: Reader, pool: ConnectionPool[C] | None = None) -> None:
+        self._conn = conn
+        self._reader = reader
+        self._pool = pool
+        self._parsed: deque[Any] = deque()  # items that arrived with an earlier one
+        self._closed = False
+
+    @abstractmethod
+    def close(self) -> Any:
+        """End the iteration early and close the connection; a step."""
+
+    @abstractmethod
+    def _end(self) -> bool:
+        """End the iteration; return whether this call did, so that the connection belongs to its caller."""
+
+    @abstractmethod
+    def _connect(self) -> Any:
+        """Connect the connection until the stream is closed; a step."""
+
+    @abstractmethod
+    def _sleep(self, seconds: float) -> Any:
+        """Wait until the time is over or the stream is closed; a step."""
+
+    def _next_items(self) -> Steps[tuple[Any, ...]]:
+        """Return the next item in a tuple, which is empty at the end."""
+        while not self._closed:
+            if self._parsed:
+                return (self._parsed.popleft(),)
+            try:
+                items = yield from self._read()
+            except BaseException:
+                yield from self._finish()
+                raise
+            if self._reader.finished:
+                yield from self._finish()
+            elif items:
+                self._parsed += self._conn.parse_buffered(self._reader.read_batch)
+            if items:
+                return items
+        return ()
+
+    def _read(self) -> Steps[tuple[Any, ...]]:
+        """Return the items of the next line; none after an interruption and its pause."""
+        try:
+            request = self._reader.take_request()
+            line = (yield self._conn.receive_line()) if request is None else (yield from self._ask(request))
+            with self._conn.map_errors("reading"):
+                return self._reader.read(line)
+        except HarpException as error:
+            if self._closed:  # by another thread or task
+                return ()
+            pause = self._reader.interrupted(error, self._clock.now())
+        yield self._sleep(pause)
+        return ()
+
+    def _ask(self, request: bytes) -> Steps[bytes]:
+        yield self._connect()
+        if self._closed:  # before there was a connection to close
+            yield self._conn.close()
+        self._reader.connected(self._clock.now())
+        line: bytes = yield self._conn.ask(request)
+        return line
+
+    def _finish(self) -> Steps[None]:
+        """End the iteration after the last line or an error."""
+        seconds = self._reader.keep_alive
+        if self._pool is None or seconds is None:
+            yield self.close()
+        elif self._end() and not self._pool.put(self._conn, seconds, self._clock.now()):
+            yield self._conn.close()

@@ -1,0 +1,220 @@
+"""What a caller passes in, checked and turned into requests: names, arguments, options, credentials.
+
+Values are encoded as soon as they are passed: a later change of a list or dict does not change the request.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import KW_ONLY, dataclass, field, fields, replace
+from typing import Any, TypedDict
+
+from harp.errors import HarpException
+from harp.protocol import harpd as daemon
+from harp.protocol import requests as protocol
+from harp.protocol.fields import is_count, is_seconds
+from harp.protocol.json_text import NotJSON, Raw, dumps
+
+__all__ = [
+    "Call",
+    "Credentials",
+    "JobOptions",
+    "Options",
+    "check_attribute_name",
+    "check_name",
+    "direct_request",
+    "encode_line",
+    "job_request",
+    "plain_request",
+]
+
+
+def check_attribute_name(name: str, owner: object) -> str:
+    """Return an attribute's name that may denote a host or a procedure.
+
+    Raises:
+        AttributeError: the name begins with an underscore. Python itself, copy, pickle and debuggers look for such
+            names; none of them may submit a call.
+    """
+    if name.startswith("_"):
+        raise AttributeError(f"{type(owner).__name__!r} object has no attribute {name!r}", name=name, obj=owner)
+    return name
+
+
+def check_name(field: str, name: object) -> str:
+    """Return `name` if it is a non-empty string. Raise `HarpException` otherwise."""
+    if not isinstance(name, str) or not name:
+        raise HarpException(f"{field}: expected a name, got {name!r}")
+    return name
+
+
+class JobOptions(TypedDict, total=False):
+    """The options of a job; None means that an option is not set."""
+
+    queue: dict[str, Any] | None
+    concurrency: int | None
+    timeout: float | None
+    max_exec_time: float | None
+    info: Any
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """The checked options of a job; `queue` and `info` are JSON text."""
+
+    queue: Raw | None = None
+    concurrency: int | None = None
+    timeout: float | None = None
+    max_exec_time: float | None = None
+    info: Raw | None = None
+
+    def updated(self, options: Mapping[str, Any]) -> Options:
+        """Return a copy with some options replaced.
+
+        Raises:
+            HarpException: an option is unknown or invalid; the message names it.
+        """
+        for name in options:
+            if name not in _OPTION_NAMES:
+                raise HarpException(f"unknown option {name!r}, expected one of {', '.join(_OPTION_NAMES)}")
+        return replace(self, **{name: _check_option(name, value) for name, value in options.items()})
+
+
+_OPTION_NAMES = tuple(option.name for option in fields(Options))
+
+
+def _check_option(name: str, value: Any) -> Any:
+    if value is None:
+        return None
+    text = _encode(f"option {name!r}", value)
+    if name == "info":
+        return text
+    if name == "queue":
+        valid, expected = isinstance(value, dict), "a dict"
+    elif name == "concurrency":
+        valid, expected = is_count(value) and value > 0, "a positive integer"
+    else:
+        valid, expected = is_seconds(value), "a positive number of seconds"
+    if not valid:
+        raise HarpException(f"option {name!r}: expected {expected}, got {value!r}")
+    return text if name == "queue" else value
+
+
+def _encode(what: str, value: Any) -> Raw:
+    try:
+        return dumps(value)
+    except NotJSON as error:
+        raise HarpException(f"{what} cannot be sent as JSON: {error}") from error
+
+
+def _encode_arguments(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Raw:
+    """Return a call's arguments as JSON text: an array, or an object of named arguments.
+
+    Raises:
+        HarpException: both kinds are given, or an argument has no form in JSON; the message names it.
+    """
+    if args and kwargs:
+        raise HarpException("positional and named arguments cannot be mixed in one call")
+    if kwargs:
+        named = [dumps(name) + b":" + _encode(f"argument {name!r}", value) for name, value in kwargs.items()]
+        return Raw(b"{" + b",".join(named) + b"}")
+    return Raw(b"[" + b",".join(_encode(f"argument {n}", value) for n, value in enumerate(args, 1)) + b"]")
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One call of many, to be submitted by `harp.HarpCaller.submit_many`.
+
+    Args:
+        host: the host's name in the dispatcher's registry.
+        procedure: the procedure's name.
+        arguments: its arguments: a list or tuple, or a dict of named ones. Later changes of it have no effect.
+        queue, concurrency, timeout, max_exec_time, info: options of the job, as for `harp.RemoteServer.__call__`.
+
+    Raises:
+        HarpException: one of them is invalid; the message names it.
+
+    Spec: docs/client-api.md, HarpCaller.
+    """
+
+    host: str
+    procedure: str
+    arguments: list[Any] | tuple[Any, ...] | dict[str, Any] = ()
+    _: KW_ONLY
+    queue: dict[str, Any] | None = None
+    concurrency: int | None = None
+    timeout: float | None = None
+    max_exec_time: float | None = None
+    info: Any = None
+    _request: protocol.Call = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        check_name("host", self.host)
+        check_name("procedure", self.procedure)
+        if isinstance(self.arguments, dict):
+            arguments = _encode_arguments((), self.arguments) if self.arguments else Raw(b"{}")
+        elif isinstance(self.arguments, (list, tuple)):
+            arguments = _encode_arguments(tuple(self.arguments), {})
+        else:
+            raise HarpException(f"arguments: expected a list, a tuple or a dict, got {self.arguments!r}")
+        options = Options(*[_check_option(name, getattr(self, name)) for name in _OPTION_NAMES])
+        object.__setattr__(self, "_request", _job_request(self.host, self.procedure, arguments, options))
+
+
+def job_request(
+    host: str, procedure: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], options: Options
+) -> protocol.Call:
+    """Return the request that submits a job. Raise `HarpException` if arguments or options are invalid."""
+    return _job_request(host, procedure, _encode_arguments(args, kwargs), options)
+
+
+def _job_request(host: str, procedure: str, arguments: Raw, options: Options) -> protocol.Call:
+    if options.concurrency is not None and options.queue is None:
+        raise HarpException("option 'concurrency' needs option 'queue'")
+    queue = None if options.queue is None else protocol.Queue(options.queue, options.concurrency or 1)
+    return protocol.Call(host, procedure, arguments, options.timeout, options.max_exec_time, queue, options.info)
+
+
+def plain_request(req: dict[str, Any]) -> bytes:
+    """Return the line of a request that the caller composed; the version is added when it is absent.
+
+    Raises:
+        HarpException: it is not a dict, or has no form in JSON.
+    """
+    if not isinstance(req, dict):
+        raise HarpException(f"request: expected a dict, got {req!r}")
+    return bytes(_encode("the request", {"harpcaller": protocol.VERSION, **req})) + b"\n"
+
+
+def encode_line(value: Any) -> bytes:
+    """Return a value as a line of JSON. Raise `HarpException` that says which part has no form in JSON."""
+    return bytes(_encode("the value", value)) + b"\n"
+
+
+@dataclass(frozen=True, slots=True)
+class Credentials:
+    """The user that calls harpd."""
+
+    user: str
+    password: str
+
+    def __post_init__(self) -> None:
+        for name in ("user", "password"):
+            if not isinstance(getattr(self, name), str):
+                raise HarpException(f"{name}: expected a string, got {type(getattr(self, name)).__name__}")
+
+    def __repr__(self) -> str:
+        return f"user={self.user!r}, password='***'"
+
+
+def direct_request(
+    procedure: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], credentials: Credentials, keep_alive: bool
+) -> bytes:
+    """Return the line of a call to harpd; with `keep_alive` it requests to keep the connection open afterwards.
+
+    Raises:
+        HarpException: the arguments are invalid.
+    """
+    arguments = _encode_arguments(args, kwargs)
+    request = daemon.Request(procedure, arguments, credentials.user, credentials.password, keep=keep_alive)
+    return daemon.encode_request(request)

@@ -1,0 +1,364 @@
+"""The network of the asyncio shell; each class and method does the same as the one of `harp._net.sync`."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import ssl
+import time
+from abc import abstractmethod
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from contextlib import suppress
+from types import TracebackType
+from typing import Any, NoReturn, Self, TypeVar, cast
+
+from harp._core.calls import encode_line
+from harp._core.connection_pool import ConnectionPool
+from harp._core.endpoint import Endpoint
+from harp._core.steps import Clock, Steps
+from harp._core.streams import Reader, StreamBase
+from harp._net.errors import ErrorMapping
+from harp._net.sockets import CONNECT_TIMEOUT, ConnectAttempts, ReceiveBuffer, is_idle
+from harp._net.tls import tls_context
+from harp.errors import CommunicationError
+from harp.protocol.json_text import loads
+
+__all__ = ["CLOCK", "AsyncIteration", "AsyncJSONConnection", "AsyncJSONSSLConnection", "AsyncStream", "run"]
+
+T = TypeVar("T")
+
+#: The time of this shell.
+CLOCK = Clock(time.monotonic, asyncio.sleep)
+
+
+async def run(steps: Steps[T]) -> T:
+    """Run steps and return their outcome."""
+    try:
+        step = next(steps)
+        while True:
+            try:
+                value = await step
+            except BaseException as error:  # noqa: BLE001  the steps handle or raise it
+                step = steps.throw(error)
+            else:
+                step = steps.send(value)
+    except StopIteration as end:
+        outcome: T = end.value
+        return outcome
+
+
+class _Protocol(asyncio.Protocol):
+    """The event loop's side of a connection: collects lines, and stores the error that ended it.
+
+    Lines that arrived before the end can be read after it. While there are unread lines, nothing more is read from the
+    network, so that a fast peer cannot fill the memory. When there are none, reading continues, so that the end of an
+    idle connection is noticed.
+    """
+
+    transport: asyncio.Transport
+
+    def __init__(self, endpoint: Endpoint, sock: socket.socket) -> None:
+        self.sock = sock
+        self._endpoint = endpoint
+        self._received = ReceiveBuffer(endpoint)
+        self._failure: CommunicationError | None = None
+        self._changed = asyncio.Event()
+        self._writable = asyncio.Event()
+        self._writable.set()
+        self._lost = asyncio.Event()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast("asyncio.Transport", transport)
+        # `flush` waits until the operating system has all data.
+        self.transport.set_write_buffer_limits(high=1, low=0)
+
+    def data_received(self, data: bytes) -> None:
+        try:
+            self._received.feed(data)
+        except CommunicationError as error:
+            self._fail(error)
+            self.transport.abort()
+        else:
+            if self._received.has_lines:
+                self.transport.pause_reading()
+                self._changed.set()
+
+    def eof_received(self) -> None:
+        try:
+            self._received.feed(b"")
+        except CommunicationError as error:
+            self._fail(error)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        try:
+            with ErrorMapping(self._endpoint, "reading"):
+                if exc is not None:
+                    raise exc
+            self._received.feed(b"")
+        except CommunicationError as error:
+            self._fail(error)
+        self._writable.set()
+        self._lost.set()
+
+    def _fail(self, failure: CommunicationError) -> None:
+        if self._failure is None:
+            self._failure = failure
+        self._changed.set()
+
+    def pause_writing(self) -> None:
+        self._writable.clear()
+
+    def resume_writing(self) -> None:
+        self._writable.set()
+
+    async def flush(self) -> None:
+        """Wait until all data was written. Raise `CommunicationError` if the connection is lost."""
+        await self._writable.wait()
+        if self._lost.is_set() and self._failure is not None:
+            raise self._failure.with_traceback(None)
+
+    async def next_line(self) -> bytes:
+        """Wait for a line. Raise `CommunicationError` when the connection ends without one."""
+        while (line := self._received.next_line()) is None:
+            if self._failure is not None:
+                raise self._failure.with_traceback(None)
+            self._changed.clear()
+            await self._changed.wait()
+        self._resume_reading()
+        return line
+
+    def parse(self, parse: Callable[[Iterable[bytes]], list[Any]]) -> list[Any]:
+        """Return what a function parses from the lines; see `ReceiveBuffer.parse`."""
+        items = self._received.parse(parse)
+        self._resume_reading()
+        return items
+
+    def _resume_reading(self) -> None:
+        if self._failure is None and not self._received.has_lines:
+            self.transport.resume_reading()
+
+    def is_idle(self) -> bool:
+        """Return whether the connection is open and there is nothing to read."""
+        return self._failure is None and self._received.empty and is_idle(self.sock)
+
+    async def wait_lost(self) -> None:
+        """Wait until the connection is closed completely."""
+        await self._lost.wait()
+
+
+class AsyncJSONConnection:
+    """Like `harp.JSONConnection`, but connected by ``async with`` or `connect`, not by the constructor.
+
+    Spec: docs/client-api.md, asyncio.
+    """
+
+    def __init__(self, host: str, port: int) -> None:
+        self._endpoint = Endpoint(host, port)
+        self._protocol: _Protocol | None = None
+
+    async def connect(self) -> None:
+        """See `harp.JSONConnection.connect`."""
+        await self.close()
+        self._loop = asyncio.get_running_loop()
+        self._protocol = await self._open(time.monotonic() + CONNECT_TIMEOUT)
+
+    async def _open(self, deadline: float) -> _Protocol:
+        """Connect. Raise `CommunicationError` at the deadline, a time of the monotonic clock."""
+        return await self._attach(await self._connect_socket(deadline), deadline)
+
+    async def _connect_socket(self, deadline: float) -> socket.socket:
+        host, port = self._endpoint.host, self._endpoint.port
+        with self.map_errors("cannot resolve the name"):
+            async with asyncio.timeout(deadline - time.monotonic()):
+                found = await self._loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        attempts = ConnectAttempts(self._endpoint, found, deadline)
+        for sock, address, seconds in attempts:
+            with attempts.attempt(sock, address):
+                sock.setblocking(False)
+                async with asyncio.timeout(seconds):
+                    await self._loop.sock_connect(sock, address)
+                return sock
+        raise attempts.failure()
+
+    async def _attach(self, sock: socket.socket, deadline: float, context: ssl.SSLContext | None = None) -> _Protocol:
+        """Pass a connected socket, with TLS if there is a context, to the event loop."""
+        name = None if context is None else self._endpoint.server_name
+        with self.map_errors("TLS handshake" if context else "cannot connect"):
+            async with asyncio.timeout(deadline - time.monotonic()):
+                _, protocol = await self._loop.create_connection(
+                    lambda: _Protocol(self._endpoint, sock), sock=sock, ssl=context, server_hostname=name
+                )
+        return protocol
+
+    async def close(self) -> None:
+        """See `harp.JSONConnection.close`; returns when the connection is closed completely."""
+        protocol, self._protocol = self._protocol, None
+        if protocol is not None:
+            protocol.transport.abort()
+            await protocol.wait_lost()
+
+    def close_threadsafe(self) -> None:
+        """Close the connection without waiting, from any thread, also when its event loop has ended."""
+        protocol, self._protocol = self._protocol, None
+        if protocol is not None:
+            try:
+                self._loop.call_soon_threadsafe(protocol.transport.abort)
+            except RuntimeError:  # the loop is closed: it cannot close the socket any more
+                protocol.sock.close()
+
+    async def send(self, obj: Any) -> None:
+        """See `harp.JSONConnection.send`."""
+        await self._send_line(encode_line(obj))
+
+    async def receive(self) -> Any:
+        """See `harp.JSONConnection.receive`."""
+        line = await self.receive_line()
+        with self.map_errors("reading"):
+            return loads(line)
+
+    async def _send_line(self, line: bytes) -> None:
+        protocol = self._connected()
+        protocol.transport.write(line)
+        await protocol.flush()
+
+    async def receive_line(self) -> bytes:
+        """See `harp.JSONConnection.receive_line`."""
+        return await self._connected().next_line()
+
+    def parse_buffered(self, parse: Callable[[Iterable[bytes]], list[Any]]) -> list[Any]:
+        """See `harp.JSONConnection.parse_buffered`."""
+        return [] if self._protocol is None else self._protocol.parse(parse)
+
+    async def ask(self, line: bytes) -> bytes:
+        """See `harp.JSONConnection.ask`."""
+        try:
+            await self._send_line(line)
+        except CommunicationError:
+            # A peer that refuses a request may send the reason and close before it has read all of the request.
+            with suppress(CommunicationError):
+                return await self.receive_line()
+            raise
+        return await self.receive_line()
+
+    def is_idle(self) -> bool:
+        """See `harp.JSONConnection.is_idle`; also, the connection must belong to the running event loop."""
+        protocol = self._protocol
+        return protocol is not None and self._loop is asyncio.get_running_loop() and protocol.is_idle()
+
+    def map_errors(self, action: str) -> ErrorMapping:
+        """See `harp.JSONConnection.map_errors`."""
+        return ErrorMapping(self._endpoint, action)
+
+    def _connected(self) -> _Protocol:
+        if self._protocol is None:
+            raise self._endpoint.error("not connected", "the connection is closed on this side")
+        return self._protocol
+
+    async def __aenter__(self) -> Self:
+        if self._protocol is None:
+            await self.connect()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self._endpoint} {'closed' if self._protocol is None else 'connected'}>"
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(f"a {type(self).__name__} cannot be copied or pickled: it has an open connection")
+
+
+class AsyncJSONSSLConnection(AsyncJSONConnection):
+    """Like `harp.JSONSSLConnection`, but connected by ``async with`` or `connect`, not by the constructor.
+
+    Spec: docs/client-api.md, asyncio.
+    """
+
+    def __init__(self, host: str, port: int, ca_file: str | os.PathLike[str] | None = None) -> None:
+        self._ca_file = ca_file
+        super().__init__(host, port)
+
+    async def _open(self, deadline: float) -> _Protocol:
+        context = tls_context(self._ca_file)
+        return await self._attach(await self._connect_socket(deadline), deadline, context)
+
+
+class AsyncIteration(AsyncIterator[Any]):
+    """What all iterators have: all items at once, and a context manager that closes."""
+
+    @abstractmethod
+    async def close(self) -> None:
+        """End the iteration early and close its connection."""
+
+    async def all(self) -> list[Any]:
+        """See `harp.RemoteCall.StreamIterator.all`."""
+        return [item async for item in self]
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(f"a {type(self).__name__} cannot be copied or pickled: it reads from a connection")
+
+
+class AsyncStream(StreamBase[AsyncJSONConnection], AsyncIteration):
+    """Items read from a connection; see `StreamBase`."""
+
+    _clock = CLOCK
+
+    def __init__(
+        self, conn: AsyncJSONConnection, reader: Reader, pool: ConnectionPool[AsyncJSONConnection] | None = None
+    ) -> None:
+        self._reading = asyncio.Lock()
+        self._waiting: asyncio.Timeout | None = None
+        super().__init__(conn, reader, pool)
+
+    async def __anext__(self) -> Any:
+        async with self._reading:
+            if self._parsed and not self._closed:
+                return self._parsed.popleft()
+            for item in await run(self._next_items()):
+                return item
+            raise StopAsyncIteration
+
+    async def close(self) -> None:
+        """End the iteration early and close its connection; has no effect after the end.
+
+        A task that waits for an item, or for the dispatcher to come back, is woken: its iteration ends.
+        """
+        if self._end():
+            if self._waiting is not None:
+                self._waiting.reschedule(asyncio.get_running_loop().time())
+            await self._conn.close()
+
+    def _end(self) -> bool:
+        ended, self._closed = self._closed, True
+        return not ended
+
+    async def _connect(self) -> None:
+        await self._until_closed(self._conn.connect())
+
+    async def _sleep(self, seconds: float) -> None:
+        await self._until_closed(asyncio.sleep(seconds))
+
+    async def _until_closed(self, waiting: Awaitable[None]) -> None:
+        """Wait for something, but not after `close` of another task."""
+        try:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(None) as self._waiting:
+                    await waiting
+        finally:
+            self._waiting = None
+
+    def __del__(self) -> None:
+        if not self._closed:
+            self._conn.close_threadsafe()

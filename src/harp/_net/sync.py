@@ -1,0 +1,315 @@
+"""The network of the synchronous shell: connections that carry JSON lines, streams read from them, and the driver."""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+import time
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from types import TracebackType
+from typing import Any, NoReturn, Self, TypeVar
+
+from harp._core.calls import encode_line
+from harp._core.connection_pool import ConnectionPool
+from harp._core.endpoint import Endpoint
+from harp._core.steps import Clock, Steps
+from harp._core.streams import Reader, StreamBase
+from harp._net.errors import ErrorMapping
+from harp._net.sockets import CONNECT_TIMEOUT, ConnectAttempts, ReceiveBuffer, is_idle
+from harp._net.tls import tls_context
+from harp.errors import CommunicationError
+from harp.protocol.json_text import loads
+
+__all__ = ["CLOCK", "Iteration", "JSONConnection", "JSONSSLConnection", "Stream", "run"]
+
+T = TypeVar("T")
+
+#: The most bytes read at once.
+_CHUNK = 64 * 1024
+
+#: The time of this shell.
+CLOCK = Clock(time.monotonic, time.sleep)
+
+
+def run(steps: Steps[T]) -> T:
+    """Run steps and return their outcome."""
+    try:
+        value = next(steps)
+        while True:
+            value = steps.send(value)
+    except StopIteration as end:
+        outcome: T = end.value
+        return outcome
+
+
+class JSONConnection:
+    """TCP connection, reading and writing JSON lines; a context manager that closes it.
+
+    A new object is connected already. One thread at a time may use a connection; any thread may call `close`.
+
+    Args:
+        host: name or address of the server; every address of a name is tried.
+        port: its port.
+
+    Raises:
+        CommunicationError: the server cannot be reached within 30 seconds.
+        HarpException: `host` or `port` is invalid.
+
+    Spec: docs/client-api.md, Networked JSON interface.
+    """
+
+    def __init__(self, host: str, port: int) -> None:
+        self._endpoint = Endpoint(host, port)
+        self._socket: socket.socket | None = None
+        self.connect()
+
+    def connect(self) -> None:
+        """Connect to the address given to the constructor; an open connection is closed first.
+
+        Raises:
+            CommunicationError: the server cannot be reached within 30 seconds.
+        """
+        self.close()
+        self._received = ReceiveBuffer(self._endpoint)
+        self._process = os.getpid()
+        try:
+            opened = self._open(time.monotonic() + CONNECT_TIMEOUT)
+        except BaseException:
+            self._socket = None
+            raise
+        if self._socket is None:
+            opened.close()
+            raise self._closed_here()
+        self._socket = opened
+
+    def _open(self, deadline: float) -> socket.socket:
+        """Return a connected socket. Raise `CommunicationError` at the deadline, a time of the monotonic clock."""
+        with self.map_errors("cannot resolve the name"):
+            found = socket.getaddrinfo(self._endpoint.host, self._endpoint.port, type=socket.SOCK_STREAM)
+        attempts = ConnectAttempts(self._endpoint, found, deadline)
+        for sock, address, seconds in attempts:
+            self._socket = sock  # another thread's `close` ends the attempt
+            with attempts.attempt(sock, address):
+                sock.settimeout(seconds)
+                sock.connect(address)
+                sock.settimeout(None)
+            if sock.fileno() >= 0:  # a failed attempt closes its socket
+                return sock
+            self._connected()  # raises after `close`
+        raise attempts.failure()
+
+    def close(self) -> None:
+        """Close the connection, if it is open. A thread that connects it or reads is woken.
+
+        In a forked process this closes only the descriptor of this process.
+        """
+        sock, self._socket = self._socket, None
+        if sock is None:
+            return
+        if self._process == os.getpid():
+            with suppress(OSError):
+                # The method of socket: that of SSLSocket would remove TLS while another thread reads.
+                socket.socket.shutdown(sock, socket.SHUT_RDWR)
+        with suppress(OSError):
+            sock.close()
+
+    close_threadsafe = close
+
+    def send(self, obj: Any) -> None:
+        """Send an object as a JSON line.
+
+        Args:
+            obj: any JSON value, typically a dict.
+
+        Raises:
+            HarpException: the object has no form in JSON; the message says which part of it.
+            CommunicationError: the connection is closed or broken.
+        """
+        self._send_line(encode_line(obj))
+
+    def receive(self) -> Any:
+        """Wait for a JSON line, without a time limit, and return its value, typically a dict.
+
+        Raises:
+            CommunicationError: the peer closed the connection, or the line is longer than 64 MiB or not JSON.
+        """
+        line = self.receive_line()
+        with self.map_errors("reading"):
+            return loads(line)
+
+    def _send_line(self, line: bytes) -> None:
+        with self.map_errors("sending"):
+            self._connected().sendall(line)
+
+    def receive_line(self) -> bytes:
+        """Wait for a line and return it without its line feed. Raise `CommunicationError`."""
+        while (line := self._received.next_line()) is None:
+            with self.map_errors("reading"):
+                data = self._connected().recv(_CHUNK)
+            self._received.feed(data)
+        return line
+
+    def parse_buffered(self, parse: Callable[[Iterable[bytes]], list[Any]]) -> list[Any]:
+        """Return what a function parses from the lines that are already here; see `ReceiveBuffer.parse`."""
+        return self._received.parse(parse)
+
+    def is_idle(self) -> bool:
+        """Return whether another request can be sent: the connection is open, of this process, and nothing was sent."""
+        sock = self._socket
+        return sock is not None and self._process == os.getpid() and self._received.empty and is_idle(sock)
+
+    def ask(self, line: bytes) -> bytes:
+        """Send a line and return the first line of the reply. Raise `CommunicationError`."""
+        try:
+            self._send_line(line)
+        except CommunicationError:
+            # A peer that refuses a request may send the reason and close before it has read all of the request.
+            with suppress(CommunicationError):
+                return self.receive_line()
+            raise
+        return self.receive_line()
+
+    def map_errors(self, action: str) -> ErrorMapping:
+        """Turn errors of the network, of TLS, of JSON and of the protocol into `CommunicationError`."""
+        return ErrorMapping(self._endpoint, action)
+
+    def _connected(self) -> socket.socket:
+        if self._socket is None:
+            raise self._closed_here()
+        return self._socket
+
+    def _closed_here(self) -> CommunicationError:
+        return self._endpoint.error("not connected", "the connection was closed on this side")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self._endpoint} {'closed' if self._socket is None else 'connected'}>"
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(f"a {type(self).__name__} cannot be copied or pickled: it has an open connection")
+
+
+class JSONSSLConnection(JSONConnection):
+    """TLS connection, reading and writing JSON lines; otherwise like `JSONConnection`. The minimum is TLS 1.2.
+
+    Args:
+        host: name or address of the server.
+        port: its port.
+        ca_file: PEM file with the authorities that may issue the server's certificate, which must be valid for
+            `host`; None verifies neither.
+
+    Raises:
+        CommunicationError: the server cannot be reached within 30 seconds, does not speak TLS, or its certificate
+            is not accepted; the message says what to do.
+        HarpException: `host` or `port` is invalid, or `ca_file` cannot be read.
+
+    Spec: docs/client-api.md, Networked JSON interface.
+    """
+
+    def __init__(self, host: str, port: int, ca_file: str | os.PathLike[str] | None = None) -> None:
+        self._ca_file = ca_file
+        super().__init__(host, port)
+
+    def _open(self, deadline: float) -> socket.socket:
+        context = tls_context(self._ca_file)
+        sock = super()._open(deadline)
+        try:
+            sock.settimeout(max(deadline - time.monotonic(), 0.001))
+            with self.map_errors("TLS handshake"):
+                secured = context.wrap_socket(sock, server_hostname=self._endpoint.server_name)
+        except BaseException:
+            sock.close()
+            raise
+        secured.settimeout(None)
+        return secured
+
+
+class Iteration(Iterator[Any]):
+    """What all iterators have: all items at once, and a context manager that closes."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """End the iteration early and close its connection."""
+
+    def all(self) -> list[Any]:
+        """Return all remaining items in one list. Spec: docs/client-api.md, RemoteCall.StreamIterator."""
+        return list(self)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(f"a {type(self).__name__} cannot be copied or pickled: it reads from a connection")
+
+
+class Stream(StreamBase[JSONConnection], Iteration):
+    """Items read from a connection; see `StreamBase`."""
+
+    _clock = CLOCK
+
+    def __init__(
+        self, conn: JSONConnection, reader: Reader, pool: ConnectionPool[JSONConnection] | None = None
+    ) -> None:
+        self._ending = threading.Lock()  # stays locked by the thread that ends the iteration
+        self._reading = threading.Lock()
+        self._ended = threading.Event()
+        super().__init__(conn, reader, pool)
+
+    def send_request(self) -> None:
+        """Send the reader's first request on the connection, which is open."""
+        request = self._reader.take_request()
+        assert request is not None
+        try:
+            self._reader.connected(time.monotonic())
+            self._conn._send_line(request)
+        except BaseException:
+            self.close()
+            raise
+
+    def __next__(self) -> Any:
+        with self._reading:
+            if self._parsed and not self._closed:
+                return self._parsed.popleft()
+            for item in run(self._next_items()):
+                return item
+            raise StopIteration
+
+    def close(self) -> None:
+        """End the iteration early and close its connection; has no effect after the end.
+
+        A thread that waits for an item, or for the dispatcher to come back, is woken: its iteration ends.
+        """
+        if self._end():
+            self._conn.close()
+
+    def _end(self) -> bool:
+        if self._closed or not self._ending.acquire(blocking=False):
+            return False
+        self._closed = True
+        self._ended.set()
+        return True
+
+    def _connect(self) -> None:
+        self._conn.connect()
+
+    def _sleep(self, seconds: float) -> None:
+        self._ended.wait(seconds)
+
+    def __del__(self) -> None:
+        with suppress(Exception):
+            self.close()
