@@ -1,4 +1,4 @@
-"""What a procedures file imports: decorators, result, classes to derive from. Imports nothing else of harpd.
+"""The public interface of procedures files: decorators, result, base classes. It imports nothing else of harpd.
 
     from harpd.proc import procedure, streaming_procedure, Result
 
@@ -7,15 +7,15 @@ Spec: docs/procedures.md.
 
 from __future__ import annotations
 
-TYPE_CHECKING = False  # not from `typing`: every call's process is forked from one that has loaded this module
+TYPE_CHECKING = False  # not from `typing`: the zygote loads this module, and its size costs each fork
 if TYPE_CHECKING:
     import inspect
     from collections.abc import Callable, Iterable, Sequence
     from typing import Any, ClassVar, TypeAlias, overload
 
-    #: A user or a group: its number or its name.
+    #: A user or a group: its id or its name.
     Identity: TypeAlias = int | str
-    #: A group, or several: the first is the primary one, all are supplementary.
+    #: A group or several: the first is the primary group, all are supplementary.
     Groups: TypeAlias = Identity | Sequence[Identity]
 
 __all__ = [
@@ -30,9 +30,9 @@ __all__ = [
 
 
 class TimeLimit(BaseException):
-    """Raised in a procedure that has used up its `timeout`, so that it can clean up. Its process is killed soon after.
+    """Raised in a procedure that has reached its `timeout`, so that it can clean up. Its process is killed soon after.
 
-    Derives from BaseException: a procedure that catches Exception goes on to be stopped.
+    It derives from BaseException, so that ``except Exception`` does not catch it.
     """
 
 
@@ -41,10 +41,10 @@ class Cancelled(BaseException):
 
 
 class Result:
-    """The end result of a streaming procedure: yielded last, or returned.
+    """The end result of a streaming procedure, which yields it last or returns it.
 
     Args:
-        value: any value that JSON can carry.
+        value: any value that JSON can represent.
     """
 
     def __init__(self, value: Any) -> None:
@@ -55,17 +55,17 @@ class Result:
 
 
 class Procedure:
-    """A function that can be called from afar; any instance at module level is exposed under its variable's name.
+    """A function that clients can call. Each instance at module level is exposed under its variable's name.
 
-    May be subclassed: a call runs ``instance(*arguments)``.
+    It may be subclassed: a call runs ``instance(*arguments)``.
 
     Args:
-        function: what a call runs.
-        timeout: seconds that a call may take; None: no limit.
-        uid: the user that a call runs as, number or name; None: harpd's default.
-        gid: the group, number or name, or a list of groups (first: primary, all: supplementary). None: with a user
-            that the system knows, this user's groups; with another user, group 65534; without, harpd's default.
-        max_calls_per_process: how many calls a process may serve, one after the other; 1: each has its own.
+        function: the function that a call runs.
+        timeout: the time limit of a call in seconds; None: no limit.
+        uid: the user of a call, id or name; None: the default of harpd.
+        gid: the group, id or name, or a list of groups (first: primary, all: supplementary). None: for a user that the
+            system knows, the groups of this user; for another user, group 65534; without `uid`, the default of harpd.
+        max_calls_per_process: how many calls a process serves, one after the other. 1: each call has its own.
 
     Raises:
         TypeError: an argument is of the wrong type.
@@ -77,7 +77,7 @@ class Procedure:
     #: Whether a call yields records before its end result.
     streaming: ClassVar[bool] = False
 
-    # So that a subclass may have an `__init__` of its own that sets none of them.
+    # Defaults for a subclass whose `__init__` sets none of them.
     timeout: float | None = None
     uid: Identity | None = None
     gid: tuple[Identity, ...] | None = None
@@ -102,18 +102,18 @@ class Procedure:
         self.__name__ = getattr(function, "__name__", type(self).__name__)
 
     def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
-        """Run the function here, as a plain call would."""
+        """Run the function in this process, as a plain call would."""
         return self.function(*args, **kwargs)
 
     def signature(self) -> inspect.Signature:
-        """What a call's arguments must fit: the function's signature, or that of a subclass's ``__call__``.
+        """Return the signature for a call's arguments: that of the function, or of a subclass's ``__call__``.
 
-        A ``__call__(self, *args, **kwargs)`` takes what the function takes.
+        For ``__call__(self, *args, **kwargs)``, it is that of the function.
 
         Raises:
-            ValueError: it has none, as some functions that are written in C; a call's arguments aren't checked.
+            ValueError: it has none, like some functions in C; then the arguments of a call are not checked.
         """
-        import inspect  # large; most calls do without, see `harpd.worker.arguments`
+        import inspect  # large, and most calls do not need it; see `harpd.worker.arguments`
 
         if type(self).__call__ is not Procedure.__call__:
             own = inspect.signature(self.__call__)
@@ -127,16 +127,16 @@ class Procedure:
 
 
 class StreamingProcedure(Procedure):
-    """A function whose call yields records; arguments as in `Procedure`.
+    """A function whose call yields records; the arguments are those of `Procedure`.
 
-    The function returns an iterable, mostly by being a generator. A `Result` in it ends it.
+    The function returns an iterable, usually as a generator. The call ends with a `Result` in it.
     """
 
     streaming = True
 
 
 def check_options(procedure: Procedure) -> None:
-    """Check and settle what a subclass may have set by itself. Raises TypeError or ValueError."""
+    """Check the attributes that a subclass may have set, and convert them. Raises TypeError or ValueError."""
     procedure.timeout = _checked_timeout(procedure.timeout)
     procedure.uid = None if procedure.uid is None else _checked_identity("uid", procedure.uid)
     procedure.gid = None if procedure.gid is None else _checked_groups(procedure.gid)
@@ -157,21 +157,21 @@ def _checked_calls(calls: int) -> int:
     if isinstance(calls, bool) or not isinstance(calls, int):
         raise TypeError(f"max_calls_per_process: expected a number of calls, got {calls!r}")
     if calls < 1:
-        raise ValueError(f"max_calls_per_process: expected a number of calls from 1 on, got {calls!r}")
+        raise ValueError(f"max_calls_per_process: expected a number of calls, at least 1, got {calls!r}")
     return calls
 
 
 def _checked_identity(key: str, identity: Identity) -> Identity:
     if isinstance(identity, bool) or not isinstance(identity, (int, str)):
-        raise TypeError(f"{key}: expected a number or a name, got {identity!r}")
+        raise TypeError(f"{key}: expected an id or a name, got {identity!r}")
     if isinstance(identity, int) and identity < 0:
-        raise ValueError(f"{key}: expected a number from 0 on, got {identity!r}")
+        raise ValueError(f"{key}: expected an id of at least 0, got {identity!r}")
     return identity
 
 
 def _checked_groups(gid: Groups) -> tuple[Identity, ...]:
     if not isinstance(gid, (int, str, list, tuple)):
-        raise TypeError(f"gid: expected a number, a name or a list of them, got {gid!r}")
+        raise TypeError(f"gid: expected an id, a name or a list of them, got {gid!r}")
     groups = (gid,) if isinstance(gid, (int, str)) else tuple(gid)
     if not groups:
         raise ValueError("gid: expected at least one group")
@@ -203,7 +203,7 @@ def procedure(
 ) -> Any:
     """Expose a function: ``@procedure`` or ``@procedure(timeout=SECONDS, uid=..., gid=...)``.
 
-    Arguments and errors as in `Procedure`, which is what it returns. Spec: docs/procedures.md.
+    Return a `Procedure`, which documents the arguments and errors. Spec: docs/procedures.md.
     """
     return _decorate(Procedure, function, timeout, uid, gid, max_calls_per_process)
 
@@ -231,7 +231,7 @@ def streaming_procedure(
     gid: Groups | None = None,
     max_calls_per_process: int = 1,
 ) -> Any:
-    """Expose a function that yields records; otherwise as `procedure`. Spec: docs/procedures.md."""
+    """Expose a function that yields records; otherwise like `procedure`. Spec: docs/procedures.md."""
     return _decorate(StreamingProcedure, function, timeout, uid, gid, max_calls_per_process)
 
 

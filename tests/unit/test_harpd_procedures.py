@@ -156,7 +156,7 @@ p = procedure(Point)
         ("from harpd.proc import *\np = procedure(len)\np.timeout = -1\n", ".py: p: timeout: expected a positive"),
         (
             "from harpd.proc import *\np = procedure(len)\np.max_calls_per_process = 0\n",
-            ".py: p: max_calls_per_process: expected a number of calls from 1",
+            ".py: p: max_calls_per_process: expected a number of calls, at least 1",
         ),
         ("from harpd.proc import *\nclass P(Procedure): uid = 1.5\np = P(len)\np.uid = 1.5\n", ".py: p: uid: expected"),
     ],
