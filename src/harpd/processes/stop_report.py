@@ -82,7 +82,7 @@ class StopReport:
             began: Unix seconds.
             ended: Unix seconds; None: now.
 
-        Spec: docs/protocol.md, Resumable calls.
+        Spec: docs/protocol.md, Kept calls.
         """
         survivors = {identity: process.command for identity, process in self._remaining.items()}
         if not main_ended:

@@ -114,7 +114,7 @@ class TerminationSequence:
     def stop_report(self) -> dict[str, Any] | None:
         """Return the stop report; None if nothing had to be stopped.
 
-        Spec: docs/protocol.md, Resumable calls.
+        Spec: docs/protocol.md, Kept calls.
         """
         if not self._began:
             return None
