@@ -164,7 +164,7 @@ def test_the_dispatcher_may_stand_before_or_after_the_command(before: bool) -> N
 
 
 @pytest.mark.parametrize(
-    ("value", "message"), [(None, "which dispatcher"), ("host:port", "expected HOST"), (":1", "HOST")]
+    ("value", "message"), [(None, "no dispatcher"), ("host:port", "expected HOST"), (":1", "HOST")]
 )
 def test_no_dispatcher(value: str | None, message: str) -> None:
     done = harp("result", JOB, **({} if value is None else {"HARP_DISPATCHER": value}))
