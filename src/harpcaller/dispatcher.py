@@ -31,15 +31,15 @@ from harp.protocol.json_text import Raw, dumps
 from harp.protocol.replies import Continue
 from harp.protocol.requests import Call
 from harpcaller.config import Config
-from harpcaller.explain import Situation, describe
+from harpcaller.explain import ExplainContext, describe
 from harpcaller.hosts.capabilities import HostCapabilities
 from harpcaller.hosts.inventory import Host
 from harpcaller.hosts.pool import ConnectionPool
 from harpcaller.hosts.registry import HostsRegistry
 from harpcaller.hosts.tls import HostTLS
 from harpcaller.model.ids import is_job_id, new_job_id
-from harpcaller.model.jobs import Facts, Job, JobDetails, NewJob, Records, State, Stop
-from harpcaller.notifier import News, Packets
+from harpcaller.model.jobs import Job, JobDetails, JobMetadata, NewJob, Records, State, StopState
+from harpcaller.notifier import Notifier, RecordBatch
 from harpcaller.pruner import prune, prune_regularly
 from harpcaller.runs.context import RunContext, log_fields
 from harpcaller.runs.reconciliation import OrphanReaper
@@ -101,12 +101,12 @@ class Dispatcher:
         self._config = config
         self._store = store
         self._wall = wall
-        self._news = News()
+        self._notifier = Notifier()
         self._wake = asyncio.Event()
         self._registry = HostsRegistry(config, self._wake.set)
         self._tls = HostTLS(config)
-        self._surroundings: RunContext
-        self._unwanted: OrphanReaper
+        self._context: RunContext
+        self._orphan_reaper: OrphanReaper
         self._group = asyncio.TaskGroup()
         self._runs: dict[str, Run] = {}
         self._run_tasks: set[asyncio.Task[None]] = set()
@@ -114,27 +114,27 @@ class Dispatcher:
         self._stop = asyncio.Event()
         # Jobs cancelled between the moment that the store gives them out and the one that their run is there.
         self._claiming = False
-        self._dropped: set[str] = set()
+        self._cancelled_before_start: set[str] = set()
 
     async def __aenter__(self) -> Self:
-        identity = await self._store.identity()
-        self._surroundings = RunContext(
+        identity = await self._store.get_identity()
+        self._context = RunContext(
             config=self._config,
             tls=self._tls,
             store=self._store,
-            news=self._news,
+            notifier=self._notifier,
             find_host=self._registry.find_host,
             identity=identity,
-            capabilities=HostCapabilities(identity, self._on_held),
+            capabilities=HostCapabilities(identity, self._on_call_list),
             connections=ConnectionPool(),
             wall=self._wall,
         )
         self._report_config(self._config, frozenset())
         await self._group.__aenter__()
-        self._unwanted = OrphanReaper(self._group, self._runs.__contains__)
-        taken_up = await self._take_up()
+        self._orphan_reaper = OrphanReaper(self._group, self._runs.__contains__)
+        taken_up = await self._recover()
         self._claimer = self._group.create_task(self._claim(taken_up))
-        self._upkeep = [
+        self._maintenance = [
             self._group.create_task(self._registry.refresh_regularly()),
             self._group.create_task(prune_regularly(self._store, self._wall, lambda: self._config.max_age_seconds)),
         ]
@@ -158,12 +158,12 @@ class Dispatcher:
         return self._config
 
     @property
-    def calls(self) -> int:
+    def active_calls(self) -> int:
         """How many calls are under way."""
         return len(self._runs)
 
     @_shielded
-    async def submit(self, call: Call, client: str, came: float | None = None) -> str:
+    async def submit(self, call: Call, client: str, received_at: float | None = None) -> str:
         """Accept a job: it is on stable storage when this returns.
 
         An unknown host is accepted; the job then ends as ``unknown_host``.
@@ -171,7 +171,7 @@ class Dispatcher:
         Args:
             call: what to call; its payloads are `Raw`. Limits above the configured ones are lowered to these.
             client: who asks, for the log: an address.
-            came: when the request was here, on the monotonic clock, for the job's phases; None: not known.
+            received_at: when the request was here, on the monotonic clock, for the job's phases; None: not known.
 
         Returns:
             The job's id.
@@ -180,7 +180,7 @@ class Dispatcher:
         self._wake.set()  # the claim is asked for in this turn of the loop, too, and goes into the same commit
         asked = time.monotonic()
         await self._store.add_job(job, self._wall())
-        self._surroundings.timings.stored(job.id, came, asked)
+        self._context.timings.stored(job.id, received_at, asked)
         log.info("job submitted", extra={**log_fields(job), "client": client})
         self._log_arguments(job)
         return job.id
@@ -227,37 +227,37 @@ class Dispatcher:
         await asyncio.gather(*(self._stop_cancelled(job_id, before, client) for job_id, before in cancelled))
         return len(cancelled)
 
-    async def stopped(self, job_id: str) -> JobDetails:
+    async def wait_stopped(self, job_id: str) -> JobDetails:
         """Return a job once nothing is pending any more of its stop; at once when it was not stopped.
 
         Raises:
             UnknownJob: there is no such job, or it was pruned meanwhile.
         """
-        with self._news.watching(job_id) as topic:
+        with self._notifier.subscribe(job_id) as subscription:
             while True:
-                ended = topic.ended
-                job = await self.job(job_id)
-                if job.end is not None and job.stop is not Stop.PENDING:
+                ended = subscription.ended
+                job = await self.get_job(job_id)
+                if job.end is not None and job.stop is not StopState.PENDING:
                     return await self._store.get_details(job_id)
                 await ended.wait()
 
     @_shielded
-    async def release(self, job_id: str) -> bool:
+    async def release_slot(self, job_id: str) -> bool:
         """Free the slot of a job that has ended, whatever its host says; False when there is nothing to free."""
         if not is_job_id(job_id):
             return False
         try:
-            pending = (await self._store.get_job(job_id)).stop is Stop.PENDING
+            pending = (await self._store.get_job(job_id)).stop is StopState.PENDING
         except UnknownJob:
             return False
         if pending:  # nobody would settle it any more
-            facts = Facts(receipt=dumps({"released": self._wall()}))
-            released = await self._store.settle_stop(job_id, Stop.FAILED, facts=facts)
+            metadata = JobMetadata(stop_report=dumps({"released": self._wall()}))
+            released = await self._store.finalize_stop(job_id, StopState.FAILED, metadata=metadata)
         else:
             released = await self._store.release_slot(job_id)
         if released:
             log.warning("slot of a job released by hand", extra={"job": job_id})
-            self._news.end(job_id)
+            self._notifier.publish_end(job_id)
             self._wake.set()
         return released
 
@@ -272,20 +272,20 @@ class Dispatcher:
         if not is_job_id(job_id):
             raise UnknownJob(job_id)
         details = await self._store.get_details(job_id)
-        situation = Situation(
+        context = ExplainContext(
             run=self._runs.get(job_id),
             host=self._registry.find_host(details.job.host),
-            hosts_known=self._registry.is_ready,
-            host_concurrency=self._config.host_concurrency,
-            calls=len(self._runs),
-            most_calls=self._config.calls,
-            store_troubled=bool(self._surroundings.pending_writes.count),
-            timings=self._surroundings.timings.of(job_id),
+            registry_loaded=self._registry.is_ready,
+            max_calls_per_host=self._config.host_concurrency,
+            active_calls=len(self._runs),
+            max_calls=self._config.calls,
+            store_failing=bool(self._context.pending_writes.count),
+            timings=self._context.timings.of(job_id),
             now=self._wall(),
         )
-        return describe(details, situation)
+        return describe(details, context)
 
-    async def job(self, job_id: str) -> Job:
+    async def get_job(self, job_id: str) -> Job:
         """Return a job. Raises `UnknownJob`."""
         if not is_job_id(job_id):
             raise UnknownJob(job_id)
@@ -300,25 +300,27 @@ class Dispatcher:
         Raises:
             UnknownJob: there is no such job, or it was pruned meanwhile.
         """
-        with self._news.watching(job_id) as topic:
+        with self._notifier.subscribe(job_id) as subscription:
             run = self._runs.get(job_id)
             if wait and run is not None and not run.has_ended:
-                await topic.ended.wait()  # the store would say the same, and news comes before the run knows better
-            while topic.end is None:
-                ended = topic.ended
-                job = await self.job(job_id)
+                await (
+                    subscription.ended.wait()
+                )  # the store would say the same, and news comes before the run knows better
+            while subscription.end is None:
+                ended = subscription.ended
+                job = await self.get_job(job_id)
                 if job.end is not None or not wait:
                     return job.end
                 await ended.wait()
-            return topic.end
+            return subscription.end
 
-    def delivered(self, job_id: str, came: float) -> None:
+    def record_delivery(self, job_id: str, received_at: float) -> None:
         """Somebody was told how a job ended whose request came at this time on the monotonic clock."""
-        self._surroundings.timings.delivered(job_id, came)
+        self._context.timings.delivered(job_id, received_at)
 
     async def follow(
         self, job_id: str, since: int | None = None, recent: int | None = None
-    ) -> AsyncGenerator[Packets | End, None]:
+    ) -> AsyncGenerator[RecordBatch | End, None]:
         """Yield a job's records, those to come too, in batches of bounded size, then its end.
 
         Close the generator (`contextlib.aclosing`) when the reader goes before the end.
@@ -331,15 +333,15 @@ class Dispatcher:
         Raises:
             UnknownJob: there is no such job, or it was pruned meanwhile.
         """
-        with self._news.watching(job_id) as topic:
-            ended, job = topic.ended, await self.job(job_id)
-            at = _first(job, since, 0 if since is None and recent is None else recent)
+        with self._notifier.subscribe(job_id) as subscription:
+            ended, job = subscription.ended, await self.get_job(job_id)
+            at = _first_record(job, since, 0 if since is None and recent is None else recent)
             while True:
-                changed = topic.changed
+                changed = subscription.changed
                 if ended.is_set():
-                    ended, job = topic.ended, await self.job(job_id)
+                    ended, job = subscription.ended, await self.get_job(job_id)
                 if job.end is None or at < job.records:
-                    batch = topic.newest(at) or await self._batch(job_id, at)
+                    batch = subscription.newest_from(at) or await self._read_batch(job_id, at)
                     if batch is not None:
                         at = batch.next
                         waiting = [batch]
@@ -354,15 +356,15 @@ class Dispatcher:
 
     async def read(
         self, job_id: str, since: int | None = None, recent: int | None = None
-    ) -> AsyncGenerator[Packets | End | Continue, None]:
+    ) -> AsyncGenerator[RecordBatch | End | Continue, None]:
         """Yield a job's records collected so far, in batches of bounded size, then its end or `Continue`.
 
         Arguments and errors as in `follow`, but with neither number given it begins with record 0.
         """
-        job = await self.job(job_id)
-        at = _first(job, since, recent)
+        job = await self.get_job(job_id)
+        at = _first_record(job, since, recent)
         while at < job.records:
-            batch = await self._batch(job_id, at, job.records)
+            batch = await self._read_batch(job_id, at, job.records)
             if batch is None:
                 break
             at = batch.next
@@ -372,12 +374,12 @@ class Dispatcher:
         _check_complete(job, at)
         yield Continue() if job.end is None else job.end
 
-    async def _batch(self, job_id: str, first: int, most: int | None = None) -> Packets | None:
+    async def _read_batch(self, job_id: str, first: int, most: int | None = None) -> RecordBatch | None:
         """Stored records from this one on, and before `most`; None: there are none."""
         records = await self._store.read_records(job_id, first, _BATCH_BYTES)
         if most is not None and first + len(records) > most:
-            records = Records(records.values[: most - first], records.made[: most - first])
-        return Packets(first, records) if records else None
+            records = Records(records.values[: most - first], records.timestamps[: most - first])
+        return RecordBatch(first, records) if records else None
 
     async def list_jobs(
         self, ended: bool = False, host: str | None = None, queue: Raw | None = None, newest: int | None = None
@@ -414,9 +416,9 @@ class Dispatcher:
         """
         return await self._registry.refresh()
 
-    async def prune(self, age: float) -> int:
+    async def prune(self, min_age: float) -> int:
         """Delete the jobs that ended more than `age` seconds ago, with their records; return how many."""
-        return await prune(self._store, self._wall() - age)
+        return await prune(self._store, self._wall() - min_age)
 
     async def reload(self, config: Config) -> None:
         """Take a new configuration: for calls that start from now on, for the registry and for pruning.
@@ -430,7 +432,7 @@ class Dispatcher:
         self._registry.update_config(config)
         reported, self._config = frozenset(self._config.ignored), config
         self._tls = tls
-        self._surroundings = replace(self._surroundings, config=config, tls=tls)
+        self._context = replace(self._context, config=config, tls=tls)
         self._report_config(config, reported)
         self._wake.set()
 
@@ -460,47 +462,47 @@ class Dispatcher:
     async def _stop_cancelled(self, job_id: str, before: State, client: str | None) -> None:
         """Stop the call of a job whose end `Cancelled` is committed."""
         log.info("job cancelled", extra={"job": job_id, "was": before.value, "client": client})
-        self._news.end(job_id, Cancelled())
+        self._notifier.publish_end(job_id, Cancelled())
         if run := self._runs.get(job_id):
             await run.cancel_call(client)
         elif before is State.RUNNING and self._claiming:
-            self._dropped.add(job_id)
+            self._cancelled_before_start.add(job_id)
         self._wake.set()
 
-    async def _take_up(self) -> bool:
+    async def _recover(self) -> bool:
         """Go on with the jobs that hold a slot from the last dispatcher. False: the store can't, try again."""
         self._claiming = True
         try:
-            held = await self._store.held_jobs()
+            held = await self._store.list_slot_holders()
             for job in held:
-                self._start(job, resumed=True, cancelled=job.id in self._dropped)
+                self._start(job, resumed=True, cancelled=job.id in self._cancelled_before_start)
         except StorageError as error:
             log.error("jobs of the last dispatcher can't be taken up yet", extra={"error": str(error)})
             return False
         finally:
             self._claiming = False
-            self._dropped.clear()
+            self._cancelled_before_start.clear()
         if held:
             log.info("jobs of the last dispatcher are taken up", extra={"jobs": len(held)})
         return True
 
-    def _on_held(self, host: Host, calls: Sequence[str]) -> None:
+    def _on_call_list(self, host: Host, calls: Sequence[str]) -> None:
         """A host says which calls it holds for us."""
-        self._unwanted.reap_calls(host, calls, self._surroundings)
+        self._orphan_reaper.reap_calls(host, calls, self._context)
 
     async def _claim(self, taken_up: bool) -> None:
         """Start queued jobs whenever something may have made room for one, until the dispatcher stops."""
         while not self._stop.is_set():
             await self._wake.wait()
             self._wake.clear()
-            taken_up = taken_up or await self._take_up()
+            taken_up = taken_up or await self._recover()
             if not taken_up or not await self._claim_batch():
                 await self._pause(_STORE_PAUSE)
                 self._wake.set()
 
     async def _claim_batch(self) -> bool:
         """Claim and start what there is room for. False: the store has no room for more, try again later."""
-        if self._surroundings.pending_writes.count:
+        if self._context.pending_writes.count:
             return False  # ends of calls wait to be stored: no new ones until they are
         limit = min(_CLAIMED_AT_ONCE, self._config.calls - len(self._runs))
         if limit <= 0 or not self._registry.is_ready or self._stop.is_set():
@@ -510,26 +512,26 @@ class Dispatcher:
             jobs = await self._store.claim_jobs(self._wall(), limit, self._config.host_concurrency)
             for job in jobs:
                 # A job that was cancelled meanwhile has a run, too: it gives the slot back.
-                self._start(job, cancelled=job.id in self._dropped)
+                self._start(job, cancelled=job.id in self._cancelled_before_start)
         except StorageError as error:
             log.error("jobs can't be claimed, trying again", extra={"error": str(error)})
             return False
         finally:
             self._claiming = False
-            self._dropped.clear()
+            self._cancelled_before_start.clear()
         if len(jobs) == limit:
             self._wake.set()
         return True
 
     def _start(self, job: Job, resumed: bool = False, cancelled: bool = False) -> None:
-        run = self._runs[job.id] = Run(job, self._surroundings, resumed)
+        run = self._runs[job.id] = Run(job, self._context, resumed)
         if cancelled:
             run.cancel_before_start()
-        task = self._group.create_task(self._carry_out(run))
+        task = self._group.create_task(self._run_call(run))
         self._run_tasks.add(task)
         task.add_done_callback(self._run_tasks.discard)
 
-    async def _carry_out(self, run: Run) -> None:
+    async def _run_call(self, run: Run) -> None:
         try:
             await run.run()
         except Exception:
@@ -559,11 +561,11 @@ class Dispatcher:
                 log.error("not all could be stored; the next start takes it up", extra={"left": len(left)})
             for task in left:
                 task.cancel()
-        for task in self._upkeep:
+        for task in self._maintenance:
             task.cancel()
-        self._unwanted.stop()
-        self._surroundings.connections.close()
-        await self._surroundings.capabilities.close()
+        self._orphan_reaper.stop()
+        self._context.connections.close()
+        await self._context.capabilities.close()
 
     def _report_config(self, config: Config, reported: frozenset[str]) -> None:
         for key in config.ignored:
@@ -575,7 +577,7 @@ class Dispatcher:
             log.warning(warning)
 
 
-def _first(job: Job, since: int | None, recent: int | None) -> int:
+def _first_record(job: Job, since: int | None, recent: int | None) -> int:
     if recent is not None:
         return max(0, job.records - recent)
     return since or 0

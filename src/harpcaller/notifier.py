@@ -16,10 +16,10 @@ from harp.protocol.ends import End
 from harp.protocol.replies import encode_packets
 from harpcaller.model.jobs import Records
 
-__all__ = ["News", "Packets", "Topic"]
+__all__ = ["Notifier", "RecordBatch", "Subscription"]
 
 
-class Packets:
+class RecordBatch:
     """Records on their way to followers, who share the lines.
 
     Args:
@@ -43,12 +43,12 @@ class Packets:
         """The lines for a follower; `timed`: each with the time at which the record was made."""
         lines = self._lines.get(timed)
         if lines is None:
-            values, made = self.records.values, self.records.made
+            values, made = self.records.values, self.records.timestamps
             lines = self._lines[timed] = encode_packets(self.first, values, made if timed else None)
         return lines
 
 
-class Topic:
+class Subscription:
     """A job that somebody watches.
 
     Attributes:
@@ -64,9 +64,9 @@ class Topic:
         self.ended = asyncio.Event()
         self.end: End | None = None
         self.watchers = 0
-        self._newest: Packets | None = None
+        self._newest: RecordBatch | None = None
 
-    def newest(self, first: int) -> Packets | None:
+    def newest_from(self, first: int) -> RecordBatch | None:
         """The records from number `first` on, if they came with the last news."""
         newest = self._newest
         if newest is None or not newest.first <= first < newest.next:
@@ -74,15 +74,15 @@ class Topic:
         if newest.first == first:
             return newest
         skipped, records = first - newest.first, newest.records
-        return Packets(first, Records(records.values[skipped:], records.made[skipped:]))
+        return RecordBatch(first, Records(records.values[skipped:], records.timestamps[skipped:]))
 
-    def tell_records(self, first: int, records: Records) -> None:
+    def publish_records(self, first: int, records: Records) -> None:
         """Wake those who wait for records."""
-        self._newest = Packets(first, records)
+        self._newest = RecordBatch(first, records)
         self.changed.set()
         self.changed = asyncio.Event()
 
-    def tell_end(self, end: End | None) -> None:
+    def publish_end(self, end: End | None) -> None:
         """Wake all who wait."""
         self.end = end or self.end
         self.ended.set()
@@ -91,35 +91,35 @@ class Topic:
         self.changed = asyncio.Event()
 
 
-class News:
+class Notifier:
     """The jobs that somebody watches. What nobody watches costs nothing."""
 
     def __init__(self) -> None:
-        self._topics: dict[str, Topic] = {}
+        self._topics: dict[str, Subscription] = {}
 
     @contextmanager
-    def watching(self, job_id: str) -> Iterator[Topic]:
+    def subscribe(self, job_id: str) -> Iterator[Subscription]:
         """Watch a job for as long as the context lasts."""
-        topic = self._topics.setdefault(job_id, Topic())
-        topic.watchers += 1
+        subscription = self._topics.setdefault(job_id, Subscription())
+        subscription.watchers += 1
         try:
-            yield topic
+            yield subscription
         finally:
-            topic.watchers -= 1
-            if not topic.watchers:
+            subscription.watchers -= 1
+            if not subscription.watchers:
                 del self._topics[job_id]
 
-    def records(self, job_id: str, first: int, records: Records) -> None:
+    def publish_records(self, job_id: str, first: int, records: Records) -> None:
         """Tell the watchers that records numbered from `first` are committed."""
-        if topic := self._topics.get(job_id):
-            topic.tell_records(first, records)
+        if subscription := self._topics.get(job_id):
+            subscription.publish_records(first, records)
 
-    def end(self, job_id: str, end: End | None = None) -> None:
+    def publish_end(self, job_id: str, end: End | None = None) -> None:
         """Tell the watchers that the job's end, or how its stop turned out, is committed.
 
         Args:
             job_id: the job.
             end: its end, as it is stored; None: they read it from the store.
         """
-        if topic := self._topics.get(job_id):
-            topic.tell_end(end)
+        if subscription := self._topics.get(job_id):
+            subscription.publish_end(end)

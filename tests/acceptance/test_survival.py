@@ -20,7 +20,7 @@ import pytest
 
 import harp
 from harp.protocol.ends import Returned
-from harpcaller.notifier import Packets
+from harpcaller.notifier import RecordBatch
 from harpcaller.store.sqlite import open_store
 from support.deadline import eventually, wait_until
 from support.dispatcher import Switched, call, decoded, running, until
@@ -307,7 +307,7 @@ async def test_calls_go_on_while_the_store_takes_nothing(tmp_path: Path) -> None
     """A full disk for longer than a call may run without contact: the host is heard all the same, and waits."""
     done = tmp_path / "done"
     real = await open_store(tmp_path / "store")
-    store = Switched(real, "append_records", "finish_job", "settle_stop", "note_facts")
+    store = Switched(real, "append_records", "finish_job", "finalize_stop", "update_metadata")
     with Harpd(tmp_path / "harpd", PROCEDURES + OWN) as harpd:
         credentials = {"user": harpd.user, "password": harpd.password}
         host = {"hostname": "web01", "address": "127.0.0.1", "port": harpd.port, "credentials": credentials}
@@ -327,9 +327,9 @@ async def test_calls_go_on_while_the_store_takes_nothing(tmp_path: Path) -> None
             end = await dispatcher.result(flood, wait=True)
             assert isinstance(end, Returned), end
             count = int(end.result)
-            assert (await dispatcher.job(flood)).records == count
+            assert (await dispatcher.get_job(flood)).records == count
             records = [
-                pair async for item in dispatcher.read(flood) if isinstance(item, Packets) for pair in decoded(item)
+                pair async for item in dispatcher.read(flood) if isinstance(item, RecordBatch) for pair in decoded(item)
             ]
             assert [int(record[0]) for _, record in records] == list(range(count))
             assert await dispatcher.result(quiet, wait=True) == Returned(b"5")

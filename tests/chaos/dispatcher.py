@@ -55,7 +55,7 @@ class DropRecord(_Sabotaged):
         before = self._dropped.get(job_id, 0)
         if not before and len(self._dropped) < _DROPS and not self._appends % _DROP_EVERY:
             self._dropped[job_id] = 1
-            records = replace(records, values=records.values[1:], made=records.made[1:])
+            records = replace(records, values=records.values[1:], timestamps=records.timestamps[1:])
         return not len(records) or await self._store.append_records(job_id, first - before, records)
 
 

@@ -19,7 +19,7 @@ from harp.protocol.ends import Cancelled, End, Failed, Returned
 from harp.protocol.replies import Continue
 from harpcaller.config import Config, ConfigError
 from harpcaller.model.jobs import State
-from harpcaller.notifier import Packets
+from harpcaller.notifier import RecordBatch
 from harpcaller.store import StorageError, UnknownJob
 from harpcaller.store.sqlite import open_store
 from support.certificates import server_files
@@ -117,7 +117,7 @@ async def test_limits_are_those_asked_for_up_to_the_configured_ones(tmp_path: Pa
     async with running(tmp_path, default_timeout=20.0, max_exec_time=30.0) as dispatcher:
         for asked, stored in (((None, None), (20.0, 30.0)), ((5, 6.5), (5.0, 6.5)), ((10**40, 31), (20.0, 30.0))):
             job_id = await dispatcher.submit(call(timeout=asked[0], max_exec_time=asked[1]), "test")
-            job = await dispatcher.job(job_id)
+            job = await dispatcher.get_job(job_id)
             assert (job.timeout, job.max_exec_time) == stored
 
 
@@ -126,11 +126,11 @@ async def test_a_job_is_what_was_submitted(tmp_path: Path) -> None:
         begin = time.time()
         job_id = await dispatcher.submit(call("f", "h", {"b": 1, "a": 2}, {"q": 1}, info=raw([None])), "test")
         assert str(uuid.UUID(job_id)) == job_id
-        job = await dispatcher.job(job_id)
+        job = await dispatcher.get_job(job_id)
         assert (job.host, job.procedure, job.arguments, job.queue) == ("h", "f", b'{"b": 1, "a": 2}', b'{"q": 1}')
         assert job.info == b"[null]"
         assert begin <= job.submitted <= time.time()
-        assert (await dispatcher.job(await dispatcher.submit(call(), "test"))).info == b"null"
+        assert (await dispatcher.get_job(await dispatcher.submit(call(), "test"))).info == b"null"
 
 
 async def test_a_job_that_can_not_be_stored_is_refused_and_the_next_is_taken(tmp_path: Path) -> None:
@@ -169,7 +169,7 @@ async def test_an_id_of_no_job(tmp_path: Path, job_id: str) -> None:
             with pytest.raises(UnknownJob):
                 await dispatcher.result(job_id, wait)
         with pytest.raises(UnknownJob):
-            await dispatcher.job(job_id)
+            await dispatcher.get_job(job_id)
         with pytest.raises(UnknownJob):
             await followed(dispatcher, job_id)
         with pytest.raises(UnknownJob):
@@ -210,7 +210,7 @@ async def test_two_hundred_calls_at_once_on_one_host(tmp_path: Path) -> None:
         async with running(tmp_path, host_line(peer.port), connect_timeout=60.0) as dispatcher:
             jobs = [await dispatcher.submit(call(arguments=[n]), "test") for n in range(200)]
             await eventually(lambda: gates.running == 200, 60, "all calls")
-            assert dispatcher.calls == 200
+            assert dispatcher.active_calls == 200
             gates.let_go(200)
             for n, job in enumerate(jobs):
                 assert await dispatcher.result(job, wait=True) == Returned(raw([n]))
@@ -241,7 +241,7 @@ async def test_cancel_of_a_waiting_job_and_of_the_one_before_it(tmp_path: Path) 
             first, second, third = [await dispatcher.submit(call(arguments=[n], queue={}), "test") for n in range(3)]
             await eventually(lambda: gates.running == 1, what="the first call")
             assert await dispatcher.cancel(second)
-            job = await dispatcher.job(second)
+            job = await dispatcher.get_job(second)
             assert (job.state, job.started) == (State.CANCELLED, None)
             assert job.ended is not None
             assert await dispatcher.cancel(first)
@@ -282,7 +282,7 @@ async def test_whoever_waits_while_a_call_runs_does_not_depend_on_reading(tmp_pa
                 await dispatcher.result(job_id, wait=False)
             gates.let_go(1)
             assert await asyncio.gather(*waiting) == [Returned(b"[]")] * 3
-            await eventually(lambda: not dispatcher.calls, what="the run's end")
+            await eventually(lambda: not dispatcher.active_calls, what="the run's end")
             with pytest.raises(StorageError):
                 await dispatcher.result(job_id, wait=True)
             store.off = False
@@ -323,7 +323,7 @@ async def test_follow_and_read_from_every_place(tmp_path: Path) -> None:
             since = {n: asyncio.create_task(followed(dispatcher, job_id, since=n)) for n in (0, 3, 5, 7, 10, 20)}
             recent = dispatcher.follow(job_id, recent=2)
             begin = await anext(recent)
-            assert isinstance(begin, Packets)
+            assert isinstance(begin, RecordBatch)
             assert decoded(begin) == [(3, 3), (4, 4)]
             for first, options in (
                 (0, {}),
@@ -356,7 +356,7 @@ async def test_a_thousand_followers_and_one_that_never_reads(tmp_path: Path) -> 
             await stream.send({"stream": 0})
             idle = dispatcher.follow(job_id, since=0)
             first = await anext(idle)
-            assert isinstance(first, Packets)
+            assert isinstance(first, RecordBatch)
             assert decoded(first) == [(0, 0)]
             tasks = [asyncio.create_task(followed(dispatcher, job_id, since=0)) for _ in range(1000)]
             for begin in range(1, 101, 10):
@@ -376,7 +376,7 @@ async def test_records_come_in_batches_of_bounded_size(tmp_path: Path) -> None:
         async with running(tmp_path, host_line(peer.port)) as dispatcher:
             job_id = await dispatcher.submit(call(), "test")
             assert await dispatcher.result(job_id, wait=True) == Returned(b"null")
-            batches = [item async for item in dispatcher.follow(job_id, since=0) if isinstance(item, Packets)]
+            batches = [item async for item in dispatcher.follow(job_id, since=0) if isinstance(item, RecordBatch)]
             sizes = [sum(map(len, batch.records.values)) for batch in batches]
             assert sum(sizes) == 50 * 100_002
             assert max(sizes) < 1_000_000
@@ -412,7 +412,7 @@ async def test_reload_takes_effect_for_the_calls_after_it(tmp_path: Path) -> Non
             assert [found.hostname for found in dispatcher.hosts()] == ["web02"]
             job_id = await dispatcher.submit(call(host="web02"), "test")
             assert await dispatcher.result(job_id, wait=True) == Returned(b"[]")
-            assert (await dispatcher.job(job_id)).timeout == 5.0
+            assert (await dispatcher.get_job(job_id)).timeout == 5.0
             for broken in ({"ca_file": tmp_path / "none"}, {"hosts_file": tmp_path / "none"}):
                 with pytest.raises(ConfigError, match=next(iter(broken))):
                     await dispatcher.reload(Config(**broken))  # type: ignore[arg-type]
@@ -451,14 +451,14 @@ async def test_interrupted_jobs_end_at_start_and_queued_ones_run(tmp_path: Path)
 async def test_nothing_starts_before_the_interrupted_are_settled(tmp_path: Path) -> None:
     real = await open_store(tmp_path / "store")
     interrupted = await job_in(real, State.RUNNING, queue={})
-    store = Switched(real, "held_jobs")
+    store = Switched(real, "list_slot_holders")
     store.off = True
     with host(tmp_path, echo, (of_the_field,)) as peer:
         async with running(tmp_path, host_line(peer.port), store=store) as dispatcher:
             job_id = await dispatcher.submit(call(queue={}), "test")
             waiting = asyncio.create_task(dispatcher.result(interrupted, wait=True))
             await eventually(lambda: store.refused >= 2, what="a second try")
-            assert (await dispatcher.job(job_id)).state is State.QUEUED
+            assert (await dispatcher.get_job(job_id)).state is State.QUEUED
             store.off = False
             assert await dispatcher.result(job_id, wait=True) == Returned(b"[]")
             assert is_missing(await waiting)

@@ -13,7 +13,7 @@ import pytest
 
 from harp.protocol.ends import Cancelled, Failed, Returned
 from harp.protocol.json_text import Raw
-from harpcaller.model.jobs import NewJob, Stop
+from harpcaller.model.jobs import NewJob, StopState
 from harpcaller.store.sqlite import open_store
 from support.deadline import eventually
 from support.dispatcher import Switched, call, host_line, running
@@ -172,12 +172,12 @@ async def test_cancel_during_recovery_stops_the_call(tmp_path: Path) -> None:
     class Late(Switched):
         """Fails to list the held jobs once, then lists them, and takes its time to say so."""
 
-        async def held_jobs(self) -> Any:
+        async def list_slot_holders(self) -> Any:
             if not self.refused:
                 self.off = True
-                return await self.__getattr__("held_jobs")()
+                return await self.__getattr__("list_slot_holders")()
             self.off = False
-            held = await opened.held_jobs()
+            held = await opened.list_slot_holders()
             asked.set()
             await go_on.wait()
             return held
@@ -188,12 +188,12 @@ async def test_cancel_during_recovery_stops_the_call(tmp_path: Path) -> None:
         ends(talk, receipt(), EVIDENCE, {"harp": 1, "error": {"type": "cancelled", "message": "stopped"}})
 
     with playing(tmp_path, holding(), held) as peer:
-        store: Any = Late(opened, "held_jobs")
+        store: Any = Late(opened, "list_slot_holders")
         async with running(tmp_path, host_line(peer.port), store=store, kept_calls=True) as dispatcher:
             await asked.wait()
             assert await dispatcher.cancel(job_id, "somebody")
             go_on.set()
-            assert (await settled(dispatcher, job_id)).stop is Stop.CONFIRMED
+            assert (await settled(dispatcher, job_id)).stop is StopState.CONFIRMED
             assert await dispatcher.result(job_id, wait=True) == Cancelled()
     await opened.close()
 
@@ -205,11 +205,11 @@ async def test_failed_run_leaves_no_pending_stop(tmp_path: Path) -> None:
     class Faulty(Switched):
         """Has a fault when the call's end is settled, once."""
 
-        async def settle_stop(self, *arguments: Any, **options: Any) -> Any:
+        async def finalize_stop(self, *arguments: Any, **options: Any) -> Any:
             if not self.refused:
                 self.refused += 1
                 raise ValueError("a fault")
-            return await opened.settle_stop(*arguments, **options)
+            return await opened.finalize_stop(*arguments, **options)
 
     def script(talk: Conversation) -> None:
         started(talk)
@@ -224,6 +224,6 @@ async def test_failed_run_leaves_no_pending_stop(tmp_path: Path) -> None:
             await acknowledged(dispatcher, job_id)
             assert await dispatcher.cancel(job_id)
             async with asyncio.timeout(30):
-                details = await dispatcher.stopped(job_id)
-            assert (details.job.stop, details.job.holds_slot) == (Stop.FAILED, True)
+                details = await dispatcher.wait_stopped(job_id)
+            assert (details.job.stop, details.job.holds_slot) == (StopState.FAILED, True)
     await opened.close()

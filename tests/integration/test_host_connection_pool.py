@@ -105,7 +105,7 @@ async def results(directory: Path, *scripts: Script, count: int) -> list[Any]:
             ends = []
             for _ in range(count):
                 job_id, end = await result_of(dispatcher)
-                await dispatcher.stopped(job_id)
+                await dispatcher.wait_stopped(job_id)
                 ends.append(end)
             return ends
 

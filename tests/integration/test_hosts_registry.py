@@ -216,7 +216,7 @@ async def test_jobs_wait_for_the_first_run_of_the_script(tmp_path: Path, script:
         async with running(tmp_path, hosts_file=None, host_db_script=script.file) as dispatcher:
             job_id = await dispatcher.submit(call(), "test")
             await eventually(lambda: script.runs == 1, what="the script")
-            assert (await dispatcher.job(job_id)).state is State.QUEUED
+            assert (await dispatcher.get_job(job_id)).state is State.QUEUED
             await asyncio.to_thread(go.write_text, "")
             assert await dispatcher.result(job_id, wait=True) == Returned(b"1")
             script.does(host_line(1, "a"), host_line(1, "b"))

@@ -223,7 +223,7 @@ async def cancelled(dispatcher: Dispatcher, job_id: str) -> None:
     assert await dispatcher.cancel(job_id)
     assert await dispatcher.result(job_id, wait=False) == Cancelled()
     assert not await dispatcher.cancel(job_id)
-    await eventually(lambda: dispatcher.calls == 0, what="the call's end")
+    await eventually(lambda: dispatcher.active_calls == 0, what="the call's end")
 
 
 async def test_cancel_before_the_request_closes_the_connection(tmp_path: Path) -> None:
@@ -326,8 +326,8 @@ async def test_run_data_during_store_failure_is_stored_later(tmp_path: Path) -> 
             waiting = await dispatcher.submit(call(), "test")
             rest.set()
             await eventually(lambda: store.refused >= 3, what="a third try")
-            assert (await dispatcher.job(job_id)).state is State.RUNNING
-            assert (await dispatcher.job(waiting)).state is State.QUEUED  # nothing is claimed meanwhile
+            assert (await dispatcher.get_job(job_id)).state is State.RUNNING
+            assert (await dispatcher.get_job(waiting)).state is State.QUEUED  # nothing is claimed meanwhile
             store.off = False
             records, end = await followed(dispatcher, job_id, since=0)
             assert (records, end) == ([(0, 0), (1, 1), (2, 2)], Returned(b'"end"'))
@@ -358,7 +358,7 @@ async def test_run_pauses_reading_while_the_store_fails(tmp_path: Path) -> None:
             assert sent < enough  # what the host could send is in the sockets' buffers and our bounded memory
             store.off = False
             assert await dispatcher.result(job_id, wait=True) == Returned(b"null")
-            assert (await dispatcher.job(job_id)).records == enough // len(
+            assert (await dispatcher.get_job(job_id)).records == enough // len(
                 b'{"stream": "' + b"x" * 65_500 + b'"}\n'
             ) + 1
     await real.close()

@@ -17,7 +17,7 @@ from harpcaller.config import Config
 from harpcaller.hosts.connection import open_connection
 from harpcaller.hosts.inventory import Host
 from harpcaller.hosts.tls import HostTLS
-from harpcaller.model.jobs import Stop
+from harpcaller.model.jobs import StopState
 from harpcaller.store.sqlite import open_store
 from support.deadline import eventually
 from support.dispatcher import Switched, call, followed, host_line, running
@@ -89,7 +89,7 @@ async def test_resumable_run_invalid_message_ends_the_job(tmp_path: Path, garbag
             assert end.type == "protocol_error"
             assert "web01" in end.message
             assert "record 1 was to come" in end.message
-            assert (await settled(dispatcher, job_id)).stop is Stop.CONFIRMED
+            assert (await settled(dispatcher, job_id)).stop is StopState.CONFIRMED
 
 
 async def test_resumable_run_long_record_on_real_host_ends_the_job(tmp_path: Path) -> None:
@@ -119,7 +119,7 @@ def long_record():
             assert end.type == "protocol_error"
             assert "longer than 50000 bytes" in end.message
             job = await settled(dispatcher, job_id)
-            assert job.stop is Stop.CONFIRMED
+            assert job.stop is StopState.CONFIRMED
             assert (await dispatcher.details(job_id))["stop_report"] is not None
         assert harpd.status()["calls"] == 0
 
@@ -148,7 +148,7 @@ async def test_resumable_run_repeated_errors_slow_reattaching(tmp_path: Path) ->
             job_id, end = await result_of(dispatcher)
             assert isinstance(end, Failed)
             assert end.type == "protocol_error"
-            assert (await settled(dispatcher, job_id)).stop is Stop.CONFIRMED
+            assert (await settled(dispatcher, job_id)).stop is StopState.CONFIRMED
     assert attaches[4] - attaches[3] > 0.79  # at least half of the pause after four in vain: 0.2 s * 2 ** 4 / 2 = 1.6 s
 
 
@@ -217,7 +217,7 @@ async def test_records_gone_continues_at_the_given_number(tmp_path: Path) -> Non
     with playing(tmp_path, holding(), begin, holding(), lacking, rest) as peer:
         async with running(tmp_path, host_line(peer.port), kept_calls=True) as dispatcher:
             job_id, _ = await result_of(dispatcher)
-            assert (await settled(dispatcher, job_id)).stop is Stop.CONFIRMED
+            assert (await settled(dispatcher, job_id)).stop is StopState.CONFIRMED
 
 
 async def test_resumable_run_data_after_the_end_is_ignored(tmp_path: Path) -> None:
@@ -260,7 +260,7 @@ async def test_resumable_run_buffered_result_is_not_too_late(tmp_path: Path) -> 
             await lost(dispatcher, job_id)
             over = time.monotonic() + 0.5
             await eventually(lambda: time.monotonic() > over, what="the end of the limits")
-            assert (await dispatcher.job(job_id)).end is None
+            assert (await dispatcher.get_job(job_id)).end is None
             may_answer.set()
             assert await dispatcher.result(job_id, wait=True) == Returned(b'"in time"')
 
@@ -286,7 +286,7 @@ async def test_resumable_run_missing_ack_does_not_end_the_job(tmp_path: Path) ->
             end = await dispatcher.result(job_id, wait=True)
             assert isinstance(end, Failed)
             assert end.type == "timeout"
-            assert (await settled(dispatcher, job_id)).stop is Stop.CONFIRMED
+            assert (await settled(dispatcher, job_id)).stop is StopState.CONFIRMED
 
 
 async def test_heartbeats_keep_a_minimum_interval(tmp_path: Path) -> None:

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from harp.protocol.ends import Cancelled, Failed, Returned
-from harpcaller.model.jobs import State, Stop
-from harpcaller.notifier import Packets
+from harpcaller.model.jobs import State, StopState
+from harpcaller.notifier import RecordBatch
 from harpcaller.store import UnknownJob
 from harpcaller.store.sqlite import open_store
 from support.deadline import eventually
@@ -103,7 +103,7 @@ async def test_start_without_reply_is_never_repeated(tmp_path: Path) -> None:
             assert isinstance(end, Failed)
             assert end.type == "missing_result"
             assert "does not hold the job's call" in end.message
-            assert not (await dispatcher.job(job_id)).holds_slot
+            assert not (await dispatcher.get_job(job_id)).holds_slot
 
 
 async def test_start_without_reply_that_happened_continues(tmp_path: Path) -> None:
@@ -150,8 +150,8 @@ async def test_reattach_continues_at_the_next_record(tmp_path: Path) -> None:
             times = [
                 made
                 async for item in dispatcher.read(job_id, since=0)
-                if isinstance(item, Packets)
-                for made in item.records.made
+                if isinstance(item, RecordBatch)
+                for made in item.records.timestamps
             ]
             assert times[:2] == [10.0, 10.0]
     assert asked[0] == (2, job_id)
@@ -182,14 +182,18 @@ async def test_stop_after_outage_frees_the_slot_with_the_report(tmp_path: Path) 
             broken.set()
             await lost(dispatcher, job_id)
             assert await dispatcher.cancel(job_id, "192.0.2.1:5")
-            job = await dispatcher.job(job_id)
-            assert (job.state, job.stop, job.holds_slot) == (State.CANCELLED, Stop.PENDING, True)
+            job = await dispatcher.get_job(job_id)
+            assert (job.state, job.stop, job.holds_slot) == (State.CANCELLED, StopState.PENDING, True)
             assert "its stop is pending" in (await dispatcher.details(job_id))["why"]
-            waiting = asyncio.create_task(dispatcher.stopped(job_id))
+            waiting = asyncio.create_task(dispatcher.wait_stopped(job_id))
             back.set()
             details = await waiting
-            assert (details.job.stop, details.job.holds_slot, details.job.end) == (Stop.CONFIRMED, False, Cancelled())
-            assert details.facts.receipt is not None
+            assert (details.job.stop, details.job.holds_slot, details.job.end) == (
+                StopState.CONFIRMED,
+                False,
+                Cancelled(),
+            )
+            assert details.metadata.stop_report is not None
 
 
 async def test_surviving_processes_hold_the_slot(tmp_path: Path) -> None:
@@ -207,11 +211,11 @@ async def test_surviving_processes_hold_the_slot(tmp_path: Path) -> None:
             job_id = await dispatcher.submit(call(), "test")
             await acknowledged(dispatcher, job_id)
             await dispatcher.cancel(job_id)
-            details = await dispatcher.stopped(job_id)
-            assert (details.job.stop, details.job.holds_slot) == (Stop.FAILED, True)
+            details = await dispatcher.wait_stopped(job_id)
+            assert (details.job.stop, details.job.holds_slot) == (StopState.FAILED, True)
             assert "processes survive on its host: 7" in (await dispatcher.details(job_id))["why"]
             gone.set()
-            assert (await settled(dispatcher, job_id)).stop is Stop.CONFIRMED
+            assert (await settled(dispatcher, job_id)).stop is StopState.CONFIRMED
 
 
 async def test_release_frees_the_slot(tmp_path: Path) -> None:
@@ -223,14 +227,14 @@ async def test_release_frees_the_slot(tmp_path: Path) -> None:
         async with running(tmp_path, host_line(peer.port), kept_calls=True) as dispatcher:
             job_id = await dispatcher.submit(call(), "test")
             await acknowledged(dispatcher, job_id)
-            assert not await dispatcher.release(job_id)  # it runs
+            assert not await dispatcher.release_slot(job_id)  # it runs
             await dispatcher.cancel(job_id)
-            waiting = asyncio.create_task(dispatcher.stopped(job_id))
-            assert await dispatcher.release(job_id)
-            assert (await waiting).job.stop is Stop.FAILED
-            assert not (await dispatcher.job(job_id)).holds_slot
-            assert not await dispatcher.release(job_id)
-            assert not await dispatcher.release("nothing")
+            waiting = asyncio.create_task(dispatcher.wait_stopped(job_id))
+            assert await dispatcher.release_slot(job_id)
+            assert (await waiting).job.stop is StopState.FAILED
+            assert not (await dispatcher.get_job(job_id)).holds_slot
+            assert not await dispatcher.release_slot(job_id)
+            assert not await dispatcher.release_slot("nothing")
 
 
 async def test_host_limit_ends_the_job_with_a_stop_report(tmp_path: Path) -> None:
@@ -242,7 +246,7 @@ async def test_host_limit_ends_the_job_with_a_stop_report(tmp_path: Path) -> Non
         async with running(tmp_path, host_line(peer.port), kept_calls=True) as dispatcher:
             job_id, end = await result_of(dispatcher)
             assert end == Failed("timeout", "too long")
-            assert (await dispatcher.job(job_id)).stop is Stop.CONFIRMED
+            assert (await dispatcher.get_job(job_id)).stop is StopState.CONFIRMED
 
 
 async def test_records_gone_ends_the_job_and_stops_the_call(tmp_path: Path) -> None:
@@ -265,7 +269,7 @@ async def test_records_gone_ends_the_job_and_stops_the_call(tmp_path: Path) -> N
             job_id, end = await result_of(dispatcher)
             assert isinstance(end, Failed)
             assert end.type == "missing_result"
-            assert (await settled(dispatcher, job_id)).stop is Stop.CONFIRMED
+            assert (await settled(dispatcher, job_id)).stop is StopState.CONFIRMED
 
 
 async def test_host_downgraded_to_legacy_has_bound_calls(tmp_path: Path) -> None:

@@ -12,7 +12,17 @@ import pytest
 
 from harp.protocol.ends import Cancelled, Returned
 from harp.protocol.json_text import Raw
-from harpcaller.model.jobs import ENDED, NO_FACTS, TRANSITIONS, Facts, Job, JobDetails, Records, State, Stop
+from harpcaller.model.jobs import (
+    ENDED,
+    NO_METADATA,
+    TRANSITIONS,
+    Job,
+    JobDetails,
+    JobMetadata,
+    Records,
+    State,
+    StopState,
+)
 from harpcaller.store import QueueStatus, Store, UnknownJob
 from support.backends import BACKENDS
 from support.jobs import ENDS, STANDS, job_in, new_id, new_job, records
@@ -22,17 +32,17 @@ Reopen = Callable[[], Awaitable[Store]]
 STARTS = pytest.mark.parametrize(("state", "held"), STANDS)
 MANY = 1000
 
-FACTS = Facts(
+FACTS = JobMetadata(
     call=Raw(b'{"address":"10.0.0.1",  "attempts":1}'),
-    stopped=Raw(b'{"why":"cancel","by":"\\ud800"}'),
-    receipt=Raw(b'{"survivors":[]}'),
-    evidence=Raw(b'{"exit":0,"memory":100000000000000000000}'),
+    stop_request=Raw(b'{"why":"cancel","by":"\\ud800"}'),
+    stop_report=Raw(b'{"survivors":[]}'),
+    exit_info=Raw(b'{"exit":0,"memory":100000000000000000000}'),
 )
 STOPPED = Raw(b'{"why":"cancel"}')
 
 
-async def facts_of(store: Store, job_id: str) -> Facts:
-    return (await store.get_details(job_id)).facts
+async def facts_of(store: Store, job_id: str) -> JobMetadata:
+    return (await store.get_details(job_id)).metadata
 
 
 # Many jobs at once
@@ -104,12 +114,12 @@ async def test_a_new_job_is_queued_and_kept_to_the_byte(store: Store) -> None:
 
 async def test_payloads_come_back_as_raw_text(store: Store) -> None:
     job_id = await job_in(store, State.RETURNED, queue={})
-    await store.note_facts(job_id, FACTS)
+    await store.update_metadata(job_id, FACTS)
     job = await store.get_job(job_id)
     assert isinstance(job.end, Returned)
     assert {type(payload) for payload in (job.arguments, job.info, job.queue, job.end.result)} == {Raw}
     facts = await facts_of(store, job_id)
-    assert {type(fact) for fact in (facts.call, facts.stopped, facts.receipt, facts.evidence)} == {Raw}
+    assert {type(fact) for fact in (facts.call, facts.stop_request, facts.stop_report, facts.exit_info)} == {Raw}
 
 
 async def test_a_large_job_is_kept_whole(store: Store) -> None:
@@ -145,9 +155,9 @@ async def test_finish(store: Store, state: State, held: bool, end: State, keep_s
     job_id = await job_in(store, state, held=held)
     before = await store.get_job(job_id)
     if state in ENDED:
-        assert await store.finish_job(job_id, ENDS[end], 9.0, keep_slot=keep_slot, facts=FACTS) is False
+        assert await store.finish_job(job_id, ENDS[end], 9.0, keep_slot=keep_slot, metadata=FACTS) is False
     elif end in TRANSITIONS[state] and (before.holds_slot or not keep_slot):
-        assert await store.finish_job(job_id, ENDS[end], 9.0, keep_slot=keep_slot, facts=FACTS) is True
+        assert await store.finish_job(job_id, ENDS[end], 9.0, keep_slot=keep_slot, metadata=FACTS) is True
         after = await store.get_job(job_id)
         assert (after.state, after.end, after.started, after.ended) == (end, ENDS[end], before.started, 9.0)
         assert (after.holds_slot, after.stop) == (keep_slot, None)
@@ -155,13 +165,13 @@ async def test_finish(store: Store, state: State, held: bool, end: State, keep_s
         return
     else:
         with pytest.raises(ValueError, match=state):
-            await store.finish_job(job_id, ENDS[end], 9.0, keep_slot=keep_slot, facts=FACTS)
+            await store.finish_job(job_id, ENDS[end], 9.0, keep_slot=keep_slot, metadata=FACTS)
     assert await store.get_job(job_id) == before
-    assert await facts_of(store, job_id) == NO_FACTS
+    assert await facts_of(store, job_id) == NO_METADATA
 
 
-@pytest.mark.parametrize("stop", list(Stop))
-async def test_finish_with_a_stop(store: Store, stop: Stop) -> None:
+@pytest.mark.parametrize("stop", list(StopState))
+async def test_finish_with_a_stop(store: Store, stop: StopState) -> None:
     running = await job_in(store, State.RUNNING)
     assert await store.finish_job(running, ENDS[State.FAILED], 9.0, stop=stop) is True
     after = await store.get_job(running)
@@ -182,12 +192,12 @@ async def test_cancel(store: Store, state: State, held: bool) -> None:
         assert (after.state, after.end, after.ended) == (State.CANCELLED, Cancelled(), 9.0)
         assert after.started == before.started
         ran = state is State.RUNNING
-        assert (after.holds_slot, after.stop) == (ran, Stop.PENDING if ran else None)
-        assert await facts_of(store, job_id) == Facts(stopped=STOPPED)
+        assert (after.holds_slot, after.stop) == (ran, StopState.PENDING if ran else None)
+        assert await facts_of(store, job_id) == JobMetadata(stop_request=STOPPED)
     else:
         assert await store.cancel_job(job_id, 9.0, STOPPED) is None
         assert await store.get_job(job_id) == before
-        assert await facts_of(store, job_id) == NO_FACTS
+        assert await facts_of(store, job_id) == NO_METADATA
 
 
 @STARTS
@@ -200,8 +210,8 @@ async def test_cancel_queue(store: Store, state: State, held: bool) -> None:
         assert cancelled == [(job_id, state)]
         assert (after.state, after.ended) == (State.CANCELLED, 9.0)
         ran = state is State.RUNNING
-        assert (after.holds_slot, after.stop) == (ran, Stop.PENDING if ran else None)
-        assert await facts_of(store, job_id) == Facts(stopped=STOPPED)
+        assert (after.holds_slot, after.stop) == (ran, StopState.PENDING if ran else None)
+        assert await facts_of(store, job_id) == JobMetadata(stop_request=STOPPED)
     else:
         assert cancelled == []
         assert after == before
@@ -209,16 +219,18 @@ async def test_cancel_queue(store: Store, state: State, held: bool) -> None:
 
 @STARTS
 @pytest.mark.parametrize("keep_slot", [False, True])
-@pytest.mark.parametrize("stop", list(Stop))
-async def test_settle_a_stop(store: Store, state: State, held: bool, keep_slot: bool, stop: Stop) -> None:
+@pytest.mark.parametrize("stop", list(StopState))
+async def test_settle_a_stop(store: Store, state: State, held: bool, keep_slot: bool, stop: StopState) -> None:
     job_id = await job_in(store, state, held=held)
     before = await store.get_job(job_id)
-    settled = await store.settle_stop(job_id, stop, keep_slot=keep_slot, facts=FACTS)
+    settled = await store.finalize_stop(job_id, stop, keep_slot=keep_slot, metadata=FACTS)
     assert settled is (state in ENDED and held)
     after = await store.get_job(job_id)
     assert after == (replace(before, stop=stop, holds_slot=keep_slot) if settled else before)
-    assert await facts_of(store, job_id) == (FACTS if settled else NO_FACTS)
-    assert await store.settle_stop(job_id, Stop.FAILED) is (settled and keep_slot), "settled for good with its slot"
+    assert await facts_of(store, job_id) == (FACTS if settled else NO_METADATA)
+    assert await store.finalize_stop(job_id, StopState.FAILED) is (settled and keep_slot), (
+        "settled for good with its slot"
+    )
 
 
 @STARTS
@@ -235,9 +247,9 @@ async def test_release_a_slot(store: Store, state: State, held: bool) -> None:
 async def test_note_facts(store: Store, state: State, held: bool) -> None:
     job_id = await job_in(store, state, held=held)
     before = await store.get_job(job_id)
-    assert await store.note_facts(job_id, NO_FACTS) is True
-    assert await facts_of(store, job_id) == NO_FACTS
-    assert await store.note_facts(job_id, FACTS) is True
+    assert await store.update_metadata(job_id, NO_METADATA) is True
+    assert await facts_of(store, job_id) == NO_METADATA
+    assert await store.update_metadata(job_id, FACTS) is True
     assert await facts_of(store, job_id) == FACTS
     assert await store.get_job(job_id) == before
 
@@ -245,7 +257,7 @@ async def test_note_facts(store: Store, state: State, held: bool) -> None:
 @STARTS
 async def test_held(store: Store, state: State, held: bool) -> None:
     job_id = await job_in(store, state, held=held)
-    assert await store.held_jobs() == ([await store.get_job(job_id)] if held else [])
+    assert await store.list_slot_holders() == ([await store.get_job(job_id)] if held else [])
 
 
 async def test_no_job_starts_before_it_was_submitted(store: Store) -> None:
@@ -282,8 +294,8 @@ async def test_append(store: Store, state: State, held: bool) -> None:
 async def test_details(store: Store, state: State, held: bool) -> None:
     job_id = await job_in(store, state, held=held)
     details = await store.get_details(job_id)
-    waiting = details.waiting
-    assert details == JobDetails(await store.get_job(job_id), NO_FACTS, 0, waiting)
+    waiting = details.queue_position
+    assert details == JobDetails(await store.get_job(job_id), NO_METADATA, 0, waiting)
     assert (waiting is not None) is (state is State.QUEUED)
 
 
@@ -291,7 +303,7 @@ async def test_details(store: Store, state: State, held: bool) -> None:
 async def test_prune(store: Store, state: State, held: bool) -> None:
     job_id = await job_in(store, state, 100.0, held=held)
     goes = state in ENDED and not held
-    assert await store.note_facts(job_id, FACTS)
+    assert await store.update_metadata(job_id, FACTS)
     assert await store.prune_jobs(100.0, MANY) == 0, "ended at that time is not before it"
     assert await store.prune_jobs(1e12, MANY) == goes
     if goes:
@@ -328,14 +340,14 @@ async def test_list_queues(store: Store, state: State, held: bool) -> None:
 async def test_reopen(reopen: Reopen, state: State, held: bool) -> None:
     store = await reopen()
     job_id = await job_in(store, state, held=held, queue={"q": 1})
-    await store.note_facts(job_id, FACTS)
+    await store.update_metadata(job_id, FACTS)
     details, listed = await store.get_details(job_id), await store.list_jobs(ended=True)
-    queues, holding = await store.list_queues(), await store.held_jobs()
+    queues, holding = await store.list_queues(), await store.list_slot_holders()
     store = await reopen()
     assert await store.get_details(job_id) == details
     assert await store.list_jobs(ended=True) == listed
     assert await store.list_queues() == queues
-    assert await store.held_jobs() == holding
+    assert await store.list_slot_holders() == holding
 
 
 async def test_an_unknown_job(store: Store) -> None:
@@ -344,11 +356,11 @@ async def test_an_unknown_job(store: Store) -> None:
         await store.get_job(new_id())
     with pytest.raises(UnknownJob):
         await store.get_details(new_id())
-    assert await store.finish_job(new_id(), Cancelled(), 1.0, facts=FACTS) is False
+    assert await store.finish_job(new_id(), Cancelled(), 1.0, metadata=FACTS) is False
     assert await store.cancel_job(new_id(), 1.0, STOPPED) is None
-    assert await store.settle_stop(new_id(), Stop.CONFIRMED, facts=FACTS) is False
+    assert await store.finalize_stop(new_id(), StopState.CONFIRMED, metadata=FACTS) is False
     assert await store.release_slot(new_id()) is False
-    assert await store.note_facts(new_id(), FACTS) is False
+    assert await store.update_metadata(new_id(), FACTS) is False
     assert await store.append_records(new_id(), 0, records([b"1"])) is False
     assert await store.read_records(new_id(), 0, MANY) == Records()
     assert await store.cancel_queue(Raw(b"{}"), 1.0) == []
@@ -358,7 +370,7 @@ async def test_an_empty_store(store: Store) -> None:
     assert await store.claim_jobs(1.0, MANY, MANY) == []
     assert await store.list_jobs(ended=True) == []
     assert await store.list_queues() == []
-    assert await store.held_jobs() == []
+    assert await store.list_slot_holders() == []
     assert await store.prune_jobs(1e12, MANY) == 0
 
 
@@ -373,26 +385,28 @@ async def test_closing_again_does_nothing(store: Store) -> None:
 @pytest.mark.parametrize("name", ["call", "stopped", "receipt", "evidence"])
 async def test_each_fact_is_written_alone(store: Store, name: str) -> None:
     job_id = await job_in(store, State.RUNNING)
-    one = Facts(**{name: Raw(b'{ "a" : 1.10 }')})
-    await store.note_facts(job_id, one)
+    one = JobMetadata(**{name: Raw(b'{ "a" : 1.10 }')})
+    await store.update_metadata(job_id, one)
     assert await facts_of(store, job_id) == one
-    await store.note_facts(job_id, FACTS)
-    await store.note_facts(job_id, one)
+    await store.update_metadata(job_id, FACTS)
+    await store.update_metadata(job_id, one)
     assert await facts_of(store, job_id) == replace(FACTS, **{name: Raw(b'{ "a" : 1.10 }')})
 
 
 async def test_the_facts_of_an_end_add_to_those_there_are(store: Store) -> None:
     job_id = await job_in(store, State.RUNNING)
-    await store.note_facts(job_id, Facts(call=FACTS.call))
+    await store.update_metadata(job_id, JobMetadata(call=FACTS.call))
     await store.cancel_job(job_id, 9.0, STOPPED)
-    await store.settle_stop(job_id, Stop.CONFIRMED, facts=Facts(receipt=FACTS.receipt))
-    assert await facts_of(store, job_id) == Facts(call=FACTS.call, stopped=STOPPED, receipt=FACTS.receipt)
+    await store.finalize_stop(job_id, StopState.CONFIRMED, metadata=JobMetadata(stop_report=FACTS.stop_report))
+    assert await facts_of(store, job_id) == JobMetadata(
+        call=FACTS.call, stop_request=STOPPED, stop_report=FACTS.stop_report
+    )
 
 
 async def test_large_facts_are_kept_whole_and_pruned(store: Store) -> None:
-    large = Facts(evidence=Raw(b'{"stderr":["' + b"x" * 5_000_000 + b'"]}'))
+    large = JobMetadata(exit_info=Raw(b'{"stderr":["' + b"x" * 5_000_000 + b'"]}'))
     job_id = await job_in(store, State.RUNNING)
-    assert await store.finish_job(job_id, ENDS[State.RAISED], 9.0, facts=large)
+    assert await store.finish_job(job_id, ENDS[State.RAISED], 9.0, metadata=large)
     assert await facts_of(store, job_id) == large
     assert await store.prune_jobs(10.0, MANY) == 1
 
@@ -402,17 +416,17 @@ async def test_large_facts_are_kept_whole_and_pruned(store: Store) -> None:
 
 async def test_the_identity_is_the_stores_own_for_its_life(reopen: Reopen) -> None:
     store = await reopen()
-    identity = await store.identity()
-    assert await store.identity() == identity
+    identity = await store.get_identity()
+    assert await store.get_identity() == identity
     assert len(bytes.fromhex(identity.owner)) == 16
     assert len(identity.key) == 32
     store = await reopen()
-    assert await store.identity() == identity
+    assert await store.get_identity() == identity
 
 
 async def test_two_stores_have_two_identities(tmp_path: Path, store: Store, request: pytest.FixtureRequest) -> None:
     other = await BACKENDS[request.node.callspec.params["reopen"]](tmp_path / "other")
-    ours, theirs = await store.identity(), await other.identity()
+    ours, theirs = await store.get_identity(), await other.get_identity()
     await other.close()
     assert ours.owner != theirs.owner
     assert ours.key != theirs.key

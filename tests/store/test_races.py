@@ -6,7 +6,7 @@ import asyncio
 
 from harp.protocol.ends import Cancelled, Returned
 from harp.protocol.json_text import Raw
-from harpcaller.model.jobs import Facts, State, Stop
+from harpcaller.model.jobs import JobMetadata, State, StopState
 from harpcaller.store import Store
 from support.jobs import ENDS, added, claimed, job_in, new_job, records
 
@@ -17,7 +17,7 @@ async def test_of_many_ends_at_once_the_first_wins(store: Store) -> None:
     ids = [await job_in(store, State.RUNNING) for _ in range(20)]
     for job_id in ids:
         numbers = [Raw(b"%d" % n) for n in range(3)]
-        finishes = [store.finish_job(job_id, Returned(n), 6.0, facts=Facts(evidence=n)) for n in numbers]
+        finishes = [store.finish_job(job_id, Returned(n), 6.0, metadata=JobMetadata(exit_info=n)) for n in numbers]
         *finished, cancelled = await asyncio.gather(*finishes, store.cancel_job(job_id, 6.0, Raw(b"3")))
         outcomes = [*finished, cancelled is not None]
         assert outcomes.count(True) == 1
@@ -25,26 +25,29 @@ async def test_of_many_ends_at_once_the_first_wins(store: Store) -> None:
         details = await store.get_details(job_id)
         if won == 3:
             assert (details.job.end, details.job.holds_slot) == (Cancelled(), True)
-            assert details.facts == Facts(stopped=Raw(b"3"))
+            assert details.metadata == JobMetadata(stop_request=Raw(b"3"))
         else:
             assert (details.job.end, details.job.holds_slot) == (Returned(numbers[won]), False)
-            assert details.facts == Facts(evidence=numbers[won])
+            assert details.metadata == JobMetadata(exit_info=numbers[won])
 
 
 async def test_a_stop_is_settled_once(store: Store) -> None:
     job_id = await job_in(store, State.CANCELLED, held=True)
     settled = await asyncio.gather(
-        *(store.settle_stop(job_id, stop, facts=Facts(receipt=Raw(b'"%s"' % stop.encode()))) for stop in Stop),
+        *(
+            store.finalize_stop(job_id, stop, metadata=JobMetadata(stop_report=Raw(b'"%s"' % stop.encode())))
+            for stop in StopState
+        ),
         store.release_slot(job_id),
     )
     assert settled.count(True) == 1
     details = await store.get_details(job_id)
     assert details.job.holds_slot is False
     if settled[-1]:
-        assert (details.job.stop, details.facts.receipt) == (Stop.PENDING, None)
+        assert (details.job.stop, details.metadata.stop_report) == (StopState.PENDING, None)
     else:
-        stop = list(Stop)[settled.index(True)]
-        assert (details.job.stop, details.facts.receipt) == (stop, b'"%s"' % stop.encode())
+        stop = list(StopState)[settled.index(True)]
+        assert (details.job.stop, details.metadata.stop_report) == (stop, b'"%s"' % stop.encode())
 
 
 async def test_a_job_cancelled_before_it_started_never_starts(store: Store) -> None:
@@ -100,8 +103,8 @@ async def test_details_are_of_one_moment(store: Store) -> None:
             assert await claimed(store) == [job_id]
             for n in range(0, total, 10):
                 assert await store.append_records(job_id, n, records([b"1"] * 10))
-            facts = Facts(evidence=Raw(b"{}"))
-            assert await store.finish_job(job_id, ENDS[State.RETURNED], 6.0, keep_slot=True, facts=facts)
+            facts = JobMetadata(exit_info=Raw(b"{}"))
+            assert await store.finish_job(job_id, ENDS[State.RETURNED], 6.0, keep_slot=True, metadata=facts)
             assert await store.release_slot(job_id)
 
     async def look() -> None:
@@ -109,11 +112,11 @@ async def test_details_are_of_one_moment(store: Store) -> None:
             for job_id in ids:
                 details = await store.get_details(job_id)
                 assert details.record_bytes == details.job.records
-                assert (details.facts.evidence is not None) is (details.job.state is State.RETURNED)
-                if details.waiting is not None and details.waiting.holders:
+                assert (details.metadata.exit_info is not None) is (details.job.state is State.RETURNED)
+                if details.queue_position is not None and details.queue_position.slot_holders:
                     # Those between the holder and this job wait before it.
-                    [holder] = details.waiting.holders
-                    assert details.waiting.position == ids.index(job_id) - ids.index(holder)
+                    [holder] = details.queue_position.slot_holders
+                    assert details.queue_position.position == ids.index(job_id) - ids.index(holder)
 
     working = asyncio.create_task(work())
     await asyncio.gather(*(look() for _ in range(3)))

@@ -9,7 +9,7 @@ import pytest
 
 from harp.protocol.ends import Failed
 from harp.protocol.json_text import Raw
-from harpcaller.model.jobs import State, Stop, Waiting
+from harpcaller.model.jobs import QueuePosition, State, StopState
 from harpcaller.store import QueueStatus, Store
 from support.jobs import ENDS, added, claimed, job_in, new_job
 
@@ -21,11 +21,11 @@ MANY = 1000
 async def test_jobs_without_a_queue_start_in_order_up_to_the_hosts_limit(store: Store) -> None:
     one = await added(store, count=3, host="one")
     two = await added(store, count=3, host="two")
-    assert await claimed(store, host_concurrency=2) == [*one[:2], *two[:2]]
-    assert await claimed(store, host_concurrency=2) == []
+    assert await claimed(store, max_calls_per_host=2) == [*one[:2], *two[:2]]
+    assert await claimed(store, max_calls_per_host=2) == []
     await store.finish_job(two[0], ENDS[State.RETURNED], 6.0)
-    assert await claimed(store, host_concurrency=2) == [two[2]]
-    assert await claimed(store, host_concurrency=3) == [one[2]]
+    assert await claimed(store, max_calls_per_host=2) == [two[2]]
+    assert await claimed(store, max_calls_per_host=3) == [one[2]]
 
 
 async def test_a_claim_takes_the_first_submitted_and_no_more_than_its_limit(store: Store) -> None:
@@ -70,7 +70,7 @@ async def test_the_first_job_decides_the_concurrency_until_no_job_needs_the_queu
     assert await claimed(store) == []
     await store.cancel_job(ids[-1], 6.0)
     for job_id in ids[:2]:
-        await store.settle_stop(job_id, Stop.CONFIRMED)
+        await store.finalize_stop(job_id, StopState.CONFIRMED)
     assert await store.list_queues() == []
     ids = await added(store, count=4, queue={}, concurrency=3)
     assert await claimed(store) == ids[:3]
@@ -90,7 +90,7 @@ async def test_a_queue_is_gone_with_its_last_job(store: Store, last: str) -> Non
             await store.cancel_queue(Raw(b"{}"), 6.0)
         case "settle":
             await store.cancel_queue(Raw(b"{}"), 6.0)
-            await store.settle_stop(job_id, Stop.CONFIRMED)
+            await store.finalize_stop(job_id, StopState.CONFIRMED)
         case "release":
             await store.finish_job(job_id, ENDS[State.FAILED], 6.0, keep_slot=True)
             await store.release_slot(job_id)
@@ -106,15 +106,15 @@ async def test_a_concurrency_beyond_any_machine(store: Store) -> None:
 
 async def test_behind_a_head_whose_host_is_full_the_queue_waits(store: Store) -> None:
     busy = await added(store, host="full")
-    assert await claimed(store, host_concurrency=1) == busy
+    assert await claimed(store, max_calls_per_host=1) == busy
     queue = await added(store, host="full", queue={}, concurrency=5)
     queue += await added(store, host="free", queue={}, concurrency=5)
     free = await added(store, host="free")
-    assert await claimed(store, host_concurrency=1) == free
+    assert await claimed(store, max_calls_per_host=1) == free
     await store.finish_job(free[0], ENDS[State.RETURNED], 6.0)
-    assert await claimed(store, host_concurrency=1) == []
+    assert await claimed(store, max_calls_per_host=1) == []
     await store.finish_job(busy[0], ENDS[State.RETURNED], 6.0)
-    assert await claimed(store, host_concurrency=1) == queue
+    assert await claimed(store, max_calls_per_host=1) == queue
 
 
 async def test_jobs_of_queues_count_for_their_host(store: Store) -> None:
@@ -122,7 +122,7 @@ async def test_jobs_of_queues_count_for_their_host(store: Store) -> None:
     queued += await added(store, host="one", queue={"q": 2})
     await added(store, host="one", queue={"q": 3})
     await added(store, host="one")
-    assert await claimed(store, host_concurrency=2) == queued
+    assert await claimed(store, max_calls_per_host=2) == queued
 
 
 async def test_a_job_that_fails_in_the_queue_makes_way(store: Store) -> None:
@@ -152,8 +152,8 @@ async def test_limits_and_order_survive_reopening(reopen: Reopen) -> None:
     await store.cancel_job(ids[0], 6.0)
     store = await reopen()
     assert await claimed(store) == []
-    assert [job.id for job in await store.held_jobs()] == ids[:2]
-    await store.settle_stop(ids[0], Stop.CONFIRMED)
+    assert [job.id for job in await store.list_slot_holders()] == ids[:2]
+    await store.finalize_stop(ids[0], StopState.CONFIRMED)
     await store.finish_job(ids[1], ENDS[State.FAILED], 6.0)
     assert await claimed(store) == ids[2:4]
 
@@ -178,10 +178,10 @@ async def test_a_slot_is_free_when_it_is_said_to_be_and_not_before(store: Store,
     assert await claimed(store) == ids[:1]
     await store.cancel_job(ids[0], 6.0)
     assert await claimed(store) == []
-    await store.settle_stop(ids[0], Stop.FAILED, keep_slot=True)
+    await store.finalize_stop(ids[0], StopState.FAILED, keep_slot=True)
     assert await claimed(store) == []
     if free == "settle":
-        assert await store.settle_stop(ids[0], Stop.CONFIRMED)
+        assert await store.finalize_stop(ids[0], StopState.CONFIRMED)
     else:
         assert await store.release_slot(ids[0])
     assert await claimed(store) == ids[1:2]
@@ -190,11 +190,11 @@ async def test_a_slot_is_free_when_it_is_said_to_be_and_not_before(store: Store,
 async def test_a_held_slot_counts_for_its_host(store: Store) -> None:
     first = await added(store, queue={"q": 1}, concurrency=9)
     second = await added(store)
-    assert await claimed(store, host_concurrency=1) == first
+    assert await claimed(store, max_calls_per_host=1) == first
     await store.finish_job(first[0], ENDS[State.FAILED], 6.0, keep_slot=True)
-    assert await claimed(store, host_concurrency=1) == []
+    assert await claimed(store, max_calls_per_host=1) == []
     assert await store.release_slot(first[0])
-    assert await claimed(store, host_concurrency=1) == second
+    assert await claimed(store, max_calls_per_host=1) == second
 
 
 async def test_held_jobs_come_in_the_order_of_submission(store: Store) -> None:
@@ -203,7 +203,7 @@ async def test_held_jobs_come_in_the_order_of_submission(store: Store) -> None:
     await store.finish_job(ids[1], ENDS[State.RETURNED], 6.0)
     await store.cancel_job(ids[4], 6.0)
     await store.cancel_job(ids[7], 6.0)
-    held = await store.held_jobs()
+    held = await store.list_slot_holders()
     assert [job.id for job in held] == [ids[0], *ids[2:6]]
     assert held == [await store.get_job(job.id) for job in held]
 
@@ -211,8 +211,8 @@ async def test_held_jobs_come_in_the_order_of_submission(store: Store) -> None:
 # Why a job waits
 
 
-async def waiting_of(store: Store, job_id: str) -> Waiting:
-    waiting = (await store.get_details(job_id)).waiting
+async def waiting_of(store: Store, job_id: str) -> QueuePosition:
+    waiting = (await store.get_details(job_id)).queue_position
     assert waiting is not None
     return waiting
 
@@ -225,7 +225,7 @@ async def test_why_a_job_of_a_queue_waits(store: Store) -> None:
     await store.cancel_job(ids[15], 6.0)
     others = await added(store) + await added(store, host="other", queue={"q": 1})
     assert await claimed(store) == [ids[12], *others]
-    first = Waiting(1, 12, holding=12, holders=tuple(ids[1:11]), on_host=13)
+    first = QueuePosition(1, 12, slots_held=12, slot_holders=tuple(ids[1:11]), slots_held_on_host=13)
     assert await waiting_of(store, ids[13]) == first
     assert await waiting_of(store, ids[14]) == replace(first, position=2)
     assert await waiting_of(store, ids[19]) == replace(first, position=6)
@@ -234,13 +234,15 @@ async def test_why_a_job_of_a_queue_waits(store: Store) -> None:
 async def test_why_a_job_without_a_queue_waits(store: Store) -> None:
     queued = await added(store, queue={"q": 1})
     ids = await added(store, count=4)
-    assert await claimed(store, host_concurrency=3) == [*queued, *ids[:2]]
-    assert await waiting_of(store, ids[2]) == Waiting(1, None, holding=2, holders=tuple(ids[:2]), on_host=3)
+    assert await claimed(store, max_calls_per_host=3) == [*queued, *ids[:2]]
+    assert await waiting_of(store, ids[2]) == QueuePosition(
+        1, None, slots_held=2, slot_holders=tuple(ids[:2]), slots_held_on_host=3
+    )
     assert (await waiting_of(store, ids[3])).position == 2
 
 
 async def test_a_head_behind_a_full_host_is_the_first_with_room(store: Store) -> None:
     busy = await added(store)
     waits = await added(store, queue={}, concurrency=5)
-    assert await claimed(store, host_concurrency=1) == busy
-    assert await waiting_of(store, waits[0]) == Waiting(1, 5, holding=0, holders=(), on_host=1)
+    assert await claimed(store, max_calls_per_host=1) == busy
+    assert await waiting_of(store, waits[0]) == QueuePosition(1, 5, slots_held=0, slot_holders=(), slots_held_on_host=1)

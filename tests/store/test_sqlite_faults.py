@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from harp.protocol.json_text import Raw
-from harpcaller.model.jobs import Facts, State, Stop
+from harpcaller.model.jobs import JobMetadata, State, StopState
 from harpcaller.store import StorageError
 from harpcaller.store.sqlite import FILE_NAME, file, open_store
 from support import full_disk, killed_writer
@@ -61,16 +61,16 @@ async def test_what_was_confirmed_survives_a_kill(tmp_path: Path, lines: int) ->
                     records = await store.read_records(job_id, 0, 10**9)
                     assert len(records) >= int(count)
                     assert records.values == tuple(b"%d" % n for n in range(len(records)))
-                    assert (await store.get_job(job_id)).records == len(records) == len(records.made)
+                    assert (await store.get_job(job_id)).records == len(records) == len(records.timestamps)
                 case ["cancelled", job_id]:
                     details = await store.get_details(job_id)
-                    settled = details.job.stop is Stop.CONFIRMED
+                    settled = details.job.stop is StopState.CONFIRMED
                     receipt = Raw(b'{"survivors":[]}') if settled else None
-                    assert details.facts == Facts(stopped=Raw(b'{"why":"cancel"}'), receipt=receipt)
+                    assert details.metadata == JobMetadata(stop_request=Raw(b'{"why":"cancel"}'), stop_report=receipt)
                     assert (details.job.state, details.job.holds_slot) == (State.CANCELLED, not settled)
                 case ["settled", job_id]:
-                    assert (await store.get_job(job_id)).stop is Stop.CONFIRMED
-        held = await store.held_jobs()
+                    assert (await store.get_job(job_id)).stop is StopState.CONFIRMED
+        held = await store.list_slot_holders()
         assert len([job for job in held if job.queue]) <= 2
     finally:
         await store.close()

@@ -17,7 +17,7 @@ import pytest
 
 from harp.protocol.ends import Returned
 from harp.protocol.json_text import Raw
-from harpcaller.model.jobs import TRANSITIONS, Facts, Records, State, Stop
+from harpcaller.model.jobs import TRANSITIONS, JobMetadata, Records, State, StopState
 from harpcaller.store import StorageError
 from harpcaller.store.sqlite import FILE_NAME, SQLiteStore, file, open_store, pruning, reads, sql, writes
 from harpcaller.store.sqlite.file import connect
@@ -279,8 +279,8 @@ def test_the_schema_refuses_a_running_job_without_a_slot(database: sqlite3.Conne
         database.execute("UPDATE jobs SET state = 'running', started = 2.0 WHERE id = ?", (job_id,))
 
 
-@pytest.mark.parametrize("stop", list(Stop))
-def test_the_schema_knows_every_stop(database: sqlite3.Connection, stop: Stop) -> None:
+@pytest.mark.parametrize("stop", list(StopState))
+def test_the_schema_knows_every_stop(database: sqlite3.Connection, stop: StopState) -> None:
     job_id = insert(database, State.FAILED)
     database.execute("UPDATE jobs SET stop = ?, holds_slot = 1 WHERE id = ?", (stop, job_id))
 
@@ -297,7 +297,7 @@ async def test_an_upgrade_cut_short_before_the_identity_is_made_good(
     database.execute("DELETE FROM identity")
     database.close()
     store = await open_store(tmp_path)
-    assert len((await store.identity()).key) == 32
+    assert len((await store.get_identity()).key) == 32
     await store.close()
 
 
@@ -450,12 +450,12 @@ async def test_the_times_of_records_take_little_room(tmp_path: Path, store: SQLi
 
 
 async def test_a_small_job_takes_little_room(tmp_path: Path) -> None:
-    facts = Facts(call=Raw(b'{"x":"' + b"c" * 100 + b'"}'), evidence=Raw(b'{"x":"' + b"e" * 140 + b'"}'))
+    facts = JobMetadata(call=Raw(b'{"x":"' + b"c" * 100 + b'"}'), exit_info=Raw(b'{"x":"' + b"e" * 140 + b'"}'))
     store = await open_store(tmp_path)
     jobs = [new_job(f"host{n % 8}.example.org", {"q": n % 8} if n % 2 else None, 2000) for n in range(2000)]
     await asyncio.gather(*(store.add_job(job, 1.0) for job in jobs))
     for job_id in await claimed(store, limit=2000):
-        await store.finish_job(job_id, Returned(Raw(b'{"changed":true}')), 2.0, facts=facts)
+        await store.finish_job(job_id, Returned(Raw(b'{"changed":true}')), 2.0, metadata=facts)
     await store.close()
     assert (tmp_path / FILE_NAME).stat().st_size / len(jobs) < 1000
 
@@ -506,7 +506,7 @@ async def test_records_that_an_interrupted_pruning_left_go_with_the_next(tmp_pat
     store = await open_store(tmp_path)
     job_id = await job_in(store, State.RUNNING)
     await store.append_records(job_id, 0, records([b"1"]))
-    await store.finish_job(job_id, ENDS[State.RETURNED], 1.0, facts=Facts(call=Raw(b"{}")))
+    await store.finish_job(job_id, ENDS[State.RETURNED], 1.0, metadata=JobMetadata(call=Raw(b"{}")))
     await store.close()
     with closing(connect(tmp_path / FILE_NAME)) as connection:
         assert pruning.delete_jobs(connection, 10.0, 10) == 1

@@ -12,7 +12,7 @@ import pytest
 
 from harp.protocol.ends import Cancelled, Failed, Raised, Returned
 from harp.protocol.json_text import Raw, canonical
-from harpcaller.model.jobs import ENDED, NO_FACTS, Facts, Job, Records, State, Stop
+from harpcaller.model.jobs import ENDED, NO_METADATA, Job, JobMetadata, Records, State, StopState
 from harpcaller.store import QueueStatus
 from harpcaller.store.sqlite import FILE_NAME, SQLiteStore, open_store
 from harpcaller.store.sqlite.file import connect
@@ -37,17 +37,17 @@ OLD_FACTS: dict[int, tuple[bytes | None, ...]] = {
     7: (None, b'{"since":1.5}', None, None, None),
 }
 METADATA = {
-    1: Facts(
+    1: JobMetadata(
         call=Raw(
             b'{"address":"\\"kept\\":","attempts":1,"connect_seconds":0.25,"resumable":true,"instance":"ab\\ud800"}'
         ),
-        evidence=Raw(b'{"exit":0,"memory":100000000000000000000,"stderr":["\\"lost\\": 1"]}'),
+        exit_info=Raw(b'{"exit":0,"memory":100000000000000000000,"stderr":["\\"lost\\": 1"]}'),
     ),
-    3: Facts(
-        stopped=Raw(b'{"why":"limit","by":"dispatcher","at":1.50}'),
-        receipt=Raw(b'{"host_lost":{"since":1.5,"boot":"x"}}'),
+    3: JobMetadata(
+        stop_request=Raw(b'{"why":"limit","by":"dispatcher","at":1.50}'),
+        stop_report=Raw(b'{"host_lost":{"since":1.5,"boot":"x"}}'),
     ),
-    6: Facts(call=Raw(b"null"), stopped=Raw(b'{"why":"cancelled"}'), receipt=Raw(b'{"known":false}')),
+    6: JobMetadata(call=Raw(b"null"), stop_request=Raw(b'{"why":"cancelled"}'), stop_report=Raw(b'{"known":false}')),
 }
 
 
@@ -99,13 +99,13 @@ async def test_every_job_is_there_as_it_was(store: SQLiteStore) -> None:
 
 
 async def test_running_jobs_hold_their_slots_and_no_others(store: SQLiteStore) -> None:
-    assert [number(job) for job in await store.held_jobs()] == [7, 8, 10]
-    assert {(job.holds_slot, job.stop) for job in await store.held_jobs()} == {(True, None)}
+    assert [number(job) for job in await store.list_slot_holders()] == [7, 8, 10]
+    assert {(job.holds_slot, job.stop) for job in await store.list_slot_holders()} == {(True, None)}
     assert await store.list_queues() == [QueueStatus(QUEUE, 2, running=2, queued=1)]
-    assert await claimed(store, host_concurrency=2) == [job_id(12)], "the queue and web01 are full"
+    assert await claimed(store, max_calls_per_host=2) == [job_id(12)], "the queue and web01 are full"
     assert await store.cancel_job(job_id(7), 300.0) is State.RUNNING
     assert await claimed(store) == [job_id(11)]
-    assert await store.settle_stop(job_id(7), Stop.CONFIRMED)
+    assert await store.finalize_stop(job_id(7), StopState.CONFIRMED)
     assert await claimed(store) == [job_id(9)]
 
 
@@ -149,11 +149,11 @@ async def test_upgrade_renames_the_keys_of_stored_metadata(tmp_path: Path, versi
     write_version(version, tmp_path)
     store = await open_store(tmp_path)
     for n in range(1, 13):
-        expected = METADATA.get(n, NO_FACTS) if version > 1 else NO_FACTS
-        assert (await store.get_details(job_id(n))).facts == expected
-    facts = Facts(evidence=Raw(b"{}"))
-    assert await store.note_facts(job_id(2), facts)
-    assert (await store.get_details(job_id(2))).facts == facts
+        expected = METADATA.get(n, NO_METADATA) if version > 1 else NO_METADATA
+        assert (await store.get_details(job_id(n))).metadata == expected
+    facts = JobMetadata(exit_info=Raw(b"{}"))
+    assert await store.update_metadata(job_id(2), facts)
+    assert (await store.get_details(job_id(2))).metadata == facts
     await store.close()
 
 
@@ -162,11 +162,11 @@ async def test_it_is_used_like_a_new_one(tmp_path: Path, store: SQLiteStore) -> 
     with pytest.raises(ValueError, match="already"):
         await store.add_job(new_job(id=job_id(5)), 300.0)
     assert new in await claimed(store)
-    identity = await store.identity()
+    identity = await store.get_identity()
     assert await store.prune_jobs(1e9, 100) == 6
     await store.close()
     again = await open_store(tmp_path)
-    assert await again.identity() == identity
+    assert await again.get_identity() == identity
     assert len(await again.list_jobs(ended=True)) == 7
     await again.close()
 

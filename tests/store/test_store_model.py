@@ -24,7 +24,7 @@ from hypothesis.stateful import (
 
 from harp.protocol.ends import End
 from harp.protocol.json_text import Raw, canonical
-from harpcaller.model.jobs import NO_FACTS, Facts, NewJob, Records, Stop
+from harpcaller.model.jobs import NO_METADATA, JobMetadata, NewJob, Records, StopState
 from support.backends import BACKENDS, Opener
 from support.jobs import ENDS, new_id, new_job
 from support.store_model import ModelStore
@@ -34,9 +34,9 @@ HOSTS = st.sampled_from(["one", "two", "three"])
 QUEUES = st.sampled_from([Raw(b"{}"), Raw(b'{"a":1,"b":2}'), Raw(b'{ "b": 2.0, "a": 1 }'), Raw(b'{"a":true}')])
 SMALL = st.integers(0, 4)
 END_VALUES = st.sampled_from(list(ENDS.values()))
-STOPS = st.sampled_from(list(Stop))
+STOPS = st.sampled_from(list(StopState))
 FACT = st.sampled_from([None, Raw(b'{"a": 1.10}'), Raw(b"{}")])
-FACTS = st.just(NO_FACTS) | st.builds(Facts, FACT, FACT, FACT, FACT)
+FACTS = st.just(NO_METADATA) | st.builds(JobMetadata, FACT, FACT, FACT, FACT)
 
 
 class Comparison(RuleBasedStateMachine):
@@ -96,12 +96,12 @@ class Comparison(RuleBasedStateMachine):
         if job_id in self.model.jobs:
             assert self.both("add_job", new_job(id=job_id), self.now) is ValueError
 
-    @rule(limit=SMALL, host_concurrency=SMALL)
-    def claim(self, limit: int, host_concurrency: int) -> None:
-        used = Counter(job.host for job in self.model.held_jobs())
-        for job in self.both("claim_jobs", self.now, limit, host_concurrency):
+    @rule(limit=SMALL, max_calls_per_host=SMALL)
+    def claim(self, limit: int, max_calls_per_host: int) -> None:
+        used = Counter(job.host for job in self.model.list_slot_holders())
+        for job in self.both("claim_jobs", self.now, limit, max_calls_per_host):
             used[job.host] += 1
-            assert used[job.host] <= host_concurrency
+            assert used[job.host] <= max_calls_per_host
 
     @rule(job_id=jobs, off=st.sampled_from([0, 0, 0, 1, -1]), count=SMALL)
     def append(self, job_id: str, off: int, count: int) -> None:
@@ -109,16 +109,16 @@ class Comparison(RuleBasedStateMachine):
         values = [Raw(b"%d" % n) for n in range(count)]
         self.both("append_records", job_id, first, Records(values, [self.now + n // 2 for n in range(count)]))
 
-    @rule(job_id=jobs, end=END_VALUES, stop=st.none() | STOPS, keep_slot=st.booleans(), facts=FACTS)
-    def finish(self, job_id: str, end: End, stop: Stop | None, keep_slot: bool, facts: Facts) -> None:
-        self.both("finish_job", job_id, end, self.now, stop=stop, keep_slot=keep_slot, facts=facts)
+    @rule(job_id=jobs, end=END_VALUES, stop=st.none() | STOPS, keep_slot=st.booleans(), metadata=FACTS)
+    def finish(self, job_id: str, end: End, stop: StopState | None, keep_slot: bool, facts: JobMetadata) -> None:
+        self.both("finish_job", job_id, end, self.now, stop=stop, keep_slot=keep_slot, metadata=facts)
 
-    @rule(end=END_VALUES, keep_slot=st.booleans(), facts=FACTS)
-    def finish_the_first_that_holds(self, end: End, keep_slot: bool, facts: Facts) -> None:
-        self.both("finish_job", self.first_that_holds(), end, self.now, keep_slot=keep_slot, facts=facts)
+    @rule(end=END_VALUES, keep_slot=st.booleans(), metadata=FACTS)
+    def finish_the_first_that_holds(self, end: End, keep_slot: bool, facts: JobMetadata) -> None:
+        self.both("finish_job", self.first_that_holds(), end, self.now, keep_slot=keep_slot, metadata=facts)
 
     def first_that_holds(self) -> str:
-        held = self.model.held_jobs()
+        held = self.model.list_slot_holders()
         return held[0].id if held else new_id()
 
     @rule(job_id=jobs, stopped=FACT)
@@ -129,18 +129,18 @@ class Comparison(RuleBasedStateMachine):
     def cancel_queue(self, queue: Raw, stopped: Raw | None) -> None:
         self.both("cancel_queue", queue, self.now, stopped)
 
-    @rule(job_id=jobs, first=st.booleans(), stop=STOPS, keep_slot=st.booleans(), facts=FACTS)
-    def settle(self, job_id: str, first: bool, stop: Stop, keep_slot: bool, facts: Facts) -> None:
+    @rule(job_id=jobs, first=st.booleans(), stop=STOPS, keep_slot=st.booleans(), metadata=FACTS)
+    def settle(self, job_id: str, first: bool, stop: StopState, keep_slot: bool, facts: JobMetadata) -> None:
         settled = self.first_that_holds() if first else job_id
-        self.both("settle_stop", settled, stop, keep_slot=keep_slot, facts=facts)
+        self.both("finalize_stop", settled, stop, keep_slot=keep_slot, metadata=facts)
 
     @rule(job_id=jobs, first=st.booleans())
     def release(self, job_id: str, first: bool) -> None:
         self.both("release_slot", self.first_that_holds() if first else job_id)
 
-    @rule(job_id=jobs, facts=FACTS)
-    def note(self, job_id: str, facts: Facts) -> None:
-        self.both("note_facts", job_id, facts)
+    @rule(job_id=jobs, metadata=FACTS)
+    def note(self, job_id: str, facts: JobMetadata) -> None:
+        self.both("update_metadata", job_id, facts)
 
     @rule(age=SMALL, limit=SMALL)
     def prune(self, age: int, limit: int) -> None:
@@ -182,14 +182,14 @@ class Comparison(RuleBasedStateMachine):
     @invariant()
     def lists_are_the_same(self) -> None:
         self.both("list_queues")
-        self.both("held_jobs")
+        self.both("list_slot_holders")
         listed = self.runner.run(self.store.list_jobs(ended=True))
         expected = self.model.list_jobs(ended=True)
         assert [job for _, job in listed] == [job for _, job in expected]
 
     @invariant()
     def no_queue_has_more_slots_than_it_may(self) -> None:
-        used = Counter(canonical(job.queue) for job in self.model.held_jobs() if job.queue is not None)
+        used = Counter(canonical(job.queue) for job in self.model.list_slot_holders() if job.queue is not None)
         for name, count in used.items():
             assert count <= self.model.limits[name][1]
 

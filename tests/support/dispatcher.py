@@ -15,7 +15,7 @@ from harp.protocol.requests import Call, Queue
 from harpcaller.config import Config
 from harpcaller.dispatcher import Dispatcher
 from harpcaller.model.jobs import Job
-from harpcaller.notifier import Packets
+from harpcaller.notifier import RecordBatch
 from harpcaller.store import StorageError, Store
 from harpcaller.store.sqlite import open_store
 from support.deadline import eventually
@@ -75,13 +75,13 @@ async def followed(
     """Follow to the end: the records, numbered and decoded, and the end."""
     records: list[tuple[int, Any]] = []
     async for item in dispatcher.follow(job_id, since, recent):
-        if not isinstance(item, Packets):
+        if not isinstance(item, RecordBatch):
             return records, item
         records += decoded(item)
     raise AssertionError("no end")
 
 
-def decoded(packets: Packets) -> list[tuple[int, Any]]:
+def decoded(packets: RecordBatch) -> list[tuple[int, Any]]:
     """Records, numbered."""
     return list(enumerate(map(json.loads, packets.records.values), packets.first))
 
@@ -92,7 +92,7 @@ async def collected(
     """Read what there is: the records, and the closing item."""
     records: list[tuple[int, Any]] = []
     async for item in dispatcher.read(job_id, since, recent):
-        if not isinstance(item, Packets):
+        if not isinstance(item, RecordBatch):
             return records, item
         records += decoded(item)
     raise AssertionError("no closing item")
@@ -102,7 +102,7 @@ async def until(dispatcher: Dispatcher, job_id: str, reached: Callable[[Job], bo
     """Wait until what is stored of a job is as wanted."""
 
     async def looked() -> bool:
-        return reached(await dispatcher.job(job_id))
+        return reached(await dispatcher.get_job(job_id))
 
     predicate: Callable[[], bool | Awaitable[bool]] = looked
     await eventually(predicate, what=what)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from harp.protocol.ends import Returned
 from harp.protocol.json_text import Raw
-from harpcaller.model.jobs import NO_FACTS, Facts, NewJob, State
+from harpcaller.model.jobs import NO_METADATA, JobMetadata, NewJob, State
 from harpcaller.store import StorageError
 from harpcaller.store.sqlite import SQLiteStore, open_store
 
@@ -54,9 +54,12 @@ async def scenario(directory: Path, take_room: Callable[[], None], make_room: Ca
     taken = [before.id, *await fill(store, LARGE, 1000), *await fill(store, SMALL, 200_000)]
 
     # Writers are told, each of those that came together; readers don't notice.
-    facts = Facts(evidence=LARGE)
+    facts = JobMetadata(exit_info=LARGE)
     together = [store.add_job(job(number, LARGE), 1.0) for number in range(500_000, 500_020)]
-    ending = [store.note_facts(running.id, facts), store.finish_job(running.id, Returned(LARGE), 2.0, facts=facts)]
+    ending = [
+        store.update_metadata(running.id, facts),
+        store.finish_job(running.id, Returned(LARGE), 2.0, metadata=facts),
+    ]
     outcomes = await asyncio.gather(*together, *ending, return_exceptions=True)
     assert all(isinstance(outcome, StorageError) for outcome in outcomes), outcomes
     assert len({id(outcome) for outcome in outcomes}) == len(outcomes)
@@ -66,9 +69,9 @@ async def scenario(directory: Path, take_room: Callable[[], None], make_room: Ca
 
     make_room()
     details = await store.get_details(running.id)
-    assert (details.job, details.facts) == (running, NO_FACTS)
+    assert (details.job, details.metadata) == (running, NO_METADATA)
     await store.add_job(refused, 2.0)
-    assert await store.finish_job(running.id, Returned(LARGE), 2.0, facts=facts)
+    assert await store.finish_job(running.id, Returned(LARGE), 2.0, metadata=facts)
     assert (await store.get_job(running.id)).end == Returned(LARGE)
     await store.close()
 
@@ -80,7 +83,7 @@ async def scenario(directory: Path, take_room: Callable[[], None], make_room: Ca
         after = page[-1][0]
     assert kept == [*taken, refused.id], (len(kept), len(taken))
     details = await store.get_details(running.id)
-    assert (details.job.state, details.facts, details.job.holds_slot) == (State.RETURNED, facts, False)
+    assert (details.job.state, details.metadata, details.job.holds_slot) == (State.RETURNED, facts, False)
     await store.close()
 
 

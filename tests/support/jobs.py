@@ -76,6 +76,6 @@ async def added(store: Store, *, count: int = 1, **attributes: Any) -> list[str]
     return ids
 
 
-async def claimed(store: Store, limit: int = 1000, host_concurrency: int = 1000, now: float = 5.0) -> list[str]:
+async def claimed(store: Store, limit: int = 1000, max_calls_per_host: int = 1000, now: float = 5.0) -> list[str]:
     """Claim jobs; return their ids."""
-    return [job.id for job in await store.claim_jobs(now, limit, host_concurrency)]
+    return [job.id for job in await store.claim_jobs(now, limit, max_calls_per_host)]

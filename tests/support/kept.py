@@ -84,7 +84,7 @@ async def result_of(dispatcher: Dispatcher, **options: Any) -> tuple[str, End | 
 
 async def settled(dispatcher: Dispatcher, job_id: str) -> Job:
     await until(dispatcher, job_id, lambda job: not job.holds_slot, "the slot given back")
-    return await dispatcher.job(job_id)
+    return await dispatcher.get_job(job_id)
 
 
 async def acknowledged(dispatcher: Dispatcher, job_id: str) -> None:

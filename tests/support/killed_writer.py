@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from harp.protocol.json_text import Raw
-from harpcaller.model.jobs import Facts, State, Stop
+from harpcaller.model.jobs import JobMetadata, State, StopState
 from harpcaller.store.sqlite import SQLiteStore, open_store
 from support.jobs import new_job, records
 
@@ -49,7 +49,9 @@ async def cancel(store: SQLiteStore) -> None:
         job_id = await start(store)
         await store.cancel_job(job_id, 2.0, Raw(b'{"why":"cancel"}'))
         confirmed("cancelled", job_id)
-        assert await store.settle_stop(job_id, Stop.CONFIRMED, facts=Facts(receipt=Raw(b'{"survivors":[]}')))
+        assert await store.finalize_stop(
+            job_id, StopState.CONFIRMED, metadata=JobMetadata(stop_report=Raw(b'{"survivors":[]}'))
+        )
         confirmed("settled", job_id)
 
 

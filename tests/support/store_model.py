@@ -10,16 +10,16 @@ from harp.protocol.ends import Cancelled, End
 from harp.protocol.json_text import Raw, canonical
 from harpcaller.model.jobs import (
     ENDED,
-    NO_FACTS,
+    NO_METADATA,
     TRANSITIONS,
-    Facts,
     Job,
     JobDetails,
+    JobMetadata,
     NewJob,
+    QueuePosition,
     Records,
     State,
-    Stop,
-    Waiting,
+    StopState,
     state_of,
 )
 from harpcaller.store import QueueStatus, UnknownJob
@@ -31,11 +31,11 @@ class ModelStore:
     def __init__(self) -> None:
         self.jobs: dict[str, tuple[int, Job]] = {}
         self.records: dict[str, list[tuple[Raw, float]]] = {}
-        self.facts: dict[str, Facts] = {}
+        self.metadata: dict[str, JobMetadata] = {}
         self.limits: dict[str, tuple[Raw, int]] = {}
         self._places = itertools.count(1)
 
-    def held_jobs(self) -> list[Job]:
+    def list_slot_holders(self) -> list[Job]:
         return [job for _, job in self.jobs.values() if job.holds_slot]
 
     def in_lane(self, wanted: Job) -> list[Job]:
@@ -55,7 +55,7 @@ class ModelStore:
         )  # fmt: skip
         self.jobs[job.id] = (next(self._places), stored)
         self.records[job.id] = []
-        self.facts[job.id] = NO_FACTS
+        self.metadata[job.id] = NO_METADATA
 
     def add_jobs(self, jobs: Sequence[NewJob], now: float) -> None:
         if len({job.id for job in jobs} | self.jobs.keys()) < len(jobs) + len(self.jobs):
@@ -63,20 +63,20 @@ class ModelStore:
         for job in jobs:
             self.add_job(job, now)
 
-    def claim_jobs(self, now: float, limit: int, host_concurrency: int) -> list[Job]:
+    def claim_jobs(self, now: float, limit: int, max_calls_per_host: int) -> list[Job]:
         claimed: list[Job] = []
         waiting_lanes = set()
         for _, job in list(self.jobs.values()):
             if job.state is not State.QUEUED or len(claimed) == limit:
                 continue
-            if self._lane(job) not in waiting_lanes and self._may_start(job, host_concurrency):
+            if self._lane(job) not in waiting_lanes and self._may_start(job, max_calls_per_host):
                 claimed.append(self._put(job, state=State.RUNNING, started=max(now, job.submitted), holds_slot=True))
             else:
                 waiting_lanes.add(self._lane(job))
         return claimed
 
-    def _may_start(self, job: Job, host_concurrency: int) -> bool:
-        if sum(other.host == job.host for other in self.held_jobs()) >= host_concurrency:
+    def _may_start(self, job: Job, max_calls_per_host: int) -> bool:
+        if sum(other.host == job.host for other in self.list_slot_holders()) >= max_calls_per_host:
             return False
         if job.queue is None:
             return True
@@ -88,7 +88,7 @@ class ModelStore:
         job = self.get_job(job_id)
         if job.state is not State.RUNNING or job.records != first:
             return False
-        self.records[job_id].extend(zip(records.values, records.made, strict=True))
+        self.records[job_id].extend(zip(records.values, records.timestamps, strict=True))
         self._put(job, records=first + len(records))
         return True
 
@@ -98,9 +98,9 @@ class ModelStore:
         end: End,
         now: float,
         *,
-        stop: Stop | None = None,
+        stop: StopState | None = None,
         keep_slot: bool = False,
-        facts: Facts = NO_FACTS,
+        metadata: JobMetadata = NO_METADATA,
     ) -> bool:
         if job_id not in self.jobs or self.get_job(job_id).state in ENDED:
             return False
@@ -110,32 +110,34 @@ class ModelStore:
         if job.state is State.QUEUED and (keep_slot or stop):
             raise ValueError
         self._put(job, state=state_of(end), ended=now, end=end, stop=stop, holds_slot=keep_slot)
-        self.note_facts(job_id, facts)
+        self.update_metadata(job_id, metadata)
         self._drop_queue(job)
         return True
 
-    def cancel_job(self, job_id: str, now: float, stopped: Raw | None = None) -> State | None:
+    def cancel_job(self, job_id: str, now: float, stop_request: Raw | None = None) -> State | None:
         if job_id not in self.jobs or self.get_job(job_id).state in ENDED:
             return None
         state = self.get_job(job_id).state
-        facts = Facts(stopped=stopped)
+        facts = JobMetadata(stop_request=stop_request)
         if state is State.RUNNING:
-            self.finish_job(job_id, Cancelled(), now, stop=Stop.PENDING, keep_slot=True, facts=facts)
+            self.finish_job(job_id, Cancelled(), now, stop=StopState.PENDING, keep_slot=True, metadata=facts)
         else:
-            self.finish_job(job_id, Cancelled(), now, facts=facts)
+            self.finish_job(job_id, Cancelled(), now, metadata=facts)
         return state
 
-    def cancel_queue(self, queue: Raw, now: float, stopped: Raw | None = None) -> list[tuple[str, State]]:
+    def cancel_queue(self, queue: Raw, now: float, stop_request: Raw | None = None) -> list[tuple[str, State]]:
         found = [job for _, job in self.list_jobs(queue=queue)]
         for job in found:
-            self.cancel_job(job.id, now, stopped)
+            self.cancel_job(job.id, now, stop_request)
         return [(job.id, job.state) for job in found]
 
-    def settle_stop(self, job_id: str, stop: Stop, *, keep_slot: bool = False, facts: Facts = NO_FACTS) -> bool:
+    def finalize_stop(
+        self, job_id: str, stop: StopState, *, keep_slot: bool = False, metadata: JobMetadata = NO_METADATA
+    ) -> bool:
         if not self._has_ended_and_holds(job_id):
             return False
         self._drop_queue(self._put(self.get_job(job_id), stop=stop, holds_slot=keep_slot))
-        return self.note_facts(job_id, facts)
+        return self.update_metadata(job_id, metadata)
 
     def release_slot(self, job_id: str) -> bool:
         if not self._has_ended_and_holds(job_id):
@@ -146,11 +148,11 @@ class ModelStore:
     def _has_ended_and_holds(self, job_id: str) -> bool:
         return job_id in self.jobs and self.get_job(job_id).state in ENDED and self.get_job(job_id).holds_slot
 
-    def note_facts(self, job_id: str, facts: Facts) -> bool:
+    def update_metadata(self, job_id: str, metadata: JobMetadata) -> bool:
         if job_id not in self.jobs:
             return False
-        given = {name: fact for name, fact in asdict(facts).items() if fact is not None}
-        self.facts[job_id] = replace(self.facts[job_id], **given)
+        given = {name: fact for name, fact in asdict(metadata).items() if fact is not None}
+        self.metadata[job_id] = replace(self.metadata[job_id], **given)
         return True
 
     def get_job(self, job_id: str) -> Job:
@@ -161,15 +163,15 @@ class ModelStore:
     def get_details(self, job_id: str) -> JobDetails:
         job = self.get_job(job_id)
         size = sum(len(value) for value, _ in self.records[job_id])
-        waiting = self._waiting(job) if job.state is State.QUEUED else None
-        return JobDetails(job, self.facts[job_id], size, waiting)
+        waiting = self._queue_position(job) if job.state is State.QUEUED else None
+        return JobDetails(job, self.metadata[job_id], size, waiting)
 
-    def _waiting(self, job: Job) -> Waiting:
+    def _queue_position(self, job: Job) -> QueuePosition:
         queued = [other.id for other in self.in_lane(job) if other.state is State.QUEUED]
         holders = [other.id for other in self.in_lane(job) if other.holds_slot]
         limit = None if job.queue is None else self.limits[canonical(job.queue)][1]
-        on_host = sum(other.host == job.host for other in self.held_jobs())
-        return Waiting(queued.index(job.id) + 1, limit, len(holders), tuple(holders[:10]), on_host)
+        on_host = sum(other.host == job.host for other in self.list_slot_holders())
+        return QueuePosition(queued.index(job.id) + 1, limit, len(holders), tuple(holders[:10]), on_host)
 
     def read_records(self, job_id: str, first: int) -> Records:
         found = self.records.get(job_id, [])[first:]
@@ -201,7 +203,7 @@ class ModelStore:
         old = [job for job in ended if not job.holds_slot]
         old.sort(key=lambda job: job.ended or 0)
         for job in old[:limit]:
-            del self.jobs[job.id], self.records[job.id], self.facts[job.id]
+            del self.jobs[job.id], self.records[job.id], self.metadata[job.id]
         return len(old[:limit])
 
     def _drop_queue(self, job: Job) -> None:

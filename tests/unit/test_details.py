@@ -10,18 +10,18 @@ import pytest
 
 from harp.protocol.ends import Returned
 from harp.protocol.json_text import Raw
-from harpcaller.explain import Situation, describe
-from harpcaller.model.jobs import NO_FACTS, Facts, Job, JobDetails, State
+from harpcaller.explain import ExplainContext, describe
+from harpcaller.model.jobs import NO_METADATA, Job, JobDetails, JobMetadata, State
 from harpcaller.runs.timings import Timings
 
-SITUATION = Situation(
+SITUATION = ExplainContext(
     run=None,
     host=None,
-    hosts_known=True,
-    host_concurrency=1,
-    calls=0,
-    most_calls=1,
-    store_troubled=False,
+    registry_loaded=True,
+    max_calls_per_host=1,
+    active_calls=0,
+    max_calls=1,
+    store_failing=False,
     timings={},
     now=200.0,
 )
@@ -30,7 +30,7 @@ OWN = dict.fromkeys(("accept", "store", "store_end", "deliver"))
 NOTHING = {**dict.fromkeys(("wait", "connect", "authenticate", "fork", "run", "other")), **OWN}
 
 
-def phases(started: float | None, ended: float | None, facts: Facts = NO_FACTS) -> dict[str, Any]:
+def phases(started: float | None, ended: float | None, facts: JobMetadata = NO_METADATA) -> dict[str, Any]:
     end = None if ended is None else Returned(Raw(b"1"))
     state = State.QUEUED if started is None else State.RUNNING if ended is None else State.RETURNED
     job = Job(
@@ -41,9 +41,9 @@ def phases(started: float | None, ended: float | None, facts: Facts = NO_FACTS) 
     return found
 
 
-def facts(evidence: Any, call: Any = None) -> Facts:
-    return Facts(
-        call=Raw(json.dumps(call or {"connect_seconds": 0.0625}).encode()), evidence=Raw(json.dumps(evidence).encode())
+def facts(evidence: Any, call: Any = None) -> JobMetadata:
+    return JobMetadata(
+        call=Raw(json.dumps(call or {"connect_seconds": 0.0625}).encode()), exit_info=Raw(json.dumps(evidence).encode())
     )
 
 
@@ -82,7 +82,7 @@ def test_what_is_not_over_is_not_known() -> None:
 
 def test_without_the_hosts_word_there_is_no_rest() -> None:
     older = {key: EVIDENCE[key] for key in ("by", "started", "ended")}
-    for facts_ in (NO_FACTS, Facts(call=Raw(b"{}")), Facts(evidence=Raw(json.dumps(older).encode()))):
+    for facts_ in (NO_METADATA, JobMetadata(call=Raw(b"{}")), JobMetadata(exit_info=Raw(json.dumps(older).encode()))):
         assert phases(100.0, 101.0, facts_) == {**NOTHING, "wait": 0.0}
 
 
@@ -100,4 +100,4 @@ def test_what_a_host_says_may_be_anything(said: Any) -> None:
 
 @pytest.mark.parametrize("evidence", [b"[]", b'{"fork":1' + b"0" * 5000 + b"}", b'{"fork":1e999}'])
 def test_what_can_not_be_read_is_nothing(evidence: bytes) -> None:
-    assert phases(101.0, 102.0, Facts(evidence=Raw(evidence))) == {**NOTHING, "wait": 1.0}
+    assert phases(101.0, 102.0, JobMetadata(exit_info=Raw(evidence))) == {**NOTHING, "wait": 1.0}

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from harp.protocol.json_text import Raw
-from harpcaller.model.lanes import Head, host_lane, queue_lane, startable
+from harpcaller.model.lanes import Head, host_lane, queue_lane, startable_jobs
 
 
 @pytest.mark.parametrize(
@@ -71,9 +71,9 @@ class Lanes:
         self.asked[host] += 1
         return self.holding[host]
 
-    def start(self, limit: int, host_concurrency: int) -> list[int]:
+    def start(self, limit: int, max_calls_per_host: int) -> list[int]:
         started = []
-        for head in startable(self.next_head, self.holding_on, limit=limit, host_concurrency=host_concurrency):
+        for head in startable_jobs(self.next_head, self.holding_on, limit=limit, max_calls_per_host=max_calls_per_host):
             [lane] = [lane for lane in self.lanes if lane.waiting and lane.waiting[0] == head]
             lane.waiting.popleft()
             lane.room -= 1
@@ -116,7 +116,7 @@ HEADS = st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 4)), max_size=
 
 @given(HEADS, st.lists(st.integers(0, 4), min_size=5, max_size=5), st.integers(0, 9), st.integers(0, 4), st.data())
 def test_as_if_everyone_was_looked_at(
-    waiting: list[tuple[str, int]], rooms: list[int], limit: int, host_concurrency: int, data: st.DataObject
+    waiting: list[tuple[str, int]], rooms: list[int], limit: int, max_calls_per_host: int, data: st.DataObject
 ) -> None:
     holding = Counter({host: data.draw(st.integers(0, 3)) for host in "abc"})
     queues = [deque[Head]() for _ in rooms]
@@ -124,12 +124,12 @@ def test_as_if_everyone_was_looked_at(
     used, room, held = Counter(holding), list(rooms), set[int]()
     for seq, (host, queue) in enumerate(waiting, 1):
         queues[queue].append(Head(seq, host))
-        if queue not in held and room[queue] > 0 and used[host] < host_concurrency and len(expected) < limit:
+        if queue not in held and room[queue] > 0 and used[host] < max_calls_per_host and len(expected) < limit:
             expected.append(seq)
             used[host] += 1
             room[queue] -= 1
         else:
             held.add(queue)
     lanes = Lanes([Lane(queue, room) for queue, room in zip(queues, rooms, strict=True)], holding)
-    assert lanes.start(limit, host_concurrency) == expected
+    assert lanes.start(limit, max_calls_per_host) == expected
     assert max(lanes.asked.values(), default=0) <= 1

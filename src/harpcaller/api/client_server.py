@@ -48,7 +48,7 @@ from harpcaller.api.listeners import Listener, listen_tcp, listen_unix, reason
 from harpcaller.config import Config, ConfigError
 from harpcaller.dispatcher import Dispatcher
 from harpcaller.model.jobs import Job
-from harpcaller.notifier import Packets
+from harpcaller.notifier import RecordBatch
 from harpcaller.store import StorageError, UnknownJob
 
 __all__ = ["Service", "close", "listen"]
@@ -184,7 +184,7 @@ class Service:
         keeps = keeps and not connection.said_more and not self._door.crowded
         await connection.send(encode_reply(reply, config.idle_timeout if keeps else None))
         if isinstance(request, GetResult):
-            self._dispatcher.delivered(request.job, came)
+            self._dispatcher.record_delivery(request.job, came)
         return keeps
 
     async def _reply(self, request: _OneReply, connection: Connection, share: Share, came: float) -> Reply:
@@ -203,7 +203,7 @@ class Service:
             case GetResult(job, wait):
                 return await self._result(job, wait, connection)
             case GetStatus(job):
-                return _status(await dispatcher.job(job))
+                return _status(await dispatcher.get_job(job))
             case GetDetails(job):
                 return Details(await dispatcher.details(job))
 
@@ -237,12 +237,12 @@ class Service:
         """How the stop of a job turned out, once it has; None: there is none."""
         try:
             async with connection.waiting():
-                details = await self._dispatcher.stopped(job)
+                details = await self._dispatcher.wait_stopped(job)
         except UnknownJob:
             return None
         if details.job.stop is None:
             return None
-        return Envelope(state=details.job.stop.value, receipt=details.facts.receipt)
+        return Envelope(state=details.job.stop.value, receipt=details.metadata.stop_report)
 
     async def _follow(self, request: FollowStream, connection: Connection) -> AsyncGenerator[bytes, None]:
         since, recent = request.since, request.recent
@@ -251,7 +251,7 @@ class Service:
                 while True:
                     async with connection.waiting():
                         item = await anext(items)
-                    if not isinstance(item, Packets):
+                    if not isinstance(item, RecordBatch):
                         yield encode_reply(item)
                         return
                     since, recent = item.next, None
@@ -271,8 +271,8 @@ class Service:
                 yield lines
 
 
-def _lines(item: Packets | Reply, timed: bool) -> bytes:
-    return item.lines(timed) if isinstance(item, Packets) else encode_reply(item)
+def _lines(item: RecordBatch | Reply, timed: bool) -> bytes:
+    return item.lines(timed) if isinstance(item, RecordBatch) else encode_reply(item)
 
 
 def _status(job: Job) -> Status:

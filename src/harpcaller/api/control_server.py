@@ -135,7 +135,7 @@ def _error(message: str) -> bytes:
 
 
 async def _status(admin: Admin, _: Members) -> Items:
-    yield Envelope(pid=os.getpid(), calls=admin.dispatcher.calls)
+    yield Envelope(pid=os.getpid(), calls=admin.dispatcher.active_calls)
 
 
 async def _stop(admin: Admin, _: Members) -> Items:
@@ -170,7 +170,7 @@ async def _info(admin: Admin, members: Members) -> Items:
     if _flag(members, "full"):
         yield Envelope(await admin.dispatcher.details(string(members, "job")))
         return
-    job = await admin.dispatcher.job(string(members, "job"))
+    job = await admin.dispatcher.get_job(string(members, "job"))
     yield Envelope(
         _listed(job),
         queue=job.queue,
@@ -188,7 +188,7 @@ async def _cancel(admin: Admin, members: Members) -> Items:
 
 
 async def _release(admin: Admin, members: Members) -> Items:
-    yield Envelope(released=await admin.dispatcher.release(string(members, "job")))
+    yield Envelope(released=await admin.dispatcher.release_slot(string(members, "job")))
 
 
 async def _queue_list(admin: Admin, members: Members) -> Items:

@@ -18,17 +18,17 @@ from harp.protocol.json_text import Raw
 
 __all__ = [
     "ENDED",
-    "NO_FACTS",
+    "NO_METADATA",
     "TRANSITIONS",
-    "Facts",
     "Identity",
     "Job",
     "JobDetails",
+    "JobMetadata",
     "NewJob",
+    "QueuePosition",
     "Records",
     "State",
-    "Stop",
-    "Waiting",
+    "StopState",
     "state_of",
 ]
 
@@ -76,7 +76,7 @@ def state_of(end: End) -> State:
     return _STATES[type(end)]
 
 
-class Stop(StrEnum):
+class StopState(StrEnum):
     """What is known of the processes of a job that was stopped. A job that ended by itself has none of these."""
 
     PENDING = "pending"  # the host has been asked, or is to be asked once it can be reached
@@ -147,11 +147,11 @@ class Job:
     end: End | None
     records: int
     holds_slot: bool = False
-    stop: Stop | None = None
+    stop: StopState | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class Facts:
+class JobMetadata:
     """What is known of a job's call beside its end: JSON objects as text, None: nothing.
 
     Attributes:
@@ -162,12 +162,12 @@ class Facts:
     """
 
     call: Raw | None = None
-    stopped: Raw | None = None
-    receipt: Raw | None = None
-    evidence: Raw | None = None
+    stop_request: Raw | None = None
+    stop_report: Raw | None = None
+    exit_info: Raw | None = None
 
 
-NO_FACTS = Facts()
+NO_METADATA = JobMetadata()
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,14 +175,14 @@ class Records:
     """Records of a stream, one after the other: their values, and when each was made (Unix seconds with fractions)."""
 
     values: Sequence[Raw] = ()
-    made: Sequence[float] = ()
+    timestamps: Sequence[float] = ()
 
     def __len__(self) -> int:
         return len(self.values)
 
 
 @dataclass(frozen=True, slots=True)
-class Waiting:
+class QueuePosition:
     """Why a queued job has not been given its slot.
 
     Attributes:
@@ -195,9 +195,9 @@ class Waiting:
 
     position: int
     concurrency: int | None
-    holding: int
-    holders: tuple[str, ...]
-    on_host: int
+    slots_held: int
+    slot_holders: tuple[str, ...]
+    slots_held_on_host: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,9 +210,9 @@ class JobDetails:
     """
 
     job: Job
-    facts: Facts
+    metadata: JobMetadata
     record_bytes: int
-    waiting: Waiting | None
+    queue_position: QueuePosition | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,11 +229,11 @@ class Identity:
 
     def owner_at(self, host: str) -> str:
         """The name by which a host knows whose calls are ours; of no use at another host."""
-        return self._derived(f"owner {self.owner} at {host}")
+        return self._hmac(f"owner {self.owner} at {host}")
 
     def secret(self, job_id: str) -> str:
         """What a host asks of whoever wants to attach to the job's call."""
-        return self._derived(f"secret of {job_id}")
+        return self._hmac(f"secret of {job_id}")
 
-    def _derived(self, what: str) -> str:
+    def _hmac(self, what: str) -> str:
         return hmac.new(self.key, what.encode("utf-8", "surrogatepass"), hashlib.sha256).hexdigest()

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from harp.protocol.json_text import Raw, canonical
 
-__all__ = ["Head", "host_lane", "queue_lane", "startable"]
+__all__ = ["Head", "host_lane", "queue_lane", "startable_jobs"]
 
 # 128 bits: two different queues never meet, and a name of any length makes a short key.
 _DIGEST_BYTES = 16
@@ -47,12 +47,12 @@ class Head:
     host: str
 
 
-def startable(
+def startable_jobs(
     next_head: Callable[[int], Head | None],
-    holding_on: Callable[[str], int],
+    count_held_slots: Callable[[str], int],
     *,
     limit: int,
-    host_concurrency: int,
+    max_calls_per_host: int,
 ) -> Iterator[Head]:
     """Yield the jobs that may start now, in the order of submission.
 
@@ -61,9 +61,9 @@ def startable(
 
     Args:
         next_head: gives the first head behind a seq among the lanes whose own limit has room.
-        holding_on: how many jobs hold a slot on a host; asked at most once for each.
+        count_held_slots: how many jobs hold a slot on a host; asked at most once for each.
         limit: how many to yield at most.
-        host_concurrency: how many jobs may hold a slot on one host. A head whose host is full stays, and its lane
+        max_calls_per_host: how many jobs may hold a slot on one host. A head whose host is full stays, and its lane
             waits.
     """
     room: dict[str, int] = {}
@@ -71,7 +71,7 @@ def startable(
     while limit > 0 and (head := next_head(seq)) is not None:
         seq = head.seq
         if head.host not in room:
-            room[head.host] = host_concurrency - holding_on(head.host)
+            room[head.host] = max_calls_per_host - count_held_slots(head.host)
         if room[head.host] > 0:
             room[head.host] -= 1
             limit -= 1

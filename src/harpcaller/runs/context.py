@@ -13,7 +13,7 @@ from harpcaller.hosts.inventory import Host
 from harpcaller.hosts.pool import ConnectionPool
 from harpcaller.hosts.tls import HostTLS
 from harpcaller.model.jobs import Identity, Job, NewJob
-from harpcaller.notifier import News
+from harpcaller.notifier import Notifier
 from harpcaller.runs.record_writer import PendingWrites
 from harpcaller.runs.timings import Timings
 from harpcaller.store import Store
@@ -42,7 +42,7 @@ class RunContext:
     config: Config
     tls: HostTLS
     store: Store
-    news: News
+    notifier: Notifier
     find_host: Callable[[str], Host | None]
     identity: Identity
     capabilities: HostCapabilities

@@ -1,4 +1,4 @@
-"""What a run stores of its job's end: the end itself, how a stop turned out, and the facts beside.
+"""What a run stores of its job's end: the end itself, how a stop turned out, and the metadata beside.
 
 Everything is tried again until the store takes it. The first end that is stored stands; who finds another there has
 only the stop left to settle.
@@ -14,7 +14,7 @@ from typing import Any
 from harp.protocol.ends import End, Failed, Raised
 from harp.protocol.harpd import Receipt
 from harp.protocol.json_text import Raw, dumps
-from harpcaller.model.jobs import NO_FACTS, Facts, Job, Stop, state_of
+from harpcaller.model.jobs import NO_METADATA, Job, JobMetadata, StopState, state_of
 from harpcaller.runs.context import RunContext
 from harpcaller.runs.record_writer import retry_until_stored
 
@@ -32,7 +32,7 @@ class OutcomeWriter:
     Args:
         job: the job.
         context: store, news and clock.
-        call: says where and how the call runs, for the facts.
+        call: says where and how the call runs, for the metadata.
     """
 
     def __init__(self, job: Job, context: RunContext, describe_call: Callable[[], dict[str, Any]]) -> None:
@@ -53,51 +53,51 @@ class OutcomeWriter:
         return self.stop_report is not None and bool(Receipt(self.stop_report).survivors)
 
     async def store_end(
-        self, end: End, stop: Stop | None = None, keep_slot: bool = False, facts: Facts = NO_FACTS
+        self, end: End, stop: StopState | None = None, keep_slot: bool = False, metadata: JobMetadata = NO_METADATA
     ) -> bool:
         """Store the end; False when the job has one already. Its slot is free then, unless it is kept."""
         context = self._context
-        known = self._merge_metadata(facts)
+        known = self._merge_metadata(metadata)
         asked = time.monotonic()
 
         async def finish() -> bool:
             now = context.wall()
-            return await context.store.finish_job(self._id, end, now, stop=stop, keep_slot=keep_slot, facts=known)
+            return await context.store.finish_job(self._id, end, now, stop=stop, keep_slot=keep_slot, metadata=known)
 
         stored = await retry_until_stored(context.pending_writes, self._id, finish)
         self.has_ended = True
         if stored:
             context.timings.ended(self._id, asked)
             self.log_fields = {"end": state_of(end).value, **_error_fields(end)}
-        context.news.end(self._id, end if stored else None)
+        context.notifier.publish_end(self._id, end if stored else None)
         return stored
 
-    async def store_stop(self, stop: Stop, keep_slot: bool = False, facts: Facts = NO_FACTS) -> None:
+    async def store_stop(self, stop: StopState, keep_slot: bool = False, metadata: JobMetadata = NO_METADATA) -> None:
         """Store how the stop of a job that has an end turned out; its slot is free then, unless it is kept."""
         context = self._context
-        known = self._merge_metadata(facts)
+        known = self._merge_metadata(metadata)
         self.log_fields = {**(self.log_fields or {"end": "cancelled"}), "stop": stop.value}
 
         async def settle() -> bool:
-            return await context.store.settle_stop(self._id, stop, keep_slot=keep_slot, facts=known)
+            return await context.store.finalize_stop(self._id, stop, keep_slot=keep_slot, metadata=known)
 
         await retry_until_stored(context.pending_writes, self._id, settle)
-        context.news.end(self._id)
+        context.notifier.publish_end(self._id)
 
-    async def read_metadata(self) -> Facts:
+    async def read_metadata(self) -> JobMetadata:
         """What is stored beside the end."""
 
-        async def read() -> Facts:
-            return (await self._context.store.get_details(self._id)).facts
+        async def read() -> JobMetadata:
+            return (await self._context.store.get_details(self._id)).metadata
 
         return await retry_until_stored(self._context.pending_writes, self._id, read)
 
-    def _merge_metadata(self, facts: Facts) -> Facts:
-        return Facts(
+    def _merge_metadata(self, metadata: JobMetadata) -> JobMetadata:
+        return JobMetadata(
             call=dumps(self._describe_call()),
-            stopped=facts.stopped,
-            receipt=facts.receipt or self.stop_report,
-            evidence=facts.evidence or self.exit_info,
+            stop_request=metadata.stop_request,
+            stop_report=metadata.stop_report or self.stop_report,
+            exit_info=metadata.exit_info or self.exit_info,
         )
 
 

@@ -21,7 +21,7 @@ from harp.protocol.lines import LineTooLong
 from harpcaller.hosts.connecting import CONNECT_ERRORS
 from harpcaller.hosts.connection import PAST_END, HarpdConnection, open_connection, parse_end_of_records
 from harpcaller.hosts.inventory import Host
-from harpcaller.model.jobs import Facts, Job
+from harpcaller.model.jobs import Job, JobMetadata
 from harpcaller.runs.context import RunContext
 from harpcaller.store import StorageError, UnknownJob
 
@@ -122,9 +122,9 @@ async def _find_job(call: str, context: RunContext) -> Job | None:
 async def _stop_and_release(host: Host, call: str, context: RunContext, ours: bool) -> None:
     """Stop a call and have it forgotten; keep what its host says of it, if it is the call of a job of ours."""
 
-    async def note(facts: Facts) -> None:
+    async def note(metadata: JobMetadata) -> None:
         if ours:
-            await context.store.note_facts(call, facts)
+            await context.store.update_metadata(call, metadata)
 
     since: int | None = PAST_END
     for _ in range(_MAX_ATTACHES):
@@ -138,7 +138,7 @@ async def _stop_and_release(host: Host, call: str, context: RunContext, ours: bo
             conn.abort()
 
 
-async def _await_end(conn: HarpdConnection, since: int, note: Callable[[Facts], Awaitable[None]]) -> int | None:
+async def _await_end(conn: HarpdConnection, since: int, note: Callable[[JobMetadata], Awaitable[None]]) -> int | None:
     """Order the stop and hear the end; return the record to attach at instead, None: there is no more to do."""
     acknowledged = False
     number = since
@@ -163,7 +163,7 @@ async def _await_end(conn: HarpdConnection, since: int, note: Callable[[Facts], 
                 case Failed() if not acknowledged:
                     return None
                 case _ if isinstance(message, End):
-                    await note(Facts(receipt=receipt, evidence=evidence))
+                    await note(JobMetadata(stop_report=receipt, exit_info=evidence))
                     conn.send_command(Done())
                     conn.close()
                     return None

@@ -14,7 +14,7 @@ from typing import TypeVar
 
 from harp.protocol.json_text import Raw
 from harpcaller.model.jobs import Records
-from harpcaller.notifier import News
+from harpcaller.notifier import Notifier
 from harpcaller.store import StorageError, Store
 
 __all__ = ["PendingWrites", "RecordWriter", "retry_until_stored"]
@@ -60,13 +60,13 @@ class RecordWriter:
         job_id: str,
         count: int,
         store: Store,
-        news: News,
+        notifier: Notifier,
         pending_writes: PendingWrites,
         on_stored: Callable[[int], None],
     ) -> None:
         self._job_id = job_id
         self._store = store
-        self._news = news
+        self._notifier = notifier
         self._pending_writes = pending_writes
         self._on_stored = on_stored
         self._values: list[Raw] = []
@@ -138,7 +138,7 @@ class RecordWriter:
                 taken = await retry_until_stored(self._pending_writes, self._job_id, append)
                 self._in_flight = 0
                 if taken:
-                    self._news.records(self._job_id, self.count, batch)
+                    self._notifier.publish_records(self._job_id, self.count, batch)
                     self.count += len(batch)
                     self._on_stored(self.count)
                 else:

@@ -54,7 +54,7 @@ from harpcaller.hosts.connecting import (
 )
 from harpcaller.hosts.connection import PAST_END, HarpdConnection, open_connection, parse_end_of_records
 from harpcaller.hosts.inventory import Host
-from harpcaller.model.jobs import NO_FACTS, Facts, Job, Stop
+from harpcaller.model.jobs import NO_METADATA, Job, JobMetadata, StopState
 from harpcaller.runs.context import RunContext, log_fields
 from harpcaller.runs.deadlines import Deadlines
 from harpcaller.runs.interruptible_wait import Interrupted, InterruptibleWait
@@ -109,7 +109,7 @@ class Run:
         self._context = context
         self._recovered = recovered
         self._records = RecordWriter(
-            job.id, job.records, context.store, context.news, context.pending_writes, self._on_stored
+            job.id, job.records, context.store, context.notifier, context.pending_writes, self._on_stored
         )
         self._outcome = OutcomeWriter(job, context, self.describe_call)
         self._phase = Phase.BEFORE
@@ -160,9 +160,9 @@ class Run:
         """
         sent = self._phase is not Phase.BEFORE
         if self._outcome.has_ended or not await self._outcome.store_end(
-            _INTERNAL_ERROR, Stop.FAILED if sent else None, sent
+            _INTERNAL_ERROR, StopState.FAILED if sent else None, sent
         ):
-            await self._outcome.store_stop(Stop.FAILED if sent else Stop.CONFIRMED, keep_slot=sent)
+            await self._outcome.store_stop(StopState.FAILED if sent else StopState.CONFIRMED, keep_slot=sent)
         return Outcome.FINISHED
 
     # What others want of the run.
@@ -291,7 +291,7 @@ class Run:
 
     async def _finish_unsent(self) -> Outcome:
         if self._outcome.has_ended:
-            return await self._finish_stop(Stop.CONFIRMED)
+            return await self._finish_stop(StopState.CONFIRMED)
         return await self._finish(self._deadlines.max_exec_time_error())
 
     # A conversation.
@@ -352,7 +352,7 @@ class Run:
         if self._detaching and self._deadlines.acknowledged:
             if self._terms is not None:
                 return Outcome.DISCONNECTED
-            return await self._finish(_DISPATCHER_STOPPED, stop=Stop.UNKNOWN)
+            return await self._finish(_DISPATCHER_STOPPED, stop=StopState.UNKNOWN)
         return None
 
     def _expired_limit(self, host: Host) -> Failed | None:
@@ -429,7 +429,7 @@ class Run:
         """The call is over on its host, but for what survives. None: something does, and there is more to hear."""
         await self._records.flush()
         survives = self._outcome.has_survivors
-        stop = Stop.FAILED if survives else Stop.CONFIRMED
+        stop = StopState.FAILED if survives else StopState.CONFIRMED
         if end is not None and not self._outcome.has_ended:
             if not await self._outcome.store_end(end, None if self._outcome.stop_report is None else stop, survives):
                 await self._finish_stop(stop, survives)  # somebody has cancelled it meanwhile
@@ -449,7 +449,7 @@ class Run:
         if not self._resumable:
             self._advance(Phase.ANSWERED)
             if self._outcome.has_ended:
-                return await self._finish_stop(Stop.UNKNOWN)
+                return await self._finish_stop(StopState.UNKNOWN)
             return await self._finish(end)
         self._begin_outage(end.message)
         return Outcome.DISCONNECTED
@@ -470,14 +470,14 @@ class Run:
         """End the job from here; its call is to be stopped."""
         if not self._outcome.has_ended:
             stopped = dumps({"why": why, "by": "dispatcher", "at": self._context.wall()})
-            if not await self._outcome.store_end(end, Stop.PENDING, True, Facts(stopped=stopped)):
+            if not await self._outcome.store_end(end, StopState.PENDING, True, JobMetadata(stop_request=stopped)):
                 return  # it was cancelled, and the order to stop it is on its way here
         self._stop_command = self._stop_command or StopCall(why, "dispatcher")
 
     async def _abandon_bound_call(self) -> Outcome:
         """Stop a tied call, the only way there is."""
         self._advance(Phase.ANSWERED)
-        return await self._finish_stop(Stop.UNKNOWN)
+        return await self._finish_stop(StopState.UNKNOWN)
 
     # Outages.
 
@@ -496,10 +496,10 @@ class Run:
         self._phase = Phase.ANSWERED
         self._answered.set()
         self._resumable = True
-        facts = await self._outcome.read_metadata()
+        metadata = await self._outcome.read_metadata()
         self._outage = Outage.begin(0.0, self._context.wall())
         if self.job.end is not None and self._stop_command is None:
-            stopped = loads(facts.stopped) if facts.stopped else {}
+            stopped = loads(metadata.stop_request) if metadata.stop_request else {}
             self._stop_command = StopCall(str(stopped.get("why", "cancelled")), stopped.get("by"))
         return Outcome.DISCONNECTED
 
@@ -554,13 +554,15 @@ class Run:
         outage = self._outage.as_json()
         message = f"host {self.job.host} could not be reached for {self._host_timeout():g} s, {self._outage.describe()}"
         if not self._outcome.has_ended:
-            return await self._finish(Failed("host_lost", message, dumps(outage)), Stop.FAILED)
-        return await self._finish_stop(Stop.FAILED, facts=Facts(receipt=dumps({"host_lost": outage})))
+            return await self._finish(Failed("host_lost", message, dumps(outage)), StopState.FAILED)
+        return await self._finish_stop(StopState.FAILED, metadata=JobMetadata(stop_report=dumps({"host_lost": outage})))
 
     async def _on_unknown_call(self, host: Host) -> Outcome:
         assert self._outage is not None
         if self._outcome.has_ended:
-            return await self._finish_stop(Stop.CONFIRMED, facts=Facts(receipt=Raw(b'{"known":false}')))
+            return await self._finish_stop(
+                StopState.CONFIRMED, metadata=JobMetadata(stop_report=Raw(b'{"known":false}'))
+            )
         message = (
             f"{describe_host(host)} does not hold the job's call: it never started, or its end was lost; the contact"
         )
@@ -569,9 +571,9 @@ class Run:
     async def _on_legacy_host(self, host: Host) -> Outcome:
         """An earlier dispatcher has called a harpd of the field: its end of the connection was the call's."""
         if self._outcome.has_ended:
-            return await self._finish_stop(Stop.UNKNOWN)
+            return await self._finish_stop(StopState.UNKNOWN)
         message = f"the dispatcher stopped while the job was running; {describe_host(host)} can't keep calls"
-        return await self._finish(Failed("missing_result", message), Stop.UNKNOWN)
+        return await self._finish(Failed("missing_result", message), StopState.UNKNOWN)
 
     async def _on_records_gone(self, error: Failed, host: Host) -> Outcome:
         """Records between what is stored here and what the host still has are lost: a store from a backup, say."""
@@ -590,17 +592,19 @@ class Run:
 
     # The end.
 
-    async def _finish(self, end: End, stop: Stop | None = None, facts: Facts | None = None) -> Outcome:
+    async def _finish(self, end: End, stop: StopState | None = None, metadata: JobMetadata | None = None) -> Outcome:
         """Store the end of a call that is over, or never was; its slot is free then."""
         await self._records.flush()
-        if not await self._outcome.store_end(end, stop, facts=facts or NO_FACTS):
+        if not await self._outcome.store_end(end, stop, metadata=metadata or NO_METADATA):
             await self._finish_stop(
-                stop or (Stop.CONFIRMED if self._terms or not self._deadlines.acknowledged else Stop.UNKNOWN)
+                stop or (StopState.CONFIRMED if self._terms or not self._deadlines.acknowledged else StopState.UNKNOWN)
             )
         return Outcome.FINISHED
 
-    async def _finish_stop(self, stop: Stop, keep_slot: bool = False, facts: Facts = NO_FACTS) -> Outcome:
-        await self._outcome.store_stop(stop, keep_slot, facts)
+    async def _finish_stop(
+        self, stop: StopState, keep_slot: bool = False, metadata: JobMetadata = NO_METADATA
+    ) -> Outcome:
+        await self._outcome.store_stop(stop, keep_slot, metadata)
         return Outcome.FINISHED
 
     def _on_stored(self, count: int) -> None:

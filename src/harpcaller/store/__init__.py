@@ -15,7 +15,7 @@ from typing import Protocol
 
 from harp.protocol.ends import End
 from harp.protocol.json_text import Raw
-from harpcaller.model.jobs import NO_FACTS, Facts, Identity, Job, JobDetails, NewJob, Records, State, Stop
+from harpcaller.model.jobs import NO_METADATA, Identity, Job, JobDetails, JobMetadata, NewJob, Records, State, StopState
 
 __all__ = ["QueueStatus", "StorageError", "Store", "UnknownJob"]
 
@@ -57,12 +57,12 @@ class Store(Protocol):
     async def add_jobs(self, jobs: Sequence[NewJob], now: float) -> None:
         """Store queued jobs in this order, all or none, as `add_job` does."""
 
-    async def claim_jobs(self, now: float, limit: int, host_concurrency: int) -> list[Job]:
+    async def claim_jobs(self, now: float, limit: int, max_calls_per_host: int) -> list[Job]:
         """Give up to `limit` queued jobs their slot, in the order of submission, and return them as running.
 
-        A queue's jobs that hold a slot stay within its concurrency and its jobs start first in, first out; the jobs
-        that hold a slot on a host, with or without a queue, stay within `host_concurrency`. No job starts before it was
-        submitted, whatever `now` is.
+        The jobs of a queue that hold a slot stay within its concurrency, and its jobs start first in, first out. The
+        jobs that hold a slot on a host, with or without a queue, stay within `max_calls_per_host`. No job starts
+        before it was submitted, whatever `now` is.
         """
 
     async def append_records(self, job_id: str, first: int, records: Records) -> bool:
@@ -77,9 +77,9 @@ class Store(Protocol):
         end: End,
         now: float,
         *,
-        stop: Stop | None = None,
+        stop: StopState | None = None,
         keep_slot: bool = False,
-        facts: Facts = NO_FACTS,
+        metadata: JobMetadata = NO_METADATA,
     ) -> bool:
         """Store a job's end and what is known beside it; its slot is free then, unless it is kept.
 
@@ -87,28 +87,30 @@ class Store(Protocol):
         for an end that may not follow the job's state: a queued job can't have returned, nor keep a slot or be stopped.
         """
 
-    async def cancel_job(self, job_id: str, now: float, stopped: Raw | None = None) -> State | None:
+    async def cancel_job(self, job_id: str, now: float, stop_request: Raw | None = None) -> State | None:
         """Store the end `Cancelled`; return the state before, None when the job had ended or is not known.
 
         `stopped` is stored as that fact. A job that was running keeps its slot, and its stop is pending then.
         """
 
-    async def cancel_queue(self, queue: Raw, now: float, stopped: Raw | None = None) -> list[tuple[str, State]]:
+    async def cancel_queue(self, queue: Raw, now: float, stop_request: Raw | None = None) -> list[tuple[str, State]]:
         """Cancel all jobs of a queue in one transaction, as `cancel_job`; return id and state before of each."""
 
-    async def settle_stop(self, job_id: str, stop: Stop, *, keep_slot: bool = False, facts: Facts = NO_FACTS) -> bool:
+    async def finalize_stop(
+        self, job_id: str, stop: StopState, *, keep_slot: bool = False, metadata: JobMetadata = NO_METADATA
+    ) -> bool:
         """Store how the stop of a job turned out, and free its slot unless it is kept.
 
         False, and nothing stored, when the job has not ended, holds no slot, or is not known.
         """
 
-    async def note_facts(self, job_id: str, facts: Facts) -> bool:
-        """Store those facts of a job that are given, whatever its state; False when there is no such job."""
+    async def update_metadata(self, job_id: str, metadata: JobMetadata) -> bool:
+        """Store those metadata of a job that are given, whatever its state; False when there is no such job."""
 
     async def release_slot(self, job_id: str) -> bool:
         """Free the slot of a job that has ended; False when it has not, holds none, or is not known."""
 
-    async def held_jobs(self) -> list[Job]:
+    async def list_slot_holders(self) -> list[Job]:
         """Return all jobs that hold a slot, in the order of submission."""
 
     async def get_job(self, job_id: str) -> Job:
@@ -117,13 +119,13 @@ class Store(Protocol):
     async def get_details(self, job_id: str) -> JobDetails:
         """Return a job with all that is stored about it, as of one moment. Raises `UnknownJob`."""
 
-    async def read_records(self, job_id: str, first: int, most_bytes: int) -> Records:
-        """Return records from number `first` on, at least one if there is one, else up to `most_bytes` in sum.
+    async def read_records(self, job_id: str, first: int, max_bytes: int) -> Records:
+        """Return records from number `first` on, at least one if there is one, else up to `max_bytes` in sum.
 
         Empty as well when there is no such job.
         """
 
-    async def identity(self) -> Identity:
+    async def get_identity(self) -> Identity:
         """Return who the dispatcher of this store is to its hosts: always the same."""
 
     async def list_jobs(

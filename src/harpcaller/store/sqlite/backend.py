@@ -91,20 +91,20 @@ class SQLiteStore:
     finish_job = _writes(writes.finish_job)
     cancel_job = _writes(writes.cancel_job)
     cancel_queue = _writes(writes.cancel_queue)
-    settle_stop = _writes(writes.settle_stop)
-    note_facts = _writes(writes.note_facts)
+    finalize_stop = _writes(writes.finalize_stop)
+    update_metadata = _writes(writes.update_metadata)
     release_slot = _writes(writes.release_slot)
-    held_jobs = _reads(reads.held_jobs)
+    list_slot_holders = _reads(reads.list_slot_holders)
     get_job = _reads(reads.get_job)
     get_details = _reads(reads.get_details)
     read_records = _reads(reads.read_records)
-    identity = _reads(reads.identity)
+    get_identity = _reads(reads.get_identity)
     list_jobs = _reads(reads.list_jobs)
     list_queues = _reads(reads.list_queues)
 
     _delete_jobs = _writes(pruning.delete_jobs)
     _delete_orphaned_records = _writes(pruning.delete_orphaned_records)
-    _give_back_space = _writes(pruning.give_back_space)
+    _release_free_pages = _writes(pruning.release_free_pages)
     _checkpoint = _reads(pruning.checkpoint)
 
     async def prune_jobs(self, ended_before: float, limit: int) -> int:
@@ -114,7 +114,7 @@ class SQLiteStore:
             pruned += deleted
         while await self._delete_orphaned_records():
             pass
-        while await self._give_back_space():
+        while await self._release_free_pages():
             pass
         if pruned:
             await self._checkpoint()

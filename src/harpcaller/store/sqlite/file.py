@@ -87,7 +87,7 @@ def prepare(path: Path) -> None:
     """
     with storage_errors(path):
         if not path.exists() or path.stat().st_size == 0:
-            _make(path)
+            _create(path)
             return
         # Read before SQLite has the file open: closing a descriptor drops the process's locks on its file.
         with path.open("rb") as file:
@@ -105,7 +105,7 @@ def prepare(path: Path) -> None:
         if path.stat().st_mode & 0o077:
             path.chmod(0o600)
         with closing(connect(path)) as connection:
-            _complete(connection, version)
+            _migrate(connection, version)
 
 
 def connect(path: Path, *, query_only: bool = False) -> sqlite3.Connection:
@@ -125,9 +125,9 @@ def connect(path: Path, *, query_only: bool = False) -> sqlite3.Connection:
     return connection
 
 
-def _make(path: Path) -> None:
+def _create(path: Path) -> None:
     making = path.with_name(path.name + ".new")
-    for left in (making, *_companions(making), *_companions(path)):
+    for left in (making, *_side_files(making), *_side_files(path)):
         left.unlink(missing_ok=True)
     try:
         # SQLite gives its other files the mode of this one.
@@ -135,7 +135,7 @@ def _make(path: Path) -> None:
         with closing(connect(making)) as connection:
             connection.execute("PRAGMA auto_vacuum = INCREMENTAL")
             connection.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
-            _complete(connection, 0)
+            _migrate(connection, 0)
         making.rename(path)
     except BaseException:
         with suppress(OSError):
@@ -148,7 +148,7 @@ def _make(path: Path) -> None:
         os.close(directory)
 
 
-def _companions(path: Path) -> tuple[Path, ...]:
+def _side_files(path: Path) -> tuple[Path, ...]:
     return tuple(path.with_name(path.name + suffix) for suffix in ("-journal", "-wal", "-shm"))
 
 
@@ -157,7 +157,7 @@ def _version(connection: sqlite3.Connection) -> int:
     return int(version)
 
 
-def _complete(connection: sqlite3.Connection, version: int) -> None:
+def _migrate(connection: sqlite3.Connection, version: int) -> None:
     """Bring the schema from this version to the newest, each step in a transaction of its own; and use the log.
 
     A file restored from a copy that SQLite made may have left its log of writes switched off. The identity is made

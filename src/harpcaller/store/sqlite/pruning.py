@@ -9,7 +9,7 @@ import sqlite3
 
 from harpcaller.store.sqlite.sql import QUERIES
 
-__all__ = ["checkpoint", "delete_jobs", "delete_orphaned_records", "give_back_space"]
+__all__ = ["checkpoint", "delete_jobs", "delete_orphaned_records", "release_free_pages"]
 
 # One step deletes about this much.
 _STEP_JOBS = 100
@@ -49,7 +49,7 @@ def delete_orphaned_records(db: sqlite3.Connection) -> bool:
     return True
 
 
-def give_back_space(db: sqlite3.Connection) -> bool:
+def release_free_pages(db: sqlite3.Connection) -> bool:
     """Remove some free pages from the file, which becomes shorter at the next checkpoint.
 
     Returns whether there are more.

@@ -36,7 +36,7 @@ UPDATE jobs SET state = :state, ended = :now, stop = :stop, holds_slot = :holds_
 -- name: add_end
 INSERT INTO ends (job, body) VALUES (:seq, :body);
 
--- name: settle_stop
+-- name: finalize_stop
 UPDATE jobs SET stop = :stop, holds_slot = :holds_slot WHERE seq = :seq;
 
 -- name: release_slot
@@ -133,7 +133,7 @@ SELECT jobs.id FROM jobs INDEXED BY jobs_holding_of_lane
 WHERE jobs.lane = (SELECT lane FROM jobs WHERE seq = :seq) AND jobs.holds_slot = 1
 ORDER BY jobs.seq LIMIT :limit;
 
--- name: held_jobs
+-- name: list_slot_holders
 SELECT * FROM job_view
 WHERE seq IN (SELECT seq FROM jobs INDEXED BY jobs_holding_on_host WHERE holds_slot = 1) ORDER BY seq;
 

@@ -7,20 +7,20 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 
 from harp.protocol.json_text import Raw
-from harpcaller.model.jobs import NO_FACTS, Identity, Job, JobDetails, Records, State, Waiting
+from harpcaller.model.jobs import NO_METADATA, Identity, Job, JobDetails, QueuePosition, Records, State
 from harpcaller.model.lanes import queue_lane
 from harpcaller.store import QueueStatus, UnknownJob
 from harpcaller.store.sqlite.rows import (
-    decode_facts,
     decode_job,
+    decode_metadata,
     encode_name,
     payload_size,
-    split_made,
     split_records,
+    split_timestamps,
 )
 from harpcaller.store.sqlite.sql import QUERIES
 
-__all__ = ["get_details", "get_job", "held_jobs", "identity", "list_jobs", "list_queues", "read_records"]
+__all__ = ["get_details", "get_identity", "get_job", "list_jobs", "list_queues", "list_slot_holders", "read_records"]
 
 # SQLite's integers end here.
 _MAX_INTEGER = 2**63 - 1
@@ -33,7 +33,7 @@ _HOLDERS = 10
 
 
 @contextmanager
-def _one_moment(db: sqlite3.Connection) -> Iterator[None]:
+def _snapshot(db: sqlite3.Connection) -> Iterator[None]:
     """Let several statements see the same; one alone does so anyway."""
     db.execute("BEGIN")
     try:
@@ -53,34 +53,34 @@ def get_job(db: sqlite3.Connection, job_id: str) -> Job:
 
 def get_details(db: sqlite3.Connection, job_id: str) -> JobDetails:
     """See `Store.get_details`."""
-    with _one_moment(db):
+    with _snapshot(db):
         rows = db.execute(QUERIES["get_job"], {"id": job_id}).fetchall()
         if not rows:
             raise UnknownJob(job_id)
         job, seq = decode_job(rows[0]), rows[0][0]
-        facts = db.execute(QUERIES["get_metadata"], {"seq": seq}).fetchall()
+        metadata = db.execute(QUERIES["get_metadata"], {"seq": seq}).fetchall()
         [(record_bytes,)] = db.execute(QUERIES["record_bytes"], {"seq": seq}).fetchall()
-        waiting = _waiting(db, seq) if job.state is State.QUEUED else None
-    return JobDetails(job, decode_facts(facts[0]) if facts else NO_FACTS, record_bytes, waiting)
+        waiting = _queue_position(db, seq) if job.state is State.QUEUED else None
+    return JobDetails(job, decode_metadata(metadata[0]) if metadata else NO_METADATA, record_bytes, waiting)
 
 
-def _waiting(db: sqlite3.Connection, seq: int) -> Waiting:
+def _queue_position(db: sqlite3.Connection, seq: int) -> QueuePosition:
     [(position, concurrency, holding, on_host)] = db.execute(QUERIES["queue_position"], {"seq": seq}).fetchall()
     holders = db.execute(QUERIES["slot_holders"], {"seq": seq, "limit": _HOLDERS}).fetchall()
-    return Waiting(position, concurrency, holding, tuple(job_id for (job_id,) in holders), on_host)
+    return QueuePosition(position, concurrency, holding, tuple(job_id for (job_id,) in holders), on_host)
 
 
-def read_records(db: sqlite3.Connection, job_id: str, first: int, most_bytes: int) -> Records:
+def read_records(db: sqlite3.Connection, job_id: str, first: int, max_bytes: int) -> Records:
     """See `Store.read_records`. Records that are older than the column of their times were made at the job's start."""
     values: list[Raw] = []
     times: list[float] = []
-    room = most_bytes
+    room = max_bytes
     wanted = {"id": job_id, "first": min(first, _MAX_INTEGER)}
     with closing(db.execute(QUERIES["read_chunks"], wanted)) as chunks:
         for chunk_first, chunk, made, started in chunks:
             skipped = max(0, first - chunk_first)
             records = split_records(chunk)
-            chunk_times = [started] * len(records) if made is None else split_made(made)
+            chunk_times = [started] * len(records) if made is None else split_timestamps(made)
             for at in range(skipped, len(records)):
                 room -= len(records[at])
                 if values and room < 0:
@@ -90,12 +90,12 @@ def read_records(db: sqlite3.Connection, job_id: str, first: int, most_bytes: in
     return Records(tuple(values), tuple(times))
 
 
-def held_jobs(db: sqlite3.Connection) -> list[Job]:
-    """See `Store.held_jobs`."""
-    return [decode_job(row) for row in db.execute(QUERIES["held_jobs"]).fetchall()]
+def list_slot_holders(db: sqlite3.Connection) -> list[Job]:
+    """See `Store.list_slot_holders`."""
+    return [decode_job(row) for row in db.execute(QUERIES["list_slot_holders"]).fetchall()]
 
 
-def identity(db: sqlite3.Connection) -> Identity:
+def get_identity(db: sqlite3.Connection) -> Identity:
     """See `Store.identity`."""
     [(owner, key)] = db.execute(QUERIES["get_identity"]).fetchall()
     return Identity(owner, key)

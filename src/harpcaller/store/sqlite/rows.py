@@ -1,4 +1,4 @@
-"""Jobs, ends, facts and records as columns, and back. Names and payloads are bytes in the file.
+"""Jobs, ends, metadata and records as columns, and back. Names and payloads are bytes in the file.
 
 A name is a string of JSON, so it may hold lone surrogates, which SQLite's own text can't.
 """
@@ -12,21 +12,21 @@ from typing import Any, TypeAlias
 
 from harp.protocol.ends import Cancelled, End, Returned, decode_end, encode_end
 from harp.protocol.json_text import Raw, dumps, open_sliced
-from harpcaller.model.jobs import Facts, Job, State, Stop
+from harpcaller.model.jobs import Job, JobMetadata, State, StopState
 
 __all__ = [
     "RUN_BYTES",
-    "decode_facts",
     "decode_job",
+    "decode_metadata",
     "decode_name",
     "encode_end_body",
-    "encode_facts",
+    "encode_metadata",
     "encode_name",
-    "join_made",
     "join_records",
+    "join_timestamps",
     "payload_size",
-    "split_made",
     "split_records",
+    "split_timestamps",
 ]
 
 Row: TypeAlias = Sequence[Any]
@@ -94,7 +94,7 @@ def decode_job(row: Row) -> Job:
         end=_decode_end(State(state), body),
         records=records,
         holds_slot=bool(holds_slot),
-        stop=None if stop is None else Stop(stop),
+        stop=None if stop is None else StopState(stop),
     )
 
 
@@ -103,19 +103,19 @@ def payload_size(row: Row) -> int:
     return sum(len(column) for column in row if isinstance(column, bytes))
 
 
-def encode_facts(facts: Facts) -> Mapping[str, bytes | None]:
-    """The parameters of a statement that stores facts."""
+def encode_metadata(metadata: JobMetadata) -> Mapping[str, bytes | None]:
+    """The parameters of a statement that stores metadata."""
     return {
-        "call": facts.call,
-        "stop_request": facts.stopped,
-        "stop_report": facts.receipt,
-        "exit_info": facts.evidence,
+        "call": metadata.call,
+        "stop_request": metadata.stop_request,
+        "stop_report": metadata.stop_report,
+        "exit_info": metadata.exit_info,
     }
 
 
-def decode_facts(row: Row) -> Facts:
-    """The facts in a row of the table."""
-    return Facts(*(None if fact is None else Raw(fact) for fact in row))
+def decode_metadata(row: Row) -> JobMetadata:
+    """The metadata in a row of the table."""
+    return JobMetadata(*(None if fact is None else Raw(fact) for fact in row))
 
 
 def join_records(records: Sequence[Raw]) -> bytes:
@@ -131,7 +131,7 @@ def split_records(chunk: bytes) -> list[Raw]:
     return [Raw(record) for record in chunk.split(b"\n")]
 
 
-def join_made(begun: bytes, made: Sequence[float]) -> bytes:
+def join_timestamps(begun: bytes, made: Sequence[float]) -> bytes:
     """The times of a chunk's first records, as stored, followed by those of more."""
     runs = [(len(list(same)), time) for time, same in groupby(made)]
     if begun and runs:
@@ -142,8 +142,8 @@ def join_made(begun: bytes, made: Sequence[float]) -> bytes:
     return begun + b"".join(_RUN.pack(count, time) for count, time in runs)
 
 
-def split_made(made: bytes) -> list[float]:
-    """The reverse of `join_made`."""
+def split_timestamps(made: bytes) -> list[float]:
+    """The reverse of `join_timestamps`."""
     times: list[float] = []
     for count, time in _RUN.iter_unpack(made):
         times += [time] * count

@@ -32,7 +32,7 @@ __all__ = ["Writer"]
 T = TypeVar("T")
 
 # A batch is bounded, so that its first member does not wait for a flood behind it.
-_MOST_MEMBERS = 500
+_MAX_MEMBERS = 500
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -63,11 +63,11 @@ class Writer:
         self._path = path
         self._connection = connection
         self._loop = loop
-        self._asked: list[_Member] = []  # in this turn of the loop
-        self._waiting: SimpleQueue[Sequence[_Member]] = SimpleQueue()  # an empty one: there will be no more
+        self._next_members: list[_Member] = []  # in this turn of the loop
+        self._queue: SimpleQueue[Sequence[_Member]] = SimpleQueue()  # an empty one: there will be no more
         self._closing = False
         # As a daemon, so that a program which fails before it closes the store can end.
-        self._thread = threading.Thread(target=self._work, name="store-writer", daemon=True)
+        self._thread = threading.Thread(target=self._run_batches, name="store-writer", daemon=True)
         self._thread.start()
 
     async def run(self, verb: Callable[[sqlite3.Connection], T], last: bool = False) -> T:
@@ -83,29 +83,29 @@ class Writer:
         """
         if self._closing:
             raise StorageError(f"{self._path}: the store is closed")
-        if not self._asked:
-            self._loop.call_soon(self._hand_over)
+        if not self._next_members:
+            self._loop.call_soon(self._flush)
         future: asyncio.Future[T] = self._loop.create_future()
-        self._asked.append(_Member(verb, future, last))
+        self._next_members.append(_Member(verb, future, last))
         return await future
 
-    def _hand_over(self) -> None:
+    def _flush(self) -> None:
         """Give the thread what was asked for in this turn of the loop: one batch, and one wakeup."""
-        if self._asked:
-            self._waiting.put(self._asked)
-            self._asked = []
+        if self._next_members:
+            self._queue.put(self._next_members)
+            self._next_members = []
 
     def stop(self) -> None:
         """Take nothing more. Called in the loop's thread, as `run` is: so nothing comes in behind this."""
         self._closing = True
-        self._hand_over()
-        self._waiting.put(())
+        self._flush()
+        self._queue.put(())
 
     def join(self) -> None:
         """Wait until all that was taken is done and the connection closed. Blocks."""
         self._thread.join()
 
-    def _work(self) -> None:
+    def _run_batches(self) -> None:
         open_ = True
         while open_:
             batch, open_ = self._next_batch()
@@ -114,15 +114,15 @@ class Writer:
                 outcomes = self._commit(batch)
                 # The loop may be gone when the program ends without closing the store.
                 with suppress(RuntimeError):
-                    self._loop.call_soon_threadsafe(_tell, batch, outcomes)
+                    self._loop.call_soon_threadsafe(_resolve_futures, batch, outcomes)
         self._connection.close()
 
     def _next_batch(self) -> tuple[list[_Member], bool]:
         """Wait for members and take all that are there; False once there will be none any more."""
         batch: list[_Member] = []
-        while asked := self._waiting.get():
+        while asked := self._queue.get():
             batch += asked
-            if len(batch) >= _MOST_MEMBERS or self._waiting.empty():
+            if len(batch) >= _MAX_MEMBERS or self._queue.empty():
                 return batch, True
         return batch, False
 
@@ -136,14 +136,14 @@ class Writer:
                 except Exception:  # noqa: BLE001 - whose fault it was is found by running each apart
                     self._roll_back()
                     self._connection.execute("BEGIN IMMEDIATE")
-                    outcomes = [self._run(member) for member in batch]
+                    outcomes = [self._run_in_savepoint(member) for member in batch]
                 self._connection.execute("COMMIT")
         except Exception as error:  # noqa: BLE001 - each member is told, and the thread goes on
             self._roll_back()
-            return [_again(error) for _ in batch]
+            return [_copy_error(error) for _ in batch]
         return outcomes
 
-    def _run(self, member: _Member) -> _Outcome:
+    def _run_in_savepoint(self, member: _Member) -> _Outcome:
         """Run a member within a savepoint. Raises only when the whole transaction is lost."""
         self._connection.execute("SAVEPOINT member")
         outcome: _Outcome
@@ -164,7 +164,7 @@ class Writer:
                 self._connection.execute("ROLLBACK")
 
 
-def _again(error: Exception) -> Exception:
+def _copy_error(error: Exception) -> Exception:
     """The same error for one more awaiter: each gets its own, as each adds its own traceback."""
     if not isinstance(error, StorageError):
         return error
@@ -173,7 +173,7 @@ def _again(error: Exception) -> Exception:
     return copy
 
 
-def _tell(batch: Sequence[_Member], outcomes: Sequence[_Outcome]) -> None:
+def _resolve_futures(batch: Sequence[_Member], outcomes: Sequence[_Outcome]) -> None:
     for member, outcome in zip(batch, outcomes, strict=True):
         if member.future.done():  # its awaiter was cancelled
             continue

@@ -12,17 +12,28 @@ from typing import Any, NamedTuple
 
 from harp.protocol.ends import Cancelled, End
 from harp.protocol.json_text import Raw
-from harpcaller.model.jobs import ENDED, NO_FACTS, TRANSITIONS, Facts, Job, NewJob, Records, State, Stop, state_of
-from harpcaller.model.lanes import Head, host_lane, queue_lane, startable
+from harpcaller.model.jobs import (
+    ENDED,
+    NO_METADATA,
+    TRANSITIONS,
+    Job,
+    JobMetadata,
+    NewJob,
+    Records,
+    State,
+    StopState,
+    state_of,
+)
+from harpcaller.model.lanes import Head, host_lane, queue_lane, startable_jobs
 from harpcaller.store.sqlite.rows import (
     RUN_BYTES,
     decode_job,
     decode_name,
     encode_end_body,
-    encode_facts,
+    encode_metadata,
     encode_name,
-    join_made,
     join_records,
+    join_timestamps,
 )
 from harpcaller.store.sqlite.sql import INSERTED_AT_ONCE, QUERIES, inserts_many
 
@@ -33,10 +44,10 @@ __all__ = [
     "cancel_job",
     "cancel_queue",
     "claim_jobs",
+    "finalize_stop",
     "finish_job",
-    "note_facts",
     "release_slot",
-    "settle_stop",
+    "update_metadata",
 ]
 
 # SQLite's integers end here.
@@ -112,7 +123,7 @@ def _lane(job: NewJob) -> tuple[str, int | None]:
     return queue_lane(job.queue), min(job.concurrency, _MAX_INTEGER)
 
 
-def claim_jobs(db: sqlite3.Connection, now: float, limit: int, host_concurrency: int) -> list[Job]:
+def claim_jobs(db: sqlite3.Connection, now: float, limit: int, max_calls_per_host: int) -> list[Job]:
     """See `Store.claim_jobs`."""
 
     def next_head(seq: int) -> Head | None:
@@ -124,7 +135,7 @@ def claim_jobs(db: sqlite3.Connection, now: float, limit: int, host_concurrency:
         return int(holding)
 
     claimed: list[Job] = []
-    for head in startable(next_head, holding_on, limit=limit, host_concurrency=host_concurrency):
+    for head in startable_jobs(next_head, holding_on, limit=limit, max_calls_per_host=max_calls_per_host):
         db.execute(QUERIES["start_job"], {"seq": head.seq, "now": now})
         [row] = db.execute(QUERIES["get_job_by_seq"], {"seq": head.seq}).fetchall()
         claimed.append(decode_job(row))
@@ -133,8 +144,8 @@ def claim_jobs(db: sqlite3.Connection, now: float, limit: int, host_concurrency:
 
 def append_records(db: sqlite3.Connection, job_id: str, first: int, records: Records) -> bool:
     """See `Store.append_records`."""
-    if len(records.values) != len(records.made):
-        raise ValueError(f"{len(records.values)} records and {len(records.made)} times: expected one each")
+    if len(records.values) != len(records.timestamps):
+        raise ValueError(f"{len(records.values)} records and {len(records.timestamps)} times: expected one each")
     job = _find_job(db, job_id)
     if job is None or job.state is not State.RUNNING or job.records != first:
         return False
@@ -148,14 +159,14 @@ def append_records(db: sqlite3.Connection, job_id: str, first: int, records: Rec
 def _chunks(records: Records) -> Iterator[Records]:
     start, size = 0, 0
     time: float | None = None
-    for at, (value, made) in enumerate(zip(records.values, records.made, strict=True), 1):
+    for at, (value, made) in enumerate(zip(records.values, records.timestamps, strict=True), 1):
         size += len(value) + (0 if made == time else RUN_BYTES)
         time = made
         if size >= _CHUNK_BYTES:
-            yield Records(records.values[start:at], records.made[start:at])
+            yield Records(records.values[start:at], records.timestamps[start:at])
             start, size, time = at, 0, None
     if size:
-        yield Records(records.values[start:], records.made[start:])
+        yield Records(records.values[start:], records.timestamps[start:])
 
 
 def _append_chunk(db: sqlite3.Connection, seq: int, first: int, records: Records) -> None:
@@ -164,10 +175,12 @@ def _append_chunk(db: sqlite3.Connection, seq: int, first: int, records: Records
     if small:
         [(chunk_first, count, begun, made)] = small
         chunk = {"first": chunk_first, "count": count + len(records), "bytes": begun + b"\n" + joined}
-        db.execute(QUERIES["grow_chunk"], {"seq": seq, "timestamps": join_made(made, records.made), **chunk})
+        db.execute(
+            QUERIES["grow_chunk"], {"seq": seq, "timestamps": join_timestamps(made, records.timestamps), **chunk}
+        )
     else:
         chunk = {"first": first, "count": len(records), "bytes": joined}
-        db.execute(QUERIES["add_chunk"], {"seq": seq, "timestamps": join_made(b"", records.made), **chunk})
+        db.execute(QUERIES["add_chunk"], {"seq": seq, "timestamps": join_timestamps(b"", records.timestamps), **chunk})
 
 
 def finish_job(
@@ -176,9 +189,9 @@ def finish_job(
     end: End,
     now: float,
     *,
-    stop: Stop | None = None,
+    stop: StopState | None = None,
     keep_slot: bool = False,
-    facts: Facts = NO_FACTS,
+    metadata: JobMetadata = NO_METADATA,
 ) -> bool:
     """See `Store.finish_job`."""
     job = _find_job(db, job_id)
@@ -189,11 +202,13 @@ def finish_job(
     if not job.holds_slot and (keep_slot or stop is not None):
         raise ValueError(f"job {job_id} is {job.state}: it has no slot to keep, and nothing of it to stop")
     _end_job(db, job.seq, end, now, stop=stop, keep_slot=keep_slot)
-    _note_facts(db, job.seq, facts)
+    _update_metadata(db, job.seq, metadata)
     return True
 
 
-def _end_job(db: sqlite3.Connection, seq: int, end: End, now: float, *, stop: Stop | None, keep_slot: bool) -> None:
+def _end_job(
+    db: sqlite3.Connection, seq: int, end: End, now: float, *, stop: StopState | None, keep_slot: bool
+) -> None:
     ended = {"seq": seq, "state": state_of(end), "now": now, "stop": stop, "holds_slot": keep_slot}
     db.execute(QUERIES["end_job"], ended)
     body = encode_end_body(end)
@@ -201,54 +216,61 @@ def _end_job(db: sqlite3.Connection, seq: int, end: End, now: float, *, stop: St
         db.execute(QUERIES["add_end"], {"seq": seq, "body": body})
 
 
-def _note_facts(db: sqlite3.Connection, seq: int, facts: Facts) -> None:
-    if facts != NO_FACTS:
-        db.execute(QUERIES["update_metadata"], {"seq": seq, **encode_facts(facts)})
+def _update_metadata(db: sqlite3.Connection, seq: int, metadata: JobMetadata) -> None:
+    if metadata != NO_METADATA:
+        db.execute(QUERIES["update_metadata"], {"seq": seq, **encode_metadata(metadata)})
 
 
-def cancel_job(db: sqlite3.Connection, job_id: str, now: float, stopped: Raw | None = None) -> State | None:
+def cancel_job(db: sqlite3.Connection, job_id: str, now: float, stop_request: Raw | None = None) -> State | None:
     """See `Store.cancel_job`."""
     job = _find_job(db, job_id)
     if job is None or job.state in ENDED:
         return None
-    _cancel(db, job.seq, job.state, now, stopped)
+    _cancel(db, job.seq, job.state, now, stop_request)
     return job.state
 
 
-def cancel_queue(db: sqlite3.Connection, queue: Raw, now: float, stopped: Raw | None = None) -> list[tuple[str, State]]:
+def cancel_queue(
+    db: sqlite3.Connection, queue: Raw, now: float, stop_request: Raw | None = None
+) -> list[tuple[str, State]]:
     """See `Store.cancel_queue`."""
     rows = db.execute(QUERIES["not_ended_of_lane"], {"lane": queue_lane(queue)}).fetchall()
     for seq, _, state in rows:
-        _cancel(db, seq, State(state), now, stopped)
+        _cancel(db, seq, State(state), now, stop_request)
     return [(job_id, State(state)) for _, job_id, state in rows]
 
 
 def _cancel(db: sqlite3.Connection, seq: int, state: State, now: float, stopped: Raw | None) -> None:
     if state is State.RUNNING:
-        _end_job(db, seq, Cancelled(), now, stop=Stop.PENDING, keep_slot=True)
+        _end_job(db, seq, Cancelled(), now, stop=StopState.PENDING, keep_slot=True)
     else:
         _end_job(db, seq, Cancelled(), now, stop=None, keep_slot=False)
-    _note_facts(db, seq, Facts(stopped=stopped))
+    _update_metadata(db, seq, JobMetadata(stop_request=stopped))
 
 
-def settle_stop(
-    db: sqlite3.Connection, job_id: str, stop: Stop, *, keep_slot: bool = False, facts: Facts = NO_FACTS
+def finalize_stop(
+    db: sqlite3.Connection,
+    job_id: str,
+    stop: StopState,
+    *,
+    keep_slot: bool = False,
+    metadata: JobMetadata = NO_METADATA,
 ) -> bool:
-    """See `Store.settle_stop`."""
+    """See `Store.finalize_stop`."""
     job = _find_job(db, job_id)
     if job is None or job.state not in ENDED or not job.holds_slot:
         return False
-    db.execute(QUERIES["settle_stop"], {"seq": job.seq, "stop": stop, "holds_slot": keep_slot})
-    _note_facts(db, job.seq, facts)
+    db.execute(QUERIES["finalize_stop"], {"seq": job.seq, "stop": stop, "holds_slot": keep_slot})
+    _update_metadata(db, job.seq, metadata)
     return True
 
 
-def note_facts(db: sqlite3.Connection, job_id: str, facts: Facts) -> bool:
-    """See `Store.note_facts`."""
+def update_metadata(db: sqlite3.Connection, job_id: str, metadata: JobMetadata) -> bool:
+    """See `Store.update_metadata`."""
     job = _find_job(db, job_id)
     if job is None:
         return False
-    _note_facts(db, job.seq, facts)
+    _update_metadata(db, job.seq, metadata)
     return True
 
 
