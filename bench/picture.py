@@ -39,8 +39,8 @@ def draw(document: Mapping[str, Any]) -> str:
 
 def _panel(entries: Sequence[Entry], x: int, y: int) -> list[str]:
     first = entries[0]
-    better = "less is better" if first["less_is_better"] else "more is better"
-    parts = [_text(x, y + 12, f"{first['title']} ({first['unit']}, {better})", weight="bold")]
+    unit = first["unit"] + (", less is better" if first["less_is_better"] else "")
+    parts = [_text(x, y + 12, f"{first['title']} ({unit})", weight="bold")]
     scale = (_COLUMN - _NAMES - _FIGURES) / max(entry["max"] for entry in entries)
     left = x + _NAMES
     for number, entry in enumerate(entries):

@@ -117,7 +117,7 @@ _DIRECT = (
 _JOBS = (
     Workload("latency", lambda sizes: {"jobs": sizes.latencies}, _quantiles("latency", "One job on an idle system")),
     _jobs("jobs", "Jobs end to end, 4 clients"),
-    _jobs("reused-jobs", "Jobs end to end, a process for many"),
+    _jobs("reused-jobs", "Jobs end to end, a process for many jobs"),
     _submissions("submit-1", "Jobs accepted, 1 client", 1),
     _submissions("submit-16", "Jobs accepted, 16 clients", 16),
     _submissions("submit-many", "Jobs accepted, 1,000 in a request", 1, 1_000),

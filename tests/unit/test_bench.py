@@ -114,7 +114,7 @@ def test_picture_has_a_bar_for_each_contender() -> None:
     entries = results(row, HARP=[1000, 1200], **{"a & b": [100, 50]}).entries(part, ["HARP"])
     root = ElementTree.fromstring(draw({"rows": entries}))
     _, *texts = [element.text for element in root.iter("{http://www.w3.org/2000/svg}text")]
-    assert texts == ["A row (calls/s, more is better)", "HARP", "1,100", "a & b", "75.0 (14.7 x)"]
+    assert texts == ["A row (calls/s)", "HARP", "1,100", "a & b", "75.0 (14.7 x)"]
     bars = list(root.iter("{http://www.w3.org/2000/svg}rect"))
     assert [bar.attrib["fill"] == "none" for bar in bars] == [False, True]
     widths = [float(bar.attrib["width"]) for bar in bars]
