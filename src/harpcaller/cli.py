@@ -1,4 +1,4 @@
-"""The program `harpcallerd`: the dispatcher and, over its control socket, what an administrator asks of it."""
+"""The program `harpcallerd`: the dispatcher, and its control program over the control socket."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ _EXAMPLES = """\
 examples:
   harpcallerd start                                     in the foreground, the log on stderr
   harpcallerd start --config=./harpcaller.toml --daemon --pidfile=/run/harpcallerd.pid
-                                                        in the background; returns once it serves
+                                                        in the background; returns when it serves
   harpcallerd status --wait --timeout=10                wait until it serves
-  harpcallerd list --all --queue                        all jobs that are kept, one JSON object a line
-  harpcallerd list --all --newest=100 --host=web01      what was submitted last for a host, ended or not
+  harpcallerd list --all --queue                        all jobs, one JSON object per line
+  harpcallerd list --all --newest=100 --host=web01      the last 100 jobs for a host, ended or not
   harpcallerd info --full 3f22e0d4-c8ed-11e5-8d66-001e8c140268
-  harpcallerd queue-list '{"service": "nginx"}'         the jobs of a queue that have not ended
+  harpcallerd queue-list '{"service": "nginx"}'         the queued and running jobs of a queue
   harpcallerd queue-cancel '{"service": "nginx"}'       cancel them
-  harpcallerd --socket=./control stop --print-pid       the one that was started with this --socket
+  harpcallerd --socket=./control stop --print-pid       the daemon that uses this control socket
 
 signals:
-  HUP         read the configuration again, all or nothing
+  HUP         reload the configuration, all or nothing
   USR1        reopen the log files
-  TERM, INT   stop: running calls are left to their hosts, and taken up by the next start; waiting jobs wait
+  TERM, INT   stop; running calls continue on their hosts until the next start, queued jobs stay queued
 
-exit status: 0 done, 1 not done (one line on stderr says why; status: stopped), 2 wrong usage
+exit status: 0 success, 1 failure (one line on stderr says why; status: stopped), 2 wrong usage
 """
 
 #: Nested values of the protocol's depth need more than Python's default.
@@ -46,7 +46,7 @@ _RECURSION_LIMIT = 10_000
 
 
 class Exit(IntEnum):
-    """What the exit status says."""
+    """The exit status of the program."""
 
     DONE = 0
     FAILED = 1
@@ -63,7 +63,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (ControlError, ProcessError) as error:
         print(f"harpcallerd: {error}", file=sys.stderr)
         return Exit.FAILED
-    except BrokenPipeError:  # what reads the list has seen enough
+    except BrokenPipeError:  # the reader of the list has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return Exit.DONE
     except KeyboardInterrupt:
@@ -74,29 +74,29 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _start(parsed: argparse.Namespace) -> Exit:
-    # Only the daemon needs the event loop, TLS and SQLite; what asks a daemon should not wait for them.
+    # Only the daemon needs the event loop, TLS and SQLite; commands should not wait for these imports.
     from harp_daemon.event_loop import run as run_loop
     from harpcaller.daemon import Options, configure_log, run
 
     options = Options(config=parsed.config, socket=parsed.socket, debug=parsed.debug)
-    served: Callable[[], None] = _nothing
+    on_ready: Callable[[], None] = _ignore_ready
     try:
-        config = load(options.config)  # a fault is told to the one who is still there to read it
+        config = load(options.config)  # before detaching, so that errors appear on the terminal
         if parsed.daemon:
-            served = detach()
+            on_ready = detach()
         with pidfile(parsed.pidfile):
             configure_log(options, config)
-            run_loop(run(options, config, served))
+            run_loop(run(options, config, on_ready))
     except (ConfigError, StorageError) as error:
         raise ProcessError(str(error)) from error
     return Exit.DONE
 
 
-def _nothing() -> None:
-    """In the foreground nobody waits."""
+def _ignore_ready() -> None:
+    """Do nothing: in the foreground no process waits."""
 
 
-# What asks the daemon.
+# The commands.
 
 
 def _status(parsed: argparse.Namespace) -> Exit:
@@ -113,8 +113,8 @@ def _stop(parsed: argparse.Namespace) -> Exit:
     return Exit.DONE
 
 
-def _plain(parsed: argparse.Namespace) -> Exit:
-    """A command whose answer nobody needs to see."""
+def _run_silently(parsed: argparse.Namespace) -> Exit:
+    """Run a command without output."""
     for _ in Daemon(parsed.socket).ask(parsed.command):
         pass
     return Exit.DONE
@@ -139,14 +139,14 @@ def _info(parsed: argparse.Namespace) -> Exit:
 def _cancel(parsed: argparse.Namespace) -> Exit:
     (answer,) = Daemon(parsed.socket).ask("cancel", job=parsed.job)
     if not loads(answer)["cancelled"]:
-        raise ControlError(f"job {parsed.job} has ended, or there is none")
+        raise ControlError(f"job {parsed.job} has ended or does not exist")
     return Exit.DONE
 
 
 def _release(parsed: argparse.Namespace) -> Exit:
     (answer,) = Daemon(parsed.socket).ask("release", job=parsed.job)
     if not loads(answer)["released"]:
-        raise ControlError(f"job {parsed.job} has not ended, holds no slot, or there is none")
+        raise ControlError(f"job {parsed.job} has not ended, holds no slot, or does not exist")
     return Exit.DONE
 
 
@@ -182,17 +182,21 @@ def _print(items: Iterator[Raw]) -> Exit:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line of harpcallerd."""
+    """Return the parser of the command line."""
     program = argparse.ArgumentParser(
         prog="harpcallerd",
-        description="The dispatcher of HARP: queues calls, runs them on hosts, keeps records and results.",
+        description="The dispatcher of HARP: queues calls, runs them on hosts, stores records and results.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    program.add_argument("--socket", metavar="PATH", type=_path, default=_SOCKET, help=f"control socket ({_SOCKET})")
-    # The same after the command; absent there, it must not undo the one before.
+    program.add_argument(
+        "--socket", metavar="PATH", type=_absolute_path, default=_SOCKET, help=f"control socket ({_SOCKET})"
+    )
+    # Also accepted after the command. Its default must not override the option before the command.
     socket = argparse.ArgumentParser(add_help=False)
-    socket.add_argument("--socket", metavar="PATH", type=_path, default=argparse.SUPPRESS, help="control socket")
+    socket.add_argument(
+        "--socket", metavar="PATH", type=_absolute_path, default=argparse.SUPPRESS, help="control socket"
+    )
     commands = program.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
     def add(name: str, run: Callable[[argparse.Namespace], Exit], help: str) -> Callable[..., argparse.Action]:
@@ -201,41 +205,41 @@ def parser() -> argparse.ArgumentParser:
         return command.add_argument
 
     option = add("start", _start, "run the dispatcher")
-    option("--debug", action="store_true", help="log everything, the arguments of calls too")
-    option("--config", metavar="FILE", type=_path, default=DEFAULT_FILE, help="TOML (%(default)s)")
-    option("--pidfile", metavar="FILE", type=_path, help="write the process id there")
-    option("--daemon", action="store_true", help="go to the background; return once it serves")
-    option = add("status", _status, "say whether it runs")
-    option("--wait", action="store_true", help="wait until it does")
-    option("--timeout", metavar="S", type=_number, help="wait at most so many seconds")
-    option = add("stop", _stop, "stop it, and wait until its process is gone")
-    option("--timeout", metavar="S", type=_number, help="wait at most so many seconds")
-    option("--print-pid", action="store_true", help="print the id that the process had")
-    add("reload", _reload, "have it read its configuration again, all or nothing")
-    option = add("list", _list, "list the jobs that have not ended, in the order of their submission")
-    option("--all", action="store_true", help="list those that have ended too")
-    option("--newest", metavar="N", type=_count, help="only the N that were submitted last, the last one first")
-    option("--host", metavar="HOST", help="only those for this host")
-    option("--of-queue", metavar="QUEUE", type=_queue, help="only those of this queue, its name as a JSON object")
-    option("--queue", action="store_true", help="with the queue that each waits in")
-    option = add("info", _info, "show a job, and how it ended")
+    option("--debug", action="store_true", help="log at debug level, including the arguments of calls")
+    option("--config", metavar="FILE", type=_absolute_path, default=DEFAULT_FILE, help="TOML (%(default)s)")
+    option("--pidfile", metavar="FILE", type=_absolute_path, help="write the process id to FILE")
+    option("--daemon", action="store_true", help="run in the background; return when it serves")
+    option = add("status", _status, "show whether the dispatcher runs")
+    option("--wait", action="store_true", help="wait until it runs")
+    option("--timeout", metavar="S", type=_number, help="wait at most S seconds")
+    option = add("stop", _stop, "stop the dispatcher and wait until its process has exited")
+    option("--timeout", metavar="S", type=_number, help="wait at most S seconds")
+    option("--print-pid", action="store_true", help="print its process id")
+    add("reload", _reload, "reload the configuration, all or nothing")
+    option = add("list", _list, "list the jobs that have not ended, in the order of submission")
+    option("--all", action="store_true", help="include jobs that have ended")
+    option("--newest", metavar="N", type=_count, help="only the last N submitted jobs, the newest first")
+    option("--host", metavar="HOST", help="only jobs for this host")
+    option("--of-queue", metavar="QUEUE", type=_queue, help="only jobs of this queue; QUEUE is a JSON object")
+    option("--queue", action="store_true", help="show the queue of each job")
+    option = add("info", _info, "show a job and its end")
     option("job", metavar="JOB")
-    option("--full", action="store_true", help="all that is known: where it runs, its stop, evidence, and why")
+    option("--full", action="store_true", help="show all details: host, stop, exit info, and the reason of its state")
     add("cancel", _cancel, "cancel a job")("job", metavar="JOB")
-    add("release", _release, "free the slot of a job that has ended, whatever its host says")("job", metavar="JOB")
-    option = add("queue-list", _queue_list, "list the queues, or the jobs of one that have not ended")
-    option("queue", metavar="QUEUE", type=_queue, nargs="?", help="the queue's name, a JSON object")
+    add("release", _release, "free the slot of an ended job without confirmation by its host")("job", metavar="JOB")
+    option = add("queue-list", _queue_list, "list the queues, or the queued and running jobs of one queue")
+    option("queue", metavar="QUEUE", type=_queue, nargs="?", help="a JSON object")
     option = add("queue-cancel", _queue_cancel, "cancel all jobs of a queue")
-    option("queue", metavar="QUEUE", type=_queue, help="the queue's name, a JSON object")
+    option("queue", metavar="QUEUE", type=_queue, help="a JSON object")
     add("hosts-list", _hosts_list, "list the hosts of the registry, without credentials")
     add("hosts-refresh", _hosts_refresh, "run host_db_script now")
-    option = add("prune-jobs", _prune_jobs, "delete jobs that ended long ago, with their records")
-    option("--age", metavar="DAYS", type=_number, help="those that ended more than so many days ago (max_age)")
-    add("reopen-logs", _plain, "have it open its log files anew, after a rotation")
+    option = add("prune-jobs", _prune_jobs, "delete old ended jobs with their records")
+    option("--age", metavar="DAYS", type=_number, help="delete jobs that ended more than DAYS ago (default: max_age)")
+    add("reopen-logs", _run_silently, "reopen the log files, after a rotation")
     return program
 
 
-def _path(text: str) -> Path:
+def _absolute_path(text: str) -> Path:
     return Path(text).absolute()  # --daemon changes the working directory
 
 
@@ -245,13 +249,13 @@ def _number(text: str) -> float:
     except ValueError:
         number = -1
     if not 0 <= number < float("inf"):
-        raise argparse.ArgumentTypeError(f"expected a number from 0 on, got {text!r}")
+        raise argparse.ArgumentTypeError(f"expected a number of at least 0, got {text!r}")
     return number
 
 
 def _count(text: str) -> int:
     if not text.isascii() or not text.isdigit() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"expected a whole number from 1 on, got {text!r}")
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
     return int(text)
 
 
@@ -262,7 +266,7 @@ def _queue(text: str) -> Raw:
         raise argparse.ArgumentTypeError(f"expected a JSON object: {error}") from error
     if not isinstance(queue, dict):
         raise argparse.ArgumentTypeError(f"expected a JSON object, got {text}")
-    # A line feed between its members would end the request.
+    # A line feed inside the object would end the request line.
     return Raw(text.replace("\n", " ").encode("utf-8", "surrogateescape"))
 
 

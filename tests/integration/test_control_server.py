@@ -157,7 +157,7 @@ def test_cancel_ends_a_job(dispatcher: Harpcallerd) -> None:
     done = dispatcher.control("cancel", job)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert dispatcher.ask(get_result=job) == [{"cancelled": True}]
-    assert failure(dispatcher, "cancel", job) == f"job {job} has ended, or there is none"
+    assert failure(dispatcher, "cancel", job) == f"job {job} has ended or does not exist"
 
 
 def test_queue_cancel_ends_all_its_jobs(dispatcher: Harpcallerd) -> None:

@@ -421,7 +421,7 @@ def test_help_names_every_command_and_has_examples(dispatcher: Harpcallerd) -> N
         assert re.search(rf"^    {command}\s", help, re.MULTILINE)
         assert dispatcher.control(command, "--help").returncode == 0
     assert "examples:\n  harpcallerd start" in help
-    assert "exit status: 0 done" in help
+    assert "exit status: 0 success" in help
 
 
 def test_list_into_a_closed_pipe_succeeds(dispatcher: Harpcallerd) -> None:
