@@ -146,7 +146,7 @@ CASES: list[tuple[str, list[Script], str, Exit]] = [
 
 
 @pytest.mark.parametrize(("line", "scripts", "output", "code"), CASES, ids=[f"{c[0][:30]}-{c[3].name}" for c in CASES])
-def test_a_command(line: str, scripts: list[Script], output: str, code: Exit) -> None:
+def test_command_prints_output_and_exits(line: str, scripts: list[Script], output: str, code: Exit) -> None:
     with Peer(*scripts) as peer:
         done = harp(*line.split(), HARP_DISPATCHER=f"{peer.host}:{peer.port}")
     assert (done.stdout, done.returncode) == (output, code), done.stderr
@@ -155,7 +155,7 @@ def test_a_command(line: str, scripts: list[Script], output: str, code: Exit) ->
 
 
 @pytest.mark.parametrize("before", [True, False])
-def test_the_dispatcher_may_stand_before_or_after_the_command(before: bool) -> None:
+def test_dispatcher_option_before_or_after_command(before: bool) -> None:
     with Peer(answering({"result": 1})) as peer:
         option = ["--dispatcher", f"[{peer.host}]:{peer.port}"]
         command = ["result", JOB]
@@ -166,7 +166,7 @@ def test_the_dispatcher_may_stand_before_or_after_the_command(before: bool) -> N
 @pytest.mark.parametrize(
     ("value", "message"), [(None, "no dispatcher"), ("host:port", "expected HOST"), (":1", "HOST")]
 )
-def test_no_dispatcher(value: str | None, message: str) -> None:
+def test_missing_dispatcher_is_a_usage_error(value: str | None, message: str) -> None:
     done = harp("result", JOB, **({} if value is None else {"HARP_DISPATCHER": value}))
     assert done.returncode == Exit.USAGE
     assert message in done.stderr
@@ -180,7 +180,7 @@ def test_no_dispatcher(value: str | None, message: str) -> None:
         ([{"harp": 1, "error": {"type": "auth_error", "message": "m"}}], "", Exit.FAILED),
     ],
 )
-def test_a_direct_call(tmp_path: Path, messages: list[object], output: str, code: Exit) -> None:
+def test_direct_prints_result(tmp_path: Path, messages: list[object], output: str, code: Exit) -> None:
     files = server_files(tmp_path)
     auth = {"user": "admin", "password": "top secret"}
     request = {"harp": 1, "procedure": "p", "arguments": {"a": [1]}, "auth": auth}
@@ -192,13 +192,13 @@ def test_a_direct_call(tmp_path: Path, messages: list[object], output: str, code
     assert "top secret" not in done.stderr
 
 
-def test_a_direct_call_needs_a_password() -> None:
+def test_direct_without_password_is_a_usage_error() -> None:
     done = harp("direct", "localhost", "p", "--user", "u")
     assert done.returncode == Exit.USAGE
     assert "HARP_PASSWORD" in done.stderr
 
 
-def test_a_reader_that_has_enough_is_no_error() -> None:
+def test_closed_output_is_not_an_error() -> None:
     def endless(talk: Conversation) -> None:
         talk.expect()
         number = 0
@@ -224,7 +224,7 @@ def test_a_reader_that_has_enough_is_no_error() -> None:
             assert child.stderr.read() == b""
 
 
-def test_help_has_worked_examples_and_every_exit_code() -> None:
+def test_help_has_examples_and_every_exit_code() -> None:
     for arguments in ([], ["call"], ["direct"]):
         text = harp(*arguments, "--help").stdout
         assert "harp call --wait web01 add 2 3" in text

@@ -1,4 +1,4 @@
-"""What the client asks beyond version 1: details, the confirmed stop, the times of records; with both shells."""
+"""HARP's extensions of the protocol: details, confirmed stops, times of records; each test uses both shells."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def stop(state: Any, receipt: Any = None) -> dict[str, Any]:
     return {"state": state, "receipt": receipt}
 
 
-def test_details_are_asked_for_each_time(shell: Shell) -> None:
+def test_details_are_requested_each_time(shell: Shell) -> None:
     running = {**DETAILS, "state": "running", "why": "it runs"}
     replies = [answering({"details": found}, request=GET_DETAILS) for found in (DETAILS, running, running)]
     with Peer(*replies) as peer:
@@ -48,7 +48,7 @@ def test_details_are_asked_for_each_time(shell: Shell) -> None:
         ({"result": 1}, "does not answer this request"),
     ],
 )
-def test_details_that_are_none(shell: Shell, reply: Any, message: str) -> None:
+def test_details_of_wrong_type_raise(shell: Shell, reply: Any, message: str) -> None:
     with Peer(answering(reply), answering(reply)) as peer:
         job = shell.caller(peer).job(JOB)
         for method in (job.details, job.why):
@@ -56,7 +56,7 @@ def test_details_that_are_none(shell: Shell, reply: Any, message: str) -> None:
                 method()
 
 
-def test_details_of_an_unknown_job(shell: Shell) -> None:
+def test_details_of_unknown_job_raise(shell: Shell) -> None:
     with Peer(answering({"error": {"type": "invalid_jobid", "message": "there is no job x"}})) as peer:
         with pytest.raises(harp.RemoteError, match="invalid_jobid"):
             shell.caller(peer).job(JOB).why()
@@ -69,10 +69,10 @@ def test_details_of_an_unknown_job(shell: Shell) -> None:
         ({"cancelled": True, "stop": None}, True),  # it was still queued
         ({"cancelled": True}, True),
         ({"cancelled": False}, False),  # it had ended
-        ({"cancelled": False, "stop": stop("confirmed")}, False),  # somebody else had cancelled it
+        ({"cancelled": False, "stop": stop("confirmed")}, False),  # another client had cancelled it
     ],
 )
-def test_a_stop_that_is_confirmed(shell: Shell, reply: Any, cancelled: bool) -> None:
+def test_cancel_with_confirmed_stop_returns_true(shell: Shell, reply: Any, cancelled: bool) -> None:
     with Peer(answering(reply, request=CANCEL)) as peer:
         assert shell.caller(peer).job(JOB).cancel(wait=True) is cancelled
 
@@ -84,14 +84,14 @@ SURVIVORS = {"survivors": [{"pid": 4711, "command": "python3"}, {"pid": 4712, "c
     ("found", "kind", "message"),
     [
         (stop("failed", SURVIVORS), "stop_failed", r"processes of job .* survive: 4711 \(python3\), 4712 \(sleep\)"),
-        (stop("failed"), "stop_failed", "has not confirmed that job .* is stopped"),  # the host was given up
+        (stop("failed"), "stop_failed", "has not confirmed that job .* is stopped"),  # the host was declared lost
         (stop("failed", {"survivors": []}), "stop_failed", "has not confirmed"),
         (stop("failed", {"survivors": ["odd", {"odd": 1}]}), "stop_failed", r"survive: odd, \{'odd': 1\}"),
         (stop("unknown"), "stop_unknown", "may still run"),
         (stop("pending"), "stop_unknown", "may still run"),
     ],
 )
-def test_a_stop_that_is_not(shell: Shell, found: Any, kind: str, message: str) -> None:
+def test_cancel_with_unconfirmed_stop_raises(shell: Shell, found: Any, kind: str, message: str) -> None:
     with Peer(answering({"cancelled": True, "stop": found})) as peer:
         with pytest.raises(harp.RemoteError, match=message) as caught:
             shell.caller(peer).job(JOB).cancel(wait=True)
@@ -99,13 +99,13 @@ def test_a_stop_that_is_not(shell: Shell, found: Any, kind: str, message: str) -
 
 
 @pytest.mark.parametrize("found", [[], {"receipt": None}, stop(1)])
-def test_a_stop_that_makes_no_sense(shell: Shell, found: Any) -> None:
+def test_cancel_with_invalid_stop_raises(shell: Shell, found: Any) -> None:
     with Peer(answering({"cancelled": True, "stop": found})) as peer:
         with pytest.raises(harp.CommunicationError, match=r"stop(\.state)?: expected"):
             shell.caller(peer).job(JOB).cancel(wait=True)
 
 
-def test_who_does_not_wait_sees_no_stop(shell: Shell) -> None:
+def test_cancel_without_wait_ignores_stop(shell: Shell) -> None:
     reply = {"cancelled": True, "stop": stop("failed")}
     with Peer(answering(reply, request={"harpcaller": 1, "cancel": JOB})) as peer:
         assert shell.caller(peer).job(JOB).cancel() is True
@@ -113,7 +113,7 @@ def test_who_does_not_wait_sees_no_stop(shell: Shell) -> None:
 
 @pytest.mark.parametrize("method", ["follow", "stream"])
 @pytest.mark.parametrize("numbered", [True, False])
-def test_records_with_their_times(shell: Shell, method: str, numbered: bool) -> None:
+def test_timed_records_have_times(shell: Shell, method: str, numbered: bool) -> None:
     lines = [{"packet": 3, "time": 1700000000.25, "data": "x"}, {"packet": 4, "time": 1700000001, "data": None}]
     kind = "follow_stream" if method == "follow" else "read_stream"
     request = {"harpcaller": 1, kind: JOB, "since": 3, "timed": True}
@@ -123,13 +123,13 @@ def test_records_with_their_times(shell: Shell, method: str, numbered: bool) -> 
     assert all(type(time) is float for _, time, _ in records)
 
 
-def test_a_record_without_its_time(shell: Shell) -> None:
+def test_timed_record_without_time_raises(shell: Shell) -> None:
     with Peer(answering({"packet": 0, "data": "x"})) as peer:
         with pytest.raises(harp.CommunicationError, match="time: missing"):
             list(shell.caller(peer).job(JOB).follow(since=0, timed=True))
 
 
-def test_an_old_dispatcher_may_be_too_old(shell: Shell) -> None:
+def test_extension_on_legacy_dispatcher_names_feature(shell: Shell) -> None:
     old = LegacyDispatcher()
     with server(old) as port:
         rpc = shell.caller_at("127.0.0.1", port)
@@ -147,7 +147,7 @@ def test_an_old_dispatcher_may_be_too_old(shell: Shell) -> None:
         assert job.cancel() is True
 
 
-def test_a_dispatcher_that_can_not_be_reached_is_not_called_old(shell: Shell) -> None:
+def test_extension_on_unreachable_dispatcher_does_not(shell: Shell) -> None:
     rpc = shell.caller_at("127.0.0.1", 1)
     with pytest.raises(harp.CommunicationError) as caught:
         rpc.job(JOB).details()

@@ -1,4 +1,4 @@
-"""The client and a harpd that is scripted line by line, over TLS; every test holds both shells."""
+"""The client with a scripted harpd over TLS; each test uses both shells."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def request(arguments: Any, procedure: str = "p") -> dict[str, Any]:
     [((), {}, []), ((1, "two"), {}, [1, "two"]), ((), {"a": None, "self": 2}, {"a": None, "self": 2})],
 )
 @pytest.mark.parametrize("value", [None, 5, {"a": [1]}, 10**40])
-def test_a_plain_result(
+def test_direct_call_returns_result(
     shell: Shell, tls: ssl.SSLContext, args: tuple[Any, ...], kwargs: dict[str, Any], arguments: Any, value: Any
 ) -> None:
     script = answering(PLAIN, {"result": value}, request=request(arguments), pieces=single_bytes)
@@ -56,7 +56,7 @@ def test_a_plain_result(
 
 
 @pytest.mark.parametrize("records", [[], ["a", None, {"b": [1]}]])
-def test_a_streamed_result_ends_with_a_result(shell: Shell, tls: ssl.SSLContext, records: list[Any]) -> None:
+def test_direct_stream_ends_with_a_result(shell: Shell, tls: ssl.SSLContext, records: list[Any]) -> None:
     script = answering(STREAM, *({"stream": record} for record in records), {"result": 7}, pieces=single_bytes)
     with Peer(script, script, tls=tls) as peer:
         server = shell.server(peer)
@@ -68,7 +68,7 @@ def test_a_streamed_result_ends_with_a_result(shell: Shell, tls: ssl.SSLContext,
         assert list(iterator) == []
 
 
-def test_the_iterator_is_a_harp_stream_iterator(tls: ssl.SSLContext) -> None:
+def test_direct_stream_is_a_harp_stream_iterator(tls: ssl.SSLContext) -> None:
     with nothing_left(), Peer(answering(STREAM, {"result": 7}), tls=tls) as peer:
         iterator = harp.HarpServer(peer.host, "u", "secret", peer.port).p()
         assert isinstance(iterator, harp.HarpStreamIterator)
@@ -77,7 +77,7 @@ def test_the_iterator_is_a_harp_stream_iterator(tls: ssl.SSLContext) -> None:
         assert iterator.all() == [harp.Result(7)]
 
 
-def test_a_harp_stream_iterator_wraps_any_iterator() -> None:
+def test_harp_stream_iterator_wraps_any_iterator() -> None:
     closed = []
 
     def items() -> Iterator[int]:
@@ -115,7 +115,7 @@ ERRORS: list[tuple[list[object], type[harp.HarpException], str]] = [
 
 
 @pytest.mark.parametrize(("lines", "kind", "message"), ERRORS)
-def test_errors_come_out_of_the_call(
+def test_direct_call_raises_errors(
     shell: Shell, tls: ssl.SSLContext, lines: list[object], kind: type[harp.HarpException], message: str
 ) -> None:
     with Peer(answering(*lines), tls=tls) as peer:
@@ -138,7 +138,7 @@ def test_errors_come_out_of_the_call(
         (PLAIN, harp.CommunicationError, "came while waiting for records"),
     ],
 )
-def test_errors_come_out_of_the_iteration(
+def test_direct_stream_raises_errors(
     shell: Shell, tls: ssl.SSLContext, end: object, kind: type[harp.HarpException], message: str
 ) -> None:
     with Peer(answering(STREAM, {"stream": 1}, end), tls=tls) as peer:
@@ -156,7 +156,7 @@ def endless(talk: Conversation) -> None:
 
 
 @pytest.mark.parametrize("how", ["close", "with", "forget"])
-def test_leaving_early_cancels_the_call(shell: Shell, tls: ssl.SSLContext, how: str) -> None:
+def test_direct_stream_closed_early_cancels_the_call(shell: Shell, tls: ssl.SSLContext, how: str) -> None:
     with Peer(endless, tls=tls) as peer:
         iterator = shell.server(peer).p()
         assert next(iterator) == 1
@@ -171,8 +171,8 @@ def test_leaving_early_cancels_the_call(shell: Shell, tls: ssl.SSLContext, how: 
         assert peer.conversations[0].closed.wait(30)
 
 
-def test_records_that_came_before_a_break_are_given(shell: Shell, tls: ssl.SSLContext) -> None:
-    """Many records at once, then an end of the connection without an end of TLS; the reader is slower."""
+def test_direct_stream_returns_records_before_a_break(shell: Shell, tls: ssl.SSLContext) -> None:
+    """Many records arrive at once, then the connection ends without an end of TLS, before the reader has read them."""
     count = 20_000
 
     def script(talk: Conversation) -> None:
@@ -186,7 +186,7 @@ def test_records_that_came_before_a_break_are_given(shell: Shell, tls: ssl.SSLCo
             next(iterator)
 
 
-# Who the server is.
+# Certificates.
 
 
 def other_authority(directory: Path) -> Path:
@@ -196,13 +196,13 @@ def other_authority(directory: Path) -> Path:
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "LOCALHOST"])
-def test_chain_and_name_are_verified(shell: Shell, tls: ssl.SSLContext, files: Certificates, host: str) -> None:
+def test_tls_valid_certificate_is_accepted(shell: Shell, tls: ssl.SSLContext, files: Certificates, host: str) -> None:
     with Peer(answering(PLAIN, {"result": 1}), tls=tls) as peer:
         assert shell.server(peer, host=host, ca_file=files.ca_file).p() == 1
         assert str(files.ca_file) in repr(shell.server(peer, ca_file=str(files.ca_file)))
 
 
-def test_a_certificate_of_another_authority_is_refused(shell: Shell, tls: ssl.SSLContext, tmp_path: Path) -> None:
+def test_tls_certificate_of_other_authority_is_refused(shell: Shell, tls: ssl.SSLContext, tmp_path: Path) -> None:
     with Peer(answering(), tls=tls) as peer:
         with pytest.raises(
             harp.CommunicationError, match=r"not accepted: .* \(ca_file must contain the authority"
@@ -213,7 +213,7 @@ def test_a_certificate_of_another_authority_is_refused(shell: Shell, tls: ssl.SS
 
 
 @pytest.mark.parametrize(("names", "host"), [(("example.net",), "localhost"), (("localhost",), "127.0.0.1")])
-def test_a_certificate_for_another_name_is_refused(
+def test_tls_certificate_for_other_name_is_refused(
     shell: Shell, tmp_path: Path, names: tuple[str, ...], host: str
 ) -> None:
     files = server_files(tmp_path, names)
@@ -224,7 +224,7 @@ def test_a_certificate_for_another_name_is_refused(
     assert len(peer.requests) == 1
 
 
-def test_without_ca_file_any_certificate_is_accepted(shell: Shell, tmp_path: Path) -> None:
+def test_tls_without_ca_file_accepts_any_certificate(shell: Shell, tmp_path: Path) -> None:
     selfmade = server_files(tmp_path, ("nobody.invalid",))
     with Peer(answering(PLAIN, {"result": 1}), tls=server_context(selfmade)) as peer:
         assert shell.server(peer).p() == 1
@@ -240,13 +240,13 @@ def test_without_ca_file_any_certificate_is_accepted(shell: Shell, tmp_path: Pat
         (lambda path: 5, "ca_file 5"),
     ],
 )
-def test_a_ca_file_that_is_none_is_named(shell: Shell, tmp_path: Path, make: Any, message: str) -> None:
+def test_tls_invalid_ca_file_is_named_in_error(shell: Shell, tmp_path: Path, make: Any, message: str) -> None:
     with Peer() as peer:
         with pytest.raises(harp.HarpException, match=message):
             shell.server(peer, ca_file=make(tmp_path)).p()
 
 
-def test_tls_1_2_will_do(shell: Shell, files: Certificates) -> None:
+def test_tls_1_2_is_accepted(shell: Shell, files: Certificates) -> None:
     context = server_context(files)
     context.maximum_version = ssl.TLSVersion.TLSv1_2
     with Peer(answering(PLAIN, {"result": 1}), tls=context) as peer:
@@ -254,7 +254,7 @@ def test_tls_1_2_will_do(shell: Shell, files: Certificates) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:ssl.TLSVersion.TLSv1_1:DeprecationWarning")
-def test_tls_1_1_will_not(shell: Shell, files: Certificates) -> None:
+def test_tls_1_1_is_refused(shell: Shell, files: Certificates) -> None:
     context = server_context(files)
     context.set_ciphers("ALL:@SECLEVEL=0")
     context.minimum_version = context.maximum_version = ssl.TLSVersion.TLSv1_1
@@ -264,7 +264,7 @@ def test_tls_1_1_will_not(shell: Shell, files: Certificates) -> None:
     assert peer.conversations[0].handshake_error is not None
 
 
-def test_the_connection_by_itself(tls: ssl.SSLContext, files: Certificates) -> None:
+def test_json_ssl_connection_sends_and_receives(tls: ssl.SSLContext, files: Certificates) -> None:
     with nothing_left(), Peer(answering({"a": 1}), answering({"b": 2}), tls=tls) as peer:
         with harp.JSONSSLConnection(peer.host, peer.port, files.ca_file) as conn:
             assert repr(conn) == f"<JSONSSLConnection {peer.host}:{peer.port} connected>"

@@ -1,4 +1,4 @@
-"""The client and a dispatcher that is scripted line by line; every test holds both shells."""
+"""The client with a scripted dispatcher; each test uses both shells."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def shell(request: pytest.FixtureRequest) -> Iterator[Shell]:
         yield found
 
 
-# Submitting.
+# Submission.
 
 
 @pytest.mark.parametrize(
@@ -69,7 +69,7 @@ def shell(request: pytest.FixtureRequest) -> Iterator[Shell]:
         ({"info": False}, (), {}, {"arguments": [], "info": False}),
     ],
 )
-def test_a_call_sends_what_was_given_and_nothing_else(
+def test_submit_sends_exactly_the_arguments(
     shell: Shell, options: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any], sent: dict[str, Any]
 ) -> None:
     request = {"harpcaller": 1, "host": "web01", "procedure": "p", **sent}
@@ -80,7 +80,7 @@ def test_a_call_sends_what_was_given_and_nothing_else(
     assert len(peer.requests) == 3
 
 
-def test_options_are_added_and_later_changes_of_their_values_are_not_seen(shell: Shell) -> None:
+def test_options_are_sent_as_they_were_when_set(shell: Shell) -> None:
     name = {"a": [1]}
     with Peer(always=answering({"harpcaller": 1, "job_id": JOB})) as peer:
         server = shell.caller(peer).web01(queue=name)
@@ -95,7 +95,7 @@ def test_options_are_added_and_later_changes_of_their_values_are_not_seen(shell:
     assert "timeout" not in second
 
 
-def test_many_calls_are_one_request(shell: Shell) -> None:
+def test_submit_many_sends_one_request(shell: Shell) -> None:
     arguments: list[Any] = [1]
     calls = [
         harp.Call("web01", "p", arguments),
@@ -121,7 +121,7 @@ def test_many_calls_are_one_request(shell: Shell) -> None:
         assert [job.id() for job in jobs] == ["x", JOB, "y"]
 
 
-def test_many_calls_are_refused_together(shell: Shell) -> None:
+def test_submit_many_refusal_is_raised(shell: Shell) -> None:
     with Peer(answering(REFUSAL)) as peer, pytest.raises(harp.RemoteError, match="the disk is full"):
         shell.caller(peer).submit_many([harp.Call("web01", "p")])
     with Peer(answering({"harpcaller": 1, "job_ids": [JOB]})) as peer, pytest.raises(harp.CommunicationError):
@@ -141,19 +141,19 @@ def test_many_calls_are_refused_together(shell: Shell) -> None:
         ({"concurrency": 2}, "option 'concurrency' needs option 'queue'"),
     ],
 )
-def test_a_call_that_will_not_do_is_none(given: dict[str, Any], message: str) -> None:
+def test_invalid_call_is_refused(given: dict[str, Any], message: str) -> None:
     with pytest.raises(harp.HarpException, match=message):
         harp.Call(**{"host": "web01", "procedure": "p", **given})
 
 
-def test_an_error_reply_to_a_call_is_raised(shell: Shell) -> None:
+def test_submit_error_reply_is_raised(shell: Shell) -> None:
     with Peer(answering({"error": {"type": "storage_error", "message": "full", "data": [1]}})) as peer:
         with pytest.raises(harp.RemoteError, match="storage_error: full") as caught:
             shell.caller(peer).web01.p()
     assert caught.value.data == [1]
 
 
-def test_a_request_of_ones_own(shell: Shell) -> None:
+def test_request_returns_reply(shell: Shell) -> None:
     reply = {"harpcaller": 1, "error": {"type": "x", "message": "y"}, "more": 1}
     with Peer(answering(reply), answering([1])) as peer:
         rpc = shell.caller(peer)
@@ -163,7 +163,7 @@ def test_a_request_of_ones_own(shell: Shell) -> None:
     assert peer.requests == [GET_STATUS, {"harpcaller": 2, "x": 1}]
 
 
-def test_a_connection_of_ones_own(shell: Shell) -> None:
+def test_connect_returns_json_connection(shell: Shell) -> None:
     with Peer(answering({"a": 1}, [2], pieces=single_bytes)) as peer:
         with shell.caller(peer).connect() as conn:
             conn.send({"any": "thing"})
@@ -193,7 +193,7 @@ def same(found: Any, expected: Any) -> bool:
 
 
 @pytest.mark.parametrize(("reply", "outcome"), ENDS)
-def test_a_result_is_given_and_kept(shell: Shell, reply: Any, outcome: Any) -> None:
+def test_result_is_returned_and_stored(shell: Shell, reply: Any, outcome: Any) -> None:
     with Peer(answering(NOT_YET), answering(NOT_YET), answering(reply)) as peer:
         job = shell.caller(peer).job(JOB)
         assert job.result() is harp.CALL_NOT_FINISHED
@@ -214,7 +214,7 @@ def test_a_result_is_given_and_kept(shell: Shell, reply: Any, outcome: Any) -> N
     assert peer.requests == [PEEK_RESULT, PEEK_RESULT, GET_RESULT]
 
 
-def test_everyone_gets_values_of_his_own(shell: Shell) -> None:
+def test_result_is_a_new_value_each_time(shell: Shell) -> None:
     with Peer(answering({"result": [1]}), answering(status(1, 2))) as peer:
         job = shell.caller(peer).job(JOB)
         job.get().append(2)
@@ -225,7 +225,7 @@ def test_everyone_gets_values_of_his_own(shell: Shell) -> None:
 
 
 @pytest.mark.parametrize("kind", ["storage_error", "invalid_request", "invalid_jobid"])
-def test_a_refusal_is_not_the_jobs_end(shell: Shell, kind: str) -> None:
+def test_refusal_is_not_stored_as_end(shell: Shell, kind: str) -> None:
     refusal = {"error": {"type": kind, "message": "m"}}
     with Peer(answering(refusal), answering(refusal), answering({"result": 5})) as peer:
         job = shell.caller(peer).job(JOB)
@@ -235,7 +235,7 @@ def test_a_refusal_is_not_the_jobs_end(shell: Shell, kind: str) -> None:
         assert job.result() == 5
 
 
-def test_a_dispatcher_that_is_away_is_not_the_jobs_end(shell: Shell) -> None:
+def test_unreachable_dispatcher_is_not_stored_as_end(shell: Shell) -> None:
     def cut(talk: Conversation) -> None:
         talk.expect(GET_RESULT)
         talk.send(b'{"result": ')
@@ -251,7 +251,7 @@ def test_a_dispatcher_that_is_away_is_not_the_jobs_end(shell: Shell) -> None:
         assert job.result(wait=True) == 5
 
 
-def test_no_result_is_no_answer_when_asked_to_wait(shell: Shell) -> None:
+def test_no_result_for_waiting_request_raises(shell: Shell) -> None:
     with Peer(answering(NOT_YET), answering(NOT_YET)) as peer:
         job = shell.caller(peer).job(JOB)
         assert isinstance(job.result(wait=True), harp.CommunicationError)
@@ -260,7 +260,7 @@ def test_no_result_is_no_answer_when_asked_to_wait(shell: Shell) -> None:
 
 
 @pytest.mark.parametrize("cancelled", [True, False])
-def test_cancel(shell: Shell, cancelled: bool) -> None:
+def test_cancel_returns_whether_job_was_stopped(shell: Shell, cancelled: bool) -> None:
     with Peer(
         answering({"cancelled": cancelled}, request={"harpcaller": 1, "cancel": JOB}), answering(REFUSAL)
     ) as peer:
@@ -273,7 +273,7 @@ def test_cancel(shell: Shell, cancelled: bool) -> None:
 # Status.
 
 
-def test_what_was_submitted_is_asked_for_once(shell: Shell) -> None:
+def test_submitted_facts_are_requested_once(shell: Shell) -> None:
     with Peer(answering(status(None, None), request=GET_STATUS)) as peer:
         job = shell.caller(peer).job(JOB)
         assert job.host() == "web01"
@@ -283,12 +283,12 @@ def test_what_was_submitted_is_asked_for_once(shell: Shell) -> None:
         assert job.submit_time() == 100
 
 
-def test_named_arguments_come_back_as_a_dict(shell: Shell) -> None:
+def test_named_arguments_are_returned_as_dict(shell: Shell) -> None:
     with Peer(answering(status(None, None, {"z": 1, "a": 2}))) as peer:
         assert list(shell.caller(peer).job(JOB).args().items()) == [("z", 1), ("a", 2)]
 
 
-def test_times_are_kept_once_they_are_final(shell: Shell) -> None:
+def test_times_are_stored_when_final(shell: Shell) -> None:
     replies = [(None, None), (None, None), (101, None), (101, None), (101, 105)]
     with Peer(*(answering(status(start, end)) for start, end in replies)) as peer:
         job = shell.caller(peer).job(JOB)
@@ -301,13 +301,13 @@ def test_times_are_kept_once_they_are_final(shell: Shell) -> None:
         assert (job.start_time(), job.end_time(), job.end_time()) == (101, 105, 105)
 
 
-def test_a_job_that_ended_without_a_start_has_none_for_good(shell: Shell) -> None:
+def test_start_of_job_ended_in_queue_stays_none(shell: Shell) -> None:
     with Peer(answering(status(None, 105))) as peer:
         job = shell.caller(peer).job(JOB)
         assert (job.start_time(), job.end_time(), job.start_time()) == (None, 105, None)
 
 
-def test_an_error_reply_to_a_status_is_raised_and_not_kept(shell: Shell) -> None:
+def test_status_error_reply_is_raised_and_not_stored(shell: Shell) -> None:
     with Peer(answering({"error": {"type": "invalid_jobid", "message": "m"}}), answering(status(1, 2))) as peer:
         job = shell.caller(peer).job(JOB)
         with pytest.raises(harp.RemoteError, match="invalid_jobid"):
@@ -320,7 +320,7 @@ def test_an_error_reply_to_a_status_is_raised_and_not_kept(shell: Shell) -> None
 
 @pytest.mark.parametrize("method", ["follow", "stream"])
 @pytest.mark.parametrize(("reply", "outcome"), ENDS)
-def test_the_end_of_a_stream_is_the_jobs(shell: Shell, method: str, reply: Any, outcome: Any) -> None:
+def test_stream_end_is_stored_as_job_end(shell: Shell, method: str, reply: Any, outcome: Any) -> None:
     with Peer(answering(*packets("a", None, {"b": 1}), reply, pieces=single_bytes)) as peer:
         job = shell.caller(peer).job(JOB)
         assert list(getattr(job, method)(since=0)) == ["a", None, {"b": 1}]
@@ -339,7 +339,7 @@ def test_the_end_of_a_stream_is_the_jobs(shell: Shell, method: str, reply: Any, 
         ("stream", {"recent": 0}, {**READ, "recent": 0}),
     ],
 )
-def test_what_a_stream_asks_for(shell: Shell, method: str, options: dict[str, int], sent: dict[str, Any]) -> None:
+def test_stream_sends_its_request(shell: Shell, method: str, options: dict[str, int], sent: dict[str, Any]) -> None:
     begin = options.get("since", 4)
     with Peer(answering(*packets("x", "y", begin=begin), {"result": 1}, request=sent)) as peer:
         iterator = getattr(shell.caller(peer, reconnect=False).job(JOB), method)(**options, numbered=True)
@@ -350,7 +350,7 @@ def test_what_a_stream_asks_for(shell: Shell, method: str, options: dict[str, in
             next(iterator)
 
 
-def test_continue_ends_the_records_so_far_but_not_the_job(shell: Shell) -> None:
+def test_stream_continue_does_not_end_the_job(shell: Shell) -> None:
     with Peer(answering(*packets(1, 2), {"continue": True}), answering(NOT_YET)) as peer:
         job = shell.caller(peer).job(JOB)
         assert job.stream().all() == [1, 2]
@@ -374,7 +374,7 @@ WRONG_STREAMS: list[tuple[str, list[object], type[harp.HarpException], str]] = [
 
 
 @pytest.mark.parametrize(("method", "lines", "kind", "message"), WRONG_STREAMS)
-def test_errors_come_out_of_the_iteration_and_are_not_the_end(
+def test_stream_errors_are_raised_and_not_stored(
     shell: Shell, method: str, lines: list[object], kind: type[harp.HarpException], message: str
 ) -> None:
     with Peer(answering(*lines), answering({"result": 5})) as peer:
@@ -393,7 +393,7 @@ def endless(talk: Conversation) -> None:
 
 
 @pytest.mark.parametrize("how", ["close", "with", "forget", "raise"])
-def test_leaving_early_closes_the_connection(shell: Shell, how: str) -> None:
+def test_stream_closed_early_closes_its_connection(shell: Shell, how: str) -> None:
     with Peer(endless) as peer:
         iterator = shell.caller(peer).job(JOB).follow(since=0)
         assert next(iterator) == 1
@@ -414,7 +414,7 @@ def test_leaving_early_closes_the_connection(shell: Shell, how: str) -> None:
             assert list(iterator) == []
 
 
-def test_records_are_given_as_they_come(shell: Shell) -> None:
+def test_stream_returns_records_as_they_arrive(shell: Shell) -> None:
     seen = threading.Event()
 
     def script(talk: Conversation) -> None:
@@ -447,8 +447,8 @@ def asked_for(talk: Conversation, *lines: bytes) -> None:
         b'{"packet":3,"data":"\xff"}',
     ],
 )
-def test_what_comes_before_a_wrong_line_is_given_first(shell: Shell, wrong: bytes) -> None:
-    """However much came at once."""
+def test_stream_returns_records_before_invalid_line(shell: Shell, wrong: bytes) -> None:
+    """The records and the invalid line may arrive together."""
     right = [line_of(packet).strip() for packet in packets("a", "b", "c")]
     with Peer(lambda talk: asked_for(talk, *right, wrong, *right)) as peer:
         iterator = shell.caller(peer).job(JOB).follow(since=0)
@@ -458,8 +458,8 @@ def test_what_comes_before_a_wrong_line_is_given_first(shell: Shell, wrong: byte
         assert list(iterator) == []
 
 
-def test_many_records_at_once_in_every_form(shell: Shell) -> None:
-    """As our dispatcher writes them, with spaces, with times, and mixed."""
+def test_stream_returns_batches_in_every_form(shell: Shell) -> None:
+    """Records as HARP's dispatcher writes them, with spaces, with times, and mixed."""
     tight = [b'{"packet":%d,"data":[%d]}' % (number, number) for number in range(100)]
     spaced = [json.dumps(packet).encode() for packet in packets(*([n] for n in range(100)))]
     mixed = [tight[number] if number % 3 else spaced[number] for number in range(100)]
@@ -476,7 +476,7 @@ def test_many_records_at_once_in_every_form(shell: Shell) -> None:
         assert found == [(number, 1.5, [number]) for number in range(100)]
 
 
-def test_records_that_came_with_others_are_dropped_at_the_close(shell: Shell) -> None:
+def test_stream_closed_drops_buffered_records(shell: Shell) -> None:
     with Peer(lambda talk: asked_for(talk, *(line_of(packet).strip() for packet in packets(1, 2, 3)))) as peer:
         iterator = shell.caller(peer).job(JOB).follow(since=0)
         assert next(iterator) == 1
@@ -484,7 +484,7 @@ def test_records_that_came_with_others_are_dropped_at_the_close(shell: Shell) ->
         assert list(iterator) == []
 
 
-def test_an_iterator_made_by_hand() -> None:
+def test_stream_iterator_constructed_directly() -> None:
     with (
         nothing_left(),
         Peer(answering(*packets(1), {"result": 2}), answering(*packets(1), {"continue": True})) as peer,
@@ -498,7 +498,7 @@ def test_an_iterator_made_by_hand() -> None:
         assert job.result() == 2
 
 
-def test_iterators_and_connections_are_not_copied() -> None:
+def test_iterators_and_connections_refuse_copies() -> None:
     with nothing_left(), Peer(endless) as peer:
         rpc = harp.HarpCaller(peer.host, peer.port)
         conn = rpc.connect()
@@ -511,11 +511,11 @@ def test_iterators_and_connections_are_not_copied() -> None:
         iterator.close()
 
 
-# Lines as other programs write them.
+# Lines written by other programs.
 
 
 @pytest.mark.parametrize("pieces", [lambda data: [data], single_bytes], ids=["whole", "bytes"])
-def test_key_order_white_space_and_further_keys_do_not_matter(shell: Shell, pieces: Any) -> None:
+def test_reply_layout_does_not_matter(shell: Shell, pieces: Any) -> None:
     lines = [
         b' { "job_id" : "%s" , "harpcaller" : 1 , "x" : 0 } \r\n' % JOB.encode(),
         b'\t{"extra":null,\t"result" : [ 1 ] }\n',
@@ -531,16 +531,16 @@ VALUES = [10**40, 0.1, "\ud800", {"z": 1, "a": 2}, {"": [{}]}, [[[[[]]]]], "x" *
 
 
 @pytest.mark.parametrize("value", VALUES, ids=lambda value: repr(value)[:20])
-def test_values_survive(shell: Shell, value: Any) -> None:
+def test_values_arrive_unchanged(shell: Shell, value: Any) -> None:
     with Peer(answering({"harpcaller": 1, "job_id": JOB}), answering({"result": value})) as peer:
         found = shell.caller(peer).web01.p(value).get()
     assert json.dumps(found) == json.dumps(value) == json.dumps(peer.requests[0]["arguments"][0])
 
 
-# Many threads.
+# Threads.
 
 
-def test_a_call_is_shared_by_many_threads() -> None:
+def test_threads_share_a_job() -> None:
     replies: dict[str, Any] = {"get_result": {"result": [1]}, "get_status": status(1, 2)}
 
     def script(talk: Conversation) -> None:
@@ -554,7 +554,7 @@ def test_a_call_is_shared_by_many_threads() -> None:
         assert len(peer.conversations) <= 32
 
 
-def test_an_iterator_is_shared_by_threads() -> None:
+def test_threads_share_an_iterator() -> None:
     count = 500
     with nothing_left(), Peer(answering(*packets(*range(count)), {"result": 1})) as peer, ThreadPoolExecutor(8) as pool:
         iterator = harp.HarpCaller(peer.host, peer.port).job(JOB).follow(since=0)
@@ -563,7 +563,7 @@ def test_an_iterator_is_shared_by_threads() -> None:
     assert all(part == sorted(part) for part in parts)
 
 
-def test_close_wakes_a_thread_that_reads() -> None:
+def test_close_wakes_a_reading_thread() -> None:
     read: list[Any] = []
 
     def script(talk: Conversation) -> None:
@@ -582,8 +582,8 @@ def test_close_wakes_a_thread_that_reads() -> None:
         assert read == [1, 2]
 
 
-def test_scripts_that_fail_fail_the_test() -> None:
-    """The peers of these tests are no yes-men."""
+def test_peer_failed_script_fails_the_test() -> None:
+    """The scripted peers of these tests detect a wrong request."""
     wrong: Script = answering({"result": 1}, request={"harpcaller": 2})
     with pytest.raises(AssertionError, match="expected"), Peer(wrong) as peer:
         harp.HarpCaller(peer.host, peer.port).job(JOB).result()

@@ -1,4 +1,4 @@
-"""The network and the other side at their worst: nothing of socket, ssl or json ever comes out of the client."""
+"""Faults of the network and the peer: the client never raises an error of socket, ssl or json."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
 
 
 class Nowhere(Peer):
-    """An address that no server has."""
+    """An address without a server."""
 
     def __init__(self, host: str, port: int) -> None:
         self.host, self.port = host, port
@@ -67,7 +67,7 @@ def too_long(talk: Conversation) -> None:
         talk.until_closed()
 
 
-#: What the other side does, and what the client says about it.
+#: What the peer does, and the client's error.
 FAULTS: list[tuple[str, Script, str]] = [
     ("closes at once", lambda talk: None, "closed the connection before|reset by peer|Broken pipe"),
     ("resets at once", lambda talk: talk.reset(), "reset by peer|Broken pipe|closed the connection"),
@@ -91,7 +91,7 @@ FAULTS: list[tuple[str, Script, str]] = [
 
 
 @pytest.mark.parametrize(("script", "message"), [fault[1:] for fault in FAULTS], ids=[fault[0] for fault in FAULTS])
-def test_every_fault_is_a_communication_error(shell: Shell, script: Script, message: str) -> None:
+def test_connection_fault_is_a_communication_error(shell: Shell, script: Script, message: str) -> None:
     with Peer(script, script) as peer:
         job = shell.caller(peer, reconnect=0).job(JOB)
         with pytest.raises(harp.CommunicationError, match=message) as caught:
@@ -129,7 +129,7 @@ OPERATIONS = [
         ("..", "cannot resolve the name: |cannot connect"),
     ],
 )
-def test_every_operation_says_that_nobody_is_there(shell: Shell, operation: str, host: str, message: str) -> None:
+def test_unreachable_dispatcher_fails_every_operation(shell: Shell, operation: str, host: str, message: str) -> None:
     nobody = Nowhere(host, closed_port())
     rpc = shell.caller(nobody)
     job = rpc.job(JOB)
@@ -149,7 +149,7 @@ def test_every_operation_says_that_nobody_is_there(shell: Shell, operation: str,
 
 def saying(data: bytes) -> Script:
     def script(talk: Conversation) -> None:
-        with contextlib.suppress(OSError):  # the client may have seen enough and left
+        with contextlib.suppress(OSError):  # the client may have closed already
             talk.send(data)
             talk.sock.shutdown(socket.SHUT_WR)
         talk.until_closed()
@@ -164,19 +164,19 @@ def saying(data: bytes) -> Script:
         (saying(b"\x16\x03\x03\xff\xff" + b"\0" * 64), "TLS handshake: "),
         (saying(b"\0" * 1000), "TLS handshake: "),
         (lambda talk: None, "TLS handshake: "),
-        (lambda talk: talk.reset(), "TLS handshake: |cannot connect: "),  # as soon as it is seen
+        (lambda talk: talk.reset(), "TLS handshake: |cannot connect: "),  # whichever detects it first
     ],
     ids=["text", "garbage", "zeros", "close", "reset"],
 )
-def test_what_is_no_tls(shell: Shell, script: Script, message: str) -> None:
+def test_tls_with_invalid_server_raises(shell: Shell, script: Script, message: str) -> None:
     with Peer(script) as peer:
         with pytest.raises(harp.CommunicationError, match=message) as caught:
             shell.server(peer).p()
         assert isinstance(caught.value.__cause__, OSError)
 
 
-def test_a_connection_that_is_reset_before_the_handshake_is_closed() -> None:
-    """Nothing is left open, and nothing would be said in the clear on what only looks like a TLS connection."""
+def test_tls_reset_before_handshake_closes_the_socket() -> None:
+    """The socket is closed, and nothing is sent on it without encryption."""
     with nothing_left():
         with socket.create_server(("127.0.0.1", 0)) as listener:
             sock = socket.create_connection(listener.getsockname())
@@ -188,14 +188,14 @@ def test_a_connection_that_is_reset_before_the_handshake_is_closed() -> None:
                 tls.tls_context(None).wrap_socket(sock)
 
 
-def test_tls_where_none_is_expected(shell: Shell, files: Certificates) -> None:
+def test_plain_request_to_tls_server_fails(shell: Shell, files: Certificates) -> None:
     with Peer(silent, tls=server_context(files)) as peer:
         assert isinstance(shell.caller(peer).job(JOB).result(), harp.CommunicationError)
 
 
 @pytest.mark.parametrize("tls", [False, True])
-def test_a_refusal_that_comes_before_the_request_is_read(shell: Shell, files: Certificates, tls: bool) -> None:
-    """A request that is too long is refused as soon as that is seen; the reply still arrives."""
+def test_refusal_of_unread_request_is_received(shell: Shell, files: Certificates, tls: bool) -> None:
+    """The peer refuses a long request before it has read all of it; the client still receives the reply."""
     refusal = {"error": {"type": "invalid_request", "message": "a line is longer than 16777216 bytes"}}
     if tls:
         refusal["harp"] = 1  # type: ignore[assignment]
@@ -212,7 +212,7 @@ def test_a_refusal_that_comes_before_the_request_is_read(shell: Shell, files: Ce
             procedure("x" * 20_000_000)
 
 
-def test_a_silent_server_does_not_hold_the_handshake(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tls_handshake_with_silent_server_times_out(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (sync, aio_network):
         monkeypatch.setattr(module, "CONNECT_TIMEOUT", 0.3)
     with Peer(silent) as peer:
@@ -221,13 +221,13 @@ def test_a_silent_server_does_not_hold_the_handshake(shell: Shell, monkeypatch: 
         assert peer.conversations[0].closed.wait(30)
 
 
-def test_a_host_that_never_answers(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_connect_to_silent_host_times_out(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (sync, aio_network):
         monkeypatch.setattr(module, "CONNECT_TIMEOUT", 0.3)
     with socket.create_server(("127.0.0.1", 0), backlog=0) as listener:
         full = []
         try:
-            for _ in range(4):  # nobody accepts: the queue is full, further connections hang
+            for _ in range(4):  # nothing accepts: the queue is full, further connections wait
                 full.append(socket.socket())
                 full[-1].setblocking(False)
                 full[-1].connect_ex(listener.getsockname())
@@ -239,8 +239,8 @@ def test_a_host_that_never_answers(shell: Shell, monkeypatch: pytest.MonkeyPatch
     assert "cannot connect: timed out" in str(error)
 
 
-def test_every_address_of_a_name_is_tried(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The resolver gives an address that refuses before the one that serves."""
+def test_connect_tries_every_address(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first address refuses the connection, the second accepts it."""
     with Peer(answering({"result": 1}), address="127.0.0.1") as peer:
         family, kind = socket.AF_INET, socket.SOCK_STREAM
         found = [(family, kind, 6, "", (address, peer.port)) for address in ("127.0.0.2", "127.0.0.1")]
@@ -254,7 +254,7 @@ def test_every_address_of_a_name_is_tried(shell: Shell, monkeypatch: pytest.Monk
             monkeypatch.undo()
 
 
-def test_all_attempts_are_told(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_connect_error_lists_all_attempts(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
     found = [
         (socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, closed_port())) for address in ("127.0.0.2", "127.0.0.3")
     ]
@@ -273,7 +273,7 @@ def has_ipv6() -> bool:
 
 
 @pytest.mark.skipif(not has_ipv6(), reason="this machine has no IPv6 loopback")
-def test_ipv6(shell: Shell, tmp_path: Any) -> None:
+def test_connect_over_ipv6(shell: Shell, tmp_path: Any) -> None:
     files = server_files(tmp_path, ("::1",))
     with Peer(answering({"result": 1}), address="::1") as peer:
         assert shell.caller(peer).job(JOB).get() == 1
@@ -284,7 +284,7 @@ def test_ipv6(shell: Shell, tmp_path: Any) -> None:
     assert str(error).startswith("[::1]:")
 
 
-def test_a_name_that_has_two_families(shell: Shell) -> None:
+def test_connect_to_name_with_two_families(shell: Shell) -> None:
     with Peer(answering({"result": 1})) as peer:  # listens on 127.0.0.1; localhost may be ::1 first
         peer.host = "localhost"
         try:
@@ -293,7 +293,7 @@ def test_a_name_that_has_two_families(shell: Shell) -> None:
             peer.host = "127.0.0.1"
 
 
-def test_sockets_have_keepalive_and_no_delay() -> None:
+def test_socket_has_keepalive_and_nodelay() -> None:
     with nothing_left(), Peer(silent, silent, tls=None) as peer:
         with harp.JSONConnection(peer.host, peer.port) as conn:
             conn.send({})
@@ -310,7 +310,7 @@ def test_sockets_have_keepalive_and_no_delay() -> None:
             pass
 
 
-def test_what_json_cannot_carry_is_not_sent() -> None:
+def test_value_without_json_form_is_not_sent() -> None:
     with nothing_left(), Peer(answering({"ok": 1})) as peer:
         with harp.JSONConnection(peer.host, peer.port) as conn:
             with pytest.raises(harp.HarpException, match=r"cannot be sent as JSON: at \['a'\]\[1\]: type set"):
@@ -319,13 +319,13 @@ def test_what_json_cannot_carry_is_not_sent() -> None:
             assert conn.receive() == {"ok": 1}
 
 
-# asyncio alone: cancelled tasks.
+# asyncio only: cancelled tasks.
 
 
 async def wait_for_cancel(task: asyncio.Task[Any], peer: Peer) -> None:
-    """Cancel a task once it talks; the peer must see the connection close."""
+    """Cancel a task after it has sent its request; the peer must see the connection close."""
     await eventually(lambda: peer.requests, what="the request")
-    await asyncio.sleep(0)  # a task that has not begun would hold no connection
+    await asyncio.sleep(0)  # a task that has not started has no connection
     talk = peer.conversations[0]
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -342,7 +342,7 @@ def hearing(*replies: object) -> Script:
     return script
 
 
-async def test_a_cancelled_task_closes_its_connection(files: Certificates) -> None:
+async def test_cancelled_task_closes_its_connection(files: Certificates) -> None:
     with Peer(hearing()) as peer:
         rpc = aio.AsyncHarpCaller(peer.host, peer.port)
         await wait_for_cancel(asyncio.create_task(rpc.job(JOB).get()), peer)
@@ -358,7 +358,7 @@ async def test_a_cancelled_task_closes_its_connection(files: Certificates) -> No
         await wait_for_cancel(asyncio.create_task(iterator.all()), peer)
 
 
-async def test_a_task_cancelled_in_the_handshake_closes_its_connection() -> None:
+async def test_task_cancelled_in_handshake_closes_its_connection() -> None:
     with Peer(silent) as peer:
         task = asyncio.create_task(aio.AsyncHarpServer(peer.host, "u", "p", peer.port).p())
         await eventually(lambda: peer.conversations, what="the connection")
@@ -368,7 +368,7 @@ async def test_a_task_cancelled_in_the_handshake_closes_its_connection() -> None
         assert await asyncio.to_thread(peer.conversations[0].closed.wait, 30)
 
 
-async def test_an_iterator_that_is_left_closes_its_connection(files: Certificates) -> None:
+async def test_deleted_iterator_closes_its_connection(files: Certificates) -> None:
     with Peer(hearing({"packet": 0, "data": 1})) as peer:
         async for item in aio.AsyncHarpCaller(peer.host, peer.port).job(JOB).follow(since=0):
             assert item == 1
@@ -383,14 +383,14 @@ async def test_an_iterator_that_is_left_closes_its_connection(files: Certificate
         assert await asyncio.to_thread(peer.conversations[0].closed.wait, 30)
 
 
-async def test_an_iterator_that_never_began_has_no_connection() -> None:
+async def test_unused_iterator_has_no_connection() -> None:
     with Peer() as peer:
         iterator = aio.AsyncHarpCaller(peer.host, peer.port).job(JOB).follow()
         await iterator.close()
         assert await iterator.all() == []
 
 
-async def test_many_calls_at_once() -> None:
+async def test_concurrent_calls_return_their_results() -> None:
     def script(talk: Conversation) -> None:
         request = talk.expect()
         talk.reply({"result": request["get_result"]})
@@ -410,8 +410,8 @@ async def test_tasks_share_an_iterator() -> None:
     assert sorted(item for part in parts for item in part) == list(range(500))
 
 
-async def test_a_slow_reader_holds_the_sender_back() -> None:
-    """What nobody has asked for is not collected: the peer's sending blocks."""
+async def test_slow_reader_slows_the_sender() -> None:
+    """Records that are not read are not buffered: the peer's sending blocks."""
     sent: list[int] = []
 
     def script(talk: Conversation) -> None:
@@ -430,7 +430,7 @@ async def test_a_slow_reader_holds_the_sender_back() -> None:
         assert len(await iterator.all()) == 199
 
 
-def test_json_lines_with_asyncio(files: Certificates) -> None:
+def test_async_json_connection_sends_and_receives(files: Certificates) -> None:
     async def main() -> None:
         with Peer(answering({"a": 1}), answering({"b": 2})) as peer:
             async with aio.AsyncJSONConnection(peer.host, peer.port) as conn:

@@ -1,4 +1,4 @@
-"""The synopses of docs/client-api.md run as they stand there, against scripted peers."""
+"""The synopses of docs/client-api.md, executed literally with scripted peers."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ SUBMITTED = {"harpcaller": 1, "job_id": JOB}
         ({"result": [1]}, "returned [1]"),
     ],
 )
-def test_with_a_dispatcher(capsys: pytest.CaptureFixture[str], last: Any, said: str) -> None:
+def test_synopsis_with_a_dispatcher(capsys: pytest.CaptureFixture[str], last: Any, said: str) -> None:
     queued = call("stream_infinity", [], queue={"name": {"foo": "bar"}, "concurrency": 1}, max_exec_time=15)
     scripts: list[Script] = [
         answering(SUBMITTED, request=queued),
@@ -67,7 +67,7 @@ def test_with_a_dispatcher(capsys: pytest.CaptureFixture[str], last: Any, said: 
     ]
 
 
-def test_with_a_harpd(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_synopsis_with_a_harpd(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     def request(procedure: str, arguments: list[Any]) -> dict[str, Any]:
         auth = {"user": "username", "password": "secret"}
         return {"harp": 1, "procedure": procedure, "arguments": arguments, "auth": auth}
@@ -93,7 +93,7 @@ def test_with_a_harpd(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Non
     ]
 
 
-def test_with_asyncio(capsys: pytest.CaptureFixture[str]) -> None:
+def test_synopsis_with_asyncio(capsys: pytest.CaptureFixture[str]) -> None:
     scripts = [
         answering(SUBMITTED, request=call("stream_infinity", [])),
         answering({"packet": 0, "data": 1}, {"result": 2}),

@@ -1,4 +1,4 @@
-"""TLS contexts: made once for a `ca_file`, and again as soon as it has changed."""
+"""TLS contexts: created once for a `ca_file`, and again after it has changed."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ def shell(request: pytest.FixtureRequest) -> Iterator[Shell]:
 
 @pytest.fixture
 def files(tmp_path: Path) -> Certificates:
-    """Files that have been as they are for a while."""
+    """Return files that are older than a tick of the file system's clock."""
     found = server_files(tmp_path)
     wait_until(lambda: tls.tls_context(found.ca_file) is tls.tls_context(found.ca_file), what="the age of the file")
     return found
 
 
-def test_a_context_is_made_once(files: Certificates) -> None:
+def test_tls_context_is_created_once(files: Certificates) -> None:
     assert tls.tls_context(files.ca_file) is tls.tls_context(str(files.ca_file))
     assert tls.tls_context(None) is tls.tls_context(None) is not tls.tls_context(files.ca_file)
 
 
 @pytest.mark.parametrize("how", ["replaced", "written over"])
-def test_a_renewed_ca_file_counts_at_once(shell: Shell, tmp_path: Path, files: Certificates, how: str) -> None:
+def test_tls_changed_ca_file_takes_effect_at_once(shell: Shell, tmp_path: Path, files: Certificates, how: str) -> None:
     ca_file, other = tmp_path / "trusted.pem", tmp_path / "new.pem"
     right = files.ca_file.read_bytes()
     wrong = trustme.CA(key_type=trustme.KeyType.ECDSA).cert_pem.bytes()
@@ -69,10 +69,10 @@ def test_a_renewed_ca_file_counts_at_once(shell: Shell, tmp_path: Path, files: C
                 called.p()
 
 
-def test_a_ca_file_that_changes_twice_within_a_tick(
+def test_tls_ca_file_changed_twice_within_a_clock_tick(
     files: Certificates, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where the file system's clock is coarse, neither times nor size may tell."""
+    """With a coarse clock of the file system, neither its times nor its size change."""
     other = trustme.CA(key_type=trustme.KeyType.ECDSA).cert_pem.bytes()
     size = max(len(other), files.ca_file.stat().st_size)
     contents = [content.ljust(size, b"\n") for content in (files.ca_file.read_bytes(), other)]

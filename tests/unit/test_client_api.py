@@ -1,4 +1,4 @@
-"""The client's face: what docs/client-api.md names is there, and looking at it sends nothing."""
+"""The public API: everything in docs/client-api.md exists, and inspecting objects sends nothing."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from harp import aio
 
 JOB = "3f22e0d4-c8ed-11e5-8d66-001e8c140268"
 
-#: Every class and method of the page, with its parameters; `self` is left out. What stands after ``*`` is our addition
-#: to the interface that programs in the field use, and so are these: `HarpCaller.submit_many`,
-#: `Call`, `RemoteCall.details`, `RemoteCall.why`.
+#: Every class and method of the page, with its parameters; without `self`. The parameters after ``*`` are additions
+#: to the published interface, and so are `HarpCaller.submit_many`,
+#: `Call`, `RemoteCall.details` and `RemoteCall.why`.
 SIGNATURES = {
     "HarpCaller": "(host, port=3502, *, reconnect=300.0, keep_alive=False)",
     "HarpCaller.__getattr__": "(host)",
@@ -80,7 +80,7 @@ SIGNATURES = {
     "RemoteError": "(type, message, data=None)",
 }
 
-#: The twins whose names don't only have `Async` in front.
+#: Methods whose asyncio version has another name.
 SYNC_ITERATION = {"__next__": "__anext__", "__iter__": "__aiter__", "__enter__": "__aenter__", "__exit__": "__aexit__"}
 
 
@@ -105,11 +105,11 @@ def signature(found: Callable[..., Any]) -> str:
 
 
 @pytest.mark.parametrize("name", SIGNATURES)
-def test_signatures_are_those_of_the_page(name: str) -> None:
+def test_signature_equals_documented_one(name: str) -> None:
     assert signature(find(name)) == SIGNATURES[name]
 
 
-def test_the_page_has_these_signatures() -> None:
+def test_docs_page_contains_every_signature() -> None:
     page = (Path(__file__).parents[2] / "docs/client-api.md").read_text()
     missing = []
     for name, parameters in SIGNATURES.items():
@@ -119,7 +119,7 @@ def test_the_page_has_these_signatures() -> None:
     assert not missing
 
 
-def test_all_names_everything_of_the_page_and_nothing_else() -> None:
+def test_all_lists_exactly_the_documented_names() -> None:
     named = {name.partition(".")[0] for name in SIGNATURES}
     assert set(harp.__all__) == named | {
         "CALL_CANCELLED",
@@ -142,11 +142,11 @@ TWINS = [
 
 
 @pytest.mark.parametrize("name", TWINS)
-def test_the_twins_have_the_same_signatures(name: str) -> None:
+def test_async_signature_equals_sync_one(name: str) -> None:
     assert signature(find(f"Async{name}", aio)) == signature(find(name))
 
 
-def test_the_twins_have_the_same_public_methods() -> None:
+def test_async_class_has_all_public_methods() -> None:
     assert len({name.partition(".")[0] for name in TWINS}) == 9
     for class_name in {name.partition(".")[0] for name in TWINS}:
         sync, twin = getattr(harp, class_name), getattr(aio, f"Async{class_name}")
@@ -160,7 +160,7 @@ def test_the_twins_have_the_same_public_methods() -> None:
 PLAIN = {"id", "follow", "stream", "job", "HarpCaller.host", "RemoteProcedure.host", "RemoteProcedure.procedure"}
 
 
-def test_what_talks_is_awaited_and_what_does_not_is_plain() -> None:
+def test_async_method_that_sends_is_a_coroutine() -> None:
     for name in TWINS:
         short = name.rpartition(".")[2]
         if inspect.isfunction(find(name)) and not short.startswith("__"):
@@ -170,7 +170,7 @@ def test_what_talks_is_awaited_and_what_does_not_is_plain() -> None:
     assert inspect.iscoroutinefunction(aio.AsyncHarpProcedure.__call__)
 
 
-def test_the_exceptions_are_one_tree() -> None:
+def test_exceptions_derive_from_harp_exception() -> None:
     for name in ("CommunicationError", "CancelledException", "RemoteException", "RemoteError"):
         assert issubclass(getattr(harp, name), harp.HarpException)
     error = harp.RemoteError("timeout", "reading the result", {"seconds": 5})
@@ -182,12 +182,12 @@ def test_the_exceptions_are_one_tree() -> None:
 
 
 @pytest.mark.parametrize("module", ["harp", "harp.client", "harp.cli"])
-def test_the_client_does_not_load_asyncio(module: str) -> None:
+def test_import_does_not_load_asyncio(module: str) -> None:
     program = f"import sys, {module}, harp; harp.HarpCaller, harp.HarpServer; sys.exit('asyncio' in sys.modules)"
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
 
 
-def test_the_protocol_loads_neither_client_nor_network() -> None:
+def test_import_of_protocol_loads_no_client_or_network() -> None:
     program = (
         "import sys, harp.protocol.harpd, harp.protocol.requests, harp.errors\n"
         "heavy = {'socket', 'ssl', 'asyncio', 'logging', 'threading', 'harp.client'}\n"
@@ -196,12 +196,12 @@ def test_the_protocol_loads_neither_client_nor_network() -> None:
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
 
 
-def test_aio_comes_when_it_is_asked_for() -> None:
+def test_aio_is_imported_on_first_use() -> None:
     program = "import harp, sys; harp.aio.AsyncHarpCaller('h'); sys.exit('asyncio' not in sys.modules)"
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
 
 
-# Port 1 is nobody's: whatever talks fails.
+# Nothing listens on port 1: every request fails.
 def objects() -> list[Any]:
     rpc, arpc = harp.HarpCaller("127.0.0.1", 1), aio.AsyncHarpCaller("127.0.0.1", 1)
     server = harp.HarpServer("127.0.0.1", "u", "secret", 1, ca_file="/nowhere/ca.pem")
@@ -213,7 +213,7 @@ def objects() -> list[Any]:
 
 
 @pytest.mark.parametrize("item", objects(), ids=repr)
-def test_looking_sends_nothing(item: Any) -> None:
+def test_inspection_sends_nothing(item: Any) -> None:
     assert "secret" not in repr(item)
     assert "secret" not in str(item)
     dir(item)
@@ -236,7 +236,7 @@ def test_looking_sends_nothing(item: Any) -> None:
     assert bool(item)
 
 
-def test_attributes_make_objects_not_calls() -> None:
+def test_attribute_returns_object_without_call() -> None:
     rpc = harp.HarpCaller("127.0.0.1", 1)
     assert hasattr(rpc, "anything")
     assert hasattr(rpc.web01, "anything")
@@ -251,7 +251,7 @@ def test_attributes_make_objects_not_calls() -> None:
     assert harp.RemoteProcedure(rpc, server, name).procedure() == name
 
 
-def test_attributes_have_types() -> None:
+def test_attributes_have_static_types() -> None:
     rpc, arpc = harp.HarpCaller("h"), harp.aio.AsyncHarpCaller("h")
     assert_type(rpc.web01, harp.RemoteServer)
     assert_type(rpc.web01(queue={"a": 1}, timeout=5).restart, harp.RemoteProcedure)
@@ -259,13 +259,13 @@ def test_attributes_have_types() -> None:
     assert_type(arpc.web01(info=1).restart, aio.AsyncRemoteProcedure)
 
 
-def test_the_sentinels_stand_for_themselves() -> None:
+def test_sentinel_copies_are_the_same_object() -> None:
     for sentinel, text in ((harp.CALL_NOT_FINISHED, "<CallNotFinished>"), (harp.CALL_CANCELLED, "<CallCancelled>")):
         assert repr(sentinel) == text
         assert copy.copy(sentinel) is copy.deepcopy(sentinel) is pickle.loads(pickle.dumps(sentinel)) is sentinel
 
 
-def test_a_result_is_a_value() -> None:
+def test_result_compares_by_value() -> None:
     assert harp.Result([1]).value == [1]
     assert harp.Result(1) == harp.Result(1) != harp.Result(2)
     assert pickle.loads(pickle.dumps(harp.Result({"a": 1}))) == harp.Result({"a": 1})
@@ -290,7 +290,7 @@ WRONG_OPTIONS = [
 
 
 @pytest.mark.parametrize(("options", "message"), WRONG_OPTIONS)
-def test_wrong_options_are_refused_at_once(options: dict[str, Any], message: str) -> None:
+def test_invalid_option_is_refused_at_once(options: dict[str, Any], message: str) -> None:
     for rpc in (harp.HarpCaller("127.0.0.1", 1), aio.AsyncHarpCaller("127.0.0.1", 1)):
         with pytest.raises(harp.HarpException, match=message):
             rpc.web01(**options)
@@ -311,26 +311,26 @@ WRONG_CALLS: list[tuple[tuple[Any, ...], dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("args", "kwargs", "message"), WRONG_CALLS)
-def test_wrong_arguments_are_refused_before_anything_is_sent(
+def test_invalid_arguments_are_refused_before_sending(
     args: tuple[Any, ...], kwargs: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(harp.HarpException, match=message) as caught:
         harp.HarpCaller("127.0.0.1", 1).web01.procedure(*args, **kwargs)
-    assert type(caught.value) is harp.HarpException  # it did not talk
+    assert type(caught.value) is harp.HarpException  # it did not connect
     with pytest.raises(harp.HarpException, match=message) as caught:
         harp.HarpServer("127.0.0.1", "u", "p", 1).procedure(*args, **kwargs)
     assert type(caught.value) is harp.HarpException
 
 
-async def test_wrong_arguments_are_refused_by_the_twins() -> None:
+async def test_invalid_arguments_are_refused_with_asyncio() -> None:
     with pytest.raises(harp.HarpException, match="mixed"):
         await aio.AsyncHarpCaller("127.0.0.1", 1).web01.procedure(1, a=2)
     with pytest.raises(harp.HarpException, match="argument 1"):
         await aio.AsyncHarpServer("127.0.0.1", "u", "p", 1).procedure(object())
 
 
-def test_concurrency_needs_a_queue_when_the_job_is_submitted() -> None:
-    server = harp.HarpCaller("127.0.0.1", 1).web01(concurrency=2)  # the queue may come later
+def test_concurrency_without_queue_is_refused_at_submission() -> None:
+    server = harp.HarpCaller("127.0.0.1", 1).web01(concurrency=2)  # the queue may be set later
     with pytest.raises(harp.HarpException, match="option 'concurrency' needs option 'queue'"):
         server.procedure()
 
@@ -361,6 +361,6 @@ def test_concurrency_needs_a_queue_when_the_job_is_submitted() -> None:
         (lambda: harp.HarpProcedure(harp.HarpServer("h", "u", "p"), ""), "procedure: expected a name"),
     ],
 )
-def test_what_can_never_work_is_said_at_once(make: Callable[[], object], message: str) -> None:
+def test_invalid_parameter_is_refused_at_once(make: Callable[[], object], message: str) -> None:
     with pytest.raises(harp.HarpException, match=message):
         make()

@@ -1,4 +1,4 @@
-"""Connections to a dispatcher that are kept for further requests; every test holds both shells."""
+"""Keep-alive connections to a dispatcher; each test uses both shells."""
 
 from __future__ import annotations
 
@@ -29,34 +29,34 @@ def shell(request: pytest.FixtureRequest) -> Iterator[Shell]:
 
 
 def counts(peer: Peer) -> list[int]:
-    """How many requests came over each connection."""
+    """Return how many requests were sent on each connection."""
     return [len(talk.received) for talk in peer.conversations]
 
 
-def gone(talk: Conversation) -> None:
+def wait_until_closed(talk: Conversation) -> None:
     """Wait until the peer has closed a connection."""
     wait_until(lambda: talk.sock.fileno() < 0, what="the end of the peer's script")
 
 
-def test_requests_go_over_one_connection(shell: Shell) -> None:
+def test_keep_alive_sends_requests_on_one_connection(shell: Shell) -> None:
     with Peer(keeping([SUBMITTED], [{"no_result": True, "keep": 60}], [{"result": 5, "keep": 60}])) as peer:
         with shell.caller(peer, keep_alive=True) as rpc:
             job = rpc.web01.p(1)
             assert job.result() is harp.CALL_NOT_FINISHED
             assert job.get() == 5
-            assert job.get() == 5  # is known by now
+            assert job.get() == 5  # is stored: no request
         assert peer.conversations[0].closed.wait(30)
     assert [request.get("keep") for request in peer.requests] == [True, True, True]
 
 
-def test_without_keep_it_is_not_asked_for(shell: Shell) -> None:
+def test_without_keep_alive_it_is_not_requested(shell: Shell) -> None:
     with Peer(answering(SUBMITTED), answering({"result": 1, "keep": 60})) as peer:
         assert shell.caller(peer).web01.p().get() == 1
     assert not any("keep" in request for request in peer.requests)
 
 
-def test_what_is_not_granted_is_not_kept(shell: Shell) -> None:
-    """Nor is a `keep` in the result, or one that is not the last."""
+def test_keep_alive_not_granted_closes(shell: Shell) -> None:
+    """The key must be the last member of the reply, and not part of the result."""
     replies: list[dict[str, object]] = [
         {"result": {"a": 1, "keep": 5}},
         {"keep": 5, "result": 1},
@@ -72,8 +72,8 @@ def test_what_is_not_granted_is_not_kept(shell: Shell) -> None:
         assert counts(peer) == [2, 1]
 
 
-def test_a_waiting_request_asks_only_where_it_was_granted_before(shell: Shell) -> None:
-    """A dispatcher of the field closes without a reply; waiting for the job's end would go on for minutes then."""
+def test_keep_alive_waiting_request_needs_earlier_grant(shell: Shell) -> None:
+    """A legacy dispatcher closes without a reply, which a waiting request would take for an outage of minutes."""
     with Peer(answering({"result": 1}), keeping([SUBMITTED], [{"result": 2, "keep": 60}])) as peer:
         rpc = shell.caller(peer, keep_alive=True)
         assert rpc.job(JOB).get() == 1
@@ -81,7 +81,7 @@ def test_a_waiting_request_asks_only_where_it_was_granted_before(shell: Shell) -
     assert ["keep" in request for request in peer.requests] == [False, True, True]
 
 
-def test_a_dispatcher_that_does_not_know_it_may_be_too_old(shell: Shell) -> None:
+def test_keep_alive_on_legacy_dispatcher_names_feature(shell: Shell) -> None:
     with Peer(answering(), answering()) as peer:
         rpc = shell.caller(peer, keep_alive=True)
         for ask in (rpc.web01.p, rpc.job(JOB).cancel):
@@ -90,29 +90,29 @@ def test_a_dispatcher_that_does_not_know_it_may_be_too_old(shell: Shell) -> None
     assert len(peer.requests) == 2
 
 
-def test_a_connection_that_was_closed_meanwhile_is_not_used(shell: Shell) -> None:
+def test_keep_alive_closed_connection_is_not_used(shell: Shell) -> None:
     with Peer(answering(SUBMITTED), answering(SUBMITTED)) as peer:
         rpc = shell.caller(peer, keep_alive=True)
         rpc.web01.p()
-        gone(peer.conversations[0])
+        wait_until_closed(peer.conversations[0])
         assert rpc.web01.p().id() == JOB
     assert counts(peer) == [1, 1]
 
 
 def closing_unread(talk: Conversation) -> None:
-    """A script: grant a connection, then read the next request and close."""
+    """Grant keep-alive, then read the next request and close; a script."""
     talk.expect()
     talk.reply(SUBMITTED)
     talk.expect()
 
 
-def test_what_only_asks_is_asked_again_when_a_kept_connection_breaks(shell: Shell) -> None:
+def test_keep_alive_break_repeats_a_reading_request(shell: Shell) -> None:
     with Peer(closing_unread, answering({"result": 3})) as peer:
         assert shell.caller(peer, keep_alive=True).web01.p().get() == 3
     assert counts(peer) == [2, 1]
 
 
-def test_a_job_is_not_submitted_again_when_a_kept_connection_breaks(shell: Shell) -> None:
+def test_keep_alive_break_never_repeats_a_submission(shell: Shell) -> None:
     with Peer(closing_unread, closing_unread) as peer:
         rpc = shell.caller(peer, keep_alive=True)
         job = rpc.web01.p()
@@ -124,7 +124,7 @@ def test_a_job_is_not_submitted_again_when_a_kept_connection_breaks(shell: Shell
     assert counts(peer) == [2, 2]
 
 
-def test_a_refusal_is_raised_and_its_connection_closed(shell: Shell) -> None:
+def test_keep_alive_refusal_closes_the_connection(shell: Shell) -> None:
     refusal = {"error": {"type": "storage_error", "message": "the disk is full"}}
     with Peer(keeping([SUBMITTED], [refusal]), answering(SUBMITTED)) as peer:
         rpc = shell.caller(peer, keep_alive=True)
@@ -136,7 +136,7 @@ def test_a_refusal_is_raised_and_its_connection_closed(shell: Shell) -> None:
     assert counts(peer) == [2, 1]
 
 
-def test_copies_have_connections_of_their_own() -> None:
+def test_keep_alive_copies_have_their_own_connections() -> None:
     with Peer(keeping([SUBMITTED]), keeping([SUBMITTED]), keeping([SUBMITTED])) as peer:
         rpc = harp.HarpCaller(peer.host, peer.port, keep_alive=True)
         rpc.web01.p()
@@ -147,8 +147,8 @@ def test_copies_have_connections_of_their_own() -> None:
     assert counts(peer) == [1, 1, 1]
 
 
-def test_with_our_dispatcher(shell: Shell, tmp_path: Path) -> None:
-    """Threads at once, a restart in between, and connections only for those at once."""
+def test_keep_alive_with_real_dispatcher(shell: Shell, tmp_path: Path) -> None:
+    """Several threads, and a restart of the dispatcher."""
     with scripted_harpd(tmp_path) as peer, Harpcallerd(tmp_path / "dispatcher", {"web01": peer.port}) as dispatcher:
         with shell.caller_at(dispatcher.host, dispatcher.port, keep_alive=True) as rpc, ThreadPoolExecutor(4) as pool:
             for _ in range(2):

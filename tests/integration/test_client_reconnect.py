@@ -1,4 +1,4 @@
-"""Readers that are interrupted, against dispatchers that break off, refuse and come back, with both shells."""
+"""Interrupted readers, with dispatchers that disconnect, refuse and restart; each test uses both shells."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def shell(request: pytest.FixtureRequest) -> Iterator[Shell]:
 
 @pytest.fixture
 def attempts(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """The addresses of all attempts to connect, in their order; it grows."""
+    """A growing list of the addresses of all attempts to connect."""
     found: list[Any] = []
     plain = socket.socket.connect
 
@@ -49,11 +49,11 @@ def attempts(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 
 def closing(talk: Conversation) -> None:
-    """Leave between two lines."""
+    """Close the connection between two lines."""
 
 
 def tearing(talk: Conversation) -> None:
-    """Leave in the middle of a line."""
+    """Close the connection in the middle of a line."""
     talk.send(b'{"packet": 1, "da')
 
 
@@ -70,7 +70,7 @@ def whole(data: bytes) -> list[bytes]:
 
 
 def serving(until: int, leave: Script, pieces: Callable[[bytes], list[bytes]] = whole) -> Script:
-    """A script: of a job that has `until` records, serve those that are asked for, then leave so."""
+    """Return a script that serves the requested records of a job with `until` records, then disconnects."""
 
     def script(talk: Conversation) -> None:
         request = talk.expect()
@@ -98,7 +98,7 @@ def since(peer: Peer) -> list[int | None]:
 
 
 @pytest.mark.parametrize("pieces", [whole, single_bytes])
-def test_five_breaks_in_one_stream(shell: Shell, pieces: Any) -> None:
+def test_follow_continues_after_five_breaks(shell: Shell, pieces: Any) -> None:
     scripts = [
         serving(3, closing, pieces),
         serving(3, tearing, pieces),
@@ -112,7 +112,7 @@ def test_five_breaks_in_one_stream(shell: Shell, pieces: Any) -> None:
         job = shell.caller(peer).job(JOB)
         assert list(job.follow(since=0)) == records(*range(10))
         assert job.result() == "end"  # the end came with the stream
-    # How much of what was sent before a reset arrives is the network's matter: but never less than before.
+    # After a reset, the network may lose some of the sent records, but the client never goes back.
     begun = since(peer)
     assert (begun[:3], begun[-1]) == ([0, 3, 3], 9)
     assert begun == sorted(begun)  # type: ignore[type-var]
@@ -126,7 +126,7 @@ def test_five_breaks_in_one_stream(shell: Shell, pieces: Any) -> None:
         ({"timed": True, "numbered": True}, [(number, number + 0.5, f"r{number}") for number in range(6)]),
     ],
 )
-def test_numbers_and_times_go_on(shell: Shell, options: dict[str, Any], items: list[Any]) -> None:
+def test_follow_continues_with_numbers_and_times(shell: Shell, options: dict[str, Any], items: list[Any]) -> None:
     with Peer(serving(2, closing), serving(4, tearing), serving(6, ending)) as peer:
         assert list(shell.caller(peer).job(JOB).follow(since=0, **options)) == items
     assert [request.get("timed") for request in peer.requests] == [options.get("timed")] * 3
@@ -136,15 +136,15 @@ def test_numbers_and_times_go_on(shell: Shell, options: dict[str, Any], items: l
     ("options", "given"),
     [({}, records(5, 6, 7)), ({"recent": 0}, records(5, 6, 7)), ({"recent": 2}, records(3, 4, 5, 6, 7))],
 )
-def test_a_number_is_learned_before_it_can_be_lost(shell: Shell, options: dict[str, int], given: list[str]) -> None:
-    """The connection breaks before the first new record, and records come while there is none."""
+def test_follow_reads_the_number_first(shell: Shell, options: dict[str, int], given: list[str]) -> None:
+    """The connection breaks before the first new record, and records are created during the outage."""
     with Peer(serving(5, going_on), serving(5, closing), serving(7, closing), serving(8, ending)) as peer:
         assert list(shell.caller(peer).job(JOB).follow(**options)) == given
     assert list(peer.requests[0]) == ["harpcaller", "read_stream", "recent"]
     assert since(peer)[1:] == [5, 5, 7]
 
 
-def test_a_break_while_the_number_is_learned(shell: Shell) -> None:
+def test_follow_break_while_reading_the_number(shell: Shell) -> None:
     with Peer(serving(5, tearing), serving(7, ending)) as peer:
         assert list(shell.caller(peer).job(JOB).follow(recent=2)) == records(3, 4, 5, 6)
     with Peer(tearing_at_once, serving(0, going_on), serving(2, ending)) as peer:
@@ -156,15 +156,15 @@ def tearing_at_once(talk: Conversation) -> None:
     tearing(talk)
 
 
-def test_no_second_request_when_the_job_has_ended(shell: Shell) -> None:
+def test_follow_of_ended_job_sends_one_request(shell: Shell) -> None:
     with Peer(serving(5, ending)) as peer:
         job = shell.caller(peer).job(JOB)
         assert list(job.follow()) == []
         assert job.result() == "end"
 
 
-def test_nobody_is_there_for_a_while(shell: Shell, attempts: list[Any]) -> None:
-    """The dispatcher goes, its port refuses, another one comes."""
+def test_follow_waits_for_restart_of_dispatcher(shell: Shell, attempts: list[Any]) -> None:
+    """The dispatcher ends, its port refuses connections, and another dispatcher starts."""
     with reserved_port() as port, ThreadPoolExecutor(1) as pool:
         with Peer(serving(3, closing), always=closing, port=port) as first:
             iterator = shell.caller(first).job(JOB).follow(since=0)
@@ -177,7 +177,7 @@ def test_nobody_is_there_for_a_while(shell: Shell, attempts: list[Any]) -> None:
         assert since(second) == [3]
 
 
-def test_the_time_is_over(shell: Shell) -> None:
+def test_follow_gives_up_after_reconnect_seconds(shell: Shell) -> None:
     with reserved_port() as port:
         with Peer(serving(2, closing), always=closing, port=port) as peer:
             iterator = shell.caller(peer, reconnect=0.2).job(JOB).follow(since=0)
@@ -192,7 +192,7 @@ def test_the_time_is_over(shell: Shell) -> None:
 
 @pytest.mark.parametrize("off", [0, None, False])
 @pytest.mark.parametrize("leave", [closing, tearing])
-def test_the_switch_off(shell: Shell, off: float | None, leave: Script) -> None:
+def test_follow_without_reconnect_fails_at_once(shell: Shell, off: float | None, leave: Script) -> None:
     with Peer(serving(2, leave)) as peer:
         iterator = shell.caller(peer, reconnect=off).job(JOB).follow(since=0)
         assert [next(iterator), next(iterator)] == records(0, 1)
@@ -210,7 +210,7 @@ def test_the_switch_off(shell: Shell, off: float | None, leave: Script) -> None:
         (answering({"no_result": True}), harp.CommunicationError, "does not answer this request"),
     ],
 )
-def test_an_answer_is_an_answer(shell: Shell, again: Script, kind: type[Exception], message: str) -> None:
+def test_follow_error_reply_is_raised(shell: Shell, again: Script, kind: type[Exception], message: str) -> None:
     with Peer(serving(2, closing), again) as peer:
         iterator = shell.caller(peer).job(JOB).follow(since=0)
         assert [next(iterator), next(iterator)] == records(0, 1)
@@ -218,24 +218,24 @@ def test_an_answer_is_an_answer(shell: Shell, again: Script, kind: type[Exceptio
             next(iterator)
 
 
-def test_storage_that_fails_by_itself_is_told(shell: Shell) -> None:
+def test_follow_storage_error_without_outage_is_raised(shell: Shell) -> None:
     lines = [{"packet": 0, "data": 1}, STORAGE_ERROR]
     with Peer(answering(*lines)) as peer, pytest.raises(harp.RemoteError, match="storage_error"):
         shell.caller(peer).job(JOB).follow(since=0).all()
 
 
 @pytest.mark.parametrize("options", [{}, {"since": 0}, {"recent": 2}, {"timed": True}])
-def test_an_old_dispatcher_that_does_not_know_the_job(shell: Shell, options: dict[str, Any]) -> None:
+def test_follow_of_unknown_job_on_legacy_dispatcher(shell: Shell, options: dict[str, Any]) -> None:
     old = LegacyDispatcher()
     with server(old) as port:
         rpc = shell.caller_at("127.0.0.1", port)
         message = "too old for timed=True" if options.get("timed") else "closed the connection before"
         with pytest.raises(harp.CommunicationError, match=message):
             list(rpc.job(UNKNOWN).follow(**options))
-    assert len(old.requests) >= 2  # a slow machine may take the first silence for an outage
+    assert len(old.requests) >= 2  # on a slow machine, the first close may count as an outage
 
 
-def test_what_is_read_so_far_is_asked_once(shell: Shell) -> None:
+def test_stream_break_is_raised(shell: Shell) -> None:
     with Peer(serving(2, closing)) as peer, pytest.raises(harp.CommunicationError):
         shell.caller(peer).job(JOB).stream().all()
 
@@ -243,7 +243,7 @@ def test_what_is_read_so_far_is_asked_once(shell: Shell) -> None:
 # Results.
 
 
-def test_a_result_is_waited_for_over_breaks(shell: Shell) -> None:
+def test_result_waits_through_breaks(shell: Shell) -> None:
     def torn(talk: Conversation) -> None:
         talk.expect()
         talk.send(b'{"result": ')
@@ -254,7 +254,7 @@ def test_a_result_is_waited_for_over_breaks(shell: Shell) -> None:
         assert peer.requests == [{"harpcaller": 1, "get_result": JOB, "wait": True}] * 5
 
 
-def test_a_result_whose_dispatcher_does_not_come_back(shell: Shell) -> None:
+def test_result_gives_up_after_reconnect_seconds(shell: Shell) -> None:
     with Peer(always=answering()) as peer:
         job = shell.caller(peer, reconnect=0.2).job(JOB)
         assert "attempts in 0.2 s" in str(job.result(wait=True))
@@ -262,7 +262,7 @@ def test_a_result_whose_dispatcher_does_not_come_back(shell: Shell) -> None:
             job.get()
 
 
-def test_storage_that_does_not_come_back(shell: Shell) -> None:
+def test_result_storage_error_in_outage_is_returned(shell: Shell) -> None:
     with Peer(answering(), always=answering(STORAGE_ERROR)) as peer:
         outcome = shell.caller(peer, reconnect=0.2).job(JOB).result(wait=True)
     assert isinstance(outcome, harp.RemoteError)
@@ -281,17 +281,17 @@ def test_storage_that_does_not_come_back(shell: Shell) -> None:
         lambda rpc: rpc.job(JOB).details(),
     ],
 )
-def test_nothing_else_is_asked_twice(shell: Shell, operation: Callable[[Any], Any]) -> None:
+def test_other_requests_are_never_repeated(shell: Shell, operation: Callable[[Any], Any]) -> None:
     with Peer(answering()) as peer, pytest.raises(harp.CommunicationError):
         operation(shell.caller(peer))
 
 
-# Leaving while the dispatcher is away.
+# Closing during an outage.
 
 
 @pytest.fixture
 def full() -> Iterator[Callable[[int], socket.socket]]:
-    """Listens on a port so that further connections hang: nobody accepts, and the queue is full."""
+    """A listener whose queue is full and never accepted, so that further connections wait."""
     sockets: list[socket.socket] = []
 
     def listen(port: int) -> socket.socket:
@@ -310,7 +310,7 @@ def full() -> Iterator[Callable[[int], socket.socket]]:
 
 
 def away(shell: Shell, pool: ThreadPoolExecutor, port: int) -> tuple[Any, Future[list[Any]]]:
-    """An iterator that has had two records, in a thread that waits for the dispatcher to come back."""
+    """An iterator after two records, and a thread that waits in it for the dispatcher to come back."""
     with Peer(serving(2, closing), always=closing, port=port) as peer:
         iterator = shell.caller(peer).job(JOB).follow(since=0)
         assert [next(iterator), next(iterator)] == records(0, 1)
@@ -336,13 +336,13 @@ def test_close_ends_an_attempt_to_connect(shell: Shell, full: Callable[[int], so
 
 
 def _connecting(listener: socket.socket) -> int:
-    """How many connections to the listener's port have been begun and not answered, or wait to be accepted."""
+    """Return how many connections to the listener's port are not yet accepted."""
     remote = f"0100007F:{listener.getsockname()[1]:04X}"
     with open("/proc/net/tcp") as table:
         return sum(line.split()[2] == remote for line in table)
 
 
-def test_a_task_cancelled_in_a_pause_leaves_nothing(attempts: list[Any]) -> None:
+def test_task_cancelled_in_pause_leaves_nothing(attempts: list[Any]) -> None:
     async def main(port: int) -> None:
         with Peer(serving(2, closing), always=closing, port=port) as peer:
             iterator: Any = aio.AsyncHarpCaller(peer.host, peer.port).job(JOB).follow(since=0)
@@ -359,7 +359,7 @@ def test_a_task_cancelled_in_a_pause_leaves_nothing(attempts: list[Any]) -> None
         asyncio.run(main(port), debug=True)
 
 
-def test_a_task_cancelled_while_it_waits_for_a_result() -> None:
+def test_task_cancelled_while_waiting_closes() -> None:
     async def main() -> None:
         with Peer(always=closing) as peer:
             task = asyncio.create_task(aio.AsyncHarpCaller(peer.host, peer.port).job(JOB).get())
@@ -373,9 +373,9 @@ def test_a_task_cancelled_while_it_waits_for_a_result() -> None:
 
 
 @pytest.mark.parametrize("command", ["follow", "result"])
-def test_control_c_ends_the_waiting(command: str) -> None:
+def test_control_c_ends_the_wait(command: str) -> None:
     environment = {key: value for key, value in os.environ.items() if not key.startswith("HARP_")}
-    # Whoever is started in the background of a shell would ignore the signal, as the tests may be.
+    # A process in the background of a shell ignores this signal, and the tests may be one.
     ctrl_c = "signal.signal(signal.SIGINT, signal.default_int_handler)"
     program = f"import signal, sys; from harp.cli import main; {ctrl_c}; sys.exit(main())"
     with Peer(always=tearing_at_once) as peer:

@@ -1,4 +1,4 @@
-"""Connections to a harpd that are kept for further calls: which are used again, which never, and what is never done."""
+"""Keep-alive connections to a harpd: which are used again, which are closed, and that no call is sent twice."""
 
 from __future__ import annotations
 
@@ -53,26 +53,26 @@ def result(value: object) -> list[object]:
 
 
 def counts(peer: Peer) -> list[int]:
-    """How many requests came over each connection."""
+    """Return how many requests were sent on each connection."""
     return [len(talk.received) for talk in peer.conversations]
 
 
 def echoing(talk: Conversation) -> None:
-    """A script: return the arguments of each call, for as long as the other side asks."""
+    """Return the arguments of each call until the client closes; a script."""
     with suppress(AssertionError):  # it has closed
         while True:
             talk.reply(PLAIN, {"result": talk.expect()["arguments"]})
 
 
-def gone(talk: Conversation) -> None:
+def wait_until_closed(talk: Conversation) -> None:
     """Wait until the peer has closed a connection."""
     wait_until(lambda: talk.sock.fileno() < 0, what="the end of the peer's script")
 
 
-# What is used again.
+# Connections that are used again.
 
 
-def test_calls_go_over_one_connection(shell: Shell, tls: ssl.SSLContext) -> None:
+def test_keep_alive_sends_calls_on_one_connection(shell: Shell, tls: ssl.SSLContext) -> None:
     with Peer(keeping(result(1), result("two"), result(None)), tls=tls) as peer:
         server = shell.server(peer, keep_alive=True)
         assert [server.p(5), server.p(a=1), server.q()] == [1, "two", None]
@@ -84,8 +84,8 @@ def test_calls_go_over_one_connection(shell: Shell, tls: ssl.SSLContext) -> None
     ]
 
 
-def test_without_keep_it_is_not_asked_for(shell: Shell, tls: ssl.SSLContext) -> None:
-    """Nor used: even when harpd says so unasked, each call has its own connection."""
+def test_without_keep_alive_it_is_not_requested(shell: Shell, tls: ssl.SSLContext) -> None:
+    """Even if harpd grants keep-alive without a request, each call has its own connection."""
     with Peer(keeping(result(1)), keeping(result(2)), tls=tls) as peer:
         server = shell.server(peer)
         assert [server.p(), server.p()] == [1, 2]
@@ -93,7 +93,7 @@ def test_without_keep_it_is_not_asked_for(shell: Shell, tls: ssl.SSLContext) -> 
     assert not any("keep" in request for request in peer.requests)
 
 
-def test_an_exception_leaves_the_connection_usable(shell: Shell, tls: ssl.SSLContext) -> None:
+def test_keep_alive_exception_keeps_the_connection(shell: Shell, tls: ssl.SSLContext) -> None:
     with Peer(keeping([PLAIN, RAISED], [STREAM, {"stream": 1}, RAISED], result(2)), tls=tls) as peer:
         server = shell.server(peer, keep_alive=True)
         with pytest.raises(harp.RemoteException, match="ValueError: no"):
@@ -104,19 +104,19 @@ def test_an_exception_leaves_the_connection_usable(shell: Shell, tls: ssl.SSLCon
     assert counts(peer) == [3]
 
 
-def test_a_streamed_result_gives_the_connection_back_at_its_end(shell: Shell, tls: ssl.SSLContext) -> None:
+def test_keep_alive_stream_returns_connection_at_its_end(shell: Shell, tls: ssl.SSLContext) -> None:
     with Peer(keeping([STREAM, {"stream": 1}, {"result": 2}], result(3)), keeping(result(4)), tls=tls) as peer:
         server = shell.server(peer, keep_alive=True)
         iterator = server.p()
         assert next(iterator) == 1
         assert server.p() == 4  # the first connection is busy
         assert list(iterator) == [harp.Result(2)]
-        iterator.close()  # has ended: the connection is not its own any more
+        iterator.close()  # has no effect: the pool has the connection
         assert server.p() == 3
     assert counts(peer) == [2, 1]
 
 
-def test_the_connection_used_last_is_used_first(shell: Shell, tls: ssl.SSLContext) -> None:
+def test_keep_alive_uses_most_recent_connection_first(shell: Shell, tls: ssl.SSLContext) -> None:
     streamed: list[object] = [STREAM, {"result": 0}]
     with Peer(keeping(streamed), keeping(streamed, result(1), result(2)), tls=tls) as peer:
         server = shell.server(peer, keep_alive=True)
@@ -126,10 +126,10 @@ def test_the_connection_used_last_is_used_first(shell: Shell, tls: ssl.SSLContex
     assert counts(peer) == [1, 3]
 
 
-# What is not.
+# Connections that are closed.
 
 
-def test_a_harpd_of_the_field_closes_after_each_call(shell: Shell, tls: ssl.SSLContext) -> None:
+def test_keep_alive_legacy_harpd_closes_after_each_call(shell: Shell, tls: ssl.SSLContext) -> None:
     scripts = [answering(FIELD, {"result": number}) for number in range(3)]
     with Peer(*scripts, tls=tls) as peer:
         server = shell.server(peer, keep_alive=True)
@@ -138,7 +138,7 @@ def test_a_harpd_of_the_field_closes_after_each_call(shell: Shell, tls: ssl.SSLC
 
 
 @pytest.mark.parametrize("replies", [[FAILED], [PLAIN, FAILED], [STREAM, {"stream": 1}, FAILED]])
-def test_an_error_ends_the_connection(shell: Shell, tls: ssl.SSLContext, replies: list[object]) -> None:
+def test_keep_alive_error_closes_the_connection(shell: Shell, tls: ssl.SSLContext, replies: list[object]) -> None:
     with Peer(keeping(result(1), replies), keeping(result(2)), tls=tls) as peer:
         server = shell.server(peer, keep_alive=True)
         assert server.p() == 1
@@ -149,7 +149,7 @@ def test_an_error_ends_the_connection(shell: Shell, tls: ssl.SSLContext, replies
 
 
 @pytest.mark.parametrize("how", ["close", "with", "forget"])
-def test_leaving_a_stream_early_closes_its_connection(shell: Shell, tls: ssl.SSLContext, how: str) -> None:
+def test_keep_alive_stream_closed_early_closes(shell: Shell, tls: ssl.SSLContext, how: str) -> None:
     with Peer(keeping(result(1), [STREAM, {"stream": 1}]), keeping(result(2)), tls=tls) as peer:
         server = shell.server(peer, keep_alive=True)
         assert server.p() == 1
@@ -168,7 +168,7 @@ def test_leaving_a_stream_early_closes_its_connection(shell: Shell, tls: ssl.SSL
 
 
 def ending_tls(talk: Conversation) -> None:
-    """A script: one call, then the end of TLS, which the other side need not answer, and of the connection."""
+    """Serve one call, then end TLS without waiting for an answer, and the connection; a script."""
     talk.expect()
     talk.reply(*result(1))
     assert isinstance(talk.sock, ssl.SSLSocket)
@@ -178,19 +178,21 @@ def ending_tls(talk: Conversation) -> None:
 
 
 @pytest.mark.parametrize("script", [answering(*result(1)), ending_tls], ids=["close", "end of TLS"])
-def test_a_connection_that_harpd_has_closed_meanwhile(shell: Shell, tls: ssl.SSLContext, script: Script) -> None:
+def test_keep_alive_connection_closed_by_harpd_is_not_used(shell: Shell, tls: ssl.SSLContext, script: Script) -> None:
     with Peer(script, keeping(result(2)), tls=tls) as peer:
         server = shell.server(peer, keep_alive=True)
         assert server.p() == 1
-        gone(peer.conversations[0])
+        wait_until_closed(peer.conversations[0])
         assert server.p() == 2
     assert counts(peer) == [1, 1]
 
 
 @pytest.mark.parametrize("surplus", [{"result": 2}, b"{", FAILED], ids=["line", "part", "error"])
 @pytest.mark.parametrize("late", [False, True])
-def test_a_connection_over_which_more_came(shell: Shell, tls: ssl.SSLContext, surplus: object, late: bool) -> None:
-    """What harpd says unasked is never taken for the answer to the next call."""
+def test_keep_alive_connection_with_extra_data_is_closed(
+    shell: Shell, tls: ssl.SSLContext, surplus: object, late: bool
+) -> None:
+    """Extra data from harpd is never taken for the reply to the next call."""
     returned, said = threading.Event(), threading.Event()
 
     def script(talk: Conversation) -> None:
@@ -214,7 +216,7 @@ def test_a_connection_over_which_more_came(shell: Shell, tls: ssl.SSLContext, su
     assert counts(peer) == [1, 1]
 
 
-def test_no_more_than_half_of_the_time_granted_is_used(shell: Shell, tls: ssl.SSLContext) -> None:
+def test_keep_alive_uses_half_of_the_granted_time(shell: Shell, tls: ssl.SSLContext) -> None:
     answer: list[object] = [{**PLAIN, "keep": 1e-6}, {"result": 1}]
     with Peer(keeping(answer), keeping(answer), tls=tls) as peer:
         server = shell.server(peer, keep_alive=True)
@@ -223,7 +225,7 @@ def test_no_more_than_half_of_the_time_granted_is_used(shell: Shell, tls: ssl.SS
     assert counts(peer) == [1, 1]
 
 
-def test_at_most_32_wait(shell: Shell, tls: ssl.SSLContext) -> None:
+def test_keep_alive_at_most_32_connections_wait(shell: Shell, tls: ssl.SSLContext) -> None:
     count = 40
     all_here = threading.Barrier(count)
 
@@ -251,7 +253,7 @@ BREAKS: list[tuple[str, Callable[[Conversation], None]]] = [
 
 
 @pytest.mark.parametrize("end", [found[1] for found in BREAKS], ids=[found[0] for found in BREAKS])
-def test_a_connection_that_breaks_before_it_answers(
+def test_keep_alive_break_before_reply_is_ambiguous(
     shell: Shell, tls: ssl.SSLContext, end: Callable[[Conversation], None]
 ) -> None:
     def script(talk: Conversation) -> None:
@@ -272,9 +274,7 @@ def test_a_connection_that_breaks_before_it_answers(
 
 
 @pytest.mark.parametrize("said", [[PLAIN], [STREAM, {"stream": 1}]])
-def test_a_connection_that_breaks_after_the_acknowledgement(
-    shell: Shell, tls: ssl.SSLContext, said: list[object]
-) -> None:
+def test_keep_alive_break_after_reply_is_not_ambiguous(shell: Shell, tls: ssl.SSLContext, said: list[object]) -> None:
     def script(talk: Conversation) -> None:
         talk.expect()
         talk.reply(*result(1))
@@ -291,14 +291,14 @@ def test_a_connection_that_breaks_after_the_acknowledgement(
         assert server.p() == 3
 
 
-def test_a_new_connection_that_breaks_says_what_it_always_said(shell: Shell, tls: ssl.SSLContext) -> None:
+def test_keep_alive_break_of_new_one_is_not_ambiguous(shell: Shell, tls: ssl.SSLContext) -> None:
     with Peer(answering(), tls=tls) as peer:
         with pytest.raises(harp.CommunicationError, match="closed the connection") as caught:
             shell.server(peer, keep_alive=True).p()
         assert UNKNOWN not in str(caught.value)
 
 
-def test_an_answer_that_makes_no_sense_is_no_unknown(shell: Shell, tls: ssl.SSLContext) -> None:
+def test_keep_alive_invalid_reply_is_not_ambiguous(shell: Shell, tls: ssl.SSLContext) -> None:
     with Peer(keeping(result(1), [{"result": 1}]), tls=tls) as peer:
         server = shell.server(peer, keep_alive=True)
         assert server.p() == 1
@@ -309,10 +309,8 @@ def test_an_answer_that_makes_no_sense_is_no_unknown(shell: Shell, tls: ssl.SSLC
 
 
 @pytest.mark.parametrize("lines", [[PLAIN, {"stream": 1}], [STREAM, {"stream": 1}, PLAIN], [PLAIN, b"garbage\n"]])
-def test_a_call_whose_end_was_not_understood_ends_the_connection(
-    shell: Shell, tls: ssl.SSLContext, lines: list[object]
-) -> None:
-    """Its end may still come: it is not to be taken for that of the next call."""
+def test_keep_alive_invalid_end_closes_the_connection(shell: Shell, tls: ssl.SSLContext, lines: list[object]) -> None:
+    """Its end may still arrive, and must not be taken for the end of the next call."""
     with Peer(keeping(lines), keeping(result(2)), tls=tls) as peer:
         server = shell.server(peer, keep_alive=True)
         with pytest.raises(harp.CommunicationError, match=r"came while waiting|column 1"):
@@ -321,7 +319,7 @@ def test_a_call_whose_end_was_not_understood_ends_the_connection(
         assert server.p() == 2
 
 
-def test_wrong_arguments_cost_no_connection(shell: Shell, tls: ssl.SSLContext) -> None:
+def test_keep_alive_invalid_arguments_keep_the_connection(shell: Shell, tls: ssl.SSLContext) -> None:
     with Peer(keeping(result(1), result(2)), tls=tls) as peer:
         server = shell.server(peer, keep_alive=True)
         assert server.p() == 1
@@ -330,10 +328,10 @@ def test_wrong_arguments_cost_no_connection(shell: Shell, tls: ssl.SSLContext) -
         assert server.p() == 2
 
 
-# Many at once.
+# Concurrent calls.
 
 
-def test_threads_share_a_server(shell: Shell, tls: ssl.SSLContext) -> None:
+def test_keep_alive_threads_share_a_server(shell: Shell, tls: ssl.SSLContext) -> None:
     threads, calls = 16, 50
     with Peer(always=echoing, tls=tls) as peer:
         server = shell.server(peer, keep_alive=True)
@@ -351,7 +349,7 @@ def test_threads_share_a_server(shell: Shell, tls: ssl.SSLContext) -> None:
         assert all(talk.closed.wait(30) for talk in peer.conversations)
 
 
-def test_a_stream_that_ends_while_another_thread_closes_it(tls: ssl.SSLContext) -> None:
+def test_keep_alive_stream_end_races_with_close(tls: ssl.SSLContext) -> None:
     """Either the connection is closed or it goes to the next call; never both."""
 
     def script(talk: Conversation) -> None:
@@ -371,21 +369,21 @@ def test_a_stream_that_ends_while_another_thread_closes_it(tls: ssl.SSLContext) 
                 closing.result(30)
 
 
-# The end of the object, and its copies.
+# The end of the object; its copies.
 
 
-def test_the_end_of_with_closes(shell: Shell, tls: ssl.SSLContext) -> None:
+def test_keep_alive_end_of_with_closes(shell: Shell, tls: ssl.SSLContext) -> None:
     with Peer(keeping(result(1)), keeping(result(2)), tls=tls) as peer:
         with shell.server(peer, keep_alive=True) as server:
             assert server.p() == 1
         assert peer.conversations[0].closed.wait(30)
-        assert server.p() == 2  # it may be used after it
+        assert server.p() == 2  # the object can be used afterwards
         with server:
             pass
         assert peer.conversations[1].closed.wait(30)
 
 
-def test_the_end_of_the_object_closes(shell: Shell, tls: ssl.SSLContext) -> None:
+def test_keep_alive_deleted_server_closes(shell: Shell, tls: ssl.SSLContext) -> None:
     with Peer(keeping(result(1)), tls=tls) as peer:
         server = shell.server(peer, keep_alive=True)
         assert server.p() == 1
@@ -394,7 +392,7 @@ def test_the_end_of_the_object_closes(shell: Shell, tls: ssl.SSLContext) -> None
         assert peer.conversations[0].closed.wait(30)
 
 
-def test_an_iterator_outlives_its_server(shell: Shell, tls: ssl.SSLContext) -> None:
+def test_iterator_outlives_its_server(shell: Shell, tls: ssl.SSLContext) -> None:
     with Peer(keeping([STREAM, {"stream": 1}, {"result": 2}]), tls=tls) as peer:
         iterator = shell.server(peer, keep_alive=True).p()
         gc.collect()
@@ -408,7 +406,7 @@ COPIES: list[Callable[[Any], Any]] = [copy.copy, copy.deepcopy, lambda server: p
 
 
 @pytest.mark.parametrize("copied", COPIES, ids=["copy", "deepcopy", "pickle"])
-def test_a_copy_has_connections_of_its_own(tls: ssl.SSLContext, copied: Callable[[Any], Any]) -> None:
+def test_keep_alive_copy_has_its_own_connections(tls: ssl.SSLContext, copied: Callable[[Any], Any]) -> None:
     with nothing_left(), Peer(keeping(result(1), result(3)), keeping(result(2)), tls=tls) as peer:
         server = harp.HarpServer(peer.host, "u", "secret", peer.port, keep_alive=True)
         assert server.p() == 1
@@ -420,7 +418,7 @@ def test_a_copy_has_connections_of_its_own(tls: ssl.SSLContext, copied: Callable
 
 
 @pytest.mark.parametrize("copied", COPIES, ids=["copy", "deepcopy", "pickle"])
-def test_a_copy_has_connections_of_its_own_with_asyncio(tls: ssl.SSLContext, copied: Callable[[Any], Any]) -> None:
+def test_keep_alive_async_copy_has_its_own_connections(tls: ssl.SSLContext, copied: Callable[[Any], Any]) -> None:
     async def main(peer: Peer) -> None:
         async with aio.AsyncHarpServer(peer.host, "u", "secret", peer.port, keep_alive=True) as server:
             assert await server.p() == 1
@@ -433,7 +431,7 @@ def test_a_copy_has_connections_of_its_own_with_asyncio(tls: ssl.SSLContext, cop
     assert counts(peer) == [2, 1]
 
 
-def test_no_attribute_stands_in_the_way_of_a_procedure() -> None:
+def test_harp_server_has_no_public_attribute() -> None:
     for server in (
         harp.HarpServer("h", "u", "p", keep_alive=True),
         aio.AsyncHarpServer("h", "u", "p", keep_alive=True),
@@ -448,7 +446,7 @@ def test_no_attribute_stands_in_the_way_of_a_procedure() -> None:
 
 
 def run(program: str, peer: Peer) -> None:
-    """Run a program, which is to print nothing, warnings included."""
+    """Run a program that must print nothing, no warnings either."""
     command = [sys.executable, "-X", "dev", "-W", "error", "-c", program, peer.host, str(peer.port)]
     done = subprocess.run(command, timeout=60, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
@@ -488,20 +486,20 @@ end()
 
 
 @pytest.mark.parametrize("shell_program", [SYNC, AIO], ids=["sync", "aio"])
-def test_a_forked_process_has_connections_of_its_own(tls: ssl.SSLContext, shell_program: str) -> None:
-    """And does not end those of its parent."""
+def test_keep_alive_fork_has_its_own_connections(tls: ssl.SSLContext, shell_program: str) -> None:
+    """The child does not end the connections of its parent."""
     with Peer(keeping(result(1), result(3)), keeping(result(2)), tls=tls) as peer:
         run(shell_program + FORKING, peer)
     assert counts(peer) == [2, 1]
 
 
-def test_a_server_that_is_never_closed_warns_of_nothing(tls: ssl.SSLContext) -> None:
+def test_keep_alive_unclosed_server_does_not_warn(tls: ssl.SSLContext) -> None:
     with Peer(keeping(result(1), result(2)), tls=tls) as peer:
         run(SYNC + "assert [call(), call()] == [1, 2]", peer)
         assert peer.conversations[0].closed.wait(30)
 
 
-def test_a_server_that_goes_before_its_event_loop_warns_of_nothing(tls: ssl.SSLContext) -> None:
+def test_keep_alive_deleted_async_server_does_not_warn(tls: ssl.SSLContext) -> None:
     async def main(peer: Peer) -> None:
         server = aio.AsyncHarpServer(peer.host, "u", "secret", peer.port, keep_alive=True)
         assert [await server.p(), await server.p()] == [1, 2]
@@ -511,7 +509,7 @@ def test_a_server_that_goes_before_its_event_loop_warns_of_nothing(tls: ssl.SSLC
         assert peer.conversations[0].closed.wait(30)
 
 
-def test_each_event_loop_has_connections_of_its_own(tls: ssl.SSLContext) -> None:
+def test_keep_alive_event_loops_have_their_own_connections(tls: ssl.SSLContext) -> None:
     with nothing_left(), Peer(keeping(result(1)), keeping(result(2)), tls=tls) as peer:
         server = aio.AsyncHarpServer(peer.host, "u", "secret", peer.port, keep_alive=True)
         with asyncio.Runner(debug=True) as one, asyncio.Runner(debug=True) as other:
@@ -521,8 +519,8 @@ def test_each_event_loop_has_connections_of_its_own(tls: ssl.SSLContext) -> None
             one.run(eventually(peer.conversations[0].closed.is_set, what="the end of what the other loop can't use"))
 
 
-def test_an_event_loop_that_has_ended_is_in_nobodys_way(tls: ssl.SSLContext) -> None:
-    """asyncio itself warns of a connection that is open at the end of its loop."""
+def test_keep_alive_connections_of_ended_loop_are_skipped(tls: ssl.SSLContext) -> None:
+    """asyncio itself warns about a connection that is open at the end of its loop."""
     with nothing_left(), Peer(keeping(result(1)), keeping(result(2)), tls=tls) as peer:
         server = aio.AsyncHarpServer(peer.host, "u", "secret", peer.port, keep_alive=True)
         assert asyncio.run(server.p()) == 1
@@ -539,7 +537,7 @@ def in_another_loop(server: aio.AsyncHarpServer) -> None:
     gc.collect()
 
 
-async def test_a_cancelled_task_closes_its_kept_connection(tls: ssl.SSLContext) -> None:
+async def test_keep_alive_cancelled_task_closes_its_connection(tls: ssl.SSLContext) -> None:
     with Peer(keeping(result(1), []), keeping(result(2)), tls=tls) as peer:
         async with aio.AsyncHarpServer(peer.host, "u", "secret", peer.port, keep_alive=True) as server:
             assert await server.p() == 1
