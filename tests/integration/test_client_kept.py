@@ -1,0 +1,552 @@
+"""Connections to a harpd that are kept for further calls: which are used again, which never, and what is never done."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import gc
+import pickle
+import ssl
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from typing import Any
+
+import pytest
+
+import harp
+from harp import aio
+from support.certificates import Certificates, server_files
+from support.deadline import eventually, wait_until
+from support.peers import Conversation, Peer, Script, answering, keeping, line_of, server_context
+from support.shells import Shell, nothing_left, shell_of
+
+PLAIN = {"harp": 1, "stream_result": False, "keep": 60}
+STREAM = {"harp": 1, "stream_result": True, "keep": 60}
+FIELD = {"harp": 1, "stream_result": False}
+RAISED = {"exception": {"type": "ValueError", "message": "no"}}
+FAILED = {"harp": 1, "error": {"type": "timeout", "message": "m"}}
+UNKNOWN = "it is not known whether the call ran"
+
+
+@pytest.fixture(params=["sync", "aio"])
+def shell(request: pytest.FixtureRequest) -> Iterator[Shell]:
+    with shell_of(request.param) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
+    return server_files(tmp_path_factory.mktemp("certificates"))
+
+
+@pytest.fixture(scope="module")
+def tls(files: Certificates) -> ssl.SSLContext:
+    return server_context(files)
+
+
+def result(value: object) -> list[object]:
+    return [PLAIN, {"result": value}]
+
+
+def counts(peer: Peer) -> list[int]:
+    """How many requests came over each connection."""
+    return [len(talk.received) for talk in peer.conversations]
+
+
+def echoing(talk: Conversation) -> None:
+    """A script: return the arguments of each call, for as long as the other side asks."""
+    with suppress(AssertionError):  # it has closed
+        while True:
+            talk.reply(PLAIN, {"result": talk.expect()["arguments"]})
+
+
+def gone(talk: Conversation) -> None:
+    """Wait until the peer has closed a connection."""
+    wait_until(lambda: talk.sock.fileno() < 0, what="the end of the peer's script")
+
+
+# What is used again.
+
+
+def test_calls_go_over_one_connection(shell: Shell, tls: ssl.SSLContext) -> None:
+    with Peer(keeping(result(1), result("two"), result(None)), tls=tls) as peer:
+        server = shell.server(peer, keep_alive=True)
+        assert [server.p(5), server.p(a=1), server.q()] == [1, "two", None]
+    auth = {"user": "u", "password": "secret"}
+    assert peer.requests == [
+        {"harp": 1, "procedure": "p", "arguments": [5], "auth": auth, "keep": True},
+        {"harp": 1, "procedure": "p", "arguments": {"a": 1}, "auth": auth, "keep": True},
+        {"harp": 1, "procedure": "q", "arguments": [], "auth": auth, "keep": True},
+    ]
+
+
+def test_without_keep_it_is_not_asked_for(shell: Shell, tls: ssl.SSLContext) -> None:
+    """Nor used: even when harpd says so unasked, each call has its own connection."""
+    with Peer(keeping(result(1)), keeping(result(2)), tls=tls) as peer:
+        server = shell.server(peer)
+        assert [server.p(), server.p()] == [1, 2]
+        assert all(talk.closed.wait(30) for talk in peer.conversations)
+    assert not any("keep" in request for request in peer.requests)
+
+
+def test_an_exception_leaves_the_connection_usable(shell: Shell, tls: ssl.SSLContext) -> None:
+    with Peer(keeping([PLAIN, RAISED], [STREAM, {"stream": 1}, RAISED], result(2)), tls=tls) as peer:
+        server = shell.server(peer, keep_alive=True)
+        with pytest.raises(harp.RemoteException, match="ValueError: no"):
+            server.p()
+        with pytest.raises(harp.RemoteException, match="ValueError: no"):
+            server.p().all()
+        assert server.p() == 2
+    assert counts(peer) == [3]
+
+
+def test_a_streamed_result_gives_the_connection_back_at_its_end(shell: Shell, tls: ssl.SSLContext) -> None:
+    with Peer(keeping([STREAM, {"stream": 1}, {"result": 2}], result(3)), keeping(result(4)), tls=tls) as peer:
+        server = shell.server(peer, keep_alive=True)
+        iterator = server.p()
+        assert next(iterator) == 1
+        assert server.p() == 4  # the first connection is busy
+        assert list(iterator) == [harp.Result(2)]
+        iterator.close()  # has ended: the connection is not its own any more
+        assert server.p() == 3
+    assert counts(peer) == [2, 1]
+
+
+def test_the_connection_used_last_is_used_first(shell: Shell, tls: ssl.SSLContext) -> None:
+    streamed: list[object] = [STREAM, {"result": 0}]
+    with Peer(keeping(streamed), keeping(streamed, result(1), result(2)), tls=tls) as peer:
+        server = shell.server(peer, keep_alive=True)
+        first, second = server.p(), server.p()
+        assert first.all() == second.all() == [harp.Result(0)]
+        assert [server.p(), server.p()] == [1, 2]
+    assert counts(peer) == [1, 3]
+
+
+# What is not.
+
+
+def test_a_harpd_of_the_field_closes_after_each_call(shell: Shell, tls: ssl.SSLContext) -> None:
+    scripts = [answering(FIELD, {"result": number}) for number in range(3)]
+    with Peer(*scripts, tls=tls) as peer:
+        server = shell.server(peer, keep_alive=True)
+        assert [server.p() for _ in range(3)] == [0, 1, 2]
+    assert counts(peer) == [1, 1, 1]
+
+
+@pytest.mark.parametrize("replies", [[FAILED], [PLAIN, FAILED], [STREAM, {"stream": 1}, FAILED]])
+def test_an_error_ends_the_connection(shell: Shell, tls: ssl.SSLContext, replies: list[object]) -> None:
+    with Peer(keeping(result(1), replies), keeping(result(2)), tls=tls) as peer:
+        server = shell.server(peer, keep_alive=True)
+        assert server.p() == 1
+        with pytest.raises(harp.RemoteError, match="timeout: m"):
+            list(server.p())
+        assert peer.conversations[0].closed.wait(30)
+        assert server.p() == 2
+
+
+@pytest.mark.parametrize("how", ["close", "with", "forget"])
+def test_leaving_a_stream_early_closes_its_connection(shell: Shell, tls: ssl.SSLContext, how: str) -> None:
+    with Peer(keeping(result(1), [STREAM, {"stream": 1}]), keeping(result(2)), tls=tls) as peer:
+        server = shell.server(peer, keep_alive=True)
+        assert server.p() == 1
+        iterator = server.p()
+        assert next(iterator) == 1
+        match how:
+            case "close":
+                iterator.close()
+            case "with":
+                with iterator:
+                    pass
+            case "forget":
+                del iterator
+        assert peer.conversations[0].closed.wait(30)
+        assert server.p() == 2
+
+
+def ending_tls(talk: Conversation) -> None:
+    """A script: one call, then the end of TLS, which the other side need not answer, and of the connection."""
+    talk.expect()
+    talk.reply(*result(1))
+    assert isinstance(talk.sock, ssl.SSLSocket)
+    talk.sock.setblocking(False)
+    with suppress(ssl.SSLWantReadError):
+        talk.sock.unwrap()
+
+
+@pytest.mark.parametrize("script", [answering(*result(1)), ending_tls], ids=["close", "end of TLS"])
+def test_a_connection_that_harpd_has_closed_meanwhile(shell: Shell, tls: ssl.SSLContext, script: Script) -> None:
+    with Peer(script, keeping(result(2)), tls=tls) as peer:
+        server = shell.server(peer, keep_alive=True)
+        assert server.p() == 1
+        gone(peer.conversations[0])
+        assert server.p() == 2
+    assert counts(peer) == [1, 1]
+
+
+@pytest.mark.parametrize("surplus", [{"result": 2}, b"{", FAILED], ids=["line", "part", "error"])
+@pytest.mark.parametrize("late", [False, True])
+def test_a_connection_over_which_more_came(shell: Shell, tls: ssl.SSLContext, surplus: object, late: bool) -> None:
+    """What harpd says unasked is never taken for the answer to the next call."""
+    returned, said = threading.Event(), threading.Event()
+
+    def script(talk: Conversation) -> None:
+        talk.expect()
+        if late:
+            talk.reply(*result(1))
+            assert returned.wait(30)
+            talk.send(line_of(surplus))
+        else:
+            talk.send(b"".join(map(line_of, [*result(1), surplus])))
+        said.set()
+        talk.until_closed()
+
+    with Peer(script, keeping(result("second")), tls=tls) as peer:
+        server = shell.server(peer, keep_alive=True)
+        assert server.p() == 1
+        returned.set()
+        assert said.wait(30)
+        assert server.p() == "second"
+        assert peer.conversations[0].closed.wait(30)
+    assert counts(peer) == [1, 1]
+
+
+def test_no_more_than_half_of_the_time_granted_is_used(shell: Shell, tls: ssl.SSLContext) -> None:
+    answer: list[object] = [{**PLAIN, "keep": 1e-6}, {"result": 1}]
+    with Peer(keeping(answer), keeping(answer), tls=tls) as peer:
+        server = shell.server(peer, keep_alive=True)
+        assert [server.p(), server.p()] == [1, 1]
+        assert peer.conversations[0].closed.wait(30)
+    assert counts(peer) == [1, 1]
+
+
+def test_at_most_32_wait(shell: Shell, tls: ssl.SSLContext) -> None:
+    count = 40
+    all_here = threading.Barrier(count)
+
+    def script(talk: Conversation) -> None:
+        talk.expect()
+        all_here.wait(30)
+        talk.reply(*result(1))
+        talk.until_closed()
+
+    with Peer(always=script, tls=tls) as peer:
+        with shell.server(peer, keep_alive=True) as server, ThreadPoolExecutor(count) as pool:
+            assert [call.result() for call in [pool.submit(server.p) for _ in range(count)]] == [1] * count
+            wait_until(lambda: sum(talk.closed.is_set() for talk in peer.conversations) == count - 32, what="8 closed")
+        assert all(talk.closed.wait(30) for talk in peer.conversations)
+
+
+# No call is sent twice.
+
+
+BREAKS: list[tuple[str, Callable[[Conversation], None]]] = [
+    ("close", lambda talk: None),
+    ("reset", lambda talk: talk.reset()),
+    ("half a reply", lambda talk: talk.send(b'{"harp": 1, "stre')),
+]
+
+
+@pytest.mark.parametrize("end", [found[1] for found in BREAKS], ids=[found[0] for found in BREAKS])
+def test_a_connection_that_breaks_before_it_answers(
+    shell: Shell, tls: ssl.SSLContext, end: Callable[[Conversation], None]
+) -> None:
+    def script(talk: Conversation) -> None:
+        talk.expect()
+        talk.reply(*result(1))
+        talk.expect()
+        end(talk)
+
+    with Peer(script, keeping(result(3)), tls=tls) as peer:
+        server = shell.server(peer, keep_alive=True)
+        assert server.p() == 1
+        with pytest.raises(harp.CommunicationError, match=UNKNOWN) as caught:
+            server.p()
+        assert str(caught.value).startswith(f"{peer.host}:{peer.port}: ")
+        assert isinstance(caught.value.__cause__, (OSError, EOFError))
+        assert counts(peer) == [2]  # it was not sent again
+        assert server.p() == 3
+
+
+@pytest.mark.parametrize("said", [[PLAIN], [STREAM, {"stream": 1}]])
+def test_a_connection_that_breaks_after_the_acknowledgement(
+    shell: Shell, tls: ssl.SSLContext, said: list[object]
+) -> None:
+    def script(talk: Conversation) -> None:
+        talk.expect()
+        talk.reply(*result(1))
+        talk.expect()
+        talk.reply(*said)
+
+    with Peer(script, keeping(result(3)), tls=tls) as peer:
+        server = shell.server(peer, keep_alive=True)
+        assert server.p() == 1
+        with pytest.raises(harp.CommunicationError, match="before the reply was complete") as caught:
+            list(server.p())
+        assert UNKNOWN not in str(caught.value)
+        assert counts(peer) == [2]
+        assert server.p() == 3
+
+
+def test_a_new_connection_that_breaks_says_what_it_always_said(shell: Shell, tls: ssl.SSLContext) -> None:
+    with Peer(answering(), tls=tls) as peer:
+        with pytest.raises(harp.CommunicationError, match="closed the connection") as caught:
+            shell.server(peer, keep_alive=True).p()
+        assert UNKNOWN not in str(caught.value)
+
+
+def test_an_answer_that_makes_no_sense_is_no_unknown(shell: Shell, tls: ssl.SSLContext) -> None:
+    with Peer(keeping(result(1), [{"result": 1}]), tls=tls) as peer:
+        server = shell.server(peer, keep_alive=True)
+        assert server.p() == 1
+        with pytest.raises(harp.CommunicationError, match="came while waiting for the acknowledgement") as caught:
+            server.p()
+        assert UNKNOWN not in str(caught.value)
+        assert peer.conversations[0].closed.wait(30)
+
+
+@pytest.mark.parametrize("lines", [[PLAIN, {"stream": 1}], [STREAM, {"stream": 1}, PLAIN], [PLAIN, b"garbage\n"]])
+def test_a_call_whose_end_was_not_understood_ends_the_connection(
+    shell: Shell, tls: ssl.SSLContext, lines: list[object]
+) -> None:
+    """Its end may still come: it is not to be taken for that of the next call."""
+    with Peer(keeping(lines), keeping(result(2)), tls=tls) as peer:
+        server = shell.server(peer, keep_alive=True)
+        with pytest.raises(harp.CommunicationError, match=r"came while waiting|column 1"):
+            list(server.p())
+        assert peer.conversations[0].closed.wait(30)
+        assert server.p() == 2
+
+
+def test_wrong_arguments_cost_no_connection(shell: Shell, tls: ssl.SSLContext) -> None:
+    with Peer(keeping(result(1), result(2)), tls=tls) as peer:
+        server = shell.server(peer, keep_alive=True)
+        assert server.p() == 1
+        with pytest.raises(harp.HarpException, match="argument 1"):
+            server.p({1})
+        assert server.p() == 2
+
+
+# Many at once.
+
+
+def test_threads_share_a_server(shell: Shell, tls: ssl.SSLContext) -> None:
+    threads, calls = 16, 50
+    with Peer(always=echoing, tls=tls) as peer:
+        server = shell.server(peer, keep_alive=True)
+
+        def work(number: int) -> list[Any]:
+            return [server.p(number, call) for call in range(calls)]
+
+        with ThreadPoolExecutor(threads) as pool:
+            found = list(pool.map(work, range(threads)))
+        assert found == [[[number, call] for call in range(calls)] for number in range(threads)]
+        assert sum(counts(peer)) == threads * calls
+        assert len(peer.conversations) <= threads
+        with server:
+            pass
+        assert all(talk.closed.wait(30) for talk in peer.conversations)
+
+
+def test_a_stream_that_ends_while_another_thread_closes_it(tls: ssl.SSLContext) -> None:
+    """Either the connection is closed or it goes to the next call; never both."""
+
+    def script(talk: Conversation) -> None:
+        with suppress(AssertionError, OSError):  # it has closed
+            while True:
+                kind = STREAM if talk.expect()["procedure"] == "stream" else PLAIN
+                talk.reply(kind, {"result": 1})
+
+    with nothing_left(), Peer(always=script, tls=tls) as peer:
+        server = harp.HarpServer(peer.host, "u", "secret", peer.port, keep_alive=True)
+        with server, ThreadPoolExecutor(1) as pool:
+            for _ in range(100):
+                iterator = server.stream()
+                closing = pool.submit(iterator.close)
+                assert list(iterator) in ([], [harp.Result(1)])
+                assert server.plain() == 1
+                closing.result(30)
+
+
+# The end of the object, and its copies.
+
+
+def test_the_end_of_with_closes(shell: Shell, tls: ssl.SSLContext) -> None:
+    with Peer(keeping(result(1)), keeping(result(2)), tls=tls) as peer:
+        with shell.server(peer, keep_alive=True) as server:
+            assert server.p() == 1
+        assert peer.conversations[0].closed.wait(30)
+        assert server.p() == 2  # it may be used after it
+        with server:
+            pass
+        assert peer.conversations[1].closed.wait(30)
+
+
+def test_the_end_of_the_object_closes(shell: Shell, tls: ssl.SSLContext) -> None:
+    with Peer(keeping(result(1)), tls=tls) as peer:
+        server = shell.server(peer, keep_alive=True)
+        assert server.p() == 1
+        del server
+        gc.collect()
+        assert peer.conversations[0].closed.wait(30)
+
+
+def test_an_iterator_outlives_its_server(shell: Shell, tls: ssl.SSLContext) -> None:
+    with Peer(keeping([STREAM, {"stream": 1}, {"result": 2}]), tls=tls) as peer:
+        iterator = shell.server(peer, keep_alive=True).p()
+        gc.collect()
+        assert list(iterator) == [1, harp.Result(2)]
+        del iterator
+        gc.collect()
+        assert peer.conversations[0].closed.wait(30)
+
+
+COPIES: list[Callable[[Any], Any]] = [copy.copy, copy.deepcopy, lambda server: pickle.loads(pickle.dumps(server))]
+
+
+@pytest.mark.parametrize("copied", COPIES, ids=["copy", "deepcopy", "pickle"])
+def test_a_copy_has_connections_of_its_own(tls: ssl.SSLContext, copied: Callable[[Any], Any]) -> None:
+    with nothing_left(), Peer(keeping(result(1), result(3)), keeping(result(2)), tls=tls) as peer:
+        server = harp.HarpServer(peer.host, "u", "secret", peer.port, keep_alive=True)
+        assert server.p() == 1
+        with copied(server) as same:
+            assert same.p() == 2
+        assert server.p() == 3
+        del server, same
+    assert counts(peer) == [2, 1]
+
+
+@pytest.mark.parametrize("copied", COPIES, ids=["copy", "deepcopy", "pickle"])
+def test_a_copy_has_connections_of_its_own_with_asyncio(tls: ssl.SSLContext, copied: Callable[[Any], Any]) -> None:
+    async def main(peer: Peer) -> None:
+        async with aio.AsyncHarpServer(peer.host, "u", "secret", peer.port, keep_alive=True) as server:
+            assert await server.p() == 1
+            async with copied(server) as same:
+                assert await same.p() == 2
+            assert await server.p() == 3
+
+    with nothing_left(), Peer(keeping(result(1), result(3)), keeping(result(2)), tls=tls) as peer:
+        asyncio.run(main(peer), debug=True)
+    assert counts(peer) == [2, 1]
+
+
+def test_no_attribute_stands_in_the_way_of_a_procedure() -> None:
+    for server in (
+        harp.HarpServer("h", "u", "p", keep_alive=True),
+        aio.AsyncHarpServer("h", "u", "p", keep_alive=True),
+    ):
+        assert "keep_alive=True" in repr(server)
+        assert not [name for name in dir(server) if not name.startswith("_")]
+        for name in ("close", "keep", "idle", "connect"):
+            assert isinstance(getattr(server, name), harp.HarpProcedure | aio.AsyncHarpProcedure)
+
+
+# Processes and event loops.
+
+
+def run(program: str, peer: Peer) -> None:
+    """Run a program, which is to print nothing, warnings included."""
+    command = [sys.executable, "-X", "dev", "-W", "error", "-c", program, peer.host, str(peer.port)]
+    done = subprocess.run(command, timeout=60, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+SYNC = """
+import gc, os, sys, harp
+server = harp.HarpServer(sys.argv[1], "u", "secret", int(sys.argv[2]), keep_alive=True)
+call, renew, end = server.p, int, int
+"""
+AIO = """
+import asyncio, gc, os, sys
+from harp import aio
+server = aio.AsyncHarpServer(sys.argv[1], "u", "secret", int(sys.argv[2]), keep_alive=True)
+runners = [asyncio.Runner()]
+call = lambda: runners[-1].run(server.p())
+renew = lambda: runners.append(asyncio.Runner())
+end = lambda: (runners[-1].run(server.__aexit__(None, None, None)), runners.pop().close())
+"""
+FORKING = """
+assert call() == 1
+child = os.fork()
+if child == 0:
+    try:
+        renew()
+        assert call() == 2
+        end()
+        del server, call
+        gc.collect()
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+    os._exit(0)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+assert call() == 3
+end()
+"""
+
+
+@pytest.mark.parametrize("shell_program", [SYNC, AIO], ids=["sync", "aio"])
+def test_a_forked_process_has_connections_of_its_own(tls: ssl.SSLContext, shell_program: str) -> None:
+    """And does not end those of its parent."""
+    with Peer(keeping(result(1), result(3)), keeping(result(2)), tls=tls) as peer:
+        run(shell_program + FORKING, peer)
+    assert counts(peer) == [2, 1]
+
+
+def test_a_server_that_is_never_closed_warns_of_nothing(tls: ssl.SSLContext) -> None:
+    with Peer(keeping(result(1), result(2)), tls=tls) as peer:
+        run(SYNC + "assert [call(), call()] == [1, 2]", peer)
+        assert peer.conversations[0].closed.wait(30)
+
+
+def test_a_server_that_goes_before_its_event_loop_warns_of_nothing(tls: ssl.SSLContext) -> None:
+    async def main(peer: Peer) -> None:
+        server = aio.AsyncHarpServer(peer.host, "u", "secret", peer.port, keep_alive=True)
+        assert [await server.p(), await server.p()] == [1, 2]
+
+    with nothing_left(), Peer(keeping(result(1), result(2)), tls=tls) as peer:
+        asyncio.run(main(peer), debug=True)
+        assert peer.conversations[0].closed.wait(30)
+
+
+def test_each_event_loop_has_connections_of_its_own(tls: ssl.SSLContext) -> None:
+    with nothing_left(), Peer(keeping(result(1)), keeping(result(2)), tls=tls) as peer:
+        server = aio.AsyncHarpServer(peer.host, "u", "secret", peer.port, keep_alive=True)
+        with asyncio.Runner(debug=True) as one, asyncio.Runner(debug=True) as other:
+            assert one.run(server.p()) == 1
+            assert other.run(server.p()) == 2
+            other.run(server.__aexit__(None, None, None))
+            one.run(eventually(peer.conversations[0].closed.is_set, what="the end of what the other loop can't use"))
+
+
+def test_an_event_loop_that_has_ended_is_in_nobodys_way(tls: ssl.SSLContext) -> None:
+    """asyncio itself warns of a connection that is open at the end of its loop."""
+    with nothing_left(), Peer(keeping(result(1)), keeping(result(2)), tls=tls) as peer:
+        server = aio.AsyncHarpServer(peer.host, "u", "secret", peer.port, keep_alive=True)
+        assert asyncio.run(server.p()) == 1
+        with pytest.warns(ResourceWarning, match="unclosed transport"):
+            in_another_loop(server)
+
+
+def in_another_loop(server: aio.AsyncHarpServer) -> None:
+    async def main() -> None:
+        async with server:
+            assert await server.p() == 2
+
+    asyncio.run(main())
+    gc.collect()
+
+
+async def test_a_cancelled_task_closes_its_kept_connection(tls: ssl.SSLContext) -> None:
+    with Peer(keeping(result(1), []), keeping(result(2)), tls=tls) as peer:
+        async with aio.AsyncHarpServer(peer.host, "u", "secret", peer.port, keep_alive=True) as server:
+            assert await server.p() == 1
+            task = asyncio.create_task(server.p())
+            await eventually(lambda: counts(peer) == [2], what="the request")
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            assert await asyncio.to_thread(peer.conversations[0].closed.wait, 30)
+            assert await server.p() == 2

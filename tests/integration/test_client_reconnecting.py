@@ -1,0 +1,390 @@
+"""Readers that are interrupted, against dispatchers that break off, refuse and come back, with both shells."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import pytest
+
+import harp
+from harp import aio
+from harp.cli import Exit
+from support.deadline import eventually, wait_until
+from support.legacy import LegacyDispatcher, server
+from support.peers import Conversation, Peer, Script, answering, line_of, reserved_port, resetting, single_bytes
+from support.shells import Shell, nothing_left, shell_of
+
+JOB = "3f22e0d4-c8ed-11e5-8d66-001e8c140268"
+UNKNOWN = "00000000-0000-4000-8000-000000000000"
+
+STORAGE_ERROR = {"error": {"type": "storage_error", "message": "the disk is full"}}
+
+
+@pytest.fixture(params=["sync", "aio"])
+def shell(request: pytest.FixtureRequest) -> Iterator[Shell]:
+    with shell_of(request.param) as found:
+        yield found
+
+
+@pytest.fixture
+def attempts(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The addresses of all attempts to connect, in their order; it grows."""
+    found: list[Any] = []
+    plain = socket.socket.connect
+
+    def connect(sock: socket.socket, address: Any) -> None:
+        found.append(address)
+        plain(sock, address)
+
+    monkeypatch.setattr(socket.socket, "connect", connect)
+    return found
+
+
+def closing(talk: Conversation) -> None:
+    """Leave between two lines."""
+
+
+def tearing(talk: Conversation) -> None:
+    """Leave in the middle of a line."""
+    talk.send(b'{"packet": 1, "da')
+
+
+def ending(talk: Conversation) -> None:
+    talk.reply({"result": "end"})
+
+
+def going_on(talk: Conversation) -> None:
+    talk.reply({"continue": True})
+
+
+def whole(data: bytes) -> list[bytes]:
+    return [data]
+
+
+def serving(until: int, leave: Script, pieces: Callable[[bytes], list[bytes]] = whole) -> Script:
+    """A script: of a job that has `until` records, serve those that are asked for, then leave so."""
+
+    def script(talk: Conversation) -> None:
+        request = talk.expect()
+        newest = request.get("recent", 0 if "follow_stream" in request else until)
+        numbers = range(request.get("since", max(until - newest, 0)), until)
+        lines = [
+            {"packet": number, "data": f"r{number}", **({"time": number + 0.5} if "timed" in request else {})}
+            for number in numbers
+        ]
+        talk.send(*pieces(b"".join(map(line_of, lines))))
+        leave(talk)
+
+    return script
+
+
+def records(*numbers: int) -> list[str]:
+    return [f"r{number}" for number in numbers]
+
+
+def since(peer: Peer) -> list[int | None]:
+    return [request.get("since") for request in peer.requests]
+
+
+# Streams.
+
+
+@pytest.mark.parametrize("pieces", [whole, single_bytes])
+def test_five_breaks_in_one_stream(shell: Shell, pieces: Any) -> None:
+    scripts = [
+        serving(3, closing, pieces),
+        serving(3, tearing, pieces),
+        serving(5, lambda talk: talk.reset(), pieces),
+        answering(STORAGE_ERROR),
+        resetting,
+        serving(9, tearing),
+        serving(10, ending),
+    ]
+    with Peer(*scripts) as peer:
+        job = shell.caller(peer).job(JOB)
+        assert list(job.follow(since=0)) == records(*range(10))
+        assert job.result() == "end"  # the end came with the stream
+    # How much of what was sent before a reset arrives is the network's matter: but never less than before.
+    begun = since(peer)
+    assert (begun[:3], begun[-1]) == ([0, 3, 3], 9)
+    assert begun == sorted(begun)  # type: ignore[type-var]
+
+
+@pytest.mark.parametrize(
+    ("options", "items"),
+    [
+        ({"numbered": True}, [(number, f"r{number}") for number in range(6)]),
+        ({"timed": True}, [(number, number + 0.5, f"r{number}") for number in range(6)]),
+        ({"timed": True, "numbered": True}, [(number, number + 0.5, f"r{number}") for number in range(6)]),
+    ],
+)
+def test_numbers_and_times_go_on(shell: Shell, options: dict[str, Any], items: list[Any]) -> None:
+    with Peer(serving(2, closing), serving(4, tearing), serving(6, ending)) as peer:
+        assert list(shell.caller(peer).job(JOB).follow(since=0, **options)) == items
+    assert [request.get("timed") for request in peer.requests] == [options.get("timed")] * 3
+
+
+@pytest.mark.parametrize(
+    ("options", "given"),
+    [({}, records(5, 6, 7)), ({"recent": 0}, records(5, 6, 7)), ({"recent": 2}, records(3, 4, 5, 6, 7))],
+)
+def test_a_number_is_learned_before_it_can_be_lost(shell: Shell, options: dict[str, int], given: list[str]) -> None:
+    """The connection breaks before the first new record, and records come while there is none."""
+    with Peer(serving(5, going_on), serving(5, closing), serving(7, closing), serving(8, ending)) as peer:
+        assert list(shell.caller(peer).job(JOB).follow(**options)) == given
+    assert list(peer.requests[0]) == ["harpcaller", "read_stream", "recent"]
+    assert since(peer)[1:] == [5, 5, 7]
+
+
+def test_a_break_while_the_number_is_learned(shell: Shell) -> None:
+    with Peer(serving(5, tearing), serving(7, ending)) as peer:
+        assert list(shell.caller(peer).job(JOB).follow(recent=2)) == records(3, 4, 5, 6)
+    with Peer(tearing_at_once, serving(0, going_on), serving(2, ending)) as peer:
+        assert list(shell.caller(peer).job(JOB).follow()) == records(0, 1)
+
+
+def tearing_at_once(talk: Conversation) -> None:
+    talk.expect()
+    tearing(talk)
+
+
+def test_no_second_request_when_the_job_has_ended(shell: Shell) -> None:
+    with Peer(serving(5, ending)) as peer:
+        job = shell.caller(peer).job(JOB)
+        assert list(job.follow()) == []
+        assert job.result() == "end"
+
+
+def test_nobody_is_there_for_a_while(shell: Shell, attempts: list[Any]) -> None:
+    """The dispatcher goes, its port refuses, another one comes."""
+    with reserved_port() as port, ThreadPoolExecutor(1) as pool:
+        with Peer(serving(3, closing), always=closing, port=port) as first:
+            iterator = shell.caller(first).job(JOB).follow(since=0)
+            assert [next(iterator) for _ in range(3)] == records(0, 1, 2)
+            rest = pool.submit(list, iterator)
+        before = len(attempts)
+        wait_until(lambda: len(attempts) > before + 1, what="attempts in vain")
+        with Peer(serving(6, ending), port=port) as second:
+            assert rest.result(60) == records(3, 4, 5)
+        assert since(second) == [3]
+
+
+def test_the_time_is_over(shell: Shell) -> None:
+    with reserved_port() as port:
+        with Peer(serving(2, closing), always=closing, port=port) as peer:
+            iterator = shell.caller(peer, reconnect=0.2).job(JOB).follow(since=0)
+            assert [next(iterator), next(iterator)] == records(0, 1)
+        with pytest.raises(
+            harp.CommunicationError, match=rf"^127.0.0.1:{port}: .*; gave up after \d+ attempts in 0.2 s"
+        ) as caught:
+            next(iterator)
+        assert isinstance(caught.value.__cause__, harp.CommunicationError)
+        assert list(iterator) == []
+
+
+@pytest.mark.parametrize("off", [0, None, False])
+@pytest.mark.parametrize("leave", [closing, tearing])
+def test_the_switch_off(shell: Shell, off: float | None, leave: Script) -> None:
+    with Peer(serving(2, leave)) as peer:
+        iterator = shell.caller(peer, reconnect=off).job(JOB).follow(since=0)
+        assert [next(iterator), next(iterator)] == records(0, 1)
+        with pytest.raises(harp.CommunicationError, match="the peer closed the connection"):
+            next(iterator)
+
+
+@pytest.mark.parametrize(
+    ("again", "kind", "message"),
+    [
+        (answering({"error": {"type": "invalid_jobid", "message": "pruned"}}), harp.RemoteError, "invalid_jobid"),
+        (answering(b"SSH-2.0-OpenSSH_9.2\r\n"), harp.CommunicationError, "column 1"),
+        (answering({"packet": 0, "data": "r0"}), harp.CommunicationError, "packet 0: expected number 2"),
+        (answering({"packet": 3, "data": "r3"}), harp.CommunicationError, "packet 3: expected number 2"),
+        (answering({"no_result": True}), harp.CommunicationError, "does not answer this request"),
+    ],
+)
+def test_an_answer_is_an_answer(shell: Shell, again: Script, kind: type[Exception], message: str) -> None:
+    with Peer(serving(2, closing), again) as peer:
+        iterator = shell.caller(peer).job(JOB).follow(since=0)
+        assert [next(iterator), next(iterator)] == records(0, 1)
+        with pytest.raises(kind, match=message):
+            next(iterator)
+
+
+def test_storage_that_fails_by_itself_is_told(shell: Shell) -> None:
+    lines = [{"packet": 0, "data": 1}, STORAGE_ERROR]
+    with Peer(answering(*lines)) as peer, pytest.raises(harp.RemoteError, match="storage_error"):
+        shell.caller(peer).job(JOB).follow(since=0).all()
+
+
+@pytest.mark.parametrize("options", [{}, {"since": 0}, {"recent": 2}, {"timed": True}])
+def test_an_old_dispatcher_that_does_not_know_the_job(shell: Shell, options: dict[str, Any]) -> None:
+    old = LegacyDispatcher()
+    with server(old) as port:
+        rpc = shell.caller_at("127.0.0.1", port)
+        message = "too old for timed=True" if options.get("timed") else "closed the connection before"
+        with pytest.raises(harp.CommunicationError, match=message):
+            list(rpc.job(UNKNOWN).follow(**options))
+    assert len(old.requests) >= 2  # a slow machine may take the first silence for an outage
+
+
+def test_what_is_read_so_far_is_asked_once(shell: Shell) -> None:
+    with Peer(serving(2, closing)) as peer, pytest.raises(harp.CommunicationError):
+        shell.caller(peer).job(JOB).stream().all()
+
+
+# Results.
+
+
+def test_a_result_is_waited_for_over_breaks(shell: Shell) -> None:
+    def torn(talk: Conversation) -> None:
+        talk.expect()
+        talk.send(b'{"result": ')
+
+    for method in ("get", "result"):
+        with Peer(answering(), resetting, answering(STORAGE_ERROR), torn, answering({"result": "end"})) as peer:
+            assert getattr(shell.caller(peer).job(JOB), method)(wait=True) == "end"
+        assert peer.requests == [{"harpcaller": 1, "get_result": JOB, "wait": True}] * 5
+
+
+def test_a_result_whose_dispatcher_does_not_come_back(shell: Shell) -> None:
+    with Peer(always=answering()) as peer:
+        job = shell.caller(peer, reconnect=0.2).job(JOB)
+        assert "attempts in 0.2 s" in str(job.result(wait=True))
+        with pytest.raises(harp.CommunicationError, match=r"attempts in 0\.2 s"):
+            job.get()
+
+
+def test_storage_that_does_not_come_back(shell: Shell) -> None:
+    with Peer(answering(), always=answering(STORAGE_ERROR)) as peer:
+        outcome = shell.caller(peer, reconnect=0.2).job(JOB).result(wait=True)
+    assert isinstance(outcome, harp.RemoteError)
+    assert outcome.type == "storage_error"
+
+
+@pytest.mark.parametrize(
+    "operation",
+    [
+        lambda rpc: rpc.web01.p(),
+        lambda rpc: rpc.request({"get_result": JOB, "wait": True}),
+        lambda rpc: rpc.job(JOB).cancel(),
+        lambda rpc: rpc.job(JOB).cancel(wait=True),
+        lambda rpc: rpc.job(JOB).get(wait=False),
+        lambda rpc: rpc.job(JOB).host(),
+        lambda rpc: rpc.job(JOB).details(),
+    ],
+)
+def test_nothing_else_is_asked_twice(shell: Shell, operation: Callable[[Any], Any]) -> None:
+    with Peer(answering()) as peer, pytest.raises(harp.CommunicationError):
+        operation(shell.caller(peer))
+
+
+# Leaving while the dispatcher is away.
+
+
+@pytest.fixture
+def full() -> Iterator[Callable[[int], socket.socket]]:
+    """Listens on a port so that further connections hang: nobody accepts, and the queue is full."""
+    sockets: list[socket.socket] = []
+
+    def listen(port: int) -> socket.socket:
+        listener = socket.create_server(("127.0.0.1", port), backlog=0)
+        sockets.append(listener)
+        for _ in range(4):
+            waiting = socket.socket()
+            waiting.setblocking(False)
+            waiting.connect_ex(("127.0.0.1", port))
+            sockets.append(waiting)
+        return listener
+
+    yield listen
+    for sock in sockets:
+        sock.close()
+
+
+def away(shell: Shell, pool: ThreadPoolExecutor, port: int) -> tuple[Any, Future[list[Any]]]:
+    """An iterator that has had two records, in a thread that waits for the dispatcher to come back."""
+    with Peer(serving(2, closing), always=closing, port=port) as peer:
+        iterator = shell.caller(peer).job(JOB).follow(since=0)
+        assert [next(iterator), next(iterator)] == records(0, 1)
+        return iterator, pool.submit(list, iterator)
+
+
+def test_close_ends_the_pause(shell: Shell, attempts: list[Any]) -> None:
+    with reserved_port() as port, ThreadPoolExecutor(1) as pool:
+        iterator, rest = away(shell, pool, port)
+        before = len(attempts)
+        wait_until(lambda: len(attempts) > before + 4, what="the longer pauses")
+        iterator.close()
+        assert rest.result(60) == []
+
+
+def test_close_ends_an_attempt_to_connect(shell: Shell, full: Callable[[int], socket.socket]) -> None:
+    with reserved_port() as port, ThreadPoolExecutor(1) as pool:
+        iterator, rest = away(shell, pool, port)
+        listener = full(port)
+        wait_until(lambda: _connecting(listener) > 4, what="the attempt that hangs")
+        iterator.close()
+        assert rest.result(20) == []  # an attempt would take 30 seconds
+
+
+def _connecting(listener: socket.socket) -> int:
+    """How many connections to the listener's port have been begun and not answered, or wait to be accepted."""
+    remote = f"0100007F:{listener.getsockname()[1]:04X}"
+    with open("/proc/net/tcp") as table:
+        return sum(line.split()[2] == remote for line in table)
+
+
+def test_a_task_cancelled_in_a_pause_leaves_nothing(attempts: list[Any]) -> None:
+    async def main(port: int) -> None:
+        with Peer(serving(2, closing), always=closing, port=port) as peer:
+            iterator: Any = aio.AsyncHarpCaller(peer.host, peer.port).job(JOB).follow(since=0)
+            assert [await anext(iterator), await anext(iterator)] == records(0, 1)
+        task = asyncio.create_task(iterator.all())
+        before = len(attempts)
+        await eventually(lambda: len(attempts) > before + 2, what="attempts in vain")
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert await iterator.all() == []
+
+    with nothing_left(), reserved_port() as port:
+        asyncio.run(main(port), debug=True)
+
+
+def test_a_task_cancelled_while_it_waits_for_a_result() -> None:
+    async def main() -> None:
+        with Peer(always=closing) as peer:
+            task = asyncio.create_task(aio.AsyncHarpCaller(peer.host, peer.port).job(JOB).get())
+            await eventually(lambda: len(peer.conversations) > 2, what="attempts")
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+
+    with nothing_left():
+        asyncio.run(main(), debug=True)
+
+
+@pytest.mark.parametrize("command", ["follow", "result"])
+def test_control_c_ends_the_waiting(command: str) -> None:
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("HARP_")}
+    # Whoever is started in the background of a shell would ignore the signal, as the tests may be.
+    ctrl_c = "signal.signal(signal.SIGINT, signal.default_int_handler)"
+    program = f"import signal, sys; from harp.cli import main; {ctrl_c}; sys.exit(main())"
+    with Peer(always=tearing_at_once) as peer:
+        with subprocess.Popen(
+            [sys.executable, "-c", program, "--dispatcher", f"{peer.host}:{peer.port}", command, JOB], env=environment
+        ) as child:
+            try:
+                wait_until(lambda: len(peer.conversations) > 2, what="attempts")
+                child.send_signal(signal.SIGINT)
+                assert child.wait(60) == Exit.INTERRUPTED
+            finally:
+                child.kill()
