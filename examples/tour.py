@@ -13,7 +13,7 @@ import harp
 
 @dataclass(frozen=True)
 class System:
-    """Where the two daemons of the demo answer."""
+    """The ports of the demo's two daemons, and how to authenticate."""
 
     harpcallerd: int
     harpd: int
@@ -28,8 +28,8 @@ Step: TypeAlias = Callable[[System], None]
 def synopsis_dispatcher(system: System) -> None:
     """The client's synopsis: jobs through the dispatcher
 
-    A job has an id at once; its records can be followed while it runs. This one never ends by itself, so its
-    limit of 5 seconds ends it, and the result is an error that says so.
+    A job has an id at once; its records can be followed while it runs. This one never ends by itself: it reaches its
+    limit of 5 seconds, and its result is an error.
     """
     rpc = harp.HarpCaller("localhost", system.harpcallerd)
 
@@ -44,7 +44,7 @@ def synopsis_dispatcher(system: System) -> None:
     result = rpc("localhost").return_immediate("bar", "baz").get()
     print(result)
 
-    job_id = job.id()  # any process can ask for it, at any later time
+    job_id = job.id()  # any process can use it, at any later time
     result = rpc.job(job_id).result()
     if result is harp.CALL_NOT_FINISHED:
         print("still running")
@@ -71,7 +71,7 @@ def synopsis_direct(system: System) -> None:
 def queue(system: System) -> None:
     """A queue: five jobs, never more than two at once
 
-    The times are those of the dispatcher: watch the starts come in pairs.
+    The dispatcher reports the times: two jobs start at once.
     """
     rpc = harp.HarpCaller("localhost", system.harpcallerd)
     host = rpc.host("localhost", queue={"service": "database"}, concurrency=2)
@@ -85,7 +85,7 @@ def queue(system: System) -> None:
 
 
 def follow(system: System) -> None:
-    """A stream, each record as it comes"""
+    """A stream, each record as it arrives"""
     rpc = harp.HarpCaller("localhost", system.harpcallerd)
     job = rpc.localhost.count(numbers=5, pause=0.3)
     begin = time.monotonic()
@@ -104,19 +104,19 @@ def exception(system: System) -> None:
 
 
 def timeout(system: System) -> None:
-    """A procedure that is too slow: its own limit ends it, with everything it started"""
+    """A procedure that reaches its time limit: it is killed, with everything it started"""
     rpc = harp.HarpCaller("localhost", system.harpcallerd)
     print(repr(rpc.localhost.too_slow().result(wait=True)))
 
 
 def cancel(system: System) -> None:
-    """A job that is cancelled, and the proof that nothing of it is left"""
+    """A cancelled job, and the stop report of its processes"""
     rpc = harp.HarpCaller("localhost", system.harpcallerd)
     job = rpc.localhost.stream_infinity()
     with job.follow(since=0) as records:
-        print("it runs:", next(records))
+        print("running:", next(records))
     print("not finished yet:", job.result() is harp.CALL_NOT_FINISHED)
-    print("stopped by this, and its host has confirmed it:", job.cancel(wait=True))
+    print("stopped, and confirmed by its host:", job.cancel(wait=True))
     print("cancelled:", job.result() is harp.CALL_CANCELLED)
     for process in job.details()["stop_report"]["processes"]:
         print("process", process["pid"], "was sent", *process["signals"], "and ended by", process["ended"])

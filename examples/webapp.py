@@ -1,6 +1,6 @@
-"""A web application that never blocks on a server: it submits, and asks later by the job's id.
+"""A web application that never waits for a host: it submits a job, and gets its result later by the job's id.
 
-./dev run python examples/webapp.py --dispatcher localhost:3502 --port 8080   (its port, as `./dev demo --keep` says it)
+./dev run python examples/webapp.py --dispatcher localhost:3502 --port 8080   (the port that `./dev demo --keep` prints)
 
 curl -X POST localhost:8080/disk-usage/localhost     {"job": "5f0c..."}
 curl localhost:8080/jobs/5f0c...                     {"state": "done", "result": {...}}
@@ -18,14 +18,14 @@ import harp
 
 
 class Application(BaseHTTPRequestHandler):
-    """Two pages: one submits, one reports. Nothing is kept here; the dispatcher knows every job."""
+    """Two pages: one submits a job, one reports on it. The application stores nothing; the dispatcher has every job."""
 
     dispatcher: harp.HarpCaller
 
     def do_POST(self) -> None:
         match self.path.strip("/").split("/"):
             case ["disk-usage", host]:
-                # One such job per host at a time, however often somebody clicks.
+                # The queue runs one such job per host at a time, for any number of requests.
                 server = self.dispatcher.host(host, queue={"disk-usage": host}, info={"from": "webapp"})
                 self.answer(HTTPStatus.ACCEPTED, lambda: {"job": server.disk_usage("/").id()})
             case _:
@@ -50,7 +50,7 @@ class Application(BaseHTTPRequestHandler):
 
 
 def report(job: harp.RemoteCall) -> dict[str, Any]:
-    """What a browser wants to know of a job."""
+    """Return the state of a job, and its result or error, for the browser."""
     match job.result():
         case harp.CALL_NOT_FINISHED:
             return {"state": "waiting" if job.start_time() is None else "running"}
