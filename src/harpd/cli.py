@@ -13,11 +13,11 @@ from pathlib import Path
 from harp_daemon.event_loop import run
 from harp_daemon.process import ProcessError, detach, pidfile
 from harpd.config.check import check
-from harpd.config.loaded import Options, configure_log, make_generation, make_plan
+from harpd.config.loaded import CommandLine, configure_log, load_config, load_supervisor_config
 from harpd.config.settings import ConfigError, load
 from harpd.control import administration as control
 from harpd.control import supervisor_service as calls
-from harpd.control.supervisor_client import WardenError
+from harpd.control.supervisor_client import SupervisorError
 from harpd.frontend import server as gate
 
 __all__ = ["main", "parser"]
@@ -29,7 +29,7 @@ commands:
   supervisor  keep the calls alone: TERM ends all calls, USR1 ends only this program
   drain       refuse new calls, and wait until the last one has ended and its end has been fetched
   resume      take new calls again
-  status      print what each warden of calls holds, one a line, as JSON
+  status      print what each supervisor of calls holds, one a line, as JSON
 
 examples:
   harpd -t                                      check everything that the next start or reload will read
@@ -39,10 +39,10 @@ examples:
 
 signals:
   HUP         read configuration, certificate, users, log settings and procedures again, all or nothing
-              (supervisor: put a new warden in the place of the old one, which ends with its last call)
+              (supervisor: put a new supervisor in the place of the old one, which ends with its last call)
   TERM, INT   stop, see above; calls that are ended have the error shutdown
 
-exit status: 0 ended or checked in order; 1 a fault (one line on stderr), no warden (status), calls are left (drain);
+exit status: 0 success; 1 an error (one line on stderr), no supervisor runs (status), calls remain (drain);
 2 wrong usage
 """
 
@@ -57,7 +57,7 @@ def main(arguments: list[str] | None = None) -> int:
     if parsed.timeout is not None and parsed.command != "drain":
         command.error("--timeout is for drain")
     sys.setrecursionlimit(_RECURSION_LIMIT)
-    options = Options(
+    options = CommandLine(
         config=parsed.config,
         procedures=parsed.procedures,
         logging=parsed.logging,
@@ -69,14 +69,14 @@ def main(arguments: list[str] | None = None) -> int:
     )
     try:
         return _run(options, parsed)
-    except (ConfigError, ProcessError, WardenError) as error:
+    except (ConfigError, ProcessError, SupervisorError) as error:
         print(f"harpd: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:  # of a command that waits; the daemon's programs take the signal for themselves
         return 1
 
 
-def _run(options: Options, parsed: argparse.Namespace) -> int:
+def _run(options: CommandLine, parsed: argparse.Namespace) -> int:
     if parsed.test:
         for warning in check(options):
             print(f"harpd: warning: {warning}", file=sys.stderr)
@@ -92,10 +92,10 @@ def _run(options: Options, parsed: argparse.Namespace) -> int:
             _directory(options)
             _keep(options, parsed.pidfile)
         case "status":
-            wardens = asyncio.run(control.status(_directory(options)))
-            for warden in wardens:
-                print(json.dumps(warden))
-            return 0 if wardens else 1
+            supervisors = asyncio.run(control.status(_directory(options)))
+            for supervisor in supervisors:
+                print(json.dumps(supervisor))
+            return 0 if supervisors else 1
         case "drain":
             return 0 if asyncio.run(control.drain(_directory(options), parsed.timeout)) else 1
         case "resume":
@@ -103,7 +103,7 @@ def _run(options: Options, parsed: argparse.Namespace) -> int:
     return 0
 
 
-def _directory(options: Options) -> Path:
+def _directory(options: CommandLine) -> Path:
     """The runtime directory, which parts of harpd that run apart must have configured. Raises `ConfigError`."""
     configured = load(options.config).runtime_directory
     if configured is None:
@@ -111,23 +111,23 @@ def _directory(options: Options) -> Path:
     return Path(configured).absolute()
 
 
-def _serve(options: Options, pid_file: Path | None, alone: bool) -> None:
+def _serve(options: CommandLine, pid_file: Path | None, alone: bool) -> None:
     served = _detached(options)
     with pidfile(pid_file):
-        generation = make_generation(options)
+        generation = load_config(options)
         configure_log(options, generation)
         run(gate.run(options, generation, served, alone))
 
 
-def _keep(options: Options, pid_file: Path | None) -> None:
+def _keep(options: CommandLine, pid_file: Path | None) -> None:
     served = _detached(options)
     with pidfile(pid_file):
-        plan = make_plan(options)
+        plan = load_supervisor_config(options)
         configure_log(options, plan)
         run(calls.run(options, plan, served))
 
 
-def _detached(options: Options) -> Callable[[], None]:
+def _detached(options: CommandLine) -> Callable[[], None]:
     """Go to the background if that is asked for; return what to call once the program serves."""
     if not options.background:
         return _nothing

@@ -43,9 +43,9 @@ _DISPATCHER = {
 #: The hosts, and what is different in their configurations: one has no room for what the dispatcher would give it, one
 #: makes procedures wait for their reader, one keeps calls for less than it is asked to.
 _HOSTS: Mapping[str, Mapping[str, Any]] = {
-    "web1": {"calls": 8},
+    "web1": {"max_calls": 8},
     "web2": {"spool": 16 * 1024},
-    "web3": {"keep_running": 6},
+    "web3": {"disconnect_timeout": 6},
 }
 HOSTS = tuple(_HOSTS)
 

@@ -25,7 +25,7 @@ ACKNOWLEDGED = {"harp": 1, "stream_result": False}
 
 @pytest.fixture(scope="module")
 def harpd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Harpd]:
-    limits = {"request_line": 100_000, "write_stall": 1}
+    limits = {"request_line": 100_000, "write_timeout": 1}
     with Harpd(tmp_path_factory.mktemp("gate"), PROCEDURES, {"limits": limits}) as harpd:
         yield harpd
 
@@ -223,7 +223,7 @@ def test_nothing_is_left_of_connections(harpd: Harpd) -> None:
 
 
 def test_each_phase_has_its_deadline(tmp_path: Path) -> None:
-    limits = {"handshake": 0.5, "request": 0.5}
+    limits = {"handshake_timeout": 0.5, "request_timeout": 0.5}
     with Harpd(tmp_path, PROCEDURES, {"limits": limits}) as harpd:
         with socket.create_connection((harpd.host, harpd.port), DEADLINE) as silent:
             assert silent.recv(1) == b""
@@ -249,7 +249,7 @@ def test_silent_clients_delay_nobody(tmp_path: Path) -> None:
 
 
 def test_over_the_limit_of_connections_it_says_so(tmp_path: Path) -> None:
-    with Harpd(tmp_path, PROCEDURES, {"limits": {"connections": 3}}) as harpd:
+    with Harpd(tmp_path, PROCEDURES, {"limits": {"max_connections": 3}}) as harpd:
         held = [harpd.connect() for _ in range(3)]
         try:
             with harpd.connect() as surplus:
@@ -265,7 +265,7 @@ def test_over_the_limit_of_connections_it_says_so(tmp_path: Path) -> None:
 
 
 def test_beyond_the_surplus_connections_are_closed(tmp_path: Path) -> None:
-    with Harpd(tmp_path, PROCEDURES, {"limits": {"connections": 1}}) as harpd:
+    with Harpd(tmp_path, PROCEDURES, {"limits": {"max_connections": 1}}) as harpd:
         silent = [socket.create_connection((harpd.host, harpd.port), DEADLINE) for _ in range(60)]
         try:
             silent[-1].settimeout(DEADLINE)
@@ -299,7 +299,7 @@ def test_long_requests_together_are_limited(tmp_path: Path) -> None:
 
 
 def test_over_the_limit_of_calls_it_says_so(tmp_path: Path) -> None:
-    with Harpd(tmp_path, PROCEDURES, {"limits": {"calls": 1}}) as harpd:
+    with Harpd(tmp_path, PROCEDURES, {"limits": {"max_calls": 1}}) as harpd:
         with harpd.connect() as running:
             running.send(harpd.request("sleep", [3600]))
             assert running.message() == ACKNOWLEDGED
@@ -349,7 +349,7 @@ def own(tmp_path: Path) -> Iterator[Harpd]:
     configuration = {
         "python": {"path": str(tmp_path / "lib")},
         "authentication": {"module": "own_users", "colour": "red"},
-        "limits": {"authentication": 1, "authentication_threads": 2},
+        "limits": {"authentication_timeout": 1, "authentication_threads": 2},
     }
     with Harpd(tmp_path / "harpd", PROCEDURES, configuration) as harpd:
         yield harpd

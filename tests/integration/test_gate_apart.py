@@ -128,9 +128,9 @@ def test_an_upgrade_leaves_calls_where_they_are(harpd: Harpd, tmp_path: Path) ->
     assert not is_dead(process)
     assert finish(harpd, call, tmp_path / "old") == {"result": "seen"}
     wait_until(lambda: len(harpd.statuses()) == 1, DEADLINE, "the end of the older warden")
-    harpd.wait_event("an older warden has ended", status="exit status 0")
+    harpd.wait_event("an older supervisor has ended", status="exit status 0")
     assert finish(harpd, other, tmp_path / "new") == {"result": "seen"}
-    assert not harpd.events("warden died")
+    assert not harpd.events("supervisor died")
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGKILL])
@@ -193,7 +193,7 @@ def test_a_dead_warden_is_replaced_by_one_that_knows_the_files_of_now(harpd: Har
     harpd.configure({"limits": {"kill_grace": 7}})
     harpd.reload()
     subprocess.run(["kill", "-9", str(harpd.warden)], check=True)
-    harpd.wait_event("warden died", status="signal 9")
+    harpd.wait_event("supervisor died", status="signal 9")
     assert version(harpd) == {"result": 1}
     with harpd.keep("version") as client:
         assert client.message()["call"]["kill_grace"] == 7

@@ -26,7 +26,7 @@ ID = "00000000-0000-4000-8000-0000000000cc"
 
 @pytest.fixture(scope="module")
 def harpd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Harpd]:
-    configuration = {"limits": {"kill_grace": 1, "idle": IDLE}}
+    configuration = {"limits": {"kill_grace": 1, "keep_alive_timeout": IDLE}}
     with Harpd(tmp_path_factory.mktemp("keep"), PROCEDURES, configuration, apart=True) as harpd:
         yield harpd
         nothing_is_left(harpd)
@@ -191,7 +191,10 @@ def test_a_kept_call_goes_on_when_its_connection_is_cut_and_attaching_may_keep_o
 
 
 def test_a_connection_that_nobody_uses_is_closed(tmp_path: Path) -> None:
-    with Harpd(tmp_path / "harpd", PROCEDURES, {"limits": {"idle": 0.2}}) as harpd, harpd.connect() as client:
+    with (
+        Harpd(tmp_path / "harpd", PROCEDURES, {"limits": {"keep_alive_timeout": 0.2}}) as harpd,
+        harpd.connect() as client,
+    ):
         assert ask(harpd, client, "same", 1)["keep"] == 0.2
         client.message()
         assert closed(client)

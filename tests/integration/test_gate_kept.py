@@ -23,7 +23,7 @@ from support.harpd import OWNER, SECRET, Harpd, LineClient
 from support.procedures_file import PROCEDURES
 from support.wardens import make_current, warden
 
-LIMITS = {"write_stall": 1, "keep_running": 1800}
+LIMITS = {"write_timeout": 1, "disconnect_timeout": 1800}
 
 
 @pytest.fixture(scope="module")
@@ -325,7 +325,7 @@ def test_a_dead_warden_that_does_not_come_back_is_no_answer_to_an_attach(tmp_pat
     with Harpd(tmp_path / "harpd", PROCEDURES) as harpd:
         harpd.procedures_file.write_text("raise RuntimeError('broken on purpose')\n")
         os.kill(harpd.warden, signal.SIGKILL)
-        harpd.wait_event("warden did not start")
+        harpd.wait_event("supervisor did not start")
         with harpd.attach(str(uuid.uuid4())) as client:
             assert error_type(client) == "procedure_loading_error"
         assert harpd.held()["error"]["type"] == "procedure_loading_error"

@@ -162,21 +162,21 @@ def test_when_the_warden_is_killed_its_calls_are_dead_and_the_next_one_works(har
         call, warden, zygote = int((tmp_path / "pid").read_text()), harpd.warden, harpd.zygote
         os.kill(warden, signal.SIGKILL)
         wait_until(lambda: is_dead(call) and is_dead(zygote), 2.0, "the death of the call and of the zygote")
-        died = {"harp": 1, "error": {"type": "call_died", "message": "the warden of the calls died"}}
+        died = {"harp": 1, "error": {"type": "call_died", "message": "the supervisor of the calls died"}}
         assert running.lines() == [died]
         *records, last = streaming.lines()
         assert last == died
         assert records == [{"stream": number} for number in range(len(records))]
         assert version(harpd) == {"result": 1}
         assert harpd.warden != warden
-        harpd.wait_event("warden died", warden=warden, status="signal 9")
+        harpd.wait_event("supervisor died", supervisor=warden, status="signal 9")
 
 
 def test_a_warden_that_can_not_start_again_is_an_answer(harpd: Harpd) -> None:
     with harpd:
         harpd.procedures_file.write_text(BROKEN)
         os.kill(harpd.warden, signal.SIGKILL)
-        harpd.wait_event("warden did not start")
+        harpd.wait_event("supervisor did not start")
         (refusal,) = harpd.call("version")
         assert refusal["error"]["type"] == "procedure_loading_error"
         harpd.procedures_file.write_text(CHANGED)

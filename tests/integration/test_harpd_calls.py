@@ -252,7 +252,7 @@ STREAMING = {"harp": 1, "stream_result": True}
 @pytest.fixture(scope="module")
 def harpd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Harpd]:
     with Harpd(
-        tmp_path_factory.mktemp("calls"), PROCEDURES + OWN, {"limits": {"calls": 300, "kill_grace": 1}}
+        tmp_path_factory.mktemp("calls"), PROCEDURES + OWN, {"limits": {"max_calls": 300, "kill_grace": 1}}
     ) as harpd:
         yield harpd
         nothing_is_left(harpd)
@@ -537,7 +537,7 @@ def cpu(pid: int) -> float:
 
 
 def test_more_calls_than_allowed(tmp_path: Path) -> None:
-    with Harpd(tmp_path / "harpd", PROCEDURES + OWN, {"limits": {"calls": 1, "kill_grace": 1}}) as harpd:
+    with Harpd(tmp_path / "harpd", PROCEDURES + OWN, {"limits": {"max_calls": 1, "kill_grace": 1}}) as harpd:
         with harpd.connect() as client:
             client.send(harpd.request("wait_for", [str(tmp_path / "go")]))
             assert client.message() == ACKNOWLEDGED

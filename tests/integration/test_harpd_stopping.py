@@ -407,13 +407,19 @@ def test_a_load_that_hangs_gives_way_to_the_next(own: Harpd) -> None:
     with own:
         settings: dict[str, Any] = {
             "procedures": str(own.directory / "hangs.py"),
-            "calls": 10,
+            "max_calls": 10,
             "kill_grace": 1,
             "spool": 1000,
         }
         settings |= {"runtime_directory": str(own.runtime_directory), "logging": {"config": None, "syslog": False}}
-        settings |= {"spool_memory": 1 << 30, "keep_running": 60, "linger": 60, "outlive": True, "cgroup": None}
-        settings["evidence"] = {"stderr": False, "traceback": False}
+        settings |= {
+            "spool_memory": 1 << 30,
+            "disconnect_timeout": 60,
+            "result_ttl": 60,
+            "outlive": True,
+            "cgroup": None,
+        }
+        settings["exit_info"] = {"stderr": False, "traceback": False}
         started = own.directory / "started"
         (own.directory / "hangs.py").write_text(f"import time\nopen({str(started)!r}, 'w')\ntime.sleep(3600)\n")
         with warden_connection(own) as connection:
@@ -439,7 +445,7 @@ def test_shutdown_ends_what_resists(own: Harpd, notes: Path) -> None:
     assert len(pids(notes)) == 6
     assert all_dead(pids(notes))
     assert not own.events("callback failed")
-    assert not own.events("warden did not end in order; killed")
+    assert not own.events("supervisor did not end in order; killed")
 
 
 def test_a_signal_to_all_of_harpd_is_still_an_orderly_end(own: Harpd, notes: Path) -> None:

@@ -67,7 +67,7 @@ def test_pool_after_frontend_restart_loses_no_job(harpd: Harpd, tmp_path: Path) 
 
 
 def test_pool_connection_closed_by_the_host_is_replaced(tmp_path: Path) -> None:
-    harpd = Harpd(tmp_path / "harpd", PROCEDURES, {"limits": {"idle": 0.1}})
+    harpd = Harpd(tmp_path / "harpd", PROCEDURES, {"limits": {"keep_alive_timeout": 0.1}})
     with harpd, dispatcher_of(harpd, tmp_path / "d") as dispatcher:
         for number in range(3):
             assert rpc_of(dispatcher).web01.same(number).get() == number

@@ -60,7 +60,7 @@ def leave_a_stranger(path):
 @pytest.fixture(scope="module")
 def warden(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Warden]:
     evidence = {"stderr": True, "traceback": True}
-    with Warden(tmp_path_factory.mktemp("kept"), PROCEDURES + OWN, kill_grace=0.3, evidence=evidence) as warden:
+    with Warden(tmp_path_factory.mktemp("kept"), PROCEDURES + OWN, kill_grace=0.3, exit_info=evidence) as warden:
         yield warden
 
 

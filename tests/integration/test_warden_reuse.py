@@ -231,7 +231,7 @@ def test_one_that_says_more_than_its_end_is_not_used_again(warden: Warden, go: P
 
 def test_evidence_is_the_calls_own(tmp_path: Path) -> None:
     evidence = {"stderr": True, "traceback": True}
-    with Warden(tmp_path / "evidence", PROCEDURES + OWN, evidence=evidence) as warden:
+    with Warden(tmp_path / "evidence", PROCEDURES + OWN, exit_info=evidence) as warden:
         for text in ("one", "two"):
             found, end = finish(warden, "fail_reused", text)
             assert found["stderr"] == [f"why {text}"]

@@ -45,7 +45,7 @@ class Harpd(DaemonLog):
     Args:
         directory: where its files go; its own, and short enough for no limit to matter.
         procedures: the text of the procedures file.
-        configuration: sections to lay over the usual ones: ``{"limits": {"calls": 2}}``.
+        configuration: sections to lay over the usual ones: ``{"limits": {"max_calls": 2}}``.
         options: more options of the command line.
         descriptors: the hard limit of open files, None: as it is here.
         apart: gate and calls are two programs, as the services are; else one program is both.

@@ -9,7 +9,7 @@ import pytest
 
 from harpd.auth import AuthDB, inconfig, passfile
 from harpd.auth.crypt import matches
-from harpd.auth.password_cache import RecalledPasswords
+from harpd.auth.password_cache import PasswordCache
 from support.deadline import wait_until
 
 #: Hashes of "secret" in the forms that Debian and Red Hat write.
@@ -217,12 +217,12 @@ def test_inconfig_recalls_hashed_passwords_once_they_were_right_and_plain_ones_a
 
 
 def test_a_recalled_password_is_of_one_user_and_one_stored_hash() -> None:
-    recalled = RecalledPasswords()
-    recalled.note("alice", "secret", "stored")
-    assert recalled.has("alice", "secret", "stored")
+    recalled = PasswordCache()
+    recalled.add("alice", "secret", "stored")
+    assert recalled.contains("alice", "secret", "stored")
     for user, password, stored in (("bob", "secret", "stored"), ("alice", "dsecret", "store"), ("alice", "", "stored")):
-        assert not recalled.has(user, password, stored)
+        assert not recalled.contains(user, password, stored)
     for number in range(2000):
-        recalled.note(str(number), "\ud800", "stored")
-    assert not recalled.has("alice", "secret", "stored")
-    assert recalled.has("1999", "\ud800", "stored")
+        recalled.add(str(number), "\ud800", "stored")
+    assert not recalled.contains("alice", "secret", "stored")
+    assert recalled.contains("1999", "\ud800", "stored")

@@ -41,7 +41,7 @@ def test_the_least_file_takes_the_defaults(file: Path) -> None:
     configuration = read(file, LEAST)
     assert configuration.network == Network(certfile="/c", keyfile="/k", address=None, port=4306, tls_minimum="1.2")
     assert configuration.authentication == {"module": "some.module"}
-    assert configuration.python.ends() == {"prepend": [], "append": []}
+    assert configuration.python.search_paths() == {"prepend": [], "append": []}
     assert configuration.limits == Limits()
     assert configuration.runtime_directory is None
 
@@ -80,7 +80,7 @@ def test_a_file_of_the_field_is_taken(file: Path) -> None:
 )
 def test_the_forms_of_the_python_path(file: Path, path: str, prepend: list[str], append: list[str]) -> None:
     configuration = read(file, f"{LEAST}\npython: {{path: {path}}}")
-    assert configuration.python.ends() == {"prepend": prepend, "append": append}
+    assert configuration.python.search_paths() == {"prepend": prepend, "append": append}
 
 
 @pytest.mark.parametrize("written", ["1.2", '"1.2"', "'1.2'"])
@@ -110,15 +110,24 @@ def network(key: str) -> str:
         (network("ports: 1"), "network.ports: unknown key"),
         (network("address: 5"), "network.address: expected a string or nothing, got an integer"),
         (network("tls_minimum: 1.5"), "network.tls_minimum: expected one of 1.0, 1.1, 1.2, 1.3, got 1.5"),
-        (f"{LEAST}limits: {{handshake: 0}}", "limits.handshake: expected a number, more than 0.0, got 0"),
-        (f"{LEAST}limits: {{handshake: .inf}}", "limits.handshake: expected a number, at most 31536000.0, got inf"),
-        (f"{LEAST}limits: {{handshake: .nan}}", "limits.handshake: expected a number, more than 0.0, got nan"),
-        (f"{LEAST}limits: {{calls: true}}", "limits.calls: expected an integer, got true or false"),
-        (f"{LEAST}limits: {{calls: 0}}", "limits.calls: expected an integer, at least 1, got 0"),
+        (
+            f"{LEAST}limits: {{handshake_timeout: 0}}",
+            "limits.handshake_timeout: expected a number, more than 0.0, got 0",
+        ),
+        (
+            f"{LEAST}limits: {{handshake_timeout: .inf}}",
+            "limits.handshake_timeout: expected a number, at most 31536000.0, got inf",
+        ),
+        (
+            f"{LEAST}limits: {{handshake_timeout: .nan}}",
+            "limits.handshake_timeout: expected a number, more than 0.0, got nan",
+        ),
+        (f"{LEAST}limits: {{max_calls: true}}", "limits.max_calls: expected an integer, got true or false"),
+        (f"{LEAST}limits: {{max_calls: 0}}", "limits.max_calls: expected an integer, at least 1, got 0"),
         (f"{LEAST}limits: {{spool: 2147483648}}", "limits.spool_memory: expected at least 2147483648, as limits.spool"),
-        (f"{LEAST}limits: {{linger: 0}}", "limits.linger: expected a number, more than 0.0, got 0"),
-        (f"{LEAST}evidence: {{stderr: 1}}", "evidence.stderr: expected true or false, got an integer"),
-        (f"{LEAST}evidence: {{stdout: true}}", "evidence.stdout: unknown key"),
+        (f"{LEAST}limits: {{result_ttl: 0}}", "limits.result_ttl: expected a number, more than 0.0, got 0"),
+        (f"{LEAST}exit_info: {{stderr: 1}}", "exit_info.stderr: expected true or false, got an integer"),
+        (f"{LEAST}exit_info: {{stdout: true}}", "exit_info.stdout: unknown key"),
         (f"{LEAST}cgroup: 5", "cgroup: expected a string or nothing, got an integer"),
         (f"{LEAST}python: {{path: [1]}}", "python.path[0]: expected a string, got an integer"),
         (f"{LEAST}python: {{path: {{end: /a}}}}", "python.path.end: unknown key; expected prepend or append"),

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from harp.protocol.ends import Failed, Raised, Returned
 from harp.protocol.harpd import Acknowledgement, Message, Record, encode_message
-from harpd.frontend.line_relay import Relay
+from harpd.frontend.line_relay import LineRelay
 
 KEPT_BACK = 64 * 1024
 CLOSINGS: list[Message] = [
@@ -35,35 +35,35 @@ def pieces(data: bytes, cuts: list[int]) -> list[bytes]:
 )
 def test_what_goes_in_comes_out(messages: list[Message], cuts: list[int]) -> None:
     data = b"".join(map(encode_message, messages))
-    relay = Relay()
+    relay = LineRelay()
     sent = b"".join(relay.feed(piece) for piece in pieces(data, cuts))
     assert sent == data
-    assert not relay.torn
-    assert relay.ended is bool(messages and isinstance(messages[-1], Returned | Raised | Failed))
+    assert not relay.mid_line
+    assert relay.complete is bool(messages and isinstance(messages[-1], Returned | Raised | Failed))
 
 
 @given(message=st.sampled_from([*OTHERS, *CLOSINGS]), cut=st.integers(0))
 def test_a_line_that_is_not_whole_is_kept_back(message: Message, cut: int) -> None:
     line = encode_message(message)
-    relay = Relay()
+    relay = LineRelay()
     relay.feed(encode_message(Acknowledgement(True)))
     assert relay.feed(line[: cut % len(line)]) == b""
-    assert not relay.torn
-    assert not relay.ended
+    assert not relay.mid_line
+    assert not relay.complete
 
 
 def test_a_long_line_goes_through_in_pieces_and_may_be_torn() -> None:
     line = encode_message(Returned("x" * 1_000_000))
-    relay = Relay()
+    relay = LineRelay()
     half = relay.feed(line[:500_000])
     assert half == line[:500_000]
-    assert (relay.torn, relay.ended) == (True, False)
+    assert (relay.mid_line, relay.complete) == (True, False)
     assert relay.feed(line[500_000:]) == line[500_000:]
-    assert (relay.torn, relay.ended) == (False, True)
+    assert (relay.mid_line, relay.complete) == (False, True)
 
 
 @pytest.mark.parametrize("message", OTHERS)
 def test_only_closing_lines_end_it(message: Message) -> None:
-    relay = Relay()
+    relay = LineRelay()
     relay.feed(encode_message(message))
-    assert not relay.ended
+    assert not relay.complete

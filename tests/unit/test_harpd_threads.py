@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from harp_daemon.memory_quota import Allowance, Share
-from harpd.frontend.thread_pool import Crashed, Threads
+from harpd.frontend.thread_pool import BoundedThreadPool, TaskFailed
 from support.deadline import eventually
 
 LONG = 60.0
@@ -25,7 +25,7 @@ def release() -> Iterator[threading.Event]:
 
 async def test_it_returns_what_the_function_returns() -> None:
     here = threading.current_thread()
-    assert await Threads(1).run(lambda: threading.current_thread() is not here, LONG)
+    assert await BoundedThreadPool(1).run(lambda: threading.current_thread() is not here, LONG)
 
 
 @pytest.mark.parametrize(
@@ -35,14 +35,14 @@ async def test_whatever_it_raises_is_the_cause(kind: type[BaseException]) -> Non
     def fail() -> None:
         raise kind("secret")
 
-    with pytest.raises(Crashed) as caught:
-        await Threads(1).run(fail, LONG)
+    with pytest.raises(TaskFailed) as caught:
+        await BoundedThreadPool(1).run(fail, LONG)
     assert isinstance(caught.value.__cause__, kind)
     assert "secret" not in str(caught.value)
 
 
 async def test_a_hanging_function_is_left_behind_and_keeps_its_place(release: threading.Event) -> None:
-    threads = Threads(2)
+    threads = BoundedThreadPool(2)
     for _ in range(2):
         with pytest.raises(TimeoutError):
             await threads.run(release.wait, 0.01)
@@ -56,7 +56,7 @@ async def test_a_hanging_function_is_left_behind_and_keeps_its_place(release: th
 
 
 async def test_no_more_run_at_once_than_allowed(release: threading.Event) -> None:
-    threads, running, lock = Threads(3), [0, 0], threading.Lock()
+    threads, running, lock = BoundedThreadPool(3), [0, 0], threading.Lock()
 
     def work() -> None:
         with lock:
@@ -74,7 +74,7 @@ async def test_no_more_run_at_once_than_allowed(release: threading.Event) -> Non
 
 
 async def test_giving_up_waiting_gives_the_place_to_the_next(release: threading.Event) -> None:
-    threads = Threads(1)
+    threads = BoundedThreadPool(1)
     first = asyncio.create_task(threads.run(release.wait, LONG))
     await asyncio.sleep(0)
     second = asyncio.create_task(threads.run(release.wait, LONG))

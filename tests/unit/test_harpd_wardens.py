@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from harpd.control import supervisor_client as module
-from harpd.control.supervisor_client import NoWarden, WardenError, Wardens
+from harpd.control.supervisor_client import SupervisorClient, SupervisorError, SupervisorNotRunning
 from support.wardens import Script, dead_warden, make_current, warden
 
 IDS = [f"{number}e8400e2-9b1d-41d4-a716-446655440000" for number in range(3)]
@@ -36,19 +36,19 @@ def held(name: str, *calls: str) -> Script:
 
 
 @asynccontextmanager
-async def scripted(directory: Path, **scripts: Script) -> AsyncIterator[Wardens]:
+async def scripted(directory: Path, **scripts: Script) -> AsyncIterator[SupervisorClient]:
     """Wardens of these names, the first of which takes the new calls; and the way to them."""
     async with AsyncExitStack() as running:
         for name, script in scripts.items():
             await running.enter_async_context(warden(directory, name, script))
         make_current(directory, next(iter(scripts)))
-        yield running.enter_context(Wardens(directory))
+        yield running.enter_context(SupervisorClient(directory))
 
 
-async def attached(wardens: Wardens) -> bytes:
+async def attached(wardens: SupervisorClient) -> bytes:
     reply = await wardens.attach(ATTACH)
     with reply.connection:
-        return reply.line + reply.more
+        return reply.line + reply.rest
 
 
 async def test_a_call_is_found_wherever_it_is(tmp_path: Path) -> None:
@@ -82,25 +82,25 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("impatient")
 async def test_silence_is_not_taken_for_no(tmp_path: Path) -> None:
     async with scripted(tmp_path, a=unknown("a"), b=says(None)) as wardens:
-        with pytest.raises(WardenError, match="did not answer"):
+        with pytest.raises(SupervisorError, match="did not answer"):
             await wardens.attach(ATTACH)
     async with scripted(tmp_path, a=held("a"), b=says(None)) as wardens:
-        with pytest.raises(WardenError, match="did not answer"):
-            await wardens.held("o")
+        with pytest.raises(SupervisorError, match="did not answer"):
+            await wardens.list_calls("o")
 
 
 @pytest.mark.usefixtures("impatient")
 async def test_without_who_takes_new_calls_nobody_knows(tmp_path: Path) -> None:
     async with warden(tmp_path, "a", unknown("a")):
-        with Wardens(tmp_path) as wardens:
-            for operation in (wardens.attach(ATTACH), wardens.held("o"), wardens.reach()):
-                with pytest.raises(WardenError, match="does not run; it is being started again"):
+        with SupervisorClient(tmp_path) as wardens:
+            for operation in (wardens.attach(ATTACH), wardens.list_calls("o"), wardens.connect_active()):
+                with pytest.raises(SupervisorError, match="does not run; it is being started again"):
                     await operation
 
 
 async def test_an_older_warden_is_found_although_nobody_takes_new_calls(tmp_path: Path) -> None:
     async with warden(tmp_path, "a", says(line(stream_result=False))):
-        with Wardens(tmp_path) as wardens:
+        with SupervisorClient(tmp_path) as wardens:
             assert await attached(wardens) == line(stream_result=False)
 
 
@@ -110,12 +110,12 @@ async def test_one_that_dies_before_it_answers_is_waited_for(tmp_path: Path) -> 
         assert await attached(wardens) == line(stream_result=False)
     answers = iter((b"", line(calls=[], warden="a")))
     async with scripted(tmp_path, a=lambda request: next(answers)) as wardens:
-        assert (await wardens.held("o")).warden == "a"
+        assert (await wardens.list_calls("o")).warden == "a"
 
 
 async def test_one_that_is_being_started_is_waited_for(tmp_path: Path) -> None:
-    with Wardens(tmp_path) as wardens:
-        reaching = asyncio.create_task(wardens.reach())
+    with SupervisorClient(tmp_path) as wardens:
+        reaching = asyncio.create_task(wardens.connect_active())
         async with warden(tmp_path, "a", says(b"")):
             make_current(tmp_path, "a")
             (await reaching).close()
@@ -124,7 +124,7 @@ async def test_one_that_is_being_started_is_waited_for(tmp_path: Path) -> None:
 async def test_the_list_has_the_calls_of_all(tmp_path: Path) -> None:
     dead_warden(tmp_path, "d")
     async with scripted(tmp_path, b=held("b", IDS[0]), a=held("a", *IDS[1:]), c=held("c", IDS[0])) as wardens:
-        found = await wardens.held("o")
+        found = await wardens.list_calls("o")
     assert (sorted(found.calls), found.warden) == (IDS, "b")
 
 
@@ -133,8 +133,8 @@ async def test_the_list_has_the_calls_of_all(tmp_path: Path) -> None:
 )
 async def test_a_list_that_is_none_is_a_fault(tmp_path: Path, answer: bytes) -> None:
     async with scripted(tmp_path, a=says(answer)) as wardens:
-        with pytest.raises(WardenError, match="gave no list"):
-            await wardens.held("o")
+        with pytest.raises(SupervisorError, match="gave no list"):
+            await wardens.list_calls("o")
 
 
 @pytest.mark.parametrize(
@@ -142,18 +142,18 @@ async def test_a_list_that_is_none_is_a_fault(tmp_path: Path, answer: bytes) -> 
 )
 async def test_a_control_request_has_an_answer_or_a_fault(tmp_path: Path, answer: bytes, fault: str) -> None:
     async with scripted(tmp_path, a=says(answer)) as wardens:
-        with pytest.raises(WardenError, match=fault):
-            await wardens.ask({"control": "status"})
+        with pytest.raises(SupervisorError, match=fault):
+            await wardens.request({"control": "status"})
 
 
 async def test_the_sockets_of_the_dead_are_removed(tmp_path: Path) -> None:
     dead_warden(tmp_path, "d")
     async with warden(tmp_path, "a", says(b"")):
         make_current(tmp_path, "d")
-        with Wardens(tmp_path) as wardens:
-            assert wardens.names() == ["warden-a", "warden-d"]
-            with pytest.raises(NoWarden):
-                await wardens.open()
-            await wardens.remove_dead()
-            assert wardens.names() == ["warden-a"]
-            assert wardens.current() is None
+        with SupervisorClient(tmp_path) as wardens:
+            assert wardens.socket_names() == ["warden-a", "warden-d"]
+            with pytest.raises(SupervisorNotRunning):
+                await wardens.connect()
+            await wardens.remove_dead_sockets()
+            assert wardens.socket_names() == ["warden-a"]
+            assert wardens.active_socket_inode() is None

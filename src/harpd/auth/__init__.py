@@ -21,7 +21,7 @@ class AuthDB(ABC):
         """Say whether this is the user's password.
 
         It is called in a thread, several at a time, and may block: a call that takes longer than
-        ``limits.authentication`` seconds counts as a refusal. So does an exception, which is logged.
+        ``limits.authentication_timeout`` seconds counts as a refusal. So does an exception, which is logged.
 
         Args:
             user: the name that the client gave; any text.

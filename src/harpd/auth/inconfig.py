@@ -15,7 +15,7 @@ from typing import Any
 
 from harpd.auth import AuthDB
 from harpd.auth.crypt import matches
-from harpd.auth.password_cache import RecalledPasswords
+from harpd.auth.password_cache import PasswordCache
 
 __all__ = ["ConfiguredUsers", "create"]
 
@@ -46,31 +46,31 @@ class ConfiguredUsers(AuthDB):
 
     def __init__(self, users: Mapping[str, str]) -> None:
         self._users = dict(users)
-        self._recalled = RecalledPasswords()
+        self._cache = PasswordCache()
 
     def recalls(self, user: str, password: str) -> bool:
         """Say whether this is the user's password, as far as that is known without a hash."""
         stored = self._users.get(user)
         if stored is None:
             return False
-        return _is_plain(password, stored) or self._recalled.has(user, password, stored)
+        return _is_plain(password, stored) or self._cache.contains(user, password, stored)
 
     def authenticate(self, user: str, password: str) -> bool:
         """Say whether the configuration has this user with this password."""
         if user in self._users:
             stored = self._users[user]
-            fits = _fits(password, stored)
+            fits = _matches(password, stored)
             if fits:
-                self._recalled.note(user, password, stored)
+                self._cache.add(user, password, stored)
             return fits
         # Takes as long as for a known user, so that time does not tell which names exist.
         for other in self._users.values():
-            _fits(password, other)
+            _matches(password, other)
             break
         return False
 
 
-def _fits(password: str, expected: str) -> bool:
+def _matches(password: str, expected: str) -> bool:
     kind, _, secret = expected.partition(":")
     return matches(password, secret) if kind == "crypt" else _is_plain(password, expected)
 

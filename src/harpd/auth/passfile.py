@@ -19,7 +19,7 @@ from typing import Any
 
 from harpd.auth import AuthDB
 from harpd.auth.crypt import matches
-from harpd.auth.password_cache import RecalledPasswords
+from harpd.auth.password_cache import PasswordCache
 
 __all__ = ["PasswordFile", "create"]
 
@@ -46,12 +46,12 @@ def create(config: Mapping[str, Any]) -> PasswordFile:
 
 
 #: No form of crypt(3) gives less: DES has 13 characters. What is shorter, `*` and `!` apart, is a slip of the pen.
-_SHORTEST_HASH = 13
+_MIN_HASH_LENGTH = 13
 
 
 #: Seconds since its last change after which a file that looks the same is the same. What is younger may have been
 #: changed again within a tick of the clock that its time is taken from.
-_SETTLED = 2.0
+_MIN_FILE_AGE = 2.0
 
 
 class PasswordFile(AuthDB):
@@ -63,30 +63,30 @@ class PasswordFile(AuthDB):
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._recalled = RecalledPasswords()
-        self._known: tuple[tuple[int, ...], dict[str, str]] | None = None
+        self._cache = PasswordCache()
+        self._last_read: tuple[tuple[int, ...], dict[str, str]] | None = None
 
     def recalls(self, user: str, password: str) -> bool:
         """Say whether it was found that the file has this user with this password, and the file is still the same."""
-        known = self._known
-        if known is None or known[0] != self._look():
+        known = self._last_read
+        if known is None or known[0] != self._file_identity():
             return False
         stored = known[1].get(user)
-        return stored is not None and self._recalled.has(user, password, stored)
+        return stored is not None and self._cache.contains(user, password, stored)
 
-    def _look(self) -> tuple[int, ...] | None:
+    def _file_identity(self) -> tuple[int, ...] | None:
         """What changes when the file does; None: it can't be told."""
         try:
             found = os.stat(self._path)
         except OSError:
             return None
-        if time.time() - found.st_ctime < _SETTLED:
+        if time.time() - found.st_ctime < _MIN_FILE_AGE:
             return None
         return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
     def authenticate(self, user: str, password: str) -> bool:
         """Say whether the file has this user with this password; when it can't be read, it has nobody."""
-        looked = self._look()
+        looked = self._file_identity()
         try:
             hashes = self.hashes()
         except OSError as error:
@@ -95,8 +95,8 @@ class PasswordFile(AuthDB):
         if user in hashes:
             fits = matches(password, hashes[user])
             if fits:
-                self._recalled.note(user, password, hashes[user])
-                self._known = None if looked is None else (looked, hashes)
+                self._cache.add(user, password, hashes[user])
+                self._last_read = None if looked is None else (looked, hashes)
             return fits
         log.info("the users' file has no such user", extra={"file": str(self._path), "user": user})
         # Takes as long as for a known user, so that time does not tell which names exist.
@@ -118,7 +118,7 @@ class PasswordFile(AuthDB):
         found = []
         for number, user, hashed in self._entries():
             locked = hashed.startswith(("*", "!"))  # as in shadow(5), on purpose
-            if not user or (len(hashed) < _SHORTEST_HASH and not locked):
+            if not user or (len(hashed) < _MIN_HASH_LENGTH and not locked):
                 found.append(f"{self._path}:{number}: expected user:crypt-hash; this line lets nobody in")
         return found
 

@@ -10,26 +10,26 @@ import hmac
 import secrets
 from collections import OrderedDict
 
-__all__ = ["RecalledPasswords"]
+__all__ = ["PasswordCache"]
 
 #: So many users' are kept; those that were not asked for the longest go first.
-_MOST = 1000
+_MAX_USERS = 1000
 
 
-class RecalledPasswords:
+class PasswordCache:
     """The last right password of each user. May be used by several threads."""
 
     def __init__(self) -> None:
         self._key = secrets.token_bytes(32)
         self._digests: OrderedDict[str, bytes] = OrderedDict()
 
-    def note(self, user: str, password: str, stored: str) -> None:
+    def add(self, user: str, password: str, stored: str) -> None:
         """This password was found to fit what is stored for the user."""
         self._digests[user] = self._digest(password, stored)
-        if len(self._digests) > _MOST:
+        if len(self._digests) > _MAX_USERS:
             self._digests.popitem(last=False)
 
-    def has(self, user: str, password: str, stored: str) -> bool:
+    def contains(self, user: str, password: str, stored: str) -> bool:
         """Whether this password was found to fit what is stored for the user now."""
         found = self._digests.get(user)
         return found is not None and hmac.compare_digest(found, self._digest(password, stored))

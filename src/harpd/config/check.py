@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from harpd.auth import AuthDB
-from harpd.config.loaded import Options, configure_log, make_generation
+from harpd.config.loaded import CommandLine, configure_log, load_config
 from harpd.config.settings import ConfigError, listening_places
 from harpd.worker.privileges import UserError, resolve_credentials
 from harpd.worker.procedures import load_procedures
@@ -21,7 +21,7 @@ from harpd.worker.procedures import load_procedures
 __all__ = ["check"]
 
 
-def check(options: Options) -> list[str]:
+def check(options: CommandLine) -> list[str]:
     """Check everything that the command line names: configuration, certificate, users, log, procedures.
 
     Call it before the process has threads.
@@ -36,27 +36,27 @@ def check(options: Options) -> list[str]:
     child = os.fork()
     if child == 0:
         os.close(heard)
-        _report(options, said)
+        _write_report(options, said)
     os.close(said)
     with os.fdopen(heard, "rb") as report:
         text = report.read()
     _, status = os.waitpid(child, 0)
     if not text:
-        raise ConfigError(f"{options.config}: the check ended before it was done ({_ending(status)})")
+        raise ConfigError(f"{options.config}: the check ended before it was done ({_describe_status(status)})")
     found = json.loads(text)
     if found["fault"]:
         raise ConfigError(found["fault"])
     return list(found["warnings"])
 
 
-def _report(options: Options, said: int) -> NoReturn:
+def _write_report(options: CommandLine, said: int) -> NoReturn:
     try:
         null = os.open(os.devnull, os.O_RDWR)
         for stream in (0, 1, 2):
             os.dup2(null, stream)
         fault, warnings = "", []
         try:
-            warnings = _read_all(options)
+            warnings = _load_everything(options)
         except BaseException as error:  # noqa: BLE001 - whatever own code raises is the fault to report
             fault = " ".join(str(error).split()) or type(error).__name__
         with os.fdopen(said, "wb") as report:
@@ -65,8 +65,8 @@ def _report(options: Options, said: int) -> NoReturn:
         os._exit(0)
 
 
-def _read_all(options: Options) -> list[str]:
-    generation = make_generation(options)
+def _load_everything(options: CommandLine) -> list[str]:
+    generation = load_config(options)
     configure_log(options, generation)
     listening_places(
         generation.configuration.network, options.config
@@ -90,6 +90,6 @@ def _read_all(options: Options) -> list[str]:
     return warnings
 
 
-def _ending(status: int) -> str:
+def _describe_status(status: int) -> str:
     code = os.waitstatus_to_exitcode(status)
     return f"signal {-code}" if code < 0 else f"exit status {code}"

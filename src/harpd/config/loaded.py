@@ -1,4 +1,4 @@
-"""What a reload replaces as a whole: configuration, certificate, users, log, the warden's settings.
+"""What a reload replaces as a whole: configuration, certificate, users, log, the supervisor's settings.
 
 ``--test``, the start and every reload make it by the same function, so they find the same faults.
 """
@@ -19,18 +19,18 @@ from harpd.config.log_settings import LogSettings
 from harpd.config.settings import ConfigError, Configuration, load, load_yaml, server_context
 
 __all__ = [
-    "Generation",
-    "Options",
-    "Plan",
+    "CommandLine",
+    "LoadedConfig",
+    "SupervisorConfig",
     "configure_log",
-    "make_generation",
-    "make_plan",
-    "warden_settings",
+    "load_config",
+    "load_supervisor_config",
+    "supervisor_settings",
 ]
 
 
 @dataclass(frozen=True)
-class Options:
+class CommandLine:
     """The command line. Paths are absolute; users and groups are numbers or names, None: not given.
 
     Attributes:
@@ -57,28 +57,28 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What a keeper of wardens needs of the files: no key and no user."""
+class SupervisorConfig:
+    """What a keeper of supervisors needs of the files: no key and no user."""
 
     configuration: Configuration
     log: LogSettings
 
 
 @dataclass(frozen=True)
-class Generation(Plan):
+class LoadedConfig(SupervisorConfig):
     """What one connection works with from its first byte to its last."""
 
     context: ssl.SSLContext
     users: AuthDB
 
 
-def make_plan(options: Options) -> Plan:
+def load_supervisor_config(options: CommandLine) -> SupervisorConfig:
     """Read configuration and log settings. May block. Raises `ConfigError`."""
     configuration = load(options.config)
-    return Plan(configuration, LogSettings(syslog=options.syslog, config=_log_config(options.logging)))
+    return SupervisorConfig(configuration, LogSettings(syslog=options.syslog, config=_log_config(options.logging)))
 
 
-def make_generation(options: Options) -> Generation:
+def load_config(options: CommandLine) -> LoadedConfig:
     """Read and check everything that the command line names but the procedures file.
 
     Sets `sys.path`, because the authentication module may need it. May block.
@@ -86,18 +86,18 @@ def make_generation(options: Options) -> Generation:
     Raises:
         ConfigError: something is wrong; what was in use before still is.
     """
-    plan = make_plan(options)
-    configuration = plan.configuration
+    base = load_supervisor_config(options)
+    configuration = base.configuration
     context = server_context(configuration.network, options.config)
     before = sys.path[:]
-    ends = configuration.python.ends()
-    sys.path[:] = [*ends["prepend"], *options.search_path, *ends["append"]]
+    paths = configuration.python.search_paths()
+    sys.path[:] = [*paths["prepend"], *options.search_path, *paths["append"]]
     try:
         users = _open_users(configuration.authentication, options.config)
     except BaseException:
         sys.path[:] = before
         raise
-    return Generation(configuration, plan.log, context, users)
+    return LoadedConfig(configuration, base.log, context, users)
 
 
 def _log_config(path: Path | None) -> dict[str, Any] | None:
@@ -115,7 +115,7 @@ def _open_users(section: dict[str, Any], file: Path) -> AuthDB:
     try:
         module = importlib.import_module(name)
     except BaseException as error:
-        raise _fault(f"{where}: can't be imported", error) from error
+        raise _module_error(f"{where}: can't be imported", error) from error
     create = getattr(module, "create", None)
     if not callable(create):
         raise ConfigError(f"{where}: expected a function create(config), found none")
@@ -124,13 +124,13 @@ def _open_users(section: dict[str, Any], file: Path) -> AuthDB:
     except ValueError as error:  # so modules say which key is wrong, and how
         raise ConfigError(f"{file}: authentication.{_one_line(error)}") from error
     except BaseException as error:
-        raise _fault(f"{where}: create() failed", error) from error
+        raise _module_error(f"{where}: create() failed", error) from error
     if not callable(getattr(users, "authenticate", None)):
         raise ConfigError(f"{where}: expected an object with authenticate(), create() returned {type(users).__name__}")
     return users
 
 
-def _fault(where: str, error: BaseException) -> ConfigError:
+def _module_error(where: str, error: BaseException) -> ConfigError:
     if isinstance(error, KeyboardInterrupt):
         raise error
     return ConfigError(f"{where}: {type(error).__name__}: {_one_line(error)}")
@@ -140,40 +140,42 @@ def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split())
 
 
-def configure_log(options: Options, plan: Plan) -> None:
+def configure_log(options: CommandLine, config: SupervisorConfig) -> None:
     """Set up this process's log as configured. Raises `ConfigError`."""
     try:
-        logs.configure(plan.log)
+        logs.configure(config.log)
     except (ValueError, OSError) as error:
         raise ConfigError(f"{options.logging or '--syslog'}: {_one_line(error)}") from error
 
 
-def warden_settings(options: Options, plan: Plan, runtime_directory: Path, outlive: bool) -> dict[str, Any]:
-    """What the warden gets to know: nothing secret, values that JSON can carry. Spec: harpd.supervisor.main.
+def supervisor_settings(
+    options: CommandLine, config: SupervisorConfig, runtime_directory: Path, outlive: bool
+) -> dict[str, Any]:
+    """What the supervisor gets to know: nothing secret, values that JSON can carry. Spec: harpd.supervisor.main.
 
     Args:
         options: the command line.
-        plan: configuration and log.
+        config: configuration and log settings.
         runtime_directory: where it makes its sockets.
         outlive: whether it goes on without a keeper while it holds calls.
     """
-    configuration = plan.configuration
-    limits, evidence = configuration.limits, configuration.evidence
+    configuration = config.configuration
+    limits, exit_info = configuration.limits, configuration.exit_info
     return {
         "procedures": str(options.procedures),
-        "python_path": configuration.python.ends(),
+        "python_path": configuration.python.search_paths(),
         "default_user": options.default_user,
         "default_group": options.default_group,
-        "calls": limits.calls,
+        "max_calls": limits.max_calls,
         "kill_grace": limits.kill_grace,
         "spool": limits.spool,
         "spool_memory": limits.spool_memory,
-        "keep_running": limits.keep_running,
-        "linger": limits.linger,
-        "evidence": {"stderr": evidence.stderr, "traceback": evidence.traceback},
+        "disconnect_timeout": limits.disconnect_timeout,
+        "result_ttl": limits.result_ttl,
+        "exit_info": {"stderr": exit_info.stderr, "traceback": exit_info.traceback},
         "cgroup": configuration.cgroup,
         "outlive": outlive,
         "runtime_directory": str(runtime_directory),
-        "logging": plan.log,
+        "logging": config.log,
         "descriptors": options.descriptors,
     }

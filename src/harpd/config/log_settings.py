@@ -1,6 +1,6 @@
-"""harpd's log, set up alike in the gate and in the warden.
+"""harpd's log, set up alike in the gate and in the supervisor.
 
-The gate sends its `LogSettings` to the warden as JSON: plain values only.
+The gate sends its `LogSettings` to the supervisor as JSON: plain values only.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ from harp_daemon.tls import DEFAULT_FLOOR, FLOORS, set_floor
 __all__ = [
     "ConfigError",
     "Configuration",
-    "Evidence",
+    "ExitInfo",
     "Limits",
     "Network",
     "Python",
@@ -80,7 +80,7 @@ class Python(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         if isinstance(self.path, dict) and (unknown := sorted(set(self.path) - {"prepend", "append"})):
             raise ValueError(f"path.{unknown[0]}: unknown key; expected prepend or append")
 
-    def ends(self) -> dict[str, list[str]]:
+    def search_paths(self) -> dict[str, list[str]]:
         """The directories to put before and after Python's own: lists under ``prepend`` and ``append``."""
         given = self.path if isinstance(self.path, dict) else {"prepend": self.path}
         both = {end: given.get(end, []) for end in ("prepend", "append")}
@@ -109,21 +109,21 @@ class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         linger: the most that a dispatcher may ask for the ends of its calls to be kept for it.
     """
 
-    connections: Count = 1000
-    calls: Count = 500
-    handshake: Seconds = 10.0
-    request: Seconds = 30.0
+    max_connections: Count = 1000
+    max_calls: Count = 500
+    handshake_timeout: Seconds = 10.0
+    request_timeout: Seconds = 30.0
     request_line: Bytes = 16 * 1024 * 1024
     request_memory: Bytes = 256 * 1024 * 1024
-    idle: Seconds = 60.0
-    authentication: Seconds = 10.0
+    keep_alive_timeout: Seconds = 60.0
+    authentication_timeout: Seconds = 10.0
     authentication_threads: Count = 8
-    write_stall: Seconds = 300.0
+    write_timeout: Seconds = 300.0
     kill_grace: Seconds = 5.0
     spool: Bytes = 64 * 1024 * 1024
     spool_memory: Bytes = 1024 * 1024 * 1024
-    keep_running: Seconds = 3600.0
-    linger: Seconds = 86400.0
+    disconnect_timeout: Seconds = 3600.0
+    result_ttl: Seconds = 86400.0
 
     def __post_init__(self) -> None:
         if self.request_memory < self.request_line:
@@ -134,7 +134,7 @@ class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
             raise ValueError(f"spool_memory: expected {expected}, got {self.spool_memory}")
 
 
-class Evidence(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+class ExitInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Section `evidence`: what dispatchers are told of a call's end, beside what is no secret.
 
     Attributes:
@@ -155,7 +155,7 @@ class Configuration(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
         python: where own modules are found.
         limits: how much of everything.
         evidence: what dispatchers are told of a call's end.
-        runtime_directory: where gate and wardens meet, with the records of running calls;
+        runtime_directory: where gate and supervisors meet, with the records of running calls;
             None: a fresh private directory, removed at the end.
         cgroup: the directory of the cgroup in which each call gets one; None: the service's own, if it was delegated.
     """
@@ -164,14 +164,14 @@ class Configuration(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     authentication: dict[str, Any]
     python: Python = Python()
     limits: Limits = Limits()
-    evidence: Evidence = Evidence()
+    exit_info: ExitInfo = ExitInfo()
     runtime_directory: str | None = None
     cgroup: str | None = None
 
     def __post_init__(self) -> None:
         module = self.authentication.get("module")
         if not isinstance(module, str) or not module:
-            raise ValueError(f"authentication.module: expected the name of a module, got {_shown(module)}")
+            raise ValueError(f"authentication.module: expected the name of a module, got {_describe(module)}")
 
     def __repr__(self) -> str:
         # The section `authentication` may hold passwords.
@@ -227,12 +227,12 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_FAULT = re.compile(r"(?P<what>.*?)(?: - at `(?:key in )?\$\.?(?P<key>.*)`)?", re.DOTALL)
+_MSGSPEC_ERROR = re.compile(r"(?P<what>.*?)(?: - at `(?:key in )?\$\.?(?P<key>.*)`)?", re.DOTALL)
 _MISSING = re.compile(r"Object missing required field `(.*)`")
 _UNKNOWN = re.compile(r"Object contains unknown field `(.*)`")
 _BOUND = re.compile(r"Expected `(.*)` ([<>]=?) (\S+)")
 _TYPE = re.compile(r"Expected `(.*)`, got `(.*)`")
-_KINDS = {
+_TYPE_NAMES = {
     "int": "an integer",
     "float": "a number",
     "str": "a string",
@@ -246,35 +246,36 @@ _BOUNDS = {">": "more than", ">=": "at least", "<": "less than", "<=": "at most"
 
 def _explain(message: str, document: Any) -> str:
     """Turn msgspec's message into ours."""
-    fault = _FAULT.fullmatch(message)
+    fault = _MSGSPEC_ERROR.fullmatch(message)
     assert fault is not None
     what, key = fault["what"], fault["key"] or ""
     if found := _MISSING.fullmatch(what):
-        return f"{_joined(key, found[1])}: missing"
+        return f"{_join_key(key, found[1])}: missing"
     if found := _UNKNOWN.fullmatch(what):
-        return f"{_joined(key, found[1])}: unknown key"
+        return f"{_join_key(key, found[1])}: unknown key"
     if found := _TYPE.fullmatch(what):
-        return f"{key or 'the file'}: expected {_kinds(found[1])}, got {_kinds(found[2])}"
+        return f"{key or 'the file'}: expected {_type_names(found[1])}, got {_type_names(found[2])}"
     if found := _BOUND.fullmatch(what):
-        return f"{key}: expected {_kinds(found[1])}, {_BOUNDS[found[2]]} {found[3]}, got {_shown(_at(document, key))}"
-    return _joined(key, what)  # a check of ours: it begins with the rest of the key
+        got = _describe(_value_at(document, key))
+        return f"{key}: expected {_type_names(found[1])}, {_BOUNDS[found[2]]} {found[3]}, got {got}"
+    return _join_key(key, what)  # a check of ours: it begins with the rest of the key
 
 
-def _joined(section: str, key: str) -> str:
+def _join_key(section: str, key: str) -> str:
     return f"{section}.{key}" if section else key
 
 
-def _kinds(names: str) -> str:
-    return " or ".join(_KINDS.get(name, name) for name in names.split(" | "))
+def _type_names(names: str) -> str:
+    return " or ".join(_TYPE_NAMES.get(name, name) for name in names.split(" | "))
 
 
-def _at(document: Any, key: str) -> Any:
+def _value_at(document: Any, key: str) -> Any:
     for name in key.split("."):
         document = document[name]
     return document
 
 
-def _shown(value: object) -> str:
+def _describe(value: object) -> str:
     return "nothing" if value is None else repr(value)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from harpd.config.settings import ConfigError
-from harpd.control.supervisor_client import WardenError, Wardens
+from harpd.control.supervisor_client import SupervisorClient, SupervisorError
 
 __all__ = ["drain", "resume", "status"]
 
@@ -15,9 +15,9 @@ __all__ = ["drain", "resume", "status"]
 _PAUSE = 0.2
 
 
-def _wardens(directory: Path) -> Wardens:
+def _wardens(directory: Path) -> SupervisorClient:
     try:
-        return Wardens(directory)
+        return SupervisorClient(directory)
     except OSError as error:
         raise ConfigError(f"runtime_directory: {directory}: {error.strerror}") from error
 
@@ -30,10 +30,10 @@ async def status(directory: Path) -> list[dict[str, Any]]:
 
     Raises:
         ConfigError: there is no such directory.
-        WardenError: a warden gives no answer.
+        SupervisorError: a warden gives no answer.
     """
     with _wardens(directory) as wardens:
-        return await wardens.ask_all({"control": "status"})
+        return await wardens.request_all({"control": "status"})
 
 
 async def drain(directory: Path, deadline: float | None) -> bool:
@@ -48,14 +48,14 @@ async def drain(directory: Path, deadline: float | None) -> bool:
 
     Raises:
         ConfigError: there is no such directory.
-        WardenError: a warden gives no answer, or there is none.
+        SupervisorError: a warden gives no answer, or there is none.
     """
     with _wardens(directory) as wardens:
         await _tell(wardens, "drain")
         try:
             async with asyncio.timeout(deadline):
                 while True:
-                    found = await wardens.ask_all({"control": "status"})
+                    found = await wardens.request_all({"control": "status"})
                     if not any(warden["calls"] + warden["held"] for warden in found):
                         return True
                     await asyncio.sleep(_PAUSE)
@@ -69,6 +69,6 @@ async def resume(directory: Path) -> None:
         await _tell(wardens, "resume")
 
 
-async def _tell(wardens: Wardens, command: str) -> None:
-    if not await wardens.ask_all({"control": command}):
-        raise WardenError("the warden of the calls does not run")
+async def _tell(wardens: SupervisorClient, command: str) -> None:
+    if not await wardens.request_all({"control": command}):
+        raise SupervisorError("the warden of the calls does not run")

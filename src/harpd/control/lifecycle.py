@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from harp_daemon.process import notify
 from harpd.config.settings import ConfigError
-from harpd.control.supervisor_client import WardenError
+from harpd.control.supervisor_client import SupervisorError
 
 __all__ = ["Program", "Service", "end"]
 
@@ -105,7 +105,7 @@ class _Reloads:
             self._asked = False
             try:
                 await self._reload()
-            except (ConfigError, WardenError) as error:
+            except (ConfigError, SupervisorError) as error:
                 log.error("reload failed; nothing is changed", extra={"reason": str(error)})
             except Exception:
                 log.exception("reload failed; nothing is changed")

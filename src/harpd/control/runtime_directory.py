@@ -1,6 +1,6 @@
-"""The runtime directory: where gate and wardens meet, and where calls are recorded. One gate and one keeper hold it.
+"""The runtime directory: sockets and state files of harpd. One frontend and one launcher lock it.
 
-They may be one program or two services.
+Frontend and launcher are one program, or two services.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from pathlib import Path
 
 from harpd.config.settings import ConfigError
 
-__all__ = ["Part", "runtime_directory"]
+__all__ = ["Role", "runtime_directory"]
 
 
-class Part(Enum):
+class Role(Enum):
     """A part of harpd that there is once for a runtime directory; the value names its lock."""
 
-    GATE = "gate"
-    KEEPER = "keeper"
+    FRONTEND = "gate"
+    LAUNCHER = "keeper"
 
 
 def _check_owner(path: Path, file: Path) -> None:
-    """Whoever may write there could take the wardens' place."""
+    """Whoever may write there could take the supervisors' place."""
     found = path.stat()
     whose = f"{file}: runtime_directory: {path}"
     if found.st_uid not in (0, os.geteuid()):
@@ -38,13 +38,13 @@ def _check_owner(path: Path, file: Path) -> None:
 
 
 @contextmanager
-def runtime_directory(configured: str | None, file: Path, *parts: Part) -> Iterator[Path]:
+def runtime_directory(configured: str | None, file: Path, *roles: Role) -> Iterator[Path]:
     """Make the runtime directory, and hold it as these parts of harpd.
 
     Args:
         configured: its path, made when it is missing; None: a fresh one that is removed at the end.
         file: the configuration file, for messages.
-        parts: what the program is.
+        *roles: the roles of this program.
 
     Raises:
         ConfigError: it can't be made, is not a directory, others may write there, or a running program is one of
@@ -60,7 +60,7 @@ def runtime_directory(configured: str | None, file: Path, *parts: Part) -> Itera
         try:
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
             _check_owner(path, file)
-            for part in parts:
+            for part in roles:
                 descriptor = os.open(path / f"{part.value}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
                 closing.callback(os.close, descriptor)
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,7 +1,7 @@
-"""The service `harpd supervisor`: keeps the wardens, and with them the calls, apart from the gate.
+"""The service `harpd supervisor`: launches the supervisor, independently of the frontend.
 
-SIGTERM ends all calls. SIGHUP puts a new warden, with what is then installed and configured, in the place of the old
-one, which retires. SIGUSR1 ends this program alone: the wardens go on, and retire when it is started again.
+SIGTERM ends all calls. SIGHUP replaces the supervisor by a new one, with the code and the configuration of now; the old
+one retires. SIGUSR1 ends only this program: supervisors continue, and retire when the service starts again.
 """
 
 from __future__ import annotations
@@ -13,83 +13,94 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from harpd.config.loaded import Options, Plan, configure_log, make_plan, warden_settings
+from harpd.config.loaded import (
+    CommandLine,
+    SupervisorConfig,
+    configure_log,
+    load_supervisor_config,
+    supervisor_settings,
+)
 from harpd.config.settings import ConfigError
-from harpd.control.launcher import STOP_MARGIN, Keeper
+from harpd.control.launcher import STOP_MARGIN, SupervisorLauncher
 from harpd.control.lifecycle import Program
-from harpd.control.runtime_directory import Part, runtime_directory
-from harpd.control.supervisor_client import Wardens
+from harpd.control.runtime_directory import Role, runtime_directory
+from harpd.control.supervisor_client import SupervisorClient
 
 __all__ = ["run"]
 
 log = logging.getLogger("harpd.control")
 
 
-async def run(options: Options, plan: Plan, serving: Callable[[], None]) -> None:
-    """Keep wardens until SIGTERM, SIGINT or SIGUSR1.
+async def run(options: CommandLine, config: SupervisorConfig, serving: Callable[[], None]) -> None:
+    """Keep supervisors until SIGTERM, SIGINT or SIGUSR1.
 
     Args:
         options: the command line.
-        plan: what `make_plan` made of it; it has a runtime directory.
-        serving: called once a warden takes calls.
+        config: the loaded configuration; it has a runtime directory.
+        serving: called once a supervisor takes calls.
 
     Raises:
         ConfigError: the runtime directory can't be used.
-        WardenError: the warden did not start; its log says why.
+        SupervisorError: the supervisor did not start; its log says why.
     """
     program = Program()
-    configured = plan.configuration.runtime_directory
-    with runtime_directory(configured, options.config, Part.KEEPER) as directory, Wardens(directory) as wardens:
-        calls = Calls(options, plan, directory, wardens)
+    configured = config.configuration.runtime_directory
+    with (
+        runtime_directory(configured, options.config, Role.LAUNCHER) as directory,
+        SupervisorClient(directory) as supervisors,
+    ):
+        service = SupervisorService(options, config, directory, supervisors)
 
         def leave() -> None:
-            calls.leaving = True
+            service.detaching = True
             program.ending.set()
 
         asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, leave)
-        await program.run(calls, serving)
+        await program.run(service, serving)
 
 
-class Calls:
+class SupervisorService:
     """The running service. A `harpd.control.lifecycle.Service`.
 
     Args:
         options: the command line.
-        plan: what the first warden starts with.
+        plan: what the first supervisor starts with.
         directory: the runtime directory.
-        wardens: the way to its wardens.
+        wardens: the way to its supervisors.
     """
 
-    def __init__(self, options: Options, plan: Plan, directory: Path, wardens: Wardens) -> None:
+    def __init__(
+        self, options: CommandLine, config: SupervisorConfig, directory: Path, client: SupervisorClient
+    ) -> None:
         self._options = options
-        self._plan = plan
+        self._config = config
         self._directory = directory
-        self._keeper = Keeper(wardens, options.background, self._settings)
-        #: Whether the wardens go on at the end.
-        self.leaving = False
+        self._launcher = SupervisorLauncher(client, options.background, self._settings)
+        #: Whether the supervisors go on at the end.
+        self.detaching = False
 
     def _settings(self) -> dict[str, Any]:
-        """What the next warden starts with: what the files say now, or said when they were last in order.
+        """What the next supervisor starts with: what the files say now, or said when they were last in order.
 
-        The gate may have reloaded meanwhile, and have given the warden that has died what the files say now.
+        The gate may have reloaded meanwhile, and have given the supervisor that has died what the files say now.
         """
         try:
-            self._plan = make_plan(self._options)
+            self._config = load_supervisor_config(self._options)
         except ConfigError as error:
             log.error("the configuration has a fault; the last one counts", extra={"reason": str(error)})
-        return warden_settings(self._options, self._plan, self._directory, outlive=True)
+        return supervisor_settings(self._options, self._config, self._directory, outlive=True)
 
     async def start(self) -> None:
-        """Start the first warden. Raises `WardenError`."""
-        await self._keeper.start()
+        """Start the first supervisor. Raises `SupervisorError`."""
+        await self._launcher.start()
         log.info("harpd keeps calls")
 
     async def reload(self) -> None:
-        """Put a new warden in the place of the old one. Raises `ConfigError` and `WardenError`."""
-        old, new = self._plan, make_plan(self._options)
+        """Put a new supervisor in the place of the old one. Raises `ConfigError` and `SupervisorError`."""
+        old, new = self._config, load_supervisor_config(self._options)
         try:
             configure_log(self._options, new)
-            await self._keeper.start()
+            await self._launcher.start()
         except BaseException:
             configure_log(self._options, old)
             raise
@@ -98,8 +109,8 @@ class Calls:
             log.warning("a changed setting needs a restart", extra={"key": "runtime_directory"})
 
     async def stop(self) -> None:
-        """End all calls with ``shutdown``, and the wardens; or leave them alone."""
-        if self.leaving:
-            await self._keeper.leave()
+        """End all calls with ``shutdown``, and the supervisors; or leave them alone."""
+        if self.detaching:
+            await self._launcher.detach()
         else:
-            await self._keeper.stop(2 * self._plan.configuration.limits.kill_grace + STOP_MARGIN)
+            await self._launcher.stop(2 * self._config.configuration.limits.kill_grace + STOP_MARGIN)

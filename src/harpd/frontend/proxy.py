@@ -1,13 +1,12 @@
-"""A call's lines on their way between its warden and its client.
+"""Carries the data of one call between its supervisor and its client.
 
-Of a *tied* call only the warden's lines are carried: a client that says anything, or goes away, stops the call, and its
-connection counts until the call's processes are gone.
+A *connection-bound* call ends with its connection. Only the supervisor's lines are sent on: when the client sends data
+or disconnects, the call is stopped, and the connection counts until the call's processes have ended. If the client
+asked for keep-alive, data after the closing line is its next request.
 
-When the client has asked for its connection to be kept, what it says after the closing line is its next request.
-
-Of a *kept* call bytes are carried both ways, unread but for the length of the client's lines. Whoever goes away,
-nothing is said in its name: an error line would be taken for the call's end, and the call goes on. With a connection
-that is to be kept, the next request follows the order ``done``.
+For a *resumable* call, both directions are sent on without decoding; only the length of the client's lines is checked.
+When either side disconnects, no error line is sent: it would look like the end of the call, but the call continues.
+With keep-alive, the next request follows the command ``done``.
 """
 
 from __future__ import annotations
@@ -24,27 +23,27 @@ from harp.protocol.fields import ProtocolError
 from harp.protocol.harpd import LONGEST_ORDER, Done, decode_order
 from harp.protocol.lines import LineBuffer, LineTooLong
 from harpd.config.settings import Limits
-from harpd.control.supervisor_client import Reply, WardenConnection, WardenLost, Wardens
-from harpd.frontend.line_relay import Relay
-from harpd.frontend.tls_stream import Client, Gone
+from harpd.control.supervisor_client import AttachReply, SupervisorClient, SupervisorConnection, SupervisorDied
+from harpd.frontend.line_relay import LineRelay
+from harpd.frontend.tls_stream import ClientDisconnected, TLSStream
 
-__all__ = ["AFTER_REQUEST", "CALL_DIED", "SHUTDOWN", "Around", "KeptCall", "Refused", "TiedCall"]
+__all__ = ["AFTER_REQUEST", "CALL_DIED", "SHUTDOWN", "BoundProxy", "ProxyContext", "RequestRejected", "ResumableProxy"]
 
 log = logging.getLogger("harpd.frontend")
 
-#: Seconds beyond the grace periods that the warden has to end a call.
+#: Seconds beyond the grace periods that the supervisor has to end a call.
 _STOP_MARGIN = 10.0
-#: The most bytes of orders that may come before the warden's first answer.
-_MOST_HELD = 64 * 1024
-#: How the line begins by which a warden refuses a call because it ends; `encode_message` writes it so.
-_REFUSED = b'{"harp":1,"error":{"type":"shutdown"'
+#: The most bytes of orders that may come before the supervisor's first answer.
+_MAX_PENDING_BYTES = 64 * 1024
+#: How the line begins by which a supervisor refuses a call because it ends; `encode_message` writes it so.
+_SHUTDOWN_PREFIX = b'{"harp":1,"error":{"type":"shutdown"'
 
 AFTER_REQUEST = Failed("invalid_request", "data after the request line")
-CALL_DIED = Failed("call_died", "the warden of the calls died")
+CALL_DIED = Failed("call_died", "the supervisor of the calls died")
 SHUTDOWN = Failed("shutdown", "the daemon is shutting down")
 
 
-class Refused(Exception):
+class RequestRejected(Exception):
     """The request is refused, or the call cut short.
 
     Args:
@@ -52,88 +51,93 @@ class Refused(Exception):
         sending: whether more may be on its way from the client.
     """
 
-    def __init__(self, error: Failed, sending: bool = False) -> None:
-        super().__init__(error, sending)
+    def __init__(self, error: Failed, discard_input: bool = False) -> None:
+        super().__init__(error, discard_input)
         self.error = error
-        self.sending = sending
+        self.discard_input = discard_input
 
 
-class _Spoke(Exception):
+class _UnexpectedData(Exception):
     """The client sent something after its request."""
 
 
-class _Leaving(Exception):
-    """The gate ends, and the wardens go on."""
+class _ShuttingDown(Exception):
+    """The gate ends, and the supervisors go on."""
 
 
 @dataclass(frozen=True, slots=True)
-class Around:
+class ProxyContext:
     """What a call is carried with.
 
     Attributes:
         call: its id, for the log.
         client: its client.
         limits: the configuration's.
-        taken: called once the warden has the request.
+        taken: called once the supervisor has the request.
         keep: whether the client wants to go on with another request.
     """
 
     call: str
-    client: Client
+    stream: TLSStream
     limits: Limits
-    taken: Callable[[], None]
-    keep: bool
+    on_accepted: Callable[[], None]
+    keep_alive: bool
 
 
-class _Carrying:
+class _Proxy:
     """What both kinds share: they end when the gate leaves."""
 
-    def __init__(self, around: Around, warden: WardenConnection) -> None:
-        self._client = around.client
-        self._limits = around.limits
-        self._taken = around.taken
-        self._about = {"call": around.call, "peer": around.client.peer}
-        self._keep = around.keep
-        self._warden = warden
-        self._left: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    def __init__(self, context: ProxyContext, supervisor: SupervisorConnection) -> None:
+        self._stream = context.stream
+        self._limits = context.limits
+        self._on_accepted = context.on_accepted
+        self._log_fields = {"call": context.call, "peer": context.stream.peer}
+        self._keep_alive = context.keep_alive
+        self._supervisor = supervisor
+        self._detached: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
-    def leave(self) -> None:
-        """End the carrying: the gate ends, and the wardens go on."""
-        if not self._left.done():
-            self._left.set_exception(_Leaving())
+    def detach(self) -> None:
+        """End the carrying: the gate ends, and the supervisors go on."""
+        if not self._detached.done():
+            self._detached.set_exception(_ShuttingDown())
 
 
-class TiedCall(_Carrying):
+class BoundProxy(_Proxy):
     """A call whose client's connection is its life.
 
     Args:
         around: what it is carried with.
-        wardens: the way to the wardens.
-        asked: what tells the warden from others, see `Wardens.current`.
+        wardens: the way to the supervisors.
+        asked: what tells the supervisor from others, see `SupervisorClient.current`.
         warden: who gets the call.
         request: the line for it.
     """
 
     def __init__(
-        self, around: Around, wardens: Wardens, asked: int | None, warden: WardenConnection, request: bytes
+        self,
+        context: ProxyContext,
+        client: SupervisorClient,
+        inode: int | None,
+        supervisor: SupervisorConnection,
+        request: bytes,
     ) -> None:
-        super().__init__(around, warden)
-        self._wardens = wardens
-        self._asked = asked
+        super().__init__(context, supervisor)
+        self._client = client
+        self._inode = inode
         self._request = request
-        self._relay = Relay()
-        self._next = b""
-        #: What the client is told when the warden ends before the call does.
-        self.lost = CALL_DIED
+        self._relay = LineRelay()
+        self._next_request = b""
+        #: What the client is told when the supervisor ends before the call does.
+        self.error_on_loss = CALL_DIED
 
     @classmethod
-    async def begin(cls, around: Around, wardens: Wardens, request: bytes) -> TiedCall:
-        """Reach a warden for a call. Raises `WardenError`."""
-        asked = wardens.current()
-        return cls(around, wardens, asked, await wardens.reach(), request)
+    async def open(cls, context: ProxyContext, client: SupervisorClient, request: bytes) -> BoundProxy:
+        """Reach a supervisor for a call. Raises `SupervisorError`."""
+        inode = client.active_socket_inode()
+        return cls(context, client, inode, await client.connect_active(), request)
 
-    async def carry(self) -> bytes | None:
-        """Ask the warden for the call, and carry its lines to the client until the call has ended.
+    async def run(self) -> bytes | None:
+        """Ask the supervisor for the call, and carry its lines to the client until the call has ended.
 
         Returns:
             What has come of the client's next request; None: there will be none.
@@ -141,121 +145,130 @@ class TiedCall(_Carrying):
         Raises:
             Gone: the client is gone, and the call with it.
             Refused: the call was cut short, and the client has to be told.
-            WardenError: the warden retires, and there is no other.
+            SupervisorError: the supervisor retires, and there is no other.
         """
         relay = self._relay
-        cut: Refused | None = None
+        rejected: RequestRejected | None = None
         try:
-            await _first(self._carry_lines(), self._watch(), self._left)
-        except Gone:
-            if not relay.ended:
-                self._client.abort()
-                await self._stop("client went away; call stopped")
+            await _run_until_first(self._relay_lines(), self._watch_client(), self._detached)
+        except ClientDisconnected:
+            if not relay.complete:
+                self._stream.abort()
+                await self._stop_call("client went away; call stopped")
             raise
-        except _Spoke:
-            cut = Refused(AFTER_REQUEST, sending=True)
-            if not relay.ended:
-                await self._stop("client sent more; call stopped")
-        except _Leaving:
-            cut = Refused(SHUTDOWN)
-            if not relay.ended:
-                await self._stop("the gate ends; call stopped")
+        except _UnexpectedData:
+            rejected = RequestRejected(AFTER_REQUEST, discard_input=True)
+            if not relay.complete:
+                await self._stop_call("client sent more; call stopped")
+        except _ShuttingDown:
+            rejected = RequestRejected(SHUTDOWN)
+            if not relay.complete:
+                await self._stop_call("the gate ends; call stopped")
         finally:
-            self._warden.close()
-        if relay.torn:
-            self._client.abort()
-        elif not relay.ended:
-            raise cut or Refused(self.lost)
-        elif self._goes_on and cut is None:
-            return self._next
+            self._supervisor.close()
+        if relay.mid_line:
+            self._stream.abort()
+        elif not relay.complete:
+            raise rejected or RequestRejected(self.error_on_loss)
+        elif self._may_continue and rejected is None:
+            return self._next_request
         else:
-            await self._client.finish()
+            await self._stream.drain()
         return None
 
     @property
-    def _goes_on(self) -> bool:
+    def _may_continue(self) -> bool:
         """Whether the client may say its next request now."""
-        return self._keep and self._relay.ended and not self._relay.failed
+        return self._keep_alive and self._relay.complete and not self._relay.failed
 
-    async def _carry_lines(self) -> None:
-        """Send the client what the warden says, until the warden closes or dies. Raises `Gone`."""
-        with contextlib.suppress(WardenLost):
-            data = await self._ask()
-            if data.startswith(_REFUSED) and self._wardens.current() != self._asked:
+    async def _relay_lines(self) -> None:
+        """Send the supervisor's lines to the client until the supervisor closes. Raises `ClientDisconnected`."""
+        with contextlib.suppress(SupervisorDied):
+            data = await self._send_request()
+            if data.startswith(_SHUTDOWN_PREFIX) and self._client.active_socket_inode() != self._inode:
                 # It retired while the request was on its way, and has started nothing.
-                self._warden.close()
-                self._warden = await self._wardens.reach()
-                data = await self._ask()
+                self._supervisor.close()
+                self._supervisor = await self._client.connect_active()
+                data = await self._send_request()
             self._request = b""
-            self._taken()
+            self._on_accepted()
             while data:
                 if sendable := self._relay.feed(data):
-                    await self._client.write(sendable)
-                if self._goes_on:
-                    return  # that its process is gone, which the warden says by closing, nobody waits for
-                data = await self._warden.receive()
+                    await self._stream.write(sendable)
+                if self._may_continue:
+                    return  # that its process is gone, which the supervisor says by closing, nobody waits for
+                data = await self._supervisor.receive()
 
-    async def _ask(self) -> bytes:
-        await self._warden.send(self._request)
-        return await self._warden.receive()
+    async def _send_request(self) -> bytes:
+        await self._supervisor.send(self._request)
+        return await self._supervisor.receive()
 
-    async def _watch(self) -> None:
-        """Wait until the client goes away or says something. Raises `Gone` or `_Spoke`."""
+    async def _watch_client(self) -> None:
+        """Wait until the client goes away or says something. Raises `ClientDisconnected` or `_UnexpectedData`."""
         while True:
-            data = await self._client.read()
-            if self._goes_on:
-                self._next = data
+            data = await self._stream.read()
+            if self._may_continue:
+                self._next_request = data
                 return
             if data.strip():
-                raise _Spoke
+                raise _UnexpectedData
 
-    async def _stop(self, why: str) -> None:
-        """Have the warden stop the call, and wait until its processes are gone."""
-        with contextlib.suppress(WardenLost):
-            self._warden.send_end()
+    async def _stop_call(self, why: str) -> None:
+        """Have the supervisor stop the call, and wait until its processes are gone."""
+        with contextlib.suppress(SupervisorDied):
+            self._supervisor.finish_sending()
             try:
                 async with asyncio.timeout(2 * self._limits.kill_grace + _STOP_MARGIN):
-                    while await self._warden.receive():
+                    while await self._supervisor.receive():
                         pass
             except TimeoutError:
-                log.error("call did not end in time", extra={**self._about, "why": why})
+                log.error("call did not end in time", extra={**self._log_fields, "why": why})
                 return
-        log.info(why, extra=self._about)
+        log.info(why, extra=self._log_fields)
 
 
-class KeptCall(_Carrying):
+class ResumableProxy(_Proxy):
     """A call that goes on without its client, who may come back.
 
     Args:
         around: what it is carried with.
         warden: who has the call, or gets it.
-        request: the line for the warden, if it has not got it.
+        request: the line for the supervisor, if it has not got it.
         received: what it has said already.
         orders: what the client has said already after its request.
     """
 
     def __init__(
-        self, around: Around, warden: WardenConnection, orders: bytes, request: bytes = b"", received: bytes = b""
+        self,
+        context: ProxyContext,
+        supervisor: SupervisorConnection,
+        commands: bytes,
+        request: bytes = b"",
+        received: bytes = b"",
     ) -> None:
-        super().__init__(around, warden)
+        super().__init__(context, supervisor)
         self._request = request
         self._received = received
-        self._orders = orders
-        self._held = bytearray()  # orders that came before the warden has answered, which reads nothing else till then
-        self._answered = False
-        self._next: bytes | None = None
+        self._commands = commands
+        self._pending_commands = (
+            bytearray()
+        )  # orders that came before the supervisor has answered, which reads nothing else till then
+        self._accepted = False
+        self._next_request: bytes | None = None
 
     @classmethod
-    async def begin(cls, around: Around, wardens: Wardens, request: bytes, orders: bytes) -> KeptCall:
-        """Reach a warden for a call. Raises `WardenError`."""
-        return cls(around, await wardens.reach(), orders, request=request)
+    async def open(
+        cls, context: ProxyContext, client: SupervisorClient, request: bytes, commands: bytes
+    ) -> ResumableProxy:
+        """Reach a supervisor for a call. Raises `SupervisorError`."""
+        return cls(context, await client.connect_active(), commands, request=request)
 
     @classmethod
-    def attached(cls, around: Around, reply: Reply, orders: bytes) -> KeptCall:
-        """Go on with a call from what its warden has replied."""
-        return cls(around, reply.connection, orders, received=reply.line + reply.more)
+    def from_reply(cls, context: ProxyContext, reply: AttachReply, commands: bytes) -> ResumableProxy:
+        """Go on with a call from what its supervisor has replied."""
+        return cls(context, reply.connection, commands, received=reply.line + reply.rest)
 
-    async def carry(self) -> bytes | None:
+    async def run(self) -> bytes | None:
         """Carry bytes both ways until one side is gone.
 
         Returns:
@@ -265,79 +278,82 @@ class KeptCall(_Carrying):
             Gone: it was the client.
         """
         try:
-            await _first(self._carry_lines(), self._carry_orders(), self._left)
-            if self._next is None:
-                await self._client.finish()
+            await _run_until_first(self._relay_lines(), self._relay_commands(), self._detached)
+            if self._next_request is None:
+                await self._stream.drain()
         except LineTooLong as error:
-            log.warning("client sent what is no order; detached", extra={**self._about, "reason": str(error)})
+            log.warning("client sent what is no order; detached", extra={**self._log_fields, "reason": str(error)})
         except TimeoutError:
-            log.error("warden does not read; client detached", extra=self._about)
-        except _Leaving:
-            log.info("the gate ends; client detached", extra=self._about)
+            log.error("supervisor does not read; client detached", extra=self._log_fields)
+        except _ShuttingDown:
+            log.info("the gate ends; client detached", extra=self._log_fields)
         else:
-            return self._next
+            return self._next_request
         finally:
-            self._warden.close()
+            self._supervisor.close()
         return None
 
-    async def _carry_lines(self) -> None:
-        """Send the client what the warden says. Raises `Gone` and `TimeoutError`."""
-        with contextlib.suppress(WardenLost):
+    async def _relay_lines(self) -> None:
+        """Send the client what the supervisor says. Raises `ClientDisconnected` and `TimeoutError`."""
+        with contextlib.suppress(SupervisorDied):
             if self._request:
-                await self._send(self._request)
+                await self._send_to_supervisor(self._request)
                 self._request = b""
-            data = self._received or await self._warden.receive()
+            data = self._received or await self._supervisor.receive()
             self._received = b""
-            self._taken()
-            with contextlib.suppress(WardenLost):  # what it has said is to be read all the same
-                while self._held:
-                    held, self._held = bytes(self._held), bytearray()
-                    await self._send(held)
-            self._answered = True
+            self._on_accepted()
+            with contextlib.suppress(SupervisorDied):  # what it has said is to be read all the same
+                while self._pending_commands:
+                    held, self._pending_commands = bytes(self._pending_commands), bytearray()
+                    await self._send_to_supervisor(held)
+            self._accepted = True
             while data:
-                await self._client.write(data)
-                data = await self._warden.receive()
+                await self._stream.write(data)
+                data = await self._supervisor.receive()
 
-    async def _carry_orders(self) -> None:
-        """Send the warden what the client says, a line at a time. Raises `Gone`, `LineTooLong` and `TimeoutError`."""
+    async def _relay_commands(self) -> None:
+        """Send the client's commands to the supervisor, line by line.
+
+        Raises `ClientDisconnected`, `LineTooLong` and `TimeoutError`.
+        """
         buffer = LineBuffer(LONGEST_ORDER)
-        data = self._orders
-        with contextlib.suppress(WardenLost):
-            while self._next is None:
-                lines = self._take_orders(buffer, data)
-                if self._answered and lines:
-                    await self._send(b"".join(lines))
+        data = self._commands
+        with contextlib.suppress(SupervisorDied):
+            while self._next_request is None:
+                lines = self._split_commands(buffer, data)
+                if self._accepted and lines:
+                    await self._send_to_supervisor(b"".join(lines))
                 else:
-                    self._held += b"".join(lines)
-                    if len(self._held) > _MOST_HELD:
-                        raise LineTooLong(f"more than {_MOST_HELD} bytes came before the acknowledgement")
-                if self._next is None:
-                    data = await self._client.read()
-            await self._left  # the warden closes now; what the client says until then is its next request
-        while True:  # what the warden has said before it died goes to the client still
-            await self._client.read()
+                    self._pending_commands += b"".join(lines)
+                    if len(self._pending_commands) > _MAX_PENDING_BYTES:
+                        raise LineTooLong(f"more than {_MAX_PENDING_BYTES} bytes came before the acknowledgement")
+                if self._next_request is None:
+                    data = await self._stream.read()
+            await self._detached  # the supervisor closes now; what the client says until then is its next request
+        while True:  # what the supervisor has said before it died goes to the client still
+            await self._stream.read()
 
-    def _take_orders(self, buffer: LineBuffer, data: bytes) -> list[bytes]:
+    def _split_commands(self, buffer: LineBuffer, data: bytes) -> list[bytes]:
         """The orders that are whole; what follows the last one, if that is to be the next request, is kept as it is.
 
         Raises:
             LineTooLong: an order is longer than one may be; a request may be longer.
         """
         lines: list[bytes] = []
-        while data and self._next is None:
+        while data and self._next_request is None:
             piece, end, data = data.partition(b"\n")
             for line in buffer.feed(piece + end):
                 lines.append(line + b"\n")
-                if self._keep and _is_done(line):
-                    self._next = data
+                if self._keep_alive and _is_release(line):
+                    self._next_request = data
         return lines
 
-    async def _send(self, data: bytes) -> None:
-        async with asyncio.timeout(self._limits.write_stall):
-            await self._warden.send(data)
+    async def _send_to_supervisor(self, data: bytes) -> None:
+        async with asyncio.timeout(self._limits.write_timeout):
+            await self._supervisor.send(data)
 
 
-def _is_done(line: bytes) -> bool:
+def _is_release(line: bytes) -> bool:
     """Whether a client says by this line that it wants no more of a kept call."""
     try:
         return b"done" in line and isinstance(decode_order(line), Done)
@@ -345,13 +361,15 @@ def _is_done(line: bytes) -> bool:
         return False
 
 
-async def _first(one: Coroutine[Any, Any, None], other: Coroutine[Any, Any, None], left: asyncio.Future[None]) -> None:
+async def _run_until_first(
+    one: Coroutine[Any, Any, None], other: Coroutine[Any, Any, None], detached: asyncio.Future[None]
+) -> None:
     """Run both until one has ended, by returning or raising, or until it is left; the first of the three counts."""
     tasks = [asyncio.create_task(one), asyncio.create_task(other)]
     try:
-        await asyncio.wait([*tasks, left], return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait([*tasks, detached], return_when=asyncio.FIRST_COMPLETED)
     finally:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-    next(future for future in (*tasks, left) if future.done() and not future.cancelled()).result()
+    next(future for future in (*tasks, detached) if future.done() and not future.cancelled()).result()

@@ -1,7 +1,7 @@
-"""The front of harpd: listens, speaks TLS, checks who calls, and passes calls on to the warden.
+"""The front of harpd: listens, speaks TLS, checks who calls, and passes calls on to the supervisor.
 
 It never runs a procedure and holds no kept call's life. What is slow or may block lives elsewhere: password checks in
-threads, calls in the warden's processes, each connection in a task of its own with a deadline for every phase.
+threads, calls in the supervisor's processes, each connection in a task of its own with a deadline for every phase.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from typing import Any
 
 from harp_daemon.memory_quota import Allowance
 from harp_daemon.sockets import prepare
-from harpd.config.loaded import Generation, Options, configure_log, make_generation, warden_settings
+from harpd.config.loaded import CommandLine, LoadedConfig, configure_log, load_config, supervisor_settings
 from harpd.config.settings import ConfigError
-from harpd.control.launcher import STOP_MARGIN, Keeper
+from harpd.control.launcher import STOP_MARGIN, SupervisorLauncher
 from harpd.control.lifecycle import Program, end
-from harpd.control.runtime_directory import Part, runtime_directory
-from harpd.control.supervisor_client import Wardens
+from harpd.control.runtime_directory import Role, runtime_directory
+from harpd.control.supervisor_client import SupervisorClient
 from harpd.frontend.connection import Connection
 from harpd.frontend.listeners import listen
-from harpd.frontend.thread_pool import Crashed, Threads
-from harpd.frontend.tls_stream import boottime, peer_name
+from harpd.frontend.thread_pool import BoundedThreadPool, TaskFailed
+from harpd.frontend.tls_stream import boottime, format_peer
 
 __all__ = ["run"]
 
@@ -41,95 +41,98 @@ _CALM = 0.9
 _ACCEPT_PAUSE = 0.1
 _EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 #: Seconds between two signs that the program runs, and was not halted.
-_BEAT = 0.5
-#: Seconds for a reload's blocking part and for its warden.
-_RELOAD = 60.0
+_HEARTBEAT_INTERVAL = 0.5
+#: Seconds for a reload's blocking part and for its supervisor.
+_RELOAD_TIMEOUT = 60.0
 #: Seconds for what clients still have to be told at the end.
-_LAST_WORDS = 5.0
+_FINAL_REPLY_TIMEOUT = 5.0
 #: Descriptors of the program itself, beside those of its connections.
 _OWN_DESCRIPTORS = 64
 
 
-async def run(options: Options, generation: Generation, serving: Callable[[], None], alone: bool) -> None:
+async def run(options: CommandLine, config: LoadedConfig, on_serving: Callable[[], None], frontend_only: bool) -> None:
     """Serve until SIGTERM or SIGINT; SIGHUP reloads.
 
     Args:
         options: the command line.
-        generation: what `make_generation` made of it.
-        serving: called once the daemon takes calls.
-        alone: whether another program keeps the wardens; else this one does, and its end is the end of all calls.
+        config: the loaded configuration.
+        on_serving: called once the daemon takes calls.
+        frontend_only: whether another program launches the supervisor; otherwise this one does, and its stop ends all
+            calls.
 
     Raises:
         ConfigError: it can't listen, or the runtime directory can't be used.
-        WardenError: the warden did not start; its log says why.
+        SupervisorError: the supervisor did not start; its log says why.
     """
     program = Program()
-    configuration = generation.configuration
-    _raise_descriptor_limit(configuration.limits.connections)
-    parts = (Part.GATE,) if alone else (Part.GATE, Part.KEEPER)
+    configuration = config.configuration
+    _raise_descriptor_limit(configuration.limits.max_connections)
+    roles = (Role.FRONTEND,) if frontend_only else (Role.FRONTEND, Role.LAUNCHER)
     configured = configuration.runtime_directory
-    with runtime_directory(configured, options.config, *parts) as directory, Wardens(directory) as wardens:
+    with runtime_directory(configured, options.config, *roles) as directory, SupervisorClient(directory) as client:
         listeners = listen(configuration.network, options.config)
-        settings = partial(warden_settings, options, runtime_directory=directory, outlive=configured is not None)
-        await program.run(Gate(options, generation, wardens, settings, listeners, alone), serving)
+        settings = partial(supervisor_settings, options, runtime_directory=directory, outlive=configured is not None)
+        await program.run(FrontendServer(options, config, client, settings, listeners, frontend_only), on_serving)
 
 
-class Gate:
+class FrontendServer:
     """The running daemon. A `harpd.control.lifecycle.Service`.
 
     Args:
         options: the command line.
         generation: what connections are served with until a reload.
-        wardens: the way to the wardens.
-        settings: makes of a generation what wardens get to know.
+        wardens: the way to the supervisors.
+        settings: makes of a generation what supervisors get to know.
         listeners: sockets that listen.
-        alone: whether another program keeps the wardens.
+        alone: whether another program keeps the supervisors.
     """
 
     def __init__(
         self,
-        options: Options,
-        generation: Generation,
-        wardens: Wardens,
-        settings: Callable[[Generation], dict[str, Any]],
+        options: CommandLine,
+        config: LoadedConfig,
+        client: SupervisorClient,
+        settings: Callable[[LoadedConfig], dict[str, Any]],
         listeners: list[socket.socket],
-        alone: bool,
+        frontend_only: bool,
     ) -> None:
         self._options = options
-        self._wardens = wardens
+        self._client = client
         self._settings = settings
         self._listeners = listeners
-        self._keeper = None if alone else Keeper(wardens, options.background, lambda: settings(self._generation))
-        self._loader = Threads(1)
-        self._at_start = generation
-        self._use(generation)
+        self._launcher = (
+            None if frontend_only else SupervisorLauncher(client, options.background, lambda: settings(self._config))
+        )
+        self._reload_thread = BoundedThreadPool(1)
+        self._initial_config = config
+        self._apply_config(config)
         self._accepting: list[asyncio.Task[None]] = []
         self._connections: dict[asyncio.Task[None], Connection] = {}
         self._surplus = 0
         self._crowded = False
-        self._beats = (boottime(),) * 2
+        self._heartbeats = (boottime(),) * 2
 
     async def start(self) -> None:
-        """Start the warden, if that is done here, then accept connections. Raises `WardenError`."""
-        if self._keeper is not None:
-            await self._keeper.start()
-        self._beat()
+        """Start the supervisor, if that is done here, then accept connections. Raises `SupervisorError`."""
+        if self._launcher is not None:
+            await self._launcher.start()
+        self._record_heartbeat()
         for listener in self._listeners:
             self._accepting.append(asyncio.create_task(self._accept(listener)))
             address, port = listener.getsockname()[:2]
             log.info("harpd is serving", extra={"address": address, "port": port})
-        _warn_of_low_floor(self._generation)
+        _warn_about_old_tls(self._config)
 
-    def _beat(self) -> None:
+    def _record_heartbeat(self) -> None:
         """Note that this program runs. The beat before the last one is surely before anything that is read now."""
-        self._beats = (self._beats[1], boottime())
-        asyncio.get_running_loop().call_later(_BEAT, self._beat)
+        self._heartbeats = (self._heartbeats[1], boottime())
+        asyncio.get_running_loop().call_later(_HEARTBEAT_INTERVAL, self._record_heartbeat)
 
-    def _use(self, generation: Generation) -> None:
+    def _apply_config(self, generation: LoadedConfig) -> None:
         """Serve the connections to come by this generation; those under way keep what they have."""
         limits = generation.configuration.limits
-        self._generation = generation
-        self._threads = Threads(limits.authentication_threads)
+        self._config = generation
+        self._thread_pool = BoundedThreadPool(limits.authentication_threads)
         self._allowance = Allowance(limits.request_memory)
 
     async def _accept(self, listener: socket.socket) -> None:
@@ -148,10 +151,10 @@ class Gate:
             if exhausted:
                 log.info("accepts connections again")
             exhausted = False
-            self._admit(accepted, peer_name(address))
+            self._admit(accepted, format_peer(address))
 
     def _admit(self, accepted: socket.socket, peer: str) -> None:
-        limit, held = self._generation.configuration.limits.connections, len(self._connections) - self._surplus
+        limit, held = self._config.configuration.limits.max_connections, len(self._connections) - self._surplus
         over = held >= limit
         if over and not self._crowded:
             log.warning("too many connections", extra={"connections": held})
@@ -165,9 +168,9 @@ class Gate:
             accepted.close()
             return
         connection = Connection(
-            accepted, peer, self._generation, self._threads, self._allowance, self._wardens, lambda: self._beats[0]
+            accepted, peer, self._config, self._thread_pool, self._allowance, self._client, lambda: self._heartbeats[0]
         )
-        task = asyncio.create_task(connection.refuse() if over else connection.serve())
+        task = asyncio.create_task(connection.reject() if over else connection.serve())
         self._connections[task] = connection
         self._surplus += over
         task.add_done_callback(partial(self._dismiss, over))
@@ -179,47 +182,47 @@ class Gate:
             log.error("connection failed", exc_info=error)
 
     async def reload(self) -> None:
-        """Put a new generation in the place of the old one. Raises `ConfigError` and `WardenError`."""
-        old = self._generation
+        """Put a new generation in the place of the old one. Raises `ConfigError` and `SupervisorError`."""
+        old = self._config
         try:
-            new = await self._loader.run(partial(make_generation, self._options), _RELOAD)
+            new = await self._reload_thread.run(partial(load_config, self._options), _RELOAD_TIMEOUT)
         except TimeoutError as error:
-            raise ConfigError(f"{self._options.config}: loading took longer than {_RELOAD:g} s") from error
-        except Crashed as error:
+            raise ConfigError(f"{self._options.config}: loading took longer than {_RELOAD_TIMEOUT:g} s") from error
+        except TaskFailed as error:
             raise error.__cause__ or error from None
         try:
             configure_log(self._options, new)
-            await self._wardens.ask({"control": "reload", "settings": self._settings(new)}, _RELOAD)
+            await self._client.request({"control": "reload", "settings": self._settings(new)}, _RELOAD_TIMEOUT)
         except BaseException:
             configure_log(self._options, old)
             raise
-        self._use(new)
+        self._apply_config(new)
         log.info("reloaded")
-        for key in _needing_restart(self._at_start, new):
+        for key in _settings_needing_restart(self._initial_config, new):
             log.warning("a changed setting needs a restart", extra={"key": key})
-        _warn_of_low_floor(new)
+        _warn_about_old_tls(new)
 
     async def stop(self) -> None:
-        """Stop accepting and end, within bounds whatever happens.
+        """Stop accepting, end the connections, and return within a bounded time.
 
-        Where the wardens are kept here, all calls are ended with ``shutdown``. Else only the tied ones are: a kept one
-        loses its client for a while.
+        If this program launches the supervisor, all calls end with ``shutdown``. Otherwise only connection-bound calls
+        end; resumable calls continue without a connection.
         """
         for listener in self._listeners:
             listener.close()
         await end(self._accepting)
         for task, connection in self._connections.items():
-            connection.stop(task, wardens_end=self._keeper is not None)
-        patience = 2 * self._generation.configuration.limits.kill_grace + STOP_MARGIN
-        if self._keeper is not None:
-            await self._keeper.stop(patience)
+            connection.stop(task, supervisor_stops=self._launcher is not None)
+        patience = 2 * self._config.configuration.limits.kill_grace + STOP_MARGIN
+        if self._launcher is not None:
+            await self._launcher.stop(patience)
         else:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(patience):
                     for connection in list(self._connections.values()):
-                        await connection.call_over()
+                        await connection.wait_call_done()
         if self._connections:
-            await asyncio.wait(self._connections, timeout=_LAST_WORDS)
+            await asyncio.wait(self._connections, timeout=_FINAL_REPLY_TIMEOUT)
         await end(self._connections)
 
 
@@ -232,7 +235,7 @@ def _raise_descriptor_limit(connections: int) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (reachable, hard))
 
 
-def _needing_restart(old: Generation, new: Generation) -> list[str]:
+def _settings_needing_restart(old: LoadedConfig, new: LoadedConfig) -> list[str]:
     before, after = old.configuration, new.configuration
     pairs = {
         "network.address": (before.network.address, after.network.address),
@@ -242,7 +245,7 @@ def _needing_restart(old: Generation, new: Generation) -> list[str]:
     return [key for key, (was, is_) in pairs.items() if was != is_]
 
 
-def _warn_of_low_floor(generation: Generation) -> None:
-    floor = generation.configuration.network.tls_floor
+def _warn_about_old_tls(config: LoadedConfig) -> None:
+    floor = config.configuration.network.tls_floor
     if floor in ("1.0", "1.1"):
         log.warning("TLS versions below 1.2 are allowed", extra={"tls_minimum": floor})

@@ -11,16 +11,16 @@ import threading
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-__all__ = ["Crashed", "Threads"]
+__all__ = ["BoundedThreadPool", "TaskFailed"]
 
 T = TypeVar("T")
 
 
-class Crashed(Exception):
+class TaskFailed(Exception):
     """The code raised something; that is the cause."""
 
 
-class Threads:
+class BoundedThreadPool:
     """Places for code that may block. Belongs to one event loop.
 
     Args:
@@ -28,7 +28,7 @@ class Threads:
     """
 
     def __init__(self, limit: int) -> None:
-        self._places = asyncio.Semaphore(limit)
+        self._slots = asyncio.Semaphore(limit)
 
     async def run(self, function: Callable[[], T], deadline: float) -> T:
         """Run a function in a thread of its own and return what it returns.
@@ -45,23 +45,23 @@ class Threads:
         outcome: asyncio.Future[tuple[T | None, BaseException | None]] = loop.create_future()
 
         def end(value: T | None, error: BaseException | None) -> None:
-            self._places.release()
+            self._slots.release()
             if not outcome.done():
                 outcome.set_result((value, error))
 
         async with asyncio.timeout(deadline):
-            await self._places.acquire()
+            await self._slots.acquire()
             try:
-                threading.Thread(target=_work, args=(loop, function, end), daemon=True).start()
+                threading.Thread(target=_run_task, args=(loop, function, end), daemon=True).start()
             except RuntimeError as error:
                 end(None, error)
             value, error_ = await outcome
         if error_ is not None:
-            raise Crashed(type(error_).__name__) from error_
+            raise TaskFailed(type(error_).__name__) from error_
         return value  # type: ignore[return-value]  # no error: it is what the function returned
 
 
-def _work(loop: asyncio.AbstractEventLoop, function: Callable[[], Any], end: Callable[..., None]) -> None:
+def _run_task(loop: asyncio.AbstractEventLoop, function: Callable[[], Any], end: Callable[..., None]) -> None:
     value, failure = None, None
     try:
         value = function()

@@ -37,9 +37,9 @@ connection whose first line has the key ``control`` gets one line back:
 When its last keeper goes, a warden whose settings say `outlive` goes on for as long as it holds calls; one whose
 runtime directory is temporary, where nobody would find it again, ends all calls and itself.
 
-The settings: `procedures` (path), `python_path` (prepend, append), `default_user`, `default_group`, `calls` (the most
-at once), `kill_grace` (seconds), `spool` and `spool_memory` (bytes that a kept call, and all calls, may have said that
-nobody has stored), `disconnect_timeout` and `linger` (the most seconds that may be asked for), `evidence` (stderr,
+The settings: `procedures` (path), `python_path` (prepend, append), `default_user`, `default_group`, `max_calls`,
+`kill_grace` (seconds), `spool` and `spool_memory` (bytes that a kept call, and all calls, may have said that nobody has
+stored), `disconnect_timeout` and `result_ttl` (the most seconds that may be asked for), `exit_info` (stderr,
 traceback: whether), `cgroup` (directory or null), `outlive`, `runtime_directory`, `logging`. `descriptors`, the limit
 of open files that calls have, may be absent: then it is the warden's own at its start. Nothing secret but the calls'
 owners and secrets ever comes here.
@@ -258,7 +258,7 @@ class Supervisor:
             return Failed("procedure_loading_error", "the procedures are being loaded again")
         if name not in self._zygote.procedures:
             return Failed("no_such_procedure", f"there is no procedure {name!r}", {"procedure": name})
-        most = self._settings["calls"]
+        most = self._settings["max_calls"]
         if len(self._calls) >= most:
             return Failed("too_many_calls", f"{most} calls run already, which is the limit of this host")
         if call_id in self._calls:
@@ -318,7 +318,7 @@ class Supervisor:
         record: Mapping[str, Any],
     ) -> Call:
         settings = self._settings
-        if len(self._calls) + len(zygote.idle_workers) >= settings["calls"]:
+        if len(self._calls) + len(zygote.idle_workers) >= settings["max_calls"]:
             zygote.idle_workers.shut_down_oldest()
         around = CallContext(
             loop=self._loop,
@@ -329,8 +329,8 @@ class Supervisor:
             output=self._output,
             cgroups=self._cgroups,
             quota=self._memory,
-            keep_stderr=settings["evidence"]["stderr"],
-            keep_tracebacks=settings["evidence"]["traceback"],
+            keep_stderr=settings["exit_info"]["stderr"],
+            keep_tracebacks=settings["exit_info"]["traceback"],
         )
         call = Call(around, call_id, name, zygote.procedures[name], zygote, audience, record, self._on_call_gone)
         self._calls[call_id] = call

@@ -92,7 +92,7 @@ class CallRegistry:
         terms = self._terms(asked)
         if self._loop.now() - begun > min(_OLDEST_START, terms.disconnect_timeout):
             return Failed("call_refused", "the start was too long on its way; it did not happen")
-        if self._memory.exhausted or len(self._calls) >= _HELD_SHARE * self._settings["calls"]:
+        if self._memory.exhausted or len(self._calls) >= _HELD_SHARE * self._settings["max_calls"]:
             return Failed("too_many_calls", "the calls whose ends nobody has fetched hold as much as they may")
         owner = string(asked, "owner")
         if call_id in self._calls or self._barred.contains(owner, call_id):
@@ -101,8 +101,8 @@ class CallRegistry:
 
     def _terms(self, asked: Members) -> SessionLimits:
         return SessionLimits(
-            disconnect_timeout=min(_seconds(asked, "keep_running"), self._settings["keep_running"]),
-            result_ttl=min(_seconds(asked, "linger"), self._settings["linger"]),
+            disconnect_timeout=min(_seconds(asked, "keep_running"), self._settings["disconnect_timeout"]),
+            result_ttl=min(_seconds(asked, "linger"), self._settings["result_ttl"]),
             timeout=_seconds(asked, "timeout"),
             max_exec_time=_seconds(asked, "max_exec_time"),
         )

@@ -100,7 +100,7 @@ class ZygoteClient:
             "default_user": settings.get("default_user"),
             "default_group": settings.get("default_group"),
             "descriptors": settings["descriptors"],
-            "tracebacks": settings["evidence"]["traceback"],
+            "tracebacks": settings["exit_info"]["traceback"],
         }
         self._send(command)
 
