@@ -285,11 +285,13 @@ def test_test_warns_of_what_will_fail_later(harpd: Harpd) -> None:
     )
     outcome = run(harpd, "--test", "--default-group", "no-such-group")
     assert (outcome.returncode, outcome.stdout) == (0, "config OK\n")
-    assert [line.rsplit(": ", 1)[1] for line in outcome.stderr.splitlines()] == [
+    expected = (
         "leaves 1 thread(s) running; no call will have them",
         "unknown group: 'no-such-group'; calls will fail",
         "unknown user: 'no-such-user'; calls will fail",
-    ]
+    )
+    for line, end in zip(outcome.stderr.splitlines(), expected, strict=True):
+        assert line.endswith(f": {end}")
 
 
 def test_what_the_procedures_file_prints_is_not_taken_for_ours(harpd: Harpd) -> None:

@@ -75,8 +75,8 @@ async def test_another_answer_ends_the_search(tmp_path: Path) -> None:
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_WAIT", 0.3)
-    monkeypatch.setattr(module, "_ANSWER", 0.2)
+    monkeypatch.setattr(module, "_START_TIMEOUT", 0.3)
+    monkeypatch.setattr(module, "_REPLY_TIMEOUT", 0.2)
 
 
 @pytest.mark.usefixtures("impatient")
