@@ -382,8 +382,8 @@ async def test_closing_again_does_nothing(store: Store) -> None:
 # Facts
 
 
-@pytest.mark.parametrize("name", ["call", "stopped", "receipt", "evidence"])
-async def test_each_fact_is_written_alone(store: Store, name: str) -> None:
+@pytest.mark.parametrize("name", ["call", "stop_request", "stop_report", "exit_info"])
+async def test_update_metadata_with_one_column_keeps_the_others(store: Store, name: str) -> None:
     job_id = await job_in(store, State.RUNNING)
     one = JobMetadata(**{name: Raw(b'{ "a" : 1.10 }')})
     await store.update_metadata(job_id, one)

@@ -1,7 +1,7 @@
-"""What a job is, and the states it goes through. Pure: no clock, no input or output.
+"""Jobs, their states and what is stored about them. Pure: no clock, no input or output.
 
-`TRANSITIONS` is the one place that says which state may follow which; the stores' guards and CHECK constraints,
-the documentation and the conformance cases are made from it or tested against it.
+`TRANSITIONS` alone defines which state may follow which. The guards and CHECK constraints of the stores, the
+documentation and the conformance tests are derived from it or tested against it.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ __all__ = [
 
 
 class State(StrEnum):
-    """The state of a job; every end has the name of the wire's closing line."""
+    """The state of a job; the closing states are named after the closing lines of the protocol."""
 
     QUEUED = "queued"
     RUNNING = "running"
@@ -46,7 +46,7 @@ class State(StrEnum):
 
 _NONE = frozenset[State]()
 
-#: Which states may follow which. A job can fail without having run: its host is unknown, say.
+#: The states that may follow each state. A job can fail before it runs, for example because its host is unknown.
 TRANSITIONS: Mapping[State, frozenset[State]] = MappingProxyType(
     {
         State.QUEUED: frozenset({State.RUNNING, State.CANCELLED, State.FAILED}),
@@ -58,7 +58,7 @@ TRANSITIONS: Mapping[State, frozenset[State]] = MappingProxyType(
     }
 )
 
-#: The states that no other state follows.
+#: The closing states: no other state follows them.
 ENDED = frozenset(state for state, following in TRANSITIONS.items() if not following)
 
 _STATES: Mapping[type, State] = MappingProxyType(
@@ -72,17 +72,17 @@ _STATES: Mapping[type, State] = MappingProxyType(
 
 
 def state_of(end: End) -> State:
-    """The state of a job that has this end."""
+    """Return the state of a job that has this end."""
     return _STATES[type(end)]
 
 
 class StopState(StrEnum):
-    """What is known of the processes of a job that was stopped. A job that ended by itself has none of these."""
+    """What is known about the processes of a job that was stopped. A job that ended by itself has no such state."""
 
-    PENDING = "pending"  # the host has been asked, or is to be asked once it can be reached
-    CONFIRMED = "confirmed"  # the host says that nothing of the call is left
-    FAILED = "failed"  # something of it survives, or the host was given up as lost
-    UNKNOWN = "unknown"  # the host's daemon can't say: one of the field
+    PENDING = "pending"  # the stop command was sent, or will be once the host can be reached
+    CONFIRMED = "confirmed"  # the host reports that no process of the call is left
+    FAILED = "failed"  # a process survives, or the host was declared lost
+    UNKNOWN = "unknown"  # the host runs a legacy harpd, which cannot report it
 
 
 _NULL = Raw(b"null")
@@ -90,18 +90,18 @@ _NULL = Raw(b"null")
 
 @dataclass(frozen=True, slots=True)
 class NewJob:
-    """A job as it is submitted.
+    """A job that is to be stored.
 
     Attributes:
         id: UUID in its lower-case text form.
         host: name of the host in the registry.
         procedure: name of the procedure.
-        arguments: an array or an object.
-        timeout: the most seconds between two messages of the job.
-        max_exec_time: the most seconds from start to end.
-        queue: the queue's name, an object, as the submitter wrote it; None: no queue.
-        concurrency: how many jobs of the queue may run at once; counts for the first job of a queue.
-        info: any value of the submitter's.
+        arguments: JSON array or object.
+        timeout: maximum number of seconds between two messages of the job.
+        max_exec_time: maximum number of seconds from start to end.
+        queue: name of the queue, a JSON object, as the submitter wrote it; None: no queue.
+        concurrency: maximum number of jobs of the queue that run at once; the first job of a queue decides.
+        info: any JSON value of the submitter.
     """
 
     id: str
@@ -117,19 +117,20 @@ class NewJob:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A job as it is stored.
+    """A stored job.
+
+    Attributes not listed here are those of `NewJob`.
 
     Attributes:
-        id: as in `NewJob`, like all that are not listed here.
-        state: where the job stands.
-        submitted: when it was stored; Unix seconds with fractions, as the other times.
-        started: when it was given its slot; None: not yet, or never.
-        ended: when its end was stored; None: not yet.
-        end: how it ended, payloads as `Raw`; None: not yet.
-        records: how many records of its stream are stored.
-        holds_slot: whether it takes a place of its queue and host: from its start until the host has confirmed that
-            the call is over, or has been given up as lost. A job that has ended may still hold it.
-        stop: what is known of the processes of a job that was stopped; None: it was not.
+        state: its state.
+        submitted: time at which it was stored; Unix seconds with fractions, like the other times.
+        started: time at which it got its slot; None: not yet, or never.
+        ended: time at which its end was stored; None: not yet.
+        end: its end, with payloads as `Raw`; None: not yet.
+        records: number of stored records of its stream.
+        holds_slot: whether it occupies a slot of its queue and host: from its start until the host has confirmed the
+            end of the call or was declared lost. A job that has ended may still hold its slot.
+        stop: what is known about the processes of a job that was stopped; None: it was not stopped.
     """
 
     id: str
@@ -152,13 +153,13 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class JobMetadata:
-    """What is known of a job's call beside its end: JSON objects as text, None: nothing.
+    """What is stored about a job's call in addition to its end. Each attribute is a JSON object as text, or None.
 
     Attributes:
-        call: where and how it runs: address, attempts, whether the host keeps it.
-        stopped: who stopped it, why and when.
-        receipt: what the host says of the stop.
-        evidence: how the call's process ended, what it used, its last words.
+        call: where and how the call runs: address, attempts, whether it is resumable.
+        stop_request: why, by whom and when it was stopped.
+        stop_report: what the host reports of the stop.
+        exit_info: how the call's process ended, the resources it used, its last output.
     """
 
     call: Raw | None = None
@@ -172,7 +173,7 @@ NO_METADATA = JobMetadata()
 
 @dataclass(frozen=True, slots=True)
 class Records:
-    """Records of a stream, one after the other: their values, and when each was made (Unix seconds with fractions)."""
+    """Consecutive records of a stream: their values, and the time of each (Unix seconds with fractions)."""
 
     values: Sequence[Raw] = ()
     timestamps: Sequence[float] = ()
@@ -183,14 +184,14 @@ class Records:
 
 @dataclass(frozen=True, slots=True)
 class QueuePosition:
-    """Why a queued job has not been given its slot.
+    """Why a queued job has no slot yet.
 
     Attributes:
-        position: its place among the queued jobs of its queue, or of its host's jobs without a queue; 1: the first.
-        concurrency: how many jobs of the queue may hold a slot; None: it has no queue.
-        holding: how many hold one.
-        holders: the ids of the oldest of these.
-        on_host: how many jobs hold a slot on its host, with or without a queue.
+        position: its position among the queued jobs of its lane, from 1.
+        concurrency: maximum number of jobs of the queue that hold a slot; None: it has no queue.
+        slots_held: number of jobs of the lane that hold a slot.
+        slot_holders: ids of the oldest of these jobs.
+        slots_held_on_host: number of jobs that hold a slot on its host, with or without a queue.
     """
 
     position: int
@@ -202,11 +203,13 @@ class QueuePosition:
 
 @dataclass(frozen=True, slots=True)
 class JobDetails:
-    """A job with all that is stored about it.
+    """A job with everything that is stored about it.
 
     Attributes:
-        record_bytes: how many bytes the stored records have.
-        waiting: for a queued job.
+        job: the job.
+        metadata: its metadata.
+        record_bytes: total size of its stored records in bytes.
+        queue_position: why it has no slot yet; None if it is not queued.
     """
 
     job: Job
@@ -217,23 +220,23 @@ class JobDetails:
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """Who this dispatcher is to its hosts: made with the store, for as long as the store lives.
+    """The identity of this dispatcher towards its hosts: created with the store, and never changed.
 
     Attributes:
-        owner: its id; random, so that nobody guesses what is derived from it.
-        key: what the secrets of its calls are derived with.
+        owner: random id, so that values derived from it cannot be guessed.
+        key: key from which the secrets of calls are derived.
     """
 
     owner: str = field(repr=False)
     key: bytes = field(repr=False)
 
     def owner_at(self, host: str) -> str:
-        """The name by which a host knows whose calls are ours; of no use at another host."""
-        return self._hmac(f"owner {self.owner} at {host}")
+        """Return the owner name that one host knows; it is useless at any other host."""
+        return self._derive(f"owner {self.owner} at {host}")
 
     def secret(self, job_id: str) -> str:
-        """What a host asks of whoever wants to attach to the job's call."""
-        return self._hmac(f"secret of {job_id}")
+        """Return the secret that a host requires from a client that attaches to the job's call."""
+        return self._derive(f"secret of {job_id}")
 
-    def _hmac(self, what: str) -> str:
-        return hmac.new(self.key, what.encode("utf-8", "surrogatepass"), hashlib.sha256).hexdigest()
+    def _derive(self, purpose: str) -> str:
+        return hmac.new(self.key, purpose.encode("utf-8", "surrogatepass"), hashlib.sha256).hexdigest()

@@ -1,8 +1,8 @@
-"""Who may start: lanes, and the order in which waiting jobs get their slot. Pure: no clock, no input or output.
+"""Lanes: the order in which queued jobs get their slot. Pure: no clock, no input or output.
 
-Each waiting job stands in one lane: that of its queue, or, when it has none, that of its host. A lane is first
-in, first out; only its head may start. Between lanes the order of submission decides. So whoever looks for jobs
-to start looks at the heads alone, however many jobs wait behind them.
+Each queued job is in one lane: the lane of its queue or, if it has no queue, the lane of its host. A lane is first
+in, first out; only its head may start. Between lanes the order of submission decides. So a search for jobs to start
+reads the heads only, however many jobs wait behind them.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from harp.protocol.json_text import Raw, canonical
 
 __all__ = ["Head", "host_lane", "queue_lane", "startable_jobs"]
 
-# 128 bits: two different queues never meet, and a name of any length makes a short key.
+# 128 bits: two queues never share a key, and a name of any length has a short key.
 _DIGEST_BYTES = 16
 
 
 def queue_lane(name: Raw) -> str:
-    """The key of a queue's lane: the same for two names exactly when they are equal as JSON values.
+    """Return the key of a queue's lane: equal for two names exactly when they are equal as JSON values.
 
     Args:
-        name: the queue's name, an object.
+        name: the queue's name, a JSON object.
 
     Spec: docs/protocol.md, Client and dispatcher, Call.
     """
@@ -31,7 +31,7 @@ def queue_lane(name: Raw) -> str:
 
 
 def host_lane(host: str) -> str:
-    """The key of the lane of the jobs for this host that have no queue."""
+    """Return the key of the lane for the jobs of this host that have no queue."""
     return "host:" + _digest(host)
 
 
@@ -41,7 +41,7 @@ def _digest(text: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """The first waiting job of a lane: its seq in the order of submission, and its host."""
+    """The first queued job of a lane: its sequence number in the order of submission, and its host."""
 
     seq: int
     host: str
@@ -56,15 +56,15 @@ def startable_jobs(
 ) -> Iterator[Head]:
     """Yield the jobs that may start now, in the order of submission.
 
-    The caller gives each job its slot before it asks for the next one: that brings the lane's next job to its head.
-    As that one was submitted later, one sweep in the order of submission sees every job that may start.
+    The caller gives each job its slot before it requests the next one, so that the next job of the lane becomes its
+    head. That job was submitted later, so one pass in the order of submission finds every job that may start.
 
     Args:
-        next_head: gives the first head behind a seq among the lanes whose own limit has room.
-        count_held_slots: how many jobs hold a slot on a host; asked at most once for each.
-        limit: how many to yield at most.
-        max_calls_per_host: how many jobs may hold a slot on one host. A head whose host is full stays, and its lane
-            waits.
+        next_head: returns the first head after a sequence number, of the lanes below their own limit.
+        count_held_slots: returns how many jobs hold a slot on a host; called at most once for each host.
+        limit: maximum number of jobs to yield.
+        max_calls_per_host: maximum number of jobs that hold a slot on one host. A lane waits while the host of its
+            head is full.
     """
     room: dict[str, int] = {}
     seq = 0

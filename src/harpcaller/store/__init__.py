@@ -1,10 +1,9 @@
-"""What the dispatcher asks of a store: domain verbs, no SQL in, no rows out.
+"""The interface of a store: domain verbs that take and return jobs, never SQL or rows.
 
-Every verb is one guarded statement or one short transaction, and says whether it happened. The first committed
-end of a job wins. `now` is an argument, Unix seconds with fractions: nothing here reads a clock. Every verb may
-raise `StorageError`; then it did not happen, and the store goes on working once the cause is gone. A verb whose
-awaiter is cancelled may happen all the same.
-A backend passes the conformance suite in tests/store.
+Every verb is one guarded statement or one short transaction, and returns whether it changed anything. The first
+committed end of a job wins. `now` is an argument, Unix seconds with fractions: no verb reads a clock. Every verb may
+raise `StorageError`; then nothing was changed, and the store works again as soon as the cause is removed. A verb
+whose awaiter is cancelled may complete all the same. A backend passes the conformance suite in tests/store.
 """
 
 from __future__ import annotations
@@ -15,13 +14,23 @@ from typing import Protocol
 
 from harp.protocol.ends import End
 from harp.protocol.json_text import Raw
-from harpcaller.model.jobs import NO_METADATA, Identity, Job, JobDetails, JobMetadata, NewJob, Records, State, StopState
+from harpcaller.model.jobs import (
+    NO_METADATA,
+    Identity,
+    Job,
+    JobDetails,
+    JobMetadata,
+    NewJob,
+    Records,
+    State,
+    StopState,
+)
 
 __all__ = ["QueueStatus", "StorageError", "Store", "UnknownJob"]
 
 
 class StorageError(Exception):
-    """The store could not do it: the disk is full, the file can't be read. The message names file and cause."""
+    """A store operation failed, for example because the disk is full. The message names the file and the cause."""
 
 
 class UnknownJob(LookupError):
@@ -33,10 +42,10 @@ class QueueStatus:
     """A queue with jobs that have not ended or hold a slot.
 
     Attributes:
-        name: as the first submitter wrote it.
+        name: its name as the first submitter wrote it.
         concurrency: its limit.
-        running: how many of its jobs hold a slot.
-        queued: how many wait.
+        running: number of its jobs that hold a slot.
+        queued: number of its queued jobs.
     """
 
     name: Raw
@@ -46,12 +55,12 @@ class QueueStatus:
 
 
 class Store(Protocol):
-    """Where jobs, their records and their ends are kept."""
+    """The storage of jobs, their records and their ends."""
 
     async def add_job(self, job: NewJob, now: float) -> None:
-        """Store a queued job; it is on stable storage when this returns. Makes its queue if there is none.
+        """Store a queued job; it is on stable storage when this returns. Create its queue if it does not exist.
 
-        Raises `ValueError` when there is a job with this id.
+        Raises `ValueError` if a job with this id exists.
         """
 
     async def add_jobs(self, jobs: Sequence[NewJob], now: float) -> None:
@@ -66,9 +75,9 @@ class Store(Protocol):
         """
 
     async def append_records(self, job_id: str, first: int, records: Records) -> bool:
-        """Append records numbered from `first`; False when the job is not running or has not exactly `first`.
+        """Append records numbered from `first`; return False if the job is not running or has not `first` records.
 
-        Raises `ValueError` for a record without its time, or with a line feed in it.
+        Raises `ValueError` if a record has no time or contains a line feed.
         """
 
     async def finish_job(
@@ -81,16 +90,16 @@ class Store(Protocol):
         keep_slot: bool = False,
         metadata: JobMetadata = NO_METADATA,
     ) -> bool:
-        """Store a job's end and what is known beside it; its slot is free then, unless it is kept.
+        """Store the end of a job and its metadata, and release its slot unless `keep_slot` is set.
 
-        False when the job has an end already, or when there is no such job: then nothing is stored. Raises `ValueError`
-        for an end that may not follow the job's state: a queued job can't have returned, nor keep a slot or be stopped.
+        Returns False, and stores nothing, if the job has ended or is unknown. Raises `ValueError` for an end that may
+        not follow the job's state: a queued job cannot return, keep a slot or be stopped.
         """
 
     async def cancel_job(self, job_id: str, now: float, stop_request: Raw | None = None) -> State | None:
-        """Store the end `Cancelled`; return the state before, None when the job had ended or is not known.
+        """Store the end `Cancelled`; return the state before, or None if the job has ended or is unknown.
 
-        `stopped` is stored as that fact. A job that was running keeps its slot, and its stop is pending then.
+        `stop_request` is stored as metadata. A job that was running keeps its slot, and its stop is pending.
         """
 
     async def cancel_queue(self, queue: Raw, now: float, stop_request: Raw | None = None) -> list[tuple[str, State]]:
@@ -99,16 +108,16 @@ class Store(Protocol):
     async def finalize_stop(
         self, job_id: str, stop: StopState, *, keep_slot: bool = False, metadata: JobMetadata = NO_METADATA
     ) -> bool:
-        """Store how the stop of a job turned out, and free its slot unless it is kept.
+        """Store the outcome of a job's stop and its metadata, and release its slot unless `keep_slot` is set.
 
-        False, and nothing stored, when the job has not ended, holds no slot, or is not known.
+        Returns False, and stores nothing, if the job has not ended, holds no slot or is unknown.
         """
 
     async def update_metadata(self, job_id: str, metadata: JobMetadata) -> bool:
-        """Store those metadata of a job that are given, whatever its state; False when there is no such job."""
+        """Store the metadata that is not None, whatever the job's state; return False if the job is unknown."""
 
     async def release_slot(self, job_id: str) -> bool:
-        """Free the slot of a job that has ended; False when it has not, holds none, or is not known."""
+        """Release the slot of a job that has ended; return False if it has not, holds none or is unknown."""
 
     async def list_slot_holders(self) -> list[Job]:
         """Return all jobs that hold a slot, in the order of submission."""
@@ -117,16 +126,16 @@ class Store(Protocol):
         """Return a job. Raises `UnknownJob`."""
 
     async def get_details(self, job_id: str) -> JobDetails:
-        """Return a job with all that is stored about it, as of one moment. Raises `UnknownJob`."""
+        """Return a job with everything that is stored about it, from one snapshot. Raises `UnknownJob`."""
 
     async def read_records(self, job_id: str, first: int, max_bytes: int) -> Records:
-        """Return records from number `first` on, at least one if there is one, else up to `max_bytes` in sum.
+        """Return records from number `first` on: up to `max_bytes` in total, but at least one if there is one.
 
-        Empty as well when there is no such job.
+        The result is empty if the job is unknown.
         """
 
     async def get_identity(self) -> Identity:
-        """Return who the dispatcher of this store is to its hosts: always the same."""
+        """Return the identity of the dispatcher that owns this store. It never changes."""
 
     async def list_jobs(
         self,
@@ -138,24 +147,27 @@ class Store(Protocol):
         after: int | None = None,
         limit: int = 1000,
     ) -> list[tuple[int, Job]]:
-        """Return jobs with their place in the order of submission, oldest first or newest first.
+        """Return one page of jobs with their sequence numbers, in the order of submission or newest first.
 
-        Without `ended` only those that have not ended; with `host` or `queue`, of which only one may be given, only
-        those of that host or queue. A page begins behind place `after`, or with the first of the list; it has up to
-        `limit` jobs, fewer when their payloads are long; only an empty page says that there are no more. However many
-        other jobs there are, a page takes no longer for those that have ended.
+        The cost of a page does not depend on the number of jobs that have ended.
+
+        Args:
+            ended: whether to include jobs that have ended.
+            host: only the jobs of this host; not together with `queue`.
+            queue: only the jobs of this queue.
+            newest_first: whether to reverse the order.
+            after: sequence number after which the page begins; None: at the first job of the list.
+            limit: maximum number of jobs. A page with long payloads has fewer; only an empty page is the last one.
         """
 
     async def list_queues(self) -> list[QueueStatus]:
-        """Return the queues that have jobs which have not ended or hold a slot, oldest first."""
+        """Return the queues with jobs that have not ended or hold a slot, oldest first."""
 
     async def prune_jobs(self, ended_before: float, limit: int) -> int:
-        """Delete up to `limit` jobs that ended before, with their records, and give space back; returns how many.
+        """Delete up to `limit` jobs that ended before a time, with their records; return how many were deleted.
 
-        A job that holds a slot stays.
-
-        Takes its time, in small steps: others are not kept waiting.
+        A job that holds a slot stays. The work is done in small steps, so that other verbs do not wait for it.
         """
 
     async def close(self) -> None:
-        """Finish what was asked for and close. No verb may be called after this."""
+        """Complete the verbs that were called, and close. No verb may be called after this."""

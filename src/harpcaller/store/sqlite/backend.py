@@ -1,4 +1,4 @@
-"""The store on one SQLite file: every verb goes to the thread that writes or to one of those that read."""
+"""The store on one SQLite file: every verb runs in the writing thread or in one of the reading threads."""
 
 from __future__ import annotations
 
@@ -20,19 +20,21 @@ __all__ = ["SQLiteStore", "open_store"]
 P = ParamSpec("P")
 T = TypeVar("T")
 
-# How many reads run at once. They hold Python's lock for most of their time: more would not be faster.
+# Number of reading threads. They hold Python's lock for most of their time, so more would not be faster.
 _READERS = 4
 
 
 async def open_store(directory: Path) -> SQLiteStore:
-    """Open the store in a directory; make either if it is missing. Takes no longer for many old jobs.
+    """Open the store in a directory; create the directory and the file if they do not exist.
+
+    The time does not depend on the number of jobs that have ended.
 
     Args:
-        directory: where the file `FILE_NAME` lies; private to this user when it is made here.
+        directory: directory of the file `FILE_NAME`; private to this user if it is created here.
 
     Raises:
-        StorageError: another store has it open; the file is not ours or of a newer version, and stays untouched;
-            or it can't be made, read or written.
+        StorageError: another store has it open; the file is not HARP's or has a newer schema, and stays untouched; or
+            it cannot be created, read or written.
     """
     return await asyncio.to_thread(SQLiteStore, directory, asyncio.get_running_loop())
 
@@ -40,7 +42,7 @@ async def open_store(directory: Path) -> SQLiteStore:
 def _writes(
     verb: Callable[Concatenate[sqlite3.Connection, P], T], last: bool = False
 ) -> Callable[Concatenate[SQLiteStore, P], Coroutine[Any, Any, T]]:
-    """Make a method that runs a verb in the writing thread; `last`: behind the others of its batch."""
+    """Return a method that runs a verb in the writing thread; with `last`, after the others of its batch."""
 
     @wraps(verb)
     async def method(self: SQLiteStore, /, *args: P.args, **kwargs: P.kwargs) -> T:
@@ -52,7 +54,7 @@ def _writes(
 def _reads(
     verb: Callable[Concatenate[sqlite3.Connection, P], T],
 ) -> Callable[Concatenate[SQLiteStore, P], Coroutine[Any, Any, T]]:
-    """Make a method that runs a verb in a reading thread."""
+    """Return a method that runs a verb in a reading thread."""
 
     @wraps(verb)
     async def method(self: SQLiteStore, /, *args: P.args, **kwargs: P.kwargs) -> T:
@@ -62,10 +64,7 @@ def _reads(
 
 
 class SQLiteStore:
-    """A `harpcaller.store.Store`. Made by `open_store`; its verbs are called in the loop it was made in.
-
-    A verb whose awaiter is cancelled may happen all the same.
-    """
+    """A `harpcaller.store.Store`, created by `open_store`. Its verbs are called in the loop in which it was created."""
 
     def __init__(self, directory: Path, loop: asyncio.AbstractEventLoop) -> None:
         path = directory / FILE_NAME
@@ -108,7 +107,7 @@ class SQLiteStore:
     _checkpoint = _reads(pruning.checkpoint)
 
     async def prune_jobs(self, ended_before: float, limit: int) -> int:
-        """See `Store.prune_jobs`. Works in small steps, each a transaction; what others ask for goes between them."""
+        """See `Store.prune_jobs`. Each step is a transaction of its own; other verbs run between the steps."""
         pruned = 0
         while deleted := await self._delete_jobs(ended_before, limit - pruned):
             pruned += deleted

@@ -1,7 +1,7 @@
-"""The store's file: made, recognised, locked, migrated, opened. And what SQLite raises, mapped to `StorageError`.
+"""The store's file: creation, recognition, lock, migration, connections; and errors of SQLite as `StorageError`.
 
-The file appears whole or not at all: it is made under another name and renamed. So a file that is there and is not
-ours is somebody else's, and stays as it is.
+The file appears complete or not at all: it is created under another name and renamed. So an existing file without
+HARP's mark belongs to another program, and is not touched.
 """
 
 from __future__ import annotations
@@ -23,28 +23,28 @@ __all__ = ["BUSY_TIMEOUT", "FILE_NAME", "LOG_BYTES", "connect", "lock", "prepare
 FILE_NAME = "harpcaller.sqlite"
 
 _MAGIC = b"SQLite format 3\0"
-# In SQLite's header at offset 68, big-endian: the application whose file it is.
+# The application id is at offset 68 of SQLite's header, big-endian.
 _APPLICATION_ID = int.from_bytes(b"HARP", "big")
 _APPLICATION_ID_AT = slice(68, 72)
 
-#: How long to wait for another program (a backup, say) that holds the file, in milliseconds.
+#: How long to wait for another program that locks the file, such as a backup, in milliseconds.
 BUSY_TIMEOUT = 5000
 
-#: The write-ahead log is cut to this size after it has grown beyond it. SQLite checkpoints it at about 4 MiB, and then
-#: overwrites it in place, which costs the file system less than growing it.
+#: The write-ahead log is truncated to this size if it has grown beyond it. SQLite checkpoints it at about 4 MiB and
+#: then overwrites it in place, which costs the file system less than growing a file.
 LOG_BYTES = 16 * 1024 * 1024
 
-# Nobody guesses what has as many random bytes.
+# Random bytes of the identity: enough that it cannot be guessed.
 _OWNER_BYTES = 16
 _KEY_BYTES = 32
 
-# Faults of the program, not of the storage.
+# Errors of the program, not of the storage.
 _BUGS = (sqlite3.ProgrammingError, sqlite3.InterfaceError, sqlite3.IntegrityError)
 
 
 @contextmanager
 def storage_errors(path: Path) -> Iterator[None]:
-    """Map what SQLite and the system raise to `StorageError`, which names the file and the cause."""
+    """Map errors of SQLite and the system to `StorageError`, which names the file and the cause."""
     try:
         yield
     except _BUGS:
@@ -57,13 +57,13 @@ def storage_errors(path: Path) -> Iterator[None]:
 
 
 def lock(directory: Path) -> int:
-    """Make the directory if it is missing, private to this user, and lock it for this store.
+    """Lock the directory for this store; create it, private to this user, if it does not exist.
 
     Returns:
-        The descriptor that holds the lock until it is closed.
+        A descriptor; closing it releases the lock.
 
     Raises:
-        StorageError: another store holds it, or it can't be made or opened.
+        StorageError: another store holds the lock, or the directory cannot be created or opened.
     """
     with storage_errors(directory):
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -80,16 +80,19 @@ def lock(directory: Path) -> int:
 
 
 def prepare(path: Path) -> None:
-    """See that the file is there, ours, private, and of the schema's newest version. The directory is locked.
+    """Create the file, or check that it is HARP's, make it private and migrate it to the newest schema.
+
+    The caller has locked the directory.
 
     Raises:
-        StorageError: it is not ours or of a newer version, and stays untouched; or it can't be read or written.
+        StorageError: the file is not HARP's or has a newer schema, and stays untouched; or it cannot be read or
+            written.
     """
     with storage_errors(path):
         if not path.exists() or path.stat().st_size == 0:
             _create(path)
             return
-        # Read before SQLite has the file open: closing a descriptor drops the process's locks on its file.
+        # Read before SQLite opens the file, because closing a descriptor releases all locks of the process on its file.
         with path.open("rb") as file:
             header = file.read(_APPLICATION_ID_AT.stop)
         if not header.startswith(_MAGIC) or int.from_bytes(header[_APPLICATION_ID_AT], "big") != _APPLICATION_ID:
@@ -99,7 +102,7 @@ def prepare(path: Path) -> None:
         newest = max(MIGRATIONS)
         if version > newest:
             raise StorageError(
-                f"{path}: schema version {version} is newer than {newest}, the newest that this program knows; "
+                f"{path}: schema version {version} is newer than {newest}, the newest that this harpcallerd supports; "
                 "use the newer harpcallerd, or restore a backup"
             )
         if path.stat().st_mode & 0o077:
@@ -109,14 +112,14 @@ def prepare(path: Path) -> None:
 
 
 def connect(path: Path, *, query_only: bool = False) -> sqlite3.Connection:
-    """Open a connection, in autocommit mode, to be used by one thread at a time."""
+    """Return a new connection in autocommit mode, for use by one thread at a time."""
     connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
     try:
         connection.execute(f"PRAGMA busy_timeout = {BUSY_TIMEOUT}")
         connection.execute("PRAGMA synchronous = FULL")
         connection.execute(f"PRAGMA journal_size_limit = {LOG_BYTES}")
         connection.execute("PRAGMA foreign_keys = ON")
-        # Some builds overwrite what is deleted: that would make pruning as costly as writing it all again.
+        # Some builds overwrite deleted data, which would make pruning as costly as writing the data again.
         connection.execute("PRAGMA secure_delete = OFF")
         connection.execute(f"PRAGMA query_only = {query_only:d}")
     except BaseException:
@@ -126,20 +129,20 @@ def connect(path: Path, *, query_only: bool = False) -> sqlite3.Connection:
 
 
 def _create(path: Path) -> None:
-    making = path.with_name(path.name + ".new")
-    for left in (making, *_side_files(making), *_side_files(path)):
-        left.unlink(missing_ok=True)
+    new_path = path.with_name(path.name + ".new")
+    for stale in (new_path, *_side_files(new_path), *_side_files(path)):
+        stale.unlink(missing_ok=True)
     try:
-        # SQLite gives its other files the mode of this one.
-        os.close(os.open(making, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600))
-        with closing(connect(making)) as connection:
+        # SQLite gives its side files the mode of this file.
+        os.close(os.open(new_path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600))
+        with closing(connect(new_path)) as connection:
             connection.execute("PRAGMA auto_vacuum = INCREMENTAL")
             connection.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
             _migrate(connection, 0)
-        making.rename(path)
+        new_path.rename(path)
     except BaseException:
         with suppress(OSError):
-            making.unlink()
+            new_path.unlink()
         raise
     directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
@@ -158,10 +161,10 @@ def _version(connection: sqlite3.Connection) -> int:
 
 
 def _migrate(connection: sqlite3.Connection, version: int) -> None:
-    """Bring the schema from this version to the newest, each step in a transaction of its own; and use the log.
+    """Migrate the schema from this version to the newest, each step in its own transaction, and enable the log.
 
-    A file restored from a copy that SQLite made may have left its log of writes switched off. The identity is made
-    when it is missed, not with its table: so a migration that was cut short in between is made good.
+    The write-ahead log is disabled in a file that was restored from a copy made by SQLite. The identity is created
+    if it is missing, not with its table, so that an interrupted migration is completed.
     """
     for number, statements in MIGRATIONS.items():
         if number <= version:
@@ -180,5 +183,5 @@ def _migrate(connection: sqlite3.Connection, version: int) -> None:
             raise
     connection.execute("PRAGMA journal_mode = WAL").fetchall()
     if not connection.execute(QUERIES["get_identity"]).fetchall():
-        made = {"owner": secrets.token_hex(_OWNER_BYTES), "key": secrets.token_bytes(_KEY_BYTES)}
-        connection.execute(QUERIES["add_identity"], made)
+        identity = {"owner": secrets.token_hex(_OWNER_BYTES), "key": secrets.token_bytes(_KEY_BYTES)}
+        connection.execute(QUERIES["add_identity"], identity)

@@ -1,6 +1,6 @@
-"""The steps of pruning, as functions on the writing connection. Each is short: what waits behind it does not wait long.
+"""The steps of pruning, as functions on the writing connection. Each step is short, so that other verbs wait briefly.
 
-Jobs go first, then the records that they left, then the room that is free in the file.
+Jobs are deleted first, then their records, which are orphaned until then, then the free pages of the file.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from harpcaller.store.sqlite.sql import QUERIES
 
 __all__ = ["checkpoint", "delete_jobs", "delete_orphaned_records", "release_free_pages"]
 
-# One step deletes about this much.
+# Approximate limits of one step.
 _STEP_JOBS = 100
 _STEP_BYTES = 8 * 1024 * 1024
 _STEP_CHUNKS = 4096
@@ -19,7 +19,7 @@ _STEP_PAGES = 512
 
 
 def delete_jobs(db: sqlite3.Connection, ended_before: float, limit: int) -> int:
-    """Delete a few of the jobs that ended before and hold no slot; return how many."""
+    """Delete a few jobs that ended before a time and hold no slot, orphan their records; return how many."""
     found = {"before": ended_before, "limit": min(limit, _STEP_JOBS)}
     deleted = 0
     room = _STEP_BYTES
@@ -34,7 +34,7 @@ def delete_jobs(db: sqlite3.Connection, ended_before: float, limit: int) -> int:
 
 
 def delete_orphaned_records(db: sqlite3.Connection) -> bool:
-    """Delete some of the records that deleted jobs left. Returns whether there may be more."""
+    """Delete some records of deleted jobs; return whether there may be more."""
     [(seq,)] = db.execute(QUERIES["first_orphaned_records"]).fetchall()
     if seq is None:
         return False
@@ -52,11 +52,11 @@ def delete_orphaned_records(db: sqlite3.Connection) -> bool:
 def release_free_pages(db: sqlite3.Connection) -> bool:
     """Remove some free pages from the file, which becomes shorter at the next checkpoint.
 
-    Returns whether there are more.
+    Returns whether more pages may be free.
     """
     before = _free_pages(db)
     for _ in range(min(before, _STEP_PAGES)):
-        db.execute("PRAGMA incremental_vacuum(1)")  # one each: the driver runs this statement for one step only
+        db.execute("PRAGMA incremental_vacuum(1)")  # one page each: the driver executes only one step of this statement
     return 0 < _free_pages(db) < before
 
 

@@ -1,8 +1,8 @@
--- The statements of the store, each under its name. The verbs are in writes.py and reads.py.
--- A write runs alone: what it read in its transaction stays true until it commits.
+-- The named statements of the store. The verbs that run them are in writes.py, pruning.py and reads.py.
+-- No other transaction writes at the same time, so everything that a verb has read is valid until it commits.
 
 -- name: add_lane
--- Nothing happens when it is there: the first job of a queue decides its concurrency.
+-- An existing lane does not change: the first job of a queue decides its concurrency.
 INSERT INTO lanes (lane, queue, concurrency) VALUES (?, ?, ?) ON CONFLICT DO NOTHING;
 
 -- name: add_job
@@ -16,7 +16,7 @@ INSERT INTO calls (job, procedure, arguments, timeout, max_exec_time, queue, inf
 VALUES (?, ?, ?, ?, ?, ?, ?);
 
 -- name: next_head
--- The first head behind a seq, of the lanes that have room.
+-- The first head after a sequence number, of the lanes that are not full.
 SELECT jobs.seq, jobs.host FROM lanes INDEXED BY lanes_with_room JOIN jobs ON jobs.seq = lanes.head
 WHERE lanes.head > :seq AND lanes.is_full = 0 ORDER BY lanes.head LIMIT 1;
 
@@ -24,7 +24,7 @@ WHERE lanes.head > :seq AND lanes.is_full = 0 ORDER BY lanes.head LIMIT 1;
 SELECT count(*) FROM jobs INDEXED BY jobs_holding_on_host WHERE host = :host AND holds_slot = 1;
 
 -- name: start_job
--- A claim may have been asked for before the job, and comes behind it all the same.
+-- `now` may be earlier than the job, because a claim runs after the other verbs of its batch.
 UPDATE jobs SET state = 'running', started = max(:now, submitted), holds_slot = 1 WHERE seq = :seq;
 
 -- name: find_job
@@ -44,7 +44,8 @@ UPDATE jobs SET holds_slot = 0 WHERE seq = :seq;
 
 -- name: update_metadata
 -- A parameter that is NULL leaves its column as it is.
-INSERT INTO job_metadata (job, call, stop_request, stop_report, exit_info) VALUES (:seq, :call, :stop_request, :stop_report, :exit_info)
+INSERT INTO job_metadata (job, call, stop_request, stop_report, exit_info)
+VALUES (:seq, :call, :stop_request, :stop_report, :exit_info)
 ON CONFLICT (job) DO UPDATE SET
     call = coalesce(:call, call),
     stop_request = coalesce(:stop_request, stop_request),
@@ -58,11 +59,11 @@ SELECT seq, id, state FROM jobs INDEXED BY jobs_holding_of_lane
 WHERE lane = :lane AND holds_slot = 1 AND state = 'running'
 ORDER BY seq;
 
--- name: last_chunk
--- The last chunk of a job's records, when it is small enough to grow.
+-- name: growing_chunk
+-- The last chunk of a job's records, if it is small enough to grow. A chunk without timestamps does not grow.
 SELECT first, count, bytes, timestamps FROM records
 WHERE job = :seq AND first = (SELECT max(first) FROM records WHERE job = :seq)
-    AND length(bytes) + length(timestamps) < :most;
+    AND length(bytes) + length(timestamps) < :max_bytes;
 
 -- name: add_chunk
 INSERT INTO records (job, first, count, bytes, timestamps) VALUES (:seq, :first, :count, :bytes, :timestamps);
@@ -74,7 +75,7 @@ UPDATE records SET count = :count, bytes = :bytes, timestamps = :timestamps WHER
 UPDATE jobs SET records = :records WHERE seq = :seq;
 
 -- name: old_jobs
--- Ended jobs with the size of what is stored of them, without the records; the oldest end first.
+-- Ended jobs and the size of their stored payloads without records; the oldest end first.
 SELECT jobs.seq,
     length(calls.arguments) + length(calls.info) + coalesce(length(ends.body), 0)
     + coalesce(length(job_metadata.call), 0) + coalesce(length(job_metadata.stop_request), 0)
@@ -166,7 +167,7 @@ SELECT * FROM job_view WHERE seq IN (
 ) ORDER BY seq;
 
 -- name: list_newest
--- The same lists from their other end, for jobs before a seq.
+-- The same lists in reverse order, for jobs before a sequence number.
 SELECT * FROM job_view WHERE seq < :after ORDER BY seq DESC LIMIT :limit;
 
 -- name: list_newest_of_host
@@ -195,14 +196,14 @@ SELECT * FROM job_view WHERE seq IN (
 ) ORDER BY seq DESC;
 
 -- name: list_queues
--- A lane's rowid is greater than those of all lanes that were there before it.
+-- The rowid of a new lane is greater than those of all lanes that exist.
 SELECT queue, concurrency,
     (SELECT count(*) FROM jobs INDEXED BY jobs_holding_of_lane WHERE jobs.lane = lanes.lane AND holds_slot = 1),
     (SELECT count(*) FROM jobs INDEXED BY jobs_queued_of_lane WHERE jobs.lane = lanes.lane AND state = 'queued')
 FROM lanes WHERE queue IS NOT NULL ORDER BY lanes.rowid;
 
 -- name: read_chunks
--- From the chunk that holds record number :first on.
+-- The chunk with record number :first and all later ones.
 SELECT records.first, records.bytes, records.timestamps, jobs.started FROM jobs JOIN records ON records.job = jobs.seq
 WHERE jobs.id = :id
     AND records.first >= (SELECT max(first) FROM records WHERE job = jobs.seq AND first <= :first)

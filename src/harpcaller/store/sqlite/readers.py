@@ -1,4 +1,4 @@
-"""The threads that read: a few, each read on a connection of its own, never waiting for the writer."""
+"""The threads that read. Each read has a connection of its own and never waits for the writer."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Readers:
 
     Args:
         path: the file.
-        count: how many reads run at once; more wait in order.
+        count: number of reads that run at once; more wait in order.
     """
 
     def __init__(self, path: Path, count: int) -> None:
@@ -56,11 +56,11 @@ class Readers:
         return await asyncio.get_running_loop().run_in_executor(self._threads, read)
 
     def stop(self) -> None:
-        """Take nothing more. Called in the loop's thread, as `run` is."""
+        """Reject further verbs. Called in the loop's thread, like `run`."""
         self._stopped = True
 
     def join(self) -> None:
-        """Wait until all that was taken is done, and close the connections. Blocks."""
+        """Wait until all accepted verbs are done, and close the connections. Blocks."""
         self._threads.shutdown()
         for _ in range(self._open):
             self._idle.get().close()

@@ -1,4 +1,4 @@
-"""The verbs that read, as functions on a reading connection. Each sees one moment."""
+"""The verbs that read, as functions on a reading connection. Each reads one snapshot."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ from harpcaller.store.sqlite.sql import QUERIES
 
 __all__ = ["get_details", "get_identity", "get_job", "list_jobs", "list_queues", "list_slot_holders", "read_records"]
 
-# SQLite's integers end here.
+# The largest integer of SQLite.
 _MAX_INTEGER = 2**63 - 1
 
-# A page of a list ends once its payloads have this many bytes.
+# A page of a list ends when its payloads have this size.
 _PAGE_BYTES = 8 * 1024 * 1024
 
-# How many of those that hold a slot are named to one who waits.
-_HOLDERS = 10
+# Maximum number of slot holders in a queue position.
+_MAX_HOLDERS = 10
 
 
 @contextmanager
 def _snapshot(db: sqlite3.Connection) -> Iterator[None]:
-    """Let several statements see the same; one alone does so anyway."""
+    """Run several statements on the same snapshot of the file."""
     db.execute("BEGIN")
     try:
         yield
@@ -66,21 +66,21 @@ def get_details(db: sqlite3.Connection, job_id: str) -> JobDetails:
 
 def _queue_position(db: sqlite3.Connection, seq: int) -> QueuePosition:
     [(position, concurrency, holding, on_host)] = db.execute(QUERIES["queue_position"], {"seq": seq}).fetchall()
-    holders = db.execute(QUERIES["slot_holders"], {"seq": seq, "limit": _HOLDERS}).fetchall()
+    holders = db.execute(QUERIES["slot_holders"], {"seq": seq, "limit": _MAX_HOLDERS}).fetchall()
     return QueuePosition(position, concurrency, holding, tuple(job_id for (job_id,) in holders), on_host)
 
 
 def read_records(db: sqlite3.Connection, job_id: str, first: int, max_bytes: int) -> Records:
-    """See `Store.read_records`. Records that are older than the column of their times were made at the job's start."""
+    """See `Store.read_records`. A record from before schema 2 has no time; it gets the job's start."""
     values: list[Raw] = []
     times: list[float] = []
     room = max_bytes
-    wanted = {"id": job_id, "first": min(first, _MAX_INTEGER)}
-    with closing(db.execute(QUERIES["read_chunks"], wanted)) as chunks:
-        for chunk_first, chunk, made, started in chunks:
+    parameters = {"id": job_id, "first": min(first, _MAX_INTEGER)}
+    with closing(db.execute(QUERIES["read_chunks"], parameters)) as chunks:
+        for chunk_first, chunk, timestamps, started in chunks:
             skipped = max(0, first - chunk_first)
             records = split_records(chunk)
-            chunk_times = [started] * len(records) if made is None else split_timestamps(made)
+            chunk_times = [started] * len(records) if timestamps is None else split_timestamps(timestamps)
             for at in range(skipped, len(records)):
                 room -= len(records[at])
                 if values and room < 0:
@@ -114,19 +114,19 @@ def list_jobs(
     """See `Store.list_jobs`."""
     if after is None:
         after = _MAX_INTEGER if newest_first else 0
-    wanted: dict[str, int | str | bytes] = {"after": min(after, _MAX_INTEGER), "limit": limit}
+    parameters: dict[str, int | str | bytes] = {"after": min(after, _MAX_INTEGER), "limit": limit}
     name = ("list_newest" if newest_first else "list_jobs") + ("" if ended else "_not_ended")
     if host is not None:
         if queue is not None:
             raise ValueError("host and queue: expected one of them")
         name += "_of_host"
-        wanted["host"] = encode_name(host)
+        parameters["host"] = encode_name(host)
     elif queue is not None:
         name += "_of_lane"
-        wanted["lane"] = queue_lane(queue)
+        parameters["lane"] = queue_lane(queue)
     found: list[tuple[int, Job]] = []
     room = _PAGE_BYTES
-    with closing(db.execute(QUERIES[name], wanted)) as rows:
+    with closing(db.execute(QUERIES[name], parameters)) as rows:
         for row in rows:
             found.append((row[0], decode_job(row)))
             room -= payload_size(row)

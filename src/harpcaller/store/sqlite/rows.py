@@ -1,6 +1,6 @@
-"""Jobs, ends, metadata and records as columns, and back. Names and payloads are bytes in the file.
+"""Conversion of jobs, ends, metadata and records to columns and back. Names and payloads are bytes in the file.
 
-A name is a string of JSON, so it may hold lone surrogates, which SQLite's own text can't.
+A name is a JSON string, so it may contain lone surrogates, which SQLite's text type cannot represent.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from harp.protocol.json_text import Raw, dumps, open_sliced
 from harpcaller.model.jobs import Job, JobMetadata, State, StopState
 
 __all__ = [
-    "RUN_BYTES",
+    "ENTRY_BYTES",
     "decode_job",
     "decode_metadata",
     "decode_name",
@@ -31,29 +31,29 @@ __all__ = [
 
 Row: TypeAlias = Sequence[Any]
 
-# Records that were made at one time: how many, and the time.
-_RUN = Struct("<Id")
+# An entry of a chunk's timestamps: number of consecutive records with the same time, and the time.
+_ENTRY = Struct("<Id")
 
-#: How many bytes such a run takes.
-RUN_BYTES = _RUN.size
+#: Size of such an entry in bytes.
+ENTRY_BYTES = _ENTRY.size
 
 _CLOSING_KEYS = {State.RAISED: "exception", State.FAILED: "error"}
 
 
 def encode_name(name: str) -> bytes:
-    """A host's or procedure's name as it is stored."""
+    """Return the name of a host or procedure as it is stored."""
     return name.encode("utf-8", "surrogatepass")
 
 
 def decode_name(name: bytes) -> str:
-    """The reverse of `encode_name`."""
+    """Return the name that `encode_name` encoded."""
     return name.decode("utf-8", "surrogatepass")
 
 
 def encode_end_body(end: End) -> bytes | None:
-    """What is stored of an end beside its state; None for nothing.
+    """Return the bytes that are stored for an end in addition to its state, or None.
 
-    A result is stored as it is, as it may be long: scanning it to find where it ends would cost.
+    A result is stored without its closing line: it may be long, and finding it in the line would cost a scan.
     """
     match end:
         case Returned(result):
@@ -75,7 +75,7 @@ def _decode_end(state: State, body: bytes | None) -> End | None:
 
 
 def decode_job(row: Row) -> Job:
-    """The job in a row of the view job_view."""
+    """Return the job in a row of the view job_view."""
     (_, _, id_, state, host, procedure, arguments, timeout, max_exec_time, queue, info, *rest) = row
     submitted, started, ended, body, records, holds_slot, stop = rest
     return Job(
@@ -99,12 +99,12 @@ def decode_job(row: Row) -> Job:
 
 
 def payload_size(row: Row) -> int:
-    """How many bytes the payloads in a row of the view job_view have."""
+    """Return the total size of the payloads in a row of the view job_view, in bytes."""
     return sum(len(column) for column in row if isinstance(column, bytes))
 
 
 def encode_metadata(metadata: JobMetadata) -> Mapping[str, bytes | None]:
-    """The parameters of a statement that stores metadata."""
+    """Return the parameters of a statement that stores metadata."""
     return {
         "call": metadata.call,
         "stop_request": metadata.stop_request,
@@ -114,12 +114,12 @@ def encode_metadata(metadata: JobMetadata) -> Mapping[str, bytes | None]:
 
 
 def decode_metadata(row: Row) -> JobMetadata:
-    """The metadata in a row of the table."""
-    return JobMetadata(*(None if fact is None else Raw(fact) for fact in row))
+    """Return the metadata in a row of the table job_metadata."""
+    return JobMetadata(*(None if column is None else Raw(column) for column in row))
 
 
 def join_records(records: Sequence[Raw]) -> bytes:
-    """Records as the bytes of a chunk. Raises `ValueError` when one holds a line feed: it is no `Raw`, then."""
+    """Return records as the bytes of a chunk. Raises `ValueError` if a record contains a line feed."""
     joined = b"\n".join(records)
     if joined.count(b"\n") != len(records) - 1:
         raise ValueError("a record holds a line feed")
@@ -127,24 +127,24 @@ def join_records(records: Sequence[Raw]) -> bytes:
 
 
 def split_records(chunk: bytes) -> list[Raw]:
-    """The reverse of `join_records`."""
+    """Return the records that `join_records` joined."""
     return [Raw(record) for record in chunk.split(b"\n")]
 
 
-def join_timestamps(begun: bytes, made: Sequence[float]) -> bytes:
-    """The times of a chunk's first records, as stored, followed by those of more."""
-    runs = [(len(list(same)), time) for time, same in groupby(made)]
-    if begun and runs:
-        count, time = _RUN.unpack_from(begun, len(begun) - RUN_BYTES)
-        if time == runs[0][1]:
-            begun = begun[:-RUN_BYTES]
-            runs[0] = (count + runs[0][0], time)
-    return begun + b"".join(_RUN.pack(count, time) for count, time in runs)
+def join_timestamps(stored: bytes, timestamps: Sequence[float]) -> bytes:
+    """Return the stored timestamps of a chunk, extended by those of further records."""
+    entries = [(len(list(same)), time) for time, same in groupby(timestamps)]
+    if stored and entries:
+        count, time = _ENTRY.unpack_from(stored, len(stored) - ENTRY_BYTES)
+        if time == entries[0][1]:
+            stored = stored[:-ENTRY_BYTES]
+            entries[0] = (count + entries[0][0], time)
+    return stored + b"".join(_ENTRY.pack(count, time) for count, time in entries)
 
 
-def split_timestamps(made: bytes) -> list[float]:
-    """The reverse of `join_timestamps`."""
+def split_timestamps(stored: bytes) -> list[float]:
+    """Return the timestamps that `join_timestamps` joined."""
     times: list[float] = []
-    for count, time in _RUN.iter_unpack(made):
+    for count, time in _ENTRY.iter_unpack(stored):
         times += [time] * count
     return times

@@ -1,4 +1,4 @@
-"""The SQL of the store: named statements and numbered migrations, read from the files beside this module."""
+"""The SQL of the store: named statements and numbered migrations, read from the files next to this module."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from functools import cache
 from importlib.resources import files
 from types import MappingProxyType
 
-__all__ = ["INSERTED_AT_ONCE", "MIGRATIONS", "QUERIES", "inserts_many"]
+__all__ = ["MIGRATIONS", "QUERIES", "ROWS_PER_INSERT", "insert_many"]
 
 _HEADER = "-- name: "
 
-#: How many rows `inserts_many` takes: more are hardly cheaper, and SQLite's limit on parameters is far.
-INSERTED_AT_ONCE = 50
+#: Number of rows in a statement of `insert_many`. More rows are hardly cheaper, and SQLite limits the parameters.
+ROWS_PER_INSERT = 50
 
 
 def _statements(text: str) -> Mapping[str, str]:
@@ -31,11 +31,11 @@ QUERIES = _statements((files(__package__) / "queries.sql").read_text("utf-8"))
 
 
 @cache
-def inserts_many(statement: str) -> str:
-    """A statement that inserts a row, for INSERTED_AT_ONCE of them: a row costs half as much."""
+def insert_many(statement: str) -> str:
+    """Return a statement that inserts `ROWS_PER_INSERT` rows instead of one, at half the cost per row."""
     head, values, row = statement.strip().removesuffix(";").partition("VALUES ")
-    return head + values + ", ".join([row] * INSERTED_AT_ONCE)
+    return head + values + ", ".join([row] * ROWS_PER_INSERT)
 
 
-#: What makes each version of the schema from the one before, by number, in order.
+#: The script that makes each version of the schema from the previous one, by number, in order.
 MIGRATIONS = _migrations()

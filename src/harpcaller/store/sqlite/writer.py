@@ -1,14 +1,13 @@
 """The thread that writes, and its group commit.
 
-Theory: a commit waits for the disk, so its cost is shared. Whatever arrived while the last commit ran is one batch:
-one transaction, one wait; and so is whatever is asked for in one turn of the event loop. When a member fails, all is
-taken back and run again, each within a savepoint: then a member that fails takes back its own changes and nobody
-else's. Only when the transaction itself fails (the disk is full, the file can't be written) does the whole batch fail:
-nothing of it happened, and every member is told so. The thread goes on with the next batch; once the cause is gone,
-writing works again.
+Theory of operation: a commit waits for the disk, so its cost is shared. Everything that arrives while a commit runs
+is one batch, that is one transaction and one wait. The verbs that are called in one turn of the event loop are one
+batch, too. If a member fails, the transaction is rolled back and run again with a savepoint for each member, so that
+only the changes of that member are undone. If the transaction itself fails, for example because the disk is full,
+the whole batch fails: nothing was changed, and each member gets the error. The thread then takes the next batch.
 
-A member's outcome is told after the commit, never before. A member whose awaiter has gone runs all the same: nobody
-is told its outcome.
+The outcome of a member is published after the commit, never before. A member whose awaiter was cancelled runs all the
+same, and its outcome is dropped.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ __all__ = ["Writer"]
 
 T = TypeVar("T")
 
-# A batch is bounded, so that its first member does not wait for a flood behind it.
+# Limit of a batch, so that its first member does not wait for an unlimited number of others.
 _MAX_MEMBERS = 500
 
 
@@ -51,35 +50,35 @@ _Outcome: TypeAlias = _Done | Exception
 
 
 class Writer:
-    """Runs verbs that write, one batch after the other, in one thread.
+    """The thread that runs the verbs that write, batch by batch.
 
     Args:
         path: the file, for messages.
-        connection: the only one that writes; closed by the thread at its end.
-        loop: the event loop of those who await the outcomes.
+        connection: the only connection that writes; the thread closes it at its end.
+        loop: the event loop in which outcomes are awaited.
     """
 
     def __init__(self, path: Path, connection: sqlite3.Connection, loop: asyncio.AbstractEventLoop) -> None:
         self._path = path
         self._connection = connection
         self._loop = loop
-        self._next_members: list[_Member] = []  # in this turn of the loop
-        self._queue: SimpleQueue[Sequence[_Member]] = SimpleQueue()  # an empty one: there will be no more
+        self._next_members: list[_Member] = []  # called in this turn of the loop
+        self._queue: SimpleQueue[Sequence[_Member]] = SimpleQueue()  # an empty one ends the thread
         self._closing = False
-        # As a daemon, so that a program which fails before it closes the store can end.
+        # A daemon thread, so that a program that fails before it closes the store can exit.
         self._thread = threading.Thread(target=self._run_batches, name="store-writer", daemon=True)
         self._thread.start()
 
     async def run(self, verb: Callable[[sqlite3.Connection], T], last: bool = False) -> T:
-        """Run a verb; it is on stable storage when this returns.
+        """Run a verb and return its result; its changes are on stable storage then.
 
         Args:
-            verb: what to do, on the connection, within a transaction.
-            last: whether it runs behind the others of its batch, to see what they do.
+            verb: a function on the connection; it runs within a transaction.
+            last: whether it runs after the other members of its batch, to see their changes.
 
         Raises:
-            StorageError: it did not happen.
-            Exception: what the verb raised; it did not happen either.
+            StorageError: the transaction failed; nothing was changed.
+            Exception: the verb raised this; its changes were undone.
         """
         if self._closing:
             raise StorageError(f"{self._path}: the store is closed")
@@ -90,19 +89,19 @@ class Writer:
         return await future
 
     def _flush(self) -> None:
-        """Give the thread what was asked for in this turn of the loop: one batch, and one wakeup."""
+        """Pass the verbs that were called in this turn of the loop to the thread: one batch, and one wakeup."""
         if self._next_members:
             self._queue.put(self._next_members)
             self._next_members = []
 
     def stop(self) -> None:
-        """Take nothing more. Called in the loop's thread, as `run` is: so nothing comes in behind this."""
+        """Reject further verbs. Called in the loop's thread, like `run`, so no verb is queued after this."""
         self._closing = True
         self._flush()
         self._queue.put(())
 
     def join(self) -> None:
-        """Wait until all that was taken is done and the connection closed. Blocks."""
+        """Wait until all accepted verbs are done and the connection is closed. Blocks."""
         self._thread.join()
 
     def _run_batches(self) -> None:
@@ -112,13 +111,13 @@ class Writer:
             if batch:
                 batch.sort(key=attrgetter("last"))
                 outcomes = self._commit(batch)
-                # The loop may be gone when the program ends without closing the store.
+                # The loop may be closed when the program ends without closing the store.
                 with suppress(RuntimeError):
                     self._loop.call_soon_threadsafe(_resolve_futures, batch, outcomes)
         self._connection.close()
 
     def _next_batch(self) -> tuple[list[_Member], bool]:
-        """Wait for members and take all that are there; False once there will be none any more."""
+        """Wait for members; return all that have arrived, and False when the thread is to end."""
         batch: list[_Member] = []
         while asked := self._queue.get():
             batch += asked
@@ -133,25 +132,25 @@ class Writer:
                 try:
                     self._connection.execute("BEGIN IMMEDIATE")
                     outcomes = [_Done(member.verb(self._connection)) for member in batch]
-                except Exception:  # noqa: BLE001 - whose fault it was is found by running each apart
+                except Exception:  # noqa: BLE001 - the failed member is found by running each in a savepoint
                     self._roll_back()
                     self._connection.execute("BEGIN IMMEDIATE")
                     outcomes = [self._run_in_savepoint(member) for member in batch]
                 self._connection.execute("COMMIT")
-        except Exception as error:  # noqa: BLE001 - each member is told, and the thread goes on
+        except Exception as error:  # noqa: BLE001 - each member gets it, and the thread continues
             self._roll_back()
             return [_copy_error(error) for _ in batch]
         return outcomes
 
     def _run_in_savepoint(self, member: _Member) -> _Outcome:
-        """Run a member within a savepoint. Raises only when the whole transaction is lost."""
+        """Run a member within a savepoint. Raises only if the whole transaction was rolled back."""
         self._connection.execute("SAVEPOINT member")
         outcome: _Outcome
         try:
             with storage_errors(self._path):
                 outcome = _Done(member.verb(self._connection))
         except Exception as error:
-            if not self._connection.in_transaction:  # SQLite has taken it all back
+            if not self._connection.in_transaction:  # SQLite has rolled back everything
                 raise
             self._connection.execute("ROLLBACK TO member")
             outcome = error
@@ -165,7 +164,7 @@ class Writer:
 
 
 def _copy_error(error: Exception) -> Exception:
-    """The same error for one more awaiter: each gets its own, as each adds its own traceback."""
+    """Return a copy of the error for one more awaiter, because each awaiter adds its own traceback."""
     if not isinstance(error, StorageError):
         return error
     copy = StorageError(*error.args)

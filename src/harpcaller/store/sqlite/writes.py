@@ -1,6 +1,6 @@
-"""The verbs that write, as functions on the writing connection. Each runs within a transaction of the writer's.
+"""The verbs that write, as functions on the writing connection. Each runs within a transaction of the writer.
 
-Nothing else writes meanwhile: what a verb has read stays true until it is done.
+No other connection writes at the same time, so everything that a verb has read is valid until it returns.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from harpcaller.model.jobs import (
 )
 from harpcaller.model.lanes import Head, host_lane, queue_lane, startable_jobs
 from harpcaller.store.sqlite.rows import (
-    RUN_BYTES,
+    ENTRY_BYTES,
     decode_job,
     decode_name,
     encode_end_body,
@@ -35,7 +35,7 @@ from harpcaller.store.sqlite.rows import (
     join_records,
     join_timestamps,
 )
-from harpcaller.store.sqlite.sql import INSERTED_AT_ONCE, QUERIES, inserts_many
+from harpcaller.store.sqlite.sql import QUERIES, ROWS_PER_INSERT, insert_many
 
 __all__ = [
     "add_job",
@@ -50,17 +50,17 @@ __all__ = [
     "update_metadata",
 ]
 
-# SQLite's integers end here.
+# The largest integer of SQLite.
 _MAX_INTEGER = 2**63 - 1
 
-# A chunk of records that is smaller than a page costs no more to write anew than to leave.
+# Records are appended to a chunk below this size; as it fits in a page, rewriting it costs one page, like a new chunk.
 _GROWING_CHUNK_BYTES = 2048
-# A chunk takes no further record once it has this size.
-_CHUNK_BYTES = 65536
+# A chunk of this size gets no further record.
+_MAX_CHUNK_BYTES = 65536
 
 
-class _Found(NamedTuple):
-    """Where a job stands."""
+class _JobState(NamedTuple):
+    """The current state of a job."""
 
     seq: int
     state: State
@@ -68,9 +68,9 @@ class _Found(NamedTuple):
     holds_slot: bool
 
 
-def _find_job(db: sqlite3.Connection, job_id: str) -> _Found | None:
+def _find_job(db: sqlite3.Connection, job_id: str) -> _JobState | None:
     for seq, state, records, holds_slot in db.execute(QUERIES["find_job"], {"id": job_id}).fetchall():
-        return _Found(seq, State(state), records, bool(holds_slot))
+        return _JobState(seq, State(state), records, bool(holds_slot))
     return None
 
 
@@ -81,7 +81,7 @@ def add_job(db: sqlite3.Connection, job: NewJob, now: float) -> None:
 
 def add_jobs(db: sqlite3.Connection, jobs: Sequence[NewJob], now: float) -> None:
     """See `Store.add_jobs`."""
-    # As tuples in the order of the columns: there may be many.
+    # Tuples in the order of the columns, because there may be many.
     lanes: dict[str, tuple[Any, ...]] = {}
     added: list[tuple[Any, ...]] = []
     for job in jobs:
@@ -95,18 +95,18 @@ def add_jobs(db: sqlite3.Connection, jobs: Sequence[NewJob], now: float) -> None
         if error.sqlite_errorname != "SQLITE_CONSTRAINT_UNIQUE":
             raise
         which = jobs[0].id if len(jobs) == 1 else "with one of these ids"
-        raise ValueError(f"there is a job {which} already") from error
-    # Nothing else is added meanwhile: their places are the last ones, one after the other.
+        raise ValueError(f"a job {which} exists already") from error
+    # No other job was added meanwhile, so theirs are the last sequence numbers, without a gap.
     [(last,)] = db.execute(QUERIES["last_seq"]).fetchall()
     calls = [_call(seq, job) for seq, job in enumerate(jobs, last - len(jobs) + 1)]
     _insert(db, QUERIES["add_call"], calls)
 
 
 def _insert(db: sqlite3.Connection, statement: str, rows: list[tuple[Any, ...]]) -> None:
-    """Insert rows by a statement that inserts one, and by what is made of it for many."""
-    rest = len(rows) % INSERTED_AT_ONCE
-    for start in range(0, len(rows) - rest, INSERTED_AT_ONCE):
-        db.execute(inserts_many(statement), list(chain.from_iterable(rows[start : start + INSERTED_AT_ONCE])))
+    """Insert rows by a statement that inserts one row, in groups as long as possible."""
+    rest = len(rows) % ROWS_PER_INSERT
+    for start in range(0, len(rows) - rest, ROWS_PER_INSERT):
+        db.execute(insert_many(statement), list(chain.from_iterable(rows[start : start + ROWS_PER_INSERT])))
     if rest:
         db.executemany(statement, rows[-rest:])
 
@@ -117,7 +117,7 @@ def _call(seq: int, job: NewJob) -> tuple[Any, ...]:
 
 
 def _lane(job: NewJob) -> tuple[str, int | None]:
-    """The key of the job's lane, and the lane's limit."""
+    """Return the key of the job's lane, and the lane's limit."""
     if job.queue is None:
         return host_lane(job.host), None
     return queue_lane(job.queue), min(job.concurrency, _MAX_INTEGER)
@@ -130,12 +130,12 @@ def claim_jobs(db: sqlite3.Connection, now: float, limit: int, max_calls_per_hos
         rows = db.execute(QUERIES["next_head"], {"seq": seq}).fetchall()
         return Head(rows[0][0], decode_name(rows[0][1])) if rows else None
 
-    def holding_on(host: str) -> int:
-        [(holding,)] = db.execute(QUERIES["holding_on_host"], {"host": encode_name(host)}).fetchall()
-        return int(holding)
+    def count_held_slots(host: str) -> int:
+        [(held,)] = db.execute(QUERIES["holding_on_host"], {"host": encode_name(host)}).fetchall()
+        return int(held)
 
     claimed: list[Job] = []
-    for head in startable_jobs(next_head, holding_on, limit=limit, max_calls_per_host=max_calls_per_host):
+    for head in startable_jobs(next_head, count_held_slots, limit=limit, max_calls_per_host=max_calls_per_host):
         db.execute(QUERIES["start_job"], {"seq": head.seq, "now": now})
         [row] = db.execute(QUERIES["get_job_by_seq"], {"seq": head.seq}).fetchall()
         claimed.append(decode_job(row))
@@ -158,29 +158,29 @@ def append_records(db: sqlite3.Connection, job_id: str, first: int, records: Rec
 
 def _chunks(records: Records) -> Iterator[Records]:
     start, size = 0, 0
-    time: float | None = None
-    for at, (value, made) in enumerate(zip(records.values, records.timestamps, strict=True), 1):
-        size += len(value) + (0 if made == time else RUN_BYTES)
-        time = made
-        if size >= _CHUNK_BYTES:
-            yield Records(records.values[start:at], records.timestamps[start:at])
-            start, size, time = at, 0, None
+    previous: float | None = None
+    for end, (value, time) in enumerate(zip(records.values, records.timestamps, strict=True), 1):
+        size += len(value) + (0 if time == previous else ENTRY_BYTES)
+        previous = time
+        if size >= _MAX_CHUNK_BYTES:
+            yield Records(records.values[start:end], records.timestamps[start:end])
+            start, size, previous = end, 0, None
     if size:
         yield Records(records.values[start:], records.timestamps[start:])
 
 
 def _append_chunk(db: sqlite3.Connection, seq: int, first: int, records: Records) -> None:
     joined = join_records(records.values)
-    small = db.execute(QUERIES["last_chunk"], {"seq": seq, "most": _GROWING_CHUNK_BYTES}).fetchall()
-    if small:
-        [(chunk_first, count, begun, made)] = small
-        chunk = {"first": chunk_first, "count": count + len(records), "bytes": begun + b"\n" + joined}
-        db.execute(
-            QUERIES["grow_chunk"], {"seq": seq, "timestamps": join_timestamps(made, records.timestamps), **chunk}
-        )
+    growing = db.execute(QUERIES["growing_chunk"], {"seq": seq, "max_bytes": _GROWING_CHUNK_BYTES}).fetchall()
+    if growing:
+        [(chunk_first, count, stored, times)] = growing
+        chunk = {"first": chunk_first, "count": count + len(records), "bytes": stored + b"\n" + joined}
+        chunk["timestamps"] = join_timestamps(times, records.timestamps)
+        db.execute(QUERIES["grow_chunk"], {"seq": seq, **chunk})
     else:
         chunk = {"first": first, "count": len(records), "bytes": joined}
-        db.execute(QUERIES["add_chunk"], {"seq": seq, "timestamps": join_timestamps(b"", records.timestamps), **chunk})
+        chunk["timestamps"] = join_timestamps(b"", records.timestamps)
+        db.execute(QUERIES["add_chunk"], {"seq": seq, **chunk})
 
 
 def finish_job(
@@ -198,9 +198,9 @@ def finish_job(
     if job is None or job.state in ENDED:
         return False
     if state_of(end) not in TRANSITIONS[job.state]:
-        raise ValueError(f"job {job_id} is {job.state}: it can't have been {state_of(end)}")
+        raise ValueError(f"job {job_id} is {job.state}: it cannot have been {state_of(end)}")
     if not job.holds_slot and (keep_slot or stop is not None):
-        raise ValueError(f"job {job_id} is {job.state}: it has no slot to keep, and nothing of it to stop")
+        raise ValueError(f"job {job_id} is {job.state}: it has no slot to keep, and no process to stop")
     _end_job(db, job.seq, end, now, stop=stop, keep_slot=keep_slot)
     _update_metadata(db, job.seq, metadata)
     return True

@@ -1,7 +1,7 @@
 -- Tables, columns and JSON keys by the names of the glossary; outages of hosts are no longer stored.
 --
--- Every row of facts is written again, as its JSON keys change. In these texts `"name":` can only be a key: within a
--- string the quotes are escaped. The jobs' own payloads are not touched.
+-- Every row of facts is rewritten, because its JSON keys change. In these texts `"name":` can only be a key, because
+-- quotes within a string are escaped. Payloads of jobs do not change.
 
 DROP VIEW whole_jobs;
 
