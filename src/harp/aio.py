@@ -9,15 +9,14 @@ Spec: docs/client-api.md, asyncio.
 from __future__ import annotations
 
 from collections.abc import AsyncIterable, Iterable
-from types import TracebackType
-from typing import Any, Self, TypeVar, Unpack
+from typing import Any, TypeVar, Unpack
 
 from harp._core.calls import Call, JobOptions, check_attribute_name
 from harp._core.dispatcher import CallerBase, JobBase, ProcedureBase, ServerBase
 from harp._core.harpd import DirectProcedureBase, DirectServerBase
 from harp._core.operations import Operation, submit_many
 from harp._core.streams import StreamReader
-from harp._net.aio import CLOCK, AsyncIteration, AsyncJSONConnection, AsyncJSONSSLConnection, AsyncStream, run
+from harp._net.aio import AsyncIteration, AsyncJSONConnection, AsyncJSONSSLConnection, AsyncPeer, AsyncStream, run
 from harp.protocol.requests import FollowStream, ReadStream
 
 __all__ = [
@@ -35,18 +34,8 @@ __all__ = [
 T = TypeVar("T")
 
 
-async def _close_all(waiting: Iterable[AsyncJSONConnection]) -> None:
-    for conn in waiting:
-        if conn.is_idle():
-            await conn.close()
-        else:  # it may belong to another event loop
-            conn.close_threadsafe()
-
-
-class AsyncHarpCaller(CallerBase[AsyncJSONConnection]):
+class AsyncHarpCaller(AsyncPeer, CallerBase[AsyncJSONConnection]):
     """See `harp.HarpCaller`."""
-
-    _clock = CLOCK
 
     def __getattr__(self, host: str) -> AsyncRemoteServer:
         """Return the host of this name, without options."""
@@ -85,14 +74,6 @@ class AsyncHarpCaller(CallerBase[AsyncJSONConnection]):
 
     async def _run(self, operation: Operation[T]) -> T:
         return await run(self._perform(operation))
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await _close_all(self._pool.drain())
 
 
 class AsyncRemoteServer(ServerBase[AsyncHarpCaller]):
@@ -189,10 +170,8 @@ class AsyncRemoteCall(JobBase[AsyncHarpCaller]):
         return (await self._dispatcher._run(self._job.ended())).end
 
 
-class AsyncHarpServer(DirectServerBase[AsyncJSONConnection]):
+class AsyncHarpServer(AsyncPeer, DirectServerBase[AsyncJSONConnection]):
     """See `harp.HarpServer`."""
-
-    _clock = CLOCK
 
     def __getattr__(self, procedure: str) -> AsyncHarpProcedure:
         """Return the procedure of this name."""
@@ -202,14 +181,6 @@ class AsyncHarpServer(DirectServerBase[AsyncJSONConnection]):
         conn = AsyncJSONSSLConnection(self._endpoint.host, self._endpoint.port, self._ca_file)
         await conn.connect()
         return conn
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await _close_all(self._pool.drain())
 
 
 class AsyncHarpProcedure(DirectProcedureBase[AsyncHarpServer]):

@@ -7,14 +7,13 @@ hasattr) sends nothing: names that begin with an underscore are neither hosts no
 from __future__ import annotations
 
 from collections.abc import Iterable
-from types import TracebackType
-from typing import Any, Self, TypeVar, Unpack
+from typing import Any, TypeVar, Unpack
 
 from harp._core.calls import Call, JobOptions, check_attribute_name
 from harp._core.dispatcher import CallerBase, JobBase, ProcedureBase, ServerBase
 from harp._core.operations import Operation, submit_many
 from harp._core.streams import StreamReader
-from harp._net.sync import CLOCK, JSONConnection, Stream, run
+from harp._net.sync import JSONConnection, Stream, SyncPeer, run
 from harp.protocol.requests import FollowStream, ReadStream
 
 __all__ = ["HarpCaller", "RemoteCall", "RemoteProcedure", "RemoteServer"]
@@ -22,7 +21,7 @@ __all__ = ["HarpCaller", "RemoteCall", "RemoteProcedure", "RemoteServer"]
 T = TypeVar("T")
 
 
-class HarpCaller(CallerBase[JSONConnection]):
+class HarpCaller(SyncPeer, CallerBase[JSONConnection]):
     """A dispatcher.
 
     Any attribute is a host: ``rpc.web01`` is ``rpc.host("web01")``, and so is ``rpc("web01")``. For names that begin
@@ -42,8 +41,6 @@ class HarpCaller(CallerBase[JSONConnection]):
 
     Spec: docs/client-api.md, HarpCaller.
     """
-
-    _clock = CLOCK
 
     def __getattr__(self, host: str) -> RemoteServer:
         """Return the host of this name, without options."""
@@ -124,15 +121,6 @@ class HarpCaller(CallerBase[JSONConnection]):
 
     def _run(self, operation: Operation[T]) -> T:
         return run(self._perform(operation))
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for conn in self._pool.drain():
-            conn.close()
 
 
 class RemoteServer(ServerBase[HarpCaller]):

@@ -6,17 +6,16 @@ As in `harp.client`, looking at an object sends nothing.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from harp._core.calls import check_attribute_name
 from harp._core.harpd import DirectProcedureBase, DirectServerBase
-from harp._net.sync import CLOCK, Iteration, JSONConnection, JSONSSLConnection, Stream, run
+from harp._net.sync import Iteration, JSONConnection, JSONSSLConnection, Stream, SyncPeer, run
 
 __all__ = ["HarpProcedure", "HarpServer", "HarpStreamIterator"]
 
 
-class HarpServer(DirectServerBase[JSONConnection]):
+class HarpServer(SyncPeer, DirectServerBase[JSONConnection]):
     """A harpd, called without a dispatcher. Any attribute is a procedure on it.
 
     As a context manager it closes its waiting connections at the end; so does the end of the object. Calls are
@@ -38,23 +37,12 @@ class HarpServer(DirectServerBase[JSONConnection]):
     Spec: docs/client-api.md, HarpServer.
     """
 
-    _clock = CLOCK
-
     def __getattr__(self, procedure: str) -> HarpProcedure:
         """Return the procedure of this name."""
         return HarpProcedure(self, check_attribute_name(procedure, self))
 
     def _open(self) -> JSONConnection:
         return JSONSSLConnection(self._endpoint.host, self._endpoint.port, self._ca_file)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for conn in self._pool.drain():
-            conn.close()
 
 
 class HarpProcedure(DirectProcedureBase[HarpServer]):

@@ -32,6 +32,11 @@ _REFUSED_WITHIN = 1.0
 class Reader(ABC):
     """Turns the lines of a stream into items, and decides how to continue after an interruption."""
 
+    #: Whether the last line was read.
+    finished = False
+    #: Seconds that the peer then keeps the connection open for another request; None: it must be closed.
+    keep_alive: float | None = None
+
     def take_request(self) -> bytes | None:
         """Return the line to send on a new connection before the next line is read, once; None: there is none."""
         return None
@@ -49,16 +54,6 @@ class Reader(ABC):
 
         This is the fast path for the lines that arrived together with a line that had an item.
         """
-
-    @property
-    @abstractmethod
-    def finished(self) -> bool:
-        """Whether the last line was read."""
-
-    @property
-    def keep_alive(self) -> float | None:
-        """Seconds that the connection then waits for another request; None: it must be closed."""
-        return None
 
     def interrupted(self, error: HarpException, now: float) -> float:
         """Return the seconds to wait before the next request. Raise the error if the stream cannot continue."""
@@ -100,7 +95,6 @@ class StreamReader(Reader):
         self._connected_at = 0.0
         self._replied = False
         self._silent_closes = 0
-        self._finished = False
         self._unsent: FollowStream | ReadStream | None
         self._set_request(self._next_request() if self._policy and request.since is None else request)
         if sent:
@@ -118,11 +112,6 @@ class StreamReader(Reader):
             return ReadStream(wanted.job, recent=max(wanted.recent or 0, 1), timed=wanted.timed)
         kind = ReadStream if self._silent_closes and not self._replied else FollowStream
         return kind(wanted.job, since=self._next_number, timed=wanted.timed)
-
-    @property
-    def finished(self) -> bool:
-        """Whether the closing line was read."""
-        return self._finished
 
     def take_request(self) -> bytes | None:
         """Return the line to send on a new connection before the next line is read, once; None: there is none."""
@@ -155,7 +144,7 @@ class StreamReader(Reader):
             self._next_number = self._next_number or 0
             self._set_request(self._next_request())
             return ()
-        self._finished = True
+        self.finished = True
         self._job.store_end(ParsedReply(reply, line))
         return ()
 
@@ -198,16 +187,6 @@ class DirectReader(Reader):
     def __init__(self) -> None:
         self._exchange = daemon.Exchange()
 
-    @property
-    def finished(self) -> bool:
-        """Whether the closing line was read."""
-        return self._exchange.finished
-
-    @property
-    def keep_alive(self) -> float | None:
-        """Seconds that harpd then waits for another request; None: harpd closes, or the call has not ended."""
-        return self._exchange.keep if self._exchange.finished else None
-
     def read_acknowledgement(self, line: bytes) -> bool:
         """Read the first line and return whether the result is streamed.
 
@@ -232,6 +211,7 @@ class DirectReader(Reader):
         message = self._exchange.message(line)
         if isinstance(message, daemon.Record):
             return (message.data,)
+        self.finished, self.keep_alive = True, self._exchange.keep
         if isinstance(message, Returned):
             return (Result(message.result),)
         assert isinstance(message, (Raised, Failed))  # the exchange rejects all others

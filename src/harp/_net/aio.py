@@ -7,7 +7,7 @@ import os
 import socket
 import ssl
 import time
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import suppress
 from types import TracebackType
@@ -15,6 +15,7 @@ from typing import Any, NoReturn, Self, TypeVar, cast
 
 from harp._core.calls import encode_line
 from harp._core.connection_pool import ConnectionPool
+from harp._core.dispatcher import PooledPeer
 from harp._core.endpoint import Endpoint
 from harp._core.steps import Clock, Steps
 from harp._core.streams import Reader, StreamBase
@@ -24,7 +25,14 @@ from harp._net.tls import tls_context
 from harp.errors import CommunicationError
 from harp.protocol.json_text import loads
 
-__all__ = ["CLOCK", "AsyncIteration", "AsyncJSONConnection", "AsyncJSONSSLConnection", "AsyncStream", "run"]
+__all__ = [
+    "AsyncIteration",
+    "AsyncJSONConnection",
+    "AsyncJSONSSLConnection",
+    "AsyncPeer",
+    "AsyncStream",
+    "run",
+]
 
 T = TypeVar("T")
 
@@ -147,7 +155,26 @@ class _Protocol(asyncio.Protocol):
         await self._lost.wait()
 
 
-class AsyncJSONConnection:
+class _Closable(ABC):
+    """What connections and iterators have in common."""
+
+    @abstractmethod
+    async def close(self) -> None:
+        """Close the connection."""
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(f"a {type(self).__name__} cannot be copied or pickled: it has an open connection")
+
+
+class AsyncJSONConnection(_Closable):
     """Like `harp.JSONConnection`, but connected by ``async with`` or `connect`, not by the constructor.
 
     Spec: docs/client-api.md, asyncio.
@@ -260,16 +287,8 @@ class AsyncJSONConnection:
             await self.connect()
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self.close()
-
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self._endpoint} {'closed' if self._protocol is None else 'connected'}>"
-
-    def __reduce__(self) -> NoReturn:
-        raise TypeError(f"a {type(self).__name__} cannot be copied or pickled: it has an open connection")
 
 
 class AsyncJSONSSLConnection(AsyncJSONConnection):
@@ -287,16 +306,10 @@ class AsyncJSONSSLConnection(AsyncJSONConnection):
         return await self._attach(await self._connect_socket(deadline), deadline, context)
 
 
-class AsyncIteration(AsyncIterator[Any]):
-    """What all iterators have: all items at once, and a context manager that closes."""
+class AsyncPeer(PooledPeer[AsyncJSONConnection]):
+    """A peer as a context manager that closes its waiting connections."""
 
-    @abstractmethod
-    async def close(self) -> None:
-        """End the iteration early and close its connection."""
-
-    async def all(self) -> list[Any]:
-        """See `harp.RemoteCall.StreamIterator.all`."""
-        return [item async for item in self]
+    _clock = CLOCK
 
     async def __aenter__(self) -> Self:
         return self
@@ -304,10 +317,19 @@ class AsyncIteration(AsyncIterator[Any]):
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        await self.close()
+        for conn in self._pool.drain():
+            if conn.is_idle():
+                await conn.close()
+            else:  # it may belong to another event loop
+                conn.close_threadsafe()
 
-    def __reduce__(self) -> NoReturn:
-        raise TypeError(f"a {type(self).__name__} cannot be copied or pickled: it reads from a connection")
+
+class AsyncIteration(_Closable, AsyncIterator[Any]):
+    """What all iterators have: all items at once, and a context manager that closes."""
+
+    async def all(self) -> list[Any]:
+        """See `harp.RemoteCall.StreamIterator.all`."""
+        return [item async for item in self]
 
 
 class AsyncStream(StreamBase[AsyncJSONConnection], AsyncIteration):

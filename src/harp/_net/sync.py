@@ -6,7 +6,7 @@ import os
 import socket
 import threading
 import time
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from types import TracebackType
@@ -14,6 +14,7 @@ from typing import Any, NoReturn, Self, TypeVar
 
 from harp._core.calls import encode_line
 from harp._core.connection_pool import ConnectionPool
+from harp._core.dispatcher import PooledPeer
 from harp._core.endpoint import Endpoint
 from harp._core.steps import Clock, Steps
 from harp._core.streams import Reader, StreamBase
@@ -23,7 +24,7 @@ from harp._net.tls import tls_context
 from harp.errors import CommunicationError
 from harp.protocol.json_text import loads
 
-__all__ = ["CLOCK", "Iteration", "JSONConnection", "JSONSSLConnection", "Stream", "run"]
+__all__ = ["Iteration", "JSONConnection", "JSONSSLConnection", "Stream", "SyncPeer", "run"]
 
 T = TypeVar("T")
 
@@ -45,7 +46,26 @@ def run(steps: Steps[T]) -> T:
         return outcome
 
 
-class JSONConnection:
+class _Closable(ABC):
+    """What connections and iterators have in common."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Close the connection."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(f"a {type(self).__name__} cannot be copied or pickled: it has an open connection")
+
+
+class JSONConnection(_Closable):
     """TCP connection, reading and writing JSON lines; a context manager that closes it.
 
     A new object is connected already. One thread at a time may use a connection; any thread may call `close`.
@@ -184,19 +204,8 @@ class JSONConnection:
     def _closed_here(self) -> CommunicationError:
         return self._endpoint.error("not connected", "the connection was closed on this side")
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self._endpoint} {'closed' if self._socket is None else 'connected'}>"
-
-    def __reduce__(self) -> NoReturn:
-        raise TypeError(f"a {type(self).__name__} cannot be copied or pickled: it has an open connection")
 
 
 class JSONSSLConnection(JSONConnection):
@@ -234,16 +243,10 @@ class JSONSSLConnection(JSONConnection):
         return secured
 
 
-class Iteration(Iterator[Any]):
-    """What all iterators have: all items at once, and a context manager that closes."""
+class SyncPeer(PooledPeer[JSONConnection]):
+    """A peer as a context manager that closes its waiting connections."""
 
-    @abstractmethod
-    def close(self) -> None:
-        """End the iteration early and close its connection."""
-
-    def all(self) -> list[Any]:
-        """Return all remaining items in one list. Spec: docs/client-api.md, RemoteCall.StreamIterator."""
-        return list(self)
+    _clock = CLOCK
 
     def __enter__(self) -> Self:
         return self
@@ -251,10 +254,16 @@ class Iteration(Iterator[Any]):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        for conn in self._pool.drain():
+            conn.close()
 
-    def __reduce__(self) -> NoReturn:
-        raise TypeError(f"a {type(self).__name__} cannot be copied or pickled: it reads from a connection")
+
+class Iteration(_Closable, Iterator[Any]):
+    """What all iterators have: all items at once, and a context manager that closes."""
+
+    def all(self) -> list[Any]:
+        """Return all remaining items in one list. Spec: docs/client-api.md, RemoteCall.StreamIterator."""
+        return list(self)
 
 
 class Stream(StreamBase[JSONConnection], Iteration):

@@ -74,7 +74,7 @@ class _TLSSocket(ssl.SSLSocket):
     """
 
     def getpeername(self) -> Any:
-        """The peer's address. Raises `OSError`."""
+        """Return the peer's address. Raise `OSError`."""
         try:
             return super().getpeername()
         except OSError as error:
