@@ -35,8 +35,10 @@ QUEUES = st.sampled_from([Raw(b"{}"), Raw(b'{"a":1,"b":2}'), Raw(b'{ "b": 2.0, "
 SMALL = st.integers(0, 4)
 END_VALUES = st.sampled_from(list(ENDS.values()))
 STOPS = st.sampled_from(list(StopState))
-FACT = st.sampled_from([None, Raw(b'{"a": 1.10}'), Raw(b"{}")])
-FACTS = st.just(NO_METADATA) | st.builds(JobMetadata, FACT, FACT, FACT, FACT)
+METADATA_VALUES = st.sampled_from([None, Raw(b'{"a": 1.10}'), Raw(b"{}")])
+METADATA = st.just(NO_METADATA) | st.builds(
+    JobMetadata, METADATA_VALUES, METADATA_VALUES, METADATA_VALUES, METADATA_VALUES
+)
 
 
 class Comparison(RuleBasedStateMachine):
@@ -109,38 +111,38 @@ class Comparison(RuleBasedStateMachine):
         values = [Raw(b"%d" % n) for n in range(count)]
         self.both("append_records", job_id, first, Records(values, [self.now + n // 2 for n in range(count)]))
 
-    @rule(job_id=jobs, end=END_VALUES, stop=st.none() | STOPS, keep_slot=st.booleans(), metadata=FACTS)
-    def finish(self, job_id: str, end: End, stop: StopState | None, keep_slot: bool, facts: JobMetadata) -> None:
-        self.both("finish_job", job_id, end, self.now, stop=stop, keep_slot=keep_slot, metadata=facts)
+    @rule(job_id=jobs, end=END_VALUES, stop=st.none() | STOPS, keep_slot=st.booleans(), metadata=METADATA)
+    def finish(self, job_id: str, end: End, stop: StopState | None, keep_slot: bool, metadata: JobMetadata) -> None:
+        self.both("finish_job", job_id, end, self.now, stop=stop, keep_slot=keep_slot, metadata=metadata)
 
-    @rule(end=END_VALUES, keep_slot=st.booleans(), metadata=FACTS)
-    def finish_the_first_that_holds(self, end: End, keep_slot: bool, facts: JobMetadata) -> None:
-        self.both("finish_job", self.first_that_holds(), end, self.now, keep_slot=keep_slot, metadata=facts)
+    @rule(end=END_VALUES, keep_slot=st.booleans(), metadata=METADATA)
+    def finish_the_first_that_holds(self, end: End, keep_slot: bool, metadata: JobMetadata) -> None:
+        self.both("finish_job", self.first_that_holds(), end, self.now, keep_slot=keep_slot, metadata=metadata)
 
     def first_that_holds(self) -> str:
         held = self.model.list_slot_holders()
         return held[0].id if held else new_id()
 
-    @rule(job_id=jobs, stopped=FACT)
-    def cancel(self, job_id: str, stopped: Raw | None) -> None:
-        self.both("cancel_job", job_id, self.now, stopped)
+    @rule(job_id=jobs, stop_request=METADATA_VALUES)
+    def cancel(self, job_id: str, stop_request: Raw | None) -> None:
+        self.both("cancel_job", job_id, self.now, stop_request)
 
-    @rule(queue=QUEUES, stopped=FACT)
-    def cancel_queue(self, queue: Raw, stopped: Raw | None) -> None:
-        self.both("cancel_queue", queue, self.now, stopped)
+    @rule(queue=QUEUES, stop_request=METADATA_VALUES)
+    def cancel_queue(self, queue: Raw, stop_request: Raw | None) -> None:
+        self.both("cancel_queue", queue, self.now, stop_request)
 
-    @rule(job_id=jobs, first=st.booleans(), stop=STOPS, keep_slot=st.booleans(), metadata=FACTS)
-    def settle(self, job_id: str, first: bool, stop: StopState, keep_slot: bool, facts: JobMetadata) -> None:
-        settled = self.first_that_holds() if first else job_id
-        self.both("finalize_stop", settled, stop, keep_slot=keep_slot, metadata=facts)
+    @rule(job_id=jobs, first=st.booleans(), stop=STOPS, keep_slot=st.booleans(), metadata=METADATA)
+    def finalize_stop(self, job_id: str, first: bool, stop: StopState, keep_slot: bool, metadata: JobMetadata) -> None:
+        stopped_job = self.first_that_holds() if first else job_id
+        self.both("finalize_stop", stopped_job, stop, keep_slot=keep_slot, metadata=metadata)
 
     @rule(job_id=jobs, first=st.booleans())
     def release(self, job_id: str, first: bool) -> None:
         self.both("release_slot", self.first_that_holds() if first else job_id)
 
-    @rule(job_id=jobs, metadata=FACTS)
-    def note(self, job_id: str, facts: JobMetadata) -> None:
-        self.both("update_metadata", job_id, facts)
+    @rule(job_id=jobs, metadata=METADATA)
+    def update_metadata(self, job_id: str, metadata: JobMetadata) -> None:
+        self.both("update_metadata", job_id, metadata)
 
     @rule(age=SMALL, limit=SMALL)
     def prune(self, age: int, limit: int) -> None:
