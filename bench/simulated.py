@@ -63,20 +63,20 @@ class _Connection(asyncio.Protocol):
             if self._request is None:
                 self._on_request(wire.decode_request(line))
             else:
-                self._on_command(wire.decode_order(line))
+                self._on_command(wire.decode_command(line))
 
     def _send(self, *messages: wire.Message) -> None:
         if self._transport is not None:
             self._transport.write(b"".join(map(wire.encode_message, messages)))
 
     def _on_request(self, request: wire.AnyRequest) -> None:
-        keep_alive = _KEEP_ALIVE if request.keep else None
+        keep_alive = _KEEP_ALIVE if request.keep_alive else None
         match request:
             case wire.ListCalls():
-                self._send(wire.Held((), self._instance, keep_alive))
+                self._send(wire.CallList((), self._instance, keep_alive))
             case wire.Request(procedure="echo" | "count" | "gather" | "watch", call=terms) if terms is not None:
                 self._request, self._began = request, time.monotonic()
-                kept = wire.KeptTerms(terms.warden, terms.keep_running, terms.linger, 5.0, 0.0, 0)
+                kept = wire.GrantedTerms(terms.instance, terms.disconnect_timeout, terms.result_ttl, 5.0, 0.0, 0)
                 self._send(wire.Acknowledgement(request.procedure in ("count", "watch"), kept, keep_alive))
                 self._start(request)
             case wire.Attach():
@@ -89,7 +89,7 @@ class _Connection(asyncio.Protocol):
             case "echo", [value]:
                 self._end(request, Returned(value))
             case "count", [records]:
-                self._send(wire.RecordsAt(time.time()), *map(wire.Record, range(records)))
+                self._send(wire.RecordTime(time.time()), *map(wire.Record, range(records)))
                 self._end(request, Returned(None))
             case "gather", [count]:
                 late = Raised("TimeoutError", f"fewer than {count} calls", {"class": "TimeoutError"})
@@ -100,24 +100,24 @@ class _Connection(asyncio.Protocol):
                         asyncio.get_running_loop().call_later(_PAUSE, end)
                     self._gathering.clear()
             case _:
-                self._send(wire.RecordsAt(time.time()), wire.Record("running"))
+                self._send(wire.RecordTime(time.time()), wire.Record("running"))
 
     def _end(self, request: wire.Request, end: Returned | Raised | Failed) -> None:
         if self._request is request:  # else it has ended, or the dispatcher has disconnected
             now = time.time()
             exit_info = {"exit": 0, "by": "itself", "cpu": 0.001, "memory": 10_000_000, "started": now, "ended": now}
-            self._send(wire.Evidence(dumps(exit_info)), end)
+            self._send(wire.ExitInfo(dumps(exit_info)), end)
 
-    def _on_command(self, command: wire.Order) -> None:
+    def _on_command(self, command: wire.Command) -> None:
         match command:
-            case wire.Alive():
-                self._send(wire.Alive(time.monotonic() - self._began))
+            case wire.Heartbeat():
+                self._send(wire.Heartbeat(time.monotonic() - self._began))
             case wire.StopCall(reason):
                 now = time.time()
                 report = {"processes": [], "found": 0, "survivors": [], "surviving": 0, "complete": True}
-                self._send(wire.Receipt(dumps({**report, "began": now, "ended": now})))
+                self._send(wire.StopReport(dumps({**report, "began": now, "ended": now})))
                 self._end(cast(wire.Request, self._request), Failed(reason, "stopped"))
-            case wire.Done():
+            case wire.Release():
                 self._request = None
 
 

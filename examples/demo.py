@@ -157,7 +157,7 @@ The logs are {directory}/harpd.log and {directory}/harpcallerd.log.
 Ctrl-C here stops both and removes the directory."""
 
 
-def keep_running(directory: Path, harpcallerd_port: int, harpd_port: int) -> None:
+def disconnect_timeout(directory: Path, harpcallerd_port: int, harpd_port: int) -> None:
     """Wait for Ctrl-C or TERM."""
     facts = {"directory": directory, "user": USER, "password": PASSWORD}
     stopped = threading.Event()
@@ -178,7 +178,7 @@ def main() -> int:
         try:
             with system(directory) as (harpcallerd_port, harpd_port):
                 if options.keep:
-                    keep_running(directory, harpcallerd_port, harpd_port)
+                    disconnect_timeout(directory, harpcallerd_port, harpd_port)
                     return 0
                 arguments = tour.System(harpcallerd_port, harpd_port, USER, PASSWORD, str(directory / "ca.pem"))
                 for number, step in enumerate(tour.STEPS, 1):

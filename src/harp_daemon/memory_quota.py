@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Self
 
-__all__ = ["Allowance", "Share"]
+__all__ = ["MemoryQuota", "Reservation"]
 
 #: Bytes that each share has for nothing, so that small requests pass however much the long ones hold.
 _FREE = 64 * 1024
 
 
-class Allowance:
+class MemoryQuota:
     """What all request lines together may hold.
 
     Args:
@@ -20,22 +20,22 @@ class Allowance:
     def __init__(self, limit: int) -> None:
         self._left = limit
 
-    def take(self, size: int) -> bool:
+    def try_reserve(self, size: int) -> bool:
         """Take bytes; say whether there were so many left."""
         if size > self._left:
             return False
         self._left -= size
         return True
 
-    def give_back(self, size: int) -> None:
+    def release(self, size: int) -> None:
         """Give back bytes that were taken."""
         self._left += size
 
 
-class Share:
+class Reservation:
     """What one request line takes of the allowance."""
 
-    def __init__(self, allowance: Allowance) -> None:
+    def __init__(self, allowance: MemoryQuota) -> None:
         self._allowance = allowance
         self._size = 0
         self._counted = 0
@@ -44,7 +44,7 @@ class Share:
         """Grow by so many bytes; False, and nothing is taken, when the allowance is used up."""
         self._size += size
         more = max(self._size - _FREE, 0) - self._counted
-        if not self._allowance.take(more):
+        if not self._allowance.try_reserve(more):
             return False
         self._counted += more
         return True
@@ -57,5 +57,5 @@ class Share:
 
     def release(self) -> None:
         """Give everything back."""
-        self._allowance.give_back(self._counted)
+        self._allowance.release(self._counted)
         self._size = self._counted = 0

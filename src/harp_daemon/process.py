@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-__all__ = ["Detached", "ProcessError", "detach", "notify", "pidfile"]
+__all__ = ["Detached", "ProcessError", "detach", "notify_service_manager", "pidfile"]
 
 
 class ProcessError(Exception):
@@ -97,7 +97,7 @@ def detach() -> Detached:
     return Detached(said)
 
 
-def notify(state: str) -> None:
+def notify_service_manager(state: str) -> None:
     """Tell the service manager, if there is one: ``READY=1``, ``STOPPING=1``, ... (sd_notify(3))."""
     address = os.environ.get("NOTIFY_SOCKET")
     if not address:

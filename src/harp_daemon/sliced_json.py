@@ -1,4 +1,4 @@
-"""Opening a message with its payloads as `Raw` text, as `harp.protocol.json_text.open_sliced` does, some times faster.
+"""Opening a message with its payloads as `Raw` text, as `harp.protocol.json_text.slice_text` does, some times faster.
 
 msgspec slices; whatever it does not take, or may have taken too lightly, goes to the careful one. Both give the same.
 """
@@ -10,11 +10,11 @@ from typing import Any
 
 import msgspec
 
-from harp.protocol.call_output import RECORD
-from harp.protocol.json_text import Members, Payload, Raw, open_sliced
-from harp.protocol.strict_json import checked_text, loads, may_be_deep
+from harp.protocol.call_output import RECORD_PREFIX
+from harp.protocol.json_text import JSONObject, Payload, Raw, slice_text
+from harp.protocol.strict_json import decode_checked, loads, may_exceed_depth
 
-__all__ = ["open_quickly", "sliced_records"]
+__all__ = ["decode_slices", "slice_records"]
 
 
 _decoder = msgspec.json.Decoder(dict[str, msgspec.Raw])
@@ -41,7 +41,7 @@ class _Members:
         return iter(self._slices)
 
     def value(self, key: str) -> Any:
-        """See `Members`."""
+        """See `JSONObject`."""
         raw = self._slices[key]
         try:
             return msgspec.json.decode(raw)
@@ -49,16 +49,16 @@ class _Members:
             return loads(bytes(raw))
 
     def payload(self, key: str) -> Payload:
-        """See `Members`."""
+        """See `JSONObject`."""
         return Raw(self._slices[key])
 
-    def members(self, key: str) -> Members | None:
-        """See `Members`."""
+    def nested_object(self, key: str) -> JSONObject | None:
+        """See `JSONObject`."""
         raw = bytes(self._slices[key])
-        return open_quickly(raw) if raw.startswith(b"{") else None
+        return decode_slices(raw) if raw.startswith(b"{") else None
 
-    def elements(self, key: str) -> Iterator[Members | None] | None:
-        """See `Members`."""
+    def nested_objects(self, key: str) -> Iterator[JSONObject | None] | None:
+        """See `JSONObject`."""
         raw = self._slices[key]
         if bytes(memoryview(raw)[:1]) != b"[":
             return None
@@ -66,32 +66,32 @@ class _Members:
         return (_opened(element) if element.startswith(b"{") else None for element in elements)
 
 
-def open_quickly(line: bytes) -> Members:
+def decode_slices(line: bytes) -> JSONObject:
     """Open an object with its payloads as `Raw` text. Raises `InvalidJSON`."""
-    checked_text(line)
+    decode_checked(line)
     return _opened(line)
 
 
-def _opened(line: bytes) -> Members:
+def _opened(line: bytes) -> JSONObject:
     """Open an object whose text is checked already."""
     try:
         slices = _decoder.decode(line)
     except (msgspec.MsgspecError, ValueError, RecursionError):
-        return open_sliced(line)
+        return slice_text(line)
     # Of a repeated key the last one is left. The members that are left are the whole line only if nothing was dropped,
     # nor anything is spelled in more bytes than it must; then the careful one looks.
     size = 1 + len("".join(slices).encode()) + sum(map(len, map(_view, slices.values()))) + _AROUND * len(slices)
-    return _Members(slices) if slices and size == len(line) else open_sliced(line)
+    return _Members(slices) if slices and size == len(line) else slice_text(line)
 
 
-def sliced_records(lines: Sequence[bytes]) -> list[Raw] | None:
+def slice_records(lines: Sequence[bytes]) -> list[Raw] | None:
     """The payloads of lines that all begin as records do, in one step for all; None: look at each.
 
     Each line's inside has to be a whole element of an array that is made of them all: then it is one value, and
     nothing else.
     """
-    insides = [line[len(RECORD) : -1] for line in lines]
-    if any(not line.endswith(b"}") for line in lines) or any(map(may_be_deep, lines)):
+    insides = [line[len(RECORD_PREFIX) : -1] for line in lines]
+    if any(not line.endswith(b"}") for line in lines) or any(map(may_exceed_depth, lines)):
         return None
     text = b"[%b]" % b",".join(insides)
     try:

@@ -5,20 +5,20 @@ from __future__ import annotations
 import ssl
 import warnings
 
-__all__ = ["DEFAULT_FLOOR", "FLOORS", "set_floor"]
+__all__ = ["DEFAULT_MINIMUM", "TLS_VERSIONS", "set_minimum_version"]
 
 #: The names that a configuration may give.
-FLOORS = {
+TLS_VERSIONS = {
     "1.0": ssl.TLSVersion.TLSv1,
     "1.1": ssl.TLSVersion.TLSv1_1,
     "1.2": ssl.TLSVersion.TLSv1_2,
     "1.3": ssl.TLSVersion.TLSv1_3,
 }
 
-DEFAULT_FLOOR = "1.2"
+DEFAULT_MINIMUM = "1.2"
 
 
-def set_floor(context: ssl.SSLContext, floor: str) -> bool:
+def set_minimum_version(context: ssl.SSLContext, floor: str) -> bool:
     """Set the least version that the context speaks.
 
     OpenSSL 3 refuses the signatures of TLS 1.0 and 1.1 at its usual security level, so a floor below 1.2
@@ -31,7 +31,7 @@ def set_floor(context: ssl.SSLContext, floor: str) -> bool:
     Returns:
         Whether the floor is below 1.2: worth a warning in the log.
     """
-    version = FLOORS[floor]
+    version = TLS_VERSIONS[floor]
     low = floor in ("1.0", "1.1")
     if low:
         context.set_ciphers("DEFAULT:@SECLEVEL=0")

@@ -120,11 +120,11 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     #: Whether calls are kept by hosts that can: they outlive the connection and this program.
     kept_calls: bool = True
     #: Seconds that a call may run without contact before its host stops it.
-    keep_running: Seconds = 240.0
+    disconnect_timeout: Seconds = 240.0
     #: Seconds for which a host keeps the end of a call that nobody has fetched.
-    linger: Seconds = 3600.0
+    result_ttl: Seconds = 3600.0
     #: Seconds without contact after which a host is given up as lost.
-    host_lost_after: Seconds = 300.0
+    host_timeout: Seconds = 300.0
     #: Longest line that a host may send, bytes.
     record_line: Bytes = 64 * 1024 * 1024
 
@@ -156,9 +156,9 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     syslog: bool = False
 
     def __post_init__(self) -> None:
-        if self.host_lost_after < self.keep_running + _STOP_MARGIN:
-            least = f"at least {_STOP_MARGIN:g} more than keep_running ({self.keep_running:g})"
-            raise ValueError(f"host_lost_after: expected {least}, got {self.host_lost_after:g}")
+        if self.host_timeout < self.disconnect_timeout + _STOP_MARGIN:
+            least = f"at least {_STOP_MARGIN:g} more than disconnect_timeout ({self.disconnect_timeout:g})"
+            raise ValueError(f"host_timeout: expected {least}, got {self.host_timeout:g}")
 
     @property
     def max_age_seconds(self) -> float:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from harp_daemon import logs
-from harp_daemon.process import ProcessError, notify
+from harp_daemon.process import ProcessError, notify_service_manager
 from harpcaller.api import client_server as service
 from harpcaller.api.client_server import Service
 from harpcaller.api.control_server import Admin
@@ -108,10 +108,10 @@ async def run(
             loop.add_signal_handler(signal.SIGUSR1, program.reopen_logs)
             door.serve(listeners)
             serving()
-            notify("READY=1")
+            notify_service_manager("READY=1")
             await stop.wait()
             log.info("harpcallerd stops")
-            notify("STOPPING=1")
+            notify_service_manager("STOPPING=1")
             await program.finish()
     finally:
         # The loop's end brings back the signals' usual effect: a second one would now spoil the exit status.
@@ -175,14 +175,14 @@ class _Program:
             ConfigError: it can't be used; nothing has changed.
         """
         async with self._reloading:
-            notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
+            notify_service_manager(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
             try:
                 needing_restart = await self._reload()
             except ConfigError as error:
                 log.error("reload failed; nothing is changed", extra={"reason": str(error)})
                 raise
             finally:
-                notify("READY=1")
+                notify_service_manager("READY=1")
             log.info("reloaded")
             for key in needing_restart:
                 log.warning("a changed setting needs a restart", extra={"key": key})

@@ -30,7 +30,7 @@ LEAST_SHARE = 0.05
 LONGEST_CALL = 0.03
 
 
-TERMS = {"warden": "w", "keep_running": 60, "linger": 60, "kill_grace": 1, "elapsed": 0, "records": 0}
+TERMS = {"instance": "w", "disconnect_timeout": 60, "result_ttl": 60, "kill_grace": 1, "elapsed": 0, "records": 0}
 
 
 class RecordingHarpd:
@@ -55,7 +55,7 @@ class RecordingHarpd:
             request = json.loads(await reader.readline())
             if "calls" in request:
                 error = {"type": "no_such_procedure", "message": "-"}
-                answer = {"calls": [], "warden": "w"} if self._keeps else {"error": error}
+                answer = {"calls": [], "instance": "w"} if self._keeps else {"error": error}
                 writer.write(json.dumps({"harp": 1, **answer}).encode() + b"\n")
                 return
             (number,) = request["arguments"]
@@ -79,16 +79,16 @@ class RecordingHarpd:
     async def _keep(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Go on until the end is stored; a stop ends the call at once."""
         writer.write(json.dumps({"harp": 1, "stream_result": False, "call": TERMS}).encode() + b"\n")
-        closing = b'{"evidence":{}}\n{"result":null}\n'
+        closing = b'{"exit_info":{}}\n{"result":null}\n'
         try:
             async with asyncio.timeout(self._chance.uniform(0, LONGEST_CALL)):
                 while "stop" not in json.loads(await reader.readline()):
                     pass
-            closing = b'{"evidence":{}}\n{"harp":1,"error":{"type":"cancelled","message":"stopped"}}\n'
+            closing = b'{"exit_info":{}}\n{"harp":1,"error":{"type":"cancelled","message":"stopped"}}\n'
         except TimeoutError:
             pass
         writer.write(closing)
-        while "done" not in json.loads(await reader.readline()):
+        while "release" not in json.loads(await reader.readline()):
             pass
 
 

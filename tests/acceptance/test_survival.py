@@ -191,7 +191,7 @@ def test_a_cancel_while_the_host_is_cut_off(tmp_path: Path) -> None:
 
 
 def test_a_host_that_stays_away_is_given_up_and_has_ended_the_call_itself(tmp_path: Path) -> None:
-    with system(tmp_path, keep_running=1.0, host_lost_after=11.0) as whole:
+    with system(tmp_path, disconnect_timeout=1.0, host_timeout=11.0) as whole:
         host = whole.rpc.host("web01", queue={"q": 1})
         job = host.wait_for(str(tmp_path / "never"), 1)
         second = host.wait_for(str(tmp_path / "never"), 2)
@@ -208,7 +208,7 @@ def test_a_host_that_stays_away_is_given_up_and_has_ended_the_call_itself(tmp_pa
         assert isinstance(second.result(wait=True), harp.RemoteError)  # its slot came free; nobody is there
         whole.harpd.start_gate()
         assert whole.rpc.web01.count(1).get() == 1
-        wait_until(lambda: whole.harpd.statuses()[0]["held"] == 0, DEADLINE, "the unwanted call forgotten")
+        wait_until(lambda: whole.harpd.statuses()[0]["resumable"] == 0, DEADLINE, "the unwanted call forgotten")
         assert job.details()["exit_info"]["by"] == "lost_contact"  # what it had to say is kept, its end stands
         assert job.result().type == "host_lost"
 
@@ -297,10 +297,10 @@ def test_an_end_that_came_while_the_dispatcher_was_away_is_fetched(tmp_path: Pat
         whole.dispatcher.wait()
         done.touch()
         wait_until(lambda: whole.harpd.status()["calls"] == 0, DEADLINE, "the end of the call")
-        assert whole.harpd.status()["held"] == 1
+        assert whole.harpd.status()["resumable"] == 1
         whole.dispatcher.start()
         assert job.get() == {"k": [1]}
-        wait_until(lambda: whole.harpd.status()["held"] == 0, DEADLINE, "the call forgotten")
+        wait_until(lambda: whole.harpd.status()["resumable"] == 0, DEADLINE, "the call forgotten")
 
 
 async def test_calls_go_on_while_the_store_takes_nothing(tmp_path: Path) -> None:
@@ -311,7 +311,7 @@ async def test_calls_go_on_while_the_store_takes_nothing(tmp_path: Path) -> None
     with Harpd(tmp_path / "harpd", PROCEDURES + OWN) as harpd:
         credentials = {"user": harpd.user, "password": harpd.password}
         host = {"hostname": "web01", "address": "127.0.0.1", "port": harpd.port, "credentials": credentials}
-        settings: dict[str, Any] = {"kept_calls": True, "keep_running": 1.0, "host_lost_after": 11.0}
+        settings: dict[str, Any] = {"kept_calls": True, "disconnect_timeout": 1.0, "host_timeout": 11.0}
         async with running(tmp_path, json.dumps(host) + "\n", store=store, **settings) as dispatcher:
             flood = await dispatcher.submit(call("flood_until", arguments=[str(done)]), "test")
             quiet = await dispatcher.submit(call("wait_for", arguments=[str(done), 5]), "test")

@@ -15,7 +15,7 @@ from chaos.system import HOST_CONCURRENCY, HOST_LOST_AFTER, KILL_GRACE
 
 #: Ends that say that the call was surely never started.
 _NOT_STARTED = frozenset(
-    {"too_many_calls", "network_error", "procedure_loading_error", "other_warden", "missing_result", "os_error"}
+    {"too_many_calls", "network_error", "procedure_loading_error", "wrong_instance", "missing_result", "os_error"}
 )
 #: Seconds that a job may take when nobody has limited it further; a little less, as marks come later than starts.
 _LIMIT = 50.0

@@ -29,9 +29,9 @@ KEEP_RUNNING, HOST_LOST_AFTER, KILL_GRACE = 8.0, 20.0, 1.0
 HOST_CONCURRENCY = 10
 
 _DISPATCHER = {
-    "keep_running": KEEP_RUNNING,
-    "linger": 300,
-    "host_lost_after": HOST_LOST_AFTER,
+    "disconnect_timeout": KEEP_RUNNING,
+    "result_ttl": 300,
+    "host_timeout": HOST_LOST_AFTER,
     "host_concurrency": HOST_CONCURRENCY,
     "connect_timeout": 3,
     "acknowledgement_timeout": 5,
@@ -81,7 +81,7 @@ class Host:
                 reader, writer = await asyncio.open_unix_connection(f"/proc/self/fd/{directory}/{name}")
                 with contextlib.closing(writer):
                     writer.write(b'{"control":"status"}\n')
-                    return int(json.loads(await reader.readline())["warden"])
+                    return int(json.loads(await reader.readline())["supervisor"])
         except (OSError, TimeoutError, ValueError):
             return None
         finally:

@@ -120,7 +120,7 @@ CASES: list[tuple[str, list[Script], str, Exit]] = [
         f"cancel --wait {JOB}",
         [
             answering(
-                {"cancelled": True, "stop": {"state": "confirmed", "receipt": None}},
+                {"cancelled": True, "stop": {"state": "confirmed", "stop_report": None}},
                 request={"harpcaller": 1, "cancel": JOB, "wait": True},
             )
         ],
@@ -129,7 +129,7 @@ CASES: list[tuple[str, list[Script], str, Exit]] = [
     ),
     (
         f"cancel --wait {JOB}",
-        [answering({"cancelled": True, "stop": {"state": "failed", "receipt": None}})],
+        [answering({"cancelled": True, "stop": {"state": "failed", "stop_report": None}})],
         "",
         Exit.FAILED,
     ),

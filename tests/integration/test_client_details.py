@@ -26,7 +26,7 @@ def shell(request: pytest.FixtureRequest) -> Iterator[Shell]:
 
 
 def stop(state: Any, receipt: Any = None) -> dict[str, Any]:
-    return {"state": state, "receipt": receipt}
+    return {"state": state, "stop_report": receipt}
 
 
 def test_details_are_requested_each_time(shell: Shell) -> None:
@@ -98,7 +98,7 @@ def test_cancel_with_unconfirmed_stop_raises(shell: Shell, found: Any, kind: str
     assert (caught.value.type, caught.value.data) == (kind, found)
 
 
-@pytest.mark.parametrize("found", [[], {"receipt": None}, stop(1)])
+@pytest.mark.parametrize("found", [[], {"stop_report": None}, stop(1)])
 def test_cancel_with_invalid_stop_raises(shell: Shell, found: Any) -> None:
     with Peer(answering({"cancelled": True, "stop": found})) as peer:
         with pytest.raises(harp.CommunicationError, match=r"stop(\.state)?: expected"):

@@ -18,7 +18,7 @@ from support.scripted import scripted_harpd
 from support.shells import Shell, shell_of
 
 JOB = "3f22e0d4-c8ed-11e5-8d66-001e8c140268"
-SUBMITTED = {"harpcaller": 1, "job_id": JOB, "keep": 60}
+SUBMITTED = {"harpcaller": 1, "job_id": JOB, "keep_alive": 60}
 UNKNOWN = "it is not known whether the call ran"
 
 
@@ -39,28 +39,28 @@ def gone(talk: Conversation) -> None:
 
 
 def test_requests_go_over_one_connection(shell: Shell) -> None:
-    with Peer(keeping([SUBMITTED], [{"no_result": True, "keep": 60}], [{"result": 5, "keep": 60}])) as peer:
+    with Peer(keeping([SUBMITTED], [{"no_result": True, "keep_alive": 60}], [{"result": 5, "keep_alive": 60}])) as peer:
         with shell.caller(peer, keep_alive=True) as rpc:
             job = rpc.web01.p(1)
             assert job.result() is harp.CALL_NOT_FINISHED
             assert job.get() == 5
             assert job.get() == 5  # is known by now
         assert peer.conversations[0].closed.wait(30)
-    assert [request.get("keep") for request in peer.requests] == [True, True, True]
+    assert [request.get("keep_alive") for request in peer.requests] == [True, True, True]
 
 
 def test_without_keep_it_is_not_asked_for(shell: Shell) -> None:
-    with Peer(answering(SUBMITTED), answering({"result": 1, "keep": 60})) as peer:
+    with Peer(answering(SUBMITTED), answering({"result": 1, "keep_alive": 60})) as peer:
         assert shell.caller(peer).web01.p().get() == 1
-    assert not any("keep" in request for request in peer.requests)
+    assert not any("keep_alive" in request for request in peer.requests)
 
 
 def test_what_is_not_granted_is_not_kept(shell: Shell) -> None:
     """Nor is a `keep` in the result, or one that is not the last."""
     replies: list[dict[str, object]] = [
-        {"result": {"a": 1, "keep": 5}},
-        {"keep": 5, "result": 1},
-        {"result": '","keep":5}'},
+        {"result": {"a": 1, "keep_alive": 5}},
+        {"keep_alive": 5, "result": 1},
+        {"result": '","keep_alive":5}'},
     ]
     for reply in replies:
         with Peer(keeping([SUBMITTED], [reply]), answering({"cancelled": False})) as peer:
@@ -74,11 +74,11 @@ def test_what_is_not_granted_is_not_kept(shell: Shell) -> None:
 
 def test_a_waiting_request_asks_only_where_it_was_granted_before(shell: Shell) -> None:
     """A dispatcher of the field closes without a reply; waiting for the job's end would go on for minutes then."""
-    with Peer(answering({"result": 1}), keeping([SUBMITTED], [{"result": 2, "keep": 60}])) as peer:
+    with Peer(answering({"result": 1}), keeping([SUBMITTED], [{"result": 2, "keep_alive": 60}])) as peer:
         rpc = shell.caller(peer, keep_alive=True)
         assert rpc.job(JOB).get() == 1
         assert rpc.web01.p().get() == 2
-    assert ["keep" in request for request in peer.requests] == [False, True, True]
+    assert ["keep_alive" in request for request in peer.requests] == [False, True, True]
 
 
 def test_a_dispatcher_that_does_not_know_it_may_be_too_old(shell: Shell) -> None:

@@ -24,8 +24,8 @@ from support.deadline import eventually, wait_until
 from support.peers import Conversation, Peer, Script, answering, keeping, line_of, server_context
 from support.shells import Shell, nothing_left, shell_of
 
-PLAIN = {"harp": 1, "stream_result": False, "keep": 60}
-STREAM = {"harp": 1, "stream_result": True, "keep": 60}
+PLAIN = {"harp": 1, "stream_result": False, "keep_alive": 60}
+STREAM = {"harp": 1, "stream_result": True, "keep_alive": 60}
 FIELD = {"harp": 1, "stream_result": False}
 RAISED = {"exception": {"type": "ValueError", "message": "no"}}
 FAILED = {"harp": 1, "error": {"type": "timeout", "message": "m"}}
@@ -78,9 +78,9 @@ def test_calls_go_over_one_connection(shell: Shell, tls: ssl.SSLContext) -> None
         assert [server.p(5), server.p(a=1), server.q()] == [1, "two", None]
     auth = {"user": "u", "password": "secret"}
     assert peer.requests == [
-        {"harp": 1, "procedure": "p", "arguments": [5], "auth": auth, "keep": True},
-        {"harp": 1, "procedure": "p", "arguments": {"a": 1}, "auth": auth, "keep": True},
-        {"harp": 1, "procedure": "q", "arguments": [], "auth": auth, "keep": True},
+        {"harp": 1, "procedure": "p", "arguments": [5], "auth": auth, "keep_alive": True},
+        {"harp": 1, "procedure": "p", "arguments": {"a": 1}, "auth": auth, "keep_alive": True},
+        {"harp": 1, "procedure": "q", "arguments": [], "auth": auth, "keep_alive": True},
     ]
 
 
@@ -90,7 +90,7 @@ def test_without_keep_it_is_not_asked_for(shell: Shell, tls: ssl.SSLContext) -> 
         server = shell.server(peer)
         assert [server.p(), server.p()] == [1, 2]
         assert all(talk.closed.wait(30) for talk in peer.conversations)
-    assert not any("keep" in request for request in peer.requests)
+    assert not any("keep_alive" in request for request in peer.requests)
 
 
 def test_an_exception_leaves_the_connection_usable(shell: Shell, tls: ssl.SSLContext) -> None:
@@ -215,7 +215,7 @@ def test_a_connection_over_which_more_came(shell: Shell, tls: ssl.SSLContext, su
 
 
 def test_no_more_than_half_of_the_time_granted_is_used(shell: Shell, tls: ssl.SSLContext) -> None:
-    answer: list[object] = [{**PLAIN, "keep": 1e-6}, {"result": 1}]
+    answer: list[object] = [{**PLAIN, "keep_alive": 1e-6}, {"result": 1}]
     with Peer(keeping(answer), keeping(answer), tls=tls) as peer:
         server = shell.server(peer, keep_alive=True)
         assert [server.p(), server.p()] == [1, 1]

@@ -17,7 +17,7 @@ from support.peers import Peer
 from support.scripted import scripted_harpd
 
 UNKNOWN = "00000000-0000-4000-8000-000000000000"
-CANCEL = {"harpcaller": 1, "cancel": UNKNOWN, "keep": True}
+CANCEL = {"harpcaller": 1, "cancel": UNKNOWN, "keep_alive": True}
 #: The setting `idle_timeout`, which is what is granted.
 IDLE = 2.5
 
@@ -42,15 +42,15 @@ def ask(client: LineClient, **request: Any) -> Any:
 
 def test_keep_alive_serves_a_whole_job(dispatcher: Harpcallerd) -> None:
     with dispatcher.connect() as client:
-        submitted = ask(client, host="web01", procedure="echo", arguments=[5], keep=True)
+        submitted = ask(client, host="web01", procedure="echo", arguments=[5], keep_alive=True)
         job = submitted["job_id"]
-        assert submitted == {"harpcaller": 1, "job_id": job, "keep": IDLE}
-        assert ask(client, get_result=job, keep=True) == {"result": [5], "keep": IDLE}
-        assert ask(client, get_result=job, wait=False, keep=True) == {"result": [5], "keep": IDLE}
-        assert ask(client, get_status=job, keep=True)["keep"] == IDLE
-        assert ask(client, get_details=job, keep=True)["keep"] == IDLE
+        assert submitted == {"harpcaller": 1, "job_id": job, "keep_alive": IDLE}
+        assert ask(client, get_result=job, keep_alive=True) == {"result": [5], "keep_alive": IDLE}
+        assert ask(client, get_result=job, wait=False, keep_alive=True) == {"result": [5], "keep_alive": IDLE}
+        assert ask(client, get_status=job, keep_alive=True)["keep_alive"] == IDLE
+        assert ask(client, get_details=job, keep_alive=True)["keep_alive"] == IDLE
         many = [{"host": "web01", "procedure": "echo", "arguments": []}] * 3
-        assert len(ask(client, submit_many=many, keep=True)["job_ids"]) == 3
+        assert len(ask(client, submit_many=many, keep_alive=True)["job_ids"]) == 3
         # The last one does not ask for another.
         assert ask(client, cancel=job) == {"cancelled": False}
         assert client.line() == b""
@@ -59,7 +59,7 @@ def test_keep_alive_serves_a_whole_job(dispatcher: Harpcallerd) -> None:
 def test_keep_alive_grant_is_the_last_member(dispatcher: Harpcallerd) -> None:
     with dispatcher.connect() as client:
         client.send(CANCEL)
-        assert client.line() == b'{"cancelled":false,"keep":2.5}\n'
+        assert client.line() == b'{"cancelled":false,"keep_alive":2.5}\n'
 
 
 @pytest.mark.parametrize("keep", [False, None])
@@ -75,19 +75,19 @@ def test_keep_alive_of_another_type_is_refused(dispatcher: Harpcallerd) -> None:
 
 def test_keep_alive_ends_after_a_refusal(dispatcher: Harpcallerd) -> None:
     with dispatcher.connect() as client:
-        assert "keep" in ask(client, cancel=UNKNOWN, keep=True)
-        client.send({"harpcaller": 1, "get_result": UNKNOWN, "keep": True})
+        assert "keep_alive" in ask(client, cancel=UNKNOWN, keep_alive=True)
+        client.send({"harpcaller": 1, "get_result": UNKNOWN, "keep_alive": True})
         (reply,) = client.messages()
         assert reply["error"]["type"] == "invalid_jobid"
-        assert "keep" not in reply
+        assert "keep_alive" not in reply
 
 
 @pytest.mark.parametrize("kind", ["follow_stream", "read_stream"])
 def test_keep_alive_ends_after_records(dispatcher: Harpcallerd, kind: str) -> None:
     job = dispatcher.submit("web01", "count", 2)
     with dispatcher.connect() as client:
-        assert ask(client, get_result=job, keep=True)["keep"] == IDLE
-        client.send({"harpcaller": 1, kind: job, "since": 0, "keep": True})
+        assert ask(client, get_result=job, keep_alive=True)["keep_alive"] == IDLE
+        client.send({"harpcaller": 1, kind: job, "since": 0, "keep_alive": True})
         *records, end = client.messages()
         assert [record["data"] for record in records] == [0, 1]
         assert end == {"result": "counted"}
@@ -105,26 +105,29 @@ def test_keep_alive_with_extra_input_gets_one_reply(dispatcher: Harpcallerd, mor
 def test_keep_alive_with_input_while_waiting_gets_one_reply(dispatcher: Harpcallerd, peer: Peer) -> None:
     job = dispatcher.submit("web01", "hang")
     with dispatcher.connect() as client:
-        client.send({"harpcaller": 1, "get_result": job, "keep": True})
+        client.send({"harpcaller": 1, "get_result": job, "keep_alive": True})
         # Once another request that came later is answered, this one waits.
         assert dispatcher.ask(get_result=job, wait=False) == [{"no_result": True}]
         client.send(CANCEL)
         dispatcher.ask(cancel=UNKNOWN)
         assert dispatcher.ask(cancel=job) == [{"cancelled": True}]
         replies = client.messages()
-        assert [set(reply) for reply in replies] in ([{"cancelled"}], [{"cancelled", "keep"}, {"cancelled", "keep"}])
+        assert [set(reply) for reply in replies] in (
+            [{"cancelled"}],
+            [{"cancelled", "keep_alive"}, {"cancelled", "keep_alive"}],
+        )
 
 
 def test_keep_alive_idle_connection_is_closed(dispatcher: Harpcallerd) -> None:
     with dispatcher.connect() as client:
         client.send(CANCEL)
-        assert client.messages() == [{"cancelled": False, "keep": IDLE}]
+        assert client.messages() == [{"cancelled": False, "keep_alive": IDLE}]
 
 
 def test_keep_alive_partial_request_gets_an_error(dispatcher: Harpcallerd) -> None:
     with dispatcher.connect() as client:
         client.send(CANCEL)
-        assert client.message()["keep"] == IDLE
+        assert client.message()["keep_alive"] == IDLE
         client.send(b'{"harpcaller":')
         (reply,) = client.messages()
         assert reply["error"]["message"] == f"the request line was not whole within {IDLE} s"
@@ -156,6 +159,6 @@ def test_keep_alive_near_capacity_is_not_granted(dispatcher: Harpcallerd) -> Non
 def test_stop_does_not_wait_for_idle_connections(tmp_path: Path, peer: Peer) -> None:
     with Harpcallerd(tmp_path, {"web01": peer.port}) as dispatcher, dispatcher.connect() as client:
         client.send(CANCEL)
-        assert client.message()["keep"] == 30
+        assert client.message()["keep_alive"] == 30
         dispatcher.stop()
         assert client.line() == b""

@@ -52,7 +52,7 @@ async def test_orphan_with_invalid_reply_affects_nothing_else(tmp_path: Path, da
     def script(talk: Conversation) -> None:
         request = talk.expect()
         if "calls" in request:
-            talk.reply({"harp": 1, "calls": [UNKNOWN], "warden": "w1"})
+            talk.reply({"harp": 1, "calls": [UNKNOWN], "instance": "w1"})
         elif "attach" in request:
             talk.reply({"harp": 1, "error": {"type": "records_gone", "message": "gone", "data": data}})
             refused.set()
@@ -76,7 +76,7 @@ async def test_orphans_of_a_silent_host_delay_no_other_host(tmp_path: Path) -> N
     def silent_host(talk: Conversation) -> None:
         request = talk.expect()
         if "calls" in request:
-            talk.reply({"harp": 1, "calls": [str(uuid.uuid4()) for _ in range(20)], "warden": "w1"})
+            talk.reply({"harp": 1, "calls": [str(uuid.uuid4()) for _ in range(20)], "instance": "w1"})
         elif "attach" in request:
             waiting.release()
             talk.until_closed()
@@ -87,7 +87,7 @@ async def test_orphans_of_a_silent_host_delay_no_other_host(tmp_path: Path) -> N
     def good_host(talk: Conversation) -> None:
         request = talk.expect()
         if "calls" in request:
-            talk.reply({"harp": 1, "calls": [UNKNOWN], "warden": "w1"})
+            talk.reply({"harp": 1, "calls": [UNKNOWN], "instance": "w1"})
             return
         talk.reply(acknowledgement())
         if "attach" in request:
@@ -113,12 +113,12 @@ async def test_orphan_of_another_host_stores_no_exit_info(tmp_path: Path) -> Non
     def script(talk: Conversation) -> None:
         request = talk.expect()
         if "calls" in request:
-            talk.reply({"harp": 1, "calls": ids, "warden": "w1"})
+            talk.reply({"harp": 1, "calls": ids, "instance": "w1"})
             return
         talk.reply(acknowledgement())
         if "attach" in request:
             assert "stop" in next(orders(talk))
-            ends(talk, receipt(), {"evidence": {"forged": 1}}, {"result": 1})
+            ends(talk, receipt(), {"exit_info": {"forged": 1}}, {"result": 1})
             forged.set()
         else:
             ends(talk, EVIDENCE, {"result": 1})

@@ -35,7 +35,7 @@ def records(client: LineClient, most: int | None = None) -> list[Any]:
     found: list[Any] = []
     while most is None or len(found) < most:
         line = client.message()
-        if "evidence" in line:
+        if "exit_info" in line:
             break
         if "stream" in line:
             found.append(line["stream"])
@@ -46,7 +46,7 @@ def closing_line(client: LineClient) -> Any:
     """The closing line; then the call is told to be forgotten, and the connection closes."""
     while not (line := client.message()).keys() & {"result", "exception", "error"}:
         pass
-    client.send({"done": True})
+    client.send({"release": True})
     assert client.lines() == []
     return line
 
@@ -111,20 +111,20 @@ def test_the_end_of_the_gate_ends_tied_calls_and_no_others(harpd: Harpd, tmp_pat
 
 
 def test_an_upgrade_leaves_calls_where_they_are(harpd: Harpd, tmp_path: Path) -> None:
-    old = harpd.status()["incarnation"]
+    old = harpd.status()["instance"]
     call, process = begin(harpd, tmp_path / "old")
     harpd.procedures_file.write_text(CHANGED)
     assert harpd.reload(calls=True)["event"] == "reloaded"
-    new = harpd.status()["incarnation"]
-    assert {status["incarnation"]: status["accepting"] for status in harpd.statuses()} == {old: False, new: True}
+    new = harpd.status()["instance"]
+    assert {status["instance"]: status["accepting"] for status in harpd.statuses()} == {old: False, new: True}
     assert version(harpd) == {"result": 2}
-    with harpd.keep("version", warden=old) as refused:
+    with harpd.keep("version", instance=old) as refused:
         (refusal,) = refused.lines()
-        assert refusal["error"]["type"] == "other_warden"
-        assert refusal["error"]["data"] == {"warden": new}
+        assert refusal["error"]["type"] == "wrong_instance"
+        assert refusal["error"]["data"] == {"instance": new}
     other, _ = begin(harpd, tmp_path / "new")
     held = harpd.held()
-    assert (sorted(held["calls"]), held["warden"]) == (sorted((call, other)), new)
+    assert (sorted(held["calls"]), held["instance"]) == (sorted((call, other)), new)
     assert not is_dead(process)
     assert finish(harpd, call, tmp_path / "old") == {"result": "seen"}
     wait_until(lambda: len(harpd.statuses()) == 1, DEADLINE, "the end of the older warden")
@@ -136,11 +136,11 @@ def test_an_upgrade_leaves_calls_where_they_are(harpd: Harpd, tmp_path: Path) ->
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGKILL])
 def test_calls_outlive_their_keeper(harpd: Harpd, tmp_path: Path, number: signal.Signals) -> None:
     call, process = begin(harpd, tmp_path / "old")
-    old = harpd.status()["incarnation"]
+    old = harpd.status()["instance"]
     harpd.end_calls(number)
     assert version(harpd) == {"result": 1}  # the warden goes on
     harpd.start_calls()
-    assert harpd.status()["incarnation"] != old
+    assert harpd.status()["instance"] != old
     assert len(harpd.statuses()) == 2
     assert not is_dead(process)
     assert finish(harpd, call, tmp_path / "old") == {"result": "seen"}
@@ -165,25 +165,25 @@ def test_the_end_of_the_keeper_is_the_end_of_all_calls(harpd: Harpd, tmp_path: P
 
 
 def test_a_broken_procedures_file_replaces_no_warden(harpd: Harpd, tmp_path: Path) -> None:
-    before = harpd.status()["warden"]
+    before = harpd.status()["supervisor"]
     harpd.procedures_file.write_text(BROKEN)
     assert harpd.reload(calls=True)["event"] == "reload failed; nothing is changed"
     assert harpd.reload()["event"] == "reload failed; nothing is changed"
-    assert harpd.status()["warden"] == before
+    assert harpd.status()["supervisor"] == before
     assert version(harpd) == {"result": 1}
     harpd.procedures_file.write_text(CHANGED)
     assert harpd.reload(calls=True)["event"] == "reloaded"
     assert version(harpd) == {"result": 2}
-    assert harpd.status()["warden"] != before
+    assert harpd.status()["supervisor"] != before
 
 
 def test_a_reload_of_the_gate_reaches_the_warden(harpd: Harpd) -> None:
-    before = harpd.status()["warden"]
+    before = harpd.status()["supervisor"]
     harpd.procedures_file.write_text(CHANGED)
     harpd.configure({"limits": {"kill_grace": 7}})
     assert harpd.reload()["event"] == "reloaded"
     assert version(harpd) == {"result": 2}
-    assert harpd.status()["warden"] == before
+    assert harpd.status()["supervisor"] == before
     with harpd.keep("version") as client:
         assert client.message()["call"]["kill_grace"] == 7
         closing_line(client)
@@ -216,8 +216,8 @@ def test_status_drain_and_resume(harpd: Harpd, tmp_path: Path) -> None:
     outcome = run(harpd, "status")
     assert (outcome.returncode, outcome.stderr) == (0, "")
     wardens = {status["accepting"]: status for status in map(json.loads, outcome.stdout.splitlines())}
-    assert wardens[True]["incarnation"] == harpd.status()["incarnation"]
-    assert (wardens[False]["calls"], wardens[False]["held"]) == (1, 1)
+    assert wardens[True]["instance"] == harpd.status()["instance"]
+    assert (wardens[False]["calls"], wardens[False]["resumable"]) == (1, 1)
 
     outcome = run(harpd, "drain", "--timeout", "0.1")
     assert (outcome.returncode, outcome.stdout, outcome.stderr) == (1, "", "")

@@ -34,17 +34,17 @@ def harpd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Harpd]:
 
 def ask(harpd: Harpd, client: LineClient, procedure: str, *arguments: Any, **more: Any) -> Any:
     """Ask on a connection that is to be kept; return the acknowledgement, or the refusal."""
-    client.send({**harpd.request(procedure, list(arguments)), "keep": True, **more})
+    client.send({**harpd.request(procedure, list(arguments)), "keep_alive": True, **more})
     return client.message()
 
 
 def kept(call_id: str, harpd: Harpd, client: LineClient) -> dict[str, Any]:
     """The terms of a kept call; asks for the warden's name on the same connection."""
-    client.send({"harp": 1, "calls": OWNER, "auth": harpd.auth, "keep": True})
+    client.send({"harp": 1, "calls": OWNER, "auth": harpd.auth, "keep_alive": True})
     held = client.message()
-    assert held["keep"] == IDLE
-    terms = {"keep_running": 60, "linger": 60, "timeout": 60, "max_exec_time": 60}
-    return {"id": call_id, "owner": OWNER, "secret": SECRET, "warden": held["warden"], **terms}
+    assert held["keep_alive"] == IDLE
+    terms = {"disconnect_timeout": 60, "result_ttl": 60, "timeout": 60, "max_exec_time": 60}
+    return {"id": call_id, "owner": OWNER, "secret": SECRET, "instance": held["instance"], **terms}
 
 
 def closed(client: LineClient) -> bool:
@@ -55,7 +55,7 @@ def test_one_connection_serves_many_calls_each_in_its_own_process(harpd: Harpd) 
     pids = set()
     with harpd.connect() as client:
         for _ in range(20):
-            assert ask(harpd, client, "pid") == {"harp": 1, "stream_result": False, "keep": IDLE}
+            assert ask(harpd, client, "pid") == {"harp": 1, "stream_result": False, "keep_alive": IDLE}
             pids.add(client.message()["result"])
         assert ask(harpd, client, "count", 3)["stream_result"] is True
         assert [client.message() for _ in range(4)] == [{"stream": n} for n in range(3)] + [{"result": 3}]
@@ -82,7 +82,7 @@ def test_after_an_error_it_closes(harpd: Harpd, procedure: str) -> None:
     with harpd.connect() as client:
         ask(harpd, client, "same", 1)
         client.message()
-        client.send({**harpd.request(procedure, []), "keep": True})
+        client.send({**harpd.request(procedure, []), "keep_alive": True})
         lines = client.lines()
         assert lines[-1]["error"]["type"] in {"no_such_procedure", "timeout"}
 
@@ -90,7 +90,7 @@ def test_after_an_error_it_closes(harpd: Harpd, procedure: str) -> None:
 def test_what_comes_before_the_end_still_stops_the_call(harpd: Harpd, tmp_path: Path) -> None:
     with harpd.connect() as client:
         ask(harpd, client, "wait_for", str(tmp_path / "never"))
-        client.send({**harpd.request("same", [1]), "keep": True})
+        client.send({**harpd.request("same", [1]), "keep_alive": True})
         (error,) = client.lines()
         assert error["error"]["message"] == "data after the request line"
     harpd.wait_event("client sent more; call stopped")
@@ -108,18 +108,20 @@ def test_each_request_is_authenticated(harpd: Harpd) -> None:
     with harpd.connect() as client:
         ask(harpd, client, "same", 1)
         client.message()
-        client.send({**harpd.request("same", [2]), "auth": {"user": harpd.user, "password": "wrong"}, "keep": True})
+        client.send(
+            {**harpd.request("same", [2]), "auth": {"user": harpd.user, "password": "wrong"}, "keep_alive": True}
+        )
         (refusal,) = client.lines()
         assert refusal["error"]["type"] == "auth_error"
 
 
 def test_a_bit_at_a_time(harpd: Harpd) -> None:
-    line = json.dumps({**harpd.request("same", [1]), "keep": True}).encode() + b"\n"
+    line = json.dumps({**harpd.request("same", [1]), "keep_alive": True}).encode() + b"\n"
     with harpd.connect() as client:
         for _ in range(2):
             for at in range(len(line)):
                 client.send(line[at : at + 1])
-            assert client.message()["keep"] == IDLE
+            assert client.message()["keep_alive"] == IDLE
             assert client.message() == {"result": 1}
 
 
@@ -137,37 +139,39 @@ def test_kept_calls_and_lists_take_turns_on_a_connection(harpd: Harpd) -> None:
     ids = [f"00000000-0000-4000-8000-00000000000{number}" for number in range(4)]
     with harpd.connect() as client:
         terms = [kept(call_id, harpd, client) for call_id in ids]
-        requests = [{**harpd.request("count", [2]), "call": one, "keep": True} for one in terms]
+        requests = [{**harpd.request("count", [2]), "call": one, "keep_alive": True} for one in terms]
         client.send(requests[0])
         for number, call_id in enumerate(ids):
             acknowledged = client.message()
-            assert (acknowledged["keep"], acknowledged["call"]["records"]) == (IDLE, 0)
+            assert (acknowledged["keep_alive"], acknowledged["call"]["records"]) == (IDLE, 0)
             lines = []
             while "result" not in (line := client.message()):
                 lines.append(line)
             assert [one for one in lines if "stream" in one] == [{"stream": 0}, {"stream": 1}], call_id
-            following = requests[number + 1] if number + 1 < len(ids) else {**harpd.request("same", [5]), "keep": True}
-            behind = b'{"done":true}\n' + json.dumps(following).encode() + b"\n"
+            following = (
+                requests[number + 1] if number + 1 < len(ids) else {**harpd.request("same", [5]), "keep_alive": True}
+            )
+            behind = b'{"release":true}\n' + json.dumps(following).encode() + b"\n"
             client.send(behind if number % 2 else behind[:20])
             if not number % 2:
                 client.send(behind[20:])
-        assert client.message() == {"harp": 1, "stream_result": False, "keep": IDLE}
+        assert client.message() == {"harp": 1, "stream_result": False, "keep_alive": IDLE}
         assert client.message() == {"result": 5}
-        client.send({"harp": 1, "calls": OWNER, "auth": harpd.auth, "keep": True})
+        client.send({"harp": 1, "calls": OWNER, "auth": harpd.auth, "keep_alive": True})
         assert client.message()["calls"] == []
 
 
 def test_the_request_behind_a_kept_call_may_be_longer_than_an_order(harpd: Harpd) -> None:
     large = "x" * 300_000
     with harpd.connect() as client:
-        client.send({**harpd.request("same", [1]), "call": kept(ID, harpd, client), "keep": True})
+        client.send({**harpd.request("same", [1]), "call": kept(ID, harpd, client), "keep_alive": True})
         while "result" not in client.message():
             pass
-        following = json.dumps({**harpd.request("same", [large]), "keep": True}).encode() + b"\n"
-        client.send(b'{"stored":0}\n{"done":true}\n' + following)
-        assert client.message()["keep"] == IDLE
+        following = json.dumps({**harpd.request("same", [large]), "keep_alive": True}).encode() + b"\n"
+        client.send(b'{"ack":0}\n{"release":true}\n' + following)
+        assert client.message()["keep_alive"] == IDLE
         assert client.message() == {"result": large}
-        client.send({"harp": 1, "calls": OWNER, "auth": harpd.auth, "keep": True})
+        client.send({"harp": 1, "calls": OWNER, "auth": harpd.auth, "keep_alive": True})
         assert client.message()["calls"] == []
 
 
@@ -177,15 +181,15 @@ def test_a_kept_call_goes_on_when_its_connection_is_cut_and_attaching_may_keep_o
     call_id = "00000000-0000-4000-8000-0000000000aa"
     with harpd.connect() as client:
         client.send({**harpd.request("wait_for", [str(tmp_path / "go")]), "call": kept(call_id, harpd, client)})
-        assert "keep" not in client.message()
+        assert "keep_alive" not in client.message()
     with harpd.connect() as client:
         attach = {"harp": 1, "attach": call_id, "owner": OWNER, "secret": SECRET, "since": 0, "auth": harpd.auth}
-        client.send({**attach, "keep": True})
-        assert client.message()["keep"] == IDLE
+        client.send({**attach, "keep_alive": True})
+        assert client.message()["keep_alive"] == IDLE
         (tmp_path / "go").touch()
         while "result" not in (line := client.message()):
-            assert "evidence" in line
-        client.send({"done": True})
+            assert "exit_info" in line
+        client.send({"release": True})
         ask(harpd, client, "same", 1)
         assert client.message() == {"result": 1}
 
@@ -195,7 +199,7 @@ def test_a_connection_that_nobody_uses_is_closed(tmp_path: Path) -> None:
         Harpd(tmp_path / "harpd", PROCEDURES, {"limits": {"keep_alive_timeout": 0.2}}) as harpd,
         harpd.connect() as client,
     ):
-        assert ask(harpd, client, "same", 1)["keep"] == 0.2
+        assert ask(harpd, client, "same", 1)["keep_alive"] == 0.2
         client.message()
         assert closed(client)
 
@@ -212,10 +216,10 @@ def test_the_end_of_the_daemon_closes_what_is_idle_without_a_word(tmp_path: Path
 def test_a_request_that_lay_in_a_halted_gate_is_as_old_as_that(tmp_path: Path) -> None:
     """Else a start that its dispatcher has given up could still come true."""
     with Harpd(tmp_path / "harpd", PROCEDURES, apart=True) as harpd, harpd.connect() as client:
-        terms = {**kept("00000000-0000-4000-8000-0000000000bb", harpd, client), "keep_running": 3}
+        terms = {**kept("00000000-0000-4000-8000-0000000000bb", harpd, client), "disconnect_timeout": 3}
         os.kill(harpd.pid, signal.SIGSTOP)
         try:
-            client.send({**harpd.request("wait_for", [str(tmp_path / "never")]), "call": terms, "keep": True})
+            client.send({**harpd.request("wait_for", [str(tmp_path / "never")]), "call": terms, "keep_alive": True})
             halted = time.monotonic()
             wait_until(lambda: time.monotonic() - halted > 4, DEADLINE, "a while")
         finally:

@@ -47,8 +47,8 @@ def records(client: LineClient, most: int | None = None) -> list[Any]:
     found: list[Any] = []
     while most is None or len(found) < most:
         line = client.message()
-        assert line.keys() <= {"stream", "at", "evidence"}, line
-        if "evidence" in line:
+        assert line.keys() <= {"stream", "at", "exit_info"}, line
+        if "exit_info" in line:
             break
         if "stream" in line:
             found.append(line["stream"])
@@ -60,7 +60,7 @@ def last_lines(client: LineClient) -> list[Any]:
     found = [client.message()]
     while not found[-1].keys() & {"result", "exception", "error"}:
         found.append(client.message())
-    client.send({"done": True})
+    client.send({"release": True})
     assert client.lines() == []
     return found
 
@@ -70,16 +70,16 @@ def closing_line(client: LineClient) -> Any:
 
 
 def test_a_kept_call_says_its_terms_and_waits_to_be_forgotten(harpd: Harpd) -> None:
-    with harpd.keep("echo", 1, "two", keep_running=7200) as client:
+    with harpd.keep("echo", 1, "two", disconnect_timeout=7200) as client:
         acknowledgement = client.message()
         terms = acknowledgement.pop("call")
         assert acknowledgement == {"harp": 1, "stream_result": False}
         assert terms.pop("elapsed") >= 0
-        warden = harpd.status()["incarnation"]
-        kept = {"warden": warden, "keep_running": 1800, "linger": 60, "kill_grace": 5, "records": 0}
+        warden = harpd.status()["instance"]
+        kept = {"instance": warden, "disconnect_timeout": 1800, "result_ttl": 60, "kill_grace": 5, "records": 0}
         assert terms == kept  # no more than the configuration allows
         evidence, end = last_lines(client)
-        assert evidence["evidence"]["exit"] == 0
+        assert evidence["exit_info"]["exit"] == 0
         assert end == {"result": [1, "two"]}
     assert client.call not in harpd.held()["calls"]
 
@@ -96,25 +96,27 @@ def test_records_have_the_time_they_were_made(harpd: Harpd) -> None:
 def test_orders_are_answered_and_obeyed(harpd: Harpd, tmp_path: Path) -> None:
     with harpd.keep("wait_for", str(tmp_path / "go")) as client:
         client.message()
-        client.send(b'{"alive":0}\n{"al')
-        assert client.message().keys() == {"alive"}
-        client.send(b'ive":0}\n')
-        assert client.message().keys() == {"alive"}
+        client.send(b'{"heartbeat":0}\n{"he')
+        assert client.message().keys() == {"heartbeat"}
+        client.send(b'artbeat":0}\n')
+        assert client.message().keys() == {"heartbeat"}
         client.send({"stop": {"why": "cancel", "by": "127.0.0.1:5"}})
         receipt, evidence, end = last_lines(client)
-        assert receipt["receipt"]["survivors"] == []
-        assert (evidence["evidence"]["by"], evidence["evidence"]["by_whom"]) == ("cancel", "127.0.0.1:5")
+        assert receipt["stop_report"]["survivors"] == []
+        assert (evidence["exit_info"]["by"], evidence["exit_info"]["by_whom"]) == ("cancel", "127.0.0.1:5")
         assert end["error"]["type"] == "cancelled"
 
 
 def test_orders_may_stand_right_behind_the_request(harpd: Harpd) -> None:
-    terms = {"id": str(uuid.uuid4()), "owner": OWNER, "secret": SECRET, "warden": harpd.status()["incarnation"]}
-    terms |= dict.fromkeys(("keep_running", "linger", "timeout", "max_exec_time"), 60)
+    terms = {"id": str(uuid.uuid4()), "owner": OWNER, "secret": SECRET, "instance": harpd.status()["instance"]}
+    terms |= dict.fromkeys(("disconnect_timeout", "result_ttl", "timeout", "max_exec_time"), 60)
     with harpd.connect() as client:
-        client.send(json.dumps(harpd.request("echo", [], call=terms)).encode() + b'\n{"alive":0}\n{"alive":0}\n')
+        client.send(
+            json.dumps(harpd.request("echo", [], call=terms)).encode() + b'\n{"heartbeat":0}\n{"heartbeat":0}\n'
+        )
         lines = [client.message() for _ in range(5)]  # acknowledgement, evidence, result, and wherever they come, these
-        assert len([line for line in lines if "alive" in line]) == 2
-        client.send({"done": True})
+        assert len([line for line in lines if "heartbeat" in line]) == 2
+        client.send({"release": True})
         assert client.lines() == []
 
 
@@ -129,10 +131,10 @@ def test_a_client_that_comes_back_goes_on_from_any_number(harpd: Harpd, tmp_path
             assert records(again, 1000 - since) == list(range(since, 1000))
     with harpd.attach(client.call, 7) as again:
         again.message()
-        again.send({"stored": 500})
+        again.send({"ack": 500})
         assert records(again, 993) == list(range(7, 1000))
-        again.send({"alive": 0})
-        assert again.message().keys() == {"alive"}  # the order before it has been obeyed
+        again.send({"heartbeat": 0})
+        assert again.message().keys() == {"heartbeat"}  # the order before it has been obeyed
     with harpd.attach(client.call, 1001) as gone:
         assert error_type(gone) == "records_gone"
     (tmp_path / "go").touch()
@@ -146,9 +148,9 @@ def test_an_ended_call_waits_for_its_client(harpd: Harpd) -> None:
         client.message()
     wait_until(lambda: harpd.status()["calls"] == 0, DEADLINE, "the end of the call")
     held = harpd.held()
-    assert held.keys() == {"harp", "calls", "warden"}
+    assert held.keys() == {"harp", "calls", "instance"}
     assert client.call in held["calls"]
-    assert held["warden"] == harpd.status()["incarnation"]
+    assert held["instance"] == harpd.status()["instance"]
     with harpd.attach(client.call) as again:
         assert again.message()["call"]["records"] == 5
         assert records(again) == list(range(5))
@@ -175,7 +177,7 @@ def test_who_is_not_the_owner_is_told_that_there_is_no_such_call(
         with harpd.attach(client.call, **changes) as other:
             (refusal,) = other.lines()
         assert refusal["error"]["type"] == "no_such_call"
-        assert refusal["error"]["data"] == {"warden": harpd.status()["incarnation"]}
+        assert refusal["error"]["data"] == {"instance": harpd.status()["instance"]}
         assert harpd.held("another")["calls"] == []
         assert client.call in harpd.held()["calls"]
         (tmp_path / "go").touch()
@@ -196,10 +198,10 @@ def test_an_id_that_was_given_up_or_used_never_starts(harpd: Harpd) -> None:
 
 
 def test_a_start_for_another_warden_does_not_happen(harpd: Harpd) -> None:
-    with harpd.keep("echo", warden="0123456789abcdef") as client:
+    with harpd.keep("echo", instance="0123456789abcdef") as client:
         (refusal,) = client.lines()
-    assert refusal["error"]["type"] == "other_warden"
-    assert refusal["error"]["data"] == {"warden": harpd.status()["incarnation"]}
+    assert refusal["error"]["type"] == "wrong_instance"
+    assert refusal["error"]["data"] == {"instance": harpd.status()["instance"]}
     assert client.call not in harpd.held()["calls"]
 
 
@@ -210,20 +212,20 @@ def test_each_request_needs_a_password(harpd: Harpd, what: str) -> None:
     if what == "attach":
         request = {"harp": 1, "attach": str(uuid.uuid4()), "owner": OWNER, "secret": SECRET, "since": 0}
     if what == "start":
-        terms: dict[str, Any] = {"id": str(uuid.uuid4()), "owner": OWNER, "secret": SECRET, "warden": "w"}
-        terms |= dict.fromkeys(("keep_running", "linger", "timeout", "max_exec_time"), 60)
+        terms: dict[str, Any] = {"id": str(uuid.uuid4()), "owner": OWNER, "secret": SECRET, "instance": "w"}
+        terms |= dict.fromkeys(("disconnect_timeout", "result_ttl", "timeout", "max_exec_time"), 60)
         request = harpd.request("echo", [], call=terms)
     with harpd.connect() as client:
         client.send({**request, "auth": wrong})
         assert client.lines() == [failed("auth_error", "unknown user or wrong password")]
     with harpd.connect() as client:
-        client.send(request | ({"auth": harpd.auth} if what != "start" else {"call": {**terms, "linger": 0}}))
+        client.send(request | ({"auth": harpd.auth} if what != "start" else {"call": {**terms, "result_ttl": 0}}))
         answer = client.message()
         assert (what == "list") == ("calls" in answer)
 
 
 @pytest.mark.parametrize(
-    "said", [b"garbage\n", b"{}\n", b'{"done":true}\n', b'{"stored":5}\n', b'{"stop":1}\n', b'{"alive":1e9}\n']
+    "said", [b"garbage\n", b"{}\n", b'{"release":true}\n', b'{"ack":5}\n', b'{"stop":1}\n', b'{"heartbeat":1e9}\n']
 )
 def test_what_is_no_order_closes_the_connection_and_nothing_else(harpd: Harpd, tmp_path: Path, said: bytes) -> None:
     with harpd.keep("wait_for", str(tmp_path / "go")) as client:
@@ -236,7 +238,7 @@ def test_what_is_no_order_closes_the_connection_and_nothing_else(harpd: Harpd, t
         assert closing_line(again) == {"result": "there"}
 
 
-@pytest.mark.parametrize("said", [b"x" * 5000, b'{"alive":0' + b" " * 5000 + b"}\n"])
+@pytest.mark.parametrize("said", [b"x" * 5000, b'{"heartbeat":0' + b" " * 5000 + b"}\n"])
 def test_a_line_that_is_too_long_closes_the_connection_and_nothing_else(
     harpd: Harpd, tmp_path: Path, said: bytes
 ) -> None:
@@ -283,9 +285,9 @@ def test_a_client_that_does_not_read_is_detached_and_loses_nothing(harpd: Harpd)
                 again.message()
                 found = records(again, 1)
                 numbers += [number for number, _ in found]
-                again.send({"stored": len(numbers)})
-                again.send({"alive": 0})
-                while b'"alive"' not in again.line():
+                again.send({"ack": len(numbers)})
+                again.send({"heartbeat": 0})
+                while b'"heartbeat"' not in again.line():
                     pass
         assert numbers == list(range(many))
     with harpd.attach(client.call, many) as again:
@@ -308,17 +310,17 @@ def test_neither_owner_nor_secret_is_logged(harpd: Harpd) -> None:
 def test_when_the_warden_is_killed_nothing_is_said_in_its_name(tmp_path: Path) -> None:
     with Harpd(tmp_path / "harpd", PROCEDURES) as harpd:
         with harpd.keep("wait_for", str(tmp_path / "go")) as client:
-            old = client.message()["call"]["warden"]
+            old = client.message()["call"]["instance"]
             os.kill(harpd.warden, signal.SIGKILL)
             assert client.lines() == []
         with harpd.attach(client.call) as again:  # waits for the next warden
             terms = again.message()["call"]
-            assert terms["warden"] != old
+            assert terms["instance"] != old
             assert closing_line(again)["error"]["type"] == "call_died"
         names = {path.name for path in harpd.runtime_directory.glob("warden-*")}
-        assert names == {f"warden-{terms['warden']}"}  # the dead one's socket is removed
-        with harpd.keep("echo", warden=old) as client:
-            assert error_type(client) == "other_warden"
+        assert names == {f"warden-{terms['instance']}"}  # the dead one's socket is removed
+        with harpd.keep("echo", instance=old) as client:
+            assert error_type(client) == "wrong_instance"
 
 
 def test_a_dead_warden_that_does_not_come_back_is_no_answer_to_an_attach(tmp_path: Path) -> None:
@@ -339,7 +341,7 @@ def test_a_stop_of_everything_ends_kept_calls_with_shutdown(tmp_path: Path) -> N
         os.kill(harpd.pid, signal.SIGTERM)
         lines = client.lines()
         assert lines[-1]["error"]["type"] == "shutdown"
-        assert [line for line in lines if "receipt" in line]
+        assert [line for line in lines if "stop_report" in line]
     assert harpd.stop() == 0
     assert not harpd.faults()
 

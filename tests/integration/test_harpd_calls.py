@@ -492,7 +492,7 @@ def test_calls_leave_nothing_behind(harpd: Harpd) -> None:
     status = harpd.status()
     result(harpd, "echo", 1)
     wait_until(lambda: harpd.status()["calls"] == 0, DEADLINE, "the call's end")
-    processes = (status["warden"], status["zygote"])
+    processes = (status["supervisor"], status["zygote"])
     before = [descriptors(pid) for pid in processes]
     workers = [threading.Thread(target=lambda: [harpd.call("echo", 1) for _ in range(75)]) for _ in range(4)]
     for worker in workers:

@@ -18,8 +18,8 @@ from support.kept import EVIDENCE, NOT_HELD, acknowledgement, orders, playing, r
 from support.peers import Conversation, Script
 from support.procedures_file import PROCEDURES
 
-KEEPS = {"harp": 1, "calls": [], "warden": "w1", "keep": 60}
-KEPT = {**acknowledgement(), "keep": 60}
+KEEPS = {"harp": 1, "calls": [], "instance": "w1", "keep_alive": 60}
+KEPT = {**acknowledgement(), "keep_alive": 60}
 
 
 def peers(harpd: Harpd) -> list[str]:
@@ -85,12 +85,12 @@ def serving(talk: Conversation, count: int, between: Callable[[Conversation], No
     """Serve kept calls on one connection."""
     for number in range(count):
         request = talk.expect()
-        assert request["keep"] is True
+        assert request["keep_alive"] is True
         if number:
             between(talk)
         talk.reply(KEPT)
         talk.reply(EVIDENCE, {"result": number})
-        assert next(order for order in orders(talk) if "stored" not in order) == {"done": True}
+        assert next(order for order in orders(talk) if "ack" not in order) == {"release": True}
 
 
 def keeping(talk: Conversation) -> None:
@@ -112,7 +112,7 @@ async def results(directory: Path, *scripts: Script, count: int) -> list[Any]:
 
 async def test_pool_late_heartbeat_of_the_previous_call_is_ignored(tmp_path: Path) -> None:
     def script(talk: Conversation) -> None:
-        serving(talk, 3, lambda talk: talk.reply({"alive": 12345.0}))
+        serving(talk, 3, lambda talk: talk.reply({"heartbeat": 12345.0}))
 
     assert await results(tmp_path, script, count=3) == [Returned(b"0"), Returned(b"1"), Returned(b"2")]
 
@@ -155,12 +155,12 @@ async def test_pool_connection_that_breaks_leads_to_attach(
 async def test_pool_without_host_support_is_not_used(tmp_path: Path) -> None:
     def plain(talk: Conversation) -> None:
         talk.expect()
-        talk.reply({"harp": 1, "calls": [], "warden": "w1"})
+        talk.reply({"harp": 1, "calls": [], "instance": "w1"})
 
     def script(talk: Conversation) -> None:
-        assert "keep" not in talk.expect()
+        assert "keep_alive" not in talk.expect()
         talk.reply(acknowledgement(), EVIDENCE, {"result": 1})
-        assert next(order for order in orders(talk) if "stored" not in order) == {"done": True}
+        assert next(order for order in orders(talk) if "ack" not in order) == {"release": True}
         talk.until_closed()
 
     with playing(tmp_path, plain, script, script) as peer:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from harp.protocol.ends import Failed, Returned
-from harp.protocol.harpd import ListCalls, Stored
+from harp.protocol.harpd import Ack, ListCalls
 from harpcaller.config import Config
 from harpcaller.hosts.connection import open_connection
 from harpcaller.hosts.inventory import Host
@@ -131,7 +131,7 @@ async def test_resumable_run_repeated_errors_slow_reattaching(tmp_path: Path) ->
     def script(talk: Conversation) -> None:
         request = talk.expect()
         if "calls" in request:
-            talk.reply({"harp": 1, "calls": [], "warden": "w1"})
+            talk.reply({"harp": 1, "calls": [], "instance": "w1"})
             return
         if "attach" in request:
             attaches.append(time.monotonic())
@@ -158,7 +158,7 @@ async def test_resumable_run_ack_and_disconnect_slows_reattaching(tmp_path: Path
     def script(talk: Conversation) -> None:
         request = talk.expect()
         if "calls" in request:
-            talk.reply({"harp": 1, "calls": [], "warden": "w1"})
+            talk.reply({"harp": 1, "calls": [], "instance": "w1"})
             return
         if "attach" in request:
             attaches.append(time.monotonic())
@@ -211,7 +211,7 @@ async def test_records_gone_continues_at_the_given_number(tmp_path: Path) -> Non
         assert "stop" in next(said)
         talk.reply({"stream": 9}, {"stream": 10})
         while not counts or counts[-1] < 11:
-            counts.append(next(said)["stored"])
+            counts.append(next(said)["ack"])
         ends(talk, receipt(), EVIDENCE, STOPPED)
 
     with playing(tmp_path, holding(), begin, holding(), lacking, rest) as peer:
@@ -249,9 +249,9 @@ async def test_resumable_run_buffered_result_is_not_too_late(tmp_path: Path) -> 
         request = talk.expect()
         assert "attach" in request
         talk.reply(acknowledgement(stream=True, elapsed=10_000.0, records=1))
-        assert "alive" in json.loads(talk.line())  # it has looked at its limits by now
+        assert "heartbeat" in json.loads(talk.line())  # it has looked at its limits by now
         talk.reply({"stream": 0})
-        assert next(orders(talk)) == {"stored": 1}
+        assert next(orders(talk)) == {"ack": 1}
         ends(talk, EVIDENCE, {"result": "in time"})
 
     with playing(tmp_path, holding(), begin, holding(), late) as peer:
@@ -294,11 +294,11 @@ async def test_heartbeats_keep_a_minimum_interval(tmp_path: Path) -> None:
     beats: list[float] = []
 
     def script(talk: Conversation) -> None:
-        started(talk, keep_running=1e-9)
+        started(talk, disconnect_timeout=1e-9)
         while len(beats) < 4:
-            assert "alive" in json.loads(talk.line())
+            assert "heartbeat" in json.loads(talk.line())
             beats.append(time.monotonic())
-            talk.reply({"alive": 0.0})
+            talk.reply({"heartbeat": 0.0})
         ends(talk, EVIDENCE, {"result": 1})
 
     with playing(tmp_path, holding(), script) as peer:
@@ -322,7 +322,7 @@ async def test_host_that_does_not_read_is_disconnected(tmp_path: Path) -> None:
         said = 0
         while not reading.done() and said < 1_000_000:
             for _ in range(1000):
-                talk.send_command(Stored(said))
+                talk.send_command(Ack(said))
             said += 1000
             await asyncio.sleep(0)
         over.set()

@@ -44,17 +44,22 @@ async def test_resumable_run_sends_id_and_acks_the_end(tmp_path: Path) -> None:
         ends(talk, EVIDENCE, {"result": [1]})
 
     with playing(tmp_path, holding(), script, script) as peer:
-        async with running(tmp_path, host_line(peer.port), kept_calls=True, keep_running=50.0) as dispatcher:
+        async with running(tmp_path, host_line(peer.port), kept_calls=True, disconnect_timeout=50.0) as dispatcher:
             for _ in range(2):  # asked once, not for each call
                 job_id, end = await result_of(dispatcher, timeout=3, max_exec_time=4)
                 assert end == Returned(b"[1]")
             assert (await dispatcher.details(job_id))["exit_info"] == b'{"exit": 0, "by": "itself"}'
     first, second = (request["call"] for request in requests)
     assert first.keys() == {
-        "id", "owner", "secret", "warden", "keep_running", "linger", "timeout", "max_exec_time",
+        "id", "owner", "secret", "instance", "disconnect_timeout", "result_ttl", "timeout", "max_exec_time",
     }  # fmt: skip
     assert second["id"] == job_id
-    assert (first["warden"], first["keep_running"], first["timeout"], first["max_exec_time"]) == ("w1", 50.0, 3.0, 4.0)
+    assert (first["instance"], first["disconnect_timeout"], first["timeout"], first["max_exec_time"]) == (
+        "w1",
+        50.0,
+        3.0,
+        4.0,
+    )
     assert first["owner"] == second["owner"]
     assert first["secret"] != second["secret"]
     assert requests[0]["auth"] == CREDENTIALS
@@ -62,11 +67,11 @@ async def test_resumable_run_sends_id_and_acks_the_end(tmp_path: Path) -> None:
 
 async def test_start_with_wrong_instance_is_retried(tmp_path: Path) -> None:
     def other(talk: Conversation) -> None:
-        assert talk.expect()["call"]["warden"] == "w1"
-        talk.reply({"harp": 1, "error": {"type": "other_warden", "message": "no", "data": {"warden": "w2"}}})
+        assert talk.expect()["call"]["instance"] == "w1"
+        talk.reply({"harp": 1, "error": {"type": "wrong_instance", "message": "no", "data": {"instance": "w2"}}})
 
     def right(talk: Conversation) -> None:
-        assert started(talk, warden="w2")["call"]["warden"] == "w2"
+        assert started(talk, instance="w2")["call"]["instance"] == "w2"
         ends(talk, EVIDENCE, {"result": 1})
 
     with playing(tmp_path, holding(), other, holding(warden="w2"), right) as peer:
@@ -77,7 +82,7 @@ async def test_start_with_wrong_instance_is_retried(tmp_path: Path) -> None:
 async def test_start_with_ever_new_instance_is_network_error(tmp_path: Path) -> None:
     def other(talk: Conversation) -> None:
         talk.expect()
-        talk.reply({"harp": 1, "error": {"type": "other_warden", "message": "no", "data": {"warden": "w2"}}})
+        talk.reply({"harp": 1, "error": {"type": "wrong_instance", "message": "no", "data": {"instance": "w2"}}})
 
     with playing(tmp_path, *(holding(), other) * 3) as peer:
         async with running(tmp_path, host_line(peer.port), kept_calls=True) as dispatcher:
@@ -292,7 +297,7 @@ async def test_orphaned_calls_are_stopped_and_released(tmp_path: Path) -> None:
 
     def list_both(talk: Conversation) -> None:
         talk.expect()
-        talk.reply({"harp": 1, "calls": [*ids, unknown], "warden": "w1"})
+        talk.reply({"harp": 1, "calls": [*ids, unknown], "instance": "w1"})
 
     def unwanted(talk: Conversation) -> None:
         request = talk.expect()
@@ -302,7 +307,7 @@ async def test_orphaned_calls_are_stopped_and_released(tmp_path: Path) -> None:
             return
         talk.reply(acknowledgement())
         assert next(orders(talk)) == {"stop": {"why": "unwanted"}}
-        ends(talk, receipt(), {"evidence": {"late": 1}}, {"result": 1})
+        ends(talk, receipt(), {"exit_info": {"late": 1}}, {"result": 1})
         stopped.append(request["attach"])
 
     store = await open_store(tmp_path / "store")
@@ -327,7 +332,7 @@ async def test_restarted_dispatcher_recovers_its_calls(tmp_path: Path) -> None:
     def begin(talk: Conversation) -> None:
         started(talk, stream=True)
         talk.reply({"at": 1.0}, {"stream": 0})
-        assert next(orders(talk)) == {"stored": 1}
+        assert next(orders(talk)) == {"ack": 1}
         talk.until_closed()
 
     def again(talk: Conversation) -> None:

@@ -52,8 +52,8 @@ def test_status(warden: Warden, tmp_path: Path) -> None:
     with warden.call("wait_for", [str(tmp_path / "go")]) as call:
         assert call.line() == PLAIN
         status = warden.status()
-        assert status.keys() == {"calls", "held", "warden", "incarnation", "accepting", "zygote", "procedures"}
-        assert (status["calls"], status["held"], status["accepting"]) == (1, 0, True)
+        assert status.keys() == {"calls", "resumable", "supervisor", "instance", "accepting", "zygote", "procedures"}
+        assert (status["calls"], status["resumable"], status["accepting"]) == (1, 0, True)
         assert status["procedures"] == sorted([*COMMON, "descriptors"])
         (tmp_path / "go").touch()
         assert len(call.lines()) == 1
@@ -67,7 +67,7 @@ def test_a_call_has_the_limit_of_files_that_harpd_was_started_with(warden: Warde
     limited = Warden(warden.directory / "limited", PROCEDURES + OWN)
     with limited.start((200, 1000)):
         assert limited.result("descriptors") == [200, 1000]
-        own = Path(f"/proc/{limited.status()['warden']}/limits").read_text()
+        own = Path(f"/proc/{limited.status()['supervisor']}/limits").read_text()
         assert "Max open files            1000                 1000" in own
 
 

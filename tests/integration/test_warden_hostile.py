@@ -76,7 +76,7 @@ def warden(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Warden]:
 def read_end(call: Conversation) -> tuple[list[Any], Any]:
     """What came before the evidence, and the closing line."""
     before: list[Any] = []
-    while "evidence" not in (line := call.line()):
+    while "exit_info" not in (line := call.line()):
         before.append(line)
     return before, call.line()
 
@@ -85,10 +85,10 @@ def read_end(call: Conversation) -> tuple[list[Any], Any]:
     ("lines", "told", "reason"),
     [
         ([RECORD, '{"result":"forged"}', RECORD], 0, "no record: b'{\"result"),
-        ([RECORD, '{"receipt":{"survivors":[]}}', RECORD], 0, "no record: b'{\"receipt"),
-        ([RECORD, '{"evidence":{"exit":0}}', '{"result":"forged"}'], 0, "no record: b'{\"evidence"),
+        ([RECORD, '{"stop_report":{"survivors":[]}}', RECORD], 0, "no record: b'{\"stop_report"),
+        ([RECORD, '{"exit_info":{"exit":0}}', '{"result":"forged"}'], 0, "no record: b'{\"exit_info"),
         (['{"harp":1,"error":{"type":"t","message":"m"}}', '{"result":1}'], 0, "no record: b'{\"harp"),
-        ([RECORD, '{"alive":1}'], 1, "no end: b'{\"alive"),
+        ([RECORD, '{"heartbeat":1}'], 1, "no end: b'{\"heartbeat"),
         (['{"at":1}'], 0, "no end: b'{\"at"),
         (["", RECORD], 0, "no record: b''"),
         (['{"traceback":"a"}', '{"traceback":"b"}', '{"result":1}'], 0, "no record: b'{\"traceback"),
@@ -107,9 +107,9 @@ def test_a_call_says_records_and_an_end_and_nothing_else(
         assert end["error"]["type"] == "call_died"
         assert reason in end["error"]["message"]
         assert not psutil.pid_exists(int((tmp_path / "pid").read_text()))
-        receipt = next(line["receipt"] for line in before if "receipt" in line)
+        receipt = next(line["stop_report"] for line in before if "stop_report" in line)
         assert receipt["survivors"] == []
-        call.send({"done": True})
+        call.send({"release": True})
         assert call.lines() == []
 
 
@@ -163,7 +163,7 @@ def test_a_zygote_that_stands_still_is_replaced_and_its_calls_go_on(tmp_path: Pa
                 zygote.resume()
             (tmp_path / "go").touch()
             assert read_end(before)[1] == {"result": "there"}
-            before.send({"done": True})
+            before.send({"release": True})
             before.lines()
         wait_until(lambda: not runs(zygote), what="the end of the first zygote")
         assert not (tmp_path / "started").exists()
@@ -172,23 +172,23 @@ def test_a_zygote_that_stands_still_is_replaced_and_its_calls_go_on(tmp_path: Pa
 def test_a_start_that_its_dispatcher_may_have_given_up_does_not_go_on(warden: Warden, tmp_path: Path) -> None:
     """Contact counts from the arrival of the connection, wherever the start has been since then."""
     now = time.clock_gettime(time.CLOCK_BOOTTIME)
-    with warden.keep("wait_for", str(tmp_path / "go"), keep_running=5, begun=now - 6) as call:
+    with warden.keep("wait_for", str(tmp_path / "go"), disconnect_timeout=5, begun=now - 6) as call:
         (line,) = call.lines()
         assert line["error"]["type"] == "call_refused"
     now = time.clock_gettime(time.CLOCK_BOOTTIME)
-    with warden.keep("wait_for", str(tmp_path / "go"), keep_running=1000, begun=now - 60) as call:
+    with warden.keep("wait_for", str(tmp_path / "go"), disconnect_timeout=1000, begun=now - 60) as call:
         assert "call" in call.line()
         call.send({"stop": {"why": "cancelled"}})
         assert read_end(call)[1]["error"]["type"] == "cancelled"
-        call.send({"done": True})
+        call.send({"release": True})
     begun = time.clock_gettime(time.CLOCK_BOOTTIME) - 80
-    with warden.keep("wait_for", str(tmp_path / "go"), keep_running=83, begun=begun) as call:
+    with warden.keep("wait_for", str(tmp_path / "go"), disconnect_timeout=83, begun=begun) as call:
         line = call.line()
         if "error" in line:  # the machine was very slow
             assert line["error"]["type"] == "call_refused"
         else:
             assert read_end(call)[1]["error"]["type"] == "lost_contact"
-            call.send({"done": True})
+            call.send({"release": True})
 
 
 def test_a_call_of_a_warden_that_has_just_died_is_not_said_never_to_have_been(tmp_path: Path) -> None:
@@ -203,5 +203,5 @@ def test_a_call_of_a_warden_that_has_just_died_is_not_said_never_to_have_been(tm
     with Warden(tmp_path / "warden", PROCEDURES + OWN) as third, third.attach(call.id) as again:
         again.line()
         assert read_end(again)[1]["error"]["type"] == "call_died"
-        again.send({"done": True})
+        again.send({"release": True})
         again.lines()

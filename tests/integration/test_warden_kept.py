@@ -60,21 +60,21 @@ def leave_a_stranger(path):
 @pytest.fixture(scope="module")
 def warden(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Warden]:
     evidence = {"stderr": True, "traceback": True}
-    with Warden(tmp_path_factory.mktemp("kept"), PROCEDURES + OWN, kill_grace=0.3, exit_info=evidence) as warden:
+    with Warden(tmp_path_factory.mktemp("resumable"), PROCEDURES + OWN, kill_grace=0.3, exit_info=evidence) as warden:
         yield warden
 
 
 def ended(call: Conversation) -> tuple[list[Any], dict[str, Any], Any]:
     """Read to the closing line: what came before it, the evidence, the closing line."""
     before: list[Any] = []
-    while "evidence" not in (line := call.line()):
+    while "exit_info" not in (line := call.line()):
         before.append(line)
-    return before, line["evidence"], call.line()
+    return before, line["exit_info"], call.line()
 
 
 def done(call: Conversation) -> list[Any]:
     """Say that the end is stored; return what came after that."""
-    call.send({"done": True})
+    call.send({"release": True})
     return call.lines()
 
 
@@ -92,7 +92,7 @@ def test_the_end_is_kept_until_it_is_stored(warden: Warden) -> None:
     with warden.keep("same", 5) as call:
         acknowledgement = call.line()
         assert acknowledgement["call"].keys() == {
-            "warden", "keep_running", "linger", "kill_grace", "elapsed", "records",
+            "instance", "disconnect_timeout", "result_ttl", "kill_grace", "elapsed", "records",
         }  # fmt: skip
         before, evidence, end = ended(call)
         assert (before, end) == ([], {"result": 5})
@@ -127,14 +127,14 @@ def test_records_are_told_from_any_number_on_and_dropped_when_stored(warden: War
     for since in (0, 3, 6):
         with warden.attach(call_id, since) as call:
             assert call.line()["call"]["records"] == 6
-            call.send({"alive": 0})
+            call.send({"heartbeat": 0})
             told = []
-            while "alive" not in (line := call.line()):
+            while "heartbeat" not in (line := call.line()):
                 told += [line["stream"]] if "stream" in line else []
             assert told == list(range(since, 6))
     with warden.attach(call_id, 6) as call:
         call.line()
-        call.send({"stored": 6})
+        call.send({"ack": 6})
         (tmp_path / "go").touch()
         assert ended(call)[2] == {"result": 6}
     with warden.attach(call_id, 2) as call:
@@ -174,7 +174,7 @@ def test_an_id_that_was_said_not_to_be_here_never_starts(warden: Warden) -> None
     call_id = str(uuid.uuid4())
     with warden.attach(call_id) as call:
         (line,) = call.lines()
-        assert line["error"]["data"] == {"warden": warden.status()["incarnation"]}
+        assert line["error"]["data"] == {"instance": warden.status()["instance"]}
     with warden.keep("same", 1, call_id=call_id) as call:
         assert refused(call) == "call_refused"
     with warden.keep("same", 1, call_id=call_id, owner="owner-2") as call:  # another's ids are its own affair
@@ -184,9 +184,9 @@ def test_an_id_that_was_said_not_to_be_here_never_starts(warden: Warden) -> None
 
 
 def test_a_start_that_names_another_warden_is_refused(warden: Warden) -> None:
-    with warden.keep("same", 1, warden="another") as call:
+    with warden.keep("same", 1, instance="another") as call:
         (line,) = call.lines()
-        assert (error_of(line), line["error"]["data"]["warden"]) == ("other_warden", warden.status()["incarnation"])
+        assert (error_of(line), line["error"]["data"]["instance"]) == ("wrong_instance", warden.status()["instance"])
 
 
 def test_a_start_that_was_long_on_its_way_does_not_happen(warden: Warden) -> None:
@@ -236,7 +236,7 @@ def test_a_call_that_can_not_start_is_not_kept(warden: Warden) -> None:
 
 
 def test_without_contact_a_call_is_stopped_and_its_end_kept(warden: Warden, tmp_path: Path) -> None:
-    with warden.keep("resist", str(tmp_path / "pids"), keep_running=0.2) as call:
+    with warden.keep("resist", str(tmp_path / "pids"), disconnect_timeout=0.2) as call:
         call.line()
         call_id = call.id  # it stays attached: an open connection is no contact
         _, evidence, end = ended(call)
@@ -245,26 +245,26 @@ def test_without_contact_a_call_is_stopped_and_its_end_kept(warden: Warden, tmp_
     with warden.attach(call_id) as call:
         call.line()
         before, _, end = ended(call)
-        assert before[0]["receipt"]["survivors"] == []
+        assert before[0]["stop_report"]["survivors"] == []
         assert error_of(end) == "lost_contact"
         done(call)
 
 
 def test_contact_is_what_the_dispatcher_has_heard_of(warden: Warden, tmp_path: Path) -> None:
     """A sign of life that is late says nothing new, and one of the future is a fault."""
-    with warden.keep("wait_for", str(tmp_path / "go"), keep_running=0.5) as call:
+    with warden.keep("wait_for", str(tmp_path / "go"), disconnect_timeout=0.5) as call:
         call.line()
-        line = {"alive": 0}
-        while "alive" in line:
-            call.send({"alive": 0})
+        line = {"heartbeat": 0}
+        while "heartbeat" in line:
+            call.send({"heartbeat": 0})
             line = call.line()
-        assert "receipt" in line
+        assert "stop_report" in line
         assert error_of(ended(call)[2]) == "lost_contact"
         done(call)
     with warden.keep("same", 1) as call:
         call.line()
         ended(call)
-        call.send({"alive": 1e6})
+        call.send({"heartbeat": 1e6})
         assert call.lines() == []
     with warden.attach(call.id) as call:
         call.line()
@@ -273,18 +273,18 @@ def test_contact_is_what_the_dispatcher_has_heard_of(warden: Warden, tmp_path: P
 
 
 def test_with_contact_a_call_runs_on(warden: Warden, tmp_path: Path) -> None:
-    with warden.keep("wait_for", str(tmp_path / "go"), keep_running=0.4) as call:
+    with warden.keep("wait_for", str(tmp_path / "go"), disconnect_timeout=0.4) as call:
         heard = call.line()["call"]["elapsed"]
         while heard < 1.2:
-            call.send({"alive": heard})
-            heard = call.line()["alive"]
+            call.send({"heartbeat": heard})
+            heard = call.line()["heartbeat"]
         (tmp_path / "go").touch()
         assert ended(call)[2] == {"result": "there"}
         done(call)
 
 
 def test_an_end_that_nobody_fetches_is_forgotten(warden: Warden) -> None:
-    with warden.keep("same", 1, linger=0.1) as call:
+    with warden.keep("same", 1, result_ttl=0.1) as call:
         call.line()
         ended(call)
         assert call.lines() == []  # closed by the warden
@@ -298,7 +298,7 @@ def test_limits_go_with_the_call(warden: Warden, tmp_path: Path) -> None:
         before, evidence, end = ended(call)
         assert (error_of(end), evidence["by"]) == ("timeout", "limit")
         assert "maximum execution time" in end["error"]["message"]
-        assert before[0]["receipt"]["processes"][0]["signals"] == ["SIGTERM"]
+        assert before[0]["stop_report"]["processes"][0]["signals"] == ["SIGTERM"]
         done(call)
     with warden.keep("count", 3, str(tmp_path / "go"), timeout=0.1) as call:
         call.line()
@@ -327,10 +327,10 @@ def test_a_full_spool_makes_the_procedure_wait_and_drops_nothing(tmp_path: Path)
         with warden.attach(call.id) as again:
             assert again.line()["call"]["records"] < most
             numbers: list[int] = []
-            while "evidence" not in (line := again.line()):
+            while "exit_info" not in (line := again.line()):
                 if "stream" in line:
                     numbers.append(line["stream"][0])
-                    again.send({"stored": len(numbers)})
+                    again.send({"ack": len(numbers)})
             assert numbers == list(range(most))
             assert again.line() == {"result": None}
             done(again)
@@ -339,18 +339,18 @@ def test_a_full_spool_makes_the_procedure_wait_and_drops_nothing(tmp_path: Path)
 def test_orders_may_come_with_the_request(warden: Warden, tmp_path: Path) -> None:
     with warden.keep("wait_for", str(tmp_path / "never")) as call:
         call.line()
-    with warden.attach(call.id, behind=b'{"alive":0}\n{"stop":{"why":"cancelled"}}\n{"ali') as again:
-        again.send(b've":0}\n')
+    with warden.attach(call.id, behind=b'{"heartbeat":0}\n{"stop":{"why":"cancelled"}}\n{"hea') as again:
+        again.send(b'rtbeat":0}\n')
         before, _, end = ended(again)
         assert error_of(end) == "cancelled"
-        assert [line for line in before if "alive" in line][1:] or again.line().keys() == {"alive"}
+        assert [line for line in before if "heartbeat" in line][1:] or again.line().keys() == {"heartbeat"}
         done(again)
 
 
 def test_what_is_no_order_costs_the_connection_and_not_the_call(warden: Warden, tmp_path: Path) -> None:
     with warden.keep("wait_for", str(tmp_path / "go")) as call:
         call.line()
-    for garbage in (b"garbage\n", b"{}\n", b'{"stored":1}\n', b'{"done":true}\n', b"x" * 5000):
+    for garbage in (b"garbage\n", b"{}\n", b'{"ack":1}\n', b'{"release":true}\n', b"x" * 5000):
         with warden.attach(call.id) as other:
             other.line()
             other.send(garbage)
@@ -388,7 +388,7 @@ def test_evidence_of_a_death(warden: Warden) -> None:
         before, evidence, end = ended(call)
         assert error_of(end) == "call_died"
         assert (evidence["exit"], evidence["signal"], evidence["by"]) == (None, "SIGKILL", "unknown")
-        assert [line["receipt"]["survivors"] for line in before] == [[]]
+        assert [line["stop_report"]["survivors"] for line in before] == [[]]
         done(call)
 
 
@@ -407,7 +407,7 @@ def stopped(warden: Warden, path: Path) -> tuple[dict[str, Any], dict[str, Any],
         before, evidence, end = ended(call)
         assert error_of(end) == "cancelled"
         done(call)
-    return before[-1]["receipt"], evidence, [int(pid) for pid in pids]
+    return before[-1]["stop_report"], evidence, [int(pid) for pid in pids]
 
 
 def dead(pids: list[int]) -> bool:
@@ -432,7 +432,7 @@ def test_what_may_have_escaped_makes_a_receipt_incomplete(warden: Warden, tmp_pa
         call.line()
         before, _, end = ended(call)
         assert error_of(end) == "call_died"
-        receipt = before[-1]["receipt"]
+        receipt = before[-1]["stop_report"]
         done(call)
     pid = int(path.read_text())
     if not dead([pid]):
@@ -451,7 +451,7 @@ def test_in_a_cgroup_nothing_escapes(tmp_path: Path) -> None:
         with warden.keep("leave_a_stranger", str(path)) as call:
             call.line()
             before, _, _ = ended(call)
-            receipt = before[-1]["receipt"]
+            receipt = before[-1]["stop_report"]
             assert (receipt["survivors"], receipt["complete"]) == ([], True)
             pid = int(path.read_text())
             assert dead([pid])
@@ -481,12 +481,12 @@ def test_what_survives_is_told_and_watched_on(tmp_path: Path) -> None:
                 (frozen / "freezer.state").write_text("FROZEN")
                 call.send({"stop": {"why": "cancelled"}})
                 before, evidence, end = ended(call)
-                receipt = before[-1]["receipt"]
+                receipt = before[-1]["stop_report"]
                 assert [one["pid"] for one in receipt["survivors"]] == [pid]
                 assert (error_of(end), evidence["exit"], evidence["signal"]) == ("cancelled", None, None)
                 assert warden.status()["calls"] == 1
                 (frozen / "freezer.state").write_text("THAWED")
-                receipt = call.line()["receipt"]
+                receipt = call.line()["stop_report"]
                 assert (receipt["survivors"], receipt["processes"][0]["ended"]) == ([], "SIGKILL")
                 assert done(call) == []
             wait_until(lambda: warden.status()["calls"] == 0, DEADLINE, "the call gone")
@@ -541,10 +541,10 @@ def test_a_retired_warden_starts_nothing_and_goes_with_its_last_call(tmp_path: P
         assert warden.control("retire") == {"ok": True}
         assert warden.status()["accepting"] is False
         with warden.keep("same", 1) as other:
-            assert refused(other) == "other_warden"
+            assert refused(other) == "wrong_instance"
         (tmp_path / "go").touch()
         assert ended(call)[2] == {"result": "there"}
-        assert warden.status()["held"] == 1
+        assert warden.status()["resumable"] == 1
         assert done(call) == []
     assert warden.wait() == 0
     assert not warden.faults()
@@ -579,7 +579,7 @@ def test_a_shutdown_is_told_to_who_is_attached(tmp_path: Path) -> None:
             control.send({"control": "shutdown"})
             before, evidence, end = ended(call)
             assert (error_of(end), evidence["by"]) == ("shutdown", "shutdown")
-            assert before[-1]["receipt"]["survivors"] == []
+            assert before[-1]["stop_report"]["survivors"] == []
             assert done(call) == []
             assert control.lines() == [{"ok": True}]
     assert warden.wait() == 0
@@ -599,7 +599,7 @@ def test_a_stop_has_a_receipt_without_root(tmp_path: Path) -> None:
         pids_file.touch()
         os.chown(pids_file, NOBODY, NOBODY)
         with warden:
-            assert psutil.Process(warden.status()["warden"]).uids().effective == NOBODY
+            assert psutil.Process(warden.status()["supervisor"]).uids().effective == NOBODY
             receipt, _, pids = stopped(warden, pids_file)
         assert dead(pids)
         assert (receipt["found"], receipt["survivors"], receipt["complete"]) == (5, [], True)

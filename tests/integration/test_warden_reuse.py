@@ -129,9 +129,9 @@ def finish(warden: Warden, procedure: str, *arguments: object) -> tuple[dict[str
         lines = [call.line()]
         while not {"result", "exception", "error"} & lines[-1].keys() or len(lines) == 1:
             lines.append(call.line())
-        call.send({"done": True})
+        call.send({"release": True})
         assert call.lines() == []
-    (evidence,) = [line["evidence"] for line in lines if "evidence" in line]
+    (evidence,) = [line["exit_info"] for line in lines if "exit_info" in line]
     return evidence, lines[-1]
 
 
@@ -231,7 +231,7 @@ def test_one_that_says_more_than_its_end_is_not_used_again(warden: Warden, go: P
 
 def test_evidence_is_the_calls_own(tmp_path: Path) -> None:
     evidence = {"stderr": True, "traceback": True}
-    with Warden(tmp_path / "evidence", PROCEDURES + OWN, exit_info=evidence) as warden:
+    with Warden(tmp_path / "supervisor", PROCEDURES + OWN, exit_info=evidence) as warden:
         for text in ("one", "two"):
             found, end = finish(warden, "fail_reused", text)
             assert found["stderr"] == [f"why {text}"]
@@ -314,10 +314,10 @@ def test_a_stop_proves_that_all_is_gone(warden: Warden, tmp_path: Path) -> None:
         call.line()
         wait_until(path.exists)
         call.send({"stop": {"why": "cancelled"}})
-        while "receipt" not in (line := call.line()):
+        while "stop_report" not in (line := call.line()):
             pass
-        assert (line["receipt"]["survivors"], line["receipt"]["complete"]) == ([], True)
-        call.send({"done": True})
+        assert (line["stop_report"]["survivors"], line["stop_report"]["complete"]) == ([], True)
+        call.send({"release": True})
         call.lines()
     assert psutil.pid_exists(first[0])  # of another process: not the stopped call's
     os.kill(first[0], signal.SIGKILL)

@@ -100,9 +100,9 @@ def test_what_waits_makes_no_receipt_incomplete(warden: Warden, tmp_path: Path) 
             call.line()
             wait_until(path.exists)
             call.send({"stop": {"why": "cancelled"}})
-            while "receipt" not in (line := call.line()):
+            while "stop_report" not in (line := call.line()):
                 pass
-            assert (line["receipt"]["survivors"], line["receipt"]["complete"]) == ([], True)
-            call.send({"done": True})
+            assert (line["stop_report"]["survivors"], line["stop_report"]["complete"]) == ([], True)
+            call.send({"release": True})
             call.lines()
         warden.result("own")

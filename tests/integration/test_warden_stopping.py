@@ -114,8 +114,8 @@ def started(warden: Warden, call: Conversation) -> int:
 def receipt_of(call: Conversation) -> dict[str, Any]:
     """Read to the closing line; return the last receipt."""
     receipt: dict[str, Any] = {}
-    while "evidence" not in (line := call.line()):
-        receipt = line["receipt"]
+    while "exit_info" not in (line := call.line()):
+        receipt = line["stop_report"]
     call.line()
     return receipt
 
@@ -126,7 +126,7 @@ def lives(call_id: str) -> bool:
 
 
 def done(call: Conversation) -> None:
-    call.send({"done": True})
+    call.send({"release": True})
     assert call.lines() == []
 
 
@@ -221,7 +221,7 @@ def test_a_main_process_that_nobody_has_reaped_survives(warden: Warden) -> None:
             assert not receipt["complete"]
         finally:
             os.kill(zygote, signal.SIGCONT)
-        receipt = call.line()["receipt"]
+        receipt = call.line()["stop_report"]
         assert (receipt["survivors"], receipt["complete"]) == ([], True)
         done(call)
 
@@ -239,7 +239,7 @@ def test_survivors_of_a_dead_wardens_call_are_told_and_their_end(tmp_path: Path)
             again.line()
             assert [one["pid"] for one in receipt_of(again)["survivors"]] == [pid]
             cold.thaw()
-            assert again.line()["receipt"]["survivors"] == []
+            assert again.line()["stop_report"]["survivors"] == []
             done(again)
 
 

@@ -13,48 +13,48 @@ from hypothesis import strategies as st
 from harp.protocol.ends import Failed, Raised, Returned
 from harp.protocol.fields import ProtocolError
 from harp.protocol.harpd import (
-    LONGEST_ORDER,
-    NEXT,
+    MAX_COMMAND_BYTES,
+    TRANSITIONS,
+    Ack,
     Acknowledgement,
-    Alive,
     AnyRequest,
     Attach,
-    CallTerms,
-    Done,
-    Evidence,
-    Exchange,
-    Held,
-    KeptTerms,
+    CallList,
+    Command,
+    ExitInfo,
+    GrantedTerms,
+    Heartbeat,
     ListCalls,
     Message,
-    Order,
     Phase,
-    Receipt,
     Record,
-    RecordsAt,
+    RecordTime,
+    Release,
+    ReplyReader,
     Request,
+    RequestedTerms,
     StopCall,
-    Stored,
+    StopReport,
+    decode_command,
     decode_message,
-    decode_order,
     decode_request,
+    encode_command,
     encode_message,
-    encode_order,
     encode_request,
 )
-from harp.protocol.json_text import open_decoded, open_sliced
+from harp.protocol.json_text import decode_values, slice_text
 
 REQUEST = '{"harp":1,"procedure":"p","arguments":[1],"auth":{"user":"u","password":"s"}}'
 
 ID = "0e8400e2-9b1d-41d4-a716-446655440000"
 AUTH = '"auth":{"user":"u","password":"s"}'
-TERMS = CallTerms(ID, "o", "hush", "1f", 240, 3600.5, 60, 600)
+TERMS = RequestedTerms(ID, "o", "hush", "1f", 240, 3600.5, 60, 600)
 TERMS_TEXT = (
-    f'{{"id":"{ID}","owner":"o","secret":"hush","warden":"1f",'
-    '"keep_running":240,"linger":3600.5,"timeout":60,"max_exec_time":600}'
+    f'{{"id":"{ID}","owner":"o","secret":"hush","instance":"1f",'
+    '"disconnect_timeout":240,"result_ttl":3600.5,"timeout":60,"max_exec_time":600}'
 )
-KEPT = KeptTerms("1f", 240, 3600.5, 5, 0.25, 3)
-KEPT_TEXT = '{"warden":"1f","keep_running":240,"linger":3600.5,"kill_grace":5,"elapsed":0.25,"records":3}'
+KEPT = GrantedTerms("1f", 240, 3600.5, 5, 0.25, 3)
+KEPT_TEXT = '{"instance":"1f","disconnect_timeout":240,"result_ttl":3600.5,"kill_grace":5,"elapsed":0.25,"records":3}'
 
 REQUESTS: list[tuple[str, AnyRequest]] = [
     (REQUEST, Request("p", [1], "u", "s")),
@@ -66,12 +66,12 @@ REQUESTS: list[tuple[str, AnyRequest]] = [
     (f'{{"harp":1,"procedure":"-","arguments":[],"calls":"o",{AUTH}}}', ListCalls("o", "u", "s")),
 ]
 
-ORDERS: list[tuple[str, Order]] = [
-    ('{"stored":0}', Stored(0)),
-    ('{"alive":1.5}', Alive(1.5)),
+ORDERS: list[tuple[str, Command]] = [
+    ('{"ack":0}', Ack(0)),
+    ('{"heartbeat":1.5}', Heartbeat(1.5)),
     ('{"stop":{"why":"cancel"}}', StopCall("cancel")),
     ('{"stop":{"why":"cancel","by":"127.0.0.1:5"}}', StopCall("cancel", "127.0.0.1:5")),
-    ('{"done":true}', Done()),
+    ('{"release":true}', Release()),
 ]
 
 MESSAGES: list[tuple[str, Message]] = [
@@ -80,12 +80,12 @@ MESSAGES: list[tuple[str, Message]] = [
     (f'{{"harp":1,"stream_result":false,"call":{KEPT_TEXT}}}', Acknowledgement(False, KEPT)),
     (f'{{"harp":1,"stream_result":true,"call":{KEPT_TEXT}}}', Acknowledgement(True, KEPT)),
     ('{"stream":{"a":1}}', Record({"a": 1})),
-    ('{"at":1700000000.25}', RecordsAt(1700000000.25)),
-    ('{"alive":1.5}', Alive(1.5)),
-    ('{"receipt":{"survivors":[]}}', Receipt({"survivors": []})),
-    ('{"evidence":{"exit":0}}', Evidence({"exit": 0})),
-    ('{"harp":1,"calls":[],"warden":"1f"}', Held((), "1f")),
-    (f'{{"harp":1,"calls":["{ID}"],"warden":"1f"}}', Held((ID,), "1f")),
+    ('{"at":1700000000.25}', RecordTime(1700000000.25)),
+    ('{"heartbeat":1.5}', Heartbeat(1.5)),
+    ('{"stop_report":{"survivors":[]}}', StopReport({"survivors": []})),
+    ('{"exit_info":{"exit":0}}', ExitInfo({"exit": 0})),
+    ('{"harp":1,"calls":[],"instance":"1f"}', CallList((), "1f")),
+    (f'{{"harp":1,"calls":["{ID}"],"instance":"1f"}}', CallList((ID,), "1f")),
     ('{"result":null}', Returned(None)),
     (
         '{"exception":{"type":"E","message":"m","data":{"class":"E","module":"x"}}}',
@@ -112,7 +112,7 @@ def spaced(line: str) -> bytes:
 def test_requests_are_written_and_read(line: str, request_: AnyRequest) -> None:
     assert encode_request(request_) == line.encode() + b"\n"
     assert decode_request(line.encode()) == decode_request(spaced(line)) == request_
-    assert encode_request(decode_request(line.encode(), open_sliced)) == line.encode() + b"\n"
+    assert encode_request(decode_request(line.encode(), slice_text)) == line.encode() + b"\n"
 
 
 def test_the_request_is_written_as_the_field_writes_it() -> None:
@@ -120,7 +120,7 @@ def test_the_request_is_written_as_the_field_writes_it() -> None:
 
 
 def test_no_secret_is_shown() -> None:
-    terms = CallTerms(ID, "whose", "hush", "1f", 1, 1, 1, 1)
+    terms = RequestedTerms(ID, "whose", "hush", "1f", 1, 1, 1, 1)
     shown = map(repr, (Request("p", [], "u", "hush", terms), Attach(ID, "whose", "hush", 0, "u", "hush")))
     assert not [text for text in (*shown, repr(ListCalls("whose", "u", "hush"))) if "hush" in text or "whose" in text]
 
@@ -129,22 +129,22 @@ def test_no_secret_is_shown() -> None:
 def test_messages_are_written_and_read(line: str, message: Message) -> None:
     assert encode_message(message) == line.encode() + b"\n"
     assert decode_message(line.encode()) == decode_message(spaced(line)) == message
-    assert encode_message(decode_message(line.encode(), open_sliced)) == line.encode() + b"\n"
+    assert encode_message(decode_message(line.encode(), slice_text)) == line.encode() + b"\n"
 
 
 @pytest.mark.parametrize(("line", "order"), ORDERS)
-def test_orders_are_written_and_read(line: str, order: Order) -> None:
-    assert encode_order(order) == line.encode() + b"\n"
-    assert decode_order(line.encode()) == decode_order(spaced(line)) == order
+def test_orders_are_written_and_read(line: str, order: Command) -> None:
+    assert encode_command(order) == line.encode() + b"\n"
+    assert decode_command(line.encode()) == decode_command(spaced(line)) == order
 
 
 @given(st.text(min_size=1, max_size=100), st.text(min_size=1, max_size=200))
 def test_an_order_is_never_longer_than_it_may_be(why: str, by: str) -> None:
-    assert len(encode_order(StopCall(why, by))) <= LONGEST_ORDER + 1
+    assert len(encode_command(StopCall(why, by))) <= MAX_COMMAND_BYTES + 1
 
 
 def test_the_longest_order_is_short_enough() -> None:
-    assert len(encode_order(StopCall("\U0001f600" * 100, "\U0001f600" * 200))) <= LONGEST_ORDER + 1
+    assert len(encode_command(StopCall("\U0001f600" * 100, "\U0001f600" * 200))) <= MAX_COMMAND_BYTES + 1
 
 
 BAD_REQUESTS = [
@@ -185,8 +185,11 @@ def with_terms(**changes: Any) -> str:
 NO_NAME, NO_TIME = [5, "", "x" * 201, None], [0, -1, True, "1", None, 10**400, 1e10]
 BAD_TERMS: list[tuple[str, list[Any], str]] = [
     ("id", [5, "", ID.upper(), ID + "\n", ID[1:]], "expected a UUID in lower case"),
-    *((key, NO_NAME, "expected a string of 1 to 200") for key in ("owner", "secret", "warden")),
-    *((key, NO_TIME, "expected a positive number") for key in ("keep_running", "linger", "timeout", "max_exec_time")),
+    *((key, NO_NAME, "expected a string of 1 to 200") for key in ("owner", "secret", "instance")),
+    *(
+        (key, NO_TIME, "expected a positive number")
+        for key in ("disconnect_timeout", "result_ttl", "timeout", "max_exec_time")
+    ),
     *((key, ["gone"], "missing") for key in json.loads(TERMS_TEXT)),
 ]
 BAD_REQUESTS += [
@@ -201,14 +204,14 @@ BAD_REQUESTS.append((with_terms(more=1), "invalid_request", "unknown key more"))
     ("line", "message"),
     [
         ("x", "Expecting value"),
-        ("{}", "expected exactly one of stored, alive, stop, done"),
-        ('{"stored":1,"done":true}', "expected exactly one of"),
-        ('{"done":true,"more":1}', "unknown key more"),
-        ('{"done":1}', "done: expected true"),
-        ('{"alive":true}', "alive: expected a number"),
-        ('{"alive":-1}', "alive: expected a number"),
-        ('{"stored":-1}', "stored: expected an integer from 0 on, got -1"),
-        ('{"stored":true}', "stored: expected an integer from 0 on, got True"),
+        ("{}", "expected exactly one of ack, heartbeat, stop, release"),
+        ('{"ack":1,"release":true}', "expected exactly one of"),
+        ('{"release":true,"more":1}', "unknown key more"),
+        ('{"release":1}', "release: expected true"),
+        ('{"heartbeat":true}', "heartbeat: expected a number"),
+        ('{"heartbeat":-1}', "heartbeat: expected a number"),
+        ('{"ack":-1}', "ack: expected an integer from 0 on, got -1"),
+        ('{"ack":true}', "ack: expected an integer from 0 on, got True"),
         ('{"stop":true}', "stop: expected an object"),
         ('{"stop":{}}', "why: missing"),
         ('{"stop":{"why":""}}', "stop.why: expected a string of 1 to 100 characters"),
@@ -218,7 +221,7 @@ BAD_REQUESTS.append((with_terms(more=1), "invalid_request", "unknown key more"))
 )
 def test_a_bad_order_has_its_reason(line: str, message: str) -> None:
     with pytest.raises(ProtocolError, match=message):
-        decode_order(line.encode())
+        decode_command(line.encode())
 
 
 @pytest.mark.parametrize(
@@ -228,23 +231,23 @@ def test_a_bad_order_has_its_reason(line: str, message: str) -> None:
         ('{"at":-1}', "at: expected a number"),
         ('{"at":true}', "at: expected a number"),
         ('{"at":1,"stream":1}', "both stream and at"),
-        ('{"receipt":[]}', "receipt: expected an object"),
-        ('{"evidence":1}', "evidence: expected an object"),
-        ('{"calls":[],"warden":"w"}', "harp: expected 1"),
-        ('{"harp":1,"calls":{},"warden":"w"}', "calls: expected an array"),
-        ('{"harp":1,"calls":["x"],"warden":"w"}', r"calls\[0\]: expected a UUID"),
-        ('{"harp":1,"calls":[]}', "warden: missing"),
+        ('{"stop_report":[]}', "stop_report: expected an object"),
+        ('{"exit_info":1}', "exit_info: expected an object"),
+        ('{"calls":[],"instance":"w"}', "harp: expected 1"),
+        ('{"harp":1,"calls":{},"instance":"w"}', "calls: expected an array"),
+        ('{"harp":1,"calls":["x"],"instance":"w"}', r"calls\[0\]: expected a UUID"),
+        ('{"harp":1,"calls":[]}', "instance: missing"),
         ('{"harp":1,"stream_result":true,"call":true}', "call: expected an object"),
-        ('{"harp":1,"stream_result":true,"call":{"warden":"w"}}', "call.keep_running: missing"),
+        ('{"harp":1,"stream_result":true,"call":{"instance":"w"}}', "call.disconnect_timeout: missing"),
     ],
 )
 def test_a_bad_message_has_its_reason(line: str, message: str) -> None:
-    for opener in (open_decoded, open_sliced):
+    for opener in (decode_values, slice_text):
         with pytest.raises(ProtocolError, match=message):
             decode_message(line.encode(), opener)
 
 
-@pytest.mark.parametrize("opener", [open_decoded, open_sliced])
+@pytest.mark.parametrize("opener", [decode_values, slice_text])
 @pytest.mark.parametrize(("line", "type_", "message"), BAD_REQUESTS)
 def test_a_bad_request_has_its_type_and_its_reason(line: str, type_: str, message: str, opener: Any) -> None:
     with pytest.raises(ProtocolError, match=message) as caught:
@@ -255,52 +258,52 @@ def test_a_bad_request_has_its_type_and_its_reason(line: str, type_: str, messag
 @pytest.mark.parametrize("phase", Phase)
 @pytest.mark.parametrize(("line", "message"), MESSAGES)
 def test_what_may_come_when_is_the_table(phase: Phase, line: str, message: Message) -> None:
-    exchange = Exchange()
+    exchange = ReplyReader()
     exchange.phase = phase
-    kept = phase in (Phase.KEPT_RUNNING, Phase.KEPT_STREAMING, Phase.KEPT_ENDING, Phase.KEPT_ENDED)
-    fits = not isinstance(message, Acknowledgement) or phase is Phase.SENT_KEPT
+    kept = phase in (Phase.RESUMABLE_RUNNING, Phase.RESUMABLE_STREAMING, Phase.RESUMABLE_ENDING, Phase.RESUMABLE_ENDED)
+    fits = not isinstance(message, Acknowledgement) or phase is Phase.SENT_RESUMABLE
     if isinstance(message, Acknowledgement) and phase in (Phase.SENT, Phase.SENT_ATTACH):
         fits = (message.call is not None) == (phase is Phase.SENT_ATTACH)
-    if type(message) in NEXT[phase] and fits:
-        assert exchange.message(line.encode()) == message
-        closing = isinstance(message, (Returned, Raised, Failed, Held))
-        assert exchange.ended == (closing or phase is Phase.KEPT_ENDED)
+    if type(message) in TRANSITIONS[phase] and fits:
+        assert exchange.read_message(line.encode()) == message
+        closing = isinstance(message, (Returned, Raised, Failed, CallList))
+        assert exchange.end_received == (closing or phase is Phase.RESUMABLE_ENDED)
         assert exchange.finished == (closing and not kept)
     else:
         with pytest.raises(ProtocolError, match="came while"):
-            exchange.message(line.encode())
+            exchange.read_message(line.encode())
 
 
 def test_the_table_knows_every_message() -> None:
-    assert set().union(*NEXT.values()) == set(get_args(Message))
+    assert set().union(*TRANSITIONS.values()) == set(get_args(Message))
 
 
 def test_records_come_only_after_an_acknowledgement_that_said_so() -> None:
-    exchange = Exchange()
-    exchange.message(b'{"harp":1,"stream_result":true}')
+    exchange = ReplyReader()
+    exchange.read_message(b'{"harp":1,"stream_result":true}')
     assert exchange.phase is Phase.STREAMING
-    exchange = Exchange()
-    exchange.message(b'{"harp":1,"stream_result":false}')
+    exchange = ReplyReader()
+    exchange.read_message(b'{"harp":1,"stream_result":false}')
     assert exchange.phase is Phase.RUNNING
 
 
 def test_a_kept_call_has_its_own_order_of_lines() -> None:
     lines: dict[type, bytes] = {type(message): line.encode() for line, message in MESSAGES}
-    exchange = Exchange(request=Request("p", [1], "u", "s", TERMS))
-    told = [Acknowledgement, RecordsAt, Record, Alive, Record, RecordsAt, Record, Receipt, Evidence, Alive]
+    exchange = ReplyReader(request=Request("p", [1], "u", "s", TERMS))
+    told = [Acknowledgement, RecordTime, Record, Heartbeat, Record, RecordTime, Record, StopReport, ExitInfo, Heartbeat]
     for kind in told:
-        exchange.message(lines[kind])
-        assert not exchange.ended
-    for kind in (RecordsAt, Record, Evidence, Acknowledgement):
+        exchange.read_message(lines[kind])
+        assert not exchange.end_received
+    for kind in (RecordTime, Record, ExitInfo, Acknowledgement):
         with pytest.raises(ProtocolError, match="came while waiting for the result, its evidence given"):
-            exchange.message(lines[kind])
-    exchange.message(lines[Failed])
-    assert exchange.phase is Phase.KEPT_ENDED
-    exchange.message(lines[Receipt])
-    exchange.message(lines[Alive])
-    for kind in (Returned, Evidence, RecordsAt):
+            exchange.read_message(lines[kind])
+    exchange.read_message(lines[Failed])
+    assert exchange.phase is Phase.RESUMABLE_ENDED
+    exchange.read_message(lines[StopReport])
+    exchange.read_message(lines[Heartbeat])
+    for kind in (Returned, ExitInfo, RecordTime):
         with pytest.raises(ProtocolError, match="came while waiting for the close"):
-            exchange.message(lines[kind])
+            exchange.read_message(lines[kind])
 
 
 PLAIN_ACK, KEPT_ACK = (f'{{"harp":1,"stream_result":true{more}}}'.encode() for more in ("", f',"call":{KEPT_TEXT}'))
@@ -313,33 +316,33 @@ PLAIN_ACK, KEPT_ACK = (f'{{"harp":1,"stream_result":true{more}}}'.encode() for m
         (None, KEPT_ACK, None),
         (Request("p", [], "u", "s"), KEPT_ACK, None),
         (Request("p", [], "u", "s", TERMS), PLAIN_ACK, Phase.STREAMING),  # a harpd of the field
-        (Request("p", [], "u", "s", TERMS), KEPT_ACK, Phase.KEPT_STREAMING),
+        (Request("p", [], "u", "s", TERMS), KEPT_ACK, Phase.RESUMABLE_STREAMING),
         (Attach(ID, "o", "s", 0, "u", "s"), PLAIN_ACK, None),
-        (Attach(ID, "o", "s", 0, "u", "s"), KEPT_ACK, Phase.KEPT_STREAMING),
+        (Attach(ID, "o", "s", 0, "u", "s"), KEPT_ACK, Phase.RESUMABLE_STREAMING),
         (ListCalls("o", "u", "s"), PLAIN_ACK, None),
-        (ListCalls("o", "u", "s"), b'{"harp":1,"calls":[],"warden":"w"}', Phase.CLOSED),
-        (Attach(ID, "o", "s", 0, "u", "s"), b'{"harp":1,"calls":[],"warden":"w"}', None),
+        (ListCalls("o", "u", "s"), b'{"harp":1,"calls":[],"instance":"w"}', Phase.CLOSED),
+        (Attach(ID, "o", "s", 0, "u", "s"), b'{"harp":1,"calls":[],"instance":"w"}', None),
     ],
 )
 def test_only_who_asked_for_a_kept_call_is_told_of_one(
     request_: AnyRequest | None, line: bytes, phase: Phase | None
 ) -> None:
-    exchange = Exchange(request=request_)
+    exchange = ReplyReader(request=request_)
     if phase is None:
         with pytest.raises(ProtocolError, match="came while waiting for"):
-            exchange.message(line)
+            exchange.read_message(line)
     else:
-        exchange.message(line)
+        exchange.read_message(line)
         assert exchange.phase is phase
 
 
-@given(st.binary(), st.sampled_from([open_decoded, open_sliced]))
+@given(st.binary(), st.sampled_from([decode_values, slice_text]))
 def test_any_line_is_a_message_or_a_protocol_error(line: bytes, opener: Any) -> None:
     for decode in (decode_request, decode_message):
         with pytest.raises(ProtocolError):
             decode(line, opener)
     with pytest.raises(ProtocolError):
-        decode_order(line)
+        decode_command(line)
 
 
 keys = st.sampled_from(
@@ -352,7 +355,7 @@ objects = st.recursive(
 )
 
 
-@given(objects.map(lambda value: json.dumps(value).encode()), st.sampled_from([open_decoded, open_sliced]))
+@given(objects.map(lambda value: json.dumps(value).encode()), st.sampled_from([decode_values, slice_text]))
 def test_any_object_is_a_message_or_a_protocol_error(line: bytes, opener: Any) -> None:
     for decode in (decode_request, decode_message):
         try:
@@ -360,16 +363,16 @@ def test_any_object_is_a_message_or_a_protocol_error(line: bytes, opener: Any) -
         except ProtocolError as error:
             assert error.type in ("parse_error", "invalid_protocol", "invalid_request")
     with contextlib.suppress(ProtocolError):
-        decode_order(line)
+        decode_command(line)
 
 
 @given(
     st.lists(st.sampled_from([line for line, _ in MESSAGES]), max_size=12), st.sampled_from([r for _, r in REQUESTS])
 )
 def test_any_order_of_messages_is_taken_or_a_protocol_error(lines: list[str], request_: AnyRequest) -> None:
-    exchange = Exchange(request=request_)
+    exchange = ReplyReader(request=request_)
     with contextlib.suppress(ProtocolError):
         for line in lines:
             if exchange.finished:
                 return
-            exchange.message(line.encode())
+            exchange.read_message(line.encode())

@@ -11,19 +11,19 @@ from hypothesis import strategies as st
 
 from harp.protocol.json_text import (
     MAX_DEPTH,
+    Decoder,
     Envelope,
     InvalidJSON,
     NotJSON,
-    Opener,
     Raw,
     canonical,
+    decode_values,
     dumps,
     loads,
-    open_decoded,
-    open_sliced,
+    slice_text,
 )
 
-OPENERS = pytest.mark.parametrize("opener", [open_decoded, open_sliced])
+OPENERS = pytest.mark.parametrize("opener", [decode_values, slice_text])
 
 scalars = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text()
 values = st.recursive(scalars, lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=20)
@@ -61,8 +61,8 @@ def test_what_is_not_json_is_refused_with_its_reason(text: bytes, message: str) 
 )
 def test_text_survives_being_sliced_to_the_letter(text: str) -> None:
     line = f' {{ "head" : 1 ,\t"load":{text} }} \r'.encode()
-    assert open_sliced(line).payload("load") == text.encode()
-    assert dumps(open_sliced(line).payload("load")) == text.encode()
+    assert slice_text(line).payload("load") == text.encode()
+    assert dumps(slice_text(line).payload("load")) == text.encode()
 
 
 def test_brackets_in_strings_are_no_nesting() -> None:
@@ -87,14 +87,14 @@ def test_values_survive_the_trip(value: Any) -> None:
 
 @OPENERS
 @given(members=st.dictionaries(st.text(), values))
-def test_both_openers_see_the_same_members(opener: Opener, members: dict[str, Any]) -> None:
+def test_both_openers_see_the_same_members(opener: Decoder, members: dict[str, Any]) -> None:
     opened = opener(json.dumps(members).encode())
     assert list(opened) == list(members)
     for key, value in members.items():
         assert opened.value(key) == value
         payload = opened.payload(key)
         assert (loads(payload) if isinstance(payload, Raw) else payload) == value
-        assert (opened.members(key) is not None) == isinstance(value, dict)
+        assert (opened.nested_object(key) is not None) == isinstance(value, dict)
 
 
 @OPENERS
@@ -102,14 +102,14 @@ def test_both_openers_see_the_same_members(opener: Opener, members: dict[str, An
     "line",
     [b"[1]", b'{"a":1,"a":2}', b'{"a"}', b'{"a":1,}', b'{"a":1', b"{1:2}", b'{"a":1}x', b'{"a":NaN}', b"{", b"\x00"],
 )
-def test_what_is_no_object_is_refused(opener: Opener, line: bytes) -> None:
+def test_what_is_no_object_is_refused(opener: Decoder, line: bytes) -> None:
     with pytest.raises(InvalidJSON):
         opener(line)
 
 
 @OPENERS
 @given(line=st.binary())
-def test_any_bytes_are_an_object_or_refused(opener: Opener, line: bytes) -> None:
+def test_any_bytes_are_an_object_or_refused(opener: Decoder, line: bytes) -> None:
     try:
         opened = opener(line)
     except InvalidJSON:

@@ -9,25 +9,25 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from harp.protocol.call_output import RECORD
-from harp.protocol.json_text import InvalidJSON, Opener, Raw, loads, open_sliced
-from harp.protocol.strict_json import MAX_DEPTH, enclosed
-from harp_daemon.sliced_json import open_quickly, sliced_records
+from harp.protocol.call_output import RECORD_PREFIX
+from harp.protocol.json_text import Decoder, InvalidJSON, Raw, loads, slice_text
+from harp.protocol.strict_json import MAX_DEPTH, decode_enclosed
+from harp_daemon.sliced_json import decode_slices, slice_records
 
 scalars = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text()
 values = st.recursive(scalars, lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=20)
 objects = st.dictionaries(st.text(), values)
 
 
-def outcome(opener: Opener, line: bytes) -> object:
+def outcome(opener: Decoder, line: bytes) -> object:
     """All that an opener makes of a line."""
     try:
         members = opener(line)
         found: list[tuple[str, bytes, Any, object]] = []
         for key in members:
-            inner = members.members(key)
+            inner = members.nested_object(key)
             within = None if inner is None else [(name, inner.payload(name)) for name in inner]
-            elements = members.elements(key)
+            elements = members.nested_objects(key)
             opened = (
                 None if elements is None else [one and [(name, one.payload(name)) for name in one] for one in elements]
             )
@@ -40,7 +40,7 @@ def outcome(opener: Opener, line: bytes) -> object:
 @given(objects, st.sampled_from([(",", ":"), (", ", ": ")]), st.booleans())
 def test_of_what_is_written_it_makes_the_same(value: Any, separators: tuple[str, str], ascii: bool) -> None:
     line = json.dumps(value, separators=separators, ensure_ascii=ascii).encode("utf-8", "surrogatepass")
-    assert outcome(open_quickly, line) == outcome(open_sliced, line)
+    assert outcome(decode_slices, line) == outcome(slice_text, line)
 
 
 @given(st.binary() | st.text().map(str.encode))
@@ -58,7 +58,7 @@ def test_of_what_is_written_it_makes_the_same(value: Any, separators: tuple[str,
 @example(b'\xef\xbb\xbf{"a":1}')
 @example(b'{"a":' + b"[" * 1100 + b"]" * 1100 + b"}")
 def test_of_any_bytes_it_makes_the_same(line: bytes) -> None:
-    assert outcome(open_quickly, line) == outcome(open_sliced, line)
+    assert outcome(decode_slices, line) == outcome(slice_text, line)
 
 
 @given(objects, st.data())
@@ -66,7 +66,7 @@ def test_of_what_is_cut_or_changed_it_makes_the_same(value: Any, data: st.DataOb
     line = json.dumps(value, separators=(",", ":")).encode()
     at = data.draw(st.integers(0, len(line)))
     changed = line[:at] + data.draw(st.sampled_from([b"", b",", b'"a":1,', b" ", b"}", b"0"])) + line[at:]
-    assert outcome(open_quickly, changed) == outcome(open_sliced, changed)
+    assert outcome(decode_slices, changed) == outcome(slice_text, changed)
 
 
 WRONG = [
@@ -105,15 +105,15 @@ ODD = [
 @pytest.mark.parametrize("text", WRONG)
 def test_what_is_no_value_is_refused_by_both(text: str) -> None:
     line = f'{{"a":{text}}}'.encode()
-    assert isinstance(outcome(open_sliced, line), str)
-    assert outcome(open_quickly, line) == outcome(open_sliced, line)
+    assert isinstance(outcome(slice_text, line), str)
+    assert outcome(decode_slices, line) == outcome(slice_text, line)
 
 
 @pytest.mark.parametrize("text", ODD)
 def test_what_is_odd_and_still_a_value_is_the_same_to_both(text: str) -> None:
     line = f'{{"a":{text}}}'.encode()
-    assert open_quickly(line).payload("a") == open_sliced(line).payload("a") == text.strip().encode()
-    assert outcome(open_quickly, line) == outcome(open_sliced, line)
+    assert decode_slices(line).payload("a") == slice_text(line).payload("a") == text.strip().encode()
+    assert outcome(decode_slices, line) == outcome(slice_text, line)
 
 
 @pytest.mark.parametrize("count", [1, 2, 100])
@@ -121,13 +121,13 @@ def test_a_repeated_key_is_refused_wherever_it_is(count: int) -> None:
     members = [f'"{number}":{number}' for number in range(count)]
     line = ("{" + ",".join([*members, '"0":0']) + "}").encode()
     with pytest.raises(InvalidJSON, match="repeated key"):
-        open_quickly(line)
+        decode_slices(line)
 
 
 def one_by_one(lines: list[bytes]) -> list[Raw] | None:
     """The payloads of lines of records; None: one is none."""
     try:
-        opened = [open_sliced(line) for line in lines]
+        opened = [slice_text(line) for line in lines]
     except InvalidJSON:
         return None
     if any(list(members) != ["stream"] for members in opened):
@@ -138,9 +138,9 @@ def one_by_one(lines: list[bytes]) -> list[Raw] | None:
 @given(st.lists(values, min_size=1), st.booleans())
 def test_many_records_are_what_each_of_them_is(records: list[Any], ascii: bool) -> None:
     texts = [json.dumps(record, ensure_ascii=ascii).encode("utf-8", "surrogatepass") for record in records]
-    lines = [RECORD + text + b"}" for text in texts]
+    lines = [RECORD_PREFIX + text + b"}" for text in texts]
     expected = one_by_one(lines)
-    assert sliced_records(lines) == expected
+    assert slice_records(lines) == expected
     assert expected in (None, texts)
 
 
@@ -167,28 +167,33 @@ BESIDE = [
 
 @pytest.mark.parametrize("lines", BESIDE)
 def test_records_of_which_one_is_none_are_looked_at_one_by_one(lines: list[bytes]) -> None:
-    assert sliced_records(lines) in (None, one_by_one(lines))
+    assert slice_records(lines) in (None, one_by_one(lines))
     for count in range(1, len(lines)):
-        assert sliced_records(lines[:count]) in (None, one_by_one(lines[:count]))
+        assert slice_records(lines[:count]) in (None, one_by_one(lines[:count]))
 
 
 def test_records_that_are_written_with_spaces_are_looked_at_one_by_one() -> None:
-    assert sliced_records([b'{"stream": 1}', b'{"stream":2}']) is None
+    assert slice_records([b'{"stream": 1}', b'{"stream":2}']) is None
 
 
 @given(st.lists(st.binary() | st.text().map(str.encode), min_size=1, max_size=4))
 def test_of_any_bytes_no_record_is_made_that_is_none(insides: list[bytes]) -> None:
-    lines = [RECORD + inside + b"}" for inside in insides]
-    assert sliced_records(lines) in (None, one_by_one(lines))
+    lines = [RECORD_PREFIX + inside + b"}" for inside in insides]
+    assert slice_records(lines) in (None, one_by_one(lines))
     for line in lines:
         alone = one_by_one([line])
-        found = enclosed(line, RECORD)
+        found = decode_enclosed(line, RECORD_PREFIX)
         assert found is None or (alone is not None and repr(found) == repr((loads(alone[0]),)))
 
 
 @given(values)
 def test_what_a_line_encloses(value: Any) -> None:
     text = json.dumps(value).encode()
-    assert enclosed(RECORD + text + b"}", RECORD) == (value,)
-    for wrong in (RECORD + text, RECORD + text + b"}}", RECORD + text + b"} ", b" " + RECORD + text + b"}"):
-        assert enclosed(wrong, RECORD) is None
+    assert decode_enclosed(RECORD_PREFIX + text + b"}", RECORD_PREFIX) == (value,)
+    for wrong in (
+        RECORD_PREFIX + text,
+        RECORD_PREFIX + text + b"}}",
+        RECORD_PREFIX + text + b"} ",
+        b" " + RECORD_PREFIX + text + b"}",
+    ):
+        assert decode_enclosed(wrong, RECORD_PREFIX) is None

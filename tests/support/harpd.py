@@ -213,7 +213,7 @@ class Harpd(DaemonLog):
     @property
     def warden(self) -> int:
         """The warden's process id."""
-        return int(self.status()["warden"])
+        return int(self.status()["supervisor"])
 
     @property
     def zygote(self) -> int:
@@ -263,14 +263,14 @@ class Harpd(DaemonLog):
         family = self._family()
         for status in self.statuses():
             with contextlib.suppress(ConnectionError, FileNotFoundError, json.JSONDecodeError):
-                self.ask({"control": "shutdown"}, f"warden-{status['incarnation']}")
+                self.ask({"control": "shutdown"}, f"warden-{status['instance']}")
         wait_until(lambda: all(map(_is_dead, family)), DEADLINE, f"the end of {family}")
 
     def _family(self) -> list[psutil.Process]:
         """All its processes but the programs themselves."""
         found: set[psutil.Process] = set()
         own = [process.pid for process in (self._process, self._calls) if process is not None]
-        wardens = [status["warden"] for status in self.statuses()] if self.runtime_directory.exists() else []
+        wardens = [status["supervisor"] for status in self.statuses()] if self.runtime_directory.exists() else []
         for pid in own + wardens:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process = psutil.Process(pid)
@@ -312,11 +312,11 @@ class Harpd(DaemonLog):
 
         `terms` are laid over the usual ones. The client's `call` is the call's id.
         """
-        usual = {"id": str(uuid.uuid4()), "owner": OWNER, "secret": SECRET, "keep_running": 60, "linger": 60}
+        usual = {"id": str(uuid.uuid4()), "owner": OWNER, "secret": SECRET, "disconnect_timeout": 60, "result_ttl": 60}
         limits = {"timeout": 60, "max_exec_time": 600}
         call = {**usual, **limits, **terms}
-        if "warden" not in call:
-            call["warden"] = self.status()["incarnation"]
+        if "instance" not in call:
+            call["instance"] = self.status()["instance"]
         client = self.connect()
         client.call = call["id"]
         client.send(self.request(procedure, list(arguments), call=call))

@@ -16,9 +16,16 @@ from support.deadline import eventually
 from support.dispatcher import call, until
 from support.peers import Conversation, Peer, Script, server_context
 
-TERMS = {"warden": "w1", "keep_running": 60.0, "linger": 60.0, "kill_grace": 1.0, "elapsed": 0.0, "records": 0}
-EVIDENCE = {"evidence": {"exit": 0, "by": "itself"}}
-NOT_HELD = {"harp": 1, "error": {"type": "no_such_call", "message": "no", "data": {"warden": "w1"}}}
+TERMS = {
+    "instance": "w1",
+    "disconnect_timeout": 60.0,
+    "result_ttl": 60.0,
+    "kill_grace": 1.0,
+    "elapsed": 0.0,
+    "records": 0,
+}
+EVIDENCE = {"exit_info": {"exit": 0, "by": "itself"}}
+NOT_HELD = {"harp": 1, "error": {"type": "no_such_call", "message": "no", "data": {"instance": "w1"}}}
 
 
 def acknowledgement(stream: bool = False, **terms: Any) -> dict[str, Any]:
@@ -27,7 +34,9 @@ def acknowledgement(stream: bool = False, **terms: Any) -> dict[str, Any]:
 
 def receipt(*survivors: int) -> dict[str, Any]:
     left = [{"pid": pid, "command": "x"} for pid in survivors]
-    return {"receipt": {"processes": [], "found": 1, "survivors": left, "complete": True, "began": 1.0, "ended": 2.0}}
+    return {
+        "stop_report": {"processes": [], "found": 1, "survivors": left, "complete": True, "began": 1.0, "ended": 2.0}
+    }
 
 
 def holding(*calls: str, warden: str = "w1") -> Script:
@@ -35,8 +44,8 @@ def holding(*calls: str, warden: str = "w1") -> Script:
 
     def script(talk: Conversation) -> None:
         asked = talk.expect()
-        assert asked.keys() == {"harp", "procedure", "arguments", "calls", "auth", "keep"}
-        talk.reply({"harp": 1, "calls": list(calls), "warden": warden})
+        assert asked.keys() == {"harp", "procedure", "arguments", "calls", "auth", "keep_alive"}
+        talk.reply({"harp": 1, "calls": list(calls), "instance": warden})
 
     return script
 
@@ -45,7 +54,7 @@ def orders(talk: Conversation) -> Iterator[dict[str, Any]]:
     """What the dispatcher says beside its signs of life."""
     while True:
         order = json.loads(talk.line())
-        if "alive" not in order:
+        if "heartbeat" not in order:
             yield order
 
 
@@ -68,7 +77,7 @@ def attached(talk: Conversation, **terms: Any) -> dict[str, Any]:
 def ends(talk: Conversation, *lines: object) -> None:
     """Say the end; wait until it is stored."""
     talk.reply(*lines)
-    assert next(order for order in orders(talk) if "stored" not in order) == {"done": True}
+    assert next(order for order in orders(talk) if "ack" not in order) == {"release": True}
 
 
 @contextmanager

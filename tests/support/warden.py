@@ -183,23 +183,23 @@ class Warden:
         conversation = self.connect()
         conversation.id = call_id or str(uuid.uuid4())
         request = {"call": conversation.id, "procedure": procedure, "arguments": arguments, "user": "u", "peer": "p"}
-        conversation.send(request if kept is None else {**request, "kept": kept})
+        conversation.send(request if kept is None else {**request, "resumable": kept})
         return conversation
 
     def keep(self, procedure: str, *arguments: Any, call_id: str | None = None, **terms: Any) -> Conversation:
         """Call a procedure whose call is kept, by `OWNER` with `SECRET`; `terms` are laid over the usual ones."""
         begun = time.clock_gettime(time.CLOCK_BOOTTIME)
         usual = {
-            "begun": begun,
+            "received": begun,
             "owner": OWNER,
             "secret": SECRET,
-            "keep_running": 60,
-            "linger": 60,
+            "disconnect_timeout": 60,
+            "result_ttl": 60,
             "timeout": 60,
             "max_exec_time": 60,
         }
-        warden = self.status()["incarnation"]
-        return self.call(procedure, arguments, call_id, {**usual, "warden": warden, **terms})
+        warden = self.status()["instance"]
+        return self.call(procedure, arguments, call_id, {**usual, "instance": warden, **terms})
 
     def attach(self, call_id: str, since: int = 0, behind: bytes = b"", **members: Any) -> Conversation:
         """Attach to a kept call; `members` are laid over the usual ones, `behind` is sent with the request."""
@@ -242,7 +242,7 @@ class Warden:
     def status(self) -> dict[str, Any]:
         """What it says of itself."""
         status: dict[str, Any] = self.control("status")
-        for pid in (status["warden"], status["zygote"]):
+        for pid in (status["supervisor"], status["zygote"]):
             if pid is not None:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     self._family.append(psutil.Process(pid))

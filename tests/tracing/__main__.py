@@ -185,7 +185,7 @@ class System:
 
     def _is_finalized(self, job: harp.RemoteCall) -> bool:
         details, status = job.details(), self.harpd.status()
-        return details["state"] == "returned" and not (details["holds_slot"] or status["calls"] or status["held"])
+        return details["state"] == "returned" and not (details["holds_slot"] or status["calls"] or status["resumable"])
 
     def _by_process(self, entries: Counter[tuple[int, str, str]]) -> Counts:
         processes = {

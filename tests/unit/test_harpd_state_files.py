@@ -118,13 +118,13 @@ def test_what_a_dead_warden_left_is_killed_and_told_once(
     wardens: Wardens, tmp_path: Path, old: StateDir, new: StateDir
 ) -> None:
     with process("a") as pid:
-        old.write("a", record("a", pid, kept=1))
+        old.write("a", record("a", pid, resumable=1))
         assert new.clean_up() == CleanupResult()  # it lives
         wardens.kill(old)
         found = sweep(new)
         assert not lives(pid)
         assert sum(swept.killed for swept in found) == 1
-        assert [swept.calls["a"].session["kept"] for swept in found if swept.calls] == [1]
+        assert [swept.calls["a"].session["resumable"] for swept in found if swept.calls] == [1]
         assert new.clean_up() == CleanupResult()
         assert names(tmp_path) == set()
 

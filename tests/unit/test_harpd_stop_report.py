@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 
-from harp.protocol.harpd import Receipt
+from harp.protocol import harpd as messages
 from harp.protocol.json_text import dumps
 from harpd.processes.process_tree import Process
 from harpd.processes.stop_report import StopReport
@@ -51,7 +51,7 @@ def test_however_many_there_are_the_receipt_is_small() -> None:
     assert (len(receipt["survivors"]), receipt["surviving"]) == (100, 50_001)
     text = dumps(receipt)
     assert len(text) < 64 * 1024
-    assert len(Receipt(text).survivors) == 100
+    assert len(messages.StopReport(text).survivors) == 100
 
 
 def test_what_comes_and_goes_without_end_is_counted_and_not_kept() -> None:

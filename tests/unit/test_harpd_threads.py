@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from harp_daemon.memory_quota import Allowance, Share
+from harp_daemon.memory_quota import MemoryQuota, Reservation
 from harpd.frontend.thread_pool import BoundedThreadPool, TaskFailed
 from support.deadline import eventually
 
@@ -86,8 +86,8 @@ async def test_giving_up_waiting_gives_the_place_to_the_next(release: threading.
 
 
 def test_small_shares_cost_nothing_and_long_ones_end_at_the_limit() -> None:
-    allowance = Allowance(100_000)
-    long, longer, small = Share(allowance), Share(allowance), Share(allowance)
+    allowance = MemoryQuota(100_000)
+    long, longer, small = Reservation(allowance), Reservation(allowance), Reservation(allowance)
     assert long.grow(64 * 1024 + 60_000)
     assert longer.grow(64 * 1024)
     assert not longer.grow(40_001)

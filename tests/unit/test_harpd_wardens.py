@@ -28,11 +28,11 @@ def says(data: bytes | None) -> Script:
 
 
 def unknown(name: str) -> Script:
-    return says(line(error={"type": "no_such_call", "message": "m", "data": {"warden": name}}))
+    return says(line(error={"type": "no_such_call", "message": "m", "data": {"instance": name}}))
 
 
 def held(name: str, *calls: str) -> Script:
-    return says(line(calls=calls, warden=name))
+    return says(line(calls=calls, instance=name))
 
 
 @asynccontextmanager
@@ -64,7 +64,7 @@ async def test_a_call_is_found_wherever_it_is(tmp_path: Path) -> None:
 async def test_what_nobody_holds_is_answered_by_who_takes_new_calls(tmp_path: Path) -> None:
     dead_warden(tmp_path, "d")
     async with scripted(tmp_path, b=unknown("b"), a=unknown("a"), c=unknown("c")) as wardens:
-        assert json.loads(await attached(wardens))["error"]["data"] == {"warden": "b"}
+        assert json.loads(await attached(wardens))["error"]["data"] == {"instance": "b"}
 
 
 async def test_another_answer_ends_the_search(tmp_path: Path) -> None:
@@ -108,9 +108,9 @@ async def test_one_that_dies_before_it_answers_is_waited_for(tmp_path: Path) -> 
     answers = iter((b"", b'{"harp":1,"er', line(stream_result=False)))
     async with scripted(tmp_path, a=lambda request: next(answers)) as wardens:
         assert await attached(wardens) == line(stream_result=False)
-    answers = iter((b"", line(calls=[], warden="a")))
+    answers = iter((b"", line(calls=[], instance="a")))
     async with scripted(tmp_path, a=lambda request: next(answers)) as wardens:
-        assert (await wardens.list_calls("o")).warden == "a"
+        assert (await wardens.list_calls("o")).instance == "a"
 
 
 async def test_one_that_is_being_started_is_waited_for(tmp_path: Path) -> None:
@@ -125,11 +125,11 @@ async def test_the_list_has_the_calls_of_all(tmp_path: Path) -> None:
     dead_warden(tmp_path, "d")
     async with scripted(tmp_path, b=held("b", IDS[0]), a=held("a", *IDS[1:]), c=held("c", IDS[0])) as wardens:
         found = await wardens.list_calls("o")
-    assert (sorted(found.calls), found.warden) == (IDS, "b")
+    assert (sorted(found.calls), found.instance) == (IDS, "b")
 
 
 @pytest.mark.parametrize(
-    "answer", [b"nonsense\n", b'{"ok":true}\n', b'{"harp":1,"calls":5,"warden":"a"}\n', line(result=1)]
+    "answer", [b"nonsense\n", b'{"ok":true}\n', b'{"harp":1,"calls":5,"instance":"a"}\n', line(result=1)]
 )
 async def test_a_list_that_is_none_is_a_fault(tmp_path: Path, answer: bytes) -> None:
     async with scripted(tmp_path, a=says(answer)) as wardens:

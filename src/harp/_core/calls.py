@@ -216,5 +216,5 @@ def direct_request(
         HarpException: the arguments are invalid.
     """
     arguments = _encode_arguments(args, kwargs)
-    request = daemon.Request(procedure, arguments, credentials.user, credentials.password, keep=keep_alive)
+    request = daemon.Request(procedure, arguments, credentials.user, credentials.password, keep_alive=keep_alive)
     return daemon.encode_request(request)

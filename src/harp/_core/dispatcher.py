@@ -26,7 +26,7 @@ from harp._core.operations import (
 from harp._core.retry import ReconnectPolicy, closed_without_reply, parse_reconnect, unsupported_by_peer
 from harp._core.steps import Clock, Connection, Steps, mark_ambiguous
 from harp.errors import CommunicationError, HarpException
-from harp.protocol.replies import granted
+from harp.protocol.replies import parse_keep_alive
 from harp.protocol.requests import Call, Cancel, Request, SubmitMany, encode_request
 
 __all__ = ["CallerBase", "JobBase", "PooledPeer", "ProcedureBase", "ServerBase"]
@@ -109,7 +109,7 @@ class CallerBase(PooledPeer[C]):
                 line = yield conn.ask(encoded)
             with conn.map_errors("reply"):
                 parsed = raise_if_transient(parse_reply(request, line), policy)
-            returned = keep_alive and self._pool.put(conn, granted(line), self._clock.now())
+            returned = keep_alive and self._pool.put(conn, parse_keep_alive(line), self._clock.now())
         finally:
             if not returned:
                 yield conn.close()

@@ -153,7 +153,7 @@ def _stop_error(job_id: str, stop: Mapping[str, Any]) -> RemoteError:
     if stop["state"] != "failed":
         message = f"the processes of job {job_id} may still run: the host cannot report on them"
         return RemoteError("stop_unknown", message, stop)
-    report = stop.get("receipt")
+    report = stop.get("stop_report")
     survivors = report.get("survivors") if isinstance(report, dict) else None
     if not isinstance(survivors, list) or not survivors:
         return RemoteError("stop_failed", f"the host has not confirmed that job {job_id} is stopped", stop)

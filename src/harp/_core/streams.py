@@ -18,7 +18,7 @@ from harp._core.steps import Clock, Connection, Steps
 from harp.errors import CommunicationError, HarpException
 from harp.protocol import harpd as daemon
 from harp.protocol.ends import Failed, Raised, Returned
-from harp.protocol.replies import Continue, Exchange, Packet
+from harp.protocol.replies import Continue, Packet, ReplyReader
 from harp.protocol.requests import FollowStream, ReadStream, encode_request
 
 __all__ = ["DirectReader", "Reader", "StreamBase", "StreamReader"]
@@ -102,7 +102,7 @@ class StreamReader(Reader):
 
     def _set_request(self, request: FollowStream | ReadStream) -> None:
         self._request = request
-        self._exchange = Exchange(request)
+        self._exchange = ReplyReader(request)
         self._unsent = request
 
     def _next_request(self) -> FollowStream | ReadStream:
@@ -130,7 +130,7 @@ class StreamReader(Reader):
             RemoteError: the dispatcher refused the request.
             ProtocolError: the line is not valid here.
         """
-        reply = self._exchange.reply(line)
+        reply = self._exchange.read_reply(line)
         if isinstance(reply, Failed) and reply.type in REFUSALS:
             raise error_of(reply)
         self._replied = True
@@ -153,7 +153,7 @@ class StreamReader(Reader):
         first = self._next_number
         if first is None or self._wanted.timed:
             return []
-        records = self._exchange.packets(lines)
+        records = self._exchange.read_packets(lines)
         self._next_number = first + len(records)
         return list(enumerate(records, first)) if self._numbered else records
 
@@ -185,7 +185,7 @@ class DirectReader(Reader):
     """The records and the end of a direct call to harpd."""
 
     def __init__(self) -> None:
-        self._exchange = daemon.Exchange()
+        self._exchange = daemon.ReplyReader()
 
     def read_acknowledgement(self, line: bytes) -> bool:
         """Read the first line and return whether the result is streamed.
@@ -194,7 +194,7 @@ class DirectReader(Reader):
             RemoteError: harpd refused the call.
             ProtocolError: the line is not valid here.
         """
-        message = self._exchange.message(line)
+        message = self._exchange.read_message(line)
         if isinstance(message, Failed):
             raise error_of(message)
         assert isinstance(message, daemon.Acknowledgement)
@@ -208,10 +208,10 @@ class DirectReader(Reader):
             RemoteError: the call was cut short.
             ProtocolError: the line is not valid here.
         """
-        message = self._exchange.message(line)
+        message = self._exchange.read_message(line)
         if isinstance(message, daemon.Record):
             return (message.data,)
-        self.finished, self.keep_alive = True, self._exchange.keep
+        self.finished, self.keep_alive = True, self._exchange.keep_alive
         if isinstance(message, Returned):
             return (Result(message.result),)
         assert isinstance(message, (Raised, Failed))  # the exchange rejects all others
@@ -219,7 +219,7 @@ class DirectReader(Reader):
 
     def read_batch(self, lines: Iterable[bytes]) -> list[Any]:
         """See `Reader`."""
-        return self._exchange.records(lines)
+        return self._exchange.read_records(lines)
 
 
 class StreamBase(ABC, Generic[C]):

@@ -11,17 +11,17 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from harp.protocol.json_text import Payload
 
-__all__ = ["RECORD", "VERSION", "error", "exception", "record", "result"]
+__all__ = ["RECORD_PREFIX", "VERSION", "error", "exception", "record", "result"]
 
 #: The version of harpd's protocol.
 VERSION = 1
 #: How the line of a record begins, in all that a harpd of ours says.
-RECORD = b'{"stream":'
+RECORD_PREFIX = b'{"stream":'
 
 
 def record(text: Raw) -> bytes:
     """The line of a record of a streaming procedure. There may be many: without a step for each member."""
-    return b"%b%b}\n" % (RECORD, text)
+    return b"%b%b}\n" % (RECORD_PREFIX, text)
 
 
 def result(value: Payload) -> Envelope:

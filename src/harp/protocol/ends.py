@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from harp.protocol import call_output as closing
-from harp.protocol.fields import check, string
-from harp.protocol.json_text import Envelope, Members, Payload, Raw
+from harp.protocol.fields import check, required_string
+from harp.protocol.json_text import Envelope, JSONObject, Payload, Raw
 
 __all__ = ["Cancelled", "End", "Failed", "Raised", "Returned", "decode_end", "encode_end"]
 
@@ -58,14 +58,14 @@ def encode_end(end: End) -> Envelope:
             return Envelope(cancelled=True)
 
 
-def decode_end(kind: str, members: Members) -> End:
+def decode_end(kind: str, members: JSONObject) -> End:
     """Read a closing line by its distinguishing key: result, exception, error or cancelled."""
     if kind == "result":
         return Returned(members.payload("result"))
     if kind == "cancelled":
         check(members.value("cancelled") is True, "cancelled: expected true")
         return Cancelled()
-    body = members.members(kind)
+    body = members.nested_object(kind)
     if body is None:
         check(False, f"{kind}: expected an object")
     assert body is not None
@@ -73,4 +73,4 @@ def decode_end(kind: str, members: Members) -> End:
     if isinstance(data, Raw) and data == b"null":
         data = None
     report = Raised if kind == "exception" else Failed
-    return report(string(body, "type"), string(body, "message"), data)
+    return report(required_string(body, "type"), required_string(body, "message"), data)

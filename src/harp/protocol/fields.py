@@ -6,9 +6,9 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
-from harp.protocol.json_text import InvalidJSON, Members, NotJSON, Opener, Payload, Raw, dumps
+from harp.protocol.json_text import Decoder, InvalidJSON, JSONObject, NotJSON, Payload, Raw, dumps
 
-__all__ = ["ProtocolError", "check", "opened", "payload_text", "string", "within"]
+__all__ = ["ProtocolError", "check", "decode_object", "encode_payload", "reject_unknown_keys", "required_string"]
 
 _KINDS = {b"[": list, b"{": dict}
 
@@ -33,17 +33,17 @@ def check(condition: bool, message: str) -> None:
         raise ProtocolError(message)
 
 
-def opened(line: bytes, opener: Opener) -> Members:
+def decode_object(line: bytes, decoder: Decoder) -> JSONObject:
     """Open a line as an object; ``parse_error`` when it is not JSON, ``invalid_request`` when it is no object."""
     try:
-        return opener(line)
+        return decoder(line)
     except InvalidJSON as error:
         message = str(error)
         not_json = message != "expected an object" and not message.startswith("repeated key")
         raise ProtocolError(message, "parse_error" if not_json else "invalid_request") from error
 
 
-def value(members: Members, key: str) -> Any:
+def member_value(members: JSONObject, key: str) -> Any:
     """A member's value; a number that can't be held is a protocol error as well."""
     try:
         return members.value(key)
@@ -51,17 +51,17 @@ def value(members: Members, key: str) -> Any:
         raise ProtocolError(f"{key}: {error}") from error
 
 
-def string(members: Members, key: str) -> str:
+def required_string(members: JSONObject, key: str) -> str:
     """A member that must be there and be a string."""
     if key not in members:
         raise ProtocolError(f"{key}: missing")
-    found = value(members, key)
+    found = member_value(members, key)
     if not isinstance(found, str):
         raise ProtocolError(f"{key}: expected a string, got {_kind(found)}")
     return found
 
 
-def within(members: Members, known: Iterable[str]) -> None:
+def reject_unknown_keys(members: JSONObject, known: Iterable[str]) -> None:
     """Refuse members that the message does not have."""
     if unknown := set(members).difference(known):
         raise ProtocolError(f"unknown key {', '.join(sorted(unknown))}")
@@ -77,7 +77,7 @@ def is_seconds(number: object) -> bool:
     return isinstance(number, (int, float)) and not isinstance(number, bool) and 0 < number < math.inf
 
 
-def payload_text(payload: Payload) -> Raw:
+def encode_payload(payload: Payload) -> Raw:
     """A payload as JSON text.
 
     Raises:

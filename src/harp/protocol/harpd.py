@@ -18,61 +18,81 @@ from typing import Any, TypeAlias
 from harp.protocol import call_output as closing
 from harp.protocol.call_output import VERSION
 from harp.protocol.ends import Cancelled, Failed, Raised, Returned, decode_end, encode_end
-from harp.protocol.fields import ProtocolError, check, is_container, is_count, is_seconds, opened, string, value, within
-from harp.protocol.json_text import Envelope, InvalidJSON, Members, Opener, Payload, Raw, dumps, loads, open_decoded
+from harp.protocol.fields import (
+    ProtocolError,
+    check,
+    decode_object,
+    is_container,
+    is_count,
+    is_seconds,
+    member_value,
+    reject_unknown_keys,
+    required_string,
+)
+from harp.protocol.json_text import (
+    Decoder,
+    Envelope,
+    InvalidJSON,
+    JSONObject,
+    Payload,
+    Raw,
+    decode_values,
+    dumps,
+    loads,
+)
 from harp.protocol.resumable import (
-    LONGEST_ORDER,
-    Alive,
-    CallTerms,
-    Done,
-    KeptTerms,
-    Order,
+    MAX_COMMAND_BYTES,
+    Ack,
+    Command,
+    GrantedTerms,
+    Heartbeat,
+    Release,
+    RequestedTerms,
     StopCall,
-    Stored,
     check_id,
-    check_moment,
     check_name,
-    decode_alive,
-    decode_order,
+    check_time,
+    decode_command,
+    decode_heartbeat,
     decode_terms,
-    encode_order,
+    encode_command,
     encode_terms,
 )
-from harp.protocol.strict_json import enclosed
+from harp.protocol.strict_json import decode_enclosed
 
 __all__ = [
-    "LONGEST_ORDER",
+    "MAX_COMMAND_BYTES",
+    "Ack",
     "Acknowledgement",
-    "Alive",
     "AnyRequest",
     "Attach",
-    "CallTerms",
-    "Done",
-    "Evidence",
-    "Exchange",
-    "Held",
-    "KeptTerms",
+    "CallList",
+    "Command",
+    "ExitInfo",
+    "GrantedTerms",
+    "Heartbeat",
     "ListCalls",
     "Message",
-    "Order",
-    "Receipt",
     "Record",
-    "RecordsAt",
+    "RecordTime",
+    "Release",
+    "ReplyReader",
     "Request",
+    "RequestedTerms",
     "StopCall",
-    "Stored",
+    "StopReport",
+    "decode_command",
     "decode_message",
-    "decode_order",
     "decode_request",
+    "encode_command",
     "encode_message",
-    "encode_order",
     "encode_request",
 ]
 
-_NO_PROCEDURE = "-"
+_NO_PROCEDURE_NAME = "-"
 
 #: The most bytes of a receipt or of evidence.
-_LONGEST_REPORT = 1024 * 1024
+_MAX_REPORT_BYTES = 1024 * 1024
 
 
 # Requests.
@@ -95,8 +115,8 @@ class Request:
     arguments: Payload
     user: str
     password: str = field(repr=False)
-    call: CallTerms | None = None
-    keep: bool = False
+    call: RequestedTerms | None = None
+    keep_alive: bool = False
 
     def __post_init__(self) -> None:
         check(
@@ -116,7 +136,7 @@ class Attach:
     since: int
     user: str
     password: str = field(repr=False)
-    keep: bool = False
+    keep_alive: bool = False
 
     def __post_init__(self) -> None:
         check_id("attach", self.call)
@@ -135,7 +155,7 @@ class ListCalls:
     owner: str = field(repr=False)
     user: str
     password: str = field(repr=False)
-    keep: bool = False
+    keep_alive: bool = False
 
     def __post_init__(self) -> None:
         check_name("calls", self.owner)
@@ -156,58 +176,62 @@ def encode_request(request: AnyRequest) -> bytes:
             members |= {"secret": request.secret, "since": request.since}
         case ListCalls(owner):
             call = None
-            members |= {"procedure": _NO_PROCEDURE, "arguments": (), "calls": owner}
+            members |= {"procedure": _NO_PROCEDURE_NAME, "arguments": (), "calls": owner}
     members["auth"] = Envelope(user=request.user, password=request.password)
     if call is not None:
         members["call"] = encode_terms(call)
-    if request.keep:
-        members["keep"] = True
+    if request.keep_alive:
+        members["keep_alive"] = True
     return bytes(dumps(members)) + b"\n"
 
 
-def decode_request(line: bytes, opener: Opener = open_decoded) -> AnyRequest:
+def decode_request(line: bytes, decoder: Decoder = decode_values) -> AnyRequest:
     """Read a request's line, given without its line feed.
 
     Raises:
         ProtocolError: of type ``parse_error``, ``invalid_protocol`` or ``invalid_request``.
     """
-    members = opened(line, opener)
+    members = decode_object(line, decoder)
     _check_version(members)
     if "attach" in members:
-        within(members, ("harp", "attach", "owner", "secret", "since", "auth", "keep"))
-        call, owner, secret = (string(members, key) for key in ("attach", "owner", "secret"))
-        return Attach(call, owner, secret, _present(members, "since"), *_credentials(members), _keep(members))
+        reject_unknown_keys(members, ("harp", "attach", "owner", "secret", "since", "auth", "keep_alive"))
+        call, owner, secret = (required_string(members, key) for key in ("attach", "owner", "secret"))
+        return Attach(
+            call, owner, secret, _required_value(members, "since"), *_credentials(members), _decode_keep_alive(members)
+        )
     if "calls" in members:
-        within(members, ("harp", "procedure", "arguments", "calls", "auth", "keep"))
-        return ListCalls(string(members, "calls"), *_credentials(members), _keep(members))
-    within(members, ("harp", "procedure", "arguments", "auth", "call", "keep"))
+        reject_unknown_keys(members, ("harp", "procedure", "arguments", "calls", "auth", "keep_alive"))
+        return ListCalls(required_string(members, "calls"), *_credentials(members), _decode_keep_alive(members))
+    reject_unknown_keys(members, ("harp", "procedure", "arguments", "auth", "call", "keep_alive"))
     check("arguments" in members, "arguments: missing")
     credentials = _credentials(members)
-    procedure, arguments = string(members, "procedure"), members.payload("arguments")
-    return Request(procedure, arguments, *credentials, decode_terms(members, CallTerms), _keep(members))
+    procedure, arguments = required_string(members, "procedure"), members.payload("arguments")
+    return Request(
+        procedure, arguments, *credentials, decode_terms(members, RequestedTerms), _decode_keep_alive(members)
+    )
 
 
-def _keep(members: Members) -> bool:
-    keep = value(members, "keep") if "keep" in members else False
-    check(isinstance(keep, bool), "keep: expected true or false")
+def _decode_keep_alive(members: JSONObject) -> bool:
+    keep = member_value(members, "keep_alive") if "keep_alive" in members else False
+    check(isinstance(keep, bool), "keep_alive: expected true or false")
     return bool(keep)
 
 
-def _credentials(members: Members) -> tuple[str, str]:
-    auth = members.members("auth") if "auth" in members else None
+def _credentials(members: JSONObject) -> tuple[str, str]:
+    auth = members.nested_object("auth") if "auth" in members else None
     check(auth is not None, "auth: expected an object with user and password")
     assert auth is not None
-    within(auth, ("user", "password"))
-    return string(auth, "user"), string(auth, "password")
+    reject_unknown_keys(auth, ("user", "password"))
+    return required_string(auth, "user"), required_string(auth, "password")
 
 
-def _present(members: Members, key: str) -> Any:
+def _required_value(members: JSONObject, key: str) -> Any:
     check(key in members, f"{key}: missing")
-    return value(members, key)
+    return member_value(members, key)
 
 
-def _check_version(members: Members) -> None:
-    version = value(members, "harp") if "harp" in members else None
+def _check_version(members: JSONObject) -> None:
+    version = member_value(members, "harp") if "harp" in members else None
     if type(version) is not int or version != VERSION:
         raise ProtocolError(f"harp: expected {VERSION}, got {version!r}", "invalid_protocol")
 
@@ -226,12 +250,12 @@ class Acknowledgement:
     """
 
     stream_result: bool
-    call: KeptTerms | None = None
-    keep: float | None = None
+    call: GrantedTerms | None = None
+    keep_alive: float | None = None
 
     def __post_init__(self) -> None:
         check(isinstance(self.stream_result, bool), "stream_result: expected true or false")
-        _check_keep(self.keep)
+        _check_keep_alive(self.keep_alive)
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,47 +266,47 @@ class Record:
 
 
 @dataclass(frozen=True, slots=True)
-class RecordsAt:
+class RecordTime:
     """The records that follow were made at `time` (Unix seconds)."""
 
     time: float
 
     def __post_init__(self) -> None:
-        check_moment("at", self.time)
+        check_time("at", self.time)
 
 
 @dataclass(frozen=True, slots=True)
-class Receipt:
+class StopReport:
     """What was done to stop the call, an object; the later one counts."""
 
-    receipt: Payload
+    report: Payload
 
     def __post_init__(self) -> None:
-        _check_report("receipt", self.receipt)
-        found = _held(self.receipt).get("survivors", [])
+        _check_report("stop_report", self.report)
+        found = _held(self.report).get("survivors", [])
         known = isinstance(found, list) and all(isinstance(one, dict) and is_count(one.get("pid")) for one in found)
-        check(known, "receipt.survivors: expected an array of objects with a pid")
+        check(known, "stop_report.survivors: expected an array of objects with a pid")
 
     @property
     def survivors(self) -> list[int]:
         """The pids of the processes that survive."""
-        return [int(one["pid"]) for one in _held(self.receipt).get("survivors", [])]
+        return [int(one["pid"]) for one in _held(self.report).get("survivors", [])]
 
 
 @dataclass(frozen=True, slots=True)
-class Evidence:
+class ExitInfo:
     """How the call's process ended, an object."""
 
-    evidence: Payload
+    info: Payload
 
     def __post_init__(self) -> None:
-        _check_report("evidence", self.evidence)
+        _check_report("exit_info", self.info)
 
 
 def _check_report(key: str, report: Payload) -> None:
     check(is_container(report, (dict,)), f"{key}: expected an object")
-    longest = isinstance(report, Raw) and len(report) > _LONGEST_REPORT
-    check(not longest, f"{key}: expected at most {_LONGEST_REPORT} bytes")
+    longest = isinstance(report, Raw) and len(report) > _MAX_REPORT_BYTES
+    check(not longest, f"{key}: expected at most {_MAX_REPORT_BYTES} bytes")
 
 
 def _held(report: Payload) -> Mapping[str, Any]:
@@ -295,26 +319,26 @@ def _held(report: Payload) -> Mapping[str, Any]:
 
 
 @dataclass(frozen=True, slots=True)
-class Held:
+class CallList:
     """The owner's kept calls, and the incarnation of the warden that starts new ones; `keep` as above."""
 
     calls: tuple[str, ...]
-    warden: str
-    keep: float | None = None
+    instance: str
+    keep_alive: float | None = None
 
     def __post_init__(self) -> None:
-        _check_keep(self.keep)
+        _check_keep_alive(self.keep_alive)
         for number, call in enumerate(self.calls):
             check_id(f"calls[{number}]", call)
-        check_name("warden", self.warden)
+        check_name("instance", self.instance)
 
 
-def _check_keep(keep: object) -> None:
-    check(keep is None or is_seconds(keep), f"keep: expected a positive number of seconds, got {keep!r}")
+def _check_keep_alive(keep: object) -> None:
+    check(keep is None or is_seconds(keep), f"keep_alive: expected a positive number of seconds, got {keep!r}")
 
 
 Message: TypeAlias = (
-    Acknowledgement | Record | RecordsAt | Alive | Receipt | Evidence | Held | Returned | Raised | Failed
+    Acknowledgement | Record | RecordTime | Heartbeat | StopReport | ExitInfo | CallList | Returned | Raised | Failed
 )
 
 
@@ -326,21 +350,21 @@ def encode_message(message: Message) -> bytes:
             if call is not None:
                 members["call"] = encode_terms(call)
             if keep is not None:
-                members["keep"] = keep
+                members["keep_alive"] = keep
         case Record(data):
             return closing.record(dumps(data))
-        case RecordsAt(time):
+        case RecordTime(time):
             members = Envelope(at=time)
-        case Alive(at):
-            members = Envelope(alive=at)
-        case Receipt(receipt):
-            members = Envelope(receipt=receipt)
-        case Evidence(evidence):
-            members = Envelope(evidence=evidence)
-        case Held(calls, warden, keep):
-            members = Envelope(harp=VERSION, calls=calls, warden=warden)
+        case Heartbeat(at):
+            members = Envelope(heartbeat=at)
+        case StopReport(receipt):
+            members = Envelope(stop_report=receipt)
+        case ExitInfo(evidence):
+            members = Envelope(exit_info=evidence)
+        case CallList(calls, warden, keep):
+            members = Envelope(harp=VERSION, calls=calls, instance=warden)
             if keep is not None:
-                members["keep"] = keep
+                members["keep_alive"] = keep
         case Failed():
             members = Envelope(harp=VERSION, **encode_end(message))
         case _:
@@ -348,41 +372,43 @@ def encode_message(message: Message) -> bytes:
     return bytes(dumps(members)) + b"\n"
 
 
-def decode_message(line: bytes, opener: Opener = open_decoded) -> Message:
+def decode_message(line: bytes, decoder: Decoder = decode_values) -> Message:
     """Read a line of what harpd says. Raises `ProtocolError`."""
-    members = opened(line, opener)
+    members = decode_object(line, decoder)
     kinds = [kind for kind in _MESSAGES if kind in members]
     check(len(kinds) == 1, "not a message of harpd" if not kinds else f"both {' and '.join(kinds)}")
     return _MESSAGES[kinds[0]](members)
 
 
-def _decode_acknowledgement(members: Members) -> Acknowledgement:
+def _decode_acknowledgement(members: JSONObject) -> Acknowledgement:
     _check_version(members)
     return Acknowledgement(
-        value(members, "stream_result"), decode_terms(members, KeptTerms), _optional(members, "keep")
+        member_value(members, "stream_result"),
+        decode_terms(members, GrantedTerms),
+        _optional_value(members, "keep_alive"),
     )
 
 
-def _decode_held(members: Members) -> Held:
+def _decode_call_list(members: JSONObject) -> CallList:
     _check_version(members)
-    calls = value(members, "calls")
+    calls = member_value(members, "calls")
     check(isinstance(calls, list), "calls: expected an array")
-    return Held(tuple(calls), string(members, "warden"), _optional(members, "keep"))
+    return CallList(tuple(calls), required_string(members, "instance"), _optional_value(members, "keep_alive"))
 
 
-def _optional(members: Members, key: str) -> Any:
-    return value(members, key) if key in members else None
+def _optional_value(members: JSONObject, key: str) -> Any:
+    return member_value(members, key) if key in members else None
 
 
-def _decode_failed(members: Members) -> Failed:
+def _decode_failed(members: JSONObject) -> Failed:
     _check_version(members)
     end = decode_end("error", members)
     assert isinstance(end, Failed)
     return end
 
 
-def _decode_end(kind: str) -> Callable[[Members], Message]:
-    def decode(members: Members) -> Message:
+def _decode_end(kind: str) -> Callable[[JSONObject], Message]:
+    def decode(members: JSONObject) -> Message:
         end = decode_end(kind, members)
         assert not isinstance(end, Cancelled)
         return end
@@ -390,15 +416,15 @@ def _decode_end(kind: str) -> Callable[[Members], Message]:
     return decode
 
 
-_MESSAGES: Mapping[str, Callable[[Members], Message]] = MappingProxyType(
+_MESSAGES: Mapping[str, Callable[[JSONObject], Message]] = MappingProxyType(
     {
         "stream_result": _decode_acknowledgement,
         "stream": lambda m: Record(m.payload("stream")),
-        "at": lambda m: RecordsAt(value(m, "at")),
-        "alive": decode_alive,
-        "receipt": lambda m: Receipt(m.payload("receipt")),
-        "evidence": lambda m: Evidence(m.payload("evidence")),
-        "calls": _decode_held,
+        "at": lambda m: RecordTime(member_value(m, "at")),
+        "heartbeat": decode_heartbeat,
+        "stop_report": lambda m: StopReport(m.payload("stop_report")),
+        "exit_info": lambda m: ExitInfo(m.payload("exit_info")),
+        "calls": _decode_call_list,
         "result": _decode_end("result"),
         "exception": _decode_end("exception"),
         "error": _decode_failed,
@@ -413,15 +439,15 @@ class Phase(Enum):
     """Where an exchange stands. The first three: by what was asked."""
 
     SENT = "waiting for the acknowledgement"
-    SENT_KEPT = "waiting for the acknowledgement of a kept call"
+    SENT_RESUMABLE = "waiting for the acknowledgement of a kept call"
     SENT_ATTACH = "waiting for the acknowledgement of an attach"
     SENT_LIST = "waiting for the list of calls"
     RUNNING = "waiting for the result"
     STREAMING = "waiting for records or the result"
-    KEPT_RUNNING = "waiting for the result of a kept call"
-    KEPT_STREAMING = "waiting for records or the result of a kept call"
-    KEPT_ENDING = "waiting for the result, its evidence given"
-    KEPT_ENDED = "waiting for the close of a kept call"
+    RESUMABLE_RUNNING = "waiting for the result of a kept call"
+    RESUMABLE_STREAMING = "waiting for records or the result of a kept call"
+    RESUMABLE_ENDING = "waiting for the result, its evidence given"
+    RESUMABLE_ENDED = "waiting for the close of a kept call"
     CLOSED = "closed"
 
 
@@ -429,46 +455,46 @@ def _closing(phase: Phase) -> dict[type, Phase]:
     return dict.fromkeys((Returned, Raised, Failed), phase)
 
 
-def _kept(phase: Phase) -> dict[type, Phase]:
+def _resumable(phase: Phase) -> dict[type, Phase]:
     """What may come in every phase of a kept call, and leaves the phase as it is."""
-    return dict.fromkeys((Alive, Receipt), phase)
+    return dict.fromkeys((Heartbeat, StopReport), phase)
 
 
-_ANSWERED = MappingProxyType({Acknowledgement: Phase.RUNNING, Failed: Phase.CLOSED})
+_REPLIED = MappingProxyType({Acknowledgement: Phase.RUNNING, Failed: Phase.CLOSED})
 
 #: What may come in which phase, and the phase after it. What is not listed here is a protocol error.
 #: The acknowledgement itself says more: see `_ACKNOWLEDGED`.
-NEXT: Mapping[Phase, Mapping[type, Phase]] = MappingProxyType(
+TRANSITIONS: Mapping[Phase, Mapping[type, Phase]] = MappingProxyType(
     {
-        Phase.SENT: _ANSWERED,
-        Phase.SENT_KEPT: _ANSWERED,
-        Phase.SENT_ATTACH: _ANSWERED,
-        Phase.SENT_LIST: {Held: Phase.CLOSED, Failed: Phase.CLOSED},
+        Phase.SENT: _REPLIED,
+        Phase.SENT_RESUMABLE: _REPLIED,
+        Phase.SENT_ATTACH: _REPLIED,
+        Phase.SENT_LIST: {CallList: Phase.CLOSED, Failed: Phase.CLOSED},
         Phase.RUNNING: _closing(Phase.CLOSED),
         Phase.STREAMING: {Record: Phase.STREAMING, **_closing(Phase.CLOSED)},
-        Phase.KEPT_RUNNING: {
-            **_kept(Phase.KEPT_RUNNING),
-            Evidence: Phase.KEPT_ENDING,
-            **_closing(Phase.KEPT_ENDED),
+        Phase.RESUMABLE_RUNNING: {
+            **_resumable(Phase.RESUMABLE_RUNNING),
+            ExitInfo: Phase.RESUMABLE_ENDING,
+            **_closing(Phase.RESUMABLE_ENDED),
         },
-        Phase.KEPT_STREAMING: {
-            **_kept(Phase.KEPT_STREAMING),
-            RecordsAt: Phase.KEPT_STREAMING,
-            Record: Phase.KEPT_STREAMING,
-            Evidence: Phase.KEPT_ENDING,
-            **_closing(Phase.KEPT_ENDED),
+        Phase.RESUMABLE_STREAMING: {
+            **_resumable(Phase.RESUMABLE_STREAMING),
+            RecordTime: Phase.RESUMABLE_STREAMING,
+            Record: Phase.RESUMABLE_STREAMING,
+            ExitInfo: Phase.RESUMABLE_ENDING,
+            **_closing(Phase.RESUMABLE_ENDED),
         },
-        Phase.KEPT_ENDING: {**_kept(Phase.KEPT_ENDING), **_closing(Phase.KEPT_ENDED)},
-        Phase.KEPT_ENDED: _kept(Phase.KEPT_ENDED),
+        Phase.RESUMABLE_ENDING: {**_resumable(Phase.RESUMABLE_ENDING), **_closing(Phase.RESUMABLE_ENDED)},
+        Phase.RESUMABLE_ENDED: _resumable(Phase.RESUMABLE_ENDED),
         Phase.CLOSED: {},
     }
 )
 
 #: Which acknowledgements may come in which phase: whether of a kept call.
-_MAY_BE_KEPT: Mapping[Phase, frozenset[bool]] = MappingProxyType(
+_MAY_BE_RESUMABLE: Mapping[Phase, frozenset[bool]] = MappingProxyType(
     {
         Phase.SENT: frozenset({False}),
-        Phase.SENT_KEPT: frozenset({False, True}),  # a harpd of the field knows tied calls only
+        Phase.SENT_RESUMABLE: frozenset({False, True}),  # a harpd of the field knows tied calls only
         Phase.SENT_ATTACH: frozenset({True}),
     }
 )
@@ -478,8 +504,8 @@ _ACKNOWLEDGED: Mapping[tuple[bool, bool], Phase] = MappingProxyType(
     {
         (False, False): Phase.RUNNING,
         (False, True): Phase.STREAMING,
-        (True, False): Phase.KEPT_RUNNING,
-        (True, True): Phase.KEPT_STREAMING,
+        (True, False): Phase.RESUMABLE_RUNNING,
+        (True, True): Phase.RESUMABLE_STREAMING,
     }
 )
 
@@ -490,31 +516,31 @@ def _first_phase(request: AnyRequest | None) -> Phase:
             return Phase.SENT_ATTACH
         case ListCalls():
             return Phase.SENT_LIST
-        case Request(call=CallTerms()):
-            return Phase.SENT_KEPT
+        case Request(call=RequestedTerms()):
+            return Phase.SENT_RESUMABLE
         case _:
             return Phase.SENT
 
 
-class Exchange:
+class ReplyReader:
     """What harpd may say after one request: reads line after line, and knows when nothing more may come.
 
     Args:
-        opener: decides whether payloads come as values or as `Raw` text.
+        decoder: decides whether payloads come as values or as `Raw` text.
         request: what was sent; None: a request for a tied call.
     """
 
-    def __init__(self, opener: Opener = open_decoded, request: AnyRequest | None = None) -> None:
-        self._opener = opener
+    def __init__(self, decoder: Decoder = decode_values, request: AnyRequest | None = None) -> None:
+        self._decoder = decoder
         #: Where the exchange stands.
         self.phase = _first_phase(request)
         #: Seconds for which the connection then waits for another request; None: harpd closes it.
-        self.keep: float | None = None
+        self.keep_alive: float | None = None
 
     @property
-    def ended(self) -> bool:
+    def end_received(self) -> bool:
         """Whether the closing line, a refusal or the list has come. A receipt may still follow a kept call's end."""
-        return self.phase in (Phase.CLOSED, Phase.KEPT_ENDED)
+        return self.phase in (Phase.CLOSED, Phase.RESUMABLE_ENDED)
 
     @property
     def finished(self) -> bool:
@@ -522,39 +548,39 @@ class Exchange:
         return self.phase is Phase.CLOSED
 
     @property
-    def streams(self) -> bool:
+    def is_streaming(self) -> bool:
         """Whether the next messages may be records, after which it stands where it does."""
-        return self.phase in (Phase.STREAMING, Phase.KEPT_STREAMING)
+        return self.phase in (Phase.STREAMING, Phase.RESUMABLE_STREAMING)
 
-    def records(self, lines: Iterable[bytes]) -> list[Payload]:
+    def read_records(self, lines: Iterable[bytes]) -> list[Payload]:
         """The records that the first lines are, while they are written as harpd's calls write them.
 
         That is quicker than `message`, which is for the line after them.
         """
         found: list[Payload] = []
-        if self.streams:
+        if self.is_streaming:
             for line in lines:
-                value = enclosed(line, closing.RECORD)
+                value = decode_enclosed(line, closing.RECORD_PREFIX)
                 if value is None:
                     break
                 found += value
         return found
 
-    def message(self, line: bytes) -> Message:
+    def read_message(self, line: bytes) -> Message:
         """Read the next message. Raises `ProtocolError` for anything that may not come now."""
-        message = decode_message(line, self._opener)
-        following = NEXT[self.phase].get(type(message))
+        message = decode_message(line, self._decoder)
+        following = TRANSITIONS[self.phase].get(type(message))
         if following is None:
             raise ProtocolError(f"{type(message).__name__} came while {self.phase.value}")
         if isinstance(message, Acknowledgement):
             kept = message.call is not None
-            if kept not in _MAY_BE_KEPT[self.phase]:
+            if kept not in _MAY_BE_RESUMABLE[self.phase]:
                 came = "kept" if kept else "tied"
                 raise ProtocolError(f"acknowledgement of a {came} call came while {self.phase.value}")
             following = _ACKNOWLEDGED[kept, message.stream_result]
-        if isinstance(message, (Acknowledgement, Held)):
-            self.keep = message.keep
+        if isinstance(message, (Acknowledgement, CallList)):
+            self.keep_alive = message.keep_alive
         elif isinstance(message, Failed) and following is Phase.CLOSED:
-            self.keep = None  # whoever says so closes
+            self.keep_alive = None  # whoever says so closes
         self.phase = following
         return message

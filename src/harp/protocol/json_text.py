@@ -6,7 +6,7 @@ or `InvalidJSON`; what goes out is one line of ASCII or `NotJSON`, which says wh
 
 `Raw` is a piece of JSON text that was checked and is never decoded again: the dispatcher stores and sends
 payloads in this form, so that key order, big integers and the digits of floats stay what they were.
-`open_decoded` and `open_sliced` are the two ways to open a message: payloads as values, or as `Raw`.
+`decode_values` and `slice_text` are the two ways to open a message: payloads as values, or as `Raw`.
 """
 
 from __future__ import annotations
@@ -23,27 +23,27 @@ from harp.protocol.strict_json import (
     InvalidJSON,
     NotJSON,
     Raw,
-    checked_text,
+    decode_checked,
     dumps,
-    guarded,
     loads,
-    refuse_constant,
+    reject_constant,
+    translate_errors,
 )
 
 __all__ = [
     "MAX_DEPTH",
+    "Decoder",
     "Envelope",
     "InvalidJSON",
-    "Members",
+    "JSONObject",
     "NotJSON",
-    "Opener",
     "Payload",
     "Raw",
     "canonical",
+    "decode_values",
     "dumps",
     "loads",
-    "open_decoded",
-    "open_sliced",
+    "slice_text",
 ]
 
 JSON: TypeAlias = Any  # dict[str, JSON] | list[JSON] | str | int | float | bool | None
@@ -53,13 +53,13 @@ JSON: TypeAlias = Any  # dict[str, JSON] | list[JSON] | str | int | float | bool
 Payload: TypeAlias = Any
 
 
-_DECODER = json.JSONDecoder(parse_constant=refuse_constant)
+_DECODER = json.JSONDecoder(parse_constant=reject_constant)
 # Only finds where values end: numbers of any length pass, and cost no conversion.
-_SKIPPER = json.JSONDecoder(parse_constant=refuse_constant, parse_int=str, parse_float=str)
+_SKIPPER = json.JSONDecoder(parse_constant=reject_constant, parse_int=str, parse_float=str)
 _SPACE = re.compile(r"[ \t\n\r]*")
 
 
-class Members(Protocol):
+class JSONObject(Protocol):
     """One JSON object, opened: its members by name."""
 
     def __contains__(self, key: str) -> bool: ...
@@ -72,17 +72,17 @@ class Members(Protocol):
     def payload(self, key: str) -> Payload:
         """The member as a payload: its value or its `Raw` text, as the opener has it."""
 
-    def members(self, key: str) -> Members | None:
+    def nested_object(self, key: str) -> JSONObject | None:
         """The member opened as an object, None when it is not one."""
 
-    def elements(self, key: str) -> Iterator[Members | None] | None:
+    def nested_objects(self, key: str) -> Iterator[JSONObject | None] | None:
         """The member opened as an array, None when it is not one.
 
         Each element is opened as by `members` when its turn comes; `InvalidJSON` may be raised then.
         """
 
 
-Opener: TypeAlias = Callable[[bytes], Members]
+Decoder: TypeAlias = Callable[[bytes], JSONObject]
 
 
 class _Decoded:
@@ -104,11 +104,11 @@ class _Decoded:
 
     payload = value
 
-    def members(self, key: str) -> Members | None:
+    def nested_object(self, key: str) -> JSONObject | None:
         value = self._members[key]
         return _Decoded(value) if isinstance(value, dict) else None
 
-    def elements(self, key: str) -> Iterator[Members | None] | None:
+    def nested_objects(self, key: str) -> Iterator[JSONObject | None] | None:
         value = self._members[key]
         if not isinstance(value, list):
             return None
@@ -135,16 +135,16 @@ class _Sliced:
         return self._text[start:end]
 
     def value(self, key: str) -> JSON:
-        return guarded(_DECODER.decode, self._slice(key))
+        return translate_errors(_DECODER.decode, self._slice(key))
 
     def payload(self, key: str) -> Payload:
         return Raw(self._slice(key).encode("utf-8"))
 
-    def members(self, key: str) -> Members | None:
+    def nested_object(self, key: str) -> JSONObject | None:
         text = self._slice(key)
         return _Sliced(text) if text.startswith("{") else None
 
-    def elements(self, key: str) -> Iterator[Members | None] | None:
+    def nested_objects(self, key: str) -> Iterator[JSONObject | None] | None:
         text = self._slice(key)
         if not text.startswith("["):
             return None
@@ -152,15 +152,15 @@ class _Sliced:
         return (_Sliced(element) if element.startswith("{") else None for element in elements)
 
 
-def open_decoded(line: bytes) -> Members:
+def decode_values(line: bytes) -> JSONObject:
     """Open an object with its payloads decoded. Raises `InvalidJSON`."""
-    text = checked_text(line)
+    text = decode_checked(line)
     return _Decoded({key: value for key, value, _ in _scan_object(text, _DECODER)})
 
 
-def open_sliced(line: bytes) -> Members:
+def slice_text(line: bytes) -> JSONObject:
     """Open an object with its payloads as `Raw` text. Raises `InvalidJSON`."""
-    return _Sliced(checked_text(line))
+    return _Sliced(decode_checked(line))
 
 
 def _scan_object(text: str, decoder: json.JSONDecoder) -> Iterator[tuple[str, JSON, tuple[int, int]]]:
@@ -168,14 +168,14 @@ def _scan_object(text: str, decoder: json.JSONDecoder) -> Iterator[tuple[str, JS
     seen: set[str] = set()
     at = _skip_space(text, 0)
     if text[at : at + 1] != "{":
-        guarded(decoder.decode, text)  # not JSON at all: say so; else it is JSON, but no object
+        translate_errors(decoder.decode, text)  # not JSON at all: say so; else it is JSON, but no object
         raise InvalidJSON("expected an object")
     at = _skip_space(text, at + 1)
     more = text[at : at + 1] != "}"
     while more:
         if text[at : at + 1] != '"':
             raise InvalidJSON(f"expected a name in double quotes at column {at + 1}")
-        key, at = guarded(decoder.raw_decode, text, at)
+        key, at = translate_errors(decoder.raw_decode, text, at)
         if key in seen:
             raise InvalidJSON(f"repeated key {json.dumps(key)}")
         seen.add(key)
@@ -183,7 +183,7 @@ def _scan_object(text: str, decoder: json.JSONDecoder) -> Iterator[tuple[str, JS
         if text[at : at + 1] != ":":
             raise InvalidJSON(f"expected ':' at column {at + 1}")
         start = _skip_space(text, at + 1)
-        value, end = guarded(decoder.raw_decode, text, start)
+        value, end = translate_errors(decoder.raw_decode, text, start)
         yield key, value, (start, end)
         at = _skip_space(text, end)
         more = text[at : at + 1] == ","
@@ -200,7 +200,7 @@ def _array_spans(text: str) -> Iterator[tuple[int, int]]:
     """Yield the span of each element of the array that `text` is; it has been decoded before."""
     at = _skip_space(text, 1)
     while text[at] != "]":
-        _, end = guarded(_SKIPPER.raw_decode, text, at)
+        _, end = translate_errors(_SKIPPER.raw_decode, text, at)
         yield at, end
         at = _skip_space(text, end)
         if text[at] == ",":
@@ -231,7 +231,7 @@ def _canonical_number(text: str) -> _Number:
 
 
 _CANONICAL = json.JSONDecoder(
-    parse_constant=refuse_constant, parse_int=_canonical_number, parse_float=_canonical_number
+    parse_constant=reject_constant, parse_int=_canonical_number, parse_float=_canonical_number
 )
 
 
@@ -243,7 +243,7 @@ def canonical(text: bytes) -> str:
     Args:
         text: JSON in UTF-8, as in a `Raw`.
     """
-    return _write_canonical(guarded(_CANONICAL.decode, checked_text(text)))
+    return _write_canonical(translate_errors(_CANONICAL.decode, decode_checked(text)))
 
 
 def _write_canonical(value: JSON) -> str:

@@ -13,8 +13,8 @@ from types import MappingProxyType
 from typing import TypeAlias
 
 from harp.protocol.ends import Cancelled, End, Failed, Raised, Returned, decode_end, encode_end
-from harp.protocol.fields import check, is_container, is_count, opened, string, value
-from harp.protocol.json_text import Envelope, Members, Opener, Payload, Raw, dumps, open_decoded
+from harp.protocol.fields import check, decode_object, is_container, is_count, member_value, required_string
+from harp.protocol.json_text import Decoder, Envelope, JSONObject, Payload, Raw, decode_values, dumps
 from harp.protocol.requests import (
     VERSION,
     Call,
@@ -26,18 +26,18 @@ from harp.protocol.requests import (
     ReadStream,
     Request,
     SubmitMany,
-    line_of,
-    optional,
+    encode_line,
+    optional_value,
 )
-from harp.protocol.strict_json import enclosed
+from harp.protocol.strict_json import decode_enclosed
 
 __all__ = [
     "Continue",
     "Details",
-    "Exchange",
     "NoResult",
     "Packet",
     "Reply",
+    "ReplyReader",
     "Status",
     "Submitted",
     "SubmittedMany",
@@ -45,7 +45,7 @@ __all__ = [
     "decode_reply",
     "encode_packets",
     "encode_reply",
-    "granted",
+    "parse_keep_alive",
 ]
 
 
@@ -123,15 +123,15 @@ class Continue:
 Reply: TypeAlias = Submitted | SubmittedMany | WasCancelled | NoResult | Status | Details | Packet | Continue | End
 
 
-def encode_reply(reply: Reply, keep: float | None = None) -> bytes:
+def encode_reply(reply: Reply, keep_alive: float | None = None) -> bytes:
     """The reply's line, line feed included.
 
     Args:
         reply: the reply.
-        keep: for how many seconds its connection waits for another request; None: it is closed.
+        keep_alive: seconds for which the connection waits for another request; None: it is closed.
     """
     line = _reply_line(reply)
-    return line if keep is None else b'%b,"keep":%b}\n' % (line[:-2], dumps(keep))
+    return line if keep_alive is None else b'%b,"keep_alive":%b}\n' % (line[:-2], dumps(keep_alive))
 
 
 def encode_packets(first: int, values: Sequence[Raw], times: Sequence[float] | None = None) -> bytes:
@@ -150,51 +150,51 @@ def encode_packets(first: int, values: Sequence[Raw], times: Sequence[float] | N
 
 #: What is granted is a line's last member: a string or an object of the reply's own ends in more than this.
 #: It is looked for in the end of a line only.
-_GRANTED = re.compile(rb',[ \t]*"keep"[ \t]*:[ \t]*([0-9]+(?:\.[0-9]+)?)[ \t]*}[ \t\r]*\Z')
+_KEEP_ALIVE = re.compile(rb',[ \t]*"keep_alive"[ \t]*:[ \t]*([0-9]+(?:\.[0-9]+)?)[ \t]*}[ \t\r]*\Z')
 
 
-_GRANTED_BYTES = 64
+_KEEP_ALIVE_BYTES = 64
 
 
-def granted(line: bytes) -> float | None:
+def parse_keep_alive(line: bytes) -> float | None:
     """The seconds for which the connection waits after this line, a reply to a request that asked for it; or None."""
-    found = _GRANTED.search(line, max(0, len(line) - _GRANTED_BYTES))
+    found = _KEEP_ALIVE.search(line, max(0, len(line) - _KEEP_ALIVE_BYTES))
     return float(found[1]) if found else None
 
 
 def _reply_line(reply: Reply) -> bytes:
     match reply:
         case Submitted(job_id):
-            return line_of({"harpcaller": VERSION, "job_id": job_id})
+            return encode_line({"harpcaller": VERSION, "job_id": job_id})
         case SubmittedMany(job_ids):
-            return line_of({"harpcaller": VERSION, "job_ids": job_ids})
+            return encode_line({"harpcaller": VERSION, "job_ids": job_ids})
         case WasCancelled(cancelled, stop):
-            return line_of({"cancelled": cancelled, "stop": stop})
+            return encode_line({"cancelled": cancelled, "stop": stop})
         case NoResult():
-            return line_of({"no_result": True})
+            return encode_line({"no_result": True})
         case Status():
             call = Envelope(host=reply.host, procedure=reply.procedure, arguments=reply.arguments)
             times = Envelope(submit=reply.submit, start=reply.start, end=reply.end)
             return bytes(dumps(Envelope(call=call, time=times, info=reply.info))) + b"\n"
         case Details(details):
-            return line_of({"details": details})
+            return encode_line({"details": details})
         case Packet(number, data, None):
             return bytes(dumps(Envelope(packet=number, data=data))) + b"\n"
         case Packet(number, data, time):
             return bytes(dumps(Envelope(packet=number, time=time, data=data))) + b"\n"
         case Continue():
-            return line_of({"continue": True})
+            return encode_line({"continue": True})
         case _:
             return bytes(dumps(encode_end(reply))) + b"\n"
 
 
-def decode_reply(line: bytes, request: Request, opener: Opener = open_decoded) -> Reply:
+def decode_reply(line: bytes, request: Request, decoder: Decoder = decode_values) -> Reply:
     """Read a reply's line, given the request that it answers.
 
     Raises:
         ProtocolError: not a reply, or none that may follow this request.
     """
-    members = opened(line, opener)
+    members = decode_object(line, decoder)
     kinds = [kind for kind in _REPLIES if kind in members]
     check(len(kinds) == 1, "not a reply of the protocol" if not kinds else f"both {' and '.join(kinds)}")
     kind = kinds[0]
@@ -203,8 +203,8 @@ def decode_reply(line: bytes, request: Request, opener: Opener = open_decoded) -
     return reply
 
 
-def _decode_job_ids(members: Members, request: Request) -> Reply:
-    job_ids = value(members, "job_ids")
+def _decode_job_ids(members: JSONObject, request: Request) -> Reply:
+    job_ids = member_value(members, "job_ids")
     are_strings = isinstance(job_ids, list) and all(isinstance(job_id, str) for job_id in job_ids)
     check(are_strings, "job_ids: expected an array of strings")
     if isinstance(request, SubmitMany):
@@ -212,72 +212,80 @@ def _decode_job_ids(members: Members, request: Request) -> Reply:
     return SubmittedMany(job_ids)
 
 
-def _decode_cancelled(members: Members, request: Request) -> Reply:
+def _decode_cancelled(members: JSONObject, request: Request) -> Reply:
     if not isinstance(request, Cancel):
         return decode_end("cancelled", members)
-    flag = value(members, "cancelled")
+    flag = member_value(members, "cancelled")
     check(isinstance(flag, bool), "cancelled: expected true or false")
     stop = members.payload("stop") if request.wait and "stop" in members else None
     return WasCancelled(flag, None if stop == b"null" else stop)
 
 
-def _decode_status(members: Members, request: Request) -> Status:
-    call = members.members("call")
-    time = members.members("time") if "time" in members else None
+def _decode_status(members: JSONObject, request: Request) -> Status:
+    call = members.nested_object("call")
+    time = members.nested_object("time") if "time" in members else None
     if call is None or time is None or "arguments" not in call:
         check(False, "status: expected call and time as objects, with the call's arguments")
     assert call is not None
     assert time is not None
-    times = [optional(time, key) for key in ("submit", "start", "end")]
+    times = [optional_value(time, key) for key in ("submit", "start", "end")]
     submit, start, end = times
     check(_is_time(submit), "time.submit: expected an integer")
     check(all(moment is None or _is_time(moment) for moment in times), "time: expected integers or null")
     info = members.payload("info") if "info" in members else None
-    return Status(string(call, "host"), string(call, "procedure"), call.payload("arguments"), submit, start, end, info)
+    return Status(
+        required_string(call, "host"),
+        required_string(call, "procedure"),
+        call.payload("arguments"),
+        submit,
+        start,
+        end,
+        info,
+    )
 
 
 def _is_time(moment: object) -> bool:
     return isinstance(moment, int) and not isinstance(moment, bool)
 
 
-def _decode_packet(members: Members, request: Request) -> Packet:
-    number = value(members, "packet")
+def _decode_packet(members: JSONObject, request: Request) -> Packet:
+    number = member_value(members, "packet")
     check(is_count(number), f"packet: expected an integer from 0 on, got {number!r}")
     check("data" in members, "data: missing")
     timed = isinstance(request, (FollowStream, ReadStream)) and request.timed
-    return Packet(number, members.payload("data"), _decode_moment(members) if timed else None)
+    return Packet(number, members.payload("data"), _decode_time(members) if timed else None)
 
 
-def _decode_moment(members: Members) -> float:
+def _decode_time(members: JSONObject) -> float:
     check("time" in members, "time: missing, though the records were to have one")
-    moment = value(members, "time")
-    in_range = isinstance(moment, (int, float)) and not isinstance(moment, bool) and abs(moment) < _LAST_MOMENT
+    moment = member_value(members, "time")
+    in_range = isinstance(moment, (int, float)) and not isinstance(moment, bool) and abs(moment) < _MAX_TIME
     check(in_range, f"time: expected Unix seconds, got {moment!r}")
     return float(moment)
 
 
 #: Times beyond this are none, and not every integer beyond it has a float.
-_LAST_MOMENT = 2**53
+_MAX_TIME = 2**53
 
 
-def _decode_end(kind: str) -> Callable[[Members, Request], Reply]:
+def _decode_end(kind: str) -> Callable[[JSONObject, Request], Reply]:
     return lambda members, request: decode_end(kind, members)
 
 
-def _sign(kind: str, reply: Reply) -> Callable[[Members, Request], Reply]:
-    def decode(members: Members, request: Request) -> Reply:
-        check(value(members, kind) is True, f"{kind}: expected true")
+def _decode_flag(kind: str, reply: Reply) -> Callable[[JSONObject, Request], Reply]:
+    def decode(members: JSONObject, request: Request) -> Reply:
+        check(member_value(members, kind) is True, f"{kind}: expected true")
         return reply
 
     return decode
 
 
 #: The key that tells the reply, and how it is read, given the request that it answers.
-_REPLIES: Mapping[str, Callable[[Members, Request], Reply]] = MappingProxyType(
+_REPLIES: Mapping[str, Callable[[JSONObject, Request], Reply]] = MappingProxyType(
     {
-        "job_id": lambda m, _: Submitted(string(m, "job_id")),
+        "job_id": lambda m, _: Submitted(required_string(m, "job_id")),
         "job_ids": _decode_job_ids,
-        "no_result": _sign("no_result", NoResult()),
+        "no_result": _decode_flag("no_result", NoResult()),
         "result": _decode_end("result"),
         "exception": _decode_end("exception"),
         "cancelled": _decode_cancelled,
@@ -285,7 +293,7 @@ _REPLIES: Mapping[str, Callable[[Members, Request], Reply]] = MappingProxyType(
         "call": _decode_status,
         "details": lambda m, _: Details(m.payload("details")),
         "packet": _decode_packet,
-        "continue": _sign("continue", Continue()),
+        "continue": _decode_flag("continue", Continue()),
     }
 )
 
@@ -306,22 +314,22 @@ MAY_FOLLOW: Mapping[type, frozenset[type]] = MappingProxyType(
 )
 
 
-class Exchange:
+class ReplyReader:
     """One request and its replies: reads line after line, and knows when nothing more may come.
 
     Args:
         request: the request that was sent.
-        opener: decides whether payloads come as values or as `Raw` text.
+        decoder: decides whether payloads come as values or as `Raw` text.
     """
 
-    def __init__(self, request: Request, opener: Opener = open_decoded) -> None:
+    def __init__(self, request: Request, decoder: Decoder = decode_values) -> None:
         self._request = request
-        self._opener = opener
+        self._decoder = decoder
         self._next = getattr(request, "since", None)
         #: Whether the last reply has come.
         self.finished = False
 
-    def packets(self, lines: Iterable[bytes]) -> list[Payload]:
+    def read_packets(self, lines: Iterable[bytes]) -> list[Payload]:
         """The data of the first lines, while they are packets just as `encode_packets` writes them without times.
 
         That is quicker than `reply`, which is for the line after them.
@@ -329,17 +337,17 @@ class Exchange:
         found: list[Payload] = []
         if self._next is not None and not self.finished:
             for line in lines:
-                value = enclosed(line, b'{"packet":%d,"data":' % self._next)
+                value = decode_enclosed(line, b'{"packet":%d,"data":' % self._next)
                 if value is None:
                     break
                 found += value
                 self._next += 1
         return found
 
-    def reply(self, line: bytes) -> Reply:
+    def read_reply(self, line: bytes) -> Reply:
         """Read the next reply. Raises `ProtocolError` for anything that may not come now."""
         check(not self.finished, "data after the last reply")
-        reply = decode_reply(line, self._request, self._opener)
+        reply = decode_reply(line, self._request, self._decoder)
         if isinstance(reply, Packet):
             check(
                 self._next is None or reply.number == self._next,

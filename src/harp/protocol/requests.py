@@ -17,8 +17,18 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, TypeAlias
 
-from harp.protocol.fields import ProtocolError, check, is_container, is_count, is_seconds, opened, string, value, within
-from harp.protocol.json_text import Envelope, InvalidJSON, Members, Opener, Payload, Raw, dumps, open_decoded
+from harp.protocol.fields import (
+    ProtocolError,
+    check,
+    decode_object,
+    is_container,
+    is_count,
+    is_seconds,
+    member_value,
+    reject_unknown_keys,
+    required_string,
+)
+from harp.protocol.json_text import Decoder, Envelope, InvalidJSON, JSONObject, Payload, Raw, decode_values, dumps
 
 __all__ = [
     "VERSION",
@@ -32,12 +42,12 @@ __all__ = [
     "ReadStream",
     "Request",
     "SubmitMany",
-    "decode_asking",
     "decode_request",
+    "decode_request_line",
     "encode_call",
+    "encode_line",
     "encode_request",
-    "line_of",
-    "optional",
+    "optional_value",
 ]
 
 VERSION = 1
@@ -155,12 +165,12 @@ class ReadStream(_Stream):
 Request: TypeAlias = Call | SubmitMany | Cancel | GetResult | GetStatus | GetDetails | FollowStream | ReadStream
 
 
-def encode_request(request: Request, keep: bool = False) -> bytes:
+def encode_request(request: Request, keep_alive: bool = False) -> bytes:
     """The request's line, line feed included. Raises `NotJSON` when a payload has no form in JSON.
 
     Args:
         request: the request.
-        keep: whether its connection is to wait for another one after the reply.
+        keep_alive: whether the connection is to wait for another request after the reply.
     """
     members: dict[str, Any]
     match request:
@@ -180,12 +190,12 @@ def encode_request(request: Request, keep: bool = False) -> bytes:
             members = {"follow_stream": job, "since": since, "recent": recent, "timed": timed or None}
         case ReadStream(job, since, recent, timed):
             members = {"read_stream": job, "since": since, "recent": recent, "timed": timed or None}
-    return line_of({"harpcaller": VERSION, **members, "keep": keep or None})
+    return encode_line({"harpcaller": VERSION, **members, "keep_alive": keep_alive or None})
 
 
 def encode_call(call: Call) -> Raw:
     """A call as it stands in a `SubmitMany`. Raises `NotJSON` when a payload has no form in JSON."""
-    return dumps(_present(_call_members(call)))
+    return dumps(_without_none(_call_members(call)))
 
 
 def _call_members(call: Call) -> dict[str, Any]:
@@ -201,59 +211,59 @@ def _call_members(call: Call) -> dict[str, Any]:
     }
 
 
-def decode_request(line: bytes, opener: Opener = open_decoded) -> Request:
-    """Read a request's line, as `decode_asking` does."""
-    return decode_asking(line, opener)[0]
+def decode_request(line: bytes, decoder: Decoder = decode_values) -> Request:
+    """Read a request's line, as `decode_request_line` does."""
+    return decode_request_line(line, decoder)[0]
 
 
-def decode_asking(line: bytes, opener: Opener = open_decoded) -> tuple[Request, bool]:
+def decode_request_line(line: bytes, decoder: Decoder = decode_values) -> tuple[Request, bool]:
     """Read a request's line, and whether its connection is to wait for another one.
 
     Args:
         line: the line without its line feed.
-        opener: decides whether payloads come as values or as `Raw` text.
+        decoder: decides whether payloads come as values or as `Raw` text.
 
     Raises:
         ProtocolError: always of type ``invalid_request``, as the dispatcher has no other.
     """
-    members = opened(line, opener)
-    version = value(members, "harpcaller") if "harpcaller" in members else None
+    members = decode_object(line, decoder)
+    version = member_value(members, "harpcaller") if "harpcaller" in members else None
     check(type(version) is int and version == VERSION, f"harpcaller: expected {VERSION}, got {version!r}")
     kinds = [kind for kind in _REQUESTS if kind in members]
     check(len(kinds) == 1, f"expected exactly one of {', '.join(_REQUESTS)}")
     keys, decode = _REQUESTS[kinds[0]]
-    within(members, ("harpcaller", kinds[0], *keys, "keep"))
-    keep = _flag(members, "keep", False)
-    check(isinstance(keep, bool), "keep: expected true or false")
+    reject_unknown_keys(members, ("harpcaller", kinds[0], *keys, "keep_alive"))
+    keep = _optional_flag(members, "keep_alive", False)
+    check(isinstance(keep, bool), "keep_alive: expected true or false")
     return decode(members), keep
 
 
-def optional(members: Members, key: str) -> Any:
+def optional_value(members: JSONObject, key: str) -> Any:
     """The value of a member; None: it is not there."""
-    return value(members, key) if key in members else None
+    return member_value(members, key) if key in members else None
 
 
-def _flag(members: Members, key: str, absent: bool) -> Any:
+def _optional_flag(members: JSONObject, key: str, absent: bool) -> Any:
     """A member that may be missing or null; that it is true or false is checked by the message."""
-    flag = optional(members, key)
+    flag = optional_value(members, key)
     return absent if flag is None else flag
 
 
-def _decode_call(members: Members) -> Call:
+def _decode_call(members: JSONObject) -> Call:
     check("arguments" in members, "arguments: missing")
     return Call(
-        string(members, "host"),
-        string(members, "procedure"),
+        required_string(members, "host"),
+        required_string(members, "procedure"),
         members.payload("arguments"),
-        optional(members, "timeout"),
-        optional(members, "max_exec_time"),
+        optional_value(members, "timeout"),
+        optional_value(members, "max_exec_time"),
         _decode_queue(members),
         members.payload("info") if "info" in members else None,
     )
 
 
-def _decode_many(members: Members) -> SubmitMany:
-    elements = members.elements("submit_many")
+def _decode_many(members: JSONObject) -> SubmitMany:
+    elements = members.nested_objects("submit_many")
     check(elements is not None, "submit_many: expected an array")
     assert elements is not None
     calls: list[Call] = []
@@ -261,31 +271,31 @@ def _decode_many(members: Members) -> SubmitMany:
         for call in elements:
             check(call is not None, "expected an object")
             assert call is not None
-            within(call, ("procedure", *_CALL_KEYS))
+            reject_unknown_keys(call, ("procedure", *_CALL_KEYS))
             calls.append(_decode_call(call))
     except (ProtocolError, InvalidJSON) as error:
         raise ProtocolError(f"submit_many[{len(calls)}]: {error}") from error
     return SubmitMany(calls)
 
 
-def _decode_queue(members: Members) -> Queue | None:
-    if "queue" not in members or value(members, "queue") is None:
+def _decode_queue(members: JSONObject) -> Queue | None:
+    if "queue" not in members or member_value(members, "queue") is None:
         return None
     try:
-        queue = members.members("queue")
+        queue = members.nested_object("queue")
     except InvalidJSON as error:
         raise ProtocolError(f"queue: {error}") from error
     check(queue is not None and "name" in queue, "queue: expected an object with a name")
     assert queue is not None
-    within(queue, ("name", "concurrency"))
-    concurrency = optional(queue, "concurrency")
+    reject_unknown_keys(queue, ("name", "concurrency"))
+    concurrency = optional_value(queue, "concurrency")
     return Queue(queue.payload("name"), 1 if concurrency is None else concurrency)
 
 
-def _decode_stream(kind: str, request: type[FollowStream] | type[ReadStream]) -> Callable[[Members], Request]:
-    def decode(members: Members) -> Request:
-        since, recent = optional(members, "since"), optional(members, "recent")
-        return request(string(members, kind), since, recent, _flag(members, "timed", False))
+def _decode_stream(kind: str, request: type[FollowStream] | type[ReadStream]) -> Callable[[JSONObject], Request]:
+    def decode(members: JSONObject) -> Request:
+        since, recent = optional_value(members, "since"), optional_value(members, "recent")
+        return request(required_string(members, kind), since, recent, _optional_flag(members, "timed", False))
 
     return decode
 
@@ -294,24 +304,27 @@ _CALL_KEYS = ("host", "arguments", "timeout", "max_exec_time", "queue", "info")
 _STREAM_KEYS = ("since", "recent", "timed")
 
 #: The key that tells the request, the keys that may stand beside it, and how it is read.
-_REQUESTS: Mapping[str, tuple[tuple[str, ...], Callable[[Members], Request]]] = MappingProxyType(
+_REQUESTS: Mapping[str, tuple[tuple[str, ...], Callable[[JSONObject], Request]]] = MappingProxyType(
     {
         "procedure": (_CALL_KEYS, _decode_call),
         "submit_many": ((), _decode_many),
-        "cancel": (("wait",), lambda m: Cancel(string(m, "cancel"), _flag(m, "wait", False))),
-        "get_result": (("wait",), lambda m: GetResult(string(m, "get_result"), _flag(m, "wait", True))),
-        "get_status": ((), lambda m: GetStatus(string(m, "get_status"))),
-        "get_details": ((), lambda m: GetDetails(string(m, "get_details"))),
+        "cancel": (("wait",), lambda m: Cancel(required_string(m, "cancel"), _optional_flag(m, "wait", False))),
+        "get_result": (
+            ("wait",),
+            lambda m: GetResult(required_string(m, "get_result"), _optional_flag(m, "wait", True)),
+        ),
+        "get_status": ((), lambda m: GetStatus(required_string(m, "get_status"))),
+        "get_details": ((), lambda m: GetDetails(required_string(m, "get_details"))),
         "follow_stream": (_STREAM_KEYS, _decode_stream("follow_stream", FollowStream)),
         "read_stream": (_STREAM_KEYS, _decode_stream("read_stream", ReadStream)),
     }
 )
 
 
-def line_of(members: Mapping[str, Any]) -> bytes:
+def encode_line(members: Mapping[str, Any]) -> bytes:
     """One line; members that are None are left out."""
-    return bytes(dumps(_present(members))) + b"\n"
+    return bytes(dumps(_without_none(members))) + b"\n"
 
 
-def _present(members: Mapping[str, Any]) -> Envelope:
+def _without_none(members: Mapping[str, Any]) -> Envelope:
     return Envelope({key: member for key, member in members.items() if member is not None})

@@ -24,13 +24,13 @@ __all__ = [
     "InvalidJSON",
     "NotJSON",
     "Raw",
-    "checked_text",
+    "decode_checked",
+    "decode_enclosed",
     "dumps",
-    "enclosed",
-    "guarded",
     "loads",
-    "may_be_deep",
-    "refuse_constant",
+    "may_exceed_depth",
+    "reject_constant",
+    "translate_errors",
 ]
 
 #: Arrays and objects may be nested this deep in a line. An interpreter with a lower recursion limit may refuse
@@ -68,12 +68,12 @@ class Envelope(dict[str, "Any"]):
     __slots__ = ()
 
 
-def refuse_constant(name: str) -> NoReturn:
+def reject_constant(name: str) -> NoReturn:
     """For a decoder: refuse ``NaN`` and ``Infinity``."""
     raise InvalidJSON(f"{name} is not JSON")
 
 
-_DECODER = json.JSONDecoder(parse_constant=refuse_constant)
+_DECODER = json.JSONDecoder(parse_constant=reject_constant)
 #: A string whose escaped quotes are gone.
 _STRING = re.compile(rb'"[^"]*"')
 _NOT_BRACKETS = bytes(set(range(256)) - set(b'[]{}"'))
@@ -93,13 +93,13 @@ def loads(text: bytes | str) -> JSON:
         InvalidJSON: not JSON, not UTF-8, ``NaN`` or ``Infinity``, nested too deep, or a number that this
             interpreter can't hold.
     """
-    checked = checked_text(text)
-    return guarded(_DECODER.decode, checked)
+    checked = decode_checked(text)
+    return translate_errors(_DECODER.decode, checked)
 
 
-def enclosed(line: bytes, opening: bytes) -> tuple[JSON] | None:
+def decode_enclosed(line: bytes, opening: bytes) -> tuple[JSON] | None:
     """The value of a line that is this opening, a value and a brace, and nothing else; None: look closer at it."""
-    if not line.startswith(opening) or may_be_deep(line):
+    if not line.startswith(opening) or may_exceed_depth(line):
         return None
     try:
         text = line.decode("utf-8")
@@ -109,7 +109,7 @@ def enclosed(line: bytes, opening: bytes) -> tuple[JSON] | None:
     return (value,) if text[end:] == "}" else None
 
 
-def checked_text(text: bytes | str) -> str:
+def decode_checked(text: bytes | str) -> str:
     """The text, if it is UTF-8 and nested no deeper than it may be. Raises `InvalidJSON`."""
     if isinstance(text, str):
         _check_depth(text.encode("utf-8", "surrogatepass"))
@@ -122,14 +122,14 @@ def checked_text(text: bytes | str) -> str:
     return decoded
 
 
-def may_be_deep(text: bytes) -> bool:
+def may_exceed_depth(text: bytes) -> bool:
     """Whether there are so many brackets that there may be more inside each other than MAX_DEPTH."""
     return len(text) > MAX_DEPTH and text.count(b"[") + text.count(b"{") > MAX_DEPTH
 
 
 def _check_depth(text: bytes) -> None:
     """Refuse what nests deeper than MAX_DEPTH. Costs next to nothing for text with few brackets."""
-    if not may_be_deep(text):
+    if not may_exceed_depth(text):
         return
     # Text that is no JSON may be taken apart wrongly, but only behind its first fault; no decoder goes further.
     if b"\\" in text:
@@ -139,7 +139,7 @@ def _check_depth(text: bytes) -> None:
         raise InvalidJSON(f"nested deeper than {MAX_DEPTH}")
 
 
-def guarded(function: Callable[..., Any], *arguments: Any) -> Any:
+def translate_errors(function: Callable[..., Any], *arguments: Any) -> Any:
     """Call a function of `json`; everything that it raises becomes `InvalidJSON`."""
     try:
         return function(*arguments)

@@ -37,10 +37,10 @@ from harp.protocol.requests import (
     GetStatus,
     ReadStream,
     SubmitMany,
-    decode_asking,
+    decode_request_line,
 )
-from harp_daemon.memory_quota import Allowance, Share
-from harp_daemon.sliced_json import open_quickly
+from harp_daemon.memory_quota import MemoryQuota, Reservation
+from harp_daemon.sliced_json import decode_slices
 from harp_daemon.sockets import ResolveError
 from harpcaller.api.acceptor import Door
 from harpcaller.api.connection import ClientLeft, Connection
@@ -103,7 +103,7 @@ class Service:
         self._dispatcher = dispatcher
         refusal = Failed("too_many_connections", "more clients are connected than the setting connections allows")
         self._door = Door(self._answer, lambda: dispatcher.config.connections, encode_reply(refusal))
-        self._memory = Allowance(dispatcher.config.request_memory)
+        self._memory = MemoryQuota(dispatcher.config.request_memory)
         self._local_told = False
 
     async def __aenter__(self) -> Self:
@@ -166,13 +166,13 @@ class Service:
     async def _carry_out_one(self, connection: Connection) -> bool:
         """Read a request and answer it; whether another one may come."""
         config = self._dispatcher.config
-        with Share(self._memory) as share:
+        with Reservation(self._memory) as share:
             line = await connection.request_line(config.request_line, config.idle_timeout, share)
             came = time.monotonic()
             if len(line) < _LONG_REQUEST:
-                request, keeps = decode_asking(line, open_quickly)
+                request, keeps = decode_request_line(line, decode_slices)
             else:
-                request, keeps = await asyncio.to_thread(decode_asking, line, open_quickly)
+                request, keeps = await asyncio.to_thread(decode_request_line, line, decode_slices)
             del line
             if isinstance(request, (FollowStream, ReadStream)):
                 share.release()
@@ -187,7 +187,7 @@ class Service:
             self._dispatcher.record_delivery(request.job, came)
         return keeps
 
-    async def _reply(self, request: _OneReply, connection: Connection, share: Share, came: float) -> Reply:
+    async def _reply(self, request: _OneReply, connection: Connection, share: Reservation, came: float) -> Reply:
         """Carry out a request that has one reply. Whatever waits gives its share of memory back."""
         if not isinstance(request, (Call, SubmitMany)):
             share.release()

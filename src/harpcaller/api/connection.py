@@ -16,7 +16,7 @@ from contextlib import asynccontextmanager
 
 from harp.protocol.fields import ProtocolError
 from harp.protocol.lines import LineBuffer, LineTooLong
-from harp_daemon.memory_quota import Share
+from harp_daemon.memory_quota import Reservation
 
 __all__ = ["ClientLeft", "Connection"]
 
@@ -50,7 +50,7 @@ class Connection:
         #: Whether the client has sent more than its request, which is dropped.
         self.said_more = False
 
-    async def request_line(self, longest: int, seconds: float, share: Share | None = None) -> bytes:
+    async def request_line(self, longest: int, seconds: float, share: Reservation | None = None) -> bytes:
         """Read the request.
 
         Args:

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from harp.protocol.json_text import Envelope, InvalidJSON, Raw, dumps, open_sliced
+from harp.protocol.json_text import Envelope, InvalidJSON, Raw, dumps, slice_text
 
 __all__ = ["ControlError", "Daemon", "NotRunning"]
 
@@ -126,7 +126,7 @@ class Daemon:
             connection.sendall(dumps(Envelope(command=command, **given)) + b"\n")
             with connection.makefile("rb") as answer:
                 for line in answer:
-                    members = open_sliced(line)
+                    members = slice_text(line)
                     if "done" in members:
                         return
                     if "error" in members:

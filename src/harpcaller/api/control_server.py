@@ -15,9 +15,19 @@ from types import MappingProxyType, TracebackType
 from typing import Any, Protocol, Self
 
 from harp.protocol.ends import encode_end
-from harp.protocol.fields import ProtocolError, check, is_container, is_count, is_seconds, opened, string, value, within
-from harp.protocol.json_text import Envelope, Members, Raw, dumps
-from harp_daemon.sliced_json import open_quickly
+from harp.protocol.fields import (
+    ProtocolError,
+    check,
+    decode_object,
+    is_container,
+    is_count,
+    is_seconds,
+    member_value,
+    reject_unknown_keys,
+    required_string,
+)
+from harp.protocol.json_text import Envelope, JSONObject, Raw, dumps
+from harp_daemon.sliced_json import decode_slices
 from harpcaller.api.acceptor import Door
 from harpcaller.api.connection import ClientLeft, Connection
 from harpcaller.api.listeners import Listener
@@ -92,10 +102,10 @@ class Admin:
     async def _carry_out(self, connection: Connection) -> bytes:
         """Read a request, carry it out and send its items; return the last line."""
         try:
-            members = opened(await connection.request_line(_REQUEST_LINE, _IDLE_TIMEOUT), open_quickly)
-            name = string(members, "command")
+            members = decode_object(await connection.request_line(_REQUEST_LINE, _IDLE_TIMEOUT), decode_slices)
+            name = required_string(members, "command")
             check(name in COMMANDS, f"command: expected one of {', '.join(COMMANDS)}, got {name!r}")
-            within(members, ("command", *COMMANDS[name].options))
+            reject_unknown_keys(members, ("command", *COMMANDS[name].options))
             log.debug("command", extra={"command": name, "client": connection.client})
             async with aclosing(COMMANDS[name].run(self, members)) as items:
                 await _send_items(items, connection)
@@ -134,28 +144,28 @@ def _error(message: str) -> bytes:
 # What can be asked for.
 
 
-async def _status(admin: Admin, _: Members) -> Items:
+async def _status(admin: Admin, _: JSONObject) -> Items:
     yield Envelope(pid=os.getpid(), calls=admin.dispatcher.active_calls)
 
 
-async def _stop(admin: Admin, _: Members) -> Items:
+async def _stop(admin: Admin, _: JSONObject) -> Items:
     log.info("asked to stop")
     admin.program.stop()  # this door closes, but not before this is answered
     yield Envelope(pid=os.getpid())
 
 
-async def _reload(admin: Admin, _: Members) -> Items:
+async def _reload(admin: Admin, _: JSONObject) -> Items:
     yield Envelope(reloaded=True, restart_needed=await admin.program.reload())
 
 
-async def _reopen_logs(admin: Admin, _: Members) -> Items:
+async def _reopen_logs(admin: Admin, _: JSONObject) -> Items:
     admin.program.reopen_logs()
     yield Envelope(reopened=True)
 
 
-async def _list(admin: Admin, members: Members) -> Items:
+async def _list(admin: Admin, members: JSONObject) -> Items:
     with_queue = _flag(members, "queue")
-    host = string(members, "host") if "host" in members else None
+    host = required_string(members, "host") if "host" in members else None
     queue = _queue(members, "of_queue") if "of_queue" in members else None
     check(host is None or queue is None, "host, of_queue: expected one of them, got both")
     newest = _newest(members)
@@ -166,11 +176,11 @@ async def _list(admin: Admin, members: Members) -> Items:
         yield item
 
 
-async def _info(admin: Admin, members: Members) -> Items:
+async def _info(admin: Admin, members: JSONObject) -> Items:
     if _flag(members, "full"):
-        yield Envelope(await admin.dispatcher.details(string(members, "job")))
+        yield Envelope(await admin.dispatcher.details(required_string(members, "job")))
         return
-    job = await admin.dispatcher.get_job(string(members, "job"))
+    job = await admin.dispatcher.get_job(required_string(members, "job"))
     yield Envelope(
         _listed(job),
         queue=job.queue,
@@ -183,15 +193,15 @@ async def _info(admin: Admin, members: Members) -> Items:
     )
 
 
-async def _cancel(admin: Admin, members: Members) -> Items:
-    yield Envelope(cancelled=await admin.dispatcher.cancel(string(members, "job"), _ADMINISTRATOR))
+async def _cancel(admin: Admin, members: JSONObject) -> Items:
+    yield Envelope(cancelled=await admin.dispatcher.cancel(required_string(members, "job"), _ADMINISTRATOR))
 
 
-async def _release(admin: Admin, members: Members) -> Items:
-    yield Envelope(released=await admin.dispatcher.release_slot(string(members, "job")))
+async def _release(admin: Admin, members: JSONObject) -> Items:
+    yield Envelope(released=await admin.dispatcher.release_slot(required_string(members, "job")))
 
 
-async def _queue_list(admin: Admin, members: Members) -> Items:
+async def _queue_list(admin: Admin, members: JSONObject) -> Items:
     if "queue" not in members:
         for queue in await admin.dispatcher.list_queues():
             yield Envelope(queue=queue.name, concurrency=queue.concurrency, running=queue.running, queued=queue.queued)
@@ -200,21 +210,21 @@ async def _queue_list(admin: Admin, members: Members) -> Items:
         yield Envelope(_listed(job), running=job.state is State.RUNNING)
 
 
-async def _queue_cancel(admin: Admin, members: Members) -> Items:
+async def _queue_cancel(admin: Admin, members: JSONObject) -> Items:
     yield Envelope(cancelled=await admin.dispatcher.cancel_queue(_queue(members), _ADMINISTRATOR))
 
 
-async def _hosts_list(admin: Admin, _: Members) -> Items:
+async def _hosts_list(admin: Admin, _: JSONObject) -> Items:
     for host in admin.dispatcher.hosts():
         yield Envelope(hostname=host.hostname, address=host.address, port=host.port)
 
 
-async def _hosts_refresh(admin: Admin, _: Members) -> Items:
+async def _hosts_refresh(admin: Admin, _: JSONObject) -> Items:
     yield Envelope(hosts=await admin.dispatcher.refresh_hosts())
 
 
-async def _prune_jobs(admin: Admin, members: Members) -> Items:
-    age = value(members, "age") if "age" in members else admin.dispatcher.config.max_age_seconds
+async def _prune_jobs(admin: Admin, members: JSONObject) -> Items:
+    age = member_value(members, "age") if "age" in members else admin.dispatcher.config.max_age_seconds
     check(age == 0 or is_seconds(age), f"age: expected a number of seconds, got {age!r}")
     yield Envelope(pruned=await admin.dispatcher.prune(age))
 
@@ -223,7 +233,7 @@ async def _prune_jobs(admin: Admin, members: Members) -> Items:
 class Command:
     """A command: how it is carried out, and the keys that may stand beside its name."""
 
-    run: Callable[[Admin, Members], Items]
+    run: Callable[[Admin, JSONObject], Items]
     options: tuple[str, ...] = ()
 
 
@@ -247,21 +257,21 @@ COMMANDS: Mapping[str, Command] = MappingProxyType(
 )
 
 
-def _flag(members: Members, key: str) -> bool:
-    flag = value(members, key) if key in members else False
+def _flag(members: JSONObject, key: str) -> bool:
+    flag = member_value(members, key) if key in members else False
     check(isinstance(flag, bool), f"{key}: expected true or false")
     return bool(flag)
 
 
-def _newest(members: Members) -> int | None:
+def _newest(members: JSONObject) -> int | None:
     if "newest" not in members:
         return None
-    newest = value(members, "newest")
+    newest = member_value(members, "newest")
     check(is_count(newest) and newest > 0, f"newest: expected a whole number from 1 on, got {newest!r}")
     return int(newest)
 
 
-def _queue(members: Members, key: str = "queue") -> Raw:
+def _queue(members: JSONObject, key: str = "queue") -> Raw:
     check(key in members, f"{key}: missing")
     queue = members.payload(key)
     check(is_container(queue, (dict,)), f"{key}: expected an object")

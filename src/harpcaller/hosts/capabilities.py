@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 
 from harp.protocol.ends import Failed
 from harp.protocol.fields import ProtocolError
-from harp.protocol.harpd import Held, ListCalls, Message
+from harp.protocol.harpd import CallList, ListCalls, Message
 from harpcaller.config import Config
 from harpcaller.hosts.connecting import HostUnreachable
 from harpcaller.hosts.connection import open_connection
@@ -121,7 +121,7 @@ class HostCapabilities:
             # A current harpd replies so to a request that arrived too slowly: a second one may succeed.
             reply = await self._request_call_list(host, tls, config)
         match reply:
-            case Held(calls, instance, keep_alive):
+            case CallList(calls, instance, keep_alive):
                 entry.instance, entry.keep_alive = instance, keep_alive is not None
                 self._on_call_list(host, calls)
             case Failed(kind) if kind in _TEMPORARY_ERRORS:
@@ -137,7 +137,7 @@ class HostCapabilities:
         conn = await open_connection(host, tls, config, _MAX_LIST_BYTES)
         try:
             owner = self._identity.owner_at(host.hostname)
-            conn.send_request(ListCalls(owner, host.user, host.password, keep=True))
+            conn.send_request(ListCalls(owner, host.user, host.password, keep_alive=True))
             async with asyncio.timeout(config.acknowledgement_timeout):
                 lines: list[bytes] | None = []
                 while lines == []:

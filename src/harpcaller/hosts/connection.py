@@ -15,13 +15,22 @@ from collections.abc import Iterator, Sequence
 from itertools import islice, takewhile
 from operator import methodcaller
 
-from harp.protocol.call_output import RECORD
+from harp.protocol.call_output import RECORD_PREFIX
 from harp.protocol.ends import Failed
 from harp.protocol.fields import ProtocolError, is_count
-from harp.protocol.harpd import Alive, AnyRequest, Exchange, Message, Order, Record, encode_order, encode_request
+from harp.protocol.harpd import (
+    AnyRequest,
+    Command,
+    Heartbeat,
+    Message,
+    Record,
+    ReplyReader,
+    encode_command,
+    encode_request,
+)
 from harp.protocol.json_text import InvalidJSON, Raw, loads
 from harp.protocol.lines import LineBuffer
-from harp_daemon.sliced_json import open_quickly, sliced_records
+from harp_daemon.sliced_json import decode_slices, slice_records
 from harpcaller.config import Config
 from harpcaller.hosts.connecting import connect
 from harpcaller.hosts.inventory import Host
@@ -38,8 +47,8 @@ _HEARTBEAT_INTERVAL, _MAX_MISSED_HEARTBEATS = 15.0, 3
 #: Minimum seconds between two heartbeats, whatever timeout a host sets.
 _MIN_HEARTBEAT_INTERVAL = 0.1
 #: The start of a host's heartbeat line.
-_HEARTBEAT_PREFIX = b'{"alive":'
-_is_record = methodcaller("startswith", RECORD)
+_HEARTBEAT_PREFIX = b'{"heartbeat":'
+_is_record = methodcaller("startswith", RECORD_PREFIX)
 #: Maximum bytes of commands that the host has not read.
 _MAX_UNSENT_BYTES = 64 * 1024
 
@@ -57,7 +66,7 @@ class HarpdConnection:
         self._reader = reader
         self._writer = writer
         self._lines = LineBuffer(max_line)
-        self._exchange: Exchange | None = None
+        self._exchange: ReplyReader | None = None
         self._heartbeat_timer: asyncio.TimerHandle | None = None
         self._peer_time = 0.0
         self._reading = False
@@ -73,7 +82,7 @@ class HarpdConnection:
         self._reused = self._exchange is not None
         self._answered = False
         self.last_received_at, self._peer_time = time.monotonic(), 0.0
-        self._exchange = Exchange(open_quickly, request)
+        self._exchange = ReplyReader(decode_slices, request)
         self._writer.write(encode_request(request))
 
     async def read(self) -> list[bytes] | None:
@@ -101,11 +110,11 @@ class HarpdConnection:
         """
         assert self._exchange is not None
         if self._reused and not self._answered and line.startswith(_HEARTBEAT_PREFIX):
-            return Alive(0.0)  # it belongs to the previous call on this connection
-        message = self._exchange.message(line)
+            return Heartbeat(0.0)  # it belongs to the previous call on this connection
+        message = self._exchange.read_message(line)
         self._answered = True
-        if isinstance(message, Alive):
-            self._peer_time = message.at
+        if isinstance(message, Heartbeat):
+            self._peer_time = message.time
         return message
 
     def messages(self, lines: Sequence[bytes]) -> Iterator[Message | list[Raw] | ProtocolError]:
@@ -116,8 +125,8 @@ class HarpdConnection:
         assert self._exchange is not None
         at = 0
         while at < len(lines):
-            run = list(takewhile(_is_record, islice(lines, at, None))) if self._exchange.streams else []
-            records = sliced_records(run) if len(run) > 1 else None
+            run = list(takewhile(_is_record, islice(lines, at, None))) if self._exchange.is_streaming else []
+            records = slice_records(run) if len(run) > 1 else None
             if records is not None:
                 yield records
             else:
@@ -134,7 +143,7 @@ class HarpdConnection:
     @property
     def keep_alive(self) -> float | None:
         """Seconds for which the host accepts another request on this connection; None if it closes it."""
-        return None if self._exchange is None else self._exchange.keep
+        return None if self._exchange is None else self._exchange.keep_alive
 
     @property
     def is_reusable(self) -> bool:
@@ -151,11 +160,11 @@ class HarpdConnection:
         """Make `abort` effective again."""
         self._parked = False
 
-    def send_command(self, command: Order) -> None:
+    def send_command(self, command: Command) -> None:
         """Send a command for the attached call. Abort the connection if the host leaves too much unread."""
         transport = self._writer.transport
         if not transport.is_closing():
-            self._writer.write(encode_order(command))
+            self._writer.write(encode_command(command))
             if transport.get_write_buffer_size() > _MAX_UNSENT_BYTES:
                 transport.abort()
 
@@ -178,7 +187,7 @@ class HarpdConnection:
         if self._reading and time.monotonic() - self.last_received_at > _MAX_MISSED_HEARTBEATS * interval:
             self._writer.transport.abort()
             return
-        self.send_command(Alive(self._peer_time))
+        self.send_command(Heartbeat(self._peer_time))
         self._schedule_heartbeat(interval)
 
     def _schedule_heartbeat(self, interval: float) -> None:

@@ -9,8 +9,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from harp.protocol.fields import ProtocolError, check, opened, string, value, within
-from harp.protocol.json_text import Members, open_decoded
+from harp.protocol.fields import ProtocolError, check, decode_object, member_value, reject_unknown_keys, required_string
+from harp.protocol.json_text import JSONObject, decode_values
 
 __all__ = ["Host", "InvalidLine", "ParsedHosts", "parse_hosts", "parse_line"]
 
@@ -86,33 +86,33 @@ def parse_line(line: bytes) -> Host:
     Raises:
         ProtocolError: the line is not a valid host; the message never quotes a value.
     """
-    members = opened(line, open_decoded)
-    within(members, ("hostname", "address", "port", "credentials"))
+    members = decode_object(line, decode_values)
+    reject_unknown_keys(members, ("hostname", "address", "port", "credentials"))
     credentials = _object(members, "credentials")
-    within(credentials, ("user", "password"))
+    reject_unknown_keys(credentials, ("user", "password"))
     return Host(
         _name(members, "hostname"),
         _name(members, "address"),
         _port(members),
-        string(credentials, "user"),
-        string(credentials, "password"),
+        required_string(credentials, "user"),
+        required_string(credentials, "password"),
     )
 
 
-def _object(members: Members, key: str) -> Members:
-    found = members.members(key) if key in members else None
+def _object(members: JSONObject, key: str) -> JSONObject:
+    found = members.nested_object(key) if key in members else None
     check(found is not None, f"{key}: expected an object")
     assert found is not None
     return found
 
 
-def _name(members: Members, key: str) -> str:
-    name = string(members, key)
+def _name(members: JSONObject, key: str) -> str:
+    name = required_string(members, key)
     check(name != "", f"{key}: expected a name, got an empty string")
     return name
 
 
-def _port(members: Members) -> int:
-    port: Any = value(members, "port") if "port" in members else None
+def _port(members: JSONObject) -> int:
+    port: Any = member_value(members, "port") if "port" in members else None
     check(type(port) is int and 0 < port <= _MAX_PORT, f"port: expected an integer from 1 to {_MAX_PORT}")
     return int(port)

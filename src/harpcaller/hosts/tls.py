@@ -21,7 +21,7 @@ from collections.abc import Mapping
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from typing import Any
 
-from harp_daemon.tls import set_floor
+from harp_daemon.tls import set_minimum_version
 from harpcaller.config import Config, file_errors
 from harpcaller.hosts.inventory import Host
 from harpcaller.hosts.watched_file import WatchedFile
@@ -153,7 +153,7 @@ def _context(config: Config, mode: ssl.VerifyMode) -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False  # `check_certificate` checks the name or the address
     context.verify_mode = mode
-    set_floor(context, config.tls_minimum)
+    set_minimum_version(context, config.tls_minimum)
     if mode is ssl.CERT_REQUIRED:
         with file_errors(config, "ca_file"):
             context.load_verify_locations(config.ca_file)

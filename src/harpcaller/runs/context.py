@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from harp.protocol.harpd import Attach, CallTerms, Request
+from harp.protocol.harpd import Attach, Request, RequestedTerms
 from harpcaller.config import Config
 from harpcaller.hosts.capabilities import HostCapabilities
 from harpcaller.hosts.inventory import Host
@@ -61,13 +61,13 @@ class RunContext:
         """
         if instance is None:
             return Request(job.procedure, job.arguments, host.user, host.password)
-        terms = CallTerms(
+        terms = RequestedTerms(
             id=job.id,
             owner=self.identity.owner_at(host.hostname),
             secret=self.identity.secret(job.id),
-            warden=instance,
-            keep_running=self.config.keep_running,
-            linger=self.config.linger,
+            instance=instance,
+            disconnect_timeout=self.config.disconnect_timeout,
+            result_ttl=self.config.result_ttl,
             timeout=job.timeout,
             max_exec_time=job.max_exec_time,
         )

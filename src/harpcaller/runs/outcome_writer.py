@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from harp.protocol.ends import End, Failed, Raised
-from harp.protocol.harpd import Receipt
+from harp.protocol.harpd import StopReport
 from harp.protocol.json_text import Raw, dumps
 from harpcaller.model.jobs import NO_METADATA, Job, JobMetadata, StopState, state_of
 from harpcaller.runs.context import RunContext
@@ -50,7 +50,7 @@ class OutcomeWriter:
     @property
     def has_survivors(self) -> bool:
         """Whether the receipt says that something of the call survives."""
-        return self.stop_report is not None and bool(Receipt(self.stop_report).survivors)
+        return self.stop_report is not None and bool(StopReport(self.stop_report).survivors)
 
     async def store_end(
         self, end: End, stop: StopState | None = None, keep_slot: bool = False, metadata: JobMetadata = NO_METADATA

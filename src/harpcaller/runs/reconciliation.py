@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 from harp.protocol.ends import End, Failed
 from harp.protocol.fields import ProtocolError
-from harp.protocol.harpd import Acknowledgement, Done, Evidence, Receipt, Record, StopCall, Stored
+from harp.protocol.harpd import Ack, Acknowledgement, ExitInfo, Record, Release, StopCall, StopReport
 from harp.protocol.json_text import Raw
 from harp.protocol.lines import LineTooLong
 from harpcaller.hosts.connecting import CONNECT_ERRORS
@@ -151,12 +151,12 @@ async def _await_end(conn: HarpdConnection, since: int, note: Callable[[JobMetad
                     acknowledged = True
                     conn.send_command(StopCall("unwanted"))
                     if terms is not None:
-                        conn.start_heartbeat(terms.elapsed, terms.keep_running, at_once=True)
+                        conn.start_heartbeat(terms.elapsed, terms.disconnect_timeout, at_once=True)
                 case Record():
                     number += 1
-                case Receipt(found):
+                case StopReport(found):
                     receipt = Raw(found)
-                case Evidence(found):
+                case ExitInfo(found):
                     evidence = Raw(found)
                 case Failed("records_gone") if not acknowledged:
                     return parse_end_of_records(message)
@@ -164,12 +164,12 @@ async def _await_end(conn: HarpdConnection, since: int, note: Callable[[JobMetad
                     return None
                 case _ if isinstance(message, End):
                     await note(JobMetadata(stop_report=receipt, exit_info=evidence))
-                    conn.send_command(Done())
+                    conn.send_command(Release())
                     conn.close()
                     return None
         if number > since:
             since = number
-            conn.send_command(Stored(number))  # wanted no more, which is as good as stored
+            conn.send_command(Ack(number))  # wanted no more, which is as good as stored
     return None
 
 

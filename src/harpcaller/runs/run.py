@@ -9,7 +9,7 @@ the harpd of the field: closing stops it, nobody confirms that, a cut ends the j
 
 At most once: the request is written a single time, without waiting in between the last look at whether the call is
 still wanted and the writing. A start may be tried again only when the host says that it surely did not happen
-(``other_warden``). If contact is lost before the acknowledgement, attaching settles it: a host that does not hold the
+(``wrong_instance``). If contact is lost before the acknowledgement, attaching settles it: a host that does not hold the
 call has barred its id with that answer.
 
 A host that breaks the protocol in the middle of a kept call has ended its job. What it has still to say of the call is
@@ -33,15 +33,15 @@ from typing import Any
 from harp.protocol.ends import End, Failed
 from harp.protocol.fields import ProtocolError
 from harp.protocol.harpd import (
+    Ack,
     Acknowledgement,
-    Done,
-    Evidence,
-    KeptTerms,
+    ExitInfo,
+    GrantedTerms,
     Message,
-    Receipt,
-    RecordsAt,
+    RecordTime,
+    Release,
     StopCall,
-    Stored,
+    StopReport,
 )
 from harp.protocol.json_text import Raw, dumps, loads
 from harp.protocol.lines import LineTooLong
@@ -119,7 +119,7 @@ class Run:
         self._stop_command: StopCall | None = None
         self._conn: HarpdConnection | None = None
         self._host: Host | None = None
-        self._terms: KeptTerms | None = None
+        self._terms: GrantedTerms | None = None
         self._resumable = False  # the start, or the attach, was one of a kept call
         self._deadlines = Deadlines(job, context.config.acknowledgement_timeout)
         self._stop_sent = False  # in the conversation now under way, as the next
@@ -207,7 +207,7 @@ class Run:
             "attempts": self._attempts,
             "connect_seconds": self._deadlines.connect_seconds,
             "resumable": terms is not None or (self._resumable and self._outage is not None),
-            "instance": terms.warden if terms else None,
+            "instance": terms.instance if terms else None,
         }
 
     def last_contact(self, now: float) -> float | None:
@@ -372,13 +372,13 @@ class Run:
                 self._records.add_records(
                     records, self._context.wall() if self._record_time is None else self._record_time
                 )
-            case RecordsAt(moment):
+            case RecordTime(moment):
                 self._record_time = moment
             case Acknowledgement(_, terms):
                 await self._on_acknowledged(terms, conn, host)
-            case Evidence(evidence):
+            case ExitInfo(evidence):
                 self._outcome.exit_info = Raw(evidence)
-            case Receipt(receipt):
+            case StopReport(receipt):
                 self._outcome.stop_report = Raw(receipt)
                 if self._remote_ended:
                     return await self._on_call_finished(conn)
@@ -391,7 +391,7 @@ class Run:
                 return await self._on_call_finished(conn, message)
         return None
 
-    async def _on_acknowledged(self, terms: KeptTerms | None, conn: HarpdConnection, host: Host) -> None:
+    async def _on_acknowledged(self, terms: GrantedTerms | None, conn: HarpdConnection, host: Host) -> None:
         self._advance(Phase.ANSWERED)
         self._deadlines.on_acknowledged(None if terms is None else terms.elapsed)
         self._terms = terms
@@ -406,7 +406,7 @@ class Run:
         if self._outage is not None:
             outage, self._outage = self._outage, None
             log.info("contact is there again", extra={**log_fields(self.job), "attempts": outage.attempts})
-        conn.start_heartbeat(terms.elapsed, terms.keep_running, at_once=again)
+        conn.start_heartbeat(terms.elapsed, terms.disconnect_timeout, at_once=again)
 
     async def _on_refused(self, error: Failed, host: Host) -> Outcome:
         """An error that stands for the acknowledgement."""
@@ -420,7 +420,7 @@ class Run:
                 case _:
                     self._outage.record_error(f"{describe_host(host)}: {error.type}: {error.message}")
                     return Outcome.DISCONNECTED
-        if error.type == "other_warden" and self._resumable:
+        if error.type == "wrong_instance" and self._resumable:
             self._context.capabilities.invalidate(host)
             return Outcome.RETRY_START
         return await self._finish(error)
@@ -439,7 +439,7 @@ class Run:
             log.error("processes of a job survive on its host", extra=log_fields(self.job))
             return None
         await asyncio.sleep(0)  # those who wait for the end go first
-        conn.send_command(Done())
+        conn.send_command(Release())
         assert self._host is not None
         self._context.connections.put(self._host, self._context.tls, conn)
         return Outcome.FINISHED
@@ -545,8 +545,8 @@ class Run:
 
     def _host_timeout(self) -> float:
         """Seconds without contact after which nothing of the call runs any more: its host ended it before."""
-        terms, after = self._terms, self._context.config.host_lost_after
-        return after if terms is None else max(after, terms.keep_running + 2 * terms.kill_grace + 5.0)
+        terms, after = self._terms, self._context.config.host_timeout
+        return after if terms is None else max(after, terms.disconnect_timeout + 2 * terms.kill_grace + 5.0)
 
     async def _declare_host_lost(self) -> Outcome:
         """The host is lost: the job must not hold its slot any longer."""
@@ -611,4 +611,4 @@ class Run:
         if not self._records.closed:
             self._backoff.reset()
         if self._conn is not None and self._terms is not None and self._deadlines.acknowledged:
-            self._conn.send_command(Stored(count))
+            self._conn.send_command(Ack(count))

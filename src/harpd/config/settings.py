@@ -18,7 +18,7 @@ import yaml
 from msgspec import Meta
 
 from harp_daemon import sockets
-from harp_daemon.tls import DEFAULT_FLOOR, FLOORS, set_floor
+from harp_daemon.tls import DEFAULT_MINIMUM, TLS_VERSIONS, set_minimum_version
 
 __all__ = [
     "ConfigError",
@@ -59,11 +59,11 @@ class Network(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     keyfile: str
     address: str | None = None
     port: Annotated[int, Meta(ge=0, le=65535)] = 4306
-    tls_minimum: str | float = DEFAULT_FLOOR
+    tls_minimum: str | float = DEFAULT_MINIMUM
 
     def __post_init__(self) -> None:
-        if self.tls_floor not in FLOORS:
-            raise ValueError(f"tls_minimum: expected one of {', '.join(FLOORS)}, got {self.tls_minimum!r}")
+        if self.tls_floor not in TLS_VERSIONS:
+            raise ValueError(f"tls_minimum: expected one of {', '.join(TLS_VERSIONS)}, got {self.tls_minimum!r}")
 
     @property
     def tls_floor(self) -> str:
@@ -105,8 +105,8 @@ class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         spool: what a kept call may have said that its dispatcher has not stored yet, and, up to 1 MiB, what a tied
             one may have said that its client has not read yet; past it the procedure waits.
         spool_memory: what all calls together may have said so; past it those with more than 1 MiB wait.
-        keep_running: the most that a dispatcher may ask for its running calls to go on without it.
-        linger: the most that a dispatcher may ask for the ends of its calls to be kept for it.
+        disconnect_timeout: the most that a dispatcher may ask for its running calls to go on without it.
+        result_ttl: the most that a dispatcher may ask for the ends of its calls to be kept for it.
     """
 
     max_connections: Count = 1000
@@ -135,7 +135,7 @@ class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 
 
 class ExitInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Section `evidence`: what dispatchers are told of a call's end, beside what is no secret.
+    """Section `exit_info`: what dispatchers are told of a call's end, beside what is no secret.
 
     Attributes:
         stderr: the last lines of its stderr.
@@ -154,7 +154,7 @@ class Configuration(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
         authentication: `module`, and the keys that this module takes.
         python: where own modules are found.
         limits: how much of everything.
-        evidence: what dispatchers are told of a call's end.
+        exit_info: what dispatchers are told of a call's end.
         runtime_directory: where gate and supervisors meet, with the records of running calls;
             None: a fresh private directory, removed at the end.
         cgroup: the directory of the cgroup in which each call gets one; None: the service's own, if it was delegated.
@@ -316,7 +316,7 @@ def server_context(network: Network, path: Path) -> ssl.SSLContext:
         except OSError as error:
             raise ConfigError(f"{path}: network.{key}: {name}: {error.strerror}") from error
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    set_floor(context, network.tls_floor)
+    set_minimum_version(context, network.tls_floor)
     try:
         # A key with a passphrase fails here; without the argument OpenSSL would ask the terminal.
         context.load_cert_chain(network.certfile, network.keyfile, password="")

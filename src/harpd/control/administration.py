@@ -56,7 +56,7 @@ async def drain(directory: Path, deadline: float | None) -> bool:
             async with asyncio.timeout(deadline):
                 while True:
                     found = await wardens.request_all({"control": "status"})
-                    if not any(warden["calls"] + warden["held"] for warden in found):
+                    if not any(warden["calls"] + warden["resumable"] for warden in found):
                         return True
                     await asyncio.sleep(_PAUSE)
         except TimeoutError:

@@ -95,8 +95,8 @@ class SupervisorLauncher:
                 while not child.exit_status.done():
                     with contextlib.suppress(SupervisorError):
                         status = await self._client.request({"control": "status"}, _REPLY_TIMEOUT)
-                        if status["warden"] == child.process.pid:
-                            return str(status["incarnation"])
+                        if status["supervisor"] == child.process.pid:
+                            return str(status["instance"])
                     await asyncio.wait({child.exit_status}, timeout=_POLL_INTERVAL)
         except TimeoutError as error:
             raise SupervisorError(f"the supervisor did not answer within {_START_TIMEOUT:g} s") from error

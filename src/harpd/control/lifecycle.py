@@ -8,7 +8,7 @@ import signal
 from collections.abc import Awaitable, Callable, Iterable
 from typing import Any, Protocol
 
-from harp_daemon.process import notify
+from harp_daemon.process import notify_service_manager
 from harpd.config.settings import ConfigError
 from harpd.control.supervisor_client import SupervisorError
 
@@ -61,11 +61,11 @@ class Program:
             if starting.done():
                 starting.result()
                 serving()
-                notify("READY=1")
+                notify_service_manager("READY=1")
                 reloads.allow()
                 await ending
             log.info("harpd stops")
-            notify("STOPPING=1")
+            notify_service_manager("STOPPING=1")
             await end([starting])
         finally:
             await reloads.end()

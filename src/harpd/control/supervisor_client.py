@@ -26,7 +26,7 @@ from typing import Any, Self, TypeVar
 
 from harp.protocol.ends import Failed
 from harp.protocol.fields import ProtocolError
-from harp.protocol.harpd import Held, decode_message
+from harp.protocol.harpd import CallList, decode_message
 from harp.protocol.json_text import InvalidJSON, dumps, loads
 from harpd.supervisor.listener import ACTIVE_SOCKET, SOCKET_PREFIX
 
@@ -288,7 +288,7 @@ class SupervisorClient:
                 answers.append(await self.request(request, name=name))
         return answers
 
-    async def list_calls(self, owner: str) -> Held:
+    async def list_calls(self, owner: str) -> CallList:
         """The owner's calls in all supervisors, and who takes new ones.
 
         Raises:
@@ -297,15 +297,15 @@ class SupervisorClient:
         request = dumps({"calls": owner}) + b"\n"
         current = await _retry_until(partial(self._calls_of, ACTIVE_SOCKET, request))
         calls = dict.fromkeys(current.calls)
-        for name in self._other_sockets(current.warden):
+        for name in self._other_sockets(current.instance):
             if (held := await self._calls_of(name, request)) is not None:
                 calls |= dict.fromkeys(held.calls)
-        return Held(tuple(calls), current.warden)
+        return CallList(tuple(calls), current.instance)
 
     def _other_sockets(self, instance: str) -> list[str]:
         return [name for name in self.socket_names() if name != SOCKET_PREFIX + instance]
 
-    async def _calls_of(self, name: str, request: bytes) -> Held | None:
+    async def _calls_of(self, name: str, request: bytes) -> CallList | None:
         """What one supervisor holds; None when it is dead."""
         try:
             line, _ = await self._exchange(name, request, _REPLY_TIMEOUT)
@@ -314,7 +314,7 @@ class SupervisorClient:
             return None
         except ProtocolError as error:
             raise SupervisorError(f"the supervisor gave no list: {error}") from error
-        if not isinstance(held, Held):
+        if not isinstance(held, CallList):
             raise SupervisorError("the supervisor gave no list")
         return held
 
@@ -381,7 +381,7 @@ class AttachReply:
         """The supervisor that says that there is no such call; None: it says something else."""
         with contextlib.suppress(ProtocolError):
             match decode_message(self.line[:-1]):
-                case Failed("no_such_call", _, {"warden": str(supervisor)}):
+                case Failed("no_such_call", _, {"instance": str(supervisor)}):
                     return supervisor
         return None
 

@@ -27,8 +27,8 @@ from harp.protocol.harpd import AnyRequest, Attach, ListCalls, Request, decode_r
 from harp.protocol.json_text import Envelope, dumps
 from harp.protocol.lines import LineBuffer, LineTooLong
 from harp.protocol.resumable import encode_terms
-from harp_daemon.memory_quota import Allowance, Share
-from harp_daemon.sliced_json import open_quickly
+from harp_daemon.memory_quota import MemoryQuota, Reservation
+from harp_daemon.sliced_json import decode_slices
 from harpd.config.loaded import LoadedConfig
 from harpd.control.supervisor_client import SupervisorClient, SupervisorError
 from harpd.frontend.proxy import (
@@ -79,7 +79,7 @@ class Connection:
         peer: str,
         config: LoadedConfig,
         thread_pool: BoundedThreadPool,
-        allowance: Allowance,
+        allowance: MemoryQuota,
         client: SupervisorClient,
         last_heartbeat: Callable[[], float],
     ) -> None:
@@ -88,7 +88,7 @@ class Connection:
         self._config = config
         self._limits = config.configuration.limits
         self._thread_pool = thread_pool
-        self._share = Share(allowance)
+        self._share = Reservation(allowance)
         self._client = client
         self._last_heartbeat = last_heartbeat
         self._next_request = b""
@@ -213,15 +213,15 @@ class Connection:
             case ListCalls(owner):
                 log.debug("calls listed", extra=about)
                 held = await self._client.list_calls(owner)
-                keep = self._limits.keep_alive_timeout if request.keep else None
-                await self._stream.write(encode_message(replace(held, keep=keep)))
-                if not request.keep:
+                keep = self._limits.keep_alive_timeout if request.keep_alive else None
+                await self._stream.write(encode_message(replace(held, keep_alive=keep)))
+                if not request.keep_alive:
                     await self._stream.drain()
-                return None, request.keep
+                return None, request.keep_alive
             case Attach(call=call):
                 log.info("attach accepted", extra={"call": call, "since": request.since, **about})
                 reply = await self._client.attach(_attach_line(request, self._peer, self._limits.keep_alive_timeout))
-                return ResumableProxy.from_reply(self._proxy_context(call, request.keep), reply, orders), False
+                return ResumableProxy.from_reply(self._proxy_context(call, request.keep_alive), reply, orders), False
             case Request(call=terms):
                 call = str(uuid.uuid4()) if terms is None else terms.id
                 procedure = request.procedure[:_MAX_LOGGED_NAME]
@@ -234,7 +234,7 @@ class Connection:
                     self._limits.keep_alive_timeout,
                     self._authentication_time,
                 )
-                around = self._proxy_context(call, request.keep)
+                around = self._proxy_context(call, request.keep_alive)
                 if terms is None:
                     return await BoundProxy.open(around, self._client, line), False
                 return await ResumableProxy.open(around, self._client, line, orders), False
@@ -250,7 +250,7 @@ class Connection:
         line, more = await self._read_request_line()
         said_more = bool(more.strip())
         try:
-            request = decode_request(line, open_quickly)
+            request = decode_request(line, decode_slices)
         except ProtocolError as error:
             raise RequestRejected(Failed(error.type, error.message), discard_input=said_more) from error
         kept = isinstance(request, Attach) or (isinstance(request, Request) and request.call is not None)
@@ -321,12 +321,12 @@ def _start_line(
     """
     members = Envelope(call=call, procedure=request.procedure, arguments=request.arguments)
     members |= {"user": request.user, "peer": peer, "authentication": round(authentication, 6)}
-    if request.keep:
-        members["keep"] = keep_alive
+    if request.keep_alive:
+        members["keep_alive"] = keep_alive
     if request.call is not None:
         terms = encode_terms(request.call)
         del terms["id"]
-        members["kept"] = {**terms, "begun": received_at}
+        members["resumable"] = {**terms, "received": received_at}
     return dumps(members) + b"\n"
 
 
@@ -334,8 +334,8 @@ def _attach_line(request: Attach, peer: str, keep_alive: float) -> bytes:
     """The line that asks a supervisor to attach to a call. Spec: harpd.supervisor.main."""
     members = Envelope(attach=request.call, owner=request.owner, secret=request.secret, since=request.since)
     members |= {"user": request.user, "peer": peer}
-    if request.keep:
-        members["keep"] = keep_alive
+    if request.keep_alive:
+        members["keep_alive"] = keep_alive
     return dumps(members) + b"\n"
 
 

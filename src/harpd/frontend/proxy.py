@@ -20,7 +20,7 @@ from typing import Any
 
 from harp.protocol.ends import Failed
 from harp.protocol.fields import ProtocolError
-from harp.protocol.harpd import LONGEST_ORDER, Done, decode_order
+from harp.protocol.harpd import MAX_COMMAND_BYTES, Release, decode_command
 from harp.protocol.lines import LineBuffer, LineTooLong
 from harpd.config.settings import Limits
 from harpd.control.supervisor_client import AttachReply, SupervisorClient, SupervisorConnection, SupervisorDied
@@ -316,7 +316,7 @@ class ResumableProxy(_Proxy):
 
         Raises `ClientDisconnected`, `LineTooLong` and `TimeoutError`.
         """
-        buffer = LineBuffer(LONGEST_ORDER)
+        buffer = LineBuffer(MAX_COMMAND_BYTES)
         data = self._commands
         with contextlib.suppress(SupervisorDied):
             while self._next_request is None:
@@ -356,7 +356,7 @@ class ResumableProxy(_Proxy):
 def _is_release(line: bytes) -> bool:
     """Whether a client says by this line that it wants no more of a kept call."""
     try:
-        return b"done" in line and isinstance(decode_order(line), Done)
+        return b"release" in line and isinstance(decode_command(line), Release)
     except ProtocolError:
         return False
 

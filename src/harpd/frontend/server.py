@@ -16,7 +16,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from harp_daemon.memory_quota import Allowance
+from harp_daemon.memory_quota import MemoryQuota
 from harp_daemon.sockets import prepare
 from harpd.config.loaded import CommandLine, LoadedConfig, configure_log, load_config, supervisor_settings
 from harpd.config.settings import ConfigError
@@ -133,7 +133,7 @@ class FrontendServer:
         limits = generation.configuration.limits
         self._config = generation
         self._thread_pool = BoundedThreadPool(limits.authentication_threads)
-        self._allowance = Allowance(limits.request_memory)
+        self._allowance = MemoryQuota(limits.request_memory)
 
     async def _accept(self, listener: socket.socket) -> None:
         loop = asyncio.get_running_loop()

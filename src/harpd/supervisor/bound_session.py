@@ -41,7 +41,7 @@ class BoundSession:
         most: int,
         on_closed: Callable[[], None],
     ) -> None:
-        self._acknowledgement = Acknowledgement(streaming, keep=keep)
+        self._acknowledgement = Acknowledgement(streaming, keep_alive=keep)
         self._most = most
         self._on_closed = on_closed
         self._call: Call | None = None

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Protocol
 
-from harp.protocol.call_output import RECORD
+from harp.protocol.call_output import RECORD_PREFIX
 from harp.protocol.ends import Failed
 from harp.protocol.harpd import encode_message
 from harp.protocol.json_text import InvalidJSON, Raw, dumps, loads
@@ -316,7 +316,7 @@ class Call:
         self._decide_end()
         assert self._processes is not None
         receipt = self._processes.stop_report()
-        log.error("processes of a call can't be killed", extra={**self._fields, "receipt": receipt})
+        log.error("processes of a call can't be killed", extra={**self._fields, "stop_report": receipt})
         self._finish(receipt)
 
     def _finish(self, receipt: dict[str, Any] | None) -> None:
@@ -449,7 +449,7 @@ class Call:
         self._drop_line()
         self._begin_line(data[end:])
         last = lines.rfind(b"\n", 0, -1) + 1
-        if lines.startswith(RECORD, last):
+        if lines.startswith(RECORD_PREFIX, last):
             self._take_records(lines)
             return
         records, closing = lines[:last], lines[last:]
@@ -481,8 +481,8 @@ class Call:
             return True
         count = lines.count(b"\n")
         # JSON on a line has no line feed: so this counts the lines that begin as records do.
-        if lines.startswith(RECORD) + lines.count(b"\n" + RECORD) != count:
-            wrong = next(line for line in lines.split(b"\n") if not line.startswith(RECORD))
+        if lines.startswith(RECORD_PREFIX) + lines.count(b"\n" + RECORD_PREFIX) != count:
+            wrong = next(line for line in lines.split(b"\n") if not line.startswith(RECORD_PREFIX))
             self._garbled(f"it wrote what is no record: {wrong[:_SHOWN]!r}")
             return False
         if not self._offered.streaming:

@@ -9,9 +9,9 @@ import struct
 from collections.abc import Callable
 
 from harp.protocol.fields import ProtocolError
-from harp.protocol.json_text import InvalidJSON, Members
+from harp.protocol.json_text import InvalidJSON, JSONObject
 from harp.protocol.lines import LineBuffer, LineTooLong
-from harp_daemon.sliced_json import open_quickly
+from harp_daemon.sliced_json import decode_slices
 from harpd.supervisor.event_loop import READ, WRITE, EventLoop
 
 __all__ = ["FinalReply", "Listener"]
@@ -45,7 +45,7 @@ class Listener:
     """
 
     def __init__(
-        self, loop: EventLoop, directory: str, warden: str, serve: Callable[[socket.socket, Members, bytes], None]
+        self, loop: EventLoop, directory: str, warden: str, serve: Callable[[socket.socket, JSONObject, bytes], None]
     ) -> None:
         self._loop = loop
         self._serve = serve
@@ -106,7 +106,7 @@ class _FirstLine:
     """Reads a connection's first line, however slowly it comes."""
 
     def __init__(
-        self, loop: EventLoop, connection: socket.socket, done: Callable[[socket.socket, Members, bytes], None]
+        self, loop: EventLoop, connection: socket.socket, done: Callable[[socket.socket, JSONObject, bytes], None]
     ) -> None:
         self._loop = loop
         self._connection = connection
@@ -124,7 +124,7 @@ class _FirstLine:
             if not data:
                 self._connection.close()
                 return
-            request = open_quickly(lines[0])
+            request = decode_slices(lines[0])
         except BlockingIOError:
             return
         except (OSError, LineTooLong, InvalidJSON) as error:

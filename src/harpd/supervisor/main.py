@@ -15,23 +15,24 @@ The gate makes one connection per call, JSON lines. The first line says what is 
 
     {"call": ID, "procedure": NAME, "arguments": ..., "user": NAME, "peer": ADDRESS}    a tied call, see
     `harpd.supervisor.bound_session`
-    ... with "kept": {owner, secret, warden, keep_running, linger, timeout, max_exec_time, begun}       a kept one
+    ... with "resumable": {owner, secret, instance, disconnect_timeout, result_ttl, timeout, max_exec_time, received}
+                                                                                         a resumable call
     {"attach": ID, "owner": ..., "secret": ..., "since": NUMBER, "user": NAME, "peer": ADDRESS}    to a kept one again
     {"calls": OWNER}                                                                               which there are
 
-The first three may have "keep": SECONDS, which the acknowledgement then says, too; the first two "authentication":
-SECONDS, how long that took, which the evidence then says.
+The first three may have "keep_alive": SECONDS, which the acknowledgement then repeats; the first two may have
+"authentication": SECONDS, how long that took, which the exit info then repeats.
 
 and what comes back are the lines for the client, as docs/protocol.md has them. Half-closing or closing the connection
 stops a tied call; the warden closes its side only when that call's processes are gone: a close is the proof of death. A
 connection whose first line has the key ``control`` gets one line back:
 
-    {"control": "status"}                       {"calls": N, "held": N, "warden": PID, "incarnation": NAME,
+    {"control": "status"}                       {"calls": N, "resumable": N, "supervisor": PID, "instance": NAME,
                                                  "accepting": BOOL, "zygote": PID, "procedures": [NAME]}
     {"control": "reload", "settings": {...}}    {"ok": true} or {"error": MESSAGE}
     {"control": "drain"}, {"control": "resume"} {"ok": true}; new calls are refused, or taken again
     {"control": "retire"}                       {"ok": true}; it takes no new call ever, and ends with its last one
-    {"control": "keep"}                         {"ok": true}; the connection stays: a keeper, as at the lifeline
+    {"control": "launcher"}                     {"ok": true}; the connection stays: a keeper, as at the lifeline
     {"control": "shutdown"}                     {"ok": true}, once every call has ended, with the error shutdown
 
 When its last keeper goes, a warden whose settings say `outlive` goes on for as long as it holds calls; one whose
@@ -63,9 +64,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from harp.protocol.ends import Failed
-from harp.protocol.fields import check, is_container, string
+from harp.protocol.fields import check, is_container, required_string
 from harp.protocol.harpd import encode_message
-from harp.protocol.json_text import Members, dumps, loads
+from harp.protocol.json_text import JSONObject, dumps, loads
 from harpd.config import log_settings as logs
 from harpd.processes.cgroup import Cgroups, delegated_cgroup
 from harpd.processes.cookie import cookie_for
@@ -212,28 +213,28 @@ class Supervisor:
 
     # Requests.
 
-    def _serve(self, connection: socket.socket, request: Members, behind: bytes) -> None:
+    def _serve(self, connection: socket.socket, request: JSONObject, behind: bytes) -> None:
         if "control" in request:
             self._control(connection, request)
         elif "calls" in request:
-            FinalReply(self._loop, connection, self._held.list_calls(string(request, "calls")))
+            FinalReply(self._loop, connection, self._held.list_calls(required_string(request, "calls")))
         elif "attach" in request:
             self._attach(connection, request, behind)
         else:
             self._start(connection, request, behind)
 
-    def _attach(self, connection: socket.socket, request: Members, behind: bytes) -> None:
+    def _attach(self, connection: socket.socket, request: JSONObject, behind: bytes) -> None:
         refusal = self._held.attach(connection, request, behind)
         if refusal is not None:
             FinalReply(self._loop, connection, encode_message(refusal))
 
-    def _start(self, connection: socket.socket, request: Members, behind: bytes) -> None:
-        call_id, name = string(request, "call"), string(request, "procedure")
+    def _start(self, connection: socket.socket, request: JSONObject, behind: bytes) -> None:
+        call_id, name = required_string(request, "call"), required_string(request, "procedure")
         arguments = request.payload("arguments")
         check(_CALL_ID.fullmatch(call_id) is not None, f"call: expected a UUID, got {call_id!r}")
         check(is_container(arguments, (list, dict)), "arguments: expected an array or an object")
-        asked = request.members("kept") if "kept" in request else None
-        keep = request.value("keep") if "keep" in request else None
+        asked = request.nested_object("resumable") if "resumable" in request else None
+        keep = request.value("keep_alive") if "keep_alive" in request else None
         authentication = request.value("authentication") if "authentication" in request else None
         failed = self._refusal(call_id, name, asked)
         if failed is None:
@@ -247,7 +248,7 @@ class Supervisor:
         else:
             self._calls[call_id].send_arguments(arguments, authentication)
 
-    def _refusal(self, call_id: str, name: str, asked: Members | None) -> Failed | None:
+    def _refusal(self, call_id: str, name: str, asked: JSONObject | None) -> Failed | None:
         if self._retired and asked is not None:
             return self._held.wrong_instance()
         if self._closing or self._retired:
@@ -292,7 +293,7 @@ class Supervisor:
         call_id: str,
         name: str,
         zygote: ZygoteClient,
-        asked: Members,
+        asked: JSONObject,
         behind: bytes,
         keep: float | None,
     ) -> Failed | None:
@@ -338,7 +339,7 @@ class Supervisor:
 
     # Control.
 
-    def _control(self, connection: socket.socket, request: Members) -> None:
+    def _control(self, connection: socket.socket, request: JSONObject) -> None:
         def answer(message: dict[str, Any]) -> None:
             FinalReply(self._loop, connection, dumps(message) + b"\n")
 
@@ -358,7 +359,7 @@ class Supervisor:
                 self._retire()
                 answer({"ok": True})
                 self._end_if_unwanted()
-            case "keep":
+            case "launcher":
                 connection.send(b'{"ok":true}\n')
                 self._keep(connection)
             case "shutdown":
@@ -369,9 +370,9 @@ class Supervisor:
     def _status(self) -> dict[str, Any]:
         return {
             "calls": len(self._calls),
-            "held": len(self._held),
-            "warden": os.getpid(),
-            "incarnation": self._incarnation,
+            "resumable": len(self._held),
+            "supervisor": os.getpid(),
+            "instance": self._incarnation,
             "accepting": self._accepting and not self._draining,
             "zygote": self._zygote.pid if self._zygote else None,
             "procedures": sorted(self._zygote.procedures) if self._zygote else [],

@@ -18,9 +18,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from harp.protocol.ends import Failed
-from harp.protocol.fields import check, is_count, is_seconds, string, value
-from harp.protocol.harpd import Held, encode_message
-from harp.protocol.json_text import Members, dumps
+from harp.protocol.fields import check, is_count, is_seconds, member_value, required_string
+from harp.protocol.harpd import CallList, encode_message
+from harp.protocol.json_text import JSONObject, dumps
 from harpd.supervisor.event_loop import EventLoop
 from harpd.supervisor.resumable_session import Ownership, ResumableSession, SessionLimits
 from harpd.supervisor.spool import SpoolQuota
@@ -84,32 +84,32 @@ class CallRegistry:
         """Whether somebody is attached to an ended call and may yet say that it has stored the end."""
         return any(call.attached for call in self._calls.values())
 
-    def create_session(self, call_id: str, asked: Members, streaming: bool) -> ResumableSession | Failed:
+    def create_session(self, call_id: str, asked: JSONObject, streaming: bool) -> ResumableSession | Failed:
         """Keep a new call, or say why not. It has nobody attached yet."""
-        if string(asked, "warden") != self._warden:
+        if required_string(asked, "instance") != self._warden:
             return self.wrong_instance()
-        begun = float(value(asked, "begun"))
+        begun = float(member_value(asked, "received"))
         terms = self._terms(asked)
         if self._loop.now() - begun > min(_OLDEST_START, terms.disconnect_timeout):
             return Failed("call_refused", "the start was too long on its way; it did not happen")
         if self._memory.exhausted or len(self._calls) >= _HELD_SHARE * self._settings["max_calls"]:
             return Failed("too_many_calls", "the calls whose ends nobody has fetched hold as much as they may")
-        owner = string(asked, "owner")
+        owner = required_string(asked, "owner")
         if call_id in self._calls or self._barred.contains(owner, call_id):
             return Failed("call_refused", "a call of this id was started, or given up, before")
-        return self._keep(call_id, Ownership(owner, _digest(string(asked, "secret"))), terms, streaming, begun)
+        return self._keep(call_id, Ownership(owner, _digest(required_string(asked, "secret"))), terms, streaming, begun)
 
-    def _terms(self, asked: Members) -> SessionLimits:
+    def _terms(self, asked: JSONObject) -> SessionLimits:
         return SessionLimits(
-            disconnect_timeout=min(_seconds(asked, "keep_running"), self._settings["disconnect_timeout"]),
-            result_ttl=min(_seconds(asked, "linger"), self._settings["result_ttl"]),
+            disconnect_timeout=min(_seconds(asked, "disconnect_timeout"), self._settings["disconnect_timeout"]),
+            result_ttl=min(_seconds(asked, "result_ttl"), self._settings["result_ttl"]),
             timeout=_seconds(asked, "timeout"),
             max_exec_time=_seconds(asked, "max_exec_time"),
         )
 
     def wrong_instance(self) -> Failed:
         """The answer to a start that names another warden, or one that comes to a warden that starts no more."""
-        return Failed("other_warden", "the start was meant for another warden; it did not happen", self._data())
+        return Failed("wrong_instance", "the start was meant for another warden; it did not happen", self._data())
 
     def adopt_orphans(self, calls: Mapping[str, CallState], receipts: Mapping[str, Mapping[str, Any]]) -> None:
         """Take over the kept calls of wardens that have died, as calls that have died with them.
@@ -122,17 +122,17 @@ class CallRegistry:
             self._calls[call_id].on_closed(dumps(receipts[call_id]))
         for call_id, record in calls.items():
             try:
-                kept = record.session["kept"]
+                kept = record.session["resumable"]
                 claim = Ownership(str(kept["owner"]), str(kept["secret"]))
                 terms = SessionLimits(
-                    *(float(kept[key]) for key in ("keep_running", "linger", "timeout", "max_exec_time"))
+                    *(float(kept[key]) for key in ("disconnect_timeout", "result_ttl", "timeout", "max_exec_time"))
                 )
                 streaming = bool(kept["streaming"])
             except (KeyError, TypeError, ValueError):
                 continue  # a tied call: nobody asks for it
             kept_call = self._keep(call_id, claim, terms, streaming, self._loop.now())
             receipt = dumps(receipts[call_id]) if call_id in receipts else None
-            kept_call.adopt(_WARDEN_DIED, dumps({"by": "unknown", "warden": "died"}), receipt)
+            kept_call.adopt(_WARDEN_DIED, dumps({"by": "unknown", "supervisor": "died"}), receipt)
             self._record_again(call_id, record)
 
     def _record_again(self, call_id: str, record: CallState) -> None:
@@ -167,26 +167,26 @@ class CallRegistry:
         """What the next warden has to know to `bury` a call."""
         terms = kept.limits
         return {
-            "kept": {
+            "resumable": {
                 "owner": kept.ownership.owner,
                 "secret": kept.ownership.secret,
-                "keep_running": terms.disconnect_timeout,
-                "linger": terms.result_ttl,
+                "disconnect_timeout": terms.disconnect_timeout,
+                "result_ttl": terms.result_ttl,
                 "timeout": terms.timeout,
                 "max_exec_time": terms.max_exec_time,
                 "streaming": streaming,
             }
         }
 
-    def attach(self, connection: socket.socket, request: Members, behind: bytes) -> Failed | None:
+    def attach(self, connection: socket.socket, request: JSONObject, behind: bytes) -> Failed | None:
         """Attach a connection to a call, or say why not. `behind`: what came behind the request."""
-        call_id, owner = string(request, "attach"), string(request, "owner")
-        since = value(request, "since")
+        call_id, owner = required_string(request, "attach"), required_string(request, "owner")
+        since = member_value(request, "since")
         check(is_count(since), "since: expected a count")
         if call_id not in self._calls:
             self._sweep()  # its warden may have died just now
         kept = self._calls.get(call_id)
-        claim = Ownership(owner, _digest(string(request, "secret")))
+        claim = Ownership(owner, _digest(required_string(request, "secret")))
         if kept is None or not _same(kept.ownership, claim):
             self._barred.add(owner, call_id, self._loop.now())
             return Failed("no_such_call", "there is no such call here, and none of this id will start", self._data())
@@ -195,7 +195,7 @@ class CallRegistry:
             data = {"first": first, "end": end}
             return Failed("records_gone", "not all of the call's records from this number on are here", data)
         log.info("dispatcher attached to its call", extra={"call": call_id, "since": since})
-        kept.attach(connection, since, behind, value(request, "keep") if "keep" in request else None)
+        kept.attach(connection, since, behind, member_value(request, "keep_alive") if "keep_alive" in request else None)
         return None
 
     def list_calls(self, owner: str) -> bytes:
@@ -206,7 +206,7 @@ class CallRegistry:
             for call_id, kept in self._calls.items()
             if hmac.compare_digest(_bytes(kept.ownership.owner), _bytes(owner))
         )
-        return encode_message(Held(calls, self._warden))
+        return encode_message(CallList(calls, self._warden))
 
     def _on_forgotten(self, kept: ResumableSession) -> None:
         del self._calls[kept.id]
@@ -215,11 +215,11 @@ class CallRegistry:
         self._call_forgotten()
 
     def _data(self) -> dict[str, str]:
-        return {"warden": self._warden}
+        return {"instance": self._warden}
 
 
-def _seconds(members: Members, key: str) -> float:
-    seconds = value(members, key)
+def _seconds(members: JSONObject, key: str) -> float:
+    seconds = member_value(members, key)
     check(is_seconds(seconds), f"{key}: expected a positive number of seconds")
     return float(seconds)
 

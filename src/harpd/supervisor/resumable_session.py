@@ -8,11 +8,10 @@ line means that nothing of the call runs any more. The dispatcher says ``done`` 
 No more is sent ahead of what is acknowledged than a window: so a dispatcher whose store is slow need not stop reading,
 and hears what else there is to hear.
 
-Contact is proven by the dispatcher's ``alive``: it says the time of ours that it has heard last, so up to then it has
-heard us, and can't have given us up as lost for longer than since then. Nothing else counts: an open connection proves
-nothing, and what it said may have been long on its way. A running call without contact for `disconnect_timeout` seconds
-is stopped; an ended one is forgotten after `result_ttl` seconds. One connection is attached at a time: a later one
-takes the place of the earlier.
+The dispatcher's heartbeat proves contact: it echoes the latest time that this process has sent, so up to that time the
+dispatcher has received from us. Nothing else counts: an open connection proves nothing, and a message may have been
+delayed. A running call without contact for `disconnect_timeout` seconds is stopped; the end of a call is discarded
+after `result_ttl` seconds. One connection is attached at a time: a later one replaces the earlier.
 """
 
 from __future__ import annotations
@@ -26,16 +25,16 @@ from dataclasses import dataclass, field
 from harp.protocol.ends import Failed
 from harp.protocol.fields import ProtocolError
 from harp.protocol.harpd import (
+    Ack,
     Acknowledgement,
-    Alive,
-    Done,
-    Evidence,
-    KeptTerms,
-    Receipt,
-    RecordsAt,
+    ExitInfo,
+    GrantedTerms,
+    Heartbeat,
+    RecordTime,
+    Release,
     StopCall,
-    Stored,
-    decode_order,
+    StopReport,
+    decode_command,
     encode_message,
 )
 from harp.protocol.json_text import Raw
@@ -177,8 +176,8 @@ class ResumableSession:
     def on_exit(self, evidence: Callable[[], Raw], receipt: Raw | None) -> None:
         """See `CallObserver`."""
         assert self._end is not None
-        said = b"" if receipt is None else encode_message(Receipt(receipt))
-        self._closing = said + encode_message(Evidence(evidence())) + self._end
+        said = b"" if receipt is None else encode_message(StopReport(receipt))
+        self._closing = said + encode_message(ExitInfo(evidence())) + self._end
         self._memory.reserve(len(self._closing))
         self._end = None
         self._ended = self._loop.now()
@@ -189,7 +188,7 @@ class ResumableSession:
         """See `CallObserver`."""
         self._call = None
         if receipt is not None:
-            self._last_receipt = encode_message(Receipt(receipt))
+            self._last_receipt = encode_message(StopReport(receipt))
             self._pump()
 
     # Who is attached.
@@ -230,8 +229,8 @@ class ResumableSession:
         """
         self._buried = True
         self._started = self._ended = self._loop.now()
-        said = b"" if receipt is None else encode_message(Receipt(receipt))
-        self._closing = said + encode_message(Evidence(evidence)) + encode_message(end)
+        said = b"" if receipt is None else encode_message(StopReport(receipt))
+        self._closing = said + encode_message(ExitInfo(evidence)) + encode_message(end)
         self._arm(self.limits.result_ttl)
 
     def has_records_from(self, since: int) -> bool:
@@ -257,10 +256,10 @@ class ResumableSession:
 
     def _greet(self) -> None:
         if self._reader is not None and self._started is not None:
-            terms = KeptTerms(
-                warden=self._warden,
-                keep_running=self.limits.disconnect_timeout,
-                linger=self.limits.result_ttl,
+            terms = GrantedTerms(
+                instance=self._warden,
+                disconnect_timeout=self.limits.disconnect_timeout,
+                result_ttl=self.limits.result_ttl,
                 kill_grace=self._kill_grace,
                 elapsed=self._elapsed(),
                 records=self._spool.end,
@@ -279,11 +278,11 @@ class ResumableSession:
             return
         if self._owes_answer and reader.writable:  # one for all that were asked for since
             self._owes_answer = False
-            reader.send(encode_message(Alive(self._elapsed())))
+            reader.send(encode_message(Heartbeat(self._elapsed())))
         while reader.writable and self._ahead < _WINDOW and (piece := self._spool.chunk_from(self._next)) is not None:
             self._next = piece.first + piece.count
             self._ahead += len(piece.lines)
-            reader.send(encode_message(RecordsAt(piece.time)) + piece.lines)
+            reader.send(encode_message(RecordTime(piece.time)) + piece.lines)
         if self._next < self._spool.end or self._closing is None:
             return
         if not self._told_end:
@@ -298,14 +297,14 @@ class ResumableSession:
             lines = self._lines.feed(data)
             for line in lines:
                 if reader is self._reader:
-                    self._obey(decode_order(line), reader)
+                    self._obey(decode_command(line), reader)
         except (ProtocolError, LineTooLong) as error:
             log.error("what a dispatcher said of its call is not of the protocol", extra=self._about(str(error)))
             self._detach(reader)
 
-    def _obey(self, order: Stored | Alive | StopCall | Done, reader: BufferedStream) -> None:
+    def _obey(self, order: Ack | Heartbeat | StopCall | Release, reader: BufferedStream) -> None:
         match order:
-            case Stored(count):
+            case Ack(count):
                 if count > self._spool.end:
                     raise ProtocolError(f"stored: {count} records, of {self._spool.end}")
                 stored = self._spool.acknowledge(count)
@@ -313,7 +312,7 @@ class ResumableSession:
                 self._ahead = 0 if count >= self._next else max(0, self._ahead - stored)
                 self._resume()
                 self._pump()
-            case Alive(at):
+            case Heartbeat(at):
                 if at > self._elapsed():
                     raise ProtocolError("alive: a time that has not come yet")
                 self._contact = max(self._contact, (self._started or 0) + at)
@@ -321,7 +320,7 @@ class ResumableSession:
                 self._pump()
             case StopCall(why, by):
                 self._stop(StopReason.CANCELLED, why, by)
-            case Done():
+            case Release():
                 if self._closing is None:
                     raise ProtocolError("done: the call has not ended")
                 self.discard()

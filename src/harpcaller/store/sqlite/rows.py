@@ -11,7 +11,7 @@ from struct import Struct
 from typing import Any, TypeAlias
 
 from harp.protocol.ends import Cancelled, End, Returned, decode_end, encode_end
-from harp.protocol.json_text import Raw, dumps, open_sliced
+from harp.protocol.json_text import Raw, dumps, slice_text
 from harpcaller.model.jobs import Job, JobMetadata, State, StopState
 
 __all__ = [
@@ -71,7 +71,7 @@ def _decode_end(state: State, body: bytes | None) -> End | None:
         return None
     if state is State.RETURNED:
         return Returned(Raw(body))
-    return decode_end(_CLOSING_KEYS[state], open_sliced(body))
+    return decode_end(_CLOSING_KEYS[state], slice_text(body))
 
 
 def decode_job(row: Row) -> Job:
