@@ -153,9 +153,10 @@ def test_without_root_no_other_user_can_be_taken(tmp_path: Path) -> None:
     nobody = pwd.getpwnam("nobody")
     program = (
         "from harpd.worker.privileges import *\n"
-        "take(resolve('nobody', None)); take(resolve(None, None)); print('own')\n"
+        "drop_privileges(resolve_credentials('nobody', None)); drop_privileges(resolve_credentials(None, None))\n"
+        "print('own')\n"
         "for uid, gid in (('daemon', None), (0, None), (None, (7,)), ('nobody', (7,))):\n"
-        "    try:\n        take(resolve(uid, gid))\n        print('taken')\n"
+        "    try:\n        drop_privileges(resolve_credentials(uid, gid))\n        print('taken')\n"
         "    except UserError as error:\n        print('refused')\n"
     )
     done = subprocess.run(
