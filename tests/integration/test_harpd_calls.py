@@ -499,8 +499,10 @@ def test_calls_leave_nothing_behind(harpd: Harpd) -> None:
         worker.start()
     for worker in workers:
         worker.join()
-    # A pipe closes when its end is seen, a moment after the call.
-    wait_until(lambda: [descriptors(pid) for pid in processes] <= before, DEADLINE, f"{before} descriptors")
+    # A pipe closes when its end is seen, a moment after the call. Pre-forked processes, each with a few descriptors,
+    # come and go; one descriptor left by each call would be 300.
+    for pid, number in zip(processes, before, strict=True):
+        wait_until(lambda pid=pid, most=number + 30: descriptors(pid) < most, DEADLINE, f"{number} descriptors")  # type: ignore[misc]
     assert not list((harpd.runtime_directory / "calls").glob("*/*"))
 
 
