@@ -1,12 +1,12 @@
-"""HARP's client: remote procedures by way of a dispatcher (`HarpCaller`) or on one harpd (`HarpServer`).
+"""HARP's client: remote procedures through a dispatcher (`HarpCaller`) or directly on one harpd (`HarpServer`).
 
     import harp
 
     rpc = harp.HarpCaller("localhost")
     print(rpc.web01.uptime().get())
 
-The same with asyncio is in `harp.aio`. What is named here is loaded on first use: the daemons, which share
-`harp.protocol`, load no client with it, and who does not need asyncio or ssl does not load them.
+`harp.aio` is the same for asyncio. The names of this package are imported on first use, so that a daemon that imports
+`harp.protocol` does not load the client, and a program without asyncio or TLS does not load them.
 
 Spec: docs/client-api.md.
 """
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from importlib import import_module
 
-TYPE_CHECKING = False  # not from `typing`: the process that calls are forked from loads this module, too
+TYPE_CHECKING = False  # not from `typing`: the zygote imports this package, too, and stays small without it
 if TYPE_CHECKING:
     from harp import aio as aio
     from harp._core.calls import Call
@@ -47,11 +47,11 @@ __all__ = [
 ]
 
 
-#: Where the names are, the cheapest module first.
+#: The modules of the names; modules that load faster are first.
 _HOMES = ("harp.errors", "harp._core.outcomes", "harp._core.calls", "harp._net.sync", "harp.client", "harp.direct")
 
 
-if not TYPE_CHECKING:  # a type checker knows the names from above, and refuses others
+if not TYPE_CHECKING:  # a type checker uses the imports above, and rejects other names
 
     def __getattr__(name: str) -> object:
         if name == "aio":

@@ -1,7 +1,7 @@
 """The exceptions of the client API, and nothing else.
 
-Everything that `harp` raises derives from `HarpException`. Errors of the network, of TLS and of JSON
-are mapped to these once, where they come in; the original is kept as the cause.
+Every exception that `harp` raises derives from `HarpException`. `harp._net.errors` maps errors of the network, of TLS
+and of JSON to them; the original is the cause.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ class HarpException(Exception):
 
 
 class CommunicationError(HarpException):
-    """The peer could not be reached, closed too early, or did not speak the protocol.
+    """The peer cannot be reached, closed the connection too early, or violated the protocol.
 
-    The message names host, port and cause. Spec: docs/client-api.md, Exceptions.
+    The message contains host, port and cause. Spec: docs/client-api.md, Exceptions.
     """
 
 
@@ -27,12 +27,12 @@ class CancelledException(HarpException):
 
 
 class _Reported(HarpException):
-    """What the other side reported: a type, a message and perhaps data.
+    """An error that the peer reported: a type, a message and optional data.
 
     Args:
         type: identifier of the kind of error, for example ``"unknown_host"`` or ``"ValueError"``.
         message: the complete message.
-        data: any JSON value, None when the other side gave none.
+        data: any JSON value, None when there is none.
     """
 
     def __init__(self, type: str, message: str, data: Any = None) -> None:
@@ -56,10 +56,10 @@ class RemoteException(_Reported):
 
 
 class RemoteError(_Reported):
-    """The call could not be carried out or was cut short. Spec: docs/client-api.md, Exceptions.
+    """The call failed or was stopped, or the request was refused. Spec: docs/client-api.md, Exceptions.
 
     Args:
-        type: the error type of the wire; docs/protocol.md lists each with its cause and cure.
+        type: the error type of the wire; docs/protocol.md lists each with cause and remedy.
         message: the complete message.
         data: any JSON value, None when there is none.
     """

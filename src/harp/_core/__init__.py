@@ -1,1 +1,1 @@
-"""The client without network and clock: operations, streams, retry, connection pool, keep-alive."""
+"""The client without network and clock: operations, streams, retry, connection pool."""

@@ -1,4 +1,4 @@
-"""What a caller passes in, checked and turned into requests: names, arguments, options, credentials.
+"""The caller's input, checked and turned into requests: names, arguments, options, credentials.
 
 Values are encoded as soon as they are passed: a later change of a list or dict does not change the request.
 """

@@ -1,4 +1,4 @@
-"""What both shells' dispatcher classes share: everything but the public methods that talk.
+"""Base classes of both shells' dispatcher classes: everything except the public methods that send requests.
 
 Legacy dispatchers close the connection without a reply when a request contains the keep-alive key. A request that waits
 would take this for an interruption and try again for minutes. So it contains the key only after the dispatcher has
@@ -7,8 +7,7 @@ granted keep-alive to another request.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from typing import Any, ClassVar, Generic, Self, TypeVar, Unpack
+from typing import Any, Generic, Self, TypeVar, Unpack
 
 from harp._core.calls import JobOptions, Options, check_name, job_request, plain_request
 from harp._core.connection_pool import ConnectionPool
@@ -24,33 +23,17 @@ from harp._core.operations import (
     submit,
 )
 from harp._core.retry import ReconnectPolicy, closed_without_reply, parse_reconnect, unsupported_by_peer
-from harp._core.steps import Clock, Connection, Steps, mark_ambiguous
+from harp._core.steps import Connection, PooledPeer, Steps, mark_ambiguous
 from harp.errors import CommunicationError, HarpException
 from harp.protocol.replies import parse_keep_alive
 from harp.protocol.requests import Call, Cancel, Request, SubmitMany, encode_request
 
-__all__ = ["CallerBase", "JobBase", "PooledPeer", "ProcedureBase", "ServerBase"]
+__all__ = ["CallerBase", "JobBase", "ProcedureBase", "ServerBase"]
 
 C = TypeVar("C", bound=Connection)
 D = TypeVar("D")
 S = TypeVar("S", bound="ServerBase[Any]")
 T = TypeVar("T")
-
-
-class PooledPeer(ABC, Generic[C]):
-    """A peer that requests are sent to, over connections that may wait for the next one."""
-
-    _clock: ClassVar[Clock]
-    _endpoint: Endpoint
-    _pool: ConnectionPool[C]
-
-    @abstractmethod
-    def _open(self) -> Any:
-        """Return a new connection that is connected; a step."""
-
-    def __getstate__(self) -> dict[str, Any]:
-        # A copy has connections of its own.
-        return {**self.__dict__, "_pool": ConnectionPool(self._pool.enabled)}
 
 
 class CallerBase(PooledPeer[C]):

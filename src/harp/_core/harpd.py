@@ -1,4 +1,4 @@
-"""What both shells' classes for direct calls share: everything but the public methods that talk."""
+"""Base classes of both shells' classes for direct calls: everything except the public methods that send requests."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ from typing import Any, Generic, TypeVar
 
 from harp._core.calls import Credentials, check_name, direct_request
 from harp._core.connection_pool import ConnectionPool
-from harp._core.dispatcher import PooledPeer
 from harp._core.endpoint import Endpoint
-from harp._core.steps import Connection, Steps, mark_ambiguous
+from harp._core.steps import Connection, PooledPeer, Steps, mark_ambiguous
 from harp._core.streams import DirectReader
 
 __all__ = ["DirectProcedureBase", "DirectServerBase"]
@@ -46,7 +45,7 @@ class DirectServerBase(PooledPeer[C]):
         """Send a call and read harpd's acknowledgement.
 
         Returns:
-            The connection, the reader of what follows, and whether the result is streamed.
+            The connection, the reader of the following lines, and whether the result is streamed.
         """
         pooled = self._pool.take(self._clock.now())
         conn = pooled or (yield self._open())

@@ -167,7 +167,7 @@ def _process(survivor: Any) -> str:
 
 
 class Job:
-    """A job's operations, and what is final about it.
+    """A job's operations, and its final facts.
 
     Args:
         job_id: the job's identifier.
@@ -220,7 +220,7 @@ class Job:
         return reply.cancelled
 
     def details(self) -> Operation[dict[str, Any]]:
-        """Return all that the dispatcher knows about the job."""
+        """Return all that is known about the job."""
         reply = yield from _request_extension(GetDetails(self.id), "details() and why()")
         assert isinstance(reply, Details)
         details: dict[str, Any] = reply.details
@@ -232,7 +232,7 @@ class Job:
         return str(details["why"])
 
     def submitted(self) -> Operation[Status]:
-        """Return a status; what was submitted is the same in each."""
+        """Return any status: all have the same submitted facts."""
         return self._status_where(lambda status: True)
 
     def started(self) -> Operation[Status]:

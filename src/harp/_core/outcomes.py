@@ -1,4 +1,4 @@
-"""What a call ends with, as Python values."""
+"""The outcomes of calls, as Python values."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Result:
     """The end result of a streaming procedure, the last item of a `HarpStreamIterator`.
 
     Args:
-        value: what the procedure returned, any JSON value.
+        value: the procedure's return value, any JSON value.
 
     Spec: docs/client-api.md, Direct calls.
     """
@@ -52,7 +52,7 @@ def error_of(report: Failed) -> RemoteError:
 
 
 def outcome_of(end: End) -> Any:
-    """Return what `result()` returns for an end."""
+    """Return the value of `result()` for an end."""
     match end:
         case Returned(result):
             return result

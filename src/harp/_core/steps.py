@@ -1,21 +1,23 @@
 """How the client talks to a peer, written once for both shells.
 
-A function of this kind is a generator (`Steps`). It yields what a connection's method returns and is sent the value:
-in the synchronous shell this is the value itself, in the asyncio shell it is a coroutine that the shell awaits first.
-`harp._net.sync.run` and `harp._net.aio.run` are the two drivers.
+A function of this kind is a generator (`Steps`). It yields the return value of a connection's method and is sent the
+result. In the synchronous shell these are the same; in the asyncio shell the return value is a coroutine, which the
+shell awaits. `harp._net.sync.run` and `harp._net.aio.run` are the two drivers.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeAlias, TypeVar
+from typing import Any, ClassVar, Generic, Protocol, TypeAlias, TypeVar
 
-from harp._core.connection_pool import Poolable
+from harp._core.connection_pool import ConnectionPool, Poolable
+from harp._core.endpoint import Endpoint
 from harp.errors import CommunicationError
 
-__all__ = ["Clock", "Connection", "Steps", "mark_ambiguous"]
+__all__ = ["Clock", "Connection", "PooledPeer", "Steps", "mark_ambiguous"]
 
 T = TypeVar("T")
 
@@ -24,7 +26,7 @@ Steps: TypeAlias = Generator[Any, Any, T]
 
 
 class Connection(Poolable, Protocol):
-    """What both shells' connections have in common; a step is a call of a method that returns `Any`."""
+    """The common interface of both shells' connections; a call of a method that returns `Any` is a step."""
 
     def connect(self) -> Any:
         """Connect, or connect again."""
@@ -39,7 +41,7 @@ class Connection(Poolable, Protocol):
         """Wait for a line and return it."""
 
     def parse_buffered(self, parse: Callable[[Iterable[bytes]], list[Any]]) -> list[Any]:
-        """Return what a function parses from the lines that are already here."""
+        """Pass the lines that have arrived already to a function, and return its items."""
 
     def map_errors(self, action: str) -> AbstractContextManager[None]:
         """Turn errors of the network, of TLS, of JSON and of the protocol into `CommunicationError`."""
@@ -56,6 +58,25 @@ class Clock:
 
     now: Callable[[], float]
     sleep: Callable[[float], Any]
+
+
+C = TypeVar("C", bound=Connection)
+
+
+class PooledPeer(ABC, Generic[C]):
+    """A peer that requests are sent to, over connections that may wait for the next one."""
+
+    _clock: ClassVar[Clock]
+    _endpoint: Endpoint
+    _pool: ConnectionPool[C]
+
+    @abstractmethod
+    def _open(self) -> Any:
+        """Return a new connection that is connected; a step."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy has connections of its own.
+        return {**self.__dict__, "_pool": ConnectionPool(self._pool.enabled)}
 
 
 @contextmanager

@@ -1,1 +1,1 @@
-"""The client's sockets and TLS: synchronous and asyncio connections, and their iterators."""
+"""The client's sockets and TLS: synchronous and asyncio connections and streams."""

@@ -15,9 +15,8 @@ from typing import Any, NoReturn, Self, TypeVar, cast
 
 from harp._core.calls import encode_line
 from harp._core.connection_pool import ConnectionPool
-from harp._core.dispatcher import PooledPeer
 from harp._core.endpoint import Endpoint
-from harp._core.steps import Clock, Steps
+from harp._core.steps import Clock, PooledPeer, Steps
 from harp._core.streams import Reader, StreamBase
 from harp._net.errors import ErrorMapping
 from harp._net.sockets import CONNECT_TIMEOUT, ConnectAttempts, ReceiveBuffer, is_idle
@@ -137,7 +136,7 @@ class _Protocol(asyncio.Protocol):
         return line
 
     def parse(self, parse: Callable[[Iterable[bytes]], list[Any]]) -> list[Any]:
-        """Return what a function parses from the lines; see `ReceiveBuffer.parse`."""
+        """Pass the lines that have arrived already to a function; see `ReceiveBuffer.parse`."""
         items = self._received.parse(parse)
         self._resume_reading()
         return items
@@ -156,7 +155,7 @@ class _Protocol(asyncio.Protocol):
 
 
 class _Closable(ABC):
-    """What connections and iterators have in common."""
+    """Common base of connections and iterators."""
 
     @abstractmethod
     async def close(self) -> None:
@@ -325,7 +324,7 @@ class AsyncPeer(PooledPeer[AsyncJSONConnection]):
 
 
 class AsyncIteration(_Closable, AsyncIterator[Any]):
-    """What all iterators have: all items at once, and a context manager that closes."""
+    """Common base of the iterators."""
 
     async def all(self) -> list[Any]:
         """See `harp.RemoteCall.StreamIterator.all`."""

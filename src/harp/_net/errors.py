@@ -15,7 +15,7 @@ from harp._core.endpoint import Endpoint
 
 __all__ = ["ErrorMapping", "describe_error"]
 
-#: What to do about a certificate that is not accepted, by OpenSSL's error number.
+#: Remedies for a certificate that is not accepted, by OpenSSL's error number.
 _HINTS = {
     9: "check the clocks of both machines",
     10: "renew the server's certificate",
@@ -29,7 +29,7 @@ class ErrorMapping:
 
     Args:
         endpoint: the peer.
-        action: what fails, for the message.
+        action: the action that fails, for the message.
     """
 
     __slots__ = ("_action", "_endpoint")

@@ -1,4 +1,4 @@
-"""What the connections of both shells share: attempts to connect, the receive buffer, the test for idleness."""
+"""Common parts of both shells' connections: attempts to connect, the receive buffer, the test for idleness."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ class ReceiveBuffer:
         return self._lines.popleft() if self._lines else None
 
     def parse(self, parse: Callable[[Iterable[bytes]], list[Any]]) -> list[Any]:
-        """Return what a function parses from the lines; as many of the first lines are removed as it returns items."""
+        """Pass the lines to a function and return its items; remove as many of the first lines as there are items."""
         items = parse(self._lines)
         for _ in items:
             self._lines.popleft()

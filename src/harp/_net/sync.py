@@ -14,9 +14,8 @@ from typing import Any, NoReturn, Self, TypeVar
 
 from harp._core.calls import encode_line
 from harp._core.connection_pool import ConnectionPool
-from harp._core.dispatcher import PooledPeer
 from harp._core.endpoint import Endpoint
-from harp._core.steps import Clock, Steps
+from harp._core.steps import Clock, PooledPeer, Steps
 from harp._core.streams import Reader, StreamBase
 from harp._net.errors import ErrorMapping
 from harp._net.sockets import CONNECT_TIMEOUT, ConnectAttempts, ReceiveBuffer, is_idle
@@ -37,8 +36,8 @@ CLOCK = Clock(time.monotonic, time.sleep)
 
 def run(steps: Steps[T]) -> T:
     """Run steps and return their outcome."""
+    value: Any = None
     try:
-        value = next(steps)
         while True:
             value = steps.send(value)
     except StopIteration as end:
@@ -47,7 +46,7 @@ def run(steps: Steps[T]) -> T:
 
 
 class _Closable(ABC):
-    """What connections and iterators have in common."""
+    """Common base of connections and iterators."""
 
     @abstractmethod
     def close(self) -> None:
@@ -173,7 +172,7 @@ class JSONConnection(_Closable):
         return line
 
     def parse_buffered(self, parse: Callable[[Iterable[bytes]], list[Any]]) -> list[Any]:
-        """Return what a function parses from the lines that are already here; see `ReceiveBuffer.parse`."""
+        """Pass the lines that have arrived already to a function; see `ReceiveBuffer.parse`."""
         return self._received.parse(parse)
 
     def is_idle(self) -> bool:
@@ -219,7 +218,7 @@ class JSONSSLConnection(JSONConnection):
 
     Raises:
         CommunicationError: the server cannot be reached within 30 seconds, does not speak TLS, or its certificate
-            is not accepted; the message says what to do.
+            is not accepted; the message has a hint.
         HarpException: `host` or `port` is invalid, or `ca_file` cannot be read.
 
     Spec: docs/client-api.md, Networked JSON interface.
@@ -259,7 +258,7 @@ class SyncPeer(PooledPeer[JSONConnection]):
 
 
 class Iteration(_Closable, Iterator[Any]):
-    """What all iterators have: all items at once, and a context manager that closes."""
+    """Common base of the iterators."""
 
     def all(self) -> list[Any]:
         """Return all remaining items in one list. Spec: docs/client-api.md, RemoteCall.StreamIterator."""

@@ -1,7 +1,7 @@
-"""TLS contexts of the client, each made once for each state of a `ca_file`.
+"""TLS contexts of the client, cached for each state of a `ca_file`.
 
-Making a context with its authorities takes about as long as a full handshake, and either takes longer than a call over
-an open connection.
+To create a context with its authorities takes about as long as a full handshake, and longer than a call on an open
+connection.
 """
 
 from __future__ import annotations
@@ -17,45 +17,44 @@ from harp.errors import HarpException
 
 __all__ = ["tls_context"]
 
-#: The most contexts that are kept.
-_CONTEXTS = 16
+#: The most cached contexts.
+_CACHE_SIZE = 16
 
-#: What tells one state of a file from another, if there is more time between them than a tick of the file system.
+#: Identifies a state of a file: two states differ if the file system's clock ticks between the changes.
 _FileState: TypeAlias = tuple[int, ...]
 
-#: Nanoseconds within which a file may change twice and its times only once: what is as new as that is not kept.
-_TICK = 20_000_000
+#: Nanoseconds in which a file may change twice, but its times only once: contexts of newer files are not cached.
+_CLOCK_TICK = 20_000_000
 
 
 def tls_context(ca_file: str | os.PathLike[str] | None) -> ssl.SSLContext:
-    """How TLS is spoken: 1.2 and up; the server's chain and name are verified when there is a `ca_file`.
+    """Return a context for TLS 1.2 and newer, which verifies the server's chain and name if there is a `ca_file`.
 
-    The context is shared by all that ask for the same: nobody may change it. The file is read again as soon as it
-    has changed.
+    All connections share the context: do not change it. The file is read again after it has changed.
 
     Raises:
-        HarpException: the file can't be read or holds no certificate.
+        HarpException: the file cannot be read or contains no certificate.
     """
     if ca_file is None:
-        return _kept_context(None, ())
+        return _cached_context(None, ())
     try:
         path = os.fspath(ca_file)
         found = os.stat(path)
         state = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
-        settled = time.time_ns() - found.st_ctime_ns > _TICK
-        return _kept_context(path, state) if settled else _context(path)
+        settled = time.time_ns() - found.st_ctime_ns > _CLOCK_TICK
+        return _cached_context(path, state) if settled else _create_context(path)
     except ssl.SSLError as error:
-        raise HarpException(f"ca_file {os.fspath(ca_file)!r}: holds no certificate in PEM form") from error
+        raise HarpException(f"ca_file {os.fspath(ca_file)!r}: contains no certificate in PEM form") from error
     except (OSError, ValueError, TypeError) as error:
         raise HarpException(f"ca_file {ca_file!r}: {getattr(error, 'strerror', None) or error}") from error
 
 
-@lru_cache(maxsize=_CONTEXTS)  # keeps no errors
-def _kept_context(path: str | None, state: _FileState) -> ssl.SSLContext:
-    return _context(path)
+@lru_cache(maxsize=_CACHE_SIZE)  # does not cache errors
+def _cached_context(path: str | None, state: _FileState) -> ssl.SSLContext:
+    return _create_context(path)
 
 
-def _context(path: str | None) -> ssl.SSLContext:
+def _create_context(path: str | None) -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.sslsocket_class = _TLSSocket
     context.minimum_version = ssl.TLSVersion.TLSv1_2
@@ -68,9 +67,10 @@ def _context(path: str | None) -> ssl.SSLContext:
 
 
 class _TLSSocket(ssl.SSLSocket):
-    """Is closed, and says why, when the peer has reset the connection before the handshake.
+    """A socket that closes, and reports the cause, if the peer resets the connection before the handshake.
 
-    The plain one, which asks for the peer's name first of all, would be left open, or be taken for connected.
+    Plain `ssl.SSLSocket` first calls `getpeername` and treats this error as "not connected": it stays open and sends
+    without TLS.
     """
 
     def getpeername(self) -> Any:

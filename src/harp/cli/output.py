@@ -1,4 +1,4 @@
-"""What the program prints, and its exit codes."""
+"""The program's output and its exit codes."""
 
 from __future__ import annotations
 
