@@ -23,7 +23,7 @@ from bench.harp_client import connect_queue, connect_server
 from bench.load import SETTINGS, Figures, Missing, Ready, calls, jobs, quantiles, together
 from bench.processes import program
 from harp.protocol.json_text import loads
-from harpcaller.api.control_client import Daemon
+from harpcaller.api.control_client import ControlClient
 from harpcaller.store.sqlite.file import FILE_NAME
 from support.certificates import server_files
 from support.harpcallerd import Harpcallerd
@@ -271,7 +271,10 @@ def _queries(dispatcher: Harpcallerd, ids: list[str]) -> dict[str, Callable[[], 
             raise RuntimeError(f"expected {answer}, got {found!r}")
 
     def listed(**options: Any) -> None:
-        found = [loads(item) for item in Daemon(dispatcher.socket).ask("list", all=True, newest=_NEWEST, **options)]
+        found = [
+            loads(item)
+            for item in ControlClient(dispatcher.socket).send_command("list", all=True, newest=_NEWEST, **options)
+        ]
         hosts = {job["call"]["host"] for job in found}
         if not 0 < len(found) <= _NEWEST or ("host" in options and hosts != {HOST}):
             raise RuntimeError(f"expected the newest {_NEWEST} jobs, got {len(found)} of {hosts}")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from harp.protocol.json_text import InvalidJSON, Raw, loads
 from harp_daemon.process import ProcessError, detach, pidfile
-from harpcaller.api.control_client import ControlError, Daemon
+from harpcaller.api.control_client import ControlClient, ControlError
 from harpcaller.config import DEFAULT_FILE, ConfigError, load
 from harpcaller.store import StorageError
 
@@ -100,14 +100,14 @@ def _ignore_ready() -> None:
 
 
 def _status(parsed: argparse.Namespace) -> Exit:
-    daemon = Daemon(parsed.socket)
+    daemon = ControlClient(parsed.socket)
     running = daemon.wait_running(parsed.timeout) if parsed.wait else daemon.is_running()
     print(f"harpcallerd is {'running' if running else 'stopped'}")
     return Exit.DONE if running else Exit.FAILED
 
 
 def _stop(parsed: argparse.Namespace) -> Exit:
-    pid = Daemon(parsed.socket).stop(parsed.timeout)
+    pid = ControlClient(parsed.socket).stop(parsed.timeout)
     if parsed.print_pid:
         print(pid)
     return Exit.DONE
@@ -115,13 +115,13 @@ def _stop(parsed: argparse.Namespace) -> Exit:
 
 def _run_silently(parsed: argparse.Namespace) -> Exit:
     """Run a command without output."""
-    for _ in Daemon(parsed.socket).ask(parsed.command):
+    for _ in ControlClient(parsed.socket).send_command(parsed.command):
         pass
     return Exit.DONE
 
 
 def _reload(parsed: argparse.Namespace) -> Exit:
-    (answer,) = Daemon(parsed.socket).ask("reload")
+    (answer,) = ControlClient(parsed.socket).send_command("reload")
     for key in loads(answer)["restart_needed"]:
         print(f"harpcallerd: warning: the change of {key} needs a restart", file=sys.stderr)
     return Exit.DONE
@@ -129,46 +129,46 @@ def _reload(parsed: argparse.Namespace) -> Exit:
 
 def _list(parsed: argparse.Namespace) -> Exit:
     options = {"newest": parsed.newest, "host": parsed.host, "of_queue": parsed.of_queue}
-    return _print(Daemon(parsed.socket).ask("list", all=parsed.all, queue=parsed.queue, **options))
+    return _print(ControlClient(parsed.socket).send_command("list", all=parsed.all, queue=parsed.queue, **options))
 
 
 def _info(parsed: argparse.Namespace) -> Exit:
-    return _print(Daemon(parsed.socket).ask("info", job=parsed.job, full=parsed.full))
+    return _print(ControlClient(parsed.socket).send_command("info", job=parsed.job, full=parsed.full))
 
 
 def _cancel(parsed: argparse.Namespace) -> Exit:
-    (answer,) = Daemon(parsed.socket).ask("cancel", job=parsed.job)
+    (answer,) = ControlClient(parsed.socket).send_command("cancel", job=parsed.job)
     if not loads(answer)["cancelled"]:
         raise ControlError(f"job {parsed.job} has ended or does not exist")
     return Exit.DONE
 
 
-def _release(parsed: argparse.Namespace) -> Exit:
-    (answer,) = Daemon(parsed.socket).ask("release", job=parsed.job)
+def _release_slot(parsed: argparse.Namespace) -> Exit:
+    (answer,) = ControlClient(parsed.socket).send_command("release-slot", job=parsed.job)
     if not loads(answer)["released"]:
         raise ControlError(f"job {parsed.job} has not ended, holds no slot, or does not exist")
     return Exit.DONE
 
 
 def _queue_list(parsed: argparse.Namespace) -> Exit:
-    return _print(Daemon(parsed.socket).ask("queue-list", queue=parsed.queue))
+    return _print(ControlClient(parsed.socket).send_command("queue-list", queue=parsed.queue))
 
 
 def _queue_cancel(parsed: argparse.Namespace) -> Exit:
-    return _print(Daemon(parsed.socket).ask("queue-cancel", queue=parsed.queue))
+    return _print(ControlClient(parsed.socket).send_command("queue-cancel", queue=parsed.queue))
 
 
 def _hosts_list(parsed: argparse.Namespace) -> Exit:
-    return _print(Daemon(parsed.socket).ask("hosts-list"))
+    return _print(ControlClient(parsed.socket).send_command("hosts-list"))
 
 
 def _hosts_refresh(parsed: argparse.Namespace) -> Exit:
-    return _print(Daemon(parsed.socket).ask("hosts-refresh"))
+    return _print(ControlClient(parsed.socket).send_command("hosts-refresh"))
 
 
 def _prune_jobs(parsed: argparse.Namespace) -> Exit:
     age = None if parsed.age is None else parsed.age * _DAY
-    return _print(Daemon(parsed.socket).ask("prune-jobs", age=age))
+    return _print(ControlClient(parsed.socket).send_command("prune-jobs", age=age))
 
 
 def _print(items: Iterator[Raw]) -> Exit:
@@ -226,7 +226,7 @@ def parser() -> argparse.ArgumentParser:
     option("job", metavar="JOB")
     option("--full", action="store_true", help="show all details: host, stop, exit info, and the reason of its state")
     add("cancel", _cancel, "cancel a job")("job", metavar="JOB")
-    add("release", _release, "free the slot of an ended job without confirmation by its host")("job", metavar="JOB")
+    add("release-slot", _release_slot, "free the slot of an ended job without confirmation by its host")("job", metavar="JOB")
     option = add("queue-list", _queue_list, "list the queues, or the queued and running jobs of one queue")
     option("queue", metavar="QUEUE", type=_queue, nargs="?", help="a JSON object")
     option = add("queue-cancel", _queue_cancel, "cancel all jobs of a queue")

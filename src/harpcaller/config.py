@@ -1,7 +1,7 @@
 """The dispatcher's configuration: a TOML file becomes one frozen, checked value.
 
-A fault is a `ConfigError` of the form ``FILE: KEY: expected X, got Y``. Files of the older dispatcher load: what
-makes no sense here is collected in `Config.ignored`, to be reported once; other unknown keys are errors.
+An error is a `ConfigError` of the form ``FILE: KEY: expected X, got Y``. Files of the legacy dispatcher load: keys
+without a meaning here are collected in `Config.ignored` and logged once. Other unknown keys are errors.
 
 Spec: docs/settings-dispatcher.md.
 """
@@ -22,28 +22,28 @@ from msgspec import Meta
 
 __all__ = ["DEFAULT_FILE", "IGNORED_KEYS", "KEYS", "Address", "Config", "ConfigError", "file_errors", "load"]
 
-#: Where the configuration is when nothing else is said.
+#: The default path of the configuration file.
 DEFAULT_FILE = Path("/etc/harpcaller/harpcaller.toml")
 
-#: Keys of the older dispatcher that have no meaning here: Erlang's logging modules and Erlang's own settings.
+#: Keys of the legacy dispatcher without a meaning here: Erlang's logging modules and Erlang's own settings.
 IGNORED_KEYS = frozenset({"log_handlers", "erlang"})
 
-#: Ten years. Longer times are mistakes, and the clocks of event loops can't take all of them.
-_LONGEST = 315_360_000
+#: Ten years. Longer times are mistakes, and some exceed the range of event loops.
+_MAX_SECONDS = 315_360_000
 
-Seconds = Annotated[float, Meta(gt=0, le=_LONGEST)]
-Hours = Annotated[float, Meta(gt=0, le=_LONGEST // 3600)]
+Seconds = Annotated[float, Meta(gt=0, le=_MAX_SECONDS)]
+Hours = Annotated[float, Meta(gt=0, le=_MAX_SECONDS // 3600)]
 Bytes = Annotated[int, Meta(ge=1024)]
 Count = Annotated[int, Meta(ge=1)]
 
-#: Seconds that a host may need to stop a call that has run without contact for as long as it may.
+#: Maximum seconds that a host needs to stop a call after `disconnect_timeout`.
 _STOP_MARGIN = 10.0
 
 _ADDRESS = re.compile(r"(?:\[(?P<bracketed>[^\[\]]+)\]|(?P<plain>[^:\[\]]+)):(?P<port>\d{1,5})", re.ASCII)
 
 
 class ConfigError(Exception):
-    """The configuration can't be used; the message names file and key."""
+    """A configuration that cannot be used; the message names file and key."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,9 +51,9 @@ class Address:
     """An address to listen on.
 
     Attributes:
-        host: a name or an address; None: every address of the machine.
-        port: 0 lets the system choose.
-        path: a Unix socket instead.
+        host: a name or an address; None for all addresses of the machine.
+        port: the TCP port; 0 for any free port.
+        path: the path of a Unix socket; None for TCP.
     """
 
     host: str | None
@@ -62,9 +62,9 @@ class Address:
 
     @classmethod
     def parse(cls, text: str) -> Self | None:
-        """Read ``ADDRESS:PORT`` or ``unix:/PATH``; None: it is neither.
+        """Parse ``ADDRESS:PORT`` or ``unix:/PATH``; return None for any other text.
 
-        ADDRESS is ``*`` for any, and in brackets when it is one of IPv6.
+        ADDRESS is ``*`` for all addresses; an IPv6 address is in brackets.
         """
         if text.startswith("unix:/"):
             return cls(None, 0, Path(text.removeprefix("unix:")))
@@ -82,75 +82,75 @@ class Address:
 
 
 class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The configuration. `KEYS` are the keys of the file; docs/settings-dispatcher.md describes them."""
+    """The configuration. `KEYS` are the keys of the file; see docs/settings-dispatcher.md."""
 
-    #: The file it was read from; None: it was made otherwise. Not a key.
+    #: The file; None if the value was not loaded from a file. Not a key.
     file: Path | None = None
-    #: The keys of the file that only the older dispatcher knew. Not a key.
+    #: The keys of the file that only the legacy dispatcher uses. Not a key.
     ignored: tuple[str, ...] = ()
 
-    #: Addresses to listen on for requests.
+    #: Listening addresses for clients.
     listen: tuple[Address, ...] = (Address("127.0.0.1", 3502),)
-    #: Most connections of clients at once.
-    connections: Count = 10_000
-    #: Longest line of a request, bytes.
+    #: Maximum number of client connections.
+    max_connections: Count = 10_000
+    #: Maximum length of a request line in bytes.
     request_line: Bytes = 16 * 1024 * 1024
-    #: Bytes of all long requests together that are being read or stored.
+    #: Maximum total bytes of long requests that are being read or stored.
     request_memory: Bytes = 256 * 1024 * 1024
-    #: Seconds that a client may take to send its request.
+    #: Maximum seconds to receive a request.
     idle_timeout: Seconds = 30.0
 
-    #: Where jobs and their records are kept.
+    #: Directory of jobs and records.
     stream_directory: Path = Path("/var/lib/harpcaller/stream")
-    #: Most seconds between two messages of a job.
+    #: Maximum seconds between two messages of a job.
     default_timeout: Seconds = 600.0
-    #: Most seconds from a job's start to its end.
+    #: Maximum seconds from the start of a job to its end.
     max_exec_time: Seconds = 600.0
-    #: Hours after its end at which a job is deleted.
+    #: Hours from the end of a job to its deletion.
     max_age: Hours = 720.0
 
-    #: Most calls under way at once, on all hosts together.
-    calls: Count = 4_000
-    #: Most calls under way at once on one host.
-    host_concurrency: Count = 250
-    #: Seconds for reaching a host, and again for the TLS handshake.
+    #: Maximum number of running calls on all hosts.
+    max_calls: Count = 4_000
+    #: Maximum number of running calls on one host.
+    max_calls_per_host: Count = 250
+    #: Maximum seconds to connect to a host, and again for the TLS handshake.
     connect_timeout: Seconds = 10.0
-    #: Seconds that a host may take to receive and acknowledge a call.
+    #: Maximum seconds to the acknowledgement of a call.
     acknowledgement_timeout: Seconds = 30.0
-    #: Whether calls are kept by hosts that can: they outlive the connection and this program.
-    kept_calls: bool = True
-    #: Seconds that a call may run without contact before its host stops it.
+    #: Whether calls are resumable on hosts that support it: they outlive the connection and the dispatcher.
+    resumable_calls: bool = True
+    #: Seconds without contact after which a host stops a running call.
     disconnect_timeout: Seconds = 240.0
-    #: Seconds for which a host keeps the end of a call that nobody has fetched.
+    #: Seconds for which a host stores the end of a call until it is fetched.
     result_ttl: Seconds = 3600.0
-    #: Seconds without contact after which a host is given up as lost.
+    #: Seconds of an outage after which a host counts as lost.
     host_timeout: Seconds = 300.0
-    #: Longest line that a host may send, bytes.
+    #: Maximum length of a line from a host in bytes.
     record_line: Bytes = 64 * 1024 * 1024
 
-    #: Certificates of authorities, PEM.
+    #: PEM file with certificates of authorities.
     ca_file: Path | None = None
-    #: Whether a certificate that `ca_file` vouches for must name the host.
+    #: Whether a certificate accepted by `ca_file` must contain the host's name or address.
     verify_hostname: bool = True
-    #: Certificates of hosts, PEM.
+    #: PEM file with certificates of hosts.
     known_certs_file: Path | None = None
-    #: Least version of TLS spoken with hosts.
+    #: Minimum TLS version of connections to hosts.
     tls_minimum: Literal["1.0", "1.1", "1.2", "1.3"] = "1.2"
 
-    #: Last good copy of what `host_db_script` printed.
+    #: Cache of the last successful output of `host_db_script`.
     host_db: Path = Path("/var/lib/harpcaller/hosts.db")
     #: Program that prints the hosts.
     host_db_script: Path | None = None
     #: Seconds between two runs of `host_db_script`.
     host_db_refresh: Seconds = 900.0
-    #: Seconds that a run of `host_db_script` may take.
+    #: Maximum run time of `host_db_script` in seconds.
     host_db_timeout: Seconds = 600.0
-    #: Hosts in the form that `host_db_script` prints.
+    #: Hosts file in the format of the output of `host_db_script`.
     hosts_file: Path | None = None
 
-    #: Least level that is logged.
+    #: Minimum level of the log.
     log_level: Literal["debug", "info", "warning", "error"] = "info"
-    #: Form of the log.
+    #: Format of the log.
     log_format: Literal["text", "json"] = "text"
     #: Whether the log goes to syslog instead of stderr.
     syslog: bool = False
@@ -166,18 +166,18 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         return self.max_age * 3600
 
 
-#: The keys that a file may have, apart from `IGNORED_KEYS`.
+#: The valid keys of a file, apart from `IGNORED_KEYS`.
 KEYS = frozenset(Config.__struct_fields__) - {"file", "ignored"}
 
 
 def load(file: Path = DEFAULT_FILE) -> Config:
-    """Read and check a configuration file.
+    """Load and check a configuration file.
 
     Args:
-        file: the file; its relative paths are taken from the directory that it is in.
+        file: the file; relative paths in it are relative to its directory.
 
     Raises:
-        ConfigError: it can't be read, is not TOML, or has a wrong key or value; the first fault that was found.
+        ConfigError: the file cannot be read, is not TOML, or has an invalid key or value.
     """
     members = _read(file)
     ignored = tuple(key for key in members if key in IGNORED_KEYS)
@@ -187,15 +187,15 @@ def load(file: Path = DEFAULT_FILE) -> Config:
             raise ConfigError(f"{file}: {key}: expected a key of the dispatcher, got an unknown one{near}")
     known = {key: value for key, value in members.items() if key in KEYS - {"listen"}}
     try:
-        config = msgspec.convert(known, Config, dec_hook=_converter(file.absolute().parent))
+        config = msgspec.convert(known, Config, dec_hook=_path_converter(file.absolute().parent))
     except msgspec.ValidationError as error:
-        raise ConfigError(f"{file}: {_described(str(error), known)}") from error
+        raise ConfigError(f"{file}: {_describe_error(str(error), known)}") from error
     if "listen" in members:
-        config = msgspec.structs.replace(config, listen=_addresses(file, members["listen"]))
+        config = msgspec.structs.replace(config, listen=_parse_addresses(file, members["listen"]))
     return msgspec.structs.replace(config, file=file, ignored=ignored)
 
 
-def _addresses(file: Path, texts: object) -> tuple[Address, ...]:
+def _parse_addresses(file: Path, texts: object) -> tuple[Address, ...]:
     if not isinstance(texts, list) or not texts:
         raise ConfigError(f"{file}: listen: expected an array of addresses, got {texts!r}")
     for text in texts:
@@ -206,14 +206,14 @@ def _addresses(file: Path, texts: object) -> tuple[Address, ...]:
 
 @contextmanager
 def file_errors(config: Config, key: str) -> Iterator[None]:
-    """Turn errors with the file that a key names (OSError, ValueError) into `ConfigError`."""
+    """Raise an OSError or ValueError about the file of a key as `ConfigError`."""
     try:
         yield
     except (OSError, ValueError) as error:
         where = f"{config.file}: " if config.file else ""
-        fault = (error.strerror if isinstance(error, OSError) else None) or str(error)
+        reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
         raise ConfigError(
-            f"{where}{key}: expected a file that can be used, got {getattr(config, key)}: {fault}"
+            f"{where}{key}: expected a file that can be used, got {getattr(config, key)}: {reason}"
         ) from error
 
 
@@ -226,7 +226,7 @@ def _read(file: Path) -> dict[str, Any]:
         raise ConfigError(f"{file}: expected TOML: {error}") from error
 
 
-def _converter(directory: Path) -> Callable[[type, Any], Any]:
+def _path_converter(directory: Path) -> Callable[[type, Any], Any]:
     def convert(_: type, value: Any) -> Path:
         if not isinstance(value, str) or not value or "\0" in value:
             raise ValueError("Expected a path")
@@ -235,21 +235,23 @@ def _converter(directory: Path) -> Callable[[type, Any], Any]:
     return convert
 
 
-#: What `msgspec` says: the expectation, perhaps what it got instead, and at which key.
-_FAULT = re.compile(r"(?P<what>.+?)(?:, got .+)? - at `\$\.(?P<key>\w+)`")
+#: An error of `msgspec`: the expectation, sometimes the value, and the key.
+_VALIDATION_ERROR = re.compile(r"(?P<what>.+?)(?:, got .+)? - at `\$\.(?P<key>\w+)`")
 
-_KINDS = {"bool": "true or false", "float": "a number", "int": "an integer"}
+_TYPE_NAMES = {"bool": "true or false", "float": "a number", "int": "an integer"}
 
 
-def _described(fault: str, members: Mapping[str, Any]) -> str:
-    """``KEY: expected X, got Y`` of what `msgspec` says."""
-    match = _FAULT.fullmatch(fault)
-    if match is None:  # of several keys together; the fault names them
+def _describe_error(fault: str, members: Mapping[str, Any]) -> str:
+    """Return an error of `msgspec` as ``KEY: expected X, got Y``."""
+    match = _VALIDATION_ERROR.fullmatch(fault)
+    if match is None:  # an error about several keys, which names them
         return fault
     key = match["key"]
     hint = get_type_hints(Config)[key]
     if get_origin(hint) is Literal:
         what = " or ".join(f'"{choice}"' for choice in get_args(hint))
     else:
-        what = re.sub(r"`?(bool|float|int)`?", lambda kind: _KINDS[kind[1]], match["what"].removeprefix("Expected "))
+        what = re.sub(
+            r"`?(bool|float|int)`?", lambda kind: _TYPE_NAMES[kind[1]], match["what"].removeprefix("Expected ")
+        )
     return f"{key}: expected {what}, got {members[key]!r}"

@@ -1,8 +1,8 @@
-"""The dispatcher as a running program: opens the store, builds the dispatcher, opens the doors, listens to signals.
+"""The daemon: opens the sockets and the store, starts the dispatcher and the APIs, handles signals.
 
-What can fail for reasons of configuration comes first: the sockets are opened before the store, and the store before
-the dispatcher, which takes up what its predecessor left and starts waiting jobs. The order at the end is the reverse:
-the doors close, then the dispatcher stops as its module says, then the store is closed.
+Steps that can fail because of the configuration come first: the sockets are opened before the store, and the store
+before the dispatcher, which recovers running calls and starts queued jobs. The shutdown has the reverse order: the APIs
+close, then the dispatcher stops (see its module), then the store is closed.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from typing import Any
 from harp_daemon import logs
 from harp_daemon.process import ProcessError, notify_service_manager
 from harpcaller.api import client_server as service
-from harpcaller.api.client_server import Service
-from harpcaller.api.control_server import Admin
+from harpcaller.api.client_server import ClientServer
+from harpcaller.api.control_server import ControlServer
 from harpcaller.api.listeners import Listener, listen_unix, reason
 from harpcaller.config import Config, ConfigError, file_errors, load
 from harpcaller.dispatcher import Dispatcher
@@ -34,24 +34,24 @@ __all__ = ["Options", "configure_log", "run"]
 
 log = logging.getLogger(__name__)
 
-#: The control socket is for the daemon's user alone.
+#: Permissions of the control socket: only the daemon's user.
 _CONTROL_MODE = 0o600
 
 #: The settings that a reload does not change.
 _NEEDING_RESTART = ("listen", "stream_directory", "request_memory")
 
-#: Descriptors of the program itself, beside those of its connections.
+#: Descriptors of the program beside those of its connections.
 _OWN_DESCRIPTORS = 64
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What the command line says.
+    """The options of the command line.
 
     Attributes:
         config: the configuration file.
         socket: the control socket.
-        debug: whether everything is logged, whatever the configuration says.
+        debug: whether to log at debug level, regardless of the configuration.
     """
 
     config: Path
@@ -60,36 +60,40 @@ class Options:
 
 
 def configure_log(options: Options, config: Config) -> None:
-    """Send the log where options and configuration want it. Raises `ConfigError`: syslog can't be reached."""
+    """Configure the log.
+
+    Raises:
+        ConfigError: syslog cannot be reached.
+    """
     level = "debug" if options.debug else config.log_level
     try:
         logs.configure(level=level.upper(), form=config.log_format, syslog=config.syslog, name="harpcallerd")
     except OSError as error:
-        raise ConfigError(f"{config.file}: syslog: can't reach syslog: {error.strerror}") from error
+        raise ConfigError(f"{config.file}: syslog: cannot reach syslog: {error.strerror}") from error
 
 
 async def run(
-    options: Options, config: Config, serving: Callable[[], None], wall: Callable[[], float] = time.time
+    options: Options, config: Config, on_ready: Callable[[], None], wall: Callable[[], float] = time.time
 ) -> None:
     """Serve until SIGTERM, SIGINT or the command `stop`; SIGHUP reloads, SIGUSR1 reopens the log files.
 
     Args:
         options: the command line.
-        config: the configuration that `load` made of `options.config`.
-        serving: called once requests are accepted.
-        wall: the wall clock, for times that are stored and shown; Unix seconds.
+        config: the configuration loaded from `options.config`.
+        on_ready: called when requests are accepted.
+        wall: the wall clock for stored times; Unix seconds.
 
     Raises:
-        ConfigError: the configuration can't be used.
-        ProcessError: the control socket can't be opened; perhaps a daemon is running on it.
-        StorageError: the store can't be opened.
+        ConfigError: the configuration cannot be used.
+        ProcessError: the control socket cannot be opened; another daemon may be using it.
+        StorageError: the store cannot be opened.
     """
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     loop.set_exception_handler(_log_unexpected)
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    # From their arrival on these must not end the start.
+    # These signals must not end the process during the start.
     for number in (signal.SIGHUP, signal.SIGUSR1):
         loop.add_signal_handler(number, _nothing)
     _raise_descriptor_limit(config)
@@ -101,20 +105,20 @@ async def run(
             store = await _open_store(config)
             stack.push_async_callback(store.close)
             dispatcher = await stack.enter_async_context(Dispatcher(config, store, wall))
-            door = await stack.enter_async_context(Service(dispatcher))
-            program = _Program(options, dispatcher, stop)
-            await stack.enter_async_context(Admin(dispatcher, program, control))
+            door = await stack.enter_async_context(ClientServer(dispatcher))
+            program = _DaemonControl(options, dispatcher, stop)
+            await stack.enter_async_context(ControlServer(dispatcher, program, control))
             loop.add_signal_handler(signal.SIGHUP, program.reload_by_signal)
             loop.add_signal_handler(signal.SIGUSR1, program.reopen_logs)
             door.serve(listeners)
-            serving()
+            on_ready()
             notify_service_manager("READY=1")
             await stop.wait()
             log.info("harpcallerd stops")
             notify_service_manager("STOPPING=1")
             await program.finish()
     finally:
-        # The loop's end brings back the signals' usual effect: a second one would now spoil the exit status.
+        # Closing the loop restores the default actions: a second signal would change the exit status.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1})
 
 
@@ -124,16 +128,16 @@ async def _open_store(config: Config) -> Store:
 
 
 def _nothing() -> None:
-    """What a signal does that comes too early."""
+    """Ignore a signal that arrives during the start."""
 
 
-class _Program:
-    """What signals and the administrator can ask of the program.
+class _DaemonControl:
+    """Controls the daemon on behalf of signals and the control API.
 
     Args:
         options: the command line.
-        dispatcher: what runs in the program.
-        stop: set when the program is to stop.
+        dispatcher: the dispatcher.
+        stop: set to stop the daemon.
     """
 
     def __init__(self, options: Options, dispatcher: Dispatcher, stop: asyncio.Event) -> None:
@@ -145,16 +149,16 @@ class _Program:
         self._reloads: set[asyncio.Task[None]] = set()
 
     def stop(self) -> None:
-        """Begin to stop."""
+        """Start to stop."""
         self._stop.set()
 
     def reopen_logs(self) -> None:
-        """Open the log files anew."""
+        """Reopen the log files."""
         logs.reopen()
         log.info("log files reopened")
 
     def reload_by_signal(self) -> None:
-        """Begin to reload; the log says how it went."""
+        """Start to reload; the result is logged."""
         task = asyncio.create_task(self._logged_reload())
         self._reloads.add(task)
         task.add_done_callback(self._reloads.discard)
@@ -163,16 +167,16 @@ class _Program:
         try:
             await self.reload()
         except ConfigError:
-            pass  # it is in the log
+            pass  # already logged
 
     async def reload(self) -> list[str]:
-        """Take the configuration file as it is now, wholly or not at all.
+        """Reload the configuration file, all or nothing.
 
         Returns:
-            The changed keys that need a restart; their old values stay in use.
+            The changed keys that need a restart; their old values remain in use.
 
         Raises:
-            ConfigError: it can't be used; nothing has changed.
+            ConfigError: the file cannot be used; nothing has changed.
         """
         async with self._reloading:
             notify_service_manager(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
@@ -200,7 +204,7 @@ class _Program:
         return [key for key in _NEEDING_RESTART if getattr(config, key) != getattr(self._at_start, key)]
 
     async def finish(self) -> None:
-        """Let no reload change anything any more."""
+        """Cancel all reloads."""
         for task in self._reloads:
             task.cancel()
         await asyncio.gather(*self._reloads, return_exceptions=True)
@@ -213,23 +217,23 @@ def _open_control(path: Path) -> Listener:
         if error.errno == errno.EADDRINUSE and path.is_socket():
             raise ProcessError(f"a harpcallerd is already running on {path}") from error
         if error.errno == errno.EADDRINUSE:
-            raise ProcessError(f"control socket {path}: what lies there is no socket") from error
+            raise ProcessError(f"control socket {path}: the existing file is not a socket") from error
         raise ProcessError(f"control socket {path}: {reason(error)}") from error
 
 
 def _raise_descriptor_limit(config: Config) -> None:
-    """Allow as many open files as the system lets us, and say when that is not enough for the configured limits."""
+    """Raise the limit of open files, and log if it is too low for the configured limits."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
         soft = hard
     except (OSError, ValueError):
-        pass  # then it stays what it is
-    wanted = config.connections + config.calls + _OWN_DESCRIPTORS
-    if soft != resource.RLIM_INFINITY and soft < wanted:
+        pass  # the limit remains
+    needed = config.max_connections + config.max_calls + _OWN_DESCRIPTORS
+    if soft != resource.RLIM_INFINITY and soft < needed:
         log.warning(
-            "the system allows fewer open files than connections and calls want",
-            extra={"limit": soft, "wanted": wanted},
+            "limit of open files too low",
+            extra={"limit": soft, "needed": needed},
         )
 
 

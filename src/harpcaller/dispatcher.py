@@ -276,9 +276,9 @@ class Dispatcher:
             run=self._runs.get(job_id),
             host=self._registry.find_host(details.job.host),
             registry_loaded=self._registry.is_ready,
-            max_calls_per_host=self._config.host_concurrency,
+            max_calls_per_host=self._config.max_calls_per_host,
             active_calls=len(self._runs),
-            max_calls=self._config.calls,
+            max_calls=self._config.max_calls,
             store_failing=bool(self._context.pending_writes.count),
             timings=self._context.timings.of(job_id),
             now=self._wall(),
@@ -504,12 +504,12 @@ class Dispatcher:
         """Claim and start what there is room for. False: the store has no room for more, try again later."""
         if self._context.pending_writes.count:
             return False  # ends of calls wait to be stored: no new ones until they are
-        limit = min(_CLAIMED_AT_ONCE, self._config.calls - len(self._runs))
+        limit = min(_CLAIMED_AT_ONCE, self._config.max_calls - len(self._runs))
         if limit <= 0 or not self._registry.is_ready or self._stop.is_set():
             return True  # the end of a call wakes, or the registry
         self._claiming = True
         try:
-            jobs = await self._store.claim_jobs(self._wall(), limit, self._config.host_concurrency)
+            jobs = await self._store.claim_jobs(self._wall(), limit, self._config.max_calls_per_host)
             for job in jobs:
                 # A job that was cancelled meanwhile has a run, too: it gives the slot back.
                 self._start(job, cancelled=job.id in self._cancelled_before_start)

@@ -33,7 +33,7 @@ class ExplainContext:
         run: who looks after the job's call; None: nobody now.
         host: the job's host; None: the registry has none of this name.
         hosts_known: whether the registry is known.
-        host_concurrency: how many jobs may hold a slot on a host.
+        max_calls_per_host: how many jobs may hold a slot on a host.
         calls: how many calls are under way.
         most_calls: how many may be.
         store_troubled: whether the store refuses what calls bring.

@@ -311,7 +311,7 @@ async def test_calls_go_on_while_the_store_takes_nothing(tmp_path: Path) -> None
     with Harpd(tmp_path / "harpd", PROCEDURES + OWN) as harpd:
         credentials = {"user": harpd.user, "password": harpd.password}
         host = {"hostname": "web01", "address": "127.0.0.1", "port": harpd.port, "credentials": credentials}
-        settings: dict[str, Any] = {"kept_calls": True, "disconnect_timeout": 1.0, "host_timeout": 11.0}
+        settings: dict[str, Any] = {"resumable_calls": True, "disconnect_timeout": 1.0, "host_timeout": 11.0}
         async with running(tmp_path, json.dumps(host) + "\n", store=store, **settings) as dispatcher:
             flood = await dispatcher.submit(call("flood_until", arguments=[str(done)]), "test")
             quiet = await dispatcher.submit(call("wait_for", arguments=[str(done), 5]), "test")

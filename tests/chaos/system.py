@@ -32,7 +32,7 @@ _DISPATCHER = {
     "disconnect_timeout": KEEP_RUNNING,
     "result_ttl": 300,
     "host_timeout": HOST_LOST_AFTER,
-    "host_concurrency": HOST_CONCURRENCY,
+    "max_calls_per_host": HOST_CONCURRENCY,
     "connect_timeout": 3,
     "acknowledgement_timeout": 5,
     "default_timeout": 60,

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from harpcaller.api.client_server import Service, listen
+from harpcaller.api.client_server import ClientServer, listen
 from harpcaller.config import Address
 from harpcaller.store import Store
 from harpcaller.store.sqlite import open_store
@@ -20,7 +20,7 @@ from support.dispatcher import host_line, running
 from support.scripted import scripted_harpd
 
 UNKNOWN = "00000000-0000-4000-8000-000000000000"
-TOLD = [{"error": {"type": "internal_error", "message": "the dispatcher failed; its log says more"}}]
+TOLD = [{"error": {"type": "internal_error", "message": "internal error of the dispatcher; see its log"}}]
 
 
 class Faulty:
@@ -52,7 +52,7 @@ async def service(directory: Path, verb: str, sound: int = 0, *hosts: str) -> As
     try:
         faulty: Any = Faulty(store, verb, sound)
         async with running(directory, *hosts, store=faulty, listen=(Address("127.0.0.1", 0),)) as dispatcher:
-            async with Service(dispatcher) as door:
+            async with ClientServer(dispatcher) as door:
                 (listener,) = listeners = await listen(dispatcher.config)
                 door.serve(listeners)
                 yield int(listener.fields["port"])
@@ -75,7 +75,7 @@ async def test_internal_error_hides_its_details(tmp_path: Path, caplog: pytest.L
         assert await ask(port, **{kind: UNKNOWN}) == TOLD
         assert await ask(port, cancel=UNKNOWN) == [{"cancelled": False}]  # it goes on
     (record,) = (record for record in caplog.records if record.levelno == logging.ERROR)
-    assert record.getMessage() == "request failed by a fault of the dispatcher"
+    assert record.getMessage() == "request failed: internal error"
     assert record.exc_info is not None
     assert str(record.exc_info[1]) == "a fault with a secret"
 

@@ -30,7 +30,7 @@ def peer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Peer]:
 
 @pytest.fixture(scope="module")
 def dispatcher(tmp_path_factory: pytest.TempPathFactory, peer: Peer) -> Iterator[Harpcallerd]:
-    settings = {"idle_timeout": IDLE, "connections": 10}
+    settings = {"idle_timeout": IDLE, "max_connections": 10}
     with Harpcallerd(tmp_path_factory.mktemp("keep"), {"web01": peer.port}, settings=settings) as dispatcher:
         yield dispatcher
 
@@ -130,7 +130,7 @@ def test_keep_alive_partial_request_gets_an_error(dispatcher: Harpcallerd) -> No
         assert client.message()["keep_alive"] == IDLE
         client.send(b'{"harpcaller":')
         (reply,) = client.messages()
-        assert reply["error"]["message"] == f"the request line was not whole within {IDLE} s"
+        assert reply["error"]["message"] == f"the request line was not complete within {IDLE} s"
 
 
 def test_keep_alive_near_capacity_is_not_granted(dispatcher: Harpcallerd) -> None:

@@ -17,7 +17,7 @@ from support.peers import Peer
 from support.scripted import conversation, scripted_harpd
 
 UNKNOWN = "00000000-0000-4000-8000-000000000000"
-REFUSAL = {"type": "too_many_connections", "message": "more clients are connected than the setting connections allows"}
+REFUSAL = {"type": "too_many_connections", "message": "more clients are connected than max_connections allows"}
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def peer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Peer]:
 
 @pytest.fixture(scope="module")
 def dispatcher(tmp_path_factory: pytest.TempPathFactory, peer: Peer) -> Iterator[Harpcallerd]:
-    settings = {"request_line": 100_000, "idle_timeout": 1, "connections": 40}
+    settings = {"request_line": 100_000, "idle_timeout": 1, "max_connections": 40}
     with Harpcallerd(tmp_path_factory.mktemp("limits"), {"web01": peer.port}, settings=settings) as dispatcher:
         yield dispatcher
 
@@ -73,7 +73,7 @@ def test_request_of_maximum_length_is_accepted(dispatcher: Harpcallerd) -> None:
 def test_missing_request_is_refused(dispatcher: Harpcallerd, part: bytes) -> None:
     with dispatcher.connect() as client:
         client.send(part)
-        assert client.messages() == refused("the request line was not whole within 1 s")
+        assert client.messages() == refused("the request line was not complete within 1 s")
 
 
 def test_partial_request_is_refused(dispatcher: Harpcallerd) -> None:
@@ -204,7 +204,7 @@ def test_accepting_pauses_without_descriptors(tmp_path_factory: pytest.TempPathF
         dispatcher.wait_event("accepts connections again")
         assert dispatcher.ask(cancel=UNKNOWN) == [{"cancelled": False}]
         assert len(dispatcher.events("can't accept connections")) == 1
-        assert dispatcher.events("the system allows fewer open files than connections and calls want", limit=64)
+        assert dispatcher.events("limit of open files too low", limit=64)
 
 
 def test_descriptor_limit_is_raised(dispatcher: Harpcallerd) -> None:

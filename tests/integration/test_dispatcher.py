@@ -191,7 +191,7 @@ async def test_a_queues_jobs_run_in_order_and_within_its_concurrency(tmp_path: P
     assert [sorted(gates.begun[at : at + 2]) for at in (0, 2, 4)] == [[[0], [1]], [[2], [3]], [[4], [5]]]
 
 
-@pytest.mark.parametrize("limit", [{"host_concurrency": 3}, {"calls": 3}])
+@pytest.mark.parametrize("limit", [{"max_calls_per_host": 3}, {"max_calls": 3}])
 async def test_more_calls_than_a_limit_allows_wait(tmp_path: Path, limit: dict[str, Any]) -> None:
     gates = Gates()
     with host(tmp_path, gates.script) as peer:
@@ -387,7 +387,7 @@ async def test_jobs_are_listed_in_the_order_of_submission(tmp_path: Path) -> Non
     ended = [await job_in(store, State.RETURNED, now=time.time()) for _ in range(3)]
     waiting = [await job_in(store, State.QUEUED, queue={}) for _ in range(450)]
     async with running(
-        tmp_path, store=store, calls=1, hosts_file=None, host_db_script=Path("/bin/sleep")
+        tmp_path, store=store, max_calls=1, hosts_file=None, host_db_script=Path("/bin/sleep")
     ) as dispatcher:
         # No host is known, and the script's first run is not over: nothing starts.
         jobs = [job.id async for job in dispatcher.list_jobs(ended=True)]
@@ -405,7 +405,7 @@ async def test_reload_takes_effect_for_the_calls_after_it(tmp_path: Path) -> Non
                 ca_file=server_files(tmp_path).ca_file,
                 host_db=tmp_path / "hosts.db",
                 stream_directory=tmp_path / "store",
-                kept_calls=False,
+                resumable_calls=False,
             )
             await dispatcher.reload(config)
             assert dispatcher.config is config

@@ -63,7 +63,7 @@ async def test_orphan_with_invalid_reply_affects_nothing_else(tmp_path: Path, da
             ends(talk, EVIDENCE, {"result": 1})
 
     with playing(tmp_path, always=script) as peer:
-        async with running(tmp_path, host_line(peer.port), kept_calls=True) as dispatcher:
+        async with running(tmp_path, host_line(peer.port), resumable_calls=True) as dispatcher:
             for _ in range(2):
                 assert (await result_of(dispatcher))[1] == Returned(b"1")
 
@@ -99,7 +99,7 @@ async def test_orphans_of_a_silent_host_delay_no_other_host(tmp_path: Path) -> N
 
     with playing(tmp_path, always=silent_host) as one, playing(tmp_path, always=good_host) as two:
         lines = host_line(one.port, "web01"), host_line(two.port, "web02")
-        async with running(tmp_path, *lines, kept_calls=True) as dispatcher:
+        async with running(tmp_path, *lines, resumable_calls=True) as dispatcher:
             assert (await result_of(dispatcher, host="web01"))[1] == Returned(b"1")
             await eventually(lambda: waiting.acquire(blocking=False), what="the first of the silent ones")
             assert (await result_of(dispatcher, host="web02"))[1] == Returned(b"1")
@@ -124,7 +124,7 @@ async def test_orphan_of_another_host_stores_no_exit_info(tmp_path: Path) -> Non
             ends(talk, EVIDENCE, {"result": 1})
 
     with playing(tmp_path, always=script) as peer:
-        async with running(tmp_path, host_line(peer.port), kept_calls=True) as dispatcher:
+        async with running(tmp_path, host_line(peer.port), resumable_calls=True) as dispatcher:
             job_id, end = await result_of(dispatcher, host="elsewhere")
             assert isinstance(end, Failed)
             ids.append(job_id)
@@ -142,7 +142,7 @@ async def test_call_list_that_is_too_long_is_ignored(tmp_path: Path) -> None:
         talk.until_closed()
 
     with playing(tmp_path, script) as peer:
-        async with running(tmp_path, host_line(peer.port), kept_calls=True) as dispatcher:
+        async with running(tmp_path, host_line(peer.port), resumable_calls=True) as dispatcher:
             _, end = await result_of(dispatcher)
             assert isinstance(end, Failed)
             assert end.type == "protocol_error"
@@ -159,7 +159,7 @@ async def test_slow_query_does_not_make_a_host_legacy(tmp_path: Path) -> None:
         ends(talk, EVIDENCE, {"result": 1})
 
     with playing(tmp_path, late, holding(), script) as peer:
-        async with running(tmp_path, host_line(peer.port), kept_calls=True) as dispatcher:
+        async with running(tmp_path, host_line(peer.port), resumable_calls=True) as dispatcher:
             assert (await result_of(dispatcher))[1] == Returned(b"1")
 
 
@@ -189,7 +189,7 @@ async def test_cancel_during_recovery_stops_the_call(tmp_path: Path) -> None:
 
     with playing(tmp_path, holding(), held) as peer:
         store: Any = Late(opened, "list_slot_holders")
-        async with running(tmp_path, host_line(peer.port), store=store, kept_calls=True) as dispatcher:
+        async with running(tmp_path, host_line(peer.port), store=store, resumable_calls=True) as dispatcher:
             await asked.wait()
             assert await dispatcher.cancel(job_id, "somebody")
             go_on.set()
@@ -219,7 +219,7 @@ async def test_failed_run_leaves_no_pending_stop(tmp_path: Path) -> None:
 
     with playing(tmp_path, holding(), script) as peer:
         store: Any = Faulty(opened)
-        async with running(tmp_path, host_line(peer.port), store=store, kept_calls=True) as dispatcher:
+        async with running(tmp_path, host_line(peer.port), store=store, resumable_calls=True) as dispatcher:
             job_id = await dispatcher.submit(call(), "test")
             await acknowledged(dispatcher, job_id)
             assert await dispatcher.cancel(job_id)

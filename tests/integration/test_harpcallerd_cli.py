@@ -165,7 +165,7 @@ def test_start_replaces_sockets_of_a_dead_daemon(dispatcher: Harpcallerd) -> Non
 
 def test_start_keeps_a_file_that_is_not_a_socket(dispatcher: Harpcallerd) -> None:
     dispatcher.socket.write_text("mine")
-    said = f"harpcallerd: control socket {dispatcher.socket}: what lies there is no socket"
+    said = f"harpcallerd: control socket {dispatcher.socket}: the existing file is not a socket"
     assert fails(dispatcher, *start_arguments(dispatcher)) == said
     assert dispatcher.socket.read_text() == "mine"
     assert fails(dispatcher, "list") == f"harpcallerd: no harpcallerd is running on {dispatcher.socket}"
@@ -192,7 +192,7 @@ def test_two_starts_at_once_make_one_daemon(dispatcher: Harpcallerd) -> None:
     ("settings", "message"),
     [
         ({"listne": ["*:1"]}, "listne: expected a key of the dispatcher, got an unknown one"),
-        ({"connections": 0}, "connections: expected an integer >= 1, got 0"),
+        ({"max_connections": 0}, "max_connections: expected an integer >= 1, got 0"),
         ({"listen": ["192.0.2.1:0"]}, "listen: can't listen on 192.0.2.1:0: Cannot assign requested address"),
         ({"listen": ["a..b:0"]}, "listen: can't listen on a..b:0: cannot resolve 'a..b': not a valid host name"),
         ({"ca_file": "/nowhere.pem"}, "ca_file: expected a file that can be used"),
@@ -284,8 +284,8 @@ def test_listen_logs_every_address(tmp_path: Path) -> None:
         assert answers(socket.AF_INET6, ("::1", ports[2]))
         assert answers(socket.AF_UNIX, str(door))
         assert stat.S_IMODE(door.stat().st_mode) == 0o660
-        assert len(dispatcher.events("not a loopback address: whoever reaches it can call", level="warning")) == 1
-        said = "every local user can call; a Unix socket with file permissions can be listened on instead"
+        assert len(dispatcher.events("listening address is not loopback", level="warning")) == 1
+        said = "every local user can call procedures"
         assert len(dispatcher.events(said)) == 1
     assert not door.exists()
 
@@ -330,7 +330,7 @@ def test_reload_changed_listen_needs_restart(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"connections": "many"}, "connections: expected"),
+        ({"max_connections": "many"}, "max_connections: expected"),
         ({"ca_file": "/nowhere.pem"}, "ca_file: expected"),
     ],
 )

@@ -101,7 +101,7 @@ def keeping(talk: Conversation) -> None:
 async def results(directory: Path, *scripts: Script, count: int) -> list[Any]:
     """The ends of jobs that were submitted one after the other."""
     with playing(directory, keeping, *scripts) as peer:
-        async with running(directory, host_line(peer.port), kept_calls=True) as dispatcher:
+        async with running(directory, host_line(peer.port), resumable_calls=True) as dispatcher:
             ends = []
             for _ in range(count):
                 job_id, end = await result_of(dispatcher)
@@ -124,7 +124,7 @@ async def test_pool_closed_connection_is_not_used(tmp_path: Path) -> None:
 
     found = []
     with playing(tmp_path, keeping, script, script) as peer:
-        async with running(tmp_path, host_line(peer.port), kept_calls=True) as dispatcher:
+        async with running(tmp_path, host_line(peer.port), resumable_calls=True) as dispatcher:
             for _ in range(2):
                 found.append((await result_of(dispatcher))[1])
                 await eventually(lambda: not connections(peer.port), what="the close")
@@ -164,7 +164,7 @@ async def test_pool_without_host_support_is_not_used(tmp_path: Path) -> None:
         talk.until_closed()
 
     with playing(tmp_path, plain, script, script) as peer:
-        async with running(tmp_path, host_line(peer.port), kept_calls=True) as dispatcher:
+        async with running(tmp_path, host_line(peer.port), resumable_calls=True) as dispatcher:
             assert [(await result_of(dispatcher))[1] for _ in range(2)] == [Returned(b"1")] * 2
 
 

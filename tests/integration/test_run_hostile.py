@@ -81,14 +81,14 @@ async def test_resumable_run_invalid_message_ends_the_job(tmp_path: Path, garbag
 
     scripts = (holding(), begin, holding(), refused_behind_all(7), stopped_behind(7))
     with playing(tmp_path, *scripts) as peer:
-        async with running(tmp_path, host_line(peer.port), kept_calls=True) as dispatcher:
+        async with running(tmp_path, host_line(peer.port), resumable_calls=True) as dispatcher:
             job_id = await dispatcher.submit(call(), "test")
             records, end = await followed(dispatcher, job_id, since=0)
             assert records == [(0, 0)]
             assert isinstance(end, Failed)
             assert end.type == "protocol_error"
             assert "web01" in end.message
-            assert "record 1 was to come" in end.message
+            assert "expected record 1" in end.message
             assert (await settled(dispatcher, job_id)).stop is StopState.CONFIRMED
 
 
@@ -112,7 +112,7 @@ def long_record():
                 "credentials": {"user": harpd.user, "password": harpd.password},
             }
         )
-        async with running(tmp_path, line + "\n", kept_calls=True, record_line=50_000) as dispatcher:
+        async with running(tmp_path, line + "\n", resumable_calls=True, record_line=50_000) as dispatcher:
             job_id = await dispatcher.submit(call("long_record"), "test")
             end = await dispatcher.result(job_id, wait=True)
             assert isinstance(end, Failed)
@@ -144,7 +144,7 @@ async def test_resumable_run_repeated_errors_slow_reattaching(tmp_path: Path) ->
         talk.until_closed()
 
     with playing(tmp_path, always=script) as peer:
-        async with running(tmp_path, host_line(peer.port), kept_calls=True) as dispatcher:
+        async with running(tmp_path, host_line(peer.port), resumable_calls=True) as dispatcher:
             job_id, end = await result_of(dispatcher)
             assert isinstance(end, Failed)
             assert end.type == "protocol_error"
@@ -167,7 +167,7 @@ async def test_resumable_run_ack_and_disconnect_slows_reattaching(tmp_path: Path
             ends(talk, EVIDENCE, {"result": 1})
 
     with playing(tmp_path, always=script) as peer:
-        async with running(tmp_path, host_line(peer.port), kept_calls=True) as dispatcher:
+        async with running(tmp_path, host_line(peer.port), resumable_calls=True) as dispatcher:
             assert (await result_of(dispatcher))[1] == Returned(b"1")
     assert attaches[4] - attaches[3] > 0.79
 
@@ -189,7 +189,7 @@ async def test_records_gone_with_invalid_data_is_retried(tmp_path: Path, data: A
         ends(talk, EVIDENCE, {"result": 1})
 
     with playing(tmp_path, holding(), begin, holding(), odd, right) as peer:
-        async with running(tmp_path, host_line(peer.port), kept_calls=True) as dispatcher:
+        async with running(tmp_path, host_line(peer.port), resumable_calls=True) as dispatcher:
             assert (await result_of(dispatcher))[1] == Returned(b"1")
 
 
@@ -215,7 +215,7 @@ async def test_records_gone_continues_at_the_given_number(tmp_path: Path) -> Non
         ends(talk, receipt(), EVIDENCE, STOPPED)
 
     with playing(tmp_path, holding(), begin, holding(), lacking, rest) as peer:
-        async with running(tmp_path, host_line(peer.port), kept_calls=True) as dispatcher:
+        async with running(tmp_path, host_line(peer.port), resumable_calls=True) as dispatcher:
             job_id, _ = await result_of(dispatcher)
             assert (await settled(dispatcher, job_id)).stop is StopState.CONFIRMED
 
@@ -227,7 +227,7 @@ async def test_resumable_run_data_after_the_end_is_ignored(tmp_path: Path) -> No
         talk.until_closed()
 
     with playing(tmp_path, holding(), script) as peer:
-        async with running(tmp_path, host_line(peer.port), kept_calls=True) as dispatcher:
+        async with running(tmp_path, host_line(peer.port), resumable_calls=True) as dispatcher:
             job_id = await dispatcher.submit(call(), "test")
             assert await followed(dispatcher, job_id, since=0) == ([(0, 0)], Returned(b"1"))
             assert not (await settled(dispatcher, job_id)).holds_slot
@@ -255,7 +255,7 @@ async def test_resumable_run_buffered_result_is_not_too_late(tmp_path: Path) -> 
         ends(talk, EVIDENCE, {"result": "in time"})
 
     with playing(tmp_path, holding(), begin, holding(), late) as peer:
-        async with running(tmp_path, host_line(peer.port), kept_calls=True) as dispatcher:
+        async with running(tmp_path, host_line(peer.port), resumable_calls=True) as dispatcher:
             job_id = await dispatcher.submit(call(timeout=0.4, max_exec_time=0.4), "test")
             await lost(dispatcher, job_id)
             over = time.monotonic() + 0.5
@@ -279,7 +279,7 @@ async def test_resumable_run_missing_ack_does_not_end_the_job(tmp_path: Path) ->
         talk.reply(NOT_HELD)
 
     with playing(tmp_path, holding(), begin, holding(), not_held) as peer:
-        options: dict[str, Any] = {"acknowledgement_timeout": 0.5, "kept_calls": True}
+        options: dict[str, Any] = {"acknowledgement_timeout": 0.5, "resumable_calls": True}
         async with running(tmp_path, host_line(peer.port), **options) as dispatcher:
             job_id = await dispatcher.submit(call(timeout=0.2), "test")
             await eventually(silent.is_set, what="the request")
@@ -302,7 +302,7 @@ async def test_heartbeats_keep_a_minimum_interval(tmp_path: Path) -> None:
         ends(talk, EVIDENCE, {"result": 1})
 
     with playing(tmp_path, holding(), script) as peer:
-        async with running(tmp_path, host_line(peer.port), kept_calls=True) as dispatcher:
+        async with running(tmp_path, host_line(peer.port), resumable_calls=True) as dispatcher:
             assert (await result_of(dispatcher))[1] == Returned(b"1")
     assert beats[3] - beats[1] > 0.15
 
@@ -358,7 +358,7 @@ async def test_host_that_ignores_the_window_is_paused(tmp_path: Path) -> None:
     store.off = True
     with playing(tmp_path, holding(), flood, always=rest) as peer:
         peer.play_next(holding())
-        async with running(tmp_path, host_line(peer.port), store=store, kept_calls=True) as dispatcher:
+        async with running(tmp_path, host_line(peer.port), store=store, resumable_calls=True) as dispatcher:
             job_id = await dispatcher.submit(call(), "test")
             await eventually(held_back.is_set, what="no more room")
             assert sent < 40_000_000

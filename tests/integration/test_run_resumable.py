@@ -44,7 +44,7 @@ async def test_resumable_run_sends_id_and_acks_the_end(tmp_path: Path) -> None:
         ends(talk, EVIDENCE, {"result": [1]})
 
     with playing(tmp_path, holding(), script, script) as peer:
-        async with running(tmp_path, host_line(peer.port), kept_calls=True, disconnect_timeout=50.0) as dispatcher:
+        async with running(tmp_path, host_line(peer.port), resumable_calls=True, disconnect_timeout=50.0) as dispatcher:
             for _ in range(2):  # asked once, not for each call
                 job_id, end = await result_of(dispatcher, timeout=3, max_exec_time=4)
                 assert end == Returned(b"[1]")
@@ -75,7 +75,7 @@ async def test_start_with_wrong_instance_is_retried(tmp_path: Path) -> None:
         ends(talk, EVIDENCE, {"result": 1})
 
     with playing(tmp_path, holding(), other, holding(warden="w2"), right) as peer:
-        async with running(tmp_path, host_line(peer.port), kept_calls=True) as dispatcher:
+        async with running(tmp_path, host_line(peer.port), resumable_calls=True) as dispatcher:
             assert (await result_of(dispatcher))[1] == Returned(b"1")
 
 
@@ -85,7 +85,7 @@ async def test_start_with_ever_new_instance_is_network_error(tmp_path: Path) -> 
         talk.reply({"harp": 1, "error": {"type": "wrong_instance", "message": "no", "data": {"instance": "w2"}}})
 
     with playing(tmp_path, *(holding(), other) * 3) as peer:
-        async with running(tmp_path, host_line(peer.port), kept_calls=True) as dispatcher:
+        async with running(tmp_path, host_line(peer.port), resumable_calls=True) as dispatcher:
             _, end = await result_of(dispatcher)
             assert isinstance(end, Failed)
             assert end.type == "network_error"
@@ -103,7 +103,7 @@ async def test_start_without_reply_is_never_repeated(tmp_path: Path) -> None:
         talk.reply(NOT_HELD)
 
     with playing(tmp_path, holding(), cut, holding(), not_held) as peer:
-        async with running(tmp_path, host_line(peer.port), kept_calls=True) as dispatcher:
+        async with running(tmp_path, host_line(peer.port), resumable_calls=True) as dispatcher:
             job_id, end = await result_of(dispatcher)
             assert isinstance(end, Failed)
             assert end.type == "missing_result"
@@ -121,7 +121,7 @@ async def test_start_without_reply_that_happened_continues(tmp_path: Path) -> No
         ends(talk, {"at": 5.5}, {"stream": "a"}, EVIDENCE, {"result": 1})
 
     with playing(tmp_path, holding(), cut, holding(), held) as peer:
-        async with running(tmp_path, host_line(peer.port), kept_calls=True) as dispatcher:
+        async with running(tmp_path, host_line(peer.port), resumable_calls=True) as dispatcher:
             job_id = await dispatcher.submit(call(), "test")
             assert await followed(dispatcher, job_id, since=0) == ([(0, "a")], Returned(b"1"))
 
@@ -147,7 +147,7 @@ async def test_reattach_continues_at_the_next_record(tmp_path: Path) -> None:
         ends(talk, EVIDENCE, {"result": "end"})
 
     with playing(tmp_path, holding(), begin, holding(), middle, holding(), rest) as peer:
-        async with running(tmp_path, host_line(peer.port), kept_calls=True) as dispatcher:
+        async with running(tmp_path, host_line(peer.port), resumable_calls=True) as dispatcher:
             job_id = await dispatcher.submit(call(), "test")
             records, end = await followed(dispatcher, job_id, since=0)
             assert records == [(number, number) for number in range(4)]
@@ -181,7 +181,7 @@ async def test_stop_after_outage_frees_the_slot_with_the_report(tmp_path: Path) 
         ends(talk, receipt(), EVIDENCE, {"harp": 1, "error": {"type": "cancelled", "message": "stopped"}})
 
     with playing(tmp_path, holding(), begin, nobody, holding(), again) as peer:
-        async with running(tmp_path, host_line(peer.port), kept_calls=True) as dispatcher:
+        async with running(tmp_path, host_line(peer.port), resumable_calls=True) as dispatcher:
             job_id = await dispatcher.submit(call(), "test")
             await acknowledged(dispatcher, job_id)
             broken.set()
@@ -212,7 +212,7 @@ async def test_surviving_processes_hold_the_slot(tmp_path: Path) -> None:
         ends(talk, receipt())
 
     with playing(tmp_path, holding(), script) as peer:
-        async with running(tmp_path, host_line(peer.port), kept_calls=True) as dispatcher:
+        async with running(tmp_path, host_line(peer.port), resumable_calls=True) as dispatcher:
             job_id = await dispatcher.submit(call(), "test")
             await acknowledged(dispatcher, job_id)
             await dispatcher.cancel(job_id)
@@ -229,7 +229,7 @@ async def test_release_frees_the_slot(tmp_path: Path) -> None:
         talk.until_closed()
 
     with playing(tmp_path, holding(), script) as peer:
-        async with running(tmp_path, host_line(peer.port), kept_calls=True) as dispatcher:
+        async with running(tmp_path, host_line(peer.port), resumable_calls=True) as dispatcher:
             job_id = await dispatcher.submit(call(), "test")
             await acknowledged(dispatcher, job_id)
             assert not await dispatcher.release_slot(job_id)  # it runs
@@ -248,7 +248,7 @@ async def test_host_limit_ends_the_job_with_a_stop_report(tmp_path: Path) -> Non
         ends(talk, receipt(), EVIDENCE, {"harp": 1, "error": {"type": "timeout", "message": "too long"}})
 
     with playing(tmp_path, holding(), script) as peer:
-        async with running(tmp_path, host_line(peer.port), kept_calls=True) as dispatcher:
+        async with running(tmp_path, host_line(peer.port), resumable_calls=True) as dispatcher:
             job_id, end = await result_of(dispatcher)
             assert end == Failed("timeout", "too long")
             assert (await dispatcher.get_job(job_id)).stop is StopState.CONFIRMED
@@ -270,7 +270,7 @@ async def test_records_gone_ends_the_job_and_stops_the_call(tmp_path: Path) -> N
         ends(talk, receipt(), EVIDENCE, {"harp": 1, "error": {"type": "cancelled", "message": "stopped"}})
 
     with playing(tmp_path, holding(), begin, holding(), lacking, rest) as peer:
-        async with running(tmp_path, host_line(peer.port), kept_calls=True) as dispatcher:
+        async with running(tmp_path, host_line(peer.port), resumable_calls=True) as dispatcher:
             job_id, end = await result_of(dispatcher)
             assert isinstance(end, Failed)
             assert end.type == "missing_result"
@@ -283,7 +283,7 @@ async def test_host_downgraded_to_legacy_has_bound_calls(tmp_path: Path) -> None
         talk.reply({"harp": 1, "stream_result": False}, {"result": 1})
 
     with playing(tmp_path, holding(), script) as peer:
-        async with running(tmp_path, host_line(peer.port), kept_calls=True) as dispatcher:
+        async with running(tmp_path, host_line(peer.port), resumable_calls=True) as dispatcher:
             job_id, end = await result_of(dispatcher)
             assert end == Returned(b"1")
             assert json.loads((await dispatcher.details(job_id))["call"])["resumable"] is False
@@ -316,7 +316,7 @@ async def test_orphaned_calls_are_stopped_and_released(tmp_path: Path) -> None:
             job_id, _ = await result_of(dispatcher)  # its host is not known
             ids.append(job_id)
         peer.play_next(list_both)
-        async with running(tmp_path, host_line(peer.port), store=store, kept_calls=True) as dispatcher:
+        async with running(tmp_path, host_line(peer.port), store=store, resumable_calls=True) as dispatcher:
             assert (await result_of(dispatcher))[1] == Returned(b"1")
             await eventually(lambda: len(stopped) == 2, what="both ended")
             assert (await dispatcher.details(job_id))["exit_info"] == b'{"late": 1}'
@@ -341,12 +341,12 @@ async def test_restarted_dispatcher_recovers_its_calls(tmp_path: Path) -> None:
 
     store = await open_store(tmp_path / "store")
     with playing(tmp_path, holding(), begin, holding(), again) as peer:
-        async with running(tmp_path, host_line(peer.port), store=store, kept_calls=True) as dispatcher:
+        async with running(tmp_path, host_line(peer.port), store=store, resumable_calls=True) as dispatcher:
             job_id = await dispatcher.submit(call(), "test")
             await until(dispatcher, job_id, lambda job: job.records == 1, "the first record")
         job = await store.get_job(job_id)
         assert (job.state, job.holds_slot) == (State.RUNNING, True)
-        async with running(tmp_path, host_line(peer.port), store=store, kept_calls=True) as dispatcher:
+        async with running(tmp_path, host_line(peer.port), store=store, resumable_calls=True) as dispatcher:
             assert await followed(dispatcher, job_id, since=0) == ([(0, 0), (1, 1)], Returned(b"1"))
     assert asked[0]["since"] == 1
     await store.close()
@@ -361,7 +361,7 @@ async def test_details_explain_why_a_job_waits(tmp_path: Path) -> None:
         ends(talk, EVIDENCE, {"result": 1})
 
     with playing(tmp_path, holding(), always=script) as peer:
-        async with running(tmp_path, host_line(peer.port), kept_calls=True, host_concurrency=2) as dispatcher:
+        async with running(tmp_path, host_line(peer.port), resumable_calls=True, max_calls_per_host=2) as dispatcher:
             first, second, third = [await dispatcher.submit(call(queue={"db": "prod"}), "test") for _ in range(3)]
             await acknowledged(dispatcher, first)
             other = await dispatcher.submit(call(), "test")

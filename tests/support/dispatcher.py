@@ -53,7 +53,7 @@ async def running(
     """Run a dispatcher that keeps everything in `directory` and has these lines in its hosts file."""
     settings.setdefault("hosts_file", hosts_file(directory, *lines))
     settings.setdefault("host_db", directory / "hosts.db")
-    settings.setdefault("kept_calls", False)  # the hosts of these tests are scripts of tied calls
+    settings.setdefault("resumable_calls", False)  # the hosts of these tests are scripts of tied calls
     config = Config(stream_directory=directory / "store", **settings)
     opened = store or await open_store(config.stream_directory)
     try:

@@ -1,1 +1,1 @@
-"""The doors of the dispatcher: the client protocol and the control socket."""
+"""The APIs of the dispatcher: the client API and the control API."""

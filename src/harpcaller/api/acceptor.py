@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from harp_daemon.sockets import prepare
-from harpcaller.api.connection import ClientLeft, Connection
+from harpcaller.api.connection import ClientDisconnected, Connection
 from harpcaller.api.listeners import Listener
 
 __all__ = ["Door"]
@@ -48,7 +48,7 @@ class Door:
     """Accepts connections and has each answered; a context manager that closes what is left.
 
     Args:
-        answer: answers a connection. May raise `ClientLeft`. The connection is closed afterwards.
+        answer: answers a connection. May raise `ClientDisconnected`. The connection is closed afterwards.
         most: gives the number of connections that are answered at once.
         refusal: what a connection over this number is told, a line.
     """
@@ -75,7 +75,7 @@ class Door:
             self.close(listener)
         tasks = self._answering | self._refusing
         for connection in tasks.values():
-            connection.leave()
+            connection.mark_disconnected()
         if tasks:
             _, late = await asyncio.wait(tasks, timeout=_LAST_WORDS)
             for task in late:
@@ -162,7 +162,7 @@ class Door:
 async def _serve(answer: Callable[[Connection], Awaitable[None]], connection: Connection) -> None:
     try:
         await answer(connection)
-    except ClientLeft:
+    except ClientDisconnected:
         pass  # nobody is there to be told anything
     except BaseException:
         connection.abort()

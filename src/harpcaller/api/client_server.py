@@ -1,4 +1,4 @@
-"""Door 1: the client protocol, over TCP and Unix sockets. One request a connection, unless the client keeps it.
+"""The client API over TCP and Unix sockets: one request per connection, or more with keep-alive.
 
 Spec: docs/protocol.md, Client and dispatcher, and Kept connections.
 """
@@ -43,7 +43,7 @@ from harp_daemon.memory_quota import MemoryQuota, Reservation
 from harp_daemon.sliced_json import decode_slices
 from harp_daemon.sockets import ResolveError
 from harpcaller.api.acceptor import Door
-from harpcaller.api.connection import ClientLeft, Connection
+from harpcaller.api.connection import ClientDisconnected, Connection
 from harpcaller.api.listeners import Listener, listen_tcp, listen_unix, reason
 from harpcaller.config import Config, ConfigError
 from harpcaller.dispatcher import Dispatcher
@@ -51,20 +51,20 @@ from harpcaller.model.jobs import Job
 from harpcaller.notifier import RecordBatch
 from harpcaller.store import StorageError, UnknownJob
 
-__all__ = ["Service", "close", "listen"]
+__all__ = ["ClientServer", "close", "listen"]
 
 log = logging.getLogger(__name__)
 
-#: Who may connect to a Unix socket is the matter of its file: owner and group may.
+#: Permissions of a Unix socket: its owner and its group may connect.
 _UNIX_MODE = 0o660
 
-#: A message quotes what the client sent; it need not give all of it back.
-_LONGEST_MESSAGE = 1000
+#: Maximum length of an error message in characters: it may quote the client's data.
+_MAX_MESSAGE = 1000
 
-#: Bytes from which on a request is read in a thread, so that nobody waits meanwhile.
+#: Length in bytes from which a request is decoded in a thread, so that other clients need not wait.
 _LONG_REQUEST = 256 * 1024
 
-#: The requests that have one reply.
+#: The requests with a single reply.
 _OneReply: TypeAlias = Call | SubmitMany | Cancel | GetResult | GetStatus | GetDetails
 
 
@@ -92,82 +92,82 @@ def close(listeners: Iterable[Listener]) -> None:
         listener.close()
 
 
-class Service:
-    """The door that clients come through; an asynchronous context manager that closes it.
+class ClientServer:
+    """The server of the client API; an asynchronous context manager that closes it.
 
     Args:
-        dispatcher: carries requests out; the limits of requests are those of its configuration.
+        dispatcher: executes the requests; its configuration sets their limits.
     """
 
     def __init__(self, dispatcher: Dispatcher) -> None:
         self._dispatcher = dispatcher
-        refusal = Failed("too_many_connections", "more clients are connected than the setting connections allows")
-        self._door = Door(self._answer, lambda: dispatcher.config.connections, encode_reply(refusal))
+        refusal = Failed("too_many_connections", "more clients are connected than max_connections allows")
+        self._acceptor = Door(self._answer, lambda: dispatcher.config.max_connections, encode_reply(refusal))
         self._memory = MemoryQuota(dispatcher.config.request_memory)
-        self._local_told = False
+        self._loopback_logged = False
 
     async def __aenter__(self) -> Self:
-        await self._door.__aenter__()
+        await self._acceptor.__aenter__()
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        await self._door.__aexit__(kind, error, traceback)
+        await self._acceptor.__aexit__(kind, error, traceback)
 
     def serve(self, listeners: Iterable[Listener]) -> None:
         """Accept connections from the listeners."""
         for listener in listeners:
-            self._door.open(listener)
+            self._acceptor.open(listener)
             log.info("harpcallerd is serving", extra=listener.fields)
-            self._report_reach(listener)
+            self._log_exposure(listener)
 
-    def _report_reach(self, listener: Listener) -> None:
-        """Say who can call: there is no authentication of clients."""
+    def _log_exposure(self, listener: Listener) -> None:
+        """Log which users can call, because clients are not authenticated."""
         if listener.path is not None:
-            return  # its file's owner and group
+            return  # the owner and the group of its file
         address = ipaddress.ip_address(str(listener.fields["address"]).partition("%")[0])
         if not address.is_loopback:
-            log.warning("not a loopback address: whoever reaches it can call", extra=listener.fields)
-        elif not self._local_told:
-            self._local_told = True
-            log.info("every local user can call; a Unix socket with file permissions can be listened on instead")
+            log.warning("listening address is not loopback", extra=listener.fields)
+        elif not self._loopback_logged:
+            self._loopback_logged = True
+            log.info("every local user can call procedures")
 
     async def _answer(self, connection: Connection) -> None:
-        failure = await self._carry_out(connection)
+        failure = await self._answer_requests(connection)
         if failure is not None:
             await connection.send(encode_reply(failure))
 
-    async def _carry_out(self, connection: Connection) -> Failed | None:
-        """Read requests and answer them; return what is left to say when one fails, at once or in the middle."""
+    async def _answer_requests(self, connection: Connection) -> Failed | None:
+        """Answer requests until the connection ends; return the error if a request fails."""
         client = connection.client
         try:
-            while await self._carry_out_one(connection):
+            while await self._answer_request(connection):
                 pass
-        except ClientLeft:
+        except ClientDisconnected:
             raise
         except ProtocolError as error:
-            # The dispatcher has one type for all faults of a request; being too much at once is none.
+            # Every invalid request has the type invalid_request; an exhausted limit keeps its own.
             kind = error.type if error.type == "too_many_connections" else "invalid_request"
-            failure = Failed(kind, _shortened(error.message))
+            failure = Failed(kind, _shorten(error.message))
             log.info("request refused", extra={"client": client, "reason": failure.message})
         except UnknownJob as error:
-            failure = Failed("invalid_jobid", _shortened(f"there is no job {error}"))
+            failure = Failed("invalid_jobid", _shorten(f"there is no job {error}"))
         except StorageError as error:
-            log.error("request not carried out", extra={"client": client, "reason": str(error)})
+            log.error("request failed: storage error", extra={"client": client, "reason": str(error)})
             failure = Failed("storage_error", str(error))
         except Exception:
-            log.exception("request failed by a fault of the dispatcher", extra={"client": client})
-            failure = Failed("internal_error", "the dispatcher failed; its log says more")
+            log.exception("request failed: internal error", extra={"client": client})
+            failure = Failed("internal_error", "internal error of the dispatcher; see its log")
         else:
             return None
         return failure
 
-    async def _carry_out_one(self, connection: Connection) -> bool:
-        """Read a request and answer it; whether another one may come."""
+    async def _answer_request(self, connection: Connection) -> bool:
+        """Answer one request; return whether another one may follow."""
         config = self._dispatcher.config
-        with Reservation(self._memory) as share:
-            line = await connection.request_line(config.request_line, config.idle_timeout, share)
+        with Reservation(self._memory) as reservation:
+            line = await connection.read_request(config.request_line, config.idle_timeout, reservation)
             came = time.monotonic()
             if len(line) < _LONG_REQUEST:
                 request, keeps = decode_request_line(line, decode_slices)
@@ -175,22 +175,22 @@ class Service:
                 request, keeps = await asyncio.to_thread(decode_request_line, line, decode_slices)
             del line
             if isinstance(request, (FollowStream, ReadStream)):
-                share.release()
+                reservation.release()
                 async with aclosing(self._stream(request, connection)) as stream:
                     async for lines in stream:
                         await connection.send(lines)
                 return False
-            reply = await self._reply(request, connection, share, came)
-        keeps = keeps and not connection.said_more and not self._door.crowded
+            reply = await self._reply(request, connection, reservation, came)
+        keeps = keeps and not connection.has_extra_input and not self._acceptor.crowded
         await connection.send(encode_reply(reply, config.idle_timeout if keeps else None))
         if isinstance(request, GetResult):
             self._dispatcher.record_delivery(request.job, came)
         return keeps
 
-    async def _reply(self, request: _OneReply, connection: Connection, share: Reservation, came: float) -> Reply:
-        """Carry out a request that has one reply. Whatever waits gives its share of memory back."""
+    async def _reply(self, request: _OneReply, connection: Connection, reservation: Reservation, came: float) -> Reply:
+        """Return the reply to a request. A request that waits releases its memory first."""
         if not isinstance(request, (Call, SubmitMany)):
-            share.release()
+            reservation.release()
         dispatcher = self._dispatcher
         match request:
             case Call():
@@ -208,24 +208,24 @@ class Service:
                 return Details(await dispatcher.details(job))
 
     def _stream(self, request: FollowStream | ReadStream, connection: Connection) -> AsyncGenerator[bytes, None]:
-        """The lines that answer a request for records."""
+        """Yield the lines of the reply to a request for records."""
         return self._follow(request, connection) if isinstance(request, FollowStream) else self._read(request)
 
     async def _read(self, request: ReadStream) -> AsyncGenerator[bytes, None]:
         items = self._dispatcher.read(request.job, request.since, request.recent)
         async with aclosing(items):
             async for item in items:
-                lines = _lines(item, request.timed)
-                del item  # not kept as well while the client reads
+                lines = _encode_item(item, request.timed)
+                del item  # free the memory while the client reads
                 yield lines
 
     async def _result(self, job: str, wait: bool, connection: Connection) -> Reply:
         if wait:
             try:
-                async with connection.waiting():
+                async with connection.cancel_on_disconnect():
                     end = await self._dispatcher.result(job, wait=True)
-            except ClientLeft:
-                # It sends no more, but may still read: it is told what needs no waiting.
+            except ClientDisconnected:
+                # The client may still be reading: it gets an end that is available at once.
                 end = await self._dispatcher.result(job, wait=False)
                 if end is None:
                     raise
@@ -234,9 +234,9 @@ class Service:
         return NoResult() if end is None else end
 
     async def _stop(self, job: str, connection: Connection) -> Envelope | None:
-        """How the stop of a job turned out, once it has; None: there is none."""
+        """Return the state of a job's stop when it is final; None if the job was not stopped."""
         try:
-            async with connection.waiting():
+            async with connection.cancel_on_disconnect():
                 details = await self._dispatcher.wait_stopped(job)
         except UnknownJob:
             return None
@@ -249,29 +249,29 @@ class Service:
         try:
             async with aclosing(self._dispatcher.follow(request.job, since, recent)) as items:
                 while True:
-                    async with connection.waiting():
+                    async with connection.cancel_on_disconnect():
                         item = await anext(items)
                     if not isinstance(item, RecordBatch):
                         yield encode_reply(item)
                         return
                     since, recent = item.next, None
-                    lines = _lines(item, request.timed)
-                    del item  # not kept as well while the client reads
+                    lines = _encode_item(item, request.timed)
+                    del item  # free the memory while the client reads
                     yield lines
-        except ClientLeft:
+        except ClientDisconnected:
             pass
-        # As for a result: what needs no waiting.
+        # The client may still be reading: it gets the records that are stored.
         recent = 0 if since is None and recent is None else recent
         async with aclosing(self._dispatcher.read(request.job, since, recent)) as rest:
             async for part in rest:
                 if isinstance(part, Continue):
-                    raise ClientLeft
-                lines = _lines(part, request.timed)
+                    raise ClientDisconnected
+                lines = _encode_item(part, request.timed)
                 del part
                 yield lines
 
 
-def _lines(item: RecordBatch | Reply, timed: bool) -> bytes:
+def _encode_item(item: RecordBatch | Reply, timed: bool) -> bytes:
     return item.lines(timed) if isinstance(item, RecordBatch) else encode_reply(item)
 
 
@@ -287,5 +287,5 @@ def _status(job: Job) -> Status:
     )
 
 
-def _shortened(message: str) -> str:
-    return message if len(message) <= _LONGEST_MESSAGE else f"{message[:_LONGEST_MESSAGE]}..."
+def _shorten(message: str) -> str:
+    return message if len(message) <= _MAX_MESSAGE else f"{message[:_MAX_MESSAGE]}..."

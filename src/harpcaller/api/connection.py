@@ -1,10 +1,9 @@
-"""One client's connection to a door: its request line, the lines that go back, the next request, and its leaving.
+"""A client's connection: its requests, the replies, its end.
 
-There is no buffer here: what is sent is handed to the kernel, and the sender waits until it has taken it. So a
-client that does not read holds one piece of the answer and delays nobody but itself. What a client sends after its
-request and before the answer is dropped, and no other request follows then. When it ends its side of the connection
-it has left: nothing is waited for on its behalf from then on, but what can be said without waiting is still sent, as
-it may be reading.
+The connection has no send buffer: `send` waits until the kernel has taken all data. A client that does not read
+therefore holds one piece of a reply and delays only itself. Data that a client sends between its request and the reply
+is dropped, and the connection then serves no further request. A client that closes its side counts as disconnected:
+nothing is waited for on its behalf, but data that is available at once is still sent, because it may be reading.
 """
 
 from __future__ import annotations
@@ -18,158 +17,159 @@ from harp.protocol.fields import ProtocolError
 from harp.protocol.lines import LineBuffer, LineTooLong
 from harp_daemon.memory_quota import Reservation
 
-__all__ = ["ClientLeft", "Connection"]
+__all__ = ["ClientDisconnected", "Connection"]
 
 _READ_BYTES = 64 * 1024
 
-#: Seconds that a client may take to read a refusal and close, after which the connection is closed anyway.
-_LINGER = 2.0
+#: Maximum seconds for a client to read the last reply and close.
+_CLOSE_TIMEOUT = 2.0
 
 
-class ClientLeft(Exception):
-    """The client has closed the connection or its side of it, or the door is closing."""
+class ClientDisconnected(Exception):
+    """A client that has closed the connection or its side, or a server that is closing."""
 
 
 class Connection:
-    """A connection that a door has accepted.
+    """An accepted connection.
 
     Args:
         accepted: the socket, non-blocking; this object closes it.
-        client: who it is, for the log.
+        client: the client's address or user, for the log.
     """
 
     def __init__(self, accepted: socket.socket, client: str) -> None:
-        #: Who the client is, for the log.
+        #: The client's address or user, for the log.
         self.client = client
         self._socket = accepted
         self._loop = asyncio.get_running_loop()
-        self._wait: asyncio.Timeout | None = None
-        self._asked = False
-        self._watched = False
-        self._left = False
-        #: Whether the client has sent more than its request, which is dropped.
-        self.said_more = False
+        self._timeout: asyncio.Timeout | None = None
+        self._request_received = False
+        self._watching = False
+        self._disconnected = False
+        #: Whether the client has sent data after its request, which is dropped.
+        self.has_extra_input = False
 
-    async def request_line(self, longest: int, seconds: float, share: Reservation | None = None) -> bytes:
-        """Read the request.
+    async def read_request(self, max_line: int, seconds: float, reservation: Reservation | None = None) -> bytes:
+        """Return the next request line without its line feed.
 
         Args:
-            longest: the most bytes that the line may have.
-            seconds: how long the client may take.
-            share: what the line takes of the memory that all requests share; None: it is not counted.
-
-        Returns:
-            The line without its line feed.
+            max_line: maximum length of the line in bytes.
+            seconds: maximum time to receive the line.
+            reservation: the line's part of the memory for all requests; None if the line is not counted.
 
         Raises:
-            ProtocolError: the line is too long, late or cut off; of type ``too_many_connections`` when too many
-                long ones are here at once.
-            ClientLeft: it sent nothing; of a further request neither within that time.
+            ProtocolError: the line is too long, late or incomplete; with the type ``too_many_connections`` if the
+                memory for all requests is exhausted.
+            ClientDisconnected: the client sent nothing; for a further request also if `seconds` have passed.
         """
-        self._unwatch()
-        again, lines = self._asked, LineBuffer(longest)
+        self._stop_watching()
+        again, lines = self._request_received, LineBuffer(max_line)
         try:
-            async with asyncio.timeout(seconds) as self._wait:
+            async with asyncio.timeout(seconds) as self._timeout:
                 while data := await self._receive():
-                    if share is not None and not share.grow(len(data)):
+                    if reservation is not None and not reservation.grow(len(data)):
                         raise ProtocolError("too many long requests at once; try again later", "too_many_connections")
                     if found := lines.feed(data):
-                        self._asked = True
-                        self.said_more = len(found) > 1 or bool(lines.pending)
+                        self._request_received = True
+                        self.has_extra_input = len(found) > 1 or bool(lines.pending)
                         return found[0]
         except LineTooLong as error:
-            raise ProtocolError(f"the request line is longer than {longest} bytes") from error
+            raise ProtocolError(f"the request line is longer than {max_line} bytes") from error
         except TimeoutError as error:
-            if self._left or (again and not lines.pending):
-                raise ClientLeft from error
-            raise ProtocolError(f"the request line was not whole within {seconds:g} s") from error
+            if self._disconnected or (again and not lines.pending):
+                raise ClientDisconnected from error
+            raise ProtocolError(f"the request line was not complete within {seconds:g} s") from error
         finally:
-            self._wait = None
-        self._left = True
+            self._timeout = None
+        self._disconnected = True
         if not lines.pending:
-            raise ClientLeft
+            raise ClientDisconnected
         raise ProtocolError("the connection was closed in the middle of the request line")
 
     async def send(self, data: bytes) -> None:
-        """Send, and wait until the kernel has taken all of it. Raises `ClientLeft` when it can't be sent any more."""
+        """Send data and wait until the kernel has taken all of it.
+
+        Raises:
+            ClientDisconnected: the data cannot be sent.
+        """
         try:
             await self._loop.sock_sendall(self._socket, data)
         except OSError as error:
-            self._left = True
-            raise ClientLeft from error
+            self._disconnected = True
+            raise ClientDisconnected from error
 
     @asynccontextmanager
-    async def waiting(self) -> AsyncIterator[None]:
-        """A context to wait in for something else than the client; when the client leaves, the waiting is over.
+    async def cancel_on_disconnect(self) -> AsyncIterator[None]:
+        """Cancel the body of the context if the client disconnects.
 
         Raises:
-            ClientLeft: it has left, now or before. What was waited for is cancelled.
+            ClientDisconnected: the client disconnected, now or before.
         """
-        if not self._watched and not self._left:
-            self._watched = True
-            self._loop.add_reader(self._socket.fileno(), self._look)
-        if self._left:
-            raise ClientLeft
-        self._wait = wait = asyncio.timeout(None)
+        if not self._watching and not self._disconnected:
+            self._watching = True
+            self._loop.add_reader(self._socket.fileno(), self._on_readable)
+        if self._disconnected:
+            raise ClientDisconnected
+        self._timeout = wait = asyncio.timeout(None)
         try:
             async with wait:
                 yield
         except TimeoutError as error:
             if not wait.expired():
-                raise  # not ours
-            raise ClientLeft from error
+                raise  # raised by the body
+            raise ClientDisconnected from error
         finally:
-            self._wait = None
+            self._timeout = None
 
-    def leave(self) -> None:
-        """Treat the client as one that has left."""
-        self._left = True
-        if self._wait is not None and not self._wait.expired():
-            self._wait.reschedule(self._loop.time())
+    def mark_disconnected(self) -> None:
+        """Treat the client as disconnected."""
+        self._disconnected = True
+        if self._timeout is not None and not self._timeout.expired():
+            self._timeout.reschedule(self._loop.time())
 
     async def close(self) -> None:
-        """Close the connection so that what was sent arrives.
+        """Close the connection so that the sent data arrives.
 
-        Closing a socket that holds unread data resets the connection, and the client might lose its answer. So a
-        client that still sends is given a moment to read and close.
+        Closing a socket with unread data resets the connection, and the client may lose the reply. A client that still
+        sends therefore gets some time to read and close.
         """
-        self._unwatch()
+        self._stop_watching()
         try:
-            if not self._left and (not self._asked or self._has_unread()):
+            if not self._disconnected and (not self._request_received or self._has_unread()):
                 self._socket.shutdown(socket.SHUT_WR)
-                async with asyncio.timeout(_LINGER) as self._wait:
+                async with asyncio.timeout(_CLOSE_TIMEOUT) as self._timeout:
                     while await self._receive():
                         pass
         except (OSError, TimeoutError):
-            pass  # it is gone, or had its moment
+            pass  # the connection is closed already, or the time is over
         finally:
-            self._wait = None
+            self._timeout = None
             self._socket.close()
 
     def abort(self) -> None:
         """Close the connection at once."""
-        self._unwatch()
+        self._stop_watching()
         self._socket.close()
 
     async def _receive(self) -> bytes:
-        """What comes next; nothing at the end of what the client sends."""
+        """Return the next data; empty at the end of the input."""
         try:
             return await self._loop.sock_recv(self._socket, _READ_BYTES)
         except OSError:
             return b""
 
-    def _look(self) -> None:
-        """The socket is readable while something else is waited for."""
+    def _on_readable(self) -> None:
+        """Drop input during `cancel_on_disconnect`, and detect the end of the input."""
         try:
             gone = not self._socket.recv(_READ_BYTES)
-            self.said_more = True
+            self.has_extra_input = True
         except (BlockingIOError, InterruptedError):
             return
         except OSError:
             gone = True
         if gone:
-            self._unwatch()
-            self.leave()
+            self._stop_watching()
+            self.mark_disconnected()
 
     def _has_unread(self) -> bool:
         try:
@@ -177,7 +177,7 @@ class Connection:
         except OSError:
             return False
 
-    def _unwatch(self) -> None:
-        if self._watched:
+    def _stop_watching(self) -> None:
+        if self._watching:
             self._loop.remove_reader(self._socket.fileno())
-            self._watched = False
+            self._watching = False

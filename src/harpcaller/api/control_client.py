@@ -1,8 +1,8 @@
-"""The near end of the control socket: asks a running harpcallerd and hands out what it answers.
+"""The client of the control socket: sends a command to a running harpcallerd and returns the reply.
 
-The protocol is ours alone. A request is one line, ``{"command": NAME, ...}``. The answer is lines
-``{"item": OBJECT}``, any number of them, then ``{"done": true}`` or ``{"error": MESSAGE}``; a connection that ends
-before has been cut. Standard library and `harp.protocol` only, so that the program answers quickly.
+A request is one line, ``{"command": NAME, ...}``. The reply is any number of lines ``{"item": OBJECT}``, then
+``{"done": true}`` or ``{"error": MESSAGE}``; without one of these, the reply is incomplete. This module imports only
+the standard library and `harp.protocol`, so that the program starts quickly.
 """
 
 from __future__ import annotations
@@ -18,89 +18,90 @@ from typing import Any
 
 from harp.protocol.json_text import Envelope, InvalidJSON, Raw, dumps, slice_text
 
-__all__ = ["ControlError", "Daemon", "NotRunning"]
+__all__ = ["ControlClient", "ControlError", "NotRunning"]
 
-#: Seconds in which a daemon that is well answers a simple question.
-_PATIENCE = 10.0
+#: Maximum seconds for the reply to a simple command.
+_REPLY_TIMEOUT = 10.0
 
-#: Seconds between two looks for a daemon that is not there yet.
-_PAUSE = 0.05
+#: Seconds between two attempts to connect to a starting daemon.
+_POLL_INTERVAL = 0.05
 
 
 class ControlError(Exception):
-    """The daemon could not do what it was asked, or did not answer. The message is for the one who asked."""
+    """A command that failed or was not answered. The message is for the user."""
 
 
 class NotRunning(ControlError):
-    """No daemon listens on the control socket."""
+    """A control socket on which no daemon listens."""
 
 
-class Daemon:
-    """A harpcallerd, as one who may open its control socket sees it.
+class ControlClient:
+    """A client of the control API of a harpcallerd.
 
     Args:
-        path: its control socket.
+        path: the control socket.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
 
-    def ask(self, command: str, **options: Any) -> Iterator[Raw]:
-        """Give a command; yield the objects that it answers with, as their text.
+    def send_command(self, command: str, **options: Any) -> Iterator[Raw]:
+        """Send a command; yield the items of the reply as JSON text.
 
         Args:
             command: name of the command; `harpcaller.api.control_server` lists them.
-            options: what goes with it; those that are None are left out.
+            options: options of the command; those that are None are omitted.
 
         Raises:
-            NotRunning: there is no daemon.
-            ControlError: it refused, failed, or ended before its answer was whole.
+            NotRunning: no daemon is running.
+            ControlError: the command failed, or the reply is incomplete.
         """
         with self._connect() as connection:
-            yield from self._converse(connection, command, options)
+            yield from self._exchange(connection, command, options)
 
     def is_running(self) -> bool:
-        """Whether it answers. Raises `ControlError` when it is there and does not."""
+        """Return whether the daemon runs and replies.
+
+        Raises:
+            ControlError: the daemon runs and does not reply.
+        """
         try:
             with self._connect() as connection:
-                connection.settimeout(_PATIENCE)
-                for _ in self._converse(connection, "status", {}):
+                connection.settimeout(_REPLY_TIMEOUT)
+                for _ in self._exchange(connection, "status", {}):
                     pass
         except NotRunning:
             return False
         return True
 
     def wait_running(self, timeout: float | None) -> bool:
-        """Wait until it runs, at most `timeout` seconds if that is not None; return whether it does."""
+        """Wait until the daemon runs, at most `timeout` seconds unless it is None; return whether it runs."""
         last = None if timeout is None else time.monotonic() + timeout
         while not self.is_running():
             if last is not None and time.monotonic() >= last:
                 return False
-            time.sleep(_PAUSE)
+            time.sleep(_POLL_INTERVAL)
         return True
 
     def stop(self, timeout: float | None) -> int:
-        """Stop it, and wait until its process is gone.
+        """Stop the daemon and wait until its process has exited; return the process id.
 
         Args:
-            timeout: seconds to wait at most, None: as long as it takes.
-
-        Returns:
-            The id that the process had.
+            timeout: maximum seconds to wait; None for no limit.
 
         Raises:
-            NotRunning: there is no daemon.
-            ControlError: it did not answer, or is still there after `timeout` seconds.
+            NotRunning: no daemon is running.
+            ControlError: the daemon did not reply, or has not exited within `timeout` seconds.
         """
         with self._connect() as connection:
-            pid = _peer(connection)
+            pid = _peer_pid(connection)
             try:
                 process = os.pidfd_open(pid)
             except OSError as error:
-                raise ControlError(f"process {pid} can't be watched: {error.strerror}") from error
+                raise ControlError(f"cannot watch process {pid}: {error.strerror}") from error
             try:
-                connection.settimeout(_PATIENCE if timeout is None else max(timeout, _PAUSE))
-                for _ in self._converse(connection, "stop", {}):
+                connection.settimeout(_REPLY_TIMEOUT if timeout is None else max(timeout, _POLL_INTERVAL))
+                for _ in self._exchange(connection, "stop", {}):
                     pass
                 gone, _, _ = select.select([process], [], [], timeout)
             finally:
@@ -120,7 +121,7 @@ class Daemon:
             raise ControlError(f"control socket {self._path}: {error.strerror or error}") from error
         return connection
 
-    def _converse(self, connection: socket.socket, command: str, options: dict[str, Any]) -> Iterator[Raw]:
+    def _exchange(self, connection: socket.socket, command: str, options: dict[str, Any]) -> Iterator[Raw]:
         given = {name: option for name, option in options.items() if option is not None}
         try:
             connection.sendall(dumps(Envelope(command=command, **given)) + b"\n")
@@ -136,11 +137,11 @@ class Daemon:
             raise ControlError(f"harpcallerd does not answer on {self._path}") from error
         except (OSError, InvalidJSON, KeyError) as error:
             raise ControlError(f"control socket {self._path}: {error}") from error
-        raise ControlError("harpcallerd ended before its answer was whole")
+        raise ControlError("harpcallerd exited before its reply was complete")
 
 
-def _peer(connection: socket.socket) -> int:
-    """The process at the other end."""
+def _peer_pid(connection: socket.socket) -> int:
+    """Return the process id of the peer."""
     credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
     pid, _, _ = struct.unpack("3i", credentials)
     return int(pid)

@@ -1,4 +1,4 @@
-"""What every run of a job's call needs of the dispatcher, and how the log names a job."""
+"""The objects and settings of the dispatcher that every run needs."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ __all__ = ["RunContext", "log_fields"]
 
 @dataclass(frozen=True, slots=True)
 class RunContext:
-    """What a run needs.
+    """The environment of a run.
 
     Attributes:
         config: timeouts and limits.
-        tls: judges the certificates of hosts.
-        store: takes records and ends.
+        tls: checks the certificates of hosts.
+        store: stores records and ends.
         news: tells those who wait for them.
-        find_host: finds a host of the registry by its name; None: there is none.
-        identity: who we are to the hosts.
-        hosts: what is known of them.
-        idle: connections to them that wait for the next call.
-        wall: the wall clock, for times that are stored; Unix seconds.
-        trouble: counts what the store does not take.
-        timings: take down how long storing takes.
+        find_host: returns a host of the registry by name, or None.
+        identity: the dispatcher's identity towards hosts.
+        capabilities: what is known of hosts.
+        connections: idle connections to hosts.
+        wall: the wall clock for stored times; Unix seconds.
+        pending_writes: counts the failing writes.
+        timings: durations of the dispatcher's own steps.
     """
 
     config: Config
@@ -82,6 +82,6 @@ class RunContext:
 
 
 def log_fields(job: Job | NewJob) -> dict[str, Any]:
-    """The fields by which the log names a job."""
+    """Return the log fields that identify a job."""
     queue = job.queue.decode() if job.queue is not None else None
     return {"job": job.id, "host": job.host, "procedure": job.procedure, "queue": queue}

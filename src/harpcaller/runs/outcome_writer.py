@@ -1,7 +1,7 @@
-"""What a run stores of its job's end: the end itself, how a stop turned out, and the metadata beside.
+"""Writes the outcome of a run to the store: the job's end, the state of its stop, and metadata.
 
-Everything is tried again until the store takes it. The first end that is stored stands; who finds another there has
-only the stop left to settle.
+Every write is retried until the store succeeds. The first stored end wins; a run that finds another end stores only
+the state of the stop.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ __all__ = ["OutcomeWriter"]
 
 log = logging.getLogger(__name__)
 
-#: Characters of an end's message that are logged.
+#: Maximum length of a logged error in characters.
 _MAX_LOGGED = 500
 
 
@@ -31,31 +31,31 @@ class OutcomeWriter:
 
     Args:
         job: the job.
-        context: store, news and clock.
-        call: says where and how the call runs, for the metadata.
+        context: store, notifier and clock.
+        describe_call: returns where and how the call runs, for the metadata.
     """
 
     def __init__(self, job: Job, context: RunContext, describe_call: Callable[[], dict[str, Any]]) -> None:
         self._id = job.id
         self._context = context
         self._describe_call = describe_call
-        #: Whether the job has an end.
+        #: Whether the job has ended.
         self.has_ended = job.end is not None
-        #: What the host has said of the stop, and of the end of the process.
+        #: The host's stop report and exit info.
         self.stop_report: Raw | None = None
         self.exit_info: Raw | None = None
-        #: What the log is to say of the end.
+        #: Log fields of the end.
         self.log_fields: dict[str, Any] = {}
 
     @property
     def has_survivors(self) -> bool:
-        """Whether the receipt says that something of the call survives."""
+        """Whether the stop report lists surviving processes."""
         return self.stop_report is not None and bool(StopReport(self.stop_report).survivors)
 
     async def store_end(
         self, end: End, stop: StopState | None = None, keep_slot: bool = False, metadata: JobMetadata = NO_METADATA
     ) -> bool:
-        """Store the end; False when the job has one already. Its slot is free then, unless it is kept."""
+        """Store the end of the job, and release its slot unless `keep_slot`; return False if it has ended before."""
         context = self._context
         known = self._merge_metadata(metadata)
         asked = time.monotonic()
@@ -73,7 +73,7 @@ class OutcomeWriter:
         return stored
 
     async def store_stop(self, stop: StopState, keep_slot: bool = False, metadata: JobMetadata = NO_METADATA) -> None:
-        """Store how the stop of a job that has an end turned out; its slot is free then, unless it is kept."""
+        """Store the state of an ended job's stop, and release its slot unless `keep_slot`."""
         context = self._context
         known = self._merge_metadata(metadata)
         self.log_fields = {**(self.log_fields or {"end": "cancelled"}), "stop": stop.value}
@@ -85,7 +85,7 @@ class OutcomeWriter:
         context.notifier.publish_end(self._id)
 
     async def read_metadata(self) -> JobMetadata:
-        """What is stored beside the end."""
+        """Return the stored metadata of the job."""
 
         async def read() -> JobMetadata:
             return (await self._context.store.get_details(self._id)).metadata
@@ -102,7 +102,7 @@ class OutcomeWriter:
 
 
 def _error_fields(end: End) -> dict[str, str]:
-    """What the log says of an end that is no result."""
+    """Return the log fields of an error or an exception."""
     if isinstance(end, (Failed, Raised)):
         return {"error": end.type[:_MAX_LOGGED], "reason": end.message[:_MAX_LOGGED]}
     return {}

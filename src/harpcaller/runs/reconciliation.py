@@ -1,9 +1,9 @@
-"""Calls that hosts hold for us and nobody here wants: jobs that ended, were given up, or are not known any more.
+"""Cleans up orphans: calls that hosts still hold although their jobs have ended or no longer exist.
 
-Each is stopped if it still runs, and forgotten by its host. What it has to say about its end is kept as evidence of its
-job, if that is a job of this host; the end that was stored first stands.
+Each orphan is stopped if it is running, and released by its host. Its stop report and exit info are stored with its
+job, if the job belongs to this host; the end that was stored first wins.
 
-A host may list what it likes and answer what it likes: it takes up the time of its own few workers, and no more.
+A host may list any calls and send any reply: it occupies only its own few workers.
 """
 
 from __future__ import annotations
@@ -29,24 +29,24 @@ __all__ = ["OrphanReaper"]
 
 log = logging.getLogger(__name__)
 
-#: How many are dealt with at once on a host.
+#: Maximum number of orphans of a host that are handled at the same time.
 _WORKERS_PER_HOST = 4
 
-#: Seconds that one may take: it is stopped in less, unless a very long `kill_grace` is configured on its host.
+#: Maximum seconds for an orphan. Stopping takes less, unless a very long `kill_grace` is configured on its host.
 _TIME_LIMIT = 120.0
 
-#: How often one is attached to: its records are asked for from behind their end, which is told by a refusal.
+#: Maximum number of attaches: the first one, past the end, is refused with the number of the next record.
 _MAX_ATTACHES = 3
 
 
 @dataclass(slots=True)
 class _HostQueue:
-    """What is to be done on a host.
+    """The orphans of a host.
 
     Attributes:
-        waiting: calls that it holds, in the order in which it listed them; the values mean nothing.
-        under_way: those that are dealt with now.
-        workers: who deals with them.
+        pending: orphans that wait, in the order of the host's list; the values are not used.
+        active: orphans that are being handled.
+        workers: the tasks that handle them.
     """
 
     pending: dict[str, None] = field(default_factory=dict)
@@ -55,11 +55,11 @@ class _HostQueue:
 
 
 class OrphanReaper:
-    """Looks through the lists of calls that hosts hold.
+    """Handles the orphans in the call lists of hosts.
 
     Args:
-        group: where the work is done.
-        is_wanted: whether somebody looks after this job's call.
+        group: the task group of the workers.
+        is_active: returns whether a run handles this job's call.
     """
 
     def __init__(self, group: asyncio.TaskGroup, is_active: Callable[[str], bool]) -> None:
@@ -69,47 +69,47 @@ class OrphanReaper:
         self._stopped = False
 
     def reap_calls(self, host: Host, calls: Sequence[str], context: RunContext) -> None:
-        """Begin to get rid of those that nobody wants. A host's list takes the place of the one before."""
+        """Start to stop and release the orphans in a host's list, which replaces the previous list."""
         if self._stopped:
             return
-        there = self._hosts.setdefault(host.hostname, _HostQueue())
-        there.pending = {call: None for call in calls if call not in there.active and not self._is_active(call)}
-        for _ in range(min(_WORKERS_PER_HOST - len(there.workers), len(there.pending))):
-            worker = self._group.create_task(self._reap_pending(host, there, context))
-            there.workers.add(worker)
-            worker.add_done_callback(there.workers.discard)
+        queue = self._hosts.setdefault(host.hostname, _HostQueue())
+        queue.pending = {call: None for call in calls if call not in queue.active and not self._is_active(call)}
+        for _ in range(min(_WORKERS_PER_HOST - len(queue.workers), len(queue.pending))):
+            worker = self._group.create_task(self._reap_pending(host, queue, context))
+            queue.workers.add(worker)
+            worker.add_done_callback(queue.workers.discard)
 
     def stop(self) -> None:
-        """Stop what is under way; the hosts will list it again."""
+        """Cancel all workers; the hosts will list the orphans again."""
         self._stopped = True
-        for there in self._hosts.values():
-            for worker in there.workers:
+        for queue in self._hosts.values():
+            for worker in queue.workers:
                 worker.cancel()
 
-    async def _reap_pending(self, host: Host, there: _HostQueue, context: RunContext) -> None:
-        while there.pending:
-            call = next(iter(there.pending))
-            del there.pending[call]
-            there.active.add(call)
+    async def _reap_pending(self, host: Host, queue: _HostQueue, context: RunContext) -> None:
+        while queue.pending:
+            call = next(iter(queue.pending))
+            del queue.pending[call]
+            queue.active.add(call)
             try:
                 await self._reap_call(host, call, context)
-            except Exception:  # whatever one host says must not end the dispatcher
-                log.exception("a call that nobody wants: a fault of the dispatcher", extra=_call_fields(host, call))
+            except Exception:  # no reply of a host may end the dispatcher
+                log.exception("orphan clean-up failed: internal error", extra=_call_fields(host, call))
             finally:
-                there.active.discard(call)
+                queue.active.discard(call)
 
     async def _reap_call(self, host: Host, call: str, context: RunContext) -> None:
         try:
             job = await _find_job(call, context)
             if self._is_active(call) or (job is not None and job.holds_slot):
                 return
-            log.info("a call that nobody wants is stopped", extra=_call_fields(host, call))
-            ours = job is not None and job.host == host.hostname  # else it is not for this host to say how it ended
+            log.info("stopping orphaned call", extra=_call_fields(host, call))
+            is_of_host = job is not None and job.host == host.hostname  # another host must not report its end
             async with asyncio.timeout(_TIME_LIMIT):
-                await _stop_and_release(host, call, context, ours)
+                await _stop_and_release(host, call, context, is_of_host)
         except (*CONNECT_ERRORS, StorageError, ProtocolError, LineTooLong) as error:
             reason = str(error) or type(error).__name__
-            log.info("a call that nobody wants is left for later", extra={**_call_fields(host, call), "reason": reason})
+            log.info("cannot clean up orphan now", extra={**_call_fields(host, call), "reason": reason})
 
 
 async def _find_job(call: str, context: RunContext) -> Job | None:
@@ -119,11 +119,11 @@ async def _find_job(call: str, context: RunContext) -> Job | None:
         return None
 
 
-async def _stop_and_release(host: Host, call: str, context: RunContext, ours: bool) -> None:
-    """Stop a call and have it forgotten; keep what its host says of it, if it is the call of a job of ours."""
+async def _stop_and_release(host: Host, call: str, context: RunContext, is_of_host: bool) -> None:
+    """Stop a call and release it on its host; store its metadata if it belongs to a job of this host."""
 
     async def note(metadata: JobMetadata) -> None:
-        if ours:
+        if is_of_host:
             await context.store.update_metadata(call, metadata)
 
     since: int | None = PAST_END
@@ -139,7 +139,7 @@ async def _stop_and_release(host: Host, call: str, context: RunContext, ours: bo
 
 
 async def _await_end(conn: HarpdConnection, since: int, note: Callable[[JobMetadata], Awaitable[None]]) -> int | None:
-    """Order the stop and hear the end; return the record to attach at instead, None: there is no more to do."""
+    """Stop the call and release it; return the record to attach at again, None if nothing is left to do."""
     acknowledged = False
     number = since
     receipt: Raw | None = None
@@ -169,7 +169,7 @@ async def _await_end(conn: HarpdConnection, since: int, note: Callable[[JobMetad
                     return None
         if number > since:
             since = number
-            conn.send_command(Ack(number))  # wanted no more, which is as good as stored
+            conn.send_command(Ack(number))  # dropped, but acked to the host
     return None
 
 

@@ -1,25 +1,25 @@
-"""One job -> one call on a host: start it once, keep its records, follow it through cuts, settle its end and its slot.
+"""One job, one call on a host: start it once, store its records, reattach after outages, store its end.
 
-Theory of operation. A `Run` lives as long as its job holds its slot. It starts the call, listens to it, and when the
-contact is lost attaches to it again, until the host says that the call is over, or has been given up as lost.
+Theory of operation. A `Run` lives as long as its job holds its slot. It starts the call, processes the host's messages
+and attaches to the call again after an outage, until the host reports the end or counts as lost.
 
-A call is *kept* when its host's harpd knows how (`harpcaller.hosts.capabilities`); else it is *tied* to its
-connection, as with
-the harpd of the field: closing stops it, nobody confirms that, a cut ends the job.
+A call is *resumable* if the host's harpd supports it (`harpcaller.hosts.capabilities`). Otherwise it is
+*connection-bound*, as on a legacy harpd: closing the connection stops it without confirmation, and a lost connection
+ends the job.
 
-At most once: the request is written a single time, without waiting in between the last look at whether the call is
-still wanted and the writing. A start may be tried again only when the host says that it surely did not happen
-(``wrong_instance``). If contact is lost before the acknowledgement, attaching settles it: a host that does not hold the
-call has barred its id with that answer.
+At most once: the request is written a single time. Nothing is awaited between the last check that the job was not
+cancelled and the write. A start is retried only if the host reports that it did not happen (``other_instance``). If the
+connection breaks before the acknowledgement, the run attaches: a host that does not hold the call keeps a tombstone
+for its id from then on.
 
-A host that breaks the protocol in the middle of a kept call has ended its job. What it has still to say of the call is
-worth nothing but for the receipt: it is attached to once more, behind all its records, to have it stopped.
+After a protocol error the host's messages are ignored, except the stop report. The run attaches once more, past the
+last record, only to stop the call.
 
-Whoever wants the call to stop (cancel, a limit) has stored the job's end before. What then remains is the stop: it is
-ordered, as soon as there is contact, and the receipt is stored when it comes. Waits can be interrupted
-(`harpcaller.runs.interruptible_wait`); what is to be done is looked up after every wait, in one place.
+A cancel or a limit that stops a call stores the job's end first. The stop command is sent when the host can be
+reached, and the stop report is stored when it is received. Waits are interruptible
+(`harpcaller.runs.interruptible_wait`); pending changes are applied after every wait, in one place.
 
-A run sees the store's interface and never a backend.
+A run uses the interface of the store, never a backend.
 """
 
 from __future__ import annotations
@@ -66,33 +66,33 @@ __all__ = ["Run"]
 
 log = logging.getLogger(__name__)
 
-#: Seconds that a cancel waits for the acknowledgement of a request that is out.
+#: Maximum seconds that a cancel waits for the reply to a sent request.
 _CANCEL_WAIT = 2.0
 
-#: How often a start is tried that surely did not happen.
+#: Maximum number of starts, if the host reports that the earlier ones did not happen.
 _MAX_STARTS = 3
 
 _DISPATCHER_STOPPED = Failed(
-    "missing_result", "the dispatcher was stopped while the job was running; its end is not known"
+    "missing_result", "the dispatcher stopped while the job was running; the end of its call is not known"
 )
-_INTERNAL_ERROR = Failed("internal_error", "the dispatcher failed; its log says more")
+_INTERNAL_ERROR = Failed("internal_error", "internal error of the dispatcher; see its log")
 
 
 class Phase(IntEnum):
-    """How far the start is."""
+    """The progress of the start."""
 
     BEFORE = 0  # the request has not been sent
-    SENT = 1  # it is out, and nothing has come back
-    ANSWERED = 2  # the host has answered, or the contact is lost
+    SENT = 1  # the request was sent, without a reply so far
+    ANSWERED = 2  # the host has replied, or an outage has begun
     OVER = 3  # the run has ended
 
 
 class Outcome(Enum):
-    """How a conversation ended."""
+    """The result of one connection."""
 
     FINISHED = "nothing is left to do"
-    DISCONNECTED = "the contact is lost; the call may run on"
-    RETRY_START = "the start surely did not happen"
+    DISCONNECTED = "the connection is lost; the call may still be running"
+    RETRY_START = "the start did not happen"
 
 
 class Run:
@@ -100,8 +100,8 @@ class Run:
 
     Args:
         job: the job.
-        surroundings: what the run needs.
-        resumed: whether an earlier dispatcher has claimed it, and perhaps started its call.
+        context: the dispatcher's objects and settings for runs.
+        recovered: whether an earlier dispatcher has claimed the job, and may have started its call.
     """
 
     def __init__(self, job: Job, context: RunContext, recovered: bool = False) -> None:
@@ -120,30 +120,30 @@ class Run:
         self._conn: HarpdConnection | None = None
         self._host: Host | None = None
         self._terms: GrantedTerms | None = None
-        self._resumable = False  # the start, or the attach, was one of a kept call
+        self._resumable = False  # whether the last request was for a resumable call
         self._deadlines = Deadlines(job, context.config.acknowledgement_timeout)
-        self._stop_sent = False  # in the conversation now under way, as the next
-        self._remote_ended = False  # the closing line has come
+        self._stop_sent = False  # on the current connection
+        self._remote_ended = False  # the closing line was received, on the current connection
         self._attempts = 0
         self._backoff = Backoff()
         self._outage: Outage | None = None
         self._record_time: float | None = None
 
     async def run(self) -> None:
-        """Carry the call out, or go on with it. Returns when all is stored, or when it is left to itself by `leave`."""
+        """Run the call. Return when its end is stored, or after `detach`."""
         begin = time.monotonic()
-        log.info("call is taken up again" if self._recovered else "call started", extra=log_fields(self.job))
+        log.info("call recovered" if self._recovered else "call started", extra=log_fields(self.job))
         try:
             outcome = await self._run_call()
         except Exception:
-            log.exception("call failed by a fault of the dispatcher", extra=log_fields(self.job))
+            log.exception("call failed: internal error", extra=log_fields(self.job))
             outcome = await self._fail_internally()
         finally:
             self._advance(Phase.OVER)
             self._records.cancel()
-        what = "call ended" if outcome is Outcome.FINISHED else "call is left to its host"
+        event = "call ended" if outcome is Outcome.FINISHED else "call detached"
         log.info(
-            what,
+            event,
             extra={**log_fields(self.job), **self._outcome.log_fields, "seconds": round(time.monotonic() - begin, 3)},
         )
 
@@ -154,9 +154,10 @@ class Run:
         return outcome
 
     async def _fail_internally(self) -> Outcome:
-        """End the job of a run that failed. What was sent may run: then the slot is kept, till the next start looks.
+        """End the job after an internal error.
 
-        Nobody looks after the stop any more: it is not pending.
+        If the request was sent, the call may be running. The job then holds its slot until the next start of the
+        dispatcher. Its stop is not pending, because no run handles it any more.
         """
         sent = self._phase is not Phase.BEFORE
         if self._outcome.has_ended or not await self._outcome.store_end(
@@ -165,13 +166,13 @@ class Run:
             await self._outcome.store_stop(StopState.FAILED if sent else StopState.CONFIRMED, keep_slot=sent)
         return Outcome.FINISHED
 
-    # What others want of the run.
+    # Requests to the run.
 
     async def cancel_call(self, by: str | None) -> None:
-        """Stop the call of a job that is cancelled in the store; no start of it follows this function's return.
+        """Stop the call of a job whose cancellation is stored. It is not started after this function returns.
 
         Args:
-            by: who cancelled it, for the evidence.
+            by: the client that cancelled it, for the stop command.
         """
         self._outcome.has_ended = True
         if self._phase is Phase.SENT:
@@ -179,27 +180,27 @@ class Run:
                 async with asyncio.timeout(_CANCEL_WAIT):
                     await self._answered.wait()
             except TimeoutError:
-                log.warning("cancelled before the host acknowledged the call", extra=log_fields(self.job))
+                log.warning("host has not acknowledged cancelled call", extra=log_fields(self.job))
         self._stop_command = self._stop_command or StopCall("cancelled", by)
         self._wait.interrupt()
 
     def cancel_before_start(self) -> None:
-        """It was cancelled before its run came to be: it is not started, and stopped if it was before."""
+        """Mark the job as cancelled before `run`: its call is not started, or stopped if it was recovered."""
         self._outcome.has_ended = True
         self._stop_command = StopCall("cancelled")
 
     @property
     def has_ended(self) -> bool:
-        """Whether the job has an end, as far as is known here."""
+        """Whether this run knows that the job has ended."""
         return self._outcome.has_ended
 
     def detach(self) -> None:
-        """Leave a kept call to its host, where the next dispatcher finds it; end a tied one."""
+        """Leave a resumable call to its host, for the next dispatcher; end a connection-bound one."""
         self._detaching = True
         self._wait.interrupt()
 
     def describe_call(self) -> dict[str, Any]:
-        """Where and how the call runs, for `details`. Spec: docs/protocol.md, Details."""
+        """Return where and how the call runs, for `details`. Spec: docs/protocol.md, Details."""
         host, terms = self._host, self._terms
         return {
             "address": host.address if host else None,
@@ -211,13 +212,13 @@ class Run:
         }
 
     def last_contact(self, now: float) -> float | None:
-        """When something was heard of the call the last time; Unix seconds, as `now` is. None: nothing yet."""
+        """Return the Unix time of the last data received for the call, given the current one; None before the first."""
         if self._outage is not None:
             return self._outage.since
         return None if self._conn is None else now - (time.monotonic() - self._conn.last_received_at)
 
     def seconds_until_lost(self) -> float:
-        """Seconds until the host is given up as lost, if it stays as it is."""
+        """Return the seconds until the host counts as lost, if the outage continues."""
         return 0.0 if self._outage is None else self._outage.deadline(self._host_timeout()) - time.monotonic()
 
     @property
@@ -227,7 +228,7 @@ class Run:
 
     @property
     def outage(self) -> Outage | None:
-        """The contact that is lost; None: it is not."""
+        """The current outage; None if there is none."""
         return self._outage
 
     def _advance(self, phase: Phase) -> None:
@@ -248,7 +249,7 @@ class Run:
             if outcome is not Outcome.RETRY_START:
                 return outcome
         return await self._finish(
-            Failed("network_error", f"{describe_host(host)}: its warden changes with every start")
+            Failed("network_error", f"{describe_host(host)}: its supervisor was restarted at every start")
         )
 
     async def _send_start(self, host: Host) -> Outcome:
@@ -262,22 +263,22 @@ class Run:
                 try:
                     instance = None
                     with map_connect_errors(host):
-                        if context.config.kept_calls:
+                        if context.config.resumable_calls:
                             instance = await self._wait.wait(
                                 context.capabilities.get_instance(host, context.tls, context.config),
                                 self._deadlines.deadline,
                             )
                         conn = context.connections.get(host, context.tls)
                         if conn is None:
-                            dialling = open_connection(host, context.tls, context.config)
-                            conn = await self._wait.wait(dialling, self._deadlines.deadline)
+                            connecting = open_connection(host, context.tls, context.config)
+                            conn = await self._wait.wait(connecting, self._deadlines.deadline)
                     break
                 except Interrupted:
                     continue
         except HostUnreachable as unreachable:
             return await self._finish(unreachable.error)
         request = context.start_request(self.job, host, instance)
-        # Nothing may be awaited between this look and the writing.
+        # Nothing may be awaited between this check and the write.
         if not self._may_start():
             conn.abort()
             return await self._finish_unsent()
@@ -294,10 +295,10 @@ class Run:
             return await self._finish_stop(StopState.CONFIRMED)
         return await self._finish(self._deadlines.max_exec_time_error())
 
-    # A conversation.
+    # One connection.
 
     async def _process_messages(self, conn: HarpdConnection, host: Host) -> Outcome:
-        """Listen until there is nothing more to hear. Closes the connection."""
+        """Process the host's messages until the connection has a result, then close it."""
         self._conn = conn
         self._remote_ended = False
         self._deadlines.on_request_sent(reattach=self._outage is not None)
@@ -335,13 +336,13 @@ class Run:
             conn.abort()
 
     async def _apply_pending(self, conn: HarpdConnection, host: Host) -> Outcome | None:
-        """Do what is to be done now, whoever asked for it."""
+        """Apply limits, stops and `detach`; return an outcome if the connection is no longer needed."""
         self._wait.clear()
         if self._records.closed and not self._outcome.has_ended:
             await self._end_job(_INTERNAL_ERROR, "internal_error")
         elif (end := self._expired_limit(host)) is not None:
             if not self._deadlines.acknowledged and self._resumable and end.type != "timeout":
-                self._begin_outage(end.message)  # whether it has started will be known once we are attached
+                self._begin_outage(end.message)  # attaching will show whether the call has started
                 return Outcome.DISCONNECTED
             await self._end_job(end, "limit")
         if self._stop_command is not None:
@@ -357,7 +358,7 @@ class Run:
 
     def _expired_limit(self, host: Host) -> Failed | None:
         if self._context.pending_writes.count:
-            self._deadlines.postpone()  # what the host has said in time may still wait here
+            self._deadlines.postpone()  # records that were received in time may not be stored yet
         return self._deadlines.expired(describe_host(host), self._outcome.has_ended)
 
     def _send_stop(self, conn: HarpdConnection) -> None:
@@ -396,22 +397,22 @@ class Run:
         self._deadlines.on_acknowledged(None if terms is None else terms.elapsed)
         self._terms = terms
         if terms is None:
-            if self._resumable:  # it was replaced by an older one since we asked
+            if self._resumable:  # the host was downgraded to a legacy harpd
                 self._resumable = False
                 self._context.capabilities.set_instance(host, None)
             return
         self._stop_sent = False
-        self._send_stop(conn)  # at once: what comes next may break the connection
+        self._send_stop(conn)  # at once: the next message may break the connection
         again = self._outage is not None
         if self._outage is not None:
             outage, self._outage = self._outage, None
-            log.info("contact is there again", extra={**log_fields(self.job), "attempts": outage.attempts})
+            log.info("outage ended", extra={**log_fields(self.job), "attempts": outage.attempts})
         conn.start_heartbeat(terms.elapsed, terms.disconnect_timeout, at_once=again)
 
     async def _on_refused(self, error: Failed, host: Host) -> Outcome:
-        """An error that stands for the acknowledgement."""
+        """Handle an error instead of the acknowledgement."""
         self._advance(Phase.ANSWERED)
-        if self._outage is not None:  # of an attach
+        if self._outage is not None:  # the request was an attach
             match error.type:
                 case "no_such_call":
                     return await self._on_unknown_call(host)
@@ -426,26 +427,26 @@ class Run:
         return await self._finish(error)
 
     async def _on_call_finished(self, conn: HarpdConnection, end: End | None = None) -> Outcome | None:
-        """The call is over on its host, but for what survives. None: something does, and there is more to hear."""
+        """Store the end of a call. Return None if processes survive, because more messages follow."""
         await self._records.flush()
         survives = self._outcome.has_survivors
         stop = StopState.FAILED if survives else StopState.CONFIRMED
         if end is not None and not self._outcome.has_ended:
             if not await self._outcome.store_end(end, None if self._outcome.stop_report is None else stop, survives):
-                await self._finish_stop(stop, survives)  # somebody has cancelled it meanwhile
+                await self._finish_stop(stop, survives)  # the job was cancelled before
         else:
             await self._finish_stop(stop, survives)
         if survives:
-            log.error("processes of a job survive on its host", extra=log_fields(self.job))
+            log.error("processes survive on host", extra=log_fields(self.job))
             return None
-        await asyncio.sleep(0)  # those who wait for the end go first
+        await asyncio.sleep(0)  # waiting clients are notified first
         conn.send_command(Release())
         assert self._host is not None
         self._context.connections.put(self._host, self._context.tls, conn)
         return Outcome.FINISHED
 
     async def _on_disconnect(self, end: Failed, host: Host) -> Outcome:
-        """The connection broke."""
+        """Handle a broken connection."""
         if not self._resumable:
             self._advance(Phase.ANSWERED)
             if self._outcome.has_ended:
@@ -455,11 +456,11 @@ class Run:
         return Outcome.DISCONNECTED
 
     async def _on_protocol_error(self, error: ProtocolError | LineTooLong, host: Host) -> Outcome:
-        """What came is not of the protocol. Of a kept call that is its job's end: it would come again."""
+        """End the job after a protocol error. Reattaching would repeat the error."""
         end = to_protocol_error(error, host)
         if self._resumable and self._deadlines.acknowledged:
             await self._records.flush()
-            end = Failed(end.type, f"{end.message} (record {self._records.next_number} was to come)")
+            end = Failed(end.type, f"{end.message} (expected record {self._records.next_number})")
             await self._end_job(end, "protocol_error")
             self._records.close_at(PAST_END)
         return await self._on_disconnect(end, host)
@@ -467,15 +468,15 @@ class Run:
     # Limits.
 
     async def _end_job(self, end: Failed, why: str) -> None:
-        """End the job from here; its call is to be stopped."""
+        """Store an end of the job, and stop its call."""
         if not self._outcome.has_ended:
             stopped = dumps({"why": why, "by": "dispatcher", "at": self._context.wall()})
             if not await self._outcome.store_end(end, StopState.PENDING, True, JobMetadata(stop_request=stopped)):
-                return  # it was cancelled, and the order to stop it is on its way here
+                return  # the job was cancelled; `cancel_call` follows
         self._stop_command = self._stop_command or StopCall(why, "dispatcher")
 
     async def _abandon_bound_call(self) -> Outcome:
-        """Stop a tied call, the only way there is."""
+        """Stop a connection-bound call by closing the connection."""
         self._advance(Phase.ANSWERED)
         return await self._finish_stop(StopState.UNKNOWN)
 
@@ -485,14 +486,14 @@ class Run:
         if self._outage is None:
             heard = self._conn.last_received_at if self._conn is not None else time.monotonic()
             self._outage = Outage.begin(time.monotonic() - heard, self._context.wall())
-            log.warning("contact is lost; the host keeps the call", extra={**log_fields(self.job), "reason": error})
+            log.warning("outage began", extra={**log_fields(self.job), "reason": error})
             if self._host is not None:
                 self._context.capabilities.invalidate(self._host)
         self._outage.record_error(error)
         self._advance(Phase.ANSWERED)
 
     async def _recover(self) -> Outcome:
-        """Go on with what an earlier dispatcher began."""
+        """Prepare to attach to the call of an earlier dispatcher."""
         self._phase = Phase.ANSWERED
         self._answered.set()
         self._resumable = True
@@ -504,18 +505,18 @@ class Run:
         return Outcome.DISCONNECTED
 
     async def _reattach(self) -> Outcome:
-        """Try to reach the call once more; pauses before that when the last attempt failed."""
+        """Attach to the call, after a delay if the last attempt failed."""
         assert self._outage is not None
         outage, context = self._outage, self._context
-        give_up_at = outage.deadline(self._host_timeout())
+        lost_at = outage.deadline(self._host_timeout())
         try:
-            if pause := self._backoff.next_delay():
-                await self._wait.wait(asyncio.sleep(pause), give_up_at)
+            if delay := self._backoff.next_delay():
+                await self._wait.wait(asyncio.sleep(delay), lost_at)
         except Interrupted:
             self._wait.clear()
             if self._detaching:
                 return Outcome.DISCONNECTED
-        if time.monotonic() >= give_up_at:
+        if time.monotonic() >= lost_at:
             return await self._declare_host_lost()
         self._attempts += 1
         self._backoff.record_attempt()
@@ -529,13 +530,13 @@ class Run:
         try:
             with map_connect_errors(host):
                 instance = await self._wait.wait(
-                    context.capabilities.get_instance(host, context.tls, context.config), give_up_at
+                    context.capabilities.get_instance(host, context.tls, context.config), lost_at
                 )
                 if instance is None and self._terms is None:
                     return await self._on_legacy_host(host)
-                conn = await self._wait.wait(open_connection(host, context.tls, context.config), give_up_at)
+                conn = await self._wait.wait(open_connection(host, context.tls, context.config), lost_at)
         except Interrupted:
-            outage.record_error(outage.error or "reaching it took too long")
+            outage.record_error(outage.error or "connecting took too long")
         except HostUnreachable as unreachable:
             outage.record_error(f"{unreachable.error.type}: {unreachable.error.message}")
         if conn is None:
@@ -544,12 +545,12 @@ class Run:
         return await self._process_messages(conn, host)
 
     def _host_timeout(self) -> float:
-        """Seconds without contact after which nothing of the call runs any more: its host ended it before."""
+        """Return the seconds of an outage after which the host has certainly stopped the call."""
         terms, after = self._terms, self._context.config.host_timeout
         return after if terms is None else max(after, terms.disconnect_timeout + 2 * terms.kill_grace + 5.0)
 
     async def _declare_host_lost(self) -> Outcome:
-        """The host is lost: the job must not hold its slot any longer."""
+        """End the job or its stop, because the host counts as lost; its slot is released."""
         assert self._outage is not None
         outage = self._outage.as_json()
         message = f"host {self.job.host} could not be reached for {self._host_timeout():g} s, {self._outage.describe()}"
@@ -563,22 +564,20 @@ class Run:
             return await self._finish_stop(
                 StopState.CONFIRMED, metadata=JobMetadata(stop_report=Raw(b'{"known":false}'))
             )
-        message = (
-            f"{describe_host(host)} does not hold the job's call: it never started, or its end was lost; the contact"
-        )
-        return await self._finish(Failed("missing_result", f"{message} was lost {self._outage.describe()}"))
+        message = f"{describe_host(host)} does not hold the job's call: it was never started, or its end was lost"
+        return await self._finish(Failed("missing_result", f"{message}; outage {self._outage.describe()}"))
 
     async def _on_legacy_host(self, host: Host) -> Outcome:
-        """An earlier dispatcher has called a harpd of the field: its end of the connection was the call's."""
+        """End the job of an earlier dispatcher on a legacy harpd: the call ended with its connection."""
         if self._outcome.has_ended:
             return await self._finish_stop(StopState.UNKNOWN)
-        message = f"the dispatcher stopped while the job was running; {describe_host(host)} can't keep calls"
+        message = f"the dispatcher stopped while the job was running; {describe_host(host)} cannot resume calls"
         return await self._finish(Failed("missing_result", message), StopState.UNKNOWN)
 
     async def _on_records_gone(self, error: Failed, host: Host) -> Outcome:
-        """Records between what is stored here and what the host still has are lost: a store from a backup, say."""
+        """End the job: the host has deleted records that are not stored, for example after a restored backup."""
         assert self._outage is not None
-        message = f"{describe_host(host)}: records of the job are gone, from number {self._records.next_number} on"
+        message = f"{describe_host(host)}: records of the job are lost from number {self._records.next_number} on"
         try:
             end = parse_end_of_records(error)
         except ProtocolError as fault:
@@ -590,10 +589,10 @@ class Run:
         self._outage.record_error(message)
         return Outcome.DISCONNECTED
 
-    # The end.
+    # The end of the job.
 
     async def _finish(self, end: End, stop: StopState | None = None, metadata: JobMetadata | None = None) -> Outcome:
-        """Store the end of a call that is over, or never was; its slot is free then."""
+        """Store the end of a job whose call has ended or was never started; its slot is released."""
         await self._records.flush()
         if not await self._outcome.store_end(end, stop, metadata=metadata or NO_METADATA):
             await self._finish_stop(
