@@ -226,7 +226,9 @@ def parser() -> argparse.ArgumentParser:
     option("job", metavar="JOB")
     option("--full", action="store_true", help="show all details: host, stop, exit info, and the reason of its state")
     add("cancel", _cancel, "cancel a job")("job", metavar="JOB")
-    add("release-slot", _release_slot, "free the slot of an ended job without confirmation by its host")("job", metavar="JOB")
+    add("release-slot", _release_slot, "free the slot of an ended job without confirmation by its host")(
+        "job", metavar="JOB"
+    )
     option = add("queue-list", _queue_list, "list the queues, or the queued and running jobs of one queue")
     option("queue", metavar="QUEUE", type=_queue, nargs="?", help="a JSON object")
     option = add("queue-cancel", _queue_cancel, "cancel all jobs of a queue")

@@ -180,7 +180,7 @@ class Dispatcher:
         self._wake.set()  # the claim is asked for in this turn of the loop, too, and goes into the same commit
         asked = time.monotonic()
         await self._store.add_job(job, self._wall())
-        self._context.timings.stored(job.id, received_at, asked)
+        self._context.timings.record_stored(job.id, received_at, asked)
         log.info("job submitted", extra={**log_fields(job), "client": client})
         self._log_arguments(job)
         return job.id
@@ -280,7 +280,7 @@ class Dispatcher:
             active_calls=len(self._runs),
             max_calls=self._config.max_calls,
             store_failing=bool(self._context.pending_writes.count),
-            timings=self._context.timings.of(job_id),
+            timings=self._context.timings.get_phases(job_id),
             now=self._wall(),
         )
         return describe(details, context)
@@ -316,7 +316,7 @@ class Dispatcher:
 
     def record_delivery(self, job_id: str, received_at: float) -> None:
         """Somebody was told how a job ended whose request came at this time on the monotonic clock."""
-        self._context.timings.delivered(job_id, received_at)
+        self._context.timings.record_delivery(job_id, received_at)
 
     async def follow(
         self, job_id: str, since: int | None = None, recent: int | None = None

@@ -59,20 +59,20 @@ def test_what_only_the_dispatcher_knows_is_told_of_its_latest_jobs() -> None:
     timings = Timings()
     now = time.monotonic()
     for job_id in map(str, range(1001)):
-        timings.stored(job_id, now - 0.5, now)
-        timings.ended(job_id, now)
-    assert timings.of("0") == {}, "there is room for a thousand"
-    known = timings.of("1")
+        timings.record_stored(job_id, now - 0.5, now)
+        timings.record_end(job_id, now)
+    assert timings.get_phases("0") == {}, "there is room for a thousand"
+    known = timings.get_phases("1")
     assert (list(known), known["accept"]) == (["accept", "store", "store_end"], 0.5)
-    timings.delivered("1", time.monotonic())
+    timings.record_delivery("1", time.monotonic())
     assert "deliver" not in known, "it was not waited for"
-    timings.delivered("1", now)
+    timings.record_delivery("1", now)
     first = known["deliver"]
     assert first >= 0
-    timings.delivered("1", now)
-    assert timings.of("1")["deliver"] == first
-    timings.stored("another", None, now)
-    assert list(timings.of("another")) == ["store"]
+    timings.record_delivery("1", now)
+    assert timings.get_phases("1")["deliver"] == first
+    timings.record_stored("another", None, now)
+    assert list(timings.get_phases("another")) == ["store"]
 
 
 def test_what_is_not_over_is_not_known() -> None:

@@ -134,12 +134,7 @@ class ClientServer:
             log.info("every local user can call procedures")
 
     async def _answer(self, connection: Connection) -> None:
-        failure = await self._answer_requests(connection)
-        if failure is not None:
-            await connection.send(encode_reply(failure))
-
-    async def _answer_requests(self, connection: Connection) -> Failed | None:
-        """Answer requests until the connection ends; return the error if a request fails."""
+        """Answer requests until the connection ends or a request fails; send the error of a failed request."""
         client = connection.client
         try:
             while await self._answer_request(connection):
@@ -160,19 +155,19 @@ class ClientServer:
             log.exception("request failed: internal error", extra={"client": client})
             failure = Failed("internal_error", "internal error of the dispatcher; see its log")
         else:
-            return None
-        return failure
+            return
+        await connection.send(encode_reply(failure))
 
     async def _answer_request(self, connection: Connection) -> bool:
         """Answer one request; return whether another one may follow."""
         config = self._dispatcher.config
         with Reservation(self._memory) as reservation:
             line = await connection.read_request(config.request_line, config.idle_timeout, reservation)
-            came = time.monotonic()
+            received_at = time.monotonic()
             if len(line) < _LONG_REQUEST:
-                request, keeps = decode_request_line(line, decode_slices)
+                request, keep_alive = decode_request_line(line, decode_slices)
             else:
-                request, keeps = await asyncio.to_thread(decode_request_line, line, decode_slices)
+                request, keep_alive = await asyncio.to_thread(decode_request_line, line, decode_slices)
             del line
             if isinstance(request, (FollowStream, ReadStream)):
                 reservation.release()
@@ -180,21 +175,23 @@ class ClientServer:
                     async for lines in stream:
                         await connection.send(lines)
                 return False
-            reply = await self._reply(request, connection, reservation, came)
-        keeps = keeps and not connection.has_extra_input and not self._acceptor.crowded
-        await connection.send(encode_reply(reply, config.idle_timeout if keeps else None))
+            reply = await self._reply(request, connection, reservation, received_at)
+        keep_alive = keep_alive and not connection.has_extra_input and not self._acceptor.crowded
+        await connection.send(encode_reply(reply, config.idle_timeout if keep_alive else None))
         if isinstance(request, GetResult):
-            self._dispatcher.record_delivery(request.job, came)
-        return keeps
+            self._dispatcher.record_delivery(request.job, received_at)
+        return keep_alive
 
-    async def _reply(self, request: _OneReply, connection: Connection, reservation: Reservation, came: float) -> Reply:
+    async def _reply(
+        self, request: _OneReply, connection: Connection, reservation: Reservation, received_at: float
+    ) -> Reply:
         """Return the reply to a request. A request that waits releases its memory first."""
         if not isinstance(request, (Call, SubmitMany)):
             reservation.release()
         dispatcher = self._dispatcher
         match request:
             case Call():
-                return Submitted(await dispatcher.submit(request, connection.client, came))
+                return Submitted(await dispatcher.submit(request, connection.client, received_at))
             case SubmitMany(calls):
                 return SubmittedMany(await dispatcher.submit_many(calls, connection.client))
             case Cancel(job, wait):

@@ -29,7 +29,7 @@ class RunContext:
         config: timeouts and limits.
         tls: checks the certificates of hosts.
         store: stores records and ends.
-        news: tells those who wait for them.
+        notifier: publishes records and ends to waiting clients.
         find_host: returns a host of the registry by name, or None.
         identity: the dispatcher's identity towards hosts.
         capabilities: what is known of hosts.

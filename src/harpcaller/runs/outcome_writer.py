@@ -67,7 +67,7 @@ class OutcomeWriter:
         stored = await retry_until_stored(context.pending_writes, self._id, finish)
         self.has_ended = True
         if stored:
-            context.timings.ended(self._id, asked)
+            context.timings.record_end(self._id, asked)
             self.log_fields = {"end": state_of(end).value, **_error_fields(end)}
         context.notifier.publish_end(self._id, end if stored else None)
         return stored

@@ -122,7 +122,7 @@ async def _find_job(call: str, context: RunContext) -> Job | None:
 async def _stop_and_release(host: Host, call: str, context: RunContext, is_of_host: bool) -> None:
     """Stop a call and release it on its host; store its metadata if it belongs to a job of this host."""
 
-    async def note(metadata: JobMetadata) -> None:
+    async def store_metadata(metadata: JobMetadata) -> None:
         if is_of_host:
             await context.store.update_metadata(call, metadata)
 
@@ -133,17 +133,19 @@ async def _stop_and_release(host: Host, call: str, context: RunContext, is_of_ho
         conn = await open_connection(host, context.tls, context.config)
         try:
             conn.send_request(context.attach_request(call, host, since))
-            since = await _await_end(conn, since, note)
+            since = await _await_end(conn, since, store_metadata)
         finally:
             conn.abort()
 
 
-async def _await_end(conn: HarpdConnection, since: int, note: Callable[[JobMetadata], Awaitable[None]]) -> int | None:
+async def _await_end(
+    conn: HarpdConnection, since: int, store_metadata: Callable[[JobMetadata], Awaitable[None]]
+) -> int | None:
     """Stop the call and release it; return the record to attach at again, None if nothing is left to do."""
     acknowledged = False
     number = since
-    receipt: Raw | None = None
-    evidence: Raw | None = None
+    stop_report: Raw | None = None
+    exit_info: Raw | None = None
     while (lines := await conn.read()) is not None:
         for line in lines:
             match message := conn.parse_line(line):
@@ -154,16 +156,16 @@ async def _await_end(conn: HarpdConnection, since: int, note: Callable[[JobMetad
                         conn.start_heartbeat(terms.elapsed, terms.disconnect_timeout, at_once=True)
                 case Record():
                     number += 1
-                case StopReport(found):
-                    receipt = Raw(found)
-                case ExitInfo(found):
-                    evidence = Raw(found)
+                case StopReport(data):
+                    stop_report = Raw(data)
+                case ExitInfo(data):
+                    exit_info = Raw(data)
                 case Failed("records_gone") if not acknowledged:
                     return parse_end_of_records(message)
                 case Failed() if not acknowledged:
                     return None
                 case _ if isinstance(message, End):
-                    await note(JobMetadata(stop_report=receipt, exit_info=evidence))
+                    await store_metadata(JobMetadata(stop_report=stop_report, exit_info=exit_info))
                     conn.send_command(Release())
                     conn.close()
                     return None

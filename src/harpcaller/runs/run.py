@@ -8,7 +8,7 @@ A call is *resumable* if the host's harpd supports it (`harpcaller.hosts.capabil
 ends the job.
 
 At most once: the request is written a single time. Nothing is awaited between the last check that the job was not
-cancelled and the write. A start is retried only if the host reports that it did not happen (``other_instance``). If the
+cancelled and the write. A start is retried only if the host reports that it did not happen (``wrong_instance``). If the
 connection breaks before the acknowledgement, the run attaches: a host that does not hold the call keeps a tombstone
 for its id from then on.
 
@@ -126,7 +126,8 @@ class Run:
         self._remote_ended = False  # the closing line was received, on the current connection
         self._attempts = 0
         self._backoff = Backoff()
-        self._outage: Outage | None = None
+        #: The current outage; None if there is none.
+        self.outage: Outage | None = None
         self._record_time: float | None = None
 
     async def run(self) -> None:
@@ -207,29 +208,24 @@ class Run:
             "port": host.port if host else None,
             "attempts": self._attempts,
             "connect_seconds": self._deadlines.connect_seconds,
-            "resumable": terms is not None or (self._resumable and self._outage is not None),
+            "resumable": terms is not None or (self._resumable and self.outage is not None),
             "instance": terms.instance if terms else None,
         }
 
     def last_contact(self, now: float) -> float | None:
         """Return the Unix time of the last data received for the call, given the current one; None before the first."""
-        if self._outage is not None:
-            return self._outage.since
+        if self.outage is not None:
+            return self.outage.since
         return None if self._conn is None else now - (time.monotonic() - self._conn.last_received_at)
 
     def seconds_until_lost(self) -> float:
         """Return the seconds until the host counts as lost, if the outage continues."""
-        return 0.0 if self._outage is None else self._outage.deadline(self._host_timeout()) - time.monotonic()
+        return 0.0 if self.outage is None else self.outage.deadline(self._host_timeout()) - time.monotonic()
 
     @property
     def is_acknowledged(self) -> bool:
         """Whether the host has acknowledged the call."""
         return self._deadlines.acknowledged
-
-    @property
-    def outage(self) -> Outage | None:
-        """The current outage; None if there is none."""
-        return self._outage
 
     def _advance(self, phase: Phase) -> None:
         self._phase = max(self._phase, phase)
@@ -301,7 +297,7 @@ class Run:
         """Process the host's messages until the connection has a result, then close it."""
         self._conn = conn
         self._remote_ended = False
-        self._deadlines.on_request_sent(reattach=self._outage is not None)
+        self._deadlines.on_request_sent(reattach=self.outage is not None)
         try:
             while True:
                 try:
@@ -373,14 +369,14 @@ class Run:
                 self._records.add_records(
                     records, self._context.wall() if self._record_time is None else self._record_time
                 )
-            case RecordTime(moment):
-                self._record_time = moment
+            case RecordTime(made_at):
+                self._record_time = made_at
             case Acknowledgement(_, terms):
                 await self._on_acknowledged(terms, conn, host)
-            case ExitInfo(evidence):
-                self._outcome.exit_info = Raw(evidence)
-            case StopReport(receipt):
-                self._outcome.stop_report = Raw(receipt)
+            case ExitInfo(data):
+                self._outcome.exit_info = Raw(data)
+            case StopReport(data):
+                self._outcome.stop_report = Raw(data)
                 if self._remote_ended:
                     return await self._on_call_finished(conn)
             case Failed() if not self._deadlines.acknowledged:
@@ -403,23 +399,23 @@ class Run:
             return
         self._stop_sent = False
         self._send_stop(conn)  # at once: the next message may break the connection
-        again = self._outage is not None
-        if self._outage is not None:
-            outage, self._outage = self._outage, None
+        again = self.outage is not None
+        if self.outage is not None:
+            outage, self.outage = self.outage, None
             log.info("outage ended", extra={**log_fields(self.job), "attempts": outage.attempts})
         conn.start_heartbeat(terms.elapsed, terms.disconnect_timeout, at_once=again)
 
     async def _on_refused(self, error: Failed, host: Host) -> Outcome:
         """Handle an error instead of the acknowledgement."""
         self._advance(Phase.ANSWERED)
-        if self._outage is not None:  # the request was an attach
+        if self.outage is not None:  # the request was an attach
             match error.type:
                 case "no_such_call":
                     return await self._on_unknown_call(host)
                 case "records_gone":
                     return await self._on_records_gone(error, host)
                 case _:
-                    self._outage.record_error(f"{describe_host(host)}: {error.type}: {error.message}")
+                    self.outage.record_error(f"{describe_host(host)}: {error.type}: {error.message}")
                     return Outcome.DISCONNECTED
         if error.type == "wrong_instance" and self._resumable:
             self._context.capabilities.invalidate(host)
@@ -483,13 +479,14 @@ class Run:
     # Outages.
 
     def _begin_outage(self, error: str) -> None:
-        if self._outage is None:
-            heard = self._conn.last_received_at if self._conn is not None else time.monotonic()
-            self._outage = Outage.begin(time.monotonic() - heard, self._context.wall())
+        if self.outage is None:
+            now = time.monotonic()
+            received_at = self._conn.last_received_at if self._conn is not None else now
+            self.outage = Outage.begin(now - received_at, self._context.wall())
             log.warning("outage began", extra={**log_fields(self.job), "reason": error})
             if self._host is not None:
                 self._context.capabilities.invalidate(self._host)
-        self._outage.record_error(error)
+        self.outage.record_error(error)
         self._advance(Phase.ANSWERED)
 
     async def _recover(self) -> Outcome:
@@ -498,7 +495,7 @@ class Run:
         self._answered.set()
         self._resumable = True
         metadata = await self._outcome.read_metadata()
-        self._outage = Outage.begin(0.0, self._context.wall())
+        self.outage = Outage.begin(0.0, self._context.wall())
         if self.job.end is not None and self._stop_command is None:
             stopped = loads(metadata.stop_request) if metadata.stop_request else {}
             self._stop_command = StopCall(str(stopped.get("why", "cancelled")), stopped.get("by"))
@@ -506,8 +503,8 @@ class Run:
 
     async def _reattach(self) -> Outcome:
         """Attach to the call, after a delay if the last attempt failed."""
-        assert self._outage is not None
-        outage, context = self._outage, self._context
+        assert self.outage is not None
+        outage, context = self.outage, self._context
         lost_at = outage.deadline(self._host_timeout())
         try:
             if delay := self._backoff.next_delay():
@@ -551,21 +548,21 @@ class Run:
 
     async def _declare_host_lost(self) -> Outcome:
         """End the job or its stop, because the host counts as lost; its slot is released."""
-        assert self._outage is not None
-        outage = self._outage.as_json()
-        message = f"host {self.job.host} could not be reached for {self._host_timeout():g} s, {self._outage.describe()}"
+        assert self.outage is not None
+        outage = self.outage.as_json()
+        message = f"host {self.job.host} could not be reached for {self._host_timeout():g} s, {self.outage.describe()}"
         if not self._outcome.has_ended:
             return await self._finish(Failed("host_lost", message, dumps(outage)), StopState.FAILED)
         return await self._finish_stop(StopState.FAILED, metadata=JobMetadata(stop_report=dumps({"host_lost": outage})))
 
     async def _on_unknown_call(self, host: Host) -> Outcome:
-        assert self._outage is not None
+        assert self.outage is not None
         if self._outcome.has_ended:
             return await self._finish_stop(
                 StopState.CONFIRMED, metadata=JobMetadata(stop_report=Raw(b'{"known":false}'))
             )
         message = f"{describe_host(host)} does not hold the job's call: it was never started, or its end was lost"
-        return await self._finish(Failed("missing_result", f"{message}; outage {self._outage.describe()}"))
+        return await self._finish(Failed("missing_result", f"{message}; outage {self.outage.describe()}"))
 
     async def _on_legacy_host(self, host: Host) -> Outcome:
         """End the job of an earlier dispatcher on a legacy harpd: the call ended with its connection."""
@@ -576,17 +573,17 @@ class Run:
 
     async def _on_records_gone(self, error: Failed, host: Host) -> Outcome:
         """End the job: the host has deleted records that are not stored, for example after a restored backup."""
-        assert self._outage is not None
+        assert self.outage is not None
         message = f"{describe_host(host)}: records of the job are lost from number {self._records.next_number} on"
         try:
             end = parse_end_of_records(error)
         except ProtocolError as fault:
-            self._outage.record_error(to_protocol_error(fault, host).message)
+            self.outage.record_error(to_protocol_error(fault, host).message)
             return Outcome.DISCONNECTED
         await self._records.flush()
         await self._end_job(Failed("missing_result", message), "records_gone")
         self._records.close_at(end)
-        self._outage.record_error(message)
+        self.outage.record_error(message)
         return Outcome.DISCONNECTED
 
     # The end of the job.

@@ -1,6 +1,6 @@
-"""How long the dispatcher's own steps took, of its latest jobs. Times are seconds of the monotonic clock.
+"""Durations of the dispatcher's own steps for its latest jobs, in seconds of the monotonic clock.
 
-In memory, and of so many jobs only: to store how long storing has taken would be one more step for each job.
+They are held in memory and for a limited number of jobs: storing them would add a step to every job.
 """
 
 from __future__ import annotations
@@ -10,45 +10,51 @@ from collections.abc import Mapping
 
 __all__ = ["Timings"]
 
-#: Of how many jobs they are kept: some 400 bytes each.
-_MOST = 1000
+#: Maximum number of jobs; each needs about 400 bytes.
+_MAX_JOBS = 1000
 
 
 class Timings:
-    """The phases of a job that only its dispatcher knows: ``accept``, ``store``, ``store_end``, ``deliver``."""
+    """The phases of a job that only its dispatcher measures: ``accept``, ``store``, ``store_end``, ``deliver``."""
 
     def __init__(self) -> None:
         self._jobs: dict[str, dict[str, float]] = {}  # in the order of their first steps
         self._ended: dict[str, float] = {}
 
-    def stored(self, job_id: str, came: float | None, asked: float) -> None:
-        """A job is stored. `came`: when its request was here; None: not known. `asked`: when the store was asked."""
-        job = self._of(job_id)
-        if came is not None:
-            job["accept"] = asked - came
-        job["store"] = time.monotonic() - asked
+    def record_stored(self, job_id: str, received_at: float | None, store_began: float) -> None:
+        """Record that a job was stored.
 
-    def ended(self, job_id: str, asked: float) -> None:
-        """A job's end is stored. `asked`: when the store was asked."""
+        Args:
+            job_id: the job.
+            received_at: when its request was received; None if unknown.
+            store_began: when the write began.
+        """
+        phases = self._phases_of(job_id)
+        if received_at is not None:
+            phases["accept"] = store_began - received_at
+        phases["store"] = time.monotonic() - store_began
+
+    def record_end(self, job_id: str, store_began: float) -> None:
+        """Record that a job's end was stored; the write began at `store_began`."""
         now = self._ended[job_id] = time.monotonic()
-        self._of(job_id)["store_end"] = now - asked
+        self._phases_of(job_id)["store_end"] = now - store_began
 
-    def delivered(self, job_id: str, came: float) -> None:
-        """Somebody was told of a job's end who asked at this time. The first one who waited for it counts."""
+    def record_delivery(self, job_id: str, received_at: float) -> None:
+        """Record that the end was sent to a client whose request was received at this time; the first one counts."""
         ended = self._ended.get(job_id)
-        if ended is not None and came < ended:
-            self._of(job_id).setdefault("deliver", time.monotonic() - ended)
+        if ended is not None and received_at < ended:
+            self._phases_of(job_id).setdefault("deliver", time.monotonic() - ended)
 
-    def of(self, job_id: str) -> Mapping[str, float]:
-        """What is known of a job: seconds by phase."""
+    def get_phases(self, job_id: str) -> Mapping[str, float]:
+        """Return the known phases of a job in seconds."""
         return self._jobs.get(job_id, {})
 
-    def _of(self, job_id: str) -> dict[str, float]:
-        job = self._jobs.get(job_id)
-        if job is None:
-            if len(self._jobs) >= _MOST:
+    def _phases_of(self, job_id: str) -> dict[str, float]:
+        phases = self._jobs.get(job_id)
+        if phases is None:
+            if len(self._jobs) >= _MAX_JOBS:
                 oldest = next(iter(self._jobs))
                 del self._jobs[oldest]
                 self._ended.pop(oldest, None)
-            job = self._jobs[job_id] = {}
-        return job
+            phases = self._jobs[job_id] = {}
+        return phases
