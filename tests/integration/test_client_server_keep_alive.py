@@ -64,13 +64,13 @@ def test_keep_alive_grant_is_the_last_member(dispatcher: Harpcallerd) -> None:
 
 @pytest.mark.parametrize("keep", [False, None])
 def test_client_without_keep_alive_gets_version_1(dispatcher: Harpcallerd, keep: object) -> None:
-    assert dispatcher.ask(cancel=UNKNOWN, keep=keep) == [{"cancelled": False}]
+    assert dispatcher.ask(cancel=UNKNOWN, keep_alive=keep) == [{"cancelled": False}]
     assert dispatcher.ask(cancel=UNKNOWN) == [{"cancelled": False}]
 
 
 def test_keep_alive_of_another_type_is_refused(dispatcher: Harpcallerd) -> None:
-    (reply,) = dispatcher.ask(cancel=UNKNOWN, keep=1)
-    assert reply["error"] == {"type": "invalid_request", "message": "keep: expected true or false"}
+    (reply,) = dispatcher.ask(cancel=UNKNOWN, keep_alive=1)
+    assert reply["error"] == {"type": "invalid_request", "message": "keep_alive: expected true or false"}
 
 
 def test_keep_alive_ends_after_a_refusal(dispatcher: Harpcallerd) -> None:
