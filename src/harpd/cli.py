@@ -15,38 +15,37 @@ from harp_daemon.process import ProcessError, detach, pidfile
 from harpd.config.check import check
 from harpd.config.loaded import CommandLine, configure_log, load_config, load_supervisor_config
 from harpd.config.settings import ConfigError, load
-from harpd.control import administration as control
-from harpd.control import supervisor_service as calls
-from harpd.control.supervisor_client import SupervisorError
-from harpd.frontend import server as gate
+from harpd.control import supervisor_service
+from harpd.control.supervisor_client import SupervisorClient, SupervisorError, SupervisorNotRunning
+from harpd.frontend import server
 
 __all__ = ["main", "parser"]
 
-_EXAMPLES = """\
+_EPILOG = """\
 commands:
-  (none)      serve, and keep the calls: TERM ends all calls
-  frontend    serve alone; calls are kept by `harpd supervisor`, and TERM leaves kept ones running
-  supervisor  keep the calls alone: TERM ends all calls, USR1 ends only this program
-  drain       refuse new calls, and wait until the last one has ended and its end has been fetched
-  resume      take new calls again
-  status      print what each supervisor of calls holds, one a line, as JSON
+  (none)      run frontend and supervisor in one program; TERM ends all calls
+  frontend    run only the frontend; resumable calls continue when it stops
+  supervisor  run only the supervisor; TERM ends all calls, USR1 ends this program but no call
+  drain       reject new calls; wait until no call runs and no dispatcher has a result to fetch
+  resume      accept new calls again
+  status      print the status of each supervisor: one JSON object a line
 
 examples:
-  harpd -t                                      check everything that the next start or reload will read
-  harpd -c ./harpd.conf -r ./procedures.py      in the foreground, the log on stderr
-  harpd -u nobody --syslog -d -p /run/harpd.pid in the background; returns once it serves
+  harpd -t                                      check everything that the next start or reload reads
+  harpd -c ./harpd.conf -r ./procedures.py      run in the foreground; log to stderr
+  harpd -u nobody --syslog -d -p /run/harpd.pid run in the background; return when harpd serves
   harpd drain --timeout 600 && systemctl stop harpd harpd-supervisor
 
 signals:
-  HUP         read configuration, certificate, users, log settings and procedures again, all or nothing
-              (supervisor: put a new supervisor in the place of the old one, which ends with its last call)
-  TERM, INT   stop, see above; calls that are ended have the error shutdown
+  HUP         reload configuration, certificate, users, log settings and procedures, all or nothing
+              (supervisor: start a new supervisor; the old one exits after its last call)
+  TERM, INT   stop, see above; the calls that it ends have the error shutdown
 
 exit status: 0 success; 1 an error (one line on stderr), no supervisor runs (status), calls remain (drain);
 2 wrong usage
 """
 
-#: Nested values of the protocol's depth need more than Python's default.
+#: Python's own limit is too low for values of the protocol's greatest depth.
 _RECURSION_LIMIT = 10_000
 
 
@@ -55,7 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
     command = parser()
     parsed = command.parse_args(arguments)
     if parsed.timeout is not None and parsed.command != "drain":
-        command.error("--timeout is for drain")
+        command.error("--timeout is an option of drain")
     sys.setrecursionlimit(_RECURSION_LIMIT)
     options = CommandLine(
         config=parsed.config,
@@ -68,15 +67,15 @@ def main(arguments: list[str] | None = None) -> int:
         search_path=tuple(sys.path),
     )
     try:
-        return _run(options, parsed)
+        return _run_command(options, parsed)
     except (ConfigError, ProcessError, SupervisorError) as error:
         print(f"harpd: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:  # of a command that waits; the daemon's programs take the signal for themselves
+    except KeyboardInterrupt:  # of status, drain and resume; the daemon's programs handle the signal
         return 1
 
 
-def _run(options: CommandLine, parsed: argparse.Namespace) -> int:
+def _run_command(options: CommandLine, parsed: argparse.Namespace) -> int:
     if parsed.test:
         for warning in check(options):
             print(f"harpd: warning: {warning}", file=sys.stderr)
@@ -84,59 +83,65 @@ def _run(options: CommandLine, parsed: argparse.Namespace) -> int:
         return 0
     match parsed.command:
         case None:
-            _serve(options, parsed.pidfile, alone=False)
+            _run_frontend(options, parsed.pidfile, frontend_only=False)
         case "frontend":
-            _directory(options)
-            _serve(options, parsed.pidfile, alone=True)
+            _runtime_directory(options)
+            _run_frontend(options, parsed.pidfile, frontend_only=True)
         case "supervisor":
-            _directory(options)
-            _keep(options, parsed.pidfile)
-        case "status":
-            supervisors = asyncio.run(control.status(_directory(options)))
-            for supervisor in supervisors:
-                print(json.dumps(supervisor))
-            return 0 if supervisors else 1
-        case "drain":
-            return 0 if asyncio.run(control.drain(_directory(options), parsed.timeout)) else 1
-        case "resume":
-            asyncio.run(control.resume(_directory(options)))
+            _runtime_directory(options)
+            _run_supervisor(options, parsed.pidfile)
+        case command:
+            with SupervisorClient(_runtime_directory(options)) as client:
+                return asyncio.run(_control(client, command, parsed.timeout))
     return 0
 
 
-def _directory(options: CommandLine) -> Path:
-    """The runtime directory, which parts of harpd that run apart must have configured. Raises `ConfigError`."""
+async def _control(client: SupervisorClient, command: str, deadline: float | None) -> int:
+    """Send a command to the running supervisors; return the exit status."""
+    replies = await client.request_all(command)
+    if command == "status":
+        for reply in replies:
+            print(json.dumps(reply))
+        return 0 if replies else 1
+    if not replies:
+        raise SupervisorNotRunning("the supervisor does not run")
+    if command == "drain":
+        return 0 if await client.wait_until_drained(deadline) else 1
+    return 0
+
+
+def _runtime_directory(options: CommandLine) -> Path:
+    """Return the configured runtime directory, by which separate programs find each other. Raises `ConfigError`."""
     configured = load(options.config).runtime_directory
     if configured is None:
-        raise ConfigError(f"{options.config}: runtime_directory: missing; frontend and supervisor meet there")
+        raise ConfigError(
+            f"{options.config}: runtime_directory: missing; frontend and supervisor find each other by it"
+        )
     return Path(configured).absolute()
 
 
-def _serve(options: CommandLine, pid_file: Path | None, alone: bool) -> None:
-    served = _detached(options)
+def _run_frontend(options: CommandLine, pid_file: Path | None, frontend_only: bool) -> None:
+    on_serving = _go_to_background(options)
     with pidfile(pid_file):
-        generation = load_config(options)
-        configure_log(options, generation)
-        run(gate.run(options, generation, served, alone))
+        config = load_config(options)
+        configure_log(options, config)
+        run(server.run(options, config, on_serving, frontend_only))
 
 
-def _keep(options: CommandLine, pid_file: Path | None) -> None:
-    served = _detached(options)
+def _run_supervisor(options: CommandLine, pid_file: Path | None) -> None:
+    on_serving = _go_to_background(options)
     with pidfile(pid_file):
-        plan = load_supervisor_config(options)
-        configure_log(options, plan)
-        run(calls.run(options, plan, served))
+        config = load_supervisor_config(options)
+        configure_log(options, config)
+        run(supervisor_service.run(options, config, on_serving))
 
 
-def _detached(options: CommandLine) -> Callable[[], None]:
-    """Go to the background if that is asked for; return what to call once the program serves."""
+def _go_to_background(options: CommandLine) -> Callable[[], None]:
+    """Go to the background with ``--daemon``; return the function to call when the program serves."""
     if not options.background:
-        return _nothing
-    check(options)  # a fault is told to the one who is still there to read it
+        return lambda: None
+    check(options)  # while stderr still shows the error
     return detach()
-
-
-def _nothing() -> None:
-    """In the foreground nobody waits."""
 
 
 def _path(text: str) -> Path:
@@ -155,11 +160,11 @@ def _seconds(text: str) -> float:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line of harpd."""
+    """Return the parser of harpd's command line."""
     command = argparse.ArgumentParser(
         prog="harpd",
-        description="Expose the procedures of a Python file over TLS, each call in a process of its own.",
-        epilog=_EXAMPLES,
+        description="Serve the procedures of a Python file over TLS; each call runs in its own process.",
+        epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = command.add_argument
@@ -168,13 +173,23 @@ def parser() -> argparse.ArgumentParser:
     add("-c", "--config", metavar="FILE", type=_path, default="/etc/harpd/harpd.conf", help="YAML (%(default)s)")
     add("-r", "--procedures", metavar="FILE", type=_path, default="/etc/harpd/harpd.py", help="(%(default)s)")
     add("-l", "--logging", metavar="FILE", type=_path, help="YAML for Python's logging.config.dictConfig")
-    add("-t", "--test", action="store_true", help="check everything, say so and exit")
-    add("-u", "--default-user", metavar="USER", type=_identity, help="of procedures that name none; name or number")
-    add("-g", "--default-group", metavar="GROUP", type=_identity, help="of procedures that name none; name or number")
+    add("-t", "--test", action="store_true", help="check the configuration and all files that it names")
+    add(
+        *("-u", "--default-user"),
+        metavar="USER",
+        type=_identity,
+        help="default user for procedures without uid (name or numeric id)",
+    )
+    add(
+        *("-g", "--default-group"),
+        metavar="GROUP",
+        type=_identity,
+        help="default group for procedures without gid (name or numeric id)",
+    )
     add("--syslog", action="store_true", help="log to syslog instead of stderr")
-    add("-d", "--daemon", action="store_true", help="go to the background; return once it serves")
-    add("-p", "--pidfile", metavar="FILE", type=_path, help="write the process id there")
-    add("--timeout", metavar="S", type=_seconds, help="drain: the most seconds to wait; without it, for ever")
+    add("-d", "--daemon", action="store_true", help="run in the background; return when harpd serves")
+    add("-p", "--pidfile", metavar="FILE", type=_path, help="write the process id to FILE")
+    add("--timeout", metavar="S", type=_seconds, help="drain: most seconds to wait (default: no limit)")
     return command
 
 

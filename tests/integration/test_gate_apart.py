@@ -128,7 +128,7 @@ def test_an_upgrade_leaves_calls_where_they_are(harpd: Harpd, tmp_path: Path) ->
     assert not is_dead(process)
     assert finish(harpd, call, tmp_path / "old") == {"result": "seen"}
     wait_until(lambda: len(harpd.statuses()) == 1, DEADLINE, "the end of the older warden")
-    harpd.wait_event("an older supervisor has ended", status="exit status 0")
+    harpd.wait_event("older supervisor exited", status="exit status 0")
     assert finish(harpd, other, tmp_path / "new") == {"result": "seen"}
     assert not harpd.events("supervisor died")
 
@@ -244,7 +244,7 @@ def test_without_wardens_the_commands_say_so(tmp_path: Path) -> None:
     assert (outcome.returncode, outcome.stdout, outcome.stderr) == (1, "", "")
     for command in ("drain", "resume"):
         outcome = run(harpd, command)
-        assert (outcome.returncode, outcome.stderr) == (1, "harpd: the warden of the calls does not run\n")
+        assert (outcome.returncode, outcome.stderr) == (1, "harpd: the supervisor does not run\n")
 
 
 @pytest.mark.parametrize("command", ["frontend", "supervisor", "status", "drain", "resume"])
@@ -253,14 +253,14 @@ def test_programs_that_run_apart_need_a_place_to_meet(tmp_path: Path, command: s
     outcome = run(harpd, command)
     assert outcome.returncode == 1
     (line,) = outcome.stderr.splitlines()
-    assert line.endswith("harpd.conf: runtime_directory: missing; frontend and supervisor meet there")
+    assert line.endswith("harpd.conf: runtime_directory: missing; frontend and supervisor find each other by it")
 
 
 @pytest.mark.parametrize("command", ["frontend", "supervisor", None])
 def test_each_part_runs_once(harpd: Harpd, command: str | None) -> None:
     outcome = run(harpd, *([command] if command else []))
     assert outcome.returncode == 1
-    assert "held by another running harpd" in outcome.stderr
+    assert "used by another running harpd" in outcome.stderr
     assert version(harpd) == {"result": 1}
 
 

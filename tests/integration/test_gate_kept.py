@@ -327,7 +327,7 @@ def test_a_dead_warden_that_does_not_come_back_is_no_answer_to_an_attach(tmp_pat
     with Harpd(tmp_path / "harpd", PROCEDURES) as harpd:
         harpd.procedures_file.write_text("raise RuntimeError('broken on purpose')\n")
         os.kill(harpd.warden, signal.SIGKILL)
-        harpd.wait_event("supervisor did not start")
+        harpd.wait_event("cannot start supervisor; retrying")
         with harpd.attach(str(uuid.uuid4())) as client:
             assert error_type(client) == "procedure_loading_error"
         assert harpd.held()["error"]["type"] == "procedure_loading_error"

@@ -176,7 +176,7 @@ def test_a_warden_that_can_not_start_again_is_an_answer(harpd: Harpd) -> None:
     with harpd:
         harpd.procedures_file.write_text(BROKEN)
         os.kill(harpd.warden, signal.SIGKILL)
-        harpd.wait_event("supervisor did not start")
+        harpd.wait_event("cannot start supervisor; retrying")
         (refusal,) = harpd.call("version")
         assert refusal["error"]["type"] == "procedure_loading_error"
         harpd.procedures_file.write_text(CHANGED)
@@ -200,7 +200,7 @@ def test_two_can_not_share_a_runtime_directory(harpd: Harpd) -> None:
     with harpd:
         second = subprocess.run(harpd.command(), capture_output=True, text=True, timeout=DEADLINE)
         assert second.returncode == 1
-        assert "held by another running harpd" in second.stderr
+        assert "used by another running harpd" in second.stderr
         assert version(harpd) == {"result": 1}
 
 

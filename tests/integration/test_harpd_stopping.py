@@ -445,7 +445,7 @@ def test_shutdown_ends_what_resists(own: Harpd, notes: Path) -> None:
     assert len(pids(notes)) == 6
     assert all_dead(pids(notes))
     assert not own.events("callback failed")
-    assert not own.events("supervisor did not end in order; killed")
+    assert not own.events("supervisor did not stop; killing it")
 
 
 def test_a_signal_to_all_of_harpd_is_still_an_orderly_end(own: Harpd, notes: Path) -> None:

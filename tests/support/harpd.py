@@ -143,11 +143,13 @@ class Harpd(DaemonLog):
     def start_calls(self) -> None:
         """Start the program that keeps the calls; return once there is a warden."""
         assert self._calls is None
-        seen = len(self.events("harpd keeps calls"))
+        seen = len(self.events("supervisor is serving"))
         calls = self._calls = self._spawn("supervisor")
         try:
             wait_until(
-                lambda: calls.poll() is not None or len(self.events("harpd keeps calls")) > seen, DEADLINE, "a warden"
+                lambda: calls.poll() is not None or len(self.events("supervisor is serving")) > seen,
+                DEADLINE,
+                "a warden",
             )
             assert calls.poll() is None, f"harpd supervisor has ended:\n{self.log_file.read_text()}"
         except BaseException:

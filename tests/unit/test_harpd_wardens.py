@@ -82,10 +82,10 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("impatient")
 async def test_silence_is_not_taken_for_no(tmp_path: Path) -> None:
     async with scripted(tmp_path, a=unknown("a"), b=says(None)) as wardens:
-        with pytest.raises(SupervisorError, match="did not answer"):
+        with pytest.raises(SupervisorError, match="did not reply"):
             await wardens.attach(ATTACH)
     async with scripted(tmp_path, a=held("a"), b=says(None)) as wardens:
-        with pytest.raises(SupervisorError, match="did not answer"):
+        with pytest.raises(SupervisorError, match="did not reply"):
             await wardens.list_calls("o")
 
 
@@ -94,7 +94,7 @@ async def test_without_who_takes_new_calls_nobody_knows(tmp_path: Path) -> None:
     async with warden(tmp_path, "a", unknown("a")):
         with SupervisorClient(tmp_path) as wardens:
             for operation in (wardens.attach(ATTACH), wardens.list_calls("o"), wardens.connect_active()):
-                with pytest.raises(SupervisorError, match="does not run; it is being started again"):
+                with pytest.raises(SupervisorError, match="does not run; it is being restarted"):
                     await operation
 
 
@@ -133,12 +133,12 @@ async def test_the_list_has_the_calls_of_all(tmp_path: Path) -> None:
 )
 async def test_a_list_that_is_none_is_a_fault(tmp_path: Path, answer: bytes) -> None:
     async with scripted(tmp_path, a=says(answer)) as wardens:
-        with pytest.raises(SupervisorError, match="gave no list"):
+        with pytest.raises(SupervisorError, match="invalid list of calls"):
             await wardens.list_calls("o")
 
 
 @pytest.mark.parametrize(
-    ("answer", "fault"), [(b"nonsense\n", "no answer"), (b"", "no answer"), (b'{"error":"e"}\n', "e")]
+    ("answer", "fault"), [(b"nonsense\n", "no reply"), (b"", "no reply"), (b'{"error":"e"}\n', "e")]
 )
 async def test_a_control_request_has_an_answer_or_a_fault(tmp_path: Path, answer: bytes, fault: str) -> None:
     async with scripted(tmp_path, a=says(answer)) as wardens:

@@ -1,1 +1,1 @@
-"""harpd's own processes: lifecycle, launcher, supervisor client, runtime directory, administration."""
+"""harpd's own processes: lifecycle, launcher, supervisor client, runtime directory."""

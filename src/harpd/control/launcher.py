@@ -29,28 +29,28 @@ __all__ = ["STOP_MARGIN", "Settings", "SupervisorLauncher"]
 
 log = logging.getLogger("harpd.control")
 
-#: What a supervisor needs to know; values that JSON can carry, no secret.
+#: The settings of a supervisor: JSON values, no secret.
 Settings: TypeAlias = Mapping[str, Any]
 
-#: Seconds that a supervisor has to load the procedures file and to answer, and between two looks whether it does.
+#: Seconds for a supervisor to load the procedures file and to reply; seconds between two status requests meanwhile.
 _START_TIMEOUT, _POLL_INTERVAL = 60.0, 0.02
-#: Seconds for the answer of whoever takes new calls meanwhile; it may hang, and is asked again.
+#: Seconds for one of these replies. An older supervisor, still active, may hang; the request is repeated.
 _REPLY_TIMEOUT = 2.0
-#: Seconds, beyond the calls' two grace periods, for the end of a supervisor.
+#: Seconds for a supervisor to stop, beyond the calls' two grace periods.
 STOP_MARGIN = 5.0
-#: Seconds between two starts of a supervisor that dies: the first pause, and the longest that it grows to.
+#: Seconds between two starts of a supervisor that dies: the shortest and the longest pause.
 _MIN_BACKOFF, _MAX_BACKOFF = 0.1, 30.0
-#: A supervisor that lived this many seconds was no failed start.
+#: A supervisor that ran this many seconds resets the pause.
 _STABLE_TIME = 10.0
 
 
 class SupervisorLauncher:
-    """Keeps the supervisor of a runtime directory.
+    """The launcher of the supervisor of one runtime directory.
 
     Args:
-        wardens: the way to the supervisors of the directory.
-        background: supervisors get no stderr.
-        settings: gives what the next supervisor starts with.
+        client: the client of the runtime directory.
+        background: whether supervisors start without stderr.
+        settings: returns the settings for the next supervisor.
     """
 
     def __init__(self, client: SupervisorClient, background: bool, settings: Callable[[], Settings]) -> None:
@@ -65,10 +65,10 @@ class SupervisorLauncher:
         self._backoff = 0.0
 
     async def start(self) -> None:
-        """Start a supervisor and return once it takes the new calls; older ones retire.
+        """Start a supervisor; return when it is active. Older supervisors retire.
 
         Raises:
-            SupervisorError: it ended or did not answer; its log says why. An earlier one goes on as before.
+            SupervisorError: it exited or did not reply; its log gives the reason. An older supervisor stays active.
         """
         async with self._starting:
             await self._client.remove_dead_sockets()
@@ -76,20 +76,20 @@ class SupervisorLauncher:
             self._processes.add(child)
             child.exit_status.add_done_callback(partial(self._on_exit, child))
             try:
-                incarnation = await self._wait_until_ready(child)
+                instance = await self._wait_until_ready(child)
             except BaseException:
                 child.process.kill()
                 raise
             if self._active is not None:
                 self._retired.add(self._active)
             self._active = child
-            if child.exit_status.done():  # it was not yet ours when it died
+            if child.exit_status.done():  # `_on_exit` ran before it was the active one
                 self._begin_restart()
             log.info("supervisor started", extra={"supervisor": child.process.pid})
-            await self._retire_others(incarnation)
+            await self._retire_others(instance)
 
     async def _wait_until_ready(self, child: SupervisorProcess) -> str:
-        """Wait until the supervisor takes calls; return its incarnation."""
+        """Wait until the supervisor is active; return its instance."""
         try:
             async with asyncio.timeout(_START_TIMEOUT):
                 while not child.exit_status.done():
@@ -99,32 +99,32 @@ class SupervisorLauncher:
                             return str(status["instance"])
                     await asyncio.wait({child.exit_status}, timeout=_POLL_INTERVAL)
         except TimeoutError as error:
-            raise SupervisorError(f"the supervisor did not answer within {_START_TIMEOUT:g} s") from error
+            raise SupervisorError(f"the supervisor did not reply within {_START_TIMEOUT:g} s") from error
         exited = _describe_status(child.exit_status.result())
-        raise SupervisorError(f"the supervisor ended before it was ready ({exited})")
+        raise SupervisorError(f"the supervisor exited before it was ready ({exited})")
 
-    async def _retire_others(self, incarnation: str) -> None:
+    async def _retire_others(self, instance: str) -> None:
         for name in self._client.socket_names():
-            if not name.endswith(incarnation):
+            if not name.endswith(instance):
                 try:
                     await self._client.request({"control": "retire"}, name=name)
                 except SupervisorNotRunning:
                     continue
                 except SupervisorError as error:
-                    log.error("an older supervisor did not retire", extra={"supervisor": name, "reason": str(error)})
+                    log.error("cannot retire an older supervisor", extra={"supervisor": name, "reason": str(error)})
 
     def _on_exit(self, child: SupervisorProcess, ended: asyncio.Future[int]) -> None:
         self._processes.discard(child)
-        about = {"supervisor": child.process.pid, "status": _describe_status(ended.result())}
+        log_fields = {"supervisor": child.process.pid, "status": _describe_status(ended.result())}
         if child is self._active:
-            log.error("supervisor died", extra=about)
+            log.error("supervisor died", extra=log_fields)
             self._begin_restart()
         elif child in self._retired:
             self._retired.discard(child)
-            log.info("an older supervisor has ended", extra=about)
+            log.info("older supervisor exited", extra=log_fields)
 
     def _begin_restart(self) -> None:
-        """Begin to start another supervisor, ever again until there is one."""
+        """Start another supervisor in the background; repeat until one is active."""
         assert self._active is not None
         if time.monotonic() - self._active.started > _STABLE_TIME:
             self._backoff = 0.0
@@ -139,10 +139,10 @@ class SupervisorLauncher:
             try:
                 await self.start()
             except (SupervisorError, OSError) as error:
-                log.error("supervisor did not start", extra={"reason": str(error), "again_in": self._backoff})
+                log.error("cannot start supervisor; retrying", extra={"reason": str(error), "retry_in": self._backoff})
 
     async def detach(self) -> None:
-        """Keep nothing any more: supervisors may go on, calls do."""
+        """Stop restarting supervisors; running supervisors and their calls continue."""
         self._active = None
         if self._restarting is not None:
             self._restarting.cancel()
@@ -152,51 +152,55 @@ class SupervisorLauncher:
         """End all calls with the error ``shutdown``, then all supervisors; kill a supervisor that takes too long.
 
         Args:
-            deadline: seconds for an orderly end.
+            deadline: seconds for an orderly stop.
         """
         await self.detach()
         names = self._client.socket_names()
         await asyncio.gather(*(self._client.shut_down(name, deadline) for name in names))
-        children = [child.exit_status for child in self._processes]
-        for child in self._processes:  # what is still starting, and has no name yet
+        exits = [child.exit_status for child in self._processes]
+        for child in self._processes:  # still starting, without a socket
             child.process.kill()
-        if children:
-            await asyncio.wait(children)
+        if exits:
+            await asyncio.wait(exits)
         await self._client.remove_dead_sockets()
 
 
 class SupervisorProcess:
-    """A supervisor's process.
+    """The process of a supervisor.
+
+    Args:
+        settings: its settings.
+        stderr: the descriptor of its stderr; None: that of this process.
 
     Raises:
-        OSError: no process can be made.
+        OSError: the process cannot be created.
     """
 
     def __init__(self, settings: Settings, stderr: int | None) -> None:
         environment = {name: value for name, value in os.environ.items() if name != "NOTIFY_SOCKET"}
         self.started = time.monotonic()
-        #: Its exit status, once it has ended.
+        #: Its exit status.
         self.exit_status: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-        self._lifeline, theirs = socket.socketpair()
-        with theirs, os.fdopen(os.memfd_create("settings"), "w+b") as given:
-            given.write(dumps(dict(settings)))
-            given.seek(0)
-            # -P: modules are not taken from the directory in which harpd was started.
+        self._lifeline, inherited = socket.socketpair()
+        with inherited, os.fdopen(os.memfd_create("settings"), "w+b") as stdin:
+            stdin.write(dumps(dict(settings)))
+            stdin.seek(0)
+            # -P: do not import modules from the working directory.
             self.process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "harpd.supervisor.main", str(theirs.fileno())],
-                stdin=given,
+                [sys.executable, "-P", "-m", "harpd.supervisor.main", str(inherited.fileno())],
+                stdin=stdin,
                 stdout=subprocess.DEVNULL,
                 stderr=stderr,
-                pass_fds=(theirs.fileno(),),
-                start_new_session=True,  # ^C in a terminal is for the keeper, which then ends the supervisor in order
+                pass_fds=(inherited.fileno(),),
+                start_new_session=True,  # ^C in a terminal goes to the launcher, which then stops the supervisor
                 env=environment,
             )
-        self._descriptor = os.pidfd_open(self.process.pid)
-        asyncio.get_running_loop().add_reader(self._descriptor, self._on_ended)
+        self._pidfd = os.pidfd_open(self.process.pid)
+        asyncio.get_running_loop().add_reader(self._pidfd, self._on_process_exit)
 
-    def _on_ended(self) -> None:
-        asyncio.get_running_loop().remove_reader(self._descriptor)
-        os.close(self._descriptor)
+    def _on_process_exit(self) -> None:
+        asyncio.get_running_loop().remove_reader(self._pidfd)
+        os.close(self._pidfd)
         self._lifeline.close()
         self.exit_status.set_result(self.process.wait())
 

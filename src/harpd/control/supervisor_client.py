@@ -1,11 +1,11 @@
-"""The supervisors of a runtime directory: how they are found, reached and asked.
+"""The client of the supervisors of a runtime directory: finds, connects to and controls them.
 
-There is one that takes new calls, at the socket ``warden``; and while an upgrade is under way, or after a restart,
-older ones that hold calls still. Each has a socket of its own, ``warden-INCARNATION``. A socket that refuses
-connections is a dead supervisor's. What one of them holds, the others don't know: so who looks for a call asks all, and
-nobody is told "there is no such call" before every living supervisor has said so.
+One supervisor is active: it accepts new calls, at the socket `ACTIVE_SOCKET`. During an upgrade or after a restart,
+older supervisors still hold calls. Each supervisor has its own socket, `SOCKET_PREFIX` + INSTANCE. A socket that
+refuses connections belongs to a dead supervisor. A supervisor knows only its own calls, so a search for a call asks all
+of them, and "no such call" is the answer only after every running supervisor has said so.
 
-Connections are plain sockets and not streams: what a supervisor has said before it died can be read after its death.
+Connections are plain sockets, not asyncio streams: data that a supervisor sent before its death can be read after it.
 """
 
 from __future__ import annotations
@@ -44,38 +44,40 @@ T = TypeVar("T")
 
 log = logging.getLogger("harpd.control")
 
-#: Seconds that a call waits for a supervisor that is being started: less than what a dispatcher waits for harpd.
+#: Seconds that a call waits for a supervisor that is starting: less than the dispatcher waits for harpd.
 _START_TIMEOUT = 5.0
-#: Seconds for an answer that comes at once.
+#: Seconds for a reply that needs no work.
 _REPLY_TIMEOUT = 10.0
-#: Seconds between two looks for a supervisor that is being started, and while one has too many connections waiting.
+#: Seconds between two attempts: while a supervisor is starting, and while its backlog of connections is full.
 _RETRY_INTERVAL, _BACKLOG_INTERVAL = 0.02, 0.01
-#: Seconds for the death of a process that was killed.
+#: Seconds for the exit of a process after SIGKILL.
 _KILL_TIMEOUT = 10.0
 
 _READ_SIZE = 64 * 1024
-#: The most bytes of an answer.
+#: Seconds between two status requests while the last calls end.
+_DRAIN_INTERVAL = 0.2
+#: Most bytes of a reply.
 _MAX_REPLY_BYTES = 64 * 1024 * 1024
 _CREDENTIALS = struct.Struct("3i")
 
 
 class SupervisorError(Exception):
-    """The supervisor is not there, or refused. The message says why."""
+    """The supervisor cannot be reached, or it rejected the request. The message gives the reason."""
 
 
 class SupervisorNotRunning(SupervisorError):
-    """Nobody listens at this socket."""
+    """No process listens at the supervisor's socket."""
 
 
 class SupervisorDied(Exception):
-    """The supervisor's connection broke: the supervisor is dead."""
+    """The connection to the supervisor broke: the supervisor is dead."""
 
 
 class SupervisorConnection:
     """A connection to a supervisor; a context manager that closes it.
 
     Args:
-        connection: the socket, which does not block.
+        connection: the non-blocking socket.
     """
 
     def __init__(self, connection: socket.socket) -> None:
@@ -83,14 +85,14 @@ class SupervisorConnection:
         self._loop = asyncio.get_running_loop()
 
     async def send(self, data: bytes) -> None:
-        """Send; return when the supervisor's socket has taken it all. Raises `SupervisorDied`."""
+        """Send all data. Raises `SupervisorDied`."""
         try:
             await self._loop.sock_sendall(self._socket, data)
         except OSError as error:
             raise SupervisorDied from error
 
     async def receive(self) -> bytes:
-        """Receive some bytes; b"" when the supervisor has closed. Raises `SupervisorDied`."""
+        """Receive some bytes; return b"" when the supervisor has closed. Raises `SupervisorDied`."""
         try:
             return await self._loop.sock_recv(self._socket, _READ_SIZE)
         except OSError as error:
@@ -108,7 +110,7 @@ class SupervisorConnection:
         return bytes(received[:end]), bytes(received[end:])
 
     def finish_sending(self) -> None:
-        """Say that nothing more will be sent. Raises `SupervisorDied`."""
+        """Close the sending direction. Raises `SupervisorDied`."""
         try:
             self._socket.shutdown(socket.SHUT_WR)
         except OSError as error:
@@ -132,46 +134,45 @@ class SupervisorConnection:
 
 
 class SupervisorClient:
-    """The supervisors of one runtime directory; a context manager that lets go of it.
+    """The client of one runtime directory; a context manager that closes the directory.
 
     Args:
         directory: the runtime directory.
 
     Raises:
-        OSError: it can't be opened.
+        SupervisorError: the directory cannot be opened.
     """
 
     def __init__(self, directory: Path) -> None:
-        # By way of the descriptor, for a socket's address has no more than 107 bytes.
-        self._directory = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-
-    def close(self) -> None:
-        """Let go of the directory."""
-        os.close(self._directory)
+        # Sockets are opened through this descriptor, because the address of a Unix socket has at most 107 bytes.
+        try:
+            self._directory = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except OSError as error:
+            raise SupervisorError(f"runtime_directory: {directory}: {error.strerror}") from error
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
+        os.close(self._directory)
 
-    # Who is there.
+    # Sockets.
 
     def socket_names(self) -> list[str]:
-        """The names of all supervisors' own sockets, dead ones' too."""
+        """Return the names of all supervisors' own sockets, including those of dead supervisors."""
         return sorted(
             name for name in os.listdir(self._directory) if name.startswith(SOCKET_PREFIX) and "." not in name
         )
 
     def active_socket_inode(self) -> int | None:
-        """The number of who takes new calls: another number, another supervisor. None: nobody does."""
+        """Return the inode of the active socket: it changes with the active supervisor. None: there is no socket."""
         try:
             return os.stat(ACTIVE_SOCKET, dir_fd=self._directory).st_ino
         except FileNotFoundError:
             return None
 
     async def remove_dead_sockets(self) -> None:
-        """Remove the sockets of dead supervisors. Only for who starts supervisors, and while none is being started."""
+        """Remove the sockets of dead supervisors. Only the launcher calls it, while no supervisor is starting."""
         for name in os.listdir(self._directory):
             if name == ACTIVE_SOCKET or name.startswith(SOCKET_PREFIX):
                 try:
@@ -180,7 +181,7 @@ class SupervisorClient:
                     with contextlib.suppress(FileNotFoundError):
                         os.unlink(name, dir_fd=self._directory)
                 except SupervisorError:
-                    pass  # it lives, but is in trouble
+                    pass  # the supervisor lives, but cannot accept now
 
     # One supervisor.
 
@@ -188,8 +189,8 @@ class SupervisorClient:
         """Open a connection to a supervisor.
 
         Raises:
-            NoWarden: nobody is there.
-            SupervisorError: there is somebody, but no connection can be made.
+            SupervisorNotRunning: no process listens at the socket.
+            SupervisorError: a process listens, but the connection fails.
         """
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         try:
@@ -201,20 +202,20 @@ class SupervisorClient:
             return SupervisorConnection(connection)
         except (FileNotFoundError, ConnectionRefusedError) as error:
             connection.close()
-            raise SupervisorNotRunning("the supervisor of the calls does not run") from error
+            raise SupervisorNotRunning("the supervisor does not run") from error
         except OSError as error:
             connection.close()
-            reason = error.strerror or "too many connections wait"
-            raise SupervisorError(f"no connection to the supervisor of the calls: {reason}") from error
+            reason = error.strerror or "too many connections are waiting"
+            raise SupervisorError(f"cannot connect to the supervisor: {reason}") from error
         except BaseException:
             connection.close()
             raise
 
     async def connect_active(self) -> SupervisorConnection:
-        """Open a connection to the supervisor that takes new calls; wait a little for one that is being started.
+        """Open a connection to the active supervisor; wait a short time for one that is starting.
 
         Raises:
-            SupervisorError: there is none and none comes up.
+            SupervisorError: no supervisor is active within that time.
         """
         return await _retry_until(self._try_connect)
 
@@ -226,36 +227,36 @@ class SupervisorClient:
     async def request(
         self, request: Mapping[str, Any], deadline: float = _REPLY_TIMEOUT, name: str = ACTIVE_SOCKET
     ) -> dict[str, Any]:
-        """Send a control request and return the answer.
+        """Send a control request; return the reply.
 
         Args:
             request: the request, with the key ``control``.
-            deadline: seconds for the answer.
-            name: whom to ask.
+            deadline: seconds for the reply.
+            name: the supervisor's socket.
 
         Raises:
-            NoWarden: nobody is there.
-            SupervisorError: no answer came, or it is an error.
+            SupervisorNotRunning: no process listens at the socket.
+            SupervisorError: there is no reply, or it is an error.
         """
         try:
             line, _ = await self._exchange(name, dumps(dict(request)) + b"\n", deadline)
-            answer = loads(line)
+            reply = loads(line)
         except (SupervisorDied, InvalidJSON) as error:
-            raise SupervisorError(f"the supervisor gave no answer: {error}") from error
-        if not isinstance(answer, dict) or "error" in answer:
-            raise SupervisorError(str(answer["error"] if isinstance(answer, dict) else answer))
-        return answer
+            raise SupervisorError(f"the supervisor sent no reply: {error}") from error
+        if not isinstance(reply, dict) or "error" in reply:
+            raise SupervisorError(str(reply["error"] if isinstance(reply, dict) else reply))
+        return reply
 
     async def _exchange(self, name: str, request: bytes, deadline: float) -> tuple[bytes, bytes]:
         with await self.connect(name) as connection:
             return await _exchange_line(connection, request, deadline)
 
     async def shut_down(self, name: str, deadline: float) -> None:
-        """End a supervisor and all its calls, which end with the error ``shutdown``; kill it after the deadline.
+        """Stop a supervisor and all its calls, which end with the error ``shutdown``; kill it after the deadline.
 
         Args:
-            name: whom to end; it may be dead already.
-            deadline: seconds for an orderly end.
+            name: the supervisor's socket; the supervisor may be dead.
+            deadline: seconds for an orderly stop.
         """
         with ExitStack() as closing:
             try:
@@ -272,7 +273,7 @@ class SupervisorClient:
             except SupervisorDied:
                 pass
             except TimeoutError:
-                log.error("supervisor did not end in order; killed", extra={"supervisor": name})
+                log.error("supervisor did not stop; killing it", extra={"supervisor": name})
             with contextlib.suppress(ProcessLookupError, TimeoutError):
                 signal.pidfd_send_signal(process, signal.SIGKILL)
                 async with asyncio.timeout(_KILL_TIMEOUT):
@@ -280,96 +281,124 @@ class SupervisorClient:
 
     # All supervisors.
 
-    async def request_all(self, request: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """Send a control request to all running supervisors; return their replies. Raises `SupervisorError`."""
-        answers = []
-        for name in self.socket_names():
-            with contextlib.suppress(SupervisorNotRunning):
-                answers.append(await self.request(request, name=name))
-        return answers
+    async def request_all(self, command: str) -> list[dict[str, Any]]:
+        """Send a control command to every running supervisor; return the replies.
 
-    async def list_calls(self, owner: str) -> CallList:
-        """The owner's calls in all supervisors, and who takes new ones.
+        Args:
+            command: ``status``, ``drain`` or ``resume``; see `harpd.supervisor.main`.
 
         Raises:
-            SupervisorError: there is no supervisor, or one gives no answer: a list with a gap is worse than none.
+            SupervisorError: a supervisor sent no reply.
+        """
+        replies = []
+        for name in self.socket_names():
+            with contextlib.suppress(SupervisorNotRunning):
+                replies.append(await self.request({"control": command}, name=name))
+        return replies
+
+    async def wait_until_drained(self, deadline: float | None) -> bool:
+        """Wait until no call runs and no dispatcher has a result to fetch.
+
+        Args:
+            deadline: most seconds to wait; None: no limit.
+
+        Returns:
+            False if calls remain after the deadline.
+
+        Raises:
+            SupervisorError: a supervisor sent no reply.
+        """
+        try:
+            async with asyncio.timeout(deadline):
+                while True:
+                    if not any(status["calls"] + status["resumable"] for status in await self.request_all("status")):
+                        return True
+                    await asyncio.sleep(_DRAIN_INTERVAL)
+        except TimeoutError:
+            return False
+
+    async def list_calls(self, owner: str) -> CallList:
+        """Return the owner's calls in all supervisors, and the instance of the active supervisor.
+
+        Raises:
+            SupervisorError: no supervisor is active, or one sends no reply. An incomplete list would be taken for the
+                end of the missing calls.
         """
         request = dumps({"calls": owner}) + b"\n"
-        current = await _retry_until(partial(self._calls_of, ACTIVE_SOCKET, request))
-        calls = dict.fromkeys(current.calls)
-        for name in self._other_sockets(current.instance):
-            if (held := await self._calls_of(name, request)) is not None:
-                calls |= dict.fromkeys(held.calls)
-        return CallList(tuple(calls), current.instance)
+        active = await _retry_until(partial(self._calls_of, ACTIVE_SOCKET, request))
+        calls = dict.fromkeys(active.calls)
+        for name in self._other_sockets(active.instance):
+            if (listed := await self._calls_of(name, request)) is not None:
+                calls |= dict.fromkeys(listed.calls)
+        return CallList(tuple(calls), active.instance)
 
     def _other_sockets(self, instance: str) -> list[str]:
         return [name for name in self.socket_names() if name != SOCKET_PREFIX + instance]
 
     async def _calls_of(self, name: str, request: bytes) -> CallList | None:
-        """What one supervisor holds; None when it is dead."""
+        """Return the calls of one supervisor; None: it is dead."""
         try:
             line, _ = await self._exchange(name, request, _REPLY_TIMEOUT)
-            held = decode_message(line[:-1])
+            listed = decode_message(line[:-1])
         except (SupervisorNotRunning, SupervisorDied):
             return None
         except ProtocolError as error:
-            raise SupervisorError(f"the supervisor gave no list: {error}") from error
-        if not isinstance(held, CallList):
-            raise SupervisorError("the supervisor gave no list")
-        return held
+            raise SupervisorError(f"invalid list of calls from the supervisor: {error}") from error
+        if not isinstance(listed, CallList):
+            raise SupervisorError("invalid list of calls from the supervisor")
+        return listed
 
     async def attach(self, request: bytes) -> AttachReply:
-        """Find who holds a call.
+        """Attach to a call in the supervisor that has it.
 
         Args:
             request: the line that asks to attach.
 
         Returns:
-            The reply of the supervisor that holds it; when there is none, of the one that takes new calls.
+            The reply of that supervisor. If no supervisor has the call: the reply of the active one.
 
         Raises:
-            SupervisorError: a supervisor did not reply, or the active one does not run. Then it is unknown whether the
-                call exists.
+            SupervisorError: a supervisor sent no reply, or none is active. Then it is unknown whether the call exists.
         """
         return await _retry_until(partial(self._find_call, request))
 
     async def _find_call(self, request: bytes) -> AttachReply | None:
-        """Ask each supervisor once; None when that leaves open who holds the call."""
-        current = await self._try_attach(ACTIVE_SOCKET, request)
-        if current is not None and current.not_found_by is None:
-            return current
+        """Ask each supervisor once; return None if that does not answer who has the call."""
+        active = await self._try_attach(ACTIVE_SOCKET, request)
+        if active is not None and active.not_found_by is None:
+            return active
         with ExitStack() as closing:
-            if current is not None:
-                closing.enter_context(current.connection)
-            for name in self._other_sockets(current.not_found_by or "" if current else ""):
+            if active is not None:
+                closing.enter_context(active.connection)
+            for name in self._other_sockets(active.not_found_by or "" if active else ""):
                 other = await self._try_attach(name, request)
                 if other is not None and other.not_found_by is None:
                     return other
                 if other is not None:
                     other.connection.close()
             closing.pop_all()
-        return current
+        return active
 
     async def _try_attach(self, name: str, request: bytes) -> AttachReply | None:
-        """Ask one supervisor; None when it is dead."""
+        """Ask one supervisor to attach; return None if it is dead."""
         with ExitStack() as closing:
             try:
                 connection = closing.enter_context(await self.connect(name))
-                line, more = await _exchange_line(connection, request, _REPLY_TIMEOUT)
+                line, rest = await _exchange_line(connection, request, _REPLY_TIMEOUT)
             except (SupervisorNotRunning, SupervisorDied):
                 return None
             closing.pop_all()
-        return AttachReply(connection, line, more)
+        return AttachReply(connection, line, rest)
 
 
 @dataclass(frozen=True, slots=True)
 class AttachReply:
-    """What has come so far on a connection that asks to attach.
+    """The reply to a request to attach.
 
     Attributes:
-        connection: the connection, for the caller to close.
-        line: its first line, line feed included.
-        more: what has come after it.
+        connection: the connection, which the caller closes.
+        line: the first line, including its line feed.
+        rest: the data after it.
     """
 
     connection: SupervisorConnection
@@ -378,16 +407,19 @@ class AttachReply:
 
     @property
     def not_found_by(self) -> str | None:
-        """The supervisor that says that there is no such call; None: it says something else."""
+        """The instance of the supervisor that does not have the call; None: the reply is a different one."""
         with contextlib.suppress(ProtocolError):
             match decode_message(self.line[:-1]):
-                case Failed("no_such_call", _, {"instance": str(supervisor)}):
-                    return supervisor
+                case Failed("no_such_call", _, {"instance": str(instance)}):
+                    return instance
         return None
 
 
 async def _retry_connect(connection: socket.socket, path: str) -> None:
-    """Connect to a socket whose backlog is full. The loop's own connect takes that for a connection under way."""
+    """Connect to a socket whose backlog is full.
+
+    The event loop's `sock_connect` cannot do it: it takes EAGAIN of a Unix socket for a connection in progress.
+    """
     async with asyncio.timeout(_REPLY_TIMEOUT):
         while True:
             try:
@@ -399,7 +431,7 @@ async def _retry_connect(connection: socket.socket, path: str) -> None:
 
 
 async def _retry_until(attempt: Callable[[], Awaitable[T | None]]) -> T:
-    """Try until there is an outcome, for as long as a call waits for a supervisor. Raises `SupervisorError`."""
+    """Retry until the attempt returns a value, for at most `_START_TIMEOUT` seconds. Raises `SupervisorError`."""
     try:
         async with asyncio.timeout(_START_TIMEOUT):
             while True:
@@ -407,7 +439,7 @@ async def _retry_until(attempt: Callable[[], Awaitable[T | None]]) -> T:
                     return outcome
                 await asyncio.sleep(_RETRY_INTERVAL)
     except TimeoutError as error:
-        raise SupervisorError("the supervisor of the calls does not run; it is being started again") from error
+        raise SupervisorError("the supervisor does not run; it is being restarted") from error
 
 
 async def _exchange_line(connection: SupervisorConnection, request: bytes, deadline: float) -> tuple[bytes, bytes]:
@@ -420,15 +452,15 @@ async def _exchange_line(connection: SupervisorConnection, request: bytes, deadl
             await connection.send(request)
             return await connection.receive_line()
     except TimeoutError as error:
-        raise SupervisorError(f"the supervisor did not answer within {deadline:g} s") from error
+        raise SupervisorError(f"the supervisor did not reply within {deadline:g} s") from error
 
 
-async def _wait_for_exit(process: int) -> None:
-    """Wait until a process, given by its descriptor, has ended."""
+async def _wait_for_exit(pidfd: int) -> None:
+    """Wait until the process of a pidfd has exited."""
     loop = asyncio.get_running_loop()
-    ended = asyncio.Event()
-    loop.add_reader(process, ended.set)
+    exited = asyncio.Event()
+    loop.add_reader(pidfd, exited.set)
     try:
-        await ended.wait()
+        await exited.wait()
     finally:
-        loop.remove_reader(process)
+        loop.remove_reader(pidfd)

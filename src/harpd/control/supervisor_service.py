@@ -31,32 +31,32 @@ __all__ = ["run"]
 log = logging.getLogger("harpd.control")
 
 
-async def run(options: CommandLine, config: SupervisorConfig, serving: Callable[[], None]) -> None:
-    """Keep supervisors until SIGTERM, SIGINT or SIGUSR1.
+async def run(options: CommandLine, config: SupervisorConfig, on_serving: Callable[[], None]) -> None:
+    """Run the service until SIGTERM, SIGINT or SIGUSR1.
 
     Args:
         options: the command line.
         config: the loaded configuration; it has a runtime directory.
-        serving: called once a supervisor takes calls.
+        on_serving: called when a supervisor is active.
 
     Raises:
-        ConfigError: the runtime directory can't be used.
-        SupervisorError: the supervisor did not start; its log says why.
+        ConfigError: the runtime directory cannot be used.
+        SupervisorError: the supervisor did not start; its log gives the reason.
     """
     program = Program()
     configured = config.configuration.runtime_directory
     with (
         runtime_directory(configured, options.config, Role.LAUNCHER) as directory,
-        SupervisorClient(directory) as supervisors,
+        SupervisorClient(directory) as client,
     ):
-        service = SupervisorService(options, config, directory, supervisors)
+        service = SupervisorService(options, config, directory, client)
 
-        def leave() -> None:
+        def detach() -> None:
             service.detaching = True
             program.ending.set()
 
-        asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, leave)
-        await program.run(service, serving)
+        asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, detach)
+        await program.run(service, on_serving)
 
 
 class SupervisorService:
@@ -64,9 +64,9 @@ class SupervisorService:
 
     Args:
         options: the command line.
-        plan: what the first supervisor starts with.
+        config: the configuration of the first supervisor.
         directory: the runtime directory.
-        wardens: the way to its supervisors.
+        client: the client of the runtime directory.
     """
 
     def __init__(
@@ -76,27 +76,27 @@ class SupervisorService:
         self._config = config
         self._directory = directory
         self._launcher = SupervisorLauncher(client, options.background, self._settings)
-        #: Whether the supervisors go on at the end.
+        #: Whether `stop` leaves the supervisors running.
         self.detaching = False
 
     def _settings(self) -> dict[str, Any]:
-        """What the next supervisor starts with: what the files say now, or said when they were last in order.
+        """Return the settings for the next supervisor, from the files; if they are invalid, from the last valid ones.
 
-        The gate may have reloaded meanwhile, and have given the supervisor that has died what the files say now.
+        The files are read each time, because a reload of the frontend changes the settings of the running supervisor.
         """
         try:
             self._config = load_supervisor_config(self._options)
         except ConfigError as error:
-            log.error("the configuration has a fault; the last one counts", extra={"reason": str(error)})
+            log.error("invalid configuration; using the previous one", extra={"reason": str(error)})
         return supervisor_settings(self._options, self._config, self._directory, outlive=True)
 
     async def start(self) -> None:
         """Start the first supervisor. Raises `SupervisorError`."""
         await self._launcher.start()
-        log.info("harpd keeps calls")
+        log.info("supervisor is serving")
 
     async def reload(self) -> None:
-        """Put a new supervisor in the place of the old one. Raises `ConfigError` and `SupervisorError`."""
+        """Replace the supervisor by a new one. Raises `ConfigError` and `SupervisorError`."""
         old, new = self._config, load_supervisor_config(self._options)
         try:
             configure_log(self._options, new)
@@ -109,7 +109,7 @@ class SupervisorService:
             log.warning("a changed setting needs a restart", extra={"key": "runtime_directory"})
 
     async def stop(self) -> None:
-        """End all calls with ``shutdown``, and the supervisors; or leave them alone."""
+        """Stop the supervisors and all calls, which end with ``shutdown``; leave both running after SIGUSR1."""
         if self.detaching:
             await self._launcher.detach()
         else:
