@@ -83,9 +83,7 @@ def host(directory: Path, script: Script, first: tuple[Script, ...] = ()) -> Ite
         yield peer
 
 
-async def test_a_job_that_may_start_at_once_is_stored_and_given_its_slot_in_one_commit(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_submit_and_claim_share_one_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     done: list[str] = []
     plain = sqlite3.connect
 
@@ -113,7 +111,7 @@ async def test_a_job_that_may_start_at_once_is_stored_and_given_its_slot_in_one_
     await store.close()
 
 
-async def test_limits_are_those_asked_for_up_to_the_configured_ones(tmp_path: Path) -> None:
+async def test_submit_lowers_limits_to_the_configured_ones(tmp_path: Path) -> None:
     async with running(tmp_path, default_timeout=20.0, max_exec_time=30.0) as dispatcher:
         for asked, stored in (((None, None), (20.0, 30.0)), ((5, 6.5), (5.0, 6.5)), ((10**40, 31), (20.0, 30.0))):
             job_id = await dispatcher.submit(call(timeout=asked[0], max_exec_time=asked[1]), "test")
@@ -121,7 +119,7 @@ async def test_limits_are_those_asked_for_up_to_the_configured_ones(tmp_path: Pa
             assert (job.timeout, job.max_exec_time) == stored
 
 
-async def test_a_job_is_what_was_submitted(tmp_path: Path) -> None:
+async def test_submit_stores_the_job_unchanged(tmp_path: Path) -> None:
     async with running(tmp_path) as dispatcher:
         begin = time.time()
         job_id = await dispatcher.submit(call("f", "h", {"b": 1, "a": 2}, {"q": 1}, info=raw([None])), "test")
@@ -133,7 +131,7 @@ async def test_a_job_is_what_was_submitted(tmp_path: Path) -> None:
         assert (await dispatcher.get_job(await dispatcher.submit(call(), "test"))).info == b"null"
 
 
-async def test_a_job_that_can_not_be_stored_is_refused_and_the_next_is_taken(tmp_path: Path) -> None:
+async def test_submit_with_a_failing_store_raises(tmp_path: Path) -> None:
     real = await open_store(tmp_path / "store")
     store = Switched(real, "add_job", "claim_jobs")
     with host(tmp_path, echo) as peer:
@@ -146,7 +144,7 @@ async def test_a_job_that_can_not_be_stored_is_refused_and_the_next_is_taken(tmp
     await real.close()
 
 
-async def test_an_accepted_job_is_claimed_once_the_store_can(tmp_path: Path) -> None:
+async def test_claim_is_retried_until_the_store_works(tmp_path: Path) -> None:
     real = await open_store(tmp_path / "store")
     store = Switched(real, "claim_jobs")
     with host(tmp_path, echo) as peer:
@@ -162,7 +160,7 @@ async def test_an_accepted_job_is_claimed_once_the_store_can(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     "job_id", ["", "x", NOBODY, NOBODY + "\n", "E435BF10-6D80-4BF6-9B83-9398FBE1FD21", "\ud800", "0" * 36]
 )
-async def test_an_id_of_no_job(tmp_path: Path, job_id: str) -> None:
+async def test_requests_with_an_unknown_id_raise(tmp_path: Path, job_id: str) -> None:
     async with running(tmp_path) as dispatcher:
         assert not await dispatcher.cancel(job_id)
         for wait in (True, False):
@@ -176,7 +174,7 @@ async def test_an_id_of_no_job(tmp_path: Path, job_id: str) -> None:
             await collected(dispatcher, job_id)
 
 
-async def test_a_queues_jobs_run_in_order_and_within_its_concurrency(tmp_path: Path) -> None:
+async def test_jobs_of_a_queue_run_in_order_within_concurrency(tmp_path: Path) -> None:
     gates = Gates()
     with host(tmp_path, gates.script) as peer:
         async with running(tmp_path, host_line(peer.port)) as dispatcher:
@@ -192,7 +190,7 @@ async def test_a_queues_jobs_run_in_order_and_within_its_concurrency(tmp_path: P
 
 
 @pytest.mark.parametrize("limit", [{"max_calls_per_host": 3}, {"max_calls": 3}])
-async def test_more_calls_than_a_limit_allows_wait(tmp_path: Path, limit: dict[str, Any]) -> None:
+async def test_calls_beyond_a_limit_wait(tmp_path: Path, limit: dict[str, Any]) -> None:
     gates = Gates()
     with host(tmp_path, gates.script) as peer:
         async with running(tmp_path, host_line(peer.port), **limit) as dispatcher:
@@ -204,7 +202,7 @@ async def test_more_calls_than_a_limit_allows_wait(tmp_path: Path, limit: dict[s
     assert gates.most == 3
 
 
-async def test_two_hundred_calls_at_once_on_one_host(tmp_path: Path) -> None:
+async def test_dispatcher_runs_two_hundred_calls_on_one_host(tmp_path: Path) -> None:
     gates = Gates()
     with host(tmp_path, gates.script) as peer:
         async with running(tmp_path, host_line(peer.port), connect_timeout=60.0) as dispatcher:
@@ -216,7 +214,7 @@ async def test_two_hundred_calls_at_once_on_one_host(tmp_path: Path) -> None:
                 assert await dispatcher.result(job, wait=True) == Returned(raw([n]))
 
 
-async def test_a_queue_is_cancelled_as_a_whole(tmp_path: Path) -> None:
+async def test_cancel_queue_cancels_queued_and_running_jobs(tmp_path: Path) -> None:
     gates = Gates()
     with host(tmp_path, gates.script) as peer:
         async with running(tmp_path, host_line(peer.port)) as dispatcher:
@@ -234,7 +232,7 @@ async def test_a_queue_is_cancelled_as_a_whole(tmp_path: Path) -> None:
     assert len(gates.begun) == 2
 
 
-async def test_cancel_of_a_waiting_job_and_of_the_one_before_it(tmp_path: Path) -> None:
+async def test_cancel_of_queued_and_running_job_of_a_queue(tmp_path: Path) -> None:
     gates = Gates()
     with host(tmp_path, gates.script) as peer:
         async with running(tmp_path, host_line(peer.port)) as dispatcher:
@@ -250,7 +248,7 @@ async def test_cancel_of_a_waiting_job_and_of_the_one_before_it(tmp_path: Path) 
     assert gates.begun == [[0], [2]]
 
 
-async def test_whoever_waits_learns_of_a_cancel(tmp_path: Path) -> None:
+async def test_result_of_a_waiting_client_returns_on_cancel(tmp_path: Path) -> None:
     gates = Gates()
     with host(tmp_path, gates.script) as peer:
         async with running(tmp_path, host_line(peer.port)) as dispatcher:
@@ -268,7 +266,7 @@ async def test_whoever_waits_learns_of_a_cancel(tmp_path: Path) -> None:
                 await eventually(lambda: gates.running == 0, what="the call's end")
 
 
-async def test_whoever_waits_while_a_call_runs_does_not_depend_on_reading(tmp_path: Path) -> None:
+async def test_result_during_a_call_does_not_read_the_store(tmp_path: Path) -> None:
     """The end comes with the news of it; what has ended before is read from the store, and is the same."""
     gates, opened = Gates(), await open_store(tmp_path / "store")
     store = Switched(opened, "get_job")
@@ -313,7 +311,7 @@ class Stream:
         self._ended.set()
 
 
-async def test_follow_and_read_from_every_place(tmp_path: Path) -> None:
+async def test_follow_and_read_start_at_any_number(tmp_path: Path) -> None:
     stream = Stream()
     with host(tmp_path, stream.script) as peer:
         async with running(tmp_path, host_line(peer.port)) as dispatcher:
@@ -348,7 +346,7 @@ async def test_follow_and_read_from_every_place(tmp_path: Path) -> None:
             assert await collected(dispatcher, job_id) == ([(n, n) for n in range(10)], Returned(b'"end"'))
 
 
-async def test_a_thousand_followers_and_one_that_never_reads(tmp_path: Path) -> None:
+async def test_thousand_followers_are_not_delayed_by_a_slow_one(tmp_path: Path) -> None:
     stream = Stream()
     with host(tmp_path, stream.script) as peer:
         async with running(tmp_path, host_line(peer.port)) as dispatcher:
@@ -367,7 +365,7 @@ async def test_a_thousand_followers_and_one_that_never_reads(tmp_path: Path) -> 
             await idle.aclose()
 
 
-async def test_records_come_in_batches_of_bounded_size(tmp_path: Path) -> None:
+async def test_follow_yields_batches_of_limited_size(tmp_path: Path) -> None:
     def script(talk: Conversation) -> None:
         talk.expect()
         talk.reply(STREAMING, *({"stream": "x" * 100_000} for _ in range(50)), {"result": None})
@@ -382,7 +380,7 @@ async def test_records_come_in_batches_of_bounded_size(tmp_path: Path) -> None:
             assert max(sizes) < 1_000_000
 
 
-async def test_jobs_are_listed_in_the_order_of_submission(tmp_path: Path) -> None:
+async def test_list_jobs_is_in_order_of_submission(tmp_path: Path) -> None:
     store = await open_store(tmp_path / "store")
     ended = [await job_in(store, State.RETURNED, now=time.time()) for _ in range(3)]
     waiting = [await job_in(store, State.QUEUED, queue={}) for _ in range(450)]
@@ -395,7 +393,7 @@ async def test_jobs_are_listed_in_the_order_of_submission(tmp_path: Path) -> Non
     await store.close()
 
 
-async def test_reload_takes_effect_for_the_calls_after_it(tmp_path: Path) -> None:
+async def test_reload_applies_to_later_calls(tmp_path: Path) -> None:
     with host(tmp_path, echo) as peer:
         async with running(tmp_path, host_line(peer.port)) as dispatcher:
             other = hosts_file(tmp_path, host_line(peer.port, "web02"))
@@ -429,7 +427,7 @@ def is_missing(end: End | None) -> bool:
     return isinstance(end, Failed) and end.type == "missing_result"
 
 
-async def test_interrupted_jobs_end_at_start_and_queued_ones_run(tmp_path: Path) -> None:
+async def test_restart_ends_bound_calls_and_runs_queued_jobs(tmp_path: Path) -> None:
     store = await open_store(tmp_path / "store")
     interrupted = await job_in(store, State.RUNNING, queue={"q": 1})
     queued = [await job_in(store, State.QUEUED, queue={"q": 1}, arguments=raw([n])) for n in range(3)]
@@ -448,7 +446,7 @@ async def test_interrupted_jobs_end_at_start_and_queued_ones_run(tmp_path: Path)
     await store.close()
 
 
-async def test_nothing_starts_before_the_interrupted_are_settled(tmp_path: Path) -> None:
+async def test_claim_waits_until_interrupted_jobs_are_recovered(tmp_path: Path) -> None:
     real = await open_store(tmp_path / "store")
     interrupted = await job_in(real, State.RUNNING, queue={})
     store = Switched(real, "list_slot_holders")
@@ -465,7 +463,7 @@ async def test_nothing_starts_before_the_interrupted_are_settled(tmp_path: Path)
     await real.close()
 
 
-async def test_a_clean_stop_ends_what_runs_and_keeps_what_waits(tmp_path: Path) -> None:
+async def test_shutdown_ends_bound_calls_and_keeps_queued_jobs(tmp_path: Path) -> None:
     gates = Gates()
     store = await open_store(tmp_path / "store")
     with host(tmp_path, gates.script) as peer:
@@ -485,7 +483,7 @@ async def test_a_clean_stop_ends_what_runs_and_keeps_what_waits(tmp_path: Path) 
     await store.close()
 
 
-async def test_nothing_is_left_behind(tmp_path: Path) -> None:
+async def test_shutdown_leaves_no_task_or_connection(tmp_path: Path) -> None:
     gates = Gates()
     before = asyncio.all_tasks()
     with host(tmp_path, gates.script) as peer:

@@ -32,7 +32,7 @@ Reopen = Callable[[], Awaitable[Store]]
 STARTS = pytest.mark.parametrize(("state", "held"), STANDS)
 MANY = 1000
 
-FACTS = JobMetadata(
+METADATA = JobMetadata(
     call=Raw(b'{"address":"10.0.0.1",  "attempts":1}'),
     stop_request=Raw(b'{"why":"cancel","by":"\\ud800"}'),
     stop_report=Raw(b'{"survivors":[]}'),
@@ -41,14 +41,14 @@ FACTS = JobMetadata(
 STOPPED = Raw(b'{"why":"cancel"}')
 
 
-async def facts_of(store: Store, job_id: str) -> JobMetadata:
+async def metadata_of(store: Store, job_id: str) -> JobMetadata:
     return (await store.get_details(job_id)).metadata
 
 
 # Many jobs at once
 
 
-async def test_many_jobs_are_stored_in_their_order_as_one_by_one(store: Store) -> None:
+async def test_add_jobs_with_many_jobs_stores_them_in_order(store: Store) -> None:
     before = await job_in(store, State.QUEUED)
     names = [None, {"q": 1}, {"q": 1.0}, None, {"q": 2}]
     jobs = [new_job(f"host{n % 3}", names[n % 5], concurrency=n + 1, arguments=Raw(b"[%d]" % n)) for n in range(120)]
@@ -65,7 +65,7 @@ async def test_many_jobs_are_stored_in_their_order_as_one_by_one(store: Store) -
     assert [job.id for job in claimed] == [before, jobs[0].id, jobs[1].id]
 
 
-async def test_of_many_jobs_all_or_none_are_stored(store: Store) -> None:
+async def test_add_jobs_with_a_known_id_stores_none(store: Store) -> None:
     known = await job_in(store, State.RETURNED)
     jobs = [new_job(queue={"q": n}) for n in range(110)]
     with pytest.raises(ValueError, match="already"):
@@ -82,7 +82,7 @@ async def test_of_many_jobs_all_or_none_are_stored(store: Store) -> None:
 # A job as it is kept
 
 
-async def test_a_new_job_is_queued_and_kept_to_the_byte(store: Store) -> None:
+async def test_add_job_stores_a_queued_job_unchanged(store: Store) -> None:
     job = new_job(
         "web\ud800\x00",
         Raw(b'{"b":1,  "a":"\\ud800"}'),
@@ -112,17 +112,19 @@ async def test_a_new_job_is_queued_and_kept_to_the_byte(store: Store) -> None:
     )
 
 
-async def test_payloads_come_back_as_raw_text(store: Store) -> None:
+async def test_get_job_returns_payloads_as_raw(store: Store) -> None:
     job_id = await job_in(store, State.RETURNED, queue={})
-    await store.update_metadata(job_id, FACTS)
+    await store.update_metadata(job_id, METADATA)
     job = await store.get_job(job_id)
     assert isinstance(job.end, Returned)
     assert {type(payload) for payload in (job.arguments, job.info, job.queue, job.end.result)} == {Raw}
-    facts = await facts_of(store, job_id)
-    assert {type(fact) for fact in (facts.call, facts.stop_request, facts.stop_report, facts.exit_info)} == {Raw}
+    metadata = await metadata_of(store, job_id)
+    assert {
+        type(fact) for fact in (metadata.call, metadata.stop_request, metadata.stop_report, metadata.exit_info)
+    } == {Raw}
 
 
-async def test_a_large_job_is_kept_whole(store: Store) -> None:
+async def test_add_job_with_large_payloads_stores_them_whole(store: Store) -> None:
     text = Raw(b'["' + b"x" * 5_000_000 + b'"]')
     job_id = await job_in(store, State.RUNNING, arguments=text, info=text)
     await store.finish_job(job_id, Returned(text), 2.0)
@@ -130,7 +132,7 @@ async def test_a_large_job_is_kept_whole(store: Store) -> None:
     assert (job.arguments, job.info, job.end) == (text, text, Returned(text))
 
 
-async def test_an_id_is_used_once(store: Store) -> None:
+async def test_add_job_with_a_known_id_raises(store: Store) -> None:
     job_id = await job_in(store, State.RUNNING)
     with pytest.raises(ValueError, match=job_id):
         await store.add_job(new_job("other", id=job_id), 2.0)
@@ -138,7 +140,7 @@ async def test_an_id_is_used_once(store: Store) -> None:
 
 
 @pytest.mark.parametrize("state", [State.RETURNED, State.RAISED, State.FAILED, State.CANCELLED])
-async def test_an_end_is_kept_to_the_byte(store: Store, state: State) -> None:
+async def test_finish_job_stores_the_end_unchanged(store: Store, state: State) -> None:
     job_id = await job_in(store, State.RUNNING)
     assert await store.finish_job(job_id, ENDS[state], 9.5)
     job = await store.get_job(job_id)
@@ -151,27 +153,29 @@ async def test_an_end_is_kept_to_the_byte(store: Store, state: State) -> None:
 @STARTS
 @pytest.mark.parametrize("end", list(ENDS))
 @pytest.mark.parametrize("keep_slot", [False, True])
-async def test_finish(store: Store, state: State, held: bool, end: State, keep_slot: bool) -> None:
+async def test_finish_job_follows_the_transitions(
+    store: Store, state: State, held: bool, end: State, keep_slot: bool
+) -> None:
     job_id = await job_in(store, state, held=held)
     before = await store.get_job(job_id)
     if state in ENDED:
-        assert await store.finish_job(job_id, ENDS[end], 9.0, keep_slot=keep_slot, metadata=FACTS) is False
+        assert await store.finish_job(job_id, ENDS[end], 9.0, keep_slot=keep_slot, metadata=METADATA) is False
     elif end in TRANSITIONS[state] and (before.holds_slot or not keep_slot):
-        assert await store.finish_job(job_id, ENDS[end], 9.0, keep_slot=keep_slot, metadata=FACTS) is True
+        assert await store.finish_job(job_id, ENDS[end], 9.0, keep_slot=keep_slot, metadata=METADATA) is True
         after = await store.get_job(job_id)
         assert (after.state, after.end, after.started, after.ended) == (end, ENDS[end], before.started, 9.0)
         assert (after.holds_slot, after.stop) == (keep_slot, None)
-        assert await facts_of(store, job_id) == FACTS
+        assert await metadata_of(store, job_id) == METADATA
         return
     else:
         with pytest.raises(ValueError, match=state):
-            await store.finish_job(job_id, ENDS[end], 9.0, keep_slot=keep_slot, metadata=FACTS)
+            await store.finish_job(job_id, ENDS[end], 9.0, keep_slot=keep_slot, metadata=METADATA)
     assert await store.get_job(job_id) == before
-    assert await facts_of(store, job_id) == NO_METADATA
+    assert await metadata_of(store, job_id) == NO_METADATA
 
 
 @pytest.mark.parametrize("stop", list(StopState))
-async def test_finish_with_a_stop(store: Store, stop: StopState) -> None:
+async def test_finish_job_with_a_stop_stores_it(store: Store, stop: StopState) -> None:
     running = await job_in(store, State.RUNNING)
     assert await store.finish_job(running, ENDS[State.FAILED], 9.0, stop=stop) is True
     after = await store.get_job(running)
@@ -183,7 +187,7 @@ async def test_finish_with_a_stop(store: Store, stop: StopState) -> None:
 
 
 @STARTS
-async def test_cancel(store: Store, state: State, held: bool) -> None:
+async def test_cancel_job_in_each_state(store: Store, state: State, held: bool) -> None:
     job_id = await job_in(store, state, held=held)
     before = await store.get_job(job_id)
     if State.CANCELLED in TRANSITIONS[state]:
@@ -193,15 +197,15 @@ async def test_cancel(store: Store, state: State, held: bool) -> None:
         assert after.started == before.started
         ran = state is State.RUNNING
         assert (after.holds_slot, after.stop) == (ran, StopState.PENDING if ran else None)
-        assert await facts_of(store, job_id) == JobMetadata(stop_request=STOPPED)
+        assert await metadata_of(store, job_id) == JobMetadata(stop_request=STOPPED)
     else:
         assert await store.cancel_job(job_id, 9.0, STOPPED) is None
         assert await store.get_job(job_id) == before
-        assert await facts_of(store, job_id) == NO_METADATA
+        assert await metadata_of(store, job_id) == NO_METADATA
 
 
 @STARTS
-async def test_cancel_queue(store: Store, state: State, held: bool) -> None:
+async def test_cancel_queue_cancels_jobs_in_each_state(store: Store, state: State, held: bool) -> None:
     job_id = await job_in(store, state, held=held, queue={"a": 1})
     before = await store.get_job(job_id)
     cancelled = await store.cancel_queue(Raw(b'{ "a": 1.0 }'), 9.0, STOPPED)
@@ -211,7 +215,7 @@ async def test_cancel_queue(store: Store, state: State, held: bool) -> None:
         assert (after.state, after.ended) == (State.CANCELLED, 9.0)
         ran = state is State.RUNNING
         assert (after.holds_slot, after.stop) == (ran, StopState.PENDING if ran else None)
-        assert await facts_of(store, job_id) == JobMetadata(stop_request=STOPPED)
+        assert await metadata_of(store, job_id) == JobMetadata(stop_request=STOPPED)
     else:
         assert cancelled == []
         assert after == before
@@ -220,21 +224,23 @@ async def test_cancel_queue(store: Store, state: State, held: bool) -> None:
 @STARTS
 @pytest.mark.parametrize("keep_slot", [False, True])
 @pytest.mark.parametrize("stop", list(StopState))
-async def test_settle_a_stop(store: Store, state: State, held: bool, keep_slot: bool, stop: StopState) -> None:
+async def test_finalize_stop_in_each_state(
+    store: Store, state: State, held: bool, keep_slot: bool, stop: StopState
+) -> None:
     job_id = await job_in(store, state, held=held)
     before = await store.get_job(job_id)
-    settled = await store.finalize_stop(job_id, stop, keep_slot=keep_slot, metadata=FACTS)
-    assert settled is (state in ENDED and held)
+    finalized = await store.finalize_stop(job_id, stop, keep_slot=keep_slot, metadata=METADATA)
+    assert finalized is (state in ENDED and held)
     after = await store.get_job(job_id)
-    assert after == (replace(before, stop=stop, holds_slot=keep_slot) if settled else before)
-    assert await facts_of(store, job_id) == (FACTS if settled else NO_METADATA)
-    assert await store.finalize_stop(job_id, StopState.FAILED) is (settled and keep_slot), (
-        "settled for good with its slot"
+    assert after == (replace(before, stop=stop, holds_slot=keep_slot) if finalized else before)
+    assert await metadata_of(store, job_id) == (METADATA if finalized else NO_METADATA)
+    assert await store.finalize_stop(job_id, StopState.FAILED) is (finalized and keep_slot), (
+        "finalized, and it holds no slot"
     )
 
 
 @STARTS
-async def test_release_a_slot(store: Store, state: State, held: bool) -> None:
+async def test_release_slot_in_each_state(store: Store, state: State, held: bool) -> None:
     job_id = await job_in(store, state, held=held)
     before = await store.get_job(job_id)
     released = await store.release_slot(job_id)
@@ -244,23 +250,23 @@ async def test_release_a_slot(store: Store, state: State, held: bool) -> None:
 
 
 @STARTS
-async def test_note_facts(store: Store, state: State, held: bool) -> None:
+async def test_update_metadata_in_each_state(store: Store, state: State, held: bool) -> None:
     job_id = await job_in(store, state, held=held)
     before = await store.get_job(job_id)
     assert await store.update_metadata(job_id, NO_METADATA) is True
-    assert await facts_of(store, job_id) == NO_METADATA
-    assert await store.update_metadata(job_id, FACTS) is True
-    assert await facts_of(store, job_id) == FACTS
+    assert await metadata_of(store, job_id) == NO_METADATA
+    assert await store.update_metadata(job_id, METADATA) is True
+    assert await metadata_of(store, job_id) == METADATA
     assert await store.get_job(job_id) == before
 
 
 @STARTS
-async def test_held(store: Store, state: State, held: bool) -> None:
+async def test_list_slot_holders_in_each_state(store: Store, state: State, held: bool) -> None:
     job_id = await job_in(store, state, held=held)
     assert await store.list_slot_holders() == ([await store.get_job(job_id)] if held else [])
 
 
-async def test_no_job_starts_before_it_was_submitted(store: Store) -> None:
+async def test_claim_jobs_with_an_early_clock_starts_at_submission(store: Store) -> None:
     job = new_job()
     await store.add_job(job, 9.0)
     assert [claimed.started for claimed in await store.claim_jobs(8.5, MANY, MANY)] == [9.0]
@@ -268,7 +274,7 @@ async def test_no_job_starts_before_it_was_submitted(store: Store) -> None:
 
 
 @STARTS
-async def test_claim(store: Store, state: State, held: bool) -> None:
+async def test_claim_jobs_in_each_state(store: Store, state: State, held: bool) -> None:
     job_id = await job_in(store, state, held=held)
     before = await store.get_job(job_id)
     jobs = await store.claim_jobs(9.0, MANY, MANY)
@@ -281,7 +287,7 @@ async def test_claim(store: Store, state: State, held: bool) -> None:
 
 
 @STARTS
-async def test_append(store: Store, state: State, held: bool) -> None:
+async def test_append_records_in_each_state(store: Store, state: State, held: bool) -> None:
     job_id = await job_in(store, state, held=held)
     two = records([b"1", b"2"])
     appended = await store.append_records(job_id, 0, two)
@@ -291,7 +297,7 @@ async def test_append(store: Store, state: State, held: bool) -> None:
 
 
 @STARTS
-async def test_details(store: Store, state: State, held: bool) -> None:
+async def test_get_details_in_each_state(store: Store, state: State, held: bool) -> None:
     job_id = await job_in(store, state, held=held)
     details = await store.get_details(job_id)
     waiting = details.queue_position
@@ -300,10 +306,10 @@ async def test_details(store: Store, state: State, held: bool) -> None:
 
 
 @STARTS
-async def test_prune(store: Store, state: State, held: bool) -> None:
+async def test_prune_jobs_in_each_state(store: Store, state: State, held: bool) -> None:
     job_id = await job_in(store, state, 100.0, held=held)
     goes = state in ENDED and not held
-    assert await store.update_metadata(job_id, FACTS)
+    assert await store.update_metadata(job_id, METADATA)
     assert await store.prune_jobs(100.0, MANY) == 0, "ended at that time is not before it"
     assert await store.prune_jobs(1e12, MANY) == goes
     if goes:
@@ -311,11 +317,11 @@ async def test_prune(store: Store, state: State, held: bool) -> None:
             await store.get_details(job_id)
     else:
         assert (await store.get_job(job_id)).state is state
-        assert await facts_of(store, job_id) == FACTS
+        assert await metadata_of(store, job_id) == METADATA
 
 
 @STARTS
-async def test_list(store: Store, state: State, held: bool) -> None:
+async def test_list_jobs_in_each_state(store: Store, state: State, held: bool) -> None:
     job_id = await job_in(store, state, held=held, queue={"q": 1})
     job = await store.get_job(job_id)
     assert (job.state, job.holds_slot) == (state, held)
@@ -330,17 +336,17 @@ async def test_list(store: Store, state: State, held: bool) -> None:
 
 
 @STARTS
-async def test_list_queues(store: Store, state: State, held: bool) -> None:
+async def test_list_queues_in_each_state(store: Store, state: State, held: bool) -> None:
     await job_in(store, state, held=held, queue={"q": 1}, concurrency=7)
     there = [QueueStatus(Raw(b'{"q": 1}'), 7, running=int(held), queued=int(state is State.QUEUED))]
     assert await store.list_queues() == (there if held or state is State.QUEUED else [])
 
 
 @STARTS
-async def test_reopen(reopen: Reopen, state: State, held: bool) -> None:
+async def test_reopened_store_has_jobs_in_each_state(reopen: Reopen, state: State, held: bool) -> None:
     store = await reopen()
     job_id = await job_in(store, state, held=held, queue={"q": 1})
-    await store.update_metadata(job_id, FACTS)
+    await store.update_metadata(job_id, METADATA)
     details, listed = await store.get_details(job_id), await store.list_jobs(ended=True)
     queues, holding = await store.list_queues(), await store.list_slot_holders()
     store = await reopen()
@@ -350,23 +356,23 @@ async def test_reopen(reopen: Reopen, state: State, held: bool) -> None:
     assert await store.list_slot_holders() == holding
 
 
-async def test_an_unknown_job(store: Store) -> None:
+async def test_verbs_with_an_unknown_job_change_nothing(store: Store) -> None:
     await job_in(store, State.RUNNING)
     with pytest.raises(UnknownJob):
         await store.get_job(new_id())
     with pytest.raises(UnknownJob):
         await store.get_details(new_id())
-    assert await store.finish_job(new_id(), Cancelled(), 1.0, metadata=FACTS) is False
+    assert await store.finish_job(new_id(), Cancelled(), 1.0, metadata=METADATA) is False
     assert await store.cancel_job(new_id(), 1.0, STOPPED) is None
-    assert await store.finalize_stop(new_id(), StopState.CONFIRMED, metadata=FACTS) is False
+    assert await store.finalize_stop(new_id(), StopState.CONFIRMED, metadata=METADATA) is False
     assert await store.release_slot(new_id()) is False
-    assert await store.update_metadata(new_id(), FACTS) is False
+    assert await store.update_metadata(new_id(), METADATA) is False
     assert await store.append_records(new_id(), 0, records([b"1"])) is False
     assert await store.read_records(new_id(), 0, MANY) == Records()
     assert await store.cancel_queue(Raw(b"{}"), 1.0) == []
 
 
-async def test_an_empty_store(store: Store) -> None:
+async def test_verbs_of_an_empty_store_return_nothing(store: Store) -> None:
     assert await store.claim_jobs(1.0, MANY, MANY) == []
     assert await store.list_jobs(ended=True) == []
     assert await store.list_queues() == []
@@ -374,7 +380,7 @@ async def test_an_empty_store(store: Store) -> None:
     assert await store.prune_jobs(1e12, MANY) == 0
 
 
-async def test_closing_again_does_nothing(store: Store) -> None:
+async def test_close_twice_does_nothing(store: Store) -> None:
     await store.close()
     await store.close()
 
@@ -387,34 +393,34 @@ async def test_update_metadata_with_one_column_keeps_the_others(store: Store, na
     job_id = await job_in(store, State.RUNNING)
     one = JobMetadata(**{name: Raw(b'{ "a" : 1.10 }')})
     await store.update_metadata(job_id, one)
-    assert await facts_of(store, job_id) == one
-    await store.update_metadata(job_id, FACTS)
+    assert await metadata_of(store, job_id) == one
+    await store.update_metadata(job_id, METADATA)
     await store.update_metadata(job_id, one)
-    assert await facts_of(store, job_id) == replace(FACTS, **{name: Raw(b'{ "a" : 1.10 }')})
+    assert await metadata_of(store, job_id) == replace(METADATA, **{name: Raw(b'{ "a" : 1.10 }')})
 
 
-async def test_the_facts_of_an_end_add_to_those_there_are(store: Store) -> None:
+async def test_finish_job_with_metadata_keeps_earlier_metadata(store: Store) -> None:
     job_id = await job_in(store, State.RUNNING)
-    await store.update_metadata(job_id, JobMetadata(call=FACTS.call))
+    await store.update_metadata(job_id, JobMetadata(call=METADATA.call))
     await store.cancel_job(job_id, 9.0, STOPPED)
-    await store.finalize_stop(job_id, StopState.CONFIRMED, metadata=JobMetadata(stop_report=FACTS.stop_report))
-    assert await facts_of(store, job_id) == JobMetadata(
-        call=FACTS.call, stop_request=STOPPED, stop_report=FACTS.stop_report
+    await store.finalize_stop(job_id, StopState.CONFIRMED, metadata=JobMetadata(stop_report=METADATA.stop_report))
+    assert await metadata_of(store, job_id) == JobMetadata(
+        call=METADATA.call, stop_request=STOPPED, stop_report=METADATA.stop_report
     )
 
 
-async def test_large_facts_are_kept_whole_and_pruned(store: Store) -> None:
+async def test_large_metadata_is_stored_whole_and_pruned(store: Store) -> None:
     large = JobMetadata(exit_info=Raw(b'{"stderr":["' + b"x" * 5_000_000 + b'"]}'))
     job_id = await job_in(store, State.RUNNING)
     assert await store.finish_job(job_id, ENDS[State.RAISED], 9.0, metadata=large)
-    assert await facts_of(store, job_id) == large
+    assert await metadata_of(store, job_id) == large
     assert await store.prune_jobs(10.0, MANY) == 1
 
 
 # Identity
 
 
-async def test_the_identity_is_the_stores_own_for_its_life(reopen: Reopen) -> None:
+async def test_get_identity_after_reopening_is_the_same(reopen: Reopen) -> None:
     store = await reopen()
     identity = await store.get_identity()
     assert await store.get_identity() == identity
@@ -424,7 +430,7 @@ async def test_the_identity_is_the_stores_own_for_its_life(reopen: Reopen) -> No
     assert await store.get_identity() == identity
 
 
-async def test_two_stores_have_two_identities(tmp_path: Path, store: Store, request: pytest.FixtureRequest) -> None:
+async def test_get_identity_of_two_stores_differs(tmp_path: Path, store: Store, request: pytest.FixtureRequest) -> None:
     other = await BACKENDS[request.node.callspec.params["reopen"]](tmp_path / "other")
     ours, theirs = await store.get_identity(), await other.get_identity()
     await other.close()

@@ -13,7 +13,7 @@ from support.jobs import ENDS, added, claimed, job_in, new_job, records
 MANY = 1000
 
 
-async def test_of_many_ends_at_once_the_first_wins(store: Store) -> None:
+async def test_finish_job_with_concurrent_ends_stores_the_first(store: Store) -> None:
     ids = [await job_in(store, State.RUNNING) for _ in range(20)]
     for job_id in ids:
         numbers = [Raw(b"%d" % n) for n in range(3)]
@@ -31,26 +31,26 @@ async def test_of_many_ends_at_once_the_first_wins(store: Store) -> None:
             assert details.metadata == JobMetadata(exit_info=numbers[won])
 
 
-async def test_a_stop_is_settled_once(store: Store) -> None:
+async def test_finalize_stop_called_concurrently_succeeds_once(store: Store) -> None:
     job_id = await job_in(store, State.CANCELLED, held=True)
-    settled = await asyncio.gather(
+    finalized = await asyncio.gather(
         *(
             store.finalize_stop(job_id, stop, metadata=JobMetadata(stop_report=Raw(b'"%s"' % stop.encode())))
             for stop in StopState
         ),
         store.release_slot(job_id),
     )
-    assert settled.count(True) == 1
+    assert finalized.count(True) == 1
     details = await store.get_details(job_id)
     assert details.job.holds_slot is False
-    if settled[-1]:
+    if finalized[-1]:
         assert (details.job.stop, details.metadata.stop_report) == (StopState.PENDING, None)
     else:
-        stop = list(StopState)[settled.index(True)]
+        stop = list(StopState)[finalized.index(True)]
         assert (details.job.stop, details.metadata.stop_report) == (stop, b'"%s"' % stop.encode())
 
 
-async def test_a_job_cancelled_before_it_started_never_starts(store: Store) -> None:
+async def test_claim_jobs_after_a_cancel_never_starts_the_job(store: Store) -> None:
     ids = await added(store, count=200, queue={}, concurrency=MANY)
     started: list[str] = []
 
@@ -70,13 +70,13 @@ async def test_a_job_cancelled_before_it_started_never_starts(store: Store) -> N
         assert (job_id in started) == (before is State.RUNNING)
 
 
-async def test_many_claims_at_once_stay_within_the_limits(store: Store) -> None:
+async def test_claim_jobs_called_concurrently_respects_limits(store: Store) -> None:
     ids = await added(store, count=40, queue={}, concurrency=8)
     claims = await asyncio.gather(*(claimed(store, limit=3) for _ in range(10)))
     assert [job_id for ids in claims for job_id in ids] == ids[:8]
 
 
-async def test_everyone_reads_while_others_write(store: Store) -> None:
+async def test_reads_during_writes_are_consistent(store: Store) -> None:
     job_id = await job_in(store, State.RUNNING)
     total = 300
 
@@ -94,7 +94,7 @@ async def test_everyone_reads_while_others_write(store: Store) -> None:
         assert found == [b"%d" % n for n in range(total)]
 
 
-async def test_details_are_of_one_moment(store: Store) -> None:
+async def test_get_details_during_writes_is_one_snapshot(store: Store) -> None:
     ids = await added(store, count=100, queue={}, concurrency=1)
     total = 40
 
@@ -103,8 +103,8 @@ async def test_details_are_of_one_moment(store: Store) -> None:
             assert await claimed(store) == [job_id]
             for n in range(0, total, 10):
                 assert await store.append_records(job_id, n, records([b"1"] * 10))
-            facts = JobMetadata(exit_info=Raw(b"{}"))
-            assert await store.finish_job(job_id, ENDS[State.RETURNED], 6.0, keep_slot=True, metadata=facts)
+            metadata = JobMetadata(exit_info=Raw(b"{}"))
+            assert await store.finish_job(job_id, ENDS[State.RETURNED], 6.0, keep_slot=True, metadata=metadata)
             assert await store.release_slot(job_id)
 
     async def look() -> None:
@@ -123,7 +123,7 @@ async def test_details_are_of_one_moment(store: Store) -> None:
     await working
 
 
-async def test_a_cancelled_awaiter_harms_nobody(store: Store) -> None:
+async def test_cancelled_awaiter_does_not_affect_other_verbs(store: Store) -> None:
     jobs = [new_job() for _ in range(50)]
     tasks = [asyncio.create_task(store.add_job(job, 1.0)) for job in jobs]
     await asyncio.sleep(0)

@@ -22,7 +22,7 @@ MANY = 1000
 # Records
 
 
-async def test_records_are_numbered_without_a_gap(store: Store) -> None:
+async def test_append_records_with_a_wrong_number_is_rejected(store: Store) -> None:
     job_id = await job_in(store, State.RUNNING)
     assert await store.append_records(job_id, 1, records([b"1"])) is False
     assert await store.append_records(job_id, 0, records([b"0"])) is True
@@ -36,7 +36,7 @@ async def test_records_are_numbered_without_a_gap(store: Store) -> None:
     assert await store.read_records(job_id, 10**30, MANY) == Records()
 
 
-async def test_records_are_kept_to_the_byte_and_in_order_however_they_come(reopen: Reopen) -> None:
+async def test_append_records_in_any_batches_keeps_bytes_and_order(reopen: Reopen) -> None:
     store = await reopen()
     job_id = await job_in(store, State.RUNNING)
     values = tuple(Raw(b'{"n": %d, "s": "\\ud800%s"}' % (n, b"x" * (n * 37 % 3000))) for n in range(300))
@@ -63,7 +63,7 @@ async def test_records_are_kept_to_the_byte_and_in_order_however_they_come(reope
     ids=["one time", "each its own", "backwards", "to and fro", "any"],
 )
 @pytest.mark.parametrize("at_once", [1, 3, 1000])
-async def test_the_time_of_each_record_is_kept(store: Store, made: list[float], at_once: int) -> None:
+async def test_append_records_stores_the_time_of_each(store: Store, made: list[float], at_once: int) -> None:
     job_id = await job_in(store, State.RUNNING)
     values = tuple(Raw(b"%d" % n) for n in range(len(made)))
     for at in range(0, len(made), at_once):
@@ -74,14 +74,14 @@ async def test_the_time_of_each_record_is_kept(store: Store, made: list[float], 
 
 
 @pytest.mark.parametrize("times", [0, 1, 3])
-async def test_a_record_without_its_time_is_refused(store: Store, times: int) -> None:
+async def test_append_records_without_a_time_raises(store: Store, times: int) -> None:
     job_id = await job_in(store, State.RUNNING)
     with pytest.raises(ValueError, match=f"2 records and {times} times"):
         await store.append_records(job_id, 0, Records([Raw(b"1"), Raw(b"2")], [1.0] * times))
     assert (await store.get_job(job_id)).records == 0
 
 
-async def test_reading_is_bounded_in_bytes(store: Store) -> None:
+async def test_read_records_respects_max_bytes(store: Store) -> None:
     job_id = await job_in(store, State.RUNNING)
     await store.append_records(job_id, 0, records(b'"%06d"' % n for n in range(10_000)))
     await store.append_records(job_id, 10_000, records([b'"' + b"x" * 100_000 + b'"', b"1"]))
@@ -94,14 +94,14 @@ async def test_reading_is_bounded_in_bytes(store: Store) -> None:
     assert len(found) == 10_002
 
 
-async def test_a_record_with_a_line_feed_is_refused(store: Store) -> None:
+async def test_append_records_with_a_line_feed_raises(store: Store) -> None:
     job_id = await job_in(store, State.RUNNING)
     with pytest.raises(ValueError, match="line feed"):
         await store.append_records(job_id, 0, records([b"1", b"[\n]"]))
     assert (await store.get_job(job_id)).records == 0
 
 
-async def test_records_stay_when_the_job_has_ended_and_go_when_it_is_pruned(store: Store) -> None:
+async def test_records_of_an_ended_job_stay_until_pruned(store: Store) -> None:
     job_id = await job_in(store, State.RUNNING)
     await store.append_records(job_id, 0, records([b"1"]))
     await store.finish_job(job_id, ENDS[State.RETURNED], 6.0)
@@ -114,7 +114,7 @@ async def test_records_stay_when_the_job_has_ended_and_go_when_it_is_pruned(stor
 # Lists
 
 
-async def test_a_list_comes_in_pages(store: Store) -> None:
+async def test_list_jobs_with_a_limit_returns_pages(store: Store) -> None:
     ids = await added(store, count=7)
     listed, after = [], 0
     while page := await store.list_jobs(after=after, limit=3):
@@ -126,7 +126,7 @@ async def test_a_list_comes_in_pages(store: Store) -> None:
 
 @pytest.mark.parametrize("ended", [False, True])
 @pytest.mark.parametrize("of", [{}, {"host": "web01"}, {"queue": Raw(b'{"q": 1}')}], ids=["all", "host", "queue"])
-async def test_a_list_begins_at_either_end(store: Store, ended: bool, of: dict[str, Any]) -> None:
+async def test_list_jobs_newest_first_reverses_the_order(store: Store, ended: bool, of: dict[str, Any]) -> None:
     ids = []
     for number in range(10):
         [job_id] = await added(store, host="web01", queue={"q": 1}, concurrency=2)
@@ -150,18 +150,18 @@ async def test_a_list_begins_at_either_end(store: Store, ended: bool, of: dict[s
     assert len(await store.list_jobs(ended=ended, newest_first=True, after=10**30, limit=1, **of)) == 1
 
 
-async def test_a_list_is_of_a_host_or_of_a_queue(store: Store) -> None:
+async def test_list_jobs_with_host_and_queue_raises(store: Store) -> None:
     with pytest.raises(ValueError, match="expected one of them"):
         await store.list_jobs(host="web01", queue=Raw(b"{}"))
 
 
-async def test_hosts_are_listed_by_their_whole_names(store: Store) -> None:
+async def test_list_jobs_of_a_host_matches_the_whole_name(store: Store) -> None:
     for host in ("web", "web01", "web01.example", "web\ud800", ""):
         ids = await added(store, host=host, count=2)
         assert [job.id for _, job in await store.list_jobs(host=host)] == ids
 
 
-async def test_a_page_is_bounded_in_bytes(store: Store) -> None:
+async def test_list_jobs_with_long_payloads_returns_short_pages(store: Store) -> None:
     ids = await added(store, count=20, arguments=Raw(b'["' + b"x" * 1_000_000 + b'"]'))
     page = await store.list_jobs()
     assert 0 < len(page) < 20
@@ -171,13 +171,13 @@ async def test_a_page_is_bounded_in_bytes(store: Store) -> None:
     assert listed == ids
 
 
-async def test_pruning_takes_the_oldest_ends_first_up_to_its_limit(store: Store) -> None:
+async def test_prune_jobs_with_a_limit_deletes_the_oldest_ends(store: Store) -> None:
     ids = [await job_in(store, State.RETURNED, now=now) for now in (30.0, 10.0, 20.0)]
     assert await store.prune_jobs(1e12, 2) == 2
     assert [job.id for _, job in await store.list_jobs(ended=True)] == [ids[0]]
 
 
-async def test_pruning_passes_over_jobs_that_hold_a_slot(store: Store) -> None:
+async def test_prune_jobs_skips_jobs_with_a_slot(store: Store) -> None:
     held = [await job_in(store, State.RETURNED, 1.0, held=True) for _ in range(3)]
     await job_in(store, State.RETURNED, 2.0)
     assert await store.prune_jobs(1e12, 1) == 1
@@ -187,7 +187,7 @@ async def test_pruning_passes_over_jobs_that_hold_a_slot(store: Store) -> None:
     assert [job.id for _, job in await store.list_jobs(ended=True)] == [held[0], held[2]]
 
 
-async def test_pruning_many_and_much(store: Store) -> None:
+async def test_prune_jobs_with_many_large_jobs_deletes_all(store: Store) -> None:
     for n in range(150):
         text = Raw(b'"' + b"x" * 100_000 + b'"')
         job_id = await job_in(store, State.RUNNING)

@@ -18,7 +18,7 @@ Reopen = Callable[[], Awaitable[Store]]
 MANY = 1000
 
 
-async def test_jobs_without_a_queue_start_in_order_up_to_the_hosts_limit(store: Store) -> None:
+async def test_claim_jobs_without_queue_respects_the_host_limit(store: Store) -> None:
     one = await added(store, count=3, host="one")
     two = await added(store, count=3, host="two")
     assert await claimed(store, max_calls_per_host=2) == [*one[:2], *two[:2]]
@@ -28,7 +28,7 @@ async def test_jobs_without_a_queue_start_in_order_up_to_the_hosts_limit(store: 
     assert await claimed(store, max_calls_per_host=3) == [one[2]]
 
 
-async def test_a_claim_takes_the_first_submitted_and_no_more_than_its_limit(store: Store) -> None:
+async def test_claim_jobs_with_a_limit_takes_the_first_submitted(store: Store) -> None:
     ids = []
     for n in range(12):
         ids += await added(store, host=f"host{n % 3}", queue={"n": n % 4} if n % 2 else None, concurrency=MANY)
@@ -38,7 +38,7 @@ async def test_a_claim_takes_the_first_submitted_and_no_more_than_its_limit(stor
     assert await claimed(store, limit=5) == ids[10:]
 
 
-async def test_a_queue_starts_in_order_and_within_its_concurrency(store: Store) -> None:
+async def test_claim_jobs_of_a_queue_respects_its_concurrency(store: Store) -> None:
     ids = await added(store, count=5, queue={"q": 1}, concurrency=2)
     assert await claimed(store) == ids[:2]
     await store.finish_job(ids[1], ENDS[State.RAISED], 6.0)
@@ -48,7 +48,7 @@ async def test_a_queue_starts_in_order_and_within_its_concurrency(store: Store) 
     assert await claimed(store) == [ids[4]]
 
 
-async def test_a_queue_is_its_name_as_a_value(store: Store) -> None:
+async def test_queue_names_equal_as_values_are_one_queue(store: Store) -> None:
     names = [b'{"a":1,"b":[2]}', b'{ "b": [2.0], "a": 1e0 }', b'{"b":[2],"\\u0061":1}']
     ids = [(await added(store, queue=Raw(name)))[0] for name in names]
     other = await added(store, queue=Raw(b'{"a":true,"b":[2]}'))
@@ -58,7 +58,7 @@ async def test_a_queue_is_its_name_as_a_value(store: Store) -> None:
     assert [job.queue for _, job in await store.list_jobs(queue=Raw(names[2]))] == names
 
 
-async def test_the_first_job_decides_the_concurrency_until_no_job_needs_the_queue(store: Store) -> None:
+async def test_queue_concurrency_is_that_of_its_first_job(store: Store) -> None:
     ids = await added(store, queue={}, concurrency=2)
     ids += await added(store, count=3, queue={}, concurrency=9)
     assert await claimed(store) == ids[:2]
@@ -76,10 +76,10 @@ async def test_the_first_job_decides_the_concurrency_until_no_job_needs_the_queu
     assert await claimed(store) == ids[:3]
 
 
-@pytest.mark.parametrize("last", ["finish", "cancel", "cancel_queue", "settle", "release"])
-async def test_a_queue_is_gone_with_its_last_job(store: Store, last: str) -> None:
+@pytest.mark.parametrize("last", ["finish", "cancel", "cancel_queue", "finalize", "release"])
+async def test_queue_without_jobs_is_removed(store: Store, last: str) -> None:
     job_id = await job_in(store, State.QUEUED, queue={}, concurrency=7)
-    if last in ("finish", "settle", "release"):
+    if last in ("finish", "finalize", "release"):
         assert await claimed(store) == [job_id]
     match last:
         case "finish":
@@ -88,7 +88,7 @@ async def test_a_queue_is_gone_with_its_last_job(store: Store, last: str) -> Non
             await store.cancel_job(job_id, 6.0)
         case "cancel_queue":
             await store.cancel_queue(Raw(b"{}"), 6.0)
-        case "settle":
+        case "finalize":
             await store.cancel_queue(Raw(b"{}"), 6.0)
             await store.finalize_stop(job_id, StopState.CONFIRMED)
         case "release":
@@ -99,12 +99,12 @@ async def test_a_queue_is_gone_with_its_last_job(store: Store, last: str) -> Non
     assert await claimed(store) == ids[:1]
 
 
-async def test_a_concurrency_beyond_any_machine(store: Store) -> None:
+async def test_queue_with_a_huge_concurrency_is_accepted(store: Store) -> None:
     ids = await added(store, count=2, queue={}, concurrency=10**40)
     assert await claimed(store) == ids
 
 
-async def test_behind_a_head_whose_host_is_full_the_queue_waits(store: Store) -> None:
+async def test_queue_behind_a_full_host_waits(store: Store) -> None:
     busy = await added(store, host="full")
     assert await claimed(store, max_calls_per_host=1) == busy
     queue = await added(store, host="full", queue={}, concurrency=5)
@@ -117,7 +117,7 @@ async def test_behind_a_head_whose_host_is_full_the_queue_waits(store: Store) ->
     assert await claimed(store, max_calls_per_host=1) == queue
 
 
-async def test_jobs_of_queues_count_for_their_host(store: Store) -> None:
+async def test_jobs_of_a_queue_count_for_their_host(store: Store) -> None:
     queued = await added(store, host="one", queue={"q": 1})
     queued += await added(store, host="one", queue={"q": 2})
     await added(store, host="one", queue={"q": 3})
@@ -125,13 +125,13 @@ async def test_jobs_of_queues_count_for_their_host(store: Store) -> None:
     assert await claimed(store, max_calls_per_host=2) == queued
 
 
-async def test_a_job_that_fails_in_the_queue_makes_way(store: Store) -> None:
+async def test_queued_job_that_fails_lets_the_next_start(store: Store) -> None:
     ids = await added(store, count=2, queue={})
     assert await store.finish_job(ids[0], Failed("unknown_host", "no such host"), 6.0)
     assert await claimed(store) == ids[1:]
 
 
-async def test_order_does_not_depend_on_the_clock(store: Store) -> None:
+async def test_claim_order_does_not_depend_on_the_clock(store: Store) -> None:
     ids = []
     for now in (500.0, 300.0, 400.0, 100.0):
         job = new_job(queue={})
@@ -145,7 +145,7 @@ async def test_order_does_not_depend_on_the_clock(store: Store) -> None:
     assert [job.id for _, job in await store.list_jobs(ended=True)] == ids
 
 
-async def test_limits_and_order_survive_reopening(reopen: Reopen) -> None:
+async def test_reopened_store_keeps_limits_and_order(reopen: Reopen) -> None:
     store = await reopen()
     ids = await added(store, count=5, queue={}, concurrency=2)
     assert await claimed(store) == ids[:2]
@@ -158,7 +158,7 @@ async def test_limits_and_order_survive_reopening(reopen: Reopen) -> None:
     assert await claimed(store) == ids[2:4]
 
 
-async def test_cancelling_a_queue_leaves_the_others(store: Store) -> None:
+async def test_cancel_queue_does_not_affect_other_queues(store: Store) -> None:
     ids = await added(store, count=3, queue={"q": 1})
     others = await added(store, count=2, queue={"q": 2}) + await added(store)
     await claimed(store)
@@ -172,22 +172,22 @@ async def test_cancelling_a_queue_leaves_the_others(store: Store) -> None:
 # Slots of jobs that have ended
 
 
-@pytest.mark.parametrize("free", ["settle", "release"])
-async def test_a_slot_is_free_when_it_is_said_to_be_and_not_before(store: Store, free: str) -> None:
+@pytest.mark.parametrize("free", ["finalize", "release"])
+async def test_slot_of_an_ended_job_is_held_until_released(store: Store, free: str) -> None:
     ids = await added(store, count=3, queue={}, concurrency=1)
     assert await claimed(store) == ids[:1]
     await store.cancel_job(ids[0], 6.0)
     assert await claimed(store) == []
     await store.finalize_stop(ids[0], StopState.FAILED, keep_slot=True)
     assert await claimed(store) == []
-    if free == "settle":
+    if free == "finalize":
         assert await store.finalize_stop(ids[0], StopState.CONFIRMED)
     else:
         assert await store.release_slot(ids[0])
     assert await claimed(store) == ids[1:2]
 
 
-async def test_a_held_slot_counts_for_its_host(store: Store) -> None:
+async def test_slot_of_an_ended_job_counts_for_its_host(store: Store) -> None:
     first = await added(store, queue={"q": 1}, concurrency=9)
     second = await added(store)
     assert await claimed(store, max_calls_per_host=1) == first
@@ -197,7 +197,7 @@ async def test_a_held_slot_counts_for_its_host(store: Store) -> None:
     assert await claimed(store, max_calls_per_host=1) == second
 
 
-async def test_held_jobs_come_in_the_order_of_submission(store: Store) -> None:
+async def test_list_slot_holders_is_in_order_of_submission(store: Store) -> None:
     ids = [(await added(store, host=f"host{9 - n}", queue={"q": n} if n % 2 else None))[0] for n in range(8)]
     assert await claimed(store, limit=6) == ids[:6]
     await store.finish_job(ids[1], ENDS[State.RETURNED], 6.0)
@@ -217,7 +217,7 @@ async def waiting_of(store: Store, job_id: str) -> QueuePosition:
     return waiting
 
 
-async def test_why_a_job_of_a_queue_waits(store: Store) -> None:
+async def test_queue_position_of_a_job_with_a_queue(store: Store) -> None:
     ids = await added(store, count=20, queue={}, concurrency=12)
     assert await claimed(store) == ids[:12]
     await store.cancel_job(ids[3], 6.0)
@@ -231,7 +231,7 @@ async def test_why_a_job_of_a_queue_waits(store: Store) -> None:
     assert await waiting_of(store, ids[19]) == replace(first, position=6)
 
 
-async def test_why_a_job_without_a_queue_waits(store: Store) -> None:
+async def test_queue_position_of_a_job_without_a_queue(store: Store) -> None:
     queued = await added(store, queue={"q": 1})
     ids = await added(store, count=4)
     assert await claimed(store, max_calls_per_host=3) == [*queued, *ids[:2]]
@@ -241,7 +241,7 @@ async def test_why_a_job_without_a_queue_waits(store: Store) -> None:
     assert (await waiting_of(store, ids[3])).position == 2
 
 
-async def test_a_head_behind_a_full_host_is_the_first_with_room(store: Store) -> None:
+async def test_head_of_a_full_host_starts_first_when_released(store: Store) -> None:
     busy = await added(store)
     waits = await added(store, queue={}, concurrency=5)
     assert await claimed(store, max_calls_per_host=1) == busy

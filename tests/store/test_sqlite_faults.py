@@ -28,18 +28,18 @@ def run(command: list[str], directory: Path) -> None:
 
 
 @pytest.mark.root
-def test_a_full_file_system(tmp_path: Path) -> None:
+def test_full_file_system_fails_writes_until_there_is_room(tmp_path: Path) -> None:
     if subprocess.run(["unshare", "-m", "true"], check=False, capture_output=True).returncode:
         pytest.skip("needs to be root, with the right to mount")
     run(["unshare", "-m", sys.executable, full_disk.__file__, "mount"], tmp_path)
 
 
-def test_a_limit_on_the_size_of_files(tmp_path: Path) -> None:
+def test_file_size_limit_fails_writes_until_it_is_raised(tmp_path: Path) -> None:
     run([sys.executable, full_disk.__file__, "limit"], tmp_path)
 
 
 @pytest.mark.parametrize("lines", [1, 40, 400])
-async def test_what_was_confirmed_survives_a_kill(tmp_path: Path, lines: int) -> None:
+async def test_confirmed_writes_survive_sigkill(tmp_path: Path, lines: int) -> None:
     program = subprocess.Popen(
         [sys.executable, killed_writer.__file__, str(tmp_path)],
         env={**os.environ, "PYTHONPATH": str(TESTS)},
@@ -64,11 +64,13 @@ async def test_what_was_confirmed_survives_a_kill(tmp_path: Path, lines: int) ->
                     assert (await store.get_job(job_id)).records == len(records) == len(records.timestamps)
                 case ["cancelled", job_id]:
                     details = await store.get_details(job_id)
-                    settled = details.job.stop is StopState.CONFIRMED
-                    receipt = Raw(b'{"survivors":[]}') if settled else None
-                    assert details.metadata == JobMetadata(stop_request=Raw(b'{"why":"cancel"}'), stop_report=receipt)
-                    assert (details.job.state, details.job.holds_slot) == (State.CANCELLED, not settled)
-                case ["settled", job_id]:
+                    finalized = details.job.stop is StopState.CONFIRMED
+                    stop_report = Raw(b'{"survivors":[]}') if finalized else None
+                    assert details.metadata == JobMetadata(
+                        stop_request=Raw(b'{"why":"cancel"}'), stop_report=stop_report
+                    )
+                    assert (details.job.state, details.job.holds_slot) == (State.CANCELLED, not finalized)
+                case ["finalized", job_id]:
                     assert (await store.get_job(job_id)).stop is StopState.CONFIRMED
         held = await store.list_slot_holders()
         assert len([job for job in held if job.queue]) <= 2
@@ -79,7 +81,7 @@ async def test_what_was_confirmed_survives_a_kill(tmp_path: Path, lines: int) ->
         assert connection.execute("PRAGMA foreign_key_check").fetchall() == []
 
 
-async def test_a_file_that_another_program_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_locked_file_fails_writes_until_it_is_unlocked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(file, "BUSY_TIMEOUT", 10)
     store = await open_store(tmp_path)
     try:
@@ -95,7 +97,7 @@ async def test_a_file_that_another_program_holds(tmp_path: Path, monkeypatch: py
         await store.close()
 
 
-async def test_a_member_that_fails_does_not_fail_its_batch(tmp_path: Path) -> None:
+async def test_failed_member_does_not_fail_its_batch(tmp_path: Path) -> None:
     store = await open_store(tmp_path)
     try:
         queued = await job_in(store, State.QUEUED)
@@ -110,7 +112,7 @@ async def test_a_member_that_fails_does_not_fail_its_batch(tmp_path: Path) -> No
         await store.close()
 
 
-async def test_what_fails_halfway_leaves_nothing(tmp_path: Path) -> None:
+async def test_failed_verb_leaves_no_partial_change(tmp_path: Path) -> None:
     store = await open_store(tmp_path)
     try:
         with pytest.raises(Exception, match="NOT NULL"):
@@ -121,7 +123,7 @@ async def test_what_fails_halfway_leaves_nothing(tmp_path: Path) -> None:
         await store.close()
 
 
-async def test_after_closing_every_verb_says_so(tmp_path: Path) -> None:
+async def test_verbs_after_close_raise_storage_error(tmp_path: Path) -> None:
     store = await open_store(tmp_path)
     waiting = [asyncio.create_task(store.add_job(new_job(), 1.0)) for _ in range(5)]
     await asyncio.sleep(0)
@@ -136,7 +138,7 @@ async def test_after_closing_every_verb_says_so(tmp_path: Path) -> None:
     await store.close()
 
 
-async def test_damage_is_named(tmp_path: Path) -> None:
+async def test_damaged_file_raises_storage_error_with_its_name(tmp_path: Path) -> None:
     store = await open_store(tmp_path)
     text = Raw(b'["' + b"x" * 100_000 + b'"]')
     for _ in range(20):

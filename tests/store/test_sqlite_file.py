@@ -48,7 +48,7 @@ def mode(path: Path) -> int:
 
 
 @pytest.mark.parametrize("umask", [0o000, 0o022, 0o077])
-async def test_everything_is_private(tmp_path: Path, umask: int) -> None:
+async def test_new_store_is_private_to_its_user(tmp_path: Path, umask: int) -> None:
     before = os.umask(umask)
     try:
         store = await open_store(tmp_path / "made" / "store")
@@ -61,7 +61,7 @@ async def test_everything_is_private(tmp_path: Path, umask: int) -> None:
     assert files == {FILE_NAME: 0o600, FILE_NAME + "-wal": 0o600, FILE_NAME + "-shm": 0o600}
 
 
-async def test_a_directory_that_is_there_keeps_its_mode_and_a_file_is_made_private(tmp_path: Path) -> None:
+async def test_existing_directory_keeps_its_mode(tmp_path: Path) -> None:
     tmp_path.chmod(0o755)
     await (await open_store(tmp_path)).close()
     (tmp_path / FILE_NAME).chmod(0o644)
@@ -69,7 +69,7 @@ async def test_a_directory_that_is_there_keeps_its_mode_and_a_file_is_made_priva
     assert (mode(tmp_path), mode(tmp_path / FILE_NAME)) == (0o755, 0o600)
 
 
-async def test_one_dispatcher_at_a_time(tmp_path: Path, store: SQLiteStore) -> None:
+async def test_open_store_twice_raises(tmp_path: Path, store: SQLiteStore) -> None:
     with pytest.raises(StorageError, match=rf"{FILE_NAME}: another dispatcher uses it"):
         await open_store(tmp_path)
     await store.add_job(new_job(), 1.0)
@@ -77,7 +77,7 @@ async def test_one_dispatcher_at_a_time(tmp_path: Path, store: SQLiteStore) -> N
     await (await open_store(tmp_path)).close()
 
 
-async def test_closing_leaves_one_file_no_thread_and_no_descriptor(tmp_path: Path) -> None:
+async def test_close_leaves_one_file_no_thread_no_descriptor(tmp_path: Path) -> None:
     await (await open_store(tmp_path)).close()  # the loop's own threads come to be
     before = set(os.listdir("/proc/self/fd"))
     store = await open_store(tmp_path)
@@ -97,7 +97,7 @@ FOREIGN = {
 
 
 @pytest.mark.parametrize("name", FOREIGN)
-async def test_a_file_that_is_not_ours_stays_as_it_is(tmp_path: Path, name: str) -> None:
+async def test_foreign_file_is_not_touched(tmp_path: Path, name: str) -> None:
     path = tmp_path / FILE_NAME
     path.write_bytes(FOREIGN[name])
     path.chmod(0o644)
@@ -107,7 +107,7 @@ async def test_a_file_that_is_not_ours_stays_as_it_is(tmp_path: Path, name: str)
     assert [path.name for path in tmp_path.iterdir()] == [FILE_NAME]
 
 
-async def test_another_programs_database_stays_as_it_is(tmp_path: Path) -> None:
+async def test_foreign_database_is_not_touched(tmp_path: Path) -> None:
     path = tmp_path / FILE_NAME
     with closing(sqlite3.connect(path)) as connection:
         connection.executescript("CREATE TABLE jobs (id); INSERT INTO jobs VALUES (1);")
@@ -117,7 +117,7 @@ async def test_another_programs_database_stays_as_it_is(tmp_path: Path) -> None:
     assert path.read_bytes() == before
 
 
-async def test_a_newer_schema_stays_as_it_is(tmp_path: Path, database: sqlite3.Connection) -> None:
+async def test_newer_schema_is_not_touched(tmp_path: Path, database: sqlite3.Connection) -> None:
     newest = max(MIGRATIONS)
     database.execute("INSERT INTO schema_version VALUES (?)", (newest + 1,))
     database.close()
@@ -127,7 +127,7 @@ async def test_a_newer_schema_stays_as_it_is(tmp_path: Path, database: sqlite3.C
     assert (tmp_path / FILE_NAME).read_bytes() == before
 
 
-async def test_an_empty_file_and_what_a_crash_left_are_replaced(tmp_path: Path) -> None:
+async def test_empty_file_and_files_of_a_crash_are_replaced(tmp_path: Path) -> None:
     (tmp_path / FILE_NAME).touch()
     (tmp_path / (FILE_NAME + ".new")).write_bytes(b"half a file")
     (tmp_path / (FILE_NAME + ".new-journal")).write_bytes(b"half a journal")
@@ -137,7 +137,7 @@ async def test_an_empty_file_and_what_a_crash_left_are_replaced(tmp_path: Path) 
     assert [path.name for path in tmp_path.iterdir()] == [FILE_NAME]
 
 
-async def test_a_place_where_nothing_can_be_made(tmp_path: Path) -> None:
+async def test_unusable_directory_raises_storage_error(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(StorageError, match=r"/file: "):
         await open_store(tmp_path / "file")
@@ -146,7 +146,7 @@ async def test_a_place_where_nothing_can_be_made(tmp_path: Path) -> None:
         await open_store(tmp_path)
 
 
-async def test_a_copy_that_sqlite_made_is_a_store(tmp_path: Path) -> None:
+async def test_copy_made_by_sqlite_opens_as_a_store(tmp_path: Path) -> None:
     store = await open_store(tmp_path / "store")
     job_id = await job_in(store, State.RUNNING, queue={})
     with closing(connect(tmp_path / "store" / FILE_NAME)) as connection:
@@ -164,7 +164,7 @@ async def test_a_copy_that_sqlite_made_is_a_store(tmp_path: Path) -> None:
 # The schema
 
 
-async def test_migrations_are_numbered_and_applied_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_migrations_are_applied_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert list(MIGRATIONS) == list(range(1, len(MIGRATIONS) + 1))
     store = await open_store(tmp_path)
     job_id = await job_in(store, State.RETURNED)
@@ -181,7 +181,7 @@ async def test_migrations_are_numbered_and_applied_in_order(tmp_path: Path, monk
     assert versions == [(version,) for version in range(1, number + 2)]
 
 
-async def test_a_migration_that_fails_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_failed_migration_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     await (await open_store(tmp_path)).close()
     with monkeypatch.context() as patch:
         number = max(MIGRATIONS) + 1
@@ -208,9 +208,7 @@ def insert(database: sqlite3.Connection, state: State) -> str:
 
 
 @pytest.mark.parametrize(("before", "after"), list(product(State, State)))
-def test_the_schema_allows_the_transitions_and_no_other(
-    database: sqlite3.Connection, before: State, after: State
-) -> None:
+def test_schema_allows_exactly_the_transitions(database: sqlite3.Connection, before: State, after: State) -> None:
     job_id = insert(database, before)
     ended = 4.0 if not TRANSITIONS[after] else None
     started = 2.0 if after is State.RUNNING else None
@@ -235,7 +233,7 @@ def test_the_schema_allows_the_transitions_and_no_other(
         ("raised", None, 3.0),
     ],
 )
-def test_the_schema_refuses_rows_that_make_no_sense(
+def test_schema_rejects_inconsistent_rows(
     database: sqlite3.Connection, state: str, started: float | None, ended: float | None
 ) -> None:
     with pytest.raises(sqlite3.IntegrityError, match="CHECK"):
@@ -261,15 +259,13 @@ def test_the_schema_refuses_rows_that_make_no_sense(
         (State.FAILED, "stop = ''"),
     ],
 )
-def test_the_schema_refuses_slots_and_stops_that_make_no_sense(
-    database: sqlite3.Connection, state: State, change: str
-) -> None:
+def test_schema_rejects_inconsistent_slots_and_stops(database: sqlite3.Connection, state: State, change: str) -> None:
     job_id = insert(database, state)
     with pytest.raises(sqlite3.IntegrityError, match=r"CHECK|NOT NULL|holds a slot"):
         database.execute(f"UPDATE jobs SET {change} WHERE id = ?", (job_id,))
 
 
-def test_the_schema_refuses_a_running_job_without_a_slot(database: sqlite3.Connection) -> None:
+def test_schema_rejects_a_running_job_without_a_slot(database: sqlite3.Connection) -> None:
     with pytest.raises(sqlite3.IntegrityError, match="holds a slot"):
         database.execute(
             "INSERT INTO jobs (id, lane, host, state, submitted, started) VALUES ('x', 'l', x'', 'running', 1.0, 2.0)"
@@ -280,20 +276,18 @@ def test_the_schema_refuses_a_running_job_without_a_slot(database: sqlite3.Conne
 
 
 @pytest.mark.parametrize("stop", list(StopState))
-def test_the_schema_knows_every_stop(database: sqlite3.Connection, stop: StopState) -> None:
+def test_schema_accepts_every_stop_state(database: sqlite3.Connection, stop: StopState) -> None:
     job_id = insert(database, State.FAILED)
     database.execute("UPDATE jobs SET stop = ?, holds_slot = 1 WHERE id = ?", (stop, job_id))
 
 
-def test_there_is_one_identity(database: sqlite3.Connection) -> None:
+def test_schema_rejects_a_second_identity(database: sqlite3.Connection) -> None:
     for singleton in (1, 2):
         with pytest.raises(sqlite3.IntegrityError):
             database.execute("INSERT INTO identity (singleton, owner, key) VALUES (?, 'another', x'00')", (singleton,))
 
 
-async def test_an_upgrade_cut_short_before_the_identity_is_made_good(
-    tmp_path: Path, database: sqlite3.Connection
-) -> None:
+async def test_missing_identity_is_created_at_opening(tmp_path: Path, database: sqlite3.Connection) -> None:
     database.execute("DELETE FROM identity")
     database.close()
     store = await open_store(tmp_path)
@@ -310,7 +304,7 @@ LISTS = {
 }
 
 
-def test_every_statement_is_used() -> None:
+def test_every_statement_is_used_by_the_code() -> None:
     package = Path(sql.__file__).parent
     code = "".join(module.read_text() for module in package.glob("*.py"))
     assert {name for name in QUERIES if f'QUERIES["{name}"]' not in code} == LISTS
@@ -327,7 +321,7 @@ class Anything(dict[str, int]):
 
 
 @pytest.mark.parametrize("name", QUERIES)
-def test_no_statement_goes_through_all_old_jobs(database: sqlite3.Connection, name: str) -> None:
+def test_statement_plan_does_not_scan_ended_jobs(database: sqlite3.Connection, name: str) -> None:
     given = (1,) * QUERIES[name].count("?") or Anything()
     plan = [row[3] for row in database.execute("EXPLAIN QUERY PLAN " + QUERIES[name], given)]
     of_jobs = ("jobs_not_ended", "jobs_queued_of_lane", "jobs_holding_on_host", "jobs_holding_of_lane")
@@ -338,7 +332,7 @@ def test_no_statement_goes_through_all_old_jobs(database: sqlite3.Connection, na
 
 
 @pytest.mark.parametrize("name", sorted(LISTS))
-def test_a_list_is_read_in_its_order_from_an_index(database: sqlite3.Connection, name: str) -> None:
+def test_list_statement_reads_an_index_in_order(database: sqlite3.Connection, name: str) -> None:
     plan = [row[3] for row in database.execute("EXPLAIN QUERY PLAN " + QUERIES[name], Anything())]
     assert not [step for step in plan if "TEMP B-TREE" in step or "SCAN" in step], plan
     indexes = {
@@ -387,7 +381,7 @@ async def instructions_of_lists(directory: Path, old: int) -> dict[str, int]:
     return found
 
 
-async def test_a_list_costs_the_same_however_many_jobs_have_ended(tmp_path: Path) -> None:
+async def test_list_cost_does_not_depend_on_ended_jobs(tmp_path: Path) -> None:
     few = await instructions_of_lists(tmp_path / "few", 30)
     many = await instructions_of_lists(tmp_path / "many", 3_000)
     assert many == few
@@ -415,19 +409,19 @@ async def instructions_of_a_claim(directory: Path, waiting: int) -> int:
     return count
 
 
-async def test_a_claim_costs_the_same_however_many_wait(tmp_path: Path) -> None:
+async def test_claim_cost_does_not_depend_on_queued_jobs(tmp_path: Path) -> None:
     few = await instructions_of_a_claim(tmp_path / "few", 50)
     many = await instructions_of_a_claim(tmp_path / "many", 20_000)
     assert many < few * 1.5
 
 
-def test_a_place_in_a_queue_is_counted_in_an_index_alone(database: sqlite3.Connection) -> None:
+def test_queue_position_is_counted_in_covering_indexes(database: sqlite3.Connection) -> None:
     plan = [row[3] for row in database.execute("EXPLAIN QUERY PLAN " + QUERIES["queue_position"], Anything())]
     for index in ("jobs_queued_of_lane", "jobs_holding_of_lane", "jobs_holding_on_host"):
         assert any(f"COVERING INDEX {index} " in step for step in plan), plan
 
 
-async def test_many_small_records_share_few_rows(tmp_path: Path, store: SQLiteStore) -> None:
+async def test_append_records_with_small_records_shares_rows(tmp_path: Path, store: SQLiteStore) -> None:
     job_id = await job_in(store, State.RUNNING)
     for n in range(500):
         await store.append_records(job_id, n, records([b'"x"'], made=float(n)))
@@ -437,7 +431,7 @@ async def test_many_small_records_share_few_rows(tmp_path: Path, store: SQLiteSt
     assert rows < 15
 
 
-async def test_the_times_of_records_take_little_room(tmp_path: Path, store: SQLiteStore) -> None:
+async def test_record_timestamps_take_little_space(tmp_path: Path, store: SQLiteStore) -> None:
     job_id = await job_in(store, State.RUNNING)
     values = [Raw(b'"x"')] * 50_000
     await store.append_records(job_id, 0, Records(values, [float(n // 1000) for n in range(50_000)]))
@@ -449,18 +443,18 @@ async def test_the_times_of_records_take_little_room(tmp_path: Path, store: SQLi
         assert longest < 2 * 65536, "a chunk with many times is cut, too"
 
 
-async def test_a_small_job_takes_little_room(tmp_path: Path) -> None:
-    facts = JobMetadata(call=Raw(b'{"x":"' + b"c" * 100 + b'"}'), exit_info=Raw(b'{"x":"' + b"e" * 140 + b'"}'))
+async def test_small_job_takes_less_than_1000_bytes(tmp_path: Path) -> None:
+    metadata = JobMetadata(call=Raw(b'{"x":"' + b"c" * 100 + b'"}'), exit_info=Raw(b'{"x":"' + b"e" * 140 + b'"}'))
     store = await open_store(tmp_path)
     jobs = [new_job(f"host{n % 8}.example.org", {"q": n % 8} if n % 2 else None, 2000) for n in range(2000)]
     await asyncio.gather(*(store.add_job(job, 1.0) for job in jobs))
     for job_id in await claimed(store, limit=2000):
-        await store.finish_job(job_id, Returned(Raw(b'{"changed":true}')), 2.0, metadata=facts)
+        await store.finish_job(job_id, Returned(Raw(b'{"changed":true}')), 2.0, metadata=metadata)
     await store.close()
     assert (tmp_path / FILE_NAME).stat().st_size / len(jobs) < 1000
 
 
-async def test_a_change_of_state_does_not_write_the_payloads_again(tmp_path: Path) -> None:
+async def test_state_change_does_not_rewrite_payloads(tmp_path: Path) -> None:
     store = await open_store(tmp_path)
     text = Raw(b'["' + b"x" * 3_000_000 + b'"]')
     job = new_job(arguments=text)
@@ -475,7 +469,7 @@ async def test_a_change_of_state_does_not_write_the_payloads_again(tmp_path: Pat
     await store.close()
 
 
-async def test_write_ahead_log_after_a_burst_is_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_write_ahead_log_after_a_burst_is_truncated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(file, "LOG_BYTES", 8 * 1024 * 1024)
     store = await open_store(tmp_path)
     log = tmp_path / (FILE_NAME + "-wal")
@@ -487,7 +481,7 @@ async def test_write_ahead_log_after_a_burst_is_cut(tmp_path: Path, monkeypatch:
     await store.close()
 
 
-async def test_space_goes_back_when_jobs_are_pruned(tmp_path: Path) -> None:
+async def test_prune_jobs_makes_the_file_shorter(tmp_path: Path) -> None:
     store = await open_store(tmp_path)
     path = tmp_path / FILE_NAME
     for _ in range(100):
@@ -502,7 +496,7 @@ async def test_space_goes_back_when_jobs_are_pruned(tmp_path: Path) -> None:
     await store.close()
 
 
-async def test_records_that_an_interrupted_pruning_left_go_with_the_next(tmp_path: Path) -> None:
+async def test_prune_jobs_deletes_records_orphaned_by_a_crash(tmp_path: Path) -> None:
     store = await open_store(tmp_path)
     job_id = await job_in(store, State.RUNNING)
     await store.append_records(job_id, 0, records([b"1"]))

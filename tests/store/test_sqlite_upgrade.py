@@ -23,7 +23,7 @@ VERSION_1 = Path(__file__).with_name("version1.sql")
 
 QUEUE = Raw(b'{"db":"prod"}')
 
-# The facts of jobs as schemas 2 and 3 have them: call, contact, stopped, receipt, evidence. The last one is dropped.
+# The facts of jobs in schemas 2 and 3: call, contact, stopped, receipt, evidence. The last job has only a contact.
 OLD_FACTS: dict[int, tuple[bytes | None, ...]] = {
     1: (
         b'{"address":"\\"kept\\":","attempts":1,"connecting":0.25,"kept":true,"warden":"ab\\ud800"}',
@@ -81,7 +81,7 @@ async def store(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator
     await opened.close()
 
 
-async def test_every_job_is_there_as_it_was(store: SQLiteStore) -> None:
+async def test_upgrade_keeps_every_job_unchanged(store: SQLiteStore) -> None:
     jobs = {number(job): job for _, job in await store.list_jobs(ended=True)}
     assert list(jobs) == list(range(1, 13))
     assert {n: job.state.value for n, job in jobs.items()} == {
@@ -98,7 +98,7 @@ async def test_every_job_is_there_as_it_was(store: SQLiteStore) -> None:
     assert (jobs[8].queue, jobs[8].arguments) == (b'{ "db": "prod" }', b'["8"]')
 
 
-async def test_running_jobs_hold_their_slots_and_no_others(store: SQLiteStore) -> None:
+async def test_upgrade_gives_slots_to_running_jobs_only(store: SQLiteStore) -> None:
     assert [number(job) for job in await store.list_slot_holders()] == [7, 8, 10]
     assert {(job.holds_slot, job.stop) for job in await store.list_slot_holders()} == {(True, None)}
     assert await store.list_queues() == [QueueStatus(QUEUE, 2, running=2, queued=1)]
@@ -109,7 +109,7 @@ async def test_running_jobs_hold_their_slots_and_no_others(store: SQLiteStore) -
     assert await claimed(store) == [job_id(9)]
 
 
-async def test_old_jobs_are_in_every_list(store: SQLiteStore) -> None:
+async def test_upgrade_makes_old_jobs_appear_in_every_list(store: SQLiteStore) -> None:
     async def listed(**options: Any) -> list[int]:
         return [number(job) for _, job in await store.list_jobs(**options)]
 
@@ -129,14 +129,14 @@ async def test_old_jobs_are_in_every_list(store: SQLiteStore) -> None:
         assert await listed(ended=True, newest_first=True, **of) == found[::-1]
 
 
-async def test_records_were_made_when_their_job_started(store: SQLiteStore) -> None:
+async def test_upgrade_gives_old_records_the_start_of_their_job(store: SQLiteStore) -> None:
     lines = [b'"line 0"', b'"line 1"', b'"line 2"', b'{"b":1.10,"a":"\\ud800"}']
     assert await store.read_records(job_id(1), 0, 10**6) == records(lines, made=100.75)
     assert await store.read_records(job_id(1), 2, 1) == records(lines[2:3], made=100.75)
     assert (await store.get_details(job_id(1))).record_bytes == sum(map(len, lines))
 
 
-async def test_a_stream_goes_on(store: SQLiteStore) -> None:
+async def test_upgrade_lets_a_stream_continue(store: SQLiteStore) -> None:
     assert await store.append_records(job_id(7), 2, Records([Raw(b"2")], [200.5]))
     assert await store.append_records(job_id(7), 3, Records([Raw(b"3")], [200.75]))
     made = (160.75, 160.75, 200.5, 200.75)
@@ -151,13 +151,13 @@ async def test_upgrade_renames_the_keys_of_stored_metadata(tmp_path: Path, versi
     for n in range(1, 13):
         expected = METADATA.get(n, NO_METADATA) if version > 1 else NO_METADATA
         assert (await store.get_details(job_id(n))).metadata == expected
-    facts = JobMetadata(exit_info=Raw(b"{}"))
-    assert await store.update_metadata(job_id(2), facts)
-    assert (await store.get_details(job_id(2))).metadata == facts
+    metadata = JobMetadata(exit_info=Raw(b"{}"))
+    assert await store.update_metadata(job_id(2), metadata)
+    assert (await store.get_details(job_id(2))).metadata == metadata
     await store.close()
 
 
-async def test_it_is_used_like_a_new_one(tmp_path: Path, store: SQLiteStore) -> None:
+async def test_upgraded_store_works_like_a_new_one(tmp_path: Path, store: SQLiteStore) -> None:
     [new] = await added(store, host="new")
     with pytest.raises(ValueError, match="already"):
         await store.add_job(new_job(id=job_id(5)), 300.0)
@@ -171,7 +171,7 @@ async def test_it_is_used_like_a_new_one(tmp_path: Path, store: SQLiteStore) -> 
     await again.close()
 
 
-async def test_its_schema_is_that_of_a_new_one(tmp_path: Path, store: SQLiteStore) -> None:
+async def test_upgraded_schema_equals_a_new_one(tmp_path: Path, store: SQLiteStore) -> None:
     await store.close()
     (tmp_path / "new").mkdir()
     await (await open_store(tmp_path / "new")).close()

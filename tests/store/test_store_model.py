@@ -197,7 +197,7 @@ class Comparison(RuleBasedStateMachine):
 
 
 @pytest.mark.parametrize("backend", sorted(BACKENDS))
-def test_the_store_does_what_the_model_does(backend: str) -> None:
+def test_random_verbs_have_the_outcome_of_the_model(backend: str) -> None:
     machine = type("ComparisonOf" + backend, (Comparison,), {"opener": staticmethod(BACKENDS[backend])})
     limits = settings(
         max_examples=40, stateful_step_count=40, deadline=None, suppress_health_check=[HealthCheck.too_slow]

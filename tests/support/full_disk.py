@@ -54,11 +54,11 @@ async def scenario(directory: Path, take_room: Callable[[], None], make_room: Ca
     taken = [before.id, *await fill(store, LARGE, 1000), *await fill(store, SMALL, 200_000)]
 
     # Writers are told, each of those that came together; readers don't notice.
-    facts = JobMetadata(exit_info=LARGE)
+    metadata = JobMetadata(exit_info=LARGE)
     together = [store.add_job(job(number, LARGE), 1.0) for number in range(500_000, 500_020)]
     ending = [
-        store.update_metadata(running.id, facts),
-        store.finish_job(running.id, Returned(LARGE), 2.0, metadata=facts),
+        store.update_metadata(running.id, metadata),
+        store.finish_job(running.id, Returned(LARGE), 2.0, metadata=metadata),
     ]
     outcomes = await asyncio.gather(*together, *ending, return_exceptions=True)
     assert all(isinstance(outcome, StorageError) for outcome in outcomes), outcomes
@@ -71,7 +71,7 @@ async def scenario(directory: Path, take_room: Callable[[], None], make_room: Ca
     details = await store.get_details(running.id)
     assert (details.job, details.metadata) == (running, NO_METADATA)
     await store.add_job(refused, 2.0)
-    assert await store.finish_job(running.id, Returned(LARGE), 2.0, metadata=facts)
+    assert await store.finish_job(running.id, Returned(LARGE), 2.0, metadata=metadata)
     assert (await store.get_job(running.id)).end == Returned(LARGE)
     await store.close()
 
@@ -83,7 +83,7 @@ async def scenario(directory: Path, take_room: Callable[[], None], make_room: Ca
         after = page[-1][0]
     assert kept == [*taken, refused.id], (len(kept), len(taken))
     details = await store.get_details(running.id)
-    assert (details.job.state, details.metadata, details.job.holds_slot) == (State.RETURNED, facts, False)
+    assert (details.job.state, details.metadata, details.job.holds_slot) == (State.RETURNED, metadata, False)
     await store.close()
 
 

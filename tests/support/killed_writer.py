@@ -1,7 +1,7 @@
 """Program: adds, starts and cancels jobs and appends records without end; prints what the store has confirmed.
 
 Killed in mid-write by tests/store/test_sqlite_faults.py. Lines: ``job ID``, ``records ID COUNT``,
-``cancelled ID`` and ``settled ID``.
+``cancelled ID`` and ``finalized ID``.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ async def cancel(store: SQLiteStore) -> None:
         assert await store.finalize_stop(
             job_id, StopState.CONFIRMED, metadata=JobMetadata(stop_report=Raw(b'{"survivors":[]}'))
         )
-        confirmed("settled", job_id)
+        confirmed("finalized", job_id)
 
 
 async def main(directory: Path) -> None:

@@ -118,11 +118,11 @@ class ModelStore:
         if job_id not in self.jobs or self.get_job(job_id).state in ENDED:
             return None
         state = self.get_job(job_id).state
-        facts = JobMetadata(stop_request=stop_request)
+        metadata = JobMetadata(stop_request=stop_request)
         if state is State.RUNNING:
-            self.finish_job(job_id, Cancelled(), now, stop=StopState.PENDING, keep_slot=True, metadata=facts)
+            self.finish_job(job_id, Cancelled(), now, stop=StopState.PENDING, keep_slot=True, metadata=metadata)
         else:
-            self.finish_job(job_id, Cancelled(), now, metadata=facts)
+            self.finish_job(job_id, Cancelled(), now, metadata=metadata)
         return state
 
     def cancel_queue(self, queue: Raw, now: float, stop_request: Raw | None = None) -> list[tuple[str, State]]:

@@ -13,18 +13,18 @@ from harpcaller.model.jobs import ENDED, TRANSITIONS, Identity, NewJob, Records,
 ENDS: list[End] = [Returned(Raw(b"1")), Raised("T", "m"), Failed("t", "m"), Cancelled()]
 
 
-def test_every_state_has_its_row() -> None:
+def test_transitions_have_a_row_for_every_state() -> None:
     assert set(TRANSITIONS) == set(State)
 
 
-def test_every_state_is_reached_from_queued() -> None:
+def test_transitions_reach_every_state_from_queued() -> None:
     reached = {State.QUEUED}
     while (more := reached.union(*(TRANSITIONS[state] for state in reached))) != reached:
         reached = more
     assert reached == set(State)
 
 
-def test_no_state_comes_back() -> None:
+def test_transitions_have_no_cycle() -> None:
     for state in State:
         later, seen = set(TRANSITIONS[state]), set[State]()
         while later:
@@ -33,35 +33,35 @@ def test_no_state_comes_back() -> None:
         assert state not in seen
 
 
-def test_what_has_ended_stays() -> None:
+def test_ended_states_have_no_transition() -> None:
     assert frozenset({State.RETURNED, State.RAISED, State.FAILED, State.CANCELLED}) == ENDED
 
 
 @pytest.mark.parametrize("end", ENDS)
-def test_every_end_has_a_state_that_is_one(end: End) -> None:
+def test_state_of_every_end_is_an_ended_state(end: End) -> None:
     assert state_of(end) in ENDED
 
 
-def test_the_states_that_are_ends_are_those_of_the_wire() -> None:
+def test_ended_states_are_named_like_the_closing_lines() -> None:
     assert {type(end) for end in ENDS} == set(get_args(End))
     assert {state_of(end) for end in ENDS} == ENDED
 
 
 @pytest.mark.parametrize("end", ENDS)
-def test_a_running_job_may_have_any_end(end: End) -> None:
+def test_running_job_may_have_any_end(end: End) -> None:
     assert state_of(end) in TRANSITIONS[State.RUNNING]
 
 
-def test_a_job_that_never_ran_has_no_end_of_its_procedure() -> None:
+def test_queued_job_cannot_return_or_raise() -> None:
     assert {State.RETURNED, State.RAISED}.isdisjoint(TRANSITIONS[State.QUEUED])
 
 
-def test_without_queue_and_info() -> None:
+def test_new_job_without_queue_and_info_has_defaults() -> None:
     job = NewJob("id", "web01", "deploy", Raw(b"[]"), 1.0, 2.0)
     assert (job.queue, job.concurrency, job.info) == (None, 1, b"null")
 
 
-def test_records_are_as_many_as_their_values() -> None:
+def test_len_of_records_is_the_number_of_values() -> None:
     assert len(Records()) == 0
     assert len(Records([Raw(b"1"), Raw(b"2")], [1.0, 1.5])) == 2
 
@@ -74,13 +74,13 @@ SECRET = "7c816ddf42644b21c3f256c0cd89a52d4792c0772404ed426dce204a7278eb72"
 OWNER_AT_WEB01 = "72198ed606287b39018ec1c75f9280753abebeb7921ead714d2c3516f1d6bd03"
 
 
-def test_the_secret_of_a_call_is_made_from_the_key_and_the_job() -> None:
+def test_identity_secret_depends_on_key_and_job() -> None:
     assert Identity("me", b"key").secret(JOB) == SECRET
     assert Identity("me", b"other key").secret(JOB) != SECRET
     assert Identity("me", b"key").secret(JOB.replace("6", "7")) != SECRET
 
 
-def test_each_host_knows_the_owner_by_a_name_of_its_own() -> None:
+def test_identity_owner_at_differs_for_each_host() -> None:
     assert Identity("me", b"key").owner_at("web01") == OWNER_AT_WEB01
     others = [
         ("me", b"key", "web02"),
@@ -92,7 +92,7 @@ def test_each_host_knows_the_owner_by_a_name_of_its_own() -> None:
     assert len(names - {OWNER_AT_WEB01}) == len(others)
 
 
-def test_an_identity_is_not_shown() -> None:
+def test_identity_repr_hides_its_values() -> None:
     shown = repr(Identity("the owner", b"the key"))
     assert "owner'" not in shown
     assert "key" not in shown

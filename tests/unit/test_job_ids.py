@@ -11,7 +11,7 @@ from harpcaller.model.ids import is_job_id, new_job_id
 NOW = 1_763_868_000.25
 
 
-def test_an_id_is_a_uuid_in_its_lower_case_text_form() -> None:
+def test_new_job_id_is_a_lower_case_uuid() -> None:
     made = new_job_id(NOW)
     assert is_job_id(made)
     parsed = uuid.UUID(made)
@@ -19,17 +19,17 @@ def test_an_id_is_a_uuid_in_its_lower_case_text_form() -> None:
     assert parsed.int >> 80 == int(NOW * 1000), "milliseconds"
 
 
-def test_ids_are_in_the_order_in_which_they_are_made() -> None:
+def test_new_job_ids_are_in_order_of_their_times() -> None:
     made = [new_job_id(NOW + step * 1e-6) for step in range(5000)]
     assert made == sorted(made)
 
 
-def test_ids_of_one_moment_differ() -> None:
+def test_new_job_ids_of_the_same_time_differ() -> None:
     assert len({new_job_id(NOW) for _ in range(1000)}) == 1000
 
 
 @pytest.mark.parametrize("now", [0.0, -5.5, 1e12])
-def test_a_clock_that_is_wrong_makes_ids_all_the_same(now: float) -> None:
+def test_new_job_id_with_a_wrong_clock_is_valid(now: float) -> None:
     made = new_job_id(now)
     assert is_job_id(made)
     assert uuid.UUID(made).version == 7
@@ -43,7 +43,7 @@ def test_a_clock_that_is_wrong_makes_ids_all_the_same(now: float) -> None:
         "9b2f7c1e-5f0a-4c55-8a31-7d3c0b6a41ff",
     ],
 )
-def test_a_uuid_of_any_version_may_be_a_job(id_: str) -> None:
+def test_is_job_id_accepts_a_uuid_of_any_version(id_: str) -> None:
     assert is_job_id(id_)
 
 
@@ -58,5 +58,5 @@ def test_a_uuid_of_any_version_may_be_a_job(id_: str) -> None:
         "3f22e0d4-c8ed-11e5-8d66-001e8c14026\u0668",
     ],
 )
-def test_anything_else_is_the_id_of_no_job(text: str) -> None:
+def test_is_job_id_rejects_other_texts(text: str) -> None:
     assert not is_job_id(text)

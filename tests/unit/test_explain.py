@@ -1,4 +1,4 @@
-"""What details tell of a job's phases, whatever a host has said."""
+"""The phases in a job's details, whatever the host reports."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from harpcaller.explain import ExplainContext, describe
 from harpcaller.model.jobs import NO_METADATA, Job, JobDetails, JobMetadata, State
 from harpcaller.runs.timings import Timings
 
-SITUATION = ExplainContext(
+CONTEXT = ExplainContext(
     run=None,
     host=None,
     registry_loaded=True,
@@ -25,37 +25,38 @@ SITUATION = ExplainContext(
     timings={},
     now=200.0,
 )
-EVIDENCE = {"by": "itself", "started": 5000.0, "ended": 5000.5, "authentication": 0.125, "fork": 0.25}
+EXIT_INFO = {"by": "itself", "started": 5000.0, "ended": 5000.5, "authentication": 0.125, "fork": 0.25}
 OWN = dict.fromkeys(("accept", "store", "store_end", "deliver"))
 NOTHING = {**dict.fromkeys(("wait", "connect", "authenticate", "fork", "run", "other")), **OWN}
 
 
-def phases(started: float | None, ended: float | None, facts: JobMetadata = NO_METADATA) -> dict[str, Any]:
+def phases(started: float | None, ended: float | None, given: JobMetadata = NO_METADATA) -> dict[str, Any]:
     end = None if ended is None else Returned(Raw(b"1"))
     state = State.QUEUED if started is None else State.RUNNING if ended is None else State.RETURNED
     job = Job(
         "id", state, "web01", "p", Raw(b"[]"), 1.0, 1.0, None, Raw(b"null"), 100.0, started, ended, end, 0
     )  # fmt: skip
-    found = describe(JobDetails(job, facts, 0, None), SITUATION)["phases"]
+    found = describe(JobDetails(job, given, 0, None), CONTEXT)["phases"]
     assert isinstance(found, dict)
     return found
 
 
-def facts(evidence: Any, call: Any = None) -> JobMetadata:
+def metadata(exit_info: Any, call: Any = None) -> JobMetadata:
     return JobMetadata(
-        call=Raw(json.dumps(call or {"connect_seconds": 0.0625}).encode()), exit_info=Raw(json.dumps(evidence).encode())
+        call=Raw(json.dumps(call or {"connect_seconds": 0.0625}).encode()),
+        exit_info=Raw(json.dumps(exit_info).encode()),
     )
 
 
-def test_all_phases_of_a_job_add_up() -> None:
-    found = phases(101.5, 103.0, facts(EVIDENCE))
+def test_phases_of_a_job_add_up_to_its_duration() -> None:
+    found = phases(101.5, 103.0, metadata(EXIT_INFO))
     assert found == {
         "wait": 1.5, "connect": 0.0625, "authenticate": 0.125, "fork": 0.25, "run": 0.25, "other": 0.8125, **OWN,
     }  # fmt: skip
     assert sum(filter(None, found.values())) == 3.0, "from submission to end"
 
 
-def test_what_only_the_dispatcher_knows_is_told_of_its_latest_jobs() -> None:
+def test_phases_of_the_dispatcher_cover_the_latest_jobs() -> None:
     timings = Timings()
     now = time.monotonic()
     for job_id in map(str, range(1001)):
@@ -75,29 +76,29 @@ def test_what_only_the_dispatcher_knows_is_told_of_its_latest_jobs() -> None:
     assert list(timings.get_phases("another")) == ["store"]
 
 
-def test_what_is_not_over_is_not_known() -> None:
+def test_phases_of_an_unfinished_job_are_none() -> None:
     assert phases(None, None) == NOTHING
     assert phases(102.0, None) == {**NOTHING, "wait": 2.0}
 
 
-def test_without_the_hosts_word_there_is_no_rest() -> None:
-    older = {key: EVIDENCE[key] for key in ("by", "started", "ended")}
-    for facts_ in (NO_METADATA, JobMetadata(call=Raw(b"{}")), JobMetadata(exit_info=Raw(json.dumps(older).encode()))):
-        assert phases(100.0, 101.0, facts_) == {**NOTHING, "wait": 0.0}
+def test_phases_without_exit_info_have_no_other() -> None:
+    older = {key: EXIT_INFO[key] for key in ("by", "started", "ended")}
+    for given in (NO_METADATA, JobMetadata(call=Raw(b"{}")), JobMetadata(exit_info=Raw(json.dumps(older).encode()))):
+        assert phases(100.0, 101.0, given) == {**NOTHING, "wait": 0.0}
 
 
-def test_clocks_that_disagree_make_nothing_negative() -> None:
-    found = phases(99.0, 100.0, facts({**EVIDENCE, "ended": 4000.0}))
+def test_phases_with_disagreeing_clocks_are_not_negative() -> None:
+    found = phases(99.0, 100.0, metadata({**EXIT_INFO, "ended": 4000.0}))
     assert (found["wait"], found["run"]) == (0.0, 0.0)
-    assert phases(101.0, 101.25, facts({**EVIDENCE, "ended": 5001.0}))["other"] == 0.0
+    assert phases(101.0, 101.25, metadata({**EXIT_INFO, "ended": 5001.0}))["other"] == 0.0
 
 
 @pytest.mark.parametrize("said", ["1", None, True, [1], -1, 10**400, 1e300])
-def test_what_a_host_says_may_be_anything(said: Any) -> None:
-    found = phases(101.0, 102.0, facts({**EVIDENCE, "fork": said, "authentication": said}))
+def test_phases_with_arbitrary_exit_info_do_not_raise(said: Any) -> None:
+    found = phases(101.0, 102.0, metadata({**EXIT_INFO, "fork": said, "authentication": said}))
     assert (found["fork"], found["authenticate"], found["run"], found["other"]) == (None,) * 4
 
 
-@pytest.mark.parametrize("evidence", [b"[]", b'{"fork":1' + b"0" * 5000 + b"}", b'{"fork":1e999}'])
-def test_what_can_not_be_read_is_nothing(evidence: bytes) -> None:
-    assert phases(101.0, 102.0, JobMetadata(exit_info=Raw(evidence))) == {**NOTHING, "wait": 1.0}
+@pytest.mark.parametrize("exit_info", [b"[]", b'{"fork":1' + b"0" * 5000 + b"}", b'{"fork":1e999}'])
+def test_phases_with_unreadable_exit_info_are_none(exit_info: bytes) -> None:
+    assert phases(101.0, 102.0, JobMetadata(exit_info=Raw(exit_info))) == {**NOTHING, "wait": 1.0}

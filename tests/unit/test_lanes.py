@@ -18,11 +18,11 @@ from harpcaller.model.lanes import Head, host_lane, queue_lane, startable_jobs
     "spelling",
     [b'{"a":1,"b":[2,"x"]}', b'{ "b" : [2.0, "\\u0078"],\t"a": 10e-1 }'],
 )
-def test_one_queue_however_its_name_is_spelt(spelling: bytes) -> None:
+def test_queue_lane_of_equal_names_is_equal(spelling: bytes) -> None:
     assert queue_lane(Raw(spelling)) == queue_lane(Raw(b'{"a":1,"b":[2,"x"]}'))
 
 
-def test_different_names_are_different_queues() -> None:
+def test_queue_lane_of_different_names_differs() -> None:
     names = [
         b"{}",
         b'{"a":1}',
@@ -37,13 +37,13 @@ def test_different_names_are_different_queues() -> None:
     assert len(lanes) == len(names)
 
 
-def test_a_host_is_no_queue() -> None:
+def test_host_lane_differs_from_every_queue_lane() -> None:
     assert host_lane("{}") != queue_lane(Raw(b"{}"))
     assert host_lane("web01") != host_lane("web02")
     assert host_lane("\ud800") == host_lane("\ud800")
 
 
-def test_a_lane_has_a_short_key_for_any_name() -> None:
+def test_lane_key_of_any_name_is_short() -> None:
     assert len(queue_lane(Raw(json.dumps({"a": "x" * 1_000_000}).encode()))) < 50
 
 
@@ -85,27 +85,27 @@ def lane(host: str, *seqs: int, room: int = 1000) -> Lane:
     return Lane(deque(Head(seq, host) for seq in seqs), room)
 
 
-def test_by_order_of_submission_across_lanes() -> None:
+def test_startable_jobs_of_several_lanes_are_in_order() -> None:
     lanes = Lanes([lane("a", 1, 4, 5), lane("b", 2, 7), lane("c", 3, 6)], Counter())
     assert lanes.start(5, 100) == [1, 2, 3, 4, 5]
     assert lanes.start(5, 100) == [6, 7]
 
 
-def test_a_lane_without_room_waits() -> None:
+def test_startable_jobs_skips_a_full_lane() -> None:
     assert Lanes([lane("a", 1, 3, 4, room=2), lane("b", 2, room=0)], Counter()).start(9, 100) == [1, 3]
 
 
-def test_a_host_that_is_full_holds_back_its_heads_and_what_is_behind_them() -> None:
+def test_startable_jobs_skips_lanes_of_a_full_host() -> None:
     mixed = Lane(deque([Head(2, "full"), Head(3, "free")]), 9)
     lanes = Lanes([lane("full", 1), mixed, lane("free", 4)], Counter({"full": 1, "free": 1}))
     assert lanes.start(9, 2) == [1, 4]
 
 
-def test_a_lower_limit_than_what_holds_a_slot() -> None:
+def test_startable_jobs_with_a_lowered_limit_yields_none() -> None:
     assert Lanes([lane("a", 1)], Counter(a=5)).start(9, 2) == []
 
 
-def test_nothing_is_asked_for_no_job() -> None:
+def test_startable_jobs_with_limit_zero_reads_nothing() -> None:
     lanes = Lanes([lane("a", 1)], Counter())
     assert lanes.start(0, 9) == []
     assert not lanes.asked
@@ -115,7 +115,7 @@ HEADS = st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 4)), max_size=
 
 
 @given(HEADS, st.lists(st.integers(0, 4), min_size=5, max_size=5), st.integers(0, 9), st.integers(0, 4), st.data())
-def test_as_if_everyone_was_looked_at(
+def test_startable_jobs_equals_a_scan_of_all_queued_jobs(
     waiting: list[tuple[str, int]], rooms: list[int], limit: int, max_calls_per_host: int, data: st.DataObject
 ) -> None:
     holding = Counter({host: data.draw(st.integers(0, 3)) for host in "abc"})
