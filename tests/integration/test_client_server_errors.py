@@ -24,7 +24,7 @@ TOLD = [{"error": {"type": "internal_error", "message": "internal error of the d
 
 
 class Faulty:
-    """A real store with a faulty verb.
+    """A real store with a failing verb.
 
     Args:
         store: the store.
@@ -47,14 +47,14 @@ class Faulty:
 
 @asynccontextmanager
 async def service(directory: Path, verb: str, sound: int = 0, *hosts: str) -> AsyncIterator[int]:
-    """A door to a dispatcher with a faulty store; gives its port."""
+    """Serve the client API of a dispatcher with a failing store; yield its port."""
     store = await open_store(directory / "store")
     try:
         faulty: Any = Faulty(store, verb, sound)
         async with running(directory, *hosts, store=faulty, listen=(Address("127.0.0.1", 0),)) as dispatcher:
-            async with ClientServer(dispatcher) as door:
+            async with ClientServer(dispatcher) as server:
                 (listener,) = listeners = await listen(dispatcher.config)
-                door.serve(listeners)
+                server.serve(listeners)
                 yield int(listener.fields["port"])
     finally:
         await store.close()
@@ -73,7 +73,7 @@ async def ask(port: int, **request: Any) -> list[Any]:
 async def test_internal_error_hides_its_details(tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: str) -> None:
     async with service(tmp_path, "get_job") as port:
         assert await ask(port, **{kind: UNKNOWN}) == TOLD
-        assert await ask(port, cancel=UNKNOWN) == [{"cancelled": False}]  # it goes on
+        assert await ask(port, cancel=UNKNOWN) == [{"cancelled": False}]  # the server continues
     (record,) = (record for record in caplog.records if record.levelno == logging.ERROR)
     assert record.getMessage() == "request failed: internal error"
     assert record.exc_info is not None

@@ -38,7 +38,7 @@ def dispatcher(tmp_path: Path, peer: Peer) -> Iterator[Harpcallerd]:
 
 @contextmanager
 def many_descriptors() -> Iterator[None]:
-    """This process may hold a socket for each follower."""
+    """Raise the descriptor limit of this process to a socket for each follower."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(4 * MANY, hard)), hard))
     try:
@@ -48,7 +48,7 @@ def many_descriptors() -> Iterator[None]:
 
 
 def never_reading(dispatcher: Harpcallerd, job: str) -> LineClient:
-    """A follower that asks and reads nothing; its own buffer is small."""
+    """Return a follower that sends a request and reads nothing; its own buffer is small."""
     connection = socket.socket()
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     connection.settimeout(DEADLINE)
@@ -93,7 +93,7 @@ async def test_thousand_followers_get_every_record_in_order(dispatcher: Harpcall
 
 
 def test_followers_that_never_read_use_little_memory(dispatcher: Harpcallerd, peer: Peer) -> None:
-    """50 of them, with 20 MB to read for each, cost less than a tenth of these; another one gets everything."""
+    """50 of them, each with 20 MB to read, use less than a tenth of that; another one gets everything."""
     record = "x" * 100_000
     records = 200
     job = dispatcher.submit("web01", "feed", record)
@@ -119,7 +119,7 @@ def test_followers_that_never_read_use_little_memory(dispatcher: Harpcallerd, pe
 
 
 def test_slow_follower_gets_every_record(dispatcher: Harpcallerd, peer: Peer) -> None:
-    """One that begins to read when all is over has missed nothing, and repeats nothing."""
+    """A follower that starts to read after the end gets every record once."""
     job = dispatcher.submit("web01", "feed", 0)
     wait_until(lambda: len(dispatcher.ask(read_stream=job)) == 2, DEADLINE, "the first record")
     talk = conversation(peer, 0)

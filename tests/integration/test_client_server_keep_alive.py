@@ -51,7 +51,7 @@ def test_keep_alive_serves_a_whole_job(dispatcher: Harpcallerd) -> None:
         assert ask(client, get_details=job, keep_alive=True)["keep_alive"] == IDLE
         many = [{"host": "web01", "procedure": "echo", "arguments": []}] * 3
         assert len(ask(client, submit_many=many, keep_alive=True)["job_ids"]) == 3
-        # The last one does not ask for another.
+        # The last request does not set keep_alive.
         assert ask(client, cancel=job) == {"cancelled": False}
         assert client.line() == b""
 
@@ -106,7 +106,7 @@ def test_keep_alive_with_input_while_waiting_gets_one_reply(dispatcher: Harpcall
     job = dispatcher.submit("web01", "hang")
     with dispatcher.connect() as client:
         client.send({"harpcaller": 1, "get_result": job, "keep_alive": True})
-        # Once another request that came later is answered, this one waits.
+        # After the reply to a later request, this one is waiting.
         assert dispatcher.ask(get_result=job, wait=False) == [{"no_result": True}]
         client.send(CANCEL)
         dispatcher.ask(cancel=UNKNOWN)
@@ -134,7 +134,7 @@ def test_keep_alive_partial_request_gets_an_error(dispatcher: Harpcallerd) -> No
 
 
 def test_keep_alive_near_capacity_is_not_granted(dispatcher: Harpcallerd) -> None:
-    """With ten connections allowed, ten are too many to wait."""
+    """With a limit of ten connections, no connection is kept alive at ten."""
     process = psutil.Process(dispatcher.pid)
 
     def held() -> int:

@@ -34,7 +34,7 @@ def dispatcher(tmp_path_factory: pytest.TempPathFactory, peer: Peer) -> Iterator
 
 
 def connections(dispatcher: Harpcallerd) -> int:
-    """How many connections of clients the program holds."""
+    """Return the number of client connections of the program."""
     held = psutil.Process(dispatcher.pid).net_connections("tcp")
     return sum(one.status != psutil.CONN_LISTEN and one.laddr.port == dispatcher.port for one in held)
 
@@ -103,7 +103,7 @@ def test_data_after_the_request_is_ignored(dispatcher: Harpcallerd, more: bytes)
             assert len(client.messages()) == replies
 
 
-# Clients that leave.
+# Disconnects.
 
 
 def test_half_closed_client_gets_an_immediate_reply(dispatcher: Harpcallerd) -> None:
@@ -164,7 +164,7 @@ def test_disconnect_during_a_stream_frees_the_connection(dispatcher: Harpcallerd
     talk = conversation(peer, "x" * 90_000)
     client = dispatcher.connect()
     client.send({"harpcaller": 1, "follow_stream": job, "since": 0})
-    for _ in range(200):  # more than the connection holds
+    for _ in range(200):  # more than the buffers of the connection
         talk.reply({"stream": "y" * 90_000})
     wait_until(lambda: len(dispatcher.ask(read_stream=job)) == 202, DEADLINE, "all records")
     client.close()
@@ -183,7 +183,7 @@ def test_clients_over_the_limit_are_refused(dispatcher: Harpcallerd) -> None:
         client.send({"harpcaller": 1, "get_result": job})
     wait_for_connections(dispatcher, 40)
     assert dispatcher.ask(get_status=job) == [{"error": REFUSAL}]
-    with dispatcher.connect() as silent:  # it is not waited for
+    with dispatcher.connect() as silent:  # it does not delay the others
         assert silent.messages() == [{"error": REFUSAL}]
     waiting.pop().close()
     wait_until(lambda: "call" in dispatcher.ask(get_status=job)[0], DEADLINE, "room for another client")
@@ -213,7 +213,7 @@ def test_descriptor_limit_is_raised(dispatcher: Harpcallerd) -> None:
 
 
 def test_running_job_uses_little_memory(tmp_path_factory: pytest.TempPathFactory, peer: Peer) -> None:
-    """With its TLS connection and all that is known of it: 60 jobs take less than 9 MB."""
+    """60 jobs with their TLS connections use less than 9 MB."""
     with Harpcallerd(tmp_path_factory.mktemp("memory"), {"web01": peer.port}) as dispatcher:
         process = psutil.Process(dispatcher.pid)
         memory: list[int] = []
@@ -233,7 +233,7 @@ def test_full_disk_refuses_new_jobs_until_space_is_free(dispatcher: Harpcallerd)
     process = psutil.Process(dispatcher.pid)
     unlimited = process.rlimit(resource.RLIMIT_FSIZE)
     job = dispatcher.submit("web01", "hang")
-    # No file may grow any more. The log may not either, which is nobody's fault.
+    # No file can grow any more, including the log.
     process.rlimit(resource.RLIMIT_FSIZE, (1, unlimited[1]))
     try:
         (reply,) = dispatcher.ask(host="web01", procedure="echo", arguments=["x" * 50_000])
@@ -247,7 +247,7 @@ def test_full_disk_refuses_new_jobs_until_space_is_free(dispatcher: Harpcallerd)
     assert dispatcher.ask(cancel=job) == [{"cancelled": True}]
 
 
-# The end.
+# The end of clients and of the server.
 
 
 def test_stop_ends_waits_at_once(tmp_path_factory: pytest.TempPathFactory, peer: Peer) -> None:
@@ -266,7 +266,7 @@ def test_stop_ends_waits_at_once(tmp_path_factory: pytest.TempPathFactory, peer:
 
 
 def test_silent_death_of_a_client_is_detected(dispatcher: Harpcallerd) -> None:
-    """The kernel's timer of the program's side of an idle connection is the one of keepalive."""
+    """The kernel's timer on the program's side of an idle connection is the keepalive timer."""
 
     def timers(client: LineClient) -> list[str]:
         ends = (dispatcher.port, client.socket.getsockname()[1])
@@ -294,15 +294,15 @@ def test_long_requests_share_a_memory_limit(tmp_path: Path, peer: Peer) -> None:
     with Harpcallerd(tmp_path, {"web01": peer.port}, settings=settings) as dispatcher:
         with dispatcher.connect() as first:
             first.send(b"x" * 1_000_000)
-            # Refused only once the first one's bytes have come; until then a second one would fit too.
+            # It is refused only after the bytes of the first one were received.
             wait_until(lambda: long_request(dispatcher) == full, DEADLINE, "the refusal")
-            assert dispatcher.ask(cancel=UNKNOWN) == [{"cancelled": False}]  # short ones pass
+            assert dispatcher.ask(cancel=UNKNOWN) == [{"cancelled": False}]  # short requests are accepted
         wait_for_connections(dispatcher, 0)
         assert long_request(dispatcher) == [{"cancelled": False}]
 
 
 def long_request(dispatcher: Harpcallerd) -> list[object]:
-    """What is answered to a request of a million bytes."""
+    """Return the reply to a request of a million bytes."""
     request = json.dumps({"harpcaller": 1, "cancel": UNKNOWN}).encode()
     with dispatcher.connect() as client:
         client.send(request + b" " * 1_000_000 + b"\n")

@@ -1,9 +1,8 @@
 """Every request, reply and error between client and dispatcher, over real sockets.
 
 The transcripts quote docs/protocol.md, Client and dispatcher. A line ``->`` opens a connection and sends a request, the
-lines ``<-`` under it are all that comes until the dispatcher closes; a line without an arrow belongs to the one above.
-Of the strings in them, JOB is bound when it is first seen, TIME is any integer, and one that begins with ~ is any
-string that contains the rest.
+lines ``<-`` below it are everything that the dispatcher sends before it closes. A line without an arrow continues the
+line above. In strings, JOB is bound at its first use, TIME is any integer, and ~TEXT is any string that contains TEXT.
 """
 
 from __future__ import annotations
@@ -215,7 +214,7 @@ TRANSCRIPTS = {
 }
 
 
-# How a request may be written and come.
+# Forms of requests.
 
 
 def as_it_stands(request: dict[str, Any]) -> list[bytes]:
@@ -260,14 +259,14 @@ def exchange(dispatcher: Harpcallerd, pieces: list[bytes]) -> list[Any]:
 
 
 def steps(transcript: str) -> Iterator[tuple[str, list[str]]]:
-    """Each request with the replies that it gets."""
+    """Return each request with its replies."""
     for step in transcript.split("-> ")[1:]:
         request, *replies = " ".join(step.split()).split(" <- ")
         yield request, replies
 
 
 def check_match(expected: Any, got: Any, jobs: dict[str, str]) -> None:
-    """Fail unless they are the same: type, keys and values; see the top for what strings stand for."""
+    """Fail unless type, keys and values are equal; see the top for the strings."""
     if isinstance(expected, str) and expected.endswith("JOB"):
         assert got == jobs.setdefault(expected, got)
     elif expected == "TIME":

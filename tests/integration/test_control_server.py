@@ -36,7 +36,7 @@ def dispatcher(tmp_path: Path, peer: Peer) -> Iterator[Harpcallerd]:
 
 
 def failure(dispatcher: Harpcallerd, *arguments: str) -> str:
-    """What a command that must fail with 1 says: one line on stderr, nothing else."""
+    """Return the error of a command that must fail with 1: one line on stderr, nothing else."""
     done = dispatcher.control(*arguments)
     assert done.returncode == 1
     assert done.stdout == ""
@@ -52,14 +52,14 @@ def ended(dispatcher: Harpcallerd, *arguments: Any, **options: Any) -> str:
 
 
 def listed(job: str, procedure: str, arguments: Any, times: str) -> dict[str, Any]:
-    """A job of a list; of its times submit, start and end those are set whose letter is given."""
+    """Return a job as in a list; `times` has the first letters of the times that are set."""
     time = {name: name[0] in times for name in ("submit", "start", "end")}
     time["start"], time["end"] = "b" in times, "e" in times
     return {"job": job, "call": {"host": "web01", "procedure": procedure, "arguments": arguments}, "time": time}
 
 
 def with_times_seen(jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The jobs with each of their times as whether it is set, once it is seen to be an integer or null."""
+    """Return the jobs with each time, an integer or null, replaced by whether it is set."""
     for job in jobs:
         assert list(job["time"]) == ["submit", "start", "end"]
         assert all(moment is None or type(moment) is int for moment in job["time"].values())
@@ -231,7 +231,7 @@ def test_waiting_command_ends_with_the_daemon(dispatcher: Harpcallerd) -> None:
         wait_until(lambda: psutil.Process(dispatcher.pid).children(), DEADLINE, "the script")
         children = psutil.Process(dispatcher.pid).children(recursive=True)
         dispatcher.kill()
-        with suppress(ConnectionResetError):  # the script may have been the reload's, and the request still unread
+        with suppress(ConnectionResetError):  # the script may have run for the reload, before the request was read
             assert client.lines() == []
     for child in children:
         child.kill()

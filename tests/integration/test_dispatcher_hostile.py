@@ -17,7 +17,8 @@ from harpcaller.model.jobs import NewJob, StopState
 from harpcaller.store.sqlite import open_store
 from support.deadline import eventually
 from support.dispatcher import Switched, call, host_line, running
-from support.kept import (
+from support.peers import Conversation
+from support.resumable_host import (
     EVIDENCE,
     acknowledged,
     acknowledgement,
@@ -31,13 +32,12 @@ from support.kept import (
     settled,
     started,
 )
-from support.peers import Conversation
 
 UNKNOWN = "3f22e0d4-c8ed-11e5-8d66-001e8c140268"
 
 
 async def claimed_job(store: Any) -> str:
-    """A job that an earlier dispatcher has given its slot."""
+    """Return a job that an earlier dispatcher has claimed."""
     job = NewJob(str(uuid.uuid4()), "web01", "p", Raw(b"[]"), 600.0, 600.0)
     await store.add_job(job, 1.0)
     [claimed] = await store.claim_jobs(1.0, 1, 1000)
@@ -69,7 +69,7 @@ async def test_orphan_with_invalid_reply_affects_nothing_else(tmp_path: Path, da
 
 
 async def test_orphans_of_a_silent_host_delay_no_other_host(tmp_path: Path) -> None:
-    """One host holds many calls that nobody wants, and says nothing when it is asked for them."""
+    """A host lists many orphans and does not reply to attaches."""
     waiting = threading.Semaphore(0)
     stopped = threading.Event()
 
@@ -137,7 +137,7 @@ async def test_orphan_of_another_host_stores_no_exit_info(tmp_path: Path) -> Non
 async def test_call_list_that_is_too_long_is_ignored(tmp_path: Path) -> None:
     def script(talk: Conversation) -> None:
         talk.expect()
-        with contextlib.suppress(ConnectionError):  # the dispatcher may have hung up before all of it was sent
+        with contextlib.suppress(ConnectionError):  # the dispatcher may have closed the connection before the end
             talk.send(b'{"harp": 1, "calls": [' + b'"3f22e0d4-c8ed-11e5-8d66-001e8c140268", ' * 250_000)
         talk.until_closed()
 
@@ -164,13 +164,13 @@ async def test_slow_query_does_not_make_a_host_legacy(tmp_path: Path) -> None:
 
 
 async def test_cancel_during_recovery_stops_the_call(tmp_path: Path) -> None:
-    """The store did not answer at the start; the doors are open when it does."""
+    """The store fails at the start and works when the APIs are open."""
     opened = await open_store(tmp_path / "store")
     job_id = await claimed_job(opened)
     asked, go_on = asyncio.Event(), asyncio.Event()
 
     class Late(Switched):
-        """Fails to list the held jobs once, then lists them, and takes its time to say so."""
+        """A store that fails to list the running jobs once, then lists them slowly."""
 
         async def list_slot_holders(self) -> Any:
             if not self.refused:
@@ -199,11 +199,11 @@ async def test_cancel_during_recovery_stops_the_call(tmp_path: Path) -> None:
 
 
 async def test_failed_run_leaves_no_pending_stop(tmp_path: Path) -> None:
-    """Whoever waits for the stop of its job is told; the slot is kept until the next start looks."""
+    """A client that waits for the stop is notified; the job holds its slot until the next start."""
     opened = await open_store(tmp_path / "store")
 
     class Faulty(Switched):
-        """Has a fault when the call's end is settled, once."""
+        """A store that fails once when the end of the call is stored."""
 
         async def finalize_stop(self, *arguments: Any, **options: Any) -> Any:
             if not self.refused:

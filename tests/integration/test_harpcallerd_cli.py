@@ -25,12 +25,12 @@ UNKNOWN = "00000000-0000-4000-8000-000000000000"
 
 @pytest.fixture
 def dispatcher(tmp_path: Path) -> Harpcallerd:
-    """Not started."""
+    """Return a dispatcher that is not started."""
     return Harpcallerd(tmp_path)
 
 
 def answers(family: int, address: Any) -> bool:
-    """Whether a dispatcher answers there."""
+    """Return whether a dispatcher replies there."""
     connection = socket.socket(family)
     connection.settimeout(DEADLINE)
     try:
@@ -44,7 +44,7 @@ def answers(family: int, address: Any) -> bool:
 
 
 def fails(dispatcher: Harpcallerd, *arguments: str) -> str:
-    """What a command that must fail with 1 says on stderr: one line, apart from the log of a start."""
+    """Return the error of a command that must fail with 1: one line on stderr, apart from the log of a start."""
     done = dispatcher.control(*arguments)
     assert (done.returncode, done.stdout) == (1, "")
     (said,) = (line for line in done.stderr.splitlines() if not line.startswith("{"))
@@ -55,7 +55,7 @@ def start_arguments(dispatcher: Harpcallerd, *options: str) -> tuple[str, ...]:
     return ("start", f"--config={dispatcher.config_file}", *options)
 
 
-# Running or not.
+# Status and stop.
 
 
 def test_status_reports_running_and_stopped(dispatcher: Harpcallerd) -> None:
@@ -66,7 +66,7 @@ def test_status_reports_running_and_stopped(dispatcher: Harpcallerd) -> None:
             running = dispatcher.control("status", *options)
             assert (running.returncode, running.stdout, running.stderr) == (0, "harpcallerd is running\n", "")
     dispatcher.start()
-    dispatcher.kill()  # leaves its socket behind
+    dispatcher.kill()  # its socket file remains
     assert dispatcher.socket.is_socket()
     assert dispatcher.control("status", "--wait", "--timeout=0.1").stdout == "harpcallerd is stopped\n"
 
@@ -104,7 +104,7 @@ def test_stop_waits_for_the_process(dispatcher: Harpcallerd) -> None:
     process = psutil.Process(pid)
     done = dispatcher.control("stop", "--print-pid", "--timeout=50")
     assert (done.returncode, done.stdout, done.stderr) == (0, f"{pid}\n", "")
-    assert process.status() == psutil.STATUS_ZOMBIE  # gone, but for us who have not looked yet
+    assert process.status() == psutil.STATUS_ZOMBIE  # exited, not yet reaped by this process
     assert dispatcher.wait() == 0
     assert not dispatcher.socket.exists()
     dispatcher.start()
@@ -116,13 +116,13 @@ def test_stop_waits_for_the_process(dispatcher: Harpcallerd) -> None:
 def test_stop_reports_a_timeout(dispatcher: Harpcallerd) -> None:
     dispatcher.start()
     os.kill(dispatcher.pid, signal.SIGSTOP)
-    # It can't even answer; a status finds that out too.
+    # It cannot reply; `status` detects that too.
     with subprocess.Popen(dispatcher.command("stop", "--timeout=0.5"), stderr=subprocess.PIPE, text=True) as stopping:
         _, said = stopping.communicate(timeout=DEADLINE)
     assert stopping.returncode == 1
     assert said == f"harpcallerd: harpcallerd does not answer on {dispatcher.socket}\n"
     os.kill(dispatcher.pid, signal.SIGCONT)
-    assert dispatcher.wait() == 0  # the request was there all the time
+    assert dispatcher.wait() == 0  # the request was received in the meantime
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -173,7 +173,7 @@ def test_start_keeps_a_file_that_is_not_a_socket(dispatcher: Harpcallerd) -> Non
 
 def test_two_starts_at_once_make_one_daemon(dispatcher: Harpcallerd) -> None:
     dispatcher.start()
-    dispatcher.kill()  # both find what it left
+    dispatcher.kill()  # both find its socket files
     dispatcher.configure({"listen": ["127.0.0.1:0"]})
     start = dispatcher.command(*start_arguments(dispatcher))
     starts = [subprocess.Popen(start, stderr=subprocess.PIPE) for _ in range(4)]
@@ -267,7 +267,7 @@ def test_debug_logs_everything(tmp_path: Path) -> None:
             assert ("the argument" in dispatcher.log_file.read_text()) is logged
 
 
-# Where it listens.
+# Listening addresses.
 
 
 def test_listen_logs_every_address(tmp_path: Path) -> None:
@@ -316,7 +316,7 @@ def test_reload_changed_listen_needs_restart(tmp_path: Path) -> None:
     path = tmp_path / "socket"
     with Harpcallerd(tmp_path / "one", settings={"listen": ["127.0.0.1:0"]}) as dispatcher:
         dispatcher.configure({"listen": ["127.0.0.1:0", f"unix:{path}"]})
-        for _ in range(2):  # the second reload changes nothing more, but the restart is still due
+        for _ in range(2):  # the second reload changes nothing, but the restart is still needed
             done = dispatcher.control("reload")
             assert done.returncode == 0
             assert done.stderr == "harpcallerd: warning: the change of listen needs a restart\n"
@@ -346,7 +346,7 @@ def test_reload_of_an_invalid_file_changes_nothing(
         assert message in fails(dispatcher, "reload")
         assert {one.laddr for one in psutil.Process(dispatcher.pid).net_connections("tcp")} == listening
         assert answers(socket.AF_INET, (dispatcher.host, dispatcher.port))
-        dispatcher.wait_event("command", command="reload")  # the level of the log is what it was
+        dispatcher.wait_event("command", command="reload")  # the log level is unchanged
 
 
 def test_reload_applies_request_and_log_settings(dispatcher: Harpcallerd) -> None:

@@ -14,16 +14,16 @@ from support.deadline import eventually, wait_until
 from support.dispatcher import host_line, running
 from support.harpcallerd import Harpcallerd
 from support.harpd import Harpd
-from support.kept import EVIDENCE, NOT_HELD, acknowledgement, orders, playing, result_of
 from support.peers import Conversation, Script
 from support.procedures_file import PROCEDURES
+from support.resumable_host import EVIDENCE, NOT_HELD, acknowledgement, orders, playing, result_of
 
 KEEPS = {"harp": 1, "calls": [], "instance": "w1", "keep_alive": 60}
 KEPT = {**acknowledgement(), "keep_alive": 60}
 
 
 def peers(harpd: Harpd) -> list[str]:
-    """By which connections calls came."""
+    """Return the peer addresses of the calls."""
     return [event["peer"] for event in harpd.events("call accepted")]
 
 
@@ -52,7 +52,7 @@ def test_pool_reuses_one_connection_after_any_end(harpd: Harpd, tmp_path: Path) 
                     job.get()
         found = peers(harpd)
         assert len(found) == 20
-        # The next one may begin before the one before has given its connection back.
+        # A call may start before the previous one has returned its connection.
         assert len(set(found)) <= 4
 
 
@@ -75,14 +75,14 @@ def test_pool_connection_closed_by_the_host_is_replaced(tmp_path: Path) -> None:
 
 
 def connections(port: int) -> int:
-    """How many connections there are to a port of this machine."""
+    """Return the number of connections to a port of this machine."""
     own = f":{port:04X}"
     lines = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
     return sum(line[2].endswith(own) and line[3] == "01" for line in lines)
 
 
 def serving(talk: Conversation, count: int, between: Callable[[Conversation], None] = lambda talk: None) -> None:
-    """Serve kept calls on one connection."""
+    """Serve resumable calls on one connection."""
     for number in range(count):
         request = talk.expect()
         assert request["keep_alive"] is True
@@ -99,7 +99,7 @@ def keeping(talk: Conversation) -> None:
 
 
 async def results(directory: Path, *scripts: Script, count: int) -> list[Any]:
-    """The ends of jobs that were submitted one after the other."""
+    """Return the ends of jobs that are submitted one after the other."""
     with playing(directory, keeping, *scripts) as peer:
         async with running(directory, host_line(peer.port), resumable_calls=True) as dispatcher:
             ends = []

@@ -33,7 +33,7 @@ WEB01 = Host("web01", "10.0.0.1", 4306, "u", "topsecret")
 
 
 class Script:
-    """A script of the shell that counts its runs and does what the test tells it."""
+    """A shell script that counts its runs and can be changed by the test."""
 
     def __init__(self, directory: Path) -> None:
         self.file = directory / "update hosts"
@@ -43,7 +43,7 @@ class Script:
         self.does()
 
     def does(self, *lines: str, after: str = "") -> None:
-        """From now on: print these lines of the registry, then run more of the shell."""
+        """Change the script: print these lines of the registry, then run `after`."""
         self._hosts.write_text("".join(lines))
         program = f"#!/bin/sh\necho >>{shlex.quote(str(self._runs))}\ncat {shlex.quote(str(self._hosts))}\n{after}\n"
         new = self.file.with_suffix(".new")
@@ -62,8 +62,8 @@ def script(tmp_path: Path) -> Script:
 
 
 @asynccontextmanager
-async def kept_up(directory: Path, **settings: Any) -> AsyncIterator[HostsRegistry]:
-    """A registry that is refreshed regularly."""
+async def refreshed(directory: Path, **settings: Any) -> AsyncIterator[HostsRegistry]:
+    """Yield a registry that is refreshed regularly."""
     registry = HostsRegistry(Config(host_db=directory / "hosts.db", **settings), lambda: None)
     task = asyncio.create_task(registry.refresh_regularly())
     try:
@@ -75,7 +75,7 @@ async def kept_up(directory: Path, **settings: Any) -> AsyncIterator[HostsRegist
 
 
 def alive(pid: int) -> bool:
-    """Whether it is there and no zombie: those are reaped when init comes to it."""
+    """Return whether the process exists and is not a zombie, which init reaps later."""
     try:
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
@@ -88,7 +88,7 @@ def names(registry: HostsRegistry) -> list[str]:
 
 async def test_registry_runs_the_script_at_start_and_regularly(tmp_path: Path, script: Script) -> None:
     script.does(host_line(1, "b"), host_line(2, "a"))
-    async with kept_up(tmp_path, host_db_script=script.file, host_db_refresh=0.1) as registry:
+    async with refreshed(tmp_path, host_db_script=script.file, host_db_refresh=0.1) as registry:
         await eventually(lambda: names(registry) == ["a", "b"], what="the hosts")
         script.does(host_line(1, "c"))
         await eventually(lambda: names(registry) == ["c"], what="the new hosts")
@@ -100,13 +100,13 @@ async def test_registry_runs_the_script_at_start_and_regularly(tmp_path: Path, s
 async def test_registry_uses_a_young_cache(tmp_path: Path, script: Script, age: float, runs: int) -> None:
     write_cache(tmp_path / "hosts.db", CachedHosts({"web01": WEB01}, time.time() - age))
     script.does(host_line(1, "new"))
-    async with kept_up(tmp_path, host_db_script=script.file, host_db_refresh=900.0) as registry:
+    async with refreshed(tmp_path, host_db_script=script.file, host_db_refresh=900.0) as registry:
         assert registry.is_ready
         assert registry.find_host("web01") == WEB01
         if runs:
             await eventually(lambda: "new" in read_cache(tmp_path / "hosts.db").hosts, what="the refresh")
         else:
-            await registry.refresh()  # one that is due would run, or have run, before
+            await registry.refresh()  # a refresh that is due would run before this one
         assert script.runs == 1
     restarted = HostsRegistry(Config(host_db=tmp_path / "hosts.db", host_db_script=script.file), lambda: None)
     assert names(restarted) == ["new"]
@@ -116,11 +116,11 @@ async def test_registry_never_runs_the_script_twice_at_once(tmp_path: Path, scri
     go = tmp_path / "go"
     os.mkfifo(go)
     script.does(host_line(1, "a"), after=f"cat {shlex.quote(str(go))}")
-    async with kept_up(tmp_path, host_db_script=script.file) as registry:
+    async with refreshed(tmp_path, host_db_script=script.file) as registry:
         await eventually(lambda: script.runs == 1, what="the first run")
         refreshes = [asyncio.create_task(registry.refresh()) for _ in range(5)]
         await asyncio.sleep(0)
-        refreshes[0].cancel()  # who no longer waits does not end it for the others
+        refreshes[0].cancel()  # a cancelled wait does not end the refresh
         await asyncio.to_thread(go.write_text, "")
         assert await asyncio.gather(*refreshes[1:]) == [1, 1, 1, 1]
         assert script.runs == 1
@@ -129,7 +129,7 @@ async def test_registry_never_runs_the_script_twice_at_once(tmp_path: Path, scri
 @pytest.mark.parametrize("ending", ["exit 3", "kill -9 $$", "echo trouble >&2; exit 1"])
 async def test_registry_failed_script_changes_nothing(tmp_path: Path, script: Script, ending: str) -> None:
     script.does(host_line(1, "a"))
-    async with kept_up(tmp_path, host_db_script=script.file) as registry:
+    async with refreshed(tmp_path, host_db_script=script.file) as registry:
         assert await registry.refresh() == 1
         copy = (tmp_path / "hosts.db").read_bytes()
         script.does(host_line(1, "b"), after=ending)
@@ -142,14 +142,14 @@ async def test_registry_failed_script_changes_nothing(tmp_path: Path, script: Sc
 
 
 async def test_registry_missing_script_fails_the_refresh(tmp_path: Path) -> None:
-    async with kept_up(tmp_path, host_db_script=tmp_path / "none") as registry:
+    async with refreshed(tmp_path, host_db_script=tmp_path / "none") as registry:
         with pytest.raises(RefreshFailed, match="No such file"):
             await registry.refresh()
         assert registry.is_ready
 
 
 async def test_registry_without_sources_fails_the_refresh(tmp_path: Path) -> None:
-    async with kept_up(tmp_path) as registry:
+    async with refreshed(tmp_path) as registry:
         with pytest.raises(RefreshFailed, match="host_db_script"):
             await registry.refresh()
 
@@ -194,7 +194,7 @@ async def test_registry_logs_invalid_lines_without_contents(
     caplog.set_level(logging.DEBUG)
     broken = json.dumps({"hostname": "x", "credentials": {"user": "u", "password": "topsecret"}}) + "\n"
     script.does(broken, host_line(1, "a"), "topsecret\n", host_line(2, "a"), after="echo topsecret >&2")
-    async with kept_up(tmp_path, host_db_script=script.file) as registry:
+    async with refreshed(tmp_path, host_db_script=script.file) as registry:
         await registry.refresh()
         assert [host.port for host in registry.list_hosts()] == [2]
     counted = next(record.__dict__ for record in caplog.records if "duplicates" in record.__dict__)
@@ -250,7 +250,7 @@ def test_cache_renames_a_foreign_file(tmp_path: Path, content: bytes) -> None:
 async def test_registry_works_without_a_writable_cache(tmp_path: Path, script: Script) -> None:
     (tmp_path / "hosts.db").mkdir()
     script.does(host_line(1, "a"))
-    async with kept_up(tmp_path, host_db_script=script.file) as registry:
+    async with refreshed(tmp_path, host_db_script=script.file) as registry:
         assert await registry.refresh() == 1
         assert names(registry) == ["a"]
     assert not (tmp_path / "hosts.db.new").exists()
@@ -259,7 +259,7 @@ async def test_registry_works_without_a_writable_cache(tmp_path: Path, script: S
 async def test_registry_reads_a_changed_hosts_file(tmp_path: Path, script: Script) -> None:
     script.does(host_line(1, "a"), host_line(1, "b"))
     file = hosts_file(tmp_path, host_line(2, "b"), host_line(2, "c"))
-    async with kept_up(tmp_path, host_db_script=script.file, hosts_file=file) as registry:
+    async with refreshed(tmp_path, host_db_script=script.file, hosts_file=file) as registry:
         assert await registry.refresh() == 3
         assert [(host.hostname, host.port) for host in registry.list_hosts()] == [("a", 1), ("b", 2), ("c", 2)]
         found = registry.find_host("b")
@@ -281,7 +281,7 @@ async def test_registry_reads_a_changed_hosts_file(tmp_path: Path, script: Scrip
 async def test_registry_applies_a_new_configuration(tmp_path: Path, script: Script) -> None:
     script.does(host_line(1, "a"))
     file = hosts_file(tmp_path, host_line(2, "b"))
-    async with kept_up(tmp_path, hosts_file=file) as registry:
+    async with refreshed(tmp_path, hosts_file=file) as registry:
         assert names(registry) == ["b"]
         registry.update_config(Config(host_db=tmp_path / "hosts.db", host_db_script=script.file))
         await eventually(lambda: names(registry) == ["a"], what="the script's hosts")

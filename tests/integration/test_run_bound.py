@@ -35,7 +35,7 @@ def acknowledge(talk: Conversation, stream: bool = False) -> Any:
 
 
 def saying(*messages: object) -> Script:
-    """A host that reads the request, says this and closes."""
+    """Return a host script that reads the request, sends these messages and closes."""
 
     def script(talk: Conversation) -> None:
         talk.expect()
@@ -51,7 +51,7 @@ def playing(directory: Path, *scripts: Script, **options: Any) -> Iterator[Peer]
 
 
 async def ended(directory: Path, script: Script, settings: dict[str, Any] | None = None, **options: Any) -> End | None:
-    """The end of a job whose host follows a script."""
+    """Return the end of a job whose host runs a script."""
     with playing(directory, script) as peer:
         async with running(directory, host_line(peer.port), **(settings or {})) as dispatcher:
             return await result(dispatcher, **options)
@@ -327,7 +327,7 @@ async def test_run_data_during_store_failure_is_stored_later(tmp_path: Path) -> 
             rest.set()
             await eventually(lambda: store.refused >= 3, what="a third try")
             assert (await dispatcher.get_job(job_id)).state is State.RUNNING
-            assert (await dispatcher.get_job(waiting)).state is State.QUEUED  # nothing is claimed meanwhile
+            assert (await dispatcher.get_job(waiting)).state is State.QUEUED  # no job is claimed in the meantime
             store.off = False
             records, end = await followed(dispatcher, job_id, since=0)
             assert (records, end) == ([(0, 0), (1, 1), (2, 2)], Returned(b'"end"'))
@@ -355,7 +355,7 @@ async def test_run_pauses_reading_while_the_store_fails(tmp_path: Path) -> None:
         async with running(tmp_path, host_line(peer.port), store=store) as dispatcher:
             job_id = await dispatcher.submit(call(timeout=3), "test")
             await eventually(lambda: store.refused >= 3, what="a third try")
-            assert sent < enough  # what the host could send is in the sockets' buffers and our bounded memory
+            assert sent < enough  # the rest is in socket buffers and in bounded memory
             store.off = False
             assert await dispatcher.result(job_id, wait=True) == Returned(b"null")
             assert (await dispatcher.get_job(job_id)).records == enough // len(

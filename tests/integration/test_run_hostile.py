@@ -22,7 +22,8 @@ from harpcaller.store.sqlite import open_store
 from support.deadline import eventually
 from support.dispatcher import Switched, call, followed, host_line, running
 from support.harpd import Harpd
-from support.kept import (
+from support.peers import Conversation
+from support.resumable_host import (
     EVIDENCE,
     NOT_HELD,
     acknowledgement,
@@ -37,7 +38,6 @@ from support.kept import (
     settled,
     started,
 )
-from support.peers import Conversation
 
 #: A number that no record has.
 BEHIND_ALL = 2**53
@@ -50,7 +50,7 @@ def records_gone(**data: Any) -> dict[str, Any]:
 
 
 def refused_behind_all(end: int) -> Any:
-    """Takes the attach that only asks where the records end."""
+    """Receive the attach that queries the end of the records."""
 
     def script(talk: Conversation) -> None:
         assert talk.expect()["since"] == BEHIND_ALL
@@ -60,7 +60,7 @@ def refused_behind_all(end: int) -> Any:
 
 
 def stopped_behind(end: int) -> Any:
-    """Takes the attach behind all records, and the order to stop."""
+    """Receive the attach past all records, and the stop command."""
 
     def script(talk: Conversation) -> None:
         assert attached(talk, stream=True, records=end)["since"] == end
@@ -125,7 +125,7 @@ def long_record():
 
 
 async def test_resumable_run_repeated_errors_slow_reattaching(tmp_path: Path) -> None:
-    """An acknowledgement is no progress. The slot is kept until the host says that the call is over."""
+    """An acknowledgement is not progress. The job holds its slot until the host reports the end."""
     attaches: list[float] = []
 
     def script(talk: Conversation) -> None:
@@ -149,7 +149,9 @@ async def test_resumable_run_repeated_errors_slow_reattaching(tmp_path: Path) ->
             assert isinstance(end, Failed)
             assert end.type == "protocol_error"
             assert (await settled(dispatcher, job_id)).stop is StopState.CONFIRMED
-    assert attaches[4] - attaches[3] > 0.79  # at least half of the pause after four in vain: 0.2 s * 2 ** 4 / 2 = 1.6 s
+    assert (
+        attaches[4] - attaches[3] > 0.79
+    )  # at least half of the delay after four failed attempts: 0.2 s * 2 ** 4 / 2 = 1.6 s
 
 
 async def test_resumable_run_ack_and_disconnect_slows_reattaching(tmp_path: Path) -> None:
@@ -174,7 +176,7 @@ async def test_resumable_run_ack_and_disconnect_slows_reattaching(tmp_path: Path
 
 @pytest.mark.parametrize("data", [{}, {"end": "x"}, {"end": -1}, {"end": 1.5}, {"end": True}, [1], 10**400, "x"])
 async def test_records_gone_with_invalid_data_is_retried(tmp_path: Path, data: Any) -> None:
-    """It is one more failed attempt, and no fault of the dispatcher."""
+    """The attempt counts as failed; it is not an internal error."""
 
     def begin(talk: Conversation) -> None:
         started(talk)
@@ -194,7 +196,7 @@ async def test_records_gone_with_invalid_data_is_retried(tmp_path: Path, data: A
 
 
 async def test_records_gone_continues_at_the_given_number(tmp_path: Path) -> None:
-    """Else the host would wait for ever to hear that they are stored, and never say the end."""
+    """Without an ack of these records the host would never send the end."""
     counts: list[int] = []
 
     def begin(talk: Conversation) -> None:
@@ -237,7 +239,7 @@ async def test_resumable_run_data_after_the_end_is_ignored(tmp_path: Path) -> No
 
 
 async def test_resumable_run_buffered_result_is_not_too_late(tmp_path: Path) -> None:
-    """The call ended in time; the dispatcher could not be there. The host watches the limits, and says the end."""
+    """The call ended in time, during an outage. The host enforces the limits and reports the end."""
     may_answer = threading.Event()
 
     def begin(talk: Conversation) -> None:
@@ -249,7 +251,7 @@ async def test_resumable_run_buffered_result_is_not_too_late(tmp_path: Path) -> 
         request = talk.expect()
         assert "attach" in request
         talk.reply(acknowledgement(stream=True, elapsed=10_000.0, records=1))
-        assert "heartbeat" in json.loads(talk.line())  # it has looked at its limits by now
+        assert "heartbeat" in json.loads(talk.line())  # it has checked its limits
         talk.reply({"stream": 0})
         assert next(orders(talk)) == {"ack": 1}
         ends(talk, EVIDENCE, {"result": "in time"})
@@ -266,7 +268,7 @@ async def test_resumable_run_buffered_result_is_not_too_late(tmp_path: Path) -> 
 
 
 async def test_resumable_run_missing_ack_does_not_end_the_job(tmp_path: Path) -> None:
-    """A job whose timeout is shorter than the acknowledgement may take, and that is stopped meanwhile."""
+    """The job's timeout is shorter than acknowledgement_timeout, and the job is cancelled before it."""
     silent = threading.Event()
 
     def begin(talk: Conversation) -> None:
@@ -290,7 +292,7 @@ async def test_resumable_run_missing_ack_does_not_end_the_job(tmp_path: Path) ->
 
 
 async def test_heartbeats_keep_a_minimum_interval(tmp_path: Path) -> None:
-    """Whatever a host says of its patience."""
+    """The minimum applies to every timeout that a host sends."""
     beats: list[float] = []
 
     def script(talk: Conversation) -> None:
@@ -308,7 +310,7 @@ async def test_heartbeats_keep_a_minimum_interval(tmp_path: Path) -> None:
 
 
 async def test_host_that_does_not_read_is_disconnected(tmp_path: Path) -> None:
-    """What is to be said to it does not pile up: not more than the kernel holds, and a little."""
+    """Commands to it do not accumulate: they are bounded by the kernel's buffer and a little more."""
     over = threading.Event()
 
     def deaf(talk: Conversation) -> None:
@@ -332,7 +334,7 @@ async def test_host_that_does_not_read_is_disconnected(tmp_path: Path) -> None:
 
 
 async def test_host_that_ignores_the_window_is_paused(tmp_path: Path) -> None:
-    """While the store can't take them, what is held of them here is bounded."""
+    """While the store fails, the memory for its records is bounded."""
     sent = 0
     held_back = threading.Event()
 

@@ -17,7 +17,8 @@ from harpcaller.store import UnknownJob
 from harpcaller.store.sqlite import open_store
 from support.deadline import eventually
 from support.dispatcher import CREDENTIALS, call, followed, host_line, running, until
-from support.kept import (
+from support.peers import Conversation
+from support.resumable_host import (
     EVIDENCE,
     NOT_HELD,
     acknowledged,
@@ -33,7 +34,6 @@ from support.kept import (
     settled,
     started,
 )
-from support.peers import Conversation
 
 
 async def test_resumable_run_sends_id_and_acks_the_end(tmp_path: Path) -> None:
@@ -45,7 +45,7 @@ async def test_resumable_run_sends_id_and_acks_the_end(tmp_path: Path) -> None:
 
     with playing(tmp_path, holding(), script, script) as peer:
         async with running(tmp_path, host_line(peer.port), resumable_calls=True, disconnect_timeout=50.0) as dispatcher:
-            for _ in range(2):  # asked once, not for each call
+            for _ in range(2):  # queried once, not for each call
                 job_id, end = await result_of(dispatcher, timeout=3, max_exec_time=4)
                 assert end == Returned(b"[1]")
             assert (await dispatcher.details(job_id))["exit_info"] == b'{"exit": 0, "by": "itself"}'
@@ -92,7 +92,7 @@ async def test_start_with_ever_new_instance_is_network_error(tmp_path: Path) -> 
 
 
 async def test_start_without_reply_is_never_repeated(tmp_path: Path) -> None:
-    """The connection breaks after the request: the host is asked for the call, and says that it never will be."""
+    """The connection breaks after the request; the host replies to the attach that it will never start the call."""
 
     def cut(talk: Conversation) -> None:
         talk.expect()
@@ -160,7 +160,7 @@ async def test_reattach_continues_at_the_next_record(tmp_path: Path) -> None:
             ]
             assert times[:2] == [10.0, 10.0]
     assert asked[0] == (2, job_id)
-    assert asked[1][0] in (2, 3)  # a reset may take away what was on its way
+    assert asked[1][0] in (2, 3)  # a reset may discard data in transit
 
 
 async def test_stop_after_outage_frees_the_slot_with_the_report(tmp_path: Path) -> None:
@@ -232,7 +232,7 @@ async def test_release_frees_the_slot(tmp_path: Path) -> None:
         async with running(tmp_path, host_line(peer.port), resumable_calls=True) as dispatcher:
             job_id = await dispatcher.submit(call(), "test")
             await acknowledged(dispatcher, job_id)
-            assert not await dispatcher.release_slot(job_id)  # it runs
+            assert not await dispatcher.release_slot(job_id)  # the job is running
             await dispatcher.cancel(job_id)
             waiting = asyncio.create_task(dispatcher.wait_stopped(job_id))
             assert await dispatcher.release_slot(job_id)
@@ -290,7 +290,7 @@ async def test_host_downgraded_to_legacy_has_bound_calls(tmp_path: Path) -> None
 
 
 async def test_orphaned_calls_are_stopped_and_released(tmp_path: Path) -> None:
-    """A call of a job that has ended, and one of a job that is not known."""
+    """A call of a job that has ended, and a call of an unknown job."""
     unknown = "3f22e0d4-c8ed-11e5-8d66-001e8c140268"
     ids: list[str] = []
     stopped: list[str] = []
@@ -313,7 +313,7 @@ async def test_orphaned_calls_are_stopped_and_released(tmp_path: Path) -> None:
     store = await open_store(tmp_path / "store")
     with playing(tmp_path, always=unwanted) as peer:
         async with running(tmp_path, host_line(1, "elsewhere"), store=store) as dispatcher:
-            job_id, _ = await result_of(dispatcher)  # its host is not known
+            job_id, _ = await result_of(dispatcher)  # its host is unknown
             ids.append(job_id)
         peer.play_next(list_both)
         async with running(tmp_path, host_line(peer.port), store=store, resumable_calls=True) as dispatcher:
@@ -321,7 +321,7 @@ async def test_orphaned_calls_are_stopped_and_released(tmp_path: Path) -> None:
             await eventually(lambda: len(stopped) == 2, what="both ended")
             assert (await dispatcher.details(job_id))["exit_info"] == b'{"late": 1}'
             end = await dispatcher.result(job_id, wait=False)
-            assert isinstance(end, Failed)  # the first end stands
+            assert isinstance(end, Failed)  # the first end wins
     assert sorted(stopped) == sorted([job_id, unknown])
     await store.close()
 

@@ -28,14 +28,14 @@ def raw(value: Any) -> Raw:
 
 
 def call(procedure: str = "p", host: str = "web01", arguments: Any = (), queue: Any = None, **options: Any) -> Call:
-    """A call with its payloads as the doors give them; `concurrency` is the queue's."""
+    """Return a call with raw payloads, as the client API passes it; `concurrency` belongs to the queue."""
     concurrency = options.pop("concurrency", 1)
     name = None if queue is None else Queue(raw(queue), concurrency)
     return Call(host, procedure, raw(arguments), queue=name, **options)
 
 
 def host_line(port: int, hostname: str = "web01", address: str = "127.0.0.1") -> str:
-    """A host's line of the registry; its credentials are `CREDENTIALS`."""
+    """Return a host's line of the registry with `CREDENTIALS`."""
     members = {"hostname": hostname, "address": address, "port": port, "credentials": CREDENTIALS}
     return json.dumps(members) + "\n"
 
@@ -50,10 +50,10 @@ def hosts_file(directory: Path, *lines: str) -> Path:
 async def running(
     directory: Path, *lines: str, store: Store | None = None, **settings: Any
 ) -> AsyncIterator[Dispatcher]:
-    """Run a dispatcher that keeps everything in `directory` and has these lines in its hosts file."""
+    """Run a dispatcher with all files in `directory` and these lines in its hosts file."""
     settings.setdefault("hosts_file", hosts_file(directory, *lines))
     settings.setdefault("host_db", directory / "hosts.db")
-    settings.setdefault("resumable_calls", False)  # the hosts of these tests are scripts of tied calls
+    settings.setdefault("resumable_calls", False)  # the hosts of these tests script connection-bound calls
     config = Config(stream_directory=directory / "store", **settings)
     opened = store or await open_store(config.stream_directory)
     try:
@@ -72,7 +72,7 @@ async def result(dispatcher: Dispatcher, **options: Any) -> End | None:
 async def followed(
     dispatcher: Dispatcher, job_id: str, since: int | None = None, recent: int | None = None
 ) -> tuple[list[tuple[int, Any]], End]:
-    """Follow to the end: the records, numbered and decoded, and the end."""
+    """Follow a job to its end; return the numbered, decoded records and the end."""
     records: list[tuple[int, Any]] = []
     async for item in dispatcher.follow(job_id, since, recent):
         if not isinstance(item, RecordBatch):
@@ -82,14 +82,14 @@ async def followed(
 
 
 def decoded(packets: RecordBatch) -> list[tuple[int, Any]]:
-    """Records, numbered."""
+    """Return numbered records."""
     return list(enumerate(map(json.loads, packets.records.values), packets.first))
 
 
 async def collected(
     dispatcher: Dispatcher, job_id: str, since: int | None = None, recent: int | None = None
 ) -> tuple[list[tuple[int, Any]], End | Continue]:
-    """Read what there is: the records, and the closing item."""
+    """Read the stored records; return them and the closing item."""
     records: list[tuple[int, Any]] = []
     async for item in dispatcher.read(job_id, since, recent):
         if not isinstance(item, RecordBatch):
@@ -99,7 +99,7 @@ async def collected(
 
 
 async def until(dispatcher: Dispatcher, job_id: str, reached: Callable[[Job], bool], what: str) -> None:
-    """Wait until what is stored of a job is as wanted."""
+    """Wait until the stored job satisfies a condition."""
 
     async def looked() -> bool:
         return reached(await dispatcher.get_job(job_id))
@@ -109,7 +109,7 @@ async def until(dispatcher: Dispatcher, job_id: str, reached: Callable[[Job], bo
 
 
 class Switched:
-    """A real store behind a switch: while it is off, writes fail as they do on a full disk.
+    """A real store with a switch: while it is off, writes fail as on a full disk.
 
     Args:
         store: the store.

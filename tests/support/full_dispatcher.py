@@ -54,7 +54,7 @@ def scenario(system: System, store: Path, told: Path) -> None:
     follower = running_job.follow(since=0)
     assert next(follower) == "started"
     ballast.write_bytes(bytes(36_000_000))
-    accepted = fill(system, {"wait": "here"})  # behind the running job: they stay queued
+    accepted = fill(system, {"wait": "here"})  # behind the running job, so that they stay queued
     told.touch()
     wait_until(
         lambda: [line for line in system.dispatcher.log_lines() if "cannot store call data" in line],
@@ -76,7 +76,7 @@ def _give_up(number: int, frame: FrameType | None) -> None:
 
 
 def main() -> None:
-    # Whoever waits for this program can't clear away what it has started; so it gives up first.
+    # A caller that gives up first could not clean up the processes of this program.
     signal.signal(signal.SIGALRM, _give_up)
     signal.alarm(PATIENCE)
     directory = Path(sys.argv[1])

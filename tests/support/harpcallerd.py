@@ -77,7 +77,7 @@ class Harpcallerd(DaemonLog):
         self.configure(settings or {})
 
     def set_hosts(self, hosts: Mapping[str, int]) -> None:
-        """Write the hosts file; it is read again when it has changed."""
+        """Write the hosts file, which is read again after a change."""
         user, password = self._credentials
         credentials = {"user": user, "password": password}
         lines = (
@@ -87,7 +87,7 @@ class Harpcallerd(DaemonLog):
         self.hosts_file.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
     def configure(self, settings: Mapping[str, Any]) -> None:
-        """Write the configuration file: the usual one with these keys. Takes effect by `reload`."""
+        """Write the configuration file: the default one with these keys. It takes effect by `reload`."""
         self._settings = settings
         usual = {
             "listen": [f"{self.host}:{self._configured_port}"],
@@ -98,28 +98,28 @@ class Harpcallerd(DaemonLog):
             "log_format": "json",
         }
         keys = {**usual, **settings}
-        # What JSON and TOML have in common is enough here.
+        # For these values JSON is valid TOML.
         lines = (f"{key} = {json.dumps(value)}\n" for key, value in keys.items() if value is not None)
         self.config_file.write_text("".join(lines))
 
     def command(self, *arguments: str) -> list[str]:
-        """A command line of the program, with this one's control socket."""
+        """Return a command line of the program with this control socket."""
         return [sys.executable, "-P", "-m", "harpcaller.cli", f"--socket={self.socket}", *arguments]
 
     def control(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        """Run the program as a control program; return its exit status and what it printed."""
+        """Run the program as a control program; return its exit status and output."""
         return subprocess.run(
             self.command(*arguments), stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=DEADLINE
         )
 
     def listed(self, *arguments: str) -> list[Any]:
-        """What a command that must succeed printed, decoded: one object a line."""
+        """Return the decoded output of a command that must succeed: one object per line."""
         done = self.control(*arguments)
         assert done.returncode == 0, done.stderr
         return [json.loads(line) for line in done.stdout.splitlines()]
 
     def start(self) -> Self:
-        """Start it and return once it takes requests."""
+        """Start the daemon and return when it accepts requests."""
         assert self._process is None
         limit = [] if self._descriptors is None else ["prlimit", f"--nofile={self._descriptors}"]
         start = self.command("start", f"--config={self.config_file}", *self._options)
@@ -151,26 +151,26 @@ class Harpcallerd(DaemonLog):
 
     @property
     def pid(self) -> int:
-        """Its process id."""
+        """The process id."""
         assert self._process is not None
         return self._process.pid
 
     def reload(self) -> dict[str, Any]:
-        """Send SIGHUP; return the event that says how the reload went."""
+        """Send SIGHUP; return the log event of the result."""
         outcomes = ("reloaded", "reload failed; nothing is changed")
         seen = len(self.events(*outcomes))
         os.kill(self.pid, signal.SIGHUP)
         return wait_until(lambda: self.events(*outcomes)[seen:], DEADLINE, "the reload")[0]
 
     def stop(self, number: signal.Signals = signal.SIGTERM) -> int:
-        """End it by a signal; return its exit status."""
+        """Send a signal and wait for the exit; return the exit status."""
         if self._process is None:
             return 0
         self._process.send_signal(number)
         return self.wait()
 
     def wait(self) -> int:
-        """Wait until it has ended; return its exit status."""
+        """Wait for the exit; return the exit status."""
         assert self._process is not None
         try:
             return self._process.wait(DEADLINE)
@@ -178,14 +178,14 @@ class Harpcallerd(DaemonLog):
             self.kill()
 
     def kill(self) -> None:
-        """End it by SIGKILL, if it still runs."""
+        """Send SIGKILL if the process is running."""
         if self._process is not None:
             self._process.kill()
             self._process.wait()
             self._process = None
 
     def restart(self, kill: bool = False) -> None:
-        """End it, by SIGKILL if so asked, and start it again on the same port."""
+        """Stop the daemon, with SIGKILL on request, and start it again on the same port."""
         if kill:
             self.kill()
         else:
@@ -203,16 +203,16 @@ class Harpcallerd(DaemonLog):
             assert not self.faults()
 
     def faults(self) -> list[str]:
-        """Lines of its log that no client, no host and no disk may cause."""
+        """Return the log lines of internal errors."""
         marks = ("Traceback", '"traceback"', "Exception ignored", "never retrieved", "Warning: ", "Fatal Python error")
         return [line for line in self.log_lines() if any(mark in line for mark in marks)]
 
     def connect(self) -> LineClient:
-        """A raw client, connected."""
+        """Return a connected raw client."""
         return LineClient(socket.create_connection((self.host, self.port), DEADLINE))
 
     def ask(self, **request: Any) -> list[Any]:
-        """Send a request; return all replies, decoded. `harpcaller` need not be given."""
+        """Send a request; return all decoded replies. The key `harpcaller` is added."""
         with self.connect() as client:
             client.send({"harpcaller": 1, **request})
             return client.messages()
@@ -224,7 +224,7 @@ class Harpcallerd(DaemonLog):
 
 
 class LineClient:
-    """Speaks lines and hides nothing; a context manager that closes it.
+    """A raw client that sends and receives lines; a context manager that closes it.
 
     Args:
         connection: the socket, connected; its timeout is a deadline for everything.
@@ -235,27 +235,27 @@ class LineClient:
         self._replies = connection.makefile("rb")
 
     def send(self, message: Any) -> None:
-        """Send bytes as they are, anything else as a JSON line."""
+        """Send bytes unchanged, and anything else as a JSON line."""
         self.socket.sendall(message if isinstance(message, bytes) else json.dumps(message).encode() + b"\n")
 
     def half_close(self) -> None:
-        """End what is sent; go on reading."""
+        """Close the sending side."""
         self.socket.shutdown(socket.SHUT_WR)
 
     def line(self) -> bytes:
-        """The next line with its line feed; b"" when the dispatcher has closed."""
+        """Return the next line with its line feed; b"" after the end."""
         return self._replies.readline()
 
     def message(self) -> Any:
-        """The next line, decoded."""
+        """Return the next line, decoded."""
         return json.loads(self.line())
 
     def lines(self) -> list[bytes]:
-        """All lines until the dispatcher closes."""
+        """Return all lines until the end."""
         return self._replies.readlines()
 
     def messages(self) -> list[Any]:
-        """All lines until the dispatcher closes, decoded."""
+        """Return all lines until the end, decoded."""
         return [json.loads(line) for line in self.lines()]
 
     def close(self) -> None:

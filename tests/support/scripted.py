@@ -15,7 +15,7 @@ _STREAM = {"harp": 1, "stream_result": True}
 
 
 def scripted_harpd(directory: Path) -> Peer:
-    """A peer that answers every call; it is to be entered.
+    """Return a peer that answers every call; the caller enters it.
 
     Procedures: ``echo`` returns its arguments, ``count`` streams as many numbers as it is told, ``repeat`` streams a
     record so often, ``raise`` and ``error`` end so, ``hang`` never ends, ``feed`` streams its arguments and then what
@@ -25,7 +25,7 @@ def scripted_harpd(directory: Path) -> Peer:
 
 
 def _play(talk: Conversation) -> None:
-    # A call may be cancelled at any point, also before its request is sent.
+    # A call can be cancelled at any time, also before its request is sent.
     with suppress(AssertionError, OSError):
         _answer(talk, talk.expect())
 
@@ -60,7 +60,7 @@ def _answer(talk: Conversation, request: dict[str, Any]) -> None:
 
 
 def conversation(peer: Peer, *arguments: Any) -> Conversation:
-    """The conversation of the call with these arguments."""
+    """Return the conversation of the call with these arguments."""
     for talk in peer.conversations:
         if talk.received and json.loads(talk.received[0]).get("arguments") == list(arguments):
             return talk

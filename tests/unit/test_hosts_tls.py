@@ -23,7 +23,7 @@ from support.peers import Peer, server_context
 
 @dataclass(frozen=True)
 class Issued:
-    """A server certificate as files, and the one of its authority."""
+    """Return the files of a server certificate and of its authority."""
 
     files: Certificates
 
@@ -50,7 +50,7 @@ def host(issued: Issued, hostname: str = "web01", address: str = "127.0.0.1") ->
 
 
 async def outcome(tls: HostTLS, host: Host) -> str | None:
-    """None when the host's certificate is accepted, else what the job's error says."""
+    """Return None if the host's certificate is accepted, otherwise the message of the job's error."""
     try:
         _, writer = await connect(host, tls, 30.0)
     except (CertificateRefused, OSError) as error:
@@ -97,7 +97,7 @@ async def test_known_certs_are_compared_byte_for_byte(tmp_path: Path) -> None:
     ca = trustme.CA()
     known, other = issue(tmp_path / "known", "anything", ca=ca), issue(tmp_path / "other", "web01", ca=ca)
     file = tmp_path / "known.pem"
-    # The authority's own certificate in the file makes none of its certificates known.
+    # The authority's certificate in the file does not make its other certificates known.
     file.write_bytes(b"a comment\n" + known.pem + known.files.ca_file.read_bytes())
     tls = HostTLS(Config(known_certs_file=file))
     with host(known) as found:
@@ -145,7 +145,7 @@ async def test_known_certs_file_is_read_after_a_change(tmp_path: Path, caplog: p
         assert await outcome(tls, found) is None
         file.write_bytes(b"-----BEGIN CERTIFICATE-----\n!\n-----END CERTIFICATE-----\n")
         for _ in range(2):
-            assert await outcome(tls, found) is None  # a broken file changes nothing
+            assert await outcome(tls, found) is None  # an invalid file changes nothing
         file.unlink()
         for _ in range(2):
             assert await outcome(tls, found) is None
@@ -184,7 +184,7 @@ async def test_tls_minimum_is_enforced(tmp_path: Path) -> None:
 
 
 def certificate(*names: str) -> dict[str, Any]:
-    """A certificate as `ssl` shows it."""
+    """Return a certificate in the form of `ssl`."""
     kinds = tuple(("IP Address" if name[0].isdigit() or ":" in name else "DNS", name) for name in names)
     return {"subject": ((("commonName", "web01"),),), "subjectAltName": kinds}
 
@@ -200,7 +200,7 @@ def certificate(*names: str) -> dict[str, Any]:
         (("2001:DB8:0:0:0:0:0:1\n",), "web01", "2001:db8::1", True),
         (("*.example.net",), "web01.example.net", "10.0.0.1", True),
         (("b\u00fccher.example".encode("idna").decode(),), "b\u00fccher.example", "10.0.0.1", True),
-        ((), "web01", "10.0.0.1", False),  # the common name does not count
+        ((), "web01", "10.0.0.1", False),  # the common name is not compared
         (("web02",), "web01", "10.0.0.1", False),
         (("10.0.0.2",), "web01", "10.0.0.1", False),
         (("*.example.net",), "example.net", "10.0.0.1", False),

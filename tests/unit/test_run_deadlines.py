@@ -15,7 +15,7 @@ NULL = Raw(b"null")
 
 
 class Clock:
-    """Stands still but for `pass_`."""
+    """A clock that only `pass_` advances."""
 
     def __init__(self) -> None:
         self.now = 1000.0
@@ -60,7 +60,7 @@ def test_deadlines_bound_call_has_no_margin(clock: Clock) -> None:
     watched = of_a_job()
     watched.on_request_sent()
     watched.on_acknowledged(None)
-    watched.postpone()  # for kept calls only
+    watched.postpone()  # for resumable calls only
     clock.pass_(61.0)
     assert end(watched) == "timeout"
 
@@ -108,7 +108,7 @@ def test_deadlines_are_postponed_while_the_store_fails(clock: Clock) -> None:
     watched.on_acknowledged(0.0)
     for _ in range(500):
         clock.pass_(10.0)
-        watched.on_message()  # a sign of life
+        watched.on_message()  # a heartbeat
         watched.postpone()
         assert end(watched) is None
     clock.pass_(16.0)

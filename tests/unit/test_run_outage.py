@@ -26,7 +26,7 @@ def test_backoff_pauses_grow_to_a_limit_and_differ() -> None:
     assert all(2.5 <= pause <= 5.0 for pause in pauses[5:])
     assert len(set(pauses)) > 30
     backoff.reset()
-    assert 0.1 <= backoff.next_delay() <= 0.2  # the last attempt was a moment ago
+    assert 0.1 <= backoff.next_delay() <= 0.2  # shortly after the last attempt
 
 
 def test_outage_description_has_start_attempts_and_error() -> None:

@@ -40,7 +40,7 @@ def receipt(*survivors: int) -> dict[str, Any]:
 
 
 def holding(*calls: str, warden: str = "w1") -> Script:
-    """Answers the question which calls it holds."""
+    """Reply to the query for the list of calls."""
 
     def script(talk: Conversation) -> None:
         asked = talk.expect()
@@ -51,7 +51,7 @@ def holding(*calls: str, warden: str = "w1") -> Script:
 
 
 def orders(talk: Conversation) -> Iterator[dict[str, Any]]:
-    """What the dispatcher says beside its signs of life."""
+    """Yield the commands of the dispatcher, without heartbeats."""
     while True:
         order = json.loads(talk.line())
         if "heartbeat" not in order:
@@ -59,7 +59,7 @@ def orders(talk: Conversation) -> Iterator[dict[str, Any]]:
 
 
 def started(talk: Conversation, **terms: Any) -> dict[str, Any]:
-    """Take a start and acknowledge it; return the request."""
+    """Receive a start and acknowledge it; return the request."""
     request: dict[str, Any] = talk.expect()
     assert "attach" not in request
     talk.reply(acknowledgement(**terms))
@@ -67,7 +67,7 @@ def started(talk: Conversation, **terms: Any) -> dict[str, Any]:
 
 
 def attached(talk: Conversation, **terms: Any) -> dict[str, Any]:
-    """Take an attach and acknowledge it; return the request."""
+    """Receive an attach and acknowledge it; return the request."""
     request: dict[str, Any] = talk.expect()
     assert request.keys() == {"harp", "attach", "owner", "secret", "since", "auth"}
     talk.reply(acknowledgement(**terms))
@@ -75,7 +75,7 @@ def attached(talk: Conversation, **terms: Any) -> dict[str, Any]:
 
 
 def ends(talk: Conversation, *lines: object) -> None:
-    """Say the end; wait until it is stored."""
+    """Send the end and wait for its release."""
     talk.reply(*lines)
     assert next(order for order in orders(talk) if "ack" not in order) == {"release": True}
 
@@ -108,7 +108,7 @@ async def acknowledged(dispatcher: Dispatcher, job_id: str) -> None:
 
 
 async def lost(dispatcher: Dispatcher, job_id: str) -> None:
-    """Wait until the contact with the job's call is lost."""
+    """Wait until an outage of the job's host begins."""
 
     async def looked() -> bool:
         at = (await dispatcher.details(job_id))["call"]
