@@ -130,20 +130,20 @@ OPERATIONS = [
     ],
 )
 def test_unreachable_dispatcher_fails_every_operation(shell: Shell, operation: str, host: str, message: str) -> None:
-    nobody = Nowhere(host, closed_port())
-    rpc = shell.caller(nobody)
+    nowhere = Nowhere(host, closed_port())
+    rpc = shell.caller(nowhere)
     job = rpc.job(JOB)
     operations = {
         "submit": rpc.web01.p,
         "request": lambda: rpc.request({}),
-        "direct": lambda: shell.server(nobody).p(),
+        "direct": lambda: shell.server(nowhere).p(),
         "follow": lambda: list(job.follow()),
         "stream": lambda: list(job.stream()),
     }
     run = operations.get(operation) or getattr(job, operation)
     with pytest.raises(harp.CommunicationError, match=message) as caught:
         run()
-    assert str(caught.value).startswith(f"{host}:{nobody.port}: ")
+    assert str(caught.value).startswith(f"{host}:{nowhere.port}: ")
     assert isinstance(caught.value.__cause__, (OSError, ValueError))
 
 

@@ -193,7 +193,7 @@ def test_keep_alive_connection_with_extra_data_is_closed(
     shell: Shell, tls: ssl.SSLContext, surplus: object, late: bool
 ) -> None:
     """Extra data from harpd is never taken for the reply to the next call."""
-    returned, said = threading.Event(), threading.Event()
+    returned, sent = threading.Event(), threading.Event()
 
     def script(talk: Conversation) -> None:
         talk.expect()
@@ -203,14 +203,14 @@ def test_keep_alive_connection_with_extra_data_is_closed(
             talk.send(line_of(surplus))
         else:
             talk.send(b"".join(map(line_of, [*result(1), surplus])))
-        said.set()
+        sent.set()
         talk.until_closed()
 
     with Peer(script, keeping(result("second")), tls=tls) as peer:
         server = shell.server(peer, keep_alive=True)
         assert server.p() == 1
         returned.set()
-        assert said.wait(30)
+        assert sent.wait(30)
         assert server.p() == "second"
         assert peer.conversations[0].closed.wait(30)
     assert counts(peer) == [1, 1]
@@ -273,13 +273,13 @@ def test_keep_alive_break_before_reply_is_ambiguous(
         assert server.p() == 3
 
 
-@pytest.mark.parametrize("said", [[PLAIN], [STREAM, {"stream": 1}]])
-def test_keep_alive_break_after_reply_is_not_ambiguous(shell: Shell, tls: ssl.SSLContext, said: list[object]) -> None:
+@pytest.mark.parametrize("sent", [[PLAIN], [STREAM, {"stream": 1}]])
+def test_keep_alive_break_after_reply_is_not_ambiguous(shell: Shell, tls: ssl.SSLContext, sent: list[object]) -> None:
     def script(talk: Conversation) -> None:
         talk.expect()
         talk.reply(*result(1))
         talk.expect()
-        talk.reply(*said)
+        talk.reply(*sent)
 
     with Peer(script, keeping(result(3)), tls=tls) as peer:
         server = shell.server(peer, keep_alive=True)

@@ -33,7 +33,7 @@ SUBMITTED = {"harpcaller": 1, "job_id": JOB}
 
 
 @pytest.mark.parametrize(
-    ("last", "said"),
+    ("last", "output"),
     [
         ({"no_result": True}, "still running"),
         ({"cancelled": True}, "cancelled"),
@@ -41,7 +41,7 @@ SUBMITTED = {"harpcaller": 1, "job_id": JOB}
         ({"result": [1]}, "returned [1]"),
     ],
 )
-def test_synopsis_with_a_dispatcher(capsys: pytest.CaptureFixture[str], last: Any, said: str) -> None:
+def test_synopsis_with_a_dispatcher(capsys: pytest.CaptureFixture[str], last: Any, output: str) -> None:
     queued = call("stream_infinity", [], queue={"name": {"foo": "bar"}, "concurrency": 1}, max_exec_time=15)
     scripts: list[Script] = [
         answering(SUBMITTED, request=queued),
@@ -63,7 +63,7 @@ def test_synopsis_with_a_dispatcher(capsys: pytest.CaptureFixture[str], last: An
         '{"number": 2}',
         JOB,
         "timeout: maximum execution time",
-        said,
+        output,
     ]
 
 

@@ -1,4 +1,4 @@
-"""The client for asyncio, made to look like the synchronous one, so that one test holds both."""
+"""The asyncio client, wrapped to behave like the synchronous one, so that one test can use both."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ import threading
 from types import TracebackType
 from typing import Any
 
-#: Seconds that one step may take.
+#: Seconds after which a step fails.
 DEADLINE = 60.0
 
 
 class LoopThread:
-    """An event loop in a thread of its own; a context manager that starts it, and stops it when no task is left."""
+    """An event loop in a thread; a context manager that starts it, stops it, and asserts that no task is left."""
 
     def __init__(self) -> None:
         self.loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self.loop.run_forever, name="loop")
 
     def run(self, coroutine: Any) -> Any:
-        """Run a coroutine in the loop and wait for it."""
+        """Run a coroutine in the loop and return its result."""
         return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(DEADLINE)
 
     def __enter__(self) -> LoopThread:
@@ -44,7 +44,7 @@ async def _tasks() -> set[asyncio.Task[Any]]:
 
 
 class Blocking:
-    """An object of `harp.aio`, whose coroutines are waited for."""
+    """An object of `harp.aio` whose methods wait for their coroutines."""
 
     def __init__(self, target: Any, thread: LoopThread) -> None:
         self._target = target

@@ -1,6 +1,6 @@
-"""Scripted peers: servers of lines, plain or with TLS, that do exactly what a test tells them.
+"""Scripted peers: servers of JSON lines, with or without TLS, whose behaviour is a script of the test.
 
-A script is a function that is given a `HarpdConnection`; each connection plays the next script, in a thread of its own:
+A script is a function of a `Conversation`, one connection of the peer. Each connection runs the next script:
 
     def script(talk: Conversation) -> None:
         talk.expect({"harpcaller": 1, "get_result": JOB, "wait": True})
@@ -9,8 +9,8 @@ A script is a function that is given a `HarpdConnection`; each connection plays 
     with Peer(script) as peer:
         ...connect to peer.host, peer.port...
 
-When a script returns, its connection is closed. At the end of the ``with`` everything is closed and joined; a script
-that failed, was not played, or was played once too often fails the test.
+When a script returns, its connection is closed. The end of ``with`` closes all connections and joins all threads. The
+test fails if a script failed, if a script was not run, or if there were more connections than scripts.
 """
 
 from __future__ import annotations
@@ -27,31 +27,31 @@ from typing import Any, TypeAlias
 
 from support.certificates import Certificates
 
-#: Seconds that a step may take before the test fails.
+#: Seconds after which a step fails the test.
 DEADLINE = 30.0
 
-#: Expects any request.
+#: Matches any request.
 ANY: Any = object()
 
 
 def line_of(message: object) -> bytes:
-    """A message's line; bytes are taken as they are."""
+    """Return a message's line; bytes stay unchanged."""
     return message if isinstance(message, bytes) else json.dumps(message).encode() + b"\n"
 
 
 def single_bytes(data: bytes) -> list[bytes]:
-    """Data as pieces of one byte."""
+    """Return data in pieces of one byte."""
     return [data[at : at + 1] for at in range(len(data))]
 
 
 class Conversation:
-    """A connection, as the peer has it.
+    """The peer's side of a connection.
 
     Attributes:
-        received: the lines that came, without line feeds.
-        began: set when the connection is ready to talk, after the handshake of TLS.
-        closed: set when the other side was seen to close.
-        handshake_error: what broke the handshake of TLS.
+        received: the received lines, without line feeds.
+        began: set when the connection is ready, after the TLS handshake.
+        closed: set when the client has closed.
+        handshake_error: the error of the TLS handshake.
     """
 
     def __init__(self, sock: socket.socket, ending: threading.Event) -> None:
@@ -74,20 +74,20 @@ class Conversation:
                 data = b""
             if not data:
                 self.closed.set()
-                raise AssertionError(f"expected a line, the other side closed after {self._rest!r}")
+                raise AssertionError(f"expected a line, the client closed after {self._rest!r}")
             self._rest += data
         line, self._rest = self._rest.split(b"\n", 1)
         self.received.append(line)
         return line
 
     def expect(self, request: object = ANY) -> Any:
-        """Wait for a line, decode it, compare it with `request` unless that is `ANY`, and return it."""
+        """Wait for a line and return its value. Assert that it equals `request`, unless this is `ANY`."""
         found = json.loads(self.line())
         assert request is ANY or found == request, f"expected {request!r}, got {found!r}"
         return found
 
     def send(self, *pieces: bytes) -> None:
-        """Send bytes, each piece by itself."""
+        """Send bytes, one piece after the other."""
         for piece in pieces:
             self.sock.sendall(piece)
 
@@ -97,13 +97,13 @@ class Conversation:
             self.send(line_of(message))
 
     def until_closed(self) -> None:
-        """Say nothing until the other side closes, which `closed` then tells, or the test ends."""
+        """Send nothing until the client closes, and set `closed`; or until the test ends."""
         while not self._ending.is_set():
             try:
                 if self.sock.recv(65536):
                     continue
             except TimeoutError as error:
-                raise AssertionError(f"the other side did not close within {DEADLINE} s") from error
+                raise AssertionError(f"the client did not close within {DEADLINE} s") from error
             except OSError:
                 pass
             if not self._ending.is_set():
@@ -111,7 +111,7 @@ class Conversation:
             return
 
     def reset(self) -> None:
-        """Close so that the other side gets a reset."""
+        """Reset the connection."""
         self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.sock.close()
 
@@ -122,7 +122,7 @@ Script: TypeAlias = Callable[[Conversation], None]
 def answering(
     *replies: object, request: object = ANY, pieces: Callable[[bytes], Iterable[bytes]] = lambda data: [data]
 ) -> Script:
-    """A script: expect a request, send the replies in pieces as `pieces` cuts them, close."""
+    """Return a script that expects a request, sends the replies in pieces cut by `pieces`, and closes."""
 
     def script(talk: Conversation) -> None:
         talk.expect(request)
@@ -132,7 +132,7 @@ def answering(
 
 
 def keeping(*answers: Iterable[object]) -> Script:
-    """A script: one request after the other, each with its replies, then silence until the other side closes."""
+    """Return a script that sends the replies of one request after the other, then waits until the client closes."""
 
     def script(talk: Conversation) -> None:
         for replies in answers:
@@ -144,18 +144,18 @@ def keeping(*answers: Iterable[object]) -> Script:
 
 
 def silent(talk: Conversation) -> None:
-    """A script: say nothing."""
+    """Send nothing; a script."""
     talk.until_closed()
 
 
 def resetting(talk: Conversation) -> None:
-    """A script: read a request, then reset the connection."""
+    """Read a request, then reset the connection; a script."""
     talk.expect()
     talk.reset()
 
 
 def server_context(certificates: Certificates) -> ssl.SSLContext:
-    """TLS as a server speaks it; a test may change the versions in it."""
+    """Return a new TLS context for a server; the test may change it."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(certificates.certfile, certificates.keyfile)
     return context
@@ -163,7 +163,7 @@ def server_context(certificates: Certificates) -> ssl.SSLContext:
 
 @contextmanager
 def reserved_port() -> Iterator[int]:
-    """A port of 127.0.0.1 that refuses, for peers to listen on one after the other; nobody else gets it meanwhile."""
+    """Reserve a port of 127.0.0.1, which refuses connections until a peer listens on it."""
     with socket.socket() as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind(("127.0.0.1", 0))
@@ -171,13 +171,13 @@ def reserved_port() -> Iterator[int]:
 
 
 class Peer:
-    """A server that plays scripts.
+    """A server that runs scripts.
 
     Args:
-        *scripts: one a connection, in the order in which connections come.
-        always: the script of every connection after these; None: there must be no more.
-        tls: speak TLS.
-        address: where to listen.
+        *scripts: one for each connection, in the order of the connections.
+        always: the script of all further connections; None: there must be none.
+        tls: the TLS context; None: no TLS.
+        address: the address to listen on.
         port: the port; 0: a free one.
     """
 
@@ -204,11 +204,11 @@ class Peer:
 
     @property
     def requests(self) -> list[Any]:
-        """Every line that came, decoded, connection after connection."""
+        """The values of all received lines, connection after connection."""
         return [json.loads(line) for talk in self.conversations for line in talk.received]
 
     def play_next(self, script: Script) -> None:
-        """Have this script played by a connection that is still to come, after the scripts that wait already."""
+        """Add a script for a further connection."""
         self._scripts.append(script)
 
     def _accept(self) -> None:
@@ -226,7 +226,7 @@ class Peer:
 
     def _play(self, talk: Conversation, script: Script | None) -> None:
         try:
-            assert script is not None, "one connection more than there are scripts"
+            assert script is not None, "more connections than scripts"
             if self._tls is None or self._shake_hands(talk, self._tls):
                 talk.began.set()
                 script(talk)
@@ -251,7 +251,7 @@ class Peer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        # What connects last is accepted last: every connection of the test has found its script by then.
+        # Connections are accepted in order: after this last one, every connection of the test has its script.
         with socket.socket(self._listener.family) as last:
             last.bind((self.host, 0))
             self._last = last.getsockname()
@@ -268,6 +268,6 @@ class Peer:
         left = [thread for thread in self._threads if thread.is_alive()]
         if kind is None:
             assert not left, f"{len(left)} threads of the peer are still running"
-            assert not self._scripts, f"{len(self._scripts)} scripts were not played"
+            assert not self._scripts, f"{len(self._scripts)} scripts were not run"
             if self._failures:
                 raise self._failures[0]

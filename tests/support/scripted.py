@@ -1,4 +1,4 @@
-"""A harpd that does what the name of the procedure says, and no more: for transcripts with the dispatcher."""
+"""A scripted harpd for tests of the dispatcher: the name of the procedure selects the behaviour."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ _STREAM = {"harp": 1, "stream_result": True}
 
 
 def scripted_harpd(directory: Path) -> Peer:
-    """Return a peer that answers every call; the caller enters it.
+    """Return a peer that answers every call; use it in ``with``.
 
-    Procedures: ``echo`` returns its arguments, ``count`` streams as many numbers as it is told, ``repeat`` streams a
-    record so often, ``raise`` and ``error`` end so, ``hang`` never ends, ``feed`` streams its arguments and then what
-    the test has its conversation send.
+    Procedures: ``echo`` returns its arguments, ``count`` streams N numbers, ``repeat`` streams a record N times,
+    ``raise`` and ``error`` end in that way, ``hang`` never ends, ``feed`` streams its arguments and then the records
+    that the test sends.
     """
     return Peer(always=_play, tls=server_context(server_files(directory)))
 
@@ -31,7 +31,7 @@ def _play(talk: Conversation) -> None:
 
 
 def _answer(talk: Conversation, request: dict[str, Any]) -> None:
-    if "calls" in request:  # it is a harpd of the field, which does not know this question
+    if "calls" in request:  # a legacy harpd does not know this request
         talk.reply({"harp": 1, "error": {"type": "invalid_request", "message": "procedure: missing"}})
         return
     match request["procedure"], request["arguments"]:

@@ -1,4 +1,4 @@
-"""The two shells of the client side by side, for tests that hold both."""
+"""Both shells of the client behind one interface, for tests that use both."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from support.peers import Peer
 
 
 class Shell(Protocol):
-    """The classes of one shell, or what behaves like them."""
+    """The classes of one shell; those of asyncio are wrapped to behave like the synchronous ones."""
 
     def caller(self, peer: Peer, **kwargs: Any) -> Any:
-        """A HarpCaller for a peer."""
+        """Return a HarpCaller for a peer."""
 
     def caller_at(self, host: str, port: int, **kwargs: Any) -> Any:
-        """A HarpCaller."""
+        """Return a HarpCaller."""
 
     def server(self, peer: Peer, **kwargs: Any) -> Any:
-        """A HarpServer for a peer."""
+        """Return a HarpServer for a peer."""
 
 
 class SyncShell:
@@ -57,7 +57,7 @@ class AioShell:
 
 @contextmanager
 def shell_of(kind: str) -> Iterator[Shell]:
-    """A shell by its kind, ``sync`` or ``aio``; nothing of it may be left at the end."""
+    """Provide the shell ``sync`` or ``aio``, and assert that it leaves no thread or descriptor."""
     with nothing_left():
         if kind == "sync":
             yield SyncShell()
@@ -68,7 +68,7 @@ def shell_of(kind: str) -> Iterator[Shell]:
 
 @contextmanager
 def nothing_left() -> Iterator[None]:
-    """Fail when threads or descriptors are left that were not there before."""
+    """Fail when the body leaves threads or descriptors."""
     gc.collect()
     threads, descriptors = set(threading.enumerate()), set(os.listdir("/proc/self/fd"))
     yield
