@@ -10,15 +10,18 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Self
 
 import msgspec
 from msgspec import Meta
+
+from harp_daemon.config_errors import describe_validation_error
+from harp_daemon.tls import DEFAULT_MINIMUM, TLS_VERSIONS
 
 __all__ = ["DEFAULT_FILE", "IGNORED_KEYS", "KEYS", "Address", "Config", "ConfigError", "file_errors", "load"]
 
@@ -38,6 +41,13 @@ Count = Annotated[int, Meta(ge=1)]
 
 #: Maximum seconds that a host needs to stop a call after `disconnect_timeout`.
 _STOP_MARGIN = 10.0
+
+#: The valid values of some keys.
+_CHOICES = {
+    "tls_minimum": tuple(TLS_VERSIONS),
+    "log_level": ("debug", "info", "warning", "error"),
+    "log_format": ("text", "json"),
+}
 
 _ADDRESS = re.compile(r"(?:\[(?P<bracketed>[^\[\]]+)\]|(?P<plain>[^:\[\]]+)):(?P<port>\d{1,5})", re.ASCII)
 
@@ -135,7 +145,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     #: PEM file with certificates of hosts.
     known_certs_file: Path | None = None
     #: Minimum TLS version of connections to hosts.
-    tls_minimum: Literal["1.0", "1.1", "1.2", "1.3"] = "1.2"
+    tls_minimum: str = DEFAULT_MINIMUM
 
     #: Cache of the last successful output of `host_db_script`.
     host_db: Path = Path("/var/lib/harpcaller/hosts.db")
@@ -149,13 +159,16 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     hosts_file: Path | None = None
 
     #: Minimum level of the log.
-    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_level: str = "info"
     #: Format of the log.
-    log_format: Literal["text", "json"] = "text"
+    log_format: str = "text"
     #: Whether the log goes to syslog instead of stderr.
     syslog: bool = False
 
     def __post_init__(self) -> None:
+        for key, choices in _CHOICES.items():
+            if (value := getattr(self, key)) not in choices:
+                raise ValueError(f"{key}: expected one of {', '.join(choices)}, got {value!r}")
         if self.host_timeout < self.disconnect_timeout + _STOP_MARGIN:
             least = f"at least {_STOP_MARGIN:g} more than disconnect_timeout ({self.disconnect_timeout:g})"
             raise ValueError(f"host_timeout: expected {least}, got {self.host_timeout:g}")
@@ -189,7 +202,7 @@ def load(file: Path = DEFAULT_FILE) -> Config:
     try:
         config = msgspec.convert(known, Config, dec_hook=_path_converter(file.absolute().parent))
     except msgspec.ValidationError as error:
-        raise ConfigError(f"{file}: {_describe_error(str(error), known)}") from error
+        raise ConfigError(f"{file}: {describe_validation_error(error, known)}") from error
     if "listen" in members:
         config = msgspec.structs.replace(config, listen=_parse_addresses(file, members["listen"]))
     return msgspec.structs.replace(config, file=file, ignored=ignored)
@@ -229,29 +242,7 @@ def _read(file: Path) -> dict[str, Any]:
 def _path_converter(directory: Path) -> Callable[[type, Any], Any]:
     def convert(_: type, value: Any) -> Path:
         if not isinstance(value, str) or not value or "\0" in value:
-            raise ValueError("Expected a path")
+            raise ValueError(f"expected a path, got {value!r}")
         return directory / value
 
     return convert
-
-
-#: An error of `msgspec`: the expectation, sometimes the value, and the key.
-_VALIDATION_ERROR = re.compile(r"(?P<what>.+?)(?:, got .+)? - at `\$\.(?P<key>\w+)`")
-
-_TYPE_NAMES = {"bool": "true or false", "float": "a number", "int": "an integer"}
-
-
-def _describe_error(fault: str, members: Mapping[str, Any]) -> str:
-    """Return an error of `msgspec` as ``KEY: expected X, got Y``."""
-    match = _VALIDATION_ERROR.fullmatch(fault)
-    if match is None:  # an error about several keys, which names them
-        return fault
-    key = match["key"]
-    hint = get_type_hints(Config)[key]
-    if get_origin(hint) is Literal:
-        what = " or ".join(f'"{choice}"' for choice in get_args(hint))
-    else:
-        what = re.sub(
-            r"`?(bool|float|int)`?", lambda kind: _TYPE_NAMES[kind[1]], match["what"].removeprefix("Expected ")
-        )
-    return f"{key}: expected {what}, got {members[key]!r}"

@@ -7,7 +7,6 @@ Spec: docs/settings-harpd.md.
 
 from __future__ import annotations
 
-import re
 import ssl
 from collections.abc import Hashable
 from pathlib import Path
@@ -18,6 +17,7 @@ import yaml
 from msgspec import Meta
 
 from harp_daemon import sockets
+from harp_daemon.config_errors import describe_validation_error, describe_value
 from harp_daemon.tls import DEFAULT_MINIMUM, TLS_VERSIONS, set_minimum_version
 
 __all__ = [
@@ -171,7 +171,7 @@ class Configuration(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     def __post_init__(self) -> None:
         module = self.authentication.get("module")
         if not isinstance(module, str) or not module:
-            raise ValueError(f"authentication.module: expected the name of a module, got {_describe(module)}")
+            raise ValueError(f"authentication.module: expected the name of a module, got {describe_value(module)}")
 
     def __repr__(self) -> str:
         # The section `authentication` may hold passwords.
@@ -191,7 +191,7 @@ def load(path: Path) -> Configuration:
     try:
         return msgspec.convert(document, Configuration)
     except msgspec.ValidationError as error:
-        raise ConfigError(f"{path}: {_explain(str(error), document)}") from error
+        raise ConfigError(f"{path}: {describe_validation_error(error, document)}") from error
 
 
 def load_yaml(path: Path) -> Any:
@@ -225,58 +225,6 @@ class _Loader(yaml.SafeLoader):
                     )
                 seen.add(key)
         return super().construct_mapping(node, deep)
-
-
-_MSGSPEC_ERROR = re.compile(r"(?P<what>.*?)(?: - at `(?:key in )?\$\.?(?P<key>.*)`)?", re.DOTALL)
-_MISSING = re.compile(r"Object missing required field `(.*)`")
-_UNKNOWN = re.compile(r"Object contains unknown field `(.*)`")
-_BOUND = re.compile(r"Expected `(.*)` ([<>]=?) (\S+)")
-_TYPE = re.compile(r"Expected `(.*)`, got `(.*)`")
-_TYPE_NAMES = {
-    "int": "an integer",
-    "float": "a number",
-    "str": "a string",
-    "bool": "true or false",
-    "array": "a list",
-    "object": "a mapping",
-    "null": "nothing",
-}
-_BOUNDS = {">": "more than", ">=": "at least", "<": "less than", "<=": "at most"}
-
-
-def _explain(message: str, document: Any) -> str:
-    """Turn msgspec's message into ours."""
-    fault = _MSGSPEC_ERROR.fullmatch(message)
-    assert fault is not None
-    what, key = fault["what"], fault["key"] or ""
-    if found := _MISSING.fullmatch(what):
-        return f"{_join_key(key, found[1])}: missing"
-    if found := _UNKNOWN.fullmatch(what):
-        return f"{_join_key(key, found[1])}: unknown key"
-    if found := _TYPE.fullmatch(what):
-        return f"{key or 'the file'}: expected {_type_names(found[1])}, got {_type_names(found[2])}"
-    if found := _BOUND.fullmatch(what):
-        got = _describe(_value_at(document, key))
-        return f"{key}: expected {_type_names(found[1])}, {_BOUNDS[found[2]]} {found[3]}, got {got}"
-    return _join_key(key, what)  # a check of ours: it begins with the rest of the key
-
-
-def _join_key(section: str, key: str) -> str:
-    return f"{section}.{key}" if section else key
-
-
-def _type_names(names: str) -> str:
-    return " or ".join(_TYPE_NAMES.get(name, name) for name in names.split(" | "))
-
-
-def _value_at(document: Any, key: str) -> Any:
-    for name in key.split("."):
-        document = document[name]
-    return document
-
-
-def _describe(value: object) -> str:
-    return "nothing" if value is None else repr(value)
 
 
 def _one_line(error: Exception) -> str:
