@@ -151,7 +151,7 @@ async def test_call_list_that_is_too_long_is_ignored(tmp_path: Path) -> None:
 async def test_slow_query_does_not_make_a_host_legacy(tmp_path: Path) -> None:
     def late(talk: Conversation) -> None:
         talk.expect()
-        fault = {"type": "invalid_request", "message": "no whole request line came within 30 s"}
+        fault = {"type": "invalid_request", "message": "no complete request line within 30 s"}
         talk.reply({"harp": 1, "error": fault})
 
     def script(talk: Conversation) -> None:

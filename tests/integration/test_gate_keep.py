@@ -93,7 +93,7 @@ def test_what_comes_before_the_end_still_stops_the_call(harpd: Harpd, tmp_path: 
         client.send({**harpd.request("same", [1]), "keep_alive": True})
         (error,) = client.lines()
         assert error["error"]["message"] == "data after the request line"
-    harpd.wait_event("client sent more; call stopped")
+    harpd.wait_event("client sent unexpected data; call stopped")
 
 
 def test_whoever_goes_away_stops_his_call(harpd: Harpd, tmp_path: Path) -> None:
@@ -101,7 +101,7 @@ def test_whoever_goes_away_stops_his_call(harpd: Harpd, tmp_path: Path) -> None:
         ask(harpd, client, "same", 1)
         client.message()
         ask(harpd, client, "wait_for", str(tmp_path / "never"))
-    harpd.wait_event("client went away; call stopped")
+    harpd.wait_event("client disconnected; call stopped")
 
 
 def test_each_request_is_authenticated(harpd: Harpd) -> None:

@@ -246,7 +246,7 @@ def test_a_line_that_is_too_long_closes_the_connection_and_nothing_else(
         client.message()
         client.send(said)
         assert client.lines() == []
-        harpd.wait_event("client sent what is no order; detached", call=client.call)
+        harpd.wait_event("invalid command from client; detached", call=client.call)
     with harpd.attach(client.call) as again:
         again.message()
         (tmp_path / "go").touch()

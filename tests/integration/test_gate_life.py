@@ -162,7 +162,7 @@ def test_when_the_warden_is_killed_its_calls_are_dead_and_the_next_one_works(har
         call, warden, zygote = int((tmp_path / "pid").read_text()), harpd.warden, harpd.zygote
         os.kill(warden, signal.SIGKILL)
         wait_until(lambda: is_dead(call) and is_dead(zygote), 2.0, "the death of the call and of the zygote")
-        died = {"harp": 1, "error": {"type": "call_died", "message": "the supervisor of the calls died"}}
+        died = {"harp": 1, "error": {"type": "call_died", "message": "the supervisor died"}}
         assert running.lines() == [died]
         *records, last = streaming.lines()
         assert last == died

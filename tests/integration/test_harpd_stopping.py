@@ -269,7 +269,7 @@ def test_a_cancel_raises_in_the_procedure(harpd: Harpd, notes: Path) -> None:
         pid = wait_pid(notes)
     wait_word(notes, "Cancelled")
     call = call_id(harpd, "sleeps")
-    harpd.wait_event("client went away; call stopped", call=call)
+    harpd.wait_event("client disconnected; call stopped", call=call)
     assert is_dead(pid)
     assert harpd.events("call ended", call=call)[0]["end"] == "cancelled"
 
@@ -280,7 +280,7 @@ def test_a_stream_whose_caller_goes_cleans_up(harpd: Harpd, notes: Path) -> None
         assert client.message() == STREAMING
         wait_pid(notes)
     wait_word(notes, "finally")
-    harpd.wait_event("client went away; call stopped", call=call_id(harpd, "streams"))
+    harpd.wait_event("client disconnected; call stopped", call=call_id(harpd, "streams"))
     assert all_dead(pids(notes))
 
 
@@ -290,7 +290,7 @@ def test_a_cancel_ends_all_that_the_call_has_started(harpd: Harpd, procedure: st
         client.send(harpd.request(procedure, [str(notes)]))
         assert client.message() == ACKNOWLEDGED
         wait_word(notes, "ready")
-    harpd.wait_event("client went away; call stopped", call=call_id(harpd, procedure))
+    harpd.wait_event("client disconnected; call stopped", call=call_id(harpd, procedure))
     assert len(pids(notes)) == 3
     assert all_dead(pids(notes))
 
@@ -299,7 +299,7 @@ def test_processes_that_breed_are_ended(harpd: Harpd, notes: Path) -> None:
     with harpd.connect() as client:
         client.send(harpd.request("breeds", [str(notes)]))
         wait_until(lambda: len(pids(notes)) > 10, DEADLINE, "some children")
-    harpd.wait_event("client went away; call stopped", call=call_id(harpd, "breeds"))
+    harpd.wait_event("client disconnected; call stopped", call=call_id(harpd, "breeds"))
     assert all_dead(pids(notes))
 
 

@@ -1,9 +1,9 @@
-"""One client's connection, phase by phase: each with its deadline.
+"""One client's connection, phase by phase; each phase has its own deadline.
 
-    handshake -> request line -> authentication -> call -> close, or, if the client asked for that, the next request
+    handshake -> request line -> authentication -> call -> close; with keep-alive: -> next request line
 
-A client that is silent, slow or sends garbage costs its own connection and one line of the log. An owner id and a
-secret, of which requests for kept calls have both, go to the supervisor and nowhere else.
+A client that is silent, slow or sends invalid data costs only its own connection and one log line. The owner id and the
+secret in a request for a resumable call are sent to the supervisor and never logged.
 
 Spec: docs/protocol.md, harpd.
 """
@@ -47,30 +47,27 @@ __all__ = ["Connection"]
 
 log = logging.getLogger("harpd.frontend")
 
-#: What of a user's name goes into the log.
+#: Most characters of a user name or a procedure name in the log.
 _MAX_LOGGED_NAME = 64
 
 _AUTH_ERROR = Failed("auth_error", "unknown user or wrong password")
-_TOO_MANY_CONNECTIONS = Failed(
-    "too_many_connections", "the daemon has as many connections as it may have; try again later"
-)
-_REQUEST_MEMORY_FULL = Failed(
-    "too_many_connections", "the daemon holds as many long requests as it may hold; try again later"
-)
-_INTERNAL_ERROR = Failed("system_error", "an internal error of the daemon; its log says more")
+_TOO_MANY_CONNECTIONS = Failed("too_many_connections", "limits.max_connections is reached; try again later")
+_REQUEST_MEMORY_FULL = Failed("too_many_connections", "limits.request_memory is used up; try again later")
+_INTERNAL_ERROR = Failed("system_error", "internal error of harpd; its log has the details")
 
 
 class Connection:
-    """Serves one accepted socket, which it owns.
+    """A client's connection and its requests.
 
     Args:
-        accepted: the socket.
-        peer: its peer, for the log and for the call.
-        generation: configuration, certificate and users for this connection.
-        threads: where passwords are checked.
-        allowance: memory for long requests.
-        wardens: the way to the supervisors.
-        lately: a time, in seconds since the system's start, at which this program did run, some seconds ago at most.
+        accepted: the socket, which this object owns.
+        peer: the client's address and port.
+        config: configuration, certificate and users for this connection.
+        thread_pool: runs password checks.
+        quota: memory for long request lines.
+        client: the client of the supervisors.
+        last_heartbeat: returns a time by `boottime` that is earlier than the arrival of all data read now: about a
+            second ago, or before the process was suspended.
     """
 
     def __init__(
@@ -79,7 +76,7 @@ class Connection:
         peer: str,
         config: LoadedConfig,
         thread_pool: BoundedThreadPool,
-        allowance: MemoryQuota,
+        quota: MemoryQuota,
         client: SupervisorClient,
         last_heartbeat: Callable[[], float],
     ) -> None:
@@ -88,27 +85,27 @@ class Connection:
         self._config = config
         self._limits = config.configuration.limits
         self._thread_pool = thread_pool
-        self._share = Reservation(allowance)
+        self._reservation = Reservation(quota)
         self._client = client
         self._last_heartbeat = last_heartbeat
         self._next_request = b""
         self._idle = False
-        self._received_at = self._stream.accepted_at  # when the request arrived, or before
-        self._authentication_time = 0.0  # seconds that the request's took
+        self._received_at = self._stream.accepted_at  # when the request arrived, or earlier
+        self._authentication_time = 0.0  # seconds
         self._proxy: BoundProxy | ResumableProxy | None = None
         self._call_done = asyncio.Event()
         self._stopping = False
 
     async def wait_call_done(self) -> None:
-        """Return when there is no call that this connection may have to end."""
+        """Wait until this connection has no call that it would have to stop."""
         if self._proxy is not None:
             await self._call_done.wait()
 
     def stop(self, task: asyncio.Task[None], supervisor_stops: bool) -> None:
-        """End this connection soon, because the daemon ends.
+        """End this connection soon, because the frontend stops.
 
         Args:
-            task: the task that serves it.
+            task: the task that runs `serve`.
             supervisor_stops: whether the supervisor stops too; then it ends the calls.
         """
         self._stopping = True
@@ -120,11 +117,11 @@ class Connection:
             self._proxy.error_on_loss = SHUTDOWN
 
     async def serve(self) -> None:
-        """Answer the requests of this connection, mostly one. Raises nothing of the network."""
+        """Handle the requests of this connection, usually one. Network errors are handled here."""
         await self._run_guarded(self._handle_requests)
 
     async def reject(self) -> None:
-        """Say that there are too many connections. Raises nothing of the network."""
+        """Reply that there are too many connections. Network errors are handled here."""
         await self._run_guarded(
             partial(self._send_rejection, RequestRejected(_TOO_MANY_CONNECTIONS, discard_input=True))
         )
@@ -135,7 +132,7 @@ class Connection:
         try:
             await phases()
         except ClientDisconnected:
-            log.debug("client went away", extra={"peer": self._peer})
+            log.debug("client disconnected", extra={"peer": self._peer})
         except asyncio.CancelledError:
             if self._proxy is not None or not self._stopping:
                 self._stream.abort()
@@ -146,7 +143,7 @@ class Connection:
             log.exception("connection failed", extra={"peer": self._peer})
             await self._try_send_error(_INTERNAL_ERROR)
         finally:
-            self._share.release()
+            self._reservation.release()
             await self._stream.close()
 
     async def _handle_requests(self) -> None:
@@ -154,24 +151,24 @@ class Connection:
             await self._wait_for_next_request()
 
     async def _handle_request(self) -> bool:
-        """Answer one request; whether another one may come."""
+        """Handle one request; return whether another one can follow."""
         try:
             try:
-                self._proxy, goes_on = await self._open_call()
+                self._proxy, more_requests = await self._open_call()
                 if self._proxy is not None:
-                    more = await self._proxy.run()
-                    self._next_request, goes_on = more or b"", more is not None
+                    received = await self._proxy.run()
+                    self._next_request, more_requests = received or b"", received is not None
             except SupervisorError as error:
                 raise RequestRejected(Failed("procedure_loading_error", str(error))) from error
             finally:
                 self._call_done.set()
-        except RequestRejected as refused:
-            await self._send_rejection(refused)
+        except RequestRejected as rejected:
+            await self._send_rejection(rejected)
             return False
-        return goes_on
+        return more_requests
 
     async def _wait_for_next_request(self) -> None:
-        """Wait until the next request begins to come. Raises `ClientDisconnected`: it did not."""
+        """Wait for the first data of the next request. Raises `ClientDisconnected`, also after the timeout."""
         self._proxy = None
         self._call_done = asyncio.Event()
         self._idle = True
@@ -184,48 +181,46 @@ class Connection:
         self._idle = False
         self._received_at = self._last_heartbeat()
 
-    async def _send_rejection(self, refused: RequestRejected) -> None:
-        level = logging.ERROR if refused.error is CALL_DIED else logging.INFO
-        await self._stream.send_error(refused.error, refused.discard_input, level)
+    async def _send_rejection(self, rejected: RequestRejected) -> None:
+        level = logging.ERROR if rejected.error is CALL_DIED else logging.INFO
+        await self._stream.send_error(rejected.error, rejected.discard_input, level)
 
     async def _try_send_error(self, error: Failed) -> None:
         with contextlib.suppress(ClientDisconnected):
             await self._stream.send_error(error, False, logging.ERROR if error is _INTERNAL_ERROR else logging.INFO)
 
-    # The request.
-
     async def _open_call(self) -> tuple[BoundProxy | ResumableProxy | None, bool]:
-        """Read a request, check who sent it, and begin what it asks for.
+        """Read and authenticate a request; open the proxy of its call.
+
+        The request is not referenced after this method: it may be long, and the call may take days.
 
         Returns:
-            The call; None when the request has been answered. And whether then another may come.
-
-        Nothing of the request is kept here: it may be long, and the call may take days.
+            The proxy, or None if the request was answered here; and whether in that case another request can follow.
 
         Raises:
-            Refused: the request is refused.
-            Gone: the client is.
-            SupervisorError: a supervisor gives no answer.
+            RequestRejected: the request is rejected.
+            ClientDisconnected: the client disconnected.
+            SupervisorError: no supervisor is active, or one sent no reply.
         """
-        request, orders = await self._read_request()
-        about = {"user": request.user[:_MAX_LOGGED_NAME], "peer": self._peer}
+        request, commands = await self._read_request()
+        log_fields = {"user": request.user[:_MAX_LOGGED_NAME], "peer": self._peer}
         match request:
             case ListCalls(owner):
-                log.debug("calls listed", extra=about)
-                held = await self._client.list_calls(owner)
+                log.debug("calls listed", extra=log_fields)
+                calls = await self._client.list_calls(owner)
                 keep = self._limits.keep_alive_timeout if request.keep_alive else None
-                await self._stream.write(encode_message(replace(held, keep_alive=keep)))
+                await self._stream.write(encode_message(replace(calls, keep_alive=keep)))
                 if not request.keep_alive:
                     await self._stream.drain()
                 return None, request.keep_alive
             case Attach(call=call):
-                log.info("attach accepted", extra={"call": call, "since": request.since, **about})
+                log.info("attach accepted", extra={"call": call, "since": request.since, **log_fields})
                 reply = await self._client.attach(_attach_line(request, self._peer, self._limits.keep_alive_timeout))
-                return ResumableProxy.from_reply(self._proxy_context(call, request.keep_alive), reply, orders), False
+                return ResumableProxy.from_reply(self._proxy_context(call, request.keep_alive), reply, commands), False
             case Request(call=terms):
                 call = str(uuid.uuid4()) if terms is None else terms.id
                 procedure = request.procedure[:_MAX_LOGGED_NAME]
-                log.info("call accepted", extra={"call": call, "procedure": procedure, **about})
+                log.info("call accepted", extra={"call": call, "procedure": procedure, **log_fields})
                 line = _start_line(
                     call,
                     request,
@@ -234,33 +229,33 @@ class Connection:
                     self._limits.keep_alive_timeout,
                     self._authentication_time,
                 )
-                around = self._proxy_context(call, request.keep_alive)
+                context = self._proxy_context(call, request.keep_alive)
                 if terms is None:
-                    return await BoundProxy.open(around, self._client, line), False
-                return await ResumableProxy.open(around, self._client, line, orders), False
+                    return await BoundProxy.open(context, self._client, line), False
+                return await ResumableProxy.open(context, self._client, line, commands), False
 
-    def _proxy_context(self, call: str, keep: bool) -> ProxyContext:
-        return ProxyContext(call, self._stream, self._limits, self._share.release, keep)
+    def _proxy_context(self, call: str, keep_alive: bool) -> ProxyContext:
+        return ProxyContext(call, self._stream, self._limits, self._reservation.release, keep_alive)
 
     async def _read_request(self) -> tuple[AnyRequest, bytes]:
         """Read and authenticate a request; return it and the data after it.
 
         Raises `RequestRejected` and `ClientDisconnected`.
         """
-        line, more = await self._read_request_line()
-        said_more = bool(more.strip())
+        line, rest = await self._read_request_line()
+        more_data = bool(rest.strip())
         try:
             request = decode_request(line, decode_slices)
         except ProtocolError as error:
-            raise RequestRejected(Failed(error.type, error.message), discard_input=said_more) from error
-        kept = isinstance(request, Attach) or (isinstance(request, Request) and request.call is not None)
-        if said_more and not kept:  # one that keeps its connection waits for the answer, too
+            raise RequestRejected(Failed(error.type, error.message), discard_input=more_data) from error
+        resumable = isinstance(request, Attach) or (isinstance(request, Request) and request.call is not None)
+        if more_data and not resumable:  # with keep-alive, too, the client has to wait for the reply
             raise RequestRejected(AFTER_REQUEST, discard_input=True)
         begin = time.monotonic()
         if not await self._authenticated(request):
             raise RequestRejected(_AUTH_ERROR)
         self._authentication_time = time.monotonic() - begin
-        return request, more
+        return request, rest
 
     async def _read_request_line(self) -> tuple[bytes, bytes]:
         """Return the request line and the data after it. Raises `RequestRejected` and `ClientDisconnected`."""
@@ -270,45 +265,44 @@ class Connection:
                 lines: list[bytes] = []
                 while not lines:
                     data, self._next_request = self._next_request or await self._stream.read(), b""
-                    if not self._share.grow(len(data)):
+                    if not self._reservation.grow(len(data)):
                         raise RequestRejected(_REQUEST_MEMORY_FULL, discard_input=True)
                     lines = buffer.feed(data)
         except TimeoutError as error:
-            fault = f"no whole request line came within {self._limits.request_timeout:g} s"
-            raise RequestRejected(Failed("invalid_request", fault)) from error
+            reason = f"no complete request line within {self._limits.request_timeout:g} s"
+            raise RequestRejected(Failed("invalid_request", reason)) from error
         except LineTooLong as error:
-            fault = f"the request line is longer than {self._limits.request_line} bytes"
-            raise RequestRejected(Failed("invalid_request", fault), discard_input=True) from error
-        line, *more = lines
-        return line, b"\n".join((*more, buffer.pending))
+            reason = f"the request line is longer than {self._limits.request_line} bytes"
+            raise RequestRejected(Failed("invalid_request", reason), discard_input=True) from error
+        line, *others = lines
+        return line, b"\n".join((*others, buffer.pending))
 
     async def _authenticated(self, request: AnyRequest) -> bool:
         if self._is_cached(request):
             return True
-        about = {"user": request.user[:_MAX_LOGGED_NAME], "peer": self._peer}
+        log_fields = {"user": request.user[:_MAX_LOGGED_NAME], "peer": self._peer}
         check = partial(self._config.users.authenticate, request.user, request.password)
         try:
             answer: object = await self._thread_pool.run(check, self._limits.authentication_timeout)
         except TimeoutError:
-            log.error("authentication took too long", extra=about)
+            log.error("authentication timed out", extra=log_fields)
             return False
         except TaskFailed as error:
-            # Neither the exception's text nor a traceback with it: the password may be in there.
-            log.error("authentication module failed", extra={**about, **_raised_at(error.__cause__)})
+            # Neither the text of the exception nor a traceback: they may contain the password.
+            log.error("authentication module failed", extra={**log_fields, **_raised_at(error.__cause__)})
             return False
         if not isinstance(answer, bool):
-            kind = type(answer).__name__
-            log.error("authentication module returned neither True nor False", extra={**about, "returned": kind})
+            log.error("authentication module returned no bool", extra={**log_fields, "type": type(answer).__name__})
         elif not answer:
-            log.warning("authentication failed", extra=about)
+            log.warning("authentication failed", extra=log_fields)
         return answer is True
 
     def _is_cached(self, request: AnyRequest) -> bool:
-        """Whether the module knows already, without a thread, that this is the user's password."""
+        """Return whether the module accepts the password without blocking, by its method `recalls`."""
         recalls = getattr(self._config.users, "recalls", None)  # not every module derives from `AuthDB`
         try:
             return recalls is not None and recalls(request.user, request.password) is True
-        except Exception:  # noqa: BLE001 - the usual way logs it
+        except Exception:  # noqa: BLE001 - `authenticate` is called next, and its error is logged
             return False
 
 
@@ -331,7 +325,7 @@ def _start_line(
 
 
 def _attach_line(request: Attach, peer: str, keep_alive: float) -> bytes:
-    """The line that asks a supervisor to attach to a call. Spec: harpd.supervisor.main."""
+    """Return the line that attaches to a call in a supervisor. Spec: harpd.supervisor.main."""
     members = Envelope(attach=request.call, owner=request.owner, secret=request.secret, since=request.since)
     members |= {"user": request.user, "peer": peer}
     if request.keep_alive:
@@ -340,7 +334,7 @@ def _attach_line(request: Attach, peer: str, keep_alive: float) -> bytes:
 
 
 def _raised_at(error: BaseException | None) -> dict[str, object]:
-    """What of an exception may be logged: its type and where it was raised."""
+    """Return the facts of an exception that contain no secret: its type and where it was raised."""
     frames = traceback.extract_tb(error.__traceback__) if error is not None else []
-    place = f"{frames[-1].filename}:{frames[-1].lineno}" if frames else "unknown"
-    return {"error": type(error).__name__, "at": place}
+    location = f"{frames[-1].filename}:{frames[-1].lineno}" if frames else "unknown"
+    return {"error": type(error).__name__, "location": location}

@@ -6,7 +6,7 @@ asked for keep-alive, data after the closing line is its next request.
 
 For a *resumable* call, both directions are sent on without decoding; only the length of the client's lines is checked.
 When either side disconnects, no error line is sent: it would look like the end of the call, but the call continues.
-With keep-alive, the next request follows the command ``done``.
+With keep-alive, the next request follows the command ``release``.
 """
 
 from __future__ import annotations
@@ -31,24 +31,24 @@ __all__ = ["AFTER_REQUEST", "CALL_DIED", "SHUTDOWN", "BoundProxy", "ProxyContext
 
 log = logging.getLogger("harpd.frontend")
 
-#: Seconds beyond the grace periods that the supervisor has to end a call.
+#: Seconds for the supervisor to stop a call, beyond the two grace periods.
 _STOP_MARGIN = 10.0
-#: The most bytes of orders that may come before the supervisor's first answer.
+#: Most bytes of commands that are buffered before the supervisor's first reply.
 _MAX_PENDING_BYTES = 64 * 1024
-#: How the line begins by which a supervisor refuses a call because it ends; `encode_message` writes it so.
+#: The start of the line by which a supervisor that shuts down rejects a call, as `encode_message` writes it.
 _SHUTDOWN_PREFIX = b'{"harp":1,"error":{"type":"shutdown"'
 
 AFTER_REQUEST = Failed("invalid_request", "data after the request line")
-CALL_DIED = Failed("call_died", "the supervisor of the calls died")
+CALL_DIED = Failed("call_died", "the supervisor died")
 SHUTDOWN = Failed("shutdown", "the daemon is shutting down")
 
 
 class RequestRejected(Exception):
-    """The request is refused, or the call cut short.
+    """The request is rejected, or its call was stopped.
 
     Args:
-        error: what the client is told.
-        sending: whether more may be on its way from the client.
+        error: the error for the client.
+        discard_input: whether the client may still be sending.
     """
 
     def __init__(self, error: Failed, discard_input: bool = False) -> None:
@@ -58,23 +58,23 @@ class RequestRejected(Exception):
 
 
 class _UnexpectedData(Exception):
-    """The client sent something after its request."""
+    """The client sent data after its request."""
 
 
 class _ShuttingDown(Exception):
-    """The gate ends, and the supervisors go on."""
+    """The frontend stops and the supervisor continues."""
 
 
 @dataclass(frozen=True, slots=True)
 class ProxyContext:
-    """What a call is carried with.
+    """The surroundings of a proxy.
 
     Attributes:
-        call: its id, for the log.
-        client: its client.
-        limits: the configuration's.
-        taken: called once the supervisor has the request.
-        keep: whether the client wants to go on with another request.
+        call: the call's id, for the log.
+        stream: the connection to the client.
+        limits: the configured limits.
+        on_accepted: called when the supervisor has replied to the request.
+        keep_alive: whether the client asked for keep-alive.
     """
 
     call: str
@@ -85,7 +85,7 @@ class ProxyContext:
 
 
 class _Proxy:
-    """What both kinds share: they end when the gate leaves."""
+    """The common part of both proxies: connections and detaching."""
 
     def __init__(self, context: ProxyContext, supervisor: SupervisorConnection) -> None:
         self._stream = context.stream
@@ -97,20 +97,20 @@ class _Proxy:
         self._detached: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     def detach(self) -> None:
-        """End the carrying: the gate ends, and the supervisors go on."""
+        """End the proxy, because the frontend stops and the supervisor continues."""
         if not self._detached.done():
             self._detached.set_exception(_ShuttingDown())
 
 
 class BoundProxy(_Proxy):
-    """A call whose client's connection is its life.
+    """The proxy of a connection-bound call.
 
     Args:
-        around: what it is carried with.
-        wardens: the way to the supervisors.
-        asked: what tells the supervisor from others, see `SupervisorClient.current`.
-        warden: who gets the call.
-        request: the line for it.
+        context: the surroundings.
+        client: the client of the supervisors.
+        inode: the active socket's inode before `supervisor` was connected.
+        supervisor: the connection to the supervisor.
+        request: the line that starts the call.
     """
 
     def __init__(
@@ -127,25 +127,25 @@ class BoundProxy(_Proxy):
         self._request = request
         self._relay = LineRelay()
         self._next_request = b""
-        #: What the client is told when the supervisor ends before the call does.
+        #: The error for the client if the supervisor exits before the call.
         self.error_on_loss = CALL_DIED
 
     @classmethod
     async def open(cls, context: ProxyContext, client: SupervisorClient, request: bytes) -> BoundProxy:
-        """Reach a supervisor for a call. Raises `SupervisorError`."""
+        """Connect to the active supervisor. Raises `SupervisorError`."""
         inode = client.active_socket_inode()
         return cls(context, client, inode, await client.connect_active(), request)
 
     async def run(self) -> bytes | None:
-        """Ask the supervisor for the call, and carry its lines to the client until the call has ended.
+        """Start the call and send its lines to the client until the call has ended.
 
         Returns:
-            What has come of the client's next request; None: there will be none.
+            The received part of the client's next request; None: the connection ends.
 
         Raises:
-            Gone: the client is gone, and the call with it.
-            Refused: the call was cut short, and the client has to be told.
-            SupervisorError: the supervisor retires, and there is no other.
+            ClientDisconnected: the client disconnected; the call is stopped.
+            RequestRejected: the call was stopped; the client needs an error.
+            SupervisorError: the supervisor retires and no other becomes active.
         """
         relay = self._relay
         rejected: RequestRejected | None = None
@@ -154,16 +154,16 @@ class BoundProxy(_Proxy):
         except ClientDisconnected:
             if not relay.complete:
                 self._stream.abort()
-                await self._stop_call("client went away; call stopped")
+                await self._stop_call("client disconnected; call stopped")
             raise
         except _UnexpectedData:
             rejected = RequestRejected(AFTER_REQUEST, discard_input=True)
             if not relay.complete:
-                await self._stop_call("client sent more; call stopped")
+                await self._stop_call("client sent unexpected data; call stopped")
         except _ShuttingDown:
             rejected = RequestRejected(SHUTDOWN)
             if not relay.complete:
-                await self._stop_call("the gate ends; call stopped")
+                await self._stop_call("frontend stops; call stopped")
         finally:
             self._supervisor.close()
         if relay.mid_line:
@@ -178,7 +178,7 @@ class BoundProxy(_Proxy):
 
     @property
     def _may_continue(self) -> bool:
-        """Whether the client may say its next request now."""
+        """Whether the client can send its next request now."""
         return self._keep_alive and self._relay.complete and not self._relay.failed
 
     async def _relay_lines(self) -> None:
@@ -186,7 +186,7 @@ class BoundProxy(_Proxy):
         with contextlib.suppress(SupervisorDied):
             data = await self._send_request()
             if data.startswith(_SHUTDOWN_PREFIX) and self._client.active_socket_inode() != self._inode:
-                # It retired while the request was on its way, and has started nothing.
+                # It began to retire before it received the request: it has not started the call.
                 self._supervisor.close()
                 self._supervisor = await self._client.connect_active()
                 data = await self._send_request()
@@ -196,7 +196,7 @@ class BoundProxy(_Proxy):
                 if sendable := self._relay.feed(data):
                     await self._stream.write(sendable)
                 if self._may_continue:
-                    return  # that its process is gone, which the supervisor says by closing, nobody waits for
+                    return  # do not wait until the supervisor closes, which it does after the exit of the process
                 data = await self._supervisor.receive()
 
     async def _send_request(self) -> bytes:
@@ -204,7 +204,7 @@ class BoundProxy(_Proxy):
         return await self._supervisor.receive()
 
     async def _watch_client(self) -> None:
-        """Wait until the client goes away or says something. Raises `ClientDisconnected` or `_UnexpectedData`."""
+        """Wait until the client disconnects or sends data. Raises `ClientDisconnected` or `_UnexpectedData`."""
         while True:
             data = await self._stream.read()
             if self._may_continue:
@@ -213,8 +213,8 @@ class BoundProxy(_Proxy):
             if data.strip():
                 raise _UnexpectedData
 
-    async def _stop_call(self, why: str) -> None:
-        """Have the supervisor stop the call, and wait until its processes are gone."""
+    async def _stop_call(self, event: str) -> None:
+        """Tell the supervisor to stop the call; wait until its processes have ended; log the event."""
         with contextlib.suppress(SupervisorDied):
             self._supervisor.finish_sending()
             try:
@@ -222,20 +222,20 @@ class BoundProxy(_Proxy):
                     while await self._supervisor.receive():
                         pass
             except TimeoutError:
-                log.error("call did not end in time", extra={**self._log_fields, "why": why})
+                log.error("call did not stop in time", extra={**self._log_fields, "cause": event})
                 return
-        log.info(why, extra=self._log_fields)
+        log.info(event, extra=self._log_fields)
 
 
 class ResumableProxy(_Proxy):
-    """A call that goes on without its client, who may come back.
+    """The proxy of a resumable call: it can end and another one can attach later.
 
     Args:
-        around: what it is carried with.
-        warden: who has the call, or gets it.
-        request: the line for the supervisor, if it has not got it.
-        received: what it has said already.
-        orders: what the client has said already after its request.
+        context: the surroundings.
+        supervisor: the connection to the supervisor.
+        commands: data that the client sent after its request.
+        request: the line that starts the call; empty after an attach.
+        received: data that the supervisor has sent.
     """
 
     def __init__(
@@ -250,9 +250,7 @@ class ResumableProxy(_Proxy):
         self._request = request
         self._received = received
         self._commands = commands
-        self._pending_commands = (
-            bytearray()
-        )  # orders that came before the supervisor has answered, which reads nothing else till then
+        self._pending_commands = bytearray()  # until the first reply, the supervisor reads nothing but the request
         self._accepted = False
         self._next_request: bytes | None = None
 
@@ -260,33 +258,33 @@ class ResumableProxy(_Proxy):
     async def open(
         cls, context: ProxyContext, client: SupervisorClient, request: bytes, commands: bytes
     ) -> ResumableProxy:
-        """Reach a supervisor for a call. Raises `SupervisorError`."""
+        """Connect to the active supervisor. Raises `SupervisorError`."""
         return cls(context, await client.connect_active(), commands, request=request)
 
     @classmethod
     def from_reply(cls, context: ProxyContext, reply: AttachReply, commands: bytes) -> ResumableProxy:
-        """Go on with a call from what its supervisor has replied."""
+        """Return the proxy for an attached call."""
         return cls(context, reply.connection, commands, received=reply.line + reply.rest)
 
     async def run(self) -> bytes | None:
-        """Carry bytes both ways until one side is gone.
+        """Send data in both directions until one side disconnects.
 
         Returns:
-            What has come of the client's next request; None: there will be none.
+            The received part of the client's next request; None: the connection ends.
 
         Raises:
-            Gone: it was the client.
+            ClientDisconnected: the client disconnected.
         """
         try:
             await _run_until_first(self._relay_lines(), self._relay_commands(), self._detached)
             if self._next_request is None:
                 await self._stream.drain()
         except LineTooLong as error:
-            log.warning("client sent what is no order; detached", extra={**self._log_fields, "reason": str(error)})
+            log.warning("invalid command from client; detached", extra={**self._log_fields, "reason": str(error)})
         except TimeoutError:
             log.error("supervisor does not read; client detached", extra=self._log_fields)
         except _ShuttingDown:
-            log.info("the gate ends; client detached", extra=self._log_fields)
+            log.info("frontend stops; client detached", extra=self._log_fields)
         else:
             return self._next_request
         finally:
@@ -294,7 +292,7 @@ class ResumableProxy(_Proxy):
         return None
 
     async def _relay_lines(self) -> None:
-        """Send the client what the supervisor says. Raises `ClientDisconnected` and `TimeoutError`."""
+        """Send the supervisor's data to the client. Raises `ClientDisconnected` and `TimeoutError`."""
         with contextlib.suppress(SupervisorDied):
             if self._request:
                 await self._send_to_supervisor(self._request)
@@ -302,10 +300,10 @@ class ResumableProxy(_Proxy):
             data = self._received or await self._supervisor.receive()
             self._received = b""
             self._on_accepted()
-            with contextlib.suppress(SupervisorDied):  # what it has said is to be read all the same
+            with contextlib.suppress(SupervisorDied):  # data that it sent before its death is still read
                 while self._pending_commands:
-                    held, self._pending_commands = bytes(self._pending_commands), bytearray()
-                    await self._send_to_supervisor(held)
+                    pending, self._pending_commands = bytes(self._pending_commands), bytearray()
+                    await self._send_to_supervisor(pending)
             self._accepted = True
             while data:
                 await self._stream.write(data)
@@ -326,18 +324,18 @@ class ResumableProxy(_Proxy):
                 else:
                     self._pending_commands += b"".join(lines)
                     if len(self._pending_commands) > _MAX_PENDING_BYTES:
-                        raise LineTooLong(f"more than {_MAX_PENDING_BYTES} bytes came before the acknowledgement")
+                        raise LineTooLong(f"more than {_MAX_PENDING_BYTES} bytes before the acknowledgement")
                 if self._next_request is None:
                     data = await self._stream.read()
-            await self._detached  # the supervisor closes now; what the client says until then is its next request
-        while True:  # what the supervisor has said before it died goes to the client still
+            await self._detached  # until the supervisor closes; data from the client is its next request
+        while True:  # `_relay_lines` still sends what the supervisor sent before its death
             await self._stream.read()
 
     def _split_commands(self, buffer: LineBuffer, data: bytes) -> list[bytes]:
-        """The orders that are whole; what follows the last one, if that is to be the next request, is kept as it is.
+        """Return the complete command lines; after a release, store the rest as the next request.
 
         Raises:
-            LineTooLong: an order is longer than one may be; a request may be longer.
+            LineTooLong: a command exceeds its limit. A request may be longer.
         """
         lines: list[bytes] = []
         while data and self._next_request is None:
@@ -354,7 +352,7 @@ class ResumableProxy(_Proxy):
 
 
 def _is_release(line: bytes) -> bool:
-    """Whether a client says by this line that it wants no more of a kept call."""
+    """Return whether this line is the command ``release``."""
     try:
         return b"release" in line and isinstance(decode_command(line), Release)
     except ProtocolError:
@@ -364,7 +362,7 @@ def _is_release(line: bytes) -> bool:
 async def _run_until_first(
     one: Coroutine[Any, Any, None], other: Coroutine[Any, Any, None], detached: asyncio.Future[None]
 ) -> None:
-    """Run both until one has ended, by returning or raising, or until it is left; the first of the three counts."""
+    """Run both coroutines until one ends or `detached` is set; return or raise the outcome of the first."""
     tasks = [asyncio.create_task(one), asyncio.create_task(other)]
     try:
         await asyncio.wait([*tasks, detached], return_when=asyncio.FIRST_COMPLETED)

@@ -1,7 +1,7 @@
-"""The front of harpd: listens, speaks TLS, checks who calls, and passes calls on to the supervisor.
+"""The network frontend of harpd: accepts TLS connections, authenticates requests, passes calls to the supervisor.
 
-It never runs a procedure and holds no kept call's life. What is slow or may block lives elsewhere: password checks in
-threads, calls in the supervisor's processes, each connection in a task of its own with a deadline for every phase.
+It runs no procedure and stores no state of a call. Slow or blocking work runs elsewhere: password checks in threads,
+calls in processes of the supervisor. Each connection has its own task and a deadline for every phase.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ _CALM = 0.9
 #: Seconds to wait when the system has no descriptor or memory for another connection.
 _ACCEPT_PAUSE = 0.1
 _EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
-#: Seconds between two signs that the program runs, and was not halted.
+#: Seconds between two heartbeats, which show that this process was not suspended.
 _HEARTBEAT_INTERVAL = 0.5
-#: Seconds for a reload's blocking part and for its supervisor.
+#: Seconds for loading the files in a reload, and again for the supervisor.
 _RELOAD_TIMEOUT = 60.0
-#: Seconds for what clients still have to be told at the end.
+#: Seconds for the last replies to clients at the stop.
 _FINAL_REPLY_TIMEOUT = 5.0
-#: Descriptors of the program itself, beside those of its connections.
+#: Descriptors of the program itself, besides those of its connections.
 _OWN_DESCRIPTORS = 64
 
 
@@ -56,13 +56,13 @@ async def run(options: CommandLine, config: LoadedConfig, on_serving: Callable[[
     Args:
         options: the command line.
         config: the loaded configuration.
-        on_serving: called once the daemon takes calls.
+        on_serving: called when the frontend accepts connections.
         frontend_only: whether another program launches the supervisor; otherwise this one does, and its stop ends all
             calls.
 
     Raises:
-        ConfigError: it can't listen, or the runtime directory can't be used.
-        SupervisorError: the supervisor did not start; its log says why.
+        ConfigError: it cannot listen, or the runtime directory cannot be used.
+        SupervisorError: the supervisor did not start; its log gives the reason.
     """
     program = Program()
     configuration = config.configuration
@@ -76,15 +76,15 @@ async def run(options: CommandLine, config: LoadedConfig, on_serving: Callable[[
 
 
 class FrontendServer:
-    """The running daemon. A `harpd.control.lifecycle.Service`.
+    """The running frontend. A `harpd.control.lifecycle.Service`.
 
     Args:
         options: the command line.
-        generation: what connections are served with until a reload.
-        wardens: the way to the supervisors.
-        settings: makes of a generation what supervisors get to know.
-        listeners: sockets that listen.
-        alone: whether another program keeps the supervisors.
+        config: the configuration for new connections until a reload.
+        client: the client of the supervisors.
+        settings: returns the supervisor's settings for a configuration.
+        listeners: the listening sockets.
+        frontend_only: whether another program launches the supervisor.
     """
 
     def __init__(
@@ -113,7 +113,7 @@ class FrontendServer:
         self._heartbeats = (boottime(),) * 2
 
     async def start(self) -> None:
-        """Start the supervisor, if that is done here, then accept connections. Raises `SupervisorError`."""
+        """Start the supervisor unless another program does; then accept connections. Raises `SupervisorError`."""
         if self._launcher is not None:
             await self._launcher.start()
         self._record_heartbeat()
@@ -124,14 +124,18 @@ class FrontendServer:
         _warn_about_old_tls(self._config)
 
     def _record_heartbeat(self) -> None:
-        """Note that this program runs. The beat before the last one is surely before anything that is read now."""
+        """Store the current time now and after each interval.
+
+        The heartbeat before the last one is earlier than the arrival of all data that is read now, even if this process
+        was suspended in between.
+        """
         self._heartbeats = (self._heartbeats[1], boottime())
         asyncio.get_running_loop().call_later(_HEARTBEAT_INTERVAL, self._record_heartbeat)
 
-    def _apply_config(self, generation: LoadedConfig) -> None:
-        """Serve the connections to come by this generation; those under way keep what they have."""
-        limits = generation.configuration.limits
-        self._config = generation
+    def _apply_config(self, config: LoadedConfig) -> None:
+        """Use this configuration for new connections; existing connections continue with theirs."""
+        limits = config.configuration.limits
+        self._config = config
         self._thread_pool = BoundedThreadPool(limits.authentication_threads)
         self._allowance = MemoryQuota(limits.request_memory)
 
@@ -182,7 +186,7 @@ class FrontendServer:
             log.error("connection failed", exc_info=error)
 
     async def reload(self) -> None:
-        """Put a new generation in the place of the old one. Raises `ConfigError` and `SupervisorError`."""
+        """Load the files again and apply them all or none. Raises `ConfigError` and `SupervisorError`."""
         old = self._config
         try:
             new = await self._reload_thread.run(partial(load_config, self._options), _RELOAD_TIMEOUT)
@@ -213,12 +217,12 @@ class FrontendServer:
         await end(self._accepting)
         for task, connection in self._connections.items():
             connection.stop(task, supervisor_stops=self._launcher is not None)
-        patience = 2 * self._config.configuration.limits.kill_grace + STOP_MARGIN
+        deadline = 2 * self._config.configuration.limits.kill_grace + STOP_MARGIN
         if self._launcher is not None:
-            await self._launcher.stop(patience)
+            await self._launcher.stop(deadline)
         else:
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(patience):
+                async with asyncio.timeout(deadline):
                     for connection in list(self._connections.values()):
                         await connection.wait_call_done()
         if self._connections:
@@ -227,11 +231,11 @@ class FrontendServer:
 
 
 def _raise_descriptor_limit(connections: int) -> None:
-    """Allow a descriptor for each connection and one for each call, as far as the hard limit goes."""
+    """Raise the soft limit, up to the hard limit, to two descriptors per connection: its own and its call's."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = 2 * (connections + _SURPLUS) + _OWN_DESCRIPTORS
-    if soft < wanted and soft != resource.RLIM_INFINITY:
-        reachable = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    needed = 2 * (connections + _SURPLUS) + _OWN_DESCRIPTORS
+    if soft < needed and soft != resource.RLIM_INFINITY:
+        reachable = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
         resource.setrlimit(resource.RLIMIT_NOFILE, (reachable, hard))
 
 

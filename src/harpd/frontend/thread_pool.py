@@ -1,7 +1,7 @@
-"""Code that may block, run for the event loop: in few threads, with a deadline.
+"""Runs blocking code for the event loop: in a bounded number of threads, with a deadline.
 
-A thread that hangs can't be stopped. It keeps its place, so that no more than the limit ever hang, and it does
-not keep the program from ending.
+A thread that hangs cannot be stopped. It occupies its slot, so that at most `limit` threads hang. As a daemon thread it
+does not prevent the exit of the program.
 """
 
 from __future__ import annotations
@@ -17,34 +17,34 @@ T = TypeVar("T")
 
 
 class TaskFailed(Exception):
-    """The code raised something; that is the cause."""
+    """The function raised an exception, which is the cause of this one."""
 
 
 class BoundedThreadPool:
-    """Places for code that may block. Belongs to one event loop.
+    """A bounded number of threads for one event loop.
 
     Args:
-        limit: how many may run at once.
+        limit: most functions that run at the same time.
     """
 
     def __init__(self, limit: int) -> None:
         self._slots = asyncio.Semaphore(limit)
 
     async def run(self, function: Callable[[], T], deadline: float) -> T:
-        """Run a function in a thread of its own and return what it returns.
+        """Run a function in its own thread; return its value.
 
         Args:
-            function: what to run.
-            deadline: seconds for it, waiting for a place included.
+            function: the function.
+            deadline: seconds for it, including the wait for a slot.
 
         Raises:
-            TimeoutError: it took longer. The thread goes on.
-            Crashed: it raised something, be it SystemExit; or there is no thread to be had.
+            TimeoutError: it took longer. The thread continues.
+            TaskFailed: it raised any exception, including SystemExit; or no thread can be started.
         """
         loop = asyncio.get_running_loop()
         outcome: asyncio.Future[tuple[T | None, BaseException | None]] = loop.create_future()
 
-        def end(value: T | None, error: BaseException | None) -> None:
+        def finish(value: T | None, error: BaseException | None) -> None:
             self._slots.release()
             if not outcome.done():
                 outcome.set_result((value, error))
@@ -52,22 +52,22 @@ class BoundedThreadPool:
         async with asyncio.timeout(deadline):
             await self._slots.acquire()
             try:
-                threading.Thread(target=_run_task, args=(loop, function, end), daemon=True).start()
+                threading.Thread(target=_run_task, args=(loop, function, finish), daemon=True).start()
             except RuntimeError as error:
-                end(None, error)
+                finish(None, error)
             value, error_ = await outcome
         if error_ is not None:
             raise TaskFailed(type(error_).__name__) from error_
-        return value  # type: ignore[return-value]  # no error: it is what the function returned
+        return value  # type: ignore[return-value]  # without an error it is the value
 
 
-def _run_task(loop: asyncio.AbstractEventLoop, function: Callable[[], Any], end: Callable[..., None]) -> None:
+def _run_task(loop: asyncio.AbstractEventLoop, function: Callable[[], Any], finish: Callable[..., None]) -> None:
     value, failure = None, None
     try:
         value = function()
-    except BaseException as error:  # noqa: BLE001 - handed to the one who waits, whatever it is
+    except BaseException as error:  # noqa: BLE001 - passed to the waiting task
         failure = error
     try:
-        loop.call_soon_threadsafe(end, value, failure)
+        loop.call_soon_threadsafe(finish, value, failure)
     except RuntimeError:
-        return  # the loop is closed: the program ends
+        return  # the loop is closed: the program exits

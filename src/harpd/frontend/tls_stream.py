@@ -1,4 +1,4 @@
-"""One client's TLS connection, from the handshake to the close, with a deadline wherever it could be waited for."""
+"""One client's TLS connection, from the handshake to the close; every wait has a deadline."""
 
 from __future__ import annotations
 
@@ -17,35 +17,36 @@ __all__ = ["ClientDisconnected", "TLSStream", "boottime", "format_peer"]
 log = logging.getLogger("harpd.frontend")
 
 _CHUNK = 64 * 1024
-#: Seconds for TLS's own farewell, the last bytes on their way included.
+#: Seconds for the TLS shutdown, including the last buffered bytes.
 _CLOSE_TIMEOUT = 30.0
-#: After a refusal the client may still be sending. What it sends is read, so that the refusal is not lost by a
-#: reset: until it has been silent for the first time, and no longer than the second; seconds.
+#: After an error the client may still be sending. Its data is read and discarded, because unread data would make the
+#: kernel reset the connection, and the client could lose the error. Reading ends after the first time without data, and
+#: at the latest after the second; seconds.
 _QUIET_TIME, _MAX_DISCARD_TIME = 0.5, 10.0
 
 
 class ClientDisconnected(Exception):
-    """The client closed the connection, or takes nothing any more."""
+    """The client closed the connection or stopped reading."""
 
 
 def boottime() -> float:
-    """Seconds since the system's start, during which it may have slept."""
+    """Return the seconds since the system's start, including the time in which it was suspended."""
     return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 def format_peer(address: tuple[object, ...]) -> str:
-    """A peer's address and port as text."""
+    """Return a peer's address and port as text."""
     host = str(address[0]).removeprefix("::ffff:")
     return f"[{host}]:{address[1]}" if ":" in host else f"{host}:{address[1]}"
 
 
 class TLSStream:
-    """The connection.
+    """A client's connection.
 
     Args:
-        accepted: the socket, owned by this object.
+        accepted: the socket, which this object owns.
         peer: the client's address and port.
-        generation: certificate and limits.
+        config: certificate and limits.
     """
 
     def __init__(self, accepted: socket.socket, peer: str, config: LoadedConfig) -> None:
@@ -53,13 +54,13 @@ class TLSStream:
         self._socket = accepted
         self._context = config.context
         self._limits = config.configuration.limits
-        #: When it arrived, in seconds since the system's start.
+        #: The time at which it was accepted, by `boottime`.
         self.accepted_at = boottime()
         self._reader = asyncio.StreamReader(limit=_CHUNK)
         self._writer: asyncio.StreamWriter
 
     async def handshake(self) -> bool:
-        """Speak TLS; say whether that went well. If it did not, there is nothing to close."""
+        """Run the TLS handshake; return whether it succeeded. After a failure the socket is closed."""
         loop = asyncio.get_running_loop()
         protocol = asyncio.StreamReaderProtocol(self._reader)
         try:
@@ -70,9 +71,9 @@ class TLSStream:
                 ssl_handshake_timeout=self._limits.handshake_timeout,
                 ssl_shutdown_timeout=_CLOSE_TIMEOUT,
             )
-        except OSError as error:  # of the network and of TLS alike
+        except OSError as error:  # includes ssl.SSLError
             reason = getattr(error, "reason", None) or str(error) or type(error).__name__
-            log.info("handshake failed", extra={"peer": self.peer, "reason": reason})
+            log.info("TLS handshake failed", extra={"peer": self.peer, "reason": reason})
             return False
         self._writer = asyncio.StreamWriter(transport, protocol, self._reader, loop)
         transport.set_write_buffer_limits(high=_CHUNK)
@@ -89,33 +90,33 @@ class TLSStream:
         return data
 
     async def write(self, data: bytes) -> None:
-        """Write; return when no more waits than a little. Raises `ClientDisconnected`."""
+        """Write data; wait while the buffer is full. Raises `ClientDisconnected`."""
         self._writer.write(data)
         await self._wait_writable()
 
     async def drain(self) -> None:
-        """Return when the client has taken all that was written. Raises `ClientDisconnected`."""
+        """Wait until all written data is sent. Raises `ClientDisconnected`."""
         self._writer.transport.set_write_buffer_limits(high=1, low=0)
         await self._wait_writable()
 
     async def send_last(self, message: Message) -> None:
-        """Write a message, the last one. Raises `ClientDisconnected`."""
+        """Write the last message and wait until it is sent. Raises `ClientDisconnected`."""
         self._writer.write(encode_message(message))
         await self.drain()
 
     async def send_error(self, error: Failed, discard_input: bool, level: int = logging.INFO) -> None:
-        """Say that the request is refused, or why the call has ended.
+        """Send an error that rejects the request or ends the call.
 
         Args:
-            error: what the client is told.
-            discard_input: whether more may be on its way from the client.
-            level: how much it matters to the log.
+            error: the error.
+            discard_input: whether the client may still be sending.
+            level: the log level.
 
         Raises:
-            Gone: the client did not wait for it.
+            ClientDisconnected: the client disconnected before.
         """
-        about = {"peer": self.peer, "type": error.type, "reason": error.message}
-        log.log(level, "answered with an error", extra=about)
+        log_fields = {"peer": self.peer, "type": error.type, "reason": error.message}
+        log.log(level, "replied with an error", extra=log_fields)
         await self.send_last(error)
         if discard_input:
             with contextlib.suppress(TimeoutError, ClientDisconnected):
@@ -125,34 +126,34 @@ class TLSStream:
                             await self.read()
 
     async def _wait_writable(self) -> None:
-        """Wait until the client has taken what is more than the buffer's share.
+        """Wait until the write buffer is below its limit.
 
         Raises:
-            Gone: the client is gone, or took nothing for as long as it may.
+            ClientDisconnected: the client disconnected, or read nothing for `limits.write_timeout` seconds.
         """
         transport = self._writer.transport
-        left = transport.get_write_buffer_size()
-        if not left and not transport.is_closing():
-            return  # as mostly: no need for a timer
+        unsent = transport.get_write_buffer_size()
+        if not unsent and not transport.is_closing():
+            return  # the usual case; a timer would cost time
         while True:
             try:
                 async with asyncio.timeout(self._limits.write_timeout):
                     await self._writer.drain()
                     return
             except TimeoutError as error:
-                before, left = left, transport.get_write_buffer_size()
-                if left >= before:
-                    log.info("client does not read", extra={"peer": self.peer, "unsent": left})
+                before, unsent = unsent, transport.get_write_buffer_size()
+                if unsent >= before:
+                    log.info("client does not read", extra={"peer": self.peer, "unsent": unsent})
                     raise ClientDisconnected from error
             except OSError as error:
                 raise ClientDisconnected from error
 
     def abort(self) -> None:
-        """Cut the connection."""
+        """Abort the connection."""
         self._writer.transport.abort()
 
     async def close(self) -> None:
-        """Close the connection, within bounds."""
+        """Close the connection; abort it after a deadline."""
         self._writer.close()
         try:
             async with asyncio.timeout(_CLOSE_TIMEOUT):
