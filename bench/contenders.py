@@ -96,7 +96,7 @@ def _harp(place: Place, module: str) -> Iterator[Ask]:
             pids = {
                 "dispatcher": dispatcher.pid,
                 "frontend": harpd.pid,
-                "supervisor": harpd.warden,
+                "supervisor": harpd.supervisor,
                 "zygote": harpd.zygote,
             }
             known = {

@@ -41,7 +41,7 @@ def pid_then_sleep(seconds=600, ignore=False, escape=False):
     time.sleep(seconds)
 """
 
-#: What the product promises for the calls of a killed warden, in seconds.
+#: What the product promises for the calls of a killed supervisor, in seconds.
 DEAD_WITHIN = 2.0
 
 
@@ -105,19 +105,19 @@ def test_the_gate_is_killed(system: System) -> None:
 
 
 @pytest.mark.parametrize("escape", [False, True])
-def test_the_warden_is_killed(system: System, escape: bool) -> None:
+def test_supervisor_killed_fails_calls(system: System, escape: bool) -> None:
     jobs = [system.rpc.web01.pid_then_sleep(ignore=True, escape=escape) for _ in range(5)]
     processes = [member for job in jobs for member in family(started(job))]
     assert len(processes) == (10 if escape else 5)
-    warden = system.harpd.warden
-    os.kill(warden, signal.SIGKILL)
+    supervisor = system.harpd.supervisor
+    os.kill(supervisor, signal.SIGKILL)
     wait_for_death(processes, DEAD_WITHIN)
     for job in jobs:
         error = job.result(wait=True)
         assert isinstance(error, harp.RemoteError)
         assert error.type == "call_died"
     assert system.rpc.web01.echo(1).get() == [1]
-    assert system.harpd.warden != warden
+    assert system.harpd.supervisor != supervisor
 
 
 def test_the_zygote_is_killed(system: System) -> None:

@@ -169,9 +169,11 @@ def test_a_cancel_while_the_host_is_cut_off(tmp_path: Path) -> None:
         second = host.count(1)
         wait_until(lambda: (job.details()["call"] or {}).get("instance"), DEADLINE, "the call")
         assert "is full (1 of 1: " + job.id() in second.why()
-        warden = psutil.Process(whole.harpd.warden)
+        supervisor = psutil.Process(whole.harpd.supervisor)
         call = next(
-            process for process in warden.children(recursive=True) if process.children() == [] and process != warden
+            process
+            for process in supervisor.children(recursive=True)
+            if process.children() == [] and process != supervisor
         )
         whole.harpd.kill()
         assert job.cancel() is True
@@ -255,22 +257,22 @@ def test_the_dispatcher_is_upgraded_under_a_hundred_calls(tmp_path: Path) -> Non
 
 
 def test_harpd_is_upgraded_under_running_calls(tmp_path: Path) -> None:
-    """The calls' service is started anew: a new warden takes new calls, the old one keeps its own to their end."""
+    """The calls' service is started anew: a new supervisor takes new calls, the old one keeps its own to their end."""
     done = tmp_path / "done"
     with system(tmp_path) as whole:
         job = whole.rpc.web01.count_until(str(done), 0.05)
         follower = Follower(lambda: job.follow(since=0))
         follower.reach(5)
-        old = whole.harpd.warden
+        old = whole.harpd.supervisor
         whole.harpd.end_calls(signal.SIGUSR1)
         whole.harpd.start_calls()
-        assert whole.harpd.warden != old
+        assert whole.harpd.supervisor != old
         again(whole.harpd)
         assert whole.rpc.web01.count(3).get() == 3
         follower.reach(len(follower.records) + 5)
         done.touch()
         assert follower.end() == list(range(job.get()))
-        wait_until(lambda: is_dead(old), DEADLINE, "the end of the old warden")
+        wait_until(lambda: is_dead(old), DEADLINE, "the end of the old supervisor")
 
 
 def test_a_job_whose_call_its_host_does_not_know_is_missing_its_result(tmp_path: Path) -> None:

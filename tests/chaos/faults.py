@@ -31,9 +31,9 @@ class History:
 
     Attributes:
         done: the faults that struck something, by kind.
-        missed: how many found nothing to strike: a warden that is away can't be killed.
+        missed: how many found nothing to strike: a supervisor that is away can't be killed.
         killed: calls' processes that were killed.
-        wardens: when a warden of a host was killed.
+        supervisors: when a supervisor of a host was killed.
         shutdowns: when all calls of a host were told to end.
         gates: when the gate of a host was told to end.
         outages: which fault struck from when to when; those that were over at once are among them.
@@ -42,7 +42,7 @@ class History:
     done: Counter[str] = field(default_factory=Counter)
     missed: int = 0
     killed: set[Identity] = field(default_factory=set)
-    wardens: list[tuple[str, float]] = field(default_factory=list)
+    supervisors: list[tuple[str, float]] = field(default_factory=list)
     shutdowns: list[tuple[str, float]] = field(default_factory=list)
     gates: list[tuple[str, float]] = field(default_factory=list)
     outages: list[tuple[Fault, float, float]] = field(default_factory=list)
@@ -134,12 +134,12 @@ class Injector:
                 return host.calls.send(signal.SIGKILL)
             case Kind.RESTART_KEEPER:
                 return await _end(host.calls, signal.SIGUSR1, fault)
-            case Kind.NEW_WARDEN:
+            case Kind.NEW_SUPERVISOR:
                 return host.calls.send(signal.SIGHUP)
             case Kind.KILL_CALL:
                 return self._kill_call(fault, host)
             case _:
-                return await self._on_warden(fault, host)
+                return await self._on_supervisor(fault, host)
 
     async def _spoil(self, fault: Fault, host: Host) -> bool:
         assert isinstance(fault.kind, Mode)
@@ -163,24 +163,24 @@ class Injector:
         self.history.killed.add(process)
         return send_signal(signal.SIGKILL, process)
 
-    async def _on_warden(self, fault: Fault, host: Host) -> bool:
-        wardens = await host.wardens()
-        if not wardens:
+    async def _on_supervisor(self, fault: Fault, host: Host) -> bool:
+        supervisors = await host.supervisors()
+        if not supervisors:
             return False
-        pid = wardens[int(fault.choice * len(wardens))]
+        pid = supervisors[int(fault.choice * len(supervisors))]
         found = stat(pid)
         if found is None:
             return False
-        warden = Identity(pid, found[1])
-        if fault.kind is Kind.KILL_WARDEN:
-            self.history.wardens.append((host.name, now()))
-            return send_signal(signal.SIGKILL, warden)
-        if not send_signal(signal.SIGSTOP, warden):
+        supervisor = Identity(pid, found[1])
+        if fault.kind is Kind.KILL_SUPERVISOR:
+            self.history.supervisors.append((host.name, now()))
+            return send_signal(signal.SIGKILL, supervisor)
+        if not send_signal(signal.SIGSTOP, supervisor):
             return False
         try:
             await asyncio.sleep(fault.seconds)
         finally:
-            send_signal(signal.SIGCONT, warden)
+            send_signal(signal.SIGCONT, supervisor)
         return True
 
     async def _fill(self, fault: Fault) -> bool:

@@ -108,7 +108,7 @@ class Judge:
                 return self._outage_short_of(entry, 0.0)
             case "host_lost":
                 return self._outage_short_of(entry, HOST_LOST_AFTER / 2)
-            case "missing_result" if self._struck(entry, [*self._history.wardens, *self._history.shutdowns]):
+            case "missing_result" if self._struck(entry, [*self._history.supervisors, *self._history.shutdowns]):
                 return None  # whoever held its end is gone
             case _ if type_ in _NOT_STARTED:
                 return None if not truth.starts else "its procedure did start"
@@ -119,7 +119,7 @@ class Judge:
         return (entry.told or begin) - begin
 
     def _killed(self, entry: Entry, truth: Truth) -> bool:
-        return not self._history.killed.isdisjoint(truth.starts) or self._struck(entry, self._history.wardens)
+        return not self._history.killed.isdisjoint(truth.starts) or self._struck(entry, self._history.supervisors)
 
     @staticmethod
     def _struck(entry: Entry, blows: Iterable[tuple[str, float]]) -> bool:
@@ -157,7 +157,7 @@ class Judge:
 
     def _surely_kept(self, entry: Entry, truth: Truth, end: End) -> int:
         """How many records a job has at least that did not return: those from before it was stopped, if it was."""
-        if truth.main is None or self._struck(entry, self._history.wardens):
+        if truth.main is None or self._struck(entry, self._history.supervisors):
             return 0
         if end == End("failed", "call_died"):
             return len(truth.records)

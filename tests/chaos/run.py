@@ -95,8 +95,8 @@ class Run:
                 await asyncio.sleep(_PAUSE)
 
     async def _hosts_serve(self) -> bool:
-        wardens = await asyncio.gather(*(host.wardens() for host in self._system.hosts.values()))
-        return all(wardens)
+        supervisors = await asyncio.gather(*(host.supervisors() for host in self._system.hosts.values()))
+        return all(supervisors)
 
     async def _storm_and_quiet(self) -> None:
         plan = self._plan

@@ -21,7 +21,7 @@ _LENGTHS: Sequence[tuple[int, tuple[float, float]]] = (
     (8, (9.0, 12.0)),
     (2, (24.0, 32.0)),
 )
-#: The most seconds for which a warden is halted: it can't end its calls, and its host would be given up with them.
+#: The most seconds for which a supervisor is halted: it can't end its calls, and its host would be given up with them.
 _LONGEST_WATCHLESS = 6.0
 #: The most seconds for which the dispatcher is struck: without it nothing goes on that could be tried.
 _LONGEST_CENTRAL = 12.0
@@ -46,9 +46,9 @@ class Kind(StrEnum):
     RESTART_CALLS = "restart calls"
     KILL_KEEPER = "kill keeper"
     RESTART_KEEPER = "restart keeper"
-    NEW_WARDEN = "new warden"
-    KILL_WARDEN = "kill warden"
-    HALT_WARDEN = "halt warden"
+    NEW_SUPERVISOR = "new supervisor"
+    KILL_SUPERVISOR = "kill supervisor"
+    HALT_SUPERVISOR = "halt supervisor"
     KILL_CALL = "kill call"
     FULL_DISK = "full disk"
     STEP_CLOCK = "step clock"
@@ -67,9 +67,9 @@ _WEIGHTS: Mapping[Kind | Mode, int] = {
     Kind.RESTART_CALLS: 1,
     Kind.KILL_KEEPER: 2,
     Kind.RESTART_KEEPER: 3,
-    Kind.NEW_WARDEN: 3,
-    Kind.KILL_WARDEN: 4,
-    Kind.HALT_WARDEN: 3,
+    Kind.NEW_SUPERVISOR: 3,
+    Kind.KILL_SUPERVISOR: 4,
+    Kind.HALT_SUPERVISOR: 3,
     Kind.KILL_CALL: 8,
     Kind.FULL_DISK: 3,
     Kind.STEP_CLOCK: 4,
@@ -139,7 +139,7 @@ def _fault(chance: random.Random, at: float, longest: float, hosts: Sequence[str
     kind: Kind | Mode = chance.choices(list(_WEIGHTS), list(_WEIGHTS.values()))[0]
     ((_, bounds),) = chance.choices(_LENGTHS, [weight for weight, _ in _LENGTHS])
     length = min(chance.uniform(*bounds), longest)
-    if kind is Kind.HALT_WARDEN:
+    if kind is Kind.HALT_SUPERVISOR:
         length = min(length, _LONGEST_WATCHLESS)
     elif kind in _CENTRAL:
         length = min(length, _LONGEST_CENTRAL)

@@ -49,7 +49,7 @@ _HOSTS: Mapping[str, Mapping[str, Any]] = {
 }
 HOSTS = tuple(_HOSTS)
 
-#: Seconds for a question to a warden.
+#: Seconds for a question to a supervisor.
 _ANSWER = 1.0
 
 
@@ -59,7 +59,7 @@ class Host:
 
     Attributes:
         gate: its gate.
-        calls: the keeper of its wardens.
+        calls: the keeper of its supervisors.
         proxy: the dispatcher's way to it.
     """
 
@@ -69,12 +69,12 @@ class Host:
     proxy: Proxy
     runtime_directory: Path
 
-    async def wardens(self) -> list[int]:
-        """The wardens that answer now, retired ones too."""
-        found = [await self._warden(name) for name in _sockets(self.runtime_directory)]
+    async def supervisors(self) -> list[int]:
+        """The supervisors that answer now, retired ones too."""
+        found = [await self._supervisor_pid(name) for name in _sockets(self.runtime_directory)]
         return sorted({pid for pid in found if pid is not None})
 
-    async def _warden(self, name: str) -> int | None:
+    async def _supervisor_pid(self, name: str) -> int | None:
         directory = os.open(self.runtime_directory, os.O_PATH)  # a socket's address has no more than 107 bytes
         try:
             async with asyncio.timeout(_ANSWER):
@@ -89,7 +89,7 @@ class Host:
 
 
 def _sockets(directory: Path) -> list[str]:
-    return [name for name in os.listdir(directory) if name.startswith("warden-")] if directory.exists() else []
+    return [name for name in os.listdir(directory) if name.startswith("supervisor-")] if directory.exists() else []
 
 
 def _marked(file: Path) -> dict[str, str]:

@@ -192,7 +192,7 @@ def test_a_reload_of_the_gate_reaches_the_warden(harpd: Harpd) -> None:
 def test_a_dead_warden_is_replaced_by_one_that_knows_the_files_of_now(harpd: Harpd) -> None:
     harpd.configure({"limits": {"kill_grace": 7}})
     harpd.reload()
-    subprocess.run(["kill", "-9", str(harpd.warden)], check=True)
+    subprocess.run(["kill", "-9", str(harpd.supervisor)], check=True)
     harpd.wait_event("supervisor died", status="signal 9")
     assert version(harpd) == {"result": 1}
     with harpd.keep("version") as client:

@@ -21,7 +21,7 @@ from support.daemonlog import DEADLINE
 from support.deadline import wait_until
 from support.harpd import OWNER, SECRET, Harpd, LineClient
 from support.procedures_file import PROCEDURES
-from support.wardens import make_current, warden
+from support.scripted_supervisors import make_current, supervisor
 
 LIMITS = {"write_timeout": 1, "disconnect_timeout": 1800}
 
@@ -311,7 +311,7 @@ def test_when_the_warden_is_killed_nothing_is_said_in_its_name(tmp_path: Path) -
     with Harpd(tmp_path / "harpd", PROCEDURES) as harpd:
         with harpd.keep("wait_for", str(tmp_path / "go")) as client:
             old = client.message()["call"]["instance"]
-            os.kill(harpd.warden, signal.SIGKILL)
+            os.kill(harpd.supervisor, signal.SIGKILL)
             assert client.lines() == []
         with harpd.attach(client.call) as again:  # waits for the next warden
             terms = again.message()["call"]
@@ -326,7 +326,7 @@ def test_when_the_warden_is_killed_nothing_is_said_in_its_name(tmp_path: Path) -
 def test_a_dead_warden_that_does_not_come_back_is_no_answer_to_an_attach(tmp_path: Path) -> None:
     with Harpd(tmp_path / "harpd", PROCEDURES) as harpd:
         harpd.procedures_file.write_text("raise RuntimeError('broken on purpose')\n")
-        os.kill(harpd.warden, signal.SIGKILL)
+        os.kill(harpd.supervisor, signal.SIGKILL)
         harpd.wait_event("cannot start supervisor; retrying")
         with harpd.attach(str(uuid.uuid4())) as client:
             assert error_type(client) == "procedure_loading_error"
@@ -362,7 +362,7 @@ async def test_a_tied_call_that_meets_a_retiring_warden_goes_to_the_next(tmp_pat
         asked.append(f"new {request['procedure']}")
         return b'{"harp":1,"stream_result":false}\n{"result":1}\n'
 
-    async with warden(directory, "a", old), warden(directory, "b", new):
+    async with supervisor(directory, "a", old), supervisor(directory, "b", new):
         make_current(directory, "a")
         await asyncio.to_thread(harpd.start_gate)
         assert await asyncio.to_thread(harpd.call, "zeroth") == [failed("shutdown", "harpd is being stopped")]

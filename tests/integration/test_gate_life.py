@@ -159,7 +159,7 @@ def test_when_the_warden_is_killed_its_calls_are_dead_and_the_next_one_works(har
         streaming.send(harpd.request("count_until", [str(tmp_path / "never")]))
         assert streaming.message() == {"harp": 1, "stream_result": True}
         wait_until((tmp_path / "pid").exists, what="the call")
-        call, warden, zygote = int((tmp_path / "pid").read_text()), harpd.warden, harpd.zygote
+        call, warden, zygote = int((tmp_path / "pid").read_text()), harpd.supervisor, harpd.zygote
         os.kill(warden, signal.SIGKILL)
         wait_until(lambda: is_dead(call) and is_dead(zygote), 2.0, "the death of the call and of the zygote")
         died = {"harp": 1, "error": {"type": "call_died", "message": "the supervisor died"}}
@@ -168,14 +168,14 @@ def test_when_the_warden_is_killed_its_calls_are_dead_and_the_next_one_works(har
         assert last == died
         assert records == [{"stream": number} for number in range(len(records))]
         assert version(harpd) == {"result": 1}
-        assert harpd.warden != warden
+        assert harpd.supervisor != warden
         harpd.wait_event("supervisor died", supervisor=warden, status="signal 9")
 
 
 def test_a_warden_that_can_not_start_again_is_an_answer(harpd: Harpd) -> None:
     with harpd:
         harpd.procedures_file.write_text(BROKEN)
-        os.kill(harpd.warden, signal.SIGKILL)
+        os.kill(harpd.supervisor, signal.SIGKILL)
         harpd.wait_event("cannot start supervisor; retrying")
         (refusal,) = harpd.call("version")
         assert refusal["error"]["type"] == "procedure_loading_error"
@@ -189,7 +189,7 @@ def test_when_the_gate_is_killed_its_calls_are_dead_and_the_next_start_works(har
         running.send(harpd.request("pid_then_wait", [str(tmp_path / "pid")]))
         assert running.message() == ACKNOWLEDGED
         wait_until((tmp_path / "pid").exists, what="the call")
-        call, warden, zygote = int((tmp_path / "pid").read_text()), harpd.warden, harpd.zygote
+        call, warden, zygote = int((tmp_path / "pid").read_text()), harpd.supervisor, harpd.zygote
         harpd.kill()
         wait_until(lambda: all(map(is_dead, (call, warden, zygote))), DEADLINE, "the death of all")
     with harpd:

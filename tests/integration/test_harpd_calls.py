@@ -258,7 +258,7 @@ def harpd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Harpd]:
         nothing_is_left(harpd)
 
 
-def test_every_instance_is_exposed_under_its_variables_name(harpd: Harpd) -> None:
+def test_instances_are_exposed_under_variable_names(harpd: Harpd) -> None:
     assert result(harpd, "options") == "with options"
     assert result(harpd, "doubled", "ab") == "abab"
     assert harpd.call("counted", 2) == [STREAMING, {"stream": 0}, {"stream": 1}, {"result": 2}]
@@ -269,7 +269,7 @@ def test_every_instance_is_exposed_under_its_variables_name(harpd: Harpd) -> Non
 
 
 @pytest.mark.parametrize("name", ["plain_value", "Procedure", "os", "__name__", "echo.function", "\ud800", "no"])
-def test_nothing_else_is(harpd: Harpd, name: str) -> None:
+def test_other_names_are_not_exposed(harpd: Harpd, name: str) -> None:
     (message,) = harpd.call(name)
     assert message["error"]["type"] == "no_such_procedure"
     assert message["error"]["data"] == {"procedure": name}
@@ -286,7 +286,7 @@ def test_nothing_else_is(harpd: Harpd, name: str) -> None:
         ("bare", [], "missing a required argument: 'word'"),
     ],
 )
-def test_arguments_that_do_not_fit(harpd: Harpd, procedure: str, arguments: Any, says: str) -> None:
+def test_arguments_not_fitting_are_rejected(harpd: Harpd, procedure: str, arguments: Any, says: str) -> None:
     with harpd.connect() as client:
         client.send(harpd.request(procedure, arguments))
         _, last = client.lines()
@@ -295,7 +295,7 @@ def test_arguments_that_do_not_fit(harpd: Harpd, procedure: str, arguments: Any,
     assert "secret" not in last["error"]["message"]
 
 
-def test_named_arguments(harpd: Harpd) -> None:
+def test_named_arguments_are_passed(harpd: Harpd) -> None:
     for procedure, arguments, expected in [
         ("named", {"": 1, "b": [2], "self": 3, "class": 4}, {"": 1, "b": [2], "self": 3, "class": 4}),
         ("takes_self", {"self": 5}, 5),
@@ -305,7 +305,7 @@ def test_named_arguments(harpd: Harpd) -> None:
             assert client.lines() == [ACKNOWLEDGED, {"result": expected}]
 
 
-def test_deep_and_large_values(harpd: Harpd) -> None:
+def test_values_deep_and_large_arrive(harpd: Harpd) -> None:
     deep: list[Any] = [[[]]]
     for _ in range(250):
         deep = [deep]
@@ -328,20 +328,20 @@ def test_deep_and_large_values(harpd: Harpd) -> None:
         ("key", "a key is of type tuple"),
     ],
 )
-def test_a_result_that_json_can_not_carry(harpd: Harpd, what: str, says: str) -> None:
+def test_result_not_json_is_invalid_message(harpd: Harpd, what: str, says: str) -> None:
     fault = error(harpd, "give", what)
     assert fault["type"] == "invalid_message"
     assert says in fault["message"]
 
 
 @pytest.mark.parametrize("procedure", ["long", "stream_long"])
-def test_what_is_too_long_for_a_line(harpd: Harpd, procedure: str) -> None:
+def test_payload_too_long_is_invalid_message(harpd: Harpd, procedure: str) -> None:
     fault = error(harpd, procedure, 64 * 1024 * 1024)
     assert fault["type"] == "invalid_message"
     assert "67108866 bytes; a record or a result may have 67108800" in fault["message"]
 
 
-def test_a_record_that_json_can_not_carry(harpd: Harpd) -> None:
+def test_record_not_json_is_invalid_message(harpd: Harpd) -> None:
     assert harpd.call("stream_bad")[:2] == [STREAMING, {"stream": 1}]
     fault = error(harpd, "stream_bad")
     assert fault["type"] == "invalid_message"
@@ -360,55 +360,55 @@ def test_a_record_that_json_can_not_carry(harpd: Harpd) -> None:
         ("stop", "StopIteration", "1", "builtins"),
     ],
 )
-def test_exceptions(harpd: Harpd, kind: str, type: str, message: str, module: str) -> None:
+def test_exception_is_sent_with_class_and_module(harpd: Harpd, kind: str, type: str, message: str, module: str) -> None:
     raised = {"type": type, "message": message, "data": {"class": type, "module": module}}
     assert harpd.call("raises", kind) == [ACKNOWLEDGED, {"exception": raised}]
 
 
-def test_an_exception_after_records(harpd: Harpd) -> None:
+def test_exception_after_records_is_sent(harpd: Harpd) -> None:
     assert [list(message)[-1] for message in harpd.call("fail_late")] == ["stream_result", "stream", "exception"]
 
 
 @pytest.mark.parametrize(("how", "end"), [("yield", 2), ("return", 2), ("return plain", None), ("none", None)])
-def test_ends_of_a_stream(harpd: Harpd, how: str, end: Any) -> None:
+def test_stream_ends_with_result(harpd: Harpd, how: str, end: Any) -> None:
     assert harpd.call("ends", how) == [STREAMING, {"stream": 1}, {"result": end}]
 
 
-def test_streams_without_a_generator(harpd: Harpd) -> None:
+def test_stream_from_iterable_without_generator(harpd: Harpd) -> None:
     assert harpd.call("no_generator", "list") == [STREAMING, {"stream": 1}, {"stream": 2}, {"result": None}]
     assert harpd.call("no_generator", "result") == [STREAMING, {"result": 7}]
     assert harpd.call("no_generator", "number")[1]["exception"]["type"] == "TypeError"
 
 
-def test_a_generator_cleans_up_after_its_result(harpd: Harpd, tmp_path: Path) -> None:
+def test_generator_is_closed_after_result(harpd: Harpd, tmp_path: Path) -> None:
     assert harpd.call("cleans_up", str(tmp_path / "file")) == [STREAMING, {"result": "done"}]
     assert (tmp_path / "file").read_text() == "cleaned up"
 
 
 @pytest.mark.parametrize("code", [0, 3])
-def test_a_process_that_ends_without_a_result(harpd: Harpd, code: int) -> None:
+def test_worker_exit_without_result_is_call_died(harpd: Harpd, code: int) -> None:
     message = f"the call's process ended without a result, exit code {code}"
     assert error(harpd, "leave", code) == {"type": "call_died", "message": message, "data": {"code": code}}
 
 
-def test_a_child_that_the_procedure_forked_has_nothing_to_say(harpd: Harpd) -> None:
+def test_forked_child_cannot_write_result(harpd: Harpd) -> None:
     assert result(harpd, "forks") == "the parent's"
     assert harpd.call("forks_streaming") == [STREAMING, {"stream": 0}, {"stream": 1}, {"result": True}]
 
 
-def test_threads_and_exit_handlers_do_not_outlive_the_procedure(harpd: Harpd) -> None:
+def test_threads_end_with_procedure(harpd: Harpd) -> None:
     assert result(harpd, "threads") == 10
     assert result(harpd, "registers") == "registered"
 
 
-def test_what_a_procedure_does_to_descriptors_never_hits_a_file(harpd: Harpd, tmp_path: Path) -> None:
+def test_closed_descriptors_never_corrupt_files(harpd: Harpd, tmp_path: Path) -> None:
     assert error(harpd, "closes_all", str(tmp_path / "file"))["type"] == "call_died"
     assert (tmp_path / "file").read_bytes() == b""
     for how in ("closes", "replaces"):
         assert result(harpd, "prints_around", how) == how
 
 
-def test_the_surroundings_of_a_call(harpd: Harpd) -> None:
+def test_call_environment(harpd: Harpd) -> None:
     found = result(harpd, "surroundings")
     assert re.fullmatch(r"[0-9a-f-]{36}", found["call"])
     assert found["call"] == last_call(harpd, "surroundings")
@@ -418,7 +418,7 @@ def test_the_surroundings_of_a_call(harpd: Harpd) -> None:
     assert kinds == ["/dev/null", "pipe:[N]", "pipe:[N]", "socket:[N]"]  # and its own channel, nothing else
 
 
-def test_what_it_executes_inherits_nothing_but_the_three_streams(harpd: Harpd) -> None:
+def test_executed_program_inherits_standard_streams_only(harpd: Harpd) -> None:
     listing, shown = result(harpd, "executed")
     targets = [line.split(" -> ")[1] for line in listing.splitlines() if " -> " in line]
     assert not [target for target in targets if target.startswith(("socket", "anon_inode"))]
@@ -431,11 +431,11 @@ def test_what_it_executes_inherits_nothing_but_the_three_streams(harpd: Harpd) -
     assert int(blocked.split()[1], 16) == 0
 
 
-def test_signals_have_their_usual_effect(harpd: Harpd) -> None:
+def test_signals_have_default_effect(harpd: Harpd) -> None:
     assert result(harpd, "signals") == [0, True, True]
 
 
-def test_what_is_printed_is_in_the_log_with_the_calls_id_and_not_on_the_wire(harpd: Harpd) -> None:
+def test_printed_lines_are_logged_with_call_id(harpd: Harpd) -> None:
     assert harpd.call("prints", "one\ntwo\n\nno line feed", "to stderr\n") == [ACKNOWLEDGED, {"result": None}]
     call = last_call(harpd, "prints")
     wait_until(lambda: len(printed(harpd, call)) >= 5, DEADLINE, "the lines in the log")
@@ -445,7 +445,7 @@ def test_what_is_printed_is_in_the_log_with_the_calls_id_and_not_on_the_wire(har
     assert "printed while loading" not in printed(harpd, call)
 
 
-def test_a_line_is_in_the_log_when_it_is_printed(harpd: Harpd, tmp_path: Path) -> None:
+def test_printed_line_is_logged_at_once(harpd: Harpd, tmp_path: Path) -> None:
     with harpd.connect() as client:
         client.send(harpd.request("prints_then_waits", [str(tmp_path / "go")]))
         harpd.wait_event("call printed", procedure="prints_then_waits", text="before the wait")
@@ -453,7 +453,7 @@ def test_a_line_is_in_the_log_when_it_is_printed(harpd: Harpd, tmp_path: Path) -
         assert client.lines()[-1] == {"result": None}
 
 
-def test_bytes_and_long_lines_in_the_log(harpd: Harpd) -> None:
+def test_printed_bytes_and_long_lines_are_logged(harpd: Harpd) -> None:
     result(harpd, "prints_bytes", "\x00\xff\xfe\n", 1)
     call = last_call(harpd, "prints_bytes")
     wait_until(lambda: printed(harpd, call) == ["\x00\\xff\\xfe"], DEADLINE, "the bytes")
@@ -466,7 +466,7 @@ def test_bytes_and_long_lines_in_the_log(harpd: Harpd) -> None:
     harpd.wait_event("call printed", call=last_call(harpd, "prints_around"), text="\\ud800 and \u20ac")
 
 
-def test_two_hundred_calls_at_once(harpd: Harpd, tmp_path: Path) -> None:
+def test_two_hundred_concurrent_calls(harpd: Harpd, tmp_path: Path) -> None:
     clients: list[LineClient] = []
     try:
         for _ in range(200):
@@ -488,7 +488,7 @@ def descriptors(pid: int) -> int:
     return len(os.listdir(f"/proc/{pid}/fd"))
 
 
-def test_calls_leave_nothing_behind(harpd: Harpd) -> None:
+def test_calls_leave_no_descriptors_or_files(harpd: Harpd) -> None:
     status = harpd.status()
     result(harpd, "echo", 1)
     wait_until(lambda: harpd.status()["calls"] == 0, DEADLINE, "the call's end")
@@ -506,7 +506,7 @@ def test_calls_leave_nothing_behind(harpd: Harpd) -> None:
     assert not list((harpd.runtime_directory / "calls").glob("*/*"))
 
 
-def test_a_client_that_does_not_read_holds_up_its_own_call_alone(harpd: Harpd, tmp_path: Path) -> None:
+def test_client_not_reading_pauses_its_call_only(harpd: Harpd, tmp_path: Path) -> None:
     progress = tmp_path / "progress"
     with harpd.connect() as deaf:
         deaf.send(harpd.request("floods", [str(progress)]))
@@ -524,12 +524,12 @@ def test_a_client_that_does_not_read_holds_up_its_own_call_alone(harpd: Harpd, t
 
         wait_until(has_stopped, DEADLINE, "the flood's standstill")
         assert int(last) < 500
-        memory = int(re.findall(r"VmRSS:\s+(\d+)", Path(f"/proc/{harpd.warden}/status").read_text())[0])
+        memory = int(re.findall(r"VmRSS:\s+(\d+)", Path(f"/proc/{harpd.supervisor}/status").read_text())[0])
         assert memory < 100_000
         assert result(harpd, "echo", 1) == [1]
-        spent = cpu(harpd.warden)
+        spent = cpu(harpd.supervisor)
         time.sleep(0.5)  # what is measured is what the time costs
-        assert cpu(harpd.warden) - spent < 0.2, "the warden is busy with a call that stands"
+        assert cpu(harpd.supervisor) - spent < 0.2, "the supervisor is busy with a call that stands"
         assert [next(iter(message)) for message in deaf.lines()] == ["stream"] * 1000 + ["result"]
 
 
@@ -538,7 +538,7 @@ def cpu(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def test_more_calls_than_allowed(tmp_path: Path) -> None:
+def test_calls_above_limit_are_rejected(tmp_path: Path) -> None:
     with Harpd(tmp_path / "harpd", PROCEDURES + OWN, {"limits": {"max_calls": 1, "kill_grace": 1}}) as harpd:
         with harpd.connect() as client:
             client.send(harpd.request("wait_for", [str(tmp_path / "go")]))
@@ -552,7 +552,7 @@ def test_more_calls_than_allowed(tmp_path: Path) -> None:
         nothing_is_left(harpd)
 
 
-def test_without_descriptors_calls_are_refused_and_those_that_run_can_be_stopped(tmp_path: Path) -> None:
+def test_no_free_descriptor_rejects_new_calls(tmp_path: Path) -> None:
     with Harpd(tmp_path / "harpd", PROCEDURES + OWN, {"limits": {"kill_grace": 1}}, descriptors=200) as harpd:
         clients: list[LineClient] = []
         try:

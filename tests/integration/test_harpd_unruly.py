@@ -38,7 +38,7 @@ def setting():
 """
 
 
-def test_a_procedures_file_may_do_what_it_likes(tmp_path: Path) -> None:
+def test_procedures_file_unruly_does_not_harm_harpd(tmp_path: Path) -> None:
     harpd = Harpd(tmp_path / "with a space and \u00fc", UNRULY, {"limits": {"kill_grace": 1}})
     with harpd:
         assert harpd.wait_event("procedures file started threads")["threads"] == 1
@@ -52,7 +52,7 @@ def test_a_procedures_file_may_do_what_it_likes(tmp_path: Path) -> None:
         nothing_is_left(harpd)
 
 
-def test_a_service_goes_on_and_goes_on_printing(tmp_path: Path) -> None:
+def test_service_left_running_continues_to_print(tmp_path: Path) -> None:
     procedures = """
 import os, subprocess
 from harpd.proc import procedure

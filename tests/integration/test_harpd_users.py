@@ -92,7 +92,7 @@ def ids(harpd: Harpd, kind: str, name: str, *arguments: Any) -> Any:
 @pytest.mark.root
 @needs_root
 @pytest.mark.parametrize("kind", ["plain", "stream"])
-def test_users_and_groups(users: Harpd, kind: str) -> None:
+def test_call_runs_as_user_and_groups(users: Harpd, kind: str) -> None:
     daemon, nogroup = pwd.getpwnam("daemon"), pwd.getpwnam("nobody").pw_gid
     names = ["daemon", "daemon", daemon.pw_dir]
     uid = [daemon.pw_uid] * 3
@@ -113,7 +113,7 @@ def test_users_and_groups(users: Harpd, kind: str) -> None:
 @needs_root
 @pytest.mark.parametrize("kind", ["plain", "stream"])
 @pytest.mark.parametrize("name", ["no_user", "no_group", "odd_user", "minus_one", "huge", "huge_group"])
-def test_a_call_that_can_not_take_its_user_does_not_run(users: Harpd, kind: str, name: str, tmp_path: Path) -> None:
+def test_call_without_its_user_does_not_run(users: Harpd, kind: str, name: str, tmp_path: Path) -> None:
     found = ids(users, kind, name, str(tmp_path / "ran"))
     assert found["error"]["type"] == "system_error", found
     assert not (tmp_path / "ran").exists()
@@ -121,9 +121,9 @@ def test_a_call_that_can_not_take_its_user_does_not_run(users: Harpd, kind: str,
 
 @pytest.mark.root
 @needs_root
-def test_a_user_once_taken_can_not_be_left(users: Harpd) -> None:
+def test_user_change_is_irrevocable(users: Harpd) -> None:
     assert result(users, "regain") == "refused"
-    assert all(result(users, "reach", [users.warden, users.zygote, users.pid]))
+    assert all(result(users, "reach", [users.supervisor, users.zygote, users.pid]))
     assert result(users, "shell") is None
     for stream in ("stdout", "stderr"):
         users.wait_event("call printed", procedure="shell", stream=stream, text=f"to {stream}")
@@ -131,7 +131,7 @@ def test_a_user_once_taken_can_not_be_left(users: Harpd) -> None:
 
 @pytest.mark.root
 @needs_root
-def test_the_default_user_and_group(tmp_path: Path) -> None:
+def test_default_user_and_group_apply(tmp_path: Path) -> None:
     procedures = USERS.replace("NUMBER", "1")
     daemon, nobody = pwd.getpwnam("daemon"), pwd.getpwnam("nobody")
     with Harpd(tmp_path / "user", procedures, options=("--default-user", "nobody")) as harpd:
@@ -148,7 +148,7 @@ def test_the_default_user_and_group(tmp_path: Path) -> None:
 
 @pytest.mark.root
 @needs_root
-def test_without_root_no_other_user_can_be_taken(tmp_path: Path) -> None:
+def test_user_change_without_root_fails(tmp_path: Path) -> None:
     """In a process of its own as nobody: the call's own part, without the daemon around it."""
     nobody = pwd.getpwnam("nobody")
     program = (

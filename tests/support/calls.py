@@ -13,7 +13,7 @@ ACKNOWLEDGED = {"harp": 1, "stream_result": False}
 
 
 def nothing_is_left(harpd: Harpd) -> None:
-    """No call, record or fault of the warden is left."""
+    """No call, record or fault of the supervisor is left."""
     wait_until(lambda: harpd.status()["calls"] == 0, DEADLINE, "the end of the calls")
     assert not list((harpd.runtime_directory / "calls").glob("*/*"))
     assert not harpd.events("callback failed")

@@ -141,7 +141,7 @@ class Harpd(DaemonLog):
         return self
 
     def start_calls(self) -> None:
-        """Start the program that keeps the calls; return once there is a warden."""
+        """Start the program that keeps the calls; return once there is a supervisor."""
         assert self._calls is None
         seen = len(self.events("supervisor is serving"))
         calls = self._calls = self._spawn("supervisor")
@@ -149,7 +149,7 @@ class Harpd(DaemonLog):
             wait_until(
                 lambda: calls.poll() is not None or len(self.events("supervisor is serving")) > seen,
                 DEADLINE,
-                "a warden",
+                "a supervisor",
             )
             assert calls.poll() is None, f"harpd supervisor has ended:\n{self.log_file.read_text()}"
         except BaseException:
@@ -164,7 +164,7 @@ class Harpd(DaemonLog):
             )
 
     def end_calls(self, number: signal.Signals = signal.SIGTERM) -> int:
-        """End the program that keeps the calls by a signal; return its exit status. Wardens may go on."""
+        """End the program that keeps the calls by a signal; return its exit status. Supervisors may go on."""
         assert self._calls is not None
         self._calls.send_signal(number)
         try:
@@ -187,11 +187,11 @@ class Harpd(DaemonLog):
         return self._process.pid
 
     def status(self) -> dict[str, Any]:
-        """What the warden that takes new calls says of itself: calls, held, warden, incarnation, zygote and more."""
+        """Return the status of the supervisor that accepts new calls."""
         return self.ask({"control": "status"})
 
-    def ask(self, request: Any, name: str = "warden") -> dict[str, Any]:
-        """Send a warden a line; return the first that comes back."""
+    def ask(self, request: Any, name: str = "supervisor") -> dict[str, Any]:
+        """Send a supervisor a line; return the first that comes back."""
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
             connection.settimeout(DEADLINE)
             descriptor = os.open(self.runtime_directory, os.O_PATH)
@@ -205,16 +205,16 @@ class Harpd(DaemonLog):
         return found
 
     def statuses(self) -> list[dict[str, Any]]:
-        """What each living warden says of itself."""
+        """What each living supervisor says of itself."""
         found = []
-        for name in sorted(path.name for path in self.runtime_directory.glob("warden-*")):
+        for name in sorted(path.name for path in self.runtime_directory.glob("supervisor-*")):
             with contextlib.suppress(ConnectionError, FileNotFoundError, json.JSONDecodeError):
                 found.append(self.ask({"control": "status"}, name))
         return found
 
     @property
-    def warden(self) -> int:
-        """The warden's process id."""
+    def supervisor(self) -> int:
+        """The supervisor's process id."""
         return int(self.status()["supervisor"])
 
     @property
@@ -234,7 +234,7 @@ class Harpd(DaemonLog):
     def stop(self, number: signal.Signals = signal.SIGTERM) -> int:
         """End it by a signal, all calls too; return its exit status once nothing of it is left."""
         if self._process is None and self._calls is None:
-            self.end_wardens()
+            self.end_supervisors()
             return 0
         family = self._family()
         status = self.stop_gate(number)
@@ -254,26 +254,26 @@ class Harpd(DaemonLog):
             self.kill()
 
     def kill(self) -> None:
-        """End the gate by SIGKILL, if it still runs; wardens may go on."""
+        """End the gate by SIGKILL, if it still runs; supervisors may go on."""
         if self._process is not None:
             self._process.kill()
             self._process.wait()
             self._process = None
 
-    def end_wardens(self) -> None:
-        """End the wardens that nobody keeps any more, and all calls."""
+    def end_supervisors(self) -> None:
+        """End the supervisors that nobody keeps any more, and all calls."""
         family = self._family()
         for status in self.statuses():
             with contextlib.suppress(ConnectionError, FileNotFoundError, json.JSONDecodeError):
-                self.ask({"control": "shutdown"}, f"warden-{status['instance']}")
+                self.ask({"control": "shutdown"}, f"supervisor-{status['instance']}")
         wait_until(lambda: all(map(_is_dead, family)), DEADLINE, f"the end of {family}")
 
     def _family(self) -> list[psutil.Process]:
         """All its processes but the programs themselves."""
         found: set[psutil.Process] = set()
         own = [process.pid for process in (self._process, self._calls) if process is not None]
-        wardens = [status["supervisor"] for status in self.statuses()] if self.runtime_directory.exists() else []
-        for pid in own + wardens:
+        supervisors = [status["supervisor"] for status in self.statuses()] if self.runtime_directory.exists() else []
+        for pid in own + supervisors:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process = psutil.Process(pid)
                 found |= {process, *process.children(recursive=True)}

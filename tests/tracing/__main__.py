@@ -192,7 +192,7 @@ class System:
             os.getpid(): "client",
             self.dispatcher.pid: "dispatcher",
             self.harpd.pid: "frontend",
-            self.harpd.warden: "supervisor",
+            self.harpd.supervisor: "supervisor",
             self.harpd.zygote: "zygote",
         }
         forked = {pid for pid, _, _ in entries} - processes.keys()

@@ -59,7 +59,7 @@ GIVEN += [([], dict.fromkeys(names, 0)) for size in range(1, 4) for names in pro
 
 
 @pytest.mark.parametrize("one", PROCEDURES, ids=repr)
-def test_it_agrees_with_inspect_on_everything(one: Procedure) -> None:
+def test_check_arguments_agrees_with_inspect(one: Procedure) -> None:
     signature = one.signature()
     for positional, named in GIVEN:
         try:
@@ -72,19 +72,19 @@ def test_it_agrees_with_inspect_on_everything(one: Procedure) -> None:
             check_arguments(one, positional, named)
 
 
-def test_changed_defaults_count(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_check_arguments_uses_changed_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(one, "__defaults__", (5,))
     check_arguments(procedure(one), [], {})
 
 
-def test_a_signature_that_is_given_counts() -> None:
+def test_check_arguments_uses_given_signature() -> None:
     def disguised(a: Any) -> None: ...
 
     disguised.__signature__ = inspect.signature(optional)  # type: ignore[attr-defined]
     check_arguments(procedure(disguised), [1, 2], {})
 
 
-def test_what_has_no_signature_is_not_checked() -> None:
+def test_check_arguments_without_signature_passes() -> None:
     with pytest.raises(ValueError, match="signature"):
         Procedure(max).signature()
     check_arguments(Procedure(max), [1, 2, 3, 4], {})
@@ -107,12 +107,12 @@ print(*sys.modules)
     return set(done.stdout.split())
 
 
-def test_a_zygote_is_lean() -> None:
+def test_zygote_imports_are_lean() -> None:
     """A fork costs by what its parent has loaded; threading alone, by what it does at each, a fifth of a small call."""
     plain = "from harpd.proc import *\n@procedure\ndef f(a): return a\n"
     heavy = {"typing", "dataclasses", "inspect", "logging", "threading", "asyncio", "ssl", "subprocess"}
     assert not heavy & loaded(plain)
 
 
-def test_what_its_calls_would_load_is_loaded_before() -> None:
+def test_preload_inspect_if_calls_need_it() -> None:
     assert "inspect" in loaded("from harpd.proc import *\n@procedure\ndef f(*a): return a\n")

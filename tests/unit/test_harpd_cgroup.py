@@ -19,7 +19,7 @@ pytestmark = [
 ]
 
 
-def test_what_forks_without_pause_is_in_it_and_is_killed(tmp_path: Path) -> None:
+def test_cgroup_kills_fork_loop(tmp_path: Path) -> None:
     with own_cgroup() as place, contextlib.ExitStack() as ending:
         group = Cgroups(str(place)).create("a", os.getpid())  # what the test starts now is in it
         assert group is not None
@@ -33,7 +33,7 @@ def test_what_forks_without_pause_is_in_it_and_is_killed(tmp_path: Path) -> None
         wait_until(lambda: not group.populated, what="an empty cgroup")
 
 
-def test_one_that_is_gone() -> None:
+def test_cgroup_removed_is_empty() -> None:
     group = Cgroup("/nowhere/call-a")
     assert not group.populated
     assert not group.can_kill

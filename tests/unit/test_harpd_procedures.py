@@ -20,7 +20,7 @@ def function(a: int, b: int = 2) -> int:
     return a + b
 
 
-def test_decorators_with_and_without_options() -> None:
+def test_decorator_with_and_without_options() -> None:
     kinds: list[tuple[Any, type[Procedure]]] = [(procedure, Procedure), (streaming_procedure, StreamingProcedure)]
     for decorator, kind in kinds:
         bare = decorator(function)
@@ -38,7 +38,7 @@ def test_decorators_with_and_without_options() -> None:
     assert repr(Result([1])) == "Result([1])"
 
 
-def test_gid_may_be_one_group() -> None:
+def test_gid_of_one_group() -> None:
     assert Procedure(function, gid=0).gid == (0,)
     assert Procedure(function, gid="adm").gid == ("adm",)
 
@@ -66,18 +66,18 @@ def test_gid_may_be_one_group() -> None:
         {"gid": [["adm"]]},
     ],
 )
-def test_options_that_are_none(options: dict[str, Any]) -> None:
+def test_options_invalid_raise(options: dict[str, Any]) -> None:
     (key,) = options
     with pytest.raises((TypeError, ValueError), match=f"^{key}: expected"):
         Procedure(function, **options)
 
 
-def test_what_is_no_function() -> None:
+def test_decorator_of_non_function_raises() -> None:
     with pytest.raises(TypeError, match="expected a function, got 5"):
         Procedure(5)  # type: ignore[arg-type]
 
 
-def test_the_signature_is_the_functions_or_that_of_an_own_call() -> None:
+def test_signature_of_function_or_own_call() -> None:
     class Own(Procedure):
         def __call__(self, word: str) -> Any:
             return word
@@ -104,7 +104,7 @@ def load(directory: Path, text: str) -> Any:
     return load_procedures(path)
 
 
-def test_what_is_exposed(tmp_path: Path) -> None:
+def test_load_exposes_procedures(tmp_path: Path) -> None:
     text = """
 from harpd.proc import Procedure, procedure
 class Lazy:
@@ -130,7 +130,7 @@ globals()["class"] = one if ANNOTATION is int else None  # our own __future__ im
         found["three"] = found["one"]
 
 
-def test_dataclasses_and_pickles_find_their_module(tmp_path: Path) -> None:
+def test_load_supports_dataclasses_and_pickle(tmp_path: Path) -> None:
     text = """
 import dataclasses, pickle
 from harpd.proc import procedure
@@ -161,20 +161,20 @@ p = procedure(Point)
         ("from harpd.proc import *\nclass P(Procedure): uid = 1.5\np = P(len)\np.uid = 1.5\n", ".py: p: uid: expected"),
     ],
 )
-def test_a_file_that_can_not_be_loaded(tmp_path: Path, text: str, says: str) -> None:
+def test_load_failure_names_line_and_cause(tmp_path: Path, text: str, says: str) -> None:
     with pytest.raises(ProceduresError) as caught:
         load(tmp_path, text)
     assert says in str(caught.value)
     assert "procedures of \u00fc.py" in str(caught.value)
 
 
-def test_a_long_text_is_cut(tmp_path: Path) -> None:
+def test_load_failure_text_is_cut(tmp_path: Path) -> None:
     with pytest.raises(ProceduresError) as caught:
         load(tmp_path, "raise ValueError('x' * 10**6)")
     assert len(str(caught.value)) < 5000
 
 
-def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+def test_load_missing_file_fails(tmp_path: Path) -> None:
     with pytest.raises(ProceduresError, match=r"none\.py: No such file or directory"):
         load_procedures(tmp_path / "none.py")
 
@@ -184,7 +184,7 @@ def resolved(uid: int | str | None, gid: list[int | str] | None) -> tuple[object
     return account.uid, account.gid, account.groups, account.name, account.home
 
 
-def test_resolve() -> None:
+def test_resolve_credentials() -> None:
     daemon = pwd.getpwnam("daemon")
     groups = tuple(os.getgrouplist("daemon", daemon.pw_gid))
     by_name = resolved("daemon", None)
@@ -197,7 +197,7 @@ def test_resolve() -> None:
 
 
 @pytest.mark.parametrize("uid", ["no-such-user", "", "a\0b", "\ud800", "-1"])
-def test_no_such_user_or_group(uid: str) -> None:
+def test_resolve_unknown_user_or_group_fails(uid: str) -> None:
     with pytest.raises(UserError, match="unknown user"):
         resolve_credentials(uid, None)
     with pytest.raises(UserError, match="unknown group"):

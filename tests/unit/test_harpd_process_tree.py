@@ -52,7 +52,7 @@ def process(
 MAIN = process(100, 50, group=100, session=100)
 
 
-def test_members() -> None:
+def test_members_by_parent_session_and_group() -> None:
     others = [process(1, 0), process(7, 20, session=7), process(200, parent=7, session=7)]
     in_session = process(101, session=100, parent=1)
     in_group = process(102, group=100, parent=1)
@@ -63,13 +63,13 @@ def test_members() -> None:
     assert members(all_of_them) == {100, 101, 102, 103, 104}
 
 
-def test_a_marked_process_is_the_calls() -> None:
+def test_members_by_cookie() -> None:
     marked = process(300, marked=True, session=300, parent=1)
     older = process(301, 49, marked=True, session=301, parent=1)
     assert members(table(marked, older, process(302, parent=300))) == {300, 302}
 
 
-def test_what_was_known_once_still_is_with_its_children() -> None:
+def test_members_known_before_stay_with_children() -> None:
     escaped = process(300, 60, session=300, parent=1)
     later = process(301, 70, session=301, parent=300)
     assert members(table(escaped, later)) == set()
@@ -78,12 +78,12 @@ def test_what_was_known_once_still_is_with_its_children() -> None:
 
 
 @pytest.mark.parametrize("late", [False, True])
-def test_a_number_that_another_has_by_now(late: bool) -> None:
+def test_members_exclude_reused_pid(late: bool) -> None:
     stranger = process(100, 51, group=100, session=100)
     assert members(table(stranger, process(101, session=100, parent=100)), late=late) == set()
 
 
-def test_a_session_without_a_leader_is_the_calls_unless_nobody_watched() -> None:
+def test_members_of_session_without_leader() -> None:
     child, marked = process(101, session=100, parent=1), process(102, marked=True, session=100, parent=1)
     assert members(table(child, marked)) == {101, 102}
     assert members(table(child, marked), late=True) == {102}
@@ -107,7 +107,7 @@ def child(pid: int = 300, start: int = 60, state: str = "S", threads: int = 1, m
     return Process(pid, start, ZYGOTE.pid, pid, pid, state, threads=threads, cookies=marks)
 
 
-def test_a_child_of_the_zygote_that_is_no_known_calls_may_have_escaped() -> None:
+def test_escape_possible_for_unknown_zygote_child() -> None:
     assert escaped(child())
     assert escaped(child(state="Z", threads=2))
     assert not escaped(child(state="Z"))
@@ -116,30 +116,30 @@ def test_a_child_of_the_zygote_that_is_no_known_calls_may_have_escaped() -> None
     assert not escaped(process(300, parent=1), process(301, parent=400))
 
 
-def test_only_marks_of_known_calls_count() -> None:
+def test_escape_ignores_cookies_of_unknown_calls() -> None:
     assert not escaped(child(mark="other"))
     assert escaped(child(mark="made up"))
 
 
-def test_it_is_not_known_without_the_zygote_or_a_whole_look() -> None:
+def test_escape_possible_without_complete_snapshot() -> None:
     assert not escaped()
     assert escaped(whole=False)
     assert has_possible_escapes(TREE, ZYGOTE.pid, table(MAIN), (), ())
 
 
-def test_in_a_cgroup_as_well_something_may_have_escaped(tmp_path: Path) -> None:
+def test_escape_possible_from_cgroup(tmp_path: Path) -> None:
     """`su` with PAM puts what it executes into another one."""
     tree = CallTree(TREE.pid, TREE.start, TREE.cookie, Cgroup(str(tmp_path)))
     assert has_possible_escapes(tree, ZYGOTE.pid, table(ZYGOTE, child()), (), ())
 
 
-def test_a_process_whose_first_thread_has_ended_lives() -> None:
+def test_process_without_first_thread_is_alive() -> None:
     headless = Process(101, 60, 1, 100, 100, "Z", threads=2)
     assert members(table(headless)) == {101}
     assert members(table(Process(101, 60, 1, 100, 100, "Z", threads=1))) == set()
 
 
-def test_groups_are_the_calls_own() -> None:
+def test_process_groups_of_members() -> None:
     before = process(100, 50, group=7, session=7)  # it has not left its zygote's session yet
     assert TREE.process_groups([before]) == set()
     assert TREE.process_groups([MAIN, process(101, group=100), process(102, group=102)]) == {100, 102}
@@ -155,7 +155,7 @@ ctypes.CDLL(None).syscall(number, 0)
 """
 
 
-def test_a_look_finds_a_process_whose_first_thread_has_ended() -> None:
+def test_snapshot_has_process_without_first_thread() -> None:
     environment = {"HARPD_CALL": "headless"}
     with subprocess.Popen([sys.executable, "-c", HEADLESS], stdout=subprocess.PIPE, env=environment) as child:
         try:
@@ -178,7 +178,7 @@ os.posix_spawn("/bin/true", ["true"], {}, file_actions=[(os.POSIX_SPAWN_OPEN, 5,
 
 
 @pytest.mark.parametrize("session", [False, True])
-def test_a_look_that_is_whole_has_who_forks_and_exits_without_pause(tmp_path: Path, session: bool) -> None:
+def test_snapshot_complete_has_fork_loop(tmp_path: Path, session: bool) -> None:
     with hopping(tmp_path, session, HARPD_CALL="hopper") as group:
         for _ in range(100):
             look = take_snapshot()
@@ -186,7 +186,7 @@ def test_a_look_that_is_whole_has_who_forks_and_exits_without_pause(tmp_path: Pa
             assert found or not look.complete
 
 
-def test_a_group_is_killed_although_it_forks_without_pause(tmp_path: Path) -> None:
+def test_kill_group_ends_fork_loop(tmp_path: Path) -> None:
     with hopping(tmp_path) as group:
         wait_until(lambda: group_lives(group), what="a look that finds it")  # one that is not whole may miss it
         kill_group(group)
@@ -194,13 +194,13 @@ def test_a_group_is_killed_although_it_forks_without_pause(tmp_path: Path) -> No
         kill_group(group)
 
 
-def test_a_look_becomes_whole_although_there_is_a_zombie() -> None:
+def test_snapshot_with_zombie_becomes_complete() -> None:
     with subprocess.Popen(["true"]) as child:
         wait_until(lambda: take_snapshot()[child.pid].state == "Z", what="the child's end")
         wait_until(lambda: (look := take_snapshot()).complete and child.pid in look, what="a whole look")
 
 
-def test_who_sleeps_uninterruptibly_is_not_asked_for_its_mark(tmp_path: Path) -> None:
+def test_snapshot_skips_cookie_of_uninterruptible_process(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     command = [sys.executable, "-c", DEEP_SLEEP, str(tmp_path / "pipe")]
     with subprocess.Popen(command, env={"HARPD_CALL": "deep"}) as child:
@@ -217,7 +217,7 @@ def sleeper() -> Iterator[subprocess.Popen[bytes]]:
         child.kill()
 
 
-def test_snapshot_and_signals(sleeper: subprocess.Popen[bytes]) -> None:
+def test_snapshot_and_send_signal(sleeper: subprocess.Popen[bytes]) -> None:
     found = take_snapshot()[sleeper.pid]
     assert (found.parent, found.start) == (os.getpid(), start_time(sleeper.pid))
     assert found.cookies == {cookie_for("sleeper")}
@@ -241,7 +241,7 @@ with subprocess.Popen(["sleep", "3600"], env={"HARPD_CALL": "inside"}, stdout=su
 
 
 @pytest.mark.root
-def test_in_a_container_who_shows_no_session_shows_its_mark() -> None:
+def test_snapshot_in_container_has_cookie() -> None:
     contained = ["unshare", "--pid", "--fork", "--mount-proc"]
     if subprocess.run([*contained, "true"], check=False, capture_output=True).returncode:
         pytest.skip("needs to make a PID namespace")
@@ -249,7 +249,7 @@ def test_in_a_container_who_shows_no_session_shows_its_mark() -> None:
     assert looked.stdout.split() == ["0", str(cookie_for("inside"))]
 
 
-def test_a_name_may_hold_anything() -> None:
+def test_snapshot_with_any_command_name() -> None:
     program = "open('/proc/self/comm', 'w').write('a) S 1 (b\\n'); print(flush=True); import time; time.sleep(3600)"
     with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE) as child:
         assert child.stdout is not None
@@ -262,7 +262,7 @@ def fail() -> None:
     raise RuntimeError
 
 
-def test_timers_fire_in_order_and_cancelled_ones_are_gone() -> None:
+def test_timers_run_in_order_unless_cancelled() -> None:
     loop, fired = EventLoop(), list[int]()
     for number in (3, 1, 2):
         loop.call_later(number / 1000, lambda number=number: fired.append(number))  # type: ignore[misc]
@@ -273,7 +273,7 @@ def test_timers_fire_in_order_and_cancelled_ones_are_gone() -> None:
     assert fired == [1, 2, 3]
 
 
-def test_limits_of_calls_that_have_ended_do_not_pile_up() -> None:
+def test_cancelled_timers_do_not_accumulate() -> None:
     loop = EventLoop()
     kept = [loop.call_later(3600, loop.stop) for _ in range(10)]
     for _ in range(10_000):
@@ -291,7 +291,7 @@ def printed(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.__dict__["text"] for record in caplog.records]
 
 
-def test_lines_of_pipes(caplog: pytest.LogCaptureFixture) -> None:
+def test_output_pipe_splits_lines(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     loop = EventLoop()
     output = OutputCollector(loop, 1)

@@ -22,7 +22,7 @@ def read(spool: Spool, number: int) -> bytes:
 
 
 @given(st.lists(st.integers(1, 5), max_size=8), st.data())
-def test_what_is_not_acknowledged_is_there_from_any_number_on(counts: list[int], data: st.DataObject) -> None:
+def test_spool_has_unacknowledged_records_from_any_number(counts: list[int], data: st.DataObject) -> None:
     spool = Spool()
     for at, count in enumerate(counts):
         spool.append(lines(spool.end, count), count, float(at))
@@ -35,7 +35,7 @@ def test_what_is_not_acknowledged_is_there_from_any_number_on(counts: list[int],
     assert read(spool, since) == lines(since, spool.end - since)
 
 
-def test_a_piece_knows_when_it_came() -> None:
+def test_chunk_has_arrival_time() -> None:
     spool = Spool()
     spool.append(lines(0, 3), 3, 12.5)
     spool.append(lines(3, 1), 1, 13.5)
@@ -43,13 +43,13 @@ def test_a_piece_knows_when_it_came() -> None:
     assert [(piece.first, piece.count, piece.time) for piece in pieces if piece] == [(1, 2, 12.5), (3, 1, 13.5)]
 
 
-def test_a_spool_that_begins_later_knows_nothing_before() -> None:
+def test_spool_start_at_number_has_nothing_before() -> None:
     spool = Spool()
     spool.start_at(7)
     assert (spool.first, spool.end, spool.chunk_from(7)) == (7, 7, None)
 
 
-def test_past_the_memory_of_all_those_wait_who_have_more_than_their_share() -> None:
+def test_quota_used_up_pauses_large_spools() -> None:
     memory = SpoolQuota(3 * GUARANTEED_BYTES)
     woken: list[str] = []
     memory.reserve(3 * GUARANTEED_BYTES)

@@ -1,4 +1,4 @@
-"""Records of calls: what the next warden ends and tells, what it can't end, and what a record still says."""
+"""Records of calls: what the next supervisor ends and tells, what it can't end, and what a record still says."""
 
 from __future__ import annotations
 
@@ -27,21 +27,21 @@ from support.hopper import group_lives, hopping
 ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 
 
-class Wardens:
-    """Records as wardens keep them, all in one runtime directory."""
+class Supervisors:
+    """Records as supervisors keep them, all in one runtime directory."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         self._alive: dict[StateDir, str] = {}
 
     def begin(self, name: str) -> StateDir:
-        """A new warden."""
+        """A new supervisor."""
         records = StateDir(self._directory, name)
         self._alive[records] = name
         return records
 
     def kill(self, records: StateDir) -> None:
-        """Do what a warden's death does: close its locks, on its own directory and on those of dead wardens."""
+        """Do what a supervisor's death does: close its locks, on its own directory and on those of dead supervisors."""
         del self._alive[records]
         calls = self._directory / "calls"
         living = {str(calls / name) for name in self._alive.values()}
@@ -58,22 +58,22 @@ class Wardens:
 
 
 @pytest.fixture
-def wardens(tmp_path: Path) -> Iterator[Wardens]:
-    wardens = Wardens(tmp_path)
-    yield wardens
-    wardens.kill_all()
+def supervisors(tmp_path: Path) -> Iterator[Supervisors]:
+    supervisors = Supervisors(tmp_path)
+    yield supervisors
+    supervisors.kill_all()
 
 
 @pytest.fixture
-def old(wardens: Wardens) -> StateDir:
-    """The records of a warden that is going to die."""
-    return wardens.begin("old")
+def old(supervisors: Supervisors) -> StateDir:
+    """The records of a supervisor that is going to die."""
+    return supervisors.begin("old")
 
 
 @pytest.fixture
-def new(wardens: Wardens) -> StateDir:
+def new(supervisors: Supervisors) -> StateDir:
     """Those of its successor."""
-    return wardens.begin("new")
+    return supervisors.begin("new")
 
 
 def names(tmp_path: Path) -> set[str]:
@@ -114,13 +114,13 @@ def sweep(records: StateDir, until_gone: bool = True) -> list[CleanupResult]:
     return found
 
 
-def test_what_a_dead_warden_left_is_killed_and_told_once(
-    wardens: Wardens, tmp_path: Path, old: StateDir, new: StateDir
+def test_clean_up_kills_and_reports_once(
+    supervisors: Supervisors, tmp_path: Path, old: StateDir, new: StateDir
 ) -> None:
     with process("a") as pid:
         old.write("a", record("a", pid, resumable=1))
         assert new.clean_up() == CleanupResult()  # it lives
-        wardens.kill(old)
+        supervisors.kill(old)
         found = sweep(new)
         assert not lives(pid)
         assert sum(swept.killed for swept in found) == 1
@@ -129,22 +129,20 @@ def test_what_a_dead_warden_left_is_killed_and_told_once(
         assert names(tmp_path) == set()
 
 
-def test_an_end_that_was_to_be_told_is_told_and_nothing_killed(wardens: Wardens, old: StateDir, new: StateDir) -> None:
+def test_clean_up_reports_ended_call_without_kill(supervisors: Supervisors, old: StateDir, new: StateDir) -> None:
     with process("a") as pid:
         old.write("a", record("a", pid))
         old.mark_ended("a")
-        wardens.kill(old)
+        supervisors.kill(old)
         assert list(new.clean_up().calls) == ["a"]
         assert lives(pid)
 
 
-def test_what_survives_an_end_that_was_told_is_killed_and_not_told(
-    wardens: Wardens, old: StateDir, new: StateDir
-) -> None:
+def test_clean_up_kills_reported_call_silently(supervisors: Supervisors, old: StateDir, new: StateDir) -> None:
     with process("a") as pid:
         old.write("a", record("a", pid))
         old.mark_reported("a")
-        wardens.kill(old)
+        supervisors.kill(old)
         found = sweep(new)
         assert sum(swept.killed for swept in found) == 1
         assert not any(swept.calls for swept in found)
@@ -162,7 +160,7 @@ def test_what_survives_an_end_that_was_told_is_killed_and_not_told(
         "remove mark_ended mark_reported",
     ],
 )
-def test_a_record_goes_when_it_says_nothing_more(tmp_path: Path, new: StateDir, order: str) -> None:
+def test_state_file_is_deleted_when_done(tmp_path: Path, new: StateDir, order: str) -> None:
     new.write("a", CallState(CallTree(1, 2, cookie_for("a")), {}))
     for step in order.split():
         assert step != "mark_ended" or names(tmp_path) <= {"a", "a.reported"}
@@ -170,29 +168,29 @@ def test_a_record_goes_when_it_says_nothing_more(tmp_path: Path, new: StateDir, 
     assert names(tmp_path) == set()
 
 
-def test_an_orderly_end_leaves_only_what_has_still_to_be_ended(wardens: Wardens, tmp_path: Path, old: StateDir) -> None:
+def test_close_leaves_survivors_only(supervisors: Supervisors, tmp_path: Path, old: StateDir) -> None:
     for call_id in ("a", "b", "c"):
         old.write(call_id, CallState(CallTree(1, 2, cookie_for(call_id)), {}))
     old.mark_ended("b")
     old.mark_reported("c")
     old.close()
     assert names(tmp_path) == {"a", "c.reported"}
-    other = wardens.begin("other")
+    other = supervisors.begin("other")
     other.close()
     assert not (tmp_path / "calls" / "other").exists()
 
 
-def test_a_directory_is_locked_before_it_can_be_seen(tmp_path: Path, new: StateDir) -> None:
-    """One that is just being made is not a dead warden's."""
+def test_directory_is_locked_before_visible(tmp_path: Path, new: StateDir) -> None:
+    """One that is just being made is not a dead supervisor's."""
     (tmp_path / "calls" / ".made").mkdir()
     assert new.clean_up() == CleanupResult()
     assert (tmp_path / "calls" / ".made").exists()
 
 
-def test_who_forks_without_pause_is_killed(wardens: Wardens, tmp_path: Path, old: StateDir, new: StateDir) -> None:
+def test_clean_up_kills_fork_loop(supervisors: Supervisors, tmp_path: Path, old: StateDir, new: StateDir) -> None:
     with hopping(tmp_path, HARPD_CALL="a") as group:
         old.write("a", CallState(CallTree(group, 0, cookie_for("a")), {}))
-        wardens.kill(old)
+        supervisors.kill(old)
         sweep(new)
         assert not group_lives(group)
         assert names(tmp_path) == set()
@@ -200,8 +198,8 @@ def test_who_forks_without_pause_is_killed(wardens: Wardens, tmp_path: Path, old
 
 @pytest.mark.root
 @ROOT
-def test_in_a_cgroup_who_forks_without_pause_is_killed(
-    wardens: Wardens, tmp_path: Path, old: StateDir, new: StateDir
+def test_clean_up_kills_fork_loop_in_cgroup(
+    supervisors: Supervisors, tmp_path: Path, old: StateDir, new: StateDir
 ) -> None:
     with own_cgroup() as place, contextlib.ExitStack() as ending:
         group = Cgroups(str(place)).create("a", os.getpid())
@@ -211,22 +209,22 @@ def test_in_a_cgroup_who_forks_without_pause_is_killed(
         finally:
             (place.parent / "cgroup.procs").write_text(str(os.getpid()))
         old.write("a", CallState(CallTree(os.getpid(), 0, cookie_for("a"), group), {}))
-        wardens.kill(old)
+        supervisors.kill(old)
         sweep(new)
         assert not Path(group.path).exists()
 
 
 @pytest.mark.root
 @ROOT
-def test_what_cannot_be_killed_is_told_watched_and_left_to_the_next(
-    wardens: Wardens, tmp_path: Path, old: StateDir, new: StateDir, caplog: pytest.LogCaptureFixture
+def test_clean_up_survivors_are_reported_and_left(
+    supervisors: Supervisors, tmp_path: Path, old: StateDir, new: StateDir, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.ERROR, "harpd.supervisor")
     with process("a") as pid, process("b") as other, freezer() as cold:
         cold.freeze(pid)
         for call_id, main in (("a", pid), ("b", other)):
             old.write(call_id, record(call_id, main))
-        wardens.kill(old)
+        supervisors.kill(old)
         swept = new.clean_up()
         assert swept.calls.keys() == {"a", "b"}
         assert [one["pid"] for one in swept.stop_reports["a"]["survivors"]] == [pid]
@@ -238,9 +236,9 @@ def test_what_cannot_be_killed_is_told_watched_and_left_to_the_next(
         for _ in range(3):
             assert new.clean_up() == CleanupResult()
         assert len(caplog.records) == 1
-        third = wardens.begin("third")
+        third = supervisors.begin("third")
         assert third.clean_up() == CleanupResult()  # another has taken it over
-        wardens.kill(new)
+        supervisors.kill(new)
         swept = third.clean_up()
         assert (swept.killed, swept.calls, swept.stop_reports) == (1, {}, {})
         cold.thaw()
@@ -250,11 +248,11 @@ def test_what_cannot_be_killed_is_told_watched_and_left_to_the_next(
 
 @pytest.mark.root
 @ROOT
-def test_the_end_of_what_survived_is_told(wardens: Wardens, old: StateDir, new: StateDir) -> None:
+def test_clean_up_reports_end_of_survivors(supervisors: Supervisors, old: StateDir, new: StateDir) -> None:
     with process("a") as pid, freezer() as cold:
         cold.freeze(pid)
         old.write("a", record("a", pid))
-        wardens.kill(old)
+        supervisors.kill(old)
         (first,) = sweep(new, until_gone=False)
         assert [one["pid"] for one in first.stop_reports["a"]["survivors"]] == [pid]
         cold.thaw()

@@ -16,7 +16,7 @@ def others(number: int) -> list[Process]:
     return [Process(pid, 60, command="\\xff" * 15) for pid in range(101, 101 + number)]
 
 
-def test_what_became_of_each() -> None:
+def test_stop_report_lists_outcomes() -> None:
     findings = StopReport(MAIN.identity)
     one, other = others(2)
     findings.record([MAIN, one, other])
@@ -34,7 +34,7 @@ def test_what_became_of_each() -> None:
     assert [receipt[key] for key in ("found", "survivors", "surviving", "complete")] == [3, [], 0, True]
 
 
-def test_a_main_process_that_was_not_reaped_survives_whatever_was_found() -> None:
+def test_stop_report_unreaped_main_survives() -> None:
     findings = StopReport(MAIN.identity)
     findings.record([MAIN])
     findings.record([])
@@ -42,7 +42,7 @@ def test_a_main_process_that_was_not_reaped_survives_whatever_was_found() -> Non
     assert (receipt["survivors"], receipt["surviving"]) == ([{"pid": 100, "command": "main"}], 1)
 
 
-def test_however_many_there_are_the_receipt_is_small() -> None:
+def test_stop_report_size_is_bounded() -> None:
     findings = StopReport(MAIN.identity)
     findings.record([MAIN, *others(50_000)])
     findings.record(others(50_000))
@@ -54,7 +54,7 @@ def test_however_many_there_are_the_receipt_is_small() -> None:
     assert len(messages.StopReport(text).survivors) == 100
 
 
-def test_what_comes_and_goes_without_end_is_counted_and_not_kept() -> None:
+def test_stop_report_counts_short_lived_processes() -> None:
     findings = StopReport(MAIN.identity)
     for pid in range(200, 5200):
         findings.record([Process(pid, 60)])

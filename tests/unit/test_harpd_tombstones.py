@@ -5,7 +5,7 @@ from __future__ import annotations
 from harpd.supervisor.tombstones import TombstoneSet
 
 
-def test_an_id_is_barred_for_its_owner_alone() -> None:
+def test_tombstone_counts_for_its_owner_only() -> None:
     barred = TombstoneSet(10.0, 0.0)
     barred.add("one", "id", 1.0)
     assert barred.contains("one", "id")
@@ -15,7 +15,7 @@ def test_an_id_is_barred_for_its_owner_alone() -> None:
     assert not barred.contains("1 one", "id")
 
 
-def test_each_id_is_barred_for_its_time_and_all_are_forgotten_in_the_end() -> None:
+def test_tombstone_stays_for_ttl_then_expires() -> None:
     barred = TombstoneSet(10.0, 0.0)
     most = 0
     for second in range(1000):
@@ -26,14 +26,14 @@ def test_each_id_is_barred_for_its_time_and_all_are_forgotten_in_the_end() -> No
     assert not barred.contains("one", "900")
 
 
-def test_after_a_long_pause_nothing_old_is_left() -> None:
+def test_tombstones_expire_after_long_pause() -> None:
     barred = TombstoneSet(10.0, 0.0)
     barred.add("one", "old", 1.0)
     barred.add("one", "new", 100.0)
     assert (len(barred), barred.contains("one", "new")) == (1, True)
 
 
-def test_any_text_is_an_id() -> None:
+def test_tombstone_of_any_text() -> None:
     barred = TombstoneSet(10.0, 0.0)
     barred.add("\ud800", "\udfff" * 1000, 1.0)
     assert barred.contains("\ud800", "\udfff" * 1000)

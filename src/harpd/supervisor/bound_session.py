@@ -1,8 +1,8 @@
-"""Who hears a tied call: one connection, whose end is the call's end.
+"""The session of a connection-bound call: the call ends with its connection.
 
-A call of a direct client, or of a dispatcher of the field. What it says goes out as it comes, through a bounded
-buffer; while that is full the process waits. The connection is closed only when the call's processes are gone: the
-close is the proof of death.
+It serves direct clients and legacy dispatchers. The call's output is sent as it arrives, through a bounded buffer;
+while that is full, the worker waits. The connection is closed only when the call's processes are gone: the close proves
+it.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ __all__ = ["BoundSession"]
 
 
 class BoundSession:
-    """The one connection of a call. A `harpd.supervisor.call.CallObserver`.
+    """The connection of a call. A `harpd.supervisor.call.CallObserver`.
 
     Args:
         loop: the event loop.
-        connection: the gate's connection, non-blocking.
-        streaming: whether records will come.
-        keep: what the acknowledgement says of the client's connection.
-        most: bytes that may wait for the gate.
-        on_closed: called once, when the connection is closed.
+        connection: the connection from the frontend, non-blocking.
+        streaming: whether the procedure yields records.
+        keep_alive: the value in the acknowledgement: seconds for which the client's connection waits for a request.
+        buffer_size: the bytes that may wait for the frontend.
+        on_disconnected: called once, when the connection is closed.
     """
 
     def __init__(
@@ -37,57 +37,57 @@ class BoundSession:
         loop: EventLoop,
         connection: socket.socket,
         streaming: bool,
-        keep: float | None,
-        most: int,
-        on_closed: Callable[[], None],
+        keep_alive: float | None,
+        buffer_size: int,
+        on_disconnected: Callable[[], None],
     ) -> None:
-        self._acknowledgement = Acknowledgement(streaming, keep_alive=keep)
-        self._most = most
-        self._on_closed = on_closed
+        self._acknowledgement = Acknowledgement(streaming, keep_alive=keep_alive)
+        self._buffer_size = buffer_size
+        self._on_disconnected = on_disconnected
         self._call: Call | None = None
-        self._gate = BufferedStream(loop, connection, lambda data: None, self._on_lost, self._on_room)
+        self._stream = BufferedStream(loop, connection, lambda data: None, self._on_lost, self._on_writable)
 
     def bind_call(self, call: Call) -> None:
-        """From now on this is the call."""
+        """Set the call of this session."""
         self._call = call
 
     def release(self) -> None:
-        """There is no call: leave the connection, which stays open, to whoever gave it."""
-        self._gate.detach()
+        """Give the open connection back to the caller: the call did not start."""
+        self._stream.detach()
 
     @property
     def full(self) -> bool:
         """See `CallObserver`."""
-        return self._gate.pending_bytes >= self._most
+        return self._stream.pending_bytes >= self._buffer_size
 
     def on_started(self) -> None:
         """See `CallObserver`."""
-        self._gate.send_soon(encode_message(self._acknowledgement))
+        self._stream.send_soon(encode_message(self._acknowledgement))
 
     def on_records(self, lines: bytes, count: int) -> None:
         """See `CallObserver`."""
-        self._gate.send(lines)
+        self._stream.send(lines)
 
     def on_end(self, line: bytes) -> None:
         """See `CallObserver`."""
-        self._gate.send(line)
+        self._stream.send(line)
 
     def on_rejected(self, end: Failed) -> None:
         """See `CallObserver`."""
-        self._gate.send(encode_message(end))
+        self._stream.send(encode_message(end))
 
-    def on_exit(self, evidence: Callable[[], Raw], receipt: Raw | None) -> None:
-        """See `CallObserver`; a tied caller is told nothing of this."""
+    def on_exit(self, exit_info: Callable[[], Raw], stop_report: Raw | None) -> None:
+        """See `CallObserver`. The caller of a connection-bound call does not receive them."""
 
-    def on_closed(self, receipt: Raw | None) -> None:
+    def on_closed(self, stop_report: Raw | None) -> None:
         """See `CallObserver`."""
-        self._gate.close_after_flush(self._on_closed)
+        self._stream.close_after_flush(self._on_disconnected)
 
-    def _on_room(self) -> None:
+    def _on_writable(self) -> None:
         if self._call is not None:
             self._call.resume_reading()
 
     def _on_lost(self) -> None:
         if self._call is not None:
             self._call.stop(StopReason.CANCELLED)
-            self._call.resume_reading()  # what the process still says is read, and dropped
+            self._call.resume_reading()  # further output is read and dropped

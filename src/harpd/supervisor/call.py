@@ -1,17 +1,17 @@
-"""One call as the warden sees it: its process, what it says, its limit, and its end.
+"""A call as the supervisor has it: its worker process, its output, its limit, and its end.
 
-What the process writes goes to its audience (`harpd.supervisor.bound_session`,
-`harpd.supervisor.resumable_session`); while that is full nothing is read, so that
-the process waits (back-pressure) and nothing is dropped. The end is decided here, once:
+The worker's output goes to an observer, which is a session (`harpd.supervisor.bound_session`,
+`harpd.supervisor.resumable_session`). While the observer is full, nothing is read, so the worker waits (back-pressure)
+and nothing is dropped. The end is decided here, once:
 
-- a limit that fired, a cancel or a shutdown stands, whatever the process says afterwards;
-- else the process's own closing line;
-- else the process died without one, or said what no call may say: ``call_died``, and what it left is stopped.
+- a limit, a cancellation or a shutdown stands, whatever the worker writes afterwards;
+- otherwise, the worker's own closing line;
+- otherwise, the worker died without one, or wrote invalid output: ``call_died``, and its other processes are stopped.
 
-The process is the procedure's, and no more trusted than that: each of its lines is a record, a traceback if these are
-evidence, or the closing line, which is the last. What only the warden may say it can't say.
+A worker runs the procedure's code and is not trusted: each line must be a record, a traceback if exit info includes it,
+or the closing line, which is the last. It cannot send the messages that only the supervisor sends.
 
-Then the audience is told what is known of the process's death (evidence), and how a stop turned out (receipt).
+Then the observer receives what is known of the worker's death (exit info), and the result of a stop (stop report).
 """
 
 from __future__ import annotations
@@ -46,23 +46,23 @@ log = logging.getLogger("harpd.supervisor")
 
 _READ_SIZE = 1 << 16
 #: The most characters of a traceback.
-_LONGEST_TRACEBACK = 16 * 1024
-#: Seconds in which what a call says fast is gathered.
-_GATHER = 0.002
-#: How often what a call has said is read before it is stopped, and when it has ended: as much as its channel holds.
-_LAST_READS = 16
-#: The most bytes of a line; no client takes a longer one.
-_LONGEST_LINE = 64 * 1024 * 1024
-#: How many bytes of a line that is none are shown.
-_SHOWN = 60
+_MAX_TRACEBACK_LENGTH = 16 * 1024
+#: Seconds for which records of a fast stream are gathered before they are read.
+_GATHER_SECONDS = 0.002
+#: How many reads drain the channel before a stop and after the end: as much as the channel holds.
+_MAX_DRAIN_READS = 16
+#: The most bytes of a line; no client reads a longer one.
+_MAX_LINE_BYTES = 64 * 1024 * 1024
+#: How many bytes of an invalid line are shown.
+_MAX_SHOWN_BYTES = 60
 
-_TRACEBACK = b'{"traceback":'
-#: What a closing line begins with.
-_CLOSINGS = {b'{"result":': "result", b'{"exception":': "exception", b'{"harp":1,"error":': "error"}
+_TRACEBACK_PREFIX = b'{"traceback":'
+#: The prefixes of closing lines.
+_CLOSING_PREFIXES = {b'{"result":': "result", b'{"exception":': "exception", b'{"harp":1,"error":': "error"}
 
 
 class StopReason(Enum):
-    """Why a call is stopped: the word for the log, and who does it by way of the evidence."""
+    """The reason why a call is stopped: its name in the log, and the value of `by` in exit info."""
 
     TIME_LIMIT = "timeout", "limit"
     MAX_EXEC_TIME = "max_exec_time", "limit"
@@ -70,57 +70,59 @@ class StopReason(Enum):
     CANCELLED = "cancelled", "cancel"
     SHUTDOWN = "shutdown", "shutdown"
     LOST_CONTACT = "lost_contact", "lost_contact"
-    PROTOCOL_VIOLATION = "garbled", "itself"
+    PROTOCOL_VIOLATION = "protocol_violation", "itself"
 
-    def __init__(self, why: str, by: str) -> None:
-        self.why = why
+    def __init__(self, log_name: str, by: str) -> None:
+        self.log_name = log_name
         self.by = by
 
 
 class CallObserver(Protocol):
-    """Who hears a call."""
+    """The receiver of a call's output and end."""
 
     @property
     def full(self) -> bool:
-        """Whether nothing more should be said now; `Call.resume` is called once more may be."""
+        """Whether it should receive no more now; it calls `Call.resume_reading` once it has room."""
 
     def on_started(self) -> None:
-        """The process exists. Comes first, unless there is a refusal."""
+        """Handle that the worker exists. This comes first, unless the call is rejected."""
 
     def on_rejected(self, end: Failed) -> None:
-        """There is no process; nothing but `gone` follows."""
+        """Handle that there is no worker; only `on_closed` follows."""
 
     def on_records(self, lines: bytes, count: int) -> None:
-        """The process has said `count` records."""
+        """Handle the lines of `count` records."""
 
     def on_end(self, line: bytes) -> None:
-        """The end is decided: this is the closing line."""
+        """Handle that the end is decided: this is the closing line."""
 
-    def on_exit(self, evidence: Callable[[], Raw], receipt: Raw | None) -> None:
-        """The main process has ended, and what was to be stopped is gone, or survives as the receipt says.
+    def on_exit(self, exit_info: Callable[[], Raw], stop_report: Raw | None) -> None:
+        """Handle that the worker has ended, and that all stopped processes are gone, or listed as survivors.
 
-        Evidence is made when it is asked for, now: most of it costs something, and not every audience wants it.
+        Args:
+            exit_info: makes the exit info, now; it costs time, and not every observer uses it.
+            stop_report: the stop report; None: nothing had to be stopped.
         """
 
-    def on_closed(self, receipt: Raw | None) -> None:
-        """Nothing of the call is left, or nothing that is ours to stop. A receipt: of survivors that are gone now."""
+    def on_closed(self, stop_report: Raw | None) -> None:
+        """Handle that no process remains to be stopped. `stop_report`: of survivors that are gone now."""
 
 
 @dataclass(frozen=True, slots=True)
 class CallContext:
-    """What all calls share.
+    """The objects and settings that all calls share.
 
     Attributes:
         loop: the event loop.
-        kill_grace: seconds between the steps of stopping.
-        records: where running calls are recorded.
-        look: gives all processes as they were at this moment of the monotonic clock, or later.
-        strays: whether among these processes is one that may be a call's of this age and can't be told to be.
-        output: where the pipes for stdout and stderr are made.
-        cgroups: where calls get a cgroup, if that is possible here.
-        memory: what all calls hold together; lines that are not whole yet count too.
-        keep_stderr: whether the last lines of stderr are evidence.
-        keep_tracebacks: whether the traceback of an exception is.
+        kill_grace: seconds between the steps of a termination.
+        state_dir: the state files of running calls.
+        take_snapshot: returns all processes at this time of the monotonic clock, or later.
+        has_possible_escapes: returns whether an unknown process of a snapshot may belong to a call.
+        output: creates the pipes for stdout and stderr.
+        cgroups: creates the cgroups of calls.
+        quota: the memory of all calls; incomplete lines count too.
+        include_stderr: whether exit info has the last lines of stderr.
+        include_tracebacks: whether exit info has the traceback of an exception.
     """
 
     loop: EventLoop
@@ -131,22 +133,22 @@ class CallContext:
     output: OutputCollector
     cgroups: Cgroups
     quota: SpoolQuota
-    keep_stderr: bool
-    keep_tracebacks: bool
+    include_stderr: bool
+    include_tracebacks: bool
 
 
 class Call:
-    """A call from its beginning to the death of its processes; or, in a process that rests then, to its closing line.
+    """A call until its processes are dead; or until its closing line, if its worker becomes idle then.
 
     Args:
-        around: what it shares with the others.
+        context: the objects that it shares with other calls.
         call_id: its id.
         procedure: its procedure's name.
-        offered: what the zygote says of the procedure.
-        zygote: who forks.
-        audience: who hears it.
-        record: what else its record on disk says, for the next warden; empty: there is nobody to be told of its end.
-        on_gone: called once, when nothing of the call is left; the audience knows by then.
+        info: what the zygote has reported about the procedure.
+        zygote: the zygote that forks the worker.
+        observer: the receiver of its output and end.
+        session: the session in its state file, for a later supervisor; empty: its end is not reported to a dispatcher.
+        on_closed: called once, when no process remains; the observer was notified before.
 
     Raises:
         OSError: no descriptor is free; nothing has begun.
@@ -154,190 +156,191 @@ class Call:
 
     def __init__(
         self,
-        around: CallContext,
+        context: CallContext,
         call_id: str,
         procedure: str,
-        offered: ProcedureInfo,
+        info: ProcedureInfo,
         zygote: ZygoteClient,
-        audience: CallObserver,
-        record: Mapping[str, Any],
-        on_gone: Callable[[Call], None],
+        observer: CallObserver,
+        session: Mapping[str, Any],
+        on_closed: Callable[[Call], None],
     ) -> None:
-        self._around = around
-        self._loop = around.loop
+        self._context = context
+        self._loop = context.loop
         self.id = call_id
-        self._offered = offered
-        self._audience = audience
-        self._record = record
-        self._on_gone = on_gone
+        self._info = info
+        self._observer = observer
+        self._session = session
+        self._on_closed = on_closed
         self._fields = {"call": call_id, "procedure": procedure}
-        self._to_call = memoryview(b"")
-        self._from_call = bytearray()
-        self._said_end = False
-        self._stopped: StopReason | None = None
+        self._unsent = memoryview(b"")
+        self._partial_line = bytearray()
+        self._has_closing_line = False
+        self._stop_reason: StopReason | None = None
         self._stopped_by: tuple[str | None, str | None] = (None, None)
         self._limit: Timer | None = None
-        self._processes: TerminationSequence | None = None  # None: the zygote has not forked yet
+        self._termination: TerminationSequence | None = None  # None: the worker does not exist yet
         self._tree: CallTree | None = None
         self._status: int | None = None
         self._usage = Usage()
         self._traceback: str | None = None
         self._began = time.time()
-        self._asked = time.monotonic()
-        self._authentication: float | None = None
-        self._fork: float | None = None  # seconds until the process was there
-        self._looked_at = 0.0
-        self._over = False
-        self._gone = False
-        self._process = zygote.assign(self, call_id, procedure, around.output, self._fields)
+        self._requested_at = time.monotonic()
+        self._authentication_seconds: float | None = None
+        self._fork_seconds: float | None = None
+        self._last_read = 0.0
+        self._exit_reported = False
+        self._closed = False
+        self._worker = zygote.assign(self, call_id, procedure, context.output, self._fields)
 
     def send_arguments(self, arguments: Raw, authentication: float | None) -> None:
-        """Give the process its arguments; once. `authentication`: seconds that it took, for the evidence."""
-        self._authentication = authentication
-        self._to_call = memoryview(f"{self.id} ".encode() + bytes(arguments) + b"\n")
-        if self._process.pid:  # an idle process; the zygote announces a new one
-            self.on_forked(*self._process.identity)
+        """Send the worker its arguments; once. `authentication`: the seconds that it took, for exit info."""
+        self._authentication_seconds = authentication
+        self._unsent = memoryview(f"{self.id} ".encode() + bytes(arguments) + b"\n")
+        if self._worker.pid:  # an idle worker; the zygote announces a new one
+            self.on_forked(*self._worker.identity)
 
     @property
     def main_process(self) -> tuple[int, int] | None:
-        """Pid and start time of the main process; None: there is none yet."""
+        """Pid and start time of the worker; None: it does not exist yet."""
         return None if self._tree is None else (self._tree.pid, self._tree.start)
 
-    # What the zygote says.
+    # Reports of the zygote.
 
     def on_forked(self, pid: int, start: int) -> None:
-        """The process is there: the call is acknowledged."""
-        process = self._process
-        if process.served == 1:
-            process.cgroup = self._around.cgroups.create(self.id, pid)
-        self._fork = time.monotonic() - self._asked
-        self._tree = CallTree(pid, start, cookie_for(self.id), process.cgroup)
-        around = self._around
-        self._processes = TerminationSequence(
-            around.loop,
+        """Acknowledge the call: the worker exists."""
+        worker = self._worker
+        if worker.served == 1:
+            worker.cgroup = self._context.cgroups.create(self.id, pid)
+        self._fork_seconds = time.monotonic() - self._requested_at
+        self._tree = CallTree(pid, start, cookie_for(self.id), worker.cgroup)
+        context = self._context
+        self._termination = TerminationSequence(
+            context.loop,
             self._tree,
-            around.kill_grace,
-            around.take_snapshot,
-            around.has_possible_escapes,
-            self._survived,
-            self._leave,
+            context.kill_grace,
+            context.take_snapshot,
+            context.has_possible_escapes,
+            self._report_survivors,
+            self._close,
         )
         try:
-            around.state_dir.write(self.id, CallState(self._tree, self._record))
-        except OSError as error:  # it would be missed only if this warden were killed
-            log.error("a call can't be recorded", extra={**self._fields, "reason": str(error)})
+            context.state_dir.write(self.id, CallState(self._tree, self._session))
+        except OSError as error:  # it is missed only if this supervisor is killed
+            log.error("cannot write state file", extra={**self._fields, "reason": str(error)})
         log.info("call started", extra={**self._fields, "pid": pid})
-        self._audience.on_started()
-        if self._stopped is None:
-            if self._offered.timeout is not None:
-                self._limit = self._loop.call_later(self._offered.timeout, lambda: self.stop(StopReason.TIME_LIMIT))
+        self._observer.on_started()
+        if self._stop_reason is None:
+            if self._info.timeout is not None:
+                self._limit = self._loop.call_later(self._info.timeout, lambda: self.stop(StopReason.TIME_LIMIT))
         else:
-            self._processes.start(interrupt=False)
-        self._send_arguments()  # at once: the process waits for nothing else
+            self._termination.start(interrupt=False)
+        self._flush_arguments()  # at once: the worker waits for them
         self._watch()
 
     def on_fork_failed(self, reason: str) -> None:
-        """There is no process."""
+        """Reject the call: there is no worker."""
         log.info("call ended", extra={**self._fields, "end": "system_error", "reason": reason})
-        self._said_end = self._over = True
-        self._audience.on_rejected(Failed("system_error", reason))
-        self._leave()
+        self._has_closing_line = self._exit_reported = True
+        self._observer.on_rejected(Failed("system_error", reason))
+        self._close()
 
     def on_reaped(self, status: int, usage: Usage) -> None:
-        """The main process has ended: what it has said is read to the end, then its end is known."""
-        assert self._processes is not None
+        """Read the worker's last output and decide the end: the worker has ended."""
+        assert self._termination is not None
         self._status, self._usage = status, usage
-        self._read_call(_LAST_READS, waiting=False)  # all that it has said; a descendant may go on without end
+        self._read(_MAX_DRAIN_READS, respect_full=False)  # bounded: a descendant may write without end
         self._close_channel()
         if self._limit is not None:
             self._limit.cancel()
-        if self._said_end and self._stopped is None:
-            self._unrecord()  # before anybody knows: from now on nothing of it may be taken for left over
-            self._finish(None)
-            self._leave()  # what it left running is not ours to stop
+        if self._has_closing_line and self._stop_reason is None:
+            self._release_state()  # before the end is reported: from now on, its processes are not orphans
+            self._report_exit(None)
+            self._close()  # processes that it left running are not stopped
             return
         self._decide_end()
-        self._processes.on_main_exit(status)
+        self._termination.on_main_exit(status)
 
     # Stopping.
 
     def stop(self, why: StopReason, reason: str | None = None, by: str | None = None) -> None:
-        """Stop the call; the first reason stands. One that has ended by itself is left alone.
+        """Stop the call. The first reason stands. No effect if the call has ended by itself.
 
         Args:
-            why: what kind of stop it is.
-            reason: the caller's word for it.
-            by: who asked the caller.
+            why: the kind of stop.
+            reason: the caller's own reason.
+            by: the user who asked the caller to stop it.
         """
         if not self._decided:
-            self._read_call(_LAST_READS, waiting=False)  # what it has said before the stop counts
+            self._read(_MAX_DRAIN_READS, respect_full=False)  # output from before the stop counts
         if not self._decided:
-            self._begin_stop(why, reason, by)
+            self._start_termination(why, reason, by)
 
-    def _begin_stop(self, why: StopReason, reason: str | None, by: str | None) -> None:
-        self._stopped = why
+    def _start_termination(self, why: StopReason, reason: str | None, by: str | None) -> None:
+        self._stop_reason = why
         self._stopped_by = reason, by
-        self._to_call = memoryview(b"")  # a procedure that has no arguments yet never begins
-        self._drop_line()
-        log.info("call is stopped", extra={**self._fields, "why": why.why, "reason": reason})
-        if self._processes is not None:
-            self._processes.start(interrupt=why is StopReason.TIME_LIMIT)
+        self._unsent = memoryview(b"")  # a procedure without arguments does not begin
+        self._drop_partial_line()
+        log.info("stopping call", extra={**self._fields, "why": why.log_name, "reason": reason})
+        if self._termination is not None:
+            self._termination.start(interrupt=why is StopReason.TIME_LIMIT)
 
     def _decide_end(self) -> None:
-        if not self._said_end:
-            self._said_end = True
-            end = self._stopped_end()
+        if not self._has_closing_line:
+            self._has_closing_line = True
+            end = self._failure()
             log.info("call ended", extra={**self._fields, "end": end.type, "reason": end.message})
-            self._audience.on_end(encode_message(end))
+            self._observer.on_end(encode_message(end))
 
-    def _stopped_end(self) -> Failed:
+    def _failure(self) -> Failed:
         reason, _ = self._stopped_by
-        match self._stopped:
+        match self._stop_reason:
             case StopReason.TIME_LIMIT:
-                return Failed("timeout", f"the procedure took more than its limit of {self._offered.timeout:g} s")
+                return Failed("timeout", f"the procedure took more than its limit of {self._info.timeout:g} s")
             case StopReason.MAX_EXEC_TIME:
                 return Failed("timeout", f"maximum execution time: the call took more than {reason}")
             case StopReason.SILENCE:
-                return Failed("timeout", f"reading the result: the call said nothing for {reason}")
+                return Failed("timeout", f"reading the result: the call sent nothing for {reason}")
             case StopReason.CANCELLED:
-                return Failed("cancelled", f"its caller stopped the call{f' ({reason})' if reason else ''}")
+                return Failed("cancelled", f"the caller stopped the call{f' ({reason})' if reason else ''}")
             case StopReason.SHUTDOWN:
                 return Failed("shutdown", "harpd was stopped while the call ran")
             case StopReason.LOST_CONTACT:
-                return Failed("lost_contact", "its dispatcher was away for longer than the call may run without it")
+                return Failed("lost_contact", "the dispatcher was away for longer than the call may run without it")
             case StopReason.PROTOCOL_VIOLATION:
                 return Failed("call_died", f"the call was stopped: {reason}")
             case None:
                 assert self._status is not None
-                return _died(self._status)
+                return _describe_death(self._status)
 
-    def _survived(self) -> None:
-        """Killed, and still there: that is what there is to say, for now."""
+    def _report_survivors(self) -> None:
+        """Report the end although killed processes survive."""
         self._decide_end()
-        assert self._processes is not None
-        receipt = self._processes.stop_report()
-        log.error("processes of a call can't be killed", extra={**self._fields, "stop_report": receipt})
-        self._finish(receipt)
+        assert self._termination is not None
+        stop_report = self._termination.stop_report()
+        log.error("cannot kill processes of call", extra={**self._fields, "stop_report": stop_report})
+        self._report_exit(stop_report)
 
-    def _finish(self, receipt: dict[str, Any] | None) -> None:
-        """Tell what is known at the call's end; once."""
-        if self._over:
+    def _report_exit(self, stop_report: dict[str, Any] | None) -> None:
+        """Report exit info and stop report; once."""
+        if self._exit_reported:
             return
-        self._over = True
-        self._audience.on_exit(self._evidence, None if receipt is None else dumps(receipt))
+        self._exit_reported = True
+        self._observer.on_exit(self._encode_exit_info, None if stop_report is None else dumps(stop_report))
 
-    def _evidence(self) -> Raw:
+    def _encode_exit_info(self) -> Raw:
         try:
-            return dumps(self._facts())
-        except Exception:  # what is beside the end must not cost the end
-            log.exception("the evidence of a call is lost", extra=self._fields)
+            return dumps(self._exit_info())
+        except Exception:  # the end of the call is reported even if its exit info fails
+            log.exception("cannot make exit info", extra=self._fields)
             return dumps({"by": "unknown"})
 
-    def _facts(self) -> dict[str, Any]:
+    def _exit_info(self) -> dict[str, Any]:
         status = self._status
         signalled = status is not None and os.WIFSIGNALED(status)
         _, by_whom = self._stopped_by
-        evidence: dict[str, Any] = {
+        fork_seconds = self._fork_seconds
+        exit_info: dict[str, Any] = {
             "exit": None if status is None or signalled else os.waitstatus_to_exitcode(status),
             "signal": _signal_name(status) if signalled and status is not None else None,
             "by": self._ended_by(signalled),
@@ -346,89 +349,86 @@ class Call:
             "memory": self._usage.memory,
             "started": self._began,
             "ended": time.time(),
-            "authentication": self._authentication,
-            "fork": None if self._fork is None else round(self._fork, 6),
+            "authentication": self._authentication_seconds,
+            "fork": None if fork_seconds is None else round(fork_seconds, 6),
         }
-        if self._around.keep_stderr:
-            evidence["stderr"] = self._process.last_errors()
-        if self._traceback is not None and self._around.keep_tracebacks:
-            evidence["traceback"] = self._traceback
-        return evidence
+        if self._context.include_stderr:
+            exit_info["stderr"] = self._worker.last_errors()
+        if self._traceback is not None and self._context.include_tracebacks:
+            exit_info["traceback"] = self._traceback
+        return exit_info
 
     def _ended_by(self, signalled: bool) -> str:
-        if self._stopped is not None:
-            return self._stopped.by
+        if self._stop_reason is not None:
+            return self._stop_reason.by
         if not signalled:
             return "itself"
-        group = self._tree.cgroup if self._tree is not None else None
-        return "out_of_memory" if group is not None and group.out_of_memory() else "unknown"
+        cgroup = self._tree.cgroup if self._tree is not None else None
+        return "out_of_memory" if cgroup is not None and cgroup.out_of_memory() else "unknown"
 
-    # What the process says.
+    # The worker's output.
 
     def resume_reading(self) -> None:
-        """More may be said again, or nobody wants to hear it any more."""
+        """Read again: the observer has room, or drops what it receives from now on."""
         self._watch()
 
     def _watch(self) -> None:
-        """Watch for what can be done now, and for the process going away."""
-        if not self._listening:
+        """Watch the channel for what can be done now, and for the worker's end."""
+        if not self._has_channel:
             return
-        # Nothing is read before the acknowledgement has gone out: it comes first on the wire. And nothing is
-        # given before the call is recorded: till then the procedure can't have started anything.
-        recorded = self._processes is not None
-        reading = recorded and (self._decided or not self._audience.full)
-        events = (READ if reading else 0) | (WRITE if recorded and self._to_call else 0)
+        # Nothing is read before the acknowledgement is sent, which comes first on the wire. Nothing is sent before the
+        # state file is written: until then the procedure cannot have started any process.
+        acknowledged = self._termination is not None
+        reading = acknowledged and (self._decided or not self._observer.full)
+        events = (READ if reading else 0) | (WRITE if acknowledged and self._unsent else 0)
         if events:
-            self._loop.watch(self._process.channel.fileno(), events, self._on_channel)
-        else:  # watched for nothing it would still report its hang-up, again and again
-            self._loop.unwatch(self._process.channel.fileno())
+            self._loop.watch(self._worker.channel.fileno(), events, self._on_channel_ready)
+        else:  # a watch without events would still report a hang-up, again and again
+            self._loop.unwatch(self._worker.channel.fileno())
 
     @property
-    def _listening(self) -> bool:
-        """Whether the channel is there, and not another call's by now."""
-        return not self._gone and self._process.channel.fileno() >= 0
+    def _has_channel(self) -> bool:
+        """Whether the channel is open and not another call's by now."""
+        return not self._closed and self._worker.channel.fileno() >= 0
 
     @property
     def _decided(self) -> bool:
-        """Whether what the process still says does not count."""
-        return self._stopped is not None or self._said_end
+        """Whether the end is decided, so that further output does not count."""
+        return self._stop_reason is not None or self._has_closing_line
 
-    def _send_arguments(self) -> None:
-        if self._to_call:
+    def _flush_arguments(self) -> None:
+        if self._unsent:
             try:
-                self._to_call = self._to_call[self._process.channel.send(self._to_call) :] or memoryview(b"")
+                self._unsent = self._unsent[self._worker.channel.send(self._unsent) :] or memoryview(b"")
             except BlockingIOError:
                 pass
             except OSError:
-                self._to_call = memoryview(b"")
+                self._unsent = memoryview(b"")
 
-    def _on_channel(self) -> None:
-        self._send_arguments()
-        if self._processes is not None:
-            self._read_call(1)
-        if self._hurries():
-            self._loop.unwatch(self._process.channel.fileno())
-            self._loop.call_later(_GATHER, self._watch)
+    def _on_channel_ready(self) -> None:
+        self._flush_arguments()
+        if self._termination is not None:
+            self._read(1)
+        if self._should_batch():
+            self._loop.unwatch(self._worker.channel.fileno())
+            self._loop.call_later(_GATHER_SECONDS, self._watch)
         else:
             self._watch()
 
-    def _hurries(self) -> bool:
-        """Whether it says records so fast that it is worth while to wait for more of them: each look costs as much."""
-        if not self._offered.streaming or self._decided or self._to_call or not self._listening:
+    def _should_batch(self) -> bool:
+        """Return whether records arrive so fast that gathering them saves time: each read has a fixed cost."""
+        if not self._info.streaming or self._decided or self._unsent or not self._has_channel:
             return False
-        before, self._looked_at = self._looked_at, self._loop.now()
-        return self._looked_at - before < _GATHER
+        before, self._last_read = self._last_read, self._loop.now()
+        return self._last_read - before < _GATHER_SECONDS
 
-    def _read_call(self, most: int | None = None, waiting: bool = True) -> None:
-        """Read what the process has written; `most` times, or to the end of what is there.
-
-        `waiting`: not while the audience is full.
-        """
-        while most != 0 and self._listening:
-            if most is not None and waiting and not self._decided and self._audience.full:
+    def _read(self, max_reads: int, respect_full: bool = True) -> None:
+        """Read the worker's output, at most `max_reads` times. `respect_full`: not while the observer is full."""
+        for _ in range(max_reads):
+            if not self._has_channel or (respect_full and not self._decided and self._observer.full):
                 return
             try:
-                data = self._process.channel.recv(_READ_SIZE)
+                data = self._worker.channel.recv(_READ_SIZE)
             except BlockingIOError:
                 return
             except OSError:
@@ -437,129 +437,128 @@ class Call:
                 self._close_channel()
                 return
             if not self._decided:
-                self._take(data)
-            most = None if most is None else most - 1
+                self._handle_output(data)
 
-    def _take(self, data: bytes) -> None:
+    def _handle_output(self, data: bytes) -> None:
         end = data.rfind(b"\n") + 1
         if not end:
-            self._begin_line(data)
+            self._buffer_partial(data)
             return
-        lines = bytes(self._from_call) + data[:end]
-        self._drop_line()
-        self._begin_line(data[end:])
+        lines = bytes(self._partial_line) + data[:end]
+        self._drop_partial_line()
+        self._buffer_partial(data[end:])
         last = lines.rfind(b"\n", 0, -1) + 1
         if lines.startswith(RECORD_PREFIX, last):
-            self._take_records(lines)
+            self._handle_records(lines)
             return
         records, closing = lines[:last], lines[last:]
-        if closing.startswith(_TRACEBACK):  # the closing line itself is still to come
-            self._traceback, closing = _traceback(closing), b""
+        if closing.startswith(_TRACEBACK_PREFIX):  # the closing line has not arrived yet
+            self._traceback, closing = _decode_traceback(closing), b""
         else:
             before = records.rfind(b"\n", 0, -1) + 1
-            if records.startswith(_TRACEBACK, before):
-                self._traceback, records = _traceback(records[before:]), records[:before]
-        if self._take_records(records) and closing:
-            self._close_saying(closing)
+            if records.startswith(_TRACEBACK_PREFIX, before):
+                self._traceback, records = _decode_traceback(records[before:]), records[:before]
+        if self._handle_records(records) and closing:
+            self._handle_closing(closing)
 
-    def _begin_line(self, data: bytes) -> None:
-        """Keep what may become a line, if there is room for it."""
-        self._from_call += data
-        self._around.quota.reserve(len(data))
-        if len(self._from_call) > _LONGEST_LINE:
-            self._garbled(f"it wrote a line longer than {_LONGEST_LINE} bytes")
-        elif len(self._from_call) > GUARANTEED_BYTES and self._around.quota.exhausted:
-            self._garbled("it wrote a long line, and the calls of this host hold as much as they may")
+    def _buffer_partial(self, data: bytes) -> None:
+        """Buffer the beginning of a line, if there is room for it."""
+        self._partial_line += data
+        self._context.quota.reserve(len(data))
+        if len(self._partial_line) > _MAX_LINE_BYTES:
+            self._protocol_violation(f"it wrote a line longer than {_MAX_LINE_BYTES} bytes")
+        elif len(self._partial_line) > GUARANTEED_BYTES and self._context.quota.exhausted:
+            self._protocol_violation("it wrote a long line, and the calls of this host have used up spool_memory")
 
-    def _drop_line(self) -> None:
-        self._around.quota.release(len(self._from_call))
-        self._from_call = bytearray()
+    def _drop_partial_line(self) -> None:
+        self._context.quota.release(len(self._partial_line))
+        self._partial_line = bytearray()
 
-    def _take_records(self, lines: bytes) -> bool:
-        """Hand on what must be records, each of them; whether it was."""
+    def _handle_records(self, lines: bytes) -> bool:
+        """Pass on lines that must all be records; return whether they are."""
         if not lines:
             return True
         count = lines.count(b"\n")
-        # JSON on a line has no line feed: so this counts the lines that begin as records do.
+        # A JSON text in a line has no line feed, so this counts the lines that begin like records.
         if lines.startswith(RECORD_PREFIX) + lines.count(b"\n" + RECORD_PREFIX) != count:
             wrong = next(line for line in lines.split(b"\n") if not line.startswith(RECORD_PREFIX))
-            self._garbled(f"it wrote what is no record: {wrong[:_SHOWN]!r}")
+            self._protocol_violation(f"it wrote an invalid record: {wrong[:_MAX_SHOWN_BYTES]!r}")
             return False
-        if not self._offered.streaming:
-            self._garbled("it wrote records, and its procedure is not a streaming one")
+        if not self._info.streaming:
+            self._protocol_violation("it wrote records, and its procedure is not a streaming one")
             return False
-        self._audience.on_records(lines, count)
+        self._observer.on_records(lines, count)
         return True
 
-    def _close_saying(self, closing: bytes) -> None:
-        kind = next((kind for start, kind in _CLOSINGS.items() if closing.startswith(start)), None)
+    def _handle_closing(self, closing: bytes) -> None:
+        kind = next((kind for prefix, kind in _CLOSING_PREFIXES.items() if closing.startswith(prefix)), None)
         if kind is None:
-            self._garbled(f"it wrote what is no end: {closing[:_SHOWN]!r}")
+            self._protocol_violation(f"it wrote an invalid end: {closing[:_MAX_SHOWN_BYTES]!r}")
             return
-        self._said_end = True
+        self._has_closing_line = True
         if self._limit is not None:
             self._limit.cancel()
         log.info("call ended", extra={**self._fields, "end": kind})
-        assert self._processes is not None
-        # An error is harpd's own code's, which may have failed halfway.
-        if kind != "error" and not (self._from_call or self._to_call) and self._process.has_calls_left:
-            self._unrecord()  # before anybody knows, as when it is reaped
-            self._audience.on_end(closing)
-            self._usage = self._process.usage()
-            self._finish(None)
-            self._leave(rests=True)
+        assert self._termination is not None
+        # After an error of harpd's own code, the worker may be in an undefined state.
+        if kind != "error" and not (self._partial_line or self._unsent) and self._worker.has_calls_left:
+            self._release_state()  # before the end is reported, as when the worker is reaped
+            self._observer.on_end(closing)
+            self._usage = self._worker.usage()
+            self._report_exit(None)
+            self._close(reuse_worker=True)
             return
-        self._process.finish_input()
-        self._processes.expect_exit()
-        self._audience.on_end(closing)
+        self._worker.finish_input()
+        self._termination.expect_exit()
+        self._observer.on_end(closing)
 
-    def _garbled(self, what: str) -> None:
-        """It has said what no call may say: what came before stands, and nothing after it counts."""
-        self._begin_stop(StopReason.PROTOCOL_VIOLATION, what, None)
+    def _protocol_violation(self, description: str) -> None:
+        """Stop the call after invalid output: earlier output stands, later output does not count."""
+        self._start_termination(StopReason.PROTOCOL_VIOLATION, description, None)
 
-    # Leaving.
+    # Closing.
 
-    def _leave(self, rests: bool = False) -> None:
-        """Nothing of the call is left, or nothing that is ours to stop. `rests`: its process goes on, without it."""
-        if self._gone:
+    def _close(self, reuse_worker: bool = False) -> None:
+        """Close the call: no process remains to be stopped. `reuse_worker`: the worker waits for another call."""
+        if self._closed:
             return
-        self._gone = True
+        self._closed = True
         if self._limit is not None:
             self._limit.cancel()
-        receipt: dict[str, Any] | None = None
-        late = self._over
-        if self._processes is not None:
-            self._processes.cancel()
-            receipt = self._processes.stop_report()
-        self._finish(receipt)
-        self._drop_line()
-        if rests:
-            self._process.become_idle()
+        stop_report: dict[str, Any] | None = None
+        reported_survivors = self._exit_reported
+        if self._termination is not None:
+            self._termination.cancel()
+            stop_report = self._termination.stop_report()
+        self._report_exit(stop_report)
+        self._drop_partial_line()
+        if reuse_worker:
+            self._worker.become_idle()
         else:
-            self._process.release()
-            self._unrecord()
-        self._audience.on_closed(dumps(receipt) if late and receipt is not None else None)
-        self._on_gone(self)
+            self._worker.release()
+            self._release_state()
+        self._observer.on_closed(dumps(stop_report) if reported_survivors and stop_report is not None else None)
+        self._on_closed(self)
 
-    def _unrecord(self) -> None:
-        """Nothing of the call is ours to stop any more; its audience may still need the record, and removes it then."""
-        if self._record:
-            self._around.state_dir.mark_ended(self.id)
+    def _release_state(self) -> None:
+        """Release the state file: no process remains to be stopped. A session needs it until its end is reported."""
+        if self._session:
+            self._context.state_dir.mark_ended(self.id)
         else:
-            self._around.state_dir.remove(self.id)
+            self._context.state_dir.remove(self.id)
 
     def _close_channel(self) -> None:
-        self._drop_line()
-        self._process.close()
+        self._drop_partial_line()
+        self._worker.close()
 
 
-def _traceback(line: bytes) -> str | None:
-    """The traceback in a line that the call's process wrote; None: it wrote something else."""
+def _decode_traceback(line: bytes) -> str | None:
+    """Return the traceback in a line of the worker; None if the line is invalid."""
     try:
         found = loads(line)["traceback"]
     except (InvalidJSON, LookupError, TypeError):
         return None
-    return found[-_LONGEST_TRACEBACK:] if isinstance(found, str) else None
+    return found[-_MAX_TRACEBACK_LENGTH:] if isinstance(found, str) else None
 
 
 def _signal_name(status: int) -> str:
@@ -567,7 +566,7 @@ def _signal_name(status: int) -> str:
     return signal.Signals(number).name if number in set(signal.Signals) else str(number)
 
 
-def _died(status: int) -> Failed:
+def _describe_death(status: int) -> Failed:
     if os.WIFSIGNALED(status):
         name = _signal_name(status)
         return Failed("call_died", f"the call's process was ended by {name}", {"signal": name})

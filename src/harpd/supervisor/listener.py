@@ -1,4 +1,4 @@
-"""Where connections to the warden arrive: the sockets it listens on, a connection's first line, a last answer."""
+"""The supervisor's listener: its sockets, the first line of each connection, and final replies."""
 
 from __future__ import annotations
 
@@ -14,59 +14,64 @@ from harp.protocol.lines import LineBuffer, LineTooLong
 from harp_daemon.sliced_json import decode_slices
 from harpd.supervisor.event_loop import READ, WRITE, EventLoop
 
-__all__ = ["FinalReply", "Listener"]
+__all__ = ["ACTIVE_SOCKET", "SOCKET_PREFIX", "FinalReply", "Listener"]
 
 log = logging.getLogger("harpd.supervisor")
 
 _READ_SIZE = 1 << 16
-#: The most bytes of a first line; the gate has its own, lower limit for what comes from outside.
-_LONGEST_LINE = 1 << 30
-#: Seconds without a look at new connections when there is no descriptor for them.
+#: The most bytes of a first line; the frontend has a lower limit for requests from the network.
+_MAX_LINE_BYTES = 1 << 30
+#: Seconds without accepting after no descriptor was free.
 _ACCEPT_PAUSE = 0.1
 _BACKLOG = 4096
 _CREDENTIALS = struct.Struct("3i")
 
-#: Names in the runtime directory: the socket of the warden that takes new calls; what each warden's own begins with.
-ACTIVE_SOCKET, SOCKET_PREFIX = "warden", "warden-"
+#: Names in the runtime directory: the socket of the supervisor that accepts new calls, and the prefix of each
+#: supervisor's own socket, before its instance id.
+ACTIVE_SOCKET, SOCKET_PREFIX = "supervisor", "supervisor-"
 
 
 class Listener:
-    """Listens at a socket in the runtime directory that carries this warden's name, and hands on first lines.
+    """A listening socket in the runtime directory, named by the supervisor's instance id.
 
     Args:
         loop: the event loop.
         directory: the runtime directory.
-        warden: this warden's incarnation.
-        serve: called with each connection, its first line and what came behind it; what it raises refuses the
-            request.
+        instance: the supervisor's instance id.
+        on_request: called with each connection, its first line, and the data after it. If it raises KeyError,
+            InvalidJSON or ProtocolError, the connection is closed.
 
     Raises:
-        OSError: the socket can't be made.
+        OSError: the socket cannot be created.
     """
 
     def __init__(
-        self, loop: EventLoop, directory: str, warden: str, serve: Callable[[socket.socket, JSONObject, bytes], None]
+        self,
+        loop: EventLoop,
+        directory: str,
+        instance: str,
+        on_request: Callable[[socket.socket, JSONObject, bytes], None],
     ) -> None:
         self._loop = loop
-        self._serve = serve
-        # By way of the descriptor, for a socket's address has no more than 107 bytes.
+        self._on_request = on_request
+        # Bound by way of a descriptor: a socket's address has at most 107 bytes.
         self._directory = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-        self._name = SOCKET_PREFIX + warden
+        self._name = SOCKET_PREFIX + instance
         self._open = True
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         self._listener.bind(f"/proc/self/fd/{self._directory}/{self._name}")
         os.chmod(self._name, 0o600, dir_fd=self._directory)
         self._listener.listen(_BACKLOG)
-        self._listen()
+        self._watch()
 
     def become_current(self) -> None:
-        """Be the one whom new calls go to: in one step, so that there is always one."""
-        making = self._name + ".new"
-        os.link(self._name, making, src_dir_fd=self._directory, dst_dir_fd=self._directory)
-        os.rename(making, ACTIVE_SOCKET, src_dir_fd=self._directory, dst_dir_fd=self._directory)
+        """Receive all new calls from now on. The socket's name is replaced in one step, so that it always exists."""
+        new_name = self._name + ".new"
+        os.link(self._name, new_name, src_dir_fd=self._directory, dst_dir_fd=self._directory)
+        os.rename(new_name, ACTIVE_SOCKET, src_dir_fd=self._directory, dst_dir_fd=self._directory)
 
     def close(self) -> None:
-        """Take no connection any more; remove the socket, and the other name if it is still ours."""
+        """Stop accepting; remove the socket, and the other name if it still refers to this socket."""
         self._open = False
         self._loop.unwatch(self._listener.fileno())
         self._listener.close()
@@ -76,9 +81,9 @@ class Listener:
             if os.stat(ACTIVE_SOCKET, dir_fd=self._directory).st_ino == own:
                 os.unlink(ACTIVE_SOCKET, dir_fd=self._directory)
         except OSError:
-            pass  # the directory is gone, or somebody has tidied up
+            pass  # the directory or the socket has been removed
 
-    def _listen(self) -> None:
+    def _watch(self) -> None:
         if self._open:
             self._loop.watch(self._listener.fileno(), READ, self._accept)
 
@@ -87,31 +92,34 @@ class Listener:
             connection, _ = self._listener.accept()
         except BlockingIOError:
             return
-        except OSError as error:  # no descriptor is free: the listener stays ready, so look away
-            log.error("a connection can't be taken", extra={"reason": str(error)})
+        except OSError as error:  # no descriptor is free; the listener stays ready, so it is not watched for a while
+            log.error("cannot accept connection", extra={"reason": str(error)})
             self._loop.unwatch(self._listener.fileno())
-            self._loop.call_later(_ACCEPT_PAUSE, self._listen)
+            self._loop.call_later(_ACCEPT_PAUSE, self._watch)
             return
         credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
         _, uid, _ = _CREDENTIALS.unpack(credentials)
         if uid not in (0, os.geteuid()):
-            log.error("a connection of another user was refused", extra={"uid": uid})
+            log.error("rejected connection of another user", extra={"uid": uid})
             connection.close()
             return
         connection.setblocking(False)
-        _FirstLine(self._loop, connection, self._serve)
+        _RequestReader(self._loop, connection, self._on_request)
 
 
-class _FirstLine:
-    """Reads a connection's first line, however slowly it comes."""
+class _RequestReader:
+    """The reader of a connection's first line, however slowly it arrives."""
 
     def __init__(
-        self, loop: EventLoop, connection: socket.socket, done: Callable[[socket.socket, JSONObject, bytes], None]
+        self,
+        loop: EventLoop,
+        connection: socket.socket,
+        on_request: Callable[[socket.socket, JSONObject, bytes], None],
     ) -> None:
         self._loop = loop
         self._connection = connection
-        self._done = done
-        self._buffer = LineBuffer(_LONGEST_LINE)
+        self._on_request = on_request
+        self._buffer = LineBuffer(_MAX_LINE_BYTES)
         loop.watch(connection.fileno(), READ, self._on_ready)
 
     def _on_ready(self) -> None:
@@ -128,34 +136,34 @@ class _FirstLine:
         except BlockingIOError:
             return
         except (OSError, LineTooLong, InvalidJSON) as error:
-            log.error("a connection without a request was closed", extra={"reason": str(error)})
+            log.error("cannot read request", extra={"reason": str(error)})
             self._loop.unwatch(self._connection.fileno())
             self._connection.close()
             return
         try:
-            self._done(self._connection, request, b"\n".join([*lines[1:], self._buffer.pending]))
+            self._on_request(self._connection, request, b"\n".join([*lines[1:], self._buffer.pending]))
         except (KeyError, InvalidJSON, ProtocolError) as error:
-            log.error("a request that is none was refused", extra={"reason": repr(error)})
+            log.error("invalid request", extra={"reason": repr(error)})
             self._connection.close()
 
 
 class FinalReply:
-    """Sends the last bytes on a connection, then closes it."""
+    """The last bytes on a connection, which is closed once they are sent."""
 
     def __init__(self, loop: EventLoop, connection: socket.socket, data: bytes) -> None:
         self._loop = loop
         self._connection = connection
-        self._rest = memoryview(data)
+        self._unsent = memoryview(data)
         self._send()
 
     def _send(self) -> None:
         try:
-            self._rest = self._rest[self._connection.send(self._rest) :]
+            self._unsent = self._unsent[self._connection.send(self._unsent) :]
         except BlockingIOError:
             pass
         except OSError:
-            self._rest = self._rest[:0]
-        if self._rest:
+            self._unsent = self._unsent[:0]
+        if self._unsent:
             self._loop.watch(self._connection.fileno(), WRITE, self._send)
         else:
             self._loop.unwatch(self._connection.fileno())

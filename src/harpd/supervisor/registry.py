@@ -1,9 +1,9 @@
-"""The kept calls of a warden: whose they are, who may attach, and which ids can never start here.
+"""The registry of a supervisor's resumable calls: their owners, attachment, and ids that can no longer start.
 
-A dispatcher proves a call to be its own by its owner id and by the call's secret; of the secret only a digest is
-kept. What is not its own looks to it as if it were not there. The answer "not here" is a promise: the id is barred from
-then on, so that a start of it that is still on its way finds the door closed. Ids that were used are barred as well.
-They are barred for longer than a start may be on its way: one whose connection is older is refused.
+A dispatcher proves that a call is its own by its owner id and the call's secret; only a digest of the secret is stored.
+Other dispatchers' calls look as if they were absent. The reply that a call is absent is a promise: its id gets a
+tombstone, so that a delayed start of it is rejected. Ids that were used get one, too. A tombstone stays longer than a
+start may be delayed: a start whose connection is older is rejected.
 
 Spec: docs/protocol.md, Kept calls.
 """
@@ -31,191 +31,195 @@ __all__ = ["CallRegistry"]
 
 log = logging.getLogger("harpd.supervisor")
 
-#: Seconds that a start may have been on its way, and for which an id is barred at least.
-_OLDEST_START, _BARRED = 120.0, 150.0
-#: How many ended calls are held for each that may run, before no new one is kept.
-_HELD_SHARE = 20
+#: Seconds by which a start may be delayed, and for which a tombstone stays at least.
+_MAX_START_AGE, _TOMBSTONE_TTL = 120.0, 150.0
+#: How many sessions there may be for each call that may run, before new ones are rejected.
+_SESSIONS_PER_CALL = 20
 
-_WARDEN_DIED = Failed("call_died", "the warden of the calls died")
+_SUPERVISOR_DIED = Failed("call_died", "the supervisor of the call died")
 
 
 class CallRegistry:
-    """All kept calls of one warden.
+    """All resumable calls of one supervisor.
 
     Args:
         loop: the event loop.
-        warden: this warden's incarnation.
-        settings: the warden's settings, see `harpd.supervisor.main`.
-        records: where calls are recorded.
-        memory: what all calls hold together.
-        sweep: looks for wardens that have died, and has their calls buried here.
-        on_forgotten: called when a call is not kept any more.
+        instance: this supervisor's instance id.
+        settings: the supervisor's settings, see `harpd.supervisor.main`.
+        state_dir: the state files of running calls.
+        quota: the memory of all calls.
+        clean_up_orphans: looks for dead supervisors, and has their calls adopted here.
+        on_discarded: called when a session was discarded.
     """
 
     def __init__(
         self,
         loop: EventLoop,
-        warden: str,
+        instance: str,
         settings: Mapping[str, Any],
-        records: StateDir,
-        memory: SpoolQuota,
-        sweep: Callable[[], object],
-        on_forgotten: Callable[[], None],
+        state_dir: StateDir,
+        quota: SpoolQuota,
+        clean_up_orphans: Callable[[], object],
+        on_discarded: Callable[[], None],
     ) -> None:
         self._loop = loop
-        self._warden = warden
-        self._records = records
-        self._call_forgotten = on_forgotten
-        self._calls: dict[str, ResumableSession] = {}
-        self._barred = TombstoneSet(_BARRED, loop.now())
-        self._memory = memory
-        self._sweep = sweep
-        self.update_settings(settings)
+        self._instance = instance
+        self._settings = settings
+        self._state_dir = state_dir
+        self._notify_discarded = on_discarded
+        self._sessions: dict[str, ResumableSession] = {}
+        self._tombstones = TombstoneSet(_TOMBSTONE_TTL, loop.now())
+        self._quota = quota
+        self._clean_up_orphans = clean_up_orphans
 
     def update_settings(self, settings: Mapping[str, Any]) -> None:
-        """Take these settings for the calls to come."""
+        """Use these settings for new calls."""
         self._settings = settings
 
     def __len__(self) -> int:
-        return len(self._calls)
+        return len(self._sessions)
 
     @property
     def attached(self) -> bool:
-        """Whether somebody is attached to an ended call and may yet say that it has stored the end."""
-        return any(call.attached for call in self._calls.values())
+        """Whether a dispatcher is attached to a call."""
+        return any(session.attached for session in self._sessions.values())
 
-    def create_session(self, call_id: str, asked: JSONObject, streaming: bool) -> ResumableSession | Failed:
-        """Keep a new call, or say why not. It has nobody attached yet."""
-        if required_string(asked, "instance") != self._warden:
+    def create_session(self, call_id: str, requested: JSONObject, streaming: bool) -> ResumableSession | Failed:
+        """Create the session of a new call, with no connection attached; or return why the call is rejected."""
+        if required_string(requested, "instance") != self._instance:
             return self.wrong_instance()
-        begun = float(member_value(asked, "received"))
-        terms = self._terms(asked)
-        if self._loop.now() - begun > min(_OLDEST_START, terms.disconnect_timeout):
-            return Failed("call_refused", "the start was too long on its way; it did not happen")
-        if self._memory.exhausted or len(self._calls) >= _HELD_SHARE * self._settings["max_calls"]:
-            return Failed("too_many_calls", "the calls whose ends nobody has fetched hold as much as they may")
-        owner = required_string(asked, "owner")
-        if call_id in self._calls or self._barred.contains(owner, call_id):
-            return Failed("call_refused", "a call of this id was started, or given up, before")
-        return self._keep(call_id, Ownership(owner, _digest(required_string(asked, "secret"))), terms, streaming, begun)
+        received_at = float(member_value(requested, "received"))
+        limits = self._limits(requested)
+        if self._loop.now() - received_at > min(_MAX_START_AGE, limits.disconnect_timeout):
+            return Failed("call_refused", "the start was delayed for too long; the call did not start")
+        if self._quota.exhausted or len(self._sessions) >= _SESSIONS_PER_CALL * self._settings["max_calls"]:
+            return Failed("too_many_calls", "this host stores too many ends that were not fetched")
+        owner = required_string(requested, "owner")
+        if call_id in self._sessions or self._tombstones.contains(owner, call_id):
+            return Failed("call_refused", "a call with this id was started or given up before")
+        ownership = Ownership(owner, _digest(required_string(requested, "secret")))
+        return self._add_session(call_id, ownership, limits, streaming, received_at)
 
-    def _terms(self, asked: JSONObject) -> SessionLimits:
+    def _limits(self, requested: JSONObject) -> SessionLimits:
+        configured = self._settings
         return SessionLimits(
-            disconnect_timeout=min(_seconds(asked, "disconnect_timeout"), self._settings["disconnect_timeout"]),
-            result_ttl=min(_seconds(asked, "result_ttl"), self._settings["result_ttl"]),
-            timeout=_seconds(asked, "timeout"),
-            max_exec_time=_seconds(asked, "max_exec_time"),
+            disconnect_timeout=min(_seconds(requested, "disconnect_timeout"), configured["disconnect_timeout"]),
+            result_ttl=min(_seconds(requested, "result_ttl"), configured["result_ttl"]),
+            timeout=_seconds(requested, "timeout"),
+            max_exec_time=_seconds(requested, "max_exec_time"),
         )
 
     def wrong_instance(self) -> Failed:
-        """The answer to a start that names another warden, or one that comes to a warden that starts no more."""
-        return Failed("wrong_instance", "the start was meant for another warden; it did not happen", self._data())
+        """Return the error of a start that names another instance, or is sent to a retired one."""
+        message = "the start was meant for another instance of the supervisor; the call did not start"
+        return Failed("wrong_instance", message, self._instance_data())
 
-    def adopt_orphans(self, calls: Mapping[str, CallState], receipts: Mapping[str, Mapping[str, Any]]) -> None:
-        """Take over the kept calls of wardens that have died, as calls that have died with them.
+    def adopt_orphans(self, calls: Mapping[str, CallState], stop_reports: Mapping[str, Mapping[str, Any]]) -> None:
+        """Adopt the resumable calls of dead supervisors, as calls that have died with them.
 
         Args:
-            calls: what the records say of them.
-            receipts: of those of which something survives, and of earlier ones of which that is gone by now.
+            calls: their states, by id.
+            stop_reports: of calls of which a process survives, and of earlier ones of which none does any more.
         """
-        for call_id in receipts.keys() & self._calls.keys() - calls.keys():
-            self._calls[call_id].on_closed(dumps(receipts[call_id]))
-        for call_id, record in calls.items():
+        for call_id in stop_reports.keys() & self._sessions.keys() - calls.keys():
+            self._sessions[call_id].on_closed(dumps(stop_reports[call_id]))
+        for call_id, state in calls.items():
             try:
-                kept = record.session["resumable"]
-                claim = Ownership(str(kept["owner"]), str(kept["secret"]))
-                terms = SessionLimits(
-                    *(float(kept[key]) for key in ("disconnect_timeout", "result_ttl", "timeout", "max_exec_time"))
+                stored = state.session["resumable"]
+                ownership = Ownership(str(stored["owner"]), str(stored["secret"]))
+                limits = SessionLimits(
+                    *(float(stored[key]) for key in ("disconnect_timeout", "result_ttl", "timeout", "max_exec_time"))
                 )
-                streaming = bool(kept["streaming"])
+                streaming = bool(stored["streaming"])
             except (KeyError, TypeError, ValueError):
-                continue  # a tied call: nobody asks for it
-            kept_call = self._keep(call_id, claim, terms, streaming, self._loop.now())
-            receipt = dumps(receipts[call_id]) if call_id in receipts else None
-            kept_call.adopt(_WARDEN_DIED, dumps({"by": "unknown", "supervisor": "died"}), receipt)
-            self._record_again(call_id, record)
+                continue  # a connection-bound call: no dispatcher attaches to it
+            session = self._add_session(call_id, ownership, limits, streaming, self._loop.now())
+            stop_report = dumps(stop_reports[call_id]) if call_id in stop_reports else None
+            session.adopt(_SUPERVISOR_DIED, dumps({"by": "unknown", "supervisor": "died"}), stop_report)
+            self._write_state(call_id, state)
 
-    def _record_again(self, call_id: str, record: CallState) -> None:
-        """So that whoever comes after this warden can tell of it, too."""
+    def _write_state(self, call_id: str, state: CallState) -> None:
+        """Write the state file of an adopted call, so that a later supervisor can report its end."""
         try:
-            self._records.write(call_id, record)
+            self._state_dir.write(call_id, state)
         except OSError as error:
-            log.error("a call can't be recorded", extra={"call": call_id, "reason": str(error)})
-        self._records.mark_ended(call_id)
+            log.error("cannot write state file", extra={"call": call_id, "reason": str(error)})
+        self._state_dir.mark_ended(call_id)
 
-    def _keep(
-        self, call_id: str, claim: Ownership, terms: SessionLimits, streaming: bool, begun: float
+    def _add_session(
+        self, call_id: str, ownership: Ownership, limits: SessionLimits, streaming: bool, contact_at: float
     ) -> ResumableSession:
         settings = self._settings
-        kept = self._calls[call_id] = ResumableSession(
+        session = self._sessions[call_id] = ResumableSession(
             self._loop,
             call_id,
-            claim,
-            terms,
+            ownership,
+            limits,
             streaming,
-            begun,
+            contact_at,
             settings["kill_grace"],
-            self._warden,
+            self._instance,
             settings["spool"],
-            self._memory,
-            self._on_forgotten,
+            self._quota,
+            self._on_discarded,
         )
-        return kept
+        return session
 
     @staticmethod
-    def stored_session(kept: ResumableSession, streaming: bool) -> dict[str, Any]:
-        """What the next warden has to know to `bury` a call."""
-        terms = kept.limits
+    def stored_session(session: ResumableSession, streaming: bool) -> dict[str, Any]:
+        """Return the members of a state file from which a later supervisor can adopt the call."""
+        limits = session.limits
         return {
             "resumable": {
-                "owner": kept.ownership.owner,
-                "secret": kept.ownership.secret,
-                "disconnect_timeout": terms.disconnect_timeout,
-                "result_ttl": terms.result_ttl,
-                "timeout": terms.timeout,
-                "max_exec_time": terms.max_exec_time,
+                "owner": session.ownership.owner,
+                "secret": session.ownership.secret,
+                "disconnect_timeout": limits.disconnect_timeout,
+                "result_ttl": limits.result_ttl,
+                "timeout": limits.timeout,
+                "max_exec_time": limits.max_exec_time,
                 "streaming": streaming,
             }
         }
 
-    def attach(self, connection: socket.socket, request: JSONObject, behind: bytes) -> Failed | None:
-        """Attach a connection to a call, or say why not. `behind`: what came behind the request."""
+    def attach(self, connection: socket.socket, request: JSONObject, received: bytes) -> Failed | None:
+        """Attach a connection to a call, or return why not. `received`: data that was received after the request."""
         call_id, owner = required_string(request, "attach"), required_string(request, "owner")
         since = member_value(request, "since")
         check(is_count(since), "since: expected a count")
-        if call_id not in self._calls:
-            self._sweep()  # its warden may have died just now
-        kept = self._calls.get(call_id)
-        claim = Ownership(owner, _digest(required_string(request, "secret")))
-        if kept is None or not _same(kept.ownership, claim):
-            self._barred.add(owner, call_id, self._loop.now())
-            return Failed("no_such_call", "there is no such call here, and none of this id will start", self._data())
-        if not kept.has_records_from(since):
-            first, end = kept.available_range
+        if call_id not in self._sessions:
+            self._clean_up_orphans()  # its supervisor may have died just now
+        session = self._sessions.get(call_id)
+        ownership = Ownership(owner, _digest(required_string(request, "secret")))
+        if session is None or not _is_same(session.ownership, ownership):
+            self._tombstones.add(owner, call_id, self._loop.now())
+            return Failed("no_such_call", "there is no such call here, and it will not start", self._instance_data())
+        if not session.has_records_from(since):
+            first, end = session.available_range
             data = {"first": first, "end": end}
-            return Failed("records_gone", "not all of the call's records from this number on are here", data)
-        log.info("dispatcher attached to its call", extra={"call": call_id, "since": since})
-        kept.attach(connection, since, behind, member_value(request, "keep_alive") if "keep_alive" in request else None)
+            return Failed("records_gone", "some of the call's records from this number on are gone", data)
+        log.info("dispatcher attached to call", extra={"call": call_id, "since": since})
+        keep_alive = member_value(request, "keep_alive") if "keep_alive" in request else None
+        session.attach(connection, since, received, keep_alive)
         return None
 
     def list_calls(self, owner: str) -> bytes:
-        """The line that lists an owner's calls."""
-        self._sweep()
+        """Return the line that lists an owner's calls."""
+        self._clean_up_orphans()
         calls = tuple(
             call_id
-            for call_id, kept in self._calls.items()
-            if hmac.compare_digest(_bytes(kept.ownership.owner), _bytes(owner))
+            for call_id, session in self._sessions.items()
+            if hmac.compare_digest(_encode(session.ownership.owner), _encode(owner))
         )
-        return encode_message(CallList(calls, self._warden))
+        return encode_message(CallList(calls, self._instance))
 
-    def _on_forgotten(self, kept: ResumableSession) -> None:
-        del self._calls[kept.id]
-        self._records.mark_reported(kept.id)
-        self._barred.add(kept.ownership.owner, kept.id, self._loop.now())
-        self._call_forgotten()
+    def _on_discarded(self, session: ResumableSession) -> None:
+        del self._sessions[session.id]
+        self._state_dir.mark_reported(session.id)
+        self._tombstones.add(session.ownership.owner, session.id, self._loop.now())
+        self._notify_discarded()
 
-    def _data(self) -> dict[str, str]:
-        return {"instance": self._warden}
+    def _instance_data(self) -> dict[str, str]:
+        return {"instance": self._instance}
 
 
 def _seconds(members: JSONObject, key: str) -> float:
@@ -225,12 +229,13 @@ def _seconds(members: JSONObject, key: str) -> float:
 
 
 def _digest(secret: str) -> str:
-    return hashlib.sha256(_bytes(secret)).hexdigest()
+    return hashlib.sha256(_encode(secret)).hexdigest()
 
 
-def _bytes(text: str) -> bytes:
+def _encode(text: str) -> bytes:
     return text.encode("utf-8", "surrogatepass")
 
 
-def _same(one: Ownership, other: Ownership) -> bool:
-    return hmac.compare_digest(_bytes(one.owner), _bytes(other.owner)) and hmac.compare_digest(one.secret, other.secret)
+def _is_same(one: Ownership, other: Ownership) -> bool:
+    same_owner = hmac.compare_digest(_encode(one.owner), _encode(other.owner))
+    return same_owner and hmac.compare_digest(one.secret, other.secret)

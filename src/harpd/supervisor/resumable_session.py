@@ -1,12 +1,13 @@
-"""Who hears a kept call: its dispatcher, which may go away and come back.
+"""The session of a resumable call: its dispatcher may disconnect and attach again.
 
-Theory of operation. The call's records go into a spool; whoever is attached is sent them from the number it asked for,
-and drops them here by saying how far it has stored them. The end is told once the main process has been reaped and
-what was to be stopped is gone (or survives, which the receipt says): evidence, then the closing line. So a closing
-line means that nothing of the call runs any more. The dispatcher says ``done`` when it has stored that.
+Theory of operation. The records of the call go into a spool. The attached connection receives them from the number that
+it has requested, and each acknowledgement deletes the records that the dispatcher has stored. The end is sent once the
+worker has been reaped and all stopped processes are gone (or survive, as the stop report says): exit info, then the
+closing line. So a closing line means that nothing of the call runs any more. The dispatcher sends ``release`` when it
+has stored the end.
 
-No more is sent ahead of what is acknowledged than a window: so a dispatcher whose store is slow need not stop reading,
-and hears what else there is to hear.
+At most a window of unacknowledged records is sent. So a dispatcher with a slow store need not stop reading, and
+receives all other messages in time.
 
 The dispatcher's heartbeat proves contact: it echoes the latest time that this process has sent, so up to that time the
 dispatcher has received from us. Nothing else counts: an open connection proves nothing, and a message may have been
@@ -48,15 +49,15 @@ __all__ = ["Ownership", "ResumableSession", "SessionLimits"]
 
 log = logging.getLogger("harpd.supervisor")
 
-#: Bytes of records that are sent ahead of what the dispatcher has stored; one record may be longer.
-_WINDOW = 1024 * 1024
-#: The most bytes of a line of the dispatcher's after its request.
-_LONGEST_ORDER = 4096
+#: Bytes of unacknowledged records that are sent; one record may be longer.
+_WINDOW_BYTES = 1024 * 1024
+#: The most bytes of a command line.
+_MAX_COMMAND_BYTES = 4096
 
 
 @dataclass(frozen=True, slots=True)
 class Ownership:
-    """Whose a call is: the dispatcher's name for itself, and a digest of the call's secret."""
+    """The proof that a dispatcher owns a call: its owner id, and a digest of the call's secret."""
 
     owner: str = field(repr=False)
     secret: str = field(repr=False)
@@ -64,7 +65,7 @@ class Ownership:
 
 @dataclass(frozen=True, slots=True)
 class SessionLimits:
-    """How long a call is kept, and its limits; seconds. What was asked for, lowered to what is allowed here."""
+    """The limits of a session in seconds: the requested values, lowered to the configured ones."""
 
     disconnect_timeout: float
     result_ttl: float
@@ -73,263 +74,269 @@ class SessionLimits:
 
 
 class ResumableSession:
-    """A call that is kept for its dispatcher. A `harpd.supervisor.call.CallObserver`.
+    """A call's state for its dispatcher. A `harpd.supervisor.call.CallObserver`.
 
     Args:
         loop: the event loop.
         call_id: the call's id.
-        claim: whose it is.
-        terms: how long it is kept.
-        streaming: whether records will come.
-        begun: when its start, or what else was heard of its dispatcher, arrived here; a time of the loop.
-        kill_grace: told to the dispatcher.
-        warden: the incarnation, told to the dispatcher.
-        spool: bytes that may wait to be stored.
-        memory: what all calls may keep together.
-        on_forgotten: called once, when the call is not kept any more.
+        ownership: the call's owner and secret.
+        limits: its limits.
+        streaming: whether the procedure yields records.
+        contact_at: the latest time, of the loop, at which contact with the dispatcher is proven.
+        kill_grace: sent to the dispatcher.
+        instance: the supervisor's instance id, sent to the dispatcher.
+        spool_size: bytes of records that may wait for acknowledgement.
+        quota: the memory of all calls.
+        on_discarded: called once, when the session is discarded.
+
+    Attributes:
+        id: the call's id.
+        ownership: the call's owner and secret.
+        limits: its limits.
+        discarded: whether the session has been discarded.
     """
 
     def __init__(
         self,
         loop: EventLoop,
         call_id: str,
-        claim: Ownership,
-        terms: SessionLimits,
+        ownership: Ownership,
+        limits: SessionLimits,
         streaming: bool,
-        begun: float,
+        contact_at: float,
         kill_grace: float,
-        warden: str,
-        spool: int,
-        memory: SpoolQuota,
-        on_forgotten: Callable[[ResumableSession], None],
+        instance: str,
+        spool_size: int,
+        quota: SpoolQuota,
+        on_discarded: Callable[[ResumableSession], None],
     ) -> None:
         self.id = call_id
-        self.ownership = claim
-        self.limits = terms
+        self.ownership = ownership
+        self.limits = limits
         self._loop = loop
         self._streaming = streaming
         self._kill_grace = kill_grace
-        self._warden = warden
-        self._most = spool
-        self._memory = memory
-        self._on_forgotten = on_forgotten
+        self._instance = instance
+        self._spool_size = spool_size
+        self._quota = quota
+        self._on_discarded = on_discarded
         self._spool = Spool()
         self._call: Call | None = None
         self._reader: BufferedStream | None = None
-        self._keep: float | None = None
-        self._lines = LineBuffer(_LONGEST_ORDER)
+        self._keep_alive: float | None = None
+        self._lines = LineBuffer(_MAX_COMMAND_BYTES)
         self._next = 0
-        self._ahead = 0  # bytes that were sent on this connection and are not acknowledged
-        self._told_end = self._told_last = False
-        self._owes_answer = False
-        self._started: float | None = None
-        self._refusal: Failed | None = None
-        self._end: bytes | None = None
-        self._closing: bytes | None = None
-        self._last_receipt: bytes | None = None
-        self._ended = 0.0
-        self._buried = False
-        self._contact, self._said = begun, loop.now()
-        self._timer: Timer | None = None
-        self._limits: list[Timer] = []
+        self._unacknowledged = 0  # bytes that were sent on this connection
+        self._sent_end = self._sent_last_report = False
+        self._heartbeat_pending = False
+        self._started_at: float | None = None
+        self._end: bytes | None = None  # the closing line, before the worker has ended
+        self._closing: bytes | None = None  # stop report, exit info and closing line
+        self._last_report: bytes | None = None  # the stop report of survivors that are gone now
+        self._ended_at = 0.0
+        self._adopted = False
+        self._contact_at, self._last_output_at = contact_at, loop.now()
+        self._contact_timer: Timer | None = None
+        self._limit_timers: list[Timer] = []
         self.discarded = False
         self._check_contact()
 
-    # What the call does: `CallObserver`.
+    # The call's notifications: `CallObserver`.
 
     def bind_call(self, call: Call) -> None:
-        """From now on this is the call."""
+        """Set the call of this session."""
         self._call = call
 
     @property
     def full(self) -> bool:
         """See `CallObserver`."""
         size = self._spool.size
-        return size >= self._most or not self._memory.may_grow(size, self, self._resume)
+        return size >= self._spool_size or not self._quota.may_grow(size, self, self._resume_reading)
 
     def on_started(self) -> None:
         """See `CallObserver`."""
-        self._started = self._said = self._loop.now()
-        self._limits.append(self._loop.call_later(self.limits.max_exec_time, self._take_too_long))
+        self._started_at = self._last_output_at = self._loop.now()
+        self._limit_timers.append(self._loop.call_later(self.limits.max_exec_time, self._on_max_exec_time))
         self._check_silence()
-        self._greet()
+        self._send_acknowledgement()
 
     def on_rejected(self, end: Failed) -> None:
         """See `CallObserver`."""
-        self._refusal = end
         if self._reader is not None:
             self._reader.send(encode_message(end))
         self.discard()
 
     def on_records(self, lines: bytes, count: int) -> None:
         """See `CallObserver`."""
-        self._said = self._loop.now()
+        self._last_output_at = self._loop.now()
         self._spool.append(lines, count, time.time())
-        self._memory.reserve(len(lines))
-        self._pump()
+        self._quota.reserve(len(lines))
+        self._send_pending()
 
     def on_end(self, line: bytes) -> None:
         """See `CallObserver`."""
         self._end = line
         self._cancel_limits()
 
-    def on_exit(self, evidence: Callable[[], Raw], receipt: Raw | None) -> None:
+    def on_exit(self, exit_info: Callable[[], Raw], stop_report: Raw | None) -> None:
         """See `CallObserver`."""
         assert self._end is not None
-        said = b"" if receipt is None else encode_message(StopReport(receipt))
-        self._closing = said + encode_message(ExitInfo(evidence())) + self._end
-        self._memory.reserve(len(self._closing))
+        self._closing = _encode_closing(stop_report, exit_info(), self._end)
+        self._quota.reserve(len(self._closing))
         self._end = None
-        self._ended = self._loop.now()
-        self._arm(self.limits.result_ttl)
-        self._pump()
+        self._ended_at = self._loop.now()
+        self._schedule_contact_check(self.limits.result_ttl)
+        self._send_pending()
 
-    def on_closed(self, receipt: Raw | None) -> None:
+    def on_closed(self, stop_report: Raw | None) -> None:
         """See `CallObserver`."""
         self._call = None
-        if receipt is not None:
-            self._last_receipt = encode_message(StopReport(receipt))
-            self._pump()
+        if stop_report is not None:
+            self._last_report = encode_message(StopReport(stop_report))
+            self._send_pending()
 
-    # Who is attached.
+    # The attached connection.
 
-    def attach(self, connection: socket.socket, since: int, behind: bytes, keep: float | None) -> None:
-        """Send everything from record number `since` on to this connection, and listen to it.
+    def attach(self, connection: socket.socket, since: int, received: bytes, keep_alive: float | None) -> None:
+        """Attach a connection: send all records from number `since` on, and receive commands.
 
         Args:
             connection: the connection.
-            since: a number that `has_records_from` has allowed.
-            behind: what has come on the connection already, behind the request.
-            keep: what the acknowledgement says of the client's connection.
+            since: a number for which `has_records_from` returns True.
+            received: data that was received on the connection after the request.
+            keep_alive: the value in the acknowledgement.
         """
-        self._keep = keep
+        self._keep_alive = keep_alive
         if self._reader is not None:
             self._reader.close()
-        self._lines = LineBuffer(_LONGEST_ORDER)
+        self._lines = LineBuffer(_MAX_COMMAND_BYTES)
         self._next = since
-        self._ahead = 0
-        self._told_end = self._told_last = self._owes_answer = False
-        # The callbacks know their own connection: one that was superseded says nothing any more.
+        self._unacknowledged = 0
+        self._sent_end = self._sent_last_report = self._heartbeat_pending = False
+        # The callbacks refer to their own connection, so that a replaced one has no effect.
         reader: BufferedStream
         reader = self._reader = BufferedStream(
             self._loop,
             connection,
-            lambda data: self._take_orders(reader, data),
+            lambda data: self._on_data(reader, data),
             lambda: self._detach(reader),
-            self._pump,
+            self._send_pending,
         )
-        self._greet()
-        if behind:
-            self._take_orders(reader, behind)
+        self._send_acknowledgement()
+        if received:
+            self._on_data(reader, received)
 
-    def adopt(self, end: Failed, evidence: Raw, receipt: Raw | None = None) -> None:
-        """It was the call of a warden that has died: it is over, and there are no more records of it.
+    def adopt(self, end: Failed, exit_info: Raw, stop_report: Raw | None = None) -> None:
+        """Adopt the call of a supervisor that has died: it has ended, and further records do not exist.
 
-        `receipt`: something of it survives; `gone` tells the end of that.
+        `stop_report`: of survivors; None: there are none. `on_closed` reports when they are gone.
         """
-        self._buried = True
-        self._started = self._ended = self._loop.now()
-        said = b"" if receipt is None else encode_message(StopReport(receipt))
-        self._closing = said + encode_message(ExitInfo(evidence)) + encode_message(end)
-        self._arm(self.limits.result_ttl)
+        self._adopted = True
+        self._started_at = self._ended_at = self._loop.now()
+        self._closing = _encode_closing(stop_report, exit_info, encode_message(end))
+        self._schedule_contact_check(self.limits.result_ttl)
 
     def has_records_from(self, since: int) -> bool:
-        """Whether the records from this number on are still here."""
-        if self._buried:
+        """Return whether the spool has all records from this number on."""
+        if self._adopted:
             self._spool.start_at(since)
         return self._spool.first <= since <= self._spool.end
 
     @property
     def available_range(self) -> tuple[int, int]:
-        """The numbers of the first record that is here and of the one to come."""
+        """The numbers of the first record in the spool and of the next one."""
         return self._spool.first, self._spool.end
 
     @property
     def attached(self) -> bool:
-        """Whether somebody is there to hear it."""
+        """Whether a connection is attached."""
         return self._reader is not None
 
     @property
     def running(self) -> bool:
-        """Whether its end is not known yet."""
+        """Whether the call has not ended."""
         return self._closing is None
 
-    def _greet(self) -> None:
-        if self._reader is not None and self._started is not None:
+    def _send_acknowledgement(self) -> None:
+        if self._reader is not None and self._started_at is not None:
             terms = GrantedTerms(
-                instance=self._warden,
+                instance=self._instance,
                 disconnect_timeout=self.limits.disconnect_timeout,
                 result_ttl=self.limits.result_ttl,
                 kill_grace=self._kill_grace,
                 elapsed=self._elapsed(),
                 records=self._spool.end,
             )
-            self._reader.send_soon(encode_message(Acknowledgement(self._streaming, terms, self._keep)))
-            self._pump()
+            self._reader.send_soon(encode_message(Acknowledgement(self._streaming, terms, self._keep_alive)))
+            self._send_pending()
 
     def _elapsed(self) -> float:
-        """Seconds since the start."""
-        return 0.0 if self._started is None else max(0.0, self._loop.now() - self._started)
+        """Return the seconds since the start."""
+        return 0.0 if self._started_at is None else max(0.0, self._loop.now() - self._started_at)
 
-    def _pump(self) -> None:
-        """Send what the reader has not been sent yet, as much as it takes now."""
+    def _send_pending(self) -> None:
+        """Send the attached connection all that it has not received, as far as it is writable."""
         reader = self._reader
-        if reader is None or self._started is None:
+        if reader is None or self._started_at is None:
             return
-        if self._owes_answer and reader.writable:  # one for all that were asked for since
-            self._owes_answer = False
+        if self._heartbeat_pending and reader.writable:  # one reply to all heartbeats since the last one
+            self._heartbeat_pending = False
             reader.send(encode_message(Heartbeat(self._elapsed())))
-        while reader.writable and self._ahead < _WINDOW and (piece := self._spool.chunk_from(self._next)) is not None:
-            self._next = piece.first + piece.count
-            self._ahead += len(piece.lines)
-            reader.send(encode_message(RecordTime(piece.time)) + piece.lines)
+        while (
+            reader.writable
+            and self._unacknowledged < _WINDOW_BYTES
+            and (chunk := self._spool.chunk_from(self._next)) is not None
+        ):
+            self._next = chunk.first + chunk.count
+            self._unacknowledged += len(chunk.lines)
+            reader.send(encode_message(RecordTime(chunk.time)) + chunk.lines)
         if self._next < self._spool.end or self._closing is None:
             return
-        if not self._told_end:
-            self._told_end = True
+        if not self._sent_end:
+            self._sent_end = True
             reader.send(self._closing)
-        if self._last_receipt is not None and not self._told_last:
-            self._told_last = True
-            reader.send(self._last_receipt)
+        if self._last_report is not None and not self._sent_last_report:
+            self._sent_last_report = True
+            reader.send(self._last_report)
 
-    def _take_orders(self, reader: BufferedStream, data: bytes) -> None:
+    def _on_data(self, reader: BufferedStream, data: bytes) -> None:
         try:
             lines = self._lines.feed(data)
             for line in lines:
                 if reader is self._reader:
-                    self._obey(decode_command(line), reader)
+                    self._handle_command(decode_command(line))
         except (ProtocolError, LineTooLong) as error:
-            log.error("what a dispatcher said of its call is not of the protocol", extra=self._about(str(error)))
+            log.error("invalid command from dispatcher", extra={"call": self.id, "reason": str(error)})
             self._detach(reader)
 
-    def _obey(self, order: Ack | Heartbeat | StopCall | Release, reader: BufferedStream) -> None:
-        match order:
+    def _handle_command(self, command: Ack | Heartbeat | StopCall | Release) -> None:
+        match command:
             case Ack(count):
                 if count > self._spool.end:
-                    raise ProtocolError(f"stored: {count} records, of {self._spool.end}")
-                stored = self._spool.acknowledge(count)
-                self._memory.release(stored)
-                self._ahead = 0 if count >= self._next else max(0, self._ahead - stored)
-                self._resume()
-                self._pump()
-            case Heartbeat(at):
-                if at > self._elapsed():
-                    raise ProtocolError("alive: a time that has not come yet")
-                self._contact = max(self._contact, (self._started or 0) + at)
-                self._owes_answer = True
-                self._pump()
+                    raise ProtocolError(f"ack: expected at most {self._spool.end} records, got {count}")
+                freed = self._spool.acknowledge(count)
+                self._quota.release(freed)
+                self._unacknowledged = 0 if count >= self._next else max(0, self._unacknowledged - freed)
+                self._resume_reading()
+                self._send_pending()
+            case Heartbeat(elapsed):
+                if elapsed > self._elapsed():
+                    raise ProtocolError("heartbeat: the time is in the future")
+                self._contact_at = max(self._contact_at, (self._started_at or 0) + elapsed)
+                self._heartbeat_pending = True
+                self._send_pending()
             case StopCall(why, by):
                 self._stop(StopReason.CANCELLED, why, by)
             case Release():
                 if self._closing is None:
-                    raise ProtocolError("done: the call has not ended")
+                    raise ProtocolError("release: the call has not ended")
                 self.discard()
 
     def _detach(self, reader: BufferedStream) -> None:
         reader.close()
         if reader is self._reader:
             self._reader = None
-            log.debug("dispatcher detached from its call", extra={"call": self.id})
+            log.debug("dispatcher detached from call", extra={"call": self.id})
 
     # Limits and contact.
 
@@ -337,64 +344,67 @@ class ResumableSession:
         if self._call is not None and self.running:
             self._call.stop(why, reason, by)
 
-    def _resume(self) -> None:
+    def _resume_reading(self) -> None:
         if self._call is not None:
             self._call.resume_reading()
 
-    def _take_too_long(self) -> None:
+    def _on_max_exec_time(self) -> None:
         self._stop(StopReason.MAX_EXEC_TIME, f"{self.limits.max_exec_time:g} s")
 
     def _check_silence(self) -> None:
-        """Stop a call that has said nothing for too long. While its spool is full it can't say anything."""
+        """Stop the call if it has sent nothing for too long. While its spool is full, it cannot send anything."""
         if not self.running or self._end is not None:
             return
         now = self._loop.now()
         if self.full:
-            self._said = now
-        left = self._said + self.limits.timeout - now
-        if left <= 0:
+            self._last_output_at = now
+        remaining = self._last_output_at + self.limits.timeout - now
+        if remaining <= 0:
             self._stop(StopReason.SILENCE, f"{self.limits.timeout:g} s")
         else:
-            self._limits[1:] = [self._loop.call_later(left, self._check_silence)]
+            self._limit_timers[1:] = [self._loop.call_later(remaining, self._check_silence)]
 
     def _check_contact(self) -> None:
         now = self._loop.now()
         if self.running:
-            left = self._contact + self.limits.disconnect_timeout - now
-            if left <= 0:
+            remaining = self._contact_at + self.limits.disconnect_timeout - now
+            if remaining <= 0:
                 self._stop(StopReason.LOST_CONTACT)
-                left = self.limits.result_ttl
+                remaining = self.limits.result_ttl
         else:
-            left = max(self._contact, self._ended) + self.limits.result_ttl - now
-            if left <= 0:
-                log.warning("an ended call was not fetched in time; forgotten", extra={"call": self.id})
+            remaining = max(self._contact_at, self._ended_at) + self.limits.result_ttl - now
+            if remaining <= 0:
+                log.warning("discarding unfetched end of call", extra={"call": self.id})
                 self.discard()
                 return
-        self._arm(left)
+        self._schedule_contact_check(remaining)
 
-    def _arm(self, seconds: float) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-        self._timer = self._loop.call_later(seconds, self._check_contact)
+    def _schedule_contact_check(self, seconds: float) -> None:
+        if self._contact_timer is not None:
+            self._contact_timer.cancel()
+        self._contact_timer = self._loop.call_later(seconds, self._check_contact)
 
     def _cancel_limits(self) -> None:
-        for timer in self._limits:
+        for timer in self._limit_timers:
             timer.cancel()
-        self._limits.clear()
+        self._limit_timers.clear()
 
     def discard(self) -> None:
-        """Keep it no more: its end is stored, or nobody came for it."""
+        """Discard the session: the dispatcher has stored its end, was rejected, or has not fetched it in time."""
         if self.discarded:
             return
         self.discarded = True
         self._cancel_limits()
-        if self._timer is not None:
-            self._timer.cancel()
-        self._memory.release(self._spool.size + (0 if self._closing is None or self._buried else len(self._closing)))
-        self._on_forgotten(self)  # before the connection closes, by which others learn of it
+        if self._contact_timer is not None:
+            self._contact_timer.cancel()
+        closing_size = 0 if self._closing is None or self._adopted else len(self._closing)
+        self._quota.release(self._spool.size + closing_size)
+        self._on_discarded(self)  # before the connection closes, which others can see
         if self._reader is not None:
             self._reader.close_after_flush(lambda: None)
             self._reader = None
 
-    def _about(self, reason: str) -> dict[str, str]:
-        return {"call": self.id, "reason": reason}
+
+def _encode_closing(stop_report: Raw | None, exit_info: Raw, closing_line: bytes) -> bytes:
+    report = b"" if stop_report is None else encode_message(StopReport(stop_report))
+    return report + encode_message(ExitInfo(exit_info)) + closing_line

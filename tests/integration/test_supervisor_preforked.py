@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from support.deadline import wait_until
-from support.warden import Warden, runs
+from support.supervisor import Supervisor, is_running
 
 PROCEDURES = """
 import os, random, signal, time
@@ -42,23 +42,23 @@ def resist(path):
 
 
 @pytest.fixture
-def warden(tmp_path: Path) -> Iterator[Warden]:
-    with Warden(tmp_path / "warden", PROCEDURES, kill_grace=0.3) as warden:
-        yield warden
+def supervisor(tmp_path: Path) -> Iterator[Supervisor]:
+    with Supervisor(tmp_path / "supervisor", PROCEDURES, kill_grace=0.3) as supervisor:
+        yield supervisor
 
 
 def is_dead(process: psutil.Process) -> bool:
-    return not runs(process)
+    return not is_running(process)
 
 
-def spares(warden: Warden) -> list[psutil.Process]:
+def spares(supervisor: Supervisor) -> list[psutil.Process]:
     """The processes that wait, once there are some."""
-    zygote = psutil.Process(warden.status()["zygote"])
+    zygote = psutil.Process(supervisor.status()["zygote"])
     return wait_until(lambda: zygote.children(), what="processes that wait")
 
 
-def test_each_call_has_a_process_of_its_own_that_leads_its_session(warden: Warden) -> None:
-    found = [warden.result("own") for _ in range(10)]
+def test_call_has_own_process_and_session(supervisor: Supervisor) -> None:
+    found = [supervisor.result("own") for _ in range(10)]
     assert len({one["pid"] for one in found}) == len({one["random"] for one in found}) == 10
     for one in found:
         assert one["session"] == one["group"] == one["pid"]
@@ -68,35 +68,35 @@ def test_each_call_has_a_process_of_its_own_that_leads_its_session(warden: Warde
     assert len({one["mark"] for one in found}) == 10
 
 
-def test_a_process_that_waited_is_used_for_the_next_call(warden: Warden) -> None:
-    waiting = {process.pid for process in spares(warden)}
-    assert warden.result("own")["pid"] in waiting
+def test_preforked_worker_serves_next_call(supervisor: Supervisor) -> None:
+    waiting = {process.pid for process in spares(supervisor)}
+    assert supervisor.result("own")["pid"] in waiting
 
 
-def test_a_process_that_is_killed_while_it_waits_costs_no_call(warden: Warden) -> None:
+def test_preforked_worker_killed_fails_no_call(supervisor: Supervisor) -> None:
     for _ in range(5):
-        for process in spares(warden):
+        for process in spares(supervisor):
             os.kill(process.pid, signal.SIGKILL)
             wait_until(partial(is_dead, process), what="its death")
-        assert warden.result("own")["mark"]
+        assert supervisor.result("own")["mark"]
 
 
-def test_with_its_zygote_what_waits_goes(warden: Warden) -> None:
-    waiting = spares(warden)
-    assert warden.reload(PROCEDURES) == {"ok": True}
+def test_preforked_workers_end_with_zygote(supervisor: Supervisor) -> None:
+    waiting = spares(supervisor)
+    assert supervisor.reload(PROCEDURES) == {"ok": True}
     wait_until(lambda: not any(process.is_running() for process in waiting), what="the end of what waited")
-    waiting = spares(warden)
-    os.kill(warden.status()["zygote"], signal.SIGKILL)
+    waiting = spares(supervisor)
+    os.kill(supervisor.status()["zygote"], signal.SIGKILL)
     wait_until(lambda: not any(process.is_running() for process in waiting), what="the end of what waited")
-    wait_until(lambda: warden.status()["zygote"] is not None, what="another zygote")
-    assert warden.result("own")["mark"]
+    wait_until(lambda: supervisor.status()["zygote"] is not None, what="another zygote")
+    assert supervisor.result("own")["mark"]
 
 
-def test_what_waits_makes_no_receipt_incomplete(warden: Warden, tmp_path: Path) -> None:
+def test_preforked_workers_are_no_possible_escapes(supervisor: Supervisor, tmp_path: Path) -> None:
     """The zygote forks others while a call is being stopped: they are known for what they are."""
     for number in range(5):
         path = tmp_path / str(number)
-        with warden.keep("resist", str(path)) as call:
+        with supervisor.call_resumable("resist", str(path)) as call:
             call.line()
             wait_until(path.exists)
             call.send({"stop": {"why": "cancelled"}})
@@ -105,4 +105,4 @@ def test_what_waits_makes_no_receipt_incomplete(warden: Warden, tmp_path: Path) 
             assert (line["stop_report"]["survivors"], line["stop_report"]["complete"]) == ([], True)
             call.send({"release": True})
             call.lines()
-        warden.result("own")
+        supervisor.result("own")

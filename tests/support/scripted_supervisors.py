@@ -1,4 +1,4 @@
-"""Scripted wardens: each answers the first line of every connection by a script of the test's."""
+"""Scripted supervisors: each answers the first line of every connection by a script of the test's."""
 
 from __future__ import annotations
 
@@ -12,15 +12,17 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, TypeAlias
 
-__all__ = ["Script", "dead_warden", "make_current", "warden"]
+from harpd.supervisor.listener import ACTIVE_SOCKET, SOCKET_PREFIX
 
-#: What a warden says to a request before it closes; None: nothing, and it does not close.
+__all__ = ["Script", "dead_supervisor", "make_current", "supervisor"]
+
+#: What a supervisor says to a request before it closes; None: nothing, and it does not close.
 Script: TypeAlias = Callable[[dict[str, Any]], bytes | None]
 
 
 @asynccontextmanager
-async def warden(directory: Path, name: str, script: Script) -> AsyncIterator[None]:
-    """Run a warden of this incarnation in a runtime directory."""
+async def supervisor(directory: Path, name: str, script: Script) -> AsyncIterator[None]:
+    """Run a supervisor with this instance id in a runtime directory."""
 
     conversations: set[asyncio.Task[None]] = set()
 
@@ -29,7 +31,7 @@ async def warden(directory: Path, name: str, script: Script) -> AsyncIterator[No
         conversations.add(conversation)
         conversation.add_done_callback(conversations.discard)
 
-    async with await asyncio.start_unix_server(serve, directory / f"warden-{name}"):
+    async with await asyncio.start_unix_server(serve, directory / (SOCKET_PREFIX + name)):
         yield
     await asyncio.gather(*conversations)
 
@@ -48,16 +50,16 @@ async def _converse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, 
 
 
 def make_current(directory: Path, name: str) -> None:
-    """Have this warden take the new calls, as a warden does it itself."""
-    (directory / "new").hardlink_to(directory / f"warden-{name}")
-    (directory / "new").replace(directory / "warden")
+    """Have this supervisor take the new calls, as a supervisor does it itself."""
+    (directory / "new").hardlink_to(directory / (SOCKET_PREFIX + name))
+    (directory / "new").replace(directory / ACTIVE_SOCKET)
 
 
-def dead_warden(directory: Path, name: str) -> None:
-    """Leave the socket of a warden that was killed."""
+def dead_supervisor(directory: Path, name: str) -> None:
+    """Leave the socket of a supervisor that was killed."""
     descriptor = os.open(directory, os.O_PATH)
     try:
         with socket.socket(socket.AF_UNIX) as listener:
-            listener.bind(f"/proc/self/fd/{descriptor}/warden-{name}")
+            listener.bind(f"/proc/self/fd/{descriptor}/{SOCKET_PREFIX}{name}")
     finally:
         os.close(descriptor)

@@ -1,4 +1,4 @@
-"""Kept calls as the warden holds them: who may attach, what is said again, what is given up, what a stop proves."""
+"""Kept calls as the supervisor holds them: who may attach, what is said again, what is given up, what a stop proves."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import pytest
 from support.cgroups import own_cgroup
 from support.deadline import wait_until
 from support.procedures_file import PROCEDURES
-from support.warden import DEADLINE, OWNER, SECRET, Conversation, Warden, runs
+from support.supervisor import DEADLINE, OWNER, SECRET, Connection, Supervisor, is_running
 
 NOBODY = 65534
 ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
@@ -58,13 +58,15 @@ def leave_a_stranger(path):
 
 
 @pytest.fixture(scope="module")
-def warden(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Warden]:
+def supervisor(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Supervisor]:
     evidence = {"stderr": True, "traceback": True}
-    with Warden(tmp_path_factory.mktemp("resumable"), PROCEDURES + OWN, kill_grace=0.3, exit_info=evidence) as warden:
-        yield warden
+    with Supervisor(
+        tmp_path_factory.mktemp("resumable"), PROCEDURES + OWN, kill_grace=0.3, exit_info=evidence
+    ) as supervisor:
+        yield supervisor
 
 
-def ended(call: Conversation) -> tuple[list[Any], dict[str, Any], Any]:
+def ended(call: Connection) -> tuple[list[Any], dict[str, Any], Any]:
     """Read to the closing line: what came before it, the evidence, the closing line."""
     before: list[Any] = []
     while "exit_info" not in (line := call.line()):
@@ -72,7 +74,7 @@ def ended(call: Conversation) -> tuple[list[Any], dict[str, Any], Any]:
     return before, line["exit_info"], call.line()
 
 
-def done(call: Conversation) -> list[Any]:
+def done(call: Connection) -> list[Any]:
     """Say that the end is stored; return what came after that."""
     call.send({"release": True})
     return call.lines()
@@ -83,13 +85,13 @@ def error_of(line: Any) -> str:
     return str(line["error"]["type"])
 
 
-def refused(call: Conversation) -> str:
+def refused(call: Connection) -> str:
     (line,) = call.lines()
     return error_of(line)
 
 
-def test_the_end_is_kept_until_it_is_stored(warden: Warden) -> None:
-    with warden.keep("same", 5) as call:
+def test_end_stays_until_released(supervisor: Supervisor) -> None:
+    with supervisor.call_resumable("same", 5) as call:
         acknowledgement = call.line()
         assert acknowledgement["call"].keys() == {
             "instance", "disconnect_timeout", "result_ttl", "kill_grace", "elapsed", "records",
@@ -103,18 +105,18 @@ def test_the_end_is_kept_until_it_is_stored(warden: Warden) -> None:
         assert 0 <= evidence["fork"] <= 60
         assert evidence["authentication"] is None, "nobody has said so"
         call_id = call.id
-    assert call_id in warden.held()
-    with warden.attach(call_id) as call:
+    assert call_id in supervisor.list_calls()
+    with supervisor.attach(call_id) as call:
         assert call.line()["stream_result"] is False
         assert ended(call)[2] == {"result": 5}
         assert done(call) == []
-    assert call_id not in warden.held()
-    with warden.attach(call_id) as call:
+    assert call_id not in supervisor.list_calls()
+    with supervisor.attach(call_id) as call:
         assert refused(call) == "no_such_call"
 
 
-def test_records_are_told_from_any_number_on_and_dropped_when_stored(warden: Warden, tmp_path: Path) -> None:
-    with warden.keep("count", 6, str(tmp_path / "go")) as call:
+def test_attach_sends_records_from_number_until_ack(supervisor: Supervisor, tmp_path: Path) -> None:
+    with supervisor.call_resumable("count", 6, str(tmp_path / "go")) as call:
         call_id = call.id
         call.line()
         numbers: list[int] = []
@@ -125,31 +127,31 @@ def test_records_are_told_from_any_number_on_and_dropped_when_stored(warden: War
             else:
                 assert line.keys() == {"at"}
     for since in (0, 3, 6):
-        with warden.attach(call_id, since) as call:
+        with supervisor.attach(call_id, since) as call:
             assert call.line()["call"]["records"] == 6
             call.send({"heartbeat": 0})
             told = []
             while "heartbeat" not in (line := call.line()):
                 told += [line["stream"]] if "stream" in line else []
             assert told == list(range(since, 6))
-    with warden.attach(call_id, 6) as call:
+    with supervisor.attach(call_id, 6) as call:
         call.line()
         call.send({"ack": 6})
         (tmp_path / "go").touch()
         assert ended(call)[2] == {"result": 6}
-    with warden.attach(call_id, 2) as call:
+    with supervisor.attach(call_id, 2) as call:
         (line,) = call.lines()
         assert (error_of(line), line["error"]["data"]) == ("records_gone", {"first": 6, "end": 6})
-    with warden.attach(call_id, 6) as call:
+    with supervisor.attach(call_id, 6) as call:
         call.line()
         ended(call)
         done(call)
 
 
-def test_a_later_attach_takes_the_place_of_the_earlier(warden: Warden, tmp_path: Path) -> None:
-    with warden.keep("wait_for", str(tmp_path / "go")) as first:
+def test_attach_replaces_earlier_connection(supervisor: Supervisor, tmp_path: Path) -> None:
+    with supervisor.call_resumable("wait_for", str(tmp_path / "go")) as first:
         first.line()
-        with warden.attach(first.id) as second:
+        with supervisor.attach(first.id) as second:
             second.line()
             assert first.lines() == []  # closed
             (tmp_path / "go").touch()
@@ -157,92 +159,97 @@ def test_a_later_attach_takes_the_place_of_the_earlier(warden: Warden, tmp_path:
             done(second)
 
 
-def test_only_its_owner_with_its_secret_finds_a_call(warden: Warden, tmp_path: Path) -> None:
-    with warden.keep("wait_for", str(tmp_path / "go")) as call:
+def test_attach_needs_owner_and_secret(supervisor: Supervisor, tmp_path: Path) -> None:
+    with supervisor.call_resumable("wait_for", str(tmp_path / "go")) as call:
         call.line()
         for owner, secret in (("owner-2", SECRET), (OWNER, "secret-2"), (SECRET, OWNER)):
-            with warden.attach(call.id, owner=owner, secret=secret) as other:
+            with supervisor.attach(call.id, owner=owner, secret=secret) as other:
                 assert refused(other) == "no_such_call"
-        assert warden.held("owner-2") == []
-        assert call.id in warden.held()
+        assert supervisor.list_calls("owner-2") == []
+        assert call.id in supervisor.list_calls()
         (tmp_path / "go").touch()
         assert ended(call)[2] == {"result": "there"}
         done(call)
 
 
-def test_an_id_that_was_said_not_to_be_here_never_starts(warden: Warden) -> None:
+def test_start_after_no_such_call_is_rejected(supervisor: Supervisor) -> None:
     call_id = str(uuid.uuid4())
-    with warden.attach(call_id) as call:
+    with supervisor.attach(call_id) as call:
         (line,) = call.lines()
-        assert line["error"]["data"] == {"instance": warden.status()["instance"]}
-    with warden.keep("same", 1, call_id=call_id) as call:
+        assert line["error"]["data"] == {"instance": supervisor.status()["instance"]}
+    with supervisor.call_resumable("same", 1, call_id=call_id) as call:
         assert refused(call) == "call_refused"
-    with warden.keep("same", 1, call_id=call_id, owner="owner-2") as call:  # another's ids are its own affair
+    with supervisor.call_resumable(
+        "same", 1, call_id=call_id, owner="owner-2"
+    ) as call:  # another's ids are its own affair
         call.line()
         ended(call)
         done(call)
 
 
-def test_a_start_that_names_another_warden_is_refused(warden: Warden) -> None:
-    with warden.keep("same", 1, instance="another") as call:
+def test_start_for_other_instance_is_rejected(supervisor: Supervisor) -> None:
+    with supervisor.call_resumable("same", 1, instance="another") as call:
         (line,) = call.lines()
-        assert (error_of(line), line["error"]["data"]["instance"]) == ("wrong_instance", warden.status()["instance"])
+        assert (error_of(line), line["error"]["data"]["instance"]) == (
+            "wrong_instance",
+            supervisor.status()["instance"],
+        )
 
 
-def test_a_start_that_was_long_on_its_way_does_not_happen(warden: Warden) -> None:
+def test_start_delayed_too_long_is_rejected(supervisor: Supervisor) -> None:
     """It would come after the ids are forgotten that were said never to start."""
-    with warden.keep("same", 1, begun=time.clock_gettime(time.CLOCK_BOOTTIME) - 1900) as call:
+    with supervisor.call_resumable("same", 1, begun=time.clock_gettime(time.CLOCK_BOOTTIME) - 1900) as call:
         assert refused(call) == "call_refused"
-        assert call.id not in warden.held()
+        assert call.id not in supervisor.list_calls()
 
 
-def test_who_fetches_nothing_gets_no_more_calls(tmp_path: Path) -> None:
-    with Warden(tmp_path, PROCEDURES + OWN, calls=1, spool_memory=10_000) as warden:
+def test_start_with_too_many_unfetched_ends_is_rejected(tmp_path: Path) -> None:
+    with Supervisor(tmp_path, PROCEDURES + OWN, max_calls=1, spool_memory=10_000) as supervisor:
         held = []
         for _ in range(2):
-            with warden.keep("same", "x" * 15_000) as call:
+            with supervisor.call_resumable("same", "x" * 15_000) as call:
                 held.append(call.id)
                 call.line()
                 ended(call)
-        with warden.keep("same", 1) as call:
+        with supervisor.call_resumable("same", 1) as call:
             assert refused(call) == "too_many_calls"
         for call_id in held:
-            with warden.attach(call_id) as call:
+            with supervisor.attach(call_id) as call:
                 call.line()
                 ended(call)
                 done(call)
-        with warden.keep("same", 1) as call:
+        with supervisor.call_resumable("same", 1) as call:
             call.line()
             ended(call)
             done(call)
 
 
-def test_an_id_starts_once(warden: Warden, tmp_path: Path) -> None:
-    with warden.keep("wait_for", str(tmp_path / "go")) as call:
+def test_start_with_used_id_is_rejected(supervisor: Supervisor, tmp_path: Path) -> None:
+    with supervisor.call_resumable("wait_for", str(tmp_path / "go")) as call:
         call.line()
-        with warden.keep("same", 1, call_id=call.id) as again:
+        with supervisor.call_resumable("same", 1, call_id=call.id) as again:
             assert refused(again) == "call_refused"
         (tmp_path / "go").touch()
         ended(call)
         done(call)
-    with warden.keep("same", 1, call_id=call.id) as again:
+    with supervisor.call_resumable("same", 1, call_id=call.id) as again:
         assert refused(again) == "call_refused"
 
 
-def test_a_call_that_can_not_start_is_not_kept(warden: Warden) -> None:
-    with warden.keep("nowhere") as call:
+def test_start_failed_creates_no_session(supervisor: Supervisor) -> None:
+    with supervisor.call_resumable("nowhere") as call:
         assert refused(call) == "no_such_procedure"
-        assert call.id not in warden.held()
+        assert call.id not in supervisor.list_calls()
 
 
-def test_without_contact_a_call_is_stopped_and_its_end_kept(warden: Warden, tmp_path: Path) -> None:
-    with warden.keep("resist", str(tmp_path / "pids"), disconnect_timeout=0.2) as call:
+def test_call_without_contact_is_stopped_and_end_stays(supervisor: Supervisor, tmp_path: Path) -> None:
+    with supervisor.call_resumable("resist", str(tmp_path / "pids"), disconnect_timeout=0.2) as call:
         call.line()
         call_id = call.id  # it stays attached: an open connection is no contact
         _, evidence, end = ended(call)
         assert error_of(end) == "lost_contact"
         assert evidence["by"] == "lost_contact"
-    with warden.attach(call_id) as call:
+    with supervisor.attach(call_id) as call:
         call.line()
         before, _, end = ended(call)
         assert before[0]["stop_report"]["survivors"] == []
@@ -250,9 +257,9 @@ def test_without_contact_a_call_is_stopped_and_its_end_kept(warden: Warden, tmp_
         done(call)
 
 
-def test_contact_is_what_the_dispatcher_has_heard_of(warden: Warden, tmp_path: Path) -> None:
+def test_contact_counts_from_echoed_time(supervisor: Supervisor, tmp_path: Path) -> None:
     """A sign of life that is late says nothing new, and one of the future is a fault."""
-    with warden.keep("wait_for", str(tmp_path / "go"), disconnect_timeout=0.5) as call:
+    with supervisor.call_resumable("wait_for", str(tmp_path / "go"), disconnect_timeout=0.5) as call:
         call.line()
         line = {"heartbeat": 0}
         while "heartbeat" in line:
@@ -261,19 +268,19 @@ def test_contact_is_what_the_dispatcher_has_heard_of(warden: Warden, tmp_path: P
         assert "stop_report" in line
         assert error_of(ended(call)[2]) == "lost_contact"
         done(call)
-    with warden.keep("same", 1) as call:
+    with supervisor.call_resumable("same", 1) as call:
         call.line()
         ended(call)
         call.send({"heartbeat": 1e6})
         assert call.lines() == []
-    with warden.attach(call.id) as call:
+    with supervisor.attach(call.id) as call:
         call.line()
         ended(call)
         done(call)
 
 
-def test_with_contact_a_call_runs_on(warden: Warden, tmp_path: Path) -> None:
-    with warden.keep("wait_for", str(tmp_path / "go"), disconnect_timeout=0.4) as call:
+def test_call_with_contact_continues(supervisor: Supervisor, tmp_path: Path) -> None:
+    with supervisor.call_resumable("wait_for", str(tmp_path / "go"), disconnect_timeout=0.4) as call:
         heard = call.line()["call"]["elapsed"]
         while heard < 1.2:
             call.send({"heartbeat": heard})
@@ -283,24 +290,24 @@ def test_with_contact_a_call_runs_on(warden: Warden, tmp_path: Path) -> None:
         done(call)
 
 
-def test_an_end_that_nobody_fetches_is_forgotten(warden: Warden) -> None:
-    with warden.keep("same", 1, result_ttl=0.1) as call:
+def test_end_unfetched_is_discarded_after_result_ttl(supervisor: Supervisor) -> None:
+    with supervisor.call_resumable("same", 1, result_ttl=0.1) as call:
         call.line()
         ended(call)
-        assert call.lines() == []  # closed by the warden
-    warden.wait_event("an ended call was not fetched in time; forgotten", call=call.id)
-    assert call.id not in warden.held()
+        assert call.lines() == []  # closed by the supervisor
+    supervisor.wait_event("discarding unfetched end of call", call=call.id)
+    assert call.id not in supervisor.list_calls()
 
 
-def test_limits_go_with_the_call(warden: Warden, tmp_path: Path) -> None:
-    with warden.keep("wait_for", str(tmp_path / "go"), max_exec_time=0.1) as call:
+def test_limits_of_request_stop_call(supervisor: Supervisor, tmp_path: Path) -> None:
+    with supervisor.call_resumable("wait_for", str(tmp_path / "go"), max_exec_time=0.1) as call:
         call.line()
         before, evidence, end = ended(call)
         assert (error_of(end), evidence["by"]) == ("timeout", "limit")
         assert "maximum execution time" in end["error"]["message"]
         assert before[0]["stop_report"]["processes"][0]["signals"] == ["SIGTERM"]
         done(call)
-    with warden.keep("count", 3, str(tmp_path / "go"), timeout=0.1) as call:
+    with supervisor.call_resumable("count", 3, str(tmp_path / "go"), timeout=0.1) as call:
         call.line()
         before, _, end = ended(call)
         assert error_of(end) == "timeout"
@@ -309,22 +316,22 @@ def test_limits_go_with_the_call(warden: Warden, tmp_path: Path) -> None:
         done(call)
 
 
-def test_a_full_spool_makes_the_procedure_wait_and_drops_nothing(tmp_path: Path) -> None:
+def test_spool_full_pauses_procedure_and_drops_nothing(tmp_path: Path) -> None:
     most, size = 400, 10_000
-    with Warden(tmp_path / "warden", PROCEDURES + OWN, spool=100_000) as warden:
-        with warden.keep("long_records", most, size, timeout=0.5) as call:
+    with Supervisor(tmp_path / "supervisor", PROCEDURES + OWN, spool=100_000) as supervisor:
+        with supervisor.call_resumable("long_records", most, size, timeout=0.5) as call:
             call.line()
             first = [call.line() for _ in range(2)]
-        process = psutil.Process(warden.wait_event("call started", call=call.id)["pid"])
+        process = psutil.Process(supervisor.wait_event("call started", call=call.id)["pid"])
 
         def waits() -> bool:
-            return process.status() == psutil.STATUS_SLEEPING and warden.status()["calls"] == 1
+            return process.status() == psutil.STATUS_SLEEPING and supervisor.status()["calls"] == 1
 
         wait_until(waits, DEADLINE, "the procedure waiting")
         with pytest.raises(psutil.TimeoutExpired):
             process.wait(1.0)  # longer than its timeout, which does not count while it can't say anything
         assert "at" in first[0]
-        with warden.attach(call.id) as again:
+        with supervisor.attach(call.id) as again:
             assert again.line()["call"]["records"] < most
             numbers: list[int] = []
             while "exit_info" not in (line := again.line()):
@@ -336,10 +343,10 @@ def test_a_full_spool_makes_the_procedure_wait_and_drops_nothing(tmp_path: Path)
             done(again)
 
 
-def test_orders_may_come_with_the_request(warden: Warden, tmp_path: Path) -> None:
-    with warden.keep("wait_for", str(tmp_path / "never")) as call:
+def test_commands_after_request_line_are_handled(supervisor: Supervisor, tmp_path: Path) -> None:
+    with supervisor.call_resumable("wait_for", str(tmp_path / "never")) as call:
         call.line()
-    with warden.attach(call.id, behind=b'{"heartbeat":0}\n{"stop":{"why":"cancelled"}}\n{"hea') as again:
+    with supervisor.attach(call.id, behind=b'{"heartbeat":0}\n{"stop":{"why":"cancelled"}}\n{"hea') as again:
         again.send(b'rtbeat":0}\n')
         before, _, end = ended(again)
         assert error_of(end) == "cancelled"
@@ -347,23 +354,23 @@ def test_orders_may_come_with_the_request(warden: Warden, tmp_path: Path) -> Non
         done(again)
 
 
-def test_what_is_no_order_costs_the_connection_and_not_the_call(warden: Warden, tmp_path: Path) -> None:
-    with warden.keep("wait_for", str(tmp_path / "go")) as call:
+def test_command_invalid_closes_connection_only(supervisor: Supervisor, tmp_path: Path) -> None:
+    with supervisor.call_resumable("wait_for", str(tmp_path / "go")) as call:
         call.line()
     for garbage in (b"garbage\n", b"{}\n", b'{"ack":1}\n', b'{"release":true}\n', b"x" * 5000):
-        with warden.attach(call.id) as other:
+        with supervisor.attach(call.id) as other:
             other.line()
             other.send(garbage)
             assert other.lines() == []
     (tmp_path / "go").touch()
-    with warden.attach(call.id) as other:
+    with supervisor.attach(call.id) as other:
         other.line()
         assert ended(other)[2] == {"result": "there"}
         done(other)
 
 
-def test_evidence_of_an_exception(warden: Warden) -> None:
-    with warden.keep("wrong", "text") as call:
+def test_exit_info_of_exception_has_traceback(supervisor: Supervisor) -> None:
+    with supervisor.call_resumable("wrong", "text") as call:
         call.line()
         _, evidence, end = ended(call)
         data = {"class": "ValueError", "module": "builtins"}
@@ -374,16 +381,16 @@ def test_evidence_of_an_exception(warden: Warden) -> None:
         done(call)
 
 
-def test_evidence_is_of_the_process_only_unless_it_is_allowed(tmp_path: Path) -> None:
-    with Warden(tmp_path, PROCEDURES + OWN) as warden, warden.keep("wrong", "text") as call:
+def test_exit_info_has_output_only_if_configured(tmp_path: Path) -> None:
+    with Supervisor(tmp_path, PROCEDURES + OWN) as supervisor, supervisor.call_resumable("wrong", "text") as call:
         call.line()
         _, evidence, _ = ended(call)
         assert not {"stderr", "traceback"} & evidence.keys()
         done(call)
 
 
-def test_evidence_of_a_death(warden: Warden) -> None:
-    with warden.keep("die", int(signal.SIGKILL)) as call:
+def test_exit_info_of_death_has_signal_or_code(supervisor: Supervisor) -> None:
+    with supervisor.call_resumable("die", int(signal.SIGKILL)) as call:
         call.line()
         before, evidence, end = ended(call)
         assert error_of(end) == "call_died"
@@ -398,9 +405,9 @@ def five(path: Path) -> list[str]:
     return path.read_text().split()
 
 
-def stopped(warden: Warden, path: Path) -> tuple[dict[str, Any], dict[str, Any], list[int]]:
+def stopped(supervisor: Supervisor, path: Path) -> tuple[dict[str, Any], dict[str, Any], list[int]]:
     """Stop the call that resists; return its receipt, the evidence and the pids that it had."""
-    with warden.keep("resist", str(path)) as call:
+    with supervisor.call_resumable("resist", str(path)) as call:
         call.line()
         pids = five(path)
         call.send({"stop": {"why": "cancelled", "by": "somebody"}})
@@ -411,12 +418,12 @@ def stopped(warden: Warden, path: Path) -> tuple[dict[str, Any], dict[str, Any],
 
 
 def dead(pids: list[int]) -> bool:
-    return not any(psutil.pid_exists(pid) and runs(psutil.Process(pid)) for pid in pids)
+    return not any(psutil.pid_exists(pid) and is_running(psutil.Process(pid)) for pid in pids)
 
 
-def test_a_stop_has_a_receipt(warden: Warden, tmp_path: Path) -> None:
+def test_stop_sends_report(supervisor: Supervisor, tmp_path: Path) -> None:
     (tmp_path / "pids").touch()
-    receipt, evidence, pids = stopped(warden, tmp_path / "pids")
+    receipt, evidence, pids = stopped(supervisor, tmp_path / "pids")
     assert dead(pids)
     assert {one["pid"] for one in receipt["processes"]} == set(pids)
     assert all(one["signals"] == ["SIGTERM", "SIGKILL"] for one in receipt["processes"])
@@ -426,9 +433,9 @@ def test_a_stop_has_a_receipt(warden: Warden, tmp_path: Path) -> None:
     assert (evidence["signal"], evidence["by"], evidence["by_whom"]) == ("SIGKILL", "cancel", "somebody")
 
 
-def test_what_may_have_escaped_makes_a_receipt_incomplete(warden: Warden, tmp_path: Path) -> None:
+def test_stop_with_possible_escape_is_incomplete(supervisor: Supervisor, tmp_path: Path) -> None:
     path = tmp_path / "pid"
-    with warden.keep("leave_a_stranger", str(path)) as call:
+    with supervisor.call_resumable("leave_a_stranger", str(path)) as call:
         call.line()
         before, _, end = ended(call)
         assert error_of(end) == "call_died"
@@ -442,13 +449,13 @@ def test_what_may_have_escaped_makes_a_receipt_incomplete(warden: Warden, tmp_pa
 
 @pytest.mark.root
 @ROOT
-def test_in_a_cgroup_nothing_escapes(tmp_path: Path) -> None:
+def test_stop_in_cgroup_is_complete(tmp_path: Path) -> None:
     path = tmp_path / "pid"
     with (
         own_cgroup() as group,
-        Warden(tmp_path / "warden", PROCEDURES + OWN, kill_grace=0.3, cgroup=str(group)) as warden,
+        Supervisor(tmp_path / "supervisor", PROCEDURES + OWN, kill_grace=0.3, cgroup=str(group)) as supervisor,
     ):
-        with warden.keep("leave_a_stranger", str(path)) as call:
+        with supervisor.call_resumable("leave_a_stranger", str(path)) as call:
             call.line()
             before, _, _ = ended(call)
             receipt = before[-1]["stop_report"]
@@ -458,14 +465,14 @@ def test_in_a_cgroup_nothing_escapes(tmp_path: Path) -> None:
             assert pid in {one["pid"] for one in receipt["processes"]}
             done(call)
         (tmp_path / "pids").touch()
-        receipt, _, pids = stopped(warden, tmp_path / "pids")
+        receipt, _, pids = stopped(supervisor, tmp_path / "pids")
         assert dead(pids)
         assert not list(group.glob("call-*"))
 
 
 @pytest.mark.root
 @ROOT
-def test_what_survives_is_told_and_watched_on(tmp_path: Path) -> None:
+def test_stop_survivors_are_reported_and_watched(tmp_path: Path) -> None:
     """A process that stands in a frozen cgroup of the old kind dies only when it is thawed."""
     freezer = Path("/sys/fs/cgroup/freezer")
     if not (freezer / "tasks").exists():
@@ -473,10 +480,10 @@ def test_what_survives_is_told_and_watched_on(tmp_path: Path) -> None:
     frozen = freezer / f"harpd-test-{uuid.uuid4().hex}"
     frozen.mkdir()
     try:
-        with Warden(tmp_path / "warden", PROCEDURES + OWN, kill_grace=0.2) as warden:
-            with warden.keep("wait_for", str(tmp_path / "never")) as call:
+        with Supervisor(tmp_path / "supervisor", PROCEDURES + OWN, kill_grace=0.2) as supervisor:
+            with supervisor.call_resumable("wait_for", str(tmp_path / "never")) as call:
                 call.line()
-                pid = warden.wait_event("call started", call=call.id)["pid"]
+                pid = supervisor.wait_event("call started", call=call.id)["pid"]
                 (frozen / "tasks").write_text(str(pid))
                 (frozen / "freezer.state").write_text("FROZEN")
                 call.send({"stop": {"why": "cancelled"}})
@@ -484,48 +491,48 @@ def test_what_survives_is_told_and_watched_on(tmp_path: Path) -> None:
                 receipt = before[-1]["stop_report"]
                 assert [one["pid"] for one in receipt["survivors"]] == [pid]
                 assert (error_of(end), evidence["exit"], evidence["signal"]) == ("cancelled", None, None)
-                assert warden.status()["calls"] == 1
+                assert supervisor.status()["calls"] == 1
                 (frozen / "freezer.state").write_text("THAWED")
                 receipt = call.line()["stop_report"]
                 assert (receipt["survivors"], receipt["processes"][0]["ended"]) == ([], "SIGKILL")
                 assert done(call) == []
-            wait_until(lambda: warden.status()["calls"] == 0, DEADLINE, "the call gone")
+            wait_until(lambda: supervisor.status()["calls"] == 0, DEADLINE, "the call gone")
     finally:
         (frozen / "freezer.state").write_text("THAWED")
         wait_until(lambda: not (frozen / "tasks").read_text(), DEADLINE, "an empty cgroup")
         frozen.rmdir()
 
 
-def test_calls_of_a_killed_warden_are_known_to_the_next_as_dead(tmp_path: Path) -> None:
+def test_supervisor_killed_calls_are_adopted_as_dead(tmp_path: Path) -> None:
     (tmp_path / "pids").touch()
-    warden = Warden(tmp_path / "warden", PROCEDURES + OWN).start()
-    with warden.keep("resist", str(tmp_path / "pids")) as call:
+    supervisor = Supervisor(tmp_path / "supervisor", PROCEDURES + OWN).start()
+    with supervisor.call_resumable("resist", str(tmp_path / "pids")) as call:
         call.line()
         pids = five(tmp_path / "pids")
-        warden.kill()
-    with warden:
+        supervisor.kill()
+    with supervisor:
         assert dead([int(pid) for pid in pids])
-        assert warden.held() == [call.id]
-        with warden.attach(call.id, secret="guessed") as other:
+        assert supervisor.list_calls() == [call.id]
+        with supervisor.attach(call.id, secret="guessed") as other:
             assert refused(other) == "no_such_call"
-        with warden.attach(call.id, 12) as again:  # whatever is asked for, there are no more records
+        with supervisor.attach(call.id, 12) as again:  # whatever is asked for, there are no more records
             again.line()
             before, _, end = ended(again)
             assert (before, error_of(end)) == ([], "call_died")
             done(again)
-        assert warden.held() == []
+        assert supervisor.list_calls() == []
 
 
-def test_an_end_that_died_with_its_warden_is_told_as_such_and_nothing_is_stopped(tmp_path: Path) -> None:
+def test_supervisor_killed_ended_call_stops_nothing(tmp_path: Path) -> None:
     path = tmp_path / "pid"
-    warden = Warden(tmp_path / "warden", PROCEDURES + OWN).start()
-    with warden.keep("leave_a_service", str(path)) as call:
+    supervisor = Supervisor(tmp_path / "supervisor", PROCEDURES + OWN).start()
+    with supervisor.call_resumable("leave_a_service", str(path)) as call:
         call.line()
         assert ended(call)[2] == {"result": "left"}
-        warden.kill()
+        supervisor.kill()
     service = int(path.read_text())
     try:
-        with warden, warden.attach(call.id) as again:
+        with supervisor, supervisor.attach(call.id) as again:
             again.line()
             assert error_of(ended(again)[2]) == "call_died"
             done(again)
@@ -534,72 +541,72 @@ def test_an_end_that_died_with_its_warden_is_told_as_such_and_nothing_is_stopped
         os.kill(service, signal.SIGKILL)
 
 
-def test_a_retired_warden_starts_nothing_and_goes_with_its_last_call(tmp_path: Path) -> None:
-    warden = Warden(tmp_path / "warden", PROCEDURES + OWN).start()
-    with warden.keep("wait_for", str(tmp_path / "go")) as call:
+def test_retire_rejects_calls_and_exits_after_last(tmp_path: Path) -> None:
+    supervisor = Supervisor(tmp_path / "supervisor", PROCEDURES + OWN).start()
+    with supervisor.call_resumable("wait_for", str(tmp_path / "go")) as call:
         call.line()
-        assert warden.control("retire") == {"ok": True}
-        assert warden.status()["accepting"] is False
-        with warden.keep("same", 1) as other:
+        assert supervisor.control("retire") == {"ok": True}
+        assert supervisor.status()["accepting"] is False
+        with supervisor.call_resumable("same", 1) as other:
             assert refused(other) == "wrong_instance"
         (tmp_path / "go").touch()
         assert ended(call)[2] == {"result": "there"}
-        assert warden.status()["resumable"] == 1
+        assert supervisor.status()["resumable"] == 1
         assert done(call) == []
-    assert warden.wait() == 0
-    assert not warden.faults()
+    assert supervisor.wait() == 0
+    assert not supervisor.logged_bugs()
 
 
-def test_a_drained_warden_takes_calls_again_when_told(warden: Warden) -> None:
-    assert warden.control("drain") == {"ok": True}
-    assert warden.end("same", 1)["error"]["type"] == "shutdown"
-    with warden.keep("same", 1) as call:
+def test_drain_rejects_calls_until_resume(supervisor: Supervisor) -> None:
+    assert supervisor.control("drain") == {"ok": True}
+    assert supervisor.closing_line("same", 1)["error"]["type"] == "shutdown"
+    with supervisor.call_resumable("same", 1) as call:
         assert refused(call) == "shutdown"
-    assert warden.control("resume") == {"ok": True}
-    assert warden.result("same", 1) == 1
+    assert supervisor.control("resume") == {"ok": True}
+    assert supervisor.result("same", 1) == 1
 
 
-def test_without_its_keeper_a_warden_goes_on_as_long_as_it_may(tmp_path: Path) -> None:
-    warden = Warden(tmp_path / "warden", PROCEDURES + OWN, outlive=True).start()
-    with warden.keep("wait_for", str(tmp_path / "go")) as call:
+def test_lifeline_closed_continues_until_idle(tmp_path: Path) -> None:
+    supervisor = Supervisor(tmp_path / "supervisor", PROCEDURES + OWN, outlive=True).start()
+    with supervisor.call_resumable("wait_for", str(tmp_path / "go")) as call:
         call.line()
-        warden.end_gate()
-        warden.wait_event("the keeper has gone; kept calls go on")
+        supervisor.close_lifeline()
+        supervisor.wait_event("launcher exited; resumable calls continue")
         (tmp_path / "go").touch()
         assert ended(call)[2] == {"result": "there"}
         assert done(call) == []
-    assert warden.wait() == 0
+    assert supervisor.wait() == 0
 
 
-def test_a_shutdown_is_told_to_who_is_attached(tmp_path: Path) -> None:
-    warden = Warden(tmp_path / "warden", PROCEDURES + OWN).start()
-    with warden.keep("wait_for", str(tmp_path / "never")) as call:
+def test_shutdown_sends_end_to_attached(tmp_path: Path) -> None:
+    supervisor = Supervisor(tmp_path / "supervisor", PROCEDURES + OWN).start()
+    with supervisor.call_resumable("wait_for", str(tmp_path / "never")) as call:
         call.line()
-        with warden.connect() as control:
+        with supervisor.connect() as control:
             control.send({"control": "shutdown"})
             before, evidence, end = ended(call)
             assert (error_of(end), evidence["by"]) == ("shutdown", "shutdown")
             assert before[-1]["stop_report"]["survivors"] == []
             assert done(call) == []
             assert control.lines() == [{"ok": True}]
-    assert warden.wait() == 0
+    assert supervisor.wait() == 0
 
 
 @pytest.mark.root
 @ROOT
-def test_a_stop_has_a_receipt_without_root(tmp_path: Path) -> None:
+def test_stop_without_root_sends_report(tmp_path: Path) -> None:
     """The same as an ordinary user, who may see and signal his own processes: that is enough."""
     with tempfile.TemporaryDirectory() as place:
         os.chmod(place, 0o755)
-        warden = Warden(Path(place) / "warden", PROCEDURES + OWN, kill_grace=0.3)
-        warden.user = NOBODY
-        for path in (warden.directory, warden.runtime_directory, warden.procedures_file):
+        supervisor = Supervisor(Path(place) / "supervisor", PROCEDURES + OWN, kill_grace=0.3)
+        supervisor.user = NOBODY
+        for path in (supervisor.directory, supervisor.runtime_directory, supervisor.procedures_file):
             os.chown(path, NOBODY, NOBODY)
-        pids_file = warden.directory / "pids"
+        pids_file = supervisor.directory / "pids"
         pids_file.touch()
         os.chown(pids_file, NOBODY, NOBODY)
-        with warden:
-            assert psutil.Process(warden.status()["supervisor"]).uids().effective == NOBODY
-            receipt, _, pids = stopped(warden, pids_file)
+        with supervisor:
+            assert psutil.Process(supervisor.status()["supervisor"]).uids().effective == NOBODY
+            receipt, _, pids = stopped(supervisor, pids_file)
         assert dead(pids)
         assert (receipt["found"], receipt["survivors"], receipt["complete"]) == (5, [], True)

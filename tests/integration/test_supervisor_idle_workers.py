@@ -13,7 +13,7 @@ import pytest
 
 from support.deadline import wait_until
 from support.procedures_file import PROCEDURES
-from support.warden import Warden, runs
+from support.supervisor import Supervisor, is_running
 
 ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 
@@ -117,15 +117,15 @@ def go(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def warden(tmp_path: Path, go: Path) -> Iterator[Warden]:
+def supervisor(tmp_path: Path, go: Path) -> Iterator[Supervisor]:
     procedures = PROCEDURES + OWN.replace("PATH", str(go))
-    with Warden(tmp_path / "warden", procedures, kill_grace=0.5, calls=4) as warden:
-        yield warden
+    with Supervisor(tmp_path / "supervisor", procedures, kill_grace=0.5, max_calls=4) as supervisor:
+        yield supervisor
 
 
-def finish(warden: Warden, procedure: str, *arguments: object) -> tuple[dict[str, object], dict[str, object]]:
+def finish(supervisor: Supervisor, procedure: str, *arguments: object) -> tuple[dict[str, object], dict[str, object]]:
     """Run a kept call to its end; its evidence and its closing line."""
-    with warden.keep(procedure, *arguments) as call:
+    with supervisor.call_resumable(procedure, *arguments) as call:
         lines = [call.line()]
         while not {"result", "exception", "error"} & lines[-1].keys() or len(lines) == 1:
             lines.append(call.line())
@@ -135,21 +135,21 @@ def finish(warden: Warden, procedure: str, *arguments: object) -> tuple[dict[str
     return evidence, lines[-1]
 
 
-def test_calls_of_a_procedure_share_a_process_one_at_a_time(warden: Warden) -> None:
-    found = [warden.result("own") for _ in range(5)]
+def test_worker_serves_calls_one_after_the_other(supervisor: Supervisor) -> None:
+    found = [supervisor.result("own") for _ in range(5)]
     assert [one["calls"] for one in found] == [1, 2, 3, 4, 5]
     assert len({one["pid"] for one in found}) == 1
     assert len({one["mark"] for one in found}) == 5
 
 
-def test_each_procedure_has_processes_of_its_own(warden: Warden) -> None:
-    assert len({warden.result(name)["pid"] for name in ("own", "another", "own", "another")}) == 2
+def test_worker_serves_one_procedure_only(supervisor: Supervisor) -> None:
+    assert len({supervisor.result(name)["pid"] for name in ("own", "another", "own", "another")}) == 2
 
 
-def test_calls_at_once_have_a_process_each(warden: Warden, tmp_path: Path) -> None:
+def test_concurrent_calls_have_a_worker_each(supervisor: Supervisor, tmp_path: Path) -> None:
     one, other = str(tmp_path / "one"), str(tmp_path / "other")
     for _ in range(2):
-        with warden.call("meet", [one, other]) as first, warden.call("meet", [other, one]) as second:
+        with supervisor.call("meet", [one, other]) as first, supervisor.call("meet", [other, one]) as second:
             found = [first.lines()[-1]["result"], second.lines()[-1]["result"]]
         assert found[0]["pid"] != found[1]["pid"]
         os.unlink(one)
@@ -157,160 +157,160 @@ def test_calls_at_once_have_a_process_each(warden: Warden, tmp_path: Path) -> No
     assert [one["calls"] for one in found] == [2, 2]
 
 
-def test_after_that_many_calls_there_is_another_process(warden: Warden) -> None:
-    found = [warden.result("thrice") for _ in range(7)]
+def test_worker_exits_after_max_calls(supervisor: Supervisor) -> None:
+    found = [supervisor.result("thrice") for _ in range(7)]
     assert [one["calls"] for one in found] == [1, 2, 3, 1, 2, 3, 1]
     assert len({one["pid"] for one in found}) == 3
 
 
 @ROOT
-def test_the_user_is_the_procedures_each_time(warden: Warden) -> None:
-    found = [warden.result("nobodys") for _ in range(3)]
+def test_worker_runs_each_call_as_procedure_user(supervisor: Supervisor) -> None:
+    found = [supervisor.result("nobodys") for _ in range(3)]
     assert {one["uid"] for one in found} == {65534}
     assert [one["calls"] for one in found] == [1, 2, 3]
 
 
-def test_without_its_user_nothing_runs(warden: Warden) -> None:
+def test_worker_without_its_user_runs_nothing(supervisor: Supervisor) -> None:
     for _ in range(2):
-        assert warden.end("nobody_there")["error"]["type"] == "system_error"
-    assert not warden.events("call printed")
+        assert supervisor.closing_line("nobody_there")["error"]["type"] == "system_error"
+    assert not supervisor.events("call printed")
 
 
-def test_records_come_from_such_a_process_too(warden: Warden) -> None:
+def test_worker_serves_streaming_calls(supervisor: Supervisor) -> None:
     for number in (1, 2):
-        *lines, end = warden.lines("count_reused", 2)
+        *lines, end = supervisor.lines("count_reused", 2)
         assert lines[1:] == [{"stream": 0}, {"stream": 1}]
         assert end["result"]["calls"] == number
 
 
-def test_an_exception_does_not_end_it_and_wrong_arguments_do(warden: Warden) -> None:
-    first = warden.result("spin", 0)
-    assert warden.end("spin", "no number")["exception"]["type"] == "TypeError"
-    assert warden.result("spin", 0) == {**first, "calls": 2, "mark": warden.events("call started")[-1]["call"]}
-    assert warden.end("spin", 1, 2)["error"]["type"] == "invalid_argument_list"
-    assert warden.result("spin", 0)["calls"] == 1
+def test_worker_survives_exception_not_wrong_arguments(supervisor: Supervisor) -> None:
+    first = supervisor.result("spin", 0)
+    assert supervisor.closing_line("spin", "no number")["exception"]["type"] == "TypeError"
+    assert supervisor.result("spin", 0) == {**first, "calls": 2, "mark": supervisor.events("call started")[-1]["call"]}
+    assert supervisor.closing_line("spin", 1, 2)["error"]["type"] == "invalid_argument_list"
+    assert supervisor.result("spin", 0)["calls"] == 1
 
 
-def test_a_stopped_call_ends_its_process_and_the_next_has_another(warden: Warden, tmp_path: Path) -> None:
-    first = warden.result("limited", 0)
-    assert warden.end("limited", 60)["error"]["type"] == "timeout"
-    second = warden.result("limited", 0)
+def test_stop_ends_worker(supervisor: Supervisor, tmp_path: Path) -> None:
+    first = supervisor.result("limited", 0)
+    assert supervisor.closing_line("limited", 60)["error"]["type"] == "timeout"
+    second = supervisor.result("limited", 0)
     assert (first["calls"], second["calls"]) == (1, 1)
     assert not psutil.pid_exists(first["pid"])
     path = tmp_path / "there"
-    with warden.call("meet", [str(path), str(tmp_path / "never")]) as call:
+    with supervisor.call("meet", [str(path), str(tmp_path / "never")]) as call:
         call.line()
         wait_until(path.exists)
-        pid = warden.events("call started")[-1]["pid"]
+        pid = supervisor.events("call started")[-1]["pid"]
         call.stop()
     assert not psutil.pid_exists(pid)
 
 
-def test_a_process_that_ends_itself_costs_its_own_call(warden: Warden) -> None:
+def test_worker_exiting_fails_its_call_only(supervisor: Supervisor) -> None:
     for _ in range(3):
-        assert warden.end("leave_reused", 3)["error"]["data"] == {"code": 3}
+        assert supervisor.closing_line("leave_reused", 3)["error"]["data"] == {"code": 3}
 
 
-def test_one_that_is_killed_while_it_waits_costs_no_call(warden: Warden) -> None:
+def test_idle_worker_killed_fails_no_call(supervisor: Supervisor) -> None:
     for _ in range(5):
-        found = warden.result("own")
+        found = supervisor.result("own")
         assert found["calls"] == 1
         process = psutil.Process(found["pid"])
         process.kill()
-        wait_until(lambda: not runs(process), what="its death")  # noqa: B023 - waited for at once
+        wait_until(lambda: not is_running(process), what="its death")  # noqa: B023 - waited for at once
 
 
-def test_one_that_says_more_than_its_end_is_not_used_again(warden: Warden, go: Path) -> None:
-    assert warden.end("say_more")["error"]["type"] == "call_died"
-    said = warden.result("say_more_later")
+def test_worker_writing_after_end_is_not_reused(supervisor: Supervisor, go: Path) -> None:
+    assert supervisor.closing_line("say_more")["error"]["type"] == "call_died"
+    said = supervisor.result("say_more_later")
     go.touch()
     wait_until(go.with_name("go-said").exists)
-    assert warden.result("say_more_later")["pid"] != said["pid"]
-    assert warden.wait_event("idle worker wrote output; not reused", pid=said["pid"])
+    assert supervisor.result("say_more_later")["pid"] != said["pid"]
+    assert supervisor.wait_event("idle worker wrote output; not reused", pid=said["pid"])
 
 
-def test_evidence_is_the_calls_own(tmp_path: Path) -> None:
+def test_exit_info_of_reused_worker_is_of_one_call(tmp_path: Path) -> None:
     evidence = {"stderr": True, "traceback": True}
-    with Warden(tmp_path / "supervisor", PROCEDURES + OWN, exit_info=evidence) as warden:
+    with Supervisor(tmp_path / "supervisor", PROCEDURES + OWN, exit_info=evidence) as supervisor:
         for text in ("one", "two"):
-            found, end = finish(warden, "fail_reused", text)
+            found, end = finish(supervisor, "fail_reused", text)
             assert found["stderr"] == [f"why {text}"]
             assert f"ValueError: {text}" in str(found["traceback"])
             assert (found["exit"], found["signal"], found["by"]) == (None, None, "itself")
             assert end["exception"]["message"] == text  # type: ignore[index]
-        used = [finish(warden, "spin", seconds)[0]["cpu"] for seconds in (0.2, 0.0, 0.1)]
+        used = [finish(supervisor, "spin", seconds)[0]["cpu"] for seconds in (0.2, 0.0, 0.1)]
         assert 0.2 <= used[0] < 0.3 + used[1]  # type: ignore[operator]
         assert 0.1 <= used[2] < 0.2  # type: ignore[operator]
-        events = warden.events("call printed")
+        events = supervisor.events("call printed")
         assert [event["text"] for event in events] == ["why one", "why two"]
         assert len({event["call"] for event in events}) == 2
 
 
-def test_what_earlier_calls_left_goes_on_until_a_later_one_is_stopped(warden: Warden) -> None:
-    left, main = warden.result("leave_a_child")
+def test_children_of_earlier_calls_continue(supervisor: Supervisor) -> None:
+    left, main = supervisor.result("leave_a_child")
     child = psutil.Process(left)
     assert child.ppid() == main
-    assert warden.result("leave_a_child")[1] == main
-    assert runs(child)
+    assert supervisor.result("leave_a_child")[1] == main
+    assert is_running(child)
     os.kill(main, signal.SIGKILL)
     wait_until(lambda: not psutil.pid_exists(main))
-    assert runs(child)
+    assert is_running(child)
     child.kill()
 
 
-def test_those_that_rest_are_no_calls_and_make_room(warden: Warden, tmp_path: Path) -> None:
+def test_idle_workers_make_room_for_calls(supervisor: Supervisor, tmp_path: Path) -> None:
     paths = [str(tmp_path / name) for name in "abcd"]
-    calls = [warden.call("meet", [path, str(tmp_path / "go")]) for path in paths]
+    calls = [supervisor.call("meet", [path, str(tmp_path / "go")]) for path in paths]
     wait_until(lambda: all(map(os.path.exists, paths)))
     (tmp_path / "go").touch()
     resting = [psutil.Process(call.lines()[-1]["result"]["pid"]) for call in calls]
     for call in calls:
         call.close()
-    assert warden.status()["calls"] == 0
-    assert all(map(runs, resting))
-    warden.result("own")  # with four that rest, and four that may be there
-    wait_until(lambda: sum(map(runs, resting)) == 3, what="room for another")
+    assert supervisor.status()["calls"] == 0
+    assert all(map(is_running, resting))
+    supervisor.result("own")  # with four that rest, and four that may be there
+    wait_until(lambda: sum(map(is_running, resting)) == 3, what="room for another")
 
 
-def test_a_reload_ends_those_that_rest_and_those_that_would(warden: Warden, tmp_path: Path) -> None:
-    zygote = psutil.Process(warden.status()["zygote"])
-    resting = psutil.Process(warden.result("own")["pid"])
-    with warden.call("meet", [str(tmp_path / "there"), str(tmp_path / "go")]) as call:
+def test_reload_ends_idle_workers(supervisor: Supervisor, tmp_path: Path) -> None:
+    zygote = psutil.Process(supervisor.status()["zygote"])
+    resting = psutil.Process(supervisor.result("own")["pid"])
+    with supervisor.call("meet", [str(tmp_path / "there"), str(tmp_path / "go")]) as call:
         call.line()
         wait_until((tmp_path / "there").exists)
-        busy = psutil.Process(warden.events("call started", procedure="meet")[0]["pid"])
-        assert warden.reload() == {"ok": True}
-        wait_until(lambda: not runs(resting), what="its end")
+        busy = psutil.Process(supervisor.events("call started", procedure="meet")[0]["pid"])
+        assert supervisor.reload() == {"ok": True}
+        wait_until(lambda: not is_running(resting), what="its end")
         (tmp_path / "go").touch()
         assert call.line()["result"]["pid"] == busy.pid
         assert call.lines() == []
-    wait_until(lambda: not runs(busy), what="its end")
-    wait_until(lambda: not runs(zygote), what="the end of its zygote")
-    assert warden.result("own")["calls"] == 1
+    wait_until(lambda: not is_running(busy), what="its end")
+    wait_until(lambda: not is_running(zygote), what="the end of its zygote")
+    assert supervisor.result("own")["calls"] == 1
 
 
-def test_with_its_warden_it_goes(tmp_path: Path) -> None:
-    warden = Warden(tmp_path / "killed", PROCEDURES + OWN)
-    with warden:
-        resting = psutil.Process(warden.result("own")["pid"])
-        warden.kill()
-        wait_until(lambda: not runs(resting), what="its end")
+def test_idle_worker_ends_with_supervisor(tmp_path: Path) -> None:
+    supervisor = Supervisor(tmp_path / "killed", PROCEDURES + OWN)
+    with supervisor:
+        resting = psutil.Process(supervisor.result("own")["pid"])
+        supervisor.kill()
+        wait_until(lambda: not is_running(resting), what="its end")
 
 
-def test_one_that_waits_in_vain_ends(warden: Warden) -> None:
-    resting = psutil.Process(warden.result("own")["pid"])
+def test_idle_worker_ends_after_timeout(supervisor: Supervisor) -> None:
+    resting = psutil.Process(supervisor.result("own")["pid"])
     began = time.monotonic()
-    wait_until(lambda: not runs(resting), what="its end")
+    wait_until(lambda: not is_running(resting), what="its end")
     assert time.monotonic() - began > 5
 
 
-def test_a_stop_proves_that_all_is_gone(warden: Warden, tmp_path: Path) -> None:
+def test_stop_of_reused_worker_kills_earlier_children(supervisor: Supervisor, tmp_path: Path) -> None:
     """What the calls before have left and what the stopped one did, as its receipt says."""
-    first, _ = warden.result("leave_a_child"), warden.result("own")
+    first, _ = supervisor.result("leave_a_child"), supervisor.result("own")
     path = tmp_path / "there"
-    warden.result("meet", str(path), str(path))
+    supervisor.result("meet", str(path), str(path))
     path.unlink()
-    with warden.keep("meet", str(path), str(tmp_path / "never")) as call:
+    with supervisor.call_resumable("meet", str(path), str(tmp_path / "never")) as call:
         call.line()
         wait_until(path.exists)
         call.send({"stop": {"why": "cancelled"}})

@@ -15,7 +15,7 @@ from harpd.processes.process_tree import take_snapshot
 from support.cgroups import freezer, own_cgroup
 from support.deadline import wait_until
 from support.hopper import HOP, group_lives
-from support.warden import DEADLINE, Conversation, Warden
+from support.supervisor import DEADLINE, Connection, Supervisor
 
 ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 
@@ -93,9 +93,9 @@ def leaves_one_without_a_head(path):
 
 
 @pytest.fixture(scope="module")
-def warden(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Warden]:
-    with Warden(tmp_path_factory.mktemp("stopping"), PROCEDURES, kill_grace=0.3) as warden:
-        yield warden
+def supervisor(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Supervisor]:
+    with Supervisor(tmp_path_factory.mktemp("stopping"), PROCEDURES, kill_grace=0.3) as supervisor:
+        yield supervisor
 
 
 @pytest.fixture
@@ -105,13 +105,13 @@ def stop(tmp_path: Path) -> Iterator[Path]:
     (tmp_path / "stop").touch()
 
 
-def started(warden: Warden, call: Conversation) -> int:
+def started(supervisor: Supervisor, call: Connection) -> int:
     """Wait until the call's process is there; return its pid."""
     call.line()
-    return int(warden.wait_event("call started", call=call.id)["pid"])
+    return int(supervisor.wait_event("call started", call=call.id)["pid"])
 
 
-def receipt_of(call: Conversation) -> dict[str, Any]:
+def receipt_of(call: Connection) -> dict[str, Any]:
     """Read to the closing line; return the last receipt."""
     receipt: dict[str, Any] = {}
     while "exit_info" not in (line := call.line()):
@@ -125,14 +125,14 @@ def lives(call_id: str) -> bool:
     return any(process.alive and cookie_for(call_id) in process.cookies for process in take_snapshot().values())
 
 
-def done(call: Conversation) -> None:
+def done(call: Connection) -> None:
     call.send({"release": True})
     assert call.lines() == []
 
 
-def test_what_forks_without_pause_is_ended(warden: Warden, stop: Path) -> None:
-    with warden.keep("hops", str(stop), False) as call:
-        pid = started(warden, call)
+def test_stop_fork_loop(supervisor: Supervisor, stop: Path) -> None:
+    with supervisor.call_resumable("hops", str(stop), False) as call:
+        pid = started(supervisor, call)
         wait_until(lambda: any(p.group == pid != p.pid for p in take_snapshot().values()), DEADLINE, "the first hop")
         call.send({"stop": {"why": "cancelled"}})
         receipt = receipt_of(call)
@@ -141,41 +141,39 @@ def test_what_forks_without_pause_is_ended(warden: Warden, stop: Path) -> None:
         done(call)
 
 
-def test_what_forks_without_pause_is_ended_when_the_main_process_has_died(warden: Warden, stop: Path) -> None:
-    with warden.keep("hops_and_dies", str(stop), False) as call:
-        pid = started(warden, call)
+def test_stop_fork_loop_after_main_death(supervisor: Supervisor, stop: Path) -> None:
+    with supervisor.call_resumable("hops_and_dies", str(stop), False) as call:
+        pid = started(supervisor, call)
         receipt = receipt_of(call)
         assert not group_lives(pid)
         assert (receipt["survivors"], receipt["complete"]) == ([], True)
         done(call)
 
 
-def test_what_outruns_every_signal_is_told(warden: Warden, stop: Path) -> None:
+def test_stop_unstoppable_fork_loop_reports_survivors(supervisor: Supervisor, stop: Path) -> None:
     """It is in another session each time; without a cgroup nothing but luck ends it."""
-    with warden.keep("hops_and_dies", str(stop), True) as call:
-        started(warden, call)
+    with supervisor.call_resumable("hops_and_dies", str(stop), True) as call:
+        started(supervisor, call)
         receipt = receipt_of(call)
         assert receipt["survivors"] or not receipt["complete"] or not lives(call.id)
         stop.touch()
         wait_until(lambda: not lives(call.id), DEADLINE, "its end")
-        wait_until(lambda: warden.status()["calls"] == 0, DEADLINE, "the call gone")
+        wait_until(lambda: supervisor.status()["calls"] == 0, DEADLINE, "the call gone")
 
 
-def test_a_mark_that_is_no_calls_makes_a_receipt_incomplete(warden: Warden, tmp_path: Path) -> None:
+def test_stop_with_unknown_cookie_is_incomplete(supervisor: Supervisor, tmp_path: Path) -> None:
     path = tmp_path / "pid"
-    with warden.keep("leaves_one_with_a_false_mark", str(path)) as call:
-        started(warden, call)
+    with supervisor.call_resumable("leaves_one_with_a_false_mark", str(path)) as call:
+        started(supervisor, call)
         receipt = receipt_of(call)
         os.kill(int(path.read_text()), signal.SIGKILL)
         assert (receipt["survivors"], receipt["complete"]) == ([], False)
         done(call)
 
 
-def test_what_can_be_neither_seen_nor_known_makes_a_receipt_incomplete(
-    warden: Warden, stop: Path, tmp_path: Path
-) -> None:
-    with warden.keep("loses_a_hopper", str(stop), str(tmp_path / "begun")) as call:
-        started(warden, call)
+def test_stop_with_invisible_process_is_incomplete(supervisor: Supervisor, stop: Path, tmp_path: Path) -> None:
+    with supervisor.call_resumable("loses_a_hopper", str(stop), str(tmp_path / "begun")) as call:
+        started(supervisor, call)
         receipt = receipt_of(call)
         assert (receipt["survivors"], receipt["complete"]) == ([], False)
         done(call)
@@ -183,11 +181,14 @@ def test_what_can_be_neither_seen_nor_known_makes_a_receipt_incomplete(
 
 @pytest.mark.root
 @ROOT
-def test_in_a_cgroup_nothing_outruns_the_end(tmp_path: Path, stop: Path) -> None:
-    with own_cgroup() as place, Warden(tmp_path / "warden", PROCEDURES, kill_grace=0.3, cgroup=str(place)) as warden:
+def test_stop_fork_loop_in_cgroup(tmp_path: Path, stop: Path) -> None:
+    with (
+        own_cgroup() as place,
+        Supervisor(tmp_path / "supervisor", PROCEDURES, kill_grace=0.3, cgroup=str(place)) as supervisor,
+    ):
         for procedure in ("hops", "hops_and_dies"):
-            with warden.keep(procedure, str(stop), True) as call:
-                started(warden, call)
+            with supervisor.call_resumable(procedure, str(stop), True) as call:
+                started(supervisor, call)
                 wait_until(lambda: lives(call.id), DEADLINE, "the first hop")
                 call.send({"stop": {"why": "cancelled"}})
                 receipt = receipt_of(call)
@@ -197,10 +198,10 @@ def test_in_a_cgroup_nothing_outruns_the_end(tmp_path: Path, stop: Path) -> None
         assert not list(place.glob("call-*"))
 
 
-def test_a_process_whose_first_thread_has_ended_is_ended(warden: Warden, tmp_path: Path) -> None:
+def test_stop_process_without_first_thread(supervisor: Supervisor, tmp_path: Path) -> None:
     path = tmp_path / "pid"
-    with warden.keep("leaves_one_without_a_head", str(path)) as call:
-        started(warden, call)
+    with supervisor.call_resumable("leaves_one_without_a_head", str(path)) as call:
+        started(supervisor, call)
         receipt = receipt_of(call)
         pid = int(path.read_text())
         assert pid not in take_snapshot()
@@ -209,10 +210,10 @@ def test_a_process_whose_first_thread_has_ended_is_ended(warden: Warden, tmp_pat
         done(call)
 
 
-def test_a_main_process_that_nobody_has_reaped_survives(warden: Warden) -> None:
-    with warden.keep("wait") as call:
-        pid = started(warden, call)
-        zygote = warden.status()["zygote"]
+def test_stop_unreaped_main_process_survives(supervisor: Supervisor) -> None:
+    with supervisor.call_resumable("wait") as call:
+        pid = started(supervisor, call)
+        zygote = supervisor.status()["zygote"]
         os.kill(zygote, signal.SIGSTOP)
         try:
             call.send({"stop": {"why": "cancelled"}})
@@ -228,14 +229,14 @@ def test_a_main_process_that_nobody_has_reaped_survives(warden: Warden) -> None:
 
 @pytest.mark.root
 @ROOT
-def test_survivors_of_a_dead_wardens_call_are_told_and_their_end(tmp_path: Path) -> None:
-    warden = Warden(tmp_path / "warden", PROCEDURES).start()
+def test_orphan_survivors_and_their_end_are_reported(tmp_path: Path) -> None:
+    supervisor = Supervisor(tmp_path / "supervisor", PROCEDURES).start()
     with freezer() as cold:
-        with warden.keep("wait") as call:
-            pid = started(warden, call)
+        with supervisor.call_resumable("wait") as call:
+            pid = started(supervisor, call)
             cold.freeze(pid)
-            warden.kill()
-        with warden, warden.attach(call.id) as again:
+            supervisor.kill()
+        with supervisor, supervisor.attach(call.id) as again:
             again.line()
             assert [one["pid"] for one in receipt_of(again)["survivors"]] == [pid]
             cold.thaw()
@@ -245,20 +246,20 @@ def test_survivors_of_a_dead_wardens_call_are_told_and_their_end(tmp_path: Path)
 
 @pytest.mark.root
 @ROOT
-def test_what_survives_a_call_that_was_forgotten_is_left_to_the_next_warden(tmp_path: Path) -> None:
-    warden = Warden(tmp_path / "warden", PROCEDURES, kill_grace=0.1).start()
+def test_survivors_of_discarded_call_stay_recorded(tmp_path: Path) -> None:
+    supervisor = Supervisor(tmp_path / "supervisor", PROCEDURES, kill_grace=0.1).start()
     with freezer() as cold:
-        with warden.keep("wait") as call:
-            pid = started(warden, call)
+        with supervisor.call_resumable("wait") as call:
+            pid = started(supervisor, call)
             cold.freeze(pid)
             call.send({"stop": {"why": "cancelled"}})
             assert [one["pid"] for one in receipt_of(call)["survivors"]] == [pid]
             done(call)
         (record,) = wait_until(
-            lambda: [*warden.runtime_directory.glob(f"calls/*/{call.id}.reported")], what="the record"
+            lambda: [*supervisor.runtime_directory.glob(f"calls/*/{call.id}.reported")], what="the record"
         )
-        warden.kill()
-        with warden:
-            assert warden.held() == []
+        supervisor.kill()
+        with supervisor:
+            assert supervisor.list_calls() == []
             cold.thaw()
             wait_until(lambda: not record.exists(), DEADLINE, "the record gone")

@@ -23,7 +23,7 @@ from support.daemonlog import DEADLINE
 from support.deadline import wait_until
 from support.harpd import Harpd, is_dead
 from support.procedures_file import CHANGED, PROCEDURES
-from support.warden import runs
+from support.supervisor import is_running
 
 OWN = r'''
 import os, signal, stat, sys, threading, time
@@ -225,7 +225,7 @@ def call_id(harpd: Harpd, procedure: str) -> str:
     return str(harpd.events("call started", procedure=procedure)[-1]["call"])
 
 
-def test_a_limit_raises_in_the_procedure(harpd: Harpd, notes: Path) -> None:
+def test_limit_raises_in_procedure(harpd: Harpd, notes: Path) -> None:
     acknowledged, last = harpd.call("limited", str(notes))
     assert acknowledged == ACKNOWLEDGED
     message = "the procedure took more than its limit of 0.3 s"
@@ -234,12 +234,12 @@ def test_a_limit_raises_in_the_procedure(harpd: Harpd, notes: Path) -> None:
 
 
 @pytest.mark.parametrize("procedure", ["gives_a_result_all_the_same", "counts_threads"])
-def test_whatever_the_procedure_makes_of_it_the_end_is_timeout(harpd: Harpd, procedure: str, notes: Path) -> None:
+def test_limit_suppressed_still_ends_as_timeout(harpd: Harpd, procedure: str, notes: Path) -> None:
     assert harpd.call(procedure, str(notes))[-1]["error"]["type"] == "timeout"
     assert words(notes)[1] == "TimeLimit"
 
 
-def test_a_limit_in_the_middle_of_records_tears_no_line(harpd: Harpd, notes: Path) -> None:
+def test_limit_during_record_keeps_lines_whole(harpd: Harpd, notes: Path) -> None:
     first, *records, last = harpd.call("limited_stream", str(notes))
     assert first == STREAMING
     assert last["error"]["type"] == "timeout"
@@ -247,13 +247,13 @@ def test_a_limit_in_the_middle_of_records_tears_no_line(harpd: Harpd, notes: Pat
     wait_word(notes, "finally")
 
 
-def test_who_raises_it_without_a_limit_has_died(harpd: Harpd) -> None:
+def test_limit_raised_by_procedure_is_call_died(harpd: Harpd) -> None:
     last = harpd.call("raises_its_own")[-1]
     assert (last["error"]["type"], last["error"]["data"]) == ("call_died", {"signal": "SIGXCPU"})
 
 
 @pytest.mark.parametrize("procedure", ["resists_limit", "obeys_limit"])
-def test_a_limit_ends_all_that_the_call_has_started(harpd: Harpd, procedure: str, notes: Path) -> None:
+def test_limit_kills_all_processes(harpd: Harpd, procedure: str, notes: Path) -> None:
     with harpd.connect() as client:
         client.send(harpd.request(procedure, [str(notes)]))
         _, last = client.lines()
@@ -262,7 +262,7 @@ def test_a_limit_ends_all_that_the_call_has_started(harpd: Harpd, procedure: str
     assert all_dead(pids(notes))  # at once: a close is the proof
 
 
-def test_a_cancel_raises_in_the_procedure(harpd: Harpd, notes: Path) -> None:
+def test_cancel_raises_in_procedure(harpd: Harpd, notes: Path) -> None:
     with harpd.connect() as client:
         client.send(harpd.request("sleeps", [str(notes)]))
         assert client.message() == ACKNOWLEDGED
@@ -274,7 +274,7 @@ def test_a_cancel_raises_in_the_procedure(harpd: Harpd, notes: Path) -> None:
     assert harpd.events("call ended", call=call)[0]["end"] == "cancelled"
 
 
-def test_a_stream_whose_caller_goes_cleans_up(harpd: Harpd, notes: Path) -> None:
+def test_disconnect_of_stream_cleans_up(harpd: Harpd, notes: Path) -> None:
     with harpd.connect() as client:
         client.send(harpd.request("streams", [str(notes)]))
         assert client.message() == STREAMING
@@ -285,7 +285,7 @@ def test_a_stream_whose_caller_goes_cleans_up(harpd: Harpd, notes: Path) -> None
 
 
 @pytest.mark.parametrize("procedure", ["resists", "obeys"])
-def test_a_cancel_ends_all_that_the_call_has_started(harpd: Harpd, procedure: str, notes: Path) -> None:
+def test_cancel_kills_all_processes(harpd: Harpd, procedure: str, notes: Path) -> None:
     with harpd.connect() as client:
         client.send(harpd.request(procedure, [str(notes)]))
         assert client.message() == ACKNOWLEDGED
@@ -295,7 +295,7 @@ def test_a_cancel_ends_all_that_the_call_has_started(harpd: Harpd, procedure: st
     assert all_dead(pids(notes))
 
 
-def test_processes_that_breed_are_ended(harpd: Harpd, notes: Path) -> None:
+def test_cancel_kills_breeding_processes(harpd: Harpd, notes: Path) -> None:
     with harpd.connect() as client:
         client.send(harpd.request("breeds", [str(notes)]))
         wait_until(lambda: len(pids(notes)) > 10, DEADLINE, "some children")
@@ -303,7 +303,7 @@ def test_processes_that_breed_are_ended(harpd: Harpd, notes: Path) -> None:
     assert all_dead(pids(notes))
 
 
-def test_a_cancel_right_after_the_acknowledgement(harpd: Harpd, notes: Path) -> None:
+def test_cancel_after_acknowledgement(harpd: Harpd, notes: Path) -> None:
     for _ in range(30):
         with harpd.connect() as client:
             client.send(harpd.request("sleeps", [str(notes)]))
@@ -312,41 +312,41 @@ def test_a_cancel_right_after_the_acknowledgement(harpd: Harpd, notes: Path) -> 
     assert all_dead(pids(notes))
 
 
-def test_what_a_dead_process_leaves_is_ended(harpd: Harpd, notes: Path) -> None:
+def test_worker_death_kills_its_children(harpd: Harpd, notes: Path) -> None:
     last = harpd.call("escapes_and_dies", str(notes))[-1]
     assert (last["error"]["type"], last["error"]["data"]) == ("call_died", {"signal": "SIGKILL"})
     assert len(pids(notes)) == 3
     assert all_dead(pids(notes))
 
 
-def test_a_process_that_has_said_its_end_has_to_go(harpd: Harpd) -> None:
+def test_worker_not_exiting_after_end_is_killed(harpd: Harpd) -> None:
     assert harpd.call("says_its_end_and_stays") == [ACKNOWLEDGED, {"result": "forged"}]
     wait_until(lambda: harpd.status()["calls"] == 0, DEADLINE, "the call's end")
 
 
-def warden_connection(harpd: Harpd) -> socket.socket:
-    """A connection to the warden as the gate makes it."""
+def supervisor_connection(harpd: Harpd) -> socket.socket:
+    """A connection to the supervisor as the gate makes it."""
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     connection.settimeout(DEADLINE)
     descriptor = os.open(harpd.runtime_directory, os.O_PATH)
     try:
-        connection.connect(f"/proc/self/fd/{descriptor}/warden")
+        connection.connect(f"/proc/self/fd/{descriptor}/supervisor")
     finally:
         os.close(descriptor)
     return connection
 
 
-def wardens_request(call: str, procedure: str, *arguments: Any) -> bytes:
+def supervisors_request(call: str, procedure: str, *arguments: Any) -> bytes:
     request = {"call": call, "procedure": procedure, "arguments": arguments, "user": "u", "peer": "p"}
     return json.dumps(request).encode() + b"\n"
 
 
-def test_the_gate_may_close_at_any_moment(harpd: Harpd, notes: Path) -> None:
+def test_frontend_close_at_any_time_stops_call(harpd: Harpd, notes: Path) -> None:
     moments = random.Random(7)
-    line = wardens_request("CALL", "streams", str(notes))
+    line = supervisors_request("CALL", "streams", str(notes))
     for number in range(60):
         request = line.replace(b"CALL", f"any-moment-{number}".encode())
-        with warden_connection(harpd) as connection:
+        with supervisor_connection(harpd) as connection:
             connection.sendall(request[: moments.choice([0, 1, 20, len(request) - 1, *[len(request)] * 6])])
             if moments.random() < 0.5:
                 connection.shutdown(socket.SHUT_WR)
@@ -361,9 +361,9 @@ def test_the_gate_may_close_at_any_moment(harpd: Harpd, notes: Path) -> None:
     assert harpd.call("same", 1)[-1] == {"result": 1}
 
 
-def test_the_wardens_close_is_the_proof_of_death(harpd: Harpd, notes: Path) -> None:
-    with warden_connection(harpd) as connection:
-        connection.sendall(wardens_request("proof", "resists", str(notes)))
+def test_supervisor_closes_after_processes_are_gone(harpd: Harpd, notes: Path) -> None:
+    with supervisor_connection(harpd) as connection:
+        connection.sendall(supervisors_request("proof", "resists", str(notes)))
         wait_word(notes, "ready")
         connection.shutdown(socket.SHUT_WR)
         received = b"".join(iter(lambda: connection.recv(65536), b""))
@@ -375,14 +375,14 @@ def test_the_wardens_close_is_the_proof_of_death(harpd: Harpd, notes: Path) -> N
     "garbage",
     [b"\n", b"[]\n", b"\xff\n", b"{}\n", b'{"procedure":[]}\n', b'{"control":5}\n', b'{"control":"reload"}\n'],
 )
-def test_garbage_on_the_wardens_socket(harpd: Harpd, garbage: bytes) -> None:
-    with warden_connection(harpd) as connection:
+def test_supervisor_socket_garbage_is_rejected(harpd: Harpd, garbage: bytes) -> None:
+    with supervisor_connection(harpd) as connection:
         connection.sendall(garbage)
         connection.recv(1000)
     assert harpd.call("same", 1)[-1] == {"result": 1}
 
 
-def test_a_retired_zygote_goes_with_its_last_call(own: Harpd, notes: Path) -> None:
+def test_zygote_retired_exits_after_last_call(own: Harpd, notes: Path) -> None:
     with own, own.connect() as first, own.connect() as second:
         for client in (first, second):
             client.send(own.request("sleeps", [str(notes)]))
@@ -403,7 +403,7 @@ def test_a_retired_zygote_goes_with_its_last_call(own: Harpd, notes: Path) -> No
         nothing_is_left(own)
 
 
-def test_a_load_that_hangs_gives_way_to_the_next(own: Harpd) -> None:
+def test_load_hanging_is_replaced_by_next(own: Harpd) -> None:
     with own:
         settings: dict[str, Any] = {
             "procedures": str(own.directory / "hangs.py"),
@@ -422,7 +422,7 @@ def test_a_load_that_hangs_gives_way_to_the_next(own: Harpd) -> None:
         settings["exit_info"] = {"stderr": False, "traceback": False}
         started = own.directory / "started"
         (own.directory / "hangs.py").write_text(f"import time\nopen({str(started)!r}, 'w')\ntime.sleep(3600)\n")
-        with warden_connection(own) as connection:
+        with supervisor_connection(own) as connection:
             connection.sendall(json.dumps({"control": "reload", "settings": settings}).encode() + b"\n")
             wait_until(started.exists, DEADLINE, "the hanging load")
             assert own.call("version")[-1] == {"result": 1}
@@ -431,7 +431,7 @@ def test_a_load_that_hangs_gives_way_to_the_next(own: Harpd) -> None:
         nothing_is_left(own)
 
 
-def test_shutdown_ends_what_resists(own: Harpd, notes: Path) -> None:
+def test_shutdown_kills_resisting_calls(own: Harpd, notes: Path) -> None:
     own.start()
     with own.connect() as client, own.connect() as obeying:
         client.send(own.request("resists", [str(notes)]))
@@ -448,13 +448,13 @@ def test_shutdown_ends_what_resists(own: Harpd, notes: Path) -> None:
     assert not own.events("supervisor did not stop; killing it")
 
 
-def test_a_signal_to_all_of_harpd_is_still_an_orderly_end(own: Harpd, notes: Path) -> None:
+def test_signal_to_all_processes_ends_in_order(own: Harpd, notes: Path) -> None:
     own.start()
     with own.connect() as client:
         client.send(own.request("sleeps", [str(notes)]))
         assert client.message() == ACKNOWLEDGED
         wait_pid(notes)
-        for pid in (own.zygote, own.warden):
+        for pid in (own.zygote, own.supervisor):
             for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
                 os.kill(pid, number)
         assert own.call("same", 1)[-1] == {"result": 1}
@@ -462,19 +462,19 @@ def test_a_signal_to_all_of_harpd_is_still_an_orderly_end(own: Harpd, notes: Pat
         assert client.message()["error"]["type"] == "shutdown"
 
 
-def test_the_gates_death_ends_tied_calls_whatever_they_do(own: Harpd, notes: Path) -> None:
+def test_frontend_death_stops_bound_calls(own: Harpd, notes: Path) -> None:
     own.start()
     with own.connect() as client:
         client.send(own.request("resists", [str(notes)]))
         wait_word(notes, "ready")
-        warden = own.warden
+        supervisor = own.supervisor
         own.kill()
         wait_until(lambda: all_dead(pids(notes)), DEADLINE, "the end of the call's processes")
-        wait_until(lambda: is_dead(warden), DEADLINE, "the end of a warden that nobody wants")
-    assert len(own.events("the keeper has gone; kept calls go on")) == 1
+        wait_until(lambda: is_dead(supervisor), DEADLINE, "the end of a supervisor that nobody wants")
+    assert len(own.events("launcher exited; resumable calls continue")) == 1
 
 
-def test_with_a_temporary_runtime_directory_the_gates_death_ends_all(own: Harpd, notes: Path) -> None:
+def test_frontend_death_without_directory_stops_all(own: Harpd, notes: Path) -> None:
     own.configure({"runtime_directory": None})
     own.start()
     with own.connect() as client:
@@ -482,27 +482,27 @@ def test_with_a_temporary_runtime_directory_the_gates_death_ends_all(own: Harpd,
         wait_word(notes, "ready")
         family = psutil.Process(own.pid).children(recursive=True)
         own.kill()
-        wait_until(lambda: not any(map(runs, family)), DEADLINE, "the end of everything")
+        wait_until(lambda: not any(map(is_running, family)), DEADLINE, "the end of everything")
     assert all_dead(pids(notes))
-    assert len(own.events("the gate died; its calls are ended")) == 1
+    assert len(own.events("frontend died; stopping its calls")) == 1
 
 
-def test_a_zygote_that_stands_still_does_not_keep_the_daemon(own: Harpd, notes: Path) -> None:
+def test_zygote_hanging_does_not_delay_shutdown(own: Harpd, notes: Path) -> None:
     own.start()
     with own.connect() as client:
-        zygote, warden = own.zygote, own.warden
+        zygote, supervisor = own.zygote, own.supervisor
         os.kill(zygote, signal.SIGSTOP)
         client.send(own.request("sleeps", [str(notes)]))
         wait_until(lambda: own.status()["calls"] == 1, DEADLINE, "the call that can't begin")
         own.kill()
     with own:  # the next one is not kept from its work, and ends what is left in the end
         assert own.call("version")[-1] == {"result": 1}
-        assert not all_dead([warden])
-    wait_until(lambda: all_dead([zygote, warden]), DEADLINE, "the end of both")
+        assert not all_dead([supervisor])
+    wait_until(lambda: all_dead([zygote, supervisor]), DEADLINE, "the end of both")
     assert not notes.exists()
 
 
-def test_the_zygotes_death_ends_what_its_calls_have_started(own: Harpd, notes: Path) -> None:
+def test_zygote_death_kills_processes_of_its_calls(own: Harpd, notes: Path) -> None:
     with own, own.connect() as client:
         client.send(own.request("resists", [str(notes)]))
         assert client.message() == ACKNOWLEDGED
@@ -516,7 +516,7 @@ def test_the_zygotes_death_ends_what_its_calls_have_started(own: Harpd, notes: P
         nothing_is_left(own)
 
 
-def test_a_zygote_that_stands_still_holds_up_only_what_has_not_begun(own: Harpd, notes: Path) -> None:
+def test_zygote_hanging_delays_new_calls_only(own: Harpd, notes: Path) -> None:
     with own, own.connect() as running, own.connect() as waiting, own.connect() as leaving:
         running.send(own.request("streams", [str(notes)]))
         assert running.message() == STREAMING
@@ -537,18 +537,18 @@ def test_a_zygote_that_stands_still_holds_up_only_what_has_not_begun(own: Harpd,
         assert all_dead(pids(notes) + pids(Path(str(notes) + "2")))
 
 
-def test_the_wardens_death_ends_what_has_escaped(own: Harpd, notes: Path) -> None:
+def test_supervisor_death_kills_escaped_processes(own: Harpd, notes: Path) -> None:
     with own:
         with own.connect() as client:
             client.send(own.request("resists", [str(notes)]))
             assert client.message() == ACKNOWLEDGED
             wait_word(notes, "ready")
-            os.kill(own.warden, signal.SIGKILL)
+            os.kill(own.supervisor, signal.SIGKILL)
             assert client.message()["error"]["type"] == "call_died"
-        assert own.call("same", 1)[-1] == {"result": 1}  # so the next warden has swept
+        assert own.call("same", 1)[-1] == {"result": 1}  # so the next supervisor has swept
         assert len(pids(notes)) == 3
         assert all_dead(pids(notes))
-        own.wait_event("processes of an earlier warden's calls were killed")
+        own.wait_event("killed orphaned processes")
         nothing_is_left(own)
 
 
@@ -558,7 +558,7 @@ def record(harpd: Harpd, name: str, **fields: Any) -> None:
     (directory / name).write_text(json.dumps(fields))
 
 
-def test_a_record_whose_numbers_are_others_by_now_kills_no_stranger(own: Harpd) -> None:
+def test_state_file_with_reused_pid_kills_no_other(own: Harpd) -> None:
     """A session without its leader, as daemons have, and processes whose pid a record names."""
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     program = "import os, sys, time\nos.setsid()\nif os.fork(): os._exit(0)\nprint(os.getpid(), flush=True)\n"
@@ -577,7 +577,7 @@ def test_a_record_whose_numbers_are_others_by_now_kills_no_stranger(own: Harpd) 
         (own.runtime_directory / "calls" / "dead" / "directory").mkdir()
         with own:
             assert own.call("same", 1)[-1] == {"result": 1}
-            assert not own.events("processes of an earlier warden's calls were killed")
+            assert not own.events("killed orphaned processes")
             assert not (own.runtime_directory / "calls" / "dead").exists()
         assert not is_dead(stranger)
         assert plain.poll() is None
@@ -588,7 +588,7 @@ def test_a_record_whose_numbers_are_others_by_now_kills_no_stranger(own: Harpd) 
         plain.wait()
 
 
-def test_a_hundred_calls_that_resist_are_stopped_together(own: Harpd, notes: Path) -> None:
+def test_hundred_resisting_calls_are_stopped_together(own: Harpd, notes: Path) -> None:
     with own:
         clients = [own.connect() for _ in range(100)]
         for client in clients:

@@ -13,7 +13,7 @@ import pytest
 
 from harpd.control import supervisor_client as module
 from harpd.control.supervisor_client import SupervisorClient, SupervisorError, SupervisorNotRunning
-from support.wardens import Script, dead_warden, make_current, warden
+from support.scripted_supervisors import Script, dead_supervisor, make_current, supervisor
 
 IDS = [f"{number}e8400e2-9b1d-41d4-a716-446655440000" for number in range(3)]
 ATTACH = b'{"attach":"x"}\n'
@@ -40,7 +40,7 @@ async def scripted(directory: Path, **scripts: Script) -> AsyncIterator[Supervis
     """Wardens of these names, the first of which takes the new calls; and the way to them."""
     async with AsyncExitStack() as running:
         for name, script in scripts.items():
-            await running.enter_async_context(warden(directory, name, script))
+            await running.enter_async_context(supervisor(directory, name, script))
         make_current(directory, next(iter(scripts)))
         yield running.enter_context(SupervisorClient(directory))
 
@@ -51,7 +51,7 @@ async def attached(wardens: SupervisorClient) -> bytes:
         return reply.line + reply.rest
 
 
-async def test_a_call_is_found_wherever_it_is(tmp_path: Path) -> None:
+async def test_attach_finds_call_in_any_supervisor(tmp_path: Path) -> None:
     answer = line(stream_result=True) + b'{"stream":1}\n'
     for where in "abc":
         directory = tmp_path / where
@@ -61,13 +61,13 @@ async def test_a_call_is_found_wherever_it_is(tmp_path: Path) -> None:
             assert await attached(wardens) == answer
 
 
-async def test_what_nobody_holds_is_answered_by_who_takes_new_calls(tmp_path: Path) -> None:
-    dead_warden(tmp_path, "d")
+async def test_attach_unknown_call_is_answered_by_active(tmp_path: Path) -> None:
+    dead_supervisor(tmp_path, "d")
     async with scripted(tmp_path, b=unknown("b"), a=unknown("a"), c=unknown("c")) as wardens:
         assert json.loads(await attached(wardens))["error"]["data"] == {"instance": "b"}
 
 
-async def test_another_answer_ends_the_search(tmp_path: Path) -> None:
+async def test_attach_other_reply_ends_search(tmp_path: Path) -> None:
     answer = line(error={"type": "records_gone", "message": "m"})
     async with scripted(tmp_path, a=unknown("a"), b=says(answer)) as wardens:
         assert await attached(wardens) == answer
@@ -80,7 +80,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("impatient")
-async def test_silence_is_not_taken_for_no(tmp_path: Path) -> None:
+async def test_attach_without_reply_fails(tmp_path: Path) -> None:
     async with scripted(tmp_path, a=unknown("a"), b=says(None)) as wardens:
         with pytest.raises(SupervisorError, match="did not reply"):
             await wardens.attach(ATTACH)
@@ -90,21 +90,21 @@ async def test_silence_is_not_taken_for_no(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("impatient")
-async def test_without_who_takes_new_calls_nobody_knows(tmp_path: Path) -> None:
-    async with warden(tmp_path, "a", unknown("a")):
+async def test_attach_without_active_supervisor_fails(tmp_path: Path) -> None:
+    async with supervisor(tmp_path, "a", unknown("a")):
         with SupervisorClient(tmp_path) as wardens:
             for operation in (wardens.attach(ATTACH), wardens.list_calls("o"), wardens.connect_active()):
                 with pytest.raises(SupervisorError, match="does not run; it is being restarted"):
                     await operation
 
 
-async def test_an_older_warden_is_found_although_nobody_takes_new_calls(tmp_path: Path) -> None:
-    async with warden(tmp_path, "a", says(line(stream_result=False))):
+async def test_attach_finds_older_without_active(tmp_path: Path) -> None:
+    async with supervisor(tmp_path, "a", says(line(stream_result=False))):
         with SupervisorClient(tmp_path) as wardens:
             assert await attached(wardens) == line(stream_result=False)
 
 
-async def test_one_that_dies_before_it_answers_is_waited_for(tmp_path: Path) -> None:
+async def test_attach_waits_after_death_of_active(tmp_path: Path) -> None:
     answers = iter((b"", b'{"harp":1,"er', line(stream_result=False)))
     async with scripted(tmp_path, a=lambda request: next(answers)) as wardens:
         assert await attached(wardens) == line(stream_result=False)
@@ -113,16 +113,16 @@ async def test_one_that_dies_before_it_answers_is_waited_for(tmp_path: Path) -> 
         assert (await wardens.list_calls("o")).instance == "a"
 
 
-async def test_one_that_is_being_started_is_waited_for(tmp_path: Path) -> None:
+async def test_attach_waits_for_starting_supervisor(tmp_path: Path) -> None:
     with SupervisorClient(tmp_path) as wardens:
         reaching = asyncio.create_task(wardens.connect_active())
-        async with warden(tmp_path, "a", says(b"")):
+        async with supervisor(tmp_path, "a", says(b"")):
             make_current(tmp_path, "a")
             (await reaching).close()
 
 
-async def test_the_list_has_the_calls_of_all(tmp_path: Path) -> None:
-    dead_warden(tmp_path, "d")
+async def test_list_calls_merges_all_supervisors(tmp_path: Path) -> None:
+    dead_supervisor(tmp_path, "d")
     async with scripted(tmp_path, b=held("b", IDS[0]), a=held("a", *IDS[1:]), c=held("c", IDS[0])) as wardens:
         found = await wardens.list_calls("o")
     assert (sorted(found.calls), found.instance) == (IDS, "b")
@@ -131,7 +131,7 @@ async def test_the_list_has_the_calls_of_all(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "answer", [b"nonsense\n", b'{"ok":true}\n', b'{"harp":1,"calls":5,"instance":"a"}\n', line(result=1)]
 )
-async def test_a_list_that_is_none_is_a_fault(tmp_path: Path, answer: bytes) -> None:
+async def test_list_calls_invalid_reply_fails(tmp_path: Path, answer: bytes) -> None:
     async with scripted(tmp_path, a=says(answer)) as wardens:
         with pytest.raises(SupervisorError, match="invalid list of calls"):
             await wardens.list_calls("o")
@@ -140,15 +140,15 @@ async def test_a_list_that_is_none_is_a_fault(tmp_path: Path, answer: bytes) -> 
 @pytest.mark.parametrize(
     ("answer", "fault"), [(b"nonsense\n", "no reply"), (b"", "no reply"), (b'{"error":"e"}\n', "e")]
 )
-async def test_a_control_request_has_an_answer_or_a_fault(tmp_path: Path, answer: bytes, fault: str) -> None:
+async def test_control_request_returns_reply_or_fails(tmp_path: Path, answer: bytes, fault: str) -> None:
     async with scripted(tmp_path, a=says(answer)) as wardens:
         with pytest.raises(SupervisorError, match=fault):
             await wardens.request({"control": "status"})
 
 
-async def test_the_sockets_of_the_dead_are_removed(tmp_path: Path) -> None:
-    dead_warden(tmp_path, "d")
-    async with warden(tmp_path, "a", says(b"")):
+async def test_remove_dead_removes_sockets_of_dead(tmp_path: Path) -> None:
+    dead_supervisor(tmp_path, "d")
+    async with supervisor(tmp_path, "a", says(b"")):
         make_current(tmp_path, "d")
         with SupervisorClient(tmp_path) as wardens:
             assert wardens.socket_names() == ["warden-a", "warden-d"]

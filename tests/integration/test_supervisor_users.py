@@ -1,4 +1,4 @@
-"""Calls that became another user are stopped like any: by a cancel, by their limit, by the warden's death."""
+"""Calls that became another user are stopped like any: by a cancel, by their limit, by the supervisor's death."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from support.deadline import wait_until
-from support.warden import DEADLINE, PLAIN, Warden, runs
+from support.supervisor import DEADLINE, PLAIN, Supervisor, is_running
 
 pytestmark = [
     pytest.mark.root,
@@ -84,11 +84,11 @@ def family(notes: Path, user: str) -> list[psutil.Process]:
 
 
 @pytest.mark.parametrize("user", ["named", "numbered"])
-@pytest.mark.parametrize("how", ["cancel", "limit", "death of the warden"])
-def test_a_call_of_another_user_is_stopped(tmp_path: Path, notes: Path, user: str, how: str) -> None:
-    with Warden(tmp_path / "warden", PROCEDURES, kill_grace=0.5) as warden:
+@pytest.mark.parametrize("how", ["cancel", "limit", "death of the supervisor"])
+def test_stop_call_of_other_user(tmp_path: Path, notes: Path, user: str, how: str) -> None:
+    with Supervisor(tmp_path / "supervisor", PROCEDURES, kill_grace=0.5) as supervisor:
         name = f"{user}_limited" if how == "limit" else user
-        with warden.call(name, [str(notes)]) as call:
+        with supervisor.call(name, [str(notes)]) as call:
             assert call.line() == PLAIN
             processes = family(notes, user)
             if how == "cancel":
@@ -97,12 +97,12 @@ def test_a_call_of_another_user_is_stopped(tmp_path: Path, notes: Path, user: st
                 (end,) = call.lines()
                 assert end["error"]["type"] == "timeout"
             else:
-                warden.kill()
-                wait_until(lambda: not runs(processes[0]), 2.0, "the death of the main process")
-                warden.start()
-        assert not [process for process in processes if runs(process)]
+                supervisor.kill()
+                wait_until(lambda: not is_running(processes[0]), 2.0, "the death of the main process")
+                supervisor.start()
+        assert not [process for process in processes if is_running(process)]
 
 
-def test_a_number_that_is_written_as_text(tmp_path: Path) -> None:
-    with Warden(tmp_path / "warden", PROCEDURES) as warden:
-        assert warden.result("number_as_text") == [[54321] * 3, [65534] * 3, []]
+def test_default_user_as_numeric_text(tmp_path: Path) -> None:
+    with Supervisor(tmp_path / "supervisor", PROCEDURES) as supervisor:
+        assert supervisor.result("number_as_text") == [[54321] * 3, [65534] * 3, []]
