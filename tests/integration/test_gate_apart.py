@@ -159,7 +159,7 @@ def test_the_end_of_the_keeper_is_the_end_of_all_calls(harpd: Harpd, tmp_path: P
     assert is_dead(first)
     assert is_dead(second)
     assert harpd.statuses() == []
-    assert not list(harpd.runtime_directory.glob("warden*"))
+    assert not list(harpd.runtime_directory.glob("supervisor*"))
     harpd.start_calls()
     assert version(harpd) == {"result": 1}
 

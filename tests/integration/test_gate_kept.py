@@ -317,8 +317,8 @@ def test_when_the_warden_is_killed_nothing_is_said_in_its_name(tmp_path: Path) -
             terms = again.message()["call"]
             assert terms["instance"] != old
             assert closing_line(again)["error"]["type"] == "call_died"
-        names = {path.name for path in harpd.runtime_directory.glob("warden-*")}
-        assert names == {f"warden-{terms['instance']}"}  # the dead one's socket is removed
+        names = {path.name for path in harpd.runtime_directory.glob("supervisor-*")}
+        assert names == {f"supervisor-{terms['instance']}"}  # the dead one's socket is removed
         with harpd.keep("echo", instance=old) as client:
             assert error_type(client) == "wrong_instance"
 

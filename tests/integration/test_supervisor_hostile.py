@@ -84,16 +84,16 @@ def read_end(call: Connection) -> tuple[list[Any], Any]:
 @pytest.mark.parametrize(
     ("lines", "told", "reason"),
     [
-        ([RECORD, '{"result":"forged"}', RECORD], 0, "no record: b'{\"result"),
-        ([RECORD, '{"stop_report":{"survivors":[]}}', RECORD], 0, "no record: b'{\"stop_report"),
-        ([RECORD, '{"exit_info":{"exit":0}}', '{"result":"forged"}'], 0, "no record: b'{\"exit_info"),
-        (['{"harp":1,"error":{"type":"t","message":"m"}}', '{"result":1}'], 0, "no record: b'{\"harp"),
-        ([RECORD, '{"heartbeat":1}'], 1, "no end: b'{\"heartbeat"),
-        (['{"at":1}'], 0, "no end: b'{\"at"),
-        (["", RECORD], 0, "no record: b''"),
-        (['{"traceback":"a"}', '{"traceback":"b"}', '{"result":1}'], 0, "no record: b'{\"traceback"),
-        ([RECORD, "x" * 1000], 1, "no end: b'" + "x" * 60 + "'"),
-        ([' {"stream":1}', RECORD], 0, "no record: b' {"),
+        ([RECORD, '{"result":"forged"}', RECORD], 0, "invalid record: b'{\"result"),
+        ([RECORD, '{"stop_report":{"survivors":[]}}', RECORD], 0, "invalid record: b'{\"stop_report"),
+        ([RECORD, '{"exit_info":{"exit":0}}', '{"result":"forged"}'], 0, "invalid record: b'{\"exit_info"),
+        (['{"harp":1,"error":{"type":"t","message":"m"}}', '{"result":1}'], 0, "invalid record: b'{\"harp"),
+        ([RECORD, '{"heartbeat":1}'], 1, "invalid end: b'{\"heartbeat"),
+        (['{"at":1}'], 0, "invalid end: b'{\"at"),
+        (["", RECORD], 0, "invalid record: b''"),
+        (['{"traceback":"a"}', '{"traceback":"b"}', '{"result":1}'], 0, "invalid record: b'{\"traceback"),
+        ([RECORD, "x" * 1000], 1, "invalid end: b'" + "x" * 60 + "'"),
+        ([' {"stream":1}', RECORD], 0, "invalid record: b' {"),
     ],
 )
 def test_output_invalid_ends_resumable_call(
@@ -176,17 +176,19 @@ def test_zygote_hanging_is_replaced_and_calls_continue(tmp_path: Path) -> None:
 def test_start_without_contact_is_stopped_after_fork(supervisor: Supervisor, tmp_path: Path) -> None:
     """Contact counts from the arrival of the connection, wherever the start has been since then."""
     now = time.clock_gettime(time.CLOCK_BOOTTIME)
-    with supervisor.call_resumable("wait_for", str(tmp_path / "go"), disconnect_timeout=5, begun=now - 6) as call:
+    with supervisor.call_resumable("wait_for", str(tmp_path / "go"), disconnect_timeout=5, received=now - 6) as call:
         (line,) = call.lines()
         assert line["error"]["type"] == "call_refused"
     now = time.clock_gettime(time.CLOCK_BOOTTIME)
-    with supervisor.call_resumable("wait_for", str(tmp_path / "go"), disconnect_timeout=1000, begun=now - 60) as call:
+    with supervisor.call_resumable(
+        "wait_for", str(tmp_path / "go"), disconnect_timeout=1000, received=now - 60
+    ) as call:
         assert "call" in call.line()
         call.send({"stop": {"why": "cancelled"}})
         assert read_end(call)[1]["error"]["type"] == "cancelled"
         call.send({"release": True})
     begun = time.clock_gettime(time.CLOCK_BOOTTIME) - 80
-    with supervisor.call_resumable("wait_for", str(tmp_path / "go"), disconnect_timeout=83, begun=begun) as call:
+    with supervisor.call_resumable("wait_for", str(tmp_path / "go"), disconnect_timeout=83, received=begun) as call:
         line = call.line()
         if "error" in line:  # the machine was very slow
             assert line["error"]["type"] == "call_refused"

@@ -198,7 +198,7 @@ def test_start_for_other_instance_is_rejected(supervisor: Supervisor) -> None:
 
 def test_start_delayed_too_long_is_rejected(supervisor: Supervisor) -> None:
     """It would come after the ids are forgotten that were said never to start."""
-    with supervisor.call_resumable("same", 1, begun=time.clock_gettime(time.CLOCK_BOOTTIME) - 1900) as call:
+    with supervisor.call_resumable("same", 1, received=time.clock_gettime(time.CLOCK_BOOTTIME) - 1900) as call:
         assert refused(call) == "call_refused"
         assert call.id not in supervisor.list_calls()
 

@@ -232,6 +232,7 @@ def test_clean_up_survivors_are_reported_and_left(
             assert (later.killed, later.calls, later.stop_reports.keys() - {"b"}) == (0, {}, set())
         assert not lives(other)
         assert names(tmp_path) == {"a.reported"}
+        wait_until(lambda: new.clean_up() == CleanupResult() and caplog.records, what="the log event")
         assert [event.message for event in caplog.records] == ["cannot kill orphaned processes"]
         for _ in range(3):
             assert new.clean_up() == CleanupResult()

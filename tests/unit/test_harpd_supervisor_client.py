@@ -151,9 +151,9 @@ async def test_remove_dead_removes_sockets_of_dead(tmp_path: Path) -> None:
     async with supervisor(tmp_path, "a", says(b"")):
         make_current(tmp_path, "d")
         with SupervisorClient(tmp_path) as wardens:
-            assert wardens.socket_names() == ["warden-a", "warden-d"]
+            assert wardens.socket_names() == ["supervisor-a", "supervisor-d"]
             with pytest.raises(SupervisorNotRunning):
                 await wardens.connect()
             await wardens.remove_dead_sockets()
-            assert wardens.socket_names() == ["warden-a"]
+            assert wardens.socket_names() == ["supervisor-a"]
             assert wardens.active_socket_inode() is None
