@@ -250,7 +250,7 @@ def control(dispatcher: Harpcallerd, data: bytes) -> list[Any]:
 
 
 COMMANDS = (
-    "status, stop, reload, reopen-logs, list, info, cancel, release, queue-list, queue-cancel, hosts-list, "
+    "status, stop, reload, reopen-logs, list, info, cancel, release-slot, queue-list, queue-cancel, hosts-list, "
     "hosts-refresh"
 )
 

@@ -67,7 +67,7 @@ class Program(Protocol):
         """
 
     def reopen_logs(self) -> None:
-        """Open log files anew."""
+        """Reopen the log files."""
 
 
 class ControlServer:

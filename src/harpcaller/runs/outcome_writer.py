@@ -58,7 +58,7 @@ class OutcomeWriter:
         """Store the end of the job, and release its slot unless `keep_slot`; return False if it has ended before."""
         context = self._context
         known = self._merge_metadata(metadata)
-        asked = time.monotonic()
+        began = time.monotonic()
 
         async def finish() -> bool:
             now = context.wall()
@@ -67,7 +67,7 @@ class OutcomeWriter:
         stored = await retry_until_stored(context.pending_writes, self._id, finish)
         self.has_ended = True
         if stored:
-            context.timings.record_end(self._id, asked)
+            context.timings.record_end(self._id, began)
             self.log_fields = {"end": state_of(end).value, **_error_fields(end)}
         context.notifier.publish_end(self._id, end if stored else None)
         return stored

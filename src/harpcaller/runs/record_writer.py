@@ -50,7 +50,7 @@ class RecordWriter:
         job_id: the job.
         count: number of stored records.
         store: stores the records.
-        news: publishes them to followers.
+        notifier: publishes them to followers.
         pending_writes: counts the failing writes.
         on_stored: called with the number of stored records after each batch.
     """
@@ -70,7 +70,7 @@ class RecordWriter:
         self._pending_writes = pending_writes
         self._on_stored = on_stored
         self._values: list[Raw] = []
-        self._made: list[float] = []
+        self._timestamps: list[float] = []
         self._bytes = 0
         self._longest = 0
         self._in_flight = 0
@@ -95,18 +95,18 @@ class RecordWriter:
         """The number of the next record."""
         return self.count + self._in_flight + len(self._values)
 
-    def add_records(self, records: Sequence[Raw], made: float) -> None:
+    def add_records(self, records: Sequence[Raw], timestamp: float) -> None:
         """Buffer the next records.
 
         Args:
             records: one or more records.
-            made: Unix time at which they were made.
+            timestamp: Unix time at which they were made.
         """
         if self.closed:
             self.count += len(records)  # dropped, but acked to the host
             return
         self._values += records
-        self._made += [made] * len(records)
+        self._timestamps += [timestamp] * len(records)
         sizes = [len(record) for record in records]
         self._bytes += sum(sizes) + _RECORD_OVERHEAD * len(sizes)
         self._longest = max(self._longest, *sizes)
@@ -131,7 +131,7 @@ class RecordWriter:
     async def _store_batches(self) -> None:
         try:
             while self._values and not self.closed:
-                batch = Records(self._values, self._made)
+                batch = Records(self._values, self._timestamps)
                 self._clear_buffer()
                 self._in_flight = len(batch)
                 append = partial(self._store.append_records, self._job_id, self.count, batch)
@@ -156,7 +156,7 @@ class RecordWriter:
         self._on_stored(self.count)
 
     def _clear_buffer(self) -> None:
-        self._values, self._made, self._bytes, self._longest = [], [], 0, 0
+        self._values, self._timestamps, self._bytes, self._longest = [], [], 0, 0
 
 
 async def retry_until_stored(pending_writes: PendingWrites, job_id: str, write: Callable[[], Awaitable[T]]) -> T:
