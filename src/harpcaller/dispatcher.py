@@ -1,17 +1,17 @@
-"""The application: submit, cancel, result, follow, list; it starts the calls and owns their tasks.
+"""The application: submit, cancel, read results and streams, list. It starts the calls and owns their tasks.
 
-The doors (client protocol, control socket) call `Dispatcher` and nothing behind it. Payloads are `Raw` in both
-directions. The store is the truth; what is kept in memory beside it is which calls are under way here.
+The APIs (client protocol, control socket) call `Dispatcher` and nothing behind it. Payloads are `Raw` in both
+directions. The store holds the state; only the active calls are in memory.
 
-The order of a shutdown, held by leaving the context:
+Leaving the context shuts the dispatcher down in this order:
 
-1. the doors have stopped accepting (they are inside the context);
-2. nothing more is claimed: what is queued stays queued;
-3. the calls under way are left to their hosts, which keep them for the next dispatcher; those that a host can't keep
-   are cancelled by closing their connections, and their jobs end as ``missing_result``;
-4. what is left to be stored is stored, for a bounded time: what the store does not take the next start takes up;
-5. upkeep stops, a running `host_db_script` with it;
-6. whoever opened the store closes it.
+1. The APIs have stopped accepting, because they run inside the context.
+2. No job is claimed any more; queued jobs stay queued.
+3. Resumable calls are left to their hosts for the next dispatcher. Connection-bound calls are stopped by closing their
+   connections, and their jobs end as ``missing_result``.
+4. Pending writes are stored for a limited time; the next start recovers the jobs of the others.
+5. Pruning and the refresh of the hosts registry stop.
+6. The caller that opened the store closes it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from harp.protocol.json_text import Raw, dumps
 from harp.protocol.replies import Continue
 from harp.protocol.requests import Call
 from harpcaller.config import Config
-from harpcaller.explain import ExplainContext, describe
+from harpcaller.explain import ExplainContext, describe_job
 from harpcaller.hosts.capabilities import HostCapabilities
 from harpcaller.hosts.inventory import Host
 from harpcaller.hosts.pool import ConnectionPool
@@ -50,18 +50,18 @@ __all__ = ["Dispatcher"]
 
 log = logging.getLogger(__name__)
 
-#: About how many bytes of records are read from the store at a time, for one follower.
+#: Approximate number of bytes of records in one read from the store.
 _BATCH_BYTES = 64 * 1024
 
-#: How many jobs are claimed at a time, and listed at a time.
-_CLAIMED_AT_ONCE = 100
-_LISTED_AT_ONCE = 200
+#: Maximum number of jobs in one claim, and in one page of a list.
+_CLAIM_SIZE = 100
+_PAGE_SIZE = 200
 
-#: Seconds until the store is asked again after it failed.
-_STORE_PAUSE = 1.0
+#: Seconds between two attempts after the store failed.
+_RETRY_INTERVAL = 1.0
 
-#: Seconds that a shutdown waits for the ends of the calls under way to be stored.
-_LAST_ENDS = 10.0
+#: Maximum seconds that a shutdown waits until the ends of the active calls are stored.
+_SHUTDOWN_TIMEOUT = 10.0
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -70,7 +70,7 @@ T = TypeVar("T")
 def _shielded(
     request: Callable[Concatenate[Dispatcher, P], Coroutine[Any, Any, T]],
 ) -> Callable[Concatenate[Dispatcher, P], Coroutine[Any, Any, T]]:
-    """Make a method that completes its work even when its caller is cancelled."""
+    """Return a method that completes its work even if its caller is cancelled."""
 
     @wraps(request)
     async def method(self: Dispatcher, /, *args: P.args, **kwargs: P.kwargs) -> T:
@@ -85,16 +85,16 @@ def _shielded(
 class Dispatcher:
     """The dispatcher: an asynchronous context manager that runs while its context lasts.
 
-    Every method may raise `StorageError`; then it did nothing. Methods that name a job take any text: what is
-    not a UUID in lower-case text form names no job.
+    Every method may raise `StorageError`; then it changed nothing. Methods with a job id accept any text: a text that
+    is not a UUID in lower-case form is an unknown job.
 
     Args:
         config: the configuration.
-        store: where jobs are kept, open; it stays open when the context is left.
-        wall: the wall clock, for times that are stored and shown; Unix seconds.
+        store: the open store; leaving the context does not close it.
+        wall: returns the wall clock in Unix seconds, for times that are stored and shown.
 
     Raises:
-        ConfigError: a certificate file or the hosts file can't be used.
+        ConfigError: a certificate file or the hosts file is invalid.
     """
 
     def __init__(self, config: Config, store: Store, wall: Callable[[], float] = time.time) -> None:
@@ -112,7 +112,7 @@ class Dispatcher:
         self._run_tasks: set[asyncio.Task[None]] = set()
         self._requests: set[asyncio.Task[Any]] = set()
         self._stop = asyncio.Event()
-        # Jobs cancelled between the moment that the store gives them out and the one that their run is there.
+        # Jobs that are cancelled after the store has claimed them and before their run exists.
         self._claiming = False
         self._cancelled_before_start: set[str] = set()
 
@@ -132,8 +132,8 @@ class Dispatcher:
         self._report_config(self._config, frozenset())
         await self._group.__aenter__()
         self._orphan_reaper = OrphanReaper(self._group, self._runs.__contains__)
-        taken_up = await self._recover()
-        self._claimer = self._group.create_task(self._claim(taken_up))
+        recovered = await self._recover()
+        self._claimer = self._group.create_task(self._claim(recovered))
         self._maintenance = [
             self._group.create_task(self._registry.refresh_regularly()),
             self._group.create_task(prune_regularly(self._store, self._wall, lambda: self._config.max_age_seconds)),
@@ -146,72 +146,72 @@ class Dispatcher:
     ) -> None:
         await self._shut_down()
         if isinstance(error, Exception):
-            await self._group.__aexit__(None, None, None)  # the doors' own error stays what it is
+            await self._group.__aexit__(None, None, None)  # so that the error of the APIs is raised unchanged
         else:
             await self._group.__aexit__(kind, error, traceback)
 
-    # What follows is what the doors call.
+    # Requests of the APIs.
 
     @property
     def config(self) -> Config:
-        """The configuration now in force."""
+        """The current configuration."""
         return self._config
 
     @property
     def active_calls(self) -> int:
-        """How many calls are under way."""
+        """The number of active calls."""
         return len(self._runs)
 
     @_shielded
     async def submit(self, call: Call, client: str, received_at: float | None = None) -> str:
-        """Accept a job: it is on stable storage when this returns.
+        """Store a job and return its id; the job is on stable storage then.
 
         An unknown host is accepted; the job then ends as ``unknown_host``.
 
         Args:
-            call: what to call; its payloads are `Raw`. Limits above the configured ones are lowered to these.
-            client: who asks, for the log: an address.
-            received_at: when the request was here, on the monotonic clock, for the job's phases; None: not known.
+            call: the call, with payloads as `Raw`. Limits above the configured ones are lowered to these.
+            client: address of the client, for the log.
+            received_at: time of the request on the monotonic clock, for the job's phases; None if unknown.
 
         Returns:
             The job's id.
         """
         job = self._new_job(call)
-        self._wake.set()  # the claim is asked for in this turn of the loop, too, and goes into the same commit
-        asked = time.monotonic()
+        self._wake.set()  # the claim is requested in the same turn of the loop, and shares the commit
+        store_began = time.monotonic()
         await self._store.add_job(job, self._wall())
-        self._context.timings.record_stored(job.id, received_at, asked)
+        self._context.timings.record_stored(job.id, received_at, store_began)
         log.info("job submitted", extra={**log_fields(job), "client": client})
         self._log_arguments(job)
         return job.id
 
     @_shielded
     async def submit_many(self, calls: Sequence[Call], client: str) -> list[str]:
-        """Accept jobs, all or none, as `submit` does; return their ids in the same order."""
+        """Store jobs, all or none, as `submit` does; return their ids in the same order."""
         if not calls:
             return []
-        # In a thread, so that nobody waits while there are many.
+        # In a thread, so that many jobs do not block the event loop.
         jobs = await asyncio.to_thread(lambda: list(map(self._new_job, calls)))
         await self._store.add_jobs(jobs, self._wall())
         self._wake.set()
-        about = {"jobs": len(jobs), "first": jobs[0].id, "last": jobs[-1].id}
-        log.info("jobs submitted", extra={**about, "client": client})
+        ids = {"first": jobs[0].id, "last": jobs[-1].id}
+        log.info("jobs submitted", extra={"jobs": len(jobs), **ids, "client": client})
         if log.isEnabledFor(logging.DEBUG):
             for job in jobs:
-                log.debug("job submitted among many", extra=log_fields(job))
+                log.debug("job submitted with others", extra=log_fields(job))
                 self._log_arguments(job)
         return [job.id for job in jobs]
 
     @_shielded
     async def cancel(self, job_id: str, client: str | None = None) -> bool:
-        """Cancel a job that is queued or running. No start of its call follows this function's return.
+        """Cancel a job that is queued or running. Its call is not started after this function has returned.
 
         Args:
             job_id: the job.
-            client: who asks, for the evidence: an address.
+            client: address of the client, for the stop request.
 
         Returns:
-            False when the job has ended or is not known.
+            False if the job has ended or is unknown.
         """
         if not is_job_id(job_id):
             return False
@@ -222,16 +222,16 @@ class Dispatcher:
 
     @_shielded
     async def cancel_queue(self, queue: Raw, client: str | None = None) -> int:
-        """Cancel all jobs of a queue, as `cancel` does; return how many there were."""
+        """Cancel all jobs of a queue, as `cancel` does; return how many were cancelled."""
         cancelled = await self._store.cancel_queue(queue, self._wall(), self._cancelled_by(client))
         await asyncio.gather(*(self._stop_cancelled(job_id, before, client) for job_id, before in cancelled))
         return len(cancelled)
 
     async def wait_stopped(self, job_id: str) -> JobDetails:
-        """Return a job once nothing is pending any more of its stop; at once when it was not stopped.
+        """Wait until a job has ended and its stop is not pending; return its details.
 
         Raises:
-            UnknownJob: there is no such job, or it was pruned meanwhile.
+            UnknownJob: the job is unknown, or was pruned meanwhile.
         """
         with self._notifier.subscribe(job_id) as subscription:
             while True:
@@ -243,29 +243,29 @@ class Dispatcher:
 
     @_shielded
     async def release_slot(self, job_id: str) -> bool:
-        """Free the slot of a job that has ended, whatever its host says; False when there is nothing to free."""
+        """Release the slot of a job that has ended, whatever its host reports; return False if it holds none."""
         if not is_job_id(job_id):
             return False
         try:
             pending = (await self._store.get_job(job_id)).stop is StopState.PENDING
         except UnknownJob:
             return False
-        if pending:  # nobody would settle it any more
+        if pending:  # its stop cannot be finalized without the slot
             metadata = JobMetadata(stop_report=dumps({"released": self._wall()}))
             released = await self._store.finalize_stop(job_id, StopState.FAILED, metadata=metadata)
         else:
             released = await self._store.release_slot(job_id)
         if released:
-            log.warning("slot of a job released by hand", extra={"job": job_id})
+            log.warning("slot released by administrator", extra={"job": job_id})
             self._notifier.publish_end(job_id)
             self._wake.set()
         return released
 
     async def details(self, job_id: str) -> dict[str, Any]:
-        """Return all that is known of a job, and a sentence why it is as it is. Payloads are `Raw`.
+        """Return everything that is known about a job, and why it is in its state. Payloads are `Raw`.
 
         Raises:
-            UnknownJob: there is no such job.
+            UnknownJob: the job is unknown.
 
         Spec: docs/protocol.md, Details.
         """
@@ -283,7 +283,7 @@ class Dispatcher:
             timings=self._context.timings.get_phases(job_id),
             now=self._wall(),
         )
-        return describe(details, context)
+        return describe_job(details, context)
 
     async def get_job(self, job_id: str) -> Job:
         """Return a job. Raises `UnknownJob`."""
@@ -292,20 +292,19 @@ class Dispatcher:
         return await self._store.get_job(job_id)
 
     async def result(self, job_id: str, wait: bool) -> End | None:
-        """Return how a job ended; with `wait`, once it has.
+        """Return the end of a job; with `wait`, wait for it.
 
         Returns:
-            The end as it is stored; None, only without `wait`: the job has not ended.
+            The stored end; None if the job has not ended, only without `wait`.
 
         Raises:
-            UnknownJob: there is no such job, or it was pruned meanwhile.
+            UnknownJob: the job is unknown, or was pruned meanwhile.
         """
         with self._notifier.subscribe(job_id) as subscription:
             run = self._runs.get(job_id)
             if wait and run is not None and not run.has_ended:
-                await (
-                    subscription.ended.wait()
-                )  # the store would say the same, and news comes before the run knows better
+                # No read of the store is needed: the run publishes the end in the step that sets `has_ended`.
+                await subscription.ended.wait()
             while subscription.end is None:
                 ended = subscription.ended
                 job = await self.get_job(job_id)
@@ -315,23 +314,28 @@ class Dispatcher:
             return subscription.end
 
     def record_delivery(self, job_id: str, received_at: float) -> None:
-        """Somebody was told how a job ended whose request came at this time on the monotonic clock."""
+        """Record that the end of a job was sent to a client, for the job's phases.
+
+        Args:
+            job_id: the job.
+            received_at: time of the client's request on the monotonic clock.
+        """
         self._context.timings.record_delivery(job_id, received_at)
 
     async def follow(
         self, job_id: str, since: int | None = None, recent: int | None = None
     ) -> AsyncGenerator[RecordBatch | End, None]:
-        """Yield a job's records, those to come too, in batches of bounded size, then its end.
+        """Yield the stored and the future records of a job in batches of limited size, then its end.
 
-        Close the generator (`contextlib.aclosing`) when the reader goes before the end.
+        The caller closes the generator (`contextlib.aclosing`) if it stops before the end.
 
         Args:
             job_id: the job.
-            since: number of the first record wanted; it may be one that has not come yet.
-            recent: how many of the newest records to begin with. Neither given: 0. Not both.
+            since: number of the first record; it may be in the future. Not together with `recent`.
+            recent: number of the newest stored records to begin with; the default is 0.
 
         Raises:
-            UnknownJob: there is no such job, or it was pruned meanwhile.
+            UnknownJob: the job is unknown, or was pruned meanwhile.
         """
         with self._notifier.subscribe(job_id) as subscription:
             ended, job = subscription.ended, await self.get_job(job_id)
@@ -346,7 +350,7 @@ class Dispatcher:
                         at = batch.next
                         waiting = [batch]
                         del batch
-                        yield waiting.pop()  # not kept here as well while the reader is slow
+                        yield waiting.pop()  # no reference stays here, so a slow reader does not double the memory
                         continue
                 if job.end is not None:
                     _check_complete(job, at)
@@ -357,9 +361,9 @@ class Dispatcher:
     async def read(
         self, job_id: str, since: int | None = None, recent: int | None = None
     ) -> AsyncGenerator[RecordBatch | End | Continue, None]:
-        """Yield a job's records collected so far, in batches of bounded size, then its end or `Continue`.
+        """Yield the stored records of a job in batches of limited size, then its end or `Continue`.
 
-        Arguments and errors as in `follow`, but with neither number given it begins with record 0.
+        Arguments and errors are those of `follow`, but the default is to begin with record 0.
         """
         job = await self.get_job(job_id)
         at = _first_record(job, since, recent)
@@ -374,59 +378,59 @@ class Dispatcher:
         _check_complete(job, at)
         yield Continue() if job.end is None else job.end
 
-    async def _read_batch(self, job_id: str, first: int, most: int | None = None) -> RecordBatch | None:
-        """Stored records from this one on, and before `most`; None: there are none."""
+    async def _read_batch(self, job_id: str, first: int, end: int | None = None) -> RecordBatch | None:
+        """Return stored records numbered from `first` and below `end`, or None if there are none."""
         records = await self._store.read_records(job_id, first, _BATCH_BYTES)
-        if most is not None and first + len(records) > most:
-            records = Records(records.values[: most - first], records.timestamps[: most - first])
+        if end is not None and first + len(records) > end:
+            records = Records(records.values[: end - first], records.timestamps[: end - first])
         return RecordBatch(first, records) if records else None
 
     async def list_jobs(
         self, ended: bool = False, host: str | None = None, queue: Raw | None = None, newest: int | None = None
     ) -> AsyncGenerator[Job, None]:
-        """Yield jobs in the order of their submission, read from the store as they are taken.
+        """Yield jobs in the order of submission, read from the store page by page.
 
         Args:
-            ended: whether those that have ended are wanted too.
-            host: only the jobs for this host.
+            ended: whether to include jobs that have ended.
+            host: only the jobs of this host.
             queue: only the jobs of this queue; not together with `host`.
-            newest: so many at most, and in the other order: the one that was submitted last comes first.
+            newest: maximum number of jobs; they are yielded in reverse order then, the newest first.
         """
         after = None
         left = sys.maxsize if newest is None else newest
-        wanted = partial(self._store.list_jobs, ended=ended, host=host, queue=queue, newest_first=newest is not None)
-        while left > 0 and (page := await wanted(after=after, limit=min(left, _LISTED_AT_ONCE))):
+        next_page = partial(self._store.list_jobs, ended=ended, host=host, queue=queue, newest_first=newest is not None)
+        while left > 0 and (page := await next_page(after=after, limit=min(left, _PAGE_SIZE))):
             left -= len(page)
-            for after, job in page:  # noqa: B007 - the last one's place
+            for after, job in page:  # noqa: B007 - the next page begins after the last one
                 yield job
 
     async def list_queues(self) -> list[QueueStatus]:
-        """Return the queues that have jobs which have not ended, oldest first."""
+        """Return the queues with jobs that have not ended or hold a slot, oldest first."""
         return await self._store.list_queues()
 
     def hosts(self) -> list[Host]:
-        """Return the hosts of the registry, by name. They hold credentials: these are for no list and no log."""
+        """Return the hosts of the registry, by name. They contain credentials, which must not be listed or logged."""
         return self._registry.list_hosts()
 
     async def refresh_hosts(self) -> int:
-        """Run `host_db_script` now, or wait for the run that is under way; return how many hosts there are.
+        """Run `host_db_script`, or wait for its current run; return the number of hosts.
 
         Raises:
-            RefreshFailed: the script failed, or there is none; the registry is what it was.
+            RefreshFailed: the script failed or is not configured; the registry has not changed.
         """
         return await self._registry.refresh()
 
     async def prune(self, min_age: float) -> int:
-        """Delete the jobs that ended more than `age` seconds ago, with their records; return how many."""
+        """Delete the jobs that ended more than `min_age` seconds ago, with their records; return how many."""
         return await prune(self._store, self._wall() - min_age)
 
     async def reload(self, config: Config) -> None:
-        """Take a new configuration: for calls that start from now on, for the registry and for pruning.
+        """Apply a new configuration to later calls, to the hosts registry and to pruning.
 
-        The doors take their part (addresses, limits of requests) themselves, the program the log's settings.
+        The APIs apply their part (limits of requests) themselves, and the program applies the log settings.
 
         Raises:
-            ConfigError: a certificate file or the hosts file can't be used; then nothing has changed.
+            ConfigError: a certificate file or the hosts file is invalid; then nothing has changed.
         """
         tls = HostTLS(config)
         self._registry.update_config(config)
@@ -436,7 +440,7 @@ class Dispatcher:
         self._report_config(config, reported)
         self._wake.set()
 
-    # From here on: how it is done.
+    # Internals.
 
     def _new_job(self, call: Call) -> NewJob:
         config = self._config
@@ -470,51 +474,51 @@ class Dispatcher:
         self._wake.set()
 
     async def _recover(self) -> bool:
-        """Go on with the jobs that hold a slot from the last dispatcher. False: the store can't, try again."""
+        """Create runs for the jobs that hold a slot since the last dispatcher; return False if the store failed."""
         self._claiming = True
         try:
             held = await self._store.list_slot_holders()
             for job in held:
-                self._start(job, resumed=True, cancelled=job.id in self._cancelled_before_start)
+                self._start(job, recovered=True, cancelled=job.id in self._cancelled_before_start)
         except StorageError as error:
-            log.error("jobs of the last dispatcher can't be taken up yet", extra={"error": str(error)})
+            log.error("cannot recover jobs; retrying", extra={"error": str(error)})
             return False
         finally:
             self._claiming = False
             self._cancelled_before_start.clear()
         if held:
-            log.info("jobs of the last dispatcher are taken up", extra={"jobs": len(held)})
+            log.info("jobs recovered", extra={"jobs": len(held)})
         return True
 
     def _on_call_list(self, host: Host, calls: Sequence[str]) -> None:
-        """A host says which calls it holds for us."""
+        """Clean up the calls in the list of a host that have no run here."""
         self._orphan_reaper.reap_calls(host, calls, self._context)
 
-    async def _claim(self, taken_up: bool) -> None:
-        """Start queued jobs whenever something may have made room for one, until the dispatcher stops."""
+    async def _claim(self, recovered: bool) -> None:
+        """Claim and start queued jobs on every wake-up, until the dispatcher stops."""
         while not self._stop.is_set():
             await self._wake.wait()
             self._wake.clear()
-            taken_up = taken_up or await self._recover()
-            if not taken_up or not await self._claim_batch():
-                await self._pause(_STORE_PAUSE)
+            recovered = recovered or await self._recover()
+            if not recovered or not await self._claim_batch():
+                await self._pause(_RETRY_INTERVAL)
                 self._wake.set()
 
     async def _claim_batch(self) -> bool:
-        """Claim and start what there is room for. False: the store has no room for more, try again later."""
+        """Claim and start as many jobs as the limits allow; return False to retry later, because the store fails."""
         if self._context.pending_writes.count:
-            return False  # ends of calls wait to be stored: no new ones until they are
-        limit = min(_CLAIMED_AT_ONCE, self._config.max_calls - len(self._runs))
+            return False  # no new calls while data of the active ones cannot be stored
+        limit = min(_CLAIM_SIZE, self._config.max_calls - len(self._runs))
         if limit <= 0 or not self._registry.is_ready or self._stop.is_set():
-            return True  # the end of a call wakes, or the registry
+            return True  # the end of a call or the registry sets the wake-up event
         self._claiming = True
         try:
             jobs = await self._store.claim_jobs(self._wall(), limit, self._config.max_calls_per_host)
             for job in jobs:
-                # A job that was cancelled meanwhile has a run, too: it gives the slot back.
+                # A job that was cancelled meanwhile also needs a run, which releases its slot.
                 self._start(job, cancelled=job.id in self._cancelled_before_start)
         except StorageError as error:
-            log.error("jobs can't be claimed, trying again", extra={"error": str(error)})
+            log.error("cannot claim jobs; retrying", extra={"error": str(error)})
             return False
         finally:
             self._claiming = False
@@ -523,8 +527,8 @@ class Dispatcher:
             self._wake.set()
         return True
 
-    def _start(self, job: Job, resumed: bool = False, cancelled: bool = False) -> None:
-        run = self._runs[job.id] = Run(job, self._context, resumed)
+    def _start(self, job: Job, recovered: bool = False, cancelled: bool = False) -> None:
+        run = self._runs[job.id] = Run(job, self._context, recovered)
         if cancelled:
             run.cancel_before_start()
         task = self._group.create_task(self._run_call(run))
@@ -535,8 +539,8 @@ class Dispatcher:
         try:
             await run.run()
         except Exception:
-            # One job's fault must not end the others; this job ends at the next start.
-            log.exception("run failed by a fault of the dispatcher", extra=log_fields(run.job))
+            # An error in one run must not end the others. The next start of the dispatcher recovers this job.
+            log.exception("run failed: internal error", extra=log_fields(run.job))
         finally:
             del self._runs[run.job.id]
             self._wake.set()
@@ -555,11 +559,11 @@ class Dispatcher:
         await asyncio.wait([self._claimer])
         for run in list(self._runs.values()):
             run.detach()
-        if last := self._run_tasks | self._requests:
-            _, left = await asyncio.wait(last, timeout=_LAST_ENDS)
-            if left:
-                log.error("not all could be stored; the next start takes it up", extra={"left": len(left)})
-            for task in left:
+        if unfinished := self._run_tasks | self._requests:
+            _, unfinished = await asyncio.wait(unfinished, timeout=_SHUTDOWN_TIMEOUT)
+            if unfinished:
+                log.error("shutdown timeout; jobs will be recovered", extra={"unfinished": len(unfinished)})
+            for task in unfinished:
                 task.cancel()
         for task in self._maintenance:
             task.cancel()
@@ -570,9 +574,9 @@ class Dispatcher:
     def _report_config(self, config: Config, reported: frozenset[str]) -> None:
         for key in config.ignored:
             if key not in reported:
-                log.warning("key of an older configuration ignored", extra={"file": str(config.file), "key": key})
+                log.warning("obsolete configuration key ignored", extra={"file": str(config.file), "key": key})
         if config.hosts_file is None and config.host_db_script is None:
-            log.warning("no host is known: set hosts_file or host_db_script")
+            log.warning("no hosts; set hosts_file or host_db_script")
         for warning in self._tls.warnings:
             log.warning(warning)
 
@@ -585,4 +589,4 @@ def _first_record(job: Job, since: int | None, recent: int | None) -> int:
 
 def _check_complete(job: Job, at: int) -> None:
     if at < job.records:
-        raise UnknownJob(job.id)  # pruned while it was read
+        raise UnknownJob(job.id)  # pruned during the read

@@ -1,4 +1,4 @@
-"""All that is known of a job, and one sentence why it is as it is. Pure but for what it is given.
+"""The details of a job, and one sentence that explains its state. Nothing here does input or output.
 
 Spec: docs/protocol.md, Details.
 """
@@ -16,28 +16,28 @@ from harpcaller.hosts.inventory import Host
 from harpcaller.model.jobs import Job, JobDetails, JobMetadata, QueuePosition, State, StopState
 from harpcaller.runs.run import Run
 
-__all__ = ["ExplainContext", "describe"]
+__all__ = ["ExplainContext", "describe_job"]
 
-#: How much of a message a sentence quotes, in characters.
-_QUOTED = 300
+#: Maximum number of characters of a message in a sentence.
+_MAX_QUOTE = 300
 
-#: What a host says of times is taken for a number of seconds below this, be they since 1970.
-_MOST_SECONDS = 2.0**40
+#: Times and durations from a host are ignored from this value on, in seconds.
+_MAX_SECONDS = 2.0**40
 
 
 @dataclass(frozen=True, slots=True)
 class ExplainContext:
-    """What the dispatcher knows beside the store.
+    """The state of the dispatcher that is not in the store.
 
     Attributes:
-        run: who looks after the job's call; None: nobody now.
-        host: the job's host; None: the registry has none of this name.
-        hosts_known: whether the registry is known.
-        max_calls_per_host: how many jobs may hold a slot on a host.
-        calls: how many calls are under way.
-        most_calls: how many may be.
-        store_troubled: whether the store refuses what calls bring.
-        timings: how long the dispatcher's own steps took, seconds by phase, as far as that is known.
+        run: the run of the job's call; None: it has none.
+        host: the job's host; None: the registry has no host of this name.
+        registry_loaded: whether the registry is loaded.
+        max_calls_per_host: maximum number of jobs that hold a slot on a host.
+        active_calls: number of active calls.
+        max_calls: maximum number of active calls.
+        store_failing: whether the store currently rejects data of active calls.
+        timings: the measured phases of the dispatcher's own steps, in seconds.
         now: Unix seconds.
     """
 
@@ -52,8 +52,8 @@ class ExplainContext:
     now: float
 
 
-def describe(details: JobDetails, context: ExplainContext) -> Envelope:
-    """The object that `get_details` answers with; payloads are `Raw`."""
+def describe_job(details: JobDetails, context: ExplainContext) -> Envelope:
+    """Return the object of the reply to `get_details`; payloads are `Raw`."""
     job, metadata = details.job, details.metadata
     return Envelope(
         job=job.id,
@@ -77,25 +77,25 @@ def describe(details: JobDetails, context: ExplainContext) -> Envelope:
 
 
 def _phases(job: Job, metadata: JobMetadata, own: Mapping[str, float]) -> Envelope:
-    """Where the job's time went, in seconds; None: not known, or not over.
+    """Return the duration of each phase of the job in seconds; None: unknown, or not completed.
 
-    What happened on the host was measured there, so that its clock may be wrong. The rest is what is left of the time
-    from the job's start to its end: on the way there and back, and until its last records were stored. What the
-    dispatcher alone knows lies before and after, but for the storing of a job that got its slot with it.
+    The host measures its phases itself, so its clock may differ. `other` is the remaining time between the job's start
+    and end: transfers, and the storing of the last records. The dispatcher's own phases are before and after that
+    time, except `store` of a job that got its slot in the same commit.
     """
-    call, evidence = (_object(fact) for fact in (metadata.call, metadata.exit_info))
-    began, ended = (_seconds(evidence, moment) for moment in ("started", "ended"))
-    fork = _seconds(evidence, "fork")
+    call, exit_info = (_object(column) for column in (metadata.call, metadata.exit_info))
+    began, ended = (_seconds(exit_info, key) for key in ("started", "ended"))
+    fork = _seconds(exit_info, "fork")
     phases = Envelope(
         wait=_between(job.submitted, job.started),
         connect=_seconds(call, "connect_seconds"),
-        authenticate=_seconds(evidence, "authentication"),
+        authenticate=_seconds(exit_info, "authentication"),
         fork=fork,
         run=None if fork is None or began is None else _between(began + fork, ended),
     )
-    here = sum(seconds for name, seconds in phases.items() if name != "wait" and seconds is not None)
-    took = _between(job.started, job.ended)
-    phases["other"] = None if took is None or phases["run"] is None else _between(here, took)
+    measured = sum(seconds for name, seconds in phases.items() if name != "wait" and seconds is not None)
+    total = _between(job.started, job.ended)
+    phases["other"] = None if total is None or phases["run"] is None else _between(measured, total)
     accept, store, store_end, deliver = map(own.get, ("accept", "store", "store_end", "deliver"))
     return Envelope(_rounded(accept=accept, store=store), **phases, **_rounded(store_end=store_end, deliver=deliver))
 
@@ -104,20 +104,20 @@ def _rounded(**seconds: float | None) -> dict[str, float | None]:
     return {name: None if value is None else round(value, 6) for name, value in seconds.items()}
 
 
-def _object(fact: Raw | None) -> dict[str, Any]:
+def _object(text: Raw | None) -> dict[str, Any]:
     try:
-        found = None if fact is None else loads(fact)
-    except InvalidJSON:  # a number that is too long, say: what a host says is kept as it is
-        found = None
-    return found if isinstance(found, dict) else {}
+        value = None if text is None else loads(text)
+    except InvalidJSON:  # data from a host is stored without a check; it may contain a number that is too long
+        value = None
+    return value if isinstance(value, dict) else {}
 
 
-def _seconds(fact: dict[str, Any], key: str) -> float | None:
-    """What a host has said, if that is a number which is of use."""
-    found = fact.get(key)
-    if isinstance(found, bool) or not isinstance(found, (int, float)) or not 0 <= found < _MOST_SECONDS:
+def _seconds(values: dict[str, Any], key: str) -> float | None:
+    """Return a number of seconds from a host, or None if it is not a plausible number."""
+    value = values.get(key)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < _MAX_SECONDS:
         return None
-    return float(found)
+    return float(value)
 
 
 def _between(before: float | None, after: float | None) -> float | None:
@@ -153,9 +153,9 @@ def _why_queued(job: Job, waiting: QueuePosition | None, context: ExplainContext
         held = f"{waiting.slots_held_on_host} of {context.max_calls_per_host} calls"
         return f"host {job.host} is full ({held}), {position}"
     if not context.registry_loaded:
-        return "the hosts registry is not known yet"
+        return "the hosts registry is not loaded yet"
     if context.store_failing:
-        return "the store does not take what running calls bring; nothing is started until it does"
+        return "the store cannot write data of running calls; no job starts until it can"
     if context.active_calls >= context.max_calls:
         return f"the dispatcher is full ({context.active_calls} of {context.max_calls} calls), {position}"
     if waiting.position > 1:
@@ -166,24 +166,24 @@ def _why_queued(job: Job, waiting: QueuePosition | None, context: ExplainContext
 def _why_running(job: Job, context: ExplainContext) -> str:
     run = context.run
     if run is None:
-        return "its call is taken up again with the dispatcher's start"
+        return "the next start of the dispatcher recovers its call"
     if run.outage is not None:
         return _unreachable(job, run)
     if not run.is_acknowledged:
         where = f" ({context.host.address}, port {context.host.port})" if context.host else ""
-        return f"host {job.host}{where} is being connected to, since {_format_time(job.started)}"
-    return f"it runs on host {job.host} since {_format_time(job.started)}; {job.records} records so far"
+        return f"it is connecting to host {job.host}{where}, since {_format_time(job.started)}"
+    return f"it has been running on host {job.host} since {_format_time(job.started)}; {job.records} records so far"
 
 
 def _unreachable(job: Job, run: Run) -> str:
     assert run.outage is not None
     if run.outage.error is None:
-        return f"host {job.host} is being reached again, since {_format_time(run.outage.since)}"
-    tried = f"{run.outage.attempts} attempts, the last error: {run.outage.error[:_QUOTED]}"
+        return f"it is reconnecting to host {job.host}, since {_format_time(run.outage.since)}"
+    attempts = f"{run.outage.attempts} attempts, last error: {run.outage.error[:_MAX_QUOTE]}"
     left = max(0.0, run.seconds_until_lost())
     return (
-        f"host {job.host} unreachable since {_format_time(run.outage.since)} ({tried}), next try within 5 s, "
-        f"given up as lost in {left:.0f} s"
+        f"host {job.host} cannot be reached since {_format_time(run.outage.since)} ({attempts}); "
+        f"next attempt within 5 s, declared lost in {left:.0f} s"
     )
 
 
@@ -191,9 +191,9 @@ def _how_ended(job: Job, details: JobDetails) -> str:
     took = "" if job.started is None or job.ended is None else f" after {max(0.0, job.ended - job.started):.3f} s"
     match job.end:
         case Failed(kind, message):
-            return f"it failed{took}: {kind}: {message[:_QUOTED]}"
+            return f"it failed{took}: {kind}: {message[:_MAX_QUOTE]}"
         case Raised(kind, message):
-            return f"it raised {kind}{took}: {message[:_QUOTED]}"
+            return f"it raised {kind}{took}: {message[:_MAX_QUOTE]}"
     if job.state is State.RETURNED:
         return f"it returned{took}"
     by = loads(details.metadata.stop_request).get("by") if details.metadata.stop_request else None
@@ -202,20 +202,21 @@ def _how_ended(job: Job, details: JobDetails) -> str:
 
 
 def _stop(job: Job, details: JobDetails, context: ExplainContext) -> str:
-    receipt = loads(details.metadata.stop_report) if details.metadata.stop_report else {}
+    report = loads(details.metadata.stop_report) if details.metadata.stop_report else {}
     match job.stop:
         case StopState.PENDING:
             if context.run is not None and context.run.outage is not None:
                 return f"; its stop is pending: {_unreachable(job, context.run)}"
             return "; its stop is pending: the host has not confirmed it yet"
         case StopState.CONFIRMED:
-            found = receipt.get("found")
+            found = report.get("found")
             return f"; its stop is confirmed{f' ({found} processes)' if found else ''}"
         case StopState.FAILED:
-            pids = ", ".join(str(one["pid"]) for one in receipt.get("survivors", ()))
-            return f"; its stop failed: {f'processes survive on its host: {pids}' if pids else 'the host is lost'}"
+            pids = ", ".join(str(process["pid"]) for process in report.get("survivors", ()))
+            reason = f"processes survive on its host: {pids}" if pids else "the host is lost"
+            return f"; its stop failed: {reason}"
         case StopState.UNKNOWN:
-            return "; whether its processes are gone is not known: the host's harpd can't say"
+            return "; it is unknown whether its processes are gone: the legacy harpd on its host cannot report it"
         case None:
             return ""
 

@@ -1,9 +1,9 @@
-"""Who waits for news of a job, and how they are woken: in memory, after the commit, without polling.
+"""Notification of clients that wait for a job: in memory, after the commit, without polling.
 
-News only wakes; the store is the truth. A watcher takes the event, then reads the store, then waits for the
-event: whatever is committed after its reading sets the event that it holds, so nothing is missed. Events are
-used once. The newest records come along, so that a thousand followers who are up to date need not read them
-from the store, nor have their lines made for each; and so does an end, which stays what it is.
+A notification only wakes; the store holds the state. A subscriber gets the event, then reads the store, then waits
+for the event. Everything that is committed after its read sets the event that it holds, so nothing is missed. Each
+event is used once. A notification carries the newest records, so that followers that are up to date neither read them
+from the store nor encode them again, and it carries the end, which never changes.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ __all__ = ["Notifier", "RecordBatch", "Subscription"]
 
 
 class RecordBatch:
-    """Records on their way to followers, who share the lines.
+    """Consecutive records with their encoded lines, which all followers share.
 
     Args:
-        first: the number of the first.
-        records: they; one at least.
+        first: number of the first record.
+        records: the records, at least one.
     """
 
     __slots__ = ("_lines", "first", "records")
@@ -36,38 +36,39 @@ class RecordBatch:
 
     @property
     def next(self) -> int:
-        """The number that follows the last."""
+        """The number after the last record."""
         return self.first + len(self.records)
 
     def lines(self, timed: bool) -> bytes:
-        """The lines for a follower; `timed`: each with the time at which the record was made."""
+        """Return the lines for a follower; with `timed`, each has the time of its record."""
         lines = self._lines.get(timed)
         if lines is None:
-            values, made = self.records.values, self.records.timestamps
-            lines = self._lines[timed] = encode_packets(self.first, values, made if timed else None)
+            timestamps = self.records.timestamps if timed else None
+            lines = self._lines[timed] = encode_packets(self.first, self.records.values, timestamps)
         return lines
 
 
 class Subscription:
-    """A job that somebody watches.
+    """The notifications of one job, for all its subscribers.
 
     Attributes:
-        changed: set at the next news of any kind.
-        ended: set at the next news of an end.
-        end: the job's end, if it came with news; None: the store knows.
+        changed: set at the next notification of any kind.
+        ended: set at the next notification of an end.
+        end: the job's end, if a notification carried it.
+        subscribers: number of subscribers.
     """
 
-    __slots__ = ("_newest", "changed", "end", "ended", "watchers")
+    __slots__ = ("_newest", "changed", "end", "ended", "subscribers")
 
     def __init__(self) -> None:
         self.changed = asyncio.Event()
         self.ended = asyncio.Event()
         self.end: End | None = None
-        self.watchers = 0
+        self.subscribers = 0
         self._newest: RecordBatch | None = None
 
     def newest_from(self, first: int) -> RecordBatch | None:
-        """The records from number `first` on, if they came with the last news."""
+        """Return the records from number `first` on, if the last notification carried them."""
         newest = self._newest
         if newest is None or not newest.first <= first < newest.next:
             return None
@@ -77,13 +78,13 @@ class Subscription:
         return RecordBatch(first, Records(records.values[skipped:], records.timestamps[skipped:]))
 
     def publish_records(self, first: int, records: Records) -> None:
-        """Wake those who wait for records."""
+        """Wake the subscribers that wait for records."""
         self._newest = RecordBatch(first, records)
         self.changed.set()
         self.changed = asyncio.Event()
 
     def publish_end(self, end: End | None) -> None:
-        """Wake all who wait."""
+        """Wake all subscribers."""
         self.end = end or self.end
         self.ended.set()
         self.ended = asyncio.Event()
@@ -92,34 +93,34 @@ class Subscription:
 
 
 class Notifier:
-    """The jobs that somebody watches. What nobody watches costs nothing."""
+    """The jobs with subscribers. A job without a subscriber costs nothing."""
 
     def __init__(self) -> None:
-        self._topics: dict[str, Subscription] = {}
+        self._subscriptions: dict[str, Subscription] = {}
 
     @contextmanager
     def subscribe(self, job_id: str) -> Iterator[Subscription]:
-        """Watch a job for as long as the context lasts."""
-        subscription = self._topics.setdefault(job_id, Subscription())
-        subscription.watchers += 1
+        """Subscribe to a job while the context lasts."""
+        subscription = self._subscriptions.setdefault(job_id, Subscription())
+        subscription.subscribers += 1
         try:
             yield subscription
         finally:
-            subscription.watchers -= 1
-            if not subscription.watchers:
-                del self._topics[job_id]
+            subscription.subscribers -= 1
+            if not subscription.subscribers:
+                del self._subscriptions[job_id]
 
     def publish_records(self, job_id: str, first: int, records: Records) -> None:
-        """Tell the watchers that records numbered from `first` are committed."""
-        if subscription := self._topics.get(job_id):
+        """Notify the subscribers that records numbered from `first` are committed."""
+        if subscription := self._subscriptions.get(job_id):
             subscription.publish_records(first, records)
 
     def publish_end(self, job_id: str, end: End | None = None) -> None:
-        """Tell the watchers that the job's end, or how its stop turned out, is committed.
+        """Notify the subscribers that the job's end or the outcome of its stop is committed.
 
         Args:
             job_id: the job.
-            end: its end, as it is stored; None: they read it from the store.
+            end: the stored end; None: the subscribers read it from the store.
         """
-        if subscription := self._topics.get(job_id):
+        if subscription := self._subscriptions.get(job_id):
             subscription.publish_end(end)

@@ -1,4 +1,4 @@
-"""What keeps the store small: jobs that ended long ago are deleted, with their records."""
+"""Deletion of jobs that ended long ago, with their records."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ __all__ = ["PRUNE_EVERY", "prune", "prune_regularly"]
 
 log = logging.getLogger(__name__)
 
-#: Seconds between two looks for old jobs.
+#: Seconds between two deletions of old jobs.
 PRUNE_EVERY = 600.0
 
-#: How many jobs are deleted in a step, and the pause after it, in seconds: others' writes come first.
+#: Number of jobs in a step, and seconds between two steps, so that other writes come first.
 _STEP = 200
 _PAUSE = 0.05
 
@@ -24,14 +24,14 @@ async def prune(store: Store, ended_before: float) -> int:
     """Delete the jobs that ended before a time, in small steps.
 
     Args:
-        store: where they are.
-        ended_before: Unix seconds.
+        store: the store.
+        ended_before: the time, in Unix seconds.
 
     Returns:
-        How many were deleted.
+        The number of deleted jobs.
 
     Raises:
-        StorageError: the store can't; what was deleted before stays deleted.
+        StorageError: a step failed; the earlier steps have deleted their jobs.
     """
     pruned = 0
     while deleted := await store.prune_jobs(ended_before, _STEP):
@@ -45,17 +45,17 @@ async def prune(store: Store, ended_before: float) -> int:
 async def prune_regularly(
     store: Store, wall: Callable[[], float], max_age: Callable[[], float], every: float = PRUNE_EVERY
 ) -> None:
-    """Delete old jobs now and then, until cancelled.
+    """Delete old jobs at regular intervals until cancelled.
 
     Args:
-        store: where they are.
-        wall: the wall clock, Unix seconds.
-        max_age: gives the age after its end at which a job is deleted, in seconds.
-        every: seconds between two looks.
+        store: the store.
+        wall: returns the wall clock in Unix seconds.
+        max_age: returns the age after its end at which a job is deleted, in seconds.
+        every: the interval in seconds.
     """
     while True:
         try:
             await prune(store, wall() - max_age())
         except StorageError as error:
-            log.error("old jobs can't be deleted now", extra={"error": str(error)})
+            log.error("cannot delete old jobs; retrying later", extra={"error": str(error)})
         await asyncio.sleep(every)

@@ -181,7 +181,7 @@ def test_a_cancel_while_the_host_is_cut_off(tmp_path: Path) -> None:
         wait_until(lambda: job.details()["call"]["outage"], DEADLINE, "the loss of contact")
         details = job.details()
         assert (details["state"], details["stop"], details["holds_slot"]) == ("cancelled", "pending", True)
-        assert "unreachable since" in job.why()
+        assert "cannot be reached since" in job.why()
         assert call.is_running()
         assert second.details()["state"] == "queued"
         whole.harpd.start_gate()

@@ -10,7 +10,7 @@ import pytest
 
 from harp.protocol.ends import Returned
 from harp.protocol.json_text import Raw
-from harpcaller.explain import ExplainContext, describe
+from harpcaller.explain import ExplainContext, describe_job
 from harpcaller.model.jobs import NO_METADATA, Job, JobDetails, JobMetadata, State
 from harpcaller.runs.timings import Timings
 
@@ -36,7 +36,7 @@ def phases(started: float | None, ended: float | None, given: JobMetadata = NO_M
     job = Job(
         "id", state, "web01", "p", Raw(b"[]"), 1.0, 1.0, None, Raw(b"null"), 100.0, started, ended, end, 0
     )  # fmt: skip
-    found = describe(JobDetails(job, given, 0, None), CONTEXT)["phases"]
+    found = describe_job(JobDetails(job, given, 0, None), CONTEXT)["phases"]
     assert isinstance(found, dict)
     return found
 
