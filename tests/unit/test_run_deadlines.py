@@ -124,3 +124,19 @@ def test_deadlines_host_cannot_extend_them(clock: Clock) -> None:
     watched.on_acknowledged(0.0)
     clock.pass_(26.0)
     assert end(watched) == "timeout"
+
+
+def test_deadlines_silent_resumable_call_times_out(clock: Clock) -> None:
+    """The host enforces `timeout`; the fallback waits for `max_exec_time` more, as a bound call would not."""
+    watched = of_a_job(timeout=1.0, max_exec_time=5.0)
+    watched.on_request_sent()
+    watched.on_acknowledged(0.0)
+    clock.pass_(5.9)
+    assert end(watched) is None
+    watched.on_message()
+    clock.pass_(5.9)
+    assert end(watched) is None
+    clock.pass_(0.2)
+    failed = watched.expired("host web01", False)
+    assert failed is not None
+    assert (failed.type, failed.message) == ("timeout", "reading the result: no message from host web01 for 1 s")
