@@ -49,6 +49,10 @@ def put(pool: ConnectionPool, conn: FakeConnection, host: Host = WEB01, tls: Hos
     return conn
 
 
+def get(pool: ConnectionPool, host: Host = WEB01, tls: HostTLS = TLS) -> FakeConnection | None:
+    return cast("FakeConnection | None", pool.get(host, tls))
+
+
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Any:
     clock = SimpleNamespace(now=1000.0)
@@ -59,9 +63,9 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Any:
 async def test_pool_returns_the_last_used_connection_first() -> None:
     pool = ConnectionPool()
     first, second = put(pool, FakeConnection()), put(pool, FakeConnection())
-    assert first.parked
-    assert [pool.get(WEB01, TLS) for _ in range(3)] == [second, first, None]
-    assert not first.parked
+    parked = [first.parked, second.parked]
+    assert [get(pool) for _ in range(3)] == [second, first, None]
+    assert (parked, first.parked) == ([True, True], False)
     assert first.end is None
     pool.close()
 
@@ -69,9 +73,9 @@ async def test_pool_returns_the_last_used_connection_first() -> None:
 async def test_pool_separates_hosts_and_tls_settings() -> None:
     pool = ConnectionPool()
     conn = put(pool, FakeConnection())
-    assert pool.get(WEB02, TLS) is None
-    assert pool.get(WEB01, HostTLS(Config())) is None
-    assert pool.get(WEB01, TLS) is conn
+    assert get(pool, WEB02) is None
+    assert get(pool, tls=HostTLS(Config())) is None
+    assert get(pool) is conn
     pool.close()
 
 
@@ -80,10 +84,10 @@ async def test_pool_expires_after_half_of_the_grant_or_10_s(clock: Any, keep_ali
     pool = ConnectionPool()
     young = put(pool, FakeConnection(keep_alive))
     clock.now += seconds - 0.01
-    assert pool.get(WEB01, TLS) is young
+    assert get(pool) is young
     old = put(pool, FakeConnection(keep_alive))
     clock.now += seconds
-    assert pool.get(WEB01, TLS) is None
+    assert get(pool) is None
     assert old.end == "aborted"
     pool.close()
 
@@ -92,7 +96,7 @@ async def test_pool_skips_connections_that_broke() -> None:
     pool = ConnectionPool()
     good, broken = put(pool, FakeConnection()), put(pool, FakeConnection())
     broken.is_reusable = False
-    assert pool.get(WEB01, TLS) is good
+    assert get(pool) is good
     assert broken.end == "aborted"
     pool.close()
 
@@ -103,7 +107,7 @@ async def test_pool_closes_connections_without_keep_alive() -> None:
     broken = FakeConnection()
     broken.is_reusable = False
     assert put(pool, broken).end == "closed"
-    assert pool.get(WEB01, TLS) is None
+    assert get(pool) is None
 
 
 async def test_pool_is_limited_per_host_and_in_total() -> None:
@@ -123,5 +127,5 @@ async def test_pool_closes_expired_connections_by_itself(monkeypatch: pytest.Mon
     pool = ConnectionPool()
     conn = put(pool, FakeConnection())
     await eventually(lambda: conn.end == "closed", what="the expired connection closed")
-    assert pool.get(WEB01, TLS) is None
+    assert get(pool) is None
     pool.close()
