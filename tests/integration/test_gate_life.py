@@ -264,9 +264,9 @@ def test_test_finds_each_fault_and_says_it_in_one_line(harpd: Harpd, break_: Any
 @pytest.mark.parametrize(
     ("module", "says"),
     [
-        ("no.such.module", "authentication.module: no.such.module: can't be imported: ModuleNotFoundError"),
+        ("no.such.module", "authentication.module: no.such.module: cannot be imported: ModuleNotFoundError"),
         ("os.path", "authentication.module: os.path: expected a function create(config), found none"),
-        ("bad_users", "authentication.module: bad_users: can't be imported: SystemExit: 5"),
+        ("bad_users", "authentication.module: bad_users: cannot be imported: SystemExit: 5"),
     ],
 )
 def test_an_authentication_module_that_can_not_be_used_is_a_fault(harpd: Harpd, module: str, says: str) -> None:
@@ -286,7 +286,7 @@ def test_test_warns_of_what_will_fail_later(harpd: Harpd) -> None:
     outcome = run(harpd, "--test", "--default-group", "no-such-group")
     assert (outcome.returncode, outcome.stdout) == (0, "config OK\n")
     expected = (
-        "leaves 1 thread(s) running; no call will have them",
+        "started 1 thread(s), which will be missing in calls",
         "unknown group: 'no-such-group'; calls will fail",
         "unknown user: 'no-such-user'; calls will fail",
     )
@@ -303,7 +303,7 @@ def test_what_the_procedures_file_prints_is_not_taken_for_ours(harpd: Harpd) -> 
     harpd.procedures_file.write_text("import os\nos._exit(3)\n")
     outcome = run(harpd, "--test")
     assert outcome.returncode == 1
-    assert "the check ended before it was done (exit status 3)" in outcome.stderr
+    assert "the check exited early (exit status 3)" in outcome.stderr
 
 
 def test_daemon_returns_once_it_serves(harpd: Harpd, tmp_path: Path) -> None:

@@ -112,7 +112,7 @@ def test_passfile_warns_of_lines_that_let_nobody_in(tmp_path: Path) -> None:
         "# users\n\nalice:$6$salt$hash-of-some-length\nbob:plain\ncarol\n:$6$x$y0123456789\ndave:!\nerin:*\nfred:\n"
     )
     warned = passfile.create({"file": str(file)}).warnings()
-    assert warned == [f"{file}:{line}: expected user:crypt-hash; this line lets nobody in" for line in (4, 5, 6, 9)]
+    assert warned == [f"{file}:{line}: expected user:crypt-hash; this line accepts no user" for line in (4, 5, 6, 9)]
 
 
 def test_passfile_needs_its_file(tmp_path: Path) -> None:

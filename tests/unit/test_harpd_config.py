@@ -133,10 +133,10 @@ def network(key: str) -> str:
         (f"{LEAST}python: {{path: {{end: /a}}}}", "python.path.end: unknown key; expected prepend or append"),
         (f"{LEAST}python: {{path: 5}}", "python.path: expected a string or a mapping or a list, got an integer"),
         (f"{LEAST}other: 1", "other: unknown key"),
-        (f"{LEAST}network: {{}}", "line 4, column 1: the key 'network' stands here for the second time"),
+        (f"{LEAST}network: {{}}", "line 4, column 1: duplicate key 'network'"),
         (
             "network: {certfile: /c, certfile: /d}",
-            "line 1, column 25: the key 'certfile' stands here for the second time",
+            "line 1, column 25: duplicate key 'certfile'",
         ),
         ("a: [", "line 1, column 5: expected the node content, but found '<stream end>'"),
         ("!!python/object:os.system {}", "line 1, column 1: could not determine a constructor for the tag"),

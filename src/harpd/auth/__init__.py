@@ -1,9 +1,9 @@
-"""How harpd decides who may call: the base class of authentication modules.
+"""Authentication of clients: the base class for authentication modules.
 
-An authentication module has a function ``create(config)``. It is given the keys of the section ``authentication``
-but `module`, and returns an object with ``authenticate(user, password)``, best of a class derived from `AuthDB`.
+An authentication module has a function ``create(config)``. Its argument is the section ``authentication`` without
+`module`. It returns an object with a method ``authenticate(user, password)``, preferably an `AuthDB`.
 
-The modules of this package import nothing else of harpd.
+The modules of this package import no other part of harpd.
 """
 
 from __future__ import annotations
@@ -14,31 +14,31 @@ __all__ = ["AuthDB"]
 
 
 class AuthDB(ABC):
-    """Knows users and their passwords. Spec: docs/settings-harpd.md, Authentication."""
+    """A database of users and passwords. Spec: docs/settings-harpd.md, Authentication."""
 
     @abstractmethod
     def authenticate(self, user: str, password: str) -> bool:
-        """Say whether this is the user's password.
+        """Return whether the user exists and has this password.
 
-        It is called in a thread, several at a time, and may block: a call that takes longer than
-        ``limits.authentication_timeout`` seconds counts as a refusal. So does an exception, which is logged.
+        It is called in threads, several at the same time, and may block. A call that takes longer than
+        ``limits.authentication_timeout`` seconds rejects the user, and so does an exception, which is logged.
 
         Args:
-            user: the name that the client gave; any text.
-            password: the password that the client gave; any text. Never log it.
+            user: the client's user name; any text.
+            password: the client's password; any text. Never log it.
 
         Returns:
-            True, and nothing that is merely true, to let the user in.
+            Exactly True to accept the user. Any other value rejects the user.
         """
 
     def recalls(self, user: str, password: str) -> bool:
-        """Say whether it is known already, without blocking, that this is the user's password.
+        """Return whether an earlier check already accepted this password, and the result is still valid.
 
-        It is asked before `authenticate`, on the daemon's event loop: True lets the user in, False has `authenticate`
-        asked. It may answer from what was found earlier, as long as that still holds.
+        It is called before `authenticate`, on the daemon's event loop, and must not block. True accepts the user; after
+        False, `authenticate` is called.
         """
         return False
 
     def warnings(self) -> list[str]:
-        """What is wrong with the users and still lets the daemon run; ``harpd --test`` prints it."""
+        """Return problems with the users that do not prevent a start. ``harpd --test`` prints them."""
         return []

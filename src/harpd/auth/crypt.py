@@ -1,6 +1,6 @@
-"""Passwords hashed by crypt(3), in every form that the system's libcrypt knows: $5$, $6$, $y$, $2b$ and others.
+"""Checks passwords against hashes of crypt(3), in all formats of the system's libcrypt: $5$, $6$, $y$, $2b$ and others.
 
-Python 3.13 has no module `crypt`; this asks the library itself.
+Python 3.13 has no module `crypt`, so this module calls the library.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 __all__ = ["matches"]
 
-#: Where `crypt_r` may be: libxcrypt and old glibc; libxcrypt without the old interface; musl, which has it in libc.
+#: Libraries with `crypt_r`: libxcrypt and old glibc; libxcrypt without the old interface; musl, which has it in libc.
 _LIBRARIES = ("libcrypt.so.1", "libcrypt.so.2", None)
 
 #: `struct crypt_data` has 32 KiB in libxcrypt and 128 KiB in old glibc. It must be zeroed.
@@ -20,13 +20,13 @@ _CRYPT_DATA_BYTES = 256 * 1024
 
 
 def matches(password: str, hashed: str) -> bool:
-    """Say whether `hashed` is a hash of `password`. Blocks for as long as the hash is meant to cost.
+    """Return whether `hashed` is a hash of `password`. It blocks for the time that the hash function takes.
 
-    A hash of an unknown form, a locked one (``!...``, ``*``) and an empty one match no password.
+    A hash in an unknown format, a locked one (``!...``, ``*``) and an empty one match no password.
 
     Args:
         password: the password in clear.
-        hashed: what crypt(3) made of the right password.
+        hashed: the hash of the correct password, by crypt(3).
 
     Raises:
         OSError: this system has no `crypt_r`.
@@ -35,14 +35,14 @@ def matches(password: str, hashed: str) -> bool:
         secret, setting = password.encode("utf-8"), hashed.encode("utf-8")
     except UnicodeEncodeError:  # a lone surrogate, which no password file can hold
         return False
-    # A C string ends at NUL: "secret\0anything" would be taken for "secret".
+    # A C string ends at NUL: "secret\0anything" would match "secret".
     if not setting or setting[:1] in b"!*" or b"\0" in secret or b"\0" in setting:
         return False
-    made = _crypt_r()(secret, setting, ctypes.create_string_buffer(_CRYPT_DATA_BYTES))
-    # crypt(3) says "no" by NULL or, so that careless callers fail too, by a token that is no hash.
-    if made is None or made.startswith(b"*"):
+    result = _crypt_r()(secret, setting, ctypes.create_string_buffer(_CRYPT_DATA_BYTES))
+    # crypt(3) reports an error by NULL or by a string that starts with "*" and is no hash.
+    if result is None or result.startswith(b"*"):
         return False
-    return hmac.compare_digest(made, setting)
+    return hmac.compare_digest(result, setting)
 
 
 @cache
@@ -55,4 +55,4 @@ def _crypt_r() -> Any:
         function.argtypes = (ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p)
         function.restype = ctypes.c_char_p
         return function
-    raise OSError("no crypt_r found: neither libcrypt.so.1 nor libcrypt.so.2 nor the C library has it")
+    raise OSError("crypt_r not found in libcrypt.so.1, libcrypt.so.2 and the C library")

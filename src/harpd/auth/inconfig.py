@@ -21,10 +21,10 @@ __all__ = ["ConfiguredUsers", "create"]
 
 
 def create(config: Mapping[str, Any]) -> ConfiguredUsers:
-    """Take the users from `config`.
+    """Return the users of the configuration.
 
     Raises:
-        ValueError: the configuration is wrong; the message names the key and never a password.
+        ValueError: the configuration is invalid. The message names the key and never contains a password.
     """
     users = config.get("users")
     if not (isinstance(users, dict) and all(isinstance(name, str) for name in users)):
@@ -38,10 +38,10 @@ def create(config: Mapping[str, Any]) -> ConfiguredUsers:
 
 
 class ConfiguredUsers(AuthDB):
-    """Users and passwords from the configuration.
+    """The users and passwords of the configuration.
 
     Args:
-        users: by name, ``plain:PASSWORD`` or ``crypt:HASH``.
+        users: ``plain:PASSWORD`` or ``crypt:HASH`` by user name.
     """
 
     def __init__(self, users: Mapping[str, str]) -> None:
@@ -49,21 +49,21 @@ class ConfiguredUsers(AuthDB):
         self._cache = PasswordCache()
 
     def recalls(self, user: str, password: str) -> bool:
-        """Say whether this is the user's password, as far as that is known without a hash."""
+        """Return whether the password is correct, as far as that is known without hashing it."""
         stored = self._users.get(user)
         if stored is None:
             return False
         return _is_plain(password, stored) or self._cache.contains(user, password, stored)
 
     def authenticate(self, user: str, password: str) -> bool:
-        """Say whether the configuration has this user with this password."""
+        """Return whether the configuration has this user with this password."""
         if user in self._users:
             stored = self._users[user]
-            fits = _matches(password, stored)
-            if fits:
+            correct = _matches(password, stored)
+            if correct:
                 self._cache.add(user, password, stored)
-            return fits
-        # Takes as long as for a known user, so that time does not tell which names exist.
+            return correct
+        # Check another password, so that the time does not reveal which user names exist.
         for other in self._users.values():
             _matches(password, other)
             break

@@ -1,11 +1,11 @@
-"""Users in a file of lines ``user:crypt-hash``, which is looked at with every request: edits take effect at once.
+"""Users in a file of lines ``user:crypt-hash``. The file is checked with every request: edits take effect at once.
 
     authentication:
       module: harpd.auth.passfile
       file: /etc/harpd/users
 
-Empty lines and lines that begin with ``#`` are skipped. What follows a second colon is ignored, so that the
-file may have more fields. ``openssl passwd -6`` and ``mkpasswd`` make hashes.
+Empty lines and lines that begin with ``#`` are ignored, and so is the text after a second colon, so that the file can
+have more fields. ``openssl passwd -6`` and ``mkpasswd`` create hashes.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ log = logging.getLogger(__name__)
 
 
 def create(config: Mapping[str, Any]) -> PasswordFile:
-    """Open the file that `config` names.
+    """Return the users of the configured file.
 
     Raises:
-        ValueError: the configuration is wrong, or the file can't be read; the message names key and file.
+        ValueError: the configuration is invalid, or the file cannot be read. The message names key and file.
     """
     file = config.get("file")
     if not isinstance(file, str) or not file:
@@ -45,20 +45,20 @@ def create(config: Mapping[str, Any]) -> PasswordFile:
     return database
 
 
-#: No form of crypt(3) gives less: DES has 13 characters. What is shorter, `*` and `!` apart, is a slip of the pen.
+#: The shortest hash of crypt(3), which DES makes. Other text is a mistake, except `*` and `!`, which lock a user.
 _MIN_HASH_LENGTH = 13
 
 
-#: Seconds since its last change after which a file that looks the same is the same. What is younger may have been
-#: changed again within a tick of the clock that its time is taken from.
+#: Seconds after its last change until a file with unchanged attributes is considered unchanged. A younger file may have
+#: changed again within one tick of the clock of the file system.
 _MIN_FILE_AGE = 2.0
 
 
 class PasswordFile(AuthDB):
-    """Users and hashed passwords from a file.
+    """The users and hashed passwords of a file.
 
     Args:
-        path: the file; a relative path is taken from the working directory.
+        path: the file; a relative path starts at the working directory.
     """
 
     def __init__(self, path: Path) -> None:
@@ -67,46 +67,46 @@ class PasswordFile(AuthDB):
         self._last_read: tuple[tuple[int, ...], dict[str, str]] | None = None
 
     def recalls(self, user: str, password: str) -> bool:
-        """Say whether it was found that the file has this user with this password, and the file is still the same."""
-        known = self._last_read
-        if known is None or known[0] != self._file_identity():
+        """Return whether an earlier check accepted this password and the file is unchanged."""
+        last_read = self._last_read
+        if last_read is None or last_read[0] != self._file_identity():
             return False
-        stored = known[1].get(user)
+        stored = last_read[1].get(user)
         return stored is not None and self._cache.contains(user, password, stored)
 
     def _file_identity(self) -> tuple[int, ...] | None:
-        """What changes when the file does; None: it can't be told."""
+        """Return attributes that change with the file; None: a change could go unnoticed, or the file is missing."""
         try:
-            found = os.stat(self._path)
+            status = os.stat(self._path)
         except OSError:
             return None
-        if time.time() - found.st_ctime < _MIN_FILE_AGE:
+        if time.time() - status.st_ctime < _MIN_FILE_AGE:
             return None
-        return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+        return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
     def authenticate(self, user: str, password: str) -> bool:
-        """Say whether the file has this user with this password; when it can't be read, it has nobody."""
-        looked = self._file_identity()
+        """Return whether the file has this user with this password; False if it cannot be read."""
+        identity = self._file_identity()
         try:
             hashes = self.hashes()
         except OSError as error:
-            log.error("the users' file can't be read", extra={"file": str(self._path), "reason": error.strerror})
+            log.error("cannot read the users file", extra={"file": str(self._path), "reason": error.strerror})
             return False
         if user in hashes:
-            fits = matches(password, hashes[user])
-            if fits:
+            correct = matches(password, hashes[user])
+            if correct:
                 self._cache.add(user, password, hashes[user])
-                self._last_read = None if looked is None else (looked, hashes)
-            return fits
-        log.info("the users' file has no such user", extra={"file": str(self._path), "user": user})
-        # Takes as long as for a known user, so that time does not tell which names exist.
+                self._last_read = None if identity is None else (identity, hashes)
+            return correct
+        log.info("unknown user", extra={"file": str(self._path), "user": user})
+        # Check another password, so that the time does not reveal which user names exist.
         for other in hashes.values():
             matches(password, other)
             break
         return False
 
     def hashes(self) -> dict[str, str]:
-        """Read the file: hashes by user. The first line of a user counts. Raises `OSError`."""
+        """Read the file; return the hashes by user. A user's first line counts. Raises `OSError`."""
         found: dict[str, str] = {}
         for _, user, hashed in self._entries():
             if user and hashed:
@@ -114,12 +114,12 @@ class PasswordFile(AuthDB):
         return found
 
     def warnings(self) -> list[str]:
-        """The lines that let nobody in, though they look as if they should. Raises `OSError`."""
+        """Return a warning for each line without a valid user and hash. Raises `OSError`."""
         found = []
         for number, user, hashed in self._entries():
             locked = hashed.startswith(("*", "!"))  # as in shadow(5), on purpose
             if not user or (len(hashed) < _MIN_HASH_LENGTH and not locked):
-                found.append(f"{self._path}:{number}: expected user:crypt-hash; this line lets nobody in")
+                found.append(f"{self._path}:{number}: expected user:crypt-hash; this line accepts no user")
         return found
 
     def _entries(self) -> Iterator[tuple[int, str, str]]:

@@ -1,7 +1,7 @@
-"""Passwords that were found to be right, so that the next check of the same one costs no hash.
+"""A cache of correct passwords, so that the next check of the same password needs no slow hash.
 
-What is kept is a digest, by a key of this process, of password and stored hash together: it holds for as long as the
-stored hash is the same, and says nothing to who reads it.
+It stores a keyed digest of password and stored hash, with a random key of this process. So an entry is valid only while
+the stored hash is unchanged, and it does not reveal the password.
 """
 
 from __future__ import annotations
@@ -12,28 +12,28 @@ from collections import OrderedDict
 
 __all__ = ["PasswordCache"]
 
-#: So many users' are kept; those that were not asked for the longest go first.
+#: Most users in the cache; the least recently added are removed first.
 _MAX_USERS = 1000
 
 
 class PasswordCache:
-    """The last right password of each user. May be used by several threads."""
+    """The last correct password of each user. Thread-safe."""
 
     def __init__(self) -> None:
         self._key = secrets.token_bytes(32)
         self._digests: OrderedDict[str, bytes] = OrderedDict()
 
     def add(self, user: str, password: str, stored: str) -> None:
-        """This password was found to fit what is stored for the user."""
+        """Add a password that is correct for what is stored for the user."""
         self._digests[user] = self._digest(password, stored)
         if len(self._digests) > _MAX_USERS:
             self._digests.popitem(last=False)
 
     def contains(self, user: str, password: str, stored: str) -> bool:
-        """Whether this password was found to fit what is stored for the user now."""
+        """Return whether this password is known to be correct for what is stored for the user."""
         found = self._digests.get(user)
         return found is not None and hmac.compare_digest(found, self._digest(password, stored))
 
     def _digest(self, password: str, stored: str) -> bytes:
-        text = f"{len(stored)} {stored}{password}"  # the length: no other pair reads the same
+        text = f"{len(stored)} {stored}{password}"  # with the length, so that no other pair gives the same text
         return hmac.digest(self._key, text.encode("utf-8", "surrogatepass"), "sha256")

@@ -1,7 +1,7 @@
-"""``harpd --test``: all that a start would read, read in a process that is thrown away.
+"""``harpd --test``: loads everything that a start would load, in a child process.
 
-Own modules and the procedures file run when they are read; what they do there must not stay in this process,
-and what they print must not be taken for ours.
+Authentication modules and the procedures file are Python code that runs when it is loaded. The child process keeps its
+side effects out of this process and its output out of this program's output.
 """
 
 from __future__ import annotations
@@ -22,71 +22,71 @@ __all__ = ["check"]
 
 
 def check(options: CommandLine) -> list[str]:
-    """Check everything that the command line names: configuration, certificate, users, log, procedures.
+    """Check configuration, certificate, users, log settings and procedures.
 
-    Call it before the process has threads.
+    Call it before the process has threads, because it forks.
 
     Returns:
-        Warnings: what works but should not be so.
+        Warnings.
 
     Raises:
-        ConfigError: the first fault.
+        ConfigError: the first error found.
     """
-    heard, said = os.pipe()
+    reading_end, writing_end = os.pipe()
     child = os.fork()
     if child == 0:
-        os.close(heard)
-        _write_report(options, said)
-    os.close(said)
-    with os.fdopen(heard, "rb") as report:
+        os.close(reading_end)
+        _write_report(options, writing_end)
+    os.close(writing_end)
+    with os.fdopen(reading_end, "rb") as report:
         text = report.read()
     _, status = os.waitpid(child, 0)
     if not text:
-        raise ConfigError(f"{options.config}: the check ended before it was done ({_describe_status(status)})")
-    found = json.loads(text)
-    if found["fault"]:
-        raise ConfigError(found["fault"])
-    return list(found["warnings"])
+        raise ConfigError(f"{options.config}: the check exited early ({_describe_status(status)})")
+    result = json.loads(text)
+    if result["error"]:
+        raise ConfigError(result["error"])
+    return list(result["warnings"])
 
 
-def _write_report(options: CommandLine, said: int) -> NoReturn:
+def _write_report(options: CommandLine, writing_end: int) -> NoReturn:
     try:
         null = os.open(os.devnull, os.O_RDWR)
         for stream in (0, 1, 2):
             os.dup2(null, stream)
-        fault, warnings = "", []
+        message, warnings = "", []
         try:
             warnings = _load_everything(options)
-        except BaseException as error:  # noqa: BLE001 - whatever own code raises is the fault to report
-            fault = " ".join(str(error).split()) or type(error).__name__
-        with os.fdopen(said, "wb") as report:
-            report.write(json.dumps({"fault": fault, "warnings": warnings}).encode())
+        except BaseException as error:  # noqa: BLE001 - any exception of the loaded code is reported
+            message = " ".join(str(error).split()) or type(error).__name__
+        with os.fdopen(writing_end, "wb") as report:
+            report.write(json.dumps({"error": message, "warnings": warnings}).encode())
     finally:
         os._exit(0)
 
 
 def _load_everything(options: CommandLine) -> list[str]:
-    generation = load_config(options)
-    configure_log(options, generation)
-    listening_places(
-        generation.configuration.network, options.config
-    )  # whether they can be listened on, only a start can know
+    config = load_config(options)
+    configure_log(options, config)
+    listening_places(config.configuration.network, options.config)  # only a start can find that a port is in use
     before = threading.active_count()
     procedures = load_procedures(options.procedures)
-    warnings = generation.users.warnings() if isinstance(generation.users, AuthDB) else []
+    warnings = config.users.warnings() if isinstance(config.users, AuthDB) else []
     if not procedures:
         warnings.append(f"{options.procedures}: exposes no procedure; decorate functions with @procedure")
     if (running := threading.active_count() - before) > 0:
-        warnings.append(f"{options.procedures}: leaves {running} thread(s) running; no call will have them")
+        warnings.append(f"{options.procedures}: started {running} thread(s), which will be missing in calls")
     group = None if options.default_group is None else (options.default_group,)
     accounts: dict[str, tuple[int | str | None, Sequence[int | str] | None]]
     accounts = {"the default user and group": (options.default_user, group)}
-    accounts |= {f"{options.procedures}: {name}": (found.uid, found.gid) for name, found in procedures.items()}
-    for whose, (user, groups) in accounts.items():
+    accounts |= {
+        f"{options.procedures}: {name}": (procedure.uid, procedure.gid) for name, procedure in procedures.items()
+    }
+    for owner, (user, groups) in accounts.items():
         try:
             resolve_credentials(user, groups)
         except UserError as error:
-            warnings.append(f"{whose}: {error}; calls will fail")
+            warnings.append(f"{owner}: {error}; calls will fail")
     return warnings
 
 

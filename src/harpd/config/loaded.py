@@ -1,6 +1,6 @@
-"""What a reload replaces as a whole: configuration, certificate, users, log, the supervisor's settings.
+"""The loaded configuration, which a reload replaces as a whole: settings, certificate, users, log settings.
 
-``--test``, the start and every reload make it by the same function, so they find the same faults.
+``--test``, the start and every reload use the same functions, so they find the same errors.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ __all__ = [
 
 @dataclass(frozen=True)
 class CommandLine:
-    """The command line. Paths are absolute; users and groups are numbers or names, None: not given.
+    """The command line. Paths are absolute; users and groups are names or numeric ids; None: not given.
 
     Attributes:
         config: the configuration file.
         procedures: the procedures file.
         logging: the file for `logging.config.dictConfig`.
-        default_user: whom procedures run as that say nothing.
-        default_group: the group of procedures that say nothing.
-        syslog: the log goes to syslog.
-        background: the program has left its terminal; what it starts must not hold the terminal either.
-        search_path: `sys.path` as the program found it.
-        descriptors: the limit of open files as the program found it, which calls get.
+        default_user: the user of procedures without `uid`.
+        default_group: the group of procedures without `gid`.
+        syslog: log to syslog.
+        background: the program runs in the background: its child processes must not use the terminal.
+        search_path: the program's initial `sys.path`.
+        descriptors: the program's initial limit of open files, which calls get.
     """
 
     config: Path
@@ -58,7 +58,7 @@ class CommandLine:
 
 @dataclass(frozen=True)
 class SupervisorConfig:
-    """What a keeper of supervisors needs of the files: no key and no user."""
+    """The configuration that the launcher needs: without certificate and users."""
 
     configuration: Configuration
     log: LogSettings
@@ -66,7 +66,7 @@ class SupervisorConfig:
 
 @dataclass(frozen=True)
 class LoadedConfig(SupervisorConfig):
-    """What one connection works with from its first byte to its last."""
+    """The configuration of a connection, from its first byte to its last."""
 
     context: ssl.SSLContext
     users: AuthDB
@@ -79,12 +79,12 @@ def load_supervisor_config(options: CommandLine) -> SupervisorConfig:
 
 
 def load_config(options: CommandLine) -> LoadedConfig:
-    """Read and check everything that the command line names but the procedures file.
+    """Load and check configuration, certificate, users and log settings. May block.
 
-    Sets `sys.path`, because the authentication module may need it. May block.
+    Sets `sys.path`, because the authentication module may need it.
 
     Raises:
-        ConfigError: something is wrong; what was in use before still is.
+        ConfigError: the first error found; `sys.path` is unchanged.
     """
     base = load_supervisor_config(options)
     configuration = base.configuration
@@ -115,13 +115,13 @@ def _open_users(section: dict[str, Any], file: Path) -> AuthDB:
     try:
         module = importlib.import_module(name)
     except BaseException as error:
-        raise _module_error(f"{where}: can't be imported", error) from error
+        raise _module_error(f"{where}: cannot be imported", error) from error
     create = getattr(module, "create", None)
     if not callable(create):
         raise ConfigError(f"{where}: expected a function create(config), found none")
     try:
         users: AuthDB = create({key: value for key, value in section.items() if key != "module"})
-    except ValueError as error:  # so modules say which key is wrong, and how
+    except ValueError as error:  # its message begins with the key
         raise ConfigError(f"{file}: authentication.{_one_line(error)}") from error
     except BaseException as error:
         raise _module_error(f"{where}: create() failed", error) from error
@@ -141,7 +141,7 @@ def _one_line(error: BaseException) -> str:
 
 
 def configure_log(options: CommandLine, config: SupervisorConfig) -> None:
-    """Set up this process's log as configured. Raises `ConfigError`."""
+    """Configure this process's log. Raises `ConfigError`."""
     try:
         logs.configure(config.log)
     except (ValueError, OSError) as error:
@@ -151,13 +151,13 @@ def configure_log(options: CommandLine, config: SupervisorConfig) -> None:
 def supervisor_settings(
     options: CommandLine, config: SupervisorConfig, runtime_directory: Path, outlive: bool
 ) -> dict[str, Any]:
-    """What the supervisor gets to know: nothing secret, values that JSON can carry. Spec: harpd.supervisor.main.
+    """Return the supervisor's settings: JSON values, no secret. Spec: harpd.supervisor.main.
 
     Args:
         options: the command line.
         config: configuration and log settings.
-        runtime_directory: where it makes its sockets.
-        outlive: whether it goes on without a keeper while it holds calls.
+        runtime_directory: the directory of its sockets.
+        outlive: whether it continues without a launcher while it holds calls.
     """
     configuration = config.configuration
     limits, exit_info = configuration.limits, configuration.exit_info

@@ -1,6 +1,6 @@
-"""harpd's log, set up alike in the gate and in the supervisor.
+"""harpd's log settings, which frontend and supervisor share.
 
-The gate sends its `LogSettings` to the supervisor as JSON: plain values only.
+The frontend sends its `LogSettings` to the supervisor as JSON.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ __all__ = ["LogSettings", "configure"]
 
 
 class LogSettings(TypedDict):
-    """Where the log goes.
+    """The destination of the log.
 
     Attributes:
-        syslog: to the local syslog instead of stderr; counts when `config` is None.
-        config: what `logging.config.dictConfig` takes, None when the administrator gave nothing.
+        syslog: log to the local syslog instead of stderr; ignored if `config` is given.
+        config: the argument for `logging.config.dictConfig`; None: not configured.
     """
 
     syslog: bool
@@ -27,18 +27,21 @@ class LogSettings(TypedDict):
 
 
 def configure(settings: Mapping[str, Any]) -> None:
-    """Set up this process's log as `LogSettings` say, in place of what was set before.
+    """Configure this process's log, in place of its previous configuration.
+
+    Args:
+        settings: as in `LogSettings`.
 
     Raises:
-        ValueError: `config` is not what `logging.config.dictConfig` takes; the message says what is wrong.
-        OSError: a log file or the syslog socket can't be opened.
+        ValueError: `logging.config.dictConfig` rejects `config`; the message gives the reason.
+        OSError: a log file or the syslog socket cannot be opened.
     """
     config = settings.get("config")
     if config is None:
         logs.configure(syslog=bool(settings.get("syslog")), name="harpd")
         return
     try:
-        # Loggers that exist already must go on, whatever an administrator's file says or leaves out.
+        # Existing loggers continue to log even if the file does not name them.
         logging.config.dictConfig({"version": 1, **config, "disable_existing_loggers": False})
     except (ValueError, TypeError, AttributeError, ImportError, KeyError) as error:
         cause = f": {error.__cause__}" if error.__cause__ else ""

@@ -1,6 +1,6 @@
-"""harpd's configuration: a YAML file becomes one frozen `Configuration`, checked once.
+"""harpd's settings: reads a YAML file into one frozen, validated `Configuration`.
 
-The daemon, its reload and ``--test`` all read it by `load`. Every fault reads ``FILE: key: expected X, got Y``.
+The start, a reload and ``--test`` use the same function, `load`. Errors read ``FILE: key: expected X, got Y``.
 
 Spec: docs/settings-harpd.md.
 """
@@ -38,7 +38,7 @@ class ConfigError(Exception):
     """The configuration can't be used. The message is one line that names file, key and fault."""
 
 
-# A limit that is off is a limit of a year: infinity and NaN are typing errors.
+# The maximum of one year stands for "no limit". It excludes infinity and NaN, which are typing errors.
 Seconds: TypeAlias = Annotated[float, Meta(gt=0, le=365 * 86400, extra={"unit": "seconds"})]
 Bytes: TypeAlias = Annotated[int, Meta(ge=1024, extra={"unit": "bytes"})]
 Count: TypeAlias = Annotated[int, Meta(ge=1, extra={"unit": "count"})]
@@ -51,8 +51,8 @@ class Network(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
         certfile: the server's certificate and the chain to its authority, PEM.
         keyfile: the certificate's key, PEM.
         address: the address or name to listen on; None: every address, IPv4 and IPv6.
-        port: 0 takes a free one.
-        tls_minimum: the least version of TLS. YAML reads ``1.2`` as a number; both forms are taken.
+        port: the TCP port; 0: any free port.
+        tls_minimum: the lowest TLS version. YAML reads ``1.2`` as a number, so both types are accepted.
     """
 
     certfile: str
@@ -67,12 +67,17 @@ class Network(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
 
     @property
     def tls_floor(self) -> str:
-        """`tls_minimum` as `harp_daemon.tls` names it."""
+        """`tls_minimum` as a key of `harp_daemon.tls.TLS_VERSIONS`."""
         return str(self.tls_minimum)
 
 
 class Python(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Section `python`; `path`: where own modules are found. A directory or a list of them is put first."""
+    """Section `python`.
+
+    Attributes:
+        path: directories for the module search: one or a list, searched before Python's own path, or a mapping with
+            the keys ``prepend`` and ``append``.
+    """
 
     path: str | list[str] | dict[str, str | list[str]] = []
 
@@ -81,7 +86,7 @@ class Python(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
             raise ValueError(f"path.{unknown[0]}: unknown key; expected prepend or append")
 
     def search_paths(self) -> dict[str, list[str]]:
-        """The directories to put before and after Python's own: lists under ``prepend`` and ``append``."""
+        """Return the directories to search before and after Python's own: the keys ``prepend`` and ``append``."""
         given = self.path if isinstance(self.path, dict) else {"prepend": self.path}
         both = {end: given.get(end, []) for end in ("prepend", "append")}
         return {end: [listed] if isinstance(listed, str) else listed for end, listed in both.items()}
@@ -91,22 +96,22 @@ class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     """Section `limits`.
 
     Attributes:
-        connections: connections at once, from their arrival until they are closed.
-        calls: calls at once.
-        handshake: from the connection's arrival to the end of the TLS handshake.
-        request: from the handshake to the end of the request line.
-        request_line: length of the request line.
-        request_memory: length of all request lines together that are on their way to a call.
-        idle: how long a connection that is kept waits for another request.
-        authentication: for the password's check.
-        authentication_threads: password checks at once.
-        write_stall: how long a client may take nothing of what it is sent.
-        kill_grace: between two steps of ending a call: SIGXCPU, SIGTERM, SIGKILL.
-        spool: what a kept call may have said that its dispatcher has not stored yet, and, up to 1 MiB, what a tied
-            one may have said that its client has not read yet; past it the procedure waits.
-        spool_memory: what all calls together may have said so; past it those with more than 1 MiB wait.
-        disconnect_timeout: the most that a dispatcher may ask for its running calls to go on without it.
-        result_ttl: the most that a dispatcher may ask for the ends of its calls to be kept for it.
+        max_connections: most connections at the same time.
+        max_calls: most calls at the same time.
+        handshake_timeout: time for the TLS handshake, from the acceptance of the connection.
+        request_timeout: time for the request line, from the end of the handshake.
+        request_line: longest request line.
+        request_memory: total length of all request lines that are being received or passed to the supervisor.
+        keep_alive_timeout: time that a keep-alive connection waits for the next request.
+        authentication_timeout: time for a password check.
+        authentication_threads: most password checks at the same time.
+        write_timeout: time in which a client that reads nothing is disconnected.
+        kill_grace: time between SIGXCPU, SIGTERM and SIGKILL when a call is stopped.
+        spool: data of a resumable call that its dispatcher has not stored yet. When it is reached, the procedure is
+            paused. A connection-bound call buffers at most 1 MiB of it for its client.
+        spool_memory: data buffered for all calls. When it is reached, calls with more than 1 MiB are paused.
+        disconnect_timeout: longest time that a dispatcher can request for calls to run without contact.
+        result_ttl: longest time that a dispatcher can request for the storage of unfetched results.
     """
 
     max_connections: Count = 1000
@@ -135,11 +140,11 @@ class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 
 
 class ExitInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Section `exit_info`: what dispatchers are told of a call's end, beside what is no secret.
+    """Section `exit_info`: parts of a call's exit info that may contain secrets and are therefore off by default.
 
     Attributes:
-        stderr: the last lines of its stderr.
-        traceback: the traceback of an exception.
+        stderr: whether it includes the last lines of stderr.
+        traceback: whether it includes the traceback of an exception.
     """
 
     stderr: bool = False
@@ -150,14 +155,13 @@ class Configuration(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     """The whole file.
 
     Attributes:
-        network: where to listen, and as whom.
-        authentication: `module`, and the keys that this module takes.
-        python: where own modules are found.
-        limits: how much of everything.
-        exit_info: what dispatchers are told of a call's end.
-        runtime_directory: where gate and supervisors meet, with the records of running calls;
-            None: a fresh private directory, removed at the end.
-        cgroup: the directory of the cgroup in which each call gets one; None: the service's own, if it was delegated.
+        network: address, port and certificate.
+        authentication: `module`, and the keys of this module.
+        python: the module search path.
+        limits: limits and timeouts.
+        exit_info: the contents of exit info.
+        runtime_directory: the directory of sockets and state files; None: a private temporary directory.
+        cgroup: the directory of the parent cgroup of the calls' cgroups; None: the service's own, if it was delegated.
     """
 
     network: Network
@@ -185,7 +189,7 @@ def load(path: Path) -> Configuration:
         path: the file, YAML.
 
     Raises:
-        ConfigError: the file can't be read, is not YAML, or has a wrong or unknown key.
+        ConfigError: the file cannot be read, is not YAML, or has an invalid or unknown key.
     """
     document = load_yaml(path)
     try:
@@ -195,7 +199,7 @@ def load(path: Path) -> Configuration:
 
 
 def load_yaml(path: Path) -> Any:
-    """Read a YAML file. Raises `ConfigError`; a key that a mapping has twice is an error too."""
+    """Read a YAML file. Raises `ConfigError`, also for a duplicate key."""
     try:
         with path.open("rb") as file:
             return yaml.load(file, _Loader)  # noqa: S506 - _Loader is a SafeLoader
@@ -210,7 +214,7 @@ def load_yaml(path: Path) -> Any:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML, values only, without the silent loss of a key that stands twice."""
+    """A safe YAML loader that rejects duplicate keys."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[object] = set()
@@ -220,9 +224,7 @@ class _Loader(yaml.SafeLoader):
             key = self.construct_object(key_node, deep=True)
             if isinstance(key, Hashable):
                 if key in seen:
-                    raise yaml.constructor.ConstructorError(
-                        None, None, f"the key {key!r} stands here for the second time", key_node.start_mark
-                    )
+                    raise yaml.constructor.ConstructorError(None, None, f"duplicate key {key!r}", key_node.start_mark)
                 seen.add(key)
         return super().construct_mapping(node, deep)
 
@@ -232,14 +234,14 @@ def _one_line(error: Exception) -> str:
 
 
 def listening_places(network: Network, path: Path) -> list[sockets.TCPPlace]:
-    """Return what to bind in order to listen as `network` describes. It may wait for a name server.
+    """Return the addresses to bind for the section `network`. It may wait for a name server.
 
     Args:
         network: the section.
         path: the configuration file, for messages.
 
     Raises:
-        ConfigError: the address can't be resolved.
+        ConfigError: the address cannot be resolved.
     """
     try:
         return sockets.listening_places(network.address)
@@ -248,14 +250,14 @@ def listening_places(network: Network, path: Path) -> list[sockets.TCPPlace]:
 
 
 def server_context(network: Network, path: Path) -> ssl.SSLContext:
-    """Make the TLS context of the server that `network` describes.
+    """Return the TLS context for the section `network`.
 
     Args:
         network: the section.
         path: the configuration file, for messages.
 
     Raises:
-        ConfigError: the certificate or the key can't be read, or the key is another certificate's.
+        ConfigError: the certificate or the key cannot be read, or they do not belong together.
     """
     for key in ("certfile", "keyfile"):
         name = getattr(network, key)
@@ -270,8 +272,8 @@ def server_context(network: Network, path: Path) -> ssl.SSLContext:
         context.load_cert_chain(network.certfile, network.keyfile, password="")
     except ssl.SSLError as error:
         if error.reason == "KEY_VALUES_MISMATCH":
-            fault = f"{network.keyfile}: expected the key of {network.certfile}, got another certificate's key"
-            raise ConfigError(f"{path}: network.keyfile: {fault}") from error
-        fault = f"expected PEM files of a certificate and its key, got {network.certfile} and {network.keyfile}"
-        raise ConfigError(f"{path}: network.certfile: {fault} ({_one_line(error)})") from error
+            mismatch = f"{network.keyfile}: expected the key of {network.certfile}, got another certificate's key"
+            raise ConfigError(f"{path}: network.keyfile: {mismatch}") from error
+        expected = f"expected PEM files of a certificate and its key, got {network.certfile} and {network.keyfile}"
+        raise ConfigError(f"{path}: network.certfile: {expected} ({_one_line(error)})") from error
     return context
