@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import logging
 import os
@@ -146,6 +147,21 @@ async def test_registry_missing_script_fails_the_refresh(tmp_path: Path) -> None
         with pytest.raises(RefreshFailed, match="No such file"):
             await registry.refresh()
         assert registry.is_ready
+
+
+async def test_registry_without_descriptors_fails_the_refresh(
+    tmp_path: Path, script: Script, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(name: str) -> int:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    script.does(host_line(1, "a"))
+    async with refreshed(tmp_path, host_db_script=script.file) as registry:
+        assert await registry.refresh() == 1
+        monkeypatch.setattr(os, "memfd_create", fail)
+        with pytest.raises(RefreshFailed, match="Too many open files"):
+            await registry.refresh()
+        assert names(registry) == ["a"]
 
 
 async def test_registry_without_sources_fails_the_refresh(tmp_path: Path) -> None:

@@ -145,7 +145,7 @@ class HostsRegistry:
             return len(self.list_hosts())
         try:
             output = await run_script(config.host_db_script, config.host_db_timeout)
-        except ScriptFailed as error:
+        except (ScriptFailed, OSError) as error:
             log.error("cannot refresh hosts registry", extra={"error": str(error)})
             raise RefreshFailed(str(error)) from error
         registry = await asyncio.to_thread(_parse, output)

@@ -1,6 +1,6 @@
 """Runs `host_db_script` with a limit on time and output.
 
-The output goes to a file without a name, so that a process which survives the script cannot hold up the reader.
+The output goes to files in memory: they hold passwords, and a process that outlives the script cannot block the reader.
 
 Spec: docs/settings-dispatcher.md, Hosts registry.
 """
@@ -13,7 +13,6 @@ import signal
 from asyncio.subprocess import DEVNULL, Process
 from contextlib import suppress
 from pathlib import Path
-from tempfile import TemporaryFile
 from typing import IO
 
 __all__ = ["MAX_OUTPUT", "ScriptFailed", "run_script"]
@@ -44,8 +43,9 @@ async def run_script(script: Path, time_limit: float, max_output: int = MAX_OUTP
 
     Raises:
         ScriptFailed: the program cannot be started, exceeds a limit or exits with a status other than 0.
+        OSError: the system has no descriptors left.
     """
-    with TemporaryFile() as output, TemporaryFile() as errors:
+    with _memory_file() as output, _memory_file() as errors:
         try:
             process = await asyncio.create_subprocess_exec(
                 script, stdin=DEVNULL, stdout=output, stderr=errors, start_new_session=True
@@ -82,6 +82,10 @@ async def _wait_exit(process: Process, output: IO[bytes], errors: IO[bytes], max
         if max(_size(output), _size(errors)) > max_output:
             return None
     return status
+
+
+def _memory_file() -> IO[bytes]:
+    return open(os.memfd_create("host_db_script"), "w+b")  # closes the descriptor
 
 
 def _size(file: IO[bytes]) -> int:
