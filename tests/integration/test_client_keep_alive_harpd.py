@@ -458,8 +458,9 @@ server = harp.HarpServer(sys.argv[1], "u", "secret", int(sys.argv[2]), keep_aliv
 call, renew, end = server.p, int, int
 """
 AIO = """
-import asyncio, gc, os, sys
+import asyncio, gc, logging, os, sys
 from harp import aio
+logging.getLogger("asyncio").setLevel(logging.ERROR)  # on a busy machine, it warns about slow callbacks
 server = aio.AsyncHarpServer(sys.argv[1], "u", "secret", int(sys.argv[2]), keep_alive=True)
 runners = [asyncio.Runner()]
 call = lambda: runners[-1].run(server.p())
