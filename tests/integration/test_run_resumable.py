@@ -374,7 +374,7 @@ async def test_details_explain_why_a_job_waits(tmp_path: Path) -> None:
             assert await why(third) == f'queue {{"db": "prod"}} is full (1 of 1: {first}), position 2'
             assert await why(second) == f'queue {{"db": "prod"}} is full (1 of 1: {first}), position 1'
             assert await why(waiting) == "host web01 is full (2 of 2 calls), position 1"
-            assert (await why(first)).startswith("it runs on host web01 since 20")
+            assert (await why(first)).startswith("it has been running on host web01 since 20")
             go_on.set()
             for job_id in (first, second, third, other, waiting):
                 assert await dispatcher.result(job_id, wait=True) == Returned(b"1")
