@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 import harp
+from support.harpcallerd import Harpcallerd
 from support.legacy import LegacyDispatcher, server
 from support.peers import Peer, answering
+from support.scripted import scripted_harpd
 from support.shells import Shell, shell_of
 
 JOB = "3f22e0d4-c8ed-11e5-8d66-001e8c140268"
@@ -25,8 +28,8 @@ def shell(request: pytest.FixtureRequest) -> Iterator[Shell]:
         yield found
 
 
-def stop(state: Any, receipt: Any = None) -> dict[str, Any]:
-    return {"state": state, "stop_report": receipt}
+def stop(state: Any, report: Any = None) -> dict[str, Any]:
+    return {"state": state, "stop_report": report}
 
 
 def test_details_are_requested_each_time(shell: Shell) -> None:
@@ -96,6 +99,16 @@ def test_cancel_with_unconfirmed_stop_raises(shell: Shell, found: Any, kind: str
         with pytest.raises(harp.RemoteError, match=message) as caught:
             shell.caller(peer).job(JOB).cancel(wait=True)
     assert (caught.value.type, caught.value.data) == (kind, found)
+
+
+def test_cancel_with_legacy_harpd_reports_unknown_stop(shell: Shell, tmp_path: Path) -> None:
+    with scripted_harpd(tmp_path) as peer, Harpcallerd(tmp_path / "dispatcher", {"web01": peer.port}) as dispatcher:
+        job = shell.caller_at(dispatcher.host, dispatcher.port).web01.feed("running")
+        with job.follow(since=0) as records:
+            assert next(records) == "running"
+        with pytest.raises(harp.RemoteError) as caught:
+            job.cancel(wait=True)
+    assert (caught.value.type, caught.value.data) == ("stop_unknown", {"state": "unknown", "stop_report": None})
 
 
 @pytest.mark.parametrize("found", [[], {"stop_report": None}, stop(1)])

@@ -239,7 +239,7 @@ class ClientServer:
             return None
         if details.job.stop is None:
             return None
-        return Envelope(state=details.job.stop.value, receipt=details.metadata.stop_report)
+        return Envelope(state=details.job.stop.value, stop_report=details.metadata.stop_report)
 
     async def _follow(self, request: FollowStream, connection: Connection) -> AsyncGenerator[bytes, None]:
         since, recent = request.since, request.recent
