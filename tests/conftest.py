@@ -2,12 +2,42 @@
 
 from __future__ import annotations
 
+import asyncio
+import inspect
 import os
+from collections.abc import AsyncIterator, Iterator
 
+import pytest
 from hypothesis import settings
+
+from support.leftovers import left_since, snapshot, tasks_left_since
 
 # No deadline: a slow machine is no fault. The same examples each time, unless somebody goes looking for more:
 # HYPOTHESIS_PROFILE=search ./dev test tests/protocol
 settings.register_profile("usual", deadline=None, derandomize=True)
 settings.register_profile("search", deadline=None, max_examples=2000, print_blob=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "usual"))
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind() -> Iterator[None]:
+    """Fail a test that leaves a process, a descriptor or a thread behind; fixtures of wider scope were there before."""
+    before = snapshot()
+    yield
+    if left := left_since(before):
+        pytest.fail("left behind:\n" + "\n".join(left), pytrace=False)
+
+
+@pytest.fixture(autouse=True)
+def no_task_left_behind(nothing_left_behind: None, request: pytest.FixtureRequest) -> None:
+    """The same for tasks in the loop of a test that is a coroutine; what the loop itself has open is closed later."""
+    if inspect.iscoroutinefunction(getattr(request, "function", None)):
+        request.getfixturevalue("_no_task_left_behind")
+
+
+@pytest.fixture
+async def _no_task_left_behind() -> AsyncIterator[None]:
+    before = asyncio.all_tasks()
+    yield
+    if left := await tasks_left_since(before):
+        pytest.fail("tasks left behind:\n" + "\n".join(left), pytrace=False)

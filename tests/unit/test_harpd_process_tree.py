@@ -262,7 +262,7 @@ def fail() -> None:
     raise RuntimeError
 
 
-def test_timers_run_in_order_unless_cancelled() -> None:
+def test_timers_run_in_order_unless_cancelled(caplog: pytest.LogCaptureFixture) -> None:
     loop, fired = EventLoop(), list[int]()
     for number in (3, 1, 2):
         loop.call_later(number / 1000, lambda number=number: fired.append(number))  # type: ignore[misc]
@@ -271,6 +271,8 @@ def test_timers_run_in_order_unless_cancelled() -> None:
     loop.call_later(0.004, loop.stop)
     loop.run()
     assert fired == [1, 2, 3]
+    assert [record.levelname for record in caplog.records] == ["ERROR"]
+    caplog.clear()  # the traceback of the failure holds the loop, and so its descriptor
 
 
 def test_cancelled_timers_do_not_accumulate() -> None:

@@ -1,0 +1,125 @@
+"""What a test leaves behind: processes, descriptors and threads of the process that runs the tests, tasks of its loop.
+
+`resources` takes a snapshot. What is new in a later one was left behind, unless it belongs to a fixture that lives
+longer than the test: a process whose ancestor was there before.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import os
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+__all__ = ["Snapshot", "left_since", "new_since", "snapshot", "tasks_left_since"]
+
+#: Seconds within which what is ending has to be gone.
+DEADLINE = 10.0
+
+#: Every process that the tests start inherits this, so it is found even when its parent has died.
+_COOKIE = ("HARP_TESTS", str(uuid.uuid4()))
+os.environ.update([_COOKIE])
+
+_PROC = Path("/proc")
+
+
+@dataclass(frozen=True)
+class Process:
+    """A process that runs, or that nobody has waited for."""
+
+    pid: int
+    started: int
+    parent: int = field(compare=False)
+    description: str = field(compare=False)
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What there is at a time; descriptors are numbers with what they lead to, threads have the kernel's ids."""
+
+    processes: frozenset[Process]
+    descriptors: frozenset[tuple[int, str]]
+    threads: frozenset[int]
+
+
+def snapshot() -> Snapshot:
+    """Take a snapshot of this process and of all processes that the tests have started."""
+    return Snapshot(
+        frozenset(_processes()), frozenset(_descriptors()), frozenset(map(int, os.listdir("/proc/self/task")))
+    )
+
+
+def _descriptors() -> Iterator[tuple[int, str]]:
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError):  # the descriptor that the listing itself has used
+            target = os.readlink(f"/proc/self/fd/{name}")
+            if not target.startswith("/dev/shm/pym-"):  # what multiprocessing keeps for further use
+                yield int(name), target
+
+
+def _processes() -> Iterator[Process]:
+    """The children of this process, and all processes that have inherited the cookie."""
+    own = os.getpid()
+    for name in os.listdir(_PROC):
+        if name.isdecimal() and int(name) != own:
+            with contextlib.suppress(OSError):  # it has ended, or is another user's
+                stat = (_PROC / name / "stat").read_bytes()
+                command, _, rest = stat.partition(b"(")[2].rpartition(b")")
+                fields = rest.split()
+                parent = int(fields[1])
+                environment = (_PROC / name / "environ").read_bytes().split(b"\0")
+                if parent == own or "=".join(_COOKIE).encode() in environment:
+                    line = (_PROC / name / "cmdline").read_bytes().replace(b"\0", b" ") or command
+                    state = fields[0].decode()
+                    text = f"process {name} ({state}) of {parent}: {line.decode(errors='replace')[:200]}"
+                    yield Process(int(name), int(fields[19]), parent, text)
+
+
+def new_since(before: Snapshot, after: Snapshot) -> list[str]:
+    """Describe what is new in `after` and does not belong to a process that is in `before`."""
+    parents = {process.pid: process.parent for process in after.processes}
+    old = {process.pid for process in before.processes & after.processes}
+
+    def belongs_to_an_old_one(pid: int) -> bool:
+        while pid in parents:
+            if pid in old:
+                return True
+            pid = parents[pid]
+        return False
+
+    names = {thread.native_id: repr(thread) for thread in threading.enumerate()}
+    return [
+        *(one.description for one in after.processes if not belongs_to_an_old_one(one.pid)),
+        *(f"descriptor {number}: {target}" for number, target in after.descriptors - before.descriptors),
+        *(f"thread {number}: {names.get(number)}" for number in after.threads - before.threads),
+    ]
+
+
+def left_since(before: Snapshot) -> list[str]:
+    """Describe what was left behind since a snapshot, and is not gone by the deadline."""
+    deadline = time.monotonic() + DEADLINE
+    collected = False
+    while left := new_since(before, snapshot()):
+        if not collected:
+            gc.collect()  # objects of a cycle close their descriptors only now
+            collected = True
+        elif time.monotonic() > deadline:
+            break
+        else:
+            time.sleep(0.01)
+    return left
+
+
+async def tasks_left_since(before: set[asyncio.Task[object]]) -> list[str]:
+    """Describe the tasks of this loop that were left behind, and have not ended by the deadline."""
+    deadline = time.monotonic() + DEADLINE
+    before = {*before, *filter(None, [asyncio.current_task()])}
+    while (left := asyncio.all_tasks() - before) and time.monotonic() < deadline:
+        await asyncio.wait(left, timeout=deadline - time.monotonic())
+    return [repr(task) for task in left]
