@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -409,9 +410,10 @@ def test_waiting_client_receives_the_end(dispatcher: Harpcallerd) -> None:
         assert waiting.messages() == following.messages() == [{"cancelled": True}]
 
 
-def test_interrupted_bound_job_ends_as_missing_result(dispatcher: Harpcallerd) -> None:
-    job = dispatcher.submit("web01", "hang")
-    wait_until(lambda: dispatcher.ask(get_status=job)[0]["time"]["start"], what="the start")
-    dispatcher.restart(kill=True)
-    (end,) = dispatcher.ask(get_result=job)
-    check_match({"error": {"type": "missing_result", "message": "~"}}, end, {})
+def test_interrupted_bound_job_ends_as_missing_result(peer: Peer, tmp_path: Path) -> None:
+    with Harpcallerd(tmp_path / "dispatcher", {"web01": peer.port}) as dispatcher:
+        job = dispatcher.submit("web01", "hang")
+        wait_until(lambda: dispatcher.ask(get_status=job)[0]["time"]["start"], what="the start")
+        dispatcher.restart(kill=True)
+        (end,) = dispatcher.ask(get_result=job)
+        check_match({"error": {"type": "missing_result", "message": "~"}}, end, {})
