@@ -128,7 +128,7 @@ def test_the_phases_of_a_job_add_up_to_its_time(tmp_path: Path) -> None:
         job.get()
         details = job.details()
         phases, time = details["phases"], details["time"]
-        here = ["wait", "connect", "authenticate", "fork", "run", "rest"]
+        here = ["wait", "connect", "authenticate", "fork", "run", "other"]
         assert list(phases) == ["accept", "store", *here, "store_end", "deliver"]
         assert min(phases.values()) >= 0
         assert sum(phases[name] for name in here) == pytest.approx(time["end"] - time["submit"], abs=0.001)
