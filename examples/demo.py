@@ -1,7 +1,7 @@
 """The whole system on one machine, explained as it runs: `./dev demo`, `./dev demo --keep`.
 
-Makes a private directory with a small certificate authority, starts harpd and harpcallerd on free ports of
-127.0.0.1, runs the tour in tour.py against them, showing the Python that does it, and stops all.
+It creates a private directory with a certificate authority and starts harpd and harpcallerd on free ports of
+127.0.0.1. Then it runs the tour in tour.py, shows the Python code of each step, and stops the daemons.
 """
 
 from __future__ import annotations
@@ -52,11 +52,11 @@ ca_file = {ca_file}
 
 
 class DemoError(Exception):
-    """The demo can't go on; the message says why and which log to read."""
+    """The demo cannot continue; the message has the reason and the log of the daemon."""
 
 
 def make_certificates(directory: Path) -> None:
-    """A certificate authority and a certificate for this machine's loopback names."""
+    """Create a certificate authority, and a certificate for the loopback names of this machine."""
     authority = trustme.CA(key_type=trustme.KeyType.ECDSA)
     server = authority.issue_cert("localhost", "127.0.0.1", key_type=trustme.KeyType.ECDSA)
     authority.cert_pem.write_to_path(str(directory / "ca.pem"))
@@ -66,14 +66,14 @@ def make_certificates(directory: Path) -> None:
 
 @contextmanager
 def daemon(log: Path, *command: str) -> Iterator[int]:
-    """Run a daemon; give the port that it serves on; stop it at the end."""
+    """Run a daemon while the block runs; yield its port."""
     with log.open("w") as output:
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
     try:
         yield port_of(process, log)
         process.send_signal(signal.SIGTERM)
         if code := process.wait(STOP_DEADLINE):
-            raise DemoError(f"{command[0]} ended with exit code {code}; its log says:\n{log.read_text()}")
+            raise DemoError(f"{command[0]} ended with exit code {code}; its log:\n{log.read_text()}")
     finally:
         if process.poll() is None:
             process.terminate()
@@ -81,18 +81,18 @@ def daemon(log: Path, *command: str) -> Iterator[int]:
 
 
 def port_of(process: subprocess.Popen[bytes], log: Path) -> int:
-    """Wait until the daemon's log says that it serves, and on which port."""
+    """Wait until the daemon's log contains its port; return the port."""
     last = time.monotonic() + START_DEADLINE
     while time.monotonic() < last and process.poll() is None:
         if serving := re.search(r"is serving.* port=(\d+)", log.read_text()):
             return int(serving[1])
         time.sleep(0.02)
-    raise DemoError(f"{process.args!r} does not serve; its log says:\n{log.read_text()}")
+    raise DemoError(f"{process.args!r} does not serve; its log:\n{log.read_text()}")
 
 
 @contextmanager
 def system(directory: Path) -> Iterator[tuple[int, int]]:
-    """Both daemons, as two commands would start them; gives the ports of harpcallerd and harpd."""
+    """Run both daemons while the block runs; yield the ports of harpcallerd and harpd."""
     make_certificates(directory)
     harpd_conf, toml = directory / "harpd.conf", directory / "harpcaller.toml"
     harpd_conf.write_text(HARPD_CONF.format(directory=directory, user=USER, password=PASSWORD))
@@ -117,19 +117,19 @@ def system(directory: Path) -> Iterator[tuple[int, int]]:
                 f"--config={toml}",
             )
         )
-        wait_for_answers(harpcallerd_port, harpd_port, directory)
+        check_calls(harpcallerd_port, harpd_port, directory)
         yield harpcallerd_port, harpd_port
 
 
-def wait_for_answers(harpcallerd_port: int, harpd_port: int, directory: Path) -> None:
-    """One call each way shows that both answer."""
+def check_calls(harpcallerd_port: int, harpd_port: int, directory: Path) -> None:
+    """Make one direct call and one job, so that both daemons have served a request."""
     server = harp.HarpServer("localhost", USER, PASSWORD, harpd_port, ca_file=str(directory / "ca.pem"))
     server.current_time()
     harp.HarpCaller("localhost", harpcallerd_port).localhost.current_time().get()
 
 
 def show_step(number: int, step: tour.Step, arguments: tour.System) -> None:
-    """Print a step's title and source, then run it."""
+    """Print the title and the source code of a step, then run it."""
     title, _, explanation = (inspect.getdoc(step) or "").partition("\n")
     body = inspect.getsource(step).split('"""', 2)[2]
     print(f"\n\033[1m{number}. {title}\033[0m" if sys.stdout.isatty() else f"\n{number}. {title}")
@@ -141,7 +141,7 @@ def show_step(number: int, step: tour.Step, arguments: tour.System) -> None:
     sys.stdout.flush()
 
 
-HOW_TO_TALK = """
+INSTRUCTIONS = """
 Both daemons keep running. In another terminal, from this directory:
 
    ./dev run harp --dispatcher=localhost:{harpcallerd} call --wait localhost disk_usage /
@@ -157,28 +157,28 @@ The logs are {directory}/harpd.log and {directory}/harpcallerd.log.
 Ctrl-C here stops both and removes the directory."""
 
 
-def disconnect_timeout(directory: Path, harpcallerd_port: int, harpd_port: int) -> None:
-    """Wait for Ctrl-C or TERM."""
+def wait_for_interrupt(directory: Path, harpcallerd_port: int, harpd_port: int) -> None:
+    """Print how to use the daemons, then wait for Ctrl-C or SIGTERM."""
     facts = {"directory": directory, "user": USER, "password": PASSWORD}
     stopped = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: stopped.set())
-    print(HOW_TO_TALK.format(harpcallerd=harpcallerd_port, harpd=harpd_port, **facts), flush=True)
+    print(INSTRUCTIONS.format(harpcallerd=harpcallerd_port, harpd=harpd_port, **facts), flush=True)
     stopped.wait()
 
 
 def main() -> int:
     """Run the demo."""
     parser = argparse.ArgumentParser(prog="./dev demo", description=__doc__)
-    parser.add_argument("--keep", action="store_true", help="leave the system running and say how to talk to it")
+    parser.add_argument("--keep", action="store_true", help="keep the daemons running and show how to use them")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="harp-demo-") as name:
         directory = Path(name)
-        print(f"Starting harpd and harpcallerd on 127.0.0.1; everything they need is in {directory}")
+        print(f"Starting harpd and harpcallerd on 127.0.0.1, with all their files in {directory}")
         try:
             with system(directory) as (harpcallerd_port, harpd_port):
                 if options.keep:
-                    disconnect_timeout(directory, harpcallerd_port, harpd_port)
+                    wait_for_interrupt(directory, harpcallerd_port, harpd_port)
                     return 0
                 arguments = tour.System(harpcallerd_port, harpd_port, USER, PASSWORD, str(directory / "ca.pem"))
                 for number, step in enumerate(tour.STEPS, 1):
@@ -186,7 +186,7 @@ def main() -> int:
         except (DemoError, harp.HarpException) as error:
             print(f"demo: {error}", file=sys.stderr)
             return 1
-    print("\nBoth daemons have stopped. `./dev demo --keep` leaves them running for you to try.")
+    print("\nBoth daemons have stopped. `./dev demo --keep` keeps them running for your own experiments.")
     return 0
 
 
