@@ -13,7 +13,7 @@ import trustme
 import harp
 from support.certificates import Certificates, server_files
 from support.peers import Conversation, Peer, answering, line_of, server_context, silent, single_bytes
-from support.shells import Shell, nothing_left, shell_of
+from support.shells import Shell, shell_of
 
 PLAIN = {"harp": 1, "stream_result": False}
 STREAM = {"harp": 1, "stream_result": True}
@@ -69,7 +69,7 @@ def test_direct_stream_ends_with_a_result(shell: Shell, tls: ssl.SSLContext, rec
 
 
 def test_direct_stream_is_a_harp_stream_iterator(tls: ssl.SSLContext) -> None:
-    with nothing_left(), Peer(answering(STREAM, {"result": 7}), tls=tls) as peer:
+    with Peer(answering(STREAM, {"result": 7}), tls=tls) as peer:
         iterator = harp.HarpServer(peer.host, "u", "secret", peer.port).p()
         assert isinstance(iterator, harp.HarpStreamIterator)
         with pytest.raises(TypeError, match="cannot be copied or pickled"):
@@ -265,7 +265,7 @@ def test_tls_1_1_is_refused(shell: Shell, files: Certificates) -> None:
 
 
 def test_json_ssl_connection_sends_and_receives(tls: ssl.SSLContext, files: Certificates) -> None:
-    with nothing_left(), Peer(answering({"a": 1}), answering({"b": 2}), tls=tls) as peer:
+    with Peer(answering({"a": 1}), answering({"b": 2}), tls=tls) as peer:
         with harp.JSONSSLConnection(peer.host, peer.port, files.ca_file) as conn:
             assert repr(conn) == f"<JSONSSLConnection {peer.host}:{peer.port} connected>"
             conn.send([1])

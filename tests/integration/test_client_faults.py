@@ -22,7 +22,7 @@ from harp._net import sockets, sync, tls
 from support.certificates import Certificates, server_files
 from support.deadline import eventually, wait_until
 from support.peers import Conversation, Peer, Script, answering, resetting, server_context, silent
-from support.shells import Shell, nothing_left, shell_of
+from support.shells import Shell, shell_of
 
 JOB = "3f22e0d4-c8ed-11e5-8d66-001e8c140268"
 
@@ -177,15 +177,14 @@ def test_tls_with_invalid_server_raises(shell: Shell, script: Script, message: s
 
 def test_tls_reset_before_handshake_closes_the_socket() -> None:
     """The socket is closed, and nothing is sent on it without encryption."""
-    with nothing_left():
-        with socket.create_server(("127.0.0.1", 0)) as listener:
-            sock = socket.create_connection(listener.getsockname())
-            accepted, _ = listener.accept()
-            accepted.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            accepted.close()
-            wait_until(lambda: sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) == errno.ECONNRESET)
-            with pytest.raises(ConnectionResetError):
-                tls.tls_context(None).wrap_socket(sock)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        sock = socket.create_connection(listener.getsockname())
+        accepted, _ = listener.accept()
+        accepted.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        accepted.close()
+        wait_until(lambda: sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) == errno.ECONNRESET)
+        with pytest.raises(ConnectionResetError):
+            tls.tls_context(None).wrap_socket(sock)
 
 
 def test_plain_request_to_tls_server_fails(shell: Shell, files: Certificates) -> None:
@@ -294,7 +293,7 @@ def test_connect_to_name_with_two_families(shell: Shell) -> None:
 
 
 def test_socket_has_keepalive_and_nodelay() -> None:
-    with nothing_left(), Peer(silent, silent, tls=None) as peer:
+    with Peer(silent, silent, tls=None) as peer:
         with harp.JSONConnection(peer.host, peer.port) as conn:
             conn.send({})
             (ours,) = [
@@ -311,7 +310,7 @@ def test_socket_has_keepalive_and_nodelay() -> None:
 
 
 def test_value_without_json_form_is_not_sent() -> None:
-    with nothing_left(), Peer(answering({"ok": 1})) as peer:
+    with Peer(answering({"ok": 1})) as peer:
         with harp.JSONConnection(peer.host, peer.port) as conn:
             with pytest.raises(harp.HarpException, match=r"cannot be sent as JSON: at \['a'\]\[1\]: type set"):
                 conn.send({"a": [0, {1}]})
@@ -449,5 +448,4 @@ def test_async_json_connection_sends_and_receives(files: Certificates) -> None:
                 with pytest.raises(TypeError, match="cannot be copied"):
                     conn.__reduce__()
 
-    with nothing_left():
-        asyncio.run(main(), debug=True)
+    asyncio.run(main(), debug=True)

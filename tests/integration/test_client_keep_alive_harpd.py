@@ -22,7 +22,7 @@ from harp import aio
 from support.certificates import Certificates, server_files
 from support.deadline import eventually, wait_until
 from support.peers import Conversation, Peer, Script, answering, keeping, line_of, server_context
-from support.shells import Shell, nothing_left, shell_of
+from support.shells import Shell, shell_of
 
 PLAIN = {"harp": 1, "stream_result": False, "keep_alive": 60}
 STREAM = {"harp": 1, "stream_result": True, "keep_alive": 60}
@@ -358,7 +358,7 @@ def test_keep_alive_stream_end_races_with_close(tls: ssl.SSLContext) -> None:
                 kind = STREAM if talk.expect()["procedure"] == "stream" else PLAIN
                 talk.reply(kind, {"result": 1})
 
-    with nothing_left(), Peer(always=script, tls=tls) as peer:
+    with Peer(always=script, tls=tls) as peer:
         server = harp.HarpServer(peer.host, "u", "secret", peer.port, keep_alive=True)
         with server, ThreadPoolExecutor(1) as pool:
             for _ in range(100):
@@ -407,7 +407,7 @@ COPIES: list[Callable[[Any], Any]] = [copy.copy, copy.deepcopy, lambda server: p
 
 @pytest.mark.parametrize("copied", COPIES, ids=["copy", "deepcopy", "pickle"])
 def test_keep_alive_copy_has_its_own_connections(tls: ssl.SSLContext, copied: Callable[[Any], Any]) -> None:
-    with nothing_left(), Peer(keeping(result(1), result(3)), keeping(result(2)), tls=tls) as peer:
+    with Peer(keeping(result(1), result(3)), keeping(result(2)), tls=tls) as peer:
         server = harp.HarpServer(peer.host, "u", "secret", peer.port, keep_alive=True)
         assert server.p() == 1
         with copied(server) as same:
@@ -426,7 +426,7 @@ def test_keep_alive_async_copy_has_its_own_connections(tls: ssl.SSLContext, copi
                 assert await same.p() == 2
             assert await server.p() == 3
 
-    with nothing_left(), Peer(keeping(result(1), result(3)), keeping(result(2)), tls=tls) as peer:
+    with Peer(keeping(result(1), result(3)), keeping(result(2)), tls=tls) as peer:
         asyncio.run(main(peer), debug=True)
     assert counts(peer) == [2, 1]
 
@@ -505,13 +505,13 @@ def test_keep_alive_deleted_async_server_does_not_warn(tls: ssl.SSLContext) -> N
         server = aio.AsyncHarpServer(peer.host, "u", "secret", peer.port, keep_alive=True)
         assert [await server.p(), await server.p()] == [1, 2]
 
-    with nothing_left(), Peer(keeping(result(1), result(2)), tls=tls) as peer:
+    with Peer(keeping(result(1), result(2)), tls=tls) as peer:
         asyncio.run(main(peer), debug=True)
         assert peer.conversations[0].closed.wait(30)
 
 
 def test_keep_alive_event_loops_have_their_own_connections(tls: ssl.SSLContext) -> None:
-    with nothing_left(), Peer(keeping(result(1)), keeping(result(2)), tls=tls) as peer:
+    with Peer(keeping(result(1)), keeping(result(2)), tls=tls) as peer:
         server = aio.AsyncHarpServer(peer.host, "u", "secret", peer.port, keep_alive=True)
         with asyncio.Runner(debug=True) as one, asyncio.Runner(debug=True) as other:
             assert one.run(server.p()) == 1
@@ -522,7 +522,7 @@ def test_keep_alive_event_loops_have_their_own_connections(tls: ssl.SSLContext) 
 
 def test_keep_alive_connections_of_ended_loop_are_skipped(tls: ssl.SSLContext) -> None:
     """asyncio itself warns about a connection that is open at the end of its loop."""
-    with nothing_left(), Peer(keeping(result(1)), keeping(result(2)), tls=tls) as peer:
+    with Peer(keeping(result(1)), keeping(result(2)), tls=tls) as peer:
         server = aio.AsyncHarpServer(peer.host, "u", "secret", peer.port, keep_alive=True)
         assert asyncio.run(server.p()) == 1
         with pytest.warns(ResourceWarning, match="unclosed transport"):

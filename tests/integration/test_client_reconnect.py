@@ -20,7 +20,7 @@ from harp.cli import Exit
 from support.deadline import eventually, wait_until
 from support.legacy import LegacyDispatcher, server
 from support.peers import Conversation, Peer, Script, answering, line_of, reserved_port, resetting, single_bytes
-from support.shells import Shell, nothing_left, shell_of
+from support.shells import Shell, shell_of
 
 JOB = "3f22e0d4-c8ed-11e5-8d66-001e8c140268"
 UNKNOWN = "00000000-0000-4000-8000-000000000000"
@@ -355,7 +355,7 @@ def test_task_cancelled_in_pause_leaves_nothing(attempts: list[Any]) -> None:
             await task
         assert await iterator.all() == []
 
-    with nothing_left(), reserved_port() as port:
+    with reserved_port() as port:
         asyncio.run(main(port), debug=True)
 
 
@@ -368,8 +368,7 @@ def test_task_cancelled_while_waiting_closes() -> None:
             with pytest.raises(asyncio.CancelledError):
                 await task
 
-    with nothing_left():
-        asyncio.run(main(), debug=True)
+    asyncio.run(main(), debug=True)
 
 
 @pytest.mark.parametrize("command", ["follow", "result"])

@@ -12,7 +12,6 @@ import pytest
 
 from support.certificates import server_files
 from support.peers import Peer, Script, answering, server_context
-from support.shells import nothing_left
 
 PAGE = (Path(__file__).parents[2] / "docs/client-api.md").read_text()
 JOB = "8b0e5a1e-0a4f-4d0e-9d0a-4b8f6f3b1c11"
@@ -54,7 +53,7 @@ def test_synopsis_with_a_dispatcher(capsys: pytest.CaptureFixture[str], last: An
         answering({"result": "bar baz"}, request={"harpcaller": 1, "get_result": JOB, "wait": True}),
         answering(last, request={"harpcaller": 1, "get_result": OLD_JOB, "wait": False}),
     ]
-    with nothing_left(), Peer(*scripts) as peer:
+    with Peer(*scripts) as peer:
         program = synopsis("With a dispatcher").replace('"localhost")\n\n', f'"127.0.0.1", {peer.port})\n\n', 1)
         exec(program, {})
     assert capsys.readouterr().out.splitlines() == [
@@ -82,7 +81,7 @@ def test_synopsis_with_a_harpd(capsys: pytest.CaptureFixture[str], tmp_path: Pat
             request=request("logs_in_next_minutes", [10]),
         ),
     ]
-    with nothing_left(), Peer(*scripts, tls=server_context(server_files(tmp_path))) as peer:
+    with Peer(*scripts, tls=server_context(server_files(tmp_path))) as peer:
         program = synopsis("With a harpd").replace('host="localhost",', f'host="localhost", port={peer.port},')
         exec(program, {})
     assert capsys.readouterr().out.splitlines() == [
@@ -98,7 +97,7 @@ def test_synopsis_with_asyncio(capsys: pytest.CaptureFixture[str]) -> None:
         answering(SUBMITTED, request=call("stream_infinity", [])),
         answering({"packet": 0, "data": 1}, {"result": 2}),
     ]
-    with nothing_left(), Peer(*scripts) as peer:
+    with Peer(*scripts) as peer:
         body = synopsis("With asyncio").replace('"localhost")', f'"127.0.0.1", {peer.port})')
         scope: dict[str, Any] = {}
         exec("async def main():\n" + textwrap.indent(body, "    "), scope)

