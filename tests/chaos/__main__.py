@@ -1,4 +1,4 @@
-"""Program: the proof. `./dev chaos --help` says how to use it."""
+"""Program: the chaos run. `./dev chaos --help` explains its options."""
 
 from __future__ import annotations
 
@@ -18,32 +18,32 @@ from chaos.run import Plan, Run
 
 _EXAMPLES = """\
 examples:
-  ./dev chaos --minutes 1                          a look: one minute, a seed of its own choice
-  ./dev chaos --minutes 10 --seed 7                the proof
+  ./dev chaos --minutes 1                          one minute, with a random seed
+  ./dev chaos --minutes 10 --seed 7                ten minutes, with the faults of seed 7
   ./dev chaos --minutes 10 --seed 7 --keep-logs /tmp/seed7
-                                                   the same, and every file of the run stays there
-  ./dev chaos --minutes 0.2 --sabotage drop-record must end with status 1: so the proof is one
+                                                   the same, and keep all files of the run there
+  ./dev chaos --minutes 0.2 --sabotage drop-record a dispatcher that breaks a promise: must exit with 1
 
-The same seed gives the same schedule of faults; outcomes may differ, as the machine's moments do.
-As root the dispatcher's store lies on a small file system of its own, which is full now and then.
+The same seed gives the same schedule of faults; the effects depend on the speed of the machine, too.
+As root, the dispatcher's store is on a separate small file system, which is full from time to time.
 
-exit status: 0 no promise was broken, 1 at least one was (each is told with its facts), 2 wrong usage, 130 broken off
+exit status: 0 no promise broken, 1 at least one broken (printed with the facts), 2 wrong usage, 130 interrupted
 """
 
-#: The file system for the dispatcher's store, in the form that mount takes.
+#: Size of the file system for the dispatcher's store, as an option of mount.
 _DISK_SIZE = "192m"
 
-#: Set in the environment of the program that runs in a mount namespace of its own.
+#: Set in the environment of the program that runs in a separate mount namespace.
 _OWN_MOUNTS = "CHAOS_OWN_MOUNTS"
 
 
 def main() -> int:
-    """Run as the command line says; return the exit status."""
+    """Run the program; return its exit status."""
     options = _parser().parse_args()
     if os.geteuid() == 0 and _OWN_MOUNTS not in os.environ:
         probe = subprocess.run(["unshare", "--mount", "true"], capture_output=True, check=False)
         if probe.returncode == 0:
-            # So that the file system goes with the last process, however this program ends.
+            # The kernel removes the file system with the last process, however this program ends.
             again = ["unshare", "--mount", sys.executable, "-P", "-m", "chaos", *sys.argv[1:]]
             os.execvpe(again[0], again, {**os.environ, _OWN_MOUNTS: "1"})
     directory = options.keep_logs or Path(tempfile.mkdtemp(prefix="chaos-"))
@@ -55,7 +55,7 @@ def main() -> int:
     store.mkdir()
     disk = _OWN_MOUNTS in os.environ and _mount(store)
     if not disk:
-        print("not root, or no mount namespaces: the dispatcher's disk will not be full in this run")
+        print("not root, or no mount namespaces: this run has no full disk")
     plan = Plan(options.seed, options.minutes * 60.0, options.sabotage, directory.absolute(), disk)
     print(f"seed {plan.seed}, {plan.seconds:g} s; files in {directory}", flush=True)
     broken = _run(plan)
@@ -69,8 +69,8 @@ def main() -> int:
 
 
 def _run(plan: Plan) -> int:
-    """The exit status of a run."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # in the background a shell has it ignore the first
+    """Run, print the report, and return the exit status."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # a shell ignores SIGINT for background programs
         signal.signal(number, signal.default_int_handler)
     run: Run | None = None
 
@@ -82,11 +82,11 @@ def _run(plan: Plan) -> int:
     try:
         asyncio.run(whole())
     except KeyboardInterrupt:
-        print("broken off; all processes have been ended")
+        print("interrupted; all processes have been ended")
         return 130
     assert run is not None
     run.report()
-    return 1 if run.ledger.broken else 0
+    return 1 if run.observations.violations else 0
 
 
 def _mount(store: Path) -> bool:
@@ -95,7 +95,7 @@ def _mount(store: Path) -> bool:
 
 
 def _keep_store(store: Path) -> None:
-    """Move the store off the file system that goes with this program."""
+    """Copy the store from the file system that ends with this program."""
     (store / "ballast").unlink(missing_ok=True)
     shutil.copytree(store, store.with_name("store-at-the-end"), dirs_exist_ok=True)
     subprocess.run(["umount", str(store)], capture_output=True, check=False)
@@ -104,14 +104,15 @@ def _keep_store(store: Path) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="./dev chaos",
-        description="Break a whole system on purpose and hold what it says against what happened.",
+        description="Inject faults into a whole system, and compare its replies with what happened.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--minutes", type=_minutes, default=1.0, metavar="N", help="how long there are faults (1)")
-    parser.add_argument("--seed", type=int, default=random.randrange(1_000_000), metavar="S", help="of the schedule")
-    parser.add_argument("--sabotage", choices=sorted(SABOTAGES), default="none", help="have the dispatcher do this")
-    parser.add_argument("--keep-logs", type=Path, metavar="DIR", help="keep all files, there (else: after a failure)")
+    add = parser.add_argument
+    add("--minutes", type=_minutes, default=1.0, metavar="N", help="duration of the faults (1)")
+    add("--seed", type=int, default=random.randrange(1_000_000), metavar="S", help="seed of the schedule (random)")
+    add("--sabotage", choices=sorted(SABOTAGES), default="none", help="let the dispatcher break a promise")
+    add("--keep-logs", type=Path, metavar="DIR", help="keep all files there (default: only after a failure)")
     return parser
 
 

@@ -1,6 +1,6 @@
-"""The clients: they submit jobs, follow, cancel and ask, by the real library, and note what they are told.
+"""The clients: they submit, follow and cancel jobs with the real library, and store the replies.
 
-What cuts a client off (a dispatcher that is away) is no broken promise; it asks again. A submission is never repeated.
+An unreachable dispatcher is not a violation; the client retries. It never repeats a submission.
 """
 
 from __future__ import annotations
@@ -12,23 +12,23 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, TypeVar
 
 import harp
-from chaos.census import Census
-from chaos.ledger import Entry, Follower, Ledger, end_of
-from chaos.orders import Order, order
+from chaos.job_specs import JobSpec, random_spec
+from chaos.observations import Follower, Observations, ObservedJob, end_of
+from chaos.process_tracker import ProcessTracker
 from chaos.system import HOSTS, System
 from harp import aio
 
 T = TypeVar("T")
 
-#: How many clients there are, and how many jobs they submit a second, all together, while nothing holds them up.
+#: Number of clients, and of jobs that all of them together submit per second if nothing delays them.
 _CLIENTS, _RATE = 60, 12.0
-#: Seconds until a client asks again that got no answer.
-_AGAIN = 0.3
-#: How many of a hundred jobs are cancelled, and nobody asks about until the end.
-_CANCELLED, _FORGOTTEN = 14, 8
-#: How many of a hundred followers use the library's synchronous half.
+#: Seconds before a client retries a request without a reply.
+_RETRY_DELAY = 0.3
+#: Percentage of jobs that are cancelled, and of those whose result is not requested before the end of the run.
+_CANCELLED, _NOT_AWAITED = 14, 8
+#: Percentage of followers that use the synchronous client.
 _SYNCHRONOUS = 40
-#: What `cancel` raises when the host has not confirmed that nothing is left.
+#: Errors of `cancel` if the host has not confirmed the stop.
 _NOT_CONFIRMED = frozenset({"stop_failed", "stop_unknown"})
 
 
@@ -36,82 +36,82 @@ class Clients:
     """All clients.
 
     Args:
-        system: whom they ask.
-        ledger: what they note.
-        census: whom receipts are held against.
-        seed: for what they do.
+        system: the system.
+        observations: receives the replies.
+        tracker: knows the processes, to check stop reports.
+        seed: for random choices.
     """
 
-    def __init__(self, system: System, ledger: Ledger, census: Census, seed: int) -> None:
+    def __init__(self, system: System, observations: Observations, tracker: ProcessTracker, seed: int) -> None:
         self._system = system
-        self._ledger = ledger
-        self._census = census
+        self._observations = observations
+        self._tracker = tracker
         self._seed = seed
         self._numbers = 0
         self._over = asyncio.Event()
 
     def stop(self) -> None:
-        """Submit nothing more."""
+        """Submit no further jobs."""
         self._over.set()
 
     async def run(self) -> None:
-        """Submit until `stop`, then return once all that was begun is done."""
+        """Submit jobs until `stop`; return when all requests are done."""
         async with asyncio.TaskGroup() as group:
             for number in range(_CLIENTS):
                 group.create_task(self._run_one(random.Random(f"{self._seed}/{number}")))
 
-    async def _run_one(self, chance: random.Random) -> None:
+    async def _run_one(self, rng: random.Random) -> None:
         while not self._over.is_set():
             self._numbers += 1
-            await self._run_job(order(chance, f"t{self._numbers:06}", HOSTS), chance)
+            await self._run_job(random_spec(rng, f"t{self._numbers:06}", HOSTS), rng)
             try:
-                async with asyncio.timeout(chance.uniform(0, _CLIENTS / _RATE)):
+                async with asyncio.timeout(rng.uniform(0, _CLIENTS / _RATE)):
                     await self._over.wait()
             except TimeoutError:
                 pass
 
-    async def _run_job(self, job: Order, chance: random.Random) -> None:
-        entry = self._ledger.add(job)
-        procedure = getattr(self._system.async_rpc.host(job.host, **job.options), job.procedure)
+    async def _run_job(self, spec: JobSpec, rng: random.Random) -> None:
+        job = self._observations.add(spec)
+        procedure = getattr(self._system.async_rpc.host(spec.host, **spec.options), spec.procedure)
         try:
-            call: aio.AsyncRemoteCall = await procedure(*job.arguments)
+            call: aio.AsyncRemoteCall = await procedure(*spec.arguments)
         except (harp.CommunicationError, harp.RemoteError):
-            return  # it may have become a job or not; it has no id that was given out
-        entry.id = call.id()
+            return  # the job may exist or not; no id was returned
+        job.id = call.id()
         async with asyncio.TaskGroup() as group:
-            if (job.endless and not job.limits) or chance.randrange(100) < _CANCELLED:
-                delay = chance.choice((0.0, chance.uniform(0, 0.5), chance.uniform(0, 5)))
-                group.create_task(self._cancel(entry, call, delay, wait=chance.random() < 0.5))
-            if job.records is not None:
-                for _ in range(chance.choice((0, 1, 1, 2))):
-                    since = chance.choice((0, 0, None, chance.randrange(job.records + 1)))
-                    synchronous = chance.randrange(100) < _SYNCHRONOUS
-                    delay = chance.choice((0.0, 0.0, chance.uniform(0, 4)))
-                    group.create_task(self._follow(entry, since, delay, synchronous))
-            if chance.randrange(100) >= _FORGOTTEN:
-                end = await self._insist(lambda: self._ask(call))
-                self._ledger.tell(entry, end)
+            if (spec.endless and not spec.limits) or rng.randrange(100) < _CANCELLED:
+                delay = rng.choice((0.0, rng.uniform(0, 0.5), rng.uniform(0, 5)))
+                group.create_task(self._cancel(job, call, delay, wait=rng.random() < 0.5))
+            if spec.records is not None:
+                for _ in range(rng.choice((0, 1, 1, 2))):
+                    since = rng.choice((0, 0, None, rng.randrange(spec.records + 1)))
+                    synchronous = rng.randrange(100) < _SYNCHRONOUS
+                    delay = rng.choice((0.0, 0.0, rng.uniform(0, 4)))
+                    group.create_task(self._follow(job, since, delay, synchronous))
+            if rng.randrange(100) >= _NOT_AWAITED:
+                end = await self._retry(lambda: self._ask(call))
+                self._observations.record_end(job, end)
 
     async def _ask(self, call: aio.AsyncRemoteCall) -> Any:
         return end_of(await call.result(wait=True))
 
-    async def _insist(self, ask: Callable[[], Awaitable[T]]) -> T:
-        """Ask until there is an answer."""
+    async def _retry(self, ask: Callable[[], Awaitable[T]]) -> T:
+        """Repeat a request until there is a reply."""
         while True:
             try:
                 return await ask()
             except harp.CommunicationError:
-                await asyncio.sleep(_AGAIN)
+                await asyncio.sleep(_RETRY_DELAY)
             except harp.RemoteError as error:
                 if error.type != "storage_error":
                     raise
-                await asyncio.sleep(_AGAIN)
+                await asyncio.sleep(_RETRY_DELAY)
 
-    async def _cancel(self, entry: Entry, call: aio.AsyncRemoteCall, delay: float, wait: bool) -> None:
+    async def _cancel(self, job: ObservedJob, call: aio.AsyncRemoteCall, delay: float, wait: bool) -> None:
         await asyncio.sleep(delay)
 
         async def cancel() -> bool | None:
-            entry.cancels += 1
+            job.cancels += 1
             try:
                 return await call.cancel(wait=wait)
             except harp.RemoteError as error:
@@ -119,50 +119,52 @@ class Clients:
                     return None
                 raise
 
-        said = await self._insist(cancel)
-        if entry.cancels == 1:
-            entry.cancelled = said
-        details = await self._insist(call.details)
-        while wait and details["stop"] == "pending":  # the answer was lost, and the second cancel found it ended
-            await asyncio.sleep(_AGAIN)
-            details = await self._insist(call.details)
-        entry.stop = details["stop"]
-        if entry.stop == "confirmed":
-            self._check_receipt(entry)
+        said = await self._retry(cancel)
+        if job.cancels == 1:
+            job.cancelled = said
+        details = await self._retry(call.details)
+        while wait and details["stop"] == "pending":  # the reply was lost, and the second cancel found the job ended
+            await asyncio.sleep(_RETRY_DELAY)
+            details = await self._retry(call.details)
+        job.stop = details["stop"]
+        if job.stop == "confirmed":
+            self._check_stop_report(job)
 
-    def _check_receipt(self, entry: Entry) -> None:
-        """A stop is confirmed: so nothing of the job may live now."""
-        self._ledger.receipts += 1
-        self._census.look()
-        if left := self._census.living(entry.order.token):
+    def _check_stop_report(self, job: ObservedJob) -> None:
+        """Check that no process of a job with a confirmed stop lives."""
+        self._observations.stop_reports_checked += 1
+        self._tracker.update()
+        if left := self._tracker.living(job.spec.token):
             pids = ", ".join(str(process.pid) for process in left)
-            self._ledger.break_(3, entry.order.token, f"its stop was confirmed while these processes lived: {pids}")
+            self._observations.add_violation(
+                3, job.spec.token, f"its stop was confirmed while these processes lived: {pids}"
+            )
 
-    async def _follow(self, entry: Entry, since: int | None, delay: float, synchronous: bool) -> None:
+    async def _follow(self, job: ObservedJob, since: int | None, delay: float, synchronous: bool) -> None:
         await asyncio.sleep(delay)
-        assert entry.id is not None
-        follower = Follower(entry.order, since)
-        entry.followers.append(follower)
+        assert job.id is not None
+        follower = Follower(job.spec, since)
+        job.followers.append(follower)
         stream: AsyncIterator[Any]
         while True:
-            follower.begin()
+            follower.on_connect()
             try:
                 if synchronous:
-                    stream = _threaded(self._system.rpc.job(entry.id).follow(since=follower.next, numbered=True))
+                    stream = _threaded(self._system.rpc.job(job.id).follow(since=follower.next, numbered=True))
                 else:
-                    stream = self._system.async_rpc.job(entry.id).follow(since=follower.next, numbered=True)
+                    stream = self._system.async_rpc.job(job.id).follow(since=follower.next, numbered=True)
                 async for number, value in stream:
-                    follower.take(number, value)
+                    follower.on_record(number, value)
             except (harp.CommunicationError, harp.RemoteError) as error:
-                follower.broke_off(str(error))
-                await asyncio.sleep(_AGAIN)
+                follower.on_interrupted(str(error))
+                await asyncio.sleep(_RETRY_DELAY)
             else:
                 follower.ended = True
                 return
 
 
 async def _threaded(items: Any) -> AsyncIterator[Any]:
-    """The items of a plain iterator, which a thread takes from it."""
+    """Yield the items of a synchronous iterator, which a thread reads."""
     loop = asyncio.get_running_loop()
     taken: asyncio.Queue[tuple[bool, Any]] = asyncio.Queue()
 
@@ -177,9 +179,9 @@ async def _threaded(items: Any) -> AsyncIterator[Any]:
         except harp.HarpException as error:
             hand_over(False, error)
         except RuntimeError:
-            pass  # the loop is closed: the run was broken off
+            pass  # the loop is closed: the run was interrupted
 
-    # A daemon: when a run is broken off, what it reads from ends with the run.
+    # A daemon thread: if the run is interrupted, the system that it reads from ends with the run.
     threading.Thread(target=take, daemon=True).start()
     while True:
         more, item = await taken.get()

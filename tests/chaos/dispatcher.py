@@ -1,9 +1,9 @@
-"""Program: the real dispatcher with an injected wall clock, and on demand with a fault of the kind it must not have.
+"""Program: the real dispatcher with an injected wall clock, and on request with a store that breaks a promise.
 
     python -m chaos.dispatcher CLOCK SABOTAGE ARGUMENTS-OF-HARPCALLERD...
 
-CLOCK is a file whose first eight bytes are the seconds that the clock is wrong by. SABOTAGE is ``none`` or a name of
-`SABOTAGES`. The product has no hook for this: its store is wrapped from outside.
+CLOCK is a file whose first eight bytes are added to the wall clock, in seconds. SABOTAGE is ``none`` or a name of
+`SABOTAGES`. The product has no code for this: its store is wrapped from outside.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from harpcaller.store import Store, sqlite
 
 __all__ = ["CLOCK", "SABOTAGES"]
 
-#: The form of the clock's file.
+#: The format of the file CLOCK.
 CLOCK = struct.Struct("d")
 
-#: Which append loses a record, of those that could: one in so many, and at most so many in all.
+#: One append in this many loses a record; the maximum number of lost records.
 _DROP_EVERY, _DROPS = 5, 3
 
 
 class _Sabotaged:
-    """A store, but for what a subclass does differently."""
+    """A store of which a subclass changes one verb."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
@@ -43,7 +43,7 @@ class _Sabotaged:
 
 
 class DropRecord(_Sabotaged):
-    """Loses the first record of a batch, now and then, and says that all are stored."""
+    """Loses the first record of some batches, and reports all as stored."""
 
     def __init__(self, store: Store) -> None:
         super().__init__(store)
@@ -60,7 +60,7 @@ class DropRecord(_Sabotaged):
 
 
 class StartTwice(_Sabotaged):
-    """Gives every tenth job a twin, as a dispatcher would that tries again what may have started."""
+    """Stores every tenth job twice, as a dispatcher that repeats an unconfirmed start would."""
 
     def __init__(self, store: Store) -> None:
         super().__init__(store)
@@ -74,7 +74,7 @@ class StartTwice(_Sabotaged):
 
 
 class LeakSlot(_Sabotaged):
-    """Lets one job more than is allowed run in each queue, as a counter would that has lost one."""
+    """Lets one job too many run in each queue, as a leaked counter would."""
 
     async def add_job(self, job: NewJob, now: float) -> None:
         await self._store.add_job(replace(job, concurrency=job.concurrency + 1), now)
@@ -107,7 +107,7 @@ def main(clock: str, sabotage: str, *arguments: str) -> int:
             return SABOTAGES[sabotage](await real(directory))
 
         sqlite.open_store = open_store
-    from harpcaller import daemon as program  # only now, for it takes `open_store` when it is imported
+    from harpcaller import daemon as program  # not before: it takes `open_store` when it is imported
 
     program.run = partial(program.run, wall=_clock(Path(clock)))
     return cli.main(list(arguments))

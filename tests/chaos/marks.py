@@ -1,7 +1,7 @@
-"""Marks: what a procedure writes on disk about itself, so that the truth is known without HARP.
+"""Marks: what a procedure writes to disk about itself, so that the facts do not come from HARP.
 
-A mark is a line, a JSON array, appended by one write to the file of its host. Times are seconds of CLOCK_BOOTTIME,
-which is the same for all processes of the machine and which no step of the wall clock moves.
+A mark is a line with a JSON array, appended by one write to the file of its host. Times are seconds of CLOCK_BOOTTIME,
+which is the same for all processes of the machine and independent of the wall clock.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-#: The entry of the environment that names the file; each process of a run has it, so it tells them from all others.
+#: The environment variable with the path of the file. It also identifies the processes of a run.
 VARIABLE = "CHAOS_MARKS"
 
 
 class Identity(NamedTuple):
-    """A process: its pid, and its start time in clock ticks since boot, which no later owner of the pid has."""
+    """A process: its pid, and its start time in clock ticks since boot. Together they are unique."""
 
     pid: int
     start: int
@@ -28,12 +28,12 @@ class Mark(NamedTuple):
     """A line of the file.
 
     Attributes:
-        token: names the job; given to the procedure as its first argument.
-        process: who wrote it.
-        at: when.
-        kind: ``start``, ``record`` (one was handed over), ``child`` (a process that the procedure made), ``raise``,
-            ``end``; ``rest``: the process is about to wait for another job.
-        value: the record's number, or what the procedure is about to return.
+        token: identifies the job; the first argument of the procedure.
+        process: the process that wrote it.
+        at: the time.
+        kind: ``start``, ``record`` (one was passed on), ``child`` (written by a process that the procedure has made),
+            ``raise``, ``end``; ``idle``: the process is about to become an idle worker.
+        value: the number of the record, or the value that the procedure is about to return.
     """
 
     token: str
@@ -44,12 +44,12 @@ class Mark(NamedTuple):
 
 
 def now() -> float:
-    """Seconds of the clock that marks have."""
+    """Return the time by the clock of the marks."""
     return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
-def stat(pid: int) -> tuple[str, int] | None:
-    """A process's state, a letter, and start time; None: there is none."""
+def read_stat(pid: int) -> tuple[str, int] | None:
+    """Return the state (a letter) and start time of a process; None if it does not exist."""
     try:
         with open(f"/proc/{pid}/stat", "rb") as file:
             text = file.read()
@@ -59,14 +59,14 @@ def stat(pid: int) -> tuple[str, int] | None:
     return fields[0].decode(), int(fields[19])
 
 
-def lives(process: Identity) -> bool:
-    """Whether it runs; one that only waits for its parent's notice does not."""
-    found = stat(process.pid)
+def is_alive(process: Identity) -> bool:
+    """Return whether a process lives; a zombie does not."""
+    found = read_stat(process.pid)
     return found is not None and found[1] == process.start and found[0] not in "ZX"
 
 
 class Writer:
-    """Appends marks to a file. One may be used by a process and by what it forks."""
+    """Appends marks to a file; usable in a process and in the processes that it forks."""
 
     def __init__(self, path: str) -> None:
         self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
@@ -75,7 +75,7 @@ class Writer:
     def write(self, token: str, kind: str, value: Any = None) -> None:
         """Append a mark of this process."""
         if self._process.pid != os.getpid():
-            found = stat(os.getpid())
+            found = read_stat(os.getpid())
             assert found is not None
             self._process = Identity(os.getpid(), found[1])
         line = json.dumps([token, *self._process, now(), kind, value]) + "\n"
@@ -83,14 +83,14 @@ class Writer:
 
 
 class Reader:
-    """Reads what has been appended to a file since the last time."""
+    """Reads the marks that were appended to a file since the last read."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._at = 0
 
     def read(self) -> Iterator[Mark]:
-        """Yield the marks that are new."""
+        """Yield the new marks."""
         try:
             with self._path.open("rb") as file:
                 file.seek(self._at)

@@ -1,7 +1,7 @@
-"""The procedures that the hosts of a chaos run offer. Each marks its start, its records, its children and its end.
+"""The procedures of the hosts of a chaos run. Each writes marks for its start, records, children and end.
 
-What they say is a function of their token, so that whoever sees a record or a result knows whether it is right. Some
-have processes of many calls.
+Records and results are functions of the token, so that each can be checked. Some procedures use one process for many
+calls.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from typing import Any, NoReturn
 from chaos.marks import VARIABLE, Writer
 from harpd.proc import Result, procedure, streaming_procedure
 
-#: Seconds after which a process that nobody stopped ends by itself, so that a failed run leaves nothing for long.
+#: Seconds after which every process exits, so that a failed run leaves none for long.
 _LONGEST = 150.0
 
 _marks = Writer(os.environ.get(VARIABLE, os.devnull))
 
 
 def record(token: str, number: int, size: int) -> Any:
-    """The record with this number of the job with this token."""
+    """Return a record of the job with this token."""
     return [token, number, "x" * size]
 
 
 def result(token: str) -> str:
-    """What a job with this token returns."""
+    """Return the result of the job with this token."""
     return hashlib.sha256(token.encode()).hexdigest()
 
 
@@ -41,7 +41,7 @@ def _returned(token: str) -> str:
 
 @procedure
 def work(token: str, seconds: float) -> str:
-    """Take some time and return."""
+    """Sleep and return."""
     _marks.write(token, "start")
     time.sleep(seconds)
     return _returned(token)
@@ -49,17 +49,17 @@ def work(token: str, seconds: float) -> str:
 
 @procedure(max_calls_per_process=5)
 def fail(token: str, seconds: float) -> NoReturn:
-    """Take some time and raise."""
+    """Sleep and raise an exception."""
     _marks.write(token, "start")
     time.sleep(seconds)
     _marks.write(token, "raise")
-    _marks.write(token, "rest")
+    _marks.write(token, "idle")
     raise ValueError(token)
 
 
 @procedure
 def die(token: str, number: int) -> NoReturn:
-    """Die by a signal, or leave with status 3 for 0."""
+    """Die by a signal; for 0, exit with status 3."""
     _marks.write(token, "start")
     if number:
         os.kill(os.getpid(), number)
@@ -69,7 +69,7 @@ def die(token: str, number: int) -> NoReturn:
 
 @procedure(timeout=1)
 def late(token: str) -> str:
-    """Take longer than is allowed here."""
+    """Take longer than the time limit."""
     _marks.write(token, "start")
     time.sleep(_LONGEST)
     return _returned(token)
@@ -77,7 +77,7 @@ def late(token: str) -> str:
 
 @streaming_procedure
 def stream(token: str, records: int, size: int, pause: float) -> Iterator[Any]:
-    """Say records, and mark each once it was handed over."""
+    """Yield records, and write a mark after each."""
     _marks.write(token, "start")
     for number in range(records):
         yield record(token, number, size)
@@ -88,21 +88,21 @@ def stream(token: str, records: int, size: int, pause: float) -> Iterator[Any]:
 
 @procedure(max_calls_per_process=5)
 def family(token: str, seconds: float) -> str:
-    """Take some time in company: a child, a grandchild whose parent is gone, a stranger in a session of its own."""
+    """Sleep beside other processes: a child, an orphaned grandchild, and one in another session."""
     _marks.write(token, "start")
-    gates = [_descendant(token, steps) for steps in ((), (os.fork,), (os.fork, os.setsid))]
+    writers = [_descendant(token, steps) for steps in ((), (os.fork,), (os.fork, os.setsid))]
     time.sleep(seconds)
-    for gate in gates:
-        os.write(gate, b"x")
+    for frontend in writers:
+        os.write(frontend, b"x")
     os.wait()
     value = _returned(token)
-    _marks.write(token, "rest")
+    _marks.write(token, "idle")
     return value
 
 
 @procedure
 def stubborn(token: str) -> str:
-    """Ignore TERM, leave a grandchild in another session that does so too, and say nothing."""
+    """Ignore SIGTERM, with a grandchild in another session that ignores it too, and never return."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     _marks.write(token, "start")
     _descendant(token, (os.fork, os.setsid))
@@ -110,38 +110,38 @@ def stubborn(token: str) -> str:
     while time.monotonic() < until:
         try:
             time.sleep(1)
-        except BaseException:  # noqa: BLE001 - what is raised in it to stop it as well
+        except BaseException:  # noqa: BLE001 - also ignores `Cancelled`
             continue
     return _returned(token)
 
 
 def _descendant(token: str, steps: tuple[Any, ...]) -> int:
-    """Make a process; return, once it has marked itself, what to write a byte to for it to end.
+    """Create a process; when it has written its mark, return a descriptor. A byte written to it ends the process.
 
-    The end of this process does not end it.
+    The process survives the end of this one.
     """
-    ready, say_ready = os.pipe()
-    go, say_go = os.pipe()
+    ready, ready_writer = os.pipe()
+    go, go_writer = os.pipe()
     if not (child := os.fork()):
-        os.close(say_go)
+        os.close(go_writer)
         if signal.getsignal(signal.SIGTERM) is not signal.SIG_IGN:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # what harpd has set there is for the main process
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the handler of harpd is for the main process
         for step in steps:
-            if step():  # the process in between
+            if step():  # the intermediate process
                 os._exit(0)
         _marks.write(token, "child")
-        os.write(say_ready, b"x")
+        os.write(ready_writer, b"x")
         until = time.monotonic() + _LONGEST
         while time.monotonic() < until:
             if select.select([go], [], [], 1.0)[0]:
                 if os.read(go, 1):
                     os._exit(0)
-                time.sleep(1)  # its maker is gone, and it has not been told to go
+                time.sleep(1)  # its creator has exited without a byte
         os._exit(0)
-    os.close(say_ready)
+    os.close(ready_writer)
     os.close(go)
     os.read(ready, 1)
     os.close(ready)
     if os.fork in steps:
         os.waitpid(child, 0)
-    return say_go
+    return go_writer

@@ -1,4 +1,4 @@
-"""A run from its start to its verdict."""
+"""A run, from its start to its report."""
 
 from __future__ import annotations
 
@@ -12,33 +12,34 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from chaos import report
-from chaos.census import Census, strays
+from chaos.checks import Checker
 from chaos.clients import Clients
-from chaos.faults import History, Injector
-from chaos.judge import Judge
-from chaos.ledger import Ledger
+from chaos.faults import FaultInjector, History
+from chaos.final_read import read_all
+from chaos.monitor import Monitor
+from chaos.observations import Observations
+from chaos.process_tracker import ProcessTracker, find_processes
 from chaos.schedule import schedule
-from chaos.sweep import sweep
 from chaos.system import HOSTS, System
-from chaos.watch import Watch
 
 #: Seconds between two lines of progress.
 _PROGRESS = 10.0
-#: Seconds for the daemons to serve at the start.
+#: Seconds for the start of all daemons.
 _START = 60.0
-#: Seconds for the last processes to be gone after the daemons have ended, and between two looks.
+#: Seconds for the last processes to end after the daemons, and between two checks.
 _LAST, _PAUSE = 10.0, 0.1
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What is to be run.
+    """The parameters of a run.
 
     Attributes:
-        seconds: for how long there are new jobs and faults.
-        sabotage: ``none``, or what the dispatcher does wrong.
-        directory: where everything lies.
-        disk: whether the dispatcher's store is on a small file system of its own.
+        seed: decides jobs and faults.
+        seconds: duration of new jobs and faults.
+        sabotage: ``none``, or the promise that the dispatcher breaks.
+        directory: the directory of all files.
+        disk: whether the dispatcher's store is on a separate small file system.
     """
 
     seed: int
@@ -52,72 +53,72 @@ class Run:
     """A run.
 
     Attributes:
-        ledger: what clients were told, and the broken promises.
+        observations: what clients received, and the violations.
     """
 
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
-        self.ledger = Ledger()
+        self.observations = Observations()
         self._system = System(plan.directory, plan.seed, plan.sabotage)
-        self._census = Census(self._system.marks)
+        self._tracker = ProcessTracker(self._system.marks)
         disk = plan.directory / "store" if plan.disk else None
-        self._injector = Injector(self._system, self._census, disk)
-        self._watch = Watch(self._system, self.ledger, self._census)
-        self._clients = Clients(self._system, self.ledger, self._census, plan.seed)
+        self._injector = FaultInjector(self._system, self._tracker, disk)
+        self._monitor = Monitor(self._system, self.observations, self._tracker)
+        self._clients = Clients(self._system, self.observations, self._tracker, plan.seed)
         self._begin = time.monotonic()
 
     @property
     def history(self) -> History:
-        """What was done to the system."""
+        """The injected faults."""
         return self._injector.history
 
     async def run(self) -> None:
-        """Run, and judge. Whatever happens, all processes have ended when this returns."""
+        """Run and check. All processes have ended when this returns or raises."""
         try:
             await self._system.start()
             await self._until_serving()
-            await self._storm_and_quiet()
-            for wrong in await self._system.stop():
-                self.ledger.break_(0, None, wrong)
-            self._note_deaths()
-            await self._check_strays()
-            self._census.look()
-            Judge(self.ledger, self._census, self.history).judge()
+            await self._run_faults_and_wait()
+            for problem in await self._system.stop():
+                self.observations.add_violation(0, None, problem)
+            self._check_exits()
+            await self._check_processes_left()
+            self._tracker.update()
+            Checker(self.observations, self._tracker, self.history).check()
         finally:
             await self._system.stop()
-            for pid in strays(self._plan.directory):
+            for pid in find_processes(self._plan.directory):
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
 
     async def _until_serving(self) -> None:
         async with asyncio.timeout(_START):
-            while await self._system.listed("list") is None or not await self._hosts_serve():
+            while await self._system.list_from_dispatcher("list") is None or not await self._hosts_serve():
                 await asyncio.sleep(_PAUSE)
 
     async def _hosts_serve(self) -> bool:
         supervisors = await asyncio.gather(*(host.supervisors() for host in self._system.hosts.values()))
         return all(supervisors)
 
-    async def _storm_and_quiet(self) -> None:
+    async def _run_faults_and_wait(self) -> None:
         plan = self._plan
         faults = schedule(plan.seed, plan.seconds, HOSTS)
         loop = asyncio.get_running_loop()
         self._begin = time.monotonic()
-        census = asyncio.create_task(self._census.run())
-        watch = asyncio.create_task(self._watch.run())
+        tracker = asyncio.create_task(self._tracker.run())
+        monitor = asyncio.create_task(self._monitor.run())
         progress = asyncio.create_task(self._progress())
         clients = asyncio.create_task(self._clients.run())
-        storm = asyncio.create_task(self._injector.run(faults, loop.time()))
-        tasks = {census, watch, progress, clients, storm}
+        faults_task = asyncio.create_task(self._injector.run(faults, loop.time()))
+        tasks = {tracker, monitor, progress, clients, faults_task}
         try:
             await _first_failure(asyncio.sleep(plan.seconds), tasks)
             self._clients.stop()
-            await _first_failure(storm, tasks - {storm})
-            await self._injector.heal()
-            watch.cancel()
-            await _first_failure(self._watch.settle(clients), {census, progress})
+            await _first_failure(faults_task, tasks - {faults_task})
+            await self._injector.undo_all()
+            monitor.cancel()
+            await _first_failure(self._monitor.wait_until_idle(clients), {tracker, progress})
             clients.cancel()
-            await sweep(self._system, self.ledger)
+            await read_all(self._system, self.observations)
         finally:
             for task in tasks:
                 task.cancel()
@@ -126,44 +127,46 @@ class Run:
     async def _progress(self) -> None:
         while True:
             await asyncio.sleep(_PROGRESS)
-            entries = [entry for entry in self.ledger.entries.values() if entry.id is not None]
-            ended = sum(entry.end is not None for entry in entries)
+            jobs = [job for job in self.observations.jobs.values() if job.id is not None]
+            ended = sum(job.end is not None for job in jobs)
             print(
-                f"{time.monotonic() - self._begin:5.0f} s: {len(entries)} jobs ({ended} known to have ended, "
-                f"{self._watch.unended} not), {len(self._census.living())} processes, "
-                f"{self.history.done.total()} faults, {len(self.ledger.broken)} broken promises",
+                f"{time.monotonic() - self._begin:5.0f} s: {len(jobs)} jobs ({ended} ended for their clients, "
+                f"{self._monitor.unended} not ended), {len(self._tracker.living())} processes, "
+                f"{self.history.injected.total()} faults, {len(self.observations.violations)} broken promises",
                 flush=True,
             )
 
-    def _note_deaths(self) -> None:
+    def _check_exits(self) -> None:
         for service in self._system.services:
-            for death in service.deaths:
-                self.ledger.break_(0, None, death)
+            for death in service.unexpected_exits:
+                self.observations.add_violation(0, None, death)
 
-    async def _check_strays(self) -> None:
-        """All daemons have ended in order: nothing may be left of any call."""
+    async def _check_processes_left(self) -> None:
+        """Check that no process of a call is left after all daemons have ended."""
         last = time.monotonic() + _LAST
-        while (left := strays(self._plan.directory)) and time.monotonic() < last:
+        while (left := find_processes(self._plan.directory)) and time.monotonic() < last:
             await asyncio.sleep(_PAUSE)
         for pid in left:
             with contextlib.suppress(OSError):
                 command = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
-                self.ledger.break_(3, None, f"process {pid} is left after all daemons have ended: {command}")
+                self.observations.add_violation(
+                    3, None, f"process {pid} is left after all daemons have ended: {command}"
+                )
 
     def report(self) -> None:
-        """Print what became of it."""
+        """Print the report."""
         plan = self._plan
         print(f"seed {plan.seed}, {plan.seconds:g} s of faults, {time.monotonic() - self._begin:.0f} s in all")
-        for line in report.table(self.ledger, self._census):
+        for line in report.table(self.observations, self._tracker):
             print(line)
-        for line in report.counts(self.ledger, self.history):
+        for line in report.counts(self.observations, self.history):
             print(line)
-        for line in report.broken(self.ledger, self.history, plan.directory):
+        for line in report.violations(self.observations, self.history, plan.directory):
             print(line)
 
 
 async def _first_failure(awaited: Awaitable[None], tasks: set[asyncio.Task[None]]) -> None:
-    """Wait for something, or until one of the tasks, which are not to end before, fails: then raise what it raised."""
+    """Wait for an awaitable. If one of the tasks fails first, raise its exception."""
     main = asyncio.ensure_future(awaited)
     pending = tasks | {main}
     while not main.done():

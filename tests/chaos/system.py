@@ -1,4 +1,4 @@
-"""The system under test: real daemons, kept up, with a proxy before each host."""
+"""The system under test: real daemons that are restarted, with a proxy in front of each host."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from harp import aio
 from support.harpcallerd import Harpcallerd
 from support.harpd import Harpd
 
-#: Seconds. The times of the product, short enough for a run to exercise them.
-KEEP_RUNNING, HOST_LOST_AFTER, KILL_GRACE = 8.0, 20.0, 1.0
+#: Settings in seconds, short enough that one run reaches them.
+DISCONNECT_TIMEOUT, HOST_TIMEOUT, KILL_GRACE = 8.0, 20.0, 1.0
 
-#: Most jobs that hold a slot on a host.
-HOST_CONCURRENCY = 10
+#: Maximum number of jobs that hold a slot on a host.
+MAX_CALLS_PER_HOST = 10
 
 _DISPATCHER = {
-    "disconnect_timeout": KEEP_RUNNING,
+    "disconnect_timeout": DISCONNECT_TIMEOUT,
     "result_ttl": 300,
-    "host_timeout": HOST_LOST_AFTER,
-    "max_calls_per_host": HOST_CONCURRENCY,
+    "host_timeout": HOST_TIMEOUT,
+    "max_calls_per_host": MAX_CALLS_PER_HOST,
     "connect_timeout": 3,
     "acknowledgement_timeout": 5,
     "default_timeout": 60,
@@ -40,8 +40,8 @@ _DISPATCHER = {
     "log_level": "info",
 }
 
-#: The hosts, and what is different in their configurations: one has no room for what the dispatcher would give it, one
-#: makes procedures wait for their reader, one keeps calls for less than it is asked to.
+#: The hosts and their different limits: the first accepts fewer calls than the dispatcher may send, the second has a
+#: small spool, so that procedures are paused, the third allows a shorter `disconnect_timeout` than requested.
 _HOSTS: Mapping[str, Mapping[str, Any]] = {
     "web1": {"max_calls": 8},
     "web2": {"spool": 16 * 1024},
@@ -49,7 +49,7 @@ _HOSTS: Mapping[str, Mapping[str, Any]] = {
 }
 HOSTS = tuple(_HOSTS)
 
-#: Seconds for a question to a supervisor.
+#: Seconds for a reply of a supervisor.
 _ANSWER = 1.0
 
 
@@ -58,24 +58,24 @@ class Host:
     """One of the hosts.
 
     Attributes:
-        gate: its gate.
-        calls: the keeper of its supervisors.
-        proxy: the dispatcher's way to it.
+        frontend: its frontend.
+        launcher: the launcher of its supervisors.
+        proxy: the proxy to which the dispatcher connects.
     """
 
     name: str
-    gate: Service
-    calls: Service
+    frontend: Service
+    launcher: Service
     proxy: Proxy
     runtime_directory: Path
 
     async def supervisors(self) -> list[int]:
-        """The supervisors that answer now, retired ones too."""
+        """Return the pids of the supervisors that reply, also of retired ones."""
         found = [await self._supervisor_pid(name) for name in _sockets(self.runtime_directory)]
         return sorted({pid for pid in found if pid is not None})
 
     async def _supervisor_pid(self, name: str) -> int | None:
-        directory = os.open(self.runtime_directory, os.O_PATH)  # a socket's address has no more than 107 bytes
+        directory = os.open(self.runtime_directory, os.O_PATH)  # the address of a socket is limited to 107 bytes
         try:
             async with asyncio.timeout(_ANSWER):
                 reader, writer = await asyncio.open_unix_connection(f"/proc/self/fd/{directory}/{name}")
@@ -93,7 +93,7 @@ def _sockets(directory: Path) -> list[str]:
 
 
 def _marked(file: Path) -> dict[str, str]:
-    """What a daemon has in its environment, and all that it starts: by this they are known to be of this run."""
+    """Return the environment of a daemon and its children, which identifies them as processes of this run."""
     return {VARIABLE: str(file)}
 
 
@@ -102,17 +102,17 @@ class System:
 
     Args:
         run: the directory of everything; `store` in it is where the dispatcher keeps its jobs.
-        seed: for the proxies' small choices.
-        sabotage: what the dispatcher does wrong; ``none``: nothing.
+        seed: for random choices of the proxies.
+        sabotage: the promise that the dispatcher breaks, or ``none``.
     """
 
     def __init__(self, run: Path, seed: int, sabotage: str) -> None:
         self.run = run
         self.hosts: dict[str, Host] = {}
-        self._holders: list[socket.socket] = []
+        self._reservations: list[socket.socket] = []
         self._clock = run / "clock"
         self._clock.write_bytes(CLOCK.pack(0.0))
-        self._wrong_by = 0.0
+        self._clock_offset = 0.0
         (run / "marks").mkdir()
         for name in HOSTS:
             self._add_host(name, seed)
@@ -133,8 +133,8 @@ class System:
         self.dispatcher = Service("dispatcher", [*own, *options], _marked(run / "marks" / "none"), self.files.log_file)
 
     def _port(self) -> int:
-        self._holders.append(reserve_port())
-        return int(self._holders[-1].getsockname()[1])
+        self._reservations.append(reserve_port())
+        return int(self._reservations[-1].getsockname()[1])
 
     def _add_host(self, name: str, seed: int) -> None:
         procedures = Path(__file__).with_name("procedures.py").read_text()
@@ -142,60 +142,61 @@ class System:
         port = self._port()
         files = Harpd(self.run / name, procedures, {"network": {"port": port}, "limits": limits})
         environment = _marked(self.marks[name])
-        gate = Service(f"{name} gate", files.command("frontend"), environment, files.log_file)
-        calls = Service(f"{name} calls", files.command("supervisor"), environment, files.directory / "calls.log")
+        frontend = Service(f"{name} frontend", files.command("frontend"), environment, files.log_file)
+        log = files.directory / "supervisor.log"
+        launcher = Service(f"{name} launcher", files.command("supervisor"), environment, log)
         proxy = Proxy(port, f"{seed}/{name}")
-        self.hosts[name] = Host(name, gate, calls, proxy, files.runtime_directory)
+        self.hosts[name] = Host(name, frontend, launcher, proxy, files.runtime_directory)
 
     @property
     def marks(self) -> dict[str, Path]:
-        """The file of marks of each host."""
+        """The file of marks of each host, by name."""
         return {name: self.run / "marks" / name for name in HOSTS}
 
     @property
     def services(self) -> list[Service]:
-        """All daemons, in the order of their end: who uses another goes first."""
+        """All daemons, in the order in which they are stopped."""
         hosts = self.hosts.values()
-        return [self.dispatcher, *(host.gate for host in hosts), *(host.calls for host in hosts)]
+        return [self.dispatcher, *(host.frontend for host in hosts), *(host.launcher for host in hosts)]
 
     @property
     def rpc(self) -> harp.HarpCaller:
-        """The client's view."""
+        """A synchronous client of the dispatcher."""
         return harp.HarpCaller("127.0.0.1", self.port)
 
     @property
     def async_rpc(self) -> aio.AsyncHarpCaller:
-        """The same for asyncio."""
+        """An asyncio client of the dispatcher."""
         return aio.AsyncHarpCaller("127.0.0.1", self.port)
 
     async def start(self) -> None:
-        """Start everything; it may take a while until it serves."""
+        """Start all proxies and daemons; do not wait until they serve."""
         for host in self.hosts.values():
             await host.proxy.start()
         for service in reversed(self.services):
             service.start()
 
     async def stop(self) -> list[str]:
-        """End everything in order; return what was wrong with how it ended."""
-        wrong = []
+        """Stop all daemons in order; return the errors."""
+        problems = []
         for service in self.services:
             status = await service.stop()
             if status != 0:
-                wrong.append(f"{service.name}, told to stop, ended with status {status}")
+                problems.append(f"{service.name} exited with status {status} after SIGTERM")
         for host in self.hosts.values():
             await host.proxy.close()
-        for holder in self._holders:
-            holder.close()
-        return wrong
+        for reservation in self._reservations:
+            reservation.close()
+        return problems
 
     def step_clock(self, seconds: float) -> None:
-        """Put the dispatcher's wall clock forward, or back."""
-        self._wrong_by += seconds
+        """Change the dispatcher's wall clock by some seconds."""
+        self._clock_offset += seconds
         with self._clock.open("r+b") as file:
-            file.write(CLOCK.pack(self._wrong_by))
+            file.write(CLOCK.pack(self._clock_offset))
 
-    async def listed(self, *command: str, patience: float = 20.0) -> list[dict[str, Any]] | None:
-        """What a listing command of `harpcallerd` prints; None: the dispatcher does not answer now."""
+    async def list_from_dispatcher(self, *command: str, patience: float = 20.0) -> list[dict[str, Any]] | None:
+        """Return the output of a listing command of `harpcallerd`; None: the dispatcher does not reply."""
         process = await asyncio.create_subprocess_exec(
             *self.files.command(*command),
             stdin=asyncio.subprocess.DEVNULL,
@@ -213,5 +214,5 @@ class System:
                 await process.wait()
         if process.returncode != 0:
             return None
-        self.dispatcher.serves()
+        self.dispatcher.on_serving()
         return [json.loads(line) for line in printed.splitlines()]
