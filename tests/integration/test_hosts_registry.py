@@ -15,6 +15,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import psutil
 import pytest
 
@@ -292,6 +293,20 @@ async def test_registry_reads_a_changed_hosts_file(tmp_path: Path, script: Scrip
         assert len(registry.list_hosts()) == 4
         hosts_file(tmp_path, host_line(4, "e"))
         assert names(registry) == ["a", "b", "e"]
+
+
+async def test_registry_with_another_script_refreshes_at_once(tmp_path: Path, script: Script) -> None:
+    script.does(host_line(1, "a"))
+    config = Config(host_db=tmp_path / "hosts.db", host_db_script=script.file)
+    async with refreshed(tmp_path, host_db_script=script.file) as registry:
+        await eventually(lambda: names(registry) == ["a"], what="the hosts")
+        other = tmp_path / "other"
+        other.mkdir()
+        another = Script(other)
+        another.does(host_line(1, "b"))
+        registry.update_config(msgspec.structs.replace(config, host_db_script=another.file))
+        assert names(registry) == ["a"]
+        await eventually(lambda: names(registry) == ["b"], what="the hosts of the other script")
 
 
 async def test_registry_applies_a_new_configuration(tmp_path: Path, script: Script) -> None:

@@ -123,6 +123,7 @@ def test_config_paths_are_relative_to_the_file(tmp_path: Path) -> None:
         ('file = "x"', "file: expected a key of the dispatcher, got an unknown one"),
         ("ignored = []", "ignored: expected a key of the dispatcher, got an unknown one"),
         ("[section]\nx = 1", "section: expected a key of the dispatcher, got an unknown one"),
+        ("host_timeout = 249.9", "host_timeout: expected at least 10 more than disconnect_timeout (240), got 249.9"),
         ("x =", "expected TOML: "),
         ("x = 1\nx = 2", "expected TOML: "),
     ],
