@@ -429,6 +429,25 @@ async def test_slow_reader_slows_the_sender() -> None:
         assert len(await iterator.all()) == 199
 
 
+async def test_slow_reader_of_timed_records_slows_the_sender() -> None:
+    """Timed records are read line by line; the buffers of the network have at most about 10 MB."""
+    sent: list[int] = []
+
+    def script(talk: Conversation) -> None:
+        talk.expect()
+        with contextlib.suppress(OSError):  # the client has closed
+            for number in range(40_000):
+                talk.reply({"packet": number, "time": 1.5, "data": "x" * 1000})
+                sent.append(number)
+
+    with Peer(script) as peer:
+        async with aio.AsyncHarpCaller(peer.host, peer.port).job(JOB).follow(since=0, timed=True) as records:
+            for number in range(1000):
+                assert (await anext(records))[0] == number
+                await asyncio.sleep(0.001)  # the sender has the time to send all
+            assert len(sent) < 25_000
+
+
 def test_async_json_connection_sends_and_receives(files: Certificates) -> None:
     async def main() -> None:
         with Peer(answering({"a": 1}), answering({"b": 2})) as peer:

@@ -90,6 +90,16 @@ def test_keep_alive_on_legacy_dispatcher_names_feature(shell: Shell) -> None:
     assert len(peer.requests) == 2
 
 
+def test_keep_alive_break_after_a_grant_does_not_name_it(shell: Shell) -> None:
+    with Peer(answering(SUBMITTED), answering()) as peer:
+        rpc = shell.caller(peer, keep_alive=True)
+        rpc.web01.p()
+        wait_until_closed(peer.conversations[0])
+        with pytest.raises(harp.CommunicationError, match="closed the connection") as caught:
+            rpc.web01.p()
+    assert "too old" not in str(caught.value)
+
+
 def test_keep_alive_closed_connection_is_not_used(shell: Shell) -> None:
     with Peer(answering(SUBMITTED), answering(SUBMITTED)) as peer:
         rpc = shell.caller(peer, keep_alive=True)
