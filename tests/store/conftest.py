@@ -1,4 +1,4 @@
-"""A store of each kind, in a directory of its own."""
+"""A store of each backend, in its own directory."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Reopen = Callable[[], Awaitable[Store]]
 
 @pytest.fixture(params=sorted(BACKENDS))
 async def reopen(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Reopen]:
-    """Close the store, if it is open, and open it again. Closed at the end."""
+    """Return a function that closes the store, if it is open, and opens it again."""
     opened: list[Store] = []
 
     async def again() -> Store:

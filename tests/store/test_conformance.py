@@ -1,4 +1,4 @@
-"""What every store must do: each verb from each start state, what it keeps to the byte, unknown jobs, reopening."""
+"""Conformance of every store: each verb in each state, exact payloads, unknown jobs, reopening."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ async def metadata_of(store: Store, job_id: str) -> JobMetadata:
     return (await store.get_details(job_id)).metadata
 
 
-# Many jobs at once
+# Several jobs in one verb
 
 
 async def test_add_jobs_with_many_jobs_stores_them_in_order(store: Store) -> None:
@@ -60,7 +60,7 @@ async def test_add_jobs_with_many_jobs_stores_them_in_order(store: Store) -> Non
     assert [(queue.name, queue.concurrency) for queue in await store.list_queues()] == [
         (Raw(b'{"q": 1}'), 2),
         (Raw(b'{"q": 2}'), 5),
-    ], "the first job of a queue decides"
+    ], "the first job of a queue decides its concurrency"
     claimed = await store.claim_jobs(3.0, 3, 1000)
     assert [job.id for job in claimed] == [before, jobs[0].id, jobs[1].id]
 
@@ -79,7 +79,7 @@ async def test_add_jobs_with_a_known_id_stores_none(store: Store) -> None:
     assert len(await store.list_jobs()) == 110
 
 
-# A job as it is kept
+# A stored job
 
 
 async def test_add_job_stores_a_queued_job_unchanged(store: Store) -> None:
@@ -147,7 +147,7 @@ async def test_finish_job_stores_the_end_unchanged(store: Store, state: State) -
     assert (job.state, job.end, job.started, job.ended) == (state, ENDS[state], 1.0, 9.5)
 
 
-# Each verb from each start state
+# Each verb in each state
 
 
 @STARTS
@@ -310,7 +310,7 @@ async def test_prune_jobs_in_each_state(store: Store, state: State, held: bool) 
     job_id = await job_in(store, state, 100.0, held=held)
     goes = state in ENDED and not held
     assert await store.update_metadata(job_id, METADATA)
-    assert await store.prune_jobs(100.0, MANY) == 0, "ended at that time is not before it"
+    assert await store.prune_jobs(100.0, MANY) == 0, "a job that ended at this time did not end before it"
     assert await store.prune_jobs(1e12, MANY) == goes
     if goes:
         with pytest.raises(UnknownJob):
@@ -385,7 +385,7 @@ async def test_close_twice_does_nothing(store: Store) -> None:
     await store.close()
 
 
-# Facts
+# Metadata
 
 
 @pytest.mark.parametrize("name", ["call", "stop_request", "stop_report", "exit_info"])

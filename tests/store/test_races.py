@@ -1,4 +1,4 @@
-"""What every store must do when much is asked at once."""
+"""Conformance of every store: verbs that run at the same time."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ async def test_get_details_during_writes_is_one_snapshot(store: Store) -> None:
                 assert details.record_bytes == details.job.records
                 assert (details.metadata.exit_info is not None) is (details.job.state is State.RETURNED)
                 if details.queue_position is not None and details.queue_position.slot_holders:
-                    # Those between the holder and this job wait before it.
+                    # The jobs between the slot holder and this job are queued before it.
                     [holder] = details.queue_position.slot_holders
                     assert details.queue_position.position == ids.index(job_id) - ids.index(holder)
 

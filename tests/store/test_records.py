@@ -1,4 +1,4 @@
-"""What every store must do: records and their times, lists in pages, pruning."""
+"""Conformance of every store: records and their times, pages of lists, pruning."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ async def test_append_records_with_a_wrong_number_is_rejected(store: Store) -> N
     job_id = await job_in(store, State.RUNNING)
     assert await store.append_records(job_id, 1, records([b"1"])) is False
     assert await store.append_records(job_id, 0, records([b"0"])) is True
-    assert await store.append_records(job_id, 0, records([b"0"])) is False, "stored already"
+    assert await store.append_records(job_id, 0, records([b"0"])) is False, "already stored"
     assert await store.append_records(job_id, 1, Records()) is True
     assert await store.append_records(job_id, 1, records([b"1", b"2"])) is True
     assert (await store.get_job(job_id)).records == 3
@@ -60,7 +60,7 @@ async def test_append_records_in_any_batches_keeps_bytes_and_order(reopen: Reope
         [float(n % 2) for n in range(1000)],
         [1e300, 0.1 + 0.2, 1763868000.123456] * 3,
     ],
-    ids=["one time", "each its own", "backwards", "to and fro", "any"],
+    ids=["equal", "increasing", "decreasing", "alternating", "any"],
 )
 @pytest.mark.parametrize("at_once", [1, 3, 1000])
 async def test_append_records_stores_the_time_of_each(store: Store, made: list[float], at_once: int) -> None:

@@ -1,4 +1,4 @@
-"""What every store must do: who gets a slot, in which order, within which limits; and when it is free again."""
+"""Conformance of every store: the order and limits of claims, and the release of slots."""
 
 from __future__ import annotations
 
@@ -208,7 +208,7 @@ async def test_list_slot_holders_is_in_order_of_submission(store: Store) -> None
     assert held == [await store.get_job(job.id) for job in held]
 
 
-# Why a job waits
+# Queue positions
 
 
 async def waiting_of(store: Store, job_id: str) -> QueuePosition:

@@ -1,4 +1,4 @@
-"""The SQLite store when things go wrong: no room, a locked file, a kill in mid-write, a member that fails."""
+"""The SQLite store under faults: a full disk, a locked file, a kill during a write, a failed member."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ async def test_locked_file_fails_writes_until_it_is_unlocked(tmp_path: Path, mon
             with pytest.raises(StorageError, match=rf"{FILE_NAME}: database is locked \(SQLITE_BUSY\)") as raised:
                 await store.add_job(new_job(), 1.0)
             assert isinstance(raised.value.__cause__, sqlite3.OperationalError)
-            assert await store.list_jobs() == [], "reading goes on"
+            assert await store.list_jobs() == [], "reads still work"
             other.execute("ROLLBACK")
         await store.add_job(new_job(), 1.0)
     finally:
@@ -134,7 +134,7 @@ async def test_verbs_after_close_raise_storage_error(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match="closed"):
         await store.list_jobs()
     store = await open_store(tmp_path)
-    assert len(await store.list_jobs()) == 5, "what was asked for before was finished"
+    assert len(await store.list_jobs()) == 5, "verbs that were called before close are completed"
     await store.close()
 
 

@@ -1,4 +1,4 @@
-"""The SQLite store's file: whose it is, who may read it, its schema, its size, and what its statements cost."""
+"""The file of the SQLite store: ownership, mode, schema, size, and the cost of its statements."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ async def store(tmp_path: Path) -> AsyncIterator[SQLiteStore]:
 
 @pytest.fixture
 async def database(tmp_path: Path) -> AsyncIterator[sqlite3.Connection]:
-    """A connection to the file of a store that is closed."""
+    """Return a connection to the file of a closed store."""
     await (await open_store(tmp_path)).close()
     with closing(connect(tmp_path / FILE_NAME)) as connection:
         yield connection
 
 
-# Whose file it is
+# Ownership
 
 
 def mode(path: Path) -> int:
@@ -195,7 +195,7 @@ async def test_failed_migration_changes_nothing(tmp_path: Path, monkeypatch: pyt
 
 
 def insert(database: sqlite3.Connection, state: State) -> str:
-    """A row in this state, as the table's own checks want it."""
+    """Insert a job in this state that passes the checks of the table; return its id."""
     job_id = new_id()
     started = None if state in (State.QUEUED, State.CANCELLED) else 2.0
     ended = 3.0 if not TRANSITIONS[state] else None
@@ -310,11 +310,11 @@ def test_every_statement_is_used_by_the_code() -> None:
     assert {name for name in QUERIES if f'QUERIES["{name}"]' not in code} == LISTS
 
 
-# What it costs
+# Cost
 
 
 class Anything(dict[str, int]):
-    """A value for every parameter."""
+    """A mapping with a value for every parameter."""
 
     def __missing__(self, key: str) -> int:
         return 1
@@ -352,7 +352,7 @@ def test_list_statement_reads_an_index_in_order(database: sqlite3.Connection, na
 
 
 async def instructions_of_lists(directory: Path, old: int) -> dict[str, int]:
-    """How many of SQLite's instructions each list takes, by what is asked for, with so many old jobs of one kind."""
+    """Return the number of SQLite instructions of each list, with this number of ended jobs of one host and queue."""
     store = await open_store(directory)
     options: list[dict[str, Any]] = [{}]
     for name in ("first", "many", "last", "none"):
@@ -388,7 +388,7 @@ async def test_list_cost_does_not_depend_on_ended_jobs(tmp_path: Path) -> None:
 
 
 async def instructions_of_a_claim(directory: Path, waiting: int) -> int:
-    """How many of SQLite's instructions it takes to claim one job of those that wait in ten lanes."""
+    """Return the number of SQLite instructions of a claim of one job, with this number of queued jobs in ten lanes."""
     store = await open_store(directory)
     hosts = [f"host{n}" for n in range(5)]
     queues = [None] * 5 + [{"q": n} for n in range(5)]
@@ -440,7 +440,7 @@ async def test_record_timestamps_take_little_space(tmp_path: Path, store: SQLite
         few = "SELECT sum(length(timestamps)) FROM records WHERE first < 50000"
         assert connection.execute(few).fetchone()[0] <= (50 + 4) * 12
         [(longest,)] = connection.execute("SELECT max(length(bytes) + length(timestamps)) FROM records").fetchall()
-        assert longest < 2 * 65536, "a chunk with many times is cut, too"
+        assert longest < 2 * 65536, "the timestamps count for the size of a chunk"
 
 
 async def test_small_job_takes_less_than_1000_bytes(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""A store of an earlier schema is upgraded in place, with all that is in it."""
+"""Upgrade of a store of an earlier schema."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whatever is asked in whatever order: each store does what the model in memory does."""
+"""Random sequences of verbs: each store has the outcomes of the model in memory."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from support.jobs import ENDS, new_id, new_job
 from support.store_model import ModelStore
 
 HOSTS = st.sampled_from(["one", "two", "three"])
-# Two of them are one queue.
+# Two of these names are equal as JSON values.
 QUEUES = st.sampled_from([Raw(b"{}"), Raw(b'{"a":1,"b":2}'), Raw(b'{ "b": 2.0, "a": 1 }'), Raw(b'{"a":true}')])
 SMALL = st.integers(0, 4)
 END_VALUES = st.sampled_from(list(ENDS.values()))
@@ -42,7 +42,7 @@ METADATA = st.just(NO_METADATA) | st.builds(
 
 
 class Comparison(RuleBasedStateMachine):
-    """Asks the store and the model the same."""
+    """Calls the same verbs of the store and of the model."""
 
     opener: Opener
     jobs: Bundle[str] = Bundle("jobs")
@@ -64,7 +64,7 @@ class Comparison(RuleBasedStateMachine):
         shutil.rmtree(self.directory)
 
     def both(self, verb: str, *args: object, **options: object) -> Any:
-        """The store's outcome, a value or the type of what it raised; the same as the model's."""
+        """Return the outcome of both, a value or the type of an exception; they must be equal."""
         expected = self.outcome(lambda: getattr(self.model, verb)(*args, **options))
         outcome = self.outcome(lambda: self.runner.run(getattr(self.store, verb)(*args, **options)))
         assert outcome == expected

@@ -1,4 +1,4 @@
-"""The stores that there are: each must pass the conformance suite in tests/store."""
+"""The backends of the store. Each must pass the conformance suite in tests/store."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from pathlib import Path
 from harpcaller.store import Store
 from harpcaller.store.sqlite import open_store
 
-#: Opens the store that lives in a directory of its own.
+#: Opens the store in a directory.
 Opener = Callable[[Path], Awaitable[Store]]
 
-#: By name. A new backend is a new line here, nothing else.
+#: The backends by name. A new backend needs only a new line here.
 BACKENDS: Mapping[str, Opener] = {"sqlite": open_store}

@@ -1,4 +1,4 @@
-"""Program: what the SQLite store does while there is no room. Run by tests/store/test_sqlite_faults.py.
+"""Program: uses the SQLite store on a full disk. Run by tests/store/test_sqlite_faults.py.
 
     full_disk.py mount DIRECTORY   on a small file system of its own, mounted there (in a private mount namespace)
     full_disk.py limit DIRECTORY   with a limit on the size of files
@@ -31,7 +31,7 @@ def job(number: int, arguments: Raw) -> NewJob:
 
 
 async def fill(store: SQLiteStore, arguments: Raw, start: int) -> list[str]:
-    """Add jobs until there is no room; return the ids of those that were taken."""
+    """Add jobs until the disk is full; return the ids of the stored jobs."""
     taken: list[str] = []
     for number in range(start, start + 100_000):
         try:
@@ -53,7 +53,7 @@ async def scenario(directory: Path, take_room: Callable[[], None], make_room: Ca
     take_room()
     taken = [before.id, *await fill(store, LARGE, 1000), *await fill(store, SMALL, 200_000)]
 
-    # Writers are told, each of those that came together; readers don't notice.
+    # Each writer of a batch gets an error of its own; readers are not affected.
     metadata = JobMetadata(exit_info=LARGE)
     together = [store.add_job(job(number, LARGE), 1.0) for number in range(500_000, 500_020)]
     ending = [

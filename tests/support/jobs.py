@@ -1,4 +1,4 @@
-"""Jobs for tests: new ones, and stored ones in the state that a test starts from."""
+"""Jobs for tests: new jobs, and stored jobs in a given state."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from harp.protocol.json_text import Raw
 from harpcaller.model.jobs import ENDED, NewJob, Records, State
 from harpcaller.store import Store
 
-#: An end for each state that is one; payloads that would not survive decoding.
+#: An end for each closing state, with payloads that decoding and encoding would change.
 ENDS: Mapping[State, End] = {
     State.RETURNED: Returned(Raw(b'{"b": 1.10, "a": 100000000000000000000000000000000000000000, "": "\\ud800"}')),
     State.RAISED: Raised("Trouble\ud800", "line\nline \x00", Raw(b'{"class": "T",  "module": null}')),
@@ -21,7 +21,7 @@ ENDS: Mapping[State, End] = {
 }
 
 
-#: Every state with whether the job holds its slot.
+#: Every state, with and without a slot where both are possible.
 STANDS = (
     (State.QUEUED, False),
     (State.RUNNING, True),
@@ -34,20 +34,20 @@ def new_id() -> str:
 
 
 def new_job(host: str = "web01", queue: Any = None, concurrency: int = 1, **attributes: Any) -> NewJob:
-    """A job; `queue` is the name as a value, or as `Raw`."""
+    """Return a job; `queue` is the name as a value or as `Raw`."""
     name = queue if queue is None or isinstance(queue, Raw) else Raw(json.dumps(queue).encode())
     given = {"id": new_id(), "procedure": "deploy", "arguments": Raw(b"[]"), "timeout": 10.0, "max_exec_time": 60.0}
     return NewJob(host=host, queue=name, concurrency=concurrency, **{**given, **attributes})
 
 
 def records(values: Iterable[bytes], made: float = 2.0) -> Records:
-    """Records with these values, all made at one time."""
+    """Return records with these values and one time."""
     raw = tuple(map(Raw, values))
     return Records(raw, (made,) * len(raw))
 
 
 async def job_in(store: Store, state: State, now: float = 1.0, *, held: bool = False, **attributes: Any) -> str:
-    """Bring a new job to a state, the shortest way; return its id. There must be no other that could start.
+    """Add a job and bring it to a state; return its id. No other job may be able to start.
 
     With `held` one that has ended holds its slot.
     """
@@ -67,7 +67,7 @@ async def job_in(store: Store, state: State, now: float = 1.0, *, held: bool = F
 
 
 async def added(store: Store, *, count: int = 1, **attributes: Any) -> list[str]:
-    """Add jobs that are alike; return their ids."""
+    """Add equal jobs; return their ids."""
     ids = []
     for _ in range(count):
         job = new_job(**attributes)

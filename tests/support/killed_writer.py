@@ -1,4 +1,4 @@
-"""Program: adds, starts and cancels jobs and appends records without end; prints what the store has confirmed.
+"""Program: adds, starts and cancels jobs and appends records forever; prints every confirmed verb.
 
 Killed in mid-write by tests/store/test_sqlite_faults.py. Lines: ``job ID``, ``records ID COUNT``,
 ``cancelled ID`` and ``finalized ID``.

@@ -1,4 +1,4 @@
-"""A store in memory that is as simple as can be: what the real ones are compared with."""
+"""A store in memory, as simple as possible, with which the real stores are compared."""
 
 from __future__ import annotations
 
@@ -207,7 +207,7 @@ class ModelStore:
         return len(old[:limit])
 
     def _drop_queue(self, job: Job) -> None:
-        """A queue is there while it has a job that has not ended or holds a slot."""
+        """Remove the queue of a job if none of its jobs is unended or holds a slot."""
         if job.queue is not None and all(other.state in ENDED and not other.holds_slot for other in self.in_lane(job)):
             del self.limits[canonical(job.queue)]
 

@@ -62,11 +62,11 @@ def test_phases_of_the_dispatcher_cover_the_latest_jobs() -> None:
     for job_id in map(str, range(1001)):
         timings.record_stored(job_id, now - 0.5, now)
         timings.record_end(job_id, now)
-    assert timings.get_phases("0") == {}, "there is room for a thousand"
+    assert timings.get_phases("0") == {}, "only a thousand jobs are stored"
     known = timings.get_phases("1")
     assert (list(known), known["accept"]) == (["accept", "store", "store_end"], 0.5)
     timings.record_delivery("1", time.monotonic())
-    assert "deliver" not in known, "it was not waited for"
+    assert "deliver" not in known, "no client waited for it"
     timings.record_delivery("1", now)
     first = known["deliver"]
     assert first >= 0

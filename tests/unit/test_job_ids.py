@@ -1,4 +1,4 @@
-"""Job ids: their form, and the order in which they are."""
+"""Job ids: their form and their order."""
 
 from __future__ import annotations
 

@@ -69,7 +69,7 @@ def test_len_of_records_is_the_number_of_values() -> None:
 JOB = "6f1d7d4e-3c1c-4d6e-8a55-0d9d3d1b6c11"
 
 
-# As `openssl dgst -sha256 -hmac key` makes them: what a host was told must be the same after any upgrade.
+# Output of `openssl dgst -sha256 -hmac key`: the values that hosts have must not change with an upgrade.
 SECRET = "7c816ddf42644b21c3f256c0cd89a52d4792c0772404ed426dce204a7278eb72"
 OWNER_AT_WEB01 = "72198ed606287b39018ec1c75f9280753abebeb7921ead714d2c3516f1d6bd03"
 

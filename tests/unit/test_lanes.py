@@ -1,4 +1,4 @@
-"""Who may start."""
+"""Lanes: their keys, and the jobs that may start."""
 
 from __future__ import annotations
 
@@ -49,14 +49,14 @@ def test_lane_key_of_any_name_is_short() -> None:
 
 @dataclass
 class Lane:
-    """A lane in memory: seqs and hosts of those who wait, and how many more may start."""
+    """A lane in memory: its queued jobs, and the number of jobs that may start."""
 
     waiting: deque[Head]
     room: int
 
 
 class Lanes:
-    """Some lanes, and who was started."""
+    """Several lanes, and the number of slots held on each host."""
 
     def __init__(self, lanes: list[Lane], holding: Counter[str]) -> None:
         self.lanes = lanes
