@@ -1,4 +1,4 @@
-"""Calls through a real harpd: what runs, as whom, with which arguments, and what of it reaches the wire and the log."""
+"""Calls through a real harpd: procedures, users, arguments, and the output on the wire and in the log."""
 
 from __future__ import annotations
 
@@ -415,14 +415,14 @@ def test_call_environment(harpd: Harpd) -> None:
     assert found["stdin"] == ""
     assert found["sid"]
     kinds = sorted(re.sub(r"\d+", "N", target) for target in found["fds"].values())
-    assert kinds == ["/dev/null", "pipe:[N]", "pipe:[N]", "socket:[N]"]  # and its own channel, nothing else
+    assert kinds == ["/dev/null", "pipe:[N]", "pipe:[N]", "socket:[N]"]  # its own channel, and nothing else
 
 
 def test_executed_program_inherits_standard_streams_only(harpd: Harpd) -> None:
     listing, shown = result(harpd, "executed")
     targets = [line.split(" -> ")[1] for line in listing.splitlines() if " -> " in line]
     assert not [target for target in targets if target.startswith(("socket", "anon_inode"))]
-    assert len(targets) == 4, listing  # three streams, and what ls itself has open
+    assert len(targets) == 4, listing  # three streams, and the directory that ls lists
     limit, call, *status = shown.splitlines()
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     assert int(limit) >= min(soft, 1024)
@@ -519,7 +519,7 @@ def test_client_not_reading_pauses_its_call_only(harpd: Harpd, tmp_path: Path) -
             return last != "" and before == last
 
         def has_stopped() -> bool:
-            time.sleep(0.2)  # long against what a record takes
+            time.sleep(0.2)  # long compared with the time of a record
             return stands()
 
         wait_until(has_stopped, DEADLINE, "the flood's standstill")
@@ -528,7 +528,7 @@ def test_client_not_reading_pauses_its_call_only(harpd: Harpd, tmp_path: Path) -
         assert memory < 100_000
         assert result(harpd, "echo", 1) == [1]
         spent = cpu(harpd.supervisor)
-        time.sleep(0.5)  # what is measured is what the time costs
+        time.sleep(0.5)  # the processor time of this interval is measured
         assert cpu(harpd.supervisor) - spent < 0.2, "the supervisor is busy with a call that stands"
         assert [next(iter(message)) for message in deaf.lines()] == ["stream"] * 1000 + ["result"]
 

@@ -1,4 +1,4 @@
-"""How calls are stopped: limits, callers that go away, the daemon's end, processes that resist, deaths on the way."""
+"""How calls are stopped: limits, disconnects, shutdown, resisting processes, deaths of harpd's processes."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def ignore_signals():
         signal.signal(number, signal.SIG_IGN)
 
 def escape(path, execute):
-    """Fork twice with a session of its own; the grandchild, which has noted itself, resists."""
+    """Fork twice with a new session; the grandchild, which has written its pid, resists."""
     noted, note_it = os.pipe()
     if os.fork() == 0:
         os.setsid()
@@ -125,7 +125,7 @@ resists = procedure(resist_and_escape)
 resists_limit = procedure(timeout=0.5)(resist_and_escape)
 
 def escape_and_obey(path):
-    """The main process ends as told; what has escaped does not."""
+    """The main process exits at SIGTERM; the escaped process does not."""
     note_pid(path)
     escape(path, True)
     escape(path, False)
@@ -150,7 +150,7 @@ def escapes_and_dies(path):
 
 @procedure
 def breeds(path):
-    """Children that escape and have children that escape, for as long as they are let."""
+    """Children that escape, and have children that escape, until they are stopped."""
     ignore_signals()
     note_pid(path)
     note(path, "ready")
@@ -259,7 +259,7 @@ def test_limit_kills_all_processes(harpd: Harpd, procedure: str, notes: Path) ->
         _, last = client.lines()
     assert last["error"]["type"] == "timeout"
     assert len(pids(notes)) == 3
-    assert all_dead(pids(notes))  # at once: a close is the proof
+    assert all_dead(pids(notes))  # at once: the close proves it
 
 
 def test_cancel_raises_in_procedure(harpd: Harpd, notes: Path) -> None:
@@ -325,7 +325,7 @@ def test_worker_not_exiting_after_end_is_killed(harpd: Harpd) -> None:
 
 
 def supervisor_connection(harpd: Harpd) -> socket.socket:
-    """A connection to the supervisor as the gate makes it."""
+    """Open a connection to the supervisor like the frontend."""
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     connection.settimeout(DEADLINE)
     descriptor = os.open(harpd.runtime_directory, os.O_PATH)
@@ -495,7 +495,7 @@ def test_zygote_hanging_does_not_delay_shutdown(own: Harpd, notes: Path) -> None
         client.send(own.request("sleeps", [str(notes)]))
         wait_until(lambda: own.status()["calls"] == 1, DEADLINE, "the call that can't begin")
         own.kill()
-    with own:  # the next one is not kept from its work, and ends what is left in the end
+    with own:  # the next supervisor works, and kills the remaining processes in the end
         assert own.call("version")[-1] == {"result": 1}
         assert not all_dead([supervisor])
     wait_until(lambda: all_dead([zygote, supervisor]), DEADLINE, "the end of both")
@@ -545,7 +545,7 @@ def test_supervisor_death_kills_escaped_processes(own: Harpd, notes: Path) -> No
             wait_word(notes, "ready")
             os.kill(own.supervisor, signal.SIGKILL)
             assert client.message()["error"]["type"] == "call_died"
-        assert own.call("same", 1)[-1] == {"result": 1}  # so the next supervisor has swept
+        assert own.call("same", 1)[-1] == {"result": 1}  # so the next supervisor has cleaned up
         assert len(pids(notes)) == 3
         assert all_dead(pids(notes))
         own.wait_event("killed orphaned processes")
@@ -559,7 +559,7 @@ def record(harpd: Harpd, name: str, **fields: Any) -> None:
 
 
 def test_state_file_with_reused_pid_kills_no_other(own: Harpd) -> None:
-    """A session without its leader, as daemons have, and processes whose pid a record names."""
+    """A session without its leader, like that of a daemon, and processes whose pids a state file names."""
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     program = "import os, sys, time\nos.setsid()\nif os.fork(): os._exit(0)\nprint(os.getpid(), flush=True)\n"
     leader = subprocess.Popen([sys.executable, "-c", program + "time.sleep(3600)"], stdout=subprocess.PIPE)
@@ -598,7 +598,7 @@ def test_hundred_resisting_calls_are_stopped_together(own: Harpd, notes: Path) -
         for client in clients:
             client.close()
         wait_until(lambda: own.status()["calls"] == 0, DEADLINE, "the end of all")
-        assert time.monotonic() - begun < 100 * GRACE  # what it takes one after the other
+        assert time.monotonic() - begun < 100 * GRACE  # the time that one after the other would take
         assert len(pids(notes)) == 300
         assert all_dead(pids(notes))
         nothing_is_left(own)

@@ -1,4 +1,4 @@
-"""A procedures file that does what it likes, and a service that a procedure leaves running."""
+"""An unruly procedures file, and a service that a procedure leaves running."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""As whom a call runs: users and groups, by number and by name, as root with real users."""
+"""The user of a call: users and groups, by id and by name, as root with real users."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ def test_default_user_and_group_apply(tmp_path: Path) -> None:
 @pytest.mark.root
 @needs_root
 def test_user_change_without_root_fails(tmp_path: Path) -> None:
-    """In a process of its own as nobody: the call's own part, without the daemon around it."""
+    """In a separate process as nobody: the worker's part, without the daemon."""
     nobody = pwd.getpwnam("nobody")
     program = (
         "from harpd.worker.privileges import *\n"

@@ -1,4 +1,4 @@
-"""The supervisor's socket: what the gate and strangers may say there, and what they hear."""
+"""The supervisor's socket: requests of the frontend and of other peers, and their replies."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The supervisor against its calls: a call's process is its procedure's, and may say and do anything."""
+"""The supervisor and hostile procedures: a worker runs the procedure's code, and may write and do anything."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def supervisor(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Supervisor]
 
 
 def read_end(call: Connection) -> tuple[list[Any], Any]:
-    """What came before the evidence, and the closing line."""
+    """Return the lines before the exit info, and the closing line."""
     before: list[Any] = []
     while "exit_info" not in (line := call.line()):
         before.append(line)
@@ -99,7 +99,7 @@ def read_end(call: Connection) -> tuple[list[Any], Any]:
 def test_output_invalid_ends_resumable_call(
     supervisor: Supervisor, tmp_path: Path, lines: list[str], told: int, reason: str
 ) -> None:
-    """What is not a record may not stand among them; the call that tries is stopped, and its end says so."""
+    """A call that writes other lines among its records is stopped, and its end names the line."""
     with supervisor.call_resumable(
         "say_streaming", str(tmp_path / "pid"), "".join(f"{line}\n" for line in lines)
     ) as call:
@@ -138,7 +138,7 @@ def test_output_long_lines_count_against_quota(tmp_path: Path) -> None:
     with Supervisor(tmp_path / "supervisor", PROCEDURES + OWN, kill_grace=0.3, spool_memory=1 << 20) as supervisor:
         error = supervisor.closing_line("talk_without_end", 1 << 20)["error"]
         assert "the calls of this host have used up spool_memory" in error["message"]
-        assert supervisor.result("same", "x" * (1 << 20)) == "x" * (1 << 20)  # and what it held is given back
+        assert supervisor.result("same", "x" * (1 << 20)) == "x" * (1 << 20)  # and its memory is released
 
 
 def test_output_of_endless_child_does_not_delay_end(supervisor: Supervisor, tmp_path: Path) -> None:
@@ -148,7 +148,7 @@ def test_output_of_endless_child_does_not_delay_end(supervisor: Supervisor, tmp_
 
 
 def test_zygote_hanging_is_replaced_and_calls_continue(tmp_path: Path) -> None:
-    """A start that it was asked for never happens, even when it wakes."""
+    """An abandoned start never happens, even when the zygote continues."""
     with Supervisor(tmp_path / "supervisor", PROCEDURES + OWN, kill_grace=0.3) as supervisor:
         zygote = psutil.Process(supervisor.status()["zygote"])
         with supervisor.call_resumable("wait_for", str(tmp_path / "go")) as before:
@@ -174,7 +174,7 @@ def test_zygote_hanging_is_replaced_and_calls_continue(tmp_path: Path) -> None:
 
 
 def test_start_without_contact_is_stopped_after_fork(supervisor: Supervisor, tmp_path: Path) -> None:
-    """Contact counts from the arrival of the connection, wherever the start has been since then."""
+    """Contact counts from the arrival of the connection, however long the start was delayed since then."""
     now = time.clock_gettime(time.CLOCK_BOOTTIME)
     with supervisor.call_resumable("wait_for", str(tmp_path / "go"), disconnect_timeout=5, received=now - 6) as call:
         (line,) = call.lines()
@@ -198,7 +198,7 @@ def test_start_without_contact_is_stopped_after_fork(supervisor: Supervisor, tmp
 
 
 def test_attach_after_supervisor_death_finds_call(tmp_path: Path) -> None:
-    """Nor is it forgotten when the next one dies at once, too."""
+    """The call is found even if the next supervisor dies at once."""
     first = Supervisor(tmp_path / "supervisor", PROCEDURES + OWN).start()
     with first.call_resumable("wait_for", str(tmp_path / "go")) as call:
         call.line()

@@ -1,4 +1,4 @@
-"""Processes that serve many calls: which calls get one, what each call finds there, when there is no further one."""
+"""Workers that serve many calls: which calls share one, what a call finds there, and when a worker ends."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def supervisor(tmp_path: Path, go: Path) -> Iterator[Supervisor]:
 
 
 def finish(supervisor: Supervisor, procedure: str, *arguments: object) -> tuple[dict[str, object], dict[str, object]]:
-    """Run a kept call to its end; its evidence and its closing line."""
+    """Run a resumable call to its end; return its exit info and its closing line."""
     with supervisor.call_resumable(procedure, *arguments) as call:
         lines = [call.line()]
         while not {"result", "exception", "error"} & lines[-1].keys() or len(lines) == 1:
@@ -270,7 +270,7 @@ def test_idle_workers_make_room_for_calls(supervisor: Supervisor, tmp_path: Path
         call.close()
     assert supervisor.status()["calls"] == 0
     assert all(map(is_running, resting))
-    supervisor.result("own")  # with four that rest, and four that may be there
+    supervisor.result("own")  # with four idle workers, which is the limit
     wait_until(lambda: sum(map(is_running, resting)) == 3, what="room for another")
 
 
@@ -307,7 +307,7 @@ def test_idle_worker_ends_after_timeout(supervisor: Supervisor) -> None:
 
 
 def test_stop_of_reused_worker_kills_earlier_children(supervisor: Supervisor, tmp_path: Path) -> None:
-    """What the calls before have left and what the stopped one did, as its receipt says."""
+    """The stop report lists processes of earlier calls and of the stopped call."""
     first, _ = supervisor.result("leave_a_child"), supervisor.result("own")
     path = tmp_path / "there"
     supervisor.result("meet", str(path), str(path))
@@ -321,5 +321,5 @@ def test_stop_of_reused_worker_kills_earlier_children(supervisor: Supervisor, tm
         assert (line["stop_report"]["survivors"], line["stop_report"]["complete"]) == ([], True)
         call.send({"release": True})
         call.lines()
-    assert psutil.pid_exists(first[0])  # of another process: not the stopped call's
+    assert psutil.pid_exists(first[0])  # a child of another worker
     os.kill(first[0], signal.SIGKILL)

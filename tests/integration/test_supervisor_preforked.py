@@ -1,4 +1,4 @@
-"""Processes that wait for calls: each serves one, none is left, and one that dies costs no call."""
+"""Pre-forked workers: each serves one call, none is left over, and the death of one fails no call."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def is_dead(process: psutil.Process) -> bool:
 
 
 def spares(supervisor: Supervisor) -> list[psutil.Process]:
-    """The processes that wait, once there are some."""
+    """Wait until there are pre-forked workers, and return them."""
     zygote = psutil.Process(supervisor.status()["zygote"])
     return wait_until(lambda: zygote.children(), what="processes that wait")
 
@@ -93,7 +93,7 @@ def test_preforked_workers_end_with_zygote(supervisor: Supervisor) -> None:
 
 
 def test_preforked_workers_are_no_possible_escapes(supervisor: Supervisor, tmp_path: Path) -> None:
-    """The zygote forks others while a call is being stopped: they are known for what they are."""
+    """Workers that the zygote forks while a call is stopped are known, so the stop report is complete."""
     for number in range(5):
         path = tmp_path / str(number)
         with supervisor.call_resumable("resist", str(path)) as call:

@@ -1,4 +1,4 @@
-"""Kept calls as the supervisor holds them: who may attach, what is said again, what is given up, what a stop proves."""
+"""Resumable calls in the supervisor: attaching, records, lost contact, stop reports, adoption."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def supervisor(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Supervisor]
 
 
 def ended(call: Connection) -> tuple[list[Any], dict[str, Any], Any]:
-    """Read to the closing line: what came before it, the evidence, the closing line."""
+    """Read to the closing line; return the lines before exit info, the exit info, and the closing line."""
     before: list[Any] = []
     while "exit_info" not in (line := call.line()):
         before.append(line)
@@ -75,7 +75,7 @@ def ended(call: Connection) -> tuple[list[Any], dict[str, Any], Any]:
 
 
 def done(call: Connection) -> list[Any]:
-    """Say that the end is stored; return what came after that."""
+    """Release the call; return the lines after that."""
     call.send({"release": True})
     return call.lines()
 
@@ -181,7 +181,7 @@ def test_start_after_no_such_call_is_rejected(supervisor: Supervisor) -> None:
         assert refused(call) == "call_refused"
     with supervisor.call_resumable(
         "same", 1, call_id=call_id, owner="owner-2"
-    ) as call:  # another's ids are its own affair
+    ) as call:  # the tombstone counts for its own owner only
         call.line()
         ended(call)
         done(call)
@@ -197,7 +197,7 @@ def test_start_for_other_instance_is_rejected(supervisor: Supervisor) -> None:
 
 
 def test_start_delayed_too_long_is_rejected(supervisor: Supervisor) -> None:
-    """It would come after the ids are forgotten that were said never to start."""
+    """The tombstone of its id may have expired by then."""
     with supervisor.call_resumable("same", 1, received=time.clock_gettime(time.CLOCK_BOOTTIME) - 1900) as call:
         assert refused(call) == "call_refused"
         assert call.id not in supervisor.list_calls()
@@ -245,7 +245,7 @@ def test_start_failed_creates_no_session(supervisor: Supervisor) -> None:
 def test_call_without_contact_is_stopped_and_end_stays(supervisor: Supervisor, tmp_path: Path) -> None:
     with supervisor.call_resumable("resist", str(tmp_path / "pids"), disconnect_timeout=0.2) as call:
         call.line()
-        call_id = call.id  # it stays attached: an open connection is no contact
+        call_id = call.id  # it stays attached: an open connection does not prove contact
         _, evidence, end = ended(call)
         assert error_of(end) == "lost_contact"
         assert evidence["by"] == "lost_contact"
@@ -258,7 +258,7 @@ def test_call_without_contact_is_stopped_and_end_stays(supervisor: Supervisor, t
 
 
 def test_contact_counts_from_echoed_time(supervisor: Supervisor, tmp_path: Path) -> None:
-    """A sign of life that is late says nothing new, and one of the future is a fault."""
+    """A late heartbeat proves no newer contact, and a time in the future is an error."""
     with supervisor.call_resumable("wait_for", str(tmp_path / "go"), disconnect_timeout=0.5) as call:
         call.line()
         line = {"heartbeat": 0}
@@ -329,7 +329,7 @@ def test_spool_full_pauses_procedure_and_drops_nothing(tmp_path: Path) -> None:
 
         wait_until(waits, DEADLINE, "the procedure waiting")
         with pytest.raises(psutil.TimeoutExpired):
-            process.wait(1.0)  # longer than its timeout, which does not count while it can't say anything
+            process.wait(1.0)  # longer than its timeout, which does not count while it cannot write
         assert "at" in first[0]
         with supervisor.attach(call.id) as again:
             assert again.line()["call"]["records"] < most
@@ -400,13 +400,13 @@ def test_exit_info_of_death_has_signal_or_code(supervisor: Supervisor) -> None:
 
 
 def five(path: Path) -> list[str]:
-    """Wait for the pids of the five processes of the call that resists."""
+    """Wait for the pids of the five processes of the resisting call."""
     wait_until(lambda: len(path.read_text().split()) == 5, DEADLINE, "five processes")
     return path.read_text().split()
 
 
 def stopped(supervisor: Supervisor, path: Path) -> tuple[dict[str, Any], dict[str, Any], list[int]]:
-    """Stop the call that resists; return its receipt, the evidence and the pids that it had."""
+    """Stop the resisting call; return its stop report, its exit info and the pids of its processes."""
     with supervisor.call_resumable("resist", str(path)) as call:
         call.line()
         pids = five(path)
@@ -473,7 +473,7 @@ def test_stop_in_cgroup_is_complete(tmp_path: Path) -> None:
 @pytest.mark.root
 @ROOT
 def test_stop_survivors_are_reported_and_watched(tmp_path: Path) -> None:
-    """A process that stands in a frozen cgroup of the old kind dies only when it is thawed."""
+    """A process in a frozen version 1 cgroup dies only when it is thawed."""
     freezer = Path("/sys/fs/cgroup/freezer")
     if not (freezer / "tasks").exists():
         pytest.skip("there is no freezer of the old kind here")
@@ -515,7 +515,7 @@ def test_supervisor_killed_calls_are_adopted_as_dead(tmp_path: Path) -> None:
         assert supervisor.list_calls() == [call.id]
         with supervisor.attach(call.id, secret="guessed") as other:
             assert refused(other) == "no_such_call"
-        with supervisor.attach(call.id, 12) as again:  # whatever is asked for, there are no more records
+        with supervisor.attach(call.id, 12) as again:  # for any number, there are no more records
             again.line()
             before, _, end = ended(again)
             assert (before, error_of(end)) == ([], "call_died")
@@ -595,7 +595,7 @@ def test_shutdown_sends_end_to_attached(tmp_path: Path) -> None:
 @pytest.mark.root
 @ROOT
 def test_stop_without_root_sends_report(tmp_path: Path) -> None:
-    """The same as an ordinary user, who may see and signal his own processes: that is enough."""
+    """As an ordinary user, who may see and signal his own processes: that is sufficient."""
     with tempfile.TemporaryDirectory() as place:
         os.chmod(place, 0o755)
         supervisor = Supervisor(Path(place) / "supervisor", PROCEDURES + OWN, kill_grace=0.3)

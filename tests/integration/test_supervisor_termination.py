@@ -1,4 +1,4 @@
-"""What a stop's receipt says of processes that outrun a look, hide from it, or can't die."""
+"""Stop reports about processes that fork faster than scans, hide from them, or cannot be killed."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def hops_and_dies(stop, session):
 
 @procedure
 def loses_a_hopper(stop, begun):
-    """Nothing of the call is left in it: no parent, no session, no environment."""
+    """Hide from scans: change parent, session and environment."""
     if os.fork() == 0:
         os.setsid()
         if os.fork() == 0:
@@ -75,7 +75,7 @@ def leaves_one_with_a_false_mark(path):
 
 @procedure
 def leaves_one_without_a_head(path):
-    """What is left in a session of its own, and has ended its first thread."""
+    """Leave a process in its own session whose first thread has ended."""
     if os.fork() == 0:
         os.setsid()
         if os.fork() == 0:
@@ -100,19 +100,19 @@ def supervisor(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Supervisor]
 
 @pytest.fixture
 def stop(tmp_path: Path) -> Iterator[Path]:
-    """The file that ends what hops."""
+    """The file that ends the fork loop."""
     yield tmp_path / "stop"
     (tmp_path / "stop").touch()
 
 
 def started(supervisor: Supervisor, call: Connection) -> int:
-    """Wait until the call's process is there; return its pid."""
+    """Wait until the call's process exists; return its pid."""
     call.line()
     return int(supervisor.wait_event("call started", call=call.id)["pid"])
 
 
 def receipt_of(call: Connection) -> dict[str, Any]:
-    """Read to the closing line; return the last receipt."""
+    """Read to the closing line; return the last stop report."""
     receipt: dict[str, Any] = {}
     while "exit_info" not in (line := call.line()):
         receipt = line["stop_report"]
@@ -121,7 +121,7 @@ def receipt_of(call: Connection) -> dict[str, Any]:
 
 
 def lives(call_id: str) -> bool:
-    """Whether anything runs that carries the call's mark."""
+    """Return whether a process with the call's cookie runs."""
     return any(process.alive and cookie_for(call_id) in process.cookies for process in take_snapshot().values())
 
 
@@ -151,7 +151,7 @@ def test_stop_fork_loop_after_main_death(supervisor: Supervisor, stop: Path) -> 
 
 
 def test_stop_unstoppable_fork_loop_reports_survivors(supervisor: Supervisor, stop: Path) -> None:
-    """It is in another session each time; without a cgroup nothing but luck ends it."""
+    """It changes its session each time: without a cgroup, only chance ends it."""
     with supervisor.call_resumable("hops_and_dies", str(stop), True) as call:
         started(supervisor, call)
         receipt = receipt_of(call)

@@ -1,4 +1,4 @@
-"""Calls that became another user are stopped like any: by a cancel, by their limit, by the supervisor's death."""
+"""Calls of another user are stopped like all others: by a cancel, by a limit, by the supervisor's death."""
 
 from __future__ import annotations
 
@@ -68,14 +68,14 @@ MEMBERS = 4
 
 @pytest.fixture
 def notes() -> Iterator[Path]:
-    """A file that every user can write to; the directories above a test's own are closed to them."""
+    """A file that every user can write to; the parents of a test's directory are closed to them."""
     with tempfile.TemporaryDirectory(prefix="harp-test-") as directory:
         os.chmod(directory, 0o777)
         yield Path(directory) / "notes"
 
 
 def family(notes: Path, user: str) -> list[psutil.Process]:
-    """The call's processes once they are all there, the main process first."""
+    """Wait until all processes of the call exist; return them, the main process first."""
     wait_until(lambda: notes.exists() and len(notes.read_text().splitlines()) == MEMBERS, DEADLINE, "the processes")
     processes = [psutil.Process(int(pid)) for pid in notes.read_text().split()]
     uid = psutil.Process(processes[0].pid).uids()

@@ -1,4 +1,4 @@
-"""What tests of calls ask of a real harpd: an end, what was printed, and that nothing is left."""
+"""Helpers for tests of calls through a real harpd: the end, the printed lines, and the check for leftovers."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from support.daemonlog import DEADLINE
 from support.deadline import wait_until
 from support.harpd import Harpd
 
-#: What comes first from a procedure that does not stream.
+#: The first line of a procedure that does not stream.
 ACKNOWLEDGED = {"harp": 1, "stream_result": False}
 
 
 def nothing_is_left(harpd: Harpd) -> None:
-    """No call, record or fault of the supervisor is left."""
+    """Check that the supervisor has no call, no state file and no error left."""
     wait_until(lambda: harpd.status()["calls"] == 0, DEADLINE, "the end of the calls")
     assert not list((harpd.runtime_directory / "calls").glob("*/*"))
     assert not harpd.events("callback failed")

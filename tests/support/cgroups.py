@@ -1,4 +1,4 @@
-"""Cgroups of a test's own: one to put calls into, and one that freezes what is put into it."""
+"""Cgroups for tests: one for calls, and one that freezes its processes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _FREEZERS = Path("/sys/fs/cgroup/freezer")
 
 @contextlib.contextmanager
 def own_cgroup() -> Iterator[Path]:
-    """A cgroup of the new kind; it skips the test where none can be made."""
+    """Create a version 2 cgroup; skip the test where that is not possible."""
     places = [line.split() for line in Path("/proc/mounts").read_text().splitlines()]
     mounted = next((place[1] for place in places if place[2] == "cgroup2"), None)
     if mounted is None:
@@ -38,7 +38,7 @@ def own_cgroup() -> Iterator[Path]:
 
 
 class Freezer:
-    """A frozen process dies only when it is thawed, whatever it is sent.
+    """A freezer: a frozen process dies only when it is thawed, whichever signal it is sent.
 
     Args:
         directory: a cgroup of the old kind.
@@ -54,13 +54,13 @@ class Freezer:
         (self._directory / "freezer.state").write_text("FROZEN")
 
     def thaw(self) -> None:
-        """Let them go on, or die."""
+        """Let the processes continue, or die."""
         (self._directory / "freezer.state").write_text("THAWED")
 
 
 @contextlib.contextmanager
 def freezer() -> Iterator[Freezer]:
-    """A freezer; it skips the test where there is none."""
+    """Yield a freezer; skip the test where there is none."""
     if not (_FREEZERS / "tasks").exists():
         pytest.skip("there is no freezer of the old kind here")
     directory = _FREEZERS / f"harpd-test-{uuid.uuid4().hex}"

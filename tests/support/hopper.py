@@ -1,4 +1,4 @@
-"""A program that forks and exits without pause, and is gone under each number before it can be read or signalled."""
+"""A fork loop: it forks and exits without pause, so that each pid is gone before it can be read or signalled."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from support.deadline import wait_until
 
 __all__ = ["HOP", "group_lives", "hopping"]
 
-#: The loop itself, for the text of a procedures file: it goes on until the file `stop` is there.
+#: The loop itself, for the text of a procedures file: it continues until the file `stop` exists.
 HOP = """
 import os, signal
 
@@ -33,7 +33,7 @@ _PROGRAM = HOP + "\nimport sys; os.setpgid(0, 0); hop(sys.argv[1], sys.argv[2] =
 
 @contextlib.contextmanager
 def hopping(directory: Path, session: bool = False, **environment: str) -> Iterator[int]:
-    """Let one hop, and end it.
+    """Run a fork loop, and stop it.
 
     Args:
         directory: where the file is made that ends it.
@@ -45,7 +45,7 @@ def hopping(directory: Path, session: bool = False, **environment: str) -> Itera
     """
     stop = directory / f"stop-{uuid.uuid4().hex}"
     kind = "session" if session else "group"
-    reading, writing = os.pipe()  # open until its last process has ended
+    reading, writing = os.pipe()  # open until the last process of the loop has ended
     try:
         command = [sys.executable, "-c", _PROGRAM, str(stop), kind]
         process = subprocess.Popen(command, env=environment, pass_fds=(writing,))
@@ -59,5 +59,5 @@ def hopping(directory: Path, session: bool = False, **environment: str) -> Itera
 
 
 def group_lives(group: int) -> bool:
-    """Whether anything runs in a process group."""
+    """Return whether a process group has a live process."""
     return any(process.group == group and process.alive for process in take_snapshot().values())

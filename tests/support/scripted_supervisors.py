@@ -1,4 +1,4 @@
-"""Scripted supervisors: each answers the first line of every connection by a script of the test's."""
+"""Scripted supervisors: each answers the first line of every connection by a script of the test."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from harpd.supervisor.listener import ACTIVE_SOCKET, SOCKET_PREFIX
 
 __all__ = ["Script", "dead_supervisor", "make_current", "supervisor"]
 
-#: What a supervisor says to a request before it closes; None: nothing, and it does not close.
+#: Returns the reply to a request, before the close; None: no reply and no close.
 Script: TypeAlias = Callable[[dict[str, Any]], bytes | None]
 
 
@@ -50,7 +50,7 @@ async def _converse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, 
 
 
 def make_current(directory: Path, name: str) -> None:
-    """Have this supervisor take the new calls, as a supervisor does it itself."""
+    """Make this supervisor the active one, like a supervisor does itself."""
     (directory / "new").hardlink_to(directory / (SOCKET_PREFIX + name))
     (directory / "new").replace(directory / ACTIVE_SOCKET)
 

@@ -1,4 +1,4 @@
-"""`harpd.worker.arguments`: the look at the code object says what `inspect` says."""
+"""`harpd.worker.arguments`: the check by the code object agrees with `inspect`."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Own(Procedure):
 
 
 class Local:
-    """Many a function has locals, which are no parameters."""
+    """Local variables are not parameters."""
 
     @staticmethod
     def function(a: Any) -> None:
@@ -91,7 +91,7 @@ def test_check_arguments_without_signature_passes() -> None:
 
 
 def loaded(text: str) -> set[str]:
-    """The modules that a process has which has loaded a procedures file with this text, as a zygote does."""
+    """Return the modules of a process that has loaded a procedures file with this text, like a zygote."""
     program = """
 import sys, tempfile
 from harpd.worker import arguments
@@ -108,7 +108,7 @@ print(*sys.modules)
 
 
 def test_zygote_imports_are_lean() -> None:
-    """A fork costs by what its parent has loaded; threading alone, by what it does at each, a fifth of a small call."""
+    """The modules of the zygote cost each fork; `threading` alone costs a fifth of a short call."""
     plain = "from harpd.proc import *\n@procedure\ndef f(a): return a\n"
     heavy = {"typing", "dataclasses", "inspect", "logging", "threading", "asyncio", "ssl", "subprocess"}
     assert not heavy & loaded(plain)

@@ -1,4 +1,4 @@
-"""A call's cgroup: what the system knows of it, and kills at once."""
+"""The cgroup of a call: its members, and killing all at once."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ pytestmark = [
 
 def test_cgroup_kills_fork_loop(tmp_path: Path) -> None:
     with own_cgroup() as place, contextlib.ExitStack() as ending:
-        group = Cgroups(str(place)).create("a", os.getpid())  # what the test starts now is in it
+        group = Cgroups(str(place)).create("a", os.getpid())  # the processes that the test starts from now on are in it
         assert group is not None
         try:
             ending.enter_context(hopping(tmp_path, session=True))

@@ -1,4 +1,4 @@
-"""What a procedures file imports and how it is loaded; which numbers a procedure's user and groups are."""
+"""The interface and the loading of procedures files; the ids of a procedure's user and groups."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ one = two = procedure(len)
 _hidden = procedure(len)
 def plain(x: int): pass
 ANNOTATION = plain.__annotations__["x"]
-globals()["class"] = one if ANNOTATION is int else None  # our own __future__ imports are not the file's
+globals()["class"] = one if ANNOTATION is int else None  # without the __future__ imports of the loader
 """
     found = load(tmp_path, text)
     assert sorted(found) == ["_hidden", "bare", "class", "one", "two"]

@@ -1,4 +1,4 @@
-"""Which processes are a call's, what a look proves, signals that never hit another; the event loop's timers, output."""
+"""The processes of a call, complete snapshots, signals by identity; the event loop's timers; output pipes."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from harpd.supervisor.output import OutputCollector
 from support.deadline import wait_until
 from support.hopper import group_lives, hopping
 
-#: A tree whose main process is 100; no process of this system has these numbers and this environment.
+#: A tree whose main process is 100; no process of this system has this start time and environment.
 TREE = CallTree(100, 50, b"HARPD_CALL=none of this system")
 
 
@@ -91,7 +91,7 @@ def test_members_of_session_without_leader() -> None:
 
 
 ZYGOTE = process(7, 20, session=7)
-#: An earlier call's and one that lives at the same time.
+#: The cookies of an earlier call and of a concurrent one.
 OTHERS = frozenset({cookie_for("other"), cookie_for("earlier")})
 
 
@@ -102,7 +102,7 @@ def escaped(*processes: Process, whole: bool = True) -> bool:
 
 
 def child(pid: int = 300, start: int = 60, state: str = "S", threads: int = 1, mark: str | None = None) -> Process:
-    """A child of the zygote."""
+    """Return a child of the zygote."""
     marks = frozenset(() if mark is None else {cookie_for(mark)})
     return Process(pid, start, ZYGOTE.pid, pid, pid, state, threads=threads, cookies=marks)
 
@@ -128,7 +128,7 @@ def test_escape_possible_without_complete_snapshot() -> None:
 
 
 def test_escape_possible_from_cgroup(tmp_path: Path) -> None:
-    """`su` with PAM puts what it executes into another one."""
+    """`su` with PAM moves the program that it executes into another cgroup."""
     tree = CallTree(TREE.pid, TREE.start, TREE.cookie, Cgroup(str(tmp_path)))
     assert has_possible_escapes(tree, ZYGOTE.pid, table(ZYGOTE, child()), (), ())
 
@@ -140,10 +140,12 @@ def test_process_without_first_thread_is_alive() -> None:
 
 
 def test_process_groups_of_members() -> None:
-    before = process(100, 50, group=7, session=7)  # it has not left its zygote's session yet
+    before = process(100, 50, group=7, session=7)  # it is still in its zygote's session
     assert TREE.process_groups([before]) == set()
     assert TREE.process_groups([MAIN, process(101, group=100), process(102, group=102)]) == {100, 102}
-    assert TREE.process_groups([process(103, group=0), process(104, group=1)]) == set()  # -1 would be everybody
+    assert (
+        TREE.process_groups([process(103, group=0), process(104, group=1)]) == set()
+    )  # kill(-1) would signal all processes
 
 
 HEADLESS = """
@@ -170,7 +172,7 @@ def test_snapshot_has_process_without_first_thread() -> None:
             child.kill()
 
 
-#: Waits for a child that has its memory, and that waits for somebody to write to a pipe before it executes anything.
+#: Waits for a vfork child, which waits for data in a pipe before it executes a program.
 DEEP_SLEEP = """
 import os, sys
 os.posix_spawn("/bin/true", ["true"], {}, file_actions=[(os.POSIX_SPAWN_OPEN, 5, sys.argv[1], os.O_RDONLY, 0)])
@@ -188,7 +190,7 @@ def test_snapshot_complete_has_fork_loop(tmp_path: Path, session: bool) -> None:
 
 def test_kill_group_ends_fork_loop(tmp_path: Path) -> None:
     with hopping(tmp_path) as group:
-        wait_until(lambda: group_lives(group), what="a look that finds it")  # one that is not whole may miss it
+        wait_until(lambda: group_lives(group), what="a look that finds it")  # an incomplete snapshot may miss it
         kill_group(group)
         wait_until(lambda: not group_lives(group), what="the group's end")
         kill_group(group)
@@ -229,7 +231,7 @@ def test_snapshot_and_send_signal(sleeper: subprocess.Popen[bytes]) -> None:
     assert start_time(sleeper.pid) == 0
 
 
-#: Looks for a child of its own, as the first process of a container whose session is one of outside.
+#: Takes a snapshot with its own child, as the first process of a container, whose session is from outside.
 CONTAINED = """
 import os, subprocess
 from harpd.processes.process_tree import take_snapshot
@@ -267,12 +269,12 @@ def test_timers_run_in_order_unless_cancelled(caplog: pytest.LogCaptureFixture) 
     for number in (3, 1, 2):
         loop.call_later(number / 1000, lambda number=number: fired.append(number))  # type: ignore[misc]
     loop.call_later(0.0015, lambda: fired.append(9)).cancel()
-    loop.call_later(0, fail)  # ends no other
+    loop.call_later(0, fail)  # must not stop the others
     loop.call_later(0.004, loop.stop)
     loop.run()
     assert fired == [1, 2, 3]
     assert [record.levelname for record in caplog.records] == ["ERROR"]
-    caplog.clear()  # the traceback of the failure holds the loop, and so its descriptor
+    caplog.clear()  # the traceback of the failure refers to the loop, and so to its descriptor
 
 
 def test_cancelled_timers_do_not_accumulate() -> None:
@@ -305,14 +307,14 @@ def test_output_pipe_splits_lines(caplog: pytest.LogCaptureFixture) -> None:
     def go_on() -> None:
         assert printed(caplog) == ["begun 0", "", "next"]
         for reading, _ in pipes[:2]:
-            output.release(reading)  # one too many: the first is closed
+            output.release(reading)  # above the limit: the first one is closed
         assert printed(caplog)[3:] == ["rest"]
         with pytest.raises(BrokenPipeError):
             os.write(pipes[0][1], b"more")
         os.write(pipes[1][1], b"!\n")
         for _, writing in pipes:
             os.close(writing)
-        loop.call_later(0.01, loop.stop)  # what the pipes hold is read before timers are looked at
+        loop.call_later(0.01, loop.stop)  # the pipes are read before timers run
 
     loop.call_later(0.01, go_on)
     loop.call_later(30, loop.stop)

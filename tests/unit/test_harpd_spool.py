@@ -1,4 +1,4 @@
-"""The spool: numbered records, read from any number on, dropped when they are acknowledged and only then."""
+"""The spool: numbered records, read from any number on, deleted only when they are acknowledged."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Records of calls: what the next supervisor ends and tells, what it can't end, and what a record still says."""
+"""State files: orphans that the next supervisor kills and reports, survivors, and the purposes of a file."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 
 
 class Supervisors:
-    """Records as supervisors keep them, all in one runtime directory."""
+    """The state files of several supervisors in one runtime directory."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         self._alive: dict[StateDir, str] = {}
 
     def begin(self, name: str) -> StateDir:
-        """A new supervisor."""
+        """Return the state directory of a new supervisor."""
         records = StateDir(self._directory, name)
         self._alive[records] = name
         return records
 
     def kill(self, records: StateDir) -> None:
-        """Do what a supervisor's death does: close its locks, on its own directory and on those of dead supervisors."""
+        """Close the locks of a supervisor, as its death does: on its own directory and on those of dead ones."""
         del self._alive[records]
         calls = self._directory / "calls"
         living = {str(calls / name) for name in self._alive.values()}
@@ -52,7 +52,7 @@ class Supervisors:
                     os.close(int(number))
 
     def kill_all(self) -> None:
-        """End what is left."""
+        """Close all that are open."""
         for records in tuple(self._alive):
             self.kill(records)
 
@@ -66,24 +66,24 @@ def supervisors(tmp_path: Path) -> Iterator[Supervisors]:
 
 @pytest.fixture
 def old(supervisors: Supervisors) -> StateDir:
-    """The records of a supervisor that is going to die."""
+    """The state directory of a supervisor that will die."""
     return supervisors.begin("old")
 
 
 @pytest.fixture
 def new(supervisors: Supervisors) -> StateDir:
-    """Those of its successor."""
+    """The state directory of its successor."""
     return supervisors.begin("new")
 
 
 def names(tmp_path: Path) -> set[str]:
-    """All records, by the names of their files."""
+    """Return the names of all state files."""
     return {file.name for file in tmp_path.glob("calls/*/*")}
 
 
 @contextlib.contextmanager
 def process(call_id: str) -> Iterator[int]:
-    """A process with a call's mark, in a session of its own; it ignores SIGTERM."""
+    """A process with a call's cookie, in its own session; it ignores SIGTERM."""
     code = "import signal, time; signal.signal(15, signal.SIG_IGN); print(flush=True); time.sleep(600)"
     command = [sys.executable, "-c", code]
     environment = {"HARPD_CALL": call_id}
@@ -106,7 +106,7 @@ def record(call_id: str, pid: int, **more: Any) -> CallState:
 
 
 def sweep(records: StateDir, until_gone: bool = True) -> list[CleanupResult]:
-    """Sweep until it is not worth while to do it again soon; all that was found."""
+    """Clean up until it need not be repeated soon; return all results."""
     found = [records.clean_up()]
     while until_gone and found[-1].again:
         time.sleep(0.02)
@@ -119,7 +119,7 @@ def test_clean_up_kills_and_reports_once(
 ) -> None:
     with process("a") as pid:
         old.write("a", record("a", pid, resumable=1))
-        assert new.clean_up() == CleanupResult()  # it lives
+        assert new.clean_up() == CleanupResult()  # the supervisor lives
         supervisors.kill(old)
         found = sweep(new)
         assert not lives(pid)
@@ -181,7 +181,7 @@ def test_close_leaves_survivors_only(supervisors: Supervisors, tmp_path: Path, o
 
 
 def test_directory_is_locked_before_visible(tmp_path: Path, new: StateDir) -> None:
-    """One that is just being made is not a dead supervisor's."""
+    """A directory that is just being created does not belong to a dead supervisor."""
     (tmp_path / "calls" / ".made").mkdir()
     assert new.clean_up() == CleanupResult()
     assert (tmp_path / "calls" / ".made").exists()
@@ -238,7 +238,7 @@ def test_clean_up_survivors_are_reported_and_left(
             assert new.clean_up() == CleanupResult()
         assert len(caplog.records) == 1
         third = supervisors.begin("third")
-        assert third.clean_up() == CleanupResult()  # another has taken it over
+        assert third.clean_up() == CleanupResult()  # another supervisor has locked it
         supervisors.kill(new)
         swept = third.clean_up()
         assert (swept.killed, swept.calls, swept.stop_reports) == (1, {}, {})

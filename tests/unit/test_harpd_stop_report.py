@@ -1,4 +1,4 @@
-"""Receipts: bounded whatever is found, and never better than what is known."""
+"""Stop reports: bounded in size, and never more positive than the scans."""
 
 from __future__ import annotations
 

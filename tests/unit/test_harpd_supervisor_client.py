@@ -1,4 +1,4 @@
-"""How wardens are found and asked, with scripted ones: dead, silent, dying in the middle, one after another."""
+"""The supervisor client with scripted supervisors: dead, silent, dying, one after another."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def held(name: str, *calls: str) -> Script:
 
 @asynccontextmanager
 async def scripted(directory: Path, **scripts: Script) -> AsyncIterator[SupervisorClient]:
-    """Wardens of these names, the first of which takes the new calls; and the way to them."""
+    """Run supervisors with these names, the first of which is active; yield a client."""
     async with AsyncExitStack() as running:
         for name, script in scripts.items():
             await running.enter_async_context(supervisor(directory, name, script))

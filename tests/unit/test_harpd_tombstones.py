@@ -1,4 +1,4 @@
-"""`harpd.supervisor.tombstones`: ids that can't start any more."""
+"""`harpd.supervisor.tombstones`: ids that can no longer start."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""All running calls of a host: their sessions, registry, records, state files and termination."""
+"""All running calls of a host: sessions, registry, spools, state files, workers and their termination."""

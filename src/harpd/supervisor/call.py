@@ -11,7 +11,7 @@ and nothing is dropped. The end is decided here, once:
 A worker runs the procedure's code and is not trusted: each line must be a record, a traceback if exit info includes it,
 or the closing line, which is the last. It cannot send the messages that only the supervisor sends.
 
-Then the observer receives what is known of the worker's death (exit info), and the result of a stop (stop report).
+Then the observer receives the details of the worker's death (exit info), and the result of a stop (stop report).
 """
 
 from __future__ import annotations
@@ -144,7 +144,7 @@ class Call:
         context: the objects that it shares with other calls.
         call_id: its id.
         procedure: its procedure's name.
-        info: what the zygote has reported about the procedure.
+        info: the report of the zygote about the procedure.
         zygote: the zygote that forks the worker.
         observer: the receiver of its output and end.
         session: the session in its state file, for a later supervisor; empty: its end is not reported to a dispatcher.

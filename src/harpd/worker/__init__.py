@@ -1,1 +1,1 @@
-"""What runs in the zygote and in the process of a call. Lean: every import here costs each fork."""
+"""The zygote and the workers that it forks. Lean: every import here costs each fork."""

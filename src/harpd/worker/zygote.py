@@ -41,7 +41,7 @@ from harpd.worker import arguments, signals
 from harpd.worker.child import Descriptors, detach_from_zygote, run_worker
 from harpd.worker.procedures import ProceduresError, load_procedures
 
-TYPE_CHECKING = False  # not from `typing`: a fork costs by what its parent holds
+TYPE_CHECKING = False  # not from `typing`: the zygote's memory costs each fork
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from typing import Any, NoReturn
