@@ -82,7 +82,7 @@ def read_end(call: Connection) -> tuple[list[Any], Any]:
 
 
 @pytest.mark.parametrize(
-    ("lines", "told", "reason"),
+    ("lines", "record_count", "reason"),
     [
         ([RECORD, '{"result":"forged"}', RECORD], 0, "invalid record: b'{\"result"),
         ([RECORD, '{"stop_report":{"survivors":[]}}', RECORD], 0, "invalid record: b'{\"stop_report"),
@@ -97,7 +97,7 @@ def read_end(call: Connection) -> tuple[list[Any], Any]:
     ],
 )
 def test_output_invalid_ends_resumable_call(
-    supervisor: Supervisor, tmp_path: Path, lines: list[str], told: int, reason: str
+    supervisor: Supervisor, tmp_path: Path, lines: list[str], record_count: int, reason: str
 ) -> None:
     """A call that writes other lines among its records is stopped, and its end names the line."""
     with supervisor.call_resumable(
@@ -105,12 +105,12 @@ def test_output_invalid_ends_resumable_call(
     ) as call:
         assert call.line()["stream_result"] is True
         before, end = read_end(call)
-        assert [line for line in before if "stream" in line] == [json.loads(RECORD)] * told
+        assert [line for line in before if "stream" in line] == [json.loads(RECORD)] * record_count
         assert end["error"]["type"] == "call_died"
         assert reason in end["error"]["message"]
         assert not psutil.pid_exists(int((tmp_path / "pid").read_text()))
-        receipt = next(line["stop_report"] for line in before if "stop_report" in line)
-        assert receipt["survivors"] == []
+        stop_report = next(line["stop_report"] for line in before if "stop_report" in line)
+        assert stop_report["survivors"] == []
         call.send({"release": True})
         assert call.lines() == []
 

@@ -26,7 +26,7 @@ calls = 0
 def about():
     global calls
     calls += 1
-    return {"pid": os.getpid(), "calls": calls, "mark": os.environ["HARPD_CALL"], "uid": os.getuid()}
+    return {"pid": os.getpid(), "calls": calls, "cookie": os.environ["HARPD_CALL"], "uid": os.getuid()}
 
 @procedure(max_calls_per_process=100)
 def own():
@@ -131,15 +131,15 @@ def finish(supervisor: Supervisor, procedure: str, *arguments: object) -> tuple[
             lines.append(call.line())
         call.send({"release": True})
         assert call.lines() == []
-    (evidence,) = [line["exit_info"] for line in lines if "exit_info" in line]
-    return evidence, lines[-1]
+    (exit_info,) = [line["exit_info"] for line in lines if "exit_info" in line]
+    return exit_info, lines[-1]
 
 
 def test_worker_serves_calls_one_after_the_other(supervisor: Supervisor) -> None:
     found = [supervisor.result("own") for _ in range(5)]
     assert [one["calls"] for one in found] == [1, 2, 3, 4, 5]
     assert len({one["pid"] for one in found}) == 1
-    assert len({one["mark"] for one in found}) == 5
+    assert len({one["cookie"] for one in found}) == 5
 
 
 def test_worker_serves_one_procedure_only(supervisor: Supervisor) -> None:
@@ -186,7 +186,11 @@ def test_worker_serves_streaming_calls(supervisor: Supervisor) -> None:
 def test_worker_survives_exception_not_wrong_arguments(supervisor: Supervisor) -> None:
     first = supervisor.result("spin", 0)
     assert supervisor.closing_line("spin", "no number")["exception"]["type"] == "TypeError"
-    assert supervisor.result("spin", 0) == {**first, "calls": 2, "mark": supervisor.events("call started")[-1]["call"]}
+    assert supervisor.result("spin", 0) == {
+        **first,
+        "calls": 2,
+        "cookie": supervisor.events("call started")[-1]["call"],
+    }
     assert supervisor.closing_line("spin", 1, 2)["error"]["type"] == "invalid_argument_list"
     assert supervisor.result("spin", 0)["calls"] == 1
 
@@ -230,8 +234,8 @@ def test_worker_writing_after_end_is_not_reused(supervisor: Supervisor, go: Path
 
 
 def test_exit_info_of_reused_worker_is_of_one_call(tmp_path: Path) -> None:
-    evidence = {"stderr": True, "traceback": True}
-    with Supervisor(tmp_path / "supervisor", PROCEDURES + OWN, exit_info=evidence) as supervisor:
+    exit_info_settings = {"stderr": True, "traceback": True}
+    with Supervisor(tmp_path / "supervisor", PROCEDURES + OWN, exit_info=exit_info_settings) as supervisor:
         for text in ("one", "two"):
             found, end = finish(supervisor, "fail_reused", text)
             assert found["stderr"] == [f"why {text}"]
@@ -265,24 +269,24 @@ def test_idle_workers_make_room_for_calls(supervisor: Supervisor, tmp_path: Path
     calls = [supervisor.call("meet", [path, str(tmp_path / "go")]) for path in paths]
     wait_until(lambda: all(map(os.path.exists, paths)))
     (tmp_path / "go").touch()
-    resting = [psutil.Process(call.lines()[-1]["result"]["pid"]) for call in calls]
+    idle = [psutil.Process(call.lines()[-1]["result"]["pid"]) for call in calls]
     for call in calls:
         call.close()
     assert supervisor.status()["calls"] == 0
-    assert all(map(is_running, resting))
+    assert all(map(is_running, idle))
     supervisor.result("own")  # with four idle workers, which is the limit
-    wait_until(lambda: sum(map(is_running, resting)) == 3, what="room for another")
+    wait_until(lambda: sum(map(is_running, idle)) == 3, what="room for another")
 
 
 def test_reload_ends_idle_workers(supervisor: Supervisor, tmp_path: Path) -> None:
     zygote = psutil.Process(supervisor.status()["zygote"])
-    resting = psutil.Process(supervisor.result("own")["pid"])
+    idle = psutil.Process(supervisor.result("own")["pid"])
     with supervisor.call("meet", [str(tmp_path / "there"), str(tmp_path / "go")]) as call:
         call.line()
         wait_until((tmp_path / "there").exists)
         busy = psutil.Process(supervisor.events("call started", procedure="meet")[0]["pid"])
         assert supervisor.reload() == {"ok": True}
-        wait_until(lambda: not is_running(resting), what="its end")
+        wait_until(lambda: not is_running(idle), what="its end")
         (tmp_path / "go").touch()
         assert call.line()["result"]["pid"] == busy.pid
         assert call.lines() == []
@@ -294,15 +298,15 @@ def test_reload_ends_idle_workers(supervisor: Supervisor, tmp_path: Path) -> Non
 def test_idle_worker_ends_with_supervisor(tmp_path: Path) -> None:
     supervisor = Supervisor(tmp_path / "killed", PROCEDURES + OWN)
     with supervisor:
-        resting = psutil.Process(supervisor.result("own")["pid"])
+        idle = psutil.Process(supervisor.result("own")["pid"])
         supervisor.kill()
-        wait_until(lambda: not is_running(resting), what="its end")
+        wait_until(lambda: not is_running(idle), what="its end")
 
 
 def test_idle_worker_ends_after_timeout(supervisor: Supervisor) -> None:
-    resting = psutil.Process(supervisor.result("own")["pid"])
+    idle = psutil.Process(supervisor.result("own")["pid"])
     began = time.monotonic()
-    wait_until(lambda: not is_running(resting), what="its end")
+    wait_until(lambda: not is_running(idle), what="its end")
     assert time.monotonic() - began > 5
 
 

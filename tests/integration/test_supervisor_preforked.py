@@ -30,7 +30,7 @@ def own():
         "files": sorted(map(int, os.listdir("/proc/self/fd"))),
         "blocked": sorted(signal.pthread_sigmask(signal.SIG_BLOCK, ())),
         "handlers": [int(signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGHUP, signal.SIGCHLD)],
-        "mark": os.environ["HARPD_CALL"],
+        "cookie": os.environ["HARPD_CALL"],
     }
 
 @procedure
@@ -51,7 +51,7 @@ def is_dead(process: psutil.Process) -> bool:
     return not is_running(process)
 
 
-def spares(supervisor: Supervisor) -> list[psutil.Process]:
+def preforked(supervisor: Supervisor) -> list[psutil.Process]:
     """Wait until there are pre-forked workers, and return them."""
     zygote = psutil.Process(supervisor.status()["zygote"])
     return wait_until(lambda: zygote.children(), what="processes that wait")
@@ -65,31 +65,31 @@ def test_call_has_own_process_and_session(supervisor: Supervisor) -> None:
         assert (one["blocked"], one["handlers"]) == ([], [0, 0, 0])
         assert one["files"][:3] == [0, 1, 2]
         assert len(one["files"]) == 5  # the channel, and the directory that is being listed
-    assert len({one["mark"] for one in found}) == 10
+    assert len({one["cookie"] for one in found}) == 10
 
 
 def test_preforked_worker_serves_next_call(supervisor: Supervisor) -> None:
-    waiting = {process.pid for process in spares(supervisor)}
+    waiting = {process.pid for process in preforked(supervisor)}
     assert supervisor.result("own")["pid"] in waiting
 
 
 def test_preforked_worker_killed_fails_no_call(supervisor: Supervisor) -> None:
     for _ in range(5):
-        for process in spares(supervisor):
+        for process in preforked(supervisor):
             os.kill(process.pid, signal.SIGKILL)
             wait_until(partial(is_dead, process), what="its death")
-        assert supervisor.result("own")["mark"]
+        assert supervisor.result("own")["cookie"]
 
 
 def test_preforked_workers_end_with_zygote(supervisor: Supervisor) -> None:
-    waiting = spares(supervisor)
+    waiting = preforked(supervisor)
     assert supervisor.reload(PROCEDURES) == {"ok": True}
     wait_until(lambda: not any(process.is_running() for process in waiting), what="the end of what waited")
-    waiting = spares(supervisor)
+    waiting = preforked(supervisor)
     os.kill(supervisor.status()["zygote"], signal.SIGKILL)
     wait_until(lambda: not any(process.is_running() for process in waiting), what="the end of what waited")
     wait_until(lambda: supervisor.status()["zygote"] is not None, what="another zygote")
-    assert supervisor.result("own")["mark"]
+    assert supervisor.result("own")["cookie"]
 
 
 def test_preforked_workers_are_no_possible_escapes(supervisor: Supervisor, tmp_path: Path) -> None:

@@ -59,14 +59,14 @@ def leave_a_stranger(path):
 
 @pytest.fixture(scope="module")
 def supervisor(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Supervisor]:
-    evidence = {"stderr": True, "traceback": True}
+    exit_info_settings = {"stderr": True, "traceback": True}
     with Supervisor(
-        tmp_path_factory.mktemp("resumable"), PROCEDURES + OWN, kill_grace=0.3, exit_info=evidence
+        tmp_path_factory.mktemp("resumable"), PROCEDURES + OWN, kill_grace=0.3, exit_info=exit_info_settings
     ) as supervisor:
         yield supervisor
 
 
-def ended(call: Connection) -> tuple[list[Any], dict[str, Any], Any]:
+def read_end(call: Connection) -> tuple[list[Any], dict[str, Any], Any]:
     """Read to the closing line; return the lines before exit info, the exit info, and the closing line."""
     before: list[Any] = []
     while "exit_info" not in (line := call.line()):
@@ -74,7 +74,7 @@ def ended(call: Connection) -> tuple[list[Any], dict[str, Any], Any]:
     return before, line["exit_info"], call.line()
 
 
-def done(call: Connection) -> list[Any]:
+def release(call: Connection) -> list[Any]:
     """Release the call; return the lines after that."""
     call.send({"release": True})
     return call.lines()
@@ -96,20 +96,20 @@ def test_end_stays_until_released(supervisor: Supervisor) -> None:
         assert acknowledgement["call"].keys() == {
             "instance", "disconnect_timeout", "result_ttl", "kill_grace", "elapsed", "records",
         }  # fmt: skip
-        before, evidence, end = ended(call)
+        before, exit_info, end = read_end(call)
         assert (before, end) == ([], {"result": 5})
-        assert (evidence["exit"], evidence["signal"], evidence["by"]) == (0, None, "itself")
-        assert evidence["cpu"] > 0
-        assert evidence["memory"] > 1 << 20
-        assert evidence["started"] <= evidence["ended"]
-        assert 0 <= evidence["fork"] <= 60
-        assert evidence["authentication"] is None, "nobody has said so"
+        assert (exit_info["exit"], exit_info["signal"], exit_info["by"]) == (0, None, "itself")
+        assert exit_info["cpu"] > 0
+        assert exit_info["memory"] > 1 << 20
+        assert exit_info["started"] <= exit_info["ended"]
+        assert 0 <= exit_info["fork"] <= 60
+        assert exit_info["authentication"] is None, "the request has no authentication"
         call_id = call.id
     assert call_id in supervisor.list_calls()
     with supervisor.attach(call_id) as call:
         assert call.line()["stream_result"] is False
-        assert ended(call)[2] == {"result": 5}
-        assert done(call) == []
+        assert read_end(call)[2] == {"result": 5}
+        assert release(call) == []
     assert call_id not in supervisor.list_calls()
     with supervisor.attach(call_id) as call:
         assert refused(call) == "no_such_call"
@@ -130,22 +130,22 @@ def test_attach_sends_records_from_number_until_ack(supervisor: Supervisor, tmp_
         with supervisor.attach(call_id, since) as call:
             assert call.line()["call"]["records"] == 6
             call.send({"heartbeat": 0})
-            told = []
+            received = []
             while "heartbeat" not in (line := call.line()):
-                told += [line["stream"]] if "stream" in line else []
-            assert told == list(range(since, 6))
+                received += [line["stream"]] if "stream" in line else []
+            assert received == list(range(since, 6))
     with supervisor.attach(call_id, 6) as call:
         call.line()
         call.send({"ack": 6})
         (tmp_path / "go").touch()
-        assert ended(call)[2] == {"result": 6}
+        assert read_end(call)[2] == {"result": 6}
     with supervisor.attach(call_id, 2) as call:
         (line,) = call.lines()
         assert (error_of(line), line["error"]["data"]) == ("records_gone", {"first": 6, "end": 6})
     with supervisor.attach(call_id, 6) as call:
         call.line()
-        ended(call)
-        done(call)
+        read_end(call)
+        release(call)
 
 
 def test_attach_replaces_earlier_connection(supervisor: Supervisor, tmp_path: Path) -> None:
@@ -155,8 +155,8 @@ def test_attach_replaces_earlier_connection(supervisor: Supervisor, tmp_path: Pa
             second.line()
             assert first.lines() == []  # closed
             (tmp_path / "go").touch()
-            assert ended(second)[2] == {"result": "there"}
-            done(second)
+            assert read_end(second)[2] == {"result": "there"}
+            release(second)
 
 
 def test_attach_needs_owner_and_secret(supervisor: Supervisor, tmp_path: Path) -> None:
@@ -168,8 +168,8 @@ def test_attach_needs_owner_and_secret(supervisor: Supervisor, tmp_path: Path) -
         assert supervisor.list_calls("owner-2") == []
         assert call.id in supervisor.list_calls()
         (tmp_path / "go").touch()
-        assert ended(call)[2] == {"result": "there"}
-        done(call)
+        assert read_end(call)[2] == {"result": "there"}
+        release(call)
 
 
 def test_start_after_no_such_call_is_rejected(supervisor: Supervisor) -> None:
@@ -183,8 +183,8 @@ def test_start_after_no_such_call_is_rejected(supervisor: Supervisor) -> None:
         "same", 1, call_id=call_id, owner="owner-2"
     ) as call:  # the tombstone counts for its own owner only
         call.line()
-        ended(call)
-        done(call)
+        read_end(call)
+        release(call)
 
 
 def test_start_for_other_instance_is_rejected(supervisor: Supervisor) -> None:
@@ -210,18 +210,18 @@ def test_start_with_too_many_unfetched_ends_is_rejected(tmp_path: Path) -> None:
             with supervisor.call_resumable("same", "x" * 15_000) as call:
                 held.append(call.id)
                 call.line()
-                ended(call)
+                read_end(call)
         with supervisor.call_resumable("same", 1) as call:
             assert refused(call) == "too_many_calls"
         for call_id in held:
             with supervisor.attach(call_id) as call:
                 call.line()
-                ended(call)
-                done(call)
+                read_end(call)
+                release(call)
         with supervisor.call_resumable("same", 1) as call:
             call.line()
-            ended(call)
-            done(call)
+            read_end(call)
+            release(call)
 
 
 def test_start_with_used_id_is_rejected(supervisor: Supervisor, tmp_path: Path) -> None:
@@ -230,8 +230,8 @@ def test_start_with_used_id_is_rejected(supervisor: Supervisor, tmp_path: Path) 
         with supervisor.call_resumable("same", 1, call_id=call.id) as again:
             assert refused(again) == "call_refused"
         (tmp_path / "go").touch()
-        ended(call)
-        done(call)
+        read_end(call)
+        release(call)
     with supervisor.call_resumable("same", 1, call_id=call.id) as again:
         assert refused(again) == "call_refused"
 
@@ -246,15 +246,15 @@ def test_call_without_contact_is_stopped_and_end_stays(supervisor: Supervisor, t
     with supervisor.call_resumable("resist", str(tmp_path / "pids"), disconnect_timeout=0.2) as call:
         call.line()
         call_id = call.id  # it stays attached: an open connection does not prove contact
-        _, evidence, end = ended(call)
+        _, exit_info, end = read_end(call)
         assert error_of(end) == "lost_contact"
-        assert evidence["by"] == "lost_contact"
+        assert exit_info["by"] == "lost_contact"
     with supervisor.attach(call_id) as call:
         call.line()
-        before, _, end = ended(call)
+        before, _, end = read_end(call)
         assert before[0]["stop_report"]["survivors"] == []
         assert error_of(end) == "lost_contact"
-        done(call)
+        release(call)
 
 
 def test_contact_counts_from_echoed_time(supervisor: Supervisor, tmp_path: Path) -> None:
@@ -266,17 +266,17 @@ def test_contact_counts_from_echoed_time(supervisor: Supervisor, tmp_path: Path)
             call.send({"heartbeat": 0})
             line = call.line()
         assert "stop_report" in line
-        assert error_of(ended(call)[2]) == "lost_contact"
-        done(call)
+        assert error_of(read_end(call)[2]) == "lost_contact"
+        release(call)
     with supervisor.call_resumable("same", 1) as call:
         call.line()
-        ended(call)
+        read_end(call)
         call.send({"heartbeat": 1e6})
         assert call.lines() == []
     with supervisor.attach(call.id) as call:
         call.line()
-        ended(call)
-        done(call)
+        read_end(call)
+        release(call)
 
 
 def test_call_with_contact_continues(supervisor: Supervisor, tmp_path: Path) -> None:
@@ -286,14 +286,14 @@ def test_call_with_contact_continues(supervisor: Supervisor, tmp_path: Path) -> 
             call.send({"heartbeat": heard})
             heard = call.line()["heartbeat"]
         (tmp_path / "go").touch()
-        assert ended(call)[2] == {"result": "there"}
-        done(call)
+        assert read_end(call)[2] == {"result": "there"}
+        release(call)
 
 
 def test_end_unfetched_is_discarded_after_result_ttl(supervisor: Supervisor) -> None:
     with supervisor.call_resumable("same", 1, result_ttl=0.1) as call:
         call.line()
-        ended(call)
+        read_end(call)
         assert call.lines() == []  # closed by the supervisor
     supervisor.wait_event("discarding unfetched end of call", call=call.id)
     assert call.id not in supervisor.list_calls()
@@ -302,18 +302,18 @@ def test_end_unfetched_is_discarded_after_result_ttl(supervisor: Supervisor) -> 
 def test_limits_of_request_stop_call(supervisor: Supervisor, tmp_path: Path) -> None:
     with supervisor.call_resumable("wait_for", str(tmp_path / "go"), max_exec_time=0.1) as call:
         call.line()
-        before, evidence, end = ended(call)
-        assert (error_of(end), evidence["by"]) == ("timeout", "limit")
+        before, exit_info, end = read_end(call)
+        assert (error_of(end), exit_info["by"]) == ("timeout", "limit")
         assert "maximum execution time" in end["error"]["message"]
         assert before[0]["stop_report"]["processes"][0]["signals"] == ["SIGTERM"]
-        done(call)
+        release(call)
     with supervisor.call_resumable("count", 3, str(tmp_path / "go"), timeout=0.1) as call:
         call.line()
-        before, _, end = ended(call)
+        before, _, end = read_end(call)
         assert error_of(end) == "timeout"
         assert "reading the result" in end["error"]["message"]
         assert [line["stream"] for line in before if "stream" in line] == [0, 1, 2]
-        done(call)
+        release(call)
 
 
 def test_spool_full_pauses_procedure_and_drops_nothing(tmp_path: Path) -> None:
@@ -340,7 +340,7 @@ def test_spool_full_pauses_procedure_and_drops_nothing(tmp_path: Path) -> None:
                     again.send({"ack": len(numbers)})
             assert numbers == list(range(most))
             assert again.line() == {"result": None}
-            done(again)
+            release(again)
 
 
 def test_commands_after_request_line_are_handled(supervisor: Supervisor, tmp_path: Path) -> None:
@@ -348,10 +348,10 @@ def test_commands_after_request_line_are_handled(supervisor: Supervisor, tmp_pat
         call.line()
     with supervisor.attach(call.id, behind=b'{"heartbeat":0}\n{"stop":{"why":"cancelled"}}\n{"hea') as again:
         again.send(b'rtbeat":0}\n')
-        before, _, end = ended(again)
+        before, _, end = read_end(again)
         assert error_of(end) == "cancelled"
         assert [line for line in before if "heartbeat" in line][1:] or again.line().keys() == {"heartbeat"}
-        done(again)
+        release(again)
 
 
 def test_command_invalid_closes_connection_only(supervisor: Supervisor, tmp_path: Path) -> None:
@@ -365,38 +365,38 @@ def test_command_invalid_closes_connection_only(supervisor: Supervisor, tmp_path
     (tmp_path / "go").touch()
     with supervisor.attach(call.id) as other:
         other.line()
-        assert ended(other)[2] == {"result": "there"}
-        done(other)
+        assert read_end(other)[2] == {"result": "there"}
+        release(other)
 
 
 def test_exit_info_of_exception_has_traceback(supervisor: Supervisor) -> None:
     with supervisor.call_resumable("wrong", "text") as call:
         call.line()
-        _, evidence, end = ended(call)
+        _, exit_info, end = read_end(call)
         data = {"class": "ValueError", "module": "builtins"}
         assert end == {"exception": {"type": "ValueError", "message": "text", "data": data}}
-        assert evidence["stderr"] == ["first text", "not whole"]
-        assert evidence["traceback"].endswith("ValueError: text\n")
-        assert "in wrong" in evidence["traceback"]
-        done(call)
+        assert exit_info["stderr"] == ["first text", "not whole"]
+        assert exit_info["traceback"].endswith("ValueError: text\n")
+        assert "in wrong" in exit_info["traceback"]
+        release(call)
 
 
 def test_exit_info_has_output_only_if_configured(tmp_path: Path) -> None:
     with Supervisor(tmp_path, PROCEDURES + OWN) as supervisor, supervisor.call_resumable("wrong", "text") as call:
         call.line()
-        _, evidence, _ = ended(call)
-        assert not {"stderr", "traceback"} & evidence.keys()
-        done(call)
+        _, exit_info, _ = read_end(call)
+        assert not {"stderr", "traceback"} & exit_info.keys()
+        release(call)
 
 
 def test_exit_info_of_death_has_signal_or_code(supervisor: Supervisor) -> None:
     with supervisor.call_resumable("die", int(signal.SIGKILL)) as call:
         call.line()
-        before, evidence, end = ended(call)
+        before, exit_info, end = read_end(call)
         assert error_of(end) == "call_died"
-        assert (evidence["exit"], evidence["signal"], evidence["by"]) == (None, "SIGKILL", "unknown")
+        assert (exit_info["exit"], exit_info["signal"], exit_info["by"]) == (None, "SIGKILL", "unknown")
         assert [line["stop_report"]["survivors"] for line in before] == [[]]
-        done(call)
+        release(call)
 
 
 def five(path: Path) -> list[str]:
@@ -405,16 +405,16 @@ def five(path: Path) -> list[str]:
     return path.read_text().split()
 
 
-def stopped(supervisor: Supervisor, path: Path) -> tuple[dict[str, Any], dict[str, Any], list[int]]:
+def stop_resisting(supervisor: Supervisor, path: Path) -> tuple[dict[str, Any], dict[str, Any], list[int]]:
     """Stop the resisting call; return its stop report, its exit info and the pids of its processes."""
     with supervisor.call_resumable("resist", str(path)) as call:
         call.line()
         pids = five(path)
         call.send({"stop": {"why": "cancelled", "by": "somebody"}})
-        before, evidence, end = ended(call)
+        before, exit_info, end = read_end(call)
         assert error_of(end) == "cancelled"
-        done(call)
-    return before[-1]["stop_report"], evidence, [int(pid) for pid in pids]
+        release(call)
+    return before[-1]["stop_report"], exit_info, [int(pid) for pid in pids]
 
 
 def dead(pids: list[int]) -> bool:
@@ -423,27 +423,27 @@ def dead(pids: list[int]) -> bool:
 
 def test_stop_sends_report(supervisor: Supervisor, tmp_path: Path) -> None:
     (tmp_path / "pids").touch()
-    receipt, evidence, pids = stopped(supervisor, tmp_path / "pids")
+    stop_report, exit_info, pids = stop_resisting(supervisor, tmp_path / "pids")
     assert dead(pids)
-    assert {one["pid"] for one in receipt["processes"]} == set(pids)
-    assert all(one["signals"] == ["SIGTERM", "SIGKILL"] for one in receipt["processes"])
-    assert all("SIGKILL" in one["ended"] for one in receipt["processes"])
-    assert (receipt["found"], receipt["survivors"], receipt["complete"]) == (5, [], True)
-    assert receipt["began"] <= receipt["ended"]
-    assert (evidence["signal"], evidence["by"], evidence["by_whom"]) == ("SIGKILL", "cancel", "somebody")
+    assert {one["pid"] for one in stop_report["processes"]} == set(pids)
+    assert all(one["signals"] == ["SIGTERM", "SIGKILL"] for one in stop_report["processes"])
+    assert all("SIGKILL" in one["ended"] for one in stop_report["processes"])
+    assert (stop_report["found"], stop_report["survivors"], stop_report["complete"]) == (5, [], True)
+    assert stop_report["began"] <= stop_report["ended"]
+    assert (exit_info["signal"], exit_info["by"], exit_info["by_whom"]) == ("SIGKILL", "cancel", "somebody")
 
 
 def test_stop_with_possible_escape_is_incomplete(supervisor: Supervisor, tmp_path: Path) -> None:
     path = tmp_path / "pid"
     with supervisor.call_resumable("leave_a_stranger", str(path)) as call:
         call.line()
-        before, _, end = ended(call)
+        before, _, end = read_end(call)
         assert error_of(end) == "call_died"
-        receipt = before[-1]["stop_report"]
-        done(call)
+        stop_report = before[-1]["stop_report"]
+        release(call)
     pid = int(path.read_text())
     if not dead([pid]):
-        assert receipt["complete"] is False
+        assert stop_report["complete"] is False
         os.kill(pid, signal.SIGKILL)
 
 
@@ -457,15 +457,15 @@ def test_stop_in_cgroup_is_complete(tmp_path: Path) -> None:
     ):
         with supervisor.call_resumable("leave_a_stranger", str(path)) as call:
             call.line()
-            before, _, _ = ended(call)
-            receipt = before[-1]["stop_report"]
-            assert (receipt["survivors"], receipt["complete"]) == ([], True)
+            before, _, _ = read_end(call)
+            stop_report = before[-1]["stop_report"]
+            assert (stop_report["survivors"], stop_report["complete"]) == ([], True)
             pid = int(path.read_text())
             assert dead([pid])
-            assert pid in {one["pid"] for one in receipt["processes"]}
-            done(call)
+            assert pid in {one["pid"] for one in stop_report["processes"]}
+            release(call)
         (tmp_path / "pids").touch()
-        receipt, _, pids = stopped(supervisor, tmp_path / "pids")
+        stop_report, _, pids = stop_resisting(supervisor, tmp_path / "pids")
         assert dead(pids)
         assert not list(group.glob("call-*"))
 
@@ -487,15 +487,15 @@ def test_stop_survivors_are_reported_and_watched(tmp_path: Path) -> None:
                 (frozen / "tasks").write_text(str(pid))
                 (frozen / "freezer.state").write_text("FROZEN")
                 call.send({"stop": {"why": "cancelled"}})
-                before, evidence, end = ended(call)
-                receipt = before[-1]["stop_report"]
-                assert [one["pid"] for one in receipt["survivors"]] == [pid]
-                assert (error_of(end), evidence["exit"], evidence["signal"]) == ("cancelled", None, None)
+                before, exit_info, end = read_end(call)
+                stop_report = before[-1]["stop_report"]
+                assert [one["pid"] for one in stop_report["survivors"]] == [pid]
+                assert (error_of(end), exit_info["exit"], exit_info["signal"]) == ("cancelled", None, None)
                 assert supervisor.status()["calls"] == 1
                 (frozen / "freezer.state").write_text("THAWED")
-                receipt = call.line()["stop_report"]
-                assert (receipt["survivors"], receipt["processes"][0]["ended"]) == ([], "SIGKILL")
-                assert done(call) == []
+                stop_report = call.line()["stop_report"]
+                assert (stop_report["survivors"], stop_report["processes"][0]["ended"]) == ([], "SIGKILL")
+                assert release(call) == []
             wait_until(lambda: supervisor.status()["calls"] == 0, DEADLINE, "the call gone")
     finally:
         (frozen / "freezer.state").write_text("THAWED")
@@ -517,9 +517,9 @@ def test_supervisor_killed_calls_are_adopted_as_dead(tmp_path: Path) -> None:
             assert refused(other) == "no_such_call"
         with supervisor.attach(call.id, 12) as again:  # for any number, there are no more records
             again.line()
-            before, _, end = ended(again)
+            before, _, end = read_end(again)
             assert (before, error_of(end)) == ([], "call_died")
-            done(again)
+            release(again)
         assert supervisor.list_calls() == []
 
 
@@ -528,14 +528,14 @@ def test_supervisor_killed_ended_call_stops_nothing(tmp_path: Path) -> None:
     supervisor = Supervisor(tmp_path / "supervisor", PROCEDURES + OWN).start()
     with supervisor.call_resumable("leave_a_service", str(path)) as call:
         call.line()
-        assert ended(call)[2] == {"result": "left"}
+        assert read_end(call)[2] == {"result": "left"}
         supervisor.kill()
     service = int(path.read_text())
     try:
         with supervisor, supervisor.attach(call.id) as again:
             again.line()
-            assert error_of(ended(again)[2]) == "call_died"
-            done(again)
+            assert error_of(read_end(again)[2]) == "call_died"
+            release(again)
             assert not dead([service])
     finally:
         os.kill(service, signal.SIGKILL)
@@ -550,9 +550,9 @@ def test_retire_rejects_calls_and_exits_after_last(tmp_path: Path) -> None:
         with supervisor.call_resumable("same", 1) as other:
             assert refused(other) == "wrong_instance"
         (tmp_path / "go").touch()
-        assert ended(call)[2] == {"result": "there"}
+        assert read_end(call)[2] == {"result": "there"}
         assert supervisor.status()["resumable"] == 1
-        assert done(call) == []
+        assert release(call) == []
     assert supervisor.wait() == 0
     assert not supervisor.logged_bugs()
 
@@ -573,8 +573,8 @@ def test_lifeline_closed_continues_until_idle(tmp_path: Path) -> None:
         supervisor.close_lifeline()
         supervisor.wait_event("launcher exited; resumable calls continue")
         (tmp_path / "go").touch()
-        assert ended(call)[2] == {"result": "there"}
-        assert done(call) == []
+        assert read_end(call)[2] == {"result": "there"}
+        assert release(call) == []
     assert supervisor.wait() == 0
 
 
@@ -584,10 +584,10 @@ def test_shutdown_sends_end_to_attached(tmp_path: Path) -> None:
         call.line()
         with supervisor.connect() as control:
             control.send({"control": "shutdown"})
-            before, evidence, end = ended(call)
-            assert (error_of(end), evidence["by"]) == ("shutdown", "shutdown")
+            before, exit_info, end = read_end(call)
+            assert (error_of(end), exit_info["by"]) == ("shutdown", "shutdown")
             assert before[-1]["stop_report"]["survivors"] == []
-            assert done(call) == []
+            assert release(call) == []
             assert control.lines() == [{"ok": True}]
     assert supervisor.wait() == 0
 
@@ -607,6 +607,6 @@ def test_stop_without_root_sends_report(tmp_path: Path) -> None:
         os.chown(pids_file, NOBODY, NOBODY)
         with supervisor:
             assert psutil.Process(supervisor.status()["supervisor"]).uids().effective == NOBODY
-            receipt, _, pids = stopped(supervisor, pids_file)
+            stop_report, _, pids = stop_resisting(supervisor, pids_file)
         assert dead(pids)
-        assert (receipt["found"], receipt["survivors"], receipt["complete"]) == (5, [], True)
+        assert (stop_report["found"], stop_report["survivors"], stop_report["complete"]) == (5, [], True)

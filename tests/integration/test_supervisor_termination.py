@@ -111,13 +111,13 @@ def started(supervisor: Supervisor, call: Connection) -> int:
     return int(supervisor.wait_event("call started", call=call.id)["pid"])
 
 
-def receipt_of(call: Connection) -> dict[str, Any]:
+def read_stop_report(call: Connection) -> dict[str, Any]:
     """Read to the closing line; return the last stop report."""
-    receipt: dict[str, Any] = {}
+    stop_report: dict[str, Any] = {}
     while "exit_info" not in (line := call.line()):
-        receipt = line["stop_report"]
+        stop_report = line["stop_report"]
     call.line()
-    return receipt
+    return stop_report
 
 
 def lives(call_id: str) -> bool:
@@ -135,18 +135,18 @@ def test_stop_fork_loop(supervisor: Supervisor, stop: Path) -> None:
         pid = started(supervisor, call)
         wait_until(lambda: any(p.group == pid != p.pid for p in take_snapshot().values()), DEADLINE, "the first hop")
         call.send({"stop": {"why": "cancelled"}})
-        receipt = receipt_of(call)
+        stop_report = read_stop_report(call)
         assert not group_lives(pid)
-        assert (receipt["survivors"], receipt["surviving"], receipt["complete"]) == ([], 0, True)
+        assert (stop_report["survivors"], stop_report["surviving"], stop_report["complete"]) == ([], 0, True)
         done(call)
 
 
 def test_stop_fork_loop_after_main_death(supervisor: Supervisor, stop: Path) -> None:
     with supervisor.call_resumable("hops_and_dies", str(stop), False) as call:
         pid = started(supervisor, call)
-        receipt = receipt_of(call)
+        stop_report = read_stop_report(call)
         assert not group_lives(pid)
-        assert (receipt["survivors"], receipt["complete"]) == ([], True)
+        assert (stop_report["survivors"], stop_report["complete"]) == ([], True)
         done(call)
 
 
@@ -154,8 +154,8 @@ def test_stop_unstoppable_fork_loop_reports_survivors(supervisor: Supervisor, st
     """It changes its session each time: without a cgroup, only chance ends it."""
     with supervisor.call_resumable("hops_and_dies", str(stop), True) as call:
         started(supervisor, call)
-        receipt = receipt_of(call)
-        assert receipt["survivors"] or not receipt["complete"] or not lives(call.id)
+        stop_report = read_stop_report(call)
+        assert stop_report["survivors"] or not stop_report["complete"] or not lives(call.id)
         stop.touch()
         wait_until(lambda: not lives(call.id), DEADLINE, "its end")
         wait_until(lambda: supervisor.status()["calls"] == 0, DEADLINE, "the call gone")
@@ -165,17 +165,17 @@ def test_stop_with_unknown_cookie_is_incomplete(supervisor: Supervisor, tmp_path
     path = tmp_path / "pid"
     with supervisor.call_resumable("leaves_one_with_a_false_mark", str(path)) as call:
         started(supervisor, call)
-        receipt = receipt_of(call)
+        stop_report = read_stop_report(call)
         os.kill(int(path.read_text()), signal.SIGKILL)
-        assert (receipt["survivors"], receipt["complete"]) == ([], False)
+        assert (stop_report["survivors"], stop_report["complete"]) == ([], False)
         done(call)
 
 
 def test_stop_with_invisible_process_is_incomplete(supervisor: Supervisor, stop: Path, tmp_path: Path) -> None:
     with supervisor.call_resumable("loses_a_hopper", str(stop), str(tmp_path / "begun")) as call:
         started(supervisor, call)
-        receipt = receipt_of(call)
-        assert (receipt["survivors"], receipt["complete"]) == ([], False)
+        stop_report = read_stop_report(call)
+        assert (stop_report["survivors"], stop_report["complete"]) == ([], False)
         done(call)
 
 
@@ -191,9 +191,9 @@ def test_stop_fork_loop_in_cgroup(tmp_path: Path, stop: Path) -> None:
                 started(supervisor, call)
                 wait_until(lambda: lives(call.id), DEADLINE, "the first hop")
                 call.send({"stop": {"why": "cancelled"}})
-                receipt = receipt_of(call)
+                stop_report = read_stop_report(call)
                 assert not lives(call.id)
-                assert (receipt["survivors"], receipt["complete"]) == ([], True)
+                assert (stop_report["survivors"], stop_report["complete"]) == ([], True)
                 done(call)
         assert not list(place.glob("call-*"))
 
@@ -202,11 +202,11 @@ def test_stop_process_without_first_thread(supervisor: Supervisor, tmp_path: Pat
     path = tmp_path / "pid"
     with supervisor.call_resumable("leaves_one_without_a_head", str(path)) as call:
         started(supervisor, call)
-        receipt = receipt_of(call)
+        stop_report = read_stop_report(call)
         pid = int(path.read_text())
         assert pid not in take_snapshot()
-        assert pid in {one["pid"] for one in receipt["processes"]}
-        assert (receipt["survivors"], receipt["complete"]) == ([], True)
+        assert pid in {one["pid"] for one in stop_report["processes"]}
+        assert (stop_report["survivors"], stop_report["complete"]) == ([], True)
         done(call)
 
 
@@ -217,13 +217,13 @@ def test_stop_unreaped_main_process_survives(supervisor: Supervisor) -> None:
         os.kill(zygote, signal.SIGSTOP)
         try:
             call.send({"stop": {"why": "cancelled"}})
-            receipt = receipt_of(call)
-            assert [one["pid"] for one in receipt["survivors"]] == [pid]
-            assert not receipt["complete"]
+            stop_report = read_stop_report(call)
+            assert [one["pid"] for one in stop_report["survivors"]] == [pid]
+            assert not stop_report["complete"]
         finally:
             os.kill(zygote, signal.SIGCONT)
-        receipt = call.line()["stop_report"]
-        assert (receipt["survivors"], receipt["complete"]) == ([], True)
+        stop_report = call.line()["stop_report"]
+        assert (stop_report["survivors"], stop_report["complete"]) == ([], True)
         done(call)
 
 
@@ -238,7 +238,7 @@ def test_orphan_survivors_and_their_end_are_reported(tmp_path: Path) -> None:
             supervisor.kill()
         with supervisor, supervisor.attach(call.id) as again:
             again.line()
-            assert [one["pid"] for one in receipt_of(again)["survivors"]] == [pid]
+            assert [one["pid"] for one in read_stop_report(again)["survivors"]] == [pid]
             cold.thaw()
             assert again.line()["stop_report"]["survivors"] == []
             done(again)
@@ -253,7 +253,7 @@ def test_survivors_of_discarded_call_stay_recorded(tmp_path: Path) -> None:
             pid = started(supervisor, call)
             cold.freeze(pid)
             call.send({"stop": {"why": "cancelled"}})
-            assert [one["pid"] for one in receipt_of(call)["survivors"]] == [pid]
+            assert [one["pid"] for one in read_stop_report(call)["survivors"]] == [pid]
             done(call)
         (record,) = wait_until(
             lambda: [*supervisor.runtime_directory.glob(f"calls/*/{call.id}.reported")], what="the record"

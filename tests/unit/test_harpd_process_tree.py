@@ -43,10 +43,16 @@ def members(processes: dict[int, Process], *known: tuple[int, int], late: bool =
 
 
 def process(
-    pid: int, start: int = 60, state: str = "S", marked: bool = False, parent: int = 0, group: int = 0, session: int = 0
+    pid: int,
+    start: int = 60,
+    state: str = "S",
+    has_cookie: bool = False,
+    parent: int = 0,
+    group: int = 0,
+    session: int = 0,
 ) -> Process:
-    marks = frozenset({TREE.cookie} if marked else ())
-    return Process(pid, start, parent, group, session, state, cookies=marks)
+    cookies = frozenset({TREE.cookie} if has_cookie else ())
+    return Process(pid, start, parent, group, session, state, cookies=cookies)
 
 
 MAIN = process(100, 50, group=100, session=100)
@@ -64,9 +70,9 @@ def test_members_by_parent_session_and_group() -> None:
 
 
 def test_members_by_cookie() -> None:
-    marked = process(300, marked=True, session=300, parent=1)
-    older = process(301, 49, marked=True, session=301, parent=1)
-    assert members(table(marked, older, process(302, parent=300))) == {300, 302}
+    has_cookie = process(300, has_cookie=True, session=300, parent=1)
+    older = process(301, 49, has_cookie=True, session=301, parent=1)
+    assert members(table(has_cookie, older, process(302, parent=300))) == {300, 302}
 
 
 def test_members_known_before_stay_with_children() -> None:
@@ -84,10 +90,10 @@ def test_members_exclude_reused_pid(late: bool) -> None:
 
 
 def test_members_of_session_without_leader() -> None:
-    child, marked = process(101, session=100, parent=1), process(102, marked=True, session=100, parent=1)
-    assert members(table(child, marked)) == {101, 102}
-    assert members(table(child, marked), late=True) == {102}
-    assert members(table(MAIN, child, marked), late=True) == {100, 101, 102}
+    child, has_cookie = process(101, session=100, parent=1), process(102, has_cookie=True, session=100, parent=1)
+    assert members(table(child, has_cookie)) == {101, 102}
+    assert members(table(child, has_cookie), late=True) == {102}
+    assert members(table(MAIN, child, has_cookie), late=True) == {100, 101, 102}
 
 
 ZYGOTE = process(7, 20, session=7)
@@ -101,10 +107,10 @@ def escaped(*processes: Process, whole: bool = True) -> bool:
     return has_possible_escapes(TREE, ZYGOTE.pid, look, {(400, 70)}, OTHERS)
 
 
-def child(pid: int = 300, start: int = 60, state: str = "S", threads: int = 1, mark: str | None = None) -> Process:
+def child(pid: int = 300, start: int = 60, state: str = "S", threads: int = 1, cookie_id: str | None = None) -> Process:
     """Return a child of the zygote."""
-    marks = frozenset(() if mark is None else {cookie_for(mark)})
-    return Process(pid, start, ZYGOTE.pid, pid, pid, state, threads=threads, cookies=marks)
+    cookies = frozenset(() if cookie_id is None else {cookie_for(cookie_id)})
+    return Process(pid, start, ZYGOTE.pid, pid, pid, state, threads=threads, cookies=cookies)
 
 
 def test_escape_possible_for_unknown_zygote_child() -> None:
@@ -117,8 +123,8 @@ def test_escape_possible_for_unknown_zygote_child() -> None:
 
 
 def test_escape_ignores_cookies_of_unknown_calls() -> None:
-    assert not escaped(child(mark="other"))
-    assert escaped(child(mark="made up"))
+    assert not escaped(child(cookie_id="other"))
+    assert escaped(child(cookie_id="made up"))
 
 
 def test_escape_possible_without_complete_snapshot() -> None:
@@ -279,13 +285,13 @@ def test_timers_run_in_order_unless_cancelled(caplog: pytest.LogCaptureFixture) 
 
 def test_cancelled_timers_do_not_accumulate() -> None:
     loop = EventLoop()
-    kept = [loop.call_later(3600, loop.stop) for _ in range(10)]
+    pending = [loop.call_later(3600, loop.stop) for _ in range(10)]
     for _ in range(10_000):
         timer = loop.call_later(3600, loop.stop)
         timer.cancel()
         timer.cancel()
     assert sum(isinstance(one, Timer) for one in gc.get_objects()) < 300
-    for timer in kept:
+    for timer in pending:
         timer.cancel()
     loop.call_later(0, loop.stop)
     loop.run()

@@ -105,7 +105,7 @@ def record(call_id: str, pid: int, **more: Any) -> CallState:
     return CallState(CallTree(pid, start_time(pid), cookie_for(call_id)), more)
 
 
-def sweep(records: StateDir, until_gone: bool = True) -> list[CleanupResult]:
+def clean_up_fully(records: StateDir, until_gone: bool = True) -> list[CleanupResult]:
     """Clean up until it need not be repeated soon; return all results."""
     found = [records.clean_up()]
     while until_gone and found[-1].again:
@@ -121,10 +121,10 @@ def test_clean_up_kills_and_reports_once(
         old.write("a", record("a", pid, resumable=1))
         assert new.clean_up() == CleanupResult()  # the supervisor lives
         supervisors.kill(old)
-        found = sweep(new)
+        found = clean_up_fully(new)
         assert not lives(pid)
-        assert sum(swept.killed for swept in found) == 1
-        assert [swept.calls["a"].session["resumable"] for swept in found if swept.calls] == [1]
+        assert sum(result.killed for result in found) == 1
+        assert [result.calls["a"].session["resumable"] for result in found if result.calls] == [1]
         assert new.clean_up() == CleanupResult()
         assert names(tmp_path) == set()
 
@@ -143,9 +143,9 @@ def test_clean_up_kills_reported_call_silently(supervisors: Supervisors, old: St
         old.write("a", record("a", pid))
         old.mark_reported("a")
         supervisors.kill(old)
-        found = sweep(new)
-        assert sum(swept.killed for swept in found) == 1
-        assert not any(swept.calls for swept in found)
+        found = clean_up_fully(new)
+        assert sum(result.killed for result in found) == 1
+        assert not any(result.calls for result in found)
         assert not lives(pid)
 
 
@@ -191,7 +191,7 @@ def test_clean_up_kills_fork_loop(supervisors: Supervisors, tmp_path: Path, old:
     with hopping(tmp_path, HARPD_CALL="a") as group:
         old.write("a", CallState(CallTree(group, 0, cookie_for("a")), {}))
         supervisors.kill(old)
-        sweep(new)
+        clean_up_fully(new)
         assert not group_lives(group)
         assert names(tmp_path) == set()
 
@@ -210,7 +210,7 @@ def test_clean_up_kills_fork_loop_in_cgroup(
             (place.parent / "cgroup.procs").write_text(str(os.getpid()))
         old.write("a", CallState(CallTree(os.getpid(), 0, cookie_for("a"), group), {}))
         supervisors.kill(old)
-        sweep(new)
+        clean_up_fully(new)
         assert not Path(group.path).exists()
 
 
@@ -225,10 +225,10 @@ def test_clean_up_survivors_are_reported_and_left(
         for call_id, main in (("a", pid), ("b", other)):
             old.write(call_id, record(call_id, main))
         supervisors.kill(old)
-        swept = new.clean_up()
-        assert swept.calls.keys() == {"a", "b"}
-        assert [one["pid"] for one in swept.stop_reports["a"]["survivors"]] == [pid]
-        for later in sweep(new):
+        result = new.clean_up()
+        assert result.calls.keys() == {"a", "b"}
+        assert [one["pid"] for one in result.stop_reports["a"]["survivors"]] == [pid]
+        for later in clean_up_fully(new):
             assert (later.killed, later.calls, later.stop_reports.keys() - {"b"}) == (0, {}, set())
         assert not lives(other)
         assert names(tmp_path) == {"a.reported"}
@@ -240,8 +240,8 @@ def test_clean_up_survivors_are_reported_and_left(
         third = supervisors.begin("third")
         assert third.clean_up() == CleanupResult()  # another supervisor has locked it
         supervisors.kill(new)
-        swept = third.clean_up()
-        assert (swept.killed, swept.calls, swept.stop_reports) == (1, {}, {})
+        result = third.clean_up()
+        assert (result.killed, result.calls, result.stop_reports) == (1, {}, {})
         cold.thaw()
         wait_until(lambda: not third.clean_up().again, what="the last one's end")
         wait_until(lambda: third.clean_up() == CleanupResult() and not names(tmp_path), what="no record")
@@ -254,14 +254,16 @@ def test_clean_up_reports_end_of_survivors(supervisors: Supervisors, old: StateD
         cold.freeze(pid)
         old.write("a", record("a", pid))
         supervisors.kill(old)
-        (first,) = sweep(new, until_gone=False)
+        (first,) = clean_up_fully(new, until_gone=False)
         assert [one["pid"] for one in first.stop_reports["a"]["survivors"]] == [pid]
         cold.thaw()
-        (last,) = wait_until(lambda: [swept for swept in sweep(new) if swept.stop_reports], what="the last receipt")
+        (last,) = wait_until(
+            lambda: [result for result in clean_up_fully(new) if result.stop_reports], what="the last stop report"
+        )
         assert (last.calls, last.again) == ({}, False)
-        receipt = last.stop_reports["a"]
-        assert (receipt["survivors"], receipt["complete"]) == ([], False)
-        assert (receipt["processes"][0]["signals"], receipt["processes"][0]["ended"]) == (
+        stop_report = last.stop_reports["a"]
+        assert (stop_report["survivors"], stop_report["complete"]) == ([], False)
+        assert (stop_report["processes"][0]["signals"], stop_report["processes"][0]["ended"]) == (
             [signal.SIGKILL.name],
             "gone after SIGKILL",
         )

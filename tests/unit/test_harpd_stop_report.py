@@ -17,47 +17,47 @@ def others(number: int) -> list[Process]:
 
 
 def test_stop_report_lists_outcomes() -> None:
-    findings = StopReport(MAIN.identity)
+    scans = StopReport(MAIN.identity)
     one, other = others(2)
-    findings.record([MAIN, one, other])
+    scans.record([MAIN, one, other])
     for number in (signal.SIGTERM, signal.SIGKILL, signal.SIGKILL):
-        findings.record_signal(number, one.identity)
-    findings.record([MAIN])
-    findings.record_exit(signal.SIGKILL)
-    findings.record([])
-    receipt = findings.to_json(main_ended=True, complete=True, began=1.0, ended=2.0)
-    assert [(each["pid"], each["signals"], each["ended"]) for each in receipt["processes"]] == [
+        scans.record_signal(number, one.identity)
+    scans.record([MAIN])
+    scans.record_exit(signal.SIGKILL)
+    scans.record([])
+    stop_report = scans.to_json(main_ended=True, complete=True, began=1.0, ended=2.0)
+    assert [(each["pid"], each["signals"], each["ended"]) for each in stop_report["processes"]] == [
         (100, [], "SIGKILL"),
         (101, ["SIGTERM", "SIGKILL"], "gone after SIGKILL"),
         (102, [], "gone"),
     ]
-    assert [receipt[key] for key in ("found", "survivors", "surviving", "complete")] == [3, [], 0, True]
+    assert [stop_report[key] for key in ("found", "survivors", "surviving", "complete")] == [3, [], 0, True]
 
 
 def test_stop_report_unreaped_main_survives() -> None:
-    findings = StopReport(MAIN.identity)
-    findings.record([MAIN])
-    findings.record([])
-    receipt = findings.to_json(main_ended=False, complete=False, began=1.0)
-    assert (receipt["survivors"], receipt["surviving"]) == ([{"pid": 100, "command": "main"}], 1)
+    scans = StopReport(MAIN.identity)
+    scans.record([MAIN])
+    scans.record([])
+    stop_report = scans.to_json(main_ended=False, complete=False, began=1.0)
+    assert (stop_report["survivors"], stop_report["surviving"]) == ([{"pid": 100, "command": "main"}], 1)
 
 
 def test_stop_report_size_is_bounded() -> None:
-    findings = StopReport(MAIN.identity)
-    findings.record([MAIN, *others(50_000)])
-    findings.record(others(50_000))
-    receipt = findings.to_json(main_ended=False, complete=False, began=1.0)
-    assert (len(receipt["processes"]), receipt["found"]) == (100, 50_001)
-    assert (len(receipt["survivors"]), receipt["surviving"]) == (100, 50_001)
-    text = dumps(receipt)
+    scans = StopReport(MAIN.identity)
+    scans.record([MAIN, *others(50_000)])
+    scans.record(others(50_000))
+    stop_report = scans.to_json(main_ended=False, complete=False, began=1.0)
+    assert (len(stop_report["processes"]), stop_report["found"]) == (100, 50_001)
+    assert (len(stop_report["survivors"]), stop_report["surviving"]) == (100, 50_001)
+    text = dumps(stop_report)
     assert len(text) < 64 * 1024
     assert len(messages.StopReport(text).survivors) == 100
 
 
 def test_stop_report_counts_short_lived_processes() -> None:
-    findings = StopReport(MAIN.identity)
+    scans = StopReport(MAIN.identity)
     for pid in range(200, 5200):
-        findings.record([Process(pid, 60)])
-    receipt = findings.to_json(main_ended=True, complete=False, began=1.0)
-    assert receipt["found"] == 5001
-    assert len(receipt["processes"]) == 100
+        scans.record([Process(pid, 60)])
+    stop_report = scans.to_json(main_ended=True, complete=False, began=1.0)
+    assert stop_report["found"] == 5001
+    assert len(stop_report["processes"]) == 100

@@ -45,8 +45,8 @@ async def scripted(directory: Path, **scripts: Script) -> AsyncIterator[Supervis
         yield running.enter_context(SupervisorClient(directory))
 
 
-async def attached(wardens: SupervisorClient) -> bytes:
-    reply = await wardens.attach(ATTACH)
+async def attached(client: SupervisorClient) -> bytes:
+    reply = await client.attach(ATTACH)
     with reply.connection:
         return reply.line + reply.rest
 
@@ -57,20 +57,20 @@ async def test_attach_finds_call_in_any_supervisor(tmp_path: Path) -> None:
         directory = tmp_path / where
         directory.mkdir()
         scripts = {name: says(answer) if name == where else unknown(name) for name in "abc"}
-        async with scripted(directory, **scripts) as wardens:
-            assert await attached(wardens) == answer
+        async with scripted(directory, **scripts) as client:
+            assert await attached(client) == answer
 
 
 async def test_attach_unknown_call_is_answered_by_active(tmp_path: Path) -> None:
     dead_supervisor(tmp_path, "d")
-    async with scripted(tmp_path, b=unknown("b"), a=unknown("a"), c=unknown("c")) as wardens:
-        assert json.loads(await attached(wardens))["error"]["data"] == {"instance": "b"}
+    async with scripted(tmp_path, b=unknown("b"), a=unknown("a"), c=unknown("c")) as client:
+        assert json.loads(await attached(client))["error"]["data"] == {"instance": "b"}
 
 
 async def test_attach_other_reply_ends_search(tmp_path: Path) -> None:
     answer = line(error={"type": "records_gone", "message": "m"})
-    async with scripted(tmp_path, a=unknown("a"), b=says(answer)) as wardens:
-        assert await attached(wardens) == answer
+    async with scripted(tmp_path, a=unknown("a"), b=says(answer)) as client:
+        assert await attached(client) == answer
 
 
 @pytest.fixture
@@ -81,41 +81,41 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("impatient")
 async def test_attach_without_reply_fails(tmp_path: Path) -> None:
-    async with scripted(tmp_path, a=unknown("a"), b=says(None)) as wardens:
+    async with scripted(tmp_path, a=unknown("a"), b=says(None)) as client:
         with pytest.raises(SupervisorError, match="did not reply"):
-            await wardens.attach(ATTACH)
-    async with scripted(tmp_path, a=held("a"), b=says(None)) as wardens:
+            await client.attach(ATTACH)
+    async with scripted(tmp_path, a=held("a"), b=says(None)) as client:
         with pytest.raises(SupervisorError, match="did not reply"):
-            await wardens.list_calls("o")
+            await client.list_calls("o")
 
 
 @pytest.mark.usefixtures("impatient")
 async def test_attach_without_active_supervisor_fails(tmp_path: Path) -> None:
     async with supervisor(tmp_path, "a", unknown("a")):
-        with SupervisorClient(tmp_path) as wardens:
-            for operation in (wardens.attach(ATTACH), wardens.list_calls("o"), wardens.connect_active()):
+        with SupervisorClient(tmp_path) as client:
+            for operation in (client.attach(ATTACH), client.list_calls("o"), client.connect_active()):
                 with pytest.raises(SupervisorError, match="does not run; it is being restarted"):
                     await operation
 
 
 async def test_attach_finds_older_without_active(tmp_path: Path) -> None:
     async with supervisor(tmp_path, "a", says(line(stream_result=False))):
-        with SupervisorClient(tmp_path) as wardens:
-            assert await attached(wardens) == line(stream_result=False)
+        with SupervisorClient(tmp_path) as client:
+            assert await attached(client) == line(stream_result=False)
 
 
 async def test_attach_waits_after_death_of_active(tmp_path: Path) -> None:
     answers = iter((b"", b'{"harp":1,"er', line(stream_result=False)))
-    async with scripted(tmp_path, a=lambda request: next(answers)) as wardens:
-        assert await attached(wardens) == line(stream_result=False)
+    async with scripted(tmp_path, a=lambda request: next(answers)) as client:
+        assert await attached(client) == line(stream_result=False)
     answers = iter((b"", line(calls=[], instance="a")))
-    async with scripted(tmp_path, a=lambda request: next(answers)) as wardens:
-        assert (await wardens.list_calls("o")).instance == "a"
+    async with scripted(tmp_path, a=lambda request: next(answers)) as client:
+        assert (await client.list_calls("o")).instance == "a"
 
 
 async def test_attach_waits_for_starting_supervisor(tmp_path: Path) -> None:
-    with SupervisorClient(tmp_path) as wardens:
-        reaching = asyncio.create_task(wardens.connect_active())
+    with SupervisorClient(tmp_path) as client:
+        reaching = asyncio.create_task(client.connect_active())
         async with supervisor(tmp_path, "a", says(b"")):
             make_current(tmp_path, "a")
             (await reaching).close()
@@ -123,8 +123,8 @@ async def test_attach_waits_for_starting_supervisor(tmp_path: Path) -> None:
 
 async def test_list_calls_merges_all_supervisors(tmp_path: Path) -> None:
     dead_supervisor(tmp_path, "d")
-    async with scripted(tmp_path, b=held("b", IDS[0]), a=held("a", *IDS[1:]), c=held("c", IDS[0])) as wardens:
-        found = await wardens.list_calls("o")
+    async with scripted(tmp_path, b=held("b", IDS[0]), a=held("a", *IDS[1:]), c=held("c", IDS[0])) as client:
+        found = await client.list_calls("o")
     assert (sorted(found.calls), found.instance) == (IDS, "b")
 
 
@@ -132,28 +132,28 @@ async def test_list_calls_merges_all_supervisors(tmp_path: Path) -> None:
     "answer", [b"nonsense\n", b'{"ok":true}\n', b'{"harp":1,"calls":5,"instance":"a"}\n', line(result=1)]
 )
 async def test_list_calls_invalid_reply_fails(tmp_path: Path, answer: bytes) -> None:
-    async with scripted(tmp_path, a=says(answer)) as wardens:
+    async with scripted(tmp_path, a=says(answer)) as client:
         with pytest.raises(SupervisorError, match="invalid list of calls"):
-            await wardens.list_calls("o")
+            await client.list_calls("o")
 
 
 @pytest.mark.parametrize(
     ("answer", "fault"), [(b"nonsense\n", "no reply"), (b"", "no reply"), (b'{"error":"e"}\n', "e")]
 )
 async def test_control_request_returns_reply_or_fails(tmp_path: Path, answer: bytes, fault: str) -> None:
-    async with scripted(tmp_path, a=says(answer)) as wardens:
+    async with scripted(tmp_path, a=says(answer)) as client:
         with pytest.raises(SupervisorError, match=fault):
-            await wardens.request({"control": "status"})
+            await client.request({"control": "status"})
 
 
 async def test_remove_dead_removes_sockets_of_dead(tmp_path: Path) -> None:
     dead_supervisor(tmp_path, "d")
     async with supervisor(tmp_path, "a", says(b"")):
         make_current(tmp_path, "d")
-        with SupervisorClient(tmp_path) as wardens:
-            assert wardens.socket_names() == ["supervisor-a", "supervisor-d"]
+        with SupervisorClient(tmp_path) as client:
+            assert client.socket_names() == ["supervisor-a", "supervisor-d"]
             with pytest.raises(SupervisorNotRunning):
-                await wardens.connect()
-            await wardens.remove_dead_sockets()
-            assert wardens.socket_names() == ["supervisor-a"]
-            assert wardens.active_socket_inode() is None
+                await client.connect()
+            await client.remove_dead_sockets()
+            assert client.socket_names() == ["supervisor-a"]
+            assert client.active_socket_inode() is None
