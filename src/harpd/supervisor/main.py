@@ -273,7 +273,7 @@ class Supervisor:
             return Failed("no_such_procedure", f"there is no procedure {name!r}", {"procedure": name})
         limit = self._settings["max_calls"]
         if len(self._calls) >= limit:
-            return Failed("too_many_calls", f"{limit} calls are running, which is the limit of this host")
+            return Failed("too_many_calls", f"{limit} calls are running on this host, the limit max_calls")
         if call_id in self._calls:
             return Failed("call_refused", "a call with this id is running")
         return None
