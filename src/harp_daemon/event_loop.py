@@ -9,8 +9,6 @@ import ctypes
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
-__all__ = ["run"]
-
 T = TypeVar("T")
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3

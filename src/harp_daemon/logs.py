@@ -16,8 +16,6 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["JSONFormatter", "TextFormatter", "configure", "reopen"]
-
 #: What every record has by itself; all else came by `extra`.
 _OWN = frozenset(logging.makeLogRecord({}).__dict__) | {"message", "asctime", "taskName"}
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Self
 
-__all__ = ["MemoryQuota", "Reservation"]
-
 #: Bytes that each share has for nothing, so that small requests pass however much the long ones hold.
 _FREE = 64 * 1024
 

@@ -10,8 +10,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-__all__ = ["Detached", "ProcessError", "detach", "notify_service_manager", "pidfile"]
-
 
 class ProcessError(Exception):
     """The process can't be set up as asked. The message names file and cause."""

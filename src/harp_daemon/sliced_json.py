@@ -14,9 +14,6 @@ from harp.protocol.call_output import RECORD_PREFIX
 from harp.protocol.json_text import JSONObject, Payload, Raw, slice_text
 from harp.protocol.strict_json import decode_checked, loads, may_exceed_depth
 
-__all__ = ["decode_slices", "slice_records"]
-
-
 _decoder = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _elements = msgspec.json.Decoder(list[msgspec.Raw])
 

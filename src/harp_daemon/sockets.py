@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import socket
 
-__all__ = ["ResolveError", "TCPPlace", "listening_places", "prepare"]
-
 #: A family of addresses, and an address to bind.
 TCPPlace = tuple[socket.AddressFamily, str]
 

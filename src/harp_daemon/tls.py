@@ -5,8 +5,6 @@ from __future__ import annotations
 import ssl
 import warnings
 
-__all__ = ["DEFAULT_MINIMUM", "TLS_VERSIONS", "set_minimum_version"]
-
 #: The names that a configuration may give.
 TLS_VERSIONS = {
     "1.0": ssl.TLSVersion.TLSv1,

@@ -15,8 +15,6 @@ from harpcaller.api.control_client import ControlClient, ControlError
 from harpcaller.config import DEFAULT_FILE, ConfigError, load
 from harpcaller.store import StorageError
 
-__all__ = ["Exit", "main", "parser"]
-
 _SOCKET = Path("/var/run/harpcaller/control")
 _DAY = 86_400
 

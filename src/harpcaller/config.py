@@ -23,8 +23,6 @@ from msgspec import Meta
 from harp_daemon.config_errors import describe_validation_error
 from harp_daemon.tls import DEFAULT_MINIMUM, TLS_VERSIONS
 
-__all__ = ["DEFAULT_FILE", "IGNORED_KEYS", "KEYS", "Address", "Config", "ConfigError", "file_errors", "load"]
-
 #: The default path of the configuration file.
 DEFAULT_FILE = Path("/etc/harpcaller/harpcaller.toml")
 

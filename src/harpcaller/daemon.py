@@ -30,8 +30,6 @@ from harpcaller.dispatcher import Dispatcher
 from harpcaller.store import Store
 from harpcaller.store.sqlite import open_store
 
-__all__ = ["Options", "configure_log", "run"]
-
 log = logging.getLogger(__name__)
 
 #: Permissions of the control socket: only the daemon's user.

@@ -46,8 +46,6 @@ from harpcaller.runs.reconciliation import OrphanReaper
 from harpcaller.runs.run import Run
 from harpcaller.store import QueueStatus, StorageError, Store, UnknownJob
 
-__all__ = ["Dispatcher"]
-
 log = logging.getLogger(__name__)
 
 #: Approximate number of bytes of records in one read from the store.

@@ -16,8 +16,6 @@ from harpcaller.hosts.inventory import Host
 from harpcaller.model.jobs import Job, JobDetails, JobMetadata, QueuePosition, State, StopState
 from harpcaller.runs.run import Run
 
-__all__ = ["ExplainContext", "describe_job"]
-
 #: Maximum number of characters of a message in a sentence.
 _MAX_QUOTE = 300
 

@@ -16,8 +16,6 @@ from harp.protocol.ends import End
 from harp.protocol.replies import encode_packets
 from harpcaller.model.jobs import Records
 
-__all__ = ["Notifier", "RecordBatch", "Subscription"]
-
 
 class RecordBatch:
     """Consecutive records with their encoded lines, which all followers share.

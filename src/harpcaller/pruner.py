@@ -8,8 +8,6 @@ from collections.abc import Callable
 
 from harpcaller.store import StorageError, Store
 
-__all__ = ["PRUNE_EVERY", "prune", "prune_regularly"]
-
 log = logging.getLogger(__name__)
 
 #: Seconds between two deletions of old jobs.

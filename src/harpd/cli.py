@@ -19,8 +19,6 @@ from harpd.control import supervisor_service
 from harpd.control.supervisor_client import SupervisorClient, SupervisorError, SupervisorNotRunning
 from harpd.frontend import server
 
-__all__ = ["main", "parser"]
-
 _EPILOG = """\
 commands:
   (none)      run frontend and supervisor in one program; TERM ends all calls

@@ -15,19 +15,6 @@ from harp.protocol import requests as protocol
 from harp.protocol.fields import is_count, is_seconds
 from harp.protocol.json_text import NotJSON, Raw, dumps
 
-__all__ = [
-    "Call",
-    "Credentials",
-    "JobOptions",
-    "Options",
-    "check_attribute_name",
-    "check_name",
-    "direct_request",
-    "encode_line",
-    "job_request",
-    "plain_request",
-]
-
 
 def check_attribute_name(name: str, owner: object) -> str:
     """Return an attribute's name that may denote a host or a procedure.

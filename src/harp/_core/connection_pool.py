@@ -10,8 +10,6 @@ from collections import deque
 from contextlib import suppress
 from typing import Generic, Protocol, TypeVar
 
-__all__ = ["ConnectionPool", "Poolable"]
-
 #: The most connections that wait in one pool.
 _CAPACITY = 32
 

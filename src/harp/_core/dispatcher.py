@@ -28,8 +28,6 @@ from harp.errors import CommunicationError, HarpException
 from harp.protocol.replies import parse_keep_alive
 from harp.protocol.requests import Call, Cancel, Request, SubmitMany, encode_request
 
-__all__ = ["CallerBase", "JobBase", "ProcedureBase", "ServerBase"]
-
 C = TypeVar("C", bound=Connection)
 D = TypeVar("D")
 S = TypeVar("S", bound="ServerBase[Any]")

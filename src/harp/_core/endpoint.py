@@ -7,8 +7,6 @@ from dataclasses import dataclass
 
 from harp.errors import CommunicationError, HarpException
 
-__all__ = ["Endpoint"]
-
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:

@@ -11,8 +11,6 @@ from harp._core.endpoint import Endpoint
 from harp._core.steps import Connection, PooledPeer, Steps, mark_ambiguous
 from harp._core.streams import DirectReader
 
-__all__ = ["DirectProcedureBase", "DirectServerBase"]
-
 C = TypeVar("C", bound=Connection)
 S = TypeVar("S", bound="DirectServerBase[Any]")
 

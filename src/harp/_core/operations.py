@@ -34,19 +34,6 @@ from harp.protocol.requests import (
     SubmitMany,
 )
 
-__all__ = [
-    "REFUSALS",
-    "Job",
-    "Operation",
-    "ParsedReply",
-    "is_waiting",
-    "parse_plain_reply",
-    "parse_reply",
-    "raise_if_transient",
-    "submit",
-    "submit_many",
-]
-
 T = TypeVar("T")
 
 #: Errors that refuse the request. They say nothing about the job, so they are never its end.

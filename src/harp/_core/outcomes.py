@@ -8,8 +8,6 @@ from typing import Any, Final, final
 from harp.errors import RemoteError, RemoteException
 from harp.protocol.ends import Cancelled, End, Failed, Raised, Returned
 
-__all__ = ["CALL_CANCELLED", "CALL_NOT_FINISHED", "Result", "error_of", "outcome_of"]
-
 
 @final
 class _Sentinel:

@@ -15,8 +15,6 @@ import random
 
 from harp.errors import CommunicationError, HarpException, RemoteError
 
-__all__ = ["STORAGE_ERROR", "ReconnectPolicy", "closed_without_reply", "parse_reconnect", "unsupported_by_peer"]
-
 #: The dispatcher cannot use its disk or database. While it restarts, this error is temporary.
 STORAGE_ERROR = "storage_error"
 

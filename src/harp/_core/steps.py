@@ -17,8 +17,6 @@ from harp._core.connection_pool import ConnectionPool, Poolable
 from harp._core.endpoint import Endpoint
 from harp.errors import CommunicationError
 
-__all__ = ["Clock", "Connection", "PooledPeer", "Steps", "mark_ambiguous"]
-
 T = TypeVar("T")
 
 #: Steps yield the results of a connection's methods, are sent their values, and return their outcome.

@@ -21,8 +21,6 @@ from harp.protocol.ends import Failed, Raised, Returned
 from harp.protocol.replies import Continue, Packet, ReplyReader
 from harp.protocol.requests import FollowStream, ReadStream, encode_request
 
-__all__ = ["DirectReader", "Reader", "StreamBase", "StreamReader"]
-
 C = TypeVar("C", bound=Connection)
 
 #: A legacy dispatcher closes the connection within this many seconds if the job is unknown. A later close is an outage.

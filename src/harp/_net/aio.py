@@ -24,15 +24,6 @@ from harp._net.tls import tls_context
 from harp.errors import CommunicationError
 from harp.protocol.json_text import loads
 
-__all__ = [
-    "AsyncIteration",
-    "AsyncJSONConnection",
-    "AsyncJSONSSLConnection",
-    "AsyncPeer",
-    "AsyncStream",
-    "run",
-]
-
 T = TypeVar("T")
 
 #: The time of this shell.

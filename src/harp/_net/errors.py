@@ -13,8 +13,6 @@ from types import TracebackType
 
 from harp._core.endpoint import Endpoint
 
-__all__ = ["ErrorMapping", "describe_error"]
-
 #: Remedies for a certificate that is not accepted, by OpenSSL's error number.
 _HINTS = {
     9: "check the clocks of both machines",

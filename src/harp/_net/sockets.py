@@ -15,8 +15,6 @@ from harp._net.errors import ErrorMapping, describe_error
 from harp.errors import CommunicationError
 from harp.protocol.lines import LineBuffer
 
-__all__ = ["CONNECT_TIMEOUT", "REPLY_LIMIT", "ConnectAttempts", "ReceiveBuffer", "is_idle"]
-
 #: Seconds to connect, TLS handshake included.
 CONNECT_TIMEOUT = 30.0
 

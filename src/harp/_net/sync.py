@@ -23,8 +23,6 @@ from harp._net.tls import tls_context
 from harp.errors import CommunicationError
 from harp.protocol.json_text import loads
 
-__all__ = ["Iteration", "JSONConnection", "JSONSSLConnection", "Stream", "SyncPeer", "run"]
-
 T = TypeVar("T")
 
 #: The most bytes read at once.

@@ -15,8 +15,6 @@ from typing import Any, TypeAlias
 
 from harp.errors import HarpException
 
-__all__ = ["tls_context"]
-
 #: The most cached contexts.
 _CACHE_SIZE = 16
 

@@ -11,8 +11,6 @@ from typing import Any
 
 from harp.protocol.json_text import InvalidJSON, loads
 
-__all__ = ["Command", "make_parser"]
-
 _EPILOG = """\
 An ARG is JSON, or text if it is not valid JSON: 5 is a number, five is text, '"5"' is text, too.
 

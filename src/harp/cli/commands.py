@@ -12,8 +12,6 @@ from harp.cli.arguments import Command
 from harp.cli.output import Exit, print_stream, print_values
 from harp.errors import HarpException
 
-__all__ = ["COMMANDS"]
-
 
 def _dispatcher(options: Namespace) -> client.HarpCaller:
     if options.dispatcher is None:

@@ -11,8 +11,6 @@ from typing import Any
 from harp._core.outcomes import Result
 from harp.errors import CancelledException, CommunicationError, HarpException, RemoteError, RemoteException
 
-__all__ = ["Exit", "print_error", "print_stream", "print_values"]
-
 
 class Exit(IntEnum):
     """The exit codes; `harp --help` explains them."""

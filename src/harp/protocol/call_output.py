@@ -11,8 +11,6 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from harp.protocol.json_text import Payload
 
-__all__ = ["RECORD_PREFIX", "VERSION", "error", "exception", "record", "result"]
-
 #: The version of harpd's protocol.
 VERSION = 1
 #: How the line of a record begins, in all that a harpd of ours says.

@@ -9,8 +9,6 @@ from harp.protocol import call_output as closing
 from harp.protocol.fields import check, required_string
 from harp.protocol.json_text import Envelope, JSONObject, Payload, Raw
 
-__all__ = ["Cancelled", "End", "Failed", "Raised", "Returned", "decode_end", "encode_end"]
-
 
 @dataclass(frozen=True, slots=True)
 class Returned:

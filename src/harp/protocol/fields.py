@@ -8,8 +8,6 @@ from typing import Any
 
 from harp.protocol.json_text import Decoder, InvalidJSON, JSONObject, NotJSON, Payload, Raw, dumps
 
-__all__ = ["ProtocolError", "check", "decode_object", "encode_payload", "reject_unknown_keys", "required_string"]
-
 _KINDS = {b"[": list, b"{": dict}
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["LineBuffer", "LineTooLong"]
-
 
 class LineTooLong(ValueError):
     """A line is longer than the limit."""

@@ -31,23 +31,6 @@ from harp.protocol.requests import (
 )
 from harp.protocol.strict_json import decode_enclosed
 
-__all__ = [
-    "Continue",
-    "Details",
-    "NoResult",
-    "Packet",
-    "Reply",
-    "ReplyReader",
-    "Status",
-    "Submitted",
-    "SubmittedMany",
-    "WasCancelled",
-    "decode_reply",
-    "encode_packets",
-    "encode_reply",
-    "parse_keep_alive",
-]
-
 
 @dataclass(frozen=True, slots=True)
 class Submitted:

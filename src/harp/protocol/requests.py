@@ -30,26 +30,6 @@ from harp.protocol.fields import (
 )
 from harp.protocol.json_text import Decoder, Envelope, InvalidJSON, JSONObject, Payload, Raw, decode_values, dumps
 
-__all__ = [
-    "VERSION",
-    "Call",
-    "Cancel",
-    "FollowStream",
-    "GetDetails",
-    "GetResult",
-    "GetStatus",
-    "Queue",
-    "ReadStream",
-    "Request",
-    "SubmitMany",
-    "decode_request",
-    "decode_request_line",
-    "encode_call",
-    "encode_line",
-    "encode_request",
-    "optional_value",
-]
-
 VERSION = 1
 
 

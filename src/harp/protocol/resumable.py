@@ -24,25 +24,6 @@ from harp.protocol.fields import (
 )
 from harp.protocol.json_text import Envelope, JSONObject, decode_values, dumps
 
-__all__ = [
-    "MAX_COMMAND_BYTES",
-    "Ack",
-    "Command",
-    "GrantedTerms",
-    "Heartbeat",
-    "Release",
-    "RequestedTerms",
-    "StopCall",
-    "check_id",
-    "check_name",
-    "check_time",
-    "decode_command",
-    "decode_heartbeat",
-    "decode_terms",
-    "encode_command",
-    "encode_terms",
-]
-
 #: The most bytes of an order's line, its line feed not counted.
 MAX_COMMAND_BYTES = 4096
 #: The most characters of a name that a caller gives, and of the reason of a stop.

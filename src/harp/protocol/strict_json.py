@@ -18,21 +18,6 @@ if TYPE_CHECKING:
 
     from harp.protocol.json_text import JSON
 
-__all__ = [
-    "MAX_DEPTH",
-    "Envelope",
-    "InvalidJSON",
-    "NotJSON",
-    "Raw",
-    "decode_checked",
-    "decode_enclosed",
-    "dumps",
-    "loads",
-    "may_exceed_depth",
-    "reject_constant",
-    "translate_errors",
-]
-
 #: Arrays and objects may be nested this deep in a line. An interpreter with a lower recursion limit may refuse
 #: less deep values; both daemons raise theirs so that this is the limit that counts.
 MAX_DEPTH = 1000

@@ -20,8 +20,6 @@ from harp_daemon.sockets import prepare
 from harpcaller.api.connection import ClientDisconnected, Connection
 from harpcaller.api.listeners import Listener
 
-__all__ = ["Door"]
-
 log = logging.getLogger(__name__)
 
 #: Connections accepted before others have their turn.

@@ -51,8 +51,6 @@ from harpcaller.model.jobs import Job
 from harpcaller.notifier import RecordBatch
 from harpcaller.store import StorageError, UnknownJob
 
-__all__ = ["ClientServer", "close", "listen"]
-
 log = logging.getLogger(__name__)
 
 #: Permissions of a Unix socket: its owner and its group may connect.

@@ -17,8 +17,6 @@ from harp.protocol.fields import ProtocolError
 from harp.protocol.lines import LineBuffer, LineTooLong
 from harp_daemon.memory_quota import Reservation
 
-__all__ = ["ClientDisconnected", "Connection"]
-
 _READ_BYTES = 64 * 1024
 
 #: Maximum seconds for a client to read the last reply and close.

@@ -18,8 +18,6 @@ from typing import Any
 
 from harp.protocol.json_text import Envelope, InvalidJSON, Raw, dumps, slice_text
 
-__all__ = ["ControlClient", "ControlError", "NotRunning"]
-
 #: Maximum seconds for the reply to a simple command.
 _REPLY_TIMEOUT = 10.0
 

@@ -36,8 +36,6 @@ from harpcaller.hosts.registry import RefreshFailed
 from harpcaller.model.jobs import Job, State
 from harpcaller.store import StorageError, UnknownJob
 
-__all__ = ["COMMANDS", "ControlServer", "Program"]
-
 log = logging.getLogger(__name__)
 
 _MAX_CONNECTIONS = 64

@@ -14,8 +14,6 @@ from pathlib import Path
 from harp_daemon.sockets import ResolveError, listening_places
 from harpcaller.config import Address
 
-__all__ = ["Listener", "listen_tcp", "listen_unix", "reason"]
-
 _BACKLOG = 1024
 
 

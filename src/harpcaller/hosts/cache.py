@@ -13,8 +13,6 @@ from pathlib import Path
 
 from harpcaller.hosts.inventory import Host, parse_hosts
 
-__all__ = ["CachedHosts", "read_cache", "write_cache"]
-
 _FORMAT = "harpcaller hosts 1"
 
 

@@ -25,8 +25,6 @@ from harpcaller.hosts.inventory import Host
 from harpcaller.hosts.tls import HostTLS
 from harpcaller.model.jobs import Identity
 
-__all__ = ["HostCapabilities"]
-
 log = logging.getLogger(__name__)
 
 #: Seconds after which a legacy harpd is asked again.

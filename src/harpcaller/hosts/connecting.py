@@ -21,17 +21,6 @@ from harp_daemon.sockets import prepare
 from harpcaller.hosts.inventory import Host
 from harpcaller.hosts.tls import CertificateRefused, HostTLS, parse_ip, server_name
 
-__all__ = [
-    "CONNECT_ERRORS",
-    "HostUnreachable",
-    "connect",
-    "describe_host",
-    "errno_data",
-    "map_connect_errors",
-    "to_failed",
-    "to_protocol_error",
-]
-
 #: What `connect` and a connection raise. UnicodeError: an address that is not a valid name.
 CONNECT_ERRORS = (OSError, CertificateRefused, UnicodeError)
 

@@ -36,8 +36,6 @@ from harpcaller.hosts.connecting import connect
 from harpcaller.hosts.inventory import Host
 from harpcaller.hosts.tls import HostTLS
 
-__all__ = ["PAST_END", "HarpdConnection", "open_connection", "parse_end_of_records"]
-
 #: A record number that does not exist. Attaching at it is refused with the number of the next record.
 PAST_END = 2**53
 

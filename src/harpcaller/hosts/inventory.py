@@ -12,8 +12,6 @@ from typing import Any
 from harp.protocol.fields import ProtocolError, check, decode_object, member_value, reject_unknown_keys, required_string
 from harp.protocol.json_text import JSONObject, decode_values
 
-__all__ = ["Host", "InvalidLine", "ParsedHosts", "parse_hosts", "parse_line"]
-
 _MAX_PORT = 65535
 
 

@@ -20,8 +20,6 @@ from harpcaller.hosts.connection import HarpdConnection
 from harpcaller.hosts.inventory import Host
 from harpcaller.hosts.tls import HostTLS
 
-__all__ = ["ConnectionPool"]
-
 #: Maximum idle time of a connection in seconds, and as a share of the time that its host grants.
 _MAX_IDLE, _KEEP_ALIVE_SHARE = 10.0, 0.5
 #: Maximum number of idle connections to one host, and to all hosts.

@@ -21,8 +21,6 @@ from harpcaller.hosts.inventory import Host, ParsedHosts, parse_hosts
 from harpcaller.hosts.script import ScriptFailed, run_script
 from harpcaller.hosts.watched_file import WatchedFile
 
-__all__ = ["HostsRegistry", "RefreshFailed"]
-
 log = logging.getLogger(__name__)
 
 #: Maximum number of invalid lines that are logged one by one; the others are only counted.

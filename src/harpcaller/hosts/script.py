@@ -15,8 +15,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
-__all__ = ["MAX_OUTPUT", "ScriptFailed", "run_script"]
-
 #: Maximum output on stdout, and on stderr, in bytes.
 MAX_OUTPUT = 64 * 1024 * 1024
 

@@ -26,8 +26,6 @@ from harpcaller.config import Config, file_errors
 from harpcaller.hosts.inventory import Host
 from harpcaller.hosts.watched_file import WatchedFile
 
-__all__ = ["CertificateRefused", "HostTLS", "names_host", "parse_ip", "server_name"]
-
 #: Names that may be sent to the server. Other addresses are resolved, but not sent.
 _SERVER_NAME = re.compile(r"(?=.{1,253}\Z)\w([\w-]{0,62})(\.\w[\w-]{0,62})*", re.ASCII)
 

@@ -8,8 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Generic, TypeVar
 
-__all__ = ["WatchedFile"]
-
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")

@@ -9,8 +9,6 @@ from __future__ import annotations
 import re
 import secrets
 
-__all__ = ["is_job_id", "new_job_id"]
-
 _FORM = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.ASCII)
 
 # The resolution of the time in an id: 1/4096 of a millisecond.

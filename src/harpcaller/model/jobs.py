@@ -16,22 +16,6 @@ from types import MappingProxyType
 from harp.protocol.ends import Cancelled, End, Failed, Raised, Returned
 from harp.protocol.json_text import Raw
 
-__all__ = [
-    "ENDED",
-    "NO_METADATA",
-    "TRANSITIONS",
-    "Identity",
-    "Job",
-    "JobDetails",
-    "JobMetadata",
-    "NewJob",
-    "QueuePosition",
-    "Records",
-    "State",
-    "StopState",
-    "state_of",
-]
-
 
 class State(StrEnum):
     """The state of a job; the closing states are named after the closing lines of the protocol."""

@@ -13,8 +13,6 @@ from dataclasses import dataclass
 
 from harp.protocol.json_text import Raw, canonical
 
-__all__ = ["Head", "host_lane", "queue_lane", "startable_jobs"]
-
 # 128 bits: two queues never share a key, and a name of any length has a short key.
 _DIGEST_BYTES = 16
 

@@ -18,8 +18,6 @@ from harpcaller.runs.record_writer import PendingWrites
 from harpcaller.runs.timings import Timings
 from harpcaller.store import Store
 
-__all__ = ["RunContext", "log_fields"]
-
 
 @dataclass(frozen=True, slots=True)
 class RunContext:

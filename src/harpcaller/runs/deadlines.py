@@ -13,8 +13,6 @@ from harp.protocol.ends import Failed
 from harpcaller.hosts.connecting import errno_data
 from harpcaller.model.jobs import Job
 
-__all__ = ["Deadlines"]
-
 #: Seconds after which the dispatcher enforces a limit that the host has not enforced.
 _MARGIN = 15.0
 

@@ -7,8 +7,6 @@ import time
 from collections.abc import Awaitable
 from typing import TypeVar
 
-__all__ = ["Interrupted", "InterruptibleWait"]
-
 T = TypeVar("T")
 
 

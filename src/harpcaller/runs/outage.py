@@ -11,8 +11,6 @@ import time
 from dataclasses import dataclass
 from typing import Any, Self
 
-__all__ = ["Backoff", "Outage"]
-
 #: Seconds between two attempts to reach a host: the first delay, and the maximum.
 _MIN_DELAY, _MAX_DELAY = 0.2, 5.0
 

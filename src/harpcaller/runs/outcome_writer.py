@@ -18,8 +18,6 @@ from harpcaller.model.jobs import NO_METADATA, Job, JobMetadata, StopState, stat
 from harpcaller.runs.context import RunContext
 from harpcaller.runs.record_writer import retry_until_stored
 
-__all__ = ["OutcomeWriter"]
-
 log = logging.getLogger(__name__)
 
 #: Maximum length of a logged error in characters.

@@ -25,8 +25,6 @@ from harpcaller.model.jobs import Job, JobMetadata
 from harpcaller.runs.context import RunContext
 from harpcaller.store import StorageError, UnknownJob
 
-__all__ = ["OrphanReaper"]
-
 log = logging.getLogger(__name__)
 
 #: Maximum number of orphans of a host that are handled at the same time.

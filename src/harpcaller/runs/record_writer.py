@@ -17,8 +17,6 @@ from harpcaller.model.jobs import Records
 from harpcaller.notifier import Notifier
 from harpcaller.store import StorageError, Store
 
-__all__ = ["PendingWrites", "RecordWriter", "retry_until_stored"]
-
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")

@@ -62,8 +62,6 @@ from harpcaller.runs.outage import Backoff, Outage
 from harpcaller.runs.outcome_writer import OutcomeWriter
 from harpcaller.runs.record_writer import RecordWriter
 
-__all__ = ["Run"]
-
 log = logging.getLogger(__name__)
 
 #: Maximum seconds that a cancel waits for the reply to a sent request.

@@ -8,8 +8,6 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 
-__all__ = ["Timings"]
-
 #: Maximum number of jobs; each needs about 400 bytes.
 _MAX_JOBS = 1000
 

@@ -26,8 +26,6 @@ from harpcaller.model.jobs import (
     StopState,
 )
 
-__all__ = ["QueueStatus", "StorageError", "Store", "UnknownJob"]
-
 
 class StorageError(Exception):
     """A store operation failed, for example because the disk is full. The message names the file and the cause."""

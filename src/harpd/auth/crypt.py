@@ -10,8 +10,6 @@ import hmac
 from functools import cache
 from typing import Any
 
-__all__ = ["matches"]
-
 #: Libraries with `crypt_r`: libxcrypt and old glibc; libxcrypt without the old interface; musl, which has it in libc.
 _LIBRARIES = ("libcrypt.so.1", "libcrypt.so.2", None)
 

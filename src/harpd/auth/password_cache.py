@@ -10,8 +10,6 @@ import hmac
 import secrets
 from collections import OrderedDict
 
-__all__ = ["PasswordCache"]
-
 #: Most users in the cache; the least recently added are removed first.
 _MAX_USERS = 1000
 

@@ -18,8 +18,6 @@ from harpd.config.settings import ConfigError, listening_places
 from harpd.worker.privileges import UserError, resolve_credentials
 from harpd.worker.procedures import load_procedures
 
-__all__ = ["check"]
-
 
 def check(options: CommandLine) -> list[str]:
     """Check configuration, certificate, users, log settings and procedures.

@@ -18,16 +18,6 @@ from harpd.config import log_settings as logs
 from harpd.config.log_settings import LogSettings
 from harpd.config.settings import ConfigError, Configuration, load, load_yaml, server_context
 
-__all__ = [
-    "CommandLine",
-    "LoadedConfig",
-    "SupervisorConfig",
-    "configure_log",
-    "load_config",
-    "load_supervisor_config",
-    "supervisor_settings",
-]
-
 
 @dataclass(frozen=True)
 class CommandLine:

@@ -11,8 +11,6 @@ from typing import Any, TypedDict
 
 from harp_daemon import logs
 
-__all__ = ["LogSettings", "configure"]
-
 
 class LogSettings(TypedDict):
     """The destination of the log.

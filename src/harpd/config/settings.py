@@ -20,19 +20,6 @@ from harp_daemon import sockets
 from harp_daemon.config_errors import describe_validation_error, describe_value
 from harp_daemon.tls import DEFAULT_MINIMUM, TLS_VERSIONS, set_minimum_version
 
-__all__ = [
-    "ConfigError",
-    "Configuration",
-    "ExitInfo",
-    "Limits",
-    "Network",
-    "Python",
-    "listening_places",
-    "load",
-    "load_yaml",
-    "server_context",
-]
-
 
 class ConfigError(Exception):
     """The configuration can't be used. The message is one line that names file, key and fault."""

@@ -25,8 +25,6 @@ from typing import Any, TypeAlias
 from harp.protocol.json_text import dumps
 from harpd.control.supervisor_client import SupervisorClient, SupervisorError, SupervisorNotRunning
 
-__all__ = ["STOP_MARGIN", "Settings", "SupervisorLauncher"]
-
 log = logging.getLogger("harpd.control")
 
 #: The settings of a supervisor: JSON values, no secret.

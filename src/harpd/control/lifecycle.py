@@ -12,8 +12,6 @@ from harp_daemon.process import notify_service_manager
 from harpd.config.settings import ConfigError
 from harpd.control.supervisor_client import SupervisorError
 
-__all__ = ["Program", "Service", "end"]
-
 log = logging.getLogger("harpd.control")
 
 

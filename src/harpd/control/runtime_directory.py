@@ -17,8 +17,6 @@ from pathlib import Path
 
 from harpd.config.settings import ConfigError
 
-__all__ = ["Role", "runtime_directory"]
-
 
 class Role(Enum):
     """A part of harpd that runs once for a runtime directory; the value is the name of its lock file."""

@@ -30,16 +30,6 @@ from harp.protocol.harpd import CallList, decode_message
 from harp.protocol.json_text import InvalidJSON, dumps, loads
 from harpd.supervisor.listener import ACTIVE_SOCKET, SOCKET_PREFIX
 
-__all__ = [
-    "ACTIVE_SOCKET",
-    "AttachReply",
-    "SupervisorClient",
-    "SupervisorConnection",
-    "SupervisorDied",
-    "SupervisorError",
-    "SupervisorNotRunning",
-]
-
 T = TypeVar("T")
 
 log = logging.getLogger("harpd.control")

@@ -26,8 +26,6 @@ from harpd.control.lifecycle import Program
 from harpd.control.runtime_directory import Role, runtime_directory
 from harpd.control.supervisor_client import SupervisorClient
 
-__all__ = ["run"]
-
 log = logging.getLogger("harpd.control")
 
 

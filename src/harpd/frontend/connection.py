@@ -43,8 +43,6 @@ from harpd.frontend.proxy import (
 from harpd.frontend.thread_pool import BoundedThreadPool, TaskFailed
 from harpd.frontend.tls_stream import ClientDisconnected, TLSStream
 
-__all__ = ["Connection"]
-
 log = logging.getLogger("harpd.frontend")
 
 #: Most characters of a user name or a procedure name in the log.

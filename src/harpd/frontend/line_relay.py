@@ -6,8 +6,6 @@ own, which it cannot in the middle of a line. No input or output here.
 
 from __future__ import annotations
 
-__all__ = ["LineRelay"]
-
 #: An incomplete line is held back up to this many bytes. So when the supervisor dies in the middle of a line, the
 #: client has received no part of that line, unless it is a long one.
 _MAX_PARTIAL_BYTES = 64 * 1024

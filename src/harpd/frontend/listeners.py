@@ -7,8 +7,6 @@ from pathlib import Path
 
 from harpd.config.settings import ConfigError, Network, listening_places
 
-__all__ = ["listen"]
-
 
 def listen(network: Network, path: Path) -> list[socket.socket]:
     """Open the listening sockets that the section `network` of the configuration file `path` asks for.

@@ -27,8 +27,6 @@ from harpd.control.supervisor_client import AttachReply, SupervisorClient, Super
 from harpd.frontend.line_relay import LineRelay
 from harpd.frontend.tls_stream import ClientDisconnected, TLSStream
 
-__all__ = ["AFTER_REQUEST", "CALL_DIED", "SHUTDOWN", "BoundProxy", "ProxyContext", "RequestRejected", "ResumableProxy"]
-
 log = logging.getLogger("harpd.frontend")
 
 #: Seconds for the supervisor to stop a call, beyond the two grace periods.

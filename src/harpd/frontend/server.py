@@ -29,8 +29,6 @@ from harpd.frontend.listeners import listen
 from harpd.frontend.thread_pool import BoundedThreadPool, TaskFailed
 from harpd.frontend.tls_stream import boottime, format_peer
 
-__all__ = ["run"]
-
 log = logging.getLogger("harpd.frontend")
 
 #: Connections over the limit that are taken just to be told so; those beyond are closed.

@@ -11,8 +11,6 @@ import threading
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-__all__ = ["BoundedThreadPool", "TaskFailed"]
-
 T = TypeVar("T")
 
 

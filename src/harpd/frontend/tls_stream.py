@@ -12,8 +12,6 @@ from harp.protocol.ends import Failed
 from harp.protocol.harpd import Message, encode_message
 from harpd.config.loaded import LoadedConfig
 
-__all__ = ["ClientDisconnected", "TLSStream", "boottime", "format_peer"]
-
 log = logging.getLogger("harpd.frontend")
 
 _CHUNK = 64 * 1024

@@ -13,8 +13,6 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["Cgroup", "Cgroups", "delegated_cgroup"]
-
 log = logging.getLogger("harpd.supervisor")
 
 #: Extended attributes by which systemd marks a delegated cgroup; the second is for daemons that do not run as root.

@@ -10,8 +10,6 @@ from __future__ import annotations
 import ctypes
 import os
 
-__all__ = ["EnvCookie", "cookie_for", "find_cookies", "reserve_cookie"]
-
 _NAME = "HARPD_CALL"
 #: Length of a call's id, which is a UUID.
 _ID_LENGTH = 36

@@ -15,8 +15,6 @@ from typing import Any
 from harpd.processes.process_tree import CallTree, Snapshot, kill_group, send_signal, take_snapshot
 from harpd.processes.stop_report import StopReport
 
-__all__ = ["OrphanedCall", "kill_orphans"]
-
 log = logging.getLogger("harpd.supervisor")
 
 #: Seconds after which processes that are still there count as unkillable.

@@ -6,8 +6,6 @@ import ctypes
 import os
 import signal
 
-__all__ = ["become_subreaper", "die_with_parent", "never_dump_core"]
-
 _SET_PDEATHSIG = 1
 _SET_DUMPABLE = 4
 _SET_CHILD_SUBREAPER = 36

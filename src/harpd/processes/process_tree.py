@@ -26,8 +26,6 @@ from harpd.processes.cgroup import Cgroup
 from harpd.processes.cookie import find_cookies
 from harpd.processes.procfs import read_stat, start_time
 
-__all__ = ["CallTree", "Process", "Snapshot", "has_possible_escapes", "kill_group", "send_signal", "take_snapshot"]
-
 #: How often /proc is listed before a snapshot is left incomplete.
 _MAX_LISTS = 8
 #: Flags of the kernel (PF_EXITING, PF_KTHREAD).

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 
-__all__ = ["read_stat", "start_time"]
-
 #: An upper bound of the line's length.
 _MAX_BYTES = 4096
 #: Index of the start time among the fields after the command.

@@ -14,8 +14,6 @@ from typing import Any
 
 from harpd.processes.process_tree import Process
 
-__all__ = ["StopReport"]
-
 #: How many processes, and how many survivors, are listed.
 _MAX_LISTED = 100
 

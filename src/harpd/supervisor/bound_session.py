@@ -17,8 +17,6 @@ from harpd.supervisor.buffered_stream import BufferedStream
 from harpd.supervisor.call import Call, StopReason
 from harpd.supervisor.event_loop import EventLoop
 
-__all__ = ["BoundSession"]
-
 
 class BoundSession:
     """The connection of a call. A `harpd.supervisor.call.CallObserver`.

@@ -7,8 +7,6 @@ from collections.abc import Callable
 
 from harpd.supervisor.event_loop import READ, WRITE, EventLoop, Timer
 
-__all__ = ["BufferedStream"]
-
 #: Bytes that are read at once: a client that sends commands without pause shares the supervisor with the others.
 _READ_SIZE = 1 << 12
 #: From this many buffered bytes on, senders should wait.

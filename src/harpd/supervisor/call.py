@@ -40,8 +40,6 @@ from harpd.supervisor.termination import TerminationSequence
 from harpd.supervisor.worker_process import Usage
 from harpd.supervisor.zygote_client import ProcedureInfo, ZygoteClient
 
-__all__ = ["Call", "CallContext", "CallObserver", "StopReason"]
-
 log = logging.getLogger("harpd.supervisor")
 
 _READ_SIZE = 1 << 16

@@ -10,8 +10,6 @@ import time
 from collections.abc import Callable
 from typing import TypeAlias
 
-__all__ = ["READ", "WRITE", "EventLoop", "Timer"]
-
 log = logging.getLogger("harpd.supervisor")
 
 READ = select.EPOLLIN

@@ -14,8 +14,6 @@ from harp.protocol.lines import LineBuffer, LineTooLong
 from harp_daemon.sliced_json import decode_slices
 from harpd.supervisor.event_loop import READ, WRITE, EventLoop
 
-__all__ = ["ACTIVE_SOCKET", "SOCKET_PREFIX", "FinalReply", "Listener"]
-
 log = logging.getLogger("harpd.supervisor")
 
 _READ_SIZE = 1 << 16

@@ -80,8 +80,6 @@ from harpd.supervisor.spool import GUARANTEED_BYTES, SpoolQuota
 from harpd.supervisor.state_files import StateDir
 from harpd.supervisor.zygote_client import ZygoteClient
 
-__all__ = ["main"]
-
 log = logging.getLogger("harpd.supervisor")
 
 #: Seconds between two searches for dead supervisors; and while orphaned processes are dying.

@@ -14,8 +14,6 @@ from functools import partial
 
 from harpd.supervisor.event_loop import READ, EventLoop
 
-__all__ = ["OutputCollector", "OutputPipe"]
-
 log = logging.getLogger("harpd.call")
 
 #: The most bytes that are read at once: a call that prints without pause shares the supervisor with the others.

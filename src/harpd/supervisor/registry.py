@@ -27,8 +27,6 @@ from harpd.supervisor.spool import SpoolQuota
 from harpd.supervisor.state_files import CallState, StateDir
 from harpd.supervisor.tombstones import TombstoneSet
 
-__all__ = ["CallRegistry"]
-
 log = logging.getLogger("harpd.supervisor")
 
 #: Seconds by which a start may be delayed, and for which a tombstone stays at least.

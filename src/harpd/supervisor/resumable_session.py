@@ -45,8 +45,6 @@ from harpd.supervisor.call import Call, StopReason
 from harpd.supervisor.event_loop import EventLoop, Timer
 from harpd.supervisor.spool import Spool, SpoolQuota
 
-__all__ = ["Ownership", "ResumableSession", "SessionLimits"]
-
 log = logging.getLogger("harpd.supervisor")
 
 #: Bytes of unacknowledged records that are sent; one record may be longer.

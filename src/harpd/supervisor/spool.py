@@ -10,8 +10,6 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 
-__all__ = ["GUARANTEED_BYTES", "Chunk", "Spool", "SpoolQuota"]
-
 #: Bytes that each call may buffer, however much the others have buffered.
 GUARANTEED_BYTES = 1024 * 1024
 

@@ -32,8 +32,6 @@ from harpd.processes.cookie import cookie_for
 from harpd.processes.orphans import OrphanedCall, kill_orphans
 from harpd.processes.process_tree import CallTree
 
-__all__ = ["CallState", "CleanupResult", "StateDir"]
-
 log = logging.getLogger("harpd.supervisor")
 
 #: Suffixes of state files of which only the end has to be reported, or only processes have to be stopped.

@@ -26,8 +26,6 @@ from harpd.processes.process_tree import CallTree, Process, Snapshot, kill_group
 from harpd.processes.stop_report import StopReport
 from harpd.supervisor.event_loop import EventLoop, Timer
 
-__all__ = ["TerminationSequence"]
-
 #: Seconds between two scans: the first interval, and the longest.
 _FIRST_INTERVAL, _MAX_INTERVAL = 0.05, 1.0
 #: Seconds after SIGKILL, at least, before a process counts as a survivor.

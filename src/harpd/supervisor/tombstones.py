@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import hashlib
 
-__all__ = ["TombstoneSet"]
-
 
 class TombstoneSet:
     """Tombstones by owner. Each stays for `ttl` seconds at least, and for twice as long at most while others are added.

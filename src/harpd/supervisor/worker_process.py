@@ -24,8 +24,6 @@ from harpd.processes.process_tree import send_signal
 from harpd.supervisor.event_loop import EventLoop
 from harpd.supervisor.output import OutputCollector, OutputPipe
 
-__all__ = ["ForkListener", "IdleWorkers", "Usage", "WorkerProcess"]
-
 log = logging.getLogger("harpd.supervisor")
 
 #: Descriptors that no call may use, and their largest share: to stop other calls and to answer control requests.

@@ -21,8 +21,6 @@ from harpd.supervisor.event_loop import READ, WRITE, EventLoop, Timer
 from harpd.supervisor.output import OutputCollector
 from harpd.supervisor.worker_process import ForkListener, IdleWorkers, Usage, WorkerProcess
 
-__all__ = ["ProcedureInfo", "ZygoteClient"]
-
 log = logging.getLogger("harpd.supervisor")
 
 _MAX_MESSAGE_BYTES = 1 << 18

@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
     from typing import Any
 
-__all__ = ["WrongArguments", "check_arguments", "preload_inspect"]
-
 #: Flags of a code object that has ``*args`` or ``**kwargs``.
 _VARIABLE = 0x04 | 0x08
 #: A function that shows the signature of another one has one of these attributes.

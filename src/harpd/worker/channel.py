@@ -7,8 +7,6 @@ import select
 
 from harpd.worker.signals import SignalGuard
 
-__all__ = ["Channel"]
-
 _READ_SIZE = 1 << 16
 
 

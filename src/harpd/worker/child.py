@@ -28,8 +28,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any, NoReturn
 
-__all__ = ["Descriptors", "detach_from_zygote", "run_worker"]
-
 #: The most bytes of a record or a result: clients and dispatchers read lines of 64 MiB, 64 bytes are for its envelope.
 MAX_PAYLOAD_BYTES = 64 * 1024 * 1024 - 64
 #: The most characters of a traceback.

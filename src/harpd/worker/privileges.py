@@ -10,8 +10,6 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["Credentials", "UserError", "drop_privileges", "resolve_credentials"]
-
 #: The group of a user that the system does not know and for whom no group is configured: nogroup, with no rights.
 _OVERFLOW_GROUP = 65534
 

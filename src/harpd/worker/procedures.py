@@ -12,8 +12,6 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["ProceduresError", "load_procedures"]
-
 #: The name of the file's module. It is in `sys.modules`, because some libraries look up the module of a class.
 MODULE_NAME = "harpd_procedures"
 #: The most characters of an exception's text in an error message.

@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from types import FrameType
     from typing import NoReturn
 
-__all__ = ["SignalGuard", "install"]
-
 _EXCEPTIONS: Mapping[int, tuple[type[BaseException], str]] = {
     signal.SIGXCPU: (TimeLimit, "the call's time is over"),
     signal.SIGTERM: (Cancelled, "the call was cancelled"),

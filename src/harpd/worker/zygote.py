@@ -46,8 +46,6 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from typing import Any, NoReturn
 
-__all__ = ["main"]
-
 #: The most bytes of the first command, which has the search path, and of the others.
 _MAX_LOAD_COMMAND_BYTES, _MAX_COMMAND_BYTES = 1 << 18, 1 << 15
 #: How many descriptors come with a fork command, and how many bytes each takes.

@@ -15,8 +15,6 @@ from harpcaller.store.sqlite.file import FILE_NAME, connect, lock, prepare, stor
 from harpcaller.store.sqlite.readers import Readers
 from harpcaller.store.sqlite.writer import Writer
 
-__all__ = ["SQLiteStore", "open_store"]
-
 P = ParamSpec("P")
 T = TypeVar("T")
 

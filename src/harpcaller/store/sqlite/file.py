@@ -17,8 +17,6 @@ from pathlib import Path
 from harpcaller.store import StorageError
 from harpcaller.store.sqlite.sql import MIGRATIONS, QUERIES
 
-__all__ = ["BUSY_TIMEOUT", "FILE_NAME", "LOG_BYTES", "connect", "lock", "prepare", "storage_errors"]
-
 #: The name of the file in the store's directory.
 FILE_NAME = "harpcaller.sqlite"
 

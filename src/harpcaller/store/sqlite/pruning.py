@@ -9,8 +9,6 @@ import sqlite3
 
 from harpcaller.store.sqlite.sql import QUERIES
 
-__all__ = ["checkpoint", "delete_jobs", "delete_orphaned_records", "release_free_pages"]
-
 # Approximate limits of one step.
 _STEP_JOBS = 100
 _STEP_BYTES = 8 * 1024 * 1024

@@ -13,8 +13,6 @@ from typing import TypeVar
 from harpcaller.store import StorageError
 from harpcaller.store.sqlite.file import connect, storage_errors
 
-__all__ = ["Readers"]
-
 T = TypeVar("T")
 
 

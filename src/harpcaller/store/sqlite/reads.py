@@ -20,8 +20,6 @@ from harpcaller.store.sqlite.rows import (
 )
 from harpcaller.store.sqlite.sql import QUERIES
 
-__all__ = ["get_details", "get_identity", "get_job", "list_jobs", "list_queues", "list_slot_holders", "read_records"]
-
 # The largest integer of SQLite.
 _MAX_INTEGER = 2**63 - 1
 

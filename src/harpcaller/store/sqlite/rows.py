@@ -14,21 +14,6 @@ from harp.protocol.ends import Cancelled, End, Returned, decode_end, encode_end
 from harp.protocol.json_text import Raw, dumps, slice_text
 from harpcaller.model.jobs import Job, JobMetadata, State, StopState
 
-__all__ = [
-    "ENTRY_BYTES",
-    "decode_job",
-    "decode_metadata",
-    "decode_name",
-    "encode_end_body",
-    "encode_metadata",
-    "encode_name",
-    "join_records",
-    "join_timestamps",
-    "payload_size",
-    "split_records",
-    "split_timestamps",
-]
-
 Row: TypeAlias = Sequence[Any]
 
 # An entry of a chunk's timestamps: number of consecutive records with the same time, and the time.

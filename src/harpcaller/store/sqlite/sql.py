@@ -7,8 +7,6 @@ from functools import cache
 from importlib.resources import files
 from types import MappingProxyType
 
-__all__ = ["MIGRATIONS", "QUERIES", "ROWS_PER_INSERT", "insert_many"]
-
 _HEADER = "-- name: "
 
 #: Number of rows in a statement of `insert_many`. More rows are hardly cheaper, and SQLite limits the parameters.

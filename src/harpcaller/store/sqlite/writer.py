@@ -26,8 +26,6 @@ from typing import Any, TypeAlias, TypeVar
 from harpcaller.store import StorageError
 from harpcaller.store.sqlite.file import storage_errors
 
-__all__ = ["Writer"]
-
 T = TypeVar("T")
 
 # Limit of a batch, so that its first member does not wait for an unlimited number of others.

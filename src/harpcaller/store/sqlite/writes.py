@@ -37,19 +37,6 @@ from harpcaller.store.sqlite.rows import (
 )
 from harpcaller.store.sqlite.sql import QUERIES, ROWS_PER_INSERT, insert_many
 
-__all__ = [
-    "add_job",
-    "add_jobs",
-    "append_records",
-    "cancel_job",
-    "cancel_queue",
-    "claim_jobs",
-    "finalize_stop",
-    "finish_job",
-    "release_slot",
-    "update_metadata",
-]
-
 # The largest integer of SQLite.
 _MAX_INTEGER = 2**63 - 1
 
