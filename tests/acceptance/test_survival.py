@@ -51,7 +51,7 @@ def flood_until(path):
 @contextmanager
 def system(directory: Path, harpd: dict[str, Any] | None = None, **dispatcher: Any) -> Iterator[System]:
     """A whole system, its harpd as two services, and nothing left of it at the end."""
-    with Harpd(directory / "harpd", PROCEDURES + OWN, harpd or {"limits": {"kill_grace": 0.5}}, apart=True) as one:
+    with Harpd(directory / "harpd", PROCEDURES + OWN, harpd or {"limits": {"kill_grace": 0.5}}, services=True) as one:
         settings = {"ca_file": str(one.ca_file), **dispatcher}
         credentials = (one.user, one.password)
         with Harpcallerd(directory / "harpcallerd", {"web01": one.port}, credentials, settings) as other:
@@ -137,7 +137,7 @@ def test_the_phases_of_a_job_add_up_to_its_time(tmp_path: Path) -> None:
 def again(harpd: Harpd) -> None:
     """Kill the gate and start it again."""
     harpd.kill()
-    harpd.start_gate()
+    harpd.start_frontend()
 
 
 def test_a_stop_is_proven_through_the_whole_chain(tmp_path: Path) -> None:
@@ -184,7 +184,7 @@ def test_a_cancel_while_the_host_is_cut_off(tmp_path: Path) -> None:
         assert "cannot be reached since" in job.why()
         assert call.is_running()
         assert second.details()["state"] == "queued"
-        whole.harpd.start_gate()
+        whole.harpd.start_frontend()
         assert job.cancel(wait=True) is False  # it had ended; the stop is settled now
         details = job.details()
         assert (details["stop"], details["holds_slot"]) == ("confirmed", False)
@@ -208,7 +208,7 @@ def test_a_host_that_stays_away_is_given_up_and_has_ended_the_call_itself(tmp_pa
         assert error.data["attempts"] > 1
         assert job.details()["stop"] == "failed"
         assert isinstance(second.result(wait=True), harp.RemoteError)  # its slot came free; nobody is there
-        whole.harpd.start_gate()
+        whole.harpd.start_frontend()
         assert whole.rpc.web01.count(1).get() == 1
         wait_until(lambda: whole.harpd.statuses()[0]["resumable"] == 0, DEADLINE, "the unwanted call forgotten")
         assert job.details()["exit_info"]["by"] == "lost_contact"  # what it had to say is kept, its end stands
@@ -264,8 +264,8 @@ def test_harpd_is_upgraded_under_running_calls(tmp_path: Path) -> None:
         follower = Follower(lambda: job.follow(since=0))
         follower.reach(5)
         old = whole.harpd.supervisor
-        whole.harpd.end_calls(signal.SIGUSR1)
-        whole.harpd.start_calls()
+        whole.harpd.stop_launcher(signal.SIGUSR1)
+        whole.harpd.start_launcher()
         assert whole.harpd.supervisor != old
         again(whole.harpd)
         assert whole.rpc.web01.count(3).get() == 3

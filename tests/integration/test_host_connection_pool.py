@@ -29,7 +29,7 @@ def peers(harpd: Harpd) -> list[str]:
 
 @pytest.fixture
 def harpd(tmp_path: Path) -> Harpd:
-    return Harpd(tmp_path / "harpd", PROCEDURES, {"limits": {"kill_grace": 1}}, apart=True)
+    return Harpd(tmp_path / "harpd", PROCEDURES, {"limits": {"kill_grace": 1}}, services=True)
 
 
 def dispatcher_of(harpd: Harpd, directory: Path) -> Harpcallerd:
@@ -61,8 +61,8 @@ def test_pool_after_frontend_restart_loses_no_job(harpd: Harpd, tmp_path: Path) 
         host = rpc_of(dispatcher).web01
         for number in range(3):
             assert host.same(number).get() == number
-            harpd.kill() if number % 2 else harpd.stop_gate()
-            harpd.start_gate()
+            harpd.kill() if number % 2 else harpd.stop_frontend()
+            harpd.start_frontend()
             assert host.same("after").get() == "after"
 
 

@@ -35,7 +35,7 @@ _LOGGING = {
 }
 
 
-#: Whose kept calls are, unless a test says otherwise.
+#: The default owner and secret of resumable calls.
 OWNER, SECRET = "the owner of calls", "a secret of calls"
 
 
@@ -43,12 +43,12 @@ class Harpd(DaemonLog):
     """A harpd on a free port of 127.0.0.1; a context manager that starts and stops it.
 
     Args:
-        directory: where its files go; its own, and short enough for no limit to matter.
+        directory: the directory of its files, used by nothing else; a short path.
         procedures: the text of the procedures file.
-        configuration: sections to lay over the usual ones: ``{"limits": {"max_calls": 2}}``.
-        options: more options of the command line.
-        descriptors: the hard limit of open files, None: as it is here.
-        apart: gate and calls are two programs, as the services are; else one program is both.
+        configuration: sections that change the defaults: ``{"limits": {"max_calls": 2}}``.
+        options: more command-line options.
+        descriptors: the hard limit of open files; None: that of this process.
+        services: run frontend and supervisor as two programs, like the services; otherwise as one.
     """
 
     host = "127.0.0.1"
@@ -62,7 +62,7 @@ class Harpd(DaemonLog):
         configuration: dict[str, Any] | None = None,
         options: tuple[str, ...] = (),
         descriptors: int | None = None,
-        apart: bool = False,
+        services: bool = False,
     ) -> None:
         self.directory = directory
         directory.mkdir(parents=True, exist_ok=True)
@@ -77,9 +77,9 @@ class Harpd(DaemonLog):
         self.port = self._configured_port = 0
         self._options = options
         self._descriptors = descriptors
-        self._process: subprocess.Popen[bytes] | None = None
-        self._apart = apart
-        self._calls: subprocess.Popen[bytes] | None = None
+        self._frontend: subprocess.Popen[bytes] | None = None
+        self._services = services
+        self._launcher: subprocess.Popen[bytes] | None = None
         self.procedures_file.write_text(procedures)
         self.logging_file.write_text(yaml.safe_dump(_LOGGING))
         self.log_file.touch()
@@ -87,11 +87,11 @@ class Harpd(DaemonLog):
 
     @property
     def auth(self) -> dict[str, str]:
-        """What a request has under `auth`."""
+        """The member `auth` of a request."""
         return {"user": self.user, "password": self.password}
 
     def configure(self, changes: dict[str, Any]) -> None:
-        """Write the configuration file: the usual one with sections laid over it. Takes effect by `reload`."""
+        """Write the configuration file: the defaults with these changes. They take effect by `reload`."""
         self._changes = changes
         configuration: dict[str, Any] = {
             "network": {
@@ -110,7 +110,7 @@ class Harpd(DaemonLog):
         self.config_file.write_text(yaml.safe_dump(configuration))
 
     def command(self, *options: str) -> list[str]:
-        """The program's command line."""
+        """Return the program's command line."""
         return [
             *(sys.executable, "-P", "-m", "harpd.cli"),
             *("--config", str(self.config_file), "--procedures", str(self.procedures_file)),
@@ -118,42 +118,42 @@ class Harpd(DaemonLog):
         ]
 
     def start(self) -> Harpd:
-        """Start it, or what of it does not run, and return once it takes calls."""
-        assert self._process is None
-        if self._apart and self._calls is None:
-            self.start_calls()
-        return self.start_gate()
+        """Start the programs that do not run; return when harpd accepts calls."""
+        assert self._frontend is None
+        if self._services and self._launcher is None:
+            self.start_launcher()
+        return self.start_frontend()
 
-    def start_gate(self) -> Harpd:
-        """Start the gate, and what else is in its program; return once it takes connections."""
+    def start_frontend(self) -> Harpd:
+        """Start the frontend, or the single program; return when it accepts connections."""
         self._configured_port = self.port
         self.configure(self._changes)
         seen = len(self.events("harpd is serving"))
-        self._process = self._spawn(*(("frontend",) if self._apart else ()))
+        self._frontend = self._spawn(*(("frontend",) if self._services else ()))
         try:
             wait_until(lambda: self._serves(seen), DEADLINE, "harpd serving")
         except BaseException:
             self.kill()
-            if self._calls is not None:
-                self.end_calls()
+            if self._launcher is not None:
+                self.stop_launcher()
             raise
         self.port = self.events("harpd is serving")[-1]["port"]
         return self
 
-    def start_calls(self) -> None:
-        """Start the program that keeps the calls; return once there is a supervisor."""
-        assert self._calls is None
+    def start_launcher(self) -> None:
+        """Start the program `harpd supervisor`; return when a supervisor is active."""
+        assert self._launcher is None
         seen = len(self.events("supervisor is serving"))
-        calls = self._calls = self._spawn("supervisor")
+        launcher = self._launcher = self._spawn("supervisor")
         try:
             wait_until(
-                lambda: calls.poll() is not None or len(self.events("supervisor is serving")) > seen,
+                lambda: launcher.poll() is not None or len(self.events("supervisor is serving")) > seen,
                 DEADLINE,
                 "a supervisor",
             )
-            assert calls.poll() is None, f"harpd supervisor has ended:\n{self.log_file.read_text()}"
+            assert launcher.poll() is None, f"harpd supervisor exited:\n{self.log_file.read_text()}"
         except BaseException:
-            self.end_calls(signal.SIGKILL)
+            self.stop_launcher(signal.SIGKILL)
             raise
 
     def _spawn(self, *command: str) -> subprocess.Popen[bytes]:
@@ -163,35 +163,35 @@ class Harpd(DaemonLog):
                 [*limit, *self.command(*command)], stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=self.directory
             )
 
-    def end_calls(self, number: signal.Signals = signal.SIGTERM) -> int:
-        """End the program that keeps the calls by a signal; return its exit status. Supervisors may go on."""
-        assert self._calls is not None
-        self._calls.send_signal(number)
+    def stop_launcher(self, number: signal.Signals = signal.SIGTERM) -> int:
+        """Stop the program `harpd supervisor` by a signal; return its exit status. Supervisors may continue."""
+        assert self._launcher is not None
+        self._launcher.send_signal(number)
         try:
-            return self._calls.wait(DEADLINE)
+            return self._launcher.wait(DEADLINE)
         finally:
-            self._calls.kill()
-            self._calls.wait()
-            self._calls = None
+            self._launcher.kill()
+            self._launcher.wait()
+            self._launcher = None
 
     def _serves(self, seen: int) -> bool:
-        assert self._process is not None
-        status = self._process.poll()
+        assert self._frontend is not None
+        status = self._frontend.poll()
         assert status is None, f"harpd ended with {status} at its start:\n{self.log_file.read_text()}"
         return len(self.events("harpd is serving")) > seen
 
     @property
     def pid(self) -> int:
-        """The gate's process id."""
-        assert self._process is not None
-        return self._process.pid
+        """The process id of the frontend, or of the single program."""
+        assert self._frontend is not None
+        return self._frontend.pid
 
     def status(self) -> dict[str, Any]:
         """Return the status of the supervisor that accepts new calls."""
         return self.ask({"control": "status"})
 
     def ask(self, request: Any, name: str = "supervisor") -> dict[str, Any]:
-        """Send a supervisor a line; return the first that comes back."""
+        """Send a line to a supervisor; return the first line of the reply, decoded."""
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
             connection.settimeout(DEADLINE)
             descriptor = os.open(self.runtime_directory, os.O_PATH)
@@ -200,12 +200,12 @@ class Harpd(DaemonLog):
             finally:
                 os.close(descriptor)
             connection.sendall(json.dumps(request).encode() + b"\n")
-            with connection.makefile("rb") as answer:
-                found: dict[str, Any] = json.loads(answer.readline())
-        return found
+            with connection.makefile("rb") as lines:
+                reply: dict[str, Any] = json.loads(lines.readline())
+        return reply
 
     def statuses(self) -> list[dict[str, Any]]:
-        """What each living supervisor says of itself."""
+        """Return the status of each running supervisor."""
         found = []
         for name in sorted(path.name for path in self.runtime_directory.glob("supervisor-*")):
             with contextlib.suppress(ConnectionError, FileNotFoundError, json.JSONDecodeError):
@@ -222,46 +222,46 @@ class Harpd(DaemonLog):
         """The zygote's process id."""
         return int(self.status()["zygote"])
 
-    def reload(self, calls: bool = False) -> dict[str, Any]:
-        """Send SIGHUP to the gate, or to the program that keeps the calls; return the event that says how it went."""
+    def reload(self, launcher: bool = False) -> dict[str, Any]:
+        """Send SIGHUP to the frontend or to the launcher; return the log event of the outcome."""
         outcomes = ("reloaded", "reload failed; nothing is changed")
-        process = self._calls if calls else self._process
+        process = self._launcher if launcher else self._frontend
         assert process is not None
         seen = len(self.events(*outcomes))
         process.send_signal(signal.SIGHUP)
         return wait_until(lambda: self.events(*outcomes)[seen:], DEADLINE, "the reload")[0]
 
     def stop(self, number: signal.Signals = signal.SIGTERM) -> int:
-        """End it by a signal, all calls too; return its exit status once nothing of it is left."""
-        if self._process is None and self._calls is None:
-            self.end_supervisors()
+        """Stop harpd and all calls by a signal; return its exit status when all its processes have ended."""
+        if self._frontend is None and self._launcher is None:
+            self.stop_supervisors()
             return 0
         family = self._family()
-        status = self.stop_gate(number)
-        if self._calls is not None:
-            status = self.end_calls() or status
+        status = self.stop_frontend(number)
+        if self._launcher is not None:
+            status = self.stop_launcher() or status
         wait_until(lambda: all(map(_is_dead, family)), DEADLINE, f"the end of {family}")
         return status
 
-    def stop_gate(self, number: signal.Signals = signal.SIGTERM) -> int:
-        """End the gate by a signal, if it runs; return its exit status."""
-        if self._process is None:
+    def stop_frontend(self, number: signal.Signals = signal.SIGTERM) -> int:
+        """Stop the frontend by a signal, if it runs; return its exit status."""
+        if self._frontend is None:
             return 0
-        self._process.send_signal(number)
+        self._frontend.send_signal(number)
         try:
-            return self._process.wait(DEADLINE)
+            return self._frontend.wait(DEADLINE)
         finally:
             self.kill()
 
     def kill(self) -> None:
-        """End the gate by SIGKILL, if it still runs; supervisors may go on."""
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
-            self._process = None
+        """Kill the frontend by SIGKILL, if it runs; supervisors may continue."""
+        if self._frontend is not None:
+            self._frontend.kill()
+            self._frontend.wait()
+            self._frontend = None
 
-    def end_supervisors(self) -> None:
-        """End the supervisors that nobody keeps any more, and all calls."""
+    def stop_supervisors(self) -> None:
+        """Stop the supervisors without a launcher, and all calls."""
         family = self._family()
         for status in self.statuses():
             with contextlib.suppress(ConnectionError, FileNotFoundError, json.JSONDecodeError):
@@ -269,9 +269,9 @@ class Harpd(DaemonLog):
         wait_until(lambda: all(map(_is_dead, family)), DEADLINE, f"the end of {family}")
 
     def _family(self) -> list[psutil.Process]:
-        """All its processes but the programs themselves."""
+        """Return all its processes except frontend and launcher."""
         found: set[psutil.Process] = set()
-        own = [process.pid for process in (self._process, self._calls) if process is not None]
+        own = [process.pid for process in (self._frontend, self._launcher) if process is not None]
         supervisors = [status["supervisor"] for status in self.statuses()] if self.runtime_directory.exists() else []
         for pid in own + supervisors:
             with contextlib.suppress(psutil.NoSuchProcess):
@@ -289,7 +289,7 @@ class Harpd(DaemonLog):
             assert not (faults := self.faults()), faults
 
     def faults(self) -> list[str]:
-        """Lines of its log that no peer and no procedure may cause."""
+        """Return the log lines that show a bug: no peer and no procedure can cause them."""
         marks = ("Exception ignored", "never retrieved", "Warning: ", "Fatal Python error")
         bugs = ("unexpected error", "connection failed", "callback failed")
         lines = [line for line in self.log_lines() if "call printed" not in line]
@@ -299,20 +299,20 @@ class Harpd(DaemonLog):
         ]
 
     def connect(self, **changes: Any) -> LineClient:
-        """A raw client, connected. `changes` are set on its SSL context."""
+        """Return a connected raw client. `changes` are set on its SSL context."""
         context = ssl.create_default_context(cafile=str(self.ca_file))
         for name, value in changes.items():
             setattr(context, name, value)
         return LineClient(self.host, self.port, context)
 
     def request(self, procedure: str, arguments: Any, **members: Any) -> dict[str, Any]:
-        """A request as the protocol has it; `members` are laid over it."""
+        """Return a request; `members` change it."""
         return {"harp": 1, "procedure": procedure, "arguments": arguments, "auth": self.auth, **members}
 
-    def keep(self, procedure: str, *arguments: Any, **terms: Any) -> LineClient:
-        """Start a kept call, of owner `OWNER` with secret `SECRET`; return the client after its request.
+    def start_resumable(self, procedure: str, *arguments: Any, **terms: Any) -> LineClient:
+        """Start a resumable call with owner `OWNER` and secret `SECRET`; return the client after its request.
 
-        `terms` are laid over the usual ones. The client's `call` is the call's id.
+        `terms` change the default ones. The client's `call` is the call's id.
         """
         usual = {"id": str(uuid.uuid4()), "owner": OWNER, "secret": SECRET, "disconnect_timeout": 60, "result_ttl": 60}
         limits = {"timeout": 60, "max_exec_time": 600}
@@ -325,29 +325,29 @@ class Harpd(DaemonLog):
         return client
 
     def attach(self, call: str, since: int = 0, **members: Any) -> LineClient:
-        """Attach to a kept call; `members` are laid over the request. Return the client after its request."""
+        """Attach to a resumable call; `members` change the request. Return the client after its request."""
         client = self.connect()
         client.call = call
         request = {"harp": 1, "attach": call, "owner": OWNER, "secret": SECRET, "since": since, "auth": self.auth}
         client.send({**request, **members})
         return client
 
-    def held(self, owner: str | None = None) -> Any:
-        """The answer to the question which kept calls there are, decoded."""
+    def list_calls(self, owner: str | None = None) -> Any:
+        """Return the list of the owner's resumable calls, decoded."""
         with self.connect() as client:
             client.send({"harp": 1, "calls": OWNER if owner is None else owner, "auth": self.auth})
-            (answer,) = client.lines()
-        return answer
+            (reply,) = client.lines()
+        return reply
 
     def call(self, procedure: str, *arguments: Any) -> list[Any]:
-        """Call a procedure; return all messages that came, decoded."""
+        """Call a procedure; return all messages, decoded."""
         with self.connect() as client:
             client.send(self.request(procedure, list(arguments)))
             return client.lines()
 
 
 def is_dead(pid: int) -> bool:
-    """Whether a process does not run any more; it may be waiting for its parent to notice."""
+    """Return whether a process has exited; it may be a zombie."""
     try:
         return _is_dead(psutil.Process(pid))
     except psutil.NoSuchProcess:
@@ -362,7 +362,7 @@ def _is_dead(process: psutil.Process) -> bool:
 
 
 class LineClient:
-    """Speaks lines over TLS and hides nothing; a context manager that closes it."""
+    """A client that sends and receives lines over TLS; a context manager that closes it."""
 
     def __init__(self, host: str, port: int, context: ssl.SSLContext) -> None:
         plain = socket.create_connection((host, port), DEADLINE)
@@ -372,15 +372,15 @@ class LineClient:
             plain.close()
             raise
         self._received = b""
-        #: The id of the kept call that it speaks of.
+        #: The id of its resumable call.
         self.call = ""
 
     def send(self, message: Any) -> None:
-        """Send bytes as they are, anything else as a JSON line."""
+        """Send bytes unchanged, any other value as a JSON line."""
         self.socket.sendall(message if isinstance(message, bytes) else json.dumps(message).encode() + b"\n")
 
     def line(self) -> bytes:
-        """The next line without its line feed; what is left of it when harpd closes, then b""."""
+        """Return the next line without its line feed; when harpd closes, the incomplete rest, then b""."""
         while b"\n" not in self._received:
             data = self.socket.recv(65536)
             if not data:
@@ -391,15 +391,15 @@ class LineClient:
         return line
 
     def message(self) -> Any:
-        """The next line, decoded."""
+        """Return the next line, decoded."""
         return json.loads(self.line())
 
     def raw_lines(self) -> list[bytes]:
-        """All lines until harpd closes."""
+        """Return all lines until harpd closes."""
         return list(iter(self.line, b""))
 
     def lines(self) -> list[Any]:
-        """All lines until harpd closes, decoded."""
+        """Return all lines until harpd closes, decoded."""
         return [json.loads(line) for line in self.raw_lines()]
 
     def close(self) -> None:

@@ -23,7 +23,7 @@ SHA512 = HASHES["sha512"]
 
 
 @pytest.mark.parametrize("hashed", HASHES.values(), ids=HASHES)
-def test_each_form_of_hash_takes_its_password_and_no_other(hashed: str) -> None:
+def test_each_hash_format_accepts_only_its_password(hashed: str) -> None:
     assert matches("secret", hashed)
     assert not matches("secreT", hashed)
     assert not matches("", hashed)
@@ -48,18 +48,18 @@ def test_each_form_of_hash_takes_its_password_and_no_other(hashed: str) -> None:
         "é",
     ],
 )
-def test_what_is_no_hash_takes_no_password(hashed: str) -> None:
+def test_invalid_hash_accepts_no_password(hashed: str) -> None:
     assert not matches("secret", hashed)
     assert not matches("", hashed)
     assert not matches(hashed, hashed)
 
 
 @pytest.mark.parametrize("password", ["secret\0", "secret\0more", "\0", "\ud800", "secret\n"])
-def test_a_password_is_not_cut_off_at_nul_nor_at_anything_else(password: str) -> None:
+def test_password_is_compared_in_full(password: str) -> None:
     assert not matches(password, SHA512)
 
 
-def test_a_hash_with_nul_takes_no_password() -> None:
+def test_hash_with_nul_accepts_no_password() -> None:
     assert not matches("secret", f"{SHA512}\0")
 
 
@@ -88,25 +88,25 @@ def users_file(tmp_path: Path) -> Path:
         ("alice\n", "secret", False),
     ],
 )
-def test_passfile_lets_in_whom_it_lists(users_file: Path, user: str, password: str, allowed: bool) -> None:
+def test_passfile_accepts_listed_users(users_file: Path, user: str, password: str, allowed: bool) -> None:
     users = passfile.create({"file": str(users_file)})
     assert users.authenticate(user, password) is allowed
 
 
-def test_passfile_sees_edits_at_once(users_file: Path) -> None:
+def test_passfile_edits_take_effect_at_once(users_file: Path) -> None:
     users = passfile.create({"file": str(users_file)})
     users_file.write_text(f"carol:{SHA512}\n")
     assert users.authenticate("carol", "secret")
     assert not users.authenticate("alice", "secret")
 
 
-def test_passfile_that_vanished_lets_nobody_in(users_file: Path) -> None:
+def test_passfile_that_is_missing_accepts_no_user(users_file: Path) -> None:
     users = passfile.create({"file": str(users_file)})
     users_file.unlink()
     assert users.authenticate("alice", "secret") is False
 
 
-def test_passfile_warns_of_lines_that_let_nobody_in(tmp_path: Path) -> None:
+def test_passfile_warns_about_invalid_lines(tmp_path: Path) -> None:
     file = tmp_path / "users"
     file.write_text(
         "# users\n\nalice:$6$salt$hash-of-some-length\nbob:plain\ncarol\n:$6$x$y0123456789\ndave:!\nerin:*\nfred:\n"
@@ -115,7 +115,7 @@ def test_passfile_warns_of_lines_that_let_nobody_in(tmp_path: Path) -> None:
     assert warned == [f"{file}:{line}: expected user:crypt-hash; this line accepts no user" for line in (4, 5, 6, 9)]
 
 
-def test_passfile_needs_its_file(tmp_path: Path) -> None:
+def test_passfile_without_its_file_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"file: .*nowhere: No such file or directory"):
         passfile.create({"file": str(tmp_path / "nowhere")})
 
@@ -128,12 +128,12 @@ def test_passfile_needs_its_file(tmp_path: Path) -> None:
         ({"file": "/dev/null", "files": 1}, "files: unknown key; expected file"),
     ],
 )
-def test_passfile_names_the_wrong_key(config: dict[str, Any], message: str) -> None:
+def test_passfile_error_names_the_invalid_key(config: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         passfile.create(config)
 
 
-def test_inconfig_takes_plain_and_hashed_passwords() -> None:
+def test_inconfig_accepts_plain_and_hashed_passwords() -> None:
     users = inconfig.create({"users": {"alice": "plain:s:e", "bob": f"crypt:{SHA512}", "none": "plain:"}})
     assert users.authenticate("alice", "s:e")
     assert not users.authenticate("alice", "s")
@@ -155,14 +155,14 @@ def test_inconfig_takes_plain_and_hashed_passwords() -> None:
         ({"users": {"alice": 5}}, "users.alice"),
     ],
 )
-def test_inconfig_names_the_wrong_key_and_no_password(config: dict[str, Any], key: str) -> None:
+def test_inconfig_error_names_the_key_and_no_password(config: dict[str, Any], key: str) -> None:
     with pytest.raises(ValueError) as caught:
         inconfig.create(config)
     assert str(caught.value).startswith(f"{key}: ")
     assert "topsecret" not in str(caught.value)
 
 
-def test_own_modules_derive_from_the_base_class() -> None:
+def test_authentication_module_derives_from_the_base_class() -> None:
     class Anybody(AuthDB):
         def authenticate(self, user: str, password: str) -> bool:
             return True
@@ -181,7 +181,7 @@ def settle(file: Path) -> None:
     )
 
 
-def test_passfile_recalls_what_it_found_until_the_file_changes(users_file: Path) -> None:
+def test_passfile_caches_passwords_until_the_file_changes(users_file: Path) -> None:
     users = passfile.create({"file": str(users_file)})
     settle(users_file)
     assert not users.recalls("alice", "secret")
@@ -197,7 +197,7 @@ def test_passfile_recalls_what_it_found_until_the_file_changes(users_file: Path)
     assert not users.recalls("alice", "secret")
 
 
-def test_passfile_recalls_nothing_of_a_file_that_was_just_changed(users_file: Path) -> None:
+def test_passfile_changed_just_now_is_not_cached(users_file: Path) -> None:
     """It may be changed again within the same tick of the clock."""
     users = passfile.create({"file": str(users_file)})
     users_file.write_text(users_file.read_text())
@@ -205,7 +205,7 @@ def test_passfile_recalls_nothing_of_a_file_that_was_just_changed(users_file: Pa
     assert not users.recalls("alice", "secret")
 
 
-def test_inconfig_recalls_hashed_passwords_once_they_were_right_and_plain_ones_always() -> None:
+def test_inconfig_caches_correct_hashed_passwords() -> None:
     users = inconfig.create({"users": {"alice": f"crypt:{SHA512}", "bob": "plain:word"}})
     assert users.recalls("bob", "word")
     assert not users.recalls("bob", "Word")
@@ -216,7 +216,7 @@ def test_inconfig_recalls_hashed_passwords_once_they_were_right_and_plain_ones_a
     assert not users.recalls("alice", "secret ")
 
 
-def test_a_recalled_password_is_of_one_user_and_one_stored_hash() -> None:
+def test_cached_password_belongs_to_one_user_and_hash() -> None:
     recalled = PasswordCache()
     recalled.add("alice", "secret", "stored")
     assert recalled.contains("alice", "secret", "stored")

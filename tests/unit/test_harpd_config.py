@@ -37,7 +37,7 @@ def fault(file: Path, text: str) -> str:
     return message.removeprefix(f"{file}: ")
 
 
-def test_the_least_file_takes_the_defaults(file: Path) -> None:
+def test_minimal_file_has_the_defaults(file: Path) -> None:
     configuration = read(file, LEAST)
     assert configuration.network == Network(certfile="/c", keyfile="/k", address=None, port=4306, tls_minimum="1.2")
     assert configuration.authentication == {"module": "some.module"}
@@ -46,7 +46,7 @@ def test_the_least_file_takes_the_defaults(file: Path) -> None:
     assert configuration.runtime_directory is None
 
 
-def test_a_file_of_the_field_is_taken(file: Path) -> None:
+def test_legacy_file_is_accepted(file: Path) -> None:
     configuration = read(
         file,
         """
@@ -78,13 +78,13 @@ def test_a_file_of_the_field_is_taken(file: Path) -> None:
         ("{}", [], []),
     ],
 )
-def test_the_forms_of_the_python_path(file: Path, path: str, prepend: list[str], append: list[str]) -> None:
+def test_python_path_forms_are_accepted(file: Path, path: str, prepend: list[str], append: list[str]) -> None:
     configuration = read(file, f"{LEAST}\npython: {{path: {path}}}")
     assert configuration.python.search_paths() == {"prepend": prepend, "append": append}
 
 
 @pytest.mark.parametrize("written", ["1.2", '"1.2"', "'1.2'"])
-def test_the_floor_of_tls_needs_no_quotes(file: Path, written: str) -> None:
+def test_tls_minimum_without_quotes_is_accepted(file: Path, written: str) -> None:
     text = LEAST.replace("keyfile: /k", f"keyfile: /k, tls_minimum: {written}")
     assert read(file, text).network.tls_floor == "1.2"
 
@@ -144,27 +144,27 @@ def network(key: str) -> str:
         ("[" * 5000, "not YAML: "),
     ],
 )
-def test_every_fault_is_one_line_that_names_file_and_key(file: Path, text: str, expected: str) -> None:
+def test_errors_name_file_and_key_in_one_line(file: Path, text: str, expected: str) -> None:
     assert fault(file, text).startswith(expected)
 
 
-def test_what_is_not_utf_8_is_a_fault(file: Path) -> None:
+def test_file_that_is_not_utf_8_is_an_error(file: Path) -> None:
     file.write_bytes(b"network: \xff\xfe")
     with pytest.raises(ConfigError, match="not YAML"):
         load(file)
 
 
-def test_a_missing_file_is_a_fault(file: Path) -> None:
+def test_missing_file_is_an_error(file: Path) -> None:
     with pytest.raises(ConfigError, match=re.escape(f"{file}: No such file or directory")):
         load(file)
 
 
-def test_merge_keys_of_yaml_still_work(file: Path) -> None:
+def test_yaml_merge_keys_are_accepted(file: Path) -> None:
     file.write_text("a: &a {x: 1, y: 2}\nb: {<<: *a, y: 3}\n")
     assert load_yaml(file) == {"a": {"x": 1, "y": 2}, "b": {"x": 1, "y": 3}}
 
 
-def test_certificate_and_key_must_fit(tmp_path: Path, file: Path) -> None:
+def test_key_of_another_certificate_is_an_error(tmp_path: Path, file: Path) -> None:
     files = server_files(tmp_path)
     server_context(Network(certfile=str(files.certfile), keyfile=str(files.keyfile)), file)
     other = tmp_path / "other"
@@ -175,21 +175,21 @@ def test_certificate_and_key_must_fit(tmp_path: Path, file: Path) -> None:
 
 
 @pytest.mark.parametrize("key", ["certfile", "keyfile"])
-def test_a_missing_certificate_or_key_is_named(tmp_path: Path, file: Path, key: str) -> None:
+def test_missing_certificate_or_key_is_named(tmp_path: Path, file: Path, key: str) -> None:
     files = server_files(tmp_path)
     network = Network(certfile=str(files.certfile), keyfile=str(files.keyfile))
     with pytest.raises(ConfigError, match=f"{file}: network.{key}: /nowhere: No such file"):
         server_context(msgspec.structs.replace(network, **{key: "/nowhere"}), file)
 
 
-def test_garbage_for_a_certificate_is_a_fault(tmp_path: Path, file: Path) -> None:
+def test_invalid_certificate_is_an_error(tmp_path: Path, file: Path) -> None:
     files = server_files(tmp_path)
     files.certfile.write_text("garbage")
     with pytest.raises(ConfigError, match=r"network.certfile: expected PEM files"):
         server_context(Network(certfile=str(files.certfile), keyfile=str(files.keyfile)), file)
 
 
-def test_a_key_with_a_passphrase_is_a_fault_and_asks_nobody(tmp_path: Path, file: Path) -> None:
+def test_key_with_passphrase_is_an_error_without_prompt(tmp_path: Path, file: Path) -> None:
     from cryptography.hazmat.primitives import serialization
 
     files = server_files(tmp_path)
@@ -205,7 +205,7 @@ def test_a_key_with_a_passphrase_is_a_fault_and_asks_nobody(tmp_path: Path, file
         server_context(Network(certfile=str(files.certfile), keyfile=str(files.keyfile)), file)
 
 
-def test_the_default_floor_is_tls_1_2(tmp_path: Path, file: Path) -> None:
+def test_default_tls_minimum_is_1_2(tmp_path: Path, file: Path) -> None:
     files = server_files(tmp_path)
     context = server_context(Network(certfile=str(files.certfile), keyfile=str(files.keyfile)), file)
     assert context.minimum_version.name == "TLSv1_2"
@@ -236,12 +236,12 @@ def shown(option: msgspec.structs.FieldInfo) -> str:
     return "" if option.default in (None, msgspec.NODEFAULT) else str(option.default)
 
 
-def test_the_settings_page_lists_every_option_with_unit_and_default() -> None:
+def test_settings_page_lists_every_setting() -> None:
     rows = re.findall(r"^\| `([a-z_.]+)` \|([^|\n]*)\|([^|\n]*)\|", PAGE.read_text(), re.MULTILINE)
     assert {name: (default.strip(" `"), unit.strip()) for name, default, unit in rows} == options(Configuration)
 
 
-def test_the_settings_page_lists_every_option_of_the_command_line() -> None:
+def test_settings_page_lists_every_command_line_option() -> None:
     rows = re.findall(r"^\| (`-[^|]*) \|([^|]*)\|", PAGE.read_text(), re.MULTILINE)
     text = parser().format_help()
     commands = re.search(r"COMMAND +one of ([a-z, ]+):", text)

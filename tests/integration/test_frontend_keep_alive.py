@@ -27,7 +27,7 @@ ID = "00000000-0000-4000-8000-0000000000cc"
 @pytest.fixture(scope="module")
 def harpd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Harpd]:
     configuration = {"limits": {"kill_grace": 1, "keep_alive_timeout": IDLE}}
-    with Harpd(tmp_path_factory.mktemp("keep"), PROCEDURES, configuration, apart=True) as harpd:
+    with Harpd(tmp_path_factory.mktemp("keep"), PROCEDURES, configuration, services=True) as harpd:
         yield harpd
         nothing_is_left(harpd)
 
@@ -51,7 +51,7 @@ def closed(client: LineClient) -> bool:
     return bool(client.lines() == [])
 
 
-def test_one_connection_serves_many_calls_each_in_its_own_process(harpd: Harpd) -> None:
+def test_keep_alive_connection_serves_many_calls(harpd: Harpd) -> None:
     pids = set()
     with harpd.connect() as client:
         for _ in range(20):
@@ -66,7 +66,7 @@ def test_one_connection_serves_many_calls_each_in_its_own_process(harpd: Harpd) 
     assert len(pids) == 20
 
 
-def test_who_does_not_ask_for_it_is_told_nothing_of_it_and_the_connection_closes(harpd: Harpd) -> None:
+def test_without_keep_alive_the_connection_closes(harpd: Harpd) -> None:
     with harpd.connect() as client:
         client.send(harpd.request("same", [1]))
         assert client.lines() == [{"harp": 1, "stream_result": False}, {"result": 1}]
@@ -78,7 +78,7 @@ def test_who_does_not_ask_for_it_is_told_nothing_of_it_and_the_connection_closes
 
 
 @pytest.mark.parametrize("procedure", ["nobody", "too_long"])
-def test_after_an_error_it_closes(harpd: Harpd, procedure: str) -> None:
+def test_keep_alive_connection_closes_after_an_error(harpd: Harpd, procedure: str) -> None:
     with harpd.connect() as client:
         ask(harpd, client, "same", 1)
         client.message()
@@ -87,7 +87,7 @@ def test_after_an_error_it_closes(harpd: Harpd, procedure: str) -> None:
         assert lines[-1]["error"]["type"] in {"no_such_procedure", "timeout"}
 
 
-def test_what_comes_before_the_end_still_stops_the_call(harpd: Harpd, tmp_path: Path) -> None:
+def test_data_before_the_end_stops_a_keep_alive_call(harpd: Harpd, tmp_path: Path) -> None:
     with harpd.connect() as client:
         ask(harpd, client, "wait_for", str(tmp_path / "never"))
         client.send({**harpd.request("same", [1]), "keep_alive": True})
@@ -96,7 +96,7 @@ def test_what_comes_before_the_end_still_stops_the_call(harpd: Harpd, tmp_path: 
     harpd.wait_event("client sent unexpected data; call stopped")
 
 
-def test_whoever_goes_away_stops_his_call(harpd: Harpd, tmp_path: Path) -> None:
+def test_keep_alive_client_that_disconnects_stops_its_call(harpd: Harpd, tmp_path: Path) -> None:
     with harpd.connect() as client:
         ask(harpd, client, "same", 1)
         client.message()
@@ -104,7 +104,7 @@ def test_whoever_goes_away_stops_his_call(harpd: Harpd, tmp_path: Path) -> None:
     harpd.wait_event("client disconnected; call stopped")
 
 
-def test_each_request_is_authenticated(harpd: Harpd) -> None:
+def test_keep_alive_requests_are_each_authenticated(harpd: Harpd) -> None:
     with harpd.connect() as client:
         ask(harpd, client, "same", 1)
         client.message()
@@ -115,7 +115,7 @@ def test_each_request_is_authenticated(harpd: Harpd) -> None:
         assert refusal["error"]["type"] == "auth_error"
 
 
-def test_a_bit_at_a_time(harpd: Harpd) -> None:
+def test_keep_alive_requests_byte_by_byte_are_accepted(harpd: Harpd) -> None:
     line = json.dumps({**harpd.request("same", [1]), "keep_alive": True}).encode() + b"\n"
     with harpd.connect() as client:
         for _ in range(2):
@@ -125,7 +125,7 @@ def test_a_bit_at_a_time(harpd: Harpd) -> None:
             assert client.message() == {"result": 1}
 
 
-def test_garbage_instead_of_the_next_request_is_refused(harpd: Harpd) -> None:
+def test_invalid_next_request_is_rejected(harpd: Harpd) -> None:
     with harpd.connect() as client:
         ask(harpd, client, "same", 1)
         client.message()
@@ -134,7 +134,7 @@ def test_garbage_instead_of_the_next_request_is_refused(harpd: Harpd) -> None:
         assert refusal["error"]["type"] == "parse_error"
 
 
-def test_kept_calls_and_lists_take_turns_on_a_connection(harpd: Harpd) -> None:
+def test_keep_alive_connection_mixes_resumable_calls_and_lists(harpd: Harpd) -> None:
     """What is said right behind `done` is the next request."""
     ids = [f"00000000-0000-4000-8000-00000000000{number}" for number in range(4)]
     with harpd.connect() as client:
@@ -161,7 +161,7 @@ def test_kept_calls_and_lists_take_turns_on_a_connection(harpd: Harpd) -> None:
         assert client.message()["calls"] == []
 
 
-def test_the_request_behind_a_kept_call_may_be_longer_than_an_order(harpd: Harpd) -> None:
+def test_next_request_may_be_longer_than_a_command(harpd: Harpd) -> None:
     large = "x" * 300_000
     with harpd.connect() as client:
         client.send({**harpd.request("same", [1]), "call": kept(ID, harpd, client), "keep_alive": True})
@@ -175,9 +175,7 @@ def test_the_request_behind_a_kept_call_may_be_longer_than_an_order(harpd: Harpd
         assert client.message()["calls"] == []
 
 
-def test_a_kept_call_goes_on_when_its_connection_is_cut_and_attaching_may_keep_one_too(
-    harpd: Harpd, tmp_path: Path
-) -> None:
+def test_attach_with_keep_alive_resumes_a_call(harpd: Harpd, tmp_path: Path) -> None:
     call_id = "00000000-0000-4000-8000-0000000000aa"
     with harpd.connect() as client:
         client.send({**harpd.request("wait_for", [str(tmp_path / "go")]), "call": kept(call_id, harpd, client)})
@@ -194,7 +192,7 @@ def test_a_kept_call_goes_on_when_its_connection_is_cut_and_attaching_may_keep_o
         assert client.message() == {"result": 1}
 
 
-def test_a_connection_that_nobody_uses_is_closed(tmp_path: Path) -> None:
+def test_idle_keep_alive_connection_is_closed(tmp_path: Path) -> None:
     with (
         Harpd(tmp_path / "harpd", PROCEDURES, {"limits": {"keep_alive_timeout": 0.2}}) as harpd,
         harpd.connect() as client,
@@ -204,7 +202,7 @@ def test_a_connection_that_nobody_uses_is_closed(tmp_path: Path) -> None:
         assert closed(client)
 
 
-def test_the_end_of_the_daemon_closes_what_is_idle_without_a_word(tmp_path: Path) -> None:
+def test_frontend_stop_closes_idle_connections_silently(tmp_path: Path) -> None:
     harpd = Harpd(tmp_path / "harpd", PROCEDURES).start()
     with harpd.connect() as client:
         ask(harpd, client, "same", 1)
@@ -213,9 +211,9 @@ def test_the_end_of_the_daemon_closes_what_is_idle_without_a_word(tmp_path: Path
         assert closed(client)
 
 
-def test_a_request_that_lay_in_a_halted_gate_is_as_old_as_that(tmp_path: Path) -> None:
+def test_request_during_suspension_counts_from_its_arrival(tmp_path: Path) -> None:
     """Else a start that its dispatcher has given up could still come true."""
-    with Harpd(tmp_path / "harpd", PROCEDURES, apart=True) as harpd, harpd.connect() as client:
+    with Harpd(tmp_path / "harpd", PROCEDURES, services=True) as harpd, harpd.connect() as client:
         terms = {**kept("00000000-0000-4000-8000-0000000000bb", harpd, client), "disconnect_timeout": 3}
         os.kill(harpd.pid, signal.SIGSTOP)
         try:
@@ -229,7 +227,7 @@ def test_a_request_that_lay_in_a_halted_gate_is_as_old_as_that(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("keep", [True, False])
-def test_the_client_keeps_its_connection_if_it_is_asked_to(harpd: Harpd, keep: bool) -> None:
+def test_client_with_keep_alive_reuses_its_connection(harpd: Harpd, keep: bool) -> None:
     before = len(harpd.events("call accepted"))
     arguments = (harpd.host, harpd.user, harpd.password, harpd.port, str(harpd.ca_file))
     with harp.HarpServer(*arguments, keep_alive=keep) as server:
@@ -243,7 +241,7 @@ def test_the_client_keeps_its_connection_if_it_is_asked_to(harpd: Harpd, keep: b
     assert len({event["peer"] for event in accepted}) == (1 if keep else 13)
 
 
-async def test_so_does_the_one_of_asyncio(harpd: Harpd) -> None:
+async def test_async_client_with_keep_alive_reuses_its_connection(harpd: Harpd) -> None:
     before = len(harpd.events("call accepted"))
     arguments = (harpd.host, harpd.user, harpd.password, harpd.port, str(harpd.ca_file))
     async with harp.aio.AsyncHarpServer(*arguments, keep_alive=True) as server:

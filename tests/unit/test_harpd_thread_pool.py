@@ -23,7 +23,7 @@ def release() -> Iterator[threading.Event]:
     event.set()
 
 
-async def test_it_returns_what_the_function_returns() -> None:
+async def test_thread_pool_returns_the_functions_value() -> None:
     here = threading.current_thread()
     assert await BoundedThreadPool(1).run(lambda: threading.current_thread() is not here, LONG)
 
@@ -31,7 +31,7 @@ async def test_it_returns_what_the_function_returns() -> None:
 @pytest.mark.parametrize(
     "kind", [ValueError, SystemExit, KeyboardInterrupt, StopIteration, TimeoutError, GeneratorExit]
 )
-async def test_whatever_it_raises_is_the_cause(kind: type[BaseException]) -> None:
+async def test_thread_pool_passes_any_exception_as_cause(kind: type[BaseException]) -> None:
     def fail() -> None:
         raise kind("secret")
 
@@ -41,7 +41,7 @@ async def test_whatever_it_raises_is_the_cause(kind: type[BaseException]) -> Non
     assert "secret" not in str(caught.value)
 
 
-async def test_a_hanging_function_is_left_behind_and_keeps_its_place(release: threading.Event) -> None:
+async def test_thread_pool_hanging_function_occupies_its_slot(release: threading.Event) -> None:
     threads = BoundedThreadPool(2)
     for _ in range(2):
         with pytest.raises(TimeoutError):
@@ -55,7 +55,7 @@ async def test_a_hanging_function_is_left_behind_and_keeps_its_place(release: th
     assert ran.is_set()
 
 
-async def test_no_more_run_at_once_than_allowed(release: threading.Event) -> None:
+async def test_thread_pool_limits_running_functions(release: threading.Event) -> None:
     threads, running, lock = BoundedThreadPool(3), [0, 0], threading.Lock()
 
     def work() -> None:
@@ -73,7 +73,7 @@ async def test_no_more_run_at_once_than_allowed(release: threading.Event) -> Non
     assert running == [0, 3]
 
 
-async def test_giving_up_waiting_gives_the_place_to_the_next(release: threading.Event) -> None:
+async def test_thread_pool_cancelled_wait_frees_the_slot(release: threading.Event) -> None:
     threads = BoundedThreadPool(1)
     first = asyncio.create_task(threads.run(release.wait, LONG))
     await asyncio.sleep(0)
@@ -85,7 +85,7 @@ async def test_giving_up_waiting_gives_the_place_to_the_next(release: threading.
     assert await threads.run(lambda: 5, LONG) == 5
 
 
-def test_small_shares_cost_nothing_and_long_ones_end_at_the_limit() -> None:
+def test_memory_quota_counts_long_requests_only() -> None:
     allowance = MemoryQuota(100_000)
     long, longer, small = Reservation(allowance), Reservation(allowance), Reservation(allowance)
     assert long.grow(64 * 1024 + 60_000)

@@ -21,7 +21,7 @@ ACKNOWLEDGED = {"harp": 1, "stream_result": False}
 
 @pytest.fixture
 def harpd(tmp_path: Path) -> Iterator[Harpd]:
-    harpd = Harpd(tmp_path / "harpd", PROCEDURES, apart=True)
+    harpd = Harpd(tmp_path / "harpd", PROCEDURES, services=True)
     with harpd:
         yield harpd
 
@@ -57,7 +57,7 @@ def pid_of(path: Path) -> int:
 
 def begin(harpd: Harpd, path: Path) -> tuple[str, int]:
     """Start a kept call that waits, and detach; return its id and its process."""
-    with harpd.keep("pid_then_wait", str(path)) as client:
+    with harpd.start_resumable("pid_then_wait", str(path)) as client:
         client.message()
         return client.call, pid_of(path)
 
@@ -74,9 +74,9 @@ def run(harpd: Harpd, *options: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(harpd.command(*options), capture_output=True, text=True, timeout=DEADLINE)
 
 
-def test_a_killed_gate_costs_a_stream_nothing(harpd: Harpd, tmp_path: Path) -> None:
+def test_stream_survives_sigkill_of_the_frontend(harpd: Harpd, tmp_path: Path) -> None:
     seen: list[int] = []
-    client = harpd.keep("count_until", str(tmp_path / "go"))
+    client = harpd.start_resumable("count_until", str(tmp_path / "go"))
     for _ in range(3):
         with client:
             client.message()
@@ -92,14 +92,14 @@ def test_a_killed_gate_costs_a_stream_nothing(harpd: Harpd, tmp_path: Path) -> N
     assert seen == list(range(len(seen)))
 
 
-def test_the_end_of_the_gate_ends_tied_calls_and_no_others(harpd: Harpd, tmp_path: Path) -> None:
+def test_frontend_stop_ends_connection_bound_calls_only(harpd: Harpd, tmp_path: Path) -> None:
     call, kept = begin(harpd, tmp_path / "kept")
     with harpd.connect() as tied, harpd.attach(call) as attached, harpd.connect() as waiting:
         tied.send(harpd.request("pid_then_wait", [str(tmp_path / "tied")]))
         attached.message()
         assert tied.message() == ACKNOWLEDGED
         process = pid_of(tmp_path / "tied")
-        assert harpd.stop_gate() == 0
+        assert harpd.stop_frontend() == 0
         for client in (tied, waiting):
             (last,) = client.lines()
             assert last["error"]["type"] == "shutdown"
@@ -110,20 +110,20 @@ def test_the_end_of_the_gate_ends_tied_calls_and_no_others(harpd: Harpd, tmp_pat
     assert finish(harpd, call, tmp_path / "kept") == {"result": "seen"}
 
 
-def test_an_upgrade_leaves_calls_where_they_are(harpd: Harpd, tmp_path: Path) -> None:
+def test_upgrade_does_not_affect_running_calls(harpd: Harpd, tmp_path: Path) -> None:
     old = harpd.status()["instance"]
     call, process = begin(harpd, tmp_path / "old")
     harpd.procedures_file.write_text(CHANGED)
-    assert harpd.reload(calls=True)["event"] == "reloaded"
+    assert harpd.reload(launcher=True)["event"] == "reloaded"
     new = harpd.status()["instance"]
     assert {status["instance"]: status["accepting"] for status in harpd.statuses()} == {old: False, new: True}
     assert version(harpd) == {"result": 2}
-    with harpd.keep("version", instance=old) as refused:
+    with harpd.start_resumable("version", instance=old) as refused:
         (refusal,) = refused.lines()
         assert refusal["error"]["type"] == "wrong_instance"
         assert refusal["error"]["data"] == {"instance": new}
     other, _ = begin(harpd, tmp_path / "new")
-    held = harpd.held()
+    held = harpd.list_calls()
     assert (sorted(held["calls"]), held["instance"]) == (sorted((call, other)), new)
     assert not is_dead(process)
     assert finish(harpd, call, tmp_path / "old") == {"result": "seen"}
@@ -134,12 +134,12 @@ def test_an_upgrade_leaves_calls_where_they_are(harpd: Harpd, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGKILL])
-def test_calls_outlive_their_keeper(harpd: Harpd, tmp_path: Path, number: signal.Signals) -> None:
+def test_calls_survive_sigkill_of_the_launcher(harpd: Harpd, tmp_path: Path, number: signal.Signals) -> None:
     call, process = begin(harpd, tmp_path / "old")
     old = harpd.status()["instance"]
-    harpd.end_calls(number)
+    harpd.stop_launcher(number)
     assert version(harpd) == {"result": 1}  # the warden goes on
-    harpd.start_calls()
+    harpd.start_launcher()
     assert harpd.status()["instance"] != old
     assert len(harpd.statuses()) == 2
     assert not is_dead(process)
@@ -147,72 +147,72 @@ def test_calls_outlive_their_keeper(harpd: Harpd, tmp_path: Path, number: signal
     wait_until(lambda: len(harpd.statuses()) == 1, DEADLINE, "the end of the older warden")
 
 
-def test_the_end_of_the_keeper_is_the_end_of_all_calls(harpd: Harpd, tmp_path: Path) -> None:
+def test_launcher_stop_ends_all_calls(harpd: Harpd, tmp_path: Path) -> None:
     old, first = begin(harpd, tmp_path / "old")
-    harpd.reload(calls=True)
+    harpd.reload(launcher=True)
     new, second = begin(harpd, tmp_path / "new")
     with harpd.attach(old) as one, harpd.attach(new) as other:
         for client in (one, other):
             client.message()
-        assert harpd.end_calls() == 0
+        assert harpd.stop_launcher() == 0
         assert [client.lines()[-1]["error"]["type"] for client in (one, other)] == ["shutdown", "shutdown"]
     assert is_dead(first)
     assert is_dead(second)
     assert harpd.statuses() == []
     assert not list(harpd.runtime_directory.glob("supervisor*"))
-    harpd.start_calls()
+    harpd.start_launcher()
     assert version(harpd) == {"result": 1}
 
 
-def test_a_broken_procedures_file_replaces_no_warden(harpd: Harpd, tmp_path: Path) -> None:
+def test_broken_procedures_file_replaces_no_supervisor(harpd: Harpd, tmp_path: Path) -> None:
     before = harpd.status()["supervisor"]
     harpd.procedures_file.write_text(BROKEN)
-    assert harpd.reload(calls=True)["event"] == "reload failed; nothing is changed"
+    assert harpd.reload(launcher=True)["event"] == "reload failed; nothing is changed"
     assert harpd.reload()["event"] == "reload failed; nothing is changed"
     assert harpd.status()["supervisor"] == before
     assert version(harpd) == {"result": 1}
     harpd.procedures_file.write_text(CHANGED)
-    assert harpd.reload(calls=True)["event"] == "reloaded"
+    assert harpd.reload(launcher=True)["event"] == "reloaded"
     assert version(harpd) == {"result": 2}
     assert harpd.status()["supervisor"] != before
 
 
-def test_a_reload_of_the_gate_reaches_the_warden(harpd: Harpd) -> None:
+def test_frontend_reload_reaches_the_supervisor(harpd: Harpd) -> None:
     before = harpd.status()["supervisor"]
     harpd.procedures_file.write_text(CHANGED)
     harpd.configure({"limits": {"kill_grace": 7}})
     assert harpd.reload()["event"] == "reloaded"
     assert version(harpd) == {"result": 2}
     assert harpd.status()["supervisor"] == before
-    with harpd.keep("version") as client:
+    with harpd.start_resumable("version") as client:
         assert client.message()["call"]["kill_grace"] == 7
         closing_line(client)
 
 
-def test_a_dead_warden_is_replaced_by_one_that_knows_the_files_of_now(harpd: Harpd) -> None:
+def test_dead_supervisor_is_replaced_with_current_settings(harpd: Harpd) -> None:
     harpd.configure({"limits": {"kill_grace": 7}})
     harpd.reload()
     subprocess.run(["kill", "-9", str(harpd.supervisor)], check=True)
     harpd.wait_event("supervisor died", status="signal 9")
     assert version(harpd) == {"result": 1}
-    with harpd.keep("version") as client:
+    with harpd.start_resumable("version") as client:
         assert client.message()["call"]["kill_grace"] == 7
         closing_line(client)
 
 
-def test_without_wardens_the_gate_waits_a_little_and_says_so(harpd: Harpd) -> None:
-    harpd.end_calls()
+def test_frontend_without_supervisor_waits_then_replies_error(harpd: Harpd) -> None:
+    harpd.stop_launcher()
     (refusal,) = harpd.call("version")
     assert refusal["error"]["type"] == "procedure_loading_error"
     with harpd.connect() as client:
         client.send(harpd.request("version", []))
-        harpd.start_calls()
+        harpd.start_launcher()
         assert client.lines() == [ACKNOWLEDGED, {"result": 1}]
 
 
-def test_status_drain_and_resume(harpd: Harpd, tmp_path: Path) -> None:
+def test_status_drain_and_resume_commands(harpd: Harpd, tmp_path: Path) -> None:
     call, _ = begin(harpd, tmp_path / "call")
-    harpd.reload(calls=True)
+    harpd.reload(launcher=True)
     outcome = run(harpd, "status")
     assert (outcome.returncode, outcome.stderr) == (0, "")
     wardens = {status["accepting"]: status for status in map(json.loads, outcome.stdout.splitlines())}
@@ -221,7 +221,7 @@ def test_status_drain_and_resume(harpd: Harpd, tmp_path: Path) -> None:
 
     outcome = run(harpd, "drain", "--timeout", "0.1")
     assert (outcome.returncode, outcome.stdout, outcome.stderr) == (1, "", "")
-    with harpd.keep("version") as refused:
+    with harpd.start_resumable("version") as refused:
         (refusal,) = refused.lines()
         assert refusal["error"]["type"] == "shutdown"
     assert version(harpd)["error"]["type"] == "shutdown"
@@ -234,7 +234,7 @@ def test_status_drain_and_resume(harpd: Harpd, tmp_path: Path) -> None:
     assert version(harpd) == {"result": 1}
 
 
-def test_without_wardens_the_commands_say_so(tmp_path: Path) -> None:
+def test_commands_without_supervisor_report_it(tmp_path: Path) -> None:
     harpd = Harpd(tmp_path / "harpd", PROCEDURES)
     outcome = run(harpd, "status")
     assert outcome.returncode == 1
@@ -248,7 +248,7 @@ def test_without_wardens_the_commands_say_so(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("command", ["frontend", "supervisor", "status", "drain", "resume"])
-def test_programs_that_run_apart_need_a_place_to_meet(tmp_path: Path, command: str) -> None:
+def test_commands_without_runtime_directory_report_it(tmp_path: Path, command: str) -> None:
     harpd = Harpd(tmp_path / "harpd", PROCEDURES, {"runtime_directory": None})
     outcome = run(harpd, command)
     assert outcome.returncode == 1
@@ -257,14 +257,14 @@ def test_programs_that_run_apart_need_a_place_to_meet(tmp_path: Path, command: s
 
 
 @pytest.mark.parametrize("command", ["frontend", "supervisor", None])
-def test_each_part_runs_once(harpd: Harpd, command: str | None) -> None:
+def test_second_program_with_the_same_role_is_rejected(harpd: Harpd, command: str | None) -> None:
     outcome = run(harpd, *([command] if command else []))
     assert outcome.returncode == 1
     assert "used by another running harpd" in outcome.stderr
     assert version(harpd) == {"result": 1}
 
 
-def test_a_killed_program_that_is_both_leaves_its_calls_to_the_next(tmp_path: Path) -> None:
+def test_calls_survive_sigkill_of_the_single_program(tmp_path: Path) -> None:
     harpd = Harpd(tmp_path / "harpd", PROCEDURES)
     harpd.start()
     call, process = begin(harpd, tmp_path / "call")
@@ -276,7 +276,7 @@ def test_a_killed_program_that_is_both_leaves_its_calls_to_the_next(tmp_path: Pa
         wait_until(lambda: len(harpd.statuses()) == 1, DEADLINE, "the end of the older warden")
 
 
-def test_without_a_configured_directory_nothing_outlives_it(tmp_path: Path) -> None:
+def test_temporary_runtime_directory_ends_calls_with_harpd(tmp_path: Path) -> None:
     harpd = Harpd(tmp_path / "harpd", PROCEDURES, {"runtime_directory": None})
     harpd.start()
     with harpd.connect() as client:
@@ -286,7 +286,7 @@ def test_without_a_configured_directory_nothing_outlives_it(tmp_path: Path) -> N
         wait_until(lambda: is_dead(process), DEADLINE, "the call's death")
 
 
-def test_timeout_is_for_drain_alone(tmp_path: Path) -> None:
+def test_timeout_option_is_rejected_outside_drain(tmp_path: Path) -> None:
     harpd = Harpd(tmp_path / "harpd", PROCEDURES)
     assert run(harpd, "status", "--timeout", "1").returncode == 2
     assert run(harpd, "drain", "--timeout", "x").returncode == 2

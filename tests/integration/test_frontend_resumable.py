@@ -69,8 +69,8 @@ def closing_line(client: LineClient) -> Any:
     return last_lines(client)[-1]
 
 
-def test_a_kept_call_says_its_terms_and_waits_to_be_forgotten(harpd: Harpd) -> None:
-    with harpd.keep("echo", 1, "two", disconnect_timeout=7200) as client:
+def test_resumable_call_states_terms_and_waits_for_release(harpd: Harpd) -> None:
+    with harpd.start_resumable("echo", 1, "two", disconnect_timeout=7200) as client:
         acknowledgement = client.message()
         terms = acknowledgement.pop("call")
         assert acknowledgement == {"harp": 1, "stream_result": False}
@@ -81,11 +81,11 @@ def test_a_kept_call_says_its_terms_and_waits_to_be_forgotten(harpd: Harpd) -> N
         evidence, end = last_lines(client)
         assert evidence["exit_info"]["exit"] == 0
         assert end == {"result": [1, "two"]}
-    assert client.call not in harpd.held()["calls"]
+    assert client.call not in harpd.list_calls()["calls"]
 
 
-def test_records_have_the_time_they_were_made(harpd: Harpd) -> None:
-    with harpd.keep("count", 3) as client:
+def test_records_carry_their_times(harpd: Harpd) -> None:
+    with harpd.start_resumable("count", 3) as client:
         assert client.message()["stream_result"] is True
         lines = last_lines(client)
         assert "at" in lines[0]
@@ -93,8 +93,8 @@ def test_records_have_the_time_they_were_made(harpd: Harpd) -> None:
         assert lines[-1] == {"result": 3}
 
 
-def test_orders_are_answered_and_obeyed(harpd: Harpd, tmp_path: Path) -> None:
-    with harpd.keep("wait_for", str(tmp_path / "go")) as client:
+def test_commands_are_answered_and_executed(harpd: Harpd, tmp_path: Path) -> None:
+    with harpd.start_resumable("wait_for", str(tmp_path / "go")) as client:
         client.message()
         client.send(b'{"heartbeat":0}\n{"he')
         assert client.message().keys() == {"heartbeat"}
@@ -107,7 +107,7 @@ def test_orders_are_answered_and_obeyed(harpd: Harpd, tmp_path: Path) -> None:
         assert end["error"]["type"] == "cancelled"
 
 
-def test_orders_may_stand_right_behind_the_request(harpd: Harpd) -> None:
+def test_commands_directly_after_the_request_are_accepted(harpd: Harpd) -> None:
     terms = {"id": str(uuid.uuid4()), "owner": OWNER, "secret": SECRET, "instance": harpd.status()["instance"]}
     terms |= dict.fromkeys(("disconnect_timeout", "result_ttl", "timeout", "max_exec_time"), 60)
     with harpd.connect() as client:
@@ -120,8 +120,8 @@ def test_orders_may_stand_right_behind_the_request(harpd: Harpd) -> None:
         assert client.lines() == []
 
 
-def test_a_client_that_comes_back_goes_on_from_any_number(harpd: Harpd, tmp_path: Path) -> None:
-    with harpd.keep("count", 1000, str(tmp_path / "go")) as client:
+def test_attach_continues_from_any_record(harpd: Harpd, tmp_path: Path) -> None:
+    with harpd.start_resumable("count", 1000, str(tmp_path / "go")) as client:
         client.message()
         assert records(client, 10) == list(range(10))
     for since in (0, 5, 999, 1000):
@@ -143,11 +143,11 @@ def test_a_client_that_comes_back_goes_on_from_any_number(harpd: Harpd, tmp_path
         assert closing_line(again) == {"result": 1000}
 
 
-def test_an_ended_call_waits_for_its_client(harpd: Harpd) -> None:
-    with harpd.keep("count", 5) as client:
+def test_ended_call_is_stored_for_its_client(harpd: Harpd) -> None:
+    with harpd.start_resumable("count", 5) as client:
         client.message()
     wait_until(lambda: harpd.status()["calls"] == 0, DEADLINE, "the end of the call")
-    held = harpd.held()
+    held = harpd.list_calls()
     assert held.keys() == {"harp", "calls", "instance"}
     assert client.call in held["calls"]
     assert held["instance"] == harpd.status()["instance"]
@@ -155,11 +155,11 @@ def test_an_ended_call_waits_for_its_client(harpd: Harpd) -> None:
         assert again.message()["call"]["records"] == 5
         assert records(again) == list(range(5))
         assert closing_line(again) == {"result": 5}
-    assert client.call not in harpd.held()["calls"]
+    assert client.call not in harpd.list_calls()["calls"]
 
 
-def test_a_second_attach_takes_the_place_of_the_first(harpd: Harpd, tmp_path: Path) -> None:
-    with harpd.keep("wait_for", str(tmp_path / "go")) as first:
+def test_second_attach_replaces_the_first(harpd: Harpd, tmp_path: Path) -> None:
+    with harpd.start_resumable("wait_for", str(tmp_path / "go")) as first:
         first.message()
         with harpd.attach(first.call) as second:
             second.message()
@@ -169,44 +169,42 @@ def test_a_second_attach_takes_the_place_of_the_first(harpd: Harpd, tmp_path: Pa
 
 
 @pytest.mark.parametrize("changes", [{"secret": "guessed"}, {"owner": "another"}])
-def test_who_is_not_the_owner_is_told_that_there_is_no_such_call(
-    harpd: Harpd, tmp_path: Path, changes: dict[str, Any]
-) -> None:
-    with harpd.keep("wait_for", str(tmp_path / "go")) as client:
+def test_attach_without_the_owner_gets_no_such_call(harpd: Harpd, tmp_path: Path, changes: dict[str, Any]) -> None:
+    with harpd.start_resumable("wait_for", str(tmp_path / "go")) as client:
         client.message()
         with harpd.attach(client.call, **changes) as other:
             (refusal,) = other.lines()
         assert refusal["error"]["type"] == "no_such_call"
         assert refusal["error"]["data"] == {"instance": harpd.status()["instance"]}
-        assert harpd.held("another")["calls"] == []
-        assert client.call in harpd.held()["calls"]
+        assert harpd.list_calls("another")["calls"] == []
+        assert client.call in harpd.list_calls()["calls"]
         (tmp_path / "go").touch()
         assert closing_line(client) == {"result": "there"}
 
 
-def test_an_id_that_was_given_up_or_used_never_starts(harpd: Harpd) -> None:
+def test_abandoned_or_used_id_never_starts(harpd: Harpd) -> None:
     call = str(uuid.uuid4())
     with harpd.attach(call) as client:
         assert error_type(client) == "no_such_call"
-    with harpd.keep("echo", id=call) as client:
+    with harpd.start_resumable("echo", id=call) as client:
         assert error_type(client) == "call_refused"
-    with harpd.keep("echo") as client:
+    with harpd.start_resumable("echo") as client:
         client.message()
         closing_line(client)
-    with harpd.keep("echo", id=client.call) as client:
+    with harpd.start_resumable("echo", id=client.call) as client:
         assert error_type(client) == "call_refused"
 
 
-def test_a_start_for_another_warden_does_not_happen(harpd: Harpd) -> None:
-    with harpd.keep("echo", instance="0123456789abcdef") as client:
+def test_start_for_another_instance_is_rejected(harpd: Harpd) -> None:
+    with harpd.start_resumable("echo", instance="0123456789abcdef") as client:
         (refusal,) = client.lines()
     assert refusal["error"]["type"] == "wrong_instance"
     assert refusal["error"]["data"] == {"instance": harpd.status()["instance"]}
-    assert client.call not in harpd.held()["calls"]
+    assert client.call not in harpd.list_calls()["calls"]
 
 
 @pytest.mark.parametrize("what", ["start", "attach", "list"])
-def test_each_request_needs_a_password(harpd: Harpd, what: str) -> None:
+def test_request_without_password_is_rejected(harpd: Harpd, what: str) -> None:
     wrong = {"user": harpd.user, "password": "wrong"}
     request: dict[str, Any] = {"harp": 1, "calls": OWNER}
     if what == "attach":
@@ -227,8 +225,8 @@ def test_each_request_needs_a_password(harpd: Harpd, what: str) -> None:
 @pytest.mark.parametrize(
     "said", [b"garbage\n", b"{}\n", b'{"release":true}\n', b'{"ack":5}\n', b'{"stop":1}\n', b'{"heartbeat":1e9}\n']
 )
-def test_what_is_no_order_closes_the_connection_and_nothing_else(harpd: Harpd, tmp_path: Path, said: bytes) -> None:
-    with harpd.keep("wait_for", str(tmp_path / "go")) as client:
+def test_invalid_command_closes_only_the_connection(harpd: Harpd, tmp_path: Path, said: bytes) -> None:
+    with harpd.start_resumable("wait_for", str(tmp_path / "go")) as client:
         client.message()
         client.send(said)
         assert client.lines() == []  # no closing line: the call goes on
@@ -239,10 +237,8 @@ def test_what_is_no_order_closes_the_connection_and_nothing_else(harpd: Harpd, t
 
 
 @pytest.mark.parametrize("said", [b"x" * 5000, b'{"heartbeat":0' + b" " * 5000 + b"}\n"])
-def test_a_line_that_is_too_long_closes_the_connection_and_nothing_else(
-    harpd: Harpd, tmp_path: Path, said: bytes
-) -> None:
-    with harpd.keep("wait_for", str(tmp_path / "go")) as client:
+def test_too_long_command_closes_only_the_connection(harpd: Harpd, tmp_path: Path, said: bytes) -> None:
+    with harpd.start_resumable("wait_for", str(tmp_path / "go")) as client:
         client.message()
         client.send(said)
         assert client.lines() == []
@@ -253,8 +249,8 @@ def test_a_line_that_is_too_long_closes_the_connection_and_nothing_else(
         assert closing_line(again) == {"result": "there"}
 
 
-def test_a_client_that_closes_its_half_is_detached(harpd: Harpd, tmp_path: Path) -> None:
-    with harpd.keep("wait_for", str(tmp_path / "go")) as client:
+def test_half_closed_client_is_detached(harpd: Harpd, tmp_path: Path) -> None:
+    with harpd.start_resumable("wait_for", str(tmp_path / "go")) as client:
         client.message()
         client.socket.shutdown(socket.SHUT_WR)
     with harpd.attach(client.call) as again:
@@ -263,9 +259,9 @@ def test_a_client_that_closes_its_half_is_detached(harpd: Harpd, tmp_path: Path)
         assert closing_line(again) == {"result": "there"}
 
 
-def test_a_client_that_resets_before_the_acknowledgement_is_detached(harpd: Harpd, tmp_path: Path) -> None:
-    client = harpd.keep("wait_for", str(tmp_path / "go"))
-    wait_until(lambda: client.call in harpd.held()["calls"], DEADLINE, "the call")
+def test_client_reset_before_acknowledgement_is_detached(harpd: Harpd, tmp_path: Path) -> None:
+    client = harpd.start_resumable("wait_for", str(tmp_path / "go"))
+    wait_until(lambda: client.call in harpd.list_calls()["calls"], DEADLINE, "the call")
     client.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
     client.close()
     with harpd.attach(client.call) as again:
@@ -274,9 +270,9 @@ def test_a_client_that_resets_before_the_acknowledgement_is_detached(harpd: Harp
         assert closing_line(again) == {"result": "there"}
 
 
-def test_a_client_that_does_not_read_is_detached_and_loses_nothing(harpd: Harpd) -> None:
+def test_client_that_does_not_read_loses_no_record(harpd: Harpd) -> None:
     many = 8  # of records that are longer than what is sent ahead of an acknowledgement, and than the sockets hold
-    with harpd.keep("long_records", many, 8_000_000) as client:
+    with harpd.start_resumable("long_records", many, 8_000_000) as client:
         client.message()
         harpd.wait_event("client does not read")
         numbers: list[int] = []
@@ -295,21 +291,21 @@ def test_a_client_that_does_not_read_is_detached_and_loses_nothing(harpd: Harpd)
         assert closing_line(again) == {"result": None}
 
 
-def test_neither_owner_nor_secret_is_logged(harpd: Harpd) -> None:
-    with harpd.keep("echo") as client:
+def test_log_contains_no_owner_and_no_secret(harpd: Harpd) -> None:
+    with harpd.start_resumable("echo") as client:
         client.message()
         closing_line(client)
     with harpd.attach(client.call) as again:
         again.lines()
     assert harpd.events("call accepted", call=client.call)
     assert harpd.events("attach accepted", call=client.call)
-    harpd.held()
+    harpd.list_calls()
     assert not [line for line in harpd.log_lines() if OWNER in line or SECRET in line]
 
 
-def test_when_the_warden_is_killed_nothing_is_said_in_its_name(tmp_path: Path) -> None:
+def test_supervisor_death_sends_no_error_for_its_calls(tmp_path: Path) -> None:
     with Harpd(tmp_path / "harpd", PROCEDURES) as harpd:
-        with harpd.keep("wait_for", str(tmp_path / "go")) as client:
+        with harpd.start_resumable("wait_for", str(tmp_path / "go")) as client:
             old = client.message()["call"]["instance"]
             os.kill(harpd.supervisor, signal.SIGKILL)
             assert client.lines() == []
@@ -319,24 +315,24 @@ def test_when_the_warden_is_killed_nothing_is_said_in_its_name(tmp_path: Path) -
             assert closing_line(again)["error"]["type"] == "call_died"
         names = {path.name for path in harpd.runtime_directory.glob("supervisor-*")}
         assert names == {f"supervisor-{terms['instance']}"}  # the dead one's socket is removed
-        with harpd.keep("echo", instance=old) as client:
+        with harpd.start_resumable("echo", instance=old) as client:
             assert error_type(client) == "wrong_instance"
 
 
-def test_a_dead_warden_that_does_not_come_back_is_no_answer_to_an_attach(tmp_path: Path) -> None:
+def test_attach_without_supervisor_gets_no_final_answer(tmp_path: Path) -> None:
     with Harpd(tmp_path / "harpd", PROCEDURES) as harpd:
         harpd.procedures_file.write_text("raise RuntimeError('broken on purpose')\n")
         os.kill(harpd.supervisor, signal.SIGKILL)
         harpd.wait_event("cannot start supervisor; retrying")
         with harpd.attach(str(uuid.uuid4())) as client:
             assert error_type(client) == "procedure_loading_error"
-        assert harpd.held()["error"]["type"] == "procedure_loading_error"
+        assert harpd.list_calls()["error"]["type"] == "procedure_loading_error"
 
 
-def test_a_stop_of_everything_ends_kept_calls_with_shutdown(tmp_path: Path) -> None:
+def test_full_stop_ends_resumable_calls_with_shutdown(tmp_path: Path) -> None:
     harpd = Harpd(tmp_path / "harpd", PROCEDURES)
     harpd.start()
-    with harpd.keep("wait_for", str(tmp_path / "go")) as client:
+    with harpd.start_resumable("wait_for", str(tmp_path / "go")) as client:
         client.message()
         os.kill(harpd.pid, signal.SIGTERM)
         lines = client.lines()
@@ -346,8 +342,8 @@ def test_a_stop_of_everything_ends_kept_calls_with_shutdown(tmp_path: Path) -> N
     assert not harpd.faults()
 
 
-async def test_a_tied_call_that_meets_a_retiring_warden_goes_to_the_next(tmp_path: Path) -> None:
-    harpd = Harpd(tmp_path / "harpd", "", apart=True)
+async def test_bound_call_at_a_retiring_supervisor_uses_the_next(tmp_path: Path) -> None:
+    harpd = Harpd(tmp_path / "harpd", "", services=True)
     directory = harpd.runtime_directory
     directory.mkdir()
     asked: list[str] = []
@@ -364,9 +360,9 @@ async def test_a_tied_call_that_meets_a_retiring_warden_goes_to_the_next(tmp_pat
 
     async with supervisor(directory, "a", old), supervisor(directory, "b", new):
         make_current(directory, "a")
-        await asyncio.to_thread(harpd.start_gate)
+        await asyncio.to_thread(harpd.start_frontend)
         assert await asyncio.to_thread(harpd.call, "zeroth") == [failed("shutdown", "harpd is being stopped")]
         assert await asyncio.to_thread(harpd.call, "first") == [{"harp": 1, "stream_result": False}, {"result": 1}]
         assert asked == ["old zeroth", "old first", "new first"]
-        assert await asyncio.to_thread(harpd.stop_gate) == 0
+        assert await asyncio.to_thread(harpd.stop_frontend) == 0
     assert not harpd.faults()

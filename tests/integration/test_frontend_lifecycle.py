@@ -31,7 +31,7 @@ def version(harpd: Harpd) -> Any:
     return harpd.call("version")[-1]
 
 
-def test_reload_takes_new_procedures_and_running_calls_finish_on_the_old(harpd: Harpd, tmp_path: Path) -> None:
+def test_reload_applies_procedures_to_new_calls_only(harpd: Harpd, tmp_path: Path) -> None:
     with harpd, harpd.connect() as running:
         running.send(harpd.request("wait_for", [str(tmp_path / "go")]))
         assert running.message() == ACKNOWLEDGED
@@ -69,7 +69,7 @@ def break_logging(harpd: Harpd) -> None:
 @pytest.mark.parametrize(
     "break_", [break_procedures, break_configuration, break_users, break_certificate, break_logging]
 )
-def test_a_broken_file_changes_nothing_and_is_logged(harpd: Harpd, break_: Any) -> None:
+def test_reload_with_a_broken_file_changes_nothing(harpd: Harpd, break_: Any) -> None:
     with harpd:
         break_(harpd)
         failed = harpd.reload()
@@ -79,7 +79,7 @@ def test_a_broken_file_changes_nothing_and_is_logged(harpd: Harpd, break_: Any) 
         assert harpd.status()["calls"] == 0
 
 
-def test_reload_takes_new_users_limits_and_certificate(harpd: Harpd) -> None:
+def test_reload_applies_users_limits_and_certificate(harpd: Harpd) -> None:
     with harpd:
         other = harpd.directory / "other"
         other.mkdir()
@@ -98,7 +98,7 @@ def test_reload_takes_new_users_limits_and_certificate(harpd: Harpd) -> None:
         assert not harpd.events("a changed setting needs a restart")
 
 
-def test_what_needs_a_restart_is_said(harpd: Harpd) -> None:
+def test_reload_logs_settings_that_need_a_restart(harpd: Harpd) -> None:
     with harpd:
         harpd.configure({"network": {"address": "127.0.0.2"}, "runtime_directory": str(harpd.directory / "run2")})
         for _ in range(2):  # the second reload changes nothing more, but the restart is still due
@@ -112,14 +112,14 @@ def test_what_needs_a_restart_is_said(harpd: Harpd) -> None:
         assert version(harpd) == {"result": 1}
 
 
-def test_a_low_floor_of_tls_is_warned_of(harpd: Harpd) -> None:
+def test_old_tls_minimum_is_logged_as_warning(harpd: Harpd) -> None:
     harpd.configure({"network": {"tls_minimum": "1.1"}})
     with harpd:
         harpd.wait_event("TLS versions below 1.2 are allowed", level="warning", tls_minimum="1.1")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_it_ends_calls_with_shutdown_and_exits_with_0(harpd: Harpd, number: signal.Signals) -> None:
+def test_stop_ends_calls_with_shutdown_and_exits_with_0(harpd: Harpd, number: signal.Signals) -> None:
     harpd.start()
     with harpd.connect() as running, harpd.connect() as waiting:
         running.send(harpd.request("sleep", [3600]))
@@ -134,7 +134,7 @@ def test_it_ends_calls_with_shutdown_and_exits_with_0(harpd: Harpd, number: sign
         harpd.connect()
 
 
-def test_it_ends_although_a_client_does_not_read(harpd: Harpd) -> None:
+def test_stop_does_not_wait_for_a_client_that_does_not_read(harpd: Harpd) -> None:
     harpd.configure({"limits": {"kill_grace": 0.5}})
     harpd.start()
     with harpd.connect() as client:
@@ -143,7 +143,7 @@ def test_it_ends_although_a_client_does_not_read(harpd: Harpd) -> None:
         assert harpd.stop() == 0
 
 
-def test_a_restart_serves_on_the_same_port(harpd: Harpd) -> None:
+def test_restart_serves_on_the_same_port(harpd: Harpd) -> None:
     with harpd:
         port = harpd.port
         assert version(harpd) == {"result": 1}
@@ -152,7 +152,7 @@ def test_a_restart_serves_on_the_same_port(harpd: Harpd) -> None:
         assert version(harpd) == {"result": 1}
 
 
-def test_when_the_warden_is_killed_its_calls_are_dead_and_the_next_one_works(harpd: Harpd, tmp_path: Path) -> None:
+def test_supervisor_death_kills_calls_and_the_next_one_works(harpd: Harpd, tmp_path: Path) -> None:
     with harpd, harpd.connect() as running, harpd.connect() as streaming:
         running.send(harpd.request("pid_then_wait", [str(tmp_path / "pid")]))
         assert running.message() == ACKNOWLEDGED
@@ -172,7 +172,7 @@ def test_when_the_warden_is_killed_its_calls_are_dead_and_the_next_one_works(har
         harpd.wait_event("supervisor died", supervisor=warden, status="signal 9")
 
 
-def test_a_warden_that_can_not_start_again_is_an_answer(harpd: Harpd) -> None:
+def test_supervisor_that_cannot_restart_is_an_error(harpd: Harpd) -> None:
     with harpd:
         harpd.procedures_file.write_text(BROKEN)
         os.kill(harpd.supervisor, signal.SIGKILL)
@@ -183,7 +183,7 @@ def test_a_warden_that_can_not_start_again_is_an_answer(harpd: Harpd) -> None:
         wait_until(lambda: version(harpd) == {"result": 2}, DEADLINE, "the next warden")
 
 
-def test_when_the_gate_is_killed_its_calls_are_dead_and_the_next_start_works(harpd: Harpd, tmp_path: Path) -> None:
+def test_harpd_death_kills_calls_and_the_next_start_works(harpd: Harpd, tmp_path: Path) -> None:
     harpd.start()
     with harpd.connect() as running:
         running.send(harpd.request("pid_then_wait", [str(tmp_path / "pid")]))
@@ -196,7 +196,7 @@ def test_when_the_gate_is_killed_its_calls_are_dead_and_the_next_start_works(har
         assert version(harpd) == {"result": 1}
 
 
-def test_two_can_not_share_a_runtime_directory(harpd: Harpd) -> None:
+def test_runtime_directory_in_use_is_rejected(harpd: Harpd) -> None:
     with harpd:
         second = subprocess.run(harpd.command(), capture_output=True, text=True, timeout=DEADLINE)
         assert second.returncode == 1
@@ -204,7 +204,7 @@ def test_two_can_not_share_a_runtime_directory(harpd: Harpd) -> None:
         assert version(harpd) == {"result": 1}
 
 
-def test_others_may_not_write_to_the_runtime_directory(harpd: Harpd) -> None:
+def test_runtime_directory_writable_for_others_is_rejected(harpd: Harpd) -> None:
     harpd.runtime_directory.mkdir(mode=0o700)
     harpd.runtime_directory.chmod(0o777)
     outcome = subprocess.run(harpd.command(), capture_output=True, text=True, timeout=DEADLINE)
@@ -213,7 +213,7 @@ def test_others_may_not_write_to_the_runtime_directory(harpd: Harpd) -> None:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
-def test_the_runtime_directory_is_nobody_elses(harpd: Harpd) -> None:
+def test_runtime_directory_of_another_user_is_rejected(harpd: Harpd) -> None:
     harpd.runtime_directory.mkdir(mode=0o700)
     os.chown(harpd.runtime_directory, 4321, 4321)
     outcome = subprocess.run(harpd.command(), capture_output=True, text=True, timeout=DEADLINE)
@@ -221,7 +221,7 @@ def test_the_runtime_directory_is_nobody_elses(harpd: Harpd) -> None:
     assert f"{harpd.runtime_directory}: belongs to user 4321" in outcome.stderr
 
 
-def test_a_port_in_use_is_a_fault(harpd: Harpd) -> None:
+def test_port_in_use_is_an_error(harpd: Harpd) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         harpd.configure({"network": {"port": taken.getsockname()[1]}})
         outcome = subprocess.run(harpd.command(), capture_output=True, text=True, timeout=DEADLINE)
@@ -233,7 +233,7 @@ def run(harpd: Harpd, *options: str, **more: Any) -> subprocess.CompletedProcess
     return subprocess.run(harpd.command(*options), capture_output=True, text=True, timeout=DEADLINE, **more)
 
 
-def test_test_says_ok_and_has_no_effect(harpd: Harpd, tmp_path: Path) -> None:
+def test_test_option_prints_ok_and_has_no_effect(harpd: Harpd, tmp_path: Path) -> None:
     outcome = run(harpd, "--test")
     assert (outcome.returncode, outcome.stdout, outcome.stderr) == (0, "config OK\n", "")
     assert not harpd.runtime_directory.exists()
@@ -249,7 +249,7 @@ def test_test_says_ok_and_has_no_effect(harpd: Harpd, tmp_path: Path) -> None:
         (break_logging, "logging.conf: Unable to configure handler 'a'"),
     ],
 )
-def test_test_finds_each_fault_and_says_it_in_one_line(harpd: Harpd, break_: Any, says: str) -> None:
+def test_test_option_reports_each_error_in_one_line(harpd: Harpd, break_: Any, says: str) -> None:
     break_(harpd)
     outcome = run(harpd, "--test")
     assert (outcome.returncode, outcome.stdout) == (1, "")
@@ -269,7 +269,7 @@ def test_test_finds_each_fault_and_says_it_in_one_line(harpd: Harpd, break_: Any
         ("bad_users", "authentication.module: bad_users: cannot be imported: SystemExit: 5"),
     ],
 )
-def test_an_authentication_module_that_can_not_be_used_is_a_fault(harpd: Harpd, module: str, says: str) -> None:
+def test_unusable_authentication_module_is_an_error(harpd: Harpd, module: str, says: str) -> None:
     (harpd.directory / "bad_users.py").write_text("print('hello')\nraise SystemExit(5)\n")
     harpd.configure({"authentication": {"module": module}, "python": {"path": str(harpd.directory)}})
     outcome = run(harpd, "--test")
@@ -277,7 +277,7 @@ def test_an_authentication_module_that_can_not_be_used_is_a_fault(harpd: Harpd, 
     assert says in outcome.stderr
 
 
-def test_test_warns_of_what_will_fail_later(harpd: Harpd) -> None:
+def test_test_option_warns_of_later_failures(harpd: Harpd) -> None:
     harpd.procedures_file.write_text(
         "import threading\nfrom harpd.proc import procedure\n"
         "threading.Thread(target=threading.Event().wait, daemon=True).start()\n"
@@ -294,7 +294,7 @@ def test_test_warns_of_what_will_fail_later(harpd: Harpd) -> None:
         assert line.endswith(f": {end}")
 
 
-def test_what_the_procedures_file_prints_is_not_taken_for_ours(harpd: Harpd) -> None:
+def test_test_option_hides_output_of_the_procedures_file(harpd: Harpd) -> None:
     harpd.procedures_file.write_text("import os, sys\nprint('noise')\nos.write(2, b'more noise')\n")
     outcome = run(harpd, "--test")
     assert (outcome.returncode, outcome.stdout) == (0, "config OK\n")
@@ -306,7 +306,7 @@ def test_what_the_procedures_file_prints_is_not_taken_for_ours(harpd: Harpd) -> 
     assert "the check exited early (exit status 3)" in outcome.stderr
 
 
-def test_daemon_returns_once_it_serves(harpd: Harpd, tmp_path: Path) -> None:
+def test_daemon_option_returns_when_harpd_serves(harpd: Harpd, tmp_path: Path) -> None:
     pid_file = tmp_path / "pid"
     harpd.logging_file.write_text(
         harpd.logging_file.read_text().replace(
@@ -328,14 +328,14 @@ def test_daemon_returns_once_it_serves(harpd: Harpd, tmp_path: Path) -> None:
     assert not harpd.faults()
 
 
-def test_daemon_says_why_it_does_not_serve(harpd: Harpd) -> None:
+def test_daemon_option_reports_a_failed_start(harpd: Harpd) -> None:
     break_procedures(harpd)
     outcome = run(harpd, "--daemon")
     assert outcome.returncode == 1
     assert "broken on purpose" in outcome.stderr
 
 
-def test_the_service_manager_is_told(harpd: Harpd, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_service_manager_is_notified(harpd: Harpd, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
         monkeypatch.chdir(tmp_path)
         manager.bind("notify")
@@ -346,7 +346,7 @@ def test_the_service_manager_is_told(harpd: Harpd, tmp_path: Path, monkeypatch: 
         assert manager.recv(100) == b"STOPPING=1"
 
 
-def test_test_accepts_a_port_in_use(harpd: Harpd) -> None:
+def test_test_option_accepts_a_port_in_use(harpd: Harpd) -> None:
     """The running harpd has it when the next reload is tested."""
     with harpd:
         outcome = run(harpd, "--test")
@@ -363,7 +363,7 @@ ADDRESSES = [
 
 
 @pytest.mark.parametrize(("address", "host"), ADDRESSES)
-def test_where_it_listens(harpd: Harpd, address: str | None, host: str) -> None:
+def test_listening_addresses_follow_the_setting(harpd: Harpd, address: str | None, host: str) -> None:
     harpd.configure({"network": {"address": address}})
     outcome = run(harpd, "--test")
     assert (outcome.returncode, outcome.stdout, outcome.stderr) == (0, "config OK\n", "")
@@ -384,7 +384,7 @@ def test_start_with_unknown_address_fails_as_test_does(harpd: Harpd, address: st
 
 
 @pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="no IPv6 here")
-def test_without_an_address_it_listens_on_ipv6_too(harpd: Harpd) -> None:
+def test_listening_without_address_includes_ipv6(harpd: Harpd) -> None:
     harpd.configure({"network": {"address": None}})
     with harpd:
         context = ssl.create_default_context(cafile=str(harpd.ca_file))

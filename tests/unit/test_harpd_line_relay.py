@@ -33,7 +33,7 @@ def pieces(data: bytes, cuts: list[int]) -> list[bytes]:
     ),
     cuts=st.lists(st.integers(0, 500_000), max_size=12),
 )
-def test_what_goes_in_comes_out(messages: list[Message], cuts: list[int]) -> None:
+def test_line_relay_passes_all_data_on(messages: list[Message], cuts: list[int]) -> None:
     data = b"".join(map(encode_message, messages))
     relay = LineRelay()
     sent = b"".join(relay.feed(piece) for piece in pieces(data, cuts))
@@ -43,7 +43,7 @@ def test_what_goes_in_comes_out(messages: list[Message], cuts: list[int]) -> Non
 
 
 @given(message=st.sampled_from([*OTHERS, *CLOSINGS]), cut=st.integers(0))
-def test_a_line_that_is_not_whole_is_kept_back(message: Message, cut: int) -> None:
+def test_line_relay_holds_an_incomplete_line_back(message: Message, cut: int) -> None:
     line = encode_message(message)
     relay = LineRelay()
     relay.feed(encode_message(Acknowledgement(True)))
@@ -52,7 +52,7 @@ def test_a_line_that_is_not_whole_is_kept_back(message: Message, cut: int) -> No
     assert not relay.complete
 
 
-def test_a_long_line_goes_through_in_pieces_and_may_be_torn() -> None:
+def test_line_relay_passes_a_long_line_in_parts() -> None:
     line = encode_message(Returned("x" * 1_000_000))
     relay = LineRelay()
     half = relay.feed(line[:500_000])
@@ -63,7 +63,7 @@ def test_a_long_line_goes_through_in_pieces_and_may_be_torn() -> None:
 
 
 @pytest.mark.parametrize("message", OTHERS)
-def test_only_closing_lines_end_it(message: Message) -> None:
+def test_line_relay_is_complete_after_closing_lines_only(message: Message) -> None:
     relay = LineRelay()
     relay.feed(encode_message(message))
     assert not relay.complete

@@ -48,19 +48,19 @@ def serves(harpd: Harpd) -> bool:
         return False
 
 
-def test_a_call_is_acknowledged_and_returns(harpd: Harpd) -> None:
+def test_call_is_acknowledged_and_returns_its_value(harpd: Harpd) -> None:
     assert harpd.call("echo", 1, "two") == [ACKNOWLEDGED, {"result": [1, "two"]}]
 
 
 @pytest.mark.parametrize("order", [1, -1])
 @pytest.mark.parametrize("end", ["\n", "\r\n", " \t\n", "\n\n", "\n \r\n"])
-def test_key_order_and_white_space_do_not_matter(harpd: Harpd, order: int, end: str) -> None:
+def test_request_with_any_key_order_and_spaces_is_accepted(harpd: Harpd, order: int, end: str) -> None:
     request = dict(list(harpd.request("echo", [1]).items())[::order])
     text = " " + json.dumps(request, indent=1).replace("\n", "\r") + end
     assert exchange(harpd, text.encode()) == [ACKNOWLEDGED, {"result": [1]}]
 
 
-def test_bytes_may_come_one_by_one(harpd: Harpd) -> None:
+def test_request_byte_by_byte_is_accepted(harpd: Harpd) -> None:
     with harpd.connect() as client:
         for byte in json.dumps(harpd.request("echo", [1])).encode() + b"\n":
             client.send(bytes([byte]))
@@ -90,23 +90,23 @@ GOOD = {"harp": 1, "procedure": "echo", "arguments": [], "auth": AUTH}
         ({"harp": 1, "procedure": "echo"}, "invalid_request", "arguments: missing"),
     ],
 )
-def test_a_request_that_is_none_is_refused(harpd: Harpd, request_: Any, type: str, message: str) -> None:
+def test_invalid_request_is_rejected(harpd: Harpd, request_: Any, type: str, message: str) -> None:
     data = request_ if isinstance(request_, bytes) else json.dumps(request_).encode()
     assert exchange(harpd, data + b"\n") == error(type, message)
 
 
-def test_a_line_that_is_too_long_is_refused_while_it_comes(harpd: Harpd) -> None:
+def test_request_line_over_the_limit_is_rejected_at_once(harpd: Harpd) -> None:
     expected = error("invalid_request", "the request line is longer than 100000 bytes")
     assert exchange(harpd, b"x" * 100_001) == expected
     assert exchange(harpd, json.dumps(harpd.request("echo", ["x" * 5_000_000])).encode() + b"\n") == expected
 
 
-def test_data_after_the_request_line_is_refused(harpd: Harpd) -> None:
+def test_request_with_data_after_its_line_is_rejected(harpd: Harpd) -> None:
     data = json.dumps(harpd.request("echo", [1])).encode() + b"\n{}"
     assert exchange(harpd, data) == error("invalid_request", "data after the request line")
 
 
-def test_data_during_the_call_stops_it(harpd: Harpd) -> None:
+def test_call_is_stopped_when_the_client_sends_data(harpd: Harpd) -> None:
     with harpd.connect() as client:
         client.send(harpd.request("sleep", [3600]))
         assert client.message() == ACKNOWLEDGED
@@ -115,7 +115,7 @@ def test_data_during_the_call_stops_it(harpd: Harpd) -> None:
     assert harpd.status()["calls"] == 0
 
 
-def test_an_unknown_procedure_is_named(harpd: Harpd) -> None:
+def test_unknown_procedure_error_names_it(harpd: Harpd) -> None:
     (refusal,) = harpd.call("nowhere")
     assert refusal["harp"] == 1
     assert refusal["error"]["type"] == "no_such_procedure"
@@ -123,14 +123,14 @@ def test_an_unknown_procedure_is_named(harpd: Harpd) -> None:
 
 
 @pytest.mark.parametrize("changes", [{"password": "wrong"}, {"user": "nobody"}, {"user": "", "password": ""}])
-def test_a_wrong_password_and_an_unknown_user_get_one_answer(harpd: Harpd, changes: dict[str, str]) -> None:
+def test_authentication_errors_do_not_reveal_user_names(harpd: Harpd, changes: dict[str, str]) -> None:
     request = harpd.request("echo", [], auth={**harpd.auth, **changes})
     assert exchange(harpd, json.dumps(request).encode() + b"\n") == error(
         "auth_error", "unknown user or wrong password"
     )
 
 
-def test_no_password_is_logged(harpd: Harpd) -> None:
+def test_log_contains_no_password(harpd: Harpd) -> None:
     for password in (harpd.password, "a wrong password"):
         with harpd.connect() as client:
             client.send(harpd.request("echo", [], auth={"user": harpd.user, "password": password}))
@@ -138,7 +138,7 @@ def test_no_password_is_logged(harpd: Harpd) -> None:
     assert not [line for line in harpd.log_lines() if "a wrong password" in line or harpd.password in line]
 
 
-def test_a_client_that_goes_away_stops_its_call(harpd: Harpd) -> None:
+def test_call_is_stopped_when_the_client_disconnects(harpd: Harpd) -> None:
     with harpd.connect() as client:
         client.send(harpd.request("sleep", [3600]))
         assert client.message() == ACKNOWLEDGED
@@ -147,7 +147,7 @@ def test_a_client_that_goes_away_stops_its_call(harpd: Harpd) -> None:
     harpd.wait_event("client disconnected; call stopped")
 
 
-def test_a_client_that_does_not_read_is_given_up(harpd: Harpd) -> None:
+def test_client_that_does_not_read_is_disconnected(harpd: Harpd) -> None:
     with harpd.connect() as client:
         client.send(harpd.request("flood", [10_000]))
         assert client.message() == {"harp": 1, "stream_result": True}
@@ -158,7 +158,7 @@ def test_a_client_that_does_not_read_is_given_up(harpd: Harpd) -> None:
 @pytest.mark.parametrize(
     "data", [b"GET / HTTP/1.0\r\n\r\n", b"\x16\x03\x01\xff\xff" + b"x" * 100, b"\0" * 1000, b"{}\n", b"\x16"]
 )
-def test_what_is_no_tls_costs_one_line_of_the_log(harpd: Harpd, data: bytes) -> None:
+def test_data_without_tls_is_logged_once(harpd: Harpd, data: bytes) -> None:
     seen = len(harpd.events())
     with socket.create_connection((harpd.host, harpd.port), DEADLINE) as client:
         own = client.getsockname()[1]
@@ -175,7 +175,7 @@ def test_what_is_no_tls_costs_one_line_of_the_log(harpd: Harpd, data: bytes) -> 
     assert harpd.call("echo") == [ACKNOWLEDGED, {"result": []}]
 
 
-def test_a_handshake_may_be_cut(harpd: Harpd) -> None:
+def test_handshake_cut_in_the_middle_is_logged(harpd: Harpd) -> None:
     incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
     hello = ssl.create_default_context().wrap_bio(incoming, outgoing, server_hostname="localhost")
     with pytest.raises(ssl.SSLWantReadError):
@@ -186,7 +186,7 @@ def test_a_handshake_may_be_cut(harpd: Harpd) -> None:
     harpd.wait_event("TLS handshake failed", peer=f"127.0.0.1:{own}")
 
 
-def test_tls_1_1_is_refused_and_1_2_is_spoken(harpd: Harpd) -> None:
+def test_tls_1_1_is_rejected_and_1_2_accepted(harpd: Harpd) -> None:
     with harpd.connect(maximum_version=ssl.TLSVersion.TLSv1_2) as client:
         assert client.socket.version() == "TLSv1.2"
         client.send(harpd.request("echo", [1]))
@@ -203,7 +203,7 @@ def test_tls_1_1_is_refused_and_1_2_is_spoken(harpd: Harpd) -> None:
         context.wrap_socket(plain)
 
 
-def test_nothing_is_left_of_connections(harpd: Harpd) -> None:
+def test_connections_leave_no_descriptors_or_threads(harpd: Harpd) -> None:
     gate = psutil.Process(harpd.pid)
     harpd.call("echo")
     wait_until(lambda: harpd.status()["calls"] == 0 and not gate.net_connections()[1:], DEADLINE, "the end of all")
@@ -222,7 +222,7 @@ def test_nothing_is_left_of_connections(harpd: Harpd) -> None:
     assert harpd.status()["calls"] == 0
 
 
-def test_each_phase_has_its_deadline(tmp_path: Path) -> None:
+def test_connection_phases_have_deadlines(tmp_path: Path) -> None:
     limits = {"handshake_timeout": 0.5, "request_timeout": 0.5}
     with Harpd(tmp_path, PROCEDURES, {"limits": limits}) as harpd:
         with socket.create_connection((harpd.host, harpd.port), DEADLINE) as silent:
@@ -235,7 +235,7 @@ def test_each_phase_has_its_deadline(tmp_path: Path) -> None:
         assert harpd.call("echo") == [ACKNOWLEDGED, {"result": []}]
 
 
-def test_silent_clients_delay_nobody(tmp_path: Path) -> None:
+def test_silent_clients_do_not_delay_others(tmp_path: Path) -> None:
     with Harpd(tmp_path, PROCEDURES) as harpd:
         silent = [socket.create_connection((harpd.host, harpd.port), DEADLINE) for _ in range(100)]
         half = [harpd.connect() for _ in range(50)]
@@ -248,7 +248,7 @@ def test_silent_clients_delay_nobody(tmp_path: Path) -> None:
                 connection.close()
 
 
-def test_over_the_limit_of_connections_it_says_so(tmp_path: Path) -> None:
+def test_connection_over_the_limit_gets_an_error(tmp_path: Path) -> None:
     with Harpd(tmp_path, PROCEDURES, {"limits": {"max_connections": 3}}) as harpd:
         held = [harpd.connect() for _ in range(3)]
         try:
@@ -264,7 +264,7 @@ def test_over_the_limit_of_connections_it_says_so(tmp_path: Path) -> None:
                 client.close()
 
 
-def test_beyond_the_surplus_connections_are_closed(tmp_path: Path) -> None:
+def test_connection_far_over_the_limit_is_closed(tmp_path: Path) -> None:
     with Harpd(tmp_path, PROCEDURES, {"limits": {"max_connections": 1}}) as harpd:
         silent = [socket.create_connection((harpd.host, harpd.port), DEADLINE) for _ in range(60)]
         try:
@@ -279,7 +279,7 @@ def test_beyond_the_surplus_connections_are_closed(tmp_path: Path) -> None:
         wait_until(lambda: serves(harpd), DEADLINE, "a free connection")
 
 
-def test_long_requests_together_are_limited(tmp_path: Path) -> None:
+def test_request_memory_limits_all_long_requests(tmp_path: Path) -> None:
     limits = {"request_line": 1_000_000, "request_memory": 1_000_000}
     with Harpd(tmp_path, PROCEDURES, {"limits": limits}) as harpd:
         with harpd.connect() as first:
@@ -298,7 +298,7 @@ def test_long_requests_together_are_limited(tmp_path: Path) -> None:
         wait_until(lambda: not turned_away(), DEADLINE, "the memory's return")
 
 
-def test_over_the_limit_of_calls_it_says_so(tmp_path: Path) -> None:
+def test_call_over_the_limit_gets_an_error(tmp_path: Path) -> None:
     with Harpd(tmp_path, PROCEDURES, {"limits": {"max_calls": 1}}) as harpd:
         with harpd.connect() as running:
             running.send(harpd.request("sleep", [3600]))
@@ -308,7 +308,7 @@ def test_over_the_limit_of_calls_it_says_so(tmp_path: Path) -> None:
         wait_until(lambda: serves(harpd), DEADLINE, "the end of the first call")
 
 
-def test_without_descriptors_it_waits_and_goes_on(tmp_path: Path) -> None:
+def test_accept_without_descriptors_waits_and_resumes(tmp_path: Path) -> None:
     with Harpd(tmp_path, PROCEDURES, descriptors=40) as harpd:
         clients = [socket.create_connection((harpd.host, harpd.port), DEADLINE) for _ in range(60)]
         try:
@@ -361,7 +361,7 @@ def ask_as(harpd: Harpd, user: str) -> Any:
         return client.lines()[-1]
 
 
-def test_own_authentication_modules_may_fail_in_any_way(own: Harpd) -> None:
+def test_authentication_module_failures_reject_the_user(own: Harpd) -> None:
     assert ask_as(own, "good") == {"result": []}
     refused = error("auth_error", "unknown user or wrong password")[0]
     for user in ("bad", "raises", "exits", "truthy", "hangs"):
@@ -374,7 +374,7 @@ def test_own_authentication_modules_may_fail_in_any_way(own: Harpd) -> None:
     assert not [line for line in own.log_lines() if "hush" in line]
 
 
-def test_passfile_is_read_at_every_request(tmp_path: Path) -> None:
+def test_passfile_is_checked_at_every_request(tmp_path: Path) -> None:
     users = tmp_path / "users"
     users.write_text("")
     configuration = {"authentication": {"module": "harpd.auth.passfile", "file": str(users)}}
