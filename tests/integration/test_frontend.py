@@ -1,4 +1,4 @@
-"""The gate over real sockets: requests and refusals, phases and limits, users, what garbage does.
+"""The frontend over real sockets: requests and rejections, phases and limits, users, invalid data.
 
 The transcripts quote docs/protocol.md, harpd.
 """
@@ -26,7 +26,7 @@ ACKNOWLEDGED = {"harp": 1, "stream_result": False}
 @pytest.fixture(scope="module")
 def harpd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Harpd]:
     limits = {"request_line": 100_000, "write_timeout": 1}
-    with Harpd(tmp_path_factory.mktemp("gate"), PROCEDURES, {"limits": limits}) as harpd:
+    with Harpd(tmp_path_factory.mktemp("frontend"), PROCEDURES, {"limits": limits}) as harpd:
         yield harpd
 
 
@@ -41,10 +41,10 @@ def exchange(harpd: Harpd, data: bytes) -> list[Any]:
 
 
 def serves(harpd: Harpd) -> bool:
-    """Whether a call gets through now."""
+    """Return whether a call succeeds now."""
     try:
         return "result" in harpd.call("echo")[-1]
-    except OSError:  # closed for the number of connections
+    except OSError:  # closed because of the limit
         return False
 
 
@@ -116,10 +116,10 @@ def test_call_is_stopped_when_the_client_sends_data(harpd: Harpd) -> None:
 
 
 def test_unknown_procedure_error_names_it(harpd: Harpd) -> None:
-    (refusal,) = harpd.call("nowhere")
-    assert refusal["harp"] == 1
-    assert refusal["error"]["type"] == "no_such_procedure"
-    assert refusal["error"]["data"] == {"procedure": "nowhere"}
+    (rejection,) = harpd.call("nowhere")
+    assert rejection["harp"] == 1
+    assert rejection["error"]["type"] == "no_such_procedure"
+    assert rejection["error"]["data"] == {"procedure": "nowhere"}
 
 
 @pytest.mark.parametrize("changes", [{"password": "wrong"}, {"user": "nobody"}, {"user": "", "password": ""}])
@@ -204,10 +204,10 @@ def test_tls_1_1_is_rejected_and_1_2_accepted(harpd: Harpd) -> None:
 
 
 def test_connections_leave_no_descriptors_or_threads(harpd: Harpd) -> None:
-    gate = psutil.Process(harpd.pid)
+    frontend = psutil.Process(harpd.pid)
     harpd.call("echo")
-    wait_until(lambda: harpd.status()["calls"] == 0 and not gate.net_connections()[1:], DEADLINE, "the end of all")
-    before = gate.num_fds(), gate.num_threads()
+    wait_until(lambda: harpd.status()["calls"] == 0 and not frontend.net_connections()[1:], DEADLINE, "the end of all")
+    before = frontend.num_fds(), frontend.num_threads()
     for number in range(20):
         harpd.call("echo")
         with harpd.connect() as client:
@@ -218,7 +218,9 @@ def test_connections_leave_no_descriptors_or_threads(harpd: Harpd) -> None:
             client.send(b"x\n" if number % 2 else b"x")
         with socket.create_connection((harpd.host, harpd.port), DEADLINE) as plain:
             plain.sendall(b"x")
-    wait_until(lambda: (gate.num_fds(), gate.num_threads()) == before, DEADLINE, "descriptors and threads as before")
+    wait_until(
+        lambda: (frontend.num_fds(), frontend.num_threads()) == before, DEADLINE, "descriptors and threads as before"
+    )
     assert harpd.status()["calls"] == 0
 
 
@@ -250,17 +252,17 @@ def test_silent_clients_do_not_delay_others(tmp_path: Path) -> None:
 
 def test_connection_over_the_limit_gets_an_error(tmp_path: Path) -> None:
     with Harpd(tmp_path, PROCEDURES, {"limits": {"max_connections": 3}}) as harpd:
-        held = [harpd.connect() for _ in range(3)]
+        open_clients = [harpd.connect() for _ in range(3)]
         try:
             with harpd.connect() as surplus:
                 surplus.send(harpd.request("echo", []))
-                (refusal,) = surplus.lines()
-            assert refusal["error"]["type"] == "too_many_connections"
-            held.pop().close()
+                (rejection,) = surplus.lines()
+            assert rejection["error"]["type"] == "too_many_connections"
+            open_clients.pop().close()
             wait_until(lambda: serves(harpd), DEADLINE, "a free connection")
             assert len(harpd.events("too many connections")) == 1
         finally:
-            for client in held:
+            for client in open_clients:
                 client.close()
 
 
@@ -272,7 +274,7 @@ def test_connection_far_over_the_limit_is_closed(tmp_path: Path) -> None:
             try:
                 assert silent[-1].recv(1) == b""
             except ConnectionResetError:
-                pass  # closed all the same
+                pass  # also closed
         finally:
             for connection in silent:
                 connection.close()
@@ -284,16 +286,16 @@ def test_request_memory_limits_all_long_requests(tmp_path: Path) -> None:
     with Harpd(tmp_path, PROCEDURES, {"limits": limits}) as harpd:
         with harpd.connect() as first:
             first.send(b'{"harp":1,"arguments":["' + b"x" * 900_000)
-            refused: list[Any] = []
+            rejected: list[Any] = []
 
             def turned_away() -> bool:
                 with harpd.connect() as second:
                     second.send(harpd.request("echo", ["x" * 900_000]))
-                    refused[:] = second.lines()
-                return "error" in refused[0]
+                    rejected[:] = second.lines()
+                return "error" in rejected[0]
 
-            wait_until(turned_away, DEADLINE, "the refusal of the second")
-            assert refused[0]["error"]["type"] == "too_many_connections"
+            wait_until(turned_away, DEADLINE, "the rejection of the second")
+            assert rejected[0]["error"]["type"] == "too_many_connections"
             assert harpd.call("echo", "x" * 60_000) == [ACKNOWLEDGED, {"result": ["x" * 60_000]}]
         wait_until(lambda: not turned_away(), DEADLINE, "the memory's return")
 
@@ -303,8 +305,8 @@ def test_call_over_the_limit_gets_an_error(tmp_path: Path) -> None:
         with harpd.connect() as running:
             running.send(harpd.request("sleep", [3600]))
             assert running.message() == ACKNOWLEDGED
-            (refusal,) = harpd.call("echo")
-            assert refusal["error"]["type"] == "too_many_calls"
+            (rejection,) = harpd.call("echo")
+            assert rejection["error"]["type"] == "too_many_calls"
         wait_until(lambda: serves(harpd), DEADLINE, "the end of the first call")
 
 
@@ -363,14 +365,14 @@ def ask_as(harpd: Harpd, user: str) -> Any:
 
 def test_authentication_module_failures_reject_the_user(own: Harpd) -> None:
     assert ask_as(own, "good") == {"result": []}
-    refused = error("auth_error", "unknown user or wrong password")[0]
+    rejected = error("auth_error", "unknown user or wrong password")[0]
     for user in ("bad", "raises", "exits", "truthy", "hangs"):
-        assert ask_as(own, user) == refused
+        assert ask_as(own, user) == rejected
     assert [event["error"] for event in own.events("authentication module failed")] == ["ValueError", "SystemExit"]
     assert all("own_users.py:" in event["location"] for event in own.events("authentication module failed"))
     assert own.events("authentication module returned no bool", user="truthy", type="str")
     assert own.events("authentication timed out", user="hangs")
-    assert ask_as(own, "good") == {"result": []}  # one place hangs, the other serves
+    assert ask_as(own, "good") == {"result": []}  # one thread hangs, the other works
     assert not [line for line in own.log_lines() if "hush" in line]
 
 

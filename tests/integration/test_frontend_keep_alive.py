@@ -1,4 +1,4 @@
-"""Connections to harpd that are kept for another request: what may follow what, and what ends them."""
+"""Keep-alive connections to harpd: which request can follow which, and what closes them."""
 
 from __future__ import annotations
 
@@ -33,18 +33,18 @@ def harpd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Harpd]:
 
 
 def ask(harpd: Harpd, client: LineClient, procedure: str, *arguments: Any, **more: Any) -> Any:
-    """Ask on a connection that is to be kept; return the acknowledgement, or the refusal."""
+    """Send a request with keep-alive; return the acknowledgement or the error."""
     client.send({**harpd.request(procedure, list(arguments)), "keep_alive": True, **more})
     return client.message()
 
 
-def kept(call_id: str, harpd: Harpd, client: LineClient) -> dict[str, Any]:
-    """The terms of a kept call; asks for the warden's name on the same connection."""
+def call_terms(call_id: str, harpd: Harpd, client: LineClient) -> dict[str, Any]:
+    """Return the terms of a resumable call; get the instance over the same connection."""
     client.send({"harp": 1, "calls": OWNER, "auth": harpd.auth, "keep_alive": True})
-    held = client.message()
-    assert held["keep_alive"] == IDLE
+    calls = client.message()
+    assert calls["keep_alive"] == IDLE
     terms = {"disconnect_timeout": 60, "result_ttl": 60, "timeout": 60, "max_exec_time": 60}
-    return {"id": call_id, "owner": OWNER, "secret": SECRET, "instance": held["instance"], **terms}
+    return {"id": call_id, "owner": OWNER, "secret": SECRET, "instance": calls["instance"], **terms}
 
 
 def closed(client: LineClient) -> bool:
@@ -77,7 +77,7 @@ def test_without_keep_alive_the_connection_closes(harpd: Harpd) -> None:
         assert client.lines() == [{"harp": 1, "stream_result": False}, {"result": 2}]
 
 
-@pytest.mark.parametrize("procedure", ["nobody", "too_long"])
+@pytest.mark.parametrize("procedure", ["unknown", "too_long"])
 def test_keep_alive_connection_closes_after_an_error(harpd: Harpd, procedure: str) -> None:
     with harpd.connect() as client:
         ask(harpd, client, "same", 1)
@@ -111,8 +111,8 @@ def test_keep_alive_requests_are_each_authenticated(harpd: Harpd) -> None:
         client.send(
             {**harpd.request("same", [2]), "auth": {"user": harpd.user, "password": "wrong"}, "keep_alive": True}
         )
-        (refusal,) = client.lines()
-        assert refusal["error"]["type"] == "auth_error"
+        (rejection,) = client.lines()
+        assert rejection["error"]["type"] == "auth_error"
 
 
 def test_keep_alive_requests_byte_by_byte_are_accepted(harpd: Harpd) -> None:
@@ -130,15 +130,15 @@ def test_invalid_next_request_is_rejected(harpd: Harpd) -> None:
         ask(harpd, client, "same", 1)
         client.message()
         client.send(b"garbage\n")
-        (refusal,) = client.lines()
-        assert refusal["error"]["type"] == "parse_error"
+        (rejection,) = client.lines()
+        assert rejection["error"]["type"] == "parse_error"
 
 
 def test_keep_alive_connection_mixes_resumable_calls_and_lists(harpd: Harpd) -> None:
-    """What is said right behind `done` is the next request."""
+    """Data directly after `release` is the next request."""
     ids = [f"00000000-0000-4000-8000-00000000000{number}" for number in range(4)]
     with harpd.connect() as client:
-        terms = [kept(call_id, harpd, client) for call_id in ids]
+        terms = [call_terms(call_id, harpd, client) for call_id in ids]
         requests = [{**harpd.request("count", [2]), "call": one, "keep_alive": True} for one in terms]
         client.send(requests[0])
         for number, call_id in enumerate(ids):
@@ -164,7 +164,7 @@ def test_keep_alive_connection_mixes_resumable_calls_and_lists(harpd: Harpd) -> 
 def test_next_request_may_be_longer_than_a_command(harpd: Harpd) -> None:
     large = "x" * 300_000
     with harpd.connect() as client:
-        client.send({**harpd.request("same", [1]), "call": kept(ID, harpd, client), "keep_alive": True})
+        client.send({**harpd.request("same", [1]), "call": call_terms(ID, harpd, client), "keep_alive": True})
         while "result" not in client.message():
             pass
         following = json.dumps({**harpd.request("same", [large]), "keep_alive": True}).encode() + b"\n"
@@ -178,7 +178,7 @@ def test_next_request_may_be_longer_than_a_command(harpd: Harpd) -> None:
 def test_attach_with_keep_alive_resumes_a_call(harpd: Harpd, tmp_path: Path) -> None:
     call_id = "00000000-0000-4000-8000-0000000000aa"
     with harpd.connect() as client:
-        client.send({**harpd.request("wait_for", [str(tmp_path / "go")]), "call": kept(call_id, harpd, client)})
+        client.send({**harpd.request("wait_for", [str(tmp_path / "go")]), "call": call_terms(call_id, harpd, client)})
         assert "keep_alive" not in client.message()
     with harpd.connect() as client:
         attach = {"harp": 1, "attach": call_id, "owner": OWNER, "secret": SECRET, "since": 0, "auth": harpd.auth}
@@ -212,9 +212,9 @@ def test_frontend_stop_closes_idle_connections_silently(tmp_path: Path) -> None:
 
 
 def test_request_during_suspension_counts_from_its_arrival(tmp_path: Path) -> None:
-    """Else a start that its dispatcher has given up could still come true."""
+    """Otherwise a request that its dispatcher has abandoned could still start a call."""
     with Harpd(tmp_path / "harpd", PROCEDURES, services=True) as harpd, harpd.connect() as client:
-        terms = {**kept("00000000-0000-4000-8000-0000000000bb", harpd, client), "disconnect_timeout": 3}
+        terms = {**call_terms("00000000-0000-4000-8000-0000000000bb", harpd, client), "disconnect_timeout": 3}
         os.kill(harpd.pid, signal.SIGSTOP)
         try:
             client.send({**harpd.request("wait_for", [str(tmp_path / "never")]), "call": terms, "keep_alive": True})
@@ -222,8 +222,8 @@ def test_request_during_suspension_counts_from_its_arrival(tmp_path: Path) -> No
             wait_until(lambda: time.monotonic() - halted > 4, DEADLINE, "a while")
         finally:
             os.kill(harpd.pid, signal.SIGCONT)
-        (refusal,) = client.lines()
-        assert refusal["error"]["type"] == "call_refused"
+        (rejection,) = client.lines()
+        assert rejection["error"]["type"] == "call_refused"
 
 
 @pytest.mark.parametrize("keep", [True, False])

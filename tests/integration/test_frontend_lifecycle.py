@@ -1,4 +1,4 @@
-"""The daemon's life: its start, reload, end, and what a killed gate or warden leaves."""
+"""The lifecycle of harpd: start, reload, stop, and the effects of SIGKILL on frontend and supervisor."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_reload_applies_users_limits_and_certificate(harpd: Harpd) -> None:
 def test_reload_logs_settings_that_need_a_restart(harpd: Harpd) -> None:
     with harpd:
         harpd.configure({"network": {"address": "127.0.0.2"}, "runtime_directory": str(harpd.directory / "run2")})
-        for _ in range(2):  # the second reload changes nothing more, but the restart is still due
+        for _ in range(2):  # after the second reload the restart is still needed
             assert harpd.reload()["event"] == "reloaded"
 
         def warned_keys() -> list[str]:
@@ -159,8 +159,8 @@ def test_supervisor_death_kills_calls_and_the_next_one_works(harpd: Harpd, tmp_p
         streaming.send(harpd.request("count_until", [str(tmp_path / "never")]))
         assert streaming.message() == {"harp": 1, "stream_result": True}
         wait_until((tmp_path / "pid").exists, what="the call")
-        call, warden, zygote = int((tmp_path / "pid").read_text()), harpd.supervisor, harpd.zygote
-        os.kill(warden, signal.SIGKILL)
+        call, supervisor, zygote = int((tmp_path / "pid").read_text()), harpd.supervisor, harpd.zygote
+        os.kill(supervisor, signal.SIGKILL)
         wait_until(lambda: is_dead(call) and is_dead(zygote), 2.0, "the death of the call and of the zygote")
         died = {"harp": 1, "error": {"type": "call_died", "message": "the supervisor died"}}
         assert running.lines() == [died]
@@ -168,8 +168,8 @@ def test_supervisor_death_kills_calls_and_the_next_one_works(harpd: Harpd, tmp_p
         assert last == died
         assert records == [{"stream": number} for number in range(len(records))]
         assert version(harpd) == {"result": 1}
-        assert harpd.supervisor != warden
-        harpd.wait_event("supervisor died", supervisor=warden, status="signal 9")
+        assert harpd.supervisor != supervisor
+        harpd.wait_event("supervisor died", supervisor=supervisor, status="signal 9")
 
 
 def test_supervisor_that_cannot_restart_is_an_error(harpd: Harpd) -> None:
@@ -177,10 +177,10 @@ def test_supervisor_that_cannot_restart_is_an_error(harpd: Harpd) -> None:
         harpd.procedures_file.write_text(BROKEN)
         os.kill(harpd.supervisor, signal.SIGKILL)
         harpd.wait_event("cannot start supervisor; retrying")
-        (refusal,) = harpd.call("version")
-        assert refusal["error"]["type"] == "procedure_loading_error"
+        (rejection,) = harpd.call("version")
+        assert rejection["error"]["type"] == "procedure_loading_error"
         harpd.procedures_file.write_text(CHANGED)
-        wait_until(lambda: version(harpd) == {"result": 2}, DEADLINE, "the next warden")
+        wait_until(lambda: version(harpd) == {"result": 2}, DEADLINE, "the next supervisor")
 
 
 def test_harpd_death_kills_calls_and_the_next_start_works(harpd: Harpd, tmp_path: Path) -> None:
@@ -189,9 +189,9 @@ def test_harpd_death_kills_calls_and_the_next_start_works(harpd: Harpd, tmp_path
         running.send(harpd.request("pid_then_wait", [str(tmp_path / "pid")]))
         assert running.message() == ACKNOWLEDGED
         wait_until((tmp_path / "pid").exists, what="the call")
-        call, warden, zygote = int((tmp_path / "pid").read_text()), harpd.supervisor, harpd.zygote
+        call, supervisor, zygote = int((tmp_path / "pid").read_text()), harpd.supervisor, harpd.zygote
         harpd.kill()
-        wait_until(lambda: all(map(is_dead, (call, warden, zygote))), DEADLINE, "the death of all")
+        wait_until(lambda: all(map(is_dead, (call, supervisor, zygote))), DEADLINE, "the death of all")
     with harpd:
         assert version(harpd) == {"result": 1}
 
@@ -240,7 +240,7 @@ def test_test_option_prints_ok_and_has_no_effect(harpd: Harpd, tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
-    ("break_", "says"),
+    ("break_", "expected"),
     [
         (break_procedures, "broken on purpose"),
         (break_configuration, "harpd.conf: line 1, column 11"),
@@ -249,32 +249,32 @@ def test_test_option_prints_ok_and_has_no_effect(harpd: Harpd, tmp_path: Path) -
         (break_logging, "logging.conf: Unable to configure handler 'a'"),
     ],
 )
-def test_test_option_reports_each_error_in_one_line(harpd: Harpd, break_: Any, says: str) -> None:
+def test_test_option_reports_each_error_in_one_line(harpd: Harpd, break_: Any, expected: str) -> None:
     break_(harpd)
     outcome = run(harpd, "--test")
     assert (outcome.returncode, outcome.stdout) == (1, "")
     (line,) = outcome.stderr.splitlines()
     assert line.startswith("harpd: ")
-    assert says in line
+    assert expected in line
     started = run(harpd)
     assert started.returncode == 1
     assert "Traceback" not in started.stderr
 
 
 @pytest.mark.parametrize(
-    ("module", "says"),
+    ("module", "expected"),
     [
         ("no.such.module", "authentication.module: no.such.module: cannot be imported: ModuleNotFoundError"),
         ("os.path", "authentication.module: os.path: expected a function create(config), found none"),
         ("bad_users", "authentication.module: bad_users: cannot be imported: SystemExit: 5"),
     ],
 )
-def test_unusable_authentication_module_is_an_error(harpd: Harpd, module: str, says: str) -> None:
+def test_unusable_authentication_module_is_an_error(harpd: Harpd, module: str, expected: str) -> None:
     (harpd.directory / "bad_users.py").write_text("print('hello')\nraise SystemExit(5)\n")
     harpd.configure({"authentication": {"module": module}, "python": {"path": str(harpd.directory)}})
     outcome = run(harpd, "--test")
     assert (outcome.returncode, outcome.stdout) == (1, "")
-    assert says in outcome.stderr
+    assert expected in outcome.stderr
 
 
 def test_test_option_warns_of_later_failures(harpd: Harpd) -> None:
@@ -347,7 +347,7 @@ def test_service_manager_is_notified(harpd: Harpd, tmp_path: Path, monkeypatch: 
 
 
 def test_test_option_accepts_a_port_in_use(harpd: Harpd) -> None:
-    """The running harpd has it when the next reload is tested."""
+    """The running harpd uses the port when `--test` checks the next reload."""
     with harpd:
         outcome = run(harpd, "--test")
     assert (outcome.returncode, outcome.stdout, outcome.stderr) == (0, "config OK\n", "")

@@ -1,4 +1,4 @@
-"""Kept calls over real sockets: what their client says and hears, who may attach, and who may go away.
+"""Resumable calls over real sockets: commands and messages, attaching, disconnecting.
 
 The transcripts quote docs/protocol.md, Kept calls.
 """
@@ -28,7 +28,7 @@ LIMITS = {"write_timeout": 1, "disconnect_timeout": 1800}
 
 @pytest.fixture(scope="module")
 def harpd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Harpd]:
-    with Harpd(tmp_path_factory.mktemp("kept"), PROCEDURES, {"limits": LIMITS}) as harpd:
+    with Harpd(tmp_path_factory.mktemp("resumable"), PROCEDURES, {"limits": LIMITS}) as harpd:
         yield harpd
 
 
@@ -37,13 +37,13 @@ def failed(type: str, message: str) -> dict[str, Any]:
 
 
 def error_type(client: LineClient) -> Any:
-    """The type of the error that is all that comes."""
-    (refusal,) = client.lines()
-    return refusal["error"]["type"]
+    """Return the type of the error that is the only line."""
+    (rejection,) = client.lines()
+    return rejection["error"]["type"]
 
 
 def records(client: LineClient, most: int | None = None) -> list[Any]:
-    """The records that come next: so many, or all before the evidence, which is read too."""
+    """Return the next `count` records, or all records; then the exit info is read, too."""
     found: list[Any] = []
     while most is None or len(found) < most:
         line = client.message()
@@ -56,7 +56,7 @@ def records(client: LineClient, most: int | None = None) -> list[Any]:
 
 
 def last_lines(client: LineClient) -> list[Any]:
-    """The lines up to the closing line; then the call is told to be forgotten, and the connection closes."""
+    """Return the lines up to the closing line; release the call, after which the connection closes."""
     found = [client.message()]
     while not found[-1].keys() & {"result", "exception", "error"}:
         found.append(client.message())
@@ -75,9 +75,9 @@ def test_resumable_call_states_terms_and_waits_for_release(harpd: Harpd) -> None
         terms = acknowledgement.pop("call")
         assert acknowledgement == {"harp": 1, "stream_result": False}
         assert terms.pop("elapsed") >= 0
-        warden = harpd.status()["instance"]
-        kept = {"instance": warden, "disconnect_timeout": 1800, "result_ttl": 60, "kill_grace": 5, "records": 0}
-        assert terms == kept  # no more than the configuration allows
+        instance = harpd.status()["instance"]
+        expected = {"instance": instance, "disconnect_timeout": 1800, "result_ttl": 60, "kill_grace": 5, "records": 0}
+        assert terms == expected  # at most the configured limits
         evidence, end = last_lines(client)
         assert evidence["exit_info"]["exit"] == 0
         assert end == {"result": [1, "two"]}
@@ -114,7 +114,9 @@ def test_commands_directly_after_the_request_are_accepted(harpd: Harpd) -> None:
         client.send(
             json.dumps(harpd.request("echo", [], call=terms)).encode() + b'\n{"heartbeat":0}\n{"heartbeat":0}\n'
         )
-        lines = [client.message() for _ in range(5)]  # acknowledgement, evidence, result, and wherever they come, these
+        lines = [
+            client.message() for _ in range(5)
+        ]  # acknowledgement, exit info, result, and these replies anywhere between
         assert len([line for line in lines if "heartbeat" in line]) == 2
         client.send({"release": True})
         assert client.lines() == []
@@ -134,7 +136,7 @@ def test_attach_continues_from_any_record(harpd: Harpd, tmp_path: Path) -> None:
         again.send({"ack": 500})
         assert records(again, 993) == list(range(7, 1000))
         again.send({"heartbeat": 0})
-        assert again.message().keys() == {"heartbeat"}  # the order before it has been obeyed
+        assert again.message().keys() == {"heartbeat"}  # the command before it has been executed
     with harpd.attach(client.call, 1001) as gone:
         assert error_type(gone) == "records_gone"
     (tmp_path / "go").touch()
@@ -147,10 +149,10 @@ def test_ended_call_is_stored_for_its_client(harpd: Harpd) -> None:
     with harpd.start_resumable("count", 5) as client:
         client.message()
     wait_until(lambda: harpd.status()["calls"] == 0, DEADLINE, "the end of the call")
-    held = harpd.list_calls()
-    assert held.keys() == {"harp", "calls", "instance"}
-    assert client.call in held["calls"]
-    assert held["instance"] == harpd.status()["instance"]
+    calls = harpd.list_calls()
+    assert calls.keys() == {"harp", "calls", "instance"}
+    assert client.call in calls["calls"]
+    assert calls["instance"] == harpd.status()["instance"]
     with harpd.attach(client.call) as again:
         assert again.message()["call"]["records"] == 5
         assert records(again) == list(range(5))
@@ -173,9 +175,9 @@ def test_attach_without_the_owner_gets_no_such_call(harpd: Harpd, tmp_path: Path
     with harpd.start_resumable("wait_for", str(tmp_path / "go")) as client:
         client.message()
         with harpd.attach(client.call, **changes) as other:
-            (refusal,) = other.lines()
-        assert refusal["error"]["type"] == "no_such_call"
-        assert refusal["error"]["data"] == {"instance": harpd.status()["instance"]}
+            (rejection,) = other.lines()
+        assert rejection["error"]["type"] == "no_such_call"
+        assert rejection["error"]["data"] == {"instance": harpd.status()["instance"]}
         assert harpd.list_calls("another")["calls"] == []
         assert client.call in harpd.list_calls()["calls"]
         (tmp_path / "go").touch()
@@ -197,9 +199,9 @@ def test_abandoned_or_used_id_never_starts(harpd: Harpd) -> None:
 
 def test_start_for_another_instance_is_rejected(harpd: Harpd) -> None:
     with harpd.start_resumable("echo", instance="0123456789abcdef") as client:
-        (refusal,) = client.lines()
-    assert refusal["error"]["type"] == "wrong_instance"
-    assert refusal["error"]["data"] == {"instance": harpd.status()["instance"]}
+        (rejection,) = client.lines()
+    assert rejection["error"]["type"] == "wrong_instance"
+    assert rejection["error"]["data"] == {"instance": harpd.status()["instance"]}
     assert client.call not in harpd.list_calls()["calls"]
 
 
@@ -223,24 +225,24 @@ def test_request_without_password_is_rejected(harpd: Harpd, what: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "said", [b"garbage\n", b"{}\n", b'{"release":true}\n', b'{"ack":5}\n', b'{"stop":1}\n', b'{"heartbeat":1e9}\n']
+    "data", [b"garbage\n", b"{}\n", b'{"release":true}\n', b'{"ack":5}\n', b'{"stop":1}\n', b'{"heartbeat":1e9}\n']
 )
-def test_invalid_command_closes_only_the_connection(harpd: Harpd, tmp_path: Path, said: bytes) -> None:
+def test_invalid_command_closes_only_the_connection(harpd: Harpd, tmp_path: Path, data: bytes) -> None:
     with harpd.start_resumable("wait_for", str(tmp_path / "go")) as client:
         client.message()
-        client.send(said)
-        assert client.lines() == []  # no closing line: the call goes on
+        client.send(data)
+        assert client.lines() == []  # no closing line: the call continues
     with harpd.attach(client.call) as again:
         again.message()
         (tmp_path / "go").touch()
         assert closing_line(again) == {"result": "there"}
 
 
-@pytest.mark.parametrize("said", [b"x" * 5000, b'{"heartbeat":0' + b" " * 5000 + b"}\n"])
-def test_too_long_command_closes_only_the_connection(harpd: Harpd, tmp_path: Path, said: bytes) -> None:
+@pytest.mark.parametrize("data", [b"x" * 5000, b'{"heartbeat":0' + b" " * 5000 + b"}\n"])
+def test_too_long_command_closes_only_the_connection(harpd: Harpd, tmp_path: Path, data: bytes) -> None:
     with harpd.start_resumable("wait_for", str(tmp_path / "go")) as client:
         client.message()
-        client.send(said)
+        client.send(data)
         assert client.lines() == []
         harpd.wait_event("invalid command from client; detached", call=client.call)
     with harpd.attach(client.call) as again:
@@ -271,7 +273,7 @@ def test_client_reset_before_acknowledgement_is_detached(harpd: Harpd, tmp_path:
 
 
 def test_client_that_does_not_read_loses_no_record(harpd: Harpd) -> None:
-    many = 8  # of records that are longer than what is sent ahead of an acknowledgement, and than the sockets hold
+    many = 8  # records, longer in total than the unacknowledged data and the socket buffers
     with harpd.start_resumable("long_records", many, 8_000_000) as client:
         client.message()
         harpd.wait_event("client does not read")
@@ -309,12 +311,12 @@ def test_supervisor_death_sends_no_error_for_its_calls(tmp_path: Path) -> None:
             old = client.message()["call"]["instance"]
             os.kill(harpd.supervisor, signal.SIGKILL)
             assert client.lines() == []
-        with harpd.attach(client.call) as again:  # waits for the next warden
+        with harpd.attach(client.call) as again:  # waits for the next supervisor
             terms = again.message()["call"]
             assert terms["instance"] != old
             assert closing_line(again)["error"]["type"] == "call_died"
         names = {path.name for path in harpd.runtime_directory.glob("supervisor-*")}
-        assert names == {f"supervisor-{terms['instance']}"}  # the dead one's socket is removed
+        assert names == {f"supervisor-{terms['instance']}"}  # the socket of the dead supervisor is removed
         with harpd.start_resumable("echo", instance=old) as client:
             assert error_type(client) == "wrong_instance"
 

@@ -1,4 +1,4 @@
-"""Gate and calls as two programs, as the services are: what may end, start again or be replaced under running calls."""
+"""Frontend and supervisor as two programs: each is stopped, killed, restarted or replaced while calls run."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def version(harpd: Harpd) -> Any:
 
 
 def records(client: LineClient, most: int | None = None) -> list[Any]:
-    """The records that come next: so many, or all before the evidence, which is read too."""
+    """Return the next `count` records, or all records; then the exit info is read, too."""
     found: list[Any] = []
     while most is None or len(found) < most:
         line = client.message()
@@ -43,7 +43,7 @@ def records(client: LineClient, most: int | None = None) -> list[Any]:
 
 
 def closing_line(client: LineClient) -> Any:
-    """The closing line; then the call is told to be forgotten, and the connection closes."""
+    """Return the closing line; release the call, after which the connection closes."""
     while not (line := client.message()).keys() & {"result", "exception", "error"}:
         pass
     client.send({"release": True})
@@ -56,14 +56,14 @@ def pid_of(path: Path) -> int:
 
 
 def begin(harpd: Harpd, path: Path) -> tuple[str, int]:
-    """Start a kept call that waits, and detach; return its id and its process."""
+    """Start a resumable call that waits, and detach; return its id and its process."""
     with harpd.start_resumable("pid_then_wait", str(path)) as client:
         client.message()
         return client.call, pid_of(path)
 
 
 def finish(harpd: Harpd, call: str, path: Path) -> Any:
-    """Let it end; return its closing line."""
+    """Let the call end; return its closing line."""
     with harpd.attach(call) as client:
         client.message()
         path.with_name(f"{path.name}.go").touch()
@@ -93,21 +93,21 @@ def test_stream_survives_sigkill_of_the_frontend(harpd: Harpd, tmp_path: Path) -
 
 
 def test_frontend_stop_ends_connection_bound_calls_only(harpd: Harpd, tmp_path: Path) -> None:
-    call, kept = begin(harpd, tmp_path / "kept")
-    with harpd.connect() as tied, harpd.attach(call) as attached, harpd.connect() as waiting:
-        tied.send(harpd.request("pid_then_wait", [str(tmp_path / "tied")]))
+    call, process_of_resumable = begin(harpd, tmp_path / "resumable")
+    with harpd.connect() as bound, harpd.attach(call) as attached, harpd.connect() as waiting:
+        bound.send(harpd.request("pid_then_wait", [str(tmp_path / "bound")]))
         attached.message()
-        assert tied.message() == ACKNOWLEDGED
-        process = pid_of(tmp_path / "tied")
+        assert bound.message() == ACKNOWLEDGED
+        process = pid_of(tmp_path / "bound")
         assert harpd.stop_frontend() == 0
-        for client in (tied, waiting):
+        for client in (bound, waiting):
             (last,) = client.lines()
             assert last["error"]["type"] == "shutdown"
-        assert attached.lines() == []  # nothing is said: the call goes on
+        assert attached.lines() == []  # no message: the call continues
         assert is_dead(process)
-        assert not is_dead(kept)
+        assert not is_dead(process_of_resumable)
     harpd.start()
-    assert finish(harpd, call, tmp_path / "kept") == {"result": "seen"}
+    assert finish(harpd, call, tmp_path / "resumable") == {"result": "seen"}
 
 
 def test_upgrade_does_not_affect_running_calls(harpd: Harpd, tmp_path: Path) -> None:
@@ -118,16 +118,16 @@ def test_upgrade_does_not_affect_running_calls(harpd: Harpd, tmp_path: Path) -> 
     new = harpd.status()["instance"]
     assert {status["instance"]: status["accepting"] for status in harpd.statuses()} == {old: False, new: True}
     assert version(harpd) == {"result": 2}
-    with harpd.start_resumable("version", instance=old) as refused:
-        (refusal,) = refused.lines()
-        assert refusal["error"]["type"] == "wrong_instance"
-        assert refusal["error"]["data"] == {"instance": new}
+    with harpd.start_resumable("version", instance=old) as rejected:
+        (rejection,) = rejected.lines()
+        assert rejection["error"]["type"] == "wrong_instance"
+        assert rejection["error"]["data"] == {"instance": new}
     other, _ = begin(harpd, tmp_path / "new")
-    held = harpd.list_calls()
-    assert (sorted(held["calls"]), held["instance"]) == (sorted((call, other)), new)
+    calls = harpd.list_calls()
+    assert (sorted(calls["calls"]), calls["instance"]) == (sorted((call, other)), new)
     assert not is_dead(process)
     assert finish(harpd, call, tmp_path / "old") == {"result": "seen"}
-    wait_until(lambda: len(harpd.statuses()) == 1, DEADLINE, "the end of the older warden")
+    wait_until(lambda: len(harpd.statuses()) == 1, DEADLINE, "the end of the older supervisor")
     harpd.wait_event("older supervisor exited", status="exit status 0")
     assert finish(harpd, other, tmp_path / "new") == {"result": "seen"}
     assert not harpd.events("supervisor died")
@@ -138,13 +138,13 @@ def test_calls_survive_sigkill_of_the_launcher(harpd: Harpd, tmp_path: Path, num
     call, process = begin(harpd, tmp_path / "old")
     old = harpd.status()["instance"]
     harpd.stop_launcher(number)
-    assert version(harpd) == {"result": 1}  # the warden goes on
+    assert version(harpd) == {"result": 1}  # the supervisor continues
     harpd.start_launcher()
     assert harpd.status()["instance"] != old
     assert len(harpd.statuses()) == 2
     assert not is_dead(process)
     assert finish(harpd, call, tmp_path / "old") == {"result": "seen"}
-    wait_until(lambda: len(harpd.statuses()) == 1, DEADLINE, "the end of the older warden")
+    wait_until(lambda: len(harpd.statuses()) == 1, DEADLINE, "the end of the older supervisor")
 
 
 def test_launcher_stop_ends_all_calls(harpd: Harpd, tmp_path: Path) -> None:
@@ -202,8 +202,8 @@ def test_dead_supervisor_is_replaced_with_current_settings(harpd: Harpd) -> None
 
 def test_frontend_without_supervisor_waits_then_replies_error(harpd: Harpd) -> None:
     harpd.stop_launcher()
-    (refusal,) = harpd.call("version")
-    assert refusal["error"]["type"] == "procedure_loading_error"
+    (rejection,) = harpd.call("version")
+    assert rejection["error"]["type"] == "procedure_loading_error"
     with harpd.connect() as client:
         client.send(harpd.request("version", []))
         harpd.start_launcher()
@@ -215,20 +215,20 @@ def test_status_drain_and_resume_commands(harpd: Harpd, tmp_path: Path) -> None:
     harpd.reload(launcher=True)
     outcome = run(harpd, "status")
     assert (outcome.returncode, outcome.stderr) == (0, "")
-    wardens = {status["accepting"]: status for status in map(json.loads, outcome.stdout.splitlines())}
-    assert wardens[True]["instance"] == harpd.status()["instance"]
-    assert (wardens[False]["calls"], wardens[False]["resumable"]) == (1, 1)
+    supervisors = {status["accepting"]: status for status in map(json.loads, outcome.stdout.splitlines())}
+    assert supervisors[True]["instance"] == harpd.status()["instance"]
+    assert (supervisors[False]["calls"], supervisors[False]["resumable"]) == (1, 1)
 
     outcome = run(harpd, "drain", "--timeout", "0.1")
     assert (outcome.returncode, outcome.stdout, outcome.stderr) == (1, "", "")
-    with harpd.start_resumable("version") as refused:
-        (refusal,) = refused.lines()
-        assert refusal["error"]["type"] == "shutdown"
+    with harpd.start_resumable("version") as rejected:
+        (rejection,) = rejected.lines()
+        assert rejection["error"]["type"] == "shutdown"
     assert version(harpd)["error"]["type"] == "shutdown"
     draining = subprocess.Popen(harpd.command("drain"), stderr=subprocess.PIPE)
     assert finish(harpd, call, tmp_path / "call") == {"result": "seen"}
-    _, said = draining.communicate(timeout=DEADLINE)
-    assert (draining.returncode, said) == (0, b"")
+    _, output = draining.communicate(timeout=DEADLINE)
+    assert (draining.returncode, output) == (0, b"")
 
     assert run(harpd, "resume").returncode == 0
     assert version(harpd) == {"result": 1}
@@ -273,7 +273,7 @@ def test_calls_survive_sigkill_of_the_single_program(tmp_path: Path) -> None:
     with harpd:
         assert len(harpd.statuses()) == 2
         assert finish(harpd, call, tmp_path / "call") == {"result": "seen"}
-        wait_until(lambda: len(harpd.statuses()) == 1, DEADLINE, "the end of the older warden")
+        wait_until(lambda: len(harpd.statuses()) == 1, DEADLINE, "the end of the older supervisor")
 
 
 def test_temporary_runtime_directory_ends_calls_with_harpd(tmp_path: Path) -> None:

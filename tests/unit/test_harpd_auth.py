@@ -1,4 +1,4 @@
-"""The authentication modules, and the hashes of crypt(3) that they take."""
+"""The authentication modules and hashes of crypt(3)."""
 
 from __future__ import annotations
 
@@ -173,7 +173,7 @@ def test_authentication_module_derives_from_the_base_class() -> None:
 
 
 def settle(file: Path) -> None:
-    """Wait until the file's last change is old enough to be relied on; the change time of an inode cannot be set."""
+    """Wait until the file counts as unchanged; the change time of an inode cannot be set."""
     users = passfile.create({"file": str(file)})
     wait_until(
         lambda: users.authenticate("alice", "secret") and users.recalls("alice", "secret"),
@@ -198,7 +198,7 @@ def test_passfile_caches_passwords_until_the_file_changes(users_file: Path) -> N
 
 
 def test_passfile_changed_just_now_is_not_cached(users_file: Path) -> None:
-    """It may be changed again within the same tick of the clock."""
+    """The file could change again within the same tick of the clock."""
     users = passfile.create({"file": str(users_file)})
     users_file.write_text(users_file.read_text())
     assert users.authenticate("alice", "secret")

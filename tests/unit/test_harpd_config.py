@@ -1,4 +1,4 @@
-"""harpd's configuration: what is taken, and how each fault reads."""
+"""harpd's settings: accepted forms and error messages."""
 
 from __future__ import annotations
 
@@ -215,7 +215,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "settings-harpd.md"
 
 
 def options(section: type[msgspec.Struct], prefix: str = "") -> dict[str, tuple[str, str]]:
-    """All options by dotted name: default and unit, as the page shows them."""
+    """Return default and unit of each setting by dotted name, as the page shows them."""
     found: dict[str, tuple[str, str]] = {}
     for option in msgspec.structs.fields(section):
         name = f"{prefix}{option.name}"

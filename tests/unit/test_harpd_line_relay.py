@@ -1,4 +1,4 @@
-"""The relay: nothing lost or changed, cut at line ends, and it knows whether the closing line came."""
+"""The line relay: passes all data unchanged, cuts it at line ends, and detects the closing line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Code that may block: in few threads, with a deadline, and whatever it raises stays an answer."""
+"""The bounded thread pool: number of threads, deadlines, exceptions."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LONG = 60.0
 
 @pytest.fixture
 def release() -> Iterator[threading.Event]:
-    """What the hanging functions of a test wait for."""
+    """The event that the hanging functions of a test wait for."""
     event = threading.Event()
     yield event
     event.set()
