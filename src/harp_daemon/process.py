@@ -15,6 +15,11 @@ class ProcessError(Exception):
     """The process can't be set up as asked. The message names file and cause."""
 
 
+def describe_exit(code: int) -> str:
+    """Return the text for an exit code; `code` is negative for a signal, as in `subprocess.Popen.returncode`."""
+    return f"signal {-code}" if code < 0 else f"exit status {code}"
+
+
 @contextmanager
 def pidfile(path: Path | None) -> Iterator[None]:
     """Hold a pid file: written and locked on entry, removed on exit. None: no file.

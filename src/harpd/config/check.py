@@ -12,9 +12,10 @@ import threading
 from collections.abc import Sequence
 from typing import NoReturn
 
+from harp_daemon.process import describe_exit
 from harpd.auth import AuthDB
 from harpd.config.loaded import CommandLine, configure_log, load_config
-from harpd.config.settings import ConfigError, listening_places
+from harpd.config.settings import ConfigError, listening_places, one_line
 from harpd.worker.privileges import UserError, resolve_credentials
 from harpd.worker.procedures import load_procedures
 
@@ -40,7 +41,8 @@ def check(options: CommandLine) -> list[str]:
         text = report.read()
     _, status = os.waitpid(child, 0)
     if not text:
-        raise ConfigError(f"{options.config}: the check exited early ({_describe_status(status)})")
+        exited = describe_exit(os.waitstatus_to_exitcode(status))
+        raise ConfigError(f"{options.config}: the check exited early ({exited})")
     result = json.loads(text)
     if result["error"]:
         raise ConfigError(result["error"])
@@ -56,7 +58,7 @@ def _write_report(options: CommandLine, writing_end: int) -> NoReturn:
         try:
             warnings = _load_everything(options)
         except BaseException as error:  # noqa: BLE001 - any exception of the loaded code is reported
-            message = " ".join(str(error).split()) or type(error).__name__
+            message = one_line(error) or type(error).__name__
         with os.fdopen(writing_end, "wb") as report:
             report.write(json.dumps({"error": message, "warnings": warnings}).encode())
     finally:
@@ -86,8 +88,3 @@ def _load_everything(options: CommandLine) -> list[str]:
         except UserError as error:
             warnings.append(f"{owner}: {error}; calls will fail")
     return warnings
-
-
-def _describe_status(status: int) -> str:
-    code = os.waitstatus_to_exitcode(status)
-    return f"signal {-code}" if code < 0 else f"exit status {code}"

@@ -16,7 +16,7 @@ from typing import Any
 from harpd.auth import AuthDB
 from harpd.config import log_settings as logs
 from harpd.config.log_settings import LogSettings
-from harpd.config.settings import ConfigError, Configuration, load, load_yaml, server_context
+from harpd.config.settings import ConfigError, Configuration, load, load_yaml, one_line, server_context
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def _open_users(section: dict[str, Any], file: Path) -> AuthDB:
     try:
         users: AuthDB = create({key: value for key, value in section.items() if key != "module"})
     except ValueError as error:  # its message begins with the key
-        raise ConfigError(f"{file}: authentication.{_one_line(error)}") from error
+        raise ConfigError(f"{file}: authentication.{one_line(error)}") from error
     except BaseException as error:
         raise _module_error(f"{where}: create() failed", error) from error
     if not callable(getattr(users, "authenticate", None)):
@@ -123,11 +123,7 @@ def _open_users(section: dict[str, Any], file: Path) -> AuthDB:
 def _module_error(where: str, error: BaseException) -> ConfigError:
     if isinstance(error, KeyboardInterrupt):
         raise error
-    return ConfigError(f"{where}: {type(error).__name__}: {_one_line(error)}")
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())
+    return ConfigError(f"{where}: {type(error).__name__}: {one_line(error)}")
 
 
 def configure_log(options: CommandLine, config: SupervisorConfig) -> None:
@@ -135,7 +131,7 @@ def configure_log(options: CommandLine, config: SupervisorConfig) -> None:
     try:
         logs.configure(config.log)
     except (ValueError, OSError) as error:
-        raise ConfigError(f"{options.logging or '--syslog'}: {_one_line(error)}") from error
+        raise ConfigError(f"{options.logging or '--syslog'}: {one_line(error)}") from error
 
 
 def supervisor_settings(

@@ -22,7 +22,7 @@ from harp_daemon.tls import DEFAULT_MINIMUM, TLS_VERSIONS, set_minimum_version
 
 
 class ConfigError(Exception):
-    """The configuration can't be used. The message is one line that names file, key and fault."""
+    """The configuration is invalid. The message is one line with file, key and reason."""
 
 
 # The maximum of one year stands for "no limit". It excludes infinity and NaN, which are typing errors.
@@ -165,7 +165,7 @@ class Configuration(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
             raise ValueError(f"authentication.module: expected the name of a module, got {describe_value(module)}")
 
     def __repr__(self) -> str:
-        # The section `authentication` may hold passwords.
+        # The section `authentication` may contain passwords.
         return f"Configuration(network={self.network!r}, authentication={self.authentication['module']!r}, ...)"
 
 
@@ -197,7 +197,7 @@ def load_yaml(path: Path) -> Any:
         where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
         raise ConfigError(f"{path}: {where}{error.problem}") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}: not YAML: {_one_line(error)}") from error
+        raise ConfigError(f"{path}: not YAML: {one_line(error)}") from error
 
 
 class _Loader(yaml.SafeLoader):
@@ -216,7 +216,8 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: BaseException) -> str:
+    """Return the message of an exception without line breaks."""
     return " ".join(str(error).split())
 
 
@@ -255,12 +256,12 @@ def server_context(network: Network, path: Path) -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     set_minimum_version(context, network.tls_floor)
     try:
-        # A key with a passphrase fails here; without the argument OpenSSL would ask the terminal.
+        # The empty password makes a key with a passphrase fail; without it OpenSSL would prompt on the terminal.
         context.load_cert_chain(network.certfile, network.keyfile, password="")
     except ssl.SSLError as error:
         if error.reason == "KEY_VALUES_MISMATCH":
             mismatch = f"{network.keyfile}: expected the key of {network.certfile}, got another certificate's key"
             raise ConfigError(f"{path}: network.keyfile: {mismatch}") from error
         expected = f"expected PEM files of a certificate and its key, got {network.certfile} and {network.keyfile}"
-        raise ConfigError(f"{path}: network.certfile: {expected} ({_one_line(error)})") from error
+        raise ConfigError(f"{path}: network.certfile: {expected} ({one_line(error)})") from error
     return context

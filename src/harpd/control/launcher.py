@@ -23,6 +23,7 @@ from functools import partial
 from typing import Any, TypeAlias
 
 from harp.protocol.json_text import dumps
+from harp_daemon.process import describe_exit
 from harpd.control.supervisor_client import SupervisorClient, SupervisorError, SupervisorNotRunning
 
 log = logging.getLogger("harpd.control")
@@ -98,7 +99,7 @@ class SupervisorLauncher:
                     await asyncio.wait({child.exit_status}, timeout=_POLL_INTERVAL)
         except TimeoutError as error:
             raise SupervisorError(f"the supervisor did not reply within {_START_TIMEOUT:g} s") from error
-        exited = _describe_status(child.exit_status.result())
+        exited = describe_exit(child.exit_status.result())
         raise SupervisorError(f"the supervisor exited before it was ready ({exited})")
 
     async def _retire_others(self, instance: str) -> None:
@@ -113,7 +114,7 @@ class SupervisorLauncher:
 
     def _on_exit(self, child: SupervisorProcess, ended: asyncio.Future[int]) -> None:
         self._processes.discard(child)
-        log_fields = {"supervisor": child.process.pid, "status": _describe_status(ended.result())}
+        log_fields = {"supervisor": child.process.pid, "status": describe_exit(ended.result())}
         if child is self._active:
             log.error("supervisor died", extra=log_fields)
             self._begin_restart()
@@ -201,7 +202,3 @@ class SupervisorProcess:
         os.close(self._pidfd)
         self._lifeline.close()
         self.exit_status.set_result(self.process.wait())
-
-
-def _describe_status(status: int) -> str:
-    return f"signal {-status}" if status < 0 else f"exit status {status}"
