@@ -1,4 +1,4 @@
-"""Calls outlive what starts and carries them: the dispatcher, the gate, the network, an upgrade of either."""
+"""Calls outlive what starts and carries them: the dispatcher, the frontend, the network, an upgrade of either."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ class Follower:
 
 
 def test_a_stream_goes_on_through_ten_kills(tmp_path: Path) -> None:
-    """The dispatcher and the gate are killed five times each; two followers have every record once and in order."""
+    """The dispatcher and the frontend are killed five times each; two followers have every record once and in order."""
     done = tmp_path / "done"
     with system(tmp_path) as whole:
         job = whole.rpc.web01.count_until(str(done), 0.05)
@@ -135,7 +135,7 @@ def test_the_phases_of_a_job_add_up_to_its_time(tmp_path: Path) -> None:
 
 
 def again(harpd: Harpd) -> None:
-    """Kill the gate and start it again."""
+    """Kill the frontend and start it again."""
     harpd.kill()
     harpd.start_frontend()
 
