@@ -1,4 +1,4 @@
-"""The application as the doors see it: jobs, queues, streams, restart and shutdown."""
+"""The dispatcher as the APIs use it: jobs, queues, streams, restart and shutdown."""
 
 from __future__ import annotations
 
@@ -42,33 +42,33 @@ from support.peers import Conversation, Peer, Script, server_context
 
 ACKNOWLEDGED = {"harp": 1, "stream_result": False}
 STREAMING = {"harp": 1, "stream_result": True}
-NOBODY = str(uuid.UUID(int=0))
+UNKNOWN_ID = str(uuid.UUID(int=0))
 
 
-class Gates:
-    """Hosts whose calls wait until the test lets them go, and count how many are under way."""
+class GatedHost:
+    """A host whose calls wait until the test releases them; it counts the running calls."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._go = threading.Semaphore(0)
+        self._released = threading.Semaphore(0)
         self.begun: list[Any] = []
         self.running = 0
-        self.most = 0
+        self.max_running = 0
 
     def script(self, talk: Conversation) -> None:
         request = talk.expect()
         with self._lock:
             self.begun.append(request["arguments"])
             self.running += 1
-            self.most = max(self.most, self.running)
+            self.max_running = max(self.max_running, self.running)
         talk.reply(ACKNOWLEDGED)
-        assert self._go.acquire(timeout=60)
+        assert self._released.acquire(timeout=60)
         with self._lock:
             self.running -= 1
         talk.reply({"result": request["arguments"]})
 
-    def let_go(self, calls: int) -> None:
-        self._go.release(calls)
+    def release(self, calls: int) -> None:
+        self._released.release(calls)
 
 
 def echo(talk: Conversation) -> None:
@@ -78,7 +78,7 @@ def echo(talk: Conversation) -> None:
 
 @contextmanager
 def host(directory: Path, script: Script, first: tuple[Script, ...] = ()) -> Iterator[Peer]:
-    """A host each of whose calls follows the script; the first ones their own."""
+    """Run a host whose calls follow `script`, except the first ones, which follow `first`."""
     with Peer(*first, always=script, tls=server_context(server_files(directory))) as peer:
         yield peer
 
@@ -96,7 +96,7 @@ async def test_submit_and_claim_share_one_commit(tmp_path: Path, monkeypatch: py
     store = await open_store(tmp_path / "store")
 
     async def in_one_commit() -> bool:
-        """Not so when the end of the job before has just had what waits looked through."""
+        """Run a job; return False if a claim for the end of the previous job came first."""
         done.clear()
         await result(dispatcher)
         added = next(n for n, statement in enumerate(done) if statement.startswith("INSERT INTO jobs"))
@@ -158,7 +158,7 @@ async def test_claim_is_retried_until_the_store_works(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "job_id", ["", "x", NOBODY, NOBODY + "\n", "E435BF10-6D80-4BF6-9B83-9398FBE1FD21", "\ud800", "0" * 36]
+    "job_id", ["", "x", UNKNOWN_ID, UNKNOWN_ID + "\n", "E435BF10-6D80-4BF6-9B83-9398FBE1FD21", "\ud800", "0" * 36]
 )
 async def test_requests_with_an_unknown_id_raise(tmp_path: Path, job_id: str) -> None:
     async with running(tmp_path) as dispatcher:
@@ -175,110 +175,110 @@ async def test_requests_with_an_unknown_id_raise(tmp_path: Path, job_id: str) ->
 
 
 async def test_jobs_of_a_queue_run_in_order_within_concurrency(tmp_path: Path) -> None:
-    gates = Gates()
-    with host(tmp_path, gates.script) as peer:
+    gated = GatedHost()
+    with host(tmp_path, gated.script) as peer:
         async with running(tmp_path, host_line(peer.port)) as dispatcher:
             jobs = [
                 await dispatcher.submit(call(arguments=[n], queue={"q": 1}, concurrency=2), "test") for n in range(6)
             ]
             for begun in (2, 4, 6):
-                await eventually(lambda begun=begun: len(gates.begun) == begun, what="the calls")  # type: ignore[misc]
-                gates.let_go(2)
+                await eventually(lambda begun=begun: len(gated.begun) == begun, what="the calls")  # type: ignore[misc]
+                gated.release(2)
             assert [await dispatcher.result(job, wait=True) for job in jobs] == [Returned(raw([n])) for n in range(6)]
-    assert gates.most == 2
-    assert [sorted(gates.begun[at : at + 2]) for at in (0, 2, 4)] == [[[0], [1]], [[2], [3]], [[4], [5]]]
+    assert gated.max_running == 2
+    assert [sorted(gated.begun[at : at + 2]) for at in (0, 2, 4)] == [[[0], [1]], [[2], [3]], [[4], [5]]]
 
 
 @pytest.mark.parametrize("limit", [{"max_calls_per_host": 3}, {"max_calls": 3}])
 async def test_calls_beyond_a_limit_wait(tmp_path: Path, limit: dict[str, Any]) -> None:
-    gates = Gates()
-    with host(tmp_path, gates.script) as peer:
+    gated = GatedHost()
+    with host(tmp_path, gated.script) as peer:
         async with running(tmp_path, host_line(peer.port), **limit) as dispatcher:
             jobs = [await dispatcher.submit(call(arguments=[n]), "test") for n in range(9)]
-            await eventually(lambda: gates.running == 3, what="three calls")
-            gates.let_go(9)
+            await eventually(lambda: gated.running == 3, what="three calls")
+            gated.release(9)
             for n, job in enumerate(jobs):
                 assert await dispatcher.result(job, wait=True) == Returned(raw([n]))
-    assert gates.most == 3
+    assert gated.max_running == 3
 
 
 async def test_dispatcher_runs_two_hundred_calls_on_one_host(tmp_path: Path) -> None:
-    gates = Gates()
-    with host(tmp_path, gates.script) as peer:
+    gated = GatedHost()
+    with host(tmp_path, gated.script) as peer:
         async with running(tmp_path, host_line(peer.port), connect_timeout=60.0) as dispatcher:
             jobs = [await dispatcher.submit(call(arguments=[n]), "test") for n in range(200)]
-            await eventually(lambda: gates.running == 200, 60, "all calls")
+            await eventually(lambda: gated.running == 200, 60, "all calls")
             assert dispatcher.active_calls == 200
-            gates.let_go(200)
+            gated.release(200)
             for n, job in enumerate(jobs):
                 assert await dispatcher.result(job, wait=True) == Returned(raw([n]))
 
 
 async def test_cancel_queue_cancels_queued_and_running_jobs(tmp_path: Path) -> None:
-    gates = Gates()
-    with host(tmp_path, gates.script) as peer:
+    gated = GatedHost()
+    with host(tmp_path, gated.script) as peer:
         async with running(tmp_path, host_line(peer.port)) as dispatcher:
             jobs = [await dispatcher.submit(call(queue={"a": 1, "b": 2}), "test") for _ in range(5)]
             other = await dispatcher.submit(call(arguments=["other"], queue={}), "test")
-            await eventually(lambda: gates.running == 2, what="one call of each queue")
+            await eventually(lambda: gated.running == 2, what="one call of each queue")
             assert [(q.running, q.queued) for q in await dispatcher.list_queues()] == [(1, 4), (1, 0)]
             assert len([job async for job in dispatcher.list_jobs(queue=raw({"b": 2, "a": 1.0}))]) == 5
             assert await dispatcher.cancel_queue(raw({"b": 2, "a": 1})) == 5
             assert await dispatcher.cancel_queue(raw({"b": 2, "a": 1})) == 0
             for job in jobs:
                 assert await dispatcher.result(job, wait=False) == Cancelled()
-            gates.let_go(6)
+            gated.release(6)
             assert await dispatcher.result(other, wait=True) == Returned(b'["other"]')
-    assert len(gates.begun) == 2
+    assert len(gated.begun) == 2
 
 
 async def test_cancel_of_queued_and_running_job_of_a_queue(tmp_path: Path) -> None:
-    gates = Gates()
-    with host(tmp_path, gates.script) as peer:
+    gated = GatedHost()
+    with host(tmp_path, gated.script) as peer:
         async with running(tmp_path, host_line(peer.port)) as dispatcher:
             first, second, third = [await dispatcher.submit(call(arguments=[n], queue={}), "test") for n in range(3)]
-            await eventually(lambda: gates.running == 1, what="the first call")
+            await eventually(lambda: gated.running == 1, what="the first call")
             assert await dispatcher.cancel(second)
             job = await dispatcher.get_job(second)
             assert (job.state, job.started) == (State.CANCELLED, None)
             assert job.ended is not None
             assert await dispatcher.cancel(first)
-            gates.let_go(3)
+            gated.release(3)
             assert await dispatcher.result(third, wait=True) == Returned(b"[2]")
-    assert gates.begun == [[0], [2]]
+    assert gated.begun == [[0], [2]]
 
 
 async def test_result_of_a_waiting_client_returns_on_cancel(tmp_path: Path) -> None:
-    gates = Gates()
-    with host(tmp_path, gates.script) as peer:
+    gated = GatedHost()
+    with host(tmp_path, gated.script) as peer:
         async with running(tmp_path, host_line(peer.port)) as dispatcher:
             for started in (False, True):
                 blocker = await dispatcher.submit(call(queue={}), "test")
                 job_id = blocker if started else await dispatcher.submit(call(queue={}), "test")
                 waiting = asyncio.create_task(dispatcher.result(job_id, wait=True))
                 following = asyncio.create_task(followed(dispatcher, job_id))
-                await eventually(lambda: gates.running == 1, what="a call")
+                await eventually(lambda: gated.running == 1, what="a call")
                 assert await dispatcher.cancel(job_id)
                 assert await waiting == Cancelled()
                 assert await following == ([], Cancelled())
                 await dispatcher.cancel(blocker)
-                gates.let_go(1)
-                await eventually(lambda: gates.running == 0, what="the call's end")
+                gated.release(1)
+                await eventually(lambda: gated.running == 0, what="the call's end")
 
 
 async def test_result_during_a_call_does_not_read_the_store(tmp_path: Path) -> None:
-    """The end comes with the news of it; what has ended before is read from the store, and is the same."""
-    gates, opened = Gates(), await open_store(tmp_path / "store")
+    """The notification carries the end; the end of an earlier job is read from the store, and is equal."""
+    gated, opened = GatedHost(), await open_store(tmp_path / "store")
     store = Switched(opened, "get_job")
-    with host(tmp_path, gates.script) as peer:
+    with host(tmp_path, gated.script) as peer:
         async with running(tmp_path, host_line(peer.port), store=store) as dispatcher:
             job_id = await dispatcher.submit(call(), "test")
-            await eventually(lambda: gates.running == 1, what="a call")
+            await eventually(lambda: gated.running == 1, what="a call")
             store.off = True
             waiting = [asyncio.create_task(dispatcher.result(job_id, wait=True)) for _ in range(3)]
             with pytest.raises(StorageError):
                 await dispatcher.result(job_id, wait=False)
-            gates.let_go(1)
+            gated.release(1)
             assert await asyncio.gather(*waiting) == [Returned(b"[]")] * 3
             await eventually(lambda: not dispatcher.active_calls, what="the run's end")
             with pytest.raises(StorageError):
@@ -289,7 +289,7 @@ async def test_result_during_a_call_does_not_read_the_store(tmp_path: Path) -> N
 
 
 class Stream:
-    """A host whose one call sends records when the test says so."""
+    """A host whose only call sends records at the test's command."""
 
     def __init__(self) -> None:
         self._talk: Conversation | None = None
@@ -387,7 +387,7 @@ async def test_list_jobs_is_in_order_of_submission(tmp_path: Path) -> None:
     async with running(
         tmp_path, store=store, max_calls=1, hosts_file=None, host_db_script=Path("/bin/sleep")
     ) as dispatcher:
-        # No host is known, and the script's first run is not over: nothing starts.
+        # The registry is not loaded, because the first run of the script has not ended: no job starts.
         jobs = [job.id async for job in dispatcher.list_jobs(ended=True)]
         assert jobs == ended + waiting
     await store.close()
@@ -417,8 +417,8 @@ async def test_reload_applies_to_later_calls(tmp_path: Path) -> None:
                 assert dispatcher.config is config
 
 
-def of_the_field(talk: Conversation) -> None:
-    """A harpd that does not know the question which calls it holds."""
+def legacy_harpd(talk: Conversation) -> None:
+    """Answer the request for the call list as a legacy harpd does, with an error."""
     assert "calls" in talk.expect()
     talk.reply({"harp": 1, "error": {"type": "no_such_procedure", "message": "-"}})
 
@@ -437,7 +437,7 @@ async def test_restart_ends_bound_calls_and_runs_queued_jobs(tmp_path: Path) -> 
         begun.append(json.loads(talk.line())["arguments"])
         talk.reply(ACKNOWLEDGED, {"result": None})
 
-    with host(tmp_path, script, (of_the_field,)) as peer:
+    with host(tmp_path, script, (legacy_harpd,)) as peer:
         async with running(tmp_path, host_line(peer.port), store=store) as dispatcher:
             assert is_missing(await dispatcher.result(interrupted, wait=True))
             for job in queued:
@@ -451,7 +451,7 @@ async def test_claim_waits_until_interrupted_jobs_are_recovered(tmp_path: Path) 
     interrupted = await job_in(real, State.RUNNING, queue={})
     store = Switched(real, "list_slot_holders")
     store.off = True
-    with host(tmp_path, echo, (of_the_field,)) as peer:
+    with host(tmp_path, echo, (legacy_harpd,)) as peer:
         async with running(tmp_path, host_line(peer.port), store=store) as dispatcher:
             job_id = await dispatcher.submit(call(queue={}), "test")
             waiting = asyncio.create_task(dispatcher.result(interrupted, wait=True))
@@ -464,12 +464,12 @@ async def test_claim_waits_until_interrupted_jobs_are_recovered(tmp_path: Path) 
 
 
 async def test_shutdown_ends_bound_calls_and_keeps_queued_jobs(tmp_path: Path) -> None:
-    gates = Gates()
+    gated = GatedHost()
     store = await open_store(tmp_path / "store")
-    with host(tmp_path, gates.script) as peer:
+    with host(tmp_path, gated.script) as peer:
         async with running(tmp_path, host_line(peer.port), store=store) as dispatcher:
             jobs = [await dispatcher.submit(call(queue={}), "test") for _ in range(3)]
-            await eventually(lambda: gates.running == 1, what="the first call")
+            await eventually(lambda: gated.running == 1, what="the first call")
             follower = asyncio.create_task(followed(dispatcher, jobs[0]))
             await asyncio.sleep(0)
         records, end = await follower
@@ -479,17 +479,17 @@ async def test_shutdown_ends_bound_calls_and_keeps_queued_jobs(tmp_path: Path) -
         found = [await store.get_job(job) for job in jobs]
         assert [(job.state, job.end) for job in found[1:]] == [(State.QUEUED, None)] * 2
         assert found[0].end == end
-        gates.let_go(1)
+        gated.release(1)
     await store.close()
 
 
 async def test_shutdown_leaves_no_task_or_connection(tmp_path: Path) -> None:
-    gates = Gates()
+    gated = GatedHost()
     before = asyncio.all_tasks()
-    with host(tmp_path, gates.script) as peer:
+    with host(tmp_path, gated.script) as peer:
         async with running(tmp_path, host_line(peer.port)) as dispatcher:
             for _ in range(20):
                 await dispatcher.submit(call(), "test")
-            await eventually(lambda: gates.running == 20, what="the calls")
-        gates.let_go(20)
+            await eventually(lambda: gated.running == 20, what="the calls")
+        gated.release(20)
         assert asyncio.all_tasks() == before
