@@ -58,7 +58,7 @@ if not TYPE_CHECKING:  # a type checker uses the imports above, and rejects othe
             return import_module("harp.aio")
         if name in __all__:
             for module in map(import_module, _HOMES):
-                if name in module.__all__:
+                if hasattr(module, name):
                     value = globals()[name] = getattr(module, name)
                     return value
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}", name=name)
