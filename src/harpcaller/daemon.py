@@ -8,7 +8,6 @@ close, then the dispatcher stops (see its module), then the store is closed.
 from __future__ import annotations
 
 import asyncio
-import errno
 import logging
 import resource
 import signal
@@ -20,11 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from harp_daemon import logs
+from harp_daemon.listeners import Listener, ListenError, listen_unix
 from harp_daemon.process import ProcessError, notify_service_manager
 from harpcaller.api import client_server as service
 from harpcaller.api.client_server import ClientServer
 from harpcaller.api.control_server import ControlServer
-from harpcaller.api.listeners import Listener, listen_unix, reason
 from harpcaller.config import Config, ConfigError, file_errors, load
 from harpcaller.dispatcher import Dispatcher
 from harpcaller.store import Store
@@ -98,8 +97,9 @@ async def run(
     try:
         async with AsyncExitStack() as stack:
             control = stack.enter_context(closing(_open_control(options.socket)))
-            listeners = await service.listen(config)
-            stack.callback(service.close, listeners)
+            listeners = service.listen(config)
+            for listener in listeners:
+                stack.callback(listener.close)
             store = await _open_store(config)
             stack.push_async_callback(store.close)
             dispatcher = await stack.enter_async_context(Dispatcher(config, store, wall))
@@ -211,12 +211,12 @@ class _DaemonControl:
 def _open_control(path: Path) -> Listener:
     try:
         return listen_unix(path, _CONTROL_MODE)
-    except OSError as error:
-        if error.errno == errno.EADDRINUSE and path.is_socket():
+    except ListenError as error:
+        if error.in_use and path.is_socket():
             raise ProcessError(f"a harpcallerd is already running on {path}") from error
-        if error.errno == errno.EADDRINUSE:
+        if error.in_use:
             raise ProcessError(f"control socket {path}: the existing file is not a socket") from error
-        raise ProcessError(f"control socket {path}: {reason(error)}") from error
+        raise ProcessError(f"control socket {path}: {error}") from error
 
 
 def _raise_descriptor_limit(config: Config) -> None:

@@ -53,7 +53,7 @@ async def service(directory: Path, verb: str, sound: int = 0, *hosts: str) -> As
         faulty: Any = Faulty(store, verb, sound)
         async with running(directory, *hosts, store=faulty, listen=(Address("127.0.0.1", 0),)) as dispatcher:
             async with ClientServer(dispatcher) as server:
-                (listener,) = listeners = await listen(dispatcher.config)
+                (listener,) = listeners = listen(dispatcher.config)
                 server.serve(listeners)
                 yield int(listener.fields["port"])
     finally:

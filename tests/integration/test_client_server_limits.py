@@ -198,12 +198,12 @@ def test_accepting_pauses_without_descriptors(tmp_path_factory: pytest.TempPathF
     directory = tmp_path_factory.mktemp("descriptors")
     with Harpcallerd(directory, {"web01": peer.port}, descriptors=64) as dispatcher:
         crowd = [dispatcher.connect() for _ in range(100)]
-        dispatcher.wait_event("can't accept connections")
+        dispatcher.wait_event("cannot accept connections")
         for client in crowd:
             client.close()
-        dispatcher.wait_event("accepts connections again")
+        dispatcher.wait_event("accepting connections again")
         assert dispatcher.ask(cancel=UNKNOWN) == [{"cancelled": False}]
-        assert len(dispatcher.events("can't accept connections")) == 1
+        assert len(dispatcher.events("cannot accept connections")) == 1
         assert dispatcher.events("limit of open files too low", limit=64)
 
 

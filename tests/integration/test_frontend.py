@@ -314,13 +314,13 @@ def test_accept_without_descriptors_waits_and_resumes(tmp_path: Path) -> None:
     with Harpd(tmp_path, PROCEDURES, descriptors=40) as harpd:
         clients = [socket.create_connection((harpd.host, harpd.port), DEADLINE) for _ in range(60)]
         try:
-            harpd.wait_event("can't accept connections")
+            harpd.wait_event("cannot accept connections")
         finally:
             for client in clients:
                 client.close()
-        harpd.wait_event("accepts connections again")
+        harpd.wait_event("accepting connections again")
         assert harpd.call("echo") == [ACKNOWLEDGED, {"result": []}]
-        assert len(harpd.events("can't accept connections")) < 10
+        assert len(harpd.events("cannot accept connections")) < 10
 
 
 OWN = """

@@ -226,7 +226,7 @@ def test_port_in_use_is_an_error(harpd: Harpd) -> None:
         harpd.configure({"network": {"port": taken.getsockname()[1]}})
         outcome = subprocess.run(harpd.command(), capture_output=True, text=True, timeout=DEADLINE)
     assert outcome.returncode == 1
-    assert "network.address: can't listen on 127.0.0.1, port" in outcome.stderr
+    assert "network.address: cannot listen on 127.0.0.1, port" in outcome.stderr
 
 
 def run(harpd: Harpd, *options: str, **more: Any) -> subprocess.CompletedProcess[str]:

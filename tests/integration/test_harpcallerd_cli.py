@@ -193,8 +193,8 @@ def test_two_starts_at_once_make_one_daemon(dispatcher: Harpcallerd) -> None:
     [
         ({"listne": ["*:1"]}, "listne: expected a key of the dispatcher, got an unknown one"),
         ({"max_connections": 0}, "max_connections: expected an integer, at least 1, got 0"),
-        ({"listen": ["192.0.2.1:0"]}, "listen: can't listen on 192.0.2.1:0: Cannot assign requested address"),
-        ({"listen": ["a..b:0"]}, "listen: can't listen on a..b:0: cannot resolve 'a..b': not a valid host name"),
+        ({"listen": ["192.0.2.1:0"]}, "listen: cannot listen on 192.0.2.1:0: Cannot assign requested address"),
+        ({"listen": ["a..b:0"]}, "listen: cannot listen on a..b:0: cannot resolve 'a..b': not a valid host name"),
         ({"ca_file": "/nowhere.pem"}, "ca_file: expected a file that can be used"),
     ],
 )

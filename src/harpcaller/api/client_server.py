@@ -9,7 +9,7 @@ import asyncio
 import ipaddress
 import logging
 import time
-from collections.abc import AsyncGenerator, Iterable
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from types import TracebackType
 from typing import Self, TypeAlias
@@ -39,12 +39,10 @@ from harp.protocol.requests import (
     SubmitMany,
     decode_request_line,
 )
+from harp_daemon.listeners import Listener, ListenError, listen_tcp, listen_unix
 from harp_daemon.memory_quota import MemoryQuota, Reservation
 from harp_daemon.sliced_json import decode_slices
-from harp_daemon.sockets import ResolveError
-from harpcaller.api.acceptor import Door
-from harpcaller.api.connection import ClientDisconnected, Connection
-from harpcaller.api.listeners import Listener, listen_tcp, listen_unix, reason
+from harpcaller.api.connection import ClientDisconnected, Connection, close_acceptor, make_acceptor
 from harpcaller.config import Config, ConfigError
 from harpcaller.dispatcher import Dispatcher
 from harpcaller.model.jobs import Job
@@ -66,28 +64,24 @@ _LONG_REQUEST = 256 * 1024
 _OneReply: TypeAlias = Call | SubmitMany | Cancel | GetResult | GetStatus | GetDetails
 
 
-async def listen(config: Config) -> list[Listener]:
+def listen(config: Config) -> list[Listener]:
     """Open the addresses of a configuration's `listen`, each once.
 
     Raises:
-        ConfigError: an address cannot be listened on; then none was opened.
+        ConfigError: an address cannot be listened on; then none is.
     """
     opened: list[Listener] = []
     for entry in dict.fromkeys(config.listen):
         try:
-            opened += await listen_tcp(entry) if entry.path is None else [listen_unix(entry.path, _UNIX_MODE)]
-        except BaseException as error:
-            close(opened)
-            if isinstance(error, (OSError, ResolveError)):
-                raise ConfigError(f"{config.file}: listen: can't listen on {entry}: {reason(error)}") from error
-            raise
+            if entry.path is None:
+                opened += listen_tcp(entry.host, entry.port)
+            else:
+                opened.append(listen_unix(entry.path, _UNIX_MODE))
+        except ListenError as error:
+            for listener in opened:
+                listener.close()
+            raise ConfigError(f"{config.file}: listen: cannot listen on {entry}: {error}") from error
     return opened
-
-
-def close(listeners: Iterable[Listener]) -> None:
-    """Close listeners that nothing accepts from."""
-    for listener in listeners:
-        listener.close()
 
 
 class ClientServer:
@@ -100,23 +94,22 @@ class ClientServer:
     def __init__(self, dispatcher: Dispatcher) -> None:
         self._dispatcher = dispatcher
         refusal = Failed("too_many_connections", "more clients are connected than max_connections allows")
-        self._acceptor = Door(self._answer, lambda: dispatcher.config.max_connections, encode_reply(refusal))
+        self._acceptor = make_acceptor(self._answer, lambda: dispatcher.config.max_connections, encode_reply(refusal))
         self._memory = MemoryQuota(dispatcher.config.request_memory)
         self._loopback_logged = False
 
     async def __aenter__(self) -> Self:
-        await self._acceptor.__aenter__()
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        await self._acceptor.__aexit__(kind, error, traceback)
+        await close_acceptor(self._acceptor)
 
-    def serve(self, listeners: Iterable[Listener]) -> None:
+    def serve(self, listeners: Sequence[Listener]) -> None:
         """Accept connections from the listeners."""
+        self._acceptor.open(listeners)
         for listener in listeners:
-            self._acceptor.open(listener)
             log.info("harpcallerd is serving", extra=listener.fields)
             self._log_exposure(listener)
 
@@ -174,7 +167,7 @@ class ClientServer:
                         await connection.send(lines)
                 return False
             reply = await self._reply(request, connection, reservation, received_at)
-        keep_alive = keep_alive and not connection.has_extra_input and not self._acceptor.crowded
+        keep_alive = keep_alive and not connection.has_extra_input and not self._acceptor.near_capacity
         await connection.send(encode_reply(reply, config.idle_timeout if keep_alive else None))
         if isinstance(request, GetResult):
             self._dispatcher.record_delivery(request.job, received_at)

@@ -10,17 +10,25 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
 from harp.protocol.fields import ProtocolError
 from harp.protocol.lines import LineBuffer, LineTooLong
+from harp_daemon.acceptor import Acceptor
 from harp_daemon.memory_quota import Reservation
 
 _READ_BYTES = 64 * 1024
 
 #: Maximum seconds for a client to read the last reply and close.
 _CLOSE_TIMEOUT = 2.0
+
+
+#: Bytes that the kernel holds for a client beyond those on their way to it.
+_UNSENT_BYTES = 64 * 1024
+
+#: Seconds that a closing server gives to requests that are being answered.
+_DRAIN_TIMEOUT = 5.0
 
 
 class ClientDisconnected(Exception):
@@ -179,3 +187,52 @@ class Connection:
         if self._watching:
             self._loop.remove_reader(self._socket.fileno())
             self._watching = False
+
+
+def make_acceptor(
+    answer: Callable[[Connection], Awaitable[None]], max_connections: Callable[[], int], rejection: bytes
+) -> Acceptor[Connection]:
+    """Return an acceptor of clients.
+
+    Args:
+        answer: answers the requests of a connection. May raise `ClientDisconnected`. The connection is closed
+            afterwards.
+        max_connections: returns the number of connections that are served at once.
+        rejection: the line for a connection over this number.
+    """
+
+    async def reject(connection: Connection) -> None:
+        await connection.send(rejection)
+
+    return Acceptor(
+        _connect,
+        serve=lambda connection: _serve(answer, connection),
+        reject=lambda connection: _serve(reject, connection),
+        max_connections=max_connections,
+        rejection=rejection,
+    )
+
+
+async def close_acceptor(acceptor: Acceptor[Connection]) -> None:
+    """Stop accepting; end the waiting of all clients, and give the answers under way some time."""
+    acceptor.close_listeners()
+    for connection in acceptor.connections.values():
+        connection.mark_disconnected()
+    await acceptor.drain(_DRAIN_TIMEOUT)
+
+
+def _connect(accepted: socket.socket, client: str) -> Connection:
+    if accepted.family != socket.AF_UNIX:
+        accepted.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _UNSENT_BYTES)
+    return Connection(accepted, client)
+
+
+async def _serve(answer: Callable[[Connection], Awaitable[None]], connection: Connection) -> None:
+    try:
+        await answer(connection)
+    except ClientDisconnected:
+        pass  # there is no client to reply to
+    except BaseException:
+        connection.abort()
+        raise
+    await connection.close()

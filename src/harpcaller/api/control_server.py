@@ -26,10 +26,9 @@ from harp.protocol.fields import (
     required_string,
 )
 from harp.protocol.json_text import Envelope, JSONObject, Raw, dumps
+from harp_daemon.listeners import Listener
 from harp_daemon.sliced_json import decode_slices
-from harpcaller.api.acceptor import Door
-from harpcaller.api.connection import ClientDisconnected, Connection
-from harpcaller.api.listeners import Listener
+from harpcaller.api.connection import ClientDisconnected, Connection, close_acceptor, make_acceptor
 from harpcaller.config import ConfigError
 from harpcaller.dispatcher import Dispatcher
 from harpcaller.hosts.registry import RefreshFailed
@@ -81,19 +80,18 @@ class ControlServer:
         self.dispatcher = dispatcher
         self.program = program
         self._listener = listener
-        self._acceptor = Door(
+        self._acceptor = make_acceptor(
             self._answer, lambda: _MAX_CONNECTIONS, _error("too many connections to the control socket")
         )
 
     async def __aenter__(self) -> Self:
-        await self._acceptor.__aenter__()
-        self._acceptor.open(self._listener)
+        self._acceptor.open([self._listener])
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        await self._acceptor.__aexit__(kind, error, traceback)
+        await close_acceptor(self._acceptor)
 
     async def _answer(self, connection: Connection) -> None:
         await connection.send(await self._run_command(connection))

@@ -17,7 +17,7 @@ from typing import Any, TypeAlias
 from harp.protocol.ends import Failed
 from harp.protocol.json_text import Raw, dumps
 from harp.protocol.lines import LineTooLong
-from harp_daemon.sockets import prepare
+from harp_daemon.sockets import configure_socket
 from harpcaller.hosts.inventory import Host
 from harpcaller.hosts.tls import CertificateRefused, HostTLS, parse_ip, server_name
 
@@ -136,7 +136,7 @@ async def _connect_address(info: _AddressInfo, seconds: float) -> socket.socket:
     family, kind, protocol, _, address = info
     connection = socket.socket(family, kind, protocol)
     try:
-        prepare(connection)
+        configure_socket(connection)
         async with asyncio.timeout(seconds):
             await asyncio.get_running_loop().sock_connect(connection, address)
     except BaseException:

@@ -12,10 +12,11 @@ import threading
 from collections.abc import Sequence
 from typing import NoReturn
 
+from harp_daemon.listeners import ResolveError, resolve
 from harp_daemon.process import describe_exit
 from harpd.auth import AuthDB
 from harpd.config.loaded import CommandLine, configure_log, load_config
-from harpd.config.settings import ConfigError, listening_places, one_line
+from harpd.config.settings import ConfigError, one_line
 from harpd.worker.privileges import UserError, resolve_credentials
 from harpd.worker.procedures import load_procedures
 
@@ -68,7 +69,10 @@ def _write_report(options: CommandLine, writing_end: int) -> NoReturn:
 def _load_everything(options: CommandLine) -> list[str]:
     config = load_config(options)
     configure_log(options, config)
-    listening_places(config.configuration.network, options.config)  # only a start can find that a port is in use
+    try:
+        resolve(config.configuration.network.address)  # only a start can find that a port is in use
+    except ResolveError as error:
+        raise ConfigError(f"{options.config}: network.address: {error}") from error
     before = threading.active_count()
     procedures = load_procedures(options.procedures)
     warnings = config.users.warnings() if isinstance(config.users, AuthDB) else []

@@ -16,7 +16,6 @@ import msgspec
 import yaml
 from msgspec import Meta
 
-from harp_daemon import sockets
 from harp_daemon.config_errors import describe_validation_error, describe_value
 from harp_daemon.tls import DEFAULT_MINIMUM, TLS_VERSIONS, set_minimum_version
 
@@ -219,22 +218,6 @@ class _Loader(yaml.SafeLoader):
 def one_line(error: BaseException) -> str:
     """Return the message of an exception without line breaks."""
     return " ".join(str(error).split())
-
-
-def listening_places(network: Network, path: Path) -> list[sockets.TCPPlace]:
-    """Return the addresses to bind for the section `network`. It may wait for a name server.
-
-    Args:
-        network: the section.
-        path: the configuration file, for messages.
-
-    Raises:
-        ConfigError: the address cannot be resolved.
-    """
-    try:
-        return sockets.listening_places(network.address)
-    except sockets.ResolveError as error:
-        raise ConfigError(f"{path}: network.address: {error}") from error
 
 
 def server_context(network: Network, path: Path) -> ssl.SSLContext:

@@ -8,44 +8,37 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import logging
 import resource
 import socket
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+from harp_daemon.acceptor import MAX_REJECTING, Acceptor
+from harp_daemon.listeners import Listener, ListenError, ResolveError, listen_tcp
 from harp_daemon.memory_quota import MemoryQuota
-from harp_daemon.sockets import prepare
 from harpd.config.loaded import CommandLine, LoadedConfig, configure_log, load_config, supervisor_settings
-from harpd.config.settings import ConfigError
+from harpd.config.settings import ConfigError, Network
 from harpd.control.launcher import STOP_MARGIN, SupervisorLauncher
-from harpd.control.lifecycle import Program, end
+from harpd.control.lifecycle import Program
 from harpd.control.runtime_directory import Role, runtime_directory
 from harpd.control.supervisor_client import SupervisorClient
 from harpd.frontend.connection import Connection
-from harpd.frontend.listeners import listen
 from harpd.frontend.thread_pool import BoundedThreadPool, TaskFailed
-from harpd.frontend.tls_stream import boottime, format_peer
+from harpd.frontend.tls_stream import boottime
 
 log = logging.getLogger("harpd.frontend")
 
-#: Connections over the limit that are taken just to be told so; those beyond are closed.
-_SURPLUS = 32
-#: The share of the limit below which the next crowd is worth a line in the log.
-_CALM = 0.9
-#: Seconds to wait when the system has no descriptor or memory for another connection.
-_ACCEPT_PAUSE = 0.1
-_EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 #: Seconds between two heartbeats, which show that this process was not suspended.
 _HEARTBEAT_INTERVAL = 0.5
 #: Seconds for loading the files in a reload, and again for the supervisor.
 _RELOAD_TIMEOUT = 60.0
 #: Seconds for the last replies to clients at the stop.
 _FINAL_REPLY_TIMEOUT = 5.0
-#: Descriptors of the program itself, besides those of its connections.
-_OWN_DESCRIPTORS = 64
+#: Descriptors of the program itself and of rejected connections.
+_OWN_DESCRIPTORS = 64 + MAX_REJECTING
 
 
 async def run(options: CommandLine, config: LoadedConfig, on_serving: Callable[[], None], frontend_only: bool) -> None:
@@ -68,7 +61,7 @@ async def run(options: CommandLine, config: LoadedConfig, on_serving: Callable[[
     roles = (Role.FRONTEND,) if frontend_only else (Role.FRONTEND, Role.LAUNCHER)
     configured = configuration.runtime_directory
     with runtime_directory(configured, options.config, *roles) as directory, SupervisorClient(directory) as client:
-        listeners = listen(configuration.network, options.config)
+        listeners = _listen(configuration.network, options.config)
         settings = partial(supervisor_settings, options, runtime_directory=directory, outlive=configured is not None)
         await program.run(FrontendServer(options, config, client, settings, listeners, frontend_only), on_serving)
 
@@ -91,7 +84,7 @@ class FrontendServer:
         config: LoadedConfig,
         client: SupervisorClient,
         settings: Callable[[LoadedConfig], dict[str, Any]],
-        listeners: list[socket.socket],
+        listeners: list[Listener],
         frontend_only: bool,
     ) -> None:
         self._options = options
@@ -104,10 +97,12 @@ class FrontendServer:
         self._reload_thread = BoundedThreadPool(1)
         self._initial_config = config
         self._apply_config(config)
-        self._accepting: list[asyncio.Task[None]] = []
-        self._connections: dict[asyncio.Task[None], Connection] = {}
-        self._surplus = 0
-        self._crowded = False
+        self._acceptor = Acceptor(
+            self._connect,
+            serve=Connection.serve,
+            reject=Connection.reject,
+            max_connections=lambda: self._config.configuration.limits.max_connections,
+        )
         self._heartbeats = (boottime(),) * 2
 
     async def start(self) -> None:
@@ -115,10 +110,9 @@ class FrontendServer:
         if self._launcher is not None:
             await self._launcher.start()
         self._record_heartbeat()
+        self._acceptor.open(self._listeners)
         for listener in self._listeners:
-            self._accepting.append(asyncio.create_task(self._accept(listener)))
-            address, port = listener.getsockname()[:2]
-            log.info("harpd is serving", extra={"address": address, "port": port})
+            log.info("harpd is serving", extra=listener.fields)
         _warn_about_old_tls(self._config)
 
     def _record_heartbeat(self) -> None:
@@ -135,53 +129,12 @@ class FrontendServer:
         limits = config.configuration.limits
         self._config = config
         self._thread_pool = BoundedThreadPool(limits.authentication_threads)
-        self._allowance = MemoryQuota(limits.request_memory)
+        self._quota = MemoryQuota(limits.request_memory)
 
-    async def _accept(self, listener: socket.socket) -> None:
-        loop = asyncio.get_running_loop()
-        exhausted = False
-        while True:
-            try:
-                accepted, address = await loop.sock_accept(listener)
-            except OSError as error:
-                if error.errno in _EXHAUSTED:
-                    if not exhausted:
-                        log.error("can't accept connections", extra={"reason": error.strerror})
-                    exhausted = True
-                    await asyncio.sleep(_ACCEPT_PAUSE)
-                continue  # else it is one connection's fault, gone before it was accepted
-            if exhausted:
-                log.info("accepts connections again")
-            exhausted = False
-            self._admit(accepted, format_peer(address))
-
-    def _admit(self, accepted: socket.socket, peer: str) -> None:
-        limit, held = self._config.configuration.limits.max_connections, len(self._connections) - self._surplus
-        over = held >= limit
-        if over and not self._crowded:
-            log.warning("too many connections", extra={"connections": held})
-        self._crowded = over or (self._crowded and held > _CALM * limit)
-        if over and self._surplus >= _SURPLUS:
-            accepted.close()
-            return
-        try:
-            prepare(accepted)
-        except OSError:  # it is closed already
-            accepted.close()
-            return
-        connection = Connection(
-            accepted, peer, self._config, self._thread_pool, self._allowance, self._client, lambda: self._heartbeats[0]
+    def _connect(self, accepted: socket.socket, peer: str) -> Connection:
+        return Connection(
+            accepted, peer, self._config, self._thread_pool, self._quota, self._client, lambda: self._heartbeats[0]
         )
-        task = asyncio.create_task(connection.reject() if over else connection.serve())
-        self._connections[task] = connection
-        self._surplus += over
-        task.add_done_callback(partial(self._dismiss, over))
-
-    def _dismiss(self, over: bool, task: asyncio.Task[None]) -> None:
-        del self._connections[task]
-        self._surplus -= over
-        if not task.cancelled() and (error := task.exception()) is not None:
-            log.error("connection failed", exc_info=error)
 
     async def reload(self) -> None:
         """Load the files again and apply them all or none. Raises `ConfigError` and `SupervisorError`."""
@@ -210,10 +163,11 @@ class FrontendServer:
         If this program launches the supervisor, all calls end with ``shutdown``. Otherwise only connection-bound calls
         end; resumable calls continue without a connection.
         """
-        for listener in self._listeners:
+        self._acceptor.close_listeners()
+        for listener in self._listeners:  # also those that were never opened, when the start failed
             listener.close()
-        await end(self._accepting)
-        for task, connection in self._connections.items():
+        connections = self._acceptor.connections
+        for task, connection in connections.items():
             connection.stop(task, supervisor_stops=self._launcher is not None)
         deadline = 2 * self._config.configuration.limits.kill_grace + STOP_MARGIN
         if self._launcher is not None:
@@ -221,17 +175,26 @@ class FrontendServer:
         else:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(deadline):
-                    for connection in list(self._connections.values()):
+                    for connection in connections.values():
                         await connection.wait_call_done()
-        if self._connections:
-            await asyncio.wait(self._connections, timeout=_FINAL_REPLY_TIMEOUT)
-        await end(self._connections)
+        await self._acceptor.drain(_FINAL_REPLY_TIMEOUT)
+
+
+def _listen(network: Network, file: Path) -> list[Listener]:
+    try:
+        return listen_tcp(network.address, network.port)
+    except ResolveError as error:
+        raise ConfigError(f"{file}: network.address: {error}") from error
+    except ListenError as error:
+        address = network.address or "any address"
+        message = f"cannot listen on {address}, port {network.port}: {error}"
+        raise ConfigError(f"{file}: network.address: {message}") from error
 
 
 def _raise_descriptor_limit(connections: int) -> None:
     """Raise the soft limit, up to the hard limit, to two descriptors per connection: its own and its call's."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    needed = 2 * (connections + _SURPLUS) + _OWN_DESCRIPTORS
+    needed = 2 * connections + _OWN_DESCRIPTORS
     if soft < needed and soft != resource.RLIM_INFINITY:
         reachable = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
         resource.setrlimit(resource.RLIMIT_NOFILE, (reachable, hard))

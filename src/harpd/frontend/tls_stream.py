@@ -32,12 +32,6 @@ def boottime() -> float:
     return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
-def format_peer(address: tuple[object, ...]) -> str:
-    """Return a peer's address and port as text."""
-    host = str(address[0]).removeprefix("::ffff:")
-    return f"[{host}]:{address[1]}" if ":" in host else f"{host}:{address[1]}"
-
-
 class TLSStream:
     """A client's connection.
 
