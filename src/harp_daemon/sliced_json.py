@@ -1,34 +1,36 @@
-"""Opening a message with its payloads as `Raw` text, as `harp.protocol.json_text.slice_text` does, some times faster.
+"""The decoder of the daemons: objects whose payloads are `Raw` slices of the text.
 
-msgspec slices; whatever it does not take, or may have taken too lightly, goes to the careful one. Both give the same.
+msgspec finds the slices. It is lenient in some cases and strict in others, so a line that it rejects, or may have read
+too leniently, is scanned by `scan_slices`. Both give the same slices.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from typing import Any
 
 import msgspec
 
 from harp.protocol.call_output import RECORD_PREFIX
-from harp.protocol.json_text import JSONObject, Payload, Raw, slice_text
+from harp.protocol.json_text import JSONObject, Payload, Raw, scan_array, scan_object
 from harp.protocol.strict_json import decode_checked, loads, may_exceed_depth
 
-_decoder = msgspec.json.Decoder(dict[str, msgspec.Raw])
-_elements = msgspec.json.Decoder(list[msgspec.Raw])
+
+_object = msgspec.json.Decoder(dict[str, msgspec.Raw])
+_array = msgspec.json.Decoder(list[msgspec.Raw])
 
 _view: Callable[[msgspec.Raw], Sized] = memoryview
 
-#: What stands around a member besides its value: two quotes, a colon and a comma.
-_AROUND = 4
+#: Bytes of a member besides its name and value: two quotes, a colon and a comma.
+_MEMBER_OVERHEAD = 4
 
 
-class _Members:
-    """Members whose payloads are slices of the line."""
+class _Slices:
+    """An object whose payloads are slices of the text."""
 
     __slots__ = ("_slices",)
 
-    def __init__(self, slices: dict[str, msgspec.Raw]) -> None:
+    def __init__(self, slices: Mapping[str, bytes | msgspec.Raw]) -> None:
         self._slices = slices
 
     def __contains__(self, key: str) -> bool:
@@ -39,11 +41,11 @@ class _Members:
 
     def value(self, key: str) -> Any:
         """See `JSONObject`."""
-        raw = self._slices[key]
+        text = self._slices[key]
         try:
-            return msgspec.json.decode(raw)
+            return msgspec.json.decode(text)
         except (msgspec.MsgspecError, ValueError, RecursionError):
-            return loads(bytes(raw))
+            return loads(bytes(text))
 
     def payload(self, key: str) -> Payload:
         """See `JSONObject`."""
@@ -51,41 +53,51 @@ class _Members:
 
     def nested_object(self, key: str) -> JSONObject | None:
         """See `JSONObject`."""
-        raw = bytes(self._slices[key])
-        return decode_slices(raw) if raw.startswith(b"{") else None
+        return _nested(bytes(self._slices[key]))
 
     def nested_objects(self, key: str) -> Iterator[JSONObject | None] | None:
         """See `JSONObject`."""
-        raw = self._slices[key]
-        if bytes(memoryview(raw)[:1]) != b"[":
+        text = bytes(self._slices[key])
+        if not text.startswith(b"["):
             return None
-        elements = map(bytes, _elements.decode(raw))
-        return (_opened(element) if element.startswith(b"{") else None for element in elements)
+        try:
+            return map(_nested, map(bytes, _array.decode(text)))
+        except (msgspec.MsgspecError, ValueError, RecursionError):
+            return map(_nested, scan_array(text))
 
 
 def decode_slices(line: bytes) -> JSONObject:
-    """Open an object with its payloads as `Raw` text. Raises `InvalidJSON`."""
+    """Decode an object; its payloads are `Raw` text. Raises `InvalidJSON`."""
     decode_checked(line)
-    return _opened(line)
+    return _decode(line)
 
 
-def _opened(line: bytes) -> JSONObject:
-    """Open an object whose text is checked already."""
+def _nested(text: bytes) -> JSONObject | None:
+    return _decode(text) if text.startswith(b"{") else None
+
+
+def _decode(text: bytes) -> JSONObject:
+    """Decode an object whose encoding and depth were checked."""
     try:
-        slices = _decoder.decode(line)
+        slices = _object.decode(text)
     except (msgspec.MsgspecError, ValueError, RecursionError):
-        return slice_text(line)
-    # Of a repeated key the last one is left. The members that are left are the whole line only if nothing was dropped,
-    # nor anything is spelled in more bytes than it must; then the careful one looks.
-    size = 1 + len("".join(slices).encode()) + sum(map(len, map(_view, slices.values()))) + _AROUND * len(slices)
-    return _Members(slices) if slices and size == len(line) else slice_text(line)
+        return scan_slices(text)
+    # msgspec keeps the last of repeated members. The line is read exactly only if nothing was dropped and nothing is
+    # written in more bytes than necessary: then the sizes add up.
+    names = len("".join(slices).encode())
+    size = 1 + names + sum(map(len, map(_view, slices.values()))) + _MEMBER_OVERHEAD * len(slices)
+    return _Slices(slices) if slices and size == len(text) else scan_slices(text)
+
+
+def scan_slices(line: bytes) -> JSONObject:
+    """Decode an object as `decode_slices` does, without msgspec: slower, for any text. Raises `InvalidJSON`."""
+    return _Slices(dict(scan_object(decode_checked(line))))
 
 
 def slice_records(lines: Sequence[bytes]) -> list[Raw] | None:
-    """The payloads of lines that all begin as records do, in one step for all; None: look at each.
+    """Return the payloads of many lines that all begin as records do, in one step; None: decode line by line.
 
-    Each line's inside has to be a whole element of an array that is made of them all: then it is one value, and
-    nothing else.
+    The insides of the lines must be the elements of one array: then each is one value and nothing else.
     """
     insides = [line[len(RECORD_PREFIX) : -1] for line in lines]
     if any(not line.endswith(b"}") for line in lines) or any(map(may_exceed_depth, lines)):
@@ -93,7 +105,7 @@ def slice_records(lines: Sequence[bytes]) -> list[Raw] | None:
     text = b"[%b]" % b",".join(insides)
     try:
         text.decode("utf-8")
-        found = list(map(Raw, _elements.decode(text)))
+        found = list(map(Raw, _array.decode(text)))
     except (msgspec.MsgspecError, ValueError, RecursionError):
         return None
     return found if found == insides else None

@@ -42,7 +42,8 @@ from harp.protocol.harpd import (
     encode_message,
     encode_request,
 )
-from harp.protocol.json_text import decode_values, slice_text
+from harp.protocol.json_text import decode_values
+from harp_daemon.sliced_json import decode_slices
 
 REQUEST = '{"harp":1,"procedure":"p","arguments":[1],"auth":{"user":"u","password":"s"}}'
 
@@ -112,7 +113,7 @@ def spaced(line: str) -> bytes:
 def test_requests_are_written_and_read(line: str, request_: AnyRequest) -> None:
     assert encode_request(request_) == line.encode() + b"\n"
     assert decode_request(line.encode()) == decode_request(spaced(line)) == request_
-    assert encode_request(decode_request(line.encode(), slice_text)) == line.encode() + b"\n"
+    assert encode_request(decode_request(line.encode(), decode_slices)) == line.encode() + b"\n"
 
 
 def test_the_request_is_written_as_the_field_writes_it() -> None:
@@ -129,7 +130,7 @@ def test_no_secret_is_shown() -> None:
 def test_messages_are_written_and_read(line: str, message: Message) -> None:
     assert encode_message(message) == line.encode() + b"\n"
     assert decode_message(line.encode()) == decode_message(spaced(line)) == message
-    assert encode_message(decode_message(line.encode(), slice_text)) == line.encode() + b"\n"
+    assert encode_message(decode_message(line.encode(), decode_slices)) == line.encode() + b"\n"
 
 
 @pytest.mark.parametrize(("line", "order"), ORDERS)
@@ -242,12 +243,12 @@ def test_a_bad_order_has_its_reason(line: str, message: str) -> None:
     ],
 )
 def test_a_bad_message_has_its_reason(line: str, message: str) -> None:
-    for opener in (decode_values, slice_text):
+    for opener in (decode_values, decode_slices):
         with pytest.raises(ProtocolError, match=message):
             decode_message(line.encode(), opener)
 
 
-@pytest.mark.parametrize("opener", [decode_values, slice_text])
+@pytest.mark.parametrize("opener", [decode_values, decode_slices])
 @pytest.mark.parametrize(("line", "type_", "message"), BAD_REQUESTS)
 def test_a_bad_request_has_its_type_and_its_reason(line: str, type_: str, message: str, opener: Any) -> None:
     with pytest.raises(ProtocolError, match=message) as caught:
@@ -336,7 +337,7 @@ def test_only_who_asked_for_a_kept_call_is_told_of_one(
         assert exchange.phase is phase
 
 
-@given(st.binary(), st.sampled_from([decode_values, slice_text]))
+@given(st.binary(), st.sampled_from([decode_values, decode_slices]))
 def test_any_line_is_a_message_or_a_protocol_error(line: bytes, opener: Any) -> None:
     for decode in (decode_request, decode_message):
         with pytest.raises(ProtocolError):
@@ -355,7 +356,7 @@ objects = st.recursive(
 )
 
 
-@given(objects.map(lambda value: json.dumps(value).encode()), st.sampled_from([decode_values, slice_text]))
+@given(objects.map(lambda value: json.dumps(value).encode()), st.sampled_from([decode_values, decode_slices]))
 def test_any_object_is_a_message_or_a_protocol_error(line: bytes, opener: Any) -> None:
     for decode in (decode_request, decode_message):
         try:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from harp.protocol.ends import Cancelled, Failed, Raised, Returned
 from harp.protocol.fields import ProtocolError
-from harp.protocol.json_text import decode_values, loads, slice_text
+from harp.protocol.json_text import decode_values, loads
 from harp.protocol.replies import (
     MAY_FOLLOW,
     Continue,
@@ -124,7 +124,7 @@ def test_replies_are_written_and_read(line: str, request_: Request, reply: Reply
 
 @pytest.mark.parametrize(("line", "request_", "reply"), REPLIES)
 def test_a_sliced_reply_is_sent_on_to_the_letter(line: str, request_: Request, reply: Reply) -> None:
-    assert encode_reply(decode_reply(line.encode(), request_, slice_text)) == line.encode() + b"\n"
+    assert encode_reply(decode_reply(line.encode(), request_, decode_slices)) == line.encode() + b"\n"
 
 
 @pytest.mark.parametrize(("line", "request_", "reply"), REPLIES)
@@ -207,14 +207,14 @@ BAD_REQUESTS = [
 ]
 
 
-@pytest.mark.parametrize("opener", [decode_values, slice_text, decode_slices])
+@pytest.mark.parametrize("opener", [decode_values, decode_slices])
 @pytest.mark.parametrize(("line", "message"), BAD_REQUESTS)
 def test_a_bad_request_says_what_and_where(line: str, message: str, opener: Any) -> None:
     with pytest.raises(ProtocolError, match=message):
         decode_request(line.encode(), opener)
 
 
-@pytest.mark.parametrize("opener", [slice_text, decode_slices])
+@pytest.mark.parametrize("opener", [decode_slices])
 def test_a_repeated_key_within_a_request_is_a_bad_request(opener: Any) -> None:
     many = b'{"harpcaller":1,"submit_many":[{"host":"h","procedure":"p","arguments":[],"host":"h"}]}'
     with pytest.raises(ProtocolError, match=r"submit_many\[0\]: repeated key"):
@@ -236,7 +236,7 @@ def test_a_switch_that_is_off_is_absent(off: str) -> None:
     assert decode_request(f'{{"harpcaller":1,"follow_stream":"{JOB}","timed":{off}}}'.encode()) == FOLLOW
 
 
-@pytest.mark.parametrize("opener", [decode_values, slice_text])
+@pytest.mark.parametrize("opener", [decode_values, decode_slices])
 def test_a_reply_has_nothing_new_for_a_request_that_did_not_ask(opener: Any) -> None:
     assert decode_reply(b'{"cancelled":true,"stop":{}}', Cancel(JOB), opener) == WasCancelled(True)
     assert decode_reply(b'{"packet":3,"data":1,"time":"never"}', FOLLOW, opener).time is None  # type: ignore[union-attr]
@@ -244,7 +244,7 @@ def test_a_reply_has_nothing_new_for_a_request_that_did_not_ask(opener: Any) -> 
         assert set(json.loads(encode_reply(reply))) <= {"cancelled", "packet", "data"}
 
 
-@pytest.mark.parametrize("opener", [decode_values, slice_text])
+@pytest.mark.parametrize("opener", [decode_values, decode_slices])
 def test_nothing_was_running_so_there_is_no_stop(opener: Any) -> None:
     reply = decode_reply(b'{"cancelled":false,"stop":null}', Cancel(JOB, wait=True), opener)
     assert reply == WasCancelled(False)
@@ -265,7 +265,7 @@ BAD_REPLIES: list[tuple[str, Request, str]] = [
 ]
 
 
-@pytest.mark.parametrize("opener", [decode_values, slice_text])
+@pytest.mark.parametrize("opener", [decode_values, decode_slices])
 @pytest.mark.parametrize(("line", "request_", "message"), BAD_REPLIES)
 def test_a_bad_reply_says_what_and_where(line: str, request_: Request, message: str, opener: Any) -> None:
     with pytest.raises(ProtocolError, match=message):
@@ -313,7 +313,7 @@ messages = st.recursive(
 )
 
 
-@given(messages.map(lambda m: json.dumps(m).encode()) | st.binary(), st.sampled_from([decode_values, slice_text]))
+@given(messages.map(lambda m: json.dumps(m).encode()) | st.binary(), st.sampled_from([decode_values, decode_slices]))
 def test_any_line_is_a_message_or_a_protocol_error(line: bytes, opener: Any) -> None:
     try:
         request = decode_request(line, opener)

@@ -20,10 +20,10 @@ from harp.protocol.json_text import (
     decode_values,
     dumps,
     loads,
-    slice_text,
 )
+from harp_daemon.sliced_json import decode_slices
 
-OPENERS = pytest.mark.parametrize("opener", [decode_values, slice_text])
+OPENERS = pytest.mark.parametrize("opener", [decode_values, decode_slices])
 
 scalars = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text()
 values = st.recursive(scalars, lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=20)
@@ -61,8 +61,8 @@ def test_what_is_not_json_is_refused_with_its_reason(text: bytes, message: str) 
 )
 def test_text_survives_being_sliced_to_the_letter(text: str) -> None:
     line = f' {{ "head" : 1 ,\t"load":{text} }} \r'.encode()
-    assert slice_text(line).payload("load") == text.encode()
-    assert dumps(slice_text(line).payload("load")) == text.encode()
+    assert decode_slices(line).payload("load") == text.encode()
+    assert dumps(decode_slices(line).payload("load")) == text.encode()
 
 
 def test_brackets_in_strings_are_no_nesting() -> None:

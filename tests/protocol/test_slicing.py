@@ -10,9 +10,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from harp.protocol.call_output import RECORD_PREFIX
-from harp.protocol.json_text import Decoder, InvalidJSON, Raw, loads, slice_text
+from harp.protocol.json_text import Decoder, InvalidJSON, Raw, loads
 from harp.protocol.strict_json import MAX_DEPTH, decode_enclosed
-from harp_daemon.sliced_json import decode_slices, slice_records
+from harp_daemon.sliced_json import decode_slices, scan_slices, slice_records
 
 scalars = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text()
 values = st.recursive(scalars, lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=20)
@@ -40,7 +40,7 @@ def outcome(opener: Decoder, line: bytes) -> object:
 @given(objects, st.sampled_from([(",", ":"), (", ", ": ")]), st.booleans())
 def test_of_what_is_written_it_makes_the_same(value: Any, separators: tuple[str, str], ascii: bool) -> None:
     line = json.dumps(value, separators=separators, ensure_ascii=ascii).encode("utf-8", "surrogatepass")
-    assert outcome(decode_slices, line) == outcome(slice_text, line)
+    assert outcome(decode_slices, line) == outcome(scan_slices, line)
 
 
 @given(st.binary() | st.text().map(str.encode))
@@ -58,7 +58,7 @@ def test_of_what_is_written_it_makes_the_same(value: Any, separators: tuple[str,
 @example(b'\xef\xbb\xbf{"a":1}')
 @example(b'{"a":' + b"[" * 1100 + b"]" * 1100 + b"}")
 def test_of_any_bytes_it_makes_the_same(line: bytes) -> None:
-    assert outcome(decode_slices, line) == outcome(slice_text, line)
+    assert outcome(decode_slices, line) == outcome(scan_slices, line)
 
 
 @given(objects, st.data())
@@ -66,7 +66,7 @@ def test_of_what_is_cut_or_changed_it_makes_the_same(value: Any, data: st.DataOb
     line = json.dumps(value, separators=(",", ":")).encode()
     at = data.draw(st.integers(0, len(line)))
     changed = line[:at] + data.draw(st.sampled_from([b"", b",", b'"a":1,', b" ", b"}", b"0"])) + line[at:]
-    assert outcome(decode_slices, changed) == outcome(slice_text, changed)
+    assert outcome(decode_slices, changed) == outcome(scan_slices, changed)
 
 
 WRONG = [
@@ -105,15 +105,15 @@ ODD = [
 @pytest.mark.parametrize("text", WRONG)
 def test_what_is_no_value_is_refused_by_both(text: str) -> None:
     line = f'{{"a":{text}}}'.encode()
-    assert isinstance(outcome(slice_text, line), str)
-    assert outcome(decode_slices, line) == outcome(slice_text, line)
+    assert isinstance(outcome(scan_slices, line), str)
+    assert outcome(decode_slices, line) == outcome(scan_slices, line)
 
 
 @pytest.mark.parametrize("text", ODD)
 def test_what_is_odd_and_still_a_value_is_the_same_to_both(text: str) -> None:
     line = f'{{"a":{text}}}'.encode()
-    assert decode_slices(line).payload("a") == slice_text(line).payload("a") == text.strip().encode()
-    assert outcome(decode_slices, line) == outcome(slice_text, line)
+    assert decode_slices(line).payload("a") == scan_slices(line).payload("a") == text.strip().encode()
+    assert outcome(decode_slices, line) == outcome(scan_slices, line)
 
 
 @pytest.mark.parametrize("count", [1, 2, 100])
@@ -127,7 +127,7 @@ def test_a_repeated_key_is_refused_wherever_it_is(count: int) -> None:
 def one_by_one(lines: list[bytes]) -> list[Raw] | None:
     """The payloads of lines of records; None: one is none."""
     try:
-        opened = [slice_text(line) for line in lines]
+        opened = [scan_slices(line) for line in lines]
     except InvalidJSON:
         return None
     if any(list(members) != ["stream"] for members in opened):

@@ -6,7 +6,8 @@ or `InvalidJSON`; what goes out is one line of ASCII or `NotJSON`, which says wh
 
 `Raw` is a piece of JSON text that was checked and is never decoded again: the dispatcher stores and sends
 payloads in this form, so that key order, big integers and the digits of floats stay what they were.
-`decode_values` and `slice_text` are the two ways to open a message: payloads as values, or as `Raw`.
+There are two decoders of a message: `decode_values` (for clients) gives payloads as values,
+`harp_daemon.sliced_json.decode_slices` (for the daemons) as `Raw`.
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ __all__ = [
     "decode_values",
     "dumps",
     "loads",
-    "slice_text",
+    "scan_array",
+    "scan_object",
 ]
 
 JSON: TypeAlias = Any  # dict[str, JSON] | list[JSON] | str | int | float | bool | None
@@ -55,7 +57,7 @@ Payload: TypeAlias = Any
 
 _DECODER = json.JSONDecoder(parse_constant=reject_constant)
 # Only finds where values end: numbers of any length pass, and cost no conversion.
-_SKIPPER = json.JSONDecoder(parse_constant=reject_constant, parse_int=str, parse_float=str)
+_SCANNER = json.JSONDecoder(parse_constant=reject_constant, parse_int=str, parse_float=str)
 _SPACE = re.compile(r"[ \t\n\r]*")
 
 
@@ -85,7 +87,7 @@ class JSONObject(Protocol):
 Decoder: TypeAlias = Callable[[bytes], JSONObject]
 
 
-class _Decoded:
+class _Values:
     """Members whose payloads are values."""
 
     __slots__ = ("_members",)
@@ -106,69 +108,44 @@ class _Decoded:
 
     def nested_object(self, key: str) -> JSONObject | None:
         value = self._members[key]
-        return _Decoded(value) if isinstance(value, dict) else None
+        return _Values(value) if isinstance(value, dict) else None
 
     def nested_objects(self, key: str) -> Iterator[JSONObject | None] | None:
         value = self._members[key]
         if not isinstance(value, list):
             return None
-        return (_Decoded(element) if isinstance(element, dict) else None for element in value)
-
-
-class _Sliced:
-    """Members whose payloads are slices of the text."""
-
-    __slots__ = ("_spans", "_text")
-
-    def __init__(self, text: str) -> None:
-        self._text = text
-        self._spans = {key: span for key, _, span in _scan_object(text, _SKIPPER)}
-
-    def __contains__(self, key: str) -> bool:
-        return key in self._spans
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._spans)
-
-    def _slice(self, key: str) -> str:
-        start, end = self._spans[key]
-        return self._text[start:end]
-
-    def value(self, key: str) -> JSON:
-        return translate_errors(_DECODER.decode, self._slice(key))
-
-    def payload(self, key: str) -> Payload:
-        return Raw(self._slice(key).encode("utf-8"))
-
-    def nested_object(self, key: str) -> JSONObject | None:
-        text = self._slice(key)
-        return _Sliced(text) if text.startswith("{") else None
-
-    def nested_objects(self, key: str) -> Iterator[JSONObject | None] | None:
-        text = self._slice(key)
-        if not text.startswith("["):
-            return None
-        elements = (text[start:end] for start, end in _array_spans(text))
-        return (_Sliced(element) if element.startswith("{") else None for element in elements)
+        return (_Values(element) if isinstance(element, dict) else None for element in value)
 
 
 def decode_values(line: bytes) -> JSONObject:
-    """Open an object with its payloads decoded. Raises `InvalidJSON`."""
+    """Decode an object; its payloads are values. Raises `InvalidJSON`."""
     text = decode_checked(line)
-    return _Decoded({key: value for key, value, _ in _scan_object(text, _DECODER)})
+    return _Values({key: value for key, value, _ in _members(text, _DECODER)})
 
 
-def slice_text(line: bytes) -> JSONObject:
-    """Open an object with its payloads as `Raw` text. Raises `InvalidJSON`."""
-    return _Sliced(decode_checked(line))
+def scan_object(text: str) -> Iterator[tuple[str, bytes]]:
+    """Yield name and text of each member of the object that `text` is. Raises `InvalidJSON`."""
+    return ((key, text[start:end].encode("utf-8")) for key, _, (start, end) in _members(text, _SCANNER))
 
 
-def _scan_object(text: str, decoder: json.JSONDecoder) -> Iterator[tuple[str, JSON, tuple[int, int]]]:
-    """Yield name, value and span of each member of the object that `text` is; refuse a repeated name."""
+def scan_array(array: bytes) -> Iterator[bytes]:
+    """Yield the text of each element of an array that was decoded before."""
+    text = array.decode("utf-8")
+    at = _skip_space(text, 1)
+    while text[at] != "]":
+        _, end = translate_errors(_SCANNER.raw_decode, text, at)
+        yield text[at:end].encode("utf-8")
+        at = _skip_space(text, end)
+        if text[at] == ",":
+            at = _skip_space(text, at + 1)
+
+
+def _members(text: str, decoder: json.JSONDecoder) -> Iterator[tuple[str, JSON, tuple[int, int]]]:
+    """Yield name, value and span of each member of the object that `text` is; reject a repeated name."""
     seen: set[str] = set()
     at = _skip_space(text, 0)
     if text[at : at + 1] != "{":
-        translate_errors(decoder.decode, text)  # not JSON at all: say so; else it is JSON, but no object
+        translate_errors(decoder.decode, text)  # raises the reason if the text is not JSON at all
         raise InvalidJSON("expected an object")
     at = _skip_space(text, at + 1)
     more = text[at : at + 1] != "}"
@@ -194,17 +171,6 @@ def _scan_object(text: str, decoder: json.JSONDecoder) -> Iterator[tuple[str, JS
     at = _skip_space(text, at + 1)
     if at != len(text):
         raise InvalidJSON(f"data after the object at column {at + 1}")
-
-
-def _array_spans(text: str) -> Iterator[tuple[int, int]]:
-    """Yield the span of each element of the array that `text` is; it has been decoded before."""
-    at = _skip_space(text, 1)
-    while text[at] != "]":
-        _, end = translate_errors(_SKIPPER.raw_decode, text, at)
-        yield at, end
-        at = _skip_space(text, end)
-        if text[at] == ",":
-            at = _skip_space(text, at + 1)
 
 
 def _skip_space(text: str, at: int) -> int:

@@ -1,8 +1,8 @@
 """The client of the control socket: sends a command to a running harpcallerd and returns the reply.
 
 A request is one line, ``{"command": NAME, ...}``. The reply is any number of lines ``{"item": OBJECT}``, then
-``{"done": true}`` or ``{"error": MESSAGE}``; without one of these, the reply is incomplete. This module imports only
-the standard library and `harp.protocol`, so that the program starts quickly.
+``{"done": true}`` or ``{"error": MESSAGE}``; without one of these, the reply is incomplete. This module imports
+no event loop and no TLS, so that the program starts quickly.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from harp.protocol.json_text import Envelope, InvalidJSON, Raw, dumps, slice_text
+from harp.protocol.json_text import Envelope, InvalidJSON, Raw, dumps
+from harp_daemon.sliced_json import decode_slices
 
 #: Maximum seconds for the reply to a simple command.
 _REPLY_TIMEOUT = 10.0
@@ -125,7 +126,7 @@ class ControlClient:
             connection.sendall(dumps(Envelope(command=command, **given)) + b"\n")
             with connection.makefile("rb") as answer:
                 for line in answer:
-                    members = slice_text(line)
+                    members = decode_slices(line)
                     if "done" in members:
                         return
                     if "error" in members:

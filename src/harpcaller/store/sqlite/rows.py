@@ -11,7 +11,8 @@ from struct import Struct
 from typing import Any, TypeAlias
 
 from harp.protocol.ends import Cancelled, End, Returned, decode_end, encode_end
-from harp.protocol.json_text import Raw, dumps, slice_text
+from harp.protocol.json_text import Raw, dumps
+from harp_daemon.sliced_json import decode_slices
 from harpcaller.model.jobs import Job, JobMetadata, State, StopState
 
 Row: TypeAlias = Sequence[Any]
@@ -56,7 +57,7 @@ def _decode_end(state: State, body: bytes | None) -> End | None:
         return None
     if state is State.RETURNED:
         return Returned(Raw(body))
-    return decode_end(_CLOSING_KEYS[state], slice_text(body))
+    return decode_end(_CLOSING_KEYS[state], decode_slices(body))
 
 
 def decode_job(row: Row) -> Job:
