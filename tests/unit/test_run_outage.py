@@ -6,27 +6,13 @@ import time
 
 import pytest
 
-from harpcaller.runs.outage import Backoff, Outage
+from harpcaller.runs.outage import Outage
 
 
 def test_outage_deadline_counts_from_the_last_message() -> None:
     outage = Outage.begin(30.0, 1000.0)
     assert outage.since == 970.0
     assert outage.deadline(300.0) == pytest.approx(time.monotonic() + 270.0, abs=5.0)
-
-
-def test_backoff_pauses_grow_to_a_limit_and_differ() -> None:
-    backoff = Backoff()
-    assert backoff.next_delay() == 0.0
-    pauses = []
-    for _ in range(40):
-        backoff.record_attempt()
-        pauses.append(backoff.next_delay())
-    assert 0.2 <= pauses[0] <= 0.4
-    assert all(2.5 <= pause <= 5.0 for pause in pauses[5:])
-    assert len(set(pauses)) > 30
-    backoff.reset()
-    assert 0.1 <= backoff.next_delay() <= 0.2  # shortly after the last attempt
 
 
 def test_outage_description_has_start_attempts_and_error() -> None:

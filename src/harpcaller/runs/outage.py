@@ -6,47 +6,14 @@ Measured with CLOCK_BOOTTIME, so that no step of the wall clock releases a slot 
 from __future__ import annotations
 
 import datetime
-import random
 import time
 from dataclasses import dataclass
 from typing import Any, Self
 
-#: Seconds between two attempts to reach a host: the first delay, and the maximum.
-_MIN_DELAY, _MAX_DELAY = 0.2, 5.0
-
-#: Maximum number of times that the first delay is doubled.
-_MAX_DOUBLINGS = 16
+__all__ = ["Outage"]
 
 #: Maximum length of a stored error in characters: a host may send any text.
 _MAX_ERROR = 1000
-
-
-class Backoff:
-    """The delays between attempts to attach to a call.
-
-    Every attempt without progress doubles the delay, even if the host acknowledged the call: a host that acknowledges
-    and then disconnects is asked no more often than one that does not answer.
-    """
-
-    def __init__(self) -> None:
-        self._attempts = 0
-        self._last_attempt_at = float("-inf")
-
-    def record_attempt(self) -> None:
-        """Count an attempt."""
-        self._attempts += 1
-        self._last_attempt_at = time.monotonic()
-
-    def reset(self) -> None:
-        """Forget all attempts, because the call has made progress."""
-        self._attempts = 0
-
-    def next_delay(self) -> float:
-        """Return the seconds to wait before the next attempt, randomized so that the calls of a host spread."""
-        if not self._attempts and time.monotonic() - self._last_attempt_at >= _MAX_DELAY:
-            return 0.0
-        delay = min(_MAX_DELAY, _MIN_DELAY * 2.0 ** min(self._attempts, _MAX_DOUBLINGS))
-        return delay * random.uniform(0.5, 1.0)  # noqa: S311 - spreads attempts, protects nothing
 
 
 @dataclass(slots=True)

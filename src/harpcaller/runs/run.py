@@ -45,6 +45,7 @@ from harp.protocol.harpd import (
 )
 from harp.protocol.json_text import Raw, dumps, loads
 from harp.protocol.lines import LineTooLong
+from harp_daemon.backoff import Backoff
 from harpcaller.hosts.connecting import (
     HostUnreachable,
     describe_host,
@@ -58,11 +59,14 @@ from harpcaller.model.jobs import NO_METADATA, Job, JobMetadata, StopState
 from harpcaller.runs.context import RunContext, log_fields
 from harpcaller.runs.deadlines import Deadlines
 from harpcaller.runs.interruptible_wait import Interrupted, InterruptibleWait
-from harpcaller.runs.outage import Backoff, Outage
+from harpcaller.runs.outage import Outage
 from harpcaller.runs.outcome_writer import OutcomeWriter
 from harpcaller.runs.record_writer import RecordWriter
 
 log = logging.getLogger(__name__)
+
+#: Seconds between two attempts to attach to a call: the first delay, and the longest.
+_MIN_DELAY, _MAX_DELAY = 0.2, 5.0
 
 #: Maximum seconds that a cancel waits for the reply to a sent request.
 _CANCEL_WAIT = 2.0
@@ -123,7 +127,7 @@ class Run:
         self._stop_sent = False  # on the current connection
         self._remote_ended = False  # the closing line was received, on the current connection
         self._attempts = 0
-        self._backoff = Backoff()
+        self._backoff = Backoff(_MIN_DELAY, _MAX_DELAY)
         #: The current outage; None if there is none.
         self.outage: Outage | None = None
         self._record_time: float | None = None

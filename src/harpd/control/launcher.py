@@ -23,7 +23,7 @@ from functools import partial
 from typing import Any, TypeAlias
 
 from harp.protocol.json_text import dumps
-from harp_daemon.process import describe_exit
+from harp_daemon.backoff import Backoff
 from harpd.control.supervisor_client import SupervisorClient, SupervisorError, SupervisorNotRunning
 
 log = logging.getLogger("harpd.control")
@@ -37,9 +37,9 @@ _START_TIMEOUT, _POLL_INTERVAL = 60.0, 0.02
 _REPLY_TIMEOUT = 2.0
 #: Seconds for a supervisor to stop, beyond the calls' two grace periods.
 STOP_MARGIN = 5.0
-#: Seconds between two starts of a supervisor that dies: the shortest and the longest pause.
-_MIN_BACKOFF, _MAX_BACKOFF = 0.1, 30.0
-#: A supervisor that ran this many seconds resets the pause.
+#: Seconds between two starts of a supervisor that dies: the first delay, and the longest.
+_MIN_DELAY, _MAX_DELAY = 0.1, 30.0
+#: A supervisor that ran this many seconds resets the delay.
 _STABLE_TIME = 10.0
 
 
@@ -61,7 +61,7 @@ class SupervisorLauncher:
         self._retired: set[SupervisorProcess] = set()
         self._starting = asyncio.Lock()
         self._restarting: asyncio.Task[None] | None = None
-        self._backoff = 0.0
+        self._backoff = Backoff(_MIN_DELAY, _MAX_DELAY)
 
     async def start(self) -> None:
         """Start a supervisor; return when it is active. Older supervisors retire.
@@ -126,19 +126,23 @@ class SupervisorLauncher:
         """Start another supervisor in the background; repeat until one is active."""
         assert self._active is not None
         if time.monotonic() - self._active.started > _STABLE_TIME:
-            self._backoff = 0.0
+            self._backoff.reset()
         self._active = None
         if self._restarting is None or self._restarting.done():
             self._restarting = asyncio.create_task(self._restart_until_ready())
 
     async def _restart_until_ready(self) -> None:
+        delay = self._backoff.next_delay()
         while self._active is None:
-            await asyncio.sleep(self._backoff)
-            self._backoff = min(max(2 * self._backoff, _MIN_BACKOFF), _MAX_BACKOFF)
+            await asyncio.sleep(delay)
+            self._backoff.record_attempt()
+            delay = self._backoff.next_delay()
             try:
                 await self.start()
             except (SupervisorError, OSError) as error:
-                log.error("cannot start supervisor; retrying", extra={"reason": str(error), "retry_in": self._backoff})
+                log.error(
+                    "cannot start supervisor; retrying", extra={"reason": str(error), "retry_in": round(delay, 1)}
+                )
 
     async def detach(self) -> None:
         """Stop restarting supervisors; running supervisors and their calls continue."""
