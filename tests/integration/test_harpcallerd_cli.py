@@ -274,6 +274,7 @@ def test_listen_logs_every_address(tmp_path: Path) -> None:
     door = tmp_path / "door"
     listen = ["127.0.0.1:0", "[::1]:0", "*:0", f"unix:{door}"]
     with Harpcallerd(tmp_path / "many", settings={"listen": listen}) as dispatcher:
+        dispatcher.wait_event("harpcallerd is serving", address=f"unix:{door}")  # the last one
         serving = dispatcher.events("harpcallerd is serving")
         assert [event["address"] for event in serving] == ["127.0.0.1", "::1", "::", f"unix:{door}"]
         ports = [event.get("port") for event in serving]

@@ -1,6 +1,6 @@
-"""What a call's process says: a record, as a line of the wire, and the three ways that a call ends, as objects.
+"""The output of a call's process: a record as a line of the wire, and the ends of a call as objects.
 
-Lean, as `harp.protocol.strict_json` is and for the same reason. `harp.protocol.ends` has the values.
+As lean as `harp.protocol.strict_json`, for the same reason. `harp.protocol.ends` has the ends as values.
 """
 
 from __future__ import annotations
@@ -13,27 +13,27 @@ if TYPE_CHECKING:
 
 #: The version of harpd's protocol.
 VERSION = 1
-#: How the line of a record begins, in all that a harpd of ours says.
+#: The start of the line of a record, as HARP's harpd writes it.
 RECORD_PREFIX = b'{"stream":'
 
 
 def record(text: Raw) -> bytes:
-    """The line of a record of a streaming procedure. There may be many: without a step for each member."""
+    """Return the line of a record of a streaming procedure. Fast, because there may be many records."""
     return b"%b%b}\n" % (RECORD_PREFIX, text)
 
 
 def result(value: Payload) -> Envelope:
-    """The procedure returned."""
+    """Return the end of a procedure that returned."""
     return Envelope(result=value)
 
 
 def exception(type: str, message: str, data: Payload) -> Envelope:
-    """The procedure raised."""
+    """Return the end of a procedure that raised an exception."""
     return Envelope(exception=_report(type, message, data))
 
 
 def error(type: str, message: str, data: Payload) -> Envelope:
-    """The call could not be carried out."""
+    """Return the end of a call that could not be carried out."""
     return Envelope(error=_report(type, message, data))
 
 

@@ -1,4 +1,4 @@
-"""How a call can end: the closing lines that both protocols share."""
+"""The ends of a call: the closing lines that both protocols share."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Raised:
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """The call could not be carried out, or was cut short. Also the refusal of a request."""
+    """The call could not be carried out or was cut short. Also the rejection of a request."""
 
     type: str
     message: str
@@ -44,7 +44,7 @@ End: TypeAlias = Returned | Raised | Failed | Cancelled
 
 
 def encode_end(end: End) -> Envelope:
-    """The closing line's object. harpd adds its version to a `Failed`."""
+    """Return the object of the closing line. harpd adds its version to a `Failed`."""
     match end:
         case Returned(result):
             return closing.result(result)
@@ -57,7 +57,15 @@ def encode_end(end: End) -> Envelope:
 
 
 def decode_end(kind: str, members: JSONObject) -> End:
-    """Read a closing line by its distinguishing key: result, exception, error or cancelled."""
+    """Return the end that a closing line has.
+
+    Args:
+        kind: its distinguishing key: ``result``, ``exception``, ``error`` or ``cancelled``.
+        members: the line.
+
+    Raises:
+        ProtocolError: the line is not valid.
+    """
     if kind == "result":
         return Returned(members.payload("result"))
     if kind == "cancelled":

@@ -1,4 +1,4 @@
-"""The protocol error, and checks of a message's members that name the member at fault."""
+"""The protocol error, and checks of the members of a message that name the invalid member."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ _KINDS = {b"[": list, b"{": dict}
 
 
 class ProtocolError(ValueError):
-    """What came is not a message of the protocol, or not one that may come now.
+    """Data that is not a message of the protocol, or a message that is not allowed now.
 
     Attributes:
-        type: the error type of the wire: ``parse_error``, ``invalid_protocol``, ``invalid_request``.
-        message: what is wrong, and where.
+        type: the error type on the wire: ``parse_error``, ``invalid_protocol``, ``invalid_request``.
+        message: the reason, with the name of the invalid member.
     """
 
     def __init__(self, message: str, type: str = "invalid_request") -> None:
@@ -32,7 +32,16 @@ def check(condition: bool, message: str) -> None:
 
 
 def decode_object(line: bytes, decoder: Decoder) -> JSONObject:
-    """Open a line as an object; ``parse_error`` when it is not JSON, ``invalid_request`` when it is no object."""
+    """Decode a line that must be an object.
+
+    Args:
+        line: the line without its line feed.
+        decoder: the decoder.
+
+    Raises:
+        ProtocolError: of type ``parse_error`` if it is not JSON, else ``invalid_request`` if it is not an object or
+            repeats a key.
+    """
     try:
         return decoder(line)
     except InvalidJSON as error:
@@ -42,7 +51,7 @@ def decode_object(line: bytes, decoder: Decoder) -> JSONObject:
 
 
 def member_value(members: JSONObject, key: str) -> Any:
-    """A member's value; a number that can't be held is a protocol error as well."""
+    """Return the value of a member. Raises `ProtocolError` if it is a number that Python cannot hold."""
     try:
         return members.value(key)
     except InvalidJSON as error:
@@ -50,7 +59,7 @@ def member_value(members: JSONObject, key: str) -> Any:
 
 
 def required_string(members: JSONObject, key: str) -> str:
-    """A member that must be there and be a string."""
+    """Return the value of a member that must be a string. Raises `ProtocolError`."""
     if key not in members:
         raise ProtocolError(f"{key}: missing")
     found = member_value(members, key)
@@ -60,26 +69,26 @@ def required_string(members: JSONObject, key: str) -> str:
 
 
 def reject_unknown_keys(members: JSONObject, known: Iterable[str]) -> None:
-    """Refuse members that the message does not have."""
+    """Raise `ProtocolError` if there are members that are not in `known`."""
     if unknown := set(members).difference(known):
         raise ProtocolError(f"unknown key {', '.join(sorted(unknown))}")
 
 
 def is_count(number: object) -> bool:
-    """Whether it is an integer from 0 on; true is none."""
+    """Return whether it is an integer of at least 0; true and false are not."""
     return isinstance(number, int) and not isinstance(number, bool) and number >= 0
 
 
 def is_seconds(number: object) -> bool:
-    """Whether it is a positive number; true is none."""
+    """Return whether it is a positive finite number; true and false are not."""
     return isinstance(number, (int, float)) and not isinstance(number, bool) and 0 < number < math.inf
 
 
 def encode_payload(payload: Payload) -> Raw:
-    """A payload as JSON text.
+    """Return a payload as JSON text.
 
     Raises:
-        ProtocolError: it is a value that JSON can't carry.
+        ProtocolError: the value has no form in JSON.
     """
     try:
         return dumps(payload)
@@ -88,7 +97,12 @@ def encode_payload(payload: Payload) -> Raw:
 
 
 def is_container(payload: Payload, kinds: tuple[type, ...]) -> bool:
-    """Whether a payload, value or text, is an array (list, tuple) or an object (dict) as asked."""
+    """Return whether a payload is an array or an object.
+
+    Args:
+        payload: a value or JSON text.
+        kinds: the allowed kinds: `list` for an array, `dict` for an object.
+    """
     if isinstance(payload, Raw):
         return _KINDS.get(payload[:1]) in kinds
     return isinstance(payload, kinds) or (isinstance(payload, tuple) and list in kinds)

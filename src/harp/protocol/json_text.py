@@ -1,11 +1,11 @@
-"""Strict JSON, as the wire needs it, and JSON text that is passed on without being decoded.
+"""Strict JSON for the wire, and JSON text that is passed on without decoding.
 
-Plain `json` needs care, all of it taken here: deep nesting raises RecursionError, ``NaN`` passes in both
-directions, bytes are guessed to be UTF-16, repeated keys vanish. What comes out of this module is values
-or `InvalidJSON`; what goes out is one line of ASCII or `NotJSON`, which says where in the value the fault is.
+The module `json` is lenient in four ways that this one is not: deep nesting raises RecursionError, ``NaN`` passes in
+both directions, bytes may be taken for UTF-16, and repeated keys are dropped. Decoding returns a value or raises
+`InvalidJSON`; encoding returns one line of ASCII or raises `NotJSON`, which has the position of the invalid part.
 
-`Raw` is a piece of JSON text that was checked and is never decoded again: the dispatcher stores and sends
-payloads in this form, so that key order, big integers and the digits of floats stay what they were.
+`Raw` is JSON text that was checked and is not decoded again: the dispatcher stores and sends payloads in this form, so
+that key order, big integers and the digits of floats are unchanged.
 There are two decoders of a message: `decode_values` (for clients) gives payloads as values,
 `harp_daemon.sliced_json.decode_slices` (for the daemons) as `Raw`.
 """
@@ -56,31 +56,31 @@ Payload: TypeAlias = Any
 
 
 _DECODER = json.JSONDecoder(parse_constant=reject_constant)
-# Only finds where values end: numbers of any length pass, and cost no conversion.
+# Only finds the ends of values: numbers may have any length and are not converted.
 _SCANNER = json.JSONDecoder(parse_constant=reject_constant, parse_int=str, parse_float=str)
 _SPACE = re.compile(r"[ \t\n\r]*")
 
 
 class JSONObject(Protocol):
-    """One JSON object, opened: its members by name."""
+    """A decoded JSON object: its members by name."""
 
     def __contains__(self, key: str) -> bool: ...
 
     def __iter__(self) -> Iterator[str]: ...
 
     def value(self, key: str) -> JSON:
-        """The member's decoded value."""
+        """Return the member's value."""
 
     def payload(self, key: str) -> Payload:
-        """The member as a payload: its value or its `Raw` text, as the opener has it."""
+        """Return the member as a payload: its value or its `Raw` text, depending on the decoder."""
 
     def nested_object(self, key: str) -> JSONObject | None:
-        """The member opened as an object, None when it is not one."""
+        """Return the member as an object; None if it is not one."""
 
     def nested_objects(self, key: str) -> Iterator[JSONObject | None] | None:
-        """The member opened as an array, None when it is not one.
+        """Return the elements of the member as objects; None if the member is not an array.
 
-        Each element is opened as by `members` when its turn comes; `InvalidJSON` may be raised then.
+        An element that is not an object is None. Elements are decoded one by one; each may raise `InvalidJSON`.
         """
 
 
@@ -88,7 +88,7 @@ Decoder: TypeAlias = Callable[[bytes], JSONObject]
 
 
 class _Values:
-    """Members whose payloads are values."""
+    """An object whose payloads are values."""
 
     __slots__ = ("_members",)
 
@@ -183,7 +183,7 @@ _EXACT = Context(prec=MAX_PREC, Emax=MAX_EMAX, Emin=MIN_EMIN)
 
 
 class _Number(str):
-    """The canonical text of a number; distinct from a string."""
+    """The canonical text of a number."""
 
     __slots__ = ()
 
@@ -192,7 +192,7 @@ def _canonical_number(text: str) -> _Number:
     try:
         number = Decimal(text, _EXACT)
         return _Number("0" if number.is_zero() else str(number.normalize(_EXACT)))
-    except ArithmeticError:  # an exponent that no decimal holds: such numbers are equal by their spelling
+    except ArithmeticError:  # the exponent is too large for a decimal: such numbers are compared as text
         return _Number(text)
 
 
@@ -202,9 +202,9 @@ _CANONICAL = json.JSONDecoder(
 
 
 def canonical(text: bytes) -> str:
-    """A text that is the same for two JSON values exactly when they are equal as JSON values.
+    """Return a text that is the same for two JSON texts exactly if their values are equal.
 
-    Key order and spelling do not count; numbers are equal by value (``1`` and ``1.0``), but ``1`` is not ``true``.
+    Key order and notation do not matter. Numbers are compared by value: ``1`` equals ``1.0``, but not ``true``.
 
     Args:
         text: JSON in UTF-8, as in a `Raw`.

@@ -1,4 +1,4 @@
-"""Bytes to lines, with a bound. Nothing here reads a socket."""
+"""Splitting of bytes into lines of limited length. Nothing here reads a socket."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ class LineTooLong(ValueError):
 
 
 class LineBuffer:
-    """Collects bytes as they come and gives back whole lines, without their line feed.
+    """A buffer that collects received bytes and returns complete lines without their line feed.
 
     Args:
-        limit: the most bytes that a line may have, its line feed not counted.
+        limit: the maximum length of a line in bytes, without its line feed.
     """
 
     def __init__(self, limit: int) -> None:
@@ -21,29 +21,29 @@ class LineBuffer:
 
     @property
     def pending(self) -> bytes:
-        """What has come of a line that is not whole yet."""
+        """The received part of an incomplete line."""
         return b"".join(self._pieces)
 
     def feed(self, data: bytes) -> list[bytes]:
-        """Take bytes; return the lines that they complete.
+        """Add received bytes and return the lines that they complete.
 
         Raises:
-            LineTooLong: a line is longer than the limit, whole or not. Lines before it in `data` are lost:
-                the connection is of no more use.
+            LineTooLong: a line is longer than the limit, complete or not. The lines before it in `data` are lost;
+                close the connection.
         """
         *lines, rest = data.split(b"\n")
         if lines:
-            self._keep(lines[0])
+            self._add(lines[0])
             lines[0] = self.pending
             self._pieces.clear()
             self._size = 0
             if len(data) > self._limit and len(max(lines, key=len)) > self._limit:
                 raise self._too_long()
         if rest:
-            self._keep(rest)
+            self._add(rest)
         return lines
 
-    def _keep(self, piece: bytes) -> None:
+    def _add(self, piece: bytes) -> None:
         self._size += len(piece)
         if self._size > self._limit:
             raise self._too_long()

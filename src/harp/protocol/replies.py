@@ -1,4 +1,4 @@
-"""What a dispatcher replies to a client: values, their lines, and which may follow which request.
+"""The replies of a dispatcher to a client, as values and as lines, and the replies that each request may have.
 
 Sans-IO, as `harp.protocol.requests`, which has the requests. Spec: docs/protocol.md, Client and dispatcher.
 """
@@ -48,10 +48,10 @@ class SubmittedMany:
 
 @dataclass(frozen=True, slots=True)
 class WasCancelled:
-    """The reply to a cancel: whether the job was stopped by it.
+    """The reply to a cancel: whether the request stopped the job.
 
-    `stop` is how the stop of its processes turned out, an object with `state` and `receipt`; None when there were none,
-    or when nobody waited for it.
+    `stop` is the outcome for its processes, an object with `state` and `stop_report`; None if there were none, or if
+    the request did not wait for it.
     """
 
     cancelled: bool
@@ -68,7 +68,7 @@ class NoResult:
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """What was asked for, and when it was submitted, started and ended (Unix seconds, None: not yet)."""
+    """The call of a job, and the times of its submission, start and end (Unix seconds; None: not yet)."""
 
     host: str
     procedure: str
@@ -81,7 +81,7 @@ class Status:
 
 @dataclass(frozen=True, slots=True)
 class Details:
-    """All that is known of a job, an object: its keys are listed in docs/protocol.md."""
+    """All details of a job, an object; docs/protocol.md lists its keys."""
 
     details: Payload
 
@@ -91,7 +91,7 @@ class Details:
 
 @dataclass(frozen=True, slots=True)
 class Packet:
-    """A record of the stream; `number` counts from 0, `time` is when it was made (Unix seconds, None: nobody asked)."""
+    """A record of the stream; `number` counts from 0; `time` is its timestamp (Unix seconds), None if not requested."""
 
     number: int
     data: Payload
@@ -100,14 +100,14 @@ class Packet:
 
 @dataclass(frozen=True, slots=True)
 class Continue:
-    """The records end here for now; the job runs on."""
+    """The last stored record was sent; the job still runs."""
 
 
 Reply: TypeAlias = Submitted | SubmittedMany | WasCancelled | NoResult | Status | Details | Packet | Continue | End
 
 
 def encode_reply(reply: Reply, keep_alive: float | None = None) -> bytes:
-    """The reply's line, line feed included.
+    """Return the reply's line with its line feed.
 
     Args:
         reply: the reply.
@@ -118,12 +118,12 @@ def encode_reply(reply: Reply, keep_alive: float | None = None) -> bytes:
 
 
 def encode_packets(first: int, values: Sequence[Raw], times: Sequence[float] | None = None) -> bytes:
-    """The lines of many packets, without a step for each member, as there may be many.
+    """Return the lines of consecutive packets. Fast, because there may be many.
 
     Args:
-        first: the number of the first.
-        values: their data.
-        times: when each was made (Unix seconds); None: nobody asked.
+        first: the number of the first packet.
+        values: the data of each.
+        times: the timestamp of each (Unix seconds); None if not requested.
     """
     if times is None:
         return b"".join([b'{"packet":%d,"data":%b}\n' % numbered for numbered in enumerate(values, first)])
@@ -131,8 +131,8 @@ def encode_packets(first: int, values: Sequence[Raw], times: Sequence[float] | N
     return b"".join([b'{"packet":%d,"time":%b,"data":%b}\n' % (at, dumps(made), data) for at, made, data in packets])
 
 
-#: What is granted is a line's last member: a string or an object of the reply's own ends in more than this.
-#: It is looked for in the end of a line only.
+#: The member is the last one of a line. A string or an object of the reply that ended in the same text would be
+#: followed by more. Only the end of a line is searched.
 _KEEP_ALIVE = re.compile(rb',[ \t]*"keep_alive"[ \t]*:[ \t]*([0-9]+(?:\.[0-9]+)?)[ \t]*}[ \t\r]*\Z')
 
 
@@ -140,7 +140,7 @@ _KEEP_ALIVE_BYTES = 64
 
 
 def parse_keep_alive(line: bytes) -> float | None:
-    """The seconds for which the connection waits after this line, a reply to a request that asked for it; or None."""
+    """Return for how many seconds the connection stays open after this reply; None if it is closed."""
     found = _KEEP_ALIVE.search(line, max(0, len(line) - _KEEP_ALIVE_BYTES))
     return float(found[1]) if found else None
 
@@ -172,10 +172,15 @@ def _reply_line(reply: Reply) -> bytes:
 
 
 def decode_reply(line: bytes, request: Request, decoder: Decoder = decode_values) -> Reply:
-    """Read a reply's line, given the request that it answers.
+    """Return the reply of a line.
+
+    Args:
+        line: the line without its line feed.
+        request: the request that it answers.
+        decoder: decides whether payloads are values or `Raw` text.
 
     Raises:
-        ProtocolError: not a reply, or none that may follow this request.
+        ProtocolError: it is not a reply, or not to this request.
     """
     members = decode_object(line, decoder)
     kinds = [kind for kind in _REPLIES if kind in members]
@@ -247,7 +252,7 @@ def _decode_time(members: JSONObject) -> float:
     return float(moment)
 
 
-#: Times beyond this are none, and not every integer beyond it has a float.
+#: Maximum time: larger integers may have no float.
 _MAX_TIME = 2**53
 
 
@@ -263,7 +268,7 @@ def _decode_flag(kind: str, reply: Reply) -> Callable[[JSONObject, Request], Rep
     return decode
 
 
-#: The key that tells the reply, and how it is read, given the request that it answers.
+#: For each reply: its distinguishing key, and its decoder, which gets the request.
 _REPLIES: Mapping[str, Callable[[JSONObject, Request], Reply]] = MappingProxyType(
     {
         "job_id": lambda m, _: Submitted(required_string(m, "job_id")),
@@ -282,7 +287,7 @@ _REPLIES: Mapping[str, Callable[[JSONObject, Request], Reply]] = MappingProxyTyp
 
 _ENDS = frozenset({Returned, Raised, Failed, Cancelled})
 
-#: Which replies may follow which request. What is not listed here is a protocol error.
+#: The replies that each request may have. All others are protocol errors.
 MAY_FOLLOW: Mapping[type, frozenset[type]] = MappingProxyType(
     {
         Call: frozenset({Submitted, Failed}),
@@ -298,24 +303,24 @@ MAY_FOLLOW: Mapping[type, frozenset[type]] = MappingProxyType(
 
 
 class ReplyReader:
-    """One request and its replies: reads line after line, and knows when nothing more may come.
+    """The reader of the replies to one request.
 
     Args:
         request: the request that was sent.
-        decoder: decides whether payloads come as values or as `Raw` text.
+        decoder: decides whether payloads are values or `Raw` text.
     """
 
     def __init__(self, request: Request, decoder: Decoder = decode_values) -> None:
         self._request = request
         self._decoder = decoder
         self._next = getattr(request, "since", None)
-        #: Whether the last reply has come.
+        #: Whether the last reply was read.
         self.finished = False
 
     def read_packets(self, lines: Iterable[bytes]) -> list[Payload]:
-        """The data of the first lines, while they are packets just as `encode_packets` writes them without times.
+        """Return the data of the first lines that are packets as `encode_packets` writes them without times.
 
-        That is quicker than `reply`, which is for the line after them.
+        This is faster than `read_reply`, which reads the line after them.
         """
         found: list[Payload] = []
         if self._next is not None and not self.finished:
@@ -328,7 +333,7 @@ class ReplyReader:
         return found
 
     def read_reply(self, line: bytes) -> Reply:
-        """Read the next reply. Raises `ProtocolError` for anything that may not come now."""
+        """Return the next reply. Raises `ProtocolError` if it is not allowed now."""
         check(not self.finished, "data after the last reply")
         reply = decode_reply(line, self._request, self._decoder)
         if isinstance(reply, Packet):

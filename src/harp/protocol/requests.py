@@ -1,11 +1,11 @@
-"""What a client asks of a dispatcher: requests as values, and their lines. `harp.protocol.replies` has what comes back.
+"""The requests of a client to a dispatcher, as values and as lines. `harp.protocol.replies` has the replies.
 
-Sans-IO: nothing here touches a socket. Each message is a frozen value that is valid once it is made.
-Whatever bytes come, the outcome is a message or a `ProtocolError`.
+Sans-IO: nothing here touches a socket. Each message is a frozen value that is validated when it is created. Any bytes
+give a message or a `ProtocolError`.
 
-What version 1 does not have is opt-in: a request is a `SubmitMany`, or carries ``wait`` (of a cancel), ``timed`` or
-``keep``, only when its caller asked for it, and only the replies to such a request carry ``job_ids``, ``stop``,
-``time`` or ``keep``.
+Additions to version 1 are opt-in: a request is a `SubmitMany`, or has ``wait`` (of a cancel), ``timed`` or
+``keep_alive``, only if its caller uses the feature. Only the replies to such a request have ``job_ids``, ``stop``,
+``time`` or ``keep_alive``.
 
 Spec: docs/protocol.md, Client and dispatcher.
 """
@@ -35,7 +35,7 @@ VERSION = 1
 
 @dataclass(frozen=True, slots=True)
 class Queue:
-    """The queue a call waits in: `name` is a JSON object, `concurrency` how many of its jobs may run at once."""
+    """The queue of a call: `name` is a JSON object, `concurrency` the maximum number of its jobs that run at once."""
 
     name: Payload
     concurrency: int = 1
@@ -70,14 +70,14 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class SubmitMany:
-    """Submit jobs, all or none; their ids come in this order."""
+    """Submit jobs, all or none; the reply has their ids in this order."""
 
     calls: Sequence[Call]
 
 
 @dataclass(frozen=True, slots=True)
 class Cancel:
-    """Cancel a job; with `wait`, the reply comes once it is settled whether its processes are gone."""
+    """Cancel a job; with `wait`, the reply comes when the stop of its processes has succeeded or failed."""
 
     job: str
     wait: bool = False
@@ -88,7 +88,7 @@ class Cancel:
 
 @dataclass(frozen=True, slots=True)
 class GetResult:
-    """Ask for a job's end result; with `wait`, once it has one."""
+    """Get a job's end result; with `wait`, the dispatcher replies when the job has ended."""
 
     job: str
     wait: bool = True
@@ -99,23 +99,23 @@ class GetResult:
 
 @dataclass(frozen=True, slots=True)
 class GetStatus:
-    """Ask for a job's status."""
+    """Get a job's status."""
 
     job: str
 
 
 @dataclass(frozen=True, slots=True)
 class GetDetails:
-    """Ask for all that is known of a job."""
+    """Get all details of a job."""
 
     job: str
 
 
 @dataclass(frozen=True, slots=True)
 class _Stream:
-    """Ask for a job's records: from number `since` on, or the `recent` newest of those collected.
+    """Get a job's records: from number `since` on, or the `recent` newest of the stored ones.
 
-    With `timed`, each comes with the time it was made.
+    With `timed`, each record has its timestamp.
     """
 
     job: str
@@ -131,13 +131,13 @@ class _Stream:
 
 
 class FollowStream(_Stream):
-    """Ask for a job's records, those to come too, until it ends. Neither number given: ``recent: 0``."""
+    """Get a job's stored and future records until it ends. The default is ``recent: 0``."""
 
     __slots__ = ()
 
 
 class ReadStream(_Stream):
-    """Ask for a job's records collected so far. Neither number given: ``since: 0``."""
+    """Get a job's stored records. The default is ``since: 0``."""
 
     __slots__ = ()
 
@@ -146,7 +146,7 @@ Request: TypeAlias = Call | SubmitMany | Cancel | GetResult | GetStatus | GetDet
 
 
 def encode_request(request: Request, keep_alive: bool = False) -> bytes:
-    """The request's line, line feed included. Raises `NotJSON` when a payload has no form in JSON.
+    """Return the request's line with its line feed. Raises `NotJSON` if a payload has no form in JSON.
 
     Args:
         request: the request.
@@ -174,7 +174,7 @@ def encode_request(request: Request, keep_alive: bool = False) -> bytes:
 
 
 def encode_call(call: Call) -> Raw:
-    """A call as it stands in a `SubmitMany`. Raises `NotJSON` when a payload has no form in JSON."""
+    """Return a call as an element of a `SubmitMany`. Raises `NotJSON` if a payload has no form in JSON."""
     return dumps(_without_none(_call_members(call)))
 
 
@@ -192,19 +192,19 @@ def _call_members(call: Call) -> dict[str, Any]:
 
 
 def decode_request(line: bytes, decoder: Decoder = decode_values) -> Request:
-    """Read a request's line, as `decode_request_line` does."""
+    """Return the request of a line; see `decode_request_line`."""
     return decode_request_line(line, decoder)[0]
 
 
 def decode_request_line(line: bytes, decoder: Decoder = decode_values) -> tuple[Request, bool]:
-    """Read a request's line, and whether its connection is to wait for another one.
+    """Return the request of a line, and whether the client wants to keep the connection for another one.
 
     Args:
         line: the line without its line feed.
-        decoder: decides whether payloads come as values or as `Raw` text.
+        decoder: decides whether payloads are values or `Raw` text.
 
     Raises:
-        ProtocolError: always of type ``invalid_request``, as the dispatcher has no other.
+        ProtocolError: the line is not a request.
     """
     members = decode_object(line, decoder)
     version = member_value(members, "harpcaller") if "harpcaller" in members else None
@@ -219,12 +219,12 @@ def decode_request_line(line: bytes, decoder: Decoder = decode_values) -> tuple[
 
 
 def optional_value(members: JSONObject, key: str) -> Any:
-    """The value of a member; None: it is not there."""
+    """Return the value of a member; None if it is missing."""
     return member_value(members, key) if key in members else None
 
 
 def _optional_flag(members: JSONObject, key: str, absent: bool) -> Any:
-    """A member that may be missing or null; that it is true or false is checked by the message."""
+    """Return a member, or `absent` if it is missing or null. The message checks that it is true or false."""
     flag = optional_value(members, key)
     return absent if flag is None else flag
 
@@ -283,7 +283,7 @@ def _decode_stream(kind: str, request: type[FollowStream] | type[ReadStream]) ->
 _CALL_KEYS = ("host", "arguments", "timeout", "max_exec_time", "queue", "info")
 _STREAM_KEYS = ("since", "recent", "timed")
 
-#: The key that tells the request, the keys that may stand beside it, and how it is read.
+#: For each request: its distinguishing key, the other keys, and its decoder.
 _REQUESTS: Mapping[str, tuple[tuple[str, ...], Callable[[JSONObject], Request]]] = MappingProxyType(
     {
         "procedure": (_CALL_KEYS, _decode_call),
@@ -302,7 +302,7 @@ _REQUESTS: Mapping[str, tuple[tuple[str, ...], Callable[[JSONObject], Request]]]
 
 
 def encode_line(members: Mapping[str, Any]) -> bytes:
-    """One line; members that are None are left out."""
+    """Return an object as a line; members that are None are left out."""
     return bytes(dumps(_without_none(members))) + b"\n"
 
 

@@ -1,7 +1,7 @@
-"""Strict JSON for what has to stay small: decoding and encoding whole values, and nothing else.
+"""Strict JSON, lean: decoding and encoding of whole values.
 
-A call's process is forked from one that has loaded this: so it imports little, and no `typing`. The rules, and the
-rest, are in `harp.protocol.json_text`.
+The zygote loads this module, and every call's process is forked from the zygote. So it imports little, and no
+`typing`. The rules and the decoders of messages are in `harp.protocol.json_text`.
 """
 
 from __future__ import annotations
@@ -18,21 +18,36 @@ if TYPE_CHECKING:
 
     from harp.protocol.json_text import JSON
 
-#: Arrays and objects may be nested this deep in a line. An interpreter with a lower recursion limit may refuse
-#: less deep values; both daemons raise theirs so that this is the limit that counts.
+__all__ = [
+    "MAX_DEPTH",
+    "Envelope",
+    "InvalidJSON",
+    "NotJSON",
+    "Raw",
+    "decode_checked",
+    "decode_enclosed",
+    "dumps",
+    "loads",
+    "may_exceed_depth",
+    "reject_constant",
+    "translate_errors",
+]
+
+#: Maximum nesting of arrays and objects in a line. An interpreter with a lower recursion limit may reject values that
+#: are less deep; both daemons raise theirs, so that this limit applies.
 MAX_DEPTH = 1000
 
 
 class InvalidJSON(ValueError):
-    """The text is not JSON, or not JSON that we accept. The message says what and where."""
+    """Text that is not JSON, or JSON that HARP does not accept. The message has reason and position."""
 
 
 class NotJSON(ValueError):
-    """The value can't be written as JSON.
+    """A value that has no form in JSON.
 
     Attributes:
-        path: where in the value, for example ``"['hosts'][3]"``; empty for the value itself.
-        reason: what is wrong there.
+        path: the position in the value, for example ``"['hosts'][3]"``; empty for the value itself.
+        reason: the reason.
     """
 
     def __init__(self, path: str, reason: str) -> None:
@@ -42,24 +57,24 @@ class NotJSON(ValueError):
 
 
 class Raw(bytes):
-    """JSON text in UTF-8, checked, without a line feed; passed on as it is."""
+    """Checked JSON text in UTF-8 without a line feed; it is sent and stored unchanged."""
 
     __slots__ = ()
 
 
 class Envelope(dict[str, "Any"]):
-    """An object of the protocol itself, whose members may be `Raw`."""
+    """An object of the protocol, whose members may be `Raw`."""
 
     __slots__ = ()
 
 
 def reject_constant(name: str) -> NoReturn:
-    """For a decoder: refuse ``NaN`` and ``Infinity``."""
+    """Raise `InvalidJSON` for ``NaN`` and ``Infinity``; for decoders."""
     raise InvalidJSON(f"{name} is not JSON")
 
 
 _DECODER = json.JSONDecoder(parse_constant=reject_constant)
-#: A string whose escaped quotes are gone.
+#: A string whose escaped quotes were removed.
 _STRING = re.compile(rb'"[^"]*"')
 _NOT_BRACKETS = bytes(set(range(256)) - set(b'[]{}"'))
 _STEP = {ord("["): 1, ord("{"): 1, ord("]"): -1, ord("}"): -1, ord('"'): 0}
@@ -75,15 +90,15 @@ def loads(text: bytes | str) -> JSON:
         The value: dict, list, str, int, float, bool or None.
 
     Raises:
-        InvalidJSON: not JSON, not UTF-8, ``NaN`` or ``Infinity``, nested too deep, or a number that this
-            interpreter can't hold.
+        InvalidJSON: it is not JSON, not UTF-8, ``NaN`` or ``Infinity``, nested too deep, or a number that this
+            interpreter cannot hold.
     """
     checked = decode_checked(text)
     return translate_errors(_DECODER.decode, checked)
 
 
 def decode_enclosed(line: bytes, opening: bytes) -> tuple[JSON] | None:
-    """The value of a line that is this opening, a value and a brace, and nothing else; None: look closer at it."""
+    """Return the value of a line that consists of `opening`, a value and a brace; None: decode the line as usual."""
     if not line.startswith(opening) or may_exceed_depth(line):
         return None
     try:
@@ -95,7 +110,7 @@ def decode_enclosed(line: bytes, opening: bytes) -> tuple[JSON] | None:
 
 
 def decode_checked(text: bytes | str) -> str:
-    """The text, if it is UTF-8 and nested no deeper than it may be. Raises `InvalidJSON`."""
+    """Return the text. Raises `InvalidJSON` if it is not UTF-8 or is nested deeper than MAX_DEPTH."""
     if isinstance(text, str):
         _check_depth(text.encode("utf-8", "surrogatepass"))
         return text
@@ -108,15 +123,15 @@ def decode_checked(text: bytes | str) -> str:
 
 
 def may_exceed_depth(text: bytes) -> bool:
-    """Whether there are so many brackets that there may be more inside each other than MAX_DEPTH."""
+    """Return whether there are enough brackets for a nesting deeper than MAX_DEPTH."""
     return len(text) > MAX_DEPTH and text.count(b"[") + text.count(b"{") > MAX_DEPTH
 
 
 def _check_depth(text: bytes) -> None:
-    """Refuse what nests deeper than MAX_DEPTH. Costs next to nothing for text with few brackets."""
+    """Raise `InvalidJSON` for a nesting deeper than MAX_DEPTH. Fast for text with few brackets."""
     if not may_exceed_depth(text):
         return
-    # Text that is no JSON may be taken apart wrongly, but only behind its first fault; no decoder goes further.
+    # The count is wrong only after the first error of text that is not JSON; no decoder reads further.
     if b"\\" in text:
         text = text.replace(b"\\\\", b"").replace(b'\\"', b"")
     brackets = _STRING.sub(b"", text.translate(None, _NOT_BRACKETS))
@@ -125,7 +140,7 @@ def _check_depth(text: bytes) -> None:
 
 
 def translate_errors(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Call a function of `json`; everything that it raises becomes `InvalidJSON`."""
+    """Call a function of `json` and turn its exceptions into `InvalidJSON`."""
     try:
         return function(*arguments)
     except InvalidJSON:
@@ -154,10 +169,10 @@ def dumps(value: JSON) -> Raw:
     As in `json`, tuples become arrays, and keys that are int, float, bool or None become strings.
 
     Args:
-        value: anything JSON can carry; an `Envelope` may hold `Raw` members.
+        value: any value that has a form in JSON; an `Envelope` may have `Raw` members.
 
     Raises:
-        NotJSON: the value, or a value in it, has no form in JSON; the exception says where.
+        NotJSON: the value, or a value in it, has no form in JSON; the exception has the position.
     """
     if isinstance(value, Raw):
         return value
@@ -175,9 +190,9 @@ def dumps(value: JSON) -> Raw:
 
 
 def _find_fault(value: JSON) -> tuple[str, str] | None:
-    """Find the first place in `value` that JSON can't carry. Iterative: the value may be nested too deep."""
+    """Return position and reason of the first part of `value` that has no form in JSON; iterative for deep nesting."""
     stack: list[tuple[JSON, str, int]] = [(value, "", 0)]
-    trail: list[int] = []  # the containers that the item is in
+    trail: list[int] = []  # ids of the containers around the item
     while stack:
         item, path, depth = stack.pop()
         del trail[depth:]
