@@ -1,8 +1,8 @@
-"""Structured logs: one event a line, constant text, every value a field.
+"""Structured logs: one event per line, a constant text, and a field for each value.
 
-A log call gives its values in `extra`; both formatters print all of them, so that nothing has to be
-listed anywhere: ``log.info("call started", extra={"call": call_id, "procedure": name})``.
-A line feed in a value never makes a second line.
+A log call passes its values in `extra`; both formatters print all of them:
+``log.info("call started", extra={"call": call_id, "procedure": name})``. A line feed in a value does not start a new
+line.
 """
 
 from __future__ import annotations
@@ -16,14 +16,15 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-#: What every record has by itself; all else came by `extra`.
-_OWN = frozenset(logging.makeLogRecord({}).__dict__) | {"message", "asctime", "taskName"}
+
+#: The attributes that every log record has; all others are from `extra`.
+_STANDARD_ATTRIBUTES = frozenset(logging.makeLogRecord({}).__dict__) | {"message", "asctime", "taskName"}
 
 _SYSLOG_SOCKET = "/dev/log"
 
 
 def _fields(record: logging.LogRecord) -> dict[str, Any]:
-    return {key: value for key, value in record.__dict__.items() if key not in _OWN}
+    return {key: value for key, value in record.__dict__.items() if key not in _STANDARD_ATTRIBUTES}
 
 
 def _timestamp(record: logging.LogRecord) -> str:
@@ -83,16 +84,16 @@ def _one_line(text: str) -> str:
 
 
 def configure(*, level: str = "INFO", form: str = "text", syslog: bool = False, name: str = "harp") -> None:
-    """Send the program's log to stderr or to syslog, in place of what was set before.
+    """Send the program's log to stderr or to syslog, and close the previous handlers.
 
     Args:
-        level: the least level that is logged: ``DEBUG``, ``INFO``, ``WARNING`` or ``ERROR``.
+        level: the lowest level that is logged: ``DEBUG``, ``INFO``, ``WARNING`` or ``ERROR``.
         form: ``text`` or ``json``.
-        syslog: to the local syslog socket instead of stderr.
+        syslog: whether to log to the local syslog socket instead of stderr.
         name: the program's name in syslog.
 
     Raises:
-        OSError: the syslog socket can't be reached.
+        OSError: the syslog socket cannot be reached.
     """
     handler: logging.Handler
     if syslog:
@@ -103,11 +104,11 @@ def configure(*, level: str = "INFO", form: str = "text", syslog: bool = False, 
     handler.setFormatter(JSONFormatter() if form == "json" else TextFormatter(timestamp=not syslog))
     _replace_handlers(handler)
     logging.getLogger().setLevel(level)
-    _leave_out_what_is_not_shown()
+    _omit_unused_attributes()
 
 
-def _leave_out_what_is_not_shown() -> None:
-    """Have events not look for what our formatters don't print: that is half of what they cost."""
+def _omit_unused_attributes() -> None:
+    """Omit the record attributes that the formatters do not print: they are half of the cost of an event."""
     logging.logThreads = logging.logMultiprocessing = logging.logProcesses = False
     logging._srcfile = None
     if hasattr(logging, "logAsyncioTasks"):
@@ -123,7 +124,7 @@ def _replace_handlers(handler: logging.Handler) -> None:
 
 
 def reopen() -> None:
-    """Open every log file anew, after a rotation; the streams of the process stay."""
+    """Reopen every log file, after a rotation; stdout and stderr stay open."""
     for handler in _all_handlers(logging.root.manager.loggerDict):
         if isinstance(handler, logging.FileHandler):
             handler.acquire()

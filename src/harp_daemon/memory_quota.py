@@ -1,37 +1,38 @@
-"""Memory that many share: each may have a little for nothing, the rest is counted."""
+"""A shared memory quota: every reservation has some bytes free, the rest is counted."""
 
 from __future__ import annotations
 
 from typing import Self
 
-#: Bytes that each share has for nothing, so that small requests pass however much the long ones hold.
+
+#: Bytes of each reservation that are not counted, so that small requests are accepted while long ones use the quota.
 _FREE = 64 * 1024
 
 
 class MemoryQuota:
-    """What all request lines together may hold.
+    """The quota of all request lines together.
 
     Args:
-        limit: bytes, those not counted that each has for nothing.
+        limit: the quota in bytes, without the free bytes of each reservation.
     """
 
     def __init__(self, limit: int) -> None:
         self._left = limit
 
     def try_reserve(self, size: int) -> bool:
-        """Take bytes; say whether there were so many left."""
+        """Reserve bytes; return False, and reserve nothing, if fewer are left."""
         if size > self._left:
             return False
         self._left -= size
         return True
 
     def release(self, size: int) -> None:
-        """Give back bytes that were taken."""
+        """Return reserved bytes to the quota."""
         self._left += size
 
 
 class Reservation:
-    """What one request line takes of the allowance."""
+    """The bytes that one request line uses of the quota; a context manager that releases them."""
 
     def __init__(self, allowance: MemoryQuota) -> None:
         self._allowance = allowance
@@ -39,7 +40,7 @@ class Reservation:
         self._counted = 0
 
     def grow(self, size: int) -> bool:
-        """Grow by so many bytes; False, and nothing is taken, when the allowance is used up."""
+        """Reserve more bytes; return False, and reserve nothing, if the quota is used up."""
         self._size += size
         more = max(self._size - _FREE, 0) - self._counted
         if not self._allowance.try_reserve(more):
@@ -54,6 +55,6 @@ class Reservation:
         self.release()
 
     def release(self) -> None:
-        """Give everything back."""
+        """Release all bytes."""
         self._allowance.release(self._counted)
         self._size = self._counted = 0

@@ -1,4 +1,4 @@
-"""A daemon's process: its pid file, going to the background, telling the service manager."""
+"""A daemon's process: pid file, background, notification of the service manager."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 
 
 class ProcessError(Exception):
-    """The process can't be set up as asked. The message names file and cause."""
+    """The process cannot be set up. The message has file and reason."""
 
 
 def describe_exit(code: int) -> str:
@@ -22,12 +22,12 @@ def describe_exit(code: int) -> str:
 
 @contextmanager
 def pidfile(path: Path | None) -> Iterator[None]:
-    """Hold a pid file: written and locked on entry, removed on exit. None: no file.
+    """Return a context manager that writes and locks a pid file on entry and removes it on exit. None: no file.
 
-    A file that a dead process left is taken over: it is the lock that counts.
+    The file of a dead process is replaced, because only the lock matters.
 
     Raises:
-        ProcessError: a running process holds it, or it can't be written.
+        ProcessError: a running process has locked it, or it cannot be written.
     """
     if path is None:
         yield
@@ -53,55 +53,53 @@ def _first_line(descriptor: int) -> str:
     return os.pread(descriptor, 32, 0).decode("ascii", "replace").strip()
 
 
-class Detached:
-    """In a daemon that has gone to the background: call it once the daemon serves.
-
-    It tells the process that waits in the foreground, and lets go of the terminal.
+class ReadyNotification:
+    """The readiness notification of a daemon in the background: ends the waiting foreground process.
 
     Args:
-        descriptor: where the waiting process reads.
+        descriptor: the pipe that the foreground process reads.
     """
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
 
     def __call__(self) -> None:
-        """Say that the daemon serves. Once."""
+        """Notify the foreground process and close stderr. Call it once."""
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, 2)
         os.close(null)
-        with suppress(BrokenPipeError):  # nobody waits any more
+        with suppress(BrokenPipeError):  # the foreground process has exited
             os.write(self._descriptor, b"1")
         os.close(self._descriptor)
 
 
-def detach() -> Detached:
-    """Go to the background. Call it before any thread, loop or socket of the program exists.
+def detach() -> ReadyNotification:
+    """Continue in the background. Call it before the program has any thread, event loop or socket.
 
-    The calling process stays until the daemon has said that it serves or has died; it then exits with 0 or 1.
+    The calling process waits until the daemon is ready (exit status 0) or has died (1).
 
     Returns:
-        In the daemon: what to call once it serves.
+        In the daemon: the function to call when it is ready.
     """
-    ready, said = os.pipe()
+    ready, notification = os.pipe()
     if os.fork():
-        os.close(said)
+        os.close(notification)
         os._exit(0 if os.read(ready, 1) else 1)
     os.close(ready)
     os.setsid()
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the session leader's end must not end the daemon
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the exit of the session leader must not end the daemon
     if os.fork():
         os._exit(0)
     os.chdir("/")
     null = os.open(os.devnull, os.O_RDWR)
     os.dup2(null, 0)
-    os.dup2(null, 1)  # stderr stays until the program has said how its start went
+    os.dup2(null, 1)  # stderr stays open for errors of the start
     os.close(null)
-    return Detached(said)
+    return ReadyNotification(notification)
 
 
 def notify_service_manager(state: str) -> None:
-    """Tell the service manager, if there is one: ``READY=1``, ``STOPPING=1``, ... (sd_notify(3))."""
+    """Notify the service manager, if there is one: ``READY=1``, ``STOPPING=1``, ... (sd_notify(3))."""
     address = os.environ.get("NOTIFY_SOCKET")
     if not address:
         return
@@ -111,4 +109,4 @@ def notify_service_manager(state: str) -> None:
         try:
             channel.sendto(state.encode(), address)
         except OSError:
-            return  # a service manager that is gone must not stop the service
+            return  # the service continues without its service manager

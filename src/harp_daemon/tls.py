@@ -1,11 +1,12 @@
-"""The least version of TLS that a daemon speaks."""
+"""The minimum version of TLS of a daemon."""
 
 from __future__ import annotations
 
 import ssl
 import warnings
 
-#: The names that a configuration may give.
+
+#: The versions by their names in the configuration.
 TLS_VERSIONS = {
     "1.0": ssl.TLSVersion.TLSv1,
     "1.1": ssl.TLSVersion.TLSv1_1,
@@ -16,25 +17,25 @@ TLS_VERSIONS = {
 DEFAULT_MINIMUM = "1.2"
 
 
-def set_minimum_version(context: ssl.SSLContext, floor: str) -> bool:
-    """Set the least version that the context speaks.
+def set_minimum_version(context: ssl.SSLContext, minimum: str) -> bool:
+    """Set the minimum version of TLS.
 
-    OpenSSL 3 refuses the signatures of TLS 1.0 and 1.1 at its usual security level, so a floor below 1.2
-    lowers that level too.
+    OpenSSL 3 rejects the signatures of TLS 1.0 and 1.1 at its default security level, so a minimum below 1.2 also
+    lowers that level.
 
     Args:
         context: the context to change.
-        floor: ``1.0``, ``1.1``, ``1.2`` or ``1.3``.
+        minimum: ``1.0``, ``1.1``, ``1.2`` or ``1.3``.
 
     Returns:
-        Whether the floor is below 1.2: worth a warning in the log.
+        Whether the minimum is below 1.2, which the daemon logs as a warning.
     """
-    version = TLS_VERSIONS[floor]
-    low = floor in ("1.0", "1.1")
+    version = TLS_VERSIONS[minimum]
+    low = minimum in ("1.0", "1.1")
     if low:
         context.set_ciphers("DEFAULT:@SECLEVEL=0")
     with warnings.catch_warnings():
-        # Python warns of the old versions; the administrator, who asked for one, is warned by the daemon's log.
+        # Python warns of old versions; the administrator configured one and is warned by the daemon's log.
         warnings.simplefilter("ignore", DeprecationWarning)
         context.minimum_version = version
     return low

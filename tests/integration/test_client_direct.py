@@ -102,9 +102,9 @@ ERRORS: list[tuple[list[object], type[harp.HarpException], str]] = [
     ([], harp.CommunicationError, BROKEN_OFF),
     ([PLAIN], harp.CommunicationError, BROKEN_OFF),
     ([PLAIN, b'{"resu'], harp.CommunicationError, "6 bytes into a line"),
-    ([{"result": 1}], harp.CommunicationError, "came while waiting for the acknowledgement"),
-    ([PLAIN, {"stream": 1}], harp.CommunicationError, "came while waiting for the result"),
-    ([PLAIN, PLAIN], harp.CommunicationError, "came while waiting for the result"),
+    ([{"result": 1}], harp.CommunicationError, "received while waiting for the acknowledgement"),
+    ([PLAIN, {"stream": 1}], harp.CommunicationError, "received while waiting for the result"),
+    ([PLAIN, PLAIN], harp.CommunicationError, "received while waiting for the result"),
     ([{"harp": 2, "stream_result": False}], harp.CommunicationError, "harp: expected 1, got 2"),
     ([{"harp": 1, "stream_result": 1}], harp.CommunicationError, "stream_result: expected true or false"),
     ([b"HTTP/1.0 400 Bad Request\r\n"], harp.CommunicationError, "column 1"),
@@ -135,7 +135,7 @@ def test_direct_call_raises_errors(
         (b"", harp.CommunicationError, BROKEN_OFF),
         (b"{", harp.CommunicationError, "1 bytes into a line"),
         (b"garbage\n", harp.CommunicationError, "column 1"),
-        (PLAIN, harp.CommunicationError, "came while waiting for records"),
+        (PLAIN, harp.CommunicationError, "received while waiting for records"),
     ],
 )
 def test_direct_stream_raises_errors(

@@ -302,7 +302,7 @@ def test_keep_alive_invalid_reply_is_not_ambiguous(shell: Shell, tls: ssl.SSLCon
     with Peer(keeping(result(1), [{"result": 1}]), tls=tls) as peer:
         server = shell.server(peer, keep_alive=True)
         assert server.p() == 1
-        with pytest.raises(harp.CommunicationError, match="came while waiting for the acknowledgement") as caught:
+        with pytest.raises(harp.CommunicationError, match="received while waiting for the acknowledgement") as caught:
             server.p()
         assert UNKNOWN not in str(caught.value)
         assert peer.conversations[0].closed.wait(30)
@@ -313,7 +313,7 @@ def test_keep_alive_invalid_end_closes_the_connection(shell: Shell, tls: ssl.SSL
     """Its end may still arrive, and must not be taken for the end of the next call."""
     with Peer(keeping(lines), keeping(result(2)), tls=tls) as peer:
         server = shell.server(peer, keep_alive=True)
-        with pytest.raises(harp.CommunicationError, match=r"came while waiting|column 1"):
+        with pytest.raises(harp.CommunicationError, match=r"received while waiting|column 1"):
             list(server.p())
         assert peer.conversations[0].closed.wait(30)
         assert server.p() == 2

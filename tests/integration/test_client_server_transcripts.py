@@ -346,11 +346,11 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "a wait that is none": ({"harpcaller": 1, "get_result": UNKNOWN, "wait": 1}, "wait: expected true or false"),
     "a negative number": (
         {"harpcaller": 1, "read_stream": UNKNOWN, "since": -1},
-        "since: expected an integer from 0 on, got -1",
+        "since: expected an integer of at least 0, got -1",
     ),
     "a number with a fraction": (
         {"harpcaller": 1, "follow_stream": UNKNOWN, "recent": 1.5},
-        "recent: expected an integer from 0 on, got 1.5",
+        "recent: expected an integer of at least 0, got 1.5",
     ),
     "both numbers": (
         {"harpcaller": 1, "follow_stream": UNKNOWN, "since": 1, "recent": 1},

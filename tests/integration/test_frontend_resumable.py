@@ -1,6 +1,6 @@
 """Resumable calls over real sockets: commands and messages, attaching, disconnecting.
 
-The transcripts quote docs/protocol.md, Kept calls.
+The transcripts quote docs/protocol.md, Resumable calls.
 """
 
 from __future__ import annotations

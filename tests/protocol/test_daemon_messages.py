@@ -211,8 +211,8 @@ BAD_REQUESTS.append((with_terms(more=1), "invalid_request", "unknown key more"))
         ('{"release":1}', "release: expected true"),
         ('{"heartbeat":true}', "heartbeat: expected a number"),
         ('{"heartbeat":-1}', "heartbeat: expected a number"),
-        ('{"ack":-1}', "ack: expected an integer from 0 on, got -1"),
-        ('{"ack":true}', "ack: expected an integer from 0 on, got True"),
+        ('{"ack":-1}', "ack: expected an integer of at least 0, got -1"),
+        ('{"ack":true}', "ack: expected an integer of at least 0, got True"),
         ('{"stop":true}', "stop: expected an object"),
         ('{"stop":{}}', "why: missing"),
         ('{"stop":{"why":""}}', "stop.why: expected a string of 1 to 100 characters"),
@@ -271,7 +271,7 @@ def test_what_may_come_when_is_the_table(phase: Phase, line: str, message: Messa
         assert exchange.end_received == (closing or phase is Phase.RESUMABLE_ENDED)
         assert exchange.finished == (closing and not kept)
     else:
-        with pytest.raises(ProtocolError, match="came while"):
+        with pytest.raises(ProtocolError, match="received while"):
             exchange.read_message(line.encode())
 
 
@@ -296,14 +296,14 @@ def test_a_kept_call_has_its_own_order_of_lines() -> None:
         exchange.read_message(lines[kind])
         assert not exchange.end_received
     for kind in (RecordTime, Record, ExitInfo, Acknowledgement):
-        with pytest.raises(ProtocolError, match="came while waiting for the result, its evidence given"):
+        with pytest.raises(ProtocolError, match="received while waiting for the result, after its exit info"):
             exchange.read_message(lines[kind])
     exchange.read_message(lines[Failed])
     assert exchange.phase is Phase.RESUMABLE_ENDED
     exchange.read_message(lines[StopReport])
     exchange.read_message(lines[Heartbeat])
     for kind in (Returned, ExitInfo, RecordTime):
-        with pytest.raises(ProtocolError, match="came while waiting for the close"):
+        with pytest.raises(ProtocolError, match="received while waiting for the close"):
             exchange.read_message(lines[kind])
 
 
@@ -330,7 +330,7 @@ def test_only_who_asked_for_a_kept_call_is_told_of_one(
 ) -> None:
     exchange = ReplyReader(request=request_)
     if phase is None:
-        with pytest.raises(ProtocolError, match="came while waiting for"):
+        with pytest.raises(ProtocolError, match="received while waiting for"):
             exchange.read_message(line)
     else:
         exchange.read_message(line)

@@ -172,7 +172,7 @@ BAD_REQUESTS = [
     ('{"harpcaller":1,"get_details":"x","wait":true}', "unknown key wait"),
     ('{"harpcaller":1,"read_stream":"x","timed":"yes"}', "timed: expected true or false"),
     ('{"harpcaller":1,"get_result":"x","wait":1}', "wait: expected true or false"),
-    ('{"harpcaller":1,"follow_stream":"x","since":-1}', "since: expected an integer from 0 on, got -1"),
+    ('{"harpcaller":1,"follow_stream":"x","since":-1}', "since: expected an integer of at least 0, got -1"),
     ('{"harpcaller":1,"follow_stream":"x","since":true}', "since: expected an integer"),
     ('{"harpcaller":1,"read_stream":"x","since":1,"recent":1}', "exclude each other"),
     ('{"harpcaller":1,"procedure":"p","arguments":[]}', "host: missing"),

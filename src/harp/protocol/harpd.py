@@ -1,8 +1,8 @@
-"""The messages between harpd and those who call it: values, their lines, and which may follow which.
+"""The messages between harpd and its callers, as values and as lines, and the messages that each phase allows.
 
-Sans-IO, as `harp.protocol.requests`. A *tied* call ends with its connection. A *kept* call has an id that its
-caller gave it: it outlives the connection, and its caller may attach to it again. All that has to do with kept calls
-is said only to those who asked for it.
+Sans-IO, as `harp.protocol.requests`. A *connection-bound* call ends with its connection. A *resumable* call has an id
+from its caller: it continues without a connection, and its caller may attach to it again. Messages about resumable
+calls are sent only to callers that requested one.
 
 Spec: docs/protocol.md, harpd.
 """
@@ -91,7 +91,7 @@ __all__ = [
 
 _NO_PROCEDURE_NAME = "-"
 
-#: The most bytes of a receipt or of evidence.
+#: Maximum length of a stop report and of exit info in bytes.
 _MAX_REPORT_BYTES = 1024 * 1024
 
 
@@ -105,10 +105,10 @@ class Request:
     Attributes:
         procedure: its name.
         arguments: an array (positional) or an object (named).
-        user: who calls.
+        user: the user that calls.
         password: the user's password.
-        call: how the call is to be kept; None: it is tied to the connection.
-        keep: whether the connection is to be kept for another request.
+        call: the requested terms of a resumable call; None: the call is bound to the connection.
+        keep_alive: whether the connection is to be kept for another request.
     """
 
     procedure: str
@@ -128,7 +128,7 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Attach:
-    """Go on with a kept call: its records from number `since` on, then its end."""
+    """Attach to a resumable call: get its records from number `since` on, then its end."""
 
     call: str
     owner: str = field(repr=False)
@@ -142,14 +142,14 @@ class Attach:
         check_id("attach", self.call)
         check_name("owner", self.owner)
         check_name("secret", self.secret)
-        check(is_count(self.since), f"since: expected an integer from 0 on, got {self.since!r}")
+        check(is_count(self.since), f"since: expected an integer of at least 0, got {self.since!r}")
 
 
 @dataclass(frozen=True, slots=True)
 class ListCalls:
-    """Ask which kept calls of this owner there are.
+    """List the resumable calls of an owner.
 
-    To a harpd that does not know the question it looks like the call of a procedure that does not exist.
+    A legacy harpd reads this request as a call of a procedure that does not exist.
     """
 
     owner: str = field(repr=False)
@@ -165,7 +165,7 @@ AnyRequest: TypeAlias = Request | Attach | ListCalls
 
 
 def encode_request(request: AnyRequest) -> bytes:
-    """The request's line, line feed included. Raises `NotJSON` when the arguments have no form in JSON."""
+    """Return the request's line with its line feed. Raises `NotJSON` if the arguments have no form in JSON."""
     members = Envelope(harp=VERSION)
     match request:
         case Request(call=call):
@@ -186,7 +186,7 @@ def encode_request(request: AnyRequest) -> bytes:
 
 
 def decode_request(line: bytes, decoder: Decoder = decode_values) -> AnyRequest:
-    """Read a request's line, given without its line feed.
+    """Return the request of a line without its line feed.
 
     Raises:
         ProtocolError: of type ``parse_error``, ``invalid_protocol`` or ``invalid_request``.
@@ -212,9 +212,9 @@ def decode_request(line: bytes, decoder: Decoder = decode_values) -> AnyRequest:
 
 
 def _decode_keep_alive(members: JSONObject) -> bool:
-    keep = member_value(members, "keep_alive") if "keep_alive" in members else False
-    check(isinstance(keep, bool), "keep_alive: expected true or false")
-    return bool(keep)
+    keep_alive = member_value(members, "keep_alive") if "keep_alive" in members else False
+    check(isinstance(keep_alive, bool), "keep_alive: expected true or false")
+    return bool(keep_alive)
 
 
 def _credentials(members: JSONObject) -> tuple[str, str]:
@@ -236,17 +236,17 @@ def _check_version(members: JSONObject) -> None:
         raise ProtocolError(f"harp: expected {VERSION}, got {version!r}", "invalid_protocol")
 
 
-# What harpd says.
+# Messages of harpd.
 
 
 @dataclass(frozen=True, slots=True)
 class Acknowledgement:
-    """The procedure exists and the call is under way.
+    """The acknowledgement: the procedure exists and the call has started.
 
     Attributes:
-        stream_result: whether records will come.
-        call: the terms of a kept call; None: the call is tied, whatever was asked for.
-        keep: seconds for which the connection waits for another request after the call; None: it is closed.
+        stream_result: whether records follow.
+        call: the terms of a resumable call; None: the call is bound to the connection, whatever was requested.
+        keep_alive: seconds that the connection waits for another request after the call; None: it is closed.
     """
 
     stream_result: bool
@@ -267,7 +267,7 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class RecordTime:
-    """The records that follow were made at `time` (Unix seconds)."""
+    """The timestamp of the records that follow (Unix seconds)."""
 
     time: float
 
@@ -277,25 +277,25 @@ class RecordTime:
 
 @dataclass(frozen=True, slots=True)
 class StopReport:
-    """What was done to stop the call, an object; the later one counts."""
+    """The stop report of the call, an object; a later one replaces it."""
 
     report: Payload
 
     def __post_init__(self) -> None:
         _check_report("stop_report", self.report)
-        found = _held(self.report).get("survivors", [])
+        found = _report_value(self.report).get("survivors", [])
         known = isinstance(found, list) and all(isinstance(one, dict) and is_count(one.get("pid")) for one in found)
         check(known, "stop_report.survivors: expected an array of objects with a pid")
 
     @property
     def survivors(self) -> list[int]:
-        """The pids of the processes that survive."""
-        return [int(one["pid"]) for one in _held(self.report).get("survivors", [])]
+        """The pids of the surviving processes."""
+        return [int(one["pid"]) for one in _report_value(self.report).get("survivors", [])]
 
 
 @dataclass(frozen=True, slots=True)
 class ExitInfo:
-    """How the call's process ended, an object."""
+    """The exit info of the call's process, an object."""
 
     info: Payload
 
@@ -309,18 +309,18 @@ def _check_report(key: str, report: Payload) -> None:
     check(not longest, f"{key}: expected at most {_MAX_REPORT_BYTES} bytes")
 
 
-def _held(report: Payload) -> Mapping[str, Any]:
-    """A receipt's value. Raises `ProtocolError`."""
+def _report_value(report: Payload) -> Mapping[str, Any]:
+    """Return the value of a stop report. Raises `ProtocolError`."""
     try:
         found: Mapping[str, Any] = loads(report) if isinstance(report, Raw) else report
     except InvalidJSON as error:
-        raise ProtocolError(f"receipt: {error}") from error
+        raise ProtocolError(f"stop_report: {error}") from error
     return found
 
 
 @dataclass(frozen=True, slots=True)
 class CallList:
-    """The owner's kept calls, and the incarnation of the warden that starts new ones; `keep` as above."""
+    """The owner's resumable calls, and the instance id of the supervisor that starts new ones."""
 
     calls: tuple[str, ...]
     instance: str
@@ -333,8 +333,9 @@ class CallList:
         check_name("instance", self.instance)
 
 
-def _check_keep_alive(keep: object) -> None:
-    check(keep is None or is_seconds(keep), f"keep_alive: expected a positive number of seconds, got {keep!r}")
+def _check_keep_alive(seconds: object) -> None:
+    valid = seconds is None or is_seconds(seconds)
+    check(valid, f"keep_alive: expected a positive number of seconds, got {seconds!r}")
 
 
 Message: TypeAlias = (
@@ -343,28 +344,28 @@ Message: TypeAlias = (
 
 
 def encode_message(message: Message) -> bytes:
-    """The line of what harpd says, line feed included. Raises `NotJSON` when a payload has no form in JSON."""
+    """Return the message's line with its line feed. Raises `NotJSON` if a payload has no form in JSON."""
     match message:
-        case Acknowledgement(stream_result, call, keep):
+        case Acknowledgement(stream_result, call, keep_alive):
             members = Envelope(harp=VERSION, stream_result=stream_result)
             if call is not None:
                 members["call"] = encode_terms(call)
-            if keep is not None:
-                members["keep_alive"] = keep
+            if keep_alive is not None:
+                members["keep_alive"] = keep_alive
         case Record(data):
             return closing.record(dumps(data))
         case RecordTime(time):
             members = Envelope(at=time)
-        case Heartbeat(at):
-            members = Envelope(heartbeat=at)
-        case StopReport(receipt):
-            members = Envelope(stop_report=receipt)
-        case ExitInfo(evidence):
-            members = Envelope(exit_info=evidence)
-        case CallList(calls, warden, keep):
-            members = Envelope(harp=VERSION, calls=calls, instance=warden)
-            if keep is not None:
-                members["keep_alive"] = keep
+        case Heartbeat(time):
+            members = Envelope(heartbeat=time)
+        case StopReport(report):
+            members = Envelope(stop_report=report)
+        case ExitInfo(info):
+            members = Envelope(exit_info=info)
+        case CallList(calls, instance, keep_alive):
+            members = Envelope(harp=VERSION, calls=calls, instance=instance)
+            if keep_alive is not None:
+                members["keep_alive"] = keep_alive
         case Failed():
             members = Envelope(harp=VERSION, **encode_end(message))
         case _:
@@ -373,7 +374,7 @@ def encode_message(message: Message) -> bytes:
 
 
 def decode_message(line: bytes, decoder: Decoder = decode_values) -> Message:
-    """Read a line of what harpd says. Raises `ProtocolError`."""
+    """Return the message of a line. Raises `ProtocolError`."""
     members = decode_object(line, decoder)
     kinds = [kind for kind in _MESSAGES if kind in members]
     check(len(kinds) == 1, "not a message of harpd" if not kinds else f"both {' and '.join(kinds)}")
@@ -432,22 +433,22 @@ _MESSAGES: Mapping[str, Callable[[JSONObject], Message]] = MappingProxyType(
 )
 
 
-# What may follow what.
+# Phases.
 
 
 class Phase(Enum):
-    """Where an exchange stands. The first three: by what was asked."""
+    """The phase of an exchange. The first four depend on the request."""
 
     SENT = "waiting for the acknowledgement"
-    SENT_RESUMABLE = "waiting for the acknowledgement of a kept call"
+    SENT_RESUMABLE = "waiting for the acknowledgement of a resumable call"
     SENT_ATTACH = "waiting for the acknowledgement of an attach"
     SENT_LIST = "waiting for the list of calls"
     RUNNING = "waiting for the result"
     STREAMING = "waiting for records or the result"
-    RESUMABLE_RUNNING = "waiting for the result of a kept call"
-    RESUMABLE_STREAMING = "waiting for records or the result of a kept call"
-    RESUMABLE_ENDING = "waiting for the result, its evidence given"
-    RESUMABLE_ENDED = "waiting for the close of a kept call"
+    RESUMABLE_RUNNING = "waiting for the result of a resumable call"
+    RESUMABLE_STREAMING = "waiting for records or the result of a resumable call"
+    RESUMABLE_ENDING = "waiting for the result, after its exit info"
+    RESUMABLE_ENDED = "waiting for the close of a resumable call"
     CLOSED = "closed"
 
 
@@ -456,14 +457,14 @@ def _closing(phase: Phase) -> dict[type, Phase]:
 
 
 def _resumable(phase: Phase) -> dict[type, Phase]:
-    """What may come in every phase of a kept call, and leaves the phase as it is."""
+    """Return the transitions of messages that every phase of a resumable call allows; the phase stays."""
     return dict.fromkeys((Heartbeat, StopReport), phase)
 
 
 _REPLIED = MappingProxyType({Acknowledgement: Phase.RUNNING, Failed: Phase.CLOSED})
 
-#: What may come in which phase, and the phase after it. What is not listed here is a protocol error.
-#: The acknowledgement itself says more: see `_ACKNOWLEDGED`.
+#: The messages that each phase allows, and the phase after each. All others are protocol errors.
+#: The phase after an acknowledgement depends on its content: see `_ACKNOWLEDGED`.
 TRANSITIONS: Mapping[Phase, Mapping[type, Phase]] = MappingProxyType(
     {
         Phase.SENT: _REPLIED,
@@ -490,16 +491,16 @@ TRANSITIONS: Mapping[Phase, Mapping[type, Phase]] = MappingProxyType(
     }
 )
 
-#: Which acknowledgements may come in which phase: whether of a kept call.
+#: The acknowledgements that each phase allows, by whether they are of a resumable call.
 _MAY_BE_RESUMABLE: Mapping[Phase, frozenset[bool]] = MappingProxyType(
     {
         Phase.SENT: frozenset({False}),
-        Phase.SENT_RESUMABLE: frozenset({False, True}),  # a harpd of the field knows tied calls only
+        Phase.SENT_RESUMABLE: frozenset({False, True}),  # a legacy harpd has connection-bound calls only
         Phase.SENT_ATTACH: frozenset({True}),
     }
 )
 
-#: The phase after an acknowledgement, by whether the call is kept and whether it streams.
+#: The phase after an acknowledgement, by whether the call is resumable and whether it streams.
 _ACKNOWLEDGED: Mapping[tuple[bool, bool], Phase] = MappingProxyType(
     {
         (False, False): Phase.RUNNING,
@@ -523,39 +524,39 @@ def _first_phase(request: AnyRequest | None) -> Phase:
 
 
 class ReplyReader:
-    """What harpd may say after one request: reads line after line, and knows when nothing more may come.
+    """The reader of harpd's messages after one request.
 
     Args:
-        decoder: decides whether payloads come as values or as `Raw` text.
-        request: what was sent; None: a request for a tied call.
+        decoder: decides whether payloads are values or `Raw` text.
+        request: the request that was sent; None: a request for a connection-bound call.
     """
 
     def __init__(self, decoder: Decoder = decode_values, request: AnyRequest | None = None) -> None:
         self._decoder = decoder
-        #: Where the exchange stands.
+        #: The phase of the exchange.
         self.phase = _first_phase(request)
-        #: Seconds for which the connection then waits for another request; None: harpd closes it.
+        #: Seconds that the connection waits for another request after the last message; None: harpd closes it.
         self.keep_alive: float | None = None
 
     @property
     def end_received(self) -> bool:
-        """Whether the closing line, a refusal or the list has come. A receipt may still follow a kept call's end."""
+        """Whether the closing line, an error or the list was read. A stop report may follow a resumable call's end."""
         return self.phase in (Phase.CLOSED, Phase.RESUMABLE_ENDED)
 
     @property
     def finished(self) -> bool:
-        """Whether the last message has come. Never so for a kept call: it is over when harpd closes."""
+        """Whether the last message was read. Always false for a resumable call, which ends when harpd closes."""
         return self.phase is Phase.CLOSED
 
     @property
     def is_streaming(self) -> bool:
-        """Whether the next messages may be records, after which it stands where it does."""
+        """Whether the next messages may be records."""
         return self.phase in (Phase.STREAMING, Phase.RESUMABLE_STREAMING)
 
     def read_records(self, lines: Iterable[bytes]) -> list[Payload]:
-        """The records that the first lines are, while they are written as harpd's calls write them.
+        """Return the data of the first lines that are records as HARP's harpd writes them.
 
-        That is quicker than `message`, which is for the line after them.
+        This is faster than `read_message`, which reads the line after them.
         """
         found: list[Payload] = []
         if self.is_streaming:
@@ -567,20 +568,20 @@ class ReplyReader:
         return found
 
     def read_message(self, line: bytes) -> Message:
-        """Read the next message. Raises `ProtocolError` for anything that may not come now."""
+        """Return the next message. Raises `ProtocolError` if it is not allowed now."""
         message = decode_message(line, self._decoder)
         following = TRANSITIONS[self.phase].get(type(message))
         if following is None:
-            raise ProtocolError(f"{type(message).__name__} came while {self.phase.value}")
+            raise ProtocolError(f"{type(message).__name__} received while {self.phase.value}")
         if isinstance(message, Acknowledgement):
-            kept = message.call is not None
-            if kept not in _MAY_BE_RESUMABLE[self.phase]:
-                came = "kept" if kept else "tied"
-                raise ProtocolError(f"acknowledgement of a {came} call came while {self.phase.value}")
-            following = _ACKNOWLEDGED[kept, message.stream_result]
+            resumable = message.call is not None
+            if resumable not in _MAY_BE_RESUMABLE[self.phase]:
+                kind = "resumable" if resumable else "connection-bound"
+                raise ProtocolError(f"acknowledgement of a {kind} call received while {self.phase.value}")
+            following = _ACKNOWLEDGED[resumable, message.stream_result]
         if isinstance(message, (Acknowledgement, CallList)):
             self.keep_alive = message.keep_alive
         elif isinstance(message, Failed) and following is Phase.CLOSED:
-            self.keep_alive = None  # whoever says so closes
+            self.keep_alive = None  # harpd closes after an error
         self.phase = following
         return message

@@ -238,7 +238,7 @@ def _is_time(moment: object) -> bool:
 
 def _decode_packet(members: JSONObject, request: Request) -> Packet:
     number = member_value(members, "packet")
-    check(is_count(number), f"packet: expected an integer from 0 on, got {number!r}")
+    check(is_count(number), f"packet: expected an integer of at least 0, got {number!r}")
     check("data" in members, "data: missing")
     timed = isinstance(request, (FollowStream, ReadStream)) and request.timed
     return Packet(number, members.payload("data"), _decode_time(members) if timed else None)

@@ -125,7 +125,7 @@ class _Stream:
 
     def __post_init__(self) -> None:
         for key, number in (("since", self.since), ("recent", self.recent)):
-            check(number is None or is_count(number), f"{key}: expected an integer from 0 on, got {number!r}")
+            check(number is None or is_count(number), f"{key}: expected an integer of at least 0, got {number!r}")
         check(self.since is None or self.recent is None, "since and recent exclude each other")
         check(isinstance(self.timed, bool), "timed: expected true or false")
 

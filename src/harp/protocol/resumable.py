@@ -1,6 +1,6 @@
-"""What only kept calls have: the terms asked for and given, and what their caller says while they run.
+"""The messages of resumable calls only: the requested and granted terms, and the caller's commands to a running call.
 
-Sans-IO. `harp.protocol.harpd` gives all of it on, beside the messages that every call has.
+Sans-IO. `harp.protocol.harpd` exports them again, beside the messages of all calls.
 
 Spec: docs/protocol.md, harpd.
 """
@@ -24,23 +24,42 @@ from harp.protocol.fields import (
 )
 from harp.protocol.json_text import Envelope, JSONObject, decode_values, dumps
 
-#: The most bytes of an order's line, its line feed not counted.
+__all__ = [
+    "MAX_COMMAND_BYTES",
+    "Ack",
+    "Command",
+    "GrantedTerms",
+    "Heartbeat",
+    "Release",
+    "RequestedTerms",
+    "StopCall",
+    "check_id",
+    "check_name",
+    "check_time",
+    "decode_command",
+    "decode_heartbeat",
+    "decode_terms",
+    "encode_command",
+    "encode_terms",
+]
+
+#: Maximum length of a command's line in bytes, without its line feed.
 MAX_COMMAND_BYTES = 4096
-#: The most characters of a name that a caller gives, and of the reason of a stop.
+#: Maximum length in characters of a name from a caller, and of the reason of a stop.
 _MAX_NAME_LENGTH, _MAX_REASON_LENGTH = 200, 100
-#: The most seconds that can be asked for: thirty years; and the last moment, Unix seconds, that can be said.
+#: Maximum duration in seconds (thirty years), and maximum time in Unix seconds.
 _MAX_SECONDS, _MAX_TIME = 1e9, 1e12
 _UUID = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 
 def check_id(key: str, id_: object) -> None:
-    """Refuse what is not the id of a kept call. Raises `ProtocolError` that names the key."""
+    """Raise `ProtocolError` with the key unless it is the id of a resumable call."""
     check(isinstance(id_, str) and _UUID.fullmatch(id_) is not None, f"{key}: expected a UUID in lower case")
 
 
 def check_name(key: str, name: object, max_length: int = _MAX_NAME_LENGTH) -> None:
-    """Refuse what is not a string, empty or too long. Raises `ProtocolError` that names the key."""
-    # The name is not shown: it may be a secret.
+    """Raise `ProtocolError` with the key unless it is a string, not empty and not too long."""
+    # The message does not quote the name: it may be a secret.
     check(
         isinstance(name, str) and 0 < len(name) <= max_length,
         f"{key}: expected a string of 1 to {max_length} characters",
@@ -53,24 +72,24 @@ def _check_seconds(key: str, seconds: object) -> None:
 
 
 def check_time(key: str, seconds: object) -> None:
-    """Refuse what is not a number of seconds from 0 on. Raises `ProtocolError` that names the key."""
+    """Raise `ProtocolError` with the key unless it is a number of seconds of at least 0."""
     number = isinstance(seconds, (int, float)) and not isinstance(seconds, bool)
-    check(number and 0 <= seconds <= _MAX_TIME, f"{key}: expected a number of seconds from 0 on")  # type: ignore[operator]
+    check(number and 0 <= seconds <= _MAX_TIME, f"{key}: expected a number of seconds of at least 0")  # type: ignore[operator]
 
 
 @dataclass(frozen=True, slots=True)
 class RequestedTerms:
-    """What a caller asks for that wants its call kept.
+    """The terms of a resumable call that its caller requests.
 
     Attributes:
-        id: the call's id, a UUID in lower case, never used before.
-        owner: who may list the call: the caller's own id.
-        secret: who may attach to it.
-        warden: the incarnation of the warden that shall run it; another one refuses it.
-        disconnect_timeout: seconds that it may run without contact.
-        result_ttl: seconds for which its end is kept without contact.
-        timeout: seconds allowed between two records, or the last and the end.
-        max_exec_time: seconds allowed from its start to its end.
+        id: the call's id, a UUID in lower case that was never used before.
+        owner: the caller's own id, which lists the call.
+        secret: the call's secret, which attaches to it.
+        instance: the instance id of the supervisor that is to run the call; another supervisor rejects it.
+        disconnect_timeout: maximum seconds that the call runs without contact.
+        result_ttl: seconds that harpd holds the end of the call without contact.
+        timeout: maximum seconds between two records, or between the last record and the end.
+        max_exec_time: maximum seconds from start to end.
     """
 
     id: str
@@ -92,15 +111,15 @@ class RequestedTerms:
 
 @dataclass(frozen=True, slots=True)
 class GrantedTerms:
-    """What a caller gets that wants its call kept.
+    """The terms of a resumable call that harpd grants.
 
     Attributes:
-        warden: the incarnation of the warden that has the call.
-        disconnect_timeout: seconds that the call may run without contact; at most what was asked for.
-        result_ttl: seconds for which its end is kept without contact; at most what was asked for.
-        kill_grace: seconds between two steps of ending the call.
+        instance: the instance id of the supervisor that runs the call.
+        disconnect_timeout: maximum seconds that the call runs without contact; at most the requested value.
+        result_ttl: seconds that harpd holds the end of the call without contact; at most the requested value.
+        kill_grace: seconds between two signals of a stop.
         elapsed: seconds since the call's start.
-        records: how many records there are so far.
+        records: number of records so far.
     """
 
     instance: str
@@ -111,26 +130,26 @@ class GrantedTerms:
     records: int
 
     def __post_init__(self) -> None:
-        check_name("call.warden", self.instance)
+        check_name("call.instance", self.instance)
         for key in ("disconnect_timeout", "result_ttl", "kill_grace"):
             _check_seconds(f"call.{key}", getattr(self, key))
         check_time("call.elapsed", self.elapsed)
-        check(is_count(self.records), f"call.records: expected an integer from 0 on, got {self.records!r}")
+        check(is_count(self.records), f"call.records: expected an integer of at least 0, got {self.records!r}")
 
 
 T = TypeVar("T", RequestedTerms, GrantedTerms)
 
 
 def encode_terms(terms: RequestedTerms | GrantedTerms) -> dict[str, Any]:
-    """The object under ``call``."""
+    """Return the object for the key ``call``."""
     return {key: getattr(terms, key) for key in terms.__dataclass_fields__}
 
 
 def decode_terms(members: JSONObject, kind: type[T]) -> T | None:
-    """Read the object under ``call``, of the kind that is asked for; None when there is none.
+    """Return the terms under the key ``call``; None if the key is missing.
 
     Raises:
-        ProtocolError: it is not what it should be.
+        ProtocolError: the terms are not valid.
     """
     if "call" not in members:
         return None
@@ -146,11 +165,11 @@ def decode_terms(members: JSONObject, kind: type[T]) -> T | None:
 
 @dataclass(frozen=True, slots=True)
 class Heartbeat:
-    """I am here: what the caller of a kept call says every few seconds, and harpd's answer.
+    """A heartbeat, which the caller of a resumable call sends every few seconds, or harpd's reply to it.
 
-    `at` is harpd's time, in seconds since the call's start: in its answer now; from the caller the last one that it has
-    heard, from the acknowledgement or an answer. So harpd knows up to when its words have certainly arrived, however
-    long the caller's were on their way: a line that comes late proves no contact that is not there.
+    `time` is harpd's time in seconds since the call's start: harpd sends its current time; the caller echoes the latest
+    time that it has received, in the acknowledgement or in a heartbeat. So harpd knows a time up to which the caller
+    has received from it, even if the heartbeat itself was delayed.
     """
 
     time: float
@@ -160,23 +179,23 @@ class Heartbeat:
 
 
 def decode_heartbeat(members: JSONObject) -> Heartbeat:
-    """Read ``{"heartbeat":SECONDS}``, which both sides say. Raises `ProtocolError`."""
+    """Return the heartbeat of a line ``{"heartbeat":SECONDS}``, which both sides send. Raises `ProtocolError`."""
     return Heartbeat(member_value(members, "heartbeat"))
 
 
 @dataclass(frozen=True, slots=True)
 class Ack:
-    """The records below number `count` are on stable storage: harpd may forget them."""
+    """The records with numbers below `count` are on stable storage: harpd may discard them."""
 
     count: int
 
     def __post_init__(self) -> None:
-        check(is_count(self.count), f"ack: expected an integer from 0 on, got {self.count!r}")
+        check(is_count(self.count), f"ack: expected an integer of at least 0, got {self.count!r}")
 
 
 @dataclass(frozen=True, slots=True)
 class StopCall:
-    """Stop the call; `why` in a word, `by` whom, if that is known."""
+    """Stop the call; `why` is a word for the reason, `by` the user or address that requested it, if known."""
 
     why: str
     by: str | None = None
@@ -189,14 +208,14 @@ class StopCall:
 
 @dataclass(frozen=True, slots=True)
 class Release:
-    """The call's end is on stable storage: harpd may forget the call."""
+    """The call's end is on stable storage: harpd may discard the call."""
 
 
 Command: TypeAlias = Ack | Heartbeat | StopCall | Release
 
 
 def encode_command(command: Command) -> bytes:
-    """The order's line, line feed included; at most `MAX_COMMAND_BYTES` bytes long without it."""
+    """Return the command's line with its line feed; without it, at most `MAX_COMMAND_BYTES` bytes long."""
     match command:
         case Ack(count):
             members = Envelope(ack=count)
@@ -210,7 +229,7 @@ def encode_command(command: Command) -> bytes:
 
 
 def decode_command(line: bytes) -> Command:
-    """Read an order's line, given without its line feed.
+    """Return the command of a line without its line feed.
 
     Raises:
         ProtocolError: of type ``parse_error`` or ``invalid_request``.

@@ -1,6 +1,6 @@
 """The client API over TCP and Unix sockets: one request per connection, or more with keep-alive.
 
-Spec: docs/protocol.md, Client and dispatcher, and Kept connections.
+Spec: docs/protocol.md, Client and dispatcher, and Keep-alive.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ The first request to a host lists the calls that it holds for this dispatcher. T
 a start has to name, and shows orphaned calls. A legacy harpd does not know this request. It is asked again after some
 time, because it may have been upgraded.
 
-Spec: docs/protocol.md, Kept calls.
+Spec: docs/protocol.md, Resumable calls.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ breaks before the acknowledgement, the run attaches to the call; it never writes
 The client's pool is a separate one on purpose: it is shared between threads and has no timer, this one belongs to an
 event loop and limits connections per host.
 
-Spec: docs/protocol.md, Kept connections.
+Spec: docs/protocol.md, Keep-alive.
 """
 
 from __future__ import annotations

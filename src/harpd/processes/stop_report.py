@@ -80,7 +80,7 @@ class StopReport:
             began: Unix seconds.
             ended: Unix seconds; None: now.
 
-        Spec: docs/protocol.md, Kept calls.
+        Spec: docs/protocol.md, Resumable calls.
         """
         survivors = {identity: process.command for identity, process in self._remaining.items()}
         if not main_ended:

@@ -5,7 +5,7 @@ Other dispatchers' calls look as if they were absent. The reply that a call is a
 tombstone, so that a delayed start of it is rejected. Ids that were used get one, too. A tombstone stays longer than a
 start may be delayed: a start whose connection is older is rejected.
 
-Spec: docs/protocol.md, Kept calls.
+Spec: docs/protocol.md, Resumable calls.
 """
 
 from __future__ import annotations

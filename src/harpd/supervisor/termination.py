@@ -112,7 +112,7 @@ class TerminationSequence:
     def stop_report(self) -> dict[str, Any] | None:
         """Return the stop report; None if nothing had to be stopped.
 
-        Spec: docs/protocol.md, Kept calls.
+        Spec: docs/protocol.md, Resumable calls.
         """
         if not self._began:
             return None
