@@ -1,4 +1,4 @@
-"""The messages of client and dispatcher: one table of lines drives reader and writer."""
+"""The messages between client and dispatcher: one table of lines drives decoder and encoder."""
 
 from __future__ import annotations
 
@@ -104,36 +104,36 @@ REPLIES: list[tuple[str, Request, Reply]] = [
 
 
 @pytest.mark.parametrize(("line", "request_"), REQUESTS)
-def test_requests_are_written_and_read(line: str, request_: Request) -> None:
+def test_request_encoded_and_decoded_is_equal(line: str, request_: Request) -> None:
     assert encode_request(request_) == line.encode() + b"\n"
     assert decode_request(line.encode()) == request_
 
 
 @pytest.mark.parametrize(("line", "request_"), REQUESTS)
-def test_key_order_and_space_in_requests_never_matter(line: str, request_: Request) -> None:
+def test_request_in_any_key_order_and_spacing_is_equal(line: str, request_: Request) -> None:
     members = json.loads(line)
     turned = json.dumps(dict(reversed(members.items())), separators=(" , ", " : "))
     assert decode_request(f"  {turned}\t\r".encode()) == request_
 
 
 @pytest.mark.parametrize(("line", "request_", "reply"), REPLIES)
-def test_replies_are_written_and_read(line: str, request_: Request, reply: Reply) -> None:
+def test_reply_encoded_and_decoded_is_equal(line: str, request_: Request, reply: Reply) -> None:
     assert encode_reply(reply) == line.encode() + b"\n"
     assert decode_reply(line.encode(), request_) == reply
 
 
 @pytest.mark.parametrize(("line", "request_", "reply"), REPLIES)
-def test_a_sliced_reply_is_sent_on_to_the_letter(line: str, request_: Request, reply: Reply) -> None:
+def test_reply_of_slices_is_encoded_unchanged(line: str, request_: Request, reply: Reply) -> None:
     assert encode_reply(decode_reply(line.encode(), request_, decode_slices)) == line.encode() + b"\n"
 
 
 @pytest.mark.parametrize(("line", "request_", "reply"), REPLIES)
-def test_extra_keys_in_replies_are_taken_calmly(line: str, request_: Request, reply: Reply) -> None:
+def test_reply_with_extra_keys_is_accepted(line: str, request_: Request, reply: Reply) -> None:
     assert decode_reply(json.dumps({"new": 1, **json.loads(line)}).encode(), request_) == reply
 
 
 @pytest.mark.parametrize("request_", [request for _, request in REQUESTS])
-def test_which_reply_may_follow_is_the_table(request_: Request) -> None:
+def test_reply_to_each_request_is_as_in_the_table(request_: Request) -> None:
     for line, asked, reply in REPLIES:
         may = type(reply) in MAY_FOLLOW[type(request_)] or (isinstance(request_, Cancel) and "cancelled" in line)
         if (
@@ -153,7 +153,7 @@ def test_which_reply_may_follow_is_the_table(request_: Request) -> None:
                 decode_reply(line.encode(), request_)
 
 
-def test_the_table_knows_every_request_and_reply() -> None:
+def test_table_lists_every_request_and_reply() -> None:
     assert set(MAY_FOLLOW) == set(get_args(Request))
     assert set().union(*MAY_FOLLOW.values()) == set(get_args(Reply))
 
@@ -207,46 +207,46 @@ BAD_REQUESTS = [
 ]
 
 
-@pytest.mark.parametrize("opener", [decode_values, decode_slices])
+@pytest.mark.parametrize("decoder", [decode_values, decode_slices])
 @pytest.mark.parametrize(("line", "message"), BAD_REQUESTS)
-def test_a_bad_request_says_what_and_where(line: str, message: str, opener: Any) -> None:
+def test_request_invalid_raises_reason_and_key(line: str, message: str, decoder: Any) -> None:
     with pytest.raises(ProtocolError, match=message):
-        decode_request(line.encode(), opener)
+        decode_request(line.encode(), decoder)
 
 
-@pytest.mark.parametrize("opener", [decode_slices])
-def test_a_repeated_key_within_a_request_is_a_bad_request(opener: Any) -> None:
+@pytest.mark.parametrize("decoder", [decode_slices])
+def test_request_with_repeated_inner_key_raises(decoder: Any) -> None:
     many = b'{"harpcaller":1,"submit_many":[{"host":"h","procedure":"p","arguments":[],"host":"h"}]}'
     with pytest.raises(ProtocolError, match=r"submit_many\[0\]: repeated key"):
-        decode_request(many, opener)
+        decode_request(many, decoder)
     queue = b'{"harpcaller":1,"host":"h","procedure":"p","arguments":[],"queue":{"name":{},"name":{}}}'
     with pytest.raises(ProtocolError, match="queue: repeated key"):
-        decode_request(queue, opener)
+        decode_request(queue, decoder)
 
 
 @pytest.mark.parametrize("key", ["timeout", "max_exec_time", "queue", "info"])
-def test_null_is_absent(key: str) -> None:
+def test_request_with_null_is_as_without_the_key(key: str) -> None:
     line = f'{{"harpcaller":1,"host":"h","procedure":"p","arguments":[],"{key}":null}}'
     assert decode_request(line.encode()) == CALL
 
 
 @pytest.mark.parametrize("off", ["null", "false"])
-def test_a_switch_that_is_off_is_absent(off: str) -> None:
+def test_request_with_false_flag_omits_it(off: str) -> None:
     assert decode_request(f'{{"harpcaller":1,"cancel":"{JOB}","wait":{off}}}'.encode()) == Cancel(JOB)
     assert decode_request(f'{{"harpcaller":1,"follow_stream":"{JOB}","timed":{off}}}'.encode()) == FOLLOW
 
 
-@pytest.mark.parametrize("opener", [decode_values, decode_slices])
-def test_a_reply_has_nothing_new_for_a_request_that_did_not_ask(opener: Any) -> None:
-    assert decode_reply(b'{"cancelled":true,"stop":{}}', Cancel(JOB), opener) == WasCancelled(True)
-    assert decode_reply(b'{"packet":3,"data":1,"time":"never"}', FOLLOW, opener).time is None  # type: ignore[union-attr]
+@pytest.mark.parametrize("decoder", [decode_values, decode_slices])
+def test_reply_without_opt_in_has_no_new_key(decoder: Any) -> None:
+    assert decode_reply(b'{"cancelled":true,"stop":{}}', Cancel(JOB), decoder) == WasCancelled(True)
+    assert decode_reply(b'{"packet":3,"data":1,"time":"never"}', FOLLOW, decoder).time is None  # type: ignore[union-attr]
     for reply in (WasCancelled(True), Packet(3, [1])):
         assert set(json.loads(encode_reply(reply))) <= {"cancelled", "packet", "data"}
 
 
-@pytest.mark.parametrize("opener", [decode_values, decode_slices])
-def test_nothing_was_running_so_there_is_no_stop(opener: Any) -> None:
-    reply = decode_reply(b'{"cancelled":false,"stop":null}', Cancel(JOB, wait=True), opener)
+@pytest.mark.parametrize("decoder", [decode_values, decode_slices])
+def test_reply_to_cancel_without_processes_has_no_stop(decoder: Any) -> None:
+    reply = decode_reply(b'{"cancelled":false,"stop":null}', Cancel(JOB, wait=True), decoder)
     assert reply == WasCancelled(False)
 
 
@@ -265,19 +265,19 @@ BAD_REPLIES: list[tuple[str, Request, str]] = [
 ]
 
 
-@pytest.mark.parametrize("opener", [decode_values, decode_slices])
+@pytest.mark.parametrize("decoder", [decode_values, decode_slices])
 @pytest.mark.parametrize(("line", "request_", "message"), BAD_REPLIES)
-def test_a_bad_reply_says_what_and_where(line: str, request_: Request, message: str, opener: Any) -> None:
+def test_reply_invalid_raises_reason_and_key(line: str, request_: Request, message: str, decoder: Any) -> None:
     with pytest.raises(ProtocolError, match=message):
-        decode_reply(line.encode(), request_, opener)
+        decode_reply(line.encode(), request_, decoder)
 
 
-def test_a_limit_may_be_a_very_large_integer() -> None:
+def test_request_with_huge_integer_limit_is_accepted() -> None:
     line = f'{{"harpcaller":1,"host":"h","procedure":"p","arguments":[],"timeout":{10**400}}}'
     assert decode_request(line.encode()) == Call("h", "p", [], timeout=10**400)
 
 
-def test_a_packet_out_of_number_is_a_protocol_error() -> None:
+def test_reply_reader_packet_out_of_order_raises() -> None:
     exchange = ReplyReader(FollowStream(JOB, since=3))
     with pytest.raises(ProtocolError, match="packet 4: expected number 3"):
         exchange.read_reply(b'{"packet":4,"data":1}')
@@ -287,7 +287,7 @@ def test_a_packet_out_of_number_is_a_protocol_error() -> None:
         exchange.read_reply(b'{"packet":4,"data":1}')
 
 
-def test_nothing_follows_the_last_reply() -> None:
+def test_reply_reader_data_after_the_last_reply_raises() -> None:
     exchange = ReplyReader(READ)
     exchange.read_reply(b'{"continue":true}')
     assert exchange.finished
@@ -314,16 +314,16 @@ messages = st.recursive(
 
 
 @given(messages.map(lambda m: json.dumps(m).encode()) | st.binary(), st.sampled_from([decode_values, decode_slices]))
-def test_any_line_is_a_message_or_a_protocol_error(line: bytes, opener: Any) -> None:
+def test_decoders_of_any_line_return_or_raise(line: bytes, decoder: Any) -> None:
     try:
-        request = decode_request(line, opener)
+        request = decode_request(line, decoder)
     except ProtocolError as error:
         assert error.message
     else:
         assert loads(encode_request(request)[:-1])
     for asked in (CALL, Cancel(JOB, wait=True), GetResult(JOB), GetStatus(JOB), GetDetails(JOB), FOLLOW, READ, TIMED):
         try:
-            reply = decode_reply(line, asked, opener)
+            reply = decode_reply(line, asked, decoder)
         except ProtocolError as error:
             assert error.message
         else:

@@ -1,4 +1,4 @@
-"""Bytes to lines."""
+"""The splitting of bytes into lines."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from harp.protocol.lines import LineBuffer, LineTooLong
 
 
 @given(st.lists(st.binary(max_size=20).filter(lambda line: b"\n" not in line)), st.data())
-def test_lines_come_whole_however_the_bytes_come(lines: list[bytes], data: st.DataObject) -> None:
+def test_feed_in_any_pieces_returns_whole_lines(lines: list[bytes], data: st.DataObject) -> None:
     stream = b"".join(line + b"\n" for line in lines) + b"rest"
     buffer = LineBuffer(20)
     found = []
@@ -22,14 +22,14 @@ def test_lines_come_whole_however_the_bytes_come(lines: list[bytes], data: st.Da
     assert buffer.pending == b"rest"
 
 
-def test_the_limit_counts_the_line_without_its_end() -> None:
+def test_feed_limit_excludes_the_line_feed() -> None:
     assert LineBuffer(3).feed(b"abc\nabc\n") == [b"abc", b"abc"]
 
 
 @pytest.mark.parametrize(
     "pieces", [[b"abcd\n"], [b"abcd"], [b"ab", b"cd"], [b"x\nab", b"cd"], [b"a\nabcd\nb\n"], [b"a\nb\nabcd"]]
 )
-def test_a_line_past_the_limit_is_refused_before_it_is_whole(pieces: list[bytes]) -> None:
+def test_feed_of_incomplete_long_line_raises(pieces: list[bytes]) -> None:
     buffer = LineBuffer(3)
     with pytest.raises(LineTooLong, match="longer than 3 bytes"):
         for piece in pieces:

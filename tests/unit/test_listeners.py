@@ -39,37 +39,37 @@ def resolve_to(monkeypatch: pytest.MonkeyPatch, *places: tuple[int, str]) -> Non
         ("192.0.2.1", [(V4, "192.0.2.1")]),
     ],
 )
-def test_resolve_addresses(address: str | None, expected: list[Any]) -> None:
+def test_resolve_of_addresses_returns_them(address: str | None, expected: list[Any]) -> None:
     assert resolve(address) == expected
 
 
-def test_resolve_localhost_are_loopback() -> None:
+def test_resolve_of_localhost_returns_loopback() -> None:
     found = resolve("localhost")
     assert found
     assert set(found) <= {(V4, "127.0.0.1"), (V6, "::1")}
 
 
 @pytest.mark.parametrize("name", ["no-such-host.invalid", "a..b", "x" * 80, "a b", "", "[::1]", "localhost:80"])
-def test_resolve_garbage_raises(name: str) -> None:
+def test_resolve_of_garbage_raises(name: str) -> None:
     with pytest.raises(ResolveError) as caught:
         resolve(name)
     assert str(caught.value).startswith(f"cannot resolve {name!r}: ")
 
 
 @pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="no IPv6 here")
-def test_resolve_name_are_each_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resolve_of_name_returns_each_address_once(monkeypatch: pytest.MonkeyPatch) -> None:
     resolve_to(monkeypatch, (V6, "::1"), (V4, "127.0.0.1"), (V4, "127.0.0.1"))
     assert resolve("localhost") == [(V6, "::1"), (V4, "127.0.0.1")]
 
 
-def test_resolve_without_ipv6_are_ipv4(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resolve_without_ipv6_returns_ipv4(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket, "socket", SocketWithoutIPv6)
     assert resolve(None) == [(V4, "0.0.0.0")]
     resolve_to(monkeypatch, (V6, "::1"), (V4, "127.0.0.1"))
     assert resolve("localhost") == [(V4, "127.0.0.1")]
 
 
-def test_resolve_without_ipv6_keep_sole_ipv6(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resolve_without_ipv6_returns_sole_ipv6(monkeypatch: pytest.MonkeyPatch) -> None:
     """The error of listening on it says more than an empty list."""
     monkeypatch.setattr(socket, "socket", SocketWithoutIPv6)
     resolve_to(monkeypatch, (V6, "2001:db8::1"))

@@ -1,4 +1,4 @@
-"""The messages of harpd: one table of lines drives reader and writer."""
+"""The messages between harpd and its callers: one table of lines drives decoder and encoder."""
 
 from __future__ import annotations
 
@@ -54,8 +54,10 @@ TERMS_TEXT = (
     f'{{"id":"{ID}","owner":"o","secret":"hush","instance":"1f",'
     '"disconnect_timeout":240,"result_ttl":3600.5,"timeout":60,"max_exec_time":600}'
 )
-KEPT = GrantedTerms("1f", 240, 3600.5, 5, 0.25, 3)
-KEPT_TEXT = '{"instance":"1f","disconnect_timeout":240,"result_ttl":3600.5,"kill_grace":5,"elapsed":0.25,"records":3}'
+GRANTED = GrantedTerms("1f", 240, 3600.5, 5, 0.25, 3)
+GRANTED_TEXT = (
+    '{"instance":"1f","disconnect_timeout":240,"result_ttl":3600.5,"kill_grace":5,"elapsed":0.25,"records":3}'
+)
 
 REQUESTS: list[tuple[str, AnyRequest]] = [
     (REQUEST, Request("p", [1], "u", "s")),
@@ -67,7 +69,7 @@ REQUESTS: list[tuple[str, AnyRequest]] = [
     (f'{{"harp":1,"procedure":"-","arguments":[],"calls":"o",{AUTH}}}', ListCalls("o", "u", "s")),
 ]
 
-ORDERS: list[tuple[str, Command]] = [
+COMMANDS: list[tuple[str, Command]] = [
     ('{"ack":0}', Ack(0)),
     ('{"heartbeat":1.5}', Heartbeat(1.5)),
     ('{"stop":{"why":"cancel"}}', StopCall("cancel")),
@@ -78,8 +80,8 @@ ORDERS: list[tuple[str, Command]] = [
 MESSAGES: list[tuple[str, Message]] = [
     ('{"harp":1,"stream_result":false}', Acknowledgement(False)),
     ('{"harp":1,"stream_result":true}', Acknowledgement(True)),
-    (f'{{"harp":1,"stream_result":false,"call":{KEPT_TEXT}}}', Acknowledgement(False, KEPT)),
-    (f'{{"harp":1,"stream_result":true,"call":{KEPT_TEXT}}}', Acknowledgement(True, KEPT)),
+    (f'{{"harp":1,"stream_result":false,"call":{GRANTED_TEXT}}}', Acknowledgement(False, GRANTED)),
+    (f'{{"harp":1,"stream_result":true,"call":{GRANTED_TEXT}}}', Acknowledgement(True, GRANTED)),
     ('{"stream":{"a":1}}', Record({"a": 1})),
     ('{"at":1700000000.25}', RecordTime(1700000000.25)),
     ('{"heartbeat":1.5}', Heartbeat(1.5)),
@@ -98,53 +100,53 @@ MESSAGES: list[tuple[str, Message]] = [
 
 
 def turned(value: Any) -> Any:
-    """The same value with its keys in the opposite order, all the way down."""
+    """Return the same value with its keys in the opposite order, at every depth."""
     if isinstance(value, dict):
         return {key: turned(member) for key, member in reversed(value.items())}
     return list(map(turned, value)) if isinstance(value, list) else value
 
 
 def spaced(line: str) -> bytes:
-    """The line written otherwise: keys in another order, white space between them."""
+    """Return the same line with keys in another order and white space between them."""
     return json.dumps(turned(json.loads(line)), indent=1).replace("\n", " ").encode()
 
 
 @pytest.mark.parametrize(("line", "request_"), REQUESTS)
-def test_requests_are_written_and_read(line: str, request_: AnyRequest) -> None:
+def test_request_encoded_and_decoded_is_equal(line: str, request_: AnyRequest) -> None:
     assert encode_request(request_) == line.encode() + b"\n"
     assert decode_request(line.encode()) == decode_request(spaced(line)) == request_
     assert encode_request(decode_request(line.encode(), decode_slices)) == line.encode() + b"\n"
 
 
-def test_the_request_is_written_as_the_field_writes_it() -> None:
+def test_request_of_version_1_has_the_legacy_line() -> None:
     assert encode_request(Request("p", [1], "u", "s")) == REQUEST.encode() + b"\n"
 
 
-def test_no_secret_is_shown() -> None:
+def test_request_repr_hides_secrets() -> None:
     terms = RequestedTerms(ID, "whose", "hush", "1f", 1, 1, 1, 1)
     shown = map(repr, (Request("p", [], "u", "hush", terms), Attach(ID, "whose", "hush", 0, "u", "hush")))
     assert not [text for text in (*shown, repr(ListCalls("whose", "u", "hush"))) if "hush" in text or "whose" in text]
 
 
 @pytest.mark.parametrize(("line", "message"), MESSAGES)
-def test_messages_are_written_and_read(line: str, message: Message) -> None:
+def test_message_encoded_and_decoded_is_equal(line: str, message: Message) -> None:
     assert encode_message(message) == line.encode() + b"\n"
     assert decode_message(line.encode()) == decode_message(spaced(line)) == message
     assert encode_message(decode_message(line.encode(), decode_slices)) == line.encode() + b"\n"
 
 
-@pytest.mark.parametrize(("line", "order"), ORDERS)
-def test_orders_are_written_and_read(line: str, order: Command) -> None:
-    assert encode_command(order) == line.encode() + b"\n"
-    assert decode_command(line.encode()) == decode_command(spaced(line)) == order
+@pytest.mark.parametrize(("line", "command"), COMMANDS)
+def test_command_encoded_and_decoded_is_equal(line: str, command: Command) -> None:
+    assert encode_command(command) == line.encode() + b"\n"
+    assert decode_command(line.encode()) == decode_command(spaced(line)) == command
 
 
 @given(st.text(min_size=1, max_size=100), st.text(min_size=1, max_size=200))
-def test_an_order_is_never_longer_than_it_may_be(why: str, by: str) -> None:
+def test_command_of_any_content_fits_the_limit(why: str, by: str) -> None:
     assert len(encode_command(StopCall(why, by))) <= MAX_COMMAND_BYTES + 1
 
 
-def test_the_longest_order_is_short_enough() -> None:
+def test_command_of_maximum_content_fits_the_limit() -> None:
     assert len(encode_command(StopCall("\U0001f600" * 100, "\U0001f600" * 200))) <= MAX_COMMAND_BYTES + 1
 
 
@@ -220,7 +222,7 @@ BAD_REQUESTS.append((with_terms(more=1), "invalid_request", "unknown key more"))
         ('{"stop":{"why":"w","x":1}}', "unknown key x"),
     ],
 )
-def test_a_bad_order_has_its_reason(line: str, message: str) -> None:
+def test_command_invalid_raises_reason(line: str, message: str) -> None:
     with pytest.raises(ProtocolError, match=message):
         decode_command(line.encode())
 
@@ -242,26 +244,31 @@ def test_a_bad_order_has_its_reason(line: str, message: str) -> None:
         ('{"harp":1,"stream_result":true,"call":{"instance":"w"}}', "call.disconnect_timeout: missing"),
     ],
 )
-def test_a_bad_message_has_its_reason(line: str, message: str) -> None:
-    for opener in (decode_values, decode_slices):
+def test_message_invalid_raises_reason(line: str, message: str) -> None:
+    for decoder in (decode_values, decode_slices):
         with pytest.raises(ProtocolError, match=message):
-            decode_message(line.encode(), opener)
+            decode_message(line.encode(), decoder)
 
 
-@pytest.mark.parametrize("opener", [decode_values, decode_slices])
+@pytest.mark.parametrize("decoder", [decode_values, decode_slices])
 @pytest.mark.parametrize(("line", "type_", "message"), BAD_REQUESTS)
-def test_a_bad_request_has_its_type_and_its_reason(line: str, type_: str, message: str, opener: Any) -> None:
+def test_request_invalid_raises_type_and_reason(line: str, type_: str, message: str, decoder: Any) -> None:
     with pytest.raises(ProtocolError, match=message) as caught:
-        decode_request(line.encode(), opener)
+        decode_request(line.encode(), decoder)
     assert caught.value.type == type_
 
 
 @pytest.mark.parametrize("phase", Phase)
 @pytest.mark.parametrize(("line", "message"), MESSAGES)
-def test_what_may_come_when_is_the_table(phase: Phase, line: str, message: Message) -> None:
+def test_reply_reader_allows_only_the_table(phase: Phase, line: str, message: Message) -> None:
     exchange = ReplyReader()
     exchange.phase = phase
-    kept = phase in (Phase.RESUMABLE_RUNNING, Phase.RESUMABLE_STREAMING, Phase.RESUMABLE_ENDING, Phase.RESUMABLE_ENDED)
+    resumable = phase in (
+        Phase.RESUMABLE_RUNNING,
+        Phase.RESUMABLE_STREAMING,
+        Phase.RESUMABLE_ENDING,
+        Phase.RESUMABLE_ENDED,
+    )
     fits = not isinstance(message, Acknowledgement) or phase is Phase.SENT_RESUMABLE
     if isinstance(message, Acknowledgement) and phase in (Phase.SENT, Phase.SENT_ATTACH):
         fits = (message.call is not None) == (phase is Phase.SENT_ATTACH)
@@ -269,17 +276,17 @@ def test_what_may_come_when_is_the_table(phase: Phase, line: str, message: Messa
         assert exchange.read_message(line.encode()) == message
         closing = isinstance(message, (Returned, Raised, Failed, CallList))
         assert exchange.end_received == (closing or phase is Phase.RESUMABLE_ENDED)
-        assert exchange.finished == (closing and not kept)
+        assert exchange.finished == (closing and not resumable)
     else:
         with pytest.raises(ProtocolError, match="received while"):
             exchange.read_message(line.encode())
 
 
-def test_the_table_knows_every_message() -> None:
+def test_transitions_list_every_message() -> None:
     assert set().union(*TRANSITIONS.values()) == set(get_args(Message))
 
 
-def test_records_come_only_after_an_acknowledgement_that_said_so() -> None:
+def test_reply_reader_allows_records_only_if_announced() -> None:
     exchange = ReplyReader()
     exchange.read_message(b'{"harp":1,"stream_result":true}')
     assert exchange.phase is Phase.STREAMING
@@ -288,7 +295,7 @@ def test_records_come_only_after_an_acknowledgement_that_said_so() -> None:
     assert exchange.phase is Phase.RUNNING
 
 
-def test_a_kept_call_has_its_own_order_of_lines() -> None:
+def test_reply_reader_resumable_call_has_its_phases() -> None:
     lines: dict[type, bytes] = {type(message): line.encode() for line, message in MESSAGES}
     exchange = ReplyReader(request=Request("p", [1], "u", "s", TERMS))
     told = [Acknowledgement, RecordTime, Record, Heartbeat, Record, RecordTime, Record, StopReport, ExitInfo, Heartbeat]
@@ -307,27 +314,27 @@ def test_a_kept_call_has_its_own_order_of_lines() -> None:
             exchange.read_message(lines[kind])
 
 
-PLAIN_ACK, KEPT_ACK = (f'{{"harp":1,"stream_result":true{more}}}'.encode() for more in ("", f',"call":{KEPT_TEXT}'))
+PLAIN_ACK, RESUMABLE_ACK = (
+    f'{{"harp":1,"stream_result":true{more}}}'.encode() for more in ("", f',"call":{GRANTED_TEXT}')
+)
 
 
 @pytest.mark.parametrize(
     ("request_", "line", "phase"),
     [
         (None, PLAIN_ACK, Phase.STREAMING),
-        (None, KEPT_ACK, None),
-        (Request("p", [], "u", "s"), KEPT_ACK, None),
+        (None, RESUMABLE_ACK, None),
+        (Request("p", [], "u", "s"), RESUMABLE_ACK, None),
         (Request("p", [], "u", "s", TERMS), PLAIN_ACK, Phase.STREAMING),  # a harpd of the field
-        (Request("p", [], "u", "s", TERMS), KEPT_ACK, Phase.RESUMABLE_STREAMING),
+        (Request("p", [], "u", "s", TERMS), RESUMABLE_ACK, Phase.RESUMABLE_STREAMING),
         (Attach(ID, "o", "s", 0, "u", "s"), PLAIN_ACK, None),
-        (Attach(ID, "o", "s", 0, "u", "s"), KEPT_ACK, Phase.RESUMABLE_STREAMING),
+        (Attach(ID, "o", "s", 0, "u", "s"), RESUMABLE_ACK, Phase.RESUMABLE_STREAMING),
         (ListCalls("o", "u", "s"), PLAIN_ACK, None),
         (ListCalls("o", "u", "s"), b'{"harp":1,"calls":[],"instance":"w"}', Phase.CLOSED),
         (Attach(ID, "o", "s", 0, "u", "s"), b'{"harp":1,"calls":[],"instance":"w"}', None),
     ],
 )
-def test_only_who_asked_for_a_kept_call_is_told_of_one(
-    request_: AnyRequest | None, line: bytes, phase: Phase | None
-) -> None:
+def test_reply_reader_unrequested_terms_raise(request_: AnyRequest | None, line: bytes, phase: Phase | None) -> None:
     exchange = ReplyReader(request=request_)
     if phase is None:
         with pytest.raises(ProtocolError, match="received while waiting for"):
@@ -338,10 +345,10 @@ def test_only_who_asked_for_a_kept_call_is_told_of_one(
 
 
 @given(st.binary(), st.sampled_from([decode_values, decode_slices]))
-def test_any_line_is_a_message_or_a_protocol_error(line: bytes, opener: Any) -> None:
+def test_decoders_of_any_line_return_or_raise(line: bytes, decoder: Any) -> None:
     for decode in (decode_request, decode_message):
         with pytest.raises(ProtocolError):
-            decode(line, opener)
+            decode(line, decoder)
     with pytest.raises(ProtocolError):
         decode_command(line)
 
@@ -357,10 +364,10 @@ objects = st.recursive(
 
 
 @given(objects.map(lambda value: json.dumps(value).encode()), st.sampled_from([decode_values, decode_slices]))
-def test_any_object_is_a_message_or_a_protocol_error(line: bytes, opener: Any) -> None:
+def test_decoders_of_any_object_return_or_raise(line: bytes, decoder: Any) -> None:
     for decode in (decode_request, decode_message):
         try:
-            decode(line, opener)
+            decode(line, decoder)
         except ProtocolError as error:
             assert error.type in ("parse_error", "invalid_protocol", "invalid_request")
     with contextlib.suppress(ProtocolError):
@@ -370,7 +377,7 @@ def test_any_object_is_a_message_or_a_protocol_error(line: bytes, opener: Any) -
 @given(
     st.lists(st.sampled_from([line for line, _ in MESSAGES]), max_size=12), st.sampled_from([r for _, r in REQUESTS])
 )
-def test_any_order_of_messages_is_taken_or_a_protocol_error(lines: list[str], request_: AnyRequest) -> None:
+def test_reply_reader_of_any_sequence_returns_or_raises(lines: list[str], request_: AnyRequest) -> None:
     exchange = ReplyReader(request=request_)
     with contextlib.suppress(ProtocolError):
         for line in lines:

@@ -1,4 +1,4 @@
-"""Strict JSON: what is read, what is refused, what is passed on untouched."""
+"""Strict JSON: accepted and rejected text, and payloads that are passed on unchanged."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from harp.protocol.json_text import (
 )
 from harp_daemon.sliced_json import decode_slices
 
-OPENERS = pytest.mark.parametrize("opener", [decode_values, decode_slices])
+DECODERS = pytest.mark.parametrize("decoder", [decode_values, decode_slices])
 
 scalars = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text()
 values = st.recursive(scalars, lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=20)
@@ -50,7 +50,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("text", "message"), REFUSED)
-def test_what_is_not_json_is_refused_with_its_reason(text: bytes, message: str) -> None:
+def test_loads_of_invalid_json_raises_reason(text: bytes, message: str) -> None:
     with pytest.raises(InvalidJSON, match=message):
         loads(text)
 
@@ -59,19 +59,19 @@ def test_what_is_not_json_is_refused_with_its_reason(text: bytes, message: str) 
     "text",
     ['"\\ud800"', "1" + "0" * 40, "0.1", '{"b": 1, "a": 2}', nested(200), '{"": {"": 0}}', "1e999", '"[[[["'],
 )
-def test_text_survives_being_sliced_to_the_letter(text: str) -> None:
+def test_slices_of_a_payload_are_unchanged(text: str) -> None:
     line = f' {{ "head" : 1 ,\t"load":{text} }} \r'.encode()
     assert decode_slices(line).payload("load") == text.encode()
     assert dumps(decode_slices(line).payload("load")) == text.encode()
 
 
-def test_brackets_in_strings_are_no_nesting() -> None:
+def test_depth_ignores_brackets_in_strings() -> None:
     text = json.dumps(["[" * 2000, '\\"' + "{" * 2000])
     assert loads(text) == json.loads(text)
 
 
 @given(st.lists(st.text('[]{}"\\\\a')))
-def test_what_strings_hold_neither_hides_depth_nor_adds_to_it(strings: list[str]) -> None:
+def test_depth_with_any_string_is_exact(strings: list[str]) -> None:
     text = json.dumps(strings)
     around = MAX_DEPTH - 1  # the list itself is a step, too
     assert loads("[" * around + text + "]" * around)
@@ -80,15 +80,15 @@ def test_what_strings_hold_neither_hides_depth_nor_adds_to_it(strings: list[str]
 
 
 @given(values)
-def test_values_survive_the_trip(value: Any) -> None:
+def test_dumps_and_loads_return_the_value(value: Any) -> None:
     assert loads(dumps(value)) == value
     assert 10 not in dumps(value)  # a line feed
 
 
-@OPENERS
+@DECODERS
 @given(members=st.dictionaries(st.text(), values))
-def test_both_openers_see_the_same_members(opener: Decoder, members: dict[str, Any]) -> None:
-    opened = opener(json.dumps(members).encode())
+def test_decoders_return_the_same_members(decoder: Decoder, members: dict[str, Any]) -> None:
+    opened = decoder(json.dumps(members).encode())
     assert list(opened) == list(members)
     for key, value in members.items():
         assert opened.value(key) == value
@@ -97,21 +97,21 @@ def test_both_openers_see_the_same_members(opener: Decoder, members: dict[str, A
         assert (opened.nested_object(key) is not None) == isinstance(value, dict)
 
 
-@OPENERS
+@DECODERS
 @pytest.mark.parametrize(
     "line",
     [b"[1]", b'{"a":1,"a":2}', b'{"a"}', b'{"a":1,}', b'{"a":1', b"{1:2}", b'{"a":1}x', b'{"a":NaN}', b"{", b"\x00"],
 )
-def test_what_is_no_object_is_refused(opener: Decoder, line: bytes) -> None:
+def test_decoders_of_no_object_raise(decoder: Decoder, line: bytes) -> None:
     with pytest.raises(InvalidJSON):
-        opener(line)
+        decoder(line)
 
 
-@OPENERS
+@DECODERS
 @given(line=st.binary())
-def test_any_bytes_are_an_object_or_refused(opener: Decoder, line: bytes) -> None:
+def test_decoders_of_any_bytes_return_or_raise(decoder: Decoder, line: bytes) -> None:
     try:
-        opened = opener(line)
+        opened = decoder(line)
     except InvalidJSON:
         return
     assert isinstance(json.loads(line), dict)
@@ -137,19 +137,19 @@ NO_JSON = [
 
 
 @pytest.mark.parametrize(("value", "path", "reason"), NO_JSON, ids=[reason for _, _, reason in NO_JSON])
-def test_a_value_without_a_form_in_json_is_named(value: Any, path: str, reason: str) -> None:
+def test_dumps_of_invalid_value_raises_its_position(value: Any, path: str, reason: str) -> None:
     with pytest.raises(NotJSON) as caught:
         dumps(value)
     assert caught.value.path == path
     assert reason in caught.value.reason
 
 
-def test_the_same_list_twice_is_no_loop() -> None:
+def test_dumps_of_the_same_list_twice_is_accepted() -> None:
     shared: list[int] = [1]
     assert dumps([shared, shared]) == b"[[1],[1]]"
 
 
-def test_an_envelope_carries_raw_text_untouched() -> None:
+def test_dumps_of_an_envelope_keeps_raw_text() -> None:
     assert dumps(Envelope(a=Raw(b"[1.10]"), b=Envelope(c="\ud800"))) == b'{"a":[1.10],"b":{"c":"\\ud800"}}'
 
 
@@ -173,10 +173,10 @@ DIFFERENT = [
 
 
 @pytest.mark.parametrize(("one", "other"), EQUAL)
-def test_equal_values_have_one_canonical_text(one: bytes, other: bytes) -> None:
+def test_canonical_of_equal_values_is_equal(one: bytes, other: bytes) -> None:
     assert canonical(one) == canonical(other)
 
 
 @pytest.mark.parametrize(("one", "other"), DIFFERENT)
-def test_different_values_have_different_canonical_texts(one: bytes, other: bytes) -> None:
+def test_canonical_of_different_values_differs(one: bytes, other: bytes) -> None:
     assert canonical(one) != canonical(other)

@@ -1,4 +1,4 @@
-"""`harp_daemon.sliced_json` against the careful opener: the same members, the same text, the same refusals."""
+"""`decode_slices` against `scan_slices`: the same members, the same text, the same errors."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ values = st.recursive(scalars, lambda inner: st.lists(inner) | st.dictionaries(s
 objects = st.dictionaries(st.text(), values)
 
 
-def outcome(opener: Decoder, line: bytes) -> object:
-    """All that an opener makes of a line."""
+def outcome(decoder: Decoder, line: bytes) -> object:
+    """Return all members that a decoder finds in a line, or its error."""
     try:
-        members = opener(line)
+        members = decoder(line)
         found: list[tuple[str, bytes, Any, object]] = []
         for key in members:
             inner = members.nested_object(key)
@@ -38,7 +38,7 @@ def outcome(opener: Decoder, line: bytes) -> object:
 
 
 @given(objects, st.sampled_from([(",", ":"), (", ", ": ")]), st.booleans())
-def test_of_what_is_written_it_makes_the_same(value: Any, separators: tuple[str, str], ascii: bool) -> None:
+def test_decode_slices_of_written_json_is_the_scan(value: Any, separators: tuple[str, str], ascii: bool) -> None:
     line = json.dumps(value, separators=separators, ensure_ascii=ascii).encode("utf-8", "surrogatepass")
     assert outcome(decode_slices, line) == outcome(scan_slices, line)
 
@@ -57,12 +57,12 @@ def test_of_what_is_written_it_makes_the_same(value: Any, separators: tuple[str,
 @example(b" {}")
 @example(b'\xef\xbb\xbf{"a":1}')
 @example(b'{"a":' + b"[" * 1100 + b"]" * 1100 + b"}")
-def test_of_any_bytes_it_makes_the_same(line: bytes) -> None:
+def test_decode_slices_of_any_bytes_is_the_scan(line: bytes) -> None:
     assert outcome(decode_slices, line) == outcome(scan_slices, line)
 
 
 @given(objects, st.data())
-def test_of_what_is_cut_or_changed_it_makes_the_same(value: Any, data: st.DataObject) -> None:
+def test_decode_slices_of_damaged_json_is_the_scan(value: Any, data: st.DataObject) -> None:
     line = json.dumps(value, separators=(",", ":")).encode()
     at = data.draw(st.integers(0, len(line)))
     changed = line[:at] + data.draw(st.sampled_from([b"", b",", b'"a":1,', b" ", b"}", b"0"])) + line[at:]
@@ -103,21 +103,21 @@ ODD = [
 
 
 @pytest.mark.parametrize("text", WRONG)
-def test_what_is_no_value_is_refused_by_both(text: str) -> None:
+def test_decode_slices_of_no_value_raises_as_the_scan(text: str) -> None:
     line = f'{{"a":{text}}}'.encode()
     assert isinstance(outcome(scan_slices, line), str)
     assert outcome(decode_slices, line) == outcome(scan_slices, line)
 
 
 @pytest.mark.parametrize("text", ODD)
-def test_what_is_odd_and_still_a_value_is_the_same_to_both(text: str) -> None:
+def test_decode_slices_of_unusual_value_is_the_scan(text: str) -> None:
     line = f'{{"a":{text}}}'.encode()
     assert decode_slices(line).payload("a") == scan_slices(line).payload("a") == text.strip().encode()
     assert outcome(decode_slices, line) == outcome(scan_slices, line)
 
 
 @pytest.mark.parametrize("count", [1, 2, 100])
-def test_a_repeated_key_is_refused_wherever_it_is(count: int) -> None:
+def test_decode_slices_with_repeated_key_raises(count: int) -> None:
     members = [f'"{number}":{number}' for number in range(count)]
     line = ("{" + ",".join([*members, '"0":0']) + "}").encode()
     with pytest.raises(InvalidJSON, match="repeated key"):
@@ -125,7 +125,7 @@ def test_a_repeated_key_is_refused_wherever_it_is(count: int) -> None:
 
 
 def one_by_one(lines: list[bytes]) -> list[Raw] | None:
-    """The payloads of lines of records; None: one is none."""
+    """Return the payloads of lines of records; None if one of them is not a record."""
     try:
         opened = [scan_slices(line) for line in lines]
     except InvalidJSON:
@@ -136,7 +136,7 @@ def one_by_one(lines: list[bytes]) -> list[Raw] | None:
 
 
 @given(st.lists(values, min_size=1), st.booleans())
-def test_many_records_are_what_each_of_them_is(records: list[Any], ascii: bool) -> None:
+def test_slice_records_returns_each_payload(records: list[Any], ascii: bool) -> None:
     texts = [json.dumps(record, ensure_ascii=ascii).encode("utf-8", "surrogatepass") for record in records]
     lines = [RECORD_PREFIX + text + b"}" for text in texts]
     expected = one_by_one(lines)
@@ -166,18 +166,18 @@ BESIDE = [
 
 
 @pytest.mark.parametrize("lines", BESIDE)
-def test_records_of_which_one_is_none_are_looked_at_one_by_one(lines: list[bytes]) -> None:
+def test_slice_records_with_an_invalid_line_returns_none(lines: list[bytes]) -> None:
     assert slice_records(lines) in (None, one_by_one(lines))
     for count in range(1, len(lines)):
         assert slice_records(lines[:count]) in (None, one_by_one(lines[:count]))
 
 
-def test_records_that_are_written_with_spaces_are_looked_at_one_by_one() -> None:
+def test_slice_records_with_spaces_returns_none() -> None:
     assert slice_records([b'{"stream": 1}', b'{"stream":2}']) is None
 
 
 @given(st.lists(st.binary() | st.text().map(str.encode), min_size=1, max_size=4))
-def test_of_any_bytes_no_record_is_made_that_is_none(insides: list[bytes]) -> None:
+def test_slice_records_of_any_bytes_invents_no_record(insides: list[bytes]) -> None:
     lines = [RECORD_PREFIX + inside + b"}" for inside in insides]
     assert slice_records(lines) in (None, one_by_one(lines))
     for line in lines:
@@ -187,7 +187,7 @@ def test_of_any_bytes_no_record_is_made_that_is_none(insides: list[bytes]) -> No
 
 
 @given(values)
-def test_what_a_line_encloses(value: Any) -> None:
+def test_decode_enclosed_returns_the_value_alone(value: Any) -> None:
     text = json.dumps(value).encode()
     assert decode_enclosed(RECORD_PREFIX + text + b"}", RECORD_PREFIX) == (value,)
     for wrong in (
