@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 import time
 
-
 #: Maximum number of times that the first delay is doubled.
 _MAX_DOUBLINGS = 16
 

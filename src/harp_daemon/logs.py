@@ -16,7 +16,6 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-
 #: The attributes that every log record has; all others are from `extra`.
 _STANDARD_ATTRIBUTES = frozenset(logging.makeLogRecord({}).__dict__) | {"message", "asctime", "taskName"}
 

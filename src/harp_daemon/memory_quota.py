@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Self
 
-
 #: Bytes of each reservation that are not counted, so that small requests are accepted while long ones use the quota.
 _FREE = 64 * 1024
 

@@ -15,7 +15,6 @@ from harp.protocol.call_output import RECORD_PREFIX
 from harp.protocol.json_text import JSONObject, Payload, Raw, scan_array, scan_object
 from harp.protocol.strict_json import decode_checked, loads, may_exceed_depth
 
-
 _object = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _array = msgspec.json.Decoder(list[msgspec.Raw])
 

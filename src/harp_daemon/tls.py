@@ -5,7 +5,6 @@ from __future__ import annotations
 import ssl
 import warnings
 
-
 #: The versions by their names in the configuration.
 TLS_VERSIONS = {
     "1.0": ssl.TLSVersion.TLSv1,

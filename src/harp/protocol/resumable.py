@@ -24,25 +24,6 @@ from harp.protocol.fields import (
 )
 from harp.protocol.json_text import Envelope, JSONObject, decode_values, dumps
 
-__all__ = [
-    "MAX_COMMAND_BYTES",
-    "Ack",
-    "Command",
-    "GrantedTerms",
-    "Heartbeat",
-    "Release",
-    "RequestedTerms",
-    "StopCall",
-    "check_id",
-    "check_name",
-    "check_time",
-    "decode_command",
-    "decode_heartbeat",
-    "decode_terms",
-    "encode_command",
-    "encode_terms",
-]
-
 #: Maximum length of a command's line in bytes, without its line feed.
 MAX_COMMAND_BYTES = 4096
 #: Maximum length in characters of a name from a caller, and of the reason of a stop.

@@ -18,20 +18,6 @@ if TYPE_CHECKING:
 
     from harp.protocol.json_text import JSON
 
-__all__ = [
-    "MAX_DEPTH",
-    "Envelope",
-    "InvalidJSON",
-    "NotJSON",
-    "Raw",
-    "decode_checked",
-    "decode_enclosed",
-    "dumps",
-    "loads",
-    "may_exceed_depth",
-    "reject_constant",
-    "translate_errors",
-]
 
 #: Maximum nesting of arrays and objects in a line. An interpreter with a lower recursion limit may reject values that
 #: are less deep; both daemons raise theirs, so that this limit applies.

@@ -10,8 +10,6 @@ import time
 from dataclasses import dataclass
 from typing import Any, Self
 
-__all__ = ["Outage"]
-
 #: Maximum length of a stored error in characters: a host may send any text.
 _MAX_ERROR = 1000
 

@@ -24,6 +24,7 @@ from typing import Any, TypeAlias
 
 from harp.protocol.json_text import dumps
 from harp_daemon.backoff import Backoff
+from harp_daemon.process import describe_exit
 from harpd.control.supervisor_client import SupervisorClient, SupervisorError, SupervisorNotRunning
 
 log = logging.getLogger("harpd.control")
