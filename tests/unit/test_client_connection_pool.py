@@ -28,16 +28,16 @@ def test_pool_returns_most_recently_used_first() -> None:
     pool, conns = ConnectionPool[Conn](True), [Conn() for _ in range(3)]
     for conn in conns:
         pool.put(conn, 60, now=0)
-    assert [pool.take(1) for _ in range(4)] == [*reversed(conns), None]
+    assert [pool.get(1) for _ in range(4)] == [*reversed(conns), None]
     assert not any(conn.closed for conn in conns)
 
 
 def test_pool_uses_half_of_the_granted_time() -> None:
     pool, conn = ConnectionPool[Conn](True), Conn()
     pool.put(conn, 60, now=100)
-    assert pool.take(129.9) is conn
+    assert pool.get(129.9) is conn
     pool.put(conn, 60, now=100)
-    assert pool.take(130) is None
+    assert pool.get(130) is None
     assert conn.closed
 
 
@@ -46,7 +46,7 @@ def test_pool_closes_connection_that_is_not_idle() -> None:
     for conn in (good, bad):
         pool.put(conn, 60, now=0)
     bad.fit = False
-    assert pool.take(1) is good
+    assert pool.get(1) is good
     assert (good.closed, bad.closed) == (False, True)
 
 
@@ -61,7 +61,7 @@ def test_pool_closes_expired_connection_on_put() -> None:
     pool, first, second = ConnectionPool[Conn](True), Conn(), Conn()
     pool.put(first, 60, now=0)
     pool.put(second, 60, now=20)
-    assert pool.take(29) is second
+    assert pool.get(29) is second
     pool.put(second, 60, now=31)
     assert (first.closed, second.closed) == (True, False)
 
@@ -72,7 +72,7 @@ def test_drained_connections_stay_open() -> None:
         pool.put(conn, 60, now=0)
     assert set(pool.drain()) == set(conns)
     assert pool.drain() == []
-    assert pool.take(1) is None
+    assert pool.get(1) is None
     assert not any(conn.closed for conn in conns)
 
 
@@ -94,7 +94,7 @@ def test_threads_never_share_a_connection() -> None:
     def work() -> None:
         start.wait(30)
         for number in range(rounds):
-            conn = pool.take(number)
+            conn = pool.get(number)
             if conn is None:
                 conn = Conn()
                 made.append(conn)

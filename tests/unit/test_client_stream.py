@@ -28,7 +28,7 @@ class Connection:
     def close(self) -> None:
         self.open = False
 
-    def ask(self, line: bytes) -> bytes:
+    def exchange(self, line: bytes) -> bytes:
         raise CommunicationError("the connection is closed" if not self.open else "the peer does not reply")
 
     def parse_buffered(self, parse: Callable[[Iterable[bytes]], list[Any]]) -> list[Any]:

@@ -46,7 +46,7 @@ class ConnectionPool(Generic[C]):
         self.granted = False
         self._waiting: deque[tuple[C, float]] = deque()
 
-    def take(self, now: float) -> C | None:
+    def get(self, now: float) -> C | None:
         """Return a connection for one request, and remove it from the pool; None when there is none."""
         while (newest := self._remove_newest()) is not None:
             conn, deadline = newest

@@ -54,7 +54,7 @@ class CallerBase(PooledPeer[C]):
             request = next(operation)
             while True:
                 try:
-                    parsed = yield from self._ask(request)
+                    parsed = yield from self._send(request)
                 except HarpException as error:
                     request = operation.throw(error)
                 else:
@@ -63,31 +63,31 @@ class CallerBase(PooledPeer[C]):
             outcome: T = end.value
             return outcome
 
-    def _ask(self, request: Request) -> Steps[ParsedReply]:
+    def _send(self, request: Request) -> Steps[ParsedReply]:
         policy = ReconnectPolicy(self._reconnect if is_waiting(request) else 0.0)
         while True:
             try:
-                return (yield from self._ask_once(request, policy))
+                return (yield from self._send_once(request, policy))
             except HarpException as error:
                 pause = policy.next_pause(error, self._clock.now())
             yield self._clock.sleep(pause)
 
-    def _ask_once(self, request: Request, policy: ReconnectPolicy) -> Steps[ParsedReply]:
+    def _send_once(self, request: Request, policy: ReconnectPolicy) -> Steps[ParsedReply]:
         keep_alive = self._pool.enabled and (self._pool.granted or not is_waiting(request))
         encoded = encode_request(request, keep_alive)
-        pooled = self._pool.take(self._clock.now()) if keep_alive else None
+        pooled = self._pool.get(self._clock.now()) if keep_alive else None
         conn = pooled or (yield self._open())
         returned = False
         try:
             policy.connected(self._clock.now())
             try:
-                line = yield conn.ask(encoded)
+                line = yield conn.exchange(encoded)
             except CommunicationError as error:
                 if not keep_alive:
                     raise
                 self._raise_unless_repeatable(error, request, reused=pooled is not None)
                 yield conn.connect()
-                line = yield conn.ask(encoded)
+                line = yield conn.exchange(encoded)
             with conn.map_errors("reply"):
                 parsed = raise_if_transient(parse_reply(request, line), policy)
             returned = keep_alive and self._pool.put(conn, parse_keep_alive(line), self._clock.now())
@@ -110,7 +110,7 @@ class CallerBase(PooledPeer[C]):
         line = plain_request(req)
         conn = yield self._open()
         try:
-            reply = yield conn.ask(line)
+            reply = yield conn.exchange(line)
             with conn.map_errors("reply"):
                 return parse_plain_reply(reply)
         finally:

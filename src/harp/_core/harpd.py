@@ -45,12 +45,12 @@ class DirectServerBase(PooledPeer[C]):
         Returns:
             The connection, the reader of the following lines, and whether the result is streamed.
         """
-        pooled = self._pool.take(self._clock.now())
+        pooled = self._pool.get(self._clock.now())
         conn = pooled or (yield self._open())
         reader = DirectReader()
         try:
             with mark_ambiguous(pooled is not None):
-                reply = yield conn.ask(line)
+                reply = yield conn.exchange(line)
             with conn.map_errors("reply"):
                 is_stream = reader.read_acknowledgement(reply)
         except BaseException:

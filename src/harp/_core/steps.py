@@ -32,7 +32,7 @@ class Connection(Poolable, Protocol):
     def close(self) -> Any:
         """Close the connection."""
 
-    def ask(self, line: bytes) -> Any:
+    def exchange(self, line: bytes) -> Any:
         """Send a line and return the first line of the reply."""
 
     def receive_line(self) -> Any:

@@ -100,7 +100,7 @@ class StreamReader(Reader):
 
     def _set_request(self, request: FollowStream | ReadStream) -> None:
         self._request = request
-        self._exchange = ReplyReader(request)
+        self._replies = ReplyReader(request)
         self._unsent = request
 
     def _next_request(self) -> FollowStream | ReadStream:
@@ -128,7 +128,7 @@ class StreamReader(Reader):
             RemoteError: the dispatcher refused the request.
             ProtocolError: the line is not valid here.
         """
-        reply = self._exchange.read_reply(line)
+        reply = self._replies.read_reply(line)
         if isinstance(reply, Failed) and reply.type in REFUSALS:
             raise error_of(reply)
         self._replied = True
@@ -151,7 +151,7 @@ class StreamReader(Reader):
         first = self._next_number
         if first is None or self._wanted.timed:
             return []
-        records = self._exchange.read_packets(lines)
+        records = self._replies.read_packets(lines)
         self._next_number = first + len(records)
         return list(enumerate(records, first)) if self._numbered else records
 
@@ -183,7 +183,7 @@ class DirectReader(Reader):
     """The records and the end of a direct call to harpd."""
 
     def __init__(self) -> None:
-        self._exchange = daemon.ReplyReader()
+        self._replies = daemon.ReplyReader()
 
     def read_acknowledgement(self, line: bytes) -> bool:
         """Read the first line and return whether the result is streamed.
@@ -192,7 +192,7 @@ class DirectReader(Reader):
             RemoteError: harpd refused the call.
             ProtocolError: the line is not valid here.
         """
-        message = self._exchange.read_message(line)
+        message = self._replies.read_message(line)
         if isinstance(message, Failed):
             raise error_of(message)
         assert isinstance(message, daemon.Acknowledgement)
@@ -206,18 +206,18 @@ class DirectReader(Reader):
             RemoteError: the call was cut short.
             ProtocolError: the line is not valid here.
         """
-        message = self._exchange.read_message(line)
+        message = self._replies.read_message(line)
         if isinstance(message, daemon.Record):
             return (message.data,)
-        self.finished, self.keep_alive = True, self._exchange.keep_alive
+        self.finished, self.keep_alive = True, self._replies.keep_alive
         if isinstance(message, Returned):
             return (Result(message.result),)
-        assert isinstance(message, (Raised, Failed))  # the exchange rejects all others
+        assert isinstance(message, (Raised, Failed))  # the reader rejects all others
         raise outcome_of(message)
 
     def read_batch(self, lines: Iterable[bytes]) -> list[Any]:
         """See `Reader`."""
-        return self._exchange.read_records(lines)
+        return self._replies.read_records(lines)
 
 
 class StreamBase(ABC, Generic[C]):
@@ -277,7 +277,7 @@ class StreamBase(ABC, Generic[C]):
         """Return the items of the next line; none after an interruption and its pause."""
         try:
             request = self._reader.take_request()
-            line = (yield self._conn.receive_line()) if request is None else (yield from self._ask(request))
+            line = (yield self._conn.receive_line()) if request is None else (yield from self._send_again(request))
             with self._conn.map_errors("reading"):
                 return self._reader.read(line)
         except HarpException as error:
@@ -287,12 +287,12 @@ class StreamBase(ABC, Generic[C]):
         yield self._sleep(pause)
         return ()
 
-    def _ask(self, request: bytes) -> Steps[bytes]:
+    def _send_again(self, request: bytes) -> Steps[bytes]:
         yield self._connect()
         if self._closed:  # before there was a connection to close
             yield self._conn.close()
         self._reader.connected(self._clock.now())
-        line: bytes = yield self._conn.ask(request)
+        line: bytes = yield self._conn.exchange(request)
         return line
 
     def _finish(self) -> Steps[None]:

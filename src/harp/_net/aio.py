@@ -247,8 +247,8 @@ class AsyncJSONConnection(_Closable):
         """See `harp.JSONConnection.parse_buffered`."""
         return [] if self._protocol is None else self._protocol.parse(parse)
 
-    async def ask(self, line: bytes) -> bytes:
-        """See `harp.JSONConnection.ask`."""
+    async def exchange(self, line: bytes) -> bytes:
+        """See `harp.JSONConnection.exchange`."""
         try:
             await self._send_line(line)
         except CommunicationError:

@@ -178,7 +178,7 @@ class JSONConnection(_Closable):
         sock = self._socket
         return sock is not None and self._process == os.getpid() and self._received.empty and is_idle(sock)
 
-    def ask(self, line: bytes) -> bytes:
+    def exchange(self, line: bytes) -> bytes:
         """Send a line and return the first line of the reply. Raise `CommunicationError`."""
         try:
             self._send_line(line)
