@@ -1,4 +1,1 @@
-"""What both daemons need of the system: their log, their process, their floor for TLS. Standard library only.
-
-The client does not import this package.
-"""
+"""What both daemons share: logs, process, event loop, listeners, acceptor, back-off, TLS minimum, memory quota, JSON."""
