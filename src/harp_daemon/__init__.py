@@ -1,1 +1,1 @@
-"""What both daemons share: logs, process, event loop, listeners, acceptor, back-off, TLS minimum, memory quota, JSON."""
+"""The shared parts of both daemons: logs, process, event loop, sockets, back-off, TLS minimum, memory quota, JSON."""
