@@ -191,10 +191,11 @@ class WorkerProcess:
     def shut_down(self) -> None:
         """Have an idle worker exit; it is killed if it does not."""
         self.close()
-        self._loop.call_later(_EXIT_TIMEOUT, lambda: None if self.ended else self._kill())
+        self._loop.call_later(_EXIT_TIMEOUT, self._kill_if_alive)
 
-    def _kill(self) -> None:
-        send_signal(signal.SIGKILL, self.identity)
+    def _kill_if_alive(self) -> None:
+        if not self.ended:
+            send_signal(signal.SIGKILL, self.identity)
 
     def close(self) -> None:
         """Close the channel: nothing more is sent or received."""
@@ -217,12 +218,15 @@ class IdleWorkers:
 
     Args:
         loop: the event loop.
+
+    Attributes:
+        accepts: whether workers may be added.
     """
 
     def __init__(self, loop: EventLoop) -> None:
         self._loop = loop
         self._by_procedure: dict[str, list[tuple[float, WorkerProcess]]] = {}
-        self._accepts = True
+        self.accepts = True
         self._check_is_due = False
 
     def __len__(self) -> int:
@@ -231,11 +235,6 @@ class IdleWorkers:
     def identities(self) -> set[tuple[int, int]]:
         """Return the pids and start times of all."""
         return {worker.identity for workers in self._by_procedure.values() for _, worker in workers}
-
-    @property
-    def accepts(self) -> bool:
-        """Whether workers may be added."""
-        return self._accepts
 
     def add(self, procedure: str, worker: WorkerProcess) -> None:
         """Add a worker that has ended its call."""
@@ -265,7 +264,7 @@ class IdleWorkers:
 
     def close(self) -> None:
         """Shut down all, and accept no more."""
-        self._accepts = False
+        self.accepts = False
         for workers in self._by_procedure.values():
             for _, worker in workers:
                 worker.shut_down()

@@ -34,17 +34,6 @@ MAX_PAYLOAD_BYTES = 64 * 1024 * 1024 - 64
 _MAX_TRACEBACK_LENGTH = 16 * 1024
 
 
-class Descriptors:
-    """The descriptors that the supervisor has sent: the channel, and pipes that become stdout and stderr."""
-
-    __slots__ = ("channel", "stderr", "stdout")
-
-    def __init__(self, channel: int, stdout: int, stderr: int) -> None:
-        self.channel = channel
-        self.stdout = stdout
-        self.stderr = stderr
-
-
 class _CallRejected(Exception):
     """The call ends with an error of harpd, not with an exception of the procedure."""
 
@@ -71,7 +60,8 @@ def detach_from_zygote(zygote: int) -> None:
 
 def run_worker(
     procedure: Procedure,
-    descriptors: Descriptors,
+    channel_descriptor: int,
+    pipes: tuple[int, int],
     zygote: int,
     default_user: int | str | None,
     default_group: int | str | None,
@@ -82,7 +72,8 @@ def run_worker(
 
     Args:
         procedure: the procedure to run.
-        descriptors: the channel and the pipes.
+        channel_descriptor: the channel.
+        pipes: the pipes that become stdout and stderr.
         zygote: the parent's pid.
         default_user: the user of a procedure that names none.
         default_group: the group of a procedure that names neither user nor group.
@@ -92,14 +83,14 @@ def run_worker(
     process, guard = os.getpid(), SignalGuard()
     defaults = default_user, default_group
     try:
-        channel = Channel(descriptors.channel, guard)
+        channel = Channel(channel_descriptor, guard)
         prepared = False
 
         def prepare() -> None:
             nonlocal prepared
             if not prepared:
                 guard.activate()
-                _redirect_streams(descriptors)
+                _redirect_streams(*pipes)
                 signal.pthread_sigmask(signal.SIG_SETMASK, ())  # the zygote has blocked the signals of calls
                 _change_user(procedure, zygote, defaults)
                 prepared = True
@@ -126,9 +117,9 @@ def _wait_for_next_call(channel: Channel, guard: SignalGuard) -> bool:
         guard.exit_with(limit)
 
 
-def _redirect_streams(descriptors: Descriptors) -> None:
+def _redirect_streams(stdout: int, stderr: int) -> None:
     null = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
-    for source, target in ((null, 0), (descriptors.stdout, 1), (descriptors.stderr, 2)):
+    for source, target in ((null, 0), (stdout, 1), (stderr, 2)):
         os.dup2(source, target)
         os.close(source)
 

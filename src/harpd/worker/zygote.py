@@ -38,7 +38,7 @@ from harpd.processes.cookie import EnvCookie
 from harpd.processes.prctl import become_subreaper, die_with_parent
 from harpd.processes.procfs import start_time
 from harpd.worker import arguments, signals
-from harpd.worker.child import Descriptors, detach_from_zygote, run_worker
+from harpd.worker.child import detach_from_zygote, run_worker
 from harpd.worker.procedures import ProceduresError, load_procedures
 
 TYPE_CHECKING = False  # not from `typing`: the zygote's memory costs each fork
@@ -207,9 +207,10 @@ class _Zygote:
             commands.close()
             if data:
                 command = loads(data)
-                descriptors = Descriptors(*memoryview(b"".join(item for _, _, item in ancillary)).cast("i"))
+                channel, stdout, stderr = memoryview(b"".join(item for _, _, item in ancillary)).cast("i")
                 procedure = self._procedures[command["procedure"]]
-                run_worker(procedure, descriptors, parent, *self._defaults, self._tracebacks, self._cookie)
+                pipes = stdout, stderr
+                run_worker(procedure, channel, pipes, parent, *self._defaults, self._tracebacks, self._cookie)
         except BaseException:  # noqa: BLE001 - no exception may reach the zygote's code
             sys.excepthook(*sys.exc_info())
         finally:
