@@ -1,1 +1,1 @@
-"""harpd's settings: one file becomes one frozen value, checked once; the same check serves --test, start and reload."""
+"""harpd's settings: one file is read into one frozen, validated value, by --test, start and reload alike."""

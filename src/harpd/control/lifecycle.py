@@ -1,4 +1,4 @@
-"""How a service of harpd runs: what signals do, from its start to its end."""
+"""Runs a service of harpd from its start to its stop: signals, reloads, notification of the service manager."""
 
 from __future__ import annotations
 
@@ -16,49 +16,52 @@ log = logging.getLogger("harpd.control")
 
 
 class Service(Protocol):
-    """What runs."""
+    """A service."""
 
     async def start(self) -> None:
-        """Start; return once it serves. May raise."""
+        """Start the service; return when it serves. May raise."""
 
     async def reload(self) -> None:
-        """Read everything again; all of it takes effect, or nothing. May raise."""
+        """Load the configuration again and apply all of it, or nothing. May raise."""
 
     async def stop(self) -> None:
-        """End, within bounds; also what did not start or has failed to."""
+        """Stop within a bounded time; also after a start that failed or did not finish."""
 
 
 class Program:
-    """Runs a service until SIGTERM or SIGINT; SIGHUP reloads. From its making on no signal ends the program at once."""
+    """The runner of a service: SIGTERM and SIGINT stop it, SIGHUP reloads it.
+
+    From its creation on, none of these signals kills the process.
+    """
 
     def __init__(self) -> None:
-        #: Set it to end the service.
+        #: Set it to stop the service.
         self.ending = asyncio.Event()
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self.ending.set)
-        loop.add_signal_handler(signal.SIGHUP, lambda: None)  # there is nothing to reload yet
+        loop.add_signal_handler(signal.SIGHUP, lambda: None)  # nothing to reload yet
         loop.set_exception_handler(_log_unexpected)
 
-    async def run(self, service: Service, serving: Callable[[], None]) -> None:
+    async def run(self, service: Service, on_serving: Callable[[], None]) -> None:
         """Run the service.
 
         Args:
             service: the service.
-            serving: called once it serves.
+            on_serving: called when the service serves.
 
         Raises:
-            Exception: what its start raised.
+            Exception: the start raised it.
         """
         reloads = _Reloads(service.reload)
-        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reloads.ask)
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reloads.request)
         try:
             starting = asyncio.create_task(service.start())
             ending = asyncio.create_task(self.ending.wait())
             await asyncio.wait({starting, ending}, return_when=asyncio.FIRST_COMPLETED)
             if starting.done():
                 starting.result()
-                serving()
+                on_serving()
                 notify_service_manager("READY=1")
                 reloads.allow()
                 await ending
@@ -68,39 +71,39 @@ class Program:
         finally:
             await reloads.end()
             await service.stop()
-            # The loop's end brings back the signals' usual effect: a second one would now spoil the exit status.
+            # Closing the loop restores the default actions: a second signal would change the exit status.
             signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT, signal.SIGHUP})
 
 
 class _Reloads:
-    """Reloads, one at a time: what is asked for during a start or a reload follows it, once.
+    """Runs reloads one at a time. Requests during the start or a reload cause one more reload after it.
 
     Args:
-        reload: does it.
+        reload: reloads the service.
     """
 
     def __init__(self, reload: Callable[[], Awaitable[None]]) -> None:
         self._reload = reload
-        self._allowed = self._asked = False
+        self._allowed = self._requested = False
         self._running: asyncio.Task[None] | None = None
 
     def allow(self) -> None:
-        """The start is done."""
+        """Allow reloads, after the start."""
         self._allowed = True
         self._begin()
 
-    def ask(self) -> None:
-        """Begin a reload, now or as soon as that is possible."""
-        self._asked = True
+    def request(self) -> None:
+        """Request a reload, now or as soon as it is possible."""
+        self._requested = True
         self._begin()
 
     def _begin(self) -> None:
-        if self._allowed and self._asked and (self._running is None or self._running.done()):
+        if self._allowed and self._requested and (self._running is None or self._running.done()):
             self._running = asyncio.create_task(self._run())
 
     async def _run(self) -> None:
-        while self._asked:
-            self._asked = False
+        while self._requested:
+            self._requested = False
             try:
                 await self._reload()
             except (ConfigError, SupervisorError) as error:
@@ -109,13 +112,13 @@ class _Reloads:
                 log.exception("reload failed; nothing is changed")
 
     async def end(self) -> None:
-        """Give up what is under way."""
+        """Cancel a running reload and reject further ones."""
         self._allowed = False
         await end([self._running])
 
 
 async def end(tasks: Iterable[asyncio.Task[Any] | None]) -> None:
-    """Cancel what of these is not done, and wait for its end."""
+    """Cancel the tasks that are not done, and wait until they are."""
     pending = [task for task in tasks if task is not None and not task.done()]
     for task in pending:
         task.cancel()

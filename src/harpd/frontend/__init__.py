@@ -1,1 +1,1 @@
-"""The network side of harpd: TLS, requests, authentication. It holds no call."""
+"""The network frontend of harpd: TLS, requests, authentication."""
