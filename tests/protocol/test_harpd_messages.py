@@ -250,6 +250,18 @@ def test_message_invalid_raises_reason(line: str, message: str) -> None:
             decode_message(line.encode(), decoder)
 
 
+REPEATED = [
+    '{"harp":1,"procedure":"p","arguments":[],"auth":{"user":"u","user":"v","password":"s"}}',
+    f'{{"harp":1,"procedure":"p","arguments":[],"auth":{{"user":"u","password":"s"}},"call":{{"id":"{ID}","id":"{ID}"}}}}',
+]
+
+
+@pytest.mark.parametrize("line", REPEATED)
+def test_request_with_repeated_inner_key_raises(line: str) -> None:
+    with pytest.raises(ProtocolError, match="repeated key"):
+        decode_request(line.encode(), decode_slices)
+
+
 @pytest.mark.parametrize("decoder", [decode_values, decode_slices])
 @pytest.mark.parametrize(("line", "type_", "message"), BAD_REQUESTS)
 def test_request_invalid_raises_type_and_reason(line: str, type_: str, message: str, decoder: Any) -> None:

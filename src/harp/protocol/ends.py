@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from harp.protocol import call_output as closing
-from harp.protocol.fields import check, required_string
+from harp.protocol.fields import check, required_object, required_string
 from harp.protocol.json_text import Envelope, JSONObject, Payload, Raw
 
 
@@ -71,10 +71,7 @@ def decode_end(kind: str, members: JSONObject) -> End:
     if kind == "cancelled":
         check(members.value("cancelled") is True, "cancelled: expected true")
         return Cancelled()
-    body = members.nested_object(kind)
-    if body is None:
-        check(False, f"{kind}: expected an object")
-    assert body is not None
+    body = required_object(members, kind)
     data = body.payload("data") if "data" in body else None
     if isinstance(data, Raw) and data == b"null":
         data = None

@@ -58,6 +58,31 @@ def member_value(members: JSONObject, key: str) -> Any:
         raise ProtocolError(f"{key}: {error}") from error
 
 
+def optional_value(members: JSONObject, key: str) -> Any:
+    """Return the value of a member; None if it is missing. Raises `ProtocolError`."""
+    return member_value(members, key) if key in members else None
+
+
+def required_object(members: JSONObject, key: str, expected: str = "an object") -> JSONObject:
+    """Return a member that must be an object.
+
+    Args:
+        members: the object that has the member.
+        key: its name.
+        expected: what the message says was expected.
+
+    Raises:
+        ProtocolError: it is missing, not an object, or repeats a key.
+    """
+    try:
+        nested = members.nested_object(key) if key in members else None
+    except InvalidJSON as error:
+        raise ProtocolError(f"{key}: {error}") from error
+    if nested is None:
+        raise ProtocolError(f"{key}: expected {expected}")
+    return nested
+
+
 def required_string(members: JSONObject, key: str) -> str:
     """Return the value of a member that must be a string. Raises `ProtocolError`."""
     if key not in members:

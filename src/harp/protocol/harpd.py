@@ -26,7 +26,9 @@ from harp.protocol.fields import (
     is_count,
     is_seconds,
     member_value,
+    optional_value,
     reject_unknown_keys,
+    required_object,
     required_string,
 )
 from harp.protocol.json_text import (
@@ -196,9 +198,9 @@ def decode_request(line: bytes, decoder: Decoder = decode_values) -> AnyRequest:
     if "attach" in members:
         reject_unknown_keys(members, ("harp", "attach", "owner", "secret", "since", "auth", "keep_alive"))
         call, owner, secret = (required_string(members, key) for key in ("attach", "owner", "secret"))
-        return Attach(
-            call, owner, secret, _required_value(members, "since"), *_credentials(members), _decode_keep_alive(members)
-        )
+        check("since" in members, "since: missing")
+        since = member_value(members, "since")
+        return Attach(call, owner, secret, since, *_credentials(members), _decode_keep_alive(members))
     if "calls" in members:
         reject_unknown_keys(members, ("harp", "procedure", "arguments", "calls", "auth", "keep_alive"))
         return ListCalls(required_string(members, "calls"), *_credentials(members), _decode_keep_alive(members))
@@ -218,16 +220,9 @@ def _decode_keep_alive(members: JSONObject) -> bool:
 
 
 def _credentials(members: JSONObject) -> tuple[str, str]:
-    auth = members.nested_object("auth") if "auth" in members else None
-    check(auth is not None, "auth: expected an object with user and password")
-    assert auth is not None
+    auth = required_object(members, "auth", "an object with user and password")
     reject_unknown_keys(auth, ("user", "password"))
     return required_string(auth, "user"), required_string(auth, "password")
-
-
-def _required_value(members: JSONObject, key: str) -> Any:
-    check(key in members, f"{key}: missing")
-    return member_value(members, key)
 
 
 def _check_version(members: JSONObject) -> None:
@@ -386,7 +381,7 @@ def _decode_acknowledgement(members: JSONObject) -> Acknowledgement:
     return Acknowledgement(
         member_value(members, "stream_result"),
         decode_terms(members, GrantedTerms),
-        _optional_value(members, "keep_alive"),
+        optional_value(members, "keep_alive"),
     )
 
 
@@ -394,11 +389,7 @@ def _decode_call_list(members: JSONObject) -> CallList:
     _check_version(members)
     calls = member_value(members, "calls")
     check(isinstance(calls, list), "calls: expected an array")
-    return CallList(tuple(calls), required_string(members, "instance"), _optional_value(members, "keep_alive"))
-
-
-def _optional_value(members: JSONObject, key: str) -> Any:
-    return member_value(members, key) if key in members else None
+    return CallList(tuple(calls), required_string(members, "instance"), optional_value(members, "keep_alive"))
 
 
 def _decode_failed(members: JSONObject) -> Failed:

@@ -13,7 +13,16 @@ from types import MappingProxyType
 from typing import TypeAlias
 
 from harp.protocol.ends import Cancelled, End, Failed, Raised, Returned, decode_end, encode_end
-from harp.protocol.fields import check, decode_object, is_container, is_count, member_value, required_string
+from harp.protocol.fields import (
+    check,
+    decode_object,
+    is_container,
+    is_count,
+    member_value,
+    optional_value,
+    required_object,
+    required_string,
+)
 from harp.protocol.json_text import Decoder, Envelope, JSONObject, Payload, Raw, decode_values, dumps
 from harp.protocol.requests import (
     VERSION,
@@ -27,7 +36,6 @@ from harp.protocol.requests import (
     Request,
     SubmitMany,
     encode_line,
-    optional_value,
 )
 from harp.protocol.strict_json import decode_enclosed
 
@@ -210,12 +218,8 @@ def _decode_cancelled(members: JSONObject, request: Request) -> Reply:
 
 
 def _decode_status(members: JSONObject, request: Request) -> Status:
-    call = members.nested_object("call")
-    time = members.nested_object("time") if "time" in members else None
-    if call is None or time is None or "arguments" not in call:
-        check(False, "status: expected call and time as objects, with the call's arguments")
-    assert call is not None
-    assert time is not None
+    call, time = required_object(members, "call"), required_object(members, "time")
+    check("arguments" in call, "call.arguments: missing")
     times = [optional_value(time, key) for key in ("submit", "start", "end")]
     submit, start, end = times
     check(_is_time(submit), "time.submit: expected an integer")

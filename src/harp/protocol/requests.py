@@ -25,7 +25,9 @@ from harp.protocol.fields import (
     is_count,
     is_seconds,
     member_value,
+    optional_value,
     reject_unknown_keys,
+    required_object,
     required_string,
 )
 from harp.protocol.json_text import Decoder, Envelope, InvalidJSON, JSONObject, Payload, Raw, decode_values, dumps
@@ -218,11 +220,6 @@ def decode_request_line(line: bytes, decoder: Decoder = decode_values) -> tuple[
     return decode(members), keep
 
 
-def optional_value(members: JSONObject, key: str) -> Any:
-    """Return the value of a member; None if it is missing."""
-    return member_value(members, key) if key in members else None
-
-
 def _optional_flag(members: JSONObject, key: str, absent: bool) -> Any:
     """Return a member, or `absent` if it is missing or null. The message checks that it is true or false."""
     flag = optional_value(members, key)
@@ -261,12 +258,8 @@ def _decode_many(members: JSONObject) -> SubmitMany:
 def _decode_queue(members: JSONObject) -> Queue | None:
     if "queue" not in members or member_value(members, "queue") is None:
         return None
-    try:
-        queue = members.nested_object("queue")
-    except InvalidJSON as error:
-        raise ProtocolError(f"queue: {error}") from error
-    check(queue is not None and "name" in queue, "queue: expected an object with a name")
-    assert queue is not None
+    queue = required_object(members, "queue", "an object with a name")
+    check("name" in queue, "queue: expected an object with a name")
     reject_unknown_keys(queue, ("name", "concurrency"))
     concurrency = optional_value(queue, "concurrency")
     return Queue(queue.payload("name"), 1 if concurrency is None else concurrency)

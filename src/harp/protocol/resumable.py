@@ -20,6 +20,7 @@ from harp.protocol.fields import (
     is_seconds,
     member_value,
     reject_unknown_keys,
+    required_object,
     required_string,
 )
 from harp.protocol.json_text import Envelope, JSONObject, decode_values, dumps
@@ -134,9 +135,7 @@ def decode_terms(members: JSONObject, kind: type[T]) -> T | None:
     """
     if "call" not in members:
         return None
-    found = members.nested_object("call")
-    check(found is not None, "call: expected an object")
-    assert found is not None
+    found = required_object(members, "call")
     keys = tuple(kind.__dataclass_fields__)
     reject_unknown_keys(found, keys)
     for key in keys:
@@ -223,9 +222,7 @@ def decode_command(line: bytes) -> Command:
 
 
 def _decode_stop(members: JSONObject) -> StopCall:
-    stop = members.nested_object("stop")
-    check(stop is not None, "stop: expected an object")
-    assert stop is not None
+    stop = required_object(members, "stop")
     reject_unknown_keys(stop, ("why", "by"))
     return StopCall(required_string(stop, "why"), required_string(stop, "by") if "by" in stop else None)
 

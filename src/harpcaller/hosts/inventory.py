@@ -9,7 +9,15 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from harp.protocol.fields import ProtocolError, check, decode_object, member_value, reject_unknown_keys, required_string
+from harp.protocol.fields import (
+    ProtocolError,
+    check,
+    decode_object,
+    member_value,
+    reject_unknown_keys,
+    required_object,
+    required_string,
+)
 from harp.protocol.json_text import JSONObject, decode_values
 
 _MAX_PORT = 65535
@@ -86,7 +94,7 @@ def parse_line(line: bytes) -> Host:
     """
     members = decode_object(line, decode_values)
     reject_unknown_keys(members, ("hostname", "address", "port", "credentials"))
-    credentials = _object(members, "credentials")
+    credentials = required_object(members, "credentials")
     reject_unknown_keys(credentials, ("user", "password"))
     return Host(
         _name(members, "hostname"),
@@ -95,13 +103,6 @@ def parse_line(line: bytes) -> Host:
         required_string(credentials, "user"),
         required_string(credentials, "password"),
     )
-
-
-def _object(members: JSONObject, key: str) -> JSONObject:
-    found = members.nested_object(key) if key in members else None
-    check(found is not None, f"{key}: expected an object")
-    assert found is not None
-    return found
 
 
 def _name(members: JSONObject, key: str) -> str:
