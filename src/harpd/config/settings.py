@@ -48,11 +48,11 @@ class Network(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     tls_minimum: str | float = DEFAULT_MINIMUM
 
     def __post_init__(self) -> None:
-        if self.tls_floor not in TLS_VERSIONS:
+        if self.minimum_version not in TLS_VERSIONS:
             raise ValueError(f"tls_minimum: expected one of {', '.join(TLS_VERSIONS)}, got {self.tls_minimum!r}")
 
     @property
-    def tls_floor(self) -> str:
+    def minimum_version(self) -> str:
         """`tls_minimum` as a key of `harp_daemon.tls.TLS_VERSIONS`."""
         return str(self.tls_minimum)
 
@@ -237,7 +237,7 @@ def server_context(network: Network, path: Path) -> ssl.SSLContext:
         except OSError as error:
             raise ConfigError(f"{path}: network.{key}: {name}: {error.strerror}") from error
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    set_minimum_version(context, network.tls_floor)
+    set_minimum_version(context, network.minimum_version)
     try:
         # The empty password makes a key with a passphrase fail; without it OpenSSL would prompt on the terminal.
         context.load_cert_chain(network.certfile, network.keyfile, password="")

@@ -28,7 +28,7 @@ class Service(Protocol):
         """Stop within a bounded time; also after a start that failed or did not finish."""
 
 
-class Program:
+class ServiceRunner:
     """The runner of a service: SIGTERM and SIGINT stop it, SIGHUP reloads it.
 
     From its creation on, none of these signals kills the process.
@@ -36,10 +36,10 @@ class Program:
 
     def __init__(self) -> None:
         #: Set it to stop the service.
-        self.ending = asyncio.Event()
+        self.stop_requested = asyncio.Event()
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self.ending.set)
+            loop.add_signal_handler(number, self.stop_requested.set)
         loop.add_signal_handler(signal.SIGHUP, lambda: None)  # nothing to reload yet
         loop.set_exception_handler(_log_unexpected)
 
@@ -53,11 +53,11 @@ class Program:
         Raises:
             Exception: the start raised it.
         """
-        reloads = _Reloads(service.reload)
-        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reloads.request)
+        reloads = _ReloadQueue(service.reload)
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reloads.request_reload)
         try:
             starting = asyncio.create_task(service.start())
-            ending = asyncio.create_task(self.ending.wait())
+            ending = asyncio.create_task(self.stop_requested.wait())
             await asyncio.wait({starting, ending}, return_when=asyncio.FIRST_COMPLETED)
             if starting.done():
                 starting.result()
@@ -67,15 +67,15 @@ class Program:
                 await ending
             log.info("harpd stops")
             notify_service_manager("STOPPING=1")
-            await end([starting])
+            await _cancel_and_wait([starting])
         finally:
-            await reloads.end()
+            await reloads.cancel()
             await service.stop()
             # Closing the loop restores the default actions: a second signal would change the exit status.
             signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT, signal.SIGHUP})
 
 
-class _Reloads:
+class _ReloadQueue:
     """Runs reloads one at a time. Requests during the start or a reload cause one more reload after it.
 
     Args:
@@ -90,14 +90,14 @@ class _Reloads:
     def allow(self) -> None:
         """Allow reloads, after the start."""
         self._allowed = True
-        self._begin()
+        self._start_if_possible()
 
-    def request(self) -> None:
+    def request_reload(self) -> None:
         """Request a reload, now or as soon as it is possible."""
         self._requested = True
-        self._begin()
+        self._start_if_possible()
 
-    def _begin(self) -> None:
+    def _start_if_possible(self) -> None:
         if self._allowed and self._requested and (self._running is None or self._running.done()):
             self._running = asyncio.create_task(self._run())
 
@@ -111,13 +111,13 @@ class _Reloads:
             except Exception:
                 log.exception("reload failed; nothing is changed")
 
-    async def end(self) -> None:
+    async def cancel(self) -> None:
         """Cancel a running reload and reject further ones."""
         self._allowed = False
-        await end([self._running])
+        await _cancel_and_wait([self._running])
 
 
-async def end(tasks: Iterable[asyncio.Task[Any] | None]) -> None:
+async def _cancel_and_wait(tasks: Iterable[asyncio.Task[Any] | None]) -> None:
     """Cancel the tasks that are not done, and wait until they are."""
     pending = [task for task in tasks if task is not None and not task.done()]
     for task in pending:

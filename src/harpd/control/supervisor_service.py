@@ -22,7 +22,7 @@ from harpd.config.loaded import (
 )
 from harpd.config.settings import ConfigError
 from harpd.control.launcher import STOP_MARGIN, SupervisorLauncher
-from harpd.control.lifecycle import Program
+from harpd.control.lifecycle import ServiceRunner
 from harpd.control.runtime_directory import Role, runtime_directory
 from harpd.control.supervisor_client import SupervisorClient
 
@@ -41,7 +41,7 @@ async def run(options: CommandLine, config: SupervisorConfig, on_serving: Callab
         ConfigError: the runtime directory cannot be used.
         SupervisorError: the supervisor did not start; its log gives the reason.
     """
-    program = Program()
+    runner = ServiceRunner()
     configured = config.configuration.runtime_directory
     with (
         runtime_directory(configured, options.config, Role.LAUNCHER) as directory,
@@ -51,14 +51,14 @@ async def run(options: CommandLine, config: SupervisorConfig, on_serving: Callab
 
         def detach() -> None:
             service.detaching = True
-            program.ending.set()
+            runner.stop_requested.set()
 
         asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, detach)
-        await program.run(service, on_serving)
+        await runner.run(service, on_serving)
 
 
 class SupervisorService:
-    """The running service. A `harpd.control.lifecycle.Service`.
+    """The running service. Implements `harpd.control.lifecycle.Service`.
 
     Args:
         options: the command line.

@@ -22,7 +22,7 @@ from harp_daemon.memory_quota import MemoryQuota
 from harpd.config.loaded import CommandLine, LoadedConfig, configure_log, load_config, supervisor_settings
 from harpd.config.settings import ConfigError, Network
 from harpd.control.launcher import STOP_MARGIN, SupervisorLauncher
-from harpd.control.lifecycle import Program
+from harpd.control.lifecycle import ServiceRunner
 from harpd.control.runtime_directory import Role, runtime_directory
 from harpd.control.supervisor_client import SupervisorClient
 from harpd.frontend.connection import Connection
@@ -55,7 +55,7 @@ async def run(options: CommandLine, config: LoadedConfig, on_serving: Callable[[
         ConfigError: it cannot listen, or the runtime directory cannot be used.
         SupervisorError: the supervisor did not start; its log gives the reason.
     """
-    program = Program()
+    runner = ServiceRunner()
     configuration = config.configuration
     _raise_descriptor_limit(configuration.limits.max_connections)
     roles = (Role.FRONTEND,) if frontend_only else (Role.FRONTEND, Role.LAUNCHER)
@@ -63,11 +63,11 @@ async def run(options: CommandLine, config: LoadedConfig, on_serving: Callable[[
     with runtime_directory(configured, options.config, *roles) as directory, SupervisorClient(directory) as client:
         listeners = _listen(configuration.network, options.config)
         settings = partial(supervisor_settings, options, runtime_directory=directory, outlive=configured is not None)
-        await program.run(FrontendServer(options, config, client, settings, listeners, frontend_only), on_serving)
+        await runner.run(FrontendServer(options, config, client, settings, listeners, frontend_only), on_serving)
 
 
 class FrontendServer:
-    """The running frontend. A `harpd.control.lifecycle.Service`.
+    """The running frontend. Implements `harpd.control.lifecycle.Service`.
 
     Args:
         options: the command line.
@@ -211,6 +211,6 @@ def _settings_needing_restart(old: LoadedConfig, new: LoadedConfig) -> list[str]
 
 
 def _warn_about_old_tls(config: LoadedConfig) -> None:
-    floor = config.configuration.network.tls_floor
-    if floor in ("1.0", "1.1"):
-        log.warning("TLS versions below 1.2 are allowed", extra={"tls_minimum": floor})
+    version = config.configuration.network.minimum_version
+    if version in ("1.0", "1.1"):
+        log.warning("TLS versions below 1.2 are allowed", extra={"tls_minimum": version})
