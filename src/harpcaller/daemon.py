@@ -21,8 +21,7 @@ from typing import Any
 from harp_daemon import logs
 from harp_daemon.listeners import Listener, ListenError, listen_unix
 from harp_daemon.process import ProcessError, notify_service_manager
-from harpcaller.api import client_server as service
-from harpcaller.api.client_server import ClientServer
+from harpcaller.api.client_server import ClientServer, listen
 from harpcaller.api.control_server import ControlServer
 from harpcaller.config import Config, ConfigError, file_errors, load
 from harpcaller.dispatcher import Dispatcher
@@ -92,29 +91,29 @@ async def run(
         loop.add_signal_handler(number, stop.set)
     # These signals must not end the process during the start.
     for number in (signal.SIGHUP, signal.SIGUSR1):
-        loop.add_signal_handler(number, _nothing)
+        loop.add_signal_handler(number, _ignore_signal)
     _raise_descriptor_limit(config)
     try:
         async with AsyncExitStack() as stack:
             control = stack.enter_context(closing(_open_control(options.socket)))
-            listeners = service.listen(config)
+            listeners = listen(config)
             for listener in listeners:
                 stack.callback(listener.close)
             store = await _open_store(config)
             stack.push_async_callback(store.close)
             dispatcher = await stack.enter_async_context(Dispatcher(config, store, wall))
-            door = await stack.enter_async_context(ClientServer(dispatcher))
+            server = await stack.enter_async_context(ClientServer(dispatcher))
             program = _DaemonControl(options, dispatcher, stop)
             await stack.enter_async_context(ControlServer(dispatcher, program, control))
             loop.add_signal_handler(signal.SIGHUP, program.reload_by_signal)
             loop.add_signal_handler(signal.SIGUSR1, program.reopen_logs)
-            door.serve(listeners)
+            server.serve(listeners)
             on_ready()
             notify_service_manager("READY=1")
             await stop.wait()
             log.info("harpcallerd stops")
             notify_service_manager("STOPPING=1")
-            await program.finish()
+            await program.cancel_reloads()
     finally:
         # Closing the loop restores the default actions: a second signal would change the exit status.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1})
@@ -125,7 +124,7 @@ async def _open_store(config: Config) -> Store:
         return await open_store(config.stream_directory)
 
 
-def _nothing() -> None:
+def _ignore_signal() -> None:
     """Ignore a signal that arrives during the start."""
 
 
@@ -201,7 +200,7 @@ class _DaemonControl:
             raise
         return [key for key in _NEEDING_RESTART if getattr(config, key) != getattr(self._at_start, key)]
 
-    async def finish(self) -> None:
+    async def cancel_reloads(self) -> None:
         """Cancel all reloads."""
         for task in self._reloads:
             task.cancel()

@@ -271,24 +271,24 @@ def test_debug_logs_everything(tmp_path: Path) -> None:
 
 
 def test_listen_logs_every_address(tmp_path: Path) -> None:
-    door = tmp_path / "door"
-    listen = ["127.0.0.1:0", "[::1]:0", "*:0", f"unix:{door}"]
+    path = tmp_path / "path"
+    listen = ["127.0.0.1:0", "[::1]:0", "*:0", f"unix:{path}"]
     with Harpcallerd(tmp_path / "many", settings={"listen": listen}) as dispatcher:
-        dispatcher.wait_event("harpcallerd is serving", address=f"unix:{door}")  # the last one
+        dispatcher.wait_event("harpcallerd is serving", address=f"unix:{path}")  # the last one
         serving = dispatcher.events("harpcallerd is serving")
-        assert [event["address"] for event in serving] == ["127.0.0.1", "::1", "::", f"unix:{door}"]
+        assert [event["address"] for event in serving] == ["127.0.0.1", "::1", "::", f"unix:{path}"]
         ports = [event.get("port") for event in serving]
         assert ports[3] is None
         assert answers(socket.AF_INET, ("127.0.0.1", ports[0]))
         assert answers(socket.AF_INET6, ("::1", ports[1]))
         assert answers(socket.AF_INET, ("127.0.0.1", ports[2]))
         assert answers(socket.AF_INET6, ("::1", ports[2]))
-        assert answers(socket.AF_UNIX, str(door))
-        assert stat.S_IMODE(door.stat().st_mode) == 0o660
+        assert answers(socket.AF_UNIX, str(path))
+        assert stat.S_IMODE(path.stat().st_mode) == 0o660
         assert len(dispatcher.events("listening address is not loopback", level="warning")) == 1
         said = "every local user can call procedures"
         assert len(dispatcher.events(said)) == 1
-    assert not door.exists()
+    assert not path.exists()
 
 
 def test_listen_name_with_several_addresses(tmp_path: Path) -> None:
@@ -301,10 +301,10 @@ def test_listen_name_with_several_addresses(tmp_path: Path) -> None:
 
 
 def test_unix_socket_client_is_logged_by_user(tmp_path: Path) -> None:
-    door = tmp_path / "door"
-    with Harpcallerd(tmp_path / "one", settings={"listen": [f"unix:{door}"]}) as dispatcher:
+    path = tmp_path / "path"
+    with Harpcallerd(tmp_path / "one", settings={"listen": [f"unix:{path}"]}) as dispatcher:
         with LineClient(socket.socket(socket.AF_UNIX)) as client:
-            client.socket.connect(str(door))
+            client.socket.connect(str(path))
             client.send({"harpcaller": 1, "host": "h", "procedure": "p", "arguments": []})
             assert client.message()
         dispatcher.wait_event("job submitted", client=f"uid:{os.getuid()}")

@@ -1,4 +1,4 @@
-"""A dispatcher in the test's own loop: real store, real sockets towards the hosts, no doors."""
+"""A dispatcher in the event loop of the test: a real store, real sockets to hosts, no API."""
 
 from __future__ import annotations
 

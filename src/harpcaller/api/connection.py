@@ -23,7 +23,6 @@ _READ_BYTES = 64 * 1024
 #: Maximum seconds for a client to read the last reply and close.
 _CLOSE_TIMEOUT = 2.0
 
-
 #: Bytes that the kernel holds for a client beyond those on their way to it.
 _UNSENT_BYTES = 64 * 1024
 
@@ -214,7 +213,7 @@ def make_acceptor(
 
 
 async def close_acceptor(acceptor: Acceptor[Connection]) -> None:
-    """Stop accepting; end the waiting of all clients, and give the answers under way some time."""
+    """Stop accepting, end all waits, and give requests that are being answered some time."""
     acceptor.close_listeners()
     for connection in acceptor.connections.values():
         connection.mark_disconnected()
