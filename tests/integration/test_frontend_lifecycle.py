@@ -209,7 +209,7 @@ def test_runtime_directory_writable_for_others_is_rejected(harpd: Harpd) -> None
     harpd.runtime_directory.chmod(0o777)
     outcome = subprocess.run(harpd.command(), capture_output=True, text=True, timeout=DEADLINE)
     assert outcome.returncode == 1
-    assert f"{harpd.runtime_directory}: others may write there" in outcome.stderr
+    assert f"{harpd.runtime_directory}: other users can write there" in outcome.stderr
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
@@ -218,7 +218,7 @@ def test_runtime_directory_of_another_user_is_rejected(harpd: Harpd) -> None:
     os.chown(harpd.runtime_directory, 4321, 4321)
     outcome = subprocess.run(harpd.command(), capture_output=True, text=True, timeout=DEADLINE)
     assert outcome.returncode == 1
-    assert f"{harpd.runtime_directory}: belongs to user 4321" in outcome.stderr
+    assert f"{harpd.runtime_directory}: owned by user 4321" in outcome.stderr
 
 
 def test_port_in_use_is_an_error(harpd: Harpd) -> None:
