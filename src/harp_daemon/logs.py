@@ -134,6 +134,7 @@ def reopen() -> None:
                 handler.stream = None
             finally:
                 handler.release()
+    logging.getLogger(__name__).info("log files reopened")
 
 
 def _all_handlers(loggers: Mapping[str, object]) -> set[logging.Handler]:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from argparse import Namespace
 from collections.abc import Callable, Iterator
-from enum import IntEnum
 from pathlib import Path
+from typing import Any
 
 from harp.protocol.json_text import InvalidJSON, Raw, loads
 from harp_daemon.process import ProcessError, detach, pidfile
@@ -16,7 +17,6 @@ from harpcaller.config import DEFAULT_FILE, ConfigError, load
 from harpcaller.store import StorageError
 
 _SOCKET = Path("/var/run/harpcaller/control")
-_DAY = 86_400
 
 _EXAMPLES = """\
 examples:
@@ -43,137 +43,95 @@ exit status: 0 success, 1 failure (one line on stderr says why; status: stopped)
 _RECURSION_LIMIT = 10_000
 
 
-class Exit(IntEnum):
-    """The exit status of the program."""
-
-    DONE = 0
-    FAILED = 1
-    USAGE = 2
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Run harpcallerd; return its exit status."""
     parsed = parser().parse_args(arguments)
     sys.setrecursionlimit(_RECURSION_LIMIT)
-    command: Callable[[argparse.Namespace], Exit] = parsed.run
     try:
-        return command(parsed)
+        return int(parsed.run(parsed))
     except (ControlError, ProcessError) as error:
         print(f"harpcallerd: {error}", file=sys.stderr)
-        return Exit.FAILED
+        return 1
     except BrokenPipeError:  # the reader of the list has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return Exit.DONE
+        return 0
     except KeyboardInterrupt:
-        return Exit.FAILED
+        return 1
 
 
-# The daemon.
+# The commands; each returns the exit status.
 
 
-def _start(parsed: argparse.Namespace) -> Exit:
+def _start(parsed: Namespace) -> int:
     # Only the daemon needs the event loop, TLS and SQLite; commands should not wait for these imports.
     from harp_daemon.event_loop import run as run_loop
-    from harpcaller.daemon import Options, configure_log, run
+    from harpcaller.daemon import configure_log, run
 
-    options = Options(config=parsed.config, socket=parsed.socket, debug=parsed.debug)
-    on_ready: Callable[[], None] = _ignore_ready
     try:
-        config = load(options.config)  # before detaching, so that errors appear on the terminal
-        if parsed.daemon:
-            on_ready = detach()
+        config = load(parsed.config)  # before detaching, so that errors appear on the terminal
+        on_ready = detach() if parsed.daemon else lambda: None
         with pidfile(parsed.pidfile):
-            configure_log(options, config)
-            run_loop(run(options, config, on_ready))
+            configure_log(config, parsed.debug)
+            run_loop(run(config, parsed.socket, on_ready, parsed.debug))
     except (ConfigError, StorageError) as error:
         raise ProcessError(str(error)) from error
-    return Exit.DONE
+    return 0
 
 
-def _ignore_ready() -> None:
-    """Do nothing: in the foreground no process waits."""
-
-
-# The commands.
-
-
-def _status(parsed: argparse.Namespace) -> Exit:
+def _status(parsed: Namespace) -> int:
     daemon = ControlClient(parsed.socket)
     running = daemon.wait_running(parsed.timeout) if parsed.wait else daemon.is_running()
     print(f"harpcallerd is {'running' if running else 'stopped'}")
-    return Exit.DONE if running else Exit.FAILED
+    return 0 if running else 1
 
 
-def _stop(parsed: argparse.Namespace) -> Exit:
+def _stop(parsed: Namespace) -> int:
     pid = ControlClient(parsed.socket).stop(parsed.timeout)
     if parsed.print_pid:
         print(pid)
-    return Exit.DONE
+    return 0
 
 
-def _run_silently(parsed: argparse.Namespace) -> Exit:
-    """Run a command without output."""
-    for _ in ControlClient(parsed.socket).send_command(parsed.command):
-        pass
-    return Exit.DONE
-
-
-def _reload(parsed: argparse.Namespace) -> Exit:
-    (answer,) = ControlClient(parsed.socket).send_command("reload")
-    for key in loads(answer)["restart_needed"]:
+def _reload(parsed: Namespace) -> int:
+    for key in _single_reply(parsed)["restart_needed"]:
         print(f"harpcallerd: warning: the change of {key} needs a restart", file=sys.stderr)
-    return Exit.DONE
+    return 0
 
 
-def _list(parsed: argparse.Namespace) -> Exit:
-    options = {"newest": parsed.newest, "host": parsed.host, "of_queue": parsed.of_queue}
-    return _print(ControlClient(parsed.socket).send_command("list", all=parsed.all, queue=parsed.queue, **options))
+def _reopen_logs(parsed: Namespace) -> int:
+    _single_reply(parsed)
+    return 0
 
 
-def _info(parsed: argparse.Namespace) -> Exit:
-    return _print(ControlClient(parsed.socket).send_command("info", job=parsed.job, full=parsed.full))
-
-
-def _cancel(parsed: argparse.Namespace) -> Exit:
-    (answer,) = ControlClient(parsed.socket).send_command("cancel", job=parsed.job)
-    if not loads(answer)["cancelled"]:
+def _cancel(parsed: Namespace) -> int:
+    if not _single_reply(parsed)["cancelled"]:
         raise ControlError(f"job {parsed.job} has ended or does not exist")
-    return Exit.DONE
+    return 0
 
 
-def _release_slot(parsed: argparse.Namespace) -> Exit:
-    (answer,) = ControlClient(parsed.socket).send_command("release-slot", job=parsed.job)
-    if not loads(answer)["released"]:
+def _release_slot(parsed: Namespace) -> int:
+    if not _single_reply(parsed)["released"]:
         raise ControlError(f"job {parsed.job} has not ended, holds no slot, or does not exist")
-    return Exit.DONE
+    return 0
 
 
-def _queue_list(parsed: argparse.Namespace) -> Exit:
-    return _print(ControlClient(parsed.socket).send_command("queue-list", queue=parsed.queue))
-
-
-def _queue_cancel(parsed: argparse.Namespace) -> Exit:
-    return _print(ControlClient(parsed.socket).send_command("queue-cancel", queue=parsed.queue))
-
-
-def _hosts_list(parsed: argparse.Namespace) -> Exit:
-    return _print(ControlClient(parsed.socket).send_command("hosts-list"))
-
-
-def _hosts_refresh(parsed: argparse.Namespace) -> Exit:
-    return _print(ControlClient(parsed.socket).send_command("hosts-refresh"))
-
-
-def _prune_jobs(parsed: argparse.Namespace) -> Exit:
-    age = None if parsed.age is None else parsed.age * _DAY
-    return _print(ControlClient(parsed.socket).send_command("prune-jobs", age=age))
-
-
-def _print(items: Iterator[Raw]) -> Exit:
-    for item in items:
+def _print_reply(parsed: Namespace) -> int:
+    for item in _send(parsed):
         sys.stdout.buffer.write(item + b"\n")
     sys.stdout.buffer.flush()
-    return Exit.DONE
+    return 0
+
+
+def _send(parsed: Namespace) -> Iterator[Raw]:
+    """Send the command with its own arguments; yield the items of the reply."""
+    options = {name: value for name, value in vars(parsed).items() if name not in ("command", "run", "socket")}
+    return ControlClient(parsed.socket).send_command(parsed.command, **options)
+
+
+def _single_reply(parsed: Namespace) -> dict[str, Any]:
+    (item,) = _send(parsed)
+    reply: dict[str, Any] = loads(item)
+    return reply
 
 
 # The command line.
@@ -197,7 +155,7 @@ def parser() -> argparse.ArgumentParser:
     )
     commands = program.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
-    def add(name: str, run: Callable[[argparse.Namespace], Exit], help: str) -> Callable[..., argparse.Action]:
+    def add(name: str, run: Callable[[Namespace], int], help: str) -> Callable[..., argparse.Action]:
         command = commands.add_parser(name, parents=[socket], help=help, description=f"{help[0].upper()}{help[1:]}.")
         command.set_defaults(run=run)
         return command.add_argument
@@ -214,28 +172,28 @@ def parser() -> argparse.ArgumentParser:
     option("--timeout", metavar="S", type=_number, help="wait at most S seconds")
     option("--print-pid", action="store_true", help="print its process id")
     add("reload", _reload, "reload the configuration, all or nothing")
-    option = add("list", _list, "list the jobs that have not ended, in the order of submission")
+    option = add("list", _print_reply, "list the jobs that have not ended, in the order of submission")
     option("--all", action="store_true", help="include jobs that have ended")
     option("--newest", metavar="N", type=_count, help="only the last N submitted jobs, the newest first")
     option("--host", metavar="HOST", help="only jobs for this host")
     option("--of-queue", metavar="QUEUE", type=_queue, help="only jobs of this queue; QUEUE is a JSON object")
     option("--queue", action="store_true", help="show the queue of each job")
-    option = add("info", _info, "show a job and its end")
+    option = add("info", _print_reply, "show a job and its end")
     option("job", metavar="JOB")
     option("--full", action="store_true", help="show all details: host, stop, exit info, and the reason of its state")
     add("cancel", _cancel, "cancel a job")("job", metavar="JOB")
     add("release-slot", _release_slot, "free the slot of an ended job without confirmation by its host")(
         "job", metavar="JOB"
     )
-    option = add("queue-list", _queue_list, "list the queues, or the queued and running jobs of one queue")
+    option = add("queue-list", _print_reply, "list the queues, or the queued and running jobs of one queue")
     option("queue", metavar="QUEUE", type=_queue, nargs="?", help="a JSON object")
-    option = add("queue-cancel", _queue_cancel, "cancel all jobs of a queue")
+    option = add("queue-cancel", _print_reply, "cancel all jobs of a queue")
     option("queue", metavar="QUEUE", type=_queue, help="a JSON object")
-    add("hosts-list", _hosts_list, "list the hosts of the registry, without credentials")
-    add("hosts-refresh", _hosts_refresh, "run host_db_script now")
-    option = add("prune-jobs", _prune_jobs, "delete old ended jobs with their records")
-    option("--age", metavar="DAYS", type=_number, help="delete jobs that ended more than DAYS ago (default: max_age)")
-    add("reopen-logs", _run_silently, "reopen the log files, after a rotation")
+    add("hosts-list", _print_reply, "list the hosts of the registry, without credentials")
+    add("hosts-refresh", _print_reply, "run host_db_script now")
+    option = add("prune-jobs", _print_reply, "delete old ended jobs with their records")
+    option("--age", metavar="DAYS", type=_days, help="delete jobs that ended more than DAYS ago (default: max_age)")
+    add("reopen-logs", _reopen_logs, "reopen the log files, after a rotation")
     return program
 
 
@@ -251,6 +209,10 @@ def _number(text: str) -> float:
     if not 0 <= number < float("inf"):
         raise argparse.ArgumentTypeError(f"expected a number of at least 0, got {text!r}")
     return number
+
+
+def _days(text: str) -> float:
+    return _number(text) * 86_400
 
 
 def _count(text: str) -> int:

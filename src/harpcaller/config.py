@@ -92,8 +92,8 @@ class Address:
 class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The configuration. `KEYS` are the keys of the file; see docs/settings-dispatcher.md."""
 
-    #: The file; None if the value was not loaded from a file. Not a key.
-    file: Path | None = None
+    #: The file. Not a key.
+    file: Path = DEFAULT_FILE
     #: The keys of the file that only the legacy dispatcher uses. Not a key.
     ignored: tuple[str, ...] = ()
 
@@ -221,11 +221,9 @@ def file_errors(config: Config, key: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError) as error:
-        where = f"{config.file}: " if config.file else ""
         reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
-        raise ConfigError(
-            f"{where}{key}: expected a file that can be used, got {getattr(config, key)}: {reason}"
-        ) from error
+        expected = f"expected a file that can be used, got {getattr(config, key)}"
+        raise ConfigError(f"{config.file}: {key}: {expected}: {reason}") from error
 
 
 def _read(file: Path) -> dict[str, Any]:

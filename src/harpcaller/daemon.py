@@ -13,8 +13,7 @@ import resource
 import signal
 import time
 from collections.abc import Callable
-from contextlib import AsyncExitStack, closing
-from dataclasses import dataclass
+from contextlib import AsyncExitStack, closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +21,9 @@ from harp_daemon import logs
 from harp_daemon.listeners import Listener, ListenError, listen_unix
 from harp_daemon.process import ProcessError, notify_service_manager
 from harpcaller.api.client_server import ClientServer, listen
-from harpcaller.api.control_server import ControlServer
+from harpcaller.api.control_server import serve_control
 from harpcaller.config import Config, ConfigError, file_errors, load
 from harpcaller.dispatcher import Dispatcher
-from harpcaller.store import Store
 from harpcaller.store.sqlite import open_store
 
 log = logging.getLogger(__name__)
@@ -40,28 +38,17 @@ _NEEDING_RESTART = ("listen", "stream_directory", "request_memory")
 _OWN_DESCRIPTORS = 64
 
 
-@dataclass(frozen=True, slots=True)
-class Options:
-    """The options of the command line.
-
-    Attributes:
-        config: the configuration file.
-        socket: the control socket.
-        debug: whether to log at debug level, regardless of the configuration.
-    """
-
-    config: Path
-    socket: Path
-    debug: bool = False
-
-
-def configure_log(options: Options, config: Config) -> None:
+def configure_log(config: Config, debug: bool) -> None:
     """Configure the log.
+
+    Args:
+        config: the configuration.
+        debug: whether to log at debug level, regardless of the configuration.
 
     Raises:
         ConfigError: syslog cannot be reached.
     """
-    level = "debug" if options.debug else config.log_level
+    level = "debug" if debug else config.log_level
     try:
         logs.configure(level=level.upper(), form=config.log_format, syslog=config.syslog, name="harpcallerd")
     except OSError as error:
@@ -69,14 +56,15 @@ def configure_log(options: Options, config: Config) -> None:
 
 
 async def run(
-    options: Options, config: Config, on_ready: Callable[[], None], wall: Callable[[], float] = time.time
+    config: Config, socket: Path, on_ready: Callable[[], None], debug: bool, wall: Callable[[], float] = time.time
 ) -> None:
     """Serve until SIGTERM, SIGINT or the command `stop`; SIGHUP reloads, SIGUSR1 reopens the log files.
 
     Args:
-        options: the command line.
-        config: the configuration loaded from `options.config`.
+        config: the configuration; a reload loads its file again.
+        socket: the control socket.
         on_ready: called when requests are accepted.
+        debug: as in `configure_log`.
         wall: the wall clock for stored times; Unix seconds.
 
     Raises:
@@ -91,80 +79,61 @@ async def run(
         loop.add_signal_handler(number, stop.set)
     # These signals must not end the process during the start.
     for number in (signal.SIGHUP, signal.SIGUSR1):
-        loop.add_signal_handler(number, _ignore_signal)
+        loop.add_signal_handler(number, lambda: None)
     _raise_descriptor_limit(config)
     try:
         async with AsyncExitStack() as stack:
-            control = stack.enter_context(closing(_open_control(options.socket)))
+            control = stack.enter_context(closing(_open_control(socket)))
             listeners = listen(config)
             for listener in listeners:
                 stack.callback(listener.close)
-            store = await _open_store(config)
+            with file_errors(config, "stream_directory"):
+                store = await open_store(config.stream_directory)
             stack.push_async_callback(store.close)
             dispatcher = await stack.enter_async_context(Dispatcher(config, store, wall))
             server = await stack.enter_async_context(ClientServer(dispatcher))
-            program = _DaemonControl(options, dispatcher, stop)
-            await stack.enter_async_context(ControlServer(dispatcher, program, control))
-            loop.add_signal_handler(signal.SIGHUP, program.reload_by_signal)
-            loop.add_signal_handler(signal.SIGUSR1, program.reopen_logs)
+            daemon = _RunningDaemon(dispatcher, debug, stop)
+            await stack.enter_async_context(serve_control(daemon, control))
+            loop.add_signal_handler(signal.SIGHUP, daemon.reload_by_signal)
+            loop.add_signal_handler(signal.SIGUSR1, logs.reopen)
             server.serve(listeners)
             on_ready()
             notify_service_manager("READY=1")
             await stop.wait()
             log.info("harpcallerd stops")
             notify_service_manager("STOPPING=1")
-            await program.cancel_reloads()
+            await daemon.cancel_reloads()
     finally:
         # Closing the loop restores the default actions: a second signal would change the exit status.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1})
 
 
-async def _open_store(config: Config) -> Store:
-    with file_errors(config, "stream_directory"):
-        return await open_store(config.stream_directory)
-
-
-def _ignore_signal() -> None:
-    """Ignore a signal that arrives during the start."""
-
-
-class _DaemonControl:
-    """Controls the daemon on behalf of signals and the control API.
+class _RunningDaemon:
+    """The running daemon. A `harpcaller.api.control_server.Daemon`.
 
     Args:
-        options: the command line.
         dispatcher: the dispatcher.
+        debug: as in `configure_log`.
         stop: set to stop the daemon.
     """
 
-    def __init__(self, options: Options, dispatcher: Dispatcher, stop: asyncio.Event) -> None:
-        self._options = options
-        self._dispatcher = dispatcher
-        self._stop = stop
+    def __init__(self, dispatcher: Dispatcher, debug: bool, stop: asyncio.Event) -> None:
+        self.dispatcher = dispatcher
+        self.stop = stop.set
+        self._debug = debug
         self._at_start = dispatcher.config
         self._reloading = asyncio.Lock()
         self._reloads: set[asyncio.Task[None]] = set()
 
-    def stop(self) -> None:
-        """Start to stop."""
-        self._stop.set()
-
-    def reopen_logs(self) -> None:
-        """Reopen the log files."""
-        logs.reopen()
-        log.info("log files reopened")
-
     def reload_by_signal(self) -> None:
         """Start to reload; the result is logged."""
-        task = asyncio.create_task(self._logged_reload())
+        task = asyncio.create_task(self._reload_by_signal())
         self._reloads.add(task)
         task.add_done_callback(self._reloads.discard)
 
-    async def _logged_reload(self) -> None:
-        try:
+    async def _reload_by_signal(self) -> None:
+        with suppress(ConfigError):  # it is logged
             await self.reload()
-        except ConfigError:
-            pass  # already logged
 
     async def reload(self) -> list[str]:
         """Reload the configuration file, all or nothing.
@@ -190,18 +159,18 @@ class _DaemonControl:
             return needing_restart
 
     async def _reload(self) -> list[str]:
-        before = self._dispatcher.config
-        config = await asyncio.to_thread(load, self._options.config)
+        before = self.dispatcher.config
+        config = await asyncio.to_thread(load, before.file)
         try:
-            configure_log(self._options, config)
-            await self._dispatcher.reload(config)
+            configure_log(config, self._debug)
+            await self.dispatcher.reload(config)
         except BaseException:
-            configure_log(self._options, before)
+            configure_log(before, self._debug)
             raise
         return [key for key in _NEEDING_RESTART if getattr(config, key) != getattr(self._at_start, key)]
 
     async def cancel_reloads(self) -> None:
-        """Cancel all reloads."""
+        """Cancel the reloads that signals started."""
         for task in self._reloads:
             task.cancel()
         await asyncio.gather(*self._reloads, return_exceptions=True)
@@ -228,10 +197,7 @@ def _raise_descriptor_limit(config: Config) -> None:
         pass  # the limit remains
     needed = config.max_connections + config.max_calls + _OWN_DESCRIPTORS
     if soft != resource.RLIM_INFINITY and soft < needed:
-        log.warning(
-            "limit of open files too low",
-            extra={"limit": soft, "needed": needed},
-        )
+        log.warning("limit of open files too low", extra={"limit": soft, "needed": needed})
 
 
 def _log_unexpected(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:

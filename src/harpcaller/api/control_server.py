@@ -7,11 +7,9 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
-from contextlib import aclosing
-from dataclasses import dataclass
-from types import MappingProxyType, TracebackType
-from typing import Any, Protocol, Self
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import aclosing, asynccontextmanager
+from typing import Any, NamedTuple, Protocol
 
 from harp.protocol.ends import encode_end
 from harp.protocol.fields import (
@@ -26,6 +24,7 @@ from harp.protocol.fields import (
     required_string,
 )
 from harp.protocol.json_text import Envelope, JSONObject, Raw, dumps
+from harp_daemon import logs
 from harp_daemon.listeners import Listener
 from harp_daemon.sliced_json import decode_slices
 from harpcaller.api.connection import ClientDisconnected, Connection, close_acceptor, make_acceptor
@@ -50,11 +49,11 @@ _SEND_BYTES = 64 * 1024
 Items = AsyncGenerator[Envelope, None]
 
 
-class Program(Protocol):
-    """The daemon, as far as commands control it."""
+class Daemon(Protocol):
+    """The daemon that runs the dispatcher, as far as commands control it."""
 
-    def stop(self) -> None:
-        """Start to stop the daemon."""
+    dispatcher: Dispatcher
+    stop: Callable[[], None]
 
     def reload(self) -> Awaitable[list[str]]:
         """Read the configuration again; return the changed keys that need a restart.
@@ -63,59 +62,51 @@ class Program(Protocol):
             ConfigError: the configuration cannot be used; nothing has changed.
         """
 
-    def reopen_logs(self) -> None:
-        """Reopen the log files."""
 
-
-class ControlServer:
-    """The server of the control API; an asynchronous context manager that closes it.
+@asynccontextmanager
+async def serve_control(daemon: Daemon, listener: Listener) -> AsyncIterator[None]:
+    """Serve the control API on a socket for the duration of the context.
 
     Args:
-        dispatcher: the dispatcher.
-        program: the daemon that runs the dispatcher.
+        daemon: the daemon to control.
         listener: the control socket.
     """
 
-    def __init__(self, dispatcher: Dispatcher, program: Program, listener: Listener) -> None:
-        self.dispatcher = dispatcher
-        self.program = program
-        self._listener = listener
-        self._acceptor = make_acceptor(
-            self._answer, lambda: _MAX_CONNECTIONS, _error("too many connections to the control socket")
-        )
+    async def answer(connection: Connection) -> None:
+        await connection.send(await _run_command(daemon, connection))
 
-    async def __aenter__(self) -> Self:
-        self._acceptor.open([self._listener])
-        return self
+    refusal = _line(error="too many connections to the control socket")
+    acceptor = make_acceptor(answer, lambda: _MAX_CONNECTIONS, refusal)
+    acceptor.open([listener])
+    try:
+        yield
+    finally:
+        await close_acceptor(acceptor)
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        await close_acceptor(self._acceptor)
 
-    async def _answer(self, connection: Connection) -> None:
-        await connection.send(await self._run_command(connection))
-
-    async def _run_command(self, connection: Connection) -> bytes:
-        """Run a command and send its items; return the last line."""
-        try:
-            members = decode_object(await connection.read_request(_MAX_REQUEST, _IDLE_TIMEOUT), decode_slices)
-            name = required_string(members, "command")
-            check(name in COMMANDS, f"command: expected one of {', '.join(COMMANDS)}, got {name!r}")
-            reject_unknown_keys(members, ("command", *COMMANDS[name].options))
-            log.debug("command", extra={"command": name, "client": connection.client})
-            async with aclosing(COMMANDS[name].run(self, members)) as items:
-                await _send_items(items, connection)
-        except ClientDisconnected:
-            raise
-        except UnknownJob as error:
-            return _error(f"there is no job {error}")
-        except (ProtocolError, StorageError, ConfigError, RefreshFailed) as error:
-            return _error(str(error))
-        except Exception:
-            log.exception("command failed: internal error")
-            return _error("internal error of the dispatcher; see its log")
-        return _line(done=True)
+async def _run_command(daemon: Daemon, connection: Connection) -> bytes:
+    """Run a command and send its items; return the last line."""
+    try:
+        members = decode_object(await connection.read_request(_MAX_REQUEST, _IDLE_TIMEOUT), decode_slices)
+        name = required_string(members, "command")
+        check(name in _COMMANDS, f"command: expected one of {', '.join(_COMMANDS)}, got {name!r}")
+        command = _COMMANDS[name]
+        reject_unknown_keys(members, ("command", *command.required, *command.optional))
+        options = {key: read(members, key) for key, read in command.required.items()}
+        options |= {key: read(members, key) for key, read in command.optional.items() if key in members}
+        log.debug("command", extra={"command": name, "client": connection.client})
+        async with aclosing(command.run(daemon, **options)) as items:
+            await _send_items(items, connection)
+    except ClientDisconnected:
+        raise
+    except UnknownJob as error:
+        return _line(error=f"there is no job {error}")
+    except (ProtocolError, StorageError, ConfigError, RefreshFailed) as error:
+        return _line(error=str(error))
+    except Exception:
+        log.exception("command failed: internal error")
+        return _line(error="internal error of the dispatcher; see its log")
+    return _line(done=True)
 
 
 async def _send_items(items: Items, connection: Connection) -> None:
@@ -134,151 +125,152 @@ def _line(**members: Any) -> bytes:
     return bytes(dumps(Envelope(members))) + b"\n"
 
 
-def _error(message: str) -> bytes:
-    return _line(error=message)
-
-
 # The commands.
 
 
-async def _status(server: ControlServer, _: JSONObject) -> Items:
-    yield Envelope(pid=os.getpid(), calls=server.dispatcher.active_calls)
+async def _status(daemon: Daemon) -> Items:
+    yield Envelope(pid=os.getpid(), calls=daemon.dispatcher.active_calls)
 
 
-async def _stop(server: ControlServer, _: JSONObject) -> Items:
+async def _stop(daemon: Daemon) -> Items:
     log.info("stop requested")
-    server.program.stop()  # the reply is still sent
+    daemon.stop()  # the reply is still sent
     yield Envelope(pid=os.getpid())
 
 
-async def _reload(server: ControlServer, _: JSONObject) -> Items:
-    yield Envelope(reloaded=True, restart_needed=await server.program.reload())
+async def _reload(daemon: Daemon) -> Items:
+    yield Envelope(reloaded=True, restart_needed=await daemon.reload())
 
 
-async def _reopen_logs(server: ControlServer, _: JSONObject) -> Items:
-    server.program.reopen_logs()
+async def _reopen_logs(_: Daemon) -> Items:
+    logs.reopen()
     yield Envelope(reopened=True)
 
 
-async def _list(server: ControlServer, members: JSONObject) -> Items:
-    with_queue = _flag(members, "queue")
-    host = required_string(members, "host") if "host" in members else None
-    queue = _queue(members, "of_queue") if "of_queue" in members else None
-    check(host is None or queue is None, "host, of_queue: expected one of them, got both")
-    newest = _newest(members)
-    async for job in server.dispatcher.list_jobs(ended=_flag(members, "all"), host=host, queue=queue, newest=newest):
-        item = _job_item(job)
-        if with_queue:
-            item["queue"] = job.queue
-        yield item
+async def _list(
+    daemon: Daemon,
+    all: bool = False,
+    queue: bool = False,
+    host: str | None = None,
+    of_queue: Raw | None = None,
+    newest: int | None = None,
+) -> Items:
+    check(host is None or of_queue is None, "host, of_queue: expected one of them, got both")
+    async for job in daemon.dispatcher.list_jobs(all, host, of_queue, newest):
+        yield Envelope(_job_item(job), queue=job.queue) if queue else _job_item(job)
 
 
-async def _info(server: ControlServer, members: JSONObject) -> Items:
-    if _flag(members, "full"):
-        yield Envelope(await server.dispatcher.details(required_string(members, "job")))
+async def _info(daemon: Daemon, job: str, full: bool = False) -> Items:
+    if full:
+        yield Envelope(await daemon.dispatcher.details(job))
         return
-    job = await server.dispatcher.get_job(required_string(members, "job"))
+    found = await daemon.dispatcher.get_job(job)
     yield Envelope(
-        _job_item(job),
-        queue=job.queue,
-        info=job.info,
-        state=job.state.value,
-        timeout=job.timeout,
-        max_exec_time=job.max_exec_time,
-        records=job.records,
-        end=None if job.end is None else encode_end(job.end),
+        _job_item(found),
+        queue=found.queue,
+        info=found.info,
+        state=found.state.value,
+        timeout=found.timeout,
+        max_exec_time=found.max_exec_time,
+        records=found.records,
+        end=None if found.end is None else encode_end(found.end),
     )
 
 
-async def _cancel(server: ControlServer, members: JSONObject) -> Items:
-    yield Envelope(cancelled=await server.dispatcher.cancel(required_string(members, "job"), _ADMINISTRATOR))
+async def _cancel(daemon: Daemon, job: str) -> Items:
+    yield Envelope(cancelled=await daemon.dispatcher.cancel(job, _ADMINISTRATOR))
 
 
-async def _release_slot(server: ControlServer, members: JSONObject) -> Items:
-    yield Envelope(released=await server.dispatcher.release_slot(required_string(members, "job")))
+async def _release_slot(daemon: Daemon, job: str) -> Items:
+    yield Envelope(released=await daemon.dispatcher.release_slot(job))
 
 
-async def _queue_list(server: ControlServer, members: JSONObject) -> Items:
-    if "queue" not in members:
-        for queue in await server.dispatcher.list_queues():
-            yield Envelope(queue=queue.name, concurrency=queue.concurrency, running=queue.running, queued=queue.queued)
+async def _queue_list(daemon: Daemon, queue: Raw | None = None) -> Items:
+    if queue is None:
+        for lane in await daemon.dispatcher.list_queues():
+            yield Envelope(queue=lane.name, concurrency=lane.concurrency, running=lane.running, queued=lane.queued)
         return
-    async for job in server.dispatcher.list_jobs(queue=_queue(members)):
+    async for job in daemon.dispatcher.list_jobs(queue=queue):
         yield Envelope(_job_item(job), running=job.state is State.RUNNING)
 
 
-async def _queue_cancel(server: ControlServer, members: JSONObject) -> Items:
-    yield Envelope(cancelled=await server.dispatcher.cancel_queue(_queue(members), _ADMINISTRATOR))
+async def _queue_cancel(daemon: Daemon, queue: Raw) -> Items:
+    yield Envelope(cancelled=await daemon.dispatcher.cancel_queue(queue, _ADMINISTRATOR))
 
 
-async def _hosts_list(server: ControlServer, _: JSONObject) -> Items:
-    for host in server.dispatcher.hosts():
+async def _hosts_list(daemon: Daemon) -> Items:
+    for host in daemon.dispatcher.hosts():
         yield Envelope(hostname=host.hostname, address=host.address, port=host.port)
 
 
-async def _hosts_refresh(server: ControlServer, _: JSONObject) -> Items:
-    yield Envelope(hosts=await server.dispatcher.refresh_hosts())
+async def _hosts_refresh(daemon: Daemon) -> Items:
+    yield Envelope(hosts=await daemon.dispatcher.refresh_hosts())
 
 
-async def _prune_jobs(server: ControlServer, members: JSONObject) -> Items:
-    age = member_value(members, "age") if "age" in members else server.dispatcher.config.max_age_seconds
-    check(age == 0 or is_seconds(age), f"age: expected a number of seconds, got {age!r}")
-    yield Envelope(pruned=await server.dispatcher.prune(age))
+async def _prune_jobs(daemon: Daemon, age: float | None = None) -> Items:
+    seconds = daemon.dispatcher.config.max_age_seconds if age is None else age
+    yield Envelope(pruned=await daemon.dispatcher.prune(seconds))
 
 
-@dataclass(frozen=True, slots=True)
-class Command:
-    """A command: its function, and its keys beside ``command``."""
-
-    run: Callable[[ControlServer, JSONObject], Items]
-    options: tuple[str, ...] = ()
-
-
-#: All commands by name.
-COMMANDS: Mapping[str, Command] = MappingProxyType(
-    {
-        "status": Command(_status),
-        "stop": Command(_stop),
-        "reload": Command(_reload),
-        "reopen-logs": Command(_reopen_logs),
-        "list": Command(_list, ("all", "queue", "newest", "host", "of_queue")),
-        "info": Command(_info, ("job", "full")),
-        "cancel": Command(_cancel, ("job",)),
-        "release-slot": Command(_release_slot, ("job",)),
-        "queue-list": Command(_queue_list, ("queue",)),
-        "queue-cancel": Command(_queue_cancel, ("queue",)),
-        "hosts-list": Command(_hosts_list),
-        "hosts-refresh": Command(_hosts_refresh),
-        "prune-jobs": Command(_prune_jobs, ("age",)),
-    }
-)
+# The options of commands: each function returns a checked value from the request.
 
 
 def _flag(members: JSONObject, key: str) -> bool:
-    flag = member_value(members, key) if key in members else False
+    flag = member_value(members, key)
     check(isinstance(flag, bool), f"{key}: expected true or false")
     return bool(flag)
 
 
-def _newest(members: JSONObject) -> int | None:
-    if "newest" not in members:
-        return None
-    newest = member_value(members, "newest")
-    check(is_count(newest) and newest > 0, f"newest: expected a whole number of at least 1, got {newest!r}")
-    return int(newest)
+def _count(members: JSONObject, key: str) -> int:
+    count = member_value(members, key)
+    check(is_count(count) and count > 0, f"{key}: expected a whole number of at least 1, got {count!r}")
+    return int(count)
 
 
-def _queue(members: JSONObject, key: str = "queue") -> Raw:
+def _seconds(members: JSONObject, key: str) -> Any:
+    seconds = member_value(members, key)
+    check(seconds == 0 or is_seconds(seconds), f"{key}: expected a number of seconds, got {seconds!r}")
+    return seconds
+
+
+def _queue(members: JSONObject, key: str) -> Raw:
     check(key in members, f"{key}: missing")
     queue = members.payload(key)
     check(is_container(queue, (dict,)), f"{key}: expected an object")
     return Raw(queue)
 
 
+class Command(NamedTuple):
+    """A command: its function, and the functions that read its keys beside ``command``."""
+
+    run: Callable[..., Items]
+    required: Mapping[str, Callable[[JSONObject, str], Any]] = {}
+    optional: Mapping[str, Callable[[JSONObject, str], Any]] = {}
+
+
+_COMMANDS = {
+    "status": Command(_status),
+    "stop": Command(_stop),
+    "reload": Command(_reload),
+    "reopen-logs": Command(_reopen_logs),
+    "list": Command(
+        _list,
+        optional={"all": _flag, "queue": _flag, "newest": _count, "host": required_string, "of_queue": _queue},
+    ),
+    "info": Command(_info, {"job": required_string}, {"full": _flag}),
+    "cancel": Command(_cancel, {"job": required_string}),
+    "release-slot": Command(_release_slot, {"job": required_string}),
+    "queue-list": Command(_queue_list, optional={"queue": _queue}),
+    "queue-cancel": Command(_queue_cancel, {"queue": _queue}),
+    "hosts-list": Command(_hosts_list),
+    "hosts-refresh": Command(_hosts_refresh),
+    "prune-jobs": Command(_prune_jobs, optional={"age": _seconds}),
+}
+
+
 def _job_item(job: Job) -> Envelope:
     """Return a job as it appears in every list."""
-    times = (job.submitted, job.started, job.ended)
-    submit, start, end = (None if moment is None else int(moment) for moment in times)
+    submit, start, end = (None if time is None else int(time) for time in (job.submitted, job.started, job.ended))
     return Envelope(
         job=job.id,
         call=Envelope(host=job.host, procedure=job.procedure, arguments=job.arguments),
