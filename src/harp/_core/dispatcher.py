@@ -64,7 +64,11 @@ class CallerBase(PooledPeer[C]):
             return outcome
 
     def _send(self, request: Request) -> Steps[ParsedReply]:
-        policy = ReconnectPolicy(self._reconnect if is_waiting(request) else 0.0)
+        if is_waiting(request):
+            return self._send_repeatedly(request, ReconnectPolicy(self._reconnect))
+        return self._send_once(request, ReconnectPolicy(0.0))
+
+    def _send_repeatedly(self, request: Request, policy: ReconnectPolicy) -> Steps[ParsedReply]:
         while True:
             try:
                 return (yield from self._send_once(request, policy))

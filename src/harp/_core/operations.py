@@ -93,7 +93,7 @@ def raise_if_transient(parsed: ParsedReply, policy: ReconnectPolicy) -> ParsedRe
 
 def submit(request: protocol.Call) -> Operation[str]:
     """Submit a job and return its id. Raise `RemoteError` when the dispatcher refuses."""
-    reply = yield from _request(request)
+    reply = _accepted((yield request))
     assert isinstance(reply, Submitted)
     return reply.job_id
 

@@ -1,4 +1,4 @@
-"""When an interrupted reader connects to the dispatcher again, how often, and when it gives up.
+"""The policy for connecting to the dispatcher again after an interruption: when, how often, and for how long.
 
 Nothing here sleeps or reads a clock: the shells pass the time (seconds of the monotonic clock) and wait. Only requests
 that read are repeated, never those that submit or cancel.
