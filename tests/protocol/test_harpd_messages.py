@@ -310,8 +310,8 @@ def test_reply_reader_allows_records_only_if_announced() -> None:
 def test_reply_reader_resumable_call_has_its_phases() -> None:
     lines: dict[type, bytes] = {type(message): line.encode() for line, message in MESSAGES}
     exchange = ReplyReader(request=Request("p", [1], "u", "s", TERMS))
-    told = [Acknowledgement, RecordTime, Record, Heartbeat, Record, RecordTime, Record, StopReport, ExitInfo, Heartbeat]
-    for kind in told:
+    sent = [Acknowledgement, RecordTime, Record, Heartbeat, Record, RecordTime, Record, StopReport, ExitInfo, Heartbeat]
+    for kind in sent:
         exchange.read_message(lines[kind])
         assert not exchange.end_received
     for kind in (RecordTime, Record, ExitInfo, Acknowledgement):
@@ -337,7 +337,7 @@ PLAIN_ACK, RESUMABLE_ACK = (
         (None, PLAIN_ACK, Phase.STREAMING),
         (None, RESUMABLE_ACK, None),
         (Request("p", [], "u", "s"), RESUMABLE_ACK, None),
-        (Request("p", [], "u", "s", TERMS), PLAIN_ACK, Phase.STREAMING),  # a harpd of the field
+        (Request("p", [], "u", "s", TERMS), PLAIN_ACK, Phase.STREAMING),  # a legacy harpd
         (Request("p", [], "u", "s", TERMS), RESUMABLE_ACK, Phase.RESUMABLE_STREAMING),
         (Attach(ID, "o", "s", 0, "u", "s"), PLAIN_ACK, None),
         (Attach(ID, "o", "s", 0, "u", "s"), RESUMABLE_ACK, Phase.RESUMABLE_STREAMING),

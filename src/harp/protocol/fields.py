@@ -69,7 +69,7 @@ def required_object(members: JSONObject, key: str, expected: str = "an object") 
     Args:
         members: the object that has the member.
         key: its name.
-        expected: what the message says was expected.
+        expected: the expectation in the error message.
 
     Raises:
         ProtocolError: it is missing, not an object, or repeats a key.
