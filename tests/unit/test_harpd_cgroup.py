@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from harpd.processes.cgroup import Cgroup, Cgroups
+from harpd.processes.cgroup import Cgroup, create_cgroup
 from support.cgroups import own_cgroup
 from support.deadline import wait_until
 from support.hopper import hopping
@@ -21,7 +21,7 @@ pytestmark = [
 
 def test_cgroup_kills_fork_loop(tmp_path: Path) -> None:
     with own_cgroup() as place, contextlib.ExitStack() as ending:
-        group = Cgroups(str(place)).create("a", os.getpid())  # the processes that the test starts from now on are in it
+        group = create_cgroup(str(place), "a", os.getpid())  # the processes that the test starts from now on are in it
         assert group is not None
         try:
             ending.enter_context(hopping(tmp_path, session=True))

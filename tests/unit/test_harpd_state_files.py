@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from harpd.processes.cgroup import Cgroups
+from harpd.processes.cgroup import create_cgroup
 from harpd.processes.cookie import cookie_for
 from harpd.processes.process_tree import CallTree, take_snapshot
 from harpd.processes.procfs import start_time
@@ -202,7 +202,7 @@ def test_clean_up_kills_fork_loop_in_cgroup(
     supervisors: Supervisors, tmp_path: Path, old: StateDir, new: StateDir
 ) -> None:
     with own_cgroup() as place, contextlib.ExitStack() as ending:
-        group = Cgroups(str(place)).create("a", os.getpid())
+        group = create_cgroup(str(place), "a", os.getpid())
         assert group is not None
         try:
             ending.enter_context(hopping(tmp_path, session=True))

@@ -21,11 +21,7 @@ _DELEGATION_ATTRIBUTES = ("trusted.delegate", "user.delegate")
 
 @dataclass(frozen=True, slots=True)
 class Cgroup:
-    """The cgroup of a call.
-
-    Attributes:
-        path: its directory.
-    """
+    """The cgroup of a call; `path` is its directory."""
 
     path: str
 
@@ -54,12 +50,8 @@ class Cgroup:
 
     def kill(self) -> None:
         """Kill all processes in it and below it at once, so that none can fork meanwhile; only since Linux 5.14."""
-        with contextlib.suppress(OSError):
-            descriptor = os.open(f"{self.path}/cgroup.kill", os.O_WRONLY | os.O_CLOEXEC)
-            try:
-                os.write(descriptor, b"1")
-            finally:
-                os.close(descriptor)
+        with contextlib.suppress(OSError), open(f"{self.path}/cgroup.kill", "wb") as file:
+            file.write(b"1")
 
     def out_of_memory(self) -> bool:
         """Return whether the kernel has killed one of its processes for lack of memory; False if that is not known."""
@@ -77,44 +69,31 @@ class Cgroup:
                 os.rmdir(directory)
 
 
-class Cgroups:
-    """The cgroups of all calls.
-
-    Args:
-        directory: the cgroup in which they are created; None: calls get no cgroup.
-    """
-
-    def __init__(self, directory: str | None) -> None:
-        self._directory = directory
-
-    def create(self, call_id: str, pid: int) -> Cgroup | None:
-        """Create a cgroup for a call and move its main process there; return None if that is not possible."""
-        if self._directory is None:
-            return None
-        group = Cgroup(f"{self._directory}/call-{call_id}")
-        try:
-            os.mkdir(group.path)
-            with open(f"{group.path}/cgroup.procs", "w") as file:
-                file.write(str(pid))
-        except OSError as error:
-            log.error("cannot create cgroup for call", extra={"call": call_id, "reason": str(error)})
-            group.remove()
-            return None
-        return group
+def create_cgroup(directory: str, call_id: str, pid: int) -> Cgroup | None:
+    """Create a cgroup for a call in a directory and move its main process there; None: that is not possible."""
+    group = Cgroup(f"{directory}/call-{call_id}")
+    try:
+        os.mkdir(group.path)
+        with open(f"{group.path}/cgroup.procs", "w") as file:
+            file.write(str(pid))
+    except OSError as error:
+        log.error("cannot create cgroup for call", extra={"call": call_id, "reason": str(error)})
+        group.remove()
+        return None
+    return group
 
 
 def delegated_cgroup() -> str | None:
     """Return the directory of this process's cgroup if it was delegated to the daemon, else None."""
     try:
         path = _own_directory()
-        if path is None or not os.access(path, os.W_OK):
-            return None
+    except OSError:
+        return None
+    if path is not None and os.access(path, os.W_OK):
         for name in _DELEGATION_ATTRIBUTES:
             with contextlib.suppress(OSError):
                 if os.getxattr(path, name) == b"1":
                     return path
-    except OSError:
-        pass
     return None
 
 

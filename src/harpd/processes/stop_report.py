@@ -32,34 +32,32 @@ class StopReport:
 
     Args:
         main: pid and start time of the main process.
+
+    Attributes:
+        remaining: the processes that the last scan has found, by pid and start time.
     """
 
     def __init__(self, main: tuple[int, int]) -> None:
         self._main = main
-        self._remaining: dict[tuple[int, int], Process] = {}
+        self.remaining: Mapping[tuple[int, int], Process] = {}
         self._outcomes = {main: _ProcessOutcome()}
         self._others_found = 0
-
-    @property
-    def remaining(self) -> Mapping[tuple[int, int], Process]:
-        """The processes that the last scan has found, by pid and start time."""
-        return self._remaining
 
     def record(self, members: Iterable[Process]) -> None:
         """Record a scan that has found these processes of the call and no others."""
         found = {member.identity: member for member in members}
         for identity, member in found.items():
-            if identity not in self._remaining and identity != self._main:
+            if identity not in self.remaining and identity != self._main:
                 self._others_found += 1
                 if len(self._outcomes) < _MAX_LISTED:
                     self._outcomes[identity] = _ProcessOutcome()
             if identity in self._outcomes:
                 self._outcomes[identity].command = member.command
-        for identity in self._remaining.keys() - found.keys():
+        for identity in self.remaining.keys() - found.keys():
             outcome = self._outcomes.get(identity)
             if outcome and outcome.ended is None:
                 outcome.ended = f"gone after {outcome.signals[-1]}" if outcome.signals else "gone"
-        self._remaining = found
+        self.remaining = found
 
     def record_signal(self, number: signal.Signals, identity: tuple[int, int]) -> None:
         """Record that a process was sent a signal; repetitions of the last one are left out."""
@@ -82,7 +80,7 @@ class StopReport:
 
         Spec: docs/protocol.md, Resumable calls.
         """
-        survivors = {identity: process.command for identity, process in self._remaining.items()}
+        survivors = {identity: process.command for identity, process in self.remaining.items()}
         if not main_ended:
             survivors.setdefault(self._main, self._outcomes[self._main].command)
         listed = list(survivors.items())[:_MAX_LISTED]

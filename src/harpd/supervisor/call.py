@@ -29,7 +29,7 @@ from harp.protocol.call_output import RECORD_PREFIX
 from harp.protocol.ends import Failed
 from harp.protocol.harpd import encode_message
 from harp.protocol.json_text import InvalidJSON, Raw, dumps, loads
-from harpd.processes.cgroup import Cgroups
+from harpd.processes.cgroup import create_cgroup
 from harpd.processes.cookie import cookie_for
 from harpd.processes.process_tree import CallTree, Snapshot
 from harpd.supervisor.event_loop import READ, WRITE, EventLoop, Timer
@@ -117,7 +117,7 @@ class CallContext:
         take_snapshot: returns all processes at this time of the monotonic clock, or later.
         has_possible_escapes: returns whether an unknown process of a snapshot may belong to a call.
         output: creates the pipes for stdout and stderr.
-        cgroups: creates the cgroups of calls.
+        cgroup_directory: the cgroup in which those of calls are created; None: calls have none.
         quota: the memory of all calls; incomplete lines count too.
         include_stderr: whether exit info has the last lines of stderr.
         include_tracebacks: whether exit info has the traceback of an exception.
@@ -129,7 +129,7 @@ class CallContext:
     take_snapshot: Callable[[float], Snapshot]
     has_possible_escapes: Callable[[Snapshot, CallTree], bool]
     output: OutputCollector
-    cgroups: Cgroups
+    cgroup_directory: str | None
     quota: SpoolQuota
     include_stderr: bool
     include_tracebacks: bool
@@ -208,11 +208,11 @@ class Call:
     def on_forked(self, pid: int, start: int) -> None:
         """Acknowledge the call: the worker exists."""
         worker = self._worker
-        if worker.served == 1:
-            worker.cgroup = self._context.cgroups.create(self.id, pid)
+        context = self._context
+        if worker.served == 1 and context.cgroup_directory is not None:
+            worker.cgroup = create_cgroup(context.cgroup_directory, self.id, pid)
         self._fork_seconds = time.monotonic() - self._requested_at
         self._tree = CallTree(pid, start, cookie_for(self.id), worker.cgroup)
-        context = self._context
         self._termination = TerminationSequence(
             context.loop,
             self._tree,

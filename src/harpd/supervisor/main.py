@@ -66,7 +66,7 @@ from harp.protocol.fields import check, is_container, required_string
 from harp.protocol.harpd import encode_message
 from harp.protocol.json_text import JSONObject, dumps, loads
 from harpd.config import log_settings as logs
-from harpd.processes.cgroup import Cgroups, delegated_cgroup
+from harpd.processes.cgroup import delegated_cgroup
 from harpd.processes.cookie import cookie_for
 from harpd.processes.process_tree import CallTree, Snapshot, has_possible_escapes, take_snapshot
 from harpd.supervisor.bound_session import BoundSession
@@ -122,7 +122,7 @@ class Supervisor:
         self._accepting, self._draining, self._retired = False, False, False
         self._state_dir = StateDir(Path(settings["runtime_directory"]), self._instance)
         self._output = OutputCollector(loop, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // _LEFT_OPEN_DIVISOR)
-        self._cgroups = Cgroups(settings["cgroup"] or delegated_cgroup())
+        self._cgroup_directory = settings["cgroup"] or delegated_cgroup()
         self._quota = SpoolQuota(settings["spool_memory"])
         self._registry = CallRegistry(
             loop, self._instance, settings, self._state_dir, self._quota, self._clean_up_orphans, self._exit_if_done
@@ -338,7 +338,7 @@ class Supervisor:
             take_snapshot=self._take_snapshot,
             has_possible_escapes=partial(self._has_possible_escapes, zygote),
             output=self._output,
-            cgroups=self._cgroups,
+            cgroup_directory=self._cgroup_directory,
             quota=self._quota,
             include_stderr=settings["exit_info"]["stderr"],
             include_tracebacks=settings["exit_info"]["traceback"],
