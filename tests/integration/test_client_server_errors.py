@@ -20,7 +20,7 @@ from support.dispatcher import host_line, running
 from support.scripted import scripted_harpd
 
 UNKNOWN = "00000000-0000-4000-8000-000000000000"
-TOLD = [{"error": {"type": "internal_error", "message": "internal error of the dispatcher; see its log"}}]
+INTERNAL_ERROR = [{"error": {"type": "internal_error", "message": "internal error of the dispatcher; see its log"}}]
 
 
 class Faulty:
@@ -72,7 +72,7 @@ async def ask(port: int, **request: Any) -> list[Any]:
 @pytest.mark.parametrize("kind", ["get_result", "get_status", "follow_stream", "read_stream"])
 async def test_internal_error_hides_its_details(tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: str) -> None:
     async with service(tmp_path, "get_job") as port:
-        assert await ask(port, **{kind: UNKNOWN}) == TOLD
+        assert await ask(port, **{kind: UNKNOWN}) == INTERNAL_ERROR
         assert await ask(port, cancel=UNKNOWN) == [{"cancelled": False}]  # the server continues
     (record,) = (record for record in caplog.records if record.levelno == logging.ERROR)
     assert record.getMessage() == "request failed: internal error"
@@ -90,4 +90,4 @@ async def test_internal_error_in_a_stream_ends_it(tmp_path: Path) -> None:
             *packets, end = await ask(port, read_stream=accepted["job_id"])
     assert 0 < len(packets) < 3
     assert packets == [{"packet": number, "data": record} for number in range(len(packets))]
-    assert [end] == TOLD
+    assert [end] == INTERNAL_ERROR

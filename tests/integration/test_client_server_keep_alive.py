@@ -137,16 +137,16 @@ def test_keep_alive_near_capacity_is_not_granted(dispatcher: Harpcallerd) -> Non
     """With a limit of ten connections, no connection is kept alive at ten."""
     process = psutil.Process(dispatcher.pid)
 
-    def held() -> int:
+    def connections() -> int:
         found = process.net_connections("tcp")
         return sum(one.status == psutil.CONN_ESTABLISHED and one.laddr.port == dispatcher.port for one in found)
 
-    wait_until(lambda: held() == 0, DEADLINE, "the end of all others")
+    wait_until(lambda: connections() == 0, DEADLINE, "the end of all others")
     job = dispatcher.submit("web01", "hang")
     crowd = [dispatcher.connect() for _ in range(9)]
     for client in crowd:
         client.send({"harpcaller": 1, "get_result": job})
-    wait_until(lambda: held() == len(crowd), DEADLINE, "the crowd")
+    wait_until(lambda: connections() == len(crowd), DEADLINE, "the crowd")
     with dispatcher.connect() as client:
         client.send(CANCEL)
         assert client.messages() == [{"cancelled": False}]

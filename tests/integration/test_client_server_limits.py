@@ -35,8 +35,8 @@ def dispatcher(tmp_path_factory: pytest.TempPathFactory, peer: Peer) -> Iterator
 
 def connections(dispatcher: Harpcallerd) -> int:
     """Return the number of client connections of the program."""
-    held = psutil.Process(dispatcher.pid).net_connections("tcp")
-    return sum(one.status != psutil.CONN_LISTEN and one.laddr.port == dispatcher.port for one in held)
+    found = psutil.Process(dispatcher.pid).net_connections("tcp")
+    return sum(one.status != psutil.CONN_LISTEN and one.laddr.port == dispatcher.port for one in found)
 
 
 def wait_for_connections(dispatcher: Harpcallerd, number: int) -> None:

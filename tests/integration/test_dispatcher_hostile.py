@@ -19,18 +19,18 @@ from support.deadline import eventually
 from support.dispatcher import Switched, call, host_line, running
 from support.peers import Conversation
 from support.resumable_host import (
-    EVIDENCE,
+    EXIT_INFO,
     acknowledged,
     acknowledgement,
     attached,
+    call_list,
+    commands,
     ends,
-    holding,
-    orders,
     playing,
-    receipt,
     result_of,
     settled,
     started,
+    stop_report,
 )
 
 UNKNOWN = "3f22e0d4-c8ed-11e5-8d66-001e8c140268"
@@ -60,7 +60,7 @@ async def test_orphan_with_invalid_reply_affects_nothing_else(tmp_path: Path, da
         else:
             talk.reply(acknowledgement())
             assert refused.wait(30)
-            ends(talk, EVIDENCE, {"result": 1})
+            ends(talk, EXIT_INFO, {"result": 1})
 
     with playing(tmp_path, always=script) as peer:
         async with running(tmp_path, host_line(peer.port), resumable_calls=True) as dispatcher:
@@ -82,7 +82,7 @@ async def test_orphans_of_a_silent_host_delay_no_other_host(tmp_path: Path) -> N
             talk.until_closed()
         else:
             talk.reply(acknowledgement())
-            ends(talk, EVIDENCE, {"result": 1})
+            ends(talk, EXIT_INFO, {"result": 1})
 
     def good_host(talk: Conversation) -> None:
         request = talk.expect()
@@ -91,11 +91,11 @@ async def test_orphans_of_a_silent_host_delay_no_other_host(tmp_path: Path) -> N
             return
         talk.reply(acknowledgement())
         if "attach" in request:
-            assert next(orders(talk)) == {"stop": {"why": "unwanted"}}
-            ends(talk, receipt(), EVIDENCE, {"result": 1})
+            assert next(commands(talk)) == {"stop": {"why": "orphaned"}}
+            ends(talk, stop_report(), EXIT_INFO, {"result": 1})
             stopped.set()
         else:
-            ends(talk, EVIDENCE, {"result": 1})
+            ends(talk, EXIT_INFO, {"result": 1})
 
     with playing(tmp_path, always=silent_host) as one, playing(tmp_path, always=good_host) as two:
         lines = host_line(one.port, "web01"), host_line(two.port, "web02")
@@ -117,11 +117,11 @@ async def test_orphan_of_another_host_stores_no_exit_info(tmp_path: Path) -> Non
             return
         talk.reply(acknowledgement())
         if "attach" in request:
-            assert "stop" in next(orders(talk))
-            ends(talk, receipt(), {"exit_info": {"forged": 1}}, {"result": 1})
+            assert "stop" in next(commands(talk))
+            ends(talk, stop_report(), {"exit_info": {"forged": 1}}, {"result": 1})
             forged.set()
         else:
-            ends(talk, EVIDENCE, {"result": 1})
+            ends(talk, EXIT_INFO, {"result": 1})
 
     with playing(tmp_path, always=script) as peer:
         async with running(tmp_path, host_line(peer.port), resumable_calls=True) as dispatcher:
@@ -156,9 +156,9 @@ async def test_slow_query_does_not_make_a_host_legacy(tmp_path: Path) -> None:
 
     def script(talk: Conversation) -> None:
         assert "call" in started(talk)
-        ends(talk, EVIDENCE, {"result": 1})
+        ends(talk, EXIT_INFO, {"result": 1})
 
-    with playing(tmp_path, late, holding(), script) as peer:
+    with playing(tmp_path, late, call_list(), script) as peer:
         async with running(tmp_path, host_line(peer.port), resumable_calls=True) as dispatcher:
             assert (await result_of(dispatcher))[1] == Returned(b"1")
 
@@ -167,7 +167,7 @@ async def test_cancel_during_recovery_stops_the_call(tmp_path: Path) -> None:
     """The store fails at the start and works when the APIs are open."""
     opened = await open_store(tmp_path / "store")
     job_id = await claimed_job(opened)
-    asked, go_on = asyncio.Event(), asyncio.Event()
+    requests, go_on = asyncio.Event(), asyncio.Event()
 
     class Late(Switched):
         """A store that fails to list the running jobs once, then lists them slowly."""
@@ -178,19 +178,19 @@ async def test_cancel_during_recovery_stops_the_call(tmp_path: Path) -> None:
                 return await self.__getattr__("list_slot_holders")()
             self.off = False
             held = await opened.list_slot_holders()
-            asked.set()
+            requests.set()
             await go_on.wait()
             return held
 
     def held(talk: Conversation) -> None:
         attached(talk)
-        assert next(orders(talk)) == {"stop": {"why": "cancelled"}}
-        ends(talk, receipt(), EVIDENCE, {"harp": 1, "error": {"type": "cancelled", "message": "stopped"}})
+        assert next(commands(talk)) == {"stop": {"why": "cancelled"}}
+        ends(talk, stop_report(), EXIT_INFO, {"harp": 1, "error": {"type": "cancelled", "message": "stopped"}})
 
-    with playing(tmp_path, holding(), held) as peer:
+    with playing(tmp_path, call_list(), held) as peer:
         store: Any = Late(opened, "list_slot_holders")
         async with running(tmp_path, host_line(peer.port), store=store, resumable_calls=True) as dispatcher:
-            await asked.wait()
+            await requests.wait()
             assert await dispatcher.cancel(job_id, "somebody")
             go_on.set()
             assert (await settled(dispatcher, job_id)).stop is StopState.CONFIRMED
@@ -213,11 +213,11 @@ async def test_failed_run_leaves_no_pending_stop(tmp_path: Path) -> None:
 
     def script(talk: Conversation) -> None:
         started(talk)
-        assert "stop" in next(orders(talk))
-        talk.reply(receipt(), EVIDENCE, {"harp": 1, "error": {"type": "cancelled", "message": "stopped"}})
+        assert "stop" in next(commands(talk))
+        talk.reply(stop_report(), EXIT_INFO, {"harp": 1, "error": {"type": "cancelled", "message": "stopped"}})
         talk.until_closed()
 
-    with playing(tmp_path, holding(), script) as peer:
+    with playing(tmp_path, call_list(), script) as peer:
         store: Any = Faulty(opened)
         async with running(tmp_path, host_line(peer.port), store=store, resumable_calls=True) as dispatcher:
             job_id = await dispatcher.submit(call(), "test")

@@ -47,8 +47,8 @@ def fails(dispatcher: Harpcallerd, *arguments: str) -> str:
     """Return the error of a command that must fail with 1: one line on stderr, apart from the log of a start."""
     done = dispatcher.control(*arguments)
     assert (done.returncode, done.stdout) == (1, "")
-    (said,) = (line for line in done.stderr.splitlines() if not line.startswith("{"))
-    return said
+    (message,) = (line for line in done.stderr.splitlines() if not line.startswith("{"))
+    return message
 
 
 def start_arguments(dispatcher: Harpcallerd, *options: str) -> tuple[str, ...]:
@@ -118,9 +118,9 @@ def test_stop_reports_a_timeout(dispatcher: Harpcallerd) -> None:
     os.kill(dispatcher.pid, signal.SIGSTOP)
     # It cannot reply; `status` detects that too.
     with subprocess.Popen(dispatcher.command("stop", "--timeout=0.5"), stderr=subprocess.PIPE, text=True) as stopping:
-        _, said = stopping.communicate(timeout=DEADLINE)
+        _, message = stopping.communicate(timeout=DEADLINE)
     assert stopping.returncode == 1
-    assert said == f"harpcallerd: harpcallerd does not answer on {dispatcher.socket}\n"
+    assert message == f"harpcallerd: harpcallerd does not answer on {dispatcher.socket}\n"
     os.kill(dispatcher.pid, signal.SIGCONT)
     assert dispatcher.wait() == 0  # the request was received in the meantime
 
@@ -140,8 +140,8 @@ def test_signal_stops_the_daemon(dispatcher: Harpcallerd, number: signal.Signals
 
 def test_second_daemon_does_not_start(dispatcher: Harpcallerd) -> None:
     with dispatcher:
-        said = fails(dispatcher, *start_arguments(dispatcher))
-        assert said == f"harpcallerd: a harpcallerd is already running on {dispatcher.socket}"
+        message = fails(dispatcher, *start_arguments(dispatcher))
+        assert message == f"harpcallerd: a harpcallerd is already running on {dispatcher.socket}"
         other = dispatcher.directory / "other"
         dispatcher.configure({"listen": [f"127.0.0.1:{dispatcher.port}"]})
         done = dispatcher.control(*start_arguments(dispatcher), f"--socket={other}")
@@ -165,8 +165,8 @@ def test_start_replaces_sockets_of_a_dead_daemon(dispatcher: Harpcallerd) -> Non
 
 def test_start_keeps_a_file_that_is_not_a_socket(dispatcher: Harpcallerd) -> None:
     dispatcher.socket.write_text("mine")
-    said = f"harpcallerd: control socket {dispatcher.socket}: the existing file is not a socket"
-    assert fails(dispatcher, *start_arguments(dispatcher)) == said
+    message = f"harpcallerd: control socket {dispatcher.socket}: the existing file is not a socket"
+    assert fails(dispatcher, *start_arguments(dispatcher)) == message
     assert dispatcher.socket.read_text() == "mine"
     assert fails(dispatcher, "list") == f"harpcallerd: no harpcallerd is running on {dispatcher.socket}"
 
@@ -234,8 +234,8 @@ def test_pidfile_is_written_and_removed(dispatcher: Harpcallerd, tmp_path: Path)
     pidfile = tmp_path / "pid"
     with Harpcallerd(tmp_path / "one", options=(f"--pidfile={pidfile}",)) as one:
         assert pidfile.read_text() == f"{one.pid}\n"
-        said = fails(dispatcher, *start_arguments(dispatcher, f"--pidfile={pidfile}"))
-        assert said == f"harpcallerd: pid file {pidfile}: held by the running process {one.pid}"
+        message = fails(dispatcher, *start_arguments(dispatcher, f"--pidfile={pidfile}"))
+        assert message == f"harpcallerd: pid file {pidfile}: held by the running process {one.pid}"
     assert not pidfile.exists()
 
 
@@ -286,8 +286,8 @@ def test_listen_logs_every_address(tmp_path: Path) -> None:
         assert answers(socket.AF_UNIX, str(path))
         assert stat.S_IMODE(path.stat().st_mode) == 0o660
         assert len(dispatcher.events("listening address is not loopback", level="warning")) == 1
-        said = "every local user can call procedures"
-        assert len(dispatcher.events(said)) == 1
+        message = "every local user can call procedures"
+        assert len(dispatcher.events(message)) == 1
     assert not path.exists()
 
 

@@ -16,7 +16,7 @@ from support.harpcallerd import Harpcallerd
 from support.harpd import Harpd
 from support.peers import Conversation, Script
 from support.procedures_file import PROCEDURES
-from support.resumable_host import EVIDENCE, NOT_HELD, acknowledgement, orders, playing, result_of
+from support.resumable_host import EXIT_INFO, NO_SUCH_CALL, acknowledgement, commands, playing, result_of
 
 KEEPS = {"harp": 1, "calls": [], "instance": "w1", "keep_alive": 60}
 KEPT = {**acknowledgement(), "keep_alive": 60}
@@ -89,8 +89,8 @@ def serving(talk: Conversation, count: int, between: Callable[[Conversation], No
         if number:
             between(talk)
         talk.reply(KEPT)
-        talk.reply(EVIDENCE, {"result": number})
-        assert next(order for order in orders(talk) if "ack" not in order) == {"release": True}
+        talk.reply(EXIT_INFO, {"result": number})
+        assert next(order for order in commands(talk) if "ack" not in order) == {"release": True}
 
 
 def keeping(talk: Conversation) -> None:
@@ -143,7 +143,7 @@ async def test_pool_connection_that_breaks_leads_to_attach(
 
     def attach(talk: Conversation) -> None:
         starts.append(talk.expect()["attach"])
-        talk.reply(NOT_HELD)
+        talk.reply(NO_SUCH_CALL)
 
     ends = await results(tmp_path, script, keeping, attach, count=2)
     assert ends[0] == Returned(b"0")
@@ -159,8 +159,8 @@ async def test_pool_without_host_support_is_not_used(tmp_path: Path) -> None:
 
     def script(talk: Conversation) -> None:
         assert "keep_alive" not in talk.expect()
-        talk.reply(acknowledgement(), EVIDENCE, {"result": 1})
-        assert next(order for order in orders(talk) if "ack" not in order) == {"release": True}
+        talk.reply(acknowledgement(), EXIT_INFO, {"result": 1})
+        assert next(order for order in commands(talk) if "ack" not in order) == {"release": True}
         talk.until_closed()
 
     with playing(tmp_path, plain, script, script) as peer:

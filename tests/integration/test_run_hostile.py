@@ -24,19 +24,19 @@ from support.dispatcher import Switched, call, followed, host_line, running
 from support.harpd import Harpd
 from support.peers import Conversation
 from support.resumable_host import (
-    EVIDENCE,
-    NOT_HELD,
+    EXIT_INFO,
+    NO_SUCH_CALL,
     acknowledgement,
     attached,
+    call_list,
+    commands,
     ends,
-    holding,
     lost,
-    orders,
     playing,
-    receipt,
     result_of,
     settled,
     started,
+    stop_report,
 )
 
 #: A number that no record has.
@@ -64,8 +64,8 @@ def stopped_behind(end: int) -> Any:
 
     def script(talk: Conversation) -> None:
         assert attached(talk, stream=True, records=end)["since"] == end
-        assert next(orders(talk)) == {"stop": {"why": "protocol_error", "by": "dispatcher"}}
-        ends(talk, receipt(), EVIDENCE, STOPPED)
+        assert next(commands(talk)) == {"stop": {"why": "protocol_error", "by": "dispatcher"}}
+        ends(talk, stop_report(), EXIT_INFO, STOPPED)
 
     return script
 
@@ -79,7 +79,7 @@ async def test_resumable_run_invalid_message_ends_the_job(tmp_path: Path, garbag
         talk.send(b'{"at": 1.0}\n{"stream": 0}\n' + garbage + b'{"stream": 2}\n')
         talk.until_closed()
 
-    scripts = (holding(), begin, holding(), refused_behind_all(7), stopped_behind(7))
+    scripts = (call_list(), begin, call_list(), refused_behind_all(7), stopped_behind(7))
     with playing(tmp_path, *scripts) as peer:
         async with running(tmp_path, host_line(peer.port), resumable_calls=True) as dispatcher:
             job_id = await dispatcher.submit(call(), "test")
@@ -137,8 +137,8 @@ async def test_resumable_run_repeated_errors_slow_reattaching(tmp_path: Path) ->
             attaches.append(time.monotonic())
         talk.reply(acknowledgement(stream=True))
         if len(attaches) >= 5:
-            assert "stop" in next(orders(talk))
-            ends(talk, receipt(), EVIDENCE, STOPPED)
+            assert "stop" in next(commands(talk))
+            ends(talk, stop_report(), EXIT_INFO, STOPPED)
             return
         talk.send(b"garbage\n")
         talk.until_closed()
@@ -166,7 +166,7 @@ async def test_resumable_run_ack_and_disconnect_slows_reattaching(tmp_path: Path
             attaches.append(time.monotonic())
         talk.reply(acknowledgement())
         if len(attaches) >= 5:
-            ends(talk, EVIDENCE, {"result": 1})
+            ends(talk, EXIT_INFO, {"result": 1})
 
     with playing(tmp_path, always=script) as peer:
         async with running(tmp_path, host_line(peer.port), resumable_calls=True) as dispatcher:
@@ -188,9 +188,9 @@ async def test_records_gone_with_invalid_data_is_retried(tmp_path: Path, data: A
 
     def right(talk: Conversation) -> None:
         attached(talk)
-        ends(talk, EVIDENCE, {"result": 1})
+        ends(talk, EXIT_INFO, {"result": 1})
 
-    with playing(tmp_path, holding(), begin, holding(), odd, right) as peer:
+    with playing(tmp_path, call_list(), begin, call_list(), odd, right) as peer:
         async with running(tmp_path, host_line(peer.port), resumable_calls=True) as dispatcher:
             assert (await result_of(dispatcher))[1] == Returned(b"1")
 
@@ -209,14 +209,14 @@ async def test_records_gone_continues_at_the_given_number(tmp_path: Path) -> Non
 
     def rest(talk: Conversation) -> None:
         assert attached(talk, stream=True)["since"] == 9
-        said = orders(talk)
+        said = commands(talk)
         assert "stop" in next(said)
         talk.reply({"stream": 9}, {"stream": 10})
         while not counts or counts[-1] < 11:
             counts.append(next(said)["ack"])
-        ends(talk, receipt(), EVIDENCE, STOPPED)
+        ends(talk, stop_report(), EXIT_INFO, STOPPED)
 
-    with playing(tmp_path, holding(), begin, holding(), lacking, rest) as peer:
+    with playing(tmp_path, call_list(), begin, call_list(), lacking, rest) as peer:
         async with running(tmp_path, host_line(peer.port), resumable_calls=True) as dispatcher:
             job_id, _ = await result_of(dispatcher)
             assert (await settled(dispatcher, job_id)).stop is StopState.CONFIRMED
@@ -228,7 +228,7 @@ async def test_resumable_run_data_after_the_end_is_ignored(tmp_path: Path) -> No
         talk.send(b'{"stream": 0}\n{"result": 1}\n{"result": 2}\ngarbage\n{"stream": 1}\n')
         talk.until_closed()
 
-    with playing(tmp_path, holding(), script) as peer:
+    with playing(tmp_path, call_list(), script) as peer:
         async with running(tmp_path, host_line(peer.port), resumable_calls=True) as dispatcher:
             job_id = await dispatcher.submit(call(), "test")
             assert await followed(dispatcher, job_id, since=0) == ([(0, 0)], Returned(b"1"))
@@ -253,10 +253,10 @@ async def test_resumable_run_buffered_result_is_not_too_late(tmp_path: Path) -> 
         talk.reply(acknowledgement(stream=True, elapsed=10_000.0, records=1))
         assert "heartbeat" in json.loads(talk.line())  # it has checked its limits
         talk.reply({"stream": 0})
-        assert next(orders(talk)) == {"ack": 1}
-        ends(talk, EVIDENCE, {"result": "in time"})
+        assert next(commands(talk)) == {"ack": 1}
+        ends(talk, EXIT_INFO, {"result": "in time"})
 
-    with playing(tmp_path, holding(), begin, holding(), late) as peer:
+    with playing(tmp_path, call_list(), begin, call_list(), late) as peer:
         async with running(tmp_path, host_line(peer.port), resumable_calls=True) as dispatcher:
             job_id = await dispatcher.submit(call(timeout=0.4, max_exec_time=0.4), "test")
             await lost(dispatcher, job_id)
@@ -276,11 +276,11 @@ async def test_resumable_run_missing_ack_does_not_end_the_job(tmp_path: Path) ->
         silent.set()
         talk.until_closed()
 
-    def not_held(talk: Conversation) -> None:
+    def no_such_call(talk: Conversation) -> None:
         talk.expect()
-        talk.reply(NOT_HELD)
+        talk.reply(NO_SUCH_CALL)
 
-    with playing(tmp_path, holding(), begin, holding(), not_held) as peer:
+    with playing(tmp_path, call_list(), begin, call_list(), no_such_call) as peer:
         options: dict[str, Any] = {"acknowledgement_timeout": 0.5, "resumable_calls": True}
         async with running(tmp_path, host_line(peer.port), **options) as dispatcher:
             job_id = await dispatcher.submit(call(timeout=0.2), "test")
@@ -301,9 +301,9 @@ async def test_heartbeats_keep_a_minimum_interval(tmp_path: Path) -> None:
             assert "heartbeat" in json.loads(talk.line())
             beats.append(time.monotonic())
             talk.reply({"heartbeat": 0.0})
-        ends(talk, EVIDENCE, {"result": 1})
+        ends(talk, EXIT_INFO, {"result": 1})
 
-    with playing(tmp_path, holding(), script) as peer:
+    with playing(tmp_path, call_list(), script) as peer:
         async with running(tmp_path, host_line(peer.port), resumable_calls=True) as dispatcher:
             assert (await result_of(dispatcher))[1] == Returned(b"1")
     assert beats[3] - beats[1] > 0.15
@@ -353,13 +353,13 @@ async def test_host_that_ignores_the_window_is_paused(tmp_path: Path) -> None:
 
     def rest(talk: Conversation) -> None:
         attached(talk, stream=True)
-        ends(talk, EVIDENCE, {"result": 1})
+        ends(talk, EXIT_INFO, {"result": 1})
 
     opened = await open_store(tmp_path / "store")
     store = Switched(opened, "append_records")
     store.off = True
-    with playing(tmp_path, holding(), flood, always=rest) as peer:
-        peer.play_next(holding())
+    with playing(tmp_path, call_list(), flood, always=rest) as peer:
+        peer.play_next(call_list())
         async with running(tmp_path, host_line(peer.port), store=store, resumable_calls=True) as dispatcher:
             job_id = await dispatcher.submit(call(), "test")
             await eventually(held_back.is_set, what="no more room")

@@ -19,20 +19,20 @@ from support.deadline import eventually
 from support.dispatcher import CREDENTIALS, call, followed, host_line, running, until
 from support.peers import Conversation
 from support.resumable_host import (
-    EVIDENCE,
-    NOT_HELD,
+    EXIT_INFO,
+    NO_SUCH_CALL,
     acknowledged,
     acknowledgement,
     attached,
+    call_list,
+    commands,
     ends,
-    holding,
     lost,
-    orders,
     playing,
-    receipt,
     result_of,
     settled,
     started,
+    stop_report,
 )
 
 
@@ -41,9 +41,9 @@ async def test_resumable_run_sends_id_and_acks_the_end(tmp_path: Path) -> None:
 
     def script(talk: Conversation) -> None:
         requests.append(started(talk))
-        ends(talk, EVIDENCE, {"result": [1]})
+        ends(talk, EXIT_INFO, {"result": [1]})
 
-    with playing(tmp_path, holding(), script, script) as peer:
+    with playing(tmp_path, call_list(), script, script) as peer:
         async with running(tmp_path, host_line(peer.port), resumable_calls=True, disconnect_timeout=50.0) as dispatcher:
             for _ in range(2):  # queried once, not for each call
                 job_id, end = await result_of(dispatcher, timeout=3, max_exec_time=4)
@@ -72,9 +72,9 @@ async def test_start_with_wrong_instance_is_retried(tmp_path: Path) -> None:
 
     def right(talk: Conversation) -> None:
         assert started(talk, instance="w2")["call"]["instance"] == "w2"
-        ends(talk, EVIDENCE, {"result": 1})
+        ends(talk, EXIT_INFO, {"result": 1})
 
-    with playing(tmp_path, holding(), other, holding(warden="w2"), right) as peer:
+    with playing(tmp_path, call_list(), other, call_list(instance="w2"), right) as peer:
         async with running(tmp_path, host_line(peer.port), resumable_calls=True) as dispatcher:
             assert (await result_of(dispatcher))[1] == Returned(b"1")
 
@@ -84,7 +84,7 @@ async def test_start_with_ever_new_instance_is_network_error(tmp_path: Path) -> 
         talk.expect()
         talk.reply({"harp": 1, "error": {"type": "wrong_instance", "message": "no", "data": {"instance": "w2"}}})
 
-    with playing(tmp_path, *(holding(), other) * 3) as peer:
+    with playing(tmp_path, *(call_list(), other) * 3) as peer:
         async with running(tmp_path, host_line(peer.port), resumable_calls=True) as dispatcher:
             _, end = await result_of(dispatcher)
             assert isinstance(end, Failed)
@@ -98,11 +98,11 @@ async def test_start_without_reply_is_never_repeated(tmp_path: Path) -> None:
         talk.expect()
         talk.reset()
 
-    def not_held(talk: Conversation) -> None:
+    def no_such_call(talk: Conversation) -> None:
         assert "attach" in talk.expect()
-        talk.reply(NOT_HELD)
+        talk.reply(NO_SUCH_CALL)
 
-    with playing(tmp_path, holding(), cut, holding(), not_held) as peer:
+    with playing(tmp_path, call_list(), cut, call_list(), no_such_call) as peer:
         async with running(tmp_path, host_line(peer.port), resumable_calls=True) as dispatcher:
             job_id, end = await result_of(dispatcher)
             assert isinstance(end, Failed)
@@ -118,16 +118,16 @@ async def test_start_without_reply_that_happened_continues(tmp_path: Path) -> No
 
     def held(talk: Conversation) -> None:
         assert attached(talk, stream=True)["since"] == 0
-        ends(talk, {"at": 5.5}, {"stream": "a"}, EVIDENCE, {"result": 1})
+        ends(talk, {"at": 5.5}, {"stream": "a"}, EXIT_INFO, {"result": 1})
 
-    with playing(tmp_path, holding(), cut, holding(), held) as peer:
+    with playing(tmp_path, call_list(), cut, call_list(), held) as peer:
         async with running(tmp_path, host_line(peer.port), resumable_calls=True) as dispatcher:
             job_id = await dispatcher.submit(call(), "test")
             assert await followed(dispatcher, job_id, since=0) == ([(0, "a")], Returned(b"1"))
 
 
 async def test_reattach_continues_at_the_next_record(tmp_path: Path) -> None:
-    asked: list[tuple[int, str]] = []
+    requests: list[tuple[int, str]] = []
 
     def begin(talk: Conversation) -> None:
         started(talk, stream=True)
@@ -136,17 +136,17 @@ async def test_reattach_continues_at_the_next_record(tmp_path: Path) -> None:
 
     def middle(talk: Conversation) -> None:
         request = attached(talk, stream=True, records=4)
-        asked.append((request["since"], request["attach"]))
+        requests.append((request["since"], request["attach"]))
         talk.reply({"at": 12.0}, {"stream": 2})
         talk.reset()
 
     def rest(talk: Conversation) -> None:
         request = attached(talk, stream=True, records=4)
-        asked.append((request["since"], request["attach"]))
+        requests.append((request["since"], request["attach"]))
         talk.reply(*({"stream": number} for number in range(request["since"], 4)))
-        ends(talk, EVIDENCE, {"result": "end"})
+        ends(talk, EXIT_INFO, {"result": "end"})
 
-    with playing(tmp_path, holding(), begin, holding(), middle, holding(), rest) as peer:
+    with playing(tmp_path, call_list(), begin, call_list(), middle, call_list(), rest) as peer:
         async with running(tmp_path, host_line(peer.port), resumable_calls=True) as dispatcher:
             job_id = await dispatcher.submit(call(), "test")
             records, end = await followed(dispatcher, job_id, since=0)
@@ -159,8 +159,8 @@ async def test_reattach_continues_at_the_next_record(tmp_path: Path) -> None:
                 for made in item.records.timestamps
             ]
             assert times[:2] == [10.0, 10.0]
-    assert asked[0] == (2, job_id)
-    assert asked[1][0] in (2, 3)  # a reset may discard data in transit
+    assert requests[0] == (2, job_id)
+    assert requests[1][0] in (2, 3)  # a reset may discard data in transit
 
 
 async def test_stop_after_outage_frees_the_slot_with_the_report(tmp_path: Path) -> None:
@@ -176,11 +176,11 @@ async def test_stop_after_outage_frees_the_slot_with_the_report(tmp_path: Path) 
 
     def again(talk: Conversation) -> None:
         attached(talk)
-        order = next(orders(talk))
+        order = next(commands(talk))
         assert order == {"stop": {"why": "cancelled", "by": "192.0.2.1:5"}}
-        ends(talk, receipt(), EVIDENCE, {"harp": 1, "error": {"type": "cancelled", "message": "stopped"}})
+        ends(talk, stop_report(), EXIT_INFO, {"harp": 1, "error": {"type": "cancelled", "message": "stopped"}})
 
-    with playing(tmp_path, holding(), begin, nobody, holding(), again) as peer:
+    with playing(tmp_path, call_list(), begin, nobody, call_list(), again) as peer:
         async with running(tmp_path, host_line(peer.port), resumable_calls=True) as dispatcher:
             job_id = await dispatcher.submit(call(), "test")
             await acknowledged(dispatcher, job_id)
@@ -206,12 +206,12 @@ async def test_surviving_processes_hold_the_slot(tmp_path: Path) -> None:
 
     def script(talk: Conversation) -> None:
         started(talk)
-        assert next(orders(talk)).keys() == {"stop"}
-        talk.reply(receipt(7), EVIDENCE, {"harp": 1, "error": {"type": "cancelled", "message": "stopped"}})
+        assert next(commands(talk)).keys() == {"stop"}
+        talk.reply(stop_report(7), EXIT_INFO, {"harp": 1, "error": {"type": "cancelled", "message": "stopped"}})
         assert gone.wait(30)
-        ends(talk, receipt())
+        ends(talk, stop_report())
 
-    with playing(tmp_path, holding(), script) as peer:
+    with playing(tmp_path, call_list(), script) as peer:
         async with running(tmp_path, host_line(peer.port), resumable_calls=True) as dispatcher:
             job_id = await dispatcher.submit(call(), "test")
             await acknowledged(dispatcher, job_id)
@@ -228,7 +228,7 @@ async def test_release_frees_the_slot(tmp_path: Path) -> None:
         started(talk)
         talk.until_closed()
 
-    with playing(tmp_path, holding(), script) as peer:
+    with playing(tmp_path, call_list(), script) as peer:
         async with running(tmp_path, host_line(peer.port), resumable_calls=True) as dispatcher:
             job_id = await dispatcher.submit(call(), "test")
             await acknowledged(dispatcher, job_id)
@@ -245,9 +245,9 @@ async def test_release_frees_the_slot(tmp_path: Path) -> None:
 async def test_host_limit_ends_the_job_with_a_stop_report(tmp_path: Path) -> None:
     def script(talk: Conversation) -> None:
         started(talk)
-        ends(talk, receipt(), EVIDENCE, {"harp": 1, "error": {"type": "timeout", "message": "too long"}})
+        ends(talk, stop_report(), EXIT_INFO, {"harp": 1, "error": {"type": "timeout", "message": "too long"}})
 
-    with playing(tmp_path, holding(), script) as peer:
+    with playing(tmp_path, call_list(), script) as peer:
         async with running(tmp_path, host_line(peer.port), resumable_calls=True) as dispatcher:
             job_id, end = await result_of(dispatcher)
             assert end == Failed("timeout", "too long")
@@ -266,10 +266,10 @@ async def test_records_gone_ends_the_job_and_stops_the_call(tmp_path: Path) -> N
 
     def rest(talk: Conversation) -> None:
         assert attached(talk, stream=True)["since"] == 9
-        assert next(orders(talk)) == {"stop": {"why": "records_gone", "by": "dispatcher"}}
-        ends(talk, receipt(), EVIDENCE, {"harp": 1, "error": {"type": "cancelled", "message": "stopped"}})
+        assert next(commands(talk)) == {"stop": {"why": "records_gone", "by": "dispatcher"}}
+        ends(talk, stop_report(), EXIT_INFO, {"harp": 1, "error": {"type": "cancelled", "message": "stopped"}})
 
-    with playing(tmp_path, holding(), begin, holding(), lacking, rest) as peer:
+    with playing(tmp_path, call_list(), begin, call_list(), lacking, rest) as peer:
         async with running(tmp_path, host_line(peer.port), resumable_calls=True) as dispatcher:
             job_id, end = await result_of(dispatcher)
             assert isinstance(end, Failed)
@@ -282,7 +282,7 @@ async def test_host_downgraded_to_legacy_has_bound_calls(tmp_path: Path) -> None
         talk.expect()
         talk.reply({"harp": 1, "stream_result": False}, {"result": 1})
 
-    with playing(tmp_path, holding(), script) as peer:
+    with playing(tmp_path, call_list(), script) as peer:
         async with running(tmp_path, host_line(peer.port), resumable_calls=True) as dispatcher:
             job_id, end = await result_of(dispatcher)
             assert end == Returned(b"1")
@@ -299,19 +299,19 @@ async def test_orphaned_calls_are_stopped_and_released(tmp_path: Path) -> None:
         talk.expect()
         talk.reply({"harp": 1, "calls": [*ids, unknown], "instance": "w1"})
 
-    def unwanted(talk: Conversation) -> None:
+    def orphaned(talk: Conversation) -> None:
         request = talk.expect()
         if "attach" not in request:
             talk.reply(acknowledgement())
-            ends(talk, EVIDENCE, {"result": 1})
+            ends(talk, EXIT_INFO, {"result": 1})
             return
         talk.reply(acknowledgement())
-        assert next(orders(talk)) == {"stop": {"why": "unwanted"}}
-        ends(talk, receipt(), {"exit_info": {"late": 1}}, {"result": 1})
+        assert next(commands(talk)) == {"stop": {"why": "orphaned"}}
+        ends(talk, stop_report(), {"exit_info": {"late": 1}}, {"result": 1})
         stopped.append(request["attach"])
 
     store = await open_store(tmp_path / "store")
-    with playing(tmp_path, always=unwanted) as peer:
+    with playing(tmp_path, always=orphaned) as peer:
         async with running(tmp_path, host_line(1, "elsewhere"), store=store) as dispatcher:
             job_id, _ = await result_of(dispatcher)  # its host is unknown
             ids.append(job_id)
@@ -327,20 +327,20 @@ async def test_orphaned_calls_are_stopped_and_released(tmp_path: Path) -> None:
 
 
 async def test_restarted_dispatcher_recovers_its_calls(tmp_path: Path) -> None:
-    asked: list[dict[str, Any]] = []
+    requests: list[dict[str, Any]] = []
 
     def begin(talk: Conversation) -> None:
         started(talk, stream=True)
         talk.reply({"at": 1.0}, {"stream": 0})
-        assert next(orders(talk)) == {"ack": 1}
+        assert next(commands(talk)) == {"ack": 1}
         talk.until_closed()
 
     def again(talk: Conversation) -> None:
-        asked.append(attached(talk, stream=True, elapsed=100.0, records=1))
-        ends(talk, {"at": 2.0}, {"stream": 1}, EVIDENCE, {"result": 1})
+        requests.append(attached(talk, stream=True, elapsed=100.0, records=1))
+        ends(talk, {"at": 2.0}, {"stream": 1}, EXIT_INFO, {"result": 1})
 
     store = await open_store(tmp_path / "store")
-    with playing(tmp_path, holding(), begin, holding(), again) as peer:
+    with playing(tmp_path, call_list(), begin, call_list(), again) as peer:
         async with running(tmp_path, host_line(peer.port), store=store, resumable_calls=True) as dispatcher:
             job_id = await dispatcher.submit(call(), "test")
             await until(dispatcher, job_id, lambda job: job.records == 1, "the first record")
@@ -348,7 +348,7 @@ async def test_restarted_dispatcher_recovers_its_calls(tmp_path: Path) -> None:
         assert (job.state, job.holds_slot) == (State.RUNNING, True)
         async with running(tmp_path, host_line(peer.port), store=store, resumable_calls=True) as dispatcher:
             assert await followed(dispatcher, job_id, since=0) == ([(0, 0), (1, 1)], Returned(b"1"))
-    assert asked[0]["since"] == 1
+    assert requests[0]["since"] == 1
     await store.close()
 
 
@@ -358,9 +358,9 @@ async def test_details_explain_why_a_job_waits(tmp_path: Path) -> None:
     def script(talk: Conversation) -> None:
         started(talk)
         assert go_on.wait(30)
-        ends(talk, EVIDENCE, {"result": 1})
+        ends(talk, EXIT_INFO, {"result": 1})
 
-    with playing(tmp_path, holding(), always=script) as peer:
+    with playing(tmp_path, call_list(), always=script) as peer:
         async with running(tmp_path, host_line(peer.port), resumable_calls=True, max_calls_per_host=2) as dispatcher:
             first, second, third = [await dispatcher.submit(call(queue={"db": "prod"}), "test") for _ in range(3)]
             await acknowledged(dispatcher, first)

@@ -1,4 +1,4 @@
-"""A scripted harpd that keeps calls: what it says, what it is told, and what the dispatcher makes of it."""
+"""A scripted harpd with resumable calls: its messages, the commands it receives, and the state of the job."""
 
 from __future__ import annotations
 
@@ -24,38 +24,38 @@ TERMS = {
     "elapsed": 0.0,
     "records": 0,
 }
-EVIDENCE = {"exit_info": {"exit": 0, "by": "itself"}}
-NOT_HELD = {"harp": 1, "error": {"type": "no_such_call", "message": "no", "data": {"instance": "w1"}}}
+EXIT_INFO = {"exit_info": {"exit": 0, "by": "itself"}}
+NO_SUCH_CALL = {"harp": 1, "error": {"type": "no_such_call", "message": "no", "data": {"instance": "w1"}}}
 
 
 def acknowledgement(stream: bool = False, **terms: Any) -> dict[str, Any]:
     return {"harp": 1, "stream_result": stream, "call": {**TERMS, **terms}}
 
 
-def receipt(*survivors: int) -> dict[str, Any]:
+def stop_report(*survivors: int) -> dict[str, Any]:
     left = [{"pid": pid, "command": "x"} for pid in survivors]
     return {
         "stop_report": {"processes": [], "found": 1, "survivors": left, "complete": True, "began": 1.0, "ended": 2.0}
     }
 
 
-def holding(*calls: str, warden: str = "w1") -> Script:
+def call_list(*calls: str, instance: str = "w1") -> Script:
     """Reply to the query for the list of calls."""
 
     def script(talk: Conversation) -> None:
-        asked = talk.expect()
-        assert asked.keys() == {"harp", "procedure", "arguments", "calls", "auth", "keep_alive"}
-        talk.reply({"harp": 1, "calls": list(calls), "instance": warden})
+        request = talk.expect()
+        assert request.keys() == {"harp", "procedure", "arguments", "calls", "auth", "keep_alive"}
+        talk.reply({"harp": 1, "calls": list(calls), "instance": instance})
 
     return script
 
 
-def orders(talk: Conversation) -> Iterator[dict[str, Any]]:
+def commands(talk: Conversation) -> Iterator[dict[str, Any]]:
     """Yield the commands of the dispatcher, without heartbeats."""
     while True:
-        order = json.loads(talk.line())
-        if "heartbeat" not in order:
-            yield order
+        command = json.loads(talk.line())
+        if "heartbeat" not in command:
+            yield command
 
 
 def started(talk: Conversation, **terms: Any) -> dict[str, Any]:
@@ -77,7 +77,7 @@ def attached(talk: Conversation, **terms: Any) -> dict[str, Any]:
 def ends(talk: Conversation, *lines: object) -> None:
     """Send the end and wait for its release."""
     talk.reply(*lines)
-    assert next(order for order in orders(talk) if "ack" not in order) == {"release": True}
+    assert next(command for command in commands(talk) if "ack" not in command) == {"release": True}
 
 
 @contextmanager

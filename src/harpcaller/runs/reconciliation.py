@@ -149,7 +149,7 @@ async def _await_end(
             match message := conn.parse_line(line):
                 case Acknowledgement(_, terms):
                     acknowledged = True
-                    conn.send_command(StopCall("unwanted"))
+                    conn.send_command(StopCall("orphaned"))
                     if terms is not None:
                         conn.start_heartbeat(terms.elapsed, terms.disconnect_timeout, at_once=True)
                 case Record():
