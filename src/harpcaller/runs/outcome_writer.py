@@ -25,7 +25,7 @@ _MAX_LOGGED = 500
 
 
 class OutcomeWriter:
-    """Stores the end of one job.
+    """A writer of one job's outcome.
 
     Args:
         job: the job.

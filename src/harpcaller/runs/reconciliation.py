@@ -53,7 +53,7 @@ class _HostQueue:
 
 
 class OrphanReaper:
-    """Handles the orphans in the call lists of hosts.
+    """The clean-up of the orphans in the call lists of hosts.
 
     Args:
         group: the task group of the workers.

@@ -42,7 +42,7 @@ class PendingWrites:
 
 
 class RecordWriter:
-    """Stores the records of one job, from the first that is not stored.
+    """A writer of one job's records, from the first that is not stored.
 
     Args:
         job_id: the job.
