@@ -210,7 +210,7 @@ def test_a_host_that_stays_away_is_given_up_and_has_ended_the_call_itself(tmp_pa
         assert isinstance(second.result(wait=True), harp.RemoteError)  # its slot came free; nobody is there
         whole.harpd.start_frontend()
         assert whole.rpc.web01.count(1).get() == 1
-        wait_until(lambda: whole.harpd.statuses()[0]["resumable"] == 0, DEADLINE, "the unwanted call forgotten")
+        wait_until(lambda: whole.harpd.statuses()[0]["resumable"] == 0, DEADLINE, "the orphaned call released")
         assert job.details()["exit_info"]["by"] == "lost_contact"  # what it had to say is kept, its end stands
         assert job.result().type == "host_lost"
 

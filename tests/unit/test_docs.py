@@ -8,6 +8,14 @@ from pathlib import Path
 from harpcaller.model.jobs import TRANSITIONS
 
 ROOT = Path(__file__).parents[2]
+TEXT_SUFFIXES = {".py", ".sql", ".toml", ".conf", ".service"}
+TEXTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+TEXTS += sorted(
+    path
+    for name in ("src", "examples")
+    for path in (ROOT / name).rglob("*")
+    if path.suffix in TEXT_SUFFIXES and path.parent.name != "migrations"  # old names are what a migration is about
+)
 SOURCES = {path: path.read_text() for path in (ROOT / "src").rglob("*.py")}
 
 
@@ -37,6 +45,12 @@ def test_every_page_that_a_docstring_names_exists() -> None:
     assert {name for name in named if not (ROOT / "docs" / name).exists()} == set()
 
 
+def test_source_paths_in_pages_exist() -> None:
+    named = {name for path in TEXTS for name in re.findall(r"`(src/[\w/.-]+)`", path.read_text())}
+    assert len(named) > 20
+    assert {name for name in named if not (ROOT / name).exists()} == set()
+
+
 def test_every_section_that_a_docstring_names_exists() -> None:
     missing = {
         (name, section)
@@ -58,3 +72,97 @@ def test_links_between_pages_lead_somewhere() -> None:
         if not (path.parent / target).exists()
     }
     assert broken == set()
+
+
+#: Other words for what a term of the glossary names. Two words for one thing make readers look for a difference.
+OTHER_WORDS = {
+    "frontend": r"\bgates?\b",
+    "supervisor": r"\bwardens?\b",
+    "launcher": r"\bkeepers?\b",
+    "zygote": r"\bnursery\b",
+    "pre-forked worker": r"\bspares?\b",
+    "idle worker": r"\bresting process|\bprocess(es)? that rests?\b",
+    "legacy": r"\b(of|in) the field\b|\bthe older (system|program|daemon|dispatcher|harpd)\b",
+    "resumable call": r"\bkept calls?\b|\bkept_calls?\b",
+    "connection-bound call": r"\btied (to|calls?)\b",
+    "exit info": r"\bevidence\b",
+    "stop report": r"\breceipts?\b",
+    "keep-alive": r"\bkept connections?\b|\bkeep=|\bkeep_running\b",
+    "heartbeat": r"\bsigns? of life\b",
+    "instance id": r"\bincarnations?\b",
+    "tombstone": r"\bbarred\b|\bbars\b",
+    "state file": r"\bcall records?\b",
+    "orphan": r"\bunwanted\b|\bnobody wants\b",
+    "result_ttl": r"\blinger\b",
+    "host_timeout": r"\bhost_lost_after\b",
+    "max_calls_per_process": r"\breuse=",
+    "host": r"\bminions?\b",
+}
+
+#: Phrases that readers have to read twice, or that say nothing; and the plain words to use.
+BANNED_PHRASES = {
+    r"\bwhoever\b": "name the actor",
+    r"\bwho(so)? asks\b": "the caller, the client",
+    r"\bwhat (comes?|came|was said|is said|stands|stood)\b": "name the thing: the data, the message",
+    r"\bcomes? to be\b": "is created",
+    r"\bto be had\b": "available",
+    r"(?<!there )\b[Ii]s none\b(?! of)": "say what it is",
+    r"\bwon't do\b": "is invalid",
+    r"\bfor good\b": "permanently",
+    r"\bas ever\b": "as before",
+    r"\btill\b": "until",
+    r"\bby itself\b(?= (takes|gives|says))": "by default",
+    r"\bfor nothing\b": "without effect",
+    r"\b(says?|said|tells?|told|hears?|heard) nothing\b": "sends nothing, receives nothing",
+    r"\b(has|have|had|was|were|be|been|is|are) (told|heard)\b": "notified, received",
+    r"\bnobody\b(?=.{0,20}\b(wants|asks)\b)": "name the condition",
+    r"\bslip of the pen\b": "typing error",
+    r"\bcan't\b": "cannot",
+    r"\bit is borne\b|\bis borne\b": "tolerated",
+    r"\bthe moment\b": "the time",
+    r"\bby way of\b": "through",
+    r"\bas it comes\b": "by default; unchanged",
+    r"\bgoes? on\b|\bgoing on\b|\bwent on\b": "continue",
+    r"\bmerely\b": "only",
+    r"\bsome (hundred|thousand)\b": "a number",
+}
+
+
+def found(patterns: dict[str, str]) -> list[str]:
+    """Return ``file:line: text (hint)`` for each line of a text that a pattern matches."""
+    compiled = {re.compile(pattern): hint for pattern, hint in patterns.items()}
+    return [
+        f"{path.relative_to(ROOT)}:{number}: {line.strip()[:80]!r}: {hint}"
+        for path in TEXTS
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        for pattern, hint in compiled.items()
+        if pattern.search(line)
+    ]
+
+
+def glossary() -> list[str]:
+    """Return the terms of the glossary: what stands in bold or as code in the first cell of a row."""
+    return re.findall(r"^\| (?:\*\*|`)([^*`]+)(?:\*\*|`) \|", page("glossary.md"), re.MULTILINE)
+
+
+def test_glossary_terms_are_defined_once() -> None:
+    terms = glossary()
+    assert len(terms) > 30
+    assert len(terms) == len(set(terms))
+
+
+def test_glossary_terms_are_in_use() -> None:
+    text = "\n".join(path.read_text().lower() for path in TEXTS if path.name != "glossary.md")
+    assert [term for term in glossary() if term.lower() not in text] == []
+
+
+def test_texts_use_no_other_word_for_a_glossary_term() -> None:
+    assert found({pattern: term for term, pattern in OTHER_WORDS.items()}) == []
+
+
+def test_texts_have_no_banned_phrase() -> None:
+    assert found(BANNED_PHRASES) == []
+
+
+def test_other_words_belong_to_glossary_terms() -> None:
+    assert set(OTHER_WORDS) <= {*glossary(), "max_calls_per_process"}

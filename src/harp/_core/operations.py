@@ -36,7 +36,7 @@ from harp.protocol.requests import (
 
 T = TypeVar("T")
 
-#: Errors that refuse the request. They say nothing about the job, so they are never its end.
+#: Errors that refuse the request. They do not describe the job, so they are never its end.
 REFUSALS = frozenset({STORAGE_ERROR, "invalid_request", "invalid_jobid"})
 
 

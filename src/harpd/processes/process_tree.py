@@ -9,7 +9,7 @@ When a snapshot is complete
 /proc is first listed, then read, while processes continue to run. A process that forks and exits in a tight loop is
 listed under one pid, since pids are given in ascending order and /proc is listed in that order. When that pid is read,
 the process may be gone, and its child is not in the list. So a snapshot lists /proc again until every process of the
-last list was read alive. Then it is *complete*: a process that is not in it did not live at the moment of the last
+last list was read alive. Then it is *complete*: a process that is not in it did not live at the time of the last
 list. A process whose parent has died meanwhile is read again, because it has another parent by now. Only processes that
 live for a fraction of a millisecond prevent a complete snapshot. On a busy system the second list has few new pids.
 """

@@ -52,7 +52,7 @@ class Listener:
     ) -> None:
         self._loop = loop
         self._on_request = on_request
-        # Bound by way of a descriptor: a socket's address has at most 107 bytes.
+        # Bound through a descriptor: a socket's address has at most 107 bytes.
         self._directory = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         self._name = SOCKET_PREFIX + instance
         self._open = True

@@ -1,6 +1,6 @@
 """Tombstones: ids of calls that can no longer start, because they were used or reported as absent.
 
-A busy host adds some hundred a second, so a tombstone is a short digest, and all of a period are deleted at once. Pure:
+A busy host adds hundreds a second, so a tombstone is a short digest, and all of a period are deleted at once. Pure:
 the time is an argument.
 """
 
