@@ -262,8 +262,7 @@ def test_keep_alive_break_before_reply_is_ambiguous(
         talk.expect()
         end(talk)
 
-    with Peer(script, keeping(result(3)), tls=tls) as peer:
-        server = shell.server(peer, keep_alive=True)
+    with Peer(script, keeping(result(3)), tls=tls) as peer, shell.server(peer, keep_alive=True) as server:
         assert server.p() == 1
         with pytest.raises(harp.CommunicationError, match=UNKNOWN) as caught:
             server.p()
@@ -281,8 +280,7 @@ def test_keep_alive_break_after_reply_is_not_ambiguous(shell: Shell, tls: ssl.SS
         talk.expect()
         talk.reply(*sent)
 
-    with Peer(script, keeping(result(3)), tls=tls) as peer:
-        server = shell.server(peer, keep_alive=True)
+    with Peer(script, keeping(result(3)), tls=tls) as peer, shell.server(peer, keep_alive=True) as server:
         assert server.p() == 1
         with pytest.raises(harp.CommunicationError, match="before the reply was complete") as caught:
             list(server.p())

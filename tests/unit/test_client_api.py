@@ -343,14 +343,14 @@ def test_concurrency_without_queue_is_refused_at_submission() -> None:
         (lambda: harp.HarpCaller("h", 0), "port: expected a number"),
         (lambda: harp.HarpCaller("h", "3502"), "port: expected a number"),  # type: ignore[arg-type]
         (lambda: harp.HarpCaller("h", 65536), "port: expected a number"),
-        (lambda: harp.HarpCaller("h", reconnect=-1), "reconnect: expected seconds from 0 on, or None, got -1"),
+        (lambda: harp.HarpCaller("h", reconnect=-1), "reconnect: expected seconds of at least 0, or None, got -1"),
         (lambda: harp.HarpCaller("h", reconnect=True), "reconnect: expected seconds"),
         (lambda: harp.HarpCaller("h", reconnect=float("nan")), "reconnect: expected seconds"),
         (lambda: harp.HarpCaller("h", reconnect="5"), "reconnect: expected seconds"),  # type: ignore[arg-type]
         (lambda: harp.HarpCaller("h").host(""), "host: expected a name"),
         (lambda: harp.HarpCaller("h").job(""), "job_id: expected a name"),
         (lambda: harp.HarpCaller("h").job(5), "job_id: expected a name"),  # type: ignore[arg-type]
-        (lambda: harp.HarpCaller("h").job(JOB).follow(since=-1), "since: expected an integer from 0 on"),
+        (lambda: harp.HarpCaller("h").job(JOB).follow(since=-1), "since: expected an integer of at least 0"),
         (lambda: harp.HarpCaller("h").job(JOB).stream(recent="5"), "recent: expected"),  # type: ignore[arg-type]
         (lambda: harp.HarpCaller("h").job(JOB).follow(1, 2), "since and recent exclude each other"),
         (lambda: harp.HarpCaller("h").job(JOB).stream(10**5000), "digits"),

@@ -35,7 +35,7 @@ def parse_reconnect(reconnect: object) -> float:
         return 0.0
     if isinstance(reconnect, (int, float)) and reconnect is not True and reconnect >= 0:
         return float(reconnect) if reconnect < _UNLIMITED else math.inf
-    raise HarpException(f"reconnect: expected seconds from 0 on, or None, got {reconnect!r}")
+    raise HarpException(f"reconnect: expected seconds of at least 0, or None, got {reconnect!r}")
 
 
 def closed_without_reply(error: HarpException) -> bool:
