@@ -51,6 +51,16 @@ def test_source_paths_in_pages_exist() -> None:
     assert {name for name in named if not (ROOT / name).exists()} == set()
 
 
+def test_test_names_in_pages_exist() -> None:
+    functions = {
+        name for path in (ROOT / "tests").rglob("*.py") for name in re.findall(r"def (test_\w+)", path.read_text())
+    }
+    functions |= {path.stem for path in (ROOT / "tests").rglob("test_*.py")}
+    named = {name for path in TEXTS for name in re.findall(r"\b(test_\w+)\b(?!\.py\b|\w*<)", path.read_text())}
+    assert named
+    assert named - functions - {"test_docs"} == set()
+
+
 def test_every_section_that_a_docstring_names_exists() -> None:
     missing = {
         (name, section)
