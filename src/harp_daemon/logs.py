@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import logging.config
 import logging.handlers
 import os
 import sys
@@ -82,7 +83,14 @@ def _one_line(text: str) -> str:
     return text if text.isprintable() else json.dumps(text)[1:-1]
 
 
-def configure(*, level: str = "INFO", form: str = "text", syslog: bool = False, name: str = "harp") -> None:
+def configure(
+    *,
+    level: str = "INFO",
+    form: str = "text",
+    syslog: bool = False,
+    name: str = "harp",
+    config: Mapping[str, Any] | None = None,
+) -> None:
     """Send the program's log to stderr or to syslog, and close the previous handlers.
 
     Args:
@@ -90,10 +98,15 @@ def configure(*, level: str = "INFO", form: str = "text", syslog: bool = False, 
         form: ``text`` or ``json``.
         syslog: whether to log to the local syslog socket instead of stderr.
         name: the program's name in syslog.
+        config: the argument for `logging.config.dictConfig`; it replaces the other arguments.
 
     Raises:
-        OSError: the syslog socket cannot be reached.
+        ValueError: `logging.config.dictConfig` rejects `config`; the message gives the reason.
+        OSError: a log file or the syslog socket cannot be opened.
     """
+    if config is not None:
+        _configure_from(config)
+        return
     handler: logging.Handler
     if syslog:
         handler = logging.handlers.SysLogHandler(_SYSLOG_SOCKET, logging.handlers.SysLogHandler.LOG_DAEMON)
@@ -104,6 +117,17 @@ def configure(*, level: str = "INFO", form: str = "text", syslog: bool = False, 
     _replace_handlers(handler)
     logging.getLogger().setLevel(level)
     _omit_unused_attributes()
+
+
+def _configure_from(config: Mapping[str, Any]) -> None:
+    try:
+        # Existing loggers continue to log even if the configuration does not name them.
+        logging.config.dictConfig({"version": 1, **config, "disable_existing_loggers": False})
+    except (ValueError, TypeError, AttributeError, ImportError, KeyError) as error:
+        if isinstance(error.__cause__, OSError):
+            raise error.__cause__ from error
+        cause = f": {error.__cause__}" if error.__cause__ else ""
+        raise ValueError(f"{error}{cause}") from error
 
 
 def _omit_unused_attributes() -> None:

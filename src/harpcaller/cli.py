@@ -12,8 +12,9 @@ from typing import Any
 
 from harp.protocol.json_text import InvalidJSON, Raw, loads
 from harp_daemon.process import ProcessError, detach, pidfile
+from harp_daemon.settings import ConfigError
 from harpcaller.api.control_client import ControlClient, ControlError
-from harpcaller.config import DEFAULT_FILE, ConfigError, load
+from harpcaller.config import DEFAULT_FILE, load
 from harpcaller.store import StorageError
 
 _SOCKET = Path("/var/run/harpcaller/control")

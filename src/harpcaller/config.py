@@ -20,7 +20,7 @@ from typing import Annotated, Any, Self
 import msgspec
 from msgspec import Meta
 
-from harp_daemon.config_errors import describe_validation_error
+from harp_daemon.settings import Bytes, ConfigError, Count, check_choice, convert
 from harp_daemon.tls import DEFAULT_MINIMUM, TLS_VERSIONS
 
 #: The default path of the configuration file.
@@ -34,24 +34,11 @@ _MAX_SECONDS = 315_360_000
 
 Seconds = Annotated[float, Meta(gt=0, le=_MAX_SECONDS)]
 Hours = Annotated[float, Meta(gt=0, le=_MAX_SECONDS // 3600)]
-Bytes = Annotated[int, Meta(ge=1024)]
-Count = Annotated[int, Meta(ge=1)]
 
 #: Maximum seconds that a host needs to stop a call after `disconnect_timeout`.
 _STOP_MARGIN = 10.0
 
-#: The valid values of some keys.
-_CHOICES = {
-    "tls_minimum": tuple(TLS_VERSIONS),
-    "log_level": ("debug", "info", "warning", "error"),
-    "log_format": ("text", "json"),
-}
-
 _ADDRESS = re.compile(r"(?:\[(?P<bracketed>[^\[\]]+)\]|(?P<plain>[^:\[\]]+)):(?P<port>\d{1,5})", re.ASCII)
-
-
-class ConfigError(Exception):
-    """A configuration that cannot be used; the message names file and key."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,81 +79,51 @@ class Address:
 class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The configuration. `KEYS` are the keys of the file; see docs/settings-dispatcher.md."""
 
-    #: The file. Not a key.
-    file: Path = DEFAULT_FILE
-    #: The keys of the file that only the legacy dispatcher uses. Not a key.
-    ignored: tuple[str, ...] = ()
+    file: Path = DEFAULT_FILE  #: The file. Not a key.
+    ignored: tuple[str, ...] = ()  #: The keys of the file that only the legacy dispatcher uses. Not a key.
 
-    #: Listening addresses for clients.
-    listen: tuple[Address, ...] = (Address("127.0.0.1", 3502),)
-    #: Maximum number of client connections.
-    max_connections: Count = 10_000
-    #: Maximum length of a request line in bytes.
-    request_line: Bytes = 16 * 1024 * 1024
-    #: Maximum total bytes of long requests that are being read or stored.
-    request_memory: Bytes = 256 * 1024 * 1024
-    #: Maximum seconds to receive a request.
-    idle_timeout: Seconds = 30.0
+    listen: tuple[Address, ...] = (Address("127.0.0.1", 3502),)  #: Listening addresses for clients.
+    max_connections: Count = 10_000  #: Maximum number of client connections.
+    request_line: Bytes = 16 * 1024 * 1024  #: Maximum length of a request line in bytes.
+    request_memory: Bytes = 256 * 1024 * 1024  #: Maximum total bytes of long requests that are being read or stored.
+    idle_timeout: Seconds = 30.0  #: Maximum seconds to receive a request.
 
-    #: Directory of jobs and records.
-    stream_directory: Path = Path("/var/lib/harpcaller/stream")
-    #: Maximum seconds between two messages of a job.
-    default_timeout: Seconds = 600.0
-    #: Maximum seconds from the start of a job to its end.
-    max_exec_time: Seconds = 600.0
-    #: Hours from the end of a job to its deletion.
-    max_age: Hours = 720.0
+    stream_directory: Path = Path("/var/lib/harpcaller/stream")  #: Directory of jobs and records.
+    default_timeout: Seconds = 600.0  #: Maximum seconds between two messages of a job.
+    max_exec_time: Seconds = 600.0  #: Maximum seconds from the start of a job to its end.
+    max_age: Hours = 720.0  #: Hours from the end of a job to its deletion.
 
-    #: Maximum number of running calls on all hosts.
-    max_calls: Count = 4_000
-    #: Maximum number of running calls on one host.
-    max_calls_per_host: Count = 250
-    #: Maximum seconds to connect to a host, and again for the TLS handshake.
-    connect_timeout: Seconds = 10.0
-    #: Maximum seconds to the acknowledgement of a call.
-    acknowledgement_timeout: Seconds = 30.0
+    max_calls: Count = 4_000  #: Maximum number of running calls on all hosts.
+    max_calls_per_host: Count = 250  #: Maximum number of running calls on one host.
+    connect_timeout: Seconds = 10.0  #: Maximum seconds to connect to a host, and again for the TLS handshake.
+    acknowledgement_timeout: Seconds = 30.0  #: Maximum seconds to the acknowledgement of a call.
     #: Whether calls are resumable on hosts that support it: they outlive the connection and the dispatcher.
     resumable_calls: bool = True
-    #: Seconds without contact after which a host stops a running call.
-    disconnect_timeout: Seconds = 240.0
-    #: Seconds for which a host stores the end of a call until it is fetched.
-    result_ttl: Seconds = 3600.0
-    #: Seconds of an outage after which a host counts as lost.
-    host_timeout: Seconds = 300.0
-    #: Maximum length of a line from a host in bytes.
-    record_line: Bytes = 64 * 1024 * 1024
+    disconnect_timeout: Seconds = 240.0  #: Seconds without contact after which a host stops a running call.
+    result_ttl: Seconds = 3600.0  #: Seconds for which a host stores the end of a call until it is fetched.
+    host_timeout: Seconds = 300.0  #: Seconds of an outage after which a host counts as lost.
+    record_line: Bytes = 64 * 1024 * 1024  #: Maximum length of a line from a host in bytes.
 
-    #: PEM file with certificates of authorities.
-    ca_file: Path | None = None
+    ca_file: Path | None = None  #: PEM file with certificates of authorities.
     #: Whether a certificate accepted by `ca_file` must contain the host's name or address.
     verify_hostname: bool = True
-    #: PEM file with certificates of hosts.
-    known_certs_file: Path | None = None
-    #: Minimum TLS version of connections to hosts.
-    tls_minimum: str = DEFAULT_MINIMUM
+    known_certs_file: Path | None = None  #: PEM file with certificates of hosts.
+    tls_minimum: str = DEFAULT_MINIMUM  #: Minimum TLS version of connections to hosts.
 
-    #: Cache of the last successful output of `host_db_script`.
-    host_db: Path = Path("/var/lib/harpcaller/hosts.db")
-    #: Program that prints the hosts.
-    host_db_script: Path | None = None
-    #: Seconds between two runs of `host_db_script`.
-    host_db_refresh: Seconds = 900.0
-    #: Maximum run time of `host_db_script` in seconds.
-    host_db_timeout: Seconds = 600.0
-    #: Hosts file in the format of the output of `host_db_script`.
-    hosts_file: Path | None = None
+    host_db: Path = Path("/var/lib/harpcaller/hosts.db")  #: Cache of the last successful output of `host_db_script`.
+    host_db_script: Path | None = None  #: Program that prints the hosts.
+    host_db_refresh: Seconds = 900.0  #: Seconds between two runs of `host_db_script`.
+    host_db_timeout: Seconds = 600.0  #: Maximum run time of `host_db_script` in seconds.
+    hosts_file: Path | None = None  #: Hosts file in the format of the output of `host_db_script`.
 
-    #: Minimum level of the log.
-    log_level: str = "info"
-    #: Format of the log.
-    log_format: str = "text"
-    #: Whether the log goes to syslog instead of stderr.
-    syslog: bool = False
+    log_level: str = "info"  #: Minimum level of the log.
+    log_format: str = "text"  #: Format of the log.
+    syslog: bool = False  #: Whether the log goes to syslog instead of stderr.
 
     def __post_init__(self) -> None:
-        for key, choices in _CHOICES.items():
-            if (value := getattr(self, key)) not in choices:
-                raise ValueError(f"{key}: expected one of {', '.join(choices)}, got {value!r}")
+        check_choice("tls_minimum", self.tls_minimum, TLS_VERSIONS)
+        check_choice("log_level", self.log_level, ("debug", "info", "warning", "error"))
+        check_choice("log_format", self.log_format, ("text", "json"))
         if self.host_timeout < self.disconnect_timeout + _STOP_MARGIN:
             least = f"at least {_STOP_MARGIN:g} more than disconnect_timeout ({self.disconnect_timeout:g})"
             raise ValueError(f"host_timeout: expected {least}, got {self.host_timeout:g}")
@@ -197,10 +154,7 @@ def load(file: Path = DEFAULT_FILE) -> Config:
             near = "".join(f"; did you mean {name}?" for name in get_close_matches(key, KEYS, 1))
             raise ConfigError(f"{file}: {key}: expected a key of the dispatcher, got an unknown one{near}")
     known = {key: value for key, value in members.items() if key in KEYS - {"listen"}}
-    try:
-        config = msgspec.convert(known, Config, dec_hook=_path_converter(file.absolute().parent))
-    except msgspec.ValidationError as error:
-        raise ConfigError(f"{file}: {describe_validation_error(error, known)}") from error
+    config = convert(file, known, Config, _path_converter(file.absolute().parent))
     if "listen" in members:
         config = msgspec.structs.replace(config, listen=_parse_addresses(file, members["listen"]))
     return msgspec.structs.replace(config, file=file, ignored=ignored)

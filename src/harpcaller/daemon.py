@@ -20,9 +20,10 @@ from typing import Any
 from harp_daemon import logs
 from harp_daemon.listeners import Listener, ListenError, listen_unix
 from harp_daemon.process import ProcessError, notify_service_manager
+from harp_daemon.settings import ConfigError
 from harpcaller.api.client_server import ClientServer, listen
 from harpcaller.api.control_server import serve_control
-from harpcaller.config import Config, ConfigError, file_errors, load
+from harpcaller.config import Config, file_errors, load
 from harpcaller.dispatcher import Dispatcher
 from harpcaller.store.sqlite import open_store
 

@@ -7,17 +7,22 @@ import asyncio
 import json
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
+from functools import partial
 from pathlib import Path
+from typing import Any, TypeVar
 
 from harp_daemon.event_loop import run
 from harp_daemon.process import ProcessError, detach, pidfile
+from harp_daemon.settings import ConfigError
 from harpd.config.check import check
-from harpd.config.loaded import CommandLine, configure_log, load_config, load_supervisor_config
-from harpd.config.settings import ConfigError, load
+from harpd.config.loaded import CommandLine, SupervisorConfig, configure_log, load_config, load_supervisor_config
+from harpd.config.settings import load
 from harpd.control import supervisor_service
 from harpd.control.supervisor_client import SupervisorClient, SupervisorError, SupervisorNotRunning
 from harpd.frontend import server
+
+C = TypeVar("C", bound=SupervisorConfig)
 
 _EPILOG = """\
 commands:
@@ -49,23 +54,13 @@ _RECURSION_LIMIT = 10_000
 
 def main(arguments: list[str] | None = None) -> int:
     """Run harpd; return its exit status."""
-    command = parser()
-    parsed = command.parse_args(arguments)
-    if parsed.timeout is not None and parsed.command != "drain":
-        command.error("--timeout is an option of drain")
+    command_line = parser()
+    options = CommandLine(**vars(command_line.parse_args(arguments)))
+    if options.timeout is not None and options.command != "drain":
+        command_line.error("--timeout is an option of drain")
     sys.setrecursionlimit(_RECURSION_LIMIT)
-    options = CommandLine(
-        config=parsed.config,
-        procedures=parsed.procedures,
-        logging=parsed.logging,
-        default_user=parsed.default_user,
-        default_group=parsed.default_group,
-        syslog=parsed.syslog,
-        background=parsed.daemon,
-        search_path=tuple(sys.path),
-    )
     try:
-        return _run_command(options, parsed)
+        return _run_command(options)
     except (ConfigError, ProcessError, SupervisorError) as error:
         print(f"harpd: {error}", file=sys.stderr)
         return 1
@@ -73,24 +68,24 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
 
 
-def _run_command(options: CommandLine, parsed: argparse.Namespace) -> int:
-    if parsed.test:
+def _run_command(options: CommandLine) -> int:
+    if options.test:
         for warning in check(options):
             print(f"harpd: warning: {warning}", file=sys.stderr)
         print("config OK")
         return 0
-    match parsed.command:
+    match options.command:
         case None:
-            _run_frontend(options, parsed.pidfile, frontend_only=False)
+            _serve(options, load_config, partial(server.run, frontend_only=False))
         case "frontend":
             _runtime_directory(options)
-            _run_frontend(options, parsed.pidfile, frontend_only=True)
+            _serve(options, load_config, partial(server.run, frontend_only=True))
         case "supervisor":
             _runtime_directory(options)
-            _run_supervisor(options, parsed.pidfile)
+            _serve(options, load_supervisor_config, supervisor_service.run)
         case command:
             with SupervisorClient(_runtime_directory(options)) as client:
-                return asyncio.run(_control(client, command, parsed.timeout))
+                return asyncio.run(_control(client, command, options.timeout))
     return 0
 
 
@@ -118,28 +113,18 @@ def _runtime_directory(options: CommandLine) -> Path:
     return Path(configured).absolute()
 
 
-def _run_frontend(options: CommandLine, pid_file: Path | None, frontend_only: bool) -> None:
-    on_serving = _go_to_background(options)
-    with pidfile(pid_file):
-        config = load_config(options)
+def _serve(
+    options: CommandLine,
+    load_files: Callable[[CommandLine], C],
+    run_service: Callable[[CommandLine, C, Callable[[], None]], Coroutine[Any, Any, None]],
+) -> None:
+    if options.daemon:
+        check(options)  # while stderr still shows the error
+    on_serving = detach() if options.daemon else lambda: None
+    with pidfile(options.pidfile):
+        config = load_files(options)
         configure_log(options, config)
-        run(server.run(options, config, on_serving, frontend_only))
-
-
-def _run_supervisor(options: CommandLine, pid_file: Path | None) -> None:
-    on_serving = _go_to_background(options)
-    with pidfile(pid_file):
-        config = load_supervisor_config(options)
-        configure_log(options, config)
-        run(supervisor_service.run(options, config, on_serving))
-
-
-def _go_to_background(options: CommandLine) -> Callable[[], None]:
-    """Go to the background with ``--daemon``; return the function to call when the program serves."""
-    if not options.background:
-        return lambda: None
-    check(options)  # while stderr still shows the error
-    return detach()
+        run(run_service(options, config, on_serving))
 
 
 def _path(text: str) -> Path:
@@ -172,18 +157,9 @@ def parser() -> argparse.ArgumentParser:
     add("-r", "--procedures", metavar="FILE", type=_path, default="/etc/harpd/harpd.py", help="(%(default)s)")
     add("-l", "--logging", metavar="FILE", type=_path, help="YAML for Python's logging.config.dictConfig")
     add("-t", "--test", action="store_true", help="check the configuration and all files that it names")
-    add(
-        *("-u", "--default-user"),
-        metavar="USER",
-        type=_identity,
-        help="default user for procedures without uid (name or numeric id)",
-    )
-    add(
-        *("-g", "--default-group"),
-        metavar="GROUP",
-        type=_identity,
-        help="default group for procedures without gid (name or numeric id)",
-    )
+    default = "default {0} for procedures without {1} (name or numeric id)"
+    add("-u", "--default-user", metavar="USER", type=_identity, help=default.format("user", "uid"))
+    add("-g", "--default-group", metavar="GROUP", type=_identity, help=default.format("group", "gid"))
     add("--syslog", action="store_true", help="log to syslog instead of stderr")
     add("-d", "--daemon", action="store_true", help="run in the background; return when harpd serves")
     add("-p", "--pidfile", metavar="FILE", type=_path, help="write the process id to FILE")

@@ -17,7 +17,8 @@ import pytest
 
 from harp.protocol.ends import Cancelled, End, Failed, Returned
 from harp.protocol.replies import Continue
-from harpcaller.config import Config, ConfigError
+from harp_daemon.settings import ConfigError
+from harpcaller.config import Config
 from harpcaller.model.jobs import State
 from harpcaller.notifier import RecordBatch
 from harpcaller.store import StorageError, UnknownJob

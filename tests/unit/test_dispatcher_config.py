@@ -9,7 +9,8 @@ from typing import Any
 import msgspec
 import pytest
 
-from harpcaller.config import IGNORED_KEYS, KEYS, Address, Config, ConfigError, load
+from harp_daemon.settings import ConfigError
+from harpcaller.config import IGNORED_KEYS, KEYS, Address, Config, load
 
 PAGE = Path(__file__).parents[2] / "docs" / "settings-dispatcher.md"
 

@@ -8,8 +8,9 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from harp_daemon.settings import ConfigError
 from harpd.cli import parser
-from harpd.config.settings import ConfigError, Configuration, Limits, Network, load, load_yaml, server_context
+from harpd.config.settings import Configuration, Limits, Network, load, load_yaml, server_context
 from support.certificates import server_files
 
 LEAST = """

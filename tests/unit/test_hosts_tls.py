@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import trustme
 
-from harpcaller.config import Config, ConfigError
+from harp_daemon.settings import ConfigError
+from harpcaller.config import Config
 from harpcaller.hosts.connecting import connect, to_failed
 from harpcaller.hosts.inventory import Host
 from harpcaller.hosts.tls import CertificateRefused, HostTLS, names_host, server_name

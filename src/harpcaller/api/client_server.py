@@ -41,9 +41,10 @@ from harp.protocol.requests import (
 )
 from harp_daemon.listeners import Listener, ListenError, listen_tcp, listen_unix
 from harp_daemon.memory_quota import MemoryQuota, Reservation
+from harp_daemon.settings import ConfigError
 from harp_daemon.sliced_json import decode_slices
 from harpcaller.api.connection import ClientDisconnected, Connection, close_acceptor, make_acceptor
-from harpcaller.config import Config, ConfigError
+from harpcaller.config import Config
 from harpcaller.dispatcher import Dispatcher
 from harpcaller.model.jobs import Job
 from harpcaller.notifier import RecordBatch

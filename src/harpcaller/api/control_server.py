@@ -26,9 +26,9 @@ from harp.protocol.fields import (
 from harp.protocol.json_text import Envelope, JSONObject, Raw, dumps
 from harp_daemon import logs
 from harp_daemon.listeners import Listener
+from harp_daemon.settings import ConfigError
 from harp_daemon.sliced_json import decode_slices
 from harpcaller.api.connection import ClientDisconnected, Connection, close_acceptor, make_acceptor
-from harpcaller.config import ConfigError
 from harpcaller.dispatcher import Dispatcher
 from harpcaller.hosts.registry import RefreshFailed
 from harpcaller.model.jobs import Job, State

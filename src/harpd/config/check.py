@@ -14,9 +14,10 @@ from typing import NoReturn
 
 from harp_daemon.listeners import ResolveError, resolve
 from harp_daemon.process import describe_exit
+from harp_daemon.settings import ConfigError
 from harpd.auth import AuthDB
 from harpd.config.loaded import CommandLine, configure_log, load_config
-from harpd.config.settings import ConfigError, one_line
+from harpd.config.settings import one_line
 from harpd.worker.privileges import UserError, resolve_credentials
 from harpd.worker.procedures import load_procedures
 

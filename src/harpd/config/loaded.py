@@ -13,45 +13,58 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from harp_daemon import logs
+from harp_daemon.settings import ConfigError
 from harpd.auth import AuthDB
-from harpd.config import log_settings as logs
-from harpd.config.log_settings import LogSettings
-from harpd.config.settings import ConfigError, Configuration, load, load_yaml, one_line, server_context
+from harpd.config.settings import Configuration, load, load_yaml, one_line, server_context
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class CommandLine:
     """The command line. Paths are absolute; users and groups are names or numeric ids; None: not given.
 
     Attributes:
+        command: the command; None: frontend and supervisor in one program.
         config: the configuration file.
         procedures: the procedures file.
         logging: the file for `logging.config.dictConfig`.
+        test: check the configuration, and exit.
         default_user: the user of procedures without `uid`.
         default_group: the group of procedures without `gid`.
         syslog: log to syslog.
-        background: the program runs in the background: its child processes must not use the terminal.
+        daemon: the program runs in the background: its child processes must not use the terminal.
+        pidfile: the file for the process id.
+        timeout: the maximum seconds of ``drain``.
         search_path: the program's initial `sys.path`.
         descriptors: the program's initial limit of open files, which calls get.
     """
 
+    command: str | None
     config: Path
     procedures: Path
-    logging: Path | None = None
-    default_user: str | int | None = None
-    default_group: str | int | None = None
-    syslog: bool = False
-    background: bool = False
+    logging: Path | None
+    test: bool
+    default_user: str | int | None
+    default_group: str | int | None
+    syslog: bool
+    daemon: bool
+    pidfile: Path | None
+    timeout: float | None
     search_path: tuple[str, ...] = tuple(sys.path)
     descriptors: int = field(default_factory=lambda: resource.getrlimit(resource.RLIMIT_NOFILE)[0])
 
 
 @dataclass(frozen=True)
 class SupervisorConfig:
-    """The configuration that the launcher needs: without certificate and users."""
+    """The configuration that the launcher needs: without certificate and users.
+
+    Attributes:
+        configuration: the settings.
+        log: arguments for `harp_daemon.logs.configure`: JSON values.
+    """
 
     configuration: Configuration
-    log: LogSettings
+    log: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -65,7 +78,7 @@ class LoadedConfig(SupervisorConfig):
 def load_supervisor_config(options: CommandLine) -> SupervisorConfig:
     """Read configuration and log settings. May block. Raises `ConfigError`."""
     configuration = load(options.config)
-    return SupervisorConfig(configuration, LogSettings(syslog=options.syslog, config=_log_config(options.logging)))
+    return SupervisorConfig(configuration, {"syslog": options.syslog, "config": _log_config(options.logging)})
 
 
 def load_config(options: CommandLine) -> LoadedConfig:
@@ -129,7 +142,7 @@ def _module_error(where: str, error: BaseException) -> ConfigError:
 def configure_log(options: CommandLine, config: SupervisorConfig) -> None:
     """Configure this process's log. Raises `ConfigError`."""
     try:
-        logs.configure(config.log)
+        logs.configure(name="harpd", **config.log)
     except (ValueError, OSError) as error:
         raise ConfigError(f"{options.logging or '--syslog'}: {one_line(error)}") from error
 

@@ -16,40 +16,25 @@ import msgspec
 import yaml
 from msgspec import Meta
 
-from harp_daemon.config_errors import describe_validation_error, describe_value
+from harp_daemon.settings import Bytes, ConfigError, Count, check_choice, convert, describe_value
 from harp_daemon.tls import DEFAULT_MINIMUM, TLS_VERSIONS, set_minimum_version
-
-
-class ConfigError(Exception):
-    """The configuration is invalid. The message is one line with file, key and reason."""
-
 
 # The maximum of one year stands for "no limit". It excludes infinity and NaN, which are typing errors.
 Seconds: TypeAlias = Annotated[float, Meta(gt=0, le=365 * 86400, extra={"unit": "seconds"})]
-Bytes: TypeAlias = Annotated[int, Meta(ge=1024, extra={"unit": "bytes"})]
-Count: TypeAlias = Annotated[int, Meta(ge=1, extra={"unit": "count"})]
 
 
 class Network(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Section `network`.
+    """Section `network`."""
 
-    Attributes:
-        certfile: the server's certificate and the chain to its authority, PEM.
-        keyfile: the certificate's key, PEM.
-        address: the address or name to listen on; None: every address, IPv4 and IPv6.
-        port: the TCP port; 0: any free port.
-        tls_minimum: the lowest TLS version. YAML reads ``1.2`` as a number, so both types are accepted.
-    """
-
-    certfile: str
-    keyfile: str
-    address: str | None = None
-    port: Annotated[int, Meta(ge=0, le=65535)] = 4306
+    certfile: str  #: The server's certificate and the chain to its authority, PEM.
+    keyfile: str  #: The certificate's key, PEM.
+    address: str | None = None  #: The address or name to listen on; None: every address, IPv4 and IPv6.
+    port: Annotated[int, Meta(ge=0, le=65535)] = 4306  #: The TCP port; 0: any free port.
+    #: The lowest TLS version. YAML reads ``1.2`` as a number, so both types are accepted.
     tls_minimum: str | float = DEFAULT_MINIMUM
 
     def __post_init__(self) -> None:
-        if self.minimum_version not in TLS_VERSIONS:
-            raise ValueError(f"tls_minimum: expected one of {', '.join(TLS_VERSIONS)}, got {self.tls_minimum!r}")
+        check_choice("tls_minimum", self.tls_minimum, TLS_VERSIONS)
 
     @property
     def minimum_version(self) -> str:
@@ -58,13 +43,10 @@ class Network(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
 
 
 class Python(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Section `python`.
+    """Section `python`."""
 
-    Attributes:
-        path: directories for the module search: one or a list, searched before Python's own path, or a mapping with
-            the keys ``prepend`` and ``append``.
-    """
-
+    #: Directories for the module search: one or a list, searched before Python's own path, or a mapping with the keys
+    #: ``prepend`` and ``append``.
     path: str | list[str] | dict[str, str | list[str]] = []
 
     def __post_init__(self) -> None:
@@ -79,83 +61,52 @@ class Python(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 
 
 class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Section `limits`.
+    """Section `limits`."""
 
-    Attributes:
-        max_connections: most connections at the same time.
-        max_calls: most calls at the same time.
-        handshake_timeout: time for the TLS handshake, from the acceptance of the connection.
-        request_timeout: time for the request line, from the end of the handshake.
-        request_line: longest request line.
-        request_memory: total length of all request lines that are being received or passed to the supervisor.
-        keep_alive_timeout: time that a keep-alive connection waits for the next request.
-        authentication_timeout: time for a password check.
-        authentication_threads: most password checks at the same time.
-        write_timeout: time in which a client that reads nothing is disconnected.
-        kill_grace: time between SIGXCPU, SIGTERM and SIGKILL when a call is stopped.
-        spool: data of a resumable call that its dispatcher has not stored yet. When it is reached, the procedure is
-            paused. A connection-bound call buffers at most 1 MiB of it for its client.
-        spool_memory: data buffered for all calls. When it is reached, calls with more than 1 MiB are paused.
-        disconnect_timeout: longest time that a dispatcher can request for calls to run without contact.
-        result_ttl: longest time that a dispatcher can request for the storage of unfetched results.
-    """
-
-    max_connections: Count = 1000
-    max_calls: Count = 500
-    handshake_timeout: Seconds = 10.0
-    request_timeout: Seconds = 30.0
-    request_line: Bytes = 16 * 1024 * 1024
+    max_connections: Count = 1000  #: Most connections at the same time.
+    max_calls: Count = 500  #: Most calls at the same time.
+    handshake_timeout: Seconds = 10.0  #: Time for the TLS handshake, from the acceptance of the connection.
+    request_timeout: Seconds = 30.0  #: Time for the request line, from the end of the handshake.
+    request_line: Bytes = 16 * 1024 * 1024  #: Longest request line.
+    #: Total length of all request lines that are being received or passed to the supervisor.
     request_memory: Bytes = 256 * 1024 * 1024
-    keep_alive_timeout: Seconds = 60.0
-    authentication_timeout: Seconds = 10.0
-    authentication_threads: Count = 8
-    write_timeout: Seconds = 300.0
-    kill_grace: Seconds = 5.0
+    keep_alive_timeout: Seconds = 60.0  #: Time that a keep-alive connection waits for the next request.
+    authentication_timeout: Seconds = 10.0  #: Time for a password check.
+    authentication_threads: Count = 8  #: Most password checks at the same time.
+    write_timeout: Seconds = 300.0  #: Time in which a client that reads nothing is disconnected.
+    kill_grace: Seconds = 5.0  #: Time between SIGXCPU, SIGTERM and SIGKILL when a call is stopped.
+    #: Data of a resumable call that its dispatcher has not stored yet. When it is reached, the procedure is paused. A
+    #: connection-bound call buffers at most 1 MiB of it for its client.
     spool: Bytes = 64 * 1024 * 1024
+    #: Data buffered for all calls. When it is reached, calls with more than 1 MiB are paused.
     spool_memory: Bytes = 1024 * 1024 * 1024
-    disconnect_timeout: Seconds = 3600.0
-    result_ttl: Seconds = 86400.0
+    disconnect_timeout: Seconds = 3600.0  #: Longest time that a dispatcher can request for calls without contact.
+    result_ttl: Seconds = 86400.0  #: Longest time that a dispatcher can request for the storage of unfetched results.
 
     def __post_init__(self) -> None:
-        if self.request_memory < self.request_line:
-            expected = f"at least {self.request_line}, as limits.request_line"
-            raise ValueError(f"request_memory: expected {expected}, got {self.request_memory}")
-        if self.spool_memory < self.spool:
-            expected = f"at least {self.spool}, as limits.spool"
-            raise ValueError(f"spool_memory: expected {expected}, got {self.spool_memory}")
+        for total, single in (("request_memory", "request_line"), ("spool_memory", "spool")):
+            if (value := getattr(self, total)) < (least := getattr(self, single)):
+                raise ValueError(f"{total}: expected at least {least}, as limits.{single}, got {value}")
 
 
 class ExitInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Section `exit_info`: parts of a call's exit info that may contain secrets and are therefore off by default.
+    """Section `exit_info`: parts of a call's exit info that may contain secrets and are therefore off by default."""
 
-    Attributes:
-        stderr: whether it includes the last lines of stderr.
-        traceback: whether it includes the traceback of an exception.
-    """
-
-    stderr: bool = False
-    traceback: bool = False
+    stderr: bool = False  #: Whether it includes the last lines of stderr.
+    traceback: bool = False  #: Whether it includes the traceback of an exception.
 
 
 class Configuration(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """The whole file.
-
-    Attributes:
-        network: address, port and certificate.
-        authentication: `module`, and the keys of this module.
-        python: the module search path.
-        limits: limits and timeouts.
-        exit_info: the contents of exit info.
-        runtime_directory: the directory of sockets and state files; None: a private temporary directory.
-        cgroup: the directory of the parent cgroup of the calls' cgroups; None: the service's own, if it was delegated.
-    """
+    """The whole file."""
 
     network: Network
-    authentication: dict[str, Any]
+    authentication: dict[str, Any]  #: `module`, and the keys of this module.
     python: Python = Python()
     limits: Limits = Limits()
     exit_info: ExitInfo = ExitInfo()
+    #: The directory of sockets and state files; None: a private temporary directory.
     runtime_directory: str | None = None
+    #: The directory of the parent cgroup of the calls' cgroups; None: the service's own, if it was delegated.
     cgroup: str | None = None
 
     def __post_init__(self) -> None:
@@ -177,11 +128,7 @@ def load(path: Path) -> Configuration:
     Raises:
         ConfigError: the file cannot be read, is not YAML, or has an invalid or unknown key.
     """
-    document = load_yaml(path)
-    try:
-        return msgspec.convert(document, Configuration)
-    except msgspec.ValidationError as error:
-        raise ConfigError(f"{path}: {describe_validation_error(error, document)}") from error
+    return convert(path, load_yaml(path), Configuration)
 
 
 def load_yaml(path: Path) -> Any:

@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, Iterable
 from typing import Any, Protocol
 
 from harp_daemon.process import notify_service_manager
-from harpd.config.settings import ConfigError
+from harp_daemon.settings import ConfigError
 from harpd.control.supervisor_client import SupervisorError
 
 log = logging.getLogger("harpd.control")

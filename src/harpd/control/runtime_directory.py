@@ -15,7 +15,7 @@ from contextlib import ExitStack, contextmanager
 from enum import Enum
 from pathlib import Path
 
-from harpd.config.settings import ConfigError
+from harp_daemon.settings import ConfigError
 
 
 class Role(Enum):

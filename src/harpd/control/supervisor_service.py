@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from harp_daemon.settings import ConfigError
 from harpd.config.loaded import (
     CommandLine,
     SupervisorConfig,
@@ -20,7 +21,6 @@ from harpd.config.loaded import (
     load_supervisor_config,
     supervisor_settings,
 )
-from harpd.config.settings import ConfigError
 from harpd.control.launcher import STOP_MARGIN, SupervisorLauncher
 from harpd.control.lifecycle import ServiceRunner
 from harpd.control.runtime_directory import Role, runtime_directory
@@ -73,7 +73,7 @@ class SupervisorService:
         self._options = options
         self._config = config
         self._directory = directory
-        self._launcher = SupervisorLauncher(client, options.background, self._settings)
+        self._launcher = SupervisorLauncher(client, options.daemon, self._settings)
         #: Whether `stop` leaves the supervisors running.
         self.detaching = False
 

@@ -19,8 +19,9 @@ from typing import Any
 from harp_daemon.acceptor import MAX_REJECTING, Acceptor
 from harp_daemon.listeners import Listener, ListenError, ResolveError, listen_tcp
 from harp_daemon.memory_quota import MemoryQuota
+from harp_daemon.settings import ConfigError
 from harpd.config.loaded import CommandLine, LoadedConfig, configure_log, load_config, supervisor_settings
-from harpd.config.settings import ConfigError, Network
+from harpd.config.settings import Network
 from harpd.control.launcher import STOP_MARGIN, SupervisorLauncher
 from harpd.control.lifecycle import ServiceRunner
 from harpd.control.runtime_directory import Role, runtime_directory
@@ -92,7 +93,7 @@ class FrontendServer:
         self._settings = settings
         self._listeners = listeners
         self._launcher = (
-            None if frontend_only else SupervisorLauncher(client, options.background, lambda: settings(self._config))
+            None if frontend_only else SupervisorLauncher(client, options.daemon, lambda: settings(self._config))
         )
         self._reload_thread = BoundedThreadPool(1)
         self._initial_config = config

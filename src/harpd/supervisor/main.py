@@ -65,7 +65,7 @@ from harp.protocol.ends import Failed
 from harp.protocol.fields import check, is_container, required_string
 from harp.protocol.harpd import encode_message
 from harp.protocol.json_text import JSONObject, dumps, loads
-from harpd.config import log_settings as logs
+from harp_daemon import logs
 from harpd.processes.cgroup import delegated_cgroup
 from harpd.processes.cookie import cookie_for
 from harpd.processes.process_tree import CallTree, Snapshot, has_possible_escapes, take_snapshot
@@ -485,7 +485,7 @@ def _finish_reload(settings: Mapping[str, Any], error: str | None) -> dict[str, 
     if error is not None:
         return {"error": error}
     try:
-        logs.configure(settings["logging"])
+        logs.configure(name="harpd", **settings["logging"])
     except (ValueError, OSError) as failure:  # unlikely: the frontend has tried the same settings
         log.error("cannot configure log", extra={"reason": str(failure)})
     return {"ok": True}
@@ -495,7 +495,7 @@ def main() -> NoReturn:
     """Run the supervisor."""
     (lifeline,) = map(int, sys.argv[1:])
     settings = loads(sys.stdin.buffer.read())
-    logs.configure(settings["logging"])
+    logs.configure(name="harpd", **settings["logging"])
     sys.setrecursionlimit(_RECURSION_LIMIT)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

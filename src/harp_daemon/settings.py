@@ -1,9 +1,22 @@
-"""Errors of configuration files: `msgspec`'s validation errors as ``KEY: expected X, got Y``."""
+"""Typed settings: a decoded file becomes one frozen `msgspec.Struct`; its fields have types, bounds and defaults.
+
+Errors read ``FILE: KEY: expected X, got Y``.
+"""
 
 from __future__ import annotations
 
 import re
-from typing import Any
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Annotated, Any, TypeAlias, TypeVar
+
+import msgspec
+from msgspec import Meta
+
+T = TypeVar("T")
+
+Bytes: TypeAlias = Annotated[int, Meta(ge=1024, extra={"unit": "bytes"})]
+Count: TypeAlias = Annotated[int, Meta(ge=1, extra={"unit": "count"})]
 
 #: `msgspec`'s message and its key. A check of a configuration class starts its message with the rest of the key.
 _MESSAGE = re.compile(r"(?P<what>.*?)(?: - at `(?:key in )?\$\.?(?P<key>.*)`)?", re.DOTALL)
@@ -23,13 +36,35 @@ _TYPE_NAMES = {
 _BOUNDS = {">": "more than", ">=": "at least", "<": "less than", "<=": "at most"}
 
 
-def describe_validation_error(error: Exception, document: Any) -> str:
-    """Return a validation error as ``KEY: expected X, got Y``.
+class ConfigError(Exception):
+    """A configuration that cannot be used. The message is one line with file, key and reason."""
+
+
+def convert(file: Path, document: Any, settings: type[T], convert_value: Callable[[type, Any], Any] | None = None) -> T:
+    """Return a decoded file as a value of `settings`.
 
     Args:
-        error: the `msgspec.ValidationError`.
+        file: the file, for messages.
         document: the decoded file.
+        settings: a class of settings. Its `__post_init__` raises ValueError with ``KEY: expected X, got Y``.
+        convert_value: returns a value as another type, for types that `msgspec` does not convert. Raises ValueError.
+
+    Raises:
+        ConfigError: a key is missing, unknown or has an invalid value.
     """
+    try:
+        return msgspec.convert(document, settings, dec_hook=convert_value)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"{file}: {_describe_error(error, document)}") from error
+
+
+def check_choice(key: str, value: object, choices: Iterable[str]) -> None:
+    """Raise ValueError unless the value of a key, as text, is one of the choices."""
+    if str(value) not in choices:
+        raise ValueError(f"{key}: expected one of {', '.join(choices)}, got {value!r}")
+
+
+def _describe_error(error: msgspec.ValidationError, document: Any) -> str:
     match = _MESSAGE.fullmatch(str(error))
     assert match is not None
     what, key = match["what"], match["key"] or ""
