@@ -1,0 +1,269 @@
+"""The program `harp`: submit calls, manage jobs, call a harpd directly. Results go to standard output as JSON."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from argparse import Namespace
+from collections.abc import Iterable, Sequence
+from enum import IntEnum
+from typing import Any
+
+from harp import client, direct
+from harp._core.outcomes import CALL_NOT_FINISHED, Result
+from harp.errors import CancelledException, CommunicationError, HarpException, RemoteError, RemoteException
+from harp.protocol.json_text import InvalidJSON, loads
+
+_EPILOG = """\
+An ARG is JSON, or text if it is not valid JSON: 5 is a number, five is text, '"5"' is text, too.
+
+examples:
+  export HARP_DISPATCHER=harp.example.net
+  harp call web01 uptime                                submit a job; print its id
+  harp call --wait web01 add 2 3                        submit, wait, print the result
+  harp call web01 restart --named service=nginx --queue '{"service": "nginx"}' --concurrency 2
+  harp follow JOB --since 0                             print records until the job ends
+  harp read JOB --recent 10 --numbered                  records so far, each as [number, record]
+  harp result JOB --no-wait                             exit code 5 while the job runs
+  harp why JOB                                          why it waits, runs or ended
+  harp cancel JOB --wait                                wait until the host confirms the stop
+  HARP_PASSWORD=secret harp direct web01 uptime --user admin --ca-file ca.pem
+
+exit codes:
+    0  success                                    4  the job was cancelled; cancel: it had already ended
+    1  the procedure raised an exception          5  the job has not ended yet
+    2  wrong usage, or a value without JSON form  6  no connection, or an invalid reply
+    3  the job failed, or was refused           130  Ctrl-C; a job continues, a direct call is cancelled
+"""
+
+
+class Exit(IntEnum):
+    """The exit codes; `harp --help` explains them."""
+
+    OK = 0
+    RAISED = 1
+    USAGE = 2
+    FAILED = 3
+    CANCELLED = 4
+    NOT_FINISHED = 5
+    UNREACHABLE = 6
+    INTERRUPTED = 130
+
+
+_EXITS = (
+    (RemoteException, Exit.RAISED),
+    (RemoteError, Exit.FAILED),
+    (CancelledException, Exit.CANCELLED),
+    (CommunicationError, Exit.UNREACHABLE),
+    (HarpException, Exit.USAGE),
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the program and return its exit code."""
+    sys.setrecursionlimit(10_000)  # values may be nested as deeply as the protocol allows
+    options = _make_parser().parse_args(arguments)
+    try:
+        return Exit(options.run(options))
+    except HarpException as error:
+        data = getattr(error, "data", None)
+        print(f"harp: {error}" if data is None else f"harp: {error} {json.dumps(data)}", file=sys.stderr)
+        return next(code for kind, code in _EXITS if isinstance(error, kind))
+    except KeyboardInterrupt:
+        return Exit.INTERRUPTED
+    except BrokenPipeError:  # the reader of our output has closed it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return Exit.OK
+
+
+def _print_value(value: Any) -> Exit:
+    """Print a value as a line of JSON."""
+    print(json.dumps(value.value if isinstance(value, Result) else value), flush=True)
+    return Exit.OK
+
+
+def _print_stream(values: Iterable[Any]) -> Exit:
+    for value in values:
+        _print_value(value)
+    return Exit.OK
+
+
+# The commands: each prints its output and returns the exit code.
+
+
+def _dispatcher(options: Namespace) -> client.HarpCaller:
+    if options.dispatcher is None:
+        raise HarpException("no dispatcher: use --dispatcher HOST[:PORT] or set HARP_DISPATCHER")
+    return client.HarpCaller(**options.dispatcher, reconnect=options.reconnect)
+
+
+def _job(options: Namespace) -> client.RemoteCall:
+    return _dispatcher(options).job(options.job)
+
+
+def _call(options: Namespace) -> Exit:
+    names = ("queue", "concurrency", "timeout", "max_exec_time", "info")
+    dispatcher = _dispatcher(options)
+    host = dispatcher.host(options.host, **{name: getattr(options, name) for name in names})
+    job = client.RemoteProcedure(dispatcher, host, options.procedure)(*options.arguments, **dict(options.named))
+    if options.wait:
+        return _print_value(job.get())
+    print(job.id())
+    return Exit.OK
+
+
+def _result(options: Namespace) -> Exit:
+    result = _job(options).get(wait=options.wait)
+    return Exit.NOT_FINISHED if result is CALL_NOT_FINISHED else _print_value(result)
+
+
+def _status(options: Namespace) -> Exit:
+    job = _job(options)
+    end, start = job.end_time(), job.start_time()
+    call = {"host": job.host(), "procedure": job.procedure(), "arguments": job.args()}
+    time = {"submit": job.submit_time(), "start": start, "end": end}
+    return _print_value({"call": call, "time": time, "info": job.info()})
+
+
+def _details(options: Namespace) -> Exit:
+    return _print_value(_job(options).details())
+
+
+def _why(options: Namespace) -> Exit:
+    print(_job(options).why())
+    return Exit.OK
+
+
+def _follow(options: Namespace) -> Exit:
+    return _print_stream(_job(options).follow(**_stream_options(options)))
+
+
+def _read(options: Namespace) -> Exit:
+    return _print_stream(_job(options).stream(**_stream_options(options)))
+
+
+def _stream_options(options: Namespace) -> dict[str, Any]:
+    return {name: getattr(options, name) for name in ("since", "recent", "numbered", "timed")}
+
+
+def _cancel(options: Namespace) -> Exit:
+    cancelled = _job(options).cancel(wait=options.wait)
+    _print_value(cancelled)
+    return Exit.OK if cancelled else Exit.CANCELLED
+
+
+def _direct(options: Namespace) -> Exit:
+    password = os.environ.get("HARP_PASSWORD")
+    if password is None:
+        raise HarpException("no password: set HARP_PASSWORD")
+    server = direct.HarpServer(user=options.user, password=password, ca_file=options.ca_file, **options.address)
+    result = direct.HarpProcedure(server, options.procedure)(*options.arguments, **dict(options.named))
+    return _print_stream(result) if isinstance(result, direct.HarpStreamIterator) else _print_value(result)
+
+
+# The command line.
+
+
+def _parse_value(text: str) -> Any:
+    """Return an argument's value: JSON, or else the text itself."""
+    try:
+        return loads(text)
+    except InvalidJSON:
+        return text
+
+
+def _parse_named(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not name or not equals:
+        raise argparse.ArgumentTypeError(f"expected NAME=ARG, got {text!r}")
+    return name, _parse_value(value)
+
+
+def _parse_address(text: str) -> dict[str, Any]:
+    """Return HOST, HOST:PORT, [ADDRESS]:PORT or an IPv6 address as a dict with `host`, and `port` if there is one."""
+    if text.startswith("["):
+        host, _, rest = text[1:].partition("]")
+        port = rest.removeprefix(":")
+    else:
+        host, _, port = text.partition(":") if text.count(":") == 1 else (text, "", "")
+    if not host or (port and not port.isdecimal()):
+        raise argparse.ArgumentTypeError(f"expected HOST[:PORT], got {text!r}")
+    return {"host": host, "port": int(port)} if port else {"host": host}
+
+
+#: Settings of arguments by name; ``COMMAND NAME`` for an argument with another meaning in this command.
+_ARGUMENTS: dict[str, dict[str, Any]] = {
+    "address": {"metavar": "HOST[:PORT]", "type": _parse_address},
+    "arguments": {"metavar": "ARG", "nargs": "*", "type": _parse_value, "help": "positional argument"},
+    "--dispatcher": {"metavar": "HOST[:PORT]", "type": _parse_address, "help": "default: $HARP_DISPATCHER"},
+    "--named": {
+        "metavar": "NAME=ARG",
+        "action": "append",
+        "default": [],
+        "type": _parse_named,
+        "help": "named argument",
+    },
+    "--wait": {"action": "store_true", "help": "wait for the job to end, and print its result instead of its id"},
+    "cancel --wait": {"action": "store_true", "help": "wait until the host confirms that the processes have ended"},
+    "--reconnect": {
+        "metavar": "SECONDS",
+        "type": float,
+        "help": "how long to try to reach the dispatcher again after an interruption; default: 300, 0: not at all",
+    },
+    "--queue": {"metavar": "JSON", "type": _parse_value, "help": "name of the queue to wait in, a JSON object"},
+    "--concurrency": {"metavar": "N", "type": _parse_value, "help": "jobs of the queue that may run at once"},
+    "--timeout": {"metavar": "SECONDS", "type": _parse_value, "help": "longest time without a message from the job"},
+    "--max-exec-time": {"metavar": "SECONDS", "type": _parse_value, "help": "longest run time of the job"},
+    "--info": {"metavar": "ARG", "type": _parse_value, "help": "stored with the job; printed by status"},
+    "--no-wait": {"dest": "wait", "action": "store_false", "help": "do not wait for the job to end"},
+    "--since": {"metavar": "N", "type": int, "help": "begin with record N, counted from 0"},
+    "--recent": {"metavar": "N", "type": int, "help": "begin with the N newest records"},
+    "--numbered": {"action": "store_true", "help": "print pairs [number, record]"},
+    "--timed": {"action": "store_true", "help": "print [number, time, record]; time: Unix seconds"},
+    "--user": {"required": True, "help": "user to authenticate as"},
+    "--ca-file": {
+        "metavar": "FILE",
+        "help": "PEM file with the certificate's authorities; without it, the certificate is not verified",
+    },
+}
+
+_JOB = "--queue --concurrency --timeout --max-exec-time --info"
+_STREAM = "job --since --recent --numbered --timed"
+
+#: The commands: name, function, help, names of the arguments.
+_COMMANDS = (
+    ("call", _call, "submit a job and print its id", f"host procedure arguments --named --wait {_JOB}"),
+    ("result", _result, "wait for a job to end and print its result", "job --no-wait"),
+    ("status", _status, "print a job's call, and when it was submitted, started and ended", "job"),
+    ("details", _details, "print all that is known about a job: queue, host, call, stop report, end", "job"),
+    ("why", _why, "explain in one sentence why a job waits, runs or ended", "job"),
+    ("follow", _follow, "print a job's records as they arrive, until it ends", _STREAM),
+    ("read", _read, "print a job's records so far", _STREAM),
+    ("cancel", _cancel, "cancel a job and print whether this stopped it", "job --wait"),
+    (
+        "direct",
+        _direct,
+        "call a procedure on a harpd; the password is read from $HARP_PASSWORD",
+        "address procedure arguments --named --user --ca-file",
+    ),
+)
+
+
+def _make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the program's arguments, which sets `run` to that of the given command."""
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="harp", description=__doc__, epilog=_EPILOG, formatter_class=form)
+    parser.add_argument("--dispatcher", default=os.environ.get("HARP_DISPATCHER"), **_ARGUMENTS["--dispatcher"])
+    parser.add_argument("--reconnect", default=300.0, **_ARGUMENTS["--reconnect"])
+    subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
+    for name, run, help, arguments in _COMMANDS:
+        subparser = subparsers.add_parser(name, help=help, description=help, epilog=_EPILOG, formatter_class=form)
+        subparser.set_defaults(run=run)
+        for argument in ("--dispatcher", "--reconnect"):
+            subparser.add_argument(argument, default=argparse.SUPPRESS, **_ARGUMENTS[argument])
+        for argument in arguments.split():
+            settings = _ARGUMENTS.get(f"{name} {argument}") or _ARGUMENTS.get(argument)
+            subparser.add_argument(argument, **(settings or {"metavar": argument.upper()}))
+    return parser
