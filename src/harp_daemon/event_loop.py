@@ -6,8 +6,11 @@ import asyncio
 import asyncio.sslproto
 import contextlib
 import ctypes
+import logging
 from collections.abc import Coroutine
 from typing import Any, TypeVar
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -22,7 +25,14 @@ def run(main: Coroutine[Any, Any, T]) -> T:
     """Run the coroutine of a daemon to its end and return its result."""
     _keep_freed_memory()
     asyncio.sslproto.SSLProtocol.max_size = _TLS_RECEIVE_BYTES
-    return asyncio.run(main)
+    with asyncio.Runner() as runner:
+        runner.get_loop().set_exception_handler(_log_unexpected)
+        return runner.run(main)
+
+
+def _log_unexpected(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    error = context.get("exception")
+    log.error("unexpected error", exc_info=error, extra={"where": context.get("message")})
 
 
 def _keep_freed_memory() -> None:

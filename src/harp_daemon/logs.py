@@ -114,8 +114,7 @@ def configure(
     else:
         handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JSONFormatter() if form == "json" else TextFormatter(timestamp=not syslog))
-    _replace_handlers(handler)
-    logging.getLogger().setLevel(level)
+    logging.basicConfig(handlers=[handler], level=level, force=True)
     _omit_unused_attributes()
 
 
@@ -136,14 +135,6 @@ def _omit_unused_attributes() -> None:
     logging._srcfile = None
     if hasattr(logging, "logAsyncioTasks"):
         logging.logAsyncioTasks = False
-
-
-def _replace_handlers(handler: logging.Handler) -> None:
-    root = logging.getLogger()
-    for old in root.handlers[:]:
-        root.removeHandler(old)
-        old.close()
-    root.addHandler(handler)
 
 
 def reopen() -> None:

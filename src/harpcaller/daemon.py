@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable
 from contextlib import AsyncExitStack, closing, suppress
 from pathlib import Path
-from typing import Any
 
 from harp_daemon import logs
 from harp_daemon.listeners import Listener, ListenError, listen_unix
@@ -75,7 +74,6 @@ async def run(
     """
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
-    loop.set_exception_handler(_log_unexpected)
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     # These signals must not end the process during the start.
@@ -199,8 +197,3 @@ def _raise_descriptor_limit(config: Config) -> None:
     needed = config.max_connections + config.max_calls + _OWN_DESCRIPTORS
     if soft != resource.RLIM_INFINITY and soft < needed:
         log.warning("limit of open files too low", extra={"limit": soft, "needed": needed})
-
-
-def _log_unexpected(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-    error = context.get("exception")
-    log.error("unexpected error", exc_info=error, extra={"where": context.get("message")})

@@ -67,8 +67,7 @@ class ControlClient:
         try:
             with self._connect() as connection:
                 connection.settimeout(_REPLY_TIMEOUT)
-                for _ in self._exchange(connection, "status", {}):
-                    pass
+                list(self._exchange(connection, "status", {}))
         except NotRunning:
             return False
         return True
@@ -93,21 +92,20 @@ class ControlClient:
             ControlError: the daemon did not reply, or has not exited within `timeout` seconds.
         """
         with self._connect() as connection:
-            pid = _peer_pid(connection)
+            pid, _, _ = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
             try:
                 process = os.pidfd_open(pid)
             except OSError as error:
                 raise ControlError(f"cannot watch process {pid}: {error.strerror}") from error
             try:
                 connection.settimeout(_REPLY_TIMEOUT if timeout is None else max(timeout, _POLL_INTERVAL))
-                for _ in self._exchange(connection, "stop", {}):
-                    pass
+                list(self._exchange(connection, "stop", {}))
                 gone, _, _ = select.select([process], [], [], timeout)
             finally:
                 os.close(process)
         if not gone:
             raise ControlError(f"process {pid} is still stopping after {timeout:g} s")
-        return pid
+        return int(pid)
 
     def _connect(self) -> socket.socket:
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -137,10 +135,3 @@ class ControlClient:
         except (OSError, InvalidJSON, KeyError) as error:
             raise ControlError(f"control socket {self._path}: {error}") from error
         raise ControlError("harpcallerd exited before its reply was complete")
-
-
-def _peer_pid(connection: socket.socket) -> int:
-    """Return the process id of the peer."""
-    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-    pid, _, _ = struct.unpack("3i", credentials)
-    return int(pid)

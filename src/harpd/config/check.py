@@ -56,13 +56,12 @@ def _write_report(options: CommandLine, writing_end: int) -> NoReturn:
         null = os.open(os.devnull, os.O_RDWR)
         for stream in (0, 1, 2):
             os.dup2(null, stream)
-        message, warnings = "", []
         try:
-            warnings = _load_everything(options)
+            result = {"error": "", "warnings": _load_everything(options)}
         except BaseException as error:  # noqa: BLE001 - any exception of the loaded code is reported
-            message = one_line(error) or type(error).__name__
-        with os.fdopen(writing_end, "wb") as report:
-            report.write(json.dumps({"error": message, "warnings": warnings}).encode())
+            result = {"error": one_line(error) or type(error).__name__}
+        with os.fdopen(writing_end, "w") as report:
+            json.dump(result, report)
     finally:
         os._exit(0)
 
@@ -82,14 +81,14 @@ def _load_everything(options: CommandLine) -> list[str]:
     if (running := threading.active_count() - before) > 0:
         warnings.append(f"{options.procedures}: started {running} thread(s), which will be missing in calls")
     group = None if options.default_group is None else (options.default_group,)
-    accounts: dict[str, tuple[int | str | None, Sequence[int | str] | None]]
-    accounts = {"the default user and group": (options.default_user, group)}
-    accounts |= {
-        f"{options.procedures}: {name}": (procedure.uid, procedure.gid) for name, procedure in procedures.items()
-    }
-    for owner, (user, groups) in accounts.items():
+
+    def check_account(owner: str, user: int | str | None, groups: Sequence[int | str] | None) -> None:
         try:
             resolve_credentials(user, groups)
         except UserError as error:
             warnings.append(f"{owner}: {error}; calls will fail")
+
+    check_account("the default user and group", options.default_user, group)
+    for name, procedure in procedures.items():
+        check_account(f"{options.procedures}: {name}", procedure.uid, procedure.gid)
     return warnings

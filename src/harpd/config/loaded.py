@@ -21,50 +21,30 @@ from harpd.config.settings import Configuration, load, load_yaml, one_line, serv
 
 @dataclass(frozen=True, kw_only=True)
 class CommandLine:
-    """The command line. Paths are absolute; users and groups are names or numeric ids; None: not given.
+    """The command line. Paths are absolute; users and groups are names or numeric ids; None: not given."""
 
-    Attributes:
-        command: the command; None: frontend and supervisor in one program.
-        config: the configuration file.
-        procedures: the procedures file.
-        logging: the file for `logging.config.dictConfig`.
-        test: check the configuration, and exit.
-        default_user: the user of procedures without `uid`.
-        default_group: the group of procedures without `gid`.
-        syslog: log to syslog.
-        daemon: the program runs in the background: its child processes must not use the terminal.
-        pidfile: the file for the process id.
-        timeout: the maximum seconds of ``drain``.
-        search_path: the program's initial `sys.path`.
-        descriptors: the program's initial limit of open files, which calls get.
-    """
-
-    command: str | None
-    config: Path
-    procedures: Path
-    logging: Path | None
-    test: bool
-    default_user: str | int | None
-    default_group: str | int | None
-    syslog: bool
-    daemon: bool
-    pidfile: Path | None
-    timeout: float | None
-    search_path: tuple[str, ...] = tuple(sys.path)
+    command: str | None  #: The command; None: frontend and supervisor in one program.
+    config: Path  #: The configuration file.
+    procedures: Path  #: The procedures file.
+    logging: Path | None  #: The file for `logging.config.dictConfig`.
+    test: bool  #: Check the configuration, and exit.
+    default_user: str | int | None  #: The user of procedures without `uid`.
+    default_group: str | int | None  #: The group of procedures without `gid`.
+    syslog: bool  #: Log to syslog.
+    daemon: bool  #: The program runs in the background: its child processes must not use the terminal.
+    pidfile: Path | None  #: The file for the process id.
+    timeout: float | None  #: The maximum seconds of ``drain``.
+    search_path: tuple[str, ...] = tuple(sys.path)  #: The program's initial `sys.path`.
+    #: The program's initial limit of open files, which calls get.
     descriptors: int = field(default_factory=lambda: resource.getrlimit(resource.RLIMIT_NOFILE)[0])
 
 
 @dataclass(frozen=True)
 class SupervisorConfig:
-    """The configuration that the launcher needs: without certificate and users.
-
-    Attributes:
-        configuration: the settings.
-        log: arguments for `harp_daemon.logs.configure`: JSON values.
-    """
+    """The configuration that the launcher needs: without certificate and users."""
 
     configuration: Configuration
-    log: dict[str, Any]
+    log: dict[str, Any]  #: Arguments for `harp_daemon.logs.configure`: JSON values.
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,6 @@ class ServiceRunner:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self.stop_requested.set)
         loop.add_signal_handler(signal.SIGHUP, lambda: None)  # nothing to reload yet
-        loop.set_exception_handler(_log_unexpected)
 
     async def run(self, service: Service, on_serving: Callable[[], None]) -> None:
         """Run the service.
@@ -124,8 +123,3 @@ async def _cancel_and_wait(tasks: Iterable[asyncio.Task[Any] | None]) -> None:
         task.cancel()
     if pending:
         await asyncio.wait(pending)
-
-
-def _log_unexpected(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-    error = context.get("exception")
-    log.error("unexpected error", exc_info=error, extra={"where": context.get("message")})
