@@ -31,7 +31,7 @@ class AuthDB(ABC):
             Exactly True to accept the user. Any other value rejects the user.
         """
 
-    def recalls(self, user: str, password: str) -> bool:
+    def check_cached(self, user: str, password: str) -> bool:
         """Return whether an earlier check already accepted this password, and the result is still valid.
 
         It is called before `authenticate`, on the daemon's event loop, and must not block. True accepts the user; after

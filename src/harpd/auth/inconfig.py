@@ -48,35 +48,24 @@ class ConfiguredUsers(AuthDB):
         self._users = dict(users)
         self._cache = PasswordCache()
 
-    def recalls(self, user: str, password: str) -> bool:
+    def check_cached(self, user: str, password: str) -> bool:
         """Return whether the password is correct, as far as that is known without hashing it."""
         stored = self._users.get(user)
         if stored is None:
             return False
-        return _is_plain(password, stored) or self._cache.contains(user, password, stored)
+        return _matches_plain(password, stored) or self._cache.contains(user, password, stored)
 
     def authenticate(self, user: str, password: str) -> bool:
         """Return whether the configuration has this user with this password."""
-        if user in self._users:
-            stored = self._users[user]
-            correct = _matches(password, stored)
-            if correct:
-                self._cache.add(user, password, stored)
-            return correct
-        # Check another password, so that the time does not reveal which user names exist.
-        for other in self._users.values():
-            _matches(password, other)
-            break
-        return False
+        return self._cache.check(user, password, self._users, _matches)
 
 
-def _matches(password: str, expected: str) -> bool:
-    kind, _, secret = expected.partition(":")
-    return matches(password, secret) if kind == "crypt" else _is_plain(password, expected)
+def _matches(password: str, stored: str) -> bool:
+    if stored.startswith("crypt:"):
+        return matches(password, stored.removeprefix("crypt:"))
+    return _matches_plain(password, stored)
 
 
-def _is_plain(password: str, expected: str) -> bool:
-    kind, _, secret = expected.partition(":")
-    return kind == "plain" and hmac.compare_digest(
-        password.encode("utf-8", "surrogatepass"), secret.encode("utf-8", "surrogatepass")
-    )
+def _matches_plain(password: str, stored: str) -> bool:
+    given, expected = (text.encode("utf-8", "surrogatepass") for text in (f"plain:{password}", stored))
+    return hmac.compare_digest(given, expected)

@@ -66,7 +66,7 @@ class PasswordFile(AuthDB):
         self._cache = PasswordCache()
         self._last_read: tuple[tuple[int, ...], dict[str, str]] | None = None
 
-    def recalls(self, user: str, password: str) -> bool:
+    def check_cached(self, user: str, password: str) -> bool:
         """Return whether an earlier check accepted this password and the file is unchanged."""
         last_read = self._last_read
         if last_read is None or last_read[0] != self._file_identity():
@@ -92,18 +92,12 @@ class PasswordFile(AuthDB):
         except OSError as error:
             log.error("cannot read the users file", extra={"file": str(self._path), "reason": error.strerror})
             return False
-        if user in hashes:
-            correct = matches(password, hashes[user])
-            if correct:
-                self._cache.add(user, password, hashes[user])
-                self._last_read = None if identity is None else (identity, hashes)
-            return correct
-        log.info("unknown user", extra={"file": str(self._path), "user": user})
-        # Check another password, so that the time does not reveal which user names exist.
-        for other in hashes.values():
-            matches(password, other)
-            break
-        return False
+        if user not in hashes:
+            log.info("unknown user", extra={"file": str(self._path), "user": user})
+        correct = self._cache.check(user, password, hashes, matches)
+        if correct:
+            self._last_read = None if identity is None else (identity, hashes)
+        return correct
 
     def hashes(self) -> dict[str, str]:
         """Read the file; return the hashes by user. A user's first line counts. Raises `OSError`."""

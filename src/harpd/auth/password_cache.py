@@ -9,6 +9,7 @@ from __future__ import annotations
 import hmac
 import secrets
 from collections import OrderedDict
+from collections.abc import Callable, Mapping
 
 #: Most users in the cache; the least recently added are removed first.
 _MAX_USERS = 1000
@@ -21,11 +22,23 @@ class PasswordCache:
         self._key = secrets.token_bytes(32)
         self._digests: OrderedDict[str, bytes] = OrderedDict()
 
-    def add(self, user: str, password: str, stored: str) -> None:
-        """Add a password that is correct for what is stored for the user."""
-        self._digests[user] = self._digest(password, stored)
+    def check(self, user: str, password: str, stored: Mapping[str, str], matches: Callable[[str, str], bool]) -> bool:
+        """Return whether the user exists and has this password; cache a correct one. It blocks.
+
+        Args:
+            user: the user name.
+            password: the password in clear.
+            stored: what is stored for each user: a hash, for example.
+            matches: returns whether a password is correct for what is stored.
+        """
+        # For an unknown user another password is checked, so that the time does not reveal which user names exist.
+        compared = stored.get(user, next(iter(stored.values()), ""))
+        if not matches(password, compared) or user not in stored:
+            return False
+        self._digests[user] = self._digest(password, compared)
         if len(self._digests) > _MAX_USERS:
             self._digests.popitem(last=False)
+        return True
 
     def contains(self, user: str, password: str, stored: str) -> bool:
         """Return whether this password is known to be correct for what is stored for the user."""

@@ -296,10 +296,10 @@ class Connection:
         return answer is True
 
     def _is_cached(self, request: AnyRequest) -> bool:
-        """Return whether the module accepts the password without blocking, by its method `recalls`."""
-        recalls = getattr(self._config.users, "recalls", None)  # not every module derives from `AuthDB`
+        """Return whether the module accepts the password without blocking, by its method `check_cached`."""
+        check_cached = getattr(self._config.users, "check_cached", None)  # not every module derives from `AuthDB`
         try:
-            return recalls is not None and recalls(request.user, request.password) is True
+            return check_cached is not None and check_cached(request.user, request.password) is True
         except Exception:  # noqa: BLE001 - `authenticate` is called next, and its error is logged
             return False
 
