@@ -8,9 +8,10 @@ it.
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any
 
-from harp.protocol.ends import Failed
 from harp.protocol.harpd import Acknowledgement, encode_message
 from harp.protocol.json_text import Raw
 from harpd.supervisor.buffered_stream import BufferedStream
@@ -30,6 +31,8 @@ class BoundSession:
         on_disconnected: called once, when the connection is closed.
     """
 
+    stored_state: Mapping[str, Any] = MappingProxyType({})
+
     def __init__(
         self,
         loop: EventLoop,
@@ -37,20 +40,16 @@ class BoundSession:
         streaming: bool,
         keep_alive: float | None,
         buffer_size: int,
-        on_disconnected: Callable[[], None],
+        on_disconnected: Callable[[BoundSession], None],
     ) -> None:
+        self.call: Call | None = None
         self._acknowledgement = Acknowledgement(streaming, keep_alive=keep_alive)
         self._buffer_size = buffer_size
         self._on_disconnected = on_disconnected
-        self._call: Call | None = None
         self._stream = BufferedStream(loop, connection, lambda data: None, self._on_lost, self._on_writable)
 
-    def bind_call(self, call: Call) -> None:
-        """Set the call of this session."""
-        self._call = call
-
-    def release(self) -> None:
-        """Give the open connection back to the caller: the call did not start."""
+    def discard(self) -> None:
+        """Discard the session, but leave the connection open: the call did not start."""
         self._stream.detach()
 
     @property
@@ -70,22 +69,22 @@ class BoundSession:
         """See `CallObserver`."""
         self._stream.send(line)
 
-    def on_rejected(self, end: Failed) -> None:
+    def on_rejected(self, line: bytes) -> None:
         """See `CallObserver`."""
-        self._stream.send(encode_message(end))
+        self._stream.send(line)
 
     def on_exit(self, exit_info: Callable[[], Raw], stop_report: Raw | None) -> None:
         """See `CallObserver`. The caller of a connection-bound call does not receive them."""
 
     def on_closed(self, stop_report: Raw | None) -> None:
         """See `CallObserver`."""
-        self._stream.close_after_flush(self._on_disconnected)
+        self._stream.close_after_flush(lambda: self._on_disconnected(self))
 
     def _on_writable(self) -> None:
-        if self._call is not None:
-            self._call.resume_reading()
+        if self.call is not None:
+            self.call.resume_reading()
 
     def _on_lost(self) -> None:
-        if self._call is not None:
-            self._call.stop(StopReason.CANCELLED)
-            self._call.resume_reading()  # further output is read and dropped
+        if self.call is not None:
+            self.call.stop(StopReason.CANCELLED)
+            self.call.resume_reading()  # further output is read and dropped

@@ -44,7 +44,7 @@ class BufferedStream:
         self._lost = False
         self._closing: Callable[[], None] | None = None
         self._flush_timer: Timer | None = None
-        self._watch()
+        self._flush()
 
     @property
     def pending_bytes(self) -> int:
@@ -56,37 +56,23 @@ class BufferedStream:
         """Whether more should be sent now."""
         return len(self._out) < _HIGH_WATER and not self._lost
 
-    @property
-    def closed(self) -> bool:
-        """Whether it is closed."""
-        return self._connection.fileno() < 0
-
     def send(self, data: bytes) -> None:
         """Send data as soon as possible. Data for a lost peer is dropped."""
-        if not self._lost and not self.closed:
+        if not self._lost:
             self._out += data
             self._flush()
-            self._watch()
 
     def send_soon(self, data: bytes) -> None:
         """Send data with the next `send`, or 3 ms later: each separate piece costs the frontend time."""
-        if not self._lost and not self.closed:
+        if not self._lost:
             self._out += data
             if self._flush_timer is None:
-                self._flush_timer = self._loop.call_later(_GATHER_SECONDS, self._send_now)
-
-    def _send_now(self) -> None:
-        self._flush()
-        self._watch()
-        self._close_if_done()
+                self._flush_timer = self._loop.call_later(_GATHER_SECONDS, self._flush_and_close)
 
     def close_after_flush(self, closed: Callable[[], None]) -> None:
         """Close once all data is sent, then call `closed`."""
         self._closing = closed
-        if self._flush_timer is not None:
-            self._flush()
-            self._watch()
-        self._close_if_done()
+        self._flush_and_close()
 
     def detach(self) -> None:
         """Give the connection back to the caller; it stays open."""
@@ -94,28 +80,19 @@ class BufferedStream:
 
     def close(self) -> None:
         """Close now; unsent data is dropped."""
-        if self._flush_timer is not None:
-            self._flush_timer.cancel()
-            self._flush_timer = None
-        if not self.closed:
-            self._loop.unwatch(self._connection.fileno())
-            self._connection.close()
+        self._cancel_flush_timer()
+        self._loop.unwatch(self._connection.fileno())
+        self._connection.close()
         self._out.clear()
         self._lost = True
-
-    def _watch(self) -> None:
-        if not self._lost and not self.closed:
-            writing = self._out and self._flush_timer is None
-            self._loop.watch(self._connection.fileno(), READ | (WRITE if writing else 0), self._on_ready)
 
     def _on_ready(self) -> None:
         had_data = bool(self._out)
         self._flush()
         if had_data and self.writable:
             self._on_writable()
-        if not self._lost and not self.closed:
+        if not self._lost:
             self._receive()
-        self._watch()
         self._close_if_done()
 
     def _receive(self) -> None:
@@ -131,24 +108,31 @@ class BufferedStream:
             self._lose()
 
     def _flush(self) -> None:
-        if self._flush_timer is not None:
-            self._flush_timer.cancel()
-            self._flush_timer = None
+        self._cancel_flush_timer()
         try:
-            while self._out and not self.closed:
+            while self._out:
                 del self._out[: self._connection.send(self._out)]
         except BlockingIOError:
             pass
         except OSError:
             self._lose()
+        if not self._lost:
+            self._loop.watch(self._connection.fileno(), READ | (WRITE if self._out else 0), self._on_ready)
+
+    def _cancel_flush_timer(self) -> None:
+        if self._flush_timer is not None:
+            self._flush_timer.cancel()
+            self._flush_timer = None
 
     def _lose(self) -> None:
-        if not self._lost:
-            self._lost = True
-            self._out.clear()
-            if not self.closed:
-                self._loop.unwatch(self._connection.fileno())
-            self._on_lost()
+        self._lost = True
+        self._out.clear()
+        self._loop.unwatch(self._connection.fileno())
+        self._on_lost()
+
+    def _flush_and_close(self) -> None:
+        self._flush()
+        self._close_if_done()
 
     def _close_if_done(self) -> None:
         if self._closing is not None and not self._out:

@@ -38,7 +38,7 @@ from harpd.supervisor.spool import GUARANTEED_BYTES, SpoolQuota
 from harpd.supervisor.state_files import CallState, StateDir
 from harpd.supervisor.termination import TerminationSequence
 from harpd.supervisor.worker_process import Usage
-from harpd.supervisor.zygote_client import ProcedureInfo, ZygoteClient
+from harpd.supervisor.zygote_client import ZygoteClient
 
 log = logging.getLogger("harpd.supervisor")
 
@@ -79,14 +79,18 @@ class CallObserver(Protocol):
     """The receiver of a call's output and end."""
 
     @property
+    def stored_state(self) -> Mapping[str, Any]:
+        """The members of the call's state file for a later supervisor; empty: no dispatcher attaches to it."""
+
+    @property
     def full(self) -> bool:
         """Whether it should receive no more now; it calls `Call.resume_reading` once it has room."""
 
     def on_started(self) -> None:
         """Handle that the worker exists. This comes first, unless the call is rejected."""
 
-    def on_rejected(self, end: Failed) -> None:
-        """Handle that there is no worker; only `on_closed` follows."""
+    def on_rejected(self, line: bytes) -> None:
+        """Handle that there is no worker, with the error's line; only `on_closed` follows."""
 
     def on_records(self, lines: bytes, count: int) -> None:
         """Handle the lines of `count` records."""
@@ -108,10 +112,11 @@ class CallObserver(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class CallContext:
-    """The objects and settings that all calls share.
+    """The objects and settings that all calls of a zygote share.
 
     Attributes:
         loop: the event loop.
+        zygote: the zygote that forks the workers.
         kill_grace: seconds between the steps of a termination.
         state_dir: the state files of running calls.
         take_snapshot: returns all processes at this time of the monotonic clock, or later.
@@ -121,9 +126,11 @@ class CallContext:
         quota: the memory of all calls; incomplete lines count too.
         include_stderr: whether exit info has the last lines of stderr.
         include_tracebacks: whether exit info has the traceback of an exception.
+        on_closed: called once for each call, when no process remains; the observer was notified before.
     """
 
     loop: EventLoop
+    zygote: ZygoteClient
     kill_grace: float
     state_dir: StateDir
     take_snapshot: Callable[[float], Snapshot]
@@ -133,6 +140,7 @@ class CallContext:
     quota: SpoolQuota
     include_stderr: bool
     include_tracebacks: bool
+    on_closed: Callable[[Call], None]
 
 
 class Call:
@@ -142,34 +150,18 @@ class Call:
         context: the objects that it shares with other calls.
         call_id: its id.
         procedure: its procedure's name.
-        info: the report of the zygote about the procedure.
-        zygote: the zygote that forks the worker.
         observer: the receiver of its output and end.
-        session: the session in its state file, for a later supervisor; empty: its end is not reported to a dispatcher.
-        on_closed: called once, when no process remains; the observer was notified before.
 
     Raises:
         OSError: no descriptor is free; nothing has begun.
     """
 
-    def __init__(
-        self,
-        context: CallContext,
-        call_id: str,
-        procedure: str,
-        info: ProcedureInfo,
-        zygote: ZygoteClient,
-        observer: CallObserver,
-        session: Mapping[str, Any],
-        on_closed: Callable[[Call], None],
-    ) -> None:
+    def __init__(self, context: CallContext, call_id: str, procedure: str, observer: CallObserver) -> None:
         self._context = context
         self._loop = context.loop
         self.id = call_id
-        self._info = info
+        self._info = context.zygote.procedures[procedure]
         self._observer = observer
-        self._session = session
-        self._on_closed = on_closed
         self._fields = {"call": call_id, "procedure": procedure}
         self._unsent = memoryview(b"")
         self._partial_line = bytearray()
@@ -189,7 +181,7 @@ class Call:
         self._last_read = 0.0
         self._exit_reported = False
         self._closed = False
-        self._worker = zygote.assign(self, call_id, procedure, context.output, self._fields)
+        self._worker = context.zygote.assign(self, call_id, procedure, context.output, self._fields)
 
     def send_arguments(self, arguments: Raw, authentication: float | None) -> None:
         """Send the worker its arguments; once. `authentication`: the seconds that it took, for exit info."""
@@ -223,7 +215,7 @@ class Call:
             self._close,
         )
         try:
-            context.state_dir.write(self.id, CallState(self._tree, self._session))
+            context.state_dir.write(self.id, CallState(self._tree, self._observer.stored_state))
         except OSError as error:  # it is missed only if this supervisor is killed
             log.error("cannot write state file", extra={**self._fields, "reason": str(error)})
         log.info("call started", extra={**self._fields, "pid": pid})
@@ -240,7 +232,7 @@ class Call:
         """Reject the call: there is no worker."""
         log.info("call ended", extra={**self._fields, "end": "system_error", "reason": reason})
         self._has_closing_line = self._exit_reported = True
-        self._observer.on_rejected(Failed("system_error", reason))
+        self._observer.on_rejected(encode_message(Failed("system_error", reason)))
         self._close()
 
     def on_reaped(self, status: int, usage: Usage) -> None:
@@ -536,11 +528,11 @@ class Call:
             self._worker.release()
             self._release_state()
         self._observer.on_closed(dumps(stop_report) if reported_survivors and stop_report is not None else None)
-        self._on_closed(self)
+        self._context.on_closed(self)
 
     def _release_state(self) -> None:
         """Release the state file: no process remains to be stopped. A session needs it until its end is reported."""
-        if self._session:
+        if self._observer.stored_state:
             self._context.state_dir.mark_ended(self.id)
         else:
             self._context.state_dir.remove(self.id)

@@ -128,6 +128,7 @@ class Supervisor:
             loop, self._instance, settings, self._state_dir, self._quota, self._clean_up_orphans, self._exit_if_done
         )
         self._zygote: ZygoteClient | None = None
+        self._call_context: CallContext | None = None  # of the present zygote, or of the last one
         self._abort_load: Callable[[str], None] = lambda reason: None  # aborts the load that is under way, if any
         self._shutting_down = False
         self._shutdown_callbacks: list[Callable[[], None]] = []
@@ -176,8 +177,8 @@ class Supervisor:
             if error is None:
                 if self._zygote is not None:
                     self._zygote.retire()
-                self._zygote, self._settings = zygote, settings
-                self._registry.update_settings(settings)
+                self._zygote, self._call_context = zygote, self._create_call_context(zygote, settings)
+                self._settings = self._registry.settings = settings
                 self._quota.limit = settings["spool_memory"]
                 fields = {"file": settings["procedures"], "procedures": len(zygote.procedures)}
                 log.info("procedures loaded", extra=fields)
@@ -240,22 +241,47 @@ class Supervisor:
         arguments = request.payload("arguments")
         check(_CALL_ID.fullmatch(call_id) is not None, f"call: expected a UUID, got {call_id!r}")
         check(is_container(arguments, (list, dict)), "arguments: expected an array or an object")
+        started = self._start(connection, call_id, name, request, received)
+        if isinstance(started, Failed):
+            FinalReply(self._loop, connection, encode_message(started))
+        else:
+            started.send_arguments(arguments, request.value("authentication") if "authentication" in request else None)
+
+    def _start(
+        self, connection: socket.socket, call_id: str, name: str, request: JSONObject, received: bytes
+    ) -> Call | Failed:
+        """Start a call, which waits for its arguments; or return why it is rejected."""
         requested = request.nested_object("resumable") if "resumable" in request else None
         keep_alive = request.value("keep_alive") if "keep_alive" in request else None
-        authentication = request.value("authentication") if "authentication" in request else None
         rejection = self._check_start(call_id, name, resumable=requested is not None)
-        if rejection is None:
-            assert self._zygote is not None
-            if requested is None:
-                rejection = self._start_bound(connection, call_id, name, self._zygote, keep_alive)
-            else:
-                rejection = self._start_resumable(
-                    connection, call_id, name, self._zygote, requested, received, keep_alive
-                )
         if rejection is not None:
-            FinalReply(self._loop, connection, encode_message(rejection))
+            return rejection
+        settings, zygote, context = self._settings, self._zygote, self._call_context
+        assert zygote is not None
+        assert context is not None
+        streaming = zygote.procedures[name].streaming
+        session: BoundSession | ResumableSession | Failed
+        if requested is None:
+            buffer_size = min(settings["spool"], GUARANTEED_BYTES)
+            session = BoundSession(
+                self._loop, connection, streaming, keep_alive, buffer_size, self._on_bound_session_closed
+            )
         else:
-            self._calls[call_id].send_arguments(arguments, authentication)
+            session = self._registry.create_session(call_id, requested, streaming)
+            if isinstance(session, Failed):
+                return session
+        if len(self._calls) + len(zygote.idle_workers) >= settings["max_calls"]:
+            zygote.idle_workers.shut_down_oldest()
+        try:
+            call = self._calls[call_id] = session.call = Call(context, call_id, name, session)
+        except OSError as error:
+            session.discard()
+            return Failed("system_error", f"cannot create a process: {error.strerror}")
+        if isinstance(session, BoundSession):
+            self._bound_sessions.add(session)
+        else:
+            session.attach(connection, 0, received, keep_alive)
+        return call
 
     def _check_start(self, call_id: str, name: str, resumable: bool) -> Failed | None:
         """Return why a call cannot start now; None if it can."""
@@ -276,63 +302,10 @@ class Supervisor:
             return Failed("call_refused", "a call with this id is running")
         return None
 
-    def _start_bound(
-        self, connection: socket.socket, call_id: str, name: str, zygote: ZygoteClient, keep_alive: float | None
-    ) -> Failed | None:
-        streaming = zygote.procedures[name].streaming
-        buffer_size = min(self._settings["spool"], GUARANTEED_BYTES)
-
-        def on_disconnected() -> None:
-            self._bound_sessions.discard(session)
-            self._exit_if_done()
-
-        session = BoundSession(self._loop, connection, streaming, keep_alive, buffer_size, on_disconnected)
-        try:
-            call = self._create_call(call_id, name, zygote, session, {})
-        except OSError as error:
-            session.release()
-            return _no_process(error)
-        session.bind_call(call)
-        self._bound_sessions.add(session)
-        return None
-
-    def _start_resumable(
-        self,
-        connection: socket.socket,
-        call_id: str,
-        name: str,
-        zygote: ZygoteClient,
-        requested: JSONObject,
-        received: bytes,
-        keep_alive: float | None,
-    ) -> Failed | None:
-        streaming = zygote.procedures[name].streaming
-        session = self._registry.create_session(call_id, requested, streaming)
-        if isinstance(session, Failed):
-            return session
-        stored_session = self._registry.stored_session(session, streaming)
-        try:
-            call = self._create_call(call_id, name, zygote, session, stored_session)
-        except OSError as error:
-            session.discard()
-            return _no_process(error)
-        session.bind_call(call)
-        session.attach(connection, 0, received, keep_alive)
-        return None
-
-    def _create_call(
-        self,
-        call_id: str,
-        name: str,
-        zygote: ZygoteClient,
-        observer: BoundSession | ResumableSession,
-        stored_session: Mapping[str, Any],
-    ) -> Call:
-        settings = self._settings
-        if len(self._calls) + len(zygote.idle_workers) >= settings["max_calls"]:
-            zygote.idle_workers.shut_down_oldest()
-        context = CallContext(
+    def _create_call_context(self, zygote: ZygoteClient, settings: Mapping[str, Any]) -> CallContext:
+        return CallContext(
             loop=self._loop,
+            zygote=zygote,
             kill_grace=settings["kill_grace"],
             state_dir=self._state_dir,
             take_snapshot=self._take_snapshot,
@@ -342,11 +315,8 @@ class Supervisor:
             quota=self._quota,
             include_stderr=settings["exit_info"]["stderr"],
             include_tracebacks=settings["exit_info"]["traceback"],
+            on_closed=self._on_call_closed,
         )
-        info = zygote.procedures[name]
-        call = Call(context, call_id, name, info, zygote, observer, stored_session, self._on_call_closed)
-        self._calls[call_id] = call
-        return call
 
     # Control.
 
@@ -423,6 +393,10 @@ class Supervisor:
         if self._retired or self._lifeline is None:
             self._shut_down(lambda: None)
 
+    def _on_bound_session_closed(self, session: BoundSession) -> None:
+        self._bound_sessions.discard(session)
+        self._exit_if_done()
+
     def _on_call_closed(self, call: Call) -> None:
         del self._calls[call.id]
         self._recent_cookies.append(cookie_for(call.id))
@@ -474,10 +448,6 @@ class Supervisor:
         mains |= zygote.preforked.items() | zygote.idle_workers.identities()
         cookies = {*self._recent_cookies, *map(cookie_for, self._calls)}
         return has_possible_escapes(tree, zygote.pid, processes, mains, cookies)
-
-
-def _no_process(error: OSError) -> Failed:
-    return Failed("system_error", f"cannot create a process: {error.strerror}")
 
 
 def _finish_reload(settings: Mapping[str, Any], error: str | None) -> dict[str, Any]:

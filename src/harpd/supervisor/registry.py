@@ -22,7 +22,7 @@ from harp.protocol.fields import check, is_count, is_seconds, member_value, requ
 from harp.protocol.harpd import CallList, encode_message
 from harp.protocol.json_text import JSONObject, dumps
 from harpd.supervisor.event_loop import EventLoop
-from harpd.supervisor.resumable_session import Ownership, ResumableSession, SessionLimits
+from harpd.supervisor.resumable_session import ResumableSession, SessionTerms
 from harpd.supervisor.spool import SpoolQuota
 from harpd.supervisor.state_files import CallState, StateDir
 from harpd.supervisor.tombstones import TombstoneSet
@@ -48,6 +48,9 @@ class CallRegistry:
         quota: the memory of all calls.
         clean_up_orphans: looks for dead supervisors, and has their calls adopted here.
         on_discarded: called when a session was discarded.
+
+    Attributes:
+        settings: the settings for new calls.
     """
 
     def __init__(
@@ -62,17 +65,13 @@ class CallRegistry:
     ) -> None:
         self._loop = loop
         self._instance = instance
-        self._settings = settings
+        self.settings = settings
         self._state_dir = state_dir
         self._notify_discarded = on_discarded
         self._sessions: dict[str, ResumableSession] = {}
         self._tombstones = TombstoneSet(_TOMBSTONE_TTL, loop.now())
         self._quota = quota
         self._clean_up_orphans = clean_up_orphans
-
-    def update_settings(self, settings: Mapping[str, Any]) -> None:
-        """Use these settings for new calls."""
-        self._settings = settings
 
     def __len__(self) -> int:
         return len(self._sessions)
@@ -87,30 +86,30 @@ class CallRegistry:
         if required_string(requested, "instance") != self._instance:
             return self.wrong_instance()
         received_at = float(member_value(requested, "received"))
-        limits = self._limits(requested)
-        if self._loop.now() - received_at > min(_MAX_START_AGE, limits.disconnect_timeout):
+        terms = self._grant_terms(requested, streaming)
+        if self._loop.now() - received_at > min(_MAX_START_AGE, terms.disconnect_timeout):
             return Failed("call_refused", "the start was delayed for too long; the call did not start")
-        if self._quota.exhausted or len(self._sessions) >= _SESSIONS_PER_CALL * self._settings["max_calls"]:
+        if self._quota.exhausted or len(self._sessions) >= _SESSIONS_PER_CALL * self.settings["max_calls"]:
             return Failed("too_many_calls", "this host stores too many ends that were not fetched")
-        owner = required_string(requested, "owner")
-        if call_id in self._sessions or self._tombstones.contains(owner, call_id):
+        if call_id in self._sessions or self._tombstones.contains(terms.owner, call_id):
             return Failed("call_refused", "a call with this id was started or given up before")
-        ownership = Ownership(owner, _digest(required_string(requested, "secret")))
-        return self._add_session(call_id, ownership, limits, streaming, received_at)
+        return self._add_session(call_id, terms, received_at)
 
-    def _limits(self, requested: JSONObject) -> SessionLimits:
-        configured = self._settings
-        return SessionLimits(
-            disconnect_timeout=min(_seconds(requested, "disconnect_timeout"), configured["disconnect_timeout"]),
-            result_ttl=min(_seconds(requested, "result_ttl"), configured["result_ttl"]),
+    def _grant_terms(self, requested: JSONObject, streaming: bool) -> SessionTerms:
+        return SessionTerms(
+            owner=required_string(requested, "owner"),
+            secret=_digest(required_string(requested, "secret")),
+            disconnect_timeout=min(_seconds(requested, "disconnect_timeout"), self.settings["disconnect_timeout"]),
+            result_ttl=min(_seconds(requested, "result_ttl"), self.settings["result_ttl"]),
             timeout=_seconds(requested, "timeout"),
             max_exec_time=_seconds(requested, "max_exec_time"),
+            streaming=streaming,
         )
 
     def wrong_instance(self) -> Failed:
         """Return the error of a start that names another instance, or is sent to a retired one."""
         message = "the start was meant for another instance of the supervisor; the call did not start"
-        return Failed("wrong_instance", message, self._instance_data())
+        return Failed("wrong_instance", message, {"instance": self._instance})
 
     def adopt_orphans(self, calls: Mapping[str, CallState], stop_reports: Mapping[str, Mapping[str, Any]]) -> None:
         """Adopt the resumable calls of dead supervisors, as calls that have died with them.
@@ -123,15 +122,10 @@ class CallRegistry:
             self._sessions[call_id].on_closed(dumps(stop_reports[call_id]))
         for call_id, state in calls.items():
             try:
-                stored = state.session["resumable"]
-                ownership = Ownership(str(stored["owner"]), str(stored["secret"]))
-                limits = SessionLimits(
-                    *(float(stored[key]) for key in ("disconnect_timeout", "result_ttl", "timeout", "max_exec_time"))
-                )
-                streaming = bool(stored["streaming"])
-            except (KeyError, TypeError, ValueError):
+                terms = SessionTerms.decode(state.session["resumable"])
+            except (KeyError, TypeError):
                 continue  # a connection-bound call: no dispatcher attaches to it
-            session = self._add_session(call_id, ownership, limits, streaming, self._loop.now())
+            session = self._add_session(call_id, terms, self._loop.now())
             stop_report = dumps(stop_reports[call_id]) if call_id in stop_reports else None
             session.adopt(_SUPERVISOR_DIED, dumps({"by": "unknown", "supervisor": "died"}), stop_report)
             self._write_state(call_id, state)
@@ -144,40 +138,19 @@ class CallRegistry:
             log.error("cannot write state file", extra={"call": call_id, "reason": str(error)})
         self._state_dir.mark_ended(call_id)
 
-    def _add_session(
-        self, call_id: str, ownership: Ownership, limits: SessionLimits, streaming: bool, contact_at: float
-    ) -> ResumableSession:
-        settings = self._settings
+    def _add_session(self, call_id: str, terms: SessionTerms, contact_at: float) -> ResumableSession:
         session = self._sessions[call_id] = ResumableSession(
             self._loop,
             call_id,
-            ownership,
-            limits,
-            streaming,
+            terms,
             contact_at,
-            settings["kill_grace"],
+            self.settings["kill_grace"],
             self._instance,
-            settings["spool"],
+            self.settings["spool"],
             self._quota,
             self._on_discarded,
         )
         return session
-
-    @staticmethod
-    def stored_session(session: ResumableSession, streaming: bool) -> dict[str, Any]:
-        """Return the members of a state file from which a later supervisor can adopt the call."""
-        limits = session.limits
-        return {
-            "resumable": {
-                "owner": session.ownership.owner,
-                "secret": session.ownership.secret,
-                "disconnect_timeout": limits.disconnect_timeout,
-                "result_ttl": limits.result_ttl,
-                "timeout": limits.timeout,
-                "max_exec_time": limits.max_exec_time,
-                "streaming": streaming,
-            }
-        }
 
     def attach(self, connection: socket.socket, request: JSONObject, received: bytes) -> Failed | None:
         """Attach a connection to a call, or return why not. `received`: data that was received after the request."""
@@ -187,37 +160,28 @@ class CallRegistry:
         if call_id not in self._sessions:
             self._clean_up_orphans()  # its supervisor may have died just now
         session = self._sessions.get(call_id)
-        ownership = Ownership(owner, _digest(required_string(request, "secret")))
-        if session is None or not _is_same(session.ownership, ownership):
+        secret = _digest(required_string(request, "secret"))
+        if session is None or not (_is_same(session.terms.owner, owner) and _is_same(session.terms.secret, secret)):
             self._tombstones.add(owner, call_id, self._loop.now())
-            return Failed("no_such_call", "there is no such call here, and it will not start", self._instance_data())
-        if not session.has_records_from(since):
-            first, end = session.available_range
-            data = {"first": first, "end": end}
-            return Failed("records_gone", "some of the call's records from this number on are gone", data)
-        log.info("dispatcher attached to call", extra={"call": call_id, "since": since})
+            data = {"instance": self._instance}
+            return Failed("no_such_call", "there is no such call here, and it will not start", data)
         keep_alive = member_value(request, "keep_alive") if "keep_alive" in request else None
-        session.attach(connection, since, received, keep_alive)
-        return None
+        rejection = session.attach(connection, since, received, keep_alive)
+        if rejection is None:
+            log.info("dispatcher attached to call", extra={"call": call_id, "since": since})
+        return rejection
 
     def list_calls(self, owner: str) -> bytes:
         """Return the line that lists an owner's calls."""
         self._clean_up_orphans()
-        calls = tuple(
-            call_id
-            for call_id, session in self._sessions.items()
-            if hmac.compare_digest(_encode(session.ownership.owner), _encode(owner))
-        )
-        return encode_message(CallList(calls, self._instance))
+        calls = [call_id for call_id, session in self._sessions.items() if _is_same(session.terms.owner, owner)]
+        return encode_message(CallList(tuple(calls), self._instance))
 
     def _on_discarded(self, session: ResumableSession) -> None:
         del self._sessions[session.id]
         self._state_dir.mark_reported(session.id)
-        self._tombstones.add(session.ownership.owner, session.id, self._loop.now())
+        self._tombstones.add(session.terms.owner, session.id, self._loop.now())
         self._notify_discarded()
-
-    def _instance_data(self) -> dict[str, str]:
-        return {"instance": self._instance}
 
 
 def _seconds(members: JSONObject, key: str) -> float:
@@ -234,6 +198,6 @@ def _encode(text: str) -> bytes:
     return text.encode("utf-8", "surrogatepass")
 
 
-def _is_same(one: Ownership, other: Ownership) -> bool:
-    same_owner = hmac.compare_digest(_encode(one.owner), _encode(other.owner))
-    return same_owner and hmac.compare_digest(one.secret, other.secret)
+def _is_same(one: str, other: str) -> bool:
+    """Compare two texts in a time that does not depend on where they differ."""
+    return hmac.compare_digest(_encode(one), _encode(other))

@@ -20,8 +20,9 @@ from __future__ import annotations
 import logging
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from harp.protocol.ends import Failed
 from harp.protocol.fields import ProtocolError
@@ -54,21 +55,33 @@ _MAX_COMMAND_BYTES = 4096
 
 
 @dataclass(frozen=True, slots=True)
-class Ownership:
-    """The proof that a dispatcher owns a call: its owner id, and a digest of the call's secret."""
+class SessionTerms:
+    """The members of a session that a later supervisor needs to adopt it.
+
+    Attributes:
+        owner: the id of the dispatcher that owns the call.
+        secret: a digest of the call's secret.
+        disconnect_timeout, result_ttl: seconds: the requested values, lowered to the configured ones.
+        timeout, max_exec_time: seconds: the requested values.
+        streaming: whether the procedure yields records.
+    """
 
     owner: str = field(repr=False)
     secret: str = field(repr=False)
-
-
-@dataclass(frozen=True, slots=True)
-class SessionLimits:
-    """The limits of a session in seconds: the requested values, lowered to the configured ones."""
-
     disconnect_timeout: float
     result_ttl: float
     timeout: float
     max_exec_time: float
+    streaming: bool
+
+    @classmethod
+    def decode(cls, stored: Mapping[str, Any]) -> SessionTerms:
+        """Return the terms that `encode` has stored. Raises KeyError or TypeError."""
+        return cls(*(stored[key] for key in cls.__slots__))
+
+    def encode(self) -> dict[str, Any]:
+        """Return the terms as values that JSON can represent."""
+        return {key: getattr(self, key) for key in self.__slots__}
 
 
 class ResumableSession:
@@ -77,9 +90,7 @@ class ResumableSession:
     Args:
         loop: the event loop.
         call_id: the call's id.
-        ownership: the call's owner and secret.
-        limits: its limits.
-        streaming: whether the procedure yields records.
+        terms: its owner, secret and limits.
         contact_at: the latest time, of the loop, at which contact with the dispatcher is proven.
         kill_grace: sent to the dispatcher.
         instance: the supervisor's instance id, sent to the dispatcher.
@@ -89,18 +100,14 @@ class ResumableSession:
 
     Attributes:
         id: the call's id.
-        ownership: the call's owner and secret.
-        limits: its limits.
-        discarded: whether the session has been discarded.
+        terms: its owner, secret and limits.
     """
 
     def __init__(
         self,
         loop: EventLoop,
         call_id: str,
-        ownership: Ownership,
-        limits: SessionLimits,
-        streaming: bool,
+        terms: SessionTerms,
         contact_at: float,
         kill_grace: float,
         instance: str,
@@ -109,17 +116,16 @@ class ResumableSession:
         on_discarded: Callable[[ResumableSession], None],
     ) -> None:
         self.id = call_id
-        self.ownership = ownership
-        self.limits = limits
+        self.terms = terms
+        self.stored_state = {"resumable": terms.encode()}
+        self.call: Call | None = None
         self._loop = loop
-        self._streaming = streaming
         self._kill_grace = kill_grace
         self._instance = instance
         self._spool_size = spool_size
         self._quota = quota
         self._on_discarded = on_discarded
         self._spool = Spool()
-        self._call: Call | None = None
         self._reader: BufferedStream | None = None
         self._keep_alive: float | None = None
         self._lines = LineBuffer(_MAX_COMMAND_BYTES)
@@ -135,15 +141,10 @@ class ResumableSession:
         self._adopted = False
         self._contact_at, self._last_output_at = contact_at, loop.now()
         self._contact_timer: Timer | None = None
-        self._limit_timers: list[Timer] = []
-        self.discarded = False
+        self._limit_timer: Timer | None = None
         self._check_contact()
 
     # The call's notifications: `CallObserver`.
-
-    def bind_call(self, call: Call) -> None:
-        """Set the call of this session."""
-        self._call = call
 
     @property
     def full(self) -> bool:
@@ -154,14 +155,13 @@ class ResumableSession:
     def on_started(self) -> None:
         """See `CallObserver`."""
         self._started_at = self._last_output_at = self._loop.now()
-        self._limit_timers.append(self._loop.call_later(self.limits.max_exec_time, self._on_max_exec_time))
-        self._check_silence()
+        self._check_limits()
         self._send_acknowledgement()
 
-    def on_rejected(self, end: Failed) -> None:
+    def on_rejected(self, line: bytes) -> None:
         """See `CallObserver`."""
         if self._reader is not None:
-            self._reader.send(encode_message(end))
+            self._reader.send(line)
         self.discard()
 
     def on_records(self, lines: bytes, count: int) -> None:
@@ -174,36 +174,42 @@ class ResumableSession:
     def on_end(self, line: bytes) -> None:
         """See `CallObserver`."""
         self._end = line
-        self._cancel_limits()
+        if self._limit_timer is not None:
+            self._limit_timer.cancel()
 
     def on_exit(self, exit_info: Callable[[], Raw], stop_report: Raw | None) -> None:
         """See `CallObserver`."""
         assert self._end is not None
-        self._closing = _encode_closing(stop_report, exit_info(), self._end)
-        self._quota.reserve(len(self._closing))
-        self._end = None
-        self._ended_at = self._loop.now()
-        self._schedule_contact_check(self.limits.result_ttl)
+        self._set_closing(stop_report, exit_info(), self._end)
         self._send_pending()
 
     def on_closed(self, stop_report: Raw | None) -> None:
         """See `CallObserver`."""
-        self._call = None
+        self.call = None
         if stop_report is not None:
             self._last_report = encode_message(StopReport(stop_report))
             self._send_pending()
 
     # The attached connection.
 
-    def attach(self, connection: socket.socket, since: int, received: bytes, keep_alive: float | None) -> None:
+    def attach(self, connection: socket.socket, since: int, received: bytes, keep_alive: float | None) -> Failed | None:
         """Attach a connection: send all records from number `since` on, and receive commands.
 
         Args:
             connection: the connection.
-            since: a number for which `has_records_from` returns True.
+            since: a record number.
             received: data that was received on the connection after the request.
             keep_alive: the value in the acknowledgement.
+
+        Returns:
+            None; or the error if some of these records are gone, and the connection is not attached.
         """
+        if self._adopted:
+            self._spool.start_at(since)
+        first, end = self._spool.first, self._spool.end
+        if not first <= since <= end:
+            data = {"first": first, "end": end}
+            return Failed("records_gone", "some of the call's records from this number on are gone", data)
         self._keep_alive = keep_alive
         if self._reader is not None:
             self._reader.close()
@@ -223,6 +229,7 @@ class ResumableSession:
         self._send_acknowledgement()
         if received:
             self._on_data(reader, received)
+        return None
 
     def adopt(self, end: Failed, exit_info: Raw, stop_report: Raw | None = None) -> None:
         """Adopt the call of a supervisor that has died: it has ended, and further records do not exist.
@@ -230,42 +237,32 @@ class ResumableSession:
         `stop_report`: of survivors; None: there are none. `on_closed` reports when they are gone.
         """
         self._adopted = True
-        self._started_at = self._ended_at = self._loop.now()
-        self._closing = _encode_closing(stop_report, exit_info, encode_message(end))
-        self._schedule_contact_check(self.limits.result_ttl)
+        self._started_at = self._loop.now()
+        self._set_closing(stop_report, exit_info, encode_message(end))
 
-    def has_records_from(self, since: int) -> bool:
-        """Return whether the spool has all records from this number on."""
-        if self._adopted:
-            self._spool.start_at(since)
-        return self._spool.first <= since <= self._spool.end
-
-    @property
-    def available_range(self) -> tuple[int, int]:
-        """The numbers of the first record in the spool and of the next one."""
-        return self._spool.first, self._spool.end
+    def _set_closing(self, stop_report: Raw | None, exit_info: Raw, closing_line: bytes) -> None:
+        report = b"" if stop_report is None else encode_message(StopReport(stop_report))
+        self._closing = report + encode_message(ExitInfo(exit_info)) + closing_line
+        self._quota.reserve(len(self._closing))
+        self._ended_at = self._loop.now()
+        self._schedule_contact_check(self.terms.result_ttl)
 
     @property
     def attached(self) -> bool:
         """Whether a connection is attached."""
         return self._reader is not None
 
-    @property
-    def running(self) -> bool:
-        """Whether the call has not ended."""
-        return self._closing is None
-
     def _send_acknowledgement(self) -> None:
         if self._reader is not None and self._started_at is not None:
-            terms = GrantedTerms(
+            granted = GrantedTerms(
                 instance=self._instance,
-                disconnect_timeout=self.limits.disconnect_timeout,
-                result_ttl=self.limits.result_ttl,
+                disconnect_timeout=self.terms.disconnect_timeout,
+                result_ttl=self.terms.result_ttl,
                 kill_grace=self._kill_grace,
                 elapsed=self._elapsed(),
                 records=self._spool.end,
             )
-            self._reader.send_soon(encode_message(Acknowledgement(self._streaming, terms, self._keep_alive)))
+            self._reader.send_soon(encode_message(Acknowledgement(self.terms.streaming, granted, self._keep_alive)))
             self._send_pending()
 
     def _elapsed(self) -> float:
@@ -339,38 +336,37 @@ class ResumableSession:
     # Limits and contact.
 
     def _stop(self, why: StopReason, reason: str | None = None, by: str | None = None) -> None:
-        if self._call is not None and self.running:
-            self._call.stop(why, reason, by)
+        if self.call is not None and self._closing is None:
+            self.call.stop(why, reason, by)
 
     def _resume_reading(self) -> None:
-        if self._call is not None:
-            self._call.resume_reading()
+        if self.call is not None:
+            self.call.resume_reading()
 
-    def _on_max_exec_time(self) -> None:
-        self._stop(StopReason.MAX_EXEC_TIME, f"{self.limits.max_exec_time:g} s")
-
-    def _check_silence(self) -> None:
-        """Stop the call if it has sent nothing for too long. While its spool is full, it cannot send anything."""
-        if not self.running or self._end is not None:
-            return
+    def _check_limits(self) -> None:
+        """Stop the call if it has run, or sent nothing, for too long. While its spool is full, it cannot send."""
+        assert self._started_at is not None
         now = self._loop.now()
         if self.full:
             self._last_output_at = now
-        remaining = self._last_output_at + self.limits.timeout - now
-        if remaining <= 0:
-            self._stop(StopReason.SILENCE, f"{self.limits.timeout:g} s")
+        until_end = self._started_at + self.terms.max_exec_time - now
+        until_silence = self._last_output_at + self.terms.timeout - now
+        if until_end <= 0:
+            self._stop(StopReason.MAX_EXEC_TIME, f"{self.terms.max_exec_time:g} s")
+        elif until_silence <= 0:
+            self._stop(StopReason.SILENCE, f"{self.terms.timeout:g} s")
         else:
-            self._limit_timers[1:] = [self._loop.call_later(remaining, self._check_silence)]
+            self._limit_timer = self._loop.call_later(min(until_end, until_silence), self._check_limits)
 
     def _check_contact(self) -> None:
         now = self._loop.now()
-        if self.running:
-            remaining = self._contact_at + self.limits.disconnect_timeout - now
+        if self._closing is None:
+            remaining = self._contact_at + self.terms.disconnect_timeout - now
             if remaining <= 0:
                 self._stop(StopReason.LOST_CONTACT)
-                remaining = self.limits.result_ttl
+                remaining = self.terms.result_ttl
         else:
-            remaining = max(self._contact_at, self._ended_at) + self.limits.result_ttl - now
+            remaining = max(self._contact_at, self._ended_at) + self.terms.result_ttl - now
             if remaining <= 0:
                 log.warning("discarding unfetched end of call", extra={"call": self.id})
                 self.discard()
@@ -382,27 +378,12 @@ class ResumableSession:
             self._contact_timer.cancel()
         self._contact_timer = self._loop.call_later(seconds, self._check_contact)
 
-    def _cancel_limits(self) -> None:
-        for timer in self._limit_timers:
-            timer.cancel()
-        self._limit_timers.clear()
-
     def discard(self) -> None:
         """Discard the session: the dispatcher has stored its end, was rejected, or has not fetched it in time."""
-        if self.discarded:
-            return
-        self.discarded = True
-        self._cancel_limits()
         if self._contact_timer is not None:
             self._contact_timer.cancel()
-        closing_size = 0 if self._closing is None or self._adopted else len(self._closing)
-        self._quota.release(self._spool.size + closing_size)
+        self._quota.release(self._spool.size + len(self._closing or b""))
         self._on_discarded(self)  # before the connection closes, which others can see
         if self._reader is not None:
             self._reader.close_after_flush(lambda: None)
             self._reader = None
-
-
-def _encode_closing(stop_report: Raw | None, exit_info: Raw, closing_line: bytes) -> bytes:
-    report = b"" if stop_report is None else encode_message(StopReport(stop_report))
-    return report + encode_message(ExitInfo(exit_info)) + closing_line
