@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
-from collections.abc import Awaitable, Callable, Iterable
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any, NoReturn, Protocol
 
 from harp_daemon.process import notify_service_manager
 from harp_daemon.settings import ConfigError
@@ -37,10 +37,12 @@ class ServiceRunner:
     def __init__(self) -> None:
         #: Set it to stop the service.
         self.stop_requested = asyncio.Event()
+        self._reload_requested = asyncio.Event()
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self.stop_requested.set)
-        loop.add_signal_handler(signal.SIGHUP, lambda: None)  # nothing to reload yet
+        loop.add_signal_handler(signal.SIGHUP, self._reload_requested.set)
+        loop.set_exception_handler(_log_unexpected)
 
     async def run(self, service: Service, on_serving: Callable[[], None]) -> None:
         """Run the service.
@@ -52,74 +54,38 @@ class ServiceRunner:
         Raises:
             Exception: the start raised it.
         """
-        reloads = _ReloadQueue(service.reload)
-        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reloads.request_reload)
+        serving = asyncio.create_task(self._serve(service, on_serving))
+        stopping = asyncio.create_task(self.stop_requested.wait())
         try:
-            starting = asyncio.create_task(service.start())
-            ending = asyncio.create_task(self.stop_requested.wait())
-            await asyncio.wait({starting, ending}, return_when=asyncio.FIRST_COMPLETED)
-            if starting.done():
-                starting.result()
-                on_serving()
-                notify_service_manager("READY=1")
-                reloads.allow()
-                await ending
+            await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            if serving.done():
+                serving.result()
             log.info("harpd stops")
             notify_service_manager("STOPPING=1")
-            await _cancel_and_wait([starting])
         finally:
-            await reloads.cancel()
+            serving.cancel()
+            stopping.cancel()
+            await asyncio.gather(serving, stopping, return_exceptions=True)
             await service.stop()
             # Closing the loop restores the default actions: a second signal would change the exit status.
             signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT, signal.SIGHUP})
 
-
-class _ReloadQueue:
-    """Runs reloads one at a time. Requests during the start or a reload cause one more reload after it.
-
-    Args:
-        reload: reloads the service.
-    """
-
-    def __init__(self, reload: Callable[[], Awaitable[None]]) -> None:
-        self._reload = reload
-        self._allowed = self._requested = False
-        self._running: asyncio.Task[None] | None = None
-
-    def allow(self) -> None:
-        """Allow reloads, after the start."""
-        self._allowed = True
-        self._start_if_possible()
-
-    def request_reload(self) -> None:
-        """Request a reload, now or as soon as it is possible."""
-        self._requested = True
-        self._start_if_possible()
-
-    def _start_if_possible(self) -> None:
-        if self._allowed and self._requested and (self._running is None or self._running.done()):
-            self._running = asyncio.create_task(self._run())
-
-    async def _run(self) -> None:
-        while self._requested:
-            self._requested = False
+    async def _serve(self, service: Service, on_serving: Callable[[], None]) -> NoReturn:
+        """Start the service; then reload it at each request. Requests during the start or a reload cause one more."""
+        await service.start()
+        on_serving()
+        notify_service_manager("READY=1")
+        while True:
+            await self._reload_requested.wait()
+            self._reload_requested.clear()
             try:
-                await self._reload()
+                await service.reload()
             except (ConfigError, SupervisorError) as error:
                 log.error("reload failed; nothing is changed", extra={"reason": str(error)})
             except Exception:
                 log.exception("reload failed; nothing is changed")
 
-    async def cancel(self) -> None:
-        """Cancel a running reload and reject further ones."""
-        self._allowed = False
-        await _cancel_and_wait([self._running])
 
-
-async def _cancel_and_wait(tasks: Iterable[asyncio.Task[Any] | None]) -> None:
-    """Cancel the tasks that are not done, and wait until they are."""
-    pending = [task for task in tasks if task is not None and not task.done()]
-    for task in pending:
-        task.cancel()
-    if pending:
-        await asyncio.wait(pending)
+def _log_unexpected(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    error = context.get("exception")
+    log.error("unexpected error", exc_info=error, extra={"where": context.get("message")})
