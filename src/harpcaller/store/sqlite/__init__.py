@@ -2,10 +2,9 @@
 
 - `file` creates, recognizes, locks and migrates the file, and maps the errors of SQLite.
 - `writer` is the thread that writes: everything that arrives during a commit goes into the next one.
-- `readers` are the threads that read, each with its own connection; they never wait for the writer.
 - `writes`, `pruning` and `reads` are the verbs as functions on a connection; their SQL is in ``queries.sql``.
 - `rows` converts jobs, metadata and records to columns and back.
-- `backend` combines these into a `harpcaller.store.Store`.
+- `backend` combines these and the threads that read into a `harpcaller.store.Store`.
 """
 
 from harpcaller.store.sqlite.backend import SQLiteStore, open_store

@@ -6,19 +6,22 @@ import asyncio
 import os
 import sqlite3
 from collections.abc import Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing
 from functools import wraps
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
+from harpcaller.store import StorageError
 from harpcaller.store.sqlite import pruning, reads, writes
 from harpcaller.store.sqlite.file import FILE_NAME, connect, lock, prepare, storage_errors
-from harpcaller.store.sqlite.readers import Readers
 from harpcaller.store.sqlite.writer import Writer
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
-# Number of reading threads. They hold Python's lock for most of their time, so more would not be faster.
+# Number of reading threads and connections. They hold Python's lock for most of their time: more would not be faster.
 _READERS = 4
 
 
@@ -44,6 +47,7 @@ def _writes(
 
     @wraps(verb)
     async def method(self: SQLiteStore, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        self._check_open()
         return await self._writer.run(lambda db: verb(db, *args, **kwargs), last)
 
     return method
@@ -52,11 +56,13 @@ def _writes(
 def _reads(
     verb: Callable[Concatenate[sqlite3.Connection, P], T],
 ) -> Callable[Concatenate[SQLiteStore, P], Coroutine[Any, Any, T]]:
-    """Return a method that runs a verb in a reading thread."""
+    """Return a method that runs a verb in a reading thread, which never waits for the writer."""
 
     @wraps(verb)
     async def method(self: SQLiteStore, /, *args: P.args, **kwargs: P.kwargs) -> T:
-        return await self._readers.run(lambda db: verb(db, *args, **kwargs))
+        self._check_open()
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._threads, self._read, lambda db: verb(db, *args, **kwargs))
 
     return method
 
@@ -65,21 +71,18 @@ class SQLiteStore:
     """A `harpcaller.store.Store`, created by `open_store`. Its verbs are called in the loop in which it was created."""
 
     def __init__(self, directory: Path, loop: asyncio.AbstractEventLoop) -> None:
-        path = directory / FILE_NAME
-        self._closing = False
-        self._lock = lock(directory)
-        try:
+        self._path = path = directory / FILE_NAME
+        self._closed = False
+        self._threads = ThreadPoolExecutor(_READERS, thread_name_prefix="store-reader")
+        self._idle_readers: SimpleQueue[sqlite3.Connection] = SimpleQueue()
+        with ExitStack() as stack:
+            stack.callback(os.close, lock(directory))
             prepare(path)
             with storage_errors(path):
-                self._readers = Readers(path, _READERS)
-                try:
-                    self._writer = Writer(path, connect(path), loop)
-                except BaseException:
-                    self._readers.join()
-                    raise
-        except BaseException:
-            os.close(self._lock)
-            raise
+                for _ in range(_READERS):
+                    self._idle_readers.put(stack.enter_context(closing(connect(path, query_only=True))))
+                self._writer = Writer(path, connect(path), loop)
+            self._resources = stack.pop_all()
 
     add_job = _writes(writes.add_job)
     add_jobs = _writes(writes.add_jobs)
@@ -119,13 +122,24 @@ class SQLiteStore:
 
     async def close(self) -> None:
         """See `Store.close`. Closing again does nothing."""
-        if not self._closing:
-            self._closing = True
+        if not self._closed:
+            self._closed = True
             self._writer.stop()
-            self._readers.stop()
             await asyncio.to_thread(self._join)
 
     def _join(self) -> None:
         self._writer.join()
-        self._readers.join()
-        os.close(self._lock)
+        self._threads.shutdown()
+        self._resources.close()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise StorageError(f"{self._path}: the store is closed")
+
+    def _read(self, verb: Callable[[sqlite3.Connection], T]) -> T:
+        connection = self._idle_readers.get()
+        try:
+            with storage_errors(self._path):
+                return verb(connection)
+        finally:
+            self._idle_readers.put(connection)

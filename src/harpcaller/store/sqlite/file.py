@@ -20,7 +20,6 @@ from harpcaller.store.sqlite.sql import MIGRATIONS, QUERIES
 #: The name of the file in the store's directory.
 FILE_NAME = "harpcaller.sqlite"
 
-_MAGIC = b"SQLite format 3\0"
 # The application id is at offset 68 of SQLite's header, big-endian.
 _APPLICATION_ID = int.from_bytes(b"HARP", "big")
 _APPLICATION_ID_AT = slice(68, 72)
@@ -32,21 +31,14 @@ BUSY_TIMEOUT = 5000
 #: then overwrites it in place, which costs the file system less than growing a file.
 LOG_BYTES = 16 * 1024 * 1024
 
-# Random bytes of the identity: enough that it cannot be guessed.
-_OWNER_BYTES = 16
-_KEY_BYTES = 32
-
-# Errors of the program, not of the storage.
-_BUGS = (sqlite3.ProgrammingError, sqlite3.InterfaceError, sqlite3.IntegrityError)
-
 
 @contextmanager
 def storage_errors(path: Path) -> Iterator[None]:
     """Map errors of SQLite and the system to `StorageError`, which names the file and the cause."""
     try:
         yield
-    except _BUGS:
-        raise
+    except (sqlite3.ProgrammingError, sqlite3.InterfaceError, sqlite3.IntegrityError):
+        raise  # an error of the program, not of the storage
     except sqlite3.Error as error:
         name = getattr(error, "sqlite_errorname", None)
         raise StorageError(f"{path}: {error}" + (f" ({name})" if name else "")) from error
@@ -68,11 +60,10 @@ def lock(directory: Path) -> int:
         descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+        except OSError as error:
             os.close(descriptor)
-            raise StorageError(f"{directory / FILE_NAME}: another dispatcher uses it") from error
-        except BaseException:
-            os.close(descriptor)
+            if isinstance(error, BlockingIOError):
+                raise StorageError(f"{directory / FILE_NAME}: another dispatcher uses it") from error
             raise
     return descriptor
 
@@ -93,10 +84,13 @@ def prepare(path: Path) -> None:
         # Read before SQLite opens the file, because closing a descriptor releases all locks of the process on its file.
         with path.open("rb") as file:
             header = file.read(_APPLICATION_ID_AT.stop)
-        if not header.startswith(_MAGIC) or int.from_bytes(header[_APPLICATION_ID_AT], "big") != _APPLICATION_ID:
+        if (
+            not header.startswith(b"SQLite format 3\0")
+            or int.from_bytes(header[_APPLICATION_ID_AT], "big") != _APPLICATION_ID
+        ):
             raise StorageError(f"{path}: not a store of harpcallerd; move it away, or choose another stream_directory")
         with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as connection:
-            version = _version(connection)
+            [(version,)] = connection.execute("SELECT max(version) FROM schema_version").fetchall()
         newest = max(MIGRATIONS)
         if version > newest:
             raise StorageError(
@@ -153,11 +147,6 @@ def _side_files(path: Path) -> tuple[Path, ...]:
     return tuple(path.with_name(path.name + suffix) for suffix in ("-journal", "-wal", "-shm"))
 
 
-def _version(connection: sqlite3.Connection) -> int:
-    [(version,)] = connection.execute("SELECT max(version) FROM schema_version").fetchall()
-    return int(version)
-
-
 def _migrate(connection: sqlite3.Connection, version: int) -> None:
     """Migrate the schema from this version to the newest, each step in its own transaction, and enable the log.
 
@@ -181,5 +170,5 @@ def _migrate(connection: sqlite3.Connection, version: int) -> None:
             raise
     connection.execute("PRAGMA journal_mode = WAL").fetchall()
     if not connection.execute(QUERIES["get_identity"]).fetchall():
-        identity = {"owner": secrets.token_hex(_OWNER_BYTES), "key": secrets.token_bytes(_KEY_BYTES)}
+        identity = {"owner": secrets.token_hex(16), "key": secrets.token_bytes(32)}
         connection.execute(QUERIES["add_identity"], identity)

@@ -1,27 +1,23 @@
-"""The verbs that read, as functions on a reading connection. Each reads one snapshot."""
+"""The verbs of `Store` that read, as functions on a reading connection. Each reads one snapshot."""
 
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Sequence
+from contextlib import closing
+from typing import Any
 
 from harp.protocol.json_text import Raw
-from harpcaller.model.jobs import NO_METADATA, Identity, Job, JobDetails, QueuePosition, Records, State
+from harpcaller.model.jobs import Identity, Job, JobDetails, JobMetadata, QueuePosition, Records, State
 from harpcaller.model.lanes import queue_lane
 from harpcaller.store import QueueStatus, UnknownJob
 from harpcaller.store.sqlite.rows import (
     decode_job,
-    decode_metadata,
     encode_name,
-    payload_size,
     split_records,
     split_timestamps,
 )
-from harpcaller.store.sqlite.sql import QUERIES
-
-# The largest integer of SQLite.
-_MAX_INTEGER = 2**63 - 1
+from harpcaller.store.sqlite.sql import MAX_INTEGER, QUERIES
 
 # A page of a list ends when its payloads have this size.
 _PAGE_BYTES = 8 * 1024 * 1024
@@ -30,36 +26,30 @@ _PAGE_BYTES = 8 * 1024 * 1024
 _MAX_HOLDERS = 10
 
 
-@contextmanager
-def _snapshot(db: sqlite3.Connection) -> Iterator[None]:
-    """Run several statements on the same snapshot of the file."""
-    db.execute("BEGIN")
-    try:
-        yield
-    finally:
-        if db.in_transaction:
-            db.execute("ROLLBACK")
-
-
 def get_job(db: sqlite3.Connection, job_id: str) -> Job:
-    """See `Store.get_job`."""
-    rows = db.execute(QUERIES["get_job"], {"id": job_id}).fetchall()
+    return decode_job(_find_row(db, job_id))
+
+
+def _find_row(db: sqlite3.Connection, job_id: str) -> Sequence[Any]:
+    rows: list[Sequence[Any]] = db.execute(QUERIES["get_job"], {"id": job_id}).fetchall()
     if not rows:
         raise UnknownJob(job_id)
-    return decode_job(rows[0])
+    return rows[0]
 
 
 def get_details(db: sqlite3.Connection, job_id: str) -> JobDetails:
-    """See `Store.get_details`."""
-    with _snapshot(db):
-        rows = db.execute(QUERIES["get_job"], {"id": job_id}).fetchall()
-        if not rows:
-            raise UnknownJob(job_id)
-        job, seq = decode_job(rows[0]), rows[0][0]
-        metadata = db.execute(QUERIES["get_metadata"], {"seq": seq}).fetchall()
+    db.execute("BEGIN")  # all statements read the same snapshot
+    try:
+        row = _find_row(db, job_id)
+        job, seq = decode_job(row), row[0]
+        columns = db.execute(QUERIES["get_metadata"], {"seq": seq}).fetchone() or ()
         [(record_bytes,)] = db.execute(QUERIES["record_bytes"], {"seq": seq}).fetchall()
         waiting = _queue_position(db, seq) if job.state is State.QUEUED else None
-    return JobDetails(job, decode_metadata(metadata[0]) if metadata else NO_METADATA, record_bytes, waiting)
+    finally:
+        if db.in_transaction:
+            db.execute("ROLLBACK")
+    metadata = JobMetadata(*(None if column is None else Raw(column) for column in columns))
+    return JobDetails(job, metadata, record_bytes, waiting)
 
 
 def _queue_position(db: sqlite3.Connection, seq: int) -> QueuePosition:
@@ -69,15 +59,15 @@ def _queue_position(db: sqlite3.Connection, seq: int) -> QueuePosition:
 
 
 def read_records(db: sqlite3.Connection, job_id: str, first: int, max_bytes: int) -> Records:
-    """See `Store.read_records`. A record from before schema 2 has no time; it gets the job's start."""
     values: list[Raw] = []
     times: list[float] = []
     room = max_bytes
-    parameters = {"id": job_id, "first": min(first, _MAX_INTEGER)}
+    parameters = {"id": job_id, "first": min(first, MAX_INTEGER)}
     with closing(db.execute(QUERIES["read_chunks"], parameters)) as chunks:
         for chunk_first, chunk, timestamps, started in chunks:
             skipped = max(0, first - chunk_first)
             records = split_records(chunk)
+            # A record from before schema 2 has no time; it gets the job's start.
             chunk_times = [started] * len(records) if timestamps is None else split_timestamps(timestamps)
             for at in range(skipped, len(records)):
                 room -= len(records[at])
@@ -89,12 +79,10 @@ def read_records(db: sqlite3.Connection, job_id: str, first: int, max_bytes: int
 
 
 def list_slot_holders(db: sqlite3.Connection) -> list[Job]:
-    """See `Store.list_slot_holders`."""
     return [decode_job(row) for row in db.execute(QUERIES["list_slot_holders"]).fetchall()]
 
 
 def get_identity(db: sqlite3.Connection) -> Identity:
-    """See `Store.identity`."""
     [(owner, key)] = db.execute(QUERIES["get_identity"]).fetchall()
     return Identity(owner, key)
 
@@ -109,10 +97,9 @@ def list_jobs(
     after: int | None = None,
     limit: int = 1000,
 ) -> list[tuple[int, Job]]:
-    """See `Store.list_jobs`."""
     if after is None:
-        after = _MAX_INTEGER if newest_first else 0
-    parameters: dict[str, int | str | bytes] = {"after": min(after, _MAX_INTEGER), "limit": limit}
+        after = MAX_INTEGER if newest_first else 0
+    parameters: dict[str, int | str | bytes] = {"after": min(after, MAX_INTEGER), "limit": limit}
     name = ("list_newest" if newest_first else "list_jobs") + ("" if ended else "_not_ended")
     if host is not None:
         if queue is not None:
@@ -127,13 +114,12 @@ def list_jobs(
     with closing(db.execute(QUERIES[name], parameters)) as rows:
         for row in rows:
             found.append((row[0], decode_job(row)))
-            room -= payload_size(row)
+            room -= sum(len(column) for column in row if isinstance(column, bytes))
             if room <= 0:
                 break
     return found
 
 
 def list_queues(db: sqlite3.Connection) -> list[QueueStatus]:
-    """See `Store.list_queues`."""
     rows = db.execute(QUERIES["list_queues"]).fetchall()
     return [QueueStatus(Raw(name), concurrency, running, queued) for name, concurrency, running, queued in rows]

@@ -5,17 +5,15 @@ A name is a JSON string, so it may contain lone surrogates, which SQLite's text 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import groupby
 from struct import Struct
-from typing import Any, TypeAlias
+from typing import Any
 
 from harp.protocol.ends import Cancelled, End, Returned, decode_end, encode_end
 from harp.protocol.json_text import Raw, dumps
 from harp_daemon.sliced_json import decode_slices
-from harpcaller.model.jobs import Job, JobMetadata, State, StopState
-
-Row: TypeAlias = Sequence[Any]
+from harpcaller.model.jobs import Job, State, StopState
 
 # An entry of a chunk's timestamps: number of consecutive records with the same time, and the time.
 _ENTRY = Struct("<Id")
@@ -60,7 +58,7 @@ def _decode_end(state: State, body: bytes | None) -> End | None:
     return decode_end(_CLOSING_KEYS[state], decode_slices(body))
 
 
-def decode_job(row: Row) -> Job:
+def decode_job(row: Sequence[Any]) -> Job:
     """Return the job in a row of the view job_view."""
     (_, _, id_, state, host, procedure, arguments, timeout, max_exec_time, queue, info, *rest) = row
     submitted, started, ended, body, records, holds_slot, stop = rest
@@ -82,26 +80,6 @@ def decode_job(row: Row) -> Job:
         holds_slot=bool(holds_slot),
         stop=None if stop is None else StopState(stop),
     )
-
-
-def payload_size(row: Row) -> int:
-    """Return the total size of the payloads in a row of the view job_view, in bytes."""
-    return sum(len(column) for column in row if isinstance(column, bytes))
-
-
-def encode_metadata(metadata: JobMetadata) -> Mapping[str, bytes | None]:
-    """Return the parameters of a statement that stores metadata."""
-    return {
-        "call": metadata.call,
-        "stop_request": metadata.stop_request,
-        "stop_report": metadata.stop_report,
-        "exit_info": metadata.exit_info,
-    }
-
-
-def decode_metadata(row: Row) -> JobMetadata:
-    """Return the metadata in a row of the table job_metadata."""
-    return JobMetadata(*(None if column is None else Raw(column) for column in row))
 
 
 def join_records(records: Sequence[Raw]) -> bytes:

@@ -21,9 +21,8 @@ from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeVar
 
-from harpcaller.store import StorageError
 from harpcaller.store.sqlite.file import storage_errors
 
 T = TypeVar("T")
@@ -37,14 +36,6 @@ class _Member:
     verb: Callable[[sqlite3.Connection], Any]
     future: asyncio.Future[Any]
     last: bool
-
-
-@dataclass(frozen=True, slots=True)
-class _Done:
-    value: Any
-
-
-_Outcome: TypeAlias = _Done | Exception
 
 
 class Writer:
@@ -62,7 +53,6 @@ class Writer:
         self._loop = loop
         self._next_members: list[_Member] = []  # called in this turn of the loop
         self._queue: SimpleQueue[Sequence[_Member]] = SimpleQueue()  # an empty one ends the thread
-        self._closing = False
         # A daemon thread, so that a program that fails before it closes the store can exit.
         self._thread = threading.Thread(target=self._run_batches, name="store-writer", daemon=True)
         self._thread.start()
@@ -78,8 +68,6 @@ class Writer:
             StorageError: the transaction failed; nothing was changed.
             Exception: the verb raised this; its changes were undone.
         """
-        if self._closing:
-            raise StorageError(f"{self._path}: the store is closed")
         if not self._next_members:
             self._loop.call_soon(self._flush)
         future: asyncio.Future[T] = self._loop.create_future()
@@ -93,8 +81,7 @@ class Writer:
             self._next_members = []
 
     def stop(self) -> None:
-        """Reject further verbs. Called in the loop's thread, like `run`, so no verb is queued after this."""
-        self._closing = True
+        """End the thread after the accepted verbs. Called in the loop's thread, like `run`, which must not follow."""
         self._flush()
         self._queue.put(())
 
@@ -123,13 +110,13 @@ class Writer:
                 return batch, True
         return batch, False
 
-    def _commit(self, batch: Sequence[_Member]) -> list[_Outcome]:
-        outcomes: list[_Outcome]
+    def _commit(self, batch: Sequence[_Member]) -> list[Any]:
+        """Run a batch; return the result of each member, or the exception that it raised."""
         try:
             with storage_errors(self._path):
                 try:
                     self._connection.execute("BEGIN IMMEDIATE")
-                    outcomes = [_Done(member.verb(self._connection)) for member in batch]
+                    outcomes = [member.verb(self._connection) for member in batch]
                 except Exception:  # noqa: BLE001 - the failed member is found by running each in a savepoint
                     self._roll_back()
                     self._connection.execute("BEGIN IMMEDIATE")
@@ -137,16 +124,15 @@ class Writer:
                 self._connection.execute("COMMIT")
         except Exception as error:  # noqa: BLE001 - each member gets it, and the thread continues
             self._roll_back()
-            return [_copy_error(error) for _ in batch]
+            return [error] * len(batch)
         return outcomes
 
-    def _run_in_savepoint(self, member: _Member) -> _Outcome:
+    def _run_in_savepoint(self, member: _Member) -> Any:
         """Run a member within a savepoint. Raises only if the whole transaction was rolled back."""
         self._connection.execute("SAVEPOINT member")
-        outcome: _Outcome
         try:
             with storage_errors(self._path):
-                outcome = _Done(member.verb(self._connection))
+                outcome = member.verb(self._connection)
         except Exception as error:
             if not self._connection.in_transaction:  # SQLite has rolled back everything
                 raise
@@ -161,21 +147,11 @@ class Writer:
                 self._connection.execute("ROLLBACK")
 
 
-def _copy_error(error: Exception) -> Exception:
-    """Return a copy of the error for one more awaiter, because each awaiter adds its own traceback."""
-    if not isinstance(error, StorageError):
-        return error
-    copy = StorageError(*error.args)
-    copy.__cause__ = error.__cause__
-    return copy
-
-
-def _resolve_futures(batch: Sequence[_Member], outcomes: Sequence[_Outcome]) -> None:
+def _resolve_futures(batch: Sequence[_Member], outcomes: Sequence[Any]) -> None:
     for member, outcome in zip(batch, outcomes, strict=True):
         if member.future.done():  # its awaiter was cancelled
             continue
-        match outcome:
-            case _Done(value):
-                member.future.set_result(value)
-            case _:
-                member.future.set_exception(outcome)
+        if isinstance(outcome, Exception):
+            member.future.set_exception(outcome)
+        else:
+            member.future.set_result(outcome)

@@ -1,4 +1,4 @@
-"""The verbs that write, as functions on the writing connection. Each runs within a transaction of the writer.
+"""The verbs of `Store` that write, as functions on the writing connection, within a transaction of the writer.
 
 No other connection writes at the same time, so everything that a verb has read is valid until it returns.
 """
@@ -30,15 +30,11 @@ from harpcaller.store.sqlite.rows import (
     decode_job,
     decode_name,
     encode_end_body,
-    encode_metadata,
     encode_name,
     join_records,
     join_timestamps,
 )
-from harpcaller.store.sqlite.sql import QUERIES, ROWS_PER_INSERT, insert_many
-
-# The largest integer of SQLite.
-_MAX_INTEGER = 2**63 - 1
+from harpcaller.store.sqlite.sql import MAX_INTEGER, QUERIES, ROWS_PER_INSERT, insert_many
 
 # Records are appended to a chunk below this size; as it fits in a page, rewriting it costs one page, like a new chunk.
 _GROWING_CHUNK_BYTES = 2048
@@ -47,8 +43,6 @@ _MAX_CHUNK_BYTES = 65536
 
 
 class _JobState(NamedTuple):
-    """The current state of a job."""
-
     seq: int
     state: State
     records: int
@@ -62,17 +56,18 @@ def _find_job(db: sqlite3.Connection, job_id: str) -> _JobState | None:
 
 
 def add_job(db: sqlite3.Connection, job: NewJob, now: float) -> None:
-    """See `Store.add_job`."""
     add_jobs(db, (job,), now)
 
 
 def add_jobs(db: sqlite3.Connection, jobs: Sequence[NewJob], now: float) -> None:
-    """See `Store.add_jobs`."""
     # Tuples in the order of the columns, because there may be many.
     lanes: dict[str, tuple[Any, ...]] = {}
     added: list[tuple[Any, ...]] = []
     for job in jobs:
-        lane, concurrency = _lane(job)
+        if job.queue is None:
+            lane, concurrency = host_lane(job.host), None
+        else:
+            lane, concurrency = queue_lane(job.queue), min(job.concurrency, MAX_INTEGER)
         lanes.setdefault(lane, (lane, job.queue, concurrency))
         added.append((job.id, lane, encode_name(job.host), now))
     db.executemany(QUERIES["add_lane"], lanes.values())
@@ -103,15 +98,7 @@ def _call(seq: int, job: NewJob) -> tuple[Any, ...]:
     return seq, procedure, job.arguments, float(job.timeout), float(job.max_exec_time), job.queue, job.info
 
 
-def _lane(job: NewJob) -> tuple[str, int | None]:
-    """Return the key of the job's lane, and the lane's limit."""
-    if job.queue is None:
-        return host_lane(job.host), None
-    return queue_lane(job.queue), min(job.concurrency, _MAX_INTEGER)
-
-
 def claim_jobs(db: sqlite3.Connection, now: float, limit: int, max_calls_per_host: int) -> list[Job]:
-    """See `Store.claim_jobs`."""
 
     def next_head(seq: int) -> Head | None:
         rows = db.execute(QUERIES["next_head"], {"seq": seq}).fetchall()
@@ -130,7 +117,6 @@ def claim_jobs(db: sqlite3.Connection, now: float, limit: int, max_calls_per_hos
 
 
 def append_records(db: sqlite3.Connection, job_id: str, first: int, records: Records) -> bool:
-    """See `Store.append_records`."""
     if len(records.values) != len(records.timestamps):
         raise ValueError(f"{len(records.values)} records and {len(records.timestamps)} times: expected one each")
     job = _find_job(db, job_id)
@@ -158,16 +144,14 @@ def _chunks(records: Records) -> Iterator[Records]:
 
 def _append_chunk(db: sqlite3.Connection, seq: int, first: int, records: Records) -> None:
     joined = join_records(records.values)
+    count, times = 0, b""
     growing = db.execute(QUERIES["growing_chunk"], {"seq": seq, "max_bytes": _GROWING_CHUNK_BYTES}).fetchall()
     if growing:
-        [(chunk_first, count, stored, times)] = growing
-        chunk = {"first": chunk_first, "count": count + len(records), "bytes": stored + b"\n" + joined}
-        chunk["timestamps"] = join_timestamps(times, records.timestamps)
-        db.execute(QUERIES["grow_chunk"], {"seq": seq, **chunk})
-    else:
-        chunk = {"first": first, "count": len(records), "bytes": joined}
-        chunk["timestamps"] = join_timestamps(b"", records.timestamps)
-        db.execute(QUERIES["add_chunk"], {"seq": seq, **chunk})
+        [(first, count, stored, times)] = growing
+        joined = stored + b"\n" + joined
+    timestamps = join_timestamps(times, records.timestamps)
+    chunk = {"seq": seq, "first": first, "count": count + len(records), "bytes": joined, "timestamps": timestamps}
+    db.execute(QUERIES["grow_chunk"] if growing else QUERIES["add_chunk"], chunk)
 
 
 def finish_job(
@@ -180,7 +164,6 @@ def finish_job(
     keep_slot: bool = False,
     metadata: JobMetadata = NO_METADATA,
 ) -> bool:
-    """See `Store.finish_job`."""
     job = _find_job(db, job_id)
     if job is None or job.state in ENDED:
         return False
@@ -205,11 +188,11 @@ def _end_job(
 
 def _update_metadata(db: sqlite3.Connection, seq: int, metadata: JobMetadata) -> None:
     if metadata != NO_METADATA:
-        db.execute(QUERIES["update_metadata"], {"seq": seq, **encode_metadata(metadata)})
+        columns = {name: getattr(metadata, name) for name in ("call", "stop_request", "stop_report", "exit_info")}
+        db.execute(QUERIES["update_metadata"], {"seq": seq, **columns})
 
 
 def cancel_job(db: sqlite3.Connection, job_id: str, now: float, stop_request: Raw | None = None) -> State | None:
-    """See `Store.cancel_job`."""
     job = _find_job(db, job_id)
     if job is None or job.state in ENDED:
         return None
@@ -220,7 +203,6 @@ def cancel_job(db: sqlite3.Connection, job_id: str, now: float, stop_request: Ra
 def cancel_queue(
     db: sqlite3.Connection, queue: Raw, now: float, stop_request: Raw | None = None
 ) -> list[tuple[str, State]]:
-    """See `Store.cancel_queue`."""
     rows = db.execute(QUERIES["not_ended_of_lane"], {"lane": queue_lane(queue)}).fetchall()
     for seq, _, state in rows:
         _cancel(db, seq, State(state), now, stop_request)
@@ -228,10 +210,8 @@ def cancel_queue(
 
 
 def _cancel(db: sqlite3.Connection, seq: int, state: State, now: float, stopped: Raw | None) -> None:
-    if state is State.RUNNING:
-        _end_job(db, seq, Cancelled(), now, stop=StopState.PENDING, keep_slot=True)
-    else:
-        _end_job(db, seq, Cancelled(), now, stop=None, keep_slot=False)
+    running = state is State.RUNNING
+    _end_job(db, seq, Cancelled(), now, stop=StopState.PENDING if running else None, keep_slot=running)
     _update_metadata(db, seq, JobMetadata(stop_request=stopped))
 
 
@@ -243,7 +223,6 @@ def finalize_stop(
     keep_slot: bool = False,
     metadata: JobMetadata = NO_METADATA,
 ) -> bool:
-    """See `Store.finalize_stop`."""
     job = _find_job(db, job_id)
     if job is None or job.state not in ENDED or not job.holds_slot:
         return False
@@ -253,7 +232,6 @@ def finalize_stop(
 
 
 def update_metadata(db: sqlite3.Connection, job_id: str, metadata: JobMetadata) -> bool:
-    """See `Store.update_metadata`."""
     job = _find_job(db, job_id)
     if job is None:
         return False
@@ -262,7 +240,6 @@ def update_metadata(db: sqlite3.Connection, job_id: str, metadata: JobMetadata) 
 
 
 def release_slot(db: sqlite3.Connection, job_id: str) -> bool:
-    """See `Store.release_slot`."""
     job = _find_job(db, job_id)
     if job is None or job.state not in ENDED or not job.holds_slot:
         return False
