@@ -26,21 +26,16 @@ class FakeConnection:
     def __init__(self, keep_alive: float | None = 60.0) -> None:
         self.keep_alive = keep_alive
         self.is_reusable = True
-        self.parked = False
+        self.has_heartbeat = True
         self.end: str | None = None
 
-    def park(self) -> None:
-        self.parked = True
-
-    def unpark(self) -> None:
-        self.parked = False
+    def stop_heartbeat(self) -> None:
+        self.has_heartbeat = False
 
     def close(self) -> None:
-        assert not self.parked
         self.end = "closed"
 
     def abort(self) -> None:
-        assert not self.parked
         self.end = "aborted"
 
 
@@ -63,9 +58,8 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Any:
 async def test_pool_returns_the_last_used_connection_first() -> None:
     pool = ConnectionPool()
     first, second = put(pool, FakeConnection()), put(pool, FakeConnection())
-    parked = [first.parked, second.parked]
+    assert not first.has_heartbeat and not second.has_heartbeat
     assert [get(pool) for _ in range(3)] == [second, first, None]
-    assert (parked, first.parked) == ([True, True], False)
     assert first.end is None
     pool.close()
 

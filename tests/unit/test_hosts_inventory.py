@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from harp.protocol.fields import ProtocolError
-from harpcaller.hosts.inventory import Host, InvalidLine, parse_hosts, parse_line
+from harpcaller.hosts.inventory import Host, parse_hosts, parse_line
 
 LINE: dict[str, Any] = {
     "hostname": "web01",
@@ -94,7 +94,7 @@ def test_host_repr_has_no_password() -> None:
 def test_parse_hosts_returns_hosts_and_errors() -> None:
     registry = parse_hosts([line(), b"", b"oops\n", line(hostname="web02"), b" \r\n", without("port")])
     assert registry.hosts == {"web01": WEB01, "web02": parse_line(line(hostname="web02"))}
-    assert [(skipped.line, skipped.reason.split(":")[0]) for skipped in registry.invalid_lines] == [
+    assert [(number, error.split(":")[0]) for number, error in registry.invalid_lines] == [
         (3, "Expecting value at column 1"),
         (6, "port"),
     ]
@@ -110,7 +110,7 @@ def test_parse_hosts_duplicate_uses_the_last_line() -> None:
 def test_parse_hosts_invalid_line_replaces_no_host() -> None:
     registry = parse_hosts([line(), line(port=0)])
     assert registry.hosts == {"web01": WEB01}
-    assert registry.invalid_lines == (InvalidLine(2, "port: expected an integer from 1 to 65535"),)
+    assert registry.invalid_lines == ((2, "port: expected an integer from 1 to 65535"),)
 
 
 def test_parse_hosts_without_lines_is_empty() -> None:

@@ -56,7 +56,7 @@ def write_cache(file: Path, cached: CachedHosts) -> Path | None:
     new = file.with_name(f"{file.name}.new")
     new.unlink(missing_ok=True)  # left by a crash
     try:
-        with open(new, "x", encoding="ascii", opener=lambda path, flags: os.open(path, flags, 0o600)) as stream:
+        with open(os.open(new, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w", encoding="ascii") as stream:
             stream.write(json.dumps({"form": _FORMAT, "refreshed": cached.refreshed_at}) + "\n")
             for host in cached.hosts.values():
                 credentials = {"user": host.user, "password": host.password}

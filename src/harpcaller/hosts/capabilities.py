@@ -37,8 +37,6 @@ _TEMPORARY_ERRORS = frozenset(
 #: Maximum length of a list of calls in bytes: about 200,000 calls.
 _MAX_LIST_BYTES = 8 * 1024 * 1024
 
-_HostKey = tuple[str, str, int]
-
 
 @dataclass(slots=True)
 class _Entry:
@@ -68,7 +66,7 @@ class HostCapabilities:
     def __init__(self, identity: Identity, on_call_list: Callable[[Host, Sequence[str]], None]) -> None:
         self._identity = identity
         self._on_call_list = on_call_list
-        self._entries: dict[_HostKey, _Entry] = {}
+        self._entries: dict[Host, _Entry] = {}
 
     async def get_instance(self, host: Host, tls: HostTLS, config: Config) -> str | None:
         """Return the instance id that a start on this host has to name; None for a legacy harpd.
@@ -79,7 +77,7 @@ class HostCapabilities:
             TimeoutError: the host did not reply in time.
             OSError, CertificateRefused, UnicodeError: see `harpcaller.hosts.connecting.connect`.
         """
-        entry = self._entries.setdefault(_host_key(host), _Entry())
+        entry = self._entries.setdefault(host, _Entry())
         if entry.learned_at is not None:
             age = time.monotonic() - entry.learned_at
             if entry.instance is not None or age < _LEGACY_RETRY_SECONDS:
@@ -91,19 +89,19 @@ class HostCapabilities:
 
     def supports_keep_alive(self, host: Host) -> bool:
         """Return whether the host is known to support keep-alive."""
-        entry = self._entries.get(_host_key(host))
+        entry = self._entries.get(host)
         return entry is not None and entry.instance is not None and entry.keep_alive
 
     def set_instance(self, host: Host, instance: str | None) -> None:
         """Store the instance id that a host sent with an acknowledgement; None for a legacy harpd."""
-        entry = self._entries.setdefault(_host_key(host), _Entry())
+        entry = self._entries.setdefault(host, _Entry())
         entry.instance, entry.learned_at = instance, time.monotonic()
 
     def invalidate(self, host: Host) -> None:
         """Query the host again before the next start, unless a query is in progress."""
-        entry = self._entries.get(_host_key(host))
+        entry = self._entries.get(host)
         if entry is not None and (entry.query is None or entry.query.done()):
-            del self._entries[_host_key(host)]
+            del self._entries[host]
 
     async def close(self) -> None:
         """Cancel all queries."""
@@ -153,7 +151,3 @@ def _consume_exception(task: asyncio.Task[str | None]) -> None:
     """Prevent a log entry for a failed query if no run waits for it any more."""
     if not task.cancelled():
         task.exception()
-
-
-def _host_key(host: Host) -> _HostKey:
-    return host.hostname, host.address, host.port

@@ -25,9 +25,7 @@ from harpcaller.hosts.tls import CertificateRefused, HostTLS, parse_ip, server_n
 CONNECT_ERRORS = (OSError, CertificateRefused, UnicodeError)
 
 #: Errors of this machine; all others are errors of the network.
-_LOCAL_ERRNOS = frozenset(
-    {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EACCES, errno.EPERM, errno.EADDRNOTAVAIL}
-)
+_LOCAL_ERRORS = ("EMFILE", "ENFILE", "ENOBUFS", "ENOMEM", "EACCES", "EPERM", "EADDRNOTAVAIL")
 
 #: OpenSSL's reasons if the peer's first bytes are not TLS.
 _NOT_TLS_REASONS = frozenset({"WRONG_VERSION_NUMBER", "HTTP_REQUEST", "HTTPS_PROXY_REQUEST", "RECORD_LAYER_FAILURE"})
@@ -44,9 +42,6 @@ _RESOLVER_ERRORS = {getattr(socket, name): name for name in dir(socket) if name.
 
 #: One result of `getaddrinfo`.
 _AddressInfo: TypeAlias = tuple[int, int, int, str, tuple[Any, ...]]
-
-#: Buffer limit of a stream in bytes; it stops reading at twice this size.
-_STREAM_LIMIT = 64 * 1024
 
 
 class HostUnreachable(Exception):
@@ -115,7 +110,6 @@ async def _connect(
             ssl=context,
             server_hostname=server_name(host.address),
             ssl_handshake_timeout=2 * seconds,  # the timeout above expires first
-            limit=_STREAM_LIMIT,
         )
 
 
@@ -166,11 +160,7 @@ def to_failed(error: BaseException, host: Host, doing: str) -> Failed:
     if isinstance(error, ssl.SSLError) and error.reason in _NOT_TLS_REASONS:
         return Failed("protocol_error", f"{describe_host(host)}: {doing}: it does not speak TLS; is this harpd's port?")
     name, text = _describe_error(error)
-    kind = (
-        "os_error"
-        if isinstance(error, OSError) and error.errno in _LOCAL_ERRNOS and _has_system_errno(error)
-        else "network_error"
-    )
+    kind = "os_error" if name in _LOCAL_ERRORS else "network_error"
     return Failed(kind, f"{describe_host(host)}: {doing}: {text}", errno_data(name))
 
 
@@ -189,13 +179,8 @@ def errno_data(name: str | None) -> Raw | None:
     return dumps({"errno": name}) if name else None
 
 
-def _has_system_errno(error: OSError) -> bool:
-    """Return whether `errno` is a system error number; `ssl` and the resolver use their own numbers."""
-    return not isinstance(error, (ssl.SSLError, socket.gaierror))
-
-
 def _describe_error(error: BaseException) -> tuple[str | None, str]:
-    """Return the name of the errno, if there is one, and a text."""
+    """Return the name of the errno, if there is one, and a text. `ssl` and the resolver use numbers of their own."""
     if isinstance(error, socket.gaierror):
         return _RESOLVER_ERRORS.get(error.errno), error.strerror or str(error)
     if isinstance(error, ssl.SSLError) or not isinstance(error, OSError):

@@ -44,8 +44,6 @@ _READ_BYTES = 64 * 1024
 _HEARTBEAT_INTERVAL, _MAX_MISSED_HEARTBEATS = 15.0, 3
 #: Minimum seconds between two heartbeats, whatever timeout a host sets.
 _MIN_HEARTBEAT_INTERVAL = 0.1
-#: The start of a host's heartbeat line.
-_HEARTBEAT_PREFIX = b'{"heartbeat":'
 _is_record = methodcaller("startswith", RECORD_PREFIX)
 #: Maximum bytes of commands that the host has not read.
 _MAX_UNSENT_BYTES = 64 * 1024
@@ -69,17 +67,14 @@ class HarpdConnection:
         self._peer_time = 0.0
         self._reading = False
         self._closed = False
-        self._parked = False
-        self._reused = False
-        self._answered = False
+        self._reused_unanswered = False
         #: Monotonic time of the last received data, or of the request.
         self.last_received_at = time.monotonic()
 
     def send_request(self, request: AnyRequest) -> None:
         """Write the request. It may have reached the host even if the connection breaks at once."""
-        self._reused = self._exchange is not None
-        self._answered = False
-        self.last_received_at, self._peer_time = time.monotonic(), 0.0
+        self._reused_unanswered = self._exchange is not None
+        self.last_received_at = time.monotonic()
         self._exchange = ReplyReader(decode_slices, request)
         self._writer.write(encode_request(request))
 
@@ -96,9 +91,7 @@ class HarpdConnection:
         finally:
             self._reading = False
         self.last_received_at = time.monotonic()
-        if not data:
-            return None
-        return self._lines.feed(data)
+        return self._lines.feed(data) if data else None
 
     def parse_line(self, line: bytes) -> Message:
         """Return the message of the next line.
@@ -107,10 +100,10 @@ class HarpdConnection:
             ProtocolError: the line is not a message, or the message is not allowed at this point.
         """
         assert self._exchange is not None
-        if self._reused and not self._answered and line.startswith(_HEARTBEAT_PREFIX):
+        if self._reused_unanswered and line.startswith(b'{"heartbeat":'):
             return Heartbeat(0.0)  # it belongs to the previous call on this connection
         message = self._exchange.read_message(line)
-        self._answered = True
+        self._reused_unanswered = False
         if isinstance(message, Heartbeat):
             self._peer_time = message.time
         return message
@@ -146,17 +139,8 @@ class HarpdConnection:
     @property
     def is_reusable(self) -> bool:
         """Whether both sides are open and no partial line was received."""
-        closed = self._closed or self._reader.at_eof() or self._writer.transport.is_closing()
+        closed = self._reader.at_eof() or self._writer.transport.is_closing()
         return not closed and not self._lines.pending and self._reader.exception() is None
-
-    def park(self) -> None:
-        """Stop the heartbeat and make `abort` ineffective until `unpark`."""
-        self._stop_heartbeat()
-        self._parked = True
-
-    def unpark(self) -> None:
-        """Make `abort` effective again."""
-        self._parked = False
 
     def send_command(self, command: Command) -> None:
         """Send a command for the attached call. Abort the connection if the host leaves too much unread."""
@@ -167,7 +151,7 @@ class HarpdConnection:
                 transport.abort()
 
     def start_heartbeat(self, peer_time: float, timeout: float, at_once: bool) -> None:
-        """Send heartbeats until the connection is closed or parked.
+        """Send heartbeats until `stop_heartbeat`, or until the connection is closed.
 
         Args:
             peer_time: the host's timestamp in its acknowledgement.
@@ -203,18 +187,18 @@ class HarpdConnection:
 
     def close(self) -> None:
         """Close the connection after the written data was sent."""
-        self._stop_heartbeat()
+        self.stop_heartbeat()
         self._closed = True
         self._writer.close()
 
     def abort(self) -> None:
-        """Close the connection at once, unless it is parked or closed."""
-        if not self._parked:
-            self._stop_heartbeat()
-            if not self._closed:
-                self._writer.transport.abort()
+        """Close the connection at once; do nothing after `close`, so that written data is still sent."""
+        if not self._closed:
+            self.stop_heartbeat()
+            self._writer.transport.abort()
 
-    def _stop_heartbeat(self) -> None:
+    def stop_heartbeat(self) -> None:
+        """Send no further heartbeat, because the call has ended."""
         if self._heartbeat_timer is not None:
             self._heartbeat_timer.cancel()
             self._heartbeat_timer = None

@@ -20,8 +20,6 @@ from harp.protocol.fields import (
 )
 from harp.protocol.json_text import JSONObject, decode_values
 
-_MAX_PORT = 65535
-
 
 @dataclass(frozen=True, slots=True)
 class Host:
@@ -43,25 +41,17 @@ class Host:
 
 
 @dataclass(frozen=True, slots=True)
-class InvalidLine:
-    """A line that is not a valid host: its number, from 1, and the error, which never quotes the line."""
-
-    line: int
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
 class ParsedHosts:
     """The hosts of a file or of a script's output.
 
     Attributes:
         hosts: the hosts by name, in the order of the lines.
-        invalid_lines: the lines that are not valid hosts.
+        invalid_lines: number, from 1, and error of each line that is not a valid host; an error never quotes the line.
         duplicates: number of lines that were replaced by a later line with the same hostname.
     """
 
     hosts: Mapping[str, Host]
-    invalid_lines: tuple[InvalidLine, ...] = ()
+    invalid_lines: tuple[tuple[int, str], ...] = ()
     duplicates: int = 0
 
 
@@ -71,7 +61,7 @@ def parse_hosts(lines: Iterable[bytes]) -> ParsedHosts:
     Empty lines are skipped. If two lines have the same hostname, the last one is used.
     """
     hosts: dict[str, Host] = {}
-    invalid_lines: list[InvalidLine] = []
+    invalid_lines: list[tuple[int, str]] = []
     duplicates = 0
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -79,7 +69,7 @@ def parse_hosts(lines: Iterable[bytes]) -> ParsedHosts:
         try:
             host = parse_line(line)
         except ProtocolError as error:
-            invalid_lines.append(InvalidLine(number, error.message))
+            invalid_lines.append((number, error.message))
             continue
         duplicates += hosts.pop(host.hostname, None) is not None
         hosts[host.hostname] = host
@@ -96,22 +86,14 @@ def parse_line(line: bytes) -> Host:
     reject_unknown_keys(members, ("hostname", "address", "port", "credentials"))
     credentials = required_object(members, "credentials")
     reject_unknown_keys(credentials, ("user", "password"))
-    return Host(
-        _name(members, "hostname"),
-        _name(members, "address"),
-        _port(members),
-        required_string(credentials, "user"),
-        required_string(credentials, "password"),
-    )
+    hostname, address = (_name(members, key) for key in ("hostname", "address"))
+    port: Any = member_value(members, "port") if "port" in members else None
+    check(type(port) is int and 0 < port <= 65535, "port: expected an integer from 1 to 65535")
+    user, password = (required_string(credentials, key) for key in ("user", "password"))
+    return Host(hostname, address, port, user, password)
 
 
 def _name(members: JSONObject, key: str) -> str:
     name = required_string(members, key)
     check(name != "", f"{key}: expected a name, got an empty string")
     return name
-
-
-def _port(members: JSONObject) -> int:
-    port: Any = member_value(members, "port") if "port" in members else None
-    check(type(port) is int and 0 < port <= _MAX_PORT, f"port: expected an integer from 1 to {_MAX_PORT}")
-    return int(port)

@@ -4,9 +4,6 @@ A connection is kept only if its host supports keep-alive, and only for a short 
 connection that looks alive, and a start written to it is delayed until the outage is detected. If a reused connection
 breaks before the acknowledgement, the run attaches to the call; it never writes the start twice.
 
-The client's pool is a separate one on purpose: it is shared between threads and has no timer, this one belongs to an
-event loop and limits connections per host.
-
 Spec: docs/protocol.md, Keep-alive.
 """
 
@@ -40,7 +37,6 @@ class ConnectionPool:
         while idle:
             expires_at, conn = idle.pop()
             self._count -= 1
-            conn.unpark()
             if time.monotonic() < expires_at and conn.is_reusable:
                 return conn
             conn.abort()
@@ -53,7 +49,7 @@ class ConnectionPool:
         if conn.keep_alive is None or not conn.is_reusable or full:
             conn.close()
             return
-        conn.park()
+        conn.stop_heartbeat()
         idle.append((time.monotonic() + min(_MAX_IDLE, _KEEP_ALIVE_SHARE * conn.keep_alive), conn))
         self._count += 1
         if self._cleanup_timer is None:
@@ -66,7 +62,6 @@ class ConnectionPool:
             self._cleanup_timer = None
         for idle in self._connections.values():
             for _, conn in idle:
-                conn.unpark()
                 conn.close()
         self._connections.clear()
         self._count = 0
@@ -82,7 +77,6 @@ class ConnectionPool:
                     idle.append((expires_at, conn))
                 else:
                     self._count -= 1
-                    conn.unpark()
                     conn.close()
             if not idle:
                 del self._connections[key]

@@ -13,6 +13,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from harpcaller.config import Config, file_errors
@@ -109,32 +110,26 @@ class HostsRegistry:
     async def refresh_regularly(self) -> None:
         """Refresh at start if it is due, then every `host_db_refresh` seconds, until cancelled."""
         try:
-            await self._refresh_if_old()
+            due = self._is_refresh_due()
             while True:
+                if due and self._config.host_db_script is not None:
+                    with suppress(RefreshFailed):  # it is logged
+                        await self.refresh()
                 try:
                     async with asyncio.timeout(self._config.host_db_refresh):
                         await self._config_changed.wait()
-                except TimeoutError:
-                    await self._try_refresh()
-                else:
                     self._config_changed.clear()
-                    await self._refresh_if_old()
+                    due = self._is_refresh_due()
+                except TimeoutError:
+                    due = True
         finally:
             if self._refresh_task is not None:
                 self._refresh_task.cancel()  # kills the script too
                 await asyncio.wait([self._refresh_task])
 
-    async def _refresh_if_old(self) -> None:
+    def _is_refresh_due(self) -> bool:
         # A time in the future is not reliable: the clock was or is wrong.
-        if not 0 <= time.time() - self._cached.refreshed_at < self._config.host_db_refresh / 2:
-            await self._try_refresh()
-
-    async def _try_refresh(self) -> None:
-        if self._config.host_db_script is not None:
-            try:
-                await self.refresh()
-            except RefreshFailed:
-                pass  # already logged
+        return not 0 <= time.time() - self._cached.refreshed_at < self._config.host_db_refresh / 2
 
     async def _run_refresh(self, config: Config) -> int:
         if config.host_db_script is None:
@@ -146,7 +141,7 @@ class HostsRegistry:
         except (ScriptFailed, OSError) as error:
             log.error("cannot refresh hosts registry", extra={"error": str(error)})
             raise RefreshFailed(str(error)) from error
-        registry = await asyncio.to_thread(_parse, output)
+        registry = await asyncio.to_thread(lambda: parse_hosts(output.split(b"\n")))
         _log_invalid_lines(registry, config.host_db_script)
         if config.host_db_script != self._config.host_db_script:
             raise RefreshFailed("host_db_script was changed during the refresh")
@@ -174,17 +169,13 @@ def _load_cache(file: Path) -> CachedHosts:
         return CachedHosts()
 
 
-def _parse(text: bytes) -> ParsedHosts:
-    return parse_hosts(text.split(b"\n"))
-
-
 def _watch_hosts_file(config: Config) -> WatchedFile[Mapping[str, Host]] | None:
     if config.hosts_file is None:
         return None
     file = config.hosts_file
 
     def parse(text: bytes) -> Mapping[str, Host]:
-        registry = _parse(text)
+        registry = parse_hosts(text.split(b"\n"))
         _log_invalid_lines(registry, file)
         return registry.hosts
 
@@ -194,9 +185,8 @@ def _watch_hosts_file(config: Config) -> WatchedFile[Mapping[str, Host]] | None:
 
 def _log_invalid_lines(registry: ParsedHosts, source: Path) -> None:
     """Log the errors of invalid lines, never their contents."""
-    for invalid in registry.invalid_lines[:_MAX_LOGGED_LINES]:
-        fault = {"source": str(source), "line": invalid.line, "error": invalid.reason}
-        log.warning("hosts registry line is invalid", extra=fault)
+    for line, error in registry.invalid_lines[:_MAX_LOGGED_LINES]:
+        log.warning("hosts registry line is invalid", extra={"source": str(source), "line": line, "error": error})
     if registry.invalid_lines or registry.duplicates:
         counts = {"source": str(source), "invalid": len(registry.invalid_lines), "duplicates": registry.duplicates}
         log.warning("hosts registry contains invalid or duplicate lines", extra=counts)

@@ -330,8 +330,9 @@ class Run:
                 if self._records.closed:
                     self._on_stored(self._records.count)
         finally:
-            self._conn = None
-            conn.abort()
+            if self._conn is not None:
+                self._conn = None
+                conn.abort()
 
     async def _apply_pending(self, conn: HarpdConnection, host: Host) -> Outcome | None:
         """Apply limits, stops and `detach`; return an outcome if the connection is no longer needed."""
@@ -440,6 +441,7 @@ class Run:
         await asyncio.sleep(0)  # waiting clients are notified first
         conn.send_command(Release())
         assert self._host is not None
+        self._conn = None  # the pool owns it now
         self._context.connections.put(self._host, self._context.tls, conn)
         return Outcome.FINISHED
 
