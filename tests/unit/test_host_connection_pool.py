@@ -58,7 +58,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Any:
 async def test_pool_returns_the_last_used_connection_first() -> None:
     pool = ConnectionPool()
     first, second = put(pool, FakeConnection()), put(pool, FakeConnection())
-    assert not first.has_heartbeat and not second.has_heartbeat
+    assert not any(conn.has_heartbeat for conn in (first, second))
     assert [get(pool) for _ in range(3)] == [second, first, None]
     assert first.end is None
     pool.close()

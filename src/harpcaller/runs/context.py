@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from harp.protocol.harpd import Attach, Request, RequestedTerms
 from harpcaller.config import Config
@@ -14,9 +16,22 @@ from harpcaller.hosts.pool import ConnectionPool
 from harpcaller.hosts.tls import HostTLS
 from harpcaller.model.jobs import Identity, Job, NewJob
 from harpcaller.notifier import Notifier
-from harpcaller.runs.record_writer import PendingWrites
 from harpcaller.runs.timings import Timings
-from harpcaller.store import Store
+from harpcaller.store import StorageError, Store
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+#: Seconds before a failed write is retried.
+_RETRY_DELAY = 1.0
+
+
+@dataclass(slots=True)
+class PendingWrites:
+    """The number of writes that failed and are being retried."""
+
+    count: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +48,7 @@ class RunContext:
         capabilities: what is known of hosts.
         connections: idle connections to hosts.
         wall: the wall clock for stored times; Unix seconds.
-        pending_writes: counts the failing writes.
+        pending_writes: the failing writes of all runs.
         timings: durations of the dispatcher's own steps.
     """
 
@@ -77,6 +92,22 @@ class RunContext:
         """Return the request that attaches to a job's call and resumes its records at number `since`."""
         owner, secret = self.identity.owner_at(host.hostname), self.identity.secret(job_id)
         return Attach(job_id, owner, secret, since, host.user, host.password)
+
+    async def retry_until_stored(self, job_id: str, write: Callable[[], Awaitable[T]]) -> T:
+        """Return the result of a job's write, and retry the write until the store succeeds."""
+        failing = False
+        try:
+            while True:
+                try:
+                    return await write()
+                except StorageError as error:
+                    if not failing:
+                        log.error("cannot store call data; retrying", extra={"job": job_id, "error": str(error)})
+                        self.pending_writes.count += 1
+                        failing = True
+                await asyncio.sleep(_RETRY_DELAY)
+        finally:
+            self.pending_writes.count -= failing
 
 
 def log_fields(job: Job | NewJob) -> dict[str, Any]:

@@ -9,14 +9,13 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from harp.protocol.ends import End, Failed, Raised
-from harp.protocol.harpd import StopReport
 from harp.protocol.json_text import Raw, dumps
-from harpcaller.model.jobs import NO_METADATA, Job, JobMetadata, StopState, state_of
+from harpcaller.model.jobs import Job, JobMetadata, StopState, state_of
 from harpcaller.runs.context import RunContext
-from harpcaller.runs.record_writer import retry_until_stored
 
 log = logging.getLogger(__name__)
 
@@ -45,62 +44,37 @@ class OutcomeWriter:
         #: Log fields of the end.
         self.log_fields: dict[str, Any] = {}
 
-    @property
-    def has_survivors(self) -> bool:
-        """Whether the stop report lists surviving processes."""
-        return self.stop_report is not None and bool(StopReport(self.stop_report).survivors)
-
     async def store_end(
-        self, end: End, stop: StopState | None = None, keep_slot: bool = False, metadata: JobMetadata = NO_METADATA
+        self, end: End, stop: StopState | None = None, keep_slot: bool = False, stop_request: Raw | None = None
     ) -> bool:
         """Store the end of the job, and release its slot unless `keep_slot`; return False if it has ended before."""
         context = self._context
-        known = self._merge_metadata(metadata)
+        metadata = self._metadata(stop_request=stop_request)
         began = time.monotonic()
 
         async def finish() -> bool:
             now = context.wall()
-            return await context.store.finish_job(self._id, end, now, stop=stop, keep_slot=keep_slot, metadata=known)
+            return await context.store.finish_job(self._id, end, now, stop=stop, keep_slot=keep_slot, metadata=metadata)
 
-        stored = await retry_until_stored(context.pending_writes, self._id, finish)
+        stored = await context.retry_until_stored(self._id, finish)
         self.has_ended = True
         if stored:
             context.timings.record_end(self._id, began)
-            self.log_fields = {"end": state_of(end).value, **_error_fields(end)}
+            self.log_fields = {"end": state_of(end).value}
+            if isinstance(end, (Failed, Raised)):
+                self.log_fields |= {"error": end.type[:_MAX_LOGGED], "reason": end.message[:_MAX_LOGGED]}
         context.notifier.publish_end(self._id, end if stored else None)
         return stored
 
-    async def store_stop(self, stop: StopState, keep_slot: bool = False, metadata: JobMetadata = NO_METADATA) -> None:
+    async def store_stop(self, stop: StopState, keep_slot: bool = False, stop_report: Raw | None = None) -> None:
         """Store the state of an ended job's stop, and release its slot unless `keep_slot`."""
         context = self._context
-        known = self._merge_metadata(metadata)
+        metadata = self._metadata(stop_report=stop_report)
         self.log_fields = {**(self.log_fields or {"end": "cancelled"}), "stop": stop.value}
-
-        async def settle() -> bool:
-            return await context.store.finalize_stop(self._id, stop, keep_slot=keep_slot, metadata=known)
-
-        await retry_until_stored(context.pending_writes, self._id, settle)
+        finalize = partial(context.store.finalize_stop, self._id, stop, keep_slot=keep_slot, metadata=metadata)
+        await context.retry_until_stored(self._id, finalize)
         context.notifier.publish_end(self._id)
 
-    async def read_metadata(self) -> JobMetadata:
-        """Return the stored metadata of the job."""
-
-        async def read() -> JobMetadata:
-            return (await self._context.store.get_details(self._id)).metadata
-
-        return await retry_until_stored(self._context.pending_writes, self._id, read)
-
-    def _merge_metadata(self, metadata: JobMetadata) -> JobMetadata:
-        return JobMetadata(
-            call=dumps(self._describe_call()),
-            stop_request=metadata.stop_request,
-            stop_report=metadata.stop_report or self.stop_report,
-            exit_info=metadata.exit_info or self.exit_info,
-        )
-
-
-def _error_fields(end: End) -> dict[str, str]:
-    """Return the log fields of an error or an exception."""
-    if isinstance(end, (Failed, Raised)):
-        return {"error": end.type[:_MAX_LOGGED], "reason": end.message[:_MAX_LOGGED]}
-    return {}
+    def _metadata(self, stop_request: Raw | None = None, stop_report: Raw | None = None) -> JobMetadata:
+        call = dumps(self._describe_call())
+        return JobMetadata(call, stop_request, stop_report or self.stop_report, self.exit_info)

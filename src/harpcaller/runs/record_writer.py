@@ -8,21 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TypeVar
 
 from harp.protocol.json_text import Raw
-from harpcaller.model.jobs import Records
-from harpcaller.notifier import Notifier
-from harpcaller.store import StorageError, Store
+from harpcaller.model.jobs import Job, Records
+from harpcaller.runs.context import RunContext
 
 log = logging.getLogger(__name__)
-
-T = TypeVar("T")
-
-#: Seconds before a failed write is retried.
-_RETRY_DELAY = 1.0
 
 #: Bytes of buffered records above which the caller should stop reading.
 _SOFT_LIMIT = 1024 * 1024
@@ -34,38 +27,18 @@ _HARD_LIMIT = 8 * 1024 * 1024
 _RECORD_OVERHEAD = 64
 
 
-class PendingWrites:
-    """The number of runs whose last write failed and is being retried."""
-
-    def __init__(self) -> None:
-        self.count = 0
-
-
 class RecordWriter:
     """A writer of one job's records, from the first that is not stored.
 
     Args:
-        job_id: the job.
-        count: number of stored records.
-        store: stores the records.
-        notifier: publishes them to followers.
-        pending_writes: counts the failing writes.
+        job: the job.
+        context: the store and the notifier.
         on_stored: called with the number of stored records after each batch.
     """
 
-    def __init__(
-        self,
-        job_id: str,
-        count: int,
-        store: Store,
-        notifier: Notifier,
-        pending_writes: PendingWrites,
-        on_stored: Callable[[int], None],
-    ) -> None:
-        self._job_id = job_id
-        self._store = store
-        self._notifier = notifier
-        self._pending_writes = pending_writes
+    def __init__(self, job: Job, context: RunContext, on_stored: Callable[[int], None]) -> None:
+        self._job_id = job.id
+        self._context = context
         self._on_stored = on_stored
         self._values: list[Raw] = []
         self._timestamps: list[float] = []
@@ -74,7 +47,7 @@ class RecordWriter:
         self._in_flight = 0
         self._task: asyncio.Task[None] | None = None
         #: Number of records that are stored, or dropped after the end of the job.
-        self.count = count
+        self.count = job.records
         #: Whether the job has ended, so that further records are dropped.
         self.closed = False
 
@@ -132,11 +105,11 @@ class RecordWriter:
                 batch = Records(self._values, self._timestamps)
                 self._clear_buffer()
                 self._in_flight = len(batch)
-                append = partial(self._store.append_records, self._job_id, self.count, batch)
-                taken = await retry_until_stored(self._pending_writes, self._job_id, append)
+                append = partial(self._context.store.append_records, self._job_id, self.count, batch)
+                taken = await self._context.retry_until_stored(self._job_id, append)
                 self._in_flight = 0
                 if taken:
-                    self._notifier.publish_records(self._job_id, self.count, batch)
+                    self._context.notifier.publish_records(self._job_id, self.count, batch)
                     self.count += len(batch)
                     self._on_stored(self.count)
                 else:
@@ -155,20 +128,3 @@ class RecordWriter:
 
     def _clear_buffer(self) -> None:
         self._values, self._timestamps, self._bytes, self._longest = [], [], 0, 0
-
-
-async def retry_until_stored(pending_writes: PendingWrites, job_id: str, write: Callable[[], Awaitable[T]]) -> T:
-    """Return the result of a write, and retry the write until the store succeeds."""
-    failing = False
-    try:
-        while True:
-            try:
-                return await write()
-            except StorageError as error:
-                if not failing:
-                    log.error("cannot store call data; retrying", extra={"job": job_id, "error": str(error)})
-                    pending_writes.count += 1
-                    failing = True
-            await asyncio.sleep(_RETRY_DELAY)
-    finally:
-        pending_writes.count -= failing

@@ -27,7 +27,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from enum import Enum, IntEnum
+from enum import Enum
+from functools import partial
 from typing import Any
 
 from harp.protocol.ends import End, Failed
@@ -55,7 +56,7 @@ from harpcaller.hosts.connecting import (
 )
 from harpcaller.hosts.connection import PAST_END, HarpdConnection, open_connection, parse_end_of_records
 from harpcaller.hosts.inventory import Host
-from harpcaller.model.jobs import NO_METADATA, Job, JobMetadata, StopState
+from harpcaller.model.jobs import Job, StopState
 from harpcaller.runs.context import RunContext, log_fields
 from harpcaller.runs.deadlines import Deadlines
 from harpcaller.runs.interruptible_wait import Interrupted, InterruptibleWait
@@ -80,15 +81,6 @@ _DISPATCHER_STOPPED = Failed(
 _INTERNAL_ERROR = Failed("internal_error", "internal error of the dispatcher; see its log")
 
 
-class Phase(IntEnum):
-    """The progress of the start."""
-
-    BEFORE = 0  # the request has not been sent
-    SENT = 1  # the request was sent, without a reply so far
-    ANSWERED = 2  # the host has replied, or an outage has begun
-    OVER = 3  # the run has ended
-
-
 class Outcome(Enum):
     """The result of one connection."""
 
@@ -110,12 +102,10 @@ class Run:
         self.job = job
         self._context = context
         self._recovered = recovered
-        self._records = RecordWriter(
-            job.id, job.records, context.store, context.notifier, context.pending_writes, self._on_stored
-        )
+        self._records = RecordWriter(job, context, self._on_stored)
         self._outcome = OutcomeWriter(job, context, self.describe_call)
-        self._phase = Phase.BEFORE
-        self._answered = asyncio.Event()
+        self._request_sent = False
+        self._answered = asyncio.Event()  # the host has replied, an outage has begun or the run has ended
         self._wait = InterruptibleWait()
         self._detaching = False
         self._stop_command: StopCall | None = None
@@ -142,13 +132,10 @@ class Run:
             log.exception("call failed: internal error", extra=log_fields(self.job))
             outcome = await self._fail_internally()
         finally:
-            self._advance(Phase.OVER)
+            self._answered.set()
             self._records.cancel()
-        event = "call ended" if outcome is Outcome.FINISHED else "call detached"
-        log.info(
-            event,
-            extra={**log_fields(self.job), **self._outcome.log_fields, "seconds": round(time.monotonic() - begin, 3)},
-        )
+        fields = {**log_fields(self.job), **self._outcome.log_fields, "seconds": round(time.monotonic() - begin, 3)}
+        log.info("call ended" if outcome is Outcome.FINISHED else "call detached", extra=fields)
 
     async def _run_call(self) -> Outcome:
         outcome = await (self._recover() if self._recovered else self._start_call())
@@ -162,7 +149,7 @@ class Run:
         If the request was sent, the call may be running. The job then holds its slot until the next start of the
         dispatcher. Its stop is not pending, because no run handles it any more.
         """
-        sent = self._phase is not Phase.BEFORE
+        sent = self._request_sent
         if self._outcome.has_ended or not await self._outcome.store_end(
             _INTERNAL_ERROR, StopState.FAILED if sent else None, sent
         ):
@@ -178,7 +165,7 @@ class Run:
             by: the client that cancelled it, for the stop command.
         """
         self._outcome.has_ended = True
-        if self._phase is Phase.SENT:
+        if self._request_sent:
             try:
                 async with asyncio.timeout(_CANCEL_WAIT):
                     await self._answered.wait()
@@ -229,11 +216,6 @@ class Run:
         """Whether the host has acknowledged the call."""
         return self._deadlines.acknowledged
 
-    def _advance(self, phase: Phase) -> None:
-        self._phase = max(self._phase, phase)
-        if self._phase >= Phase.ANSWERED:
-            self._answered.set()
-
     # The start.
 
     async def _start_call(self) -> Outcome:
@@ -281,7 +263,7 @@ class Run:
             conn.abort()
             return await self._finish_unsent()
         conn.send_request(request)
-        self._phase = Phase.SENT
+        self._request_sent = True
         self._resumable = instance is not None
         return await self._process_messages(conn, host)
 
@@ -337,16 +319,19 @@ class Run:
     async def _apply_pending(self, conn: HarpdConnection, host: Host) -> Outcome | None:
         """Apply limits, stops and `detach`; return an outcome if the connection is no longer needed."""
         self._wait.clear()
+        if self._context.pending_writes.count:
+            self._deadlines.postpone()  # records that were received in time may not be stored yet
         if self._records.closed and not self._outcome.has_ended:
             await self._end_job(_INTERNAL_ERROR, "internal_error")
-        elif (end := self._expired_limit(host)) is not None:
+        elif (end := self._deadlines.expired(describe_host(host), self._outcome.has_ended)) is not None:
             if not self._deadlines.acknowledged and self._resumable and end.type != "timeout":
                 self._begin_outage(end.message)  # attaching will show whether the call has started
                 return Outcome.DISCONNECTED
             await self._end_job(end, "limit")
         if self._stop_command is not None:
             if not self._resumable:
-                return await self._abandon_bound_call()
+                self._answered.set()
+                return await self._finish_stop(StopState.UNKNOWN)  # closing the connection stops the call
             if self._deadlines.acknowledged:
                 self._send_stop(conn)
         if self._detaching and self._deadlines.acknowledged:
@@ -354,11 +339,6 @@ class Run:
                 return Outcome.DISCONNECTED
             return await self._finish(_DISPATCHER_STOPPED, stop=StopState.UNKNOWN)
         return None
-
-    def _expired_limit(self, host: Host) -> Failed | None:
-        if self._context.pending_writes.count:
-            self._deadlines.postpone()  # records that were received in time may not be stored yet
-        return self._deadlines.expired(describe_host(host), self._outcome.has_ended)
 
     def _send_stop(self, conn: HarpdConnection) -> None:
         if self._stop_command is not None and not self._stop_sent:
@@ -392,7 +372,7 @@ class Run:
         return None
 
     async def _on_acknowledged(self, terms: GrantedTerms | None, conn: HarpdConnection, host: Host) -> None:
-        self._advance(Phase.ANSWERED)
+        self._answered.set()
         self._deadlines.on_acknowledged(None if terms is None else terms.elapsed)
         self._terms = terms
         if terms is None:
@@ -410,7 +390,7 @@ class Run:
 
     async def _on_refused(self, error: Failed, host: Host) -> Outcome:
         """Handle an error instead of the acknowledgement."""
-        self._advance(Phase.ANSWERED)
+        self._answered.set()
         if self.outage is not None:  # the request was an attach
             match error.type:
                 case "no_such_call":
@@ -428,12 +408,14 @@ class Run:
     async def _on_call_finished(self, conn: HarpdConnection, end: End | None = None) -> Outcome | None:
         """Store the end of a call. Return None if processes survive, because more messages follow."""
         await self._records.flush()
-        survives = self._outcome.has_survivors
+        report = self._outcome.stop_report
+        survives = report is not None and bool(StopReport(report).survivors)
         stop = StopState.FAILED if survives else StopState.CONFIRMED
-        if end is not None and not self._outcome.has_ended:
-            if not await self._outcome.store_end(end, None if self._outcome.stop_report is None else stop, survives):
-                await self._finish_stop(stop, survives)  # the job was cancelled before
-        else:
+        if (
+            end is None
+            or self._outcome.has_ended
+            or not await self._outcome.store_end(end, None if report is None else stop, survives)
+        ):
             await self._finish_stop(stop, survives)
         if survives:
             log.error("processes survive on host", extra=log_fields(self.job))
@@ -448,7 +430,7 @@ class Run:
     async def _on_disconnect(self, end: Failed, host: Host) -> Outcome:
         """Handle a broken connection."""
         if not self._resumable:
-            self._advance(Phase.ANSWERED)
+            self._answered.set()
             if self._outcome.has_ended:
                 return await self._finish_stop(StopState.UNKNOWN)
             return await self._finish(end)
@@ -471,14 +453,9 @@ class Run:
         """Store an end of the job, and stop its call."""
         if not self._outcome.has_ended:
             stopped = dumps({"why": why, "by": "dispatcher", "at": self._context.wall()})
-            if not await self._outcome.store_end(end, StopState.PENDING, True, JobMetadata(stop_request=stopped)):
+            if not await self._outcome.store_end(end, StopState.PENDING, True, stopped):
                 return  # the job was cancelled; `cancel_call` follows
         self._stop_command = self._stop_command or StopCall(why, "dispatcher")
-
-    async def _abandon_bound_call(self) -> Outcome:
-        """Stop a connection-bound call by closing the connection."""
-        self._advance(Phase.ANSWERED)
-        return await self._finish_stop(StopState.UNKNOWN)
 
     # Outages.
 
@@ -491,17 +468,17 @@ class Run:
             if self._host is not None:
                 self._context.capabilities.invalidate(self._host)
         self.outage.record_error(error)
-        self._advance(Phase.ANSWERED)
+        self._answered.set()
 
     async def _recover(self) -> Outcome:
         """Prepare to attach to the call of an earlier dispatcher."""
-        self._phase = Phase.ANSWERED
+        self._request_sent = self._resumable = True
         self._answered.set()
-        self._resumable = True
-        metadata = await self._outcome.read_metadata()
+        read = partial(self._context.store.get_details, self.job.id)
+        stop_request = (await self._context.retry_until_stored(self.job.id, read)).metadata.stop_request
         self.outage = Outage.begin(0.0, self._context.wall())
         if self.job.end is not None and self._stop_command is None:
-            stopped = loads(metadata.stop_request) if metadata.stop_request else {}
+            stopped = loads(stop_request) if stop_request else {}
             self._stop_command = StopCall(str(stopped.get("why", "cancelled")), stopped.get("by"))
         return Outcome.DISCONNECTED
 
@@ -557,14 +534,12 @@ class Run:
         message = f"host {self.job.host} could not be reached for {self._host_timeout():g} s, {self.outage.describe()}"
         if not self._outcome.has_ended:
             return await self._finish(Failed("host_lost", message, dumps(outage)), StopState.FAILED)
-        return await self._finish_stop(StopState.FAILED, metadata=JobMetadata(stop_report=dumps({"host_lost": outage})))
+        return await self._finish_stop(StopState.FAILED, stop_report=dumps({"host_lost": outage}))
 
     async def _on_unknown_call(self, host: Host) -> Outcome:
         assert self.outage is not None
         if self._outcome.has_ended:
-            return await self._finish_stop(
-                StopState.CONFIRMED, metadata=JobMetadata(stop_report=Raw(b'{"known":false}'))
-            )
+            return await self._finish_stop(StopState.CONFIRMED, stop_report=Raw(b'{"known":false}'))
         message = f"{describe_host(host)} does not hold the job's call: it was never started, or its end was lost"
         return await self._finish(Failed("missing_result", f"{message}; outage {self.outage.describe()}"))
 
@@ -592,19 +567,17 @@ class Run:
 
     # The end of the job.
 
-    async def _finish(self, end: End, stop: StopState | None = None, metadata: JobMetadata | None = None) -> Outcome:
+    async def _finish(self, end: End, stop: StopState | None = None) -> Outcome:
         """Store the end of a job whose call has ended or was never started; its slot is released."""
         await self._records.flush()
-        if not await self._outcome.store_end(end, stop, metadata=metadata or NO_METADATA):
+        if not await self._outcome.store_end(end, stop):
             await self._finish_stop(
                 stop or (StopState.CONFIRMED if self._terms or not self._deadlines.acknowledged else StopState.UNKNOWN)
             )
         return Outcome.FINISHED
 
-    async def _finish_stop(
-        self, stop: StopState, keep_slot: bool = False, metadata: JobMetadata = NO_METADATA
-    ) -> Outcome:
-        await self._outcome.store_stop(stop, keep_slot, metadata)
+    async def _finish_stop(self, stop: StopState, keep_slot: bool = False, stop_report: Raw | None = None) -> Outcome:
+        await self._outcome.store_stop(stop, keep_slot, stop_report)
         return Outcome.FINISHED
 
     def _on_stored(self, count: int) -> None:
