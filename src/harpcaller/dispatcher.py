@@ -20,7 +20,8 @@ import asyncio
 import logging
 import sys
 import time
-from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial, wraps
 from types import TracebackType
@@ -123,7 +124,10 @@ class Dispatcher:
             notifier=self._notifier,
             find_host=self._registry.find_host,
             identity=identity,
-            capabilities=HostCapabilities(identity, self._on_call_list),
+            # Calls without a run here are orphans.
+            capabilities=HostCapabilities(
+                identity, lambda host, calls: self._orphan_reaper.reap_calls(host, calls, self._context)
+            ),
             connections=ConnectionPool(),
             wall=self._wall,
         )
@@ -170,9 +174,6 @@ class Dispatcher:
             call: the call, with payloads as `Raw`. Limits above the configured ones are lowered to these.
             client: address of the client, for the log.
             received_at: time of the request on the monotonic clock, for the job's phases; None if unknown.
-
-        Returns:
-            The job's id.
         """
         job = self._new_job(call)
         self._wake.set()  # the claim is requested in the same turn of the loop, and shares the commit
@@ -202,14 +203,9 @@ class Dispatcher:
 
     @_shielded
     async def cancel(self, job_id: str, client: str | None = None) -> bool:
-        """Cancel a job that is queued or running. Its call is not started after this function has returned.
+        """Cancel a queued or running job; return False if it has ended or is unknown.
 
-        Args:
-            job_id: the job.
-            client: address of the client, for the stop request.
-
-        Returns:
-            False if the job has ended or is unknown.
+        Its call is not started after this function has returned. `client` is the address in the stop request.
         """
         if not is_job_id(job_id):
             return False
@@ -290,10 +286,7 @@ class Dispatcher:
         return await self._store.get_job(job_id)
 
     async def result(self, job_id: str, wait: bool) -> End | None:
-        """Return the end of a job; with `wait`, wait for it.
-
-        Returns:
-            The stored end; None if the job has not ended, only without `wait`.
+        """Return the stored end of a job, and wait for it with `wait`; None if the job has not ended.
 
         Raises:
             UnknownJob: the job is unknown, or was pruned meanwhile.
@@ -312,12 +305,7 @@ class Dispatcher:
             return subscription.end
 
     def record_delivery(self, job_id: str, received_at: float) -> None:
-        """Record that the end of a job was sent to a client, for the job's phases.
-
-        Args:
-            job_id: the job.
-            received_at: time of the client's request on the monotonic clock.
-        """
+        """Record that the end of a job was sent to a client whose request was received at this monotonic time."""
         self._context.timings.record_delivery(job_id, received_at)
 
     async def follow(
@@ -328,7 +316,7 @@ class Dispatcher:
         The caller closes the generator (`contextlib.aclosing`) if it stops before the end.
 
         Args:
-            job_id: the job.
+            job_id: the job; any text.
             since: number of the first record; it may be in the future. Not together with `recent`.
             recent: number of the newest stored records to begin with; the default is 0.
 
@@ -471,27 +459,6 @@ class Dispatcher:
             self._cancelled_before_start.add(job_id)
         self._wake.set()
 
-    async def _recover(self) -> bool:
-        """Create runs for the jobs that hold a slot since the last dispatcher; return False if the store failed."""
-        self._claiming = True
-        try:
-            held = await self._store.list_slot_holders()
-            for job in held:
-                self._start(job, recovered=True, cancelled=job.id in self._cancelled_before_start)
-        except StorageError as error:
-            log.error("cannot recover jobs; retrying", extra={"error": str(error)})
-            return False
-        finally:
-            self._claiming = False
-            self._cancelled_before_start.clear()
-        if held:
-            log.info("jobs recovered", extra={"jobs": len(held)})
-        return True
-
-    def _on_call_list(self, host: Host, calls: Sequence[str]) -> None:
-        """Clean up the calls in the list of a host that have no run here."""
-        self._orphan_reaper.reap_calls(host, calls, self._context)
-
     async def _claim(self, recovered: bool) -> None:
         """Claim and start queued jobs on every wake-up, until the dispatcher stops."""
         while not self._stop.is_set():
@@ -499,8 +466,21 @@ class Dispatcher:
             self._wake.clear()
             recovered = recovered or await self._recover()
             if not recovered or not await self._claim_batch():
-                await self._pause(_RETRY_INTERVAL)
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(_RETRY_INTERVAL):
+                        await self._stop.wait()
                 self._wake.set()
+
+    async def _recover(self) -> bool:
+        """Create runs for the jobs that hold a slot since the last dispatcher; return False if the store failed."""
+        try:
+            jobs = await self._start_runs(self._store.list_slot_holders(), recovered=True)
+        except StorageError as error:
+            log.error("cannot recover jobs; retrying", extra={"error": str(error)})
+            return False
+        if jobs:
+            log.info("jobs recovered", extra={"jobs": jobs})
+        return True
 
     async def _claim_batch(self) -> bool:
         """Claim and start as many jobs as the limits allow; return False to retry later, because the store fails."""
@@ -509,29 +489,34 @@ class Dispatcher:
         limit = min(_CLAIM_SIZE, self._config.max_calls - len(self._runs))
         if limit <= 0 or not self._registry.is_ready or self._stop.is_set():
             return True  # the end of a call or the registry sets the wake-up event
-        self._claiming = True
+        claim = self._store.claim_jobs(self._wall(), limit, self._config.max_calls_per_host)
         try:
-            jobs = await self._store.claim_jobs(self._wall(), limit, self._config.max_calls_per_host)
-            for job in jobs:
-                # A job that was cancelled meanwhile also needs a run, which releases its slot.
-                self._start(job, cancelled=job.id in self._cancelled_before_start)
+            if await self._start_runs(claim) == limit:
+                self._wake.set()
         except StorageError as error:
             log.error("cannot claim jobs; retrying", extra={"error": str(error)})
             return False
+        return True
+
+    async def _start_runs(self, slot_holders: Awaitable[list[Job]], recovered: bool = False) -> int:
+        """Start a run for each job that the store returns; return how many.
+
+        A job that was cancelled meanwhile also needs a run, which releases its slot.
+        """
+        self._claiming = True
+        try:
+            jobs = await slot_holders
+            for job in jobs:
+                run = self._runs[job.id] = Run(job, self._context, recovered)
+                if job.id in self._cancelled_before_start:
+                    run.cancel_before_start()
+                task = self._group.create_task(self._run_call(run))
+                self._run_tasks.add(task)
+                task.add_done_callback(self._run_tasks.discard)
         finally:
             self._claiming = False
             self._cancelled_before_start.clear()
-        if len(jobs) == limit:
-            self._wake.set()
-        return True
-
-    def _start(self, job: Job, recovered: bool = False, cancelled: bool = False) -> None:
-        run = self._runs[job.id] = Run(job, self._context, recovered)
-        if cancelled:
-            run.cancel_before_start()
-        task = self._group.create_task(self._run_call(run))
-        self._run_tasks.add(task)
-        task.add_done_callback(self._run_tasks.discard)
+        return len(jobs)
 
     async def _run_call(self, run: Run) -> None:
         try:
@@ -542,13 +527,6 @@ class Dispatcher:
         finally:
             del self._runs[run.job.id]
             self._wake.set()
-
-    async def _pause(self, seconds: float) -> None:
-        try:
-            async with asyncio.timeout(seconds):
-                await self._stop.wait()
-        except TimeoutError:
-            pass
 
     async def _shut_down(self) -> None:
         log.info("dispatcher stops", extra={"calls": len(self._runs)})

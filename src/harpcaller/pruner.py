@@ -19,14 +19,7 @@ _PAUSE = 0.05
 
 
 async def prune(store: Store, ended_before: float) -> int:
-    """Delete the jobs that ended before a time, in small steps.
-
-    Args:
-        store: the store.
-        ended_before: the time, in Unix seconds.
-
-    Returns:
-        The number of deleted jobs.
+    """Delete the jobs that ended before a time in Unix seconds, in small steps; return how many.
 
     Raises:
         StorageError: a step failed; the earlier steps have deleted their jobs.
@@ -46,7 +39,7 @@ async def prune_regularly(
     """Delete old jobs at regular intervals until cancelled.
 
     Args:
-        store: the store.
+        store: has the jobs.
         wall: returns the wall clock in Unix seconds.
         max_age: returns the age after its end at which a job is deleted, in seconds.
         every: the interval in seconds.

@@ -163,7 +163,7 @@ class ClientServer:
             del line
             if isinstance(request, (FollowStream, ReadStream)):
                 reservation.release()
-                async with aclosing(self._stream(request, connection)) as stream:
+                async with aclosing(self._records(request, connection)) as stream:
                     async for lines in stream:
                         await connection.send(lines)
                 return False
@@ -196,18 +196,6 @@ class ClientServer:
             case GetDetails(job):
                 return Details(await dispatcher.details(job))
 
-    def _stream(self, request: FollowStream | ReadStream, connection: Connection) -> AsyncGenerator[bytes, None]:
-        """Yield the lines of the reply to a request for records."""
-        return self._follow(request, connection) if isinstance(request, FollowStream) else self._read(request)
-
-    async def _read(self, request: ReadStream) -> AsyncGenerator[bytes, None]:
-        items = self._dispatcher.read(request.job, request.since, request.recent)
-        async with aclosing(items):
-            async for item in items:
-                lines = _encode_item(item, request.timed)
-                del item  # free the memory while the client reads
-                yield lines
-
     async def _result(self, job: str, wait: bool, connection: Connection) -> Reply:
         if wait:
             try:
@@ -233,35 +221,33 @@ class ClientServer:
             return None
         return Envelope(state=details.job.stop.value, stop_report=details.metadata.stop_report)
 
-    async def _follow(self, request: FollowStream, connection: Connection) -> AsyncGenerator[bytes, None]:
+    async def _records(self, request: FollowStream | ReadStream, connection: Connection) -> AsyncGenerator[bytes, None]:
+        """Yield the lines of the reply to a request for records."""
         since, recent = request.since, request.recent
-        try:
-            async with aclosing(self._dispatcher.follow(request.job, since, recent)) as items:
-                while True:
-                    async with connection.cancel_on_disconnect():
-                        item = await anext(items)
-                    if not isinstance(item, RecordBatch):
-                        yield encode_reply(item)
-                        return
-                    since, recent = item.next, None
-                    lines = _encode_item(item, request.timed)
-                    del item  # free the memory while the client reads
-                    yield lines
-        except ClientDisconnected:
-            pass
-        # The client may still be reading: it gets the records that are stored.
-        recent = 0 if since is None and recent is None else recent
-        async with aclosing(self._dispatcher.read(request.job, since, recent)) as rest:
-            async for part in rest:
-                if isinstance(part, Continue):
+        follow = isinstance(request, FollowStream)
+        if follow:
+            try:
+                async with aclosing(self._dispatcher.follow(request.job, since, recent)) as items:
+                    while True:
+                        async with connection.cancel_on_disconnect():
+                            item = await anext(items)
+                        if not isinstance(item, RecordBatch):
+                            yield encode_reply(item)
+                            return
+                        since, recent = item.next, None
+                        lines = item.lines(request.timed)
+                        del item  # free the memory while the client reads
+                        yield lines
+            except ClientDisconnected:
+                # The client may still be reading: it gets the records that are stored.
+                recent = 0 if since is None and recent is None else recent
+        async with aclosing(self._dispatcher.read(request.job, since, recent)) as stored:
+            async for part in stored:
+                if follow and isinstance(part, Continue):
                     raise ClientDisconnected
-                lines = _encode_item(part, request.timed)
+                lines = part.lines(request.timed) if isinstance(part, RecordBatch) else encode_reply(part)
                 del part
                 yield lines
-
-
-def _encode_item(item: RecordBatch | Reply, timed: bool) -> bytes:
-    return item.lines(timed) if isinstance(item, RecordBatch) else encode_reply(item)
 
 
 def _status(job: Job) -> Status:

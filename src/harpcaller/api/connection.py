@@ -140,21 +140,16 @@ class Connection:
         """
         self._stop_watching()
         try:
-            if not self._disconnected and (not self._request_received or self._has_unread()):
+            if not self._disconnected and (not self._request_received or self._socket.recv(1)):
                 self._socket.shutdown(socket.SHUT_WR)
                 async with asyncio.timeout(_CLOSE_TIMEOUT) as self._timeout:
                     while await self._receive():
                         pass
         except (OSError, TimeoutError):
-            pass  # the connection is closed already, or the time is over
+            pass  # nothing is unread, the connection is closed already, or the time is over
         finally:
             self._timeout = None
             self._socket.close()
-
-    def abort(self) -> None:
-        """Close the connection at once."""
-        self._stop_watching()
-        self._socket.close()
 
     async def _receive(self) -> bytes:
         """Return the next data; empty at the end of the input."""
@@ -175,12 +170,6 @@ class Connection:
         if gone:
             self._stop_watching()
             self.mark_disconnected()
-
-    def _has_unread(self) -> bool:
-        try:
-            return bool(self._socket.recv(1))
-        except OSError:
-            return False
 
     def _stop_watching(self) -> None:
         if self._watching:
@@ -232,6 +221,7 @@ async def _serve(answer: Callable[[Connection], Awaitable[None]], connection: Co
     except ClientDisconnected:
         pass  # there is no client to reply to
     except BaseException:
-        connection.abort()
+        connection.mark_disconnected()  # so that closing waits for nothing
         raise
-    await connection.close()
+    finally:
+        await connection.close()
