@@ -109,6 +109,14 @@ def test_policy_stable_connection_ends_the_outage() -> None:
     assert policy.attempts == 1
 
 
+def test_policy_short_time_limit_has_shorter_stable_time() -> None:
+    policy = policy_of(2)
+    policy.next_pause(LOST, 0.0)
+    policy.connected(1.0)
+    assert policy.next_pause(LOST, 4.0)  # connected for longer than an outage may last
+    assert policy.attempts == 1
+
+
 def test_policy_gives_up_if_dispatcher_only_accepts() -> None:
     policy, now = policy_of(10), 0.0
     with pytest.raises(CommunicationError, match="in 10 s"):
