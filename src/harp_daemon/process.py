@@ -6,7 +6,7 @@ import fcntl
 import os
 import signal
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -53,37 +53,17 @@ def _first_line(descriptor: int) -> str:
     return os.pread(descriptor, 32, 0).decode("ascii", "replace").strip()
 
 
-class ReadyNotification:
-    """The readiness notification of a daemon in the background: ends the waiting foreground process.
-
-    Args:
-        descriptor: the pipe that the foreground process reads.
-    """
-
-    def __init__(self, descriptor: int) -> None:
-        self._descriptor = descriptor
-
-    def __call__(self) -> None:
-        """Notify the foreground process and close stderr. Call it once."""
-        null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, 2)
-        os.close(null)
-        with suppress(BrokenPipeError):  # the foreground process has exited
-            os.write(self._descriptor, b"1")
-        os.close(self._descriptor)
-
-
-def detach() -> ReadyNotification:
+def detach() -> Callable[[], None]:
     """Continue in the background. Call it before the program has any thread, event loop or socket.
 
     The calling process waits until the daemon is ready (exit status 0) or has died (1).
 
     Returns:
-        In the daemon: the function to call when it is ready.
+        In the daemon: the function to call once when it is ready. It closes stderr.
     """
-    ready, notification = os.pipe()
+    ready, notify_end = os.pipe()
     if os.fork():
-        os.close(notification)
+        os.close(notify_end)
         os._exit(0 if os.read(ready, 1) else 1)
     os.close(ready)
     os.setsid()
@@ -94,8 +74,15 @@ def detach() -> ReadyNotification:
     null = os.open(os.devnull, os.O_RDWR)
     os.dup2(null, 0)
     os.dup2(null, 1)  # stderr stays open for errors of the start
-    os.close(null)
-    return ReadyNotification(notification)
+
+    def notify_ready() -> None:
+        os.dup2(null, 2)
+        os.close(null)
+        with suppress(BrokenPipeError):  # the foreground process has exited
+            os.write(notify_end, b"1")
+        os.close(notify_end)
+
+    return notify_ready
 
 
 def notify_service_manager(state: str) -> None:

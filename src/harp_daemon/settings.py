@@ -5,13 +5,17 @@ Errors read ``FILE: KEY: expected X, got Y``.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable, Iterable
+from operator import attrgetter
 from pathlib import Path
 from typing import Annotated, Any, TypeAlias, TypeVar
 
 import msgspec
 from msgspec import Meta
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -62,6 +66,23 @@ def check_choice(key: str, value: object, choices: Iterable[str]) -> None:
     """Raise ValueError unless the value of a key, as text, is one of the choices."""
     if str(value) not in choices:
         raise ValueError(f"{key}: expected one of {', '.join(choices)}, got {value!r}")
+
+
+def report_restart_needed(old: object, new: object, keys: Iterable[str]) -> list[str]:
+    """Log a warning for each key whose value has changed but needs a restart.
+
+    Args:
+        old: the settings in use.
+        new: the settings that were loaded.
+        keys: the keys that need a restart, with dots after sections.
+
+    Returns:
+        The changed keys.
+    """
+    changed = [key for key in keys if attrgetter(key)(old) != attrgetter(key)(new)]
+    for key in changed:
+        log.warning("a changed setting needs a restart", extra={"key": key})
+    return changed
 
 
 def _describe_error(error: msgspec.ValidationError, document: Any) -> str:

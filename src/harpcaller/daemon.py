@@ -13,13 +13,13 @@ import resource
 import signal
 import time
 from collections.abc import Callable
-from contextlib import AsyncExitStack, closing, suppress
+from contextlib import AsyncExitStack, closing
 from pathlib import Path
 
 from harp_daemon import logs
 from harp_daemon.listeners import Listener, ListenError, listen_unix
 from harp_daemon.process import ProcessError, notify_service_manager
-from harp_daemon.settings import ConfigError
+from harp_daemon.settings import ConfigError, report_restart_needed
 from harpcaller.api.client_server import ClientServer, listen
 from harpcaller.api.control_server import serve_control
 from harpcaller.config import Config, file_errors, load
@@ -72,13 +72,12 @@ async def run(
         ProcessError: the control socket cannot be opened; another daemon may be using it.
         StorageError: the store cannot be opened.
     """
-    stop = asyncio.Event()
+    stop, reload_requested = asyncio.Event(), asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    # These signals must not end the process during the start.
-    for number in (signal.SIGHUP, signal.SIGUSR1):
-        loop.add_signal_handler(number, lambda: None)
+    loop.add_signal_handler(signal.SIGHUP, reload_requested.set)
+    loop.add_signal_handler(signal.SIGUSR1, logs.reopen)
     _raise_descriptor_limit(config)
     try:
         async with AsyncExitStack() as stack:
@@ -93,15 +92,15 @@ async def run(
             server = await stack.enter_async_context(ClientServer(dispatcher))
             daemon = _RunningDaemon(dispatcher, debug, stop)
             await stack.enter_async_context(serve_control(daemon, control))
-            loop.add_signal_handler(signal.SIGHUP, daemon.reload_by_signal)
-            loop.add_signal_handler(signal.SIGUSR1, logs.reopen)
             server.serve(listeners)
             on_ready()
             notify_service_manager("READY=1")
+            reloading = asyncio.create_task(daemon.reload_on_request(reload_requested))
             await stop.wait()
             log.info("harpcallerd stops")
             notify_service_manager("STOPPING=1")
-            await daemon.cancel_reloads()
+            reloading.cancel()
+            await asyncio.wait([reloading])
     finally:
         # Closing the loop restores the default actions: a second signal would change the exit status.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1})
@@ -122,17 +121,17 @@ class _RunningDaemon:
         self._debug = debug
         self._at_start = dispatcher.config
         self._reloading = asyncio.Lock()
-        self._reloads: set[asyncio.Task[None]] = set()
 
-    def reload_by_signal(self) -> None:
-        """Start to reload; the result is logged."""
-        task = asyncio.create_task(self._reload_by_signal())
-        self._reloads.add(task)
-        task.add_done_callback(self._reloads.discard)
-
-    async def _reload_by_signal(self) -> None:
-        with suppress(ConfigError):  # it is logged
-            await self.reload()
+    async def reload_on_request(self, requested: asyncio.Event) -> None:
+        """Reload after each request; the results are logged."""
+        while await requested.wait():
+            requested.clear()
+            try:
+                await self.reload()
+            except ConfigError:
+                pass  # already logged
+            except Exception:
+                log.exception("reload failed; nothing is changed")
 
     async def reload(self) -> list[str]:
         """Reload the configuration file, all or nothing.
@@ -146,18 +145,16 @@ class _RunningDaemon:
         async with self._reloading:
             notify_service_manager(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
             try:
-                needing_restart = await self._reload()
+                await self._reload()
             except ConfigError as error:
                 log.error("reload failed; nothing is changed", extra={"reason": str(error)})
                 raise
             finally:
                 notify_service_manager("READY=1")
             log.info("reloaded")
-            for key in needing_restart:
-                log.warning("a changed setting needs a restart", extra={"key": key})
-            return needing_restart
+            return report_restart_needed(self._at_start, self.dispatcher.config, _NEEDING_RESTART)
 
-    async def _reload(self) -> list[str]:
+    async def _reload(self) -> None:
         before = self.dispatcher.config
         config = await asyncio.to_thread(load, before.file)
         try:
@@ -166,13 +163,6 @@ class _RunningDaemon:
         except BaseException:
             configure_log(before, self._debug)
             raise
-        return [key for key in _NEEDING_RESTART if getattr(config, key) != getattr(self._at_start, key)]
-
-    async def cancel_reloads(self) -> None:
-        """Cancel the reloads that signals started."""
-        for task in self._reloads:
-            task.cancel()
-        await asyncio.gather(*self._reloads, return_exceptions=True)
 
 
 def _open_control(path: Path) -> Listener:

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import signal
 from collections.abc import Callable
-from typing import Any, NoReturn, Protocol
+from typing import NoReturn, Protocol
 
 from harp_daemon.process import notify_service_manager
 from harp_daemon.settings import ConfigError
@@ -42,7 +42,6 @@ class ServiceRunner:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self.stop_requested.set)
         loop.add_signal_handler(signal.SIGHUP, self._reload_requested.set)
-        loop.set_exception_handler(_log_unexpected)
 
     async def run(self, service: Service, on_serving: Callable[[], None]) -> None:
         """Run the service.
@@ -84,8 +83,3 @@ class ServiceRunner:
                 log.error("reload failed; nothing is changed", extra={"reason": str(error)})
             except Exception:
                 log.exception("reload failed; nothing is changed")
-
-
-def _log_unexpected(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-    error = context.get("exception")
-    log.error("unexpected error", exc_info=error, extra={"where": context.get("message")})

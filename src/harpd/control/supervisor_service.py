@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from harp_daemon.settings import ConfigError
+from harp_daemon.settings import ConfigError, report_restart_needed
 from harpd.config.loaded import (
     CommandLine,
     SupervisorConfig,
@@ -103,8 +103,7 @@ class SupervisorService:
             configure_log(self._options, old)
             raise
         log.info("reloaded")
-        if new.configuration.runtime_directory != old.configuration.runtime_directory:
-            log.warning("a changed setting needs a restart", extra={"key": "runtime_directory"})
+        report_restart_needed(old.configuration, new.configuration, ["runtime_directory"])
 
     async def stop(self) -> None:
         """Stop the supervisors and all calls, which end with ``shutdown``; leave both running after SIGUSR1."""

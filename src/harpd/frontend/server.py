@@ -19,7 +19,7 @@ from typing import Any
 from harp_daemon.acceptor import MAX_REJECTING, Acceptor
 from harp_daemon.listeners import Listener, ListenError, ResolveError, listen_tcp
 from harp_daemon.memory_quota import MemoryQuota
-from harp_daemon.settings import ConfigError
+from harp_daemon.settings import ConfigError, report_restart_needed
 from harpd.config.loaded import CommandLine, LoadedConfig, configure_log, load_config, supervisor_settings
 from harpd.config.settings import Network
 from harpd.control.launcher import STOP_MARGIN, SupervisorLauncher
@@ -34,6 +34,8 @@ log = logging.getLogger("harpd.frontend")
 
 #: Seconds between two heartbeats, which show that this process was not suspended.
 _HEARTBEAT_INTERVAL = 0.5
+#: The settings that a reload does not change.
+_NEEDING_RESTART = ("network.address", "network.port", "runtime_directory")
 #: Seconds for loading the files in a reload, and again for the supervisor.
 _RELOAD_TIMEOUT = 60.0
 #: Seconds for the last replies to clients at the stop.
@@ -154,8 +156,7 @@ class FrontendServer:
             raise
         self._apply_config(new)
         log.info("reloaded")
-        for key in _settings_needing_restart(self._initial_config, new):
-            log.warning("a changed setting needs a restart", extra={"key": key})
+        report_restart_needed(self._initial_config.configuration, new.configuration, _NEEDING_RESTART)
         _warn_about_old_tls(new)
 
     async def stop(self) -> None:
@@ -199,16 +200,6 @@ def _raise_descriptor_limit(connections: int) -> None:
     if soft < needed and soft != resource.RLIM_INFINITY:
         reachable = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
         resource.setrlimit(resource.RLIMIT_NOFILE, (reachable, hard))
-
-
-def _settings_needing_restart(old: LoadedConfig, new: LoadedConfig) -> list[str]:
-    before, after = old.configuration, new.configuration
-    pairs = {
-        "network.address": (before.network.address, after.network.address),
-        "network.port": (before.network.port, after.network.port),
-        "runtime_directory": (before.runtime_directory, after.runtime_directory),
-    }
-    return [key for key, (was, is_) in pairs.items() if was != is_]
 
 
 def _warn_about_old_tls(config: LoadedConfig) -> None:
