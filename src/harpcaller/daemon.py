@@ -13,7 +13,7 @@ import resource
 import signal
 import time
 from collections.abc import Callable
-from contextlib import AsyncExitStack, closing
+from contextlib import AsyncExitStack, closing, suppress
 from pathlib import Path
 
 from harp_daemon import logs
@@ -178,12 +178,10 @@ def _open_control(path: Path) -> Listener:
 
 def _raise_descriptor_limit(config: Config) -> None:
     """Raise the limit of open files, and log if it is too low for the configured limits."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    try:
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(OSError, ValueError):  # the limit remains
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-        soft = hard
-    except (OSError, ValueError):
-        pass  # the limit remains
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     needed = config.max_connections + config.max_calls + _OWN_DESCRIPTORS
     if soft != resource.RLIM_INFINITY and soft < needed:
         log.warning("limit of open files too low", extra={"limit": soft, "needed": needed})

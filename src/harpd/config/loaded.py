@@ -13,10 +13,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from harp_daemon import logs
 from harp_daemon.settings import ConfigError
 from harpd.auth import AuthDB
 from harpd.config.settings import Configuration, load, load_yaml, one_line, server_context
+
+#: The keys of section `limits` that the supervisor applies.
+_SUPERVISOR_LIMITS = ("max_calls", "kill_grace", "spool", "spool_memory", "disconnect_timeout", "result_ttl")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,19 +144,13 @@ def supervisor_settings(
         outlive: whether it continues without a launcher while it holds calls.
     """
     configuration = config.configuration
-    limits, exit_info = configuration.limits, configuration.exit_info
     return {
         "procedures": str(options.procedures),
         "python_path": configuration.python.search_paths(),
         "default_user": options.default_user,
         "default_group": options.default_group,
-        "max_calls": limits.max_calls,
-        "kill_grace": limits.kill_grace,
-        "spool": limits.spool,
-        "spool_memory": limits.spool_memory,
-        "disconnect_timeout": limits.disconnect_timeout,
-        "result_ttl": limits.result_ttl,
-        "exit_info": {"stderr": exit_info.stderr, "traceback": exit_info.traceback},
+        **{name: getattr(configuration.limits, name) for name in _SUPERVISOR_LIMITS},
+        "exit_info": msgspec.structs.asdict(configuration.exit_info),
         "cgroup": configuration.cgroup,
         "outlive": outlive,
         "runtime_directory": str(runtime_directory),
