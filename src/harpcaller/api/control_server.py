@@ -75,8 +75,8 @@ async def serve_control(daemon: Daemon, listener: Listener) -> AsyncIterator[Non
     async def answer(connection: Connection) -> None:
         await connection.send(await _run_command(daemon, connection))
 
-    refusal = _line(error="too many connections to the control socket")
-    acceptor = make_acceptor(answer, lambda: _MAX_CONNECTIONS, refusal)
+    rejection = _line(error="too many connections to the control socket")
+    acceptor = make_acceptor(answer, lambda: _MAX_CONNECTIONS, rejection)
     acceptor.open([listener])
     try:
         yield
