@@ -230,6 +230,7 @@ _ARGUMENTS: dict[str, dict[str, Any]] = {
 }
 
 _JOB = "--queue --concurrency --timeout --max-exec-time --info"
+_DIRECT = "address procedure arguments --named --user --ca-file"
 _STREAM = "job --since --recent --numbered --timed"
 
 #: The commands: name, function, help, names of the arguments.
@@ -242,12 +243,7 @@ _COMMANDS = (
     ("follow", _follow, "print a job's records as they arrive, until it ends", _STREAM),
     ("read", _read, "print a job's records so far", _STREAM),
     ("cancel", _cancel, "cancel a job and print whether this stopped it", "job --wait"),
-    (
-        "direct",
-        _direct,
-        "call a procedure on a harpd; the password is read from $HARP_PASSWORD",
-        "address procedure arguments --named --user --ca-file",
-    ),
+    ("direct", _direct, "call a procedure on a harpd; the password is read from $HARP_PASSWORD", _DIRECT),
 )
 
 

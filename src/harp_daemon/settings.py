@@ -69,16 +69,7 @@ def check_choice(key: str, value: object, choices: Iterable[str]) -> None:
 
 
 def report_restart_needed(old: object, new: object, keys: Iterable[str]) -> list[str]:
-    """Log a warning for each key whose value has changed but needs a restart.
-
-    Args:
-        old: the settings in use.
-        new: the settings that were loaded.
-        keys: the keys that need a restart, with dots after sections.
-
-    Returns:
-        The changed keys.
-    """
+    """Log a warning for each of these keys (``SECTION.KEY``) whose value has changed; return the changed ones."""
     changed = [key for key in keys if attrgetter(key)(old) != attrgetter(key)(new)]
     for key in changed:
         log.warning("a changed setting needs a restart", extra={"key": key})

@@ -182,10 +182,10 @@ def parser() -> argparse.ArgumentParser:
     option = add("info", _print_reply, "show a job and its end")
     option("job", metavar="JOB")
     option("--full", action="store_true", help="show all details: host, stop, exit info, and the reason of its state")
-    add("cancel", _cancel, "cancel a job")("job", metavar="JOB")
-    add("release-slot", _release_slot, "free the slot of an ended job without confirmation by its host")(
-        "job", metavar="JOB"
-    )
+    option = add("cancel", _cancel, "cancel a job")
+    option("job", metavar="JOB")
+    option = add("release-slot", _release_slot, "free the slot of an ended job without confirmation by its host")
+    option("job", metavar="JOB")
     option = add("queue-list", _print_reply, "list the queues, or the queued and running jobs of one queue")
     option("queue", metavar="QUEUE", type=_queue, nargs="?", help="a JSON object")
     option = add("queue-cancel", _print_reply, "cancel all jobs of a queue")
