@@ -1,4 +1,4 @@
-"""What both daemons bind for a configured address."""
+"""What both daemons bind for a configured address, and that an error leaves no socket."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from harp_daemon.listeners import ResolveError, resolve
+from harp_daemon.listeners import ListenError, ResolveError, listen_tcp, resolve
 
 V4, V6 = socket.AF_INET, socket.AF_INET6
 EVERYWHERE = [(V6, "::")] if socket.has_dualstack_ipv6() else [(V4, "0.0.0.0")]
@@ -74,3 +74,13 @@ def test_resolve_without_ipv6_returns_sole_ipv6(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(socket, "socket", SocketWithoutIPv6)
     resolve_to(monkeypatch, (V6, "2001:db8::1"))
     assert resolve("web01") == [(V6, "2001:db8::1")]
+
+
+def test_listen_with_one_address_in_use_leaves_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    resolve_to(monkeypatch, (V4, "127.0.0.1"), (V4, "127.0.0.2"))
+    with socket.create_server(("127.0.0.2", 0)) as other:
+        port = other.getsockname()[1]
+        with pytest.raises(ListenError) as caught:
+            listen_tcp("web01", port)
+        assert caught.value.in_use
+        socket.create_server(("127.0.0.1", port)).close()  # free, although the error and its traceback still exist
