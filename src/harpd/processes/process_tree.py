@@ -142,7 +142,7 @@ def has_possible_escapes(
     tree: CallTree,
     zygote: int,
     processes: Snapshot,
-    mains: Container[tuple[int, int] | None],
+    mains: Container[tuple[int, int]],
     cookies: Container[bytes],
 ) -> bool:
     """Return whether an unknown process may belong to a call whose main process has been reaped.

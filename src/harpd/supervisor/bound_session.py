@@ -82,9 +82,9 @@ class BoundSession:
 
     def _on_writable(self) -> None:
         if self.call is not None:
-            self.call.resume_reading()
+            self.call.update_watch()
 
     def _on_lost(self) -> None:
         if self.call is not None:
             self.call.stop(StopReason.CANCELLED)
-            self.call.resume_reading()  # further output is read and dropped
+            self.call.update_watch()  # further output is read and dropped

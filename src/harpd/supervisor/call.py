@@ -37,7 +37,6 @@ from harpd.supervisor.output import OutputCollector
 from harpd.supervisor.spool import GUARANTEED_BYTES, SpoolQuota
 from harpd.supervisor.state_files import CallState, StateDir
 from harpd.supervisor.termination import TerminationSequence
-from harpd.supervisor.worker_process import Usage
 from harpd.supervisor.zygote_client import ZygoteClient
 
 log = logging.getLogger("harpd.supervisor")
@@ -84,7 +83,7 @@ class CallObserver(Protocol):
 
     @property
     def full(self) -> bool:
-        """Whether it should receive no more now; it calls `Call.resume_reading` once it has room."""
+        """Whether it should receive no more now; it calls `Call.update_watch` once it has room."""
 
     def on_started(self) -> None:
         """Handle that the worker exists. This comes first, unless the call is rejected."""
@@ -172,7 +171,8 @@ class Call:
         self._termination: TerminationSequence | None = None  # None: the worker does not exist yet
         self._tree: CallTree | None = None
         self._status: int | None = None
-        self._usage = Usage()
+        self._cpu: float | None = None
+        self._memory: int | None = None
         self._traceback: str | None = None
         self._began = time.time()
         self._requested_at = time.monotonic()
@@ -187,19 +187,20 @@ class Call:
         """Send the worker its arguments; once. `authentication`: the seconds that it took, for exit info."""
         self._authentication_seconds = authentication
         self._unsent = memoryview(f"{self.id} ".encode() + bytes(arguments) + b"\n")
-        if self._worker.pid:  # an idle worker; the zygote announces a new one
-            self.on_forked(*self._worker.identity)
+        if self._worker.served > 1:  # it was idle; the zygote announces a new one
+            self.on_forked()
 
     @property
-    def main_process(self) -> tuple[int, int] | None:
-        """Pid and start time of the worker; None: it does not exist yet."""
-        return None if self._tree is None else (self._tree.pid, self._tree.start)
+    def main_process(self) -> tuple[int, int]:
+        """Pid and start time of the worker; zeros before it was forked."""
+        return self._worker.identity
 
-    # Reports of the zygote.
+    # Reports of the zygote: `WorkerUser`.
 
-    def on_forked(self, pid: int, start: int) -> None:
+    def on_forked(self) -> None:
         """Acknowledge the call: the worker exists."""
         worker = self._worker
+        pid, start = worker.identity
         context = self._context
         if worker.served == 1 and context.cgroup_directory is not None:
             worker.cgroup = create_cgroup(context.cgroup_directory, self.id, pid)
@@ -226,7 +227,7 @@ class Call:
         else:
             self._termination.start(interrupt=False)
         self._flush_arguments()  # at once: the worker waits for them
-        self._watch()
+        self.update_watch()
 
     def on_fork_failed(self, reason: str) -> None:
         """Reject the call: there is no worker."""
@@ -235,11 +236,11 @@ class Call:
         self._observer.on_rejected(encode_message(Failed("system_error", reason)))
         self._close()
 
-    def on_reaped(self, status: int, usage: Usage) -> None:
+    def on_reaped(self, status: int, cpu: float | None, memory: int | None) -> None:
         """Read the worker's last output and decide the end: the worker has ended."""
         assert self._termination is not None
-        self._status, self._usage = status, usage
-        self._read(_MAX_DRAIN_READS, respect_full=False)  # bounded: a descendant may write without end
+        self._status, self._cpu, self._memory = status, cpu, memory
+        self._drain()
         self._close_channel()
         if self._limit is not None:
             self._limit.cancel()
@@ -262,7 +263,7 @@ class Call:
             by: the user who asked the caller to stop it.
         """
         if not self._decided:
-            self._read(_MAX_DRAIN_READS, respect_full=False)  # output from before the stop counts
+            self._drain()  # output from before the stop counts
         if not self._decided:
             self._start_termination(why, reason, by)
 
@@ -335,8 +336,8 @@ class Call:
             "signal": _signal_name(status) if signalled and status is not None else None,
             "by": self._ended_by(signalled),
             "by_whom": by_whom,
-            "cpu": self._usage.cpu,
-            "memory": self._usage.memory,
+            "cpu": self._cpu,
+            "memory": self._memory,
             "started": self._began,
             "ended": time.time(),
             "authentication": self._authentication_seconds,
@@ -358,19 +359,13 @@ class Call:
 
     # The worker's output.
 
-    def resume_reading(self) -> None:
-        """Read again: the observer has room, or drops what it receives from now on."""
-        self._watch()
-
-    def _watch(self) -> None:
-        """Watch the channel for what can be done now, and for the worker's end."""
-        if not self._has_channel:
-            return
+    def update_watch(self) -> None:
+        """Watch the channel for what can be done now; the observer calls it when it has room or drops what follows."""
         # Nothing is read before the acknowledgement is sent, which comes first on the wire. Nothing is sent before the
         # state file is written: until then the procedure cannot have started any process.
-        acknowledged = self._termination is not None
-        reading = acknowledged and (self._decided or not self._observer.full)
-        events = (READ if reading else 0) | (WRITE if acknowledged and self._unsent else 0)
+        if not self._has_channel or self._termination is None:
+            return
+        events = (READ if self._may_read else 0) | (WRITE if self._unsent else 0)
         if events:
             self._loop.watch(self._worker.channel.fileno(), events, self._on_channel_ready)
         else:  # a watch without events would still report a hang-up, again and again
@@ -380,6 +375,10 @@ class Call:
     def _has_channel(self) -> bool:
         """Whether the channel is open and not another call's by now."""
         return not self._closed and self._worker.channel.fileno() >= 0
+
+    @property
+    def _may_read(self) -> bool:
+        return self._decided or not self._observer.full
 
     @property
     def _decided(self) -> bool:
@@ -397,13 +396,13 @@ class Call:
 
     def _on_channel_ready(self) -> None:
         self._flush_arguments()
-        if self._termination is not None:
-            self._read(1)
+        if self._may_read:
+            self._read()
         if self._should_batch():
             self._loop.unwatch(self._worker.channel.fileno())
-            self._loop.call_later(_GATHER_SECONDS, self._watch)
+            self._loop.call_later(_GATHER_SECONDS, self.update_watch)
         else:
-            self._watch()
+            self.update_watch()
 
     def _should_batch(self) -> bool:
         """Return whether records arrive so fast that gathering them saves time: each read has a fixed cost."""
@@ -412,22 +411,27 @@ class Call:
         before, self._last_read = self._last_read, self._loop.now()
         return self._last_read - before < _GATHER_SECONDS
 
-    def _read(self, max_reads: int, respect_full: bool = True) -> None:
-        """Read the worker's output, at most `max_reads` times. `respect_full`: not while the observer is full."""
-        for _ in range(max_reads):
-            if not self._has_channel or (respect_full and not self._decided and self._observer.full):
-                return
-            try:
-                data = self._worker.channel.recv(_READ_SIZE)
-            except BlockingIOError:
-                return
-            except OSError:
-                data = b""
-            if not data:
-                self._close_channel()
-                return
-            if not self._decided:
-                self._handle_output(data)
+    def _drain(self) -> None:
+        """Read the output that has arrived, also if the observer is full. A descendant may write without end."""
+        for _ in range(_MAX_DRAIN_READS):
+            if not self._read():
+                break
+
+    def _read(self) -> bool:
+        """Read once; return whether there was data."""
+        if not self._has_channel:
+            return False
+        try:
+            data = self._worker.channel.recv(_READ_SIZE)
+        except BlockingIOError:
+            return False
+        except OSError:
+            data = b""
+        if not data:
+            self._close_channel()
+        elif not self._decided:
+            self._handle_output(data)
+        return bool(data)
 
     def _handle_output(self, data: bytes) -> None:
         end = data.rfind(b"\n") + 1
@@ -494,7 +498,7 @@ class Call:
         if kind != "error" and not (self._partial_line or self._unsent) and self._worker.has_calls_left:
             self._release_state()  # before the end is reported, as when the worker is reaped
             self._observer.on_end(closing)
-            self._usage = self._worker.usage()
+            self._cpu = self._worker.call_cpu_seconds()
             self._report_exit(None)
             self._close(reuse_worker=True)
             return
@@ -510,11 +514,7 @@ class Call:
 
     def _close(self, reuse_worker: bool = False) -> None:
         """Close the call: no process remains to be stopped. `reuse_worker`: the worker waits for another call."""
-        if self._closed:
-            return
         self._closed = True
-        if self._limit is not None:
-            self._limit.cancel()
         stop_report: dict[str, Any] | None = None
         reported_survivors = self._exit_reported
         if self._termination is not None:

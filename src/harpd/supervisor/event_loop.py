@@ -17,26 +17,23 @@ WRITE = select.EPOLLOUT
 
 #: The longest wait in seconds: epoll does not count the time during which the system is suspended, timers do.
 _MAX_WAIT = 5.0
-#: Up to this many cancelled timers stay in the heap.
-_MAX_CANCELLED = 100
+#: From this many timers on, cancelled ones are removed whenever the heap has doubled.
+_MIN_TIMERS_TO_PURGE = 100
 
-Callback: TypeAlias = Callable[[], None]
+Callback: TypeAlias = Callable[[], object]
 
 
 class Timer:
     """A callback that runs once, unless it is cancelled before."""
 
-    __slots__ = ("_on_cancel", "callback")
+    __slots__ = ("callback",)
 
-    def __init__(self, callback: Callback, on_cancel: Callback) -> None:
+    def __init__(self, callback: Callback) -> None:
         self.callback: Callback | None = callback
-        self._on_cancel = on_cancel
 
     def cancel(self) -> None:
         """Cancel the callback; no effect if it has run."""
-        if self.callback is not None:
-            self.callback = None
-            self._on_cancel()
+        self.callback = None
 
 
 class EventLoop:
@@ -46,7 +43,7 @@ class EventLoop:
         self._epoll = select.epoll()
         self._watched: dict[int, tuple[int, Callback]] = {}
         self._timers: list[tuple[float, int, Timer]] = []
-        self._cancelled = 0
+        self._purge_at = _MIN_TIMERS_TO_PURGE
         self._order = itertools.count()
         self._running = True
 
@@ -71,17 +68,14 @@ class EventLoop:
 
     def call_later(self, seconds: float, callback: Callback) -> Timer:
         """Run the callback once, that many seconds from now."""
-        timer = Timer(callback, self._on_cancel)
+        timer = Timer(callback)
         heapq.heappush(self._timers, (self.now() + seconds, next(self._order), timer))
-        return timer
-
-    def _on_cancel(self) -> None:
-        # Limits are long and most calls are short: without this, timers of ended calls would accumulate.
-        self._cancelled += 1
-        if self._cancelled > _MAX_CANCELLED and 2 * self._cancelled > len(self._timers):
+        if len(self._timers) > self._purge_at:
+            # Limits are long and most calls are short: without this, timers of ended calls would accumulate.
             self._timers = [entry for entry in self._timers if entry[2].callback is not None]
             heapq.heapify(self._timers)
-            self._cancelled = 0
+            self._purge_at = max(_MIN_TIMERS_TO_PURGE, 2 * len(self._timers))
+        return timer
 
     def stop(self) -> None:
         """Return from `run` after this turn."""
@@ -99,22 +93,15 @@ class EventLoop:
 
     def _wait_seconds(self) -> float:
         while self._timers and self._timers[0][2].callback is None:
-            self._pop()
+            heapq.heappop(self._timers)
         return min(max(0.0, self._timers[0][0] - self.now()), _MAX_WAIT) if self._timers else -1
 
     def _run_timers(self) -> None:
         now = self.now()
         while self._timers and self._timers[0][0] <= now:
-            callback = self._pop()
+            callback = heapq.heappop(self._timers)[2].callback
             if callback is not None:
                 _run_callback(callback)
-
-    def _pop(self) -> Callback | None:
-        timer = heapq.heappop(self._timers)[2]
-        callback, timer.callback = timer.callback, None
-        if callback is None:
-            self._cancelled -= 1
-        return callback
 
 
 def _run_callback(callback: Callback) -> None:

@@ -55,7 +55,6 @@ class Listener:
         # Bound through a descriptor: a socket's address has at most 107 bytes.
         self._directory = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         self._name = SOCKET_PREFIX + instance
-        self._open = True
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         self._listener.bind(f"/proc/self/fd/{self._directory}/{self._name}")
         os.chmod(self._name, 0o600, dir_fd=self._directory)
@@ -70,7 +69,6 @@ class Listener:
 
     def close(self) -> None:
         """Stop accepting; remove the socket, and the other name if it still refers to this socket."""
-        self._open = False
         self._loop.unwatch(self._listener.fileno())
         self._listener.close()
         try:
@@ -82,7 +80,7 @@ class Listener:
             pass  # the directory or the socket has been removed
 
     def _watch(self) -> None:
-        if self._open:
+        if self._listener.fileno() >= 0:
             self._loop.watch(self._listener.fileno(), READ, self._accept)
 
     def _accept(self) -> None:
@@ -102,47 +100,33 @@ class Listener:
             connection.close()
             return
         connection.setblocking(False)
-        _RequestReader(self._loop, connection, self._on_request)
+        buffer = LineBuffer(_MAX_LINE_BYTES)
+        self._loop.watch(connection.fileno(), READ, lambda: self._read_request(connection, buffer))
 
-
-class _RequestReader:
-    """The reader of a connection's first line, however slowly it arrives."""
-
-    def __init__(
-        self,
-        loop: EventLoop,
-        connection: socket.socket,
-        on_request: Callable[[socket.socket, JSONObject, bytes], None],
-    ) -> None:
-        self._loop = loop
-        self._connection = connection
-        self._on_request = on_request
-        self._buffer = LineBuffer(_MAX_LINE_BYTES)
-        loop.watch(connection.fileno(), READ, self._on_ready)
-
-    def _on_ready(self) -> None:
+    def _read_request(self, connection: socket.socket, buffer: LineBuffer) -> None:
+        """Read once. `buffer`: what has arrived of the first line."""
         try:
-            data = self._connection.recv(_READ_SIZE)
-            lines = self._buffer.feed(data)
+            data = connection.recv(_READ_SIZE)
+            lines = buffer.feed(data)
             if data and not lines:
                 return
-            self._loop.unwatch(self._connection.fileno())
+            self._loop.unwatch(connection.fileno())
             if not data:
-                self._connection.close()
+                connection.close()
                 return
             request = decode_slices(lines[0])
         except BlockingIOError:
             return
         except (OSError, LineTooLong, InvalidJSON) as error:
             log.error("cannot read request", extra={"reason": str(error)})
-            self._loop.unwatch(self._connection.fileno())
-            self._connection.close()
+            self._loop.unwatch(connection.fileno())
+            connection.close()
             return
         try:
-            self._on_request(self._connection, request, b"\n".join([*lines[1:], self._buffer.pending]))
+            self._on_request(connection, request, b"\n".join([*lines[1:], buffer.pending]))
         except (KeyError, InvalidJSON, ProtocolError) as error:
             log.error("invalid request", extra={"reason": repr(error)})
-            self._connection.close()
+            connection.close()
 
 
 class FinalReply:

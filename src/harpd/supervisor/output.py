@@ -55,7 +55,7 @@ class OutputCollector:
         reading, writing = os.pipe2(os.O_CLOEXEC)
         os.set_blocking(reading, False)
         pipe = OutputPipe(reading, {**fields, "stream": stream})
-        self._loop.watch(reading, READ, partial(self._on_ready, pipe))
+        self._loop.watch(reading, READ, partial(self._read, pipe))
         return pipe, writing
 
     def drain_tail(self, pipe: OutputPipe) -> list[str]:
@@ -71,9 +71,6 @@ class OutputCollector:
             self._left_open[pipe] = None
         while len(self._left_open) > self._max_left_open:
             self._close(next(iter(self._left_open)))
-
-    def _on_ready(self, pipe: OutputPipe) -> None:
-        self._read(pipe)
 
     def _read(self, pipe: OutputPipe) -> bool:
         """Read once; return whether there was data."""

@@ -217,18 +217,10 @@ class ResumableSession:
         self._next = since
         self._unacknowledged = 0
         self._sent_end = self._sent_last_report = self._heartbeat_pending = False
-        # The callbacks refer to their own connection, so that a replaced one has no effect.
-        reader: BufferedStream
-        reader = self._reader = BufferedStream(
-            self._loop,
-            connection,
-            lambda data: self._on_data(reader, data),
-            lambda: self._detach(reader),
-            self._send_pending,
-        )
+        self._reader = BufferedStream(self._loop, connection, self._on_data, self._detach, self._send_pending)
         self._send_acknowledgement()
         if received:
-            self._on_data(reader, received)
+            self._on_data(received)
         return None
 
     def adopt(self, end: Failed, exit_info: Raw, stop_report: Raw | None = None) -> None:
@@ -294,15 +286,14 @@ class ResumableSession:
             self._sent_last_report = True
             reader.send(self._last_report)
 
-    def _on_data(self, reader: BufferedStream, data: bytes) -> None:
+    def _on_data(self, data: bytes) -> None:
         try:
-            lines = self._lines.feed(data)
-            for line in lines:
-                if reader is self._reader:
+            for line in self._lines.feed(data):
+                if self._reader is not None:  # a release detaches it; further commands have no effect
                     self._handle_command(decode_command(line))
         except (ProtocolError, LineTooLong) as error:
             log.error("invalid command from dispatcher", extra={"call": self.id, "reason": str(error)})
-            self._detach(reader)
+            self._detach()
 
     def _handle_command(self, command: Ack | Heartbeat | StopCall | Release) -> None:
         match command:
@@ -327,9 +318,9 @@ class ResumableSession:
                     raise ProtocolError("release: the call has not ended")
                 self.discard()
 
-    def _detach(self, reader: BufferedStream) -> None:
-        reader.close()
-        if reader is self._reader:
+    def _detach(self) -> None:
+        if self._reader is not None:
+            self._reader.close()
             self._reader = None
             log.debug("dispatcher detached from call", extra={"call": self.id})
 
@@ -341,7 +332,7 @@ class ResumableSession:
 
     def _resume_reading(self) -> None:
         if self.call is not None:
-            self.call.resume_reading()
+            self.call.update_watch()
 
     def _check_limits(self) -> None:
         """Stop the call if it has run, or sent nothing, for too long. While its spool is full, it cannot send."""

@@ -16,7 +16,6 @@ import signal
 import socket
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Protocol
 
 from harpd.processes.cgroup import Cgroup
@@ -34,40 +33,33 @@ _IDLE_TIMEOUT = 10.0
 _EXIT_TIMEOUT = 5.0
 
 
-@dataclass(frozen=True, slots=True)
-class Usage:
-    """The resources that a call's main process and the children that it waited for have used; None: not known.
+class WorkerUser(Protocol):
+    """The object that is notified of a worker's fork and death: its call."""
 
-    Attributes:
-        cpu: seconds of processor time, of user and system.
-        memory: maximum resident bytes of the largest of these processes.
-    """
-
-    cpu: float | None = None
-    memory: int | None = None
-
-
-class ForkListener(Protocol):
-    """The object that is notified of a worker's fork and death."""
-
-    def on_forked(self, pid: int, start: int) -> None:
+    def on_forked(self) -> None:
         """Handle that the worker exists."""
 
     def on_fork_failed(self, reason: str) -> None:
         """Handle that there is no worker."""
 
-    def on_reaped(self, status: int, usage: Usage) -> None:
-        """Handle that the worker has ended with this wait status, or was killed with its zygote."""
+    def on_reaped(self, status: int, cpu: float | None, memory: int | None) -> None:
+        """Handle that the worker has ended, or was killed with its zygote.
+
+        Args:
+            status: its wait status.
+            cpu: seconds of processor time of the worker and the children that it waited for; None: not known.
+            memory: maximum resident bytes of the largest of these processes; None: not known.
+        """
 
 
 class WorkerProcess:
-    """A worker from its fork to its death. A `ForkListener`, which notifies its present call.
+    """A worker from its fork to its death.
 
     Args:
         loop: the event loop.
         output: creates its pipes.
         fields: the fields of the log events of its output, until it is assigned another call.
-        call: its first call.
+        call: its first call, which is notified of the fork.
         procedure: the name of its procedure.
         max_calls: how many calls it may serve.
         idle_workers: the workers of its zygote that wait for another call.
@@ -76,12 +68,13 @@ class WorkerProcess:
         OSError: no descriptor is free; nothing has begun.
 
     Attributes:
+        call: its present call; None: it is idle, or released.
+        procedure: the name of its procedure.
         channel: this end of its channel, non-blocking.
         child_descriptors: its own end of the channel, its stdout and its stderr.
-        pid, start: its pid and start time; 0 before it was forked.
+        identity: its pid and start time; zeros before it was forked.
         cgroup: its cgroup; None: it has none.
         served: how many calls it was assigned.
-        ended: whether it was reaped.
     """
 
     def __init__(
@@ -89,65 +82,51 @@ class WorkerProcess:
         loop: EventLoop,
         output: OutputCollector,
         fields: Mapping[str, str],
-        call: ForkListener,
+        call: WorkerUser,
         procedure: str,
         max_calls: int,
         idle_workers: IdleWorkers,
     ) -> None:
         self._loop = loop
         self._output = output
-        self._procedure = procedure
+        self.procedure = procedure
         self._max_calls = max_calls
         self._idle_workers = idle_workers
-        self.pid = self.start = 0
+        self.identity = 0, 0
         self.cgroup: Cgroup | None = None
         self.served = 1
-        self.ended = False
-        self._call: ForkListener | None = call
+        self._ended = False
+        self.call: WorkerUser | None = call
         self._cpu_before = 0.0  # seconds that it had used when the present call began
         self.channel, self._pipes, self.child_descriptors = _open_channels(output, fields)
 
-    def assign(self, call: ForkListener, fields: Mapping[str, str]) -> None:
+    def assign(self, call: WorkerUser, fields: Mapping[str, str]) -> None:
         """Assign another call to an idle worker."""
-        self._call = call
+        self.call = call
         self.served += 1
         self._cpu_before = self._cpu_seconds()
         for pipe in self._pipes:
             pipe.assign(fields)
 
-    def on_forked(self, pid: int, start: int) -> None:
-        """See `ForkListener`."""
-        self.pid, self.start = pid, start
-        if self._call is not None:
-            self._call.on_forked(pid, start)
-
-    def on_fork_failed(self, reason: str) -> None:
-        """See `ForkListener`."""
-        if self._call is not None:
-            self._call.on_fork_failed(reason)
-
-    def on_reaped(self, status: int, usage: Usage) -> None:
-        """See `ForkListener`. After several calls, `usage` is that of the last one, as far as it is known."""
-        self.ended = True
-        if self._call is None:
+    def on_reaped(self, status: int, cpu: float | None, memory: int | None) -> None:
+        """Notify its call, see `WorkerUser`: of the processor time of all its calls, the last one gets its own part."""
+        self._ended = True
+        if self.call is None:
             self.release()
-            return
-        cpu = None if usage.cpu is None else round(max(usage.cpu - self._cpu_before, 0.0), 6)
-        self._call.on_reaped(status, Usage(cpu, usage.memory))
+        else:
+            self.call.on_reaped(status, None if cpu is None else self._cpu_since_assigned(cpu), memory)
 
-    @property
-    def identity(self) -> tuple[int, int]:
-        """Its pid and start time."""
-        return self.pid, self.start
-
-    def usage(self) -> Usage:
+    def call_cpu_seconds(self) -> float:
         """Return the processor time of its present call so far, without that of the call's children."""
-        return Usage(round(max(self._cpu_seconds() - self._cpu_before, 0.0), 6), None)
+        return self._cpu_since_assigned(self._cpu_seconds())
+
+    def _cpu_since_assigned(self, cpu: float) -> float:
+        return round(max(cpu - self._cpu_before, 0.0), 6)
 
     def _cpu_seconds(self) -> float:
         """Return the processor time that it has used. See clock_getcpuclockid(3)."""
         try:
-            return time.clock_gettime(~self.pid << 3 | 2)
+            return time.clock_gettime(~self.identity[0] << 3 | 2)
         except OSError:  # it has just ended
             return self._cpu_before
 
@@ -164,7 +143,7 @@ class WorkerProcess:
         except OSError:
             data = b""
         if data:
-            log.warning("idle worker wrote output; not reused", extra={"pid": self.pid})
+            log.warning("idle worker wrote output; not reused", extra={"pid": self.identity[0]})
         return False
 
     @property
@@ -174,12 +153,12 @@ class WorkerProcess:
 
     def become_idle(self) -> None:
         """Wait for another call: the present one has ended, and all its output has arrived."""
-        self._call = None
+        self.call = None
         self._loop.unwatch(self.channel.fileno())
         for pipe in self._pipes:
             self._output.drain_tail(pipe)
             pipe.flush()
-        self._idle_workers.add(self._procedure, self)
+        self._idle_workers.add(self)
 
     def finish_input(self) -> None:
         """Have it exit after its present call: it gets no other one."""
@@ -194,7 +173,7 @@ class WorkerProcess:
         self._loop.call_later(_EXIT_TIMEOUT, self._kill_if_alive)
 
     def _kill_if_alive(self) -> None:
-        if not self.ended:
+        if not self._ended:
             send_signal(signal.SIGKILL, self.identity)
 
     def close(self) -> None:
@@ -205,7 +184,7 @@ class WorkerProcess:
 
     def release(self) -> None:
         """Release its resources; it has ended, or was never forked. Processes that it left running may still print."""
-        self._call = None
+        self.call = None
         self.close()
         for pipe in self._pipes:
             self._output.release(pipe)
@@ -225,31 +204,28 @@ class IdleWorkers:
 
     def __init__(self, loop: EventLoop) -> None:
         self._loop = loop
-        self._by_procedure: dict[str, list[tuple[float, WorkerProcess]]] = {}
+        self._idle_since: dict[WorkerProcess, float] = {}  # longest first
         self.accepts = True
         self._check_is_due = False
 
     def __len__(self) -> int:
-        return sum(map(len, self._by_procedure.values()))
+        return len(self._idle_since)
 
     def identities(self) -> set[tuple[int, int]]:
         """Return the pids and start times of all."""
-        return {worker.identity for workers in self._by_procedure.values() for _, worker in workers}
+        return {worker.identity for worker in self._idle_since}
 
-    def add(self, procedure: str, worker: WorkerProcess) -> None:
+    def add(self, worker: WorkerProcess) -> None:
         """Add a worker that has ended its call."""
-        self._by_procedure.setdefault(procedure, []).append((self._loop.now(), worker))
+        self._idle_since[worker] = self._loop.now()
         if not self._check_is_due:
             self._check_is_due = True
             self._loop.call_later(_IDLE_TIMEOUT, self._shut_down_expired)
 
     def pop(self, procedure: str) -> WorkerProcess | None:
         """Remove and return a worker that can serve a call of the procedure; None if there is none."""
-        workers = self._by_procedure.get(procedure)
-        while workers:
-            _, worker = workers.pop()
-            if worker.ended:
-                continue
+        for worker in [worker for worker in reversed(self._idle_since) if worker.procedure == procedure]:
+            del self._idle_since[worker]
             if worker.is_quiet():
                 return worker
             worker.shut_down()
@@ -257,28 +233,27 @@ class IdleWorkers:
 
     def shut_down_oldest(self) -> None:
         """Shut down the worker that has waited longest."""
-        waiting = [workers for workers in self._by_procedure.values() if workers]
-        if waiting:
-            _, worker = min(waiting, key=lambda workers: workers[0][0]).pop(0)
-            worker.shut_down()
+        if self._idle_since:
+            self._shut_down(next(iter(self._idle_since)))
 
     def close(self) -> None:
         """Shut down all, and accept no more."""
         self.accepts = False
-        for workers in self._by_procedure.values():
-            for _, worker in workers:
-                worker.shut_down()
-        self._by_procedure.clear()
+        for worker in [*self._idle_since]:
+            self._shut_down(worker)
 
     def _shut_down_expired(self) -> None:
         """Shut down the workers that were idle for too long. One timer serves all: one per worker would cost time."""
         until = self._loop.now() - _IDLE_TIMEOUT
-        for workers in self._by_procedure.values():
-            while workers and workers[0][0] <= until:
-                workers.pop(0)[1].shut_down()
-        self._check_is_due = bool(len(self))
+        for worker in [worker for worker, since in self._idle_since.items() if since <= until]:
+            self._shut_down(worker)
+        self._check_is_due = bool(self._idle_since)
         if self._check_is_due:
             self._loop.call_later(_IDLE_TIMEOUT, self._shut_down_expired)
+
+    def _shut_down(self, worker: WorkerProcess) -> None:
+        del self._idle_since[worker]
+        worker.shut_down()
 
 
 def _open_channels(

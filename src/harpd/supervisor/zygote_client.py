@@ -19,7 +19,7 @@ from harp.protocol.json_text import dumps, loads
 from harpd.processes.cookie import reserve_cookie
 from harpd.supervisor.event_loop import READ, WRITE, EventLoop, Timer
 from harpd.supervisor.output import OutputCollector
-from harpd.supervisor.worker_process import ForkListener, IdleWorkers, Usage, WorkerProcess
+from harpd.supervisor.worker_process import IdleWorkers, WorkerProcess, WorkerUser
 
 log = logging.getLogger("harpd.supervisor")
 
@@ -78,8 +78,8 @@ class ZygoteClient:
         self._on_died = on_died
         self._on_stuck = on_stuck
         self._unsent: deque[tuple[bytes, tuple[int, ...]]] = deque()
-        self._forking: dict[str, tuple[ForkListener, Timer]] = {}
-        self._children: dict[int, ForkListener] = {}
+        self._forking: dict[str, tuple[WorkerProcess, Timer]] = {}
+        self._children: dict[int, WorkerProcess] = {}
         self._retired = False
         self.procedures: dict[str, ProcedureInfo] = {}
         self.preforked: dict[int, int] = {}
@@ -92,23 +92,19 @@ class ZygoteClient:
             undo.pop_all()
         self._socket.setblocking(False)
         self._loop.watch(self._socket.fileno(), READ, self._on_ready)
+        search_path = settings["python_path"]
         command = {
             "load": settings["procedures"],
-            "path": _search_path(settings.get("python_path") or {}),
-            "default_user": settings.get("default_user"),
-            "default_group": settings.get("default_group"),
+            "path": [*search_path["prepend"], *sys.path, *search_path["append"]],
+            "default_user": settings["default_user"],
+            "default_group": settings["default_group"],
             "descriptors": settings["descriptors"],
             "tracebacks": settings["exit_info"]["traceback"],
         }
         self._send(command)
 
-    @property
-    def is_idle(self) -> bool:
-        """Whether it has no workers except pre-forked ones."""
-        return not self._forking and not self._children
-
     def assign(
-        self, call: ForkListener, call_id: str, procedure: str, output: OutputCollector, fields: Mapping[str, str]
+        self, call: WorkerUser, call_id: str, procedure: str, output: OutputCollector, fields: Mapping[str, str]
     ) -> WorkerProcess:
         """Return a worker for a call: an idle one of its procedure, else a new one that is being forked.
 
@@ -134,18 +130,24 @@ class ZygoteClient:
 
     def _on_fork_timeout(self, call_id: str) -> None:
         """Abandon a fork. If the worker starts later, it finds its channel closed and exits."""
-        listener, _ = self._forking.pop(call_id)
         log.error("zygote does not fork", extra={"zygote": self.pid, "call": call_id, "seconds": _FORK_TIMEOUT})
-        listener.on_fork_failed(f"cannot create a process: the zygote did not answer within {_FORK_TIMEOUT:g} s")
+        reason = f"cannot create a process: the zygote did not answer within {_FORK_TIMEOUT:g} s"
+        self._fail_fork(call_id, reason)
         if not self._retired:
             self._on_stuck()
 
-    def _take_pending(self, call_id: str) -> ForkListener | None:
-        """Remove and return the listener of a fork; None if the fork was abandoned."""
-        listener, deadline = self._forking.pop(call_id, (None, None))
-        if deadline is not None:
-            deadline.cancel()
-        return listener
+    def _take_pending(self, call_id: str) -> tuple[WorkerProcess, WorkerUser] | None:
+        """Remove and return the worker of a fork and its call; None if the fork was abandoned."""
+        if call_id not in self._forking:
+            return None
+        worker, deadline = self._forking.pop(call_id)
+        deadline.cancel()
+        assert worker.call is not None  # it is not released before this
+        return worker, worker.call
+
+    def _fail_fork(self, call_id: str, reason: str) -> None:
+        if pending := self._take_pending(call_id):
+            pending[1].on_fork_failed(reason)
 
     def retire(self) -> None:
         """Have the zygote exit once its last call has ended."""
@@ -167,7 +169,7 @@ class ZygoteClient:
         self._close()
 
     def _close_if_idle(self) -> None:
-        if self._retired and self.is_idle:
+        if self._retired and not self._forking and not self._children:  # pre-forked workers have no call
             self._close()
 
     @property
@@ -220,17 +222,18 @@ class ZygoteClient:
                 self.preforked[pid] = start
             case {"forked": call_id, "pid": pid, "start": start}:
                 self.preforked.pop(pid, None)
-                if listener := self._take_pending(call_id):
-                    self._children[pid] = listener
-                    listener.on_forked(pid, start)
+                if pending := self._take_pending(call_id):
+                    worker, call = pending
+                    self._children[pid] = worker
+                    worker.identity = pid, start
+                    call.on_forked()
             case {"reaped": pid, "status": status, "cpu": cpu, "memory": memory}:
                 self.preforked.pop(pid, None)
                 if ended := self._children.pop(pid, None):
-                    ended.on_reaped(status, Usage(cpu, memory))
+                    ended.on_reaped(status, cpu, memory)
                 self._close_if_idle()
             case {"failed": call_id, "reason": reason}:
-                if listener := self._take_pending(call_id):
-                    listener.on_fork_failed(reason)
+                self._fail_fork(call_id, reason)
                 self._close_if_idle()
             case {"procedure": name, "streaming": streaming, "timeout": timeout, "max_calls": max_calls}:
                 self.procedures[name] = ProcedureInfo(streaming, timeout, max_calls)
@@ -251,10 +254,9 @@ class ZygoteClient:
         self.idle_workers.close()
         self._report_load("the zygote ended while it loaded the procedures file")
         for call_id in list(self._forking):
-            if listener := self._take_pending(call_id):
-                listener.on_fork_failed("cannot create a process: the zygote died")
-        for listener in [*self._children.values()]:
-            listener.on_reaped(signal.SIGKILL, Usage())  # workers are killed when their zygote dies
+            self._fail_fork(call_id, "cannot create a process: the zygote died")
+        for worker in [*self._children.values()]:
+            worker.on_reaped(signal.SIGKILL, None, None)  # workers are killed when their zygote dies
         self._children.clear()
         if not self._retired:
             self._on_died()
@@ -265,10 +267,6 @@ def _spawn(zygote_end: socket.socket) -> int:
     os.set_inheritable(zygote_end.fileno(), True)
     arguments = [sys.executable, "-P", "-m", "harpd.worker.zygote", str(zygote_end.fileno()), str(os.getpid())]
     return os.posix_spawn(sys.executable, arguments, reserve_cookie(), setsigdef=_IGNORED_SIGNALS, setsigmask=())
-
-
-def _search_path(changes: Mapping[str, list[str]]) -> list[str]:
-    return [*changes.get("prepend", ()), *sys.path, *changes.get("append", ())]
 
 
 def _close_all(descriptors: tuple[int, ...]) -> None:
