@@ -181,7 +181,8 @@ def test_load_missing_file_fails(tmp_path: Path) -> None:
 
 def resolved(uid: int | str | None, gid: list[int | str] | None) -> tuple[object, ...]:
     account = resolve_credentials(uid, gid)
-    return account.uid, account.gid, account.groups, account.name, account.home
+    name, home = (account.entry.pw_name, account.entry.pw_dir) if account.entry else (None, None)
+    return account.uid, account.gid, account.groups, name, home
 
 
 def test_resolve_credentials() -> None:

@@ -48,6 +48,6 @@ class EnvCookie:
     def write(self, call_id: str) -> None:
         """Set the cookie of this process, of its future children and of the programs that they execute."""
         text = call_id.encode()
-        if self._address is not None and len(text) <= _ID_LENGTH:
+        if self._address is not None:
             ctypes.memmove(self._address, text.ljust(_ID_LENGTH, b"\0"), _ID_LENGTH)
         os.environ[_NAME] = call_id

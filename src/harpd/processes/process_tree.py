@@ -174,18 +174,16 @@ def take_snapshot() -> Snapshot:
     processes = Snapshot()
     for _ in range(_MAX_LISTS):
         new = {int(name) for name in os.listdir("/proc") if name.isdecimal()} - processes.keys()
-        alive = [_add(pid, processes) for pid in new]
-        # A dead process has no children: a process with a dead parent was read before it got another parent.
-        orphans = [p for p in processes.values() if p.alive and p.parent and not _lives(p.parent, processes)]
-        reparented = [_was_reparented(orphan, processes) for orphan in orphans]
-        processes.complete = all(alive) and not any(reparented)
+        new_alive = [_add(pid, processes) for pid in new]
+        # A dead process has no children: a process with a dead parent was read before it got another parent, and is
+        # read again. If its parent is the same, that one is not visible from here.
+        alive = {0, *(process.pid for process in processes.values() if process.alive)}
+        orphans = [process for process in processes.values() if process.alive and process.parent not in alive]
+        same_parent = [_add(p.pid, processes) and processes[p.pid].parent == p.parent for p in orphans]
+        processes.complete = all(new_alive) and all(same_parent)
         if processes.complete:
             break
     return processes
-
-
-def _lives(pid: int, processes: Mapping[int, Process]) -> bool:
-    return pid in processes and processes[pid].alive
 
 
 def _add(pid: int, processes: dict[int, Process]) -> bool:
@@ -219,22 +217,12 @@ def _read_cookies(process: Process) -> frozenset[bytes] | None:
             with contextlib.suppress(ProcessLookupError), open(f"{directory}/environ", "rb") as file:
                 if text := file.read():
                     return find_cookies(text)
-        return None if _is_ending(process.pid) else frozenset()
+        found = _read(process.pid)
+        return None if found is None or found.flags & _EXITING else frozenset()
     except PermissionError:
         return frozenset()
     except OSError:
         return None
-
-
-def _was_reparented(orphan: Process, processes: dict[int, Process]) -> bool:
-    """Read a process again; return whether its parent has changed. Some parents are not visible from here."""
-    return not _add(orphan.pid, processes) or processes[orphan.pid].parent != orphan.parent
-
-
-def _is_ending(pid: int) -> bool:
-    """Return whether a process is exiting or gone."""
-    found = read_stat(pid)
-    return found is None or bool(int(found[1][6]) & _EXITING)
 
 
 def _read(pid: int) -> Process | None:

@@ -32,6 +32,7 @@ class BoundSession:
     """
 
     stored_state: Mapping[str, Any] = MappingProxyType({})
+    call: Call  # set before the connection can become ready
 
     def __init__(
         self,
@@ -42,11 +43,12 @@ class BoundSession:
         buffer_size: int,
         on_disconnected: Callable[[BoundSession], None],
     ) -> None:
-        self.call: Call | None = None
         self._acknowledgement = Acknowledgement(streaming, keep_alive=keep_alive)
         self._buffer_size = buffer_size
         self._on_disconnected = on_disconnected
-        self._stream = BufferedStream(loop, connection, lambda data: None, self._on_lost, self._on_writable)
+        self._stream = BufferedStream(
+            loop, connection, lambda data: None, self._on_lost, lambda: self.call.update_watch()
+        )
 
     def discard(self) -> None:
         """Discard the session, but leave the connection open: the call did not start."""
@@ -80,11 +82,6 @@ class BoundSession:
         """See `CallObserver`."""
         self._stream.close_after_flush(lambda: self._on_disconnected(self))
 
-    def _on_writable(self) -> None:
-        if self.call is not None:
-            self.call.update_watch()
-
     def _on_lost(self) -> None:
-        if self.call is not None:
-            self.call.stop(StopReason.CANCELLED)
-            self.call.update_watch()  # further output is read and dropped
+        self.call.stop(StopReason.CANCELLED)
+        self.call.update_watch()  # further output is read and dropped

@@ -128,15 +128,11 @@ class CallRegistry:
             session = self._add_session(call_id, terms, self._loop.now())
             stop_report = dumps(stop_reports[call_id]) if call_id in stop_reports else None
             session.adopt(_SUPERVISOR_DIED, dumps({"by": "unknown", "supervisor": "died"}), stop_report)
-            self._write_state(call_id, state)
-
-    def _write_state(self, call_id: str, state: CallState) -> None:
-        """Write the state file of an adopted call, so that a later supervisor can report its end."""
-        try:
-            self._state_dir.write(call_id, state)
-        except OSError as error:
-            log.error("cannot write state file", extra={"call": call_id, "reason": str(error)})
-        self._state_dir.mark_ended(call_id)
+            try:  # so that a later supervisor can report its end
+                self._state_dir.write(call_id, state)
+            except OSError as error:
+                log.error("cannot write state file", extra={"call": call_id, "reason": str(error)})
+            self._state_dir.mark_ended(call_id)
 
     def _add_session(self, call_id: str, terms: SessionTerms, contact_at: float) -> ResumableSession:
         session = self._sessions[call_id] = ResumableSession(

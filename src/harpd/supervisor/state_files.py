@@ -69,23 +69,6 @@ class CleanupResult:
     again: bool = False
 
 
-@dataclass(slots=True)
-class _PendingOrphan:
-    """A call of a dead supervisor of which processes may be left.
-
-    Attributes:
-        call: the call.
-        file: its state file.
-        to_report: whether its end has still to be reported.
-        reported_survivors: whether its end was reported with survivors.
-    """
-
-    call: OrphanedCall
-    file: Path
-    to_report: bool
-    reported_survivors: bool = False
-
-
 class StateDir:
     """The state files of one supervisor.
 
@@ -109,7 +92,7 @@ class StateDir:
         self._boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         self._suffixes: dict[str, str] = {}  # of the state files, by call id
         self._dead: dict[Path, int] = {}  # directories of dead supervisors, with the descriptors that lock them
-        self._pending: list[_PendingOrphan] = []
+        self._pending: list[OrphanedCall] = []
         self._last_round = 0.0
 
     def write(self, call_id: str, state: CallState) -> None:
@@ -159,18 +142,18 @@ class StateDir:
     def clean_up(self) -> CleanupResult:
         """Kill the processes that dead supervisors have left. It takes some tens of milliseconds at most."""
         calls: dict[str, CallState] = {}
-        found: list[_PendingOrphan] = []
+        found: list[OrphanedCall] = []
         for directory in self._find_dead():
             for file, suffix, state in self._read(directory):
                 call_id = file.name.removesuffix(suffix)
                 if suffix != _REPORTED:
                     calls[call_id] = state
                 if suffix != _ENDED:
-                    found.append(_PendingOrphan(OrphanedCall(call_id, state.tree), file, suffix != _REPORTED))
+                    found.append(OrphanedCall(call_id, state.tree, file, to_report=suffix != _REPORTED))
         self._pending += found
         killed = self._kill(found)
         stop_reports = self._update_pending()
-        return CleanupResult(killed, calls, stop_reports, any(pending.call.is_fresh for pending in self._pending))
+        return CleanupResult(killed, calls, stop_reports, any(call.is_fresh for call in self._pending))
 
     def _find_dead(self) -> Iterator[Path]:
         """Lock the directories of dead supervisors, and yield them."""
@@ -195,37 +178,36 @@ class StateDir:
             except (OSError, ValueError, KeyError, TypeError):
                 log.warning("cannot read state file", extra={"call": file.name})
 
-    def _kill(self, found: list[_PendingOrphan]) -> int:
+    def _kill(self, found: list[OrphanedCall]) -> int:
         """Scan for the processes of all pending orphans, and kill them; return how many are new."""
         if not self._pending or (not found and time.monotonic() - self._last_round < _ROUND_INTERVAL):
             return 0
-        calls = [pending.call for pending in self._pending]
-        killed = kill_orphans(calls)
+        killed = kill_orphans(self._pending)
         for interval in _SCAN_INTERVALS:
-            if all(pending.call.gone for pending in found):
+            if all(call.gone for call in found):
                 break
             time.sleep(interval)
-            killed += kill_orphans(calls)
+            killed += kill_orphans(self._pending)
         self._last_round = time.monotonic()
         return killed
 
     def _update_pending(self) -> dict[str, Mapping[str, Any]]:
         """Update the state files after a round of killing; return the stop reports that result from it."""
         stop_reports: dict[str, Mapping[str, Any]] = {}
-        for pending in self._pending:
-            if pending.to_report:
-                pending.to_report, pending.reported_survivors = False, pending.call.survives
-            elif not pending.call.gone:
+        for call in self._pending:
+            if call.to_report:
+                call.to_report, call.reported_survivors = False, call.survives
+            elif not call.gone:
                 continue
-            if pending.reported_survivors:
-                stop_reports[pending.call.call_id] = pending.call.stop_report()
+            if call.reported_survivors:
+                stop_reports[call.call_id] = call.stop_report()
             with contextlib.suppress(OSError):
-                if pending.call.gone:
-                    pending.file.unlink()
+                if call.gone:
+                    call.file.unlink()
                 else:  # this supervisor reports the end, and writes its own state file for that
-                    pending.file = pending.file.rename(f"{pending.file}{_REPORTED}")
-        self._pending = [pending for pending in self._pending if not pending.call.gone]
-        in_use = {pending.file.parent for pending in self._pending}
+                    call.file = call.file.rename(f"{call.file}{_REPORTED}")
+        self._pending = [call for call in self._pending if not call.gone]
+        in_use = {call.file.parent for call in self._pending}
         for directory in self._dead.keys() - in_use:
             shutil.rmtree(directory, ignore_errors=True)
             os.close(self._dead.pop(directory))

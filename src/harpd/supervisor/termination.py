@@ -92,7 +92,7 @@ class TerminationSequence:
 
     def expect_exit(self) -> None:
         """Kill the main process after `kill_grace` seconds, unless it exits by itself."""
-        self._step = self._loop.call_later(self._kill_grace, self._kill_main)
+        self._step = self._loop.call_later(self._kill_grace, lambda: send_signal(signal.SIGKILL, self._main))
 
     def on_main_exit(self, status: int) -> None:
         """Stop all other processes: the main process has been reaped, with this wait status."""
@@ -119,9 +119,6 @@ class TerminationSequence:
         return self._report.to_json(self._main_ended, self._complete, self._began, self._ended)
 
     # The steps.
-
-    def _kill_main(self) -> None:
-        send_signal(signal.SIGKILL, self._main)
 
     def _interrupt(self) -> None:
         self._step = self._loop.call_later(self._kill_grace, self._terminate)

@@ -20,7 +20,7 @@ from harpd.processes.cookie import EnvCookie
 from harpd.processes.prctl import become_subreaper, die_with_parent
 from harpd.worker.arguments import WrongArguments, check_arguments
 from harpd.worker.channel import Channel
-from harpd.worker.privileges import Credentials, UserError, drop_privileges, resolve_credentials
+from harpd.worker.privileges import UserError, drop_privileges, resolve_credentials
 from harpd.worker.signals import SignalGuard
 
 TYPE_CHECKING = False
@@ -63,8 +63,7 @@ def run_worker(
     channel_descriptor: int,
     pipes: tuple[int, int],
     zygote: int,
-    default_user: int | str | None,
-    default_group: int | str | None,
+    defaults: tuple[int | str | None, int | str | None],
     tracebacks: bool,
     cookie: EnvCookie,
 ) -> NoReturn:
@@ -75,13 +74,11 @@ def run_worker(
         channel_descriptor: the channel.
         pipes: the pipes that become stdout and stderr.
         zygote: the parent's pid.
-        default_user: the user of a procedure that names none.
-        default_group: the group of a procedure that names neither user nor group.
+        defaults: the user of a procedure that names none, and the group of one that names neither user nor group.
         tracebacks: whether the traceback of an exception goes to the supervisor, before the closing line.
         cookie: the environment cookie of this process.
     """
     process, guard = os.getpid(), SignalGuard()
-    defaults = default_user, default_group
     try:
         channel = Channel(channel_descriptor, guard)
         prepared = False
@@ -162,7 +159,11 @@ def _line(message: dict[str, Any]) -> bytes:
 def _change_user(procedure: Procedure, zygote: int, defaults: tuple[int | str | None, int | str | None]) -> None:
     """Change to the user of the procedure. Raises `_CallRejected`."""
     try:
-        credentials = _credentials(procedure, *defaults)
+        if procedure.uid is not None:
+            credentials = resolve_credentials(procedure.uid, procedure.gid)
+        else:
+            user, group = defaults
+            credentials = resolve_credentials(user, procedure.gid or (None if group is None else (group,)))
         if credentials.uid is not None:
             # Many shell scripts open these pipes again by name, as /dev/stderr.
             for stream in (1, 2):
@@ -175,18 +176,9 @@ def _change_user(procedure: Procedure, zygote: int, defaults: tuple[int | str | 
         raise _CallRejected("system_error", str(error)) from error
     finally:
         die_with_parent(zygote)
-    _set_user_variables(credentials)
-
-
-def _credentials(procedure: Procedure, user: int | str | None, group: int | str | None) -> Credentials:
-    if procedure.uid is not None:
-        return resolve_credentials(procedure.uid, procedure.gid)
-    return resolve_credentials(user, procedure.gid or (None if group is None else (group,)))
-
-
-def _set_user_variables(credentials: Credentials) -> None:
-    if credentials.name is not None:
-        os.environ.update(USER=credentials.name, LOGNAME=credentials.name, HOME=credentials.home or "/")
+    if credentials.entry is not None:
+        name = credentials.entry.pw_name
+        os.environ.update(USER=name, LOGNAME=name, HOME=credentials.entry.pw_dir or "/")
     elif credentials.uid is not None:  # a user that the system does not know, so the variables are another user's
         os.environ["HOME"] = "/"
         os.environ.pop("USER", None)
@@ -245,20 +237,13 @@ def _write_records(records: Any, channel: Channel) -> Any:
                 message = f"cannot encode record {number} as JSON: {error}"
                 raise _CallRejected("invalid_message", message) from error
             except (TimeLimit, Cancelled) as limit:
-                _throw(iterator, limit)
+                if hasattr(iterator, "throw"):  # a generator, which did not run when it was raised here, cleans up
+                    iterator.throw(limit)
                 raise
             number += 1
     finally:
-        close = getattr(iterator, "close", None)
-        if close is not None:
-            close()
-
-
-def _throw(iterator: Any, limit: BaseException) -> None:
-    """Raise an exception in the generator, which did not run when it was raised here, so that it can clean up."""
-    throw = getattr(iterator, "throw", None)
-    if throw is not None:
-        throw(limit)
+        if hasattr(iterator, "close"):
+            iterator.close()
 
 
 def _message(error: BaseException) -> str:

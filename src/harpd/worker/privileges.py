@@ -25,25 +25,16 @@ class Credentials:
         uid: the user id.
         gid: the primary group id.
         groups: the ids of all groups; None if `gid` is None.
-        name: the user's name, if the system knows it.
-        home: the user's home directory, if the system knows it.
+        entry: the entry of the user, if the system knows it.
     """
 
-    __slots__ = ("gid", "groups", "home", "name", "uid")
-
     def __init__(
-        self,
-        uid: int | None,
-        gid: int | None,
-        groups: tuple[int, ...] | None,
-        name: str | None = None,
-        home: str | None = None,
+        self, uid: int | None, gid: int | None, groups: tuple[int, ...] | None, entry: pwd.struct_passwd | None
     ) -> None:
         self.uid = uid
         self.gid = gid
         self.groups = groups
-        self.name = name
-        self.home = home
+        self.entry = entry
 
 
 def resolve_credentials(uid: int | str | None, gid: Sequence[int | str] | None) -> Credentials:
@@ -58,15 +49,14 @@ def resolve_credentials(uid: int | str | None, gid: Sequence[int | str] | None) 
         UserError: a name is not known.
     """
     number, entry = _find_user(uid)
-    name, home = (entry.pw_name, entry.pw_dir) if entry else (None, None)
     if gid is not None:
         groups = tuple(dict.fromkeys(_group_id(group) for group in gid))
-        return Credentials(number, groups[0], groups, name, home)
+        return Credentials(number, groups[0], groups, entry)
     if entry:
-        return Credentials(number, entry.pw_gid, tuple(os.getgrouplist(entry.pw_name, entry.pw_gid)), name, home)
+        return Credentials(number, entry.pw_gid, tuple(os.getgrouplist(entry.pw_name, entry.pw_gid)), entry)
     if number is None:
-        return Credentials(None, None, None)
-    return Credentials(number, _OVERFLOW_GROUP, ())
+        return Credentials(None, None, None, None)
+    return Credentials(number, _OVERFLOW_GROUP, (), None)
 
 
 def _find_user(uid: int | str | None) -> tuple[int | None, pwd.struct_passwd | None]:

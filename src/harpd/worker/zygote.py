@@ -63,17 +63,6 @@ _WAKEUP_READ_SIZE = 4096
 _RECURSION_LIMIT = 10_000
 
 
-class _PreforkedWorker:
-    """A worker that waits for its first call, and this side of the socket over which it gets the call."""
-
-    __slots__ = ("pid", "socket", "start")
-
-    def __init__(self, pid: int, start: int, socket: socket.socket) -> None:
-        self.pid = pid
-        self.start = start
-        self.socket = socket
-
-
 class _Zygote:
     def __init__(self, supervisor: socket.socket) -> None:
         self._supervisor = supervisor
@@ -81,7 +70,8 @@ class _Zygote:
         self._procedures: Mapping[str, Procedure] = {}
         self._defaults: tuple[int | str | None, int | str | None] = (None, None)
         self._tracebacks = False
-        self._preforked: dict[int, _PreforkedWorker] = {}
+        # Workers that wait for their first call: by pid, start time and this end of the socket over which they get it.
+        self._preforked: dict[int, tuple[int, socket.socket]] = {}
         self._child_deaths, self._wakeup = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
 
     def load(self) -> bool:
@@ -154,8 +144,8 @@ class _Zygote:
         try:
             if len(descriptors) != _DESCRIPTOR_COUNT:
                 raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
-            worker = self._hand_over(data, received)
-            self._send({"forked": call_id, "pid": worker.pid, "start": worker.start})
+            pid, start = self._hand_over(data, received)
+            self._send({"forked": call_id, "pid": pid, "start": start})
         except OSError as error:
             self._send({"failed": call_id, "reason": f"cannot create a process: {error.strerror}"})
         finally:
@@ -163,20 +153,20 @@ class _Zygote:
                 os.close(descriptor)
         return True
 
-    def _hand_over(self, command: bytes, descriptors: list[bytes]) -> _PreforkedWorker:
-        """Send a command to a live worker. Raises OSError."""
+    def _hand_over(self, command: bytes, descriptors: list[bytes]) -> tuple[int, int]:
+        """Send a command to a live worker; return its pid and start time. Raises OSError."""
+        passed = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, item) for item in descriptors]
         while True:
             if not self._preforked:
                 self._prefork()
-            worker = self._preforked.pop(next(iter(self._preforked)))
-            with worker.socket:
+            pid = next(iter(self._preforked))
+            start, commands = self._preforked.pop(pid)
+            with commands:
                 try:
-                    worker.socket.sendmsg(
-                        [command], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, item) for item in descriptors]
-                    )
+                    commands.sendmsg([command], passed)
                 except ConnectionError:
                     continue  # another process has killed it
-            return worker
+            return pid, start
 
     def _prefork(self) -> None:
         """Fork a worker that waits for a call. Raises OSError."""
@@ -191,8 +181,9 @@ class _Zygote:
             if pid == 0:
                 near.close()
                 self._run_preforked(far, parent)
-        worker = self._preforked[pid] = _PreforkedWorker(pid, start_time(pid), near)
-        self._send({"preforked": pid, "start": worker.start})
+        start = start_time(pid)
+        self._preforked[pid] = start, near
+        self._send({"preforked": pid, "start": start})
 
     def _run_preforked(self, commands: socket.socket, parent: int) -> NoReturn:
         try:
@@ -200,8 +191,8 @@ class _Zygote:
             os.close(self._supervisor.detach())
             os.close(self._child_deaths)
             os.close(self._wakeup)
-            for worker in self._preforked.values():
-                worker.socket.close()
+            for _, other in self._preforked.values():
+                other.close()
             detach_from_zygote(parent)
             data, ancillary, _, _ = commands.recvmsg(_MAX_COMMAND_BYTES, _ANCILLARY_SIZE, socket.MSG_CMSG_CLOEXEC)
             commands.close()
@@ -210,7 +201,7 @@ class _Zygote:
                 channel, stdout, stderr = memoryview(b"".join(item for _, _, item in ancillary)).cast("i")
                 procedure = self._procedures[command["procedure"]]
                 pipes = stdout, stderr
-                run_worker(procedure, channel, pipes, parent, *self._defaults, self._tracebacks, self._cookie)
+                run_worker(procedure, channel, pipes, parent, self._defaults, self._tracebacks, self._cookie)
         except BaseException:  # noqa: BLE001 - no exception may reach the zygote's code
             sys.excepthook(*sys.exc_info())
         finally:
@@ -224,8 +215,8 @@ class _Zygote:
                 return
             if not pid:
                 return
-            if worker := self._preforked.pop(pid, None):
-                worker.socket.close()
+            if preforked := self._preforked.pop(pid, None):
+                preforked[1].close()
             cpu = round(usage.ru_utime + usage.ru_stime, 6)
             self._send({"reaped": pid, "status": status, "cpu": cpu, "memory": 1024 * usage.ru_maxrss})
 
