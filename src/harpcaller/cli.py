@@ -40,14 +40,11 @@ signals:
 exit status: 0 success, 1 failure (one line on stderr says why; status: stopped), 2 wrong usage
 """
 
-#: Nested values of the protocol's depth need more than Python's default.
-_RECURSION_LIMIT = 10_000
-
 
 def main(arguments: list[str] | None = None) -> int:
     """Run harpcallerd; return its exit status."""
     parsed = parser().parse_args(arguments)
-    sys.setrecursionlimit(_RECURSION_LIMIT)
+    sys.setrecursionlimit(10_000)  # values may be nested as deeply as the protocol allows
     try:
         return int(parsed.run(parsed))
     except (ControlError, ProcessError) as error:

@@ -43,17 +43,11 @@ _ADDRESS = re.compile(r"(?:\[(?P<bracketed>[^\[\]]+)\]|(?P<plain>[^:\[\]]+)):(?P
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """An address to listen on.
+    """An address to listen on."""
 
-    Attributes:
-        host: a name or an address; None for all addresses of the machine.
-        port: the TCP port; 0 for any free port.
-        path: the path of a Unix socket; None for TCP.
-    """
-
-    host: str | None
-    port: int
-    path: Path | None = None
+    host: str | None  #: A name or an address; None for all addresses of the machine.
+    port: int  #: The TCP port; 0 for any free port.
+    path: Path | None = None  #: The path of a Unix socket; None for TCP.
 
     @classmethod
     def parse(cls, text: str) -> Self | None:

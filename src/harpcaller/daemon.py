@@ -39,15 +39,7 @@ _OWN_DESCRIPTORS = 64
 
 
 def configure_log(config: Config, debug: bool) -> None:
-    """Configure the log.
-
-    Args:
-        config: the configuration.
-        debug: whether to log at debug level, regardless of the configuration.
-
-    Raises:
-        ConfigError: syslog cannot be reached.
-    """
+    """Configure the log; `debug` replaces the configured level. Raises `ConfigError` if syslog cannot be reached."""
     level = "debug" if debug else config.log_level
     try:
         logs.configure(level=level.upper(), form=config.log_format, syslog=config.syslog, name="harpcallerd")

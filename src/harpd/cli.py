@@ -48,9 +48,6 @@ exit status: 0 success; 1 an error (one line on stderr), no supervisor runs (sta
 2 wrong usage
 """
 
-#: Python's own limit is too low for values of the protocol's greatest depth.
-_RECURSION_LIMIT = 10_000
-
 
 def main(arguments: list[str] | None = None) -> int:
     """Run harpd; return its exit status."""
@@ -58,7 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = CommandLine(**vars(command_line.parse_args(arguments)))
     if options.timeout is not None and options.command != "drain":
         command_line.error("--timeout is an option of drain")
-    sys.setrecursionlimit(_RECURSION_LIMIT)
+    sys.setrecursionlimit(10_000)  # values may be nested as deeply as the protocol allows
     try:
         return _run_command(options)
     except (ConfigError, ProcessError, SupervisorError) as error:
@@ -107,9 +104,8 @@ def _runtime_directory(options: CommandLine) -> Path:
     """Return the configured runtime directory, by which separate programs find each other. Raises `ConfigError`."""
     configured = load(options.config).runtime_directory
     if configured is None:
-        raise ConfigError(
-            f"{options.config}: runtime_directory: missing; frontend and supervisor find each other by it"
-        )
+        hint = "frontend and supervisor find each other by it"
+        raise ConfigError(f"{options.config}: runtime_directory: missing; {hint}")
     return Path(configured).absolute()
 
 

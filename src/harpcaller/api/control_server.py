@@ -65,12 +65,7 @@ class Daemon(Protocol):
 
 @asynccontextmanager
 async def serve_control(daemon: Daemon, listener: Listener) -> AsyncIterator[None]:
-    """Serve the control API on a socket for the duration of the context.
-
-    Args:
-        daemon: the daemon to control.
-        listener: the control socket.
-    """
+    """Serve the control API of the daemon on the control socket, for the duration of the context."""
 
     async def answer(connection: Connection) -> None:
         await connection.send(await _run_command(daemon, connection))

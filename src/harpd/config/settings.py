@@ -120,10 +120,7 @@ class Configuration(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
 
 
 def load(path: Path) -> Configuration:
-    """Read and check a configuration file.
-
-    Args:
-        path: the file, YAML.
+    """Read and check a configuration file, YAML.
 
     Raises:
         ConfigError: the file cannot be read, is not YAML, or has an invalid or unknown key.
@@ -168,11 +165,7 @@ def one_line(error: BaseException) -> str:
 
 
 def server_context(network: Network, path: Path) -> ssl.SSLContext:
-    """Return the TLS context for the section `network`.
-
-    Args:
-        network: the section.
-        path: the configuration file, for messages.
+    """Return the TLS context for the section `network` of the file `path`.
 
     Raises:
         ConfigError: the certificate or the key cannot be read, or they do not belong together.
