@@ -221,7 +221,7 @@ async def _serve(answer: Callable[[Connection], Awaitable[None]], connection: Co
     except ClientDisconnected:
         pass  # there is no client to reply to
     except BaseException:
-        connection.mark_disconnected()  # so that closing waits for nothing
+        connection.mark_disconnected()  # so that closing does not wait
         raise
     finally:
         await connection.close()
