@@ -204,9 +204,10 @@ def test_runtime_directory_in_use_is_rejected(harpd: Harpd) -> None:
         assert version(harpd) == {"result": 1}
 
 
-def test_runtime_directory_writable_for_others_is_rejected(harpd: Harpd) -> None:
+@pytest.mark.parametrize("mode", [0o770, 0o702])
+def test_runtime_directory_writable_for_others_is_rejected(harpd: Harpd, mode: int) -> None:
     harpd.runtime_directory.mkdir(mode=0o700)
-    harpd.runtime_directory.chmod(0o777)
+    harpd.runtime_directory.chmod(mode)
     outcome = subprocess.run(harpd.command(), capture_output=True, text=True, timeout=DEADLINE)
     assert outcome.returncode == 1
     assert f"{harpd.runtime_directory}: other users can write there" in outcome.stderr
