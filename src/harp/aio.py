@@ -9,12 +9,11 @@ Spec: docs/client-api.md, asyncio.
 from __future__ import annotations
 
 from collections.abc import AsyncIterable, Iterable
-from typing import Any, TypeVar, Unpack
+from typing import Any, Unpack
 
 from harp._core.calls import Call, JobOptions, check_attribute_name
-from harp._core.dispatcher import CallerBase, JobBase, ProcedureBase, ServerBase
 from harp._core.harpd import DirectProcedureBase, DirectServerBase
-from harp._core.operations import Operation, submit_many
+from harp._core.operations import CallerBase, JobBase, ProcedureBase, ServerBase
 from harp._core.streams import StreamReader
 from harp._net.aio import AsyncIteration, AsyncJSONConnection, AsyncJSONSSLConnection, AsyncPeer, AsyncStream, run
 from harp.protocol.requests import FollowStream, ReadStream
@@ -30,8 +29,6 @@ __all__ = [
     "AsyncRemoteProcedure",
     "AsyncRemoteServer",
 ]
-
-T = TypeVar("T")
 
 
 class AsyncHarpCaller(AsyncPeer, CallerBase[AsyncJSONConnection]):
@@ -55,7 +52,7 @@ class AsyncHarpCaller(AsyncPeer, CallerBase[AsyncJSONConnection]):
 
     async def submit_many(self, calls: Iterable[Call]) -> list[AsyncRemoteCall]:
         """See `harp.HarpCaller.submit_many`."""
-        return [AsyncRemoteCall(self, job_id) for job_id in await self._run(submit_many(calls))]
+        return [AsyncRemoteCall(self, job_id) for job_id in await run(self._submit_many(calls))]
 
     async def connect(self) -> AsyncJSONConnection:
         """See `harp.HarpCaller.connect`."""
@@ -72,9 +69,6 @@ class AsyncHarpCaller(AsyncPeer, CallerBase[AsyncJSONConnection]):
         """See `harp.HarpCaller.request`."""
         return await run(self._send_plain(req))
 
-    async def _run(self, operation: Operation[T]) -> T:
-        return await run(self._perform(operation))
-
 
 class AsyncRemoteServer(ServerBase[AsyncHarpCaller]):
     """See `harp.RemoteServer`."""
@@ -90,7 +84,7 @@ class AsyncRemoteProcedure(ProcedureBase[AsyncHarpCaller, AsyncRemoteServer]):
 
     async def __call__(self, /, *args: Any, **kwargs: Any) -> AsyncRemoteCall:
         """See `harp.RemoteProcedure.__call__`."""
-        return AsyncRemoteCall(self._dispatcher, await self._dispatcher._run(self._submit(args, kwargs)))
+        return AsyncRemoteCall(self._dispatcher, (await run(self._submit(args, kwargs))).job_id)
 
 
 class AsyncRemoteCall(JobBase[AsyncHarpCaller]):
@@ -101,73 +95,74 @@ class AsyncRemoteCall(JobBase[AsyncHarpCaller]):
 
         def __init__(self, remote_call: AsyncRemoteCall, conn: AsyncJSONConnection, numbered: bool = False) -> None:
             # The replies to read_stream include all replies to follow_stream.
-            sent = ReadStream(remote_call.id())
-            super().__init__(conn, StreamReader(remote_call._job, sent, numbered, sent=True))
+            reader = remote_call._reader(ReadStream, None, None, numbered, False)
+            reader.take_request()  # the caller has sent it
+            super().__init__(conn, reader)
 
     async def result(self, wait: bool = False) -> Any:
         """See `harp.RemoteCall.result`."""
-        return await self._dispatcher._run(self._job.result(wait))
+        return await run(self._result(wait))
 
     async def get(self, wait: bool = True) -> Any:
         """See `harp.RemoteCall.get`."""
-        return await self._dispatcher._run(self._job.get(wait))
+        return await run(self._get(wait))
 
     async def cancel(self, *, wait: bool = False) -> bool:
         """See `harp.RemoteCall.cancel`."""
-        return await self._dispatcher._run(self._job.cancel(wait))
+        return await run(self._cancel(wait))
 
     async def details(self) -> dict[str, Any]:
         """See `harp.RemoteCall.details`."""
-        return await self._dispatcher._run(self._job.details())
+        return await run(self._details())
 
     async def why(self) -> str:
         """See `harp.RemoteCall.why`."""
-        return await self._dispatcher._run(self._job.why())
+        return str((await run(self._details()))["why"])
 
     def follow(
         self, since: int | None = None, recent: int | None = None, numbered: bool = False, *, timed: bool = False
     ) -> AsyncRemoteCall.StreamIterator:
         """See `harp.RemoteCall.follow`; the iterator connects when its first record is requested."""
-        return self._stream(self._job.stream_request(True, since, recent, timed), numbered)
+        return self._stream(self._reader(FollowStream, since, recent, numbered, timed))
 
     def stream(
         self, since: int | None = None, recent: int | None = None, numbered: bool = False, *, timed: bool = False
     ) -> AsyncRemoteCall.StreamIterator:
         """See `harp.RemoteCall.stream`; the iterator connects when its first record is requested."""
-        return self._stream(self._job.stream_request(False, since, recent, timed), numbered)
+        return self._stream(self._reader(ReadStream, since, recent, numbered, timed))
 
-    def _stream(self, request: FollowStream | ReadStream, numbered: bool) -> AsyncRemoteCall.StreamIterator:
-        iterator = self.StreamIterator(self, self._dispatcher._connection(), numbered)
-        iterator._reader = StreamReader(self._job, request, numbered, self._dispatcher._reconnect)
+    def _stream(self, reader: StreamReader) -> AsyncRemoteCall.StreamIterator:
+        iterator = self.StreamIterator(self, self._dispatcher._connection())
+        iterator._reader = reader
         return iterator
 
     async def host(self) -> str:
         """See `harp.RemoteCall.host`."""
-        return (await self._dispatcher._run(self._job.submitted())).host
+        return (await run(self._submitted())).host
 
     async def procedure(self) -> str:
         """See `harp.RemoteCall.procedure`."""
-        return (await self._dispatcher._run(self._job.submitted())).procedure
+        return (await run(self._submitted())).procedure
 
     async def args(self) -> Any:
         """See `harp.RemoteCall.args`."""
-        return (await self._dispatcher._run(self._job.submitted())).arguments
+        return (await run(self._submitted())).arguments
 
     async def info(self) -> Any:
         """See `harp.RemoteCall.info`."""
-        return (await self._dispatcher._run(self._job.submitted())).info
+        return (await run(self._submitted())).info
 
     async def submit_time(self) -> int:
         """See `harp.RemoteCall.submit_time`."""
-        return (await self._dispatcher._run(self._job.submitted())).submit
+        return (await run(self._submitted())).submit
 
     async def start_time(self) -> int | None:
         """See `harp.RemoteCall.start_time`."""
-        return (await self._dispatcher._run(self._job.started())).start
+        return (await run(self._started())).start
 
     async def end_time(self) -> int | None:
         """See `harp.RemoteCall.end_time`."""
-        return (await self._dispatcher._run(self._job.ended())).end
+        return (await run(self._ended())).end
 
 
 class AsyncHarpServer(AsyncPeer, DirectServerBase[AsyncJSONConnection]):

@@ -7,18 +7,15 @@ hasattr) sends nothing: names that begin with an underscore are neither hosts no
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, TypeVar, Unpack
+from typing import Any, Unpack
 
 from harp._core.calls import Call, JobOptions, check_attribute_name
-from harp._core.dispatcher import CallerBase, JobBase, ProcedureBase, ServerBase
-from harp._core.operations import Operation, submit_many
+from harp._core.operations import CallerBase, JobBase, ProcedureBase, ServerBase
 from harp._core.streams import StreamReader
 from harp._net.sync import JSONConnection, Stream, SyncPeer, run
 from harp.protocol.requests import FollowStream, ReadStream
 
 __all__ = ["HarpCaller", "RemoteCall", "RemoteProcedure", "RemoteServer"]
-
-T = TypeVar("T")
 
 
 class HarpCaller(SyncPeer, CallerBase[JSONConnection]):
@@ -91,7 +88,7 @@ class HarpCaller(SyncPeer, CallerBase[JSONConnection]):
 
         Spec: docs/client-api.md, HarpCaller.
         """
-        return [RemoteCall(self, job_id) for job_id in self._run(submit_many(calls))]
+        return [RemoteCall(self, job_id) for job_id in run(self._submit_many(calls))]
 
     def connect(self) -> JSONConnection:
         """Return a new connection to the dispatcher, for one request. Raise `CommunicationError`.
@@ -118,9 +115,6 @@ class HarpCaller(SyncPeer, CallerBase[JSONConnection]):
         Spec: docs/client-api.md, HarpCaller.
         """
         return run(self._send_plain(req))
-
-    def _run(self, operation: Operation[T]) -> T:
-        return run(self._perform(operation))
 
 
 class RemoteServer(ServerBase[HarpCaller]):
@@ -165,7 +159,7 @@ class RemoteProcedure(ProcedureBase[HarpCaller, RemoteServer]):
 
         Spec: docs/client-api.md, RemoteProcedure.
         """
-        return RemoteCall(self._dispatcher, self._dispatcher._run(self._submit(args, kwargs)))
+        return RemoteCall(self._dispatcher, run(self._submit(args, kwargs)).job_id)
 
 
 class RemoteCall(JobBase[HarpCaller]):
@@ -204,8 +198,9 @@ class RemoteCall(JobBase[HarpCaller]):
 
         def __init__(self, remote_call: RemoteCall, conn: JSONConnection, numbered: bool = False) -> None:
             # The replies to read_stream include all replies to follow_stream.
-            sent = ReadStream(remote_call.id())
-            super().__init__(conn, StreamReader(remote_call._job, sent, numbered, sent=True))
+            reader = remote_call._reader(ReadStream, None, None, numbered, False)
+            reader.take_request()  # the caller has sent it
+            super().__init__(conn, reader)
 
     def result(self, wait: bool = False) -> Any:
         """Return how the job ended; errors are returned, not raised.
@@ -220,7 +215,7 @@ class RemoteCall(JobBase[HarpCaller]):
 
         Spec: docs/client-api.md, RemoteCall.
         """
-        return self._dispatcher._run(self._job.result(wait))
+        return run(self._result(wait))
 
     def get(self, wait: bool = True) -> Any:
         """Return the procedure's result; every other end is raised.
@@ -239,7 +234,7 @@ class RemoteCall(JobBase[HarpCaller]):
 
         Spec: docs/client-api.md, RemoteCall.
         """
-        return self._dispatcher._run(self._job.get(wait))
+        return run(self._get(wait))
 
     def cancel(self, *, wait: bool = False) -> bool:
         """Cancel the job.
@@ -257,21 +252,21 @@ class RemoteCall(JobBase[HarpCaller]):
 
         Spec: docs/client-api.md, RemoteCall.
         """
-        return self._dispatcher._run(self._job.cancel(wait))
+        return run(self._cancel(wait))
 
     def details(self) -> dict[str, Any]:
         """Return all that is known about the job: queue, host, call, stop report, end.
 
         Spec: docs/client-api.md, Details.
         """
-        return self._dispatcher._run(self._job.details())
+        return run(self._details())
 
     def why(self) -> str:
         """Return one sentence that explains why the job waits, runs or ended.
 
         Spec: docs/client-api.md, Details.
         """
-        return self._dispatcher._run(self._job.why())
+        return str(run(self._details())["why"])
 
     def follow(
         self, since: int | None = None, recent: int | None = None, numbered: bool = False, *, timed: bool = False
@@ -289,7 +284,7 @@ class RemoteCall(JobBase[HarpCaller]):
 
         Spec: docs/client-api.md, RemoteCall.
         """
-        return self._stream(self._job.stream_request(True, since, recent, timed), numbered)
+        return self._stream(self._reader(FollowStream, since, recent, numbered, timed))
 
     def stream(
         self, since: int | None = None, recent: int | None = None, numbered: bool = False, *, timed: bool = False
@@ -307,41 +302,41 @@ class RemoteCall(JobBase[HarpCaller]):
 
         Spec: docs/client-api.md, RemoteCall.
         """
-        return self._stream(self._job.stream_request(False, since, recent, timed), numbered)
+        return self._stream(self._reader(ReadStream, since, recent, numbered, timed))
 
-    def _stream(self, request: FollowStream | ReadStream, numbered: bool) -> RemoteCall.StreamIterator:
-        iterator = self.StreamIterator(self, self._dispatcher.connect(), numbered)
-        iterator._reader = StreamReader(self._job, request, numbered, self._dispatcher._reconnect)
+    def _stream(self, reader: StreamReader) -> RemoteCall.StreamIterator:
+        iterator = self.StreamIterator(self, self._dispatcher.connect())
+        iterator._reader = reader
         iterator.send_request()
         return iterator
 
     def host(self) -> str:
         """Return the name of the job's host. Spec: docs/client-api.md, RemoteCall."""
-        return self._dispatcher._run(self._job.submitted()).host
+        return run(self._submitted()).host
 
     def procedure(self) -> str:
         """Return the name of the procedure. Spec: docs/client-api.md, RemoteCall."""
-        return self._dispatcher._run(self._job.submitted()).procedure
+        return run(self._submitted()).procedure
 
     def args(self) -> Any:
         """Return the procedure's arguments: a list, or a dict of named ones. Spec: docs/client-api.md, RemoteCall."""
-        return self._dispatcher._run(self._job.submitted()).arguments
+        return run(self._submitted()).arguments
 
     def info(self) -> Any:
         """Return the job's option `info`, None when it is not set. Spec: docs/client-api.md, RemoteCall."""
-        return self._dispatcher._run(self._job.submitted()).info
+        return run(self._submitted()).info
 
     def submit_time(self) -> int:
         """Return when the job was submitted, in Unix seconds. Spec: docs/client-api.md, RemoteCall."""
-        return self._dispatcher._run(self._job.submitted()).submit
+        return run(self._submitted()).submit
 
     def start_time(self) -> int | None:
         """Return when the job started, in Unix seconds; None: not yet, or it ended before it could start.
 
         Spec: docs/client-api.md, RemoteCall.
         """
-        return self._dispatcher._run(self._job.started()).start
+        return run(self._started()).start
 
     def end_time(self) -> int | None:
         """Return when the job ended, in Unix seconds; None: not yet. Spec: docs/client-api.md, RemoteCall."""
-        return self._dispatcher._run(self._job.ended()).end
+        return run(self._ended()).end

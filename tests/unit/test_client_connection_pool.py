@@ -6,7 +6,7 @@ import gc
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
-from harp._core.connection_pool import ConnectionPool
+from harp._core.connections import ConnectionPool
 
 
 class Conn:

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from harp._core.operations import Job
 from harp._core.retry import ReconnectPolicy, parse_reconnect
 from harp._core.streams import StreamReader
 from harp.errors import CommunicationError, HarpException, RemoteError
@@ -136,6 +135,10 @@ def test_reconnect_option_is_parsed(option: Any, seconds: float) -> None:
 # A reader, line by line: its requests and its items.
 
 
+def reader_of(request: FollowStream | ReadStream, numbered: bool) -> StreamReader:
+    return StreamReader(request, numbered, 300, lambda reply, line: None)
+
+
 def next_request(reader: StreamReader) -> dict[str, Any] | None:
     line = reader.take_request()
     if line is None:
@@ -155,7 +158,7 @@ END = b'{"result": 1}'
 
 
 def test_reader_continues_from_its_number() -> None:
-    reader = StreamReader(Job(JOB), FollowStream(JOB, since=3), numbered=True, reconnect=300)
+    reader = reader_of(FollowStream(JOB, since=3), numbered=True)
     assert next_request(reader) == {"follow_stream": JOB, "since": 3}
     assert next_request(reader) is None
     assert reader.read(packet(3)) == ((3, "r3"),)
@@ -170,7 +173,7 @@ def test_reader_continues_from_its_number() -> None:
 
 @pytest.mark.parametrize("recent", [None, 0])
 def test_reader_without_number_reads_it_first(recent: int | None) -> None:
-    reader = StreamReader(Job(JOB), FollowStream(JOB, recent=recent), numbered=True, reconnect=300)
+    reader = reader_of(FollowStream(JOB, recent=recent), numbered=True)
     assert next_request(reader) == {"read_stream": JOB, "recent": 1}
     assert reader.read(packet(6)) == ()  # older than the request
     assert reader.read(packet(7)) == ((7, "r7"),)  # created since the request
@@ -180,7 +183,7 @@ def test_reader_without_number_reads_it_first(recent: int | None) -> None:
 
 
 def test_reader_returns_recent_records_before_following() -> None:
-    reader = StreamReader(Job(JOB), FollowStream(JOB, recent=3), numbered=False, reconnect=300)
+    reader = reader_of(FollowStream(JOB, recent=3), numbered=False)
     assert next_request(reader) == {"read_stream": JOB, "recent": 3}
     assert reader.read(packet(6)) == ("r6",)
     reader.interrupted(LOST, 1.0)
@@ -188,7 +191,7 @@ def test_reader_returns_recent_records_before_following() -> None:
 
 
 def test_reader_without_records_follows_from_zero() -> None:
-    reader = StreamReader(Job(JOB), FollowStream(JOB), numbered=False, reconnect=300)
+    reader = reader_of(FollowStream(JOB), numbered=False)
     next_request(reader)
     reader.interrupted(LOST, 1.0)
     assert next_request(reader) == {"read_stream": JOB, "recent": 1}
@@ -198,7 +201,7 @@ def test_reader_without_records_follows_from_zero() -> None:
 
 
 def test_reader_of_ended_job_finishes_at_once() -> None:
-    reader = StreamReader(Job(JOB), FollowStream(JOB), numbered=False, reconnect=300)
+    reader = reader_of(FollowStream(JOB), numbered=False)
     next_request(reader)
     assert reader.read(packet(9)) == ()
     assert reader.read(END) == ()
@@ -207,7 +210,7 @@ def test_reader_of_ended_job_finishes_at_once() -> None:
 
 @pytest.mark.parametrize("since", [None, 4])
 def test_reader_second_silent_close_raises(since: int | None) -> None:
-    reader = StreamReader(Job(JOB), FollowStream(JOB, since=since), numbered=False, reconnect=300)
+    reader = reader_of(FollowStream(JOB, since=since), numbered=False)
     next_request(reader)
     reader.interrupted(SILENCE, 0.1)
     again = next_request(reader)
@@ -219,7 +222,7 @@ def test_reader_second_silent_close_raises(since: int | None) -> None:
 
 def test_reader_late_silent_close_is_an_outage() -> None:
     """The job has no records for an hour; then the dispatcher is killed twice."""
-    reader = StreamReader(Job(JOB), FollowStream(JOB, since=0), numbered=False, reconnect=300)
+    reader = reader_of(FollowStream(JOB, since=0), numbered=False)
     next_request(reader)
     reader.interrupted(SILENCE, 3600.0)
     for _ in range(2):
@@ -228,7 +231,7 @@ def test_reader_late_silent_close_is_an_outage() -> None:
 
 
 def test_reader_follows_after_a_reply() -> None:
-    reader = StreamReader(Job(JOB), FollowStream(JOB, since=4), numbered=False, reconnect=300)
+    reader = reader_of(FollowStream(JOB, since=4), numbered=False)
     next_request(reader)
     reader.interrupted(SILENCE, 0.1)
     assert next_request(reader) == {"read_stream": JOB, "since": 4}
@@ -238,7 +241,7 @@ def test_reader_follows_after_a_reply() -> None:
 
 
 def test_reader_of_read_stream_never_reconnects() -> None:
-    reader = StreamReader(Job(JOB), ReadStream(JOB), numbered=False, reconnect=300)
+    reader = reader_of(ReadStream(JOB), numbered=False)
     assert next_request(reader) == {"read_stream": JOB}
     reader.read(packet(0))
     with pytest.raises(CommunicationError):

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any, cast
 
-from harp._core.operations import Job
 from harp._core.streams import StreamReader
 from harp._net.sync import JSONConnection, Stream
 from harp.errors import CommunicationError
@@ -37,7 +36,8 @@ class Connection:
 
 def test_stream_closed_before_it_connects_closes_connection() -> None:
     conn = Connection()
-    stream = Stream(cast(JSONConnection, conn), StreamReader(Job(JOB), FollowStream(JOB, since=0), numbered=False))
+    reader = StreamReader(FollowStream(JOB, since=0), False, 0, lambda reply, line: None)
+    stream = Stream(cast(JSONConnection, conn), reader)
     conn.before_connect = stream.close
     assert list(stream) == []
     assert not conn.open

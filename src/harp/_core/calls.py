@@ -6,11 +6,10 @@ Values are encoded as soon as they are passed: a later change of a list or dict 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import KW_ONLY, dataclass, field, fields, replace
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, TypedDict
 
 from harp.errors import HarpException
-from harp.protocol import harpd as daemon
 from harp.protocol import requests as protocol
 from harp.protocol.fields import is_count, is_seconds
 from harp.protocol.json_text import NotJSON, Raw, dumps
@@ -45,29 +44,19 @@ class JobOptions(TypedDict, total=False):
     info: Any
 
 
-@dataclass(frozen=True, slots=True)
-class Options:
-    """The checked options of a job; `queue` and `info` are JSON text."""
-
-    queue: Raw | None = None
-    concurrency: int | None = None
-    timeout: float | None = None
-    max_exec_time: float | None = None
-    info: Raw | None = None
-
-    def updated(self, options: Mapping[str, Any]) -> Options:
-        """Return a copy with some options replaced.
-
-        Raises:
-            HarpException: an option is unknown or invalid; the message names it.
-        """
-        for name in options:
-            if name not in _OPTION_NAMES:
-                raise HarpException(f"unknown option {name!r}, expected one of {', '.join(_OPTION_NAMES)}")
-        return replace(self, **{name: _check_option(name, value) for name, value in options.items()})
+_OPTION_NAMES = tuple(JobOptions.__annotations__)
 
 
-_OPTION_NAMES = tuple(option.name for option in fields(Options))
+def check_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return options of a job, checked; `queue` and `info` become JSON text.
+
+    Raises:
+        HarpException: an option is unknown or invalid; the message names it.
+    """
+    for name in options:
+        if name not in _OPTION_NAMES:
+            raise HarpException(f"unknown option {name!r}, expected one of {', '.join(_OPTION_NAMES)}")
+    return {name: _check_option(name, value) for name, value in options.items()}
 
 
 def _check_option(name: str, value: Any) -> Any:
@@ -94,7 +83,7 @@ def _encode(what: str, value: Any) -> Raw:
         raise HarpException(f"{what} cannot be sent as JSON: {error}") from error
 
 
-def _encode_arguments(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Raw:
+def encode_arguments(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Raw:
     """Return a call's arguments as JSON text: an array, or an object of named arguments.
 
     Raises:
@@ -102,10 +91,13 @@ def _encode_arguments(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Raw:
     """
     if args and kwargs:
         raise HarpException("positional and named arguments cannot be mixed in one call")
-    if kwargs:
-        named = [dumps(name) + b":" + _encode(f"argument {name!r}", value) for name, value in kwargs.items()]
-        return Raw(b"{" + b",".join(named) + b"}")
-    return Raw(b"[" + b",".join(_encode(f"argument {n}", value) for n, value in enumerate(args, 1)) + b"]")
+    try:
+        return dumps(kwargs or args)
+    except NotJSON:  # find the argument
+        if kwargs:
+            named = [dumps(name) + b":" + _encode(f"argument {name!r}", value) for name, value in kwargs.items()]
+            return Raw(b"{" + b",".join(named) + b"}")
+        return Raw(b"[" + b",".join([_encode(f"argument {n}", value) for n, value in enumerate(args, 1)]) + b"]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,27 +131,22 @@ class Call:
         check_name("host", self.host)
         check_name("procedure", self.procedure)
         if isinstance(self.arguments, dict):
-            arguments = _encode_arguments((), self.arguments) if self.arguments else Raw(b"{}")
+            arguments = encode_arguments((), self.arguments) if self.arguments else Raw(b"{}")
         elif isinstance(self.arguments, (list, tuple)):
-            arguments = _encode_arguments(tuple(self.arguments), {})
+            arguments = encode_arguments(tuple(self.arguments), {})
         else:
             raise HarpException(f"arguments: expected a list, a tuple or a dict, got {self.arguments!r}")
-        options = Options(*[_check_option(name, getattr(self, name)) for name in _OPTION_NAMES])
-        object.__setattr__(self, "_request", _job_request(self.host, self.procedure, arguments, options))
+        options = check_options({name: getattr(self, name) for name in _OPTION_NAMES})
+        object.__setattr__(self, "_request", job_request(self.host, self.procedure, arguments, options))
 
 
-def job_request(
-    host: str, procedure: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], options: Options
-) -> protocol.Call:
-    """Return the request that submits a job. Raise `HarpException` if arguments or options are invalid."""
-    return _job_request(host, procedure, _encode_arguments(args, kwargs), options)
-
-
-def _job_request(host: str, procedure: str, arguments: Raw, options: Options) -> protocol.Call:
-    if options.concurrency is not None and options.queue is None:
+def job_request(host: str, procedure: str, arguments: Raw, options: Mapping[str, Any]) -> protocol.Call:
+    """Return the request that submits a job. Raise `HarpException` for `concurrency` without `queue`."""
+    queue, concurrency, timeout, max_exec_time, info = map(options.get, _OPTION_NAMES)
+    if concurrency is not None and queue is None:
         raise HarpException("option 'concurrency' needs option 'queue'")
-    queue = None if options.queue is None else protocol.Queue(options.queue, options.concurrency or 1)
-    return protocol.Call(host, procedure, arguments, options.timeout, options.max_exec_time, queue, options.info)
+    in_queue = None if queue is None else protocol.Queue(queue, concurrency or 1)
+    return protocol.Call(host, procedure, arguments, timeout, max_exec_time, in_queue, info)
 
 
 def plain_request(req: dict[str, Any]) -> bytes:
@@ -192,16 +179,3 @@ class Credentials:
 
     def __repr__(self) -> str:
         return f"user={self.user!r}, password='***'"
-
-
-def direct_request(
-    procedure: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], credentials: Credentials, keep_alive: bool
-) -> bytes:
-    """Return the line of a call to harpd; with `keep_alive` it requests to keep the connection open afterwards.
-
-    Raises:
-        HarpException: the arguments are invalid.
-    """
-    arguments = _encode_arguments(args, kwargs)
-    request = daemon.Request(procedure, arguments, credentials.user, credentials.password, keep_alive=keep_alive)
-    return daemon.encode_request(request)

@@ -1,21 +1,65 @@
-"""Base classes of both shells' classes for direct calls: everything except the public methods that send requests."""
+"""Direct calls to a harpd: the reader of their replies, and base classes of both shells' classes."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from typing import Any, Generic, TypeVar
 
-from harp._core.calls import Credentials, check_name, direct_request
-from harp._core.connection_pool import ConnectionPool
-from harp._core.endpoint import Endpoint
-from harp._core.steps import Connection, PooledPeer, Steps, mark_ambiguous
-from harp._core.streams import DirectReader
+from harp._core.calls import Credentials, check_name, encode_arguments
+from harp._core.connections import Connection, ConnectionPool, Endpoint, Peer, Steps, mark_ambiguous
+from harp._core.outcomes import Result, error_of, outcome_of
+from harp._core.streams import Reader
+from harp.errors import CommunicationError
+from harp.protocol import harpd as daemon
+from harp.protocol.ends import Failed, Raised, Returned
 
 C = TypeVar("C", bound=Connection)
 S = TypeVar("S", bound="DirectServerBase[Any]")
 
 
-class DirectServerBase(PooledPeer[C]):
+class DirectReader(Reader):
+    """The records and the end of a direct call to harpd."""
+
+    def __init__(self) -> None:
+        self._replies = daemon.ReplyReader()
+
+    def read_acknowledgement(self, line: bytes) -> bool:
+        """Read the first line and return whether the result is streamed.
+
+        Raises:
+            RemoteError: harpd refused the call.
+            ProtocolError: the line is not valid here.
+        """
+        message = self._replies.read_message(line)
+        if isinstance(message, Failed):
+            raise error_of(message)
+        assert isinstance(message, daemon.Acknowledgement)
+        return message.stream_result
+
+    def read(self, line: bytes) -> tuple[Any, ...]:
+        """Return the record of a line; the end result as a `Result`.
+
+        Raises:
+            RemoteException: the procedure raised.
+            RemoteError: the call was cut short.
+            ProtocolError: the line is not valid here.
+        """
+        message = self._replies.read_message(line)
+        if isinstance(message, daemon.Record):
+            return (message.data,)
+        self.finished, self.keep_alive = True, self._replies.keep_alive
+        if isinstance(message, Returned):
+            return (Result(message.result),)
+        assert isinstance(message, (Raised, Failed))  # the reader rejects all others
+        raise outcome_of(message)
+
+    def read_batch(self, lines: Iterable[bytes]) -> list[Any]:
+        """See `Reader`."""
+        return self._replies.read_records(lines)
+
+
+class DirectServerBase(Peer[C]):
     """A harpd that is called without a dispatcher."""
 
     def __init__(
@@ -45,14 +89,18 @@ class DirectServerBase(PooledPeer[C]):
         Returns:
             The connection, the reader of the following lines, and whether the result is streamed.
         """
-        pooled = self._pool.get(self._clock.now())
+        pooled = self._pool.get(self._now())
         conn = pooled or (yield self._open())
         reader = DirectReader()
         try:
-            with mark_ambiguous(pooled is not None):
+            try:
                 reply = yield conn.exchange(line)
-            with conn.map_errors("reply"):
+            except CommunicationError as error:
+                raise mark_ambiguous(error, pooled is not None) from error.__cause__
+            try:
                 is_stream = reader.read_acknowledgement(reply)
+            except ValueError as error:
+                raise conn.error("reply", error) from error
         except BaseException:
             yield conn.close()
             raise
@@ -67,8 +115,11 @@ class DirectProcedureBase(Generic[S]):
         self._name = check_name("procedure", name)
 
     def _request(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bytes:
-        server = self._server
-        return direct_request(self._name, args, kwargs, server._credentials, server._pool.enabled)
+        keep_alive, credentials = self._server._pool.enabled, self._server._credentials
+        arguments = encode_arguments(args, kwargs)
+        return daemon.encode_request(
+            daemon.Request(self._name, arguments, credentials.user, credentials.password, keep_alive=keep_alive)
+        )
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self._name} on {self._server!r}>"

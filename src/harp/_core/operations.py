@@ -1,28 +1,46 @@
-"""The operations on a dispatcher's jobs.
+"""The operations on a dispatcher and its jobs, as steps: base classes of both shells' classes.
 
-An operation is a generator (`Operation`): it yields a request, is sent the `ParsedReply` (or the error that prevented
-one is thrown in), and returns its outcome. An operation whose outcome is known yields no request. Streams are read by
-`harp._core.streams`; `harp._core.dispatcher` performs operations.
+Operations send their requests with `CallerBase._send` and return their outcome; one whose outcome is known sends
+nothing. Streams are read by `harp._core.streams`. The final state of a job is stored as the line that reported it.
+Each caller gets values of its own, so threads share no mutable data.
 
-The final state of a job is stored as the line that reported it. Each caller gets values of its own, so threads share
-no mutable data.
+Legacy dispatchers close the connection without a reply when a request contains the keep-alive key. A request that waits
+would take this for an interruption and try again for minutes. So it contains the key only after the dispatcher has
+granted keep-alive to another request.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any, TypeAlias, TypeVar
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Generic, Self, TypeVar, Unpack
 
-from harp._core.calls import Call, check_name
+from harp._core.calls import Call, JobOptions, check_name, check_options, encode_arguments, job_request, plain_request
+from harp._core.connections import Connection, ConnectionPool, Endpoint, Peer, Steps, mark_ambiguous
 from harp._core.outcomes import CALL_CANCELLED, CALL_NOT_FINISHED, error_of, outcome_of
-from harp._core.retry import STORAGE_ERROR, ReconnectPolicy, closed_without_reply, unsupported_by_peer
+from harp._core.retry import (
+    REFUSALS,
+    ReconnectPolicy,
+    closed_without_reply,
+    parse_reconnect,
+    unsupported_by_peer,
+)
+from harp._core.streams import StreamReader
 from harp.errors import CancelledException, CommunicationError, HarpException, RemoteError
 from harp.protocol import requests as protocol
 from harp.protocol.ends import End, Failed
 from harp.protocol.fields import check
 from harp.protocol.json_text import loads
-from harp.protocol.replies import Details, NoResult, Reply, Status, Submitted, SubmittedMany, WasCancelled, decode_reply
+from harp.protocol.replies import (
+    Details,
+    NoResult,
+    Reply,
+    Status,
+    Submitted,
+    SubmittedMany,
+    WasCancelled,
+    decode_reply,
+    parse_keep_alive,
+)
 from harp.protocol.requests import (
     Cancel,
     FollowStream,
@@ -32,107 +50,296 @@ from harp.protocol.requests import (
     ReadStream,
     Request,
     SubmitMany,
+    encode_request,
 )
 
-T = TypeVar("T")
-
-#: Errors that refuse the request. They do not describe the job, so they are never its end.
-REFUSALS = frozenset({STORAGE_ERROR, "invalid_request", "invalid_jobid"})
-
-
-@dataclass(frozen=True, slots=True)
-class ParsedReply:
-    """A reply, and its line."""
-
-    reply: Reply
-    line: bytes
+C = TypeVar("C", bound=Connection)
+D = TypeVar("D", bound="CallerBase[Any]")
+S = TypeVar("S", bound="ServerBase[Any]")
 
 
-#: An operation yields requests, is sent their replies, and returns its outcome.
-Operation: TypeAlias = Generator[Request, ParsedReply, T]
+class CallerBase(Peer[C]):
+    """A dispatcher."""
+
+    def __init__(
+        self, host: str, port: int = 3502, *, reconnect: float | None = 300.0, keep_alive: bool = False
+    ) -> None:
+        self._endpoint = Endpoint(host, port)
+        self._reconnect = parse_reconnect(reconnect)
+        self._pool = ConnectionPool[C](bool(keep_alive))
+
+    def __repr__(self) -> str:
+        keep_alive = ", keep_alive=True" if self._pool.enabled else ""
+        return f"{type(self).__name__}({self._endpoint.host!r}, {self._endpoint.port}{keep_alive})"
+
+    def _submit_many(self, calls: Iterable[Call]) -> Steps[list[str]]:
+        requests: list[protocol.Call] = []
+        for call in calls:
+            if not isinstance(call, Call):
+                raise HarpException(f"calls[{len(requests)}]: expected a harp.Call, got {call!r}")
+            requests.append(call._request)
+        reply: SubmittedMany = yield from self._request(SubmitMany(requests), "submit_many()")
+        return list(reply.job_ids)
+
+    def _request(self, request: Request, feature: str | None = None) -> Steps[Any]:
+        """Send a request and return its reply, which is of the kind that `MAY_FOLLOW` lists.
+
+        Args:
+            request: the request.
+            feature: the name of the feature, if legacy dispatchers lack it.
+
+        Raises:
+            RemoteError: the dispatcher refused.
+            CommunicationError: there was no reply. If the dispatcher may be too old, the message says so.
+        """
+        try:
+            reply, _ = yield from self._send(request)
+        except CommunicationError as error:
+            if feature is None or not closed_without_reply(error):
+                raise
+            raise unsupported_by_peer(error, feature) from error
+        if isinstance(reply, Failed):
+            raise error_of(reply)
+        return reply
+
+    def _send(self, request: Request) -> Steps[tuple[Any, bytes]]:
+        """Send a request and return the reply and its line."""
+        return self._send_repeatedly(request) if _is_waiting(request) else self._send_once(request)
+
+    def _send_repeatedly(self, request: Request) -> Steps[tuple[Any, bytes]]:
+        policy = ReconnectPolicy(self._reconnect)
+        while True:
+            try:
+                reply, line = yield from self._send_once(request, policy)
+                if not (isinstance(reply, Failed) and policy.is_transient(error_of(reply))):
+                    return reply, line
+                pause = policy.next_pause(error_of(reply), self._now())
+            except CommunicationError as error:
+                pause = policy.next_pause(error, self._now())
+            yield self._sleep(pause)
+
+    def _send_once(self, request: Request, policy: ReconnectPolicy | None = None) -> Steps[tuple[Any, bytes]]:
+        pool = self._pool
+        keep_alive = pool.enabled and (policy is None or pool.granted)
+        encoded = encode_request(request, keep_alive)
+        pooled = pool.get(self._now()) if keep_alive else None
+        conn = pooled or (yield self._open())
+        returned = False
+        try:
+            if policy is not None:
+                policy.connected(self._now())
+            try:
+                line = yield conn.exchange(encoded)
+            except CommunicationError as error:
+                if not keep_alive:
+                    raise
+                self._raise_unless_repeatable(error, request, reused=pooled is not None)
+                yield conn.connect()
+                line = yield conn.exchange(encoded)
+            try:
+                reply = _parse_reply(request, line)
+            except ValueError as error:
+                raise conn.error("reply", error) from error
+            returned = keep_alive and pool.put(conn, parse_keep_alive(line), self._now())
+        finally:
+            if not returned:
+                yield conn.close()
+        return reply, line
+
+    def _raise_unless_repeatable(self, error: CommunicationError, request: Request, reused: bool) -> None:
+        """Raise the error of a keep-alive request that got no reply, unless it may be sent on a new connection."""
+        if reused and not isinstance(request, (protocol.Call, SubmitMany, Cancel)):
+            return
+        if not reused and not self._pool.granted and closed_without_reply(error):
+            raise unsupported_by_peer(error, "keep_alive=True") from error.__cause__
+        raise mark_ambiguous(error, reused) from error.__cause__
+
+    def _send_plain(self, req: dict[str, Any]) -> Steps[dict[str, Any]]:
+        """Send a request that the caller composed and return its first reply."""
+        line = plain_request(req)
+        conn = yield self._open()
+        try:
+            reply = loads((yield conn.exchange(line)))
+            check(isinstance(reply, dict), "expected an object")
+        except ValueError as error:
+            raise conn.error("reply", error) from error
+        finally:
+            yield conn.close()
+        found: dict[str, Any] = reply
+        return found
 
 
-def parse_reply(request: Request, line: bytes) -> ParsedReply:
-    """Return the reply to a request. Raise `ProtocolError` for a line that does not answer it."""
-    reply = decode_reply(line, request)
-    match reply:
-        case NoResult():
-            check(not is_waiting(request), "no result, although the request waits for one")
-        case Details(details):
-            check(isinstance(details.get("why"), str), "details.why: expected a string")
-        case WasCancelled(_, dict(stop)):
-            check(isinstance(stop.get("state"), str), "stop.state: expected a string")
-    return ParsedReply(reply, line)
-
-
-def parse_plain_reply(line: bytes) -> dict[str, Any]:
-    """Return a reply as a dict. Raise `ValueError` when it is not a JSON object."""
-    reply = loads(line)
-    check(isinstance(reply, dict), "expected an object")
-    found: dict[str, Any] = reply
-    return found
-
-
-def is_waiting(request: Request) -> bool:
+def _is_waiting(request: Request) -> bool:
     """Return whether a request waits for a job and changes nothing: it is repeated after an interruption."""
     return isinstance(request, GetResult) and request.wait
 
 
-def raise_if_transient(parsed: ParsedReply, policy: ReconnectPolicy) -> ParsedReply:
-    """Return a reply, unless it reports an error that is temporary during an outage.
-
-    Raises:
-        RemoteError: the temporary error; `ReconnectPolicy.next_pause` decides about another attempt.
-    """
-    if isinstance(parsed.reply, Failed):
-        error = error_of(parsed.reply)
-        if policy.is_transient(error):
-            raise error
-    return parsed
-
-
-def submit(request: protocol.Call) -> Operation[str]:
-    """Submit a job and return its id. Raise `RemoteError` when the dispatcher refuses."""
-    reply = _accepted((yield request))
-    assert isinstance(reply, Submitted)
-    return reply.job_id
+def _parse_reply(request: Request, line: bytes) -> Any:
+    """Return the reply to a request. Raise `ProtocolError` for a line that does not answer it."""
+    reply = decode_reply(line, request)
+    match reply:
+        case NoResult():
+            check(not _is_waiting(request), "no result, although the request waits for one")
+        case Details(details):
+            check(isinstance(details.get("why"), str), "details.why: expected a string")
+        case WasCancelled(_, dict(stop)):
+            check(isinstance(stop.get("state"), str), "stop.state: expected a string")
+    return reply
 
 
-def submit_many(calls: Iterable[Call]) -> Operation[list[str]]:
-    """Submit jobs, all or none, and return their ids in the same order.
+class ServerBase(Generic[D]):
+    """A host of a dispatcher, with the options of further jobs."""
 
-    Raises:
-        HarpException: an item is not a `Call`; nothing was sent.
-        RemoteError: the dispatcher refused; no job was stored.
-    """
-    requests: list[protocol.Call] = []
-    for call in calls:
-        if not isinstance(call, Call):
-            raise HarpException(f"calls[{len(requests)}]: expected a harp.Call, got {call!r}")
-        requests.append(call._request)
-    reply = yield from _request_extension(SubmitMany(requests), "submit_many()")
-    assert isinstance(reply, SubmittedMany)
-    return list(reply.job_ids)
+    def __init__(self, dispatcher: D, hostname: str) -> None:
+        self._dispatcher = dispatcher
+        self._hostname = check_name("host", hostname)
+        self._options: Mapping[str, Any] = {}
+
+    def __call__(self, /, **kwargs: Unpack[JobOptions]) -> Self:
+        """Set options of further jobs; the others stay as they are, None unsets one.
+
+        Args:
+            queue: name of the queue to wait in, a dict.
+            concurrency: how many jobs of the queue may run at once, from 1; needs `queue`.
+            timeout: seconds allowed between two messages of the job, above 0.
+            max_exec_time: seconds the job may run, above 0.
+            info: any JSON value, returned by `RemoteCall.info`.
+
+        Returns:
+            This object.
+
+        Raises:
+            HarpException: an option is unknown or invalid.
+
+        Spec: docs/client-api.md, RemoteServer.
+        """
+        self._options = {**self._options, **check_options(kwargs)}
+        return self
+
+    def __str__(self) -> str:
+        return self._hostname
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self._hostname} by {self._dispatcher!r}>"
 
 
-def _accepted(parsed: ParsedReply) -> Reply:
-    if isinstance(parsed.reply, Failed):
-        raise error_of(parsed.reply)
-    return parsed.reply
+class ProcedureBase(Generic[D, S]):
+    """A procedure on a host."""
+
+    def __init__(self, dispatcher: D, server: S, procedure: str) -> None:
+        self._dispatcher = dispatcher
+        self._server = server
+        self._procedure = check_name("procedure", procedure)
+
+    def _submit(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Steps[Submitted]:
+        server, arguments = self._server, encode_arguments(args, kwargs)
+        request = job_request(server._hostname, self._procedure, arguments, server._options)
+        return self._dispatcher._request(request)
+
+    def host(self) -> str:
+        """Return the name of the host. Spec: docs/client-api.md, RemoteProcedure."""
+        return self._server._hostname
+
+    def procedure(self) -> str:
+        """Return the name of the procedure. Spec: docs/client-api.md, RemoteProcedure."""
+        return self._procedure
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self._procedure} on {self._server} by {self._dispatcher!r}>"
 
 
-def _request(request: Request) -> Operation[Reply]:
-    return _accepted((yield request))
+class JobBase(Generic[D]):
+    """A job of a dispatcher, and its final facts."""
 
+    def __init__(self, dispatcher: D, job_id: str) -> None:
+        self._dispatcher = dispatcher
+        self._id = check_name("job_id", job_id)
+        self._end: bytes | None = None
+        self._status: bytes | None = None
 
-def _request_extension(request: Request, feature: str) -> Operation[Reply]:
-    """Send a request that legacy dispatchers lack; the error names the feature if the dispatcher may be one."""
-    try:
-        return _accepted((yield request))
-    except CommunicationError as error:
-        if not closed_without_reply(error):
-            raise
-        raise unsupported_by_peer(error, feature) from error
+    def id(self) -> str:
+        """Return the job's identifier, for `HarpCaller.job`. Spec: docs/client-api.md, RemoteCall."""
+        return self._id
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self._id} by {self._dispatcher!r}>"
+
+    def _store_end(self, reply: Reply, line: bytes) -> None:
+        """Store the end that a reply reports, unless it refuses the request."""
+        if isinstance(reply, End) and not (isinstance(reply, Failed) and reply.type in REFUSALS):
+            self._end = line
+
+    def _result(self, wait: bool) -> Steps[Any]:
+        """Return the job's end as a value; errors are returned, not raised."""
+        request = GetResult(self._id, bool(wait))
+        if self._end is not None:
+            reply = _parse_reply(request, self._end)
+        else:
+            try:
+                reply, line = yield from self._dispatcher._send(request)
+            except (CommunicationError, RemoteError) as error:
+                return error.with_traceback(None)
+            self._store_end(reply, line)
+        return CALL_NOT_FINISHED if isinstance(reply, NoResult) else outcome_of(reply)
+
+    def _get(self, wait: bool) -> Steps[Any]:
+        """Return the job's end as a value; errors are raised."""
+        outcome = yield from self._result(wait)
+        if isinstance(outcome, HarpException):
+            raise outcome
+        if outcome is CALL_CANCELLED:
+            raise CancelledException(f"job {self._id} was cancelled")
+        return outcome
+
+    def _cancel(self, wait: bool) -> Steps[bool]:
+        """Cancel the job and return whether this stopped it; with `wait`, once its host has confirmed that."""
+        request = Cancel(self._id, bool(wait))
+        reply: WasCancelled = yield from self._dispatcher._request(request, "cancel(wait=True)" if wait else None)
+        if reply.stop is not None and reply.stop["state"] != "confirmed":
+            raise _stop_error(self._id, reply.stop)
+        return reply.cancelled
+
+    def _details(self) -> Steps[dict[str, Any]]:
+        reply: Details = yield from self._dispatcher._request(GetDetails(self._id), "details() and why()")
+        details: dict[str, Any] = reply.details
+        return details
+
+    def _submitted(self) -> Steps[Status]:
+        """Return any status: all have the same submitted facts."""
+        return self._status_where(lambda status: True)
+
+    def _started(self) -> Steps[Status]:
+        """Return the status if its start is final, else request a new one."""
+        return self._status_where(lambda status: status.start is not None or status.end is not None)
+
+    def _ended(self) -> Steps[Status]:
+        """Return the status if its end is final, else request a new one."""
+        return self._status_where(lambda status: status.end is not None)
+
+    def _status_where(self, is_final: Callable[[Status], bool]) -> Steps[Status]:
+        request, line = GetStatus(self._id), self._status
+        status: Status
+        if line is None or not is_final(status := _parse_reply(request, line)):
+            reply, line = yield from self._dispatcher._send(request)
+            if isinstance(reply, Failed):
+                raise error_of(reply)
+            status, self._status = reply, line
+        return status
+
+    def _reader(
+        self,
+        kind: type[FollowStream] | type[ReadStream],
+        since: int | None,
+        recent: int | None,
+        numbered: bool,
+        timed: bool,
+    ) -> StreamReader:
+        """Return the reader of the job's records. Raise `HarpException` if a number is invalid, or both are given."""
+        try:
+            request = kind(self._id, since, recent, bool(timed))
+        except ValueError as error:
+            raise HarpException(str(error)) from error
+        return StreamReader(request, numbered, self._dispatcher._reconnect, self._store_end)
 
 
 def _stop_error(job_id: str, stop: Mapping[str, Any]) -> RemoteError:
@@ -151,107 +358,3 @@ def _process(survivor: Any) -> str:
     if isinstance(survivor, dict) and "pid" in survivor:
         return f"{survivor['pid']} ({survivor.get('command')})"
     return str(survivor)
-
-
-class Job:
-    """A job's operations, and its final facts.
-
-    Args:
-        job_id: the job's identifier.
-    """
-
-    def __init__(self, job_id: str) -> None:
-        self.id = check_name("job_id", job_id)
-        self._end: bytes | None = None
-        self._status: bytes | None = None
-
-    def store_end(self, parsed: ParsedReply) -> None:
-        """Store the end that a reply reports, unless it refuses the request."""
-        refusal = isinstance(parsed.reply, Failed) and parsed.reply.type in REFUSALS
-        if isinstance(parsed.reply, End) and not refusal:
-            self._end = parsed.line
-
-    def result(self, wait: bool) -> Operation[Any]:
-        """Return the job's end as a value; errors are returned, not raised."""
-        request = GetResult(self.id, bool(wait))
-        try:
-            parsed = (yield request) if self._end is None else parse_reply(request, self._end)
-        except (CommunicationError, RemoteError) as error:
-            return error.with_traceback(None)
-        if isinstance(parsed.reply, NoResult):
-            return CALL_NOT_FINISHED
-        self.store_end(parsed)
-        assert isinstance(parsed.reply, End)
-        return outcome_of(parsed.reply)
-
-    def get(self, wait: bool) -> Operation[Any]:
-        """Return the job's end as a value; errors are raised."""
-        outcome = yield from self.result(wait)
-        if isinstance(outcome, HarpException):
-            raise outcome
-        if outcome is CALL_CANCELLED:
-            raise CancelledException(f"job {self.id} was cancelled")
-        return outcome
-
-    def cancel(self, wait: bool) -> Operation[bool]:
-        """Cancel the job and return whether this stopped it; with `wait`, once its host has confirmed that.
-
-        Raises:
-            RemoteError: ``stop_failed`` or ``stop_unknown``: the host has not confirmed it.
-        """
-        request = Cancel(self.id, bool(wait))
-        reply = yield from (_request_extension(request, "cancel(wait=True)") if request.wait else _request(request))
-        assert isinstance(reply, WasCancelled)
-        if reply.stop is not None and reply.stop["state"] != "confirmed":
-            raise _stop_error(self.id, reply.stop)
-        return reply.cancelled
-
-    def details(self) -> Operation[dict[str, Any]]:
-        """Return all that is known about the job."""
-        reply = yield from _request_extension(GetDetails(self.id), "details() and why()")
-        assert isinstance(reply, Details)
-        details: dict[str, Any] = reply.details
-        return details
-
-    def why(self) -> Operation[str]:
-        """Return the sentence that explains why the job waits, runs or ended."""
-        details = yield from self.details()
-        return str(details["why"])
-
-    def submitted(self) -> Operation[Status]:
-        """Return any status: all have the same submitted facts."""
-        return self._status_where(lambda status: True)
-
-    def started(self) -> Operation[Status]:
-        """Return the status if its start is final, else request a new one."""
-        return self._status_where(lambda status: status.start is not None or status.end is not None)
-
-    def ended(self) -> Operation[Status]:
-        """Return the status if its end is final, else request a new one."""
-        return self._status_where(lambda status: status.end is not None)
-
-    def _status_where(self, is_final: Callable[[Status], bool]) -> Operation[Status]:
-        request = GetStatus(self.id)
-        if self._status is not None:
-            stored = parse_reply(request, self._status).reply
-            assert isinstance(stored, Status)
-            if is_final(stored):
-                return stored
-        parsed = yield request
-        reply = _accepted(parsed)
-        assert isinstance(reply, Status)
-        self._status = parsed.line
-        return reply
-
-    def stream_request(
-        self, follow: bool, since: int | None, recent: int | None, timed: bool = False
-    ) -> FollowStream | ReadStream:
-        """Return the request for the job's records.
-
-        Raises:
-            HarpException: a number is invalid, or both are given.
-        """
-        try:
-            return (FollowStream if follow else ReadStream)(self.id, since, recent, bool(timed))
-        except ValueError as error:
-            raise HarpException(str(error)) from error

@@ -18,6 +18,9 @@ from harp.errors import CommunicationError, HarpException, RemoteError
 #: The dispatcher cannot use its disk or database. While it restarts, this error is temporary.
 STORAGE_ERROR = "storage_error"
 
+#: Errors that refuse the request. They do not describe the job, so they are never its end.
+REFUSALS = frozenset({STORAGE_ERROR, "invalid_request", "invalid_jobid"})
+
 #: Seconds before the first attempt; each further pause is twice as long, up to the longest.
 _FIRST_PAUSE = 0.1
 _LONGEST_PAUSE = 2.0

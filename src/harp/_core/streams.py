@@ -7,18 +7,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Iterable
-from typing import Any, ClassVar, Generic, TypeVar
+from collections.abc import Callable, Iterable
+from typing import Any, Generic, TypeVar
 
-from harp._core.connection_pool import ConnectionPool
-from harp._core.operations import REFUSALS, Job, ParsedReply
-from harp._core.outcomes import Result, error_of, outcome_of
-from harp._core.retry import ReconnectPolicy, closed_without_reply, unsupported_by_peer
-from harp._core.steps import Clock, Connection, Steps
+from harp._core.connections import Connection, ConnectionPool, Steps
+from harp._core.outcomes import error_of
+from harp._core.retry import REFUSALS, ReconnectPolicy, closed_without_reply, unsupported_by_peer
 from harp.errors import CommunicationError, HarpException
-from harp.protocol import harpd as daemon
-from harp.protocol.ends import Failed, Raised, Returned
-from harp.protocol.replies import Continue, Packet, ReplyReader
+from harp.protocol.ends import Failed
+from harp.protocol.replies import Continue, Packet, Reply, ReplyReader
 from harp.protocol.requests import FollowStream, ReadStream, encode_request
 
 C = TypeVar("C", bound=Connection)
@@ -59,7 +56,7 @@ class Reader(ABC):
 
 
 class StreamReader(Reader):
-    """The records of a job, each once, over as many connections as necessary; stores the job's end when it comes.
+    """The records of a job, each once, over as many connections as necessary.
 
     To continue after an interruption, a reader needs a sequence number. A `FollowStream` without `since` has none
     before its first record. So `ReadStream`, which is answered at once, is sent first: it gives the number, and the
@@ -70,23 +67,21 @@ class StreamReader(Reader):
     job is unknown.
 
     Args:
-        job: the job.
         request: the request for the records.
         numbered: whether items are pairs of a record's number and the record; timed items are number, time and record.
         reconnect: how many seconds an outage may last; used by a `FollowStream` only.
-        sent: whether the request has been sent already.
+        store_end: stores the last reply and its line.
     """
 
     def __init__(
         self,
-        job: Job,
         request: FollowStream | ReadStream,
         numbered: bool,
-        reconnect: float = 0.0,
-        sent: bool = False,
+        reconnect: float,
+        store_end: Callable[[Reply, bytes], None],
     ) -> None:
-        self._job = job
         self._wanted = request
+        self._store_end = store_end
         self._numbered = numbered
         self._policy = ReconnectPolicy(reconnect if isinstance(request, FollowStream) else 0.0)
         self._next_number = request.since
@@ -95,8 +90,6 @@ class StreamReader(Reader):
         self._silent_closes = 0
         self._unsent: FollowStream | ReadStream | None
         self._set_request(self._next_request() if self._policy and request.since is None else request)
-        if sent:
-            self._unsent = None
 
     def _set_request(self, request: FollowStream | ReadStream) -> None:
         self._request = request
@@ -143,7 +136,7 @@ class StreamReader(Reader):
             self._set_request(self._next_request())
             return ()
         self.finished = True
-        self._job.store_end(ParsedReply(reply, line))
+        self._store_end(reply, line)
         return ()
 
     def read_batch(self, lines: Iterable[bytes]) -> list[Any]:
@@ -179,47 +172,6 @@ class StreamReader(Reader):
         return pause
 
 
-class DirectReader(Reader):
-    """The records and the end of a direct call to harpd."""
-
-    def __init__(self) -> None:
-        self._replies = daemon.ReplyReader()
-
-    def read_acknowledgement(self, line: bytes) -> bool:
-        """Read the first line and return whether the result is streamed.
-
-        Raises:
-            RemoteError: harpd refused the call.
-            ProtocolError: the line is not valid here.
-        """
-        message = self._replies.read_message(line)
-        if isinstance(message, Failed):
-            raise error_of(message)
-        assert isinstance(message, daemon.Acknowledgement)
-        return message.stream_result
-
-    def read(self, line: bytes) -> tuple[Any, ...]:
-        """Return the record of a line; the end result as a `Result`.
-
-        Raises:
-            RemoteException: the procedure raised.
-            RemoteError: the call was cut short.
-            ProtocolError: the line is not valid here.
-        """
-        message = self._replies.read_message(line)
-        if isinstance(message, daemon.Record):
-            return (message.data,)
-        self.finished, self.keep_alive = True, self._replies.keep_alive
-        if isinstance(message, Returned):
-            return (Result(message.result),)
-        assert isinstance(message, (Raised, Failed))  # the reader rejects all others
-        raise outcome_of(message)
-
-    def read_batch(self, lines: Iterable[bytes]) -> list[Any]:
-        """See `Reader`."""
-        return self._replies.read_records(lines)
-
-
 class StreamBase(ABC, Generic[C]):
     """Items read from a connection, which is closed after the last item, at an error, and with this object.
 
@@ -229,7 +181,8 @@ class StreamBase(ABC, Generic[C]):
         pool: where the connection goes instead if the peer keeps it open after the last item.
     """
 
-    _clock: ClassVar[Clock]
+    #: Returns the time of the monotonic clock in seconds.
+    _now: Callable[[], float]
     _closed = True  # until it is initialized, for `__del__`
 
     def __init__(self, conn: C, reader: Reader, pool: ConnectionPool[C] | None = None) -> None:
@@ -278,12 +231,14 @@ class StreamBase(ABC, Generic[C]):
         try:
             request = self._reader.take_request()
             line = (yield self._conn.receive_line()) if request is None else (yield from self._send_again(request))
-            with self._conn.map_errors("reading"):
+            try:
                 return self._reader.read(line)
+            except ValueError as error:
+                raise self._conn.error("reading", error) from error
         except HarpException as error:
             if self._closed:  # by another thread or task
                 return ()
-            pause = self._reader.interrupted(error, self._clock.now())
+            pause = self._reader.interrupted(error, self._now())
         yield self._sleep(pause)
         return ()
 
@@ -291,7 +246,7 @@ class StreamBase(ABC, Generic[C]):
         yield self._connect()
         if self._closed:  # before there was a connection to close
             yield self._conn.close()
-        self._reader.connected(self._clock.now())
+        self._reader.connected(self._now())
         line: bytes = yield self._conn.exchange(request)
         return line
 
@@ -300,5 +255,5 @@ class StreamBase(ABC, Generic[C]):
         seconds = self._reader.keep_alive
         if self._pool is None or seconds is None:
             yield self.close()
-        elif self._end() and not self._pool.put(self._conn, seconds, self._clock.now()):
+        elif self._end() and not self._pool.put(self._conn, seconds, self._now()):
             yield self._conn.close()

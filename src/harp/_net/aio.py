@@ -10,24 +10,18 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import suppress
-from types import TracebackType
 from typing import Any, NoReturn, Self, TypeVar, cast
 
 from harp._core.calls import encode_line
-from harp._core.connection_pool import ConnectionPool
-from harp._core.endpoint import Endpoint
-from harp._core.steps import Clock, PooledPeer, Steps
+from harp._core.connections import ConnectionPool, Endpoint, Peer, Steps
 from harp._core.streams import Reader, StreamBase
-from harp._net.errors import ErrorMapping
+from harp._net.errors import FOREIGN_ERRORS, describe_error
 from harp._net.sockets import CONNECT_TIMEOUT, ConnectAttempts, ReceiveBuffer, is_idle
 from harp._net.tls import tls_context
 from harp.errors import CommunicationError
 from harp.protocol.json_text import loads
 
 T = TypeVar("T")
-
-#: The time of this shell.
-CLOCK = Clock(time.monotonic, asyncio.sleep)
 
 
 async def run(steps: Steps[T]) -> T:
@@ -59,7 +53,7 @@ class _Protocol(asyncio.Protocol):
     def __init__(self, endpoint: Endpoint, sock: socket.socket) -> None:
         self.sock = sock
         self._endpoint = endpoint
-        self._received = ReceiveBuffer(endpoint)
+        self._received = ReceiveBuffer()
         self._failure: CommunicationError | None = None
         self._changed = asyncio.Event()
         self._writable = asyncio.Event()
@@ -72,36 +66,33 @@ class _Protocol(asyncio.Protocol):
         self.transport.set_write_buffer_limits(high=1, low=0)
 
     def data_received(self, data: bytes) -> None:
-        try:
-            self._received.feed(data)
-        except CommunicationError as error:
-            self._fail(error)
+        self._feed(data)
+        if self._failure is not None:
             self.transport.abort()
-        else:
-            if self._received.has_lines:
-                self.transport.pause_reading()
-                self._changed.set()
+        elif self._received.lines:
+            self.transport.pause_reading()
+            self._changed.set()
 
     def eof_received(self) -> None:
-        try:
-            self._received.feed(b"")
-        except CommunicationError as error:
-            self._fail(error)
+        self._feed(b"")
 
     def connection_lost(self, exc: Exception | None) -> None:
-        try:
-            with ErrorMapping(self._endpoint, "reading"):
-                if exc is not None:
-                    raise exc
-            self._received.feed(b"")
-        except CommunicationError as error:
-            self._fail(error)
+        if exc is not None:
+            self._fail(exc)
+        self._feed(b"")
         self._writable.set()
         self._lost.set()
 
-    def _fail(self, failure: CommunicationError) -> None:
+    def _feed(self, data: bytes) -> None:
+        try:
+            self._received.feed(data)
+        except FOREIGN_ERRORS as error:
+            self._fail(error)
+
+    def _fail(self, cause: Exception) -> None:
         if self._failure is None:
-            self._failure = failure
+            self._failure = self._endpoint.error("reading", describe_error(cause))
+            self._failure.__cause__ = cause
         self._changed.set()
 
     def pause_writing(self) -> None:
@@ -118,11 +109,13 @@ class _Protocol(asyncio.Protocol):
 
     async def next_line(self) -> bytes:
         """Wait for a line. Raise `CommunicationError` when the connection ends without one."""
-        while (line := self._received.next_line()) is None:
+        lines = self._received.lines
+        while not lines:
             if self._failure is not None:
                 raise self._failure.with_traceback(None)
             self._changed.clear()
             await self._changed.wait()
+        line = lines.popleft()
         self._resume_reading()
         return line
 
@@ -133,7 +126,7 @@ class _Protocol(asyncio.Protocol):
         return items
 
     def _resume_reading(self) -> None:
-        if self._failure is None and not self._received.has_lines:
+        if self._failure is None and not self._received.lines:
             self.transport.resume_reading()
 
     def is_idle(self) -> bool:
@@ -155,9 +148,7 @@ class _Closable(ABC):
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *error: object) -> None:
         await self.close()
 
     def __reduce__(self) -> NoReturn:
@@ -186,9 +177,11 @@ class AsyncJSONConnection(_Closable):
 
     async def _connect_socket(self, deadline: float) -> socket.socket:
         host, port = self._endpoint.host, self._endpoint.port
-        with self.map_errors("cannot resolve the name"):
+        try:
             async with asyncio.timeout(deadline - time.monotonic()):
                 found = await self._loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        except FOREIGN_ERRORS as error:
+            raise self.error("cannot resolve the name", error) from error
         attempts = ConnectAttempts(self._endpoint, found, deadline)
         for sock, address, seconds in attempts:
             with attempts.attempt(sock, address):
@@ -201,11 +194,13 @@ class AsyncJSONConnection(_Closable):
     async def _attach(self, sock: socket.socket, deadline: float, context: ssl.SSLContext | None = None) -> _Protocol:
         """Pass a connected socket, with TLS if there is a context, to the event loop."""
         name = None if context is None else self._endpoint.server_name
-        with self.map_errors("TLS handshake" if context else "cannot connect"):
+        try:
             async with asyncio.timeout(deadline - time.monotonic()):
                 _, protocol = await self._loop.create_connection(
                     lambda: _Protocol(self._endpoint, sock), sock=sock, ssl=context, server_hostname=name
                 )
+        except FOREIGN_ERRORS as error:
+            raise self.error("TLS handshake" if context else "cannot connect", error) from error
         return protocol
 
     async def close(self) -> None:
@@ -231,8 +226,10 @@ class AsyncJSONConnection(_Closable):
     async def receive(self) -> Any:
         """See `harp.JSONConnection.receive`."""
         line = await self.receive_line()
-        with self.map_errors("reading"):
+        try:
             return loads(line)
+        except ValueError as error:
+            raise self.error("reading", error) from error
 
     async def _send_line(self, line: bytes) -> None:
         protocol = self._connected()
@@ -263,9 +260,9 @@ class AsyncJSONConnection(_Closable):
         protocol = self._protocol
         return protocol is not None and self._loop is asyncio.get_running_loop() and protocol.is_idle()
 
-    def map_errors(self, action: str) -> ErrorMapping:
-        """See `harp.JSONConnection.map_errors`."""
-        return ErrorMapping(self._endpoint, action)
+    def error(self, action: str, cause: Exception) -> CommunicationError:
+        """See `harp.JSONConnection.error`."""
+        return self._endpoint.error(action, describe_error(cause))
 
     def _connected(self) -> _Protocol:
         if self._protocol is None:
@@ -296,17 +293,16 @@ class AsyncJSONSSLConnection(AsyncJSONConnection):
         return await self._attach(await self._connect_socket(deadline), deadline, context)
 
 
-class AsyncPeer(PooledPeer[AsyncJSONConnection]):
+class AsyncPeer(Peer[AsyncJSONConnection]):
     """A peer as a context manager that closes its waiting connections."""
 
-    _clock = CLOCK
+    _now = staticmethod(time.monotonic)
+    _sleep = staticmethod(asyncio.sleep)
 
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *error: object) -> None:
         for conn in self._pool.drain():
             if conn.is_idle():
                 await conn.close()
@@ -325,7 +321,7 @@ class AsyncIteration(_Closable, AsyncIterator[Any]):
 class AsyncStream(StreamBase[AsyncJSONConnection], AsyncIteration):
     """Items read from a connection; see `StreamBase`."""
 
-    _clock = CLOCK
+    _now = staticmethod(time.monotonic)
 
     def __init__(
         self, conn: AsyncJSONConnection, reader: Reader, pool: ConnectionPool[AsyncJSONConnection] | None = None

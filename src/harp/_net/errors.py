@@ -9,9 +9,6 @@ from __future__ import annotations
 import os
 import socket
 import ssl
-from types import TracebackType
-
-from harp._core.endpoint import Endpoint
 
 #: Remedies for a certificate that is not accepted, by OpenSSL's error number.
 _HINTS = {
@@ -22,28 +19,8 @@ _HINTS = {
 }
 
 
-class ErrorMapping:
-    """A context manager that maps errors; a class, because a generator would make each call measurably slower.
-
-    Args:
-        endpoint: the peer.
-        action: the action that fails, for the message.
-    """
-
-    __slots__ = ("_action", "_endpoint")
-
-    def __init__(self, endpoint: Endpoint, action: str) -> None:
-        self._endpoint = endpoint
-        self._action = action
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if isinstance(error, (OSError, EOFError, ValueError)):
-            raise self._endpoint.error(self._action, describe_error(error)) from error
+#: The errors that are mapped.
+FOREIGN_ERRORS = (OSError, EOFError, ValueError)
 
 
 def describe_error(error: Exception) -> str:

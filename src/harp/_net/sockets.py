@@ -7,10 +7,10 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NoReturn, TypeAlias
+from typing import Any, TypeAlias
 
-from harp._core.endpoint import Endpoint
-from harp._net.errors import ErrorMapping, describe_error
+from harp._core.connections import Endpoint
+from harp._net.errors import describe_error
 from harp.errors import CommunicationError
 from harp.protocol.lines import LineBuffer
 
@@ -86,44 +86,37 @@ def _prepare(sock: socket.socket) -> None:
 class ReceiveBuffer:
     """Received data: bytes in, lines out."""
 
-    def __init__(self, endpoint: Endpoint) -> None:
-        self._endpoint = endpoint
+    def __init__(self) -> None:
         self._partial = LineBuffer(REPLY_LIMIT)
-        self._lines: deque[bytes] = deque()
-
-    def next_line(self) -> bytes | None:
-        """Remove and return the next complete line; None when there is none."""
-        return self._lines.popleft() if self._lines else None
-
-    def parse(self, parse: Callable[[Iterable[bytes]], list[Any]]) -> list[Any]:
-        """Pass the lines to a function and return its items; remove as many of the first lines as there are items."""
-        items = parse(self._lines)
-        for _ in items:
-            self._lines.popleft()
-        return items
-
-    @property
-    def has_lines(self) -> bool:
-        """Whether there are complete lines."""
-        return bool(self._lines)
+        #: The complete lines that were not read yet.
+        self.lines: deque[bytes] = deque()
 
     @property
     def empty(self) -> bool:
         """Whether there is neither a line nor a part of one."""
-        return not self._lines and not self._partial.pending
+        return not self.lines and not self._partial.pending
+
+    def parse(self, parse: Callable[[Iterable[bytes]], list[Any]]) -> list[Any]:
+        """Pass the lines to a function and return its items; remove as many of the first lines as there are items."""
+        items = parse(self.lines)
+        for _ in items:
+            self.lines.popleft()
+        return items
 
     def feed(self, data: bytes) -> None:
-        """Add received bytes; no bytes mean that the peer has closed. Raise `CommunicationError`."""
-        with ErrorMapping(self._endpoint, "reading"):
-            if not data:
-                self._raise_closed()
-            self._lines.extend(self._partial.feed(data))
+        """Add received bytes; no bytes mean that the peer has closed.
 
-    def _raise_closed(self) -> NoReturn:
-        size = len(self._partial.pending)
-        if size:
+        Raises:
+            ValueError: a line is too long.
+            EOFError: the peer has closed between two lines.
+            ConnectionAbortedError: the peer has closed within a line.
+        """
+        if data:
+            self.lines += self._partial.feed(data)
+        elif size := len(self._partial.pending):
             raise ConnectionAbortedError(f"the peer closed the connection {size} bytes into a line")
-        raise EOFError("the peer closed the connection before the reply was complete")
+        else:
+            raise EOFError("the peer closed the connection before the reply was complete")
 
 
 def is_idle(sock: socket.socket) -> bool:

@@ -9,15 +9,12 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from types import TracebackType
 from typing import Any, NoReturn, Self, TypeVar
 
 from harp._core.calls import encode_line
-from harp._core.connection_pool import ConnectionPool
-from harp._core.endpoint import Endpoint
-from harp._core.steps import Clock, PooledPeer, Steps
+from harp._core.connections import ConnectionPool, Endpoint, Peer, Steps
 from harp._core.streams import Reader, StreamBase
-from harp._net.errors import ErrorMapping
+from harp._net.errors import FOREIGN_ERRORS, describe_error
 from harp._net.sockets import CONNECT_TIMEOUT, ConnectAttempts, ReceiveBuffer, is_idle
 from harp._net.tls import tls_context
 from harp.errors import CommunicationError
@@ -27,9 +24,6 @@ T = TypeVar("T")
 
 #: The most bytes read at once.
 _CHUNK = 64 * 1024
-
-#: The time of this shell.
-CLOCK = Clock(time.monotonic, time.sleep)
 
 
 def run(steps: Steps[T]) -> T:
@@ -53,9 +47,7 @@ class _Closable(ABC):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def __reduce__(self) -> NoReturn:
@@ -90,7 +82,7 @@ class JSONConnection(_Closable):
             CommunicationError: the server cannot be reached within 30 seconds.
         """
         self.close()
-        self._received = ReceiveBuffer(self._endpoint)
+        self._received = ReceiveBuffer()
         self._process = os.getpid()
         try:
             opened = self._open(time.monotonic() + CONNECT_TIMEOUT)
@@ -104,8 +96,10 @@ class JSONConnection(_Closable):
 
     def _open(self, deadline: float) -> socket.socket:
         """Return a connected socket. Raise `CommunicationError` at the deadline, a time of the monotonic clock."""
-        with self.map_errors("cannot resolve the name"):
+        try:
             found = socket.getaddrinfo(self._endpoint.host, self._endpoint.port, type=socket.SOCK_STREAM)
+        except FOREIGN_ERRORS as error:
+            raise self.error("cannot resolve the name", error) from error
         attempts = ConnectAttempts(self._endpoint, found, deadline)
         for sock, address, seconds in attempts:
             self._socket = sock  # another thread's `close` ends the attempt
@@ -154,20 +148,26 @@ class JSONConnection(_Closable):
             CommunicationError: the peer closed the connection, or the line is longer than 64 MiB or not JSON.
         """
         line = self.receive_line()
-        with self.map_errors("reading"):
+        try:
             return loads(line)
+        except ValueError as error:
+            raise self.error("reading", error) from error
 
     def _send_line(self, line: bytes) -> None:
-        with self.map_errors("sending"):
+        try:
             self._connected().sendall(line)
+        except FOREIGN_ERRORS as error:
+            raise self.error("sending", error) from error
 
     def receive_line(self) -> bytes:
         """Wait for a line and return it without its line feed. Raise `CommunicationError`."""
-        while (line := self._received.next_line()) is None:
-            with self.map_errors("reading"):
-                data = self._connected().recv(_CHUNK)
-            self._received.feed(data)
-        return line
+        received = self._received
+        while not received.lines:
+            try:
+                received.feed(self._connected().recv(_CHUNK))
+            except FOREIGN_ERRORS as error:
+                raise self.error("reading", error) from error
+        return received.lines.popleft()
 
     def parse_buffered(self, parse: Callable[[Iterable[bytes]], list[Any]]) -> list[Any]:
         """Pass the lines that have arrived already to a function; see `ReceiveBuffer.parse`."""
@@ -189,9 +189,9 @@ class JSONConnection(_Closable):
             raise
         return self.receive_line()
 
-    def map_errors(self, action: str) -> ErrorMapping:
-        """Turn errors of the network, of TLS, of JSON and of the protocol into `CommunicationError`."""
-        return ErrorMapping(self._endpoint, action)
+    def error(self, action: str, cause: Exception) -> CommunicationError:
+        """Return the error for an action that failed because of a foreign error; see `harp._net.errors`."""
+        return self._endpoint.error(action, describe_error(cause))
 
     def _connected(self) -> socket.socket:
         if self._socket is None:
@@ -231,26 +231,26 @@ class JSONSSLConnection(JSONConnection):
         sock = super()._open(deadline)
         try:
             sock.settimeout(max(deadline - time.monotonic(), 0.001))
-            with self.map_errors("TLS handshake"):
-                secured = context.wrap_socket(sock, server_hostname=self._endpoint.server_name)
-        except BaseException:
+            secured = context.wrap_socket(sock, server_hostname=self._endpoint.server_name)
+        except BaseException as error:
             sock.close()
+            if isinstance(error, FOREIGN_ERRORS):
+                raise self.error("TLS handshake", error) from error
             raise
         secured.settimeout(None)
         return secured
 
 
-class SyncPeer(PooledPeer[JSONConnection]):
+class SyncPeer(Peer[JSONConnection]):
     """A peer as a context manager that closes its waiting connections."""
 
-    _clock = CLOCK
+    _now = staticmethod(time.monotonic)
+    _sleep = staticmethod(time.sleep)
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         for conn in self._pool.drain():
             conn.close()
 
@@ -266,7 +266,7 @@ class Iteration(_Closable, Iterator[Any]):
 class Stream(StreamBase[JSONConnection], Iteration):
     """Items read from a connection; see `StreamBase`."""
 
-    _clock = CLOCK
+    _now = staticmethod(time.monotonic)
 
     def __init__(
         self, conn: JSONConnection, reader: Reader, pool: ConnectionPool[JSONConnection] | None = None
