@@ -13,7 +13,7 @@ import resource
 import signal
 import time
 from collections.abc import Callable
-from contextlib import AsyncExitStack, closing, suppress
+from contextlib import AsyncExitStack, aclosing, closing, suppress
 from pathlib import Path
 
 from harp_daemon import logs
@@ -81,7 +81,7 @@ async def run(
                 store = await open_store(config.stream_directory)
             stack.push_async_callback(store.close)
             dispatcher = await stack.enter_async_context(Dispatcher(config, store, wall))
-            server = await stack.enter_async_context(ClientServer(dispatcher))
+            server = await stack.enter_async_context(aclosing(ClientServer(dispatcher)))
             daemon = _RunningDaemon(dispatcher, debug, stop)
             await stack.enter_async_context(serve_control(daemon, control))
             server.serve(listeners)

@@ -12,6 +12,7 @@ from typing import Any
 
 from harp.protocol.ends import Failed, Raised
 from harp.protocol.json_text import Envelope, InvalidJSON, Raw, loads
+from harpcaller.config import Config
 from harpcaller.hosts.inventory import Host
 from harpcaller.model.jobs import Job, JobDetails, JobMetadata, QueuePosition, State, StopState
 from harpcaller.runs.run import Run
@@ -31,9 +32,8 @@ class ExplainContext:
         run: the run of the job's call; None: it has none.
         host: the job's host; None: the registry has no host of this name.
         registry_loaded: whether the registry is loaded.
-        max_calls_per_host: maximum number of jobs that hold a slot on a host.
+        config: the current limits.
         active_calls: number of active calls.
-        max_calls: maximum number of active calls.
         store_failing: whether the store currently rejects data of active calls.
         timings: the measured phases of the dispatcher's own steps, in seconds.
         now: Unix seconds.
@@ -42,9 +42,8 @@ class ExplainContext:
     run: Run | None
     host: Host | None
     registry_loaded: bool
-    max_calls_per_host: int
+    config: Config
     active_calls: int
-    max_calls: int
     store_failing: bool
     timings: Mapping[str, float]
     now: float
@@ -146,16 +145,17 @@ def _why_queued(job: Job, waiting: QueuePosition | None, context: ExplainContext
     if waiting.concurrency is not None and waiting.slots_held >= waiting.concurrency:
         more = ", ..." if waiting.slots_held > len(waiting.slot_holders) else ""
         holders = f"{waiting.slots_held} of {waiting.concurrency}: {', '.join(waiting.slot_holders)}{more}"
-        return f"queue {_format_payload(job.queue)} is full ({holders}), {position}"
-    if waiting.slots_held_on_host >= context.max_calls_per_host:
-        held = f"{waiting.slots_held_on_host} of {context.max_calls_per_host} calls"
+        queue = job.queue.decode("utf-8", "replace") if job.queue is not None else "null"
+        return f"queue {queue} is full ({holders}), {position}"
+    if waiting.slots_held_on_host >= context.config.max_calls_per_host:
+        held = f"{waiting.slots_held_on_host} of {context.config.max_calls_per_host} calls"
         return f"host {job.host} is full ({held}), {position}"
     if not context.registry_loaded:
         return "the hosts registry is not loaded yet"
     if context.store_failing:
         return "the store cannot write data of running calls; no job starts until it can"
-    if context.active_calls >= context.max_calls:
-        return f"the dispatcher is full ({context.active_calls} of {context.max_calls} calls), {position}"
+    if context.active_calls >= context.config.max_calls:
+        return f"the dispatcher is full ({context.active_calls} of {context.config.max_calls} calls), {position}"
     if waiting.position > 1:
         return f"{waiting.position - 1} jobs are before it, {position}"
     return "it is about to start"
@@ -217,10 +217,6 @@ def _stop(job: Job, details: JobDetails, context: ExplainContext) -> str:
             return "; it is unknown whether its processes are gone: the legacy harpd on its host cannot report it"
         case None:
             return ""
-
-
-def _format_payload(payload: Raw | None) -> str:
-    return payload.decode("utf-8", "replace") if payload is not None else "null"
 
 
 def _format_time(seconds: float | None) -> str:

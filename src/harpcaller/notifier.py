@@ -53,21 +53,22 @@ class Subscription:
         changed: set at the next notification of any kind.
         ended: set at the next notification of an end.
         end: the job's end, if a notification carried it.
+        newest: the records of the last notification that carried records.
         subscribers: number of subscribers.
     """
 
-    __slots__ = ("_newest", "changed", "end", "ended", "subscribers")
+    __slots__ = ("changed", "end", "ended", "newest", "subscribers")
 
     def __init__(self) -> None:
         self.changed = asyncio.Event()
         self.ended = asyncio.Event()
         self.end: End | None = None
         self.subscribers = 0
-        self._newest: RecordBatch | None = None
+        self.newest: RecordBatch | None = None
 
     def newest_from(self, first: int) -> RecordBatch | None:
         """Return the records from number `first` on, if the last notification carried them."""
-        newest = self._newest
+        newest = self.newest
         if newest is None or not newest.first <= first < newest.next:
             return None
         if newest.first == first:
@@ -75,17 +76,8 @@ class Subscription:
         skipped, records = first - newest.first, newest.records
         return RecordBatch(first, Records(records.values[skipped:], records.timestamps[skipped:]))
 
-    def publish_records(self, first: int, records: Records) -> None:
-        """Wake the subscribers that wait for records."""
-        self._newest = RecordBatch(first, records)
-        self.changed.set()
-        self.changed = asyncio.Event()
-
-    def publish_end(self, end: End | None) -> None:
-        """Wake all subscribers."""
-        self.end = end or self.end
-        self.ended.set()
-        self.ended = asyncio.Event()
+    def notify(self) -> None:
+        """Wake the subscribers that wait for any change."""
         self.changed.set()
         self.changed = asyncio.Event()
 
@@ -111,14 +103,16 @@ class Notifier:
     def publish_records(self, job_id: str, first: int, records: Records) -> None:
         """Notify the subscribers that records numbered from `first` are committed."""
         if subscription := self._subscriptions.get(job_id):
-            subscription.publish_records(first, records)
+            subscription.newest = RecordBatch(first, records)
+            subscription.notify()
 
     def publish_end(self, job_id: str, end: End | None = None) -> None:
         """Notify the subscribers that the job's end or the outcome of its stop is committed.
 
-        Args:
-            job_id: the job.
-            end: the stored end; None: the subscribers read it from the store.
+        Without `end` they read it from the store.
         """
         if subscription := self._subscriptions.get(job_id):
-            subscription.publish_end(end)
+            subscription.end = end or subscription.end
+            subscription.ended.set()
+            subscription.ended = asyncio.Event()
+            subscription.notify()

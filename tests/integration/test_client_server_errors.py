@@ -6,7 +6,7 @@ import asyncio
 import json
 import logging
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,7 @@ async def service(directory: Path, verb: str, sound: int = 0, *hosts: str) -> As
     try:
         faulty: Any = Faulty(store, verb, sound)
         async with running(directory, *hosts, store=faulty, listen=(Address("127.0.0.1", 0),)) as dispatcher:
-            async with ClientServer(dispatcher) as server:
+            async with aclosing(ClientServer(dispatcher)) as server:
                 (listener,) = listeners = listen(dispatcher.config)
                 server.serve(listeners)
                 yield int(listener.fields["port"])

@@ -10,6 +10,7 @@ import pytest
 
 from harp.protocol.ends import Returned
 from harp.protocol.json_text import Raw
+from harpcaller.config import Config
 from harpcaller.explain import ExplainContext, describe_job
 from harpcaller.model.jobs import NO_METADATA, Job, JobDetails, JobMetadata, State
 from harpcaller.runs.timings import Timings
@@ -18,9 +19,8 @@ CONTEXT = ExplainContext(
     run=None,
     host=None,
     registry_loaded=True,
-    max_calls_per_host=1,
+    config=Config(),
     active_calls=0,
-    max_calls=1,
     store_failing=False,
     timings={},
     now=200.0,

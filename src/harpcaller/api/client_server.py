@@ -11,8 +11,7 @@ import logging
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from types import TracebackType
-from typing import Self, TypeAlias
+from typing import TypeAlias
 
 from harp.protocol.ends import Failed
 from harp.protocol.fields import ProtocolError
@@ -86,11 +85,7 @@ def listen(config: Config) -> list[Listener]:
 
 
 class ClientServer:
-    """The server of the client API; an asynchronous context manager that closes it.
-
-    Args:
-        dispatcher: executes the requests; its configuration sets their limits.
-    """
+    """The server of the client API. The dispatcher executes the requests; its configuration sets their limits."""
 
     def __init__(self, dispatcher: Dispatcher) -> None:
         self._dispatcher = dispatcher
@@ -99,12 +94,8 @@ class ClientServer:
         self._memory = MemoryQuota(dispatcher.config.request_memory)
         self._loopback_logged = False
 
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    async def aclose(self) -> None:
+        """Stop accepting, end all waits, and give requests that are being answered some time."""
         await close_acceptor(self._acceptor)
 
     def serve(self, listeners: Sequence[Listener]) -> None:

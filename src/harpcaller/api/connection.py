@@ -12,6 +12,7 @@ import asyncio
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 
 from harp.protocol.fields import ProtocolError
 from harp.protocol.lines import LineBuffer, LineTooLong
@@ -35,12 +36,7 @@ class ClientDisconnected(Exception):
 
 
 class Connection:
-    """An accepted connection.
-
-    Args:
-        accepted: the socket, non-blocking; this object closes it.
-        client: the client's address or user, for the log.
-    """
+    """An accepted connection. It closes its non-blocking socket."""
 
     def __init__(self, accepted: socket.socket, client: str) -> None:
         #: The client's address or user, for the log.
@@ -188,14 +184,10 @@ def make_acceptor(
         max_connections: returns the number of connections that are served at once.
         rejection: the line for a connection over this number.
     """
-
-    async def reject(connection: Connection) -> None:
-        await connection.send(rejection)
-
     return Acceptor(
         _connect,
-        serve=lambda connection: _serve(answer, connection),
-        reject=lambda connection: _serve(reject, connection),
+        serve=partial(_serve, answer),
+        reject=partial(_serve, lambda connection: connection.send(rejection)),
         max_connections=max_connections,
         rejection=rejection,
     )

@@ -44,10 +44,7 @@ def read_cache(file: Path) -> CachedHosts:
 
 
 def write_cache(file: Path, cached: CachedHosts) -> Path | None:
-    """Replace the file. A file of another format (of the legacy dispatcher, for example) is renamed first.
-
-    Returns:
-        The new name of the renamed file; None if no file was renamed.
+    """Replace the file. Rename a file of another format, such as the legacy dispatcher's, and return its new name.
 
     Raises:
         OSError: the file cannot be written; then it is unchanged.

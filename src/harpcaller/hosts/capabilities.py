@@ -92,10 +92,10 @@ class HostCapabilities:
         entry = self._entries.get(host)
         return entry is not None and entry.instance is not None and entry.keep_alive
 
-    def set_instance(self, host: Host, instance: str | None) -> None:
-        """Store the instance id that a host sent with an acknowledgement; None for a legacy harpd."""
+    def set_legacy(self, host: Host) -> None:
+        """Note that a host runs a legacy harpd, because its acknowledgement shows it."""
         entry = self._entries.setdefault(host, _Entry())
-        entry.instance, entry.learned_at = instance, time.monotonic()
+        entry.instance, entry.learned_at = None, time.monotonic()
 
     def invalidate(self, host: Host) -> None:
         """Query the host again before the next start, unless a query is in progress."""

@@ -68,12 +68,7 @@ def map_connect_errors(host: Host) -> Iterator[None]:
 
 
 async def connect(host: Host, tls: HostTLS, seconds: float) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    """Connect to a host and check its certificate.
-
-    Args:
-        host: the host.
-        tls: checks the certificate.
-        seconds: maximum time to connect, and again for the handshake.
+    """Connect to a host and check its certificate; `seconds` limits the connecting, and again the handshake.
 
     Raises:
         OSError: the host cannot be reached, or the handshake failed.
@@ -148,13 +143,7 @@ async def _resolve(host: Host) -> Sequence[_AddressInfo]:
 
 
 def to_failed(error: BaseException, host: Host, doing: str) -> Failed:
-    """Return the end of a job after one of `CONNECT_ERRORS`.
-
-    Args:
-        error: the error.
-        host: the host of the connection.
-        doing: the step that failed, for the message: ``"connecting"``.
-    """
+    """Return the end of a job after one of `CONNECT_ERRORS`; `doing` is the step that failed, for the message."""
     if isinstance(error, CertificateRefused):
         return Failed("certificate_error", f"{describe_host(host)}: certificate refused: {error}")
     if isinstance(error, ssl.SSLError) and error.reason in _NOT_TLS_REASONS:

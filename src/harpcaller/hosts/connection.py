@@ -50,13 +50,7 @@ _MAX_UNSENT_BYTES = 64 * 1024
 
 
 class HarpdConnection:
-    """A connection to a host, ready for a request. The caller closes it.
-
-    Args:
-        reader: the stream of received data.
-        writer: the stream of sent data.
-        max_line: maximum length of a received line in bytes.
-    """
+    """A connection to a host, ready for a request. The caller closes it. `max_line` limits a received line in bytes."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, max_line: int) -> None:
         self._reader = reader
@@ -205,13 +199,7 @@ class HarpdConnection:
 
 
 async def open_connection(host: Host, tls: HostTLS, config: Config, max_line: int = sys.maxsize) -> HarpdConnection:
-    """Connect to a host.
-
-    Args:
-        host: the host.
-        tls: checks the host's certificate.
-        config: provides `connect_timeout` and `record_line`.
-        max_line: maximum length of a received line in bytes, if less than `record_line`.
+    """Connect to a host; a received line may have `record_line` bytes, or `max_line` if that is less.
 
     Raises:
         OSError, CertificateRefused, UnicodeError: see `harpcaller.hosts.connecting.connect`.

@@ -33,11 +33,7 @@ class RefreshFailed(Exception):
 
 
 class HostsRegistry:
-    """The hosts that may be called.
-
-    Args:
-        config: provides `host_db`, `host_db_script`, `host_db_refresh`, `host_db_timeout` and `hosts_file`.
-        on_change: called when the registry becomes ready, or has changed.
+    """The hosts that may be called. `on_change` is called when the registry becomes ready, or has changed.
 
     Raises:
         ConfigError: the hosts file cannot be read.

@@ -30,14 +30,9 @@ class ScriptFailed(Exception):
 
 
 async def run_script(script: Path, time_limit: float, max_output: int = MAX_OUTPUT) -> bytes:
-    """Run a program without arguments and return its output.
+    """Run a program without arguments for at most `time_limit` seconds, and return its output.
 
     The program runs in its own process group. The whole group has been killed when this function returns or raises.
-
-    Args:
-        script: the program.
-        time_limit: maximum run time in seconds.
-        max_output: maximum output in bytes.
 
     Raises:
         ScriptFailed: the program cannot be started, exceeds a limit or exits with a status other than 0.

@@ -39,9 +39,6 @@ class CertificateRefused(Exception):
 class HostTLS:
     """The TLS settings of one configuration.
 
-    Args:
-        config: provides `ca_file`, `verify_hostname`, `known_certs_file` and `tls_minimum`.
-
     Raises:
         ConfigError: one of the files cannot be used.
     """
@@ -49,7 +46,10 @@ class HostTLS:
     def __init__(self, config: Config) -> None:
         self._verify_hostname = config.verify_hostname
         self._ca_file = config.ca_file
-        self._known_certs = _watch_known_certs(config)
+        self._known_certs: WatchedFile[frozenset[bytes]] | None = None
+        if config.known_certs_file is not None:
+            with file_errors(config, "known_certs_file"):
+                self._known_certs = WatchedFile(config.known_certs_file, _parse_certificates)
         #: Warnings for the log.
         self.warnings: list[str] = []
         #: The contexts to try in this order; the next one only after `ssl.SSLCertVerificationError`.
@@ -66,10 +66,7 @@ class HostTLS:
     def check_certificate(self, connection: ssl.SSLObject, host: Host, chain_error: str | None = None) -> None:
         """Check the certificate of a connection after its handshake.
 
-        Args:
-            connection: the connection.
-            host: the host of the connection.
-            chain_error: the error of an earlier handshake that checked the chain; None if there was none.
+        `chain_error` is the error of an earlier handshake that checked the chain.
 
         Raises:
             CertificateRefused: no rule accepts the certificate.
@@ -107,11 +104,7 @@ def names_host(certificate: Mapping[str, Any], host: Host) -> bool:
     """Return whether a certificate contains the host's name or address in the registry.
 
     The comparison ignores case. A ``*`` as the whole left-most label stands for one label. Only the subject's
-    alternative names are compared, not its common name.
-
-    Args:
-        certificate: the value of `ssl.SSLObject.getpeercert`.
-        host: the host.
+    alternative names are compared, not its common name. `certificate` is a value of `ssl.SSLObject.getpeercert`.
     """
     entries: list[tuple[str, str]] = list(certificate.get("subjectAltName", ()))
     return any(_matches(kind, entry, name) for kind, entry in entries for name in (host.hostname, host.address))
@@ -156,13 +149,6 @@ def _context(config: Config, mode: ssl.VerifyMode) -> ssl.SSLContext:
         with file_errors(config, "ca_file"):
             context.load_verify_locations(config.ca_file)
     return context
-
-
-def _watch_known_certs(config: Config) -> WatchedFile[frozenset[bytes]] | None:
-    if config.known_certs_file is None:
-        return None
-    with file_errors(config, "known_certs_file"):
-        return WatchedFile(config.known_certs_file, _parse_certificates)
 
 
 def _parse_certificates(text: bytes) -> frozenset[bytes]:

@@ -11,24 +11,15 @@ import secrets
 
 _FORM = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.ASCII)
 
-# The resolution of the time in an id: 1/4096 of a millisecond.
-_PARTS = 4096 * 1000
-_STAMP_BITS = 60
-_VARIANT = 0b10 << 62
-_RANDOM_BITS = 62
-
 
 def new_job_id(now: float) -> str:
     """Return a new job id: a UUID of version 7 (RFC 9562, with the finer clock of its section 6.2, method 3).
 
-    Args:
-        now: Unix seconds with fractions.
-
-    Returns:
-        The lower-case text form. 62 bits are random, so two ids of the same time differ.
+    `now` is Unix seconds with fractions; the id holds it in units of 1/4096 of a millisecond. 62 bits are random, so
+    two ids of the same time differ.
     """
-    stamp = int(now * _PARTS) & (1 << _STAMP_BITS) - 1
-    text = f"{stamp >> 12:012x}7{stamp & 0xFFF:03x}{_VARIANT | secrets.randbits(_RANDOM_BITS):016x}"
+    stamp = int(now * 4096_000) & (1 << 60) - 1
+    text = f"{stamp >> 12:012x}7{stamp & 0xFFF:03x}{0b10 << 62 | secrets.randbits(62):016x}"
     return f"{text[:8]}-{text[8:12]}-{text[12:16]}-{text[16:20]}-{text[20:]}"
 
 

@@ -11,7 +11,6 @@ import hmac
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from types import MappingProxyType
 
 from harp.protocol.ends import Cancelled, End, Failed, Raised, Returned
 from harp.protocol.json_text import Raw
@@ -28,31 +27,20 @@ class State(StrEnum):
     CANCELLED = "cancelled"
 
 
-_NONE = frozenset[State]()
-
 #: The states that may follow each state. A job can fail before it runs, for example because its host is unknown.
-TRANSITIONS: Mapping[State, frozenset[State]] = MappingProxyType(
-    {
-        State.QUEUED: frozenset({State.RUNNING, State.CANCELLED, State.FAILED}),
-        State.RUNNING: frozenset({State.RETURNED, State.RAISED, State.FAILED, State.CANCELLED}),
-        State.RETURNED: _NONE,
-        State.RAISED: _NONE,
-        State.FAILED: _NONE,
-        State.CANCELLED: _NONE,
-    }
-)
+TRANSITIONS: Mapping[State, frozenset[State]] = {
+    State.QUEUED: frozenset({State.RUNNING, State.CANCELLED, State.FAILED}),
+    State.RUNNING: frozenset({State.RETURNED, State.RAISED, State.FAILED, State.CANCELLED}),
+    State.RETURNED: frozenset(),
+    State.RAISED: frozenset(),
+    State.FAILED: frozenset(),
+    State.CANCELLED: frozenset(),
+}
 
 #: The closing states: no other state follows them.
 ENDED = frozenset(state for state, following in TRANSITIONS.items() if not following)
 
-_STATES: Mapping[type, State] = MappingProxyType(
-    {
-        Returned: State.RETURNED,
-        Raised: State.RAISED,
-        Failed: State.FAILED,
-        Cancelled: State.CANCELLED,
-    }
-)
+_STATES = {Returned: State.RETURNED, Raised: State.RAISED, Failed: State.FAILED, Cancelled: State.CANCELLED}
 
 
 def state_of(end: End) -> State:

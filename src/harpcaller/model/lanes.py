@@ -13,9 +13,6 @@ from dataclasses import dataclass
 
 from harp.protocol.json_text import Raw, canonical
 
-# 128 bits: two queues never share a key, and a name of any length has a short key.
-_DIGEST_BYTES = 16
-
 
 def queue_lane(name: Raw) -> str:
     """Return the key of a queue's lane: equal for two names exactly when they are equal as JSON values.
@@ -34,7 +31,8 @@ def host_lane(host: str) -> str:
 
 
 def _digest(text: str) -> str:
-    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=_DIGEST_BYTES).hexdigest()
+    # 128 bits: two queues never share a key, and a name of any length has a short key.
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
 
 
 @dataclass(frozen=True, slots=True)

@@ -65,13 +65,7 @@ class RunContext:
     timings: Timings = field(default_factory=Timings)
 
     def start_request(self, job: Job, host: Host, instance: str | None) -> Request:
-        """Return the request that starts a job's call.
-
-        Args:
-            job: the job.
-            host: its host.
-            instance: the supervisor's instance id; None makes the call connection-bound.
-        """
+        """Return the request that starts a job's call; without the supervisor's instance id it is connection-bound."""
         if instance is None:
             return Request(job.procedure, job.arguments, host.user, host.password)
         terms = RequestedTerms(

@@ -21,12 +21,7 @@ _DELIVERY_TIME = 600.0
 
 
 class Deadlines:
-    """The limits of one job's call, on the monotonic clock.
-
-    Args:
-        job: the job.
-        acknowledgement: maximum seconds to the acknowledgement.
-    """
+    """The limits of one job's call, on the monotonic clock; `acknowledgement` is the maximum seconds to that."""
 
     def __init__(self, job: Job, acknowledgement: float) -> None:
         self._job = job
@@ -69,11 +64,7 @@ class Deadlines:
             self._delivery_deadline = max(self._delivery_deadline, now + _DELIVERY_TIME)
 
     def on_acknowledged(self, elapsed: float | None) -> None:
-        """Start the limits of an acknowledged call.
-
-        Args:
-            elapsed: seconds since the call's start on the host; None for a connection-bound call.
-        """
+        """Start the limits of a call that the host started `elapsed` seconds ago; None: it is connection-bound."""
         job = self._job
         self.acknowledged = True
         self._max_silence = job.timeout
@@ -88,11 +79,7 @@ class Deadlines:
             self._max_silence = job.timeout + job.max_exec_time
 
     def next_deadline(self, ended: bool) -> float | None:
-        """Return the monotonic time of the next limit; None if there is none.
-
-        Args:
-            ended: whether the job has ended; then only the acknowledgement is limited.
-        """
+        """Return the monotonic time of the next limit, or None. After the end only the acknowledgement has one."""
         if ended or self._reattached:
             if not self.acknowledged:
                 return self._last_message_at + self._acknowledgement
@@ -108,12 +95,7 @@ class Deadlines:
         return min(max(self.deadline, self._last_record_at + _MARGIN), self._delivery_deadline)
 
     def expired(self, host: str, ended: bool) -> Failed | None:
-        """Return the end of a job that exceeded a limit; None if no limit is exceeded.
-
-        Args:
-            host: the host, for the message.
-            ended: as for `next_deadline`.
-        """
+        """Return the end of a job that exceeded a limit, with the host in its message; None if no limit is exceeded."""
         deadline, now = self.next_deadline(ended), time.monotonic()
         if deadline is None or now < deadline:
             return None

@@ -21,7 +21,7 @@ from harp.protocol.lines import LineTooLong
 from harpcaller.hosts.connecting import CONNECT_ERRORS
 from harpcaller.hosts.connection import PAST_END, HarpdConnection, open_connection, parse_end_of_records
 from harpcaller.hosts.inventory import Host
-from harpcaller.model.jobs import Job, JobMetadata
+from harpcaller.model.jobs import JobMetadata
 from harpcaller.runs.context import RunContext
 from harpcaller.store import StorageError, UnknownJob
 
@@ -42,7 +42,7 @@ class _HostQueue:
     """The orphans of a host.
 
     Attributes:
-        pending: orphans that wait, in the order of the host's list; the values are not used.
+        pending: orphans that wait, in the order of the host's list, as keys without values.
         active: orphans that are being handled.
         workers: the tasks that handle them.
     """
@@ -98,32 +98,30 @@ class OrphanReaper:
 
     async def _reap_call(self, host: Host, call: str, context: RunContext) -> None:
         try:
-            job = await _find_job(call, context)
+            try:
+                job = await context.store.get_job(call)
+            except UnknownJob:
+                job = None
             if self._is_active(call) or (job is not None and job.holds_slot):
                 return
             log.info("stopping orphaned call", extra=_call_fields(host, call))
             is_of_host = job is not None and job.host == host.hostname  # another host must not report its end
+
+            async def store_metadata(metadata: JobMetadata) -> None:
+                if is_of_host:
+                    await context.store.update_metadata(call, metadata)
+
             async with asyncio.timeout(_TIME_LIMIT):
-                await _stop_and_release(host, call, context, is_of_host)
+                await _stop_and_release(host, call, context, store_metadata)
         except (*CONNECT_ERRORS, StorageError, ProtocolError, LineTooLong) as error:
             reason = str(error) or type(error).__name__
             log.info("cannot clean up orphan now", extra={**_call_fields(host, call), "reason": reason})
 
 
-async def _find_job(call: str, context: RunContext) -> Job | None:
-    try:
-        return await context.store.get_job(call)
-    except UnknownJob:
-        return None
-
-
-async def _stop_and_release(host: Host, call: str, context: RunContext, is_of_host: bool) -> None:
-    """Stop a call and release it on its host; store its metadata if it belongs to a job of this host."""
-
-    async def store_metadata(metadata: JobMetadata) -> None:
-        if is_of_host:
-            await context.store.update_metadata(call, metadata)
-
+async def _stop_and_release(
+    host: Host, call: str, context: RunContext, store_metadata: Callable[[JobMetadata], Awaitable[None]]
+) -> None:
+    """Stop a call, store its metadata and release it on its host."""
     since: int | None = PAST_END
     for _ in range(_MAX_ATTACHES):
         if since is None:

@@ -67,12 +67,7 @@ class RecordWriter:
         return self.count + self._in_flight + len(self._values)
 
     def add_records(self, records: Sequence[Raw], timestamp: float) -> None:
-        """Buffer the next records.
-
-        Args:
-            records: one or more records.
-            timestamp: Unix time at which they were made.
-        """
+        """Buffer the next records, at least one, with the Unix time at which they were made."""
         if self.closed:
             self.count += len(records)  # dropped, but acked to the host
             return

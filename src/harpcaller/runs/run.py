@@ -159,11 +159,7 @@ class Run:
     # Requests to the run.
 
     async def cancel_call(self, by: str | None) -> None:
-        """Stop the call of a job whose cancellation is stored. It is not started after this function returns.
-
-        Args:
-            by: the client that cancelled it, for the stop command.
-        """
+        """Stop the call of a job that this client cancelled in the store. It is not started after this returns."""
         self._outcome.has_ended = True
         if self._request_sent:
             try:
@@ -223,10 +219,8 @@ class Run:
         host = self._host = self._context.find_host(job.host)
         if host is None:
             return await self._finish(Failed("unknown_host", f"the hosts registry has no host {job.host}"))
-        outcome = Outcome.RETRY_START
         for _ in range(_MAX_STARTS):
-            outcome = await self._send_start(host)
-            if outcome is not Outcome.RETRY_START:
+            if (outcome := await self._send_start(host)) is not Outcome.RETRY_START:
                 return outcome
         return await self._finish(
             Failed("network_error", f"{describe_host(host)}: its supervisor was restarted at every start")
@@ -234,29 +228,25 @@ class Run:
 
     async def _send_start(self, host: Host) -> Outcome:
         context = self._context
-        try:
-            while True:
-                self._wait.clear()
-                if not self._may_start() or time.monotonic() >= self._deadlines.deadline:
-                    return await self._finish_unsent()
-                self._attempts += 1
-                try:
-                    instance = None
-                    with map_connect_errors(host):
-                        if context.config.resumable_calls:
-                            instance = await self._wait.wait(
-                                context.capabilities.get_instance(host, context.tls, context.config),
-                                self._deadlines.deadline,
-                            )
-                        conn = context.connections.get(host, context.tls)
-                        if conn is None:
-                            connecting = open_connection(host, context.tls, context.config)
-                            conn = await self._wait.wait(connecting, self._deadlines.deadline)
-                    break
-                except Interrupted:
-                    continue
-        except HostUnreachable as unreachable:
-            return await self._finish(unreachable.error)
+        instance = conn = None
+        while conn is None:
+            self._wait.clear()
+            if not self._may_start() or time.monotonic() >= self._deadlines.deadline:
+                return await self._finish_unsent()
+            self._attempts += 1
+            try:
+                with map_connect_errors(host):
+                    if context.config.resumable_calls:
+                        query = context.capabilities.get_instance(host, context.tls, context.config)
+                        instance = await self._wait.wait(query, self._deadlines.deadline)
+                    conn = context.connections.get(host, context.tls)
+                    if conn is None:
+                        connecting = open_connection(host, context.tls, context.config)
+                        conn = await self._wait.wait(connecting, self._deadlines.deadline)
+            except Interrupted:
+                continue
+            except HostUnreachable as unreachable:
+                return await self._finish(unreachable.error)
         request = context.start_request(self.job, host, instance)
         # Nothing may be awaited between this check and the write.
         if not self._may_start():
@@ -378,7 +368,7 @@ class Run:
         if terms is None:
             if self._resumable:  # the host was downgraded to a legacy harpd
                 self._resumable = False
-                self._context.capabilities.set_instance(host, None)
+                self._context.capabilities.set_legacy(host)
             return
         self._stop_sent = False
         self._send_stop(conn)  # at once: the next message may break the connection
@@ -507,9 +497,8 @@ class Run:
         conn: HarpdConnection | None = None
         try:
             with map_connect_errors(host):
-                instance = await self._wait.wait(
-                    context.capabilities.get_instance(host, context.tls, context.config), lost_at
-                )
+                query = context.capabilities.get_instance(host, context.tls, context.config)
+                instance = await self._wait.wait(query, lost_at)
                 if instance is None and self._terms is None:
                     return await self._on_legacy_host(host)
                 conn = await self._wait.wait(open_connection(host, context.tls, context.config), lost_at)
