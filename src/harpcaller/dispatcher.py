@@ -241,14 +241,12 @@ class Dispatcher:
         if not is_job_id(job_id):
             return False
         try:
-            pending = (await self._store.get_job(job_id)).stop is StopState.PENDING
+            job = await self._store.get_job(job_id)
         except UnknownJob:
             return False
-        if pending:  # its stop cannot be finalized without the slot
-            metadata = JobMetadata(stop_report=dumps({"released": self._wall()}))
-            released = await self._store.finalize_stop(job_id, StopState.FAILED, metadata=metadata)
-        else:
-            released = await self._store.release_slot(job_id)
+        # An ended job that holds its slot has a pending stop, or one that failed: then the host's report stays.
+        report = dumps({"released": self._wall()}) if job.stop is StopState.PENDING else None
+        released = await self._store.finalize_stop(job_id, StopState.FAILED, metadata=JobMetadata(stop_report=report))
         if released:
             log.warning("slot released by administrator", extra={"job": job_id})
             self._notifier.publish_end(job_id)

@@ -240,16 +240,6 @@ async def test_finalize_stop_in_each_state(
 
 
 @STARTS
-async def test_release_slot_in_each_state(store: Store, state: State, held: bool) -> None:
-    job_id = await job_in(store, state, held=held)
-    before = await store.get_job(job_id)
-    released = await store.release_slot(job_id)
-    assert released is (state in ENDED and held)
-    assert await store.get_job(job_id) == (replace(before, holds_slot=False) if released else before)
-    assert await store.release_slot(job_id) is False
-
-
-@STARTS
 async def test_update_metadata_in_each_state(store: Store, state: State, held: bool) -> None:
     job_id = await job_in(store, state, held=held)
     before = await store.get_job(job_id)
@@ -365,7 +355,6 @@ async def test_verbs_with_an_unknown_job_change_nothing(store: Store) -> None:
     assert await store.finish_job(new_id(), Cancelled(), 1.0, metadata=METADATA) is False
     assert await store.cancel_job(new_id(), 1.0, STOPPED) is None
     assert await store.finalize_stop(new_id(), StopState.CONFIRMED, metadata=METADATA) is False
-    assert await store.release_slot(new_id()) is False
     assert await store.update_metadata(new_id(), METADATA) is False
     assert await store.append_records(new_id(), 0, records([b"1"])) is False
     assert await store.read_records(new_id(), 0, MANY) == Records()

@@ -38,16 +38,12 @@ async def test_finalize_stop_called_concurrently_succeeds_once(store: Store) -> 
             store.finalize_stop(job_id, stop, metadata=JobMetadata(stop_report=Raw(b'"%s"' % stop.encode())))
             for stop in StopState
         ),
-        store.release_slot(job_id),
     )
     assert finalized.count(True) == 1
     details = await store.get_details(job_id)
     assert details.job.holds_slot is False
-    if finalized[-1]:
-        assert (details.job.stop, details.metadata.stop_report) == (StopState.PENDING, None)
-    else:
-        stop = list(StopState)[finalized.index(True)]
-        assert (details.job.stop, details.metadata.stop_report) == (stop, b'"%s"' % stop.encode())
+    stop = list(StopState)[finalized.index(True)]
+    assert (details.job.stop, details.metadata.stop_report) == (stop, b'"%s"' % stop.encode())
 
 
 async def test_claim_jobs_after_a_cancel_never_starts_the_job(store: Store) -> None:
@@ -105,7 +101,7 @@ async def test_get_details_during_writes_is_one_snapshot(store: Store) -> None:
                 assert await store.append_records(job_id, n, records([b"1"] * 10))
             metadata = JobMetadata(exit_info=Raw(b"{}"))
             assert await store.finish_job(job_id, ENDS[State.RETURNED], 6.0, keep_slot=True, metadata=metadata)
-            assert await store.release_slot(job_id)
+            assert await store.finalize_stop(job_id, StopState.FAILED)
 
     async def look() -> None:
         while not working.done():

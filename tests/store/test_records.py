@@ -9,7 +9,7 @@ import pytest
 
 from harp.protocol.ends import Returned
 from harp.protocol.json_text import Raw
-from harpcaller.model.jobs import Records, State
+from harpcaller.model.jobs import Records, State, StopState
 from harpcaller.store import Store
 from support.jobs import ENDS, added, claimed, job_in, records
 
@@ -182,7 +182,7 @@ async def test_prune_jobs_skips_jobs_with_a_slot(store: Store) -> None:
     await job_in(store, State.RETURNED, 2.0)
     assert await store.prune_jobs(1e12, 1) == 1
     assert [job.id for _, job in await store.list_jobs(ended=True)] == held
-    assert await store.release_slot(held[1])
+    assert await store.finalize_stop(held[1], StopState.FAILED)
     assert await store.prune_jobs(1e12, MANY) == 1
     assert [job.id for _, job in await store.list_jobs(ended=True)] == [held[0], held[2]]
 

@@ -76,10 +76,10 @@ async def test_queue_concurrency_is_that_of_its_first_job(store: Store) -> None:
     assert await claimed(store) == ids[:3]
 
 
-@pytest.mark.parametrize("last", ["finish", "cancel", "cancel_queue", "finalize", "release"])
+@pytest.mark.parametrize("last", ["finish", "cancel", "cancel_queue", "finalize"])
 async def test_queue_without_jobs_is_removed(store: Store, last: str) -> None:
     job_id = await job_in(store, State.QUEUED, queue={}, concurrency=7)
-    if last in ("finish", "finalize", "release"):
+    if last in ("finish", "finalize"):
         assert await claimed(store) == [job_id]
     match last:
         case "finish":
@@ -91,9 +91,6 @@ async def test_queue_without_jobs_is_removed(store: Store, last: str) -> None:
         case "finalize":
             await store.cancel_queue(Raw(b"{}"), 6.0)
             await store.finalize_stop(job_id, StopState.CONFIRMED)
-        case "release":
-            await store.finish_job(job_id, ENDS[State.FAILED], 6.0, keep_slot=True)
-            await store.release_slot(job_id)
     assert await store.list_queues() == []
     ids = await added(store, count=2, queue={}, concurrency=1)
     assert await claimed(store) == ids[:1]
@@ -172,18 +169,14 @@ async def test_cancel_queue_does_not_affect_other_queues(store: Store) -> None:
 # Slots of jobs that have ended
 
 
-@pytest.mark.parametrize("free", ["finalize", "release"])
-async def test_slot_of_an_ended_job_is_held_until_released(store: Store, free: str) -> None:
+async def test_slot_of_an_ended_job_is_held_until_released(store: Store) -> None:
     ids = await added(store, count=3, queue={}, concurrency=1)
     assert await claimed(store) == ids[:1]
     await store.cancel_job(ids[0], 6.0)
     assert await claimed(store) == []
     await store.finalize_stop(ids[0], StopState.FAILED, keep_slot=True)
     assert await claimed(store) == []
-    if free == "finalize":
-        assert await store.finalize_stop(ids[0], StopState.CONFIRMED)
-    else:
-        assert await store.release_slot(ids[0])
+    assert await store.finalize_stop(ids[0], StopState.CONFIRMED)
     assert await claimed(store) == ids[1:2]
 
 
@@ -193,7 +186,7 @@ async def test_slot_of_an_ended_job_counts_for_its_host(store: Store) -> None:
     assert await claimed(store, max_calls_per_host=1) == first
     await store.finish_job(first[0], ENDS[State.FAILED], 6.0, keep_slot=True)
     assert await claimed(store, max_calls_per_host=1) == []
-    assert await store.release_slot(first[0])
+    assert await store.finalize_stop(first[0], StopState.FAILED)
     assert await claimed(store, max_calls_per_host=1) == second
 
 

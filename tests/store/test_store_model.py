@@ -136,10 +136,6 @@ class Comparison(RuleBasedStateMachine):
         stopped_job = self.first_that_holds() if first else job_id
         self.both("finalize_stop", stopped_job, stop, keep_slot=keep_slot, metadata=metadata)
 
-    @rule(job_id=jobs, first=st.booleans())
-    def release(self, job_id: str, first: bool) -> None:
-        self.both("release_slot", self.first_that_holds() if first else job_id)
-
     @rule(job_id=jobs, metadata=METADATA)
     def update_metadata(self, job_id: str, metadata: JobMetadata) -> None:
         self.both("update_metadata", job_id, metadata)

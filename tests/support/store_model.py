@@ -134,19 +134,10 @@ class ModelStore:
     def finalize_stop(
         self, job_id: str, stop: StopState, *, keep_slot: bool = False, metadata: JobMetadata = NO_METADATA
     ) -> bool:
-        if not self._has_ended_and_holds(job_id):
+        if job_id not in self.jobs or self.get_job(job_id).state not in ENDED or not self.get_job(job_id).holds_slot:
             return False
         self._drop_queue(self._put(self.get_job(job_id), stop=stop, holds_slot=keep_slot))
         return self.update_metadata(job_id, metadata)
-
-    def release_slot(self, job_id: str) -> bool:
-        if not self._has_ended_and_holds(job_id):
-            return False
-        self._drop_queue(self._put(self.get_job(job_id), holds_slot=False))
-        return True
-
-    def _has_ended_and_holds(self, job_id: str) -> bool:
-        return job_id in self.jobs and self.get_job(job_id).state in ENDED and self.get_job(job_id).holds_slot
 
     def update_metadata(self, job_id: str, metadata: JobMetadata) -> bool:
         if job_id not in self.jobs:

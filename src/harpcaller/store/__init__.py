@@ -114,9 +114,6 @@ class Store(Protocol):
     async def update_metadata(self, job_id: str, metadata: JobMetadata) -> bool:
         """Store the metadata that is not None, whatever the job's state; return False if the job is unknown."""
 
-    async def release_slot(self, job_id: str) -> bool:
-        """Release the slot of a job that has ended; return False if it has not, holds none or is unknown."""
-
     async def list_slot_holders(self) -> list[Job]:
         """Return all jobs that hold a slot, in the order of submission."""
 

@@ -93,7 +93,6 @@ class SQLiteStore:
     cancel_queue = _writes(writes.cancel_queue)
     finalize_stop = _writes(writes.finalize_stop)
     update_metadata = _writes(writes.update_metadata)
-    release_slot = _writes(writes.release_slot)
     list_slot_holders = _reads(reads.list_slot_holders)
     get_job = _reads(reads.get_job)
     get_details = _reads(reads.get_details)

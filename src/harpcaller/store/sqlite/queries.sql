@@ -39,9 +39,6 @@ INSERT INTO ends (job, body) VALUES (:seq, :body);
 -- name: finalize_stop
 UPDATE jobs SET stop = :stop, holds_slot = :holds_slot WHERE seq = :seq;
 
--- name: release_slot
-UPDATE jobs SET holds_slot = 0 WHERE seq = :seq;
-
 -- name: update_metadata
 -- A parameter that is NULL leaves its column as it is.
 INSERT INTO job_metadata (job, call, stop_request, stop_report, exit_info)

@@ -237,11 +237,3 @@ def update_metadata(db: sqlite3.Connection, job_id: str, metadata: JobMetadata) 
         return False
     _update_metadata(db, job.seq, metadata)
     return True
-
-
-def release_slot(db: sqlite3.Connection, job_id: str) -> bool:
-    job = _find_job(db, job_id)
-    if job is None or job.state not in ENDED or not job.holds_slot:
-        return False
-    db.execute(QUERIES["release_slot"], {"seq": job.seq})
-    return True
