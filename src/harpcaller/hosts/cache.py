@@ -61,10 +61,8 @@ def write_cache(file: Path, cached: CachedHosts) -> Path | None:
                 stream.write(json.dumps({**members, "credentials": credentials}) + "\n")
             stream.flush()
             os.fsync(stream.fileno())
-        foreign = file.with_name(f"{file.name}.foreign") if _is_foreign(file) else None
-        if foreign is not None:
-            os.replace(file, foreign)
-        os.replace(new, file)
+        foreign = file.replace(file.with_name(f"{file.name}.foreign")) if _is_foreign(file) else None
+        new.replace(file)
     except BaseException:
         new.unlink(missing_ok=True)
         raise

@@ -43,7 +43,12 @@ class HostsRegistry:
         self._config = config
         self._on_change = on_change
         self._watched_file = _watch_hosts_file(config)
-        self._cached = _load_cache(config.host_db) if config.host_db_script else CachedHosts()
+        self._cached = CachedHosts()
+        if config.host_db_script is not None:
+            try:
+                self._cached = read_cache(config.host_db)
+            except OSError as error:
+                log.error("cannot read hosts cache", extra={"file": str(config.host_db), "error": error.strerror})
         self._refresh_attempted = False
         self._refresh_task: asyncio.Task[int] | None = None
         self._config_changed = asyncio.Event()
@@ -155,14 +160,6 @@ async def _save_cache(file: Path, cached: CachedHosts) -> None:
         return
     if renamed is not None:
         log.warning("host_db had another format; renamed", extra={"file": str(file), "to": str(renamed)})
-
-
-def _load_cache(file: Path) -> CachedHosts:
-    try:
-        return read_cache(file)
-    except OSError as error:
-        log.error("cannot read hosts cache", extra={"file": str(file), "error": error.strerror})
-        return CachedHosts()
 
 
 def _watch_hosts_file(config: Config) -> WatchedFile[Mapping[str, Host]] | None:

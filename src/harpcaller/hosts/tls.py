@@ -75,23 +75,20 @@ class HostTLS:
             return
         if chain_error is not None:
             raise self.chain_refused(chain_error)
-        if self._ca_file is not None:
-            self._check_name(connection.getpeercert() or {}, host)
-        elif self._known_certs is not None:
+        certificate: Mapping[str, Any] = connection.getpeercert() or {}
+        if self._ca_file is not None and self._verify_hostname and not names_host(certificate, host):
+            names = ", ".join(repr(name) for _, name in certificate.get("subjectAltName", ())) or "no host at all"
+            raise CertificateRefused(
+                f"it names {names}, and neither {host.hostname!r} nor {host.address!r}; issue a certificate with "
+                "one of these as subjectAltName, correct the hosts registry, or set verify_hostname = false"
+            )
+        if self._ca_file is None and self._known_certs is not None:
             raise CertificateRefused(f"it is not in known_certs_file {self._known_certs.file}")
 
     def chain_refused(self, chain_error: str) -> CertificateRefused:
         """Return the error for a certificate whose chain no handshake accepted."""
         unknown = f", nor is it in known_certs_file {self._known_certs.file}" if self._known_certs else ""
         return CertificateRefused(f"it has no chain to an authority of ca_file {self._ca_file}: {chain_error}{unknown}")
-
-    def _check_name(self, certificate: Mapping[str, Any], host: Host) -> None:
-        if self._verify_hostname and not names_host(certificate, host):
-            names = ", ".join(repr(name) for _, name in certificate.get("subjectAltName", ())) or "no host at all"
-            raise CertificateRefused(
-                f"it names {names}, and neither {host.hostname!r} nor {host.address!r}; issue a certificate with "
-                "one of these as subjectAltName, correct the hosts registry, or set verify_hostname = false"
-            )
 
 
 def server_name(address: str) -> str:

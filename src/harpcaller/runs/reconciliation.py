@@ -64,12 +64,9 @@ class OrphanReaper:
         self._group = group
         self._is_active = is_active
         self._hosts: dict[str, _HostQueue] = {}
-        self._stopped = False
 
     def reap_calls(self, host: Host, calls: Sequence[str], context: RunContext) -> None:
         """Start to stop and release the orphans in a host's list, which replaces the previous list."""
-        if self._stopped:
-            return
         queue = self._hosts.setdefault(host.hostname, _HostQueue())
         queue.pending = {call: None for call in calls if call not in queue.active and not self._is_active(call)}
         for _ in range(min(_WORKERS_PER_HOST - len(queue.workers), len(queue.pending))):
@@ -79,7 +76,6 @@ class OrphanReaper:
 
     def stop(self) -> None:
         """Cancel all workers; the hosts will list the orphans again."""
-        self._stopped = True
         for queue in self._hosts.values():
             for worker in queue.workers:
                 worker.cancel()
