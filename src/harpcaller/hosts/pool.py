@@ -4,6 +4,9 @@ A connection is kept only if its host supports keep-alive, and only for a short 
 connection that looks alive, and a start written to it is delayed until the outage is detected. If a reused connection
 breaks before the acknowledgement, the run attaches to the call; it never writes the start twice.
 
+The client's pool is a separate one on purpose: it is shared between threads and has no timer, this one belongs to an
+event loop and limits connections per host.
+
 Spec: docs/protocol.md, Keep-alive.
 """
 

@@ -111,13 +111,12 @@ def _matches(kind: str, entry: str, name: str) -> bool:
     address = parse_ip(name)
     if kind == "IP Address":
         return address is not None and parse_ip(entry.strip()) == address
-    return kind == "DNS" and address is None and _name_matches(_split_labels(entry), _split_labels(name))
-
-
-def _name_matches(pattern: list[str], name: list[str]) -> bool:
-    if pattern[0] == "*" and len(pattern) > 2 and len(name) == len(pattern):
-        return pattern[1:] == name[1:]
-    return pattern == name
+    if kind != "DNS" or address is not None:
+        return False
+    pattern, labels = _split_labels(entry), _split_labels(name)
+    if pattern[0] == "*" and len(pattern) > 2 and len(labels) == len(pattern):
+        return pattern[1:] == labels[1:]
+    return pattern == labels
 
 
 def _split_labels(name: str) -> list[str]:

@@ -18,8 +18,6 @@ last record, only to stop the call.
 A cancel or a limit that stops a call stores the job's end first. The stop command is sent when the host can be
 reached, and the stop report is stored when it is received. Waits are interruptible
 (`harpcaller.runs.interruptible_wait`); pending changes are applied after every wait, in one place.
-
-A run uses the interface of the store, never a backend.
 """
 
 from __future__ import annotations
