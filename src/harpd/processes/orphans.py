@@ -26,8 +26,6 @@ class OrphanedCall:
     """A call whose supervisor has died, of which processes may remain.
 
     Args:
-        call_id: its id.
-        tree: its processes.
         file: its state file.
         to_report: whether its end has still to be reported.
 

@@ -23,7 +23,6 @@ class BoundSession:
     """The connection of a call. A `harpd.supervisor.call.CallObserver`.
 
     Args:
-        loop: the event loop.
         connection: the connection from the frontend, non-blocking.
         streaming: whether the procedure yields records.
         keep_alive: the value in the acknowledgement: seconds for which the client's connection waits for a request.
@@ -71,9 +70,7 @@ class BoundSession:
         """See `CallObserver`."""
         self._stream.send(line)
 
-    def on_rejected(self, line: bytes) -> None:
-        """See `CallObserver`."""
-        self._stream.send(line)
+    on_rejected = on_end
 
     def on_exit(self, exit_info: Callable[[], Raw], stop_report: Raw | None) -> None:
         """See `CallObserver`. The caller of a connection-bound call does not receive them."""

@@ -19,8 +19,6 @@ class BufferedStream:
     """A buffer in front of a non-blocking connection, which it owns.
 
     Args:
-        loop: the event loop.
-        connection: the connection.
         on_data: called with received data.
         on_lost: called once when the peer has closed the connection, or its sending half; this end stays open until
             `close`.

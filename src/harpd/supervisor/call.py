@@ -33,7 +33,6 @@ from harpd.processes.cgroup import create_cgroup
 from harpd.processes.cookie import cookie_for
 from harpd.processes.process_tree import CallTree, Snapshot
 from harpd.supervisor.event_loop import READ, WRITE, EventLoop, Timer
-from harpd.supervisor.output import OutputCollector
 from harpd.supervisor.spool import GUARANTEED_BYTES, SpoolQuota
 from harpd.supervisor.state_files import CallState, StateDir
 from harpd.supervisor.termination import TerminationSequence
@@ -114,13 +113,9 @@ class CallContext:
     """The objects and settings that all calls of a zygote share.
 
     Attributes:
-        loop: the event loop.
-        zygote: the zygote that forks the workers.
         kill_grace: seconds between the steps of a termination.
-        state_dir: the state files of running calls.
         take_snapshot: returns all processes at this time of the monotonic clock, or later.
         has_possible_escapes: returns whether an unknown process of a snapshot may belong to a call.
-        output: creates the pipes for stdout and stderr.
         cgroup_directory: the cgroup in which those of calls are created; None: calls have none.
         quota: the memory of all calls; incomplete lines count too.
         include_stderr: whether exit info has the last lines of stderr.
@@ -134,7 +129,6 @@ class CallContext:
     state_dir: StateDir
     take_snapshot: Callable[[float], Snapshot]
     has_possible_escapes: Callable[[Snapshot, CallTree], bool]
-    output: OutputCollector
     cgroup_directory: str | None
     quota: SpoolQuota
     include_stderr: bool
@@ -144,12 +138,6 @@ class CallContext:
 
 class Call:
     """A call until its processes are dead; or until its closing line, if its worker becomes idle then.
-
-    Args:
-        context: the objects that it shares with other calls.
-        call_id: its id.
-        procedure: its procedure's name.
-        observer: the receiver of its output and end.
 
     Raises:
         OSError: no descriptor is free; nothing has begun.
@@ -181,7 +169,7 @@ class Call:
         self._last_read = 0.0
         self._exit_reported = False
         self._closed = False
-        self._worker = context.zygote.assign(self, call_id, procedure, context.output, self._fields)
+        self._worker = context.zygote.assign(self, call_id, procedure)
 
     def send_arguments(self, arguments: Raw, authentication: float | None) -> None:
         """Send the worker its arguments; once. `authentication`: the seconds that it took, for exit info."""
@@ -189,11 +177,6 @@ class Call:
         self._unsent = memoryview(f"{self.id} ".encode() + bytes(arguments) + b"\n")
         if self._worker.served > 1:  # it was idle; the zygote announces a new one
             self.on_forked()
-
-    @property
-    def main_process(self) -> tuple[int, int]:
-        """Pid and start time of the worker; zeros before it was forked."""
-        return self._worker.identity
 
     # Reports of the zygote: `WorkerUser`.
 

@@ -48,7 +48,7 @@ class EventLoop:
         self._running = True
 
     def watch(self, descriptor: int, events: int, callback: Callback) -> None:
-        """Run the callback whenever the descriptor is ready for one of the events; 0: only when it hangs up."""
+        """Run the callback whenever the descriptor is ready for one of the events, or hangs up."""
         known = self._watched.get(descriptor)
         if known is None:
             self._epoll.register(descriptor, events)

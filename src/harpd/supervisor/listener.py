@@ -33,9 +33,6 @@ class Listener:
     """A listening socket in the runtime directory, named by the supervisor's instance id.
 
     Args:
-        loop: the event loop.
-        directory: the runtime directory.
-        instance: the supervisor's instance id.
         on_request: called with each connection, its first line, and the data after it. If it raises KeyError,
             InvalidJSON or ProtocolError, the connection is closed.
 

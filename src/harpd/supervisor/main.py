@@ -26,12 +26,13 @@ The reply is the lines for the client, see docs/protocol.md. A connection-bound 
 the connection or its sending half. The supervisor closes its side only when the processes of such a call are gone: the
 close proves it. A connection whose first line has the key ``control`` gets one line back:
 
-    {"control": "status"}                       {"calls": N, "resumable": N, "supervisor": PID, "instance": NAME,
-                                                 "accepting": BOOL, "zygote": PID, "procedures": [NAME]}
-    {"control": "reload", "settings": {...}}    {"ok": true} or {"error": MESSAGE} {"control": "drain"}, {"control":
-    "resume"} {"ok": true}; new calls are rejected, or accepted again {"control": "retire"}                       {"ok":
-    true}; it never accepts a call again, and exits after its last one {"control": "shutdown"}
-    {"ok": true}, once every call has ended, with the error shutdown
+    {"control": "status"}       {"calls": N, "resumable": N, "supervisor": PID, "instance": NAME, "accepting": BOOL,
+                                 "zygote": PID, "procedures": [NAME]}
+    {"control": "reload", "settings": {...}}    {"ok": true} or {"error": MESSAGE}
+    {"control": "drain"}        {"ok": true}; new calls are rejected
+    {"control": "resume"}       {"ok": true}; new calls are accepted again
+    {"control": "retire"}       {"ok": true}; it never accepts a call again, and exits after its last one
+    {"control": "shutdown"}     {"ok": true}, once every call has ended, with the error shutdown
 
 When its launcher closes the lifeline, a supervisor with the setting `outlive` continues while it has calls. Without it,
 the runtime directory is temporary, and no other program could find the supervisor: it stops all calls and exits.
@@ -98,19 +99,12 @@ _IDLE_EXIT_DELAY = 10.0
 _LEFT_OPEN_DIVISOR = 8
 #: How many cookies of ended calls are stored.
 _MAX_RECENT_COOKIES = 1000
-_RECURSION_LIMIT = 10_000
 #: A call's id is the name of a file and an entry of the environment. The frontend uses UUIDs.
 _CALL_ID = re.compile(r"[0-9A-Za-z-]{1,36}")
 
 
 class Supervisor:
-    """All calls of one process.
-
-    Args:
-        loop: the event loop.
-        lifeline: a socket whose other end the launcher holds.
-        settings: see above.
-    """
+    """All calls of one process. The arguments are described above."""
 
     def __init__(self, loop: EventLoop, lifeline: socket.socket, settings: Mapping[str, Any]) -> None:
         self._loop = loop
@@ -197,7 +191,7 @@ class Supervisor:
                 self._restart_zygote()
 
         try:
-            zygote = ZygoteClient(self._loop, settings, on_loaded, on_died, on_stuck)
+            zygote = ZygoteClient(self._loop, settings, self._output, on_loaded, on_died, on_stuck)
         except OSError as error:
             on_done(f"cannot create a process: {error.strerror}")
             return
@@ -310,7 +304,6 @@ class Supervisor:
             state_dir=self._state_dir,
             take_snapshot=self._take_snapshot,
             has_possible_escapes=partial(self._has_possible_escapes, zygote),
-            output=self._output,
             cgroup_directory=self._cgroup_directory,
             quota=self._quota,
             include_stderr=settings["exit_info"]["stderr"],
@@ -444,10 +437,8 @@ class Supervisor:
 
     def _has_possible_escapes(self, zygote: ZygoteClient, processes: Snapshot, tree: CallTree) -> bool:
         """Return whether an unknown process may belong to a call whose worker has ended."""
-        mains = {call.main_process for call in self._calls.values()}
-        mains |= zygote.preforked.items() | zygote.idle_workers.identities()
         cookies = {*self._recent_cookies, *map(cookie_for, self._calls)}
-        return has_possible_escapes(tree, zygote.pid, processes, mains, cookies)
+        return has_possible_escapes(tree, zygote.pid, processes, zygote.worker_identities(), cookies)
 
 
 def _finish_reload(settings: Mapping[str, Any], error: str | None) -> dict[str, Any]:
@@ -466,12 +457,10 @@ def main() -> NoReturn:
     (lifeline,) = map(int, sys.argv[1:])
     settings = loads(sys.stdin.buffer.read())
     logs.configure(name="harpd", **settings["logging"])
-    sys.setrecursionlimit(_RECURSION_LIMIT)
+    sys.setrecursionlimit(10_000)  # each level of a nested payload needs one frame or more
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    signal.signal(
-        signal.SIGCHLD, signal.SIG_IGN
-    )  # zygotes are not reaped here; their sockets show that they have ended
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # zygotes are not waited for: their sockets show their ends
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):  # the launcher handles signals to all of harpd
         signal.signal(number, signal.SIG_IGN)
     os.set_inheritable(lifeline, False)

@@ -30,7 +30,6 @@ class OutputCollector:
     """The reading ends of all calls' pipes.
 
     Args:
-        loop: the event loop.
         max_left_open: how many pipes of ended calls may stay open.
     """
 

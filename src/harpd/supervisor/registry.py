@@ -41,16 +41,11 @@ class CallRegistry:
     """All resumable calls of one supervisor.
 
     Args:
-        loop: the event loop.
-        instance: this supervisor's instance id.
-        settings: the supervisor's settings, see `harpd.supervisor.main`.
-        state_dir: the state files of running calls.
-        quota: the memory of all calls.
         clean_up_orphans: looks for dead supervisors, and has their calls adopted here.
         on_discarded: called when a session was discarded.
 
     Attributes:
-        settings: the settings for new calls.
+        settings: the settings for new calls, see `harpd.supervisor.main`.
     """
 
     def __init__(

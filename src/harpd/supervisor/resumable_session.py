@@ -88,19 +88,11 @@ class ResumableSession:
     """A call's state for its dispatcher. A `harpd.supervisor.call.CallObserver`.
 
     Args:
-        loop: the event loop.
-        call_id: the call's id.
-        terms: its owner, secret and limits.
         contact_at: the latest time, of the loop, at which contact with the dispatcher is proven.
-        kill_grace: sent to the dispatcher.
-        instance: the supervisor's instance id, sent to the dispatcher.
+        kill_grace, instance: sent to the dispatcher.
         spool_size: bytes of records that may wait for acknowledgement.
         quota: the memory of all calls.
         on_discarded: called once, when the session is discarded.
-
-    Attributes:
-        id: the call's id.
-        terms: its owner, secret and limits.
     """
 
     def __init__(

@@ -89,11 +89,7 @@ class Spool:
 
 
 class SpoolQuota:
-    """The memory that all spools share. When it is used up, calls with more than `GUARANTEED_BYTES` are paused.
-
-    Args:
-        limit: bytes.
-    """
+    """The bytes that all spools share. When `limit` is reached, calls with more than `GUARANTEED_BYTES` are paused."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit

@@ -74,7 +74,6 @@ class StateDir:
 
     Args:
         runtime_directory: the runtime directory; ``calls`` is created in it.
-        instance: this supervisor's instance id.
 
     Raises:
         OSError: the directory cannot be created.

@@ -42,8 +42,6 @@ class TerminationSequence:
     """The end of the processes of one call.
 
     Args:
-        loop: the event loop.
-        tree: the call's processes.
         kill_grace: seconds between the steps.
         take_snapshot: returns all processes at this time of the monotonic clock, or later.
         has_possible_escapes: returns whether an unknown process of a snapshot may belong to the call.

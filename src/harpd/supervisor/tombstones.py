@@ -10,12 +10,7 @@ import hashlib
 
 
 class TombstoneSet:
-    """Tombstones by owner. Each stays for `ttl` seconds at least, and for twice as long at most while others are added.
-
-    Args:
-        ttl: seconds.
-        now: the time.
-    """
+    """Tombstones by owner. Each stays for `ttl` seconds at least, and twice as long at most while others are added."""
 
     def __init__(self, ttl: float, now: float) -> None:
         self._ttl = ttl

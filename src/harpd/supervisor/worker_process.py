@@ -56,11 +56,8 @@ class WorkerProcess:
     """A worker from its fork to its death.
 
     Args:
-        loop: the event loop.
-        output: creates its pipes.
         fields: the fields of the log events of its output, until it is assigned another call.
         call: its first call, which is notified of the fork.
-        procedure: the name of its procedure.
         max_calls: how many calls it may serve.
         idle_workers: the workers of its zygote that wait for another call.
 
@@ -195,9 +192,6 @@ class WorkerProcess:
 class IdleWorkers:
     """The workers of one zygote that wait for another call of their procedures; the last one is assigned first.
 
-    Args:
-        loop: the event loop.
-
     Attributes:
         accepts: whether workers may be added.
     """
@@ -210,10 +204,6 @@ class IdleWorkers:
 
     def __len__(self) -> int:
         return len(self._idle_since)
-
-    def identities(self) -> set[tuple[int, int]]:
-        """Return the pids and start times of all."""
-        return {worker.identity for worker in self._idle_since}
 
     def add(self, worker: WorkerProcess) -> None:
         """Add a worker that has ended its call."""

@@ -49,8 +49,8 @@ class ZygoteClient:
     """A zygote process, which has loaded the procedures file once.
 
     Args:
-        loop: the event loop.
         settings: the supervisor's settings, see `harpd.supervisor.main`.
+        output: creates the pipes of the workers.
         on_loaded: called once: with None when the file is loaded, else with the error.
         on_died: called when the process has ended unexpectedly after it had loaded.
         on_stuck: called when it does not fork. Its calls may continue; it should get no more calls.
@@ -59,8 +59,6 @@ class ZygoteClient:
         OSError: no process or descriptor is available.
 
     Attributes:
-        pid: the zygote's pid.
-        preforked: its workers that have no call yet: start times by pid.
         idle_workers: its workers that wait for another call.
         procedures: its procedures by name; complete once it has loaded.
     """
@@ -69,11 +67,13 @@ class ZygoteClient:
         self,
         loop: EventLoop,
         settings: Mapping[str, Any],
+        output: OutputCollector,
         on_loaded: Callable[[str | None], None],
         on_died: Callable[[], None],
         on_stuck: Callable[[], None],
     ) -> None:
         self._loop = loop
+        self._output = output
         self._on_loaded: Callable[[str | None], None] | None = on_loaded
         self._on_died = on_died
         self._on_stuck = on_stuck
@@ -82,7 +82,7 @@ class ZygoteClient:
         self._children: dict[int, WorkerProcess] = {}
         self._retired = False
         self.procedures: dict[str, ProcedureInfo] = {}
-        self.preforked: dict[int, int] = {}
+        self._preforked: dict[int, int] = {}  # workers without a call: start times by pid
         self.idle_workers = IdleWorkers(loop)
         self._socket, zygote_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with zygote_end, contextlib.ExitStack() as undo:
@@ -103,27 +103,23 @@ class ZygoteClient:
         }
         self._send(command)
 
-    def assign(
-        self, call: WorkerUser, call_id: str, procedure: str, output: OutputCollector, fields: Mapping[str, str]
-    ) -> WorkerProcess:
-        """Return a worker for a call: an idle one of its procedure, else a new one that is being forked.
+    def worker_identities(self) -> set[tuple[int, int]]:
+        """Return the pids and start times of all its workers."""
+        return {*self._preforked.items(), *(worker.identity for worker in self._children.values())}
 
-        Args:
-            call: the call; it is notified of the fork and of the death of the worker.
-            call_id: its id.
-            procedure: the name of its procedure.
-            output: creates the pipes of a new worker.
-            fields: the fields of the log events of its output.
+    def assign(self, call: WorkerUser, call_id: str, procedure: str) -> WorkerProcess:
+        """Return a worker for a call: an idle one of its procedure, else a new one that is being forked.
 
         Raises:
             OSError: no descriptor is free.
         """
+        fields = {"call": call_id, "procedure": procedure}
         idle = self.idle_workers.pop(procedure)
         if idle is not None:
             idle.assign(call, fields)
             return idle
         max_calls = self.procedures[procedure].max_calls
-        worker = WorkerProcess(self._loop, output, fields, call, procedure, max_calls, self.idle_workers)
+        worker = WorkerProcess(self._loop, self._output, fields, call, procedure, max_calls, self.idle_workers)
         self._forking[call_id] = worker, self._loop.call_later(_FORK_TIMEOUT, lambda: self._on_fork_timeout(call_id))
         self._send({"fork": call_id, "procedure": procedure}, worker.child_descriptors)  # which closes them here
         return worker
@@ -219,16 +215,16 @@ class ZygoteClient:
     def _on_message(self, message: dict[str, Any]) -> None:
         match message:
             case {"preforked": pid, "start": start}:
-                self.preforked[pid] = start
+                self._preforked[pid] = start
             case {"forked": call_id, "pid": pid, "start": start}:
-                self.preforked.pop(pid, None)
+                self._preforked.pop(pid, None)
                 if pending := self._take_pending(call_id):
                     worker, call = pending
                     self._children[pid] = worker
                     worker.identity = pid, start
                     call.on_forked()
             case {"reaped": pid, "status": status, "cpu": cpu, "memory": memory}:
-                self.preforked.pop(pid, None)
+                self._preforked.pop(pid, None)
                 if ended := self._children.pop(pid, None):
                     ended.on_reaped(status, cpu, memory)
                 self._close_if_idle()

@@ -25,9 +25,6 @@ class ProceduresError(Exception):
 def load_procedures(file: str | os.PathLike[str]) -> Mapping[str, Procedure]:
     """Run a procedures file and return its procedures by name.
 
-    Args:
-        file: its path.
-
     Raises:
         ProceduresError: the file cannot be read, or raises an exception, SystemExit included.
     """
