@@ -407,6 +407,9 @@ def test_load_hanging_is_replaced_by_next(own: Harpd) -> None:
     with own:
         settings: dict[str, Any] = {
             "procedures": str(own.directory / "hangs.py"),
+            "python_path": {"prepend": [], "append": []},
+            "default_user": None,
+            "default_group": None,
             "max_calls": 10,
             "kill_grace": 1,
             "spool": 1000,

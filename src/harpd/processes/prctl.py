@@ -32,10 +32,9 @@ def never_dump_core() -> None:
 
 
 def die_with_parent(parent: int) -> None:
-    """Have the kernel kill this process when its parent dies. A change of user clears this: call it afterwards.
+    """Have the kernel kill this process when its parent, given by its pid, dies; kill it now if the parent is dead.
 
-    Args:
-        parent: the parent's pid. If the parent has died already, this process is killed here.
+    A change of user clears this: call it afterwards.
     """
     _prctl(_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:

@@ -37,12 +37,10 @@ class Process:
     """A process at one moment.
 
     Attributes:
-        pid: its pid.
         start: its start time, in clock ticks since boot.
         parent, group, session: the pid of its parent, its process group and its session.
         state: a letter, as in /proc.
         command: its command name.
-        threads: the number of its threads.
         flags: the kernel flags of its first thread.
         cookies: the environment cookies that it was executed with, if this process may read them.
     """

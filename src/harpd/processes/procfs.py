@@ -6,8 +6,6 @@ import os
 
 #: An upper bound of the line's length.
 _MAX_BYTES = 4096
-#: Index of the start time among the fields after the command.
-_START_FIELD = 19
 
 
 def read_stat(pid: int) -> tuple[bytes, list[bytes]] | None:
@@ -38,4 +36,4 @@ def start_time(pid: int) -> int:
         found = read_stat(pid)
     except PermissionError:
         return 0
-    return int(found[1][_START_FIELD]) if found else 0
+    return int(found[1][19]) if found else 0

@@ -240,10 +240,7 @@ class Call:
     def stop(self, why: StopReason, reason: str | None = None, by: str | None = None) -> None:
         """Stop the call. The first reason stands. No effect if the call has ended by itself.
 
-        Args:
-            why: the kind of stop.
-            reason: the caller's own reason.
-            by: the user who asked the caller to stop it.
+        `reason` is the caller's own reason, `by` the user who asked the caller to stop it.
         """
         if not self._decided:
             self._drain()  # output from before the stop counts

@@ -155,9 +155,7 @@ class Supervisor:
     def _load(self, settings: Mapping[str, Any], on_done: Callable[[str | None], None]) -> None:
         """Start a zygote with these settings; use it when it has loaded. A load that is under way is aborted.
 
-        Args:
-            settings: the settings.
-            on_done: called with None, or with the error.
+        `on_done` is called with None, or with the error.
         """
         self._abort_load("another load has begun")
 

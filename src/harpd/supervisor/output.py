@@ -39,11 +39,7 @@ class OutputCollector:
         self._left_open: dict[OutputPipe, None] = {}  # pipes of ended calls, oldest first
 
     def open_pipe(self, fields: Mapping[str, str], stream: str) -> tuple[OutputPipe, int]:
-        """Create a pipe for a call.
-
-        Args:
-            fields: the fields of its log events.
-            stream: ``stdout`` or ``stderr``.
+        """Create a pipe for a call's stdout or stderr, as `stream` says. Its log events have these fields.
 
         Returns:
             The reading end, for `release`, and the descriptor of the writing end, which the caller closes.

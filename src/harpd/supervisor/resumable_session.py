@@ -187,14 +187,8 @@ class ResumableSession:
     def attach(self, connection: socket.socket, since: int, received: bytes, keep_alive: float | None) -> Failed | None:
         """Attach a connection: send all records from number `since` on, and receive commands.
 
-        Args:
-            connection: the connection.
-            since: a record number.
-            received: data that was received on the connection after the request.
-            keep_alive: the value in the acknowledgement.
-
-        Returns:
-            None; or the error if some of these records are gone, and the connection is not attached.
+        Return the error if some of these records are gone; then the connection is not attached. `received`: data that
+        was received on it after the request. `keep_alive`: the value in the acknowledgement.
         """
         if self._adopted:
             self._spool.start_at(since)

@@ -30,14 +30,6 @@ class Chunk:
     lines: bytes
     time: float
 
-    def from_number(self, number: int) -> Chunk:
-        """Return the part from a record number on, which must be in this chunk."""
-        if number == self.first:
-            return self
-        skipped = number - self.first
-        lines = self.lines.split(b"\n", skipped)[skipped]
-        return Chunk(number, self.count - skipped, lines, self.time)
-
 
 class Spool:
     """The records of one call, from the first one that is not acknowledged.
@@ -83,8 +75,9 @@ class Spool:
         if number in self._chunks:
             return self._chunks[number]
         for chunk in self._chunks.values():
-            if number < chunk.first + chunk.count:
-                return chunk.from_number(number)
+            skipped = number - chunk.first
+            if skipped < chunk.count:
+                return Chunk(number, chunk.count - skipped, chunk.lines.split(b"\n", skipped)[skipped], chunk.time)
         return None
 
 

@@ -66,11 +66,9 @@ class WorkerProcess:
 
     Attributes:
         call: its present call; None: it is idle, or released.
-        procedure: the name of its procedure.
         channel: this end of its channel, non-blocking.
         child_descriptors: its own end of the channel, its stdout and its stderr.
         identity: its pid and start time; zeros before it was forked.
-        cgroup: its cgroup; None: it has none.
         served: how many calls it was assigned.
     """
 

@@ -65,10 +65,7 @@ def _is_plain(procedure: Procedure) -> bool:
 def _fits_plain_signature(function: Any, given: int, named: Mapping[str, Any]) -> bool:
     """Return True if the arguments fit, False if that is not certain.
 
-    Args:
-        function: a plain function.
-        given: the number of positional arguments. A call has positional arguments or named ones, not both.
-        named: the named arguments.
+    `given` is the number of positional arguments. A call has positional arguments or named ones, not both.
     """
     code = function.__code__
     optional = len(function.__defaults__ or ())

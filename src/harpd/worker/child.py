@@ -43,10 +43,7 @@ class _CallRejected(Exception):
 
 
 def detach_from_zygote(zygote: int) -> None:
-    """Leave the zygote's session and signal handlers, in a newly forked process that has no call yet.
-
-    Args:
-        zygote: the parent's pid.
+    """Leave the session and signal handlers of the zygote, the parent, in a forked process that has no call yet.
 
     Raises:
         OSError: that failed; the process cannot be used.
@@ -69,14 +66,8 @@ def run_worker(
 ) -> NoReturn:
     """Run one call, or as many as the procedure allows, in a process that has left the zygote; then exit.
 
-    Args:
-        procedure: the procedure to run.
-        channel_descriptor: the channel.
-        pipes: the pipes that become stdout and stderr.
-        zygote: the parent's pid.
-        defaults: the user of a procedure that names none, and the group of one that names neither user nor group.
-        tracebacks: whether the traceback of an exception goes to the supervisor, before the closing line.
-        cookie: the environment cookie of this process.
+    `pipes` become stdout and stderr. `defaults` are the user of a procedure that names none, and the group of one that
+    names neither user nor group. `tracebacks`: whether the supervisor gets the traceback of an exception.
     """
     process, guard = os.getpid(), SignalGuard()
     try:
@@ -96,7 +87,7 @@ def run_worker(
             lines = _run_procedure(procedure, channel, guard, tracebacks, cookie, prepare)
             if os.getpid() != process:
                 os._exit(0)  # the procedure has forked, and this is the child: it must not write to the caller
-            _flush_output()
+            flush_output()
             channel.write(lines)
             if served == procedure.max_calls_per_process or not prepared or not _wait_for_next_call(channel, guard):
                 break
@@ -143,7 +134,7 @@ def _run_procedure(
     except _CallRejected as rejected:
         return _line(Envelope(harp=closing.VERSION, **closing.error(rejected.type, str(rejected), None)))
     except (TimeLimit, Cancelled) as limit:
-        _flush_output()
+        flush_output()
         guard.exit_with(limit)
     except BaseException as error:  # noqa: BLE001 - SystemExit too: the caller receives the procedure's end
         kind = type(error)
@@ -265,7 +256,8 @@ def _format_traceback(error: BaseException) -> str:
     return text[-_MAX_TRACEBACK_LENGTH:]
 
 
-def _flush_output() -> None:
+def flush_output() -> None:
+    """Flush stdout and stderr, as far as that is possible."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()

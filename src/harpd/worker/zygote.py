@@ -38,7 +38,7 @@ from harpd.processes.cookie import EnvCookie
 from harpd.processes.prctl import become_subreaper, die_with_parent
 from harpd.processes.procfs import start_time
 from harpd.worker import arguments, signals
-from harpd.worker.child import detach_from_zygote, run_worker
+from harpd.worker.child import detach_from_zygote, flush_output, run_worker
 from harpd.worker.procedures import ProceduresError, load_procedures
 
 TYPE_CHECKING = False  # not from `typing`: the zygote's memory costs each fork
@@ -57,10 +57,6 @@ _MAX_PREFORKED = 2
 #: Milliseconds without a command or a death before the next worker is forked ahead, unless none is left. A fork beside
 #: a call that has just begun takes a processor from it: 3 to 6 ms more for a call alone on a busy machine.
 _PREFORK_DELAY = 8
-#: Bytes that are read at once from the pipe to which the signal handler writes.
-_WAKEUP_READ_SIZE = 4096
-#: Each level of a nested payload needs one frame or more.
-_RECURSION_LIMIT = 10_000
 
 
 class _Zygote:
@@ -118,7 +114,7 @@ class _Zygote:
             ready = poll.poll(self._poll_timeout())
             for descriptor, _ in ready:
                 if descriptor == self._child_deaths:
-                    os.read(descriptor, _WAKEUP_READ_SIZE)
+                    os.read(descriptor, 4096)
                     self._reap()
                 elif not self._handle_command():
                     return
@@ -232,11 +228,7 @@ def _ignore_signals() -> None:
 
 def _reset_streams() -> None:
     """Flush the streams, so that workers do not write buffered text again, and occupy the descriptors 0 to 2."""
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except Exception:  # noqa: BLE001, S110 - the file may have closed or replaced it
-            pass
+    flush_output()
     while (descriptor := os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)) <= 2:
         pass
     os.close(descriptor)
@@ -246,7 +238,7 @@ def main() -> NoReturn:
     """Run the zygote."""
     descriptor, supervisor = map(int, sys.argv[1:])
     _ignore_signals()
-    sys.setrecursionlimit(_RECURSION_LIMIT)
+    sys.setrecursionlimit(10_000)  # each level of a nested payload needs one frame or more
     for stream in (sys.stdout, sys.stderr):  # a line is logged when it is printed, and printing does not fail
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(encoding="utf-8", errors="backslashreplace", line_buffering=True)
