@@ -99,9 +99,8 @@ class CallObserver(Protocol):
     def on_exit(self, exit_info: Callable[[], Raw], stop_report: Raw | None) -> None:
         """Handle that the worker has ended, and that all stopped processes are gone, or listed as survivors.
 
-        Args:
-            exit_info: makes the exit info, now; it costs time, and not every observer uses it.
-            stop_report: the stop report; None: nothing had to be stopped.
+        `exit_info` makes the exit info, now: it costs time, and not every observer uses it. `stop_report` is None if
+        nothing had to be stopped.
         """
 
     def on_closed(self, stop_report: Raw | None) -> None:
@@ -113,9 +112,7 @@ class CallContext:
     """The objects and settings that all calls of a zygote share.
 
     Attributes:
-        kill_grace: seconds between the steps of a termination.
-        take_snapshot: returns all processes at this time of the monotonic clock, or later.
-        has_possible_escapes: returns whether an unknown process of a snapshot may belong to a call.
+        kill_grace, take_snapshot, has_possible_escapes: see `TerminationSequence`.
         cgroup_directory: the cgroup in which those of calls are created; None: calls have none.
         quota: the memory of all calls; incomplete lines count too.
         include_stderr: whether exit info has the last lines of stderr.
@@ -228,12 +225,10 @@ class Call:
         if self._limit is not None:
             self._limit.cancel()
         if self._has_closing_line and self._stop_reason is None:
-            self._release_state()  # before the end is reported: from now on, its processes are not orphans
-            self._report_exit(None)
             self._close()  # processes that it left running are not stopped
-            return
-        self._decide_end()
-        self._termination.on_main_exit(status)
+        else:
+            self._decide_end()
+            self._termination.on_main_exit(status)
 
     # Stopping.
 
@@ -476,10 +471,9 @@ class Call:
         assert self._termination is not None
         # After an error of harpd's own code, the worker may be in an undefined state.
         if kind != "error" and not (self._partial_line or self._unsent) and self._worker.has_calls_left:
-            self._release_state()  # before the end is reported, as when the worker is reaped
+            self._release_state()
             self._observer.on_end(closing)
             self._cpu = self._worker.call_cpu_seconds()
-            self._report_exit(None)
             self._close(reuse_worker=True)
             return
         self._worker.finish_input()
@@ -495,6 +489,7 @@ class Call:
     def _close(self, reuse_worker: bool = False) -> None:
         """Close the call: no process remains to be stopped. `reuse_worker`: the worker waits for another call."""
         self._closed = True
+        self._release_state()
         stop_report: dict[str, Any] | None = None
         reported_survivors = self._exit_reported
         if self._termination is not None:
@@ -506,12 +501,14 @@ class Call:
             self._worker.become_idle()
         else:
             self._worker.release()
-            self._release_state()
         self._observer.on_closed(dumps(stop_report) if reported_survivors and stop_report is not None else None)
         self._context.on_closed(self)
 
     def _release_state(self) -> None:
-        """Release the state file: no process remains to be stopped. A session needs it until its end is reported."""
+        """Release the state file, before the end is reported: from now on, processes of the call are not orphans.
+
+        A resumable session needs it until its end is reported.
+        """
         if self._observer.stored_state:
             self._context.state_dir.mark_ended(self.id)
         else:

@@ -126,24 +126,16 @@ class Listener:
             connection.close()
 
 
-class FinalReply:
-    """The last bytes on a connection, which is closed once they are sent."""
-
-    def __init__(self, loop: EventLoop, connection: socket.socket, data: bytes) -> None:
-        self._loop = loop
-        self._connection = connection
-        self._unsent = memoryview(data)
-        self._send()
-
-    def _send(self) -> None:
-        try:
-            self._unsent = self._unsent[self._connection.send(self._unsent) :]
-        except BlockingIOError:
-            pass
-        except OSError:
-            self._unsent = self._unsent[:0]
-        if self._unsent:
-            self._loop.watch(self._connection.fileno(), WRITE, self._send)
-        else:
-            self._loop.unwatch(self._connection.fileno())
-            self._connection.close()
+def send_final_reply(loop: EventLoop, connection: socket.socket, data: bytes) -> None:
+    """Send the last bytes on a connection as it becomes writable, then close it."""
+    try:
+        unsent = data[connection.send(data) :]
+    except BlockingIOError:
+        unsent = data
+    except OSError:
+        unsent = b""
+    if unsent:
+        loop.watch(connection.fileno(), WRITE, lambda: send_final_reply(loop, connection, unsent))
+    else:
+        loop.unwatch(connection.fileno())
+        connection.close()

@@ -73,7 +73,7 @@ from harpd.processes.process_tree import CallTree, Snapshot, has_possible_escape
 from harpd.supervisor.bound_session import BoundSession
 from harpd.supervisor.call import Call, CallContext, StopReason
 from harpd.supervisor.event_loop import READ, EventLoop
-from harpd.supervisor.listener import FinalReply, Listener
+from harpd.supervisor.listener import Listener, send_final_reply
 from harpd.supervisor.output import OutputCollector
 from harpd.supervisor.registry import CallRegistry
 from harpd.supervisor.resumable_session import ResumableSession
@@ -220,11 +220,11 @@ class Supervisor:
         if "control" in request:
             self._handle_control(connection, request)
         elif "calls" in request:
-            FinalReply(self._loop, connection, self._registry.list_calls(required_string(request, "calls")))
+            send_final_reply(self._loop, connection, self._registry.list_calls(required_string(request, "calls")))
         elif "attach" in request:
             rejection = self._registry.attach(connection, request, received)
             if rejection is not None:
-                FinalReply(self._loop, connection, encode_message(rejection))
+                send_final_reply(self._loop, connection, encode_message(rejection))
         else:
             self._handle_start(connection, request, received)
 
@@ -235,7 +235,7 @@ class Supervisor:
         check(is_container(arguments, (list, dict)), "arguments: expected an array or an object")
         started = self._start(connection, call_id, name, request, received)
         if isinstance(started, Failed):
-            FinalReply(self._loop, connection, encode_message(started))
+            send_final_reply(self._loop, connection, encode_message(started))
         else:
             started.send_arguments(arguments, request.value("authentication") if "authentication" in request else None)
 
@@ -313,7 +313,7 @@ class Supervisor:
 
     def _handle_control(self, connection: socket.socket, request: JSONObject) -> None:
         def reply(message: dict[str, Any]) -> None:
-            FinalReply(self._loop, connection, dumps(message) + b"\n")
+            send_final_reply(self._loop, connection, dumps(message) + b"\n")
 
         match request.value("control"):
             case "status":

@@ -173,6 +173,7 @@ class ResumableSession:
         """See `CallObserver`."""
         assert self._end is not None
         self._set_closing(stop_report, exit_info(), self._end)
+        self._end = None  # it may be long, and is part of `_closing` now
         self._send_pending()
 
     def on_closed(self, stop_report: Raw | None) -> None:

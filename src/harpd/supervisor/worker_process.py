@@ -43,12 +43,10 @@ class WorkerUser(Protocol):
         """Handle that there is no worker."""
 
     def on_reaped(self, status: int, cpu: float | None, memory: int | None) -> None:
-        """Handle that the worker has ended, or was killed with its zygote.
+        """Handle that the worker has ended with this wait status, or was killed with its zygote.
 
-        Args:
-            status: its wait status.
-            cpu: seconds of processor time of the worker and the children that it waited for; None: not known.
-            memory: maximum resident bytes of the largest of these processes; None: not known.
+        `cpu`: seconds of processor time of the worker and the children that it waited for; `memory`: maximum resident
+        bytes of the largest of these processes; None: not known.
         """
 
 
