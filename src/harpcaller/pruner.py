@@ -36,13 +36,9 @@ async def prune(store: Store, ended_before: float) -> int:
 async def prune_regularly(
     store: Store, wall: Callable[[], float], max_age: Callable[[], float], every: float = PRUNE_EVERY
 ) -> None:
-    """Delete old jobs at regular intervals until cancelled.
+    """Delete old jobs every `every` seconds, until cancelled.
 
-    Args:
-        store: has the jobs.
-        wall: returns the wall clock in Unix seconds.
-        max_age: returns the age after its end at which a job is deleted, in seconds.
-        every: the interval in seconds.
+    `wall` returns the wall clock in Unix seconds, `max_age` the seconds from a job's end to its deletion.
     """
     while True:
         try:

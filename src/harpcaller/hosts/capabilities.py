@@ -58,9 +58,7 @@ class _Entry:
 class HostCapabilities:
     """A cache of what hosts support; it sends one query at a time to each host.
 
-    Args:
-        identity: the dispatcher's identity towards hosts.
-        on_call_list: called with the ids of the calls that a host holds for this dispatcher.
+    `on_call_list` is called with the ids of the calls that a host holds for this dispatcher.
     """
 
     def __init__(self, identity: Identity, on_call_list: Callable[[Host, Sequence[str]], None]) -> None:

@@ -24,13 +24,7 @@ _MAX_LOGGED = 500
 
 
 class OutcomeWriter:
-    """A writer of one job's outcome.
-
-    Args:
-        job: the job.
-        context: store, notifier and clock.
-        describe_call: returns where and how the call runs, for the metadata.
-    """
+    """A writer of one job's outcome. `describe_call` returns where and how the call runs, for the metadata."""
 
     def __init__(self, job: Job, context: RunContext, describe_call: Callable[[], dict[str, Any]]) -> None:
         self._id = job.id

@@ -53,12 +53,7 @@ class _HostQueue:
 
 
 class OrphanReaper:
-    """The clean-up of the orphans in the call lists of hosts.
-
-    Args:
-        group: the task group of the workers.
-        is_active: returns whether a run handles this job's call.
-    """
+    """The clean-up of the orphans in the call lists of hosts. `is_active` returns whether a run handles a call."""
 
     def __init__(self, group: asyncio.TaskGroup, is_active: Callable[[str], bool]) -> None:
         self._group = group

@@ -30,10 +30,7 @@ _RECORD_OVERHEAD = 64
 class RecordWriter:
     """A writer of one job's records, from the first that is not stored.
 
-    Args:
-        job: the job.
-        context: the store and the notifier.
-        on_stored: called with the number of stored records after each batch.
+    `on_stored` is called with the number of stored records after each batch.
     """
 
     def __init__(self, job: Job, context: RunContext, on_stored: Callable[[int], None]) -> None:

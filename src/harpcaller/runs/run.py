@@ -88,13 +88,7 @@ class Outcome(Enum):
 
 
 class Run:
-    """The call of one job that holds a slot.
-
-    Args:
-        job: the job.
-        context: the dispatcher's objects and settings for runs.
-        recovered: whether an earlier dispatcher has claimed the job, and may have started its call.
-    """
+    """The call of one job that holds a slot; if it is `recovered`, an earlier dispatcher may have started the call."""
 
     def __init__(self, job: Job, context: RunContext, recovered: bool = False) -> None:
         self.job = job

@@ -58,11 +58,9 @@ class Writer:
         self._thread.start()
 
     async def run(self, verb: Callable[[sqlite3.Connection], T], last: bool = False) -> T:
-        """Run a verb and return its result; its changes are on stable storage then.
+        """Run a verb within a transaction and return its result; its changes are on stable storage then.
 
-        Args:
-            verb: a function on the connection; it runs within a transaction.
-            last: whether it runs after the other members of its batch, to see their changes.
+        With `last` it runs after the other members of its batch, to see their changes.
 
         Raises:
             StorageError: the transaction failed; nothing was changed.
