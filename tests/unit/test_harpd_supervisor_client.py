@@ -13,6 +13,7 @@ import pytest
 
 from harpd.control import supervisor_client as module
 from harpd.control.supervisor_client import SupervisorClient, SupervisorError, SupervisorNotRunning
+from harpd.supervisor.listener import ACTIVE_SOCKET
 from support.scripted_supervisors import Script, dead_supervisor, make_current, supervisor
 
 IDS = [f"{number}e8400e2-9b1d-41d4-a716-446655440000" for number in range(3)]
@@ -46,9 +47,9 @@ async def scripted(directory: Path, **scripts: Script) -> AsyncIterator[Supervis
 
 
 async def attached(client: SupervisorClient) -> bytes:
-    reply = await client.attach(ATTACH)
-    with reply.connection:
-        return reply.line + reply.rest
+    connection, received = await client.attach(ATTACH)
+    connection.close()
+    return received
 
 
 async def test_attach_finds_call_in_any_supervisor(tmp_path: Path) -> None:
@@ -156,4 +157,4 @@ async def test_remove_dead_removes_sockets_of_dead(tmp_path: Path) -> None:
                 await client.connect()
             await client.remove_dead_sockets()
             assert client.socket_names() == ["supervisor-a"]
-            assert client.active_socket_inode() is None
+            assert not (tmp_path / ACTIVE_SOCKET).exists()

@@ -17,12 +17,11 @@ import os
 import signal
 import socket
 import struct
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, NamedTuple, Self, TypeVar
 
 from harp.protocol.ends import Failed
 from harp.protocol.fields import ProtocolError
@@ -67,10 +66,12 @@ class SupervisorConnection:
     """A connection to a supervisor; a context manager that closes it.
 
     Args:
-        connection: the non-blocking socket.
+        connection: the non-blocking socket, connected.
     """
 
     def __init__(self, connection: socket.socket) -> None:
+        #: The name of the supervisor's own socket, also if it was found as `ACTIVE_SOCKET`.
+        self.socket_name = os.path.basename(connection.getpeername())
         self._socket = connection
         self._loop = asyncio.get_running_loop()
 
@@ -88,16 +89,24 @@ class SupervisorConnection:
         except OSError as error:
             raise SupervisorDied from error
 
-    async def receive_line(self) -> tuple[bytes, bytes]:
-        """Return the first line, including its line feed, and the data after it. Raises `SupervisorDied`."""
-        received, searched = bytearray(), 0
-        while (end := received.find(b"\n", searched) + 1) == 0:
-            searched = len(received)
-            data = await self.receive()
-            if not data or searched > _MAX_REPLY_BYTES:
-                raise SupervisorDied
-            received += data
-        return bytes(received[:end]), bytes(received[end:])
+    async def exchange(self, request: bytes, deadline: float) -> bytes:
+        """Send a request; return the data received until the first line of the reply is complete.
+
+        Raises:
+            SupervisorDied: it died, or the line is too long.
+            SupervisorError: the line is not complete after this number of seconds.
+        """
+        received = bytearray()
+        try:
+            async with asyncio.timeout(deadline):
+                await self.send(request)
+                while b"\n" not in (data := await self.receive()):
+                    received += data
+                    if not data or len(received) > _MAX_REPLY_BYTES:
+                        raise SupervisorDied
+        except TimeoutError as error:
+            raise SupervisorError(f"the supervisor did not reply within {deadline:g} s") from error
+        return bytes(received + data)
 
     def finish_sending(self) -> None:
         """Close the sending direction. Raises `SupervisorDied`."""
@@ -154,12 +163,13 @@ class SupervisorClient:
             name for name in os.listdir(self._directory) if name.startswith(SOCKET_PREFIX) and "." not in name
         )
 
-    def active_socket_inode(self) -> int | None:
-        """Return the inode of the active socket: it changes with the active supervisor. None: there is no socket."""
+    def is_active(self, connection: SupervisorConnection) -> bool:
+        """Return whether the supervisor of this connection is the active one."""
         try:
-            return os.stat(ACTIVE_SOCKET, dir_fd=self._directory).st_ino
+            own, active = (os.stat(name, dir_fd=self._directory) for name in (connection.socket_name, ACTIVE_SOCKET))
         except FileNotFoundError:
-            return None
+            return False
+        return os.path.samestat(own, active)
 
     async def remove_dead_sockets(self) -> None:
         """Remove the sockets of dead supervisors. Only the launcher calls it, while no supervisor is starting."""
@@ -182,24 +192,19 @@ class SupervisorClient:
             SupervisorNotRunning: no process listens at the socket.
             SupervisorError: a process listens, but the connection fails.
         """
-        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-        try:
-            path = f"/proc/self/fd/{self._directory}/{name}"
+        with ExitStack() as closing:
+            connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+            closing.enter_context(connection)
             try:
-                connection.connect(path)
-            except BlockingIOError:
-                await _retry_connect(connection, path)
-            return SupervisorConnection(connection)
-        except (FileNotFoundError, ConnectionRefusedError) as error:
-            connection.close()
-            raise SupervisorNotRunning("the supervisor does not run") from error
-        except OSError as error:
-            connection.close()
-            reason = error.strerror or "too many connections are waiting"
-            raise SupervisorError(f"cannot connect to the supervisor: {reason}") from error
-        except BaseException:
-            connection.close()
-            raise
+                async with asyncio.timeout(_REPLY_TIMEOUT):
+                    await _connect(connection, f"/proc/self/fd/{self._directory}/{name}")
+            except (FileNotFoundError, ConnectionRefusedError) as error:
+                raise SupervisorNotRunning("the supervisor does not run") from error
+            except OSError as error:
+                reason = error.strerror or "too many connections are waiting"
+                raise SupervisorError(f"cannot connect to the supervisor: {reason}") from error
+            closing.pop_all()
+        return SupervisorConnection(connection)
 
     async def connect_active(self) -> SupervisorConnection:
         """Open a connection to the active supervisor; wait a short time for one that is starting.
@@ -207,15 +212,10 @@ class SupervisorClient:
         Raises:
             SupervisorError: no supervisor is active within that time.
         """
-        return await _retry_until(self._try_connect)
-
-    async def _try_connect(self) -> SupervisorConnection | None:
-        with contextlib.suppress(SupervisorNotRunning):
-            return await self.connect()
-        return None
+        return await _retry_until_active(self.connect)
 
     async def request(
-        self, request: Mapping[str, Any], deadline: float = _REPLY_TIMEOUT, name: str = ACTIVE_SOCKET
+        self, request: dict[str, Any], deadline: float = _REPLY_TIMEOUT, name: str = ACTIVE_SOCKET
     ) -> dict[str, Any]:
         """Send a control request; return the reply.
 
@@ -229,17 +229,13 @@ class SupervisorClient:
             SupervisorError: there is no reply, or it is an error.
         """
         try:
-            line, _ = await self._exchange(name, dumps(dict(request)) + b"\n", deadline)
-            reply = loads(line)
+            with await self.connect(name) as connection:
+                reply = loads(await connection.exchange(dumps(request) + b"\n", deadline))
         except (SupervisorDied, InvalidJSON) as error:
             raise SupervisorError(f"the supervisor sent no reply: {error}") from error
         if not isinstance(reply, dict) or "error" in reply:
             raise SupervisorError(str(reply["error"] if isinstance(reply, dict) else reply))
         return reply
-
-    async def _exchange(self, name: str, request: bytes, deadline: float) -> tuple[bytes, bytes]:
-        with await self.connect(name) as connection:
-            return await _exchange_line(connection, request, deadline)
 
     async def shut_down(self, name: str, deadline: float) -> None:
         """Stop a supervisor and all its calls, which end with the error ``shutdown``; kill it after the deadline.
@@ -257,17 +253,15 @@ class SupervisorClient:
             closing.callback(os.close, process)
             try:
                 async with asyncio.timeout(deadline):
-                    await connection.send(b'{"control":"shutdown"}\n')
+                    with contextlib.suppress(SupervisorDied):
+                        await connection.send(b'{"control":"shutdown"}\n')
                     await _wait_for_exit(process)
-                    return
-            except SupervisorDied:
-                pass
             except TimeoutError:
                 log.error("supervisor did not stop; killing it", extra={"supervisor": name})
-            with contextlib.suppress(ProcessLookupError, TimeoutError):
-                signal.pidfd_send_signal(process, signal.SIGKILL)
-                async with asyncio.timeout(_KILL_TIMEOUT):
-                    await _wait_for_exit(process)
+                with contextlib.suppress(ProcessLookupError, TimeoutError):
+                    signal.pidfd_send_signal(process, signal.SIGKILL)
+                    async with asyncio.timeout(_KILL_TIMEOUT):
+                        await _wait_for_exit(process)
 
     # All supervisors.
 
@@ -315,23 +309,19 @@ class SupervisorClient:
                 end of the missing calls.
         """
         request = dumps({"calls": owner}) + b"\n"
-        active = await _retry_until(partial(self._calls_of, ACTIVE_SOCKET, request))
+        active = await _retry_until_active(partial(self._calls_of, ACTIVE_SOCKET, request))
         calls = dict.fromkeys(active.calls)
-        for name in self._other_sockets(active.instance):
-            if (listed := await self._calls_of(name, request)) is not None:
-                calls |= dict.fromkeys(listed.calls)
+        for name in {*self.socket_names()} - {SOCKET_PREFIX + active.instance}:
+            with contextlib.suppress(SupervisorNotRunning, SupervisorDied):
+                calls |= dict.fromkeys((await self._calls_of(name, request)).calls)
         return CallList(tuple(calls), active.instance)
 
-    def _other_sockets(self, instance: str) -> list[str]:
-        return [name for name in self.socket_names() if name != SOCKET_PREFIX + instance]
-
-    async def _calls_of(self, name: str, request: bytes) -> CallList | None:
-        """Return the calls of one supervisor; None: it is dead."""
+    async def _calls_of(self, name: str, request: bytes) -> CallList:
+        """Return the calls of one supervisor. Raises `SupervisorError` and `SupervisorDied`."""
+        with await self.connect(name) as connection:
+            line = await connection.exchange(request, _REPLY_TIMEOUT)
         try:
-            line, _ = await self._exchange(name, request, _REPLY_TIMEOUT)
-            listed = decode_message(line[:-1])
-        except (SupervisorNotRunning, SupervisorDied):
-            return None
+            listed = decode_message(line.removesuffix(b"\n"))
         except ProtocolError as error:
             raise SupervisorError(f"invalid list of calls from the supervisor: {error}") from error
         if not isinstance(listed, CallList):
@@ -350,22 +340,24 @@ class SupervisorClient:
         Raises:
             SupervisorError: a supervisor sent no reply, or none is active. Then it is unknown whether the call exists.
         """
-        return await _retry_until(partial(self._find_call, request))
+        return await _retry_until_active(partial(self._find_call, request))
 
-    async def _find_call(self, request: bytes) -> AttachReply | None:
-        """Ask each supervisor once; return None if that does not answer who has the call."""
+    async def _find_call(self, request: bytes) -> AttachReply:
+        """Ask each supervisor once. Raises `SupervisorNotRunning` if that does not answer who has the call."""
         active = await self._try_attach(ACTIVE_SOCKET, request)
-        if active is not None and active.not_found_by is None:
+        if active is not None and active.found:
             return active
         with ExitStack() as closing:
             if active is not None:
                 closing.enter_context(active.connection)
-            for name in self._other_sockets(active.not_found_by or "" if active else ""):
+            for name in {*self.socket_names()} - {active.connection.socket_name if active is not None else ""}:
                 other = await self._try_attach(name, request)
-                if other is not None and other.not_found_by is None:
+                if other is not None and other.found:
                     return other
                 if other is not None:
                     other.connection.close()
+            if active is None:
+                raise SupervisorNotRunning
             closing.pop_all()
         return active
 
@@ -374,75 +366,53 @@ class SupervisorClient:
         with ExitStack() as closing:
             try:
                 connection = closing.enter_context(await self.connect(name))
-                line, rest = await _exchange_line(connection, request, _REPLY_TIMEOUT)
+                received = await connection.exchange(request, _REPLY_TIMEOUT)
             except (SupervisorNotRunning, SupervisorDied):
                 return None
             closing.pop_all()
-        return AttachReply(connection, line, rest)
+        return AttachReply(connection, received)
 
 
-@dataclass(frozen=True, slots=True)
-class AttachReply:
-    """The reply to a request to attach.
-
-    Attributes:
-        connection: the connection, which the caller closes.
-        line: the first line, including its line feed.
-        rest: the data after it.
-    """
+class AttachReply(NamedTuple):
+    """The reply to a request to attach: the connection, which the caller closes, and the data received from it."""
 
     connection: SupervisorConnection
-    line: bytes
-    rest: bytes
+    received: bytes
 
     @property
-    def not_found_by(self) -> str | None:
-        """The instance of the supervisor that does not have the call; None: the reply is a different one."""
+    def found(self) -> bool:
+        """Whether the supervisor has the call."""
         with contextlib.suppress(ProtocolError):
-            match decode_message(self.line[:-1]):
-                case Failed("no_such_call", _, {"instance": str(instance)}):
-                    return instance
-        return None
+            match decode_message(self.received.partition(b"\n")[0]):
+                case Failed("no_such_call"):
+                    return False
+        return True
 
 
-async def _retry_connect(connection: socket.socket, path: str) -> None:
-    """Connect to a socket whose backlog is full.
+async def _connect(connection: socket.socket, path: str) -> None:
+    """Connect to a socket; wait while its backlog is full.
 
     The event loop's `sock_connect` cannot do it: it takes EAGAIN of a Unix socket for a connection in progress.
     """
-    async with asyncio.timeout(_REPLY_TIMEOUT):
-        while True:
-            try:
-                connection.connect(path)
-            except BlockingIOError:
-                await asyncio.sleep(_BACKLOG_INTERVAL)
-            else:
-                return
+    while True:
+        try:
+            connection.connect(path)
+        except BlockingIOError:
+            await asyncio.sleep(_BACKLOG_INTERVAL)
+        else:
+            return
 
 
-async def _retry_until(attempt: Callable[[], Awaitable[T | None]]) -> T:
-    """Retry until the attempt returns a value, for at most `_START_TIMEOUT` seconds. Raises `SupervisorError`."""
+async def _retry_until_active(attempt: Callable[[], Awaitable[T]]) -> T:
+    """Repeat an attempt that finds no supervisor, for at most `_START_TIMEOUT` seconds. Raises `SupervisorError`."""
     try:
         async with asyncio.timeout(_START_TIMEOUT):
             while True:
-                if (outcome := await attempt()) is not None:
-                    return outcome
+                with contextlib.suppress(SupervisorNotRunning, SupervisorDied):
+                    return await attempt()
                 await asyncio.sleep(_RETRY_INTERVAL)
     except TimeoutError as error:
         raise SupervisorError("the supervisor does not run; it is being restarted") from error
-
-
-async def _exchange_line(connection: SupervisorConnection, request: bytes, deadline: float) -> tuple[bytes, bytes]:
-    """Send a line; return the first line of the reply and the data after it.
-
-    Raises `SupervisorDied` and `SupervisorError`.
-    """
-    try:
-        async with asyncio.timeout(deadline):
-            await connection.send(request)
-            return await connection.receive_line()
-    except TimeoutError as error:
-        raise SupervisorError(f"the supervisor did not reply within {deadline:g} s") from error
 
 
 async def _wait_for_exit(pidfd: int) -> None:

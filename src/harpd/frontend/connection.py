@@ -120,9 +120,7 @@ class Connection:
 
     async def reject(self) -> None:
         """Reply that there are too many connections. Network errors are handled here."""
-        await self._run_guarded(
-            partial(self._send_rejection, RequestRejected(_TOO_MANY_CONNECTIONS, discard_input=True))
-        )
+        await self._run_guarded(partial(self._send_error, _TOO_MANY_CONNECTIONS, discard_input=True))
 
     async def _run_guarded(self, phases: Callable[[], Awaitable[None]]) -> None:
         if not await self._stream.handshake():
@@ -136,10 +134,12 @@ class Connection:
                 self._stream.abort()
                 raise
             if not self._idle:
-                await self._try_send_error(SHUTDOWN)
+                with contextlib.suppress(ClientDisconnected):
+                    await self._send_error(SHUTDOWN)
         except Exception:
             log.exception("connection failed", extra={"peer": self._peer})
-            await self._try_send_error(_INTERNAL_ERROR)
+            with contextlib.suppress(ClientDisconnected):
+                await self._send_error(_INTERNAL_ERROR)
         finally:
             self._reservation.release()
             await self._stream.close()
@@ -151,19 +151,24 @@ class Connection:
     async def _handle_request(self) -> bool:
         """Handle one request; return whether another one can follow."""
         try:
+            request, commands = await self._read_request()
+            if isinstance(request, ListCalls):
+                await self._list_calls(request)
+                return request.keep_alive
+            self._proxy = await self._open_proxy(request, commands)
+            del request, commands  # they may be long, and the call may take days
             try:
-                self._proxy, more_requests = await self._open_call()
-                if self._proxy is not None:
-                    received = await self._proxy.run()
-                    self._next_request, more_requests = received or b"", received is not None
-            except SupervisorError as error:
-                raise RequestRejected(Failed("procedure_loading_error", str(error))) from error
+                received = await self._proxy.run()
             finally:
                 self._call_done.set()
         except RequestRejected as rejected:
-            await self._send_rejection(rejected)
+            await self._send_error(rejected.error, rejected.discard_input)
             return False
-        return more_requests
+        except SupervisorError as error:
+            await self._send_error(Failed("procedure_loading_error", str(error)))
+            return False
+        self._next_request = received or b""
+        return received is not None
 
     async def _wait_for_next_request(self) -> None:
         """Wait for the first data of the next request. Raises `ClientDisconnected`, also after the timeout."""
@@ -179,61 +184,71 @@ class Connection:
         self._idle = False
         self._received_at = self._last_heartbeat()
 
-    async def _send_rejection(self, rejected: RequestRejected) -> None:
-        level = logging.ERROR if rejected.error is CALL_DIED else logging.INFO
-        await self._stream.send_error(rejected.error, rejected.discard_input, level)
+    async def _send_error(self, error: Failed, discard_input: bool = False) -> None:
+        """Send an error that rejects the request or ends the call.
 
-    async def _try_send_error(self, error: Failed) -> None:
-        with contextlib.suppress(ClientDisconnected):
-            await self._stream.send_error(error, False, logging.ERROR if error is _INTERNAL_ERROR else logging.INFO)
-
-    async def _open_call(self) -> tuple[BoundProxy | ResumableProxy | None, bool]:
-        """Read and authenticate a request; open the proxy of its call.
-
-        The request is not referenced after this method: it may be long, and the call may take days.
-
-        Returns:
-            The proxy, or None if the request was answered here; and whether in that case another request can follow.
+        Args:
+            error: the error.
+            discard_input: whether the client may still be sending.
 
         Raises:
-            RequestRejected: the request is rejected.
-            ClientDisconnected: the client disconnected.
+            ClientDisconnected: the client disconnected before.
+        """
+        level = logging.ERROR if error in (CALL_DIED, _INTERNAL_ERROR) else logging.INFO
+        log.log(level, "replied with an error", extra={"peer": self._peer, "type": error.type, "reason": error.message})
+        await self._stream.write(encode_message(error))
+        await self._stream.drain()
+        if discard_input:
+            await self._stream.discard_input()
+
+    async def _list_calls(self, request: ListCalls) -> None:
+        log.debug("calls listed", extra=self._log_fields(request))
+        calls = await self._client.list_calls(request.owner)
+        keep_alive = self._limits.keep_alive_timeout if request.keep_alive else None
+        await self._stream.write(encode_message(replace(calls, keep_alive=keep_alive)))
+        if not request.keep_alive:
+            await self._stream.drain()
+
+    async def _open_proxy(self, request: Request | Attach, commands: bytes) -> BoundProxy | ResumableProxy:
+        """Connect to the supervisor of a call; return the call's proxy.
+
+        Args:
+            request: the request that starts or attaches to the call.
+            commands: data that the client sent after it.
+
+        Raises:
             SupervisorError: no supervisor is active, or one sent no reply.
         """
-        request, commands = await self._read_request()
-        log_fields = {"user": request.user[:_MAX_LOGGED_NAME], "peer": self._peer}
-        match request:
-            case ListCalls(owner):
-                log.debug("calls listed", extra=log_fields)
-                calls = await self._client.list_calls(owner)
-                keep = self._limits.keep_alive_timeout if request.keep_alive else None
-                await self._stream.write(encode_message(replace(calls, keep_alive=keep)))
-                if not request.keep_alive:
-                    await self._stream.drain()
-                return None, request.keep_alive
-            case Attach(call=call):
-                log.info("attach accepted", extra={"call": call, "since": request.since, **log_fields})
-                reply = await self._client.attach(_attach_line(request, self._peer, self._limits.keep_alive_timeout))
-                return ResumableProxy.from_reply(self._proxy_context(call, request.keep_alive), reply, commands), False
-            case Request(call=terms):
-                call = str(uuid.uuid4()) if terms is None else terms.id
-                procedure = request.procedure[:_MAX_LOGGED_NAME]
-                log.info("call accepted", extra={"call": call, "procedure": procedure, **log_fields})
-                line = _start_line(
-                    call,
-                    request,
-                    self._peer,
-                    self._received_at,
-                    self._limits.keep_alive_timeout,
-                    self._authentication_time,
-                )
-                context = self._proxy_context(call, request.keep_alive)
-                if terms is None:
-                    return await BoundProxy.open(context, self._client, line), False
-                return await ResumableProxy.open(context, self._client, line, commands), False
+        log_fields = self._log_fields(request)
+        members = Envelope(user=request.user, peer=self._peer)  # Spec: harpd.supervisor.main
+        if request.keep_alive:
+            members["keep_alive"] = self._limits.keep_alive_timeout
+        if isinstance(request, Attach):
+            call = request.call
+            log.info("attach accepted", extra={"call": call, "since": request.since, **log_fields})
+            members |= {"attach": call, "owner": request.owner, "secret": request.secret, "since": request.since}
+            supervisor, received = await self._client.attach(dumps(members) + b"\n")
+            return ResumableProxy(self._proxy_context(call, request), supervisor, b"", received, commands)
+        call = str(uuid.uuid4()) if request.call is None else request.call.id
+        procedure = request.procedure[:_MAX_LOGGED_NAME]
+        log.info("call accepted", extra={"call": call, "procedure": procedure, **log_fields})
+        members |= {"call": call, "procedure": request.procedure, "arguments": request.arguments}
+        members["authentication"] = round(self._authentication_time, 6)
+        if request.call is not None:
+            terms = encode_terms(request.call)
+            del terms["id"]
+            members["resumable"] = {**terms, "received": self._received_at}
+        line = dumps(members) + b"\n"
+        context, supervisor = self._proxy_context(call, request), await self._client.connect_active()
+        if request.call is None:
+            return BoundProxy(context, supervisor, line, self._client)
+        return ResumableProxy(context, supervisor, line, b"", commands)
 
-    def _proxy_context(self, call: str, keep_alive: bool) -> ProxyContext:
-        return ProxyContext(call, self._stream, self._limits, self._reservation.release, keep_alive)
+    def _proxy_context(self, call: str, request: Request | Attach) -> ProxyContext:
+        return ProxyContext(call, self._stream, self._limits, self._reservation.release, request.keep_alive)
+
+    def _log_fields(self, request: AnyRequest) -> dict[str, str]:
+        return {"user": request.user[:_MAX_LOGGED_NAME], "peer": self._peer}
 
     async def _read_request(self) -> tuple[AnyRequest, bytes]:
         """Read and authenticate a request; return it and the data after it.
@@ -278,7 +293,7 @@ class Connection:
     async def _authenticated(self, request: AnyRequest) -> bool:
         if self._is_cached(request):
             return True
-        log_fields = {"user": request.user[:_MAX_LOGGED_NAME], "peer": self._peer}
+        log_fields = self._log_fields(request)
         check = partial(self._config.users.authenticate, request.user, request.password)
         try:
             answer: object = await self._thread_pool.run(check, self._limits.authentication_timeout)
@@ -302,33 +317,6 @@ class Connection:
             return check_cached is not None and check_cached(request.user, request.password) is True
         except Exception:  # noqa: BLE001 - `authenticate` is called next, and its error is logged
             return False
-
-
-def _start_line(
-    call: str, request: Request, peer: str, received_at: float, keep_alive: float, authentication: float
-) -> bytes:
-    """Return the line that starts a call in a supervisor. Spec: harpd.supervisor.main.
-
-    `received_at`: when the request arrived, or earlier.
-    """
-    members = Envelope(call=call, procedure=request.procedure, arguments=request.arguments)
-    members |= {"user": request.user, "peer": peer, "authentication": round(authentication, 6)}
-    if request.keep_alive:
-        members["keep_alive"] = keep_alive
-    if request.call is not None:
-        terms = encode_terms(request.call)
-        del terms["id"]
-        members["resumable"] = {**terms, "received": received_at}
-    return dumps(members) + b"\n"
-
-
-def _attach_line(request: Attach, peer: str, keep_alive: float) -> bytes:
-    """Return the line that attaches to a call in a supervisor. Spec: harpd.supervisor.main."""
-    members = Envelope(attach=request.call, owner=request.owner, secret=request.secret, since=request.since)
-    members |= {"user": request.user, "peer": peer}
-    if request.keep_alive:
-        members["keep_alive"] = keep_alive
-    return dumps(members) + b"\n"
 
 
 def _raised_at(error: BaseException | None) -> dict[str, object]:

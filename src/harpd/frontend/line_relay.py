@@ -20,24 +20,20 @@ class LineRelay:
     """A buffer between the supervisor's data and the client."""
 
     def __init__(self) -> None:
-        self._partial: bytes = b""
+        self._partial = b""
         self._head = b""  # the start of the last line that was sent
-        self._mid_line = False  # whether the last line that was sent is incomplete
+        #: Whether the last line was sent in part: only its rest can follow.
+        self.mid_line = False
 
     @property
     def complete(self) -> bool:
         """Whether the closing line was sent."""
-        return not self._mid_line and self._head.startswith(_CLOSING)
+        return not self.mid_line and self._head.startswith(_CLOSING)
 
     @property
     def failed(self) -> bool:
         """Whether the closing line is an error. The connection cannot be used after it."""
         return self.complete and self._head.startswith(_ERROR)
-
-    @property
-    def mid_line(self) -> bool:
-        """Whether a line was sent in part: only its rest can follow."""
-        return self._mid_line
 
     def feed(self, data: bytes) -> bytes:
         """Add data; return the data to send now: complete lines, or a part of a long line."""
@@ -50,6 +46,6 @@ class LineRelay:
 
     def _track_line(self, sent: bytes) -> None:
         start = sent.rfind(b"\n", 0, -1) + 1  # the last line, complete or not
-        if start > 0 or not self._mid_line:
+        if start > 0 or not self.mid_line:
             self._head = sent[start : start + _HEAD]
-        self._mid_line = not sent.endswith(b"\n")
+        self.mid_line = not sent.endswith(b"\n")

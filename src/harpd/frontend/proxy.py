@@ -23,7 +23,7 @@ from harp.protocol.fields import ProtocolError
 from harp.protocol.harpd import MAX_COMMAND_BYTES, Release, decode_command
 from harp.protocol.lines import LineBuffer, LineTooLong
 from harpd.config.settings import Limits
-from harpd.control.supervisor_client import AttachReply, SupervisorClient, SupervisorConnection, SupervisorDied
+from harpd.control.supervisor_client import SupervisorClient, SupervisorConnection, SupervisorDied
 from harpd.frontend.line_relay import LineRelay
 from harpd.frontend.tls_stream import ClientDisconnected, TLSStream
 
@@ -31,8 +31,6 @@ log = logging.getLogger("harpd.frontend")
 
 #: Seconds for the supervisor to stop a call, beyond the two grace periods.
 _STOP_MARGIN = 10.0
-#: Most bytes of commands that are buffered before the supervisor's first reply.
-_MAX_PENDING_BYTES = 64 * 1024
 #: The start of the line by which a supervisor that shuts down rejects a call, as `encode_message` writes it.
 _SHUTDOWN_PREFIX = b'{"harp":1,"error":{"type":"shutdown"'
 
@@ -83,15 +81,22 @@ class ProxyContext:
 
 
 class _Proxy:
-    """The common part of both proxies: connections and detaching."""
+    """The common part of both proxies.
 
-    def __init__(self, context: ProxyContext, supervisor: SupervisorConnection) -> None:
+    Args:
+        context: the surroundings.
+        supervisor: the connection to the supervisor.
+        request: the line that starts the call; empty after an attach.
+    """
+
+    def __init__(self, context: ProxyContext, supervisor: SupervisorConnection, request: bytes) -> None:
         self._stream = context.stream
         self._limits = context.limits
         self._on_accepted = context.on_accepted
         self._log_fields = {"call": context.call, "peer": context.stream.peer}
         self._keep_alive = context.keep_alive
         self._supervisor = supervisor
+        self._request = request
         self._detached: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     def detach(self) -> None:
@@ -105,34 +110,20 @@ class BoundProxy(_Proxy):
 
     Args:
         context: the surroundings.
-        client: the client of the supervisors.
-        inode: the active socket's inode before `supervisor` was connected.
-        supervisor: the connection to the supervisor.
+        supervisor: the connection to the active supervisor.
         request: the line that starts the call.
+        client: the client of the supervisors.
     """
 
     def __init__(
-        self,
-        context: ProxyContext,
-        client: SupervisorClient,
-        inode: int | None,
-        supervisor: SupervisorConnection,
-        request: bytes,
+        self, context: ProxyContext, supervisor: SupervisorConnection, request: bytes, client: SupervisorClient
     ) -> None:
-        super().__init__(context, supervisor)
+        super().__init__(context, supervisor, request)
         self._client = client
-        self._inode = inode
-        self._request = request
         self._relay = LineRelay()
         self._next_request = b""
         #: The error for the client if the supervisor exits before the call.
         self.error_on_loss = CALL_DIED
-
-    @classmethod
-    async def open(cls, context: ProxyContext, client: SupervisorClient, request: bytes) -> BoundProxy:
-        """Connect to the active supervisor. Raises `SupervisorError`."""
-        inode = client.active_socket_inode()
-        return cls(context, client, inode, await client.connect_active(), request)
 
     async def run(self) -> bytes | None:
         """Start the call and send its lines to the client until the call has ended.
@@ -148,7 +139,7 @@ class BoundProxy(_Proxy):
         relay = self._relay
         rejected: RequestRejected | None = None
         try:
-            await _run_until_first(self._relay_lines(), self._watch_client(), self._detached)
+            await _run_until_first(self._detached, self._relay_lines(), self._watch_client())
         except ClientDisconnected:
             if not relay.complete:
                 self._stream.abort()
@@ -183,7 +174,7 @@ class BoundProxy(_Proxy):
         """Send the supervisor's lines to the client until the supervisor closes. Raises `ClientDisconnected`."""
         with contextlib.suppress(SupervisorDied):
             data = await self._send_request()
-            if data.startswith(_SHUTDOWN_PREFIX) and self._client.active_socket_inode() != self._inode:
+            if data.startswith(_SHUTDOWN_PREFIX) and not self._client.is_active(self._supervisor):
                 # It began to retire before it received the request: it has not started the call.
                 self._supervisor.close()
                 self._supervisor = await self._client.connect_active()
@@ -231,38 +222,18 @@ class ResumableProxy(_Proxy):
     Args:
         context: the surroundings.
         supervisor: the connection to the supervisor.
-        commands: data that the client sent after its request.
         request: the line that starts the call; empty after an attach.
-        received: data that the supervisor has sent.
+        received: data received from the supervisor: its reply to the attach.
+        commands: data that the client sent after its request.
     """
 
     def __init__(
-        self,
-        context: ProxyContext,
-        supervisor: SupervisorConnection,
-        commands: bytes,
-        request: bytes = b"",
-        received: bytes = b"",
+        self, context: ProxyContext, supervisor: SupervisorConnection, request: bytes, received: bytes, commands: bytes
     ) -> None:
-        super().__init__(context, supervisor)
-        self._request = request
+        super().__init__(context, supervisor, request)
         self._received = received
         self._commands = commands
-        self._pending_commands = bytearray()  # until the first reply, the supervisor reads nothing but the request
-        self._accepted = False
         self._next_request: bytes | None = None
-
-    @classmethod
-    async def open(
-        cls, context: ProxyContext, client: SupervisorClient, request: bytes, commands: bytes
-    ) -> ResumableProxy:
-        """Connect to the active supervisor. Raises `SupervisorError`."""
-        return cls(context, await client.connect_active(), commands, request=request)
-
-    @classmethod
-    def from_reply(cls, context: ProxyContext, reply: AttachReply, commands: bytes) -> ResumableProxy:
-        """Return the proxy for an attached call."""
-        return cls(context, reply.connection, commands, received=reply.line + reply.rest)
 
     async def run(self) -> bytes | None:
         """Send data in both directions until one side disconnects.
@@ -274,7 +245,9 @@ class ResumableProxy(_Proxy):
             ClientDisconnected: the client disconnected.
         """
         try:
-            await _run_until_first(self._relay_lines(), self._relay_commands(), self._detached)
+            await _run_until_first(self._detached, self._start())
+            if self._received:
+                await _run_until_first(self._detached, self._relay_lines(), self._relay_commands())
             if self._next_request is None:
                 await self._stream.drain()
         except LineTooLong as error:
@@ -289,20 +262,19 @@ class ResumableProxy(_Proxy):
             self._supervisor.close()
         return None
 
-    async def _relay_lines(self) -> None:
-        """Send the supervisor's data to the client. Raises `ClientDisconnected` and `TimeoutError`."""
+    async def _start(self) -> None:
+        """Wait for the first reply: before it, the supervisor reads nothing but the request. Raises `TimeoutError`."""
         with contextlib.suppress(SupervisorDied):
             if self._request:
                 await self._send_to_supervisor(self._request)
                 self._request = b""
-            data = self._received or await self._supervisor.receive()
-            self._received = b""
+                self._received = await self._supervisor.receive()
             self._on_accepted()
-            with contextlib.suppress(SupervisorDied):  # data that it sent before its death is still read
-                while self._pending_commands:
-                    pending, self._pending_commands = bytes(self._pending_commands), bytearray()
-                    await self._send_to_supervisor(pending)
-            self._accepted = True
+
+    async def _relay_lines(self) -> None:
+        """Send the supervisor's data to the client. Raises `ClientDisconnected`."""
+        data, self._received = self._received, b""
+        with contextlib.suppress(SupervisorDied):
             while data:
                 await self._stream.write(data)
                 data = await self._supervisor.receive()
@@ -315,17 +287,12 @@ class ResumableProxy(_Proxy):
         buffer = LineBuffer(MAX_COMMAND_BYTES)
         data = self._commands
         with contextlib.suppress(SupervisorDied):
-            while self._next_request is None:
-                lines = self._split_commands(buffer, data)
-                if self._accepted and lines:
+            while True:
+                if lines := self._split_commands(buffer, data):
                     await self._send_to_supervisor(b"".join(lines))
-                else:
-                    self._pending_commands += b"".join(lines)
-                    if len(self._pending_commands) > _MAX_PENDING_BYTES:
-                        raise LineTooLong(f"more than {_MAX_PENDING_BYTES} bytes before the acknowledgement")
-                if self._next_request is None:
-                    data = await self._stream.read()
-            await self._detached  # until the supervisor closes; data from the client is its next request
+                if self._next_request is not None:
+                    await self._detached  # until the supervisor closes; data from the client is its next request
+                data = await self._stream.read()
         while True:  # `_relay_lines` still sends what the supervisor sent before its death
             await self._stream.read()
 
@@ -357,11 +324,9 @@ def _is_release(line: bytes) -> bool:
         return False
 
 
-async def _run_until_first(
-    one: Coroutine[Any, Any, None], other: Coroutine[Any, Any, None], detached: asyncio.Future[None]
-) -> None:
-    """Run both coroutines until one ends or `detached` is set; return or raise the outcome of the first."""
-    tasks = [asyncio.create_task(one), asyncio.create_task(other)]
+async def _run_until_first(detached: asyncio.Future[None], *coroutines: Coroutine[Any, Any, None]) -> None:
+    """Run the coroutines until one ends or `detached` is set; return or raise the outcome of the first."""
+    tasks = [asyncio.create_task(coroutine) for coroutine in coroutines]
     try:
         await asyncio.wait([*tasks, detached], return_when=asyncio.FIRST_COMPLETED)
     finally:

@@ -8,8 +8,6 @@ import logging
 import socket
 import time
 
-from harp.protocol.ends import Failed
-from harp.protocol.harpd import Message, encode_message
 from harpd.config.loaded import LoadedConfig
 
 log = logging.getLogger("harpd.frontend")
@@ -91,31 +89,13 @@ class TLSStream:
         self._writer.transport.set_write_buffer_limits(high=1, low=0)
         await self._wait_writable()
 
-    async def send_last(self, message: Message) -> None:
-        """Write the last message and wait until it is sent. Raises `ClientDisconnected`."""
-        self._writer.write(encode_message(message))
-        await self.drain()
-
-    async def send_error(self, error: Failed, discard_input: bool, level: int = logging.INFO) -> None:
-        """Send an error that rejects the request or ends the call.
-
-        Args:
-            error: the error.
-            discard_input: whether the client may still be sending.
-            level: the log level.
-
-        Raises:
-            ClientDisconnected: the client disconnected before.
-        """
-        log_fields = {"peer": self.peer, "type": error.type, "reason": error.message}
-        log.log(level, "replied with an error", extra=log_fields)
-        await self.send_last(error)
-        if discard_input:
-            with contextlib.suppress(TimeoutError, ClientDisconnected):
-                async with asyncio.timeout(_MAX_DISCARD_TIME):
-                    while True:
-                        async with asyncio.timeout(_QUIET_TIME):
-                            await self.read()
+    async def discard_input(self) -> None:
+        """Read and discard what the client is still sending, for a limited time."""
+        with contextlib.suppress(TimeoutError, ClientDisconnected):
+            async with asyncio.timeout(_MAX_DISCARD_TIME):
+                while True:
+                    async with asyncio.timeout(_QUIET_TIME):
+                        await self.read()
 
     async def _wait_writable(self) -> None:
         """Wait until the write buffer is below its limit.
