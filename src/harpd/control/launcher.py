@@ -18,9 +18,9 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any
 
 from harp.protocol.json_text import dumps
 from harp_daemon.backoff import Backoff
@@ -28,9 +28,6 @@ from harp_daemon.process import describe_exit
 from harpd.control.supervisor_client import SupervisorClient, SupervisorError, SupervisorNotRunning
 
 log = logging.getLogger("harpd.control")
-
-#: The settings of a supervisor: JSON values, no secret.
-Settings: TypeAlias = Mapping[str, Any]
 
 #: Seconds for a supervisor to load the procedures file and to reply; seconds between two status requests meanwhile.
 _START_TIMEOUT, _POLL_INTERVAL = 60.0, 0.02
@@ -53,7 +50,7 @@ class SupervisorLauncher:
         settings: returns the settings for the next supervisor.
     """
 
-    def __init__(self, client: SupervisorClient, background: bool, settings: Callable[[], Settings]) -> None:
+    def __init__(self, client: SupervisorClient, background: bool, settings: Callable[[], dict[str, Any]]) -> None:
         self._client = client
         self._stderr = subprocess.DEVNULL if background else None
         self._settings = settings
@@ -180,14 +177,13 @@ class SupervisorProcess:
         OSError: the process cannot be created.
     """
 
-    def __init__(self, settings: Settings, stderr: int | None) -> None:
-        environment = {name: value for name, value in os.environ.items() if name != "NOTIFY_SOCKET"}
+    def __init__(self, settings: dict[str, Any], stderr: int | None) -> None:
         self.started = time.monotonic()
         #: Its exit status.
         self.exit_status: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         self._lifeline, inherited = socket.socketpair()
         with inherited, os.fdopen(os.memfd_create("settings"), "w+b") as stdin:
-            stdin.write(dumps(dict(settings)))
+            stdin.write(dumps(settings))
             stdin.seek(0)
             # -P: do not import modules from the working directory.
             self.process = subprocess.Popen(
@@ -197,7 +193,7 @@ class SupervisorProcess:
                 stderr=stderr,
                 pass_fds=(inherited.fileno(),),
                 start_new_session=True,  # ^C in a terminal goes to the launcher, which then stops the supervisor
-                env=environment,
+                env={name: value for name, value in os.environ.items() if name != "NOTIFY_SOCKET"},
             )
         self._pidfd = os.pidfd_open(self.process.pid)
         asyncio.get_running_loop().add_reader(self._pidfd, self._on_process_exit)

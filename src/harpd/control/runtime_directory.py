@@ -1,6 +1,6 @@
-"""The runtime directory: sockets and state files of harpd. One frontend and one launcher lock it.
+"""The runtime directory: sockets and state files of harpd.
 
-They are parts of one program, or two programs.
+One frontend and one launcher lock it. They are parts of one program, or two programs.
 """
 
 from __future__ import annotations
@@ -12,17 +12,9 @@ import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from enum import Enum
 from pathlib import Path
 
 from harp_daemon.settings import ConfigError
-
-
-class Role(Enum):
-    """A part of harpd that runs once for a runtime directory; the value is the name of its lock file."""
-
-    FRONTEND = "frontend"
-    LAUNCHER = "launcher"
 
 
 def _check_owner(path: Path, file: Path) -> None:
@@ -36,13 +28,13 @@ def _check_owner(path: Path, file: Path) -> None:
 
 
 @contextmanager
-def runtime_directory(configured: str | None, file: Path, *roles: Role) -> Iterator[Path]:
+def runtime_directory(configured: str | None, file: Path, *roles: str) -> Iterator[Path]:
     """Create the runtime directory if it is missing, and lock it for the roles of this program.
 
     Args:
         configured: its path; None: a temporary directory, removed at the end.
         file: the configuration file, for messages.
-        *roles: the roles of this program.
+        *roles: ``frontend``, ``launcher`` or both; each role has a lock file.
 
     Raises:
         ConfigError: it cannot be created, is not a directory, other users can write there, or a running program has
@@ -59,7 +51,7 @@ def runtime_directory(configured: str | None, file: Path, *roles: Role) -> Itera
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
             _check_owner(path, file)
             for role in roles:
-                descriptor = os.open(path / f"{role.value}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+                descriptor = os.open(path / f"{role}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
                 closing.callback(os.close, descriptor)
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:

@@ -23,7 +23,7 @@ from harpd.config.loaded import (
 )
 from harpd.control.launcher import STOP_MARGIN, SupervisorLauncher
 from harpd.control.lifecycle import ServiceRunner
-from harpd.control.runtime_directory import Role, runtime_directory
+from harpd.control.runtime_directory import runtime_directory
 from harpd.control.supervisor_client import SupervisorClient
 
 log = logging.getLogger("harpd.control")
@@ -44,7 +44,7 @@ async def run(options: CommandLine, config: SupervisorConfig, on_serving: Callab
     runner = ServiceRunner()
     configured = config.configuration.runtime_directory
     with (
-        runtime_directory(configured, options.config, Role.LAUNCHER) as directory,
+        runtime_directory(configured, options.config, "launcher") as directory,
         SupervisorClient(directory) as client,
     ):
         service = SupervisorService(options, config, directory, client)

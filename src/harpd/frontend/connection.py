@@ -54,6 +54,11 @@ _REQUEST_MEMORY_FULL = Failed("too_many_connections", "limits.request_memory is 
 _INTERNAL_ERROR = Failed("system_error", "internal error of harpd; its log has the details")
 
 
+def boottime() -> float:
+    """Return the seconds since the system's start, including the time in which it was suspended."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
 class Connection:
     """A client's connection and its requests.
 
@@ -88,7 +93,7 @@ class Connection:
         self._last_heartbeat = last_heartbeat
         self._next_request = b""
         self._idle = False
-        self._received_at = self._stream.accepted_at  # when the request arrived, or earlier
+        self._received_at = boottime()  # when the request arrived, or earlier
         self._authentication_time = 0.0  # seconds
         self._proxy: BoundProxy | ResumableProxy | None = None
         self._call_done = asyncio.Event()

@@ -38,14 +38,12 @@ class LineRelay:
     def feed(self, data: bytes) -> bytes:
         """Add data; return the data to send now: complete lines, or a part of a long line."""
         data = self._partial + data
-        cut = len(data) if len(data) - data.rfind(b"\n") > _MAX_PARTIAL_BYTES else data.rfind(b"\n") + 1
+        end = data.rfind(b"\n") + 1
+        cut = len(data) if len(data) - end >= _MAX_PARTIAL_BYTES else end
         sent, self._partial = data[:cut], data[cut:]
         if sent:
-            self._track_line(sent)
+            start = sent.rfind(b"\n", 0, -1) + 1  # of the last line, complete or not
+            if start > 0 or not self.mid_line:
+                self._head = sent[start : start + _HEAD]
+            self.mid_line = not sent.endswith(b"\n")
         return sent
-
-    def _track_line(self, sent: bytes) -> None:
-        start = sent.rfind(b"\n", 0, -1) + 1  # the last line, complete or not
-        if start > 0 or not self.mid_line:
-            self._head = sent[start : start + _HEAD]
-        self.mid_line = not sent.endswith(b"\n")

@@ -53,14 +53,6 @@ class RequestRejected(Exception):
         self.discard_input = discard_input
 
 
-class _UnexpectedData(Exception):
-    """The client sent data after its request."""
-
-
-class _ShuttingDown(Exception):
-    """The frontend stops and the supervisor continues."""
-
-
 @dataclass(frozen=True, slots=True)
 class ProxyContext:
     """The surroundings of a proxy.
@@ -102,7 +94,7 @@ class _Proxy:
     def detach(self) -> None:
         """End the proxy, because the frontend stops and the supervisor continues."""
         if not self._detached.done():
-            self._detached.set_exception(_ShuttingDown())
+            self._detached.set_exception(RequestRejected(SHUTDOWN))
 
 
 class BoundProxy(_Proxy):
@@ -145,14 +137,13 @@ class BoundProxy(_Proxy):
                 self._stream.abort()
                 await self._stop_call("client disconnected; call stopped")
             raise
-        except _UnexpectedData:
-            rejected = RequestRejected(AFTER_REQUEST, discard_input=True)
+        except RequestRejected as error:
+            rejected = error
             if not relay.complete:
-                await self._stop_call("client sent unexpected data; call stopped")
-        except _ShuttingDown:
-            rejected = RequestRejected(SHUTDOWN)
-            if not relay.complete:
-                await self._stop_call("frontend stops; call stopped")
+                stopping = error.error is SHUTDOWN
+                await self._stop_call(
+                    "frontend stops; call stopped" if stopping else "client sent unexpected data; call stopped"
+                )
         finally:
             self._supervisor.close()
         if relay.mid_line:
@@ -193,14 +184,14 @@ class BoundProxy(_Proxy):
         return await self._supervisor.receive()
 
     async def _watch_client(self) -> None:
-        """Wait until the client disconnects or sends data. Raises `ClientDisconnected` or `_UnexpectedData`."""
+        """Wait until the client disconnects or sends data. Raises `ClientDisconnected` or `RequestRejected`."""
         while True:
             data = await self._stream.read()
             if self._may_continue:
                 self._next_request = data
                 return
             if data.strip():
-                raise _UnexpectedData
+                raise RequestRejected(AFTER_REQUEST, discard_input=True)
 
     async def _stop_call(self, event: str) -> None:
         """Tell the supervisor to stop the call; wait until its processes have ended; log the event."""
@@ -254,7 +245,7 @@ class ResumableProxy(_Proxy):
             log.warning("invalid command from client; detached", extra={**self._log_fields, "reason": str(error)})
         except TimeoutError:
             log.error("supervisor does not read; client detached", extra=self._log_fields)
-        except _ShuttingDown:
+        except RequestRejected:
             log.info("frontend stops; client detached", extra=self._log_fields)
         else:
             return self._next_request

@@ -24,11 +24,10 @@ from harpd.config.loaded import CommandLine, LoadedConfig, configure_log, load_c
 from harpd.config.settings import Network
 from harpd.control.launcher import STOP_MARGIN, SupervisorLauncher
 from harpd.control.lifecycle import ServiceRunner
-from harpd.control.runtime_directory import Role, runtime_directory
+from harpd.control.runtime_directory import runtime_directory
 from harpd.control.supervisor_client import SupervisorClient
-from harpd.frontend.connection import Connection
+from harpd.frontend.connection import Connection, boottime
 from harpd.frontend.thread_pool import BoundedThreadPool, TaskFailed
-from harpd.frontend.tls_stream import boottime
 
 log = logging.getLogger("harpd.frontend")
 
@@ -61,7 +60,7 @@ async def run(options: CommandLine, config: LoadedConfig, on_serving: Callable[[
     runner = ServiceRunner()
     configuration = config.configuration
     _raise_descriptor_limit(configuration.limits.max_connections)
-    roles = (Role.FRONTEND,) if frontend_only else (Role.FRONTEND, Role.LAUNCHER)
+    roles = ("frontend",) if frontend_only else ("frontend", "launcher")
     configured = configuration.runtime_directory
     with runtime_directory(configured, options.config, *roles) as directory, SupervisorClient(directory) as client:
         listeners = _listen(configuration.network, options.config)

@@ -7,9 +7,10 @@ does not prevent the exit of the program.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TypeVar
 
 T = TypeVar("T")
 
@@ -47,25 +48,22 @@ class BoundedThreadPool:
             if not outcome.done():
                 outcome.set_result((value, error))
 
+        def work() -> None:
+            value, failure = None, None
+            try:
+                value = function()
+            except BaseException as error:  # noqa: BLE001 - passed to the waiting task
+                failure = error
+            with contextlib.suppress(RuntimeError):  # the loop is closed: the program exits
+                loop.call_soon_threadsafe(finish, value, failure)
+
         async with asyncio.timeout(deadline):
             await self._slots.acquire()
             try:
-                threading.Thread(target=_run_task, args=(loop, function, finish), daemon=True).start()
+                threading.Thread(target=work, daemon=True).start()
             except RuntimeError as error:
                 finish(None, error)
             value, error_ = await outcome
         if error_ is not None:
             raise TaskFailed(type(error_).__name__) from error_
         return value  # type: ignore[return-value]  # without an error it is the value
-
-
-def _run_task(loop: asyncio.AbstractEventLoop, function: Callable[[], Any], finish: Callable[..., None]) -> None:
-    value, failure = None, None
-    try:
-        value = function()
-    except BaseException as error:  # noqa: BLE001 - passed to the waiting task
-        failure = error
-    try:
-        loop.call_soon_threadsafe(finish, value, failure)
-    except RuntimeError:
-        return  # the loop is closed: the program exits

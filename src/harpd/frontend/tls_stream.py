@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import logging
 import socket
-import time
 
 from harpd.config.loaded import LoadedConfig
 
@@ -25,11 +24,6 @@ class ClientDisconnected(Exception):
     """The client closed the connection or stopped reading."""
 
 
-def boottime() -> float:
-    """Return the seconds since the system's start, including the time in which it was suspended."""
-    return time.clock_gettime(time.CLOCK_BOOTTIME)
-
-
 class TLSStream:
     """A client's connection.
 
@@ -44,8 +38,6 @@ class TLSStream:
         self._socket = accepted
         self._context = config.context
         self._limits = config.configuration.limits
-        #: The time at which it was accepted, by `boottime`.
-        self.accepted_at = boottime()
         self._reader = asyncio.StreamReader(limit=_CHUNK)
         self._writer: asyncio.StreamWriter
 
@@ -127,10 +119,9 @@ class TLSStream:
     async def close(self) -> None:
         """Close the connection; abort it after a deadline."""
         self._writer.close()
-        try:
-            async with asyncio.timeout(_CLOSE_TIMEOUT):
-                await self._writer.wait_closed()
-        except (OSError, asyncio.CancelledError) as error:
-            self._writer.transport.abort()
-            if isinstance(error, asyncio.CancelledError):
-                raise
+        with contextlib.suppress(OSError):
+            try:
+                async with asyncio.timeout(_CLOSE_TIMEOUT):
+                    await self._writer.wait_closed()
+            finally:
+                self.abort()
