@@ -1,7 +1,7 @@
 """Program: simulated hosts. One process is the harpd of each host, on an address of its own in 127.0.0.0/8.
 
 `python -m bench.simulated CERTIFICATE KEY HOSTS FILE` listens, then writes a JSON array of pairs of address and port
-to FILE. It serves resumable calls on kept connections. A call has no process: what is measured is the dispatcher.
+to FILE. It serves resumable calls with keep-alive. A call has no process: what is measured is the dispatcher.
 
 Procedures: `echo(value)`; `count(records)`, a stream; `gather(count)`, which returns once so many calls of it run on
 all hosts together; `watch()`, which produces one record and runs until it is stopped.
@@ -76,8 +76,8 @@ class _Connection(asyncio.Protocol):
                 self._send(wire.CallList((), self._instance, keep_alive))
             case wire.Request(procedure="echo" | "count" | "gather" | "watch", call=terms) if terms is not None:
                 self._request, self._began = request, time.monotonic()
-                kept = wire.GrantedTerms(terms.instance, terms.disconnect_timeout, terms.result_ttl, 5.0, 0.0, 0)
-                self._send(wire.Acknowledgement(request.procedure in ("count", "watch"), kept, keep_alive))
+                granted = wire.GrantedTerms(terms.instance, terms.disconnect_timeout, terms.result_ttl, 5.0, 0.0, 0)
+                self._send(wire.Acknowledgement(request.procedure in ("count", "watch"), granted, keep_alive))
                 self._start(request)
             case wire.Attach():
                 self._send(Failed("no_such_call", "simulated hosts hold no calls"))

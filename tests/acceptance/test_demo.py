@@ -56,7 +56,7 @@ def test_the_demo_shows_everything_and_ends_well(environment: dict[str, str]) ->
         assert re.search(pattern, done.stdout, re.MULTILINE), f"{pattern} is missing in:\n{done.stdout}"
 
 
-def test_the_demo_can_be_kept(environment: dict[str, str]) -> None:
+def test_demo_keep_leaves_it_running(environment: dict[str, str]) -> None:
     with subprocess.Popen([*DEMO, "--keep"], env=environment, stdout=subprocess.PIPE, text=True) as demo:
         try:
             assert demo.stdout is not None

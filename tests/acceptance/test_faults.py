@@ -85,17 +85,17 @@ def test_the_dispatcher_is_killed(system: System, tmp_path: Path) -> None:
     assert order.read_text() == "01234"
 
 
-def test_the_gate_is_killed(system: System) -> None:
+def test_frontend_sigkill_ends_only_bound_calls(system: System) -> None:
     job = system.rpc.web01.pid_then_sleep(escape=True)
     processes = family(started(job))
     assert len(processes) == 2
     server = system.server
-    direct = server.pid_then_sleep()  # a call that is tied to its connection
-    tied = psutil.Process(next(direct))
+    direct = server.pid_then_sleep()  # a connection-bound call
+    bound = psutil.Process(next(direct))
     system.harpd.kill()
     with pytest.raises(harp.CommunicationError):
         next(direct)
-    wait_for_death([tied])
+    wait_for_death([bound])
     system.harpd.start()
     assert not any(is_dead(process.pid) for process in processes)
     assert system.rpc.web01.echo(1).get() == [1]

@@ -82,7 +82,7 @@ def test_a_thousand_followers_and_one_that_never_reads(system: System) -> None:
         deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         deaf.connect(("127.0.0.1", system.dispatcher.port))
         deaf.sendall(request)
-        idle = system.rpc.host("web01", queue={"gate": 1})
+        idle = system.rpc.host("web01", queue={"lane": 1})
         first, second = idle.sleep(600), idle.long_records(3, 1)
         crowd = [second.follow(since=0) for _ in range(1000)]
         assert [number for number, _ in job.follow(since=0)] == list(range(20_000))

@@ -22,7 +22,7 @@ import pytest
 from support.certificates import server_files
 from support.harpcallerd import Harpcallerd
 
-#: How many jobs race, by whether the host keeps calls.
+#: How many jobs race, by whether the host runs resumable calls.
 JOBS = {True: 10_000, False: 3_000}
 AT_ONCE = 32
 LEAST_SHARE = 0.05
@@ -39,13 +39,13 @@ class RecordingHarpd:
     Args:
         clock: gives the moments.
         chance: decides how long calls take.
-        keeps: whether it keeps calls.
+        resumable: whether it runs resumable calls.
     """
 
-    def __init__(self, clock: itertools.count[int], chance: random.Random, keeps: bool) -> None:
+    def __init__(self, clock: itertools.count[int], chance: random.Random, resumable: bool) -> None:
         self._clock = clock
         self._chance = chance
-        self._keeps = keeps
+        self._resumable = resumable
         self.started: dict[int, int] = {}
         self.reading: dict[int, asyncio.Event] = {}
 
@@ -55,14 +55,14 @@ class RecordingHarpd:
             request = json.loads(await reader.readline())
             if "calls" in request:
                 error = {"type": "no_such_procedure", "message": "-"}
-                answer = {"calls": [], "instance": "w"} if self._keeps else {"error": error}
+                answer = {"calls": [], "instance": "w"} if self._resumable else {"error": error}
                 writer.write(json.dumps({"harp": 1, **answer}).encode() + b"\n")
                 return
             (number,) = request["arguments"]
             assert number not in self.started, f"job {number} was started twice"
             self.started[number] = next(self._clock)
             self.reading[number].set()
-            if self._keeps:
+            if self._resumable:
                 await self._keep(reader, writer)
                 return
             writer.write(b'{"harp":1,"stream_result":false}\n')
@@ -114,12 +114,12 @@ async def ask(port: int, request: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("keeps", [True, False], ids=["kept", "tied"])
-async def test_nothing_starts_after_a_confirmed_cancel(tmp_path: Path, keeps: bool) -> None:
-    jobs = JOBS[keeps]
+@pytest.mark.parametrize("resumable", [True, False], ids=["resumable", "bound"])
+async def test_nothing_starts_after_a_confirmed_cancel(tmp_path: Path, resumable: bool) -> None:
+    jobs = JOBS[resumable]
     chance = random.Random(20261123)
     clock = itertools.count()
-    harpd = RecordingHarpd(clock, chance, keeps)
+    harpd = RecordingHarpd(clock, chance, resumable)
     outcomes: Counter[str] = Counter()
     slots = asyncio.Semaphore(AT_ONCE)
 

@@ -141,7 +141,7 @@ def again(harpd: Harpd) -> None:
 
 
 def test_a_stop_is_proven_through_the_whole_chain(tmp_path: Path) -> None:
-    """It ignores TERM, forks, changes its session and never writes: all of it is gone, and the receipt says so."""
+    """It ignores TERM, forks, changes its session and never writes: all of it ends, and the stop report says so."""
     pids = tmp_path / "pids"
     pids.touch()
     with system(tmp_path) as whole:
@@ -211,7 +211,7 @@ def test_a_host_that_stays_away_is_given_up_and_has_ended_the_call_itself(tmp_pa
         whole.harpd.start_frontend()
         assert whole.rpc.web01.count(1).get() == 1
         wait_until(lambda: whole.harpd.statuses()[0]["resumable"] == 0, DEADLINE, "the orphaned call released")
-        assert job.details()["exit_info"]["by"] == "lost_contact"  # what it had to say is kept, its end stands
+        assert job.details()["exit_info"]["by"] == "lost_contact"  # its exit info is stored; its end does not change
         assert job.result().type == "host_lost"
 
 

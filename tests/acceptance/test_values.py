@@ -78,8 +78,8 @@ def test_a_value_survives_a_direct_call(system: System, value: Any) -> None:
     assert same(result.value, value)
 
 
-def test_the_text_of_a_number_is_kept_by_the_dispatcher(system: System) -> None:
-    """A number that Python would write in another way stays as it was written, also in what is not run."""
+def test_numbers_stay_as_written_in_the_dispatcher(system: System) -> None:
+    """A number that Python would write in another way stays as it was written, also in a job that does not run."""
     line = b'{"harpcaller":1,"host":"none","procedure":"p","arguments":[1.10,1E5,12345678901234567890.0],"info":0.30}\n'
     (accepted,) = system.transcript(line)
     job = json.loads(accepted)["job_id"]

@@ -78,8 +78,8 @@ def test_resumable_call_states_terms_and_waits_for_release(harpd: Harpd) -> None
         instance = harpd.status()["instance"]
         expected = {"instance": instance, "disconnect_timeout": 1800, "result_ttl": 60, "kill_grace": 5, "records": 0}
         assert terms == expected  # at most the configured limits
-        evidence, end = last_lines(client)
-        assert evidence["exit_info"]["exit"] == 0
+        exit_info, end = last_lines(client)
+        assert exit_info["exit_info"]["exit"] == 0
         assert end == {"result": [1, "two"]}
     assert client.call not in harpd.list_calls()["calls"]
 
@@ -101,9 +101,9 @@ def test_commands_are_answered_and_executed(harpd: Harpd, tmp_path: Path) -> Non
         client.send(b'artbeat":0}\n')
         assert client.message().keys() == {"heartbeat"}
         client.send({"stop": {"why": "cancel", "by": "127.0.0.1:5"}})
-        receipt, evidence, end = last_lines(client)
-        assert receipt["stop_report"]["survivors"] == []
-        assert (evidence["exit_info"]["by"], evidence["exit_info"]["by_whom"]) == ("cancel", "127.0.0.1:5")
+        stop_report, exit_info, end = last_lines(client)
+        assert stop_report["stop_report"]["survivors"] == []
+        assert (exit_info["exit_info"]["by"], exit_info["exit_info"]["by_whom"]) == ("cancel", "127.0.0.1:5")
         assert end["error"]["type"] == "cancelled"
 
 

@@ -18,8 +18,8 @@ from support.peers import Conversation, Script
 from support.procedures_file import PROCEDURES
 from support.resumable_host import EXIT_INFO, NO_SUCH_CALL, acknowledgement, commands, playing, result_of
 
-KEEPS = {"harp": 1, "calls": [], "instance": "w1", "keep_alive": 60}
-KEPT = {**acknowledgement(), "keep_alive": 60}
+CALL_LIST_KEEP_ALIVE = {"harp": 1, "calls": [], "instance": "w1", "keep_alive": 60}
+ACKNOWLEDGEMENT_KEEP_ALIVE = {**acknowledgement(), "keep_alive": 60}
 
 
 def peers(harpd: Harpd) -> list[str]:
@@ -88,14 +88,14 @@ def serving(talk: Conversation, count: int, between: Callable[[Conversation], No
         assert request["keep_alive"] is True
         if number:
             between(talk)
-        talk.reply(KEPT)
+        talk.reply(ACKNOWLEDGEMENT_KEEP_ALIVE)
         talk.reply(EXIT_INFO, {"result": number})
         assert next(order for order in commands(talk) if "ack" not in order) == {"release": True}
 
 
 def keeping(talk: Conversation) -> None:
     talk.expect()
-    talk.reply(KEEPS)
+    talk.reply(CALL_LIST_KEEP_ALIVE)
 
 
 async def results(directory: Path, *scripts: Script, count: int) -> list[Any]:

@@ -367,7 +367,7 @@ def test_decoders_of_any_line_return_or_raise(line: bytes, decoder: Any) -> None
 
 keys = st.sampled_from(
     "harp stream_result stream result exception error type message data procedure arguments auth user password "
-    "call calls attach owner secret since warden at alive receipt evidence stored stop why by done".split()
+    "call calls attach owner secret since instance at heartbeat stop_report exit_info ack stop why by release".split()
 )
 objects = st.recursive(
     st.none() | st.booleans() | st.integers(0, 2) | st.floats() | st.just("x"),

@@ -488,11 +488,11 @@ async def test_prune_jobs_makes_the_file_shorter(tmp_path: Path) -> None:
         job_id = await job_in(store, State.RUNNING)
         await store.append_records(job_id, 0, records([b'"' + b"r" * 50_000 + b'"']))
         await store.finish_job(job_id, Returned(Raw(b'"' + b"x" * 50_000 + b'"')), 1.0)
-    kept = await job_in(store, State.RETURNED, now=50.0)
+    recent = await job_in(store, State.RETURNED, now=50.0)
     full = path.stat().st_size
     assert await store.prune_jobs(10.0, 1000) == 100
     assert path.stat().st_size < full / 10
-    assert (await store.get_job(kept)).state is State.RETURNED
+    assert (await store.get_job(recent)).state is State.RETURNED
     await store.close()
 
 

@@ -75,12 +75,12 @@ async def scenario(directory: Path, take_room: Callable[[], None], make_room: Ca
     await store.close()
 
     store = await open_store(directory)
-    kept: list[str] = []
+    found_ids: list[str] = []
     after = 0
     while page := await store.list_jobs(ended=True, after=after):
-        kept += [found.id for _, found in page]
+        found_ids += [found.id for _, found in page]
         after = page[-1][0]
-    assert kept == [*taken, refused.id], (len(kept), len(taken))
+    assert found_ids == [*taken, refused.id], (len(found_ids), len(taken))
     details = await store.get_details(running.id)
     assert (details.job.state, details.metadata, details.job.holds_slot) == (State.RETURNED, metadata, False)
     await store.close()

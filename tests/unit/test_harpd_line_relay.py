@@ -12,7 +12,7 @@ from harp.protocol.ends import Failed, Raised, Returned
 from harp.protocol.harpd import Acknowledgement, Message, Record, encode_message
 from harpd.frontend.line_relay import LineRelay
 
-KEPT_BACK = 64 * 1024
+MAX_PARTIAL = 64 * 1024
 CLOSINGS: list[Message] = [
     Returned(1),
     Returned({"stream": 1}),
@@ -29,7 +29,7 @@ def pieces(data: bytes, cuts: list[int]) -> list[bytes]:
 
 @given(
     messages=st.lists(
-        st.sampled_from([*OTHERS, *CLOSINGS, Record("x" * KEPT_BACK), Returned("y" * 200_000)]), max_size=6
+        st.sampled_from([*OTHERS, *CLOSINGS, Record("x" * MAX_PARTIAL), Returned("y" * 200_000)]), max_size=6
     ),
     cuts=st.lists(st.integers(0, 500_000), max_size=12),
 )

@@ -24,16 +24,16 @@ def line(**members: Any) -> bytes:
     return json.dumps({"harp": 1, **members}).encode() + b"\n"
 
 
-def says(data: bytes | None) -> Script:
+def replying(data: bytes | None) -> Script:
     return lambda request: data
 
 
-def unknown(name: str) -> Script:
-    return says(line(error={"type": "no_such_call", "message": "m", "data": {"instance": name}}))
+def not_found(name: str) -> Script:
+    return replying(line(error={"type": "no_such_call", "message": "m", "data": {"instance": name}}))
 
 
-def held(name: str, *calls: str) -> Script:
-    return says(line(calls=calls, instance=name))
+def listing(name: str, *calls: str) -> Script:
+    return replying(line(calls=calls, instance=name))
 
 
 @asynccontextmanager
@@ -57,20 +57,20 @@ async def test_attach_finds_call_in_any_supervisor(tmp_path: Path) -> None:
     for where in "abc":
         directory = tmp_path / where
         directory.mkdir()
-        scripts = {name: says(answer) if name == where else unknown(name) for name in "abc"}
+        scripts = {name: replying(answer) if name == where else not_found(name) for name in "abc"}
         async with scripted(directory, **scripts) as client:
             assert await attached(client) == answer
 
 
 async def test_attach_unknown_call_is_answered_by_active(tmp_path: Path) -> None:
     dead_supervisor(tmp_path, "d")
-    async with scripted(tmp_path, b=unknown("b"), a=unknown("a"), c=unknown("c")) as client:
+    async with scripted(tmp_path, b=not_found("b"), a=not_found("a"), c=not_found("c")) as client:
         assert json.loads(await attached(client))["error"]["data"] == {"instance": "b"}
 
 
 async def test_attach_other_reply_ends_search(tmp_path: Path) -> None:
     answer = line(error={"type": "records_gone", "message": "m"})
-    async with scripted(tmp_path, a=unknown("a"), b=says(answer)) as client:
+    async with scripted(tmp_path, a=not_found("a"), b=replying(answer)) as client:
         assert await attached(client) == answer
 
 
@@ -82,17 +82,17 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("impatient")
 async def test_attach_without_reply_fails(tmp_path: Path) -> None:
-    async with scripted(tmp_path, a=unknown("a"), b=says(None)) as client:
+    async with scripted(tmp_path, a=not_found("a"), b=replying(None)) as client:
         with pytest.raises(SupervisorError, match="did not reply"):
             await client.attach(ATTACH)
-    async with scripted(tmp_path, a=held("a"), b=says(None)) as client:
+    async with scripted(tmp_path, a=listing("a"), b=replying(None)) as client:
         with pytest.raises(SupervisorError, match="did not reply"):
             await client.list_calls("o")
 
 
 @pytest.mark.usefixtures("impatient")
 async def test_attach_without_active_supervisor_fails(tmp_path: Path) -> None:
-    async with supervisor(tmp_path, "a", unknown("a")):
+    async with supervisor(tmp_path, "a", not_found("a")):
         with SupervisorClient(tmp_path) as client:
             for operation in (client.attach(ATTACH), client.list_calls("o"), client.connect_active()):
                 with pytest.raises(SupervisorError, match="does not run; it is being restarted"):
@@ -100,7 +100,7 @@ async def test_attach_without_active_supervisor_fails(tmp_path: Path) -> None:
 
 
 async def test_attach_finds_older_without_active(tmp_path: Path) -> None:
-    async with supervisor(tmp_path, "a", says(line(stream_result=False))):
+    async with supervisor(tmp_path, "a", replying(line(stream_result=False))):
         with SupervisorClient(tmp_path) as client:
             assert await attached(client) == line(stream_result=False)
 
@@ -117,14 +117,14 @@ async def test_attach_waits_after_death_of_active(tmp_path: Path) -> None:
 async def test_attach_waits_for_starting_supervisor(tmp_path: Path) -> None:
     with SupervisorClient(tmp_path) as client:
         reaching = asyncio.create_task(client.connect_active())
-        async with supervisor(tmp_path, "a", says(b"")):
+        async with supervisor(tmp_path, "a", replying(b"")):
             make_current(tmp_path, "a")
             (await reaching).close()
 
 
 async def test_list_calls_merges_all_supervisors(tmp_path: Path) -> None:
     dead_supervisor(tmp_path, "d")
-    async with scripted(tmp_path, b=held("b", IDS[0]), a=held("a", *IDS[1:]), c=held("c", IDS[0])) as client:
+    async with scripted(tmp_path, b=listing("b", IDS[0]), a=listing("a", *IDS[1:]), c=listing("c", IDS[0])) as client:
         found = await client.list_calls("o")
     assert (sorted(found.calls), found.instance) == (IDS, "b")
 
@@ -133,7 +133,7 @@ async def test_list_calls_merges_all_supervisors(tmp_path: Path) -> None:
     "answer", [b"nonsense\n", b'{"ok":true}\n', b'{"harp":1,"calls":5,"instance":"a"}\n', line(result=1)]
 )
 async def test_list_calls_invalid_reply_fails(tmp_path: Path, answer: bytes) -> None:
-    async with scripted(tmp_path, a=says(answer)) as client:
+    async with scripted(tmp_path, a=replying(answer)) as client:
         with pytest.raises(SupervisorError, match="invalid list of calls"):
             await client.list_calls("o")
 
@@ -142,14 +142,14 @@ async def test_list_calls_invalid_reply_fails(tmp_path: Path, answer: bytes) -> 
     ("answer", "fault"), [(b"nonsense\n", "no reply"), (b"", "no reply"), (b'{"error":"e"}\n', "e")]
 )
 async def test_control_request_returns_reply_or_fails(tmp_path: Path, answer: bytes, fault: str) -> None:
-    async with scripted(tmp_path, a=says(answer)) as client:
+    async with scripted(tmp_path, a=replying(answer)) as client:
         with pytest.raises(SupervisorError, match=fault):
             await client.request({"control": "status"})
 
 
 async def test_remove_dead_removes_sockets_of_dead(tmp_path: Path) -> None:
     dead_supervisor(tmp_path, "d")
-    async with supervisor(tmp_path, "a", says(b"")):
+    async with supervisor(tmp_path, "a", replying(b"")):
         make_current(tmp_path, "d")
         with SupervisorClient(tmp_path) as client:
             assert client.socket_names() == ["supervisor-a", "supervisor-d"]

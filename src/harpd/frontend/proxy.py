@@ -254,7 +254,7 @@ class ResumableProxy(_Proxy):
         return None
 
     async def _start(self) -> None:
-        """Wait for the first reply: before it, the supervisor reads nothing but the request. Raises `TimeoutError`."""
+        """Wait for the first reply. A supervisor that rejects the request reads no command. Raises `TimeoutError`."""
         with contextlib.suppress(SupervisorDied):
             if self._request:
                 await self._send_to_supervisor(self._request)
