@@ -29,7 +29,13 @@ def peer_name(connection: socket.socket, address: Any) -> str:
         address: the peer's address, as `accept` returns it.
     """
     if connection.family == socket.AF_UNIX:
-        _, user, _ = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+        _, user = peer_process(connection)
         return f"uid:{user}"
     host = str(address[0]).removeprefix("::ffff:")  # IPv4 on a socket for both
     return f"[{host}]:{address[1]}" if ":" in host else f"{host}:{address[1]}"
+
+
+def peer_process(connection: socket.socket) -> tuple[int, int]:
+    """Return the process id and the user id of the peer of a Unix socket. Raises OSError."""
+    pid, user, _ = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+    return pid, user

@@ -16,7 +16,6 @@ import logging
 import os
 import signal
 import socket
-import struct
 from collections.abc import Awaitable, Callable
 from contextlib import ExitStack
 from functools import partial
@@ -27,6 +26,7 @@ from harp.protocol.ends import Failed
 from harp.protocol.fields import ProtocolError
 from harp.protocol.harpd import CallList, decode_message
 from harp.protocol.json_text import InvalidJSON, dumps, loads
+from harp_daemon.sockets import peer_process
 from harpd.supervisor.listener import ACTIVE_SOCKET, SOCKET_PREFIX
 
 T = TypeVar("T")
@@ -47,7 +47,6 @@ _READ_SIZE = 64 * 1024
 _DRAIN_INTERVAL = 0.2
 #: Most bytes of a reply.
 _MAX_REPLY_BYTES = 64 * 1024 * 1024
-_CREDENTIALS = struct.Struct("3i")
 
 
 class SupervisorError(Exception):
@@ -117,8 +116,7 @@ class SupervisorConnection:
 
     def open_pidfd(self) -> int:
         """Return a pidfd of the supervisor's process, which never refers to a later process. Raises OSError."""
-        credentials = self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-        pid, _, _ = _CREDENTIALS.unpack(credentials)
+        pid, _ = peer_process(self._socket)
         return os.pidfd_open(pid)
 
     def close(self) -> None:

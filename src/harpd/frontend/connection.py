@@ -36,7 +36,6 @@ from harpd.frontend.proxy import (
     CALL_DIED,
     SHUTDOWN,
     BoundProxy,
-    ProxyContext,
     RequestRejected,
     ResumableProxy,
 )
@@ -225,6 +224,7 @@ class Connection:
             SupervisorError: no supervisor is active, or one sent no reply.
         """
         log_fields = self._log_fields(request)
+        common = self._stream, self._limits, self._reservation.release, request.keep_alive
         members = Envelope(user=request.user, peer=self._peer)  # Spec: harpd.supervisor.main
         if request.keep_alive:
             members["keep_alive"] = self._limits.keep_alive_timeout
@@ -233,7 +233,7 @@ class Connection:
             log.info("attach accepted", extra={"call": call, "since": request.since, **log_fields})
             members |= {"attach": call, "owner": request.owner, "secret": request.secret, "since": request.since}
             supervisor, received = await self._client.attach(dumps(members) + b"\n")
-            return ResumableProxy(self._proxy_context(call, request), supervisor, b"", received, commands)
+            return ResumableProxy(*common, call, supervisor, b"", received, commands)
         call = str(uuid.uuid4()) if request.call is None else request.call.id
         procedure = request.procedure[:_MAX_LOGGED_NAME]
         log.info("call accepted", extra={"call": call, "procedure": procedure, **log_fields})
@@ -244,13 +244,10 @@ class Connection:
             del terms["id"]
             members["resumable"] = {**terms, "received": self._received_at}
         line = dumps(members) + b"\n"
-        context, supervisor = self._proxy_context(call, request), await self._client.connect_active()
+        supervisor = await self._client.connect_active()
         if request.call is None:
-            return BoundProxy(context, supervisor, line, self._client)
-        return ResumableProxy(context, supervisor, line, b"", commands)
-
-    def _proxy_context(self, call: str, request: Request | Attach) -> ProxyContext:
-        return ProxyContext(call, self._stream, self._limits, self._reservation.release, request.keep_alive)
+            return BoundProxy(*common, call, supervisor, line, self._client)
+        return ResumableProxy(*common, call, supervisor, line, b"", commands)
 
     def _log_fields(self, request: AnyRequest) -> dict[str, str]:
         return {"user": request.user[:_MAX_LOGGED_NAME], "peer": self._peer}

@@ -53,42 +53,30 @@ class RequestRejected(Exception):
         self.discard_input = discard_input
 
 
-@dataclass(frozen=True, slots=True)
-class ProxyContext:
-    """The surroundings of a proxy.
+@dataclass(eq=False)
+class _Proxy:
+    """The common part of both proxies.
 
     Attributes:
-        call: the call's id, for the log.
         stream: the connection to the client.
         limits: the configured limits.
         on_accepted: called when the supervisor has replied to the request.
         keep_alive: whether the client asked for keep-alive.
-    """
-
-    call: str
-    stream: TLSStream
-    limits: Limits
-    on_accepted: Callable[[], None]
-    keep_alive: bool
-
-
-class _Proxy:
-    """The common part of both proxies.
-
-    Args:
-        context: the surroundings.
+        call: the call's id, for the log.
         supervisor: the connection to the supervisor.
         request: the line that starts the call; empty after an attach.
     """
 
-    def __init__(self, context: ProxyContext, supervisor: SupervisorConnection, request: bytes) -> None:
-        self._stream = context.stream
-        self._limits = context.limits
-        self._on_accepted = context.on_accepted
-        self._log_fields = {"call": context.call, "peer": context.stream.peer}
-        self._keep_alive = context.keep_alive
-        self._supervisor = supervisor
-        self._request = request
+    stream: TLSStream
+    limits: Limits
+    on_accepted: Callable[[], None]
+    keep_alive: bool
+    call: str
+    supervisor: SupervisorConnection
+    request: bytes
+
+    def __post_init__(self) -> None:
+        self._log_fields = {"call": self.call, "peer": self.stream.peer}
         self._detached: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     def detach(self) -> None:
@@ -97,21 +85,18 @@ class _Proxy:
             self._detached.set_exception(RequestRejected(SHUTDOWN))
 
 
+@dataclass(eq=False)
 class BoundProxy(_Proxy):
     """The proxy of a connection-bound call.
 
-    Args:
-        context: the surroundings.
-        supervisor: the connection to the active supervisor.
-        request: the line that starts the call.
-        client: the client of the supervisors.
+    Attributes:
+        client: the client of the supervisors; the call starts in the active one.
     """
 
-    def __init__(
-        self, context: ProxyContext, supervisor: SupervisorConnection, request: bytes, client: SupervisorClient
-    ) -> None:
-        super().__init__(context, supervisor, request)
-        self._client = client
+    client: SupervisorClient
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         self._relay = LineRelay()
         self._next_request = b""
         #: The error for the client if the supervisor exits before the call.
@@ -134,7 +119,7 @@ class BoundProxy(_Proxy):
             await _run_until_first(self._detached, self._relay_lines(), self._watch_client())
         except ClientDisconnected:
             if not relay.complete:
-                self._stream.abort()
+                self.stream.abort()
                 await self._stop_call("client disconnected; call stopped")
             raise
         except RequestRejected as error:
@@ -145,48 +130,48 @@ class BoundProxy(_Proxy):
                     "frontend stops; call stopped" if stopping else "client sent unexpected data; call stopped"
                 )
         finally:
-            self._supervisor.close()
+            self.supervisor.close()
         if relay.mid_line:
-            self._stream.abort()
+            self.stream.abort()
         elif not relay.complete:
             raise rejected or RequestRejected(self.error_on_loss)
         elif self._may_continue and rejected is None:
             return self._next_request
         else:
-            await self._stream.drain()
+            await self.stream.drain()
         return None
 
     @property
     def _may_continue(self) -> bool:
         """Whether the client can send its next request now."""
-        return self._keep_alive and self._relay.complete and not self._relay.failed
+        return self.keep_alive and self._relay.complete and not self._relay.failed
 
     async def _relay_lines(self) -> None:
         """Send the supervisor's lines to the client until the supervisor closes. Raises `ClientDisconnected`."""
         with contextlib.suppress(SupervisorDied):
             data = await self._send_request()
-            if data.startswith(_SHUTDOWN_PREFIX) and not self._client.is_active(self._supervisor):
+            if data.startswith(_SHUTDOWN_PREFIX) and not self.client.is_active(self.supervisor):
                 # It began to retire before it received the request: it has not started the call.
-                self._supervisor.close()
-                self._supervisor = await self._client.connect_active()
+                self.supervisor.close()
+                self.supervisor = await self.client.connect_active()
                 data = await self._send_request()
-            self._request = b""
-            self._on_accepted()
+            self.request = b""
+            self.on_accepted()
             while data:
                 if sendable := self._relay.feed(data):
-                    await self._stream.write(sendable)
+                    await self.stream.write(sendable)
                 if self._may_continue:
                     return  # do not wait until the supervisor closes, which it does after the exit of the process
-                data = await self._supervisor.receive()
+                data = await self.supervisor.receive()
 
     async def _send_request(self) -> bytes:
-        await self._supervisor.send(self._request)
-        return await self._supervisor.receive()
+        await self.supervisor.send(self.request)
+        return await self.supervisor.receive()
 
     async def _watch_client(self) -> None:
         """Wait until the client disconnects or sends data. Raises `ClientDisconnected` or `RequestRejected`."""
         while True:
-            data = await self._stream.read()
+            data = await self.stream.read()
             if self._may_continue:
                 self._next_request = data
                 return
@@ -196,10 +181,10 @@ class BoundProxy(_Proxy):
     async def _stop_call(self, event: str) -> None:
         """Tell the supervisor to stop the call; wait until its processes have ended; log the event."""
         with contextlib.suppress(SupervisorDied):
-            self._supervisor.finish_sending()
+            self.supervisor.finish_sending()
             try:
-                async with asyncio.timeout(2 * self._limits.kill_grace + _STOP_MARGIN):
-                    while await self._supervisor.receive():
+                async with asyncio.timeout(2 * self.limits.kill_grace + _STOP_MARGIN):
+                    while await self.supervisor.receive():
                         pass
             except TimeoutError:
                 log.error("call did not stop in time", extra={**self._log_fields, "cause": event})
@@ -207,23 +192,20 @@ class BoundProxy(_Proxy):
         log.info(event, extra=self._log_fields)
 
 
+@dataclass(eq=False)
 class ResumableProxy(_Proxy):
     """The proxy of a resumable call: it can end and another one can attach later.
 
-    Args:
-        context: the surroundings.
-        supervisor: the connection to the supervisor.
-        request: the line that starts the call; empty after an attach.
+    Attributes:
         received: data received from the supervisor: its reply to the attach.
         commands: data that the client sent after its request.
     """
 
-    def __init__(
-        self, context: ProxyContext, supervisor: SupervisorConnection, request: bytes, received: bytes, commands: bytes
-    ) -> None:
-        super().__init__(context, supervisor, request)
-        self._received = received
-        self._commands = commands
+    received: bytes
+    commands: bytes
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         self._next_request: bytes | None = None
 
     async def run(self) -> bytes | None:
@@ -237,10 +219,10 @@ class ResumableProxy(_Proxy):
         """
         try:
             await _run_until_first(self._detached, self._start())
-            if self._received:
+            if self.received:
                 await _run_until_first(self._detached, self._relay_lines(), self._relay_commands())
             if self._next_request is None:
-                await self._stream.drain()
+                await self.stream.drain()
         except LineTooLong as error:
             log.warning("invalid command from client; detached", extra={**self._log_fields, "reason": str(error)})
         except TimeoutError:
@@ -250,25 +232,25 @@ class ResumableProxy(_Proxy):
         else:
             return self._next_request
         finally:
-            self._supervisor.close()
+            self.supervisor.close()
         return None
 
     async def _start(self) -> None:
         """Wait for the first reply. A supervisor that rejects the request reads no command. Raises `TimeoutError`."""
         with contextlib.suppress(SupervisorDied):
-            if self._request:
-                await self._send_to_supervisor(self._request)
-                self._request = b""
-                self._received = await self._supervisor.receive()
-            self._on_accepted()
+            if self.request:
+                await self._send_to_supervisor(self.request)
+                self.request = b""
+                self.received = await self.supervisor.receive()
+            self.on_accepted()
 
     async def _relay_lines(self) -> None:
         """Send the supervisor's data to the client. Raises `ClientDisconnected`."""
-        data, self._received = self._received, b""
+        data, self.received = self.received, b""
         with contextlib.suppress(SupervisorDied):
             while data:
-                await self._stream.write(data)
-                data = await self._supervisor.receive()
+                await self.stream.write(data)
+                data = await self.supervisor.receive()
 
     async def _relay_commands(self) -> None:
         """Send the client's commands to the supervisor, line by line.
@@ -276,16 +258,16 @@ class ResumableProxy(_Proxy):
         Raises `ClientDisconnected`, `LineTooLong` and `TimeoutError`.
         """
         buffer = LineBuffer(MAX_COMMAND_BYTES)
-        data = self._commands
+        data = self.commands
         with contextlib.suppress(SupervisorDied):
             while True:
                 if lines := self._split_commands(buffer, data):
                     await self._send_to_supervisor(b"".join(lines))
                 if self._next_request is not None:
                     await self._detached  # until the supervisor closes; data from the client is its next request
-                data = await self._stream.read()
+                data = await self.stream.read()
         while True:  # `_relay_lines` still sends what the supervisor sent before its death
-            await self._stream.read()
+            await self.stream.read()
 
     def _split_commands(self, buffer: LineBuffer, data: bytes) -> list[bytes]:
         """Return the complete command lines; after a release, store the rest as the next request.
@@ -298,13 +280,13 @@ class ResumableProxy(_Proxy):
             piece, end, data = data.partition(b"\n")
             for line in buffer.feed(piece + end):
                 lines.append(line + b"\n")
-                if self._keep_alive and _is_release(line):
+                if self.keep_alive and _is_release(line):
                     self._next_request = data
         return lines
 
     async def _send_to_supervisor(self, data: bytes) -> None:
-        async with asyncio.timeout(self._limits.write_timeout):
-            await self._supervisor.send(data)
+        async with asyncio.timeout(self.limits.write_timeout):
+            await self.supervisor.send(data)
 
 
 def _is_release(line: bytes) -> bool:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 import os
 import socket
-import struct
 from collections.abc import Callable
 
 from harp.protocol.fields import ProtocolError
 from harp.protocol.json_text import InvalidJSON, JSONObject
 from harp.protocol.lines import LineBuffer, LineTooLong
 from harp_daemon.sliced_json import decode_slices
+from harp_daemon.sockets import peer_process
 from harpd.supervisor.event_loop import READ, WRITE, EventLoop
 
 log = logging.getLogger("harpd.supervisor")
@@ -22,7 +22,6 @@ _MAX_LINE_BYTES = 1 << 30
 #: Seconds without accepting after no descriptor was free.
 _ACCEPT_PAUSE = 0.1
 _BACKLOG = 4096
-_CREDENTIALS = struct.Struct("3i")
 
 #: Names in the runtime directory: the socket of the supervisor that accepts new calls, and the prefix of each
 #: supervisor's own socket, before its instance id.
@@ -90,8 +89,7 @@ class Listener:
             self._loop.unwatch(self._listener.fileno())
             self._loop.call_later(_ACCEPT_PAUSE, self._watch)
             return
-        credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-        _, uid, _ = _CREDENTIALS.unpack(credentials)
+        _, uid = peer_process(connection)
         if uid not in (0, os.geteuid()):
             log.error("rejected connection of another user", extra={"uid": uid})
             connection.close()
