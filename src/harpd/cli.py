@@ -18,7 +18,7 @@ from harp_daemon.settings import ConfigError
 from harpd.config.check import check
 from harpd.config.loaded import CommandLine, SupervisorConfig, configure_log, load_config, load_supervisor_config
 from harpd.config.settings import load
-from harpd.control import supervisor_service
+from harpd.control import launcher
 from harpd.control.supervisor_client import SupervisorClient, SupervisorError, SupervisorNotRunning
 from harpd.frontend import server
 
@@ -79,7 +79,7 @@ def _run_command(options: CommandLine) -> int:
             _serve(options, load_config, partial(server.run, frontend_only=True))
         case "supervisor":
             _runtime_directory(options)
-            _serve(options, load_supervisor_config, supervisor_service.run)
+            _serve(options, load_supervisor_config, launcher.run)
         case command:
             with SupervisorClient(_runtime_directory(options)) as client:
                 return asyncio.run(_control(client, command, options.timeout))
