@@ -47,8 +47,6 @@ def create(config: Mapping[str, Any]) -> PasswordFile:
 
 #: The shortest hash of crypt(3), which DES makes. Other text is a mistake, except `*` and `!`, which lock a user.
 _MIN_HASH_LENGTH = 13
-
-
 #: Seconds after its last change until a file with unchanged attributes is considered unchanged. A younger file may have
 #: changed again within one tick of the clock of the file system.
 _MIN_FILE_AGE = 2.0
