@@ -202,6 +202,15 @@ def test_idle_keep_alive_connection_is_closed(tmp_path: Path) -> None:
         assert closed(client)
 
 
+def test_lists_over_one_connection_release_their_memory(tmp_path: Path) -> None:
+    limits = {"request_line": 1_000_000, "request_memory": 1_000_000}
+    with Harpd(tmp_path / "harpd", PROCEDURES, {"limits": limits}) as harpd, harpd.connect() as client:
+        request = json.dumps({"harp": 1, "calls": OWNER, "auth": harpd.auth, "keep_alive": True}).encode()
+        for _ in range(4):
+            client.send(request + b" " * 500_000 + b"\n")
+            assert client.message()["calls"] == []
+
+
 def test_frontend_stop_closes_idle_connections_silently(tmp_path: Path) -> None:
     harpd = Harpd(tmp_path / "harpd", PROCEDURES).start()
     with harpd.connect() as client:

@@ -178,6 +178,7 @@ class Connection:
         """Wait for the first data of the next request. Raises `ClientDisconnected`, also after the timeout."""
         self._proxy = None
         self._call_done = asyncio.Event()
+        self._reservation.release()
         self._idle = True
         try:
             if not self._next_request:
