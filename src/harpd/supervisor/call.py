@@ -154,7 +154,6 @@ class Call:
         self._stopped_by: tuple[str | None, str | None] = (None, None)
         self._limit: Timer | None = None
         self._termination: TerminationSequence | None = None  # None: the worker does not exist yet
-        self._tree: CallTree | None = None
         self._status: int | None = None
         self._cpu: float | None = None
         self._memory: int | None = None
@@ -185,10 +184,10 @@ class Call:
         if worker.served == 1 and context.cgroup_directory is not None:
             worker.cgroup = create_cgroup(context.cgroup_directory, self.id, pid)
         self._fork_seconds = time.monotonic() - self._requested_at
-        self._tree = CallTree(pid, start, cookie_for(self.id), worker.cgroup)
+        tree = CallTree(pid, start, cookie_for(self.id), worker.cgroup)
         self._termination = TerminationSequence(
             context.loop,
-            self._tree,
+            tree,
             context.kill_grace,
             context.take_snapshot,
             context.has_possible_escapes,
@@ -196,7 +195,7 @@ class Call:
             self._close,
         )
         try:
-            context.state_dir.write(self.id, CallState(self._tree, self._observer.stored_state))
+            context.state_dir.write(self.id, CallState(tree, self._observer.stored_state))
         except OSError as error:  # it is missed only if this supervisor is killed
             log.error("cannot write state file", extra={**self._fields, "reason": str(error)})
         log.info("call started", extra={**self._fields, "pid": pid})
@@ -329,7 +328,7 @@ class Call:
             return self._stop_reason.by
         if not signalled:
             return "itself"
-        cgroup = self._tree.cgroup if self._tree is not None else None
+        cgroup = self._worker.cgroup
         return "out_of_memory" if cgroup is not None and cgroup.out_of_memory() else "unknown"
 
     # The worker's output.

@@ -34,8 +34,6 @@ _MAX_START_AGE, _TOMBSTONE_TTL = 120.0, 150.0
 #: How many sessions there may be for each call that may run, before new ones are rejected.
 _SESSIONS_PER_CALL = 20
 
-_SUPERVISOR_DIED = Failed("call_died", "the supervisor of the call died")
-
 
 class CallRegistry:
     """All resumable calls of one supervisor.
@@ -121,8 +119,7 @@ class CallRegistry:
             except (KeyError, TypeError):
                 continue  # a connection-bound call: no dispatcher attaches to it
             session = self._add_session(call_id, terms, self._loop.now())
-            stop_report = dumps(stop_reports[call_id]) if call_id in stop_reports else None
-            session.adopt(_SUPERVISOR_DIED, dumps({"by": "unknown", "supervisor": "died"}), stop_report)
+            session.adopt(dumps(stop_reports[call_id]) if call_id in stop_reports else None)
             try:  # so that a later supervisor can report its end
                 self._state_dir.write(call_id, state)
             except OSError as error:

@@ -39,7 +39,7 @@ from harp.protocol.harpd import (
     decode_command,
     encode_message,
 )
-from harp.protocol.json_text import Raw
+from harp.protocol.json_text import Raw, dumps
 from harp.protocol.lines import LineBuffer, LineTooLong
 from harpd.supervisor.buffered_stream import BufferedStream
 from harpd.supervisor.call import Call, StopReason
@@ -210,14 +210,15 @@ class ResumableSession:
             self._on_data(received)
         return None
 
-    def adopt(self, end: Failed, exit_info: Raw, stop_report: Raw | None = None) -> None:
+    def adopt(self, stop_report: Raw | None) -> None:
         """Adopt the call of a supervisor that has died: it has ended, and further records do not exist.
 
         `stop_report`: of survivors; None: there are none. `on_closed` reports when they are gone.
         """
         self._adopted = True
         self._started_at = self._loop.now()
-        self._set_closing(stop_report, exit_info, encode_message(end))
+        end = Failed("call_died", "the supervisor of the call died")
+        self._set_closing(stop_report, dumps({"by": "unknown", "supervisor": "died"}), encode_message(end))
 
     def _set_closing(self, stop_report: Raw | None, exit_info: Raw, closing_line: bytes) -> None:
         report = b"" if stop_report is None else encode_message(StopReport(stop_report))
