@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -19,8 +20,10 @@ from support.daemonlog import DEADLINE
 from support.deadline import wait_until
 from support.harpd import OWNER, SECRET, Harpd, LineClient
 from support.procedures_file import PROCEDURES
+from support.scripted_supervisors import make_current, supervisor
 
-IDLE = 60.0
+#: Longer than a test waits, so that an idle connection does not look like one that was closed.
+IDLE = 600.0
 ID = "00000000-0000-4000-8000-0000000000cc"
 
 
@@ -233,6 +236,39 @@ def test_request_during_suspension_counts_from_its_arrival(tmp_path: Path) -> No
             os.kill(harpd.pid, signal.SIGCONT)
         (rejection,) = client.lines()
         assert rejection["error"]["type"] == "call_refused"
+
+
+async def test_next_request_counts_from_its_own_arrival(tmp_path: Path) -> None:
+    """Otherwise a start on a connection that was idle for long would be rejected as delayed."""
+    harpd = Harpd(tmp_path / "harpd", "", services=True)
+    directory = harpd.runtime_directory
+    directory.mkdir()
+    received: list[float] = []
+
+    def acknowledge(request: dict[str, Any]) -> bytes:
+        received.append(request["resumable"]["received"])
+        return b'{"harp":1,"stream_result":false}\n'
+
+    def start_call(client: LineClient) -> float:
+        terms = {"id": ID, "owner": OWNER, "secret": SECRET, "instance": "a"}
+        terms |= dict.fromkeys(("disconnect_timeout", "result_ttl", "timeout", "max_exec_time"), 60)
+        request = {**harpd.request("same", [1]), "call": terms, "keep_alive": True}
+        client.send(json.dumps(request).encode() + b'\n{"release":true}\n')
+        client.message()
+        return received[-1]
+
+    def start_until_later() -> None:
+        with harpd.connect() as client:
+            start_call(client)
+            replied = time.clock_gettime(time.CLOCK_BOOTTIME)
+            wait_until(lambda: start_call(client) > replied, DEADLINE, "a request that arrived after the first reply")
+
+    async with supervisor(directory, "a", acknowledge):
+        make_current(directory, "a")
+        await asyncio.to_thread(harpd.start_frontend)
+        await asyncio.to_thread(start_until_later)
+        assert await asyncio.to_thread(harpd.stop_frontend) == 0
+    assert not harpd.faults()
 
 
 @pytest.mark.parametrize("keep", [True, False])

@@ -66,8 +66,23 @@ def break_logging(harpd: Harpd) -> None:
     harpd.logging_file.write_text("handlers: {a: {class: nowhere.Handler}}\nroot: {handlers: [a]}\n")
 
 
+def move_log_and_break_procedures(harpd: Harpd) -> None:
+    """The frontend has applied its log settings when the supervisor rejects the procedures file."""
+    handler = f"{{class: logging.FileHandler, filename: {harpd.directory / 'other.log'}}}"
+    harpd.logging_file.write_text(f"handlers: {{a: {handler}}}\nroot: {{handlers: [a]}}\n")
+    harpd.procedures_file.write_text(BROKEN)
+
+
 @pytest.mark.parametrize(
-    "break_", [break_procedures, break_configuration, break_users, break_certificate, break_logging]
+    "break_",
+    [
+        break_procedures,
+        break_configuration,
+        break_users,
+        break_certificate,
+        break_logging,
+        move_log_and_break_procedures,
+    ],
 )
 def test_reload_with_a_broken_file_changes_nothing(harpd: Harpd, break_: Any) -> None:
     with harpd:
@@ -77,6 +92,24 @@ def test_reload_with_a_broken_file_changes_nothing(harpd: Harpd, break_: Any) ->
         assert failed["reason"]
         assert version(harpd) == {"result": 1}
         assert harpd.status()["calls"] == 0
+
+
+def test_reload_requested_during_a_reload_follows_it(harpd: Harpd, tmp_path: Path) -> None:
+    loading, go = tmp_path / "loading", tmp_path / "go"
+    wait = f"""
+import os, time
+open({str(loading)!r}, "w").close()
+while not os.path.exists({str(go)!r}):
+    time.sleep(0.01)
+"""
+    with harpd:
+        harpd.procedures_file.write_text(harpd.procedures_file.read_text() + wait)
+        os.kill(harpd.pid, signal.SIGHUP)
+        wait_until(loading.exists, DEADLINE, "the first reload")
+        harpd.procedures_file.write_text(CHANGED)
+        os.kill(harpd.pid, signal.SIGHUP)
+        go.touch()
+        wait_until(lambda: version(harpd) == {"result": 2}, DEADLINE, "the second reload")
 
 
 def test_reload_applies_users_limits_and_certificate(harpd: Harpd) -> None:

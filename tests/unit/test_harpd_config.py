@@ -47,6 +47,12 @@ def test_minimal_file_has_the_defaults(file: Path) -> None:
     assert configuration.runtime_directory is None
 
 
+def test_memory_equal_to_its_largest_user_is_accepted(file: Path) -> None:
+    limits = "{request_line: 5000000, request_memory: 5000000, spool: 7000000, spool_memory: 7000000}"
+    accepted = read(file, f"{LEAST}limits: {limits}").limits
+    assert (accepted.request_memory, accepted.spool_memory) == (5_000_000, 7_000_000)
+
+
 def test_legacy_file_is_accepted(file: Path) -> None:
     configuration = read(
         file,
