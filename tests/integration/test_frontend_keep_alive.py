@@ -250,7 +250,7 @@ async def test_next_request_counts_from_its_own_arrival(tmp_path: Path) -> None:
         return b'{"harp":1,"stream_result":false}\n'
 
     def start_call(client: LineClient) -> float:
-        terms = {"id": ID, "owner": OWNER, "secret": SECRET, "instance": "a"}
+        terms: dict[str, Any] = {"id": ID, "owner": OWNER, "secret": SECRET, "instance": "a"}
         terms |= dict.fromkeys(("disconnect_timeout", "result_ttl", "timeout", "max_exec_time"), 60)
         request = {**harpd.request("same", [1]), "call": terms, "keep_alive": True}
         client.send(json.dumps(request).encode() + b'\n{"release":true}\n')

@@ -374,7 +374,7 @@ async def test_too_many_commands_before_acknowledgement_detach(tmp_path: Path) -
     harpd = Harpd(tmp_path / "harpd", "", services=True)
     directory = harpd.runtime_directory
     directory.mkdir()
-    terms = {"id": str(uuid.uuid4()), "owner": OWNER, "secret": SECRET, "instance": "a"}
+    terms: dict[str, Any] = {"id": str(uuid.uuid4()), "owner": OWNER, "secret": SECRET, "instance": "a"}
     terms |= dict.fromkeys(("disconnect_timeout", "result_ttl", "timeout", "max_exec_time"), 60)
 
     def start_and_send_commands() -> None:
