@@ -138,31 +138,31 @@ class AsyncRemoteCall(JobBase[AsyncHarpCaller]):
 
     async def host(self) -> str:
         """See `harp.RemoteCall.host`."""
-        return (await run(self._submitted())).host
+        return (await run(self._status())).host
 
     async def procedure(self) -> str:
         """See `harp.RemoteCall.procedure`."""
-        return (await run(self._submitted())).procedure
+        return (await run(self._status())).procedure
 
     async def args(self) -> Any:
         """See `harp.RemoteCall.args`."""
-        return (await run(self._submitted())).arguments
+        return (await run(self._status())).arguments
 
     async def info(self) -> Any:
         """See `harp.RemoteCall.info`."""
-        return (await run(self._submitted())).info
+        return (await run(self._status())).info
 
     async def submit_time(self) -> int:
         """See `harp.RemoteCall.submit_time`."""
-        return (await run(self._submitted())).submit
+        return (await run(self._status())).submit
 
     async def start_time(self) -> int | None:
         """See `harp.RemoteCall.start_time`."""
-        return (await run(self._started())).start
+        return (await run(self._status("start", "end"))).start
 
     async def end_time(self) -> int | None:
         """See `harp.RemoteCall.end_time`."""
-        return (await run(self._ended())).end
+        return (await run(self._status("end"))).end
 
 
 class AsyncHarpServer(AsyncPeer, DirectServerBase[AsyncJSONConnection]):

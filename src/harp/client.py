@@ -312,31 +312,31 @@ class RemoteCall(JobBase[HarpCaller]):
 
     def host(self) -> str:
         """Return the name of the job's host. Spec: docs/client-api.md, RemoteCall."""
-        return run(self._submitted()).host
+        return run(self._status()).host
 
     def procedure(self) -> str:
         """Return the name of the procedure. Spec: docs/client-api.md, RemoteCall."""
-        return run(self._submitted()).procedure
+        return run(self._status()).procedure
 
     def args(self) -> Any:
         """Return the procedure's arguments: a list, or a dict of named ones. Spec: docs/client-api.md, RemoteCall."""
-        return run(self._submitted()).arguments
+        return run(self._status()).arguments
 
     def info(self) -> Any:
         """Return the job's option `info`, None when it is not set. Spec: docs/client-api.md, RemoteCall."""
-        return run(self._submitted()).info
+        return run(self._status()).info
 
     def submit_time(self) -> int:
         """Return when the job was submitted, in Unix seconds. Spec: docs/client-api.md, RemoteCall."""
-        return run(self._submitted()).submit
+        return run(self._status()).submit
 
     def start_time(self) -> int | None:
         """Return when the job started, in Unix seconds; None: not yet, or it ended before it could start.
 
         Spec: docs/client-api.md, RemoteCall.
         """
-        return run(self._started()).start
+        return run(self._status("start", "end")).start
 
     def end_time(self) -> int | None:
         """Return when the job ended, in Unix seconds; None: not yet. Spec: docs/client-api.md, RemoteCall."""
-        return run(self._ended()).end
+        return run(self._status("end")).end

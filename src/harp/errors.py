@@ -1,6 +1,6 @@
 """The exceptions of the client API, and nothing else.
 
-Every exception that `harp` raises derives from `HarpException`. `harp._net.errors` maps errors of the network, of TLS
+Every exception that `harp` raises derives from `HarpException`. `harp._net.sockets` maps errors of the network, of TLS
 and of JSON to them; the original is the cause.
 """
 

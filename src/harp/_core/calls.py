@@ -1,11 +1,11 @@
-"""The caller's input, checked and turned into requests: names, arguments, options, credentials.
+"""The caller's input, checked and turned into requests: names, arguments, options.
 
 Values are encoded as soon as they are passed: a later change of a list or dict does not change the request.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, TypedDict
 
@@ -91,13 +91,17 @@ def encode_arguments(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Raw:
     """
     if args and kwargs:
         raise HarpException("positional and named arguments cannot be mixed in one call")
+    return _encode_arguments(kwargs or args)
+
+
+def _encode_arguments(arguments: Mapping[str, Any] | Sequence[Any]) -> Raw:
     try:
-        return dumps(kwargs or args)
-    except NotJSON:  # find the argument
-        if kwargs:
-            named = [dumps(name) + b":" + _encode(f"argument {name!r}", value) for name, value in kwargs.items()]
+        return dumps(arguments)
+    except NotJSON:  # encode each argument, for a message that names it
+        if isinstance(arguments, Mapping):
+            named = [dumps(name) + b":" + _encode(f"argument {name!r}", value) for name, value in arguments.items()]
             return Raw(b"{" + b",".join(named) + b"}")
-        return Raw(b"[" + b",".join([_encode(f"argument {n}", value) for n, value in enumerate(args, 1)]) + b"]")
+        return Raw(b"[" + b",".join([_encode(f"argument {n}", value) for n, value in enumerate(arguments, 1)]) + b"]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,12 +134,9 @@ class Call:
     def __post_init__(self) -> None:
         check_name("host", self.host)
         check_name("procedure", self.procedure)
-        if isinstance(self.arguments, dict):
-            arguments = encode_arguments((), self.arguments) if self.arguments else Raw(b"{}")
-        elif isinstance(self.arguments, (list, tuple)):
-            arguments = encode_arguments(tuple(self.arguments), {})
-        else:
+        if not isinstance(self.arguments, (list, tuple, dict)):
             raise HarpException(f"arguments: expected a list, a tuple or a dict, got {self.arguments!r}")
+        arguments = _encode_arguments(self.arguments)
         options = check_options({name: getattr(self, name) for name in _OPTION_NAMES})
         object.__setattr__(self, "_request", job_request(self.host, self.procedure, arguments, options))
 
@@ -163,19 +164,3 @@ def plain_request(req: dict[str, Any]) -> bytes:
 def encode_line(value: Any) -> bytes:
     """Return a value as a line of JSON. Raise `HarpException` that says which part has no form in JSON."""
     return bytes(_encode("the value", value)) + b"\n"
-
-
-@dataclass(frozen=True, slots=True)
-class Credentials:
-    """The user that calls harpd."""
-
-    user: str
-    password: str
-
-    def __post_init__(self) -> None:
-        for name in ("user", "password"):
-            if not isinstance(getattr(self, name), str):
-                raise HarpException(f"{name}: expected a string, got {type(getattr(self, name)).__name__}")
-
-    def __repr__(self) -> str:
-        return f"user={self.user!r}, password='***'"

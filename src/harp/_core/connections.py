@@ -140,9 +140,11 @@ class ConnectionPool(Generic[C]):
             return False
         self.granted = True
         self._waiting.append((conn, now + seconds / 2))
-        with suppress(IndexError):  # other threads have taken all
+        try:
             while len(self._waiting) > _CAPACITY or self._waiting[0][1] <= now:
                 self._waiting.popleft()[0].close_threadsafe()
+        except IndexError:  # other threads have taken all
+            pass
         return True
 
     def drain(self) -> list[C]:

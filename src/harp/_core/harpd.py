@@ -6,11 +6,11 @@ import os
 from collections.abc import Iterable
 from typing import Any, Generic, TypeVar
 
-from harp._core.calls import Credentials, check_name, encode_arguments
+from harp._core.calls import check_name, encode_arguments
 from harp._core.connections import Connection, ConnectionPool, Endpoint, Peer, Steps, mark_ambiguous
 from harp._core.outcomes import Result, error_of, outcome_of
 from harp._core.streams import Reader
-from harp.errors import CommunicationError
+from harp.errors import CommunicationError, HarpException
 from harp.protocol import harpd as daemon
 from harp.protocol.ends import Failed, Raised, Returned
 
@@ -73,14 +73,18 @@ class DirectServerBase(Peer[C]):
         keep_alive: bool = False,
     ) -> None:
         self._endpoint = Endpoint(host, port)
-        self._credentials = Credentials(user, password)
+        for field, text in (("user", user), ("password", password)):
+            if not isinstance(text, str):
+                raise HarpException(f"{field}: expected a string, got {type(text).__name__}")
+        self._user = user
+        self._password = password
         self._ca_file = ca_file
         self._pool = ConnectionPool[C](bool(keep_alive))
 
     def __repr__(self) -> str:
         return (
-            f"{type(self).__name__}({self._endpoint.host!r}, {self._credentials!r}, port={self._endpoint.port}, "
-            f"ca_file={self._ca_file!r}, keep_alive={self._pool.enabled})"
+            f"{type(self).__name__}({self._endpoint.host!r}, user={self._user!r}, password='***', "
+            f"port={self._endpoint.port}, ca_file={self._ca_file!r}, keep_alive={self._pool.enabled})"
         )
 
     def _start_call(self, line: bytes) -> Steps[tuple[C, DirectReader, bool]]:
@@ -115,11 +119,9 @@ class DirectProcedureBase(Generic[S]):
         self._name = check_name("procedure", name)
 
     def _request(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bytes:
-        keep_alive, credentials = self._server._pool.enabled, self._server._credentials
-        arguments = encode_arguments(args, kwargs)
-        return daemon.encode_request(
-            daemon.Request(self._name, arguments, credentials.user, credentials.password, keep_alive=keep_alive)
-        )
+        server, arguments = self._server, encode_arguments(args, kwargs)
+        request = daemon.Request(self._name, arguments, server._user, server._password, keep_alive=server._pool.enabled)
+        return daemon.encode_request(request)
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self._name} on {self._server!r}>"

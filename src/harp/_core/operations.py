@@ -11,47 +11,20 @@ granted keep-alive to another request.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Generic, Self, TypeVar, Unpack
 
 from harp._core.calls import Call, JobOptions, check_name, check_options, encode_arguments, job_request, plain_request
 from harp._core.connections import Connection, ConnectionPool, Endpoint, Peer, Steps, mark_ambiguous
 from harp._core.outcomes import CALL_CANCELLED, CALL_NOT_FINISHED, error_of, outcome_of
-from harp._core.retry import (
-    REFUSALS,
-    ReconnectPolicy,
-    closed_without_reply,
-    parse_reconnect,
-    unsupported_by_peer,
-)
+from harp._core.retry import REFUSALS, ReconnectPolicy, closed_without_reply, parse_reconnect, unsupported_by_peer
 from harp._core.streams import StreamReader
 from harp.errors import CancelledException, CommunicationError, HarpException, RemoteError
-from harp.protocol import requests as protocol
+from harp.protocol import replies, requests
 from harp.protocol.ends import End, Failed
 from harp.protocol.fields import check
 from harp.protocol.json_text import loads
-from harp.protocol.replies import (
-    Details,
-    NoResult,
-    Reply,
-    Status,
-    Submitted,
-    SubmittedMany,
-    WasCancelled,
-    decode_reply,
-    parse_keep_alive,
-)
-from harp.protocol.requests import (
-    Cancel,
-    FollowStream,
-    GetDetails,
-    GetResult,
-    GetStatus,
-    ReadStream,
-    Request,
-    SubmitMany,
-    encode_request,
-)
+from harp.protocol.requests import Cancel, FollowStream, GetResult, ReadStream, Request, SubmitMany
 
 C = TypeVar("C", bound=Connection)
 D = TypeVar("D", bound="CallerBase[Any]")
@@ -73,12 +46,12 @@ class CallerBase(Peer[C]):
         return f"{type(self).__name__}({self._endpoint.host!r}, {self._endpoint.port}{keep_alive})"
 
     def _submit_many(self, calls: Iterable[Call]) -> Steps[list[str]]:
-        requests: list[protocol.Call] = []
+        found: list[requests.Call] = []
         for call in calls:
             if not isinstance(call, Call):
-                raise HarpException(f"calls[{len(requests)}]: expected a harp.Call, got {call!r}")
-            requests.append(call._request)
-        reply: SubmittedMany = yield from self._request(SubmitMany(requests), "submit_many()")
+                raise HarpException(f"calls[{len(found)}]: expected a harp.Call, got {call!r}")
+            found.append(call._request)
+        reply: replies.SubmittedMany = yield from self._request(SubmitMany(found), "submit_many()")
         return list(reply.job_ids)
 
     def _request(self, request: Request, feature: str | None = None) -> Steps[Any]:
@@ -121,7 +94,7 @@ class CallerBase(Peer[C]):
     def _send_once(self, request: Request, policy: ReconnectPolicy | None = None) -> Steps[tuple[Any, bytes]]:
         pool = self._pool
         keep_alive = pool.enabled and (policy is None or pool.granted)
-        encoded = encode_request(request, keep_alive)
+        encoded = requests.encode_request(request, keep_alive)
         pooled = pool.get(self._now()) if keep_alive else None
         conn = pooled or (yield self._open())
         returned = False
@@ -140,7 +113,7 @@ class CallerBase(Peer[C]):
                 reply = _parse_reply(request, line)
             except ValueError as error:
                 raise conn.error("reply", error) from error
-            returned = keep_alive and pool.put(conn, parse_keep_alive(line), self._now())
+            returned = keep_alive and pool.put(conn, replies.parse_keep_alive(line), self._now())
         finally:
             if not returned:
                 yield conn.close()
@@ -148,7 +121,7 @@ class CallerBase(Peer[C]):
 
     def _raise_unless_repeatable(self, error: CommunicationError, request: Request, reused: bool) -> None:
         """Raise the error of a keep-alive request that got no reply, unless it may be sent on a new connection."""
-        if reused and not isinstance(request, (protocol.Call, SubmitMany, Cancel)):
+        if reused and not isinstance(request, (requests.Call, SubmitMany, Cancel)):
             return
         if not reused and not self._pool.granted and closed_without_reply(error):
             raise unsupported_by_peer(error, "keep_alive=True") from error.__cause__
@@ -176,13 +149,13 @@ def _is_waiting(request: Request) -> bool:
 
 def _parse_reply(request: Request, line: bytes) -> Any:
     """Return the reply to a request. Raise `ProtocolError` for a line that does not answer it."""
-    reply = decode_reply(line, request)
+    reply = replies.decode_reply(line, request)
     match reply:
-        case NoResult():
+        case replies.NoResult():
             check(not _is_waiting(request), "no result, although the request waits for one")
-        case Details(details):
+        case replies.Details(details):
             check(isinstance(details.get("why"), str), "details.why: expected a string")
-        case WasCancelled(_, dict(stop)):
+        case replies.WasCancelled(_, dict(stop)):
             check(isinstance(stop.get("state"), str), "stop.state: expected a string")
     return reply
 
@@ -231,7 +204,7 @@ class ProcedureBase(Generic[D, S]):
         self._server = server
         self._procedure = check_name("procedure", procedure)
 
-    def _submit(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Steps[Submitted]:
+    def _submit(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Steps[replies.Submitted]:
         server, arguments = self._server, encode_arguments(args, kwargs)
         request = job_request(server._hostname, self._procedure, arguments, server._options)
         return self._dispatcher._request(request)
@@ -254,8 +227,8 @@ class JobBase(Generic[D]):
     def __init__(self, dispatcher: D, job_id: str) -> None:
         self._dispatcher = dispatcher
         self._id = check_name("job_id", job_id)
-        self._end: bytes | None = None
-        self._status: bytes | None = None
+        self._end_line: bytes | None = None
+        self._status_line: bytes | None = None
 
     def id(self) -> str:
         """Return the job's identifier, for `HarpCaller.job`. Spec: docs/client-api.md, RemoteCall."""
@@ -264,23 +237,23 @@ class JobBase(Generic[D]):
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self._id} by {self._dispatcher!r}>"
 
-    def _store_end(self, reply: Reply, line: bytes) -> None:
+    def _store_end(self, reply: replies.Reply, line: bytes) -> None:
         """Store the end that a reply reports, unless it refuses the request."""
         if isinstance(reply, End) and not (isinstance(reply, Failed) and reply.type in REFUSALS):
-            self._end = line
+            self._end_line = line
 
     def _result(self, wait: bool) -> Steps[Any]:
         """Return the job's end as a value; errors are returned, not raised."""
         request = GetResult(self._id, bool(wait))
-        if self._end is not None:
-            reply = _parse_reply(request, self._end)
+        if self._end_line is not None:
+            reply = _parse_reply(request, self._end_line)
         else:
             try:
                 reply, line = yield from self._dispatcher._send(request)
             except (CommunicationError, RemoteError) as error:
                 return error.with_traceback(None)
             self._store_end(reply, line)
-        return CALL_NOT_FINISHED if isinstance(reply, NoResult) else outcome_of(reply)
+        return CALL_NOT_FINISHED if isinstance(reply, replies.NoResult) else outcome_of(reply)
 
     def _get(self, wait: bool) -> Steps[Any]:
         """Return the job's end as a value; errors are raised."""
@@ -294,36 +267,32 @@ class JobBase(Generic[D]):
     def _cancel(self, wait: bool) -> Steps[bool]:
         """Cancel the job and return whether this stopped it; with `wait`, once its host has confirmed that."""
         request = Cancel(self._id, bool(wait))
-        reply: WasCancelled = yield from self._dispatcher._request(request, "cancel(wait=True)" if wait else None)
+        reply: replies.WasCancelled = yield from self._dispatcher._request(
+            request, "cancel(wait=True)" if wait else None
+        )
         if reply.stop is not None and reply.stop["state"] != "confirmed":
             raise _stop_error(self._id, reply.stop)
         return reply.cancelled
 
     def _details(self) -> Steps[dict[str, Any]]:
-        reply: Details = yield from self._dispatcher._request(GetDetails(self._id), "details() and why()")
+        reply: replies.Details = yield from self._dispatcher._request(
+            requests.GetDetails(self._id), "details() and why()"
+        )
         details: dict[str, Any] = reply.details
         return details
 
-    def _submitted(self) -> Steps[Status]:
-        """Return any status: all have the same submitted facts."""
-        return self._status_where(lambda status: True)
-
-    def _started(self) -> Steps[Status]:
-        """Return the status if its start is final, else request a new one."""
-        return self._status_where(lambda status: status.start is not None or status.end is not None)
-
-    def _ended(self) -> Steps[Status]:
-        """Return the status if its end is final, else request a new one."""
-        return self._status_where(lambda status: status.end is not None)
-
-    def _status_where(self, is_final: Callable[[Status], bool]) -> Steps[Status]:
-        request, line = GetStatus(self._id), self._status
-        status: Status
-        if line is None or not is_final(status := _parse_reply(request, line)):
-            reply, line = yield from self._dispatcher._send(request)
-            if isinstance(reply, Failed):
-                raise error_of(reply)
-            status, self._status = reply, line
+    def _status(self, *times: str) -> Steps[replies.Status]:
+        """Return the job's status; a stored one if it has one of these times, or if none is named."""
+        request, line = requests.GetStatus(self._id), self._status_line
+        if line is not None:
+            status: replies.Status = _parse_reply(request, line)
+            if not times or any(getattr(status, time) is not None for time in times):
+                return status
+        reply, line = yield from self._dispatcher._send(request)
+        if isinstance(reply, Failed):
+            raise error_of(reply)
+        self._status_line = line
+        status = reply
         return status
 
     def _reader(

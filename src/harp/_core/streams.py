@@ -105,7 +105,7 @@ class StreamReader(Reader):
         return kind(wanted.job, since=self._next_number, timed=wanted.timed)
 
     def take_request(self) -> bytes | None:
-        """Return the line to send on a new connection before the next line is read, once; None: there is none."""
+        """See `Reader`."""
         request, self._unsent = self._unsent, None
         return None if request is None else encode_request(request)
 
@@ -154,11 +154,7 @@ class StreamReader(Reader):
         return (packet.number, packet.data) if self._numbered else packet.data
 
     def interrupted(self, error: HarpException, now: float) -> float:
-        """Return the seconds to wait before the next request.
-
-        Raises:
-            HarpException: the error, if the stream cannot continue.
-        """
+        """See `Reader`."""
         silent = not self._replied and closed_without_reply(error) and now - self._connected_at < _REFUSED_WITHIN
         self._silent_closes += silent
         refused = silent and isinstance(self._request, ReadStream) and self._silent_closes > 1
@@ -200,9 +196,8 @@ class StreamBase(ABC, Generic[C]):
     def _end(self) -> bool:
         """End the iteration; return whether this call did, so that the connection belongs to its caller."""
 
-    @abstractmethod
     def _connect(self) -> Any:
-        """Connect the connection until the stream is closed; a step."""
+        return self._conn.connect()
 
     @abstractmethod
     def _sleep(self, seconds: float) -> Any:
@@ -230,7 +225,14 @@ class StreamBase(ABC, Generic[C]):
         """Return the items of the next line; none after an interruption and its pause."""
         try:
             request = self._reader.take_request()
-            line = (yield self._conn.receive_line()) if request is None else (yield from self._send_again(request))
+            if request is None:
+                line = yield self._conn.receive_line()
+            else:
+                yield self._connect()
+                if self._closed:  # before there was a connection to close
+                    yield self._conn.close()
+                self._reader.connected(self._now())
+                line = yield self._conn.exchange(request)
             try:
                 return self._reader.read(line)
             except ValueError as error:
@@ -241,14 +243,6 @@ class StreamBase(ABC, Generic[C]):
             pause = self._reader.interrupted(error, self._now())
         yield self._sleep(pause)
         return ()
-
-    def _send_again(self, request: bytes) -> Steps[bytes]:
-        yield self._connect()
-        if self._closed:  # before there was a connection to close
-            yield self._conn.close()
-        self._reader.connected(self._now())
-        line: bytes = yield self._conn.exchange(request)
-        return line
 
     def _finish(self) -> Steps[None]:
         """End the iteration after the last line or an error."""

@@ -15,8 +15,7 @@ from typing import Any, NoReturn, Self, TypeVar, cast
 from harp._core.calls import encode_line
 from harp._core.connections import ConnectionPool, Endpoint, Peer, Steps
 from harp._core.streams import Reader, StreamBase
-from harp._net.errors import FOREIGN_ERRORS, describe_error
-from harp._net.sockets import CONNECT_TIMEOUT, ConnectAttempts, ReceiveBuffer, is_idle
+from harp._net.sockets import CONNECT_TIMEOUT, FOREIGN_ERRORS, ReceiveBuffer, connect_socket, describe_error, is_idle
 from harp._net.tls import tls_context
 from harp.errors import CommunicationError
 from harp.protocol.json_text import loads
@@ -58,7 +57,7 @@ class _Protocol(asyncio.Protocol):
         self._changed = asyncio.Event()
         self._writable = asyncio.Event()
         self._writable.set()
-        self._lost = asyncio.Event()
+        self.lost = asyncio.Event()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast("asyncio.Transport", transport)
@@ -81,7 +80,7 @@ class _Protocol(asyncio.Protocol):
             self._fail(exc)
         self._feed(b"")
         self._writable.set()
-        self._lost.set()
+        self.lost.set()
 
     def _feed(self, data: bytes) -> None:
         try:
@@ -104,7 +103,7 @@ class _Protocol(asyncio.Protocol):
     async def flush(self) -> None:
         """Wait until all data was written. Raise `CommunicationError` if the connection is lost."""
         await self._writable.wait()
-        if self._lost.is_set() and self._failure is not None:
+        if self.lost.is_set() and self._failure is not None:
             raise self._failure.with_traceback(None)
 
     async def next_line(self) -> bytes:
@@ -132,10 +131,6 @@ class _Protocol(asyncio.Protocol):
     def is_idle(self) -> bool:
         """Return whether the connection is open and there is nothing to read."""
         return self._failure is None and self._received.empty and is_idle(self.sock)
-
-    async def wait_lost(self) -> None:
-        """Wait until the connection is closed completely."""
-        await self._lost.wait()
 
 
 class _Closable(ABC):
@@ -171,44 +166,39 @@ class AsyncJSONConnection(_Closable):
         self._loop = asyncio.get_running_loop()
         self._protocol = await self._open(time.monotonic() + CONNECT_TIMEOUT)
 
+    def _tls_context(self) -> ssl.SSLContext | None:
+        return None
+
     async def _open(self, deadline: float) -> _Protocol:
         """Connect. Raise `CommunicationError` at the deadline, a time of the monotonic clock."""
-        return await self._attach(await self._connect_socket(deadline), deadline)
-
-    async def _connect_socket(self, deadline: float) -> socket.socket:
-        host, port = self._endpoint.host, self._endpoint.port
+        context, loop, endpoint = self._tls_context(), self._loop, self._endpoint
         try:
             async with asyncio.timeout(deadline - time.monotonic()):
-                found = await self._loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+                found = await loop.getaddrinfo(endpoint.host, endpoint.port, type=socket.SOCK_STREAM)
         except FOREIGN_ERRORS as error:
             raise self.error("cannot resolve the name", error) from error
-        attempts = ConnectAttempts(self._endpoint, found, deadline)
-        for sock, address, seconds in attempts:
-            with attempts.attempt(sock, address):
-                sock.setblocking(False)
-                async with asyncio.timeout(seconds):
-                    await self._loop.sock_connect(sock, address)
-                return sock
-        raise attempts.failure()
-
-    async def _attach(self, sock: socket.socket, deadline: float, context: ssl.SSLContext | None = None) -> _Protocol:
-        """Pass a connected socket, with TLS if there is a context, to the event loop."""
-        name = None if context is None else self._endpoint.server_name
+        sock = await run(connect_socket(endpoint, found, deadline, self._connect_socket))
+        name = None if context is None else endpoint.server_name
         try:
             async with asyncio.timeout(deadline - time.monotonic()):
-                _, protocol = await self._loop.create_connection(
-                    lambda: _Protocol(self._endpoint, sock), sock=sock, ssl=context, server_hostname=name
+                _, protocol = await loop.create_connection(
+                    lambda: _Protocol(endpoint, sock), sock=sock, ssl=context, server_hostname=name
                 )
         except FOREIGN_ERRORS as error:
             raise self.error("TLS handshake" if context else "cannot connect", error) from error
         return protocol
+
+    async def _connect_socket(self, sock: socket.socket, address: Any, seconds: float) -> None:
+        sock.setblocking(False)
+        async with asyncio.timeout(seconds):
+            await self._loop.sock_connect(sock, address)
 
     async def close(self) -> None:
         """See `harp.JSONConnection.close`; returns when the connection is closed completely."""
         protocol, self._protocol = self._protocol, None
         if protocol is not None:
             protocol.transport.abort()
-            await protocol.wait_lost()
+            await protocol.lost.wait()
 
     def close_threadsafe(self) -> None:
         """Close the connection without waiting, from any thread, also when its event loop has ended."""
@@ -288,9 +278,8 @@ class AsyncJSONSSLConnection(AsyncJSONConnection):
         self._ca_file = ca_file
         super().__init__(host, port)
 
-    async def _open(self, deadline: float) -> _Protocol:
-        context = tls_context(self._ca_file)
-        return await self._attach(await self._connect_socket(deadline), deadline, context)
+    def _tls_context(self) -> ssl.SSLContext:
+        return tls_context(self._ca_file)
 
 
 class AsyncPeer(Peer[AsyncJSONConnection]):

@@ -1,17 +1,20 @@
-"""Common parts of both shells' connections: attempts to connect, the receive buffer, the test for idleness."""
+"""Common parts of both shells' connections: errors, connecting, the receive buffer, the test for idleness.
+
+Each error of socket, ssl, json and the protocol becomes a `CommunicationError` whose message contains host, port and
+cause. Its `__cause__` is the original: an `OSError` if the network or the peer broke the connection, an `EOFError` if
+the peer closed it between lines, a `ValueError` if the peer sent invalid data.
+"""
 
 from __future__ import annotations
 
+import os
 import socket
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeAlias
 
-from harp._core.connections import Endpoint
-from harp._net.errors import describe_error
-from harp.errors import CommunicationError
+from harp._core.connections import Endpoint, Steps
 from harp.protocol.lines import LineBuffer
 
 #: Seconds to connect, TLS handshake included.
@@ -23,56 +26,83 @@ REPLY_LIMIT = 64 * 1024 * 1024
 #: A peer that has vanished is detected after about two minutes; a peer that is busy is not affected.
 _KEEPALIVE = {"TCP_KEEPIDLE": 60, "TCP_KEEPINTVL": 15, "TCP_KEEPCNT": 4}
 
+#: An integer, because `|` of two flags enters eleven functions of the module `enum`.
+_PEEK = int(socket.MSG_PEEK | socket.MSG_DONTWAIT)
+
 AddressInfo: TypeAlias = tuple[socket.AddressFamily, socket.SocketKind, int, str, Any]
 
 
-class ConnectAttempts:
-    """The attempts to reach an endpoint: the remaining time is divided equally among the remaining addresses.
+#: Remedies for a certificate that is not accepted, by OpenSSL's error number.
+_HINTS = {
+    9: "check the clocks of both machines",
+    10: "renew the server's certificate",
+    62: "call the host by a name that its certificate has, or give it a certificate with this name",
+    64: "call the host by a name that its certificate has, or give it a certificate with this address",
+}
+
+
+#: The errors that are mapped.
+FOREIGN_ERRORS = (OSError, EOFError, ValueError)
+
+
+def describe_error(error: Exception) -> str:
+    """Return an error's cause in words, with a hint where there is one."""
+    if isinstance(error, ssl.SSLCertVerificationError):
+        hint = _HINTS.get(error.verify_code, "ca_file must contain the authority that issued it")
+        return f"the server's certificate is not accepted: {error.verify_message.rstrip('.')} ({hint})"
+    if isinstance(error, ssl.SSLError) and error.reason:
+        words = error.reason.lower().replace("_", " ")
+        return f"{words} (it does not speak TLS)" if error.reason == "WRONG_VERSION_NUMBER" else words
+    if isinstance(error, socket.gaierror):
+        return error.strerror or str(error)
+    if isinstance(error, OSError) and error.errno:
+        return os.strerror(error.errno)
+    return str(error) or ("timed out" if isinstance(error, TimeoutError) else type(error).__name__)
+
+
+def connect_socket(
+    endpoint: Endpoint,
+    found: Sequence[AddressInfo],
+    deadline: float,
+    connect: Callable[[socket.socket, Any, float], Any],
+) -> Steps[socket.socket]:
+    """Return a socket that is connected to the first address that can be reached.
+
+    The remaining time is divided equally among the remaining addresses.
 
     Args:
-        endpoint: the endpoint.
+        endpoint: the peer, for the message.
         found: its addresses, from `socket.getaddrinfo`.
         deadline: the end of the last attempt, on the monotonic clock.
+        connect: a step that connects a socket to an address within a number of seconds.
+
+    Raises:
+        CommunicationError: no address can be reached; lists all failed attempts.
     """
-
-    def __init__(self, endpoint: Endpoint, found: Sequence[AddressInfo], deadline: float) -> None:
-        self._endpoint = endpoint
-        self._found = found
-        self._deadline = deadline
-        self._failures: list[tuple[str, OSError]] = []
-
-    def __iter__(self) -> Iterator[tuple[socket.socket, Any, float]]:
-        """Yield, for each address, a new socket, the address to connect it to, and the seconds for this attempt."""
-        for index, (family, kind, protocol, _, address) in enumerate(self._found):
-            try:
-                sock = socket.socket(family, kind, protocol)
-            except OSError as error:  # this machine does not support the family, or is out of descriptors
-                self._failures.append((address[0], error))
-                continue
-            remaining = max(self._deadline - time.monotonic(), 0.001)
-            yield sock, address, remaining / (len(self._found) - index)
-
-    @contextmanager
-    def attempt(self, sock: socket.socket, address: Any) -> Iterator[None]:
-        """Prepare the socket, which the body connects; a failure closes it and is recorded, not raised."""
+    failures: list[tuple[str, OSError]] = []
+    for index, (family, kind, protocol, _, address) in enumerate(found):
+        try:
+            sock = socket.socket(family, kind, protocol)
+        except OSError as error:  # this machine does not support the family, or is out of descriptors
+            failures.append((address[0], error))
+            continue
         try:
             _prepare(sock)
-            yield
+            remaining = max(deadline - time.monotonic(), 0.001)
+            yield connect(sock, address, remaining / (len(found) - index))
         except BaseException as error:
             sock.close()
             if not isinstance(error, OSError):
                 raise
-            self._failures.append((address[0], error))
-
-    def failure(self) -> CommunicationError:
-        """Return the error that lists all failed attempts."""
-        causes = dict.fromkeys(
-            describe_error(error) if address == self._endpoint.host else f"{address}: {describe_error(error)}"
-            for address, error in self._failures
-        )
-        failure = self._endpoint.error("cannot connect", "; ".join(causes) or "the name has no address")
-        failure.__cause__ = self._failures[-1][1] if self._failures else None
-        return failure
+            failures.append((address[0], error))
+        else:
+            return sock
+    causes = dict.fromkeys(
+        describe_error(error) if address == endpoint.host else f"{address}: {describe_error(error)}"
+        for address, error in failures
+    )
+    cause = failures[-1][1] if failures else None
+    raise endpoint.error("cannot connect", "; ".join(causes) or "the name has no address") from cause
 
 
 def _prepare(sock: socket.socket) -> None:
@@ -126,7 +156,7 @@ def is_idle(sock: socket.socket) -> bool:
     """
     try:
         # The method of socket: SSLSocket rejects flags.
-        socket.socket.recv(sock, 1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        socket.socket.recv(sock, 1, _PEEK)
     except BlockingIOError:
         return True
     except OSError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import ssl
 import threading
 import time
 from abc import ABC, abstractmethod
@@ -14,8 +15,7 @@ from typing import Any, NoReturn, Self, TypeVar
 from harp._core.calls import encode_line
 from harp._core.connections import ConnectionPool, Endpoint, Peer, Steps
 from harp._core.streams import Reader, StreamBase
-from harp._net.errors import FOREIGN_ERRORS, describe_error
-from harp._net.sockets import CONNECT_TIMEOUT, ConnectAttempts, ReceiveBuffer, is_idle
+from harp._net.sockets import CONNECT_TIMEOUT, FOREIGN_ERRORS, ReceiveBuffer, connect_socket, describe_error, is_idle
 from harp._net.tls import tls_context
 from harp.errors import CommunicationError
 from harp.protocol.json_text import loads
@@ -94,23 +94,39 @@ class JSONConnection(_Closable):
             raise self._closed_here()
         self._socket = opened
 
+    def _tls_context(self) -> ssl.SSLContext | None:
+        return None
+
     def _open(self, deadline: float) -> socket.socket:
         """Return a connected socket. Raise `CommunicationError` at the deadline, a time of the monotonic clock."""
+        context = self._tls_context()
         try:
             found = socket.getaddrinfo(self._endpoint.host, self._endpoint.port, type=socket.SOCK_STREAM)
         except FOREIGN_ERRORS as error:
             raise self.error("cannot resolve the name", error) from error
-        attempts = ConnectAttempts(self._endpoint, found, deadline)
-        for sock, address, seconds in attempts:
-            self._socket = sock  # another thread's `close` ends the attempt
-            with attempts.attempt(sock, address):
-                sock.settimeout(seconds)
-                sock.connect(address)
-                sock.settimeout(None)
-            if sock.fileno() >= 0:  # a failed attempt closes its socket
-                return sock
+        sock = run(connect_socket(self._endpoint, found, deadline, self._connect_socket))
+        if context is None:
+            return sock
+        try:
+            sock.settimeout(max(deadline - time.monotonic(), 0.001))
+            secured = context.wrap_socket(sock, server_hostname=self._endpoint.server_name)
+        except BaseException as error:
+            sock.close()
+            if isinstance(error, FOREIGN_ERRORS):
+                raise self.error("TLS handshake", error) from error
+            raise
+        secured.settimeout(None)
+        return secured
+
+    def _connect_socket(self, sock: socket.socket, address: Any, seconds: float) -> None:
+        self._socket = sock  # another thread's `close` ends the attempt
+        try:
+            sock.settimeout(seconds)
+            sock.connect(address)
+            sock.settimeout(None)
+        except OSError:
             self._connected()  # raises after `close`
-        raise attempts.failure()
+            raise
 
     def close(self) -> None:
         """Close the connection, if it is open. A thread that connects it or reads is woken.
@@ -190,7 +206,7 @@ class JSONConnection(_Closable):
         return self.receive_line()
 
     def error(self, action: str, cause: Exception) -> CommunicationError:
-        """Return the error for an action that failed because of a foreign error; see `harp._net.errors`."""
+        """Return the error for an action that failed because of a foreign error; see `harp._net.sockets`."""
         return self._endpoint.error(action, describe_error(cause))
 
     def _connected(self) -> socket.socket:
@@ -226,19 +242,8 @@ class JSONSSLConnection(JSONConnection):
         self._ca_file = ca_file
         super().__init__(host, port)
 
-    def _open(self, deadline: float) -> socket.socket:
-        context = tls_context(self._ca_file)
-        sock = super()._open(deadline)
-        try:
-            sock.settimeout(max(deadline - time.monotonic(), 0.001))
-            secured = context.wrap_socket(sock, server_hostname=self._endpoint.server_name)
-        except BaseException as error:
-            sock.close()
-            if isinstance(error, FOREIGN_ERRORS):
-                raise self.error("TLS handshake", error) from error
-            raise
-        secured.settimeout(None)
-        return secured
+    def _tls_context(self) -> ssl.SSLContext:
+        return tls_context(self._ca_file)
 
 
 class SyncPeer(Peer[JSONConnection]):
@@ -309,9 +314,6 @@ class Stream(StreamBase[JSONConnection], Iteration):
         self._closed = True
         self._ended.set()
         return True
-
-    def _connect(self) -> None:
-        self._conn.connect()
 
     def _sleep(self, seconds: float) -> None:
         self._ended.wait(seconds)

@@ -11,15 +11,12 @@ import os
 import ssl
 import time
 from functools import lru_cache
-from typing import Any, TypeAlias
+from typing import Any
 
 from harp.errors import HarpException
 
 #: The most cached contexts.
 _CACHE_SIZE = 16
-
-#: Identifies a state of a file: two states differ if the file system's clock ticks between the changes.
-_FileState: TypeAlias = tuple[int, ...]
 
 #: Nanoseconds in which a file may change twice, but its times only once: contexts of newer files are not cached.
 _CLOCK_TICK = 20_000_000
@@ -34,13 +31,14 @@ def tls_context(ca_file: str | os.PathLike[str] | None) -> ssl.SSLContext:
         HarpException: the file cannot be read or contains no certificate.
     """
     if ca_file is None:
-        return _cached_context(None, ())
+        return _context(None, ())
     try:
         path = os.fspath(ca_file)
         found = os.stat(path)
+        # Two states of a file differ if the file system's clock ticks between the changes.
         state = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
         settled = time.time_ns() - found.st_ctime_ns > _CLOCK_TICK
-        return _cached_context(path, state) if settled else _create_context(path)
+        return _context(path, state) if settled else _context.__wrapped__(path, state)
     except ssl.SSLError as error:
         raise HarpException(f"ca_file {os.fspath(ca_file)!r}: contains no certificate in PEM form") from error
     except (OSError, ValueError, TypeError) as error:
@@ -48,11 +46,7 @@ def tls_context(ca_file: str | os.PathLike[str] | None) -> ssl.SSLContext:
 
 
 @lru_cache(maxsize=_CACHE_SIZE)  # does not cache errors
-def _cached_context(path: str | None, state: _FileState) -> ssl.SSLContext:
-    return _create_context(path)
-
-
-def _create_context(path: str | None) -> ssl.SSLContext:
+def _context(path: str | None, state: tuple[int, ...]) -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.sslsocket_class = _TLSSocket
     context.minimum_version = ssl.TLSVersion.TLSv1_2
