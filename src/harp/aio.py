@@ -16,7 +16,7 @@ from harp._core.harpd import DirectProcedureBase, DirectServerBase
 from harp._core.operations import CallerBase, JobBase, ProcedureBase, ServerBase
 from harp._core.streams import StreamReader
 from harp._net.aio import AsyncIteration, AsyncJSONConnection, AsyncJSONSSLConnection, AsyncPeer, AsyncStream, run
-from harp.protocol.requests import FollowStream, ReadStream
+from harp.protocol.requests import ReadStream
 
 __all__ = [
     "AsyncHarpCaller",
@@ -87,7 +87,7 @@ class AsyncRemoteProcedure(ProcedureBase[AsyncHarpCaller, AsyncRemoteServer]):
         return AsyncRemoteCall(self._dispatcher, (await run(self._submit(args, kwargs))).job_id)
 
 
-class AsyncRemoteCall(JobBase[AsyncHarpCaller]):
+class AsyncRemoteCall(JobBase[AsyncHarpCaller, "AsyncRemoteCall.StreamIterator"]):
     """See `harp.RemoteCall`."""
 
     class StreamIterator(AsyncStream):
@@ -118,18 +118,6 @@ class AsyncRemoteCall(JobBase[AsyncHarpCaller]):
     async def why(self) -> str:
         """See `harp.RemoteCall.why`."""
         return str((await run(self._details()))["why"])
-
-    def follow(
-        self, since: int | None = None, recent: int | None = None, numbered: bool = False, *, timed: bool = False
-    ) -> AsyncRemoteCall.StreamIterator:
-        """See `harp.RemoteCall.follow`; the iterator connects when its first record is requested."""
-        return self._stream(self._reader(FollowStream, since, recent, numbered, timed))
-
-    def stream(
-        self, since: int | None = None, recent: int | None = None, numbered: bool = False, *, timed: bool = False
-    ) -> AsyncRemoteCall.StreamIterator:
-        """See `harp.RemoteCall.stream`; the iterator connects when its first record is requested."""
-        return self._stream(self._reader(ReadStream, since, recent, numbered, timed))
 
     def _stream(self, reader: StreamReader) -> AsyncRemoteCall.StreamIterator:
         iterator = self.StreamIterator(self, self._dispatcher._connection())

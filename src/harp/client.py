@@ -13,7 +13,7 @@ from harp._core.calls import Call, JobOptions, check_attribute_name
 from harp._core.operations import CallerBase, JobBase, ProcedureBase, ServerBase
 from harp._core.streams import StreamReader
 from harp._net.sync import JSONConnection, Stream, SyncPeer, run
-from harp.protocol.requests import FollowStream, ReadStream
+from harp.protocol.requests import ReadStream
 
 __all__ = ["HarpCaller", "RemoteCall", "RemoteProcedure", "RemoteServer"]
 
@@ -162,7 +162,7 @@ class RemoteProcedure(ProcedureBase[HarpCaller, RemoteServer]):
         return RemoteCall(self._dispatcher, run(self._submit(args, kwargs)).job_id)
 
 
-class RemoteCall(JobBase[HarpCaller]):
+class RemoteCall(JobBase[HarpCaller, "RemoteCall.StreamIterator"]):
     """A job: its status, its records, its end. Final facts are requested once.
 
     Args:
@@ -267,42 +267,6 @@ class RemoteCall(JobBase[HarpCaller]):
         Spec: docs/client-api.md, Details.
         """
         return str(run(self._details())["why"])
-
-    def follow(
-        self, since: int | None = None, recent: int | None = None, numbered: bool = False, *, timed: bool = False
-    ) -> RemoteCall.StreamIterator:
-        """Return the job's records, also future ones, until it ends; continues after an interruption.
-
-        Args:
-            since: number of the first record, from 0.
-            recent: how many of the newest records to begin with, instead of `since`; default: 0.
-            numbered: return pairs of a record's number and the record.
-            timed: return a record's number, the time of its creation (Unix seconds with fractions) and the record.
-
-        Raises:
-            HarpException: a number is invalid, or both are given.
-
-        Spec: docs/client-api.md, RemoteCall.
-        """
-        return self._stream(self._reader(FollowStream, since, recent, numbered, timed))
-
-    def stream(
-        self, since: int | None = None, recent: int | None = None, numbered: bool = False, *, timed: bool = False
-    ) -> RemoteCall.StreamIterator:
-        """Return the job's records so far; does not wait for the job.
-
-        Args:
-            since: number of the first record, from 0; default: 0.
-            recent: how many of the newest records to return, instead of `since`.
-            numbered: return pairs of a record's number and the record.
-            timed: return a record's number, the time of its creation (Unix seconds with fractions) and the record.
-
-        Raises:
-            HarpException: a number is invalid, or both are given.
-
-        Spec: docs/client-api.md, RemoteCall.
-        """
-        return self._stream(self._reader(ReadStream, since, recent, numbered, timed))
 
     def _stream(self, reader: StreamReader) -> RemoteCall.StreamIterator:
         iterator = self.StreamIterator(self, self._dispatcher.connect())

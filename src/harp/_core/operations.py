@@ -11,6 +11,7 @@ granted keep-alive to another request.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from typing import Any, Generic, Self, TypeVar, Unpack
 
@@ -28,6 +29,7 @@ from harp.protocol.requests import Cancel, FollowStream, GetResult, ReadStream, 
 
 C = TypeVar("C", bound=Connection)
 D = TypeVar("D", bound="CallerBase[Any]")
+R = TypeVar("R")
 S = TypeVar("S", bound="ServerBase[Any]")
 
 
@@ -221,7 +223,7 @@ class ProcedureBase(Generic[D, S]):
         return f"<{type(self).__name__} {self._procedure} on {self._server} by {self._dispatcher!r}>"
 
 
-class JobBase(Generic[D]):
+class JobBase(ABC, Generic[D, R]):
     """A job of a dispatcher, and its final facts."""
 
     def __init__(self, dispatcher: D, job_id: str) -> None:
@@ -236,6 +238,46 @@ class JobBase(Generic[D]):
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self._id} by {self._dispatcher!r}>"
+
+    def follow(
+        self, since: int | None = None, recent: int | None = None, numbered: bool = False, *, timed: bool = False
+    ) -> R:
+        """Return the job's records, also future ones, until it ends; continues after an interruption.
+
+        Args:
+            since: number of the first record, from 0.
+            recent: how many of the newest records to begin with, instead of `since`; default: 0.
+            numbered: return pairs of a record's number and the record.
+            timed: return a record's number, the time of its creation (Unix seconds with fractions) and the record.
+
+        Raises:
+            HarpException: a number is invalid, or both are given.
+
+        Spec: docs/client-api.md, RemoteCall.
+        """
+        return self._stream(self._reader(FollowStream, since, recent, numbered, timed))
+
+    def stream(
+        self, since: int | None = None, recent: int | None = None, numbered: bool = False, *, timed: bool = False
+    ) -> R:
+        """Return the job's records so far; does not wait for the job.
+
+        Args:
+            since: number of the first record, from 0; default: 0.
+            recent: how many of the newest records to return, instead of `since`.
+            numbered: return pairs of a record's number and the record.
+            timed: return a record's number, the time of its creation (Unix seconds with fractions) and the record.
+
+        Raises:
+            HarpException: a number is invalid, or both are given.
+
+        Spec: docs/client-api.md, RemoteCall.
+        """
+        return self._stream(self._reader(ReadStream, since, recent, numbered, timed))
+
+    @abstractmethod
+    def _stream(self, reader: StreamReader) -> R:
+        """Return the iterator over the items of a reader."""
 
     def _store_end(self, reply: replies.Reply, line: bytes) -> None:
         """Store the end that a reply reports, unless it refuses the request."""
