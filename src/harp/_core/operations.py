@@ -1,6 +1,6 @@
 """The operations on a dispatcher and its jobs, as steps: base classes of both shells' classes.
 
-Operations send their requests with `CallerBase._send` and return their outcome; one whose outcome is known sends
+Operations send their requests with `CallerBase._request` and return their outcome; one whose outcome is known sends
 nothing. Streams are read by `harp._core.streams`. The final state of a job is stored as the line that reported it.
 Each caller gets values of its own, so threads share no mutable data.
 
