@@ -46,6 +46,10 @@ class _Slices:
         except (msgspec.MsgspecError, ValueError, RecursionError):
             return loads(bytes(text))
 
+    def is_null(self, key: str) -> bool:
+        """See `JSONObject`."""
+        return bytes(self._slices[key]) == b"null"
+
     def payload(self, key: str) -> Payload:
         """See `JSONObject`."""
         return Raw(self._slices[key])

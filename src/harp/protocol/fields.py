@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
-from harp.protocol.json_text import Decoder, InvalidJSON, JSONObject, NotJSON, Payload, Raw, dumps
+from harp.protocol.json_text import Decoder, InvalidJSON, JSONObject, Payload, Raw
 
 _KINDS = {b"[": list, b"{": dict}
 
@@ -58,11 +58,6 @@ def member_value(members: JSONObject, key: str) -> Any:
         raise ProtocolError(f"{key}: {error}") from error
 
 
-def optional_value(members: JSONObject, key: str) -> Any:
-    """Return the value of a member; None if it is missing. Raises `ProtocolError`."""
-    return member_value(members, key) if key in members else None
-
-
 def required_object(members: JSONObject, key: str, expected: str = "an object") -> JSONObject:
     """Return a member that must be an object.
 
@@ -93,9 +88,9 @@ def required_string(members: JSONObject, key: str) -> str:
     return found
 
 
-def reject_unknown_keys(members: JSONObject, known: Iterable[str]) -> None:
-    """Raise `ProtocolError` if there are members that are not in `known`."""
-    if unknown := set(members).difference(known):
+def reject_unknown_keys(members: JSONObject, *known: Iterable[str]) -> None:
+    """Raise `ProtocolError` if there are members that are in none of the `known` keys."""
+    if unknown := set(members).difference(*known):
         raise ProtocolError(f"unknown key {', '.join(sorted(unknown))}")
 
 
@@ -107,18 +102,6 @@ def is_count(number: object) -> bool:
 def is_seconds(number: object) -> bool:
     """Return whether it is a positive finite number; true and false are not."""
     return isinstance(number, (int, float)) and not isinstance(number, bool) and 0 < number < math.inf
-
-
-def encode_payload(payload: Payload) -> Raw:
-    """Return a payload as JSON text.
-
-    Raises:
-        ProtocolError: the value has no form in JSON.
-    """
-    try:
-        return dumps(payload)
-    except NotJSON as error:
-        raise ProtocolError(str(error)) from error
 
 
 def is_container(payload: Payload, kinds: tuple[type, ...]) -> bool:

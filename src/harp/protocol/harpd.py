@@ -9,26 +9,22 @@ Spec: docs/protocol.md, harpd.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from types import MappingProxyType
-from typing import Any, TypeAlias
+from typing import Annotated, Any, TypeAlias
 
-from harp.protocol import call_output as closing
-from harp.protocol.call_output import VERSION
-from harp.protocol.ends import Cancelled, Failed, Raised, Returned, decode_end, encode_end
+from harp.protocol.call_output import RECORD_PREFIX, VERSION, record
+from harp.protocol.ends import CALL_ENDS, Failed, Raised, Returned
 from harp.protocol.fields import (
     ProtocolError,
     check,
     decode_object,
     is_container,
     is_count,
-    is_seconds,
     member_value,
-    optional_value,
-    reject_unknown_keys,
-    required_object,
     required_string,
 )
 from harp.protocol.json_text import (
@@ -42,66 +38,113 @@ from harp.protocol.json_text import (
     dumps,
     loads,
 )
-from harp.protocol.resumable import (
-    MAX_COMMAND_BYTES,
-    Ack,
-    Command,
-    GrantedTerms,
-    Heartbeat,
-    Release,
-    RequestedTerms,
-    StopCall,
-    check_id,
-    check_name,
-    check_time,
-    decode_command,
-    decode_heartbeat,
-    decode_terms,
-    encode_command,
-    encode_terms,
+from harp.protocol.schema import (
+    Arguments,
+    Count,
+    Kind,
+    Name,
+    Null,
+    Seconds,
+    WireObject,
+    decode_as,
+    decode_payload,
+    encode_line,
+    encode_object,
+    expect,
+    is_number,
+    only_kind,
 )
 from harp.protocol.strict_json import decode_enclosed
 
-__all__ = [
-    "MAX_COMMAND_BYTES",
-    "Ack",
-    "Acknowledgement",
-    "AnyRequest",
-    "Attach",
-    "CallList",
-    "Command",
-    "ExitInfo",
-    "GrantedTerms",
-    "Heartbeat",
-    "ListCalls",
-    "Message",
-    "Record",
-    "RecordTime",
-    "Release",
-    "ReplyReader",
-    "Request",
-    "RequestedTerms",
-    "StopCall",
-    "StopReport",
-    "decode_command",
-    "decode_message",
-    "decode_request",
-    "encode_command",
-    "encode_message",
-    "encode_request",
-]
-
-_NO_PROCEDURE_NAME = "-"
-
+#: Maximum length of a command's line in bytes, without its line feed.
+MAX_COMMAND_BYTES = 4096
+#: Maximum length in characters of a name from a caller, and of the reason of a stop.
+_MAX_NAME_LENGTH, _MAX_REASON_LENGTH = 200, 100
+#: Maximum duration in seconds (thirty years), and maximum time in Unix seconds.
+_MAX_SECONDS, _MAX_TIME = 1e9, 1e12
 #: Maximum length of a stop report and of exit info in bytes.
 _MAX_REPORT_BYTES = 1024 * 1024
+_UUID = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+
+
+def _expect_text(max_length: int) -> Callable[[str, Any], None]:
+    # The error does not quote the text: it may be a secret.
+    expected = f"a string of 1 to {max_length} characters"
+    return expect(expected, lambda text: isinstance(text, str) and 0 < len(text) <= max_length)
+
+
+_check_id = expect("a UUID in lower case", lambda id_: isinstance(id_, str) and _UUID.fullmatch(id_) is not None)
+_check_name = _expect_text(_MAX_NAME_LENGTH)
+_check_duration = expect(
+    f"a positive number of seconds, at most {_MAX_SECONDS:.0f}",
+    lambda seconds: is_number(seconds, 0, _MAX_SECONDS) and seconds > 0,
+)
+_check_time = expect("a number of seconds of at least 0", lambda seconds: is_number(seconds, 0, _MAX_TIME))
+
+#: The members of terms. Elsewhere, a name that is not a string has an error of its own.
+_TermsId: TypeAlias = Annotated[str, Kind(_check_id)]
+_TermsName: TypeAlias = Annotated[str, Kind(_check_name)]
+_Duration: TypeAlias = Annotated[float, Kind(_check_duration)]
+_Time: TypeAlias = Annotated[float, Kind(_check_time)]
+_ShortName: TypeAlias = Annotated[str, Kind(_check_name, required_string)]
+_User: TypeAlias = Annotated[str, "auth.user"]
+_Password: TypeAlias = Annotated[str, "auth.password"]
+_KeepAlive: TypeAlias = Annotated[bool, Null.REJECTED]
 
 
 # Requests.
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
+class RequestedTerms(WireObject):
+    """The terms of a resumable call that its caller requests.
+
+    Attributes:
+        id: the call's id, a UUID in lower case that was never used before.
+        owner: the caller's own id, which lists the call.
+        secret: the call's secret, which attaches to it.
+        instance: the instance id of the supervisor that is to run the call; another supervisor rejects it.
+        disconnect_timeout: maximum seconds that the call runs without contact.
+        result_ttl: seconds that harpd holds the end of the call without contact.
+        timeout: maximum seconds between two records, or between the last record and the end.
+        max_exec_time: maximum seconds from start to end.
+    """
+
+    PATH = "call."
+    id: _TermsId
+    owner: _TermsName = field(repr=False)
+    secret: _TermsName = field(repr=False)
+    instance: _TermsName
+    disconnect_timeout: _Duration
+    result_ttl: _Duration
+    timeout: _Duration
+    max_exec_time: _Duration
+
+
+@dataclass(frozen=True, slots=True)
+class GrantedTerms(WireObject):
+    """The terms of a resumable call that harpd grants.
+
+    Attributes:
+        instance: the instance id of the supervisor that runs the call.
+        disconnect_timeout: maximum seconds that the call runs without contact; at most the requested value.
+        result_ttl: seconds that harpd holds the end of the call without contact; at most the requested value.
+        kill_grace: seconds between two signals of a stop.
+        elapsed: seconds since the call's start.
+        records: number of records so far.
+    """
+
+    PATH = "call."
+    instance: _TermsName
+    disconnect_timeout: _Duration
+    result_ttl: _Duration
+    kill_grace: _Duration
+    elapsed: _Time
+    records: Count
+
+
+@dataclass(frozen=True, slots=True)
+class Request(WireObject):
     """Call a procedure.
 
     Attributes:
@@ -113,54 +156,39 @@ class Request:
         keep_alive: whether the connection is to be kept for another request.
     """
 
-    procedure: str
-    arguments: Payload
-    user: str
-    password: str = field(repr=False)
-    call: RequestedTerms | None = None
-    keep_alive: bool = False
-
-    def __post_init__(self) -> None:
-        check(
-            isinstance(self.procedure, str) and self.procedure != "",
-            f"procedure: expected a name, got {self.procedure!r}",
-        )
-        check(is_container(self.arguments, (list, dict)), "arguments: expected an array or an object")
+    procedure: Name
+    arguments: Arguments
+    user: _User
+    password: _Password = field(repr=False)
+    call: Annotated[RequestedTerms | None, Null.REJECTED] = None
+    keep_alive: _KeepAlive = False
 
 
 @dataclass(frozen=True, slots=True)
-class Attach:
+class Attach(WireObject):
     """Attach to a resumable call: get its records from number `since` on, then its end."""
 
-    call: str
-    owner: str = field(repr=False)
-    secret: str = field(repr=False)
-    since: int
-    user: str
-    password: str = field(repr=False)
-    keep_alive: bool = False
-
-    def __post_init__(self) -> None:
-        check_id("attach", self.call)
-        check_name("owner", self.owner)
-        check_name("secret", self.secret)
-        check(is_count(self.since), f"since: expected an integer of at least 0, got {self.since!r}")
+    call: Annotated[str, "attach", Kind(_check_id, required_string)]
+    owner: _ShortName = field(repr=False)
+    secret: _ShortName = field(repr=False)
+    since: Count
+    user: _User
+    password: _Password = field(repr=False)
+    keep_alive: _KeepAlive = False
 
 
 @dataclass(frozen=True, slots=True)
-class ListCalls:
+class ListCalls(WireObject):
     """List the resumable calls of an owner.
 
     A legacy harpd reads this request as a call of a procedure that does not exist.
     """
 
-    owner: str = field(repr=False)
-    user: str
-    password: str = field(repr=False)
-    keep_alive: bool = False
-
-    def __post_init__(self) -> None:
-        check_name("calls", self.owner)
+    CONSTANTS = MappingProxyType({"procedure": "-", "arguments": ()})
+    owner: Annotated[_ShortName, "calls"] = field(repr=False)
+    user: _User
+    password: _Password = field(repr=False)
+    keep_alive: _KeepAlive = False
 
 
 AnyRequest: TypeAlias = Request | Attach | ListCalls
@@ -168,23 +196,7 @@ AnyRequest: TypeAlias = Request | Attach | ListCalls
 
 def encode_request(request: AnyRequest) -> bytes:
     """Return the request's line with its line feed. Raises `NotJSON` if the arguments have no form in JSON."""
-    members = Envelope(harp=VERSION)
-    match request:
-        case Request(call=call):
-            members |= {"procedure": request.procedure, "arguments": request.arguments}
-        case Attach():
-            call = None
-            members |= {"attach": request.call, "owner": request.owner}
-            members |= {"secret": request.secret, "since": request.since}
-        case ListCalls(owner):
-            call = None
-            members |= {"procedure": _NO_PROCEDURE_NAME, "arguments": (), "calls": owner}
-    members["auth"] = Envelope(user=request.user, password=request.password)
-    if call is not None:
-        members["call"] = encode_terms(call)
-    if request.keep_alive:
-        members["keep_alive"] = True
-    return bytes(dumps(members)) + b"\n"
+    return encode_line(Envelope(harp=VERSION, **encode_object(request)))
 
 
 def decode_request(line: bytes, decoder: Decoder = decode_values) -> AnyRequest:
@@ -195,34 +207,9 @@ def decode_request(line: bytes, decoder: Decoder = decode_values) -> AnyRequest:
     """
     members = decode_object(line, decoder)
     _check_version(members)
-    if "attach" in members:
-        reject_unknown_keys(members, ("harp", "attach", "owner", "secret", "since", "auth", "keep_alive"))
-        call, owner, secret = (required_string(members, key) for key in ("attach", "owner", "secret"))
-        check("since" in members, "since: missing")
-        since = member_value(members, "since")
-        return Attach(call, owner, secret, since, *_credentials(members), _decode_keep_alive(members))
-    if "calls" in members:
-        reject_unknown_keys(members, ("harp", "procedure", "arguments", "calls", "auth", "keep_alive"))
-        return ListCalls(required_string(members, "calls"), *_credentials(members), _decode_keep_alive(members))
-    reject_unknown_keys(members, ("harp", "procedure", "arguments", "auth", "call", "keep_alive"))
-    check("arguments" in members, "arguments: missing")
-    credentials = _credentials(members)
-    procedure, arguments = required_string(members, "procedure"), members.payload("arguments")
-    return Request(
-        procedure, arguments, *credentials, decode_terms(members, RequestedTerms), _decode_keep_alive(members)
-    )
-
-
-def _decode_keep_alive(members: JSONObject) -> bool:
-    keep_alive = member_value(members, "keep_alive") if "keep_alive" in members else False
-    check(isinstance(keep_alive, bool), "keep_alive: expected true or false")
-    return bool(keep_alive)
-
-
-def _credentials(members: JSONObject) -> tuple[str, str]:
-    auth = required_object(members, "auth", "an object with user and password")
-    reject_unknown_keys(auth, ("user", "password"))
-    return required_string(auth, "user"), required_string(auth, "password")
+    kind: type[AnyRequest] = Attach if "attach" in members else ListCalls if "calls" in members else Request
+    check(kind is not Request or "arguments" in members, "arguments: missing")
+    return decode_as(kind, members, other_keys=("harp",))
 
 
 def _check_version(members: JSONObject) -> None:
@@ -231,11 +218,73 @@ def _check_version(members: JSONObject) -> None:
         raise ProtocolError(f"harp: expected {VERSION}, got {version!r}", "invalid_protocol")
 
 
+# The caller's commands to a resumable call.
+
+
+@dataclass(frozen=True, slots=True)
+class Heartbeat(WireObject):
+    """A heartbeat, which the caller of a resumable call sends every few seconds, or harpd's reply to it.
+
+    `time` is harpd's time in seconds since the call's start: harpd sends its current time; the caller echoes the latest
+    time that it has received, in the acknowledgement or in a heartbeat. So harpd knows a time up to which the caller
+    has received from it, even if the heartbeat itself was delayed.
+    """
+
+    time: Annotated[_Time, "heartbeat"]
+
+
+@dataclass(frozen=True, slots=True)
+class Ack(WireObject):
+    """The records with numbers below `count` are on stable storage: harpd may discard them."""
+
+    count: Annotated[Count, "ack"]
+
+
+@dataclass(frozen=True, slots=True)
+class StopCall(WireObject):
+    """Stop the call; `why` is a word for the reason, `by` the user or address that requested it, if known."""
+
+    why: Annotated[str, "stop.why", Kind(_expect_text(_MAX_REASON_LENGTH), required_string)]
+    by: Annotated[_ShortName | None, "stop.by", Null.REJECTED] = None
+
+
+@dataclass(frozen=True, slots=True)
+class Release(WireObject):
+    """The call's end is on stable storage: harpd may discard the call."""
+
+    CONSTANTS = MappingProxyType({"release": True})
+
+
+Command: TypeAlias = Ack | Heartbeat | StopCall | Release
+
+#: The commands, by the key that identifies each.
+_COMMANDS: Mapping[str, type[Command]] = MappingProxyType(
+    {"ack": Ack, "heartbeat": Heartbeat, "stop": StopCall, "release": Release}
+)
+
+
+def encode_command(command: Command) -> bytes:
+    """Return the command's line with its line feed; without it, at most `MAX_COMMAND_BYTES` bytes long."""
+    return encode_line(encode_object(command))
+
+
+def decode_command(line: bytes) -> Command:
+    """Return the command of a line without its line feed.
+
+    Raises:
+        ProtocolError: of type ``parse_error`` or ``invalid_request``.
+    """
+    members = decode_object(line, decode_values)
+    expected = f"expected exactly one of {', '.join(_COMMANDS)}"
+    command: Command = decode_as(_COMMANDS[only_kind(_COMMANDS, members, expected, expected)], members)
+    return command
+
+
 # Messages of harpd.
 
 
 @dataclass(frozen=True, slots=True)
-class Acknowledgement:
+class Acknowledgement(WireObject):
     """The acknowledgement: the procedure exists and the call has started.
 
     Attributes:
@@ -245,183 +294,121 @@ class Acknowledgement:
     """
 
     stream_result: bool
-    call: GrantedTerms | None = None
-    keep_alive: float | None = None
-
-    def __post_init__(self) -> None:
-        check(isinstance(self.stream_result, bool), "stream_result: expected true or false")
-        _check_keep_alive(self.keep_alive)
+    call: Annotated[GrantedTerms | None, Null.REJECTED] = None
+    keep_alive: Seconds | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class Record:
+class Record(WireObject):
     """A record of a streamed result."""
 
-    data: Payload
+    data: Annotated[Payload, "stream"]
 
 
 @dataclass(frozen=True, slots=True)
-class RecordTime:
+class RecordTime(WireObject):
     """The timestamp of the records that follow (Unix seconds)."""
 
-    time: float
+    time: Annotated[_Time, "at"]
 
-    def __post_init__(self) -> None:
-        check_time("at", self.time)
+
+def _check_report(label: str, report: Payload) -> None:
+    check(is_container(report, (dict,)), f"{label}: expected an object")
+    too_long = isinstance(report, Raw) and len(report) > _MAX_REPORT_BYTES
+    check(not too_long, f"{label}: expected at most {_MAX_REPORT_BYTES} bytes")
+
+
+def _check_stop_report(label: str, report: Payload) -> None:
+    _check_report(label, report)
+    survivors = _survivors(report)
+    known = isinstance(survivors, list) and all(isinstance(one, dict) and is_count(one.get("pid")) for one in survivors)
+    check(known, f"{label}.survivors: expected an array of objects with a pid")
+
+
+def _survivors(report: Payload) -> Any:
+    try:
+        return (loads(report) if isinstance(report, Raw) else report).get("survivors", [])
+    except InvalidJSON as error:
+        raise ProtocolError(f"stop_report: {error}") from error
 
 
 @dataclass(frozen=True, slots=True)
-class StopReport:
+class StopReport(WireObject):
     """The stop report of the call, an object; a later one replaces it."""
 
-    report: Payload
-
-    def __post_init__(self) -> None:
-        _check_report("stop_report", self.report)
-        found = _report_value(self.report).get("survivors", [])
-        known = isinstance(found, list) and all(isinstance(one, dict) and is_count(one.get("pid")) for one in found)
-        check(known, "stop_report.survivors: expected an array of objects with a pid")
+    report: Annotated[Payload, "stop_report", Kind(_check_stop_report, decode_payload)]
 
     @property
     def survivors(self) -> list[int]:
         """The pids of the surviving processes."""
-        return [int(one["pid"]) for one in _report_value(self.report).get("survivors", [])]
+        return [int(one["pid"]) for one in _survivors(self.report)]
 
 
 @dataclass(frozen=True, slots=True)
-class ExitInfo:
+class ExitInfo(WireObject):
     """The exit info of the call's process, an object."""
 
-    info: Payload
-
-    def __post_init__(self) -> None:
-        _check_report("exit_info", self.info)
+    info: Annotated[Payload, "exit_info", Kind(_check_report, decode_payload)]
 
 
-def _check_report(key: str, report: Payload) -> None:
-    check(is_container(report, (dict,)), f"{key}: expected an object")
-    longest = isinstance(report, Raw) and len(report) > _MAX_REPORT_BYTES
-    check(not longest, f"{key}: expected at most {_MAX_REPORT_BYTES} bytes")
+def _decode_ids(members: JSONObject, key: str) -> tuple[str, ...]:
+    calls = member_value(members, key)
+    check(isinstance(calls, list), f"{key}: expected an array")
+    return tuple(calls)
 
 
-def _report_value(report: Payload) -> Mapping[str, Any]:
-    """Return the value of a stop report. Raises `ProtocolError`."""
-    try:
-        found: Mapping[str, Any] = loads(report) if isinstance(report, Raw) else report
-    except InvalidJSON as error:
-        raise ProtocolError(f"stop_report: {error}") from error
-    return found
+def _check_ids(label: str, calls: tuple[str, ...]) -> None:
+    for number, call in enumerate(calls):
+        _check_id(f"{label}[{number}]", call)
 
 
 @dataclass(frozen=True, slots=True)
-class CallList:
+class CallList(WireObject):
     """The owner's resumable calls, and the instance id of the supervisor that starts new ones."""
 
-    calls: tuple[str, ...]
-    instance: str
-    keep_alive: float | None = None
-
-    def __post_init__(self) -> None:
-        _check_keep_alive(self.keep_alive)
-        for number, call in enumerate(self.calls):
-            check_id(f"calls[{number}]", call)
-        check_name("instance", self.instance)
-
-
-def _check_keep_alive(seconds: object) -> None:
-    valid = seconds is None or is_seconds(seconds)
-    check(valid, f"keep_alive: expected a positive number of seconds, got {seconds!r}")
+    calls: Annotated[tuple[str, ...], Kind(_check_ids, _decode_ids)]
+    instance: _ShortName
+    keep_alive: Seconds | None = None
 
 
 Message: TypeAlias = (
     Acknowledgement | Record | RecordTime | Heartbeat | StopReport | ExitInfo | CallList | Returned | Raised | Failed
 )
 
+#: The messages, by the key that identifies each.
+_MESSAGES: Mapping[str, type[Message]] = MappingProxyType(
+    {
+        "stream_result": Acknowledgement,
+        "stream": Record,
+        "at": RecordTime,
+        "heartbeat": Heartbeat,
+        "stop_report": StopReport,
+        "exit_info": ExitInfo,
+        "calls": CallList,
+        **CALL_ENDS,
+    }
+)
+
+#: The messages that have the version.
+_VERSIONED = (Acknowledgement, CallList, Failed)
+
 
 def encode_message(message: Message) -> bytes:
     """Return the message's line with its line feed. Raises `NotJSON` if a payload has no form in JSON."""
-    match message:
-        case Acknowledgement(stream_result, call, keep_alive):
-            members = Envelope(harp=VERSION, stream_result=stream_result)
-            if call is not None:
-                members["call"] = encode_terms(call)
-            if keep_alive is not None:
-                members["keep_alive"] = keep_alive
-        case Record(data):
-            return closing.record(dumps(data))
-        case RecordTime(time):
-            members = Envelope(at=time)
-        case Heartbeat(time):
-            members = Envelope(heartbeat=time)
-        case StopReport(report):
-            members = Envelope(stop_report=report)
-        case ExitInfo(info):
-            members = Envelope(exit_info=info)
-        case CallList(calls, instance, keep_alive):
-            members = Envelope(harp=VERSION, calls=calls, instance=instance)
-            if keep_alive is not None:
-                members["keep_alive"] = keep_alive
-        case Failed():
-            members = Envelope(harp=VERSION, **encode_end(message))
-        case _:
-            members = encode_end(message)
-    return bytes(dumps(members)) + b"\n"
+    if isinstance(message, Record):
+        return record(dumps(message.data))
+    members = encode_object(message)
+    return encode_line(Envelope(harp=VERSION, **members) if isinstance(message, _VERSIONED) else members)
 
 
 def decode_message(line: bytes, decoder: Decoder = decode_values) -> Message:
     """Return the message of a line. Raises `ProtocolError`."""
     members = decode_object(line, decoder)
-    kinds = [kind for kind in _MESSAGES if kind in members]
-    check(len(kinds) == 1, "not a message of harpd" if not kinds else f"both {' and '.join(kinds)}")
-    return _MESSAGES[kinds[0]](members)
-
-
-def _decode_acknowledgement(members: JSONObject) -> Acknowledgement:
-    _check_version(members)
-    return Acknowledgement(
-        member_value(members, "stream_result"),
-        decode_terms(members, GrantedTerms),
-        optional_value(members, "keep_alive"),
-    )
-
-
-def _decode_call_list(members: JSONObject) -> CallList:
-    _check_version(members)
-    calls = member_value(members, "calls")
-    check(isinstance(calls, list), "calls: expected an array")
-    return CallList(tuple(calls), required_string(members, "instance"), optional_value(members, "keep_alive"))
-
-
-def _decode_failed(members: JSONObject) -> Failed:
-    _check_version(members)
-    end = decode_end("error", members)
-    assert isinstance(end, Failed)
-    return end
-
-
-def _decode_end(kind: str) -> Callable[[JSONObject], Message]:
-    def decode(members: JSONObject) -> Message:
-        end = decode_end(kind, members)
-        assert not isinstance(end, Cancelled)
-        return end
-
-    return decode
-
-
-_MESSAGES: Mapping[str, Callable[[JSONObject], Message]] = MappingProxyType(
-    {
-        "stream_result": _decode_acknowledgement,
-        "stream": lambda m: Record(m.payload("stream")),
-        "at": lambda m: RecordTime(member_value(m, "at")),
-        "heartbeat": decode_heartbeat,
-        "stop_report": lambda m: StopReport(m.payload("stop_report")),
-        "exit_info": lambda m: ExitInfo(m.payload("exit_info")),
-        "calls": _decode_call_list,
-        "result": _decode_end("result"),
-        "exception": _decode_end("exception"),
-        "error": _decode_failed,
-    }
-)
+    kind = _MESSAGES[only_kind(_MESSAGES, members, "not a message of harpd")]
+    if issubclass(kind, _VERSIONED):
+        _check_version(members)
+    message: Message = decode_as(kind, members, None)
+    return message
 
 
 # Phases.
@@ -552,7 +539,7 @@ class ReplyReader:
         found: list[Payload] = []
         if self.is_streaming:
             for line in lines:
-                value = decode_enclosed(line, closing.RECORD_PREFIX)
+                value = decode_enclosed(line, RECORD_PREFIX)
                 if value is None:
                     break
                 found += value

@@ -71,6 +71,9 @@ class JSONObject(Protocol):
     def value(self, key: str) -> JSON:
         """Return the member's value."""
 
+    def is_null(self, key: str) -> bool:
+        """Return whether the member is null."""
+
     def payload(self, key: str) -> Payload:
         """Return the member as a payload: its value or its `Raw` text, depending on the decoder."""
 
@@ -105,6 +108,9 @@ class _Values:
         return self._members[key]
 
     payload = value
+
+    def is_null(self, key: str) -> bool:
+        return self._members[key] is None
 
     def nested_object(self, key: str) -> JSONObject | None:
         value = self._members[key]

@@ -12,139 +12,170 @@ Spec: docs/protocol.md, Client and dispatcher.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, TypeAlias
+from typing import Annotated, TypeAlias
 
-from harp.protocol.fields import (
-    ProtocolError,
-    check,
-    decode_object,
-    is_container,
-    is_count,
-    is_seconds,
-    member_value,
-    optional_value,
-    reject_unknown_keys,
-    required_object,
-    required_string,
-)
+from harp.protocol.fields import ProtocolError, check, decode_object, is_count, member_value, required_object
 from harp.protocol.json_text import Decoder, Envelope, InvalidJSON, JSONObject, Payload, Raw, decode_values, dumps
+from harp.protocol.schema import (
+    Arguments,
+    Count,
+    Kind,
+    Name,
+    ObjectPayload,
+    Seconds,
+    WireObject,
+    decode_as,
+    encode_line,
+    encode_object,
+    expect,
+    only_kind,
+)
 
 VERSION = 1
 
 
+_CONCURRENCY = Kind(expect("a positive integer", lambda number: is_count(number) and number > 0, quote=True))
+
+
+def _decode_queue(members: JSONObject, key: str) -> Queue:
+    expected = "an object with a name"
+    queue = required_object(members, key, expected)
+    check("name" in queue, f"{key}: expected {expected}")
+    return decode_as(Queue, queue)
+
+
 @dataclass(frozen=True, slots=True)
-class Queue:
+class Queue(WireObject):
     """The queue of a call: `name` is a JSON object, `concurrency` the maximum number of its jobs that run at once."""
 
-    name: Payload
-    concurrency: int = 1
-
-    def __post_init__(self) -> None:
-        check(is_container(self.name, (dict,)), "queue.name: expected an object")
-        if not (is_count(self.concurrency) and self.concurrency > 0):
-            raise ProtocolError(f"queue.concurrency: expected a positive integer, got {self.concurrency!r}")
+    PATH = "queue."
+    name: ObjectPayload
+    concurrency: Annotated[int, _CONCURRENCY] = 1
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
+class Call(WireObject):
     """Submit a job. `arguments` is an array (positional) or an object (named); limits are in seconds."""
 
-    host: str
-    procedure: str
-    arguments: Payload
-    timeout: float | None = None
-    max_exec_time: float | None = None
-    queue: Queue | None = None
+    host: Name
+    procedure: Name
+    arguments: Arguments
+    timeout: Seconds | None = None
+    max_exec_time: Seconds | None = None
+    queue: Annotated[Queue | None, Kind(decode=_decode_queue, encode=encode_object)] = None
     info: Payload = None
 
-    def __post_init__(self) -> None:
-        for key, name in (("host", self.host), ("procedure", self.procedure)):
-            if not (isinstance(name, str) and name):
-                raise ProtocolError(f"{key}: expected a name, got {name!r}")
-        check(is_container(self.arguments, (list, dict)), "arguments: expected an array or an object")
-        for key, limit in (("timeout", self.timeout), ("max_exec_time", self.max_exec_time)):
-            if not (limit is None or is_seconds(limit)):
-                raise ProtocolError(f"{key}: expected a positive number of seconds, got {limit!r}")
+
+def _decode_calls(members: JSONObject, key: str) -> list[Call]:
+    elements = members.nested_objects(key)
+    if elements is None:
+        raise ProtocolError(f"{key}: expected an array")
+    calls: list[Call] = []
+    try:
+        for call in elements:
+            if call is None:
+                raise ProtocolError("expected an object")
+            calls.append(decode_as(Call, call))
+    except (ProtocolError, InvalidJSON) as error:
+        raise ProtocolError(f"{key}[{len(calls)}]: {error}") from error
+    return calls
+
+
+def _encode_calls(calls: Sequence[Call]) -> Raw:
+    return Raw(b"[" + b",".join(map(encode_call, calls)) + b"]")
+
+
+def encode_call(call: Call) -> Raw:
+    """Return a call as an element of a `SubmitMany`. Raises `NotJSON` if a payload has no form in JSON."""
+    return dumps(encode_object(call))
 
 
 @dataclass(frozen=True, slots=True)
-class SubmitMany:
+class SubmitMany(WireObject):
     """Submit jobs, all or none; the reply has their ids in this order."""
 
-    calls: Sequence[Call]
+    calls: Annotated[Sequence[Call], "submit_many", Kind(decode=_decode_calls, encode=_encode_calls)]
 
 
 @dataclass(frozen=True, slots=True)
-class Cancel:
+class Cancel(WireObject):
     """Cancel a job; with `wait`, the reply comes when the stop of its processes has succeeded or failed."""
 
-    job: str
+    job: Annotated[str, "cancel"]
     wait: bool = False
 
-    def __post_init__(self) -> None:
-        check(isinstance(self.wait, bool), "wait: expected true or false")
-
 
 @dataclass(frozen=True, slots=True)
-class GetResult:
+class GetResult(WireObject):
     """Get a job's end result; with `wait`, the dispatcher replies when the job has ended."""
 
-    job: str
+    job: Annotated[str, "get_result"]
     wait: bool = True
 
-    def __post_init__(self) -> None:
-        check(isinstance(self.wait, bool), "wait: expected true or false")
-
 
 @dataclass(frozen=True, slots=True)
-class GetStatus:
+class GetStatus(WireObject):
     """Get a job's status."""
 
-    job: str
+    job: Annotated[str, "get_status"]
 
 
 @dataclass(frozen=True, slots=True)
-class GetDetails:
+class GetDetails(WireObject):
     """Get all details of a job."""
 
-    job: str
+    job: Annotated[str, "get_details"]
 
 
 @dataclass(frozen=True, slots=True)
-class _Stream:
+class _Stream(WireObject):
     """Get a job's records: from number `since` on, or the `recent` newest of the stored ones.
 
     With `timed`, each record has its timestamp.
     """
 
     job: str
-    since: int | None = None
-    recent: int | None = None
+    since: Count | None = None
+    recent: Count | None = None
     timed: bool = False
 
     def __post_init__(self) -> None:
-        for key, number in (("since", self.since), ("recent", self.recent)):
-            check(number is None or is_count(number), f"{key}: expected an integer of at least 0, got {number!r}")
+        WireObject.__post_init__(self)
         check(self.since is None or self.recent is None, "since and recent exclude each other")
-        check(isinstance(self.timed, bool), "timed: expected true or false")
 
 
+@dataclass(frozen=True, slots=True)
 class FollowStream(_Stream):
     """Get a job's stored and future records until it ends. The default is ``recent: 0``."""
 
-    __slots__ = ()
+    job: Annotated[str, "follow_stream"]
 
 
+@dataclass(frozen=True, slots=True)
 class ReadStream(_Stream):
     """Get a job's stored records. The default is ``since: 0``."""
 
-    __slots__ = ()
+    job: Annotated[str, "read_stream"]
 
 
 Request: TypeAlias = Call | SubmitMany | Cancel | GetResult | GetStatus | GetDetails | FollowStream | ReadStream
+
+#: The requests, by the key that identifies each.
+_REQUESTS: Mapping[str, type[Request]] = MappingProxyType(
+    {
+        "procedure": Call,
+        "submit_many": SubmitMany,
+        "cancel": Cancel,
+        "get_result": GetResult,
+        "get_status": GetStatus,
+        "get_details": GetDetails,
+        "follow_stream": FollowStream,
+        "read_stream": ReadStream,
+    }
+)
 
 
 def encode_request(request: Request, keep_alive: bool = False) -> bytes:
@@ -154,43 +185,10 @@ def encode_request(request: Request, keep_alive: bool = False) -> bytes:
         request: the request.
         keep_alive: whether the connection is to wait for another request after the reply.
     """
-    members: dict[str, Any]
-    match request:
-        case Call():
-            members = _call_members(request)
-        case SubmitMany(calls):
-            members = {"submit_many": Raw(b"[" + b",".join(map(encode_call, calls)) + b"]")}
-        case Cancel(job, wait):
-            members = {"cancel": job, "wait": wait or None}
-        case GetResult(job, wait):
-            members = {"get_result": job, "wait": wait}
-        case GetStatus(job):
-            members = {"get_status": job}
-        case GetDetails(job):
-            members = {"get_details": job}
-        case FollowStream(job, since, recent, timed):
-            members = {"follow_stream": job, "since": since, "recent": recent, "timed": timed or None}
-        case ReadStream(job, since, recent, timed):
-            members = {"read_stream": job, "since": since, "recent": recent, "timed": timed or None}
-    return encode_line({"harpcaller": VERSION, **members, "keep_alive": keep_alive or None})
-
-
-def encode_call(call: Call) -> Raw:
-    """Return a call as an element of a `SubmitMany`. Raises `NotJSON` if a payload has no form in JSON."""
-    return dumps(_without_none(_call_members(call)))
-
-
-def _call_members(call: Call) -> dict[str, Any]:
-    queue = call.queue
-    return {
-        "host": call.host,
-        "procedure": call.procedure,
-        "arguments": call.arguments,
-        "timeout": call.timeout,
-        "max_exec_time": call.max_exec_time,
-        "queue": queue and Envelope(name=queue.name, concurrency=queue.concurrency),
-        "info": call.info,
-    }
+    members = Envelope(harpcaller=VERSION, **encode_object(request))
+    if keep_alive:
+        members["keep_alive"] = True
+    return encode_line(members)
 
 
 def decode_request(line: bytes, decoder: Decoder = decode_values) -> Request:
@@ -211,93 +209,8 @@ def decode_request_line(line: bytes, decoder: Decoder = decode_values) -> tuple[
     members = decode_object(line, decoder)
     version = member_value(members, "harpcaller") if "harpcaller" in members else None
     check(type(version) is int and version == VERSION, f"harpcaller: expected {VERSION}, got {version!r}")
-    kinds = [kind for kind in _REQUESTS if kind in members]
-    check(len(kinds) == 1, f"expected exactly one of {', '.join(_REQUESTS)}")
-    keys, decode = _REQUESTS[kinds[0]]
-    reject_unknown_keys(members, ("harpcaller", kinds[0], *keys, "keep_alive"))
-    keep = _optional_flag(members, "keep_alive", False)
-    check(isinstance(keep, bool), "keep_alive: expected true or false")
-    return decode(members), keep
-
-
-def _optional_flag(members: JSONObject, key: str, absent: bool) -> Any:
-    """Return a member, or `absent` if it is missing or null. The message checks that it is true or false."""
-    flag = optional_value(members, key)
-    return absent if flag is None else flag
-
-
-def _decode_call(members: JSONObject) -> Call:
-    check("arguments" in members, "arguments: missing")
-    return Call(
-        required_string(members, "host"),
-        required_string(members, "procedure"),
-        members.payload("arguments"),
-        optional_value(members, "timeout"),
-        optional_value(members, "max_exec_time"),
-        _decode_queue(members),
-        members.payload("info") if "info" in members else None,
-    )
-
-
-def _decode_many(members: JSONObject) -> SubmitMany:
-    elements = members.nested_objects("submit_many")
-    check(elements is not None, "submit_many: expected an array")
-    assert elements is not None
-    calls: list[Call] = []
-    try:
-        for call in elements:
-            check(call is not None, "expected an object")
-            assert call is not None
-            reject_unknown_keys(call, ("procedure", *_CALL_KEYS))
-            calls.append(_decode_call(call))
-    except (ProtocolError, InvalidJSON) as error:
-        raise ProtocolError(f"submit_many[{len(calls)}]: {error}") from error
-    return SubmitMany(calls)
-
-
-def _decode_queue(members: JSONObject) -> Queue | None:
-    if "queue" not in members or member_value(members, "queue") is None:
-        return None
-    queue = required_object(members, "queue", "an object with a name")
-    check("name" in queue, "queue: expected an object with a name")
-    reject_unknown_keys(queue, ("name", "concurrency"))
-    concurrency = optional_value(queue, "concurrency")
-    return Queue(queue.payload("name"), 1 if concurrency is None else concurrency)
-
-
-def _decode_stream(kind: str, request: type[FollowStream] | type[ReadStream]) -> Callable[[JSONObject], Request]:
-    def decode(members: JSONObject) -> Request:
-        since, recent = optional_value(members, "since"), optional_value(members, "recent")
-        return request(required_string(members, kind), since, recent, _optional_flag(members, "timed", False))
-
-    return decode
-
-
-_CALL_KEYS = ("host", "arguments", "timeout", "max_exec_time", "queue", "info")
-_STREAM_KEYS = ("since", "recent", "timed")
-
-#: For each request: its distinguishing key, the other keys, and its decoder.
-_REQUESTS: Mapping[str, tuple[tuple[str, ...], Callable[[JSONObject], Request]]] = MappingProxyType(
-    {
-        "procedure": (_CALL_KEYS, _decode_call),
-        "submit_many": ((), _decode_many),
-        "cancel": (("wait",), lambda m: Cancel(required_string(m, "cancel"), _optional_flag(m, "wait", False))),
-        "get_result": (
-            ("wait",),
-            lambda m: GetResult(required_string(m, "get_result"), _optional_flag(m, "wait", True)),
-        ),
-        "get_status": ((), lambda m: GetStatus(required_string(m, "get_status"))),
-        "get_details": ((), lambda m: GetDetails(required_string(m, "get_details"))),
-        "follow_stream": (_STREAM_KEYS, _decode_stream("follow_stream", FollowStream)),
-        "read_stream": (_STREAM_KEYS, _decode_stream("read_stream", ReadStream)),
-    }
-)
-
-
-def encode_line(members: Mapping[str, Any]) -> bytes:
-    """Return an object as a line; members that are None are left out."""
-    return bytes(dumps(_without_none(members))) + b"\n"
-
-
-def _without_none(members: Mapping[str, Any]) -> Envelope:
-    return Envelope({key: member for key, member in members.items() if member is not None})
+    expected = f"expected exactly one of {', '.join(_REQUESTS)}"
+    kind = _REQUESTS[only_kind(_REQUESTS, members, expected, expected)]
+    keep_alive = member_value(members, "keep_alive") if "keep_alive" in members else None
+    check(keep_alive is None or isinstance(keep_alive, bool), "keep_alive: expected true or false")
+    return decode_as(kind, members, other_keys=("harpcaller", "keep_alive")), bool(keep_alive)

@@ -11,7 +11,6 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, 
 from contextlib import aclosing, asynccontextmanager
 from typing import Any, NamedTuple, Protocol
 
-from harp.protocol.ends import encode_end
 from harp.protocol.fields import (
     ProtocolError,
     check,
@@ -24,6 +23,7 @@ from harp.protocol.fields import (
     required_string,
 )
 from harp.protocol.json_text import Envelope, JSONObject, Raw, dumps
+from harp.protocol.schema import encode_object
 from harp_daemon import logs
 from harp_daemon.listeners import Listener
 from harp_daemon.settings import ConfigError
@@ -168,7 +168,7 @@ async def _info(daemon: Daemon, job: str, full: bool = False) -> Items:
         timeout=found.timeout,
         max_exec_time=found.max_exec_time,
         records=found.records,
-        end=None if found.end is None else encode_end(found.end),
+        end=None if found.end is None else encode_object(found.end),
     )
 
 

@@ -10,8 +10,9 @@ from itertools import groupby
 from struct import Struct
 from typing import Any
 
-from harp.protocol.ends import Cancelled, End, Returned, decode_end, encode_end
+from harp.protocol.ends import Cancelled, End, Failed, Raised, Returned
 from harp.protocol.json_text import Raw, dumps
+from harp.protocol.schema import decode_as, encode_object
 from harp_daemon.sliced_json import decode_slices
 from harpcaller.model.jobs import Job, State, StopState
 
@@ -20,8 +21,6 @@ _ENTRY = Struct("<Id")
 
 #: Size of such an entry in bytes.
 ENTRY_BYTES = _ENTRY.size
-
-_CLOSING_KEYS = {State.RAISED: "exception", State.FAILED: "error"}
 
 
 def encode_name(name: str) -> bytes:
@@ -45,7 +44,7 @@ def encode_end_body(end: End) -> bytes | None:
         case Cancelled():
             return None
         case _:
-            return dumps(encode_end(end))
+            return dumps(encode_object(end))
 
 
 def _decode_end(state: State, body: bytes | None) -> End | None:
@@ -55,7 +54,8 @@ def _decode_end(state: State, body: bytes | None) -> End | None:
         return None
     if state is State.RETURNED:
         return Returned(Raw(body))
-    return decode_end(_CLOSING_KEYS[state], decode_slices(body))
+    kind: type[Raised | Failed] = Raised if state is State.RAISED else Failed
+    return decode_as(kind, decode_slices(body), None)
 
 
 def decode_job(row: Sequence[Any]) -> Job:
