@@ -6,17 +6,19 @@ too leniently, is scanned by `scan_slices`. Both give the same slices.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterator, Sequence, Sized
 from typing import Any
 
 import msgspec
 
 from harp.protocol.call_output import RECORD_PREFIX
-from harp.protocol.json_text import JSONObject, Payload, Raw, scan_array, scan_object
-from harp.protocol.strict_json import decode_checked, loads, may_exceed_depth
+from harp.protocol.json_text import JSONObject, Raw, decode_checked, loads, may_exceed_depth, scan_array, scan_object
 
 _object = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _array = msgspec.json.Decoder(list[msgspec.Raw])
+
+#: What msgspec raises for text that it rejects.
+_REJECTIONS = (msgspec.MsgspecError, ValueError, RecursionError)
 
 _view: Callable[[msgspec.Raw], Sized] = memoryview
 
@@ -24,48 +26,39 @@ _view: Callable[[msgspec.Raw], Sized] = memoryview
 _MEMBER_OVERHEAD = 4
 
 
-class _Slices:
-    """An object whose payloads are slices of the text."""
+class _Slices(JSONObject):
+    """An object whose members are slices of the text."""
 
-    __slots__ = ("_slices",)
-
-    def __init__(self, slices: Mapping[str, bytes | msgspec.Raw]) -> None:
-        self._slices = slices
-
-    def __contains__(self, key: str) -> bool:
-        return key in self._slices
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._slices)
+    __slots__ = ()
 
     def value(self, key: str) -> Any:
         """See `JSONObject`."""
-        text = self._slices[key]
+        text = self._members[key]
         try:
             return msgspec.json.decode(text)
-        except (msgspec.MsgspecError, ValueError, RecursionError):
+        except _REJECTIONS:
             return loads(bytes(text))
+
+    def payload(self, key: str) -> Raw:
+        """See `JSONObject`."""
+        return Raw(self._members[key])
 
     def is_null(self, key: str) -> bool:
         """See `JSONObject`."""
-        return bytes(self._slices[key]) == b"null"
-
-    def payload(self, key: str) -> Payload:
-        """See `JSONObject`."""
-        return Raw(self._slices[key])
+        return bytes(self._members[key]) == b"null"
 
     def nested_object(self, key: str) -> JSONObject | None:
         """See `JSONObject`."""
-        return _nested(bytes(self._slices[key]))
+        return _nested(bytes(self._members[key]))
 
     def nested_objects(self, key: str) -> Iterator[JSONObject | None] | None:
         """See `JSONObject`."""
-        text = bytes(self._slices[key])
+        text = bytes(self._members[key])
         if not text.startswith(b"["):
             return None
         try:
             return map(_nested, map(bytes, _array.decode(text)))
-        except (msgspec.MsgspecError, ValueError, RecursionError):
+        except _REJECTIONS:
             return map(_nested, scan_array(text))
 
 
@@ -83,7 +76,7 @@ def _decode(text: bytes) -> JSONObject:
     """Decode an object whose encoding and depth were checked."""
     try:
         slices = _object.decode(text)
-    except (msgspec.MsgspecError, ValueError, RecursionError):
+    except _REJECTIONS:
         return scan_slices(text)
     # msgspec keeps the last of repeated members. The line is read exactly only if nothing was dropped and nothing is
     # written in more bytes than necessary: then the sizes add up.
@@ -109,6 +102,6 @@ def slice_records(lines: Sequence[bytes]) -> list[Raw] | None:
     try:
         text.decode("utf-8")
         found = list(map(Raw, _array.decode(text)))
-    except (msgspec.MsgspecError, ValueError, RecursionError):
+    except _REJECTIONS:
         return None
     return found if found == insides else None

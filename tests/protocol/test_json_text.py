@@ -9,19 +9,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from harp.protocol.fields import Decoder
 from harp.protocol.json_text import (
     MAX_DEPTH,
-    Decoder,
     Envelope,
     InvalidJSON,
     NotJSON,
     Raw,
-    canonical,
     decode_values,
     dumps,
     loads,
 )
 from harp_daemon.sliced_json import decode_slices
+from harpcaller.model.canonical import canonical
 
 DECODERS = pytest.mark.parametrize("decoder", [decode_values, decode_slices])
 

@@ -10,8 +10,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from harp.protocol.call_output import RECORD_PREFIX
-from harp.protocol.json_text import Decoder, InvalidJSON, Raw, loads
-from harp.protocol.strict_json import MAX_DEPTH, decode_enclosed
+from harp.protocol.fields import Decoder
+from harp.protocol.json_text import MAX_DEPTH, InvalidJSON, Raw, decode_enclosed, loads
 from harp_daemon.sliced_json import decode_slices, scan_slices, slice_records
 
 scalars = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text()

@@ -23,7 +23,8 @@ from hypothesis.stateful import (
 )
 
 from harp.protocol.ends import End
-from harp.protocol.json_text import Raw, canonical
+from harp.protocol.json_text import Raw
+from harpcaller.model.canonical import canonical
 from harpcaller.model.jobs import NO_METADATA, JobMetadata, NewJob, Records, StopState
 from support.backends import BACKENDS, Opener
 from support.jobs import ENDS, new_id, new_job

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 
 from harp.protocol.ends import Cancelled, End
-from harp.protocol.json_text import Raw, canonical
+from harp.protocol.json_text import Raw
+from harpcaller.model.canonical import canonical
 from harpcaller.model.jobs import (
     ENDED,
     NO_METADATA,

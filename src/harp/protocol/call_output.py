@@ -1,15 +1,10 @@
-"""The output of a call's process: a record as a line of the wire, and the ends of a call as objects.
-
-As lean as `harp.protocol.strict_json`, for the same reason. `harp.protocol.ends` has the ends as values.
-"""
+"""The lines of a call's process that are also lines of the wire. As lean as `harp.protocol.json_text`."""
 
 from __future__ import annotations
 
-from harp.protocol.strict_json import Envelope, Raw
-
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from harp.protocol.json_text import Payload
+    from harp.protocol.json_text import Raw
 
 #: The version of harpd's protocol.
 VERSION = 1
@@ -17,28 +12,6 @@ VERSION = 1
 RECORD_PREFIX = b'{"stream":'
 
 
-def record(text: Raw) -> bytes:
+def encode_record(text: Raw) -> bytes:
     """Return the line of a record of a streaming procedure. Fast, because there may be many records."""
     return b"%b%b}\n" % (RECORD_PREFIX, text)
-
-
-def result(value: Payload) -> Envelope:
-    """Return the end of a procedure that returned."""
-    return Envelope(result=value)
-
-
-def exception(type: str, message: str, data: Payload) -> Envelope:
-    """Return the end of a procedure that raised an exception."""
-    return Envelope(exception=_report(type, message, data))
-
-
-def error(type: str, message: str, data: Payload) -> Envelope:
-    """Return the end of a call that could not be carried out."""
-    return Envelope(error=_report(type, message, data))
-
-
-def _report(type: str, message: str, data: Payload) -> Envelope:
-    body = Envelope(type=type, message=message)
-    if data is not None:
-        body["data"] = data
-    return body

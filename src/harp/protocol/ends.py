@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Annotated, TypeAlias
 
-from harp.protocol.json_text import Payload
+from harp.protocol.fields import Payload
 from harp.protocol.schema import WireObject
 
 

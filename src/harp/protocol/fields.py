@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, TypeAlias
 
-from harp.protocol.json_text import Decoder, InvalidJSON, JSONObject, Payload, Raw
+from harp.protocol.json_text import InvalidJSON, JSONObject, Raw
+
+#: A payload: any JSON value, or its text as `Raw`.
+Payload: TypeAlias = Any
+
+#: A decoder of the object that a line is. Raises `InvalidJSON`.
+Decoder: TypeAlias = Callable[[bytes], JSONObject]
 
 _KINDS = {b"[": list, b"{": dict}
 

@@ -16,9 +16,11 @@ from enum import Enum
 from types import MappingProxyType
 from typing import Annotated, Any, TypeAlias
 
-from harp.protocol.call_output import RECORD_PREFIX, VERSION, record
+from harp.protocol.call_output import RECORD_PREFIX, VERSION, encode_record
 from harp.protocol.ends import CALL_ENDS, Failed, Raised, Returned
 from harp.protocol.fields import (
+    Decoder,
+    Payload,
     ProtocolError,
     check,
     decode_object,
@@ -27,17 +29,7 @@ from harp.protocol.fields import (
     member_value,
     required_string,
 )
-from harp.protocol.json_text import (
-    Decoder,
-    Envelope,
-    InvalidJSON,
-    JSONObject,
-    Payload,
-    Raw,
-    decode_values,
-    dumps,
-    loads,
-)
+from harp.protocol.json_text import Envelope, InvalidJSON, JSONObject, Raw, decode_enclosed, decode_values, dumps, loads
 from harp.protocol.schema import (
     Arguments,
     Count,
@@ -54,7 +46,6 @@ from harp.protocol.schema import (
     is_number,
     only_kind,
 )
-from harp.protocol.strict_json import decode_enclosed
 
 #: Maximum length of a command's line in bytes, without its line feed.
 MAX_COMMAND_BYTES = 4096
@@ -396,7 +387,7 @@ _VERSIONED = (Acknowledgement, CallList, Failed)
 def encode_message(message: Message) -> bytes:
     """Return the message's line with its line feed. Raises `NotJSON` if a payload has no form in JSON."""
     if isinstance(message, Record):
-        return record(dumps(message.data))
+        return encode_record(dumps(message.data))
     members = encode_object(message)
     return encode_line(Envelope(harp=VERSION, **members) if isinstance(message, _VERSIONED) else members)
 

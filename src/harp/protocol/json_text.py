@@ -5,97 +5,157 @@ both directions, bytes may be taken for UTF-16, and repeated keys are dropped. D
 `InvalidJSON`; encoding returns one line of ASCII or raises `NotJSON`, which has the position of the invalid part.
 
 `Raw` is JSON text that was checked and is not decoded again: the dispatcher stores and sends payloads in this form, so
-that key order, big integers and the digits of floats are unchanged.
-There are two decoders of a message: `decode_values` (for clients) gives payloads as values,
-`harp_daemon.sliced_json.decode_slices` (for the daemons) as `Raw`.
+that key order, big integers and the digits of floats are unchanged. There are two decoders of a message:
+`decode_values` (for clients) gives payloads as values, `harp_daemon.sliced_json.decode_slices` (for the daemons) as
+`Raw`.
+
+The zygote loads this module, and every call's process is forked from the zygote. So it imports little, and no `typing`.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
-from decimal import MAX_EMAX, MAX_PREC, MIN_EMIN, Context, Decimal
-from typing import Any, Protocol, TypeAlias
+from functools import lru_cache
+from itertools import accumulate
 
-from harp.protocol.strict_json import (
-    MAX_DEPTH,
-    Envelope,
-    InvalidJSON,
-    NotJSON,
-    Raw,
-    decode_checked,
-    dumps,
-    loads,
-    reject_constant,
-    translate_errors,
-)
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+    from typing import Any, NoReturn, TypeAlias
 
-__all__ = [
-    "MAX_DEPTH",
-    "Decoder",
-    "Envelope",
-    "InvalidJSON",
-    "JSONObject",
-    "NotJSON",
-    "Payload",
-    "Raw",
-    "canonical",
-    "decode_values",
-    "dumps",
-    "loads",
-    "scan_array",
-    "scan_object",
-]
-
-JSON: TypeAlias = Any  # dict[str, JSON] | list[JSON] | str | int | float | bool | None
+    JSON: TypeAlias = Any  # dict[str, JSON] | list[JSON] | str | int | float | bool | None
 
 
-#: A payload: any JSON value, or its text.
-Payload: TypeAlias = Any
+#: Maximum nesting of arrays and objects in a line. An interpreter with a lower recursion limit may reject values that
+#: are less deep; both daemons raise theirs, so that this limit applies.
+MAX_DEPTH = 1000
+
+
+class InvalidJSON(ValueError):
+    """Text that is not JSON, or JSON that HARP does not accept. The message has reason and position."""
+
+
+class NotJSON(ValueError):
+    """A value that has no form in JSON.
+
+    Attributes:
+        path: the position in the value, for example ``"['hosts'][3]"``; empty for the value itself.
+        reason: the reason.
+    """
+
+    def __init__(self, path: str, reason: str) -> None:
+        super().__init__(f"at {path}: {reason}" if path else reason)
+        self.path = path
+        self.reason = reason
+
+
+class Raw(bytes):
+    """Checked JSON text in UTF-8 without a line feed; it is sent and stored unchanged."""
+
+    __slots__ = ()
+
+
+class Envelope(dict[str, "Any"]):
+    """An object of the protocol, whose members may be `Raw`."""
+
+    __slots__ = ()
+
+
+def reject_constant(name: str) -> NoReturn:
+    """Raise `InvalidJSON` for ``NaN`` and ``Infinity``; for decoders."""
+    raise InvalidJSON(f"{name} is not JSON")
 
 
 _DECODER = json.JSONDecoder(parse_constant=reject_constant)
 # Only finds the ends of values: numbers may have any length and are not converted.
 _SCANNER = json.JSONDecoder(parse_constant=reject_constant, parse_int=str, parse_float=str)
 _SPACE = re.compile(r"[ \t\n\r]*")
+#: A string whose escaped quotes were removed.
+_STRING = re.compile(rb'"[^"]*"')
+_NOT_BRACKETS = bytes(set(range(256)) - set(b'[]{}"'))
+_STEP = {ord("["): 1, ord("{"): 1, ord("]"): -1, ord("}"): -1, ord('"'): 0}
 
 
-class JSONObject(Protocol):
-    """A decoded JSON object: its members by name."""
+def loads(text: bytes | str) -> JSON:
+    """Decode one JSON value.
 
-    def __contains__(self, key: str) -> bool: ...
+    Args:
+        text: the JSON text; bytes are UTF-8 and nothing else.
 
-    def __iter__(self) -> Iterator[str]: ...
+    Returns:
+        The value: dict, list, str, int, float, bool or None.
 
-    def value(self, key: str) -> JSON:
-        """Return the member's value."""
-
-    def is_null(self, key: str) -> bool:
-        """Return whether the member is null."""
-
-    def payload(self, key: str) -> Payload:
-        """Return the member as a payload: its value or its `Raw` text, depending on the decoder."""
-
-    def nested_object(self, key: str) -> JSONObject | None:
-        """Return the member as an object; None if it is not one."""
-
-    def nested_objects(self, key: str) -> Iterator[JSONObject | None] | None:
-        """Return the elements of the member as objects; None if the member is not an array.
-
-        An element that is not an object is None. Elements are decoded one by one; each may raise `InvalidJSON`.
-        """
+    Raises:
+        InvalidJSON: it is not JSON, not UTF-8, ``NaN`` or ``Infinity``, nested too deep, or a number that this
+            interpreter cannot hold.
+    """
+    checked = decode_checked(text)
+    return translate_errors(_DECODER.decode, checked)
 
 
-Decoder: TypeAlias = Callable[[bytes], JSONObject]
+def decode_enclosed(line: bytes, opening: bytes) -> tuple[JSON] | None:
+    """Return the value of a line that consists of `opening`, a value and a brace; None: decode the line as usual."""
+    if not line.startswith(opening) or may_exceed_depth(line):
+        return None
+    try:
+        text = line.decode("utf-8")
+        value, end = _DECODER.raw_decode(text, len(opening))
+    except (ValueError, RecursionError):
+        return None
+    return (value,) if text[end:] == "}" else None
 
 
-class _Values:
-    """An object whose payloads are values."""
+def decode_checked(text: bytes | str) -> str:
+    """Return the text. Raises `InvalidJSON` if it is not UTF-8 or is nested deeper than MAX_DEPTH."""
+    if isinstance(text, str):
+        _check_depth(text.encode("utf-8", "surrogatepass"))
+        return text
+    try:
+        decoded = text.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InvalidJSON(f"not UTF-8 at byte {error.start}") from error
+    _check_depth(text)
+    return decoded
+
+
+def may_exceed_depth(text: bytes) -> bool:
+    """Return whether there are enough brackets for a nesting deeper than MAX_DEPTH."""
+    return len(text) > MAX_DEPTH and text.count(b"[") + text.count(b"{") > MAX_DEPTH
+
+
+def _check_depth(text: bytes) -> None:
+    """Raise `InvalidJSON` for a nesting deeper than MAX_DEPTH. Fast for text with few brackets."""
+    if not may_exceed_depth(text):
+        return
+    # The count is wrong only after the first error of text that is not JSON; no decoder reads further.
+    if b"\\" in text:
+        text = text.replace(b"\\\\", b"").replace(b'\\"', b"")
+    brackets = _STRING.sub(b"", text.translate(None, _NOT_BRACKETS))
+    if max(accumulate(map(_STEP.__getitem__, brackets)), default=0) > MAX_DEPTH:
+        raise InvalidJSON(f"nested deeper than {MAX_DEPTH}")
+
+
+def translate_errors(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a function of `json` and turn its exceptions into `InvalidJSON`."""
+    try:
+        return function(*arguments)
+    except InvalidJSON:
+        raise
+    except json.JSONDecodeError as error:
+        raise InvalidJSON(f"{error.msg} at column {error.pos + 1}") from error
+    except RecursionError as error:
+        raise InvalidJSON("nested too deep for this interpreter") from error
+    except ValueError as error:  # an integer with more digits than the interpreter converts
+        raise InvalidJSON(str(error)) from error
+
+
+class JSONObject:
+    """A decoded JSON object: its members by name. The daemons' decoder has a subclass, whose payloads are `Raw`."""
 
     __slots__ = ("_members",)
 
-    def __init__(self, members: Mapping[str, JSON]) -> None:
+    def __init__(self, members: Mapping[str, Any]) -> None:
         self._members = members
 
     def __contains__(self, key: str) -> bool:
@@ -105,28 +165,37 @@ class _Values:
         return iter(self._members)
 
     def value(self, key: str) -> JSON:
+        """Return the member's value."""
         return self._members[key]
 
-    payload = value
+    def payload(self, key: str) -> JSON:
+        """Return the member as a payload: its value or its `Raw` text, depending on the decoder."""
+        return self._members[key]
 
     def is_null(self, key: str) -> bool:
+        """Return whether the member is null."""
         return self._members[key] is None
 
     def nested_object(self, key: str) -> JSONObject | None:
+        """Return the member as an object; None if it is not one."""
         value = self._members[key]
-        return _Values(value) if isinstance(value, dict) else None
+        return JSONObject(value) if isinstance(value, dict) else None
 
     def nested_objects(self, key: str) -> Iterator[JSONObject | None] | None:
+        """Return the elements of the member as objects; None if the member is not an array.
+
+        An element that is not an object is None. Elements are decoded one by one; each may raise `InvalidJSON`.
+        """
         value = self._members[key]
         if not isinstance(value, list):
             return None
-        return (_Values(element) if isinstance(element, dict) else None for element in value)
+        return (JSONObject(element) if isinstance(element, dict) else None for element in value)
 
 
 def decode_values(line: bytes) -> JSONObject:
     """Decode an object; its payloads are values. Raises `InvalidJSON`."""
     text = decode_checked(line)
-    return _Values({key: value for key, value, _ in _members(text, _DECODER)})
+    return JSONObject({key: value for key, value, _ in _members(text, _DECODER)})
 
 
 def scan_object(text: str) -> Iterator[tuple[str, bytes]]:
@@ -185,45 +254,79 @@ def _skip_space(text: str, at: int) -> int:
     return match.end()
 
 
-_EXACT = Context(prec=MAX_PREC, Emax=MAX_EMAX, Emin=MIN_EMIN)
+_CONSTANTS: dict[object, Raw] = {None: Raw(b"null"), True: Raw(b"true"), False: Raw(b"false")}
+_ENCODER = json.JSONEncoder(ensure_ascii=True, allow_nan=False, separators=(",", ":"))
 
 
-class _Number(str):
-    """The canonical text of a number."""
-
-    __slots__ = ()
-
-
-def _canonical_number(text: str) -> _Number:
-    try:
-        number = Decimal(text, _EXACT)
-        return _Number("0" if number.is_zero() else str(number.normalize(_EXACT)))
-    except ArithmeticError:  # the exponent is too large for a decimal: such numbers are compared as text
-        return _Number(text)
+@lru_cache(maxsize=256)
+def _name(key: str) -> bytes:
+    """Return the name of a member of an envelope and its colon: the protocol has few names."""
+    return _ENCODER.encode(key).encode("ascii") + b":"
 
 
-_CANONICAL = json.JSONDecoder(
-    parse_constant=reject_constant, parse_int=_canonical_number, parse_float=_canonical_number
-)
+def dumps(value: JSON) -> Raw:
+    """Write a value as one line of ASCII JSON, without the line feed.
 
-
-def canonical(text: bytes) -> str:
-    """Return a text that is the same for two JSON texts exactly if their values are equal.
-
-    Key order and notation do not matter. Numbers are compared by value: ``1`` equals ``1.0``, but not ``true``.
+    As in `json`, tuples become arrays, and keys that are int, float, bool or None become strings.
 
     Args:
-        text: JSON in UTF-8, as in a `Raw`.
+        value: any value that has a form in JSON; an `Envelope` may have `Raw` members.
+
+    Raises:
+        NotJSON: the value, or a value in it, has no form in JSON; the exception has the position.
     """
-    return _write_canonical(translate_errors(_CANONICAL.decode, decode_checked(text)))
+    if isinstance(value, Raw):
+        return value
+    if isinstance(value, Envelope):
+        return Raw(b"{" + b",".join([_name(key) + dumps(member) for key, member in value.items()]) + b"}")
+    if value is None or value is True or value is False:
+        return _CONSTANTS[value]
+    try:
+        text = _ENCODER.encode(value).encode("ascii")
+        _check_depth(text)
+        return Raw(text)
+    except (TypeError, ValueError, RecursionError) as error:
+        path, reason = _find_invalid_part(value) or ("", str(error))
+        raise NotJSON(path, reason) from error
 
 
-def _write_canonical(value: JSON) -> str:
-    if isinstance(value, _Number):
-        return str(value)
-    if isinstance(value, dict):
-        members = (f"{json.dumps(key)}:{_write_canonical(value[key])}" for key in sorted(value))
-        return "{" + ",".join(members) + "}"
-    if isinstance(value, list):
-        return "[" + ",".join(map(_write_canonical, value)) + "]"
-    return json.dumps(value)
+def _find_invalid_part(value: JSON) -> tuple[str, str] | None:
+    """Return position and reason of the first part of `value` that has no form in JSON; iterative for deep nesting."""
+    stack: list[tuple[JSON, str, int]] = [(value, "", 0)]
+    trail: list[int] = []  # ids of the containers around the item
+    while stack:
+        item, path, depth = stack.pop()
+        del trail[depth:]
+        if isinstance(item, (dict, list, tuple)):
+            if id(item) in trail:
+                return path, "contains itself"
+            if depth >= MAX_DEPTH:
+                return "", f"nested deeper than {MAX_DEPTH}"
+            trail.append(id(item))
+            children = item.items() if isinstance(item, dict) else enumerate(item)
+            for key, child in reversed(list(children)):
+                if isinstance(item, dict) and not isinstance(key, (str, int, float, bool, type(None))):
+                    return path, f"a key is of type {_type_name(key)}, expected str"
+                stack.append((child, f"{path}[{key!r}]", depth + 1))
+        elif (reason := _reason_of_scalar(item)) is not None:
+            return path, reason
+    return None
+
+
+def _reason_of_scalar(item: JSON) -> str | None:
+    if item is None or isinstance(item, (str, bool)):
+        return None
+    if isinstance(item, float):
+        return None if item - item == 0 else f"{item!r} is not a number of JSON"
+    if isinstance(item, int):
+        try:
+            int.__repr__(item)
+        except ValueError as error:
+            return str(error)
+        return None
+    return f"type {_type_name(item)} has no form in JSON"
+
+
+def _type_name(item: object) -> str:
+    kind = type(item)
+    return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"

@@ -13,8 +13,8 @@ from types import MappingProxyType
 from typing import Annotated, Any, TypeAlias
 
 from harp.protocol.ends import CALL_ENDS, Cancelled, End, Failed, Raised, Returned
-from harp.protocol.fields import ProtocolError, check, decode_object, member_value
-from harp.protocol.json_text import Decoder, Envelope, JSONObject, Payload, Raw, decode_values, dumps
+from harp.protocol.fields import Decoder, Payload, ProtocolError, check, decode_object, member_value
+from harp.protocol.json_text import Envelope, JSONObject, Raw, decode_enclosed, decode_values, dumps
 from harp.protocol.requests import (
     VERSION,
     Call,
@@ -40,7 +40,6 @@ from harp.protocol.schema import (
     is_number,
     only_kind,
 )
-from harp.protocol.strict_json import decode_enclosed
 
 #: Maximum time: larger integers may have no float.
 _MAX_TIME = 2**53

@@ -17,8 +17,17 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Annotated, TypeAlias
 
-from harp.protocol.fields import ProtocolError, check, decode_object, is_count, member_value, required_object
-from harp.protocol.json_text import Decoder, Envelope, InvalidJSON, JSONObject, Payload, Raw, decode_values, dumps
+from harp.protocol.fields import (
+    Decoder,
+    Payload,
+    ProtocolError,
+    check,
+    decode_object,
+    is_count,
+    member_value,
+    required_object,
+)
+from harp.protocol.json_text import Envelope, InvalidJSON, JSONObject, Raw, decode_values, dumps
 from harp.protocol.schema import (
     Arguments,
     Count,

@@ -21,6 +21,7 @@ from enum import Enum
 from typing import Annotated, Any, ClassVar, NamedTuple, TypeAlias, TypeVar, get_args, get_type_hints
 
 from harp.protocol.fields import (
+    Payload,
     ProtocolError,
     check,
     is_container,
@@ -31,7 +32,7 @@ from harp.protocol.fields import (
     required_object,
     required_string,
 )
-from harp.protocol.json_text import Envelope, JSONObject, Payload, dumps
+from harp.protocol.json_text import Envelope, JSONObject, dumps
 
 
 class Null(Enum):
@@ -109,7 +110,7 @@ def decode_as(
     for key, constant in kind.CONSTANTS.items():
         check(constant is not True or member_value(members, key) is True, f"{key}: expected true")
     values = {}
-    for name, section, key, label, field_kind, is_optional, null_is_default, _ in layout.members:
+    for name, section, key, field_kind, is_optional, null_is_default, _ in layout.members:
         if section not in objects:
             objects[section] = required_object(members, section, layout.expected[section])
             if other_keys is not None:
@@ -117,7 +118,7 @@ def decode_as(
         source = objects[section]
         if key not in source or name in ignored:
             if not is_optional:
-                raise ProtocolError(f"{label}: missing")
+                raise ProtocolError(f"{kind.PATH}{key}: missing")
         elif not (null_is_default and source.is_null(key)):
             values[name] = field_kind.decode(source, key)
     create: Callable[..., T] = kind
@@ -130,7 +131,6 @@ class _Member(NamedTuple):
     name: str
     section: str
     key: str
-    label: str
     kind: Kind
     is_optional: bool
     null_is_default: bool
@@ -180,7 +180,6 @@ def _read_layout(message: type[WireObject]) -> _Layout:
             name=field.name,
             section=section,
             key=key,
-            label=message.PATH + path,
             kind=kind,
             is_optional=default is not MISSING,
             null_is_default=default is not MISSING and Null.REJECTED not in parts,
@@ -188,7 +187,7 @@ def _read_layout(message: type[WireObject]) -> _Layout:
         )
         members.append(member)
         if kind.check is not None:
-            checks.append((member.name, member.label, kind.check, default))
+            checks.append((field.name, message.PATH + path, kind.check, default))
     expected = {}
     for section in keys:
         required = [member.key for member in members if member.section == section and not member.is_optional]
@@ -282,15 +281,16 @@ def encode_line(members: Envelope) -> bytes:
     return bytes(dumps(members)) + b"\n"
 
 
-def only_kind(kinds: Iterable[str], members: JSONObject, none: str, several: str = "") -> str:
+def only_kind(kinds: Mapping[str, object], members: JSONObject, none: str, several: str = "") -> str:
     """Return the one key that is in an object.
 
     Args:
-        kinds: the keys.
+        kinds: the keys, in the order of the error.
         members: the object.
         none: the error if it has none of them.
         several: the error if it has more than one; empty: the error names them.
     """
-    found = [kind for kind in kinds if kind in members]
-    check(len(found) == 1, none if not found else several or f"both {' and '.join(found)}")
+    found = [key for key in members if key in kinds]
+    if len(found) != 1:
+        raise ProtocolError(several or f"both {' and '.join(sorted(found, key=list(kinds).index))}" if found else none)
     return found[0]

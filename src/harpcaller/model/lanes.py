@@ -11,7 +11,8 @@ import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from harp.protocol.json_text import Raw, canonical
+from harp.protocol.json_text import Raw
+from harpcaller.model.canonical import canonical
 
 
 def queue_lane(name: Raw) -> str:

@@ -13,8 +13,8 @@ import os
 import signal
 import sys
 
-from harp.protocol import call_output as closing
-from harp.protocol.strict_json import Envelope, InvalidJSON, NotJSON, Raw, dumps, loads
+from harp.protocol.call_output import VERSION, encode_record
+from harp.protocol.json_text import Envelope, InvalidJSON, NotJSON, Raw, dumps, loads
 from harpd.proc import Cancelled, Procedure, Result, TimeLimit
 from harpd.processes.cookie import EnvCookie
 from harpd.processes.prctl import become_subreaper, die_with_parent
@@ -132,7 +132,7 @@ def _run_procedure(
             guard.defer()  # from here on, the supervisor's termination sequence is sufficient
         return _encode_result(value)
     except _CallRejected as rejected:
-        return _line(Envelope(harp=closing.VERSION, **closing.error(rejected.type, str(rejected), None)))
+        return _line(Envelope(harp=VERSION, error=Envelope(type=rejected.type, message=str(rejected))))
     except (TimeLimit, Cancelled) as limit:
         flush_output()
         guard.exit_with(limit)
@@ -140,7 +140,7 @@ def _run_procedure(
         kind = type(error)
         data = {"class": kind.__name__, "module": str(kind.__module__)}
         traceback = _line({"traceback": _format_traceback(error)}) if tracebacks else b""
-        return traceback + _line(closing.exception(kind.__name__, _message(error), data))
+        return traceback + _line(Envelope(exception=Envelope(type=kind.__name__, message=_message(error), data=data)))
 
 
 def _line(message: dict[str, Any]) -> bytes:
@@ -203,7 +203,7 @@ def _encode_payload(value: Any) -> Raw:
 
 def _encode_result(value: Any) -> bytes:
     try:
-        return _line(closing.result(_encode_payload(value)))
+        return _line(Envelope(result=_encode_payload(value)))
     except NotJSON as error:
         raise _CallRejected("invalid_message", f"cannot encode the result as JSON: {error}") from error
 
@@ -223,7 +223,7 @@ def _write_records(records: Any, channel: Channel) -> Any:
             if isinstance(record, Result):
                 return record.value
             try:
-                channel.write(closing.record(_encode_payload(record)))
+                channel.write(encode_record(_encode_payload(record)))
             except NotJSON as error:
                 message = f"cannot encode record {number} as JSON: {error}"
                 raise _CallRejected("invalid_message", message) from error

@@ -32,7 +32,7 @@ import socket
 import sys
 import warnings
 
-from harp.protocol.strict_json import dumps, loads
+from harp.protocol.json_text import dumps, loads
 from harpd.proc import Procedure
 from harpd.processes.cookie import EnvCookie
 from harpd.processes.prctl import become_subreaper, die_with_parent

@@ -1,0 +1,52 @@
+"""Comparison of JSON texts by value."""
+
+from __future__ import annotations
+
+import json
+from decimal import MAX_EMAX, MAX_PREC, MIN_EMIN, Context, Decimal
+from typing import Any
+
+from harp.protocol.json_text import decode_checked, reject_constant, translate_errors
+
+_EXACT = Context(prec=MAX_PREC, Emax=MAX_EMAX, Emin=MIN_EMIN)
+
+
+class _Number(str):
+    """The canonical text of a number."""
+
+    __slots__ = ()
+
+
+def _canonical_number(text: str) -> _Number:
+    try:
+        number = Decimal(text, _EXACT)
+        return _Number("0" if number.is_zero() else str(number.normalize(_EXACT)))
+    except ArithmeticError:  # the exponent is too large for a decimal: such numbers are compared as text
+        return _Number(text)
+
+
+_CANONICAL = json.JSONDecoder(
+    parse_constant=reject_constant, parse_int=_canonical_number, parse_float=_canonical_number
+)
+
+
+def canonical(text: bytes) -> str:
+    """Return a text that is the same for two JSON texts exactly if their values are equal.
+
+    Key order and notation do not matter. Numbers are compared by value: ``1`` equals ``1.0``, but not ``true``.
+
+    Args:
+        text: JSON in UTF-8, as in a `Raw`.
+    """
+    return _write_canonical(translate_errors(_CANONICAL.decode, decode_checked(text)))
+
+
+def _write_canonical(value: Any) -> str:
+    if isinstance(value, _Number):
+        return str(value)
+    if isinstance(value, dict):
+        members = (f"{json.dumps(key)}:{_write_canonical(value[key])}" for key in sorted(value))
+        return "{" + ",".join(members) + "}"
+    if isinstance(value, list):
+        return "[" + ",".join(map(_write_canonical, value)) + "]"
+    return json.dumps(value)
