@@ -33,8 +33,8 @@ class MemoryQuota:
 class Reservation:
     """The bytes that one request line uses of the quota; a context manager that releases them."""
 
-    def __init__(self, allowance: MemoryQuota) -> None:
-        self._allowance = allowance
+    def __init__(self, quota: MemoryQuota) -> None:
+        self._quota = quota
         self._size = 0
         self._counted = 0
 
@@ -42,7 +42,7 @@ class Reservation:
         """Reserve more bytes; return False, and reserve nothing, if the quota is used up."""
         self._size += size
         more = max(self._size - _FREE, 0) - self._counted
-        if not self._allowance.try_reserve(more):
+        if not self._quota.try_reserve(more):
             return False
         self._counted += more
         return True
@@ -55,5 +55,5 @@ class Reservation:
 
     def release(self) -> None:
         """Release all bytes."""
-        self._allowance.release(self._counted)
+        self._quota.release(self._counted)
         self._size = self._counted = 0

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from harp.protocol.ends import Cancelled, Failed, Raised, Returned
-from harp.protocol.fields import ProtocolError
+from harp.protocol.fields import Decoder, ProtocolError
 from harp.protocol.json_text import decode_values, loads
 from harp.protocol.replies import (
     MAY_FOLLOW,
@@ -38,9 +38,9 @@ from harp.protocol.requests import (
     ReadStream,
     Request,
     SubmitMany,
-    decode_request,
     encode_request,
 )
+from harp.protocol.requests import decode_request as decode_request_line
 from harp_daemon.sliced_json import decode_slices
 
 JOB = "3f22e0d4-c8ed-11e5-8d66-001e8c140268"
@@ -101,6 +101,11 @@ REPLIES: list[tuple[str, Request, Reply]] = [
     ('{"details":{"job":"x","why":"it waits"}}', GetDetails(JOB), Details({"job": "x", "why": "it waits"})),
     ('{"packet":0,"time":1700000000.25,"data":"x"}', TIMED, Packet(0, "x", 1700000000.25)),
 ]
+
+
+def decode_request(line: bytes, decoder: Decoder = decode_values) -> Request:
+    """Return the request of a line, without its ``keep_alive``."""
+    return decode_request_line(line, decoder)[0]
 
 
 @pytest.mark.parametrize(("line", "request_"), REQUESTS)

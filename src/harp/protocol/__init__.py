@@ -2,5 +2,6 @@
 
 `harp.protocol.requests` has the requests of clients to the dispatcher, `harp.protocol.replies` its replies,
 `harp.protocol.harpd` the messages between harpd and its callers, `harp.protocol.ends` the ends of a call, which both
-protocols share. Imports only data modules of the standard library.
+protocols share. `harp.protocol.schema` encodes, decodes and checks them all. Imports only data modules of the standard
+library.
 """

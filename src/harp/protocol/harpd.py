@@ -460,14 +460,9 @@ TRANSITIONS: Mapping[Phase, Mapping[type, Phase]] = MappingProxyType(
     }
 )
 
-#: The acknowledgements that each phase allows, by whether they are of a resumable call.
-_MAY_BE_RESUMABLE: Mapping[Phase, frozenset[bool]] = MappingProxyType(
-    {
-        Phase.SENT: frozenset({False}),
-        Phase.SENT_RESUMABLE: frozenset({False, True}),  # a legacy harpd has connection-bound calls only
-        Phase.SENT_ATTACH: frozenset({True}),
-    }
-)
+#: Acknowledgements that answer another request, by phase and whether they are of a resumable call. In SENT_RESUMABLE
+#: both kinds are allowed: a legacy harpd has connection-bound calls only.
+_UNREQUESTED = frozenset({(Phase.SENT, True), (Phase.SENT_ATTACH, False)})
 
 #: The phase after an acknowledgement, by whether the call is resumable and whether it streams.
 _ACKNOWLEDGED: Mapping[tuple[bool, bool], Phase] = MappingProxyType(
@@ -544,7 +539,7 @@ class ReplyReader:
             raise ProtocolError(f"{type(message).__name__} received while {self.phase.value}")
         if isinstance(message, Acknowledgement):
             resumable = message.call is not None
-            if resumable not in _MAY_BE_RESUMABLE[self.phase]:
+            if (self.phase, resumable) in _UNREQUESTED:
                 kind = "resumable" if resumable else "connection-bound"
                 raise ProtocolError(f"acknowledgement of a {kind} call received while {self.phase.value}")
             following = _ACKNOWLEDGED[resumable, message.stream_result]

@@ -200,12 +200,7 @@ def encode_request(request: Request, keep_alive: bool = False) -> bytes:
     return encode_line(members)
 
 
-def decode_request(line: bytes, decoder: Decoder = decode_values) -> Request:
-    """Return the request of a line; see `decode_request_line`."""
-    return decode_request_line(line, decoder)[0]
-
-
-def decode_request_line(line: bytes, decoder: Decoder = decode_values) -> tuple[Request, bool]:
+def decode_request(line: bytes, decoder: Decoder = decode_values) -> tuple[Request, bool]:
     """Return the request of a line, and whether the client wants to keep the connection for another one.
 
     Args:

@@ -36,7 +36,7 @@ from harp.protocol.requests import (
     GetStatus,
     ReadStream,
     SubmitMany,
-    decode_request_line,
+    decode_request,
 )
 from harp_daemon.listeners import Listener, ListenError, listen_tcp, listen_unix
 from harp_daemon.memory_quota import MemoryQuota, Reservation
@@ -148,9 +148,9 @@ class ClientServer:
             line = await connection.read_request(config.request_line, config.idle_timeout, reservation)
             received_at = time.monotonic()
             if len(line) < _LONG_REQUEST:
-                request, keep_alive = decode_request_line(line, decode_slices)
+                request, keep_alive = decode_request(line, decode_slices)
             else:
-                request, keep_alive = await asyncio.to_thread(decode_request_line, line, decode_slices)
+                request, keep_alive = await asyncio.to_thread(decode_request, line, decode_slices)
             del line
             if isinstance(request, (FollowStream, ReadStream)):
                 reservation.release()
