@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
-from typing import Annotated, TypeAlias
+from typing import Annotated, ClassVar, TypeAlias
 
 from harp.protocol.fields import Payload
 from harp.protocol.schema import WireObject
@@ -40,12 +39,10 @@ class Failed(WireObject):
 class Cancelled(WireObject):
     """The call was cancelled before it returned."""
 
-    CONSTANTS = MappingProxyType({"cancelled": True})
+    CONSTANTS: ClassVar = {"cancelled": True}
 
 
 End: TypeAlias = Returned | Raised | Failed | Cancelled
 
 #: The ends of a procedure that was called, by the key that identifies their line.
-CALL_ENDS: Mapping[str, type[Returned | Raised | Failed]] = MappingProxyType(
-    {"result": Returned, "exception": Raised, "error": Failed}
-)
+CALL_ENDS: Mapping[str, type[Returned | Raised | Failed]] = {"result": Returned, "exception": Raised, "error": Failed}

@@ -13,8 +13,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
-from types import MappingProxyType
-from typing import Annotated, Any, TypeAlias
+from typing import Annotated, Any, ClassVar, TypeAlias
 
 from harp.protocol.call_output import RECORD_PREFIX, VERSION, encode_record
 from harp.protocol.ends import CALL_ENDS, Failed, Raised, Returned
@@ -175,7 +174,7 @@ class ListCalls(WireObject):
     A legacy harpd reads this request as a call of a procedure that does not exist.
     """
 
-    CONSTANTS = MappingProxyType({"procedure": "-", "arguments": ()})
+    CONSTANTS: ClassVar = {"procedure": "-", "arguments": ()}
     owner: Annotated[_ShortName, "calls"] = field(repr=False)
     user: _User
     password: _Password = field(repr=False)
@@ -243,15 +242,13 @@ class StopCall(WireObject):
 class Release(WireObject):
     """The call's end is on stable storage: harpd may discard the call."""
 
-    CONSTANTS = MappingProxyType({"release": True})
+    CONSTANTS: ClassVar = {"release": True}
 
 
 Command: TypeAlias = Ack | Heartbeat | StopCall | Release
 
 #: The commands, by the key that identifies each.
-_COMMANDS: Mapping[str, type[Command]] = MappingProxyType(
-    {"ack": Ack, "heartbeat": Heartbeat, "stop": StopCall, "release": Release}
-)
+_COMMANDS: Mapping[str, type[Command]] = {"ack": Ack, "heartbeat": Heartbeat, "stop": StopCall, "release": Release}
 
 
 def encode_command(command: Command) -> bytes:
@@ -367,18 +364,16 @@ Message: TypeAlias = (
 )
 
 #: The messages, by the key that identifies each.
-_MESSAGES: Mapping[str, type[Message]] = MappingProxyType(
-    {
-        "stream_result": Acknowledgement,
-        "stream": Record,
-        "at": RecordTime,
-        "heartbeat": Heartbeat,
-        "stop_report": StopReport,
-        "exit_info": ExitInfo,
-        "calls": CallList,
-        **CALL_ENDS,
-    }
-)
+_MESSAGES: Mapping[str, type[Message]] = {
+    "stream_result": Acknowledgement,
+    "stream": Record,
+    "at": RecordTime,
+    "heartbeat": Heartbeat,
+    "stop_report": StopReport,
+    "exit_info": ExitInfo,
+    "calls": CallList,
+    **CALL_ENDS,
+}
 
 #: The messages that have the version.
 _VERSIONED = (Acknowledgement, CallList, Failed)
@@ -430,49 +425,45 @@ def _resumable(phase: Phase) -> dict[type, Phase]:
     return dict.fromkeys((Heartbeat, StopReport), phase)
 
 
-_REPLIED = MappingProxyType({Acknowledgement: Phase.RUNNING, Failed: Phase.CLOSED})
+_REPLIED: Mapping[type, Phase] = {Acknowledgement: Phase.RUNNING, Failed: Phase.CLOSED}
 
 #: The messages that each phase allows, and the phase after each. All others are protocol errors.
 #: The phase after an acknowledgement depends on its content: see `_ACKNOWLEDGED`.
-TRANSITIONS: Mapping[Phase, Mapping[type, Phase]] = MappingProxyType(
-    {
-        Phase.SENT: _REPLIED,
-        Phase.SENT_RESUMABLE: _REPLIED,
-        Phase.SENT_ATTACH: _REPLIED,
-        Phase.SENT_LIST: {CallList: Phase.CLOSED, Failed: Phase.CLOSED},
-        Phase.RUNNING: _closing(Phase.CLOSED),
-        Phase.STREAMING: {Record: Phase.STREAMING, **_closing(Phase.CLOSED)},
-        Phase.RESUMABLE_RUNNING: {
-            **_resumable(Phase.RESUMABLE_RUNNING),
-            ExitInfo: Phase.RESUMABLE_ENDING,
-            **_closing(Phase.RESUMABLE_ENDED),
-        },
-        Phase.RESUMABLE_STREAMING: {
-            **_resumable(Phase.RESUMABLE_STREAMING),
-            RecordTime: Phase.RESUMABLE_STREAMING,
-            Record: Phase.RESUMABLE_STREAMING,
-            ExitInfo: Phase.RESUMABLE_ENDING,
-            **_closing(Phase.RESUMABLE_ENDED),
-        },
-        Phase.RESUMABLE_ENDING: {**_resumable(Phase.RESUMABLE_ENDING), **_closing(Phase.RESUMABLE_ENDED)},
-        Phase.RESUMABLE_ENDED: _resumable(Phase.RESUMABLE_ENDED),
-        Phase.CLOSED: {},
-    }
-)
+TRANSITIONS: Mapping[Phase, Mapping[type, Phase]] = {
+    Phase.SENT: _REPLIED,
+    Phase.SENT_RESUMABLE: _REPLIED,
+    Phase.SENT_ATTACH: _REPLIED,
+    Phase.SENT_LIST: {CallList: Phase.CLOSED, Failed: Phase.CLOSED},
+    Phase.RUNNING: _closing(Phase.CLOSED),
+    Phase.STREAMING: {Record: Phase.STREAMING, **_closing(Phase.CLOSED)},
+    Phase.RESUMABLE_RUNNING: {
+        **_resumable(Phase.RESUMABLE_RUNNING),
+        ExitInfo: Phase.RESUMABLE_ENDING,
+        **_closing(Phase.RESUMABLE_ENDED),
+    },
+    Phase.RESUMABLE_STREAMING: {
+        **_resumable(Phase.RESUMABLE_STREAMING),
+        RecordTime: Phase.RESUMABLE_STREAMING,
+        Record: Phase.RESUMABLE_STREAMING,
+        ExitInfo: Phase.RESUMABLE_ENDING,
+        **_closing(Phase.RESUMABLE_ENDED),
+    },
+    Phase.RESUMABLE_ENDING: {**_resumable(Phase.RESUMABLE_ENDING), **_closing(Phase.RESUMABLE_ENDED)},
+    Phase.RESUMABLE_ENDED: _resumable(Phase.RESUMABLE_ENDED),
+    Phase.CLOSED: {},
+}
 
 #: Acknowledgements that answer another request, by phase and whether they are of a resumable call. In SENT_RESUMABLE
 #: both kinds are allowed: a legacy harpd has connection-bound calls only.
 _UNREQUESTED = frozenset({(Phase.SENT, True), (Phase.SENT_ATTACH, False)})
 
 #: The phase after an acknowledgement, by whether the call is resumable and whether it streams.
-_ACKNOWLEDGED: Mapping[tuple[bool, bool], Phase] = MappingProxyType(
-    {
-        (False, False): Phase.RUNNING,
-        (False, True): Phase.STREAMING,
-        (True, False): Phase.RESUMABLE_RUNNING,
-        (True, True): Phase.RESUMABLE_STREAMING,
-    }
-)
+_ACKNOWLEDGED: Mapping[tuple[bool, bool], Phase] = {
+    (False, False): Phase.RUNNING,
+    (False, True): Phase.STREAMING,
+    (True, False): Phase.RESUMABLE_RUNNING,
+    (True, True): Phase.RESUMABLE_STREAMING,
+}
 
 
 def _first_phase(request: AnyRequest | None) -> Phase:

@@ -9,8 +9,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
-from types import MappingProxyType
-from typing import Annotated, Any, TypeAlias
+from typing import Annotated, Any, ClassVar, TypeAlias
 
 from harp.protocol.ends import CALL_ENDS, Cancelled, End, Failed, Raised, Returned
 from harp.protocol.fields import Decoder, Payload, ProtocolError, check, decode_object, member_value
@@ -80,7 +79,7 @@ class WasCancelled(WireObject):
 class NoResult(WireObject):
     """The job has not ended yet."""
 
-    CONSTANTS = MappingProxyType({"no_result": True})
+    CONSTANTS: ClassVar = {"no_result": True}
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,41 +122,37 @@ class Packet(WireObject):
 class Continue(WireObject):
     """The last stored record was sent; the job still runs."""
 
-    CONSTANTS = MappingProxyType({"continue": True})
+    CONSTANTS: ClassVar = {"continue": True}
 
 
 Reply: TypeAlias = Submitted | SubmittedMany | WasCancelled | NoResult | Status | Details | Packet | Continue | End
 
 #: The replies, by the key that identifies each. In the reply to a `Cancel`, ``cancelled`` is of `WasCancelled`.
-_REPLIES: Mapping[str, type[Reply]] = MappingProxyType(
-    {
-        "job_id": Submitted,
-        "job_ids": SubmittedMany,
-        "no_result": NoResult,
-        **CALL_ENDS,
-        "cancelled": Cancelled,
-        "call": Status,
-        "details": Details,
-        "packet": Packet,
-        "continue": Continue,
-    }
-)
+_REPLIES: Mapping[str, type[Reply]] = {
+    "job_id": Submitted,
+    "job_ids": SubmittedMany,
+    "no_result": NoResult,
+    **CALL_ENDS,
+    "cancelled": Cancelled,
+    "call": Status,
+    "details": Details,
+    "packet": Packet,
+    "continue": Continue,
+}
 
 _ENDS = frozenset({Returned, Raised, Failed, Cancelled})
 
 #: The replies that each request may have. All others are protocol errors.
-MAY_FOLLOW: Mapping[type, frozenset[type]] = MappingProxyType(
-    {
-        Call: frozenset({Submitted, Failed}),
-        SubmitMany: frozenset({SubmittedMany, Failed}),
-        Cancel: frozenset({WasCancelled, Failed}),
-        GetResult: _ENDS | {NoResult},
-        GetStatus: frozenset({Status, Failed}),
-        GetDetails: frozenset({Details, Failed}),
-        FollowStream: _ENDS | {Packet},
-        ReadStream: _ENDS | {Packet, Continue},
-    }
-)
+MAY_FOLLOW: Mapping[type, frozenset[type]] = {
+    Call: frozenset({Submitted, Failed}),
+    SubmitMany: frozenset({SubmittedMany, Failed}),
+    Cancel: frozenset({WasCancelled, Failed}),
+    GetResult: _ENDS | {NoResult},
+    GetStatus: frozenset({Status, Failed}),
+    GetDetails: frozenset({Details, Failed}),
+    FollowStream: _ENDS | {Packet},
+    ReadStream: _ENDS | {Packet, Continue},
+}
 
 
 def encode_reply(reply: Reply, keep_alive: float | None = None) -> bytes:

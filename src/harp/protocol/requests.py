@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Annotated, TypeAlias
 
 from harp.protocol.fields import (
@@ -173,18 +172,16 @@ class ReadStream(_Stream):
 Request: TypeAlias = Call | SubmitMany | Cancel | GetResult | GetStatus | GetDetails | FollowStream | ReadStream
 
 #: The requests, by the key that identifies each.
-_REQUESTS: Mapping[str, type[Request]] = MappingProxyType(
-    {
-        "procedure": Call,
-        "submit_many": SubmitMany,
-        "cancel": Cancel,
-        "get_result": GetResult,
-        "get_status": GetStatus,
-        "get_details": GetDetails,
-        "follow_stream": FollowStream,
-        "read_stream": ReadStream,
-    }
-)
+_REQUESTS: Mapping[str, type[Request]] = {
+    "procedure": Call,
+    "submit_many": SubmitMany,
+    "cancel": Cancel,
+    "get_result": GetResult,
+    "get_status": GetStatus,
+    "get_details": GetDetails,
+    "follow_stream": FollowStream,
+    "read_stream": ReadStream,
+}
 
 
 def encode_request(request: Request, keep_alive: bool = False) -> bytes:
