@@ -243,6 +243,11 @@ def decode_payload(members: JSONObject, key: str) -> Payload:
     return members.payload(key)
 
 
+def _check_count(label: str, number: Any) -> None:
+    shown = repr(number)  # ValueError: it has more digits than Python writes, so it has no form in JSON
+    check(is_count(number), f"{label}: expected an integer of at least 0, got {shown}")
+
+
 def _is_integer(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
@@ -259,7 +264,7 @@ Name: TypeAlias = Annotated[
     str, Kind(expect("a name", lambda name: isinstance(name, str) and name != "", quote=True), required_string)
 ]
 Integer: TypeAlias = Annotated[int, Kind(expect("an integer", _is_integer))]
-Count: TypeAlias = Annotated[int, Kind(expect("an integer of at least 0", is_count, quote=True))]
+Count: TypeAlias = Annotated[int, Kind(_check_count)]
 Seconds: TypeAlias = Annotated[float, Kind(expect("a positive number of seconds", is_seconds, quote=True))]
 #: A payload that is an object.
 ObjectPayload: TypeAlias = Annotated[
