@@ -36,7 +36,7 @@ def chaos(*options: str) -> tuple[int, str]:
 
 
 @pytest.mark.timeout(600)
-def test_a_minute_of_faults_breaks_no_promise(tmp_path: Path) -> None:
+def test_chaos_one_minute_of_faults_breaks_no_guarantee(tmp_path: Path) -> None:
     status, printed = chaos("--minutes", "1", "--seed", "20260", "--keep-logs", str(tmp_path / "run"))
     assert status == 0, printed
     assert "broken promises: 0" in printed
@@ -47,18 +47,18 @@ def test_a_minute_of_faults_breaks_no_promise(tmp_path: Path) -> None:
     ("sabotage", "promise"),
     [("drop-record", "4. a stream has"), ("start-twice", "5. a call starts"), ("leak-slot", "7. a limit holds")],
 )
-def test_a_sabotage_is_caught(tmp_path: Path, sabotage: str, promise: str) -> None:
+def test_chaos_sabotage_is_detected(tmp_path: Path, sabotage: str, promise: str) -> None:
     options = ("--minutes", "0.15", "--seed", "3", "--keep-logs", str(tmp_path / "run"))
     status, printed = chaos("--sabotage", sabotage, *options)
     assert status == 1, printed
     assert promise in printed, printed
 
 
-def test_the_same_seed_gives_the_same_schedule() -> None:
+def test_chaos_schedule_same_seed_gives_same_schedule() -> None:
     assert schedule(7, 600, HOSTS) == schedule(7, 600, HOSTS)
     assert schedule(7, 600, HOSTS) != schedule(8, 600, HOSTS)
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_ten_minutes_have_two_hundred_faults(seed: int) -> None:
+def test_chaos_schedule_of_ten_minutes_has_200_faults(seed: int) -> None:
     assert len(schedule(seed, 600, HOSTS)) >= 250

@@ -49,14 +49,14 @@ def environment() -> dict[str, str]:
     return {"PATH": f"{programs}:/usr/bin:/bin", "PYTHONPATH": str(ROOT / "examples"), "PYTHONWARNINGS": "error"}
 
 
-def test_the_demo_shows_everything_and_ends_well(environment: dict[str, str]) -> None:
+def test_demo_runs_to_its_end_and_exits_with_0(environment: dict[str, str]) -> None:
     done = subprocess.run(DEMO, env=environment, capture_output=True, text=True, timeout=110, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     for pattern in EXPECTED:
         assert re.search(pattern, done.stdout, re.MULTILINE), f"{pattern} is missing in:\n{done.stdout}"
 
 
-def test_demo_keep_leaves_it_running(environment: dict[str, str]) -> None:
+def test_demo_with_keep_leaves_it_running(environment: dict[str, str]) -> None:
     with subprocess.Popen([*DEMO, "--keep"], env=environment, stdout=subprocess.PIPE, text=True) as demo:
         try:
             assert demo.stdout is not None
@@ -94,7 +94,7 @@ def output_of(program: str) -> list[str]:
     return output.getvalue().splitlines()
 
 
-def test_the_synopsis_with_a_dispatcher(system: System) -> None:
+def test_synopsis_with_dispatcher_runs_as_documented(system: System) -> None:
     """As it stands, but for the port; and for the limit, lest the test takes 15 seconds."""
     program = synopsis("With a dispatcher")
     program = program.replace('HarpCaller("localhost"', f'HarpCaller("localhost", {system.dispatcher.port}')
@@ -109,7 +109,7 @@ def test_the_synopsis_with_a_dispatcher(system: System) -> None:
     assert begin - 1 <= job.submit_time() <= (job.start_time() or 0) <= (job.end_time() or 0) <= time.time()
 
 
-def test_the_synopsis_with_a_harpd(system: System) -> None:
+def test_synopsis_with_harpd_runs_as_documented(system: System) -> None:
     program = synopsis("With a harpd").replace('"localhost"', f'"localhost", port={system.harpd.port}')
     program = program.replace('"username"', repr(system.harpd.user)).replace('"secret"', repr(system.harpd.password))
     now, *messages, result = output_of(program)
@@ -118,7 +118,7 @@ def test_the_synopsis_with_a_harpd(system: System) -> None:
     assert result == '{"messages": 10}'
 
 
-def test_the_synopsis_with_asyncio(system: System) -> None:
+def test_synopsis_with_asyncio_runs_as_documented(system: System) -> None:
     program = synopsis("With asyncio").replace('"localhost"', f'"localhost", {system.dispatcher.port}')
     program = program.replace("stream_infinity()", "count(3, 0)")
     body = textwrap.indent(program, "    ")
@@ -131,7 +131,7 @@ def test_the_synopsis_with_asyncio(system: System) -> None:
     assert lines[3:] in (["{'numbers': 3}"], ["<CallNotFinished>"])
 
 
-def test_the_web_application(system: System, environment: dict[str, str]) -> None:
+def test_web_application_example_runs_as_documented(system: System, environment: dict[str, str]) -> None:
     command = [sys.executable, "-P", str(ROOT / "examples" / "webapp.py"), "--port=0"]
     dispatcher = f"--dispatcher=localhost:{system.dispatcher.port}"
     with subprocess.Popen([*command, dispatcher], env=environment, stdout=subprocess.PIPE, text=True) as application:

@@ -68,7 +68,7 @@ def family(process: psutil.Process) -> list[psutil.Process]:
     return [process, *process.children(recursive=True)]
 
 
-def test_the_dispatcher_is_killed(system: System, tmp_path: Path) -> None:
+def test_dispatcher_sigkill_loses_no_job(system: System, tmp_path: Path) -> None:
     host = system.rpc.host("web01", queue={"q": 1})
     first = host.pid_then_sleep()
     process = started(first)
@@ -120,7 +120,7 @@ def test_supervisor_killed_fails_calls(system: System, escape: bool) -> None:
     assert system.harpd.supervisor != supervisor
 
 
-def test_the_zygote_is_killed(system: System) -> None:
+def test_zygote_sigkill_fails_its_calls_and_is_replaced(system: System) -> None:
     job = system.rpc.web01.pid_then_sleep()
     process = started(job)
     os.kill(system.harpd.zygote, signal.SIGKILL)
@@ -140,7 +140,9 @@ def test_the_zygote_is_killed(system: System) -> None:
         (lambda host: host.leave(3), {"code": 3}),
     ],
 )
-def test_a_call_is_killed(system: System, call: Callable[[Any], harp.RemoteCall], data: dict[str, object]) -> None:
+def test_call_process_killed_fails_only_its_job(
+    system: System, call: Callable[[Any], harp.RemoteCall], data: dict[str, object]
+) -> None:
     error = call(system.rpc.web01).result(wait=True)
     assert isinstance(error, harp.RemoteError)
     assert (error.type, error.data) == ("call_died", data)
@@ -224,7 +226,7 @@ STRANGE: dict[str, tuple[Callable[[Path], Behaviour], str]] = {
 
 
 @pytest.mark.parametrize("what", STRANGE)
-def test_a_strange_host_ends_its_job_and_no_other(tmp_path: Path, what: str) -> None:
+def test_hostile_host_ends_only_its_own_job(tmp_path: Path, what: str) -> None:
     make, type_ = STRANGE[what]
     settings = {"connect_timeout": 1, "acknowledgement_timeout": 1, "record_line": 4096}
     with strange_host(make(tmp_path)) as port:
@@ -236,7 +238,7 @@ def test_a_strange_host_ends_its_job_and_no_other(tmp_path: Path, what: str) -> 
             assert str(port) in error.message
 
 
-def test_an_absent_host(tmp_path: Path) -> None:
+def test_host_without_listener_ends_job_as_network_error(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
     with Harpcallerd(tmp_path, hosts={"absent": port}) as dispatcher:
@@ -248,7 +250,7 @@ def test_an_absent_host(tmp_path: Path) -> None:
 
 @pytest.mark.root
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
-def test_the_dispatchers_disk_is_full(tmp_path: Path) -> None:
+def test_dispatcher_with_full_disk_recovers(tmp_path: Path) -> None:
     """Run in a mount namespace of its own, so that the small file system ends with the test."""
     probe = subprocess.run(["unshare", "--mount", "true"], capture_output=True, check=False)
     if probe.returncode:

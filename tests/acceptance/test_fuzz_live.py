@@ -109,14 +109,14 @@ def check(replies: list[bytes]) -> None:
 
 @many
 @given(line=lines | deep)
-def test_the_dispatcher_answers_or_closes(system: System, line: bytes) -> None:
+def test_dispatcher_fuzzed_request_is_answered_or_closed(system: System, line: bytes) -> None:
     with closing(socket.create_connection(("127.0.0.1", system.dispatcher.port), DEADLINE)) as connection:
         check(answers(connection, line))
 
 
 @many
 @given(line=lines | deep)
-def test_harpd_answers_or_closes(system: System, line: bytes) -> None:
+def test_harpd_fuzzed_request_is_answered_or_closed(system: System, line: bytes) -> None:
     context = ssl.create_default_context(cafile=str(system.harpd.ca_file))
     with socket.create_connection(("127.0.0.1", system.harpd.port), DEADLINE) as plain:
         with context.wrap_socket(plain, server_hostname="localhost") as connection:
@@ -125,7 +125,7 @@ def test_harpd_answers_or_closes(system: System, line: bytes) -> None:
 
 @many
 @given(data=st.binary(min_size=1, max_size=300))
-def test_harpd_survives_what_is_no_tls(system: System, data: bytes) -> None:
+def test_harpd_input_without_tls_is_survived(system: System, data: bytes) -> None:
     with closing(socket.create_connection(("127.0.0.1", system.harpd.port), DEADLINE)) as connection:
         connection.settimeout(DEADLINE)
         try:
@@ -137,7 +137,7 @@ def test_harpd_survives_what_is_no_tls(system: System, data: bytes) -> None:
         assert b"Traceback" not in received
 
 
-def test_both_still_work_after_all_that(system: System) -> None:
+def test_fuzzed_servers_still_run_jobs(system: System) -> None:
     assert system.server.echo(1, "two") == [1, "two"]
     assert system.rpc.web01.echo(1, "two").get() == [1, "two"]
     assert not [line for line in system.log_lines() if "Traceback" in line or "traceback" in line]

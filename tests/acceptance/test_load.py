@@ -47,7 +47,7 @@ def test_harpd_two_hundred_jobs_run_at_once(system: System, tmp_path: Path) -> N
     assert max(starts) <= min(ends)  # they did run at once
 
 
-def test_a_thousand_jobs_through_a_queue_of_eight(system: System, tmp_path: Path) -> None:
+def test_queue_of_eight_runs_a_thousand_jobs(system: System, tmp_path: Path) -> None:
     log = tmp_path / "log"
     host = system.rpc.host("web01", queue={"eight": 8}, concurrency=8)
     jobs = [host.mark_turn(str(log), number) for number in range(1000)]
@@ -75,7 +75,7 @@ def test_a_thousand_jobs_through_a_queue_of_eight(system: System, tmp_path: Path
     assert starts == sorted(starts)
 
 
-def test_a_thousand_followers_and_one_that_never_reads(system: System) -> None:
+def test_thousand_followers_with_one_not_reading_get_all(system: System) -> None:
     job = system.rpc.web01.long_records(20_000, 500)
     request = b'{"harpcaller":1,"follow_stream":"%s","since":0}\n' % job.id().encode()
     with socket.socket() as deaf:

@@ -115,7 +115,7 @@ async def ask(port: int, request: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("resumable", [True, False], ids=["resumable", "bound"])
-async def test_nothing_starts_after_a_confirmed_cancel(tmp_path: Path, resumable: bool) -> None:
+async def test_confirmed_cancel_starts_no_call_afterwards(tmp_path: Path, resumable: bool) -> None:
     jobs = JOBS[resumable]
     chance = random.Random(20261123)
     clock = itertools.count()

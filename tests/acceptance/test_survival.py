@@ -88,7 +88,7 @@ class Follower:
         return self.records
 
 
-def test_a_stream_goes_on_through_ten_kills(tmp_path: Path) -> None:
+def test_stream_continues_through_ten_kills(tmp_path: Path) -> None:
     """The dispatcher and the frontend are killed five times each; two followers have every record once and in order."""
     done = tmp_path / "done"
     with system(tmp_path) as whole:
@@ -120,7 +120,7 @@ def test_a_stream_goes_on_through_ten_kills(tmp_path: Path) -> None:
         assert details["exit_info"]["by"] == "itself"
 
 
-def test_the_phases_of_a_job_add_up_to_its_time(tmp_path: Path) -> None:
+def test_job_phases_add_up_to_its_duration(tmp_path: Path) -> None:
     done = tmp_path / "done"
     done.touch()
     with system(tmp_path) as whole:
@@ -140,7 +140,7 @@ def again(harpd: Harpd) -> None:
     harpd.start_frontend()
 
 
-def test_a_stop_is_proven_through_the_whole_chain(tmp_path: Path) -> None:
+def test_stop_report_of_hostile_call_confirms_its_end(tmp_path: Path) -> None:
     """It ignores TERM, forks, changes its session and never writes: all of it ends, and the stop report says so."""
     pids = tmp_path / "pids"
     pids.touch()
@@ -162,7 +162,7 @@ def test_a_stop_is_proven_through_the_whole_chain(tmp_path: Path) -> None:
         assert took < 0.5 + 20  # kill_grace, and what a slow machine may take for the rest
 
 
-def test_a_cancel_while_the_host_is_cut_off(tmp_path: Path) -> None:
+def test_cancel_while_host_is_cut_off_is_confirmed_later(tmp_path: Path) -> None:
     with system(tmp_path) as whole:
         host = whole.rpc.host("web01", queue={"q": 1})
         job = host.wait_for(str(tmp_path / "never"), 1)
@@ -192,7 +192,7 @@ def test_a_cancel_while_the_host_is_cut_off(tmp_path: Path) -> None:
         assert second.get() == 1
 
 
-def test_a_host_that_stays_away_is_given_up_and_has_ended_the_call_itself(tmp_path: Path) -> None:
+def test_host_that_stays_away_is_lost_and_ended_its_call(tmp_path: Path) -> None:
     with system(tmp_path, disconnect_timeout=1.0, host_timeout=11.0) as whole:
         host = whole.rpc.host("web01", queue={"q": 1})
         job = host.wait_for(str(tmp_path / "never"), 1)
@@ -230,7 +230,7 @@ def newer(directory: Path) -> Path:
     return copy
 
 
-def test_the_dispatcher_is_upgraded_under_a_hundred_calls(tmp_path: Path) -> None:
+def test_dispatcher_upgrade_continues_a_hundred_calls(tmp_path: Path) -> None:
     done = tmp_path / "done"
     with system(tmp_path) as whole:
         plain = [whole.rpc.web01.wait_for(str(done), number) for number in range(50)]
@@ -256,7 +256,7 @@ def test_the_dispatcher_is_upgraded_under_a_hundred_calls(tmp_path: Path) -> Non
         assert version.exists()
 
 
-def test_harpd_is_upgraded_under_running_calls(tmp_path: Path) -> None:
+def test_harpd_upgrade_continues_running_calls(tmp_path: Path) -> None:
     """The calls' service is started anew: a new supervisor takes new calls, the old one keeps its own to their end."""
     done = tmp_path / "done"
     with system(tmp_path) as whole:
@@ -275,7 +275,7 @@ def test_harpd_is_upgraded_under_running_calls(tmp_path: Path) -> None:
         wait_until(lambda: is_dead(old), DEADLINE, "the end of the old supervisor")
 
 
-def test_a_job_whose_call_its_host_does_not_know_is_missing_its_result(tmp_path: Path) -> None:
+def test_job_with_call_unknown_to_host_ends_missing_result(tmp_path: Path) -> None:
     with system(tmp_path) as whole:
         job = whole.rpc.web01.wait_for(str(tmp_path / "never"), 1)
         wait_until(lambda: (job.details()["call"] or {}).get("instance"), DEADLINE, "the call")
@@ -290,7 +290,7 @@ def test_a_job_whose_call_its_host_does_not_know_is_missing_its_result(tmp_path:
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_an_end_that_came_while_the_dispatcher_was_away_is_fetched(tmp_path: Path, number: signal.Signals) -> None:
+def test_call_end_without_dispatcher_is_fetched_at_restart(tmp_path: Path, number: signal.Signals) -> None:
     done = tmp_path / "done"
     with system(tmp_path) as whole:
         job = whole.rpc.web01.wait_for(str(done), {"k": [1]})
@@ -305,7 +305,7 @@ def test_an_end_that_came_while_the_dispatcher_was_away_is_fetched(tmp_path: Pat
         wait_until(lambda: whole.harpd.status()["resumable"] == 0, DEADLINE, "the call forgotten")
 
 
-async def test_calls_go_on_while_the_store_takes_nothing(tmp_path: Path) -> None:
+async def test_full_disk_does_not_end_running_calls(tmp_path: Path) -> None:
     """A full disk for longer than a call may run without contact: the host is heard all the same, and waits."""
     done = tmp_path / "done"
     real = await open_store(tmp_path / "store")

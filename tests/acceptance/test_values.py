@@ -59,7 +59,7 @@ def same(one: Any, other: Any) -> bool:
 
 
 @pytest.mark.parametrize("value", VALUES.values(), ids=VALUES)
-def test_a_value_survives_the_dispatcher(system: System, value: Any) -> None:
+def test_value_through_dispatcher_is_unchanged(system: System, value: Any) -> None:
     job = system.rpc.host("web01", info=value).stream(value)
     assert same(list(job.follow(since=0)), [value])
     other = system.rpc.job(job.id())
@@ -70,7 +70,7 @@ def test_a_value_survives_the_dispatcher(system: System, value: Any) -> None:
 
 
 @pytest.mark.parametrize("value", VALUES.values(), ids=VALUES)
-def test_a_value_survives_a_direct_call(system: System, value: Any) -> None:
+def test_value_through_direct_call_is_unchanged(system: System, value: Any) -> None:
     assert same(system.server.same(value), value)
     record, result = system.server.stream(value)
     assert same(record, value)
@@ -78,7 +78,7 @@ def test_a_value_survives_a_direct_call(system: System, value: Any) -> None:
     assert same(result.value, value)
 
 
-def test_numbers_stay_as_written_in_the_dispatcher(system: System) -> None:
+def test_numbers_through_dispatcher_stay_as_written(system: System) -> None:
     """A number that Python would write in another way stays as it was written, also in a job that does not run."""
     line = b'{"harpcaller":1,"host":"none","procedure":"p","arguments":[1.10,1E5,12345678901234567890.0],"info":0.30}\n'
     (accepted,) = system.transcript(line)

@@ -251,7 +251,7 @@ def test_unreachable_dispatcher_is_not_stored_as_end(shell: Shell) -> None:
         assert job.result(wait=True) == 5
 
 
-def test_no_result_for_waiting_request_raises(shell: Shell) -> None:
+def test_result_reply_no_result_to_waiting_request_raises(shell: Shell) -> None:
     with Peer(answering(NOT_YET), answering(NOT_YET)) as peer:
         job = shell.caller(peer).job(JOB)
         assert isinstance(job.result(wait=True), harp.CommunicationError)

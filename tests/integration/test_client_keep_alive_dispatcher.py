@@ -49,7 +49,7 @@ def test_keep_alive_sends_requests_on_one_connection(shell: Shell) -> None:
     assert [request.get("keep_alive") for request in peer.requests] == [True, True, True]
 
 
-def test_without_keep_alive_it_is_not_requested(shell: Shell) -> None:
+def test_client_without_keep_alive_does_not_request_it(shell: Shell) -> None:
     with Peer(answering(SUBMITTED), answering({"result": 1, "keep_alive": 60})) as peer:
         assert shell.caller(peer).web01.p().get() == 1
     assert not any("keep_alive" in request for request in peer.requests)

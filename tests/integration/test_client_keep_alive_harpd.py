@@ -84,7 +84,7 @@ def test_keep_alive_sends_calls_on_one_connection(shell: Shell, tls: ssl.SSLCont
     ]
 
 
-def test_without_keep_alive_it_is_not_requested(shell: Shell, tls: ssl.SSLContext) -> None:
+def test_client_without_keep_alive_does_not_request_it(shell: Shell, tls: ssl.SSLContext) -> None:
     """Even if harpd grants keep-alive without a request, each call has its own connection."""
     with Peer(keeping(result(1)), keeping(result(2)), tls=tls) as peer:
         server = shell.server(peer)

@@ -282,7 +282,7 @@ def test_result_storage_error_in_outage_is_returned(shell: Shell) -> None:
         lambda rpc: rpc.job(JOB).details(),
     ],
 )
-def test_other_requests_are_never_repeated(shell: Shell, operation: Callable[[Any], Any]) -> None:
+def test_reconnect_does_not_repeat_other_requests(shell: Shell, operation: Callable[[Any], Any]) -> None:
     with Peer(answering()) as peer, pytest.raises(harp.CommunicationError):
         operation(shell.caller(peer))
 

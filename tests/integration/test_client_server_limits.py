@@ -83,7 +83,7 @@ def test_partial_request_is_refused(dispatcher: Harpcallerd) -> None:
         assert client.messages() == refused("the connection was closed in the middle of the request line")
 
 
-def test_half_closed_client_without_request_gets_nothing(dispatcher: Harpcallerd) -> None:
+def test_client_half_closed_without_request_gets_nothing(dispatcher: Harpcallerd) -> None:
     with dispatcher.connect() as client:
         client.half_close()
         assert client.lines() == []
@@ -106,7 +106,7 @@ def test_data_after_the_request_is_ignored(dispatcher: Harpcallerd, more: bytes)
 # Disconnects.
 
 
-def test_half_closed_client_gets_an_immediate_reply(dispatcher: Harpcallerd) -> None:
+def test_client_half_closed_gets_an_immediate_reply(dispatcher: Harpcallerd) -> None:
     job = dispatcher.submit("web01", "count", 2)
     assert dispatcher.ask(get_result=job) == [{"result": "counted"}]
     packets = [{"packet": 0, "data": 0}, {"packet": 1, "data": 1}]
@@ -127,7 +127,7 @@ def test_half_closed_client_gets_an_immediate_reply(dispatcher: Harpcallerd) -> 
     assert "invalid_jobid" in str(ask(follow_stream=UNKNOWN))
 
 
-def test_half_closed_client_ends_the_wait(dispatcher: Harpcallerd) -> None:
+def test_client_half_closed_ends_the_wait(dispatcher: Harpcallerd) -> None:
     job = dispatcher.submit("web01", "feed", "a", "b")
     wait_until(lambda: len(dispatcher.ask(read_stream=job)) == 3, DEADLINE, "the records")
     for request, replies in (

@@ -69,7 +69,7 @@ def test_keep_alive_connection_serves_many_calls(harpd: Harpd) -> None:
     assert len(pids) == 20
 
 
-def test_without_keep_alive_the_connection_closes(harpd: Harpd) -> None:
+def test_connection_without_keep_alive_is_closed(harpd: Harpd) -> None:
     with harpd.connect() as client:
         client.send(harpd.request("same", [1]))
         assert client.lines() == [{"harp": 1, "stream_result": False}, {"result": 1}]

@@ -145,7 +145,7 @@ def test_reload_logs_settings_that_need_a_restart(harpd: Harpd) -> None:
         assert version(harpd) == {"result": 1}
 
 
-def test_old_tls_minimum_is_logged_as_warning(harpd: Harpd) -> None:
+def test_tls_minimum_below_1_2_is_logged_as_warning(harpd: Harpd) -> None:
     harpd.configure({"network": {"tls_minimum": "1.1"}})
     with harpd:
         harpd.wait_event("TLS versions below 1.2 are allowed", level="warning", tls_minimum="1.1")

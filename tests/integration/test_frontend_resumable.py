@@ -239,7 +239,7 @@ def test_invalid_command_closes_only_the_connection(harpd: Harpd, tmp_path: Path
 
 
 @pytest.mark.parametrize("data", [b"x" * 5000, b'{"heartbeat":0' + b" " * 5000 + b"}\n"])
-def test_too_long_command_closes_only_the_connection(harpd: Harpd, tmp_path: Path, data: bytes) -> None:
+def test_command_too_long_closes_only_the_connection(harpd: Harpd, tmp_path: Path, data: bytes) -> None:
     with harpd.start_resumable("wait_for", str(tmp_path / "go")) as client:
         client.message()
         client.send(data)
@@ -251,7 +251,7 @@ def test_too_long_command_closes_only_the_connection(harpd: Harpd, tmp_path: Pat
         assert closing_line(again) == {"result": "there"}
 
 
-def test_half_closed_client_is_detached(harpd: Harpd, tmp_path: Path) -> None:
+def test_client_half_closed_is_detached(harpd: Harpd, tmp_path: Path) -> None:
     with harpd.start_resumable("wait_for", str(tmp_path / "go")) as client:
         client.message()
         client.socket.shutdown(socket.SHUT_WR)
@@ -370,7 +370,7 @@ async def test_bound_call_at_a_retiring_supervisor_uses_the_next(tmp_path: Path)
     assert not harpd.faults()
 
 
-async def test_too_many_commands_before_acknowledgement_detach(tmp_path: Path) -> None:
+async def test_commands_before_acknowledgement_too_many_detach(tmp_path: Path) -> None:
     harpd = Harpd(tmp_path / "harpd", "", services=True)
     directory = harpd.runtime_directory
     directory.mkdir()

@@ -94,7 +94,7 @@ def test_status_wait_returns_after_the_start(dispatcher: Harpcallerd) -> None:
     ],
     ids=" ".join,
 )
-def test_every_command_fails_without_a_daemon(dispatcher: Harpcallerd, command: list[str]) -> None:
+def test_command_without_daemon_fails(dispatcher: Harpcallerd, command: list[str]) -> None:
     assert fails(dispatcher, *command) == f"harpcallerd: no harpcallerd is running on {dispatcher.socket}"
 
 
@@ -171,7 +171,7 @@ def test_start_keeps_a_file_that_is_not_a_socket(dispatcher: Harpcallerd) -> Non
     assert fails(dispatcher, "list") == f"harpcallerd: no harpcallerd is running on {dispatcher.socket}"
 
 
-def test_two_starts_at_once_make_one_daemon(dispatcher: Harpcallerd) -> None:
+def test_daemon_started_twice_at_once_runs_once(dispatcher: Harpcallerd) -> None:
     dispatcher.start()
     dispatcher.kill()  # both find its socket files
     dispatcher.configure({"listen": ["127.0.0.1:0"]})

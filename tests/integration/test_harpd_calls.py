@@ -269,7 +269,7 @@ def test_instances_are_exposed_under_variable_names(harpd: Harpd) -> None:
 
 
 @pytest.mark.parametrize("name", ["plain_value", "Procedure", "os", "__name__", "echo.function", "\ud800", "no"])
-def test_other_names_are_not_exposed(harpd: Harpd, name: str) -> None:
+def test_name_without_decorator_is_not_exposed(harpd: Harpd, name: str) -> None:
     (message,) = harpd.call(name)
     assert message["error"]["type"] == "no_such_procedure"
     assert message["error"]["data"] == {"procedure": name}
@@ -466,7 +466,7 @@ def test_printed_bytes_and_long_lines_are_logged(harpd: Harpd) -> None:
     harpd.wait_event("call printed", call=last_call(harpd, "prints_around"), text="\\ud800 and \u20ac")
 
 
-def test_two_hundred_concurrent_calls(harpd: Harpd, tmp_path: Path) -> None:
+def test_calls_two_hundred_at_once_return(harpd: Harpd, tmp_path: Path) -> None:
     clients: list[LineClient] = []
     try:
         for _ in range(200):
@@ -552,7 +552,7 @@ def test_calls_above_limit_are_rejected(tmp_path: Path) -> None:
         nothing_is_left(harpd)
 
 
-def test_no_free_descriptor_rejects_new_calls(tmp_path: Path) -> None:
+def test_call_without_free_descriptor_is_rejected(tmp_path: Path) -> None:
     with Harpd(tmp_path / "harpd", PROCEDURES + OWN, {"limits": {"kill_grace": 1}}, descriptors=200) as harpd:
         clients: list[LineClient] = []
         try:

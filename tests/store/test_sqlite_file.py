@@ -48,7 +48,7 @@ def mode(path: Path) -> int:
 
 
 @pytest.mark.parametrize("umask", [0o000, 0o022, 0o077])
-async def test_new_store_is_private_to_its_user(tmp_path: Path, umask: int) -> None:
+async def test_store_file_new_is_private_to_its_user(tmp_path: Path, umask: int) -> None:
     before = os.umask(umask)
     try:
         store = await open_store(tmp_path / "made" / "store")
@@ -304,7 +304,7 @@ LISTS = {
 }
 
 
-def test_every_statement_is_used_by_the_code() -> None:
+def test_queries_sql_every_statement_is_used() -> None:
     package = Path(sql.__file__).parent
     code = "".join(module.read_text() for module in package.glob("*.py"))
     assert {name for name in QUERIES if f'QUERIES["{name}"]' not in code} == LISTS

@@ -284,7 +284,7 @@ def test_contenders_alternate_and_one_that_fails_is_left_out(tmp_path: Path) -> 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_same_function_with_same_arguments_runs_once(tmp_path: Path) -> None:
+def test_figure_same_function_and_arguments_runs_once(tmp_path: Path) -> None:
     found = Results()
     same = contender("same", 7.0, functions=("a", "a"))
     measure(PART, (same,), SIZES, 1, Place(tmp_path, None), found, lambda text: None)

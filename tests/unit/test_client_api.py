@@ -119,7 +119,7 @@ def test_docs_page_contains_every_signature() -> None:
     assert not missing
 
 
-def test_all_lists_exactly_the_documented_names() -> None:
+def test_dunder_all_lists_exactly_the_documented_names() -> None:
     named = {name.partition(".")[0] for name in SIGNATURES}
     assert set(harp.__all__) == named | {
         "CALL_CANCELLED",

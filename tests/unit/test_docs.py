@@ -23,13 +23,13 @@ def page(name: str) -> str:
     return (ROOT / "docs" / name).read_text()
 
 
-def test_the_table_of_states_is_the_programs() -> None:
+def test_docs_table_of_states_matches_transitions() -> None:
     rows = re.findall(r"^\| `(\w+)` \|(.*)\|$", page("lifecycle.md"), re.MULTILINE)
     table = {state: set(re.findall(r"`(\w+)`", following)) for state, following in rows}
     assert table == {str(state): {str(following) for following in after} for state, after in TRANSITIONS.items()}
 
 
-def test_every_error_type_of_the_program_has_a_row() -> None:
+def test_docs_table_of_errors_has_every_error_type() -> None:
     listed = set(re.findall(r"^\| `(\w+)` \|", page("protocol.md"), re.MULTILINE))
     made = set()
     for text in SOURCES.values():
@@ -39,7 +39,7 @@ def test_every_error_type_of_the_program_has_a_row() -> None:
     assert made <= listed
 
 
-def test_every_page_that_a_docstring_names_exists() -> None:
+def test_docstring_pages_exist() -> None:
     named = {name for text in SOURCES.values() for name in re.findall(r"docs/([\w/.-]+\.md)", text)}
     assert named
     assert {name for name in named if not (ROOT / "docs" / name).exists()} == set()
@@ -61,7 +61,7 @@ def test_test_names_in_pages_exist() -> None:
     assert named - functions - {"test_docs"} == set()
 
 
-def test_every_section_that_a_docstring_names_exists() -> None:
+def test_docstring_sections_exist() -> None:
     missing = {
         (name, section)
         for text in SOURCES.values()
@@ -174,5 +174,5 @@ def test_texts_have_no_banned_phrase() -> None:
     assert found(BANNED_PHRASES) == []
 
 
-def test_other_words_belong_to_glossary_terms() -> None:
+def test_glossary_other_words_belong_to_its_terms() -> None:
     assert set(OTHER_WORDS) <= {*glossary(), "max_calls_per_process"}

@@ -23,7 +23,7 @@ SHA512 = HASHES["sha512"]
 
 
 @pytest.mark.parametrize("hashed", HASHES.values(), ids=HASHES)
-def test_each_hash_format_accepts_only_its_password(hashed: str) -> None:
+def test_passfile_hash_format_accepts_only_its_password(hashed: str) -> None:
     assert matches("secret", hashed)
     assert not matches("secreT", hashed)
     assert not matches("", hashed)
