@@ -116,7 +116,7 @@ class CallRegistry:
         for call_id, state in calls.items():
             try:
                 terms = SessionTerms.decode(state.session["resumable"])
-            except (KeyError, TypeError):
+            except (KeyError, TypeError, ValueError):
                 continue  # a connection-bound call: no dispatcher attaches to it
             session = self._add_session(call_id, terms, self._loop.now())
             session.adopt(dumps(stop_reports[call_id]) if call_id in stop_reports else None)

@@ -76,8 +76,13 @@ class SessionTerms:
 
     @classmethod
     def decode(cls, stored: Mapping[str, Any]) -> SessionTerms:
-        """Return the terms that `encode` has stored. Raises KeyError or TypeError."""
-        return cls(*(stored[key] for key in cls.__slots__))
+        """Return the terms that `encode` has stored.
+
+        Raises:
+            KeyError, TypeError, ValueError: it is a connection-bound call, or the state file is damaged.
+        """
+        seconds = (float(stored[key]) for key in ("disconnect_timeout", "result_ttl", "timeout", "max_exec_time"))
+        return cls(str(stored["owner"]), str(stored["secret"]), *seconds, bool(stored["streaming"]))
 
     def encode(self) -> dict[str, Any]:
         """Return the terms as values that JSON can represent."""
