@@ -81,8 +81,15 @@ class SessionTerms:
         Raises:
             KeyError, TypeError, ValueError: it is a connection-bound call, or the state file is damaged.
         """
-        seconds = (float(stored[key]) for key in ("disconnect_timeout", "result_ttl", "timeout", "max_exec_time"))
-        return cls(str(stored["owner"]), str(stored["secret"]), *seconds, bool(stored["streaming"]))
+        return cls(
+            owner=str(stored["owner"]),
+            secret=str(stored["secret"]),
+            disconnect_timeout=float(stored["disconnect_timeout"]),
+            result_ttl=float(stored["result_ttl"]),
+            timeout=float(stored["timeout"]),
+            max_exec_time=float(stored["max_exec_time"]),
+            streaming=bool(stored["streaming"]),
+        )
 
     def encode(self) -> dict[str, Any]:
         """Return the terms as values that JSON can represent."""
