@@ -82,8 +82,8 @@ def daemon(log: Path, *command: str) -> Iterator[int]:
 
 def port_of(process: subprocess.Popen[bytes], log: Path) -> int:
     """Wait until the daemon's log contains its port; return the port."""
-    last = time.monotonic() + START_DEADLINE
-    while time.monotonic() < last and process.poll() is None:
+    deadline = time.monotonic() + START_DEADLINE
+    while time.monotonic() < deadline and process.poll() is None:
         if serving := re.search(r"is serving.* port=(\d+)", log.read_text()):
             return int(serving[1])
         time.sleep(0.02)
@@ -159,11 +159,11 @@ Ctrl-C here stops both and removes the directory."""
 
 def wait_for_interrupt(directory: Path, harpcallerd_port: int, harpd_port: int) -> None:
     """Print how to use the daemons, then wait for Ctrl-C or SIGTERM."""
-    facts = {"directory": directory, "user": USER, "password": PASSWORD}
+    fields = {"directory": directory, "user": USER, "password": PASSWORD}
     stopped = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: stopped.set())
-    print(INSTRUCTIONS.format(harpcallerd=harpcallerd_port, harpd=harpd_port, **facts), flush=True)
+    print(INSTRUCTIONS.format(harpcallerd=harpcallerd_port, harpd=harpd_port, **fields), flush=True)
     stopped.wait()
 
 

@@ -1,7 +1,7 @@
 """Procedures to try: what an operator puts into /etc/harpd/harpd.py on each server.
 
-Every decorated function can be called under its name. What it returns, yields or raises goes to the caller;
-what it prints goes to the log of harpd.
+Clients call a decorated function by its name. The caller receives its return value, its records and its exception;
+lines that it prints go to the log of harpd.
 """
 
 import os
@@ -13,32 +13,32 @@ from harpd.proc import Result, procedure, streaming_procedure
 
 @procedure
 def current_time():
-    """The server's time, in Unix seconds."""
+    """Return the server's time in Unix seconds."""
     return int(time.time())
 
 
 @procedure
 def return_immediate(*values):
-    """What was given."""
+    """Return the arguments."""
     return {"values": list(values), "pid": os.getpid()}
 
 
 @procedure
 def disk_usage(path="/"):
-    """Bytes in all, used and free of the file system that holds `path`."""
+    """Return the total, used and free bytes of the file system of `path`."""
     total, used, free = shutil.disk_usage(path)
     return {"path": path, "total": total, "used": used, "free": free}
 
 
 @procedure
 def divide(a, b):
-    """A quotient, or ZeroDivisionError: exceptions travel."""
+    """Return the quotient; for b=0, the caller receives the exception ZeroDivisionError."""
     return a / b
 
 
 @procedure
 def sleep(seconds):
-    """Take a while; say how long."""
+    """Sleep for some seconds; return how many."""
     time.sleep(seconds)
     return {"slept": seconds}
 
@@ -57,7 +57,7 @@ def whoami():
 
 @streaming_procedure
 def count(numbers, pause=0.2):
-    """Yield records one by one; the end result is how many there were."""
+    """Yield records one by one; the end result is their number."""
     for number in range(numbers):
         yield {"number": number}
         time.sleep(pause)
@@ -66,7 +66,7 @@ def count(numbers, pause=0.2):
 
 @streaming_procedure
 def stream_infinity():
-    """Yield a record a second, until somebody ends it."""
+    """Yield one record each second until the call is stopped."""
     number = 0
     while True:
         yield {"number": number, "time": int(time.time())}
@@ -76,7 +76,7 @@ def stream_infinity():
 
 @streaming_procedure
 def logs_in_next_minutes(minutes):
-    """Yield log messages as they come. Here a minute passes in a tenth of a second."""
+    """Yield log messages; here a minute takes a tenth of a second."""
     for minute in range(minutes):
         time.sleep(0.1)
         yield f"minute {minute}: all is well"
