@@ -10,7 +10,8 @@ import hmac
 from functools import cache
 from typing import Any
 
-#: Libraries with `crypt_r`: libxcrypt and old glibc; libxcrypt without the old interface; musl, which has it in libc.
+#: Libraries that may have `crypt_r`: libxcrypt or old glibc; libxcrypt without its old interface; None: the C library,
+#: as in musl.
 _LIBRARIES = ("libcrypt.so.1", "libcrypt.so.2", None)
 
 #: `struct crypt_data` has 32 KiB in libxcrypt and 128 KiB in old glibc. It must be zeroed.

@@ -49,7 +49,7 @@ class ConfiguredUsers(AuthDB):
         self._cache = PasswordCache()
 
     def check_cached(self, user: str, password: str) -> bool:
-        """Return whether the password is correct, as far as that is known without hashing it."""
+        """Return whether the password is correct; False also if only a hash can decide it."""
         stored = self._users.get(user)
         if stored is None:
             return False

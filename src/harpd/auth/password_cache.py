@@ -28,20 +28,20 @@ class PasswordCache:
         Args:
             user: the user name.
             password: the password in clear.
-            stored: what is stored for each user: a hash, for example.
-            matches: returns whether a password is correct for what is stored.
+            stored: the stored password or hash of each user.
+            matches: returns whether a password (first argument) is correct for a stored one (second argument).
         """
         # For an unknown user another password is checked, so that the time does not reveal which user names exist.
-        compared = stored.get(user, next(iter(stored.values()), ""))
-        if not matches(password, compared) or user not in stored:
+        expected = stored.get(user, next(iter(stored.values()), ""))
+        if not matches(password, expected) or user not in stored:
             return False
-        self._digests[user] = self._digest(password, compared)
+        self._digests[user] = self._digest(password, expected)
         if len(self._digests) > _MAX_USERS:
             self._digests.popitem(last=False)
         return True
 
     def contains(self, user: str, password: str, stored: str) -> bool:
-        """Return whether this password is known to be correct for what is stored for the user."""
+        """Return whether an earlier check accepted this password for the user and the stored password or hash."""
         found = self._digests.get(user)
         return found is not None and hmac.compare_digest(found, self._digest(password, stored))
 

@@ -73,12 +73,12 @@ def _load_everything(options: CommandLine) -> list[str]:
         resolve(config.configuration.network.address)  # only a start can find that a port is in use
     except ResolveError as error:
         raise ConfigError(f"{options.config}: network.address: {error}") from error
-    before = threading.active_count()
+    threads_before = threading.active_count()
     procedures = load_procedures(options.procedures)
     warnings = config.users.warnings() if isinstance(config.users, AuthDB) else []
     if not procedures:
         warnings.append(f"{options.procedures}: exposes no procedure; decorate functions with @procedure")
-    if (running := threading.active_count() - before) > 0:
+    if (running := threading.active_count() - threads_before) > 0:
         warnings.append(f"{options.procedures}: started {running} thread(s), which will be missing in calls")
     group = None if options.default_group is None else (options.default_group,)
 

@@ -54,7 +54,7 @@ class SupervisorConfig:
 
 @dataclass(frozen=True)
 class LoadedConfig(SupervisorConfig):
-    """The configuration of a connection, from its first byte to its last."""
+    """The frontend's configuration. Each connection uses the one with which it began until it closes."""
 
     context: ssl.SSLContext
     users: AuthDB
@@ -77,13 +77,13 @@ def load_config(options: CommandLine) -> LoadedConfig:
     base = load_supervisor_config(options)
     configuration = base.configuration
     context = server_context(configuration.network, options.config)
-    before = sys.path[:]
+    previous_path = sys.path[:]
     paths = configuration.python.search_paths()
     sys.path[:] = [*paths["prepend"], *options.search_path, *paths["append"]]
     try:
         users = _open_users(configuration.authentication, options.config)
     except BaseException:
-        sys.path[:] = before
+        sys.path[:] = previous_path
         raise
     return LoadedConfig(configuration, base.log, context, users)
 

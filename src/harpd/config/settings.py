@@ -55,9 +55,9 @@ class Python(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 
     def search_paths(self) -> dict[str, list[str]]:
         """Return the directories to search before and after Python's own: the keys ``prepend`` and ``append``."""
-        given = self.path if isinstance(self.path, dict) else {"prepend": self.path}
-        both = {end: given.get(end, []) for end in ("prepend", "append")}
-        return {end: [listed] if isinstance(listed, str) else listed for end, listed in both.items()}
+        path = self.path if isinstance(self.path, dict) else {"prepend": self.path}
+        directories = {key: path.get(key, []) for key in ("prepend", "append")}
+        return {key: [value] if isinstance(value, str) else value for key, value in directories.items()}
 
 
 class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

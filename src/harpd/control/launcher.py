@@ -7,9 +7,9 @@ object, from stdin. In the foreground it inherits stderr.
 A supervisor creates its own sockets and can outlive its launcher. At its start and at each reload, the launcher tells
 older supervisors to *retire*: they accept no new calls and exit after their last one. A full stop ends all supervisors.
 
-The launcher is a part of the frontend's program, or the service ``harpd supervisor``. There SIGTERM ends all calls.
-SIGHUP replaces the supervisor by a new one, with the code and the configuration of now. SIGUSR1 ends only this program:
-supervisors continue, and retire when the service starts again.
+The launcher is a part of the frontend's program, or the service ``harpd supervisor``. In this service, SIGTERM ends all
+calls. SIGHUP starts a new supervisor with the code and the configuration that are installed now; the old one retires.
+SIGUSR1 ends only the service: supervisors continue, and retire when the service starts again.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ log = logging.getLogger("harpd.control")
 
 #: Seconds for a supervisor to load the procedures file and to reply; seconds between two status requests meanwhile.
 _START_TIMEOUT, _POLL_INTERVAL = 60.0, 0.02
-#: Seconds for one of these replies. An older supervisor, still active, may hang; the request is repeated.
+#: Seconds for one status reply. It may be an older, hanging supervisor that is still active: the request is repeated.
 _REPLY_TIMEOUT = 2.0
 #: Seconds for a supervisor to stop, beyond the calls' two grace periods.
 STOP_MARGIN = 5.0
@@ -96,7 +96,7 @@ class SupervisorLauncher:
             if self._active is not None:
                 self._retired.add(self._active)
             self._active = child
-            if child.exit_status.done():  # `_on_exit` ran before it was the active one
+            if child.exit_status.done():  # it exited before it was the active one, so `_on_exit` started no other
                 self._begin_restart()
             log.info("supervisor started", extra={"supervisor": child.process.pid})
             await self._retire_others(instance)

@@ -70,7 +70,7 @@ class ServiceRunner:
             signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT, signal.SIGHUP})
 
     async def _serve(self, service: Service, on_serving: Callable[[], None]) -> NoReturn:
-        """Start the service; then reload it at each request. Requests during the start or a reload cause one more."""
+        """Start the service; then reload it at each request. Requests during the start or a reload cause one reload."""
         await service.start()
         on_serving()
         notify_service_manager("READY=1")

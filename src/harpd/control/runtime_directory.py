@@ -18,7 +18,7 @@ from harp_daemon.settings import ConfigError
 
 
 def _check_owner(path: Path, file: Path) -> None:
-    """Raise `ConfigError` if another user can write there, who could then impersonate the supervisor."""
+    """Raise `ConfigError` if another user can write there: this user could impersonate the supervisor."""
     status = path.stat()
     where = f"{file}: runtime_directory: {path}"
     if status.st_uid not in (0, os.geteuid()):

@@ -2,8 +2,8 @@
 
 One supervisor is active: it accepts new calls, at the socket `ACTIVE_SOCKET`. During an upgrade or after a restart,
 older supervisors still hold calls. Each supervisor has its own socket, `SOCKET_PREFIX` + INSTANCE. A socket that
-refuses connections belongs to a dead supervisor. A supervisor knows only its own calls, so a search for a call asks all
-of them, and "no such call" is the answer only after every running supervisor has said so.
+refuses connections belongs to a dead supervisor. A supervisor has only its own calls. So a request to attach is sent to
+one supervisor after the other. The client receives "no such call" only if every running supervisor replied so.
 
 Connections are plain sockets, not asyncio streams: data that a supervisor sent before its death can be read after it.
 """
@@ -303,8 +303,8 @@ class SupervisorClient:
         """Return the owner's calls in all supervisors, and the instance of the active supervisor.
 
         Raises:
-            SupervisorError: no supervisor is active, or one sends no reply. An incomplete list would be taken for the
-                end of the missing calls.
+            SupervisorError: no supervisor is active, or one sends no reply. An incomplete list is not returned: the
+                dispatcher would take the missing calls for ended ones.
         """
         request = dumps({"calls": owner}) + b"\n"
         active = await _retry_until_active(partial(self._calls_of, ACTIVE_SOCKET, request))
@@ -330,7 +330,7 @@ class SupervisorClient:
         """Attach to a call in the supervisor that has it.
 
         Args:
-            request: the line that asks to attach.
+            request: the request line.
 
         Returns:
             The reply of that supervisor. If no supervisor has the call: the reply of the active one.
@@ -341,7 +341,10 @@ class SupervisorClient:
         return await _retry_until_active(partial(self._find_call, request))
 
     async def _find_call(self, request: bytes) -> AttachReply:
-        """Ask each supervisor once. Raises `SupervisorNotRunning` if that does not answer who has the call."""
+        """Send the request to each supervisor once.
+
+        Raises `SupervisorNotRunning` if no supervisor is active and no other one has the call.
+        """
         active = await self._try_attach(ACTIVE_SOCKET, request)
         if active is not None and active.found:
             return active
@@ -360,7 +363,7 @@ class SupervisorClient:
         return active
 
     async def _try_attach(self, name: str, request: bytes) -> AttachReply | None:
-        """Ask one supervisor to attach; return None if it is dead."""
+        """Send the request to one supervisor; return None if it is dead."""
         with ExitStack() as closing:
             try:
                 connection = closing.enter_context(await self.connect(name))

@@ -99,7 +99,7 @@ class Connection:
         self._stopping = False
 
     async def wait_call_done(self) -> None:
-        """Wait until this connection has no call that it would have to stop."""
+        """Wait until the proxy of the call has ended; return at once if there is no call."""
         if self._proxy is not None:
             await self._call_done.wait()
 
@@ -323,7 +323,7 @@ class Connection:
 
 
 def _raised_at(error: BaseException | None) -> dict[str, object]:
-    """Return the facts of an exception that contain no secret: its type and where it was raised."""
+    """Return log fields of an exception that contain no secret: its type, and the line that raised it."""
     frames = traceback.extract_tb(error.__traceback__) if error is not None else []
     location = f"{frames[-1].filename}:{frames[-1].lineno}" if frames else "unknown"
     return {"error": type(error).__name__, "location": location}

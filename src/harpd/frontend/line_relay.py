@@ -1,13 +1,13 @@
 """Cuts the supervisor's data for the client at line ends, without decoding it.
 
-The frontend needs two facts about the lines: whether the closing line was sent, and whether it can send an error of its
-own, which it cannot in the middle of a line. No input or output here.
+The frontend needs to know whether the closing line was sent, and whether it can send its own error: it cannot send one
+in the middle of a line. No input or output here.
 """
 
 from __future__ import annotations
 
-#: An incomplete line is held back up to this many bytes. So when the supervisor dies in the middle of a line, the
-#: client has received no part of that line, unless it is a long one.
+#: Up to this many bytes of an incomplete line are buffered. So if the supervisor dies in the middle of a line, the
+#: client has received no part of it, unless the line is longer.
 _MAX_PARTIAL_BYTES = 64 * 1024
 
 #: The starts of the lines that close a call, as `harp.protocol.harpd.encode_message` writes them.

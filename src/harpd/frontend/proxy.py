@@ -1,8 +1,8 @@
 """Carries the data of one call between its supervisor and its client.
 
 A *connection-bound* call ends with its connection. Only the supervisor's lines are sent on: when the client sends data
-or disconnects, the call is stopped, and the connection counts until the call's processes have ended. If the client
-asked for keep-alive, data after the closing line is its next request.
+or disconnects, the call is stopped. The connection counts for `limits.max_connections` until the call's processes have
+ended. If the client requested keep-alive, data after the closing line is its next request.
 
 For a *resumable* call, both directions are sent on without decoding; only the length of the client's lines is checked.
 When either side disconnects, no error line is sent: it would look like the end of the call, but the call continues.
@@ -61,7 +61,7 @@ class _Proxy:
         stream: the connection to the client.
         limits: the configured limits.
         on_accepted: called when the supervisor has replied to the request.
-        keep_alive: whether the client asked for keep-alive.
+        keep_alive: whether the client requested keep-alive.
         call: the call's id, for the log.
         supervisor: the connection to the supervisor.
         request: the line that starts the call; empty after an attach.
@@ -125,9 +125,9 @@ class BoundProxy(_Proxy):
         except RequestRejected as error:
             rejected = error
             if not relay.complete:
-                stopping = error.error is SHUTDOWN
+                frontend_stops = error.error is SHUTDOWN
                 await self._stop_call(
-                    "frontend stops; call stopped" if stopping else "client sent unexpected data; call stopped"
+                    "frontend stops; call stopped" if frontend_stops else "client sent unexpected data; call stopped"
                 )
         finally:
             self.supervisor.close()
@@ -236,7 +236,7 @@ class ResumableProxy(_Proxy):
         return None
 
     async def _start(self) -> None:
-        """Wait for the first reply. A supervisor that rejects the request reads no command. Raises `TimeoutError`."""
+        """Wait for the first reply: a supervisor that rejects the request reads no commands. Raises `TimeoutError`."""
         with contextlib.suppress(SupervisorDied):
             if self.request:
                 await self._send_to_supervisor(self.request)

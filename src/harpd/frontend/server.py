@@ -31,11 +31,11 @@ from harpd.frontend.thread_pool import BoundedThreadPool, TaskFailed
 
 log = logging.getLogger("harpd.frontend")
 
-#: Seconds between two heartbeats, which show that this process was not suspended.
+#: Seconds between two heartbeats, which show whether this process was suspended.
 _HEARTBEAT_INTERVAL = 0.5
 #: The settings that a reload does not change.
 _NEEDING_RESTART = ("network.address", "network.port", "runtime_directory")
-#: Seconds for loading the files in a reload, and again for the supervisor.
+#: In a reload: seconds for loading the files, and as many for the reply of the supervisor.
 _RELOAD_TIMEOUT = 60.0
 #: Seconds for the last replies to clients at the stop.
 _FINAL_REPLY_TIMEOUT = 5.0

@@ -15,8 +15,8 @@ _CHUNK = 64 * 1024
 #: Seconds for the TLS shutdown, including the last buffered bytes.
 _CLOSE_TIMEOUT = 30.0
 #: After an error the client may still be sending. Its data is read and discarded, because unread data would make the
-#: kernel reset the connection, and the client could lose the error. Reading ends after the first time without data, and
-#: at the latest after the second; seconds.
+#: kernel reset the connection, and the client could lose the error. Reading ends after `_QUIET_TIME` seconds without
+#: data, at the latest after `_MAX_DISCARD_TIME` seconds.
 _QUIET_TIME, _MAX_DISCARD_TIME = 0.5, 10.0
 
 
@@ -82,7 +82,7 @@ class TLSStream:
         await self._wait_writable()
 
     async def discard_input(self) -> None:
-        """Read and discard what the client is still sending, for a limited time."""
+        """Read and discard data that the client is still sending, for a limited time."""
         with contextlib.suppress(TimeoutError, ClientDisconnected):
             async with asyncio.timeout(_MAX_DISCARD_TIME):
                 while True:

@@ -36,7 +36,7 @@ class Cgroup:
 
     @property
     def populated(self) -> bool:
-        """Whether it or a cgroup below it has a live process. The kernel counts them, however fast they fork."""
+        """Whether it or a cgroup below it has a live process, also one that forks too fast for a scan of /proc."""
         try:
             with open(f"{self.path}/cgroup.events", "rb") as file:
                 return b"populated 1\n" in file.read()

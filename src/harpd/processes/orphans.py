@@ -91,7 +91,7 @@ class OrphanedCall:
 
 
 def kill_orphans(calls: Collection[OrphanedCall]) -> int:
-    """Scan for the processes of these calls and kill them; return how many the scan has found newly."""
+    """Scan for the processes of these calls and kill them; return how many were found for the first time."""
     processes = take_snapshot()
     found = sum(call.scan(processes) for call in calls)
     remaining = [call for call in calls if not call.gone]

@@ -1,4 +1,4 @@
-"""Processes as /proc shows them: which belong to a call, and how to send one a signal without ever hitting another.
+"""Processes as /proc shows them: finds those of a call, and sends a signal to one process and never to another.
 
 A pid can be reused once its process was reaped. Pid and start time together identify a process until the next boot. A
 signal is sent through a pidfd, after a comparison of the start time.
@@ -6,10 +6,10 @@ signal is sent through a pidfd, after a comparison of the start time.
 When a snapshot is complete
 ===========================
 
-/proc is first listed, then read, while processes continue to run. A process that forks and exits in a tight loop is
-listed under one pid, since pids are given in ascending order and /proc is listed in that order. When that pid is read,
-the process may be gone, and its child is not in the list. So a snapshot lists /proc again until every process of the
-last list was read alive. Then it is *complete*: a process that is not in it did not live at the time of the last
+/proc is first listed, then read, while processes continue to run. Pids are assigned in ascending order, and /proc is
+listed in that order. So a process that forks and exits in a tight loop is listed under one pid. When that pid is read,
+the process may be gone, and its child is not in the list. Therefore a snapshot lists /proc again until every process of
+the last list was read alive. Then it is *complete*: a process that is not in it did not live at the time of the last
 list. A process whose parent has died meanwhile is read again, because it has another parent by now. Only processes that
 live for a fraction of a millisecond prevent a complete snapshot. On a busy system the second list has few new pids.
 """
@@ -115,16 +115,16 @@ class CallTree:
         children: dict[int, list[int]] = {}
         for process in processes.values():
             children.setdefault(process.parent, []).append(process.pid)
-        waiting = list(found)
-        while waiting:
-            for child in children.get(waiting.pop(), ()):
+        unvisited = list(found)
+        while unvisited:
+            for child in children.get(unvisited.pop(), ()):
                 if child not in found:
                     found.add(child)
-                    waiting.append(child)
+                    unvisited.append(child)
         return [processes[pid] for pid in found if processes[pid].alive]
 
     def process_groups(self, members: Iterable[Process]) -> set[int]:
-        """Return the process groups of these members. They have no other members, since the call has created them.
+        """Return the process groups of these members. They have no other members, because the call has created them.
 
         The main process creates the first one right after the fork. Until then it has no children, and is in the group
         of its zygote.
@@ -215,8 +215,8 @@ def _read_cookies(process: Process) -> frozenset[bytes] | None:
             with contextlib.suppress(ProcessLookupError), open(f"{directory}/environ", "rb") as file:
                 if text := file.read():
                     return find_cookies(text)
-        found = _read(process.pid)
-        return None if found is None or found.flags & _EXITING else frozenset()
+        current = _read(process.pid)
+        return None if current is None or current.flags & _EXITING else frozenset()
     except PermissionError:
         return frozenset()
     except OSError:
@@ -256,8 +256,8 @@ def kill_group(group: int) -> None:
     """Kill all processes of a group at once, so that none can fork while the others are killed.
 
     Args:
-        group: one of `CallTree.process_groups` of a current snapshot. A group keeps its id while it has members, and
-            ids are given in ascending order: it is not reused before all others were.
+        group: one of `CallTree.process_groups` of a current snapshot. A group keeps its id while it has members. Ids
+            are assigned in ascending order, so a free id is reused only after all others.
     """
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(group, signal.SIGKILL)

@@ -20,7 +20,7 @@ _MAX_LISTED = 100
 
 @dataclass(slots=True)
 class _ProcessOutcome:
-    """The name of a process, the signals that it was sent, and how it ended; None: it has not."""
+    """The name of a process, the signals that it was sent, and how it ended (None: it has not ended)."""
 
     command: str = ""
     signals: list[str] = field(default_factory=list)

@@ -1,7 +1,7 @@
 """The check of a call's arguments against its procedure's signature.
 
 Nearly all arguments fit, and nearly all procedures are plain functions: for these, a look at the code object is enough.
-All other cases need the large module `inspect`. A procedures file that needs it has it loaded before the first fork.
+All other cases need the large module `inspect`. If a procedures file needs it, it is loaded before the first fork.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ class Channel:
         guard: defers signals while bytes are written.
 
     Raises:
-        OSError: by every method: the supervisor has died, or the procedure has closed the descriptor.
+        OSError: in every method: the supervisor has died, or the procedure has closed the descriptor.
     """
 
     def __init__(self, descriptor: int, guard: SignalGuard) -> None:

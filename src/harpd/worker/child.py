@@ -3,8 +3,8 @@
 The zygote has forked this process. Its channel is a stream socket whose other end the supervisor has: a line with the
 call's id and arguments comes in, and the lines of the wire protocol go out.
 
-A worker serves one call, or several of the same procedure, one after the other, if that allows more calls per process.
-It exits when it has served that many, or when the supervisor closes its end of the channel.
+A worker serves one call, or several calls of the same procedure, one after the other, if the procedure allows it. It
+exits when it has served that many, or when the supervisor closes its end of the channel.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any, NoReturn
 
-#: The most bytes of a record or a result: clients and dispatchers read lines of 64 MiB, 64 bytes are for its envelope.
+#: The most bytes of a record or a result: clients and dispatchers read lines of up to 64 MiB, and 64 bytes are left for
+#: the envelope.
 MAX_PAYLOAD_BYTES = 64 * 1024 * 1024 - 64
 #: The most characters of a traceback.
 _MAX_TRACEBACK_LENGTH = 16 * 1024
@@ -43,10 +44,10 @@ class _CallRejected(Exception):
 
 
 def detach_from_zygote(zygote: int) -> None:
-    """Leave the session and signal handlers of the zygote, the parent, in a forked process that has no call yet.
+    """Leave the session and the signal handlers of the zygote, the parent. A forked process calls it before its call.
 
     Raises:
-        OSError: that failed; the process cannot be used.
+        OSError: a step failed; the process cannot be used.
     """
     os.setsid()  # its own session and process group, so that they can be stopped as a whole
     become_subreaper()  # processes that fork twice remain descendants

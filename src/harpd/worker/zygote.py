@@ -54,19 +54,21 @@ _ANCILLARY_SIZE = socket.CMSG_SPACE(_DESCRIPTOR_COUNT * _DESCRIPTOR_SIZE)
 _CALL_SIGNALS = frozenset({signal.SIGTERM, signal.SIGXCPU})
 #: How many workers are forked ahead.
 _MAX_PREFORKED = 2
-#: Milliseconds without a command or a death before the next worker is forked ahead, unless none is left. A fork beside
-#: a call that has just begun takes a processor from it: 3 to 6 ms more for a call alone on a busy machine.
+#: Milliseconds without a command or a death before the next worker is forked ahead, unless none is left. A fork at the
+#: start of a call takes processor time from the call: 3 to 6 ms, measured for single calls on a busy machine.
 _PREFORK_DELAY = 8
 
 
 class _Zygote:
+    """The zygote's state: the loaded procedures and the pre-forked workers. `supervisor` is the socket to it."""
+
     def __init__(self, supervisor: socket.socket) -> None:
         self._supervisor = supervisor
         self._cookie = EnvCookie()
         self._procedures: Mapping[str, Procedure] = {}
         self._defaults: tuple[int | str | None, int | str | None] = (None, None)
         self._tracebacks = False
-        # Workers that wait for their first call: by pid, start time and this end of the socket over which they get it.
+        # Workers that wait for their first call: by pid: start time, and the socket over which they get it.
         self._preforked: dict[int, tuple[int, socket.socket]] = {}
         self._child_deaths, self._wakeup = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
 
