@@ -14,7 +14,7 @@ import pytest
 
 from harp.cli import Exit
 from support.certificates import server_files
-from support.peers import Conversation, Peer, Script, answering, server_context
+from support.peers import Peer, PeerConnection, Script, answering, server_context
 
 JOB = "3f22e0d4-c8ed-11e5-8d66-001e8c140268"
 SUBMITTED = {"harpcaller": 1, "job_id": JOB}
@@ -199,15 +199,15 @@ def test_direct_without_password_is_a_usage_error() -> None:
 
 
 def test_closed_output_is_not_an_error() -> None:
-    def endless(talk: Conversation) -> None:
-        talk.expect()
+    def endless(conn: PeerConnection) -> None:
+        conn.expect()
         number = 0
         try:
             while True:
-                talk.reply({"packet": number, "data": "x" * 1000})
+                conn.reply({"packet": number, "data": "x" * 1000})
                 number += 1
         except OSError:
-            talk.closed.set()
+            conn.closed.set()
 
     with Peer(endless) as peer:
         program = "import sys; from harp.cli import main; sys.exit(main())"

@@ -12,7 +12,7 @@ import trustme
 
 import harp
 from support.certificates import Certificates, server_files
-from support.peers import Conversation, Peer, answering, line_of, server_context, silent, single_bytes
+from support.peers import Peer, PeerConnection, answering, line_of, server_context, silent, single_bytes
 from support.shells import Shell, shell_of
 
 PLAIN = {"harp": 1, "stream_result": False}
@@ -149,10 +149,10 @@ def test_direct_stream_raises_errors(
         assert list(iterator) == []
 
 
-def endless(talk: Conversation) -> None:
-    talk.expect()
-    talk.send(b"".join(map(line_of, (STREAM, {"stream": 1}, {"stream": 2}))))
-    talk.until_closed()
+def endless(conn: PeerConnection) -> None:
+    conn.expect()
+    conn.send(b"".join(map(line_of, (STREAM, {"stream": 1}, {"stream": 2}))))
+    conn.until_closed()
 
 
 @pytest.mark.parametrize("how", ["close", "with", "forget"])
@@ -168,16 +168,16 @@ def test_direct_stream_closed_early_cancels_the_call(shell: Shell, tls: ssl.SSLC
                     assert next(iterator) == 2
             case "forget":
                 del iterator
-        assert peer.conversations[0].closed.wait(30)
+        assert peer.connections[0].closed.wait(30)
 
 
 def test_direct_stream_returns_records_before_a_break(shell: Shell, tls: ssl.SSLContext) -> None:
     """Many records arrive at once, then the connection ends without an end of TLS, before the reader has read them."""
     count = 20_000
 
-    def script(talk: Conversation) -> None:
-        talk.expect()
-        talk.send(line_of(STREAM), b"".join(line_of({"stream": number}) for number in range(count)))
+    def script(conn: PeerConnection) -> None:
+        conn.expect()
+        conn.send(line_of(STREAM), b"".join(line_of({"stream": number}) for number in range(count)))
 
     with Peer(script, tls=tls) as peer:
         iterator = shell.server(peer).p()
@@ -261,7 +261,7 @@ def test_tls_1_1_is_refused(shell: Shell, files: Certificates) -> None:
     with Peer(silent, tls=context) as peer:
         with pytest.raises(harp.CommunicationError, match="TLS handshake"):
             shell.server(peer).p()
-    assert peer.conversations[0].handshake_error is not None
+    assert peer.connections[0].handshake_error is not None
 
 
 def test_json_ssl_connection_sends_and_receives(tls: ssl.SSLContext, files: Certificates) -> None:

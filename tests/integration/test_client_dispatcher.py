@@ -14,7 +14,7 @@ import pytest
 
 import harp
 from support.deadline import wait_until
-from support.peers import Conversation, Peer, Script, answering, line_of, single_bytes
+from support.peers import Peer, PeerConnection, Script, answering, line_of, single_bytes
 from support.shells import Shell, shell_of
 
 JOB = "3f22e0d4-c8ed-11e5-8d66-001e8c140268"
@@ -236,9 +236,9 @@ def test_refusal_is_not_stored_as_end(shell: Shell, kind: str) -> None:
 
 
 def test_unreachable_dispatcher_is_not_stored_as_end(shell: Shell) -> None:
-    def cut(talk: Conversation) -> None:
-        talk.expect(GET_RESULT)
-        talk.send(b'{"result": ')
+    def cut(conn: PeerConnection) -> None:
+        conn.expect(GET_RESULT)
+        conn.send(b'{"result": ')
 
     with Peer(cut, cut, answering({"result": 5})) as peer:
         job = shell.caller(peer, reconnect=None).job(JOB)
@@ -386,10 +386,10 @@ def test_stream_errors_are_raised_and_not_stored(
         assert job.result() == 5
 
 
-def endless(talk: Conversation) -> None:
-    talk.expect()
-    talk.send(b"".join(map(line_of, packets(1, 2))))
-    talk.until_closed()
+def endless(conn: PeerConnection) -> None:
+    conn.expect()
+    conn.send(b"".join(map(line_of, packets(1, 2))))
+    conn.until_closed()
 
 
 @pytest.mark.parametrize("how", ["close", "with", "forget", "raise"])
@@ -409,7 +409,7 @@ def test_stream_closed_early_closes_its_connection(shell: Shell, how: str) -> No
                     raise KeyError
             case "forget":
                 del iterator
-        assert peer.conversations[0].closed.wait(30)
+        assert peer.connections[0].closed.wait(30)
         if how != "forget":
             assert list(iterator) == []
 
@@ -417,11 +417,11 @@ def test_stream_closed_early_closes_its_connection(shell: Shell, how: str) -> No
 def test_stream_returns_records_as_they_arrive(shell: Shell) -> None:
     seen = threading.Event()
 
-    def script(talk: Conversation) -> None:
-        talk.expect()
-        talk.reply(*packets("first"))
+    def script(conn: PeerConnection) -> None:
+        conn.expect()
+        conn.reply(*packets("first"))
         assert seen.wait(30)
-        talk.reply({"result": 1})
+        conn.reply({"result": 1})
 
     with Peer(script) as peer:
         iterator = shell.caller(peer).job(JOB).follow(since=0)
@@ -430,10 +430,10 @@ def test_stream_returns_records_as_they_arrive(shell: Shell) -> None:
         assert iterator.all() == []
 
 
-def asked_for(talk: Conversation, *lines: bytes) -> None:
-    talk.expect()
-    talk.send(b"".join(line + b"\n" for line in lines))
-    talk.until_closed()
+def asked_for(conn: PeerConnection, *lines: bytes) -> None:
+    conn.expect()
+    conn.send(b"".join(line + b"\n" for line in lines))
+    conn.until_closed()
 
 
 @pytest.mark.parametrize(
@@ -450,7 +450,7 @@ def asked_for(talk: Conversation, *lines: bytes) -> None:
 def test_stream_returns_records_before_invalid_line(shell: Shell, wrong: bytes) -> None:
     """The records and the invalid line may arrive together."""
     right = [line_of(packet).strip() for packet in packets("a", "b", "c")]
-    with Peer(lambda talk: asked_for(talk, *right, wrong, *right)) as peer:
+    with Peer(lambda conn: asked_for(conn, *right, wrong, *right)) as peer:
         iterator = shell.caller(peer).job(JOB).follow(since=0)
         assert [next(iterator) for _ in right] == ["a", "b", "c"]
         with pytest.raises(harp.CommunicationError):
@@ -466,18 +466,18 @@ def test_stream_returns_batches_in_every_form(shell: Shell) -> None:
     timed = [b'{"packet":%d,"time":1.5,"data":[%d]}' % (number, number) for number in range(100)]
     end = b'{"result":null}'
     for lines in (tight, spaced, mixed):
-        with Peer(lambda talk: asked_for(talk, *lines, end)) as peer:  # noqa: B023 - used at once
+        with Peer(lambda conn: asked_for(conn, *lines, end)) as peer:  # noqa: B023 - used at once
             assert shell.caller(peer).job(JOB).follow(since=0).all() == [[number] for number in range(100)]
-        with Peer(lambda talk: asked_for(talk, *lines[40:], end)) as peer:  # noqa: B023
+        with Peer(lambda conn: asked_for(conn, *lines[40:], end)) as peer:  # noqa: B023
             found = shell.caller(peer).job(JOB).follow(recent=60, numbered=True).all()
             assert found == [(number, [number]) for number in range(40, 100)]
-    with Peer(lambda talk: asked_for(talk, *timed, end)) as peer:
+    with Peer(lambda conn: asked_for(conn, *timed, end)) as peer:
         found = shell.caller(peer).job(JOB).follow(since=0, timed=True).all()
         assert found == [(number, 1.5, [number]) for number in range(100)]
 
 
 def test_stream_closed_drops_buffered_records(shell: Shell) -> None:
-    with Peer(lambda talk: asked_for(talk, *(line_of(packet).strip() for packet in packets(1, 2, 3)))) as peer:
+    with Peer(lambda conn: asked_for(conn, *(line_of(packet).strip() for packet in packets(1, 2, 3)))) as peer:
         iterator = shell.caller(peer).job(JOB).follow(since=0)
         assert next(iterator) == 1
         iterator.close()
@@ -542,15 +542,15 @@ def test_values_arrive_unchanged(shell: Shell, value: Any) -> None:
 def test_threads_share_a_job() -> None:
     replies: dict[str, Any] = {"get_result": {"result": [1]}, "get_status": status(1, 2)}
 
-    def script(talk: Conversation) -> None:
-        request = talk.expect()
-        talk.reply(next(reply for key, reply in replies.items() if key in request))
+    def script(conn: PeerConnection) -> None:
+        request = conn.expect()
+        conn.reply(next(reply for key, reply in replies.items() if key in request))
 
     with Peer(always=script) as peer, ThreadPoolExecutor(16) as pool:
         job = harp.HarpCaller(peer.host, peer.port).job(JOB)
         asked = [pool.submit(ask) for _ in range(50) for ask in (job.result, job.end_time, job.host, job.args)]
         assert [future.result(60) for future in asked] == [[1], 2, "web01", [1, "two"]] * 50
-        assert len(peer.conversations) <= 32
+        assert len(peer.connections) <= 32
 
 
 def test_threads_share_an_iterator() -> None:
@@ -565,12 +565,12 @@ def test_threads_share_an_iterator() -> None:
 def test_close_wakes_a_reading_thread() -> None:
     read: list[Any] = []
 
-    def script(talk: Conversation) -> None:
-        talk.expect()
-        talk.reply(*packets(1))
+    def script(conn: PeerConnection) -> None:
+        conn.expect()
+        conn.reply(*packets(1))
         wait_until(lambda: read, what="the first item, after which the thread reads on")
-        talk.reply(*packets(2, begin=1))
-        talk.until_closed()
+        conn.reply(*packets(2, begin=1))
+        conn.until_closed()
 
     with Peer(script) as peer, ThreadPoolExecutor(1) as pool:
         iterator = harp.HarpCaller(peer.host, peer.port).job(JOB).follow(since=0)

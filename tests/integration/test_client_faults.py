@@ -21,7 +21,7 @@ from harp._net import aio as aio_network
 from harp._net import sockets, sync, tls
 from support.certificates import Certificates, server_files
 from support.deadline import eventually, wait_until
-from support.peers import Conversation, Peer, Script, answering, resetting, server_context, silent
+from support.peers import Peer, PeerConnection, Script, answering, resetting, server_context, silent
 from support.shells import Shell, shell_of
 
 JOB = "3f22e0d4-c8ed-11e5-8d66-001e8c140268"
@@ -51,26 +51,26 @@ def closed_port() -> int:
     return port
 
 
-def half_a_line(talk: Conversation) -> None:
-    talk.expect()
-    talk.send(b'{"result": "')
-    talk.reset()
+def half_a_line(conn: PeerConnection) -> None:
+    conn.expect()
+    conn.send(b'{"result": "')
+    conn.reset()
 
 
-def too_long(talk: Conversation) -> None:
-    talk.expect()
+def too_long(conn: PeerConnection) -> None:
+    conn.expect()
     piece = b"x" * (1024 * 1024)
     try:
         for _ in range(sockets.REPLY_LIMIT // len(piece) + 1):
-            talk.send(piece)
+            conn.send(piece)
     except OSError:
-        talk.until_closed()
+        conn.until_closed()
 
 
 #: What the peer does, and the client's error.
 FAULTS: list[tuple[str, Script, str]] = [
-    ("closes at once", lambda talk: None, "closed the connection before|reset by peer|Broken pipe"),
-    ("resets at once", lambda talk: talk.reset(), "reset by peer|Broken pipe|closed the connection"),
+    ("closes at once", lambda conn: None, "closed the connection before|reset by peer|Broken pipe"),
+    ("resets at once", lambda conn: conn.reset(), "reset by peer|Broken pipe|closed the connection"),
     ("closes after the request", answering(), "closed the connection before the reply was complete"),
     ("resets after the request", resetting, "reset by peer"),
     ("resets in the middle of a line", half_a_line, "reset by peer"),
@@ -148,11 +148,11 @@ def test_unreachable_dispatcher_fails_every_operation(shell: Shell, operation: s
 
 
 def saying(data: bytes) -> Script:
-    def script(talk: Conversation) -> None:
+    def script(conn: PeerConnection) -> None:
         with contextlib.suppress(OSError):  # the client may have closed already
-            talk.send(data)
-            talk.sock.shutdown(socket.SHUT_WR)
-        talk.until_closed()
+            conn.send(data)
+            conn.sock.shutdown(socket.SHUT_WR)
+        conn.until_closed()
 
     return script
 
@@ -163,8 +163,8 @@ def saying(data: bytes) -> Script:
         (saying(b"SSH-2.0-OpenSSH_9.2\r\n"), "it does not speak TLS"),
         (saying(b"\x16\x03\x03\xff\xff" + b"\0" * 64), "TLS handshake: "),
         (saying(b"\0" * 1000), "TLS handshake: "),
-        (lambda talk: None, "TLS handshake: "),
-        (lambda talk: talk.reset(), "TLS handshake: |cannot connect: "),  # whichever detects it first
+        (lambda conn: None, "TLS handshake: "),
+        (lambda conn: conn.reset(), "TLS handshake: |cannot connect: "),  # whichever detects it first
     ],
     ids=["text", "garbage", "zeros", "close", "reset"],
 )
@@ -199,11 +199,11 @@ def test_refusal_of_unread_request_is_received(shell: Shell, files: Certificates
     if tls:
         refusal["harp"] = 1  # type: ignore[assignment]
 
-    def script(talk: Conversation) -> None:
-        talk.sock.recv(1024)
-        talk.reply(refusal)
-        talk.sock.shutdown(socket.SHUT_WR)
-        talk.until_closed()
+    def script(conn: PeerConnection) -> None:
+        conn.sock.recv(1024)
+        conn.reply(refusal)
+        conn.sock.shutdown(socket.SHUT_WR)
+        conn.until_closed()
 
     with Peer(script, tls=server_context(files) if tls else None) as peer:
         procedure = shell.server(peer).p if tls else shell.caller(peer).web01.p
@@ -217,7 +217,7 @@ def test_tls_handshake_with_silent_server_times_out(shell: Shell, monkeypatch: p
     with Peer(silent) as peer:
         with pytest.raises(harp.CommunicationError, match=r"TLS handshake: .*timed out"):
             shell.server(peer).p()
-        assert peer.conversations[0].closed.wait(30)
+        assert peer.connections[0].closed.wait(30)
 
 
 def test_connect_to_silent_host_times_out(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -325,18 +325,18 @@ async def wait_for_cancel(task: asyncio.Task[Any], peer: Peer) -> None:
     """Cancel a task after it has sent its request; the peer must see the connection close."""
     await eventually(lambda: peer.requests, what="the request")
     await asyncio.sleep(0)  # a task that has not started has no connection
-    talk = peer.conversations[0]
+    conn = peer.connections[0]
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
-    assert await asyncio.to_thread(talk.closed.wait, 30)
+    assert await asyncio.to_thread(conn.closed.wait, 30)
 
 
 def hearing(*replies: object) -> Script:
-    def script(talk: Conversation) -> None:
-        talk.expect()
-        talk.reply(*replies)
-        talk.until_closed()
+    def script(conn: PeerConnection) -> None:
+        conn.expect()
+        conn.reply(*replies)
+        conn.until_closed()
 
     return script
 
@@ -360,11 +360,11 @@ async def test_cancelled_task_closes_its_connection(files: Certificates) -> None
 async def test_task_cancelled_in_handshake_closes_its_connection() -> None:
     with Peer(silent) as peer:
         task = asyncio.create_task(aio.AsyncHarpServer(peer.host, "u", "p", peer.port).p())
-        await eventually(lambda: peer.conversations, what="the connection")
+        await eventually(lambda: peer.connections, what="the connection")
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-        assert await asyncio.to_thread(peer.conversations[0].closed.wait, 30)
+        assert await asyncio.to_thread(peer.connections[0].closed.wait, 30)
 
 
 async def test_deleted_iterator_closes_its_connection(files: Certificates) -> None:
@@ -373,13 +373,13 @@ async def test_deleted_iterator_closes_its_connection(files: Certificates) -> No
             assert item == 1
             break
         gc.collect()
-        assert await asyncio.to_thread(peer.conversations[0].closed.wait, 30)
+        assert await asyncio.to_thread(peer.connections[0].closed.wait, 30)
     with Peer(hearing({"harp": 1, "stream_result": True}, {"stream": 1}), tls=server_context(files)) as peer:
         async for item in await aio.AsyncHarpServer(peer.host, "u", "p", peer.port).p():
             assert item == 1
             break
         gc.collect()
-        assert await asyncio.to_thread(peer.conversations[0].closed.wait, 30)
+        assert await asyncio.to_thread(peer.connections[0].closed.wait, 30)
 
 
 async def test_unused_iterator_has_no_connection() -> None:
@@ -390,9 +390,9 @@ async def test_unused_iterator_has_no_connection() -> None:
 
 
 async def test_concurrent_calls_return_their_results() -> None:
-    def script(talk: Conversation) -> None:
-        request = talk.expect()
-        talk.reply({"result": request["get_result"]})
+    def script(conn: PeerConnection) -> None:
+        request = conn.expect()
+        conn.reply({"result": request["get_result"]})
 
     count = 200
     with Peer(always=script) as peer:
@@ -413,12 +413,12 @@ async def test_slow_reader_slows_the_sender() -> None:
     """Records that are not read are not buffered: the peer's sending blocks."""
     sent: list[int] = []
 
-    def script(talk: Conversation) -> None:
-        talk.expect()
+    def script(conn: PeerConnection) -> None:
+        conn.expect()
         for number in range(200):
-            talk.reply({"packet": number, "data": "x" * 1_000_000})
+            conn.reply({"packet": number, "data": "x" * 1_000_000})
             sent.append(number)
-        talk.reply({"result": 1})
+        conn.reply({"result": 1})
 
     with Peer(script) as peer:
         iterator = aio.AsyncHarpCaller(peer.host, peer.port).job(JOB).follow(since=0)
@@ -433,11 +433,11 @@ async def test_slow_reader_of_timed_records_slows_the_sender() -> None:
     """Timed records are read line by line; the buffers of the network have at most about 10 MB."""
     sent: list[int] = []
 
-    def script(talk: Conversation) -> None:
-        talk.expect()
+    def script(conn: PeerConnection) -> None:
+        conn.expect()
         with contextlib.suppress(OSError):  # the client has closed
             for number in range(40_000):
-                talk.reply({"packet": number, "time": 1.5, "data": "x" * 1000})
+                conn.reply({"packet": number, "time": 1.5, "data": "x" * 1000})
                 sent.append(number)
 
     with Peer(script) as peer:

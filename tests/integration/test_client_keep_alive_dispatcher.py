@@ -13,7 +13,7 @@ import pytest
 import harp
 from support.deadline import wait_until
 from support.harpcallerd import Harpcallerd
-from support.peers import Conversation, Peer, answering, keeping
+from support.peers import Peer, PeerConnection, answering, keeping
 from support.scripted import scripted_harpd
 from support.shells import Shell, shell_of
 
@@ -30,12 +30,12 @@ def shell(request: pytest.FixtureRequest) -> Iterator[Shell]:
 
 def counts(peer: Peer) -> list[int]:
     """Return how many requests were sent on each connection."""
-    return [len(talk.received) for talk in peer.conversations]
+    return [len(conn.received) for conn in peer.connections]
 
 
-def wait_until_closed(talk: Conversation) -> None:
+def wait_until_closed(conn: PeerConnection) -> None:
     """Wait until the peer has closed a connection."""
-    wait_until(lambda: talk.sock.fileno() < 0, what="the end of the peer's script")
+    wait_until(lambda: conn.sock.fileno() < 0, what="the end of the peer's script")
 
 
 def test_keep_alive_sends_requests_on_one_connection(shell: Shell) -> None:
@@ -45,7 +45,7 @@ def test_keep_alive_sends_requests_on_one_connection(shell: Shell) -> None:
             assert job.result() is harp.CALL_NOT_FINISHED
             assert job.get() == 5
             assert job.get() == 5  # is stored: no request
-        assert peer.conversations[0].closed.wait(30)
+        assert peer.connections[0].closed.wait(30)
     assert [request.get("keep_alive") for request in peer.requests] == [True, True, True]
 
 
@@ -67,7 +67,7 @@ def test_keep_alive_not_granted_closes(shell: Shell) -> None:
             rpc = shell.caller(peer, keep_alive=True)
             job = rpc.web01.p()
             assert job.get() == reply["result"]
-            assert peer.conversations[0].closed.wait(30)
+            assert peer.connections[0].closed.wait(30)
             assert job.cancel() is False
         assert counts(peer) == [2, 1]
 
@@ -94,7 +94,7 @@ def test_keep_alive_break_after_a_grant_does_not_name_it(shell: Shell) -> None:
     with Peer(answering(SUBMITTED), answering()) as peer:
         rpc = shell.caller(peer, keep_alive=True)
         rpc.web01.p()
-        wait_until_closed(peer.conversations[0])
+        wait_until_closed(peer.connections[0])
         with pytest.raises(harp.CommunicationError, match="closed the connection") as caught:
             rpc.web01.p()
     assert "too old" not in str(caught.value)
@@ -104,16 +104,16 @@ def test_keep_alive_closed_connection_is_not_used(shell: Shell) -> None:
     with Peer(answering(SUBMITTED), answering(SUBMITTED)) as peer:
         rpc = shell.caller(peer, keep_alive=True)
         rpc.web01.p()
-        wait_until_closed(peer.conversations[0])
+        wait_until_closed(peer.connections[0])
         assert rpc.web01.p().id() == JOB
     assert counts(peer) == [1, 1]
 
 
-def closing_unread(talk: Conversation) -> None:
+def closing_unread(conn: PeerConnection) -> None:
     """Grant keep-alive, then read the next request and close; a script."""
-    talk.expect()
-    talk.reply(SUBMITTED)
-    talk.expect()
+    conn.expect()
+    conn.reply(SUBMITTED)
+    conn.expect()
 
 
 def test_keep_alive_break_repeats_a_reading_request(shell: Shell) -> None:
@@ -141,7 +141,7 @@ def test_keep_alive_refusal_closes_the_connection(shell: Shell) -> None:
         rpc.web01.p()
         with pytest.raises(harp.RemoteError, match="the disk is full"):
             rpc.web01.p()
-        assert peer.conversations[0].closed.wait(30)
+        assert peer.connections[0].closed.wait(30)
         rpc.web01.p()
     assert counts(peer) == [2, 1]
 

@@ -21,7 +21,7 @@ import harp
 from harp import aio
 from support.certificates import Certificates, server_files
 from support.deadline import eventually, wait_until
-from support.peers import Conversation, Peer, Script, answering, keeping, line_of, server_context
+from support.peers import Peer, PeerConnection, Script, answering, keeping, line_of, server_context
 from support.shells import Shell, shell_of
 
 PLAIN = {"harp": 1, "stream_result": False, "keep_alive": 60}
@@ -54,19 +54,19 @@ def result(value: object) -> list[object]:
 
 def counts(peer: Peer) -> list[int]:
     """Return how many requests were sent on each connection."""
-    return [len(talk.received) for talk in peer.conversations]
+    return [len(conn.received) for conn in peer.connections]
 
 
-def echoing(talk: Conversation) -> None:
+def echoing(conn: PeerConnection) -> None:
     """Return the arguments of each call until the client closes; a script."""
     with suppress(AssertionError):  # it has closed
         while True:
-            talk.reply(PLAIN, {"result": talk.expect()["arguments"]})
+            conn.reply(PLAIN, {"result": conn.expect()["arguments"]})
 
 
-def wait_until_closed(talk: Conversation) -> None:
+def wait_until_closed(conn: PeerConnection) -> None:
     """Wait until the peer has closed a connection."""
-    wait_until(lambda: talk.sock.fileno() < 0, what="the end of the peer's script")
+    wait_until(lambda: conn.sock.fileno() < 0, what="the end of the peer's script")
 
 
 # Connections that are used again.
@@ -89,7 +89,7 @@ def test_client_without_keep_alive_does_not_request_it(shell: Shell, tls: ssl.SS
     with Peer(keeping(result(1)), keeping(result(2)), tls=tls) as peer:
         server = shell.server(peer)
         assert [server.p(), server.p()] == [1, 2]
-        assert all(talk.closed.wait(30) for talk in peer.conversations)
+        assert all(conn.closed.wait(30) for conn in peer.connections)
     assert not any("keep_alive" in request for request in peer.requests)
 
 
@@ -144,7 +144,7 @@ def test_keep_alive_error_closes_the_connection(shell: Shell, tls: ssl.SSLContex
         assert server.p() == 1
         with pytest.raises(harp.RemoteError, match="timeout: m"):
             list(server.p())
-        assert peer.conversations[0].closed.wait(30)
+        assert peer.connections[0].closed.wait(30)
         assert server.p() == 2
 
 
@@ -163,18 +163,18 @@ def test_keep_alive_stream_closed_early_closes(shell: Shell, tls: ssl.SSLContext
                     pass
             case "forget":
                 del iterator
-        assert peer.conversations[0].closed.wait(30)
+        assert peer.connections[0].closed.wait(30)
         assert server.p() == 2
 
 
-def ending_tls(talk: Conversation) -> None:
+def ending_tls(conn: PeerConnection) -> None:
     """Serve one call, then end TLS without waiting for an answer, and the connection; a script."""
-    talk.expect()
-    talk.reply(*result(1))
-    assert isinstance(talk.sock, ssl.SSLSocket)
-    talk.sock.setblocking(False)
+    conn.expect()
+    conn.reply(*result(1))
+    assert isinstance(conn.sock, ssl.SSLSocket)
+    conn.sock.setblocking(False)
     with suppress(ssl.SSLWantReadError):
-        talk.sock.unwrap()
+        conn.sock.unwrap()
 
 
 @pytest.mark.parametrize("script", [answering(*result(1)), ending_tls], ids=["close", "end of TLS"])
@@ -182,7 +182,7 @@ def test_keep_alive_connection_closed_by_harpd_is_not_used(shell: Shell, tls: ss
     with Peer(script, keeping(result(2)), tls=tls) as peer:
         server = shell.server(peer, keep_alive=True)
         assert server.p() == 1
-        wait_until_closed(peer.conversations[0])
+        wait_until_closed(peer.connections[0])
         assert server.p() == 2
     assert counts(peer) == [1, 1]
 
@@ -195,16 +195,16 @@ def test_keep_alive_connection_with_extra_data_is_closed(
     """Extra data from harpd is never taken for the reply to the next call."""
     returned, sent = threading.Event(), threading.Event()
 
-    def script(talk: Conversation) -> None:
-        talk.expect()
+    def script(conn: PeerConnection) -> None:
+        conn.expect()
         if late:
-            talk.reply(*result(1))
+            conn.reply(*result(1))
             assert returned.wait(30)
-            talk.send(line_of(surplus))
+            conn.send(line_of(surplus))
         else:
-            talk.send(b"".join(map(line_of, [*result(1), surplus])))
+            conn.send(b"".join(map(line_of, [*result(1), surplus])))
         sent.set()
-        talk.until_closed()
+        conn.until_closed()
 
     with Peer(script, keeping(result("second")), tls=tls) as peer:
         server = shell.server(peer, keep_alive=True)
@@ -212,7 +212,7 @@ def test_keep_alive_connection_with_extra_data_is_closed(
         returned.set()
         assert sent.wait(30)
         assert server.p() == "second"
-        assert peer.conversations[0].closed.wait(30)
+        assert peer.connections[0].closed.wait(30)
     assert counts(peer) == [1, 1]
 
 
@@ -221,7 +221,7 @@ def test_keep_alive_uses_half_of_the_granted_time(shell: Shell, tls: ssl.SSLCont
     with Peer(keeping(answer), keeping(answer), tls=tls) as peer:
         server = shell.server(peer, keep_alive=True)
         assert [server.p(), server.p()] == [1, 1]
-        assert peer.conversations[0].closed.wait(30)
+        assert peer.connections[0].closed.wait(30)
     assert counts(peer) == [1, 1]
 
 
@@ -229,38 +229,38 @@ def test_keep_alive_at_most_32_connections_wait(shell: Shell, tls: ssl.SSLContex
     count = 40
     all_here = threading.Barrier(count)
 
-    def script(talk: Conversation) -> None:
-        talk.expect()
+    def script(conn: PeerConnection) -> None:
+        conn.expect()
         all_here.wait(30)
-        talk.reply(*result(1))
-        talk.until_closed()
+        conn.reply(*result(1))
+        conn.until_closed()
 
     with Peer(always=script, tls=tls) as peer:
         with shell.server(peer, keep_alive=True) as server, ThreadPoolExecutor(count) as pool:
             assert [call.result() for call in [pool.submit(server.p) for _ in range(count)]] == [1] * count
-            wait_until(lambda: sum(talk.closed.is_set() for talk in peer.conversations) == count - 32, what="8 closed")
-        assert all(talk.closed.wait(30) for talk in peer.conversations)
+            wait_until(lambda: sum(conn.closed.is_set() for conn in peer.connections) == count - 32, what="8 closed")
+        assert all(conn.closed.wait(30) for conn in peer.connections)
 
 
 # No call is sent twice.
 
 
-BREAKS: list[tuple[str, Callable[[Conversation], None]]] = [
-    ("close", lambda talk: None),
-    ("reset", lambda talk: talk.reset()),
-    ("half a reply", lambda talk: talk.send(b'{"harp": 1, "stre')),
+BREAKS: list[tuple[str, Callable[[PeerConnection], None]]] = [
+    ("close", lambda conn: None),
+    ("reset", lambda conn: conn.reset()),
+    ("half a reply", lambda conn: conn.send(b'{"harp": 1, "stre')),
 ]
 
 
 @pytest.mark.parametrize("end", [found[1] for found in BREAKS], ids=[found[0] for found in BREAKS])
 def test_keep_alive_break_before_reply_is_ambiguous(
-    shell: Shell, tls: ssl.SSLContext, end: Callable[[Conversation], None]
+    shell: Shell, tls: ssl.SSLContext, end: Callable[[PeerConnection], None]
 ) -> None:
-    def script(talk: Conversation) -> None:
-        talk.expect()
-        talk.reply(*result(1))
-        talk.expect()
-        end(talk)
+    def script(conn: PeerConnection) -> None:
+        conn.expect()
+        conn.reply(*result(1))
+        conn.expect()
+        end(conn)
 
     with Peer(script, keeping(result(3)), tls=tls) as peer, shell.server(peer, keep_alive=True) as server:
         assert server.p() == 1
@@ -274,11 +274,11 @@ def test_keep_alive_break_before_reply_is_ambiguous(
 
 @pytest.mark.parametrize("sent", [[PLAIN], [STREAM, {"stream": 1}]])
 def test_keep_alive_break_after_reply_is_not_ambiguous(shell: Shell, tls: ssl.SSLContext, sent: list[object]) -> None:
-    def script(talk: Conversation) -> None:
-        talk.expect()
-        talk.reply(*result(1))
-        talk.expect()
-        talk.reply(*sent)
+    def script(conn: PeerConnection) -> None:
+        conn.expect()
+        conn.reply(*result(1))
+        conn.expect()
+        conn.reply(*sent)
 
     with Peer(script, keeping(result(3)), tls=tls) as peer, shell.server(peer, keep_alive=True) as server:
         assert server.p() == 1
@@ -303,7 +303,7 @@ def test_keep_alive_invalid_reply_is_not_ambiguous(shell: Shell, tls: ssl.SSLCon
         with pytest.raises(harp.CommunicationError, match="received while waiting for the acknowledgement") as caught:
             server.p()
         assert UNKNOWN not in str(caught.value)
-        assert peer.conversations[0].closed.wait(30)
+        assert peer.connections[0].closed.wait(30)
 
 
 @pytest.mark.parametrize("lines", [[PLAIN, {"stream": 1}], [STREAM, {"stream": 1}, PLAIN], [PLAIN, b"garbage\n"]])
@@ -313,7 +313,7 @@ def test_keep_alive_invalid_end_closes_the_connection(shell: Shell, tls: ssl.SSL
         server = shell.server(peer, keep_alive=True)
         with pytest.raises(harp.CommunicationError, match=r"received while waiting|column 1"):
             list(server.p())
-        assert peer.conversations[0].closed.wait(30)
+        assert peer.connections[0].closed.wait(30)
         assert server.p() == 2
 
 
@@ -341,20 +341,20 @@ def test_keep_alive_threads_share_a_server(shell: Shell, tls: ssl.SSLContext) ->
             found = list(pool.map(work, range(threads)))
         assert found == [[[number, call] for call in range(calls)] for number in range(threads)]
         assert sum(counts(peer)) == threads * calls
-        assert len(peer.conversations) <= threads
+        assert len(peer.connections) <= threads
         with server:
             pass
-        assert all(talk.closed.wait(30) for talk in peer.conversations)
+        assert all(conn.closed.wait(30) for conn in peer.connections)
 
 
 def test_keep_alive_stream_end_races_with_close(tls: ssl.SSLContext) -> None:
     """Either the connection is closed or it goes to the next call; never both."""
 
-    def script(talk: Conversation) -> None:
+    def script(conn: PeerConnection) -> None:
         with suppress(AssertionError, OSError):  # it has closed
             while True:
-                kind = STREAM if talk.expect()["procedure"] == "stream" else PLAIN
-                talk.reply(kind, {"result": 1})
+                kind = STREAM if conn.expect()["procedure"] == "stream" else PLAIN
+                conn.reply(kind, {"result": 1})
 
     with Peer(always=script, tls=tls) as peer:
         server = harp.HarpServer(peer.host, "u", "secret", peer.port, keep_alive=True)
@@ -374,11 +374,11 @@ def test_keep_alive_end_of_with_closes(shell: Shell, tls: ssl.SSLContext) -> Non
     with Peer(keeping(result(1)), keeping(result(2)), tls=tls) as peer:
         with shell.server(peer, keep_alive=True) as server:
             assert server.p() == 1
-        assert peer.conversations[0].closed.wait(30)
+        assert peer.connections[0].closed.wait(30)
         assert server.p() == 2  # the object can be used afterwards
         with server:
             pass
-        assert peer.conversations[1].closed.wait(30)
+        assert peer.connections[1].closed.wait(30)
 
 
 def test_keep_alive_deleted_server_closes(shell: Shell, tls: ssl.SSLContext) -> None:
@@ -387,7 +387,7 @@ def test_keep_alive_deleted_server_closes(shell: Shell, tls: ssl.SSLContext) -> 
         assert server.p() == 1
         del server
         gc.collect()
-        assert peer.conversations[0].closed.wait(30)
+        assert peer.connections[0].closed.wait(30)
 
 
 def test_iterator_outlives_its_server(shell: Shell, tls: ssl.SSLContext) -> None:
@@ -397,7 +397,7 @@ def test_iterator_outlives_its_server(shell: Shell, tls: ssl.SSLContext) -> None
         assert list(iterator) == [1, harp.Result(2)]
         del iterator
         gc.collect()
-        assert peer.conversations[0].closed.wait(30)
+        assert peer.connections[0].closed.wait(30)
 
 
 COPIES: list[Callable[[Any], Any]] = [copy.copy, copy.deepcopy, lambda server: pickle.loads(pickle.dumps(server))]
@@ -495,7 +495,7 @@ def test_keep_alive_fork_has_its_own_connections(tls: ssl.SSLContext, shell_prog
 def test_keep_alive_unclosed_server_does_not_warn(tls: ssl.SSLContext) -> None:
     with Peer(keeping(result(1), result(2)), tls=tls) as peer:
         run(SYNC + "assert [call(), call()] == [1, 2]", peer)
-        assert peer.conversations[0].closed.wait(30)
+        assert peer.connections[0].closed.wait(30)
 
 
 def test_keep_alive_deleted_async_server_does_not_warn(tls: ssl.SSLContext) -> None:
@@ -505,7 +505,7 @@ def test_keep_alive_deleted_async_server_does_not_warn(tls: ssl.SSLContext) -> N
 
     with Peer(keeping(result(1), result(2)), tls=tls) as peer:
         asyncio.run(main(peer), debug=True)
-        assert peer.conversations[0].closed.wait(30)
+        assert peer.connections[0].closed.wait(30)
 
 
 def test_keep_alive_event_loops_have_their_own_connections(tls: ssl.SSLContext) -> None:
@@ -515,7 +515,7 @@ def test_keep_alive_event_loops_have_their_own_connections(tls: ssl.SSLContext) 
             assert one.run(server.p()) == 1
             assert other.run(server.p()) == 2
             other.run(server.__aexit__(None, None, None))
-            one.run(eventually(peer.conversations[0].closed.is_set, what="the end of what the other loop can't use"))
+            one.run(eventually(peer.connections[0].closed.is_set, what="the end of what the other loop can't use"))
 
 
 def test_keep_alive_connections_of_ended_loop_are_skipped(tls: ssl.SSLContext) -> None:
@@ -545,5 +545,5 @@ async def test_keep_alive_cancelled_task_closes_its_connection(tls: ssl.SSLConte
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await task
-            assert await asyncio.to_thread(peer.conversations[0].closed.wait, 30)
+            assert await asyncio.to_thread(peer.connections[0].closed.wait, 30)
             assert await server.p() == 2

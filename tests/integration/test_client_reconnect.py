@@ -20,7 +20,7 @@ from harp import aio
 from harp.cli import Exit
 from support.deadline import eventually, wait_until
 from support.legacy import LegacyDispatcher, server
-from support.peers import Conversation, Peer, Script, answering, line_of, reserved_port, resetting, single_bytes
+from support.peers import Peer, PeerConnection, Script, answering, line_of, reserved_port, resetting, single_bytes
 from support.shells import Shell, shell_of
 
 JOB = "3f22e0d4-c8ed-11e5-8d66-001e8c140268"
@@ -49,21 +49,21 @@ def attempts(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return found
 
 
-def closing(talk: Conversation) -> None:
+def closing(conn: PeerConnection) -> None:
     """Close the connection between two lines."""
 
 
-def tearing(talk: Conversation) -> None:
+def tearing(conn: PeerConnection) -> None:
     """Close the connection in the middle of a line."""
-    talk.send(b'{"packet": 1, "da')
+    conn.send(b'{"packet": 1, "da')
 
 
-def ending(talk: Conversation) -> None:
-    talk.reply({"result": "end"})
+def ending(conn: PeerConnection) -> None:
+    conn.reply({"result": "end"})
 
 
-def going_on(talk: Conversation) -> None:
-    talk.reply({"continue": True})
+def going_on(conn: PeerConnection) -> None:
+    conn.reply({"continue": True})
 
 
 def whole(data: bytes) -> list[bytes]:
@@ -73,16 +73,16 @@ def whole(data: bytes) -> list[bytes]:
 def serving(until: int, leave: Script, pieces: Callable[[bytes], list[bytes]] = whole) -> Script:
     """Return a script that serves the requested records of a job with `until` records, then disconnects."""
 
-    def script(talk: Conversation) -> None:
-        request = talk.expect()
+    def script(conn: PeerConnection) -> None:
+        request = conn.expect()
         newest = request.get("recent", 0 if "follow_stream" in request else until)
         numbers = range(request.get("since", max(until - newest, 0)), until)
         lines = [
             {"packet": number, "data": f"r{number}", **({"time": number + 0.5} if "timed" in request else {})}
             for number in numbers
         ]
-        talk.send(*pieces(b"".join(map(line_of, lines))))
-        leave(talk)
+        conn.send(*pieces(b"".join(map(line_of, lines))))
+        leave(conn)
 
     return script
 
@@ -103,7 +103,7 @@ def test_follow_continues_after_five_breaks(shell: Shell, pieces: Any) -> None:
     scripts = [
         serving(3, closing, pieces),
         serving(3, tearing, pieces),
-        serving(5, lambda talk: talk.reset(), pieces),
+        serving(5, lambda conn: conn.reset(), pieces),
         answering(STORAGE_ERROR),
         resetting,
         serving(9, tearing),
@@ -152,9 +152,9 @@ def test_follow_break_while_reading_the_number(shell: Shell) -> None:
         assert list(shell.caller(peer).job(JOB).follow()) == records(0, 1)
 
 
-def tearing_at_once(talk: Conversation) -> None:
-    talk.expect()
-    tearing(talk)
+def tearing_at_once(conn: PeerConnection) -> None:
+    conn.expect()
+    tearing(conn)
 
 
 def test_follow_of_ended_job_sends_one_request(shell: Shell) -> None:
@@ -245,9 +245,9 @@ def test_stream_break_is_raised(shell: Shell) -> None:
 
 
 def test_result_waits_through_breaks(shell: Shell) -> None:
-    def torn(talk: Conversation) -> None:
-        talk.expect()
-        talk.send(b'{"result": ')
+    def torn(conn: PeerConnection) -> None:
+        conn.expect()
+        conn.send(b'{"result": ')
 
     for method in ("get", "result"):
         with Peer(answering(), resetting, answering(STORAGE_ERROR), torn, answering({"result": "end"})) as peer:
@@ -364,7 +364,7 @@ def test_task_cancelled_while_waiting_closes() -> None:
     async def main() -> None:
         with Peer(always=closing) as peer:
             task = asyncio.create_task(aio.AsyncHarpCaller(peer.host, peer.port).job(JOB).get())
-            await eventually(lambda: len(peer.conversations) > 2, what="attempts")
+            await eventually(lambda: len(peer.connections) > 2, what="attempts")
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await task
@@ -372,9 +372,9 @@ def test_task_cancelled_while_waiting_closes() -> None:
     asyncio.run(main(), debug=True)
 
 
-def tearing_unless_closed(talk: Conversation) -> None:
+def tearing_unless_closed(conn: PeerConnection) -> None:
     with suppress(AssertionError):  # the signal may end the client before it sends its request
-        tearing_at_once(talk)
+        tearing_at_once(conn)
 
 
 @pytest.mark.parametrize("command", ["follow", "result"])
@@ -388,7 +388,7 @@ def test_control_c_ends_the_wait(command: str) -> None:
             [sys.executable, "-c", program, "--dispatcher", f"{peer.host}:{peer.port}", command, JOB], env=environment
         ) as child:
             try:
-                wait_until(lambda: len(peer.conversations) > 2, what="attempts")
+                wait_until(lambda: len(peer.connections) > 2, what="attempts")
                 child.send_signal(signal.SIGINT)
                 assert child.wait(60) == Exit.INTERRUPTED
             finally:

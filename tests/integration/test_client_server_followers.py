@@ -17,7 +17,7 @@ from support.daemonlog import DEADLINE
 from support.deadline import wait_until
 from support.harpcallerd import Harpcallerd, LineClient
 from support.peers import Peer
-from support.scripted import conversation, scripted_harpd
+from support.scripted import connection_of, scripted_harpd
 
 MANY = 1000
 STUCK = 50
@@ -61,7 +61,7 @@ def never_reading(dispatcher: Harpcallerd, job: str) -> LineClient:
 async def test_thousand_followers_get_every_record_in_order(dispatcher: Harpcallerd, peer: Peer) -> None:
     job = dispatcher.submit("web01", "feed", 0)
     wait_until(lambda: len(dispatcher.ask(read_stream=job)) == 2, DEADLINE, "the first record")
-    talk = conversation(peer, 0)
+    conn = connection_of(peer, 0)
     records = 50
     ready = 0
     all_ready = asyncio.Event()
@@ -85,8 +85,8 @@ async def test_thousand_followers_get_every_record_in_order(dispatcher: Harpcall
             followers = [group.create_task(follow()) for _ in range(MANY)]
             await all_ready.wait()
             for number in range(1, records):
-                talk.reply({"stream": number})
-            talk.reply({"result": "end"})
+                conn.reply({"stream": number})
+            conn.reply({"result": "end"})
     expected = [{"packet": number, "data": number} for number in range(records)] + [{"result": "end"}]
     for follower in followers:
         assert [json.loads(line) for line in follower.result()] == expected
@@ -98,7 +98,7 @@ def test_followers_that_never_read_use_little_memory(dispatcher: Harpcallerd, pe
     records = 200
     job = dispatcher.submit("web01", "feed", record)
     wait_until(lambda: len(dispatcher.ask(read_stream=job)) == 2, DEADLINE, "the first record")
-    talk = conversation(peer, record)
+    conn = connection_of(peer, record)
     process = psutil.Process(dispatcher.pid)
     stuck = [never_reading(dispatcher, job) for _ in range(STUCK)]
     for client in stuck:
@@ -107,12 +107,12 @@ def test_followers_that_never_read_use_little_memory(dispatcher: Harpcallerd, pe
     with dispatcher.connect() as reading:
         reading.send({"harpcaller": 1, "follow_stream": job, "since": 0})
         for _ in range(1, records):
-            talk.reply({"stream": record})
+            conn.reply({"stream": record})
         for number in range(records):
             assert reading.message()["packet"] == number
         grown = process.memory_info().rss - before
         assert grown < STUCK * records * len(record) / 10, f"{grown / MEGABYTE:.0f} MB"
-        talk.reply({"result": None})
+        conn.reply({"result": None})
         assert reading.messages() == [{"result": None}]
     for client in stuck:
         client.close()
@@ -122,12 +122,12 @@ def test_slow_follower_gets_every_record(dispatcher: Harpcallerd, peer: Peer) ->
     """A follower that starts to read after the end gets every record once."""
     job = dispatcher.submit("web01", "feed", 0)
     wait_until(lambda: len(dispatcher.ask(read_stream=job)) == 2, DEADLINE, "the first record")
-    talk = conversation(peer, 0)
+    conn = connection_of(peer, 0)
     with never_reading(dispatcher, job) as slow, dispatcher.connect() as fast:
         fast.send({"harpcaller": 1, "follow_stream": job, "since": 0})
         for number in range(1, 300):
-            talk.reply({"stream": [number, "x" * 20_000]})
-        talk.reply({"result": "end"})
+            conn.reply({"stream": [number, "x" * 20_000]})
+        conn.reply({"result": "end"})
         lines = fast.lines()
         assert [json.loads(line).get("packet") for line in lines] == [*range(300), None]
         assert slow.lines() == lines

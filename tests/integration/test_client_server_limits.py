@@ -14,7 +14,7 @@ from support.daemonlog import DEADLINE
 from support.deadline import wait_until
 from support.harpcallerd import Harpcallerd, LineClient
 from support.peers import Peer
-from support.scripted import conversation, scripted_harpd
+from support.scripted import connection_of, scripted_harpd
 
 UNKNOWN = "00000000-0000-4000-8000-000000000000"
 REFUSAL = {"type": "too_many_connections", "message": "more clients are connected than max_connections allows"}
@@ -161,11 +161,11 @@ def test_disconnect_during_a_wait_frees_the_connection(dispatcher: Harpcallerd, 
 def test_disconnect_during_a_stream_frees_the_connection(dispatcher: Harpcallerd, peer: Peer) -> None:
     job = dispatcher.submit("web01", "feed", "x" * 90_000)
     wait_until(lambda: len(dispatcher.ask(read_stream=job)) == 2, DEADLINE, "the record")
-    talk = conversation(peer, "x" * 90_000)
+    conn = connection_of(peer, "x" * 90_000)
     client = dispatcher.connect()
     client.send({"harpcaller": 1, "follow_stream": job, "since": 0})
     for _ in range(200):  # more than the buffers of the connection
-        talk.reply({"stream": "y" * 90_000})
+        conn.reply({"stream": "y" * 90_000})
     wait_until(lambda: len(dispatcher.ask(read_stream=job)) == 202, DEADLINE, "all records")
     client.close()
     wait_for_connections(dispatcher, 0)

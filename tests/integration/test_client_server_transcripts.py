@@ -17,7 +17,7 @@ import pytest
 from support.deadline import wait_until
 from support.harpcallerd import Harpcallerd
 from support.peers import Peer
-from support.scripted import conversation, scripted_harpd
+from support.scripted import connection_of, scripted_harpd
 
 UNKNOWN = "00000000-0000-4000-8000-000000000000"
 
@@ -378,11 +378,11 @@ def test_follow_yields_records_as_they_are_stored(dispatcher: Harpcallerd, peer:
         client.send({"harpcaller": 1, "follow_stream": job, "since": 0})
         assert client.message() == {"packet": 0, "data": {"n": 0}}
         assert client.message() == {"packet": 1, "data": {"n": 1}}
-        talk = conversation(peer, {"n": 0}, {"n": 1})
-        talk.reply({"stream": "live"})
+        conn = connection_of(peer, {"n": 0}, {"n": 1})
+        conn.reply({"stream": "live"})
         assert client.message() == {"packet": 2, "data": "live"}
         assert dispatcher.ask(read_stream=job, recent=1) == [{"packet": 2, "data": "live"}, {"continue": True}]
-        talk.reply({"result": None})
+        conn.reply({"result": None})
         assert client.messages() == [{"result": None}]
 
 

@@ -39,7 +39,7 @@ from support.dispatcher import (
     until,
 )
 from support.jobs import job_in
-from support.peers import Conversation, Peer, Script, server_context
+from support.peers import Peer, PeerConnection, Script, server_context
 
 ACKNOWLEDGED = {"harp": 1, "stream_result": False}
 STREAMING = {"harp": 1, "stream_result": True}
@@ -56,25 +56,25 @@ class GatedHost:
         self.running = 0
         self.max_running = 0
 
-    def script(self, talk: Conversation) -> None:
-        request = talk.expect()
+    def script(self, conn: PeerConnection) -> None:
+        request = conn.expect()
         with self._lock:
             self.begun.append(request["arguments"])
             self.running += 1
             self.max_running = max(self.max_running, self.running)
-        talk.reply(ACKNOWLEDGED)
+        conn.reply(ACKNOWLEDGED)
         assert self._released.acquire(timeout=60)
         with self._lock:
             self.running -= 1
-        talk.reply({"result": request["arguments"]})
+        conn.reply({"result": request["arguments"]})
 
     def release(self, calls: int) -> None:
         self._released.release(calls)
 
 
-def echo(talk: Conversation) -> None:
-    request = talk.expect()
-    talk.reply(ACKNOWLEDGED, {"result": request["arguments"]})
+def echo(conn: PeerConnection) -> None:
+    request = conn.expect()
+    conn.reply(ACKNOWLEDGED, {"result": request["arguments"]})
 
 
 @contextmanager
@@ -293,19 +293,19 @@ class Stream:
     """A host whose only call sends records at the test's command."""
 
     def __init__(self) -> None:
-        self._talk: Conversation | None = None
+        self._conn: PeerConnection | None = None
         self._ended = threading.Event()
 
-    def script(self, talk: Conversation) -> None:
-        talk.expect()
-        talk.reply(STREAMING)
-        self._talk = talk
+    def script(self, conn: PeerConnection) -> None:
+        conn.expect()
+        conn.reply(STREAMING)
+        self._conn = conn
         assert self._ended.wait(60)
 
     async def send(self, *messages: object) -> None:
-        talk = await eventually(lambda: self._talk, what="the call")
-        assert talk is not None
-        await asyncio.to_thread(talk.reply, *messages)
+        conn = await eventually(lambda: self._conn, what="the call")
+        assert conn is not None
+        await asyncio.to_thread(conn.reply, *messages)
 
     async def end(self) -> None:
         await self.send({"result": "end"})
@@ -367,9 +367,9 @@ async def test_thousand_followers_are_not_delayed_by_a_slow_one(tmp_path: Path) 
 
 
 async def test_follow_yields_batches_of_limited_size(tmp_path: Path) -> None:
-    def script(talk: Conversation) -> None:
-        talk.expect()
-        talk.reply(STREAMING, *({"stream": "x" * 100_000} for _ in range(50)), {"result": None})
+    def script(conn: PeerConnection) -> None:
+        conn.expect()
+        conn.reply(STREAMING, *({"stream": "x" * 100_000} for _ in range(50)), {"result": None})
 
     with host(tmp_path, script) as peer:
         async with running(tmp_path, host_line(peer.port)) as dispatcher:
@@ -418,10 +418,10 @@ async def test_reload_applies_to_later_calls(tmp_path: Path) -> None:
                 assert dispatcher.config is config
 
 
-def legacy_harpd(talk: Conversation) -> None:
+def legacy_harpd(conn: PeerConnection) -> None:
     """Answer the request for the call list as a legacy harpd does, with an error."""
-    assert "calls" in talk.expect()
-    talk.reply({"harp": 1, "error": {"type": "no_such_procedure", "message": "-"}})
+    assert "calls" in conn.expect()
+    conn.reply({"harp": 1, "error": {"type": "no_such_procedure", "message": "-"}})
 
 
 def is_missing(end: End | None) -> bool:
@@ -434,9 +434,9 @@ async def test_restart_ends_bound_calls_and_runs_queued_jobs(tmp_path: Path) -> 
     queued = [await job_in(store, State.QUEUED, queue={"q": 1}, arguments=raw([n])) for n in range(3)]
     begun: list[object] = []
 
-    def script(talk: Conversation) -> None:
-        begun.append(json.loads(talk.line())["arguments"])
-        talk.reply(ACKNOWLEDGED, {"result": None})
+    def script(conn: PeerConnection) -> None:
+        begun.append(json.loads(conn.line())["arguments"])
+        conn.reply(ACKNOWLEDGED, {"result": None})
 
     with host(tmp_path, script, (legacy_harpd,)) as peer:
         async with running(tmp_path, host_line(peer.port), store=store) as dispatcher:

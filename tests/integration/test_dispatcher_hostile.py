@@ -17,7 +17,7 @@ from harpcaller.model.jobs import NewJob, StopState
 from harpcaller.store.sqlite import open_store
 from support.deadline import eventually
 from support.dispatcher import Switched, call, host_line, running
-from support.peers import Conversation
+from support.peers import PeerConnection
 from support.resumable_host import (
     EXIT_INFO,
     acknowledged,
@@ -49,18 +49,18 @@ async def claimed_job(store: Any) -> str:
 async def test_orphan_with_invalid_reply_affects_nothing_else(tmp_path: Path, data: Any) -> None:
     refused = threading.Event()
 
-    def script(talk: Conversation) -> None:
-        request = talk.expect()
+    def script(conn: PeerConnection) -> None:
+        request = conn.expect()
         if "calls" in request:
-            talk.reply({"harp": 1, "calls": [UNKNOWN], "instance": "w1"})
+            conn.reply({"harp": 1, "calls": [UNKNOWN], "instance": "w1"})
         elif "attach" in request:
-            talk.reply({"harp": 1, "error": {"type": "records_gone", "message": "gone", "data": data}})
+            conn.reply({"harp": 1, "error": {"type": "records_gone", "message": "gone", "data": data}})
             refused.set()
-            talk.until_closed()
+            conn.until_closed()
         else:
-            talk.reply(acknowledgement())
+            conn.reply(acknowledgement())
             assert refused.wait(30)
-            ends(talk, EXIT_INFO, {"result": 1})
+            ends(conn, EXIT_INFO, {"result": 1})
 
     with playing(tmp_path, always=script) as peer:
         async with running(tmp_path, host_line(peer.port), resumable_calls=True) as dispatcher:
@@ -73,29 +73,29 @@ async def test_orphans_of_a_silent_host_delay_no_other_host(tmp_path: Path) -> N
     waiting = threading.Semaphore(0)
     stopped = threading.Event()
 
-    def silent_host(talk: Conversation) -> None:
-        request = talk.expect()
+    def silent_host(conn: PeerConnection) -> None:
+        request = conn.expect()
         if "calls" in request:
-            talk.reply({"harp": 1, "calls": [str(uuid.uuid4()) for _ in range(20)], "instance": "w1"})
+            conn.reply({"harp": 1, "calls": [str(uuid.uuid4()) for _ in range(20)], "instance": "w1"})
         elif "attach" in request:
             waiting.release()
-            talk.until_closed()
+            conn.until_closed()
         else:
-            talk.reply(acknowledgement())
-            ends(talk, EXIT_INFO, {"result": 1})
+            conn.reply(acknowledgement())
+            ends(conn, EXIT_INFO, {"result": 1})
 
-    def good_host(talk: Conversation) -> None:
-        request = talk.expect()
+    def good_host(conn: PeerConnection) -> None:
+        request = conn.expect()
         if "calls" in request:
-            talk.reply({"harp": 1, "calls": [UNKNOWN], "instance": "w1"})
+            conn.reply({"harp": 1, "calls": [UNKNOWN], "instance": "w1"})
             return
-        talk.reply(acknowledgement())
+        conn.reply(acknowledgement())
         if "attach" in request:
-            assert next(commands(talk)) == {"stop": {"why": "orphaned"}}
-            ends(talk, stop_report(), EXIT_INFO, {"result": 1})
+            assert next(commands(conn)) == {"stop": {"why": "orphaned"}}
+            ends(conn, stop_report(), EXIT_INFO, {"result": 1})
             stopped.set()
         else:
-            ends(talk, EXIT_INFO, {"result": 1})
+            ends(conn, EXIT_INFO, {"result": 1})
 
     with playing(tmp_path, always=silent_host) as one, playing(tmp_path, always=good_host) as two:
         lines = host_line(one.port, "web01"), host_line(two.port, "web02")
@@ -110,18 +110,18 @@ async def test_orphan_of_another_host_stores_no_exit_info(tmp_path: Path) -> Non
     ids: list[str] = []
     forged = threading.Event()
 
-    def script(talk: Conversation) -> None:
-        request = talk.expect()
+    def script(conn: PeerConnection) -> None:
+        request = conn.expect()
         if "calls" in request:
-            talk.reply({"harp": 1, "calls": ids, "instance": "w1"})
+            conn.reply({"harp": 1, "calls": ids, "instance": "w1"})
             return
-        talk.reply(acknowledgement())
+        conn.reply(acknowledgement())
         if "attach" in request:
-            assert "stop" in next(commands(talk))
-            ends(talk, stop_report(), {"exit_info": {"forged": 1}}, {"result": 1})
+            assert "stop" in next(commands(conn))
+            ends(conn, stop_report(), {"exit_info": {"forged": 1}}, {"result": 1})
             forged.set()
         else:
-            ends(talk, EXIT_INFO, {"result": 1})
+            ends(conn, EXIT_INFO, {"result": 1})
 
     with playing(tmp_path, always=script) as peer:
         async with running(tmp_path, host_line(peer.port), resumable_calls=True) as dispatcher:
@@ -135,11 +135,11 @@ async def test_orphan_of_another_host_stores_no_exit_info(tmp_path: Path) -> Non
 
 
 async def test_call_list_that_is_too_long_is_ignored(tmp_path: Path) -> None:
-    def script(talk: Conversation) -> None:
-        talk.expect()
+    def script(conn: PeerConnection) -> None:
+        conn.expect()
         with contextlib.suppress(ConnectionError):  # the dispatcher may have closed the connection before the end
-            talk.send(b'{"harp": 1, "calls": [' + b'"3f22e0d4-c8ed-11e5-8d66-001e8c140268", ' * 250_000)
-        talk.until_closed()
+            conn.send(b'{"harp": 1, "calls": [' + b'"3f22e0d4-c8ed-11e5-8d66-001e8c140268", ' * 250_000)
+        conn.until_closed()
 
     with playing(tmp_path, script) as peer:
         async with running(tmp_path, host_line(peer.port), resumable_calls=True) as dispatcher:
@@ -149,14 +149,14 @@ async def test_call_list_that_is_too_long_is_ignored(tmp_path: Path) -> None:
 
 
 async def test_slow_query_does_not_make_a_host_legacy(tmp_path: Path) -> None:
-    def late(talk: Conversation) -> None:
-        talk.expect()
+    def late(conn: PeerConnection) -> None:
+        conn.expect()
         fault = {"type": "invalid_request", "message": "no complete request line within 30 s"}
-        talk.reply({"harp": 1, "error": fault})
+        conn.reply({"harp": 1, "error": fault})
 
-    def script(talk: Conversation) -> None:
-        assert "call" in started(talk)
-        ends(talk, EXIT_INFO, {"result": 1})
+    def script(conn: PeerConnection) -> None:
+        assert "call" in started(conn)
+        ends(conn, EXIT_INFO, {"result": 1})
 
     with playing(tmp_path, late, call_list(), script) as peer:
         async with running(tmp_path, host_line(peer.port), resumable_calls=True) as dispatcher:
@@ -182,10 +182,10 @@ async def test_cancel_during_recovery_stops_the_call(tmp_path: Path) -> None:
             await go_on.wait()
             return held
 
-    def held(talk: Conversation) -> None:
-        attached(talk)
-        assert next(commands(talk)) == {"stop": {"why": "cancelled"}}
-        ends(talk, stop_report(), EXIT_INFO, {"harp": 1, "error": {"type": "cancelled", "message": "stopped"}})
+    def held(conn: PeerConnection) -> None:
+        attached(conn)
+        assert next(commands(conn)) == {"stop": {"why": "cancelled"}}
+        ends(conn, stop_report(), EXIT_INFO, {"harp": 1, "error": {"type": "cancelled", "message": "stopped"}})
 
     with playing(tmp_path, call_list(), held) as peer:
         store: Any = Late(opened, "list_slot_holders")
@@ -211,11 +211,11 @@ async def test_failed_run_leaves_no_pending_stop(tmp_path: Path) -> None:
                 raise ValueError("a fault")
             return await opened.finalize_stop(*arguments, **options)
 
-    def script(talk: Conversation) -> None:
-        started(talk)
-        assert "stop" in next(commands(talk))
-        talk.reply(stop_report(), EXIT_INFO, {"harp": 1, "error": {"type": "cancelled", "message": "stopped"}})
-        talk.until_closed()
+    def script(conn: PeerConnection) -> None:
+        started(conn)
+        assert "stop" in next(commands(conn))
+        conn.reply(stop_report(), EXIT_INFO, {"harp": 1, "error": {"type": "cancelled", "message": "stopped"}})
+        conn.until_closed()
 
     with playing(tmp_path, call_list(), script) as peer:
         store: Any = Faulty(opened)

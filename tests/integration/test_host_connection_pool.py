@@ -14,7 +14,7 @@ from support.deadline import eventually, wait_until
 from support.dispatcher import host_line, running
 from support.harpcallerd import Harpcallerd
 from support.harpd import Harpd
-from support.peers import Conversation, Script
+from support.peers import PeerConnection, Script
 from support.procedures_file import PROCEDURES
 from support.resumable_host import EXIT_INFO, NO_SUCH_CALL, acknowledgement, commands, playing, result_of
 
@@ -81,21 +81,21 @@ def connections(port: int) -> int:
     return sum(line[2].endswith(own) and line[3] == "01" for line in lines)
 
 
-def serving(talk: Conversation, count: int, between: Callable[[Conversation], None] = lambda talk: None) -> None:
+def serving(conn: PeerConnection, count: int, between: Callable[[PeerConnection], None] = lambda conn: None) -> None:
     """Serve resumable calls on one connection."""
     for number in range(count):
-        request = talk.expect()
+        request = conn.expect()
         assert request["keep_alive"] is True
         if number:
-            between(talk)
-        talk.reply(ACKNOWLEDGEMENT_KEEP_ALIVE)
-        talk.reply(EXIT_INFO, {"result": number})
-        assert next(order for order in commands(talk) if "ack" not in order) == {"release": True}
+            between(conn)
+        conn.reply(ACKNOWLEDGEMENT_KEEP_ALIVE)
+        conn.reply(EXIT_INFO, {"result": number})
+        assert next(command for command in commands(conn) if "ack" not in command) == {"release": True}
 
 
-def keeping(talk: Conversation) -> None:
-    talk.expect()
-    talk.reply(CALL_LIST_KEEP_ALIVE)
+def keeping(conn: PeerConnection) -> None:
+    conn.expect()
+    conn.reply(CALL_LIST_KEEP_ALIVE)
 
 
 async def results(directory: Path, *scripts: Script, count: int) -> list[Any]:
@@ -111,16 +111,16 @@ async def results(directory: Path, *scripts: Script, count: int) -> list[Any]:
 
 
 async def test_pool_late_heartbeat_of_the_previous_call_is_ignored(tmp_path: Path) -> None:
-    def script(talk: Conversation) -> None:
-        serving(talk, 3, lambda talk: talk.reply({"heartbeat": 12345.0}))
+    def script(conn: PeerConnection) -> None:
+        serving(conn, 3, lambda conn: conn.reply({"heartbeat": 12345.0}))
 
     assert await results(tmp_path, script, count=3) == [Returned(b"0"), Returned(b"1"), Returned(b"2")]
 
 
 async def test_pool_closed_connection_is_not_used(tmp_path: Path) -> None:
-    def script(talk: Conversation) -> None:
-        serving(talk, 1)
-        talk.sock.close()
+    def script(conn: PeerConnection) -> None:
+        serving(conn, 1)
+        conn.sock.close()
 
     found = []
     with playing(tmp_path, keeping, script, script) as peer:
@@ -136,14 +136,14 @@ async def test_pool_connection_that_breaks_leads_to_attach(
 ) -> None:
     starts: list[str] = []
 
-    def script(talk: Conversation) -> None:
-        serving(talk, 1)
-        starts.append(talk.expect()["call"]["id"])
-        talk.reset()
+    def script(conn: PeerConnection) -> None:
+        serving(conn, 1)
+        starts.append(conn.expect()["call"]["id"])
+        conn.reset()
 
-    def attach(talk: Conversation) -> None:
-        starts.append(talk.expect()["attach"])
-        talk.reply(NO_SUCH_CALL)
+    def attach(conn: PeerConnection) -> None:
+        starts.append(conn.expect()["attach"])
+        conn.reply(NO_SUCH_CALL)
 
     ends = await results(tmp_path, script, keeping, attach, count=2)
     assert ends[0] == Returned(b"0")
@@ -153,15 +153,15 @@ async def test_pool_connection_that_breaks_leads_to_attach(
 
 
 async def test_pool_without_host_support_is_not_used(tmp_path: Path) -> None:
-    def plain(talk: Conversation) -> None:
-        talk.expect()
-        talk.reply({"harp": 1, "calls": [], "instance": "w1"})
+    def plain(conn: PeerConnection) -> None:
+        conn.expect()
+        conn.reply({"harp": 1, "calls": [], "instance": "w1"})
 
-    def script(talk: Conversation) -> None:
-        assert "keep_alive" not in talk.expect()
-        talk.reply(acknowledgement(), EXIT_INFO, {"result": 1})
-        assert next(order for order in commands(talk) if "ack" not in order) == {"release": True}
-        talk.until_closed()
+    def script(conn: PeerConnection) -> None:
+        assert "keep_alive" not in conn.expect()
+        conn.reply(acknowledgement(), EXIT_INFO, {"result": 1})
+        assert next(command for command in commands(conn) if "ack" not in command) == {"release": True}
+        conn.until_closed()
 
     with playing(tmp_path, plain, script, script) as peer:
         async with running(tmp_path, host_line(peer.port), resumable_calls=True) as dispatcher:

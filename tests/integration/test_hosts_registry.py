@@ -29,7 +29,7 @@ from harpcaller.model.jobs import State
 from support.certificates import server_files
 from support.deadline import eventually
 from support.dispatcher import call, host_line, hosts_file, running
-from support.peers import Conversation, Peer, server_context
+from support.peers import Peer, PeerConnection, server_context
 
 WEB01 = Host("web01", "10.0.0.1", 4306, "u", "topsecret")
 
@@ -224,9 +224,9 @@ async def test_jobs_wait_for_the_first_run_of_the_script(tmp_path: Path, script:
     go = tmp_path / "go"
     os.mkfifo(go)
 
-    def answer(talk: Conversation) -> None:
-        talk.expect()
-        talk.reply({"harp": 1, "stream_result": False}, {"result": 1})
+    def answer(conn: PeerConnection) -> None:
+        conn.expect()
+        conn.reply({"harp": 1, "stream_result": False}, {"result": 1})
 
     with Peer(answer, tls=server_context(server_files(tmp_path))) as peer:
         script.does(host_line(peer.port), after=f"cat {shlex.quote(str(go))}")

@@ -22,24 +22,24 @@ from harpcaller.store.sqlite import open_store
 from support.certificates import server_files
 from support.deadline import eventually
 from support.dispatcher import CREDENTIALS, Switched, call, followed, host_line, result, running, until
-from support.peers import Conversation, Peer, Script, server_context, silent, single_bytes
+from support.peers import Peer, PeerConnection, Script, server_context, silent, single_bytes
 
 ACKNOWLEDGED = {"harp": 1, "stream_result": False}
 STREAMING = {"harp": 1, "stream_result": True}
 
 
-def acknowledge(talk: Conversation, stream: bool = False) -> Any:
-    request = talk.expect()
-    talk.reply(STREAMING if stream else ACKNOWLEDGED)
+def acknowledge(conn: PeerConnection, stream: bool = False) -> Any:
+    request = conn.expect()
+    conn.reply(STREAMING if stream else ACKNOWLEDGED)
     return request
 
 
 def saying(*messages: object) -> Script:
     """Return a host script that reads the request, sends these messages and closes."""
 
-    def script(talk: Conversation) -> None:
-        talk.expect()
-        talk.reply(*messages)
+    def script(conn: PeerConnection) -> None:
+        conn.expect()
+        conn.reply(*messages)
 
     return script
 
@@ -64,9 +64,9 @@ def failure(end: End | None, type: str, message: str, data: object = None) -> No
 
 
 async def test_run_result_is_stored_unchanged(tmp_path: Path) -> None:
-    def script(talk: Conversation) -> None:
-        talk.expect({"harp": 1, "procedure": "p", "arguments": [1], "auth": CREDENTIALS})
-        talk.reply(ACKNOWLEDGED, b'  {"result" : {"b": 1.10,"a":100000000000000000000000} } \r\n')
+    def script(conn: PeerConnection) -> None:
+        conn.expect({"harp": 1, "procedure": "p", "arguments": [1], "auth": CREDENTIALS})
+        conn.reply(ACKNOWLEDGED, b'  {"result" : {"b": 1.10,"a":100000000000000000000000} } \r\n')
 
     assert await ended(tmp_path, script, arguments=[1]) == Returned(b'{"b": 1.10,"a":100000000000000000000000}')
 
@@ -85,13 +85,13 @@ async def test_run_data_after_the_end_is_ignored(tmp_path: Path) -> None:
 
 
 async def test_run_records_in_any_chunks_stay_in_order(tmp_path: Path) -> None:
-    def whole(talk: Conversation) -> None:
-        acknowledge(talk, stream=True)
-        talk.reply(*({"stream": {"n": n}} for n in range(500)), {"result": "end"})
+    def whole(conn: PeerConnection) -> None:
+        acknowledge(conn, stream=True)
+        conn.reply(*({"stream": {"n": n}} for n in range(500)), {"result": "end"})
 
-    def bytewise(talk: Conversation) -> None:
-        acknowledge(talk, stream=True)
-        talk.send(*single_bytes(b'{"stream": {"n": 0}}\n{"stream":{"n": 1}}\n{"result":"end"}\n'))
+    def bytewise(conn: PeerConnection) -> None:
+        acknowledge(conn, stream=True)
+        conn.send(*single_bytes(b'{"stream": {"n": 0}}\n{"stream":{"n": 1}}\n{"result":"end"}\n'))
 
     with playing(tmp_path, whole, bytewise) as peer:
         async with running(tmp_path, host_line(peer.port)) as dispatcher:
@@ -129,15 +129,15 @@ async def test_run_without_tls_handshake_times_out(tmp_path: Path) -> None:
 
 
 async def test_run_without_tls_is_protocol_error(tmp_path: Path) -> None:
-    with Peer(lambda talk: talk.send(b"220 smtp\r\n")) as peer:
+    with Peer(lambda conn: conn.send(b"220 smtp\r\n")) as peer:
         async with running(tmp_path, host_line(peer.port)) as dispatcher:
             failure(await result(dispatcher), "protocol_error", "it does not speak TLS")
 
 
 async def test_run_without_acknowledgement_times_out(tmp_path: Path) -> None:
-    def script(talk: Conversation) -> None:
-        talk.expect()
-        talk.until_closed()
+    def script(conn: PeerConnection) -> None:
+        conn.expect()
+        conn.until_closed()
 
     end = await ended(tmp_path, script, {"acknowledgement_timeout": 0.2})
     failure(end, "network_error", "did not acknowledge", {"errno": "ETIMEDOUT"})
@@ -145,15 +145,15 @@ async def test_run_without_acknowledgement_times_out(tmp_path: Path) -> None:
 
 
 async def test_run_silent_host_times_out(tmp_path: Path) -> None:
-    def quiet(talk: Conversation) -> None:
-        acknowledge(talk)
-        talk.until_closed()
+    def quiet(conn: PeerConnection) -> None:
+        acknowledge(conn)
+        conn.until_closed()
 
-    def dripping(talk: Conversation) -> None:
-        acknowledge(talk)
+    def dripping(conn: PeerConnection) -> None:
+        acknowledge(conn)
         with pytest.raises(OSError):
             while True:
-                talk.send(b" ")
+                conn.send(b" ")
                 time.sleep(0.02)
 
     for script in (quiet, dripping):
@@ -161,20 +161,20 @@ async def test_run_silent_host_times_out(tmp_path: Path) -> None:
 
 
 async def test_run_over_max_exec_time_times_out(tmp_path: Path) -> None:
-    def script(talk: Conversation) -> None:
-        acknowledge(talk, stream=True)
+    def script(conn: PeerConnection) -> None:
+        acknowledge(conn, stream=True)
         with pytest.raises(OSError):
             while True:
-                talk.reply({"stream": 1})
+                conn.reply({"stream": 1})
                 time.sleep(0.02)
 
     failure(await ended(tmp_path, script, max_exec_time=0.5), "timeout", "maximum execution time")
 
 
 async def test_run_closed_connection_is_network_error(tmp_path: Path) -> None:
-    def resetting(talk: Conversation) -> None:
-        acknowledge(talk)
-        talk.reset()
+    def resetting(conn: PeerConnection) -> None:
+        acknowledge(conn)
+        conn.reset()
 
     failure(await ended(tmp_path, saying()), "network_error", "waiting for the acknowledgement")
     failure(await ended(tmp_path, saying(ACKNOWLEDGED)), "network_error", "waiting for the result")
@@ -230,16 +230,16 @@ async def test_cancel_before_the_request_closes_the_connection(tmp_path: Path) -
     with Peer(silent) as peer:
         async with running(tmp_path, host_line(peer.port)) as dispatcher:
             job_id = await dispatcher.submit(call(), "test")
-            await eventually(lambda: peer.conversations, what="the connection")
+            await eventually(lambda: peer.connections, what="the connection")
             await cancelled(dispatcher, job_id)
-            await eventually(peer.conversations[0].closed.is_set, what="the connection's end")
+            await eventually(peer.connections[0].closed.is_set, what="the connection's end")
 
 
 async def test_cancel_after_the_ack_closes_the_connection(tmp_path: Path) -> None:
-    def script(talk: Conversation) -> None:
-        acknowledge(talk, stream=True)
-        talk.reply({"stream": 1})
-        talk.until_closed()
+    def script(conn: PeerConnection) -> None:
+        acknowledge(conn, stream=True)
+        conn.reply({"stream": 1})
+        conn.until_closed()
 
     with playing(tmp_path, script) as peer:
         async with running(tmp_path, host_line(peer.port)) as dispatcher:
@@ -247,18 +247,18 @@ async def test_cancel_after_the_ack_closes_the_connection(tmp_path: Path) -> Non
             async for _ in dispatcher.follow(job_id, since=0):
                 break
             await cancelled(dispatcher, job_id)
-            await eventually(peer.conversations[0].closed.is_set, what="the connection's end")
+            await eventually(peer.connections[0].closed.is_set, what="the connection's end")
 
 
 async def test_cancel_after_the_request_waits_for_the_ack(tmp_path: Path) -> None:
     read, go_on = threading.Event(), threading.Event()
 
-    def script(talk: Conversation) -> None:
-        talk.expect()
+    def script(conn: PeerConnection) -> None:
+        conn.expect()
         read.set()
         assert go_on.wait(30)
-        talk.reply(ACKNOWLEDGED)
-        talk.until_closed()
+        conn.reply(ACKNOWLEDGED)
+        conn.until_closed()
 
     with playing(tmp_path, script) as peer:
         async with running(tmp_path, host_line(peer.port)) as dispatcher:
@@ -269,13 +269,13 @@ async def test_cancel_after_the_request_waits_for_the_ack(tmp_path: Path) -> Non
             assert not cancel.done()
             go_on.set()
             assert await cancel
-            await eventually(peer.conversations[0].closed.is_set, what="the connection's end")
+            await eventually(peer.connections[0].closed.is_set, what="the connection's end")
 
 
 async def test_cancel_without_ack_returns_after_a_time(tmp_path: Path) -> None:
-    def script(talk: Conversation) -> None:
-        talk.expect()
-        talk.until_closed()
+    def script(conn: PeerConnection) -> None:
+        conn.expect()
+        conn.until_closed()
 
     with playing(tmp_path, script) as peer:
         async with running(tmp_path, host_line(peer.port)) as dispatcher:
@@ -285,9 +285,9 @@ async def test_cancel_without_ack_returns_after_a_time(tmp_path: Path) -> None:
 
 
 async def test_cancel_by_a_departed_client_is_completed(tmp_path: Path) -> None:
-    def script(talk: Conversation) -> None:
-        acknowledge(talk)
-        talk.until_closed()
+    def script(conn: PeerConnection) -> None:
+        acknowledge(conn)
+        conn.until_closed()
 
     with playing(tmp_path, script) as peer:
         async with running(tmp_path, host_line(peer.port)) as dispatcher:
@@ -297,22 +297,22 @@ async def test_cancel_by_a_departed_client_is_completed(tmp_path: Path) -> None:
             await asyncio.sleep(0)
             asking.cancel()
             assert await dispatcher.result(job_id, wait=True) == Cancelled()
-            await eventually(peer.conversations[0].closed.is_set, what="the connection's end")
+            await eventually(peer.connections[0].closed.is_set, what="the connection's end")
 
 
 async def test_run_data_during_store_failure_is_stored_later(tmp_path: Path) -> None:
     first, rest = threading.Event(), threading.Event()
 
-    def script(talk: Conversation) -> None:
-        acknowledge(talk, stream=True)
+    def script(conn: PeerConnection) -> None:
+        acknowledge(conn, stream=True)
         assert first.wait(30)
-        talk.reply({"stream": 0}, {"stream": 1})
+        conn.reply({"stream": 0}, {"stream": 1})
         assert rest.wait(30)
-        talk.reply({"stream": 2}, {"result": "end"})
+        conn.reply({"stream": 2}, {"result": "end"})
 
-    def other(talk: Conversation) -> None:
-        acknowledge(talk)
-        talk.reply({"result": "other"})
+    def other(conn: PeerConnection) -> None:
+        acknowledge(conn)
+        conn.reply({"result": "other"})
 
     real = await open_store(tmp_path / "store")
     store = Switched(real, "append_records", "finish_job")
@@ -339,14 +339,14 @@ async def test_run_pauses_reading_while_the_store_fails(tmp_path: Path) -> None:
     enough = 64 * 1024 * 1024
     sent = 0
 
-    def script(talk: Conversation) -> None:
+    def script(conn: PeerConnection) -> None:
         nonlocal sent
-        acknowledge(talk, stream=True)
+        acknowledge(conn, stream=True)
         record = b'{"stream": "' + b"x" * 65_500 + b'"}\n'
         while sent < enough:
-            talk.send(record)
+            conn.send(record)
             sent += len(record)
-        talk.reply({"result": None})
+        conn.reply({"result": None})
 
     real = await open_store(tmp_path / "store")
     store = Switched(real, "append_records")

@@ -22,7 +22,7 @@ from harpcaller.store.sqlite import open_store
 from support.deadline import eventually
 from support.dispatcher import Switched, call, followed, host_line, running
 from support.harpd import Harpd
-from support.peers import Conversation
+from support.peers import PeerConnection
 from support.resumable_host import (
     EXIT_INFO,
     NO_SUCH_CALL,
@@ -52,9 +52,9 @@ def records_gone(**data: Any) -> dict[str, Any]:
 def refused_behind_all(end: int) -> Any:
     """Receive the attach that queries the end of the records."""
 
-    def script(talk: Conversation) -> None:
-        assert talk.expect()["since"] == BEHIND_ALL
-        talk.reply(records_gone(first=0, end=end))
+    def script(conn: PeerConnection) -> None:
+        assert conn.expect()["since"] == BEHIND_ALL
+        conn.reply(records_gone(first=0, end=end))
 
     return script
 
@@ -62,10 +62,10 @@ def refused_behind_all(end: int) -> Any:
 def stopped_behind(end: int) -> Any:
     """Receive the attach past all records, and the stop command."""
 
-    def script(talk: Conversation) -> None:
-        assert attached(talk, stream=True, records=end)["since"] == end
-        assert next(commands(talk)) == {"stop": {"why": "protocol_error", "by": "dispatcher"}}
-        ends(talk, stop_report(), EXIT_INFO, STOPPED)
+    def script(conn: PeerConnection) -> None:
+        assert attached(conn, stream=True, records=end)["since"] == end
+        assert next(commands(conn)) == {"stop": {"why": "protocol_error", "by": "dispatcher"}}
+        ends(conn, stop_report(), EXIT_INFO, STOPPED)
 
     return script
 
@@ -74,10 +74,10 @@ def stopped_behind(end: int) -> Any:
     "garbage", [b'{"stream":x}\n', b"\xff\n", b'{"stream": 1, "result": 2}\n', b'{"harp": 1, "stream_result": true}\n']
 )
 async def test_resumable_run_invalid_message_ends_the_job(tmp_path: Path, garbage: bytes) -> None:
-    def begin(talk: Conversation) -> None:
-        started(talk, stream=True)
-        talk.send(b'{"at": 1.0}\n{"stream": 0}\n' + garbage + b'{"stream": 2}\n')
-        talk.until_closed()
+    def begin(conn: PeerConnection) -> None:
+        started(conn, stream=True)
+        conn.send(b'{"at": 1.0}\n{"stream": 0}\n' + garbage + b'{"stream": 2}\n')
+        conn.until_closed()
 
     scripts = (call_list(), begin, call_list(), refused_behind_all(7), stopped_behind(7))
     with playing(tmp_path, *scripts) as peer:
@@ -128,20 +128,20 @@ async def test_resumable_run_repeated_errors_slow_reattaching(tmp_path: Path) ->
     """An acknowledgement is not progress. The job holds its slot until the host reports the end."""
     attaches: list[float] = []
 
-    def script(talk: Conversation) -> None:
-        request = talk.expect()
+    def script(conn: PeerConnection) -> None:
+        request = conn.expect()
         if "calls" in request:
-            talk.reply({"harp": 1, "calls": [], "instance": "w1"})
+            conn.reply({"harp": 1, "calls": [], "instance": "w1"})
             return
         if "attach" in request:
             attaches.append(time.monotonic())
-        talk.reply(acknowledgement(stream=True))
+        conn.reply(acknowledgement(stream=True))
         if len(attaches) >= 5:
-            assert "stop" in next(commands(talk))
-            ends(talk, stop_report(), EXIT_INFO, STOPPED)
+            assert "stop" in next(commands(conn))
+            ends(conn, stop_report(), EXIT_INFO, STOPPED)
             return
-        talk.send(b"garbage\n")
-        talk.until_closed()
+        conn.send(b"garbage\n")
+        conn.until_closed()
 
     with playing(tmp_path, always=script) as peer:
         async with running(tmp_path, host_line(peer.port), resumable_calls=True) as dispatcher:
@@ -157,16 +157,16 @@ async def test_resumable_run_repeated_errors_slow_reattaching(tmp_path: Path) ->
 async def test_resumable_run_ack_and_disconnect_slows_reattaching(tmp_path: Path) -> None:
     attaches: list[float] = []
 
-    def script(talk: Conversation) -> None:
-        request = talk.expect()
+    def script(conn: PeerConnection) -> None:
+        request = conn.expect()
         if "calls" in request:
-            talk.reply({"harp": 1, "calls": [], "instance": "w1"})
+            conn.reply({"harp": 1, "calls": [], "instance": "w1"})
             return
         if "attach" in request:
             attaches.append(time.monotonic())
-        talk.reply(acknowledgement())
+        conn.reply(acknowledgement())
         if len(attaches) >= 5:
-            ends(talk, EXIT_INFO, {"result": 1})
+            ends(conn, EXIT_INFO, {"result": 1})
 
     with playing(tmp_path, always=script) as peer:
         async with running(tmp_path, host_line(peer.port), resumable_calls=True) as dispatcher:
@@ -178,17 +178,17 @@ async def test_resumable_run_ack_and_disconnect_slows_reattaching(tmp_path: Path
 async def test_records_gone_with_invalid_data_is_retried(tmp_path: Path, data: Any) -> None:
     """The attempt counts as failed; it is not an internal error."""
 
-    def begin(talk: Conversation) -> None:
-        started(talk)
-        talk.reset()
+    def begin(conn: PeerConnection) -> None:
+        started(conn)
+        conn.reset()
 
-    def odd(talk: Conversation) -> None:
-        talk.expect()
-        talk.reply({"harp": 1, "error": {"type": "records_gone", "message": "gone", "data": data}})
+    def odd(conn: PeerConnection) -> None:
+        conn.expect()
+        conn.reply({"harp": 1, "error": {"type": "records_gone", "message": "gone", "data": data}})
 
-    def right(talk: Conversation) -> None:
-        attached(talk)
-        ends(talk, EXIT_INFO, {"result": 1})
+    def right(conn: PeerConnection) -> None:
+        attached(conn)
+        ends(conn, EXIT_INFO, {"result": 1})
 
     with playing(tmp_path, call_list(), begin, call_list(), odd, right) as peer:
         async with running(tmp_path, host_line(peer.port), resumable_calls=True) as dispatcher:
@@ -199,22 +199,22 @@ async def test_records_gone_continues_at_the_given_number(tmp_path: Path) -> Non
     """Without an ack of these records the host would never send the end."""
     counts: list[int] = []
 
-    def begin(talk: Conversation) -> None:
-        started(talk, stream=True)
-        talk.reset()
+    def begin(conn: PeerConnection) -> None:
+        started(conn, stream=True)
+        conn.reset()
 
-    def lacking(talk: Conversation) -> None:
-        talk.expect()
-        talk.reply(records_gone(first=5, end=9))
+    def lacking(conn: PeerConnection) -> None:
+        conn.expect()
+        conn.reply(records_gone(first=5, end=9))
 
-    def rest(talk: Conversation) -> None:
-        assert attached(talk, stream=True)["since"] == 9
-        said = commands(talk)
+    def rest(conn: PeerConnection) -> None:
+        assert attached(conn, stream=True)["since"] == 9
+        said = commands(conn)
         assert "stop" in next(said)
-        talk.reply({"stream": 9}, {"stream": 10})
+        conn.reply({"stream": 9}, {"stream": 10})
         while not counts or counts[-1] < 11:
             counts.append(next(said)["ack"])
-        ends(talk, stop_report(), EXIT_INFO, STOPPED)
+        ends(conn, stop_report(), EXIT_INFO, STOPPED)
 
     with playing(tmp_path, call_list(), begin, call_list(), lacking, rest) as peer:
         async with running(tmp_path, host_line(peer.port), resumable_calls=True) as dispatcher:
@@ -223,10 +223,10 @@ async def test_records_gone_continues_at_the_given_number(tmp_path: Path) -> Non
 
 
 async def test_resumable_run_data_after_the_end_is_ignored(tmp_path: Path) -> None:
-    def script(talk: Conversation) -> None:
-        started(talk, stream=True)
-        talk.send(b'{"stream": 0}\n{"result": 1}\n{"result": 2}\ngarbage\n{"stream": 1}\n')
-        talk.until_closed()
+    def script(conn: PeerConnection) -> None:
+        started(conn, stream=True)
+        conn.send(b'{"stream": 0}\n{"result": 1}\n{"result": 2}\ngarbage\n{"stream": 1}\n')
+        conn.until_closed()
 
     with playing(tmp_path, call_list(), script) as peer:
         async with running(tmp_path, host_line(peer.port), resumable_calls=True) as dispatcher:
@@ -242,19 +242,19 @@ async def test_resumable_run_buffered_result_is_not_too_late(tmp_path: Path) -> 
     """The call ended in time, during an outage. The host enforces the limits and reports the end."""
     may_answer = threading.Event()
 
-    def begin(talk: Conversation) -> None:
-        talk.expect()
-        talk.reset()
+    def begin(conn: PeerConnection) -> None:
+        conn.expect()
+        conn.reset()
 
-    def late(talk: Conversation) -> None:
+    def late(conn: PeerConnection) -> None:
         assert may_answer.wait(30)
-        request = talk.expect()
+        request = conn.expect()
         assert "attach" in request
-        talk.reply(acknowledgement(stream=True, elapsed=10_000.0, records=1))
-        assert "heartbeat" in json.loads(talk.line())  # it has checked its limits
-        talk.reply({"stream": 0})
-        assert next(commands(talk)) == {"ack": 1}
-        ends(talk, EXIT_INFO, {"result": "in time"})
+        conn.reply(acknowledgement(stream=True, elapsed=10_000.0, records=1))
+        assert "heartbeat" in json.loads(conn.line())  # it has checked its limits
+        conn.reply({"stream": 0})
+        assert next(commands(conn)) == {"ack": 1}
+        ends(conn, EXIT_INFO, {"result": "in time"})
 
     with playing(tmp_path, call_list(), begin, call_list(), late) as peer:
         async with running(tmp_path, host_line(peer.port), resumable_calls=True) as dispatcher:
@@ -271,14 +271,14 @@ async def test_resumable_run_missing_ack_does_not_end_the_job(tmp_path: Path) ->
     """The job's timeout is shorter than acknowledgement_timeout, and the job is cancelled before it."""
     silent = threading.Event()
 
-    def begin(talk: Conversation) -> None:
-        talk.expect()
+    def begin(conn: PeerConnection) -> None:
+        conn.expect()
         silent.set()
-        talk.until_closed()
+        conn.until_closed()
 
-    def no_such_call(talk: Conversation) -> None:
-        talk.expect()
-        talk.reply(NO_SUCH_CALL)
+    def no_such_call(conn: PeerConnection) -> None:
+        conn.expect()
+        conn.reply(NO_SUCH_CALL)
 
     with playing(tmp_path, call_list(), begin, call_list(), no_such_call) as peer:
         options: dict[str, Any] = {"acknowledgement_timeout": 0.5, "resumable_calls": True}
@@ -295,13 +295,13 @@ async def test_heartbeats_keep_a_minimum_interval(tmp_path: Path) -> None:
     """The minimum applies to every timeout that a host sends."""
     beats: list[float] = []
 
-    def script(talk: Conversation) -> None:
-        started(talk, disconnect_timeout=1e-9)
+    def script(conn: PeerConnection) -> None:
+        started(conn, disconnect_timeout=1e-9)
         while len(beats) < 4:
-            assert "heartbeat" in json.loads(talk.line())
+            assert "heartbeat" in json.loads(conn.line())
             beats.append(time.monotonic())
-            talk.reply({"heartbeat": 0.0})
-        ends(talk, EXIT_INFO, {"result": 1})
+            conn.reply({"heartbeat": 0.0})
+        ends(conn, EXIT_INFO, {"result": 1})
 
     with playing(tmp_path, call_list(), script) as peer:
         async with running(tmp_path, host_line(peer.port), resumable_calls=True) as dispatcher:
@@ -313,24 +313,24 @@ async def test_host_that_does_not_read_is_disconnected(tmp_path: Path) -> None:
     """Commands to it do not accumulate: they are bounded by the kernel's buffer and a little more."""
     over = threading.Event()
 
-    def deaf(talk: Conversation) -> None:
+    def deaf(conn: PeerConnection) -> None:
         assert over.wait(30)
 
     config = Config(stream_directory=tmp_path)
     with playing(tmp_path, deaf) as peer:
-        talk = await open_connection(Host("web01", "127.0.0.1", peer.port, "u", "p"), HostTLS(config), config)
-        talk.send_request(ListCalls("owner", "u", "p"))
-        reading = asyncio.create_task(talk.read())
+        conn = await open_connection(Host("web01", "127.0.0.1", peer.port, "u", "p"), HostTLS(config), config)
+        conn.send_request(ListCalls("owner", "u", "p"))
+        reading = asyncio.create_task(conn.read())
         said = 0
         while not reading.done() and said < 1_000_000:
             for _ in range(1000):
-                talk.send_command(Ack(said))
+                conn.send_command(Ack(said))
             said += 1000
             await asyncio.sleep(0)
         over.set()
         assert said < 1_000_000
         assert await reading is None
-        talk.abort()
+        conn.abort()
 
 
 async def test_host_that_ignores_the_window_is_paused(tmp_path: Path) -> None:
@@ -338,22 +338,22 @@ async def test_host_that_ignores_the_window_is_paused(tmp_path: Path) -> None:
     sent = 0
     held_back = threading.Event()
 
-    def flood(talk: Conversation) -> None:
+    def flood(conn: PeerConnection) -> None:
         nonlocal sent
-        started(talk, stream=True)
-        talk.sock.settimeout(1.0)
+        started(conn, stream=True)
+        conn.sock.settimeout(1.0)
         line = json.dumps({"stream": "x" * 100_000}).encode() + b"\n"
         try:
             while sent < 100_000_000:
-                talk.send(line)
+                conn.send(line)
                 sent += len(line)
         except TimeoutError:
             pass
         held_back.set()
 
-    def rest(talk: Conversation) -> None:
-        attached(talk, stream=True)
-        ends(talk, EXIT_INFO, {"result": 1})
+    def rest(conn: PeerConnection) -> None:
+        attached(conn, stream=True)
+        ends(conn, EXIT_INFO, {"result": 1})
 
     opened = await open_store(tmp_path / "store")
     store = Switched(opened, "append_records")

@@ -17,7 +17,7 @@ from harpcaller.store import UnknownJob
 from harpcaller.store.sqlite import open_store
 from support.deadline import eventually
 from support.dispatcher import CREDENTIALS, call, followed, host_line, running, until
-from support.peers import Conversation
+from support.peers import PeerConnection
 from support.resumable_host import (
     EXIT_INFO,
     NO_SUCH_CALL,
@@ -39,9 +39,9 @@ from support.resumable_host import (
 async def test_resumable_run_sends_id_and_acks_the_end(tmp_path: Path) -> None:
     requests: list[Any] = []
 
-    def script(talk: Conversation) -> None:
-        requests.append(started(talk))
-        ends(talk, EXIT_INFO, {"result": [1]})
+    def script(conn: PeerConnection) -> None:
+        requests.append(started(conn))
+        ends(conn, EXIT_INFO, {"result": [1]})
 
     with playing(tmp_path, call_list(), script, script) as peer:
         async with running(tmp_path, host_line(peer.port), resumable_calls=True, disconnect_timeout=50.0) as dispatcher:
@@ -66,13 +66,13 @@ async def test_resumable_run_sends_id_and_acks_the_end(tmp_path: Path) -> None:
 
 
 async def test_start_with_wrong_instance_is_retried(tmp_path: Path) -> None:
-    def other(talk: Conversation) -> None:
-        assert talk.expect()["call"]["instance"] == "w1"
-        talk.reply({"harp": 1, "error": {"type": "wrong_instance", "message": "no", "data": {"instance": "w2"}}})
+    def other(conn: PeerConnection) -> None:
+        assert conn.expect()["call"]["instance"] == "w1"
+        conn.reply({"harp": 1, "error": {"type": "wrong_instance", "message": "no", "data": {"instance": "w2"}}})
 
-    def right(talk: Conversation) -> None:
-        assert started(talk, instance="w2")["call"]["instance"] == "w2"
-        ends(talk, EXIT_INFO, {"result": 1})
+    def right(conn: PeerConnection) -> None:
+        assert started(conn, instance="w2")["call"]["instance"] == "w2"
+        ends(conn, EXIT_INFO, {"result": 1})
 
     with playing(tmp_path, call_list(), other, call_list(instance="w2"), right) as peer:
         async with running(tmp_path, host_line(peer.port), resumable_calls=True) as dispatcher:
@@ -80,9 +80,9 @@ async def test_start_with_wrong_instance_is_retried(tmp_path: Path) -> None:
 
 
 async def test_start_with_ever_new_instance_is_network_error(tmp_path: Path) -> None:
-    def other(talk: Conversation) -> None:
-        talk.expect()
-        talk.reply({"harp": 1, "error": {"type": "wrong_instance", "message": "no", "data": {"instance": "w2"}}})
+    def other(conn: PeerConnection) -> None:
+        conn.expect()
+        conn.reply({"harp": 1, "error": {"type": "wrong_instance", "message": "no", "data": {"instance": "w2"}}})
 
     with playing(tmp_path, *(call_list(), other) * 3) as peer:
         async with running(tmp_path, host_line(peer.port), resumable_calls=True) as dispatcher:
@@ -94,13 +94,13 @@ async def test_start_with_ever_new_instance_is_network_error(tmp_path: Path) -> 
 async def test_start_without_reply_is_never_repeated(tmp_path: Path) -> None:
     """The connection breaks after the request; the host replies to the attach that it will never start the call."""
 
-    def cut(talk: Conversation) -> None:
-        talk.expect()
-        talk.reset()
+    def cut(conn: PeerConnection) -> None:
+        conn.expect()
+        conn.reset()
 
-    def no_such_call(talk: Conversation) -> None:
-        assert "attach" in talk.expect()
-        talk.reply(NO_SUCH_CALL)
+    def no_such_call(conn: PeerConnection) -> None:
+        assert "attach" in conn.expect()
+        conn.reply(NO_SUCH_CALL)
 
     with playing(tmp_path, call_list(), cut, call_list(), no_such_call) as peer:
         async with running(tmp_path, host_line(peer.port), resumable_calls=True) as dispatcher:
@@ -112,13 +112,13 @@ async def test_start_without_reply_is_never_repeated(tmp_path: Path) -> None:
 
 
 async def test_start_without_reply_that_happened_continues(tmp_path: Path) -> None:
-    def cut(talk: Conversation) -> None:
-        talk.expect()
-        talk.reset()
+    def cut(conn: PeerConnection) -> None:
+        conn.expect()
+        conn.reset()
 
-    def held(talk: Conversation) -> None:
-        assert attached(talk, stream=True)["since"] == 0
-        ends(talk, {"at": 5.5}, {"stream": "a"}, EXIT_INFO, {"result": 1})
+    def held(conn: PeerConnection) -> None:
+        assert attached(conn, stream=True)["since"] == 0
+        ends(conn, {"at": 5.5}, {"stream": "a"}, EXIT_INFO, {"result": 1})
 
     with playing(tmp_path, call_list(), cut, call_list(), held) as peer:
         async with running(tmp_path, host_line(peer.port), resumable_calls=True) as dispatcher:
@@ -129,22 +129,22 @@ async def test_start_without_reply_that_happened_continues(tmp_path: Path) -> No
 async def test_reattach_continues_at_the_next_record(tmp_path: Path) -> None:
     requests: list[tuple[int, str]] = []
 
-    def begin(talk: Conversation) -> None:
-        started(talk, stream=True)
-        talk.reply({"at": 10.0}, {"stream": 0}, {"stream": 1}, {"at": 11.5})
-        talk.send(b'{"stream": "cut in the mid')
+    def begin(conn: PeerConnection) -> None:
+        started(conn, stream=True)
+        conn.reply({"at": 10.0}, {"stream": 0}, {"stream": 1}, {"at": 11.5})
+        conn.send(b'{"stream": "cut in the mid')
 
-    def middle(talk: Conversation) -> None:
-        request = attached(talk, stream=True, records=4)
+    def middle(conn: PeerConnection) -> None:
+        request = attached(conn, stream=True, records=4)
         requests.append((request["since"], request["attach"]))
-        talk.reply({"at": 12.0}, {"stream": 2})
-        talk.reset()
+        conn.reply({"at": 12.0}, {"stream": 2})
+        conn.reset()
 
-    def rest(talk: Conversation) -> None:
-        request = attached(talk, stream=True, records=4)
+    def rest(conn: PeerConnection) -> None:
+        request = attached(conn, stream=True, records=4)
         requests.append((request["since"], request["attach"]))
-        talk.reply(*({"stream": number} for number in range(request["since"], 4)))
-        ends(talk, EXIT_INFO, {"result": "end"})
+        conn.reply(*({"stream": number} for number in range(request["since"], 4)))
+        ends(conn, EXIT_INFO, {"result": "end"})
 
     with playing(tmp_path, call_list(), begin, call_list(), middle, call_list(), rest) as peer:
         async with running(tmp_path, host_line(peer.port), resumable_calls=True) as dispatcher:
@@ -166,19 +166,19 @@ async def test_reattach_continues_at_the_next_record(tmp_path: Path) -> None:
 async def test_stop_after_outage_frees_the_slot_with_the_report(tmp_path: Path) -> None:
     broken, back = threading.Event(), threading.Event()
 
-    def begin(talk: Conversation) -> None:
-        started(talk)
+    def begin(conn: PeerConnection) -> None:
+        started(conn)
         assert broken.wait(30)
 
-    def nobody(talk: Conversation) -> None:
+    def nobody(conn: PeerConnection) -> None:
         assert back.wait(30)
-        talk.reset()
+        conn.reset()
 
-    def again(talk: Conversation) -> None:
-        attached(talk)
-        order = next(commands(talk))
-        assert order == {"stop": {"why": "cancelled", "by": "192.0.2.1:5"}}
-        ends(talk, stop_report(), EXIT_INFO, {"harp": 1, "error": {"type": "cancelled", "message": "stopped"}})
+    def again(conn: PeerConnection) -> None:
+        attached(conn)
+        command = next(commands(conn))
+        assert command == {"stop": {"why": "cancelled", "by": "192.0.2.1:5"}}
+        ends(conn, stop_report(), EXIT_INFO, {"harp": 1, "error": {"type": "cancelled", "message": "stopped"}})
 
     with playing(tmp_path, call_list(), begin, nobody, call_list(), again) as peer:
         async with running(tmp_path, host_line(peer.port), resumable_calls=True) as dispatcher:
@@ -204,12 +204,12 @@ async def test_stop_after_outage_frees_the_slot_with_the_report(tmp_path: Path) 
 async def test_surviving_processes_hold_the_slot(tmp_path: Path) -> None:
     gone = threading.Event()
 
-    def script(talk: Conversation) -> None:
-        started(talk)
-        assert next(commands(talk)).keys() == {"stop"}
-        talk.reply(stop_report(7), EXIT_INFO, {"harp": 1, "error": {"type": "cancelled", "message": "stopped"}})
+    def script(conn: PeerConnection) -> None:
+        started(conn)
+        assert next(commands(conn)).keys() == {"stop"}
+        conn.reply(stop_report(7), EXIT_INFO, {"harp": 1, "error": {"type": "cancelled", "message": "stopped"}})
         assert gone.wait(30)
-        ends(talk, stop_report())
+        ends(conn, stop_report())
 
     with playing(tmp_path, call_list(), script) as peer:
         async with running(tmp_path, host_line(peer.port), resumable_calls=True) as dispatcher:
@@ -224,9 +224,9 @@ async def test_surviving_processes_hold_the_slot(tmp_path: Path) -> None:
 
 
 async def test_release_frees_the_slot(tmp_path: Path) -> None:
-    def script(talk: Conversation) -> None:
-        started(talk)
-        talk.until_closed()
+    def script(conn: PeerConnection) -> None:
+        started(conn)
+        conn.until_closed()
 
     with playing(tmp_path, call_list(), script) as peer:
         async with running(tmp_path, host_line(peer.port), resumable_calls=True) as dispatcher:
@@ -243,9 +243,9 @@ async def test_release_frees_the_slot(tmp_path: Path) -> None:
 
 
 async def test_host_limit_ends_the_job_with_a_stop_report(tmp_path: Path) -> None:
-    def script(talk: Conversation) -> None:
-        started(talk)
-        ends(talk, stop_report(), EXIT_INFO, {"harp": 1, "error": {"type": "timeout", "message": "too long"}})
+    def script(conn: PeerConnection) -> None:
+        started(conn)
+        ends(conn, stop_report(), EXIT_INFO, {"harp": 1, "error": {"type": "timeout", "message": "too long"}})
 
     with playing(tmp_path, call_list(), script) as peer:
         async with running(tmp_path, host_line(peer.port), resumable_calls=True) as dispatcher:
@@ -255,19 +255,19 @@ async def test_host_limit_ends_the_job_with_a_stop_report(tmp_path: Path) -> Non
 
 
 async def test_records_gone_ends_the_job_and_stops_the_call(tmp_path: Path) -> None:
-    def begin(talk: Conversation) -> None:
-        started(talk, stream=True)
-        talk.reset()
+    def begin(conn: PeerConnection) -> None:
+        started(conn, stream=True)
+        conn.reset()
 
-    def lacking(talk: Conversation) -> None:
-        assert talk.expect()["since"] == 0
+    def lacking(conn: PeerConnection) -> None:
+        assert conn.expect()["since"] == 0
         data = {"first": 5, "end": 9}
-        talk.reply({"harp": 1, "error": {"type": "records_gone", "message": "gone", "data": data}})
+        conn.reply({"harp": 1, "error": {"type": "records_gone", "message": "gone", "data": data}})
 
-    def rest(talk: Conversation) -> None:
-        assert attached(talk, stream=True)["since"] == 9
-        assert next(commands(talk)) == {"stop": {"why": "records_gone", "by": "dispatcher"}}
-        ends(talk, stop_report(), EXIT_INFO, {"harp": 1, "error": {"type": "cancelled", "message": "stopped"}})
+    def rest(conn: PeerConnection) -> None:
+        assert attached(conn, stream=True)["since"] == 9
+        assert next(commands(conn)) == {"stop": {"why": "records_gone", "by": "dispatcher"}}
+        ends(conn, stop_report(), EXIT_INFO, {"harp": 1, "error": {"type": "cancelled", "message": "stopped"}})
 
     with playing(tmp_path, call_list(), begin, call_list(), lacking, rest) as peer:
         async with running(tmp_path, host_line(peer.port), resumable_calls=True) as dispatcher:
@@ -278,9 +278,9 @@ async def test_records_gone_ends_the_job_and_stops_the_call(tmp_path: Path) -> N
 
 
 async def test_host_downgraded_to_legacy_has_bound_calls(tmp_path: Path) -> None:
-    def script(talk: Conversation) -> None:
-        talk.expect()
-        talk.reply({"harp": 1, "stream_result": False}, {"result": 1})
+    def script(conn: PeerConnection) -> None:
+        conn.expect()
+        conn.reply({"harp": 1, "stream_result": False}, {"result": 1})
 
     with playing(tmp_path, call_list(), script) as peer:
         async with running(tmp_path, host_line(peer.port), resumable_calls=True) as dispatcher:
@@ -295,19 +295,19 @@ async def test_orphaned_calls_are_stopped_and_released(tmp_path: Path) -> None:
     ids: list[str] = []
     stopped: list[str] = []
 
-    def list_both(talk: Conversation) -> None:
-        talk.expect()
-        talk.reply({"harp": 1, "calls": [*ids, unknown], "instance": "w1"})
+    def list_both(conn: PeerConnection) -> None:
+        conn.expect()
+        conn.reply({"harp": 1, "calls": [*ids, unknown], "instance": "w1"})
 
-    def orphaned(talk: Conversation) -> None:
-        request = talk.expect()
+    def orphaned(conn: PeerConnection) -> None:
+        request = conn.expect()
         if "attach" not in request:
-            talk.reply(acknowledgement())
-            ends(talk, EXIT_INFO, {"result": 1})
+            conn.reply(acknowledgement())
+            ends(conn, EXIT_INFO, {"result": 1})
             return
-        talk.reply(acknowledgement())
-        assert next(commands(talk)) == {"stop": {"why": "orphaned"}}
-        ends(talk, stop_report(), {"exit_info": {"late": 1}}, {"result": 1})
+        conn.reply(acknowledgement())
+        assert next(commands(conn)) == {"stop": {"why": "orphaned"}}
+        ends(conn, stop_report(), {"exit_info": {"late": 1}}, {"result": 1})
         stopped.append(request["attach"])
 
     store = await open_store(tmp_path / "store")
@@ -329,15 +329,15 @@ async def test_orphaned_calls_are_stopped_and_released(tmp_path: Path) -> None:
 async def test_restarted_dispatcher_recovers_its_calls(tmp_path: Path) -> None:
     requests: list[dict[str, Any]] = []
 
-    def begin(talk: Conversation) -> None:
-        started(talk, stream=True)
-        talk.reply({"at": 1.0}, {"stream": 0})
-        assert next(commands(talk)) == {"ack": 1}
-        talk.until_closed()
+    def begin(conn: PeerConnection) -> None:
+        started(conn, stream=True)
+        conn.reply({"at": 1.0}, {"stream": 0})
+        assert next(commands(conn)) == {"ack": 1}
+        conn.until_closed()
 
-    def again(talk: Conversation) -> None:
-        requests.append(attached(talk, stream=True, elapsed=100.0, records=1))
-        ends(talk, {"at": 2.0}, {"stream": 1}, EXIT_INFO, {"result": 1})
+    def again(conn: PeerConnection) -> None:
+        requests.append(attached(conn, stream=True, elapsed=100.0, records=1))
+        ends(conn, {"at": 2.0}, {"stream": 1}, EXIT_INFO, {"result": 1})
 
     store = await open_store(tmp_path / "store")
     with playing(tmp_path, call_list(), begin, call_list(), again) as peer:
@@ -355,10 +355,10 @@ async def test_restarted_dispatcher_recovers_its_calls(tmp_path: Path) -> None:
 async def test_details_explain_why_a_job_waits(tmp_path: Path) -> None:
     go_on = threading.Event()
 
-    def script(talk: Conversation) -> None:
-        started(talk)
+    def script(conn: PeerConnection) -> None:
+        started(conn)
         assert go_on.wait(30)
-        ends(talk, EXIT_INFO, {"result": 1})
+        ends(conn, EXIT_INFO, {"result": 1})
 
     with playing(tmp_path, call_list(), always=script) as peer:
         async with running(tmp_path, host_line(peer.port), resumable_calls=True, max_calls_per_host=2) as dispatcher:

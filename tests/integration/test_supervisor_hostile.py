@@ -50,7 +50,7 @@ def talk_without_end(size, path=None):
         ours.sendall(b"x" * size)
 
 @streaming_procedure
-def leave_a_talker(path):
+def leave_a_writer(path):
     ours = channel()
     ours.setblocking(True)
     yield "begun"
@@ -142,7 +142,7 @@ def test_output_long_lines_count_against_quota(tmp_path: Path) -> None:
 
 
 def test_output_of_endless_child_does_not_delay_end(supervisor: Supervisor, tmp_path: Path) -> None:
-    lines = supervisor.lines("leave_a_talker", str(tmp_path / "pid"))
+    lines = supervisor.lines("leave_a_writer", str(tmp_path / "pid"))
     assert lines[-1]["error"]["data"] == {"code": 7}
     assert not psutil.pid_exists(int((tmp_path / "pid").read_text()))
 

@@ -1,10 +1,10 @@
 """Scripted peers: servers of JSON lines, with or without TLS, whose behaviour is a script of the test.
 
-A script is a function of a `Conversation`, one connection of the peer. Each connection runs the next script:
+A script is a function of a `PeerConnection`, one connection of the peer. Each connection runs the next script:
 
-    def script(talk: Conversation) -> None:
-        talk.expect({"harpcaller": 1, "get_result": JOB, "wait": True})
-        talk.reply({"result": 5})
+    def script(conn: PeerConnection) -> None:
+        conn.expect({"harpcaller": 1, "get_result": JOB, "wait": True})
+        conn.reply({"result": 5})
 
     with Peer(script) as peer:
         ...connect to peer.host, peer.port...
@@ -44,7 +44,7 @@ def single_bytes(data: bytes) -> list[bytes]:
     return [data[at : at + 1] for at in range(len(data))]
 
 
-class Conversation:
+class PeerConnection:
     """The peer's side of a connection.
 
     Attributes:
@@ -116,7 +116,7 @@ class Conversation:
         self.sock.close()
 
 
-Script: TypeAlias = Callable[[Conversation], None]
+Script: TypeAlias = Callable[[PeerConnection], None]
 
 
 def answering(
@@ -124,9 +124,9 @@ def answering(
 ) -> Script:
     """Return a script that expects a request, sends the replies in pieces cut by `pieces`, and closes."""
 
-    def script(talk: Conversation) -> None:
-        talk.expect(request)
-        talk.send(*pieces(b"".join(map(line_of, replies))))
+    def script(conn: PeerConnection) -> None:
+        conn.expect(request)
+        conn.send(*pieces(b"".join(map(line_of, replies))))
 
     return script
 
@@ -134,24 +134,24 @@ def answering(
 def keeping(*answers: Iterable[object]) -> Script:
     """Return a script that sends the replies of one request after the other, then waits until the client closes."""
 
-    def script(talk: Conversation) -> None:
+    def script(conn: PeerConnection) -> None:
         for replies in answers:
-            talk.expect()
-            talk.send(b"".join(map(line_of, replies)))
-        talk.until_closed()
+            conn.expect()
+            conn.send(b"".join(map(line_of, replies)))
+        conn.until_closed()
 
     return script
 
 
-def silent(talk: Conversation) -> None:
+def silent(conn: PeerConnection) -> None:
     """Send nothing; a script."""
-    talk.until_closed()
+    conn.until_closed()
 
 
-def resetting(talk: Conversation) -> None:
+def resetting(conn: PeerConnection) -> None:
     """Read a request, then reset the connection; a script."""
-    talk.expect()
-    talk.reset()
+    conn.expect()
+    conn.reset()
 
 
 def server_context(certificates: Certificates) -> ssl.SSLContext:
@@ -196,7 +196,7 @@ class Peer:
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
         self._listener = socket.create_server((address, port), family=family, backlog=512)
         self.port: int = self._listener.getsockname()[1]
-        self.conversations: list[Conversation] = []
+        self.connections: list[PeerConnection] = []
         self._last: Any = None
         self._failures: list[BaseException] = []
         self._ending = threading.Event()
@@ -205,7 +205,7 @@ class Peer:
     @property
     def requests(self) -> list[Any]:
         """The values of all received lines, connection after connection."""
-        return [json.loads(line) for talk in self.conversations for line in talk.received]
+        return [json.loads(line) for conn in self.connections for line in conn.received]
 
     def play_next(self, script: Script) -> None:
         """Add a script for a further connection."""
@@ -217,30 +217,30 @@ class Peer:
             if address == self._last:
                 sock.close()
                 return
-            talk = Conversation(sock, self._ending)
+            conn = PeerConnection(sock, self._ending)
             script = self._scripts.pop(0) if self._scripts else self._always
-            self.conversations.append(talk)
-            thread = threading.Thread(target=self._play, args=(talk, script), name="peer")
+            self.connections.append(conn)
+            thread = threading.Thread(target=self._play, args=(conn, script), name="peer")
             self._threads.append(thread)
             thread.start()
 
-    def _play(self, talk: Conversation, script: Script | None) -> None:
+    def _play(self, conn: PeerConnection, script: Script | None) -> None:
         try:
             assert script is not None, "more connections than scripts"
-            if self._tls is None or self._shake_hands(talk, self._tls):
-                talk.began.set()
-                script(talk)
+            if self._tls is None or self._shake_hands(conn, self._tls):
+                conn.began.set()
+                script(conn)
         except BaseException as error:  # noqa: BLE001  reported by __exit__
             if not self._ending.is_set():
                 self._failures.append(error)
         finally:
-            talk.sock.close()
+            conn.sock.close()
 
-    def _shake_hands(self, talk: Conversation, context: ssl.SSLContext) -> bool:
+    def _shake_hands(self, conn: PeerConnection, context: ssl.SSLContext) -> bool:
         try:
-            talk.sock = context.wrap_socket(talk.sock, server_side=True)
+            conn.sock = context.wrap_socket(conn.sock, server_side=True)
         except OSError as error:
-            talk.handshake_error = error
+            conn.handshake_error = error
             return False
         return True
 
@@ -260,9 +260,9 @@ class Peer:
             self._threads[0].join(DEADLINE)
         self._listener.close()
         self._ending.set()
-        for talk in self.conversations:
+        for conn in self.connections:
             with suppress(OSError):
-                socket.socket.shutdown(talk.sock, socket.SHUT_RDWR)
+                socket.socket.shutdown(conn.sock, socket.SHUT_RDWR)
         for thread in self._threads:
             thread.join(DEADLINE)
         left = [thread for thread in self._threads if thread.is_alive()]

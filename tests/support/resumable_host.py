@@ -14,7 +14,7 @@ from harpcaller.model.jobs import Job
 from support.certificates import server_files
 from support.deadline import eventually
 from support.dispatcher import call, until
-from support.peers import Conversation, Peer, Script, server_context
+from support.peers import Peer, PeerConnection, Script, server_context
 
 TERMS = {
     "instance": "w1",
@@ -42,42 +42,42 @@ def stop_report(*survivors: int) -> dict[str, Any]:
 def call_list(*calls: str, instance: str = "w1") -> Script:
     """Reply to the query for the list of calls."""
 
-    def script(talk: Conversation) -> None:
-        request = talk.expect()
+    def script(conn: PeerConnection) -> None:
+        request = conn.expect()
         assert request.keys() == {"harp", "procedure", "arguments", "calls", "auth", "keep_alive"}
-        talk.reply({"harp": 1, "calls": list(calls), "instance": instance})
+        conn.reply({"harp": 1, "calls": list(calls), "instance": instance})
 
     return script
 
 
-def commands(talk: Conversation) -> Iterator[dict[str, Any]]:
+def commands(conn: PeerConnection) -> Iterator[dict[str, Any]]:
     """Yield the commands of the dispatcher, without heartbeats."""
     while True:
-        command = json.loads(talk.line())
+        command = json.loads(conn.line())
         if "heartbeat" not in command:
             yield command
 
 
-def started(talk: Conversation, **terms: Any) -> dict[str, Any]:
+def started(conn: PeerConnection, **terms: Any) -> dict[str, Any]:
     """Receive a start and acknowledge it; return the request."""
-    request: dict[str, Any] = talk.expect()
+    request: dict[str, Any] = conn.expect()
     assert "attach" not in request
-    talk.reply(acknowledgement(**terms))
+    conn.reply(acknowledgement(**terms))
     return request
 
 
-def attached(talk: Conversation, **terms: Any) -> dict[str, Any]:
+def attached(conn: PeerConnection, **terms: Any) -> dict[str, Any]:
     """Receive an attach and acknowledge it; return the request."""
-    request: dict[str, Any] = talk.expect()
+    request: dict[str, Any] = conn.expect()
     assert request.keys() == {"harp", "attach", "owner", "secret", "since", "auth"}
-    talk.reply(acknowledgement(**terms))
+    conn.reply(acknowledgement(**terms))
     return request
 
 
-def ends(talk: Conversation, *lines: object) -> None:
+def ends(conn: PeerConnection, *lines: object) -> None:
     """Send the end and wait for its release."""
-    talk.reply(*lines)
-    assert next(command for command in commands(talk) if "ack" not in command) == {"release": True}
+    conn.reply(*lines)
+    assert next(command for command in commands(conn) if "ack" not in command) == {"release": True}
 
 
 @contextmanager

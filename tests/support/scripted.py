@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from support.certificates import server_files
-from support.peers import Conversation, Peer, server_context
+from support.peers import Peer, PeerConnection, server_context
 
 _SINGLE = {"harp": 1, "stream_result": False}
 _STREAM = {"harp": 1, "stream_result": True}
@@ -24,44 +24,44 @@ def scripted_harpd(directory: Path) -> Peer:
     return Peer(always=_play, tls=server_context(server_files(directory)))
 
 
-def _play(talk: Conversation) -> None:
+def _play(conn: PeerConnection) -> None:
     # A call can be cancelled at any time, also before its request is sent.
     with suppress(AssertionError, OSError):
-        _answer(talk, talk.expect())
+        _answer(conn, conn.expect())
 
 
-def _answer(talk: Conversation, request: dict[str, Any]) -> None:
+def _answer(conn: PeerConnection, request: dict[str, Any]) -> None:
     if "calls" in request:  # a legacy harpd does not know this request
-        talk.reply({"harp": 1, "error": {"type": "invalid_request", "message": "procedure: missing"}})
+        conn.reply({"harp": 1, "error": {"type": "invalid_request", "message": "procedure: missing"}})
         return
     match request["procedure"], request["arguments"]:
         case "echo", arguments:
-            talk.reply(_SINGLE, {"result": arguments})
+            conn.reply(_SINGLE, {"result": arguments})
         case "count", [most]:
-            talk.reply(_STREAM, *({"stream": number} for number in range(most)), {"result": "counted"})
+            conn.reply(_STREAM, *({"stream": number} for number in range(most)), {"result": "counted"})
         case "repeat", [times, record]:
-            talk.reply(_STREAM, *([{"stream": record}] * times), {"result": None})
+            conn.reply(_STREAM, *([{"stream": record}] * times), {"result": None})
         case "raise", _:
-            talk.reply(_SINGLE, {"exception": {"type": "ValueError", "message": "no", "data": {"class": "ValueError"}}})
+            conn.reply(_SINGLE, {"exception": {"type": "ValueError", "message": "no", "data": {"class": "ValueError"}}})
         case "error", _:
-            talk.reply({"harp": 1, "error": {"type": "auth_error", "message": "who?", "data": [1]}})
+            conn.reply({"harp": 1, "error": {"type": "auth_error", "message": "who?", "data": [1]}})
         case "garbage", _:
-            talk.reply(b"HTTP/1.1 400 Bad Request\n")
+            conn.reply(b"HTTP/1.1 400 Bad Request\n")
         case "hang", _:
-            talk.reply(_SINGLE)
-            talk.until_closed()
+            conn.reply(_SINGLE)
+            conn.until_closed()
         case "feed", [*first]:
-            talk.reply(_STREAM, *({"stream": record} for record in first))
-            talk.until_closed()
+            conn.reply(_STREAM, *({"stream": record} for record in first))
+            conn.until_closed()
         case name, _:
-            talk.reply(
+            conn.reply(
                 {"harp": 1, "error": {"type": "no_such_procedure", "message": name, "data": {"procedure": name}}}
             )
 
 
-def conversation(peer: Peer, *arguments: Any) -> Conversation:
-    """Return the conversation of the call with these arguments."""
-    for talk in peer.conversations:
-        if talk.received and json.loads(talk.received[0]).get("arguments") == list(arguments):
-            return talk
+def connection_of(peer: Peer, *arguments: Any) -> PeerConnection:
+    """Return the connection of the call with these arguments."""
+    for conn in peer.connections:
+        if conn.received and json.loads(conn.received[0]).get("arguments") == list(arguments):
+            return conn
     raise AssertionError(f"no call with the arguments {arguments}")

@@ -24,26 +24,26 @@ Script: TypeAlias = Callable[[dict[str, Any]], bytes | None]
 async def supervisor(directory: Path, name: str, script: Script) -> AsyncIterator[None]:
     """Run a supervisor with this instance id in a runtime directory."""
 
-    conversations: set[asyncio.Task[None]] = set()
+    exchanges: set[asyncio.Task[None]] = set()
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        conversation = asyncio.create_task(_converse(reader, writer, script))
-        conversations.add(conversation)
-        conversation.add_done_callback(conversations.discard)
+        exchange = asyncio.create_task(_answer(reader, writer, script))
+        exchanges.add(exchange)
+        exchange.add_done_callback(exchanges.discard)
 
     async with await asyncio.start_unix_server(serve, directory / (SOCKET_PREFIX + name)):
         yield
-    await asyncio.gather(*conversations)
+    await asyncio.gather(*exchanges)
 
 
-async def _converse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, script: Script) -> None:
+async def _answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, script: Script) -> None:
     request = await reader.readline()
     if request:
-        said = script(json.loads(request))
-        if said is None:
+        reply = script(json.loads(request))
+        if reply is None:
             await reader.read()
         else:
-            writer.write(said)
+            writer.write(reply)
     writer.close()
     with contextlib.suppress(ConnectionError):
         await writer.wait_closed()

@@ -46,7 +46,7 @@ def issue(directory: Path, *names: str, ca: trustme.CA | None = None) -> Issued:
 
 @contextmanager
 def host(issued: Issued, hostname: str = "web01", address: str = "127.0.0.1") -> Iterator[Host]:
-    with Peer(always=lambda talk: talk.until_closed(), tls=server_context(issued.files)) as peer:
+    with Peer(always=lambda conn: conn.until_closed(), tls=server_context(issued.files)) as peer:
         yield Host(hostname, address, peer.port, "u", "topsecret")
 
 
@@ -155,7 +155,7 @@ async def test_known_certs_file_is_read_after_a_change(tmp_path: Path, caplog: p
 
 async def test_credentials_are_sent_after_the_certificate_check(tmp_path: Path) -> None:
     issued = issue(tmp_path / "a", "web02")
-    with Peer(always=lambda talk: talk.until_closed(), tls=server_context(issued.files)) as peer:
+    with Peer(always=lambda conn: conn.until_closed(), tls=server_context(issued.files)) as peer:
         found = Host("web01", "127.0.0.1", peer.port, "u", "topsecret")
         assert await outcome(HostTLS(Config(ca_file=issued.files.ca_file)), found) is not None
         assert peer.requests == []
@@ -177,7 +177,7 @@ async def test_tls_minimum_is_enforced(tmp_path: Path) -> None:
     issued = issue(tmp_path / "a", "web01")
     context = server_context(issued.files)
     context.maximum_version = ssl.TLSVersion.TLSv1_2
-    with Peer(always=lambda talk: talk.until_closed(), tls=context) as peer:
+    with Peer(always=lambda conn: conn.until_closed(), tls=context) as peer:
         found = Host("web01", "127.0.0.1", peer.port, "u", "p")
         assert await outcome(HostTLS(Config()), found) is None
         assert await outcome(HostTLS(Config(tls_minimum="1.3")), found) is not None

@@ -1,6 +1,6 @@
 """Connections to one peer: where it listens, what a shell's connection can do, and which ones wait for a request.
 
-The client's conversations with a peer are written once, as generators (`Steps`), for both shells. They yield the return
+The client's exchanges with a peer are written once, as generators (`Steps`), for both shells. They yield the return
 value of a connection's method and are sent the result. In the synchronous shell these are the same; in the asyncio
 shell the return value is a coroutine, which the shell awaits. `harp._net.sync.run` and `harp._net.aio.run` are the two
 drivers.
