@@ -1,1 +1,1 @@
-"""The shared parts of both daemons: logs, process, event loop, sockets, back-off, TLS minimum, memory quota, JSON."""
+"""The shared parts of both daemons: logs, process, event loop, sockets, back-off, TLS, memory quota, settings, JSON."""

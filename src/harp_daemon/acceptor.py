@@ -27,7 +27,7 @@ _ACCEPT_BATCH = 64
 #: Connections over the limit that are rejected in a task of their own; later ones may miss the reply.
 MAX_REJECTING = 64
 
-#: The share of the limit below which the next crowd is logged again.
+#: The share of the limit above which it is nearly reached. Below it, the next rejection is logged again.
 _CALM_SHARE = 0.9
 
 #: Seconds to pause accepting when the system is exhausted.
@@ -43,7 +43,7 @@ class Acceptor(Generic[C]):
         serve: serves a connection and closes it.
         reject: sends the reply to a connection over the limit and closes it.
         max_connections: returns the limit, which a reload may change.
-        rejection: what is sent without waiting when too many connections are being rejected.
+        rejection: the bytes that are sent without waiting when too many connections are being rejected.
     """
 
     def __init__(

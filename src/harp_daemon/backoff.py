@@ -35,7 +35,7 @@ class Backoff:
         self._attempts = 0
 
     def next_delay(self) -> float:
-        """Return the seconds to wait before the next attempt; 0 when the last one is longer ago than any delay."""
+        """Return the seconds to wait before the next attempt; 0 after a reset, if the last one is `max_delay` ago."""
         if not self._attempts and time.monotonic() - self._last_attempt_at >= self._max_delay:
             return 0.0
         delay = min(self._max_delay, self._min_delay * 2.0 ** min(self._attempts, _MAX_DOUBLINGS))

@@ -1,4 +1,4 @@
-"""A shared memory quota: every reservation has some bytes free, the rest is counted."""
+"""A shared memory quota. The first bytes of every reservation are free; the bytes after them are counted."""
 
 from __future__ import annotations
 

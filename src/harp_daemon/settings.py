@@ -22,7 +22,8 @@ T = TypeVar("T")
 Bytes: TypeAlias = Annotated[int, Meta(ge=1024, extra={"unit": "bytes"})]
 Count: TypeAlias = Annotated[int, Meta(ge=1, extra={"unit": "count"})]
 
-#: `msgspec`'s message and its key. A check of a configuration class starts its message with the rest of the key.
+#: A message of `msgspec`: the reason, and the key. If a `__post_init__` raised the error, the reason begins with the
+#: rest of the key.
 _MESSAGE = re.compile(r"(?P<what>.*?)(?: - at `(?:key in )?\$\.?(?P<key>.*)`)?", re.DOTALL)
 _MISSING = re.compile(r"Object missing required field `(.*)`")
 _UNKNOWN = re.compile(r"Object contains unknown field `(.*)`")

@@ -1,9 +1,9 @@
 """Connections to one peer: where it listens, what a shell's connection can do, and which ones wait for a request.
 
-The client's exchanges with a peer are written once, as generators (`Steps`), for both shells. They yield the return
-value of a connection's method and are sent the result. In the synchronous shell these are the same; in the asyncio
-shell the return value is a coroutine, which the shell awaits. `harp._net.sync.run` and `harp._net.aio.run` are the two
-drivers.
+Each exchange with a peer is written once for both shells, as a generator (`Steps`). It calls a method of a connection,
+yields the return value, and receives the result. In the synchronous shell, the return value is the result. In the
+asyncio shell, it is a coroutine, which the driver awaits. The two drivers are `harp._net.sync.run` and
+`harp._net.aio.run`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from harp.errors import CommunicationError, HarpException
 
 T = TypeVar("T")
 
-#: Steps yield the results of a connection's methods, are sent their values, and return their outcome.
+#: A generator that yields what a connection's methods return, receives their results, and returns its outcome.
 Steps: TypeAlias = Generator[Any, Any, T]
 
 #: The most connections that wait in one pool.

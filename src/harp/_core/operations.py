@@ -1,8 +1,8 @@
 """The operations on a dispatcher and its jobs, as steps: base classes of both shells' classes.
 
-Operations send their requests with `CallerBase._request` and return their outcome; one whose outcome is known sends
-nothing. Streams are read by `harp._core.streams`. The final state of a job is stored as the line that reported it.
-Each caller gets values of its own, so threads share no mutable data.
+Operations send their requests with `CallerBase._request`, which raises a refusal, or with `CallerBase._send`, which
+returns it. An operation whose outcome is known sends nothing. Streams are read by `harp._core.streams`. The end of a
+job is stored as the line that reported it, and each caller gets new values, so threads share no mutable data.
 
 Legacy dispatchers close the connection without a reply when a request contains the keep-alive key. A request that waits
 would take this for an interruption and try again for minutes. So it contains the key only after the dispatcher has

@@ -91,8 +91,8 @@ class ReconnectPolicy:
         """Return the seconds to wait before the next attempt.
 
         Raises:
-            HarpException: the error, when it is not transient or no connection was ever established. When the
-                outage has lasted too long, the message says how long and how often was tried.
+            HarpException: the error, if it is not transient, if no connection was ever established, or if the outage
+                has lasted too long; then its message says how long and how often the client has tried.
         """
         if not (self and self._ever_connected and self.is_transient(error)):
             raise error

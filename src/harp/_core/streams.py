@@ -1,6 +1,6 @@
 """Reading streams: their items, the requests for them, and how to continue after an interruption.
 
-A `Reader` is given lines, errors and times, and decides; `StreamBase` carries it out on a connection.
+A `Reader` receives lines, errors and times, and decides. `StreamBase` carries out the decisions on a connection.
 """
 
 from __future__ import annotations
@@ -169,7 +169,7 @@ class StreamReader(Reader):
 
 
 class StreamBase(ABC, Generic[C]):
-    """Items read from a connection, which is closed after the last item, at an error, and with this object.
+    """Items read from a connection. It is closed after the last item, after an error, and when this object is deleted.
 
     Args:
         conn: the connection; it connects again when the reader has a request.

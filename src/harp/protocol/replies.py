@@ -186,8 +186,8 @@ def encode_packets(first: int, values: Sequence[Raw], times: Sequence[float] | N
     return b"".join([b'{"packet":%d,"time":%b,"data":%b}\n' % packet for packet in packets])
 
 
-#: The member is the last one of a line. A string or an object of the reply that ended in the same text would be
-#: followed by more. Only the end of a line is searched.
+#: The member `keep_alive` as the last one of a line. In a string or a nested object, the same text would be followed by
+#: more: a quote or a brace. So a search at the end of the line is enough.
 _KEEP_ALIVE = re.compile(rb',[ \t]*"keep_alive"[ \t]*:[ \t]*([0-9]+(?:\.[0-9]+)?)[ \t]*}[ \t\r]*\Z')
 _KEEP_ALIVE_BYTES = 64
 

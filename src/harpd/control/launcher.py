@@ -7,9 +7,10 @@ object, from stdin. In the foreground it inherits stderr.
 A supervisor creates its own sockets and can outlive its launcher. At its start and at each reload, the launcher tells
 older supervisors to *retire*: they accept no new calls and exit after their last one. A full stop ends all supervisors.
 
-The launcher is a part of the frontend's program, or the service ``harpd supervisor``. In this service, SIGTERM ends all
-calls. SIGHUP starts a new supervisor with the code and the configuration that are installed now; the old one retires.
-SIGUSR1 ends only the service: supervisors continue, and retire when the service starts again.
+The launcher runs in the frontend's process (``harpd`` without a command), or as the service ``harpd supervisor``. In
+the service, SIGTERM ends all calls. SIGHUP starts a new supervisor with the code and the configuration that are
+installed now; the old one retires. SIGUSR1 ends only the service: supervisors continue, and retire when the service
+starts again.
 """
 
 from __future__ import annotations
