@@ -8,14 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from harp.protocol.ends import Failed
+from harp.protocol.ends import Failed, Returned
+from harp.protocol.json_text import Raw
 from harpcaller.model.jobs import State
+from harpcaller.notifier import RecordBatch
 from harpcaller.pruner import prune, prune_regularly
 from harpcaller.store import StorageError, UnknownJob
 from harpcaller.store.sqlite import open_store
 from support.deadline import eventually
 from support.dispatcher import Switched, call, followed, running, until
-from support.jobs import job_in
+from support.jobs import job_in, records
 
 
 async def test_prune_deletes_only_old_ended_jobs(tmp_path: Path) -> None:
@@ -71,4 +73,22 @@ async def test_dispatcher_prunes_at_start_and_on_demand(tmp_path: Path) -> None:
         end = await dispatcher.result(unknown, wait=True)
         assert isinstance(end, Failed)
         assert await dispatcher.prune(0) == 1
+    await store.close()
+
+
+@pytest.mark.parametrize("follow", [False, True])
+async def test_job_pruned_during_a_read_raises_unknown_job(tmp_path: Path, follow: bool) -> None:
+    """Otherwise the reader would take a part of the records for all of them."""
+    store = await open_store(tmp_path / "store")
+    job_id = await job_in(store, State.RUNNING, now=time.time() - 100)
+    assert await store.append_records(job_id, 0, records([b'"%b"' % (b"x" * 30_000)] * 10))
+    assert await store.finish_job(job_id, Returned(Raw(b"1")), time.time() - 50)
+    async with running(tmp_path, store=store) as dispatcher:
+        items = dispatcher.follow(job_id, since=0) if follow else dispatcher.read(job_id)
+        first = await anext(items)
+        assert isinstance(first, RecordBatch)
+        assert 0 < first.next < 10
+        assert await dispatcher.prune(0) == 1
+        with pytest.raises(UnknownJob):
+            await anext(items)
     await store.close()

@@ -196,9 +196,12 @@ def test_start_for_other_instance_is_rejected(supervisor: Supervisor) -> None:
         )
 
 
-def test_start_delayed_too_long_is_rejected(supervisor: Supervisor) -> None:
-    """The tombstone of its id may have expired by then."""
-    with supervisor.call_resumable("same", 1, received=time.clock_gettime(time.CLOCK_BOOTTIME) - 1900) as call:
+@pytest.mark.parametrize(("age", "disconnect_timeout"), [(125, 3600), (65, 60)])
+def test_start_delayed_too_long_is_rejected(supervisor: Supervisor, age: float, disconnect_timeout: float) -> None:
+    """The tombstone of its id may have expired by then, or its dispatcher may have declared the host lost."""
+    received = time.clock_gettime(time.CLOCK_BOOTTIME) - age
+    terms = {"received": received, "disconnect_timeout": disconnect_timeout}
+    with supervisor.call_resumable("same", 1, **terms) as call:
         assert refused(call) == "call_refused"
         assert call.id not in supervisor.list_calls()
 
