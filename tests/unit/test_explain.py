@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from harp.protocol.ends import Returned
 from harp.protocol.json_text import Raw
 from harpcaller.config import Config
 from harpcaller.explain import ExplainContext, describe_job
-from harpcaller.model.jobs import NO_METADATA, Job, JobDetails, JobMetadata, State
+from harpcaller.model.jobs import NO_METADATA, Job, JobDetails, JobMetadata, QueuePosition, State
 from harpcaller.runs.timings import Timings
 
 CONTEXT = ExplainContext(
@@ -102,3 +103,20 @@ def test_phases_with_arbitrary_exit_info_do_not_raise(said: Any) -> None:
 @pytest.mark.parametrize("exit_info", [b"[]", b'{"fork":1' + b"0" * 5000 + b"}", b'{"fork":1e999}'])
 def test_phases_with_unreadable_exit_info_are_none(exit_info: bytes) -> None:
     assert phases(101.0, 102.0, JobMetadata(exit_info=Raw(exit_info))) == {**NOTHING, "wait": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("held", "on_host", "why"),
+    [
+        (1, 1, 'queue {"n":1} is full (1 of 1: other), position 1'),
+        (0, 100, "host web01 is full (100 of 100 calls), position 1"),
+        (0, 99, "it is about to start"),
+    ],
+)
+def test_why_of_a_queued_job_names_the_full_limit(held: int, on_host: int, why: str) -> None:
+    job = Job(
+        "id", State.QUEUED, "web01", "p", Raw(b"[]"), 1.0, 1.0, Raw(b'{"n":1}'), Raw(b"null"), 1.0, None, None, None, 0
+    )  # fmt: skip
+    position = QueuePosition(1, 1, held, ("other",) * held, on_host)
+    context = replace(CONTEXT, config=Config(max_calls_per_host=100))
+    assert describe_job(JobDetails(job, NO_METADATA, 0, position), context)["why"] == why

@@ -35,6 +35,15 @@ def test_spool_has_unacknowledged_records_from_any_number(counts: list[int], dat
     assert read(spool, since) == lines(since, spool.end - since)
 
 
+def test_acknowledge_frees_whole_chunks_only() -> None:
+    spool = Spool()
+    spool.append(lines(0, 2), 2, 1.0)
+    spool.append(lines(2, 2), 2, 2.0)
+    assert (spool.acknowledge(1), spool.first) == (0, 0)
+    assert (spool.acknowledge(2), spool.first) == (len(lines(0, 2)), 2)
+    assert (spool.acknowledge(4), spool.first, spool.size) == (len(lines(2, 2)), 4, 0)
+
+
 def test_chunk_has_arrival_time() -> None:
     spool = Spool()
     spool.append(lines(0, 3), 3, 12.5)

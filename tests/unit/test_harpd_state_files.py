@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import signal
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -127,6 +129,21 @@ def test_clean_up_kills_and_reports_once(
         assert [result.calls["a"].session["resumable"] for result in found if result.calls] == [1]
         assert new.clean_up() == CleanupResult()
         assert names(tmp_path) == set()
+
+
+def test_clean_up_ignores_state_of_an_earlier_boot(
+    supervisors: Supervisors, tmp_path: Path, old: StateDir, new: StateDir
+) -> None:
+    """Its pid may belong to another process now."""
+    call_id = str(uuid.uuid4())
+    with process(call_id) as pid:
+        old.write(call_id, record(call_id, pid))
+        [file] = tmp_path.rglob(call_id)
+        members = json.loads(file.read_text())
+        file.write_text(json.dumps({**members, "boot": str(uuid.uuid4())}))
+        supervisors.kill(old)
+        result = new.clean_up()
+        assert (result.killed, result.calls, lives(pid)) == (0, {}, True)
 
 
 def test_clean_up_reports_ended_call_without_kill(supervisors: Supervisors, old: StateDir, new: StateDir) -> None:
