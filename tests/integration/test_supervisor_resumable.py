@@ -200,7 +200,7 @@ def test_start_for_other_instance_is_rejected(supervisor: Supervisor) -> None:
 def test_start_delayed_too_long_is_rejected(supervisor: Supervisor, age: float, disconnect_timeout: float) -> None:
     """The tombstone of its id may have expired by then, or its dispatcher may have declared the host lost."""
     received = time.clock_gettime(time.CLOCK_BOOTTIME) - age
-    terms = {"received": received, "disconnect_timeout": disconnect_timeout}
+    terms: dict[str, Any] = {"received": received, "disconnect_timeout": disconnect_timeout}
     with supervisor.call_resumable("same", 1, **terms) as call:
         assert refused(call) == "call_refused"
         assert call.id not in supervisor.list_calls()
