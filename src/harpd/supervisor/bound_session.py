@@ -25,8 +25,8 @@ class BoundSession:
     Args:
         connection: the connection from the frontend, non-blocking.
         streaming: whether the procedure yields records.
-        keep_alive: the value in the acknowledgement: seconds for which the client's connection waits for a request.
-        buffer_size: the bytes that may wait for the frontend.
+        keep_alive: seconds in the acknowledgement, for which the frontend waits for another request; None: it does not.
+        buffer_size: how many bytes may wait until the frontend reads them.
         on_disconnected: called once, when the connection is closed.
     """
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from harpd.supervisor.event_loop import READ, WRITE, EventLoop, Timer
 
-#: Bytes that are read at once: a client that sends commands without pause shares the supervisor with the others.
+#: Bytes per read. They are few, so that a client that sends commands without pause does not delay other calls.
 _READ_SIZE = 1 << 12
 #: From this many buffered bytes on, senders should wait.
 _HIGH_WATER = 256 * 1024
@@ -61,15 +61,15 @@ class BufferedStream:
             self._flush()
 
     def send_soon(self, data: bytes) -> None:
-        """Send data with the next `send`, or 3 ms later: each separate piece costs the frontend time."""
+        """Send data with the next `send`, at the latest after 3 ms: each separate piece costs the frontend time."""
         if not self._lost:
             self._out += data
             if self._flush_timer is None:
                 self._flush_timer = self._loop.call_later(_GATHER_SECONDS, self._flush_and_close)
 
-    def close_after_flush(self, closed: Callable[[], None]) -> None:
-        """Close once all data is sent, then call `closed`."""
-        self._closing = closed
+    def close_after_flush(self, on_closed: Callable[[], None]) -> None:
+        """Close once all data is sent, then call `on_closed`."""
+        self._closing = on_closed
         self._flush_and_close()
 
     def detach(self) -> None:
@@ -134,6 +134,6 @@ class BufferedStream:
 
     def _close_if_done(self) -> None:
         if self._closing is not None and not self._out:
-            closed, self._closing = self._closing, None
+            on_closed, self._closing = self._closing, None
             self.close()
-            closed()
+            on_closed()

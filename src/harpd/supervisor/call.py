@@ -1,12 +1,12 @@
-"""A call as the supervisor has it: its worker process, its output, its limit, and its end.
+"""A call in the supervisor: its worker process, its output, its limit, and its end.
 
 The worker's output goes to an observer, which is a session (`harpd.supervisor.bound_session`,
 `harpd.supervisor.resumable_session`). While the observer is full, nothing is read, so the worker waits (back-pressure)
-and nothing is dropped. The end is decided here, once:
+and nothing is dropped. The end is decided here, once, by the first of these events:
 
-- a limit, a cancellation or a shutdown stands, whatever the worker writes afterwards;
-- otherwise, the worker's own closing line;
-- otherwise, the worker died without one, or wrote invalid output: ``call_died``, and its other processes are stopped.
+- a limit, a cancellation or a shutdown: output that the worker writes later does not count;
+- the worker's closing line;
+- the worker's death without a closing line, or invalid output: ``call_died``, and its other processes are stopped.
 
 A worker runs the procedure's code and is not trusted: each line must be a record, a traceback if exit info includes it,
 or the closing line, which is the last. It cannot send the messages that only the supervisor sends.
@@ -49,7 +49,7 @@ _GATHER_SECONDS = 0.002
 _MAX_DRAIN_READS = 16
 #: The most bytes of a line; no client reads a longer one.
 _MAX_LINE_BYTES = 64 * 1024 * 1024
-#: How many bytes of an invalid line are shown.
+#: How many bytes of an invalid line are in the error message.
 _MAX_SHOWN_BYTES = 60
 
 _TRACEBACK_PREFIX = b'{"traceback":'
@@ -88,7 +88,7 @@ class CallObserver(Protocol):
         """Handle that the worker exists. This comes first, unless the call is rejected."""
 
     def on_rejected(self, line: bytes) -> None:
-        """Handle that there is no worker, with the error's line; only `on_closed` follows."""
+        """Handle that there is no worker. `line`: the error. Only `on_closed` follows."""
 
     def on_records(self, lines: bytes, count: int) -> None:
         """Handle the lines of `count` records."""
@@ -99,8 +99,8 @@ class CallObserver(Protocol):
     def on_exit(self, exit_info: Callable[[], Raw], stop_report: Raw | None) -> None:
         """Handle that the worker has ended, and that all stopped processes are gone, or listed as survivors.
 
-        `exit_info` makes the exit info, now: it costs time, and not every observer uses it. `stop_report` is None if
-        nothing had to be stopped.
+        `exit_info` creates the exit info; call it only here, and only if it is needed, because it takes time.
+        `stop_report` is None if nothing had to be stopped.
         """
 
     def on_closed(self, stop_report: Raw | None) -> None:
@@ -134,7 +134,7 @@ class CallContext:
 
 
 class Call:
-    """A call until its processes are dead; or until its closing line, if its worker becomes idle then.
+    """A call, until its processes are dead; or until its closing line, if its worker becomes idle.
 
     Raises:
         OSError: no descriptor is free; nothing has begun.
@@ -196,7 +196,7 @@ class Call:
         )
         try:
             context.state_dir.write(self.id, CallState(tree, self._observer.stored_state))
-        except OSError as error:  # it is missed only if this supervisor is killed
+        except OSError as error:  # it is needed only if this supervisor is killed
             log.error("cannot write state file", extra={**self._fields, "reason": str(error)})
         log.info("call started", extra={**self._fields, "pid": pid})
         self._observer.on_started()
@@ -231,24 +231,24 @@ class Call:
 
     # Stopping.
 
-    def stop(self, why: StopReason, reason: str | None = None, by: str | None = None) -> None:
-        """Stop the call. The first reason stands. No effect if the call has ended by itself.
+    def stop(self, stop_reason: StopReason, reason: str | None = None, by: str | None = None) -> None:
+        """Stop the call. Only the first stop counts. No effect if the call has ended by itself.
 
-        `reason` is the caller's own reason, `by` the user who asked the caller to stop it.
+        `reason` is the caller's text for the error message, `by` the user for whom the caller stops it.
         """
         if not self._decided:
             self._drain()  # output from before the stop counts
         if not self._decided:
-            self._start_termination(why, reason, by)
+            self._start_termination(stop_reason, reason, by)
 
-    def _start_termination(self, why: StopReason, reason: str | None, by: str | None) -> None:
-        self._stop_reason = why
+    def _start_termination(self, stop_reason: StopReason, reason: str | None, by: str | None) -> None:
+        self._stop_reason = stop_reason
         self._stopped_by = reason, by
-        self._unsent = memoryview(b"")  # a procedure without arguments does not begin
+        self._unsent = memoryview(b"")  # a procedure that has not received its arguments does not begin
         self._drop_partial_line()
-        log.info("stopping call", extra={**self._fields, "why": why.log_name, "reason": reason})
+        log.info("stopping call", extra={**self._fields, "why": stop_reason.log_name, "reason": reason})
         if self._termination is not None:
-            self._termination.start(interrupt=why is StopReason.TIME_LIMIT)
+            self._termination.start(interrupt=stop_reason is StopReason.TIME_LIMIT)
 
     def _decide_end(self) -> None:
         if not self._has_closing_line:
@@ -334,7 +334,7 @@ class Call:
     # The worker's output.
 
     def update_watch(self) -> None:
-        """Watch the channel for what can be done now; the observer calls it when it has room or drops what follows."""
+        """Watch the channel for what can be done now. The observer calls it when it has room or stopped the call."""
         # Nothing is read before the acknowledgement is sent, which comes first on the wire. Nothing is sent before the
         # state file is written: until then the procedure cannot have started any process.
         if not self._has_channel or self._termination is None:
@@ -347,7 +347,7 @@ class Call:
 
     @property
     def _has_channel(self) -> bool:
-        """Whether the channel is open and not another call's by now."""
+        """Whether the channel is open and still belongs to this call."""
         return not self._closed and self._worker.channel.fileno() >= 0
 
     @property
@@ -423,9 +423,9 @@ class Call:
         if closing.startswith(_TRACEBACK_PREFIX):  # the closing line has not arrived yet
             self._traceback, closing = _decode_traceback(closing), b""
         else:
-            before = records.rfind(b"\n", 0, -1) + 1
-            if records.startswith(_TRACEBACK_PREFIX, before):
-                self._traceback, records = _decode_traceback(records[before:]), records[:before]
+            last_record = records.rfind(b"\n", 0, -1) + 1
+            if records.startswith(_TRACEBACK_PREFIX, last_record):
+                self._traceback, records = _decode_traceback(records[last_record:]), records[:last_record]
         if self._handle_records(records) and closing:
             self._handle_closing(closing)
 
@@ -449,8 +449,8 @@ class Call:
         count = lines.count(b"\n")
         # A JSON text in a line has no line feed, so this counts the lines that begin like records.
         if lines.startswith(RECORD_PREFIX) + lines.count(b"\n" + RECORD_PREFIX) != count:
-            wrong = next(line for line in lines.split(b"\n") if not line.startswith(RECORD_PREFIX))
-            self._protocol_violation(f"it wrote an invalid record: {wrong[:_MAX_SHOWN_BYTES]!r}")
+            invalid = next(line for line in lines.split(b"\n") if not line.startswith(RECORD_PREFIX))
+            self._protocol_violation(f"it wrote an invalid record: {invalid[:_MAX_SHOWN_BYTES]!r}")
             return False
         if not self._info.streaming:
             self._protocol_violation("it wrote records, and its procedure is not a streaming one")

@@ -1,4 +1,4 @@
-"""A small event loop over epoll with descriptors and timers, without the memory of a library."""
+"""A small event loop over epoll with descriptors and timers; it needs less memory than asyncio."""
 
 from __future__ import annotations
 

@@ -99,7 +99,7 @@ class Listener:
         self._loop.watch(connection.fileno(), READ, lambda: self._read_request(connection, buffer))
 
     def _read_request(self, connection: socket.socket, buffer: LineBuffer) -> None:
-        """Read once. `buffer`: what has arrived of the first line."""
+        """Read once. `buffer`: the received part of the first line."""
         try:
             data = connection.recv(_READ_SIZE)
             lines = buffer.feed(data)
@@ -125,7 +125,7 @@ class Listener:
 
 
 def send_final_reply(loop: EventLoop, connection: socket.socket, data: bytes) -> None:
-    """Send the last bytes on a connection as it becomes writable, then close it."""
+    """Send the last bytes on a connection, as soon as it is writable; then close it."""
     try:
         unsent = data[connection.send(data) :]
     except BlockingIOError:

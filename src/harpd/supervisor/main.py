@@ -20,19 +20,19 @@ The frontend opens a connection for each call, with JSON lines. The first line i
     {"calls": OWNER}                        list the resumable calls of an owner
 
 The first three may have "keep_alive": SECONDS, which the acknowledgement repeats. The first two may have
-"authentication": SECONDS, how long that took, which exit info repeats.
+"authentication": SECONDS, the duration of the password check, which exit info repeats.
 
 The reply is the lines for the client, see docs/protocol.md. A connection-bound call is stopped when the frontend closes
 the connection or its sending half. The supervisor closes its side only when the processes of such a call are gone: the
 close proves it. A connection whose first line has the key ``control`` gets one line back:
 
-    {"control": "status"}       {"calls": N, "resumable": N, "supervisor": PID, "instance": NAME, "accepting": BOOL,
-                                 "zygote": PID, "procedures": [NAME]}
-    {"control": "reload", "settings": {...}}    {"ok": true} or {"error": MESSAGE}
-    {"control": "drain"}        {"ok": true}; new calls are rejected
-    {"control": "resume"}       {"ok": true}; new calls are accepted again
-    {"control": "retire"}       {"ok": true}; it never accepts a call again, and exits after its last one
-    {"control": "shutdown"}     {"ok": true}, once every call has ended, with the error shutdown
+    {"control": "status"}                       {"calls": N, "resumable": N, "supervisor": PID, "instance": NAME,
+                                                 "accepting": BOOL, "zygote": PID, "procedures": [NAME]}
+    {"control": "reload", "settings": {...}}    {"ok": true}, once the new zygote is in use; or {"error": MESSAGE}
+    {"control": "drain"}                        {"ok": true}; new calls are rejected
+    {"control": "resume"}                       {"ok": true}; new calls are accepted again
+    {"control": "retire"}                       {"ok": true}; it accepts no new calls and exits after its last one
+    {"control": "shutdown"}                     {"ok": true}, once every call has ended with the error shutdown
 
 When its launcher closes the lifeline, a supervisor with the setting `outlive` continues while it has calls. Without it,
 the runtime directory is temporary, and no other program could find the supervisor: it stops all calls and exits.
@@ -41,8 +41,8 @@ The settings: `procedures` (path), `python_path` (prepend, append), `default_use
 once), `kill_grace` (seconds), `spool` and `spool_memory` (bytes that one resumable call, and all calls, may buffer),
 `disconnect_timeout` and `result_ttl` (the most seconds that may be requested), `exit_info` (stderr, traceback:
 whether), `cgroup` (directory or null), `outlive`, `runtime_directory`, `logging`. `descriptors`, the limit of open
-files for calls, may be absent: then it is the supervisor's own at its start. The supervisor never has a secret but the
-calls' owners and secrets.
+files for calls, may be absent: then the supervisor's own limit at its start is used. The only secrets that the
+supervisor has are the owners and secrets of calls.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ _LOAD_TIMEOUT = 50.0
 _FLUSH_TIMEOUT = 2.0
 #: Seconds after which a supervisor without calls and launcher exits.
 _IDLE_EXIT_DELAY = 10.0
-#: The divisor of the descriptor limit that gives how many pipes of ended calls may stay open.
+#: The descriptor limit divided by this number is how many pipes of ended calls may stay open.
 _LEFT_OPEN_DIVISOR = 8
 #: How many cookies of ended calls are stored.
 _MAX_RECENT_COOKIES = 1000
@@ -104,7 +104,7 @@ _CALL_ID = re.compile(r"[0-9A-Za-z-]{1,36}")
 
 
 class Supervisor:
-    """All calls of one process. The arguments are described above."""
+    """All calls of one process. The module's docstring describes the lifeline and the settings."""
 
     def __init__(self, loop: EventLoop, lifeline: socket.socket, settings: Mapping[str, Any]) -> None:
         self._loop = loop
@@ -136,9 +136,9 @@ class Supervisor:
         self._load(settings, self._on_first_load)
 
     def _clean_up_repeatedly(self) -> None:
-        """Clean up now and then: another supervisor may die at any time."""
-        again = self._clean_up_orphans()
-        self._loop.call_later(_BUSY_CLEANUP_INTERVAL if again else _CLEANUP_INTERVAL, self._clean_up_repeatedly)
+        """Clean up orphans and schedule the next clean-up: another supervisor may die at any time."""
+        soon = self._clean_up_orphans()
+        self._loop.call_later(_BUSY_CLEANUP_INTERVAL if soon else _CLEANUP_INTERVAL, self._clean_up_repeatedly)
 
     def _clean_up_orphans(self) -> bool:
         """Kill the calls of dead supervisors and adopt their sessions; return whether to repeat that soon."""
@@ -319,9 +319,9 @@ class Supervisor:
             case "status":
                 reply(self._status())
             case "reload":
-                given = request.value("settings")
-                check(isinstance(given, dict), "settings: expected an object")
-                settings = {"descriptors": self._settings["descriptors"], **given}
+                requested = request.value("settings")
+                check(isinstance(requested, dict), "settings: expected an object")
+                settings = {"descriptors": self._settings["descriptors"], **requested}
                 self._load(settings, lambda error: reply(_finish_reload(settings, error)))
             case "drain" | "resume" as command:
                 self._draining = command == "drain"
@@ -400,7 +400,7 @@ class Supervisor:
         self._shutting_down = True
         for call in list(self._calls.values()):
             call.stop(StopReason.SHUTDOWN)
-        # In any case: no other process may be left to kill this one, and the next supervisor kills what is left.
+        # Exit in any case: perhaps no other process is left to kill this one. The next supervisor kills survivors.
         self._loop.call_later(2 * self._settings["kill_grace"] + _FLUSH_TIMEOUT, self._exit)
         self._exit_if_done()
 

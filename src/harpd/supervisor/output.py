@@ -16,7 +16,7 @@ from harpd.supervisor.event_loop import READ, EventLoop
 
 log = logging.getLogger("harpd.call")
 
-#: The most bytes that are read at once: a call that prints without pause shares the supervisor with the others.
+#: Bytes per read. They are few, so that a call that prints without pause does not delay other calls.
 _READ_SIZE = 512
 #: The most bytes of a line in one event; a longer line is split into several.
 _MAX_LINE_BYTES = 8192
@@ -119,7 +119,7 @@ class OutputPipe:
             self._partial_line = b""
 
     def last_lines(self) -> list[str]:
-        """Return the last lines, the incomplete one included, long ones cut."""
+        """Return the last lines, including an incomplete one; long lines are cut."""
         lines = [*self._last, self._partial_line] if self._partial_line else list(self._last)
         return [_text(line)[:_MAX_LAST_LINE_LENGTH] for line in lines[-_MAX_LAST_LINES:]]
 

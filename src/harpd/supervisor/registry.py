@@ -2,8 +2,8 @@
 
 A dispatcher proves that a call is its own by its owner id and the call's secret; only a digest of the secret is stored.
 Other dispatchers' calls look as if they were absent. The reply that a call is absent is a promise: its id gets a
-tombstone, so that a delayed start of it is rejected. Ids that were used get one, too. A tombstone stays longer than a
-start may be delayed: a start whose connection is older is rejected.
+tombstone, so that a delayed start of it is rejected. Ids that were used get one, too. A tombstone stays for
+`_TOMBSTONE_TTL` seconds, longer than `_MAX_START_AGE`: a start that the frontend received longer ago is rejected.
 
 Spec: docs/protocol.md, Resumable calls.
 """
@@ -31,7 +31,7 @@ log = logging.getLogger("harpd.supervisor")
 
 #: Seconds by which a start may be delayed, and for which a tombstone stays at least.
 _MAX_START_AGE, _TOMBSTONE_TTL = 120.0, 150.0
-#: How many sessions there may be for each call that may run, before new ones are rejected.
+#: New calls are rejected while there are this many sessions for each call of `max_calls`.
 _SESSIONS_PER_CALL = 20
 
 
@@ -39,7 +39,7 @@ class CallRegistry:
     """All resumable calls of one supervisor.
 
     Args:
-        clean_up_orphans: looks for dead supervisors, and has their calls adopted here.
+        clean_up_orphans: searches for dead supervisors, and calls `adopt_orphans` with their calls.
         on_discarded: called when a session was discarded.
 
     Attributes:
@@ -109,7 +109,7 @@ class CallRegistry:
 
         Args:
             calls: their states, by id.
-            stop_reports: of calls of which a process survives, and of earlier ones of which none does any more.
+            stop_reports: by id: of calls with a surviving process, and of earlier calls whose survivors are gone now.
         """
         for call_id in stop_reports.keys() & self._sessions.keys() - calls.keys():
             self._sessions[call_id].on_closed(dumps(stop_reports[call_id]))
@@ -146,7 +146,7 @@ class CallRegistry:
         since = member_value(request, "since")
         check(is_count(since), "since: expected a count")
         if call_id not in self._sessions:
-            self._clean_up_orphans()  # its supervisor may have died just now
+            self._clean_up_orphans()  # perhaps its supervisor has just died
         session = self._sessions.get(call_id)
         secret = _digest(required_string(request, "secret"))
         if session is None or not (_is_same(session.terms.owner, owner) and _is_same(session.terms.secret, secret)):

@@ -9,8 +9,8 @@ has stored the end.
 At most a window of unacknowledged records is sent. So a dispatcher with a slow store need not stop reading, and
 receives all other messages in time.
 
-The dispatcher's heartbeat proves contact: it echoes the latest time that this process has sent, so up to that time the
-dispatcher has received from us. Nothing else counts: an open connection proves nothing, and a message may have been
+The dispatcher's heartbeat proves contact: it echoes the latest time that the dispatcher has received from this process,
+so there was contact at that time. Nothing else counts: an open connection proves nothing, and a message may have been
 delayed. A running call without contact for `disconnect_timeout` seconds is stopped; the end of a call is discarded
 after `result_ttl` seconds. One connection is attached at a time: a later one replaces the earlier.
 """
@@ -100,7 +100,7 @@ class ResumableSession:
     """A call's state for its dispatcher. A `harpd.supervisor.call.CallObserver`.
 
     Args:
-        contact_at: the latest time, of the loop, at which contact with the dispatcher is proven.
+        contact_at: the latest loop time at which contact with the dispatcher is proven.
         kill_grace, instance: sent to the dispatcher.
         spool_size: bytes of records that may wait for acknowledgement.
         quota: the memory of all calls.
@@ -130,7 +130,7 @@ class ResumableSession:
         self._quota = quota
         self._on_discarded = on_discarded
         self._spool = Spool()
-        self._reader: BufferedStream | None = None
+        self._stream: BufferedStream | None = None
         self._keep_alive: float | None = None
         self._lines = LineBuffer(_MAX_COMMAND_BYTES)
         self._next = 0
@@ -164,8 +164,8 @@ class ResumableSession:
 
     def on_rejected(self, line: bytes) -> None:
         """See `CallObserver`."""
-        if self._reader is not None:
-            self._reader.send(line)
+        if self._stream is not None:
+            self._stream.send(line)
         self.discard()
 
     def on_records(self, lines: bytes, count: int) -> None:
@@ -210,13 +210,13 @@ class ResumableSession:
             data = {"first": first, "end": end}
             return Failed("records_gone", "some of the call's records from this number on are gone", data)
         self._keep_alive = keep_alive
-        if self._reader is not None:
-            self._reader.close()
+        if self._stream is not None:
+            self._stream.close()
         self._lines = LineBuffer(_MAX_COMMAND_BYTES)
         self._next = since
         self._unacknowledged = 0
         self._sent_end = self._sent_last_report = self._heartbeat_pending = False
-        self._reader = BufferedStream(self._loop, connection, self._on_data, self._detach, self._send_pending)
+        self._stream = BufferedStream(self._loop, connection, self._on_data, self._detach, self._send_pending)
         self._send_acknowledgement()
         if received:
             self._on_data(received)
@@ -242,10 +242,10 @@ class ResumableSession:
     @property
     def attached(self) -> bool:
         """Whether a connection is attached."""
-        return self._reader is not None
+        return self._stream is not None
 
     def _send_acknowledgement(self) -> None:
-        if self._reader is not None and self._started_at is not None:
+        if self._stream is not None and self._started_at is not None:
             granted = GrantedTerms(
                 instance=self._instance,
                 disconnect_timeout=self.terms.disconnect_timeout,
@@ -254,7 +254,7 @@ class ResumableSession:
                 elapsed=self._elapsed(),
                 records=self._spool.end,
             )
-            self._reader.send_soon(encode_message(Acknowledgement(self.terms.streaming, granted, self._keep_alive)))
+            self._stream.send_soon(encode_message(Acknowledgement(self.terms.streaming, granted, self._keep_alive)))
             self._send_pending()
 
     def _elapsed(self) -> float:
@@ -262,34 +262,34 @@ class ResumableSession:
         return 0.0 if self._started_at is None else max(0.0, self._loop.now() - self._started_at)
 
     def _send_pending(self) -> None:
-        """Send the attached connection all that it has not received, as far as it is writable."""
-        reader = self._reader
-        if reader is None or self._started_at is None:
+        """Send all data that the attached connection has not received yet, while it is writable."""
+        stream = self._stream
+        if stream is None or self._started_at is None:
             return
-        if self._heartbeat_pending and reader.writable:  # one reply to all heartbeats since the last one
+        if self._heartbeat_pending and stream.writable:  # one reply to all heartbeats since the last one
             self._heartbeat_pending = False
-            reader.send(encode_message(Heartbeat(self._elapsed())))
+            stream.send(encode_message(Heartbeat(self._elapsed())))
         while (
-            reader.writable
+            stream.writable
             and self._unacknowledged < _WINDOW_BYTES
             and (chunk := self._spool.chunk_from(self._next)) is not None
         ):
             self._next = chunk.first + chunk.count
             self._unacknowledged += len(chunk.lines)
-            reader.send(encode_message(RecordTime(chunk.time)) + chunk.lines)
+            stream.send(encode_message(RecordTime(chunk.time)) + chunk.lines)
         if self._next < self._spool.end or self._closing is None:
             return
         if not self._sent_end:
             self._sent_end = True
-            reader.send(self._closing)
+            stream.send(self._closing)
         if self._last_report is not None and not self._sent_last_report:
             self._sent_last_report = True
-            reader.send(self._last_report)
+            stream.send(self._last_report)
 
     def _on_data(self, data: bytes) -> None:
         try:
             for line in self._lines.feed(data):
-                if self._reader is not None:  # a release detaches it; further commands have no effect
+                if self._stream is not None:  # a release detaches it; further commands have no effect
                     self._handle_command(decode_command(line))
         except (ProtocolError, LineTooLong) as error:
             log.error("invalid command from dispatcher", extra={"call": self.id, "reason": str(error)})
@@ -319,16 +319,16 @@ class ResumableSession:
                 self.discard()
 
     def _detach(self) -> None:
-        if self._reader is not None:
-            self._reader.close()
-            self._reader = None
+        if self._stream is not None:
+            self._stream.close()
+            self._stream = None
             log.debug("dispatcher detached from call", extra={"call": self.id})
 
     # Limits and contact.
 
-    def _stop(self, why: StopReason, reason: str | None = None, by: str | None = None) -> None:
+    def _stop(self, stop_reason: StopReason, reason: str | None = None, by: str | None = None) -> None:
         if self.call is not None and self._closing is None:
-            self.call.stop(why, reason, by)
+            self.call.stop(stop_reason, reason, by)
 
     def _resume_reading(self) -> None:
         if self.call is not None:
@@ -374,7 +374,7 @@ class ResumableSession:
         if self._contact_timer is not None:
             self._contact_timer.cancel()
         self._quota.release(self._spool.size + len(self._closing or b""))
-        self._on_discarded(self)  # before the connection closes, which others can see
-        if self._reader is not None:
-            self._reader.close_after_flush(lambda: None)
-            self._reader = None
+        self._on_discarded(self)  # before the connection closes: the close is visible to others
+        if self._stream is not None:
+            self._stream.close_after_flush(lambda: None)
+            self._stream = None

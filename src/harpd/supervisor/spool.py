@@ -65,7 +65,7 @@ class Spool:
         return before - self.size
 
     def start_at(self, number: int) -> None:
-        """Begin an empty spool with this number: the earlier records are not known here."""
+        """Set the number of the first record of an empty spool: this supervisor does not have the earlier records."""
         self.first = self.end = number
 
     def chunk_from(self, number: int) -> Chunk | None:
@@ -91,7 +91,7 @@ class SpoolQuota:
 
     @property
     def exhausted(self) -> bool:
-        """Whether so much is used, guaranteed bytes and ends included, that no new call should begin."""
+        """Whether more than twice the limit is used, by guaranteed bytes and ends: no new call should begin."""
         return self._used > 2 * self.limit
 
     def reserve(self, size: int) -> None:

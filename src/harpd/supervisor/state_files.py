@@ -36,9 +36,9 @@ log = logging.getLogger("harpd.supervisor")
 
 #: Suffixes of state files of which only the end has to be reported, or only processes have to be stopped.
 _ENDED, _REPORTED = ".ended", ".reported"
-#: What the name of a directory begins with that is not locked yet.
+#: The prefix in the name of a directory that is not locked yet.
 _UNLOCKED = "."
-#: Seconds between the scans of a clean-up that finds a dead supervisor: mostly all processes are dead by then.
+#: Seconds between the scans of a clean-up that finds a dead supervisor: usually all processes die within this time.
 _SCAN_INTERVALS = (0.005, 0.01, 0.02, 0.04)
 #: The shortest time in seconds between two rounds of killing.
 _ROUND_INTERVAL = 0.02
@@ -59,7 +59,7 @@ class CleanupResult:
     Attributes:
         killed: how many processes were killed for the first time.
         calls: the calls of dead supervisors whose ends may have to be reported, by id; each once.
-        stop_reports: of those calls of which a process survives; and of each once more when none is left.
+        stop_reports: by id: of each call with a surviving process, and once more when none of its processes is left.
         again: whether processes were killed so recently that they may still be dying: clean up again soon.
     """
 
@@ -106,11 +106,11 @@ class StateDir:
             file.write(json.dumps(members).encode())
 
     def mark_ended(self, call_id: str) -> None:
-        """Note that no process of the call has to be stopped; its end may still have to be reported."""
+        """Record that no process of the call has to be stopped; its end may still have to be reported."""
         self._mark(call_id, _ENDED, _REPORTED)
 
     def mark_reported(self, call_id: str) -> None:
-        """Note that the call's end need not be reported; processes of it may still have to be stopped."""
+        """Record that the call's end need not be reported; processes of it may still have to be stopped."""
         self._mark(call_id, _REPORTED, _ENDED)
 
     def _mark(self, call_id: str, suffix: str, other: str) -> None:

@@ -1,9 +1,10 @@
 """The termination sequence: it stops all processes of a call and no others, and proves that none is left.
 
-At a limit, SIGXCPU to the main process, which may clean up. Then SIGTERM to all processes, then SIGKILL, with
+At a limit, the main process gets SIGXCPU, so that it can clean up. Then all processes get SIGTERM, then SIGKILL, with
 `kill_grace` seconds between the steps. Before SIGKILL, all are halted by SIGSTOP, until a scan finds no new one. The
-main process is killed last: it is a subreaper, so the orphaned descendants stay its children. Processes that fork
-faster than they are halted are killed at once by process group. Where the call has a cgroup that can be killed, it is.
+main process is killed last: it is a subreaper, so orphaned descendants stay its children. Processes that fork faster
+than they are halted are killed at once by process group. If the call has a cgroup, the kernel kills all processes in it
+at once, since Linux 5.14.
 
 The call is gone when a snapshot from after the main process's death has none of its processes, its cgroup is empty, and
 no process can have escaped. A possible escape leads to further scans, then to an incomplete stop report.
@@ -160,8 +161,8 @@ class TerminationSequence:
         targets = members.keys() if at_once else (members.keys() - main or main)
         for identity in targets:
             self._send(signal.SIGKILL, identity)
-        spared = {self._tree.pid} if main - targets else set()
-        for group in self._tree.process_groups(members[identity] for identity in targets) - spared:
+        excluded = {self._tree.pid} if main - targets else set()
+        for group in self._tree.process_groups(members[identity] for identity in targets) - excluded:
             kill_group(group)
         if cgroup is not None:
             cgroup.kill()
@@ -209,7 +210,7 @@ class TerminationSequence:
 
     def _report_survivors(self) -> None:
         self._scan()
-        if self._is_empty():  # gone, as the next step reports; or forking so fast that this scan has missed them
+        if self._is_empty():  # gone, which the next step reports; or they fork so fast that this scan missed them
             self._survivor_check = self._loop.call_later(_MAX_INTERVAL, self._report_survivors)
         else:
             self._on_survived()

@@ -1,4 +1,4 @@
-"""A worker process as the supervisor has it: its channel, its output pipes, its death.
+"""A worker process in the supervisor: its channel, its output pipes, its death.
 
 Most workers serve one call and exit with it. Where the procedure allows more, a worker waits for the next call in
 `IdleWorkers`. It does not wait there if its call was stopped or died, if harpd's own code rejected its call, if it
@@ -25,9 +25,9 @@ from harpd.supervisor.output import OutputCollector, OutputPipe
 
 log = logging.getLogger("harpd.supervisor")
 
-#: Descriptors that no call may use, and their largest share: to stop other calls and to answer control requests.
+#: Descriptors that are reserved for stopping calls and for control requests: 64, or one eighth of a low limit.
 _RESERVED, _RESERVED_SHARE = 64, 8
-#: A worker is idle for at least so many seconds, and for twice as long at most, before it is shut down.
+#: An idle worker is shut down after this many seconds at least, and after twice as many at most.
 _IDLE_TIMEOUT = 10.0
 #: Seconds in which an idle worker has to exit by itself before it is killed.
 _EXIT_TIMEOUT = 5.0
@@ -102,7 +102,7 @@ class WorkerProcess:
             pipe.assign(fields)
 
     def on_reaped(self, status: int, cpu: float | None, memory: int | None) -> None:
-        """Notify its call, see `WorkerUser`: of the processor time of all its calls, the last one gets its own part."""
+        """Notify its call, see `WorkerUser`. `cpu` is that of all its calls; the call gets only its own part."""
         self._ended = True
         if self.call is None:
             self.release()

@@ -159,9 +159,9 @@ class ZygoteClient:
             return
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
-        ended = select.poll()
-        ended.register(self._pidfd, select.POLLIN)
-        ended.poll(_DEATH_TIMEOUT * 1000)
+        death = select.poll()
+        death.register(self._pidfd, select.POLLIN)
+        death.poll(_DEATH_TIMEOUT * 1000)
         self._close()
 
     def _close_if_idle(self) -> None:
@@ -225,8 +225,8 @@ class ZygoteClient:
                     call.on_forked()
             case {"reaped": pid, "status": status, "cpu": cpu, "memory": memory}:
                 self._preforked.pop(pid, None)
-                if ended := self._children.pop(pid, None):
-                    ended.on_reaped(status, cpu, memory)
+                if dead_worker := self._children.pop(pid, None):
+                    dead_worker.on_reaped(status, cpu, memory)
                 self._close_if_idle()
             case {"failed": call_id, "reason": reason}:
                 self._fail_fork(call_id, reason)
