@@ -42,7 +42,7 @@ _HINTS = {
 }
 
 
-#: The errors that are mapped.
+#: The foreign errors that become a `CommunicationError`.
 FOREIGN_ERRORS = (OSError, EOFError, ValueError)
 
 

@@ -1,4 +1,4 @@
-"""The lines of a call's process that are also lines of the wire. As lean as `harp.protocol.json_text`."""
+"""The lines of a call's process that are also lines of the wire. It imports as little as `harp.protocol.json_text`."""
 
 from __future__ import annotations
 

@@ -71,7 +71,7 @@ _check_duration = expect(
 )
 _check_time = expect("a number of seconds of at least 0", lambda seconds: is_number(seconds, 0, _MAX_TIME))
 
-#: The members of terms. Elsewhere, a name that is not a string has an error of its own.
+#: The members of terms. `_ShortName` is a name elsewhere: there, a value that is not a string has another error.
 _TermsId: TypeAlias = Annotated[str, Kind(_check_id)]
 _TermsName: TypeAlias = Annotated[str, Kind(_check_name)]
 _Duration: TypeAlias = Annotated[float, Kind(_check_duration)]

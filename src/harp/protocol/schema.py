@@ -4,10 +4,10 @@ A message is a frozen dataclass derived from `WireObject`. The annotation of a f
 path of its member on the wire, if that is not the field's name. A field with a default is optional:
 
     class Attach(WireObject):
-        call: Annotated[CallId, "attach"]               # {"attach": ...}
-        user: Annotated[str, "auth.user"]               # {"auth": {"user": ...}}
-        since: Count                                    # {"since": ...}
-        keep_alive: bool = False                        # {"keep_alive": true}, or no member
+        call: Annotated[str, "attach"]      # {"attach": ...}
+        since: Count                        # {"since": ...}
+        user: Annotated[str, "auth.user"]   # {"auth": {"user": ...}}
+        keep_alive: bool = False            # {"keep_alive": true}, or no member
 
 An optional member is not sent while it has its default None or False, and a received null is its default; `Null` has
 the exceptions. Members are sent in the order of the fields.
@@ -36,7 +36,7 @@ from harp.protocol.json_text import Envelope, JSONObject, dumps
 
 
 class Null(Enum):
-    """What is different for a null of an optional member."""
+    """A rule for null in an optional member, other than the usual one."""
 
     REJECTED = "a received null is invalid"
     SENT = "the default None is sent as null"
@@ -61,7 +61,7 @@ class WireObject:
 
     __slots__ = ()
 
-    #: Members that are always sent. Received ones must be there if they are true.
+    #: Members that are always sent. A received message must have those that are true.
     CONSTANTS: ClassVar[Mapping[str, Any]] = {}
     #: The path of the object in its message, with a dot at the end; for errors.
     PATH: ClassVar[str] = ""
