@@ -38,9 +38,9 @@ class Application(BaseHTTPRequestHandler):
             case _:
                 self.send_error(HTTPStatus.NOT_FOUND)
 
-    def answer(self, status: HTTPStatus, make: Any) -> None:
+    def answer(self, status: HTTPStatus, make_body: Any) -> None:
         try:
-            body = make()
+            body = make_body()
         except harp.HarpException as error:
             status, body = HTTPStatus.BAD_GATEWAY, {"error": str(error)}
         self.send_response(status)

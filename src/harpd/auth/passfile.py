@@ -4,8 +4,8 @@
       module: harpd.auth.passfile
       file: /etc/harpd/users
 
-Empty lines and lines that begin with ``#`` are ignored, and so is the text after a second colon, so that the file can
-have more fields. ``openssl passwd -6`` and ``mkpasswd`` create hashes.
+Empty lines and lines that begin with ``#`` are ignored. The text after a second colon is ignored as well, so the file
+can have more fields. ``openssl passwd -6`` and ``mkpasswd`` create hashes.
 """
 
 from __future__ import annotations

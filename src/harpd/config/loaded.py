@@ -74,8 +74,8 @@ def load_config(options: CommandLine) -> LoadedConfig:
     Raises:
         ConfigError: the first error found; `sys.path` is unchanged.
     """
-    base = load_supervisor_config(options)
-    configuration = base.configuration
+    supervisor_config = load_supervisor_config(options)
+    configuration = supervisor_config.configuration
     context = server_context(configuration.network, options.config)
     previous_path = sys.path[:]
     paths = configuration.python.search_paths()
@@ -85,7 +85,7 @@ def load_config(options: CommandLine) -> LoadedConfig:
     except BaseException:
         sys.path[:] = previous_path
         raise
-    return LoadedConfig(configuration, base.log, context, users)
+    return LoadedConfig(configuration, supervisor_config.log, context, users)
 
 
 def _log_config(path: Path | None) -> dict[str, Any] | None:

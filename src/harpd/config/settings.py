@@ -85,8 +85,8 @@ class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 
     def __post_init__(self) -> None:
         for total, single in (("request_memory", "request_line"), ("spool_memory", "spool")):
-            if (value := getattr(self, total)) < (least := getattr(self, single)):
-                raise ValueError(f"{total}: expected at least {least}, as limits.{single}, got {value}")
+            if (value := getattr(self, total)) < (minimum := getattr(self, single)):
+                raise ValueError(f"{total}: expected at least {minimum}, as limits.{single}, got {value}")
 
 
 class ExitInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

@@ -120,8 +120,8 @@ class FrontendServer:
     def _record_heartbeat(self) -> None:
         """Store the current time now and after each interval.
 
-        The heartbeat before the last one is earlier than the arrival of all data that is read now, even if this process
-        was suspended in between.
+        All data that is read now arrived after the heartbeat before the last one, even if this process was suspended in
+        between.
         """
         self._heartbeats = (self._heartbeats[1], boottime())
         asyncio.get_running_loop().call_later(_HEARTBEAT_INTERVAL, self._record_heartbeat)

@@ -63,7 +63,7 @@ class BoundedThreadPool:
                 threading.Thread(target=work, daemon=True).start()
             except RuntimeError as error:
                 finish(None, error)
-            value, error_ = await outcome
-        if error_ is not None:
-            raise TaskFailed(type(error_).__name__) from error_
+            value, failure = await outcome
+        if failure is not None:
+            raise TaskFailed(type(failure).__name__) from failure
         return value  # type: ignore[return-value]  # without an error it is the value

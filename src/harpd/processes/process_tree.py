@@ -145,8 +145,8 @@ def has_possible_escapes(
 ) -> bool:
     """Return whether an unknown process may belong to a call whose main process has been reaped.
 
-    The zygote is a subreaper, so orphans of a call become its children. A child of the zygote may belong to the call if
-    it is no main process, has no cookie of a known call, and is not older than the call.
+    The zygote is a subreaper, so orphans of a call become its children. A child of the zygote may belong to the call,
+    unless it is a main process, has the cookie of a known call, or is older than the call.
 
     Args:
         tree: the call.

@@ -57,7 +57,7 @@ class Listener:
         self._listener.listen(_BACKLOG)
         self._watch()
 
-    def become_current(self) -> None:
+    def become_active(self) -> None:
         """Receive all new calls from now on. The socket's name is replaced in one step, so that it always exists."""
         new_name = self._name + ".new"
         os.link(self._name, new_name, src_dir_fd=self._directory, dst_dir_fd=self._directory)

@@ -37,12 +37,23 @@ close proves it. A connection whose first line has the key ``control`` gets one 
 When its launcher closes the lifeline, a supervisor with the setting `outlive` continues while it has calls. Without it,
 the runtime directory is temporary, and no other program could find the supervisor: it stops all calls and exits.
 
-The settings: `procedures` (path), `python_path` (prepend, append), `default_user`, `default_group`, `max_calls` (at
-once), `kill_grace` (seconds), `spool` and `spool_memory` (bytes that one resumable call, and all calls, may buffer),
-`disconnect_timeout` and `result_ttl` (the most seconds that may be requested), `exit_info` (stderr, traceback:
-whether), `cgroup` (directory or null), `outlive`, `runtime_directory`, `logging`. `descriptors`, the limit of open
-files for calls, may be absent: then the supervisor's own limit at its start is used. The only secrets that the
-supervisor has are the owners and secrets of calls.
+The settings, see `harpd.config.loaded.supervisor_settings`:
+
+    procedures                          path of the procedures file
+    python_path                         {"prepend": [PATH], "append": [PATH]}
+    default_user, default_group         name or id, or null
+    max_calls                           most calls at the same time
+    kill_grace                          seconds between the steps of a stop
+    spool, spool_memory                 bytes that one resumable call may buffer; that all calls may buffer
+    disconnect_timeout, result_ttl      most seconds that a dispatcher may request
+    exit_info                           {"stderr": BOOL, "traceback": BOOL}: whether exit info has them
+    cgroup                              directory, or null
+    outlive                             whether the supervisor continues without its launcher while it has calls
+    runtime_directory                   path
+    logging                             arguments of `harp_daemon.logs.configure`
+    descriptors                         limit of open files for calls; absent: the supervisor's own limit at its start
+
+The only secrets that the supervisor has are the owners and secrets of calls.
 """
 
 from __future__ import annotations
@@ -203,7 +214,7 @@ class Supervisor:
             os._exit(1)
         if not self._shutting_down and not self._retired:
             self._accepting = True
-            self._listener.become_current()
+            self._listener.become_active()
 
     def _restart_zygote(self) -> None:
         if self._zygote is None:

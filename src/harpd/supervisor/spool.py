@@ -69,7 +69,7 @@ class Spool:
         self.first = self.end = number
 
     def chunk_from(self, number: int) -> Chunk | None:
-        """Return some of the records from a number on, which is not below `first`; None if there are none."""
+        """Return the next records, from a number on that is at least `first`; None if there are none."""
         if number >= self.end:
             return None
         if number in self._chunks:

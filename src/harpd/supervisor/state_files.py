@@ -6,8 +6,11 @@ may be old, and its pid may belong to another process. So it counts only until t
 certainly belong to the call are killed.
 
 A state file has two purposes and is deleted when neither is left: to stop processes of the call, and to report its end
-to its dispatcher. The file's name is the call's id while both are open, the id with ``.reported`` when only processes
-have to be stopped, and the id with ``.ended`` when only the end has to be reported.
+to its dispatcher. The file's name shows which of them is left:
+
+    CALL                both
+    CALL.reported       processes have to be stopped
+    CALL.ended          the end has to be reported
 
 The supervisor that finds the directory of a dead one keeps it locked until no process of its calls is left. Processes
 that cannot be killed are reported once, as survivors, and every clean-up tries again.

@@ -6,7 +6,7 @@ main process is killed last: it is a subreaper, so orphaned descendants stay its
 than they are halted are killed at once by process group. If the call has a cgroup, the kernel kills all processes in it
 at once, since Linux 5.14.
 
-The call is gone when a snapshot from after the main process's death has none of its processes, its cgroup is empty, and
+The call is gone if none of its processes is in a snapshot from after the main process's death, its cgroup is empty, and
 no process can have escaped. A possible escape leads to further scans, then to an incomplete stop report.
 
 The stop report lists the processes that were found, the signals that they were sent, and how they ended. If a process

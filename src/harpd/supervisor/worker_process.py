@@ -1,8 +1,8 @@
 """A worker process in the supervisor: its channel, its output pipes, its death.
 
 Most workers serve one call and exit with it. Where the procedure allows more, a worker waits for the next call in
-`IdleWorkers`. It does not wait there if its call was stopped or died, if harpd's own code rejected its call, if it
-wrote more than its closing line, or if its zygote has retired. An idle worker does not count as a call. It exits as
+`IdleWorkers`. It exits instead in these cases: its call was stopped or died; harpd's own code rejected its call; it
+wrote more than its closing line; its zygote has retired. An idle worker does not count as a call. It exits as
 soon as its channel closes, or is killed.
 """
 

@@ -70,7 +70,7 @@ def run_worker(
     `pipes` become stdout and stderr. `defaults` are the user of a procedure that names none, and the group of one that
     names neither user nor group. `tracebacks`: whether the supervisor gets the traceback of an exception.
     """
-    process, guard = os.getpid(), SignalGuard()
+    own_pid, guard = os.getpid(), SignalGuard()
     try:
         channel = Channel(channel_descriptor, guard)
         prepared = False
@@ -86,7 +86,7 @@ def run_worker(
 
         for served in range(1, procedure.max_calls_per_process + 1):
             lines = _run_procedure(procedure, channel, guard, tracebacks, cookie, prepare)
-            if os.getpid() != process:
+            if os.getpid() != own_pid:
                 os._exit(0)  # the procedure has forked, and this is the child: it must not write to the caller
             flush_output()
             channel.write(lines)
@@ -102,8 +102,8 @@ def _wait_for_next_call(channel: Channel, guard: SignalGuard) -> bool:
     try:
         guard.deliver()
         return channel.wait_for_line()
-    except (TimeLimit, Cancelled) as limit:
-        guard.exit_with(limit)
+    except (TimeLimit, Cancelled) as interruption:
+        guard.exit_with(interruption)
 
 
 def _redirect_streams(stdout: int, stderr: int) -> None:
@@ -134,9 +134,9 @@ def _run_procedure(
         return _encode_result(value)
     except _CallRejected as rejected:
         return _line(Envelope(harp=VERSION, error=Envelope(type=rejected.type, message=str(rejected))))
-    except (TimeLimit, Cancelled) as limit:
+    except (TimeLimit, Cancelled) as interruption:
         flush_output()
-        guard.exit_with(limit)
+        guard.exit_with(interruption)
     except BaseException as error:  # noqa: BLE001 - SystemExit too: the caller receives the procedure's end
         kind = type(error)
         data = {"class": kind.__name__, "module": str(kind.__module__)}
@@ -228,9 +228,9 @@ def _write_records(records: Any, channel: Channel) -> Any:
             except NotJSON as error:
                 message = f"cannot encode record {number} as JSON: {error}"
                 raise _CallRejected("invalid_message", message) from error
-            except (TimeLimit, Cancelled) as limit:
+            except (TimeLimit, Cancelled) as interruption:
                 if hasattr(iterator, "throw"):  # a generator, which did not run when it was raised here, cleans up
-                    iterator.throw(limit)
+                    iterator.throw(interruption)
                 raise
             number += 1
     finally:

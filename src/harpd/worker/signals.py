@@ -69,9 +69,9 @@ class SignalGuard:
         kind, message = _EXCEPTIONS[number]
         raise kind(message)
 
-    def exit_with(self, limit: TimeLimit | Cancelled) -> NoReturn:
+    def exit_with(self, interruption: TimeLimit | Cancelled) -> NoReturn:
         """End this process by the signal of this exception: the supervisor knows which signals it has sent."""
-        number = signal.SIGXCPU if isinstance(limit, TimeLimit) else signal.SIGTERM
+        number = signal.SIGXCPU if isinstance(interruption, TimeLimit) else signal.SIGTERM
         never_dump_core()
         signal.signal(number, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {number})

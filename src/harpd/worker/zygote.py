@@ -9,14 +9,21 @@ ends. It exits when the supervisor closes the socket, and is killed when the sup
 ``python -m harpd.worker.zygote SOCKET SUPERVISOR``: the descriptor of a SOCK_SEQPACKET socket, and the supervisor's
 pid. The messages are JSON objects:
 
-    supervisor -> zygote  {"load": PATH, "path": [STR], "default_user", "default_group", "descriptors", "tracebacks"}
-                                                                                                         once, first
-    zygote -> supervisor  {"procedure": NAME, "streaming": BOOL, "timeout": SECONDS|null, "max_calls": NUMBER}  each
-                          {"loaded": NUMBER, "threads": NUMBER}  or  {"error": MESSAGE}, and it exits
-    supervisor -> zygote  {"fork": CALL, "procedure": NAME}, with three descriptors: channel, stdout, stderr
-    zygote -> supervisor  {"preforked": PID, "start": TICKS}                            before one of the next two
-                          {"forked": CALL, "pid": PID, "start": TICKS}  or  {"failed": CALL, "reason": MESSAGE}
-                          {"reaped": PID, "status": NUMBER, "cpu": SECONDS, "memory": BYTES}
+    supervisor -> zygote, once, first:
+        {"load": PATH, "path": [STR], "default_user": USER, "default_group": GROUP, "descriptors": NUMBER,
+         "tracebacks": BOOL}
+    zygote -> supervisor, the first for each procedure, then one of the others; after an error it exits:
+        {"procedure": NAME, "streaming": BOOL, "timeout": SECONDS|null, "max_calls": NUMBER}
+        {"loaded": NUMBER, "threads": NUMBER}
+        {"error": MESSAGE}
+    supervisor -> zygote, for each call that needs a new worker, with three descriptors (channel, stdout, stderr):
+        {"fork": CALL, "procedure": NAME}
+    zygote -> supervisor, one of these for each fork command:
+        {"forked": CALL, "pid": PID, "start": TICKS}
+        {"failed": CALL, "reason": MESSAGE}
+    zygote -> supervisor, for each worker, when it is forked ahead and when it is reaped:
+        {"preforked": PID, "start": TICKS}
+        {"reaped": PID, "status": NUMBER, "cpu": SECONDS, "memory": BYTES}
 """
 
 from __future__ import annotations
