@@ -195,8 +195,10 @@ def _how_ended(job: Job, details: JobDetails) -> str:
     if job.state is State.RETURNED:
         return f"it returned{took}"
     by = loads(details.metadata.stop_request).get("by") if details.metadata.stop_request else None
-    whom = f" by {by}" if by else ""
-    return f"it was cancelled{whom} at {_format_time(job.ended)}{', before it started' if job.started is None else ''}"
+    by_text = f" by {by}" if by else ""
+    return (
+        f"it was cancelled{by_text} at {_format_time(job.ended)}{', before it started' if job.started is None else ''}"
+    )
 
 
 def _stop(job: Job, details: JobDetails, context: ExplainContext) -> str:

@@ -60,8 +60,8 @@ def test_demo_with_keep_leaves_it_running(environment: dict[str, str]) -> None:
     with subprocess.Popen([*DEMO, "--keep"], env=environment, stdout=subprocess.PIPE, text=True) as demo:
         try:
             assert demo.stdout is not None
-            said = "".join(iter(demo.stdout.readline, "Ctrl-C here stops both and removes the directory.\n"))
-            found = re.search(r"\./dev run (harp .*)", said)
+            printed = "".join(iter(demo.stdout.readline, "Ctrl-C here stops both and removes the directory.\n"))
+            found = re.search(r"\./dev run (harp .*)", printed)
             assert found is not None
             command = shlex.split(found[1])
             answer = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)

@@ -152,7 +152,7 @@ def test_legacy_client_uses_dispatcher(system: System) -> None:
     assert set(status) == {"call", "time", "info"}
     assert status["call"] == {"host": "web01", "procedure": "count", "arguments": [2]}
     assert set(status["time"]) == {"submit", "start", "end"}
-    assert all(type(moment) is int for moment in status["time"].values())
+    assert all(type(seconds) is int for seconds in status["time"].values())
 
 
 def test_legacy_client_unknown_job_is_invalid_jobid(system: System) -> None:

@@ -91,17 +91,17 @@ class Follower:
 def test_stream_continues_through_ten_kills(tmp_path: Path) -> None:
     """The dispatcher and the frontend are killed five times each; two followers have every record once and in order."""
     done = tmp_path / "done"
-    with system(tmp_path) as whole:
-        job = whole.rpc.web01.count_until(str(done), 0.05)
+    with system(tmp_path) as running_system:
+        job = running_system.rpc.web01.count_until(str(done), 0.05)
         followers = [
             Follower(lambda: job.follow(since=0, numbered=True)),
-            Follower(lambda: whole.rpc.job(job.id()).follow(since=0, timed=True)),
+            Follower(lambda: running_system.rpc.job(job.id()).follow(since=0, timed=True)),
         ]
-        waiting = Follower(lambda: iter([whole.rpc.job(job.id()).get()]))
+        waiting = Follower(lambda: iter([running_system.rpc.job(job.id()).get()]))
         for follower in followers:
             follower.reach(1)
         for _ in range(5):
-            for kill in (partial(whole.dispatcher.restart, kill=True), partial(again, whole.harpd)):
+            for kill in (partial(running_system.dispatcher.restart, kill=True), partial(again, running_system.harpd)):
                 reached = [len(follower.records) for follower in followers]
                 kill()
                 for follower, count in zip(followers, reached, strict=True):
@@ -112,9 +112,9 @@ def test_stream_continues_through_ten_kills(tmp_path: Path) -> None:
         assert result > 50
         assert numbered == [(number, number) for number in range(result)]
         assert [(number, value) for number, _, value in timed] == numbered
-        times = [moment for _, moment, _ in timed]
+        times = [at for _, at, _ in timed]
         assert times == sorted(times)
-        assert list(whole.rpc.job(job.id()).stream()) == list(range(result))
+        assert list(running_system.rpc.job(job.id()).stream()) == list(range(result))
         details = job.details()
         assert (details["state"], details["records"]["count"]) == ("returned", result)
         assert details["exit_info"]["by"] == "itself"
@@ -123,8 +123,8 @@ def test_stream_continues_through_ten_kills(tmp_path: Path) -> None:
 def test_job_phases_add_up_to_its_duration(tmp_path: Path) -> None:
     done = tmp_path / "done"
     done.touch()
-    with system(tmp_path) as whole:
-        job = whole.rpc.web01.count_until(str(done), 0.05)
+    with system(tmp_path) as running_system:
+        job = running_system.rpc.web01.count_until(str(done), 0.05)
         job.get()
         details = job.details()
         phases, time = details["phases"], details["time"]
@@ -144,12 +144,12 @@ def test_stop_report_of_hostile_call_confirms_its_end(tmp_path: Path) -> None:
     """It ignores TERM, forks, changes its session and never writes: all of it ends, and the stop report says so."""
     pids = tmp_path / "pids"
     pids.touch()
-    with system(tmp_path) as whole:
-        job = whole.rpc.web01.resist(str(pids))
+    with system(tmp_path) as running_system:
+        job = running_system.rpc.web01.resist(str(pids))
         wait_until(lambda: len(pids.read_text().split()) == 5, DEADLINE, "five processes")
-        begun = time.monotonic()
+        began = time.monotonic()
         assert job.cancel(wait=True)
-        took = time.monotonic() - begun
+        took = time.monotonic() - began
         found = [int(pid) for pid in pids.read_text().split()]
         assert all(map(is_dead, found))
         details = job.details()
@@ -163,19 +163,19 @@ def test_stop_report_of_hostile_call_confirms_its_end(tmp_path: Path) -> None:
 
 
 def test_cancel_while_host_is_cut_off_is_confirmed_later(tmp_path: Path) -> None:
-    with system(tmp_path) as whole:
-        host = whole.rpc.host("web01", queue={"q": 1})
+    with system(tmp_path) as running_system:
+        host = running_system.rpc.host("web01", queue={"q": 1})
         job = host.wait_for(str(tmp_path / "never"), 1)
         second = host.count(1)
         wait_until(lambda: (job.details()["call"] or {}).get("instance"), DEADLINE, "the call")
         assert "is full (1 of 1: " + job.id() in second.why()
-        supervisor = psutil.Process(whole.harpd.supervisor)
+        supervisor = psutil.Process(running_system.harpd.supervisor)
         call = next(
             process
             for process in supervisor.children(recursive=True)
             if process.children() == [] and process != supervisor
         )
-        whole.harpd.kill()
+        running_system.harpd.kill()
         assert job.cancel() is True
         assert job.result() is harp.CALL_CANCELLED
         wait_until(lambda: job.details()["call"]["outage"], DEADLINE, "the loss of contact")
@@ -184,7 +184,7 @@ def test_cancel_while_host_is_cut_off_is_confirmed_later(tmp_path: Path) -> None
         assert "cannot be reached since" in job.why()
         assert call.is_running()
         assert second.details()["state"] == "queued"
-        whole.harpd.start_frontend()
+        running_system.harpd.start_frontend()
         assert job.cancel(wait=True) is False  # it had ended; the stop is settled now
         details = job.details()
         assert (details["stop"], details["holds_slot"]) == ("confirmed", False)
@@ -193,13 +193,13 @@ def test_cancel_while_host_is_cut_off_is_confirmed_later(tmp_path: Path) -> None
 
 
 def test_host_that_stays_away_is_lost_and_ended_its_call(tmp_path: Path) -> None:
-    with system(tmp_path, disconnect_timeout=1.0, host_timeout=11.0) as whole:
-        host = whole.rpc.host("web01", queue={"q": 1})
+    with system(tmp_path, disconnect_timeout=1.0, host_timeout=11.0) as running_system:
+        host = running_system.rpc.host("web01", queue={"q": 1})
         job = host.wait_for(str(tmp_path / "never"), 1)
         second = host.wait_for(str(tmp_path / "never"), 2)
         wait_until(lambda: (job.details()["call"] or {}).get("instance"), DEADLINE, "the call")
-        whole.harpd.kill()
-        wait_until(lambda: whole.harpd.statuses()[0]["calls"] == 0, DEADLINE, "the end of the call by itself")
+        running_system.harpd.kill()
+        wait_until(lambda: running_system.harpd.statuses()[0]["calls"] == 0, DEADLINE, "the end of the call by itself")
         assert job.result() is harp.CALL_NOT_FINISHED
         error = job.result(wait=True)
         assert isinstance(error, harp.RemoteError)
@@ -208,9 +208,9 @@ def test_host_that_stays_away_is_lost_and_ended_its_call(tmp_path: Path) -> None
         assert error.data["attempts"] > 1
         assert job.details()["stop"] == "failed"
         assert isinstance(second.result(wait=True), harp.RemoteError)  # its slot came free; nobody is there
-        whole.harpd.start_frontend()
-        assert whole.rpc.web01.count(1).get() == 1
-        wait_until(lambda: whole.harpd.statuses()[0]["resumable"] == 0, DEADLINE, "the orphaned call released")
+        running_system.harpd.start_frontend()
+        assert running_system.rpc.web01.count(1).get() == 1
+        wait_until(lambda: running_system.harpd.statuses()[0]["resumable"] == 0, DEADLINE, "the orphaned call released")
         assert job.details()["exit_info"]["by"] == "lost_contact"  # its exit info is stored; its end does not change
         assert job.result().type == "host_lost"
 
@@ -232,17 +232,17 @@ def newer(directory: Path) -> Path:
 
 def test_dispatcher_upgrade_continues_a_hundred_calls(tmp_path: Path) -> None:
     done = tmp_path / "done"
-    with system(tmp_path) as whole:
-        plain = [whole.rpc.web01.wait_for(str(done), number) for number in range(50)]
-        streaming = [whole.rpc.web01.count_until(str(done), 0.1) for _ in range(50)]
+    with system(tmp_path) as running_system:
+        plain = [running_system.rpc.web01.wait_for(str(done), number) for number in range(50)]
+        streaming = [running_system.rpc.web01.count_until(str(done), 0.1) for _ in range(50)]
         for job in streaming:
             wait_for_records(job, 1)
-        wait_until(lambda: whole.harpd.status()["calls"] == 100, DEADLINE, "a hundred calls")
+        wait_until(lambda: running_system.harpd.status()["calls"] == 100, DEADLINE, "a hundred calls")
         followers = [Follower(partial(job.follow, since=0)) for job in streaming[:10]]
-        assert whole.dispatcher.stop(signal.SIGTERM) == 0
-        whole.dispatcher.code = newer(tmp_path)
-        whole.dispatcher.start()
-        assert whole.harpd.status()["calls"] == 100
+        assert running_system.dispatcher.stop(signal.SIGTERM) == 0
+        running_system.dispatcher.code = newer(tmp_path)
+        running_system.dispatcher.start()
+        assert running_system.harpd.status()["calls"] == 100
         before = [job.details()["records"]["count"] for job in streaming]
         for job, count in zip(streaming, before, strict=True):
             wait_for_records(job, count + 1)
@@ -252,23 +252,23 @@ def test_dispatcher_upgrade_continues_a_hundred_calls(tmp_path: Path) -> None:
             assert list(job.stream()) == list(range(job.get()))
         for follower, job in zip(followers, streaming[:10], strict=True):
             assert follower.end() == list(range(job.get()))
-        version = whole.dispatcher.store_directory / "harpcaller.sqlite"
+        version = running_system.dispatcher.store_directory / "harpcaller.sqlite"
         assert version.exists()
 
 
 def test_harpd_upgrade_continues_running_calls(tmp_path: Path) -> None:
     """The calls' service is started anew: a new supervisor takes new calls, the old one keeps its own to their end."""
     done = tmp_path / "done"
-    with system(tmp_path) as whole:
-        job = whole.rpc.web01.count_until(str(done), 0.05)
+    with system(tmp_path) as running_system:
+        job = running_system.rpc.web01.count_until(str(done), 0.05)
         follower = Follower(lambda: job.follow(since=0))
         follower.reach(5)
-        old = whole.harpd.supervisor
-        whole.harpd.stop_launcher(signal.SIGUSR1)
-        whole.harpd.start_launcher()
-        assert whole.harpd.supervisor != old
-        again(whole.harpd)
-        assert whole.rpc.web01.count(3).get() == 3
+        old = running_system.harpd.supervisor
+        running_system.harpd.stop_launcher(signal.SIGUSR1)
+        running_system.harpd.start_launcher()
+        assert running_system.harpd.supervisor != old
+        again(running_system.harpd)
+        assert running_system.rpc.web01.count(3).get() == 3
         follower.reach(len(follower.records) + 5)
         done.touch()
         assert follower.end() == list(range(job.get()))
@@ -276,13 +276,13 @@ def test_harpd_upgrade_continues_running_calls(tmp_path: Path) -> None:
 
 
 def test_job_with_call_unknown_to_host_ends_missing_result(tmp_path: Path) -> None:
-    with system(tmp_path) as whole:
-        job = whole.rpc.web01.wait_for(str(tmp_path / "never"), 1)
+    with system(tmp_path) as running_system:
+        job = running_system.rpc.web01.wait_for(str(tmp_path / "never"), 1)
         wait_until(lambda: (job.details()["call"] or {}).get("instance"), DEADLINE, "the call")
-        whole.dispatcher.kill()
-        whole.harpd.stop()  # all calls end with it; nobody is there to be told
-        whole.harpd.start()
-        whole.dispatcher.start()
+        running_system.dispatcher.kill()
+        running_system.harpd.stop()  # all calls end with it; nobody is there to be told
+        running_system.harpd.start()
+        running_system.dispatcher.start()
         error = job.result(wait=True)
         assert isinstance(error, harp.RemoteError)
         assert error.type == "missing_result"
@@ -292,17 +292,17 @@ def test_job_with_call_unknown_to_host_ends_missing_result(tmp_path: Path) -> No
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_call_end_without_dispatcher_is_fetched_at_restart(tmp_path: Path, number: signal.Signals) -> None:
     done = tmp_path / "done"
-    with system(tmp_path) as whole:
-        job = whole.rpc.web01.wait_for(str(done), {"k": [1]})
+    with system(tmp_path) as running_system:
+        job = running_system.rpc.web01.wait_for(str(done), {"k": [1]})
         wait_until(lambda: (job.details()["call"] or {}).get("instance"), DEADLINE, "the call")
-        os.kill(whole.dispatcher.pid, number)
-        whole.dispatcher.wait()
+        os.kill(running_system.dispatcher.pid, number)
+        running_system.dispatcher.wait()
         done.touch()
-        wait_until(lambda: whole.harpd.status()["calls"] == 0, DEADLINE, "the end of the call")
-        assert whole.harpd.status()["resumable"] == 1
-        whole.dispatcher.start()
+        wait_until(lambda: running_system.harpd.status()["calls"] == 0, DEADLINE, "the end of the call")
+        assert running_system.harpd.status()["resumable"] == 1
+        running_system.dispatcher.start()
         assert job.get() == {"k": [1]}
-        wait_until(lambda: whole.harpd.status()["resumable"] == 0, DEADLINE, "the call forgotten")
+        wait_until(lambda: running_system.harpd.status()["resumable"] == 0, DEADLINE, "the call forgotten")
 
 
 async def test_full_disk_does_not_end_running_calls(tmp_path: Path) -> None:

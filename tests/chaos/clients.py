@@ -119,9 +119,9 @@ class Clients:
                     return None
                 raise
 
-        said = await self._retry(cancel)
+        reply = await self._retry(cancel)
         if job.cancels == 1:
-            job.cancelled = said
+            job.cancelled = reply
         details = await self._retry(call.details)
         while wait and details["stop"] == "pending":  # the reply was lost, and the second cancel found the job ended
             await asyncio.sleep(_RETRY_DELAY)

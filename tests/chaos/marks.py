@@ -97,8 +97,8 @@ class Reader:
                 text = file.read()
         except FileNotFoundError:
             return
-        whole = text[: text.rfind(b"\n") + 1]
-        self._at += len(whole)
-        for line in whole.splitlines():
+        complete = text[: text.rfind(b"\n") + 1]
+        self._at += len(complete)
+        for line in complete.splitlines():
             token, pid, start, at, kind, value = json.loads(line)
             yield Mark(token, Identity(pid, start), at, kind, value)

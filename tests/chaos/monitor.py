@@ -64,9 +64,9 @@ class Monitor:
     def _check(self, token: str, first: float) -> None:
         """Check that a running job has a process, or had one not long ago."""
         lifetime = self._tracker.main_process(token)
-        if lifetime is not None and lifetime.gone is None:
+        if lifetime is not None and lifetime.died_at is None:
             return
-        since = max(first, lifetime.gone or 0.0) if lifetime is not None else first
+        since = max(first, lifetime.died_at or 0.0) if lifetime is not None else first
         overdue = now() - since - self._system.dispatcher.absent_since(since)
         if overdue > _MAX_DELAY + _MARGIN:
             what = "its process died" if lifetime is not None else "its start, without a process"

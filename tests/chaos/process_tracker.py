@@ -27,7 +27,7 @@ class Lifetime:
         main: whether it runs the procedure.
         began: time of its first mark.
         last_seen: when it was last found alive.
-        gone: when it was first found dead; None: it lives.
+        died_at: when it was first found dead; None: it lives.
     """
 
     token: str
@@ -35,7 +35,7 @@ class Lifetime:
     main: bool
     began: float
     last_seen: float
-    gone: float | None = None
+    died_at: float | None = None
 
 
 @dataclass
@@ -94,14 +94,14 @@ class ProcessTracker:
             if is_alive(process):
                 self.lifetimes[process].last_seen = before
             else:
-                self.lifetimes[process].gone = now()
+                self.lifetimes[process].died_at = now()
                 self._living.remove(process)
 
     def _on_mark(self, host: str, mark: Mark) -> None:
         marked = self.jobs.setdefault(mark.token, MarkedJob())
         lifetime = self.lifetimes.get(mark.process)
         main = mark.kind == "start"
-        if lifetime is not None and main and lifetime.gone is not None and lifetime.token != mark.token:
+        if lifetime is not None and main and lifetime.died_at is not None and lifetime.token != mark.token:
             self.earlier_lifetimes.append(lifetime)  # an idle worker with its next job
             lifetime = None
         if lifetime is None:
@@ -114,7 +114,7 @@ class ProcessTracker:
                 marked.starts.append(mark.process)
                 marked.main = marked.main or lifetime
             case "idle":
-                lifetime.gone = mark.at
+                lifetime.died_at = mark.at
                 self._living.discard(mark.process)
             case "record":
                 marked.records.append(mark.at)

@@ -296,15 +296,15 @@ def test_socket_has_keepalive_and_nodelay() -> None:
     with Peer(silent, silent, tls=None) as peer:
         with harp.JSONConnection(peer.host, peer.port) as conn:
             conn.send({})
-            (ours,) = [
+            (descriptor,) = [
                 found.fd
                 for found in psutil.Process().net_connections()
                 if found.raddr == (peer.host, peer.port) and found.status == psutil.CONN_ESTABLISHED
             ]
-            with socket.socket(fileno=os.dup(ours)) as sock:
+            with socket.socket(fileno=os.dup(descriptor)) as sock:
                 assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
                 assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
-                assert os.get_blocking(ours)  # without a timeout: results may take hours
+                assert os.get_blocking(descriptor)  # without a timeout: results may take hours
         with harp.JSONConnection(peer.host, peer.port):
             pass
 
@@ -332,7 +332,7 @@ async def wait_for_cancel(task: asyncio.Task[Any], peer: Peer) -> None:
     assert await asyncio.to_thread(conn.closed.wait, 30)
 
 
-def hearing(*replies: object) -> Script:
+def replying(*replies: object) -> Script:
     def script(conn: PeerConnection) -> None:
         conn.expect()
         conn.reply(*replies)
@@ -342,17 +342,17 @@ def hearing(*replies: object) -> Script:
 
 
 async def test_cancelled_task_closes_its_connection(files: Certificates) -> None:
-    with Peer(hearing()) as peer:
+    with Peer(replying()) as peer:
         rpc = aio.AsyncHarpCaller(peer.host, peer.port)
         await wait_for_cancel(asyncio.create_task(rpc.job(JOB).get()), peer)
-    with Peer(hearing()) as peer:
+    with Peer(replying()) as peer:
         rpc = aio.AsyncHarpCaller(peer.host, peer.port)
         await wait_for_cancel(asyncio.create_task(rpc.job(JOB).follow(since=0).all()), peer)
     for replies in ([], [{"harp": 1, "stream_result": False}]):
-        with Peer(hearing(*replies), tls=server_context(files)) as peer:
+        with Peer(replying(*replies), tls=server_context(files)) as peer:
             server = aio.AsyncHarpServer(peer.host, "u", "p", peer.port)
             await wait_for_cancel(asyncio.create_task(server.p()), peer)
-    with Peer(hearing({"harp": 1, "stream_result": True}), tls=server_context(files)) as peer:
+    with Peer(replying({"harp": 1, "stream_result": True}), tls=server_context(files)) as peer:
         iterator = await aio.AsyncHarpServer(peer.host, "u", "p", peer.port).p()
         await wait_for_cancel(asyncio.create_task(iterator.all()), peer)
 
@@ -368,13 +368,13 @@ async def test_task_cancelled_in_handshake_closes_its_connection() -> None:
 
 
 async def test_deleted_iterator_closes_its_connection(files: Certificates) -> None:
-    with Peer(hearing({"packet": 0, "data": 1})) as peer:
+    with Peer(replying({"packet": 0, "data": 1})) as peer:
         async for item in aio.AsyncHarpCaller(peer.host, peer.port).job(JOB).follow(since=0):
             assert item == 1
             break
         gc.collect()
         assert await asyncio.to_thread(peer.connections[0].closed.wait, 30)
-    with Peer(hearing({"harp": 1, "stream_result": True}, {"stream": 1}), tls=server_context(files)) as peer:
+    with Peer(replying({"harp": 1, "stream_result": True}, {"stream": 1}), tls=server_context(files)) as peer:
         async for item in await aio.AsyncHarpServer(peer.host, "u", "p", peer.port).p():
             assert item == 1
             break

@@ -66,11 +66,11 @@ def going_on(conn: PeerConnection) -> None:
     conn.reply({"continue": True})
 
 
-def whole(data: bytes) -> list[bytes]:
+def single_piece(data: bytes) -> list[bytes]:
     return [data]
 
 
-def serving(until: int, leave: Script, pieces: Callable[[bytes], list[bytes]] = whole) -> Script:
+def serving(until: int, leave: Script, pieces: Callable[[bytes], list[bytes]] = single_piece) -> Script:
     """Return a script that serves the requested records of a job with `until` records, then disconnects."""
 
     def script(conn: PeerConnection) -> None:
@@ -98,7 +98,7 @@ def since(peer: Peer) -> list[int | None]:
 # Streams.
 
 
-@pytest.mark.parametrize("pieces", [whole, single_bytes])
+@pytest.mark.parametrize("pieces", [single_piece, single_bytes])
 def test_follow_continues_after_five_breaks(shell: Shell, pieces: Any) -> None:
     scripts = [
         serving(3, closing, pieces),

@@ -62,8 +62,8 @@ def with_times_seen(jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return the jobs with each time, an integer or null, replaced by whether it is set."""
     for job in jobs:
         assert list(job["time"]) == ["submit", "start", "end"]
-        assert all(moment is None or type(moment) is int for moment in job["time"].values())
-        job["time"] = {name: moment is not None for name, moment in job["time"].items()}
+        assert all(seconds is None or type(seconds) is int for seconds in job["time"].values())
+        job["time"] = {name: seconds is not None for name, seconds in job["time"].items()}
     return jobs
 
 

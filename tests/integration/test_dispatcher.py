@@ -52,14 +52,14 @@ class GatedHost:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._released = threading.Semaphore(0)
-        self.begun: list[Any] = []
+        self.begun_calls: list[Any] = []
         self.running = 0
         self.max_running = 0
 
     def script(self, conn: PeerConnection) -> None:
         request = conn.expect()
         with self._lock:
-            self.begun.append(request["arguments"])
+            self.begun_calls.append(request["arguments"])
             self.running += 1
             self.max_running = max(self.max_running, self.running)
         conn.reply(ACKNOWLEDGED)
@@ -182,12 +182,12 @@ async def test_jobs_of_a_queue_run_in_order_within_concurrency(tmp_path: Path) -
             jobs = [
                 await dispatcher.submit(call(arguments=[n], queue={"q": 1}, concurrency=2), "test") for n in range(6)
             ]
-            for begun in (2, 4, 6):
-                await eventually(lambda begun=begun: len(gated.begun) == begun, what="the calls")  # type: ignore[misc]
+            for count in (2, 4, 6):
+                await eventually(lambda count=count: len(gated.begun_calls) == count, what="the calls")  # type: ignore[misc]
                 gated.release(2)
             assert [await dispatcher.result(job, wait=True) for job in jobs] == [Returned(raw([n])) for n in range(6)]
     assert gated.max_running == 2
-    assert [sorted(gated.begun[at : at + 2]) for at in (0, 2, 4)] == [[[0], [1]], [[2], [3]], [[4], [5]]]
+    assert [sorted(gated.begun_calls[at : at + 2]) for at in (0, 2, 4)] == [[[0], [1]], [[2], [3]], [[4], [5]]]
 
 
 @pytest.mark.parametrize("limit", [{"max_calls_per_host": 3}, {"max_calls": 3}])
@@ -230,7 +230,7 @@ async def test_cancel_queue_cancels_queued_and_running_jobs(tmp_path: Path) -> N
                 assert await dispatcher.result(job, wait=False) == Cancelled()
             gated.release(6)
             assert await dispatcher.result(other, wait=True) == Returned(b'["other"]')
-    assert len(gated.begun) == 2
+    assert len(gated.begun_calls) == 2
 
 
 async def test_cancel_of_queued_and_running_job_of_a_queue(tmp_path: Path) -> None:
@@ -246,7 +246,7 @@ async def test_cancel_of_queued_and_running_job_of_a_queue(tmp_path: Path) -> No
             assert await dispatcher.cancel(first)
             gated.release(3)
             assert await dispatcher.result(third, wait=True) == Returned(b"[2]")
-    assert gated.begun == [[0], [2]]
+    assert gated.begun_calls == [[0], [2]]
 
 
 async def test_result_of_a_waiting_client_returns_on_cancel(tmp_path: Path) -> None:
@@ -432,10 +432,10 @@ async def test_restart_ends_bound_calls_and_runs_queued_jobs(tmp_path: Path) -> 
     store = await open_store(tmp_path / "store")
     interrupted = await job_in(store, State.RUNNING, queue={"q": 1})
     queued = [await job_in(store, State.QUEUED, queue={"q": 1}, arguments=raw([n])) for n in range(3)]
-    begun: list[object] = []
+    begun_calls: list[object] = []
 
     def script(conn: PeerConnection) -> None:
-        begun.append(json.loads(conn.line())["arguments"])
+        begun_calls.append(json.loads(conn.line())["arguments"])
         conn.reply(ACKNOWLEDGED, {"result": None})
 
     with host(tmp_path, script, (legacy_harpd,)) as peer:
@@ -443,7 +443,7 @@ async def test_restart_ends_bound_calls_and_runs_queued_jobs(tmp_path: Path) -> 
             assert is_missing(await dispatcher.result(interrupted, wait=True))
             for job in queued:
                 assert await dispatcher.result(job, wait=True) == Returned(b"null")
-    assert begun == [[0], [1], [2]]
+    assert begun_calls == [[0], [1], [2]]
     await store.close()
 
 

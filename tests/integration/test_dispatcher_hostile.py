@@ -177,17 +177,17 @@ async def test_cancel_during_recovery_stops_the_call(tmp_path: Path) -> None:
                 self.off = True
                 return await self.__getattr__("list_slot_holders")()
             self.off = False
-            held = await opened.list_slot_holders()
+            holding = await opened.list_slot_holders()
             requests.set()
             await go_on.wait()
-            return held
+            return holding
 
-    def held(conn: PeerConnection) -> None:
+    def holding(conn: PeerConnection) -> None:
         attached(conn)
         assert next(commands(conn)) == {"stop": {"why": "cancelled"}}
         ends(conn, stop_report(), EXIT_INFO, {"harp": 1, "error": {"type": "cancelled", "message": "stopped"}})
 
-    with playing(tmp_path, call_list(), held) as peer:
+    with playing(tmp_path, call_list(), holding) as peer:
         store: Any = Late(opened, "list_slot_holders")
         async with running(tmp_path, host_line(peer.port), store=store, resumable_calls=True) as dispatcher:
             await requests.wait()

@@ -276,7 +276,7 @@ def test_name_without_decorator_is_not_exposed(harpd: Harpd, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("procedure", "arguments", "says"),
+    ("procedure", "arguments", "quoted"),
     [
         ("two", [1], "missing a required argument: 'b'"),
         ("two", [1, 2, 3, 4], "too many positional arguments"),
@@ -286,12 +286,12 @@ def test_name_without_decorator_is_not_exposed(harpd: Harpd, name: str) -> None:
         ("bare", [], "missing a required argument: 'word'"),
     ],
 )
-def test_arguments_not_fitting_are_rejected(harpd: Harpd, procedure: str, arguments: Any, says: str) -> None:
+def test_arguments_not_fitting_are_rejected(harpd: Harpd, procedure: str, arguments: Any, quoted: str) -> None:
     with harpd.connect() as client:
         client.send(harpd.request(procedure, arguments))
         _, last = client.lines()
     assert last["error"]["type"] == "invalid_argument_list"
-    assert says in last["error"]["message"]
+    assert quoted in last["error"]["message"]
     assert "secret" not in last["error"]["message"]
 
 
@@ -319,7 +319,7 @@ def test_values_deep_and_large_arrive(harpd: Harpd) -> None:
 
 
 @pytest.mark.parametrize(
-    ("what", "says"),
+    ("what", "quoted"),
     [
         ("set", "type set has no form in JSON"),
         ("nan", "at [1]: nan is not a number of JSON"),
@@ -328,10 +328,10 @@ def test_values_deep_and_large_arrive(harpd: Harpd) -> None:
         ("key", "a key is of type tuple"),
     ],
 )
-def test_result_not_json_is_invalid_message(harpd: Harpd, what: str, says: str) -> None:
+def test_result_not_json_is_invalid_message(harpd: Harpd, what: str, quoted: str) -> None:
     fault = error(harpd, "give", what)
     assert fault["type"] == "invalid_message"
-    assert says in fault["message"]
+    assert quoted in fault["message"]
 
 
 @pytest.mark.parametrize("procedure", ["long", "stream_long"])

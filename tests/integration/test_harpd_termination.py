@@ -597,11 +597,11 @@ def test_hundred_resisting_calls_are_stopped_together(own: Harpd, notes: Path) -
         for client in clients:
             client.send(own.request("resists", [str(notes)]))
         wait_until(lambda: words(notes).count("ready") == 100, DEADLINE, "all calls")
-        begun = time.monotonic()
+        began = time.monotonic()
         for client in clients:
             client.close()
         wait_until(lambda: own.status()["calls"] == 0, DEADLINE, "the end of all")
-        assert time.monotonic() - begun < 100 * GRACE  # the time that one after the other would take
+        assert time.monotonic() - began < 100 * GRACE  # the time that one after the other would take
         assert len(pids(notes)) == 300
         assert all_dead(pids(notes))
         nothing_is_left(own)

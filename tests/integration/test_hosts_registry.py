@@ -175,12 +175,12 @@ async def test_script_over_its_time_limit_is_killed(tmp_path: Path, script: Scri
     pids = tmp_path / "pids"
     script.does(after=f"sleep 1000 & echo $! $$ >{shlex.quote(str(pids))}; wait")
 
-    def gone() -> bool:
+    def all_dead() -> bool:
         return not any(alive(int(pid)) for pid in pids.read_text().split())
 
     with pytest.raises(ScriptFailed, match="took more than"):
         await run_script(script.file, 0.5)
-    await eventually(gone, what="the end of the script's processes")
+    await eventually(all_dead, what="the end of the script's processes")
 
     pids.unlink()
     task = asyncio.create_task(run_script(script.file, 600.0))
@@ -188,7 +188,7 @@ async def test_script_over_its_time_limit_is_killed(tmp_path: Path, script: Scri
     task.cancel()
     await asyncio.wait([task])
     assert task.cancelled()
-    await eventually(gone, what="the end of the script's processes")
+    await eventually(all_dead, what="the end of the script's processes")
 
 
 async def test_script_exit_kills_its_other_processes(tmp_path: Path, script: Script) -> None:

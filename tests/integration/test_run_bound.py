@@ -85,7 +85,7 @@ async def test_run_data_after_the_end_is_ignored(tmp_path: Path) -> None:
 
 
 async def test_run_records_in_any_chunks_stay_in_order(tmp_path: Path) -> None:
-    def whole(conn: PeerConnection) -> None:
+    def in_one_piece(conn: PeerConnection) -> None:
         acknowledge(conn, stream=True)
         conn.reply(*({"stream": {"n": n}} for n in range(500)), {"result": "end"})
 
@@ -93,7 +93,7 @@ async def test_run_records_in_any_chunks_stay_in_order(tmp_path: Path) -> None:
         acknowledge(conn, stream=True)
         conn.send(*single_bytes(b'{"stream": {"n": 0}}\n{"stream":{"n": 1}}\n{"result":"end"}\n'))
 
-    with playing(tmp_path, whole, bytewise) as peer:
+    with playing(tmp_path, in_one_piece, bytewise) as peer:
         async with running(tmp_path, host_line(peer.port)) as dispatcher:
             for count in (500, 2):
                 job_id = await dispatcher.submit(call(), "test")

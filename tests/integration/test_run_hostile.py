@@ -209,11 +209,11 @@ async def test_records_gone_continues_at_the_given_number(tmp_path: Path) -> Non
 
     def rest(conn: PeerConnection) -> None:
         assert attached(conn, stream=True)["since"] == 9
-        said = commands(conn)
-        assert "stop" in next(said)
+        received = commands(conn)
+        assert "stop" in next(received)
         conn.reply({"stream": 9}, {"stream": 10})
         while not counts or counts[-1] < 11:
-            counts.append(next(said)["ack"])
+            counts.append(next(received)["ack"])
         ends(conn, stop_report(), EXIT_INFO, STOPPED)
 
     with playing(tmp_path, call_list(), begin, call_list(), lacking, rest) as peer:
@@ -321,14 +321,14 @@ async def test_host_that_does_not_read_is_disconnected(tmp_path: Path) -> None:
         conn = await open_connection(Host("web01", "127.0.0.1", peer.port, "u", "p"), HostTLS(config), config)
         conn.send_request(ListCalls("owner", "u", "p"))
         reading = asyncio.create_task(conn.read())
-        said = 0
-        while not reading.done() and said < 1_000_000:
+        received = 0
+        while not reading.done() and received < 1_000_000:
             for _ in range(1000):
-                conn.send_command(Ack(said))
-            said += 1000
+                conn.send_command(Ack(received))
+            received += 1000
             await asyncio.sleep(0)
         over.set()
-        assert said < 1_000_000
+        assert received < 1_000_000
         assert await reading is None
         conn.abort()
 

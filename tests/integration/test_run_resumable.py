@@ -170,7 +170,7 @@ async def test_stop_after_outage_frees_the_slot_with_the_report(tmp_path: Path) 
         started(conn)
         assert broken.wait(30)
 
-    def nobody(conn: PeerConnection) -> None:
+    def refusing(conn: PeerConnection) -> None:
         assert back.wait(30)
         conn.reset()
 
@@ -180,7 +180,7 @@ async def test_stop_after_outage_frees_the_slot_with_the_report(tmp_path: Path) 
         assert command == {"stop": {"why": "cancelled", "by": "192.0.2.1:5"}}
         ends(conn, stop_report(), EXIT_INFO, {"harp": 1, "error": {"type": "cancelled", "message": "stopped"}})
 
-    with playing(tmp_path, call_list(), begin, nobody, call_list(), again) as peer:
+    with playing(tmp_path, call_list(), begin, refusing, call_list(), again) as peer:
         async with running(tmp_path, host_line(peer.port), resumable_calls=True) as dispatcher:
             job_id = await dispatcher.submit(call(), "test")
             await acknowledged(dispatcher, job_id)
@@ -202,13 +202,13 @@ async def test_stop_after_outage_frees_the_slot_with_the_report(tmp_path: Path) 
 
 
 async def test_surviving_processes_hold_the_slot(tmp_path: Path) -> None:
-    gone = threading.Event()
+    released = threading.Event()
 
     def script(conn: PeerConnection) -> None:
         started(conn)
         assert next(commands(conn)).keys() == {"stop"}
         conn.reply(stop_report(7), EXIT_INFO, {"harp": 1, "error": {"type": "cancelled", "message": "stopped"}})
-        assert gone.wait(30)
+        assert released.wait(30)
         ends(conn, stop_report())
 
     with playing(tmp_path, call_list(), script) as peer:
@@ -219,7 +219,7 @@ async def test_surviving_processes_hold_the_slot(tmp_path: Path) -> None:
             details = await dispatcher.wait_stopped(job_id)
             assert (details.job.stop, details.job.holds_slot) == (StopState.FAILED, True)
             assert "processes survive on its host: 7" in (await dispatcher.details(job_id))["why"]
-            gone.set()
+            released.set()
             assert (await settled(dispatcher, job_id)).stop is StopState.CONFIRMED
 
 

@@ -187,8 +187,8 @@ def test_start_without_contact_is_stopped_after_fork(supervisor: Supervisor, tmp
         call.send({"stop": {"why": "cancelled"}})
         assert read_end(call)[1]["error"]["type"] == "cancelled"
         call.send({"release": True})
-    begun = time.clock_gettime(time.CLOCK_BOOTTIME) - 80
-    with supervisor.call_resumable("wait_for", str(tmp_path / "go"), disconnect_timeout=83, received=begun) as call:
+    began = time.clock_gettime(time.CLOCK_BOOTTIME) - 80
+    with supervisor.call_resumable("wait_for", str(tmp_path / "go"), disconnect_timeout=83, received=began) as call:
         line = call.line()
         if "error" in line:  # the machine was very slow
             assert line["error"]["type"] == "call_refused"

@@ -226,11 +226,11 @@ def test_idle_worker_killed_fails_no_call(supervisor: Supervisor) -> None:
 
 def test_worker_writing_after_end_is_not_reused(supervisor: Supervisor, go: Path) -> None:
     assert supervisor.closing_line("say_more")["error"]["type"] == "call_died"
-    said = supervisor.result("say_more_later")
+    found = supervisor.result("say_more_later")
     go.touch()
     wait_until(go.with_name("go-said").exists)
-    assert supervisor.result("say_more_later")["pid"] != said["pid"]
-    assert supervisor.wait_event("idle worker wrote output; not reused", pid=said["pid"])
+    assert supervisor.result("say_more_later")["pid"] != found["pid"]
+    assert supervisor.wait_event("idle worker wrote output; not reused", pid=found["pid"])
 
 
 def test_exit_info_of_reused_worker_is_of_one_call(tmp_path: Path) -> None:

@@ -284,10 +284,10 @@ def test_contact_counts_from_echoed_time(supervisor: Supervisor, tmp_path: Path)
 
 def test_call_with_contact_continues(supervisor: Supervisor, tmp_path: Path) -> None:
     with supervisor.call_resumable("wait_for", str(tmp_path / "go"), disconnect_timeout=0.4) as call:
-        heard = call.line()["call"]["elapsed"]
-        while heard < 1.2:
-            call.send({"heartbeat": heard})
-            heard = call.line()["heartbeat"]
+        peer_time = call.line()["call"]["elapsed"]
+        while peer_time < 1.2:
+            call.send({"heartbeat": peer_time})
+            peer_time = call.line()["heartbeat"]
         (tmp_path / "go").touch()
         assert read_end(call)[2] == {"result": "there"}
         release(call)

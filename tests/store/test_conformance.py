@@ -298,11 +298,11 @@ async def test_get_details_in_each_state(store: Store, state: State, held: bool)
 @STARTS
 async def test_prune_jobs_in_each_state(store: Store, state: State, held: bool) -> None:
     job_id = await job_in(store, state, 100.0, held=held)
-    goes = state in ENDED and not held
+    is_pruned = state in ENDED and not held
     assert await store.update_metadata(job_id, METADATA)
     assert await store.prune_jobs(100.0, MANY) == 0, "a job that ended at this time did not end before it"
-    assert await store.prune_jobs(1e12, MANY) == goes
-    if goes:
+    assert await store.prune_jobs(1e12, MANY) == is_pruned
+    if is_pruned:
         with pytest.raises(UnknownJob):
             await store.get_details(job_id)
     else:
@@ -421,7 +421,7 @@ async def test_get_identity_after_reopening_is_the_same(reopen: Reopen) -> None:
 
 async def test_get_identity_of_two_stores_differs(tmp_path: Path, store: Store, request: pytest.FixtureRequest) -> None:
     other = await BACKENDS[request.node.callspec.params["reopen"]](tmp_path / "other")
-    ours, theirs = await store.get_identity(), await other.get_identity()
+    first, second = await store.get_identity(), await other.get_identity()
     await other.close()
-    assert ours.owner != theirs.owner
-    assert ours.key != theirs.key
+    assert first.owner != second.owner
+    assert first.key != second.key

@@ -145,7 +145,7 @@ async def test_damaged_file_raises_storage_error_with_its_name(tmp_path: Path) -
         await store.add_job(new_job(arguments=text), 1.0)
     await store.close()
     path = tmp_path / FILE_NAME
-    whole = path.read_bytes()
-    path.write_bytes(whole[:4096] + b"\x55" * (len(whole) - 4096))
+    content = path.read_bytes()
+    path.write_bytes(content[:4096] + b"\x55" * (len(content) - 4096))
     with pytest.raises(StorageError, match=rf"{FILE_NAME}: .*malformed"):
         await open_store(tmp_path)

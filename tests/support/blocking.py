@@ -53,8 +53,8 @@ class Blocking:
     def _wrapped(self, value: Any) -> Any:
         if inspect.iscoroutine(value):
             value = self._thread.run(value)
-        ours = type(value).__module__ in ("harp.aio", "harp._net.aio") or inspect.ismethod(value)
-        return Blocking(value, self._thread) if ours else value
+        is_client = type(value).__module__ in ("harp.aio", "harp._net.aio") or inspect.ismethod(value)
+        return Blocking(value, self._thread) if is_client else value
 
     def __getattr__(self, name: str) -> Any:
         return self._wrapped(getattr(self._target, name))

@@ -32,7 +32,7 @@ def job(number: int, arguments: Raw) -> NewJob:
 
 async def fill(store: SQLiteStore, arguments: Raw, start: int) -> list[str]:
     """Add jobs until the disk is full; return the ids of the stored jobs."""
-    taken: list[str] = []
+    accepted: list[str] = []
     for number in range(start, start + 100_000):
         try:
             await store.add_job(job(number, arguments), 1.0)
@@ -40,8 +40,8 @@ async def fill(store: SQLiteStore, arguments: Raw, start: int) -> list[str]:
             assert "harpcaller.sqlite: " in str(error), error
             assert any(cause in str(error) for cause in NO_ROOM), error
             assert error.__cause__ is not None
-            return taken
-        taken.append(job(number, arguments).id)
+            return accepted
+        accepted.append(job(number, arguments).id)
     raise AssertionError("there was always room")
 
 
@@ -51,18 +51,18 @@ async def scenario(directory: Path, take_room: Callable[[], None], make_room: Ca
     await store.add_job(before, 1.0)
     [running] = await store.claim_jobs(1.0, 1, 1000)
     take_room()
-    taken = [before.id, *await fill(store, LARGE, 1000), *await fill(store, SMALL, 200_000)]
+    accepted = [before.id, *await fill(store, LARGE, 1000), *await fill(store, SMALL, 200_000)]
 
     # Each writer of a batch gets the error; readers are not affected.
     metadata = JobMetadata(exit_info=LARGE)
     together = [store.add_job(job(number, LARGE), 1.0) for number in range(500_000, 500_020)]
-    ending = [
+    ends = [
         store.update_metadata(running.id, metadata),
         store.finish_job(running.id, Returned(LARGE), 2.0, metadata=metadata),
     ]
-    outcomes = await asyncio.gather(*together, *ending, return_exceptions=True)
+    outcomes = await asyncio.gather(*together, *ends, return_exceptions=True)
     assert all(isinstance(outcome, StorageError) for outcome in outcomes), outcomes
-    for job_id in taken:
+    for job_id in accepted:
         assert (await store.get_job(job_id)).id == job_id
     refused = job(500_000, LARGE)
 
@@ -80,7 +80,7 @@ async def scenario(directory: Path, take_room: Callable[[], None], make_room: Ca
     while page := await store.list_jobs(ended=True, after=after):
         found_ids += [found.id for _, found in page]
         after = page[-1][0]
-    assert found_ids == [*taken, refused.id], (len(found_ids), len(taken))
+    assert found_ids == [*accepted, refused.id], (len(found_ids), len(accepted))
     details = await store.get_details(running.id)
     assert (details.job.state, details.metadata, details.job.holds_slot) == (State.RETURNED, metadata, False)
     await store.close()

@@ -109,8 +109,8 @@ class Machine:
         """
         script = [f"cd {shlex.quote(str(self.copy))} || exit"]
         for command in map(self.adapt, commands):
-            told = shlex.quote(f"failed: {command}")
-            script += [command, f'_status=$?; test $_status = 0 || {{ echo {told}; exit "$_status"; }}']
+            message = shlex.quote(f"failed: {command}")
+            script += [command, f'_status=$?; test $_status = 0 || {{ echo {message}; exit "$_status"; }}']
         shell = [*self._enter(), "setsid", "--ctty", "--wait", "sh", "-c", "\n".join(script)]
         own, terminal = pty.openpty()
         with open(own, "r+b", buffering=0) as keyboard:

@@ -39,8 +39,8 @@ class ModelStore:
     def list_slot_holders(self) -> list[Job]:
         return [job for _, job in self.jobs.values() if job.holds_slot]
 
-    def in_lane(self, wanted: Job) -> list[Job]:
-        return [job for _, job in self.jobs.values() if self._lane(job) == self._lane(wanted)]
+    def in_lane(self, job_of_lane: Job) -> list[Job]:
+        return [job for _, job in self.jobs.values() if self._lane(job) == self._lane(job_of_lane)]
 
     def _lane(self, job: Job) -> tuple[str, str]:
         return ("host", job.host) if job.queue is None else ("queue", canonical(job.queue))
@@ -173,8 +173,8 @@ class ModelStore:
         self, *, ended: bool = False, host: str | None = None, queue: Raw | None = None, newest_first: bool = False
     ) -> list[tuple[int, Job]]:
         found = [
-            (place, job)
-            for place, job in self.jobs.values()
+            (seq, job)
+            for seq, job in self.jobs.values()
             if (ended or job.state not in ENDED)
             and host in (None, job.host)
             and (queue is None or (job.queue is not None and canonical(job.queue) == canonical(queue)))

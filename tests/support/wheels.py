@@ -26,16 +26,18 @@ def make_wheels(project: Path, directory: Path) -> None:
     described = tomllib.loads((project / "pyproject.toml").read_text())
     name = canonicalize_name(described["project"]["name"])
     optional = described["project"]["optional-dependencies"].values()
-    asked = [*described["build-system"]["requires"], *(text for extra in optional for text in extra)]
+    pending = [*described["build-system"]["requires"], *(text for extra in optional for text in extra)]
     done = {name}
-    while asked:
-        wanted = Requirement(asked.pop())
-        if canonicalize_name(wanted.name) in done or (wanted.marker and not wanted.marker.evaluate({"extra": ""})):
+    while pending:
+        requirement = Requirement(pending.pop())
+        if canonicalize_name(requirement.name) in done or (
+            requirement.marker and not requirement.marker.evaluate({"extra": ""})
+        ):
             continue
-        done.add(canonicalize_name(wanted.name))
-        found = distribution(wanted.name)
+        done.add(canonicalize_name(requirement.name))
+        found = distribution(requirement.name)
         _make_wheel(found, directory)
-        asked += found.requires or []
+        pending += found.requires or []
 
 
 def _make_wheel(package: Distribution, directory: Path) -> None:

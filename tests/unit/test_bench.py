@@ -270,17 +270,17 @@ def contender(name: str, *answers: float | Exception, functions: tuple[str, str]
 
 
 def test_contenders_alternate_and_one_that_fails_is_left_out(tmp_path: Path) -> None:
-    found, said = Results(), list[str]()
+    found, printed = Results(), list[str]()
     contenders = (
         contender("good", 1.0, 2.0, 3.0, 4.0, 5.0, 6.0),
         contender("breaks", 1.0, Broken("it fell over")),
         contender("lacks", Missing("it has none"), 2.0, Missing("it has none"), 3.0, Missing("it has none"), 4.0),
     )
-    measure(PART, contenders, SIZES, 3, Place(tmp_path, None), found, said.append)
+    measure(PART, contenders, SIZES, 3, Place(tmp_path, None), found, printed.append)
     assert found.values["speed"] == {"good": {0: 1.0, 1: 3.0, 2: 5.0}, "breaks": {0: 1.0}}
     assert found.values["delay"] == {"good": {0: 2.0, 1: 4.0, 2: 6.0}, "lacks": {0: 2.0, 1: 3.0, 2: 4.0}}
     assert found.left_out == [("part", "breaks", "it fell over"), ("part", "lacks", "speed: it has none")]
-    assert [line.rsplit(" ", 1)[1] for line in said] == ["good", "breaks", "lacks", "lacks", "good", "lacks", "good"]
+    assert [line.rsplit(" ", 1)[1] for line in printed] == ["good", "breaks", "lacks", "lacks", "good", "lacks", "good"]
     assert list(tmp_path.iterdir()) == []
 
 

@@ -94,9 +94,9 @@ def test_phases_with_disagreeing_clocks_are_not_negative() -> None:
     assert phases(101.0, 101.25, metadata({**EXIT_INFO, "ended": 5001.0}))["other"] == 0.0
 
 
-@pytest.mark.parametrize("said", ["1", None, True, [1], -1, 10**400, 1e300])
-def test_phases_with_arbitrary_exit_info_do_not_raise(said: Any) -> None:
-    found = phases(101.0, 102.0, metadata({**EXIT_INFO, "fork": said, "authentication": said}))
+@pytest.mark.parametrize("value", ["1", None, True, [1], -1, 10**400, 1e300])
+def test_phases_with_arbitrary_exit_info_do_not_raise(value: Any) -> None:
+    found = phases(101.0, 102.0, metadata({**EXIT_INFO, "fork": value, "authentication": value}))
     assert (found["fork"], found["authenticate"], found["run"], found["other"]) == (None,) * 4
 
 

@@ -144,7 +144,7 @@ p = procedure(Point)
 
 
 @pytest.mark.parametrize(
-    ("text", "says"),
+    ("text", "reason"),
     [
         ("x = (\n", ".py:1: SyntaxError: '(' was never closed"),
         ("\n\n1/0\n", ".py:3: ZeroDivisionError: division by zero"),
@@ -161,10 +161,10 @@ p = procedure(Point)
         ("from harpd.proc import *\nclass P(Procedure): uid = 1.5\np = P(len)\np.uid = 1.5\n", ".py: p: uid: expected"),
     ],
 )
-def test_load_failure_names_line_and_cause(tmp_path: Path, text: str, says: str) -> None:
+def test_load_failure_names_line_and_cause(tmp_path: Path, text: str, reason: str) -> None:
     with pytest.raises(ProceduresError) as caught:
         load(tmp_path, text)
-    assert says in str(caught.value)
+    assert reason in str(caught.value)
     assert "procedures of \u00fc.py" in str(caught.value)
 
 

@@ -101,9 +101,9 @@ ZYGOTE = process(7, 20, session=7)
 OTHERS = frozenset({cookie_for("other"), cookie_for("earlier")})
 
 
-def escaped(*processes: Process, whole: bool = True) -> bool:
+def escaped(*processes: Process, complete: bool = True) -> bool:
     look = table(ZYGOTE, *processes)
-    look.complete = whole
+    look.complete = complete
     return has_possible_escapes(TREE, ZYGOTE.pid, look, {(400, 70)}, OTHERS)
 
 
@@ -129,7 +129,7 @@ def test_escape_ignores_cookies_of_unknown_calls() -> None:
 
 def test_escape_possible_without_complete_snapshot() -> None:
     assert not escaped()
-    assert escaped(whole=False)
+    assert escaped(complete=False)
     assert has_possible_escapes(TREE, ZYGOTE.pid, table(MAIN), (), ())
 
 
@@ -205,7 +205,7 @@ def test_kill_group_ends_fork_loop(tmp_path: Path) -> None:
 def test_snapshot_with_zombie_becomes_complete() -> None:
     with subprocess.Popen(["true"]) as child:
         wait_until(lambda: take_snapshot()[child.pid].state == "Z", what="the child's end")
-        wait_until(lambda: (look := take_snapshot()).complete and child.pid in look, what="a whole look")
+        wait_until(lambda: (look := take_snapshot()).complete and child.pid in look, what="a complete snapshot")
 
 
 def test_snapshot_skips_cookie_of_uninterruptible_process(tmp_path: Path) -> None:

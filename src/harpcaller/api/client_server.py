@@ -68,7 +68,7 @@ def listen(config: Config) -> list[Listener]:
     """Open the addresses of a configuration's `listen`, each once.
 
     Raises:
-        ConfigError: an address cannot be listened on; then none is.
+        ConfigError: an address cannot be listened on; then none is open.
     """
     opened: list[Listener] = []
     for entry in dict.fromkeys(config.listen):

@@ -157,13 +157,13 @@ class Connection:
     def _on_readable(self) -> None:
         """Drop input during `cancel_on_disconnect`, and detect the end of the input."""
         try:
-            gone = not self._socket.recv(_READ_BYTES)
+            disconnected = not self._socket.recv(_READ_BYTES)
             self.has_extra_input = True
         except (BlockingIOError, InterruptedError):
             return
         except OSError:
-            gone = True
-        if gone:
+            disconnected = True
+        if disconnected:
             self._stop_watching()
             self.mark_disconnected()
 

@@ -100,10 +100,10 @@ class ControlClient:
             try:
                 connection.settimeout(_REPLY_TIMEOUT if timeout is None else max(timeout, _POLL_INTERVAL))
                 list(self._exchange(connection, "stop", {}))
-                gone, _, _ = select.select([process], [], [], timeout)
+                exited, _, _ = select.select([process], [], [], timeout)
             finally:
                 os.close(process)
-        if not gone:
+        if not exited:
             raise ControlError(f"process {pid} is still stopping after {timeout:g} s")
         return int(pid)
 

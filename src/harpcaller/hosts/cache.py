@@ -1,4 +1,4 @@
-"""The cached hosts registry in `host_db`: a header line, then one host a line.
+"""The cached hosts registry in `host_db`: a header line, then one host per line.
 
 The file holds passwords, so only the daemon's user can read it. It is replaced as a whole.
 """

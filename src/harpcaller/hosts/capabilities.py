@@ -1,8 +1,8 @@
 """What is known of each host: its supervisor's instance id, and whether it supports resumable calls and keep-alive.
 
 The first request to a host lists the calls that it holds for this dispatcher. The reply contains the instance id that
-a start has to name, and shows orphaned calls. A legacy harpd does not know this request. It is asked again after some
-time, because it may have been upgraded.
+a start has to name, and shows orphaned calls. A legacy harpd does not know this request. It is queried again after
+some time, because it may have been upgraded.
 
 Spec: docs/protocol.md, Resumable calls.
 """
@@ -27,7 +27,7 @@ from harpcaller.model.jobs import Identity
 
 log = logging.getLogger(__name__)
 
-#: Seconds after which a legacy harpd is asked again.
+#: Seconds after which a legacy harpd is queried again.
 _LEGACY_RETRY_SECONDS = 300.0
 #: Errors that do not show a legacy harpd.
 _TEMPORARY_ERRORS = frozenset(
@@ -91,7 +91,7 @@ class HostCapabilities:
         return entry is not None and entry.instance is not None and entry.keep_alive
 
     def set_legacy(self, host: Host) -> None:
-        """Note that a host runs a legacy harpd, because its acknowledgement shows it."""
+        """Record that a host runs a legacy harpd, as its acknowledgement has shown."""
         entry = self._entries.setdefault(host, _Entry())
         entry.instance, entry.learned_at = None, time.monotonic()
 

@@ -21,7 +21,7 @@ from harp_daemon.sockets import configure_socket
 from harpcaller.hosts.inventory import Host
 from harpcaller.hosts.tls import CertificateRefused, HostTLS, parse_ip, server_name
 
-#: What `connect` and a connection raise. UnicodeError: an address that is not a valid name.
+#: The errors of `connect` and of a connection. UnicodeError: an address that is not a valid name.
 CONNECT_ERRORS = (OSError, CertificateRefused, UnicodeError)
 
 #: Errors of this machine; all others are errors of the network.

@@ -40,7 +40,7 @@ from harpcaller.hosts.tls import HostTLS
 PAST_END = 2**53
 
 _READ_BYTES = 64 * 1024
-#: Seconds between two heartbeats, and the number of unanswered ones after which the host counts as gone.
+#: Seconds between two heartbeats, and the number of unanswered ones after which the connection is aborted.
 _HEARTBEAT_INTERVAL, _MAX_MISSED_HEARTBEATS = 15.0, 3
 #: Minimum seconds between two heartbeats, whatever timeout a host sets.
 _MIN_HEARTBEAT_INTERVAL = 0.1
@@ -176,7 +176,7 @@ class HarpdConnection:
         return self._exchange.phase.value
 
     def describe_state(self) -> str:
-        """Return where the exchange stands, for the message that the connection ended there."""
+        """Return the state of the exchange, for the message that the connection ended in it."""
         return "in the middle of a line" if self._lines.pending else f"while {self.phase_text}"
 
     def close(self) -> None:
@@ -216,8 +216,8 @@ def parse_end_of_records(error: Failed) -> int:
     """
     try:
         data = loads(error.data) if isinstance(error.data, Raw) else None
-    except InvalidJSON as fault:
-        raise ProtocolError(f"records_gone: {fault}") from fault
+    except InvalidJSON as invalid:
+        raise ProtocolError(f"records_gone: {invalid}") from invalid
     end = data.get("end") if isinstance(data, dict) else None
     if not isinstance(end, int) or not is_count(end) or end >= PAST_END:
         raise ProtocolError("records_gone: expected the number of the next record as end")

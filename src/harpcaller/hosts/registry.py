@@ -1,8 +1,8 @@
 """The hosts registry: the output of `host_db_script`, its cache in `host_db`, and the hosts of `hosts_file`.
 
 The registry contains the hosts of the script's last successful run; the cache survives restarts. A host of `hosts_file`
-replaces a host with the same name from the script. Passwords are never logged; neither are invalid lines, nor the
-script's stderr if it succeeds.
+replaces a host with the same name from the script. Passwords, invalid lines, and the stderr of a successful script
+are never logged.
 
 Spec: docs/settings-dispatcher.md, Hosts registry.
 """

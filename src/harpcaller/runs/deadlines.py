@@ -21,7 +21,10 @@ _DELIVERY_TIME = 600.0
 
 
 class Deadlines:
-    """The limits of one job's call, on the monotonic clock; `acknowledgement` is the maximum seconds to that."""
+    """The limits of one job's call, on the monotonic clock.
+
+    `acknowledgement` is the maximum time to the acknowledgement in seconds.
+    """
 
     def __init__(self, job: Job, acknowledgement: float) -> None:
         self._job = job
@@ -53,7 +56,7 @@ class Deadlines:
         self._last_message_at = time.monotonic()
 
     def on_record(self) -> None:
-        """Note that a record was received."""
+        """Record the time of a received record."""
         self._last_record_at = time.monotonic()
 
     def postpone(self) -> None:

@@ -98,9 +98,9 @@ class RecordWriter:
                 self._clear_buffer()
                 self._in_flight = len(batch)
                 append = partial(self._context.store.append_records, self._job_id, self.count, batch)
-                taken = await self._context.retry_until_stored(self._job_id, append)
+                appended = await self._context.retry_until_stored(self._job_id, append)
                 self._in_flight = 0
-                if taken:
+                if appended:
                     self._context.notifier.publish_records(self._job_id, self.count, batch)
                     self.count += len(batch)
                     self._on_stored(self.count)

@@ -88,7 +88,7 @@ class Outcome(Enum):
 
 
 class Run:
-    """The call of one job that holds a slot; if it is `recovered`, an earlier dispatcher may have started the call."""
+    """The call of one job that holds a slot; `recovered`: an earlier dispatcher may have started the call."""
 
     def __init__(self, job: Job, context: RunContext, recovered: bool = False) -> None:
         self.job = job
@@ -537,8 +537,8 @@ class Run:
         message = f"{describe_host(host)}: records of the job are lost from number {self._records.next_number} on"
         try:
             end = parse_end_of_records(error)
-        except ProtocolError as fault:
-            self.outage.record_error(to_protocol_error(fault, host).message)
+        except ProtocolError as invalid:
+            self.outage.record_error(to_protocol_error(invalid, host).message)
             return Outcome.DISCONNECTED
         await self._records.flush()
         await self._end_job(Failed("missing_result", message), "records_gone")

@@ -65,7 +65,7 @@ class Store(Protocol):
         """Store queued jobs in this order, all or none, as `add_job` does."""
 
     async def claim_jobs(self, now: float, limit: int, max_calls_per_host: int) -> list[Job]:
-        """Give up to `limit` queued jobs their slot, in the order of submission, and return them as running.
+        """Assign slots to at most `limit` queued jobs in the order of submission; return them as running jobs.
 
         The jobs of a queue that hold a slot stay within its concurrency, and its jobs start first in, first out. The
         jobs that hold a slot on a host, with or without a queue, stay within `max_calls_per_host`. No job starts

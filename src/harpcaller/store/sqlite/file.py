@@ -1,7 +1,7 @@
 """The store's file: creation, recognition, lock, migration, connections; and errors of SQLite as `StorageError`.
 
 The file appears complete or not at all: it is created under another name and renamed. So an existing file without
-HARP's mark belongs to another program, and is not touched.
+HARP's application id belongs to another program, and is not touched.
 """
 
 from __future__ import annotations

@@ -102,8 +102,8 @@ class Writer:
     def _next_batch(self) -> tuple[list[_Member], bool]:
         """Wait for members; return all that have arrived, and False when the thread is to end."""
         batch: list[_Member] = []
-        while asked := self._queue.get():
-            batch += asked
+        while members := self._queue.get():
+            batch += members
             if len(batch) >= _MAX_MEMBERS or self._queue.empty():
                 return batch, True
         return batch, False
