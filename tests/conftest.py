@@ -1,4 +1,4 @@
-"""What holds for all tests."""
+"""Settings and fixtures for all tests."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hypothesis import settings
 
 from support.leftovers import left_since, snapshot, tasks_left_since
 
-# No deadline: a slow machine is no fault. The same examples each time, unless somebody goes looking for more:
+# No deadline, because a slow machine is not an error. The examples are the same each time. To search for more:
 # HYPOTHESIS_PROFILE=search ./dev test tests/protocol
 settings.register_profile("usual", deadline=None, derandomize=True)
 settings.register_profile("search", deadline=None, max_examples=2000, print_blob=True)

@@ -1,4 +1,4 @@
-"""What the README shows first: the demo runs and ends well, and the synopses do on a real system what they say."""
+"""The README's first examples: the demo runs to its end, and the synopses run on a real system as documented."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_demo_with_keep_leaves_it_running(environment: dict[str, str]) -> None:
         finally:
             demo.send_signal(signal.SIGINT)
             assert demo.wait(60) == 0
-        wait_until(lambda: all(is_dead(member.pid) for member in family), 60, "the end of all that the demo started")
+        wait_until(lambda: all(is_dead(member.pid) for member in family), 60, "the end of the demo's processes")
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +95,7 @@ def output_of(program: str) -> list[str]:
 
 
 def test_synopsis_with_dispatcher_runs_as_documented(system: System) -> None:
-    """As it stands, but for the port; and for the limit, lest the test takes 15 seconds."""
+    """Only the port is changed, and the limit, so that the test does not take 15 seconds."""
     program = synopsis("With a dispatcher")
     program = program.replace('HarpCaller("localhost"', f'HarpCaller("localhost", {system.dispatcher.port}')
     begin = time.time()

@@ -41,7 +41,7 @@ def pid_then_sleep(seconds=600, ignore=False, escape=False):
     time.sleep(seconds)
 """
 
-#: What the product promises for the calls of a killed supervisor, in seconds.
+#: Guaranteed maximum seconds from the death of a supervisor to the death of its calls.
 DEAD_WITHIN = 2.0
 
 
@@ -76,7 +76,7 @@ def test_dispatcher_sigkill_loses_no_job(system: System, tmp_path: Path) -> None
     waiting = [host.mark(str(order), str(number)) for number in range(5)]
     system.dispatcher.kill()
     system.dispatcher.restart()
-    assert not is_dead(process.pid)  # its host keeps the call
+    assert not is_dead(process.pid)  # its host holds the call
     assert first.details()["state"] == "running"
     assert first.cancel(wait=True)
     assert is_dead(process.pid)
@@ -199,7 +199,7 @@ ACKNOWLEDGED = b'{"harp":1,"stream_result":true}\n'
 
 
 def silent(connection: socket.socket) -> None:
-    """Take the connection and say nothing."""
+    """Accept the connection and send nothing."""
 
 
 def no_tls(connection: socket.socket) -> None:
@@ -251,7 +251,7 @@ def test_host_without_listener_ends_job_as_network_error(tmp_path: Path) -> None
 @pytest.mark.root
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
 def test_dispatcher_with_full_disk_recovers(tmp_path: Path) -> None:
-    """Run in a mount namespace of its own, so that the small file system ends with the test."""
+    """The dispatcher runs in a mount namespace, so that the small file system ends with the test."""
     probe = subprocess.run(["unshare", "--mount", "true"], capture_output=True, check=False)
     if probe.returncode:
         pytest.skip("mount namespaces are not allowed here")

@@ -1,4 +1,4 @@
-"""Whatever bytes come, the live servers answer or close: never a hang, a crash or a traceback on the wire."""
+"""The live servers reply to any bytes or close: never a hang, a crash or a traceback on the wire."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def system(tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
 
 
 def answers(connection: socket.socket, line: bytes) -> list[bytes]:
-    """Send a line and half-close; return what comes until the server closes."""
+    """Send a line and half-close; return the received data until the server closes."""
     connection.settimeout(DEADLINE)
     try:
         connection.sendall(line + b"\n")

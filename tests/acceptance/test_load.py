@@ -1,4 +1,4 @@
-"""Many jobs at once: none is lost, none times out, limits hold, order is kept, and slow readers delay nobody."""
+"""Many jobs at once: none is lost or times out, limits and order hold, and slow readers delay no other client."""
 
 from __future__ import annotations
 

@@ -1,12 +1,12 @@
 """The README's quick start, followed word by word: its commands are taken from its text.
 
 Two machines are made of namespaces, where that is permitted, with the README's addresses and system directories of
-their own; the same is done in two directories of this machine on loopback, as any user. What is different from a
+their own; the same is done in two directories of this machine on loopback, as any user. Differences from a
 reader's machines:
 
-- `apt-get` only checks that what it would install is here. pip installs the project literally, but takes other packages
-  from wheels that are made of the ones installed here: tests need no network.
-- `systemctl` is `support/systemctl.py`, which runs what the units say: there is no systemd in a namespace.
+- `apt-get` only checks that its packages are installed here. pip installs the project literally, but other
+  packages from wheels that are made of the ones installed here: tests need no network.
+- `systemctl` is `support/systemctl.py`, which runs the commands of the units: there is no systemd in a namespace.
 - `editor` writes the password into the hosts file, as the text asks.
 """
 
@@ -67,7 +67,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 def free_port() -> int:
-    """A port that is free, and that the system gives nobody who asks for any."""
+    """Return a free port outside the range from which the system assigns ports."""
     while True:
         port = random.randrange(20_000, 32_000)
         with suppress(OSError), socket.create_server(("127.0.0.1", port)):
@@ -113,7 +113,7 @@ def loopback(quick_start: QuickStart, environment: dict[str, str], directory: Pa
 
 
 def follow(quick_start: QuickStart, machines: Machines) -> str:
-    """Follow the quick start; return what the terminal shows in the last step."""
+    """Follow the quick start; return the terminal's output of the last step."""
     shown = ""
     for number, step in enumerate(quick_start.steps, 1):
         for name in step.machines:
@@ -130,7 +130,7 @@ def copy_certificate(quick_start: QuickStart, machines: Machines) -> None:
 
 
 def check(quick_start: QuickStart, machines: Machines, shown: str) -> None:
-    """Check what the last step has shown; then renew the certificate as step 2 tells, and stop all services."""
+    """Check the output of the last step; then renew the certificate as in step 2, and stop all services."""
     dispatcher, server = machines["dispatcher"], machines[quick_start.server]
     usage, job = (json.loads(line) for line in shown.splitlines())
     assert usage["path"] == "/"

@@ -26,7 +26,7 @@ from support.harpcallerd import Harpcallerd
 JOBS = {True: 10_000, False: 3_000}
 AT_ONCE = 32
 LEAST_SHARE = 0.05
-#: What the recording harpd waits before its result, in seconds, at most.
+#: Maximum seconds that the recording harpd waits before its result.
 LONGEST_CALL = 0.03
 
 
@@ -34,10 +34,10 @@ TERMS = {"instance": "w", "disconnect_timeout": 60, "result_ttl": 60, "kill_grac
 
 
 class RecordingHarpd:
-    """A TLS server that speaks harpd's protocol and records the moment each job's request was read.
+    """A TLS server that speaks harpd's protocol and records the time at which each job's request was read.
 
     Args:
-        clock: gives the moments.
+        clock: yields the times.
         chance: decides how long calls take.
         resumable: whether it runs resumable calls.
     """
@@ -72,7 +72,7 @@ class RecordingHarpd:
             if not done:
                 writer.write(b'{"result":null}\n')
         except (ConnectionError, ValueError):
-            pass  # cancelled before the request was written: nothing came
+            pass  # cancelled before the request was written
         finally:
             writer.close()
 
@@ -157,7 +157,7 @@ async def test_confirmed_cancel_starts_no_call_afterwards(tmp_path: Path, resuma
             async with asyncio.TaskGroup() as races:
                 for number in range(jobs):
                     races.create_task(race(dispatcher.port, number))
-    # Both sides are gone: whatever was on its way has arrived.
+    # Both sides have ended, so all sent data has arrived.
     assert not unstarted.keys() & harpd.started.keys()
     assert sum(outcomes.values()) == jobs
     for outcome in ("never started", "stopped", "finished"):

@@ -1,4 +1,4 @@
-"""Calls outlive what starts and carries them: the dispatcher, the frontend, the network, an upgrade of either."""
+"""Calls survive the loss of the dispatcher, of the frontend and of the network, and an upgrade of either daemon."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def system(directory: Path, harpd: dict[str, Any] | None = None, **dispatcher: A
 
 
 class Follower:
-    """Follows a job in a thread of its own, and keeps what it is given."""
+    """Follows a job in its own thread, and stores the received records."""
 
     def __init__(self, follow: Callable[[], Iterator[Any]]) -> None:
         self.records: list[Any] = []
@@ -76,7 +76,7 @@ class Follower:
             self.error = error
 
     def reach(self, count: int) -> None:
-        """Wait until it has so many records."""
+        """Wait until it has `count` records."""
         wait_until(lambda: len(self.records) >= count or self.error, DEADLINE, f"record {count}")
         assert self.error is None, self.error
 
@@ -141,7 +141,7 @@ def again(harpd: Harpd) -> None:
 
 
 def test_stop_report_of_hostile_call_confirms_its_end(tmp_path: Path) -> None:
-    """It ignores TERM, forks, changes its session and never writes: all of it ends, and the stop report says so."""
+    """The call ignores TERM, forks and changes its session; all its processes end, as the stop report shows."""
     pids = tmp_path / "pids"
     pids.touch()
     with system(tmp_path) as running_system:
@@ -159,7 +159,7 @@ def test_stop_report_of_hostile_call_confirms_its_end(tmp_path: Path) -> None:
         assert details["stop_request"]["by"].startswith("127.0.0.1:")
         assert details["exit_info"]["by_whom"] == details["stop_request"]["by"]
         assert "confirmed" in job.why()
-        assert took < 0.5 + 20  # kill_grace, and what a slow machine may take for the rest
+        assert took < 0.5 + 20  # kill_grace, and time for a slow machine
 
 
 def test_cancel_while_host_is_cut_off_is_confirmed_later(tmp_path: Path) -> None:
@@ -185,7 +185,7 @@ def test_cancel_while_host_is_cut_off_is_confirmed_later(tmp_path: Path) -> None
         assert call.is_running()
         assert second.details()["state"] == "queued"
         running_system.harpd.start_frontend()
-        assert job.cancel(wait=True) is False  # it had ended; the stop is settled now
+        assert job.cancel(wait=True) is False  # it had ended; the stop is final now
         details = job.details()
         assert (details["stop"], details["holds_slot"]) == ("confirmed", False)
         assert is_dead(call.pid)
@@ -207,7 +207,7 @@ def test_host_that_stays_away_is_lost_and_ended_its_call(tmp_path: Path) -> None
         assert "since 20" in error.message
         assert error.data["attempts"] > 1
         assert job.details()["stop"] == "failed"
-        assert isinstance(second.result(wait=True), harp.RemoteError)  # its slot came free; nobody is there
+        assert isinstance(second.result(wait=True), harp.RemoteError)  # its slot was released; the host is lost
         running_system.harpd.start_frontend()
         assert running_system.rpc.web01.count(1).get() == 1
         wait_until(lambda: running_system.harpd.statuses()[0]["resumable"] == 0, DEADLINE, "the orphaned call released")
@@ -257,7 +257,7 @@ def test_dispatcher_upgrade_continues_a_hundred_calls(tmp_path: Path) -> None:
 
 
 def test_harpd_upgrade_continues_running_calls(tmp_path: Path) -> None:
-    """The calls' service is started anew: a new supervisor takes new calls, the old one keeps its own to their end."""
+    """The launcher is restarted: a new supervisor accepts new calls, the old one runs its calls to their end."""
     done = tmp_path / "done"
     with system(tmp_path) as running_system:
         job = running_system.rpc.web01.count_until(str(done), 0.05)
@@ -280,7 +280,7 @@ def test_job_with_call_unknown_to_host_ends_missing_result(tmp_path: Path) -> No
         job = running_system.rpc.web01.wait_for(str(tmp_path / "never"), 1)
         wait_until(lambda: (job.details()["call"] or {}).get("instance"), DEADLINE, "the call")
         running_system.dispatcher.kill()
-        running_system.harpd.stop()  # all calls end with it; nobody is there to be told
+        running_system.harpd.stop()  # all calls end with it, and no dispatcher is notified
         running_system.harpd.start()
         running_system.dispatcher.start()
         error = job.result(wait=True)
@@ -302,11 +302,11 @@ def test_call_end_without_dispatcher_is_fetched_at_restart(tmp_path: Path, numbe
         assert running_system.harpd.status()["resumable"] == 1
         running_system.dispatcher.start()
         assert job.get() == {"k": [1]}
-        wait_until(lambda: running_system.harpd.status()["resumable"] == 0, DEADLINE, "the call forgotten")
+        wait_until(lambda: running_system.harpd.status()["resumable"] == 0, DEADLINE, "the call discarded")
 
 
 async def test_full_disk_does_not_end_running_calls(tmp_path: Path) -> None:
-    """A full disk for longer than a call may run without contact: the host is heard all the same, and waits."""
+    """The disk is full for longer than `disconnect_timeout`; contact continues, and the host waits."""
     done = tmp_path / "done"
     real = await open_store(tmp_path / "store")
     store = Switched(real, "append_records", "finish_job", "finalize_stop", "update_metadata")

@@ -79,7 +79,7 @@ def test_value_through_direct_call_is_unchanged(system: System, value: Any) -> N
 
 
 def test_numbers_through_dispatcher_stay_as_written(system: System) -> None:
-    """A number that Python would write in another way stays as it was written, also in a job that does not run."""
+    """Numbers that Python would write differently are unchanged, also in a job that does not run."""
     line = b'{"harpcaller":1,"host":"none","procedure":"p","arguments":[1.10,1E5,12345678901234567890.0],"info":0.30}\n'
     (accepted,) = system.transcript(line)
     job = json.loads(accepted)["job_id"]

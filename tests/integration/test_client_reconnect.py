@@ -112,7 +112,7 @@ def test_follow_continues_after_five_breaks(shell: Shell, pieces: Any) -> None:
     with Peer(*scripts) as peer:
         job = shell.caller(peer).job(JOB)
         assert list(job.follow(since=0)) == records(*range(10))
-        assert job.result() == "end"  # the end came with the stream
+        assert job.result() == "end"  # the end was received with the stream
     # After a reset, the network may lose some of the sent records, but the client never goes back.
     begun = since(peer)
     assert (begun[:3], begun[-1]) == ([0, 3, 3], 9)
@@ -311,7 +311,7 @@ def full() -> Iterator[Callable[[int], socket.socket]]:
 
 
 def away(shell: Shell, pool: ThreadPoolExecutor, port: int) -> tuple[Any, Future[list[Any]]]:
-    """An iterator after two records, and a thread that waits in it for the dispatcher to come back."""
+    """An iterator after two records, and a thread that waits in it for the restart of the dispatcher."""
     with Peer(serving(2, closing), always=closing, port=port) as peer:
         iterator = shell.caller(peer).job(JOB).follow(since=0)
         assert [next(iterator), next(iterator)] == records(0, 1)

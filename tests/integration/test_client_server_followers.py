@@ -1,4 +1,4 @@
-"""Followers of a stream: many, slow, or never reading. They delay nobody else, and memory stays bounded."""
+"""Followers of a stream: many, slow, or never reading. They delay no other client, and memory stays bounded."""
 
 from __future__ import annotations
 

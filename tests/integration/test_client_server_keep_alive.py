@@ -18,7 +18,7 @@ from support.scripted import scripted_harpd
 
 UNKNOWN = "00000000-0000-4000-8000-000000000000"
 CANCEL = {"harpcaller": 1, "cancel": UNKNOWN, "keep_alive": True}
-#: The setting `idle_timeout`, which is what is granted.
+#: The setting `idle_timeout`, which is the granted time.
 IDLE = 2.5
 
 

@@ -97,7 +97,7 @@ async def test_submit_and_claim_share_one_commit(tmp_path: Path, monkeypatch: py
     store = await open_store(tmp_path / "store")
 
     async def in_one_commit() -> bool:
-        """Run a job; return False if a claim for the end of the previous job came first."""
+        """Run a job; return False if a claim for the end of the previous job was made first."""
         done.clear()
         await result(dispatcher)
         added = next(n for n, statement in enumerate(done) if statement.startswith("INSERT INTO jobs"))

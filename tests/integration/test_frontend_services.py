@@ -63,7 +63,7 @@ def begin(harpd: Harpd, path: Path) -> tuple[str, int]:
 
 
 def finish(harpd: Harpd, call: str, path: Path) -> Any:
-    """Let the call end; return its closing line."""
+    """End the call; return its closing line."""
     with harpd.attach(call) as client:
         client.message()
         path.with_name(f"{path.name}.go").touch()

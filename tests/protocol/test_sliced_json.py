@@ -144,7 +144,7 @@ def test_slice_records_returns_each_payload(records: list[Any], ascii: bool) -> 
     assert expected in (None, texts)
 
 
-#: Lines that begin as records do, of which some are none, be it that together they look like some.
+#: Lines that begin like records. Some are invalid; joined, they would look like valid records.
 BESIDE = [
     [b'{"stream":1},{"stream":2}', b'{"stream":[3}', b'{"stream":4]}'],
     [b'{"stream":1,"x}', b'{"stream":y"}'],

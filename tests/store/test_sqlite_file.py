@@ -78,7 +78,7 @@ async def test_open_store_twice_raises(tmp_path: Path, store: SQLiteStore) -> No
 
 
 async def test_close_leaves_one_file_no_thread_no_descriptor(tmp_path: Path) -> None:
-    await (await open_store(tmp_path)).close()  # the loop's own threads come to be
+    await (await open_store(tmp_path)).close()  # starts the loop's own threads
     before = set(os.listdir("/proc/self/fd"))
     store = await open_store(tmp_path)
     await store.add_job(new_job(), 1.0)

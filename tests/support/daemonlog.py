@@ -1,4 +1,4 @@
-"""What a daemon under test has logged: JSON lines, with whatever else came on its stdout and stderr."""
+"""The log of a daemon under test: JSON lines, and any other output on its stdout and stderr."""
 
 from __future__ import annotations
 

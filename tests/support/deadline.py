@@ -1,4 +1,4 @@
-"""Waiting for something to become true, with a deadline that names it."""
+"""Waits for a condition, with a deadline whose error names the condition."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
-#: How often a condition is looked at, in seconds.
+#: Seconds between two checks of a condition.
 _PAUSE = 0.01
 
 
 def wait_until(predicate: Callable[[], T], deadline: float = 30.0, what: str = "the condition") -> T:
-    """Return the predicate's first true value; fail when it has none within `deadline` seconds."""
+    """Return the predicate's first true value; fail if there is none within `deadline` seconds."""
     last = time.monotonic() + deadline
     while True:
         value = predicate()

@@ -1,7 +1,7 @@
 """Program: a dispatcher whose disk is full for a while. Run by tests/acceptance/test_faults.py in a mount namespace.
 
-Accepted jobs are kept, new ones are refused with ``storage_error``, a running job's records and end wait, and all goes
-on by itself when there is room again. Prints ``ok`` at the end; anything else is a traceback.
+Accepted jobs are not lost, new ones are refused with ``storage_error``, a running job's records and end wait, and all
+work continues when there is room again. Prints ``ok`` at the end; anything else is a traceback.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import pathlib, time
 from harpd.proc import Result, streaming_procedure
 
 @streaming_procedure
-def when_told(path, records):
+def stream_after(path, records):
     yield "started"
     while not pathlib.Path(path).exists():
         time.sleep(0.01)
@@ -33,8 +33,8 @@ def when_told(path, records):
 
 LARGE = "x" * 50_000
 RECORDS = 2000
-#: Seconds; less than a test may take.
-PATIENCE = 100
+#: Maximum run time in seconds, less than that of a test.
+TIME_LIMIT = 100
 
 
 def fill(system: System, queue: dict[str, str]) -> list[harp.RemoteCall]:
@@ -48,14 +48,14 @@ def fill(system: System, queue: dict[str, str]) -> list[harp.RemoteCall]:
             return accepted
 
 
-def scenario(system: System, store: Path, told: Path) -> None:
+def scenario(system: System, store: Path, go: Path) -> None:
     ballast = store / "ballast"
-    running_job = system.rpc.host("web01", queue={"wait": "here"}).when_told(str(told), RECORDS)
+    running_job = system.rpc.host("web01", queue={"wait": "here"}).stream_after(str(go), RECORDS)
     follower = running_job.follow(since=0)
     assert next(follower) == "started"
     ballast.write_bytes(bytes(36_000_000))
     accepted = fill(system, {"wait": "here"})  # behind the running job, so that they stay queued
-    told.touch()
+    go.touch()
     wait_until(
         lambda: [line for line in system.dispatcher.log_lines() if "cannot store call data" in line],
         what="records that wait",
@@ -71,20 +71,20 @@ def scenario(system: System, store: Path, told: Path) -> None:
     assert system.rpc.web01.same("again").get() == "again"
 
 
-def _give_up(number: int, frame: FrameType | None) -> None:
-    raise TimeoutError(f"not done within {PATIENCE} s")
+def _on_timeout(number: int, frame: FrameType | None) -> None:
+    raise TimeoutError(f"not done within {TIME_LIMIT} s")
 
 
 def main() -> None:
-    # A caller that gives up first could not clean up the processes of this program.
-    signal.signal(signal.SIGALRM, _give_up)
-    signal.alarm(PATIENCE)
+    # If the caller timed out first, it could not clean up the processes of this program.
+    signal.signal(signal.SIGALRM, _on_timeout)
+    signal.alarm(TIME_LIMIT)
     directory = Path(sys.argv[1])
     store = directory / "small"
     store.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=48m", "tmpfs", str(store)], check=True)
     with running(directory, PROCEDURES + OWN, dispatcher={"stream_directory": str(store / "jobs")}) as system:
-        scenario(system, store, directory / "told")
+        scenario(system, store, directory / "go")
     print("ok")
 
 

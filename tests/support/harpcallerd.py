@@ -25,7 +25,7 @@ from typing import Any, Self
 from support.daemonlog import DEADLINE, DaemonLog
 from support.deadline import wait_until
 
-#: A Unix socket's path may be this long, with something to spare.
+#: Maximum length of a Unix socket's path, with a margin.
 _LONGEST_PATH = 100
 
 
@@ -33,12 +33,12 @@ class Harpcallerd(DaemonLog):
     """A harpcallerd on a free port of 127.0.0.1; a context manager that starts and stops it.
 
     Args:
-        directory: where its files go; its own.
+        directory: the directory of its files, used by nothing else.
         hosts: the hosts of its registry: names and the ports of their harpd on 127.0.0.1.
         credentials: user and password for all hosts.
-        settings: more keys of the configuration file, and others for those that are there; None removes a key.
+        settings: keys that extend or replace those of the configuration file; None removes a key.
         options: more options of `start`.
-        descriptors: the hard limit of open files, None: as it is here.
+        descriptors: the hard limit of open files; None: that of this process.
     """
 
     host = "127.0.0.1"
@@ -66,7 +66,7 @@ class Harpcallerd(DaemonLog):
             self.socket = Path(short) / "control"
         #: The port; 0 before the first start. A later start takes the same one.
         self.port = self._configured_port = 0
-        #: Where the next start takes the program from; None: what is installed.
+        #: Directory of the program for the next start; None: the installed one.
         self.code: Path | None = None
         self._credentials = credentials
         self._options = options

@@ -49,7 +49,7 @@ def records(values: Iterable[bytes], made: float = 2.0) -> Records:
 async def job_in(store: Store, state: State, now: float = 1.0, *, held: bool = False, **attributes: Any) -> str:
     """Add a job and bring it to a state; return its id. No other job may be able to start.
 
-    With `held` one that has ended holds its slot.
+    With `held` an ended job holds its slot.
     """
     job = new_job(**attributes)
     await store.add_job(job, now)

@@ -1,7 +1,7 @@
-"""What a test leaves behind: processes, descriptors and threads of the process that runs the tests, tasks of its loop.
+"""Leftovers of a test: child processes, descriptors and threads of the process that runs the tests, tasks of its loop.
 
-`resources` takes a snapshot. What is new in a later one was left behind, unless it belongs to a fixture that lives
-longer than the test: a process whose ancestor was there before.
+`snapshot` takes a snapshot. New entries of a later one were left behind, unless they belong to a fixture that lives
+longer than the test: a process whose ancestor existed before.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 
 __all__ = ["Snapshot", "left_since", "new_since", "snapshot", "tasks_left_since"]
 
-#: Seconds within which what is ending has to be gone.
+#: Seconds within which processes, threads and tasks must have ended.
 DEADLINE = 10.0
 
 #: Every process that the tests start inherits this, so it is found even when its parent has died.
@@ -31,7 +31,7 @@ _PROC = Path("/proc")
 
 @dataclass(frozen=True)
 class Process:
-    """A process that runs, or that nobody has waited for."""
+    """A process that runs, or a zombie."""
 
     pid: int
     started: int
@@ -41,7 +41,7 @@ class Process:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What there is at a time; descriptors are numbers with what they lead to, threads have the kernel's ids."""
+    """The resources at a time; descriptors are numbers with their targets, threads have the kernel's ids."""
 
     processes: frozenset[Process]
     descriptors: frozenset[tuple[int, str]]
@@ -59,12 +59,12 @@ def _descriptors() -> Iterator[tuple[int, str]]:
     for name in os.listdir("/proc/self/fd"):
         with contextlib.suppress(FileNotFoundError):  # the descriptor that the listing itself has used
             target = os.readlink(f"/proc/self/fd/{name}")
-            if not target.startswith("/dev/shm/pym-"):  # what multiprocessing keeps for further use
+            if not target.startswith("/dev/shm/pym-"):  # multiprocessing keeps it for further use
                 yield int(name), target
 
 
 def _processes() -> Iterator[Process]:
-    """The children of this process, and all processes that have inherited the cookie."""
+    """Yield the children of this process, and all processes that have inherited the cookie."""
     own = os.getpid()
     for name in os.listdir(_PROC):
         if name.isdecimal() and int(name) != own:
@@ -82,11 +82,11 @@ def _processes() -> Iterator[Process]:
 
 
 def new_since(before: Snapshot, after: Snapshot) -> list[str]:
-    """Describe what is new in `after` and does not belong to a process that is in `before`."""
+    """Describe the new entries of `after` that do not belong to a process in `before`."""
     parents = {process.pid: process.parent for process in after.processes}
     old = {process.pid for process in before.processes & after.processes}
 
-    def belongs_to_an_old_one(pid: int) -> bool:
+    def has_old_ancestor(pid: int) -> bool:
         while pid in parents:
             if pid in old:
                 return True
@@ -95,14 +95,14 @@ def new_since(before: Snapshot, after: Snapshot) -> list[str]:
 
     names = {thread.native_id: repr(thread) for thread in threading.enumerate()}
     return [
-        *(one.description for one in after.processes if not belongs_to_an_old_one(one.pid)),
+        *(process.description for process in after.processes if not has_old_ancestor(process.pid)),
         *(f"descriptor {number}: {target}" for number, target in after.descriptors - before.descriptors),
         *(f"thread {number}: {names.get(number)}" for number in after.threads - before.threads),
     ]
 
 
 def left_since(before: Snapshot) -> list[str]:
-    """Describe what was left behind since a snapshot, and is not gone by the deadline."""
+    """Describe the leftovers since a snapshot that still exist at the deadline."""
     deadline = time.monotonic() + DEADLINE
     collected = False
     while left := new_since(before, snapshot()):
@@ -117,7 +117,7 @@ def left_since(before: Snapshot) -> list[str]:
 
 
 async def tasks_left_since(before: set[asyncio.Task[object]]) -> list[str]:
-    """Describe the tasks of this loop that were left behind, and have not ended by the deadline."""
+    """Describe the leftover tasks of this loop that have not ended at the deadline."""
     deadline = time.monotonic() + DEADLINE
     before = {*before, *filter(None, [asyncio.current_task()])}
     while (left := asyncio.all_tasks() - before) and time.monotonic() < deadline:

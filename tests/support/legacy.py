@@ -25,7 +25,7 @@ DEADLINE = 60.0
 
 
 class BadProtocol(Exception):
-    """What the legacy program would report as `bad_protocol`."""
+    """An error that the legacy program reports as `bad_protocol`."""
 
 
 def legacy_tls_client() -> ssl.SSLContext:
@@ -40,7 +40,7 @@ def legacy_tls_client() -> ssl.SSLContext:
 def legacy_dispatcher_call(
     port: int, procedure: str, arguments: Any, user: str, password: str, pieces: int | None = None
 ) -> list[dict[str, Any]]:
-    """Call harpd as the legacy dispatcher does; return what came, acknowledgement first. Raises BadProtocol."""
+    """Call harpd as the legacy dispatcher does; return the messages, the acknowledgement first. Raises BadProtocol."""
     begin = time.monotonic()
     with socket.create_connection(("127.0.0.1", port), START_TIMEOUT) as plain:
         with legacy_tls_client().wrap_socket(plain) as connection:
@@ -80,7 +80,7 @@ def _legacy_reply(line: bytes, forms: tuple[set[str], ...]) -> dict[str, Any]:
 
 
 def legacy_client(port: int, **request: Any) -> list[dict[str, Any]]:
-    """Ask the dispatcher as the legacy client does: one reply line, or lines until one has no `packet`."""
+    """Send a request like the legacy client; return one reply line, or lines until one has no `packet`."""
     with socket.create_connection(("127.0.0.1", port), DEADLINE) as connection:
         connection.sendall(json.dumps(dict(reversed([*request.items(), ("harpcaller", 1)]))).encode() + b"\n")
         replies = []
@@ -96,14 +96,14 @@ Answer = Callable[["Line"], None]
 
 
 class Line:
-    """One connection of a server: the request line, and a way to answer."""
+    """One connection of a server: the request line, and methods to reply."""
 
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection
         self.text = connection.makefile("rb").readline()
 
     def send(self, message: Any, odd: bool = True) -> None:
-        """Send a message the old way: sorted keys and, if odd, white space around."""
+        """Send a message like the legacy program: sorted keys and, if `odd`, white space around."""
         line = json.dumps(message, sort_keys=True, indent=1).replace("\n", " ") if odd else json.dumps(message)
         self._connection.sendall(f"  {line} \r\n".encode() if odd else line.encode() + b"\n")
 
@@ -189,7 +189,7 @@ def legacy_harpd(line: Line) -> None:
 
 
 class LegacyDispatcher:
-    """A legacy dispatcher with one job for each state: closes without a reply on whatever it does not know."""
+    """A legacy dispatcher with one job for each state: closes without a reply on unknown requests."""
 
     JOB = "3f22e0d4-c8ed-11e5-8d66-001e8c140268"
     _CALL_KEYS = frozenset({"host", "procedure", "arguments", "timeout", "max_exec_time", "queue", "info"})

@@ -1,7 +1,7 @@
-"""Machines on which the quick start is followed: a shell at a terminal, the project's copy, and what a machine has.
+"""Machines for the quick start: a shell at a terminal, a copy of the project, and the programs of a machine.
 
 `NamespaceMachine` has a network, processes and system directories of its own; it needs root. `LoopbackMachine` is a
-directory of this machine. Both are context managers; at their end nothing of them is left.
+directory of this machine. Both are context managers; they leave nothing behind.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ DEADLINE = 180.0
 #: Not part of the project's copy.
 _LEFT_OUT = shutil.ignore_patterns(".env", ".git", ".*_cache", ".hypothesis", "__pycache__", "tests", "bench", "docs")
 
-#: What stands for programs that a machine of the test can't run as they are. `editor` types the password.
+#: Replacements of programs that cannot run on a machine of the test. `editor` types the password.
 _PROGRAMS = {
     "apt-get": """
 test "$1 $2" = "install -y" || { echo "apt-get: unexpected: $*"; exit 100; }
@@ -53,7 +53,7 @@ grep -q 'CHANGE ME' "$1" && sed -i "s/CHANGE ME/$TYPED_PASSWORD/" "$1"
 
 
 class CommandFailed(AssertionError):
-    """A command ended with another exit status than 0, or did not end. The message has what the terminal showed."""
+    """A command ended with another exit status than 0, or did not end. The message has the terminal's output."""
 
 
 class Machine:
@@ -98,11 +98,11 @@ class Machine:
         return []
 
     def run(self, *commands: str, answers: Mapping[str, str] | None = None) -> str:
-        """Type commands at a terminal, in the directory of the project's copy; return what the terminal shows.
+        """Type commands at a terminal, in the directory of the project's copy; return the terminal's output.
 
         Args:
             commands: lines for a shell; the first that fails is the last.
-            answers: what to type when the terminal shows a prompt.
+            answers: the text to type for each prompt.
 
         Raises:
             CommandFailed: a command failed, or there was no end within `DEADLINE`.
@@ -121,7 +121,7 @@ class Machine:
             finally:
                 os.close(terminal)
             try:
-                shown = _converse(own, answers or {})
+                shown = _answer_prompts(own, answers or {})
                 status = process.wait(DEADLINE)
             except BaseException:
                 _end_family(process)
@@ -147,7 +147,7 @@ class Machine:
         raise NotImplementedError
 
     def close(self) -> None:
-        """End all that runs on the machine, and remove what it has made outside its directory."""
+        """End all processes of the machine."""
         left = self.processes()
         for process in left:
             with contextlib.suppress(psutil.NoSuchProcess):
@@ -161,14 +161,14 @@ class Machine:
         self.close()
 
 
-def _converse(terminal: int, answers: Mapping[str, str]) -> str:
-    """Read all that a terminal shows, and answer its prompts. Raises `CommandFailed` after `DEADLINE`."""
+def _answer_prompts(terminal: int, answers: Mapping[str, str]) -> str:
+    """Return all output of a terminal, and answer its prompts. Raises `CommandFailed` after `DEADLINE`."""
     shown, seen = "", 0
     last = time.monotonic() + DEADLINE
     while select.select([terminal], [], [], max(0.0, last - time.monotonic()))[0]:
         try:
             data = os.read(terminal, 65536)
-        except OSError:  # EIO: nobody has the terminal any more
+        except OSError:  # EIO: no process has the terminal open
             data = b""
         if not data:
             return shown
@@ -191,10 +191,10 @@ def _end_family(process: subprocess.Popen[bytes]) -> None:
 
 _UNSHARE = ("unshare", "--mount", "--net", "--pid", "--uts", "--fork", "--mount-proc", "--kill-child")
 
-#: Directories of the system that a machine has for itself: what is there can be read, what is written stays private.
+#: Directories of the system that a machine sees, and can write without changing them: an overlay.
 _OVERLAID = ("/etc", "/opt", "/run", "/var")
 
-#: Arguments: the machine's name, a directory for what is written, and the directories.
+#: Arguments: the machine's name, a directory for written files, and the directories.
 _OVERLAY = """
 set -e
 hostname "$1"
@@ -225,7 +225,7 @@ ip link add probe0 type veth peer name probe1
 
 
 def missing_for_namespaces(directory: Path) -> str:
-    """Return why there can't be a `NamespaceMachine` here; empty: there can.
+    """Return the reason why a `NamespaceMachine` is not possible here; empty if it is possible.
 
     Args:
         directory: an empty directory to try it with.
@@ -245,7 +245,7 @@ def missing_for_namespaces(directory: Path) -> str:
 class NamespaceMachine(Machine):
     """A machine with namespaces of its own for network, processes, mounts and host name.
 
-    All of them end with their first process, and that ends with us, whatever happens.
+    They end with their first process, which the kernel kills when this process ends.
     """
 
     def __init__(self, name: str, directory: Path, environment: Mapping[str, str]) -> None:
@@ -304,7 +304,7 @@ def join(one: tuple[NamespaceMachine, str], other: tuple[NamespaceMachine, str])
 class LoopbackMachine(Machine):
     """A directory of this machine: the system's directories are in it, also in the texts of the project's copy.
 
-    Services run as the user that we are, and no user is made.
+    Services run as the user of this process, and no user is created.
 
     Args:
         name: its name.

@@ -12,7 +12,7 @@ from harpd.proc import Result, procedure, streaming_procedure
 
 VERSION = 1
 
-#: Seconds between two looks for a file that a test makes.
+#: Seconds between two checks for a file that a test creates.
 PAUSE = 0.01
 
 
@@ -59,7 +59,7 @@ def mark(path: str, text: str) -> None:
 
 @procedure
 def unwritable() -> Any:
-    """What JSON cannot carry."""
+    """Return a value without a JSON form."""
     return {"x": [object()]}
 
 
@@ -80,7 +80,7 @@ def die(number: int) -> None:
     os.kill(os.getpid(), number)
 
 
-# Procedures that take as long as a test wants.
+# Procedures whose duration a test decides.
 
 
 @procedure

@@ -1,4 +1,4 @@
-"""The README's quick start, read from the README's text: steps, commands, and what is done by hand."""
+"""The README's quick start, read from the README's text: steps, commands, and files that are copied by hand."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class QuickStart:
         address: its address.
         renewal: the command that the server needs after its certificate was renewed.
         steps: all steps, in order.
-        copied: what is copied by hand after step 2.
+        copied: the files that are copied by hand after step 2.
     """
 
     server: str
@@ -73,6 +73,6 @@ def read_quick_start(text: str) -> QuickStart:
 
 
 def _commands(text: str) -> tuple[str, ...]:
-    """The commands of the indented blocks; a line that ends with a backslash goes on in the next one."""
+    """Return the commands of the indented blocks; a line that ends with a backslash continues in the next one."""
     lines = "".join(f"{line[4:]}\n" for line in text.splitlines() if line.startswith("    "))
     return tuple(filter(None, lines.replace("\\\n", "").split("\n")))  # as the shell joins them

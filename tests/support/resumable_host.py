@@ -92,7 +92,7 @@ async def result_of(dispatcher: Dispatcher, **options: Any) -> tuple[str, End | 
 
 
 async def settled(dispatcher: Dispatcher, job_id: str) -> Job:
-    await until(dispatcher, job_id, lambda job: not job.holds_slot, "the slot given back")
+    await until(dispatcher, job_id, lambda job: not job.holds_slot, "the release of the slot")
     return await dispatcher.get_job(job_id)
 
 

@@ -93,7 +93,7 @@ class Supervisor:
             descriptors: soft and hard limit of open files; None: those of the test.
         """
         assert self._process is None
-        # By way of a descriptor: a socket's address has at most 107 bytes.
+        # Through a descriptor, because a socket's address has at most 107 bytes.
         self._directory = os.open(self.runtime_directory, os.O_PATH | os.O_DIRECTORY)
         self._address = f"/proc/self/fd/{self._directory}/{ACTIVE_SOCKET}"
         (self.runtime_directory / ACTIVE_SOCKET).unlink(missing_ok=True)
@@ -326,7 +326,7 @@ class Connection:
 
 
 def as_user(user: int) -> list[str]:
-    """Return a command prefix that runs a command as this user, who may read every file (this Python, say)."""
+    """Return a command prefix that runs a command as this user, who may read every file, for example this Python."""
     reading = "+dac_read_search"
     ids = ["--reuid", str(user), "--regid", str(user), "--clear-groups"]
     return ["setpriv", *ids, "--inh-caps", reading, "--ambient-caps", reading]

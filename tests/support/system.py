@@ -1,4 +1,4 @@
-"""The whole system: a real harpd, a real harpcallerd that knows it as `web01`, and the client library."""
+"""The whole system: a real harpd, a real harpcallerd with it as host `web01`, and the client library."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ class System:
         return harp.HarpServer("127.0.0.1", harpd.user, harpd.password, harpd.port, ca_file=str(harpd.ca_file))
 
     def transcript(self, line: bytes) -> list[bytes]:
-        """Send a line to the dispatcher; return the lines that come until it closes."""
+        """Send a line to the dispatcher; return the received lines until it closes."""
         with socket.create_connection(("127.0.0.1", self.dispatcher.port), DEADLINE) as connection:
             connection.sendall(line)
             with connection.makefile("rb") as replies:
                 return replies.readlines()
 
     def log_lines(self) -> list[str]:
-        """Everything that both daemons have logged."""
+        """Return all log lines of both daemons."""
         return [*self.harpd.log_lines(), *self.dispatcher.log_lines()]
 
 
@@ -54,14 +54,14 @@ def running(
     dispatcher: Mapping[str, Any] | None = None,
     names: tuple[str, ...] = ("web01",),
 ) -> Iterator[System]:
-    """Run a system; stop it at the end, and see that nothing is left.
+    """Run a system; stop it at the end, and check that nothing is left.
 
     Args:
-        directory: where everything lies.
+        directory: the directory of all files.
         procedures: the text of the procedures file.
         harpd: changes to harpd's configuration.
         dispatcher: changes to the dispatcher's configuration.
-        names: under which names the dispatcher knows the harpd.
+        names: the names of the harpd in the dispatcher's registry.
     """
     with Harpd(directory / "harpd", procedures, dict(harpd or {})) as one:
         settings = {"ca_file": str(one.ca_file), **(dispatcher or {})}

@@ -2,9 +2,9 @@
 
 A program: `systemctl.py [--root DIRECTORY] [--same-user] enable --now UNIT... | reload UNIT... | stop UNIT...`
 
-It does what HARP's units need of a service manager: order, directories, user, environment, ExecStartPre, readiness,
-ExecReload and KillSignal. It does not restart a service, and it does not confine one (ProtectSystem= and others).
-Whoever starts it ends the services: by `stop`, or with their process namespace.
+It implements the part of a service manager that HARP's units need: order, directories, user, environment, ExecStartPre,
+readiness, ExecReload and KillSignal. It does not restart a service, and it does not confine one (ProtectSystem= and
+others). The caller ends the services: by `stop`, or with their process namespace.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from typing import Any
 
 #: Seconds for a service to become ready, or to end.
 DEADLINE = 60.0
-#: Seconds between two looks at a process.
+#: Seconds between two checks of a process.
 _PAUSE = 0.05
 
-#: Keys that are done here.
+#: Keys that are implemented here.
 _DONE = {
     *("After", "Before", "Wants", "WantedBy", "Type", "ExecStartPre", "ExecStart", "ExecReload", "KillSignal", "User"),
     *("RuntimeDirectory", "RuntimeDirectoryMode", "StateDirectory", "StateDirectoryMode"),
@@ -48,11 +48,11 @@ class Unit:
     values: dict[str, list[str]] = field(default_factory=dict)
 
     def words(self, key: str) -> list[str]:
-        """All words that the key has."""
+        """Return all words of the key's values."""
         return [word for value in self.values.get(key, []) for word in value.split()]
 
     def one(self, key: str, default: str = "") -> str:
-        """The key's last value."""
+        """Return the key's last value."""
         return self.values.get(key, [default])[-1]
 
 
@@ -61,7 +61,7 @@ class Manager:
 
     Args:
         root: the directory that holds `etc`, `run` and `var`.
-        same_user: run services as the user that we are; else as `User=`.
+        same_user: run services as the user of this process; otherwise as `User=`.
     """
 
     def __init__(self, root: Path, same_user: bool) -> None:
@@ -71,7 +71,7 @@ class Manager:
         self._state.mkdir(parents=True, exist_ok=True)
 
     def units(self, names: list[str]) -> list[Unit]:
-        """Return the units and the ones they want, in the order of their start."""
+        """Return the units and the units of their `Wants`, in the order of their start."""
         loaded: dict[str, Unit] = {}
         missing = [f"{name.removesuffix('.service')}.service" for name in names]
         while missing:

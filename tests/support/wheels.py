@@ -12,7 +12,7 @@ from packaging.utils import canonicalize_name
 
 __all__ = ["make_wheels"]
 
-#: What an installer adds to a package.
+#: Files that an installer adds to a package.
 _ADDED = {"INSTALLER", "RECORD", "REQUESTED", "direct_url.json"}
 
 
@@ -20,7 +20,7 @@ def make_wheels(project: Path, directory: Path) -> None:
     """Make a wheel of each installed package that building and running the project needs.
 
     Args:
-        project: the project; its pyproject.toml says what it needs.
+        project: the project; its pyproject.toml lists the needed packages.
         directory: where the wheels go.
     """
     described = tomllib.loads((project / "pyproject.toml").read_text())

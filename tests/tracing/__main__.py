@@ -205,7 +205,7 @@ class System:
 def median_run(runs: Sequence[Counts], idle: Counts) -> dict[str, Any]:
     """Return the median of the runs that periodic work did not disturb; of all runs if it disturbed each.
 
-    Periodic work is told by the functions that an idle system enters and that some run does without.
+    Periodic work is recognized by functions that an idle system enters and at least one run does not enter.
     """
     periodic = {entry for entry in idle if any(entry not in run for run in runs)}
     undisturbed = [run for run in runs if not periodic & run.keys()]

@@ -14,7 +14,7 @@ from harpcaller.config import IGNORED_KEYS, KEYS, Address, Config, load
 
 PAGE = Path(__file__).parents[2] / "docs" / "settings-dispatcher.md"
 
-#: A file of the older dispatcher, with every key that it knows.
+#: A file of the legacy dispatcher, with every key that it has.
 OLDER = """
 # network
 listen = ["*:3502", "localhost:3503"]

@@ -1,4 +1,4 @@
-"""The pages can't drift from the program."""
+"""Docs agree with the program, and use the words of the glossary."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ TEXTS += sorted(
     path
     for name in ("src", "examples")
     for path in (ROOT / name).rglob("*")
-    if path.suffix in TEXT_SUFFIXES and path.parent.name != "migrations"  # old names are what a migration is about
+    if path.suffix in TEXT_SUFFIXES and path.parent.name != "migrations"  # a migration contains old names
 )
 SOURCES = {path: path.read_text() for path in (ROOT / "src").rglob("*.py")}
 
@@ -151,7 +151,7 @@ def found(patterns: dict[str, str]) -> list[str]:
 
 
 def glossary() -> list[str]:
-    """Return the terms of the glossary: what stands in bold or as code in the first cell of a row."""
+    """Return the terms of the glossary: the text in bold or as code in the first cell of a row."""
     return re.findall(r"^\| (?:\*\*|`)([^*`]+)(?:\*\*|`) \|", page("glossary.md"), re.MULTILINE)
 
 

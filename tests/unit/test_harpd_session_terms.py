@@ -1,4 +1,4 @@
-"""`harpd.supervisor.resumable_session.SessionTerms`: what a state file holds of a resumable call."""
+"""`harpd.supervisor.resumable_session.SessionTerms`: the part of a state file that describes a resumable call."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The pool of idle connections to hosts: which connection is returned, when one expires, how many are kept."""
+"""The pool of idle connections to hosts: which connection is returned, when one expires, how many the pool holds."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TLS = HostTLS(Config())
 
 
 class FakeConnection:
-    """A connection that records what the pool does with it."""
+    """A connection that records how the pool uses it."""
 
     def __init__(self, keep_alive: float | None = 60.0) -> None:
         self.keep_alive = keep_alive

@@ -1,8 +1,8 @@
-"""Idle connections to hosts, kept for the next call: a TLS handshake costs as much as the rest of a small call.
+"""A pool of idle connections to hosts, for the next call: a TLS handshake costs as much as the rest of a small call.
 
-A connection is kept only if its host supports keep-alive, and only for a short time: a host that disappears leaves a
-connection that looks alive, and a start written to it is delayed until the outage is detected. If a reused connection
-breaks before the acknowledgement, the run attaches to the call; it never writes the start twice.
+The pool holds a connection only if its host supports keep-alive, and only for a short time: a host that disappears
+leaves a connection that looks open, and a start written to it is delayed until the outage is detected. If a reused
+connection breaks before the acknowledgement, the run attaches to the call; it never writes the start twice.
 
 The client's pool is a separate one on purpose: it is shared between threads and has no timer, this one belongs to an
 event loop and limits connections per host.
