@@ -75,8 +75,8 @@ class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     authentication_threads: Count = 8  #: Most password checks at the same time.
     write_timeout: Seconds = 300.0  #: Time in which a client that reads nothing is disconnected.
     kill_grace: Seconds = 5.0  #: Time between SIGXCPU, SIGTERM and SIGKILL when a call is stopped.
-    #: Data of a resumable call that its dispatcher has not stored yet. When it is reached, the procedure is paused. A
-    #: connection-bound call buffers at most 1 MiB of it for its client.
+    #: Data of a resumable call that its dispatcher has not stored yet. When it is reached, the procedure is paused. For
+    #: a connection-bound call, this limit is at most 1 MiB.
     spool: Bytes = 64 * 1024 * 1024
     #: Data buffered for all calls. When it is reached, calls with more than 1 MiB are paused.
     spool_memory: Bytes = 1024 * 1024 * 1024

@@ -3,8 +3,8 @@
 Theory of operation. The records of the call go into a spool. The attached connection receives them from the number that
 it has requested, and each acknowledgement deletes the records that the dispatcher has stored. The end is sent once the
 worker has been reaped and all stopped processes are gone (or survive, as the stop report says): exit info, then the
-closing line. So a closing line means that nothing of the call runs any more. The dispatcher sends ``release`` when it
-has stored the end.
+closing line. So when the closing line is sent, the worker has ended, and no process that had to be stopped is left,
+except the survivors in the stop report. The dispatcher sends ``release`` when it has stored the end.
 
 At most a window of unacknowledged records is sent. So a dispatcher with a slow store need not stop reading, and
 receives all other messages in time.
@@ -61,7 +61,7 @@ class SessionTerms:
     Attributes:
         owner: the id of the dispatcher that owns the call.
         secret: a digest of the call's secret.
-        disconnect_timeout, result_ttl: seconds: the requested values, lowered to the configured ones.
+        disconnect_timeout, result_ttl: seconds: the requested values, at most the configured ones.
         timeout, max_exec_time: seconds: the requested values.
         streaming: whether the procedure yields records.
     """

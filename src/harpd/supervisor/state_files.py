@@ -118,10 +118,10 @@ class StateDir:
 
     def _mark(self, call_id: str, suffix: str, other: str) -> None:
         """Give a state file a suffix; delete it if it has the other one."""
-        present = self._suffixes.get(call_id)
-        if present == other:
+        current = self._suffixes.get(call_id)
+        if current == other:
             self.remove(call_id)
-        elif present == "":
+        elif current == "":
             self._suffixes[call_id] = suffix
             with contextlib.suppress(OSError):
                 os.rename(call_id, call_id + suffix, src_dir_fd=self._lock, dst_dir_fd=self._lock)
@@ -134,7 +134,7 @@ class StateDir:
                 os.unlink(call_id + suffix, dir_fd=self._lock)
 
     def close(self) -> None:
-        """Delete the state files of ended calls: this supervisor exits in order. Survivors are left to the next one."""
+        """Delete the state files of ended calls, at a normal exit. The next supervisor reads the files of survivors."""
         for file in self._directory.glob(f"*{_ENDED}"):
             with contextlib.suppress(OSError):
                 file.unlink()
@@ -142,7 +142,7 @@ class StateDir:
             self._directory.rmdir()
 
     def clean_up(self) -> CleanupResult:
-        """Kill the processes that dead supervisors have left. It takes some tens of milliseconds at most."""
+        """Kill the remaining processes of dead supervisors' calls. It blocks for at most some tens of milliseconds."""
         calls: dict[str, CallState] = {}
         found: list[OrphanedCall] = []
         for directory in self._find_dead():
