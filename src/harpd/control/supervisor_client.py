@@ -3,7 +3,7 @@
 One supervisor is active: it accepts new calls, at the socket `ACTIVE_SOCKET`. During an upgrade or after a restart,
 older supervisors still hold calls. Each supervisor has its own socket, `SOCKET_PREFIX` + INSTANCE. A socket that
 refuses connections belongs to a dead supervisor. A supervisor has only its own calls. So a request to attach is sent to
-one supervisor after the other. The client receives "no such call" only if every running supervisor replied so.
+one supervisor after the other. The client receives "no such call" only if every running supervisor has sent this reply.
 
 Connections are plain sockets, not asyncio streams: data that a supervisor sent before its death can be read after it.
 """
@@ -319,12 +319,12 @@ class SupervisorClient:
         with await self.connect(name) as connection:
             line = await connection.exchange(request, _REPLY_TIMEOUT)
         try:
-            listed = decode_message(line.removesuffix(b"\n"))
+            call_list = decode_message(line.removesuffix(b"\n"))
         except ProtocolError as error:
             raise SupervisorError(f"invalid list of calls from the supervisor: {error}") from error
-        if not isinstance(listed, CallList):
+        if not isinstance(call_list, CallList):
             raise SupervisorError("invalid list of calls from the supervisor")
-        return listed
+        return call_list
 
     async def attach(self, request: bytes) -> AttachReply:
         """Attach to a call in the supervisor that has it.
