@@ -1,1 +1,1 @@
-"""The dispatcher: takes jobs, runs each as a call on a host, keeps its records and its end."""
+"""The dispatcher: accepts jobs, runs each as a call on a host, stores its records and its end."""

@@ -169,7 +169,7 @@ class Run:
 
     @property
     def has_ended(self) -> bool:
-        """Whether this run knows that the job has ended."""
+        """Whether the job has ended: this run has stored its end, or has found or was notified of another end."""
         return self._outcome.has_ended
 
     def detach(self) -> None:
