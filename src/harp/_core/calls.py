@@ -162,5 +162,5 @@ def plain_request(req: dict[str, Any]) -> bytes:
 
 
 def encode_line(value: Any) -> bytes:
-    """Return a value as a line of JSON. Raise `HarpException` that says which part has no form in JSON."""
+    """Return a value as a line of JSON. Raise `HarpException`, which names the part that has no form in JSON."""
     return bytes(_encode("the value", value)) + b"\n"

@@ -181,7 +181,7 @@ class Peer(ABC, Generic[C]):
 
 
 def mark_ambiguous(error: CommunicationError, reused: bool) -> CommunicationError:
-    """Return the error of a call, which says, if the connection was reused, that the call may have run.
+    """Return the error of a call. If the connection was reused, its message adds that the call may have run.
 
     The peer may have closed the connection, because it was idle for too long, just when the request was sent, or it may
     have failed in the middle of the call. The client cannot tell these apart, so the call is not sent again.

@@ -215,7 +215,7 @@ def decode_reply(line: bytes, request: Request, decoder: Decoder = decode_values
     check(kind in MAY_FOLLOW[type(request)], f"a reply with {key!r} does not answer this request")
     timed = isinstance(request, (FollowStream, ReadStream)) and request.timed
     check(not (timed and kind is Packet) or "time" in members, "time: missing, though the request is timed")
-    # A key that the request did not ask for has no meaning.
+    # A key that was not requested has no meaning.
     ignored = () if timed or getattr(request, "wait", False) else ("time", "stop")
     reply: Reply = decode_as(kind, members, None, ignored)
     if isinstance(reply, SubmittedMany) and isinstance(request, SubmitMany):

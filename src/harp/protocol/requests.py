@@ -198,7 +198,7 @@ def encode_request(request: Request, keep_alive: bool = False) -> bytes:
 
 
 def decode_request(line: bytes, decoder: Decoder = decode_values) -> tuple[Request, bool]:
-    """Return the request of a line, and whether the client wants to keep the connection for another one.
+    """Return the request of a line, and whether the client requests keep-alive.
 
     Args:
         line: the line without its line feed.
