@@ -1,8 +1,8 @@
 """What is known of each host: its supervisor's instance id, and whether it supports resumable calls and keep-alive.
 
 The first request to a host lists the calls that it holds for this dispatcher. The reply contains the instance id that
-a start has to name, and shows orphaned calls. A legacy harpd does not know this request. It is queried again after
-some time, because it may have been upgraded.
+a start has to name, and shows orphaned calls. A legacy harpd rejects this request. The request is sent again
+after 300 s, because the host may have been upgraded.
 
 Spec: docs/protocol.md, Resumable calls.
 """
