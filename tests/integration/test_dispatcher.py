@@ -347,6 +347,26 @@ async def test_follow_and_read_start_at_any_number(tmp_path: Path) -> None:
             assert await collected(dispatcher, job_id) == ([(n, n) for n in range(10)], Returned(b'"end"'))
 
 
+async def test_read_ends_at_the_records_of_its_begin(tmp_path: Path) -> None:
+    stream = Stream()
+    with host(tmp_path, stream.script) as peer:
+        async with running(tmp_path, host_line(peer.port)) as dispatcher:
+            job_id = await dispatcher.submit(call(), "test")
+            await stream.send({"stream": "x" * 100_000}, {"stream": 1})
+            await until(dispatcher, job_id, lambda job: job.records == 2, "two records")
+            reading = dispatcher.read(job_id)
+            first = await anext(reading)
+            assert isinstance(first, RecordBatch)
+            assert decoded(first) == [(0, "x" * 100_000)]
+            await stream.send({"stream": 2}, {"stream": 3})
+            await until(dispatcher, job_id, lambda job: job.records == 4, "two more records")
+            second, closing = [item async for item in reading]
+            assert isinstance(second, RecordBatch)
+            assert (decoded(second), closing) == ([(1, 1)], Continue())
+            await stream.end()
+            assert await dispatcher.result(job_id, wait=True) == Returned(b'"end"')
+
+
 async def test_thousand_followers_are_not_delayed_by_a_slow_one(tmp_path: Path) -> None:
     stream = Stream()
     with host(tmp_path, stream.script) as peer:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -115,6 +116,25 @@ async def test_pool_late_heartbeat_of_the_previous_call_is_ignored(tmp_path: Pat
         serving(conn, 3, lambda conn: conn.reply({"heartbeat": 12345.0}))
 
     assert await results(tmp_path, script, count=3) == [Returned(b"0"), Returned(b"1"), Returned(b"2")]
+
+
+async def test_pool_heartbeat_after_the_ack_is_echoed(tmp_path: Path) -> None:
+    """On a reused connection, too: the host measures contact from the echoed time."""
+    echoed: list[object] = []
+
+    def script(conn: PeerConnection) -> None:
+        serving(conn, 1)
+        conn.expect()
+        conn.reply({**acknowledgement(stream=True, disconnect_timeout=5.0), "keep_alive": 60})
+        conn.reply({"heartbeat": 7.5}, {"at": 1.0}, {"stream": 0})
+        found = map(json.loads, iter(conn.line, None))
+        assert next(command for command in found if "heartbeat" not in command) == {"ack": 1}
+        echoed.append(next(found))
+        conn.reply(EXIT_INFO, {"result": 1})
+        assert next(command for command in commands(conn) if "ack" not in command) == {"release": True}
+
+    assert await results(tmp_path, script, count=2) == [Returned(b"0"), Returned(b"1")]
+    assert echoed == [{"heartbeat": 7.5}]
 
 
 async def test_pool_closed_connection_is_not_used(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import threading
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,13 @@ from typing import Any
 import pytest
 
 from harp.protocol.ends import Cancelled, Failed, Returned
+from harpcaller.hosts.connection import HarpdConnection, open_connection
 from harpcaller.model.jobs import State, StopState
 from harpcaller.notifier import RecordBatch
 from harpcaller.store import UnknownJob
 from harpcaller.store.sqlite import open_store
 from support.deadline import eventually
-from support.dispatcher import CREDENTIALS, call, followed, host_line, running, until
+from support.dispatcher import CREDENTIALS, Switched, call, followed, host_line, running, until
 from support.peers import PeerConnection
 from support.resumable_host import (
     EXIT_INFO,
@@ -126,6 +128,43 @@ async def test_start_without_reply_that_happened_continues(tmp_path: Path) -> No
             assert await followed(dispatcher, job_id, since=0) == ([(0, "a")], Returned(b"1"))
 
 
+async def test_start_cancelled_while_connecting_is_not_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The connection is ready in the very moment in which the cancel interrupts the wait for it."""
+    opened = await open_store(tmp_path / "store")
+    connected, cancelled = asyncio.Event(), asyncio.Event()
+
+    class Cancelling(Switched):
+        """A store that reports each cancel."""
+
+        async def cancel_job(self, *arguments: Any) -> Any:
+            before = await opened.cancel_job(*arguments)
+            cancelled.set()
+            return before
+
+    async def connect(*arguments: Any) -> HarpdConnection:
+        conn = await open_connection(*arguments)
+        connected.set()
+        await cancelled.wait()
+        return conn
+
+    def script(conn: PeerConnection) -> None:
+        with pytest.raises(AssertionError, match="closed after b''"):
+            conn.line()
+
+    monkeypatch.setattr("harpcaller.runs.run.open_connection", connect)
+    with playing(tmp_path, call_list(), script) as peer:
+        store: Any = Cancelling(opened)
+        async with running(tmp_path, host_line(peer.port), store=store, resumable_calls=True) as dispatcher:
+            job_id = await dispatcher.submit(call(), "test")
+            async with asyncio.timeout(30):
+                await connected.wait()
+                assert await dispatcher.cancel(job_id)
+                details = await dispatcher.wait_stopped(job_id)
+            assert (details.job.state, details.job.stop) == (State.CANCELLED, StopState.CONFIRMED)
+            await eventually(peer.connections[1].closed.is_set, what="the connection closed")
+    await opened.close()
+
+
 async def test_reattach_continues_at_the_next_record(tmp_path: Path) -> None:
     requests: list[tuple[int, str]] = []
 
@@ -161,6 +200,24 @@ async def test_reattach_continues_at_the_next_record(tmp_path: Path) -> None:
             assert times[:2] == [10.0, 10.0]
     assert requests[0] == (2, job_id)
     assert requests[1][0] in (2, 3)  # a reset may discard data in transit
+
+
+async def test_outage_lasts_until_the_host_has_stopped_the_call(tmp_path: Path) -> None:
+    """The host's `kill_grace` is longer than `host_timeout`: the slot is held until its processes must be gone."""
+
+    def begin(conn: PeerConnection) -> None:
+        started(conn, disconnect_timeout=1.0, kill_grace=1000.0)
+        conn.reset()
+
+    settings: dict[str, Any] = {"resumable_calls": True, "disconnect_timeout": 1.0, "host_timeout": 11.0}
+    with playing(tmp_path, call_list(), begin, always=PeerConnection.reset) as peer:
+        async with running(tmp_path, host_line(peer.port), **settings) as dispatcher:
+            job_id = await dispatcher.submit(call(), "test")
+            await lost(dispatcher, job_id)
+            why = str((await dispatcher.details(job_id))["why"])
+    found = re.search(r"declared lost in (\d+) s", why)
+    assert found is not None
+    assert 1900 < int(found[1]) <= 1.0 + 2 * 1000.0 + 5.0
 
 
 async def test_stop_after_outage_frees_the_slot_with_the_report(tmp_path: Path) -> None:
@@ -324,6 +381,59 @@ async def test_orphaned_calls_are_stopped_and_released(tmp_path: Path) -> None:
             assert isinstance(end, Failed)  # the first end wins
     assert sorted(stopped) == sorted([job_id, unknown])
     await store.close()
+
+
+async def test_listed_call_that_is_running_is_not_stopped(tmp_path: Path) -> None:
+    """A host lists a running job's call before an orphan. The clean-up does not even read the running job."""
+    unknown = "3f22e0d4-c8ed-11e5-8d66-001e8c140268"
+    opened = await open_store(tmp_path / "store")
+    ids: list[str] = []
+    attaches: list[str] = []
+    checked: list[str] = []
+    stopped = threading.Event()
+
+    class Observed(Switched):
+        """A store that records which jobs were read one by one."""
+
+        async def get_job(self, job_id: str) -> Any:
+            checked.append(job_id)
+            return await opened.get_job(job_id)
+
+    def begin(conn: PeerConnection) -> None:
+        ids.append(started(conn)["call"]["id"])
+        assert stopped.wait(30)
+        ends(conn, EXIT_INFO, {"result": 1})
+
+    def refused(conn: PeerConnection) -> None:
+        conn.expect()
+        conn.reply({"harp": 1, "error": {"type": "wrong_instance", "message": "no", "data": {"instance": "w2"}}})
+
+    def list_both(conn: PeerConnection) -> None:
+        conn.expect()
+        conn.reply({"harp": 1, "calls": [*ids, unknown], "instance": "w2"})
+
+    def script(conn: PeerConnection) -> None:
+        request = conn.expect()
+        conn.reply(acknowledgement())
+        if "attach" not in request:
+            ends(conn, EXIT_INFO, {"result": 2})
+            return
+        attaches.append(request["attach"])
+        assert next(commands(conn)) == {"stop": {"why": "orphaned"}}
+        ends(conn, stop_report(), EXIT_INFO, {"harp": 1, "error": {"type": "cancelled", "message": "stopped"}})
+        stopped.set()
+
+    with playing(tmp_path, call_list(), begin, refused, list_both, always=script) as peer:
+        store: Any = Observed(opened)
+        async with running(tmp_path, host_line(peer.port), store=store, resumable_calls=True) as dispatcher:
+            first = await dispatcher.submit(call(), "test")
+            await acknowledged(dispatcher, first)
+            second = await dispatcher.submit(call(), "test")
+            await eventually(stopped.is_set, what="the orphan stopped")
+            assert (attaches, checked) == ([unknown], [unknown])
+            assert await dispatcher.result(first, wait=True) == Returned(b"1")
+            assert await dispatcher.result(second, wait=True) == Returned(b"2")
+    await opened.close()
 
 
 async def test_restarted_dispatcher_recovers_its_calls(tmp_path: Path) -> None:
