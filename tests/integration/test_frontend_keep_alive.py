@@ -225,7 +225,8 @@ def test_frontend_stop_closes_idle_connections_silently(tmp_path: Path) -> None:
 
 def test_request_during_suspension_counts_from_its_arrival(tmp_path: Path) -> None:
     """Otherwise a request that its dispatcher has abandoned could still start a call."""
-    with Harpd(tmp_path / "harpd", PROCEDURES, services=True) as harpd, harpd.connect() as client:
+    configuration = {"limits": {"keep_alive_timeout": IDLE}}
+    with Harpd(tmp_path / "harpd", PROCEDURES, configuration, services=True) as harpd, harpd.connect() as client:
         terms = {**call_terms("00000000-0000-4000-8000-0000000000bb", harpd, client), "disconnect_timeout": 3}
         os.kill(harpd.pid, signal.SIGSTOP)
         try:

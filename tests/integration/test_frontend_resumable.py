@@ -368,24 +368,3 @@ async def test_bound_call_at_a_retiring_supervisor_uses_the_next(tmp_path: Path)
         assert asked == ["old zeroth", "old first", "new first"]
         assert await asyncio.to_thread(harpd.stop_frontend) == 0
     assert not harpd.faults()
-
-
-async def test_commands_before_acknowledgement_too_many_detach(tmp_path: Path) -> None:
-    harpd = Harpd(tmp_path / "harpd", "", services=True)
-    directory = harpd.runtime_directory
-    directory.mkdir()
-    terms: dict[str, Any] = {"id": str(uuid.uuid4()), "owner": OWNER, "secret": SECRET, "instance": "a"}
-    terms |= dict.fromkeys(("disconnect_timeout", "result_ttl", "timeout", "max_exec_time"), 60)
-
-    def start_and_send_commands() -> None:
-        with harpd.connect() as client:
-            client.send(json.dumps({**harpd.request("same", [1]), "call": terms}).encode() + b"\n")
-            client.send(b'{"ack":0}\n' * 10_000)
-            harpd.wait_event("invalid command from client; detached", call=terms["id"])
-
-    async with supervisor(directory, "a", lambda request: None):  # it never replies
-        make_current(directory, "a")
-        await asyncio.to_thread(harpd.start_frontend)
-        await asyncio.to_thread(start_and_send_commands)
-        assert await asyncio.to_thread(harpd.stop_frontend) == 0
-    assert not harpd.faults()

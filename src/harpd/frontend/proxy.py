@@ -31,6 +31,8 @@ log = logging.getLogger("harpd.frontend")
 
 #: Seconds for the supervisor to stop a call, beyond the two grace periods.
 _STOP_MARGIN = 10.0
+#: Seconds that a supervisor may take for its first reply. Until then a disconnect of the client is not noticed.
+_FIRST_REPLY_TIMEOUT = 60.0
 #: The start of the line by which a supervisor that shuts down rejects a call, as `encode_message` writes it.
 _SHUTDOWN_PREFIX = b'{"harp":1,"error":{"type":"shutdown"'
 
@@ -226,7 +228,7 @@ class ResumableProxy(_Proxy):
         except LineTooLong as error:
             log.warning("invalid command from client; detached", extra={**self._log_fields, "reason": str(error)})
         except TimeoutError:
-            log.error("supervisor does not read; client detached", extra=self._log_fields)
+            log.error("supervisor does not respond; detached", extra=self._log_fields)
         except RequestRejected:
             log.info("frontend stops; client detached", extra=self._log_fields)
         else:
@@ -241,7 +243,8 @@ class ResumableProxy(_Proxy):
             if self.request:
                 await self._send_to_supervisor(self.request)
                 self.request = b""
-                self.received = await self.supervisor.receive()
+                async with asyncio.timeout(_FIRST_REPLY_TIMEOUT):
+                    self.received = await self.supervisor.receive()
             self.on_accepted()
 
     async def _relay_lines(self) -> None:
