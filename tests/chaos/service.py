@@ -106,24 +106,21 @@ class Service:
         if number is not signal.SIGHUP:
             self._expected |= _EXPECTED_STATUSES[number]
             self._pause = pause
-        with contextlib.suppress(ProcessLookupError):
-            self._process.send_signal(number)
+        _send_signal(self._process, number)
         return True
 
     def suspend(self) -> bool:
         """Send it SIGSTOP; return False if it does not run or is suspended already."""
         if self._process is None or self._suspended_at is not None:
             return False
-        with contextlib.suppress(ProcessLookupError):
-            self._process.send_signal(signal.SIGSTOP)
+        _send_signal(self._process, signal.SIGSTOP)
         self._suspended_at = now()
         return True
 
     def resume(self) -> None:
         """Send it SIGCONT if it is suspended."""
         if self._process is not None and self._suspended_at is not None:
-            with contextlib.suppress(ProcessLookupError):
-                self._process.send_signal(signal.SIGCONT)
+            _send_signal(self._process, signal.SIGCONT)
         self._on_resumed()
 
     def _on_resumed(self) -> None:
@@ -144,14 +141,23 @@ class Service:
         process = self._process
         if process is None:
             return None
-        with contextlib.suppress(ProcessLookupError):
-            process.terminate()
+        _send_signal(process, signal.SIGTERM)
         try:
             async with asyncio.timeout(_STOP_TIMEOUT):
                 return await process.wait()
         except TimeoutError:
-            process.kill()
+            _send_signal(process, signal.SIGKILL)
             return await process.wait()
+
+
+def _send_signal(process: asyncio.subprocess.Process, number: signal.Signals) -> None:
+    """Send a signal to a process that was not reaped.
+
+    `Process.send_signal` reaps a process that has just died, and asyncio then reports the exit status 255.
+    """
+    if process.returncode is None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process.pid, number)
 
 
 def _has_handler(pid: int, number: signal.Signals) -> bool:
