@@ -393,9 +393,8 @@ class Supervisor:
         if self._shutting_down or self._calls or self._bound_sessions or self._registry:
             return
         if self._retired or self._lifeline is None:
-            self._retired = (
-                True  # a resumable start that arrives now belongs to the next supervisor, and is retried there
-            )
+            # A resumable start that arrives now belongs to the next supervisor, and is retried there.
+            self._retired = True
             self._shut_down(lambda: None)
 
     def _on_bound_session_closed(self, session: BoundSession) -> None:
