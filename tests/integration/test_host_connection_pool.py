@@ -47,7 +47,7 @@ def test_pool_reuses_one_connection_after_any_end(harpd: Harpd, tmp_path: Path) 
         host = rpc_of(dispatcher).web01
         for number in range(5):
             assert host.same(number).get() == number
-            assert host.count(3).follow().all() == [0, 1, 2]
+            assert host.count(3).follow(since=0).all() == [0, 1, 2]
             for job in (host.fail("text"), host.too_long()):
                 with pytest.raises(Exception, match=r"text|limit"):
                     job.get()

@@ -154,7 +154,8 @@ async def _await_end(
                 case _ if isinstance(message, End):
                     await store_metadata(JobMetadata(stop_report=stop_report, exit_info=exit_info))
                     conn.send_command(Release())
-                    conn.close()
+                    while await conn.read() is not None:
+                        pass  # the host closes after the release; an earlier close could overtake the command
                     return None
         if number > since:
             since = number
