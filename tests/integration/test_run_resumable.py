@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import re
+import signal
 import threading
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from harpcaller.store import UnknownJob
 from harpcaller.store.sqlite import open_store
 from support.deadline import eventually
 from support.dispatcher import CREDENTIALS, Switched, call, followed, host_line, running, until
+from support.harpd import Harpd
 from support.peers import PeerConnection
 from support.resumable_host import (
     EXIT_INFO,
@@ -91,6 +94,87 @@ async def test_start_with_ever_new_instance_is_network_error(tmp_path: Path) -> 
             _, end = await result_of(dispatcher)
             assert isinstance(end, Failed)
             assert end.type == "network_error"
+
+
+DELAYED = {"harp": 1, "error": {"type": "call_refused", "message": "late", "data": {"reason": "delayed"}}}
+
+
+def delayed(conn: PeerConnection) -> None:
+    """Refuse a start as a host does that was suspended while the start was on its way."""
+    conn.expect()
+    conn.reply(DELAYED)
+
+
+async def test_start_refused_as_delayed_is_sent_again(tmp_path: Path) -> None:
+    ids = []
+
+    def held(conn: PeerConnection) -> None:
+        ids.append(started(conn)["call"]["id"])
+        ends(conn, EXIT_INFO, {"result": 1})
+
+    with playing(tmp_path, call_list(), *[delayed] * 4, held) as peer:
+        async with running(tmp_path, host_line(peer.port), resumable_calls=True) as dispatcher:
+            assert await result_of(dispatcher) == (*ids, Returned(b"1"))
+
+
+async def test_start_refused_for_its_id_is_not_sent_again(tmp_path: Path) -> None:
+    def used(conn: PeerConnection) -> None:
+        conn.expect()
+        conn.reply({"harp": 1, "error": {"type": "call_refused", "message": "a call with this id was started"}})
+
+    with playing(tmp_path, call_list(), delayed, used) as peer:
+        async with running(tmp_path, host_line(peer.port), resumable_calls=True) as dispatcher:
+            _, end = await result_of(dispatcher)
+            assert isinstance(end, Failed)
+            assert end.type == "call_refused"
+
+
+async def test_start_always_delayed_ends_at_max_exec_time(tmp_path: Path) -> None:
+    with playing(tmp_path, call_list(), always=delayed) as peer:
+        async with running(tmp_path, host_line(peer.port), resumable_calls=True) as dispatcher:
+            job_id, end = await result_of(dispatcher, max_exec_time=1)
+            assert isinstance(end, Failed)
+            assert (end.type, end.message[:22]) == ("timeout", "maximum execution time")
+            assert not (await dispatcher.get_job(job_id)).holds_slot
+
+
+async def test_start_delayed_and_cancelled_is_not_sent_again(tmp_path: Path) -> None:
+    with playing(tmp_path, call_list(), delayed) as peer:
+        async with running(tmp_path, host_line(peer.port), resumable_calls=True) as dispatcher:
+            job_id = await dispatcher.submit(call(), "test")
+            await eventually(lambda: len(peer.requests) == 2, what="the delayed start")
+            assert await dispatcher.cancel(job_id)
+            job = await settled(dispatcher, job_id)
+            assert (job.end, job.stop) == (Cancelled(), StopState.CONFIRMED)
+    assert len(peer.requests) == 2
+
+
+async def test_start_during_suspension_runs_once(tmp_path: Path) -> None:
+    """The frontend receives the start on an idle connection, and is suspended for longer than `disconnect_timeout`."""
+    procedures = """
+from pathlib import Path
+from harpd.proc import procedure
+
+@procedure
+def mark(file):
+    with Path(file).open("a") as marks:
+        marks.write("started ")
+    return Path(file).read_text()
+"""
+    with Harpd(tmp_path / "harpd", procedures, services=True) as harpd:
+        line = json.loads(host_line(harpd.port)) | {"credentials": {"user": harpd.user, "password": harpd.password}}
+        async with running(
+            tmp_path, json.dumps(line) + "\n", resumable_calls=True, disconnect_timeout=2.0
+        ) as dispatcher:
+            assert (await result_of(dispatcher, procedure="mark", arguments=["/dev/null"]))[1] == Returned(b'""')
+            os.kill(harpd.pid, signal.SIGSTOP)
+            try:
+                job_id = await dispatcher.submit(call("mark", arguments=[str(tmp_path / "marks")]), "test")
+                await asyncio.sleep(4)  # longer than `disconnect_timeout`
+            finally:
+                os.kill(harpd.pid, signal.SIGCONT)
+            assert await dispatcher.result(job_id, wait=True) == Returned(b'"started "')
+            assert json.loads((await dispatcher.details(job_id))["call"])["attempts"] > 1
 
 
 async def test_start_without_reply_is_never_repeated(tmp_path: Path) -> None:

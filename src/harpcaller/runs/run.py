@@ -8,9 +8,9 @@ A call is *resumable* if the host's harpd supports it (`harpcaller.hosts.capabil
 ends the job.
 
 At most once: the request is written a single time. Nothing is awaited between the last check that the job was not
-cancelled and the write. A start is retried only if the host reports that it did not happen (``wrong_instance``). If the
-connection breaks before the acknowledgement, the run attaches: a host that does not hold the call keeps a tombstone
-for its id from then on.
+cancelled and the write. It is written again only after the host has reported that the start did not happen: because it
+named another instance (``wrong_instance``), or arrived too late. If the connection breaks before the acknowledgement,
+the run attaches: a host that does not hold the call keeps a tombstone for its id from then on.
 
 After a protocol error the host's messages are ignored, except the stop report. The run attaches once more, past the
 last record, only to stop the call.
@@ -25,12 +25,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from contextlib import suppress
 from enum import Enum
 from functools import partial
 from typing import Any
 
 from harp.protocol.ends import End, Failed
-from harp.protocol.fields import ProtocolError
+from harp.protocol.fields import ProtocolError, is_container
 from harp.protocol.harpd import (
     Ack,
     Acknowledgement,
@@ -42,7 +43,7 @@ from harp.protocol.harpd import (
     StopCall,
     StopReport,
 )
-from harp.protocol.json_text import Raw, dumps, loads
+from harp.protocol.json_text import InvalidJSON, Raw, dumps, loads
 from harp.protocol.lines import LineTooLong
 from harp_daemon.backoff import Backoff
 from harpcaller.hosts.connecting import (
@@ -64,13 +65,13 @@ from harpcaller.runs.record_writer import RecordWriter
 
 log = logging.getLogger(__name__)
 
-#: Seconds between two attempts to attach to a call: the first delay, and the longest.
+#: Seconds between two attempts to attach to a call, or to start one that was delayed: the first delay, and the longest.
 _MIN_DELAY, _MAX_DELAY = 0.2, 5.0
 
 #: Maximum seconds that a cancel waits for the reply to a sent request.
 _CANCEL_WAIT = 2.0
 
-#: Maximum number of starts, if the host reports that the earlier ones did not happen.
+#: Maximum number of starts, if the host reports that the earlier ones named another instance.
 _MAX_STARTS = 3
 
 _DISPATCHER_STOPPED = Failed(
@@ -84,7 +85,8 @@ class Outcome(Enum):
 
     FINISHED = "nothing is left to do"
     DISCONNECTED = "the connection is lost; the call may still be running"
-    RETRY_START = "the start did not happen"
+    WRONG_INSTANCE = "the start did not happen: it named another instance of the supervisor"
+    DELAYED = "the start did not happen: it was delayed for too long"
 
 
 class Run:
@@ -211,12 +213,24 @@ class Run:
         host = self._host = self._context.find_host(job.host)
         if host is None:
             return await self._finish(Failed("unknown_host", f"the hosts registry has no host {job.host}"))
-        for _ in range(_MAX_STARTS):
-            if (outcome := await self._send_start(host)) is not Outcome.RETRY_START:
-                return outcome
+        wrong_instances = 0
+        while wrong_instances < _MAX_STARTS:
+            match outcome := await self._send_start(host):
+                case Outcome.WRONG_INSTANCE:
+                    wrong_instances += 1
+                case Outcome.DELAYED:
+                    await self._pause_starts()
+                case _:
+                    return outcome
         return await self._finish(
             Failed("network_error", f"{describe_host(host)}: its supervisor was restarted at every start")
         )
+
+    async def _pause_starts(self) -> None:
+        """Wait before a start is sent again: the host, or the way to it, was suspended."""
+        self._backoff.record_attempt()
+        with suppress(Interrupted):
+            await self._wait.wait(asyncio.sleep(self._backoff.next_delay()), self._deadlines.deadline)
 
     async def _send_start(self, host: Host) -> Outcome:
         context = self._context
@@ -246,6 +260,7 @@ class Run:
             return await self._finish_unsent()
         conn.send_request(request)
         self._request_sent = True
+        self._answered.clear()
         self._resumable = instance is not None
         return await self._process_messages(conn, host)
 
@@ -382,9 +397,11 @@ class Run:
                 case _:
                     self.outage.record_error(f"{describe_host(host)}: {error.type}: {error.message}")
                     return Outcome.DISCONNECTED
-        if error.type == "wrong_instance" and self._resumable:
-            self._context.capabilities.invalidate(host)
-            return Outcome.RETRY_START
+        if self._resumable and (retry := _reason_to_retry(error)) is not None:
+            self._request_sent = False  # the call does not run, so a cancel or an internal error has nothing to stop
+            if retry is Outcome.WRONG_INSTANCE:
+                self._context.capabilities.invalidate(host)
+            return retry
         return await self._finish(error)
 
     async def _on_call_finished(self, conn: HarpdConnection, end: End | None = None) -> Outcome | None:
@@ -566,3 +583,14 @@ class Run:
             self._backoff.reset()
         if self._conn is not None and self._terms is not None and self._deadlines.acknowledged:
             self._conn.send_command(Ack(count))
+
+
+def _reason_to_retry(error: Failed) -> Outcome | None:
+    """Return why a host that replies this error has certainly not started the call; None if a retry is useless."""
+    if error.type == "wrong_instance":
+        return Outcome.WRONG_INSTANCE
+    if error.type == "call_refused" and isinstance(error.data, Raw) and is_container(error.data, (dict,)):
+        with suppress(InvalidJSON):
+            if loads(error.data).get("reason") == "delayed":
+                return Outcome.DELAYED
+    return None
