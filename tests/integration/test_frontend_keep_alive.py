@@ -239,6 +239,26 @@ def test_request_during_suspension_counts_from_its_arrival(tmp_path: Path) -> No
         assert rejection["error"]["type"] == "call_refused"
 
 
+def test_request_after_suspension_is_accepted(tmp_path: Path) -> None:
+    """Otherwise jobs are rejected as delayed although they were submitted after the suspension."""
+    configuration = {"limits": {"keep_alive_timeout": IDLE}}
+    with (
+        Harpd(tmp_path / "harpd", PROCEDURES, configuration, services=True) as harpd,
+        harpd.connect() as client,
+        harpd.connect() as other,
+    ):
+        terms = {**call_terms("00000000-0000-4000-8000-0000000000bc", harpd, client), "disconnect_timeout": 2}
+        call_terms("", harpd, other)
+        os.kill(harpd.pid, signal.SIGSTOP)
+        try:
+            halted = time.monotonic()
+            wait_until(lambda: time.monotonic() - halted > 3, DEADLINE, "a while")
+        finally:
+            os.kill(harpd.pid, signal.SIGCONT)
+        call_terms("", harpd, other)  # its reply proves that the frontend runs
+        assert ask(harpd, client, "same", 1, call=terms)["stream_result"] is False
+
+
 async def test_next_request_counts_from_its_own_arrival(tmp_path: Path) -> None:
     """Otherwise a start on a connection that was idle for long would be rejected as delayed."""
     harpd = Harpd(tmp_path / "harpd", "", services=True)

@@ -31,6 +31,7 @@ from harp_daemon.memory_quota import MemoryQuota, Reservation
 from harp_daemon.sliced_json import decode_slices
 from harpd.config.loaded import LoadedConfig
 from harpd.control.supervisor_client import SupervisorClient, SupervisorError
+from harpd.frontend.arrival_clock import ArrivalClock, boottime
 from harpd.frontend.proxy import (
     AFTER_REQUEST,
     CALL_DIED,
@@ -53,11 +54,6 @@ _REQUEST_MEMORY_FULL = Failed("too_many_connections", "limits.request_memory is 
 _INTERNAL_ERROR = Failed("system_error", "internal error of harpd; its log has the details")
 
 
-def boottime() -> float:
-    """Return the seconds since the system's start, including the time in which it was suspended."""
-    return time.clock_gettime(time.CLOCK_BOOTTIME)
-
-
 class Connection:
     """A client's connection and its requests.
 
@@ -68,8 +64,7 @@ class Connection:
         thread_pool: runs password checks.
         quota: memory for long request lines.
         client: the client of the supervisors.
-        last_heartbeat: returns a time by `boottime` that is earlier than the arrival of all data read now: about a
-            second ago, or before the process was suspended.
+        arrival_clock: tells when the data of a request arrived.
     """
 
     def __init__(
@@ -80,16 +75,15 @@ class Connection:
         thread_pool: BoundedThreadPool,
         quota: MemoryQuota,
         client: SupervisorClient,
-        last_heartbeat: Callable[[], float],
+        arrival_clock: ArrivalClock,
     ) -> None:
-        self._stream = TLSStream(accepted, peer, config)
+        self._stream = TLSStream(accepted, peer, config, arrival_clock)
         self._peer = peer
         self._config = config
         self._limits = config.configuration.limits
         self._thread_pool = thread_pool
         self._reservation = Reservation(quota)
         self._client = client
-        self._last_heartbeat = last_heartbeat
         self._next_request = b""
         self._idle = False
         self._received_at = boottime()  # when the request arrived, or earlier
@@ -187,7 +181,7 @@ class Connection:
         except TimeoutError as error:
             raise ClientDisconnected from error
         self._idle = False
-        self._received_at = self._last_heartbeat()
+        self._received_at = self._stream.arrived_at
 
     async def _send_error(self, error: Failed, discard_input: bool = False) -> None:
         """Send an error that rejects the request or ends the call.

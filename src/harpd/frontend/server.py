@@ -26,13 +26,12 @@ from harpd.control.launcher import STOP_MARGIN, SupervisorLauncher
 from harpd.control.lifecycle import ServiceRunner
 from harpd.control.runtime_directory import runtime_directory
 from harpd.control.supervisor_client import SupervisorClient
-from harpd.frontend.connection import Connection, boottime
+from harpd.frontend.arrival_clock import ArrivalClock
+from harpd.frontend.connection import Connection
 from harpd.frontend.thread_pool import BoundedThreadPool, TaskFailed
 
 log = logging.getLogger("harpd.frontend")
 
-#: Seconds between two heartbeats, which show whether this process was suspended.
-_HEARTBEAT_INTERVAL = 0.5
 #: The settings that a reload does not change.
 _NEEDING_RESTART = ("network.address", "network.port", "runtime_directory")
 #: In a reload: seconds for loading the files, and as many for the reply of the supervisor.
@@ -105,26 +104,17 @@ class FrontendServer:
             reject=Connection.reject,
             max_connections=lambda: self._config.configuration.limits.max_connections,
         )
-        self._heartbeats = (boottime(),) * 2
+        self._arrival_clock = ArrivalClock()
 
     async def start(self) -> None:
         """Start the supervisor unless another program does; then accept connections. Raises `SupervisorError`."""
         if self._launcher is not None:
             await self._launcher.start()
-        self._record_heartbeat()
+        self._arrival_clock.run()
         self._acceptor.open(self._listeners)
         for listener in self._listeners:
             log.info("harpd is serving", extra=listener.fields)
         _warn_about_old_tls(self._config)
-
-    def _record_heartbeat(self) -> None:
-        """Store the current time now and after each interval.
-
-        All data that is read now arrived after the heartbeat before the last one, even if this process was suspended in
-        between.
-        """
-        self._heartbeats = (self._heartbeats[1], boottime())
-        asyncio.get_running_loop().call_later(_HEARTBEAT_INTERVAL, self._record_heartbeat)
 
     def _apply_config(self, config: LoadedConfig) -> None:
         """Use this configuration for new connections; existing connections continue with theirs."""
@@ -135,7 +125,7 @@ class FrontendServer:
 
     def _connect(self, accepted: socket.socket, peer: str) -> Connection:
         return Connection(
-            accepted, peer, self._config, self._thread_pool, self._quota, self._client, lambda: self._heartbeats[0]
+            accepted, peer, self._config, self._thread_pool, self._quota, self._client, self._arrival_clock
         )
 
     async def reload(self) -> None:

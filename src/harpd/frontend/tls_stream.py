@@ -8,6 +8,7 @@ import logging
 import socket
 
 from harpd.config.loaded import LoadedConfig
+from harpd.frontend.arrival_clock import ArrivalClock, boottime
 
 log = logging.getLogger("harpd.frontend")
 
@@ -24,6 +25,25 @@ class ClientDisconnected(Exception):
     """The client closed the connection or stopped reading."""
 
 
+class _Protocol(asyncio.StreamReaderProtocol):
+    """A stream's protocol, which stores a time before the arrival of the data that was not taken yet."""
+
+    def __init__(self, reader: asyncio.StreamReader, arrival_clock: ArrivalClock) -> None:
+        super().__init__(reader)
+        self._arrival_clock = arrival_clock
+        self._arrived_at: float | None = None
+
+    def data_received(self, data: bytes) -> None:
+        if self._arrived_at is None:
+            self._arrived_at = self._arrival_clock.earliest_arrival()
+        super().data_received(data)
+
+    def take_arrival_time(self, default: float) -> float:
+        """Return the time of all data up to now; the default if the rest of older data is read."""
+        arrived_at, self._arrived_at = self._arrived_at, None
+        return default if arrived_at is None else arrived_at
+
+
 class TLSStream:
     """A client's connection.
 
@@ -31,23 +51,28 @@ class TLSStream:
         accepted: the socket, which this object owns.
         peer: the client's address and port.
         config: certificate and limits.
+        arrival_clock: tells when data arrived.
+
+    Attributes:
+        arrived_at: a time by `boottime` before the arrival of the data that was read last.
     """
 
-    def __init__(self, accepted: socket.socket, peer: str, config: LoadedConfig) -> None:
+    def __init__(self, accepted: socket.socket, peer: str, config: LoadedConfig, arrival_clock: ArrivalClock) -> None:
         self.peer = peer
         self._socket = accepted
         self._context = config.context
         self._limits = config.configuration.limits
         self._reader = asyncio.StreamReader(limit=_CHUNK)
+        self._protocol = _Protocol(self._reader, arrival_clock)
+        self.arrived_at = boottime()
         self._writer: asyncio.StreamWriter
 
     async def handshake(self) -> bool:
         """Run the TLS handshake; return whether it succeeded. After a failure the socket is closed."""
         loop = asyncio.get_running_loop()
-        protocol = asyncio.StreamReaderProtocol(self._reader)
         try:
             transport, _ = await loop.connect_accepted_socket(
-                lambda: protocol,
+                lambda: self._protocol,
                 self._socket,
                 ssl=self._context,
                 ssl_handshake_timeout=self._limits.handshake_timeout,
@@ -57,7 +82,7 @@ class TLSStream:
             reason = getattr(error, "reason", None) or str(error) or type(error).__name__
             log.info("TLS handshake failed", extra={"peer": self.peer, "reason": reason})
             return False
-        self._writer = asyncio.StreamWriter(transport, protocol, self._reader, loop)
+        self._writer = asyncio.StreamWriter(transport, self._protocol, self._reader, loop)
         transport.set_write_buffer_limits(high=_CHUNK)
         return True
 
@@ -69,6 +94,7 @@ class TLSStream:
             raise ClientDisconnected from error
         if not data:
             raise ClientDisconnected
+        self.arrived_at = self._protocol.take_arrival_time(default=self.arrived_at)
         return data
 
     async def write(self, data: bytes) -> None:

@@ -1,0 +1,53 @@
+"""When did received data arrive? The clock gives a time before the arrival, even after a suspension of the process.
+
+Data that was sent to a suspended process is read after it continues. A request in this data is as old as the
+suspension, and its dispatcher may have abandoned it. So a start that is delayed for too long must be recognised.
+
+Each heartbeat records the time. The data that is read in the same turn of the event loop may have arrived before it.
+So may the data that is read in the next turn, because the present turn may have looked for data before the heartbeat.
+All data that is read in later turns arrived after the heartbeat.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+#: Seconds between two heartbeats. After twice this time without one, the process was suspended.
+_INTERVAL = 0.5
+
+
+def boottime() -> float:
+    """Return the seconds since the system's start, including the time in which it was suspended."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+class ArrivalClock:
+    """The heartbeats of one event loop, whose thread creates it and calls its methods."""
+
+    def __init__(self) -> None:
+        self._confirmed = self._recorded = boottime()
+
+    def run(self) -> None:
+        """Record a heartbeat now and after each interval."""
+        self._record()
+        asyncio.get_running_loop().call_later(_INTERVAL, self.run)
+
+    def earliest_arrival(self) -> float:
+        """Return a time by `boottime` before the arrival of the data that is being read: usually about half a second.
+
+        Use it in the turn of the event loop that reads the data. After a suspension, it takes a heartbeat at once, so
+        that later requests count as new ones.
+        """
+        if boottime() - self._recorded > 2 * _INTERVAL:
+            self._record()
+        return self._confirmed
+
+    def _record(self) -> None:
+        loop = asyncio.get_running_loop()
+        self._recorded = recorded = boottime()
+        # Callbacks run before the reads of their turn.
+        loop.call_soon(loop.call_soon, self._confirm, recorded)
+
+    def _confirm(self, recorded: float) -> None:
+        self._confirmed = recorded
