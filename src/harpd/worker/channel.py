@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+import _socket  # without the wrappers of `socket`, for the many records of a stream
 import os
 import select
 
 from harpd.worker.signals import SignalGuard
 
 _READ_SIZE = 1 << 16
+#: The option SO_COOKIE, which the module has no name for: it returns a number that no other socket of the system has.
+_COOKIE, _COOKIE_SIZE = 57, 8
+
+#: How many forks lie between this process and the one that has loaded this module.
+_fork_depth = 0
+
+
+def _count_fork() -> None:
+    global _fork_depth
+    _fork_depth += 1
+
+
+os.register_at_fork(after_in_child=_count_fork)
 
 
 class Channel:
@@ -23,11 +37,12 @@ class Channel:
 
     def __init__(self, descriptor: int, guard: SignalGuard) -> None:
         self._descriptor = descriptor
+        self._socket = _socket.socket(fileno=descriptor)
         self._guard = guard
-        self._owner = os.getpid()
-        self._file_id = _file_id(descriptor)
+        self._owner = _fork_depth
+        self._cookie = self._socket.getsockopt(_socket.SOL_SOCKET, _COOKIE, _COOKIE_SIZE)
         self._line_start = b""  # the first bytes of the next line, from `wait_for_line`
-        self._unwritten = bytearray()  # includes the rest of a line whose writing a signal has interrupted
+        self._unwritten = memoryview(b"")  # the rest of lines whose writing has begun
 
     def wait_for_line(self) -> bool:
         """Wait until the next line begins to arrive; return False if the supervisor has closed its end."""
@@ -52,27 +67,37 @@ class Channel:
 
         A child that the procedure has forked must not write to the caller: it exits here.
         """
-        if os.getpid() != self._owner:
+        if _fork_depth != self._owner:
             os._exit(0)
-        self._unwritten += lines
-        while self._unwritten:
-            guard = self._guard
-            guard.defer()  # an exception between the write and its count would repeat a part of the line
-            try:
-                # The procedure may have closed the descriptor, and its number may belong to another file by now.
-                if _file_id(self._descriptor) != self._file_id:
-                    raise ConnectionAbortedError("the procedure closed the channel")
-                del self._unwritten[: os.write(self._descriptor, self._unwritten)]
-            except BlockingIOError:
-                pass
-            finally:
-                guard.deliver()
+        guard = self._guard
+        guard.defer()  # an exception between the write and its count would repeat a part of the line
+        try:
             if self._unwritten:
-                writable = select.poll()
-                writable.register(self._descriptor, select.POLLOUT)
-                writable.poll()
+                self._unwritten = memoryview(bytes(self._unwritten) + lines)
+            elif (written := self._send(lines)) < len(lines):
+                self._unwritten = memoryview(lines)[written:]
+        finally:
+            guard.deliver()
+        if self._unwritten:
+            self._write_rest()
 
+    def _write_rest(self) -> None:
+        writable = select.poll()
+        writable.register(self._descriptor, select.POLLOUT)
+        while self._unwritten:
+            writable.poll()
+            self._guard.defer()
+            try:
+                self._unwritten = self._unwritten[self._send(self._unwritten) :]
+            finally:
+                self._guard.deliver()
 
-def _file_id(descriptor: int) -> tuple[int, int]:
-    status = os.fstat(descriptor)
-    return status.st_dev, status.st_ino
+    def _send(self, data: bytes | memoryview) -> int:
+        """Send what fits; return how many bytes that are."""
+        # The procedure may have closed the descriptor, and its number may belong to another file by now.
+        if self._socket.getsockopt(_socket.SOL_SOCKET, _COOKIE, _COOKIE_SIZE) != self._cookie:
+            raise ConnectionAbortedError("the procedure closed the channel")
+        try:
+            return self._socket.send(data)
+        except BlockingIOError:
+            return 0

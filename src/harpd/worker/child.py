@@ -14,7 +14,7 @@ import signal
 import sys
 
 from harp.protocol.call_output import VERSION, encode_record
-from harp.protocol.json_text import Envelope, InvalidJSON, NotJSON, Raw, dumps, loads
+from harp.protocol.json_text import Envelope, InvalidJSON, NotJSON, Raw, dumps, encode_value, loads
 from harpd.proc import Cancelled, Procedure, Result, TimeLimit
 from harpd.processes.cookie import EnvCookie
 from harpd.processes.prctl import become_subreaper, die_with_parent
@@ -198,8 +198,12 @@ def _encode_payload(value: Any) -> Raw:
     """Encode a value as JSON that fits into a line. Raises `NotJSON`."""
     text = dumps(value)
     if len(text) > MAX_PAYLOAD_BYTES:
-        raise NotJSON("", f"{len(text)} bytes; a record or a result may have {MAX_PAYLOAD_BYTES}")
+        raise _too_long(text)
     return text
+
+
+def _too_long(text: bytes) -> NotJSON:
+    return NotJSON("", f"{len(text)} bytes; a record or a result may have {MAX_PAYLOAD_BYTES}")
 
 
 def _encode_result(value: Any) -> bytes:
@@ -224,7 +228,10 @@ def _write_records(records: Any, channel: Channel) -> Any:
             if isinstance(record, Result):
                 return record.value
             try:
-                channel.write(encode_record(_encode_payload(record)))
+                text = encode_value(record)
+                if len(text) > MAX_PAYLOAD_BYTES:
+                    raise _too_long(text)
+                channel.write(encode_record(text))
             except NotJSON as error:
                 message = f"cannot encode record {number} as JSON: {error}"
                 raise _CallRejected("invalid_message", message) from error
