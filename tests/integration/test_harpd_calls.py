@@ -18,6 +18,7 @@ from support.daemonlog import DEADLINE
 from support.deadline import wait_until
 from support.harpd import Harpd, LineClient
 from support.procedures_file import PROCEDURES
+from support.state_entries import read_entries
 
 OWN = r"""
 import json, os, sys, threading, time, warnings
@@ -503,7 +504,7 @@ def test_calls_leave_no_descriptors_or_files(harpd: Harpd) -> None:
     # come and go; one descriptor left by each call would be 300.
     for pid, number in zip(processes, before, strict=True):
         wait_until(lambda pid=pid, most=number + 30: descriptors(pid) < most, DEADLINE, f"{number} descriptors")  # type: ignore[misc]
-    assert not list((harpd.runtime_directory / "calls").glob("*/*"))
+    assert read_entries(harpd.runtime_directory) == {}
 
 
 def test_client_not_reading_pauses_its_call_only(harpd: Harpd, tmp_path: Path) -> None:

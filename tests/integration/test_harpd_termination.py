@@ -18,6 +18,7 @@ from typing import Any
 import psutil
 import pytest
 
+from harpd.supervisor.state_entries import ENTRY_SIZE, Purpose, encode_entry
 from support.calls import nothing_is_left
 from support.daemonlog import DEADLINE
 from support.deadline import wait_until
@@ -555,10 +556,13 @@ def test_supervisor_death_kills_escaped_processes(own: Harpd, notes: Path) -> No
         nothing_is_left(own)
 
 
-def record(harpd: Harpd, name: str, **fields: Any) -> None:
-    directory = harpd.runtime_directory / "calls" / "dead"
-    directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-    (directory / name).write_text(json.dumps(fields))
+def record(harpd: Harpd, *contents: str) -> Path:
+    """Write the state file of a dead supervisor, an entry for each content."""
+    file = harpd.runtime_directory / "calls" / "dead.1"
+    file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    entries = [encode_entry(Purpose.STOP_AND_REPORT, content.encode()) for content in contents]
+    file.write_bytes(b"".join(entry.ljust(ENTRY_SIZE, b"\0") for entry in entries))
+    return file
 
 
 def test_state_file_with_reused_pid_kills_no_other(own: Harpd) -> None:
@@ -572,16 +576,16 @@ def test_state_file_with_reused_pid_kills_no_other(own: Harpd) -> None:
     leader.wait()
     start = int(Path(f"/proc/{plain.pid}/stat").read_text().rsplit(") ", 1)[1].split()[19])
     try:
-        record(own, "session", boot=boot, pid=leader.pid, start=1)
-        record(own, "another-start", boot=boot, pid=plain.pid, start=start - 1)
-        record(own, "another-boot", boot="another", pid=plain.pid, start=start)
-        for name, text in (("empty", ""), ("torn", '{"pid": 1'), ("strange", "[]"), ("old", '{"pid": 1, "start": 0}')):
-            (own.runtime_directory / "calls" / "dead" / name).write_text(text)
-        (own.runtime_directory / "calls" / "dead" / "directory").mkdir()
+        states = [
+            {"call": "session", "boot": boot, "pid": leader.pid, "start": 1},
+            {"call": "another-start", "boot": boot, "pid": plain.pid, "start": start - 1},
+            {"call": "another-boot", "boot": "another", "pid": plain.pid, "start": start},
+        ]
+        file = record(own, *map(json.dumps, states), "", '{"pid": 1', "[]", '{"pid": 1, "start": 0}')
         with own:
             assert own.call("same", 1)[-1] == {"result": 1}
             assert not own.events("killed orphaned processes")
-            assert not (own.runtime_directory / "calls" / "dead").exists()
+            assert not file.exists()
         assert not is_dead(stranger)
         assert plain.poll() is None
     finally:

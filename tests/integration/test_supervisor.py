@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import socket
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -176,3 +178,29 @@ def test_start_with_unloadable_file_exits(tmp_path: Path) -> None:
     assert supervisor.wait() == 1
     (event,) = supervisor.events("cannot load procedures file")
     assert "procedures.py:2: RuntimeError: broken" in event["reason"]
+
+
+@pytest.mark.root
+def test_full_runtime_directory_refuses_calls_until_space_is_free(tmp_path: Path) -> None:
+    supervisor = Supervisor(tmp_path, PROCEDURES)
+    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(supervisor.runtime_directory)]
+    if subprocess.run(mount, check=False, capture_output=True).returncode:
+        pytest.skip("needs to be root, with the right to mount")
+    try:
+        with supervisor:
+            ballast = supervisor.runtime_directory / "ballast"
+            with pytest.raises(OSError, match="No space left"), ballast.open("wb", buffering=0) as file:
+                while True:
+                    file.write(bytes(4096))
+            for call in (supervisor.call("echo", [1]), supervisor.call_resumable("echo", 1)):
+                with call:
+                    error = call.line()["error"]
+                assert error["type"] == "system_error"
+                assert re.fullmatch(
+                    r"cannot create a process: state file /\S+: No space left on device", error["message"]
+                )
+            assert supervisor.status()["calls"] == 0
+            ballast.unlink()
+            assert supervisor.result("echo", 1) == [1]
+    finally:
+        subprocess.run(["umount", "--lazy", str(supervisor.runtime_directory)], check=True)

@@ -12,9 +12,11 @@ import pytest
 
 from harpd.processes.cookie import cookie_for
 from harpd.processes.process_tree import take_snapshot
+from harpd.supervisor.state_entries import Purpose
 from support.cgroups import freezer, own_cgroup
 from support.deadline import wait_until
 from support.hopper import HOP, group_lives
+from support.state_entries import read_entries
 from support.supervisor import DEADLINE, Connection, Supervisor
 
 ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
@@ -255,11 +257,10 @@ def test_survivors_of_discarded_call_stay_recorded(tmp_path: Path) -> None:
             call.send({"stop": {"why": "cancelled"}})
             assert [one["pid"] for one in read_stop_report(call)["survivors"]] == [pid]
             done(call)
-        (record,) = wait_until(
-            lambda: [*supervisor.runtime_directory.glob(f"calls/*/{call.id}.reported")], what="the record"
-        )
+        expected = {call.id: Purpose.ONLY_STOP}
+        wait_until(lambda: read_entries(supervisor.runtime_directory) == expected, DEADLINE, "the entry")
         supervisor.kill()
         with supervisor:
             assert supervisor.list_calls() == []
             cold.thaw()
-            wait_until(lambda: not record.exists(), DEADLINE, "the record gone")
+            wait_until(lambda: not read_entries(supervisor.runtime_directory), DEADLINE, "the entry gone")

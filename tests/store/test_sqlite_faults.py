@@ -31,11 +31,11 @@ def run(command: list[str], directory: Path) -> None:
 def test_full_file_system_fails_writes_until_there_is_room(tmp_path: Path) -> None:
     if subprocess.run(["unshare", "-m", "true"], check=False, capture_output=True).returncode:
         pytest.skip("needs to be root, with the right to mount")
-    run(["unshare", "-m", sys.executable, full_disk.__file__, "mount"], tmp_path)
+    run(["unshare", "-m", sys.executable, "-P", full_disk.__file__, "mount"], tmp_path)
 
 
 def test_file_size_limit_fails_writes_until_it_is_raised(tmp_path: Path) -> None:
-    run([sys.executable, full_disk.__file__, "limit"], tmp_path)
+    run([sys.executable, "-P", full_disk.__file__, "limit"], tmp_path)
 
 
 @pytest.mark.parametrize("lines", [1, 40, 400])

@@ -1,7 +1,10 @@
-"""Program: uses the SQLite store on a full disk. Run by tests/store/test_sqlite_faults.py.
+"""Program: uses the SQLite store, or the state file of a supervisor, on a full disk.
 
-    full_disk.py mount DIRECTORY   on a small file system of its own, mounted there (in a private mount namespace)
-    full_disk.py limit DIRECTORY   with a limit on the size of files
+    full_disk.py mount DIRECTORY   the store on a small file system of its own, mounted there
+    full_disk.py limit DIRECTORY   the store with a limit on the size of files
+    full_disk.py states-mount DIRECTORY, full_disk.py states-limit DIRECTORY   the same for a state file
+
+Mount in a private mount namespace. Run by tests/store/test_sqlite_faults.py and tests/unit/test_harpd_state_files.py.
 
 Prints ``ok`` at the end; anything else is a traceback.
 """
@@ -9,17 +12,26 @@ Prints ``ok`` at the end; anything else is a traceback.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import os
 import resource
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeAlias
 
 from harp.protocol.ends import Returned
 from harp.protocol.json_text import Raw
 from harpcaller.model.jobs import NO_METADATA, JobMetadata, NewJob, State
 from harpcaller.store import StorageError
 from harpcaller.store.sqlite import SQLiteStore, open_store
+from harpd.processes.cookie import cookie_for
+from harpd.processes.process_tree import CallTree
+from harpd.supervisor.state_entries import CallState
+from harpd.supervisor.state_files import StateFiles
+
+Scenario: TypeAlias = Callable[[Path, Callable[[], None], Callable[[], None]], None]
 
 LARGE = Raw(b'["' + b"x" * 50_000 + b'"]')
 SMALL = Raw(b"[]")
@@ -86,7 +98,53 @@ async def scenario(directory: Path, take_room: Callable[[], None], make_room: Ca
     await store.close()
 
 
-def mount(directory: Path) -> None:
+def store_scenario(directory: Path, take_room: Callable[[], None], make_room: Callable[[], None]) -> None:
+    asyncio.run(scenario(directory, take_room, make_room))
+
+
+def fill_states(directory: Path, take_room: Callable[[], None], make_room: Callable[[], None]) -> list[str]:
+    """Write states until the disk is full; return the ids of the calls that have an entry at the end."""
+
+    def write(call_id: str) -> None:
+        states.write(call_id, CallState(CallTree(2**22 + 1, 5, cookie_for(call_id)), {"resumable": "x" * 2000}))
+
+    states = StateFiles(directory, "old")
+    take_room()
+    written: list[str] = []
+    with contextlib.suppress(OSError):
+        for number in range(10_000):
+            call_id = f"call-{number}"
+            states.reserve(call_id)
+            written.append(call_id)
+    assert 10 < len(written) < 10_000, len(written)
+    for call_id in written:  # no entry needs more room than was reserved
+        write(call_id)
+    for call_id in written[::2]:
+        states.mark_ended(call_id)
+    states.remove(written[0])
+    write("in-its-place")
+    try:
+        states.reserve("refused")
+    except OSError as error:
+        assert "old.1: " in str(error), error
+    else:
+        raise AssertionError("there was room")
+    make_room()
+    write("later")
+    return [*written[1:], "in-its-place", "later"]
+
+
+def state_scenario(directory: Path, take_room: Callable[[], None], make_room: Callable[[], None]) -> None:
+    directory.mkdir()
+    if (child := os.fork()) == 0:  # its end releases the lock
+        (directory / "expected").write_text("\n".join(fill_states(directory, take_room, make_room)))
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    found = StateFiles(directory, "new").clean_up()
+    assert sorted(found.calls) == sorted((directory / "expected").read_text().split()), len(found.calls)
+
+
+def mount(directory: Path, scenario: Scenario) -> None:
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(directory)], check=True)
     ballast = directory / "ballast"
 
@@ -94,16 +152,17 @@ def mount(directory: Path) -> None:
         with ballast.open("wb", buffering=0) as file:
             file.write(bytes(2_000_000))
 
-    asyncio.run(scenario(directory / "store", take_room, ballast.unlink))
+    scenario(directory / "store", take_room, ballast.unlink)
 
 
-def limit(directory: Path) -> None:
+def limit(directory: Path, scenario: Scenario) -> None:
     def set_limit(size: int) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
-    asyncio.run(scenario(directory / "store", lambda: set_limit(1_500_000), lambda: set_limit(50_000_000)))
+    scenario(directory / "store", lambda: set_limit(1_500_000), lambda: set_limit(50_000_000))
 
 
 if __name__ == "__main__":
-    {"mount": mount, "limit": limit}[sys.argv[1]](Path(sys.argv[2]))
+    subject, _, how = sys.argv[1].rpartition("-")
+    {"mount": mount, "limit": limit}[how](Path(sys.argv[2]), state_scenario if subject else store_scenario)
     print("ok")

@@ -22,6 +22,7 @@ import psutil
 
 from harpd.supervisor.listener import ACTIVE_SOCKET
 from support.deadline import wait_until
+from support.state_entries import read_entries
 
 #: Seconds within which everything must happen; a test that succeeds does not wait for them.
 DEADLINE = 60.0
@@ -166,7 +167,7 @@ class Supervisor:
         assert self.control("shutdown") == {"ok": True}
         assert self.wait() == 0, self.log_file.read_text()
         assert not (bugs := self.logged_bugs()), bugs
-        assert not list((self.runtime_directory / "calls").glob("*/*"))
+        assert read_entries(self.runtime_directory) == {}
 
     # Requests.
 

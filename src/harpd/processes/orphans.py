@@ -10,7 +10,6 @@ import logging
 import signal
 import time
 from collections.abc import Collection
-from pathlib import Path
 from typing import Any
 
 from harpd.processes.process_tree import CallTree, Snapshot, kill_group, send_signal, take_snapshot
@@ -25,20 +24,12 @@ _DEATH_TIMEOUT = 2.0
 class OrphanedCall:
     """A call whose supervisor has died, of which processes may remain.
 
-    Args:
-        file: its state file.
-        to_report: whether its end has still to be reported.
-
     Attributes:
         gone: whether a scan has shown that no process remains.
-        reported_survivors: whether its end was reported with survivors.
     """
 
-    def __init__(self, call_id: str, tree: CallTree, file: Path, to_report: bool) -> None:
+    def __init__(self, call_id: str, tree: CallTree) -> None:
         self.call_id = call_id
-        self.file = file
-        self.to_report = to_report
-        self.reported_survivors = False
         self.gone = False
         self._tree = tree
         self._report = StopReport((tree.pid, tree.start))

@@ -34,7 +34,8 @@ from harpd.processes.cookie import cookie_for
 from harpd.processes.process_tree import CallTree, Snapshot
 from harpd.supervisor.event_loop import READ, WRITE, EventLoop, Timer
 from harpd.supervisor.spool import GUARANTEED_BYTES, SpoolQuota
-from harpd.supervisor.state_files import CallState, StateDir
+from harpd.supervisor.state_entries import CallState
+from harpd.supervisor.state_files import StateFiles
 from harpd.supervisor.termination import TerminationSequence
 from harpd.supervisor.zygote_client import ZygoteClient
 
@@ -78,7 +79,7 @@ class CallObserver(Protocol):
 
     @property
     def stored_state(self) -> Mapping[str, Any]:
-        """The members of the call's state file for a later supervisor; empty: no dispatcher attaches to it."""
+        """The members of the call's state for a later supervisor; empty: no dispatcher attaches to it."""
 
     @property
     def full(self) -> bool:
@@ -123,7 +124,7 @@ class CallContext:
     loop: EventLoop
     zygote: ZygoteClient
     kill_grace: float
-    state_dir: StateDir
+    state_files: StateFiles
     take_snapshot: Callable[[float], Snapshot]
     has_possible_escapes: Callable[[Snapshot, CallTree], bool]
     cgroup_directory: str | None
@@ -195,9 +196,9 @@ class Call:
             self._close,
         )
         try:
-            context.state_dir.write(self.id, CallState(tree, self._observer.stored_state))
+            context.state_files.write(self.id, CallState(tree, self._observer.stored_state))
         except OSError as error:  # it is needed only if this supervisor is killed
-            log.error("cannot write state file", extra={**self._fields, "reason": str(error)})
+            log.error("cannot write state of call", extra={**self._fields, "reason": str(error)})
         log.info("call started", extra={**self._fields, "pid": pid})
         self._observer.on_started()
         if self._stop_reason is None:
@@ -336,7 +337,7 @@ class Call:
     def update_watch(self) -> None:
         """Watch the channel for what can be done now. The observer calls it when it has room or stopped the call."""
         # Nothing is read before the acknowledgement is sent, which comes first on the wire. Nothing is sent before the
-        # state file is written: until then the procedure cannot have started any process.
+        # state is written: until then the procedure cannot have started any process.
         if not self._has_channel or self._termination is None:
             return
         events = (READ if self._may_read else 0) | (WRITE if self._unsent else 0)
@@ -504,14 +505,14 @@ class Call:
         self._context.on_closed(self)
 
     def _release_state(self) -> None:
-        """Release the state file, before the end is reported: from now on, processes of the call are not orphans.
+        """Release the state, before the end is reported: from now on, processes of the call are not orphans.
 
         A resumable session needs it until its end is reported.
         """
         if self._observer.stored_state:
-            self._context.state_dir.mark_ended(self.id)
+            self._context.state_files.mark_ended(self.id)
         else:
-            self._context.state_dir.remove(self.id)
+            self._context.state_files.remove(self.id)
 
     def _close_channel(self) -> None:
         self._drop_partial_line()

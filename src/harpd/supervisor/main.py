@@ -60,7 +60,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import resource
 import secrets
 import signal
@@ -89,7 +88,8 @@ from harpd.supervisor.output import OutputCollector
 from harpd.supervisor.registry import CallRegistry
 from harpd.supervisor.resumable_session import ResumableSession
 from harpd.supervisor.spool import GUARANTEED_BYTES, SpoolQuota
-from harpd.supervisor.state_files import StateDir
+from harpd.supervisor.state_entries import CALL_ID
+from harpd.supervisor.state_files import StateFiles
 from harpd.supervisor.zygote_client import ZygoteClient
 
 log = logging.getLogger("harpd.supervisor")
@@ -110,8 +110,6 @@ _IDLE_EXIT_DELAY = 10.0
 _LEFT_OPEN_DIVISOR = 8
 #: How many cookies of ended calls are stored.
 _MAX_RECENT_COOKIES = 1000
-#: A call's id is the name of a file and an entry of the environment. The frontend uses UUIDs.
-_CALL_ID = re.compile(r"[0-9A-Za-z-]{1,36}")
 
 
 class Supervisor:
@@ -125,12 +123,12 @@ class Supervisor:
         self._bound_sessions: set[BoundSession] = set()
         self._lifeline: socket.socket | None = lifeline
         self._accepting, self._draining, self._retired = False, False, False
-        self._state_dir = StateDir(Path(settings["runtime_directory"]), self._instance)
+        self._state_files = StateFiles(Path(settings["runtime_directory"]), self._instance)
         self._output = OutputCollector(loop, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // _LEFT_OPEN_DIVISOR)
         self._cgroup_directory = settings["cgroup"] or delegated_cgroup()
         self._quota = SpoolQuota(settings["spool_memory"])
         self._registry = CallRegistry(
-            loop, self._instance, settings, self._state_dir, self._quota, self._clean_up_orphans, self._exit_if_done
+            loop, self._instance, settings, self._state_files, self._quota, self._clean_up_orphans, self._exit_if_done
         )
         self._zygote: ZygoteClient | None = None
         self._call_context: CallContext | None = None  # of the present zygote, or of the last one
@@ -155,7 +153,7 @@ class Supervisor:
         """Kill the calls of dead supervisors and adopt their sessions; return whether to repeat that soon."""
         if self._shutting_down:
             return False
-        result = self._state_dir.clean_up()
+        result = self._state_files.clean_up()
         if result.killed:
             log.warning("killed orphaned processes", extra={"processes": result.killed})
         self._registry.adopt_orphans(result.calls, result.stop_reports)
@@ -242,7 +240,7 @@ class Supervisor:
     def _handle_start(self, connection: socket.socket, request: JSONObject, received: bytes) -> None:
         call_id, name = required_string(request, "call"), required_string(request, "procedure")
         arguments = request.payload("arguments")
-        check(_CALL_ID.fullmatch(call_id) is not None, f"call: expected a UUID, got {call_id!r}")
+        check(CALL_ID.fullmatch(call_id) is not None, f"call: expected a UUID, got {call_id!r}")
         check(is_container(arguments, (list, dict)), "arguments: expected an array or an object")
         started = self._start(connection, call_id, name, request, received)
         if isinstance(started, Failed):
@@ -276,9 +274,12 @@ class Supervisor:
         if len(self._calls) + len(zygote.idle_workers) >= settings["max_calls"]:
             zygote.idle_workers.shut_down_oldest()
         try:
+            self._state_files.reserve(call_id)
             call = self._calls[call_id] = session.call = Call(context, call_id, name, session)
         except OSError as error:
             session.discard()
+            self._state_files.remove(call_id)
+            log.error("cannot start call", extra={"call": call_id, "reason": error.strerror})
             return Failed("system_error", f"cannot create a process: {error.strerror}")
         if isinstance(session, BoundSession):
             self._bound_sessions.add(session)
@@ -310,7 +311,7 @@ class Supervisor:
             loop=self._loop,
             zygote=zygote,
             kill_grace=settings["kill_grace"],
-            state_dir=self._state_dir,
+            state_files=self._state_files,
             take_snapshot=self._take_snapshot,
             has_possible_escapes=partial(self._has_possible_escapes, zygote),
             cgroup_directory=self._cgroup_directory,
@@ -434,7 +435,7 @@ class Supervisor:
         while self._shutdown_callbacks:
             self._shutdown_callbacks.pop()()
         self._listener.close()
-        self._state_dir.close()
+        self._state_files.close()
         self._loop.call_later(0, self._loop.stop)
 
     # Processes.

@@ -24,7 +24,8 @@ from harp.protocol.json_text import JSONObject, dumps
 from harpd.supervisor.event_loop import EventLoop
 from harpd.supervisor.resumable_session import ResumableSession, SessionTerms
 from harpd.supervisor.spool import SpoolQuota
-from harpd.supervisor.state_files import CallState, StateDir
+from harpd.supervisor.state_entries import CallState, Purpose
+from harpd.supervisor.state_files import StateFiles
 from harpd.supervisor.tombstones import TombstoneSet
 
 log = logging.getLogger("harpd.supervisor")
@@ -51,7 +52,7 @@ class CallRegistry:
         loop: EventLoop,
         instance: str,
         settings: Mapping[str, Any],
-        state_dir: StateDir,
+        state_files: StateFiles,
         quota: SpoolQuota,
         clean_up_orphans: Callable[[], object],
         on_discarded: Callable[[], None],
@@ -59,7 +60,7 @@ class CallRegistry:
         self._loop = loop
         self._instance = instance
         self.settings = settings
-        self._state_dir = state_dir
+        self._state_files = state_files
         self._notify_discarded = on_discarded
         self._sessions: dict[str, ResumableSession] = {}
         self._tombstones = TombstoneSet(_TOMBSTONE_TTL, loop.now())
@@ -122,10 +123,9 @@ class CallRegistry:
             session = self._add_session(call_id, terms, self._loop.now())
             session.adopt(dumps(stop_reports[call_id]) if call_id in stop_reports else None)
             try:  # so that a later supervisor can report its end
-                self._state_dir.write(call_id, state)
+                self._state_files.write(call_id, state, Purpose.ONLY_REPORT)
             except OSError as error:
-                log.error("cannot write state file", extra={"call": call_id, "reason": str(error)})
-            self._state_dir.mark_ended(call_id)
+                log.error("cannot write state of call", extra={"call": call_id, "reason": str(error)})
 
     def _add_session(self, call_id: str, terms: SessionTerms, contact_at: float) -> ResumableSession:
         session = self._sessions[call_id] = ResumableSession(
@@ -168,7 +168,7 @@ class CallRegistry:
 
     def _on_discarded(self, session: ResumableSession) -> None:
         del self._sessions[session.id]
-        self._state_dir.mark_reported(session.id)
+        self._state_files.mark_reported(session.id)
         self._tombstones.add(session.terms.owner, session.id, self._loop.now())
         self._notify_discarded()
 

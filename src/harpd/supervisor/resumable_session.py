@@ -79,7 +79,7 @@ class SessionTerms:
         """Return the terms that `encode` has stored.
 
         Raises:
-            KeyError, TypeError, ValueError: it is a connection-bound call, or the state file is damaged.
+            KeyError, TypeError, ValueError: it is a connection-bound call, or the state is damaged.
         """
         return cls(
             owner=str(stored["owner"]),

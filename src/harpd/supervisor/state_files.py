@@ -1,58 +1,58 @@
-"""State files of running calls: they let a new supervisor stop and report the calls of one that was killed.
+"""State files: they let a new supervisor stop and report the calls of one that was killed.
 
-Each supervisor has a directory in ``calls/`` of the runtime directory, locked while it lives, with a small file for
-each call. The files are not synced: they have to survive the supervisor, not the machine. When a state file is read, it
-may be old, and its pid may belong to another process. So it counts only until the next boot, and only processes that
-certainly belong to the call are killed.
+Each supervisor has one file in ``calls/`` of the runtime directory, locked while it lives, with an entry for each call.
+It is not synced: it has to survive the supervisor, not the machine. When an entry is read, it may be old, and its pid
+may belong to another process. So it counts only until the next boot, and only processes that certainly belong to the
+call are killed.
 
-A state file has two purposes and is deleted when neither is left: to stop processes of the call, and to report its end
-to its dispatcher. The file's name shows which of them is left:
+An entry has two purposes and is cleared when neither is left: to stop processes of the call, and to report its end to
+its dispatcher. Space is reserved before a call starts. So no later change of an entry can find the disk full.
 
-    CALL                both
-    CALL.reported       processes have to be stopped
-    CALL.ended          the end has to be reported
+The supervisor that finds the file of a dead one keeps it locked until no process of its calls is left. Processes that
+cannot be killed are reported once, as survivors, and every clean-up tries again.
 
-The supervisor that finds the directory of a dead one keeps it locked until no process of its calls is left. Processes
-that cannot be killed are reported once, as survivors, and every clean-up tries again.
+Spec: docs/state-file.md.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
-import json
 import logging
 import os
-import shutil
+import stat
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from harpd.processes.cgroup import Cgroup
-from harpd.processes.cookie import cookie_for
 from harpd.processes.orphans import OrphanedCall, kill_orphans
-from harpd.processes.process_tree import CallTree
+from harpd.supervisor.state_entries import (
+    ENTRY_SIZE,
+    VERSION,
+    CallState,
+    InvalidEntry,
+    Purpose,
+    decode_entry,
+    decode_state,
+    encode_entry,
+    encode_state,
+)
 
 log = logging.getLogger("harpd.supervisor")
 
-#: Suffixes of state files of which only the end has to be reported, or only processes have to be stopped.
-_ENDED, _REPORTED = ".ended", ".reported"
-#: The prefix in the name of a directory that is not locked yet.
-_UNLOCKED = "."
+#: The end of the name of each file; the beginning of the name of a file that is not locked yet.
+_SUFFIX, _UNLOCKED = f".{VERSION}", "."
+#: How many entries are reserved at once, and how many are read at most.
+_GROWTH, _MAX_ENTRIES = 16, 1 << 18
+#: The part of an entry that is overwritten to clear it: purpose and checksum.
+_CLEARED = bytes(10)
 #: Seconds between the scans of a clean-up that finds a dead supervisor: usually all processes die within this time.
 _SCAN_INTERVALS = (0.005, 0.01, 0.02, 0.04)
 #: The shortest time in seconds between two rounds of killing.
 _ROUND_INTERVAL = 0.02
-
-
-@dataclass(frozen=True, slots=True)
-class CallState:
-    """The state of a call: its processes, and its resumable session, as values that JSON can represent."""
-
-    tree: CallTree
-    session: Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,159 +72,237 @@ class CleanupResult:
     again: bool = False
 
 
-class StateDir:
-    """The state files of one supervisor.
+@dataclass(slots=True)
+class _Entry:
+    """A call's place in a state file, and its entry there; no purpose: the place is reserved."""
+
+    number: int
+    content: bytes = b""
+    purpose: Purpose | None = None
+
+
+@dataclass(slots=True)
+class _Orphan:
+    """A call of a dead supervisor of which processes may remain."""
+
+    call: OrphanedCall
+    file: _OpenFile
+    entry: _Entry
+    reported_survivors: bool = False
+
+
+class StateFiles:
+    """The state file of one supervisor, and those of dead ones.
 
     Args:
         runtime_directory: the runtime directory; ``calls`` is created in it.
 
     Raises:
-        OSError: the directory cannot be created.
+        OSError: the file cannot be created.
     """
 
     def __init__(self, runtime_directory: Path, instance: str) -> None:
-        self._all = runtime_directory / "calls"
-        self._all.mkdir(mode=0o700, exist_ok=True)
-        self._directory = self._all / instance
-        unlocked = self._all / (_UNLOCKED + instance)
-        unlocked.mkdir(mode=0o700)
-        self._lock = os.open(unlocked, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        fcntl.flock(self._lock, fcntl.LOCK_EX)
-        unlocked.rename(self._directory)  # no other supervisor has seen it without its lock
+        self._directory = runtime_directory / "calls"
+        self._directory.mkdir(mode=0o700, exist_ok=True)
+        self._file = _OpenFile.create(self._directory, instance)
         self._boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        self._suffixes: dict[str, str] = {}  # of the state files, by call id
-        self._dead: dict[Path, int] = {}  # directories of dead supervisors, with the descriptors that lock them
-        self._pending: list[OrphanedCall] = []
+        self._entries: dict[str, _Entry] = {}
+        self._free: list[int] = []
+        self._dead: dict[str, _OpenFile] = {}  # files of dead supervisors, by name
+        self._orphans: list[_Orphan] = []
         self._last_round = 0.0
 
-    def write(self, call_id: str, state: CallState) -> None:
-        """Write the state file of a call. Raises OSError."""
-        tree = state.tree
-        members = {"boot": self._boot, "pid": tree.pid, "start": tree.start, **state.session}
-        if tree.cgroup is not None:
-            members["cgroup"] = tree.cgroup.path
-        self._suffixes[call_id] = ""
-        descriptor = os.open(call_id, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600, dir_fd=self._lock)
-        with open(descriptor, "wb", buffering=0) as file:
-            file.write(json.dumps(members).encode())
+    # The calls of this supervisor.
+
+    def reserve(self, call_id: str) -> None:
+        """Reserve an entry for a call that is to start.
+
+        Raises:
+            OSError: the file cannot grow; the message has file and reason.
+        """
+        if not self._free:
+            self._free = self._file.grow()
+        self._entries[call_id] = _Entry(self._free.pop())
+
+    def write(self, call_id: str, state: CallState, purpose: Purpose = Purpose.STOP_AND_REPORT) -> None:
+        """Write the entry of a call. Raises OSError."""
+        if call_id not in self._entries:
+            self.reserve(call_id)
+        entry = self._entries[call_id]
+        entry.content, entry.purpose = encode_state(call_id, self._boot, state), purpose
+        self._file.write(entry)
 
     def mark_ended(self, call_id: str) -> None:
         """Record that no process of the call has to be stopped; its end may still have to be reported."""
-        self._mark(call_id, _ENDED, _REPORTED)
+        self._mark(call_id, Purpose.ONLY_REPORT)
 
     def mark_reported(self, call_id: str) -> None:
         """Record that the call's end need not be reported; processes of it may still have to be stopped."""
-        self._mark(call_id, _REPORTED, _ENDED)
+        self._mark(call_id, Purpose.ONLY_STOP)
 
-    def _mark(self, call_id: str, suffix: str, other: str) -> None:
-        """Give a state file a suffix; delete it if it has the other one."""
-        current = self._suffixes.get(call_id)
-        if current == other:
+    def _mark(self, call_id: str, purpose: Purpose) -> None:
+        """Reduce an entry to one purpose; clear it if it had only the other one."""
+        entry = self._entries.get(call_id)
+        if entry is None or entry.purpose is purpose:
+            return
+        if entry.purpose is not Purpose.STOP_AND_REPORT:
             self.remove(call_id)
-        elif current == "":
-            self._suffixes[call_id] = suffix
-            with contextlib.suppress(OSError):
-                os.rename(call_id, call_id + suffix, src_dir_fd=self._lock, dst_dir_fd=self._lock)
+            return
+        entry.purpose = purpose
+        with contextlib.suppress(OSError):
+            self._file.write(entry)
 
     def remove(self, call_id: str) -> None:
-        """Delete a state file: nothing has to be stopped or reported."""
-        suffix = self._suffixes.pop(call_id, None)
-        if suffix is not None:
-            with contextlib.suppress(OSError):
-                os.unlink(call_id + suffix, dir_fd=self._lock)
+        """Clear the entry of a call, if it has one: nothing has to be stopped or reported."""
+        entry = self._entries.pop(call_id, None)
+        if entry is not None:
+            self._free.append(entry.number)
+            if entry.purpose is not None:
+                self._file.clear(entry)
 
     def close(self) -> None:
-        """Delete the state files of ended calls, at a normal exit. The next supervisor reads the files of survivors."""
-        for file in self._directory.glob(f"*{_ENDED}"):
-            with contextlib.suppress(OSError):
-                file.unlink()
-        with contextlib.suppress(OSError):  # survivors are left
-            self._directory.rmdir()
+        """Clear the entries of ended calls, at a normal exit. The next supervisor reads those of survivors."""
+        for call_id in [*self._entries]:
+            if self._entries[call_id].purpose in (Purpose.ONLY_REPORT, None):
+                self.remove(call_id)
+        if not self._entries:
+            self._file.delete()
+
+    # The calls of dead supervisors.
 
     def clean_up(self) -> CleanupResult:
         """Kill the remaining processes of dead supervisors' calls. It blocks for at most some tens of milliseconds."""
         calls: dict[str, CallState] = {}
-        found: list[OrphanedCall] = []
-        for directory in self._find_dead():
-            for file, suffix, state in self._read(directory):
-                call_id = file.name.removesuffix(suffix)
-                if suffix != _REPORTED:
+        found: list[_Orphan] = []
+        for file in self._find_dead():
+            for entry, call_id, state in file.read(self._boot):
+                if entry.purpose is not Purpose.ONLY_STOP:
                     calls[call_id] = state
-                if suffix != _ENDED:
-                    found.append(OrphanedCall(call_id, state.tree, file, to_report=suffix != _REPORTED))
-        self._pending += found
-        killed = self._kill(found)
-        stop_reports = self._update_pending()
-        return CleanupResult(killed, calls, stop_reports, any(call.is_fresh for call in self._pending))
+                if entry.purpose is not Purpose.ONLY_REPORT:
+                    found.append(_Orphan(OrphanedCall(call_id, state.tree), file, entry))
+        self._orphans += found
+        killed = self._kill([orphan.call for orphan in found])
+        stop_reports = self._update_orphans()
+        return CleanupResult(killed, calls, stop_reports, any(orphan.call.is_fresh for orphan in self._orphans))
 
-    def _find_dead(self) -> Iterator[Path]:
-        """Lock the directories of dead supervisors, and yield them."""
-        for directory in sorted(self._all.iterdir()):
-            if directory not in self._dead and not directory.name.startswith(_UNLOCKED):
-                lock = _lock(directory)
-                if lock is not None:
-                    self._dead[directory] = lock
-                    yield directory
-
-    def _read(self, directory: Path) -> Iterator[tuple[Path, str, CallState]]:
-        """Yield the state files of a dead supervisor: file, suffix, state."""
-        for file in list(directory.iterdir()):
-            suffix = file.suffix if file.suffix in (_ENDED, _REPORTED) else ""
-            try:
-                members = json.loads(file.read_text())
-                cgroup = Cgroup(members["cgroup"]) if "cgroup" in members else None
-                cookie = cookie_for(file.name.removesuffix(suffix))
-                tree = CallTree(int(members["pid"]), int(members["start"]), cookie, cgroup)
-                if members["boot"] == self._boot:
-                    yield file, suffix, CallState(tree, members)
-            except (OSError, ValueError, KeyError, TypeError):
-                log.warning("cannot read state file", extra={"call": file.name})
+    def _find_dead(self) -> Iterator[_OpenFile]:
+        """Lock the files of dead supervisors, and yield them."""
+        for name in sorted(os.listdir(self._directory)):
+            if name not in self._dead and name.endswith(_SUFFIX) and not name.startswith(_UNLOCKED):
+                file = _OpenFile.lock_dead(self._directory / name)
+                if file is not None:
+                    self._dead[name] = file
+                    yield file
 
     def _kill(self, found: list[OrphanedCall]) -> int:
-        """Scan for the processes of all pending orphans, and kill them; return how many are new."""
-        if not self._pending or (not found and time.monotonic() - self._last_round < _ROUND_INTERVAL):
+        """Scan for the processes of all orphans, and kill them; return how many are new."""
+        if not self._orphans or (not found and time.monotonic() - self._last_round < _ROUND_INTERVAL):
             return 0
-        killed = kill_orphans(self._pending)
+        calls = [orphan.call for orphan in self._orphans]
+        killed = kill_orphans(calls)
         for interval in _SCAN_INTERVALS:
             if all(call.gone for call in found):
                 break
             time.sleep(interval)
-            killed += kill_orphans(self._pending)
+            killed += kill_orphans(calls)
         self._last_round = time.monotonic()
         return killed
 
-    def _update_pending(self) -> dict[str, Mapping[str, Any]]:
+    def _update_orphans(self) -> dict[str, Mapping[str, Any]]:
         """Update the state files after a round of killing; return the stop reports that result from it."""
         stop_reports: dict[str, Mapping[str, Any]] = {}
-        for call in self._pending:
-            if call.to_report:
-                call.to_report, call.reported_survivors = False, call.survives
+        for orphan in self._orphans:
+            call, entry = orphan.call, orphan.entry
+            if entry.purpose is Purpose.STOP_AND_REPORT:
+                orphan.reported_survivors = call.survives
             elif not call.gone:
                 continue
-            if call.reported_survivors:
+            if orphan.reported_survivors:
                 stop_reports[call.call_id] = call.stop_report()
-            with contextlib.suppress(OSError):
-                if call.gone:
-                    call.file.unlink()
-                else:  # this supervisor reports the end, and writes its own state file for that
-                    call.file = call.file.rename(f"{call.file}{_REPORTED}")
-        self._pending = [call for call in self._pending if not call.gone]
-        in_use = {call.file.parent for call in self._pending}
-        for directory in self._dead.keys() - in_use:
-            shutil.rmtree(directory, ignore_errors=True)
-            os.close(self._dead.pop(directory))
+            if call.gone:
+                orphan.file.clear(entry)
+            else:  # this supervisor reports the end, and has its own entry for that
+                entry.purpose = Purpose.ONLY_STOP
+                with contextlib.suppress(OSError):
+                    orphan.file.write(entry)
+        self._orphans = [orphan for orphan in self._orphans if not orphan.call.gone]
+        in_use = {orphan.file.path.name for orphan in self._orphans}
+        for name in self._dead.keys() - in_use:
+            self._dead.pop(name).delete()
         return stop_reports
 
 
-def _lock(directory: Path) -> int | None:
-    """Lock a supervisor's directory; return None if the supervisor lives, or another one has cleaned up."""
-    try:
-        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except OSError:
+class _OpenFile:
+    """A state file that this process has open and locked."""
+
+    def __init__(self, path: Path, descriptor: int) -> None:
+        self.path = path
+        self._descriptor = descriptor
+        self._reserved = 0
+
+    @classmethod
+    def create(cls, directory: Path, instance: str) -> _OpenFile:
+        """Create the file of this supervisor. No other supervisor sees it without its lock. Raises OSError."""
+        unlocked, path = directory / f"{_UNLOCKED}{instance}", directory / f"{instance}{_SUFFIX}"
+        descriptor = os.open(unlocked, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        unlocked.rename(path)
+        return cls(path, descriptor)
+
+    @classmethod
+    def lock_dead(cls, path: Path) -> _OpenFile | None:
+        """Lock the file of a dead supervisor; None if it lives, if another one has cleaned up, or if it is no file."""
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        except OSError:
+            return None
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if stat.S_ISREG(os.fstat(descriptor).st_mode) and path.exists():
+                return cls(path, descriptor)
+        os.close(descriptor)
         return None
-    with contextlib.suppress(BlockingIOError):
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if directory.exists():
-            return descriptor
-    os.close(descriptor)
-    return None
+
+    def read(self, boot: str) -> Iterator[tuple[_Entry, str, CallState]]:
+        """Yield the valid entries since this boot, each with the id and the state of its call."""
+        invalid: list[str] = []
+        for number in range(min(-(-os.fstat(self._descriptor).st_size // ENTRY_SIZE), _MAX_ENTRIES)):
+            try:
+                found = decode_entry(os.pread(self._descriptor, ENTRY_SIZE, number * ENTRY_SIZE))
+                state = None if found is None else decode_state(found[1], boot)
+            except (InvalidEntry, OSError) as error:
+                invalid.append(str(error))
+                continue
+            if found is not None and state is not None:
+                yield _Entry(number, found[1], found[0]), *state
+        if invalid:
+            fields = {"file": str(self.path), "entries": len(invalid), "reason": invalid[0]}
+            log.warning("cannot read state of calls", extra=fields)
+
+    def grow(self) -> list[int]:
+        """Reserve space for more entries; return their numbers. Raises OSError."""
+        first = self._reserved
+        try:  # reserved, not sparse: a later write would fail on a full disk
+            os.posix_fallocate(self._descriptor, first * ENTRY_SIZE, _GROWTH * ENTRY_SIZE)
+        except OSError as error:
+            raise OSError(error.errno, f"state file {self.path}: {error.strerror}") from error
+        self._reserved += _GROWTH
+        return [*range(first, self._reserved)]
+
+    def write(self, entry: _Entry) -> None:
+        """Write an entry that has a purpose. Raises OSError."""
+        assert entry.purpose is not None
+        data = encode_entry(entry.purpose, entry.content)
+        if len(data) > ENTRY_SIZE:
+            raise OSError(errno.ENAMETOOLONG, f"state file {self.path}: an entry has at most {ENTRY_SIZE} bytes")
+        os.pwrite(self._descriptor, data, entry.number * ENTRY_SIZE)
+
+    def clear(self, entry: _Entry) -> None:
+        """Clear an entry."""
+        with contextlib.suppress(OSError):
+            os.pwrite(self._descriptor, _CLEARED, entry.number * ENTRY_SIZE)
+
+    def delete(self) -> None:
+        """Delete the file, then release its lock."""
+        self.path.unlink(missing_ok=True)
+        os.close(self._descriptor)

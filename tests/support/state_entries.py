@@ -1,0 +1,19 @@
+"""The entries of all state files in a runtime directory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from harp.protocol.json_text import loads
+from harpd.supervisor.state_entries import ENTRY_SIZE, Purpose, decode_entry
+
+
+def read_entries(runtime_directory: Path) -> dict[str, Purpose]:
+    """Return the purposes of all entries in use, by call id."""
+    found: dict[str, Purpose] = {}
+    for file in runtime_directory.glob("calls/*.1"):
+        data = file.read_bytes()
+        for at in range(0, len(data), ENTRY_SIZE):
+            if entry := decode_entry(data[at : at + ENTRY_SIZE]):
+                found[loads(entry[1])["call"]] = entry[0]
+    return found
