@@ -144,7 +144,8 @@ class TLSStream:
 
     async def close(self) -> None:
         """Close the connection; abort it after a deadline."""
-        self._writer.close()
+        if not self._writer.transport.is_closing():
+            self._writer.close()  # a second close makes abort raise AttributeError: asyncio of Python 3.11.2
         with contextlib.suppress(OSError):
             try:
                 async with asyncio.timeout(_CLOSE_TIMEOUT):
