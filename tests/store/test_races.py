@@ -121,7 +121,7 @@ async def test_get_details_during_writes_is_one_snapshot(store: Store) -> None:
 
 async def test_cancelled_awaiter_does_not_affect_other_verbs(store: Store) -> None:
     jobs = [new_job() for _ in range(50)]
-    tasks = [asyncio.create_task(store.add_job(job, 1.0)) for job in jobs]
+    tasks = [asyncio.ensure_future(store.add_job(job, 1.0)) for job in jobs]
     await asyncio.sleep(0)
     for task in tasks[::2]:
         task.cancel()

@@ -125,7 +125,7 @@ async def test_failed_verb_leaves_no_partial_change(tmp_path: Path) -> None:
 
 async def test_verbs_after_close_raise_storage_error(tmp_path: Path) -> None:
     store = await open_store(tmp_path)
-    waiting = [asyncio.create_task(store.add_job(new_job(), 1.0)) for _ in range(5)]
+    waiting = [asyncio.ensure_future(store.add_job(new_job(), 1.0)) for _ in range(5)]
     await asyncio.sleep(0)
     await store.close()
     await asyncio.gather(*waiting)

@@ -19,9 +19,10 @@ from harp.protocol.ends import Returned
 from harp.protocol.json_text import Raw
 from harpcaller.model.jobs import TRANSITIONS, JobMetadata, Records, State, StopState
 from harpcaller.store import StorageError
-from harpcaller.store.sqlite import FILE_NAME, SQLiteStore, file, open_store, pruning, reads, sql, writes
+from harpcaller.store.sqlite import FILE_NAME, SQLiteStore, file, open_store, pruning, reads, sql
 from harpcaller.store.sqlite.file import connect
 from harpcaller.store.sqlite.sql import MIGRATIONS, QUERIES
+from harpcaller.store.sqlite.writes import Writes
 from support.jobs import ENDS, claimed, job_in, new_id, new_job, records
 
 
@@ -324,8 +325,7 @@ class Anything(dict[str, int]):
 def test_statement_plan_does_not_scan_ended_jobs(database: sqlite3.Connection, name: str) -> None:
     given = (1,) * QUERIES[name].count("?") or Anything()
     plan = [row[3] for row in database.execute("EXPLAIN QUERY PLAN " + QUERIES[name], given)]
-    of_jobs = ("jobs_not_ended", "jobs_queued_of_lane", "jobs_holding_on_host", "jobs_holding_of_lane")
-    of_few = (*of_jobs, "lanes_with_room", "lanes", "identity")
+    of_few = ("jobs_queued", "jobs_queued_of_lane", "jobs_holding", "queues", "identity")
     for step in plan:
         if step.startswith("SCAN"):
             assert step.split()[-1] in of_few or "CONSTANT ROW" in step, plan
@@ -339,11 +339,11 @@ def test_list_statement_reads_an_index_in_order(database: sqlite3.Connection, na
         "": {"PRIMARY KEY (rowid"},
         "_of_host": {"INDEX jobs_of_host (host=? AND rowid"},
         "_of_lane": {"INDEX jobs_of_queue (lane=? AND rowid"},
-        "_not_ended": {"INDEX jobs_not_ended (seq"},
-        "_not_ended_of_host": {"COVERING INDEX jobs_not_ended (seq"},
+        "_not_ended": {"COVERING INDEX jobs_queued (seq", "COVERING INDEX jobs_holding (seq"},
+        "_not_ended_of_host": {"COVERING INDEX jobs_queued (seq", "COVERING INDEX jobs_holding (seq"},
         "_not_ended_of_lane": {
             "COVERING INDEX jobs_queued_of_lane (lane=? AND state=? AND seq",
-            "INDEX jobs_holding_of_lane (lane=? AND holds_slot=? AND seq",
+            "COVERING INDEX jobs_holding (seq",
         },
     }
     beyond = "<" if name.startswith("list_newest") else ">"
@@ -403,8 +403,10 @@ async def instructions_of_a_claim(directory: Path, waiting: int) -> int:
         count += 1
 
     with closing(connect(directory / FILE_NAME)) as connection:
+        writes = Writes(connection)
+        writes.claim_jobs(1.0, 0, 3)  # reads the queued jobs
         connection.set_progress_handler(step, 1)
-        assert len(writes.claim_jobs(connection, 1.0, 1, 3)) == 1
+        assert len(writes.claim_jobs(1.0, 1, 3)) == 1
         connection.set_progress_handler(None, 0)
     return count
 
@@ -417,8 +419,8 @@ async def test_claim_cost_does_not_depend_on_queued_jobs(tmp_path: Path) -> None
 
 def test_queue_position_is_counted_in_covering_indexes(database: sqlite3.Connection) -> None:
     plan = [row[3] for row in database.execute("EXPLAIN QUERY PLAN " + QUERIES["queue_position"], Anything())]
-    for index in ("jobs_queued_of_lane", "jobs_holding_of_lane", "jobs_holding_on_host"):
-        assert any(f"COVERING INDEX {index} " in step for step in plan), plan
+    for index in ("jobs_queued_of_lane", "jobs_holding"):
+        assert any(f"COVERING INDEX {index}" in step for step in plan), plan
 
 
 async def test_append_records_with_small_records_shares_rows(tmp_path: Path, store: SQLiteStore) -> None:
@@ -508,5 +510,5 @@ async def test_prune_jobs_deletes_records_orphaned_by_a_crash(tmp_path: Path) ->
     assert await store.prune_jobs(0.0, 10) == 0
     await store.close()
     with closing(connect(tmp_path / FILE_NAME)) as connection:
-        for table in ("jobs", "calls", "ends", "job_metadata", "records", "orphaned_records", "lanes"):
+        for table in ("jobs", "calls", "outcomes", "records", "orphaned_records", "queues"):
             assert connection.execute(f"SELECT count(*) FROM {table}").fetchall() == [(0,)], table

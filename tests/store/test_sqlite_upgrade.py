@@ -189,8 +189,8 @@ async def test_upgraded_schema_equals_a_new_one(tmp_path: Path, store: SQLiteSto
 
 @pytest.mark.parametrize(
     ("version", "written"),
-    [(2, 3), (3, 0), (4, len(METADATA))],
-    ids=["2: the running ones", "3: none", "4: their metadata"],
+    [(2, 3), (3, 0), (4, len(METADATA)), (5, 1 + 5)],
+    ids=["2: the running ones", "3: none", "4: their metadata", "5: their ends and a queue"],
 )
 def test_upgrade_writes_no_old_job_again(tmp_path: Path, version: int, written: int) -> None:
     write_version(version - 1, tmp_path)

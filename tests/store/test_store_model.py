@@ -67,9 +67,12 @@ class Comparison(RuleBasedStateMachine):
     def both(self, verb: str, *args: object, **options: object) -> Any:
         """Return the outcome of both, a value or the type of an exception; they must be equal."""
         expected = self.outcome(lambda: getattr(self.model, verb)(*args, **options))
-        outcome = self.outcome(lambda: self.runner.run(getattr(self.store, verb)(*args, **options)))
+        outcome = self.outcome(lambda: self.runner.run(self.called(verb, *args, **options)))
         assert outcome == expected
         return outcome
+
+    async def called(self, verb: str, *args: object, **options: object) -> Any:
+        return await getattr(self.store, verb)(*args, **options)
 
     def outcome(self, asked: Any) -> Any:
         try:

@@ -8,7 +8,7 @@ whose awaiter is cancelled may complete all the same. A backend passes the confo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -55,16 +55,16 @@ class QueueStatus:
 class Store(Protocol):
     """The storage of jobs, their records and their ends."""
 
-    async def add_job(self, job: NewJob, now: float) -> None:
+    def add_job(self, job: NewJob, now: float) -> Awaitable[None]:
         """Store a queued job; it is on stable storage when this returns. Create its queue if it does not exist.
 
         Raises `ValueError` if a job with this id exists.
         """
 
-    async def add_jobs(self, jobs: Sequence[NewJob], now: float) -> None:
+    def add_jobs(self, jobs: Sequence[NewJob], now: float) -> Awaitable[None]:
         """Store queued jobs in this order, all or none, as `add_job` does."""
 
-    async def claim_jobs(self, now: float, limit: int, max_calls_per_host: int) -> list[Job]:
+    def claim_jobs(self, now: float, limit: int, max_calls_per_host: int) -> Awaitable[list[Job]]:
         """Assign slots to at most `limit` queued jobs in the order of submission; return them as running jobs.
 
         The jobs of a queue that hold a slot stay within its concurrency, and its jobs start first in, first out. The
@@ -72,13 +72,13 @@ class Store(Protocol):
         before it was submitted, whatever `now` is.
         """
 
-    async def append_records(self, job_id: str, first: int, records: Records) -> bool:
+    def append_records(self, job_id: str, first: int, records: Records) -> Awaitable[bool]:
         """Append records numbered from `first`; return False if the job is not running or has not `first` records.
 
         Raises `ValueError` if a record has no time or contains a line feed.
         """
 
-    async def finish_job(
+    def finish_job(
         self,
         job_id: str,
         end: End,
@@ -87,31 +87,33 @@ class Store(Protocol):
         stop: StopState | None = None,
         keep_slot: bool = False,
         metadata: JobMetadata = NO_METADATA,
-    ) -> bool:
+    ) -> Awaitable[bool]:
         """Store the end of a job and its metadata, and release its slot unless `keep_slot` is set.
 
         Returns False, and stores nothing, if the job has ended or is unknown. Raises `ValueError` for an end that may
         not follow the job's state: a queued job cannot return, keep a slot or be stopped.
         """
 
-    async def cancel_job(self, job_id: str, now: float, stop_request: Raw | None = None) -> State | None:
+    def cancel_job(self, job_id: str, now: float, stop_request: Raw | None = None) -> Awaitable[State | None]:
         """Store the end `Cancelled`; return the state before, or None if the job has ended or is unknown.
 
         `stop_request` is stored as metadata. A job that was running keeps its slot, and its stop is pending.
         """
 
-    async def cancel_queue(self, queue: Raw, now: float, stop_request: Raw | None = None) -> list[tuple[str, State]]:
+    def cancel_queue(
+        self, queue: Raw, now: float, stop_request: Raw | None = None
+    ) -> Awaitable[list[tuple[str, State]]]:
         """Cancel all jobs of a queue in one transaction, as `cancel_job`; return id and state before of each."""
 
-    async def finalize_stop(
+    def finalize_stop(
         self, job_id: str, stop: StopState, *, keep_slot: bool = False, metadata: JobMetadata = NO_METADATA
-    ) -> bool:
+    ) -> Awaitable[bool]:
         """Store the outcome of a job's stop and its metadata, and release its slot unless `keep_slot` is set.
 
         Returns False, and stores nothing, if the job has not ended, holds no slot or is unknown.
         """
 
-    async def update_metadata(self, job_id: str, metadata: JobMetadata) -> bool:
+    def update_metadata(self, job_id: str, metadata: JobMetadata) -> Awaitable[bool]:
         """Store the metadata that is not None, whatever the job's state; return False if the job is unknown."""
 
     async def list_slot_holders(self) -> list[Job]:

@@ -14,9 +14,10 @@ from queue import SimpleQueue
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from harpcaller.store import StorageError
-from harpcaller.store.sqlite import pruning, reads, writes
+from harpcaller.store.sqlite import pruning, reads
 from harpcaller.store.sqlite.file import FILE_NAME, connect, lock, prepare, storage_errors
 from harpcaller.store.sqlite.writer import Writer
+from harpcaller.store.sqlite.writes import Writes
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -41,16 +42,28 @@ async def open_store(directory: Path) -> SQLiteStore:
 
 
 def _writes(
-    verb: Callable[Concatenate[sqlite3.Connection, P], T], last: bool = False
-) -> Callable[Concatenate[SQLiteStore, P], Coroutine[Any, Any, T]]:
+    verb: Callable[Concatenate[Writes, P], T], last: bool = False
+) -> Callable[Concatenate[SQLiteStore, P], asyncio.Future[T]]:
     """Return a method that runs a verb in the writing thread; with `last`, after the others of its batch."""
 
     @wraps(verb)
-    async def method(self: SQLiteStore, /, *args: P.args, **kwargs: P.kwargs) -> T:
+    def method(self: SQLiteStore, /, *args: P.args, **kwargs: P.kwargs) -> asyncio.Future[T]:
         self._check_open()
-        return await self._writer.run(lambda db: verb(db, *args, **kwargs), last)
+        return self._writer.run(lambda writes: verb(writes, *args, **kwargs), last)
 
     return method
+
+
+def _prunes(
+    step: Callable[Concatenate[sqlite3.Connection, P], T],
+) -> Callable[Concatenate[SQLiteStore, P], asyncio.Future[T]]:
+    """Return a method that runs a step of pruning in the writing thread."""
+
+    def run_step(writes: Writes, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        writes.flush()
+        return step(writes.db, *args, **kwargs)
+
+    return _writes(run_step)
 
 
 def _reads(
@@ -84,15 +97,15 @@ class SQLiteStore:
                 self._writer = Writer(path, connect(path), loop)
             self._resources = stack.pop_all()
 
-    add_job = _writes(writes.add_job)
-    add_jobs = _writes(writes.add_jobs)
-    claim_jobs = _writes(writes.claim_jobs, last=True)
-    append_records = _writes(writes.append_records)
-    finish_job = _writes(writes.finish_job)
-    cancel_job = _writes(writes.cancel_job)
-    cancel_queue = _writes(writes.cancel_queue)
-    finalize_stop = _writes(writes.finalize_stop)
-    update_metadata = _writes(writes.update_metadata)
+    add_job = _writes(Writes.add_job)
+    add_jobs = _writes(Writes.add_jobs)
+    claim_jobs = _writes(Writes.claim_jobs, last=True)
+    append_records = _writes(Writes.append_records)
+    finish_job = _writes(Writes.finish_job)
+    cancel_job = _writes(Writes.cancel_job)
+    cancel_queue = _writes(Writes.cancel_queue)
+    finalize_stop = _writes(Writes.finalize_stop)
+    update_metadata = _writes(Writes.update_metadata)
     list_slot_holders = _reads(reads.list_slot_holders)
     get_job = _reads(reads.get_job)
     get_details = _reads(reads.get_details)
@@ -101,9 +114,9 @@ class SQLiteStore:
     list_jobs = _reads(reads.list_jobs)
     list_queues = _reads(reads.list_queues)
 
-    _delete_jobs = _writes(pruning.delete_jobs)
-    _delete_orphaned_records = _writes(pruning.delete_orphaned_records)
-    _release_free_pages = _writes(pruning.release_free_pages)
+    _delete_jobs = _prunes(pruning.delete_jobs)
+    _delete_orphaned_records = _prunes(pruning.delete_orphaned_records)
+    _release_free_pages = _prunes(pruning.release_free_pages)
     _checkpoint = _reads(pruning.checkpoint)
 
     async def prune_jobs(self, ended_before: float, limit: int) -> int:

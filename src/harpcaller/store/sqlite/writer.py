@@ -17,13 +17,13 @@ import sqlite3
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from harpcaller.store.sqlite.file import storage_errors
+from harpcaller.store.sqlite.writes import Writes
 
 T = TypeVar("T")
 
@@ -31,9 +31,8 @@ T = TypeVar("T")
 _MAX_MEMBERS = 500
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Member:
-    verb: Callable[[sqlite3.Connection], Any]
+class _Member(NamedTuple):
+    verb: Callable[[Writes], Any]
     future: asyncio.Future[Any]
     last: bool
 
@@ -50,6 +49,7 @@ class Writer:
     def __init__(self, path: Path, connection: sqlite3.Connection, loop: asyncio.AbstractEventLoop) -> None:
         self._path = path
         self._connection = connection
+        self._writes = Writes(connection)
         self._loop = loop
         self._next_members: list[_Member] = []  # called in this turn of the loop
         self._queue: SimpleQueue[Sequence[_Member]] = SimpleQueue()  # an empty one ends the thread
@@ -57,20 +57,20 @@ class Writer:
         self._thread = threading.Thread(target=self._run_batches, name="store-writer", daemon=True)
         self._thread.start()
 
-    async def run(self, verb: Callable[[sqlite3.Connection], T], last: bool = False) -> T:
-        """Run a verb within a transaction and return its result; its changes are on stable storage then.
+    def run(self, verb: Callable[[Writes], T], last: bool = False) -> asyncio.Future[T]:
+        """Run a verb within a transaction. Called in the loop's thread.
 
         With `last` it runs after the other members of its batch, to see their changes.
 
-        Raises:
-            StorageError: the transaction failed; nothing was changed.
-            Exception: the verb raised this; its changes were undone.
+        Returns:
+            A future of the verb's result; its changes are on stable storage then. It raises `StorageError` if the
+            transaction failed and nothing was changed, or what the verb raised if its changes were undone.
         """
         if not self._next_members:
             self._loop.call_soon(self._flush)
         future: asyncio.Future[T] = self._loop.create_future()
         self._next_members.append(_Member(verb, future, last))
-        return await future
+        return future
 
     def _flush(self) -> None:
         """Pass the verbs that were called in this turn of the loop to the thread: one batch, and one wakeup."""
@@ -114,7 +114,8 @@ class Writer:
             with storage_errors(self._path):
                 try:
                     self._connection.execute("BEGIN IMMEDIATE")
-                    outcomes = [member.verb(self._connection) for member in batch]
+                    outcomes = [member.verb(self._writes) for member in batch]
+                    self._writes.flush()
                 except Exception:  # noqa: BLE001 - the failed member is found by running each in a savepoint
                     self._roll_back()
                     self._connection.execute("BEGIN IMMEDIATE")
@@ -130,16 +131,19 @@ class Writer:
         self._connection.execute("SAVEPOINT member")
         try:
             with storage_errors(self._path):
-                outcome = member.verb(self._connection)
+                outcome = member.verb(self._writes)
+                self._writes.flush()
         except Exception as error:
             if not self._connection.in_transaction:  # SQLite has rolled back everything
                 raise
             self._connection.execute("ROLLBACK TO member")
+            self._writes.forget()
             outcome = error
         self._connection.execute("RELEASE member")
         return outcome
 
     def _roll_back(self) -> None:
+        self._writes.forget()
         with suppress(sqlite3.Error):
             if self._connection.in_transaction:
                 self._connection.execute("ROLLBACK")

@@ -1,14 +1,20 @@
-"""The verbs of `Store` that write, as functions on the writing connection, within a transaction of the writer.
+"""The verbs of `Store` that write, on the writing connection, within a transaction of the writer.
 
-No other connection writes at the same time, so everything that a verb has read is valid until it returns.
+Theory of operation. A verb decides in memory (`active`) and reads nothing back. New jobs and ends are collected, and
+inserted together when the transaction is complete (`Writes.flush`): a job that a claim of the same transaction starts
+is inserted as a running one, once. A verb that needs rows from the file flushes first. Writes are guarded: if the file
+differs from what is in memory, they change nothing and the transaction fails. After a rollback the writer calls
+`Writes.forget`, and the memory is read anew.
 """
 
 from __future__ import annotations
 
 import sqlite3
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any
 
 from harp.protocol.ends import Cancelled, End
 from harp.protocol.json_text import Raw
@@ -24,11 +30,11 @@ from harpcaller.model.jobs import (
     StopState,
     state_of,
 )
-from harpcaller.model.lanes import Head, host_lane, queue_lane, startable_jobs
+from harpcaller.model.lanes import host_lane, queue_lane
+from harpcaller.store.sqlite.active import ActiveJob, ActiveJobs, Lane
 from harpcaller.store.sqlite.rows import (
     ENTRY_BYTES,
     decode_job,
-    decode_name,
     encode_end_body,
     encode_name,
     join_records,
@@ -41,47 +47,283 @@ _GROWING_CHUNK_BYTES = 2048
 # A chunk of this size gets no further record.
 _MAX_CHUNK_BYTES = 65536
 
-
-class _JobState(NamedTuple):
-    seq: int
-    state: State
-    records: int
-    holds_slot: bool
+# The lanes of short names are remembered.
+_SHORT_NAME = 256
+_host_lane = lru_cache(1024)(host_lane)
+_queue_lane = lru_cache(1024)(queue_lane)
 
 
-def _find_job(db: sqlite3.Connection, job_id: str) -> _JobState | None:
-    for seq, state, records, holds_slot in db.execute(QUERIES["find_job"], {"id": job_id}).fetchall():
-        return _JobState(seq, State(state), records, bool(holds_slot))
-    return None
+def _lane_of(job: NewJob) -> str:
+    if job.queue is not None:
+        return _queue_lane(job.queue) if len(job.queue) <= _SHORT_NAME else queue_lane(job.queue)
+    return _host_lane(job.host) if len(job.host) <= _SHORT_NAME else host_lane(job.host)
 
 
-def add_job(db: sqlite3.Connection, job: NewJob, now: float) -> None:
-    add_jobs(db, (job,), now)
+@dataclass(slots=True)
+class _Added:
+    """A job that is to be inserted; `started` is None if it is queued."""
+
+    job: NewJob
+    lane: str
+    submitted: float
+    started: float | None = None
 
 
-def add_jobs(db: sqlite3.Connection, jobs: Sequence[NewJob], now: float) -> None:
-    # Tuples in the order of the columns, because there may be many.
-    lanes: dict[str, tuple[Any, ...]] = {}
-    added: list[tuple[Any, ...]] = []
-    for job in jobs:
+class Writes:
+    """The verbs, and what they have collected for the current transaction.
+
+    Args:
+        db: the only connection that writes.
+    """
+
+    def __init__(self, db: sqlite3.Connection) -> None:
+        self.db = db
+        self._cache: ActiveJobs | None = None
+        self._added: dict[int, _Added] = {}  # by sequence number
+        self._ended: list[tuple[Any, ...]] = []
+        self._outcomes: list[tuple[Any, ...]] = []
+
+    # The transaction.
+
+    @property
+    def _active(self) -> ActiveJobs:
+        if self._cache is None:
+            self._cache = ActiveJobs(self.db)
+        return self._cache
+
+    def forget(self) -> None:
+        """Drop what is in memory, because the transaction, or the last part of it, was rolled back."""
+        self._cache = None
+        self._added.clear()
+        self._ended.clear()
+        self._outcomes.clear()
+
+    def flush(self) -> None:
+        """Insert what was collected.
+
+        Raises:
+            ValueError: a job with one of the new ids exists.
+        """
+        if self._added:
+            self._insert_jobs()
+            self._added.clear()
+        if self._ended:
+            self._execute_guarded(QUERIES["end_job"], self._ended)
+            self._ended.clear()
+        if self._outcomes:
+            self.db.executemany(QUERIES["add_outcome"], self._outcomes)
+            self._outcomes.clear()
+
+    def _insert_jobs(self) -> None:
+        jobs = [_job_row(seq, added) for seq, added in self._added.items()]
+        try:
+            _insert(self.db, QUERIES["add_job"], jobs)
+        except sqlite3.IntegrityError as error:
+            if error.sqlite_errorname != "SQLITE_CONSTRAINT_UNIQUE":
+                raise
+            which = jobs[0][1] if len(jobs) == 1 else "with one of these ids"
+            raise ValueError(f"a job {which} exists already") from error
+        _insert(self.db, QUERIES["add_call"], [_call_row(seq, added.job) for seq, added in self._added.items()])
+
+    def _execute_guarded(self, statement: str, rows: Sequence[tuple[Any, ...]]) -> None:
+        """Run a statement that changes one row for each tuple."""
+        if self.db.executemany(statement, rows).rowcount != len(rows):
+            raise RuntimeError(f"the file differs from the jobs in memory: {statement}")
+
+    # Submission and claims.
+
+    def add_job(self, job: NewJob, now: float) -> None:
+        """See `Store.add_job`."""
+        self.add_jobs((job,), now)
+
+    def add_jobs(self, jobs: Sequence[NewJob], now: float) -> None:
+        """See `Store.add_jobs`."""
+        active = self._active
+        for job in jobs:
+            key = _lane_of(job)
+            lane = active.lanes.get(key) or self._add_lane(key, job)
+            self._added[active.add_queued(lane)] = _Added(job, key, now)
+
+    def _add_lane(self, key: str, job: NewJob) -> Lane:
         if job.queue is None:
-            lane, concurrency = host_lane(job.host), None
+            return self._active.add_lane(key, None)
+        concurrency = min(job.concurrency, MAX_INTEGER)
+        self.db.execute(QUERIES["add_queue"], (key, job.queue, concurrency))
+        return self._active.add_lane(key, concurrency)
+
+    def _remove_lane_if_empty(self, lane: Lane) -> None:
+        if lane.is_empty:
+            del self._active.lanes[lane.key]
+            if lane.concurrency is not None:
+                self.db.execute(QUERIES["delete_queue"], (lane.key,))
+
+    def claim_jobs(self, now: float, limit: int, max_calls_per_host: int) -> list[Job]:
+        """See `Store.claim_jobs`."""
+        active = self._active
+        claimed: list[Job] = []
+        for seq, lane in active.startable_jobs(self._host_of, limit=limit, max_calls_per_host=max_calls_per_host):
+            job = self._start(seq, lane, now)
+            active.give_slot(job.id, seq, lane, job.host)
+            claimed.append(job)
+        return claimed
+
+    def _host_of(self, seq: int, lane: Lane) -> str:
+        """Return the host of the head of a lane, and keep the job for its start."""
+        if added := self._added.get(seq):
+            return added.job.host
+        if lane.head_job is None:
+            [row] = self.db.execute(QUERIES["get_job_by_seq"], {"seq": seq}).fetchall()
+            lane.head_job = decode_job(row)
+        return lane.head_job.host
+
+    def _start(self, seq: int, lane: Lane, now: float) -> Job:
+        """Start the head of a lane; `now` may be before its submission, because claims run last."""
+        if added := self._added.get(seq):
+            added.started = max(now, added.submitted)
+            return _running_job(added.job, added.submitted, added.started)
+        waiting = lane.head_job
+        assert waiting is not None
+        started = max(now, waiting.submitted)
+        self._execute_guarded(QUERIES["start_job"], [(started, seq)])
+        return _running_job(waiting, waiting.submitted, started)
+
+    # Records.
+
+    def append_records(self, job_id: str, first: int, records: Records) -> bool:
+        """See `Store.append_records`."""
+        if len(records.values) != len(records.timestamps):
+            raise ValueError(f"{len(records.values)} records and {len(records.timestamps)} times: expected one each")
+        job = self._active.slot_holders.get(job_id)
+        if job is None or job.state is not State.RUNNING or job.records != first:
+            return False
+        if job.seq in self._added:
+            self.flush()
+        for chunk in _chunks(records):
+            self._append_chunk(job, chunk)
+        self._execute_guarded(QUERIES["count_records"], [(job.records, job.seq)])
+        return True
+
+    def _append_chunk(self, job: ActiveJob, records: Records) -> None:
+        joined = join_records(records.values)
+        if job.chunk is None:
+            first, count, timestamps = job.records, len(records), join_timestamps(b"", records.timestamps)
+            self.db.execute(QUERIES["add_chunk"], (job.seq, first, count, joined, timestamps))
         else:
-            lane, concurrency = queue_lane(job.queue), min(job.concurrency, MAX_INTEGER)
-        lanes.setdefault(lane, (lane, job.queue, concurrency))
-        added.append((job.id, lane, encode_name(job.host), now))
-    db.executemany(QUERIES["add_lane"], lanes.values())
-    try:
-        _insert(db, QUERIES["add_job"], added)
-    except sqlite3.IntegrityError as error:
-        if error.sqlite_errorname != "SQLITE_CONSTRAINT_UNIQUE":
-            raise
-        which = jobs[0].id if len(jobs) == 1 else "with one of these ids"
-        raise ValueError(f"a job {which} exists already") from error
-    # No other job was added meanwhile, so theirs are the last sequence numbers, without a gap.
-    [(last,)] = db.execute(QUERIES["last_seq"]).fetchall()
-    calls = [_call(seq, job) for seq, job in enumerate(jobs, last - len(jobs) + 1)]
-    _insert(db, QUERIES["add_call"], calls)
+            first, count, stored, times = job.chunk
+            joined = stored + b"\n" + joined
+            count, timestamps = count + len(records), join_timestamps(times, records.timestamps)
+            self.db.execute(QUERIES["grow_chunk"], (count, joined, timestamps, job.seq, first))
+        job.records += len(records)
+        may_grow = len(joined) + len(timestamps) < _GROWING_CHUNK_BYTES
+        job.chunk = (first, count, joined, timestamps) if may_grow else None
+
+    # Ends.
+
+    def finish_job(
+        self,
+        job_id: str,
+        end: End,
+        now: float,
+        *,
+        stop: StopState | None = None,
+        keep_slot: bool = False,
+        metadata: JobMetadata = NO_METADATA,
+    ) -> bool:
+        """See `Store.finish_job`."""
+        job = self._find_unended(job_id)
+        if job is None:
+            return False
+        if state_of(end) not in TRANSITIONS[job.state]:
+            raise ValueError(f"job {job_id} is {job.state}: it cannot have been {state_of(end)}")
+        if job.state is State.QUEUED and (keep_slot or stop is not None):
+            raise ValueError(f"job {job_id} is {job.state}: it has no slot to keep, and no process to stop")
+        self._end(job_id, job, end, now, stop, keep_slot, metadata)
+        return True
+
+    def cancel_job(self, job_id: str, now: float, stop_request: Raw | None = None) -> State | None:
+        """See `Store.cancel_job`."""
+        job = self._find_unended(job_id)
+        return None if job is None else self._cancel(job_id, job, now, stop_request)
+
+    def cancel_queue(self, queue: Raw, now: float, stop_request: Raw | None = None) -> list[tuple[str, State]]:
+        """See `Store.cancel_queue`."""
+        self.flush()
+        lane = self._active.lanes.get(queue_lane(queue))
+        if lane is None:
+            return []
+        rows = self.db.execute(QUERIES["not_ended_of_lane"], {"lane": lane.key}).fetchall()
+        holders = self._active.slot_holders
+        jobs = [(job_id, holders.get(job_id) or ActiveJob(seq, lane)) for seq, job_id in rows]
+        return [(job_id, self._cancel(job_id, job, now, stop_request)) for job_id, job in jobs]
+
+    def _find_unended(self, job_id: str) -> ActiveJob | None:
+        job = self._active.slot_holders.get(job_id)
+        if job is not None:
+            return None if job.state in ENDED else job
+        self.flush()
+        for seq, key in self.db.execute(QUERIES["find_queued_job"], (job_id,)).fetchall():
+            return ActiveJob(seq, self._active.lanes[key])
+        return None
+
+    def _cancel(self, job_id: str, job: ActiveJob, now: float, stop_request: Raw | None) -> State:
+        """Store the end `Cancelled`; return the state before."""
+        before = job.state
+        running = before is State.RUNNING
+        stop = StopState.PENDING if running else None
+        self._end(job_id, job, Cancelled(), now, stop, running, JobMetadata(stop_request=stop_request))
+        return before
+
+    def _end(
+        self,
+        job_id: str,
+        job: ActiveJob,
+        end: End,
+        now: float,
+        stop: StopState | None,
+        keep_slot: bool,
+        metadata: JobMetadata,
+    ) -> None:
+        if job.state is State.QUEUED:
+            self._active.remove_queued(job.seq, job.lane)
+        elif not keep_slot:
+            self._active.release_slot(job_id)
+        self._remove_lane_if_empty(job.lane)
+        job.state = state_of(end)
+        self._ended.append((job.state, now, stop, keep_slot, job.seq))
+        self._add_outcome(job.seq, encode_end_body(end), metadata)
+
+    def _add_outcome(self, seq: int, body: bytes | None, metadata: JobMetadata) -> None:
+        if body is not None or metadata != NO_METADATA:
+            call, exit_info = metadata.call, metadata.exit_info
+            self._outcomes.append((seq, body, call, metadata.stop_request, metadata.stop_report, exit_info))
+
+    def finalize_stop(
+        self,
+        job_id: str,
+        stop: StopState,
+        *,
+        keep_slot: bool = False,
+        metadata: JobMetadata = NO_METADATA,
+    ) -> bool:
+        """See `Store.finalize_stop`."""
+        job = self._active.slot_holders.get(job_id)
+        if job is None or job.state not in ENDED:
+            return False
+        self.flush()
+        self._execute_guarded(QUERIES["finalize_stop"], [(stop, keep_slot, job.seq)])
+        if not keep_slot:
+            self._active.release_slot(job_id)
+            self._remove_lane_if_empty(job.lane)
+        self._add_outcome(job.seq, None, metadata)
+        return True
+
+    def update_metadata(self, job_id: str, metadata: JobMetadata) -> bool:
+        """See `Store.update_metadata`."""
+        self.flush()
+        for (seq,) in self.db.execute(QUERIES["find_job"], (job_id,)).fetchall():
+            self._add_outcome(seq, None, metadata)
+            return True
+        return False
 
 
 def _insert(db: sqlite3.Connection, statement: str, rows: list[tuple[Any, ...]]) -> None:
@@ -93,40 +335,35 @@ def _insert(db: sqlite3.Connection, statement: str, rows: list[tuple[Any, ...]])
         db.executemany(statement, rows[-rest:])
 
 
-def _call(seq: int, job: NewJob) -> tuple[Any, ...]:
+def _job_row(seq: int, added: _Added) -> tuple[Any, ...]:
+    running = added.started is not None
+    state = State.RUNNING if running else State.QUEUED
+    return seq, added.job.id, added.lane, encode_name(added.job.host), state, added.submitted, added.started, running
+
+
+def _call_row(seq: int, job: NewJob) -> tuple[Any, ...]:
     procedure = encode_name(job.procedure)
     return seq, procedure, job.arguments, float(job.timeout), float(job.max_exec_time), job.queue, job.info
 
 
-def claim_jobs(db: sqlite3.Connection, now: float, limit: int, max_calls_per_host: int) -> list[Job]:
-
-    def next_head(seq: int) -> Head | None:
-        rows = db.execute(QUERIES["next_head"], {"seq": seq}).fetchall()
-        return Head(rows[0][0], decode_name(rows[0][1])) if rows else None
-
-    def count_held_slots(host: str) -> int:
-        [(held,)] = db.execute(QUERIES["holding_on_host"], {"host": encode_name(host)}).fetchall()
-        return int(held)
-
-    claimed: list[Job] = []
-    for head in startable_jobs(next_head, count_held_slots, limit=limit, max_calls_per_host=max_calls_per_host):
-        db.execute(QUERIES["start_job"], {"seq": head.seq, "now": now})
-        [row] = db.execute(QUERIES["get_job_by_seq"], {"seq": head.seq}).fetchall()
-        claimed.append(decode_job(row))
-    return claimed
-
-
-def append_records(db: sqlite3.Connection, job_id: str, first: int, records: Records) -> bool:
-    if len(records.values) != len(records.timestamps):
-        raise ValueError(f"{len(records.values)} records and {len(records.timestamps)} times: expected one each")
-    job = _find_job(db, job_id)
-    if job is None or job.state is not State.RUNNING or job.records != first:
-        return False
-    for chunk in _chunks(records):
-        _append_chunk(db, job.seq, first, chunk)
-        first += len(chunk)
-    db.execute(QUERIES["count_records"], {"seq": job.seq, "records": first})
-    return True
+def _running_job(job: NewJob | Job, submitted: float, started: float) -> Job:
+    return Job(
+        id=job.id,
+        state=State.RUNNING,
+        host=job.host,
+        procedure=job.procedure,
+        arguments=job.arguments,
+        timeout=float(job.timeout),
+        max_exec_time=float(job.max_exec_time),
+        queue=job.queue,
+        info=job.info,
+        submitted=submitted,
+        started=started,
+        ended=None,
+        end=None,
+        records=0,
+        holds_slot=True,
+    )
 
 
 def _chunks(records: Records) -> Iterator[Records]:
@@ -140,100 +377,3 @@ def _chunks(records: Records) -> Iterator[Records]:
             start, size, previous = end, 0, None
     if size:
         yield Records(records.values[start:], records.timestamps[start:])
-
-
-def _append_chunk(db: sqlite3.Connection, seq: int, first: int, records: Records) -> None:
-    joined = join_records(records.values)
-    count, times = 0, b""
-    growing = db.execute(QUERIES["growing_chunk"], {"seq": seq, "max_bytes": _GROWING_CHUNK_BYTES}).fetchall()
-    if growing:
-        [(first, count, stored, times)] = growing
-        joined = stored + b"\n" + joined
-    timestamps = join_timestamps(times, records.timestamps)
-    chunk = {"seq": seq, "first": first, "count": count + len(records), "bytes": joined, "timestamps": timestamps}
-    db.execute(QUERIES["grow_chunk"] if growing else QUERIES["add_chunk"], chunk)
-
-
-def finish_job(
-    db: sqlite3.Connection,
-    job_id: str,
-    end: End,
-    now: float,
-    *,
-    stop: StopState | None = None,
-    keep_slot: bool = False,
-    metadata: JobMetadata = NO_METADATA,
-) -> bool:
-    job = _find_job(db, job_id)
-    if job is None or job.state in ENDED:
-        return False
-    if state_of(end) not in TRANSITIONS[job.state]:
-        raise ValueError(f"job {job_id} is {job.state}: it cannot have been {state_of(end)}")
-    if not job.holds_slot and (keep_slot or stop is not None):
-        raise ValueError(f"job {job_id} is {job.state}: it has no slot to keep, and no process to stop")
-    _end_job(db, job.seq, end, now, stop=stop, keep_slot=keep_slot)
-    _update_metadata(db, job.seq, metadata)
-    return True
-
-
-def _end_job(
-    db: sqlite3.Connection, seq: int, end: End, now: float, *, stop: StopState | None, keep_slot: bool
-) -> None:
-    ended = {"seq": seq, "state": state_of(end), "now": now, "stop": stop, "holds_slot": keep_slot}
-    db.execute(QUERIES["end_job"], ended)
-    body = encode_end_body(end)
-    if body is not None:
-        db.execute(QUERIES["add_end"], {"seq": seq, "body": body})
-
-
-def _update_metadata(db: sqlite3.Connection, seq: int, metadata: JobMetadata) -> None:
-    if metadata != NO_METADATA:
-        columns = {name: getattr(metadata, name) for name in ("call", "stop_request", "stop_report", "exit_info")}
-        db.execute(QUERIES["update_metadata"], {"seq": seq, **columns})
-
-
-def cancel_job(db: sqlite3.Connection, job_id: str, now: float, stop_request: Raw | None = None) -> State | None:
-    job = _find_job(db, job_id)
-    if job is None or job.state in ENDED:
-        return None
-    _cancel(db, job.seq, job.state, now, stop_request)
-    return job.state
-
-
-def cancel_queue(
-    db: sqlite3.Connection, queue: Raw, now: float, stop_request: Raw | None = None
-) -> list[tuple[str, State]]:
-    rows = db.execute(QUERIES["not_ended_of_lane"], {"lane": queue_lane(queue)}).fetchall()
-    for seq, _, state in rows:
-        _cancel(db, seq, State(state), now, stop_request)
-    return [(job_id, State(state)) for _, job_id, state in rows]
-
-
-def _cancel(db: sqlite3.Connection, seq: int, state: State, now: float, stopped: Raw | None) -> None:
-    running = state is State.RUNNING
-    _end_job(db, seq, Cancelled(), now, stop=StopState.PENDING if running else None, keep_slot=running)
-    _update_metadata(db, seq, JobMetadata(stop_request=stopped))
-
-
-def finalize_stop(
-    db: sqlite3.Connection,
-    job_id: str,
-    stop: StopState,
-    *,
-    keep_slot: bool = False,
-    metadata: JobMetadata = NO_METADATA,
-) -> bool:
-    job = _find_job(db, job_id)
-    if job is None or job.state not in ENDED or not job.holds_slot:
-        return False
-    db.execute(QUERIES["finalize_stop"], {"seq": job.seq, "stop": stop, "holds_slot": keep_slot})
-    _update_metadata(db, job.seq, metadata)
-    return True
-
-
-def update_metadata(db: sqlite3.Connection, job_id: str, metadata: JobMetadata) -> bool:
-    job = _find_job(db, job_id)
-    if job is None:
-        return False
-    _update_metadata(db, job.seq, metadata)
-    return True

@@ -1,0 +1,200 @@
+"""The lanes and slots of the jobs that have not ended or hold a slot, in memory.
+
+It is a cache of rows that only this dispatcher changes, so that a write reads nothing back. It is never the truth: it
+is read from the file when the store is opened, and anew after a transaction was rolled back. Of a queued job it holds
+the sequence number only, because there may be many. Nothing here executes a statement that writes.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from heapq import heapify, heappop, heappush
+
+from harpcaller.model.jobs import Job, State
+from harpcaller.model.lanes import Head, startable_jobs
+from harpcaller.store.sqlite.rows import decode_name
+from harpcaller.store.sqlite.sql import QUERIES
+
+
+class Lane:
+    """A lane that has a job.
+
+    Attributes:
+        key: its key.
+        concurrency: maximum number of its jobs that hold a slot; None for the jobs of a host without a queue.
+        slots_held: number of its jobs that hold a slot.
+        head_job: its first queued job, if a claim has read it.
+    """
+
+    __slots__ = ("_removed", "_waiting", "concurrency", "head_job", "key", "slots_held")
+
+    def __init__(self, key: str, concurrency: int | None) -> None:
+        self.key = key
+        self.concurrency = concurrency
+        self.slots_held = 0
+        self.head_job: Job | None = None
+        self._waiting: deque[int] = deque()
+        self._removed: set[int] = set()  # of `_waiting`, because deleting within it would be slow
+
+    @property
+    def head(self) -> int | None:
+        """The sequence number of its first queued job."""
+        while self._waiting and self._waiting[0] in self._removed:
+            self._removed.remove(self._waiting.popleft())
+        return self._waiting[0] if self._waiting else None
+
+    @property
+    def has_room(self) -> bool:
+        """Whether another of its jobs may get a slot."""
+        return self.concurrency is None or self.slots_held < self.concurrency
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no job of it is queued or holds a slot."""
+        return not self.slots_held and self.head is None
+
+    def append(self, seq: int) -> None:
+        """Add a queued job, the last one in the order of submission."""
+        self._waiting.append(seq)
+
+    def remove(self, seq: int) -> bool:
+        """Remove a queued job; return whether it was the head."""
+        if self.head != seq:
+            self._removed.add(seq)
+            return False
+        self._waiting.popleft()
+        self.head_job = None
+        return True
+
+
+@dataclass(slots=True)
+class ActiveJob:
+    """A job that has not ended or holds a slot. Only those that hold a slot are kept.
+
+    Attributes:
+        seq: its sequence number.
+        lane: its lane.
+        host: name of its host; empty for a queued job.
+        state: its state.
+        records: number of its stored records.
+        chunk: the last chunk of its records, if it may grow: first number, count, bytes, timestamps.
+    """
+
+    seq: int
+    lane: Lane
+    host: str = ""
+    state: State = State.QUEUED
+    records: int = 0
+    chunk: tuple[int, int, bytes, bytes] | None = None
+
+
+class ActiveJobs:
+    """The jobs in the file that have not ended or hold a slot.
+
+    Args:
+        db: a connection, of which a running transaction is seen.
+    """
+
+    def __init__(self, db: sqlite3.Connection) -> None:
+        self.lanes: dict[str, Lane] = {}
+        #: The jobs that hold a slot, by their ids.
+        self.slot_holders: dict[str, ActiveJob] = {}
+        self._slots_on_host: Counter[str] = Counter()
+        [(last,)] = db.execute(QUERIES["last_seq"]).fetchall()
+        #: The sequence number of the next job.
+        self.next_seq: int = last + 1
+        for key, concurrency in db.execute(QUERIES["queue_limits"]).fetchall():
+            self.lanes[key] = Lane(key, concurrency)
+        for seq, id_, key, host, state, records in db.execute(QUERIES["slot_holders_to_cache"]).fetchall():
+            self._hold(id_, ActiveJob(seq, self._lane(key), decode_name(host), State(state), records))
+        for seq, key in db.execute(QUERIES["queued_to_cache"]):
+            self._lane(key).append(seq)
+        # The lanes that may have a job that can start: a heap of their heads. A lane may be in it several times, and
+        # the entries of lanes that have changed since are skipped.
+        self._heads = [(head, lane.key) for lane in self.lanes.values() if (head := lane.head) is not None]
+        heapify(self._heads)
+
+    def _lane(self, key: str) -> Lane:
+        lane = self.lanes.get(key)
+        if lane is None:
+            lane = self.lanes[key] = Lane(key, None)
+        return lane
+
+    def add_lane(self, key: str, concurrency: int | None) -> Lane:
+        """Add a lane that does not exist."""
+        lane = self.lanes[key] = Lane(key, concurrency)
+        return lane
+
+    def add_queued(self, lane: Lane) -> int:
+        """Add a new queued job to its lane; return its sequence number."""
+        seq = self.next_seq
+        self.next_seq += 1
+        lane.append(seq)
+        if lane.head == seq:
+            self._offer(lane)
+        return seq
+
+    def remove_queued(self, seq: int, lane: Lane) -> None:
+        """Remove a queued job that has ended."""
+        if lane.remove(seq):
+            self._offer(lane)
+
+    def give_slot(self, job_id: str, seq: int, lane: Lane, host: str) -> None:
+        """Give a slot to the head of a lane."""
+        lane.remove(seq)
+        self._hold(job_id, ActiveJob(seq, lane, host, State.RUNNING))
+        self._offer(lane)
+
+    def release_slot(self, job_id: str) -> None:
+        """Remove a job that holds a slot, because it has ended."""
+        job = self.slot_holders.pop(job_id)
+        lane, was_full = job.lane, not job.lane.has_room
+        lane.slots_held -= 1
+        self._slots_on_host[job.host] -= 1
+        if not self._slots_on_host[job.host]:
+            del self._slots_on_host[job.host]
+        if was_full:
+            self._offer(lane)
+
+    def _hold(self, job_id: str, job: ActiveJob) -> None:
+        self.slot_holders[job_id] = job
+        job.lane.slots_held += 1
+        self._slots_on_host[job.host] += 1
+
+    def _offer(self, lane: Lane) -> None:
+        """Put a lane on the heap if its head may start: it has a new head, or has room again."""
+        head = lane.head
+        if head is not None and lane.has_room:
+            heappush(self._heads, (head, lane.key))
+
+    def startable_jobs(
+        self, host_of: Callable[[int, Lane], str], *, limit: int, max_calls_per_host: int
+    ) -> Iterator[tuple[int, Lane]]:
+        """Yield the jobs that may start now with their lanes; the caller gives each its slot before the next one.
+
+        Args:
+            host_of: returns the host of the head of a lane.
+            limit: maximum number of jobs.
+            max_calls_per_host: maximum number of jobs that hold a slot on one host.
+        """
+        offered: list[tuple[int, Lane]] = []
+
+        def next_head(_: int) -> Head | None:
+            while self._heads:
+                seq, key = heappop(self._heads)
+                lane = self.lanes.get(key)
+                if lane is None or lane.head != seq or not lane.has_room or (offered and offered[-1][0] == seq):
+                    continue  # the lane has changed, or it was on the heap twice
+                offered.append((seq, lane))
+                return Head(seq, host_of(seq, lane))
+            return None
+
+        count_held = self._slots_on_host.__getitem__
+        for _ in startable_jobs(next_head, count_held, limit=limit, max_calls_per_host=max_calls_per_host):
+            yield offered[-1]
+        for seq, lane in offered:
+            if lane.head == seq:  # its host is full, but may have room at the next claim
+                self._offer(lane)
