@@ -6,24 +6,28 @@ too leniently, is scanned by `scan_slices`. Both give the same slices.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence, Sized
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import msgspec
 
 from harp.protocol.call_output import RECORD_PREFIX
-from harp.protocol.json_text import JSONObject, Raw, decode_checked, loads, may_exceed_depth, scan_array, scan_object
+from harp.protocol.json_text import (
+    MAX_DEPTH,
+    JSONObject,
+    Raw,
+    decode_checked,
+    loads,
+    may_exceed_depth,
+    scan_array,
+    scan_object,
+)
 
 _object = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _array = msgspec.json.Decoder(list[msgspec.Raw])
 
 #: What msgspec raises for text that it rejects.
 _REJECTIONS = (msgspec.MsgspecError, ValueError, RecursionError)
-
-_view: Callable[[msgspec.Raw], Sized] = memoryview
-
-#: Bytes of a member besides its name and value: two quotes, a colon and a comma.
-_MEMBER_OVERHEAD = 4
 
 
 class _Slices(JSONObject):
@@ -33,7 +37,7 @@ class _Slices(JSONObject):
 
     def value(self, key: str) -> Any:
         """See `JSONObject`."""
-        text = self._members[key]
+        text = self[key]
         try:
             return msgspec.json.decode(text)
         except _REJECTIONS:
@@ -41,19 +45,31 @@ class _Slices(JSONObject):
 
     def payload(self, key: str) -> Raw:
         """See `JSONObject`."""
-        return Raw(self._members[key])
+        return Raw(self[key])
 
     def is_null(self, key: str) -> bool:
         """See `JSONObject`."""
-        return bytes(self._members[key]) == b"null"
+        return bytes(self[key]) == b"null"
 
     def nested_object(self, key: str) -> JSONObject | None:
         """See `JSONObject`."""
-        return _nested(bytes(self._members[key]))
+        return _nested(bytes(self[key]))
+
+    def nested_values(self, key: str) -> JSONObject | None:
+        """See `JSONObject`."""
+        text = bytes(self[key])
+        try:
+            values = msgspec.json.decode(text)
+            if type(values) is dict and msgspec.json.encode(values) == text:  # see `_decode`
+                return JSONObject(values)
+        except _REJECTIONS:
+            pass
+        nested = _nested(text)
+        return None if nested is None else JSONObject({name: nested.value(name) for name in nested})
 
     def nested_objects(self, key: str) -> Iterator[JSONObject | None] | None:
         """See `JSONObject`."""
-        text = bytes(self._members[key])
+        text = bytes(self[key])
         if not text.startswith(b"["):
             return None
         try:
@@ -64,7 +80,8 @@ class _Slices(JSONObject):
 
 def decode_slices(line: bytes) -> JSONObject:
     """Decode an object; its payloads are `Raw` text. Raises `InvalidJSON`."""
-    decode_checked(line)
+    if len(line) > MAX_DEPTH or not line.isascii():
+        decode_checked(line)
     return _decode(line)
 
 
@@ -76,13 +93,12 @@ def _decode(text: bytes) -> JSONObject:
     """Decode an object whose encoding and depth were checked."""
     try:
         slices = _object.decode(text)
+        # msgspec keeps the last of repeated members, among others. It has read the line exactly if it writes it so.
+        if msgspec.json.encode(slices) == text:
+            return _Slices(slices)
     except _REJECTIONS:
-        return scan_slices(text)
-    # msgspec keeps the last of repeated members. The line is read exactly only if nothing was dropped and nothing is
-    # written in more bytes than necessary: then the sizes add up.
-    names = len("".join(slices).encode())
-    size = 1 + names + sum(map(len, map(_view, slices.values()))) + _MEMBER_OVERHEAD * len(slices)
-    return _Slices(slices) if slices and size == len(text) else scan_slices(text)
+        pass
+    return scan_slices(text)
 
 
 def scan_slices(line: bytes) -> JSONObject:

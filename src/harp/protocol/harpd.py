@@ -26,9 +26,8 @@ from harp.protocol.fields import (
     is_container,
     is_count,
     member_value,
-    required_string,
 )
-from harp.protocol.json_text import Envelope, InvalidJSON, JSONObject, Raw, decode_enclosed, decode_values, dumps, loads
+from harp.protocol.json_text import InvalidJSON, JSONObject, Raw, decode_enclosed, decode_values, dumps, loads
 from harp.protocol.schema import (
     Arguments,
     Count,
@@ -38,9 +37,7 @@ from harp.protocol.schema import (
     Seconds,
     WireObject,
     decode_as,
-    decode_payload,
-    encode_line,
-    encode_object,
+    encode_members,
     expect,
     is_number,
     only_kind,
@@ -58,25 +55,33 @@ _UUID = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 
 def _expect_text(max_length: int) -> Callable[[str, Any], None]:
-    # The error does not quote the text: it may be a secret.
-    expected = f"a string of 1 to {max_length} characters"
-    return expect(expected, lambda text: isinstance(text, str) and 0 < len(text) <= max_length)
+    def check_text(label: str, text: Any) -> None:
+        if not isinstance(text, str) or not 0 < len(text) <= max_length:
+            # The error does not quote the text: it may be a secret.
+            raise ProtocolError(f"{label}: expected a string of 1 to {max_length} characters")
+
+    return check_text
+
+
+def _check_duration(label: str, seconds: Any) -> None:
+    if not is_number(seconds, 0, _MAX_SECONDS) or seconds == 0:
+        raise ProtocolError(f"{label}: expected a positive number of seconds, at most {_MAX_SECONDS:.0f}")
+
+
+def _check_time(label: str, seconds: Any) -> None:
+    if not is_number(seconds, 0, _MAX_TIME):
+        raise ProtocolError(f"{label}: expected a number of seconds of at least 0")
 
 
 _check_id = expect("a UUID in lower case", lambda id_: isinstance(id_, str) and _UUID.fullmatch(id_) is not None)
 _check_name = _expect_text(_MAX_NAME_LENGTH)
-_check_duration = expect(
-    f"a positive number of seconds, at most {_MAX_SECONDS:.0f}",
-    lambda seconds: is_number(seconds, 0, _MAX_SECONDS) and seconds > 0,
-)
-_check_time = expect("a number of seconds of at least 0", lambda seconds: is_number(seconds, 0, _MAX_TIME))
 
 #: The members of terms. `_ShortName` is a name elsewhere: there, a value that is not a string has another error.
 _TermsId: TypeAlias = Annotated[str, Kind(_check_id)]
 _TermsName: TypeAlias = Annotated[str, Kind(_check_name)]
 _Duration: TypeAlias = Annotated[float, Kind(_check_duration)]
 _Time: TypeAlias = Annotated[float, Kind(_check_time)]
-_ShortName: TypeAlias = Annotated[str, Kind(_check_name, required_string)]
+_ShortName: TypeAlias = Annotated[str, Kind(_check_name, is_string=True)]
 _User: TypeAlias = Annotated[str, "auth.user"]
 _Password: TypeAlias = Annotated[str, "auth.password"]
 _KeepAlive: TypeAlias = Annotated[bool, Null.REJECTED]
@@ -158,7 +163,7 @@ class Request(WireObject):
 class Attach(WireObject):
     """Attach to a resumable call: get its records from number `since` on, then its end."""
 
-    call: Annotated[str, "attach", Kind(_check_id, required_string)]
+    call: Annotated[str, "attach", Kind(_check_id, is_string=True)]
     owner: _ShortName = field(repr=False)
     secret: _ShortName = field(repr=False)
     since: Count
@@ -186,7 +191,7 @@ AnyRequest: TypeAlias = Request | Attach | ListCalls
 
 def encode_request(request: AnyRequest) -> bytes:
     """Return the request's line with its line feed. Raises `NotJSON` if the arguments have no form in JSON."""
-    return encode_line(Envelope(harp=VERSION, **encode_object(request)))
+    return b'{"harp":1,%b}\n' % encode_members(request)
 
 
 def decode_request(line: bytes, decoder: Decoder = decode_values) -> AnyRequest:
@@ -234,7 +239,7 @@ class Ack(WireObject):
 class StopCall(WireObject):
     """Stop the call; `why` is a word for the reason, `by` the user or address that requested it, if known."""
 
-    why: Annotated[str, "stop.why", Kind(_expect_text(_MAX_REASON_LENGTH), required_string)]
+    why: Annotated[str, "stop.why", Kind(_expect_text(_MAX_REASON_LENGTH), is_string=True)]
     by: Annotated[_ShortName | None, "stop.by", Null.REJECTED] = None
 
 
@@ -253,7 +258,7 @@ _COMMANDS: Mapping[str, type[Command]] = {"ack": Ack, "heartbeat": Heartbeat, "s
 
 def encode_command(command: Command) -> bytes:
     """Return the command's line with its line feed; without it, at most `MAX_COMMAND_BYTES` bytes long."""
-    return encode_line(encode_object(command))
+    return b"{%b}\n" % encode_members(command)
 
 
 def decode_command(line: bytes) -> Command:
@@ -324,7 +329,7 @@ def _survivors(report: Payload) -> Any:
 class StopReport(WireObject):
     """The stop report of the call, an object; a later one replaces it."""
 
-    report: Annotated[Payload, "stop_report", Kind(_check_stop_report, decode_payload)]
+    report: Annotated[Payload, "stop_report", Kind(_check_stop_report, is_payload=True)]
 
     @property
     def survivors(self) -> list[int]:
@@ -336,7 +341,7 @@ class StopReport(WireObject):
 class ExitInfo(WireObject):
     """The exit info of the call's process, an object."""
 
-    info: Annotated[Payload, "exit_info", Kind(_check_report, decode_payload)]
+    info: Annotated[Payload, "exit_info", Kind(_check_report, is_payload=True)]
 
 
 def _decode_ids(members: JSONObject, key: str) -> tuple[str, ...]:
@@ -383,8 +388,7 @@ def encode_message(message: Message) -> bytes:
     """Return the message's line with its line feed. Raises `NotJSON` if a payload has no form in JSON."""
     if isinstance(message, Record):
         return encode_record(dumps(message.data))
-    members = encode_object(message)
-    return encode_line(Envelope(harp=VERSION, **members) if isinstance(message, _VERSIONED) else members)
+    return (b'{"harp":1,%b}\n' if isinstance(message, _VERSIONED) else b"{%b}\n") % encode_members(message)
 
 
 def decode_message(line: bytes, decoder: Decoder = decode_values) -> Message:
@@ -402,6 +406,8 @@ def decode_message(line: bytes, decoder: Decoder = decode_values) -> Message:
 
 class Phase(Enum):
     """The phase of an exchange. The first four depend on the request."""
+
+    __hash__ = object.__hash__  # that of Enum is written in Python, and phases are looked up for each message
 
     SENT = "waiting for the acknowledgement"
     SENT_RESUMABLE = "waiting for the acknowledgement of a resumable call"

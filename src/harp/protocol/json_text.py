@@ -22,7 +22,7 @@ from json import encoder
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterator
     from typing import Any, NoReturn, TypeAlias
 
     JSON: TypeAlias = Any  # dict[str, JSON] | list[JSON] | str | int | float | bool | None
@@ -69,6 +69,8 @@ def reject_constant(name: str) -> NoReturn:
 
 
 _DECODER = json.JSONDecoder(parse_constant=reject_constant)
+#: Returns the value at an index of a text and the index after it. Unlike `json.JSONDecoder.decode`, it is written in C.
+_scan_value: Callable[[str, int], tuple[Any, int]] = _DECODER.scan_once  # type: ignore[attr-defined]
 # Only finds the ends of values: numbers may have any length and are not converted.
 _SCANNER = json.JSONDecoder(parse_constant=reject_constant, parse_int=str, parse_float=str)
 _SPACE = re.compile(r"[ \t\n\r]*")
@@ -116,7 +118,8 @@ def decode_checked(text: bytes | str) -> str:
         decoded = text.decode("utf-8")
     except UnicodeDecodeError as error:
         raise InvalidJSON(f"not UTF-8 at byte {error.start}") from error
-    _check_depth(text)
+    if len(text) > MAX_DEPTH:
+        _check_depth(text)
     return decoded
 
 
@@ -151,43 +154,43 @@ def translate_errors(function: Callable[..., Any], *arguments: Any) -> Any:
         raise InvalidJSON(str(error)) from error
 
 
-class JSONObject:
-    """A decoded JSON object: its members by name. The daemons' decoder has a subclass, whose payloads are `Raw`."""
+class JSONObject(dict[str, "Any"]):
+    """A decoded JSON object: its members by name, read with the methods below.
 
-    __slots__ = ("_members",)
+    The daemons' decoder has a subclass, whose payloads are `Raw`.
+    """
 
-    def __init__(self, members: Mapping[str, Any]) -> None:
-        self._members = members
+    __slots__ = ()
 
-    def __contains__(self, key: str) -> bool:
-        return key in self._members
+    if TYPE_CHECKING:
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._members)
+        def value(self, key: str) -> JSON:
+            """Return the member's value."""
 
-    def value(self, key: str) -> JSON:
-        """Return the member's value."""
-        return self._members[key]
-
-    def payload(self, key: str) -> JSON:
-        """Return the member as a payload: its value or its `Raw` text, depending on the decoder."""
-        return self._members[key]
+        def payload(self, key: str) -> JSON:
+            """Return the member as a payload: its value or its `Raw` text, depending on the decoder."""
+    else:
+        value = payload = dict.__getitem__
 
     def is_null(self, key: str) -> bool:
         """Return whether the member is null."""
-        return self._members[key] is None
+        return self[key] is None
 
     def nested_object(self, key: str) -> JSONObject | None:
         """Return the member as an object; None if it is not one."""
-        value = self._members[key]
+        value = self[key]
         return JSONObject(value) if isinstance(value, dict) else None
+
+    def nested_values(self, key: str) -> JSONObject | None:
+        """Return the member as an object that has no payloads: all its members are values. None if it is no object."""
+        return self.nested_object(key)
 
     def nested_objects(self, key: str) -> Iterator[JSONObject | None] | None:
         """Return the elements of the member as objects; None if the member is not an array.
 
         An element that is not an object is None. Elements are decoded one by one; each may raise `InvalidJSON`.
         """
-        value = self._members[key]
+        value = self[key]
         if not isinstance(value, list):
             return None
         return (JSONObject(element) if isinstance(element, dict) else None for element in value)
@@ -196,6 +199,17 @@ class JSONObject:
 def decode_values(line: bytes) -> JSONObject:
     """Decode an object; its payloads are values. Raises `InvalidJSON`."""
     text = decode_checked(line)
+    try:
+        found, end = _scan_value(text, 0)
+    except (ValueError, RecursionError, StopIteration):
+        found = None
+    if type(found) is dict and end == len(text) and "\\" not in text:
+        # Without escapes, each name stands in the text as it is: a repeated name would be found twice.
+        for name in found:
+            if text.count(f'"{name}"') != 1:
+                break
+        else:
+            return JSONObject(found)
     return JSONObject({key: value for key, value, _ in _members(text, _DECODER)})
 
 
@@ -274,9 +288,9 @@ _encode = _make_encode()
 
 
 @lru_cache(maxsize=256)
-def _name(key: str) -> bytes:
-    """Return the name of a member of an envelope and its colon: the protocol has few names."""
-    return _encode(key).encode("ascii") + b":"
+def encode_name(name: str) -> bytes:
+    """Return the name of a member and its colon. Cached: the protocol has few names."""
+    return _encode(name).encode() + b":"
 
 
 def dumps(value: JSON) -> Raw:
@@ -290,10 +304,14 @@ def dumps(value: JSON) -> Raw:
     Raises:
         NotJSON: the value, or a value in it, has no form in JSON; the exception has the position.
     """
-    if isinstance(value, Raw):
-        return value
-    if isinstance(value, Envelope):
-        return Raw(b"{" + b",".join([_name(key) + dumps(member) for key, member in value.items()]) + b"}")
+    kind = type(value)
+    if kind is Raw:
+        raw: Raw = value
+        return raw
+    if kind is str:  # most members of messages
+        return Raw(encoder.encode_basestring_ascii(value).encode())
+    if kind is Envelope:
+        return Raw(b"{%b}" % b",".join([encode_name(key) + dumps(member) for key, member in value.items()]))
     if value is None or value is True or value is False:
         return _CONSTANTS[value]
     return Raw(encode_value(value))

@@ -33,10 +33,11 @@ class LineBuffer:
         """
         *lines, rest = data.split(b"\n")
         if lines:
-            self._add(lines[0])
-            lines[0] = self.pending
-            self._pieces.clear()
-            self._size = 0
+            if self._pieces:
+                self._add(lines[0])
+                lines[0] = self.pending
+                self._pieces.clear()
+                self._size = 0
             if len(data) > self._limit and len(max(lines, key=len)) > self._limit:
                 raise self._too_long()
         if rest:

@@ -13,9 +13,8 @@ from typing import Annotated, Any, ClassVar, TypeAlias
 
 from harp.protocol.ends import CALL_ENDS, Cancelled, End, Failed, Raised, Returned
 from harp.protocol.fields import Decoder, Payload, ProtocolError, check, decode_object, member_value
-from harp.protocol.json_text import Envelope, JSONObject, Raw, decode_enclosed, decode_values, dumps
+from harp.protocol.json_text import JSONObject, Raw, decode_enclosed, decode_values, dumps
 from harp.protocol.requests import (
-    VERSION,
     Call,
     Cancel,
     FollowStream,
@@ -34,8 +33,7 @@ from harp.protocol.schema import (
     ObjectPayload,
     WireObject,
     decode_as,
-    encode_line,
-    encode_object,
+    encode_members,
     is_number,
     only_kind,
 )
@@ -164,12 +162,9 @@ def encode_reply(reply: Reply, keep_alive: float | None = None) -> bytes:
     """
     if isinstance(reply, Packet):
         return encode_packets(reply.number, [dumps(reply.data)], None if reply.time is None else [reply.time])
-    members = encode_object(reply)
-    if isinstance(reply, (Submitted, SubmittedMany)):
-        members = Envelope(harpcaller=VERSION, **members)
-    if keep_alive is not None:
-        members["keep_alive"] = keep_alive
-    return encode_line(members)
+    version = b'"harpcaller":1,' if isinstance(reply, (Submitted, SubmittedMany)) else b""
+    kept = b"" if keep_alive is None else b',"keep_alive":' + dumps(keep_alive)
+    return b"{%b%b%b}\n" % (version, encode_members(reply), kept)
 
 
 def encode_packets(first: int, values: Sequence[Raw], times: Sequence[float] | None = None) -> bytes:

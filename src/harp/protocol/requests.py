@@ -26,7 +26,7 @@ from harp.protocol.fields import (
     member_value,
     required_object,
 )
-from harp.protocol.json_text import Envelope, InvalidJSON, JSONObject, Raw, decode_values, dumps
+from harp.protocol.json_text import InvalidJSON, JSONObject, Raw, decode_values
 from harp.protocol.schema import (
     Arguments,
     Count,
@@ -36,8 +36,7 @@ from harp.protocol.schema import (
     Seconds,
     WireObject,
     decode_as,
-    encode_line,
-    encode_object,
+    encode_members,
     expect,
     only_kind,
 )
@@ -46,6 +45,10 @@ VERSION = 1
 
 
 _CONCURRENCY = Kind(expect("a positive integer", lambda number: is_count(number) and number > 0, quote=True))
+
+
+def _encode_object(message: WireObject) -> Raw:
+    return Raw(b"{%b}" % encode_members(message))
 
 
 def _decode_queue(members: JSONObject, key: str) -> Queue:
@@ -73,7 +76,7 @@ class Call(WireObject):
     arguments: Arguments
     timeout: Seconds | None = None
     max_exec_time: Seconds | None = None
-    queue: Annotated[Queue | None, Kind(decode=_decode_queue, encode=encode_object)] = None
+    queue: Annotated[Queue | None, Kind(decode=_decode_queue, encode=_encode_object)] = None
     info: Payload = None
 
 
@@ -98,7 +101,7 @@ def _encode_calls(calls: Sequence[Call]) -> Raw:
 
 def encode_call(call: Call) -> Raw:
     """Return a call as an element of a `SubmitMany`. Raises `NotJSON` if a payload has no form in JSON."""
-    return dumps(encode_object(call))
+    return _encode_object(call)
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,10 +194,9 @@ def encode_request(request: Request, keep_alive: bool = False) -> bytes:
         request: the request.
         keep_alive: whether the connection is to wait for another request after the reply.
     """
-    members = Envelope(harpcaller=VERSION, **encode_object(request))
-    if keep_alive:
-        members["keep_alive"] = True
-    return encode_line(members)
+    return (b'{"harpcaller":1,%b,"keep_alive":true}\n' if keep_alive else b'{"harpcaller":1,%b}\n') % encode_members(
+        request
+    )
 
 
 def decode_request(line: bytes, decoder: Decoder = decode_values) -> tuple[Request, bool]:

@@ -15,7 +15,7 @@ the exceptions. Members are sent in the order of the fields.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import MISSING, fields
 from enum import Enum
 from typing import Annotated, Any, ClassVar, NamedTuple, TypeAlias, TypeVar, get_args, get_type_hints
@@ -27,12 +27,10 @@ from harp.protocol.fields import (
     is_container,
     is_count,
     is_seconds,
-    member_value,
-    reject_unknown_keys,
+    kind_of,
     required_object,
-    required_string,
 )
-from harp.protocol.json_text import Envelope, JSONObject, dumps
+from harp.protocol.json_text import Envelope, InvalidJSON, JSONObject, Raw, dumps, encode_name
 
 
 class Null(Enum):
@@ -47,13 +45,17 @@ class Kind(NamedTuple):
 
     Attributes:
         check: gets the member's path and a value, and raises `ProtocolError` for an invalid one.
-        decode: returns the value of a member of an object; gets the object and the key.
+        decode: returns the value of a member of an object; gets the object and the key. None: the member's value.
         encode: returns the form of a value in an `Envelope`; None: the value itself.
+        is_string: whether a received value must be a string, which is checked before `check`.
+        is_payload: whether the member is a payload: it is received as `JSONObject.payload` returns it.
     """
 
     check: Callable[[str, Any], None] | None = None
-    decode: Callable[[JSONObject, str], Any] = member_value
+    decode: Callable[[JSONObject, str], Any] | None = None
     encode: Callable[[Any], Any] | None = None
+    is_string: bool = False
+    is_payload: bool = False
 
 
 class WireObject:
@@ -76,21 +78,46 @@ class WireObject:
 T = TypeVar("T", bound=WireObject)
 
 
+def encode_members(message: WireObject) -> bytes:
+    """Return the members of a message as JSON text, without the braces around them.
+
+    Raises:
+        NotJSON: a payload has no form in JSON.
+    """
+    layout = _LAYOUTS[type(message)]
+    texts = [layout.constants] if layout.constants else []
+    for section in layout.sections:
+        found = []
+        for member in section.members:
+            value = getattr(message, member.name)
+            if value is not member.omitted:
+                if member.kind.encode is not None and value is not None:
+                    value = member.kind.encode(value)
+                found.append(member.label + (value if type(value) is Raw else dumps(value)))
+        if not section.key:
+            texts += found
+        elif found:
+            texts.append(b"%b{%b}" % (section.label, b",".join(found)))
+    return b",".join(texts)
+
+
 def encode_object(message: WireObject) -> Envelope:
     """Return a message as an object."""
     found = Envelope(message.CONSTANTS)
-    for member in _LAYOUTS[type(message)].members:
-        value = getattr(message, member.name)
-        if value is member.omitted:
-            continue
-        target = found.setdefault(member.section, Envelope()) if member.section else found
-        encode = member.kind.encode
-        target[member.key] = value if encode is None or value is None else encode(value)
+    for section in _LAYOUTS[type(message)].sections:
+        target = Envelope() if section.key else found
+        for member in section.members:
+            value = getattr(message, member.name)
+            if value is not member.omitted:
+                encode = member.kind.encode
+                target[member.key] = value if encode is None or value is None else encode(value)
+        if section.key and target:
+            found[section.key] = target
     return found
 
 
 def decode_as(
-    kind: type[T], members: JSONObject, other_keys: Iterable[str] | None = (), ignored: Iterable[str] = ()
+    kind: type[T], members: JSONObject, other_keys: Iterable[str] | None = (), ignored: Collection[str] = ()
 ) -> T:
     """Return an object as a message of a kind.
 
@@ -104,52 +131,103 @@ def decode_as(
         ProtocolError: the object is not a valid message of this kind.
     """
     layout = _LAYOUTS[kind]
-    objects = {"": members}
-    if other_keys is not None:
-        reject_unknown_keys(members, layout.keys[""], other_keys)
-    for key, constant in kind.CONSTANTS.items():
-        check(constant is not True or member_value(members, key) is True, f"{key}: expected true")
+    if other_keys is not None and (unknown := members.keys() - layout.keys):
+        _reject_unknown(unknown.difference(other_keys))
     values = {}
-    for name, section, key, field_kind, is_optional, null_is_default, _ in layout.members:
-        if section not in objects:
-            objects[section] = required_object(members, section, layout.expected[section])
-            if other_keys is not None:
-                reject_unknown_keys(objects[section], layout.keys[section])
-        source = objects[section]
-        if key not in source or name in ignored:
-            if not is_optional:
-                raise ProtocolError(f"{kind.PATH}{key}: missing")
-        elif not (null_is_default and source.is_null(key)):
-            values[name] = field_kind.decode(source, key)
+    key = ""
+    try:
+        for key in layout.flags:
+            check(members.value(key) is True, f"{key}: expected true")
+        for section in layout.sections:
+            source = members if not section.key else _open_section(members, section, other_keys is not None)
+            for name, key, _, member_kind, is_optional, null_is_default, _ in section.members:
+                if key not in source or name in ignored:
+                    if not is_optional:
+                        raise ProtocolError(f"{kind.PATH}{key}: missing")
+                elif not (null_is_default and source.is_null(key)):
+                    _, decode, _, is_string, is_payload = member_kind
+                    if decode is not None:
+                        value = decode(source, key)
+                    elif is_payload:
+                        value = source.payload(key)
+                    else:
+                        value = source.value(key)
+                        if is_string and not isinstance(value, str):
+                            raise ProtocolError(f"{key}: expected a string, got {kind_of(value)}")
+                    values[name] = value
+    except InvalidJSON as error:
+        raise ProtocolError(f"{key}: {error}") from error
     create: Callable[..., T] = kind
     return create(**values)
 
 
+def _open_section(members: JSONObject, section: _Section, only_known: bool) -> JSONObject:
+    found = required_object(members, section.key, section.expected, values_only=not section.has_payload)
+    if only_known and (unknown := found.keys() - section.keys):
+        _reject_unknown(unknown)
+    return found
+
+
+def _reject_unknown(keys: Collection[str]) -> None:
+    if keys:
+        raise ProtocolError(f"unknown key {', '.join(sorted(keys))}")
+
+
 class _Member(NamedTuple):
-    """A field of a message and its member: `key` of the object `section`, or of the message itself if that is empty."""
+    """A field of a message and its member.
+
+    Attributes:
+        name: the field's name.
+        key: the member's name, and `label`: the same as JSON with a colon.
+        kind: the kind of the value.
+        is_optional: whether the field has a default.
+        null_is_default: whether a received null is the default.
+        omitted: the value with which the member is not sent.
+    """
 
     name: str
-    section: str
     key: str
+    label: bytes
     kind: Kind
     is_optional: bool
     null_is_default: bool
     omitted: object
 
 
-class _Layout(NamedTuple):
-    """The layout of a message.
+class _Section(NamedTuple):
+    """Successive fields that are members of one object: of the message itself, or of its member `key`.
 
     Attributes:
-        members: its members.
-        keys: the keys of each section.
-        expected: each section as text, for errors.
+        key: the name of that member, empty for the message itself; `label`: the same as JSON with a colon.
+        members: the fields.
+        keys: the names of its members.
+        expected: what it must be, for errors.
+        has_payload: whether one of the members is a payload.
+    """
+
+    key: str
+    label: bytes
+    members: tuple[_Member, ...]
+    keys: frozenset[str]
+    expected: str
+    has_payload: bool
+
+
+class _Layout(NamedTuple):
+    """The layout of a message, read from its annotations once.
+
+    Attributes:
+        sections: its members.
+        keys: the keys of the message.
+        constants: the members that are always sent, as JSON text.
+        flags: those of them that a received message must have.
         checks: the arguments of the check of each field that has one: field, label, check, default.
     """
 
-    members: tuple[_Member, ...]
-    keys: Mapping[str, set[str]]
-    expected: Mapping[str, str]
+    sections: tuple[_Section, ...]
+    keys: frozenset[str]
+    constants: bytes
+    flags: tuple[str, ...]
     checks: tuple[tuple[str, str, Callable[[str, Any], None], object], ...]
 
 
@@ -165,34 +243,50 @@ _LAYOUTS = _Layouts()
 
 
 def _read_layout(message: type[WireObject]) -> _Layout:
-    members, checks = [], []
-    keys: dict[str, set[str]] = {"": set(message.CONSTANTS)}
+    sections: list[tuple[str, list[_Member]]] = []
+    checks = []
     hints = get_type_hints(message, include_extras=True)
     for field in fields(message):  # type: ignore[arg-type]  # every message is a dataclass
         parts = tuple(_parts(hints[field.name]))
         path = next((part for part in parts if isinstance(part, str)), field.name)
         section, _, key = path.rpartition(".")
-        keys[""].add(section or key)
-        keys.setdefault(section, set()).add(key)
         default, kind = field.default, _kind(parts)
         omits_default = (default is None or default is False) and Null.SENT not in parts
         member = _Member(
             name=field.name,
-            section=section,
             key=key,
+            label=encode_name(key),
             kind=kind,
             is_optional=default is not MISSING,
             null_is_default=default is not MISSING and Null.REJECTED not in parts,
             omitted=default if omits_default else MISSING,
         )
-        members.append(member)
+        if not sections or sections[-1][0] != section:
+            sections.append((section, []))
+        sections[-1][1].append(member)
         if kind.check is not None:
             checks.append((field.name, message.PATH + path, kind.check, default))
-    expected = {}
-    for section in keys:
-        required = [member.key for member in members if member.section == section and not member.is_optional]
-        expected[section] = f"an object with {' and '.join(required)}"
-    return _Layout(tuple(members), keys, expected, tuple(checks))
+    constants = message.CONSTANTS
+    own_keys = {section or member.key for section, members in sections for member in members}
+    return _Layout(
+        sections=tuple(_section(key, members) for key, members in sections),
+        keys=frozenset(own_keys.union(constants)),
+        constants=b",".join([encode_name(key) + dumps(value) for key, value in constants.items()]),
+        flags=tuple(key for key, value in constants.items() if value is True),
+        checks=tuple(checks),
+    )
+
+
+def _section(key: str, members: list[_Member]) -> _Section:
+    required = [member.key for member in members if not member.is_optional]
+    return _Section(
+        key=key,
+        label=encode_name(key),
+        members=tuple(members),
+        keys=frozenset(member.key for member in members),
+        expected=f"an object with {' and '.join(required)}",
+        has_payload=any(member.kind.is_payload for member in members),
+    )
 
 
 def _parts(hint: Any) -> Iterator[Any]:
@@ -215,10 +309,10 @@ def _kind(parts: Iterable[Any]) -> Kind:
 
 
 def _object_kind(message: type[WireObject]) -> Kind:
-    """Return the kind of an object without payloads: a dict is encoded faster than an `Envelope`."""
+    """Return the kind of an object without payloads."""
     return Kind(
-        decode=lambda members, key: decode_as(message, required_object(members, key)),
-        encode=lambda value: dict(encode_object(value)),
+        decode=lambda members, key: decode_as(message, required_object(members, key, values_only=True)),
+        encode=lambda value: dict(encode_object(value)),  # is encoded in one step
     )
 
 
@@ -238,52 +332,59 @@ def expect(expected: str, is_valid: Callable[[Any], bool], quote: bool = False) 
     return check_value
 
 
-def decode_payload(members: JSONObject, key: str) -> Payload:
-    """Return a member as a payload; for a `Kind`."""
-    return members.payload(key)
-
-
-def _check_count(label: str, number: Any) -> None:
-    shown = repr(number)  # ValueError: it has more digits than Python writes, so it has no form in JSON
-    check(is_count(number), f"{label}: expected an integer of at least 0, got {shown}")
-
-
-def _is_integer(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-#: The kinds of fields whose type has no `Kind`.
-_KINDS: Mapping[Any, Kind] = {
-    str: Kind(decode=required_string),
-    bool: Kind(expect("true or false", lambda value: isinstance(value, bool))),
-    Any: Kind(decode=decode_payload),
-}
-
-#: A name that is not empty.
-Name: TypeAlias = Annotated[
-    str, Kind(expect("a name", lambda name: isinstance(name, str) and name != "", quote=True), required_string)
-]
-Integer: TypeAlias = Annotated[int, Kind(expect("an integer", _is_integer))]
-Count: TypeAlias = Annotated[int, Kind(_check_count)]
-Seconds: TypeAlias = Annotated[float, Kind(expect("a positive number of seconds", is_seconds, quote=True))]
-#: A payload that is an object.
-ObjectPayload: TypeAlias = Annotated[
-    Payload, Kind(expect("an object", lambda value: is_container(value, (dict,))), decode_payload)
-]
-#: The arguments of a call: an array (positional) or an object (named).
-Arguments: TypeAlias = Annotated[
-    Payload, Kind(expect("an array or an object", lambda value: is_container(value, (list, dict))), decode_payload)
-]
-
-
 def is_number(value: Any, low: float, high: float) -> bool:
     """Return whether a value is a number from `low` to `high`; true and false are not."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
 
 
-def encode_line(members: Envelope) -> bytes:
-    """Return an object as a line with its line feed. Raises `NotJSON` if a payload has no form in JSON."""
-    return bytes(dumps(members)) + b"\n"
+def _check_count(label: str, number: Any) -> None:
+    shown = repr(number)  # ValueError: it has more digits than Python writes, so it has no form in JSON
+    if not is_count(number):
+        raise ProtocolError(f"{label}: expected an integer of at least 0, got {shown}")
+
+
+def _check_bool(label: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise ProtocolError(f"{label}: expected true or false")
+
+
+def _check_integer(label: str, value: Any) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ProtocolError(f"{label}: expected an integer")
+
+
+def _check_name(label: str, name: Any) -> None:
+    if not isinstance(name, str) or not name:
+        raise ProtocolError(f"{label}: expected a name, got {name!r}")
+
+
+def _check_seconds(label: str, value: Any) -> None:
+    if not is_seconds(value):
+        raise ProtocolError(f"{label}: expected a positive number of seconds, got {value!r}")
+
+
+def _check_object(label: str, payload: Any) -> None:
+    if not is_container(payload, (dict,)):
+        raise ProtocolError(f"{label}: expected an object")
+
+
+def _check_arguments(label: str, payload: Any) -> None:
+    if not is_container(payload, (list, dict)):
+        raise ProtocolError(f"{label}: expected an array or an object")
+
+
+#: The kinds of fields whose type has no `Kind`.
+_KINDS: Mapping[Any, Kind] = {str: Kind(is_string=True), bool: Kind(_check_bool), Any: Kind(is_payload=True)}
+
+#: A name that is not empty.
+Name: TypeAlias = Annotated[str, Kind(_check_name, is_string=True)]
+Integer: TypeAlias = Annotated[int, Kind(_check_integer)]
+Count: TypeAlias = Annotated[int, Kind(_check_count)]
+Seconds: TypeAlias = Annotated[float, Kind(_check_seconds)]
+#: A payload that is an object.
+ObjectPayload: TypeAlias = Annotated[Payload, Kind(_check_object, is_payload=True)]
+#: The arguments of a call: an array (positional) or an object (named).
+Arguments: TypeAlias = Annotated[Payload, Kind(_check_arguments, is_payload=True)]
 
 
 def only_kind(kinds: Mapping[str, object], members: JSONObject, none: str, several: str = "") -> str:
@@ -295,7 +396,7 @@ def only_kind(kinds: Mapping[str, object], members: JSONObject, none: str, sever
         none: the error if it has none of them.
         several: the error if it has more than one; empty: the error names them.
     """
-    found = [key for key in members if key in kinds]
+    found = kinds.keys() & members.keys()
     if len(found) != 1:
         raise ProtocolError(several or f"both {' and '.join(sorted(found, key=list(kinds).index))}" if found else none)
-    return found[0]
+    return found.pop()
