@@ -10,6 +10,8 @@ import logging
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
+from harp_daemon import logs
+
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
@@ -25,9 +27,13 @@ def run(main: Coroutine[Any, Any, T]) -> T:
     """Run the coroutine of a daemon to its end and return its result."""
     _keep_freed_memory()
     asyncio.sslproto.SSLProtocol.max_size = _TLS_RECEIVE_BYTES
-    with asyncio.Runner() as runner:
-        runner.get_loop().set_exception_handler(_log_unexpected)
-        return runner.run(main)
+    try:
+        with asyncio.Runner() as runner:
+            runner.get_loop().set_exception_handler(_log_unexpected)
+            logs.write_per_turn(runner.get_loop().call_soon)
+            return runner.run(main)
+    finally:
+        logs.write_per_turn(None)
 
 
 def _log_unexpected(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:

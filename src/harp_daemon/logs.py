@@ -3,6 +3,9 @@
 A log call passes its values in `extra`; both formatters print all of them:
 ``log.info("call started", extra={"call": call_id, "procedure": name})``. A line feed in a value does not start a new
 line.
+
+An event loop writes the events of one turn together, see `write_per_turn`: a write for each event would cost as much as
+its text. SIGKILL loses at most the events of the present turn.
 """
 
 from __future__ import annotations
@@ -12,48 +15,61 @@ import logging
 import logging.config
 import logging.handlers
 import os
-import sys
+import re
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from itertools import islice
 from typing import Any
 
-#: The attributes that every log record has; all others are from `extra`.
-_STANDARD_ATTRIBUTES = frozenset(logging.makeLogRecord({}).__dict__) | {"message", "asctime", "taskName"}
+#: How many attributes each log record has; those of `extra` follow them, and some that other formatters add.
+_STANDARD_ATTRIBUTES = len(logging.makeLogRecord({}).__dict__)
+_ADDED_ATTRIBUTES = ("message", "asctime")
+_encode = json.JSONEncoder(default=str).encode
 
 _SYSLOG_SOCKET = "/dev/log"
+_STDERR = 2
+#: Text that needs no quotes.
+_PLAIN = re.compile(r'[^ "=]+')
 
 
-def _fields(record: logging.LogRecord) -> dict[str, Any]:
-    return {key: value for key, value in record.__dict__.items() if key not in _STANDARD_ATTRIBUTES}
+class _EventFormatter(logging.Formatter):
+    """The part that both forms of an event share."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._second, self._second_text = 0, ""
+
+    def _timestamp(self, record: logging.LogRecord) -> str:
+        second = int(record.created)
+        if second != self._second:
+            self._second, self._second_text = second, time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
+        return f"{self._second_text}.{int(record.msecs):03d}Z"
+
+    def _fields(self, record: logging.LogRecord) -> dict[str, Any]:
+        items = islice(record.__dict__.items(), _STANDARD_ATTRIBUTES, None)
+        fields = {key: value for key, value in items if key not in _ADDED_ATTRIBUTES}
+        if record.exc_info:
+            fields["traceback"] = self.formatException(record.exc_info)
+        return fields
 
 
-def _timestamp(record: logging.LogRecord) -> str:
-    moment = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
-    return f"{moment}.{int(record.msecs):03d}Z"
-
-
-def _traceback(formatter: logging.Formatter, record: logging.LogRecord) -> str:
-    return formatter.formatException(record.exc_info) if record.exc_info else ""
-
-
-class JSONFormatter(logging.Formatter):
+class JSONFormatter(_EventFormatter):
     """An event as one JSON object: time, level, logger, event, then the fields of `extra`."""
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the line."""
         event: dict[str, Any] = {
-            "time": _timestamp(record),
+            "time": self._timestamp(record),
             "level": record.levelname.lower(),
             "logger": record.name,
             "event": record.getMessage(),
-            **_fields(record),
+            **self._fields(record),
         }
-        if traceback := _traceback(self, record):
-            event["traceback"] = traceback
-        return json.dumps(event, default=str)
+        return _encode(event)
 
 
-class TextFormatter(logging.Formatter):
+class TextFormatter(_EventFormatter):
     """An event as text: time, level, logger, event, then ``field=value`` pairs.
 
     Args:
@@ -62,25 +78,76 @@ class TextFormatter(logging.Formatter):
 
     def __init__(self, timestamp: bool = True) -> None:
         super().__init__()
-        self._timestamp = timestamp
+        self._has_timestamp = timestamp
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the line."""
-        start = f"{_timestamp(record)} " if self._timestamp else ""
-        pairs = "".join(f" {key}={_shown(value)}" for key, value in _fields(record).items())
-        if traceback := _traceback(self, record):
-            pairs += f" traceback={json.dumps(traceback)}"
-        return f"{start}{record.levelname} {record.name}: {_one_line(record.getMessage())}{pairs}"
+        start = f"{self._timestamp(record)} " if self._has_timestamp else ""
+        event = record.getMessage()
+        line = f"{start}{record.levelname} {record.name}: {event if event.isprintable() else _encode(event)[1:-1]}"
+        for key, value in self._fields(record).items():
+            plain = isinstance(value, str) and _PLAIN.fullmatch(value) and value.isprintable()
+            line += f" {key}={value if plain else _encode(value)}"
+        return line
 
 
-def _shown(value: object) -> str:
-    text = value if isinstance(value, str) else json.dumps(value, default=str)
-    plain = text.isprintable() and text != "" and not any(mark in text for mark in ' "=')
-    return text if plain or not isinstance(value, str) else json.dumps(text)
+class _EventWriter(logging.Handler):
+    """A handler that writes lines to stderr: at once, or the lines of one turn of an event loop together."""
+
+    #: Calls a function at the end of the loop's turn, and the thread of that loop; None: lines are written at once.
+    turn: tuple[Callable[[Callable[[], None]], object], int] | None = None
+
+    def __init__(self, formatter: logging.Formatter) -> None:
+        super().__init__()
+        self._format = formatter.format
+        self._lines: list[str] = []
+        self._flush_is_due = False
+
+    def handle(self, record: logging.LogRecord) -> bool:
+        """Add an event. Another thread than the loop's writes it at once, after those that wait."""
+        try:
+            self._lines.append(self._format(record))
+        except Exception:  # noqa: BLE001 - a log call never raises
+            self.handleError(record)
+        if self.turn is None or threading.get_ident() != self.turn[1]:
+            self.flush()
+        elif not self._flush_is_due:
+            self._flush_is_due = True
+            try:
+                self.turn[0](self.flush)
+            except RuntimeError:  # the loop is closed
+                self.flush()
+        return True
+
+    def flush(self) -> None:
+        """Write all lines that wait. They are lost if stderr is closed or, while it does not block, is full."""
+        self._flush_is_due = False
+        assert self.lock is not None
+        with self.lock:  # other threads may append meanwhile, at the end
+            count = len(self._lines)
+            data = "".join([f"{line}\n" for line in self._lines[:count]]).encode("utf-8", "backslashreplace")
+            del self._lines[:count]
+            try:
+                while data:
+                    data = data[os.write(_STDERR, data) :]
+            except OSError:
+                pass
 
 
-def _one_line(text: str) -> str:
-    return text if text.isprintable() else json.dumps(text)[1:-1]
+def write_per_turn(call_soon: Callable[[Callable[[], None]], object] | None) -> None:
+    """Write the events of each turn of this thread's event loop together; events of other threads at once.
+
+    Args:
+        call_soon: has a function called at the end of the loop's turn; None: the loop has ended.
+    """
+    flush()
+    _EventWriter.turn = None if call_soon is None else (call_soon, threading.get_ident())
+
+
+def flush() -> None:
+    """Write all events that wait for the end of the turn: call this before the process ends without cleaning up."""
+    for handler in logging.getLogger().handlers:
+        handler.flush()
 
 
 def configure(
@@ -104,16 +171,18 @@ def configure(
         ValueError: `logging.config.dictConfig` rejects `config`; the message gives the reason.
         OSError: a log file or the syslog socket cannot be opened.
     """
+    flush()
     if config is not None:
         _configure_from(config)
         return
+    formatter = JSONFormatter() if form == "json" else TextFormatter(timestamp=not syslog)
     handler: logging.Handler
     if syslog:
         handler = logging.handlers.SysLogHandler(_SYSLOG_SOCKET, logging.handlers.SysLogHandler.LOG_DAEMON)
         handler.ident = f"{name}[{os.getpid()}]: "
+        handler.setFormatter(formatter)
     else:
-        handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(JSONFormatter() if form == "json" else TextFormatter(timestamp=not syslog))
+        handler = _EventWriter(formatter)
     logging.basicConfig(handlers=[handler], level=level, force=True)
     # Omit the record attributes that the formatters do not print: they are half of the cost of an event.
     logging.logThreads = logging.logMultiprocessing = logging.logProcesses = False

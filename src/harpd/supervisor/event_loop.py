@@ -45,6 +45,7 @@ class EventLoop:
         self._timers: list[tuple[float, int, Timer]] = []
         self._purge_at = _MIN_TIMERS_TO_PURGE
         self._order = itertools.count()
+        self._soon: list[Callback] = []
         self._running = True
 
     def watch(self, descriptor: int, events: int, callback: Callback) -> None:
@@ -77,6 +78,10 @@ class EventLoop:
             self._purge_at = max(_MIN_TIMERS_TO_PURGE, 2 * len(self._timers))
         return timer
 
+    def call_soon(self, callback: Callback) -> None:
+        """Run the callback at the end of this turn."""
+        self._soon.append(callback)
+
     def stop(self) -> None:
         """Return from `run` after this turn."""
         self._running = False
@@ -90,6 +95,10 @@ class EventLoop:
                 if watched is not None:
                     _run_callback(watched[1])
             self._run_timers()
+            while self._soon:
+                soon, self._soon = self._soon, []
+                for callback in soon:
+                    _run_callback(callback)
 
     def _wait_seconds(self) -> float:
         while self._timers and self._timers[0][2].callback is None:

@@ -209,6 +209,7 @@ class Supervisor:
         if error is not None:
             log.error("cannot load procedures file", extra={"reason": error})
             self._listener.close()
+            logs.flush()
             os._exit(1)
         if not self._shutting_down and not self._retired:
             self._accepting = True
@@ -477,8 +478,10 @@ def main() -> NoReturn:
         signal.signal(number, signal.SIG_IGN)
     os.set_inheritable(lifeline, False)
     loop = EventLoop()
+    logs.write_per_turn(loop.call_soon)
     Supervisor(loop, socket.socket(fileno=lifeline), {"descriptors": soft, **settings})
     loop.run()
+    logs.flush()
     os._exit(0)
 
 
