@@ -1,4 +1,7 @@
-"""The proof is part of every test run: a minute of it holds, and each sabotage is caught."""
+"""The chaos run and the failpoint run are part of every test run, and each sabotage is detected.
+
+Each has a fixed seed and a random one, which is printed with the rest of a failed run: repeat it with `--seed`.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,12 @@ import os
 import signal
 import subprocess
 import sys
+from itertools import islice
 from pathlib import Path
 
 import pytest
 
+from chaos.kills import kills
 from chaos.schedule import schedule
 
 TESTS = Path(__file__).parents[1]
@@ -36,9 +41,27 @@ def chaos(*options: str) -> tuple[int, str]:
 
 
 @pytest.mark.timeout(600)
-def test_chaos_one_minute_of_faults_breaks_no_guarantee(tmp_path: Path) -> None:
-    status, printed = chaos("--minutes", "1", "--seed", "20260", "--keep-logs", str(tmp_path / "run"))
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param(("--minutes", "1", "--seed", "20260"), id="fixed seed"),
+        pytest.param(("--minutes", "0.5"), id="random seed"),
+    ],
+)
+def test_chaos_faults_break_no_promise(tmp_path: Path, options: tuple[str, ...]) -> None:
+    status, printed = chaos(*options, "--keep-logs", str(tmp_path / "run"))
     assert status == 0, printed
+    assert "broken promises: 0" in printed
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    "options", [pytest.param(("--seed", "5"), id="fixed seed"), pytest.param((), id="random seed")]
+)
+def test_chaos_kills_break_no_promise(tmp_path: Path, options: tuple[str, ...]) -> None:
+    status, printed = chaos("--kills", "40", *options, "--keep-logs", str(tmp_path / "run"))
+    assert status == 0, printed
+    assert "faults: 40;" in printed
     assert "broken promises: 0" in printed
 
 
@@ -52,6 +75,31 @@ def test_chaos_sabotage_is_detected(tmp_path: Path, sabotage: str, promise: str)
     status, printed = chaos("--sabotage", sabotage, *options)
     assert status == 1, printed
     assert promise in printed, printed
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    ("sabotage", "fact"),
+    [
+        ("start-twice", "5. a call starts"),
+        ("orphan", "after its call ended as"),
+        ("wrong-kill", "the unrelated process"),
+    ],
+)
+def test_chaos_sabotage_among_kills_is_detected(tmp_path: Path, sabotage: str, fact: str) -> None:
+    options = ("--kills", "12", "--seed", "3", "--keep-logs", str(tmp_path / "run"))
+    status, printed = chaos("--sabotage", sabotage, *options)
+    assert status == 1, printed
+    assert fact in printed, printed
+
+
+def test_chaos_kills_same_seed_gives_same_kills() -> None:
+    def first(seed: int, lane: str) -> list[object]:
+        return list(islice(kills(seed, lane, HOSTS), 100))
+
+    assert first(7, "web1") == first(7, "web1")
+    assert first(7, "web1") != first(8, "web1")
+    assert {kill.kind for kill in islice(kills(7, "dispatcher", HOSTS), 100)} == {"kill dispatcher"}
 
 
 def test_chaos_schedule_same_seed_gives_same_schedule() -> None:

@@ -18,5 +18,16 @@ soon as they receive them. At the end all faults are undone and everything ends.
 once more, and `checks` compares marks with ends, records with what followers received, and processes with limits.
 Violations have the number of the promise in docs/guarantees.md, and the facts.
 
-`--sabotage` runs a dispatcher that breaks a promise on purpose (`dispatcher`), to test that the run detects it.
+A failpoint run has kills instead of these faults:
+
+    ./dev chaos --kills 500 --seed 7
+
+`kills` makes the sequence of kills from the seed: dispatcher, frontend, supervisor, zygote, worker. `killer` injects
+them. Most processes are killed when they enter or leave a system call, the n-th after a random time: `tracer` observes
+them with ptrace. So kills hit each step of a path as often as any other one. A random time would hit the waits between
+the steps. `direct_clients` call the hosts meanwhile. `bystanders` are unrelated processes, most of them with the pid of
+a process that has died: HARP must not kill them. As root, a run has its own namespaces (`namespaces`).
+
+`--sabotage` breaks a promise on purpose, to test that the run detects it: by a dispatcher with another store
+(`dispatcher`), or by a procedure that does what HARP must not do (`procedures`).
 """

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import os
 import random
 import shutil
 import signal
@@ -13,8 +12,10 @@ import sys
 import tempfile
 from pathlib import Path
 
+from chaos import namespaces
 from chaos.dispatcher import SABOTAGES
 from chaos.run import Plan, Run
+from chaos.system import PROCEDURE_SABOTAGES
 
 _EXAMPLES = """\
 examples:
@@ -22,10 +23,12 @@ examples:
   ./dev chaos --minutes 10 --seed 7                ten minutes, with the faults of seed 7
   ./dev chaos --minutes 10 --seed 7 --keep-logs /tmp/seed7
                                                    the same, and keep all files of the run there
+  ./dev chaos --kills 500 --seed 7                 kill 500 processes, most of them at a random system call
   ./dev chaos --minutes 0.2 --sabotage drop-record a dispatcher that breaks a promise: must exit with 1
 
 The same seed gives the same schedule of faults; the effects depend on the speed of the machine, too.
-As root, the dispatcher's store is on a separate small file system, which is full from time to time.
+As root, the dispatcher's store is on a separate small file system, which is full from time to time, and unrelated
+processes get the pids of killed ones.
 
 exit status: 0 no promise broken, 1 at least one broken (printed with the facts), 2 wrong usage, 130 interrupted
 """
@@ -33,19 +36,11 @@ exit status: 0 no promise broken, 1 at least one broken (printed with the facts)
 #: Size of the file system for the dispatcher's store, as an option of mount.
 _DISK_SIZE = "192m"
 
-#: Set in the environment of the program that runs in a separate mount namespace.
-_OWN_MOUNTS = "CHAOS_OWN_MOUNTS"
-
 
 def main() -> int:
     """Run the program; return its exit status."""
     options = _parser().parse_args()
-    if os.geteuid() == 0 and _OWN_MOUNTS not in os.environ:
-        probe = subprocess.run(["unshare", "--mount", "true"], capture_output=True, check=False)
-        if probe.returncode == 0:
-            # The kernel removes the file system with the last process, however this program ends.
-            again = ["unshare", "--mount", sys.executable, "-P", "-m", "chaos", *sys.argv[1:]]
-            os.execvpe(again[0], again, {**os.environ, _OWN_MOUNTS: "1"})
+    isolated = namespaces.enter()
     directory = options.keep_logs or Path(tempfile.mkdtemp(prefix="chaos-"))
     directory.mkdir(parents=True, exist_ok=True)
     if any(directory.iterdir()):
@@ -53,11 +48,12 @@ def main() -> int:
         return 2
     store = directory / "store"
     store.mkdir()
-    disk = _OWN_MOUNTS in os.environ and _mount(store)
+    disk = isolated and _mount(store)
     if not disk:
-        print("not root, or no mount namespaces: this run has no full disk")
-    plan = Plan(options.seed, options.minutes * 60.0, options.sabotage, directory.absolute(), disk)
-    print(f"seed {plan.seed}, {plan.seconds:g} s; files in {directory}", flush=True)
+        print("not root, or no own namespaces: this run has no full disk, and no unrelated process gets a pid again")
+    plan = Plan(options.seed, options.minutes * 60.0, options.kills, options.sabotage, directory.absolute(), disk)
+    duration = f"{plan.kills} kills" if plan.kills else f"{plan.seconds:g} s"
+    print(f"seed {plan.seed}, {duration}; files in {directory}", flush=True)
     broken = _run(plan)
     if disk:
         _keep_store(store)
@@ -110,10 +106,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--minutes", type=_minutes, default=1.0, metavar="N", help="duration of the faults (1)")
+    add("--kills", type=_count, default=0, metavar="N", help="kill N processes instead: a failpoint run")
     add("--seed", type=int, default=random.randrange(1_000_000), metavar="S", help="seed of the schedule (random)")
-    add("--sabotage", choices=sorted(SABOTAGES), default="none", help="let the dispatcher break a promise")
+    add("--sabotage", choices=sorted([*SABOTAGES, *PROCEDURE_SABOTAGES]), default="none", help="break a promise")
     add("--keep-logs", type=Path, metavar="DIR", help="keep all files there (default: only after a failure)")
     return parser
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or not 0 < int(text) <= 100_000:
+        raise argparse.ArgumentTypeError(f"expected a number of kills, got {text!r}")
+    return int(text)
 
 
 def _minutes(text: str) -> float:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from chaos.faults import History
 from chaos.job_specs import QUEUES, UNKNOWN_HOST
-from chaos.observations import End, Observations, ObservedJob
+from chaos.observations import DirectCall, End, Observations, ObservedJob
 from chaos.procedures import result
 from chaos.process_tracker import MarkedJob, ProcessTracker
 from chaos.schedule import Kind
@@ -47,12 +47,48 @@ class Checker:
             if len(marked.starts) > 1:
                 self._observations.add_violation(5, token, f"its procedure started {len(marked.starts)} times")
             job = self._observations.jobs.get(token)
-            if job is None or job.id is None:
+            if token not in self._observations.direct_calls and (job is None or job.id is None):
                 self._observations.add_violation(1, token, "its procedure ran, but the dispatcher has no such job")
         for job in self._observations.jobs.values():
             if job.id is not None:
                 self._check_job(job, self._tracker.marks_of(job.spec.token))
+        for call in self._observations.direct_calls.values():
+            self._check_direct_call(call, self._tracker.marks_of(call.token))
         self._check_limits()
+
+    def _check_direct_call(self, call: DirectCall, marked: MarkedJob) -> None:
+        if call.end is None:
+            return  # the client has reported it
+        add = self._observations.add_violation
+        if call.problem is not None:
+            add(4, call.token, f"a direct call: {call.problem}")
+        elif call.records > len(marked.records) + 1:
+            add(4, call.token, f"a direct call received {call.records} records, {len(marked.records)} were passed on")
+        match call.end:
+            case End("returned", value):
+                right = len(marked.starts) == 1 and value == result(call.token) and marked.returned == [value]
+                problem = None if right else f"its marks are {len(marked.starts)} starts, {marked.returned} returned"
+                if call.records != len(marked.records):
+                    add(4, call.token, f"{call.records} records were received, {len(marked.records)} were passed on")
+            case End("raised", type_):
+                problem = None if marked.raised and type_ == "ValueError" else "its procedure did not raise that"
+            case End("failed", "too_many_calls"):
+                problem = "its procedure started" if marked.starts else None
+            case _:
+                problem = None if self._disturbed(call) else "no fault explains this error"
+        if problem is not None:
+            add(2, call.token, f"a direct call ended as {call.end}, but {problem}")
+
+    def _disturbed(self, call: DirectCall) -> bool:
+        """Return whether a process of the call's host was killed or stopped meanwhile."""
+        assert call.ended is not None
+        faults = self._history.between(call.submitted - _AFTER_EFFECTS, call.ended, call.host)
+        history = self._history
+        kills = [*history.workers, *history.zygotes, *history.supervisors]
+        since = call.submitted - _AFTER_EFFECTS
+        return any(fault.host == call.host for fault, _, _ in faults) or any(
+            host == call.host and since <= at <= call.ended for host, at in kills
+        )
 
     def _check_job(self, job: ObservedJob, marked: MarkedJob) -> None:
         token = job.spec.token
@@ -111,6 +147,8 @@ class Checker:
                 return self._missing_outage(job, HOST_TIMEOUT / 2)
             case "missing_result" if self._affected_by(job, [*self._history.supervisors, *self._history.call_stops]):
                 return None  # the supervisor that had its end is gone
+            case "system_error" if self._affected_by(job, [*self._history.zygotes, *self._history.supervisors]):
+                return None if not marked.starts else "its procedure started"
             case _ if type_ in _NOT_STARTED:
                 return None if not marked.starts else "its procedure started"
         return "no fault explains this error"
@@ -120,9 +158,12 @@ class Checker:
         return (job.ended or begin) - begin
 
     def _killed(self, job: ObservedJob, marked: MarkedJob) -> bool:
-        return not self._history.killed_calls.isdisjoint(marked.starts) or self._affected_by(
-            job, self._history.supervisors
-        )
+        if not self._history.killed_calls.isdisjoint(marked.starts):
+            return True
+        kills = [*self._history.supervisors, *self._history.zygotes]
+        if not marked.starts:  # a worker that was killed before its first mark
+            kills += self._history.workers
+        return self._affected_by(job, kills)
 
     @staticmethod
     def _affected_by(job: ObservedJob, events: Iterable[tuple[str, float]]) -> bool:

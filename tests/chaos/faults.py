@@ -34,6 +34,9 @@ class History:
         without_target: number of faults without a target, such as a kill of a supervisor that does not run.
         killed_calls: processes of calls that were killed.
         supervisors: host and time of each kill of a supervisor.
+        zygotes: host and time of each kill of a zygote.
+        workers: host and time of each kill of a worker in a failpoint run, also of one that may not have had a call.
+        places: time and place of each kill of a failpoint run.
         call_stops: host and time of each end of all calls.
         frontend_stops: host and time of each stop of a frontend.
         outages: each fault with its begin and end.
@@ -43,6 +46,9 @@ class History:
     without_target: int = 0
     killed_calls: set[Identity] = field(default_factory=set)
     supervisors: list[tuple[str, float]] = field(default_factory=list)
+    zygotes: list[tuple[str, float]] = field(default_factory=list)
+    workers: list[tuple[str, float]] = field(default_factory=list)
+    places: list[tuple[float, str]] = field(default_factory=list)
     call_stops: list[tuple[str, float]] = field(default_factory=list)
     frontend_stops: list[tuple[str, float]] = field(default_factory=list)
     outages: list[tuple[Fault, float, float]] = field(default_factory=list)
@@ -138,6 +144,8 @@ class FaultInjector:
                 return host.launcher.send(signal.SIGHUP)
             case Kind.KILL_CALL:
                 return self._kill_call(fault, host)
+            case Kind.KILL_ZYGOTE:
+                return await self._kill_zygote(fault, host)
             case _:
                 return await self._on_supervisor(fault, host)
 
@@ -162,6 +170,13 @@ class FaultInjector:
         process = calls[int(fault.choice * len(calls))]
         self.history.killed_calls.add(process)
         return send_signal(signal.SIGKILL, process)
+
+    async def _kill_zygote(self, fault: Fault, host: Host) -> bool:
+        zygotes = [status["zygote"] for status in await host.statuses() if status["zygote"] is not None]
+        if not zygotes or (found := read_stat(pid := zygotes[int(fault.choice * len(zygotes))])) is None:
+            return False
+        self.history.zygotes.append((host.name, now()))
+        return send_signal(signal.SIGKILL, Identity(pid, found[1]))
 
     async def _on_supervisor(self, fault: Fault, host: Host) -> bool:
         supervisors = await host.supervisors()

@@ -56,6 +56,10 @@ def _quick(rng: random.Random) -> _Spec:
     return "work", [rng.uniform(0, 0.2)], {}
 
 
+def _share(rng: random.Random) -> _Spec:
+    return "share", [rng.uniform(0, 0.2)], {}
+
+
 def _work(rng: random.Random) -> _Spec:
     return "work", [rng.uniform(0.5, 4)], {}
 
@@ -103,7 +107,8 @@ def _stubborn(rng: random.Random) -> _Spec:
 
 
 _KINDS: Mapping[Callable[[random.Random], _Spec], int] = {
-    _quick: 34,
+    _quick: 24,
+    _share: 10,
     _work: 14,
     _long: 3,
     _stream: 24,

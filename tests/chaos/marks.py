@@ -15,6 +15,9 @@ from typing import Any, NamedTuple
 
 #: The environment variable with the path of the file. It also identifies the processes of a run.
 VARIABLE = "CHAOS_MARKS"
+#: A file beside those of the marks, with a promise that procedures break, and the pid of a process that is none of
+#: HARP's business.
+SABOTAGE_FILE = "sabotage"
 
 
 class Identity(NamedTuple):
@@ -72,13 +75,13 @@ class Writer:
         self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
         self._process = Identity(0, 0)
 
-    def write(self, token: str, kind: str, value: Any = None) -> None:
-        """Append a mark of this process."""
+    def write(self, token: str, kind: str, value: Any = None, process: Identity | None = None) -> None:
+        """Append a mark of this process, or of another one."""
         if self._process.pid != os.getpid():
             found = read_stat(os.getpid())
             assert found is not None
             self._process = Identity(os.getpid(), found[1])
-        line = json.dumps([token, *self._process, now(), kind, value]) + "\n"
+        line = json.dumps([token, *(process or self._process), now(), kind, value]) + "\n"
         os.write(self._file, line.encode())
 
 

@@ -5,16 +5,19 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from chaos.marks import now
-from chaos.observations import Observations
+from chaos.marks import Identity, is_alive, now
+from chaos.observations import End, Observations
 from chaos.process_tracker import ProcessTracker
-from chaos.system import HOST_TIMEOUT, System
+from chaos.system import DISCONNECT_TIMEOUT, HOST_TIMEOUT, KILL_GRACE, System
 
 #: Seconds between two checks, during the run and after it.
 _PAUSE, _IDLE_PAUSE = 2.0, 0.3
 #: Seconds for which a job without a process may be running: the promise, and a margin for a slow machine.
 _MAX_DELAY = HOST_TIMEOUT + 10.0
 _MARGIN = 10.0
+#: Seconds for which a process may live after the end of its call, if the end comes after its exit, and otherwise: a
+#: host out of contact stops it by itself.
+_MAX_AFTER_EXIT, _MAX_ORPHANED = 10.0, DISCONNECT_TIMEOUT + KILL_GRACE + 20.0
 #: Seconds without any change after which the wait has failed: every job changes something more often.
 _MAX_STILL = 90.0
 
@@ -41,12 +44,14 @@ class Monitor:
         self._observations = observations
         self._tracker = tracker
         self._running: dict[str, float] = {}
+        self._orphans: set[Identity] = set()
         self.unended = 0
 
     async def run(self) -> None:
         """Check regularly, until cancelled."""
         while True:
             await self._check_running()
+            self._check_orphans()
             await asyncio.sleep(_PAUSE)
 
     async def _check_running(self) -> list[dict[str, Any]] | None:
@@ -72,14 +77,29 @@ class Monitor:
             what = "its process died" if lifetime is not None else "its start, without a process"
             self._observations.add_violation(2, token, f"it is still running more than {_MAX_DELAY:g} s after {what}")
 
+    def _check_orphans(self) -> None:
+        """Check that no process lives long after the end of its call."""
+        for process in self._tracker.living():
+            token = self._tracker.lifetimes[process].token
+            ended = self._observations.jobs.get(token) or self._observations.direct_calls.get(token)
+            if ended is None or ended.ended is None or ended.end == End("failed", "host_lost"):
+                continue
+            returned = ended.end is not None and ended.end.kind in ("returned", "raised")
+            longest = _MAX_AFTER_EXIT if returned else _MAX_ORPHANED
+            if now() - ended.ended > longest and is_alive(process):
+                what = f"process {process.pid} lives more than {longest:g} s after its call ended as {ended.end}"
+                self._observations.add_violation(3, token, what)
+                self._orphans.add(process)
+
     async def wait_until_idle(self, clients: asyncio.Task[None]) -> None:
         """Return when all jobs have ended, all slots are free and all clients are done, or when nothing changes."""
         last: object = None
         changed = now()
         while now() - changed < _MAX_STILL:
             listed = await self._check_running()
+            self._check_orphans()
             queues = await self._system.list_from_dispatcher("queue-list")
-            if listed == [] and queues == [] and clients.done():
+            if listed == [] and queues == [] and clients.done() and self._orphans.issuperset(self._tracker.living()):
                 return
             end_received = sum(observed.end is not None for observed in self._observations.jobs.values())
             state = listed, queues, len(self._tracker.living()), end_received
@@ -91,6 +111,9 @@ class Monitor:
             self._observations.add_violation(2, token_of(job), "it has not ended although all faults are undone")
         for queue in queues or []:
             self._observations.add_violation(7, None, f"a slot is still held although all jobs have ended: {queue}")
+        for process in set(self._tracker.living()) - self._orphans:
+            token = self._tracker.lifetimes[process].token
+            self._observations.add_violation(3, token, f"process {process.pid} lives although all faults are undone")
         for observed in self._observations.jobs.values():
             if any(not follower.ended for follower in observed.followers):
                 self._observations.add_violation(4, observed.spec.token, "a follower did not receive the end")

@@ -130,11 +130,43 @@ class ObservedJob:
     followers: list[Follower] = field(default_factory=list)
 
 
+@dataclass
+class DirectCall:
+    """A call without a dispatcher.
+
+    Attributes:
+        token: identifies it in its marks.
+        host: the host that it calls.
+        submitted: when it began, by the clock of the marks.
+        end: its end; ``broken``: the connection failed; None: not ended yet.
+        ended: when it ended.
+        record_size: size of each record, if it is a stream.
+        records: number of received records.
+        problem: the first invalid record.
+    """
+
+    token: str
+    host: str
+    submitted: float = field(default_factory=now)
+    end: End | None = None
+    ended: float | None = None
+    record_size: int = 0
+    records: int = 0
+    problem: str | None = None
+
+    def on_record(self, value: Any) -> None:
+        """Check a received record."""
+        if self.problem is None and value != record(self.token, self.records, self.record_size):
+            self.problem = f"record {self.records} is {str(value)[:120]}"
+        self.records += 1
+
+
 class Observations:
-    """All jobs of a run, and the violations that were found."""
+    """All jobs and direct calls of a run by token, and the violations that were found."""
 
     def __init__(self) -> None:
         self.jobs: dict[str, ObservedJob] = {}
+        self.direct_calls: dict[str, DirectCall] = {}
         self.violations: list[Violation] = []
         #: How many stop reports were compared with the processes when they were received.
         self.stop_reports_checked = 0

@@ -12,9 +12,10 @@ import select
 import signal
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NoReturn
 
-from chaos.marks import VARIABLE, Writer
+from chaos.marks import SABOTAGE_FILE, VARIABLE, Identity, Writer, read_stat
 from harpd.proc import Result, procedure, streaming_procedure
 
 #: Seconds after which every process exits, so that a failed run leaves none for long.
@@ -33,7 +34,20 @@ def result(token: str) -> str:
     return hashlib.sha256(token.encode()).hexdigest()
 
 
+def _sabotage(token: str) -> None:
+    """Break a promise in HARP's name, if this run has to detect that."""
+    file = Path(os.environ.get(VARIABLE, os.devnull)).with_name(SABOTAGE_FILE)
+    if token.endswith("7") and file.exists():
+        kind, bystander = file.read_text().split()
+        found = read_stat(int(bystander))
+        if kind == "wrong-kill" and found is not None:
+            os.kill(int(bystander), signal.SIGKILL)
+        elif found is not None:  # it survives the stop of the call to which it seems to belong
+            _marks.write(token, "child", process=Identity(int(bystander), found[1]))
+
+
 def _returned(token: str) -> str:
+    _sabotage(token)
     value = result(token)
     _marks.write(token, "end", value)
     return value
@@ -45,6 +59,16 @@ def work(token: str, seconds: float) -> str:
     _marks.write(token, "start")
     time.sleep(seconds)
     return _returned(token)
+
+
+@procedure(max_calls_per_process=20)
+def share(token: str, seconds: float) -> str:
+    """Sleep and return, in a process of many calls."""
+    _marks.write(token, "start")
+    time.sleep(seconds)
+    value = _returned(token)
+    _marks.write(token, "idle")
+    return value
 
 
 @procedure(max_calls_per_process=5)

@@ -62,6 +62,9 @@ def counts(observations: Observations, history: History) -> Iterator[str]:
     yield f"jobs: {len(accepted)} ({_listed(kinds)}); {unanswered} submissions without a job"
     yield f"records: {records}; followers: {len(followers)}, interrupted {resumed} times"
     cancels = sum(job.cancels > 0 for job in accepted)
+    if observations.direct_calls:
+        ends = Counter(call.end.kind if call.end else "none" for call in observations.direct_calls.values())
+        yield f"direct calls: {len(observations.direct_calls)} ({_listed(ends)})"
     yield f"cancels: {cancels}; stop reports checked: {observations.stop_reports_checked}"
     yield f"faults: {history.injected.total()}; {history.without_target} more had no target"
     yield from (f"    {count:4}  {kind}" for kind, count in history.injected.most_common())
@@ -84,6 +87,10 @@ def _details(found: Violation, observations: Observations, history: History, run
     job = observations.jobs.get(found.token or "")
     yield ""
     yield f"promise {found.promise}: {found.what}"
+    call = observations.direct_calls.get(found.token or "")
+    if call is not None:
+        yield f"    direct call {call.token} of {call.host}, from {call.submitted:.3f} to {call.ended or 0:.3f}"
+        yield from _kills_between(history, call.submitted, call.ended or now())
     if job is None:
         return
     spec = job.spec
@@ -93,7 +100,12 @@ def _details(found: Violation, observations: Observations, history: History, run
     until = job.ended or now()
     for fault, begin, end in history.between(job.submitted, until, spec.host):
         yield f"    meanwhile, {begin:.3f} to {end:.3f}: {fault.kind} {fault.host or ''}"
+    yield from _kills_between(history, job.submitted, until)
     if job.id is not None:
         for log in sorted(run.glob("*/*.log")):
             lines = [line for line in log.read_text("utf-8", "replace").splitlines() if job.id in line]
             yield from (f"    {log.relative_to(run)}: {line[:400]}" for line in lines[-_LINES:])
+
+
+def _kills_between(history: History, since: float, to: float) -> Iterator[str]:
+    yield from (f"    meanwhile, {at:.3f}: {place}" for at, place in history.places if since <= at <= to)

@@ -12,10 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from chaos import report
+from chaos.bystanders import Bystanders
 from chaos.checks import Checker
 from chaos.clients import Clients
+from chaos.direct_clients import DirectClients
 from chaos.faults import FaultInjector, History
 from chaos.final_read import read_all
+from chaos.killer import KillInjector
 from chaos.monitor import Monitor
 from chaos.observations import Observations
 from chaos.process_tracker import ProcessTracker, find_processes
@@ -37,13 +40,15 @@ class Plan:
     Attributes:
         seed: decides jobs and faults.
         seconds: duration of new jobs and faults.
-        sabotage: ``none``, or the promise that the dispatcher breaks.
+        kills: number of kills of a failpoint run, which lasts until they are done; 0: another run.
+        sabotage: ``none``, or the promise that the dispatcher or a procedure breaks.
         directory: the directory of all files.
         disk: whether the dispatcher's store is on a separate small file system.
     """
 
     seed: int
     seconds: float
+    kills: int
     sabotage: str
     directory: Path
     disk: bool
@@ -64,7 +69,9 @@ class Run:
         disk = plan.directory / "store" if plan.disk else None
         self._injector = FaultInjector(self._system, self._tracker, disk)
         self._monitor = Monitor(self._system, self.observations, self._tracker)
+        self._bystanders = Bystanders()
         self._clients = Clients(self._system, self.observations, self._tracker, plan.seed)
+        self._direct_clients = DirectClients(self._system, self.observations, plan.seed)
         self._begin = time.monotonic()
 
     @property
@@ -75,17 +82,22 @@ class Run:
     async def run(self) -> None:
         """Run and check. All processes have ended when this returns or raises."""
         try:
-            await self._system.start()
+            await self._bystanders.start()
+            await self._system.start(self._bystanders.first)
             await self._until_serving()
             await self._run_faults_and_wait()
             for problem in await self._system.stop():
                 self.observations.add_violation(0, None, problem)
             self._check_exits()
             await self._check_processes_left()
+            await self._bystanders.stop()
+            for killed in self._bystanders.killed:
+                self.observations.add_violation(3, None, killed)
             self._tracker.update()
             Checker(self.observations, self._tracker, self.history).check()
         finally:
             await self._system.stop()
+            await self._bystanders.stop()
             for pid in find_processes(self._plan.directory):
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
@@ -101,18 +113,24 @@ class Run:
 
     async def _run_faults_and_wait(self) -> None:
         plan = self._plan
-        faults = schedule(plan.seed, plan.seconds, HOSTS)
         loop = asyncio.get_running_loop()
         self._begin = time.monotonic()
         tracker = asyncio.create_task(self._tracker.run())
         monitor = asyncio.create_task(self._monitor.run())
         progress = asyncio.create_task(self._progress())
-        clients = asyncio.create_task(self._clients.run())
-        faults_task = asyncio.create_task(self._injector.run(faults, loop.time()))
-        tasks = {tracker, monitor, progress, clients, faults_task}
+        clients = asyncio.create_task(self._run_clients())
+        if plan.kills:
+            killer = KillInjector(self._system, self._tracker, self.history, self.observations, self._bystanders)
+            faults_task = duration = asyncio.create_task(killer.run(plan.seed, plan.kills))
+        else:
+            faults = schedule(plan.seed, plan.seconds, HOSTS)
+            faults_task = asyncio.create_task(self._injector.run(faults, loop.time()))
+            duration = asyncio.create_task(asyncio.sleep(plan.seconds))
+        tasks = {tracker, monitor, progress, clients, faults_task, duration}
         try:
-            await _first_failure(asyncio.sleep(plan.seconds), tasks)
+            await _first_failure(duration, tasks - {duration})
             self._clients.stop()
+            self._direct_clients.stop()
             await _first_failure(faults_task, tasks - {faults_task})
             await self._injector.undo_all()
             monitor.cancel()
@@ -123,6 +141,12 @@ class Run:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _run_clients(self) -> None:
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._clients.run())
+            if self._plan.kills:  # a disturbed network is not in the way of direct calls
+                group.create_task(self._direct_clients.run())
 
     async def _progress(self) -> None:
         while True:
@@ -156,11 +180,14 @@ class Run:
     def report(self) -> None:
         """Print the report."""
         plan = self._plan
-        print(f"seed {plan.seed}, {plan.seconds:g} s of faults, {time.monotonic() - self._begin:.0f} s in all")
+        faults = f"{plan.kills} kills" if plan.kills else f"{plan.seconds:g} s of faults"
+        print(f"seed {plan.seed}, {faults}, {time.monotonic() - self._begin:.0f} s in all")
         for line in report.table(self.observations, self._tracker):
             print(line)
         for line in report.counts(self.observations, self.history):
             print(line)
+        if self._bystanders.reused:
+            print(f"bystanders: {self._bystanders.reused} got the pid of a process that had died")
         for line in report.violations(self.observations, self.history, plan.directory):
             print(line)
 

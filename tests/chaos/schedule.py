@@ -49,6 +49,7 @@ class Kind(StrEnum):
     REPLACE_SUPERVISOR = "replace supervisor"
     KILL_SUPERVISOR = "kill supervisor"
     SUSPEND_SUPERVISOR = "suspend supervisor"
+    KILL_ZYGOTE = "kill zygote"
     KILL_CALL = "kill call"
     FULL_DISK = "full disk"
     STEP_CLOCK = "step clock"
@@ -70,6 +71,7 @@ _WEIGHTS: Mapping[Kind | Mode, int] = {
     Kind.REPLACE_SUPERVISOR: 3,
     Kind.KILL_SUPERVISOR: 4,
     Kind.SUSPEND_SUPERVISOR: 3,
+    Kind.KILL_ZYGOTE: 3,
     Kind.KILL_CALL: 8,
     Kind.FULL_DISK: 3,
     Kind.STEP_CLOCK: 4,

@@ -109,6 +109,10 @@ class Service:
         _send_signal(self._process, number)
         return True
 
+    def expect_kill(self) -> None:
+        """Note that it will be killed."""
+        self._expected |= _EXPECTED_STATUSES[signal.SIGKILL]
+
     def suspend(self) -> bool:
         """Send it SIGSTOP; return False if it does not run or is suspended already."""
         if self._process is None or self._suspended_at is not None:

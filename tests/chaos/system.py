@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import harp
-from chaos.dispatcher import CLOCK
-from chaos.marks import VARIABLE
+from chaos.dispatcher import CLOCK, SABOTAGES
+from chaos.marks import SABOTAGE_FILE, VARIABLE
 from chaos.proxy import Proxy, reserve_port
 from chaos.service import Service
 from harp import aio
@@ -49,6 +49,8 @@ _HOSTS: Mapping[str, Mapping[str, Any]] = {
 }
 HOSTS = tuple(_HOSTS)
 
+#: Promises that a procedure breaks on request.
+PROCEDURE_SABOTAGES = ("orphan", "wrong-kill")
 #: Seconds for a reply of a supervisor.
 _ANSWER = 1.0
 
@@ -61,27 +63,36 @@ class Host:
         frontend: its frontend.
         launcher: the launcher of its supervisors.
         proxy: the proxy to which the dispatcher connects.
+        port: the port of the frontend on 127.0.0.1.
+        ca_file: the certificate that its clients trust.
     """
 
     name: str
     frontend: Service
     launcher: Service
     proxy: Proxy
+    port: int
+    ca_file: Path
     runtime_directory: Path
 
     async def supervisors(self) -> list[int]:
         """Return the pids of the supervisors that reply, also of retired ones."""
-        found = [await self._supervisor_pid(name) for name in _sockets(self.runtime_directory)]
-        return sorted({pid for pid in found if pid is not None})
+        return sorted({int(status["supervisor"]) for status in await self.statuses()})
 
-    async def _supervisor_pid(self, name: str) -> int | None:
+    async def statuses(self) -> list[dict[str, Any]]:
+        """Return the status of each supervisor that replies, also of retired ones."""
+        found = [await self._status(name) for name in _sockets(self.runtime_directory)]
+        return [status for status in found if status is not None]
+
+    async def _status(self, name: str) -> dict[str, Any] | None:
         directory = os.open(self.runtime_directory, os.O_PATH)  # the address of a socket is limited to 107 bytes
         try:
             async with asyncio.timeout(_ANSWER):
                 reader, writer = await asyncio.open_unix_connection(f"/proc/self/fd/{directory}/{name}")
                 with contextlib.closing(writer):
                     writer.write(b'{"control":"status"}\n')
-                    return int(json.loads(await reader.readline())["supervisor"])
+                    status: dict[str, Any] = json.loads(await reader.readline())
+                    return status
         except (OSError, TimeoutError, ValueError):
             return None
         finally:
@@ -108,6 +119,8 @@ class System:
 
     def __init__(self, run: Path, seed: int, sabotage: str) -> None:
         self.run = run
+        self._sabotage = sabotage
+        self._victim = run / "marks" / SABOTAGE_FILE
         self.hosts: dict[str, Host] = {}
         self._reservations: list[socket.socket] = []
         self._clock = run / "clock"
@@ -129,7 +142,8 @@ class System:
         )
         start = self.files.command("start", f"--config={self.files.config_file}")
         options = start[start.index("harpcaller.cli") + 1 :]
-        own = [sys.executable, "-P", "-m", "chaos.dispatcher", str(self._clock), sabotage]
+        broken = sabotage if sabotage in SABOTAGES else "none"
+        own = [sys.executable, "-P", "-m", "chaos.dispatcher", str(self._clock), broken]
         self.dispatcher = Service("dispatcher", [*own, *options], _marked(run / "marks" / "none"), self.files.log_file)
 
     def _port(self) -> int:
@@ -146,7 +160,7 @@ class System:
         log = files.directory / "supervisor.log"
         launcher = Service(f"{name} launcher", files.command("supervisor"), environment, log)
         proxy = Proxy(port, f"{seed}/{name}")
-        self.hosts[name] = Host(name, frontend, launcher, proxy, files.runtime_directory)
+        self.hosts[name] = Host(name, frontend, launcher, proxy, port, files.ca_file, files.runtime_directory)
 
     @property
     def marks(self) -> dict[str, Path]:
@@ -169,8 +183,14 @@ class System:
         """An asyncio client of the dispatcher."""
         return aio.AsyncHarpCaller("127.0.0.1", self.port)
 
-    async def start(self) -> None:
-        """Start all proxies and daemons; do not wait until they serve."""
+    async def start(self, bystander: int) -> None:
+        """Start all proxies and daemons; do not wait until they serve.
+
+        Args:
+            bystander: a process that is none of the system's business; a procedure that breaks a promise gets its pid.
+        """
+        if self._sabotage in PROCEDURE_SABOTAGES:
+            self._victim.write_text(f"{self._sabotage} {bystander}")
         for host in self.hosts.values():
             await host.proxy.start()
         for service in reversed(self.services):
