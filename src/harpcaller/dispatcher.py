@@ -20,8 +20,7 @@ import asyncio
 import logging
 import sys
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Sequence
-from contextlib import suppress
+from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from dataclasses import replace
 from functools import partial, wraps
 from types import TracebackType
@@ -101,8 +100,7 @@ class Dispatcher:
         self._store = store
         self._wall = wall
         self._notifier = Notifier()
-        self._wake = asyncio.Event()
-        self._registry = HostsRegistry(config, self._wake.set)
+        self._registry = HostsRegistry(config, self._claim)
         self._tls = HostTLS(config)
         self._context: RunContext
         self._orphan_reaper: OrphanReaper
@@ -110,9 +108,12 @@ class Dispatcher:
         self._runs: dict[str, Run] = {}
         self._run_tasks: set[asyncio.Task[None]] = set()
         self._requests: set[asyncio.Task[Any]] = set()
-        self._stop = asyncio.Event()
-        # Jobs that are cancelled after the store has claimed them and before their run exists.
         self._claiming = False
+        self._claims: dict[asyncio.Future[list[Job]], int] = {}  # the claims that are in the store, with their limits
+        self._claim_requested = False
+        self._claim_postponed = False  # until a claim that is in the store returns the slots that it does not need
+        self._claim_retry: asyncio.TimerHandle | None = None
+        # Jobs that are cancelled after the store has claimed them and before their run exists.
         self._cancelled_before_start: set[str] = set()
 
     async def __aenter__(self) -> Self:
@@ -135,12 +136,11 @@ class Dispatcher:
         await self._group.__aenter__()
         self._orphan_reaper = OrphanReaper(self._group, self._runs.__contains__)
         recovered = await self._recover()
-        self._claimer = self._group.create_task(self._claim(recovered))
         self._maintenance = [
+            self._group.create_task(self._begin_claiming(recovered)),
             self._group.create_task(self._registry.refresh_regularly()),
             self._group.create_task(prune_regularly(self._store, self._wall, lambda: self._config.max_age_seconds)),
         ]
-        self._wake.set()
         return self
 
     async def __aexit__(
@@ -164,9 +164,8 @@ class Dispatcher:
         """The number of active calls."""
         return len(self._runs)
 
-    @_shielded
-    async def submit(self, call: Call, client: str, received_at: float | None = None) -> str:
-        """Store a job and return its id; the job is on stable storage then.
+    def submit(self, call: Call, client: str, received_at: float | None = None) -> asyncio.Future[str]:
+        """Store a job; return a future of its id, which is set when the job is on stable storage.
 
         An unknown host is accepted; the job then ends as ``unknown_host``.
 
@@ -176,13 +175,23 @@ class Dispatcher:
             received_at: time of the request on the monotonic clock, for the job's phases; None if unknown.
         """
         job = self._new_job(call)
-        self._wake.set()  # the claim is requested in the same turn of the loop, and shares the commit
         store_began = time.monotonic()
-        await self._store.add_job(job, self._wall())
-        self._context.timings.record_stored(job.id, received_at, store_began)
-        log.info("job submitted", extra={**log_fields(job), "client": client})
-        self._log_arguments(job)
-        return job.id
+        job_id: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+
+        def on_stored(stored: asyncio.Future[None]) -> None:
+            if (error := stored.exception()) is not None:
+                if not job_id.done():
+                    job_id.set_exception(error)
+                return
+            self._context.timings.record_stored(job.id, received_at, store_began)
+            log.info("job submitted", extra={**log_fields(job), "client": client})
+            self._log_arguments(job)
+            if not job_id.done():
+                job_id.set_result(job.id)
+
+        self._claim()  # before the store's own turn, so that it shares the commit
+        asyncio.ensure_future(self._store.add_job(job, self._wall())).add_done_callback(on_stored)
+        return job_id
 
     @_shielded
     async def submit_many(self, calls: Sequence[Call], client: str) -> list[str]:
@@ -191,8 +200,8 @@ class Dispatcher:
             return []
         # In a thread, so that many jobs do not block the event loop.
         jobs = await asyncio.to_thread(lambda: list(map(self._new_job, calls)))
+        self._claim()
         await self._store.add_jobs(jobs, self._wall())
-        self._wake.set()
         ids = {"first": jobs[0].id, "last": jobs[-1].id}
         log.info("jobs submitted", extra={"jobs": len(jobs), **ids, "client": client})
         if log.isEnabledFor(logging.DEBUG):
@@ -250,7 +259,7 @@ class Dispatcher:
         if released:
             log.warning("slot released by administrator", extra={"job": job_id})
             self._notifier.publish_end(job_id)
-            self._wake.set()
+            self._claim()
         return released
 
     async def details(self, job_id: str) -> dict[str, Any]:
@@ -421,7 +430,7 @@ class Dispatcher:
         self._tls = tls
         self._context = replace(self._context, config=config, tls=tls)
         self._report_config(config, reported)
-        self._wake.set()
+        self._claim()
 
     # Internals.
 
@@ -452,68 +461,94 @@ class Dispatcher:
         self._notifier.publish_end(job_id, Cancelled())
         if run := self._runs.get(job_id):
             await run.cancel_call(client)
-        elif before is State.RUNNING and self._claiming:
+        elif before is State.RUNNING and (self._claims or not self._claiming):
             self._cancelled_before_start.add(job_id)
-        self._wake.set()
+        self._claim()
 
-    async def _claim(self, recovered: bool) -> None:
-        """Claim and start queued jobs on every wake-up, until the dispatcher stops."""
-        while not self._stop.is_set():
-            await self._wake.wait()
-            self._wake.clear()
-            recovered = recovered or await self._recover()
-            if not recovered or not await self._claim_batch():
-                with suppress(TimeoutError):
-                    async with asyncio.timeout(_RETRY_INTERVAL):
-                        await self._stop.wait()
-                self._wake.set()
+    async def _begin_claiming(self, recovered: bool) -> None:
+        """Claim jobs from now on; not before the jobs that hold a slot have a run."""
+        while not recovered:
+            await asyncio.sleep(_RETRY_INTERVAL)
+            recovered = await self._recover()
+        self._claiming = True
+        self._claim()
 
     async def _recover(self) -> bool:
         """Create runs for the jobs that hold a slot since the last dispatcher; return False if the store failed."""
         try:
-            jobs = await self._start_runs(self._store.list_slot_holders(), recovered=True)
+            jobs = await self._store.list_slot_holders()
         except StorageError as error:
             log.error("cannot recover jobs; retrying", extra={"error": str(error)})
             return False
+        self._start_runs(jobs, recovered=True)
         if jobs:
-            log.info("jobs recovered", extra={"jobs": jobs})
+            log.info("jobs recovered", extra={"jobs": len(jobs)})
         return True
 
-    async def _claim_batch(self) -> bool:
-        """Claim and start as many jobs as the limits allow; return False to retry later, because the store fails."""
-        if self._context.pending_writes.count:
-            return False  # no new calls while data of the active ones cannot be stored
-        limit = min(_CLAIM_SIZE, self._config.max_calls - len(self._runs))
-        if limit <= 0 or not self._registry.is_ready or self._stop.is_set():
-            return True  # the end of a call or the registry sets the wake-up event
-        claim = self._store.claim_jobs(self._wall(), limit, self._config.max_calls_per_host)
+    def _claim(self) -> None:
+        """Claim jobs in the next turn of the event loop, because a job may have become able to start.
+
+        A claim runs after the other writes of its transaction, so one for all requests of a turn is enough.
+        """
+        if not self._claim_requested:
+            self._claim_requested = True
+            asyncio.get_running_loop().call_soon(self._claim_batch)
+
+    def _claim_batch(self) -> None:
+        """Claim and start as many jobs as the limits allow."""
+        self._claim_requested = False
+        if not self._claiming or not self._registry.is_ready:
+            return
+        if self._context.pending_writes.count:  # no new calls while data of the active ones cannot be stored
+            self._claim_later()
+            return
+        limit = min(_CLAIM_SIZE, self._config.max_calls - len(self._runs) - sum(self._claims.values()))
+        if limit <= 0:  # the end of a call, or of a claim, requests the next one
+            self._claim_postponed = bool(self._claims)
+            return
+        verb = self._store.claim_jobs(self._wall(), limit, self._config.max_calls_per_host)
+        claim = asyncio.ensure_future(verb)
+        self._claims[claim] = limit
+        claim.add_done_callback(self._on_claimed)
+
+    def _on_claimed(self, claim: asyncio.Future[list[Job]]) -> None:
+        limit = self._claims.pop(claim)
         try:
-            if await self._start_runs(claim) == limit:
-                self._wake.set()
-        except StorageError as error:
-            log.error("cannot claim jobs; retrying", extra={"error": str(error)})
-            return False
-        return True
+            jobs = claim.result()
+        except Exception as error:
+            if isinstance(error, StorageError):
+                log.error("cannot claim jobs; retrying", extra={"error": str(error)})
+            else:
+                log.exception("cannot claim jobs: internal error; retrying")
+            self._claim_later()
+            return
+        self._start_runs(jobs)
+        if len(jobs) == limit or self._claim_postponed:
+            self._claim_postponed = False
+            self._claim()  # there may be more
 
-    async def _start_runs(self, slot_holders: Awaitable[list[Job]], recovered: bool = False) -> int:
-        """Start a run for each job that the store returns; return how many.
+    def _claim_later(self) -> None:
+        if self._claim_retry is None:
+            self._claim_retry = asyncio.get_running_loop().call_later(_RETRY_INTERVAL, self._retry_claim)
+
+    def _retry_claim(self) -> None:
+        self._claim_retry = None
+        self._claim()
+
+    def _start_runs(self, jobs: Sequence[Job], recovered: bool = False) -> None:
+        """Start a run for each of these jobs, which hold a slot.
 
         A job that was cancelled meanwhile also needs a run, which releases its slot.
         """
-        self._claiming = True
-        try:
-            jobs = await slot_holders
-            for job in jobs:
-                run = self._runs[job.id] = Run(job, self._context, recovered)
-                if job.id in self._cancelled_before_start:
-                    run.cancel_before_start()
-                task = self._group.create_task(self._run_call(run))
-                self._run_tasks.add(task)
-                task.add_done_callback(self._run_tasks.discard)
-        finally:
-            self._claiming = False
+        for job in jobs:
+            run = self._runs[job.id] = Run(job, self._context, recovered)
+            if job.id in self._cancelled_before_start:
+                run.cancel_before_start()
+            task = self._group.create_task(self._run_call(run))
+            self._run_tasks.add(task)
+            task.add_done_callback(self._run_tasks.discard)
+        if not self._claims:
             self._cancelled_before_start.clear()
-        return len(jobs)
 
     async def _run_call(self, run: Run) -> None:
         try:
@@ -523,13 +558,15 @@ class Dispatcher:
             log.exception("run failed: internal error", extra=log_fields(run.job))
         finally:
             del self._runs[run.job.id]
-            self._wake.set()
+            self._claim()
 
     async def _shut_down(self) -> None:
         log.info("dispatcher stops", extra={"calls": len(self._runs)})
-        self._stop.set()
-        self._wake.set()
-        await asyncio.wait([self._claimer])
+        self._claiming = False
+        if self._claim_retry is not None:
+            self._claim_retry.cancel()
+        if self._claims:
+            await asyncio.wait(self._claims)
         for run in list(self._runs.values()):
             run.detach()
         if unfinished := self._run_tasks | self._requests:

@@ -1,7 +1,7 @@
 """The thread that writes, and its group commit.
 
 Theory of operation: a commit waits for the disk, so its cost is shared. Everything that arrives while a commit runs
-is one batch, that is one transaction and one wait. The verbs that are called in one turn of the event loop are one
+is one batch, that is one transaction and one wait. The verbs that are called in two turns of the event loop are one
 batch, too. If a member fails, the transaction is rolled back and run again with a savepoint for each member, so that
 only the changes of that member are undone. If the transaction itself fails, for example because the disk is full,
 the whole batch fails: nothing was changed, and each member gets the error. The thread then takes the next batch.
@@ -51,7 +51,7 @@ class Writer:
         self._connection = connection
         self._writes = Writes(connection)
         self._loop = loop
-        self._next_members: list[_Member] = []  # called in this turn of the loop
+        self._next_members: list[_Member] = []  # called in this turn of the loop and the next
         self._queue: SimpleQueue[Sequence[_Member]] = SimpleQueue()  # an empty one ends the thread
         # A daemon thread, so that a program that fails before it closes the store can exit.
         self._thread = threading.Thread(target=self._run_batches, name="store-writer", daemon=True)
@@ -67,13 +67,14 @@ class Writer:
             transaction failed and nothing was changed, or what the verb raised if its changes were undone.
         """
         if not self._next_members:
-            self._loop.call_soon(self._flush)
+            # After the next turn, so that what this turn calls for, such as a claim, is in the same batch.
+            self._loop.call_soon(self._loop.call_soon, self._flush)
         future: asyncio.Future[T] = self._loop.create_future()
         self._next_members.append(_Member(verb, future, last))
         return future
 
     def _flush(self) -> None:
-        """Pass the verbs that were called in this turn of the loop to the thread: one batch, and one wakeup."""
+        """Pass the verbs that were called in these turns of the loop to the thread: one batch, and one wakeup."""
         if self._next_members:
             self._queue.put(self._next_members)
             self._next_members = []
