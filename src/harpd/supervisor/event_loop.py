@@ -1,13 +1,18 @@
-"""A small event loop over epoll with descriptors and timers; it needs less memory than asyncio."""
+"""A small event loop over epoll with descriptors and timers; it needs less memory than asyncio.
+
+Nearly all timers are cancelled before they are due, and long ones need not be exact. So timers that are due at about
+the same time share a bucket, and only the times of the buckets are sorted: cancelling a timer deletes it from a dict.
+"""
 
 from __future__ import annotations
 
 import heapq
-import itertools
 import logging
+import math
 import select
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import TypeAlias
 
 log = logging.getLogger("harpd.supervisor")
@@ -17,8 +22,8 @@ WRITE = select.EPOLLOUT
 
 #: The longest wait in seconds: epoll does not count the time during which the system is suspended, timers do.
 _MAX_WAIT = 5.0
-#: From this many timers on, cancelled ones are removed whenever the heap has doubled.
-_MIN_TIMERS_TO_PURGE = 100
+#: Timers of at least this many seconds are up to `_COARSE_TICK` seconds late, others are exact.
+_MIN_COARSE, _COARSE_TICK = 1.0, 0.0625
 
 Callback: TypeAlias = Callable[[], object]
 
@@ -26,27 +31,30 @@ Callback: TypeAlias = Callable[[], object]
 class Timer:
     """A callback that runs once, unless it is cancelled before."""
 
-    __slots__ = ("callback",)
-
-    def __init__(self, callback: Callback) -> None:
-        self.callback: Callback | None = callback
+    __slots__ = ("bucket", "callback")
+    callback: Callback
+    bucket: dict[Timer, None]  # from which the loop takes it
 
     def cancel(self) -> None:
         """Cancel the callback; no effect if it has run."""
-        self.callback = None
+        self.bucket.pop(self, None)
 
 
 class EventLoop:
-    """An event loop. It logs the exception of a callback and continues."""
+    """An event loop. It logs the exception of a callback and continues.
+
+    Attributes:
+        now: returns the time of this loop: seconds since boot, the time of suspension included.
+    """
 
     def __init__(self) -> None:
         self._epoll = select.epoll()
         self._watched: dict[int, tuple[int, Callback]] = {}
-        self._timers: list[tuple[float, int, Timer]] = []
-        self._purge_at = _MIN_TIMERS_TO_PURGE
-        self._order = itertools.count()
+        self._buckets: dict[float, dict[Timer, None]] = {}  # by the time when they are due
+        self._due_times: list[float] = []  # a heap of the keys
         self._soon: list[Callback] = []
         self._running = True
+        self.now: Callable[[], float] = partial(time.clock_gettime, time.CLOCK_BOOTTIME)
 
     def watch(self, descriptor: int, events: int, callback: Callback) -> None:
         """Run the callback whenever the descriptor is ready for one of the events, or hangs up."""
@@ -62,20 +70,18 @@ class EventLoop:
         if self._watched.pop(descriptor, None) is not None:
             self._epoll.unregister(descriptor)
 
-    @staticmethod
-    def now() -> float:
-        """Return the time of this loop: seconds since boot, the time of suspension included."""
-        return time.clock_gettime(time.CLOCK_BOOTTIME)
-
     def call_later(self, seconds: float, callback: Callback) -> Timer:
         """Run the callback once, that many seconds from now."""
-        timer = Timer(callback)
-        heapq.heappush(self._timers, (self.now() + seconds, next(self._order), timer))
-        if len(self._timers) > self._purge_at:
-            # Limits are long and most calls are short: without this, timers of ended calls would accumulate.
-            self._timers = [entry for entry in self._timers if entry[2].callback is not None]
-            heapq.heapify(self._timers)
-            self._purge_at = max(_MIN_TIMERS_TO_PURGE, 2 * len(self._timers))
+        due = self.now() + seconds
+        if seconds >= _MIN_COARSE:
+            due = math.ceil(due / _COARSE_TICK) * _COARSE_TICK
+        bucket = self._buckets.get(due)
+        if bucket is None:
+            bucket = self._buckets[due] = {}
+            heapq.heappush(self._due_times, due)
+        timer = Timer()
+        timer.callback, timer.bucket = callback, bucket
+        bucket[timer] = None
         return timer
 
     def call_soon(self, callback: Callback) -> None:
@@ -93,24 +99,31 @@ class EventLoop:
             for descriptor, _ in self._epoll.poll(self._wait_seconds()) or self._epoll.poll(0):
                 watched = self._watched.get(descriptor)  # an earlier callback of this turn may have removed it
                 if watched is not None:
-                    _run_callback(watched[1])
-            self._run_timers()
+                    try:
+                        watched[1]()
+                    except Exception:
+                        log.exception("callback failed")
+            if self._due_times and self._due_times[0] <= self.now():
+                self._run_timers()
             while self._soon:
                 soon, self._soon = self._soon, []
                 for callback in soon:
                     _run_callback(callback)
 
     def _wait_seconds(self) -> float:
-        while self._timers and self._timers[0][2].callback is None:
-            heapq.heappop(self._timers)
-        return min(max(0.0, self._timers[0][0] - self.now()), _MAX_WAIT) if self._timers else -1
+        times = self._due_times
+        while times and not self._buckets[times[0]]:  # all of its timers were cancelled
+            del self._buckets[heapq.heappop(times)]
+        return min(max(0.0, times[0] - self.now()), _MAX_WAIT) if times else -1
 
     def _run_timers(self) -> None:
         now = self.now()
-        while self._timers and self._timers[0][0] <= now:
-            callback = heapq.heappop(self._timers)[2].callback
-            if callback is not None:
-                _run_callback(callback)
+        while self._due_times and self._due_times[0] <= now:
+            bucket = self._buckets.pop(heapq.heappop(self._due_times))
+            while bucket:  # a callback may cancel another timer of its bucket
+                timer = next(iter(bucket))
+                del bucket[timer]
+                _run_callback(timer.callback)
 
 
 def _run_callback(callback: Callback) -> None:
