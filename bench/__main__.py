@@ -14,11 +14,12 @@ from pathlib import Path
 
 from bench import services
 from bench.contenders import CONTENDERS, Place
-from bench.harness import measure
+from bench.goals import compare, needed, report
+from bench.harness import Measurement
 from bench.picture import draw
 from bench.processes import ROOT
 from bench.results import OURS, Results, conditions, table, update, write
-from bench.workloads import PARTS, Sizes
+from bench.workloads import PARTS, QUICK, Sizes
 
 _EPILOG = """\
 parts:
@@ -26,7 +27,7 @@ parts:
 
 examples:
   ./dev bench                     everything: two to three hours
-  ./dev bench --quick             direct, jobs, stream, cost in small, about 3 minutes
+  ./dev bench --quick             only what is to be reached, and what it is compared with: at most 3 minutes
   ./dev bench jobs --runs 9       a part, nine times
   ./dev bench jobs --only HARP    one contender; written only with --output
 
@@ -38,14 +39,14 @@ exit status: 0 measured, 1 something of HARP was not measured, 2 wrong usage, 13
 
 #: On a disk, not in memory: a sync has to be one.
 _DISK = Path("/var/tmp")  # noqa: S108 - mkdtemp makes the directory
-#: What --quick does of everything.
-_QUICK = 0.2
+#: Runs: of everything; with --quick, as far as they fit into so many seconds, without the time in which servers end.
+_RUNS, _QUICK_RUNS, _QUICK_SECONDS = 5, 3, 165.0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the program; return its exit status."""
     options = parser().parse_args(arguments)
-    if options.scale is not None and not 0 < options.scale <= 100:
+    if not 0 < options.scale <= 100:
         parser().error(f"--scale: expected a number above 0, at most 100, got {options.scale:g}")
     for number in (signal.SIGINT, signal.SIGTERM):  # a shell ignores SIGINT for background programs
         signal.signal(number, signal.default_int_handler)
@@ -60,34 +61,41 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _measure(options: argparse.Namespace, directory: Path) -> int:
-    usual = [key for key, part in PARTS.items() if not (options.quick and part.large)]
-    chosen = [PARTS[key] for key in options.parts or usual]
-    sizes = Sizes().scaled(options.scale or (_QUICK if options.quick else 1.0))
-    runs = options.runs or (1 if options.quick else 5)
-    contenders = {
-        part.key: [one for one in CONTENDERS[part.key] if one.name.startswith(tuple(options.only or [""]))]
-        for part in chosen
-    }
-    place = Place(directory, services.peers_python(_say) if options.only != [OURS] else None)
-    results, entries, measured = Results(), [], {}
     began = time.monotonic()
+    chosen = [PARTS[key] for key in options.parts or PARTS if not (options.quick and PARTS[key].large)]
+    sizes = (QUICK if options.quick else Sizes()).scaled(options.scale)
+    contenders = [one for one in CONTENDERS if one.name.startswith(tuple(options.only or [""]))]
+    facts = {**conditions(directory), "quick": options.quick}
+    print(*(f"{name}: {value}" for name, value in facts.items()), sep="\n", flush=True)
+    place = Place(directory, services.peers_python(_say) if options.only != [OURS] else None)
+    results = Results()
+    measurement = Measurement(contenders, sizes, place, results, _say, needed if options.quick else lambda *_: True)
+    small, large = ([part for part in chosen if part.large == size] for size in (False, True))
+    if options.quick:
+        runs = measurement.measure(small, options.runs or _QUICK_RUNS, until=began + _QUICK_SECONDS)
+    else:
+        runs = sum(measurement.measure(small, 1) for _ in range(options.runs or _RUNS))
+    for part in large:
+        measurement.measure([part], 1)
+
+    durable = [one.name for one in contenders if one.durable]
+    entries, measured = [], {}
     for part in chosen:
-        facts = {**conditions(directory), "runs": 1 if part.large else runs}
-        measure(part, contenders[part.key], sizes, facts["runs"], place, results, _say)
-        found = results.entries(part, [one.name for one in contenders[part.key] if one.durable])
-        if found:
+        if found := results.entries(part, durable):
             entries += found
-            measured[part.key] = facts
-            print(f"\n{part.title}\n", *table(found), sep="\n", flush=True)
+            measured[part.key] = {**facts, "runs": 1 if part.large else runs}
+            print(f"\n{part.title}\n", *table(found), sep="\n")
+    goals = compare(results)
+    print("\nWhat is to be reached\n", *report(goals, entries), sep="\n")
     for key, contender, why in results.left_out:
         print(f"left out: {key}: {contender}: {why}")
-    print(f"{time.monotonic() - began:.0f} s")
+    print(f"{time.monotonic() - began:.0f} s, {runs} runs")
     output = options.output
     if output is None and not options.only:
         output = ROOT / "bench" / "results" / ("quick.json" if options.quick else "latest.json")
     if output is not None:
         earlier = json.loads(output.read_text()) if output.exists() else {}
-        document = update(earlier, measured, entries)
+        document = update(earlier, measured, entries, goals)
         write(document, output)
         output.with_suffix(".svg").write_text(draw(document))
         print(f"written: {output} and {output.with_suffix('.svg').name}")
@@ -109,9 +117,9 @@ def parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("parts", nargs="*", choices=[*PARTS, []], metavar="PART", help="what to measure (everything)")
-    add("--quick", action="store_true", help=f"{_QUICK:g} of everything, once, without the large parts")
-    add("--scale", type=float, metavar="FACTOR", help="amount of work (1)")
-    add("--runs", type=int, choices=range(1, 101), metavar="N", help="how often (5; quick: 1)")
+    add("--quick", action="store_true", help="only what is to be reached, in at most three minutes")
+    add("--scale", type=float, default=1.0, metavar="FACTOR", help="amount of work (1)")
+    add("--runs", type=int, choices=range(1, 101), metavar="N", help=f"how often ({_RUNS}; quick: {_QUICK_RUNS})")
     add("--only", action="append", metavar="NAME", help="contenders whose names begin so; may be repeated")
     add("--output", type=Path, metavar="FILE", help="the JSON file to update; the picture goes beside it")
     add("--directory", type=Path, default=_DISK, metavar="DIR", help=f"where stores are ({_DISK})")

@@ -22,7 +22,7 @@ import yaml
 from bench import services
 from bench.load import Figures, Missing
 from bench.processes import free_port, listens, program, run_client
-from bench.results import OURS
+from bench.results import F1, F2, F3, OURS
 from support.certificates import server_files
 from support.harpcallerd import Harpcallerd
 from support.harpd import Harpd
@@ -67,6 +67,7 @@ class Contender:
     functions: Mapping[str, str]  # the client's function for each workload that the contender does
     start: Callable[[Place], AbstractContextManager[Ask]]  # runs its servers while the block runs
     durable: bool = False  # whether each job and record is synced to disk before it is acknowledged
+    jobs: float = 1.0  # of the jobs of a workload, the share that it is given: its rate is the same with fewer
 
 
 def _client(python: str, module: str, directory: Path, settings: Mapping[str, Any]) -> Ask:
@@ -78,7 +79,7 @@ def _client(python: str, module: str, directory: Path, settings: Mapping[str, An
 
 
 @contextmanager
-def _harp(place: Place, module: str) -> Iterator[Ask]:
+def _harp(place: Place) -> Iterator[Ask]:
     """Run harpd and harpcallerd with the defaults of their settings, and a users file of password hashes."""
     users = place.directory / "users"
     command = ["openssl", "passwd", "-6", Harpd.password]
@@ -98,6 +99,7 @@ def _harp(place: Place, module: str) -> Iterator[Ask]:
                 "frontend": harpd.pid,
                 "supervisor": harpd.supervisor,
                 "zygote": harpd.zygote,
+                "workers": -harpd.zygote,
             }
             known = {
                 "directory": str(place.directory),
@@ -108,7 +110,7 @@ def _harp(place: Place, module: str) -> Iterator[Ask]:
                 "dispatcher": dispatcher.port,
                 "pids": pids,
             }
-            yield _client(sys.executable, module, place.directory, known)
+            yield _client(sys.executable, "bench.harp_only", place.directory, known)
 
 
 def _tls_files(directory: Path) -> dict[str, str]:
@@ -127,25 +129,30 @@ def _server(place: Place, module: str) -> Iterator[Ask]:
     port = free_port()
     settings = {"port": port, **_tls_files(place.directory)}
     command = [place.peers_python, "-P", "-m", "bench.client", module, "server"]
-    with program(command, place.directory / "server.log", settings=settings, ready=lambda: listens(port)):
-        yield _client(place.peers_python, module, place.directory, settings)
+    with program(command, place.directory / "server.log", settings=settings, ready=lambda: listens(port)) as server:
+        pids = {"server": server.pid, "its children": -server.pid}
+        yield _client(place.peers_python, module, place.directory, {**settings, "pids": pids})
 
 
 @contextmanager
 def _ssh(place: Place, *, multiplexed: bool) -> Iterator[Ask]:
-    with services.ssh_server(place.directory) as options:
-        settings = {"options": options, "multiplexed": multiplexed, "directory": str(place.directory)}
+    with services.ssh_server(place.directory) as (server, options):
+        pids = {"server": server, "its children": -server}
+        settings = {"options": options, "multiplexed": multiplexed, "directory": str(place.directory), "pids": pids}
         yield _client(place.peers_python, "bench.peers.ssh_calls", place.directory, settings)
 
 
 @contextmanager
 def _redis(place: Place, client: str, command: str, *, durable: bool) -> Iterator[Ask]:
     """Run Redis and the workers of a peer: a module with arguments, in which ``{redis}`` becomes the port."""
-    with services.redis(place.directory, durable=durable) as port:
+    with services.redis(place.directory, durable=durable) as (server, port):
         settings = {"redis": port, "durable": durable}
-        workers = [place.peers_python, "-P", "-m", *command.format(redis=port).split()]
-        with program(workers, place.directory / "workers.log", settings=settings):
-            yield _client(place.peers_python, client, place.directory, settings)
+        command = command.format(redis=port)
+        with program(
+            [place.peers_python, "-P", "-m", *command.split()], place.directory / "workers.log", settings=settings
+        ) as workers:
+            pids = {"redis": server, "parent": workers.pid, "workers": -workers.pid}
+            yield _client(place.peers_python, client, place.directory, {**settings, "pids": pids})
 
 
 _rpyc = partial(_server, module="bench.peers.rpyc_calls")
@@ -168,40 +175,33 @@ _SUBMIT = {"submit-1": "submissions", "submit-16": "submissions"}
 _QUEUE = {"latency": "latency", "jobs": "jobs", "reused-jobs": "jobs", **_SUBMIT}
 _BULK = {**_QUEUE, "submit-many": "submissions"}
 _STREAMS = {"long-stream": "follow", "slow-stream": "follow_slowly"}
-
-_harp_calls = partial(_harp, module="bench.harp_client")
-_harp_only = partial(_harp, module="bench.harp_only")
-
-#: The contenders of each part, HARP first.
-CONTENDERS: dict[str, tuple[Contender, ...]] = {
-    "direct": (
-        Contender(OURS, {**_FRESH, **_KEPT, "reused-1": "reused", "reused-16": "reused"}, _harp_calls),
-        Contender("RPyC, forking", _CALLS, _rpyc),
-        Contender("gRPC, one process", _CALLS, _grpc),
-        Contender("ssh", _FRESH, partial(_ssh, multiplexed=False)),
-        Contender("ssh, multiplexed", _KEPT, partial(_ssh, multiplexed=True)),
-        Contender("F3: bare TLS echo", {"reused-1": "echo", "reused-16": "echo"}, _floor),
-    ),
-    "jobs": (
-        Contender(OURS, {**_BULK, "reused-jobs": "reused_jobs"}, _harp_calls, durable=True),
-        Contender("RQ", _BULK, partial(_rq, durable=False)),
-        Contender("RQ, durable", _BULK, partial(_rq, durable=True), durable=True),
-        Contender("Celery", _QUEUE, partial(_celery, durable=False)),
-        Contender("Celery, durable", _QUEUE, partial(_celery, durable=True), durable=True),
-        Contender("Dramatiq", _QUEUE, partial(_dramatiq, durable=False)),
-        Contender("Dramatiq, durable", _QUEUE, partial(_dramatiq, durable=True), durable=True),
-    ),
-    "stream": (
-        Contender(OURS, _STREAMS, _harp_calls, durable=True),
-        Contender("gRPC", _STREAMS, _grpc),
-        Contender("RPyC, generator", _STREAMS, _rpyc),
-        Contender("Redis streams", _STREAMS, partial(_streams, durable=False)),
-        Contender("Redis streams, durable", _STREAMS, partial(_streams, durable=True), durable=True),
-    ),
-    "cost": (
-        Contender(OURS, {key: key for key in ("memory", "call-cpu", "job-cpu", "simulated-cpu", "idle")}, _harp_only),
-        Contender("F1: bare fork", {"call-cpu": "fork"}, _floor),
-    ),
-    "store": (Contender(OURS, {"store": "store"}, _harp_only),),
-    "scale": (Contender(OURS, {key: key for key in ("wide", "flood", "soak")}, _harp_only),),
+_HARP = {
+    **_FRESH,
+    **_KEPT,
+    "reused-1": "reused",
+    "reused-16": "reused",
+    **_BULK,
+    "reused-jobs": "reused_jobs",
+    **_STREAMS,
+    **{name: name for name in ("memory", "simulated-cpu", "idle", "trace", "store", "wide", "flood", "soak")},
 }
+
+#: All contenders, HARP first.
+CONTENDERS = (
+    Contender(OURS, _HARP, _harp, durable=True),
+    Contender(F1, {"kept-4": "fork"}, _floor),
+    Contender(F2, {"kept-4": "zygote"}, _floor),
+    Contender(F3, {"reused-1": "echo", "reused-16": "echo"}, _floor),
+    Contender("RPyC, forking", {**_CALLS, **_STREAMS}, _rpyc),
+    Contender("gRPC, one process", {**_CALLS, **_STREAMS}, _grpc),
+    Contender("ssh", _FRESH, partial(_ssh, multiplexed=False)),
+    Contender("ssh, multiplexed", _KEPT, partial(_ssh, multiplexed=True)),
+    Contender("RQ", _BULK, partial(_rq, durable=False), jobs=0.25),
+    Contender("RQ, durable", _BULK, partial(_rq, durable=True), durable=True, jobs=0.25),
+    Contender("Celery", _QUEUE, partial(_celery, durable=False)),
+    Contender("Celery, durable", _QUEUE, partial(_celery, durable=True), durable=True),
+    Contender("Dramatiq", _QUEUE, partial(_dramatiq, durable=False)),
+    Contender("Dramatiq, durable", _QUEUE, partial(_dramatiq, durable=True), durable=True),
+    Contender("Redis streams", _STREAMS, partial(_streams, durable=False)),
+    Contender("Redis streams, durable", _STREAMS, partial(_streams, durable=True), durable=True),
+)

@@ -1,6 +1,7 @@
 """Floors: what the same machine does with less than a daemon needs. Ratios to them hold on any machine.
 
-F1: CPU of a bare fork. F3: calls a second of JSON over TLS in one asyncio process.
+F1: CPU of a bare fork. F2: a zygote without a daemon around it: CPU and rate of calls that have their own process, two
+at a time. F3: calls a second of JSON over TLS in one asyncio process.
 """
 
 from __future__ import annotations
@@ -8,23 +9,30 @@ from __future__ import annotations
 import asyncio
 import json
 import multiprocessing
+import os
+import select
 import socket
 import ssl
 import subprocess
 import sys
+import time
+import uuid
+from collections import deque
 from collections.abc import Callable
 from functools import partial
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any, cast
 
-from bench.load import SETTINGS, Figures, calls
+from bench.load import SETTINGS, Figures, calls, cpu_of_each, cpu_times, payload
 
-_FORKS = 500
-#: A program of its own, so that the forked process is bare.
+_FORKS = 400
+#: A program of its own, so that the parent is as small as the smallest server in Python.
 _FORK = """
-import os, resource, sys
+import gc, json, os, resource, signal, socket, sys
 def cpu():
     return sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+gc.collect(); gc.freeze()
 before, forks = cpu(), int(sys.argv[1])
 for _ in range(forks):
     pid = os.fork()
@@ -33,12 +41,66 @@ for _ in range(forks):
     os.waitpid(pid, 0)
 print(1000 * (cpu() - before) / forks)
 """
+#: A program that is run without the project.
+_ZYGOTE = Path(__file__).with_name("floor_zygote.py")
+#: Calls that F2 has at the same time.
+_AT_ONCE = 2
 
 
 def _fork(**_: Any) -> Figures:
     """Return the CPU milliseconds of fork and exit, as ``harpd``: the figure of a call that they are compared with."""
-    done = subprocess.run([sys.executable, "-c", _FORK, str(_FORKS)], stdout=subprocess.PIPE, check=True)
+    command = [sys.executable, "-S", "-I", "-c", _FORK, str(_FORKS)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, check=True)
     return {"harpd": float(done.stdout)}
+
+
+def _zygote(seconds: float, **_: Any) -> Figures:
+    """Return the ``rate`` of calls, and the CPU milliseconds of zygote and children for one, as ``harpd``."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    command = [sys.executable, "-S", "-I", str(_ZYGOTE), str(theirs.fileno())]
+    environment = {**os.environ, "LD_BIND_NOW": "1", "HARPD_CALL": ""}
+    with ours, subprocess.Popen(command, env=environment, pass_fds=[theirs.fileno()]) as process:
+        theirs.close()
+        SETTINGS["pids"] = {"zygote": process.pid, "workers": -process.pid}
+        _ask_zygote(ours, 0.1 * seconds)  # it starts, and copies the pages that it writes to
+        before = cpu_times()
+        rate, count = _ask_zygote(ours, seconds)
+        spent = {name: after - before[name] for name, after in cpu_times().items()}
+        ours.shutdown(socket.SHUT_RDWR)
+    return {"rate": rate, "harpd": 1000 * sum(spent.values()) / count, **cpu_of_each(spent, count)}
+
+
+def _ask_zygote(zygote: socket.socket, seconds: float) -> tuple[float, int]:
+    """Keep `_AT_ONCE` calls running for some time; return their rate and number."""
+    poll = select.poll()
+    poll.register(zygote, select.POLLIN)
+    outputs: deque[int] = deque()  # of the calls that have not been reaped, two for each
+    count = running = 0
+    began = now = time.monotonic()
+    while running or not count:
+        while running < _AT_ONCE and now < began + seconds:
+            zygote.send(b".")
+            running += 1
+        for descriptor, _ in poll.poll():
+            if descriptor != zygote.fileno():  # a call has ended
+                poll.unregister(descriptor)
+                if json.loads(os.read(descriptor, 65536)) != {"result": payload(1)}:
+                    raise RuntimeError("a call of the floor's zygote has another result")
+                os.close(descriptor)
+                continue
+            event, descriptors, _, _ = socket.recv_fds(zygote, 1, 3)
+            if event == b"f":
+                channel, *pipes = descriptors
+                os.write(channel, f"{uuid.uuid4()} {json.dumps([payload(1)])}".encode())
+                poll.register(channel, select.POLLIN)
+                outputs.extend(pipes)
+            else:
+                os.close(outputs.popleft())
+                os.close(outputs.popleft())
+                running -= 1
+                count += 1
+                now = time.monotonic()
+    return count / (now - began), count
 
 
 class _Echo(asyncio.Protocol):
@@ -65,9 +127,10 @@ def _connect(port: int) -> Callable[[Any], Any]:
     context = ssl.create_default_context(cafile=SETTINGS["ca_file"])
     sock = context.wrap_socket(socket.create_connection(("127.0.0.1", port)), server_hostname="127.0.0.1")
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    encode = json.JSONEncoder(separators=(",", ":")).encode
 
     def call(value: Any) -> Any:
-        sock.sendall(json.dumps({"harp": 1, "procedure": "echo", "arguments": [value]}).encode() + b"\n")
+        sock.sendall(f'{{"harp":1,"procedure":"echo","arguments":{encode([value])}}}\n'.encode())
         data = b""
         while data.count(b"\n") < 2:
             data += sock.recv(65536)
@@ -80,10 +143,11 @@ def _echo(clients: int, seconds: float) -> Figures:
     reader, writer = multiprocessing.Pipe(duplex=False)
     server = multiprocessing.get_context("fork").Process(target=_serve, args=(writer,), daemon=True)
     server.start()
+    SETTINGS["pids"] = {"server": server.pid}
     try:
         return calls(partial(_connect, reader.recv()), clients, seconds)
     finally:
         server.kill()
 
 
-FUNCTIONS: dict[str, Callable[..., Figures]] = {"fork": _fork, "echo": _echo}
+FUNCTIONS: dict[str, Callable[..., Figures]] = {"fork": _fork, "zygote": _zygote, "echo": _echo}

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import harp
-from bench.load import SETTINGS, Queue, calls, follow, follow_slowly, queue_functions
+from bench.load import SETTINGS, Figures, Queue, calls, follow, follow_slowly, queue_functions
+
+#: Seconds that a job blocks a queue: until the measurement ends.
+_FOREVER = 7_200
 
 
 def connect_server(procedure: str, **options: Any) -> Any:
@@ -36,7 +39,7 @@ def connect_queue(procedure: str = "echo", port: int | None = None, host: str = 
     def fill() -> None:
         """Have one job run in a queue of concurrency 1: all later ones wait."""
         if not filled:
-            filled.append(waiting.wait("/no such file"))
+            filled.append(waiting.wait(_FOREVER))
 
     def submit_waiting(value: Any) -> Any:
         fill()
@@ -49,11 +52,17 @@ def connect_queue(procedure: str = "echo", port: int | None = None, host: str = 
     return Queue(getattr(rpc.host(host), procedure), lambda call: call.get(), submit_waiting, submit_many)
 
 
-FUNCTIONS = {
+def _kept(clients: int, seconds: float) -> Figures:
+    """Return the figures of direct calls on open connections; ``harpd``: CPU of all its processes for a call."""
+    figures = calls(partial(connect_server, "echo", keep_alive=True), clients, seconds)
+    return {**figures, "harpd": sum(figures[f"cpu {name}"] for name in ("frontend", "supervisor", "zygote", "workers"))}
+
+
+FUNCTIONS: dict[str, Callable[..., Figures]] = {
     **queue_functions(connect_queue),
     "reused_jobs": queue_functions(partial(connect_queue, "reused_echo"))["jobs"],
-    "fresh": partial(calls, partial(connect_server, "echo")),
-    "kept": partial(calls, partial(connect_server, "echo", keep_alive=True)),
+    "fresh": partial(calls, partial(connect_server, "echo", keep_alive=False)),
+    "kept": _kept,
     "reused": partial(calls, partial(connect_server, "reused_echo", keep_alive=True)),
     "follow": partial(follow, lambda records: _rpc().web01.count(records).follow(since=0)),
     "follow_slowly": partial(follow_slowly, lambda records, pause: _rpc().web01.slowly(records, pause).follow(since=0)),

@@ -1,4 +1,4 @@
-"""HARP's client for what no peer is measured in: CPU and memory by process, a full store, many hosts, a long load."""
+"""HARP's client; and what no peer is measured in: memory, function entries, a full store, many hosts, a long load."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import random
 import resource
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -19,8 +20,9 @@ from typing import Any
 import psutil
 
 import harp
-from bench.harp_client import connect_queue, connect_server
-from bench.load import SETTINGS, Figures, Missing, Ready, calls, jobs, quantiles, together
+from bench import harp_client
+from bench.harp_client import connect_queue
+from bench.load import SETTINGS, Figures, Missing, Ready, jobs, quantiles, together
 from bench.processes import program
 from harp.protocol.json_text import loads
 from harpcaller.api.control_client import ControlClient
@@ -97,25 +99,6 @@ def _answer(sock: socket.socket) -> Iterator[Any]:
         yield from map(json.loads, lines)
 
 
-def _cpu() -> dict[str, float]:
-    """Return CPU seconds so far, by process; a call's process counts as a worker once the zygote has reaped it."""
-    times = {name: psutil.Process(pid).cpu_times() for name, pid in SETTINGS["pids"].items()}
-    spent = {name: float(one.user + one.system) for name, one in times.items()}
-    spent["workers"] = times["zygote"].children_user + times["zygote"].children_system
-    clients = resource.getrusage(resource.RUSAGE_CHILDREN)
-    spent["client"] = clients.ru_utime + clients.ru_stime
-    return spent
-
-
-def _cost(work: Callable[..., Figures], **arguments: Any) -> Figures:
-    """Return the CPU milliseconds of one call or job, by process; ``harpd``: all of harpd, ``all``: all processes."""
-    before = _cpu()
-    count = work(**arguments)["count"]
-    spent = {name: 1000 * (after - before[name]) / count for name, after in _cpu().items()}
-    harpd = sum(spent[name] for name in ("frontend", "supervisor", "zygote", "workers"))
-    return {**spent, "harpd": harpd, "all": harpd + spent["dispatcher"] + spent["client"]}
-
-
 def _jobs_on_simulated(port: int, clients: int, count: int) -> Figures:
     return jobs(partial(connect_queue, port=port, host=HOST), clients, count)
 
@@ -123,8 +106,21 @@ def _jobs_on_simulated(port: int, clients: int, count: int) -> Figures:
 def _simulated_cpu(clients: int, jobs: int) -> Figures:
     """Return the CPU milliseconds of the dispatcher for one job on a simulated host."""
     with _simulated("simulated-cpu", 1) as dispatcher:
-        SETTINGS["pids"]["dispatcher"] = dispatcher.pid
-        return _cost(partial(_jobs_on_simulated, dispatcher.port), clients=clients, count=jobs)
+        SETTINGS["pids"] = {"dispatcher": dispatcher.pid}
+        figures = _jobs_on_simulated(dispatcher.port, clients, jobs)
+    return {**figures, "dispatcher": figures["cpu dispatcher"]}
+
+
+def _trace(runs: int) -> Figures:
+    """Return how many functions of HARP one job enters: ``entries``, and ``entries NAME`` by process."""
+    command = [sys.executable, "-P", "-m", "tracing", "--json", "--runs", str(runs), "--records", "0"]
+    done = subprocess.run(command, stdout=subprocess.PIPE, check=False)
+    if done.returncode:
+        raise Missing(f"./dev trace ended with status {done.returncode}; is the machine too busy?")
+    found = json.loads(done.stdout)
+    job = found["jobs"]["add(1, 2).get()"]
+    by_process = {f"entries {process['process']}": process["ours"] for process in job["processes"]}
+    return {"entries": job["ours"], **by_process}
 
 
 def _memory() -> Figures:
@@ -190,7 +186,7 @@ def _wide(jobs: int, hosts: int) -> Figures:
                 call.get()
             return began, time.monotonic()
 
-        times = together(_CLIENTS, body)
+        times, _ = together(_CLIENTS, body)
         status = Path(f"/proc/{dispatcher.pid}/status").read_text().splitlines()
         [peak] = [int(line.split()[1]) for line in status if line.startswith("VmHWM:")]
     took = max(ended for _, ended in times) - min(began for began, _ in times)
@@ -241,6 +237,7 @@ def _fill(dispatcher: Harpcallerd, stored: int) -> list[str]:
 
     def body(client: int, ready: Ready) -> list[str]:
         rpc = harp.HarpCaller("127.0.0.1", dispatcher.port, keep_alive=True)
+        ready()
         ids = []
         for begin in range(client * _REQUEST, stored, _CLIENTS * _REQUEST):
             numbers = range(begin, min(begin + _REQUEST, stored))
@@ -249,7 +246,8 @@ def _fill(dispatcher: Harpcallerd, stored: int) -> list[str]:
             ids.append(calls[-1].id())
         return ids
 
-    ids = [id_ for each in together(_CLIENTS, body) for id_ in each]
+    found, _ = together(_CLIENTS, body)
+    ids = [id_ for each in found for id_ in each]
     while dispatcher.listed("list", "--newest=1"):
         time.sleep(0.1)
     os.truncate(dispatcher.log_file, 0)  # a million jobs leave hundreds of MB
@@ -298,17 +296,17 @@ def _soak(seconds: float) -> Figures:
     rates, sizes = [], []
     while time.monotonic() < begin + seconds:
         rates.append(jobs(connect_queue, _CLIENTS, _BATCH)["rate"])
-        sizes.append({name: psutil.Process(pid).memory_info().rss for name, pid in SETTINGS["pids"].items()})
+        sizes.append({name: psutil.Process(pid).memory_info().rss for name, pid in SETTINGS["pids"].items() if pid > 0})
     growth = {name: (size - sizes[len(sizes) // 10][name]) / 1e6 for name, size in sizes[-1].items()}
     return {"rate": median(rates), "slowest": min(rates), **growth}
 
 
 FUNCTIONS: dict[str, Callable[..., Figures]] = {
+    **harp_client.FUNCTIONS,
     "memory": _memory,
-    "call-cpu": partial(_cost, partial(calls, partial(connect_server, "echo", keep_alive=True))),
-    "job-cpu": partial(_cost, partial(jobs, connect_queue)),
     "simulated-cpu": _simulated_cpu,
     "idle": _idle,
+    "trace": _trace,
     "wide": _wide,
     "flood": partial(jobs, connect_queue),
     "store": _store,

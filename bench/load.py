@@ -3,6 +3,8 @@
 Clients import this module, HARP's under the project's Python and the peers' under theirs: standard library only.
 Each client is a process of its own, forked before anything is connected. So no client waits for another one's
 interpreter lock or library threads.
+
+The CPU time of clients and servers is that of the kernel's books, from the moment at which all clients are connected.
 """
 
 from __future__ import annotations
@@ -10,30 +12,37 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import resource
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
+from threading import BrokenBarrierError
 from typing import Any, TypeVar
 
 T = TypeVar("T")
 
-#: Results of a function by name: ``rate`` (1/s), ``p50`` and ``p99`` (ms), and others that it documents.
+#: Results of a function by name: ``rate`` (1/s), ``p50`` and ``p99`` (ms), ``cpu NAME`` (CPU ms of a process for one
+#: call, job or record), and others that it documents. Names of two words are parts of the workload's cost.
 Figures = dict[str, float]
+#: CPU seconds by the name of a process.
+Cpu = dict[str, float]
 
 #: Blocks until all clients of a workload are connected.
 Ready = Callable[[], object]
 
-#: What the harness passes to clients and to the workers of peers: ports, files, switches.
+#: What the harness passes to clients and to the workers of peers: ports, files, switches. ``pids``: the processes of
+#: the servers by name; a negative number: all processes below that one, those that have exited, too.
 SETTINGS: dict[str, Any] = json.loads(os.environ.get("BENCH_SETTINGS", "{}"))
 
 #: Text of each record of a stream.
 TEXT = "a line of output, as procedures have them"
 
-#: Seconds that clients wait for each other.
-_PATIENCE = 60.0
+#: Seconds that clients wait for each other, and between two looks whether all are ready.
+_PATIENCE, _LOOK = 60.0, 0.002
 #: Seconds between two jobs on an idle system, and jobs before the first that is measured.
 _PAUSE, _WARM_UP = 0.01, 5
 
@@ -72,18 +81,58 @@ def quantiles(seconds: Sequence[float]) -> Figures:
     return {name: 1000 * ordered[int(share * len(ordered))] for name, share in (("p50", 0.5), ("p99", 0.99))}
 
 
-def together(clients: int, body: Callable[[int, Ready], T]) -> list[T]:
-    """Run clients as processes and return what each returns; raise RuntimeError if one fails.
+def cpu_times() -> Cpu:
+    """Return the CPU seconds so far of each process in the settings; 0 if it has ended."""
+    ticks = os.sysconf("SC_CLK_TCK")
+    parents, own, reaped = {}, {}, {}
+    for pid in filter(str.isdecimal, os.listdir("/proc")):
+        try:
+            with open(f"/proc/{pid}/stat", "rb") as file:
+                fields = file.read().rpartition(b")")[2].split()  # from the third field of proc_pid_stat(5) on
+        except OSError:  # it has ended
+            continue
+        user, system, user_of_children, system_of_children = map(int, fields[11:15])
+        parents[int(pid)] = int(fields[1])
+        own[int(pid)] = (user + system) / ticks
+        reaped[int(pid)] = (user_of_children + system_of_children) / ticks
+
+    def below(pid: int) -> float:
+        children = [child for child, parent in parents.items() if parent == pid]
+        return reaped.get(pid, 0.0) + sum(own[child] + below(child) for child in children)
+
+    return {name: own.get(pid, 0.0) if pid > 0 else below(-pid) for name, pid in SETTINGS.get("pids", {}).items()}
+
+
+def _own_cpu() -> float:
+    """Return the CPU seconds of this process, and of those that it has started and that have ended."""
+    usages = map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
+
+
+def together(clients: int, body: Callable[[int, Ready], T]) -> tuple[list[T], Cpu]:
+    """Run clients as processes; raise RuntimeError if one fails.
 
     Args:
         clients: number of processes.
-        body: receives the number of its client, and a function that blocks until all clients have called it.
+        body: receives the number of its client, and a function that it calls once it is connected: this blocks until
+            all clients have called it.
+
+    Returns:
+        What each client returns; CPU seconds of the servers, and of all clients as ``client``, from that moment on.
     """
-    barrier = _fork.Barrier(clients)
+    barrier = _fork.Barrier(clients + 1)
 
     def run(number: int, pipe: Connection) -> None:
+        began = 0.0
+
+        def ready() -> None:
+            nonlocal began
+            barrier.wait(_PATIENCE)
+            began = _own_cpu()
+
         try:
-            pipe.send((True, body(number, lambda: barrier.wait(_PATIENCE))))
+            value = body(number, ready)
+            pipe.send((True, (value, _own_cpu() - began)))
         except Exception:  # noqa: BLE001 - the parent raises it
             barrier.abort()
             pipe.send((False, traceback.format_exc()))
@@ -95,19 +144,33 @@ def together(clients: int, body: Callable[[int, Ready], T]) -> list[T]:
         process.start()
         writer.close()
         running.append((process, reader))
+    ends = [process.sentinel for process, _ in running]
+    while barrier.n_waiting < clients and not barrier.broken and not wait(ends, _LOOK):
+        pass
+    before = cpu_times()
+    with suppress(BrokenBarrierError):  # a client has failed
+        barrier.wait(0)
     outcomes = []
-    for process, reader in running:
+    for _, reader in running:
         try:
             outcomes.append(reader.recv())
         except EOFError:
             barrier.abort()
             outcomes.append((False, "a client died"))
+    spent = {name: seconds - before[name] for name, seconds in cpu_times().items()}
+    for process, _ in running:
         process.join()
     # The client that failed first gives the reason; the others failed because the barrier was aborted.
     failures = sorted((what for fine, what in outcomes if not fine), key=lambda what: "BrokenBarrier" in what)
     if failures:
         raise RuntimeError(failures[0])
-    return [what for _, what in outcomes]
+    spent["client"] = sum(seconds for _, (_, seconds) in outcomes)
+    return [value for _, (value, _) in outcomes], spent
+
+
+def cpu_of_each(spent: Cpu, count: int) -> Figures:
+    """Return the CPU milliseconds for each of so many calls, jobs or records, by process."""
+    return {f"cpu {name}": 1000 * seconds / count for name, seconds in spent.items()}
 
 
 def calls(connect: Callable[[], Callable[[Any], Any]], clients: int, seconds: float) -> Figures:
@@ -119,7 +182,7 @@ def calls(connect: Callable[[], Callable[[Any], Any]], clients: int, seconds: fl
         seconds: how long.
 
     Returns:
-        ``rate``: calls of all clients; ``count``: calls made, with the first of each client.
+        ``rate``: calls of all clients; CPU of a call.
     """
 
     def body(client: int, ready: Ready) -> tuple[float, int]:
@@ -135,8 +198,8 @@ def calls(connect: Callable[[], Callable[[Any], Any]], clients: int, seconds: fl
             now = time.monotonic()
         return count / (now - began), count
 
-    outcomes = together(clients, body)
-    return {"rate": sum(rate for rate, _ in outcomes), "count": sum(count for _, count in outcomes) + clients}
+    outcomes, spent = together(clients, body)
+    return {"rate": sum(rate for rate, _ in outcomes), **cpu_of_each(spent, sum(count for _, count in outcomes))}
 
 
 @dataclass(frozen=True)
@@ -153,7 +216,7 @@ def jobs(connect: Callable[[], Queue], clients: int, jobs: int) -> Figures:
     """Have clients share in submitting jobs; then each collects the results of its own.
 
     Returns:
-        ``rate``: jobs from the first submission to the last result; ``count``: jobs, with the first of each client.
+        ``rate``: jobs from the first submission to the last result; CPU of a job.
     """
 
     def body(client: int, ready: Ready) -> tuple[float, float]:
@@ -168,18 +231,18 @@ def jobs(connect: Callable[[], Queue], clients: int, jobs: int) -> Figures:
         _expect(results, mine)
         return began, ended
 
-    times = together(clients, body)
+    times, spent = together(clients, body)
     took = max(ended for _, ended in times) - min(began for began, _ in times)
-    return {"rate": jobs / took, "count": jobs + clients}
+    return {"rate": jobs / took, **cpu_of_each(spent, jobs)}
 
 
 def submissions(connect: Callable[[], Queue], clients: int, seconds: float, batch: int = 0) -> Figures:
-    """Have each client submit jobs that no worker starts; return the ``rate`` of jobs accepted.
+    """Have each client submit jobs that no worker starts; return the ``rate`` of jobs accepted, and CPU of a job.
 
     A batch is that many jobs in one request; 0: one job a request, by the ordinary operation.
     """
 
-    def body(client: int, ready: Ready) -> float:
+    def body(client: int, ready: Ready) -> tuple[float, int]:
         queue = connect()
         queue.submit_waiting(payload(0))
         values = [payload(number) for number in range(batch)]
@@ -194,27 +257,31 @@ def submissions(connect: Callable[[], Queue], clients: int, seconds: float, batc
                 queue.submit_waiting(payload(count))
             count += batch or 1
             now = time.monotonic()
-        return count / (now - began)
+        return count / (now - began), count
 
-    return {"rate": sum(together(clients, body))}
+    outcomes, spent = together(clients, body)
+    return {"rate": sum(rate for rate, _ in outcomes), **cpu_of_each(spent, sum(count for _, count in outcomes))}
 
 
 def latency(connect: Callable[[], Queue], jobs: int) -> Figures:
-    """Run one job at a time on an idle system; return ``p50`` and ``p99`` from submission to result."""
+    """Run one job at a time on an idle system; return ``p50`` and ``p99`` from submission to result, and its CPU."""
 
-    def body(client: int, ready: Ready) -> Figures:
+    def body(client: int, ready: Ready) -> list[float]:
         queue = connect()
         took = []
-        for number in range(_WARM_UP + jobs):
+        for number in range(-_WARM_UP, jobs):
+            if number == 0:
+                ready()
             value = payload(number)
             time.sleep(_PAUSE)
             began = time.monotonic()
             found = queue.result(queue.submit(value))
             took.append(time.monotonic() - began)
             _expect(found, value)
-        return quantiles(took[_WARM_UP:])
+        return took[_WARM_UP:]
 
-    return together(1, body)[0]
+    [took], spent = together(1, body)
+    return {**quantiles(took), **cpu_of_each(spent, jobs)}
 
 
 def queue_functions(connect: Callable[[], Queue]) -> Mapping[str, Callable[..., Figures]]:
@@ -227,10 +294,11 @@ def queue_functions(connect: Callable[[], Queue]) -> Mapping[str, Callable[..., 
 
 
 def follow(stream: Callable[[int], Iterator[Any]], records: int) -> Figures:
-    """Read a stream as fast as it comes; return the ``rate`` of records, from the request to the last one."""
+    """Read a stream as fast as it comes; return the ``rate`` of records, from the request to the last, and its CPU."""
 
     def body(client: int, ready: Ready) -> float:
         _expect(list(stream(10)), list(fast_records(10)))
+        ready()
         began = time.monotonic()
         count = 0
         for found in stream(records):
@@ -241,15 +309,18 @@ def follow(stream: Callable[[int], Iterator[Any]], records: int) -> Figures:
         _expect(count, records)
         return records / took
 
-    return {"rate": together(1, body)[0]}
+    [rate], spent = together(1, body)
+    return {"rate": rate, **cpu_of_each(spent, records)}
 
 
 def follow_slowly(stream: Callable[[int, float], Iterator[Any]], records: int, pause: float) -> Figures:
     """Read a stream that has a record now and then; return ``p50`` and ``p99`` from creation to arrival."""
 
-    def body(client: int, ready: Ready) -> Figures:
+    def body(client: int, ready: Ready) -> list[float]:
+        ready()
         took = [time.time() - found["at"] for found in stream(records, pause)]
         _expect(len(took), records)
-        return quantiles(took)
+        return took
 
-    return together(1, body)[0]
+    [took], spent = together(1, body)
+    return {**quantiles(took), **cpu_of_each(spent, records)}

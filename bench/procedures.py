@@ -1,6 +1,5 @@
 """The procedures file of the measurements, as harpd loads it. Like most such files it imports little."""
 
-import os
 import time
 
 from harpd.proc import procedure, streaming_procedure
@@ -19,10 +18,9 @@ def reused_echo(value):
 
 
 @procedure
-def wait(path):
-    """Return once a file exists."""
-    while not os.path.exists(path):
-        time.sleep(0.005)
+def wait(seconds):
+    """Return after a while."""
+    time.sleep(seconds)
 
 
 @streaming_procedure

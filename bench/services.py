@@ -54,18 +54,21 @@ def peers_python(say: Callable[[str], None]) -> Path | None:
 
 
 @contextmanager
-def redis(directory: Path, *, durable: bool) -> Iterator[int]:
-    """Run a Redis; yield its port. Durable: each write is synced before its reply. Else: Redis's defaults."""
+def redis(directory: Path, *, durable: bool) -> Iterator[tuple[int, int]]:
+    """Run a Redis; yield its process id and port.
+
+    Durable: each write is synced before its reply. Else: Redis's defaults.
+    """
     port = free_port()
     synced = ["--appendonly", "yes", "--appendfsync", "always"] if durable else []
     command = [_path("redis-server"), "--bind", "127.0.0.1", "--port", str(port), "--dir", str(directory), *synced]
-    with program(command, directory / "redis.log", ready=lambda: listens(port)):
-        yield port
+    with program(command, directory / "redis.log", ready=lambda: listens(port)) as server:
+        yield server.pid, port
 
 
 @contextmanager
-def ssh_server(directory: Path) -> Iterator[list[str]]:
-    """Run an sshd that accepts a key of this user; yield the options that `ssh` needs, its destination last."""
+def ssh_server(directory: Path) -> Iterator[tuple[int, list[str]]]:
+    """Run an sshd that accepts a key of this user; yield its process id, and the options of `ssh`, destination last."""
     sshd = _path("sshd")
     _path("ssh")
     if os.geteuid() == 0:
@@ -92,5 +95,5 @@ def ssh_server(directory: Path) -> Iterator[list[str]]:
         f"{getpass.getuser()}@127.0.0.1",
     ]
     command = [sshd, "-D", "-e", "-f", str(config)]
-    with program(command, directory / "sshd.log", ready=lambda: listens(port)):
-        yield options
+    with program(command, directory / "sshd.log", ready=lambda: listens(port)) as server:
+        yield server.pid, options

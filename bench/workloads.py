@@ -23,12 +23,17 @@ class Sizes:
     at_once: int = 2_000  # jobs that run on them at the same time
     flood: int = 20_000  # jobs that are submitted before the first result is read
     soak: float = 600.0  # seconds of the long load
+    traced: int = 9  # jobs whose function entries are counted
 
     def scaled(self, factor: float) -> Sizes:
         """Return sizes that are this many times as large; no count becomes less than 1."""
         scaled = {name: value * factor for name, value in asdict(self).items()}
         counts = {name: max(1, round(value)) for name, value in scaled.items() if isinstance(getattr(self, name), int)}
         return Sizes(**{**scaled, **counts})
+
+
+#: What --quick does in each round. Counts are as small as a rate can be that two rounds agree on within some percent.
+QUICK = Sizes(seconds=0.7, jobs=400, latencies=60, records=30_000, slow_records=80, followers=2_000, traced=3)
 
 
 @dataclass(frozen=True)
@@ -58,16 +63,18 @@ class Workload:
     arguments: Arguments
     rows: tuple[Row, ...]
     deadline: float = 120.0  # seconds after which it is given up
+    once: bool = False  # measured in the first round only: it takes long, or needs servers that have done nothing
 
 
 @dataclass(frozen=True)
 class Part:
-    """Workloads that are measured together: each contender is started once a run for all of them."""
+    """Workloads that are measured together: in each round, each contender does all of them."""
 
     key: str
     title: str
     workloads: tuple[Workload, ...]
-    large: bool = False  # measured once, and not by --quick
+    stored: bool = False  # whether jobs and records can be synced before they are acknowledged
+    large: bool = False  # measured once, on servers of its own, and not by --quick
 
     @property
     def rows(self) -> tuple[Row, ...]:
@@ -79,10 +86,10 @@ def _four_clients(sizes: Sizes) -> dict[str, Any]:
     return {"clients": 4, "jobs": sizes.jobs}
 
 
-def _calls(key: str, title: str, clients: int) -> Workload:
+def _calls(key: str, title: str, clients: int, *more: Row) -> Workload:
     told = "1 client" if clients == 1 else f"{clients} clients"
     row = Row(f"{key}-{clients}", f"{title}, {told}", "calls/s")
-    return Workload(row.key, lambda sizes: {"clients": clients, "seconds": sizes.seconds}, (row,))
+    return Workload(row.key, lambda sizes: {"clients": clients, "seconds": sizes.seconds}, (row, *more))
 
 
 def _jobs(key: str, title: str) -> Workload:
@@ -100,18 +107,16 @@ def _quantiles(key: str, title: str) -> tuple[Row, ...]:
     return tuple(Row(f"{key}-{share}", f"{title}: {share}", "ms", share) for share in ("p50", "p99"))
 
 
-def _cpu(key: str, title: str, *processes: str) -> tuple[Row, ...]:
-    return tuple(Row(f"{key}-{name}", f"{title}: {name}", "ms", name) for name in processes)
-
+_KEPT_CPU = Row("kept-cpu", "CPU of harpd for a call with a process of its own, 4 clients", "ms", "harpd")
 
 _DIRECT = (
     _calls("fresh", "A connection for each call", 1),
     _calls("fresh", "A connection for each call", 16),
-    _calls("kept", "A kept connection, a process for each call", 1),
-    _calls("kept", "A kept connection, a process for each call", 4),
-    _calls("kept", "A kept connection, a process for each call", 16),
-    _calls("reused", "A kept connection, a process for many calls", 1),
-    _calls("reused", "A kept connection, a process for many calls", 16),
+    _calls("kept", "Keep-alive, a process for each call", 1),
+    _calls("kept", "Keep-alive, a process for each call", 4, _KEPT_CPU),
+    _calls("kept", "Keep-alive, a process for each call", 16),
+    _calls("reused", "Keep-alive, a process for many calls", 1),
+    _calls("reused", "Keep-alive, a process for many calls", 16),
 )
 
 _JOBS = (
@@ -144,18 +149,24 @@ _COST = (
             Row("memory-harpd", "Memory (PSS) of an idle harpd, all its processes", "MB", "harpd"),
             Row("memory-dispatcher", "Memory (PSS) of an idle dispatcher", "MB", "dispatcher"),
         ),
+        once=True,
     ),
     Workload(
-        "call-cpu",
-        lambda sizes: {"clients": 4, "seconds": sizes.seconds},
-        _cpu("call-cpu", "CPU of a kept call", "harpd", "frontend", "supervisor", "zygote", "workers", "client"),
+        "simulated-cpu",
+        _four_clients,
+        (Row("simulated-cpu", "CPU of the dispatcher for a job on a simulated host", "ms", "dispatcher"),),
     ),
-    Workload("job-cpu", _four_clients, _cpu("job-cpu", "CPU of a job", "all", "dispatcher", "harpd", "client")),
-    Workload("simulated-cpu", _four_clients, _cpu("simulated-cpu", "CPU of a job on a simulated host", "dispatcher")),
     Workload(
         "idle",
         lambda sizes: {"followers": sizes.followers},
         (Row("idle-follower-memory", "Memory of the dispatcher for an idle follower", "kB", "memory"),),
+        once=True,
+    ),
+    Workload(
+        "trace",
+        lambda sizes: {"runs": sizes.traced},
+        (Row("entries", "Functions of HARP that add(1, 2).get() enters", "entries", "entries"),),
+        once=True,
     ),
 )
 
@@ -207,13 +218,13 @@ _SCALE = (
 )
 
 _ALL = (
+    Part("cost", "Memory, CPU of the dispatcher, function entries", _COST),
     Part("direct", "Direct calls over TLS, without a dispatcher", _DIRECT),
-    Part("jobs", "Jobs: submitted, run, results collected", _JOBS),
-    Part("stream", "Records from a procedure to its follower", _STREAM),
-    Part("cost", "CPU of one call or job by process, and memory", _COST),
+    Part("jobs", "Jobs: submitted, run, results collected", _JOBS, stored=True),
+    Part("stream", "Records from a procedure to its follower", _STREAM, stored=True),
     Part("store", "A store of 1,000,000 ended jobs with 10,000,000 records", (_STORE,), large=True),
     Part("scale", "Many jobs at once, and for a long time", _SCALE, large=True),
 )
 
-#: All parts by key, in the order in which they are measured.
+#: All parts by key, in the order in which they are measured: memory before anything else has run.
 PARTS = {part.key: part for part in _ALL}

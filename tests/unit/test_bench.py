@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
+import sysconfig
+import time
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +20,12 @@ import pytest
 from bench import load
 from bench.__main__ import parser
 from bench.contenders import CONTENDERS, Ask, Contender, Place
-from bench.harness import measure
+from bench.goals import GOALS, compare, needed, report
+from bench.harness import Measurement
 from bench.load import Missing, Queue, together
 from bench.picture import PICTURED, draw
 from bench.processes import Broken, program, run_client
-from bench.results import Entry, Results, conditions, figure, table, update, write
+from bench.results import F1, Entry, Results, conditions, figure, table, update, write
 from bench.workloads import PARTS, Part, Row, Sizes, Workload
 
 ROOT = Path(__file__).parents[2]
@@ -37,7 +42,7 @@ def results(row: str = "speed", **values: Sequence[float]) -> Results:
     found = Results()
     for contender, figures in values.items():
         for run, value in enumerate(figures):
-            found.add(row, contender, run, value)
+            found.add(row, contender, run, {"rate": value}, "rate")
     return found
 
 
@@ -54,7 +59,7 @@ def test_entry_has_median_min_and_max() -> None:
 
 def test_ratio_is_of_medians_and_its_range_of_common_runs() -> None:
     found = results(HARP=[10, 20, 30], peer=[5, 20, 10])
-    found.add("speed", "late", 1, 5.0)
+    found.add("speed", "late", 1, {"rate": 5.0}, "rate")
     entries = found.entries(PART)
     assert [one(entries, "peer")[key] for key in ("ratio", "ratio_min", "ratio_max")] == [2.0, 1.0, 3.0]
     assert [one(entries, "late")[key] for key in ("ratio", "ratio_min", "ratio_max")] == [4.0, 4.0, 4.0]
@@ -69,7 +74,8 @@ def test_entries_begin_with_harp_then_the_best() -> None:
 
 
 def test_table_has_each_figure_and_marks_durable_contenders() -> None:
-    lines = list(table(results(HARP=[1000, 1200], peer=[100, 50]).entries(PART, ["HARP"])))
+    part = replace(PART, stored=True)
+    lines = list(table(results(HARP=[1000, 1200], peer=[100, 50]).entries(part, ["HARP"])))
     assert lines[0].split() == ["median", "min", "max", "HARP/this", "(min", "to", "max)"]
     assert lines[1] == "The speed, calls/s"
     assert [line.split() for line in lines[2:4]] == [
@@ -86,14 +92,19 @@ def test_figure_shows_significant_digits(value: float, text: str) -> None:
 
 def test_document_keeps_parts_that_are_not_measured(tmp_path: Path) -> None:
     file = tmp_path / "results.json"
-    old = {"parts": {"part": {"date": "old"}, "other": {"date": "old"}}, "rows": [{"part": "other"}, {"part": "part"}]}
+    old: dict[str, Any] = {
+        "parts": {"part": {"date": "old"}, "other": {"date": "old"}},
+        "goals": [{"goal": 2, "row": "speed"}, {"goal": 3, "row": "else"}],
+        "rows": [{"part": "other"}, {"part": "part"}],
+    }
     entries = results(HARP=[100.0, 301.23456], peer=[50.0]).entries(PART)
-    write(update(old, {"part": {"date": "new"}}, entries), file)
+    write(update(old, {"part": {"date": "new"}}, entries, [{"goal": 1, "row": "speed"}]), file)
     document = json.loads(file.read_text())
     assert document["parts"] == {"part": {"date": "new"}, "other": {"date": "old"}}
     assert [row["part"] for row in document["rows"]] == ["other", "part", "part"]
     assert (document["rows"][1]["median"], document["rows"][1]["max"]) == (200.6, 301.2)
-    assert len(file.read_text().splitlines()) == 11
+    assert document["goals"] == [{"goal": 1, "row": "speed"}, {"goal": 3, "row": "else"}]
+    assert len(file.read_text().splitlines()) == 15
 
 
 def test_committed_results_fit_and_speak_of_known_rows() -> None:
@@ -110,7 +121,7 @@ def test_committed_results_fit_and_speak_of_known_rows() -> None:
 
 def test_picture_has_a_bar_for_each_contender() -> None:
     row = PICTURED[0]
-    part = Part("part", "A part", (Workload(row, lambda sizes: {}, (Row(row, "A row", "calls/s"),)),))
+    part = Part("part", "A part", (Workload(row, lambda sizes: {}, (Row(row, "A row", "calls/s"),)),), stored=True)
     entries = results(row, HARP=[1000, 1200], **{"a & b": [100, 50]}).entries(part, ["HARP"])
     root = ElementTree.fromstring(draw({"rows": entries}))
     _, *texts = [element.text for element in root.iter("{http://www.w3.org/2000/svg}text")]
@@ -125,6 +136,7 @@ def test_conditions_name_machine_and_interpreter(tmp_path: Path) -> None:
     found = conditions(tmp_path)
     assert "cores" in found["machine"]
     assert f"Python {sys.version_info.major}.{sys.version_info.minor}" in found["interpreter"]
+    assert found["configured"] == " ".join(sysconfig.get_config_var("CONFIG_ARGS").split())
 
 
 def test_command_line_takes_parts_sizes_and_contenders() -> None:
@@ -145,14 +157,44 @@ def test_help_names_every_part() -> None:
 
 
 def test_contenders_do_known_workloads_and_harp_does_all() -> None:
-    assert CONTENDERS.keys() == PARTS.keys()
+    workloads = {workload.key for part in PARTS.values() for workload in part.workloads}
     assert set(PICTURED) <= ROWS.keys()
-    for key, contenders in CONTENDERS.items():
-        workloads = {workload.key for workload in PARTS[key].workloads}
-        assert contenders[0].name == "HARP"
-        assert contenders[0].functions.keys() == workloads
-        assert all(contender.functions.keys() <= workloads for contender in contenders)
-        assert len({contender.name for contender in contenders}) == len(contenders)
+    assert CONTENDERS[0].name == "HARP"
+    assert CONTENDERS[0].functions.keys() == workloads
+    assert all(contender.functions.keys() <= workloads for contender in CONTENDERS)
+    assert len({contender.name for contender in CONTENDERS}) == len(CONTENDERS)
+
+
+def test_goals_need_only_what_contenders_do() -> None:
+    workloads = {row.key: workload for part in PARTS.values() for workload in part.workloads for row in workload.rows}
+    by_name = {contender.name: contender for contender in CONTENDERS}
+    figures = [("HARP", goal.row) for goal in GOALS] + [goal.other for goal in GOALS if goal.other]
+    assert {goal.number for goal in GOALS} == set(range(1, 12))
+    for contender, row in figures:
+        assert workloads[row].key in by_name[contender].functions, (contender, row)
+        assert needed(by_name[contender], workloads[row])
+    assert not needed(by_name["RQ"], workloads["jobs"])
+
+
+def test_goal_is_compared_with_the_other_figure_of_the_same_runs() -> None:
+    found = results("kept-cpu", **{"HARP": [1.5, 1.6, 1.7], F1: [0.5, 0.5, 0.5]})
+    found.add("entries", "HARP", 0, {"entries": 700.0, "entries client": 600.0, "entries worker": 100.0}, "entries")
+    found.add("jobs", "HARP", 0, {"rate": 400.0, "cpu worker": 0.5}, "rate")
+    goals = compare(found)
+    assert [(goal["goal"], goal["reached"]) for goal in goals] == [(1, False), (5, None), (11, False)]
+    assert (goals[0]["ratio"], goals[0]["ratio_min"]) == (pytest.approx(3.2), 3.0)
+    entries = [entry for part in PARTS.values() for entry in found.entries(part)]
+    assert [line.strip() for line in report(goals, entries)] == [
+        "1  CPU of harpd for a call with a process of its own, 4 clients: 1.60 (1.50 to 1.70) ms",
+        "SHORT    3.20 (3.00 to 3.40) x F1: bare fork; to reach: at most 3 x",
+        "5  Jobs end to end, 4 clients: 400 (400 to 400) jobs/s",
+        "CPU ms: 0.5, worker 0.5",
+        "?        not measured: F2: bare zygote; to reach: at least 0.5 x",
+        "11  Functions of HARP that add(1, 2).get() enters: 700 (700 to 700) entries",
+        "entries: 700, client 600, worker 100",
+        "SHORT    to reach: at most 600 entries",
+        "reached: 0 of 3; short in 1, 11",
+    ]
 
 
 def test_scaled_sizes_keep_at_least_one_of_everything() -> None:
@@ -171,7 +213,30 @@ def connect_liar() -> Queue:
 def test_calls_are_counted() -> None:
     found = load.calls(lambda: lambda value: value, clients=2, seconds=0.05)
     assert found["rate"] > 0
-    assert found["count"] > 2
+    assert 0 < found["cpu client"] < 2 * 1000 / found["rate"]
+
+
+SPIN = "import time; time.sleep(0.2)\nwhile time.process_time() < {}: pass\ntime.sleep(600)"
+
+
+def test_cpu_of_servers_is_measured_with_all_that_they_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that takes 0.1 s, a child of it that takes 0.2 s and one that takes 0.3 s and ends."""
+    child, short = SPIN.format(0.2), SPIN.format(0.3).replace("600", "0")
+    start = f"import subprocess as s, sys\nfor c in {[child, short]!r}: s.Popen([sys.executable, '-c', c])\n"
+    parent = start + SPIN.format(0.1)
+    with subprocess.Popen([sys.executable, "-c", parent]) as server:
+        monkeypatch.setitem(load.SETTINGS, "pids", {"server": server.pid, "below": -server.pid})
+
+        def body(client: int, ready: load.Ready) -> None:
+            ready()
+            time.sleep(3)
+
+        _, spent = together(1, body)
+        for process in [*psutil.Process(server.pid).children(), psutil.Process(server.pid)]:
+            process.kill()
+    assert spent["server"] == pytest.approx(0.1, abs=0.08)
+    assert spent["below"] == pytest.approx(0.5, abs=0.1)
+    assert spent["client"] < 0.2
 
 
 def test_call_with_a_wrong_answer_fails() -> None:
@@ -180,7 +245,7 @@ def test_call_with_a_wrong_answer_fails() -> None:
 
 
 def test_job_with_another_jobs_result_fails() -> None:
-    assert load.jobs(connect_echo, clients=3, jobs=10)["count"] == 13
+    assert load.jobs(connect_echo, clients=3, jobs=10)["rate"] > 0
     assert load.latency(connect_echo, jobs=3)["p50"] > 0
     with pytest.raises(RuntimeError, match="expected"):
         load.jobs(connect_liar, clients=3, jobs=10)
@@ -269,29 +334,73 @@ def contender(name: str, *answers: float | Exception, functions: tuple[str, str]
     return Contender(name, dict(zip(("speed", "delay"), functions, strict=True)), start)
 
 
+def measurement(tmp_path: Path, *contenders: Contender, **options: Any) -> tuple[Measurement, list[str]]:
+    """A measurement in an empty directory, and what it says."""
+    printed: list[str] = []
+    return Measurement(contenders, SIZES, Place(tmp_path, None), Results(), printed.append, **options), printed
+
+
 def test_contenders_alternate_and_one_that_fails_is_left_out(tmp_path: Path) -> None:
-    found, printed = Results(), list[str]()
-    contenders = (
+    measured, _ = measurement(
+        tmp_path,
         contender("good", 1.0, 2.0, 3.0, 4.0, 5.0, 6.0),
         contender("breaks", 1.0, Broken("it fell over")),
         contender("lacks", Missing("it has none"), 2.0, Missing("it has none"), 3.0, Missing("it has none"), 4.0),
     )
-    measure(PART, contenders, SIZES, 3, Place(tmp_path, None), found, printed.append)
+    assert measured.measure([PART], 3) == 3
+    found = measured.results
     assert found.values["speed"] == {"good": {0: 1.0, 1: 3.0, 2: 5.0}, "breaks": {0: 1.0}}
     assert found.values["delay"] == {"good": {0: 2.0, 1: 4.0, 2: 6.0}, "lacks": {0: 2.0, 1: 3.0, 2: 4.0}}
     assert found.left_out == [("part", "breaks", "it fell over"), ("part", "lacks", "speed: it has none")]
-    assert [line.rsplit(" ", 1)[1] for line in printed] == ["good", "breaks", "lacks", "lacks", "good", "lacks", "good"]
     assert list(tmp_path.iterdir()) == []
 
 
+def test_contender_is_started_once_for_all_rounds_and_parts(tmp_path: Path) -> None:
+    measured, printed = measurement(tmp_path, contender("first", *range(8)), contender("second", *range(8)))
+    other = replace(PART, key="other", workloads=(replace(PART.workloads[0], once=True),))
+    assert measured.measure([other, PART], 2) == 2
+    assert printed == [
+        "round 1 of 2: other",
+        "  starting first",
+        "  starting second",
+        "round 1 of 2: part",
+        "round 2 of 2: other",
+        "round 2 of 2: part",
+    ]
+    assert measured.results.values["delay"] == {"first": {0: 2, 1: 4}, "second": {0: 2, 1: 4}}
+
+
+def test_round_that_would_end_too_late_is_not_begun(tmp_path: Path) -> None:
+    measured, _ = measurement(tmp_path, contender("one", *range(8)))
+    assert measured.measure([PART], 3, until=time.monotonic()) == 1
+
+
+def test_contender_that_fails_at_its_end_keeps_its_figures(tmp_path: Path) -> None:
+    @contextmanager
+    def start(place: Place) -> Iterator[Ask]:
+        yield lambda function, arguments, seconds: {"rate": 1.0, "p50": 1.0}
+        raise AssertionError("a process is left")
+
+    measured, _ = measurement(tmp_path, Contender("fails", {"speed": "a"}, start))
+    measured.measure([PART], 1)
+    assert measured.results.values == {"speed": {"fails": {0: 1.0}}}
+    assert measured.results.left_out == [("end", "fails", "a process is left")]
+
+
+def test_only_needed_workloads_are_measured(tmp_path: Path) -> None:
+    measured, _ = measurement(tmp_path, contender("one", 1.0), needed=lambda one, workload: workload.key == "delay")
+    measured.measure([PART], 1)
+    assert measured.results.values == {"delay": {"one": {0: 1.0}}}
+
+
 def test_figure_same_function_and_arguments_runs_once(tmp_path: Path) -> None:
-    found = Results()
-    same = contender("same", 7.0, functions=("a", "a"))
-    measure(PART, (same,), SIZES, 1, Place(tmp_path, None), found, lambda text: None)
-    assert found.values == {"speed": {"same": {0: 7.0}}, "delay": {"same": {0: 7.0}}}
+    measured, _ = measurement(tmp_path, contender("same", 7.0, functions=("a", "a")))
+    measured.measure([PART], 1)
+    assert measured.results.values == {"speed": {"same": {0: 7.0}}, "delay": {"same": {0: 7.0}}}
 
 
 def test_part_without_contenders_has_no_entries(tmp_path: Path) -> None:
-    found = Results()
-    measure(PART, [], SIZES, 2, Place(tmp_path, None), found, lambda text: None)
+    measured, _ = measurement(tmp_path)
+    measured.measure([PART], 2)
+    found = measured.results
     assert (found.values, found.left_out, found.entries(PART)) == ({}, [], [])
