@@ -1,4 +1,4 @@
-"""Accepting connections: from several listeners, up to a limit, with a task for each connection.
+"""Accepting connections: from several listeners, up to a limit.
 
 A connection over the limit is rejected with a reply and closed. When the system has no descriptor or memory for
 another connection, accepting pauses and continues by itself.
@@ -10,7 +10,7 @@ import asyncio
 import errno
 import logging
 import socket
-from collections.abc import Callable, Coroutine, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from functools import partial
 from typing import Any, Generic, TypeVar
 
@@ -36,11 +36,12 @@ _EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 
 
 class Acceptor(Generic[C]):
-    """Accepts connections and runs a task for each.
+    """Accepts connections.
 
     Args:
         connect: makes a connection of an accepted socket and the name of its peer.
-        serve: serves a connection and closes it.
+        serve: serves a connection and closes it: a coroutine, or a future that is done when the connection is closed,
+            and whose cancellation closes it.
         reject: sends the reply to a connection over the limit and closes it.
         max_connections: returns the limit, which a reload may change.
         rejection: the bytes that are sent without waiting when too many connections are being rejected.
@@ -49,8 +50,8 @@ class Acceptor(Generic[C]):
     def __init__(
         self,
         connect: Callable[[socket.socket, str], C],
-        serve: Callable[[C], Coroutine[Any, Any, None]],
-        reject: Callable[[C], Coroutine[Any, Any, None]],
+        serve: Callable[[C], Awaitable[None]],
+        reject: Callable[[C], Awaitable[None]],
         max_connections: Callable[[], int],
         rejection: bytes = b"",
     ) -> None:
@@ -60,13 +61,13 @@ class Acceptor(Generic[C]):
         self._max_connections = max_connections
         self._rejection = rejection
         self._listeners: set[Listener] = set()
-        self._serving: dict[asyncio.Task[None], C] = {}
-        self._rejecting: dict[asyncio.Task[None], C] = {}
+        self._serving: dict[asyncio.Future[None], C] = {}
+        self._rejecting: dict[asyncio.Future[None], C] = {}
         self._crowded = False
         self._exhausted = False
 
     @property
-    def connections(self) -> Mapping[asyncio.Task[None], C]:
+    def connections(self) -> Mapping[asyncio.Future[None], C]:
         """The open connections by their tasks, rejected ones too."""
         return self._serving | self._rejecting
 
@@ -143,14 +144,14 @@ class Acceptor(Generic[C]):
                 accepted.send(self._rejection)
 
     def _start(
-        self, tasks: dict[asyncio.Task[None], C], serve: Callable[[C], Coroutine[Any, Any, None]], connection: C
+        self, tasks: dict[asyncio.Future[None], C], serve: Callable[[C], Awaitable[None]], connection: C
     ) -> None:
-        task = asyncio.get_running_loop().create_task(serve(connection))
+        task = asyncio.ensure_future(serve(connection))
         tasks[task] = connection
         task.add_done_callback(partial(_on_done, tasks))
 
 
-def _on_done(tasks: dict[asyncio.Task[None], Any], task: asyncio.Task[None]) -> None:
+def _on_done(tasks: dict[asyncio.Future[None], Any], task: asyncio.Future[None]) -> None:
     del tasks[task]
     if not task.cancelled() and (error := task.exception()) is not None:
         log.error("connection failed", exc_info=error)

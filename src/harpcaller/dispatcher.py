@@ -291,24 +291,18 @@ class Dispatcher:
             raise UnknownJob(job_id)
         return await self._store.get_job(job_id)
 
-    async def result(self, job_id: str, wait: bool) -> End | None:
-        """Return the stored end of a job, and wait for it with `wait`; None if the job has not ended.
+    def result(self, job_id: str, wait: bool) -> asyncio.Future[End | None]:
+        """Return a future of the stored end of a job, which waits for it with `wait`; None if the job has not ended.
 
-        Raises:
-            UnknownJob: the job is unknown, or was pruned meanwhile.
+        The future raises `UnknownJob` if the job is unknown, or was pruned meanwhile.
         """
-        with self._notifier.subscribe(job_id) as subscription:
-            run = self._runs.get(job_id)
-            if wait and run is not None and not run.has_ended:
-                # No read of the store is needed: the run publishes the end in the step that sets `has_ended`.
-                await subscription.ended.wait()
-            while subscription.end is None:
-                ended = subscription.ended
-                job = await self.get_job(job_id)
-                if job.end is not None or not wait:
-                    return job.end
-                await ended.wait()
-            return subscription.end
+        run = self._runs.get(job_id)
+        # An active run publishes the end in the step that sets `has_ended`: then no read of the store is needed.
+        is_active = wait and run is not None and not run.has_ended
+        waiter = _ResultWaiter(job_id, wait, self._notifier, self.get_job)
+        if not is_active:
+            waiter.read_job()
+        return waiter.result
 
     def record_delivery(self, job_id: str, received_at: float) -> None:
         """Record that the end of a job was sent to a client whose request was received at this monotonic time."""
@@ -589,6 +583,55 @@ class Dispatcher:
             log.warning("no hosts; set hosts_file or host_db_script")
         for warning in self._tls.warnings:
             log.warning(warning)
+
+
+class _ResultWaiter:
+    """Waits for the end of a job, without a task.
+
+    Args:
+        job_id: the job.
+        wait: whether to wait until it has ended.
+        notifier: publishes its end.
+        get_job: reads the job.
+    """
+
+    def __init__(
+        self, job_id: str, wait: bool, notifier: Notifier, get_job: Callable[[str], Coroutine[Any, Any, Job]]
+    ) -> None:
+        self._job_id = job_id
+        self._wait = wait
+        self._notifier = notifier
+        self._get_job = get_job
+        self._subscription = notifier.add(job_id)
+        self._subscription.on_end.append(self._on_end)
+        #: The end. Cancelling it ends the wait.
+        self.result: asyncio.Future[End | None] = asyncio.get_running_loop().create_future()
+        self.result.add_done_callback(self._on_done)
+
+    def read_job(self) -> None:
+        """Read the job, and wait further if it has not ended."""
+        asyncio.ensure_future(self._get_job(self._job_id)).add_done_callback(self._on_read)
+
+    def _on_read(self, read: asyncio.Future[Job]) -> None:
+        error = None if read.cancelled() else read.exception()
+        if read.cancelled() or self.result.done():
+            return
+        if error is not None:
+            self.result.set_exception(error)
+        elif (end := read.result().end) is not None or not self._wait:
+            self.result.set_result(end)
+
+    def _on_end(self) -> None:
+        if self.result.done():
+            return
+        if (end := self._subscription.end) is not None:
+            self.result.set_result(end)
+        else:
+            self.read_job()
+
+    def _on_done(self, _: object) -> None:
+        self._subscription.on_end.remove(self._on_end)
+        self._notifier.remove(self._job_id)
 
 
 def _first_record(job: Job, since: int | None, recent: int | None) -> int:

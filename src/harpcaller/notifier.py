@@ -9,7 +9,7 @@ from the store nor encode them again, and it carries the end, which never change
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from harp.protocol.ends import End
@@ -55,9 +55,10 @@ class Subscription:
         end: the job's end, if a notification carried it.
         newest: the records of the last notification that carried records.
         subscribers: number of subscribers.
+        on_end: called at each notification of an end.
     """
 
-    __slots__ = ("changed", "end", "ended", "newest", "subscribers")
+    __slots__ = ("changed", "end", "ended", "newest", "on_end", "subscribers")
 
     def __init__(self) -> None:
         self.changed = asyncio.Event()
@@ -65,6 +66,7 @@ class Subscription:
         self.end: End | None = None
         self.subscribers = 0
         self.newest: RecordBatch | None = None
+        self.on_end: list[Callable[[], None]] = []
 
     def newest_from(self, first: int) -> RecordBatch | None:
         """Return the records from number `first` on, if the last notification carried them."""
@@ -91,14 +93,26 @@ class Notifier:
     @contextmanager
     def subscribe(self, job_id: str) -> Iterator[Subscription]:
         """Subscribe to a job while the context lasts."""
-        subscription = self._subscriptions.setdefault(job_id, Subscription())
-        subscription.subscribers += 1
+        subscription = self.add(job_id)
         try:
             yield subscription
         finally:
-            subscription.subscribers -= 1
-            if not subscription.subscribers:
-                del self._subscriptions[job_id]
+            self.remove(job_id)
+
+    def add(self, job_id: str) -> Subscription:
+        """Subscribe to a job, until `remove` is called."""
+        subscription = self._subscriptions.get(job_id)
+        if subscription is None:
+            subscription = self._subscriptions[job_id] = Subscription()
+        subscription.subscribers += 1
+        return subscription
+
+    def remove(self, job_id: str) -> None:
+        """End one subscription to a job."""
+        subscription = self._subscriptions[job_id]
+        subscription.subscribers -= 1
+        if not subscription.subscribers:
+            del self._subscriptions[job_id]
 
     def publish_records(self, job_id: str, first: int, records: Records) -> None:
         """Notify the subscribers that records numbered from `first` are committed."""
@@ -116,3 +130,5 @@ class Notifier:
             subscription.ended.set()
             subscription.ended = asyncio.Event()
             subscription.notify()
+            for callback in subscription.on_end.copy():
+                callback()

@@ -254,7 +254,7 @@ async def test_result_of_a_waiting_client_returns_on_cancel(tmp_path: Path) -> N
             for started in (False, True):
                 blocker = await dispatcher.submit(call(queue={}), "test")
                 job_id = blocker if started else await dispatcher.submit(call(queue={}), "test")
-                waiting = asyncio.create_task(dispatcher.result(job_id, wait=True))
+                waiting = asyncio.ensure_future(dispatcher.result(job_id, wait=True))
                 following = asyncio.create_task(followed(dispatcher, job_id))
                 await eventually(lambda: gated.running == 1, what="a call")
                 assert await dispatcher.cancel(job_id)
@@ -274,7 +274,7 @@ async def test_result_during_a_call_does_not_read_the_store(tmp_path: Path) -> N
             job_id = await dispatcher.submit(call(), "test")
             await eventually(lambda: gated.running == 1, what="a call")
             store.off = True
-            waiting = [asyncio.create_task(dispatcher.result(job_id, wait=True)) for _ in range(3)]
+            waiting = [asyncio.ensure_future(dispatcher.result(job_id, wait=True)) for _ in range(3)]
             with pytest.raises(StorageError):
                 await dispatcher.result(job_id, wait=False)
             gated.release(1)
@@ -473,7 +473,7 @@ async def test_claim_waits_until_interrupted_jobs_are_recovered(tmp_path: Path) 
     with host(tmp_path, echo, (legacy_harpd,)) as peer:
         async with running(tmp_path, host_line(peer.port), store=store) as dispatcher:
             job_id = await dispatcher.submit(call(queue={}), "test")
-            waiting = asyncio.create_task(dispatcher.result(interrupted, wait=True))
+            waiting = asyncio.ensure_future(dispatcher.result(interrupted, wait=True))
             await eventually(lambda: store.refused >= 2, what="a second try")
             assert (await dispatcher.get_job(job_id)).state is State.QUEUED
             store.off = False

@@ -11,9 +11,9 @@ import logging
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from typing import TypeAlias
+from dataclasses import dataclass
 
-from harp.protocol.ends import Failed
+from harp.protocol.ends import End, Failed
 from harp.protocol.fields import ProtocolError
 from harp.protocol.json_text import Envelope
 from harp.protocol.replies import (
@@ -35,6 +35,7 @@ from harp.protocol.requests import (
     GetResult,
     GetStatus,
     ReadStream,
+    Request,
     SubmitMany,
     decode_request,
 )
@@ -42,6 +43,7 @@ from harp_daemon.listeners import Listener, ListenError, listen_tcp, listen_unix
 from harp_daemon.memory_quota import MemoryQuota, Reservation
 from harp_daemon.settings import ConfigError
 from harp_daemon.sliced_json import decode_slices
+from harp_daemon.timer_wheel import TimerWheel
 from harpcaller.api.connection import ClientDisconnected, Connection, close_acceptor, make_acceptor
 from harpcaller.config import Config
 from harpcaller.dispatcher import Dispatcher
@@ -58,10 +60,22 @@ _UNIX_MODE = 0o660
 _MAX_MESSAGE = 1000
 
 #: Length in bytes from which a request is decoded in a thread, so that other clients need not wait.
-_LONG_REQUEST = 256 * 1024
+_LONG_REQUEST = 64 * 1024
 
-#: The requests with a single reply.
-_OneReply: TypeAlias = Call | SubmitMany | Cancel | GetResult | GetStatus | GetDetails
+
+@dataclass(slots=True)
+class _Answer:
+    """What is needed to answer a request.
+
+    Attributes:
+        connection: the connection of the client.
+        received_at: time at which its line was complete, on the monotonic clock.
+        keep_alive: whether the client asked to send another request.
+    """
+
+    connection: Connection
+    received_at: float
+    keep_alive: bool = False
 
 
 def listen(config: Config) -> list[Listener]:
@@ -90,8 +104,14 @@ class ClientServer:
     def __init__(self, dispatcher: Dispatcher) -> None:
         self._dispatcher = dispatcher
         refusal = Failed("too_many_connections", "more clients are connected than max_connections allows")
-        self._acceptor = make_acceptor(self._answer, lambda: dispatcher.config.max_connections, encode_reply(refusal))
-        self._memory = MemoryQuota(dispatcher.config.request_memory)
+        memory = MemoryQuota(dispatcher.config.request_memory)
+        self._acceptor = make_acceptor(
+            self,
+            TimerWheel(),
+            lambda: dispatcher.config.max_connections,
+            encode_reply(refusal),
+            lambda: Reservation(memory),
+        )
         self._loopback_logged = False
 
     async def aclose(self) -> None:
@@ -116,90 +136,151 @@ class ClientServer:
             self._loopback_logged = True
             log.info("every local user can call procedures")
 
-    async def _answer(self, connection: Connection) -> None:
-        """Answer requests until the connection ends or a request fails; send the error of a failed request."""
-        client = connection.client
-        try:
-            while await self._answer_request(connection):
-                pass
-        except ClientDisconnected:
-            raise
-        except ProtocolError as error:
-            # Every invalid request has the type invalid_request; an exhausted limit keeps its own.
-            kind = error.type if error.type == "too_many_connections" else "invalid_request"
-            failure = Failed(kind, _shorten(error.message))
-            log.info("request refused", extra={"client": client, "reason": failure.message})
-        except UnknownJob as error:
-            failure = Failed("invalid_jobid", _shorten(f"there is no job {error}"))
-        except StorageError as error:
-            log.error("request failed: storage error", extra={"client": client, "reason": str(error)})
-            failure = Failed("storage_error", str(error))
-        except Exception:
-            log.exception("request failed: internal error", extra={"client": client})
-            failure = Failed("internal_error", "internal error of the dispatcher; see its log")
-        else:
-            return
-        await connection.send(encode_reply(failure))
+    # Events of connections.
 
-    async def _answer_request(self, connection: Connection) -> bool:
-        """Answer one request; return whether another one may follow."""
+    def on_connected(self, connection: Connection) -> None:
+        """See `Server`."""
         config = self._dispatcher.config
-        with Reservation(self._memory) as reservation:
-            line = await connection.read_request(config.request_line, config.idle_timeout, reservation)
-            received_at = time.monotonic()
-            if len(line) < _LONG_REQUEST:
-                request, keep_alive = decode_request(line, decode_slices)
-            else:
-                request, keep_alive = await asyncio.to_thread(decode_request, line, decode_slices)
-            del line
-            if isinstance(request, (FollowStream, ReadStream)):
-                reservation.release()
-                async with aclosing(self._records(request, connection)) as stream:
-                    async for lines in stream:
-                        await connection.send(lines)
-                return False
-            reply = await self._reply(request, connection, reservation, received_at)
-        keep_alive = keep_alive and not connection.has_extra_input and not self._acceptor.near_capacity
-        await connection.send(encode_reply(reply, config.idle_timeout if keep_alive else None))
-        if isinstance(request, GetResult):
-            self._dispatcher.record_delivery(request.job, received_at)
-        return keep_alive
+        connection.read_request(config.request_line, config.idle_timeout)
 
-    async def _reply(
-        self, request: _OneReply, connection: Connection, reservation: Reservation, received_at: float
-    ) -> Reply:
-        """Return the reply to a request. A request that waits releases its memory first."""
+    def on_request(self, connection: Connection, line: bytes) -> None:
+        """See `Server`."""
+        answer = _Answer(connection, time.monotonic())
+        if len(line) < _LONG_REQUEST:
+            try:
+                decoded = decode_request(line, decode_slices)
+            except ProtocolError as error:
+                self._fail(connection, error)
+            else:
+                self._execute(answer, decoded)
+            return
+
+        def on_decoded(decoding: asyncio.Future[tuple[Request, bool]]) -> None:
+            if (error := decoding.exception()) is None:
+                self._execute(answer, decoding.result())
+            else:
+                self._fail(connection, error)
+
+        decoding = asyncio.get_running_loop().run_in_executor(None, decode_request, line, decode_slices)
+        decoding.add_done_callback(on_decoded)
+
+    def on_invalid_request(self, connection: Connection, error: ProtocolError) -> None:
+        """See `Server`."""
+        self._fail(connection, error)
+
+    # Requests. Those of the usual path need no task.
+
+    def _execute(self, answer: _Answer, decoded: tuple[Request, bool]) -> None:
+        request, answer.keep_alive = decoded
+        connection = answer.connection
         if not isinstance(request, (Call, SubmitMany)):
-            reservation.release()
-        dispatcher = self._dispatcher
+            connection.release_memory()
         match request:
             case Call():
-                return Submitted(await dispatcher.submit(request, connection.client, received_at))
-            case SubmitMany(calls):
-                return SubmittedMany(await dispatcher.submit_many(calls, connection.client))
-            case Cancel(job, wait):
-                cancelled = await dispatcher.cancel(job, connection.client)
-                return WasCancelled(cancelled, await self._stop(job, connection) if wait else None)
-            case GetResult(job, wait):
-                return await self._result(job, wait, connection)
-            case GetStatus(job):
-                return _status(await dispatcher.get_job(job))
-            case GetDetails(job):
-                return Details(await dispatcher.details(job))
+                self._submit(answer, request)
+            case GetResult(wait=True):
+                self._wait_for_result(answer, request)
+            case FollowStream() | ReadStream():
+                connection.run(self._send_records(answer, request))
+            case _:
+                connection.run(self._send_reply(answer, request))
 
-    async def _result(self, job: str, wait: bool, connection: Connection) -> Reply:
-        if wait:
-            try:
-                async with connection.cancel_on_disconnect():
-                    end = await self._dispatcher.result(job, wait=True)
-            except ClientDisconnected:
-                # The client may still be reading: it gets an end that is available at once.
-                end = await self._dispatcher.result(job, wait=False)
-                if end is None:
-                    raise
+    def _submit(self, answer: _Answer, request: Call) -> None:
+        def on_submitted(submitted: asyncio.Future[str]) -> None:
+            if (error := submitted.exception()) is None:
+                self._reply(answer, Submitted(submitted.result()))
+            else:
+                self._fail(answer.connection, error)
+
+        try:
+            submitted = self._dispatcher.submit(request, answer.connection.client, answer.received_at)
+        except Exception as error:  # noqa: BLE001 - the client gets it
+            self._fail(answer.connection, error)
         else:
+            submitted.add_done_callback(on_submitted)
+
+    def _wait_for_result(self, answer: _Answer, request: GetResult) -> None:
+        """Reply with the end of a job when it has ended. A client that disconnects gets an end that is there."""
+        connection = answer.connection
+
+        def on_end(waiting: asyncio.Future[End | None]) -> None:
+            connection.on_disconnect = None
+            if waiting.cancelled():
+                connection.run(self._send_present_end(answer, request.job))
+            elif (error := waiting.exception()) is not None:
+                self._fail(connection, error)
+            else:
+                self._reply(answer, waiting.result() or NoResult())
+                self._dispatcher.record_delivery(request.job, answer.received_at)
+
+        waiting = self._dispatcher.result(request.job, wait=True)
+        waiting.add_done_callback(on_end)
+        connection.on_disconnect = waiting.cancel
+        if connection.disconnected:
+            waiting.cancel()
+
+    async def _send_present_end(self, answer: _Answer, job: str) -> None:
+        try:
             end = await self._dispatcher.result(job, wait=False)
-        return NoResult() if end is None else end
+        except Exception as error:  # noqa: BLE001 - the client gets it
+            self._fail(answer.connection, error)
+            return
+        if end is None:
+            raise ClientDisconnected
+        self._reply(answer, end)
+
+    def _reply(self, answer: _Answer, reply: Reply) -> None:
+        """Send the only reply to a request, and wait for the next request if the client has asked for that."""
+        connection, config = answer.connection, self._dispatcher.config
+        keep_alive = answer.keep_alive and not connection.has_extra_input and not self._acceptor.near_capacity
+        connection.write(encode_reply(reply, config.idle_timeout if keep_alive else None))
+        if keep_alive:
+            connection.read_request(config.request_line, config.idle_timeout)
+        else:
+            connection.close()
+
+    def _fail(self, connection: Connection, error: BaseException) -> None:
+        """Send the error of a failed request and close the connection."""
+        client = connection.client
+        match error:
+            case ProtocolError():
+                # Every invalid request has the type invalid_request; an exhausted limit keeps its own.
+                kind = error.type if error.type == "too_many_connections" else "invalid_request"
+                failure = Failed(kind, _shorten(error.message))
+                log.info("request refused", extra={"client": client, "reason": failure.message})
+            case UnknownJob():
+                failure = Failed("invalid_jobid", _shorten(f"there is no job {error}"))
+            case StorageError():
+                log.error("request failed: storage error", extra={"client": client, "reason": str(error)})
+                failure = Failed("storage_error", str(error))
+            case _:
+                log.error("request failed: internal error", extra={"client": client}, exc_info=error)
+                failure = Failed("internal_error", "internal error of the dispatcher; see its log")
+        connection.write(encode_reply(failure))
+        connection.close()
+
+    async def _send_reply(self, answer: _Answer, request: Request) -> None:
+        connection, dispatcher = answer.connection, self._dispatcher
+        reply: Reply
+        try:
+            match request:
+                case SubmitMany(calls):
+                    reply = SubmittedMany(await dispatcher.submit_many(calls, connection.client))
+                case Cancel(job, wait):
+                    cancelled = await dispatcher.cancel(job, connection.client)
+                    reply = WasCancelled(cancelled, await self._stop(job, connection) if wait else None)
+                case GetResult(job):
+                    reply = await dispatcher.result(job, wait=False) or NoResult()
+                case GetStatus(job):
+                    reply = _status(await dispatcher.get_job(job))
+                case GetDetails(job):
+                    reply = Details(await dispatcher.details(job))
+        except ClientDisconnected:
+            raise
+        except Exception as error:  # noqa: BLE001 - the client gets it
+            self._fail(connection, error)
+        else:
+            self._reply(answer, reply)
 
     async def _stop(self, job: str, connection: Connection) -> Envelope | None:
         """Return the state of a job's stop when it is final; None if the job was not stopped."""
@@ -211,6 +292,19 @@ class ClientServer:
         if details.job.stop is None:
             return None
         return Envelope(state=details.job.stop.value, stop_report=details.metadata.stop_report)
+
+    async def _send_records(self, answer: _Answer, request: FollowStream | ReadStream) -> None:
+        connection = answer.connection
+        try:
+            async with aclosing(self._records(request, connection)) as stream:
+                async for lines in stream:
+                    await connection.send(lines)
+        except ClientDisconnected:
+            raise
+        except Exception as error:  # noqa: BLE001 - the client gets it
+            self._fail(connection, error)
+        else:
+            connection.close()
 
     async def _records(self, request: FollowStream | ReadStream, connection: Connection) -> AsyncGenerator[bytes, None]:
         """Yield the lines of the reply to a request for records."""

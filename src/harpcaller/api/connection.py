@@ -1,23 +1,32 @@
-"""A client's connection: its requests, the replies, its end.
+"""A client's connection: its requests, the replies, its end. It is driven by events of its socket and needs no task.
 
-The connection has no send buffer: `send` waits until the kernel has taken all data. A client that does not read
-therefore holds one piece of a reply and delays only itself. Data that a client sends between its request and the reply
-is dropped, and the connection then serves no further request. A client that closes its side counts as disconnected:
-nothing is waited for on its behalf, but data that is available at once is still sent, because it may be reading.
+A connection reads a request line, then its server answers it, then it reads the next one or is closed.
+
+- A reply is written at once. What the kernel does not take is kept until it does, and a server that sends a long reply
+  waits for that after each piece (`Connection.send`). A client that does not read therefore holds one piece of a reply
+  and delays only itself.
+- Data that a client sends between its request and the reply is dropped, and the connection then serves no further
+  request.
+- A client that closes its side counts as disconnected: nothing is waited for on its behalf, but data that is available
+  at once is still sent, because it may be reading.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
-from functools import partial
+from typing import Any, Protocol
 
 from harp.protocol.fields import ProtocolError
 from harp.protocol.lines import LineBuffer, LineTooLong
 from harp_daemon.acceptor import Acceptor
 from harp_daemon.memory_quota import Reservation
+from harp_daemon.timer_wheel import Timer, TimerWheel
+
+log = logging.getLogger(__name__)
 
 _READ_BYTES = 64 * 1024
 
@@ -35,57 +44,219 @@ class ClientDisconnected(Exception):
     """A client that has closed the connection or its side, or a server that is closing."""
 
 
-class Connection:
-    """An accepted connection. It closes its non-blocking socket."""
+class Server(Protocol):
+    """The server of a connection: it answers each request, then calls `Connection.read_request` or `close`."""
 
-    def __init__(self, accepted: socket.socket, client: str) -> None:
-        #: The client's address or user, for the log.
+    def on_connected(self, connection: Connection) -> None:
+        """Begin to serve a connection."""
+
+    def on_request(self, connection: Connection, line: bytes) -> None:
+        """Answer a request: a line without its line feed."""
+
+    def on_invalid_request(self, connection: Connection, error: ProtocolError) -> None:
+        """Send an error and close the connection.
+
+        The line is too long, late or incomplete; with the type ``too_many_connections`` the memory for all requests is
+        exhausted.
+        """
+
+
+class Connection:
+    """An accepted connection. It closes its non-blocking socket.
+
+    Args:
+        accepted: the socket.
+        client: the client's address or user, for the log.
+        server: the server.
+        timers: the timers of the event loop.
+        reservation: its part of the memory for all requests; None if its requests are not counted.
+    """
+
+    __slots__ = (
+        "_closing",
+        "_line_limit",
+        "_lines",
+        "_loop",
+        "_request_received",
+        "_server",
+        "_socket",
+        "_timer",
+        "_timers",
+        "_unsent",
+        "client",
+        "closed",
+        "disconnected",
+        "has_extra_input",
+        "on_disconnect",
+        "on_sent",
+        "reservation",
+        "task",
+    )
+
+    def __init__(
+        self,
+        accepted: socket.socket,
+        client: str,
+        server: Server,
+        timers: TimerWheel,
+        reservation: Reservation | None = None,
+    ) -> None:
         self.client = client
+        self.reservation = reservation
         self._socket = accepted
+        self._server = server
+        self._timers = timers
+        self._timer: Timer | None = None
         self._loop = asyncio.get_running_loop()
-        self._timeout: asyncio.Timeout | None = None
+        self._lines: LineBuffer | None = None  # while a request is read
+        self._line_limit = 0
         self._request_received = False
-        self._watching = False
-        self._disconnected = False
+        self._unsent: memoryview | None = None
+        self._closing = False
+        #: Whether the client has closed its side, or the server is closing.
+        self.disconnected = False
         #: Whether the client has sent data after its request, which is dropped.
         self.has_extra_input = False
+        #: Called once if the client disconnects while its request is answered.
+        self.on_disconnect: Callable[[], object] | None = None
+        #: Called once when the kernel has taken all data, or never will.
+        self.on_sent: Callable[[], object] | None = None
+        #: The task of a request that needs one.
+        self.task: asyncio.Task[None] | None = None
+        #: Done when the connection is closed; cancelling it closes the connection.
+        self.closed: asyncio.Future[None] = self._loop.create_future()
+        self.closed.add_done_callback(self._on_closed)
+        self._loop.add_reader(accepted.fileno(), self._on_readable)
 
-    async def read_request(self, max_line: int, seconds: float, reservation: Reservation | None = None) -> bytes:
-        """Return the next request line without its line feed.
+    # Requests.
+
+    def read_request(self, max_line: int, seconds: float) -> None:
+        """Wait for the next request, after all of the last reply was sent.
 
         Args:
-            max_line: maximum length of the line in bytes.
+            max_line: maximum length of its line in bytes.
             seconds: maximum time to receive the line.
-            reservation: the line's part of the memory for all requests; None if the line is not counted.
-
-        Raises:
-            ProtocolError: the line is too long, late or incomplete; with the type ``too_many_connections`` if the
-                memory for all requests is exhausted.
-            ClientDisconnected: the client sent nothing; for a further request also if `seconds` have passed.
         """
-        self._stop_watching()
-        again, lines = self._request_received, LineBuffer(max_line)
+        self.release_memory()
+        if self._unsent is not None:
+            self.on_sent = lambda: self.read_request(max_line, seconds)
+        elif self.disconnected:
+            self.abort()
+        else:
+            self._lines = LineBuffer(max_line)
+            self._line_limit = max_line
+            self._timer = self._timers.call_later(seconds, lambda: self._on_late_request(seconds))
+
+    def release_memory(self) -> None:
+        """Return the memory of the request to the quota."""
+        if self.reservation is not None:
+            self.reservation.release()
+
+    def _on_readable(self) -> None:
         try:
-            async with asyncio.timeout(seconds) as self._timeout:
-                while data := await self._receive():
-                    if reservation is not None and not reservation.grow(len(data)):
-                        raise ProtocolError("too many long requests at once; try again later", "too_many_connections")
-                    if found := lines.feed(data):
-                        self._request_received = True
-                        self.has_extra_input = len(found) > 1 or bool(lines.pending)
-                        return found[0]
-        except LineTooLong as error:
-            raise ProtocolError(f"the request line is longer than {max_line} bytes") from error
-        except TimeoutError as error:
-            if self._disconnected or (again and not lines.pending):
-                raise ClientDisconnected from error
-            raise ProtocolError(f"the request line was not complete within {seconds:g} s") from error
-        finally:
-            self._timeout = None
-        self._disconnected = True
-        if not lines.pending:
-            raise ClientDisconnected
-        raise ProtocolError("the connection was closed in the middle of the request line")
+            data = self._socket.recv(_READ_BYTES)
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError:
+            data = b""
+        if not data:
+            self._on_end_of_input()
+        elif self._lines is None:
+            self.has_extra_input = True
+        else:
+            self._on_data(self._lines, data)
+
+    def _on_data(self, lines: LineBuffer, data: bytes) -> None:
+        if self.reservation is not None and not self.reservation.grow(len(data)):
+            self._refuse("too many long requests at once; try again later", "too_many_connections")
+            return
+        try:
+            found = lines.feed(data)
+        except LineTooLong:
+            self._refuse(f"the request line is longer than {self._line_limit} bytes")
+            return
+        if found:
+            self._request_received = True
+            self.has_extra_input = len(found) > 1 or bool(lines.pending)
+            self._end_reading()
+            self._server.on_request(self, found[0])
+
+    def _on_late_request(self, seconds: float) -> None:
+        assert self._lines is not None
+        if self._request_received and not self._lines.pending:
+            self.abort()
+        else:
+            self._refuse(f"the request line was not complete within {seconds:g} s")
+
+    def _on_end_of_input(self) -> None:
+        self._loop.remove_reader(self._socket.fileno())
+        if self._lines is not None and self._lines.pending:
+            self.disconnected = True
+            self._refuse("the connection was closed in the middle of the request line")
+        elif self._closing and self._unsent is None:
+            self.abort()
+        else:
+            self.mark_disconnected()
+
+    def mark_disconnected(self) -> None:
+        """Treat the client as disconnected."""
+        self.disconnected = True
+        if self._lines is not None:
+            self.abort()
+        elif (notify := self.on_disconnect) is not None:
+            self.on_disconnect = None
+            notify()
+
+    def _refuse(self, message: str, error_type: str = "invalid_request") -> None:
+        self._end_reading()
+        self._server.on_invalid_request(self, ProtocolError(message, error_type))
+
+    def _end_reading(self) -> None:
+        self._lines = None
+        self._stop_timer()
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    # Replies.
+
+    def write(self, data: bytes) -> None:
+        """Send data. All of the data before must have been sent: see `on_sent`."""
+        assert self._unsent is None
+        if self.closed.done():
+            return
+        try:
+            sent = self._socket.send(data)
+        except (BlockingIOError, InterruptedError):
+            sent = 0
+        except OSError:
+            self.abort()
+            return
+        if sent < len(data):
+            self._unsent = memoryview(data)[sent:]
+            self._loop.add_writer(self._socket.fileno(), self._on_writable)
+
+    def _on_writable(self) -> None:
+        assert self._unsent is not None
+        try:
+            sent = self._socket.send(self._unsent)
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError:
+            self.abort()
+            return
+        self._unsent = self._unsent[sent:]
+        if not self._unsent:
+            self._unsent = None
+            self._loop.remove_writer(self._socket.fileno())
+            self._notify_sent()
+
+    def _notify_sent(self) -> None:
+        notify, self.on_sent = self.on_sent, None
+        if notify is not None:
+            notify()
 
     async def send(self, data: bytes) -> None:
         """Send data and wait until the kernel has taken all of it.
@@ -93,11 +264,33 @@ class Connection:
         Raises:
             ClientDisconnected: the data cannot be sent.
         """
+        self.write(data)
+        if self._unsent is not None:
+            sent = asyncio.Event()
+            self.on_sent = sent.set
+            await sent.wait()
+        if self.closed.done():
+            raise ClientDisconnected
+
+    # Work for a request that needs a task.
+
+    def run(self, work: Coroutine[Any, Any, None]) -> None:
+        """Run a coroutine that answers a request.
+
+        It may raise `ClientDisconnected`. It is cancelled if the connection is closed meanwhile.
+        """
+        self.task = self._loop.create_task(self._run(work))
+
+    async def _run(self, work: Coroutine[Any, Any, None]) -> None:
         try:
-            await self._loop.sock_sendall(self._socket, data)
-        except OSError as error:
-            self._disconnected = True
-            raise ClientDisconnected from error
+            await work
+        except ClientDisconnected:
+            self.abort()  # there is no client to reply to
+        except Exception:
+            log.exception("connection failed", extra={"client": self.client})
+            self.abort()
+        finally:
+            self.task = None
 
     @asynccontextmanager
     async def cancel_on_disconnect(self) -> AsyncIterator[None]:
@@ -106,12 +299,10 @@ class Connection:
         Raises:
             ClientDisconnected: the client disconnected, now or before.
         """
-        if not self._watching and not self._disconnected:
-            self._watching = True
-            self._loop.add_reader(self._socket.fileno(), self._on_readable)
-        if self._disconnected:
+        if self.disconnected:
             raise ClientDisconnected
-        self._timeout = wait = asyncio.timeout(None)
+        wait = asyncio.timeout(None)
+        self.on_disconnect = lambda: wait.reschedule(self._loop.time())
         try:
             async with wait:
                 yield
@@ -120,77 +311,90 @@ class Connection:
                 raise  # raised by the body
             raise ClientDisconnected from error
         finally:
-            self._timeout = None
+            self.on_disconnect = None
 
-    def mark_disconnected(self) -> None:
-        """Treat the client as disconnected."""
-        self._disconnected = True
-        if self._timeout is not None and not self._timeout.expired():
-            self._timeout.reschedule(self._loop.time())
+    # The end.
 
-    async def close(self) -> None:
+    def close(self) -> None:
         """Close the connection so that the sent data arrives.
 
         Closing a socket with unread data resets the connection, and the client may lose the reply. A client that still
         sends therefore gets some time to read and close.
         """
-        self._stop_watching()
-        try:
-            if not self._disconnected and (not self._request_received or self._socket.recv(1)):
-                self._socket.shutdown(socket.SHUT_WR)
-                async with asyncio.timeout(_CLOSE_TIMEOUT) as self._timeout:
-                    while await self._receive():
-                        pass
-        except (OSError, TimeoutError):
-            pass  # nothing is unread, the connection is closed already, or the time is over
-        finally:
-            self._timeout = None
-            self._socket.close()
-
-    async def _receive(self) -> bytes:
-        """Return the next data; empty at the end of the input."""
-        try:
-            return await self._loop.sock_recv(self._socket, _READ_BYTES)
-        except OSError:
-            return b""
-
-    def _on_readable(self) -> None:
-        """Drop input during `cancel_on_disconnect`, and detect the end of the input."""
-        try:
-            disconnected = not self._socket.recv(_READ_BYTES)
-            self.has_extra_input = True
-        except (BlockingIOError, InterruptedError):
+        if self.closed.done():
             return
+        if self._unsent is not None:
+            self.on_sent = self.close
+            return
+        self._closing = True
+        try:
+            if not self.disconnected and (not self._request_received or self._socket.recv(1)):
+                self._socket.shutdown(socket.SHUT_WR)
+                self._timer = self._timers.call_later(_CLOSE_TIMEOUT, self.abort)
+                return
         except OSError:
-            disconnected = True
-        if disconnected:
-            self._stop_watching()
-            self.mark_disconnected()
+            pass  # nothing is unread, or the connection is closed already
+        self.abort()
 
-    def _stop_watching(self) -> None:
-        if self._watching:
-            self._loop.remove_reader(self._socket.fileno())
-            self._watching = False
+    def abort(self) -> None:
+        """Close the connection at once; the task of its request is cancelled."""
+        if not self.closed.done():
+            self.closed.set_result(None)
+            self._release()
+
+    def _on_closed(self, closed: asyncio.Future[None]) -> None:
+        if closed.cancelled():
+            self._release()
+
+    def _release(self) -> None:
+        self._stop_timer()
+        self._lines = None
+        self.disconnected = True
+        self._loop.remove_reader(self._socket.fileno())
+        self._loop.remove_writer(self._socket.fileno())
+        self._socket.close()
+        self.release_memory()
+        self._unsent = None
+        if self.task is not None and self.task is not asyncio.current_task():
+            self.task.cancel()
+        self._notify_sent()
+        if (notify := self.on_disconnect) is not None:
+            self.on_disconnect = None
+            notify()
 
 
 def make_acceptor(
-    answer: Callable[[Connection], Awaitable[None]], max_connections: Callable[[], int], rejection: bytes
+    server: Server,
+    timers: TimerWheel,
+    max_connections: Callable[[], int],
+    rejection: bytes,
+    reservation: Callable[[], Reservation | None] = lambda: None,
 ) -> Acceptor[Connection]:
     """Return an acceptor of clients.
 
     Args:
-        answer: answers the requests of a connection. May raise `ClientDisconnected`. The connection is closed
-            afterwards.
+        server: the server of each connection.
+        timers: the timers of the event loop.
         max_connections: returns the number of connections that are served at once.
         rejection: the line for a connection over this number.
+        reservation: returns the reservation of memory for the requests of a connection.
     """
-    return Acceptor(
-        _connect,
-        serve=partial(_serve, answer),
-        reject=partial(_serve, lambda connection: connection.send(rejection)),
-        max_connections=max_connections,
-        rejection=rejection,
-    )
+
+    def connect(accepted: socket.socket, client: str) -> Connection:
+        if accepted.family != socket.AF_UNIX:
+            accepted.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _UNSENT_BYTES)
+        return Connection(accepted, client, server, timers, reservation())
+
+    def serve(connection: Connection) -> asyncio.Future[None]:
+        server.on_connected(connection)
+        return connection.closed
+
+    def reject(connection: Connection) -> asyncio.Future[None]:
+        connection.write(rejection)
+        connection.close()
+        return connection.closed
+
+    return Acceptor(connect, serve, reject, max_connections, rejection)
 
 
 async def close_acceptor(acceptor: Acceptor[Connection]) -> None:
@@ -199,21 +403,3 @@ async def close_acceptor(acceptor: Acceptor[Connection]) -> None:
     for connection in acceptor.connections.values():
         connection.mark_disconnected()
     await acceptor.drain(_DRAIN_TIMEOUT)
-
-
-def _connect(accepted: socket.socket, client: str) -> Connection:
-    if accepted.family != socket.AF_UNIX:
-        accepted.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _UNSENT_BYTES)
-    return Connection(accepted, client)
-
-
-async def _serve(answer: Callable[[Connection], Awaitable[None]], connection: Connection) -> None:
-    try:
-        await answer(connection)
-    except ClientDisconnected:
-        pass  # there is no client to reply to
-    except BaseException:
-        connection.mark_disconnected()  # so that closing does not wait
-        raise
-    finally:
-        await connection.close()

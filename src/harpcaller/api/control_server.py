@@ -28,6 +28,7 @@ from harp_daemon import logs
 from harp_daemon.listeners import Listener
 from harp_daemon.settings import ConfigError
 from harp_daemon.sliced_json import decode_slices
+from harp_daemon.timer_wheel import TimerWheel
 from harpcaller.api.connection import ClientDisconnected, Connection, close_acceptor, make_acceptor
 from harpcaller.dispatcher import Dispatcher
 from harpcaller.hosts.registry import RefreshFailed
@@ -63,15 +64,35 @@ class Daemon(Protocol):
         """
 
 
+class _ControlServer:
+    """The server of the connections to the control socket."""
+
+    def __init__(self, daemon: Daemon) -> None:
+        self._daemon = daemon
+
+    def on_connected(self, connection: Connection) -> None:
+        """See `Server`."""
+        connection.read_request(_MAX_REQUEST, _IDLE_TIMEOUT)
+
+    def on_request(self, connection: Connection, line: bytes) -> None:
+        """See `Server`."""
+        connection.run(self._answer(connection, line))
+
+    def on_invalid_request(self, connection: Connection, error: ProtocolError) -> None:
+        """See `Server`."""
+        connection.write(_line(error=str(error)))
+        connection.close()
+
+    async def _answer(self, connection: Connection, line: bytes) -> None:
+        connection.write(await _run_command(self._daemon, line, connection))
+        connection.close()
+
+
 @asynccontextmanager
 async def serve_control(daemon: Daemon, listener: Listener) -> AsyncIterator[None]:
     """Serve the control API of the daemon on the control socket, for the duration of the context."""
-
-    async def answer(connection: Connection) -> None:
-        await connection.send(await _run_command(daemon, connection))
-
     rejection = _line(error="too many connections to the control socket")
-    acceptor = make_acceptor(answer, lambda: _MAX_CONNECTIONS, rejection)
+    acceptor = make_acceptor(_ControlServer(daemon), TimerWheel(), lambda: _MAX_CONNECTIONS, rejection)
     acceptor.open([listener])
     try:
         yield
@@ -79,10 +100,10 @@ async def serve_control(daemon: Daemon, listener: Listener) -> AsyncIterator[Non
         await close_acceptor(acceptor)
 
 
-async def _run_command(daemon: Daemon, connection: Connection) -> bytes:
+async def _run_command(daemon: Daemon, line: bytes, connection: Connection) -> bytes:
     """Run a command and send its items; return the last line."""
     try:
-        members = decode_object(await connection.read_request(_MAX_REQUEST, _IDLE_TIMEOUT), decode_slices)
+        members = decode_object(line, decode_slices)
         name = required_string(members, "command")
         check(name in _COMMANDS, f"command: expected one of {', '.join(_COMMANDS)}, got {name!r}")
         command = _COMMANDS[name]

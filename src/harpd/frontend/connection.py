@@ -97,7 +97,7 @@ class Connection:
         if self._proxy is not None:
             await self._call_done.wait()
 
-    def stop(self, task: asyncio.Task[None], supervisor_stops: bool) -> None:
+    def stop(self, task: asyncio.Future[None], supervisor_stops: bool) -> None:
         """End this connection soon, because the frontend stops.
 
         Args:
