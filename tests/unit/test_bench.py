@@ -119,17 +119,30 @@ def test_committed_results_fit_and_speak_of_known_rows() -> None:
     assert file.with_suffix(".svg").read_text() == draw(document)
 
 
-def test_picture_has_a_bar_for_each_contender() -> None:
+def drawn(less_is_better: bool, durable: Sequence[str], **values: Sequence[float]) -> tuple[list[str], list[str]]:
+    """Draw one row; return the texts below the scale, and the colour of each bar."""
     row = PICTURED[0]
-    part = Part("part", "A part", (Workload(row, lambda sizes: {}, (Row(row, "A row", "calls/s"),)),), stored=True)
-    entries = results(row, HARP=[1000, 1200], **{"a & b": [100, 50]}).entries(part, ["HARP"])
-    root = ElementTree.fromstring(draw({"rows": entries}))
-    _, *texts = [element.text for element in root.iter("{http://www.w3.org/2000/svg}text")]
-    assert texts == ["A row (calls/s)", "HARP", "1,100", "a & b", "75.0 (14.7 x)"]
-    bars = list(root.iter("{http://www.w3.org/2000/svg}rect"))
-    assert [bar.attrib["fill"] == "none" for bar in bars] == [False, True]
-    widths = [float(bar.attrib["width"]) for bar in bars]
-    assert widths[0] / widths[1] == pytest.approx(1100 / 75, rel=0.01)
+    workload = Workload(row, lambda sizes: {}, (Row(row, "A row", "ms" if less_is_better else "calls/s"),))
+    part = Part("part", "A part", (workload,), stored=True)
+    root = ElementTree.fromstring(draw({"rows": results(row, **values).entries(part, durable)}))
+    texts = [element.text or "" for element in root.iter("{http://www.w3.org/2000/svg}text")]
+    return texts[5:], [bar.attrib["fill"] for bar in root.iter("{http://www.w3.org/2000/svg}rect")]
+
+
+def test_picture_says_how_many_times_faster_or_slower() -> None:
+    values = {"HARP": [1000, 1200], "a & b": [100, 50], "better": [2200, 2200]}
+    texts, colours = drawn(False, [], **values)
+    assert texts == ["A row: 1,100 calls/s", "better", "2.00 x slower", "a & b", "14.7 x faster"]
+    assert len(set(colours)) == 2
+    texts, _ = drawn(True, [], **values)
+    assert texts == ["A row: 1,100 ms", "a & b", "14.7 x slower", "better", "2.00 x faster"]
+
+
+def test_picture_shows_durable_peers_and_the_best_of_the_others() -> None:
+    texts, _ = drawn(False, ["safe"], HARP=[8], safe=[1], fast=[4], faster=[16])
+    assert texts[1::2] == ["faster", "safe *"]
+    texts, _ = drawn(False, [], HARP=[8], one=[1], two=[2], three=[4], four=[16])
+    assert texts[1::2] == ["four", "three", "two"]
 
 
 def test_conditions_name_machine_and_interpreter(tmp_path: Path) -> None:
