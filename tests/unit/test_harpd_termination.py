@@ -26,9 +26,7 @@ def run_sequence(
     survivor_reports: list[dict[str, Any]] = []
 
     def on_survived() -> None:
-        report = sequence.stop_report()
-        assert report is not None
-        survivor_reports.append(report)
+        survivor_reports.append(sequence.stop_report())
 
     sequence = TerminationSequence(
         loop,
@@ -42,9 +40,7 @@ def run_sequence(
     sequence.on_main_exit(0)
     loop.call_later(20.0, loop.stop)
     loop.run()
-    report = sequence.stop_report()
-    assert report is not None
-    return report, survivor_reports
+    return sequence.stop_report(), survivor_reports
 
 
 @pytest.mark.parametrize(("escapes", "complete"), [(0, True), (3, True), (1000, False)])

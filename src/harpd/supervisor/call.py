@@ -19,6 +19,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import socket
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -31,7 +32,7 @@ from harp.protocol.harpd import encode_message
 from harp.protocol.json_text import InvalidJSON, Raw, dumps, loads
 from harpd.processes.cgroup import create_cgroup
 from harpd.processes.cookie import cookie_for
-from harpd.processes.process_tree import CallTree, Snapshot
+from harpd.processes.process_tree import CallTree, Snapshot, send_signal
 from harpd.supervisor.event_loop import READ, WRITE, EventLoop, Timer
 from harpd.supervisor.spool import GUARANTEED_BYTES, SpoolQuota
 from harpd.supervisor.state_entries import CallState
@@ -153,8 +154,9 @@ class Call:
         self._has_closing_line = False
         self._stop_reason: StopReason | None = None
         self._stopped_by: tuple[str | None, str | None] = (None, None)
-        self._limit: Timer | None = None
-        self._termination: TerminationSequence | None = None  # None: the worker does not exist yet
+        self._deadline: Timer | None = None  # the procedure's limit, then that of the worker's exit
+        self._tree: CallTree | None = None  # None: the worker does not exist yet
+        self._termination: TerminationSequence | None = None  # None: nothing had to be stopped
         self._status: int | None = None
         self._cpu: float | None = None
         self._memory: int | None = None
@@ -165,8 +167,10 @@ class Call:
         self._fork_seconds: float | None = None
         self._last_read = 0.0
         self._exit_reported = False
-        self._closed = False
         self._worker = context.zygote.assign(self, call_id, procedure)
+        #: The worker's channel while it is open and belongs to this call, and the events that are watched on it.
+        self._channel: socket.socket | None = self._worker.channel
+        self._watched_events = 0
 
     def send_arguments(self, arguments: Raw, authentication: float | None) -> None:
         """Send the worker its arguments; once. `authentication`: the seconds that it took, for exit info."""
@@ -185,27 +189,17 @@ class Call:
         if worker.served == 1 and context.cgroup_directory is not None:
             worker.cgroup = create_cgroup(context.cgroup_directory, self.id, pid)
         self._fork_seconds = time.monotonic() - self._requested_at
-        tree = CallTree(pid, start, cookie_for(self.id), worker.cgroup)
-        self._termination = TerminationSequence(
-            context.loop,
-            tree,
-            context.kill_grace,
-            context.take_snapshot,
-            context.has_possible_escapes,
-            self._report_survivors,
-            self._close,
-        )
+        self._tree = CallTree(pid, start, cookie_for(self.id), worker.cgroup)
         try:
-            context.state_files.write(self.id, CallState(tree, self._observer.stored_state))
+            context.state_files.write(self.id, CallState(self._tree, self._observer.stored_state))
         except OSError as error:  # it is needed only if this supervisor is killed
             log.error("cannot write state of call", extra={**self._fields, "reason": str(error)})
         log.info("call started", extra={**self._fields, "pid": pid})
         self._observer.on_started()
-        if self._stop_reason is None:
-            if self._info.timeout is not None:
-                self._limit = self._loop.call_later(self._info.timeout, lambda: self.stop(StopReason.TIME_LIMIT))
-        else:
-            self._termination.start(interrupt=False)
+        if self._stop_reason is not None:
+            self._terminate().start(interrupt=False)
+        elif self._info.timeout is not None:
+            self._deadline = self._loop.call_later(self._info.timeout, lambda: self.stop(StopReason.TIME_LIMIT))
         self._flush_arguments()  # at once: the worker waits for them
         self.update_watch()
 
@@ -218,17 +212,17 @@ class Call:
 
     def on_reaped(self, status: int, cpu: float | None, memory: int | None) -> None:
         """Read the worker's last output and decide the end: the worker has ended."""
-        assert self._termination is not None
         self._status, self._cpu, self._memory = status, cpu, memory
-        self._drain()
+        if not self._has_closing_line:
+            self._drain()
         self._close_channel()
-        if self._limit is not None:
-            self._limit.cancel()
+        if self._deadline is not None:
+            self._deadline.cancel()
         if self._has_closing_line and self._stop_reason is None:
             self._close()  # processes that it left running are not stopped
         else:
             self._decide_end()
-            self._termination.on_main_exit(status)
+            self._terminate().on_main_exit(status)
 
     # Stopping.
 
@@ -240,16 +234,33 @@ class Call:
         if not self._decided:
             self._drain()  # output from before the stop counts
         if not self._decided:
-            self._start_termination(stop_reason, reason, by)
+            self._stop(stop_reason, reason, by)
 
-    def _start_termination(self, stop_reason: StopReason, reason: str | None, by: str | None) -> None:
+    def _stop(self, stop_reason: StopReason, reason: str | None, by: str | None) -> None:
         self._stop_reason = stop_reason
         self._stopped_by = reason, by
         self._unsent = memoryview(b"")  # a procedure that has not received its arguments does not begin
         self._drop_partial_line()
         log.info("stopping call", extra={**self._fields, "why": stop_reason.log_name, "reason": reason})
-        if self._termination is not None:
-            self._termination.start(interrupt=stop_reason is StopReason.TIME_LIMIT)
+        if self._tree is not None:
+            self._terminate().start(interrupt=stop_reason is StopReason.TIME_LIMIT)
+            self.update_watch()
+
+    def _terminate(self) -> TerminationSequence:
+        """Return the termination sequence of this call; create it at first."""
+        if self._termination is None:
+            assert self._tree is not None
+            context = self._context
+            self._termination = TerminationSequence(
+                context.loop,
+                self._tree,
+                context.kill_grace,
+                context.take_snapshot,
+                context.has_possible_escapes,
+                self._report_survivors,
+                self._close,
+            )
+        return self._termination
 
     def _decide_end(self) -> None:
         if not self._has_closing_line:
@@ -282,8 +293,7 @@ class Call:
     def _report_survivors(self) -> None:
         """Report the end although killed processes survive."""
         self._decide_end()
-        assert self._termination is not None
-        stop_report = self._termination.stop_report()
+        stop_report = self._terminate().stop_report()
         log.error("cannot kill processes of call", extra={**self._fields, "stop_report": stop_report})
         self._report_exit(stop_report)
 
@@ -335,25 +345,21 @@ class Call:
     # The worker's output.
 
     def update_watch(self) -> None:
-        """Watch the channel for what can be done now. The observer calls it when it has room or stopped the call."""
+        """Watch the channel for what can be done now. The observer calls it when it has room."""
         # Nothing is read before the acknowledgement is sent, which comes first on the wire. Nothing is sent before the
         # state is written: until then the procedure cannot have started any process.
-        if not self._has_channel or self._termination is None:
+        if self._channel is None or self._tree is None or self._has_closing_line:
             return
-        events = (READ if self._may_read else 0) | (WRITE if self._unsent else 0)
-        if events:
-            self._loop.watch(self._worker.channel.fileno(), events, self._on_channel_ready)
-        else:  # a watch without events would still report a hang-up, again and again
-            self._loop.unwatch(self._worker.channel.fileno())
+        may_read = self._decided or not self._observer.full
+        self._watch((READ if may_read else 0) | (WRITE if self._unsent else 0))
 
-    @property
-    def _has_channel(self) -> bool:
-        """Whether the channel is open and still belongs to this call."""
-        return not self._closed and self._worker.channel.fileno() >= 0
-
-    @property
-    def _may_read(self) -> bool:
-        return self._decided or not self._observer.full
+    def _watch(self, events: int) -> None:
+        if self._channel is not None and events != self._watched_events:
+            self._watched_events = events
+            if events:
+                self._loop.watch(self._channel.fileno(), events, self._on_channel_ready)
+            else:  # a watch without events would still report a hang-up, again and again
+                self._loop.unwatch(self._channel.fileno())
 
     @property
     def _decided(self) -> bool:
@@ -361,27 +367,28 @@ class Call:
         return self._stop_reason is not None or self._has_closing_line
 
     def _flush_arguments(self) -> None:
-        if self._unsent:
+        if self._unsent and self._channel is not None:
             try:
-                self._unsent = self._unsent[self._worker.channel.send(self._unsent) :] or memoryview(b"")
+                self._unsent = self._unsent[self._channel.send(self._unsent) :] or memoryview(b"")
             except BlockingIOError:
                 pass
             except OSError:
                 self._unsent = memoryview(b"")
 
     def _on_channel_ready(self) -> None:
-        self._flush_arguments()
-        if self._may_read:
+        if self._unsent:
+            self._flush_arguments()
+        if self._decided or not self._observer.full:
             self._read()
-        if self._should_batch():
-            self._loop.unwatch(self._worker.channel.fileno())
+        if self._info.streaming and self._should_batch():
+            self._watch(0)
             self._loop.call_later(_GATHER_SECONDS, self.update_watch)
         else:
             self.update_watch()
 
     def _should_batch(self) -> bool:
         """Return whether records arrive so fast that gathering them saves time: each read has a fixed cost."""
-        if not self._info.streaming or self._decided or self._unsent or not self._has_channel:
+        if self._decided or self._unsent or self._channel is None:
             return False
         before, self._last_read = self._last_read, self._loop.now()
         return self._last_read - before < _GATHER_SECONDS
@@ -394,10 +401,10 @@ class Call:
 
     def _read(self) -> bool:
         """Read once; return whether there was data."""
-        if not self._has_channel:
+        if self._channel is None:
             return False
         try:
-            data = self._worker.channel.recv(_READ_SIZE)
+            data = self._channel.recv(_READ_SIZE)
         except BlockingIOError:
             return False
         except OSError:
@@ -413,9 +420,12 @@ class Call:
         if not end:
             self._buffer_partial(data)
             return
-        lines = bytes(self._partial_line) + data[:end]
-        self._drop_partial_line()
-        self._buffer_partial(data[end:])
+        lines = data[:end]
+        if self._partial_line:
+            lines = bytes(self._partial_line) + lines
+            self._drop_partial_line()
+        if end < len(data):
+            self._buffer_partial(data[end:])
         last = lines.rfind(b"\n", 0, -1) + 1
         if lines.startswith(RECORD_PREFIX, last):
             self._handle_records(lines)
@@ -427,7 +437,7 @@ class Call:
             last_record = records.rfind(b"\n", 0, -1) + 1
             if records.startswith(_TRACEBACK_PREFIX, last_record):
                 self._traceback, records = _decode_traceback(records[last_record:]), records[:last_record]
-        if self._handle_records(records) and closing:
+        if (not records or self._handle_records(records)) and closing:
             self._handle_closing(closing)
 
     def _buffer_partial(self, data: bytes) -> None:
@@ -440,13 +450,12 @@ class Call:
             self._protocol_violation("it wrote a long line, and the calls of this host have used up spool_memory")
 
     def _drop_partial_line(self) -> None:
-        self._context.quota.release(len(self._partial_line))
-        self._partial_line = bytearray()
+        if self._partial_line:
+            self._context.quota.release(len(self._partial_line))
+            self._partial_line = bytearray()
 
     def _handle_records(self, lines: bytes) -> bool:
         """Pass on lines that must all be records; return whether they are."""
-        if not lines:
-            return True
         count = lines.count(b"\n")
         # A JSON text in a line has no line feed, so this counts the lines that begin like records.
         if lines.startswith(RECORD_PREFIX) + lines.count(b"\n" + RECORD_PREFIX) != count:
@@ -460,41 +469,43 @@ class Call:
         return True
 
     def _handle_closing(self, closing: bytes) -> None:
-        kind = next((kind for prefix, kind in _CLOSING_PREFIXES.items() if closing.startswith(prefix)), None)
-        if kind is None:
+        kinds = [kind for prefix, kind in _CLOSING_PREFIXES.items() if closing.startswith(prefix)]
+        if not kinds:
             self._protocol_violation(f"it wrote an invalid end: {closing[:_MAX_SHOWN_BYTES]!r}")
             return
-        self._has_closing_line = True
-        if self._limit is not None:
-            self._limit.cancel()
-        log.info("call ended", extra={**self._fields, "end": kind})
-        assert self._termination is not None
+        if self._deadline is not None:
+            self._deadline.cancel()
+        log.info("call ended", extra={**self._fields, "end": kinds[0]})
         # After an error of harpd's own code, the worker may be in an undefined state.
-        if kind != "error" and not (self._partial_line or self._unsent) and self._worker.has_calls_left:
+        reuse = kinds[0] != "error" and not (self._partial_line or self._unsent) and self._worker.has_calls_left
+        self._watch(0)  # further output does not count
+        self._has_closing_line = True
+        if reuse:
             self._release_state()
             self._observer.on_end(closing)
             self._cpu = self._worker.call_cpu_seconds()
             self._close(reuse_worker=True)
-            return
-        self._worker.finish_input()
-        self._termination.expect_exit()
-        self._observer.on_end(closing)
+        else:
+            self._worker.finish_input()
+            self._deadline = self._loop.call_later(self._context.kill_grace, self._kill_worker)
+            self._observer.on_end(closing)
+
+    def _kill_worker(self) -> None:
+        """Kill the worker: it has written its closing line and does not exit."""
+        send_signal(signal.SIGKILL, self._worker.identity)
 
     def _protocol_violation(self, description: str) -> None:
         """Stop the call after invalid output: earlier output stands, later output does not count."""
-        self._start_termination(StopReason.PROTOCOL_VIOLATION, description, None)
+        self._stop(StopReason.PROTOCOL_VIOLATION, description, None)
 
     # Closing.
 
     def _close(self, reuse_worker: bool = False) -> None:
         """Close the call: no process remains to be stopped. `reuse_worker`: the worker waits for another call."""
-        self._closed = True
+        self._channel = None
         self._release_state()
-        stop_report: dict[str, Any] | None = None
+        stop_report = None if self._termination is None else self._termination.stop_report()
         reported_survivors = self._exit_reported
-        if self._termination is not None:
-            self._termination.cancel()
-            stop_report = self._termination.stop_report()
         self._report_exit(stop_report)
         self._drop_partial_line()
         if reuse_worker:
@@ -516,6 +527,7 @@ class Call:
 
     def _close_channel(self) -> None:
         self._drop_partial_line()
+        self._channel = None
         self._worker.close()
 
 

@@ -89,10 +89,6 @@ class TerminationSequence:
         self._changed_at = time.monotonic()
         self._step = self._loop.call_later(0, self._interrupt if interrupt else self._terminate)
 
-    def expect_exit(self) -> None:
-        """Kill the main process after `kill_grace` seconds, unless it exits by itself."""
-        self._step = self._loop.call_later(self._kill_grace, lambda: send_signal(signal.SIGKILL, self._main))
-
     def on_main_exit(self, status: int) -> None:
         """Stop all other processes: the main process has been reaped, with this wait status."""
         self._main_ended = True
@@ -108,13 +104,8 @@ class TerminationSequence:
             if timer is not None:
                 timer.cancel()
 
-    def stop_report(self) -> dict[str, Any] | None:
-        """Return the stop report; None if nothing had to be stopped.
-
-        Spec: docs/protocol.md, Resumable calls.
-        """
-        if not self._began:
-            return None
+    def stop_report(self) -> dict[str, Any]:
+        """Return the stop report. Spec: docs/protocol.md, Resumable calls."""
         return self._report.to_json(self._main_ended, self._complete, self._began, self._ended)
 
     # The steps.
