@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterable, Iterable
 from typing import Any, Unpack
 
-from harp._core.calls import Call, JobOptions, check_attribute_name
+from harp._core.calls import Call, JobOptions, missing_attribute
 from harp._core.harpd import DirectProcedureBase, DirectServerBase
 from harp._core.operations import CallerBase, JobBase, ProcedureBase, ServerBase
 from harp._core.streams import StreamReader
@@ -36,7 +36,9 @@ class AsyncHarpCaller(AsyncPeer, CallerBase[AsyncJSONConnection]):
 
     def __getattr__(self, host: str) -> AsyncRemoteServer:
         """Return the host of this name, without options."""
-        return AsyncRemoteServer(self, check_attribute_name(host, self))
+        if host.startswith("_"):
+            raise missing_attribute(host, self)
+        return AsyncRemoteServer(self, host)
 
     def __call__(self, host: str, **kwargs: Unpack[JobOptions]) -> AsyncRemoteServer:
         """See `harp.HarpCaller.__call__`."""
@@ -75,8 +77,9 @@ class AsyncRemoteServer(ServerBase[AsyncHarpCaller]):
 
     def __getattr__(self, procedure: str) -> AsyncRemoteProcedure:
         """Return the procedure of this name on the host."""
-        name = check_attribute_name(procedure, self)  # first: an unfinished copy has no attributes yet
-        return AsyncRemoteProcedure(self._dispatcher, self, name)
+        if procedure.startswith("_"):
+            raise missing_attribute(procedure, self)
+        return AsyncRemoteProcedure(self._dispatcher, self, procedure)
 
 
 class AsyncRemoteProcedure(ProcedureBase[AsyncHarpCaller, AsyncRemoteServer]):
@@ -158,7 +161,9 @@ class AsyncHarpServer(AsyncPeer, DirectServerBase[AsyncJSONConnection]):
 
     def __getattr__(self, procedure: str) -> AsyncHarpProcedure:
         """Return the procedure of this name."""
-        return AsyncHarpProcedure(self, check_attribute_name(procedure, self))
+        if procedure.startswith("_"):
+            raise missing_attribute(procedure, self)
+        return AsyncHarpProcedure(self, procedure)
 
     async def _open(self) -> AsyncJSONConnection:
         conn = AsyncJSONSSLConnection(self._endpoint.host, self._endpoint.port, self._ca_file)
@@ -171,9 +176,10 @@ class AsyncHarpProcedure(DirectProcedureBase[AsyncHarpServer]):
 
     async def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
         """See `harp.HarpProcedure.__call__`; a streamed result is an `AsyncHarpStreamIterator`."""
-        conn, reader, is_stream = await run(self._server._start_call(self._request(args, kwargs)))
-        stream = AsyncStream(conn, reader, self._server._pool)
-        return AsyncHarpStreamIterator(stream) if is_stream else (await anext(stream)).value
+        conn, reader, result = await run(self._server._call(self._request(args, kwargs)))
+        if result is not None:
+            return result.value
+        return AsyncHarpStreamIterator(AsyncStream(conn, reader, self._server._pool))
 
 
 class AsyncHarpStreamIterator(AsyncIteration):

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, Unpack
 
-from harp._core.calls import Call, JobOptions, check_attribute_name
+from harp._core.calls import Call, JobOptions, missing_attribute
 from harp._core.operations import CallerBase, JobBase, ProcedureBase, ServerBase
 from harp._core.streams import StreamReader
 from harp._net.sync import JSONConnection, Stream, SyncPeer, run
@@ -41,7 +41,9 @@ class HarpCaller(SyncPeer, CallerBase[JSONConnection]):
 
     def __getattr__(self, host: str) -> RemoteServer:
         """Return the host of this name, without options."""
-        return RemoteServer(self, check_attribute_name(host, self))
+        if host.startswith("_"):
+            raise missing_attribute(host, self)
+        return RemoteServer(self, host)
 
     def __call__(self, host: str, **kwargs: Unpack[JobOptions]) -> RemoteServer:
         """Return a host, like `host`: ``rpc("web01", timeout=5)``."""
@@ -129,8 +131,9 @@ class RemoteServer(ServerBase[HarpCaller]):
 
     def __getattr__(self, procedure: str) -> RemoteProcedure:
         """Return the procedure of this name on the host."""
-        name = check_attribute_name(procedure, self)  # first: an unfinished copy has no attributes yet
-        return RemoteProcedure(self._dispatcher, self, name)
+        if procedure.startswith("_"):
+            raise missing_attribute(procedure, self)
+        return RemoteProcedure(self._dispatcher, self, procedure)
 
 
 class RemoteProcedure(ProcedureBase[HarpCaller, RemoteServer]):

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from harp._core.calls import check_attribute_name
+from harp._core.calls import missing_attribute
 from harp._core.harpd import DirectProcedureBase, DirectServerBase
 from harp._net.sync import Iteration, JSONConnection, JSONSSLConnection, Stream, SyncPeer, run
 
@@ -39,7 +39,9 @@ class HarpServer(SyncPeer, DirectServerBase[JSONConnection]):
 
     def __getattr__(self, procedure: str) -> HarpProcedure:
         """Return the procedure of this name."""
-        return HarpProcedure(self, check_attribute_name(procedure, self))
+        if procedure.startswith("_"):
+            raise missing_attribute(procedure, self)
+        return HarpProcedure(self, procedure)
 
     def _open(self) -> JSONConnection:
         return JSONSSLConnection(self._endpoint.host, self._endpoint.port, self._ca_file)
@@ -73,9 +75,10 @@ class HarpProcedure(DirectProcedureBase[HarpServer]):
 
         Spec: docs/client-api.md, HarpProcedure.
         """
-        conn, reader, is_stream = run(self._server._start_call(self._request(args, kwargs)))
-        stream = Stream(conn, reader, self._server._pool)
-        return HarpStreamIterator(stream) if is_stream else next(stream).value
+        conn, reader, result = run(self._server._call(self._request(args, kwargs)))
+        if result is not None:
+            return result.value
+        return HarpStreamIterator(Stream(conn, reader, self._server._pool))
 
 
 class HarpStreamIterator(Iteration):

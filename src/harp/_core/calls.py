@@ -15,16 +15,12 @@ from harp.protocol.fields import is_count, is_seconds
 from harp.protocol.json_text import NotJSON, Raw, dumps
 
 
-def check_attribute_name(name: str, owner: object) -> str:
-    """Return an attribute's name that may denote a host or a procedure.
+def missing_attribute(name: str, owner: object) -> AttributeError:
+    """Return the error for a name that begins with an underscore.
 
-    Raises:
-        AttributeError: the name begins with an underscore. Python itself, copy, pickle and debuggers look for such
-            names; none of them may submit a call.
+    Python itself, copy, pickle and debuggers look for such names; none of them may submit a call.
     """
-    if name.startswith("_"):
-        raise AttributeError(f"{type(owner).__name__!r} object has no attribute {name!r}", name=name, obj=owner)
-    return name
+    return AttributeError(f"{type(owner).__name__!r} object has no attribute {name!r}", name=name, obj=owner)
 
 
 def check_name(field: str, name: object) -> str:
@@ -143,6 +139,8 @@ class Call:
 
 def job_request(host: str, procedure: str, arguments: Raw, options: Mapping[str, Any]) -> protocol.Call:
     """Return the request that submits a job. Raise `HarpException` for `concurrency` without `queue`."""
+    if not options:
+        return protocol.Call(host, procedure, arguments)
     queue, concurrency, timeout, max_exec_time, info = map(options.get, _OPTION_NAMES)
     if concurrency is not None and queue is None:
         raise HarpException("option 'concurrency' needs option 'queue'")

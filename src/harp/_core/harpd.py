@@ -87,28 +87,32 @@ class DirectServerBase(Peer[C]):
             f"port={self._endpoint.port}, ca_file={self._ca_file!r}, keep_alive={self._pool.enabled})"
         )
 
-    def _start_call(self, line: bytes) -> Steps[tuple[C, DirectReader, bool]]:
-        """Send a call and read harpd's acknowledgement.
+    def _call(self, line: bytes) -> Steps[tuple[C, DirectReader, Result | None]]:
+        """Send a call and read the acknowledgement; unless the result is streamed, wait for the result, too.
 
         Returns:
-            The connection, the reader of the following lines, and whether the result is streamed.
+            The connection and the reader of the following lines, which are in use only if the result is streamed; and
+            the result, None if it is streamed.
         """
-        pooled = self._pool.get(self._now())
+        pool = self._pool
+        pooled = pool.get(self._now())
         conn = pooled or (yield self._open())
         reader = DirectReader()
+        is_stream, result = False, None
         try:
             try:
                 reply = yield conn.exchange(line)
             except CommunicationError as error:
                 raise mark_ambiguous(error, pooled is not None) from error.__cause__
-            try:
-                is_stream = reader.read_acknowledgement(reply)
-            except ValueError as error:
-                raise conn.error("reply", error) from error
-        except BaseException:
-            yield conn.close()
-            raise
-        return conn, reader, is_stream
+            is_stream = reader.read_acknowledgement(reply)
+            if not is_stream:
+                (result,) = reader.read((yield conn.receive_line()))
+        except ValueError as error:
+            raise conn.error("reply", error) from error
+        finally:
+            if not is_stream and not pool.put(conn, reader.keep_alive, self._now()):
+                yield conn.close()
+        return conn, reader, result
 
 
 class DirectProcedureBase(Generic[S]):

@@ -77,15 +77,12 @@ class CallerBase(Peer[C]):
             raise error_of(reply)
         return reply
 
-    def _send(self, request: Request) -> Steps[tuple[Any, bytes]]:
-        """Send a request and return the reply and its line."""
-        return self._send_repeatedly(request) if _is_waiting(request) else self._send_once(request)
-
-    def _send_repeatedly(self, request: Request) -> Steps[tuple[Any, bytes]]:
+    def _send_repeatedly(self, request: GetResult) -> Steps[tuple[Any, bytes]]:
+        """Send a request that waits, again after an interruption; return the reply and its line."""
         policy = ReconnectPolicy(self._reconnect)
         while True:
             try:
-                reply, line = yield from self._send_once(request, policy)
+                reply, line = yield from self._send(request, policy)
                 if not (isinstance(reply, Failed) and policy.is_transient(error_of(reply))):
                     return reply, line
                 pause = policy.next_pause(error_of(reply), self._now())
@@ -93,7 +90,13 @@ class CallerBase(Peer[C]):
                 pause = policy.next_pause(error, self._now())
             yield self._sleep(pause)
 
-    def _send_once(self, request: Request, policy: ReconnectPolicy | None = None) -> Steps[tuple[Any, bytes]]:
+    def _send(self, request: Request, policy: ReconnectPolicy | None = None) -> Steps[tuple[Any, bytes]]:
+        """Send a request once and return the reply and its line.
+
+        Args:
+            request: the request.
+            policy: is notified of the connection; None: the request does not wait.
+        """
         pool = self._pool
         keep_alive = pool.enabled and (policy is None or pool.granted)
         encoded = requests.encode_request(request, keep_alive)
@@ -144,17 +147,12 @@ class CallerBase(Peer[C]):
         return found
 
 
-def _is_waiting(request: Request) -> bool:
-    """Return whether a request waits for a job and changes nothing: it is repeated after an interruption."""
-    return isinstance(request, GetResult) and request.wait
-
-
 def _parse_reply(request: Request, line: bytes) -> Any:
     """Return the reply to a request. Raise `ProtocolError` for a line that does not answer it."""
     reply = replies.decode_reply(line, request)
     match reply:
         case replies.NoResult():
-            check(not _is_waiting(request), "no result, although the request waits for one")
+            check(not getattr(request, "wait", False), "no result, although the request waits for one")
         case replies.Details(details):
             check(isinstance(details.get("why"), str), "details.why: expected a string")
         case replies.WasCancelled(_, dict(stop)):
@@ -291,7 +289,8 @@ class JobBase(ABC, Generic[D, R]):
             reply = _parse_reply(request, self._end_line)
         else:
             try:
-                reply, line = yield from self._dispatcher._send(request)
+                dispatcher = self._dispatcher
+                reply, line = yield from (dispatcher._send_repeatedly if wait else dispatcher._send)(request)
             except (CommunicationError, RemoteError) as error:
                 return error.with_traceback(None)
             self._store_end(reply, line)

@@ -1,4 +1,8 @@
-"""The network of the asyncio shell; each class and method does the same as the one of `harp._net.sync`."""
+"""The network of the asyncio shell; each class and method does the same as the one of `harp._net.sync`.
+
+A connection is a socket that does not block, and that the event loop watches: no transport, no protocol, no TLS in
+memory. That is a third of the work, and a connection that is still open at the end of its loop does not warn.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +12,21 @@ import socket
 import ssl
 import time
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable
 from contextlib import suppress
-from typing import Any, NoReturn, Self, TypeVar, cast
+from typing import Any, Self, TypeVar
 
 from harp._core.calls import encode_line
-from harp._core.connections import ConnectionPool, Endpoint, Peer, Steps
+from harp._core.connections import ConnectionPool, Peer, Steps
 from harp._core.streams import Reader, StreamBase
-from harp._net.sockets import CONNECT_TIMEOUT, FOREIGN_ERRORS, ReceiveBuffer, connect_socket, describe_error, is_idle
+from harp._net.sockets import (
+    CONNECT_TIMEOUT,
+    FOREIGN_ERRORS,
+    READ_BYTES,
+    BufferedConnection,
+    Uncopyable,
+    connect_socket,
+)
 from harp._net.tls import tls_context
 from harp.errors import CommunicationError
 from harp.protocol.json_text import loads
@@ -39,101 +50,7 @@ async def run(steps: Steps[T]) -> T:
         return outcome
 
 
-class _Protocol(asyncio.Protocol):
-    """The event loop's side of a connection: collects lines, and stores the error that ended it.
-
-    Lines that arrived before the end can be read after it. While there are unread lines, nothing more is read from the
-    network, so that a fast peer cannot fill the memory. When there are none, reading continues, so that the end of an
-    idle connection is noticed.
-    """
-
-    transport: asyncio.Transport
-
-    def __init__(self, endpoint: Endpoint, sock: socket.socket) -> None:
-        self.sock = sock
-        self._endpoint = endpoint
-        self._received = ReceiveBuffer()
-        self._failure: CommunicationError | None = None
-        self._changed = asyncio.Event()
-        self._writable = asyncio.Event()
-        self._writable.set()
-        self.lost = asyncio.Event()
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self.transport = cast("asyncio.Transport", transport)
-        # `flush` waits until the operating system has all data.
-        self.transport.set_write_buffer_limits(high=1, low=0)
-
-    def data_received(self, data: bytes) -> None:
-        self._feed(data)
-        if self._failure is not None:
-            self.transport.abort()
-        elif self._received.lines:
-            self.transport.pause_reading()
-            self._changed.set()
-
-    def eof_received(self) -> None:
-        self._feed(b"")
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        if exc is not None:
-            self._fail(exc)
-        self._feed(b"")
-        self._writable.set()
-        self.lost.set()
-
-    def _feed(self, data: bytes) -> None:
-        try:
-            self._received.feed(data)
-        except FOREIGN_ERRORS as error:
-            self._fail(error)
-
-    def _fail(self, cause: Exception) -> None:
-        if self._failure is None:
-            self._failure = self._endpoint.error("reading", describe_error(cause))
-            self._failure.__cause__ = cause
-        self._changed.set()
-
-    def pause_writing(self) -> None:
-        self._writable.clear()
-
-    def resume_writing(self) -> None:
-        self._writable.set()
-
-    async def flush(self) -> None:
-        """Wait until all data was written. Raise `CommunicationError` if the connection is lost."""
-        await self._writable.wait()
-        if self.lost.is_set() and self._failure is not None:
-            raise self._failure.with_traceback(None)
-
-    async def next_line(self) -> bytes:
-        """Wait for a line. Raise `CommunicationError` when the connection ends without one."""
-        lines = self._received.lines
-        while not lines:
-            if self._failure is not None:
-                raise self._failure.with_traceback(None)
-            self._changed.clear()
-            await self._changed.wait()
-        line = lines.popleft()
-        self._resume_reading()
-        return line
-
-    def parse(self, parse: Callable[[Iterable[bytes]], list[Any]]) -> list[Any]:
-        """Pass the lines that have arrived already to a function; see `ReceiveBuffer.parse`."""
-        items = self._received.parse(parse)
-        self._resume_reading()
-        return items
-
-    def _resume_reading(self) -> None:
-        if self._failure is None and not self._received.lines:
-            self.transport.resume_reading()
-
-    def is_idle(self) -> bool:
-        """Return whether the connection is open and there is nothing to read."""
-        return self._failure is None and self._received.empty and is_idle(self.sock)
-
-
-class _Closable(ABC):
+class _Closable(Uncopyable, ABC):
     """Common base of connections and iterators."""
 
     @abstractmethod
@@ -146,68 +63,146 @@ class _Closable(ABC):
     async def __aexit__(self, *error: object) -> None:
         await self.close()
 
-    def __reduce__(self) -> NoReturn:
-        raise TypeError(f"a {type(self).__name__} cannot be copied or pickled: it has an open connection")
+
+#: Raised by a socket that does not block when it has to wait.
+_WOULD_BLOCK = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 
 
-class AsyncJSONConnection(_Closable):
+class AsyncJSONConnection(BufferedConnection, _Closable):
     """Like `harp.JSONConnection`, but connected by ``async with`` or `connect`, not by the constructor.
+
+    Lines that arrived before the end of the connection can be read after it. While there are unread lines, nothing more
+    is read from the network, so that a fast peer cannot fill the memory. When there are none, reading continues, so
+    that the end of an idle connection is noticed.
 
     Spec: docs/client-api.md, asyncio.
     """
 
     def __init__(self, host: str, port: int) -> None:
-        self._endpoint = Endpoint(host, port)
-        self._protocol: _Protocol | None = None
+        super().__init__(host, port)
+        self._is_watched = False
+        self._failure: CommunicationError | None = None
+        self._waiters: list[asyncio.Future[None]] = []
 
     async def connect(self) -> None:
         """See `harp.JSONConnection.connect`."""
         await self.close()
         self._loop = asyncio.get_running_loop()
-        self._protocol = await self._open(time.monotonic() + CONNECT_TIMEOUT)
+        self._failure = None
+        self._set_socket(await self._open(time.monotonic() + CONNECT_TIMEOUT))
+        self._watch()
 
     def _tls_context(self) -> ssl.SSLContext | None:
         return None
 
-    async def _open(self, deadline: float) -> _Protocol:
-        """Connect. Raise `CommunicationError` at the deadline, a time of the monotonic clock."""
-        context, loop, endpoint = self._tls_context(), self._loop, self._endpoint
+    async def _open(self, deadline: float) -> socket.socket:
+        """Return a connected socket. Raise `CommunicationError` at the deadline, a time of the monotonic clock."""
+        context, endpoint = self._tls_context(), self._endpoint
         try:
             async with asyncio.timeout(deadline - time.monotonic()):
-                found = await loop.getaddrinfo(endpoint.host, endpoint.port, type=socket.SOCK_STREAM)
+                found = await self._loop.getaddrinfo(endpoint.host, endpoint.port, type=socket.SOCK_STREAM)
         except FOREIGN_ERRORS as error:
             raise self.error("cannot resolve the name", error) from error
         sock = await run(connect_socket(endpoint, found, deadline, self._connect_socket))
-        name = None if context is None else endpoint.server_name
+        if context is None:
+            return sock
         try:
+            sock = context.wrap_socket(sock, do_handshake_on_connect=False, server_hostname=endpoint.server_name)
             async with asyncio.timeout(deadline - time.monotonic()):
-                _, protocol = await loop.create_connection(
-                    lambda: _Protocol(endpoint, sock), sock=sock, ssl=context, server_hostname=name
-                )
-        except FOREIGN_ERRORS as error:
-            raise self.error("TLS handshake" if context else "cannot connect", error) from error
-        return protocol
+                await self._shake_hands(sock)
+        except BaseException as error:
+            sock.close()
+            if isinstance(error, FOREIGN_ERRORS):
+                raise self.error("TLS handshake", error) from error
+            raise
+        return sock
 
     async def _connect_socket(self, sock: socket.socket, address: Any, seconds: float) -> None:
         sock.setblocking(False)
         async with asyncio.timeout(seconds):
             await self._loop.sock_connect(sock, address)
 
+    async def _shake_hands(self, sock: ssl.SSLSocket) -> None:
+        descriptor = sock.fileno()
+        while True:
+            try:
+                return sock.do_handshake()
+            except ssl.SSLWantReadError:
+                self._loop.add_reader(descriptor, self._wake)
+            except ssl.SSLWantWriteError:
+                self._loop.add_writer(descriptor, self._wake)
+            try:
+                await self._changed()
+            finally:
+                self._loop.remove_reader(descriptor)
+                self._loop.remove_writer(descriptor)
+
     async def close(self) -> None:
-        """See `harp.JSONConnection.close`; returns when the connection is closed completely."""
-        protocol, self._protocol = self._protocol, None
-        if protocol is not None:
-            protocol.transport.abort()
-            await protocol.lost.wait()
+        """See `harp.JSONConnection.close`."""
+        if self._socket is not None and self._process == os.getpid() and self._loop is asyncio.get_running_loop():
+            self._close()
+        else:
+            self.close_threadsafe()
 
     def close_threadsafe(self) -> None:
         """Close the connection without waiting, from any thread, also when its event loop has ended."""
-        protocol, self._protocol = self._protocol, None
-        if protocol is not None:
-            try:
-                self._loop.call_soon_threadsafe(protocol.transport.abort)
-            except RuntimeError:  # the loop is closed: it cannot close the socket any more
-                protocol.sock.close()
+        sock = self._socket
+        if sock is not None:
+            if self._process == os.getpid():
+                with suppress(RuntimeError):
+                    self._loop.call_soon_threadsafe(self._close)
+                    return
+            # Its loop is closed, or belongs to the process that this one was forked from.
+            self._socket = None
+            self._close_socket(sock)
+
+    def _close(self) -> None:
+        sock, self._socket = self._socket, None
+        if sock is not None:
+            self._unwatch(sock)
+            self._loop.remove_writer(sock.fileno())
+            self._close_socket(sock)
+            self._wake()
+
+    def _watch(self) -> None:
+        if not self._is_watched and self._socket is not None:
+            self._loop.add_reader(self._socket.fileno(), self._on_readable)
+            self._is_watched = True
+
+    def _unwatch(self, sock: socket.socket) -> None:
+        if self._is_watched:
+            self._loop.remove_reader(sock.fileno())
+            self._is_watched = False
+
+    def _on_readable(self) -> None:
+        sock = self._socket
+        if sock is None:
+            return
+        if self._lines:
+            self._unwatch(sock)
+            return
+        try:
+            self._add_received(sock.recv(READ_BYTES))
+        except _WOULD_BLOCK:
+            return
+        except FOREIGN_ERRORS as error:
+            self._failure = self.error("reading", error)
+            self._failure.__cause__ = error
+            self._close()
+        if self._lines:
+            self._wake()
+
+    async def _changed(self) -> None:
+        """Wait until the socket can be written, lines have arrived, or the connection has ended."""
+        waiter = self._loop.create_future()
+        self._waiters.append(waiter)
+        await waiter
+
+    def _wake(self) -> None:
+        waiters, self._waiters = self._waiters, []
+        for waiter in waiters:
+            if not waiter.done():
+                waiter.set_result(None)
 
     async def send(self, obj: Any) -> None:
         """See `harp.JSONConnection.send`."""
@@ -222,17 +217,28 @@ class AsyncJSONConnection(_Closable):
             raise self.error("reading", error) from error
 
     async def _send_line(self, line: bytes) -> None:
-        protocol = self._connected()
-        protocol.transport.write(line)
-        await protocol.flush()
+        rest = memoryview(line)
+        while rest:
+            sock = self._connected()
+            try:
+                rest = rest[sock.send(rest) :]
+            except _WOULD_BLOCK:
+                self._loop.add_writer(sock.fileno(), self._wake)
+                try:
+                    await self._changed()
+                finally:
+                    if self._socket is sock:
+                        self._loop.remove_writer(sock.fileno())
+            except FOREIGN_ERRORS as error:
+                raise self.error("sending", error) from error
 
     async def receive_line(self) -> bytes:
         """See `harp.JSONConnection.receive_line`."""
-        return await self._connected().next_line()
-
-    def parse_buffered(self, parse: Callable[[Iterable[bytes]], list[Any]]) -> list[Any]:
-        """See `harp.JSONConnection.parse_buffered`."""
-        return [] if self._protocol is None else self._protocol.parse(parse)
+        while not self._lines:
+            self._connected()
+            self._watch()
+            await self._changed()
+        return self._lines.popleft()
 
     async def exchange(self, line: bytes) -> bytes:
         """See `harp.JSONConnection.exchange`."""
@@ -247,25 +253,19 @@ class AsyncJSONConnection(_Closable):
 
     def is_idle(self) -> bool:
         """See `harp.JSONConnection.is_idle`; also, the connection must belong to the running event loop."""
-        protocol = self._protocol
-        return protocol is not None and self._loop is asyncio.get_running_loop() and protocol.is_idle()
+        return self._socket is not None and self._loop is asyncio.get_running_loop() and super().is_idle()
 
-    def error(self, action: str, cause: Exception) -> CommunicationError:
-        """See `harp.JSONConnection.error`."""
-        return self._endpoint.error(action, describe_error(cause))
-
-    def _connected(self) -> _Protocol:
-        if self._protocol is None:
-            raise self._endpoint.error("not connected", "the connection is closed on this side")
-        return self._protocol
+    def _connected(self) -> socket.socket:
+        if self._failure is not None:
+            raise self._failure.with_traceback(None)
+        if self._socket is None:
+            raise self._closed_here()
+        return self._socket
 
     async def __aenter__(self) -> Self:
-        if self._protocol is None:
+        if self._socket is None:
             await self.connect()
         return self
-
-    def __repr__(self) -> str:
-        return f"<{type(self).__name__} {self._endpoint} {'closed' if self._protocol is None else 'connected'}>"
 
 
 class AsyncJSONSSLConnection(AsyncJSONConnection):
@@ -293,10 +293,7 @@ class AsyncPeer(Peer[AsyncJSONConnection]):
 
     async def __aexit__(self, *error: object) -> None:
         for conn in self._pool.drain():
-            if conn.is_idle():
-                await conn.close()
-            else:  # it may belong to another event loop
-                conn.close_threadsafe()
+            await conn.close()
 
 
 class AsyncIteration(_Closable, AsyncIterator[Any]):

@@ -1,4 +1,4 @@
-"""Common parts of both shells' connections: errors, connecting, the receive buffer, the test for idleness.
+"""Common parts of both shells' connections: errors, connecting, received lines, the test for idleness.
 
 Each error of socket, ssl, json and the protocol becomes a `CommunicationError` whose message contains host, port and
 cause. Its `__cause__` is the original: an `OSError` if the network or the peer broke the connection, an `EOFError` if
@@ -8,14 +8,17 @@ the peer closed it between lines, a `ValueError` if the peer sent invalid data.
 from __future__ import annotations
 
 import os
+import select
 import socket
 import ssl
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, TypeAlias
+from contextlib import suppress
+from typing import Any, NoReturn, TypeAlias
 
 from harp._core.connections import Endpoint, Steps
+from harp.errors import CommunicationError
 from harp.protocol.lines import LineBuffer
 
 #: Seconds to connect, TLS handshake included.
@@ -24,11 +27,11 @@ CONNECT_TIMEOUT = 30.0
 #: The most bytes in the line of a reply.
 REPLY_LIMIT = 64 * 1024 * 1024
 
+#: The most bytes read at once; more than the longest record of TLS (16 KiB).
+READ_BYTES = 64 * 1024
+
 #: A peer that has vanished is detected after about two minutes; a peer that is busy is not affected.
 _KEEPALIVE = {"TCP_KEEPIDLE": 60, "TCP_KEEPINTVL": 15, "TCP_KEEPCNT": 4}
-
-#: An integer, because `|` of two flags enters eleven functions of the module `enum`.
-_PEEK = int(socket.MSG_PEEK | socket.MSG_DONTWAIT)
 
 AddressInfo: TypeAlias = tuple[socket.AddressFamily, socket.SocketKind, int, str, Any]
 
@@ -114,28 +117,62 @@ def _prepare(sock: socket.socket) -> None:
             sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
 
 
-class ReceiveBuffer:
-    """Received data: bytes in, lines out."""
+class Uncopyable:
+    """Base of connections and iterators."""
 
-    def __init__(self) -> None:
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(f"a {type(self).__name__} cannot be copied or pickled: it has an open connection")
+
+
+class BufferedConnection(Uncopyable):
+    """What the connections of both shells have in common: a peer, a socket, and the lines that were received.
+
+    Args:
+        host: name or address of the peer.
+        port: its port.
+
+    Raises:
+        HarpException: `host` or `port` is invalid.
+    """
+
+    def __init__(self, host: str, port: int) -> None:
+        self._endpoint = Endpoint(host, port)
+        self._socket: socket.socket | None = None
+        self._set_socket(None)
+
+    def _set_socket(self, sock: socket.socket | None) -> None:
+        """Use a new socket, which is connected, or none; data of an older one is dropped."""
+        self._socket = sock
+        self._process = os.getpid()
         self._partial = LineBuffer(REPLY_LIMIT)
-        #: The complete lines that were not read yet.
-        self.lines: deque[bytes] = deque()
+        self._lines: deque[bytes] = deque()  # complete lines that were not read yet
+        self._poll = select.poll()
+        if sock is not None:
+            self._poll.register(sock, select.POLLIN)
 
-    @property
-    def empty(self) -> bool:
-        """Whether there is neither a line nor a part of one."""
-        return not self.lines and not self._partial.pending
+    def is_idle(self) -> bool:
+        """Return whether another request can be sent: the connection is open, of this process, and nothing was sent.
 
-    def parse(self, parse: Callable[[Iterable[bytes]], list[Any]]) -> list[Any]:
-        """Pass the lines to a function and return its items; remove as many of the first lines as there are items."""
-        items = parse(self.lines)
-        for _ in items:
-            self.lines.popleft()
-        return items
+        TLS holds no data back, because each read is longer than the longest TLS record (16 KiB).
+        """
+        if self._socket is None or self._process != os.getpid():
+            return False
+        return not (self._lines or self._partial.size or self._poll.poll(0))
 
-    def feed(self, data: bytes) -> None:
-        """Add received bytes; no bytes mean that the peer has closed.
+    def _close_socket(self, sock: socket.socket) -> None:
+        """Close a socket of this connection; a thread that reads it is woken.
+
+        In a forked process this closes only the descriptor of this process.
+        """
+        if self._process == os.getpid():
+            with suppress(OSError):
+                # The method of socket: that of SSLSocket would remove TLS while another thread reads.
+                socket.socket.shutdown(sock, socket.SHUT_RDWR)
+        with suppress(OSError):
+            sock.close()
+
+    def _add_received(self, data: bytes) -> None:
+        """Add received bytes to the lines; no bytes mean that the peer has closed.
 
         Raises:
             ValueError: a line is too long.
@@ -143,23 +180,28 @@ class ReceiveBuffer:
             ConnectionAbortedError: the peer has closed within a line.
         """
         if data:
-            self.lines += self._partial.feed(data)
-        elif size := len(self._partial.pending):
+            self._lines += self._partial.feed(data)
+        elif size := self._partial.size:
             raise ConnectionAbortedError(f"the peer closed the connection {size} bytes into a line")
         else:
             raise EOFError("the peer closed the connection before the reply was complete")
 
+    def parse_buffered(self, parse: Callable[[Iterable[bytes]], list[Any]]) -> list[Any]:
+        """Pass the lines that have arrived already to a function and return its items.
 
-def is_idle(sock: socket.socket) -> bool:
-    """Return whether there is nothing to read, not even the connection's end. Neither waits nor reads.
+        As many of the first lines are removed as there are items.
+        """
+        items = parse(self._lines)
+        for _ in items:
+            self._lines.popleft()
+        return items
 
-    TLS holds no data back, because each read is longer than the longest TLS record (16 KiB).
-    """
-    try:
-        # The method of socket: SSLSocket rejects flags.
-        socket.socket.recv(sock, 1, _PEEK)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
-    return False
+    def error(self, action: str, cause: Exception) -> CommunicationError:
+        """Return the error for an action that failed because of a foreign error; see `harp._net.sockets`."""
+        return self._endpoint.error(action, describe_error(cause))
+
+    def _closed_here(self) -> CommunicationError:
+        return self._endpoint.error("not connected", "the connection was closed on this side")
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self._endpoint} {'closed' if self._socket is None else 'connected'}>"

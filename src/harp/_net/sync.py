@@ -8,22 +8,26 @@ import ssl
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
-from typing import Any, NoReturn, Self, TypeVar
+from typing import Any, Self, TypeVar
 
 from harp._core.calls import encode_line
-from harp._core.connections import ConnectionPool, Endpoint, Peer, Steps
+from harp._core.connections import ConnectionPool, Peer, Steps
 from harp._core.streams import Reader, StreamBase
-from harp._net.sockets import CONNECT_TIMEOUT, FOREIGN_ERRORS, ReceiveBuffer, connect_socket, describe_error, is_idle
+from harp._net.sockets import (
+    CONNECT_TIMEOUT,
+    FOREIGN_ERRORS,
+    READ_BYTES,
+    BufferedConnection,
+    Uncopyable,
+    connect_socket,
+)
 from harp._net.tls import tls_context
 from harp.errors import CommunicationError
 from harp.protocol.json_text import loads
 
 T = TypeVar("T")
-
-#: The most bytes read at once.
-_CHUNK = 64 * 1024
 
 
 def run(steps: Steps[T]) -> T:
@@ -37,7 +41,7 @@ def run(steps: Steps[T]) -> T:
         return outcome
 
 
-class _Closable(ABC):
+class _Closable(Uncopyable, ABC):
     """Common base of connections and iterators."""
 
     @abstractmethod
@@ -50,11 +54,8 @@ class _Closable(ABC):
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def __reduce__(self) -> NoReturn:
-        raise TypeError(f"a {type(self).__name__} cannot be copied or pickled: it has an open connection")
 
-
-class JSONConnection(_Closable):
+class JSONConnection(BufferedConnection, _Closable):
     """TCP connection, reading and writing JSON lines; a context manager that closes it.
 
     A new object is connected already. One thread at a time may use a connection; any thread may call `close`.
@@ -71,8 +72,7 @@ class JSONConnection(_Closable):
     """
 
     def __init__(self, host: str, port: int) -> None:
-        self._endpoint = Endpoint(host, port)
-        self._socket: socket.socket | None = None
+        super().__init__(host, port)
         self.connect()
 
     def connect(self) -> None:
@@ -82,17 +82,16 @@ class JSONConnection(_Closable):
             CommunicationError: the server cannot be reached within 30 seconds.
         """
         self.close()
-        self._received = ReceiveBuffer()
         self._process = os.getpid()
         try:
             opened = self._open(time.monotonic() + CONNECT_TIMEOUT)
         except BaseException:
             self._socket = None
             raise
-        if self._socket is None:
+        if self._socket is None:  # by another thread
             opened.close()
             raise self._closed_here()
-        self._socket = opened
+        self._set_socket(opened)
 
     def _tls_context(self) -> ssl.SSLContext | None:
         return None
@@ -125,7 +124,8 @@ class JSONConnection(_Closable):
             sock.connect(address)
             sock.settimeout(None)
         except OSError:
-            self._connected()  # raises after `close`
+            if self._socket is None:
+                raise self._closed_here() from None
             raise
 
     def close(self) -> None:
@@ -134,14 +134,8 @@ class JSONConnection(_Closable):
         In a forked process this closes only the descriptor of this process.
         """
         sock, self._socket = self._socket, None
-        if sock is None:
-            return
-        if self._process == os.getpid():
-            with suppress(OSError):
-                # The method of socket: that of SSLSocket would remove TLS while another thread reads.
-                socket.socket.shutdown(sock, socket.SHUT_RDWR)
-        with suppress(OSError):
-            sock.close()
+        if sock is not None:
+            self._close_socket(sock)
 
     close_threadsafe = close
 
@@ -170,29 +164,28 @@ class JSONConnection(_Closable):
             raise self.error("reading", error) from error
 
     def _send_line(self, line: bytes) -> None:
+        sock = self._socket
+        if sock is None:
+            raise self._closed_here()
         try:
-            self._connected().sendall(line)
+            sent = sock.send(line)
+            if sent < len(line):
+                sock.sendall(memoryview(line)[sent:])
         except FOREIGN_ERRORS as error:
             raise self.error("sending", error) from error
 
     def receive_line(self) -> bytes:
         """Wait for a line and return it without its line feed. Raise `CommunicationError`."""
-        received = self._received
-        while not received.lines:
+        lines = self._lines
+        while not lines:
+            sock = self._socket
+            if sock is None:
+                raise self._closed_here()
             try:
-                received.feed(self._connected().recv(_CHUNK))
+                self._add_received(sock.recv(READ_BYTES))
             except FOREIGN_ERRORS as error:
                 raise self.error("reading", error) from error
-        return received.lines.popleft()
-
-    def parse_buffered(self, parse: Callable[[Iterable[bytes]], list[Any]]) -> list[Any]:
-        """Pass the lines that have arrived already to a function; see `ReceiveBuffer.parse`."""
-        return self._received.parse(parse)
-
-    def is_idle(self) -> bool:
-        """Return whether another request can be sent: the connection is open, of this process, and nothing was sent."""
-        sock = self._socket
-        return sock is not None and self._process == os.getpid() and self._received.empty and is_idle(sock)
+        return lines.popleft()
 
     def exchange(self, line: bytes) -> bytes:
         """Send a line and return the first line of the reply. Raise `CommunicationError`."""
@@ -204,21 +197,6 @@ class JSONConnection(_Closable):
                 return self.receive_line()
             raise
         return self.receive_line()
-
-    def error(self, action: str, cause: Exception) -> CommunicationError:
-        """Return the error for an action that failed because of a foreign error; see `harp._net.sockets`."""
-        return self._endpoint.error(action, describe_error(cause))
-
-    def _connected(self) -> socket.socket:
-        if self._socket is None:
-            raise self._closed_here()
-        return self._socket
-
-    def _closed_here(self) -> CommunicationError:
-        return self._endpoint.error("not connected", "the connection was closed on this side")
-
-    def __repr__(self) -> str:
-        return f"<{type(self).__name__} {self._endpoint} {'closed' if self._socket is None else 'connected'}>"
 
 
 class JSONSSLConnection(JSONConnection):

@@ -17,7 +17,8 @@ class LineBuffer:
     def __init__(self, limit: int) -> None:
         self._limit = limit
         self._pieces: list[bytes] = []
-        self._size = 0
+        #: Bytes of the incomplete line.
+        self.size = 0
 
     @property
     def pending(self) -> bytes:
@@ -37,7 +38,7 @@ class LineBuffer:
                 self._add(lines[0])
                 lines[0] = self.pending
                 self._pieces.clear()
-                self._size = 0
+                self.size = 0
             if len(data) > self._limit and len(max(lines, key=len)) > self._limit:
                 raise self._too_long()
         if rest:
@@ -45,8 +46,8 @@ class LineBuffer:
         return lines
 
     def _add(self, piece: bytes) -> None:
-        self._size += len(piece)
-        if self._size > self._limit:
+        self.size += len(piece)
+        if self.size > self._limit:
             raise self._too_long()
         self._pieces.append(piece)
 
