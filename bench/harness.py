@@ -1,15 +1,15 @@
 """The order of the measurement: in each round, each contender does its workloads, one after the other.
 
 Contenders are started when they are first needed, and then wait while others are measured: an idle one costs next to
-nothing, and a slow period of the machine affects neighbours alike. Each round begins with another contender. One that
-fails is left out from then on; its earlier figures stay.
+nothing, and a slow period of the machine affects neighbours alike. Each round begins with another contender. A workload
+that fails is left out from then on, and a contender that fails twice; earlier figures stay.
 """
 
 from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 
@@ -19,8 +19,8 @@ from bench.processes import Broken
 from bench.results import Results
 from bench.workloads import Part, Sizes, Workload
 
-#: How a contender fails.
-_FAILURES = (Missing, Broken, OSError, AssertionError)
+#: How a contender fails, and how often.
+_FAILURES, _MAX_FAILURES = (Broken, OSError, AssertionError), 2
 
 
 @dataclass
@@ -33,7 +33,7 @@ class Measurement:
         place: each contender gets a directory of its own in its directory.
         results: receives figures, and what was left out.
         say: receives progress.
-        needed: the workloads of each contender that are measured; None: all that it does.
+        needed: whether a workload of a contender is measured.
     """
 
     contenders: Sequence[Contender]
@@ -42,7 +42,7 @@ class Measurement:
     results: Results
     say: Callable[[str], object]
     needed: Callable[[Contender, Workload], bool] = lambda contender, workload: True
-    _broken: set[str] = field(default_factory=set)
+    _broken: dict[str, list[str]] = field(default_factory=dict)  # workloads by contender
     _runs: int = 0
 
     def measure(self, parts: Sequence[Part], rounds: int, until: float = float("inf")) -> int:
@@ -74,27 +74,37 @@ class Measurement:
         self, part: Part, contender: Contender, running: dict[str, Ask], stack: ExitStack, first: bool
     ) -> None:
         """Have a contender do its workloads of a part."""
+        broken = self._broken.setdefault(contender.name, [])
         workloads = [
             workload
             for workload in part.workloads
             if workload.key in contender.functions and self.needed(contender, workload) and (first or not workload.once)
         ]
-        if not workloads or contender.name in self._broken:
-            return
-        try:
-            if contender.name not in running:
-                self.say(f"  starting {contender.name}")
-                running[contender.name] = self._start(contender, stack)
-            self._ask(workloads, contender, running[contender.name], part)
-        except _FAILURES as error:
-            self._broken.add(contender.name)
-            self.results.leave_out(part.key, contender.name, str(error) or repr(error))
+        sizes = replace(self.sizes, jobs=max(1, round(self.sizes.jobs * contender.jobs)))
+        known: dict[tuple[str, str], Figures] = {}
+        for workload in workloads:
+            if workload.key in broken or len(broken) >= _MAX_FAILURES:
+                continue
+            try:
+                ask = running.get(contender.name) or self._start(contender, running, stack)
+                figures = _ask(ask, contender.functions[workload.key], workload, sizes, known)
+            except (Missing, *_FAILURES) as error:
+                if contender.name not in running:
+                    broken.extend(contender.functions)
+                elif not isinstance(error, Missing):
+                    broken.append(workload.key)
+                self.results.leave_out(part.key, contender.name, f"{workload.key}: {str(error) or repr(error)}")
+                continue
+            for row in workload.rows:
+                if row.figure in figures:  # floors have fewer figures
+                    self.results.add(row.key, contender.name, self._runs, figures, row.figure)
 
-    def _start(self, contender: Contender, stack: ExitStack) -> Ask:
+    def _start(self, contender: Contender, running: dict[str, Ask], stack: ExitStack) -> Ask:
+        self.say(f"  starting {contender.name}")
         directory = self.place.directory / f"{self._runs}-{self.contenders.index(contender)}"
         directory.mkdir()
         servers = contender.start(replace(self.place, directory=directory))
-        ask = servers.__enter__()
+        running[contender.name] = servers.__enter__()
 
         def end() -> None:
             try:
@@ -105,21 +115,16 @@ class Measurement:
                 shutil.rmtree(directory, ignore_errors=True)
 
         stack.callback(end)
-        return ask
+        return running[contender.name]
 
-    def _ask(self, workloads: Iterable[Workload], contender: Contender, ask: Ask, part: Part) -> None:
-        # Two workloads can be the same for a contender: some have shared worker processes in any case.
-        known: dict[tuple[str, str], Figures] = {}
-        sizes = replace(self.sizes, jobs=max(1, round(self.sizes.jobs * contender.jobs)))
-        for workload in workloads:
-            function, arguments = contender.functions[workload.key], workload.arguments(sizes)
-            asked = (function, repr(arguments))
-            try:
-                if asked not in known:
-                    known[asked] = ask(function, arguments, workload.deadline)
-            except Missing as lack:
-                self.results.leave_out(part.key, contender.name, f"{workload.key}: {lack}")
-                continue
-            for row in workload.rows:
-                if row.figure in known[asked]:  # floors have fewer figures
-                    self.results.add(row.key, contender.name, self._runs, known[asked], row.figure)
+
+def _ask(ask: Ask, function: str, workload: Workload, sizes: Sizes, known: dict[tuple[str, str], Figures]) -> Figures:
+    """Return the figures of a workload: known ones if it has the same function and arguments as an earlier one.
+
+    For some contenders, two workloads are the same: their worker processes are shared in any case.
+    """
+    arguments = workload.arguments(sizes)
+    asked = (function, repr(arguments))
+    if asked not in known:
+        known[asked] = ask(function, arguments, workload.deadline)
+    return known[asked]

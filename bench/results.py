@@ -153,6 +153,7 @@ def conditions(directory: Path) -> dict[str, Any]:
         "commit": described.stdout.strip(),
         "machine": f"{len(os.sched_getaffinity(0))} cores, {names[0] if names else platform.machine()}, "
         f"Linux {platform.release()}, {_file_system(directory)}, sync {_sync_ms(directory):.2f} ms",
+        "in_memory": _file_system(directory) in ("tmpfs", "ramfs"),
         "load": round(os.getloadavg()[0], 1),
         "interpreter": f"{platform.python_implementation()} {platform.python_version()}, "
         f"{platform.python_compiler()}, {'with' if _is_pgo(arguments) else 'without'} PGO",

@@ -357,14 +357,18 @@ def test_contenders_alternate_and_one_that_fails_is_left_out(tmp_path: Path) -> 
     measured, _ = measurement(
         tmp_path,
         contender("good", 1.0, 2.0, 3.0, 4.0, 5.0, 6.0),
-        contender("breaks", 1.0, Broken("it fell over")),
+        contender("breaks", 1.0, Broken("it fell over"), 3.0, Broken("and again")),
         contender("lacks", Missing("it has none"), 2.0, Missing("it has none"), 3.0, Missing("it has none"), 4.0),
     )
     assert measured.measure([PART], 3) == 3
     found = measured.results
-    assert found.values["speed"] == {"good": {0: 1.0, 1: 3.0, 2: 5.0}, "breaks": {0: 1.0}}
+    assert found.values["speed"] == {"good": {0: 1.0, 1: 3.0, 2: 5.0}, "breaks": {0: 1.0, 1: 3.0}}
     assert found.values["delay"] == {"good": {0: 2.0, 1: 4.0, 2: 6.0}, "lacks": {0: 2.0, 1: 3.0, 2: 4.0}}
-    assert found.left_out == [("part", "breaks", "it fell over"), ("part", "lacks", "speed: it has none")]
+    assert found.left_out == [
+        ("part", "breaks", "delay: it fell over"),
+        ("part", "lacks", "speed: it has none"),
+        ("part", "breaks", "speed: and again"),
+    ]
     assert list(tmp_path.iterdir()) == []
 
 
