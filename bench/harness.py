@@ -44,6 +44,7 @@ class Measurement:
     needed: Callable[[Contender, Workload], bool] = lambda contender, workload: True
     _broken: dict[str, list[str]] = field(default_factory=dict)  # workloads by contender
     _runs: int = 0
+    _once: float = 0.0  # seconds of a round that the next one does not take
 
     def measure(self, parts: Sequence[Part], rounds: int, until: float = float("inf")) -> int:
         """Start the contenders and measure so many rounds; end them. Return the number of rounds.
@@ -56,13 +57,13 @@ class Measurement:
         with ExitStack() as stack:
             running: dict[str, Ask] = {}
             for done in range(rounds):
-                began = time.monotonic()
+                began, self._once = time.monotonic(), 0.0
                 for part in parts:
                     self.say(f"round {done + 1} of {rounds}: {part.key}")
                     for contender in self._in_turn():
                         self._measure(part, contender, running, stack, first=done == 0)
                 self._runs += 1
-                if (now := time.monotonic()) + (now - began) > until:
+                if (now := time.monotonic()) + (now - began - self._once) > until:
                     break
         return done + 1
 
@@ -87,6 +88,7 @@ class Measurement:
                 continue
             try:
                 ask = running.get(contender.name) or self._start(contender, running, stack)
+                began = time.monotonic()
                 figures = _ask(ask, contender.functions[workload.key], workload, sizes, known)
             except (Missing, *_FAILURES) as error:
                 if contender.name not in running:
@@ -95,6 +97,7 @@ class Measurement:
                     broken.append(workload.key)
                 self.results.leave_out(part.key, contender.name, f"{workload.key}: {str(error) or repr(error)}")
                 continue
+            self._once += time.monotonic() - began if workload.once else 0.0
             for row in workload.rows:
                 if row.figure in figures:  # floors have fewer figures
                     self.results.add(row.key, contender.name, self._runs, figures, row.figure)
@@ -104,7 +107,9 @@ class Measurement:
         directory = self.place.directory / f"{self._runs}-{self.contenders.index(contender)}"
         directory.mkdir()
         servers = contender.start(replace(self.place, directory=directory))
+        began = time.monotonic()
         running[contender.name] = servers.__enter__()
+        self._once += time.monotonic() - began
 
         def end() -> None:
             try:
