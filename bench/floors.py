@@ -24,7 +24,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, cast
 
-from bench.load import SETTINGS, Figures, calls, cpu_of_each, cpu_times, payload
+from bench.load import SETTINGS, Figures, calls, costs, less, of_each, payload
 
 _FORKS = 400
 #: A program of its own, so that the parent is as small as the smallest server in Python.
@@ -63,11 +63,11 @@ def _zygote(seconds: float, **_: Any) -> Figures:
         theirs.close()
         SETTINGS["pids"] = {"zygote": process.pid, "workers": -process.pid}
         _ask_zygote(ours, 0.1 * seconds)  # it starts, and copies the pages that it writes to
-        before = cpu_times()
+        before = costs()
         rate, count = _ask_zygote(ours, seconds)
-        spent = {name: after - before[name] for name, after in cpu_times().items()}
+        each = of_each(less(costs(), before), count)
         ours.shutdown(socket.SHUT_RDWR)
-    return {"rate": rate, "harpd": 1000 * sum(spent.values()) / count, **cpu_of_each(spent, count)}
+    return {"rate": rate, "harpd": each["cpu zygote"] + each["cpu workers"], **each}
 
 
 def _ask_zygote(zygote: socket.socket, seconds: float) -> tuple[float, int]:

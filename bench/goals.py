@@ -11,6 +11,8 @@ from bench.workloads import PARTS, Workload
 
 _ROWS = {row.key: row for part in PARTS.values() for row in part.rows}
 _RPYC = "RPyC, forking"
+#: What costs are called.
+_COSTS = {"cpu": "CPU ms", "faults": "page faults"}
 
 
 @dataclass(frozen=True)
@@ -112,8 +114,8 @@ def report(goals: Sequence[Entry], entries: Sequence[Entry]) -> Iterator[str]:
             continue
         ratio = f"{_spread(goal, 'ratio', 'ratio_min', 'ratio_max')} x" if "ratio" in goal else "not measured:"
         name, other = goal["other"]
-        theirs = "".join(f"; its {text}" for text in _costs(costs.get((name, other), {})))
-        yield f"      {verdict:8} {ratio} {name}; to reach: {bound} {goal['wanted']:g} x{theirs}"
+        yield f"      {verdict:8} {ratio} {name}; to reach: {bound} {goal['wanted']:g} x"
+        yield from (f"               its {text}" for text in _costs(costs.get((name, other), {})))
     short = ", ".join(str(number) for number in sorted({goal["goal"] for goal in goals if goal["reached"] is False}))
     yield f"reached: {sum(goal['reached'] is True for goal in goals)} of {len(goals)}; short in {short or 'none'}"
 
@@ -127,7 +129,7 @@ def _costs(costs: dict[str, dict[str, float]]) -> Iterator[str]:
     for what, parts in costs.items():
         total = sum(parts.values())
         shown = [f"{name} {_short(value)}" for name, value in parts.items() if value > total / 200]
-        yield ", ".join([f"{'CPU ms' if what == 'cpu' else what}: {_short(total)}", *shown])
+        yield ", ".join([f"{_COSTS.get(what, what)}: {_short(total)}", *shown])
 
 
 def _short(value: float) -> str:

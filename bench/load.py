@@ -4,7 +4,7 @@ Clients import this module, HARP's under the project's Python and the peers' und
 Each client is a process of its own, forked before anything is connected. So no client waits for another one's
 interpreter lock or library threads.
 
-The CPU time of clients and servers is that of the kernel's books, from the moment at which all clients are connected.
+The costs of clients and servers are those of the kernel's books, from the moment at which all clients are connected.
 """
 
 from __future__ import annotations
@@ -25,11 +25,9 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
-#: Results of a function by name: ``rate`` (1/s), ``p50`` and ``p99`` (ms), ``cpu NAME`` (CPU ms of a process for one
-#: call, job or record), and others that it documents. Names of two words are parts of the workload's cost.
+#: Results of a function by name: ``rate`` (1/s), ``p50`` and ``p99`` (ms), and others that it documents; and what one
+#: call, job or record costs a process, see `costs`. Only the names of costs have two words.
 Figures = dict[str, float]
-#: CPU seconds by the name of a process.
-Cpu = dict[str, float]
 
 #: Blocks until all clients of a workload are connected.
 Ready = Callable[[], object]
@@ -81,9 +79,8 @@ def quantiles(seconds: Sequence[float]) -> Figures:
     return {name: 1000 * ordered[int(share * len(ordered))] for name, share in (("p50", 0.5), ("p99", 0.99))}
 
 
-def cpu_times() -> Cpu:
-    """Return the CPU seconds so far of each process in the settings; 0 if it has ended."""
-    ticks = os.sysconf("SC_CLK_TCK")
+def costs() -> Figures:
+    """Return what each process in the settings has cost so far: ``cpu NAME`` (ms) and ``faults NAME`` (page faults)."""
     parents, own, reaped = {}, {}, {}
     for pid in filter(str.isdecimal, os.listdir("/proc")):
         try:
@@ -91,25 +88,35 @@ def cpu_times() -> Cpu:
                 fields = file.read().rpartition(b")")[2].split()  # from the third field of proc_pid_stat(5) on
         except OSError:  # it has ended
             continue
-        user, system, user_of_children, system_of_children = map(int, fields[11:15])
         parents[int(pid)] = int(fields[1])
-        own[int(pid)] = (user + system) / ticks
-        reaped[int(pid)] = (user_of_children + system_of_children) / ticks
+        faults, faults_of_children, _, _, *times = map(int, fields[7:15])
+        own[int(pid)] = times[0] + times[1], faults
+        reaped[int(pid)] = times[2] + times[3], faults_of_children
 
-    def below(pid: int) -> float:
+    def below(pid: int, kind: int) -> int:
         children = [child for child, parent in parents.items() if parent == pid]
-        return reaped.get(pid, 0.0) + sum(own[child] + below(child) for child in children)
+        return reaped.get(pid, (0, 0))[kind] + sum(own[child][kind] + below(child, kind) for child in children)
 
-    return {name: own.get(pid, 0.0) if pid > 0 else below(-pid) for name, pid in SETTINGS.get("pids", {}).items()}
-
-
-def _own_cpu() -> float:
-    """Return the CPU seconds of this process, and of those that it has started and that have ended."""
-    usages = map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
+    found: Figures = {}
+    for name, pid in SETTINGS.get("pids", {}).items():
+        ticks, faults = own.get(pid, (0, 0)) if pid > 0 else (below(-pid, 0), below(-pid, 1))
+        found |= {f"cpu {name}": 1000 * ticks / os.sysconf("SC_CLK_TCK"), f"faults {name}": faults}
+    return found
 
 
-def together(clients: int, body: Callable[[int, Ready], T]) -> tuple[list[T], Cpu]:
+def _own_costs() -> Figures:
+    """Return the same of this process and of those that it has started and that have ended, as ``client``."""
+    usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    cpu = 1000 * sum(usage.ru_utime + usage.ru_stime for usage in usages)
+    return {"cpu client": cpu, "faults client": sum(usage.ru_minflt for usage in usages)}
+
+
+def less(after: Figures, before: Figures) -> Figures:
+    """Return the difference of each figure."""
+    return {name: value - before[name] for name, value in after.items()}
+
+
+def together(clients: int, body: Callable[[int, Ready], T]) -> tuple[list[T], Figures]:
     """Run clients as processes; raise RuntimeError if one fails.
 
     Args:
@@ -118,21 +125,21 @@ def together(clients: int, body: Callable[[int, Ready], T]) -> tuple[list[T], Cp
             all clients have called it.
 
     Returns:
-        What each client returns; CPU seconds of the servers, and of all clients as ``client``, from that moment on.
+        What each client returns; `costs` of the servers, and of all clients as ``client``, from that moment on.
     """
     barrier = _fork.Barrier(clients + 1)
 
     def run(number: int, pipe: Connection) -> None:
-        began = 0.0
+        before = _own_costs()
 
         def ready() -> None:
-            nonlocal began
+            nonlocal before
             barrier.wait(_PATIENCE)
-            began = _own_cpu()
+            before = _own_costs()
 
         try:
             value = body(number, ready)
-            pipe.send((True, (value, _own_cpu() - began)))
+            pipe.send((True, (value, less(_own_costs(), before))))
         except Exception:  # noqa: BLE001 - the parent raises it
             barrier.abort()
             pipe.send((False, traceback.format_exc()))
@@ -147,7 +154,7 @@ def together(clients: int, body: Callable[[int, Ready], T]) -> tuple[list[T], Cp
     ends = [process.sentinel for process, _ in running]
     while barrier.n_waiting < clients and not barrier.broken and not wait(ends, _LOOK):
         pass
-    before = cpu_times()
+    before = costs()
     with suppress(BrokenBarrierError):  # a client has failed
         barrier.wait(0)
     outcomes = []
@@ -157,20 +164,22 @@ def together(clients: int, body: Callable[[int, Ready], T]) -> tuple[list[T], Cp
         except EOFError:
             barrier.abort()
             outcomes.append((False, "a client died"))
-    spent = {name: seconds - before[name] for name, seconds in cpu_times().items()}
+    spent = less(costs(), before)
     for process, _ in running:
         process.join()
     # The client that failed first gives the reason; the others failed because the barrier was aborted.
     failures = sorted((what for fine, what in outcomes if not fine), key=lambda what: "BrokenBarrier" in what)
     if failures:
         raise RuntimeError(failures[0])
-    spent["client"] = sum(seconds for _, (_, seconds) in outcomes)
+    for _, (_, own) in outcomes:
+        for name, cost in own.items():
+            spent[name] = spent.get(name, 0.0) + cost
     return [value for _, (value, _) in outcomes], spent
 
 
-def cpu_of_each(spent: Cpu, count: int) -> Figures:
-    """Return the CPU milliseconds for each of so many calls, jobs or records, by process."""
-    return {f"cpu {name}": 1000 * seconds / count for name, seconds in spent.items()}
+def of_each(spent: Figures, count: int) -> Figures:
+    """Return the costs of each of so many calls, jobs or records."""
+    return {name: cost / count for name, cost in spent.items()}
 
 
 def calls(connect: Callable[[], Callable[[Any], Any]], clients: int, seconds: float) -> Figures:
@@ -182,7 +191,7 @@ def calls(connect: Callable[[], Callable[[Any], Any]], clients: int, seconds: fl
         seconds: how long.
 
     Returns:
-        ``rate``: calls of all clients; CPU of a call.
+        ``rate``: calls of all clients; costs of a call.
     """
 
     def body(client: int, ready: Ready) -> tuple[float, int]:
@@ -199,7 +208,7 @@ def calls(connect: Callable[[], Callable[[Any], Any]], clients: int, seconds: fl
         return count / (now - began), count
 
     outcomes, spent = together(clients, body)
-    return {"rate": sum(rate for rate, _ in outcomes), **cpu_of_each(spent, sum(count for _, count in outcomes))}
+    return {"rate": sum(rate for rate, _ in outcomes), **of_each(spent, sum(count for _, count in outcomes))}
 
 
 @dataclass(frozen=True)
@@ -216,7 +225,7 @@ def jobs(connect: Callable[[], Queue], clients: int, jobs: int) -> Figures:
     """Have clients share in submitting jobs; then each collects the results of its own.
 
     Returns:
-        ``rate``: jobs from the first submission to the last result; CPU of a job.
+        ``rate``: jobs from the first submission to the last result; costs of a job.
     """
 
     def body(client: int, ready: Ready) -> tuple[float, float]:
@@ -233,11 +242,11 @@ def jobs(connect: Callable[[], Queue], clients: int, jobs: int) -> Figures:
 
     times, spent = together(clients, body)
     took = max(ended for _, ended in times) - min(began for began, _ in times)
-    return {"rate": jobs / took, **cpu_of_each(spent, jobs)}
+    return {"rate": jobs / took, **of_each(spent, jobs)}
 
 
 def submissions(connect: Callable[[], Queue], clients: int, seconds: float, batch: int = 0) -> Figures:
-    """Have each client submit jobs that no worker starts; return the ``rate`` of jobs accepted, and CPU of a job.
+    """Have each client submit jobs that no worker starts; return the ``rate`` of jobs accepted, and costs of a job.
 
     A batch is that many jobs in one request; 0: one job a request, by the ordinary operation.
     """
@@ -260,11 +269,11 @@ def submissions(connect: Callable[[], Queue], clients: int, seconds: float, batc
         return count / (now - began), count
 
     outcomes, spent = together(clients, body)
-    return {"rate": sum(rate for rate, _ in outcomes), **cpu_of_each(spent, sum(count for _, count in outcomes))}
+    return {"rate": sum(rate for rate, _ in outcomes), **of_each(spent, sum(count for _, count in outcomes))}
 
 
 def latency(connect: Callable[[], Queue], jobs: int) -> Figures:
-    """Run one job at a time on an idle system; return ``p50`` and ``p99`` from submission to result, and its CPU."""
+    """Run one job at a time on an idle system; return ``p50`` and ``p99`` from submission to result, and its costs."""
 
     def body(client: int, ready: Ready) -> list[float]:
         queue = connect()
@@ -281,7 +290,7 @@ def latency(connect: Callable[[], Queue], jobs: int) -> Figures:
         return took[_WARM_UP:]
 
     [took], spent = together(1, body)
-    return {**quantiles(took), **cpu_of_each(spent, jobs)}
+    return {**quantiles(took), **of_each(spent, jobs)}
 
 
 def queue_functions(connect: Callable[[], Queue]) -> Mapping[str, Callable[..., Figures]]:
@@ -294,7 +303,7 @@ def queue_functions(connect: Callable[[], Queue]) -> Mapping[str, Callable[..., 
 
 
 def follow(stream: Callable[[int], Iterator[Any]], records: int) -> Figures:
-    """Read a stream as fast as it comes; return the ``rate`` of records, from the request to the last, and its CPU."""
+    """Read a stream as fast as it comes; return the ``rate`` of records from request to last record, and their costs."""
 
     def body(client: int, ready: Ready) -> float:
         _expect(list(stream(10)), list(fast_records(10)))
@@ -310,7 +319,7 @@ def follow(stream: Callable[[int], Iterator[Any]], records: int) -> Figures:
         return records / took
 
     [rate], spent = together(1, body)
-    return {"rate": rate, **cpu_of_each(spent, records)}
+    return {"rate": rate, **of_each(spent, records)}
 
 
 def follow_slowly(stream: Callable[[int, float], Iterator[Any]], records: int, pause: float) -> Figures:
@@ -323,4 +332,4 @@ def follow_slowly(stream: Callable[[int, float], Iterator[Any]], records: int, p
         return took
 
     [took], spent = together(1, body)
-    return {**quantiles(took), **cpu_of_each(spent, records)}
+    return {**quantiles(took), **of_each(spent, records)}

@@ -26,8 +26,8 @@ OURS = "HARP"
 F1, F2, F3 = "F1: bare fork", "F2: bare zygote", "F3: bare TLS echo"
 
 #: A contender's summary in a row: part, row, title, unit, less_is_better, contender, durable, runs, median, min, max;
-#: for the others also ratio, ratio_min, ratio_max: HARP's figure divided by theirs. ``cost``: by what (``cpu``: CPU ms
-#: for one call, job or record) and process.
+#: for the others also ratio, ratio_min, ratio_max: HARP's figure divided by theirs. ``cost``: medians of
+#: what one call, job or record costs, by kind (``cpu`` in ms, ``faults``) and process.
 Entry = dict[str, Any]
 
 #: Significant digits in files.
