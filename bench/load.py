@@ -303,7 +303,7 @@ def queue_functions(connect: Callable[[], Queue]) -> Mapping[str, Callable[..., 
 
 
 def follow(stream: Callable[[int], Iterator[Any]], records: int) -> Figures:
-    """Read a stream as fast as it comes; return the ``rate`` of records from request to last record, and their costs."""
+    """Read a stream as fast as it comes; return the ``rate`` of records from request to last record, and its costs."""
 
     def body(client: int, ready: Ready) -> float:
         _expect(list(stream(10)), list(fast_records(10)))
