@@ -96,7 +96,7 @@ def _print_stream(values: Iterable[Any]) -> Exit:
 def _dispatcher(options: Namespace) -> client.HarpCaller:
     if options.dispatcher is None:
         raise HarpException("no dispatcher: use --dispatcher HOST[:PORT] or set HARP_DISPATCHER")
-    return client.HarpCaller(**options.dispatcher, reconnect=options.reconnect)
+    return client.HarpCaller(**options.dispatcher, reconnect=options.reconnect, keep_alive=False)
 
 
 def _job(options: Namespace) -> client.RemoteCall:
@@ -158,7 +158,8 @@ def _direct(options: Namespace) -> Exit:
     password = os.environ.get("HARP_PASSWORD")
     if password is None:
         raise HarpException("no password: set HARP_PASSWORD")
-    server = direct.HarpServer(user=options.user, password=password, ca_file=options.ca_file, **options.address)
+    access = {"user": options.user, "password": password, "ca_file": options.ca_file, "keep_alive": False}
+    server = direct.HarpServer(**options.address, **access)
     result = direct.HarpProcedure(server, options.procedure)(*options.arguments, **dict(options.named))
     return _print_stream(result) if isinstance(result, direct.HarpStreamIterator) else _print_value(result)
 

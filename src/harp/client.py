@@ -29,9 +29,12 @@ class HarpCaller(SyncPeer, CallerBase[JSONConnection]):
         port: its port.
         reconnect: how many seconds an interrupted reader tries to reach the dispatcher again; 0, None or False: it
             does not. Readers are `RemoteCall.follow`, and `result` and `get` with `wait`.
-        keep_alive: whether connections stay open for further requests, which needs HARP's own dispatcher. Each carries
-            one request at a time, and no job is ever submitted twice. As a context manager the object closes its
-            waiting connections at the end; so does the end of the object. Requests are possible afterwards, too.
+        keep_alive: whether connections stay open for further requests. None: if the dispatcher supports it, which it is
+            asked before the second request. True: it does; legacy dispatchers do not. False: each request has a
+            connection of its own. A connection carries one request at a time, and no job is ever submitted twice.
+
+    As a context manager the object closes its waiting connections at the end; so does the end of the object. Requests
+    are possible afterwards, too.
 
     Raises:
         HarpException: `host`, `port` or `reconnect` is invalid.

@@ -28,8 +28,8 @@ class HarpServer(SyncPeer, DirectServerBase[JSONConnection]):
         port: harpd's port.
         ca_file: PEM file with the authorities that may issue the server's certificate, which must be valid for
             `host`; None verifies neither.
-        keep_alive: whether connections stay open for further calls, if harpd supports it. Each carries one call at a
-            time, and no call is ever sent twice.
+        keep_alive: whether connections stay open for further calls, if harpd supports it. A connection carries one call
+            at a time, and no call is ever sent twice.
 
     Raises:
         HarpException: `host`, `port`, `user` or `password` is invalid.

@@ -67,12 +67,18 @@ def test_legacy_dispatcher_wrong_password_is_auth_error(system: System) -> None:
 
 
 @pytest.fixture(scope="module")
-def with_legacy_harpd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[harp.HarpCaller]:
+def port_with_legacy_harpd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
     directory = tmp_path_factory.mktemp("old-harpd")
     files = server_files(directory)
     with server(legacy_harpd, legacy_tls_server(files.certfile, files.keyfile)) as port:
         with Harpcallerd(directory, hosts={"old": port}, credentials=("u", "p")) as dispatcher:
-            yield harp.HarpCaller("127.0.0.1", dispatcher.port)
+            yield dispatcher.port
+
+
+@pytest.fixture
+def with_legacy_harpd(port_with_legacy_harpd: int) -> Iterator[harp.HarpCaller]:
+    with harp.HarpCaller("127.0.0.1", port_with_legacy_harpd) as rpc:
+        yield rpc
 
 
 def test_dispatcher_calls_legacy_harpd(with_legacy_harpd: harp.HarpCaller) -> None:

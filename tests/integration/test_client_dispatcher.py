@@ -547,7 +547,7 @@ def test_threads_share_a_job() -> None:
         conn.reply(next(reply for key, reply in replies.items() if key in request))
 
     with Peer(always=script) as peer, ThreadPoolExecutor(16) as pool:
-        job = harp.HarpCaller(peer.host, peer.port).job(JOB)
+        job = harp.HarpCaller(peer.host, peer.port, keep_alive=False).job(JOB)
         asked = [pool.submit(ask) for _ in range(50) for ask in (job.result, job.end_time, job.host, job.args)]
         assert [future.result(60) for future in asked] == [[1], 2, "web01", [1, "two"]] * 50
         assert len(peer.connections) <= 32

@@ -396,7 +396,7 @@ async def test_concurrent_calls_return_their_results() -> None:
 
     count = 200
     with Peer(always=script) as peer:
-        rpc = aio.AsyncHarpCaller(peer.host, peer.port)
+        rpc = aio.AsyncHarpCaller(peer.host, peer.port, keep_alive=False)
         found = await asyncio.gather(*(rpc.job(f"job-{number}").get() for number in range(count)))
     assert found == [f"job-{number}" for number in range(count)]
 

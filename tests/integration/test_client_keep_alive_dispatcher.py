@@ -51,8 +51,54 @@ def test_keep_alive_sends_requests_on_one_connection(shell: Shell) -> None:
 
 def test_client_without_keep_alive_does_not_request_it(shell: Shell) -> None:
     with Peer(answering(SUBMITTED), answering({"result": 1, "keep_alive": 60})) as peer:
-        assert shell.caller(peer).web01.p().get() == 1
+        assert shell.caller(peer, keep_alive=False).web01.p().get() == 1
     assert not any("keep_alive" in request for request in peer.requests)
+
+
+# The default: keep-alive if the dispatcher supports it.
+
+QUESTION = {"harpcaller": 1, "submit_many": [], "keep_alive": True}
+MANY = {"harpcaller": 1, "job_ids": []}
+CALL = {"harpcaller": 1, "host": "web01", "procedure": "p", "arguments": []}
+GET = {"harpcaller": 1, "get_result": JOB, "wait": True}
+
+
+def test_default_asks_before_the_second_request(shell: Shell) -> None:
+    answers: list[list[object]] = [[{**MANY, "keep_alive": 60}], [{"result": 5, "keep_alive": 60}], [SUBMITTED]]
+    with Peer(answering(SUBMITTED), keeping(*answers)) as peer:
+        with shell.caller(peer, keep_alive=None) as rpc:
+            assert rpc.web01.p().get() == 5
+            assert rpc.web01.p().id() == JOB
+        assert peer.connections[1].closed.wait(30)
+    assert peer.requests == [CALL, QUESTION, {**GET, "keep_alive": True}, {**CALL, "keep_alive": True}]
+
+
+def test_default_on_legacy_dispatcher_is_asked_once(shell: Shell) -> None:
+    """It closes without a reply, as for each unknown key; no request of the caller fails."""
+    answers = [answering(SUBMITTED), answering(), answering({"result": 5}), answering(SUBMITTED)]
+    with Peer(*answers) as peer:
+        rpc = shell.caller(peer, keep_alive=None)
+        assert rpc.web01.p().get() == 5
+        assert rpc.web01.p().id() == JOB
+    assert peer.requests == [CALL, QUESTION, GET, CALL]
+
+
+def test_default_on_full_dispatcher_closes_each_connection(shell: Shell) -> None:
+    """It knows the key and does not grant keep-alive, because it has nearly `max_connections`."""
+    with Peer(answering(SUBMITTED), keeping([MANY]), answering({"result": 5})) as peer:
+        assert shell.caller(peer, keep_alive=None).web01.p().get() == 5
+        assert peer.connections[1].closed.wait(30)
+
+
+def test_default_on_replaced_dispatcher_fails_once(shell: Shell) -> None:
+    granted = {**MANY, "keep_alive": 0}
+    with Peer(answering(SUBMITTED), answering(granted), answering(), answering(SUBMITTED)) as peer:
+        rpc = shell.caller(peer, keep_alive=None)
+        rpc.web01.p()
+        with pytest.raises(harp.CommunicationError, match="closed the connection"):
+            rpc.web01.p()
+        assert rpc.web01.p().id() == JOB
+    assert [request.get("keep_alive", False) for request in peer.requests] == [False, True, True, False]
 
 
 def test_keep_alive_not_granted_closes(shell: Shell) -> None:
@@ -157,10 +203,12 @@ def test_keep_alive_copies_have_their_own_connections() -> None:
     assert counts(peer) == [1, 1, 1]
 
 
-def test_keep_alive_with_real_dispatcher(shell: Shell, tmp_path: Path) -> None:
+@pytest.mark.parametrize("keep_alive", [True, None])
+def test_keep_alive_with_real_dispatcher(shell: Shell, tmp_path: Path, keep_alive: bool | None) -> None:
     """Several threads, and a restart of the dispatcher."""
     with scripted_harpd(tmp_path) as peer, Harpcallerd(tmp_path / "dispatcher", {"web01": peer.port}) as dispatcher:
-        with shell.caller_at(dispatcher.host, dispatcher.port, keep_alive=True) as rpc, ThreadPoolExecutor(4) as pool:
+        caller = shell.caller_at(dispatcher.host, dispatcher.port, keep_alive=keep_alive)
+        with caller as rpc, ThreadPoolExecutor(4) as pool:
             for _ in range(2):
                 jobs = list(pool.map(rpc.web01.echo, range(40)))
                 assert list(pool.map(lambda job: job.get(), jobs)) == [[number] for number in range(40)]

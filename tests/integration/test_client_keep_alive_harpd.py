@@ -87,7 +87,7 @@ def test_keep_alive_sends_calls_on_one_connection(shell: Shell, tls: ssl.SSLCont
 def test_client_without_keep_alive_does_not_request_it(shell: Shell, tls: ssl.SSLContext) -> None:
     """Even if harpd grants keep-alive without a request, each call has its own connection."""
     with Peer(keeping(result(1)), keeping(result(2)), tls=tls) as peer:
-        server = shell.server(peer)
+        server = shell.server(peer, keep_alive=False)
         assert [server.p(), server.p()] == [1, 2]
         assert all(conn.closed.wait(30) for conn in peer.connections)
     assert not any("keep_alive" in request for request in peer.requests)

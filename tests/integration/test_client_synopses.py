@@ -49,6 +49,7 @@ def test_synopsis_with_a_dispatcher(capsys: pytest.CaptureFixture[str], last: An
             {"error": {"type": "timeout", "message": "maximum execution time"}},
             request={"harpcaller": 1, "follow_stream": JOB, "since": 0},
         ),
+        answering(request={"harpcaller": 1, "submit_many": [], "keep_alive": True}),  # as a legacy dispatcher
         answering(SUBMITTED, request=call("return_immediate", ["bar", "baz"])),
         answering({"result": "bar baz"}, request={"harpcaller": 1, "get_result": JOB, "wait": True}),
         answering(last, request={"harpcaller": 1, "get_result": OLD_JOB, "wait": False}),
@@ -69,7 +70,7 @@ def test_synopsis_with_a_dispatcher(capsys: pytest.CaptureFixture[str], last: An
 def test_synopsis_with_a_harpd(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     def request(procedure: str, arguments: list[Any]) -> dict[str, Any]:
         auth = {"user": "username", "password": "secret"}
-        return {"harp": 1, "procedure": procedure, "arguments": arguments, "auth": auth}
+        return {"harp": 1, "procedure": procedure, "arguments": arguments, "auth": auth, "keep_alive": True}
 
     scripts = [
         answering({"harp": 1, "stream_result": False}, {"result": 123}, request=request("current_time", [])),

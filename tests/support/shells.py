@@ -11,6 +11,13 @@ from harp import aio
 from support.blocking import Blocking, LoopThread
 from support.peers import Peer
 
+#: The default of both shells: a script of a peer has one connection for each request.
+_WITHOUT_KEEP_ALIVE: dict[str, Any] = {"keep_alive": False}
+
+
+def _server_arguments(peer: Peer) -> dict[str, Any]:
+    return {"host": peer.host, "port": peer.port, "user": "u", "password": "secret", **_WITHOUT_KEEP_ALIVE}
+
 
 class Shell(Protocol):
     """The classes of one shell; those of asyncio are wrapped to behave like the synchronous ones."""
@@ -30,10 +37,10 @@ class SyncShell:
         return self.caller_at(peer.host, peer.port, **kwargs)
 
     def caller_at(self, host: str, port: int, **kwargs: Any) -> Any:
-        return harp.HarpCaller(host, port, **kwargs)
+        return harp.HarpCaller(host, port, **_WITHOUT_KEEP_ALIVE | kwargs)
 
     def server(self, peer: Peer, **kwargs: Any) -> Any:
-        return harp.HarpServer(**{"host": peer.host, "port": peer.port, "user": "u", "password": "secret", **kwargs})
+        return harp.HarpServer(**_server_arguments(peer) | kwargs)
 
 
 class AioShell:
@@ -44,11 +51,10 @@ class AioShell:
         return self.caller_at(peer.host, peer.port, **kwargs)
 
     def caller_at(self, host: str, port: int, **kwargs: Any) -> Any:
-        return Blocking(aio.AsyncHarpCaller(host, port, **kwargs), self._thread)
+        return Blocking(aio.AsyncHarpCaller(host, port, **_WITHOUT_KEEP_ALIVE | kwargs), self._thread)
 
     def server(self, peer: Peer, **kwargs: Any) -> Any:
-        arguments = {"host": peer.host, "port": peer.port, "user": "u", "password": "secret", **kwargs}
-        return Blocking(aio.AsyncHarpServer(**arguments), self._thread)
+        return Blocking(aio.AsyncHarpServer(**_server_arguments(peer) | kwargs), self._thread)
 
 
 @contextmanager

@@ -23,7 +23,7 @@ JOB = "3f22e0d4-c8ed-11e5-8d66-001e8c140268"
 #: to the published interface, and so are `HarpCaller.submit_many`,
 #: `Call`, `RemoteCall.details` and `RemoteCall.why`.
 SIGNATURES = {
-    "HarpCaller": "(host, port=3502, *, reconnect=300.0, keep_alive=False)",
+    "HarpCaller": "(host, port=3502, *, reconnect=300.0, keep_alive=None)",
     "HarpCaller.__getattr__": "(host)",
     "HarpCaller.__call__": "(host, **kwargs)",
     "HarpCaller.connect": "()",
@@ -60,7 +60,7 @@ SIGNATURES = {
     "RemoteCall.stream": "(since=None, recent=None, numbered=False, *, timed=False)",
     "RemoteCall.submit_time": "()",
     "RemoteCall.why": "()",
-    "HarpServer": "(host, user, password, port=4306, ca_file=None, *, keep_alive=False)",
+    "HarpServer": "(host, user, password, port=4306, ca_file=None, *, keep_alive=True)",
     "HarpServer.__getattr__": "(procedure)",
     "HarpProcedure": "(server, name)",
     "HarpProcedure.__call__": "(*args, **kwargs)",

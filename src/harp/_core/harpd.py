@@ -70,7 +70,7 @@ class DirectServerBase(Peer[C]):
         port: int = 4306,
         ca_file: str | os.PathLike[str] | None = None,
         *,
-        keep_alive: bool = False,
+        keep_alive: bool = True,
     ) -> None:
         self._endpoint = Endpoint(host, port)
         for field, text in (("user", user), ("password", password)):

@@ -4,9 +4,10 @@ Operations send their requests with `CallerBase._request`, which raises a refusa
 returns it. An operation whose outcome is known sends nothing. Streams are read by `harp._core.streams`. The end of a
 job is stored as the line that reported it, and each caller gets new values, so threads share no mutable data.
 
-Legacy dispatchers close the connection without a reply when a request contains the keep-alive key. A request that waits
-would take this for an interruption and try again for minutes. So it contains the key only after the dispatcher has
-granted keep-alive to another request.
+Legacy dispatchers close the connection without a reply when a request contains the keep-alive key. So the key is sent
+only to a dispatcher that has granted keep-alive before. Whether it does is asked with a request that submits no job:
+before the second request, because many programs send only one. With ``keep_alive=True`` nothing is asked; but a request
+that waits, which would take the close for an interruption and try again for minutes, has the key only after a grant.
 """
 
 from __future__ import annotations
@@ -32,19 +33,28 @@ D = TypeVar("D", bound="CallerBase[Any]")
 R = TypeVar("R")
 S = TypeVar("S", bound="ServerBase[Any]")
 
+#: The request that asks for keep-alive. It submits no job.
+_QUESTION = requests.encode_request(SubmitMany(()), keep_alive=True)
+
+#: Seconds until a dispatcher that has not granted keep-alive is asked again.
+_ASK_AGAIN = 300.0
+
 
 class CallerBase(Peer[C]):
     """A dispatcher."""
 
     def __init__(
-        self, host: str, port: int = 3502, *, reconnect: float | None = 300.0, keep_alive: bool = False
+        self, host: str, port: int = 3502, *, reconnect: float | None = 300.0, keep_alive: bool | None = None
     ) -> None:
         self._endpoint = Endpoint(host, port)
         self._reconnect = parse_reconnect(reconnect)
-        self._pool = ConnectionPool[C](bool(keep_alive))
+        self._keep_alive = None if keep_alive is None else bool(keep_alive)
+        self._pool = ConnectionPool[C](self._keep_alive is not False)
+        #: When the dispatcher may be asked for keep-alive, on the monotonic clock; None: after the first request.
+        self._ask_at: float | None = None
 
     def __repr__(self) -> str:
-        keep_alive = ", keep_alive=True" if self._pool.enabled else ""
+        keep_alive = "" if self._keep_alive is None else f", keep_alive={self._keep_alive}"
         return f"{type(self).__name__}({self._endpoint.host!r}, {self._endpoint.port}{keep_alive})"
 
     def _submit_many(self, calls: Iterable[Call]) -> Steps[list[str]]:
@@ -98,7 +108,9 @@ class CallerBase(Peer[C]):
             policy: is notified of the connection; None: the request does not wait.
         """
         pool = self._pool
-        keep_alive = pool.enabled and (policy is None or pool.granted)
+        if self._keep_alive is None and not pool.granted:
+            yield from self._ask_for_keep_alive()
+        keep_alive = pool.granted or (self._keep_alive is True and policy is None)
         encoded = requests.encode_request(request, keep_alive)
         pooled = pool.get(self._now()) if keep_alive else None
         conn = pooled or (yield self._open())
@@ -124,12 +136,32 @@ class CallerBase(Peer[C]):
                 yield conn.close()
         return reply, line
 
+    def _ask_for_keep_alive(self) -> Steps[None]:
+        """Ask whether the dispatcher grants keep-alive, if it is time to; the connection then waits in the pool."""
+        now = self._now()
+        if self._ask_at is None:
+            self._ask_at = now
+        if now > self._ask_at:
+            self._ask_at = now + _ASK_AGAIN
+            conn = yield self._open()
+            returned = False
+            try:
+                line = yield conn.exchange(_QUESTION)
+                returned = self._pool.put(conn, replies.parse_keep_alive(line), self._now())
+            except CommunicationError:
+                pass  # a legacy dispatcher; if it cannot be reached, the request itself will say so
+            finally:
+                if not returned:
+                    yield conn.close()
+
     def _raise_unless_repeatable(self, error: CommunicationError, request: Request, reused: bool) -> None:
         """Raise the error of a keep-alive request that got no reply, unless it may be sent on a new connection."""
         if reused and not isinstance(request, (requests.Call, SubmitMany, Cancel)):
             return
-        if not reused and not self._pool.granted and closed_without_reply(error):
-            raise unsupported_by_peer(error, "keep_alive=True") from error.__cause__
+        if not reused and closed_without_reply(error):
+            if not self._pool.granted:
+                raise unsupported_by_peer(error, "keep_alive=True") from error.__cause__
+            self._pool.granted = False  # it may have been replaced by a legacy one
         raise mark_ambiguous(error, reused) from error.__cause__
 
     def _send_plain(self, req: dict[str, Any]) -> Steps[dict[str, Any]]:
