@@ -197,3 +197,44 @@ def test_decode_enclosed_returns_the_value_alone(value: Any) -> None:
         b" " + RECORD_PREFIX + text + b"}",
     ):
         assert decode_enclosed(wrong, RECORD_PREFIX) is None
+
+
+LONG = b'"' + b"x" * 70_000 + b'"'
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b'{"a":%b,"b":[1,{"c":"\\ud800\\n"}]}' % LONG,
+        b' { "a" : %b , "b" : [ 1, { } ] } ' % LONG,
+        b'{"a":"\\uD83D\\uDE00\\\\ud83d","b":%b,"c":{"b":1}}' % LONG,
+        b'{"b":"\xc3\xa4","a":%b}' % LONG,
+        b'{"a":%b%b%b}' % (b"[" * 500, LONG, b"]" * 500),
+    ],
+)
+def test_decode_slices_of_long_line_is_the_scan(line: bytes) -> None:
+    assert dict(decode_slices(line)).keys() == dict(scan_slices(line)).keys()
+    for name in scan_slices(line):
+        assert decode_slices(line).payload(name) == scan_slices(line).payload(name)
+
+
+@pytest.mark.parametrize(
+    ("line", "error"),
+    [
+        (b'{"a":%b,"a":1}' % LONG, "repeated name"),
+        (b'{"a":1,"b":2,"a":%b}' % LONG, "repeated name"),
+        (b'{"a":1,"a":1,"b":%b}' % LONG, "repeated name"),
+        (b'{"a":1,"b":%b,"b":2}' % LONG, "repeated name"),
+        (b'{"\\u0061":1,"b":%b}' % LONG, "escapes"),
+        (b'{"a":%b,}' % LONG, "trailing comma"),
+        (b'{"a":%b} x' % LONG, "trailing"),
+        (b'{"a":%b,"b":"\\u12"}' % LONG, "malformed|truncated"),
+        (b'{"a":%b,"b":"\xff"}' % LONG, "UTF-8"),
+        (b'{"a":%b%b%b}' % (b"[" * 1000, LONG, b"]" * 1000), "nested deeper than 1000"),
+        (b'{"a":%b,%b}' % (LONG, b",".join(b'"%d":1' % number for number in range(200))), "more than 100 members"),
+        (b"[%b]" % LONG, "object"),
+    ],
+)
+def test_decode_slices_of_invalid_long_line_raises(line: bytes, error: str) -> None:
+    with pytest.raises(InvalidJSON, match=error):
+        decode_slices(line)

@@ -74,10 +74,10 @@ _scan_value: Callable[[str, int], tuple[Any, int]] = _DECODER.scan_once  # type:
 # Only finds the ends of values: numbers may have any length and are not converted.
 _SCANNER = json.JSONDecoder(parse_constant=reject_constant, parse_int=str, parse_float=str)
 _SPACE = re.compile(r"[ \t\n\r]*")
-#: A string whose escaped quotes were removed.
-_STRING = re.compile(rb'"[^"]*"')
+#: Brackets and quotes of which the depth is counted at once.
+_PIECE = 1000
 _NOT_BRACKETS = bytes(set(range(256)) - set(b'[]{}"'))
-_STEP = {ord("["): 1, ord("{"): 1, ord("]"): -1, ord("}"): -1, ord('"'): 0}
+_STEP = {ord("["): 1, ord("{"): 1, ord("]"): -1, ord("}"): -1}
 
 
 def loads(text: bytes | str) -> JSON:
@@ -135,9 +135,17 @@ def _check_depth(text: bytes) -> None:
     # The count is wrong only after the first error of text that is not JSON; no decoder reads further.
     if b"\\" in text:
         text = text.replace(b"\\\\", b"").replace(b'\\"', b"")
-    brackets = _STRING.sub(b"", text.translate(None, _NOT_BRACKETS))
-    if max(accumulate(map(_STEP.__getitem__, brackets)), default=0) > MAX_DEPTH:
-        raise InvalidJSON(f"nested deeper than {MAX_DEPTH}")
+    marks = text.translate(None, _NOT_BRACKETS)
+    depth, in_string = 0, False
+    for at in range(0, len(marks), _PIECE):  # other threads may run between two pieces
+        parts = marks[at : at + _PIECE].split(b'"')
+        brackets = b"".join(parts[in_string::2])
+        in_string ^= not len(parts) % 2
+        opened = brackets.count(b"[") + brackets.count(b"{")
+        may_exceed = depth + opened > MAX_DEPTH
+        if may_exceed and max(accumulate(map(_STEP.__getitem__, brackets), initial=depth)) > MAX_DEPTH:
+            raise InvalidJSON(f"nested deeper than {MAX_DEPTH}")
+        depth += 2 * opened - len(brackets)
 
 
 def translate_errors(function: Callable[..., Any], *arguments: Any) -> Any:
