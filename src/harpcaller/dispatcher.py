@@ -30,6 +30,7 @@ from harp.protocol.ends import Cancelled, End
 from harp.protocol.json_text import Raw, dumps
 from harp.protocol.replies import Continue
 from harp.protocol.requests import Call
+from harp_daemon.timer_wheel import TimerWheel
 from harpcaller.config import Config
 from harpcaller.explain import ExplainContext, describe_job
 from harpcaller.hosts.capabilities import HostCapabilities
@@ -44,6 +45,7 @@ from harpcaller.pruner import prune, prune_regularly
 from harpcaller.runs.context import RunContext, log_fields
 from harpcaller.runs.reconciliation import OrphanReaper
 from harpcaller.runs.run import Run
+from harpcaller.runs.store_writes import StoreWrites
 from harpcaller.store import QueueStatus, StorageError, Store, UnknownJob
 
 log = logging.getLogger(__name__)
@@ -106,7 +108,7 @@ class Dispatcher:
         self._orphan_reaper: OrphanReaper
         self._group = asyncio.TaskGroup()
         self._runs: dict[str, Run] = {}
-        self._run_tasks: set[asyncio.Task[None]] = set()
+        self._no_runs = asyncio.Event()  # set when the last run has closed
         self._requests: set[asyncio.Task[Any]] = set()
         self._claiming = False
         self._claims: dict[asyncio.Future[list[Job]], int] = {}  # the claims that are in the store, with their limits
@@ -118,6 +120,7 @@ class Dispatcher:
 
     async def __aenter__(self) -> Self:
         identity = await self._store.get_identity()
+        self._timers = timers = TimerWheel()
         self._context = RunContext(
             config=self._config,
             tls=self._tls,
@@ -125,11 +128,13 @@ class Dispatcher:
             notifier=self._notifier,
             find_host=self._registry.find_host,
             identity=identity,
+            timers=timers,
             # Calls without a run here are orphans.
             capabilities=HostCapabilities(
-                identity, lambda host, calls: self._orphan_reaper.reap_calls(host, calls, self._context)
+                identity, timers, lambda host, calls: self._orphan_reaper.reap_calls(host, calls, self._context)
             ),
-            connections=ConnectionPool(),
+            connections=ConnectionPool(timers),
+            writes=StoreWrites(timers),
             wall=self._wall,
         )
         self._report_config(self._config, frozenset())
@@ -279,7 +284,7 @@ class Dispatcher:
             registry_loaded=self._registry.is_ready,
             config=self._config,
             active_calls=len(self._runs),
-            store_failing=bool(self._context.pending_writes.count),
+            store_failing=self._context.writes.failing,
             timings=self._context.timings.get_phases(job_id),
             now=self._wall(),
         )
@@ -493,7 +498,7 @@ class Dispatcher:
         self._claim_requested = False
         if not self._claiming or not self._registry.is_ready:
             return
-        if self._context.pending_writes.count:  # no new calls while data of the active ones cannot be stored
+        if self._context.writes.failing:  # no new calls while data of the active ones cannot be stored
             self._claim_later()
             return
         limit = min(_CLAIM_SIZE, self._config.max_calls - len(self._runs) - sum(self._claims.values()))
@@ -535,24 +540,18 @@ class Dispatcher:
         A job that was cancelled meanwhile also needs a run, which releases its slot.
         """
         for job in jobs:
-            run = self._runs[job.id] = Run(job, self._context, recovered)
+            run = self._runs[job.id] = Run(job, self._context, self._on_run_closed, recovered)
             if job.id in self._cancelled_before_start:
                 run.cancel_before_start()
-            task = self._group.create_task(self._run_call(run))
-            self._run_tasks.add(task)
-            task.add_done_callback(self._run_tasks.discard)
+            run.start()
         if not self._claims:
             self._cancelled_before_start.clear()
 
-    async def _run_call(self, run: Run) -> None:
-        try:
-            await run.run()
-        except Exception:
-            # An error in one run must not end the others. The next start of the dispatcher recovers this job.
-            log.exception("run failed: internal error", extra=log_fields(run.job))
-        finally:
-            del self._runs[run.job.id]
-            self._claim()
+    def _on_run_closed(self, run: Run) -> None:
+        del self._runs[run.job.id]
+        self._claim()
+        if not self._runs:
+            self._no_runs.set()
 
     async def _shut_down(self) -> None:
         log.info("dispatcher stops", extra={"calls": len(self._runs)})
@@ -563,17 +562,26 @@ class Dispatcher:
             await asyncio.wait(self._claims)
         for run in list(self._runs.values()):
             run.detach()
-        if unfinished := self._run_tasks | self._requests:
-            _, unfinished = await asyncio.wait(unfinished, timeout=_SHUTDOWN_TIMEOUT)
-            if unfinished:
-                log.error("shutdown timeout; jobs will be recovered", extra={"unfinished": len(unfinished)})
-            for task in unfinished:
+        try:
+            async with asyncio.timeout(_SHUTDOWN_TIMEOUT):
+                while self._runs:
+                    self._no_runs.clear()
+                    await self._no_runs.wait()
+                while self._requests:
+                    await asyncio.wait(self._requests)
+        except TimeoutError:
+            unfinished = len(self._runs) + len(self._requests)
+            log.error("shutdown timeout; jobs will be recovered", extra={"unfinished": unfinished})
+            for run in self._runs.values():
+                run.abandon()
+            for task in self._requests:
                 task.cancel()
         for task in self._maintenance:
             task.cancel()
         self._orphan_reaper.stop()
         self._context.connections.close()
         await self._context.capabilities.close()
+        self._timers.close()
 
     def _report_config(self, config: Config, reported: frozenset[str]) -> None:
         for key in config.ignored:

@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 
 from harp.protocol.ends import Failed, Returned
-from harp.protocol.harpd import Ack, ListCalls
+from harp.protocol.harpd import Ack, ListCalls, Phase, encode_request
+from harp_daemon.timer_wheel import TimerWheel
 from harpcaller.config import Config
-from harpcaller.hosts.connection import open_connection
+from harpcaller.hosts.connection import MessageQueue, open_connection
 from harpcaller.hosts.inventory import Host
 from harpcaller.hosts.tls import HostTLS
 from harpcaller.model.jobs import StopState
@@ -318,9 +319,11 @@ async def test_host_that_does_not_read_is_disconnected(tmp_path: Path) -> None:
 
     config = Config(stream_directory=tmp_path)
     with playing(tmp_path, deaf) as peer:
-        conn = await open_connection(Host("web01", "127.0.0.1", peer.port, "u", "p"), HostTLS(config), config)
-        conn.send_request(ListCalls("owner", "u", "p"))
-        reading = asyncio.create_task(conn.read())
+        host = Host("web01", "127.0.0.1", peer.port, "u", "p")
+        conn = await open_connection(host, HostTLS(config), config, TimerWheel())
+        messages = MessageQueue(conn)
+        conn.send_request(encode_request(ListCalls("owner", "u", "p")), Phase.SENT_LIST, messages)
+        reading = asyncio.create_task(messages.receive())
         received = 0
         while not reading.done() and received < 1_000_000:
             for _ in range(1000):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import re
@@ -228,7 +229,8 @@ async def test_start_cancelled_while_connecting_is_not_sent(tmp_path: Path, monk
     async def connect(*arguments: Any) -> HarpdConnection:
         conn = await open_connection(*arguments)
         connected.set()
-        await cancelled.wait()
+        with contextlib.suppress(asyncio.CancelledError):
+            await cancelled.wait()
         return conn
 
     def script(conn: PeerConnection) -> None:

@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import pytest
 
+from harp_daemon.timer_wheel import TimerWheel
 from harpcaller.config import Config
 from harpcaller.hosts import pool as pool_module
 from harpcaller.hosts.connection import HarpdConnection
@@ -29,7 +30,7 @@ class FakeConnection:
         self.has_heartbeat = True
         self.end: str | None = None
 
-    def stop_heartbeat(self) -> None:
+    def finish_request(self) -> None:
         self.has_heartbeat = False
 
     def close(self) -> None:
@@ -56,7 +57,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 async def test_pool_returns_the_last_used_connection_first() -> None:
-    pool = ConnectionPool()
+    pool = ConnectionPool(TimerWheel())
     first, second = put(pool, FakeConnection()), put(pool, FakeConnection())
     assert not any(conn.has_heartbeat for conn in (first, second))
     assert [get(pool) for _ in range(3)] == [second, first, None]
@@ -65,7 +66,7 @@ async def test_pool_returns_the_last_used_connection_first() -> None:
 
 
 async def test_pool_separates_hosts_and_tls_settings() -> None:
-    pool = ConnectionPool()
+    pool = ConnectionPool(TimerWheel())
     conn = put(pool, FakeConnection())
     assert get(pool, WEB02) is None
     assert get(pool, tls=HostTLS(Config())) is None
@@ -75,7 +76,7 @@ async def test_pool_separates_hosts_and_tls_settings() -> None:
 
 @pytest.mark.parametrize(("keep_alive", "seconds"), [(4.0, 2.0), (20.0, 10.0), (3600.0, 10.0)])
 async def test_pool_expires_after_half_of_the_grant_or_10_s(clock: Any, keep_alive: float, seconds: float) -> None:
-    pool = ConnectionPool()
+    pool = ConnectionPool(TimerWheel())
     young = put(pool, FakeConnection(keep_alive))
     clock.now += seconds - 0.01
     assert get(pool) is young
@@ -87,7 +88,7 @@ async def test_pool_expires_after_half_of_the_grant_or_10_s(clock: Any, keep_ali
 
 
 async def test_pool_skips_connections_that_broke() -> None:
-    pool = ConnectionPool()
+    pool = ConnectionPool(TimerWheel())
     good, broken = put(pool, FakeConnection()), put(pool, FakeConnection())
     broken.is_reusable = False
     assert get(pool) is good
@@ -96,7 +97,7 @@ async def test_pool_skips_connections_that_broke() -> None:
 
 
 async def test_pool_closes_connections_without_keep_alive() -> None:
-    pool = ConnectionPool()
+    pool = ConnectionPool(TimerWheel())
     assert put(pool, FakeConnection(None)).end == "closed"
     broken = FakeConnection()
     broken.is_reusable = False
@@ -105,7 +106,7 @@ async def test_pool_closes_connections_without_keep_alive() -> None:
 
 
 async def test_pool_is_limited_per_host_and_in_total() -> None:
-    pool = ConnectionPool()
+    pool = ConnectionPool(TimerWheel())
     web01 = [put(pool, FakeConnection()) for _ in range(257)]
     web02 = [put(pool, FakeConnection(), WEB02) for _ in range(256)]
     web03 = put(pool, FakeConnection(), Host("web03", "127.0.0.3", 4306, "u", "p"))
@@ -118,7 +119,7 @@ async def test_pool_is_limited_per_host_and_in_total() -> None:
 
 async def test_pool_closes_expired_connections_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pool_module, "_MAX_IDLE", 0.05)
-    pool = ConnectionPool()
+    pool = ConnectionPool(TimerWheel())
     conn = put(pool, FakeConnection())
     await eventually(lambda: conn.end == "closed", what="the expired connection closed")
     assert get(pool) is None

@@ -14,8 +14,10 @@ import pytest
 import trustme
 
 from harp_daemon.settings import ConfigError
+from harp_daemon.timer_wheel import TimerWheel
 from harpcaller.config import Config
-from harpcaller.hosts.connecting import connect, to_failed
+from harpcaller.hosts.connecting import to_failed
+from harpcaller.hosts.connection import open_connection
 from harpcaller.hosts.inventory import Host
 from harpcaller.hosts.tls import CertificateRefused, HostTLS, names_host, server_name
 from support.certificates import Certificates, authority
@@ -53,12 +55,12 @@ def host(issued: Issued, hostname: str = "web01", address: str = "127.0.0.1") ->
 async def outcome(tls: HostTLS, host: Host) -> str | None:
     """Return None if the host's certificate is accepted, otherwise the message of the job's error."""
     try:
-        _, writer = await connect(host, tls, 30.0)
+        conn = await open_connection(host, tls, Config(), TimerWheel())
     except (CertificateRefused, OSError) as error:
         end = to_failed(error, host, "connecting")
         assert end.type == ("certificate_error" if isinstance(error, CertificateRefused) else "network_error")
         return end.message
-    writer.transport.abort()
+    conn.abort()
     return None
 
 

@@ -10,9 +10,9 @@ import errno
 import os
 import socket
 import ssl
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 from harp.protocol.ends import Failed
 from harp.protocol.json_text import Raw, dumps
@@ -37,6 +37,8 @@ _ERRNO_BY_CLASS = {
     ConnectionAbortedError: errno.ECONNABORTED,
     BrokenPipeError: errno.EPIPE,
 }
+
+P = TypeVar("P", bound=asyncio.Protocol)
 
 _RESOLVER_ERRORS = {getattr(socket, name): name for name in dir(socket) if name.startswith("EAI_")}
 
@@ -67,8 +69,14 @@ def map_connect_errors(host: Host) -> Iterator[None]:
         raise HostUnreachable(to_failed(error, host, "connecting")) from error
 
 
-async def connect(host: Host, tls: HostTLS, seconds: float) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    """Connect to a host and check its certificate; `seconds` limits the connecting, and again the handshake.
+async def connect(host: Host, tls: HostTLS, seconds: float, create_protocol: Callable[[], P]) -> P:
+    """Connect to a host and check its certificate; return the protocol of the connection.
+
+    Args:
+        host: the host.
+        tls: checks its certificate.
+        seconds: the maximum time of connecting, and again of the handshake.
+        create_protocol: called for each connection, which may be one whose certificate is refused.
 
     Raises:
         OSError: the host cannot be reached, or the handshake failed.
@@ -78,29 +86,30 @@ async def connect(host: Host, tls: HostTLS, seconds: float) -> tuple[asyncio.Str
     chain_error: str | None = None
     for context in tls.contexts:
         try:
-            reader, writer = await _connect(host, context, seconds)
+            transport, protocol = await _connect(host, context, seconds, create_protocol)
         except ssl.SSLCertVerificationError as error:
             chain_error = error.verify_message
             continue
         try:
-            tls.check_certificate(writer.get_extra_info("ssl_object"), host, chain_error)
+            tls.check_certificate(transport.get_extra_info("ssl_object"), host, chain_error)
         except BaseException:
-            writer.transport.abort()
+            transport.abort()
             raise
-        return reader, writer
+        return protocol
     assert chain_error is not None  # otherwise a context was accepted or another error was raised
     raise tls.chain_refused(chain_error)
 
 
 async def _connect(
-    host: Host, context: ssl.SSLContext, seconds: float
-) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    host: Host, context: ssl.SSLContext, seconds: float, create_protocol: Callable[[], P]
+) -> tuple[asyncio.Transport, P]:
     async with asyncio.timeout(seconds):
         connection = await _connect_any_address(host, seconds)
     # From here the transport owns the socket and closes it, also after a cancellation. If it were closed here too, the
     # loop could still watch its number, which may belong to the next connection.
     async with asyncio.timeout(seconds):
-        return await asyncio.open_connection(
+        return await asyncio.get_running_loop().create_connection(
+            create_protocol,
             sock=connection,
             ssl=context,
             server_hostname=server_name(host.address),

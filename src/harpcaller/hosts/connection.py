@@ -1,9 +1,13 @@
 """A connection to a host's harpd: one request at a time, the messages that answer it, commands to a running call.
 
+No task reads a connection. The event loop passes what it has received to `HarpdConnection.data_received`, which calls
+the request's `Receiver` for each message, for adjacent records once together. A line of more than 64 KiB is decoded in
+a thread; until then the host is not read.
+
 Heartbeats run in both directions, because an open connection does not prove that the peer is alive. Each heartbeat
 echoes the host's latest timestamp. The host measures contact from that timestamp, so it can never count contact that
-the dispatcher did not have. If nothing was received for too long, the connection is aborted and reading ends as if the
-host had closed it. Time in which the dispatcher itself does not read, because the store is slow, is not counted.
+the dispatcher did not have. If nothing was received for too long, the connection is aborted, as if the host had closed
+it. Time in which the dispatcher itself does not read, because the store is slow, is not counted.
 """
 
 from __future__ import annotations
@@ -11,26 +15,19 @@ from __future__ import annotations
 import asyncio
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections import deque
 from itertools import islice, takewhile
 from operator import methodcaller
+from typing import Protocol, cast
 
 from harp.protocol.call_output import RECORD_PREFIX
 from harp.protocol.ends import Failed
 from harp.protocol.fields import ProtocolError, is_count
-from harp.protocol.harpd import (
-    AnyRequest,
-    Command,
-    Heartbeat,
-    Message,
-    Record,
-    ReplyReader,
-    encode_command,
-    encode_request,
-)
+from harp.protocol.harpd import Command, Heartbeat, Message, Phase, Record, ReplyReader, encode_command
 from harp.protocol.json_text import InvalidJSON, Raw, loads
-from harp.protocol.lines import LineBuffer
+from harp.protocol.lines import LineBuffer, LineTooLong
 from harp_daemon.sliced_json import decode_slices, slice_records
+from harp_daemon.timer_wheel import Timer, TimerWheel
 from harpcaller.config import Config
 from harpcaller.hosts.connecting import connect
 from harpcaller.hosts.inventory import Host
@@ -39,91 +36,138 @@ from harpcaller.hosts.tls import HostTLS
 #: A record number that does not exist. Attaching at it is refused with the number of the next record.
 PAST_END = 2**53
 
-_READ_BYTES = 64 * 1024
+#: Maximum length in bytes of a line that is decoded in the event loop.
+_MAX_LOOP_LINE = 64 * 1024
 #: Seconds between two heartbeats, and the number of unanswered ones after which the connection is aborted.
 _HEARTBEAT_INTERVAL, _MAX_MISSED_HEARTBEATS = 15.0, 3
 #: Minimum seconds between two heartbeats, whatever timeout a host sets.
 _MIN_HEARTBEAT_INTERVAL = 0.1
+_HEARTBEAT_PREFIX = b'{"heartbeat":'
 _is_record = methodcaller("startswith", RECORD_PREFIX)
+_is_heartbeat = methodcaller("startswith", _HEARTBEAT_PREFIX)
 #: Maximum bytes of commands that the host has not read.
 _MAX_UNSENT_BYTES = 64 * 1024
+#: Maximum number of messages that a `MessageQueue` holds before its connection is not read.
+_MAX_QUEUED = 64
 
 
-class HarpdConnection:
-    """A connection to a host, ready for a request. The caller closes it. `max_line` limits a received line in bytes."""
+class Receiver(Protocol):
+    """The receiver of one request's messages. It may send commands and close the connection, and must not raise."""
 
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, max_line: int) -> None:
-        self._reader = reader
-        self._writer = writer
+    def on_records(self, records: list[Raw]) -> None:
+        """Receive the next records, at least one."""
+
+    def on_message(self, message: Message) -> None:
+        """Receive the next message; it is not a record."""
+
+    def on_disconnect(self, error: Exception | None) -> None:
+        """Receive the end of the connection, the last event.
+
+        `error` is a `ProtocolError` or `LineTooLong` if the host broke the protocol, an OSError if the connection
+        broke, None if it was closed.
+        """
+
+
+class HarpdConnection(asyncio.Protocol):
+    """A connection to a host, ready for a request; the caller closes it.
+
+    Args:
+        timers: the timers of the event loop.
+        max_line: maximum length of a received line in bytes.
+    """
+
+    def __init__(self, timers: TimerWheel, max_line: int) -> None:
+        self._timers = timers
+        self._transport: asyncio.Transport
         self._lines = LineBuffer(max_line)
+        self._unread: list[bytes] = []  # complete lines; they wait before the first request, or behind a long one
         self._exchange: ReplyReader | None = None
-        self._heartbeat_timer: asyncio.TimerHandle | None = None
+        self._receiver: Receiver | None = None
+        self._decoding = False  # a thread decodes a line
+        self._paused = False  # by the receiver
+        self._is_reading = True
+        self._resuming = False
+        self._ended = False
+        self._end_error: Exception | None = None
+        self._heartbeat_timer: Timer | None = None
         self._peer_time = 0.0
-        self._reading = False
-        self._closed = False
         self._reused_unanswered = False
         #: Monotonic time of the last received data, or of the request.
+        self.last_received_at = self._reading_since = time.monotonic()
+
+    # Called by the event loop.
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """See `asyncio.Protocol`."""
+        self._transport = cast(asyncio.Transport, transport)
+
+    def data_received(self, data: bytes) -> None:
+        """See `asyncio.Protocol`."""
         self.last_received_at = time.monotonic()
-
-    def send_request(self, request: AnyRequest) -> None:
-        """Write the request. It may have reached the host even if the connection breaks at once."""
-        self._reused_unanswered = self._exchange is not None
-        self.last_received_at = time.monotonic()
-        self._exchange = ReplyReader(decode_slices, request)
-        self._writer.write(encode_request(request))
-
-    async def read(self) -> list[bytes] | None:
-        """Return the next complete lines, possibly none; None at the end of the connection.
-
-        Raises:
-            LineTooLong: a line exceeds the maximum length.
-            OSError: the connection broke.
-        """
-        self._reading = True
         try:
-            data = await self._reader.read(_READ_BYTES)
-        finally:
-            self._reading = False
-        self.last_received_at = time.monotonic()
-        return self._lines.feed(data) if data else None
+            self._unread += self._lines.feed(data)
+        except LineTooLong as error:
+            self._end(error)
+        else:
+            self._deliver()
 
-    def parse_line(self, line: bytes) -> Message:
-        """Return the message of the next line.
+    def eof_received(self) -> None:
+        """See `asyncio.Protocol`. The transport closes itself."""
+        self._ended = True
 
-        Raises:
-            ProtocolError: the line is not a message, or the message is not allowed at this point.
+    def connection_lost(self, exc: Exception | None) -> None:
+        """See `asyncio.Protocol`."""
+        self._end(exc)
+
+    # The request.
+
+    def send_request(self, line: bytes, phase: Phase, receiver: Receiver) -> None:
+        """Write a request. It may have reached the host even if the connection breaks at once.
+
+        Args:
+            line: the encoded request.
+            phase: the first phase of the exchange, by the kind of request.
+            receiver: receives the messages, from the next turn of the event loop on.
         """
-        assert self._exchange is not None
-        if self._reused_unanswered and line.startswith(b'{"heartbeat":'):
-            return Heartbeat(0.0)  # it belongs to the previous call on this connection
-        message = self._exchange.read_message(line)
-        self._reused_unanswered = False
-        if isinstance(message, Heartbeat):
-            self._peer_time = message.time
-        return message
+        self._reused_unanswered = self._exchange is not None
+        self.last_received_at = self._reading_since = time.monotonic()
+        self._exchange = ReplyReader(decode_slices)
+        self._exchange.phase = phase
+        self._receiver = receiver
+        self._transport.write(line)
+        if self._unread or self._ended:
+            asyncio.get_running_loop().call_soon(self._continue)
+        self.resume_reading()
 
-    def messages(self, lines: Sequence[bytes]) -> Iterator[Message | list[Raw] | ProtocolError]:
-        """Yield the messages of the lines; adjacent records together as a list.
+    def send_command(self, command: Command) -> None:
+        """Send a command for the attached call. Abort the connection if the host leaves too much unread."""
+        transport = self._transport
+        if not transport.is_closing():
+            transport.write(encode_command(command))
+            if transport.get_write_buffer_size() > _MAX_UNSENT_BYTES:
+                transport.abort()
 
-        The first invalid line yields its `ProtocolError` and ends the iteration.
-        """
-        assert self._exchange is not None
-        at = 0
-        while at < len(lines):
-            run = list(takewhile(_is_record, islice(lines, at, None))) if self._exchange.is_streaming else []
-            records = slice_records(run) if len(run) > 1 else None
-            if records is not None:
-                yield records
-            else:
-                run = run or [lines[at]]
-                try:
-                    for line in run:
-                        message = self.parse_line(line)
-                        yield [Raw(message.data)] if isinstance(message, Record) else message
-                except ProtocolError as error:
-                    yield error
-                    return
-            at += len(run)
+    def finish_request(self) -> None:
+        """Receive no further message of this request: its call has ended. The connection may be used again."""
+        self.stop_heartbeat()
+        self._receiver = None
+        if self._unread:
+            self._drop_idle_lines()
+
+    def pause_reading(self) -> None:
+        """Read no further data; what was read before is still delivered."""
+        self._paused = True
+        self._update_reading()
+
+    @property
+    def is_paused(self) -> bool:
+        """Whether no further data is read."""
+        return self._paused
+
+    def resume_reading(self) -> None:
+        """Read again."""
+        self._paused = False
+        self._update_reading()
 
     @property
     def keep_alive(self) -> float | None:
@@ -133,41 +177,7 @@ class HarpdConnection:
     @property
     def is_reusable(self) -> bool:
         """Whether both sides are open and no partial line was received."""
-        closed = self._reader.at_eof() or self._writer.transport.is_closing()
-        return not closed and not self._lines.pending and self._reader.exception() is None
-
-    def send_command(self, command: Command) -> None:
-        """Send a command for the attached call. Abort the connection if the host leaves too much unread."""
-        transport = self._writer.transport
-        if not transport.is_closing():
-            self._writer.write(encode_command(command))
-            if transport.get_write_buffer_size() > _MAX_UNSENT_BYTES:
-                transport.abort()
-
-    def start_heartbeat(self, peer_time: float, timeout: float, at_once: bool) -> None:
-        """Send heartbeats until `stop_heartbeat`, or until the connection is closed.
-
-        Args:
-            peer_time: the host's timestamp in its acknowledgement.
-            timeout: seconds without a heartbeat after which the host ends the call.
-            at_once: whether to send the first one now. A new call needs none: its request was one.
-        """
-        self._peer_time = peer_time
-        interval = max(_MIN_HEARTBEAT_INTERVAL, min(_HEARTBEAT_INTERVAL, timeout / (_MAX_MISSED_HEARTBEATS + 2)))
-        if at_once:
-            self._send_heartbeat(interval)
-        else:
-            self._schedule_heartbeat(interval)
-
-    def _send_heartbeat(self, interval: float) -> None:
-        if self._reading and time.monotonic() - self.last_received_at > _MAX_MISSED_HEARTBEATS * interval:
-            self._writer.transport.abort()
-            return
-        self.send_command(Heartbeat(self._peer_time))
-        self._schedule_heartbeat(interval)
-
-    def _schedule_heartbeat(self, interval: float) -> None:
-        self._heartbeat_timer = asyncio.get_running_loop().call_later(interval, self._send_heartbeat, interval)
+        return not (self._ended or self._transport.is_closing() or self._lines.pending or self._unread)
 
     @property
     def phase_text(self) -> str:
@@ -181,31 +191,231 @@ class HarpdConnection:
 
     def close(self) -> None:
         """Close the connection after the written data was sent."""
-        self.stop_heartbeat()
-        self._closed = True
-        self._writer.close()
+        self.finish_request()
+        self._transport.close()
 
     def abort(self) -> None:
-        """Close the connection at once; do nothing after `close`, so that written data is still sent."""
-        if not self._closed:
-            self.stop_heartbeat()
-            self._writer.transport.abort()
+        """Close the connection at once."""
+        self._unread.clear()
+        self.finish_request()
+        self._transport.abort()
+
+    # Received lines.
+
+    def _deliver(self) -> None:
+        """Pass the complete lines to the receiver, as far as it can receive them now."""
+        lines, self._unread = self._unread, []
+        at = decode_singly_to = 0
+        while at < len(lines):
+            receiver, exchange = self._receiver, self._exchange
+            if receiver is None or exchange is None or self._decoding:
+                self._keep(lines[at:])
+                return
+            line = lines[at]
+            if len(line) > _MAX_LOOP_LINE:
+                at += 1
+                self._decode_in_thread(line)
+                continue
+            if exchange.is_streaming and at >= decode_singly_to:
+                run = list(takewhile(_is_record, islice(lines, at, None)))
+                if len(run) > 1 and (records := slice_records(run)) is not None:
+                    at += len(run)
+                    receiver.on_records(records)
+                    continue
+                decode_singly_to = at + len(run)
+            at += 1
+            self._receive(self._decode(line))
+
+    def _keep(self, lines: list[bytes]) -> None:
+        self._unread = lines
+        if self._exchange is None:
+            self.pause_reading()  # the host sends before the request, for example to refuse the connection
+        elif self._receiver is None:
+            self._drop_idle_lines()
+
+    def _drop_idle_lines(self) -> None:
+        """Drop the late heartbeats of the last call; a host that sends anything else is disconnected."""
+        if all(map(_is_heartbeat, self._unread)):
+            self._unread.clear()
+        else:
+            self._transport.abort()
+
+    def _continue(self) -> None:
+        """Deliver the lines that were kept, then the end of the connection if it has come."""
+        self._deliver()
+        if self._ended and not self._decoding:
+            self._end(self._end_error)
+
+    def _decode_in_thread(self, line: bytes) -> None:
+        self._decoding = True
+        self._update_reading()
+        decoding = asyncio.get_running_loop().run_in_executor(None, self._decode, line)
+        decoding.add_done_callback(self._on_decoded)
+
+    def _on_decoded(self, decoding: asyncio.Future[Message | ProtocolError]) -> None:
+        self._decoding = False
+        error = decoding.exception()
+        if error is not None:
+            self._end_error = cast(Exception, error)
+            self._ended = True
+        elif self._receiver is not None:
+            self._receive(decoding.result())
+        self._continue()
+        self._update_reading()
+
+    def _update_reading(self) -> None:
+        """Read from the host unless the receiver or a long line forbids it.
+
+        asyncio loses data if reading is paused in the turn of the loop in which it was resumed, and the host closes.
+        """
+        is_reading = not (self._paused or self._decoding)
+        if is_reading is self._is_reading or self._resuming or self._transport.is_closing():
+            return
+        self._is_reading = is_reading
+        if not is_reading:
+            self._transport.pause_reading()
+            return
+        self._reading_since = time.monotonic()
+        self._transport.resume_reading()
+        self._resuming = True
+        asyncio.get_running_loop().call_soon(self._on_resumed)
+
+    def _on_resumed(self) -> None:
+        self._resuming = False
+        self._update_reading()
+
+    def _decode(self, line: bytes) -> Message | ProtocolError:
+        """Return the message of the next line, or the error of an invalid or unexpected line."""
+        assert self._exchange is not None
+        if self._reused_unanswered and line.startswith(_HEARTBEAT_PREFIX):
+            return Heartbeat(0.0)  # it belongs to the previous call on this connection
+        try:
+            message = self._exchange.read_message(line)
+        except ProtocolError as error:
+            return error
+        self._reused_unanswered = False
+        return message
+
+    def _receive(self, message: Message | ProtocolError) -> None:
+        assert self._receiver is not None
+        if isinstance(message, Record):
+            self._receiver.on_records([Raw(message.data)])
+        elif isinstance(message, ProtocolError):
+            self._end(message)
+        else:
+            if isinstance(message, Heartbeat):
+                self._peer_time = message.time
+            self._receiver.on_message(message)
+
+    def _end(self, error: Exception | None) -> None:
+        """Tell the receiver that the connection has ended, after the lines before."""
+        self._ended = True
+        self._end_error = self._end_error or error
+        if self._decoding:
+            return
+        receiver, self._receiver = self._receiver, None
+        self.stop_heartbeat()
+        self._transport.abort()
+        if receiver is not None:
+            receiver.on_disconnect(self._end_error)
+
+    # Heartbeats.
+
+    def start_heartbeat(self, peer_time: float, timeout: float, at_once: bool) -> None:
+        """Send heartbeats until the request is finished or the connection is closed.
+
+        Args:
+            peer_time: the host's timestamp in its acknowledgement.
+            timeout: seconds without a heartbeat after which the host ends the call.
+            at_once: whether to send the first one now. A new call needs none: its request was one.
+        """
+        self._peer_time = peer_time
+        interval = max(_MIN_HEARTBEAT_INTERVAL, min(_HEARTBEAT_INTERVAL, timeout / (_MAX_MISSED_HEARTBEATS + 2)))
+        if at_once:
+            self._send_heartbeat(interval)
+        else:
+            self._schedule_heartbeat(interval)
 
     def stop_heartbeat(self) -> None:
-        """Send no further heartbeat, because the call has ended."""
+        """Send no further heartbeat."""
         if self._heartbeat_timer is not None:
             self._heartbeat_timer.cancel()
             self._heartbeat_timer = None
 
+    def _send_heartbeat(self, interval: float) -> None:
+        silent_since = max(self.last_received_at, self._reading_since)
+        if self._is_reading and time.monotonic() - silent_since > _MAX_MISSED_HEARTBEATS * interval:
+            self._transport.abort()
+            return
+        self.send_command(Heartbeat(self._peer_time))
+        self._schedule_heartbeat(interval)
 
-async def open_connection(host: Host, tls: HostTLS, config: Config, max_line: int = sys.maxsize) -> HarpdConnection:
+    def _schedule_heartbeat(self, interval: float) -> None:
+        self._heartbeat_timer = self._timers.call_later(interval, lambda: self._send_heartbeat(interval))
+
+
+class MessageQueue:
+    """A `Receiver` for a task that waits for the messages of a request one by one; `conn` sends the request."""
+
+    def __init__(self, conn: HarpdConnection) -> None:
+        self._conn = conn
+        self._messages: deque[Message | None] = deque()  # None: the connection has ended
+        self._error: Exception | None = None
+        self._received = asyncio.Event()
+
+    def on_records(self, records: list[Raw]) -> None:
+        """See `Receiver`."""
+        self._add(*map(Record, records))
+
+    def on_message(self, message: Message) -> None:
+        """See `Receiver`."""
+        self._add(message)
+
+    def on_disconnect(self, error: Exception | None) -> None:
+        """See `Receiver`."""
+        self._error = error
+        self._add(None)
+
+    @property
+    def has_next(self) -> bool:
+        """Whether the next message, or the end, has been received."""
+        return bool(self._messages)
+
+    async def receive(self) -> Message | None:
+        """Wait for the next message; return None if the host has closed the connection.
+
+        Raises:
+            ProtocolError, LineTooLong: the host broke the protocol.
+            OSError: the connection broke.
+        """
+        while not self._messages:
+            self._conn.resume_reading()
+            self._received.clear()
+            await self._received.wait()
+        message = self._messages[0]
+        if message is not None:
+            self._messages.popleft()  # the end stays, for further calls
+        elif self._error is not None:
+            raise self._error
+        return message
+
+    def _add(self, *messages: Message | None) -> None:
+        self._messages += messages
+        self._received.set()
+        if len(self._messages) > _MAX_QUEUED:
+            self._conn.pause_reading()
+
+
+async def open_connection(
+    host: Host, tls: HostTLS, config: Config, timers: TimerWheel, max_line: int = sys.maxsize
+) -> HarpdConnection:
     """Connect to a host; a received line may have `record_line` bytes, or `max_line` if that is less.
 
     Raises:
         OSError, CertificateRefused, UnicodeError: see `harpcaller.hosts.connecting.connect`.
     """
-    reader, writer = await connect(host, tls, config.connect_timeout)
-    return HarpdConnection(reader, writer, min(max_line, config.record_line))
+    max_line = min(max_line, config.record_line)
+    return await connect(host, tls, config.connect_timeout, lambda: HarpdConnection(timers, max_line))
 
 
 def parse_end_of_records(error: Failed) -> int:

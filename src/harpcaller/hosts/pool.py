@@ -12,10 +12,10 @@ Spec: docs/protocol.md, Keep-alive.
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections import deque
 
+from harp_daemon.timer_wheel import Timer, TimerWheel
 from harpcaller.hosts.connection import HarpdConnection
 from harpcaller.hosts.inventory import Host
 from harpcaller.hosts.tls import HostTLS
@@ -27,12 +27,13 @@ _MAX_PER_HOST, _MAX_TOTAL = 256, 512
 
 
 class ConnectionPool:
-    """All idle connections of one event loop."""
+    """All idle connections of one event loop, whose timers are `timers`."""
 
-    def __init__(self) -> None:
+    def __init__(self, timers: TimerWheel) -> None:
+        self._timers = timers
         self._connections: dict[tuple[Host, HostTLS], deque[tuple[float, HarpdConnection]]] = {}
         self._count = 0
-        self._cleanup_timer: asyncio.TimerHandle | None = None
+        self._cleanup_timer: Timer | None = None
 
     def get(self, host: Host, tls: HostTLS) -> HarpdConnection | None:
         """Remove and return the connection to this host that was used last; None if there is none."""
@@ -46,17 +47,17 @@ class ConnectionPool:
         return None
 
     def put(self, host: Host, tls: HostTLS, conn: HarpdConnection) -> None:
-        """Add a connection, or close it if it cannot be reused. In both cases written data is still sent."""
+        """Add a connection whose request is done, or close it if it cannot be reused; written data is still sent."""
+        conn.finish_request()
         idle = self._connections.setdefault((host, tls), deque())
         full = len(idle) >= _MAX_PER_HOST or self._count >= _MAX_TOTAL
         if conn.keep_alive is None or not conn.is_reusable or full:
             conn.close()
             return
-        conn.stop_heartbeat()
         idle.append((time.monotonic() + min(_MAX_IDLE, _KEEP_ALIVE_SHARE * conn.keep_alive), conn))
         self._count += 1
         if self._cleanup_timer is None:
-            self._cleanup_timer = asyncio.get_running_loop().call_later(_MAX_IDLE, self._close_expired)
+            self._cleanup_timer = self._timers.call_later(_MAX_IDLE, self._close_expired)
 
     def close(self) -> None:
         """Close all connections."""
@@ -84,4 +85,4 @@ class ConnectionPool:
             if not idle:
                 del self._connections[key]
         if self._count:
-            self._cleanup_timer = asyncio.get_running_loop().call_later(_MAX_IDLE / 2, self._close_expired)
+            self._cleanup_timer = self._timers.call_later(_MAX_IDLE / 2, self._close_expired)

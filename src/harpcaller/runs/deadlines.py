@@ -14,7 +14,7 @@ from harpcaller.hosts.connecting import errno_data
 from harpcaller.model.jobs import Job
 
 #: Seconds after which the dispatcher enforces a limit that the host has not enforced.
-_MARGIN = 15.0
+MARGIN = 15.0
 
 #: Maximum seconds for the delivery of buffered records after the time limit.
 _DELIVERY_TIME = 600.0
@@ -63,7 +63,7 @@ class Deadlines:
         """Postpone the fallback limits while the store cannot store received records."""
         if self._resumable:
             now = time.monotonic()
-            self.deadline = max(self.deadline, now + _MARGIN)
+            self.deadline = max(self.deadline, now + MARGIN)
             self._delivery_deadline = max(self._delivery_deadline, now + _DELIVERY_TIME)
 
     def on_acknowledged(self, elapsed: float | None) -> None:
@@ -73,7 +73,7 @@ class Deadlines:
         self._max_silence = job.timeout
         if elapsed is not None:
             now = self._last_record_at = time.monotonic()
-            deadline = now + job.max_exec_time - elapsed + _MARGIN
+            deadline = now + job.max_exec_time - elapsed + MARGIN
             self.deadline = min(self.deadline, deadline) if self._resumable else deadline
             if not self._delivering:
                 self._delivering = now >= self.deadline
@@ -95,7 +95,7 @@ class Deadlines:
         """Monotonic time at which the dispatcher enforces `deadline`."""
         if not self._resumable:
             return self.deadline
-        return min(max(self.deadline, self._last_record_at + _MARGIN), self._delivery_deadline)
+        return min(max(self.deadline, self._last_record_at + MARGIN), self._delivery_deadline)
 
     def expired(self, host: str, ended: bool) -> Failed | None:
         """Return the end of a job that exceeded a limit, with the host in its message; None if no limit is exceeded."""

@@ -15,11 +15,11 @@ from dataclasses import dataclass, field
 
 from harp.protocol.ends import End, Failed
 from harp.protocol.fields import ProtocolError
-from harp.protocol.harpd import Ack, Acknowledgement, ExitInfo, Record, Release, StopCall, StopReport
+from harp.protocol.harpd import Ack, Acknowledgement, ExitInfo, Phase, Record, Release, StopCall, StopReport
 from harp.protocol.json_text import Raw
 from harp.protocol.lines import LineTooLong
 from harpcaller.hosts.connecting import CONNECT_ERRORS
-from harpcaller.hosts.connection import PAST_END, HarpdConnection, open_connection, parse_end_of_records
+from harpcaller.hosts.connection import PAST_END, HarpdConnection, MessageQueue, open_connection, parse_end_of_records
 from harpcaller.hosts.inventory import Host
 from harpcaller.model.jobs import JobMetadata
 from harpcaller.runs.context import RunContext
@@ -117,49 +117,50 @@ async def _stop_and_release(
     for _ in range(_MAX_ATTACHES):
         if since is None:
             return
-        conn = await open_connection(host, context.tls, context.config)
+        conn = await open_connection(host, context.tls, context.config, context.timers)
         try:
-            conn.send_request(context.attach_request(call, host, since))
-            since = await _await_end(conn, since, store_metadata)
+            messages = MessageQueue(conn)
+            conn.send_request(context.encode_attach(call, host, since), Phase.SENT_ATTACH, messages)
+            since = await _await_end(conn, messages, since, store_metadata)
         finally:
             conn.abort()
 
 
 async def _await_end(
-    conn: HarpdConnection, since: int, store_metadata: Callable[[JobMetadata], Awaitable[None]]
+    conn: HarpdConnection,
+    messages: MessageQueue,
+    since: int,
+    store_metadata: Callable[[JobMetadata], Awaitable[None]],
 ) -> int | None:
     """Stop the call and release it; return the record to attach at again, None if nothing is left to do."""
     acknowledged = False
-    number = since
     stop_report: Raw | None = None
     exit_info: Raw | None = None
-    while (lines := await conn.read()) is not None:
-        for line in lines:
-            match message := conn.parse_line(line):
-                case Acknowledgement(_, terms):
-                    acknowledged = True
-                    conn.send_command(StopCall("orphaned"))
-                    if terms is not None:
-                        conn.start_heartbeat(terms.elapsed, terms.disconnect_timeout, at_once=True)
-                case Record():
-                    number += 1
-                case StopReport(data):
-                    stop_report = Raw(data)
-                case ExitInfo(data):
-                    exit_info = Raw(data)
-                case Failed("records_gone") if not acknowledged:
-                    return parse_end_of_records(message)
-                case Failed() if not acknowledged:
-                    return None
-                case _ if isinstance(message, End):
-                    await store_metadata(JobMetadata(stop_report=stop_report, exit_info=exit_info))
-                    conn.send_command(Release())
-                    while await conn.read() is not None:
-                        pass  # the host closes after the release; an earlier close could overtake the command
-                    return None
-        if number > since:
-            since = number
-            conn.send_command(Ack(number))  # dropped, but acked to the host
+    while (message := await messages.receive()) is not None:
+        match message:
+            case Acknowledgement(_, terms):
+                acknowledged = True
+                conn.send_command(StopCall("orphaned"))
+                if terms is not None:
+                    conn.start_heartbeat(terms.elapsed, terms.disconnect_timeout, at_once=True)
+            case Record():
+                since += 1
+                if not messages.has_next:
+                    conn.send_command(Ack(since))  # dropped, but acked to the host
+            case StopReport(data):
+                stop_report = Raw(data)
+            case ExitInfo(data):
+                exit_info = Raw(data)
+            case Failed("records_gone") if not acknowledged:
+                return parse_end_of_records(message)
+            case Failed() if not acknowledged:
+                return None
+            case _ if isinstance(message, End):
+                await store_metadata(JobMetadata(stop_report=stop_report, exit_info=exit_info))
+                conn.send_command(Release())
+                while await messages.receive() is not None:
+                    pass  # the host closes after the release; an earlier close could overtake the command
+                return None
     return None
 
 

@@ -1,12 +1,10 @@
 """Writes a job's records to the store in batches: records received during a commit go into the next one.
 
-The caller bounds the buffer: it checks `over_soft_limit` and waits for `flush`. If the store fails, the write is
-retried.
+The caller bounds the buffer: it checks `over_soft_limit` and stops reading until the buffer `is_empty`.
 """
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -42,7 +40,7 @@ class RecordWriter:
         self._bytes = 0
         self._longest = 0
         self._in_flight = 0
-        self._task: asyncio.Task[None] | None = None
+        self._when_empty: Callable[[], None] | None = None
         #: Number of records that are stored, or dropped after the end of the job.
         self.count = job.records
         #: Whether the job has ended, so that further records are dropped.
@@ -50,13 +48,18 @@ class RecordWriter:
 
     @property
     def over_soft_limit(self) -> bool:
-        """Whether the caller should wait for `flush` before it adds more."""
+        """Whether the caller should stop reading until the buffer is empty."""
         return self._bytes > _SOFT_LIMIT
 
     @property
     def over_hard_limit(self) -> bool:
         """Whether more is buffered than a host may send without an ack."""
         return self._bytes - self._longest > _HARD_LIMIT
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether all records are stored."""
+        return not (self._in_flight or self._values)
 
     @property
     def next_number(self) -> int:
@@ -70,53 +73,70 @@ class RecordWriter:
             return
         self._values += records
         self._timestamps += [timestamp] * len(records)
-        sizes = [len(record) for record in records]
+        sizes = [*map(len, records)]
         self._bytes += sum(sizes) + _RECORD_OVERHEAD * len(sizes)
         self._longest = max(self._longest, *sizes)
-        if self._task is None or self._task.done():
-            self._task = asyncio.create_task(self._store_batches())
+        if not self._in_flight:
+            self._store_batch()
 
-    async def flush(self) -> None:
-        """Wait until all buffered records are stored."""
-        if self._task is not None:
-            await asyncio.wait([self._task])
+    def when_empty(self, action: Callable[[], None]) -> None:
+        """Run an action as soon as all buffered records are stored: at once, or later; it replaces an earlier one."""
+        if self.is_empty:
+            action()
+        else:
+            self._when_empty = action
 
     def close_at(self, number: int) -> None:
-        """Drop all further records; the next one has this number. Call `flush` before."""
+        """Drop all further records; the next one has this number."""
+        self._drop_buffer()
         self.closed = True
         self.count = number
 
-    def cancel(self) -> None:
-        """Drop the buffered records."""
-        if self._task is not None:
-            self._task.cancel()
+    def abandon(self) -> None:
+        """Drop the buffered records, and do not call `on_stored` any more."""
+        self._drop_buffer()
+        self._when_empty = None
+        self._on_stored = _ignore
 
-    async def _store_batches(self) -> None:
-        try:
-            while self._values and not self.closed:
-                batch = Records(self._values, self._timestamps)
-                self._clear_buffer()
-                self._in_flight = len(batch)
-                append = partial(self._context.store.append_records, self._job_id, self.count, batch)
-                appended = await self._context.retry_until_stored(self._job_id, append)
-                self._in_flight = 0
-                if appended:
-                    self._context.notifier.publish_records(self._job_id, self.count, batch)
-                    self.count += len(batch)
-                    self._on_stored(self.count)
-                else:
-                    self._close(len(batch))
-        except Exception:
-            log.exception("cannot store records: internal error", extra={"job": self._job_id})
-            self._close(self._in_flight)
+    def _store_batch(self) -> None:
+        batch = Records(self._values, self._timestamps)
+        self._drop_buffer()
+        self._in_flight = len(batch)
+        append = partial(self._context.store.append_records, self._job_id, self.count, batch)
+        self._context.writes.begin(self._job_id, append, partial(self._on_appended, batch), self._on_error)
+
+    def _on_appended(self, batch: Records, appended: bool) -> None:
+        self._in_flight = 0
+        if appended:
+            self._context.notifier.publish_records(self._job_id, self.count, batch)
+            self.count += len(batch)
+            if self._values:
+                self._store_batch()
+        else:
+            self._close(len(batch))
+        self._report()
+
+    def _on_error(self, error: Exception) -> None:
+        log.error("cannot store records: internal error", exc_info=error, extra={"job": self._job_id})
+        in_flight, self._in_flight = self._in_flight, 0
+        self._close(in_flight)
+        self._report()
+
+    def _report(self) -> None:
+        self._on_stored(self.count)
+        if self._when_empty is not None and self.is_empty:
+            action, self._when_empty = self._when_empty, None
+            action()
 
     def _close(self, dropped: int) -> None:
         """Drop the buffered records and all further ones."""
         self.closed = True
         self.count += dropped + len(self._values)
-        self._clear_buffer()
-        self._in_flight = 0
-        self._on_stored(self.count)
+        self._drop_buffer()
 
-    def _clear_buffer(self) -> None:
+    def _drop_buffer(self) -> None:
         self._values, self._timestamps, self._bytes, self._longest = [], [], 0, 0
+
+
+def _ignore(_: int) -> None:
+    pass

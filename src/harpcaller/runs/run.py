@@ -1,23 +1,29 @@
 """One job, one call on a host: start it once, store its records, reattach after outages, store its end.
 
-Theory of operation. A `Run` lives as long as its job holds its slot. It starts the call, processes the host's messages
-and attaches to the call again after an outage, until the host reports the end or counts as lost.
+Theory of operation. A `Run` lives as long as its job holds its slot. It is a state object: the connection, the store,
+the timers and the dispatcher call its methods, which change the state and return; it has no task. Its phases:
+
+    CONNECTING -> SENT -> RUNNING -> ENDING -> CLOSED
+                  SENT or RUNNING -> OUTAGE -> SENT, with an attach
+
+It starts the call, processes the host's messages and attaches to the call again after an outage, until the host
+reports the end or counts as lost. All that it holds is a cache of rows that this dispatcher owns: the next dispatcher
+continues from the store and the hosts.
 
 A call is *resumable* if the host's harpd supports it (`harpcaller.hosts.capabilities`). Otherwise it is
 *connection-bound*, as on a legacy harpd: closing the connection stops it without confirmation, and a lost connection
 ends the job.
 
-At most once: the request is written a single time. Nothing is awaited between the last check that the job was not
-cancelled and the write. It is written again only after the host has reported that the start did not happen: because it
-named another instance (``wrong_instance``), or arrived too late. If the connection breaks before the acknowledgement,
-the run attaches: a host that does not hold the call keeps a tombstone for its id from then on.
+At most once: the request is written a single time, in the same step as the last check that the job was not cancelled.
+It is written again only after the host has reported that the start did not happen: because it named another instance
+(``wrong_instance``), or arrived too late. If the connection breaks before the acknowledgement, the run attaches: a host
+that does not hold the call keeps a tombstone for its id from then on.
 
 After a protocol error the host's messages are ignored, except the stop report. The run attaches once more, past the
 last record, only to stop the call.
 
 A cancel or a limit that stops a call stores the job's end first. The stop command is sent when the host can be
-reached, and the stop report is stored when it is received. Waits are interruptible
-(`harpcaller.runs.interruptible_wait`); pending changes are applied after every wait, in one place.
+reached, and the stop report is stored when it is received. The first stored end wins, so writes of one job may overlap.
 """
 
 from __future__ import annotations
@@ -25,10 +31,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from enum import Enum
-from functools import partial
-from typing import Any
+from functools import partial, wraps
+from typing import Any, Concatenate, ParamSpec
 
 from harp.protocol.ends import End, Failed
 from harp.protocol.fields import ProtocolError, is_container
@@ -38,6 +45,7 @@ from harp.protocol.harpd import (
     ExitInfo,
     GrantedTerms,
     Message,
+    Phase,
     RecordTime,
     Release,
     StopCall,
@@ -46,6 +54,8 @@ from harp.protocol.harpd import (
 from harp.protocol.json_text import InvalidJSON, Raw, dumps, loads
 from harp.protocol.lines import LineTooLong
 from harp_daemon.backoff import Backoff
+from harp_daemon.timer_wheel import Timer
+from harpcaller.hosts.capabilities import LEGACY, HostSupport
 from harpcaller.hosts.connecting import (
     HostUnreachable,
     describe_host,
@@ -55,15 +65,16 @@ from harpcaller.hosts.connecting import (
 )
 from harpcaller.hosts.connection import PAST_END, HarpdConnection, open_connection, parse_end_of_records
 from harpcaller.hosts.inventory import Host
-from harpcaller.model.jobs import Job, StopState
+from harpcaller.model.jobs import Job, JobDetails, StopState
 from harpcaller.runs.context import RunContext, log_fields
-from harpcaller.runs.deadlines import Deadlines
-from harpcaller.runs.interruptible_wait import Interrupted, InterruptibleWait
+from harpcaller.runs.deadlines import MARGIN, Deadlines
 from harpcaller.runs.outage import Outage
 from harpcaller.runs.outcome_writer import OutcomeWriter
 from harpcaller.runs.record_writer import RecordWriter
 
 log = logging.getLogger(__name__)
+
+P = ParamSpec("P")
 
 #: Seconds between two attempts to attach to a call, or to start one that was delayed: the first delay, and the longest.
 _MIN_DELAY, _MAX_DELAY = 0.2, 5.0
@@ -74,83 +85,97 @@ _CANCEL_WAIT = 2.0
 #: Maximum number of starts, if the host reports that the earlier ones named another instance.
 _MAX_STARTS = 3
 
+#: Seconds until the limits are checked again while the host is not read.
+_RECHECK = 1.0
+
 _DISPATCHER_STOPPED = Failed(
     "missing_result", "the dispatcher stopped while the job was running; the end of its call is not known"
 )
 _INTERNAL_ERROR = Failed("internal_error", "internal error of the dispatcher; see its log")
 
 
-class Outcome(Enum):
-    """The result of one connection."""
+class RunPhase(Enum):
+    """The phase of a run."""
 
-    FINISHED = "nothing is left to do"
-    DISCONNECTED = "the connection is lost; the call may still be running"
-    WRONG_INSTANCE = "the start did not happen: it named another instance of the supervisor"
-    DELAYED = "the start did not happen: it was delayed for too long"
+    CONNECTING = "the call has not been started"
+    SENT = "a start or an attach was sent, and the host has not replied"
+    RUNNING = "the host has acknowledged the call on the current connection"
+    OUTAGE = "there is no connection; the call may be running"
+    ENDING = "the last write is in progress; no other event matters"
+    CLOSED = "nothing is left to do"
+
+
+def _event(method: Callable[Concatenate[Run, P], None]) -> Callable[Concatenate[Run, P], None]:
+    """Return a method for an event: an internal error in it ends the job, and no other."""
+
+    @wraps(method)
+    def guarded(self: Run, /, *args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            method(self, *args, **kwargs)
+        except Exception as error:  # noqa: BLE001 - logged there
+            self.fail_internally(error)
+
+    return guarded
 
 
 class Run:
-    """The call of one job that holds a slot; `recovered`: an earlier dispatcher may have started the call."""
+    """The call of one job that holds a slot. It is a `harpcaller.hosts.connection.Receiver`.
 
-    def __init__(self, job: Job, context: RunContext, recovered: bool = False) -> None:
+    Args:
+        job: the job.
+        context: its environment.
+        on_closed: called when nothing is left to do: the end is stored, or the call was left to the next dispatcher.
+        recovered: whether an earlier dispatcher may have started the call.
+    """
+
+    def __init__(
+        self, job: Job, context: RunContext, on_closed: Callable[[Run], None], recovered: bool = False
+    ) -> None:
         self.job = job
         self._context = context
+        self._on_closed = on_closed
         self._recovered = recovered
-        self._records = RecordWriter(job, context, self._on_stored)
-        self._outcome = OutcomeWriter(job, context, self.describe_call)
-        self._request_sent = False
-        self._answered = asyncio.Event()  # the host has replied, an outage has begun or the run has ended
-        self._wait = InterruptibleWait()
-        self._detaching = False
-        self._stop_command: StopCall | None = None
+        self._began_at = time.monotonic()
+        self._phase = RunPhase.CONNECTING
+        self._records = RecordWriter(job, context, self._on_records_stored)
+        self._outcome = OutcomeWriter(job, context, self.describe_call, self.fail_internally)
+        self._deadlines = Deadlines(job, context.config.acknowledgement_timeout)
+        self._backoff = Backoff(_MIN_DELAY, _MAX_DELAY)
+        self._timer: Timer | None = None
+        self._opening: asyncio.Task[tuple[HarpdConnection | None, HostSupport]] | None = None
         self._conn: HarpdConnection | None = None
         self._host: Host | None = None
         self._terms: GrantedTerms | None = None
+        self._request_sent = False
         self._resumable = False  # whether the last request was for a resumable call
-        self._deadlines = Deadlines(job, context.config.acknowledgement_timeout)
+        self._answered = asyncio.Event()  # the host has replied, an outage has begun or the run has ended
+        self._stop_command: StopCall | None = None
         self._stop_sent = False  # on the current connection
-        self._remote_ended = False  # the closing line was received, on the current connection
+        self._detaching = False
+        self._ending_job = False  # an end is being stored, and the call is to be stopped after that
+        self._call_ended = False  # the closing line was received, on the current connection
+        self._storing_call_end = False
+        self._has_failed = False
+        self._wrong_instances = 0
         self._attempts = 0
-        self._backoff = Backoff(_MIN_DELAY, _MAX_DELAY)
         #: The current outage; None if there is none.
         self.outage: Outage | None = None
         self._record_time: float | None = None
 
-    async def run(self) -> None:
-        """Run the call. Return when its end is stored, or after `detach`."""
-        begin = time.monotonic()
-        log.info("call recovered" if self._recovered else "call started", extra=log_fields(self.job))
-        try:
-            outcome = await self._run_call()
-        except Exception:
-            log.exception("call failed: internal error", extra=log_fields(self.job))
-            outcome = await self._fail_internally()
-        finally:
-            self._answered.set()
-            self._records.cancel()
-        fields = {**log_fields(self.job), **self._outcome.log_fields, "seconds": round(time.monotonic() - begin, 3)}
-        log.info("call ended" if outcome is Outcome.FINISHED else "call detached", extra=fields)
-
-    async def _run_call(self) -> Outcome:
-        outcome = await (self._recover() if self._recovered else self._start_call())
-        while outcome is Outcome.DISCONNECTED and not self._detaching:
-            outcome = await self._reattach()
-        return outcome
-
-    async def _fail_internally(self) -> Outcome:
-        """End the job after an internal error.
-
-        If the request was sent, the call may be running. The job then holds its slot until the next start of the
-        dispatcher. Its stop is not pending, because no run handles it any more.
-        """
-        sent = self._request_sent
-        if self._outcome.has_ended or not await self._outcome.store_end(
-            _INTERNAL_ERROR, StopState.FAILED if sent else None, sent
-        ):
-            await self._outcome.store_stop(StopState.FAILED if sent else StopState.CONFIRMED, keep_slot=sent)
-        return Outcome.FINISHED
-
     # Requests to the run.
+
+    @_event
+    def start(self) -> None:
+        """Start the call, or attach to the call that an earlier dispatcher has started."""
+        log.info("call recovered" if self._recovered else "call started", extra=log_fields(self.job))
+        if self._recovered:
+            self._recover()
+            return
+        self._host = self._context.find_host(self.job.host)
+        if self._host is None:
+            self._finish(Failed("unknown_host", f"the hosts registry has no host {self.job.host}"))
+        else:
+            self._connect()
 
     async def cancel_call(self, by: str | None) -> None:
         """Stop the call of a job that this client cancelled in the store. It is not started after this returns."""
@@ -161,11 +186,10 @@ class Run:
                     await self._answered.wait()
             except TimeoutError:
                 log.warning("host has not acknowledged cancelled call", extra=log_fields(self.job))
-        self._stop_command = self._stop_command or StopCall("cancelled", by)
-        self._wait.interrupt()
+        self._stop(StopCall("cancelled", by))
 
     def cancel_before_start(self) -> None:
-        """Mark the job as cancelled before `run`: its call is not started, or stopped if it was recovered."""
+        """Mark the job as cancelled before `start`: its call is not started, or stopped if it was recovered."""
         self._outcome.has_ended = True
         self._stop_command = StopCall("cancelled")
 
@@ -174,10 +198,20 @@ class Run:
         """Whether the job has ended: this run has stored its end, or has found or was notified of another end."""
         return self._outcome.has_ended
 
+    @_event
     def detach(self) -> None:
-        """Leave a resumable call to its host, for the next dispatcher; end a connection-bound one."""
+        """Leave a resumable call to its host, for the next dispatcher; end a connection-bound one.
+
+        A call whose request is being sent is left when the host has replied. A write in progress is completed.
+        """
         self._detaching = True
-        self._wait.interrupt()
+        self._detach_if_possible()
+
+    def abandon(self) -> None:
+        """Do nothing more. Writes that have begun may still be completed."""
+        self._leave()
+        self._records.abandon()
+        self._phase = RunPhase.CLOSED
 
     def describe_call(self) -> dict[str, Any]:
         """Return where and how the call runs, for `details`. Spec: docs/protocol.md, Details."""
@@ -208,257 +242,379 @@ class Run:
 
     # The start.
 
-    async def _start_call(self) -> Outcome:
-        job = self.job
-        host = self._host = self._context.find_host(job.host)
-        if host is None:
-            return await self._finish(Failed("unknown_host", f"the hosts registry has no host {job.host}"))
-        wrong_instances = 0
-        while wrong_instances < _MAX_STARTS:
-            match outcome := await self._send_start(host):
-                case Outcome.WRONG_INSTANCE:
-                    wrong_instances += 1
-                case Outcome.DELAYED:
-                    await self._pause_starts()
-                case _:
-                    return outcome
-        return await self._finish(
-            Failed("network_error", f"{describe_host(host)}: its supervisor was restarted at every start")
-        )
+    def _connect(self) -> None:
+        """Start the call on an idle connection, or open one first."""
+        host, context = self._host, self._context
+        assert host is not None
+        if self._stop_command is not None or time.monotonic() >= self._deadlines.deadline:
+            self._finish_unsent()
+            return
+        self._attempts += 1
+        support = context.capabilities.get_known(host) if context.config.resumable_calls else LEGACY
+        conn = None if support is None else context.connections.get(host, context.tls)
+        if support is not None and conn is not None:
+            self._send_start(conn, host, support)
+        else:
+            self._open(host, self._deadlines.deadline)
 
-    async def _pause_starts(self) -> None:
-        """Wait before a start is sent again: the host, or the way to it, was suspended."""
-        self._backoff.record_attempt()
-        with suppress(Interrupted):
-            await self._wait.wait(asyncio.sleep(self._backoff.next_delay()), self._deadlines.deadline)
+    def _open(self, host: Host, deadline: float) -> None:
+        """Open a connection in a task, which is cancelled at the monotonic time `deadline`."""
+        self._opening = asyncio.create_task(self._open_connection(host))
+        self._opening.add_done_callback(self._on_opened)
+        self._set_timer(deadline)
 
-    async def _send_start(self, host: Host) -> Outcome:
-        context = self._context
-        instance = conn = None
-        while conn is None:
-            self._wait.clear()
-            if not self._may_start() or time.monotonic() >= self._deadlines.deadline:
-                return await self._finish_unsent()
-            self._attempts += 1
-            try:
-                with map_connect_errors(host):
-                    if context.config.resumable_calls:
-                        query = context.capabilities.get_instance(host, context.tls, context.config)
-                        instance = await self._wait.wait(query, self._deadlines.deadline)
-                    conn = context.connections.get(host, context.tls)
-                    if conn is None:
-                        connecting = open_connection(host, context.tls, context.config)
-                        conn = await self._wait.wait(connecting, self._deadlines.deadline)
-            except Interrupted:
-                continue
-            except HostUnreachable as unreachable:
-                return await self._finish(unreachable.error)
-        request = context.start_request(self.job, host, instance)
-        # Nothing may be awaited between this check and the write.
-        if not self._may_start():
-            conn.abort()
-            return await self._finish_unsent()
-        conn.send_request(request)
-        self._request_sent = True
-        self._answered.clear()
-        self._resumable = instance is not None
-        return await self._process_messages(conn, host)
+    async def _open_connection(self, host: Host) -> tuple[HarpdConnection | None, HostSupport]:
+        """Return a connection, and what the host supports; no connection if that excludes an attach."""
+        context, support = self._context, LEGACY
+        with map_connect_errors(host):
+            if self._phase is RunPhase.OUTAGE or context.config.resumable_calls:
+                support = await context.capabilities.get(host, context.tls, context.config)
+            if self._phase is RunPhase.OUTAGE and support.instance is None and self._terms is None:
+                return None, support
+            return await open_connection(host, context.tls, context.config, context.timers), support
 
-    def _may_start(self) -> bool:
-        return self._stop_command is None
-
-    async def _finish_unsent(self) -> Outcome:
-        if self._outcome.has_ended:
-            return await self._finish_stop(StopState.CONFIRMED)
-        return await self._finish(self._deadlines.max_exec_time_error())
-
-    # One connection.
-
-    async def _process_messages(self, conn: HarpdConnection, host: Host) -> Outcome:
-        """Process the host's messages until the connection has a result, then close it."""
-        self._conn = conn
-        self._remote_ended = False
-        self._deadlines.on_request_sent(reattach=self.outage is not None)
-        try:
-            while True:
-                try:
-                    if (outcome := await self._apply_pending(conn, host)) is not None:
-                        return outcome
-                    if self._records.over_soft_limit if self._terms is None else self._records.over_hard_limit:
-                        await self._wait.wait(self._records.flush())
-                        self._deadlines.on_message()
-                        continue
-                    lines = await self._wait.wait(conn.read(), self._deadlines.next_deadline(self._outcome.has_ended))
-                except Interrupted:
-                    continue
-                except LineTooLong as error:
-                    return await self._on_protocol_error(error, host)
-                except OSError as error:
-                    return await self._on_disconnect(to_failed(error, host, conn.phase_text), host)
-                if lines is None:
-                    closed = Failed(
-                        "network_error", f"{describe_host(host)}: it closed the connection {conn.describe_state()}"
-                    )
-                    return await self._on_disconnect(closed, host)
-                for message in conn.messages(lines):
-                    self._deadlines.on_message()
-                    if isinstance(message, ProtocolError):
-                        return await self._on_protocol_error(message, host)
-                    if (outcome := await self._on_message(message, conn, host)) is not None:
-                        return outcome
-                if self._records.closed:
-                    self._on_stored(self._records.count)
-        finally:
-            if self._conn is not None:
-                self._conn = None
+    @_event
+    def _on_opened(self, opening: asyncio.Task[tuple[HarpdConnection | None, HostSupport]]) -> None:
+        if opening.cancelled():
+            return
+        error = opening.exception()
+        conn, support = (None, LEGACY) if error is not None else opening.result()
+        if opening is not self._opening:  # the run has given it up
+            if conn is not None:
                 conn.abort()
+            return
+        self._opening = None
+        host = self._host
+        assert host is not None
+        if isinstance(error, HostUnreachable):
+            self._on_unreachable(error.error)
+        elif error is not None:
+            raise error
+        elif self._phase is RunPhase.CONNECTING:
+            assert conn is not None
+            self._send_start(conn, host, support)
+        elif conn is None:
+            self._on_legacy_host(host)
+        else:
+            line = self._context.encode_attach(self.job.id, host, self._records.next_number)
+            self._send(conn, line, Phase.SENT_ATTACH)
 
-    async def _apply_pending(self, conn: HarpdConnection, host: Host) -> Outcome | None:
-        """Apply limits, stops and `detach`; return an outcome if the connection is no longer needed."""
-        self._wait.clear()
-        if self._context.pending_writes.count:
-            self._deadlines.postpone()  # records that were received in time may not be stored yet
-        if self._records.closed and not self._outcome.has_ended:
-            await self._end_job(_INTERNAL_ERROR, "internal_error")
-        elif (end := self._deadlines.expired(describe_host(host), self._outcome.has_ended)) is not None:
-            if not self._deadlines.acknowledged and self._resumable and end.type != "timeout":
-                self._begin_outage(end.message)  # attaching will show whether the call has started
-                return Outcome.DISCONNECTED
-            await self._end_job(end, "limit")
+    def _on_unreachable(self, error: Failed) -> None:
+        if self.outage is None:
+            self._finish(error)
+        else:
+            self.outage.record_error(f"{error.type}: {error.message}")
+            self._reattach_later()
+
+    def _send_start(self, conn: HarpdConnection, host: Host, support: HostSupport) -> None:
         if self._stop_command is not None:
-            if not self._resumable:
-                self._answered.set()
-                return await self._finish_stop(StopState.UNKNOWN)  # closing the connection stops the call
-            if self._deadlines.acknowledged:
-                self._send_stop(conn)
-        if self._detaching and self._deadlines.acknowledged:
-            if self._terms is not None:
-                return Outcome.DISCONNECTED
-            return await self._finish(_DISPATCHER_STOPPED, stop=StopState.UNKNOWN)
-        return None
+            conn.abort()
+            self._finish_unsent()
+            return
+        line = self._context.encode_start(self.job, host, support)
+        self._request_sent, self._resumable = True, support.instance is not None
+        self._answered.clear()
+        self._send(conn, line, Phase.SENT_RESUMABLE if self._resumable else Phase.SENT)
 
-    def _send_stop(self, conn: HarpdConnection) -> None:
-        if self._stop_command is not None and not self._stop_sent:
-            self._stop_sent = True
-            conn.send_command(self._stop_command)
+    def _send(self, conn: HarpdConnection, line: bytes, exchange: Phase) -> None:
+        self._conn = conn
+        self._phase = RunPhase.SENT
+        self._stop_sent = self._call_ended = False
+        self._deadlines.on_request_sent(reattach=self.outage is not None)
+        conn.send_request(line, exchange, self)
+        self._set_timer(self._deadlines.next_deadline(self._outcome.has_ended))
 
-    async def _on_message(self, message: Message | list[Raw], conn: HarpdConnection, host: Host) -> Outcome | None:
+    def _finish_unsent(self) -> None:
+        if self._outcome.has_ended:
+            self._finish_stop(StopState.CONFIRMED)
+        else:
+            self._finish(self._deadlines.max_exec_time_error())
+
+    def _start_again(self, error: Failed) -> bool:
+        """Start a refused call again; return False if the host may have started it, or would refuse it again."""
+        if error.type == "wrong_instance":
+            assert self._host is not None
+            self._context.capabilities.invalidate(self._host)
+            self._wrong_instances += 1
+            if self._wrong_instances == _MAX_STARTS:
+                message = f"{describe_host(self._host)}: its supervisor was restarted at every start"
+                self._finish(Failed("network_error", message))
+                return True
+        elif not _was_delayed(error):
+            return False
+        # The call does not run, so a cancel or an internal error has nothing to stop.
+        self._request_sent = False
+        self._phase = RunPhase.CONNECTING
+        self._drop_connection()
+        if error.type == "wrong_instance":
+            self._connect()
+        else:  # the host, or the way to it, was suspended
+            self._backoff.record_attempt()
+            self._set_timer(min(time.monotonic() + self._backoff.next_delay(), self._deadlines.deadline))
+        return True
+
+    # Messages of the host.
+
+    @_event
+    def on_records(self, records: list[Raw]) -> None:
+        """See `Receiver`."""
+        if self._phase is not RunPhase.RUNNING or self._call_ended:
+            return
+        self._deadlines.on_message()
+        self._deadlines.on_record()
+        self._records.add_records(records, self._context.wall() if self._record_time is None else self._record_time)
+        if self._records.closed:
+            self._on_records_stored(self._records.count)
+        elif self._records.over_soft_limit if self._terms is None else self._records.over_hard_limit:
+            assert self._conn is not None
+            self._conn.pause_reading()
+
+    @_event
+    def on_message(self, message: Message) -> None:
+        """See `Receiver`."""
+        if self._phase not in (RunPhase.SENT, RunPhase.RUNNING):
+            return
+        self._deadlines.on_message()
         match message:
-            case list(records):
-                self._deadlines.on_record()
-                self._records.add_records(
-                    records, self._context.wall() if self._record_time is None else self._record_time
-                )
             case RecordTime(made_at):
                 self._record_time = made_at
             case Acknowledgement(_, terms):
-                await self._on_acknowledged(terms, conn, host)
+                self._on_acknowledged(terms)
             case ExitInfo(data):
                 self._outcome.exit_info = Raw(data)
             case StopReport(data):
                 self._outcome.stop_report = Raw(data)
-                if self._remote_ended:
-                    return await self._on_call_finished(conn)
-            case Failed() if not self._deadlines.acknowledged:
-                return await self._on_refused(message, host)
-            case _ if isinstance(message, End):
-                if self._terms is None:
-                    return await self._finish(message)
-                self._remote_ended = True
-                return await self._on_call_finished(conn, message)
-        return None
+                if self._call_ended and not self._storing_call_end:
+                    self._store_call_end(None)
+            case Failed() if self._phase is RunPhase.SENT:
+                self._on_refused(message)
+            case _ if isinstance(message, End) and not self._call_ended:
+                self._on_call_ended(message)
 
-    async def _on_acknowledged(self, terms: GrantedTerms | None, conn: HarpdConnection, host: Host) -> None:
+    def _on_acknowledged(self, terms: GrantedTerms | None) -> None:
+        conn = self._conn
+        assert conn is not None
+        self._phase = RunPhase.RUNNING
         self._answered.set()
         self._deadlines.on_acknowledged(None if terms is None else terms.elapsed)
         self._terms = terms
-        if terms is None:
-            if self._resumable:  # the host was downgraded to a legacy harpd
-                self._resumable = False
-                self._context.capabilities.set_legacy(host)
-            return
-        self._stop_sent = False
-        self._send_stop(conn)  # at once: the next message may break the connection
-        again = self.outage is not None
-        if self.outage is not None:
-            outage, self.outage = self.outage, None
-            log.info("outage ended", extra={**log_fields(self.job), "attempts": outage.attempts})
-        conn.start_heartbeat(terms.elapsed, terms.disconnect_timeout, at_once=again)
+        if terms is None and self._resumable:  # the host was downgraded to a legacy harpd
+            assert self._host is not None
+            self._resumable = False
+            self._context.capabilities.set_legacy(self._host)
+        if terms is not None:
+            again = self.outage is not None
+            if self.outage is not None:
+                outage, self.outage = self.outage, None
+                log.info("outage ended", extra={**log_fields(self.job), "attempts": outage.attempts})
+            conn.start_heartbeat(terms.elapsed, terms.disconnect_timeout, at_once=again)
+        self._set_timer(self._deadlines.next_deadline(self._outcome.has_ended))
+        self._check_records()
+        self._apply_stop()
+        self._detach_if_possible()
 
-    async def _on_refused(self, error: Failed, host: Host) -> Outcome:
+    def _on_refused(self, error: Failed) -> None:
         """Handle an error instead of the acknowledgement."""
         self._answered.set()
-        if self.outage is not None:  # the request was an attach
-            match error.type:
-                case "no_such_call":
-                    return await self._on_unknown_call(host)
-                case "records_gone":
-                    return await self._on_records_gone(error, host)
-                case _:
-                    self.outage.record_error(f"{describe_host(host)}: {error.type}: {error.message}")
-                    return Outcome.DISCONNECTED
-        if self._resumable and (retry := _reason_to_retry(error)) is not None:
-            self._request_sent = False  # the call does not run, so a cancel or an internal error has nothing to stop
-            if retry is Outcome.WRONG_INSTANCE:
-                self._context.capabilities.invalidate(host)
-            return retry
-        return await self._finish(error)
+        host = self._host
+        assert host is not None
+        if self.outage is None:
+            if not (self._resumable and self._start_again(error)):
+                self._finish(error)
+        elif error.type == "no_such_call":
+            self._on_unknown_call(host)
+        elif error.type == "records_gone":
+            self._on_records_gone(error, host)
+        else:
+            self._lose_contact(f"{describe_host(host)}: {error.type}: {error.message}")
 
-    async def _on_call_finished(self, conn: HarpdConnection, end: End | None = None) -> Outcome | None:
-        """Store the end of a call. Return None if processes survive, because more messages follow."""
-        await self._records.flush()
+    def _on_call_ended(self, end: End) -> None:
+        """Handle the closing line."""
+        if self._terms is None:
+            self._finish(end)
+            return
+        self._call_ended = self._storing_call_end = True
+        self._records.when_empty(lambda: self._store_call_end(end))
+
+    def _store_call_end(self, end: End | None) -> None:
+        """Store the end of a call, or with None only a later state of its stop."""
+        self._storing_call_end = True
         report = self._outcome.stop_report
         survives = report is not None and bool(StopReport(report).survivors)
         stop = StopState.FAILED if survives else StopState.CONFIRMED
-        if (
-            end is None
-            or self._outcome.has_ended
-            or not await self._outcome.store_end(end, None if report is None else stop, survives)
-        ):
-            await self._finish_stop(stop, survives)
-        if survives:
-            log.error("processes survive on host", extra=log_fields(self.job))
-            return None
-        await asyncio.sleep(0)  # waiting clients are notified first
-        conn.send_command(Release())
-        assert self._host is not None
-        self._conn = None  # the pool owns it now
-        self._context.connections.put(self._host, self._context.tls, conn)
-        return Outcome.FINISHED
+        on_stored = partial(self._on_call_end_stored, report, survives)
+        self._outcome.store_outcome(end, on_stored, None if report is None else stop, stop, survives)
 
-    async def _on_disconnect(self, end: Failed, host: Host) -> Outcome:
-        """Handle a broken connection."""
-        if not self._resumable:
-            self._answered.set()
-            if self._outcome.has_ended:
-                return await self._finish_stop(StopState.UNKNOWN)
-            return await self._finish(end)
-        self._begin_outage(end.message)
-        return Outcome.DISCONNECTED
+    def _on_call_end_stored(self, report: Raw | None, survives: bool) -> None:
+        self._storing_call_end = False
+        if self._phase is RunPhase.CLOSED:
+            return
+        if not survives:
+            self._phase = RunPhase.ENDING
+            asyncio.get_running_loop().call_soon(self._release)  # waiting clients are notified first
+            return
+        log.error("processes survive on host", extra=log_fields(self.job))
+        if self._outcome.stop_report is not report:  # another one was received meanwhile
+            self._store_call_end(None)
+        elif self._conn is None:
+            self._lose_contact("the connection broke after the end of the call")
+        else:
+            self._detach_if_possible()
 
-    async def _on_protocol_error(self, error: ProtocolError | LineTooLong, host: Host) -> Outcome:
+    @_event
+    def _release(self) -> None:
+        """Send the release, and keep the connection for the next call."""
+        conn, self._conn = self._conn, None
+        if conn is not None:
+            assert self._host is not None
+            conn.send_command(Release())
+            self._context.connections.put(self._host, self._context.tls, conn)
+        self._close("call ended")
+
+    # The end of a connection.
+
+    @_event
+    def on_disconnect(self, error: Exception | None) -> None:
+        """See `Receiver`."""
+        if self._phase not in (RunPhase.SENT, RunPhase.RUNNING):
+            return
+        conn, host = self._conn, self._host
+        assert conn is not None
+        assert host is not None
+        if self._storing_call_end:
+            self._conn = None
+        elif isinstance(error, (ProtocolError, LineTooLong)):
+            self._on_protocol_error(error, host)
+        elif error is None:
+            message = f"{describe_host(host)}: it closed the connection {conn.describe_state()}"
+            self._on_lost_connection(Failed("network_error", message))
+        else:
+            self._on_lost_connection(to_failed(error, host, conn.phase_text))
+
+    def _on_lost_connection(self, end: Failed) -> None:
+        if self._resumable:
+            self._lose_contact(end.message)
+        elif self._outcome.has_ended:
+            self._finish_stop(StopState.UNKNOWN)
+        else:
+            self._finish(end)
+
+    def _on_protocol_error(self, error: ProtocolError | LineTooLong, host: Host) -> None:
         """End the job after a protocol error. Reattaching would repeat the error."""
         end = to_protocol_error(error, host)
-        if self._resumable and self._deadlines.acknowledged:
-            await self._records.flush()
-            end = Failed(end.type, f"{end.message} (expected record {self._records.next_number})")
-            await self._end_job(end, "protocol_error")
-            self._records.close_at(PAST_END)
-        return await self._on_disconnect(end, host)
+        if self._phase is RunPhase.RUNNING and self._resumable:
+            self._begin_outage(end.message)
+            message = f"{end.message} (expected record {self._records.next_number})"
+            self._end_job(Failed(end.type, message), "protocol_error", PAST_END)
+        else:
+            self._on_lost_connection(end)
 
     # Limits.
 
-    async def _end_job(self, end: Failed, why: str) -> None:
-        """Store an end of the job, and stop its call."""
-        if not self._outcome.has_ended:
+    @_event
+    def _on_timer(self) -> None:
+        self._timer = None
+        if self._phase is RunPhase.OUTAGE:
+            if self._give_up_opening():
+                assert self.outage is not None
+                self.outage.record_error(self.outage.error or "connecting took too long")
+            self._reattach()
+        elif self._phase is RunPhase.CONNECTING:
+            self._give_up_opening()
+            self._connect()
+        elif self._phase in (RunPhase.SENT, RunPhase.RUNNING):
+            self._check_limits()
+
+    def _check_limits(self) -> None:
+        host, conn = self._host, self._conn
+        assert host is not None
+        if self._call_ended:
+            return
+        if self._context.writes.failed_within(MARGIN):
+            self._deadlines.postpone()  # records that were received in time may not be stored yet
+        if conn is not None and conn.is_paused:
+            self._set_timer(time.monotonic() + _RECHECK)
+            return
+        end = self._deadlines.expired(describe_host(host), self._outcome.has_ended)
+        if end is None:
+            self._set_timer(self._deadlines.next_deadline(self._outcome.has_ended))
+        elif self._phase is RunPhase.SENT and self._resumable and end.type != "timeout":
+            self._lose_contact(end.message)  # attaching will show whether the call has started
+        else:
+            self._end_job(end, "limit")
+
+    def _end_job(self, end: Failed, why: str, next_record: int | None = None) -> None:
+        """Store an end of the job, then stop its call.
+
+        With `next_record`, the records received so far are stored before, and all further ones are dropped; the first
+        of these has that number.
+        """
+        if self._ending_job:
+            return
+        self._ending_job = True
+        if next_record is None:
+            self._store_job_end(end, why, None)
+        else:
+            self._records.when_empty(partial(self._store_job_end, end, why, next_record))
+
+    @_event
+    def _store_job_end(self, end: Failed, why: str, next_record: int | None) -> None:
+        on_stored = partial(self._on_job_ended, why, next_record)
+        if self._outcome.has_ended:
+            on_stored(True)
+        else:
             stopped = dumps({"why": why, "by": "dispatcher", "at": self._context.wall()})
-            if not await self._outcome.store_end(end, StopState.PENDING, True, stopped):
-                return  # the job was cancelled; `cancel_call` follows
-        self._stop_command = self._stop_command or StopCall(why, "dispatcher")
+            self._outcome.store_end(end, on_stored, StopState.PENDING, True, stopped)
+
+    def _on_job_ended(self, why: str, next_record: int | None, stored: bool) -> None:
+        self._ending_job = False
+        if next_record is not None:
+            self._records.close_at(next_record)
+        if stored:  # otherwise the job was cancelled, and `cancel_call` follows
+            self._stop_command = self._stop_command or StopCall(why, "dispatcher")
+        if self._phase is RunPhase.OUTAGE:
+            self._reattach_later()
+        elif self._phase in (RunPhase.SENT, RunPhase.RUNNING):
+            self._set_timer(self._deadlines.next_deadline(self._outcome.has_ended))
+            self._apply_stop()
+            self._detach_if_possible()
+
+    # Stops.
+
+    @_event
+    def _stop(self, command: StopCall) -> None:
+        self._stop_command = self._stop_command or command
+        self._apply_stop()
+
+    def _apply_stop(self) -> None:
+        """Stop the call if that was requested and is possible now."""
+        if self._stop_command is None:
+            return
+        match self._phase:
+            case RunPhase.CONNECTING:
+                self._give_up_opening()
+                self._finish_unsent()
+            case RunPhase.SENT | RunPhase.RUNNING if not self._resumable:
+                self._answered.set()
+                self._finish_stop(StopState.UNKNOWN)  # closing the connection stops the call
+            case RunPhase.RUNNING if self._conn is not None and not self._stop_sent:
+                self._stop_sent = True
+                self._conn.send_command(self._stop_command)
+            case RunPhase.OUTAGE if self._opening is None:
+                self._reattach()
+
+    def _detach_if_possible(self) -> None:
+        if not self._detaching or self._ending_job or self._storing_call_end:
+            return
+        if self._phase is RunPhase.OUTAGE or (self._phase is RunPhase.RUNNING and self._terms is not None):
+            self._close("call detached")
+        elif self._phase is RunPhase.RUNNING:
+            self._finish(_DISPATCHER_STOPPED, StopState.UNKNOWN)
 
     # Outages.
 
     def _begin_outage(self, error: str) -> None:
+        """Leave the connection; the caller attaches again later."""
         if self.outage is None:
             now = time.monotonic()
             received_at = self._conn.last_received_at if self._conn is not None else now
@@ -467,130 +623,204 @@ class Run:
             if self._host is not None:
                 self._context.capabilities.invalidate(self._host)
         self.outage.record_error(error)
+        self._leave()
+        self._phase = RunPhase.OUTAGE
         self._answered.set()
 
-    async def _recover(self) -> Outcome:
-        """Prepare to attach to the call of an earlier dispatcher."""
+    def _lose_contact(self, error: str) -> None:
+        """Handle a connection that is of no more use; the call may be running."""
+        self._begin_outage(error)
+        self._reattach_later()
+
+    def _recover(self) -> None:
+        """Attach to the call of an earlier dispatcher."""
+        self._phase = RunPhase.OUTAGE
         self._request_sent = self._resumable = True
         self._answered.set()
-        read = partial(self._context.store.get_details, self.job.id)
-        stop_request = (await self._context.retry_until_stored(self.job.id, read)).metadata.stop_request
         self.outage = Outage.begin(0.0, self._context.wall())
-        if self.job.end is not None and self._stop_command is None:
-            stopped = loads(stop_request) if stop_request else {}
-            self._stop_command = StopCall(str(stopped.get("why", "cancelled")), stopped.get("by"))
-        return Outcome.DISCONNECTED
+        if self.job.end is None or self._stop_command is not None:
+            self._reattach()
+            return
+        read = partial(self._context.store.get_details, self.job.id)
+        self._context.writes.begin(self.job.id, read, self._on_stop_request_read, self.fail_internally)
 
-    async def _reattach(self) -> Outcome:
+    def _on_stop_request_read(self, details: JobDetails) -> None:
+        stop_request = details.metadata.stop_request
+        stopped = loads(stop_request) if stop_request else {}
+        self._stop_command = StopCall(str(stopped.get("why", "cancelled")), stopped.get("by"))
+        if self._phase is RunPhase.OUTAGE:
+            self._reattach()
+
+    def _reattach_later(self) -> None:
         """Attach to the call, after a delay if the last attempt failed."""
+        self._detach_if_possible()
+        if self._phase is not RunPhase.OUTAGE:
+            return
         assert self.outage is not None
-        outage, context = self.outage, self._context
-        lost_at = outage.deadline(self._host_timeout())
-        try:
-            if delay := self._backoff.next_delay():
-                await self._wait.wait(asyncio.sleep(delay), lost_at)
-        except Interrupted:
-            self._wait.clear()
-            if self._detaching:
-                return Outcome.DISCONNECTED
+        if delay := self._backoff.next_delay():
+            self._set_timer(min(time.monotonic() + delay, self.outage.deadline(self._host_timeout())))
+        else:
+            self._reattach()
+
+    def _reattach(self) -> None:
+        assert self.outage is not None
+        if self._ending_job:
+            return  # it is called again when the end is stored
+        lost_at = self.outage.deadline(self._host_timeout())
         if time.monotonic() >= lost_at:
-            return await self._declare_host_lost()
+            self._declare_host_lost()
+            return
         self._attempts += 1
         self._backoff.record_attempt()
-        outage.attempts += 1
-        self._host = host = context.find_host(self.job.host) or self._host
-        if host is None:
-            outage.record_error(f"the hosts registry has no host {self.job.host}")
-            return Outcome.DISCONNECTED
-        self._wait.clear()
-        conn: HarpdConnection | None = None
-        try:
-            with map_connect_errors(host):
-                query = context.capabilities.get_instance(host, context.tls, context.config)
-                instance = await self._wait.wait(query, lost_at)
-                if instance is None and self._terms is None:
-                    return await self._on_legacy_host(host)
-                conn = await self._wait.wait(open_connection(host, context.tls, context.config), lost_at)
-        except Interrupted:
-            outage.record_error(outage.error or "connecting took too long")
-        except HostUnreachable as unreachable:
-            outage.record_error(f"{unreachable.error.type}: {unreachable.error.message}")
-        if conn is None:
-            return Outcome.DISCONNECTED
-        conn.send_request(context.attach_request(self.job.id, host, self._records.next_number))
-        return await self._process_messages(conn, host)
+        self.outage.attempts += 1
+        self._host = self._context.find_host(self.job.host) or self._host
+        if self._host is None:
+            self.outage.record_error(f"the hosts registry has no host {self.job.host}")
+            self._reattach_later()
+        else:
+            self._open(self._host, lost_at)
 
     def _host_timeout(self) -> float:
         """Return the seconds of an outage after which the host has certainly stopped the call."""
         terms, after = self._terms, self._context.config.host_timeout
         return after if terms is None else max(after, terms.disconnect_timeout + 2 * terms.kill_grace + 5.0)
 
-    async def _declare_host_lost(self) -> Outcome:
+    def _declare_host_lost(self) -> None:
         """End the job or its stop, because the host counts as lost; its slot is released."""
         assert self.outage is not None
         outage = self.outage.as_json()
         message = f"host {self.job.host} could not be reached for {self._host_timeout():g} s, {self.outage.describe()}"
         if not self._outcome.has_ended:
-            return await self._finish(Failed("host_lost", message, dumps(outage)), StopState.FAILED)
-        return await self._finish_stop(StopState.FAILED, stop_report=dumps({"host_lost": outage}))
+            self._finish(Failed("host_lost", message, dumps(outage)), StopState.FAILED)
+        else:
+            self._finish_stop(StopState.FAILED, dumps({"host_lost": outage}))
 
-    async def _on_unknown_call(self, host: Host) -> Outcome:
+    def _on_unknown_call(self, host: Host) -> None:
         assert self.outage is not None
         if self._outcome.has_ended:
-            return await self._finish_stop(StopState.CONFIRMED, stop_report=Raw(b'{"known":false}'))
+            self._finish_stop(StopState.CONFIRMED, Raw(b'{"known":false}'))
+            return
         message = f"{describe_host(host)} does not hold the job's call: it was never started, or its end was lost"
-        return await self._finish(Failed("missing_result", f"{message}; outage {self.outage.describe()}"))
+        self._finish(Failed("missing_result", f"{message}; outage {self.outage.describe()}"))
 
-    async def _on_legacy_host(self, host: Host) -> Outcome:
+    def _on_legacy_host(self, host: Host) -> None:
         """End the job of an earlier dispatcher on a legacy harpd: the call ended with its connection."""
         if self._outcome.has_ended:
-            return await self._finish_stop(StopState.UNKNOWN)
+            self._finish_stop(StopState.UNKNOWN)
+            return
         message = f"the dispatcher stopped while the job was running; {describe_host(host)} cannot resume calls"
-        return await self._finish(Failed("missing_result", message), StopState.UNKNOWN)
+        self._finish(Failed("missing_result", message), StopState.UNKNOWN)
 
-    async def _on_records_gone(self, error: Failed, host: Host) -> Outcome:
+    def _on_records_gone(self, error: Failed, host: Host) -> None:
         """End the job: the host has deleted records that are not stored, for example after a restored backup."""
-        assert self.outage is not None
         message = f"{describe_host(host)}: records of the job are lost from number {self._records.next_number} on"
         try:
             end = parse_end_of_records(error)
         except ProtocolError as invalid:
-            self.outage.record_error(to_protocol_error(invalid, host).message)
-            return Outcome.DISCONNECTED
-        await self._records.flush()
-        await self._end_job(Failed("missing_result", message), "records_gone")
-        self._records.close_at(end)
-        self.outage.record_error(message)
-        return Outcome.DISCONNECTED
+            self._lose_contact(to_protocol_error(invalid, host).message)
+            return
+        self._begin_outage(message)
+        self._end_job(Failed("missing_result", message), "records_gone", end)
 
     # The end of the job.
 
-    async def _finish(self, end: End, stop: StopState | None = None) -> Outcome:
+    def _finish(self, end: End, stop: StopState | None = None) -> None:
         """Store the end of a job whose call has ended or was never started; its slot is released."""
-        await self._records.flush()
-        if not await self._outcome.store_end(end, stop):
-            await self._finish_stop(
-                stop or (StopState.CONFIRMED if self._terms or not self._deadlines.acknowledged else StopState.UNKNOWN)
-            )
-        return Outcome.FINISHED
+        is_confirmed = self._terms is not None or not self._deadlines.acknowledged
+        of_ended = stop or (StopState.CONFIRMED if is_confirmed else StopState.UNKNOWN)
+        self._phase = RunPhase.ENDING
+        self._records.when_empty(lambda: self._outcome.store_outcome(end, self._on_finished, stop, of_ended))
 
-    async def _finish_stop(self, stop: StopState, keep_slot: bool = False, stop_report: Raw | None = None) -> Outcome:
-        await self._outcome.store_stop(stop, keep_slot, stop_report)
-        return Outcome.FINISHED
+    def _finish_stop(self, stop: StopState, stop_report: Raw | None = None) -> None:
+        self._phase = RunPhase.ENDING
+        self._outcome.store_stop(stop, self._on_finished, stop_report=stop_report)
 
-    def _on_stored(self, count: int) -> None:
+    def _on_finished(self) -> None:
+        self._close("call ended")
+
+    def fail_internally(self, error: Exception) -> None:
+        """End the job after an internal error.
+
+        If the request was sent, the call may be running. The job then holds its slot until the next start of the
+        dispatcher. Its stop is not pending, because no run handles it any more.
+        """
+        if self._phase is RunPhase.CLOSED:
+            return
+        log.error("call failed: internal error", exc_info=error, extra=log_fields(self.job))
+        if self._has_failed:
+            self._close("call ended")  # the next start of the dispatcher recovers this job
+            return
+        self._has_failed = True
+        self._leave()
+        self._phase = RunPhase.ENDING
+        sent = self._request_sent
+        self._outcome.store_outcome(
+            _INTERNAL_ERROR,
+            self._on_finished,
+            StopState.FAILED if sent else None,
+            StopState.FAILED if sent else StopState.CONFIRMED,
+            keep_slot=sent,
+        )
+
+    @_event
+    def _on_records_stored(self, count: int) -> None:
+        conn = self._conn
         if not self._records.closed:
             self._backoff.reset()
-        if self._conn is not None and self._terms is not None and self._deadlines.acknowledged:
-            self._conn.send_command(Ack(count))
+        if self._phase is not RunPhase.RUNNING or conn is None:
+            return
+        if self._terms is not None:
+            conn.send_command(Ack(count))
+        self._check_records()
+        if conn.is_paused and self._records.is_empty:
+            self._deadlines.on_message()
+            conn.resume_reading()
+
+    def _check_records(self) -> None:
+        """End a job whose records cannot be stored: an internal error, or the job was cancelled a moment ago."""
+        if self._records.closed and not self._outcome.has_ended:
+            self._end_job(_INTERNAL_ERROR, "internal_error")
+
+    def _close(self, event: str) -> None:
+        if self._phase is not RunPhase.CLOSED:
+            self.abandon()
+            self._answered.set()
+            seconds = round(time.monotonic() - self._began_at, 3)
+            log.info(event, extra={**log_fields(self.job), **self._outcome.log_fields, "seconds": seconds})
+            self._on_closed(self)
+
+    # Resources.
+
+    def _leave(self) -> None:
+        """Close the connection, or stop opening one; cancel the timer."""
+        self._give_up_opening()
+        self._set_timer(None)
+        self._drop_connection()
+
+    def _give_up_opening(self) -> bool:
+        """Stop opening a connection; return whether one was being opened."""
+        opening, self._opening = self._opening, None
+        if opening is not None:
+            opening.cancel()
+        return opening is not None
+
+    def _drop_connection(self) -> None:
+        conn, self._conn = self._conn, None
+        if conn is not None:
+            conn.abort()
+
+    def _set_timer(self, when: float | None) -> None:
+        """Call `_on_timer` at a monotonic time; None: not at all. It replaces the earlier time."""
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = None
+        if when is not None:
+            self._timer = self._context.timers.call_later(when - time.monotonic(), self._on_timer)
 
 
-def _reason_to_retry(error: Failed) -> Outcome | None:
-    """Return why a host that replies this error has certainly not started the call; None if a retry is useless."""
-    if error.type == "wrong_instance":
-        return Outcome.WRONG_INSTANCE
+def _was_delayed(error: Failed) -> bool:
+    """Return whether the host has not started a call because the request was delayed for too long."""
     if error.type == "call_refused" and isinstance(error.data, Raw) and is_container(error.data, (dict,)):
         with suppress(InvalidJSON):
-            if loads(error.data).get("reason") == "delayed":
-                return Outcome.DELAYED
-    return None
+            return bool(loads(error.data).get("reason") == "delayed")
+    return False
