@@ -613,3 +613,11 @@ def test_stop_without_root_sends_report(tmp_path: Path) -> None:
             stop_report, _, pids = stop_resisting(supervisor, pids_file)
         assert dead(pids)
         assert (stop_report["found"], stop_report["survivors"], stop_report["complete"]) == (5, [], True)
+
+
+def test_start_with_huge_integer_limits_is_accepted(supervisor: Supervisor) -> None:
+    limits: dict[str, Any] = dict.fromkeys(("disconnect_timeout", "result_ttl", "timeout", "max_exec_time"), 10**400)
+    with supervisor.call_resumable("same", 5, **limits) as call:
+        assert call.line()["stream_result"] is False
+        assert read_end(call)[-1] == {"result": 5}
+        assert release(call) == []

@@ -22,13 +22,12 @@ from pathlib import Path
 from typing import TypeAlias
 
 from harp.protocol.ends import Returned
-from harp.protocol.json_text import Raw
+from harp.protocol.json_text import Raw, dumps
 from harpcaller.model.jobs import NO_METADATA, JobMetadata, NewJob, State
 from harpcaller.store import StorageError
 from harpcaller.store.sqlite import SQLiteStore, open_store
 from harpd.processes.cookie import cookie_for
 from harpd.processes.process_tree import CallTree
-from harpd.supervisor.state_entries import CallState
 from harpd.supervisor.state_files import StateFiles
 
 Scenario: TypeAlias = Callable[[Path, Callable[[], None], Callable[[], None]], None]
@@ -106,7 +105,7 @@ def fill_states(directory: Path, take_room: Callable[[], None], make_room: Calla
     """Write states until the disk is full; return the ids of the calls that have an entry at the end."""
 
     def write(call_id: str) -> None:
-        states.write(call_id, CallState(CallTree(2**22 + 1, 5, cookie_for(call_id)), {"resumable": "x" * 2000}))
+        states.write(call_id, CallTree(2**22 + 1, 5, cookie_for(call_id)), dumps("x" * 2000))
 
     states = StateFiles(directory, "old")
     take_room()

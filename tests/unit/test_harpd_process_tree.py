@@ -275,6 +275,8 @@ def test_timers_run_in_order_unless_cancelled(caplog: pytest.LogCaptureFixture) 
     for number in (3, 1, 2):
         loop.call_later(number / 1000, lambda number=number: fired.append(number))  # type: ignore[misc]
     loop.call_later(0.0015, lambda: fired.append(9)).cancel()
+    for seconds in (1.0, 1e9):
+        loop.call_later(seconds, lambda: fired.append(9))
     loop.call_later(0, fail)  # must not stop the others
     loop.call_later(0.004, loop.stop)
     loop.run()

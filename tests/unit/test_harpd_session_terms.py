@@ -4,28 +4,38 @@ from __future__ import annotations
 
 import pytest
 
+from harp.protocol.json_text import loads
 from harpd.supervisor.resumable_session import SessionTerms
 
 TERMS = SessionTerms("owner", "digest", 240.0, 300.0, 600.0, 86400.0, True)
 
 
 def test_session_terms_stored_are_decoded_unchanged() -> None:
-    assert SessionTerms.decode(TERMS.encode()) == TERMS
+    assert SessionTerms.decode(loads(TERMS.encode())) == TERMS
 
 
 @pytest.mark.parametrize(
     "damage",
-    [{"timeout": "soon"}, {"timeout": None}, {"result_ttl": []}, {"disconnect_timeout": {}}, {"max_exec_time": "1h"}],
+    [
+        {"timeout": "soon"},
+        {"timeout": None},
+        {"result_ttl": []},
+        {"disconnect_timeout": {}},
+        {"max_exec_time": "1h"},
+        *({"timeout": seconds} for seconds in (0, -1.0, True, 10**400, float("inf"))),
+        {"owner": 5},
+        {"secret": None},
+    ],
     ids=str,
 )
 def test_session_terms_of_wrong_type_are_rejected(damage: dict[str, object]) -> None:
     with pytest.raises((TypeError, ValueError)):
-        SessionTerms.decode(TERMS.encode() | damage)
+        SessionTerms.decode(loads(TERMS.encode()) | damage)
 
 
 @pytest.mark.parametrize("key", list(SessionTerms.__slots__))
 def test_session_terms_without_a_key_are_rejected(key: str) -> None:
-    stored = TERMS.encode()
+    stored = loads(TERMS.encode())
     del stored[key]
     with pytest.raises(KeyError):
         SessionTerms.decode(stored)

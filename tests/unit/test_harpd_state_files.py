@@ -14,17 +14,16 @@ import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from harp.protocol.json_text import Raw, dumps
 from harpd.processes.cgroup import create_cgroup
 from harpd.processes.cookie import cookie_for
 from harpd.processes.process_tree import CallTree, take_snapshot
 from harpd.processes.procfs import start_time
 from harpd.supervisor.state_entries import (
     ENTRY_SIZE,
-    CallState,
     InvalidEntry,
     Purpose,
     decode_entry,
@@ -112,8 +111,8 @@ def lives(pid: int) -> bool:
     return found is not None and found.alive
 
 
-def record(call_id: str, pid: int, **more: Any) -> CallState:
-    return CallState(CallTree(pid, start_time(pid), cookie_for(call_id)), more)
+def tree(call_id: str, pid: int) -> CallTree:
+    return CallTree(pid, start_time(pid), cookie_for(call_id))
 
 
 def clean_up_fully(records: StateFiles, until_gone: bool = True) -> list[CleanupResult]:
@@ -129,13 +128,13 @@ def test_clean_up_kills_and_reports_once(
     supervisors: Supervisors, tmp_path: Path, old: StateFiles, new: StateFiles
 ) -> None:
     with process("a") as pid:
-        old.write("a", record("a", pid, resumable=1))
+        old.write("a", tree("a", pid), Raw(b'{"owner":"o"}'))
         assert new.clean_up() == CleanupResult()  # the supervisor lives
         supervisors.kill(old)
         found = clean_up_fully(new)
         assert not lives(pid)
         assert sum(result.killed for result in found) == 1
-        assert [result.calls["a"].session["resumable"] for result in found if result.calls] == [1]
+        assert [result.calls["a"].session for result in found if result.calls] == [{"owner": "o"}]
         assert new.clean_up() == CleanupResult()
         assert read_entries(tmp_path) == {}
 
@@ -146,8 +145,8 @@ def test_clean_up_ignores_state_of_an_earlier_boot(
     """Its pid may belong to another process now."""
     call_id = str(uuid.uuid4())
     with process(call_id) as pid:
-        old.write(call_id, record(call_id, pid))
-        content = encode_state(call_id, str(uuid.uuid4()), record(call_id, pid))
+        old.write(call_id, tree(call_id, pid), None)
+        content = encode_state(call_id, str(uuid.uuid4()), tree(call_id, pid), None)
         (tmp_path / "calls" / "old.1").write_bytes(encode_entry(Purpose.STOP_AND_REPORT, content))
         supervisors.kill(old)
         result = new.clean_up()
@@ -156,7 +155,7 @@ def test_clean_up_ignores_state_of_an_earlier_boot(
 
 def test_clean_up_reports_ended_call_without_kill(supervisors: Supervisors, old: StateFiles, new: StateFiles) -> None:
     with process("a") as pid:
-        old.write("a", record("a", pid))
+        old.write("a", tree("a", pid), None)
         old.mark_ended("a")
         supervisors.kill(old)
         assert list(new.clean_up().calls) == ["a"]
@@ -165,7 +164,7 @@ def test_clean_up_reports_ended_call_without_kill(supervisors: Supervisors, old:
 
 def test_clean_up_kills_reported_call_silently(supervisors: Supervisors, old: StateFiles, new: StateFiles) -> None:
     with process("a") as pid:
-        old.write("a", record("a", pid))
+        old.write("a", tree("a", pid), None)
         old.mark_reported("a")
         supervisors.kill(old)
         found = clean_up_fully(new)
@@ -186,7 +185,7 @@ def test_clean_up_kills_reported_call_silently(supervisors: Supervisors, old: St
     ],
 )
 def test_entry_is_cleared_when_done(tmp_path: Path, new: StateFiles, order: str) -> None:
-    new.write("a", CallState(CallTree(1, 2, cookie_for("a")), {}))
+    new.write("a", CallTree(1, 2, cookie_for("a")), None)
     for step in order.split():
         getattr(new, step)("a")
     assert read_entries(tmp_path) == {}
@@ -194,7 +193,7 @@ def test_entry_is_cleared_when_done(tmp_path: Path, new: StateFiles, order: str)
 
 def test_close_leaves_survivors_only(supervisors: Supervisors, tmp_path: Path, old: StateFiles) -> None:
     for call_id in ("a", "b", "c"):
-        old.write(call_id, CallState(CallTree(1, 2, cookie_for(call_id)), {}))
+        old.write(call_id, CallTree(1, 2, cookie_for(call_id)), None)
     old.mark_ended("b")
     old.mark_reported("c")
     old.close()
@@ -207,7 +206,7 @@ def test_close_leaves_survivors_only(supervisors: Supervisors, tmp_path: Path, o
 @pytest.mark.parametrize("name", [".made", "made.2", "made.10", "made"])
 def test_clean_up_leaves_other_files(tmp_path: Path, new: StateFiles, name: str) -> None:
     """A file that is just being created does not belong to a dead supervisor; another version is not read."""
-    content = encode_state("a", BOOT, CallState(CallTree(2, 2, cookie_for("a")), {}))
+    content = encode_state("a", BOOT, CallTree(2, 2, cookie_for("a")), None)
     (tmp_path / "calls" / name).write_bytes(encode_entry(Purpose.STOP_AND_REPORT, content))
     assert new.clean_up() == CleanupResult()
     assert (tmp_path / "calls" / name).exists()
@@ -215,7 +214,7 @@ def test_clean_up_leaves_other_files(tmp_path: Path, new: StateFiles, name: str)
 
 def test_clean_up_kills_fork_loop(supervisors: Supervisors, tmp_path: Path, old: StateFiles, new: StateFiles) -> None:
     with hopping(tmp_path, HARPD_CALL="a") as group:
-        old.write("a", CallState(CallTree(group, 0, cookie_for("a")), {}))
+        old.write("a", CallTree(group, 0, cookie_for("a")), None)
         supervisors.kill(old)
         clean_up_fully(new)
         assert not group_lives(group)
@@ -234,7 +233,7 @@ def test_clean_up_kills_fork_loop_in_cgroup(
             ending.enter_context(hopping(tmp_path, session=True))
         finally:
             (place.parent / "cgroup.procs").write_text(str(os.getpid()))
-        old.write("a", CallState(CallTree(os.getpid(), 0, cookie_for("a"), group), {}))
+        old.write("a", CallTree(os.getpid(), 0, cookie_for("a"), group), None)
         supervisors.kill(old)
         clean_up_fully(new)
         assert not Path(group.path).exists()
@@ -249,7 +248,7 @@ def test_clean_up_survivors_are_reported_and_left(
     with process("a") as pid, process("b") as other, freezer() as cold:
         cold.freeze(pid)
         for call_id, main in (("a", pid), ("b", other)):
-            old.write(call_id, record(call_id, main))
+            old.write(call_id, tree(call_id, main), None)
         supervisors.kill(old)
         result = new.clean_up()
         assert result.calls.keys() == {"a", "b"}
@@ -278,7 +277,7 @@ def test_clean_up_survivors_are_reported_and_left(
 def test_clean_up_reports_end_of_survivors(supervisors: Supervisors, old: StateFiles, new: StateFiles) -> None:
     with process("a") as pid, freezer() as cold:
         cold.freeze(pid)
-        old.write("a", record("a", pid))
+        old.write("a", tree("a", pid), None)
         supervisors.kill(old)
         (first,) = clean_up_fully(new, until_gone=False)
         assert [one["pid"] for one in first.stop_reports["a"]["survivors"]] == [pid]
@@ -303,7 +302,7 @@ IDS = ("first", "second", "third")
 
 def intact_file() -> bytes:
     """Return a state file of three calls whose processes are gone."""
-    contents = [encode_state(one, BOOT, CallState(CallTree(2**22 + 1, 5, cookie_for(one)), {})) for one in IDS]
+    contents = [encode_state(one, BOOT, CallTree(2**22 + 1, 5, cookie_for(one)), None) for one in IDS]
     return b"".join(encode_entry(Purpose.STOP_AND_REPORT, content).ljust(ENTRY_SIZE, b"\0") for content in contents)
 
 
@@ -347,7 +346,7 @@ def test_clean_up_reads_valid_entries_beside_damaged_ones(supervisors: Superviso
 
 
 def test_decode_entry_rejects_every_flipped_bit_and_cut() -> None:
-    whole = encode_entry(Purpose.ONLY_STOP, encode_state("a", BOOT, CallState(CallTree(2, 2, cookie_for("a")), {})))
+    whole = encode_entry(Purpose.ONLY_STOP, encode_state("a", BOOT, CallTree(2, 2, cookie_for("a")), None))
     for at in range(len(whole)):
         damaged = [whole[:at], *(whole[:at] + bytes([whole[at] ^ 1 << bit]) + whole[at + 1 :] for bit in range(8))]
         for data in damaged:
@@ -405,10 +404,10 @@ def test_clean_up_other_start_time_or_cookie_kills_nothing(
 ) -> None:
     with process("a") as pid:
         states = [
-            ("a", CallState(CallTree(pid, start_time(pid) + 1, cookie_for("a")), {})),
-            ("b", CallState(CallTree(pid, start_time(pid) - 1, cookie_for("b")), {})),
+            ("a", CallTree(pid, start_time(pid) + 1, cookie_for("a"))),
+            ("b", CallTree(pid, start_time(pid) - 1, cookie_for("b"))),
         ]
-        contents = [encode_state(call_id, BOOT, state) for call_id, state in states]
+        contents = [encode_state(call_id, BOOT, other, None) for call_id, other in states]
         data = [encode_entry(Purpose.STOP_AND_REPORT, content).ljust(ENTRY_SIZE, b"\0") for content in contents]
         (tmp_path / "calls" / "dead.1").write_bytes(b"".join(data))
         result = new.clean_up()
@@ -450,14 +449,14 @@ def test_entries_are_reserved_in_a_file_without_holes(tmp_path: Path, new: State
 def test_entries_are_used_again(tmp_path: Path, new: StateFiles) -> None:
     for number in range(1000):
         call_id = f"call-{number}"
-        new.write(call_id, CallState(CallTree(2, 2, cookie_for(call_id)), {}))
+        new.write(call_id, CallTree(2, 2, cookie_for(call_id)), None)
         new.remove(call_id)
     assert os.stat(tmp_path / "calls" / "new.1").st_size <= 64 * ENTRY_SIZE
 
 
 def test_state_too_long_for_its_entry_is_an_error(tmp_path: Path, new: StateFiles) -> None:
     with pytest.raises(OSError, match="at most 4096 bytes"):
-        new.write("a", CallState(CallTree(2, 2, cookie_for("a")), {"resumable": "x" * ENTRY_SIZE}))
+        new.write("a", CallTree(2, 2, cookie_for("a")), dumps("x" * ENTRY_SIZE))
     new.mark_ended("a")
     new.remove("a")
     assert read_entries(tmp_path) == {}

@@ -8,9 +8,7 @@ it.
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable, Mapping
-from types import MappingProxyType
-from typing import Any
+from collections.abc import Callable
 
 from harp.protocol.harpd import Acknowledgement, encode_message
 from harp.protocol.json_text import Raw
@@ -30,7 +28,7 @@ class BoundSession:
         on_disconnected: called once, when the connection is closed.
     """
 
-    stored_state: Mapping[str, Any] = MappingProxyType({})
+    stored_session: Raw | None = None
     call: Call  # set before the connection can become ready
 
     def __init__(

@@ -21,7 +21,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Protocol
@@ -35,7 +35,6 @@ from harpd.processes.cookie import cookie_for
 from harpd.processes.process_tree import CallTree, Snapshot, send_signal
 from harpd.supervisor.event_loop import READ, WRITE, EventLoop, Timer
 from harpd.supervisor.spool import GUARANTEED_BYTES, SpoolQuota
-from harpd.supervisor.state_entries import CallState
 from harpd.supervisor.state_files import StateFiles
 from harpd.supervisor.termination import TerminationSequence
 from harpd.supervisor.zygote_client import ZygoteClient
@@ -79,8 +78,8 @@ class CallObserver(Protocol):
     """The receiver of a call's output and end."""
 
     @property
-    def stored_state(self) -> Mapping[str, Any]:
-        """The members of the call's state for a later supervisor; empty: no dispatcher attaches to it."""
+    def stored_session(self) -> Raw | None:
+        """The session for a later supervisor, a JSON object; None: no dispatcher attaches to it."""
 
     @property
     def full(self) -> bool:
@@ -191,7 +190,7 @@ class Call:
         self._fork_seconds = time.monotonic() - self._requested_at
         self._tree = CallTree(pid, start, cookie_for(self.id), worker.cgroup)
         try:
-            context.state_files.write(self.id, CallState(self._tree, self._observer.stored_state))
+            context.state_files.write(self.id, self._tree, self._observer.stored_session)
         except OSError as error:  # it is needed only if this supervisor is killed
             log.error("cannot write state of call", extra={**self._fields, "reason": str(error)})
         log.info("call started", extra={**self._fields, "pid": pid})
@@ -520,7 +519,7 @@ class Call:
 
         A resumable session needs it until its end is reported.
         """
-        if self._observer.stored_state:
+        if self._observer.stored_session is not None:
             self._context.state_files.mark_ended(self.id)
         else:
             self._context.state_files.remove(self.id)

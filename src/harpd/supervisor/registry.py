@@ -22,7 +22,7 @@ from harp.protocol.fields import check, is_count, is_seconds, member_value, requ
 from harp.protocol.harpd import CallList, encode_message
 from harp.protocol.json_text import JSONObject, dumps
 from harpd.supervisor.event_loop import EventLoop
-from harpd.supervisor.resumable_session import ResumableSession, SessionTerms
+from harpd.supervisor.resumable_session import MAX_SECONDS, ResumableSession, SessionTerms
 from harpd.supervisor.spool import SpoolQuota
 from harpd.supervisor.state_entries import CallState, Purpose
 from harpd.supervisor.state_files import StateFiles
@@ -116,14 +116,17 @@ class CallRegistry:
         for call_id in stop_reports.keys() & self._sessions.keys() - calls.keys():
             self._sessions[call_id].on_closed(dumps(stop_reports[call_id]))
         for call_id, state in calls.items():
-            try:
-                terms = SessionTerms.decode(state.session["resumable"])
-            except (KeyError, TypeError, ValueError):
+            if state.session is None:
                 continue  # a connection-bound call: no dispatcher attaches to it
+            try:
+                terms = SessionTerms.decode(state.session)
+            except (KeyError, TypeError, ValueError) as error:
+                log.warning("cannot read state of call", extra={"call": call_id, "reason": repr(error)})
+                continue
             session = self._add_session(call_id, terms, self._loop.now())
             session.adopt(dumps(stop_reports[call_id]) if call_id in stop_reports else None)
             try:  # so that a later supervisor can report its end
-                self._state_files.write(call_id, state, Purpose.ONLY_REPORT)
+                self._state_files.write(call_id, state.tree, session.stored_session, Purpose.ONLY_REPORT)
             except OSError as error:
                 log.error("cannot write state of call", extra={"call": call_id, "reason": str(error)})
 
@@ -176,7 +179,7 @@ class CallRegistry:
 def _seconds(members: JSONObject, key: str) -> float:
     seconds = member_value(members, key)
     check(is_seconds(seconds), f"{key}: expected a positive number of seconds")
-    return float(seconds)
+    return float(min(seconds, MAX_SECONDS))
 
 
 def _digest(secret: str) -> str:

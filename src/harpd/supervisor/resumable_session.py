@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from harp.protocol.ends import Failed
-from harp.protocol.fields import ProtocolError
+from harp.protocol.fields import ProtocolError, is_seconds
 from harp.protocol.harpd import (
     Ack,
     Acknowledgement,
@@ -48,6 +48,8 @@ from harpd.supervisor.spool import Spool, SpoolQuota
 
 log = logging.getLogger("harpd.supervisor")
 
+#: Limits above this number of seconds are lowered: no call reaches it, and a large integer has no form as a float.
+MAX_SECONDS = 1e9
 #: Bytes of unacknowledged records that are sent; one record may be longer.
 _WINDOW_BYTES = 1024 * 1024
 #: The most bytes of a command line.
@@ -79,21 +81,19 @@ class SessionTerms:
         """Return the terms that `encode` has stored.
 
         Raises:
-            KeyError, TypeError, ValueError: it is a connection-bound call, or the state is damaged.
+            KeyError, TypeError, ValueError: no session has stored them.
         """
-        return cls(
-            owner=str(stored["owner"]),
-            secret=str(stored["secret"]),
-            disconnect_timeout=float(stored["disconnect_timeout"]),
-            result_ttl=float(stored["result_ttl"]),
-            timeout=float(stored["timeout"]),
-            max_exec_time=float(stored["max_exec_time"]),
-            streaming=bool(stored["streaming"]),
-        )
+        terms = cls(**{key: stored[key] for key in cls.__slots__})
+        seconds = terms.disconnect_timeout, terms.result_ttl, terms.timeout, terms.max_exec_time
+        if not (isinstance(terms.owner, str) and isinstance(terms.secret, str) and all(map(is_seconds, seconds))):
+            raise ValueError("wrong type")
+        if max(seconds) > MAX_SECONDS:
+            raise ValueError("too many seconds")
+        return terms
 
-    def encode(self) -> dict[str, Any]:
-        """Return the terms as values that JSON can represent."""
-        return {key: getattr(self, key) for key in self.__slots__}
+    def encode(self) -> Raw:
+        """Return the terms as a JSON object."""
+        return dumps({key: getattr(self, key) for key in self.__slots__})
 
 
 class ResumableSession:
@@ -121,7 +121,7 @@ class ResumableSession:
     ) -> None:
         self.id = call_id
         self.terms = terms
-        self.stored_state = {"resumable": terms.encode()}
+        self.stored_session = terms.encode()
         self.call: Call | None = None
         self._loop = loop
         self._kill_grace = kill_grace

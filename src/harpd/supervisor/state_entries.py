@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-from harp.protocol.json_text import InvalidJSON, dumps, loads
+from harp.protocol.json_text import InvalidJSON, Raw, dumps, loads
 from harpd.processes.cgroup import Cgroup
 from harpd.processes.cookie import cookie_for
 from harpd.processes.process_tree import CallTree
@@ -43,19 +43,23 @@ class InvalidEntry(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class CallState:
-    """The state of a call: its processes, and its resumable session, as values that JSON can represent."""
+    """The state of a call, as a later supervisor finds it.
+
+    Attributes:
+        tree: its processes.
+        session: the members of its resumable session, not checked; None: it is connection-bound.
+    """
 
     tree: CallTree
-    session: Mapping[str, Any]
+    session: Mapping[str, Any] | None
 
 
-def encode_state(call_id: str, boot: str, state: CallState) -> bytes:
+def encode_state(call_id: str, boot: str, tree: CallTree, session: Raw | None) -> bytes:
     """Return the content of a call's entry. Processes are identified until the next boot, so it has the boot id."""
-    tree = state.tree
-    members = {"call": call_id, "boot": boot, "pid": tree.pid, "start": tree.start, **state.session}
-    if tree.cgroup is not None:
-        members["cgroup"] = tree.cgroup.path
-    return dumps(members)
+    cgroup = b"" if tree.cgroup is None else b',"cgroup":%b' % dumps(tree.cgroup.path)
+    resumable = b"" if session is None else b',"resumable":%b' % session
+    head = f'{{"call":"{call_id}","boot":"{boot}","pid":{tree.pid},"start":{tree.start}'
+    return b"%b%b%b}" % (head.encode(), cgroup, resumable)
 
 
 def decode_state(content: bytes, boot: str) -> tuple[str, CallState] | None:
@@ -72,12 +76,13 @@ def decode_state(content: bytes, boot: str) -> tuple[str, CallState] | None:
     except (InvalidJSON, KeyError, TypeError, AttributeError) as error:
         raise InvalidEntry(f"it does not describe a call: {error!r}") from error
     tree = CallTree(pid, start, cookie_for(call_id), None if cgroup is None else Cgroup(cgroup))
-    return call_id, CallState(tree, members)
+    return call_id, CallState(tree, members.get("resumable"))
 
 
 def encode_entry(purpose: Purpose, content: bytes) -> bytes:
     """Return the bytes of an entry, of which there are at most `ENTRY_SIZE`."""
-    return b"%b %08x %b\n" % (purpose.value, _checksum(purpose.value, content), content)
+    letter = purpose.value
+    return b"%b %08x %b\n" % (letter, zlib.crc32(content, zlib.crc32(letter)), content)
 
 
 def decode_entry(data: bytes) -> tuple[Purpose, bytes] | None:
@@ -88,10 +93,6 @@ def decode_entry(data: bytes) -> tuple[Purpose, bytes] | None:
     if found is None:
         raise InvalidEntry("it is not an entry")
     purpose, checksum, content = found.groups()
-    if int(checksum, 16) != _checksum(purpose, content):
+    if int(checksum, 16) != zlib.crc32(content, zlib.crc32(purpose)):
         raise InvalidEntry("the checksum is wrong")
     return Purpose(purpose), content
-
-
-def _checksum(purpose: bytes, content: bytes) -> int:
-    return zlib.crc32(content, zlib.crc32(purpose))

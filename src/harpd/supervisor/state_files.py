@@ -28,7 +28,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from harp.protocol.json_text import Raw
 from harpd.processes.orphans import OrphanedCall, kill_orphans
+from harpd.processes.process_tree import CallTree
 from harpd.supervisor.state_entries import (
     ENTRY_SIZE,
     VERSION,
@@ -124,12 +126,14 @@ class StateFiles:
             self._free = self._file.grow()
         self._entries[call_id] = _Entry(self._free.pop())
 
-    def write(self, call_id: str, state: CallState, purpose: Purpose = Purpose.STOP_AND_REPORT) -> None:
-        """Write the entry of a call. Raises OSError."""
+    def write(
+        self, call_id: str, tree: CallTree, session: Raw | None, purpose: Purpose = Purpose.STOP_AND_REPORT
+    ) -> None:
+        """Write the entry of a call: its processes and its resumable session. Raises OSError."""
         if call_id not in self._entries:
             self.reserve(call_id)
         entry = self._entries[call_id]
-        entry.content, entry.purpose = encode_state(call_id, self._boot, state), purpose
+        entry.content, entry.purpose = encode_state(call_id, self._boot, tree, session), purpose
         self._file.write(entry)
 
     def mark_ended(self, call_id: str) -> None:
@@ -149,8 +153,10 @@ class StateFiles:
             self.remove(call_id)
             return
         entry.purpose = purpose
-        with contextlib.suppress(OSError):
+        try:
             self._file.write(entry)
+        except OSError:
+            pass  # a later supervisor does too much then, but nothing wrong
 
     def remove(self, call_id: str) -> None:
         """Clear the entry of a call, if it has one: nothing has to be stopped or reported."""
@@ -299,8 +305,10 @@ class _OpenFile:
 
     def clear(self, entry: _Entry) -> None:
         """Clear an entry."""
-        with contextlib.suppress(OSError):
+        try:
             os.pwrite(self._descriptor, _CLEARED, entry.number * ENTRY_SIZE)
+        except OSError:
+            pass  # as for a failed write
 
     def delete(self) -> None:
         """Delete the file, then release its lock."""
