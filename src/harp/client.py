@@ -79,8 +79,12 @@ class HarpCaller(SyncPeer, CallerBase[JSONConnection]):
     def submit_many(self, calls: Iterable[Call]) -> list[RemoteCall]:
         """Submit jobs with one request, all or none. They are on stable storage when this returns.
 
+        Over 10,000 calls or 16 MiB are sent as several requests, one after the other. Then only each request is all or
+        none: if one fails, the calls before it are submitted, those in it and after it are not, and a note of the
+        exception says how many.
+
         Args:
-            calls: the calls; their line of the protocol may be as long as the dispatcher's `request_line` allows.
+            calls: the calls.
 
         Returns:
             The jobs, in the order of the calls.

@@ -38,7 +38,7 @@ from harpcaller.hosts.inventory import Host
 from harpcaller.hosts.pool import ConnectionPool
 from harpcaller.hosts.registry import HostsRegistry
 from harpcaller.hosts.tls import HostTLS
-from harpcaller.model.ids import is_job_id, new_job_id
+from harpcaller.model.ids import is_job_id, new_job_id, new_job_ids
 from harpcaller.model.jobs import Job, JobDetails, JobMetadata, NewJob, Records, State, StopState
 from harpcaller.notifier import Notifier, RecordBatch
 from harpcaller.pruner import prune, prune_regularly
@@ -62,6 +62,8 @@ _RETRY_INTERVAL = 1.0
 
 #: Maximum seconds that a shutdown waits until the ends of the active calls are stored.
 _SHUTDOWN_TIMEOUT = 10.0
+
+_NULL = Raw(b"null")
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -110,6 +112,7 @@ class Dispatcher:
         self._runs: dict[str, Run] = {}
         self._no_runs = asyncio.Event()  # set when the last run has closed
         self._requests: set[asyncio.Task[Any]] = set()
+        self._bulk = asyncio.Lock()  # held by the request with many jobs that is in the store
         self._claiming = False
         self._claims: dict[asyncio.Future[list[Job]], int] = {}  # the claims that are in the store, with their limits
         self._claim_requested = False
@@ -179,7 +182,7 @@ class Dispatcher:
             client: address of the client, for the log.
             received_at: time of the request on the monotonic clock, for the job's phases; None if unknown.
         """
-        job = self._new_job(call)
+        job = self._new_job(new_job_id(self._wall()), call)
         store_began = time.monotonic()
         job_id: asyncio.Future[str] = asyncio.get_running_loop().create_future()
 
@@ -200,13 +203,17 @@ class Dispatcher:
 
     @_shielded
     async def submit_many(self, calls: Sequence[Call], client: str) -> list[str]:
-        """Store jobs, all or none, as `submit` does; return their ids in the same order."""
+        """Store jobs, all or none, as `submit` does; return their ids in the same order.
+
+        Only one such request is in the store at a time, so that the jobs of other clients are stored in between.
+        """
         if not calls:
             return []
         # In a thread, so that many jobs do not block the event loop.
-        jobs = await asyncio.to_thread(lambda: list(map(self._new_job, calls)))
-        self._claim()
-        await self._store.add_jobs(jobs, self._wall())
+        jobs = await asyncio.to_thread(self._new_jobs, calls)
+        async with self._bulk:
+            self._claim()
+            await self._store.add_jobs(jobs, self._wall())
         ids = {"first": jobs[0].id, "last": jobs[-1].id}
         log.info("jobs submitted", extra={"jobs": len(jobs), **ids, "client": client})
         if log.isEnabledFor(logging.DEBUG):
@@ -433,18 +440,22 @@ class Dispatcher:
 
     # Internals.
 
-    def _new_job(self, call: Call) -> NewJob:
+    def _new_jobs(self, calls: Sequence[Call]) -> list[NewJob]:
+        ids = new_job_ids(self._wall(), len(calls))
+        return [self._new_job(job_id, call) for job_id, call in zip(ids, calls, strict=True)]
+
+    def _new_job(self, job_id: str, call: Call) -> NewJob:
         config = self._config
         return NewJob(
-            id=new_job_id(self._wall()),
-            host=call.host,
-            procedure=call.procedure,
-            arguments=call.arguments,
-            timeout=min(call.timeout or config.default_timeout, config.default_timeout),
-            max_exec_time=min(call.max_exec_time or config.max_exec_time, config.max_exec_time),
-            queue=call.queue.name if call.queue else None,
-            concurrency=call.queue.concurrency if call.queue else 1,
-            info=Raw(b"null") if call.info is None else call.info,
+            job_id,
+            call.host,
+            call.procedure,
+            call.arguments,
+            min(call.timeout or config.default_timeout, config.default_timeout),
+            min(call.max_exec_time or config.max_exec_time, config.max_exec_time),
+            call.queue.name if call.queue else None,
+            call.queue.concurrency if call.queue else 1,
+            _NULL if call.info is None else call.info,
         )
 
     def _log_arguments(self, job: NewJob) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import resource
+import select
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import psutil
@@ -299,6 +301,28 @@ def test_long_requests_share_a_memory_limit(tmp_path: Path, peer: Peer) -> None:
             assert dispatcher.ask(cancel=UNKNOWN) == [{"cancelled": False}]  # short requests are accepted
         wait_for_connections(dispatcher, 0)
         assert long_request(dispatcher) == [{"cancelled": False}]
+
+
+def test_bulk_requests_do_not_delay_other_clients(tmp_path: Path, peer: Peer) -> None:
+    """Between the jobs of any two requests with many jobs, those of others are stored."""
+    call = {"host": "web01", "procedure": "echo", "arguments": [], "queue": {"name": {}}}
+    bulk = json.dumps({"harpcaller": 1, "submit_many": [call] * 5000}).encode() + b"\n"
+    with Harpcallerd(tmp_path, {"web01": peer.port}) as dispatcher, ExitStack() as stack:
+        blocking = dispatcher.submit("web01", "hang", queue={"name": {}})
+        clients = [stack.enter_context(dispatcher.connect()) for _ in range(4)]
+        for client in clients:
+            client.send(bulk)
+        others = []
+        while select.select([client.socket for client in clients], [], [], 0)[0] != [
+            client.socket for client in clients
+        ]:
+            others.append(dispatcher.submit("web01", "echo", queue={"name": {}}))
+        bulks = [client.message()["job_ids"] for client in clients]
+        order = [job["job"] for job in dispatcher.listed("list")]
+        assert set(order) == {blocking, *others, *(job for ids in bulks for job in ids)}
+        starts = sorted(order.index(ids[0]) for ids in bulks)
+        assert all(order[start : start + 5000] in bulks for start in starts), "each is stored as a whole"
+        assert any(starts[0] < order.index(job) < starts[-1] for job in others)
 
 
 def long_request(dispatcher: Harpcallerd) -> list[object]:

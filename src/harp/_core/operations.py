@@ -63,8 +63,16 @@ class CallerBase(Peer[C]):
             if not isinstance(call, Call):
                 raise HarpException(f"calls[{len(found)}]: expected a harp.Call, got {call!r}")
             found.append(call._request)
-        reply: replies.SubmittedMany = yield from self._request(SubmitMany(found), "submit_many()")
-        return list(reply.job_ids)
+        job_ids: list[str] = []
+        try:
+            for part in requests.submit_in_parts(found):
+                reply: replies.SubmittedMany = yield from self._request(part, "submit_many()")
+                job_ids += reply.job_ids
+        except HarpException as error:
+            if job_ids:
+                error.add_note(f"calls[0] to calls[{len(job_ids) - 1}] were submitted, as {job_ids[0]} and later jobs")
+            raise
+        return job_ids
 
     def _request(self, request: Request, feature: str | None = None) -> Steps[Any]:
         """Send a request and return its reply, which is of the kind that `MAY_FOLLOW` lists.

@@ -12,7 +12,7 @@ Spec: docs/protocol.md, Client and dispatcher.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, TypeAlias
 
@@ -42,6 +42,12 @@ from harp.protocol.schema import (
 )
 
 VERSION = 1
+
+#: Maximum number of calls in a `SubmitMany`: one transaction of the dispatcher, for which others wait.
+MAX_CALLS = 10_000
+
+#: Maximum length in bytes of a request line that a dispatcher accepts, unless it is configured otherwise.
+MAX_LINE = 16 * 1024 * 1024
 
 
 _CONCURRENCY = Kind(expect("a positive integer", lambda number: is_count(number) and number > 0, quote=True))
@@ -87,6 +93,8 @@ def _decode_calls(members: JSONObject, key: str) -> list[Call]:
     calls: list[Call] = []
     try:
         for call in elements:
+            if len(calls) == MAX_CALLS:
+                raise ProtocolError(f"expected at most {MAX_CALLS} calls")
             if call is None:
                 raise ProtocolError("expected an object")
             calls.append(decode_as(Call, call))
@@ -95,8 +103,12 @@ def _decode_calls(members: JSONObject, key: str) -> list[Call]:
     return calls
 
 
-def _encode_calls(calls: Sequence[Call]) -> Raw:
-    return Raw(b"[" + b",".join(map(encode_call, calls)) + b"]")
+def _encode_calls(calls: Sequence[Call | Raw]) -> Raw:
+    return Raw(b"[" + b",".join([call if isinstance(call, Raw) else encode_call(call) for call in calls]) + b"]")
+
+
+#: More bytes than a request of many calls has beside them.
+_ENVELOPE_BYTES = 100
 
 
 def encode_call(call: Call) -> Raw:
@@ -106,9 +118,26 @@ def encode_call(call: Call) -> Raw:
 
 @dataclass(frozen=True, slots=True)
 class SubmitMany(WireObject):
-    """Submit jobs, all or none; the reply has their ids in this order."""
+    """Submit jobs, all or none; the reply has their ids in this order. A call may be encoded already."""
 
-    calls: Annotated[Sequence[Call], "submit_many", Kind(decode=_decode_calls, encode=_encode_calls)]
+    calls: Annotated[Sequence[Call | Raw], "submit_many", Kind(decode=_decode_calls, encode=_encode_calls)]
+
+
+def submit_in_parts(calls: Sequence[Call]) -> Iterator[SubmitMany]:
+    """Yield the fewest requests that submit these calls within `MAX_CALLS` and `MAX_LINE`, at least one.
+
+    A call that alone is too long is a request of its own.
+    """
+    part: list[Raw] = []
+    size = _ENVELOPE_BYTES
+    for call in calls:
+        encoded = encode_call(call)
+        size += len(encoded) + 1
+        if part and (size > MAX_LINE or len(part) == MAX_CALLS):
+            yield SubmitMany(part)
+            part, size = [], _ENVELOPE_BYTES + len(encoded) + 1
+        part.append(encoded)
+    yield SubmitMany(part)
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
+from typing import cast
 
 from harp.protocol.ends import End, Failed
 from harp.protocol.fields import ProtocolError
@@ -44,6 +45,7 @@ from harp_daemon.memory_quota import MemoryQuota, Reservation
 from harp_daemon.settings import ConfigError
 from harp_daemon.sliced_json import decode_slices
 from harp_daemon.timer_wheel import TimerWheel
+from harpcaller.api.bulk_request import decode_bulk_request
 from harpcaller.api.connection import ClientDisconnected, Connection, close_acceptor, make_acceptor
 from harpcaller.config import Config
 from harpcaller.dispatcher import Dispatcher
@@ -161,7 +163,7 @@ class ClientServer:
             else:
                 self._fail(connection, error)
 
-        decoding = asyncio.get_running_loop().run_in_executor(None, decode_request, line, decode_slices)
+        decoding = asyncio.get_running_loop().run_in_executor(None, _decode_long_request, line)
         decoding.add_done_callback(on_decoded)
 
     def on_invalid_request(self, connection: Connection, error: ProtocolError) -> None:
@@ -265,7 +267,8 @@ class ClientServer:
         try:
             match request:
                 case SubmitMany(calls):
-                    reply = SubmittedMany(await dispatcher.submit_many(calls, connection.client))
+                    received = cast(Sequence[Call], calls)  # only a client encodes calls before
+                    reply = SubmittedMany(await dispatcher.submit_many(received, connection.client))
                 case Cancel(job, wait):
                     cancelled = await dispatcher.cancel(job, connection.client)
                     reply = WasCancelled(cancelled, await self._stop(job, connection) if wait else None)
@@ -333,6 +336,10 @@ class ClientServer:
                 lines = part.lines(request.timed) if isinstance(part, RecordBatch) else encode_reply(part)
                 del part
                 yield lines
+
+
+def _decode_long_request(line: bytes) -> tuple[Request, bool]:
+    return decode_bulk_request(line) or decode_request(line, decode_slices)
 
 
 def _status(job: Job) -> Status:

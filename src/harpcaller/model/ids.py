@@ -7,7 +7,8 @@ last one, however many there are: see docs/decisions/0016. Nothing relies on the
 from __future__ import annotations
 
 import re
-import secrets
+from os import urandom
+from struct import unpack
 
 _FORM = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.ASCII)
 
@@ -18,9 +19,17 @@ def new_job_id(now: float) -> str:
     `now` is Unix seconds with fractions; the id holds it in units of 1/4096 of a millisecond. 62 bits are random, so
     two ids of the same time differ.
     """
-    stamp = int(now * 4096_000) & (1 << 60) - 1
-    text = f"{stamp >> 12:012x}7{stamp & 0xFFF:03x}{0b10 << 62 | secrets.randbits(62):016x}"
-    return f"{text[:8]}-{text[8:12]}-{text[12:16]}-{text[16:20]}-{text[20:]}"
+    [job_id] = new_job_ids(now, 1)
+    return job_id
+
+
+def new_job_ids(now: float, count: int) -> list[str]:
+    """Return new job ids of the same time."""
+    stamp = f"{int(now * 4096_000) & (1 << 60) - 1:015x}"
+    start = f"{stamp[:8]}-{stamp[8:12]}-7{stamp[12:]}-"
+    random = unpack(f">{count}Q", urandom(8 * count))
+    parts = [f"{0b10 << 62 | number >> 2:016x}" for number in random]
+    return [f"{start}{part[:4]}-{part[4:]}" for part in parts]
 
 
 def is_job_id(text: str) -> bool:

@@ -1,0 +1,90 @@
+"""The fast decoder of requests with many calls: it returns what the usual decoder returns, or nothing."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from harp.protocol.fields import ProtocolError
+from harp.protocol.json_text import Raw
+from harp.protocol.requests import MAX_CALLS, MAX_LINE, Call, decode_request, encode_request, submit_in_parts
+from harp_daemon.sliced_json import decode_slices
+from harpcaller.api.bulk_request import decode_bulk_request
+
+CALL: dict[str, Any] = {"host": "web01", "procedure": "p", "arguments": []}
+MANY: dict[str, Any] = {"harpcaller": 1, "submit_many": [CALL, CALL]}
+
+USUAL = [
+    MANY,
+    {**MANY, "keep_alive": True},
+    {"harpcaller": 1, "submit_many": []},
+    {"harpcaller": 1, "submit_many": [{**CALL, "arguments": {"a b": " "}, "info": {"x": [1, 2.50]}}]},
+    {"submit_many": [{**CALL, "queue": {"concurrency": 3, "name": {"q": 1}}, "timeout": 5}, CALL], "harpcaller": 1},
+    {"harpcaller": 1, "submit_many": [{**CALL, "queue": {"name": {}}, "max_exec_time": 123456789}]},
+]
+
+#: Requests that only the usual decoder decodes or refuses.
+UNUSUAL = [
+    b"",
+    b"[]",
+    b'{"harpcaller":1,"cancel":"x"}',
+    b'{"harpcaller":2,"submit_many":[]}',
+    b'{"harpcaller":1,"submit_many":[],"submit_many":[]}',
+    b'{"harpcaller":1,"submit_many":[{"host":"a","procedure":"p","arguments":[],"arguments":[]}]}',
+    b'{"harpcaller":1,"submit_many":[{"host":"a","procedure":"p","arguments":[],"timeout":1.5}]}',
+    b'{"harpcaller":1,"submit_many":[{"host":"a","procedure":"p","arguments":[],"timeout":0}]}',
+    b'{"harpcaller":1,"submit_many":[{"host":"a","procedure":"p","arguments":[],"timeout":null}]}',
+    b'{"harpcaller":1,"submit_many":[{"host":"a","procedure":"p","arguments":1}]}',
+    b'{"harpcaller":1,"submit_many":[{"host":"a","procedure":"p","arguments":[],"queue":{"name":1}}]}',
+    b'{"harpcaller":1,"submit_many":[{"host":"\\u0061","procedure":"p","arguments":[]}]}',
+    b'{"harpcaller":1,"submit_many":[{"host":"\\ud800","procedure":"p","arguments":[]}]}',
+    b'{"harpcaller":1,"submit_many":[{"host":"a","procedure":"p","arguments":[],"other":1}]}',
+    b'{"harpcaller":1,"submit_many":[' + b"[" * 10_000 + b"]" * 10_000 + b"]}",
+]
+
+
+@pytest.mark.parametrize("request_", USUAL)
+@pytest.mark.parametrize("separators", [None, (",", ":")])
+def test_usual_bulk_request_is_decoded_alike(request_: Any, separators: Any) -> None:
+    line = json.dumps(request_, separators=separators).encode()
+    assert decode_bulk_request(line) == decode_request(line, decode_slices)
+
+
+@pytest.mark.parametrize("line", UNUSUAL)
+def test_unusual_request_is_left_to_the_usual_decoder(line: bytes) -> None:
+    assert decode_bulk_request(line) is None
+
+
+CHARACTERS = st.sampled_from('{}[]",: 01aé\\"\t')
+
+
+@given(st.sampled_from(USUAL), st.integers(0, 10**6), st.text(CHARACTERS, max_size=3), st.integers(0, 3))
+def test_changed_bulk_request_is_never_decoded_differently(request_: Any, at: int, new: str, removed: int) -> None:
+    text = json.dumps(request_)
+    at %= len(text)
+    line = (text[:at] + new + text[at + removed :]).encode()
+    decoded = decode_bulk_request(line)
+    if decoded is not None:
+        assert decoded == decode_request(line, decode_slices)
+
+
+def test_bulk_request_with_too_many_calls_is_refused() -> None:
+    line = json.dumps({"harpcaller": 1, "submit_many": [CALL] * (MAX_CALLS + 1)}).encode()
+    assert decode_bulk_request(line) is None
+    with pytest.raises(ProtocolError, match="expected at most 10000 calls"):
+        decode_request(line, decode_slices)
+
+
+def test_submit_in_parts_keeps_within_the_limits() -> None:
+    small = Call("web01", "p", [])
+    assert [len(part.calls) for part in submit_in_parts([])] == [0]
+    assert [len(part.calls) for part in submit_in_parts([small] * MAX_CALLS)] == [MAX_CALLS]
+    assert [len(part.calls) for part in submit_in_parts([small] * (2 * MAX_CALLS + 1))] == [MAX_CALLS, MAX_CALLS, 1]
+    large = Call("web01", "p", Raw(b'["' + b"x" * (MAX_LINE // 3) + b'"]'))
+    parts = list(submit_in_parts([large] * 5))
+    assert [len(part.calls) for part in parts] == [2, 2, 1]
+    assert all(len(encode_request(part, keep_alive=True)) <= MAX_LINE for part in parts)
