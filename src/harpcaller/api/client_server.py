@@ -38,15 +38,13 @@ from harp.protocol.requests import (
     ReadStream,
     Request,
     SubmitMany,
-    decode_request,
 )
 from harp_daemon.listeners import Listener, ListenError, listen_tcp, listen_unix
 from harp_daemon.memory_quota import MemoryQuota, Reservation
 from harp_daemon.settings import ConfigError
-from harp_daemon.sliced_json import decode_slices
 from harp_daemon.timer_wheel import TimerWheel
-from harpcaller.api.bulk_request import decode_bulk_request
 from harpcaller.api.connection import ClientDisconnected, Connection, close_acceptor, make_acceptor
+from harpcaller.api.fast_decoder import decode_request
 from harpcaller.config import Config
 from harpcaller.dispatcher import Dispatcher
 from harpcaller.model.jobs import Job
@@ -150,7 +148,7 @@ class ClientServer:
         answer = _Answer(connection, time.monotonic())
         if len(line) < _LONG_REQUEST:
             try:
-                decoded = decode_request(line, decode_slices)
+                decoded = decode_request(line)
             except ProtocolError as error:
                 self._fail(connection, error)
             else:
@@ -163,7 +161,7 @@ class ClientServer:
             else:
                 self._fail(connection, error)
 
-        decoding = asyncio.get_running_loop().run_in_executor(None, _decode_long_request, line)
+        decoding = asyncio.get_running_loop().run_in_executor(None, decode_request, line)
         decoding.add_done_callback(on_decoded)
 
     def on_invalid_request(self, connection: Connection, error: ProtocolError) -> None:
@@ -336,10 +334,6 @@ class ClientServer:
                 lines = part.lines(request.timed) if isinstance(part, RecordBatch) else encode_reply(part)
                 del part
                 yield lines
-
-
-def _decode_long_request(line: bytes) -> tuple[Request, bool]:
-    return decode_bulk_request(line) or decode_request(line, decode_slices)
 
 
 def _status(job: Job) -> Status:

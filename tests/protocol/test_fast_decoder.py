@@ -1,4 +1,4 @@
-"""The fast decoder of requests with many calls: it returns what the usual decoder returns, or nothing."""
+"""The fast decoder of requests: it returns what the decoder of the protocol returns, or nothing."""
 
 from __future__ import annotations
 
@@ -13,12 +13,19 @@ from harp.protocol.fields import ProtocolError
 from harp.protocol.json_text import Raw
 from harp.protocol.requests import MAX_CALLS, MAX_LINE, Call, decode_request, encode_request, submit_in_parts
 from harp_daemon.sliced_json import decode_slices
-from harpcaller.api.bulk_request import decode_bulk_request
+from harpcaller.api.fast_decoder import decode_usual_request
 
 CALL: dict[str, Any] = {"host": "web01", "procedure": "p", "arguments": []}
 MANY: dict[str, Any] = {"harpcaller": 1, "submit_many": [CALL, CALL]}
 
+JOB = "00000000-0000-4000-8000-000000000000"
+
 USUAL = [
+    {"harpcaller": 1, **CALL},
+    {"harpcaller": 1, **CALL, "keep_alive": True, "queue": {"name": {"q": 1}}, "timeout": 5, "info": None},
+    {"harpcaller": 1, "get_result": JOB},
+    {"harpcaller": 1, "get_result": JOB, "wait": True, "keep_alive": True},
+    {"harpcaller": 1, "get_result": JOB, "wait": False},
     MANY,
     {**MANY, "keep_alive": True},
     {"harpcaller": 1, "submit_many": []},
@@ -32,6 +39,17 @@ UNUSUAL = [
     b"",
     b"[]",
     b'{"harpcaller":1,"cancel":"x"}',
+    b'{"harpcaller":1}',
+    b'{"get_result":"x"}',
+    b'{"harpcaller":1,"get_result":""}',
+    b'{"harpcaller":1,"get_result":"x","wait":null}',
+    b'{"harpcaller":1,"get_result":"x","host":"a"}',
+    b'{"harpcaller":1,"get_result":"x","submit_many":[]}',
+    b'{"harpcaller":1,"host":"a","procedure":"","arguments":[]}',
+    b'{"harpcaller":1,"host":"a","procedure":"p"}',
+    b'{"harpcaller":1,"host":"a","procedure":"p","arguments":[],"wait":true}',
+    b'{"harpcaller":1.0,"host":"a","procedure":"p","arguments":[]}',
+    b'{"harpcaller":1,"submit_many":[{"host":"a","procedure":"p"}]}',
     b'{"harpcaller":2,"submit_many":[]}',
     b'{"harpcaller":1,"submit_many":[],"submit_many":[]}',
     b'{"harpcaller":1,"submit_many":[{"host":"a","procedure":"p","arguments":[],"arguments":[]}]}',
@@ -49,32 +67,32 @@ UNUSUAL = [
 
 @pytest.mark.parametrize("request_", USUAL)
 @pytest.mark.parametrize("separators", [None, (",", ":")])
-def test_usual_bulk_request_is_decoded_alike(request_: Any, separators: Any) -> None:
+def test_usual_request_is_decoded_alike(request_: Any, separators: Any) -> None:
     line = json.dumps(request_, separators=separators).encode()
-    assert decode_bulk_request(line) == decode_request(line, decode_slices)
+    assert decode_usual_request(line) == decode_request(line, decode_slices)
 
 
 @pytest.mark.parametrize("line", UNUSUAL)
-def test_unusual_request_is_left_to_the_usual_decoder(line: bytes) -> None:
-    assert decode_bulk_request(line) is None
+def test_unusual_request_is_left_to_the_protocol(line: bytes) -> None:
+    assert decode_usual_request(line) is None
 
 
 CHARACTERS = st.sampled_from('{}[]",: 01aé\\"\t')
 
 
 @given(st.sampled_from(USUAL), st.integers(0, 10**6), st.text(CHARACTERS, max_size=3), st.integers(0, 3))
-def test_changed_bulk_request_is_never_decoded_differently(request_: Any, at: int, new: str, removed: int) -> None:
+def test_changed_request_is_never_decoded_differently(request_: Any, at: int, new: str, removed: int) -> None:
     text = json.dumps(request_)
     at %= len(text)
     line = (text[:at] + new + text[at + removed :]).encode()
-    decoded = decode_bulk_request(line)
+    decoded = decode_usual_request(line)
     if decoded is not None:
         assert decoded == decode_request(line, decode_slices)
 
 
 def test_bulk_request_with_too_many_calls_is_refused() -> None:
     line = json.dumps({"harpcaller": 1, "submit_many": [CALL] * (MAX_CALLS + 1)}).encode()
-    assert decode_bulk_request(line) is None
+    assert decode_usual_request(line) is None
     with pytest.raises(ProtocolError, match="expected at most 10000 calls"):
         decode_request(line, decode_slices)
 
