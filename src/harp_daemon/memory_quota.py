@@ -41,7 +41,9 @@ class Reservation:
     def grow(self, size: int) -> bool:
         """Reserve more bytes; return False, and reserve nothing, if the quota is used up."""
         self._size += size
-        more = max(self._size - _FREE, 0) - self._counted
+        if self._size <= _FREE:
+            return True
+        more = self._size - _FREE - self._counted
         if not self._quota.try_reserve(more):
             return False
         self._counted += more
@@ -55,5 +57,6 @@ class Reservation:
 
     def release(self) -> None:
         """Release all bytes."""
-        self._quota.release(self._counted)
+        if self._counted:
+            self._quota.release(self._counted)
         self._size = self._counted = 0

@@ -116,7 +116,7 @@ class Dispatcher:
         self._claiming = False
         self._claims: dict[asyncio.Future[list[Job]], int] = {}  # the claims that are in the store, with their limits
         self._claim_requested = False
-        self._claim_postponed = False  # until a claim that is in the store returns the slots that it does not need
+        self._claim_postponed = False  # until a run has closed, or a claim that is in the store has returned
         self._claim_retry: asyncio.TimerHandle | None = None
         # Jobs that are cancelled after the store has claimed them and before their run exists.
         self._cancelled_before_start: set[str] = set()
@@ -138,6 +138,7 @@ class Dispatcher:
             ),
             connections=ConnectionPool(timers),
             writes=StoreWrites(timers),
+            request_claim=self._claim,
             wall=self._wall,
         )
         self._report_config(self._config, frozenset())
@@ -513,8 +514,8 @@ class Dispatcher:
             self._claim_later()
             return
         limit = min(_CLAIM_SIZE, self._config.max_calls - len(self._runs) - sum(self._claims.values()))
-        if limit <= 0:  # the end of a call, or of a claim, requests the next one
-            self._claim_postponed = bool(self._claims)
+        self._claim_postponed = limit <= 0
+        if self._claim_postponed:
             return
         verb = self._store.claim_jobs(self._wall(), limit, self._config.max_calls_per_host)
         claim = asyncio.ensure_future(verb)
@@ -534,7 +535,6 @@ class Dispatcher:
             return
         self._start_runs(jobs)
         if len(jobs) == limit or self._claim_postponed:
-            self._claim_postponed = False
             self._claim()  # there may be more
 
     def _claim_later(self) -> None:
@@ -560,7 +560,8 @@ class Dispatcher:
 
     def _on_run_closed(self, run: Run) -> None:
         del self._runs[run.job.id]
-        self._claim()
+        if self._claim_postponed:
+            self._claim()
         if not self._runs:
             self._no_runs.set()
 

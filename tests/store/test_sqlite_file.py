@@ -404,7 +404,7 @@ async def instructions_of_a_claim(directory: Path, waiting: int) -> int:
 
     with closing(connect(directory / FILE_NAME)) as connection:
         writes = Writes(connection)
-        writes.claim_jobs(1.0, 0, 3)  # reads the queued jobs
+        writes.begin()  # reads the queued jobs
         connection.set_progress_handler(step, 1)
         assert len(writes.claim_jobs(1.0, 1, 3)) == 1
         connection.set_progress_handler(None, 0)

@@ -19,17 +19,23 @@ def new_job_id(now: float) -> str:
     `now` is Unix seconds with fractions; the id holds it in units of 1/4096 of a millisecond. 62 bits are random, so
     two ids of the same time differ.
     """
-    [job_id] = new_job_ids(now, 1)
-    return job_id
+    return _format(_start(now), int.from_bytes(urandom(8), "big"))
 
 
 def new_job_ids(now: float, count: int) -> list[str]:
     """Return new job ids of the same time."""
+    start = _start(now)
+    return [_format(start, random) for random in unpack(f">{count}Q", urandom(8 * count))]
+
+
+def _start(now: float) -> str:
     stamp = f"{int(now * 4096_000) & (1 << 60) - 1:015x}"
-    start = f"{stamp[:8]}-{stamp[8:12]}-7{stamp[12:]}-"
-    random = unpack(f">{count}Q", urandom(8 * count))
-    parts = [f"{0b10 << 62 | number >> 2:016x}" for number in random]
-    return [f"{start}{part[:4]}-{part[4:]}" for part in parts]
+    return f"{stamp[:8]}-{stamp[8:12]}-7{stamp[12:]}"
+
+
+def _format(start: str, random: int) -> str:
+    rest = f"{0b10 << 62 | random >> 2:016x}"
+    return f"{start}-{rest[:4]}-{rest[4:]}"
 
 
 def is_job_id(text: str) -> bool:

@@ -35,6 +35,7 @@ class RunContext:
         capabilities: what is known of hosts.
         connections: idle connections to hosts.
         writes: the writes of all runs.
+        request_claim: called with a write that releases a slot, so that another job gets it in the same transaction.
         wall: the wall clock for stored times; Unix seconds.
         timings: durations of the dispatcher's own steps.
     """
@@ -49,6 +50,7 @@ class RunContext:
     capabilities: HostCapabilities
     connections: ConnectionPool
     writes: StoreWrites
+    request_claim: Callable[[], None]
     wall: Callable[[], float]
     timings: Timings = field(default_factory=Timings)
 

@@ -6,7 +6,7 @@ The first stored end wins; a run that finds another end stores only the state of
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from harp.protocol.ends import End, Failed, Raised
@@ -73,14 +73,12 @@ class OutcomeWriter:
             context.notifier.publish_end(self._id, end if stored else None)
             on_stored(stored)
 
-        context.writes.begin(
-            self._id,
-            lambda: context.store.finish_job(
-                self._id, end, context.wall(), stop=stop, keep_slot=keep_slot, metadata=metadata
-            ),
-            on_done,
-            self._on_error,
-        )
+        def finish() -> Awaitable[bool]:
+            context.request_claim()
+            now = context.wall()
+            return context.store.finish_job(self._id, end, now, stop=stop, keep_slot=keep_slot, metadata=metadata)
+
+        context.writes.begin(self._id, finish, on_done, self._on_error)
 
     def store_outcome(
         self,
@@ -127,12 +125,11 @@ class OutcomeWriter:
             context.notifier.publish_end(self._id)
             on_stored()
 
-        context.writes.begin(
-            self._id,
-            lambda: context.store.finalize_stop(self._id, stop, keep_slot=keep_slot, metadata=metadata),
-            on_done,
-            self._on_error,
-        )
+        def finalize() -> Awaitable[bool]:
+            context.request_claim()
+            return context.store.finalize_stop(self._id, stop, keep_slot=keep_slot, metadata=metadata)
+
+        context.writes.begin(self._id, finalize, on_done, self._on_error)
 
     def _metadata(self, stop_request: Raw | None = None, stop_report: Raw | None = None) -> JobMetadata:
         call = dumps(self._describe_call())

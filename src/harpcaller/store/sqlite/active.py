@@ -26,25 +26,20 @@ class Lane:
         key: its key.
         concurrency: maximum number of its jobs that hold a slot; None for the jobs of a host without a queue.
         slots_held: number of its jobs that hold a slot.
-        head_job: its first queued job, if a claim has read it.
+        head: sequence number of its first queued job; None if no job is queued.
+        head_job: this job, if a claim has read it.
     """
 
-    __slots__ = ("_removed", "_waiting", "concurrency", "head_job", "key", "slots_held")
+    __slots__ = ("_later", "_removed", "concurrency", "head", "head_job", "key", "slots_held")
 
     def __init__(self, key: str, concurrency: int | None) -> None:
         self.key = key
         self.concurrency = concurrency
         self.slots_held = 0
+        self.head: int | None = None
         self.head_job: Job | None = None
-        self._waiting: deque[int] = deque()
-        self._removed: set[int] = set()  # of `_waiting`, because deleting within it would be slow
-
-    @property
-    def head(self) -> int | None:
-        """The sequence number of its first queued job."""
-        while self._waiting and self._waiting[0] in self._removed:
-            self._removed.remove(self._waiting.popleft())
-        return self._waiting[0] if self._waiting else None
+        self._later: deque[int] = deque()  # the queued jobs after the head
+        self._removed: set[int] = set()  # of these, because deleting within a deque would be slow
 
     @property
     def has_room(self) -> bool:
@@ -58,16 +53,22 @@ class Lane:
 
     def append(self, seq: int) -> None:
         """Add a queued job, the last one in the order of submission."""
-        self._waiting.append(seq)
+        if self.head is None:
+            self.head = seq
+        else:
+            self._later.append(seq)
 
-    def remove(self, seq: int) -> bool:
-        """Remove a queued job; return whether it was the head."""
-        if self.head != seq:
+    def remove(self, seq: int) -> None:
+        """Remove a queued job."""
+        if seq != self.head:
             self._removed.add(seq)
-            return False
-        self._waiting.popleft()
-        self.head_job = None
-        return True
+            return
+        self.head = self.head_job = None
+        while self._later and self.head is None:
+            self.head = self._later.popleft()
+            if self.head in self._removed:
+                self._removed.remove(self.head)
+                self.head = None
 
 
 @dataclass(slots=True)
@@ -139,7 +140,9 @@ class ActiveJobs:
 
     def remove_queued(self, seq: int, lane: Lane) -> None:
         """Remove a queued job that has ended."""
-        if lane.remove(seq):
+        was_head = lane.head == seq
+        lane.remove(seq)
+        if was_head:
             self._offer(lane)
 
     def give_slot(self, job_id: str, seq: int, lane: Lane, host: str) -> None:

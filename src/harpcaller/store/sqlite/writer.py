@@ -15,16 +15,17 @@ from __future__ import annotations
 import asyncio
 import sqlite3
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from operator import attrgetter
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 
 from harpcaller.store.sqlite.file import storage_errors
 from harpcaller.store.sqlite.writes import Writes
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 # Limit of a batch, so that its first member does not wait for an unlimited number of others.
@@ -32,7 +33,9 @@ _MAX_MEMBERS = 500
 
 
 class _Member(NamedTuple):
-    verb: Callable[[Writes], Any]
+    verb: Callable[..., Any]
+    args: tuple[Any, ...]
+    options: Mapping[str, Any]
     future: asyncio.Future[Any]
     last: bool
 
@@ -57,7 +60,9 @@ class Writer:
         self._thread = threading.Thread(target=self._run_batches, name="store-writer", daemon=True)
         self._thread.start()
 
-    def run(self, verb: Callable[[Writes], T], last: bool = False) -> asyncio.Future[T]:
+    def run(
+        self, verb: Callable[Concatenate[Writes, P], T], last: bool, /, *args: P.args, **options: P.kwargs
+    ) -> asyncio.Future[T]:
         """Run a verb within a transaction. Called in the loop's thread.
 
         With `last` it runs after the other members of its batch, to see their changes.
@@ -70,7 +75,7 @@ class Writer:
             # After the next turn, so that what this turn calls for, such as a claim, is in the same batch.
             self._loop.call_soon(self._loop.call_soon, self._flush)
         future: asyncio.Future[T] = self._loop.create_future()
-        self._next_members.append(_Member(verb, future, last))
+        self._next_members.append(_Member(verb, args, options, future, last))
         return future
 
     def _flush(self) -> None:
@@ -115,7 +120,8 @@ class Writer:
             with storage_errors(self._path):
                 try:
                     self._connection.execute("BEGIN IMMEDIATE")
-                    outcomes = [member.verb(self._writes) for member in batch]
+                    self._writes.begin()
+                    outcomes = [verb(self._writes, *args, **options) for verb, args, options, _, _ in batch]
                     self._writes.flush()
                 except Exception:  # noqa: BLE001 - the failed member is found by running each in a savepoint
                     self._roll_back()
@@ -132,7 +138,8 @@ class Writer:
         self._connection.execute("SAVEPOINT member")
         try:
             with storage_errors(self._path):
-                outcome = member.verb(self._writes)
+                self._writes.begin()
+                outcome = member.verb(self._writes, *member.args, **member.options)
                 self._writes.flush()
         except Exception as error:
             if not self._connection.in_transaction:  # SQLite has rolled back everything

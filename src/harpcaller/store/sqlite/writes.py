@@ -78,22 +78,23 @@ class Writes:
 
     def __init__(self, db: sqlite3.Connection) -> None:
         self.db = db
-        self._cache: ActiveJobs | None = None
+        self._active: ActiveJobs
+        self._is_current = False
         self._added: dict[int, _Added] = {}  # by sequence number
         self._ended: list[tuple[Any, ...]] = []
         self._outcomes: list[tuple[Any, ...]] = []
 
     # The transaction.
 
-    @property
-    def _active(self) -> ActiveJobs:
-        if self._cache is None:
-            self._cache = ActiveJobs(self.db)
-        return self._cache
+    def begin(self) -> None:
+        """Prepare for verbs, within a transaction."""
+        if not self._is_current:
+            self._active = ActiveJobs(self.db)
+            self._is_current = True
 
     def forget(self) -> None:
         """Drop what is in memory, because the transaction, or the last part of it, was rolled back."""
-        self._cache = None
+        self._is_current = False
         self._added.clear()
         self._ended.clear()
         self._outcomes.clear()
@@ -138,11 +139,10 @@ class Writes:
 
     def add_jobs(self, jobs: Sequence[NewJob], now: float) -> None:
         """See `Store.add_jobs`."""
-        active = self._active
         for job in jobs:
             key = _lane_of(job)
-            lane = active.lanes.get(key) or self._add_lane(key, job)
-            self._added[active.add_queued(lane)] = _Added(job, key, now)
+            lane = self._active.lanes.get(key) or self._add_lane(key, job)
+            self._added[self._active.add_queued(lane)] = _Added(job, key, now)
 
     def _add_lane(self, key: str, job: NewJob) -> Lane:
         if job.queue is None:
@@ -159,11 +159,11 @@ class Writes:
 
     def claim_jobs(self, now: float, limit: int, max_calls_per_host: int) -> list[Job]:
         """See `Store.claim_jobs`."""
-        active = self._active
         claimed: list[Job] = []
-        for seq, lane in active.startable_jobs(self._host_of, limit=limit, max_calls_per_host=max_calls_per_host):
+        startable = self._active.startable_jobs(self._host_of, limit=limit, max_calls_per_host=max_calls_per_host)
+        for seq, lane in startable:
             job = self._start(seq, lane, now)
-            active.give_slot(job.id, seq, lane, job.host)
+            self._active.give_slot(job.id, seq, lane, job.host)
             claimed.append(job)
         return claimed
 
