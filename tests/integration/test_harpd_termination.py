@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -496,6 +497,9 @@ def test_zygote_hanging_does_not_delay_shutdown(own: Harpd, notes: Path) -> None
     with own.connect() as client:
         zygote, supervisor = own.zygote, own.supervisor
         os.kill(zygote, signal.SIGSTOP)
+        for preforked in psutil.Process(zygote).children():
+            preforked.kill()
+            wait_until(partial(is_dead, preforked.pid), DEADLINE, "the death of a pre-forked worker")
         client.send(own.request("sleeps", [str(notes)]))
         wait_until(lambda: own.status()["calls"] == 1, DEADLINE, "the call that can't begin")
         own.kill()

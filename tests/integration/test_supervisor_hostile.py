@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections.abc import Iterator
@@ -155,6 +156,10 @@ def test_zygote_hanging_is_replaced_and_calls_continue(tmp_path: Path) -> None:
             before.line()
             zygote.suspend()
             try:
+                with contextlib.ExitStack() as served:  # by the workers that were forked before
+                    for number in range(len(zygote.children()) - 1):
+                        call = served.enter_context(supervisor.call("mark", [str(tmp_path / f"{number}"), "x"]))
+                        assert call.line() == PLAIN
                 with supervisor.call_resumable("mark", str(tmp_path / "started"), "x") as late:
                     (line,) = late.lines()
                     assert line["error"]["type"] == "system_error"

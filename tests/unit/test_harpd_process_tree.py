@@ -307,7 +307,7 @@ def test_output_pipe_splits_lines(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     loop = EventLoop()
     output = OutputCollector(loop, 1)
-    pipes = [output.open_pipe({"call": str(number)}, "stdout") for number in range(3)]
+    pipes = [output.open_pipe("stdout") for _ in range(3)]
     for number, (_, writing) in enumerate(pipes):
         os.write(writing, f"begun {number}".encode())
     os.write(pipes[0][1], b"\n\nnext\nrest")

@@ -9,7 +9,7 @@ that key order, big integers and the digits of floats are unchanged. There are t
 `decode_values` (for clients) gives payloads as values, `harp_daemon.sliced_json.decode_slices` (for the daemons) as
 `Raw`.
 
-The zygote loads this module, and every call's process is forked from the zygote. So it imports little, and no `typing`.
+`harp.protocol.json_codec` encodes and decodes single values; its names are available here, too.
 """
 
 from __future__ import annotations
@@ -17,38 +17,44 @@ from __future__ import annotations
 import json
 import re
 from functools import lru_cache
-from itertools import accumulate
 from json import encoder
+
+from harp.protocol.json_codec import (
+    MAX_DEPTH,
+    InvalidJSON,
+    NotJSON,
+    encode_value,
+    exceeds_depth,
+    may_exceed_depth,
+    reject_constant,
+)
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from typing import Any, NoReturn, TypeAlias
+    from typing import Any
 
-    JSON: TypeAlias = Any  # dict[str, JSON] | list[JSON] | str | int | float | bool | None
+    from harp.protocol.json_codec import JSON
 
-
-#: Maximum nesting of arrays and objects in a line. An interpreter with a lower recursion limit may reject values that
-#: are less deep; both daemons raise theirs, so that this limit applies.
-MAX_DEPTH = 1000
-
-
-class InvalidJSON(ValueError):
-    """Text that is not JSON, or JSON that HARP does not accept. The message has reason and position."""
-
-
-class NotJSON(ValueError):
-    """A value that has no form in JSON.
-
-    Attributes:
-        path: the position in the value, for example ``"['hosts'][3]"``; empty for the value itself.
-        reason: the reason.
-    """
-
-    def __init__(self, path: str, reason: str) -> None:
-        super().__init__(f"at {path}: {reason}" if path else reason)
-        self.path = path
-        self.reason = reason
+__all__ = [
+    "MAX_DEPTH",
+    "Envelope",
+    "InvalidJSON",
+    "JSONObject",
+    "NotJSON",
+    "Raw",
+    "decode_checked",
+    "decode_enclosed",
+    "decode_values",
+    "dumps",
+    "encode_name",
+    "loads",
+    "may_exceed_depth",
+    "reject_constant",
+    "scan_array",
+    "scan_object",
+    "translate_errors",
+]
 
 
 class Raw(bytes):
@@ -63,21 +69,12 @@ class Envelope(dict[str, "Any"]):
     __slots__ = ()
 
 
-def reject_constant(name: str) -> NoReturn:
-    """Raise `InvalidJSON` for ``NaN`` and ``Infinity``; for decoders."""
-    raise InvalidJSON(f"{name} is not JSON")
-
-
 _DECODER = json.JSONDecoder(parse_constant=reject_constant)
 #: Returns the value at an index of a text and the index after it. Unlike `json.JSONDecoder.decode`, it is written in C.
 _scan_value: Callable[[str, int], tuple[Any, int]] = _DECODER.scan_once  # type: ignore[attr-defined]
 # Only finds the ends of values: numbers may have any length and are not converted.
 _SCANNER = json.JSONDecoder(parse_constant=reject_constant, parse_int=str, parse_float=str)
 _SPACE = re.compile(r"[ \t\n\r]*")
-#: Brackets and quotes of which the depth is counted at once.
-_PIECE = 1000
-_NOT_BRACKETS = bytes(set(range(256)) - set(b'[]{}"'))
-_STEP = {ord("["): 1, ord("{"): 1, ord("]"): -1, ord("}"): -1}
 
 
 def loads(text: bytes | str) -> JSON:
@@ -123,29 +120,10 @@ def decode_checked(text: bytes | str) -> str:
     return decoded
 
 
-def may_exceed_depth(text: bytes) -> bool:
-    """Return whether there are enough brackets for a nesting deeper than MAX_DEPTH."""
-    return len(text) > MAX_DEPTH and text.count(b"[") + text.count(b"{") > MAX_DEPTH
-
-
 def _check_depth(text: bytes) -> None:
-    """Raise `InvalidJSON` for a nesting deeper than MAX_DEPTH. Fast for text with few brackets."""
-    if not may_exceed_depth(text):
-        return
-    # The count is wrong only after the first error of text that is not JSON; no decoder reads further.
-    if b"\\" in text:
-        text = text.replace(b"\\\\", b"").replace(b'\\"', b"")
-    marks = text.translate(None, _NOT_BRACKETS)
-    depth, in_string = 0, False
-    for at in range(0, len(marks), _PIECE):  # other threads may run between two pieces
-        parts = marks[at : at + _PIECE].split(b'"')
-        brackets = b"".join(parts[in_string::2])
-        in_string ^= not len(parts) % 2
-        opened = brackets.count(b"[") + brackets.count(b"{")
-        may_exceed = depth + opened > MAX_DEPTH
-        if may_exceed and max(accumulate(map(_STEP.__getitem__, brackets), initial=depth)) > MAX_DEPTH:
-            raise InvalidJSON(f"nested deeper than {MAX_DEPTH}")
-        depth += 2 * opened - len(brackets)
+    """Raise `InvalidJSON` for a nesting deeper than MAX_DEPTH."""
+    if exceeds_depth(text):
+        raise InvalidJSON(f"nested deeper than {MAX_DEPTH}")
 
 
 def translate_errors(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -278,27 +256,12 @@ def _skip_space(text: str, at: int) -> int:
 
 
 _CONSTANTS: dict[object, Raw] = {None: Raw(b"null"), True: Raw(b"true"), False: Raw(b"false")}
-#: A circular value exceeds the recursion limit; the check for it would cost a sixth of the time of a small value.
-_ENCODER = json.JSONEncoder(ensure_ascii=True, allow_nan=False, check_circular=False, separators=(",", ":"))
-
-
-def _make_encode() -> Callable[[JSON], str]:
-    """Return `_ENCODER.encode`, with its C part made once: for a small value, that takes as long as the encoding."""
-    make_encoder = getattr(encoder, "c_make_encoder", None)
-    if make_encoder is None:  # not CPython
-        return _ENCODER.encode
-    write_string = encoder.encode_basestring_ascii
-    encode_pieces = make_encoder(None, _ENCODER.default, write_string, None, ":", ",", False, False, False)
-    return lambda value: "".join(encode_pieces(value, 0))
-
-
-_encode = _make_encode()
 
 
 @lru_cache(maxsize=256)
 def encode_name(name: str) -> bytes:
     """Return the name of a member and its colon. Cached: the protocol has few names."""
-    return _encode(name).encode() + b":"
+    return encode_value(name) + b":"
 
 
 def dumps(value: JSON) -> Raw:
@@ -323,57 +286,3 @@ def dumps(value: JSON) -> Raw:
     if value is None or value is True or value is False:
         return _CONSTANTS[value]
     return Raw(encode_value(value))
-
-
-def encode_value(value: JSON) -> bytes:
-    """Write a value that is neither `Raw` nor an `Envelope`, as `dumps` does. Raises `NotJSON`."""
-    try:
-        text = _encode(value).encode("ascii")
-        if len(text) > MAX_DEPTH:
-            _check_depth(text)
-    except (TypeError, ValueError, RecursionError) as error:
-        path, reason = _find_invalid_part(value) or ("", str(error))
-        raise NotJSON(path, reason) from error
-    return text
-
-
-def _find_invalid_part(value: JSON) -> tuple[str, str] | None:
-    """Return position and reason of the first part of `value` that has no form in JSON; iterative for deep nesting."""
-    stack: list[tuple[JSON, str, int]] = [(value, "", 0)]
-    trail: list[int] = []  # ids of the containers around the item
-    while stack:
-        item, path, depth = stack.pop()
-        del trail[depth:]
-        if isinstance(item, (dict, list, tuple)):
-            if id(item) in trail:
-                return path, "contains itself"
-            if depth >= MAX_DEPTH:
-                return "", f"nested deeper than {MAX_DEPTH}"
-            trail.append(id(item))
-            children = item.items() if isinstance(item, dict) else enumerate(item)
-            for key, child in reversed(list(children)):
-                if isinstance(item, dict) and not isinstance(key, (str, int, float, bool, type(None))):
-                    return path, f"a key is of type {_type_name(key)}, expected str"
-                stack.append((child, f"{path}[{key!r}]", depth + 1))
-        elif (reason := _reason_of_scalar(item)) is not None:
-            return path, reason
-    return None
-
-
-def _reason_of_scalar(item: JSON) -> str | None:
-    if item is None or isinstance(item, (str, bool)):
-        return None
-    if isinstance(item, float):
-        return None if item - item == 0 else f"{item!r} is not a number of JSON"
-    if isinstance(item, int):
-        try:
-            int.__repr__(item)
-        except ValueError as error:
-            return str(error)
-        return None
-    return f"type {_type_name(item)} has no form in JSON"
-
-
-def _type_name(item: object) -> str:
-    kind = type(item)
-    return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"

@@ -15,10 +15,6 @@ _NAME = "HARPD_CALL"
 _ID_LENGTH = 36
 _PREFIX, _UNUSED = f"{_NAME}=".encode(), "-" * _ID_LENGTH
 
-_getenv = ctypes.CDLL(None).getenv
-_getenv.restype = ctypes.c_void_p
-_getenv.argtypes = [ctypes.c_char_p]
-
 
 def cookie_for(call_id: str) -> bytes:
     """Return the environment entry that the processes of a call have."""
@@ -42,12 +38,18 @@ class EnvCookie:
     """The cookie of this process. Create it before the environment is changed: it looks up the reserved space."""
 
     def __init__(self) -> None:
-        self._address = _getenv(_NAME.encode())
-        os.environ.pop(_NAME, None)  # the memory stays; programs that the procedures file executes belong to no call
+        getenv = ctypes.CDLL(None).getenv
+        getenv.restype, getenv.argtypes = ctypes.c_void_p, [ctypes.c_char_p]
+        address = getenv(_NAME.encode())
+        if address is None:
+            raise LookupError(f"the environment has no {_NAME}")
+        self._space = memoryview((ctypes.c_char * _ID_LENGTH).from_address(address)).cast("B")
+        # The mapping of `os.environ` without the functions that change the process's own environment: the entry stays
+        # in it, and its text is replaced. The functions would touch 30 pages.
+        self._entries: dict[bytes, bytes] = os.environ._data  # type: ignore[attr-defined]
+        self._entries.pop(_NAME.encode(), None)
 
-    def write(self, call_id: str) -> None:
+    def write(self, call_id: bytes) -> None:
         """Set the cookie of this process, of its future children and of the programs that they execute."""
-        text = call_id.encode()
-        if self._address is not None:
-            ctypes.memmove(self._address, text.ljust(_ID_LENGTH, b"\0"), _ID_LENGTH)
-        os.environ[_NAME] = call_id
+        self._space[:] = call_id.ljust(_ID_LENGTH, b"\0")
+        self._entries[b"HARPD_CALL"] = call_id

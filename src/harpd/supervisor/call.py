@@ -174,8 +174,8 @@ class Call:
     def send_arguments(self, arguments: Raw, authentication: float | None) -> None:
         """Send the worker its arguments; once. `authentication`: the seconds that it took, for exit info."""
         self._authentication_seconds = authentication
-        self._unsent = memoryview(f"{self.id} ".encode() + bytes(arguments) + b"\n")
-        if self._worker.served > 1:  # it was idle; the zygote announces a new one
+        self._unsent = memoryview(b"%b %d %b\n" % (self.id.encode(), self._info.number, arguments))
+        if self._worker.is_forked:  # else the zygote announces it
             self.on_forked()
 
     # Reports of the zygote: `WorkerUser`.

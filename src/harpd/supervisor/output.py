@@ -38,8 +38,8 @@ class OutputCollector:
         self._max_left_open = max_left_open
         self._left_open: dict[OutputPipe, None] = {}  # pipes of ended calls, oldest first
 
-    def open_pipe(self, fields: Mapping[str, str], stream: str) -> tuple[OutputPipe, int]:
-        """Create a pipe for a call's stdout or stderr, as `stream` says. Its log events have these fields.
+    def open_pipe(self, stream: str) -> tuple[OutputPipe, int]:
+        """Create a pipe for a worker's stdout or stderr, as `stream` says.
 
         Returns:
             The reading end, for `release`, and the descriptor of the writing end, which the caller closes.
@@ -49,7 +49,7 @@ class OutputCollector:
         """
         reading, writing = os.pipe2(os.O_CLOEXEC)
         os.set_blocking(reading, False)
-        pipe = OutputPipe(reading, {**fields, "stream": stream})
+        pipe = OutputPipe(reading, {"stream": stream})
         self._loop.watch(reading, READ, partial(self._read, pipe))
         return pipe, writing
 
@@ -98,7 +98,7 @@ class OutputPipe:
         self._last: deque[bytes] = deque(maxlen=_MAX_LAST_LINES)
 
     def assign(self, fields: Mapping[str, str]) -> None:
-        """Assign the pipe to another call."""
+        """Assign the pipe to a call, whose log events have these fields."""
         self._fields = {**fields, "stream": self._fields["stream"]}
         self._last.clear()
 

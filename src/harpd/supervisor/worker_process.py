@@ -51,55 +51,72 @@ class WorkerUser(Protocol):
 
 
 class WorkerProcess:
-    """A worker from its fork to its death.
+    """A worker from the fork command to its death.
 
     Args:
-        fields: the fields of the log events of its output, until it is assigned another call.
-        call: its first call, which is notified of the fork.
-        max_calls: how many calls it may serve.
         idle_workers: the workers of its zygote that wait for another call.
 
     Raises:
         OSError: no descriptor is free; nothing has begun.
 
     Attributes:
-        call: its present call; None: it is idle, or released.
+        call: its present call; None: it is pre-forked or idle, or released.
         channel: this end of its channel, non-blocking.
         child_descriptors: its own end of the channel, its stdout and its stderr.
+        created_at: when it was created, by the clock of the loop.
         identity: its pid and start time; zeros before it was forked.
+        procedure: the procedure of its calls; empty before its first call.
         served: how many calls it was assigned.
     """
 
-    def __init__(
-        self,
-        loop: EventLoop,
-        output: OutputCollector,
-        fields: Mapping[str, str],
-        call: WorkerUser,
-        procedure: str,
-        max_calls: int,
-        idle_workers: IdleWorkers,
-    ) -> None:
+    def __init__(self, loop: EventLoop, output: OutputCollector, idle_workers: IdleWorkers) -> None:
         self._loop = loop
         self._output = output
-        self.procedure = procedure
-        self._max_calls = max_calls
         self._idle_workers = idle_workers
+        self.created_at = loop.now()
         self.identity = 0, 0
         self.cgroup: Cgroup | None = None
-        self.served = 1
+        self.call: WorkerUser | None = None
+        self.procedure = ""
+        self._max_calls = 0
+        self.served = 0
         self._ended = False
-        self.call: WorkerUser | None = call
         self._cpu_before = 0.0  # seconds that it had used when the present call began
-        self.channel, self._pipes, self.child_descriptors = _open_channels(output, fields)
+        self.channel, self._pipes, self.child_descriptors = _open_channels(output)
 
-    def assign(self, call: WorkerUser, fields: Mapping[str, str]) -> None:
-        """Assign another call to an idle worker."""
-        self.call = call
+    def assign(self, call: WorkerUser, procedure: str, max_calls: int, fields: Mapping[str, str]) -> None:
+        """Assign a call to it.
+
+        Args:
+            call: the call, which is notified of its death.
+            procedure: the call's procedure, that of all its calls.
+            max_calls: how many calls it may serve.
+            fields: the fields of the log events of its output.
+        """
+        self.call, self.procedure, self._max_calls = call, procedure, max_calls
+        if self.served:
+            self._cpu_before = self._cpu_seconds()
         self.served += 1
-        self._cpu_before = self._cpu_seconds()
         for pipe in self._pipes:
             pipe.assign(fields)
+
+    @property
+    def is_forked(self) -> bool:
+        """Whether the zygote has forked it."""
+        return self.identity[0] != 0
+
+    def on_forked(self, pid: int, start: int) -> None:
+        """Record its identity, and notify its call if it has one."""
+        self.identity = pid, start
+        if self.call is not None:
+            self.call.on_forked()
+
+    def on_fork_failed(self, reason: str) -> None:
+        """Notify its call, or release its resources: the zygote cannot fork it."""
+        if self.call is None:
+            self.release()
+        else:
+            self.call.on_fork_failed(reason)
 
     def on_reaped(self, status: int, cpu: float | None, memory: int | None) -> None:
         """Notify its call, see `WorkerUser`. `cpu` is that of all its calls; the call gets only its own part."""
@@ -161,12 +178,12 @@ class WorkerProcess:
             pass  # it has exited already
 
     def shut_down(self) -> None:
-        """Have an idle worker exit; it is killed if it does not."""
+        """Have a worker without a call exit; it is killed if it does not."""
         self.close()
         self._loop.call_later(_EXIT_TIMEOUT, self._kill_if_alive)
 
     def _kill_if_alive(self) -> None:
-        if not self._ended:
+        if self.is_forked and not self._ended:
             send_signal(signal.SIGKILL, self.identity)
 
     def close(self) -> None:
@@ -243,7 +260,7 @@ class IdleWorkers:
 
 
 def _open_channels(
-    output: OutputCollector, fields: Mapping[str, str]
+    output: OutputCollector,
 ) -> tuple[socket.socket, tuple[OutputPipe, OutputPipe], tuple[int, int, int]]:
     """Create the descriptors of a worker.
 
@@ -259,7 +276,7 @@ def _open_channels(
     try:
         pipes: list[OutputPipe] = []
         for stream in ("stdout", "stderr"):
-            pipe, writing_end = output.open_pipe(fields, stream)
+            pipe, writing_end = output.open_pipe(stream)
             pipes.append(pipe)
             descriptors.append(writing_end)
         limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)

@@ -1,4 +1,8 @@
-"""The supervisor's side of a zygote: start it, request forks, receive reports of deaths."""
+"""The supervisor's side of a zygote: start it, have it fork workers, receive reports of their deaths.
+
+Workers are forked ahead: a call is given to a pre-forked worker at once, and its end leads to the next fork. The zygote
+replies to fork commands in their order.
+"""
 
 from __future__ import annotations
 
@@ -24,6 +28,8 @@ from harpd.supervisor.worker_process import IdleWorkers, WorkerProcess, WorkerUs
 log = logging.getLogger("harpd.supervisor")
 
 _MAX_MESSAGE_BYTES = 1 << 18
+#: How many pre-forked workers there are, unless calls have just used them up.
+_PREFORKED = 4
 #: Seconds for a fork, and for the death of a zygote that was killed.
 _FORK_TIMEOUT, _DEATH_TIMEOUT = 10.0, 5.0
 #: Signals that the supervisor ignores. They have their default effect in the zygote and in programs that it executes.
@@ -35,11 +41,13 @@ class ProcedureInfo:
     """A procedure that a zygote has loaded.
 
     Attributes:
+        number: the number by which workers know it.
         streaming: whether it yields records.
         timeout: its limit in seconds; None: no limit.
         max_calls: how many calls a worker process of it may serve.
     """
 
+    number: int
     streaming: bool
     timeout: float | None
     max_calls: int
@@ -78,11 +86,13 @@ class ZygoteClient:
         self._on_died = on_died
         self._on_stuck = on_stuck
         self._unsent: deque[tuple[bytes, tuple[int, ...]]] = deque()
-        self._forking: dict[str, tuple[WorkerProcess, Timer]] = {}
+        # All workers without a call that had none before, oldest first; the zygote has not replied for the last ones.
+        self._preforked: deque[WorkerProcess] = deque()
+        self._forking: deque[WorkerProcess] = deque()  # in the order of the fork commands without a reply
+        self._fork_check: Timer | None = None
         self._children: dict[int, WorkerProcess] = {}
         self._retired = False
         self.procedures: dict[str, ProcedureInfo] = {}
-        self._preforked: dict[int, int] = {}  # workers without a call: start times by pid
         self.idle_workers = IdleWorkers(loop)
         self._socket, zygote_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with zygote_end, contextlib.ExitStack() as undo:
@@ -105,56 +115,78 @@ class ZygoteClient:
 
     def worker_identities(self) -> set[tuple[int, int]]:
         """Return the pids and start times of all its workers."""
-        return {*self._preforked.items(), *(worker.identity for worker in self._children.values())}
+        return {worker.identity for worker in self._children.values()}
 
     def assign(self, call: WorkerUser, call_id: str, procedure: str) -> WorkerProcess:
-        """Return a worker for a call: an idle one of its procedure, else a new one that is being forked.
+        """Return a worker for a call: an idle one of its procedure, else a pre-forked one, or one that is being forked.
 
         Raises:
             OSError: no descriptor is free.
         """
-        fields = {"call": call_id, "procedure": procedure}
-        idle = self.idle_workers.pop(procedure)
-        if idle is not None:
-            idle.assign(call, fields)
-            return idle
+        worker = self.idle_workers.pop(procedure) or self._pop_preforked() or self._fork()
         max_calls = self.procedures[procedure].max_calls
-        worker = WorkerProcess(self._loop, self._output, fields, call, procedure, max_calls, self.idle_workers)
-        self._forking[call_id] = worker, self._loop.call_later(_FORK_TIMEOUT, lambda: self._on_fork_timeout(call_id))
-        self._send({"fork": call_id, "procedure": procedure}, worker.child_descriptors)  # which closes them here
+        worker.assign(call, procedure, max_calls, {"call": call_id, "procedure": procedure})
+        if not self._preforked:  # else the end of a call is early enough
+            self._fork_ahead()
         return worker
 
-    def _on_fork_timeout(self, call_id: str) -> None:
-        """Abandon a fork. If the worker starts later, it finds its channel closed and exits."""
-        log.error("zygote does not fork", extra={"zygote": self.pid, "call": call_id, "seconds": _FORK_TIMEOUT})
+    def _pop_preforked(self) -> WorkerProcess | None:
+        """Remove and return the oldest pre-forked worker that lives; None if there is none."""
+        while self._preforked:
+            worker = self._preforked.popleft()
+            if worker.is_quiet():
+                return worker
+            worker.shut_down()
+        return None
+
+    def _fork_ahead(self) -> None:
+        """Have workers forked for later calls."""
+        try:
+            while len(self._preforked) < _PREFORKED and not self._retired:
+                self._preforked.append(self._fork())
+        except OSError:
+            pass  # no descriptor is free; a call that needs one reports the error
+
+    def _fork(self) -> WorkerProcess:
+        """Return a worker that is being forked. Raises OSError."""
+        worker = WorkerProcess(self._loop, self._output, self.idle_workers)
+        self._forking.append(worker)
+        if self._fork_check is None:
+            self._fork_check = self._loop.call_later(_FORK_TIMEOUT, self._check_forks)
+        self._send({"fork": True}, worker.child_descriptors)  # which closes them here
+        return worker
+
+    def _check_forks(self) -> None:
+        """Give up a zygote that does not reply. A worker that it forks later finds its channel closed and exits."""
+        self._fork_check = None
+        if not self._forking:
+            return
+        waited = self._loop.now() - self._forking[0].created_at
+        if waited < _FORK_TIMEOUT:
+            self._fork_check = self._loop.call_later(_FORK_TIMEOUT - waited, self._check_forks)
+            return
+        log.error("zygote does not fork", extra={"zygote": self.pid, "seconds": _FORK_TIMEOUT})
         reason = f"cannot create a process: the zygote did not answer within {_FORK_TIMEOUT:g} s"
-        self._fail_fork(call_id, reason)
+        for worker in [*self._forking]:
+            worker.on_fork_failed(reason)
         if not self._retired:
             self._on_stuck()
 
-    def _take_pending(self, call_id: str) -> tuple[WorkerProcess, WorkerUser] | None:
-        """Remove and return the worker of a fork and its call; None if the fork was abandoned."""
-        if call_id not in self._forking:
-            return None
-        worker, deadline = self._forking.pop(call_id)
-        deadline.cancel()
-        assert worker.call is not None  # it is not released before this
-        return worker, worker.call
-
-    def _fail_fork(self, call_id: str, reason: str) -> None:
-        if pending := self._take_pending(call_id):
-            pending[1].on_fork_failed(reason)
-
     def retire(self) -> None:
         """Have the zygote exit once its last call has ended."""
+        self._release_workers()
+        self._close_if_idle()
+
+    def _release_workers(self) -> None:
+        """Have the workers without a call exit, and accept no more."""
         self._retired = True
         self.idle_workers.close()
-        self._close_if_idle()
+        while self._preforked:
+            self._preforked.popleft().shut_down()
 
     def kill(self) -> None:
         """Kill the zygote, and with it its calls; wait for its death, at most 5 s."""
-        self._retired = True
-        self.idle_workers.close()
+        self._release_workers()
         if self._closed:
             return
         with contextlib.suppress(ProcessLookupError):
@@ -165,7 +197,7 @@ class ZygoteClient:
         self._close()
 
     def _close_if_idle(self) -> None:
-        if self._retired and not self._forking and not self._children:  # pre-forked workers have no call
+        if self._retired and not self._forking and not self._children:
             self._close()
 
     @property
@@ -191,15 +223,17 @@ class ZygoteClient:
             try:
                 self._socket.sendmsg([data], passed)
             except BlockingIOError:
-                break
+                self._loop.watch(self._socket.fileno(), READ | WRITE, self._on_ready)
+                return
             except OSError:
                 return  # the zygote has died; the next read reports it
             self._unsent.popleft()
             _close_all(descriptors)
-        self._loop.watch(self._socket.fileno(), READ | (WRITE if self._unsent else 0), self._on_ready)
 
     def _on_ready(self) -> None:
-        self._flush()
+        if self._unsent:
+            self._loop.watch(self._socket.fileno(), READ, self._on_ready)
+            self._flush()
         while not self._closed:  # a message may lead to its close
             try:
                 data = self._socket.recv(_MAX_MESSAGE_BYTES)
@@ -214,28 +248,28 @@ class ZygoteClient:
 
     def _on_message(self, message: dict[str, Any]) -> None:
         match message:
-            case {"preforked": pid, "start": start}:
-                self._preforked[pid] = start
-            case {"forked": call_id, "pid": pid, "start": start}:
-                self._preforked.pop(pid, None)
-                if pending := self._take_pending(call_id):
-                    worker, call = pending
-                    self._children[pid] = worker
-                    worker.identity = pid, start
-                    call.on_forked()
+            case {"forked": pid, "start": start}:
+                worker = self._children[pid] = self._forking.popleft()
+                worker.on_forked(pid, start)
             case {"reaped": pid, "status": status, "cpu": cpu, "memory": memory}:
-                self._preforked.pop(pid, None)
-                if dead_worker := self._children.pop(pid, None):
+                if dead_worker := self._children.pop(pid, None):  # not an orphan, whose parent the zygote is
+                    if dead_worker in self._preforked:  # another process has killed it
+                        self._preforked.remove(dead_worker)
                     dead_worker.on_reaped(status, cpu, memory)
                 self._close_if_idle()
-            case {"failed": call_id, "reason": reason}:
-                self._fail_fork(call_id, reason)
+                self._fork_ahead()
+            case {"failed": reason}:
+                worker = self._forking.popleft()
+                if worker in self._preforked:
+                    self._preforked.remove(worker)
+                worker.on_fork_failed(reason)
                 self._close_if_idle()
             case {"procedure": name, "streaming": streaming, "timeout": timeout, "max_calls": max_calls}:
-                self.procedures[name] = ProcedureInfo(streaming, timeout, max_calls)
+                self.procedures[name] = ProcedureInfo(len(self.procedures), streaming, timeout, max_calls)
             case {"loaded": _, "threads": threads}:
                 if threads:  # threads do not survive fork, so the calls do not have them
                     log.warning("procedures file started threads", extra={"threads": threads})
+                self._fork_ahead()
                 self._report_load(None)
             case {"error": error}:
                 self._report_load(error)
@@ -246,15 +280,16 @@ class ZygoteClient:
             callback(error)
 
     def _on_closed(self) -> None:
+        died = not self._retired
         self._close()
-        self.idle_workers.close()
+        self._release_workers()
         self._report_load("the zygote ended while it loaded the procedures file")
-        for call_id in list(self._forking):
-            self._fail_fork(call_id, "cannot create a process: the zygote died")
+        while self._forking:
+            self._forking.popleft().on_fork_failed("cannot create a process: the zygote died")
         for worker in [*self._children.values()]:
             worker.on_reaped(signal.SIGKILL, None, None)  # workers are killed when their zygote dies
         self._children.clear()
-        if not self._retired:
+        if died:
             self._on_died()
 
 
@@ -262,7 +297,9 @@ def _spawn(zygote_end: socket.socket) -> int:
     """Execute a zygote with its end of the socket; all other descriptors close on exec. Return its pid."""
     os.set_inheritable(zygote_end.fileno(), True)
     arguments = [sys.executable, "-P", "-m", "harpd.worker.zygote", str(zygote_end.fileno()), str(os.getpid())]
-    return os.posix_spawn(sys.executable, arguments, reserve_cookie(), setsigdef=_IGNORED_SIGNALS, setsigmask=())
+    # The linker resolves all symbols at the start: otherwise each worker resolves those that it uses, and copies pages.
+    environment = {**reserve_cookie(), "LD_BIND_NOW": "1"}
+    return os.posix_spawn(sys.executable, arguments, environment, setsigdef=_IGNORED_SIGNALS, setsigmask=())
 
 
 def _close_all(descriptors: tuple[int, ...]) -> None:

@@ -13,7 +13,7 @@ from harpd.proc import Procedure, StreamingProcedure
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import inspect
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
     from typing import Any
 
 #: Flags of a code object that has ``*args`` or ``**kwargs``.
@@ -26,28 +26,55 @@ class WrongArguments(Exception):
     """The arguments do not fit. The message names the cause and the procedure's parameters."""
 
 
-def preload_inspect(procedures: Iterable[Procedure]) -> None:
-    """Load `inspect` now if calls of these procedures need it, so that not each call has to load it."""
-    if not all(map(_is_plain, procedures)):
-        import inspect  # noqa: F401
+class ArgumentCheck:
+    """The check of one procedure's arguments; it is prepared in the zygote, before the first fork."""
 
+    def __init__(self, procedure: Procedure) -> None:
+        self._procedure = procedure
+        self._names: tuple[str, ...] | None = None  # of the parameters that may be named
+        # How many positional arguments certainly fit, at least and at most.
+        self._least, self._most = 0, -1
+        if not _is_plain(procedure):
+            import inspect  # noqa: F401 - so that not each call has to load it
 
-def check_arguments(procedure: Procedure, positional: Sequence[Any], named: Mapping[str, Any]) -> None:
-    """Check the arguments of a call against the procedure's signature.
+            return
+        code, function = procedure.function.__code__, procedure.function
+        if len(function.__kwdefaults__ or ()) != code.co_kwonlyargcount:
+            return
+        self._most = code.co_argcount
+        self._least = code.co_argcount - len(function.__defaults__ or ())
+        if not code.co_posonlyargcount:
+            self._names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
 
-    Raises:
-        WrongArguments: they do not fit.
-    """
-    if _is_plain(procedure) and _fits_plain_signature(procedure.function, len(positional), named):
-        return
-    try:
-        signature = procedure.signature()
-    except ValueError:  # some functions that are written in C have none
-        return
-    try:
-        signature.bind(*positional, **named)
-    except TypeError as error:
-        raise WrongArguments(f"{error}; the procedure takes {_parameters(signature)}") from error
+    def check(self, positional: Sequence[Any], named: Mapping[str, Any]) -> None:
+        """Check the arguments of a call. A call has positional arguments or named ones, not both.
+
+        Raises:
+            WrongArguments: they do not fit.
+        """
+        if named:
+            fits = not positional and self._fit_by_name(named)
+        else:
+            fits = self._least <= len(positional) <= self._most
+        if not fits:
+            self._bind(positional, named)
+
+    def _fit_by_name(self, named: Mapping[str, Any]) -> bool:
+        """Return True if named arguments fit, False if that is not certain."""
+        names = self._names
+        if names is None:
+            return False
+        return all(name in names for name in named) and all(name in named for name in names[: self._least])
+
+    def _bind(self, positional: Sequence[Any], named: Mapping[str, Any]) -> None:
+        try:
+            signature = self._procedure.signature()
+        except ValueError:  # some functions that are written in C have none
+            return
+        try:
+            signature.bind(*positional, **named)
+        except TypeError as error:
+            raise WrongArguments(f"{error}; the procedure takes {_parameters(signature)}") from error
 
 
 def _is_plain(procedure: Procedure) -> bool:
@@ -60,23 +87,6 @@ def _is_plain(procedure: Procedure) -> bool:
         and not function.__code__.co_flags & _VARIABLE
         and not any(name in function.__dict__ for name in _SIGNATURE_ATTRIBUTES)
     )
-
-
-def _fits_plain_signature(function: Any, given: int, named: Mapping[str, Any]) -> bool:
-    """Return True if the arguments fit, False if that is not certain.
-
-    `given` is the number of positional arguments. A call has positional arguments or named ones, not both.
-    """
-    code = function.__code__
-    optional = len(function.__defaults__ or ())
-    if len(function.__kwdefaults__ or ()) != code.co_kwonlyargcount:
-        return False
-    if not named:
-        return bool(code.co_argcount - optional <= given <= code.co_argcount)
-    if given or code.co_posonlyargcount:
-        return False
-    names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
-    return all(name in names for name in named) and all(name in named for name in names[: code.co_argcount - optional])
 
 
 def _parameters(signature: inspect.Signature) -> str:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import _socket  # without the wrappers of `socket`, for the many records of a stream
+import _socket  # without the wrappers of `socket`, which each call would pay for
 import os
 import select
+from _socket import MSG_DONTWAIT, MSG_NOSIGNAL, SOL_SOCKET
 
 from harpd.worker.signals import SignalGuard
 
@@ -25,10 +26,10 @@ os.register_at_fork(after_in_child=_count_fork)
 
 
 class Channel:
-    """The channel of this process, and not of the processes that it forks.
+    """The channel of a worker, and not of the processes that the worker forks. The zygote creates it before the fork.
 
     Args:
-        descriptor: a stream socket.
+        descriptor: a stream socket; the channel owns it.
         guard: defers signals while bytes are written.
 
     Raises:
@@ -36,39 +37,39 @@ class Channel:
     """
 
     def __init__(self, descriptor: int, guard: SignalGuard) -> None:
-        self._descriptor = descriptor
         self._socket = _socket.socket(fileno=descriptor)
         self._guard = guard
-        self._owner = _fork_depth
-        self._cookie = self._socket.getsockopt(_socket.SOL_SOCKET, _COOKIE, _COOKIE_SIZE)
-        self._line_start = b""  # the first bytes of the next line, from `wait_for_line`
+        self._owner = _fork_depth + 1  # the worker, which is not forked yet
+        self._cookie = self._socket.getsockopt(SOL_SOCKET, _COOKIE, _COOKIE_SIZE)
         self._unwritten = memoryview(b"")  # the rest of lines whose writing has begun
 
-    def wait_for_line(self) -> bool:
-        """Wait until the next line begins to arrive; return False if the supervisor has closed its end."""
-        os.set_blocking(self._descriptor, True)
-        self._line_start = os.read(self._descriptor, _READ_SIZE)
-        return bool(self._line_start)
+    def close(self) -> None:
+        """Close it in this process."""
+        self._socket.close()
 
     def read_line(self) -> bytes:
-        """Read the next line. The supervisor sends one per call and waits for the call's end."""
-        pieces = [self._line_start] if self._line_start else []
-        self._line_start = b""
-        while not pieces or not pieces[-1].endswith(b"\n"):
-            piece = os.read(self._descriptor, _READ_SIZE)
-            if not piece:
+        """Wait for the next line and read it; return b"" if the supervisor has closed its end.
+
+        The supervisor sends one line per call, and waits for the call's end.
+        """
+        line = self._socket.recv(_READ_SIZE)
+        if not line or line.endswith(b"\n"):
+            return line
+        pieces = [line]
+        while not pieces[-1].endswith(b"\n"):
+            pieces.append(self._socket.recv(_READ_SIZE))
+            if not pieces[-1]:
                 raise ConnectionAbortedError("the supervisor closed the channel")
-            pieces.append(piece)
-        os.set_blocking(self._descriptor, False)
         return b"".join(pieces)
 
-    def write(self, lines: bytes) -> None:
-        """Write whole lines; wait while the supervisor does not read.
-
-        A child that the procedure has forked must not write to the caller: it exits here.
-        """
+    def exit_if_forked(self) -> None:
+        """Exit if the procedure has forked and this is the child: it must not write to the caller."""
         if _fork_depth != self._owner:
             os._exit(0)
+
+    def write(self, lines: bytes) -> None:
+        """Write whole lines; wait while the supervisor does not read. A child of the worker exits here."""
+        self.exit_if_forked()
         guard = self._guard
         guard.defer()  # an exception between the write and its count would repeat a part of the line
         try:
@@ -83,7 +84,7 @@ class Channel:
 
     def _write_rest(self) -> None:
         writable = select.poll()
-        writable.register(self._descriptor, select.POLLOUT)
+        writable.register(self._socket.fileno(), select.POLLOUT)
         while self._unwritten:
             writable.poll()
             self._guard.defer()
@@ -95,9 +96,9 @@ class Channel:
     def _send(self, data: bytes | memoryview) -> int:
         """Send what fits; return how many bytes that are."""
         # The procedure may have closed the descriptor, and its number may belong to another file by now.
-        if self._socket.getsockopt(_socket.SOL_SOCKET, _COOKIE, _COOKIE_SIZE) != self._cookie:
+        if self._socket.getsockopt(SOL_SOCKET, _COOKIE, _COOKIE_SIZE) != self._cookie:
             raise ConnectionAbortedError("the procedure closed the channel")
         try:
-            return self._socket.send(data)
+            return self._socket.send(data, MSG_DONTWAIT | MSG_NOSIGNAL)
         except BlockingIOError:
             return 0

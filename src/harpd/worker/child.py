@@ -1,32 +1,38 @@
-"""The worker: change the user, check the arguments, run the procedure, write its output, exit.
+"""The worker, from its fork to its exit.
 
-The zygote has forked this process. Its channel is a stream socket whose other end the supervisor has: a line with the
-call's id and arguments comes in, and the lines of the wire protocol go out.
+The zygote forks it ahead, before there is a call for it. It waits at its channel, a stream socket whose other end the
+supervisor has, for the line of a call: its id, the number of
+its procedure, and the arguments, with spaces between. Then it changes
+the user, checks the arguments, runs the procedure, writes the lines of the wire protocol to the channel, and exits. It
+serves several calls of the same procedure, one after the other, if the procedure allows it. It also exits when the
+supervisor closes its end of the channel.
 
-A worker serves one call, or several calls of the same procedure, one after the other, if the procedure allows it. It
-exits when it has served that many, or when the supervisor closes its end of the channel.
+This is the most expensive part of a short call: a page of memory that a worker touches is copied for it, and takes 2 to
+4 microseconds. So all that can be prepared is prepared in the zygote, and no wrapper of the standard library is used.
 """
 
 from __future__ import annotations
 
+import _signal  # type: ignore[import-not-found]
 import os
-import signal
 import sys
 
 from harp.protocol.call_output import VERSION, encode_record
-from harp.protocol.json_text import Envelope, InvalidJSON, NotJSON, Raw, dumps, encode_value, loads
+from harp.protocol.json_codec import InvalidJSON, NotJSON, decode_value, encode_value
 from harpd.proc import Cancelled, Procedure, Result, TimeLimit
 from harpd.processes.cookie import EnvCookie
 from harpd.processes.prctl import become_subreaper, die_with_parent
-from harpd.worker.arguments import WrongArguments, check_arguments
+from harpd.worker.arguments import ArgumentCheck, WrongArguments
 from harpd.worker.channel import Channel
-from harpd.worker.privileges import UserError, drop_privileges, resolve_credentials
+from harpd.worker.privileges import UserError, change_user
 from harpd.worker.signals import SignalGuard
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Sequence
     from typing import Any, NoReturn
+
+    from harpd.proc import Identity
 
 #: The most bytes of a record or a result: clients and dispatchers read lines of up to 64 MiB, and 64 bytes are left for
 #: the envelope.
@@ -43,174 +49,157 @@ class _CallRejected(Exception):
         self.type = type
 
 
-def detach_from_zygote(zygote: int) -> None:
-    """Leave the session and the signal handlers of the zygote, the parent. A forked process calls it before its call.
+class Worker:
+    """What a worker does. It is prepared once, in the zygote; each worker is a process that has called `run`.
 
-    Raises:
-        OSError: a step failed; the process cannot be used.
+    Args:
+        procedures: the procedures, by the numbers with which the supervisor names them.
+        guard: turns signals into exceptions; its handlers are installed before the first fork.
+        cookie: the cookie of this process.
+        default_user: the user of a procedure that names none; None: that of harpd.
+        default_group: the group of a procedure that names neither user nor group; None: those of the user.
+        tracebacks: whether the supervisor gets the traceback of an exception.
     """
-    os.setsid()  # its own session and process group, so that they can be stopped as a whole
-    become_subreaper()  # processes that fork twice remain descendants
-    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGCHLD):
-        signal.signal(number, signal.SIG_DFL)
-    die_with_parent(zygote)
 
+    def __init__(
+        self,
+        procedures: Sequence[Procedure],
+        guard: SignalGuard,
+        cookie: EnvCookie,
+        default_user: Identity | None,
+        default_group: Identity | None,
+        tracebacks: bool,
+    ) -> None:
+        self._zygote = os.getpid()
+        self._procedures = [(procedure, ArgumentCheck(procedure)) for procedure in procedures]
+        self._guard = guard
+        self._cookie = cookie
+        self._default_user = default_user
+        self._default_groups = None if default_group is None else (default_group,)
+        self._tracebacks = tracebacks
 
-def run_worker(
-    procedure: Procedure,
-    channel_descriptor: int,
-    pipes: tuple[int, int],
-    zygote: int,
-    defaults: tuple[int | str | None, int | str | None],
-    tracebacks: bool,
-    cookie: EnvCookie,
-) -> NoReturn:
-    """Run one call, or as many as the procedure allows, in a process that has left the zygote; then exit.
+    def run(self, channel: Channel, stdout: int, stderr: int) -> NoReturn:
+        """Serve calls in this process, which the zygote has just forked; then exit.
 
-    `pipes` become stdout and stderr. `defaults` are the user of a procedure that names none, and the group of one that
-    names neither user nor group. `tracebacks`: whether the supervisor gets the traceback of an exception.
-    """
-    own_pid, guard = os.getpid(), SignalGuard()
-    try:
-        channel = Channel(channel_descriptor, guard)
-        prepared = False
+        Args:
+            channel: the channel, which was created before the fork.
+            stdout: the descriptor that becomes stdout.
+            stderr: the descriptor that becomes stderr.
+        """
+        try:
+            self._leave_zygote(stdout, stderr)
+            self._serve_calls(channel)
+        except OSError:
+            os._exit(1)  # the supervisor has died: no process reads the result
+        os._exit(0)
 
-        def prepare() -> None:
-            nonlocal prepared
-            if not prepared:
-                guard.activate()
-                _redirect_streams(*pipes)
-                signal.pthread_sigmask(signal.SIG_SETMASK, ())  # the zygote has blocked the signals of calls
-                _change_user(procedure, zygote, defaults)
-                prepared = True
+    def _leave_zygote(self, stdout: int, stderr: int) -> None:
+        os.setsid()  # its own session and process group, so that they can be stopped as a whole
+        become_subreaper()  # processes that fork twice remain descendants
+        die_with_parent(self._zygote)
+        for number in (_signal.SIGHUP, _signal.SIGINT, _signal.SIGCHLD):
+            _signal.signal(number, _signal.SIG_DFL)
+        os.dup2(stdout, 1)
+        os.dup2(stderr, 2)
+        os.close(stdout)
+        os.close(stderr)
+        self._guard.forget()
 
-        for served in range(1, procedure.max_calls_per_process + 1):
-            lines = _run_procedure(procedure, channel, guard, tracebacks, cookie, prepare)
-            if os.getpid() != own_pid:
-                os._exit(0)  # the procedure has forked, and this is the child: it must not write to the caller
+    def _serve_calls(self, channel: Channel) -> None:
+        line, served = channel.read_line(), 0
+        while line:
+            call_id, number, arguments = line.split(b" ", 2)
+            procedure, check = self._procedures[int(number)]
+            served += 1
+            last = served == procedure.max_calls_per_process
+            try:
+                if served == 1:
+                    self._become_worker_of(procedure)
+                lines = self._run_call(call_id, procedure, check, arguments, channel)
+            except _CallRejected as rejected:
+                error = {"type": rejected.type, "message": str(rejected)}
+                lines, last = encode_value({"harp": VERSION, "error": error}) + b"\n", True
+            channel.exit_if_forked()
             flush_output()
             channel.write(lines)
-            if served == procedure.max_calls_per_process or not prepared or not _wait_for_next_call(channel, guard):
-                break
-    except OSError:
-        os._exit(1)  # the supervisor has died: nobody reads the result
-    os._exit(0)
+            if last:
+                return
+            line = self._wait_for_line(channel)
 
-
-def _wait_for_next_call(channel: Channel, guard: SignalGuard) -> bool:
-    """Wait for another call; return whether there is one."""
-    try:
-        guard.deliver()
-        return channel.wait_for_line()
-    except (TimeLimit, Cancelled) as interruption:
-        guard.exit_with(interruption)
-
-
-def _redirect_streams(stdout: int, stderr: int) -> None:
-    null = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
-    for source, target in ((null, 0), (stdout, 1), (stderr, 2)):
-        os.dup2(source, target)
-        os.close(source)
-
-
-def _run_procedure(
-    procedure: Procedure,
-    channel: Channel,
-    guard: SignalGuard,
-    tracebacks: bool,
-    cookie: EnvCookie,
-    prepare: Callable[[], None],
-) -> bytes:
-    """Prepare the process and run the procedure; return the last lines, whichever exception is raised."""
-    try:
+    def _wait_for_line(self, channel: Channel) -> bytes:
+        """Wait for another call; return b"" if there is none."""
         try:
-            prepare()
-            positional, named = _read_arguments(procedure, channel, cookie)
-            value = procedure(*positional, **named)
-            if procedure.streaming:
-                value = _write_records(value, channel)
+            self._guard.deliver()
+            line = channel.read_line()
+            self._guard.defer()
+        except (TimeLimit, Cancelled) as interruption:
+            self._guard.exit_with(interruption)
+        return line
+
+    def _become_worker_of(self, procedure: Procedure) -> None:
+        """Accept the signals of calls, and become the procedure's user. Raises `_CallRejected`."""
+        _signal.pthread_sigmask(_signal.SIG_SETMASK, ())  # the zygote has blocked them
+        user, groups = procedure.uid, procedure.gid
+        if user is None:
+            user, groups = self._default_user, groups or self._default_groups
+        if user is None and groups is None:
+            return
+        try:
+            change_user(user, groups)
+        except UserError as error:
+            raise _CallRejected("system_error", str(error)) from error
         finally:
-            guard.defer()  # from here on, the supervisor's termination sequence is sufficient
-        return _encode_result(value)
-    except _CallRejected as rejected:
-        return _line(Envelope(harp=VERSION, error=Envelope(type=rejected.type, message=str(rejected))))
-    except (TimeLimit, Cancelled) as interruption:
-        flush_output()
-        guard.exit_with(interruption)
-    except BaseException as error:  # noqa: BLE001 - SystemExit too: the caller receives the procedure's end
-        kind = type(error)
-        data = {"class": kind.__name__, "module": str(kind.__module__)}
-        traceback = _line({"traceback": _format_traceback(error)}) if tracebacks else b""
-        return traceback + _line(Envelope(exception=Envelope(type=kind.__name__, message=_message(error), data=data)))
+            die_with_parent(self._zygote)
+
+    def _run_call(
+        self, call_id: bytes, procedure: Procedure, check: ArgumentCheck, arguments: bytes, channel: Channel
+    ) -> bytes:
+        """Run the procedure; return the last lines, whichever exception is raised. Raises `_CallRejected`."""
+        try:
+            try:
+                self._guard.deliver()
+                self._cookie.write(call_id)
+                positional, named = _decode_arguments(arguments, check)
+                value = procedure(*positional, **named)
+                if procedure.streaming:
+                    value = _write_records(value, channel)
+            finally:
+                self._guard.defer()  # from here on, the supervisor's termination sequence is sufficient
+            return b'{"result":%b}\n' % _encode_payload(value)
+        except _CallRejected:
+            raise
+        except (TimeLimit, Cancelled) as interruption:
+            flush_output()
+            self._guard.exit_with(interruption)
+        except BaseException as error:  # noqa: BLE001 - SystemExit too: the caller receives the procedure's end
+            traceback = {"traceback": _format_traceback(error)} if self._tracebacks else None
+            return (encode_value(traceback) + b"\n" if traceback else b"") + _encode_exception(error)
 
 
-def _line(message: dict[str, Any]) -> bytes:
-    return dumps(message) + b"\n"
-
-
-def _change_user(procedure: Procedure, zygote: int, defaults: tuple[int | str | None, int | str | None]) -> None:
-    """Change to the user of the procedure. Raises `_CallRejected`."""
+def _decode_arguments(text: bytes, check: ArgumentCheck) -> tuple[list[Any], dict[str, Any]]:
+    """Decode the arguments of a call and check them. Raises `_CallRejected`."""
     try:
-        if procedure.uid is not None:
-            credentials = resolve_credentials(procedure.uid, procedure.gid)
-        else:
-            user, group = defaults
-            credentials = resolve_credentials(user, procedure.gid or (None if group is None else (group,)))
-        if credentials.uid is not None:
-            # Many shell scripts open these pipes again by name, as /dev/stderr.
-            for stream in (1, 2):
-                try:
-                    os.fchown(stream, credentials.uid, -1)
-                except (OSError, OverflowError):
-                    break
-        drop_privileges(credentials)
-    except UserError as error:
-        raise _CallRejected("system_error", str(error)) from error
-    finally:
-        die_with_parent(zygote)
-    if credentials.entry is not None:
-        name = credentials.entry.pw_name
-        os.environ.update(USER=name, LOGNAME=name, HOME=credentials.entry.pw_dir or "/")
-    elif credentials.uid is not None:  # a user that the system does not know, so the variables are another user's
-        os.environ["HOME"] = "/"
-        os.environ.pop("USER", None)
-        os.environ.pop("LOGNAME", None)
-
-
-def _read_arguments(procedure: Procedure, channel: Channel, cookie: EnvCookie) -> tuple[list[Any], dict[str, Any]]:
-    """Read the call's line, write the cookie, and check the arguments against the procedure's signature."""
-    call_id, _, text = channel.read_line().partition(b" ")
-    cookie.write(call_id.decode())
-    try:
-        arguments = loads(text)
+        arguments = decode_value(text)
     except InvalidJSON as error:
         raise _CallRejected("invalid_request", f"arguments: {error}") from error
-    positional: list[Any] = arguments if isinstance(arguments, list) else []
-    named: dict[str, Any] = arguments if isinstance(arguments, dict) else {}
+    positional, named = (arguments, {}) if isinstance(arguments, list) else ([], arguments)
     try:
-        check_arguments(procedure, positional, named)
+        check.check(positional, named)
     except WrongArguments as wrong:
         raise _CallRejected("invalid_argument_list", str(wrong)) from wrong
     return positional, named
 
 
-def _encode_payload(value: Any) -> Raw:
-    """Encode a value as JSON that fits into a line. Raises `NotJSON`."""
-    text = dumps(value)
-    if len(text) > MAX_PAYLOAD_BYTES:
-        raise _too_long(text)
-    return text
-
-
-def _too_long(text: bytes) -> NotJSON:
-    return NotJSON("", f"{len(text)} bytes; a record or a result may have {MAX_PAYLOAD_BYTES}")
-
-
-def _encode_result(value: Any) -> bytes:
+def _encode_payload(value: Any, record: int | None = None) -> bytes:
+    """Encode the result, or the record with this number, as JSON that fits into a line. Raises `_CallRejected`."""
     try:
-        return _line(Envelope(result=_encode_payload(value)))
+        text = encode_value(value)
+        if len(text) > MAX_PAYLOAD_BYTES:
+            raise NotJSON("", f"{len(text)} bytes; a record or a result may have {MAX_PAYLOAD_BYTES}")
     except NotJSON as error:
-        raise _CallRejected("invalid_message", f"cannot encode the result as JSON: {error}") from error
+        name = "the result" if record is None else f"record {record}"
+        raise _CallRejected("invalid_message", f"cannot encode {name} as JSON: {error}") from error
+    return text
 
 
 def _write_records(records: Any, channel: Channel) -> Any:
@@ -228,13 +217,7 @@ def _write_records(records: Any, channel: Channel) -> Any:
             if isinstance(record, Result):
                 return record.value
             try:
-                text = encode_value(record)
-                if len(text) > MAX_PAYLOAD_BYTES:
-                    raise _too_long(text)
-                channel.write(encode_record(text))
-            except NotJSON as error:
-                message = f"cannot encode record {number} as JSON: {error}"
-                raise _CallRejected("invalid_message", message) from error
+                channel.write(encode_record(_encode_payload(record, number)))
             except (TimeLimit, Cancelled) as interruption:
                 if hasattr(iterator, "throw"):  # a generator, which did not run when it was raised here, cleans up
                     iterator.throw(interruption)
@@ -245,11 +228,15 @@ def _write_records(records: Any, channel: Channel) -> Any:
             iterator.close()
 
 
-def _message(error: BaseException) -> str:
+def _encode_exception(error: BaseException) -> bytes:
+    """Return the closing line of a procedure that has raised an exception."""
+    kind = type(error)
     try:
-        return str(error)
+        message = str(error)
     except BaseException:  # noqa: BLE001 - a broken __str__ must not hide the exception
-        return "(str() of the exception failed)"
+        message = "(str() of the exception failed)"
+    data = {"class": kind.__name__, "module": str(kind.__module__)}
+    return encode_value({"exception": {"type": kind.__name__, "message": message, "data": data}}) + b"\n"
 
 
 def _format_traceback(error: BaseException) -> str:

@@ -10,12 +10,43 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from harpd.proc import Identity
+
 #: The group of a user that the system does not know and for whom no group is configured: nogroup, with no rights.
 _OVERFLOW_GROUP = 65534
 
 
 class UserError(Exception):
     """The user or group is unknown, or the change to it failed. The message says which and why."""
+
+
+def change_user(user: Identity | None, groups: Sequence[Identity] | None) -> None:
+    """Change to a user and groups irrevocably, and set the environment and the owner of the output pipes.
+
+    Args:
+        user: id or name of the user; None: no change.
+        groups: ids or names of groups, the first is primary, all are supplementary. None: a user that the system knows
+            gets its own groups; another user id gets group 65534 and no supplementary group.
+
+    Raises:
+        UserError: a name is not known, or the system has refused. The process must not continue.
+    """
+    credentials = resolve_credentials(user, groups)
+    uid, entry = credentials.uid, credentials.entry
+    if uid is not None:
+        # Many shell scripts open these pipes again by name, as /dev/stderr.
+        for stream in (1, 2):
+            try:
+                os.fchown(stream, uid, -1)
+            except (OSError, OverflowError):
+                break
+    drop_privileges(credentials)
+    if entry is not None:
+        os.environ.update(USER=entry.pw_name, LOGNAME=entry.pw_name, HOME=entry.pw_dir or "/")
+    elif uid is not None:  # a user that the system does not know, so the variables are another user's
+        os.environ["HOME"] = "/"
+        os.environ.pop("USER", None)
+        os.environ.pop("LOGNAME", None)
 
 
 class Credentials:
@@ -37,17 +68,8 @@ class Credentials:
         self.entry = entry
 
 
-def resolve_credentials(uid: int | str | None, gid: Sequence[int | str] | None) -> Credentials:
-    """Return the ids of a user and its groups.
-
-    Args:
-        uid: id or name of the user; None: no change.
-        gid: ids or names of groups, the first is primary, all are supplementary. None: a user that the system knows
-            gets its own groups; another user id gets group 65534 and no supplementary group.
-
-    Raises:
-        UserError: a name is not known.
-    """
+def resolve_credentials(uid: Identity | None, gid: Sequence[Identity] | None) -> Credentials:
+    """Return the ids of a user and its groups, see `change_user`. Raises `UserError`: a name is not known."""
     number, entry = _find_user(uid)
     if gid is not None:
         groups = tuple(dict.fromkeys(_group_id(group) for group in gid))
@@ -59,7 +81,7 @@ def resolve_credentials(uid: int | str | None, gid: Sequence[int | str] | None) 
     return Credentials(number, _OVERFLOW_GROUP, (), None)
 
 
-def _find_user(uid: int | str | None) -> tuple[int | None, pwd.struct_passwd | None]:
+def _find_user(uid: Identity | None) -> tuple[int | None, pwd.struct_passwd | None]:
     """Return the user's id, and its entry if the system knows it."""
     if uid is None:
         return None, None
@@ -74,7 +96,7 @@ def _find_user(uid: int | str | None) -> tuple[int | None, pwd.struct_passwd | N
     return entry.pw_uid, entry
 
 
-def _group_id(group: int | str) -> int:
+def _group_id(group: Identity) -> int:
     if isinstance(group, int):
         return group
     try:
