@@ -66,18 +66,6 @@ class _Slices(JSONObject):
         """See `JSONObject`."""
         return _nested(bytes(self[key]))
 
-    def nested_values(self, key: str) -> JSONObject | None:
-        """See `JSONObject`."""
-        text = bytes(self[key])
-        try:
-            values = msgspec.json.decode(text)
-            if type(values) is dict and msgspec.json.encode(values) == text:  # see `_decode`
-                return JSONObject(values)
-        except _REJECTIONS:
-            pass
-        nested = _nested(text)
-        return None if nested is None else JSONObject({name: nested.value(name) for name in nested})
-
     def nested_objects(self, key: str) -> Iterator[JSONObject | None] | None:
         """See `JSONObject`."""
         text = bytes(self[key])

@@ -23,11 +23,9 @@ def missing_attribute(name: str, owner: object) -> AttributeError:
     return AttributeError(f"{type(owner).__name__!r} object has no attribute {name!r}", name=name, obj=owner)
 
 
-def check_name(field: str, name: object) -> str:
-    """Return `name` if it is a non-empty string. Raise `HarpException` otherwise."""
-    if not isinstance(name, str) or not name:
-        raise HarpException(f"{field}: expected a name, got {name!r}")
-    return name
+def name_error(field: str, name: object) -> HarpException:
+    """Return the error for a name that is not a string, or empty."""
+    return HarpException(f"{field}: expected a name, got {name!r}")
 
 
 class JobOptions(TypedDict, total=False):
@@ -79,7 +77,7 @@ def _encode(what: str, value: Any) -> Raw:
         raise HarpException(f"{what} cannot be sent as JSON: {error}") from error
 
 
-def encode_arguments(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Raw:
+def encode_arguments(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Raw:
     """Return a call's arguments as JSON text: an array, or an object of named arguments.
 
     Raises:
@@ -87,10 +85,7 @@ def encode_arguments(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Raw:
     """
     if args and kwargs:
         raise HarpException("positional and named arguments cannot be mixed in one call")
-    return _encode_arguments(kwargs or args)
-
-
-def _encode_arguments(arguments: Mapping[str, Any] | Sequence[Any]) -> Raw:
+    arguments = kwargs or args
     try:
         return dumps(arguments)
     except NotJSON:  # encode each argument, for a message that names it
@@ -128,11 +123,15 @@ class Call:
     _request: protocol.Call = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        check_name("host", self.host)
-        check_name("procedure", self.procedure)
-        if not isinstance(self.arguments, (list, tuple, dict)):
+        for option, name in (("host", self.host), ("procedure", self.procedure)):
+            if not isinstance(name, str) or not name:
+                raise name_error(option, name)
+        if isinstance(self.arguments, dict):
+            arguments = encode_arguments((), self.arguments)
+        elif isinstance(self.arguments, (list, tuple)):
+            arguments = encode_arguments(self.arguments, {})
+        else:
             raise HarpException(f"arguments: expected a list, a tuple or a dict, got {self.arguments!r}")
-        arguments = _encode_arguments(self.arguments)
         options = check_options({name: getattr(self, name) for name in _OPTION_NAMES})
         object.__setattr__(self, "_request", job_request(self.host, self.procedure, arguments, options))
 

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable
 from typing import Any, Generic, TypeVar
 
-from harp._core.calls import check_name, encode_arguments
+from harp._core.calls import encode_arguments, name_error
 from harp._core.connections import Connection, ConnectionPool, Endpoint, Peer, Steps, mark_ambiguous
 from harp._core.outcomes import Result, error_of, outcome_of
 from harp._core.streams import Reader
@@ -120,7 +120,9 @@ class DirectProcedureBase(Generic[S]):
 
     def __init__(self, server: S, name: str) -> None:
         self._server = server
-        self._name = check_name("procedure", name)
+        if not isinstance(name, str) or not name:
+            raise name_error("procedure", name)
+        self._name = name
 
     def _request(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bytes:
         server, arguments = self._server, encode_arguments(args, kwargs)

@@ -16,7 +16,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from typing import Any, Generic, Self, TypeVar, Unpack
 
-from harp._core.calls import Call, JobOptions, check_name, check_options, encode_arguments, job_request, plain_request
+from harp._core.calls import Call, JobOptions, check_options, encode_arguments, job_request, name_error, plain_request
 from harp._core.connections import Connection, ConnectionPool, Endpoint, Peer, Steps, mark_ambiguous
 from harp._core.outcomes import CALL_CANCELLED, CALL_NOT_FINISHED, error_of, outcome_of
 from harp._core.retry import REFUSALS, ReconnectPolicy, closed_without_reply, parse_reconnect, unsupported_by_peer
@@ -205,7 +205,9 @@ class ServerBase(Generic[D]):
 
     def __init__(self, dispatcher: D, hostname: str) -> None:
         self._dispatcher = dispatcher
-        self._hostname = check_name("host", hostname)
+        if not isinstance(hostname, str) or not hostname:
+            raise name_error("host", hostname)
+        self._hostname = hostname
         self._options: Mapping[str, Any] = {}
 
     def __call__(self, /, **kwargs: Unpack[JobOptions]) -> Self:
@@ -242,7 +244,9 @@ class ProcedureBase(Generic[D, S]):
     def __init__(self, dispatcher: D, server: S, procedure: str) -> None:
         self._dispatcher = dispatcher
         self._server = server
-        self._procedure = check_name("procedure", procedure)
+        if not isinstance(procedure, str) or not procedure:
+            raise name_error("procedure", procedure)
+        self._procedure = procedure
 
     def _submit(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Steps[replies.Submitted]:
         server, arguments = self._server, encode_arguments(args, kwargs)
@@ -266,7 +270,9 @@ class JobBase(ABC, Generic[D, R]):
 
     def __init__(self, dispatcher: D, job_id: str) -> None:
         self._dispatcher = dispatcher
-        self._id = check_name("job_id", job_id)
+        if not isinstance(job_id, str) or not job_id:
+            raise name_error("job_id", job_id)
+        self._id = job_id
         self._end_line: bytes | None = None
         self._status_line: bytes | None = None
 

@@ -182,7 +182,8 @@ class AsyncJSONConnection(BufferedConnection, _Closable):
             self._unwatch(sock)
             return
         try:
-            self._add_received(sock.recv(READ_BYTES))
+            data = sock.recv(READ_BYTES)
+            self._lines += self._partial.feed(data) if data else self._end_of_input()
         except _WOULD_BLOCK:
             return
         except FOREIGN_ERRORS as error:

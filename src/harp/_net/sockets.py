@@ -171,20 +171,11 @@ class BufferedConnection(Uncopyable):
         with suppress(OSError):
             sock.close()
 
-    def _add_received(self, data: bytes) -> None:
-        """Add received bytes to the lines; no bytes mean that the peer has closed.
-
-        Raises:
-            ValueError: a line is too long.
-            EOFError: the peer has closed between two lines.
-            ConnectionAbortedError: the peer has closed within a line.
-        """
-        if data:
-            self._lines += self._partial.feed(data)
-        elif size := self._partial.size:
+    def _end_of_input(self) -> NoReturn:
+        """Raise `EOFError` if the peer has closed between two lines, `ConnectionAbortedError` within a line."""
+        if size := self._partial.size:
             raise ConnectionAbortedError(f"the peer closed the connection {size} bytes into a line")
-        else:
-            raise EOFError("the peer closed the connection before the reply was complete")
+        raise EOFError("the peer closed the connection before the reply was complete")
 
     def parse_buffered(self, parse: Callable[[Iterable[bytes]], list[Any]]) -> list[Any]:
         """Pass the lines that have arrived already to a function and return its items.

@@ -182,7 +182,8 @@ class JSONConnection(BufferedConnection, _Closable):
             if sock is None:
                 raise self._closed_here()
             try:
-                self._add_received(sock.recv(READ_BYTES))
+                data = sock.recv(READ_BYTES)
+                lines += self._partial.feed(data) if data else self._end_of_input()
             except FOREIGN_ERRORS as error:
                 raise self.error("reading", error) from error
         return lines.popleft()

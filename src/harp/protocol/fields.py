@@ -64,24 +64,19 @@ def member_value(members: JSONObject, key: str) -> Any:
         raise ProtocolError(f"{key}: {error}") from error
 
 
-def required_object(
-    members: JSONObject, key: str, expected: str = "an object", values_only: bool = False
-) -> JSONObject:
+def required_object(members: JSONObject, key: str, expected: str = "an object") -> JSONObject:
     """Return a member that must be an object.
 
     Args:
         members: the object that has the member.
         key: its name.
         expected: the expectation in the error message.
-        values_only: whether it has no payloads; this is faster.
 
     Raises:
         ProtocolError: it is missing, not an object, or repeats a key.
     """
     try:
-        nested = None
-        if key in members:
-            nested = members.nested_values(key) if values_only else members.nested_object(key)
+        nested = members.nested_object(key) if key in members else None
     except InvalidJSON as error:
         raise ProtocolError(f"{key}: {error}") from error
     if nested is None:
@@ -93,9 +88,12 @@ def required_string(members: JSONObject, key: str) -> str:
     """Return the value of a member that must be a string. Raises `ProtocolError`."""
     if key not in members:
         raise ProtocolError(f"{key}: missing")
-    found = member_value(members, key)
+    try:
+        found = members.value(key)
+    except InvalidJSON as error:
+        raise ProtocolError(f"{key}: {error}") from error
     if not isinstance(found, str):
-        raise ProtocolError(f"{key}: expected a string, got {kind_of(found)}")
+        raise ProtocolError(f"{key}: expected a string, got {_kind(found)}")
     return found
 
 
@@ -127,8 +125,7 @@ def is_container(payload: Payload, kinds: tuple[type, ...]) -> bool:
     return isinstance(payload, kinds) or (isinstance(payload, tuple) and list in kinds)
 
 
-def kind_of(found: object) -> str:
-    """Return the kind of a decoded value, for an error."""
+def _kind(found: object) -> str:
     if found is None:
         return "null"
     names = {bool: "a boolean", int: "a number", float: "a number", str: "a string", list: "an array"}

@@ -26,6 +26,7 @@ from harp.protocol.fields import (
     is_container,
     is_count,
     member_value,
+    required_string,
 )
 from harp.protocol.json_text import InvalidJSON, JSONObject, Raw, decode_enclosed, decode_values, dumps, loads
 from harp.protocol.schema import (
@@ -37,8 +38,8 @@ from harp.protocol.schema import (
     Seconds,
     WireObject,
     decode_as,
+    decode_payload,
     encode_members,
-    expect,
     is_number,
     only_kind,
 )
@@ -73,7 +74,11 @@ def _check_time(label: str, seconds: Any) -> None:
         raise ProtocolError(f"{label}: expected a number of seconds of at least 0")
 
 
-_check_id = expect("a UUID in lower case", lambda id_: isinstance(id_, str) and _UUID.fullmatch(id_) is not None)
+def _check_id(label: str, id_: Any) -> None:
+    if not isinstance(id_, str) or _UUID.fullmatch(id_) is None:
+        raise ProtocolError(f"{label}: expected a UUID in lower case")
+
+
 _check_name = _expect_text(_MAX_NAME_LENGTH)
 
 #: The members of terms. `_ShortName` is a name elsewhere: there, a value that is not a string has another error.
@@ -81,7 +86,7 @@ _TermsId: TypeAlias = Annotated[str, Kind(_check_id)]
 _TermsName: TypeAlias = Annotated[str, Kind(_check_name)]
 _Duration: TypeAlias = Annotated[float, Kind(_check_duration)]
 _Time: TypeAlias = Annotated[float, Kind(_check_time)]
-_ShortName: TypeAlias = Annotated[str, Kind(_check_name, is_string=True)]
+_ShortName: TypeAlias = Annotated[str, Kind(_check_name, required_string)]
 _User: TypeAlias = Annotated[str, "auth.user"]
 _Password: TypeAlias = Annotated[str, "auth.password"]
 _KeepAlive: TypeAlias = Annotated[bool, Null.REJECTED]
@@ -163,7 +168,7 @@ class Request(WireObject):
 class Attach(WireObject):
     """Attach to a resumable call: get its records from number `since` on, then its end."""
 
-    call: Annotated[str, "attach", Kind(_check_id, is_string=True)]
+    call: Annotated[str, "attach", Kind(_check_id, required_string)]
     owner: _ShortName = field(repr=False)
     secret: _ShortName = field(repr=False)
     since: Count
@@ -239,7 +244,7 @@ class Ack(WireObject):
 class StopCall(WireObject):
     """Stop the call; `why` is a word for the reason, `by` the user or address that requested it, if known."""
 
-    why: Annotated[str, "stop.why", Kind(_expect_text(_MAX_REASON_LENGTH), is_string=True)]
+    why: Annotated[str, "stop.why", Kind(_expect_text(_MAX_REASON_LENGTH), required_string)]
     by: Annotated[_ShortName | None, "stop.by", Null.REJECTED] = None
 
 
@@ -329,7 +334,7 @@ def _survivors(report: Payload) -> Any:
 class StopReport(WireObject):
     """The stop report of the call, an object; a later one replaces it."""
 
-    report: Annotated[Payload, "stop_report", Kind(_check_stop_report, is_payload=True)]
+    report: Annotated[Payload, "stop_report", Kind(_check_stop_report, decode_payload)]
 
     @property
     def survivors(self) -> list[int]:
@@ -341,7 +346,7 @@ class StopReport(WireObject):
 class ExitInfo(WireObject):
     """The exit info of the call's process, an object."""
 
-    info: Annotated[Payload, "exit_info", Kind(_check_report, is_payload=True)]
+    info: Annotated[Payload, "exit_info", Kind(_check_report, decode_payload)]
 
 
 def _decode_ids(members: JSONObject, key: str) -> tuple[str, ...]:

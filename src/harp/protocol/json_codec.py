@@ -10,7 +10,7 @@ from itertools import accumulate
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
     from typing import Any, NoReturn, TypeAlias
 
     JSON: TypeAlias = Any  # dict[str, JSON] | list[JSON] | str | int | float | bool | None
@@ -62,8 +62,8 @@ class _Options:
     parse_constant = staticmethod(reject_constant)
 
 
-def _make_codec() -> tuple[Callable[[JSON], str], Callable[[str, int], tuple[JSON, int]]]:
-    """Return a function that encodes a value, and one that decodes the value at an index and returns its end.
+def _make_codec() -> tuple[Callable[[JSON, bool], Iterable[str]], Callable[[str, int], tuple[JSON, int]]]:
+    """Return a function that encodes a value in pieces, and one that decodes the value at an index and returns its end.
 
     The C part of `json` is made once: for a small value, that takes as long as the encoding. A circular value exceeds
     the recursion limit; the check for it would cost a sixth of the time of a small value.
@@ -74,12 +74,12 @@ def _make_codec() -> tuple[Callable[[JSON], str], Callable[[str, int], tuple[JSO
         import json
 
         encoder = json.JSONEncoder(allow_nan=False, check_circular=False, separators=(",", ":"), default=_reject_value)
-        return encoder.encode, json.JSONDecoder(parse_constant=reject_constant).raw_decode
-    encode_pieces = make_encoder(None, _reject_value, encode_basestring_ascii, None, ":", ",", False, False, False)
-    return lambda value: "".join(encode_pieces(value, 0)), make_scanner(_Options())  # type: ignore[arg-type]  # any object will do
+        return encoder.iterencode, json.JSONDecoder(parse_constant=reject_constant).raw_decode
+    encode = make_encoder(None, _reject_value, encode_basestring_ascii, None, ":", ",", False, False, False)
+    return encode, make_scanner(_Options())  # type: ignore[arg-type]  # any object will do
 
 
-_encode, _scan = _make_codec()
+_encode_pieces, _scan = _make_codec()
 
 
 def decode_value(text: bytes) -> JSON:
@@ -107,7 +107,7 @@ def encode_value(value: JSON) -> bytes:
         NotJSON: the value, or a value in it, has no form in JSON; the exception has the position.
     """
     try:
-        text = _encode(value).encode("ascii")
+        text = "".join(_encode_pieces(value, False)).encode("ascii")
     except (TypeError, ValueError, RecursionError) as error:
         path, reason = _find_invalid_part(value) or ("", str(error))
         raise NotJSON(path, reason) from error

@@ -167,10 +167,6 @@ class JSONObject(dict[str, "Any"]):
         value = self[key]
         return JSONObject(value) if isinstance(value, dict) else None
 
-    def nested_values(self, key: str) -> JSONObject | None:
-        """Return the member as an object that has no payloads: all its members are values. None if it is no object."""
-        return self.nested_object(key)
-
     def nested_objects(self, key: str) -> Iterator[JSONObject | None] | None:
         """Return the elements of the member as objects; None if the member is not an array.
 
@@ -184,19 +180,22 @@ class JSONObject(dict[str, "Any"]):
 
 def decode_values(line: bytes) -> JSONObject:
     """Decode an object; its payloads are values. Raises `InvalidJSON`."""
-    text = decode_checked(line)
     try:
+        text = line.decode() if len(line) <= MAX_DEPTH else decode_checked(line)
         found, end = _scan_value(text, 0)
     except (ValueError, RecursionError, StopIteration):
-        found = None
-    if type(found) is dict and end == len(text) and "\\" not in text:
-        # Without escapes, each name stands in the text as it is: a repeated name would be found twice.
-        for name in found:
-            if text.count(f'"{name}"') != 1:
-                break
-        else:
-            return JSONObject(found)
-    return JSONObject({key: value for key, value, _ in _members(text, _DECODER)})
+        return _decode_members(line)
+    if type(found) is not dict or end != len(text) or "\\" in text:
+        return _decode_members(line)
+    for name in found:
+        # Without escapes, each name stands in the text as it is: a repeated name is found twice.
+        if text.count(f'"{name}"') != 1:
+            return _decode_members(line)
+    return JSONObject(found)
+
+
+def _decode_members(line: bytes) -> JSONObject:
+    return JSONObject({key: value for key, value, _ in _members(decode_checked(line), _DECODER)})
 
 
 def scan_object(text: str) -> Iterator[tuple[str, bytes]]:

@@ -207,9 +207,11 @@ def decode_reply(line: bytes, request: Request, decoder: Decoder = decode_values
     members = decode_object(line, decoder)
     key = only_kind(_REPLIES, members, "not a reply of the protocol")
     kind: type[Reply] = WasCancelled if key == "cancelled" and isinstance(request, Cancel) else _REPLIES[key]
-    check(kind in MAY_FOLLOW[type(request)], f"a reply with {key!r} does not answer this request")
+    if kind not in MAY_FOLLOW[type(request)]:
+        raise ProtocolError(f"a reply with {key!r} does not answer this request")
     timed = isinstance(request, (FollowStream, ReadStream)) and request.timed
-    check(not (timed and kind is Packet) or "time" in members, "time: missing, though the request is timed")
+    if timed and kind is Packet and "time" not in members:
+        raise ProtocolError("time: missing, though the request is timed")
     # A key that was not requested has no meaning.
     ignored = () if timed or getattr(request, "wait", False) else ("time", "stop")
     reply: Reply = decode_as(kind, members, None, ignored)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, TypeAlias
+from typing import Annotated, Any, TypeAlias
 
 from harp.protocol.fields import (
     Decoder,
@@ -37,7 +37,7 @@ from harp.protocol.schema import (
     WireObject,
     decode_as,
     encode_members,
-    expect,
+    encode_object,
     only_kind,
 )
 
@@ -50,11 +50,9 @@ MAX_CALLS = 10_000
 MAX_LINE = 16 * 1024 * 1024
 
 
-_CONCURRENCY = Kind(expect("a positive integer", lambda number: is_count(number) and number > 0, quote=True))
-
-
-def _encode_object(message: WireObject) -> Raw:
-    return Raw(b"{%b}" % encode_members(message))
+def _check_concurrency(label: str, number: Any) -> None:
+    if not is_count(number) or number == 0:
+        raise ProtocolError(f"{label}: expected a positive integer, got {number!r}")
 
 
 def _decode_queue(members: JSONObject, key: str) -> Queue:
@@ -70,7 +68,7 @@ class Queue(WireObject):
 
     PATH = "queue."
     name: ObjectPayload
-    concurrency: Annotated[int, _CONCURRENCY] = 1
+    concurrency: Annotated[int, Kind(_check_concurrency)] = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +80,7 @@ class Call(WireObject):
     arguments: Arguments
     timeout: Seconds | None = None
     max_exec_time: Seconds | None = None
-    queue: Annotated[Queue | None, Kind(decode=_decode_queue, encode=_encode_object)] = None
+    queue: Annotated[Queue | None, Kind(decode=_decode_queue, encode=encode_object)] = None
     info: Payload = None
 
 
@@ -104,16 +102,11 @@ def _decode_calls(members: JSONObject, key: str) -> list[Call]:
 
 
 def _encode_calls(calls: Sequence[Call | Raw]) -> Raw:
-    return Raw(b"[" + b",".join([call if isinstance(call, Raw) else encode_call(call) for call in calls]) + b"]")
+    return Raw(b"[" + b",".join([call if isinstance(call, Raw) else encode_object(call) for call in calls]) + b"]")
 
 
 #: More bytes than a request of many calls has beside them.
 _ENVELOPE_BYTES = 100
-
-
-def encode_call(call: Call) -> Raw:
-    """Return a call as an element of a `SubmitMany`. Raises `NotJSON` if a payload has no form in JSON."""
-    return _encode_object(call)
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +124,7 @@ def submit_in_parts(calls: Sequence[Call]) -> Iterator[SubmitMany]:
     part: list[Raw] = []
     size = _ENVELOPE_BYTES
     for call in calls:
-        encoded = encode_call(call)
+        encoded = encode_object(call)
         size += len(encoded) + 1
         if part and (size > MAX_LINE or len(part) == MAX_CALLS):
             yield SubmitMany(part)

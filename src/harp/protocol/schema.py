@@ -27,10 +27,11 @@ from harp.protocol.fields import (
     is_container,
     is_count,
     is_seconds,
-    kind_of,
+    reject_unknown_keys,
     required_object,
+    required_string,
 )
-from harp.protocol.json_text import Envelope, InvalidJSON, JSONObject, Raw, dumps, encode_name
+from harp.protocol.json_text import InvalidJSON, JSONObject, Raw, dumps, encode_name
 
 
 class Null(Enum):
@@ -47,15 +48,11 @@ class Kind(NamedTuple):
         check: gets the member's path and a value, and raises `ProtocolError` for an invalid one.
         decode: returns the value of a member of an object; gets the object and the key. None: the member's value.
         encode: returns the form of a value in an `Envelope`; None: the value itself.
-        is_string: whether a received value must be a string, which is checked before `check`.
-        is_payload: whether the member is a payload: it is received as `JSONObject.payload` returns it.
     """
 
     check: Callable[[str, Any], None] | None = None
     decode: Callable[[JSONObject, str], Any] | None = None
     encode: Callable[[Any], Any] | None = None
-    is_string: bool = False
-    is_payload: bool = False
 
 
 class WireObject:
@@ -101,19 +98,9 @@ def encode_members(message: WireObject) -> bytes:
     return b",".join(texts)
 
 
-def encode_object(message: WireObject) -> Envelope:
-    """Return a message as an object."""
-    found = Envelope(message.CONSTANTS)
-    for section in _LAYOUTS[type(message)].sections:
-        target = Envelope() if section.key else found
-        for member in section.members:
-            value = getattr(message, member.name)
-            if value is not member.omitted:
-                encode = member.kind.encode
-                target[member.key] = value if encode is None or value is None else encode(value)
-        if section.key and target:
-            found[section.key] = target
-    return found
+def encode_object(message: WireObject) -> Raw:
+    """Return a message as the text of an object. Raises `NotJSON` if a payload has no form in JSON."""
+    return Raw(b"{%b}" % encode_members(message))
 
 
 def decode_as(
@@ -131,59 +118,33 @@ def decode_as(
         ProtocolError: the object is not a valid message of this kind.
     """
     layout = _LAYOUTS[kind]
-    if other_keys is not None and (unknown := members.keys() - layout.keys):
-        _reject_unknown(unknown.difference(other_keys))
+    if other_keys is not None and not members.keys() <= layout.keys:
+        reject_unknown_keys(members, layout.keys, other_keys)
     values = {}
     key = ""
     try:
         for key in layout.flags:
             check(members.value(key) is True, f"{key}: expected true")
         for section in layout.sections:
-            source = members if not section.key else _open_section(members, section, other_keys is not None)
-            for name, key, _, member_kind, is_optional, null_is_default, _ in section.members:
+            source = members
+            if section.key:
+                source = required_object(members, section.key, section.expected)
+                if other_keys is not None:
+                    reject_unknown_keys(source, section.keys)
+            for name, key, _, (_, decode, _), is_optional, null_is_default, _ in section.members:
                 if key not in source or name in ignored:
                     if not is_optional:
                         raise ProtocolError(f"{kind.PATH}{key}: missing")
                 elif not (null_is_default and source.is_null(key)):
-                    _, decode, _, is_string, is_payload = member_kind
-                    if decode is not None:
-                        value = decode(source, key)
-                    elif is_payload:
-                        value = source.payload(key)
-                    else:
-                        value = source.value(key)
-                        if is_string and not isinstance(value, str):
-                            raise ProtocolError(f"{key}: expected a string, got {kind_of(value)}")
-                    values[name] = value
+                    values[name] = source.value(key) if decode is None else decode(source, key)
     except InvalidJSON as error:
         raise ProtocolError(f"{key}: {error}") from error
     create: Callable[..., T] = kind
     return create(**values)
 
 
-def _open_section(members: JSONObject, section: _Section, only_known: bool) -> JSONObject:
-    found = required_object(members, section.key, section.expected, values_only=not section.has_payload)
-    if only_known and (unknown := found.keys() - section.keys):
-        _reject_unknown(unknown)
-    return found
-
-
-def _reject_unknown(keys: Collection[str]) -> None:
-    if keys:
-        raise ProtocolError(f"unknown key {', '.join(sorted(keys))}")
-
-
 class _Member(NamedTuple):
-    """A field of a message and its member.
-
-    Attributes:
-        name: the field's name.
-        key: the member's name, and `label`: the same as JSON with a colon.
-        kind: the kind of the value.
-        is_optional: whether the field has a default.
-        null_is_default: whether a received null is the default.
-        omitted: the value with which the member is not sent.
-    """
+    """A field of a message and its member; `label` is its name as JSON, with a colon."""
 
     name: str
     key: str
@@ -191,44 +152,27 @@ class _Member(NamedTuple):
     kind: Kind
     is_optional: bool
     null_is_default: bool
-    omitted: object
+    omitted: object  # the value with which the member is not sent
 
 
 class _Section(NamedTuple):
-    """Successive fields that are members of one object: of the message itself, or of its member `key`.
-
-    Attributes:
-        key: the name of that member, empty for the message itself; `label`: the same as JSON with a colon.
-        members: the fields.
-        keys: the names of its members.
-        expected: what it must be, for errors.
-        has_payload: whether one of the members is a payload.
-    """
+    """Successive fields that are members of one object: of the message itself, or of its member `key`."""
 
     key: str
     label: bytes
     members: tuple[_Member, ...]
     keys: frozenset[str]
-    expected: str
-    has_payload: bool
+    expected: str  # what it must be, for errors
 
 
 class _Layout(NamedTuple):
-    """The layout of a message, read from its annotations once.
-
-    Attributes:
-        sections: its members.
-        keys: the keys of the message.
-        constants: the members that are always sent, as JSON text.
-        flags: those of them that a received message must have.
-        checks: the arguments of the check of each field that has one: field, label, check, default.
-    """
+    """The layout of a message, read from its annotations once."""
 
     sections: tuple[_Section, ...]
     keys: frozenset[str]
-    constants: bytes
-    flags: tuple[str, ...]
-    checks: tuple[tuple[str, str, Callable[[str, Any], None], object], ...]
+    constants: bytes  # the members that are always sent, as JSON
+    flags: tuple[str, ...]  # those of them that a received message must have
+    checks: tuple[tuple[str, str, Callable[[str, Any], None], object], ...]  # field, label, check, default
 
 
 class _Layouts(dict[type[WireObject], _Layout]):
@@ -285,7 +229,6 @@ def _section(key: str, members: list[_Member]) -> _Section:
         members=tuple(members),
         keys=frozenset(member.key for member in members),
         expected=f"an object with {' and '.join(required)}",
-        has_payload=any(member.kind.is_payload for member in members),
     )
 
 
@@ -309,27 +252,8 @@ def _kind(parts: Iterable[Any]) -> Kind:
 
 
 def _object_kind(message: type[WireObject]) -> Kind:
-    """Return the kind of an object without payloads."""
-    return Kind(
-        decode=lambda members, key: decode_as(message, required_object(members, key, values_only=True)),
-        encode=lambda value: dict(encode_object(value)),  # is encoded in one step
-    )
-
-
-def expect(expected: str, is_valid: Callable[[Any], bool], quote: bool = False) -> Callable[[str, Any], None]:
-    """Return a check of a `Kind`.
-
-    Args:
-        expected: the end of the error ``PATH: expected ...``.
-        is_valid: returns whether a value is valid.
-        quote: whether the error has the value; not for secrets and long values.
-    """
-
-    def check_value(label: str, value: Any) -> None:
-        if not is_valid(value):
-            raise ProtocolError(f"{label}: expected {expected}" + (f", got {value!r}" if quote else ""))
-
-    return check_value
+    """Return the kind of an object in a message."""
+    return Kind(decode=lambda members, key: decode_as(message, required_object(members, key)), encode=encode_object)
 
 
 def is_number(value: Any, low: float, high: float) -> bool:
@@ -373,18 +297,27 @@ def _check_arguments(label: str, payload: Any) -> None:
         raise ProtocolError(f"{label}: expected an array or an object")
 
 
+def decode_payload(members: JSONObject, key: str) -> Payload:
+    """Return a member as a payload; for a `Kind`."""
+    return members.payload(key)
+
+
 #: The kinds of fields whose type has no `Kind`.
-_KINDS: Mapping[Any, Kind] = {str: Kind(is_string=True), bool: Kind(_check_bool), Any: Kind(is_payload=True)}
+_KINDS: Mapping[Any, Kind] = {
+    str: Kind(decode=required_string),
+    bool: Kind(_check_bool),
+    Any: Kind(decode=decode_payload),
+}
 
 #: A name that is not empty.
-Name: TypeAlias = Annotated[str, Kind(_check_name, is_string=True)]
+Name: TypeAlias = Annotated[str, Kind(_check_name, required_string)]
 Integer: TypeAlias = Annotated[int, Kind(_check_integer)]
 Count: TypeAlias = Annotated[int, Kind(_check_count)]
 Seconds: TypeAlias = Annotated[float, Kind(_check_seconds)]
 #: A payload that is an object.
-ObjectPayload: TypeAlias = Annotated[Payload, Kind(_check_object, is_payload=True)]
+ObjectPayload: TypeAlias = Annotated[Payload, Kind(_check_object, decode_payload)]
 #: The arguments of a call: an array (positional) or an object (named).
-Arguments: TypeAlias = Annotated[Payload, Kind(_check_arguments, is_payload=True)]
+Arguments: TypeAlias = Annotated[Payload, Kind(_check_arguments, decode_payload)]
 
 
 def only_kind(kinds: Mapping[str, object], members: JSONObject, none: str, several: str = "") -> str:

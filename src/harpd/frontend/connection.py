@@ -18,7 +18,7 @@ import time
 import traceback
 import uuid
 from collections.abc import Awaitable, Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 
 from harp.protocol.ends import Failed
@@ -26,7 +26,6 @@ from harp.protocol.fields import ProtocolError
 from harp.protocol.harpd import AnyRequest, Attach, ListCalls, Request, decode_request, encode_message
 from harp.protocol.json_text import Envelope, dumps
 from harp.protocol.lines import LineBuffer, LineTooLong
-from harp.protocol.schema import encode_object
 from harp_daemon.memory_quota import MemoryQuota, Reservation
 from harp_daemon.sliced_json import decode_slices
 from harpd.config.loaded import LoadedConfig
@@ -235,7 +234,7 @@ class Connection:
         members |= {"call": call, "procedure": request.procedure, "arguments": request.arguments}
         members["authentication"] = round(self._authentication_time, 6)
         if request.call is not None:
-            terms = encode_object(request.call)
+            terms = asdict(request.call)
             del terms["id"]
             members["resumable"] = {**terms, "received": self._received_at}
         line = dumps(members) + b"\n"

@@ -44,7 +44,7 @@ def encode_end_body(end: End) -> bytes | None:
         case Cancelled():
             return None
         case _:
-            return dumps(encode_object(end))
+            return encode_object(end)
 
 
 def _decode_end(state: State, body: bytes | None) -> End | None:
