@@ -77,15 +77,17 @@ def _encode(what: str, value: Any) -> Raw:
         raise HarpException(f"{what} cannot be sent as JSON: {error}") from error
 
 
-def encode_arguments(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Raw:
+def mixed_arguments() -> HarpException:
+    """Return the error for a call with positional and named arguments."""
+    return HarpException("positional and named arguments cannot be mixed in one call")
+
+
+def encode_arguments(arguments: Mapping[str, Any] | Sequence[Any]) -> Raw:
     """Return a call's arguments as JSON text: an array, or an object of named arguments.
 
     Raises:
-        HarpException: both kinds are given, or an argument has no form in JSON; the message names it.
+        HarpException: an argument has no form in JSON; the message names it.
     """
-    if args and kwargs:
-        raise HarpException("positional and named arguments cannot be mixed in one call")
-    arguments = kwargs or args
     try:
         return dumps(arguments)
     except NotJSON:  # encode each argument, for a message that names it
@@ -126,12 +128,9 @@ class Call:
         for option, name in (("host", self.host), ("procedure", self.procedure)):
             if not isinstance(name, str) or not name:
                 raise name_error(option, name)
-        if isinstance(self.arguments, dict):
-            arguments = encode_arguments((), self.arguments)
-        elif isinstance(self.arguments, (list, tuple)):
-            arguments = encode_arguments(self.arguments, {})
-        else:
+        if not isinstance(self.arguments, (list, tuple, dict)):
             raise HarpException(f"arguments: expected a list, a tuple or a dict, got {self.arguments!r}")
+        arguments = encode_arguments(self.arguments)
         options = check_options({name: getattr(self, name) for name in _OPTION_NAMES})
         object.__setattr__(self, "_request", job_request(self.host, self.procedure, arguments, options))
 

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable
 from typing import Any, Generic, TypeVar
 
-from harp._core.calls import encode_arguments, name_error
+from harp._core.calls import encode_arguments, mixed_arguments, name_error
 from harp._core.connections import Connection, ConnectionPool, Endpoint, Peer, Steps, mark_ambiguous
 from harp._core.outcomes import Result, error_of, outcome_of
 from harp._core.streams import Reader
@@ -125,7 +125,9 @@ class DirectProcedureBase(Generic[S]):
         self._name = name
 
     def _request(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bytes:
-        server, arguments = self._server, encode_arguments(args, kwargs)
+        if args and kwargs:
+            raise mixed_arguments()
+        server, arguments = self._server, encode_arguments(kwargs or args)
         request = daemon.Request(self._name, arguments, server._user, server._password, keep_alive=server._pool.enabled)
         return daemon.encode_request(request)
 

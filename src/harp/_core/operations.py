@@ -16,7 +16,16 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from typing import Any, Generic, Self, TypeVar, Unpack
 
-from harp._core.calls import Call, JobOptions, check_options, encode_arguments, job_request, name_error, plain_request
+from harp._core.calls import (
+    Call,
+    JobOptions,
+    check_options,
+    encode_arguments,
+    job_request,
+    mixed_arguments,
+    name_error,
+    plain_request,
+)
 from harp._core.connections import Connection, ConnectionPool, Endpoint, Peer, Steps, mark_ambiguous
 from harp._core.outcomes import CALL_CANCELLED, CALL_NOT_FINISHED, error_of, outcome_of
 from harp._core.retry import REFUSALS, ReconnectPolicy, closed_without_reply, parse_reconnect, unsupported_by_peer
@@ -249,7 +258,9 @@ class ProcedureBase(Generic[D, S]):
         self._procedure = procedure
 
     def _submit(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Steps[replies.Submitted]:
-        server, arguments = self._server, encode_arguments(args, kwargs)
+        if args and kwargs:
+            raise mixed_arguments()
+        server, arguments = self._server, encode_arguments(kwargs or args)
         request = job_request(server._hostname, self._procedure, arguments, server._options)
         return self._dispatcher._request(request)
 
