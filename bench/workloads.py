@@ -125,7 +125,7 @@ _JOBS = (
     _jobs("reused-jobs", "Jobs end to end, a process for many jobs"),
     _submissions("submit-1", "Jobs accepted, 1 client", 1),
     _submissions("submit-16", "Jobs accepted, 16 clients", 16),
-    _submissions("submit-many", "Jobs accepted, 1,000 in a request", 1, 1_000),
+    _submissions("submit-many", "Jobs accepted, 10,000 in a request", 1, 10_000),
 )
 
 _STREAM = (
