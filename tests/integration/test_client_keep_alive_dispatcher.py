@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import pickle
+import subprocess
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -201,6 +203,27 @@ def test_keep_alive_copies_have_their_own_connections() -> None:
             assert repr(other) == repr(rpc) == f"HarpCaller('127.0.0.1', {peer.port}, keep_alive=True)"
             other.web01.p()
     assert counts(peer) == [1, 1, 1]
+
+
+FORKING = """
+import os, sys, harp
+rpc = harp.HarpCaller(sys.argv[1], int(sys.argv[2]))
+rpc.web01.p(), rpc.web01.p()
+child = os.fork()
+if child == 0:
+    os._exit(rpc.web01.p().id() != sys.argv[3])
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+rpc.web01.p()
+"""
+
+
+def test_default_in_forked_process_has_its_own_connection() -> None:
+    kept = [{**MANY, "keep_alive": 60}], [SUBMITTED], [SUBMITTED]
+    with Peer(answering(SUBMITTED), keeping(*kept), keeping([SUBMITTED])) as peer:
+        command = [sys.executable, "-X", "dev", "-W", "error", "-c", FORKING, peer.host, str(peer.port), JOB]
+        done = subprocess.run(command, timeout=60, capture_output=True, text=True)
+        assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert counts(peer) == [1, 3, 1]
 
 
 @pytest.mark.parametrize("keep_alive", [True, None])
