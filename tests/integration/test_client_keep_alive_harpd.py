@@ -550,6 +550,16 @@ def in_another_loop(server: aio.AsyncHarpServer) -> None:
     gc.collect()
 
 
+def test_keep_alive_connection_of_stopped_loop_does_not_warn(tls: ssl.SSLContext) -> None:
+    with Peer(keeping(result(1)), keeping(result(2)), tls=tls) as peer:
+        server = aio.AsyncHarpServer(peer.host, "u", "secret", peer.port, keep_alive=True)
+        with asyncio.Runner() as one:
+            assert one.run(server.p()) == 1
+            in_another_loop(server)  # cannot close the other connection before its loop runs
+        gc.collect()
+        assert peer.connections[0].closed.wait(30)
+
+
 async def test_keep_alive_cancelled_task_closes_its_connection(tls: ssl.SSLContext) -> None:
     with Peer(keeping(result(1), []), keeping(result(2)), tls=tls) as peer:
         async with aio.AsyncHarpServer(peer.host, "u", "secret", peer.port, keep_alive=True) as server:
