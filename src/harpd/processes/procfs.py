@@ -37,3 +37,12 @@ def start_time(pid: int) -> int:
     except PermissionError:
         return 0
     return int(found[1][19]) if found else 0
+
+
+def child_start_time(pid: int, parent: int) -> int:
+    """Return the start time of a child of `parent`, as `start_time` does; 0 also if the pid is of another process."""
+    try:
+        found = read_stat(pid)
+    except PermissionError:
+        return 0
+    return int(found[1][19]) if found and int(found[1][1]) == parent else 0

@@ -21,6 +21,7 @@ from typing import Any
 
 from harp.protocol.json_text import dumps, loads
 from harpd.processes.cookie import reserve_cookie
+from harpd.processes.procfs import child_start_time
 from harpd.supervisor.event_loop import READ, WRITE, EventLoop, Timer
 from harpd.supervisor.output import OutputCollector
 from harpd.supervisor.worker_process import IdleWorkers, WorkerProcess, WorkerUser
@@ -248,9 +249,9 @@ class ZygoteClient:
 
     def _on_message(self, message: dict[str, Any]) -> None:
         match message:
-            case {"forked": pid, "start": start}:
+            case {"forked": pid}:
                 worker = self._children[pid] = self._forking.popleft()
-                worker.on_forked(pid, start)
+                worker.on_forked(pid, child_start_time(pid, self.pid))
             case {"reaped": pid, "status": status, "cpu": cpu, "memory": memory}:
                 if dead_worker := self._children.pop(pid, None):  # not an orphan, whose parent the zygote is
                     if dead_worker in self._preforked:  # another process has killed it
@@ -296,7 +297,8 @@ class ZygoteClient:
 def _spawn(zygote_end: socket.socket) -> int:
     """Execute a zygote with its end of the socket; all other descriptors close on exec. Return its pid."""
     os.set_inheritable(zygote_end.fileno(), True)
-    arguments = [sys.executable, "-P", "-m", "harpd.worker.zygote", str(zygote_end.fileno()), str(os.getpid())]
+    program = "from harpd.worker.zygote import main; main()"  # `-m` would load modules that no worker needs
+    arguments = [sys.executable, "-P", "-c", program, str(zygote_end.fileno()), str(os.getpid())]
     # The linker resolves all symbols at the start: otherwise each worker resolves those that it uses, and copies pages.
     environment = {**reserve_cookie(), "LD_BIND_NOW": "1"}
     return os.posix_spawn(sys.executable, arguments, environment, setsigdef=_IGNORED_SIGNALS, setsigmask=())

@@ -78,17 +78,17 @@ class Worker:
         self._default_groups = None if default_group is None else (default_group,)
         self._tracebacks = tracebacks
 
-    def run(self, channel: Channel, stdout: int, stderr: int) -> NoReturn:
+    def run(self, channel: int, stdout: int, stderr: int) -> NoReturn:
         """Serve calls in this process, which the zygote has just forked; then exit.
 
         Args:
-            channel: the channel, which was created before the fork.
+            channel: the descriptor of the channel.
             stdout: the descriptor that becomes stdout.
             stderr: the descriptor that becomes stderr.
         """
         try:
             self._leave_zygote(stdout, stderr)
-            self._serve_calls(channel)
+            self._serve_calls(Channel(channel, self._guard))
         except OSError:
             os._exit(1)  # the supervisor has died: no process reads the result
         os._exit(0)
@@ -121,7 +121,7 @@ class Worker:
                 lines, last = encode_value({"harp": VERSION, "error": error}) + b"\n", True
             channel.exit_if_forked()
             flush_output()
-            channel.write(lines)
+            channel.write_end(lines)
             if last:
                 return
             line = self._wait_for_line(channel)
@@ -217,7 +217,7 @@ def _write_records(records: Any, channel: Channel) -> Any:
             if isinstance(record, Result):
                 return record.value
             try:
-                channel.write(encode_record(_encode_payload(record, number)))
+                channel.write_record(encode_record(_encode_payload(record, number)))
             except (TimeLimit, Cancelled) as interruption:
                 if hasattr(iterator, "throw"):  # a generator, which did not run when it was raised here, cleans up
                     iterator.throw(interruption)

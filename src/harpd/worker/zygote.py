@@ -7,8 +7,8 @@ It is leaner than the supervisor, because the cost of a fork grows with the memo
 forked, so it has never had a key or a password in memory. It exits when the supervisor closes the socket, and is killed
 when the supervisor dies.
 
-``python -m harpd.worker.zygote SOCKET SUPERVISOR``: the descriptor of a SOCK_SEQPACKET socket, and the supervisor's
-pid. The messages are JSON objects:
+`main` has two arguments: the descriptor of a SOCK_SEQPACKET socket, and the supervisor's pid. The messages are JSON
+objects:
 
     supervisor -> zygote, once, first:
         {"load": PATH, "path": [STR], "default_user": USER, "default_group": GROUP, "descriptors": NUMBER,
@@ -20,7 +20,7 @@ pid. The messages are JSON objects:
     supervisor -> zygote, for each worker, with three descriptors (channel, stdout, stderr):
         {"fork": true}
     zygote -> supervisor, one of these for each fork command, in their order:
-        {"forked": PID, "start": TICKS}
+        {"forked": PID}
         {"failed": MESSAGE}
     zygote -> supervisor, for each worker:
         {"reaped": PID, "status": NUMBER, "cpu": SECONDS, "memory": BYTES}
@@ -43,8 +43,6 @@ from _socket import CMSG_SPACE, MSG_CMSG_CLOEXEC, socket
 from harp.protocol.json_codec import decode_value, encode_value
 from harpd.processes.cookie import EnvCookie
 from harpd.processes.prctl import become_subreaper, die_with_parent
-from harpd.processes.procfs import start_time
-from harpd.worker.channel import Channel
 from harpd.worker.child import Worker, flush_output
 from harpd.worker.procedures import ProceduresError, load_procedures
 from harpd.worker.signals import CALL_SIGNALS, SignalGuard
@@ -132,31 +130,20 @@ class _Zygote:
         if not data:
             return False
         descriptors = memoryview(b"".join([item for _, _, item in ancillary])).cast("i")
-        if len(descriptors) == _DESCRIPTOR_COUNT:
-            self._fork(worker, *descriptors)
-        else:
-            for descriptor in descriptors:
-                os.close(descriptor)
-            self._report_failure(OSError(errno.EMFILE, os.strerror(errno.EMFILE)))
-        return True
-
-    def _fork(self, worker: Worker, descriptor: int, stdout: int, stderr: int) -> None:
-        channel = Channel(descriptor, self._guard)  # in this process: in the worker, it would touch 60 pages
         try:
+            if len(descriptors) != _DESCRIPTOR_COUNT:
+                raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
             pid = os.fork()
             if not pid:
-                self._run_worker(worker, channel, stdout, stderr)
-            self._send({"forked": pid, "start": start_time(pid)})
+                self._run_worker(worker, *descriptors)
+            self._send({"forked": pid})
         except OSError as error:
-            self._report_failure(error)
-        channel.close()
-        os.close(stdout)
-        os.close(stderr)
+            self._send({"failed": f"cannot create a process: {error.strerror}"})
+        for descriptor in descriptors:
+            os.close(descriptor)
+        return True
 
-    def _report_failure(self, error: OSError) -> None:
-        self._send({"failed": f"cannot create a process: {error.strerror}"})
-
-    def _run_worker(self, worker: Worker, channel: Channel, stdout: int, stderr: int) -> NoReturn:
+    def _run_worker(self, worker: Worker, channel: int, stdout: int, stderr: int) -> NoReturn:
         try:
             _signal.set_wakeup_fd(-1)
             self._supervisor.close()
@@ -231,7 +218,3 @@ def main() -> NoReturn:
     except ConnectionError:
         pass  # the supervisor has died
     os._exit(0)  # threads that the procedures file has started do not keep a retired zygote alive
-
-
-if __name__ == "__main__":
-    main()
