@@ -176,8 +176,9 @@ class HarpdConnection(asyncio.Protocol):
 
     @property
     def is_reusable(self) -> bool:
-        """Whether both sides are open and no partial line was received."""
-        return not (self._ended or self._transport.is_closing() or self._lines.pending or self._unread)
+        """Whether both sides are open, and no line was received that is not decoded yet, or not complete."""
+        unfinished = self._decoding or self._unread or self._lines.pending
+        return not (self._ended or self._transport.is_closing() or unfinished)
 
     @property
     def phase_text(self) -> str:
@@ -258,6 +259,7 @@ class HarpdConnection(asyncio.Protocol):
         if error is not None:
             self._end_error = cast(Exception, error)
             self._ended = True
+            self._unread.clear()  # the lines behind the one that is lost
         elif self._receiver is not None:
             self._receive(decoding.result())
         self._continue()
