@@ -28,7 +28,6 @@ from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 
 from harp.protocol.ends import Cancelled, End
 from harp.protocol.json_text import Raw, dumps
-from harp.protocol.replies import Continue
 from harp.protocol.requests import Call
 from harp_daemon.timer_wheel import TimerWheel
 from harpcaller.config import Config
@@ -39,9 +38,10 @@ from harpcaller.hosts.pool import ConnectionPool
 from harpcaller.hosts.registry import HostsRegistry
 from harpcaller.hosts.tls import HostTLS
 from harpcaller.model.ids import is_job_id, new_job_id, new_job_ids
-from harpcaller.model.jobs import Job, JobDetails, JobMetadata, NewJob, Records, State, StopState
-from harpcaller.notifier import Notifier, RecordBatch
+from harpcaller.model.jobs import Job, JobDetails, JobMetadata, NewJob, State, StopState
+from harpcaller.notifier import Notifier
 from harpcaller.pruner import prune, prune_regularly
+from harpcaller.record_stream import EndWaiter, RecordStream
 from harpcaller.runs.context import RunContext, log_fields
 from harpcaller.runs.reconciliation import OrphanReaper
 from harpcaller.runs.run import Run
@@ -49,9 +49,6 @@ from harpcaller.runs.store_writes import StoreWrites
 from harpcaller.store import QueueStatus, StorageError, Store, UnknownJob
 
 log = logging.getLogger(__name__)
-
-#: Approximate number of bytes of records in one read from the store.
-_BATCH_BYTES = 64 * 1024
 
 #: Maximum number of jobs in one claim, and in one page of a list.
 _CLAIM_SIZE = 100
@@ -249,13 +246,21 @@ class Dispatcher:
         Raises:
             UnknownJob: the job is unknown, or was pruned meanwhile.
         """
-        with self._notifier.subscribe(job_id) as subscription:
+        changed = asyncio.Event()
+
+        def on_published(_: bool) -> None:
+            changed.set()
+
+        self._notifier.subscribe(job_id, on_published)
+        try:
             while True:
-                ended = subscription.ended
+                changed.clear()
                 job = await self.get_job(job_id)
                 if job.end is not None and job.stop is not StopState.PENDING:
                     return await self._store.get_details(job_id)
-                await ended.wait()
+                await changed.wait()
+        finally:
+            self._notifier.unsubscribe(job_id, on_published)
 
     @_shielded
     async def release_slot(self, job_id: str) -> bool:
@@ -309,80 +314,37 @@ class Dispatcher:
 
         The future raises `UnknownJob` if the job is unknown, or was pruned meanwhile.
         """
+        if not is_job_id(job_id):
+            return _failed(UnknownJob(job_id))
         run = self._runs.get(job_id)
-        # An active run publishes the end in the step that sets `has_ended`: then no read of the store is needed.
-        is_active = wait and run is not None and not run.has_ended
-        waiter = _ResultWaiter(job_id, wait, self._notifier, self.get_job)
-        if not is_active:
-            waiter.read_job()
-        return waiter.result
+        is_active = run is not None and not run.has_ended
+        return EndWaiter(job_id, wait, is_active, self._store, self._notifier).result
 
     def record_delivery(self, job_id: str, received_at: float) -> None:
         """Record that the end of a job was sent to a client whose request was received at this monotonic time."""
         self._context.timings.record_delivery(job_id, received_at)
 
-    async def follow(
-        self, job_id: str, since: int | None = None, recent: int | None = None
-    ) -> AsyncGenerator[RecordBatch | End, None]:
-        """Yield the stored and the future records of a job in batches of limited size, then its end.
-
-        The caller closes the generator (`contextlib.aclosing`) if it stops before the end.
+    def stream(
+        self, job_id: str, since: int | None, recent: int | None, wait: bool, on_ready: Callable[[], None]
+    ) -> RecordStream:
+        """Return the records of a job; with `wait`, also the future ones. The caller closes the stream.
 
         Args:
-            job_id: the job; any text.
+            job_id: the job.
             since: number of the first record; it may be in the future. Not together with `recent`.
-            recent: number of the newest stored records to begin with; the default is 0.
+            recent: number of the newest stored records to begin with. Without both, a stream that waits begins with the
+                next record, another one with record 0.
+            wait: whether to wait until the job has ended.
+            on_ready: called when the stream may have an item.
 
         Raises:
-            UnknownJob: the job is unknown, or was pruned meanwhile.
+            UnknownJob: the text is not a job id. For an unknown or meanwhile pruned job the stream raises it.
         """
-        with self._notifier.subscribe(job_id) as subscription:
-            ended, job = subscription.ended, await self.get_job(job_id)
-            at = _first_record(job, since, 0 if since is None and recent is None else recent)
-            while True:
-                changed = subscription.changed
-                if ended.is_set():
-                    ended, job = subscription.ended, await self.get_job(job_id)
-                if job.end is None or at < job.records:
-                    batch = subscription.newest_from(at) or await self._read_batch(job_id, at)
-                    if batch is not None:
-                        at = batch.next
-                        waiting = [batch]
-                        del batch
-                        yield waiting.pop()  # no reference stays here, so a slow reader does not double the memory
-                        continue
-                if job.end is not None:
-                    _check_complete(job, at)
-                    yield job.end
-                    return
-                await changed.wait()
-
-    async def read(
-        self, job_id: str, since: int | None = None, recent: int | None = None
-    ) -> AsyncGenerator[RecordBatch | End | Continue, None]:
-        """Yield the stored records of a job in batches of limited size, then its end or `Continue`.
-
-        Arguments and errors are those of `follow`, but the default is to begin with record 0.
-        """
-        job = await self.get_job(job_id)
-        at = _first_record(job, since, recent)
-        while at < job.records:
-            batch = await self._read_batch(job_id, at, job.records)
-            if batch is None:
-                break
-            at = batch.next
-            waiting = [batch]
-            del batch
-            yield waiting.pop()
-        _check_complete(job, at)
-        yield Continue() if job.end is None else job.end
-
-    async def _read_batch(self, job_id: str, first: int, end: int | None = None) -> RecordBatch | None:
-        """Return stored records numbered from `first` and below `end`, or None if there are none."""
-        records = await self._store.read_records(job_id, first, _BATCH_BYTES)
-        if end is not None and first + len(records) > end:
-            records = Records(records.values[: end - first], records.timestamps[: end - first])
-        return RecordBatch(first, records) if records else None
+        if not is_job_id(job_id):
+            raise UnknownJob(job_id)
+        if wait and since is None and recent is None:
+            recent = 0
+        return RecordStream(job_id, since, recent, wait, self._store, self._notifier, on_ready)
 
     async def list_jobs(
         self, ended: bool = False, host: str | None = None, queue: Raw | None = None, newest: int | None = None
@@ -605,61 +567,7 @@ class Dispatcher:
             log.warning(warning)
 
 
-class _ResultWaiter:
-    """Waits for the end of a job, without a task.
-
-    Args:
-        job_id: the job.
-        wait: whether to wait until it has ended.
-        notifier: publishes its end.
-        get_job: reads the job.
-    """
-
-    def __init__(
-        self, job_id: str, wait: bool, notifier: Notifier, get_job: Callable[[str], Coroutine[Any, Any, Job]]
-    ) -> None:
-        self._job_id = job_id
-        self._wait = wait
-        self._notifier = notifier
-        self._get_job = get_job
-        self._subscription = notifier.add(job_id)
-        self._subscription.on_end.append(self._on_end)
-        #: The end. Cancelling it ends the wait.
-        self.result: asyncio.Future[End | None] = asyncio.get_running_loop().create_future()
-        self.result.add_done_callback(self._on_done)
-
-    def read_job(self) -> None:
-        """Read the job, and wait further if it has not ended."""
-        asyncio.ensure_future(self._get_job(self._job_id)).add_done_callback(self._on_read)
-
-    def _on_read(self, read: asyncio.Future[Job]) -> None:
-        error = None if read.cancelled() else read.exception()
-        if read.cancelled() or self.result.done():
-            return
-        if error is not None:
-            self.result.set_exception(error)
-        elif (end := read.result().end) is not None or not self._wait:
-            self.result.set_result(end)
-
-    def _on_end(self) -> None:
-        if self.result.done():
-            return
-        if (end := self._subscription.end) is not None:
-            self.result.set_result(end)
-        else:
-            self.read_job()
-
-    def _on_done(self, _: object) -> None:
-        self._subscription.on_end.remove(self._on_end)
-        self._notifier.remove(self._job_id)
-
-
-def _first_record(job: Job, since: int | None, recent: int | None) -> int:
-    if recent is not None:
-        return max(0, job.records - recent)
-    return since or 0
-
-
-def _check_complete(job: Job, at: int) -> None:
-    if at < job.records:
-        raise UnknownJob(job.id)  # pruned during the read
+def _failed(error: Exception) -> asyncio.Future[Any]:
+    future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+    future.set_exception(error)
+    return future

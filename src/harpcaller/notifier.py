@@ -1,20 +1,24 @@
 """Notification of clients that wait for a job: in memory, after the commit, without polling.
 
-A notification only wakes; the store holds the state. A subscriber gets the event, then reads the store, then waits
-for the event. Everything that is committed after its read sets the event that it holds, so nothing is missed. Each
-event is used once. A notification carries the newest records, so that followers that are up to date neither read them
-from the store nor encode them again, and it carries the end, which never changes.
+A notification only wakes; the store holds the state. A subscriber subscribes, then reads the store: what is committed
+after its read is notified, so nothing is missed. A notification carries the newest records, so that followers that are
+up to date neither read them from the store nor encode them again, and it carries the end, which never changes.
 """
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import logging
+from collections.abc import Callable
+from typing import TypeAlias
 
 from harp.protocol.ends import End
 from harp.protocol.replies import encode_packets
 from harpcaller.model.jobs import Records
+
+log = logging.getLogger(__name__)
+
+#: A function that is called at each notification, with True if it is of an end.
+Subscriber: TypeAlias = Callable[[bool], None]
 
 
 class RecordBatch:
@@ -37,6 +41,11 @@ class RecordBatch:
         """The number after the last record."""
         return self.first + len(self.records)
 
+    def first_records(self, count: int) -> RecordBatch | None:
+        """Return the first `count` records; None if there are none."""
+        records = Records(self.records.values[:count], self.records.timestamps[:count])
+        return RecordBatch(self.first, records) if count > 0 else None
+
     def lines(self, timed: bool) -> bytes:
         """Return the lines for a follower; with `timed`, each has the time of its record."""
         lines = self._lines.get(timed)
@@ -50,23 +59,17 @@ class Subscription:
     """The notifications of one job, for all its subscribers.
 
     Attributes:
-        changed: set at the next notification of any kind.
-        ended: set at the next notification of an end.
         end: the job's end, if a notification carried it.
         newest: the records of the last notification that carried records.
-        subscribers: number of subscribers.
-        on_end: called at each notification of an end.
+        subscribers: the callbacks of the subscribers.
     """
 
-    __slots__ = ("changed", "end", "ended", "newest", "on_end", "subscribers")
+    __slots__ = ("end", "newest", "subscribers")
 
     def __init__(self) -> None:
-        self.changed = asyncio.Event()
-        self.ended = asyncio.Event()
         self.end: End | None = None
-        self.subscribers = 0
         self.newest: RecordBatch | None = None
-        self.on_end: list[Callable[[], None]] = []
+        self.subscribers: list[Subscriber] = []
 
     def newest_from(self, first: int) -> RecordBatch | None:
         """Return the records from number `first` on, if the last notification carried them."""
@@ -78,10 +81,13 @@ class Subscription:
         skipped, records = first - newest.first, newest.records
         return RecordBatch(first, Records(records.values[skipped:], records.timestamps[skipped:]))
 
-    def notify(self) -> None:
-        """Wake the subscribers that wait for any change."""
-        self.changed.set()
-        self.changed = asyncio.Event()
+    def notify(self, ended: bool) -> None:
+        """Call the subscribers."""
+        for subscriber in self.subscribers.copy():
+            try:
+                subscriber(ended)
+            except Exception:
+                log.exception("notification failed: internal error")
 
 
 class Notifier:
@@ -90,35 +96,26 @@ class Notifier:
     def __init__(self) -> None:
         self._subscriptions: dict[str, Subscription] = {}
 
-    @contextmanager
-    def subscribe(self, job_id: str) -> Iterator[Subscription]:
-        """Subscribe to a job while the context lasts."""
-        subscription = self.add(job_id)
-        try:
-            yield subscription
-        finally:
-            self.remove(job_id)
-
-    def add(self, job_id: str) -> Subscription:
-        """Subscribe to a job, until `remove` is called."""
+    def subscribe(self, job_id: str, subscriber: Subscriber) -> Subscription:
+        """Call a subscriber at each notification of a job, until `unsubscribe` is called."""
         subscription = self._subscriptions.get(job_id)
         if subscription is None:
             subscription = self._subscriptions[job_id] = Subscription()
-        subscription.subscribers += 1
+        subscription.subscribers.append(subscriber)
         return subscription
 
-    def remove(self, job_id: str) -> None:
-        """End one subscription to a job."""
-        subscription = self._subscriptions[job_id]
-        subscription.subscribers -= 1
-        if not subscription.subscribers:
+    def unsubscribe(self, job_id: str, subscriber: Subscriber) -> None:
+        """Do not call a subscriber any more."""
+        subscribers = self._subscriptions[job_id].subscribers
+        subscribers.remove(subscriber)
+        if not subscribers:
             del self._subscriptions[job_id]
 
     def publish_records(self, job_id: str, first: int, records: Records) -> None:
         """Notify the subscribers that records numbered from `first` are committed."""
         if subscription := self._subscriptions.get(job_id):
             subscription.newest = RecordBatch(first, records)
-            subscription.notify()
+            subscription.notify(ended=False)
 
     def publish_end(self, job_id: str, end: End | None = None) -> None:
         """Notify the subscribers that the job's end or the outcome of its stop is committed.
@@ -127,8 +124,4 @@ class Notifier:
         """
         if subscription := self._subscriptions.get(job_id):
             subscription.end = end or subscription.end
-            subscription.ended.set()
-            subscription.ended = asyncio.Event()
-            subscription.notify()
-            for callback in subscription.on_end.copy():
-                callback()
+            subscription.notify(ended=True)

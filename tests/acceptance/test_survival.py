@@ -23,7 +23,7 @@ from harp.protocol.ends import Returned
 from harpcaller.notifier import RecordBatch
 from harpcaller.store.sqlite import open_store
 from support.deadline import eventually, wait_until
-from support.dispatcher import Switched, call, decoded, running, until
+from support.dispatcher import Switched, call, decoded, read, running, until
 from support.harpcallerd import Harpcallerd
 from support.harpd import Harpd, is_dead
 from support.procedures_file import PROCEDURES
@@ -331,7 +331,10 @@ async def test_full_disk_does_not_end_running_calls(tmp_path: Path) -> None:
             count = int(end.result)
             assert (await dispatcher.get_job(flood)).records == count
             records = [
-                pair async for item in dispatcher.read(flood) if isinstance(item, RecordBatch) for pair in decoded(item)
+                pair
+                async for item in read(dispatcher, flood)
+                if isinstance(item, RecordBatch)
+                for pair in decoded(item)
             ]
             assert [int(record[0]) for _, record in records] == list(range(count))
             assert await dispatcher.result(quiet, wait=True) == Returned(b"5")

@@ -30,10 +30,12 @@ from support.dispatcher import (
     call,
     collected,
     decoded,
+    follow,
     followed,
     host_line,
     hosts_file,
     raw,
+    read,
     result,
     running,
     until,
@@ -318,7 +320,7 @@ async def test_follow_and_read_start_at_any_number(tmp_path: Path) -> None:
             await stream.send(*({"stream": n} for n in range(5)))
             await until(dispatcher, job_id, lambda job: job.records == 5, "five records")
             since = {n: asyncio.create_task(followed(dispatcher, job_id, since=n)) for n in (0, 3, 5, 7, 10, 20)}
-            recent = dispatcher.follow(job_id, recent=2)
+            recent = follow(dispatcher, job_id, recent=2)
             begin = await anext(recent)
             assert isinstance(begin, RecordBatch)
             assert decoded(begin) == [(3, 3), (4, 4)]
@@ -352,7 +354,7 @@ async def test_read_ends_at_the_records_of_its_begin(tmp_path: Path) -> None:
             job_id = await dispatcher.submit(call(), "test")
             await stream.send({"stream": "x" * 100_000}, {"stream": 1})
             await until(dispatcher, job_id, lambda job: job.records == 2, "two records")
-            reading = dispatcher.read(job_id)
+            reading = read(dispatcher, job_id)
             first = await anext(reading)
             assert isinstance(first, RecordBatch)
             assert decoded(first) == [(0, "x" * 100_000)]
@@ -371,7 +373,7 @@ async def test_thousand_followers_are_not_delayed_by_a_slow_one(tmp_path: Path) 
         async with running(tmp_path, host_line(peer.port)) as dispatcher:
             job_id = await dispatcher.submit(call(), "test")
             await stream.send({"stream": 0})
-            idle = dispatcher.follow(job_id, since=0)
+            idle = follow(dispatcher, job_id, since=0)
             first = await anext(idle)
             assert isinstance(first, RecordBatch)
             assert decoded(first) == [(0, 0)]
@@ -393,7 +395,7 @@ async def test_follow_yields_batches_of_limited_size(tmp_path: Path) -> None:
         async with running(tmp_path, host_line(peer.port)) as dispatcher:
             job_id = await dispatcher.submit(call(), "test")
             assert await dispatcher.result(job_id, wait=True) == Returned(b"null")
-            batches = [item async for item in dispatcher.follow(job_id, since=0) if isinstance(item, RecordBatch)]
+            batches = [item async for item in follow(dispatcher, job_id, since=0) if isinstance(item, RecordBatch)]
             sizes = [sum(map(len, batch.records.values)) for batch in batches]
             assert sum(sizes) == 50 * 100_002
             assert max(sizes) < 1_000_000

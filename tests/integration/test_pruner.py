@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,7 +17,7 @@ from harpcaller.pruner import prune, prune_regularly
 from harpcaller.store import StorageError, UnknownJob
 from harpcaller.store.sqlite import open_store
 from support.deadline import eventually
-from support.dispatcher import Switched, call, followed, running, until
+from support.dispatcher import Switched, call, follow, followed, read, running, until
 from support.jobs import job_in, records
 
 
@@ -76,15 +77,15 @@ async def test_dispatcher_prunes_at_start_and_on_demand(tmp_path: Path) -> None:
     await store.close()
 
 
-@pytest.mark.parametrize("follow", [False, True])
-async def test_job_pruned_during_a_read_raises_unknown_job(tmp_path: Path, follow: bool) -> None:
+@pytest.mark.parametrize("stream", [read, follow])
+async def test_job_pruned_during_a_read_raises_unknown_job(tmp_path: Path, stream: Any) -> None:
     """Otherwise the reader would take a part of the records for all of them."""
     store = await open_store(tmp_path / "store")
     job_id = await job_in(store, State.RUNNING, now=time.time() - 100)
     assert await store.append_records(job_id, 0, records([b'"%b"' % (b"x" * 30_000)] * 10))
     assert await store.finish_job(job_id, Returned(Raw(b"1")), time.time() - 50)
     async with running(tmp_path, store=store) as dispatcher:
-        items = dispatcher.follow(job_id, since=0) if follow else dispatcher.read(job_id)
+        items = stream(dispatcher, job_id, since=0)
         first = await anext(items)
         assert isinstance(first, RecordBatch)
         assert 0 < first.next < 10

@@ -21,7 +21,7 @@ from harpcaller.model.jobs import State
 from harpcaller.store.sqlite import open_store
 from support.certificates import server_files
 from support.deadline import eventually
-from support.dispatcher import CREDENTIALS, Switched, call, followed, host_line, result, running, until
+from support.dispatcher import CREDENTIALS, Switched, call, follow, followed, host_line, result, running, until
 from support.peers import Peer, PeerConnection, Script, server_context, silent, single_bytes
 
 ACKNOWLEDGED = {"harp": 1, "stream_result": False}
@@ -244,7 +244,7 @@ async def test_cancel_after_the_ack_closes_the_connection(tmp_path: Path) -> Non
     with playing(tmp_path, script) as peer:
         async with running(tmp_path, host_line(peer.port)) as dispatcher:
             job_id = await dispatcher.submit(call(), "test")
-            async for _ in dispatcher.follow(job_id, since=0):
+            async for _ in follow(dispatcher, job_id, since=0):
                 break
             await cancelled(dispatcher, job_id)
             await eventually(peer.connections[0].closed.is_set, what="the connection's end")

@@ -21,7 +21,7 @@ from harpcaller.notifier import RecordBatch
 from harpcaller.store import UnknownJob
 from harpcaller.store.sqlite import open_store
 from support.deadline import eventually
-from support.dispatcher import CREDENTIALS, Switched, call, followed, host_line, running, until
+from support.dispatcher import CREDENTIALS, Switched, call, followed, host_line, read, running, until
 from support.harpd import Harpd
 from support.peers import PeerConnection
 from support.resumable_host import (
@@ -279,7 +279,7 @@ async def test_reattach_continues_at_the_next_record(tmp_path: Path) -> None:
             assert end == Returned(b'"end"')
             times = [
                 made
-                async for item in dispatcher.read(job_id, since=0)
+                async for item in read(dispatcher, job_id, since=0)
                 if isinstance(item, RecordBatch)
                 for made in item.records.timestamps
             ]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -69,13 +70,47 @@ async def result(dispatcher: Dispatcher, **options: Any) -> End | None:
     return await dispatcher.result(await dispatcher.submit(call(**options), "test"), wait=True)
 
 
+async def _items(
+    dispatcher: Dispatcher, job_id: str, since: int | None, recent: int | None, wait: bool
+) -> AsyncGenerator[RecordBatch | End | Continue, None]:
+    ready = asyncio.Event()
+    stream = dispatcher.stream(job_id, since, recent, wait, ready.set)
+    try:
+        while True:
+            ready.clear()
+            item = stream.take()
+            if item is None:
+                await ready.wait()
+                continue
+            yield item
+            if not isinstance(item, RecordBatch):
+                return
+    finally:
+        stream.close()
+
+
+def follow(
+    dispatcher: Dispatcher, job_id: str, since: int | None = None, recent: int | None = None
+) -> AsyncGenerator[RecordBatch | End | Continue, None]:
+    """Yield the stored and the future records of a job in batches, then its end."""
+    return _items(dispatcher, job_id, since, recent, wait=True)
+
+
+def read(
+    dispatcher: Dispatcher, job_id: str, since: int | None = None, recent: int | None = None
+) -> AsyncGenerator[RecordBatch | End | Continue, None]:
+    """Yield the stored records of a job in batches, then its end or `Continue`."""
+    return _items(dispatcher, job_id, since, recent, wait=False)
+
+
 async def followed(
     dispatcher: Dispatcher, job_id: str, since: int | None = None, recent: int | None = None
 ) -> tuple[list[tuple[int, Any]], End]:
     """Follow a job to its end; return the numbered, decoded records and the end."""
     records: list[tuple[int, Any]] = []
-    async for item in dispatcher.follow(job_id, since, recent):
+    async for item in follow(dispatcher, job_id, since, recent):
         if not isinstance(item, RecordBatch):
+            assert not isinstance(item, Continue)
             return records, item
         records += decoded(item)
     raise AssertionError("no end")
@@ -91,7 +126,7 @@ async def collected(
 ) -> tuple[list[tuple[int, Any]], End | Continue]:
     """Read the stored records; return them and the closing item."""
     records: list[tuple[int, Any]] = []
-    async for item in dispatcher.read(job_id, since, recent):
+    async for item in read(dispatcher, job_id, since, recent):
         if not isinstance(item, RecordBatch):
             return records, item
         records += decoded(item)

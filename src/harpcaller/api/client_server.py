@@ -9,8 +9,7 @@ import asyncio
 import ipaddress
 import logging
 import time
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -181,7 +180,7 @@ class ClientServer:
             case GetResult(wait=True):
                 self._wait_for_result(answer, request)
             case FollowStream() | ReadStream():
-                connection.run(self._send_records(answer, request))
+                self._send_records(answer, request)
             case _:
                 connection.run(self._send_reply(answer, request))
 
@@ -294,46 +293,43 @@ class ClientServer:
             return None
         return Envelope(state=details.job.stop.value, stop_report=details.metadata.stop_report)
 
-    async def _send_records(self, answer: _Answer, request: FollowStream | ReadStream) -> None:
+    def _send_records(self, answer: _Answer, request: FollowStream | ReadStream) -> None:
+        """Send the records of a job as fast as the client reads them, then its end."""
         connection = answer.connection
+
+        def send_more() -> None:
+            try:
+                while connection.is_sent and not connection.is_closing:
+                    item = stream.take()
+                    if item is None:
+                        return
+                    send(item)
+            except Exception as error:  # noqa: BLE001 - the client gets it
+                self._fail(connection, error)
+            if connection.is_closing:
+                connection.on_disconnect = None
+                stream.close()
+            else:
+                connection.on_sent = send_more
+
+        def send(item: RecordBatch | End | Continue) -> None:
+            if isinstance(item, RecordBatch):
+                connection.write(item.lines(request.timed))
+            elif isinstance(item, Continue) and follow:
+                connection.abort()  # the client disconnected before the end
+            else:
+                connection.write(encode_reply(item))
+                connection.close()
+
+        follow = isinstance(request, FollowStream)
         try:
-            async with aclosing(self._records(request, connection)) as stream:
-                async for lines in stream:
-                    await connection.send(lines)
-        except ClientDisconnected:
-            raise
+            stream = self._dispatcher.stream(request.job, request.since, request.recent, follow, send_more)
         except Exception as error:  # noqa: BLE001 - the client gets it
             self._fail(connection, error)
-        else:
-            connection.close()
-
-    async def _records(self, request: FollowStream | ReadStream, connection: Connection) -> AsyncGenerator[bytes, None]:
-        """Yield the lines of the reply to a request for records."""
-        since, recent = request.since, request.recent
-        follow = isinstance(request, FollowStream)
-        if follow:
-            try:
-                async with aclosing(self._dispatcher.follow(request.job, since, recent)) as items:
-                    while True:
-                        async with connection.cancel_on_disconnect():
-                            item = await anext(items)
-                        if not isinstance(item, RecordBatch):
-                            yield encode_reply(item)
-                            return
-                        since, recent = item.next, None
-                        lines = item.lines(request.timed)
-                        del item  # free the memory while the client reads
-                        yield lines
-            except ClientDisconnected:
-                # The client may still be reading: it gets the records that are stored.
-                recent = 0 if since is None and recent is None else recent
-        async with aclosing(self._dispatcher.read(request.job, since, recent)) as stored:
-            async for part in stored:
-                if follow and isinstance(part, Continue):
-                    raise ClientDisconnected
-                lines = part.lines(request.timed) if isinstance(part, RecordBatch) else encode_reply(part)
-                del part
-                yield lines
+            return
+        connection.on_disconnect = stream.stop_waiting
+        if connection.disconnected:
+            stream.stop_waiting()
 
 
 def _status(job: Job) -> Status:

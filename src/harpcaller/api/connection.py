@@ -238,6 +238,16 @@ class Connection:
             self._unsent = memoryview(data)[sent:]
             self._loop.add_writer(self._socket.fileno(), self._on_writable)
 
+    @property
+    def is_sent(self) -> bool:
+        """Whether the kernel has taken all data."""
+        return self._unsent is None
+
+    @property
+    def is_closing(self) -> bool:
+        """Whether nothing more can be sent."""
+        return self._closing
+
     def _on_writable(self) -> None:
         assert self._unsent is not None
         try:
@@ -323,10 +333,10 @@ class Connection:
         """
         if self.closed.done():
             return
+        self._closing = True
         if self._unsent is not None:
             self.on_sent = self.close
             return
-        self._closing = True
         try:
             if not self.disconnected and (not self._request_received or self._socket.recv(1)):
                 self._socket.shutdown(socket.SHUT_WR)
@@ -349,7 +359,7 @@ class Connection:
     def _release(self) -> None:
         self._stop_timer()
         self._lines = None
-        self.disconnected = True
+        self._closing = self.disconnected = True
         self._loop.remove_reader(self._socket.fileno())
         self._loop.remove_writer(self._socket.fileno())
         self._socket.close()

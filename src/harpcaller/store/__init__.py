@@ -116,25 +116,25 @@ class Store(Protocol):
     def update_metadata(self, job_id: str, metadata: JobMetadata) -> Awaitable[bool]:
         """Store the metadata that is not None, whatever the job's state; return False if the job is unknown."""
 
-    async def list_slot_holders(self) -> list[Job]:
+    def list_slot_holders(self) -> Awaitable[list[Job]]:
         """Return all jobs that hold a slot, in the order of submission."""
 
-    async def get_job(self, job_id: str) -> Job:
+    def get_job(self, job_id: str) -> Awaitable[Job]:
         """Return a job. Raises `UnknownJob`."""
 
-    async def get_details(self, job_id: str) -> JobDetails:
+    def get_details(self, job_id: str) -> Awaitable[JobDetails]:
         """Return a job with everything that is stored about it, from one snapshot. Raises `UnknownJob`."""
 
-    async def read_records(self, job_id: str, first: int, max_bytes: int) -> Records:
+    def read_records(self, job_id: str, first: int, max_bytes: int) -> Awaitable[Records]:
         """Return records from number `first` on: up to `max_bytes` in total, but at least one if there is one.
 
         The result is empty if the job is unknown.
         """
 
-    async def get_identity(self) -> Identity:
+    def get_identity(self) -> Awaitable[Identity]:
         """Return the identity of the dispatcher that owns this store. It never changes."""
 
-    async def list_jobs(
+    def list_jobs(
         self,
         *,
         ended: bool = False,
@@ -143,7 +143,7 @@ class Store(Protocol):
         newest_first: bool = False,
         after: int | None = None,
         limit: int = 1000,
-    ) -> list[tuple[int, Job]]:
+    ) -> Awaitable[list[tuple[int, Job]]]:
         """Return one page of jobs with their sequence numbers, in the order of submission or newest first.
 
         The cost of a page does not depend on the number of jobs that have ended.
@@ -157,7 +157,7 @@ class Store(Protocol):
             limit: maximum number of jobs. A page with long payloads has fewer; only an empty page is the last one.
         """
 
-    async def list_queues(self) -> list[QueueStatus]:
+    def list_queues(self) -> Awaitable[list[QueueStatus]]:
         """Return the queues with jobs that have not ended or hold a slot, oldest first."""
 
     async def prune_jobs(self, ended_before: float, limit: int) -> int:

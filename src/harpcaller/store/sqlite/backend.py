@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import os
 import sqlite3
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from functools import wraps
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Concatenate, ParamSpec, TypeVar
 
 from harpcaller.store import StorageError
 from harpcaller.store.sqlite import pruning, reads
@@ -69,15 +69,15 @@ def _prunes(
 
 def _reads(
     verb: Callable[Concatenate[sqlite3.Connection, P], T],
-) -> Callable[Concatenate[SQLiteStore, P], Coroutine[Any, Any, T]]:
+) -> Callable[Concatenate[SQLiteStore, P], asyncio.Future[T]]:
     """Return a method that runs a verb in a reading thread, which never waits for the writer."""
 
     @wraps(verb)
-    async def method(self: SQLiteStore, /, *args: P.args, **kwargs: P.kwargs) -> T:
+    def method(self: SQLiteStore, /, *args: P.args, **kwargs: P.kwargs) -> asyncio.Future[T]:
         if self._closed:
             raise self._closed_error()
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._threads, self._read, lambda db: verb(db, *args, **kwargs))
+        return loop.run_in_executor(self._threads, self._read, lambda db: verb(db, *args, **kwargs))
 
     return method
 
