@@ -34,7 +34,7 @@ _array = msgspec.json.Decoder(list[msgspec.Raw])
 #: Bytes from which a text is long, and the maximum number of members of a long object.
 _LONG, _MAX_MEMBERS = 64 * 1024, 100
 #: White space, the name of a member, and its colon. Names of the protocol are short and have no escapes.
-_NAME = re.compile(rb'[ \t\n\r]*"([^"\\]{0,100})"[ \t\n\r]*:[ \t\n\r]*')
+_NAME = re.compile(rb'[ \t\n\r]*"([^"\\]*)"[ \t\n\r]*:[ \t\n\r]*')
 #: What follows a value: a comma, or a brace and the end.
 _NEXT = re.compile(rb"[ \t\n\r]*(?:,|}[ \t\n\r]*\Z)")
 #: What msgspec raises for text that it rejects.
