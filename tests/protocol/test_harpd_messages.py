@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from dataclasses import replace
 from typing import Any, get_args
 
 import pytest
@@ -33,6 +34,7 @@ from harp.protocol.harpd import (
     ReplyReader,
     Request,
     RequestedTerms,
+    StartEncoder,
     StopCall,
     StopReport,
     decode_command,
@@ -42,7 +44,7 @@ from harp.protocol.harpd import (
     encode_message,
     encode_request,
 )
-from harp.protocol.json_text import decode_values
+from harp.protocol.json_text import Raw, decode_values
 from harp_daemon.sliced_json import decode_slices
 
 REQUEST = '{"harp":1,"procedure":"p","arguments":[1],"auth":{"user":"u","password":"s"}}'
@@ -120,6 +122,17 @@ def test_request_encoded_and_decoded_is_equal(line: str, request_: AnyRequest) -
 
 def test_request_of_version_1_has_the_legacy_line() -> None:
     assert encode_request(Request("p", [1], "u", "s")) == REQUEST.encode() + b"\n"
+
+
+@pytest.mark.parametrize("keep_alive", [True, False])
+def test_start_encoder_encodes_the_request(keep_alive: bool) -> None:
+    request = Request('p "ü%b\ud800', Raw(b'{"a": 1.10}'), "%b", 'pass"word', TERMS, keep_alive)
+    shared = replace(
+        request, procedure="q", call=replace(TERMS, id=ID.replace("0", "1"), secret="no", timeout=1, max_exec_time=2)
+    )
+    line = StartEncoder(shared).encode(request.procedure, request.arguments, ID, "hush", 60, 600)
+    assert line.endswith(b"}\n")
+    assert decode_request(line[:-1], decode_slices) == request
 
 
 def test_request_repr_hides_secrets() -> None:

@@ -27,11 +27,7 @@ class FakeConnection:
     def __init__(self, keep_alive: float | None = 60.0) -> None:
         self.keep_alive = keep_alive
         self.is_reusable = True
-        self.has_heartbeat = True
         self.end: str | None = None
-
-    def finish_request(self) -> None:
-        self.has_heartbeat = False
 
     def close(self) -> None:
         self.end = "closed"
@@ -59,7 +55,6 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Any:
 async def test_pool_returns_the_last_used_connection_first() -> None:
     pool = ConnectionPool(TimerWheel())
     first, second = put(pool, FakeConnection()), put(pool, FakeConnection())
-    assert not any(conn.has_heartbeat for conn in (first, second))
     assert [get(pool) for _ in range(3)] == [second, first, None]
     assert first.end is None
     pool.close()

@@ -199,6 +199,29 @@ def encode_request(request: AnyRequest) -> bytes:
     return b'{"harp":1,%b}\n' % encode_members(request)
 
 
+class StartEncoder:
+    """An encoder of starts that differ in their jobs only: what they share is checked and encoded once.
+
+    Args:
+        shared: a start of a resumable call. Its procedure, arguments, id, secret and limits are not used.
+    """
+
+    def __init__(self, shared: Request) -> None:
+        terms = "owner", "instance", "disconnect_timeout", "result_ttl"
+        self._terms = dumps({name: getattr(shared.call, name) for name in terms})[1:-1]
+        auth = dumps({"user": shared.user, "password": shared.password})
+        self._request = b'"auth":%b%b' % (auth, b',"keep_alive":true' if shared.keep_alive else b"")
+
+    def encode(
+        self, procedure: str, arguments: Raw, call_id: str, secret: str, timeout: float, max_exec_time: float
+    ) -> bytes:
+        """Return the line of a start with its line feed."""
+        job = call_id.encode(), secret.encode(), dumps(timeout), dumps(max_exec_time)
+        call = b'%b,"id":"%b","secret":"%b","timeout":%b,"max_exec_time":%b' % (self._terms, *job)
+        members = self._request, call, dumps(procedure), arguments
+        return b'{"harp":1,%b,"call":{%b},"procedure":%b,"arguments":%b}\n' % members
+
+
 def decode_request(line: bytes, decoder: Decoder = decode_values) -> AnyRequest:
     """Return the request of a line without its line feed.
 

@@ -47,8 +47,7 @@ class ConnectionPool:
         return None
 
     def put(self, host: Host, tls: HostTLS, conn: HarpdConnection) -> None:
-        """Add a connection whose request is done, or close it if it cannot be reused; written data is still sent."""
-        conn.finish_request()
+        """Add a connection whose request is finished, or close it if it cannot be reused; all data is still sent."""
         idle = self._connections.setdefault((host, tls), deque())
         full = len(idle) >= _MAX_PER_HOST or self._count >= _MAX_TOTAL
         if conn.keep_alive is None or not conn.is_reusable or full:

@@ -87,36 +87,30 @@ class OutcomeWriter:
         stop: StopState | None,
         stop_of_ended: StopState,
         keep_slot: bool = False,
+        report_of_ended: Raw | None = None,
     ) -> None:
-        """Store the end of the job, or only the state of its stop if it has another end.
+        """Store the end of the job, or only the outcome of its stop if it has another end.
 
         Args:
-            end: the end; None if it is stored already.
+            end: the end; None if the job has ended.
             on_stored: called afterwards.
             stop: the state of the stop that is stored with `end`.
             stop_of_ended: the state of the stop if the job has another end.
             keep_slot: whether the job keeps its slot.
+            report_of_ended: the stop report if the job has another end; None: the one of the host.
         """
+
+        def store_stop() -> None:
+            self._store_stop(stop_of_ended, on_stored, keep_slot, report_of_ended)
+
         if end is None or self.has_ended:
-            self.store_stop(stop_of_ended, on_stored, keep_slot)
-            return
+            store_stop()
+        else:
+            self.store_end(end, lambda stored: on_stored() if stored else store_stop(), stop, keep_slot)
 
-        def on_done(stored: bool) -> None:
-            if stored:
-                on_stored()
-            else:
-                self.store_stop(stop_of_ended, on_stored, keep_slot)
-
-        self.store_end(end, on_done, stop, keep_slot)
-
-    def store_stop(
-        self,
-        stop: StopState,
-        on_stored: Callable[[], None],
-        keep_slot: bool = False,
-        stop_report: Raw | None = None,
+    def _store_stop(
+        self, stop: StopState, on_stored: Callable[[], None], keep_slot: bool, stop_report: Raw | None
     ) -> None:
-        """Store the state of an ended job's stop, and release its slot unless `keep_slot`; then call `on_stored`."""
         context = self._context
         metadata = self._metadata(stop_report=stop_report)
         self.log_fields = {**(self.log_fields or {"end": "cancelled"}), "stop": stop.value}

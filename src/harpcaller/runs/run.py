@@ -38,7 +38,7 @@ from functools import partial, wraps
 from typing import Any, Concatenate, ParamSpec
 
 from harp.protocol.ends import End, Failed
-from harp.protocol.fields import ProtocolError, is_container
+from harp.protocol.fields import ProtocolError
 from harp.protocol.harpd import (
     Ack,
     Acknowledgement,
@@ -51,7 +51,7 @@ from harp.protocol.harpd import (
     StopCall,
     StopReport,
 )
-from harp.protocol.json_text import InvalidJSON, Raw, dumps, loads
+from harp.protocol.json_text import Raw, dumps, loads
 from harp.protocol.lines import LineTooLong
 from harp_daemon.backoff import Backoff
 from harp_daemon.timer_wheel import Timer
@@ -63,7 +63,13 @@ from harpcaller.hosts.connecting import (
     to_failed,
     to_protocol_error,
 )
-from harpcaller.hosts.connection import PAST_END, HarpdConnection, open_connection, parse_end_of_records
+from harpcaller.hosts.connection import (
+    PAST_END,
+    HarpdConnection,
+    get_error_detail,
+    open_connection,
+    parse_end_of_records,
+)
 from harpcaller.hosts.inventory import Host
 from harpcaller.model.jobs import Job, JobDetails, StopState
 from harpcaller.runs.context import RunContext, log_fields
@@ -142,6 +148,7 @@ class Run:
         self._deadlines = Deadlines(job, context.config.acknowledgement_timeout)
         self._backoff = Backoff(_MIN_DELAY, _MAX_DELAY)
         self._timer: Timer | None = None
+        self._timer_at = 0.0  # monotonic time
         self._opening: asyncio.Task[tuple[HarpdConnection | None, HostSupport]] | None = None
         self._conn: HarpdConnection | None = None
         self._host: Host | None = None
@@ -286,10 +293,8 @@ class Run:
         self._opening = None
         host = self._host
         assert host is not None
-        if isinstance(error, HostUnreachable):
-            self._on_unreachable(error.error)
-        elif error is not None:
-            raise error
+        if error is not None:
+            self._on_unreachable(error)
         elif self._phase is RunPhase.CONNECTING:
             assert conn is not None
             self._send_start(conn, host, support)
@@ -299,11 +304,13 @@ class Run:
             line = self._context.encode_attach(self.job.id, host, self._records.next_number)
             self._send(conn, line, Phase.SENT_ATTACH)
 
-    def _on_unreachable(self, error: Failed) -> None:
+    def _on_unreachable(self, error: BaseException) -> None:
+        if not isinstance(error, HostUnreachable):
+            raise error
         if self.outage is None:
-            self._finish(error)
+            self._finish(error.error)
         else:
-            self.outage.record_error(f"{error.type}: {error.message}")
+            self.outage.record_error(f"{error.error.type}: {error.error.message}")
             self._reattach_later()
 
     def _send_start(self, conn: HarpdConnection, host: Host, support: HostSupport) -> None:
@@ -322,13 +329,11 @@ class Run:
         self._stop_sent = self._call_ended = False
         self._deadlines.on_request_sent(reattach=self.outage is not None)
         conn.send_request(line, exchange, self)
-        self._set_timer(self._deadlines.next_deadline(self._outcome.has_ended))
+        self._set_timer(None)
+        self._watch_limits()
 
     def _finish_unsent(self) -> None:
-        if self._outcome.has_ended:
-            self._finish_stop(StopState.CONFIRMED)
-        else:
-            self._finish(self._deadlines.max_exec_time_error())
+        self._finish(self._deadlines.max_exec_time_error(), stop_of_ended=StopState.CONFIRMED)
 
     def _start_again(self, error: Failed) -> bool:
         """Start a refused call again; return False if the host may have started it, or would refuse it again."""
@@ -408,7 +413,7 @@ class Run:
                 outage, self.outage = self.outage, None
                 log.info("outage ended", extra={**log_fields(self.job), "attempts": outage.attempts})
             conn.start_heartbeat(terms.elapsed, terms.disconnect_timeout, at_once=again)
-        self._set_timer(self._deadlines.next_deadline(self._outcome.has_ended))
+        self._watch_limits()
         self._check_records()
         self._apply_stop()
         self._detach_if_possible()
@@ -450,8 +455,7 @@ class Run:
         if self._phase is RunPhase.CLOSED:
             return
         if not survives:
-            self._phase = RunPhase.ENDING
-            asyncio.get_running_loop().call_soon(self._release)  # waiting clients are notified first
+            self._release()
             return
         log.error("processes survive on host", extra=log_fields(self.job))
         if self._outcome.stop_report is not report:  # another one was received meanwhile
@@ -461,15 +465,14 @@ class Run:
         else:
             self._detach_if_possible()
 
-    @_event
     def _release(self) -> None:
-        """Send the release, and keep the connection for the next call."""
+        """Release the call on its host, and keep the connection for the next one."""
         conn, self._conn = self._conn, None
         if conn is not None:
             assert self._host is not None
-            conn.send_command(Release())
+            conn.finish_request(Release())
             self._context.connections.put(self._host, self._context.tls, conn)
-        self._close("call ended")
+        self._close()
 
     # The end of a connection.
 
@@ -494,10 +497,8 @@ class Run:
     def _on_lost_connection(self, end: Failed) -> None:
         if self._resumable:
             self._lose_contact(end.message)
-        elif self._outcome.has_ended:
-            self._finish_stop(StopState.UNKNOWN)
         else:
-            self._finish(end)
+            self._finish(end, stop_of_ended=StopState.UNKNOWN)
 
     def _on_protocol_error(self, error: ProtocolError | LineTooLong, host: Host) -> None:
         """End the job after a protocol error. Reattaching would repeat the error."""
@@ -537,7 +538,7 @@ class Run:
             return
         end = self._deadlines.expired(describe_host(host), self._outcome.has_ended)
         if end is None:
-            self._set_timer(self._deadlines.next_deadline(self._outcome.has_ended))
+            self._watch_limits()
         elif self._phase is RunPhase.SENT and self._resumable and end.type != "timeout":
             self._lose_contact(end.message)  # attaching will show whether the call has started
         else:
@@ -552,10 +553,11 @@ class Run:
         if self._ending_job:
             return
         self._ending_job = True
+        store = partial(self._store_job_end, end, why, next_record)
         if next_record is None:
-            self._store_job_end(end, why, None)
+            store()
         else:
-            self._records.when_empty(partial(self._store_job_end, end, why, next_record))
+            self._records.when_empty(store)
 
     @_event
     def _store_job_end(self, end: Failed, why: str, next_record: int | None) -> None:
@@ -575,7 +577,7 @@ class Run:
         if self._phase is RunPhase.OUTAGE:
             self._reattach_later()
         elif self._phase in (RunPhase.SENT, RunPhase.RUNNING):
-            self._set_timer(self._deadlines.next_deadline(self._outcome.has_ended))
+            self._watch_limits()
             self._apply_stop()
             self._detach_if_possible()
 
@@ -596,7 +598,7 @@ class Run:
                 self._finish_unsent()
             case RunPhase.SENT | RunPhase.RUNNING if not self._resumable:
                 self._answered.set()
-                self._finish_stop(StopState.UNKNOWN)  # closing the connection stops the call
+                self._finish(None, stop_of_ended=StopState.UNKNOWN)  # closing the connection stops the call
             case RunPhase.RUNNING if self._conn is not None and not self._stop_sent:
                 self._stop_sent = True
                 self._conn.send_command(self._stop_command)
@@ -690,24 +692,17 @@ class Run:
         assert self.outage is not None
         outage = self.outage.as_json()
         message = f"host {self.job.host} could not be reached for {self._host_timeout():g} s, {self.outage.describe()}"
-        if not self._outcome.has_ended:
-            self._finish(Failed("host_lost", message, dumps(outage)), StopState.FAILED)
-        else:
-            self._finish_stop(StopState.FAILED, dumps({"host_lost": outage}))
+        report = dumps({"host_lost": outage})
+        self._finish(Failed("host_lost", message, dumps(outage)), StopState.FAILED, report_of_ended=report)
 
     def _on_unknown_call(self, host: Host) -> None:
         assert self.outage is not None
-        if self._outcome.has_ended:
-            self._finish_stop(StopState.CONFIRMED, Raw(b'{"known":false}'))
-            return
         message = f"{describe_host(host)} does not hold the job's call: it was never started, or its end was lost"
-        self._finish(Failed("missing_result", f"{message}; outage {self.outage.describe()}"))
+        end = Failed("missing_result", f"{message}; outage {self.outage.describe()}")
+        self._finish(end, stop_of_ended=StopState.CONFIRMED, report_of_ended=Raw(b'{"known":false}'))
 
     def _on_legacy_host(self, host: Host) -> None:
         """End the job of an earlier dispatcher on a legacy harpd: the call ended with its connection."""
-        if self._outcome.has_ended:
-            self._finish_stop(StopState.UNKNOWN)
-            return
         message = f"the dispatcher stopped while the job was running; {describe_host(host)} cannot resume calls"
         self._finish(Failed("missing_result", message), StopState.UNKNOWN)
 
@@ -724,19 +719,22 @@ class Run:
 
     # The end of the job.
 
-    def _finish(self, end: End, stop: StopState | None = None) -> None:
-        """Store the end of a job whose call has ended or was never started; its slot is released."""
+    def _finish(
+        self,
+        end: End | None,
+        stop: StopState | None = None,
+        stop_of_ended: StopState | None = None,
+        report_of_ended: Raw | None = None,
+    ) -> None:
+        """Store the end of a job whose call has ended or was never started, and release its slot.
+
+        The arguments are those of `OutcomeWriter.store_outcome`.
+        """
         is_confirmed = self._terms is not None or not self._deadlines.acknowledged
-        of_ended = stop or (StopState.CONFIRMED if is_confirmed else StopState.UNKNOWN)
+        of_ended = stop_of_ended or stop or (StopState.CONFIRMED if is_confirmed else StopState.UNKNOWN)
         self._phase = RunPhase.ENDING
-        self._records.when_empty(lambda: self._outcome.store_outcome(end, self._on_finished, stop, of_ended))
-
-    def _finish_stop(self, stop: StopState, stop_report: Raw | None = None) -> None:
-        self._phase = RunPhase.ENDING
-        self._outcome.store_stop(stop, self._on_finished, stop_report=stop_report)
-
-    def _on_finished(self) -> None:
-        self._close("call ended")
+        store = partial(self._outcome.store_outcome, end, self._close, stop, of_ended, report_of_ended=report_of_ended)
+        self._records.when_empty(store)
 
     def fail_internally(self, error: Exception) -> None:
         """End the job after an internal error.
@@ -748,7 +746,7 @@ class Run:
             return
         log.error("call failed: internal error", exc_info=error, extra=log_fields(self.job))
         if self._has_failed:
-            self._close("call ended")  # the next start of the dispatcher recovers this job
+            self._close()  # the next start of the dispatcher recovers this job
             return
         self._has_failed = True
         self._leave()
@@ -756,7 +754,7 @@ class Run:
         sent = self._request_sent
         self._outcome.store_outcome(
             _INTERNAL_ERROR,
-            self._on_finished,
+            self._close,
             StopState.FAILED if sent else None,
             StopState.FAILED if sent else StopState.CONFIRMED,
             keep_slot=sent,
@@ -781,7 +779,7 @@ class Run:
         if self._records.closed and not self._outcome.has_ended:
             self._end_job(_INTERNAL_ERROR, "internal_error")
 
-    def _close(self, event: str) -> None:
+    def _close(self, event: str = "call ended") -> None:
         if self._phase is not RunPhase.CLOSED:
             self.abandon()
             self._answered.set()
@@ -809,18 +807,24 @@ class Run:
         if conn is not None:
             conn.abort()
 
+    def _watch_limits(self) -> None:
+        """Check the limits when the next one may be exceeded; a check before that changes nothing."""
+        when = self._deadlines.next_deadline(self._outcome.has_ended)
+        if when is not None and (self._timer is None or when < self._timer_at):
+            self._set_timer(when)
+
     def _set_timer(self, when: float | None) -> None:
         """Call `_on_timer` at a monotonic time; None: not at all. It replaces the earlier time."""
         if self._timer is not None:
             self._timer.cancel()
         self._timer = None
         if when is not None:
+            self._timer_at = when
             self._timer = self._context.timers.call_later(when - time.monotonic(), self._on_timer)
 
 
 def _was_delayed(error: Failed) -> bool:
     """Return whether the host has not started a call because the request was delayed for too long."""
-    if error.type == "call_refused" and isinstance(error.data, Raw) and is_container(error.data, (dict,)):
-        with suppress(InvalidJSON):
-            return bool(loads(error.data).get("reason") == "delayed")
+    with suppress(ProtocolError):
+        return error.type == "call_refused" and get_error_detail(error, "reason") == "delayed"
     return False
