@@ -48,11 +48,15 @@ class _Slices(JSONObject):
 
     def value(self, key: str) -> Any:
         """See `JSONObject`."""
-        text = self[key]
+        text = bytes(self[key])
         try:
-            return msgspec.json.decode(text)
+            value = msgspec.json.decode(text)
+            if type(value) is not dict or msgspec.json.encode(value) == text:
+                return value
         except _REJECTIONS:
-            return loads(bytes(text))
+            pass
+        _nested(text)  # rejects an object with a repeated name
+        return loads(text)
 
     def payload(self, key: str) -> Raw:
         """See `JSONObject`."""

@@ -40,7 +40,6 @@ from harp.protocol.schema import (
     decode_as,
     decode_payload,
     encode_members,
-    is_number,
     only_kind,
 )
 
@@ -65,12 +64,12 @@ def _expect_text(max_length: int) -> Callable[[str, Any], None]:
 
 
 def _check_duration(label: str, seconds: Any) -> None:
-    if not is_number(seconds, 0, _MAX_SECONDS) or seconds == 0:
+    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not 0 < seconds <= _MAX_SECONDS:
         raise ProtocolError(f"{label}: expected a positive number of seconds, at most {_MAX_SECONDS:.0f}")
 
 
 def _check_time(label: str, seconds: Any) -> None:
-    if not is_number(seconds, 0, _MAX_TIME):
+    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not 0 <= seconds <= _MAX_TIME:
         raise ProtocolError(f"{label}: expected a number of seconds of at least 0")
 
 

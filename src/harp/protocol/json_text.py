@@ -167,6 +167,11 @@ class JSONObject(dict[str, "Any"]):
         value = self[key]
         return JSONObject(value) if isinstance(value, dict) else None
 
+    def nested_values(self, key: str) -> JSONObject | None:
+        """Return the member as an object without payloads; None if it is not an object."""
+        value = self.value(key)
+        return JSONObject(value) if isinstance(value, dict) else None
+
     def nested_objects(self, key: str) -> Iterator[JSONObject | None] | None:
         """Return the elements of the member as objects; None if the member is not an array.
 

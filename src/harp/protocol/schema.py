@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import MISSING, fields
 from enum import Enum
+from operator import attrgetter
 from typing import Annotated, Any, ClassVar, NamedTuple, TypeAlias, TypeVar, get_args, get_type_hints
 
 from harp.protocol.fields import (
@@ -128,7 +129,7 @@ def decode_as(
         for section in layout.sections:
             source = members
             if section.key:
-                source = required_object(members, section.key, section.expected)
+                source = required_object(members, section.key, section.expected, section.values_only)
                 if other_keys is not None:
                     reject_unknown_keys(source, section.keys)
             for name, key, _, (_, decode, _), is_optional, null_is_default, _ in section.members:
@@ -163,6 +164,7 @@ class _Section(NamedTuple):
     members: tuple[_Member, ...]
     keys: frozenset[str]
     expected: str  # what it must be, for errors
+    values_only: bool  # whether none of the members is a payload
 
 
 class _Layout(NamedTuple):
@@ -229,6 +231,7 @@ def _section(key: str, members: list[_Member]) -> _Section:
         members=tuple(members),
         keys=frozenset(member.key for member in members),
         expected=f"an object with {' and '.join(required)}",
+        values_only=all(member.kind.decode in (None, required_string) for member in members),
     )
 
 
@@ -252,8 +255,12 @@ def _kind(parts: Iterable[Any]) -> Kind:
 
 
 def _object_kind(message: type[WireObject]) -> Kind:
-    """Return the kind of an object in a message."""
-    return Kind(decode=lambda members, key: decode_as(message, required_object(members, key)), encode=encode_object)
+    """Return the kind of an object without payloads, whose members are all sent and have the names of the fields."""
+    names = [field.name for field in fields(message)]  # type: ignore[arg-type]  # every message is a dataclass
+    return Kind(
+        decode=lambda members, key: decode_as(message, required_object(members, key, values_only=True)),
+        encode=lambda value: dict(zip(names, attrgetter(*names)(value), strict=True)),
+    )
 
 
 def is_number(value: Any, low: float, high: float) -> bool:
