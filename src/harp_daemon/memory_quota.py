@@ -35,15 +35,16 @@ class Reservation:
 
     def __init__(self, quota: MemoryQuota) -> None:
         self._quota = quota
-        self._size = 0
+        #: Number of bytes, with the free ones.
+        self.size = 0
         self._counted = 0
 
     def grow(self, size: int) -> bool:
         """Reserve more bytes; return False, and reserve nothing, if the quota is used up."""
-        self._size += size
-        if self._size <= _FREE:
+        self.size += size
+        if self.size <= _FREE:
             return True
-        more = self._size - _FREE - self._counted
+        more = self.size - _FREE - self._counted
         if not self._quota.try_reserve(more):
             return False
         self._counted += more
@@ -59,4 +60,4 @@ class Reservation:
         """Release all bytes."""
         if self._counted:
             self._quota.release(self._counted)
-        self._size = self._counted = 0
+        self.size = self._counted = 0

@@ -74,6 +74,7 @@ class Connection:
 
     __slots__ = (
         "_closing",
+        "_is_reading",
         "_line_limit",
         "_lines",
         "_loop",
@@ -108,8 +109,9 @@ class Connection:
         self._timers = timers
         self._timer: Timer | None = None
         self._loop = asyncio.get_running_loop()
-        self._lines: LineBuffer | None = None  # while a request is read
+        self._is_reading = False
         self._line_limit = 0
+        self._lines: LineBuffer | None = None  # of a request that arrives in parts
         self._request_received = False
         self._unsent: memoryview | None = None
         self._closing = False
@@ -143,13 +145,13 @@ class Connection:
         elif self.disconnected:
             self.abort()
         else:
-            self._lines = LineBuffer(max_line)
+            self._is_reading = True
             self._line_limit = max_line
             self._timer = self._timers.call_later(seconds, lambda: self._on_late_request(seconds))
 
     def release_memory(self) -> None:
         """Return the memory of the request to the quota."""
-        if self.reservation is not None:
+        if self.reservation is not None and self.reservation.size:
             self.reservation.release()
 
     def _on_readable(self) -> None:
@@ -161,36 +163,41 @@ class Connection:
             data = b""
         if not data:
             self._on_end_of_input()
-        elif self._lines is None:
+        elif not self._is_reading:
             self.has_extra_input = True
+        elif self._lines is None and data.find(b"\n") == len(data) - 1 <= self._line_limit:
+            self._on_line(data[:-1])  # usually a request arrives as a whole
         else:
-            self._on_data(self._lines, data)
+            self._on_part(data)
 
-    def _on_data(self, lines: LineBuffer, data: bytes) -> None:
+    def _on_part(self, data: bytes) -> None:
         if self.reservation is not None and not self.reservation.grow(len(data)):
             self._refuse("too many long requests at once; try again later", "too_many_connections")
             return
+        lines = self._lines = self._lines or LineBuffer(self._line_limit)
         try:
             found = lines.feed(data)
         except LineTooLong:
             self._refuse(f"the request line is longer than {self._line_limit} bytes")
             return
         if found:
-            self._request_received = True
             self.has_extra_input = len(found) > 1 or bool(lines.pending)
-            self._end_reading()
-            self._server.on_request(self, found[0])
+            self._on_line(found[0])
+
+    def _on_line(self, line: bytes) -> None:
+        self._request_received = True
+        self._end_reading()
+        self._server.on_request(self, line)
 
     def _on_late_request(self, seconds: float) -> None:
-        assert self._lines is not None
-        if self._request_received and not self._lines.pending:
+        if self._request_received and not self._has_part():
             self.abort()
         else:
             self._refuse(f"the request line was not complete within {seconds:g} s")
 
     def _on_end_of_input(self) -> None:
         self._loop.remove_reader(self._socket.fileno())
-        if self._lines is not None and self._lines.pending:
+        if self._has_part():
             self.disconnected = True
             self._refuse("the connection was closed in the middle of the request line")
         elif self._closing and self._unsent is None:
@@ -201,7 +208,7 @@ class Connection:
     def mark_disconnected(self) -> None:
         """Treat the client as disconnected."""
         self.disconnected = True
-        if self._lines is not None:
+        if self._is_reading:
             self.abort()
         elif (notify := self.on_disconnect) is not None:
             self.on_disconnect = None
@@ -211,7 +218,12 @@ class Connection:
         self._end_reading()
         self._server.on_invalid_request(self, ProtocolError(message, error_type))
 
+    def _has_part(self) -> bool:
+        """Return whether a part of a request was received."""
+        return self._lines is not None and bool(self._lines.pending)
+
     def _end_reading(self) -> None:
+        self._is_reading = False
         self._lines = None
         self._stop_timer()
 
@@ -357,8 +369,7 @@ class Connection:
             self._release()
 
     def _release(self) -> None:
-        self._stop_timer()
-        self._lines = None
+        self._end_reading()
         self._closing = self.disconnected = True
         self._loop.remove_reader(self._socket.fileno())
         self._loop.remove_writer(self._socket.fileno())

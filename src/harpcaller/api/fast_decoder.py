@@ -44,7 +44,6 @@ class _Request(_Call, forbid_unknown_fields=True, omit_defaults=True):
 
 
 _decoder = msgspec.json.Decoder(_Request)
-_NO_CALL = _Call()
 
 
 def decode_request(line: bytes) -> tuple[Request, bool]:
@@ -77,7 +76,11 @@ def _to_request(members: _Request) -> Request | None:
         return None
     if members.procedure:
         return _to_call(members, {})
-    if any(getattr(members, name) != getattr(_NO_CALL, name) for name in _Call.__struct_fields__):
+    if (
+        members.host
+        or members.queue
+        or any((bytes(members.arguments), bytes(members.timeout), bytes(members.max_exec_time), bytes(members.info)))
+    ):
         return None
     if members.get_result:
         return GetResult(members.get_result, members.wait is not False)
