@@ -19,8 +19,8 @@ from __future__ import annotations
 import logging
 import os
 import signal
-import socket
 import time
+from _socket import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
@@ -168,7 +168,7 @@ class Call:
         self._exit_reported = False
         self._worker = context.zygote.assign(self, call_id, procedure)
         #: The worker's channel while it is open and belongs to this call, and the events that are watched on it.
-        self._channel: socket.socket | None = self._worker.channel
+        self._channel: socket | None = self._worker.channel
         self._watched_events = 0
 
     def send_arguments(self, arguments: Raw, authentication: float | None) -> None:

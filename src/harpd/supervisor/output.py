@@ -75,8 +75,9 @@ class OutputCollector:
             data = os.read(pipe.descriptor, _READ_SIZE)
         except BlockingIOError:
             return False
-        pipe.feed(data)
-        if not data:
+        if data:
+            pipe.feed(data)
+        else:
             self._close(pipe)
         return bool(data)
 

@@ -13,8 +13,8 @@ import logging
 import os
 import resource
 import signal
-import socket
 import time
+from _socket import AF_UNIX, MSG_PEEK, SHUT_WR, SOCK_STREAM, socket, socketpair
 from collections.abc import Mapping
 from typing import Protocol
 
@@ -147,7 +147,7 @@ class WorkerProcess:
     def is_quiet(self) -> bool:
         """Return whether it can be assigned a call: it lives, and has written nothing since its last call."""
         try:
-            data = self.channel.recv(1, socket.MSG_PEEK)
+            data = self.channel.recv(1, MSG_PEEK)
         except BlockingIOError:
             return True
         except OSError:
@@ -173,7 +173,7 @@ class WorkerProcess:
     def finish_input(self) -> None:
         """Have it exit after its present call: it gets no other one."""
         try:
-            self.channel.shutdown(socket.SHUT_WR)
+            self.channel.shutdown(SHUT_WR)
         except OSError:
             pass  # it has exited already
 
@@ -227,6 +227,8 @@ class IdleWorkers:
 
     def pop(self, procedure: str) -> WorkerProcess | None:
         """Remove and return a worker that can serve a call of the procedure; None if there is none."""
+        if not self._idle_since:  # nearly always
+            return None
         for worker in [worker for worker in reversed(self._idle_since) if worker.procedure == procedure]:
             del self._idle_since[worker]
             if worker.is_quiet():
@@ -261,7 +263,7 @@ class IdleWorkers:
 
 def _open_channels(
     output: OutputCollector,
-) -> tuple[socket.socket, tuple[OutputPipe, OutputPipe], tuple[int, int, int]]:
+) -> tuple[socket, tuple[OutputPipe, OutputPipe], tuple[int, int, int]]:
     """Create the descriptors of a worker.
 
     Returns:
@@ -270,23 +272,21 @@ def _open_channels(
     Raises:
         OSError: no descriptor is free.
     """
-    near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    near, far = socketpair(AF_UNIX, SOCK_STREAM)
     near.setblocking(False)
     descriptors = [far.detach()]
     try:
-        pipes: list[OutputPipe] = []
-        for stream in ("stdout", "stderr"):
-            pipe, writing_end = output.open_pipe(stream)
-            pipes.append(pipe)
-            descriptors.append(writing_end)
+        stdout, writing_end = output.open_pipe("stdout")
+        descriptors.append(writing_end)
+        stderr, writing_end = output.open_pipe("stderr")
+        descriptors.append(writing_end)
         limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-        if max(near.fileno(), *descriptors, *(pipe.descriptor for pipe in pipes)) >= limit - min(
-            _RESERVED, limit // _RESERVED_SHARE
-        ):
+        highest = max(near.fileno(), stdout.descriptor, stderr.descriptor, *descriptors)
+        if highest >= limit - min(_RESERVED, limit // _RESERVED_SHARE):
             raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
     except OSError:
         near.close()
         for descriptor in descriptors:  # the reading ends of the pipes see the close, and are closed as well
             os.close(descriptor)
         raise
-    return near, (pipes[0], pipes[1]), (descriptors[0], descriptors[1], descriptors[2])
+    return near, (stdout, stderr), (descriptors[0], descriptors[1], descriptors[2])

@@ -143,7 +143,7 @@ class ZygoteClient:
     def _fork_ahead(self) -> None:
         """Have workers forked for later calls."""
         try:
-            while len(self._preforked) < _PREFORKED and not self._retired:
+            while len(self._preforked) < _PREFORKED:
                 self._preforked.append(self._fork())
         except OSError:
             pass  # no descriptor is free; a call that needs one reports the error
@@ -235,7 +235,7 @@ class ZygoteClient:
         if self._unsent:
             self._loop.watch(self._socket.fileno(), READ, self._on_ready)
             self._flush()
-        while not self._closed:  # a message may lead to its close
+        while self._socket.fileno() >= 0:  # a message may lead to its close
             try:
                 data = self._socket.recv(_MAX_MESSAGE_BYTES)
             except BlockingIOError:
@@ -257,8 +257,10 @@ class ZygoteClient:
                     if dead_worker in self._preforked:  # another process has killed it
                         self._preforked.remove(dead_worker)
                     dead_worker.on_reaped(status, cpu, memory)
-                self._close_if_idle()
-                self._fork_ahead()
+                if self._retired:
+                    self._close_if_idle()
+                else:
+                    self._fork_ahead()
             case {"failed": reason}:
                 worker = self._forking.popleft()
                 if worker in self._preforked:
