@@ -132,12 +132,13 @@ def decode_as(
                 source = required_object(members, section.key, section.expected, section.values_only)
                 if other_keys is not None:
                     reject_unknown_keys(source, section.keys)
-            for name, key, _, (_, decode, _), is_optional, null_is_default, _ in section.members:
-                if key not in source or name in ignored:
-                    if not is_optional:
+            for member in section.members:
+                key, decode = member.key, member.kind.decode
+                if key not in source or member.name in ignored:
+                    if not member.is_optional:
                         raise ProtocolError(f"{kind.PATH}{key}: missing")
-                elif not (null_is_default and source.is_null(key)):
-                    values[name] = source.value(key) if decode is None else decode(source, key)
+                elif not (member.null_is_default and source.is_null(key)):
+                    values[member.name] = source.value(key) if decode is None else decode(source, key)
     except InvalidJSON as error:
         raise ProtocolError(f"{key}: {error}") from error
     create: Callable[..., T] = kind
