@@ -350,7 +350,7 @@ class Run:
         # The call does not run, so a cancel or an internal error has nothing to stop.
         self._request_sent = False
         self._phase = RunPhase.CONNECTING
-        self._drop_connection()
+        self._leave()
         if error.type == "wrong_instance":
             self._connect()
         else:  # the host, or the way to it, was suspended
@@ -468,8 +468,7 @@ class Run:
     def _release(self) -> None:
         """Release the call on its host, and keep the connection for the next one."""
         conn, self._conn = self._conn, None
-        if conn is not None:
-            assert self._host is not None
+        if conn is not None and self._host is not None:
             conn.finish_request(Release())
             self._context.connections.put(self._host, self._context.tls, conn)
         self._close()
@@ -516,12 +515,13 @@ class Run:
     def _on_timer(self) -> None:
         self._timer = None
         if self._phase is RunPhase.OUTAGE:
-            if self._give_up_opening():
-                assert self.outage is not None
+            assert self.outage is not None
+            if self._opening is not None:
                 self.outage.record_error(self.outage.error or "connecting took too long")
+            self._leave()
             self._reattach()
         elif self._phase is RunPhase.CONNECTING:
-            self._give_up_opening()
+            self._leave()
             self._connect()
         elif self._phase in (RunPhase.SENT, RunPhase.RUNNING):
             self._check_limits()
@@ -594,7 +594,7 @@ class Run:
             return
         match self._phase:
             case RunPhase.CONNECTING:
-                self._give_up_opening()
+                self._leave()
                 self._finish_unsent()
             case RunPhase.SENT | RunPhase.RUNNING if not self._resumable:
                 self._answered.set()
@@ -791,18 +791,10 @@ class Run:
 
     def _leave(self) -> None:
         """Close the connection, or stop opening one; cancel the timer."""
-        self._give_up_opening()
         self._set_timer(None)
-        self._drop_connection()
-
-    def _give_up_opening(self) -> bool:
-        """Stop opening a connection; return whether one was being opened."""
         opening, self._opening = self._opening, None
         if opening is not None:
             opening.cancel()
-        return opening is not None
-
-    def _drop_connection(self) -> None:
         conn, self._conn = self._conn, None
         if conn is not None:
             conn.abort()
