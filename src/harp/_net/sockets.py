@@ -137,7 +137,6 @@ class BufferedConnection(Uncopyable):
 
     def __init__(self, host: str, port: int) -> None:
         self._endpoint = Endpoint(host, port)
-        self._socket: socket.socket | None = None
         self._set_socket(None)
 
     def _set_socket(self, sock: socket.socket | None) -> None:
