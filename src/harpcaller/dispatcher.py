@@ -30,6 +30,7 @@ from harp.protocol.ends import Cancelled, End
 from harp.protocol.json_text import Raw, dumps
 from harp.protocol.requests import Call
 from harp_daemon.timer_wheel import TimerWheel
+from harpcaller.claimer import Claimer
 from harpcaller.config import Config
 from harpcaller.explain import ExplainContext, describe_job
 from harpcaller.hosts.capabilities import HostCapabilities
@@ -50,8 +51,7 @@ from harpcaller.store import QueueStatus, StorageError, Store, UnknownJob
 
 log = logging.getLogger(__name__)
 
-#: Maximum number of jobs in one claim, and in one page of a list.
-_CLAIM_SIZE = 100
+#: Maximum number of jobs in one page of a list.
 _PAGE_SIZE = 200
 
 #: Seconds between two attempts after the store failed.
@@ -101,7 +101,6 @@ class Dispatcher:
         self._store = store
         self._wall = wall
         self._notifier = Notifier()
-        self._registry = HostsRegistry(config, self._claim)
         self._tls = HostTLS(config)
         self._context: RunContext
         self._orphan_reaper: OrphanReaper
@@ -110,11 +109,16 @@ class Dispatcher:
         self._no_runs = asyncio.Event()  # set when the last run has closed
         self._requests: set[asyncio.Task[Any]] = set()
         self._bulk = asyncio.Lock()  # held by the request with many jobs that is in the store
-        self._claiming = False
-        self._claims: dict[asyncio.Future[list[Job]], int] = {}  # the claims that are in the store, with their limits
-        self._claim_requested = False
-        self._claim_postponed = False  # until a run has closed, or a claim that is in the store has returned
-        self._claim_retry: asyncio.TimerHandle | None = None
+        self._claimer = Claimer(
+            store,
+            wall,
+            config=lambda: self._config,
+            is_ready=lambda: self._registry.is_ready,
+            is_failing=lambda: self._context.writes.failing,
+            count_calls=lambda: len(self._runs),
+            start_calls=self._start_runs,
+        )
+        self._registry = HostsRegistry(config, self._claimer.request)
         # Jobs that are cancelled after the store has claimed them and before their run exists.
         self._cancelled_before_start: set[str] = set()
 
@@ -135,7 +139,7 @@ class Dispatcher:
             ),
             connections=ConnectionPool(timers),
             writes=StoreWrites(timers),
-            request_claim=self._claim,
+            request_claim=self._claimer.request,
             wall=self._wall,
         )
         self._report_config(self._config, frozenset())
@@ -195,7 +199,7 @@ class Dispatcher:
             if not job_id.done():
                 job_id.set_result(job.id)
 
-        self._claim()  # before the store's own turn, so that it shares the commit
+        self._claimer.request()  # before the store's own turn, so that it shares the commit
         asyncio.ensure_future(self._store.add_job(job, self._wall())).add_done_callback(on_stored)
         return job_id
 
@@ -210,7 +214,7 @@ class Dispatcher:
         # In a thread, so that many jobs do not block the event loop.
         jobs = await asyncio.to_thread(self._new_jobs, calls)
         async with self._bulk:
-            self._claim()
+            self._claimer.request()
             await self._store.add_jobs(jobs, self._wall())
         ids = {"first": jobs[0].id, "last": jobs[-1].id}
         log.info("jobs submitted", extra={"jobs": len(jobs), **ids, "client": client})
@@ -277,7 +281,7 @@ class Dispatcher:
         if released:
             log.warning("slot released by administrator", extra={"job": job_id})
             self._notifier.publish_end(job_id)
-            self._claim()
+            self._claimer.request()
         return released
 
     async def details(self, job_id: str) -> dict[str, Any]:
@@ -399,7 +403,7 @@ class Dispatcher:
         self._tls = tls
         self._context = replace(self._context, config=config, tls=tls)
         self._report_config(config, reported)
-        self._claim()
+        self._claimer.request()
 
     # Internals.
 
@@ -434,17 +438,16 @@ class Dispatcher:
         self._notifier.publish_end(job_id, Cancelled())
         if run := self._runs.get(job_id):
             await run.cancel_call(client)
-        elif before is State.RUNNING and (self._claims or not self._claiming):
+        elif before is State.RUNNING:
             self._cancelled_before_start.add(job_id)
-        self._claim()
+        self._claimer.request()
 
     async def _begin_claiming(self, recovered: bool) -> None:
         """Claim jobs from now on; not before the jobs that hold a slot have a run."""
         while not recovered:
             await asyncio.sleep(_RETRY_INTERVAL)
             recovered = await self._recover()
-        self._claiming = True
-        self._claim()
+        self._claimer.begin()
 
     async def _recover(self) -> bool:
         """Create runs for the jobs that hold a slot since the last dispatcher; return False if the store failed."""
@@ -458,55 +461,6 @@ class Dispatcher:
             log.info("jobs recovered", extra={"jobs": len(jobs)})
         return True
 
-    def _claim(self) -> None:
-        """Claim jobs in the next turn of the event loop, because a job may have become able to start.
-
-        A claim runs after the other writes of its transaction, so one for all requests of a turn is enough.
-        """
-        if not self._claim_requested:
-            self._claim_requested = True
-            asyncio.get_running_loop().call_soon(self._claim_batch)
-
-    def _claim_batch(self) -> None:
-        """Claim and start as many jobs as the limits allow."""
-        self._claim_requested = False
-        if not self._claiming or not self._registry.is_ready:
-            return
-        if self._context.writes.failing:  # no new calls while data of the active ones cannot be stored
-            self._claim_later()
-            return
-        limit = min(_CLAIM_SIZE, self._config.max_calls - len(self._runs) - sum(self._claims.values()))
-        self._claim_postponed = limit <= 0
-        if self._claim_postponed:
-            return
-        verb = self._store.claim_jobs(self._wall(), limit, self._config.max_calls_per_host)
-        claim = asyncio.ensure_future(verb)
-        self._claims[claim] = limit
-        claim.add_done_callback(self._on_claimed)
-
-    def _on_claimed(self, claim: asyncio.Future[list[Job]]) -> None:
-        limit = self._claims.pop(claim)
-        try:
-            jobs = claim.result()
-        except Exception as error:
-            if isinstance(error, StorageError):
-                log.error("cannot claim jobs; retrying", extra={"error": str(error)})
-            else:
-                log.exception("cannot claim jobs: internal error; retrying")
-            self._claim_later()
-            return
-        self._start_runs(jobs)
-        if len(jobs) == limit or self._claim_postponed:
-            self._claim()  # there may be more
-
-    def _claim_later(self) -> None:
-        if self._claim_retry is None:
-            self._claim_retry = asyncio.get_running_loop().call_later(_RETRY_INTERVAL, self._retry_claim)
-
-    def _retry_claim(self) -> None:
-        self._claim_retry = None
-        self._claim()
-
     def _start_runs(self, jobs: Sequence[Job], recovered: bool = False) -> None:
         """Start a run for each of these jobs, which hold a slot.
 
@@ -515,25 +469,20 @@ class Dispatcher:
         for job in jobs:
             run = self._runs[job.id] = Run(job, self._context, self._on_run_closed, recovered)
             if job.id in self._cancelled_before_start:
+                self._cancelled_before_start.discard(job.id)
                 run.cancel_before_start()
             run.start()
-        if not self._claims:
-            self._cancelled_before_start.clear()
 
     def _on_run_closed(self, run: Run) -> None:
         del self._runs[run.job.id]
-        if self._claim_postponed:
-            self._claim()
+        if self._claimer.is_postponed:
+            self._claimer.request()
         if not self._runs:
             self._no_runs.set()
 
     async def _shut_down(self) -> None:
         log.info("dispatcher stops", extra={"calls": len(self._runs)})
-        self._claiming = False
-        if self._claim_retry is not None:
-            self._claim_retry.cancel()
-        if self._claims:
-            await asyncio.wait(self._claims)
+        await self._claimer.stop()
         for run in list(self._runs.values()):
             run.detach()
         try:
