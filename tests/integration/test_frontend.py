@@ -221,7 +221,7 @@ def test_connections_leave_no_descriptors_or_threads(harpd: Harpd) -> None:
     wait_until(
         lambda: (frontend.num_fds(), frontend.num_threads()) == before, DEADLINE, "descriptors and threads as before"
     )
-    assert harpd.status()["calls"] == 0
+    wait_until(lambda: harpd.status()["calls"] == 0, DEADLINE, "the end of all calls")
 
 
 def test_connection_phases_have_deadlines(tmp_path: Path) -> None:

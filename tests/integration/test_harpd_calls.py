@@ -554,7 +554,7 @@ def test_calls_above_limit_are_rejected(tmp_path: Path) -> None:
 
 
 def test_call_without_free_descriptor_is_rejected(tmp_path: Path) -> None:
-    with Harpd(tmp_path / "harpd", PROCEDURES + OWN, {"limits": {"kill_grace": 1}}, descriptors=200) as harpd:
+    with Harpd(tmp_path / "harpd", PROCEDURES + OWN, {"limits": {"kill_grace": 1}}, descriptors=180) as harpd:
         clients: list[LineClient] = []
         try:
             for _ in range(60):

@@ -19,6 +19,7 @@ from typing import Any
 import psutil
 import pytest
 
+from harpd.supervisor.frames import CLOSED, HANG_UP, PREFACE, START, Frame, FrameBuffer, encode_frame
 from harpd.supervisor.state_entries import ENTRY_SIZE, Purpose, encode_entry
 from support.calls import nothing_is_left
 from support.daemonlog import DEADLINE
@@ -339,15 +340,14 @@ def supervisor_connection(harpd: Harpd) -> socket.socket:
 
 
 def supervisors_request(call: str, procedure: str, *arguments: Any) -> bytes:
-    request = {"call": call, "procedure": procedure, "arguments": arguments, "user": "u", "peer": "p"}
-    return json.dumps(request).encode() + b"\n"
+    facts = json.dumps({"call": call, "procedure": procedure}).encode()
+    return PREFACE + encode_frame(1, START, facts + b"\n" + json.dumps(arguments).encode())
 
 
 def test_frontend_close_at_any_time_stops_call(harpd: Harpd, notes: Path) -> None:
     moments = random.Random(7)
-    line = supervisors_request("CALL", "streams", str(notes))
     for number in range(60):
-        request = line.replace(b"CALL", f"any-moment-{number}".encode())
+        request = supervisors_request(f"any-moment-{number}", "streams", str(notes))
         with supervisor_connection(harpd) as connection:
             connection.sendall(request[: moments.choice([0, 1, 20, len(request) - 1, *[len(request)] * 6])])
             if moments.random() < 0.5:
@@ -367,10 +367,14 @@ def test_supervisor_closes_after_processes_are_gone(harpd: Harpd, notes: Path) -
     with supervisor_connection(harpd) as connection:
         connection.sendall(supervisors_request("proof", "resists", str(notes)))
         wait_word(notes, "ready")
-        connection.shutdown(socket.SHUT_WR)
-        received = b"".join(iter(lambda: connection.recv(65536), b""))
+        wait_until(lambda: connection.recv(65536, socket.MSG_PEEK), DEADLINE, "the acknowledgement")
+        connection.sendall(encode_frame(1, HANG_UP))
+        frames = FrameBuffer(1 << 20)
+        received: list[Frame] = []
+        while not received or received[-1].kind != CLOSED:
+            received += frames.feed(connection.recv(65536))
     assert all_dead(pids(notes))
-    assert received == b'{"harp":1,"stream_result":false}\n'
+    assert [frame.body for frame in received] == [b'{"harp":1,"stream_result":false}\n', b""]
 
 
 @pytest.mark.parametrize(

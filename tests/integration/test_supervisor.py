@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import resource
@@ -10,13 +9,16 @@ import socket
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from harpd.proc import Procedure, StreamingProcedure
+from harpd.supervisor.frames import CLOSED, COMMANDS, CREDIT, HANG_UP, PREFACE, START, encode_frame
 from support import procedures
+from support.deadline import wait_until
 from support.procedures_file import PROCEDURES
-from support.supervisor import DEADLINE, PLAIN, Supervisor
+from support.supervisor import CHANNEL, DEADLINE, PLAIN, Channel, Supervisor
 
 COMMON = [name for name, value in vars(procedures).items() if isinstance(value, (Procedure, StreamingProcedure))]
 OWN = """
@@ -79,15 +81,10 @@ def test_call_has_descriptor_limit_of_harpd_start(supervisor: Supervisor) -> Non
         b"\n",
         b"garbage\n",
         b"[1]\n",
-        b'{"call": "a"}\n',
-        b'{"call": "x", "procedure": "echo"}\n',
-        b'{"call": 5, "procedure": "echo", "arguments": []}\n',
-        b'{"call": "x", "procedure": 5, "arguments": []}\n',
-        b'{"call": "x", "procedure": [], "arguments": []}\n',
-        b'{"call": "x", "procedure": "echo", "arguments": 5}\n',
-        b'{"call": "", "procedure": "echo", "arguments": []}\n',
-        b'{"call": "../x", "procedure": "echo", "arguments": []}\n',
-        b'{"call": "\\u0000", "procedure": "echo", "arguments": []}\n',
+        b'{"call": "x", "procedure": "echo", "arguments": []}\n',
+        b'{"calls": 5}\n',
+        b'{"link": 0}\n',
+        b'{"link": "1"}\n',
         b'{"control": "unheard of"}\n',
         b'{"control": 5}\n',
         b'{"control": "reload"}\n',
@@ -104,6 +101,64 @@ def test_request_invalid_closes_its_connection_only(supervisor: Supervisor, garb
     assert supervisor.status()["calls"] == 0
 
 
+@pytest.mark.parametrize(
+    ("facts", "arguments"),
+    [
+        (b"", b"[]"),
+        (b"garbage", b"[]"),
+        (b"[1]", b"[]"),
+        ({"call": "a"}, b"[]"),
+        ({"call": "x", "procedure": "echo"}, b""),
+        ({"call": 5, "procedure": "echo"}, b"[]"),
+        ({"call": "x", "procedure": 5}, b"[]"),
+        ({"call": "x", "procedure": []}, b"[]"),
+        ({"call": "x", "procedure": "echo"}, b"5"),
+        ({"call": "x", "procedure": "echo"}, b'[]\nx echo ["second line"]'),
+        ({"call": "", "procedure": "echo"}, b"[]"),
+        ({"call": "../x", "procedure": "echo"}, b"[]"),
+        ({"call": "\0", "procedure": "echo"}, b"[]"),
+        (b"\xff\xfe", b"[]"),
+        (b"[" * 5000, b"[]"),
+    ],
+)
+def test_start_invalid_closes_its_link_only(supervisor: Supervisor, facts: Any, arguments: bytes) -> None:
+    with supervisor.open_channel(START, facts, arguments) as stranger:
+        assert stranger.socket.recv(1) == b""
+    assert supervisor.result("echo", 1) == [1]
+    assert supervisor.status()["calls"] == 0
+
+
+@pytest.mark.parametrize(
+    "garbage",
+    [
+        b"\xff" * 100,
+        encode_frame(1, 0),
+        encode_frame(1, CLOSED),
+        encode_frame(1, CREDIT, b"x"),
+        encode_frame(1, START, b'{"call":"y","procedure":"echo"}\n[]'),
+    ],
+)
+def test_frame_invalid_closes_its_link_only(supervisor: Supervisor, tmp_path: Path, garbage: bytes) -> None:
+    with supervisor.call("wait_for", [str(tmp_path / "never")]) as call:
+        assert call.line() == PLAIN
+        call.socket.sendall(garbage)
+        assert call.socket.recv(1) == b""
+    wait_until(lambda: supervisor.status()["calls"] == 0, DEADLINE, "the end of the call of this link")
+    assert supervisor.result("echo", 1) == [1]
+
+
+def test_frames_of_closed_channels_are_ignored(supervisor: Supervisor) -> None:
+    with supervisor.call("echo", [1]) as call:
+        assert call.lines() == [PLAIN, {"result": [1]}]
+        late = [encode_frame(CHANNEL, HANG_UP), encode_frame(CHANNEL, COMMANDS, b"{}\n"), encode_frame(5, HANG_UP)]
+        again = encode_frame(2, START, b'{"call":"again","procedure":"echo"}\n[2]')
+        call.socket.sendall(b"".join(late) + again)
+        received = b""
+        while encode_frame(2, CLOSED) not in received:
+            received += call.socket.recv(1 << 16)
+        assert b'{"result":[2]}' in received
+
+
 def test_start_with_running_id_is_rejected(supervisor: Supervisor, tmp_path: Path) -> None:
     with supervisor.call("wait_for", [str(tmp_path / "go")]) as first:
         assert first.line() == PLAIN
@@ -115,13 +170,13 @@ def test_start_with_running_id_is_rejected(supervisor: Supervisor, tmp_path: Pat
 
 def test_request_from_slow_peer_delays_no_other(supervisor: Supervisor) -> None:
     silent = [supervisor.connect() for _ in range(50)]
-    for half in (b"", b"{", b'{"call": "x", "procedure": "echo", "argu'):
+    start = PREFACE + encode_frame(CHANNEL, START, b'{"call":"slow","procedure":"echo"}\n[1]')
+    for half in (b"", b"{", PREFACE, start[:-5]):
         with supervisor.connect() as leaving:
             leaving.send(half)
-    with supervisor.connect() as slow:
-        line = json.dumps({"call": "slow", "procedure": "echo", "arguments": [1], "user": "u", "peer": "p"}).encode()
-        for number, byte in enumerate(line + b"\n"):
-            slow.send(bytes([byte]))
+    with Channel(supervisor.connect().socket) as slow:
+        for number, byte in enumerate(start):
+            slow.socket.sendall(bytes([byte]))
             if number % 20 == 0:
                 assert supervisor.result("echo", number) == [number]
         assert slow.lines() == [PLAIN, {"result": [1]}]

@@ -14,7 +14,7 @@ import pytest
 
 from support.deadline import wait_until
 from support.procedures_file import PROCEDURES
-from support.supervisor import PLAIN, STREAMS, Connection, Supervisor, is_running
+from support.supervisor import PLAIN, STREAMS, Channel, Supervisor, is_running
 
 OWN = """
 import os, signal, socket, stat, sys, time
@@ -74,7 +74,7 @@ def supervisor(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Supervisor]
         yield supervisor
 
 
-def read_end(call: Connection) -> tuple[list[Any], Any]:
+def read_end(call: Channel) -> tuple[list[Any], Any]:
     """Return the lines before the exit info, and the closing line."""
     before: list[Any] = []
     while "exit_info" not in (line := call.line()):

@@ -17,7 +17,7 @@ import pytest
 from support.cgroups import own_cgroup
 from support.deadline import wait_until
 from support.procedures_file import PROCEDURES
-from support.supervisor import DEADLINE, OWNER, SECRET, Connection, Supervisor, is_running
+from support.supervisor import DEADLINE, OWNER, SECRET, Channel, Supervisor, is_running
 
 NOBODY = 65534
 ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
@@ -66,7 +66,7 @@ def supervisor(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Supervisor]
         yield supervisor
 
 
-def read_end(call: Connection) -> tuple[list[Any], dict[str, Any], Any]:
+def read_end(call: Channel) -> tuple[list[Any], dict[str, Any], Any]:
     """Read to the closing line; return the lines before exit info, the exit info, and the closing line."""
     before: list[Any] = []
     while "exit_info" not in (line := call.line()):
@@ -74,7 +74,7 @@ def read_end(call: Connection) -> tuple[list[Any], dict[str, Any], Any]:
     return before, line["exit_info"], call.line()
 
 
-def release(call: Connection) -> list[Any]:
+def release(call: Channel) -> list[Any]:
     """Release the call; return the lines after that."""
     call.send({"release": True})
     return call.lines()
@@ -85,7 +85,7 @@ def error_of(line: Any) -> str:
     return str(line["error"]["type"])
 
 
-def refused(call: Connection) -> str:
+def refused(call: Channel) -> str:
     (line,) = call.lines()
     return error_of(line)
 

@@ -17,7 +17,7 @@ from support.cgroups import freezer, own_cgroup
 from support.deadline import wait_until
 from support.hopper import HOP, group_lives
 from support.state_entries import read_entries
-from support.supervisor import DEADLINE, Connection, Supervisor
+from support.supervisor import DEADLINE, Channel, Supervisor
 
 ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 
@@ -107,13 +107,13 @@ def stop(tmp_path: Path) -> Iterator[Path]:
     (tmp_path / "stop").touch()
 
 
-def started(supervisor: Supervisor, call: Connection) -> int:
+def started(supervisor: Supervisor, call: Channel) -> int:
     """Wait until the call's process exists; return its pid."""
     call.line()
     return int(supervisor.wait_event("call started", call=call.id)["pid"])
 
 
-def read_stop_report(call: Connection) -> dict[str, Any]:
+def read_stop_report(call: Channel) -> dict[str, Any]:
     """Read to the closing line; return the last stop report."""
     stop_report: dict[str, Any] = {}
     while "exit_info" not in (line := call.line()):
@@ -127,7 +127,7 @@ def lives(call_id: str) -> bool:
     return any(process.alive and cookie_for(call_id) in process.cookies for process in take_snapshot().values())
 
 
-def done(call: Connection) -> None:
+def done(call: Channel) -> None:
     call.send({"release": True})
     assert call.lines() == []
 

@@ -1,4 +1,4 @@
-"""A real supervisor as a child process, used like the frontend uses it: a Unix connection per call, JSON lines.
+"""A real supervisor as a child process, used like the frontend uses it. Here, each call has a link of its own.
 
 with Supervisor(tmp_path, PROCEDURES) as supervisor, supervisor.call("echo", [1]) as call:
     assert call.lines() == [{"harp": 1, "stream_result": False}, {"result": [1]}]
@@ -16,10 +16,25 @@ import time
 import uuid
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 import psutil
 
+from harpd.supervisor.frames import (
+    ATTACH,
+    CLOSED,
+    COMMANDS,
+    CREDIT,
+    END,
+    ERROR,
+    HANG_UP,
+    LINES,
+    PREFACE,
+    START,
+    FrameBuffer,
+    encode_credit,
+    encode_frame,
+)
 from harpd.supervisor.listener import ACTIVE_SOCKET
 from support.deadline import wait_until
 from support.state_entries import read_entries
@@ -29,6 +44,9 @@ DEADLINE = 60.0
 
 #: The owner and secret of resumable calls, unless a test names others.
 OWNER, SECRET = "owner-1", "secret-1"
+
+#: The number of the channel on each link.
+CHANNEL = 1
 
 PLAIN = {"harp": 1, "stream_result": False}
 STREAMS = {"harp": 1, "stream_result": True}
@@ -172,23 +190,39 @@ class Supervisor:
     # Requests.
 
     def connect(self) -> Connection:
-        """Open a connection."""
+        """Open a connection, for a line and its reply."""
         connection = socket.socket(socket.AF_UNIX)
         connection.settimeout(DEADLINE)
         connection.connect(self._address)
-        return Connection(connection, "")
+        return Connection(connection)
+
+    def open_channel(self, kind: int, facts: Any, behind: bytes = b"") -> Channel:
+        """Open a link and a channel on it.
+
+        Args:
+            kind: START or ATTACH.
+            facts: bytes are sent unchanged, other values as JSON.
+            behind: the arguments of a call, after the facts; or commands, in a frame of their own.
+        """
+        channel = Channel(self.connect().socket)
+        text = facts if isinstance(facts, bytes) else json.dumps(facts).encode()
+        frames = encode_frame(CHANNEL, kind, text + b"\n" + behind if kind == START else text)
+        channel.socket.sendall(PREFACE + frames)
+        if kind == ATTACH and behind:
+            channel.send(behind)
+        return channel
 
     def call(
         self, procedure: str, arguments: Any = (), call_id: str | None = None, resumable: dict[str, Any] | None = None
-    ) -> Connection:
+    ) -> Channel:
         """Start a call and return at once."""
-        connection = self.connect()
-        connection.id = call_id or str(uuid.uuid4())
-        request = {"call": connection.id, "procedure": procedure, "arguments": arguments, "user": "u", "peer": "p"}
-        connection.send(request if resumable is None else {**request, "resumable": resumable})
-        return connection
+        call_id = call_id or str(uuid.uuid4())
+        facts = {"call": call_id, "procedure": procedure} | ({} if resumable is None else {"resumable": resumable})
+        channel = self.open_channel(START, facts, json.dumps(arguments).encode())
+        channel.id = call_id
+        return channel
 
-    def call_resumable(self, procedure: str, *arguments: Any, call_id: str | None = None, **members: Any) -> Connection:
+    def call_resumable(self, procedure: str, *arguments: Any, call_id: str | None = None, **members: Any) -> Channel:
         """Start a resumable call of `OWNER` with `SECRET`; `members` replace defaults of the request."""
         defaults = {
             "received": time.clock_gettime(time.CLOCK_BOOTTIME),
@@ -202,13 +236,12 @@ class Supervisor:
         instance = self.status()["instance"]
         return self.call(procedure, arguments, call_id, {**defaults, "instance": instance, **members})
 
-    def attach(self, call_id: str, since: int = 0, behind: bytes = b"", **members: Any) -> Connection:
-        """Attach to a resumable call; `members` replace defaults, `behind` is sent after the request."""
-        connection = self.connect()
-        connection.id = call_id
-        request = {"attach": call_id, "owner": OWNER, "secret": SECRET, "since": since, "user": "u", "peer": "p"}
-        connection.send(json.dumps({**request, **members}).encode() + b"\n" + behind)
-        return connection
+    def attach(self, call_id: str, since: int = 0, behind: bytes = b"", **members: Any) -> Channel:
+        """Attach to a resumable call; `members` replace defaults, `behind` are commands directly after the request."""
+        facts = {"attach": call_id, "owner": OWNER, "secret": SECRET, "since": since, **members}
+        channel = self.open_channel(ATTACH, facts, behind)
+        channel.id = call_id
+        return channel
 
     def list_calls(self, owner: str | None = None) -> list[str]:
         """Return the ids of an owner's resumable calls."""
@@ -277,22 +310,28 @@ class Supervisor:
 
 
 class Connection:
-    """The frontend's end of a connection; a context manager that closes it."""
+    """A connection for one line and its reply; a context manager that closes it."""
 
-    def __init__(self, connection: socket.socket, call_id: str) -> None:
+    def __init__(self, connection: socket.socket) -> None:
         self.socket = connection
-        self.id = call_id
         self._received = b""
 
     def send(self, message: Any) -> None:
         """Send bytes unchanged, other values as a JSON line."""
-        self.socket.sendall(message if isinstance(message, bytes) else json.dumps(message).encode() + b"\n")
+        self._send(message if isinstance(message, bytes) else json.dumps(message).encode() + b"\n")
+
+    def _send(self, data: bytes) -> None:
+        self.socket.sendall(data)
+
+    def _receive(self) -> bytes:
+        """Receive some bytes of lines; b"" when the supervisor has closed."""
+        return self.socket.recv(1 << 20)
 
     def raw_line(self) -> bytes:
         """Receive the next line without its line feed; b"" when the supervisor has closed."""
         pieces = [self._received]
         while b"\n" not in pieces[-1]:
-            data = self.socket.recv(1 << 20)
+            data = self._receive()
             if not data:
                 self._received = b""
                 assert not any(pieces), "the last line is incomplete"
@@ -309,21 +348,60 @@ class Connection:
         """Receive all lines until the supervisor closes, decoded."""
         return [json.loads(line) for line in iter(self.raw_line, b"")]
 
-    def stop(self) -> None:
-        """Stop the call by closing one half; wait until the supervisor closes, and drop what it sends."""
-        self.socket.shutdown(socket.SHUT_WR)
-        while self.socket.recv(1 << 20):
-            pass
-
     def close(self) -> None:
         """Close the connection, as the frontend's death does."""
         self.socket.close()
 
-    def __enter__(self) -> Connection:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+class Channel(Connection):
+    """The frontend's end of a link with one channel. What it receives is credited at once.
+
+    Attributes:
+        id: the call's id.
+    """
+
+    def __init__(self, connection: socket.socket) -> None:
+        super().__init__(connection)
+        self.id = ""
+        self._frames = FrameBuffer(1 << 20)
+        self._lines: list[bytes] = []
+        self._closed = False
+
+    def _send(self, data: bytes) -> None:
+        self.socket.sendall(encode_frame(CHANNEL, COMMANDS, data))
+
+    def _receive(self) -> bytes:
+        while not self._lines and not self._closed:
+            data = self.socket.recv(1 << 20)
+            if not data:
+                return b""
+            for channel, kind, body in self._frames.feed(data):
+                assert channel == CHANNEL
+                if kind in (LINES, END, ERROR):
+                    self._lines.append(body)
+                    with contextlib.suppress(ConnectionError):  # the supervisor exits
+                        self.socket.sendall(encode_frame(CHANNEL, CREDIT, encode_credit(len(body))))
+                else:
+                    assert kind in (CLOSED, CREDIT)
+                    self._closed = self._closed or kind == CLOSED
+        lines, self._lines = b"".join(self._lines), []
+        return lines
+
+    def hang_up(self) -> None:
+        """Tell the supervisor that the client has disconnected."""
+        self.socket.sendall(encode_frame(CHANNEL, HANG_UP))
+
+    def stop(self) -> None:
+        """Stop the call by hanging up; wait until the supervisor closes the channel, and drop what it sends."""
+        self.hang_up()
+        while self._receive():
+            pass
 
 
 def as_user(user: int) -> list[str]:

@@ -1,4 +1,4 @@
-"""The supervisor client with scripted supervisors: dead, silent, dying, one after another."""
+"""The supervisor client and the links with scripted supervisors: dead, silent, dying, one after another."""
 
 from __future__ import annotations
 
@@ -13,11 +13,13 @@ import pytest
 
 from harpd.control import supervisor_client as module
 from harpd.control.supervisor_client import SupervisorClient, SupervisorError, SupervisorNotRunning
+from harpd.frontend import supervisor_links as links_module
+from harpd.frontend.supervisor_links import SupervisorLinks
 from harpd.supervisor.listener import ACTIVE_SOCKET
 from support.scripted_supervisors import Script, dead_supervisor, make_current, supervisor
 
 IDS = [f"{number}e8400e2-9b1d-41d4-a716-446655440000" for number in range(3)]
-ATTACH = b'{"attach":"x"}\n'
+ATTACH = b'{"attach":"x"}'
 
 
 def line(**members: Any) -> bytes:
@@ -46,10 +48,19 @@ async def scripted(directory: Path, **scripts: Script) -> AsyncIterator[Supervis
         yield running.enter_context(SupervisorClient(directory))
 
 
+@asynccontextmanager
+async def links_of(client: SupervisorClient) -> AsyncIterator[SupervisorLinks]:
+    links = SupervisorLinks(client)
+    try:
+        yield links
+    finally:
+        links.close()
+
+
 async def attached(client: SupervisorClient) -> bytes:
-    connection, received = await client.attach(ATTACH)
-    connection.close()
-    return received
+    async with links_of(client) as links:
+        reply = await links.attach(ATTACH)
+        return b"".join(lines for _, lines in reply.frames)
 
 
 async def test_attach_finds_call_in_any_supervisor(tmp_path: Path) -> None:
@@ -77,14 +88,15 @@ async def test_attach_other_reply_ends_search(tmp_path: Path) -> None:
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_START_TIMEOUT", 0.3)
-    monkeypatch.setattr(module, "_REPLY_TIMEOUT", 0.2)
+    monkeypatch.setattr(module, "REPLY_TIMEOUT", 0.2)
+    monkeypatch.setattr(links_module, "REPLY_TIMEOUT", 0.2)
 
 
 @pytest.mark.usefixtures("impatient")
 async def test_attach_without_reply_fails(tmp_path: Path) -> None:
     async with scripted(tmp_path, a=not_found("a"), b=replying(None)) as client:
         with pytest.raises(SupervisorError, match="did not reply"):
-            await client.attach(ATTACH)
+            await attached(client)
     async with scripted(tmp_path, a=listing("a"), b=replying(None)) as client:
         with pytest.raises(SupervisorError, match="did not reply"):
             await client.list_calls("o")
@@ -94,9 +106,10 @@ async def test_attach_without_reply_fails(tmp_path: Path) -> None:
 async def test_attach_without_active_supervisor_fails(tmp_path: Path) -> None:
     async with supervisor(tmp_path, "a", not_found("a")):
         with SupervisorClient(tmp_path) as client:
-            for operation in (client.attach(ATTACH), client.list_calls("o"), client.connect_active()):
-                with pytest.raises(SupervisorError, match="does not run; it is being restarted"):
-                    await operation
+            async with links_of(client) as links:
+                for operation in (links.attach(ATTACH), client.list_calls("o"), links.connect_active()):
+                    with pytest.raises(SupervisorError, match="does not run; it is being restarted"):
+                        await operation
 
 
 async def test_attach_finds_older_without_active(tmp_path: Path) -> None:
@@ -116,10 +129,11 @@ async def test_attach_waits_after_death_of_active(tmp_path: Path) -> None:
 
 async def test_attach_waits_for_starting_supervisor(tmp_path: Path) -> None:
     with SupervisorClient(tmp_path) as client:
-        reaching = asyncio.create_task(client.connect_active())
-        async with supervisor(tmp_path, "a", replying(b"")):
-            make_current(tmp_path, "a")
-            (await reaching).close()
+        async with links_of(client) as links:
+            reaching = asyncio.create_task(links.connect_active())
+            async with supervisor(tmp_path, "a", replying(b"")):
+                make_current(tmp_path, "a")
+                assert links.is_active(await reaching)
 
 
 async def test_list_calls_merges_all_supervisors(tmp_path: Path) -> None:

@@ -2,8 +2,7 @@
 
 One supervisor is active: it accepts new calls, at the socket `ACTIVE_SOCKET`. During an upgrade or after a restart,
 older supervisors still hold calls. Each supervisor has its own socket, `SOCKET_PREFIX` + INSTANCE. A socket that
-refuses connections belongs to a dead supervisor. A supervisor has only its own calls. So a request to attach is sent to
-one supervisor after the other. The client receives "no such call" only if every running supervisor has sent this reply.
+refuses connections belongs to a dead supervisor.
 
 Connections are plain sockets, not asyncio streams: data that a supervisor sent before its death can be read after it.
 """
@@ -20,9 +19,8 @@ from collections.abc import Awaitable, Callable
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, Self, TypeVar
+from typing import Any, Self, TypeVar
 
-from harp.protocol.ends import Failed
 from harp.protocol.fields import ProtocolError
 from harp.protocol.harpd import CallList, decode_message
 from harp.protocol.json_text import InvalidJSON, dumps, loads
@@ -36,7 +34,7 @@ log = logging.getLogger("harpd.control")
 #: Seconds that a call waits for a supervisor that is starting: less than the dispatcher waits for harpd.
 _START_TIMEOUT = 5.0
 #: Seconds for a reply that needs no work.
-_REPLY_TIMEOUT = 10.0
+REPLY_TIMEOUT = 10.0
 #: Seconds between two attempts: while a supervisor is starting, and while its backlog of connections is full.
 _RETRY_INTERVAL, _BACKLOG_INTERVAL = 0.02, 0.01
 #: Seconds for the exit of a process after SIGKILL.
@@ -71,20 +69,20 @@ class SupervisorConnection:
     def __init__(self, connection: socket.socket) -> None:
         #: The name of the supervisor's own socket, also if it was found as `ACTIVE_SOCKET`.
         self.socket_name = os.path.basename(connection.getpeername())
-        self._socket = connection
+        self.socket = connection
         self._loop = asyncio.get_running_loop()
 
     async def send(self, data: bytes) -> None:
         """Send all data. Raises `SupervisorDied`."""
         try:
-            await self._loop.sock_sendall(self._socket, data)
+            await self._loop.sock_sendall(self.socket, data)
         except OSError as error:
             raise SupervisorDied from error
 
     async def receive(self) -> bytes:
         """Receive some bytes; return b"" when the supervisor has closed. Raises `SupervisorDied`."""
         try:
-            return await self._loop.sock_recv(self._socket, _READ_SIZE)
+            return await self._loop.sock_recv(self.socket, _READ_SIZE)
         except OSError as error:
             raise SupervisorDied from error
 
@@ -107,21 +105,14 @@ class SupervisorConnection:
             raise SupervisorError(f"the supervisor did not reply within {deadline:g} s") from error
         return bytes(received + data)
 
-    def finish_sending(self) -> None:
-        """Close the sending direction. Raises `SupervisorDied`."""
-        try:
-            self._socket.shutdown(socket.SHUT_WR)
-        except OSError as error:
-            raise SupervisorDied from error
-
     def open_pidfd(self) -> int:
         """Return a pidfd of the supervisor's process, which never refers to a later process. Raises OSError."""
-        pid, _ = peer_process(self._socket)
+        pid, _ = peer_process(self.socket)
         return os.pidfd_open(pid)
 
     def close(self) -> None:
         """Close the connection."""
-        self._socket.close()
+        self.socket.close()
 
     def __enter__(self) -> Self:
         return self
@@ -161,13 +152,12 @@ class SupervisorClient:
             name for name in os.listdir(self._directory) if name.startswith(SOCKET_PREFIX) and "." not in name
         )
 
-    def is_active(self, connection: SupervisorConnection) -> bool:
-        """Return whether the supervisor of this connection is the active one."""
+    def inode(self, name: str = ACTIVE_SOCKET) -> int | None:
+        """Return the inode of a socket, which is the same for both names of the active supervisor; None: no socket."""
         try:
-            own, active = (os.stat(name, dir_fd=self._directory) for name in (connection.socket_name, ACTIVE_SOCKET))
+            return os.stat(name, dir_fd=self._directory).st_ino
         except FileNotFoundError:
-            return False
-        return os.path.samestat(own, active)
+            return None
 
     async def remove_dead_sockets(self) -> None:
         """Remove the sockets of dead supervisors. Only the launcher calls it, while no supervisor is starting."""
@@ -194,7 +184,7 @@ class SupervisorClient:
             connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
             closing.enter_context(connection)
             try:
-                async with asyncio.timeout(_REPLY_TIMEOUT):
+                async with asyncio.timeout(REPLY_TIMEOUT):
                     await _connect(connection, f"/proc/self/fd/{self._directory}/{name}")
             except (FileNotFoundError, ConnectionRefusedError) as error:
                 raise SupervisorNotRunning("the supervisor does not run") from error
@@ -204,16 +194,8 @@ class SupervisorClient:
             closing.pop_all()
         return SupervisorConnection(connection)
 
-    async def connect_active(self) -> SupervisorConnection:
-        """Open a connection to the active supervisor; wait a short time for one that is starting.
-
-        Raises:
-            SupervisorError: no supervisor is active within that time.
-        """
-        return await _retry_until_active(self.connect)
-
     async def request(
-        self, request: dict[str, Any], deadline: float = _REPLY_TIMEOUT, name: str = ACTIVE_SOCKET
+        self, request: dict[str, Any], deadline: float = REPLY_TIMEOUT, name: str = ACTIVE_SOCKET
     ) -> dict[str, Any]:
         """Send a control request; return the reply.
 
@@ -307,7 +289,7 @@ class SupervisorClient:
                 dispatcher would take the missing calls for ended ones.
         """
         request = dumps({"calls": owner}) + b"\n"
-        active = await _retry_until_active(partial(self._calls_of, ACTIVE_SOCKET, request))
+        active = await retry_until_active(partial(self._calls_of, ACTIVE_SOCKET, request))
         calls = dict.fromkeys(active.calls)
         for name in {*self.socket_names()} - {SOCKET_PREFIX + active.instance}:
             with contextlib.suppress(SupervisorNotRunning, SupervisorDied):
@@ -317,7 +299,7 @@ class SupervisorClient:
     async def _calls_of(self, name: str, request: bytes) -> CallList:
         """Return the calls of one supervisor. Raises `SupervisorError` and `SupervisorDied`."""
         with await self.connect(name) as connection:
-            line = await connection.exchange(request, _REPLY_TIMEOUT)
+            line = await connection.exchange(request, REPLY_TIMEOUT)
         try:
             call_list = decode_message(line.removesuffix(b"\n"))
         except ProtocolError as error:
@@ -325,69 +307,6 @@ class SupervisorClient:
         if not isinstance(call_list, CallList):
             raise SupervisorError("invalid list of calls from the supervisor")
         return call_list
-
-    async def attach(self, request: bytes) -> AttachReply:
-        """Attach to a call in the supervisor that has it.
-
-        Args:
-            request: the request line.
-
-        Returns:
-            The reply of that supervisor. If no supervisor has the call: the reply of the active one.
-
-        Raises:
-            SupervisorError: a supervisor sent no reply, or none is active. Then it is unknown whether the call exists.
-        """
-        return await _retry_until_active(partial(self._find_call, request))
-
-    async def _find_call(self, request: bytes) -> AttachReply:
-        """Send the request to each supervisor once.
-
-        Raises `SupervisorNotRunning` if no supervisor is active and no other one has the call.
-        """
-        active = await self._try_attach(ACTIVE_SOCKET, request)
-        if active is not None and active.found:
-            return active
-        with ExitStack() as closing:
-            if active is not None:
-                closing.enter_context(active.connection)
-            for name in {*self.socket_names()} - {active.connection.socket_name if active is not None else ""}:
-                other = await self._try_attach(name, request)
-                if other is not None and other.found:
-                    return other
-                if other is not None:
-                    other.connection.close()
-            if active is None:
-                raise SupervisorNotRunning
-            closing.pop_all()
-        return active
-
-    async def _try_attach(self, name: str, request: bytes) -> AttachReply | None:
-        """Send the request to one supervisor; return None if it is dead."""
-        with ExitStack() as closing:
-            try:
-                connection = closing.enter_context(await self.connect(name))
-                received = await connection.exchange(request, _REPLY_TIMEOUT)
-            except (SupervisorNotRunning, SupervisorDied):
-                return None
-            closing.pop_all()
-        return AttachReply(connection, received)
-
-
-class AttachReply(NamedTuple):
-    """The reply to a request to attach: the connection, which the caller closes, and the data received from it."""
-
-    connection: SupervisorConnection
-    received: bytes
-
-    @property
-    def found(self) -> bool:
-        """Whether the supervisor has the call."""
-        with contextlib.suppress(ProtocolError):
-            match decode_message(self.received.partition(b"\n")[0]):
-                case Failed("no_such_call"):
-                    return False
-        return True
 
 
 async def _connect(connection: socket.socket, path: str) -> None:
@@ -404,7 +323,7 @@ async def _connect(connection: socket.socket, path: str) -> None:
             return
 
 
-async def _retry_until_active(attempt: Callable[[], Awaitable[T]]) -> T:
+async def retry_until_active(attempt: Callable[[], Awaitable[T]]) -> T:
     """Repeat an attempt that finds no supervisor, for at most `_START_TIMEOUT` seconds. Raises `SupervisorError`."""
     try:
         async with asyncio.timeout(_START_TIMEOUT):

@@ -6,8 +6,6 @@ calls in processes of the supervisor. Each connection has its own task and a dea
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import logging
 import resource
 import socket
@@ -20,6 +18,7 @@ from harp_daemon.acceptor import MAX_REJECTING, Acceptor
 from harp_daemon.listeners import Listener, ListenError, ResolveError, listen_tcp
 from harp_daemon.memory_quota import MemoryQuota
 from harp_daemon.settings import ConfigError, report_restart_needed
+from harp_daemon.timer_wheel import TimerWheel
 from harpd.config.loaded import CommandLine, LoadedConfig, configure_log, load_config, supervisor_settings
 from harpd.config.settings import Network
 from harpd.control.launcher import STOP_MARGIN, SupervisorLauncher
@@ -27,7 +26,8 @@ from harpd.control.lifecycle import ServiceRunner
 from harpd.control.runtime_directory import runtime_directory
 from harpd.control.supervisor_client import SupervisorClient
 from harpd.frontend.arrival_clock import ArrivalClock
-from harpd.frontend.connection import Connection
+from harpd.frontend.connection import Connection, ConnectionContext
+from harpd.frontend.supervisor_links import SupervisorLinks
 from harpd.frontend.thread_pool import BoundedThreadPool, TaskFailed
 
 log = logging.getLogger("harpd.frontend")
@@ -38,6 +38,8 @@ _NEEDING_RESTART = ("network.address", "network.port", "runtime_directory")
 _RELOAD_TIMEOUT = 60.0
 #: Seconds for the last replies to clients at the stop.
 _FINAL_REPLY_TIMEOUT = 5.0
+#: Most long requests that are decoded at the same time.
+_DECODER_THREADS = 2
 #: Descriptors of the program itself and of rejected connections.
 _OWN_DESCRIPTORS = 64 + MAX_REJECTING
 
@@ -96,6 +98,10 @@ class FrontendServer:
             None if frontend_only else SupervisorLauncher(client, options.daemon, lambda: settings(self._config))
         )
         self._reload_thread = BoundedThreadPool(1)
+        self._decoder_pool = BoundedThreadPool(_DECODER_THREADS)
+        self._links = SupervisorLinks(client)
+        self._arrival_clock = ArrivalClock()
+        self._timers = TimerWheel()
         self._initial_config = config
         self._apply_config(config)
         self._acceptor = Acceptor(
@@ -104,7 +110,6 @@ class FrontendServer:
             reject=Connection.reject,
             max_connections=lambda: self._config.configuration.limits.max_connections,
         )
-        self._arrival_clock = ArrivalClock()
 
     async def start(self) -> None:
         """Start the supervisor unless another program does; then accept connections. Raises `SupervisorError`."""
@@ -120,13 +125,19 @@ class FrontendServer:
         """Use this configuration for new connections; existing connections continue with theirs."""
         limits = config.configuration.limits
         self._config = config
-        self._thread_pool = BoundedThreadPool(limits.authentication_threads)
-        self._quota = MemoryQuota(limits.request_memory)
+        self._context = ConnectionContext(
+            config=config,
+            thread_pool=BoundedThreadPool(limits.authentication_threads),
+            decoder_pool=self._decoder_pool,
+            quota=MemoryQuota(limits.request_memory),
+            client=self._client,
+            links=self._links,
+            arrival_clock=self._arrival_clock,
+            timers=self._timers,
+        )
 
     def _connect(self, accepted: socket.socket, peer: str) -> Connection:
-        return Connection(
-            accepted, peer, self._config, self._thread_pool, self._quota, self._client, self._arrival_clock
-        )
+        return Connection(accepted, peer, self._context)
 
     async def reload(self) -> None:
         """Load the files again and apply them all or none. Raises `ConfigError` and `SupervisorError`."""
@@ -157,18 +168,16 @@ class FrontendServer:
         self._acceptor.close_listeners()
         for listener in self._listeners:  # also those that were never opened, when the start failed
             listener.close()
-        connections = self._acceptor.connections
-        for task, connection in connections.items():
-            connection.stop(task, supervisor_stops=self._launcher is not None)
+        for connection in self._acceptor.connections.values():
+            connection.stop(supervisor_stops=self._launcher is not None)
         deadline = 2 * self._config.configuration.limits.kill_grace + STOP_MARGIN
         if self._launcher is not None:
             await self._launcher.stop(deadline)
         else:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(deadline):
-                    for connection in connections.values():
-                        await connection.wait_call_done()
+            await self._links.wait_until_unused(deadline)
         await self._acceptor.drain(_FINAL_REPLY_TIMEOUT)
+        self._links.close()
+        self._timers.close()
 
 
 def _listen(network: Network, file: Path) -> list[Listener]:

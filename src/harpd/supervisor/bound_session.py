@@ -1,27 +1,29 @@
 """The session of a connection-bound call: the call ends with its connection.
 
 It serves direct clients and legacy dispatchers. The call's output is sent as it arrives, through a bounded buffer;
-while that is full, the worker waits. The connection is closed only when the call's processes are gone: the close proves
-it.
+while that is full, the worker waits. The channel to the frontend is closed only when the call's processes are gone: the
+close proves it.
 """
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Callable
 
 from harp.protocol.harpd import Acknowledgement, encode_message
 from harp.protocol.json_text import Raw
-from harpd.supervisor.buffered_stream import BufferedStream
 from harpd.supervisor.call import Call, StopReason
-from harpd.supervisor.event_loop import EventLoop
+from harpd.supervisor.frames import END, ERROR
+from harpd.supervisor.link import LinkChannel
+
+#: The start of a closing line that is an error, as `encode_message` writes it.
+_ERROR_PREFIX = b'{"harp":1,"error":'
 
 
 class BoundSession:
-    """The connection of a call. A `harpd.supervisor.call.CallObserver`.
+    """The connection of a call: a `harpd.supervisor.call.CallObserver` and the user of a link channel.
 
     Args:
-        connection: the connection from the frontend, non-blocking.
+        channel: the channel to the frontend.
         streaming: whether the procedure yields records.
         keep_alive: seconds in the acknowledgement, for which the frontend waits for another request; None: it does not.
         buffer_size: how many bytes may wait until the frontend reads them.
@@ -33,8 +35,7 @@ class BoundSession:
 
     def __init__(
         self,
-        loop: EventLoop,
-        connection: socket.socket,
+        channel: LinkChannel,
         streaming: bool,
         keep_alive: float | None,
         buffer_size: int,
@@ -43,30 +44,25 @@ class BoundSession:
         self._acknowledgement = Acknowledgement(streaming, keep_alive=keep_alive)
         self._buffer_size = buffer_size
         self._on_disconnected = on_disconnected
-        self._stream = BufferedStream(
-            loop, connection, lambda data: None, self._on_lost, lambda: self.call.update_watch()
-        )
-
-    def discard(self) -> None:
-        """Discard the session, but leave the connection open: the call did not start."""
-        self._stream.detach()
+        self._channel = channel
+        channel.user = self
 
     @property
     def full(self) -> bool:
         """See `CallObserver`."""
-        return self._stream.pending_bytes >= self._buffer_size
+        return self._channel.waiting_bytes >= self._buffer_size
 
     def on_started(self) -> None:
         """See `CallObserver`."""
-        self._stream.send_soon(encode_message(self._acknowledgement))
+        self._channel.send_soon(encode_message(self._acknowledgement))
 
     def on_records(self, lines: bytes, count: int) -> None:
         """See `CallObserver`."""
-        self._stream.send(lines)
+        self._channel.send(lines)
 
     def on_end(self, line: bytes) -> None:
         """See `CallObserver`."""
-        self._stream.send(line)
+        self._channel.send(line, ERROR if line.startswith(_ERROR_PREFIX) else END)
 
     on_rejected = on_end
 
@@ -75,8 +71,18 @@ class BoundSession:
 
     def on_closed(self, stop_report: Raw | None) -> None:
         """See `CallObserver`."""
-        self._stream.close_after_flush(lambda: self._on_disconnected(self))
+        self._channel.close_after_flush(lambda: self._on_disconnected(self))
 
-    def _on_lost(self) -> None:
+    # The channel: `ChannelUser`.
+
+    def on_commands(self, data: bytes) -> None:
+        """See `ChannelUser`. The frontend sends none."""
+
+    def on_hang_up(self) -> None:
+        """See `ChannelUser`."""
         self.call.stop(StopReason.CANCELLED)
         self.call.update_watch()  # further output is read and dropped
+
+    def on_writable(self) -> None:
+        """See `ChannelUser`."""
+        self.call.update_watch()

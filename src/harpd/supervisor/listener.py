@@ -17,8 +17,8 @@ from harpd.supervisor.event_loop import READ, WRITE, EventLoop
 log = logging.getLogger("harpd.supervisor")
 
 _READ_SIZE = 1 << 16
-#: The most bytes of a first line; the frontend has a lower limit for requests from the network.
-_MAX_LINE_BYTES = 1 << 30
+#: The most bytes of a first line: a control request, which may have all settings.
+_MAX_LINE_BYTES = 16 * 1024 * 1024
 #: Seconds without accepting after no descriptor was free.
 _ACCEPT_PAUSE = 0.1
 _BACKLOG = 4096

@@ -9,23 +9,25 @@ runtime directory. When it can run calls, it also listens at ``supervisor``, in 
 executes a zygote (`harpd.worker.zygote`), which loads the procedures file and forks the workers. A reload starts a new
 zygote for new calls; the old one exits after its last call. If the file cannot be loaded, the old zygote stays in use.
 
-The frontend opens a connection for each call, with JSON lines. The first line is the request:
+A frontend opens one connection, the *link*, for all its calls; `harpd.supervisor.frames` has the format. Each call has
+a channel of the link. The first frame of a channel has facts, a JSON object:
 
-    {"call": ID, "procedure": NAME, "arguments": ..., "user": NAME, "peer": ADDRESS}
+    START   {"call": ID, "procedure": NAME}, then the arguments
                                             start a connection-bound call, see `harpd.supervisor.bound_session`
-    ... with "resumable": {owner, secret, instance, disconnect_timeout, result_ttl, timeout, max_exec_time, received}
+            ... with "resumable": {owner, secret, instance, disconnect_timeout, result_ttl, timeout, max_exec_time,
+                                   received}
                                             start a resumable call, see `harpd.supervisor.resumable_session`
-    {"attach": ID, "owner": ..., "secret": ..., "since": NUMBER, "user": NAME, "peer": ADDRESS}
+    ATTACH  {"attach": ID, "owner": ..., "secret": ..., "since": NUMBER}
                                             attach to a resumable call
-    {"calls": OWNER}                        list the resumable calls of an owner
 
-The first three may have "keep_alive": SECONDS, which the acknowledgement repeats. The first two may have
-"authentication": SECONDS, the duration of the password check, which exit info repeats.
+Both may have "keep_alive": SECONDS, which the acknowledgement repeats. START may have "authentication": SECONDS, the
+duration of the password check, which exit info repeats. The arguments were checked by the frontend and are passed on.
 
-The reply is the lines for the client, see docs/protocol.md. A connection-bound call is stopped when the frontend closes
-the connection or its sending half. The supervisor closes its side only when the processes of such a call are gone: the
-close proves it. A connection whose first line has the key ``control`` gets one line back:
+The supervisor sends the lines for the client, see docs/protocol.md. A connection-bound call is stopped when the
+frontend hangs up the channel or closes the link. The supervisor closes the channel only when the processes of such a
+call are gone: the close proves it. A connection with another first line gets one line back:
 
+    {"calls": OWNER}                            the list of the owner's resumable calls
     {"control": "status"}                       {"calls": N, "resumable": N, "supervisor": PID, "instance": NAME,
                                                  "accepting": BOOL, "zygote": PID, "procedures": [NAME]}
     {"control": "reload", "settings": {...}}    {"ok": true}, once the new zygote is in use; or {"error": MESSAGE}
@@ -73,9 +75,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from harp.protocol.ends import Failed
-from harp.protocol.fields import check, is_container, required_string
+from harp.protocol.fields import check, required_string
 from harp.protocol.harpd import encode_message
-from harp.protocol.json_text import JSONObject, dumps, loads
+from harp.protocol.json_text import JSONObject, Raw, dumps, loads
 from harp_daemon import logs
 from harpd.processes.cgroup import delegated_cgroup
 from harpd.processes.cookie import cookie_for
@@ -83,6 +85,8 @@ from harpd.processes.process_tree import CallTree, Snapshot, has_possible_escape
 from harpd.supervisor.bound_session import BoundSession
 from harpd.supervisor.call import Call, CallContext, StopReason
 from harpd.supervisor.event_loop import READ, EventLoop
+from harpd.supervisor.frames import VERSION
+from harpd.supervisor.link import Link, LinkChannel
 from harpd.supervisor.listener import Listener, send_final_reply
 from harpd.supervisor.output import OutputCollector
 from harpd.supervisor.registry import CallRegistry
@@ -121,6 +125,7 @@ class Supervisor:
         self._settings = settings
         self._calls: dict[str, Call] = {}
         self._bound_sessions: set[BoundSession] = set()
+        self._links: set[Link] = set()
         self._lifeline: socket.socket | None = lifeline
         self._accepting, self._draining, self._retired = False, False, False
         self._state_files = StateFiles(Path(settings["runtime_directory"]), self._instance)
@@ -227,34 +232,38 @@ class Supervisor:
     # Requests.
 
     def _handle_request(self, connection: socket.socket, request: JSONObject, received: bytes) -> None:
-        if "control" in request:
+        if "link" in request:
+            version = request.value("link")
+            check(version == VERSION, f"link: expected version {VERSION}, got {version!r}")
+            link = Link(self._loop, connection, self, self._links.discard)
+            self._links.add(link)
+            link.receive(received)
+        elif "control" in request:
             self._handle_control(connection, request)
-        elif "calls" in request:
+        else:
             send_final_reply(self._loop, connection, self._registry.list_calls(required_string(request, "calls")))
-        elif "attach" in request:
-            rejection = self._registry.attach(connection, request, received)
-            if rejection is not None:
-                send_final_reply(self._loop, connection, encode_message(rejection))
-        else:
-            self._handle_start(connection, request, received)
 
-    def _handle_start(self, connection: socket.socket, request: JSONObject, received: bytes) -> None:
-        call_id, name = required_string(request, "call"), required_string(request, "procedure")
-        arguments = request.payload("arguments")
+    def on_attach(self, channel: LinkChannel, facts: JSONObject) -> None:
+        """See `RequestHandler`."""
+        rejection = self._registry.attach(channel, facts)
+        if rejection is not None:
+            channel.reject(encode_message(rejection))
+
+    def on_start(self, channel: LinkChannel, facts: JSONObject, arguments: bytes) -> None:
+        """See `RequestHandler`."""
+        call_id, name = required_string(facts, "call"), required_string(facts, "procedure")
         check(CALL_ID.fullmatch(call_id) is not None, f"call: expected a UUID, got {call_id!r}")
-        check(is_container(arguments, (list, dict)), "arguments: expected an array or an object")
-        started = self._start(connection, call_id, name, request, received)
+        check(arguments[:1] in (b"[", b"{") and b"\n" not in arguments, "arguments: expected an array or an object")
+        started = self._start(channel, call_id, name, facts)
         if isinstance(started, Failed):
-            send_final_reply(self._loop, connection, encode_message(started))
+            channel.reject(encode_message(started))
         else:
-            started.send_arguments(arguments, request.value("authentication") if "authentication" in request else None)
+            started.send_arguments(Raw(arguments), facts.value("authentication") if "authentication" in facts else None)
 
-    def _start(
-        self, connection: socket.socket, call_id: str, name: str, request: JSONObject, received: bytes
-    ) -> Call | Failed:
+    def _start(self, channel: LinkChannel, call_id: str, name: str, facts: JSONObject) -> Call | Failed:
         """Start a call, which waits for its arguments; or return why it is rejected."""
-        requested = request.nested_object("resumable") if "resumable" in request else None
-        keep_alive = request.value("keep_alive") if "keep_alive" in request else None
+        requested = facts.nested_object("resumable") if "resumable" in facts else None
+        keep_alive = facts.value("keep_alive") if "keep_alive" in facts else None
         rejection = self._check_start(call_id, name, resumable=requested is not None)
         if rejection is not None:
             return rejection
@@ -265,9 +274,7 @@ class Supervisor:
         session: BoundSession | ResumableSession | Failed
         if requested is None:
             buffer_size = min(settings["spool"], GUARANTEED_BYTES)
-            session = BoundSession(
-                self._loop, connection, streaming, keep_alive, buffer_size, self._on_bound_session_closed
-            )
+            session = BoundSession(channel, streaming, keep_alive, buffer_size, self._on_bound_session_closed)
         else:
             session = self._registry.create_session(call_id, requested, streaming)
             if isinstance(session, Failed):
@@ -278,14 +285,15 @@ class Supervisor:
             self._state_files.reserve(call_id)
             call = self._calls[call_id] = session.call = Call(context, call_id, name, session)
         except OSError as error:
-            session.discard()
+            if isinstance(session, ResumableSession):
+                session.discard()
             self._state_files.remove(call_id)
             log.error("cannot start call", extra={"call": call_id, "reason": error.strerror})
             return Failed("system_error", f"cannot create a process: {error.strerror}")
         if isinstance(session, BoundSession):
             self._bound_sessions.add(session)
         else:
-            session.attach(connection, 0, received, keep_alive)
+            session.attach(channel, 0, keep_alive)
         return call
 
     def _check_start(self, call_id: str, name: str, resumable: bool) -> Failed | None:
@@ -435,6 +443,8 @@ class Supervisor:
             self._zygote = None
         while self._shutdown_callbacks:
             self._shutdown_callbacks.pop()()
+        for link in list(self._links):
+            link.finish(_FLUSH_TIMEOUT)
         self._listener.close()
         self._state_files.close()
         self._loop.call_later(0, self._loop.stop)

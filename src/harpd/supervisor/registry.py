@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import hmac
 import logging
-import socket
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -22,6 +21,7 @@ from harp.protocol.fields import check, is_count, is_seconds, member_value, requ
 from harp.protocol.harpd import CallList, encode_message
 from harp.protocol.json_text import JSONObject, dumps
 from harpd.supervisor.event_loop import EventLoop
+from harpd.supervisor.link import LinkChannel
 from harpd.supervisor.resumable_session import MAX_SECONDS, ResumableSession, SessionTerms
 from harpd.supervisor.spool import SpoolQuota
 from harpd.supervisor.state_entries import CallState, Purpose
@@ -144,8 +144,8 @@ class CallRegistry:
         )
         return session
 
-    def attach(self, connection: socket.socket, request: JSONObject, received: bytes) -> Failed | None:
-        """Attach a connection to a call, or return why not. `received`: data that was received after the request."""
+    def attach(self, channel: LinkChannel, request: JSONObject) -> Failed | None:
+        """Attach a link channel to a call, or return why not."""
         call_id, owner = required_string(request, "attach"), required_string(request, "owner")
         since = member_value(request, "since")
         check(is_count(since), "since: expected a count")
@@ -158,7 +158,7 @@ class CallRegistry:
             data = {"instance": self._instance}
             return Failed("no_such_call", "there is no such call here, and it will not start", data)
         keep_alive = member_value(request, "keep_alive") if "keep_alive" in request else None
-        rejection = session.attach(connection, since, received, keep_alive)
+        rejection = session.attach(channel, since, keep_alive)
         if rejection is None:
             log.info("dispatcher attached to call", extra={"call": call_id, "since": since})
         return rejection

@@ -18,7 +18,6 @@ after `result_ttl` seconds. One connection is attached at a time: a later one re
 from __future__ import annotations
 
 import logging
-import socket
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -41,9 +40,9 @@ from harp.protocol.harpd import (
 )
 from harp.protocol.json_text import Raw, dumps
 from harp.protocol.lines import LineBuffer, LineTooLong
-from harpd.supervisor.buffered_stream import BufferedStream
 from harpd.supervisor.call import Call, StopReason
 from harpd.supervisor.event_loop import EventLoop, Timer
+from harpd.supervisor.link import LinkChannel
 from harpd.supervisor.spool import Spool, SpoolQuota
 
 log = logging.getLogger("harpd.supervisor")
@@ -97,7 +96,7 @@ class SessionTerms:
 
 
 class ResumableSession:
-    """A call's state for its dispatcher. A `harpd.supervisor.call.CallObserver`.
+    """A call's state for its dispatcher: a `harpd.supervisor.call.CallObserver` and the user of a link channel.
 
     Args:
         contact_at: the latest loop time at which contact with the dispatcher is proven.
@@ -130,7 +129,7 @@ class ResumableSession:
         self._quota = quota
         self._on_discarded = on_discarded
         self._spool = Spool()
-        self._stream: BufferedStream | None = None
+        self._channel: LinkChannel | None = None
         self._keep_alive: float | None = None
         self._lines = LineBuffer(_MAX_COMMAND_BYTES)
         self._next = 0
@@ -164,8 +163,8 @@ class ResumableSession:
 
     def on_rejected(self, line: bytes) -> None:
         """See `CallObserver`."""
-        if self._stream is not None:
-            self._stream.send(line)
+        if self._channel is not None:
+            self._channel.send(line)
         self.discard()
 
     def on_records(self, lines: bytes, count: int) -> None:
@@ -197,11 +196,11 @@ class ResumableSession:
 
     # The attached connection.
 
-    def attach(self, connection: socket.socket, since: int, received: bytes, keep_alive: float | None) -> Failed | None:
+    def attach(self, channel: LinkChannel, since: int, keep_alive: float | None) -> Failed | None:
         """Attach a connection: send all records from number `since` on, and receive commands.
 
-        Return the error if some of these records are gone; then the connection is not attached. `received`: data that
-        was received on it after the request. `keep_alive`: the value in the acknowledgement.
+        Return the error if some of these records are gone; then the connection is not attached. `keep_alive`: the value
+        in the acknowledgement.
         """
         if self._adopted:
             self._spool.start_at(since)
@@ -210,16 +209,15 @@ class ResumableSession:
             data = {"first": first, "end": end}
             return Failed("records_gone", "some of the call's records from this number on are gone", data)
         self._keep_alive = keep_alive
-        if self._stream is not None:
-            self._stream.close()
+        if self._channel is not None:
+            self._channel.close()
         self._lines = LineBuffer(_MAX_COMMAND_BYTES)
         self._next = since
         self._unacknowledged = 0
         self._sent_end = self._sent_last_report = self._heartbeat_pending = False
-        self._stream = BufferedStream(self._loop, connection, self._on_data, self._detach, self._send_pending)
+        self._channel = channel
+        channel.user = self
         self._send_acknowledgement()
-        if received:
-            self._on_data(received)
         return None
 
     def adopt(self, stop_report: Raw | None) -> None:
@@ -242,10 +240,10 @@ class ResumableSession:
     @property
     def attached(self) -> bool:
         """Whether a connection is attached."""
-        return self._stream is not None
+        return self._channel is not None
 
     def _send_acknowledgement(self) -> None:
-        if self._stream is not None and self._started_at is not None:
+        if self._channel is not None and self._started_at is not None:
             granted = GrantedTerms(
                 instance=self._instance,
                 disconnect_timeout=self.terms.disconnect_timeout,
@@ -254,7 +252,7 @@ class ResumableSession:
                 elapsed=self._elapsed(),
                 records=self._spool.end,
             )
-            self._stream.send_soon(encode_message(Acknowledgement(self.terms.streaming, granted, self._keep_alive)))
+            self._channel.send_soon(encode_message(Acknowledgement(self.terms.streaming, granted, self._keep_alive)))
             self._send_pending()
 
     def _elapsed(self) -> float:
@@ -263,37 +261,46 @@ class ResumableSession:
 
     def _send_pending(self) -> None:
         """Send all data that the attached connection has not received yet, while it is writable."""
-        stream = self._stream
-        if stream is None or self._started_at is None:
+        channel = self._channel
+        if channel is None or self._started_at is None:
             return
-        if self._heartbeat_pending and stream.writable:  # one reply to all heartbeats since the last one
+        if self._heartbeat_pending and channel.writable:  # one reply to all heartbeats since the last one
             self._heartbeat_pending = False
-            stream.send(encode_message(Heartbeat(self._elapsed())))
+            channel.send(encode_message(Heartbeat(self._elapsed())))
         while (
-            stream.writable
+            channel.writable
             and self._unacknowledged < _WINDOW_BYTES
             and (chunk := self._spool.chunk_from(self._next)) is not None
         ):
             self._next = chunk.first + chunk.count
             self._unacknowledged += len(chunk.lines)
-            stream.send(encode_message(RecordTime(chunk.time)) + chunk.lines)
+            channel.send(encode_message(RecordTime(chunk.time)) + chunk.lines)
         if self._next < self._spool.end or self._closing is None:
             return
         if not self._sent_end:
             self._sent_end = True
-            stream.send(self._closing)
+            channel.send(self._closing)
         if self._last_report is not None and not self._sent_last_report:
             self._sent_last_report = True
-            stream.send(self._last_report)
+            channel.send(self._last_report)
 
-    def _on_data(self, data: bytes) -> None:
+    def on_commands(self, data: bytes) -> None:
+        """See `ChannelUser`."""
         try:
             for line in self._lines.feed(data):
-                if self._stream is not None:  # a release detaches it; further commands have no effect
+                if self._channel is not None:  # a release detaches it; further commands have no effect
                     self._handle_command(decode_command(line))
         except (ProtocolError, LineTooLong) as error:
             log.error("invalid command from dispatcher", extra={"call": self.id, "reason": str(error)})
             self._detach()
+
+    def on_hang_up(self) -> None:
+        """See `ChannelUser`."""
+        self._detach()
+
+    def on_writable(self) -> None:
+        """See `ChannelUser`."""
+        self._send_pending()
 
     def _handle_command(self, command: Ack | Heartbeat | StopCall | Release) -> None:
         match command:
@@ -303,6 +310,7 @@ class ResumableSession:
                 freed = self._spool.acknowledge(count)
                 self._quota.release(freed)
                 self._unacknowledged = 0 if count >= self._next else max(0, self._unacknowledged - freed)
+                self._next = max(self._next, self._spool.first)  # records that were acknowledged unread are gone
                 self._resume_reading()
                 self._send_pending()
             case Heartbeat(elapsed):
@@ -319,9 +327,9 @@ class ResumableSession:
                 self.discard()
 
     def _detach(self) -> None:
-        if self._stream is not None:
-            self._stream.close()
-            self._stream = None
+        if self._channel is not None:
+            self._channel.close()
+            self._channel = None
             log.debug("dispatcher detached from call", extra={"call": self.id})
 
     # Limits and contact.
@@ -375,6 +383,6 @@ class ResumableSession:
             self._contact_timer.cancel()
         self._quota.release(self._spool.size + len(self._closing or b""))
         self._on_discarded(self)  # before the connection closes: the close is visible to others
-        if self._stream is not None:
-            self._stream.close_after_flush(lambda: None)
-            self._stream = None
+        if self._channel is not None:
+            self._channel.close_after_flush(lambda: None)
+            self._channel = None

@@ -1,0 +1,121 @@
+"""A link with several channels: flow control of each, and of the whole link."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+
+import psutil
+import pytest
+
+from harpd.supervisor.frames import (
+    CLOSED,
+    CREDIT,
+    HANG_UP,
+    LINES_WINDOW,
+    MAX_LINES_BYTES,
+    PREFACE,
+    START,
+    Frame,
+    FrameBuffer,
+    encode_credit,
+    encode_frame,
+)
+from support.deadline import wait_until
+from support.procedures_file import PROCEDURES
+from support.supervisor import DEADLINE, Supervisor
+
+#: Seconds without data after which a channel is paused.
+QUIET = 0.5
+
+
+class Link:
+    """The frontend's end of a link; nothing is credited by itself."""
+
+    def __init__(self, supervisor: Supervisor) -> None:
+        self.socket = supervisor.connect().socket
+        self.socket.sendall(PREFACE)
+        self._buffer = FrameBuffer(1 << 20)
+
+    def start(self, channel: int, procedure: str, *arguments: object) -> None:
+        facts = json.dumps({"call": f"link-{channel}", "procedure": procedure}).encode()
+        self.socket.sendall(encode_frame(channel, START, facts + b"\n" + json.dumps(arguments).encode()))
+
+    def frames_until_quiet(self) -> list[Frame]:
+        """Return the frames that arrive until no more do."""
+        frames: list[Frame] = []
+        self.socket.settimeout(QUIET)
+        try:
+            while data := self.socket.recv(1 << 20):
+                frames += self._buffer.feed(data)
+        except TimeoutError:
+            pass
+        self.socket.settimeout(DEADLINE)
+        return frames
+
+    def lines_until_closed(self, channel: int) -> bytes:
+        """Return the lines of a channel, and drop the frames of others."""
+        lines = b""
+        while True:
+            for frame in self._buffer.feed(self.socket.recv(1 << 20)):
+                if frame.channel == channel and frame.kind == CLOSED:
+                    return lines
+                lines += frame.body if frame.channel == channel else b""
+
+    def __enter__(self) -> Link:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.socket.close()
+
+
+@pytest.fixture(scope="module")
+def supervisor(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Supervisor]:
+    with Supervisor(tmp_path_factory.mktemp("supervisor"), PROCEDURES, kill_grace=0.2) as supervisor:
+        yield supervisor
+
+
+def no_calls(supervisor: Supervisor) -> None:
+    wait_until(lambda: supervisor.status()["calls"] == 0, DEADLINE, "the end of the calls")
+
+
+def size(frames: list[Frame]) -> int:
+    return sum(len(frame.body) for frame in frames)
+
+
+def stands(process: psutil.Process) -> bool:
+    """Return whether the process does nothing for a while."""
+    before = process.cpu_times()
+    time.sleep(QUIET)  # the processor time of this interval is measured
+    return process.cpu_times().user - before.user < QUIET / 10
+
+
+def test_channel_without_credit_pauses_its_call_only(supervisor: Supervisor) -> None:
+    with Link(supervisor) as link:
+        link.start(1, "flood", 100_000)
+        first = link.frames_until_quiet()
+        assert LINES_WINDOW <= size(first) < LINES_WINDOW + MAX_LINES_BYTES
+        link.start(2, "echo", "others continue")
+        assert b'{"result":["others continue"]}' in link.lines_until_closed(2)
+        link.socket.sendall(encode_frame(1, CREDIT, encode_credit(size(first))))
+        second = link.frames_until_quiet()
+        assert {frame.channel for frame in second} == {1}
+        assert LINES_WINDOW - MAX_LINES_BYTES <= size(second) < LINES_WINDOW + MAX_LINES_BYTES
+        link.socket.sendall(encode_frame(1, HANG_UP))
+        assert link.lines_until_closed(1) == b""
+    no_calls(supervisor)
+
+
+def test_link_that_is_not_read_uses_little_memory(supervisor: Supervisor) -> None:
+    process = psutil.Process(supervisor.status()["supervisor"])
+    before = process.memory_info().rss
+    with Link(supervisor) as link:
+        for channel in range(20):
+            link.start(channel, "flood", 100_000)
+        wait_until(lambda: supervisor.status()["calls"] == 20, DEADLINE, "the calls")
+        assert supervisor.result("echo", 1) == [1]
+        wait_until(lambda: stands(process), DEADLINE, "the standstill of all floods")
+        # Each call: 1 MiB that waits, 1 MiB in one read at most; and the link's own data.
+        assert process.memory_info().rss - before < 20 * (2 << 20) + (8 << 20)
+    no_calls(supervisor)
