@@ -223,7 +223,7 @@ def test_clients_that_do_not_read_pause_their_calls(system: System, direct: Othe
         assert harpd.status()["calls"] >= count
         if kind != "bound":
             for client in clients:
-                client.send({"stop": "the test ends"})
+                client.send({"stop": {"why": "cancelled", "by": "test"}})
             wait_until(lambda: harpd.status()["calls"] == 0, DEADLINE, "the end of the calls")
     wait_until(
         lambda: not any(harpd.status()[name] for name in ("calls", "resumable")), DEADLINE, "the memory's return"
