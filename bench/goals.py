@@ -125,9 +125,14 @@ def _spread(entry: Entry, median: str = "median", least: str = "min", most: str 
 
 
 def _costs(costs: dict[str, dict[str, float]]) -> Iterator[str]:
-    """Yield the parts of each kind of cost as text, the least ones left out."""
+    """Yield the parts of each kind of cost as text, the least ones left out.
+
+    A part is below zero if a server lets the kernel reap its children (RPyC): their costs are lost.
+    """
     for what, parts in costs.items():
         total = sum(parts.values())
+        if total <= 0:
+            continue
         shown = [f"{name} {_short(value)}" for name, value in parts.items() if value > total / 200]
         yield ", ".join([f"{_COSTS.get(what, what)}: {_short(total)}", *shown])
 
