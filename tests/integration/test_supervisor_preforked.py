@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import random
 import signal
 from collections.abc import Iterator
 from functools import partial
@@ -12,10 +14,10 @@ import psutil
 import pytest
 
 from support.deadline import wait_until
-from support.supervisor import Supervisor, is_running
+from support.supervisor import PLAIN, Supervisor, is_running
 
 PROCEDURES = """
-import os, random, signal, time
+import os, random, signal, subprocess, time
 from harpd.proc import procedure
 
 STARTED = time.time()
@@ -31,7 +33,14 @@ def own():
         "blocked": sorted(signal.pthread_sigmask(signal.SIG_BLOCK, ())),
         "handlers": [int(signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGHUP, signal.SIGCHLD)],
         "cookie": os.environ["HARPD_CALL"],
+        "shown": subprocess.check_output(["printenv"], text=True).splitlines(),
     }
+
+@procedure
+def note(path):
+    with open(path, "a") as file:
+        file.write("x")
+    return os.getpid()
 
 @procedure
 def resist(path):
@@ -65,6 +74,8 @@ def test_call_has_own_process_and_session(supervisor: Supervisor) -> None:
         assert (one["blocked"], one["handlers"]) == ([], [0, 0, 0])
         assert one["files"][:3] == [0, 1, 2]
         assert len(one["files"]) == 5  # the channel, and the directory that is being listed
+        assert f"HARPD_CALL={one['cookie']}" in one["shown"]
+        assert not [entry for entry in one["shown"] if entry.startswith("LD_")]  # the zygote's own option
     assert len({one["cookie"] for one in found}) == 10
 
 
@@ -79,6 +90,39 @@ def test_preforked_worker_killed_fails_no_call(supervisor: Supervisor) -> None:
             os.kill(process.pid, signal.SIGKILL)
             wait_until(partial(is_dead, process), what="its death")
         assert supervisor.result("own")["cookie"]
+
+
+def test_preforked_worker_killed_with_arguments_fails_its_call(supervisor: Supervisor, tmp_path: Path) -> None:
+    """A call whose arguments were sent to a worker is not given to another one: it might start twice."""
+    path = tmp_path / "notes"
+    for number in range(3):
+        waiting = preforked(supervisor)
+        for process in waiting:
+            process.suspend()
+        with supervisor.call("note", [str(path)]) as call:
+            assert call.line() == PLAIN
+            pid = supervisor.events("call started", procedure="note")[-1]["pid"]
+            assert pid in {process.pid for process in waiting}
+            os.kill(pid, signal.SIGKILL)
+            assert call.line()["error"]["type"] == "call_died"
+        for process in waiting:
+            if process.pid != pid:
+                process.resume()
+        assert not path.exists() or path.read_text() == "x" * number
+        assert supervisor.result("note", str(path)) != pid
+        assert path.read_text() == "x" * (number + 1)
+
+
+def test_preforked_worker_interrupted_runs_a_call_or_fails_it(supervisor: Supervisor, tmp_path: Path) -> None:
+    """Any process of the same user can signal a worker. Its call runs at most once, and always ends."""
+    for number in range(5):
+        path = tmp_path / str(number)
+        for process in preforked(supervisor):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.send_signal(random.choice([signal.SIGTERM, signal.SIGXCPU, signal.SIGHUP]))
+        lines = supervisor.lines("note", str(path))
+        assert lines[-1].keys() == {"result"} or lines[-1]["error"]["type"] == "call_died"
+        assert not path.exists() or path.read_text() == "x"
 
 
 def test_preforked_workers_end_with_zygote(supervisor: Supervisor) -> None:
