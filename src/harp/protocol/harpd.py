@@ -235,7 +235,10 @@ def decode_request(line: bytes, decoder: Decoder = decode_values) -> AnyRequest:
 
 
 def _check_version(members: JSONObject) -> None:
-    version = member_value(members, "harp") if "harp" in members else None
+    try:
+        version = members.value("harp") if "harp" in members else None
+    except InvalidJSON as error:
+        raise ProtocolError(f"harp: {error}") from error
     if type(version) is not int or version != VERSION:
         raise ProtocolError(f"harp: expected {VERSION}, got {version!r}", "invalid_protocol")
 

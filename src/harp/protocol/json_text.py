@@ -91,6 +91,12 @@ def loads(text: bytes | str) -> JSON:
             interpreter cannot hold.
     """
     checked = decode_checked(text)
+    try:
+        value, end = _scan_value(checked, 0)
+        if end == len(checked):
+            return value
+    except (ValueError, RecursionError, StopIteration):
+        pass  # the decoder finds the reason
     return translate_errors(_DECODER.decode, checked)
 
 

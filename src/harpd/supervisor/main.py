@@ -262,7 +262,7 @@ class Supervisor:
 
     def _start(self, channel: LinkChannel, call_id: str, name: str, facts: JSONObject) -> Call | Failed:
         """Start a call, which waits for its arguments; or return why it is rejected."""
-        requested = facts.nested_object("resumable") if "resumable" in facts else None
+        requested = facts.nested_values("resumable") if "resumable" in facts else None
         keep_alive = facts.value("keep_alive") if "keep_alive" in facts else None
         rejection = self._check_start(call_id, name, resumable=requested is not None)
         if rejection is not None:
