@@ -9,7 +9,7 @@ import asyncio
 import ipaddress
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -146,22 +146,10 @@ class ClientServer:
         """See `Server`."""
         answer = _Answer(connection, time.monotonic())
         if len(line) < _LONG_REQUEST:
-            try:
-                decoded = decode_request(line)
-            except ProtocolError as error:
-                self._fail(connection, error)
-            else:
-                self._execute(answer, decoded)
-            return
-
-        def on_decoded(decoding: asyncio.Future[tuple[Request, bool]]) -> None:
-            if (error := decoding.exception()) is None:
-                self._execute(answer, decoding.result())
-            else:
-                self._fail(connection, error)
-
-        decoding = asyncio.get_running_loop().run_in_executor(None, decode_request, line)
-        decoding.add_done_callback(on_decoded)
+            self._execute(answer, lambda: decode_request(line))
+        else:
+            decoding = asyncio.get_running_loop().run_in_executor(None, decode_request, line)
+            decoding.add_done_callback(lambda decoded: self._execute(answer, decoded.result))
 
     def on_invalid_request(self, connection: Connection, error: ProtocolError) -> None:
         """See `Server`."""
@@ -169,20 +157,24 @@ class ClientServer:
 
     # Requests. Those of the usual path need no task.
 
-    def _execute(self, answer: _Answer, decoded: tuple[Request, bool]) -> None:
-        request, answer.keep_alive = decoded
+    def _execute(self, answer: _Answer, decoded: Callable[[], tuple[Request, bool]]) -> None:
+        """Answer a request; `decoded` returns it and whether the client requests keep-alive."""
         connection = answer.connection
-        if not isinstance(request, (Call, SubmitMany)):
-            connection.release_memory()
-        match request:
-            case Call():
-                self._submit(answer, request)
-            case GetResult(wait=True):
-                self._wait_for_result(answer, request)
-            case FollowStream() | ReadStream():
-                self._send_records(answer, request)
-            case _:
-                connection.run(self._send_reply(answer, request))
+        try:
+            request, answer.keep_alive = decoded()
+            if not isinstance(request, (Call, SubmitMany)):
+                connection.release_memory()
+            match request:
+                case Call():
+                    self._submit(answer, request)
+                case GetResult(wait=True):
+                    self._wait_for_result(answer, request)
+                case FollowStream() | ReadStream():
+                    self._send_records(answer, request)
+                case _:
+                    connection.run(self._send_reply(answer, request))
+        except Exception as error:  # noqa: BLE001 - the client gets it
+            self._fail(connection, error)
 
     def _submit(self, answer: _Answer, request: Call) -> None:
         def on_submitted(submitted: asyncio.Future[str]) -> None:
@@ -191,12 +183,8 @@ class ClientServer:
             else:
                 self._fail(answer.connection, error)
 
-        try:
-            submitted = self._dispatcher.submit(request, answer.connection.client, answer.received_at)
-        except Exception as error:  # noqa: BLE001 - the client gets it
-            self._fail(answer.connection, error)
-        else:
-            submitted.add_done_callback(on_submitted)
+        submitted = self._dispatcher.submit(request, answer.connection.client, answer.received_at)
+        submitted.add_done_callback(on_submitted)
 
     def _wait_for_result(self, answer: _Answer, request: GetResult) -> None:
         """Reply with the end of a job when it has ended. A client that disconnects gets an end that is there."""
@@ -322,11 +310,7 @@ class ClientServer:
                 connection.close()
 
         follow = isinstance(request, FollowStream)
-        try:
-            stream = self._dispatcher.stream(request.job, request.since, request.recent, follow, send_more)
-        except Exception as error:  # noqa: BLE001 - the client gets it
-            self._fail(connection, error)
-            return
+        stream = self._dispatcher.stream(request.job, request.since, request.recent, follow, send_more)
         connection.on_disconnect = stream.stop_waiting
         if connection.disconnected:
             stream.stop_waiting()

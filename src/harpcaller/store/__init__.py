@@ -3,7 +3,8 @@
 Every verb is one guarded statement or one short transaction, and returns whether it changed anything. The first
 committed end of a job wins. `now` is an argument, Unix seconds with fractions: no verb reads a clock. Every verb may
 raise `StorageError`; then nothing was changed, and the store works again as soon as the cause is removed. A verb
-whose awaiter is cancelled may complete all the same. A backend passes the conformance suite in tests/store.
+begins when it is called, and the caller need not wait for it; one whose awaiter is cancelled may complete all the same.
+A backend passes the conformance suite in tests/store.
 """
 
 from __future__ import annotations
