@@ -12,12 +12,11 @@ import contextlib
 import logging
 import socket
 from collections import deque
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
 
 from harp.protocol.fields import ProtocolError
-from harp.protocol.json_text import InvalidJSON, JSONObject
-from harp_daemon.sliced_json import decode_slices
+from harp.protocol.json_text import InvalidJSON, loads
 from harpd.supervisor.event_loop import READ, WRITE, EventLoop
 from harpd.supervisor.frames import (
     ATTACH,
@@ -69,10 +68,10 @@ class ChannelUser(Protocol):
 class RequestHandler(Protocol):
     """The receiver of the first frame of each channel. KeyError, InvalidJSON or ProtocolError close the link."""
 
-    def on_start(self, channel: LinkChannel, facts: JSONObject, arguments: bytes) -> None:
+    def on_start(self, channel: LinkChannel, facts: Mapping[str, Any], arguments: bytes) -> None:
         """Start a call."""
 
-    def on_attach(self, channel: LinkChannel, facts: JSONObject) -> None:
+    def on_attach(self, channel: LinkChannel, facts: Mapping[str, Any]) -> None:
         """Attach to a call."""
 
 
@@ -327,15 +326,17 @@ class Link:
             channel.handle(kind, body)
 
     def _open(self, number: int, kind: int, body: bytes) -> None:
-        facts, _, arguments = body.partition(b"\n")
-        request = decode_slices(facts)
+        head, _, arguments = body.partition(b"\n")
+        facts = loads(head)
+        if not isinstance(facts, dict):
+            raise InvalidFrame("expected an object")
         channel = LinkChannel(self, number)
         self._channels[number] = channel
         try:
             if kind == START:
-                self._handler.on_start(channel, request, arguments)
+                self._handler.on_start(channel, facts, arguments)
             else:
-                self._handler.on_attach(channel, request)
+                self._handler.on_attach(channel, facts)
         except BaseException:
             del self._channels[number]  # it has no user
             raise

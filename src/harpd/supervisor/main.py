@@ -72,10 +72,11 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
+from types import NoneType
 from typing import Any, NoReturn
 
 from harp.protocol.ends import Failed
-from harp.protocol.fields import check, required_string
+from harp.protocol.fields import ProtocolError, check, required_string
 from harp.protocol.harpd import encode_message
 from harp.protocol.json_text import JSONObject, Raw, dumps, loads
 from harp_daemon import logs
@@ -89,7 +90,7 @@ from harpd.supervisor.frames import VERSION
 from harpd.supervisor.link import Link, LinkChannel
 from harpd.supervisor.listener import Listener, send_final_reply
 from harpd.supervisor.output import OutputCollector
-from harpd.supervisor.registry import CallRegistry
+from harpd.supervisor.registry import CallRegistry, read_texts
 from harpd.supervisor.resumable_session import ResumableSession
 from harpd.supervisor.spool import GUARANTEED_BYTES, SpoolQuota
 from harpd.supervisor.state_entries import CALL_ID
@@ -243,27 +244,30 @@ class Supervisor:
         else:
             send_final_reply(self._loop, connection, self._registry.list_calls(required_string(request, "calls")))
 
-    def on_attach(self, channel: LinkChannel, facts: JSONObject) -> None:
+    def on_attach(self, channel: LinkChannel, facts: Mapping[str, Any]) -> None:
         """See `RequestHandler`."""
         rejection = self._registry.attach(channel, facts)
         if rejection is not None:
             channel.reject(encode_message(rejection))
 
-    def on_start(self, channel: LinkChannel, facts: JSONObject, arguments: bytes) -> None:
+    def on_start(self, channel: LinkChannel, facts: Mapping[str, Any], arguments: bytes) -> None:
         """See `RequestHandler`."""
-        call_id, name = required_string(facts, "call"), required_string(facts, "procedure")
-        check(CALL_ID.fullmatch(call_id) is not None, f"call: expected a UUID, got {call_id!r}")
-        check(arguments[:1] in (b"[", b"{") and b"\n" not in arguments, "arguments: expected an array or an object")
+        call_id, name = read_texts(facts, "call", "procedure")
+        if not CALL_ID.fullmatch(call_id):
+            raise ProtocolError(f"call: expected a UUID, got {call_id!r}")
+        if arguments[:1] not in (b"[", b"{") or b"\n" in arguments:
+            raise ProtocolError("arguments: expected an array or an object")
         started = self._start(channel, call_id, name, facts)
         if isinstance(started, Failed):
             channel.reject(encode_message(started))
         else:
-            started.send_arguments(Raw(arguments), facts.value("authentication") if "authentication" in facts else None)
+            started.send_arguments(Raw(arguments), facts.get("authentication"))
 
-    def _start(self, channel: LinkChannel, call_id: str, name: str, facts: JSONObject) -> Call | Failed:
+    def _start(self, channel: LinkChannel, call_id: str, name: str, facts: Mapping[str, Any]) -> Call | Failed:
         """Start a call, which waits for its arguments; or return why it is rejected."""
-        requested = facts.nested_values("resumable") if "resumable" in facts else None
-        keep_alive = facts.value("keep_alive") if "keep_alive" in facts else None
+        requested, keep_alive = facts.get("resumable"), facts.get("keep_alive")
+        if not isinstance(requested, (dict, NoneType)):
+            raise ProtocolError("resumable: expected an object")
         rejection = self._check_start(call_id, name, resumable=requested is not None)
         if rejection is not None:
             return rejection

@@ -17,12 +17,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from harp.protocol.ends import Failed
-from harp.protocol.fields import check, is_count, is_seconds, member_value, required_string
+from harp.protocol.fields import ProtocolError, check, is_count
 from harp.protocol.harpd import CallList, encode_message
-from harp.protocol.json_text import JSONObject, dumps
+from harp.protocol.json_text import dumps
 from harpd.supervisor.event_loop import EventLoop
 from harpd.supervisor.link import LinkChannel
-from harpd.supervisor.resumable_session import MAX_SECONDS, ResumableSession, SessionTerms
+from harpd.supervisor.resumable_session import ResumableSession, SessionTerms
 from harpd.supervisor.spool import SpoolQuota
 from harpd.supervisor.state_entries import CallState, Purpose
 from harpd.supervisor.state_files import StateFiles
@@ -75,31 +75,23 @@ class CallRegistry:
         """Whether a dispatcher is attached to a call."""
         return any(session.attached for session in self._sessions.values())
 
-    def create_session(self, call_id: str, requested: JSONObject, streaming: bool) -> ResumableSession | Failed:
+    def create_session(self, call_id: str, requested: Mapping[str, Any], streaming: bool) -> ResumableSession | Failed:
         """Create the session of a new call, with no connection attached; or return why the call is rejected."""
-        if required_string(requested, "instance") != self._instance:
+        instance, secret = read_texts(requested, "instance", "secret")
+        received_at = requested["received"]
+        check(isinstance(received_at, (int, float)), "received: expected seconds")
+        if instance != self._instance:
             return self.wrong_instance()
-        received_at = float(member_value(requested, "received"))
-        terms = self._grant_terms(requested, streaming)
+        limits = {key: self.settings[key] for key in ("disconnect_timeout", "result_ttl")}
+        members = {**requested, "secret": _digest(secret), "streaming": streaming}
+        terms = SessionTerms.decode(members, limits)
         if self._loop.now() - received_at > min(_MAX_START_AGE, terms.disconnect_timeout):
-            message = "the start was delayed for too long; the call did not start"
-            return Failed("call_refused", message, {"reason": "delayed"})  # no tombstone: it may be sent again
+            return Failed("call_refused", "the start was delayed for too long; the call did not start")
         if self._quota.exhausted or len(self._sessions) >= _SESSIONS_PER_CALL * self.settings["max_calls"]:
             return Failed("too_many_calls", "this host stores too many ends that were not fetched")
         if call_id in self._sessions or self._tombstones.contains(terms.owner, call_id):
             return Failed("call_refused", "a call with this id was started or given up before")
         return self._add_session(call_id, terms, received_at)
-
-    def _grant_terms(self, requested: JSONObject, streaming: bool) -> SessionTerms:
-        return SessionTerms(
-            owner=required_string(requested, "owner"),
-            secret=_digest(required_string(requested, "secret")),
-            disconnect_timeout=min(_seconds(requested, "disconnect_timeout"), self.settings["disconnect_timeout"]),
-            result_ttl=min(_seconds(requested, "result_ttl"), self.settings["result_ttl"]),
-            timeout=_seconds(requested, "timeout"),
-            max_exec_time=_seconds(requested, "max_exec_time"),
-            streaming=streaming,
-        )
 
     def wrong_instance(self) -> Failed:
         """Return the error of a start that names another instance, or is sent to a retired one."""
@@ -120,7 +112,7 @@ class CallRegistry:
                 continue  # a connection-bound call: no dispatcher attaches to it
             try:
                 terms = SessionTerms.decode(state.session)
-            except (KeyError, TypeError, ValueError) as error:
+            except (KeyError, TypeError, ProtocolError) as error:
                 log.warning("cannot read state of call", extra={"call": call_id, "reason": repr(error)})
                 continue
             session = self._add_session(call_id, terms, self._loop.now())
@@ -144,21 +136,20 @@ class CallRegistry:
         )
         return session
 
-    def attach(self, channel: LinkChannel, request: JSONObject) -> Failed | None:
+    def attach(self, channel: LinkChannel, facts: Mapping[str, Any]) -> Failed | None:
         """Attach a link channel to a call, or return why not."""
-        call_id, owner = required_string(request, "attach"), required_string(request, "owner")
-        since = member_value(request, "since")
+        call_id, owner, secret = read_texts(facts, "attach", "owner", "secret")
+        since = facts["since"]
         check(is_count(since), "since: expected a count")
         if call_id not in self._sessions:
             self._clean_up_orphans()  # perhaps its supervisor has just died
         session = self._sessions.get(call_id)
-        secret = _digest(required_string(request, "secret"))
-        if session is None or not (_is_same(session.terms.owner, owner) and _is_same(session.terms.secret, secret)):
+        digest = _digest(secret)
+        if session is None or not (_is_same(session.terms.owner, owner) and _is_same(session.terms.secret, digest)):
             self._tombstones.add(owner, call_id, self._loop.now())
             data = {"instance": self._instance}
             return Failed("no_such_call", "there is no such call here, and it will not start", data)
-        keep_alive = member_value(request, "keep_alive") if "keep_alive" in request else None
-        rejection = session.attach(channel, since, keep_alive)
+        rejection = session.attach(channel, since, facts.get("keep_alive"))
         if rejection is None:
             log.info("dispatcher attached to call", extra={"call": call_id, "since": since})
         return rejection
@@ -176,10 +167,13 @@ class CallRegistry:
         self._notify_discarded()
 
 
-def _seconds(members: JSONObject, key: str) -> float:
-    seconds = member_value(members, key)
-    check(is_seconds(seconds), f"{key}: expected a positive number of seconds")
-    return float(min(seconds, MAX_SECONDS))
+def read_texts(facts: Mapping[str, Any], *keys: str) -> list[str]:
+    """Return the strings of these keys. Raises KeyError and `ProtocolError`."""
+    texts = [facts[key] for key in keys]
+    for key, text in zip(keys, texts, strict=True):
+        if not isinstance(text, str):
+            raise ProtocolError(f"{key}: expected a string")
+    return texts
 
 
 def _digest(secret: str) -> str:

@@ -21,10 +21,11 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 from harp.protocol.ends import Failed
-from harp.protocol.fields import ProtocolError, is_seconds
+from harp.protocol.fields import ProtocolError
 from harp.protocol.harpd import (
     Ack,
     Acknowledgement,
@@ -48,7 +49,8 @@ from harpd.supervisor.spool import Spool, SpoolQuota
 log = logging.getLogger("harpd.supervisor")
 
 #: Limits above this number of seconds are lowered: no call reaches it, and a large integer has no form as a float.
-MAX_SECONDS = 1e9
+_MAX_SECONDS = 1e9
+_NO_LIMITS: Mapping[str, float] = MappingProxyType({})
 #: Bytes of unacknowledged records that are sent; one record may be longer.
 _WINDOW_BYTES = 1024 * 1024
 #: The most bytes of a command line.
@@ -76,19 +78,26 @@ class SessionTerms:
     streaming: bool
 
     @classmethod
-    def decode(cls, stored: Mapping[str, Any]) -> SessionTerms:
-        """Return the terms that `encode` has stored.
+    def decode(cls, members: Mapping[str, Any], limits: Mapping[str, float] = _NO_LIMITS) -> SessionTerms:
+        """Return the terms in a request, or those that `encode` has stored.
+
+        Args:
+            members: the attributes by name, and others.
+            limits: the most seconds of some of the attributes; more are lowered.
 
         Raises:
-            KeyError, TypeError, ValueError: no session has stored them.
+            KeyError, ProtocolError: a member is missing, or has a wrong type.
         """
-        terms = cls(**{key: stored[key] for key in cls.__slots__})
-        seconds = terms.disconnect_timeout, terms.result_ttl, terms.timeout, terms.max_exec_time
-        if not (isinstance(terms.owner, str) and isinstance(terms.secret, str) and all(map(is_seconds, seconds))):
-            raise ValueError("wrong type")
-        if max(seconds) > MAX_SECONDS:
-            raise ValueError("too many seconds")
-        return terms
+        seconds: dict[str, float] = {}
+        for key in ("disconnect_timeout", "result_ttl", "timeout", "max_exec_time"):
+            number = members[key]
+            if type(number) not in (int, float) or number <= 0:
+                raise ProtocolError(f"{key}: expected a positive number of seconds")
+            seconds[key] = float(min(number, limits.get(key, _MAX_SECONDS)))
+        owner, secret, streaming = members["owner"], members["secret"], members["streaming"]
+        if not (isinstance(owner, str) and isinstance(secret, str) and isinstance(streaming, bool)):
+            raise ProtocolError("owner, secret: expected strings")
+        return cls(owner, secret, **seconds, streaming=streaming)
 
     def encode(self) -> Raw:
         """Return the terms as a JSON object."""
