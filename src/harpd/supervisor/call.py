@@ -194,10 +194,10 @@ class Call:
         except OSError as error:  # it is needed only if this supervisor is killed
             log.error("cannot write state of call", extra={**self._fields, "reason": str(error)})
         log.info("call started", extra={**self._fields, "pid": pid})
-        self._observer.on_started()
         if self._stop_reason is not None:
             self._terminate().start(interrupt=False)
-        elif self._info.timeout is not None:
+        self._observer.on_started()
+        if self._stop_reason is None and self._info.timeout is not None:
             self._deadline = self._loop.call_later(self._info.timeout, lambda: self.stop(StopReason.TIME_LIMIT))
         self._flush_arguments()  # at once: the worker waits for them
         self.update_watch()

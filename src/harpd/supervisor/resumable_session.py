@@ -44,7 +44,7 @@ from harp.protocol.lines import LineBuffer, LineTooLong
 from harpd.supervisor.call import Call, StopReason
 from harpd.supervisor.event_loop import EventLoop, Timer
 from harpd.supervisor.link import LinkChannel
-from harpd.supervisor.spool import Spool, SpoolQuota
+from harpd.supervisor.spool import GUARANTEED_BYTES, Spool, SpoolQuota
 
 log = logging.getLogger("harpd.supervisor")
 
@@ -135,6 +135,7 @@ class ResumableSession:
         self._kill_grace = kill_grace
         self._instance = instance
         self._spool_size = spool_size
+        self._guaranteed_size = min(spool_size, GUARANTEED_BYTES)
         self._quota = quota
         self._on_discarded = on_discarded
         self._spool = Spool()
@@ -152,9 +153,7 @@ class ResumableSession:
         self._ended_at = 0.0
         self._adopted = False
         self._contact_at, self._last_output_at = contact_at, loop.now()
-        self._contact_timer: Timer | None = None
-        self._limit_timer: Timer | None = None
-        self._check_contact()
+        self._timer: Timer | None = None  # None: the worker does not exist yet
 
     # The call's notifications: `CallObserver`.
 
@@ -162,13 +161,16 @@ class ResumableSession:
     def full(self) -> bool:
         """See `CallObserver`."""
         size = self._spool.size
+        if size < self._guaranteed_size:
+            return False
         return size >= self._spool_size or not self._quota.may_grow(size, self, self._resume_reading)
 
     def on_started(self) -> None:
         """See `CallObserver`."""
         self._started_at = self._last_output_at = self._loop.now()
-        self._check_limits()
-        self._send_acknowledgement()
+        self._check()
+        if self._channel is not None:
+            self._send_acknowledgement(self._channel, 0.0)
 
     def on_rejected(self, line: bytes) -> None:
         """See `CallObserver`."""
@@ -186,8 +188,6 @@ class ResumableSession:
     def on_end(self, line: bytes) -> None:
         """See `CallObserver`."""
         self._end = line
-        if self._limit_timer is not None:
-            self._limit_timer.cancel()
 
     def on_exit(self, exit_info: Callable[[], Raw], stop_report: Raw | None) -> None:
         """See `CallObserver`."""
@@ -226,7 +226,9 @@ class ResumableSession:
         self._sent_end = self._sent_last_report = self._heartbeat_pending = False
         self._channel = channel
         channel.user = self
-        self._send_acknowledgement()
+        if self._started_at is not None:
+            self._send_acknowledgement(channel, self._elapsed())
+            self._send_pending()
         return None
 
     def adopt(self, stop_report: Raw | None) -> None:
@@ -244,25 +246,25 @@ class ResumableSession:
         self._closing = report + encode_message(ExitInfo(exit_info)) + closing_line
         self._quota.reserve(len(self._closing))
         self._ended_at = self._loop.now()
-        self._schedule_contact_check(self.terms.result_ttl)
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = self._loop.call_later(self.terms.result_ttl, self._check)
 
     @property
     def attached(self) -> bool:
         """Whether a connection is attached."""
         return self._channel is not None
 
-    def _send_acknowledgement(self) -> None:
-        if self._channel is not None and self._started_at is not None:
-            granted = GrantedTerms(
-                instance=self._instance,
-                disconnect_timeout=self.terms.disconnect_timeout,
-                result_ttl=self.terms.result_ttl,
-                kill_grace=self._kill_grace,
-                elapsed=self._elapsed(),
-                records=self._spool.end,
-            )
-            self._channel.send_soon(encode_message(Acknowledgement(self.terms.streaming, granted, self._keep_alive)))
-            self._send_pending()
+    def _send_acknowledgement(self, channel: LinkChannel, elapsed: float) -> None:
+        granted = GrantedTerms(
+            instance=self._instance,
+            disconnect_timeout=self.terms.disconnect_timeout,
+            result_ttl=self.terms.result_ttl,
+            kill_grace=self._kill_grace,
+            elapsed=elapsed,
+            records=self._spool.end,
+        )
+        channel.send_soon(encode_message(Acknowledgement(self.terms.streaming, granted, self._keep_alive)))
 
     def _elapsed(self) -> float:
         """Return the seconds since the start."""
@@ -351,45 +353,44 @@ class ResumableSession:
         if self.call is not None:
             self.call.update_watch()
 
-    def _check_limits(self) -> None:
-        """Stop the call if it has run, or sent nothing, for too long. While its spool is full, it cannot send."""
-        assert self._started_at is not None
-        now = self._loop.now()
-        if self.full:
-            self._last_output_at = now
-        until_end = self._started_at + self.terms.max_exec_time - now
-        until_silence = self._last_output_at + self.terms.timeout - now
-        if until_end <= 0:
-            self._stop(StopReason.MAX_EXEC_TIME, f"{self.terms.max_exec_time:g} s")
-        elif until_silence <= 0:
-            self._stop(StopReason.SILENCE, f"{self.terms.timeout:g} s")
-        else:
-            self._limit_timer = self._loop.call_later(min(until_end, until_silence), self._check_limits)
-
-    def _check_contact(self) -> None:
-        now = self._loop.now()
+    def _check(self) -> None:
+        """Stop the call if it has reached a limit; discard its end if the dispatcher has not fetched it in time."""
         if self._closing is None:
-            remaining = self._contact_at + self.terms.disconnect_timeout - now
-            if remaining <= 0:
-                self._stop(StopReason.LOST_CONTACT)
-                remaining = self.terms.result_ttl
+            remaining = self._enforce_limits()
         else:
-            remaining = max(self._contact_at, self._ended_at) + self.terms.result_ttl - now
+            remaining = max(self._contact_at, self._ended_at) + self.terms.result_ttl - self._loop.now()
             if remaining <= 0:
                 log.warning("discarding unfetched end of call", extra={"call": self.id})
                 self.discard()
                 return
-        self._schedule_contact_check(remaining)
+        self._timer = self._loop.call_later(remaining, self._check)
 
-    def _schedule_contact_check(self, seconds: float) -> None:
-        if self._contact_timer is not None:
-            self._contact_timer.cancel()
-        self._contact_timer = self._loop.call_later(seconds, self._check_contact)
+    def _enforce_limits(self) -> float:
+        """Stop the call if it has reached a limit; return the seconds until the next check."""
+        assert self._started_at is not None
+        now, terms = self._loop.now(), self.terms
+        if self.full:  # it cannot send
+            self._last_output_at = now
+        deadlines = {
+            StopReason.MAX_EXEC_TIME: self._started_at + terms.max_exec_time,
+            StopReason.SILENCE: self._last_output_at + terms.timeout,
+            StopReason.LOST_CONTACT: self._contact_at + terms.disconnect_timeout,
+        }
+        nearest = min(deadlines.values())
+        if nearest > now:
+            return nearest - now
+        if deadlines[StopReason.MAX_EXEC_TIME] <= now:
+            self._stop(StopReason.MAX_EXEC_TIME, f"{terms.max_exec_time:g} s")
+        elif deadlines[StopReason.SILENCE] <= now:
+            self._stop(StopReason.SILENCE, f"{terms.timeout:g} s")
+        else:
+            self._stop(StopReason.LOST_CONTACT)
+        return terms.result_ttl
 
     def discard(self) -> None:
         """Discard the session: the dispatcher has stored its end, was rejected, or has not fetched it in time."""
-        if self._contact_timer is not None:
-            self._contact_timer.cancel()
+        if self._timer is not None:
+            self._timer.cancel()
         self._quota.release(self._spool.size + len(self._closing or b""))
         self._on_discarded(self)  # before the connection closes: the close is visible to others
         if self._channel is not None:
