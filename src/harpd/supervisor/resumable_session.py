@@ -278,11 +278,8 @@ class ResumableSession:
         if self._heartbeat_pending and channel.writable:  # one reply to all heartbeats since the last one
             self._heartbeat_pending = False
             channel.send(encode_message(Heartbeat(self._elapsed())))
-        while (
-            channel.writable
-            and self._unacknowledged < _WINDOW_BYTES
-            and (chunk := self._spool.chunk_from(self._next)) is not None
-        ):
+        while self._next < self._spool.end and channel.writable and self._unacknowledged < _WINDOW_BYTES:
+            chunk = self._spool.chunk_from(self._next)
             self._next = chunk.first + chunk.count
             self._unacknowledged += len(chunk.lines)
             channel.send(encode_message(RecordTime(chunk.time)) + chunk.lines)

@@ -68,17 +68,15 @@ class Spool:
         """Set the number of the first record of an empty spool: this supervisor does not have the earlier records."""
         self.first = self.end = number
 
-    def chunk_from(self, number: int) -> Chunk | None:
-        """Return the next records, from a number on that is at least `first`; None if there are none."""
-        if number >= self.end:
-            return None
+    def chunk_from(self, number: int) -> Chunk:
+        """Return the next records from a number on, which is at least `first` and below `end`."""
         if number in self._chunks:
             return self._chunks[number]
         for chunk in self._chunks.values():
             skipped = number - chunk.first
             if skipped < chunk.count:
                 return Chunk(number, chunk.count - skipped, chunk.lines.split(b"\n", skipped)[skipped], chunk.time)
-        return None
+        raise IndexError(number)
 
 
 class SpoolQuota:
