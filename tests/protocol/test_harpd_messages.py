@@ -41,6 +41,7 @@ from harp.protocol.harpd import (
     decode_message,
     decode_request,
     encode_command,
+    encode_exit_info,
     encode_message,
     encode_request,
 )
@@ -409,3 +410,8 @@ def test_reply_reader_of_any_sequence_returns_or_raises(lines: list[str], reques
             if exchange.finished:
                 return
             exchange.read_message(line.encode())
+
+
+def test_exit_info_encoded_fast_is_the_message() -> None:
+    info = Raw(b'{"by":"itself"}')
+    assert encode_exit_info(info) == encode_message(ExitInfo(info))

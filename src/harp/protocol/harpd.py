@@ -291,12 +291,17 @@ def encode_command(command: Command) -> bytes:
     return b"{%b}\n" % encode_members(command)
 
 
+_RELEASE = encode_command(Release())[:-1]
+
+
 def decode_command(line: bytes) -> Command:
     """Return the command of a line without its line feed.
 
     Raises:
         ProtocolError: of type ``parse_error`` or ``invalid_request``.
     """
+    if line == _RELEASE:  # each call's last one
+        return Release()
     members = decode_object(line, decode_values)
     expected = f"expected exactly one of {', '.join(_COMMANDS)}"
     command: Command = decode_as(_COMMANDS[only_kind(_COMMANDS, members, expected, expected)], members)
@@ -419,6 +424,11 @@ def encode_message(message: Message) -> bytes:
     if isinstance(message, Record):
         return encode_record(dumps(message.data))
     return (b'{"harp":1,%b}\n' if isinstance(message, _VERSIONED) else b"{%b}\n") % encode_members(message)
+
+
+def encode_exit_info(info: Raw) -> bytes:
+    """Return the line of an `ExitInfo` whose text is known to be an object of limited size."""
+    return b'{"exit_info":%b}\n' % info
 
 
 def decode_message(line: bytes, decoder: Decoder = decode_values) -> Message:

@@ -8,6 +8,7 @@ close proves it.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 
 from harp.protocol.harpd import Acknowledgement, encode_message
 from harp.protocol.json_text import Raw
@@ -41,7 +42,7 @@ class BoundSession:
         buffer_size: int,
         on_disconnected: Callable[[BoundSession], None],
     ) -> None:
-        self._acknowledgement = Acknowledgement(streaming, keep_alive=keep_alive)
+        self._acknowledgement = _encode_acknowledgement(streaming, keep_alive)
         self._buffer_size = buffer_size
         self._on_disconnected = on_disconnected
         self._channel = channel
@@ -54,7 +55,7 @@ class BoundSession:
 
     def on_started(self) -> None:
         """See `CallObserver`."""
-        self._channel.send_soon(encode_message(self._acknowledgement))
+        self._channel.send_soon(self._acknowledgement)
 
     def on_records(self, lines: bytes, count: int) -> None:
         """See `CallObserver`."""
@@ -86,3 +87,8 @@ class BoundSession:
     def on_writable(self) -> None:
         """See `ChannelUser`."""
         self.call.update_watch()
+
+
+@lru_cache(maxsize=64)  # there are a few different ones
+def _encode_acknowledgement(streaming: bool, keep_alive: float | None) -> bytes:
+    return encode_message(Acknowledgement(streaming, keep_alive=keep_alive))

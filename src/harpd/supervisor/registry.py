@@ -82,12 +82,13 @@ class CallRegistry:
         check(isinstance(received_at, (int, float)), "received: expected seconds")
         if instance != self._instance:
             return self.wrong_instance()
-        limits = {key: self.settings[key] for key in ("disconnect_timeout", "result_ttl")}
+        settings = self.settings
+        limits = {"disconnect_timeout": settings["disconnect_timeout"], "result_ttl": settings["result_ttl"]}
         members = {**requested, "secret": _digest(secret), "streaming": streaming}
         terms = SessionTerms.decode(members, limits)
         if self._loop.now() - received_at > min(_MAX_START_AGE, terms.disconnect_timeout):
             return Failed("call_refused", "the start was delayed for too long; the call did not start")
-        if self._quota.exhausted or len(self._sessions) >= _SESSIONS_PER_CALL * self.settings["max_calls"]:
+        if self._quota.exhausted or len(self._sessions) >= _SESSIONS_PER_CALL * settings["max_calls"]:
             return Failed("too_many_calls", "this host stores too many ends that were not fetched")
         if call_id in self._sessions or self._tombstones.contains(terms.owner, call_id):
             return Failed("call_refused", "a call with this id was started or given up before")
@@ -169,10 +170,12 @@ class CallRegistry:
 
 def read_texts(facts: Mapping[str, Any], *keys: str) -> list[str]:
     """Return the strings of these keys. Raises KeyError and `ProtocolError`."""
-    texts = [facts[key] for key in keys]
-    for key, text in zip(keys, texts, strict=True):
+    texts: list[str] = []
+    for key in keys:
+        text = facts[key]
         if not isinstance(text, str):
             raise ProtocolError(f"{key}: expected a string")
+        texts.append(text)
     return texts
 
 

@@ -21,6 +21,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from types import MappingProxyType
 from typing import Any
 
@@ -29,7 +30,6 @@ from harp.protocol.fields import ProtocolError
 from harp.protocol.harpd import (
     Ack,
     Acknowledgement,
-    ExitInfo,
     GrantedTerms,
     Heartbeat,
     RecordTime,
@@ -37,6 +37,7 @@ from harp.protocol.harpd import (
     StopCall,
     StopReport,
     decode_command,
+    encode_exit_info,
     encode_message,
 )
 from harp.protocol.json_text import Raw, dumps
@@ -102,6 +103,22 @@ class SessionTerms:
     def encode(self) -> Raw:
         """Return the terms as a JSON object."""
         return dumps({key: getattr(self, key) for key in self.__slots__})
+
+
+@lru_cache(maxsize=64)  # the calls of a dispatcher have the same one
+def _encode_acknowledgement(
+    streaming: bool, instance: str, times: tuple[float, float, float, float], records: int, keep_alive: float | None
+) -> bytes:
+    disconnect_timeout, result_ttl, kill_grace, elapsed = times
+    granted = GrantedTerms(
+        instance=instance,
+        disconnect_timeout=disconnect_timeout,
+        result_ttl=result_ttl,
+        kill_grace=kill_grace,
+        elapsed=elapsed,
+        records=records,
+    )
+    return encode_message(Acknowledgement(streaming, granted, keep_alive))
 
 
 class ResumableSession:
@@ -243,7 +260,7 @@ class ResumableSession:
 
     def _set_closing(self, stop_report: Raw | None, exit_info: Raw, closing_line: bytes) -> None:
         report = b"" if stop_report is None else encode_message(StopReport(stop_report))
-        self._closing = report + encode_message(ExitInfo(exit_info)) + closing_line
+        self._closing = report + encode_exit_info(exit_info) + closing_line
         self._quota.reserve(len(self._closing))
         self._ended_at = self._loop.now()
         if self._timer is not None:
@@ -256,15 +273,11 @@ class ResumableSession:
         return self._channel is not None
 
     def _send_acknowledgement(self, channel: LinkChannel, elapsed: float) -> None:
-        granted = GrantedTerms(
-            instance=self._instance,
-            disconnect_timeout=self.terms.disconnect_timeout,
-            result_ttl=self.terms.result_ttl,
-            kill_grace=self._kill_grace,
-            elapsed=elapsed,
-            records=self._spool.end,
+        terms = self.terms
+        times = terms.disconnect_timeout, terms.result_ttl, self._kill_grace, elapsed
+        channel.send_soon(
+            _encode_acknowledgement(terms.streaming, self._instance, times, self._spool.end, self._keep_alive)
         )
-        channel.send_soon(encode_message(Acknowledgement(self.terms.streaming, granted, self._keep_alive)))
 
     def _elapsed(self) -> float:
         """Return the seconds since the start."""
