@@ -10,6 +10,8 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
+import signal
 import socket
 import sys
 import threading
@@ -54,6 +56,10 @@ def torrent(path, size):
 def records(count, size):
     for number in range(count):
         yield "x" * size
+
+@procedure
+def hang():
+    time.sleep(600)
 
 @procedure
 def endless_line(path):
@@ -335,9 +341,6 @@ def test_lines_without_end_stay_within_the_memory_of_all_spools(system: System, 
             assert client.lines()[-1]["error"]["type"] == "call_died"
 
 
-# Clients that send long requests.
-
-
 @contextmanager
 def busy(work: Callable[[], None], threads: int = 1) -> Iterator[list[int]]:
     """Repeat work in threads; yield the number of times, as a list with one item."""
@@ -358,6 +361,46 @@ def busy(work: Callable[[], None], threads: int = 1) -> Iterator[list[int]]:
         over.set()
         for thread in running:
             thread.join()
+
+
+# Clients that send commands without end, or long requests.
+
+
+def test_commands_without_end_delay_no_other(system: System, direct: Others) -> None:
+    harpd = system.harpd
+    line = b'{"heartbeat":0}\n'
+    bound = 4 * CONNECTION + USUAL
+    with (
+        bounded(frontend=(harpd.pid, bound), supervisor=(harpd.supervisor, bound)),
+        harpd.start_resumable("hang", result_ttl=1) as client,
+    ):
+        client.message()
+        with busy(lambda: client.send(1000 * line)) as sent:
+            direct.check()
+            wait_until(lambda: sent[0] >= 100, DEADLINE, "many commands")
+        client.send({"stop": {"why": "cancelled"}})
+        wait_until(lambda: harpd.status()["calls"] == 0, DEADLINE, "the end of the call")
+    wait_until(lambda: harpd.status()["resumable"] == 0, DEADLINE, "the end's expiry")
+
+
+def test_commands_to_a_suspended_supervisor_are_not_read(system: System) -> None:
+    harpd = system.harpd
+    supervisor = harpd.supervisor
+    sent = 0
+    with bounded(frontend=(harpd.pid, USUAL)):
+        client = harpd.start_resumable("same", 1, result_ttl=1)
+        os.kill(supervisor, signal.SIGSTOP)
+        try:
+            client.socket.settimeout(STILL)
+            with contextlib.suppress(TimeoutError):
+                while sent < 100 * MIB:
+                    client.send(4000 * b'{"heartbeat":0}\n')
+                    sent += 64_000
+        finally:
+            os.kill(supervisor, signal.SIGCONT)
+            client.close()
+    assert sent < 20 * MIB  # what the buffers of the two sockets take
+    wait_until(lambda: harpd.status()["resumable"] == 0, DEADLINE, "the end of the call")
 
 
 def test_long_requests_that_stop_in_the_middle_share_a_limit(system: System, direct: Others) -> None:
