@@ -504,6 +504,8 @@ class Dispatcher:
         self._orphan_reaper.stop()
         self._context.connections.close()
         await self._context.capabilities.close()
+        if self._context.openings:
+            await asyncio.wait(self._context.openings)
         self._timers.close()
 
     def _report_config(self, config: Config, reported: frozenset[str]) -> None:

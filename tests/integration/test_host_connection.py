@@ -144,10 +144,10 @@ async def test_idle_connection_survives_late_heartbeats_only(tmp_path: Path) -> 
         conn.until_closed()
 
     async with connected(tmp_path, script) as (conn, peer):
-        for _ in range(2):
+        for number in range(2):
             queue = MessageQueue(conn)
             conn.send_request(encode_request(ListCalls("o", "u", "p")), Phase.SENT_LIST, queue)
-            if not peer.connections[0].received:
+            if number == 0:
                 assert await queue.receive() is not None
             conn.finish_request()
         await eventually(lambda: len(peer.connections[0].received) == 2, what="the second request")

@@ -47,8 +47,8 @@ _is_record = methodcaller("startswith", RECORD_PREFIX)
 _is_heartbeat = methodcaller("startswith", _HEARTBEAT_PREFIX)
 #: Maximum bytes of commands that the host has not read.
 _MAX_UNSENT_BYTES = 64 * 1024
-#: Maximum seconds for which the last command of a call waits for the next request.
-_COMMAND_DELAY = 0.05
+#: Seconds for which the last command of a call waits for the next request.
+_COMMAND_DELAY = 0.03
 #: Maximum number of messages that a `MessageQueue` holds before its connection is not read.
 _MAX_QUEUED = 64
 

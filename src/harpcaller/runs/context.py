@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -41,6 +42,7 @@ class RunContext:
         request_claim: called with a write that releases a slot, so that another job gets it in the same transaction.
         wall: the wall clock for stored times; Unix seconds.
         timings: durations of the dispatcher's own steps.
+        openings: the tasks that open connections, also those that were cancelled and have not ended yet.
     """
 
     config: Config
@@ -56,6 +58,7 @@ class RunContext:
     request_claim: Callable[[], None]
     wall: Callable[[], float]
     timings: Timings = field(default_factory=Timings)
+    openings: set[asyncio.Task[Any]] = field(default_factory=set)
     _start_encoders: dict[tuple[Host, HostSupport], StartEncoder] = field(default_factory=dict, init=False)
 
     def encode_start(self, job: Job, host: Host, support: HostSupport) -> bytes:

@@ -253,7 +253,7 @@ class Run:
         """Start the call on an idle connection, or open one first."""
         host, context = self._host, self._context
         assert host is not None
-        if self._stop_command is not None or time.monotonic() >= self._deadlines.deadline:
+        if self._outcome.has_ended or time.monotonic() >= self._deadlines.deadline:
             self._finish_unsent()
             return
         self._attempts += 1
@@ -268,6 +268,8 @@ class Run:
         """Open a connection in a task, which is cancelled at the monotonic time `deadline`."""
         self._opening = asyncio.create_task(self._open_connection(host))
         self._opening.add_done_callback(self._on_opened)
+        self._context.openings.add(self._opening)
+        self._opening.add_done_callback(self._context.openings.discard)
         self._set_timer(deadline)
 
     async def _open_connection(self, host: Host) -> tuple[HarpdConnection | None, HostSupport]:
@@ -314,7 +316,7 @@ class Run:
             self._reattach_later()
 
     def _send_start(self, conn: HarpdConnection, host: Host, support: HostSupport) -> None:
-        if self._stop_command is not None:
+        if self._outcome.has_ended:
             conn.abort()
             self._finish_unsent()
             return
