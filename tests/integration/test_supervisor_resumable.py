@@ -202,7 +202,8 @@ def test_start_delayed_too_long_is_rejected(supervisor: Supervisor, age: float, 
     received = time.clock_gettime(time.CLOCK_BOOTTIME) - age
     terms: dict[str, Any] = {"received": received, "disconnect_timeout": disconnect_timeout}
     with supervisor.call_resumable("same", 1, **terms) as call:
-        assert refused(call) == "call_refused"
+        (line,) = call.lines()
+        assert (error_of(line), line["error"]["data"]) == ("call_refused", {"reason": "delayed"})
         assert call.id not in supervisor.list_calls()
 
 

@@ -87,7 +87,8 @@ class CallRegistry:
         members = {**requested, "secret": _digest(secret), "streaming": streaming}
         terms = SessionTerms.decode(members, limits)
         if self._loop.now() - received_at > min(_MAX_START_AGE, terms.disconnect_timeout):
-            return Failed("call_refused", "the start was delayed for too long; the call did not start")
+            message = "the start was delayed for too long; the call did not start"
+            return Failed("call_refused", message, {"reason": "delayed"})  # no tombstone: it may be sent again
         if self._quota.exhausted or len(self._sessions) >= _SESSIONS_PER_CALL * settings["max_calls"]:
             return Failed("too_many_calls", "this host stores too many ends that were not fetched")
         if call_id in self._sessions or self._tombstones.contains(terms.owner, call_id):
