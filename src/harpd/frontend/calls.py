@@ -23,7 +23,7 @@ from harp_daemon.timer_wheel import Timer
 from harpd.config.settings import Limits
 from harpd.frontend.link import Link, LinkChannel
 from harpd.frontend.supervisor_links import AttachReply
-from harpd.supervisor.frames import END, ERROR
+from harpd.supervisor.frames import COMMANDS_WINDOW, END, ERROR
 
 log = logging.getLogger("harpd.frontend")
 
@@ -235,7 +235,7 @@ class ResumableCall:
         self._lines = LineBuffer(MAX_COMMAND_BYTES)
         self._reply_timer: Timer | None = None  # until the first reply
         self._credit_timer: Timer | None = None  # while the supervisor takes no commands
-        self._early = b""  # commands before the first reply
+        self._unhandled = b""  # data of the client: before the first reply, or while the supervisor takes no commands
 
     def start(self, link: Link) -> None:
         """Start the call in the supervisor of this link."""
@@ -258,17 +258,15 @@ class ResumableCall:
             self._connection.on_accepted()
         self._connection.write(lines)
         self._channel.take(len(lines), self._connection.reads)
-        if self._early:
-            early, self._early = self._early, b""
-            self._connection.resume_reading()
-            self.on_client_data(early)
+        if self._unhandled and self._credit_timer is None:  # it waited for the first reply
+            self._handle_data()
 
     def on_credit(self) -> None:
         """See `ChannelUser`."""
         if self._credit_timer is not None and self._channel.may_send:
             self._credit_timer.cancel()
             self._credit_timer = None
-            self._connection.resume_reading()
+            self._handle_data()
 
     def on_closed(self) -> None:
         """See `ChannelUser`."""
@@ -279,33 +277,39 @@ class ResumableCall:
 
     def on_client_data(self, data: bytes) -> None:
         """Send complete commands on, after the first reply: a supervisor that rejects the call reads none."""
-        if self._reply_timer is not None:
-            self._early += data
-            if len(self._early) > MAX_EARLY_BYTES:
-                self._connection.pause_reading()
-            return
-        commands: list[bytes] = []
-        try:
-            while data:
-                piece, end, data = data.partition(b"\n")
-                for line in self._lines.feed(piece + end):
-                    commands.append(line + b"\n")
-                    if self._keep_alive and _is_release(line):
-                        self._channel.send_commands(b"".join(commands))
-                        self._channel.user = None
-                        self._cancel_timers()
-                        self._connection.next_request(data)
-                        return
-        except LineTooLong as error:
-            log.warning("invalid command from client; detached", extra={**self._log_fields, "reason": str(error)})
-            self._leave()
-            return
-        if commands:
-            self._channel.send_commands(b"".join(commands))
-            if not self._channel.may_send and self._credit_timer is None:
-                self._connection.pause_reading()
-                seconds = self._connection.limits.write_timeout
-                self._credit_timer = self._connection.call_later(seconds, self._on_timeout)
+        self._unhandled += data
+        if self._reply_timer is None:
+            self._handle_data()
+        elif len(self._unhandled) > MAX_EARLY_BYTES:
+            self._connection.pause_reading()
+
+    def _handle_data(self) -> None:
+        """Send commands on, as many as the supervisor takes now, and read no more until it has taken all.
+
+        A window at a time: a client that floods its call with commands must not delay the calls of others.
+        """
+        while self._unhandled and self._channel.may_send:
+            data, self._unhandled = self._unhandled[:COMMANDS_WINDOW], self._unhandled[COMMANDS_WINDOW:]
+            try:
+                lines = self._lines.feed(data)
+            except LineTooLong as error:
+                log.warning("invalid command from client; detached", extra={**self._log_fields, "reason": str(error)})
+                self._leave()
+                return
+            end = next((at for at, line in enumerate(lines, 1) if self._keep_alive and _is_release(line)), None)
+            if lines:
+                self._channel.send_commands(b"".join([line + b"\n" for line in lines[:end]]))
+            if end is not None:
+                self._channel.user = None
+                self._cancel_timers()
+                self._connection.next_request(b"\n".join((*lines[end:], self._lines.pending)) + self._unhandled)
+                return
+        if self._channel.may_send:
+            self._connection.resume_reading()
+        elif self._credit_timer is None:
+            self._connection.pause_reading()
+            seconds = self._connection.limits.write_timeout
+            self._credit_timer = self._connection.call_later(seconds, self._on_timeout)
 
     def on_client_lost(self) -> None:
         """Detach; the call continues."""
