@@ -237,6 +237,7 @@ def test_request_during_suspension_counts_from_its_arrival(tmp_path: Path) -> No
             os.kill(harpd.pid, signal.SIGCONT)
         (rejection,) = client.lines()
         assert rejection["error"]["type"] == "call_refused"
+        assert rejection["error"]["data"] == {"reason": "delayed"}  # the dispatcher sends it again
 
 
 def test_request_after_suspension_is_accepted(tmp_path: Path) -> None:

@@ -241,7 +241,8 @@ class Link:
     def _handle(self, number: int, kind: int, body: bytes) -> None:
         channel = self._channels.get(number)
         if channel is None:
-            raise InvalidFrame(f"channel {number} is not open")
+            log.error("received frame of a closed channel", extra={"channel": number, "kind": kind})
+            return
         try:
             if kind == CLOSED:
                 del self._channels[number]

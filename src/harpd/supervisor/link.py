@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
-from harp.protocol.fields import ProtocolError
+from harp.protocol.fields import ProtocolError, check
 from harp.protocol.json_text import InvalidJSON, loads
 from harpd.supervisor.event_loop import READ, WRITE, EventLoop
 from harpd.supervisor.frames import (
@@ -66,7 +66,7 @@ class ChannelUser(Protocol):
 
 
 class RequestHandler(Protocol):
-    """The receiver of the first frame of each channel. KeyError, InvalidJSON or ProtocolError close the link."""
+    """The receiver of the first frame of each channel. KeyError or ProtocolError close the channel."""
 
     def on_start(self, channel: LinkChannel, facts: Mapping[str, Any], arguments: bytes) -> None:
         """Start a call."""
@@ -250,8 +250,8 @@ class Link:
         try:
             for frame in self._frames.feed(data):
                 self._handle(frame)
-        except (InvalidFrame, KeyError, InvalidJSON, ProtocolError) as error:
-            log.error("invalid request", extra={"reason": repr(error)})
+        except InvalidFrame as error:
+            log.error("invalid frame", extra={"reason": str(error)})
             self._lose()
 
     def finish(self, deadline: float) -> None:
@@ -323,23 +323,30 @@ class Link:
                 raise InvalidFrame(f"channel {number} is in use")
             self._open(number, kind, body)
         elif channel is not None:  # else the frame crossed the close of the channel
-            channel.handle(kind, body)
+            try:
+                channel.handle(kind, body)
+            except InvalidFrame:
+                raise
+            except Exception:  # a bug costs one call, not all of the link
+                log.exception("callback failed")
+                channel.hang_up()
 
     def _open(self, number: int, kind: int, body: bytes) -> None:
+        channel = self._channels[number] = LinkChannel(self, number)
         head, _, arguments = body.partition(b"\n")
-        facts = loads(head)
-        if not isinstance(facts, dict):
-            raise InvalidFrame("expected an object")
-        channel = LinkChannel(self, number)
-        self._channels[number] = channel
         try:
+            facts = loads(head)
+            check(isinstance(facts, dict), "expected an object")
             if kind == START:
                 self._handler.on_start(channel, facts, arguments)
             else:
                 self._handler.on_attach(channel, facts)
-        except BaseException:
-            del self._channels[number]  # it has no user
-            raise
+        except (KeyError, InvalidJSON, ProtocolError) as error:
+            log.error("invalid request", extra={"reason": repr(error)})
+            channel.close()
+        except Exception:
+            log.exception("callback failed")
+            channel.close()
 
     def _flush(self) -> None:
         self._flush_scheduled = False
