@@ -506,7 +506,6 @@ class Call:
         stop_report = None if self._termination is None else self._termination.stop_report()
         reported_survivors = self._exit_reported
         self._report_exit(stop_report)
-        self._drop_partial_line()
         if reuse_worker:
             self._worker.become_idle()
         else:

@@ -194,7 +194,8 @@ class StateFiles:
     def _find_dead(self) -> Iterator[_OpenFile]:
         """Lock the files of dead supervisors, and yield them."""
         for name in sorted(os.listdir(self._directory)):
-            if name not in self._dead and name.endswith(_SUFFIX) and not name.startswith(_UNLOCKED):
+            known = name in self._dead or name == self._file.path.name
+            if not known and name.endswith(_SUFFIX) and not name.startswith(_UNLOCKED):
                 file = _OpenFile.lock_dead(self._directory / name)
                 if file is not None:
                     self._dead[name] = file
