@@ -272,11 +272,18 @@ class ClientServer:
 
     async def _stop(self, job: str, connection: Connection) -> Envelope | None:
         """Return the state of a job's stop when it is final; None if the job was not stopped."""
+        waiting = asyncio.ensure_future(self._dispatcher.wait_stopped(job))
+        connection.on_disconnect = waiting.cancel
+        if connection.disconnected:
+            waiting.cancel()
         try:
-            async with connection.cancel_on_disconnect():
-                details = await self._dispatcher.wait_stopped(job)
+            details = await waiting
         except UnknownJob:
             return None
+        except asyncio.CancelledError as error:
+            raise ClientDisconnected from error
+        finally:
+            connection.on_disconnect = None
         if details.job.stop is None:
             return None
         return Envelope(state=details.job.stop.value, stop_report=details.metadata.stop_report)

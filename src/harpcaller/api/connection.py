@@ -16,8 +16,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
-from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Coroutine
 from typing import Any, Protocol
 
 from harp.protocol.fields import ProtocolError
@@ -313,27 +312,6 @@ class Connection:
             self.abort()
         finally:
             self.task = None
-
-    @asynccontextmanager
-    async def cancel_on_disconnect(self) -> AsyncIterator[None]:
-        """Cancel the body of the context if the client disconnects.
-
-        Raises:
-            ClientDisconnected: the client disconnected, now or before.
-        """
-        if self.disconnected:
-            raise ClientDisconnected
-        wait = asyncio.timeout(None)
-        self.on_disconnect = lambda: wait.reschedule(self._loop.time())
-        try:
-            async with wait:
-                yield
-        except TimeoutError as error:
-            if not wait.expired():
-                raise  # raised by the body
-            raise ClientDisconnected from error
-        finally:
-            self.on_disconnect = None
 
     # The end.
 
