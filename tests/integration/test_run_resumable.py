@@ -150,6 +150,26 @@ async def test_start_delayed_and_cancelled_is_not_sent_again(tmp_path: Path) -> 
     assert len(peer.requests) == 2
 
 
+async def test_cancel_of_a_refused_start_sends_no_other(tmp_path: Path) -> None:
+    go_on = threading.Event()
+
+    def refuse(conn: PeerConnection) -> None:
+        conn.expect()
+        assert go_on.wait(30)
+        conn.reply(DELAYED)
+
+    with playing(tmp_path, call_list(), refuse) as peer:
+        async with running(tmp_path, host_line(peer.port), resumable_calls=True) as dispatcher:
+            job_id = await dispatcher.submit(call(), "test")
+            await eventually(lambda: len(peer.requests) == 2, what="the start")
+            cancel = asyncio.create_task(dispatcher.cancel(job_id))
+            await until(dispatcher, job_id, lambda job: job.state is State.CANCELLED, "the cancel's commit")
+            go_on.set()
+            assert await cancel
+            assert (await settled(dispatcher, job_id)).stop is StopState.CONFIRMED
+    assert len(peer.requests) == 2
+
+
 async def test_start_during_suspension_runs_once(tmp_path: Path) -> None:
     """The frontend receives the start on an idle connection, and is suspended for longer than `disconnect_timeout`."""
     procedures = """

@@ -571,6 +571,11 @@ class ReplyReader:
     def read_message(self, line: bytes) -> Message:
         """Return the next message. Raises `ProtocolError` if it is not allowed now."""
         message = decode_message(line, self._decoder)
+        self.accept(message)
+        return message
+
+    def accept(self, message: Message) -> None:
+        """Count a decoded message as the next one. Raises `ProtocolError` if it is not allowed now."""
         following = TRANSITIONS[self.phase].get(type(message))
         if following is None:
             raise ProtocolError(f"{type(message).__name__} received while {self.phase.value}")
@@ -585,4 +590,3 @@ class ReplyReader:
         elif isinstance(message, Failed) and following is Phase.CLOSED:
             self.keep_alive = None  # harpd closes after an error
         self.phase = following
-        return message

@@ -23,7 +23,7 @@ from typing import Any, Protocol, cast
 from harp.protocol.call_output import RECORD_PREFIX
 from harp.protocol.ends import Failed
 from harp.protocol.fields import ProtocolError, is_count
-from harp.protocol.harpd import Command, Heartbeat, Message, Phase, Record, ReplyReader, encode_command
+from harp.protocol.harpd import Acknowledgement, Command, Heartbeat, Message, Phase, Record, ReplyReader, encode_command
 from harp.protocol.json_text import InvalidJSON, Raw, loads
 from harp.protocol.lines import LineBuffer, LineTooLong
 from harp_daemon.sliced_json import decode_slices, slice_records
@@ -38,6 +38,8 @@ PAST_END = 2**53
 
 #: Maximum length in bytes of a line that is decoded in the event loop.
 _MAX_LOOP_LINE = 64 * 1024
+#: Maximum length in bytes of an acknowledgement that is kept, because the next call may get the same one.
+_MAX_KEPT_LINE = 1000
 #: Seconds between two heartbeats, and the number of unanswered ones after which the connection is aborted.
 _HEARTBEAT_INTERVAL, _MAX_MISSED_HEARTBEATS = 15.0, 3
 #: Minimum seconds between two heartbeats, whatever timeout a host sets.
@@ -96,6 +98,7 @@ class HarpdConnection(asyncio.Protocol):
         self._unsent_timer: Timer | None = None
         self._peer_time = 0.0
         self._reused_unanswered = False
+        self._acknowledgement: tuple[bytes, Message] | None = None  # of the last call; most calls get the same line
         #: Monotonic time of the last received data, or of the request.
         self.last_received_at = self._reading_since = time.monotonic()
 
@@ -315,11 +318,17 @@ class HarpdConnection(asyncio.Protocol):
         assert self._exchange is not None
         if self._reused_unanswered and line.startswith(_HEARTBEAT_PREFIX):
             return Heartbeat(0.0)  # it belongs to the previous call on this connection
+        self._reused_unanswered = False
         try:
-            message = self._exchange.read_message(line)
+            if self._acknowledgement is not None and line == self._acknowledgement[0]:
+                message = self._acknowledgement[1]
+                self._exchange.accept(message)
+            else:
+                message = self._exchange.read_message(line)
         except ProtocolError as error:
             return error
-        self._reused_unanswered = False
+        if isinstance(message, Acknowledgement) and len(line) <= _MAX_KEPT_LINE:
+            self._acknowledgement = line, message
         return message
 
     def _receive(self, message: Message | ProtocolError) -> None:
