@@ -17,7 +17,7 @@ from harpcaller.model.jobs import JobMetadata, State, StopState
 from harpcaller.store import StorageError
 from harpcaller.store.sqlite import FILE_NAME, file, open_store
 from support import full_disk, killed_writer
-from support.jobs import job_in, new_job
+from support.jobs import ENDS, added, claimed, job_in, new_job
 
 TESTS = Path(__file__).resolve().parent.parent
 
@@ -108,6 +108,47 @@ async def test_failed_member_does_not_fail_its_batch(tmp_path: Path) -> None:
         outcomes = await asyncio.gather(*members, return_exceptions=True)
         assert [number for number, outcome in enumerate(outcomes) if outcome is not None] == [5, 9]
         assert [job.id for _, job in await store.list_jobs()] == [queued, *(job.id for job in jobs)]
+    finally:
+        await store.close()
+
+
+async def test_failed_member_leaves_slots_as_they_are_stored(tmp_path: Path) -> None:
+    """The slots in memory are those of the file after a batch of which a member was rolled back."""
+    store = await open_store(tmp_path)
+    try:
+        ids = await added(store, count=4, queue={}, concurrency=2)
+        assert await claimed(store) == ids[:2]
+        again = new_job(id=ids[3], queue={"q": 1})
+        outcomes = await asyncio.gather(
+            store.finish_job(ids[0], ENDS[State.RETURNED], 6.0),
+            store.add_job(again, 6.0),
+            store.claim_jobs(6.0, 1000, 1000),
+            return_exceptions=True,
+        )
+        assert outcomes[0] is True
+        assert isinstance(outcomes[1], ValueError)
+        assert isinstance(outcomes[2], list)
+        assert [job.id for job in outcomes[2]] == [ids[2]]
+        assert await claimed(store) == []
+        assert [(queue.running, queue.queued) for queue in await store.list_queues()] == [(2, 1)]
+        assert await store.finish_job(ids[1], ENDS[State.RETURNED], 7.0)
+        assert await claimed(store) == [ids[3]]
+    finally:
+        await store.close()
+
+
+async def test_unsuccessful_commit_leaves_slots_as_they_are_stored(tmp_path: Path) -> None:
+    store = await open_store(tmp_path)
+    try:
+        ids = await added(store, count=2, queue={}, concurrency=1)
+        with closing(sqlite3.connect(tmp_path / FILE_NAME, isolation_level=None)) as other:
+            other.execute("CREATE TRIGGER fault BEFORE UPDATE ON jobs BEGIN SELECT RAISE(ROLLBACK, 'a fault'); END")
+            for _ in range(2):
+                with pytest.raises(sqlite3.IntegrityError, match="a fault"):
+                    await store.claim_jobs(5.0, 1000, 1000)
+            other.execute("DROP TRIGGER fault")
+        assert await claimed(store) == ids[:1]
+        assert await claimed(store) == []
     finally:
         await store.close()
 
