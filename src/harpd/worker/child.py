@@ -121,7 +121,7 @@ class Worker:
                 lines, last = encode_value({"harp": VERSION, "error": error}) + b"\n", True
             channel.exit_if_forked()
             flush_output()
-            channel.write_end(lines)
+            channel.write(lines)
             if last:
                 return
             line = self._wait_for_line(channel)
@@ -217,7 +217,7 @@ def _write_records(records: Any, channel: Channel) -> Any:
             if isinstance(record, Result):
                 return record.value
             try:
-                channel.write_record(encode_record(_encode_payload(record, number)))
+                channel.write(encode_record(_encode_payload(record, number)))
             except (TimeLimit, Cancelled) as interruption:
                 if hasattr(iterator, "throw"):  # a generator, which did not run when it was raised here, cleans up
                     iterator.throw(interruption)
