@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from harp.protocol.json_text import dumps, loads
+from harp.protocol.json_codec import decode_value, encode_value
 from harpd.processes.cookie import reserve_cookie
 from harpd.processes.procfs import child_start_time
 from harpd.supervisor.event_loop import READ, WRITE, EventLoop, Timer
@@ -214,8 +214,8 @@ class ZygoteClient:
         while self._unsent:
             _close_all(self._unsent.popleft()[1])
 
-    def _send(self, message: Mapping[str, Any], descriptors: tuple[int, ...] = ()) -> None:
-        self._unsent.append((dumps(dict(message)), descriptors))
+    def _send(self, message: dict[str, Any], descriptors: tuple[int, ...] = ()) -> None:
+        self._unsent.append((encode_value(message), descriptors))
         self._flush()
 
     def _flush(self) -> None:
@@ -246,7 +246,7 @@ class ZygoteClient:
             if not data:
                 self._on_closed()
                 return
-            self._on_message(loads(data))
+            self._on_message(decode_value(data))
 
     def _on_message(self, message: dict[str, Any]) -> None:
         match message:
