@@ -30,7 +30,7 @@ from harpd.supervisor.frames import (
     InvalidFrame,
     decode_credit,
     encode_credit,
-    encode_header,
+    encode_frame,
 )
 
 log = logging.getLogger("harpd.frontend")
@@ -154,10 +154,7 @@ class Link:
     def start(self, user: ChannelUser, facts: bytes, arguments: bytes) -> LinkChannel:
         """Start a call; return its channel. `facts`: see `harpd.supervisor.main`."""
         channel = self._open(user)
-        self._unsent += encode_header(self._last_number, START, len(facts) + 1 + len(arguments))
-        self._unsent += facts
-        self._unsent += b"\n"
-        self._send(arguments)
+        self.write(self._last_number, START, b"%b\n%b" % (facts, arguments))
         return channel
 
     def attach(self, user: ChannelUser, facts: bytes) -> LinkChannel:
@@ -188,14 +185,12 @@ class Link:
 
     def write(self, number: int, kind: int, body: bytes = b"") -> None:
         """Send a frame in the next turn of the loop."""
-        self._unsent += encode_header(number, kind, len(body))
-        self._send(body)
+        self._send(encode_frame(number, kind, body))
 
     # The connection.
 
     def _send(self, data: bytes) -> None:
         if self._broken:
-            self._unsent.clear()
             return
         self._unsent += data
         if not (self._flush_scheduled or self._send_blocked):

@@ -192,7 +192,7 @@ def _listen(network: Network, file: Path) -> list[Listener]:
 
 
 def _raise_descriptor_limit(connections: int) -> None:
-    """Raise the soft limit, up to the hard limit, to two descriptors per connection: its own and its call's."""
+    """Raise the soft limit, up to the hard limit, to two descriptors per connection: its own and a long request's."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     needed = 2 * connections + _OWN_DESCRIPTORS
     if soft < needed and soft != resource.RLIM_INFINITY:

@@ -52,11 +52,6 @@ class Frame(NamedTuple):
     body: bytes
 
 
-def encode_header(channel: int, kind: int, length: int) -> bytes:
-    """Return the header of a frame whose body has this length."""
-    return _HEADER.pack(channel, length, kind)
-
-
 def encode_frame(channel: int, kind: int, body: bytes = b"") -> bytes:
     """Return the bytes of a frame."""
     return _HEADER.pack(channel, len(body), kind) + body

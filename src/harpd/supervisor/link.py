@@ -35,7 +35,7 @@ from harpd.supervisor.frames import (
     InvalidFrame,
     decode_credit,
     encode_credit,
-    encode_header,
+    encode_frame,
     split_lines,
 )
 
@@ -271,8 +271,7 @@ class Link:
         """Send a frame at the end of this turn of the loop."""
         if self._lost:
             return
-        self._unsent += encode_header(number, kind, len(body))
-        self._unsent += body
+        self._unsent += encode_frame(number, kind, body)
         if not self._flush_scheduled:
             self._flush_scheduled = True
             self._loop.call_soon(self._flush)
