@@ -91,6 +91,8 @@ def decode_value(text: bytes) -> JSON:
         raise InvalidJSON(f"Expecting value at column {error.value + 1}") from error
     except RecursionError as error:
         raise InvalidJSON("nested too deep for this interpreter") from error
+    except SystemError as error:  # Python 3.11 without the module `json`, which has the class of the exception
+        raise InvalidJSON("invalid text") from error
     except ValueError as error:  # `InvalidJSON` too; or an integer with more digits than the interpreter converts
         raise InvalidJSON(str(error)) from error
     if decoded[end:].strip(" \t\r\n"):
