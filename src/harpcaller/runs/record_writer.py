@@ -21,6 +21,9 @@ _SOFT_LIMIT = 1024 * 1024
 #: Maximum bytes, beside the longest record, that a host sends for a resumable call without an ack.
 _HARD_LIMIT = 8 * 1024 * 1024
 
+#: Bytes of a batch, beside its last record: all other writes of the store wait for its commit.
+_BATCH_BYTES = 1024 * 1024
+
 #: Bytes that a buffered record needs beside its contents.
 _RECORD_OVERHEAD = 64
 
@@ -99,11 +102,25 @@ class RecordWriter:
         self._on_stored = _ignore
 
     def _store_batch(self) -> None:
-        batch = Records(self._values, self._timestamps)
-        self._drop_buffer()
+        batch = self._take_batch()
         self._in_flight = len(batch)
         append = partial(self._context.store.append_records, self._job_id, self.count, batch)
         self._context.writes.begin(self._job_id, append, partial(self._on_appended, batch), self._on_error)
+
+    def _take_batch(self) -> Records:
+        """Remove the records of the next batch from the buffer, and return them."""
+        count, size = len(self._values), self._bytes
+        if size > _BATCH_BYTES:
+            count = size = 0
+            while size <= _BATCH_BYTES and count < len(self._values):
+                size += len(self._values[count]) + _RECORD_OVERHEAD
+                count += 1
+        batch = Records(self._values[:count], self._timestamps[:count])
+        self._values, self._timestamps = self._values[count:], self._timestamps[count:]
+        self._bytes -= size
+        if not self._values:
+            self._longest = 0
+        return batch
 
     def _on_appended(self, batch: Records, appended: bool) -> None:
         self._in_flight = 0
