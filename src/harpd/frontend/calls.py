@@ -79,28 +79,38 @@ class ClientConnection(Protocol):
         """Wait for the next request, the beginning of which was received: the call is over."""
 
 
-class BoundCall:
-    """A connection-bound call: the user of a channel.
+class _Call:
+    """The common part of both kinds of calls.
 
     Args:
         connection: the connection of its client.
         call: its id, for the log.
         keep_alive: whether the client requested keep-alive.
-        facts, arguments: the request, see `harpd.supervisor.main`.
+        facts, arguments: the request that starts it, see `harpd.supervisor.main`; empty for an attach.
     """
 
+    _channel: LinkChannel
+
     def __init__(
-        self, connection: ClientConnection, call: str, keep_alive: bool, facts: bytes, arguments: bytes
+        self, connection: ClientConnection, call: str, keep_alive: bool, facts: bytes = b"", arguments: bytes = b""
     ) -> None:
         self._connection = connection
         self._keep_alive = keep_alive
         self._facts, self._arguments = facts, arguments
         self._log_fields = {"call": call, "peer": connection.peer}
-        self._channel: LinkChannel
-        self._accepted = self._complete = self._mid_line = False
-        self._stop_event: str | None = None
-        self._stop_timer: Timer | None = None
-        self._error, self._discard_input = CALL_DIED, False
+
+    def on_client_reads(self) -> None:
+        """Let the supervisor send more: the client reads again."""
+        self._channel.take(0, reads=True)
+
+
+class BoundCall(_Call):
+    """A connection-bound call: the user of a channel."""
+
+    _accepted = _complete = _mid_line = False
+    _stop_event: str | None = None
+    _stop_timer: Timer | None = None
+    _error, _discard_input = CALL_DIED, False
 
     @property
     def size(self) -> int:
@@ -173,10 +183,6 @@ class BoundCall:
         else:
             self._stop("client disconnected; call stopped")
 
-    def on_client_reads(self) -> None:
-        """Let the supervisor send more."""
-        self._channel.take(0, reads=True)
-
     # The frontend.
 
     def detach(self) -> None:
@@ -209,33 +215,18 @@ class BoundCall:
         self._finish()
 
 
-class ResumableCall:
-    """A resumable call: the user of a channel. It can end and another one can attach later.
+class ResumableCall(_Call):
+    """A resumable call: the user of a channel. It can end and another one can attach later."""
 
-    Args:
-        connection: the connection of its client.
-        call: its id, for the log.
-        keep_alive: whether the client requested keep-alive.
-        facts, arguments: the request that starts it, see `harpd.supervisor.main`.
-    """
+    _reply_timer: Timer | None = None  # until the first reply
+    _credit_timer: Timer | None = None  # while the supervisor takes no commands
+    _unhandled = b""  # data of the client: before the first reply, or while the supervisor takes no commands
 
     def __init__(
-        self,
-        connection: ClientConnection,
-        call: str,
-        keep_alive: bool,
-        facts: bytes = b"",
-        arguments: bytes = b"",
+        self, connection: ClientConnection, call: str, keep_alive: bool, facts: bytes = b"", arguments: bytes = b""
     ) -> None:
-        self._connection = connection
-        self._keep_alive = keep_alive
-        self._facts, self._arguments = facts, arguments
-        self._log_fields = {"call": call, "peer": connection.peer}
-        self._channel: LinkChannel
+        super().__init__(connection, call, keep_alive, facts, arguments)
         self._lines = LineBuffer(MAX_COMMAND_BYTES)
-        self._reply_timer: Timer | None = None  # until the first reply
-        self._credit_timer: Timer | None = None  # while the supervisor takes no commands
-        self._unhandled = b""  # data of the client: before the first reply, or while the supervisor takes no commands
 
     def start(self, link: Link) -> None:
         """Start the call in the supervisor of this link."""
@@ -314,10 +305,6 @@ class ResumableCall:
     def on_client_lost(self) -> None:
         """Detach; the call continues."""
         self._leave()
-
-    def on_client_reads(self) -> None:
-        """Let the supervisor send more."""
-        self._channel.take(0, reads=True)
 
     # The frontend.
 
