@@ -180,9 +180,11 @@ class KillInjector:
             if kill.kind is Kind.KILL_CALL:
                 return True
             return any(
-                status["accepting"] and status["zygote"] and dead.pid not in (status["zygote"], status["supervisor"])
+                status["accepting"]
+                and status["zygote"]
+                and dead not in map(_identity, (status["zygote"], status["supervisor"]))
                 for status in await host.statuses()
-            )
+            )  # by identity: a later process may have the same pid
 
         if kill.kind is Kind.KILL_CALL:
             self._history.killed_calls.add(process)
