@@ -488,7 +488,7 @@ def flooding(hostile: HostileHost) -> Iterator[None]:
 @pytest.mark.usefixtures("flooding")
 def test_host_that_floods_delays_no_other(system: System, jobs: Others, rpc: harp.HarpCaller, size: int) -> None:
     """Its records wait for the store within 8 MiB and the longest record, whatever the window says."""
-    bound = 2 * (8 * MIB + MIB + 160 * KIB) + 8 * MIB + USUAL  # and the batch that is being committed
+    bound = 2 * (8 * MIB + MIB + 160 * KIB) + MIB + FREED + USUAL  # and the batch that is being committed
     with bounded(dispatcher=(system.dispatcher.pid, bound)):
         flood = rpc.hostile.flood(size)
         wait_until(lambda: flood.details()["records"]["count"] > 5, DEADLINE, "the first records")
