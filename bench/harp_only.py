@@ -9,6 +9,7 @@ import resource
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -79,8 +80,8 @@ def simulated_dispatcher(directory: Path, simulated: Mapping[str, Any]) -> Harpc
 
 @contextmanager
 def _simulated(name: str, hosts: int) -> Iterator[Harpcallerd]:
-    """Run simulated hosts and a dispatcher that knows them, with files in a directory of this name."""
-    directory = Path(SETTINGS["directory"]) / name
+    """Run simulated hosts and a dispatcher that knows them, with files in a new directory."""
+    directory = Path(tempfile.mkdtemp(prefix=name, dir=SETTINGS["directory"]))
     with simulated_hosts(directory, hosts) as simulated, simulated_dispatcher(directory, simulated) as dispatcher:
         yield dispatcher
 
