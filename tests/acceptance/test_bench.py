@@ -54,3 +54,14 @@ def test_bench_measures_harp_in_each_row(part: str, tmp_path: Path) -> None:
     assert {row["contender"] for row in rows} == {"HARP", *floors}
     assert ElementTree.fromstring(output.with_suffix(".svg").read_text()).tag.endswith("svg")
     assert not any(work.iterdir())
+
+
+@pytest.mark.timeout(300)
+def test_quick_bench_repeats_rounds_and_shows_goals(tmp_path: Path) -> None:
+    output = tmp_path / "results.json"
+    options = ("--scale=0.001", "--runs=2", f"--directory={tmp_path}", f"--output={output}")
+    printed = bench("cost", "--quick", "--only=HARP", *options)
+    found = {goal["row"]: goal for goal in json.loads(output.read_text())["goals"]}
+    assert found.keys() == {row.key for row in PARTS["cost"].rows}
+    assert found["simulated-cpu"]["runs"] == 2, printed
+    assert f"of {len(found)}; short in" in printed
