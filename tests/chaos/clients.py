@@ -182,7 +182,10 @@ async def _threaded(items: Any) -> AsyncIterator[Any]:
             pass  # the loop is closed: the run was interrupted
 
     # A daemon thread: if the run is interrupted, the system that it reads from ends with the run.
-    threading.Thread(target=take, daemon=True).start()
+    try:
+        threading.Thread(target=take, daemon=True).start()
+    except RuntimeError as error:  # the machine has no room for a thread at the moment
+        raise harp.CommunicationError(str(error)) from error
     while True:
         more, item = await taken.get()
         if more:
