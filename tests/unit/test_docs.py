@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from harpcaller.model.jobs import TRANSITIONS
+from support.line_references import references, wrong_references
 
 ROOT = Path(__file__).parents[2]
 TEXT_SUFFIXES = {".py", ".sql", ".toml", ".conf", ".service"}
@@ -49,6 +50,12 @@ def test_source_paths_in_pages_exist() -> None:
     named = {name for path in TEXTS for name in re.findall(r"`(src/[\w/.-]+)`", path.read_text())}
     assert len(named) > 20
     assert {name for name in named if not (ROOT / name).exists()} == set()
+
+
+def test_line_references_of_the_architecture_are_right() -> None:
+    architecture = ROOT / "docs" / "architecture.md"
+    assert len([*references(architecture)]) >= 25
+    assert wrong_references(architecture) == [], "set them with: ./dev run python tests/support/line_references.py"
 
 
 def test_test_names_in_pages_exist() -> None:
