@@ -10,10 +10,11 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
-from harpd.processes.process_tree import take_snapshot
+from harpd.processes.cookie import cookie_for
+from harpd.processes.process_tree import Process, take_snapshot
 from support.deadline import wait_until
 
-__all__ = ["HOP", "group_lives", "hopping"]
+__all__ = ["HOP", "group_lives", "hopping", "is_hopper"]
 
 #: The loop itself, for the text of a procedures file: it continues until the file `stop` exists.
 HOP = """
@@ -61,3 +62,12 @@ def hopping(directory: Path, session: bool = False, **environment: str) -> Itera
 def group_lives(group: int) -> bool:
     """Return whether a process group has a live process."""
     return any(process.group == group and process.alive for process in take_snapshot().values())
+
+
+def is_hopper(process: Process, group: int) -> bool:
+    """Return whether a process of a snapshot is one of a fork loop with the cookie of the call ``hopper``.
+
+    One that sleeps uninterruptibly shows no cookie. It is recognized by its command.
+    """
+    known = cookie_for("hopper") in process.cookies or process.group == group
+    return process.alive and (known or (process.state == "D" and process.command.startswith("python")))

@@ -10,8 +10,12 @@ When a snapshot is complete
 listed in that order. So a process that forks and exits in a tight loop is listed under one pid. When that pid is read,
 the process may be gone, and its child is not in the list. Therefore a snapshot lists /proc again until every process of
 the last list was read alive. Then it is *complete*: a process that is not in it did not live at the time of the last
-list. A process whose parent has died meanwhile is read again, because it has another parent by now. Only processes that
-live for a fraction of a millisecond prevent a complete snapshot. On a busy system the second list has few new pids.
+list, or its parent is in it. A process whose parent has died meanwhile is read again, because it has another parent by
+now. Only processes that live for a fraction of a millisecond prevent a complete snapshot. On a busy system the second
+list has few new pids.
+
+After the highest pid the kernel begins again with low ones, which a list may have passed. So no such wrap may happen
+during the last list. It counts from the list before: a pid is assigned a little earlier than its process is listed.
 """
 
 from __future__ import annotations
@@ -170,18 +174,27 @@ def has_possible_escapes(
 def take_snapshot() -> Snapshot:
     """Return all processes at one moment from now on."""
     processes = Snapshot()
+    ascending, last_pid = False, _last_pid()
     for _ in range(_MAX_LISTS):
         new = {int(name) for name in os.listdir("/proc") if name.isdecimal()} - processes.keys()
+        was_ascending, before, last_pid = ascending, last_pid, _last_pid()
+        ascending = before <= last_pid
         new_alive = [_add(pid, processes) for pid in new]
         # A dead process has no children: a process with a dead parent was read before it got another parent, and is
         # read again. If its parent is the same, that one is not visible from here.
         alive = {0, *(process.pid for process in processes.values() if process.alive)}
         orphans = [process for process in processes.values() if process.alive and process.parent not in alive]
         same_parent = [_add(p.pid, processes) and processes[p.pid].parent == p.parent for p in orphans]
-        processes.complete = all(new_alive) and all(same_parent)
+        processes.complete = was_ascending and ascending and all(new_alive) and all(same_parent)
         if processes.complete:
             break
     return processes
+
+
+def _last_pid() -> int:
+    """Return the pid that the kernel has assigned last."""
+    with open("/proc/loadavg", "rb") as file:
+        return int(file.read().split()[4])
 
 
 def _add(pid: int, processes: dict[int, Process]) -> bool:
