@@ -139,7 +139,7 @@ class Supervisor:
         self._zygote: ZygoteClient | None = None
         self._call_context: CallContext | None = None  # of the present zygote, or of the last one
         self._abort_load: Callable[[str], None] = lambda reason: None  # aborts the load that is under way, if any
-        self._shutting_down = False
+        self._shutting_down = self._exiting = False
         self._shutdown_callbacks: list[Callable[[], None]] = []
         self._snapshot_at, self._snapshot = 0.0, Snapshot()
         # Cookies of ended calls: they may have left services running.
@@ -442,6 +442,9 @@ class Supervisor:
                 self._exit()
 
     def _exit(self) -> None:
+        if self._exiting:  # the last frames of a link may end a session, and so lead here again
+            return
+        self._exiting = True
         if self._zygote is not None:
             self._zygote.kill()
             self._zygote = None
