@@ -221,7 +221,7 @@ def _store(stored: int, queries: int, jobs: int) -> Figures:
             figures["full"], figures["empty"] = filled["rate"], harmonic_mean([first["rate"], second["rate"]])
             empty.stop()
             size = (empty.store_directory / FILE_NAME).stat().st_size
-            figures["bytes"] = size / (first["count"] + second["count"])
+            figures["bytes"] = size / (2 * (jobs // 2 + _CLIENTS))  # each client has run one job more, to begin
             full.stop()
             figures["start"] = _timed(lambda: (full.start(), queries_of_full["status"]()))
     return figures
