@@ -25,14 +25,15 @@ class System:
 
     @property
     def rpc(self) -> harp.HarpCaller:
-        """The client's view of the dispatcher."""
-        return harp.HarpCaller("127.0.0.1", self.dispatcher.port)
+        """The client's view of the dispatcher. It keeps no connection, because nobody closes it."""
+        return harp.HarpCaller("127.0.0.1", self.dispatcher.port, keep_alive=False)
 
     @property
     def server(self) -> harp.HarpServer:
-        """The client's view of harpd."""
+        """The client's view of harpd. It keeps no connection, because nobody closes it."""
         harpd = self.harpd
-        return harp.HarpServer("127.0.0.1", harpd.user, harpd.password, harpd.port, ca_file=str(harpd.ca_file))
+        ca_file = str(harpd.ca_file)
+        return harp.HarpServer("127.0.0.1", harpd.user, harpd.password, harpd.port, ca_file=ca_file, keep_alive=False)
 
     def transcript(self, line: bytes) -> list[bytes]:
         """Send a line to the dispatcher; return the received lines until it closes."""
