@@ -193,36 +193,66 @@ def test_snapshot_complete_has_fork_loop(tmp_path: Path, session: bool) -> None:
             assert any(is_hopper(p, group) for p in look.values()) or not look.complete
 
 
-#: Takes snapshots during a fork loop while the kernel begins again with low pids all the time. Between low and high
-#: pids are those of other processes, so that a list takes some time from the ones to the others.
+#: Takes a snapshot while a process forks and exits at the worst time: from a high pid to a low one, after the list of
+#: /proc has passed the low pids and before it reaches the high ones. The argument is the number of that list.
 WRAPPING = """
-import os, signal, sys
+import os, signal, sys, time
 from pathlib import Path
 from harpd.processes.process_tree import take_snapshot
-from support.hopper import hopping, is_hopper
-limit, last = int(Path("/proc/sys/kernel/pid_max").read_text()), Path("/proc/sys/kernel/ns_last_pid")
+
 signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # this is the first process of its container: it would have to reap
-last.write_text("1000")
-others = [os.fork() or signal.pause() for _ in range(300)]
-with hopping(Path(sys.argv[1]), True, HARPD_CALL="hopper") as group:
-    for count in range(300):
-        last.write_text(str(limit - 5))
-        look = take_snapshot()
-        assert any(is_hopper(p, group) for p in look.values()) or not look.complete, count
+limit, last = int(Path("/proc/sys/kernel/pid_max").read_text()), Path("/proc/sys/kernel/ns_last_pid")
+(commands, command), (pids, answer) = os.pipe(), os.pipe()
+if not os.fork():
+    while os.read(commands, 1):
+        if os.fork():
+            os._exit(0)
+        os.write(answer, b"%d\\n" % os.getpid())
+
+def hop():
+    global hopper
+    before = hopper
+    os.write(command, b".")
+    hopper = int(os.read(pids, 20))
+    while before and os.path.exists(f"/proc/{before}"):
+        time.sleep(0.001)
+
+def list_slowly(path):
+    global lists
+    lists += 1
+    if lists > int(sys.argv[1]):
+        return list_at_once(path)
+    if lists < int(sys.argv[1]):
+        found = list_at_once(path)
+        hop()  # listed, and gone when it is read
+        return found
+    low = [name for name in list_at_once(path) if name.isdecimal() and int(name) < limit // 2]
+    last.write_text(str(limit - 1))
+    hop()
+    return low + [name for name in list_at_once(path) if name.isdecimal() and int(name) >= limit // 2]
+
+hopper = lists = 0
+last.write_text(str(limit - 10))
+hop()
+assert hopper > limit // 2
+list_at_once, os.listdir = os.listdir, list_slowly
+look = take_snapshot()
+assert hopper < limit // 2
+assert hopper in look and look.complete, (hopper, look)
 print("held")
 """
 
 
 @pytest.mark.root
-def test_snapshot_complete_has_fork_loop_while_pids_wrap(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [1, 2])
+def test_snapshot_complete_has_process_whose_pid_wraps(number: int) -> None:
     contained = ["unshare", "--pid", "--fork", "--mount-proc"]
     if subprocess.run([*contained, "true"], check=False, capture_output=True).returncode:
         pytest.skip("needs to make a PID namespace")
     if not os.access("/proc/sys/kernel/ns_last_pid", os.W_OK):
         pytest.skip("needs a kernel that can set the last pid")
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
-    command = [*contained, sys.executable, "-c", WRAPPING, str(tmp_path)]
-    looked = subprocess.run(command, check=False, capture_output=True, text=True, env=environment)
+    command = [*contained, sys.executable, "-c", WRAPPING, str(number)]
+    looked = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
     assert looked.stdout.strip() == "held", looked.stderr
 
 
