@@ -575,11 +575,13 @@ def test_lifeline_closed_continues_until_idle(tmp_path: Path) -> None:
     with supervisor.call_resumable("wait_for", str(tmp_path / "go")) as call:
         call.line()
         supervisor.close_lifeline()
+        closed_at = time.monotonic()
         supervisor.wait_event("launcher exited; resumable calls continue")
         (tmp_path / "go").touch()
         assert read_end(call)[2] == {"result": "there"}
         assert release(call) == []
     assert supervisor.wait() == 0
+    assert time.monotonic() - closed_at > 9  # another launcher has 10 s to replace it; it accepts calls until then
 
 
 def test_shutdown_sends_end_to_attached(tmp_path: Path) -> None:

@@ -28,7 +28,6 @@ class BoundSession:
         streaming: whether the procedure yields records.
         keep_alive: seconds in the acknowledgement, for which the frontend waits for another request; None: it does not.
         buffer_size: how many bytes may wait until the frontend reads them.
-        on_disconnected: called once, when the connection is closed.
     """
 
     stored_session: Raw | None = None
@@ -40,11 +39,9 @@ class BoundSession:
         streaming: bool,
         keep_alive: float | None,
         buffer_size: int,
-        on_disconnected: Callable[[BoundSession], None],
     ) -> None:
         self._acknowledgement = _encode_acknowledgement(streaming, keep_alive)
         self._buffer_size = buffer_size
-        self._on_disconnected = on_disconnected
         self._channel = channel
         channel.user = self
 
@@ -72,7 +69,7 @@ class BoundSession:
 
     def on_closed(self, stop_report: Raw | None) -> None:
         """See `CallObserver`."""
-        self._channel.close_after_flush(lambda: self._on_disconnected(self))
+        self._channel.close_after_flush()
 
     # The channel: `ChannelUser`.
 

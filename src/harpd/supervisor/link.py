@@ -93,7 +93,7 @@ class LinkChannel:
         self._waiting: deque[tuple[int, bytes]] = deque()
         self._waiting_bytes = 0
         self._handled_bytes = 0  # of commands, since the last credit
-        self._on_closed: Callable[[], None] | None = None
+        self._closing = False
 
     @property
     def waiting_bytes(self) -> int:
@@ -139,10 +139,10 @@ class LinkChannel:
         self._link.write(self._number, ERROR, last)
         self.close()
 
-    def close_after_flush(self, on_closed: Callable[[], None]) -> None:
-        """Close once all lines are sent, then call `on_closed`."""
+    def close_after_flush(self) -> None:
+        """Close once all lines are sent."""
         self.flush_gathered()
-        self._on_closed = on_closed
+        self._closing = True
         self._close_if_done()
 
     def close(self) -> None:
@@ -204,10 +204,9 @@ class LinkChannel:
         self._waiting_bytes = 0
 
     def _close_if_done(self) -> None:
-        if self._on_closed is not None and not self._waiting:
-            on_closed, self._on_closed = self._on_closed, None
+        if self._closing and not self._waiting:
+            self._closing = False
             self.close()
-            on_closed()
 
 
 class Link:
@@ -239,6 +238,11 @@ class Link:
         self._blocked: dict[LinkChannel, None] = {}  # in the order in which they continue
         self._lost = False
         loop.watch(connection.fileno(), READ, self._on_ready)
+
+    @property
+    def has_channels(self) -> bool:
+        """Whether a channel is open."""
+        return bool(self._channels)
 
     @property
     def writable(self) -> bool:

@@ -61,6 +61,7 @@ The only secrets that the supervisor has are the owners and secrets of calls.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import resource
 import secrets
@@ -99,8 +100,8 @@ from harpd.supervisor.zygote_client import ZygoteClient
 
 log = logging.getLogger("harpd.supervisor")
 
-#: Seconds between two searches for dead supervisors; and while orphaned processes are dying.
-_CLEANUP_INTERVAL, _BUSY_CLEANUP_INTERVAL = 1.0, 0.05
+#: Seconds between two checks for dead supervisors; and while orphaned processes are dying, or the exit is near.
+_CHECK_INTERVAL, _BUSY_CHECK_INTERVAL = 1.0, 0.05
 #: Seconds for which a snapshot of all processes can be shared.
 _SNAPSHOT_MAX_AGE = 0.02
 #: Seconds until a dead zygote is started again.
@@ -125,7 +126,6 @@ class Supervisor:
         self._instance = secrets.token_hex(8)
         self._settings = settings
         self._calls: dict[str, Call] = {}
-        self._bound_sessions: set[BoundSession] = set()
         self._links: set[Link] = set()
         self._lifeline: socket.socket | None = lifeline
         self._accepting, self._draining, self._retired = False, False, False
@@ -133,37 +133,28 @@ class Supervisor:
         self._output = OutputCollector(loop, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // _LEFT_OPEN_DIVISOR)
         self._cgroup_directory = settings["cgroup"] or delegated_cgroup()
         self._quota = SpoolQuota(settings["spool_memory"])
-        self._registry = CallRegistry(
-            loop, self._instance, settings, self._state_files, self._quota, self._clean_up_orphans, self._exit_if_done
-        )
+        self._registry = CallRegistry(loop, self._instance, settings, self._state_files, self._quota)
         self._zygote: ZygoteClient | None = None
         self._call_context: CallContext | None = None  # of the present zygote, or of the last one
         self._abort_load: Callable[[str], None] = lambda reason: None  # aborts the load that is under way, if any
-        self._shutting_down = self._exiting = False
-        self._shutdown_callbacks: list[Callable[[], None]] = []
+        self._shutting_down = False
+        self._idle_exit_at = math.inf  # the time from which on this process exits if it has no calls
+        self._exit_at = self._flush_until = 0.0  # during the shutdown: the latest times of its end
+        self._shutdown_replies: list[Callable[[], None]] = []
         self._snapshot_at, self._snapshot = 0.0, Snapshot()
         # Cookies of ended calls: they may have left services running.
         self._recent_cookies = deque[bytes](maxlen=_MAX_RECENT_COOKIES)
-        self._clean_up_repeatedly()
+        self._check_repeatedly()
         lifeline.setblocking(False)
         loop.watch(lifeline.fileno(), READ, self._on_lifeline)
         self._listener = Listener(loop, settings["runtime_directory"], self._instance, self._handle_request)
         self._load(settings, self._on_first_load)
 
-    def _clean_up_repeatedly(self) -> None:
-        """Clean up orphans and schedule the next clean-up: another supervisor may die at any time."""
-        soon = self._clean_up_orphans()
-        self._loop.call_later(_BUSY_CLEANUP_INTERVAL if soon else _CLEANUP_INTERVAL, self._clean_up_repeatedly)
-
-    def _clean_up_orphans(self) -> bool:
-        """Kill the calls of dead supervisors and adopt their sessions; return whether to repeat that soon."""
-        if self._shutting_down:
-            return False
-        result = self._state_files.clean_up()
-        if result.killed:
-            log.warning("killed orphaned processes", extra={"processes": result.killed})
-        self._registry.adopt_orphans(result.calls, result.stop_reports)
-        return result.again
+    def _check_repeatedly(self) -> None:
+        """Clean up orphans, because another supervisor may die at any time; exit if that is due."""
+        soon = self._registry.clean_up_orphans() or self._retired
+        self._exit_if_idle()
+        self._loop.call_later(_BUSY_CHECK_INTERVAL if soon else _CHECK_INTERVAL, self._check_repeatedly)
 
     # The zygote.
 
@@ -278,7 +269,7 @@ class Supervisor:
         session: BoundSession | ResumableSession | Failed
         if requested is None:
             buffer_size = min(settings["spool"], GUARANTEED_BYTES)
-            session = BoundSession(channel, streaming, keep_alive, buffer_size, self._on_bound_session_closed)
+            session = BoundSession(channel, streaming, keep_alive, buffer_size)
         else:
             session = self._registry.create_session(call_id, requested, streaming)
             if isinstance(session, Failed):
@@ -294,9 +285,7 @@ class Supervisor:
             self._state_files.remove(call_id)
             log.error("cannot start call", extra={"call": call_id, "reason": error.strerror})
             return Failed("system_error", f"cannot create a process: {error.strerror}")
-        if isinstance(session, BoundSession):
-            self._bound_sessions.add(session)
-        else:
+        if isinstance(session, ResumableSession):
             session.attach(channel, 0, keep_alive)
         return call
 
@@ -357,7 +346,8 @@ class Supervisor:
                 reply({"ok": True})
                 self._exit_if_idle()
             case "shutdown":
-                self._shut_down(lambda: reply({"ok": True}))
+                self._shutdown_replies.append(lambda: reply({"ok": True}))
+                self._shut_down()
             case other:
                 reply({"error": f"unknown control request {other!r}"})
 
@@ -388,10 +378,10 @@ class Supervisor:
             return
         if self._settings["outlive"]:
             log.warning("launcher exited; resumable calls continue")
-            self._loop.call_later(_IDLE_EXIT_DELAY, self._exit_if_idle)
+            self._idle_exit_at = self._loop.now() + _IDLE_EXIT_DELAY
         else:
             log.error("frontend died; stopping its calls")
-            self._shut_down(lambda: None)
+            self._shut_down()
 
     # The end.
 
@@ -404,57 +394,48 @@ class Supervisor:
 
     def _exit_if_idle(self) -> None:
         """Exit if there are no calls and no new ones can start."""
-        if self._shutting_down or self._calls or self._bound_sessions or self._registry:
-            return
-        if self._retired or self._lifeline is None:
-            # A resumable start that arrives now belongs to the next supervisor, and is retried there.
-            self._retired = True
-            self._shut_down(lambda: None)
+        ended = not (self._calls or self._registry or self._has_channels())
+        if ended and not self._shutting_down and (self._retired or self._loop.now() >= self._idle_exit_at):
+            self._retired = True  # a resumable start that arrives now is retried in the next supervisor
+            self._shut_down()
 
-    def _on_bound_session_closed(self, session: BoundSession) -> None:
-        self._bound_sessions.discard(session)
-        self._exit_if_done()
+    def _has_channels(self) -> bool:
+        return any(link.has_channels for link in self._links)
 
-    def _on_call_closed(self, call: Call) -> None:
-        del self._calls[call.id]
-        self._recent_cookies.append(cookie_for(call.id))
-        self._exit_if_done()
-
-    def _shut_down(self, on_done: Callable[[], None]) -> None:
-        self._shutdown_callbacks.append(on_done)
-        if self._shutting_down:
-            return
-        self._shutting_down = True
-        for call in list(self._calls.values()):
-            call.stop(StopReason.SHUTDOWN)
-        # Exit in any case: perhaps no other process is left to kill this one. The next supervisor kills survivors.
-        self._loop.call_later(2 * self._settings["kill_grace"] + _FLUSH_TIMEOUT, self._exit)
-        self._exit_if_done()
-
-    def _exit_if_done(self) -> None:
+    def _shut_down(self) -> None:
+        """Stop all calls, then exit."""
         if not self._shutting_down:
-            if self._retired or self._lifeline is None:
-                self._loop.call_later(0, self._exit_if_idle)
-        elif not self._calls:
-            if self._bound_sessions or self._registry.attached:
-                self._loop.call_later(_FLUSH_TIMEOUT, self._exit)
-            else:
-                self._exit()
+            self._shutting_down = True
+            self._registry.close()
+            for call in list(self._calls.values()):
+                call.stop(StopReason.SHUTDOWN)
+            # Exit in any case: perhaps no other process is left to kill this one. The next supervisor kills survivors.
+            self._flush_until = self._loop.now() + _FLUSH_TIMEOUT
+            self._exit_at = self._flush_until + 2 * self._settings["kill_grace"]
+            self._exit_when_done()
 
-    def _exit(self) -> None:
-        if self._exiting:  # the last frames of a link may end a session, and so lead here again
+    def _exit_when_done(self) -> None:
+        """Exit once all calls have ended and frontends have read their output, or at a deadline."""
+        now = self._loop.now()
+        if self._calls:
+            self._flush_until = now + _FLUSH_TIMEOUT
+        if now < self._exit_at and (self._calls or (self._has_channels() and now < self._flush_until)):
+            self._loop.call_later(_BUSY_CHECK_INTERVAL, self._exit_when_done)
             return
-        self._exiting = True
         if self._zygote is not None:
             self._zygote.kill()
             self._zygote = None
-        while self._shutdown_callbacks:
-            self._shutdown_callbacks.pop()()
+        for reply in self._shutdown_replies:
+            reply()
         for link in list(self._links):
             link.finish(_FLUSH_TIMEOUT)
         self._listener.close()
         self._state_files.close()
-        self._loop.call_later(0, self._loop.stop)
+        self._loop.stop()
+
+    def _on_call_closed(self, call: Call) -> None:
+        del self._calls[call.id]
+        self._recent_cookies.append(cookie_for(call.id))
 
     # Processes.
 

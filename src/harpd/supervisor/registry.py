@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from harp.protocol.ends import Failed
@@ -24,7 +24,7 @@ from harpd.supervisor.event_loop import EventLoop
 from harpd.supervisor.link import LinkChannel
 from harpd.supervisor.resumable_session import ResumableSession, SessionTerms
 from harpd.supervisor.spool import SpoolQuota
-from harpd.supervisor.state_entries import CallState, Purpose
+from harpd.supervisor.state_entries import Purpose
 from harpd.supervisor.state_files import StateFiles
 from harpd.supervisor.tombstones import TombstoneSet
 
@@ -40,10 +40,6 @@ class CallRegistry:
     """All resumable calls of one supervisor.
 
     Args:
-        clean_up_orphans: searches for dead supervisors, and calls `adopt_orphans` with their calls.
-        on_discarded: called when a session was discarded.
-
-    Attributes:
         settings: the settings for new calls, see `harpd.supervisor.main`.
     """
 
@@ -54,26 +50,18 @@ class CallRegistry:
         settings: Mapping[str, Any],
         state_files: StateFiles,
         quota: SpoolQuota,
-        clean_up_orphans: Callable[[], object],
-        on_discarded: Callable[[], None],
     ) -> None:
         self._loop = loop
         self._instance = instance
         self.settings = settings
         self._state_files = state_files
-        self._notify_discarded = on_discarded
         self._sessions: dict[str, ResumableSession] = {}
         self._tombstones = TombstoneSet(_TOMBSTONE_TTL, loop.now())
         self._quota = quota
-        self._clean_up_orphans = clean_up_orphans
+        self._closed = False
 
     def __len__(self) -> int:
         return len(self._sessions)
-
-    @property
-    def attached(self) -> bool:
-        """Whether a dispatcher is attached to a call."""
-        return any(session.attached for session in self._sessions.values())
 
     def create_session(self, call_id: str, requested: Mapping[str, Any], streaming: bool) -> ResumableSession | Failed:
         """Create the session of a new call, with no connection attached; or return why the call is rejected."""
@@ -100,16 +88,17 @@ class CallRegistry:
         message = "the start was meant for another instance of the supervisor; the call did not start"
         return Failed("wrong_instance", message, {"instance": self._instance})
 
-    def adopt_orphans(self, calls: Mapping[str, CallState], stop_reports: Mapping[str, Mapping[str, Any]]) -> None:
-        """Adopt the resumable calls of dead supervisors, as calls that have died with them.
-
-        Args:
-            calls: their states, by id.
-            stop_reports: by id: of calls with a surviving process, and of earlier calls whose survivors are gone now.
-        """
-        for call_id in stop_reports.keys() & self._sessions.keys() - calls.keys():
+    def clean_up_orphans(self) -> bool:
+        """Kill the calls of dead supervisors and adopt the resumable ones; return whether to repeat that soon."""
+        if self._closed:
+            return False
+        result = self._state_files.clean_up()
+        if result.killed:
+            log.warning("killed orphaned processes", extra={"processes": result.killed})
+        stop_reports = result.stop_reports
+        for call_id in stop_reports.keys() & self._sessions.keys() - result.calls.keys():
             self._sessions[call_id].on_closed(dumps(stop_reports[call_id]))
-        for call_id, state in calls.items():
+        for call_id, state in result.calls.items():
             if state.session is None:
                 continue  # a connection-bound call: no dispatcher attaches to it
             try:
@@ -123,6 +112,11 @@ class CallRegistry:
                 self._state_files.write(call_id, state.tree, session.stored_session, Purpose.ONLY_REPORT)
             except OSError as error:
                 log.error("cannot write state of call", extra={"call": call_id, "reason": str(error)})
+        return result.again
+
+    def close(self) -> None:
+        """Adopt no more calls: this supervisor shuts down, and the next one adopts them."""
+        self._closed = True
 
     def _add_session(self, call_id: str, terms: SessionTerms, contact_at: float) -> ResumableSession:
         session = self._sessions[call_id] = ResumableSession(
@@ -144,7 +138,7 @@ class CallRegistry:
         since = facts["since"]
         check(is_count(since), "since: expected a count")
         if call_id not in self._sessions:
-            self._clean_up_orphans()  # perhaps its supervisor has just died
+            self.clean_up_orphans()  # perhaps its supervisor has just died
         session = self._sessions.get(call_id)
         digest = _digest(secret)
         if session is None or not (_is_same(session.terms.owner, owner) and _is_same(session.terms.secret, digest)):
@@ -158,7 +152,7 @@ class CallRegistry:
 
     def list_calls(self, owner: str) -> bytes:
         """Return the line that lists an owner's calls."""
-        self._clean_up_orphans()
+        self.clean_up_orphans()
         calls = [call_id for call_id, session in self._sessions.items() if _is_same(session.terms.owner, owner)]
         return encode_message(CallList(tuple(calls), self._instance))
 
@@ -166,7 +160,6 @@ class CallRegistry:
         del self._sessions[session.id]
         self._state_files.mark_reported(session.id)
         self._tombstones.add(session.terms.owner, session.id, self._loop.now())
-        self._notify_discarded()
 
 
 def read_texts(facts: Mapping[str, Any], *keys: str) -> list[str]:

@@ -404,5 +404,5 @@ class ResumableSession:
         self._quota.release(self._spool.size + len(self._closing or b""))
         self._on_discarded(self)  # before the connection closes: the close is visible to others
         if self._channel is not None:
-            self._channel.close_after_flush(lambda: None)
+            self._channel.close_after_flush()
             self._channel = None
