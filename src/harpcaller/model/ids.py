@@ -1,7 +1,7 @@
 """Job ids: UUIDs in the order of submission, as precisely as the clock allows.
 
-The store finds a job by its id in an index. Consecutive ids are neighbours there, so a new id goes to the page of the
-last one, however many there are: see docs/decisions/0016. Nothing relies on their order.
+Consecutive ids are neighbours in the index of the store, so that a new id is in the page of the last one, however many
+there are: see docs/decisions/0016. Nothing relies on their order.
 """
 
 from __future__ import annotations
@@ -16,26 +16,16 @@ _FORM = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.ASCII)
 def new_job_id(now: float) -> str:
     """Return a new job id: a UUID of version 7 (RFC 9562, with the finer clock of its section 6.2, method 3).
 
-    `now` is Unix seconds with fractions; the id holds it in units of 1/4096 of a millisecond. 62 bits are random, so
-    two ids of the same time differ.
+    `now` is Unix seconds with fractions; the id has it in units of 1/4096 of a millisecond, and 62 random bits.
     """
-    return _format(_start(now), int.from_bytes(urandom(8), "big"))
+    return new_job_ids(now, 1)[0]
 
 
 def new_job_ids(now: float, count: int) -> list[str]:
     """Return new job ids of the same time."""
-    start = _start(now)
-    return [_format(start, random) for random in unpack(f">{count}Q", urandom(8 * count))]
-
-
-def _start(now: float) -> str:
     stamp = f"{int(now * 4096_000) & (1 << 60) - 1:015x}"
-    return f"{stamp[:8]}-{stamp[8:12]}-7{stamp[12:]}"
-
-
-def _format(start: str, random: int) -> str:
-    rest = f"{0b10 << 62 | random >> 2:016x}"
-    return f"{start}-{rest[:4]}-{rest[4:]}"
+    variant_and_random = [f"{0b10 << 62 | random >> 2:016x}" for random in unpack(f">{count}Q", urandom(8 * count))]
+    return [f"{stamp[:8]}-{stamp[8:12]}-7{stamp[12:]}-{rest[:4]}-{rest[4:]}" for rest in variant_and_random]
 
 
 def is_job_id(text: str) -> bool:

@@ -1,12 +1,11 @@
 """Jobs, their states and what is stored about them. Pure: no clock, no input or output.
 
-`TRANSITIONS` alone defines which state may follow which. The guards and CHECK constraints of the stores, the
-documentation and the conformance tests are derived from it or tested against it.
+`TRANSITIONS` alone defines which state may follow which. The stores, the documentation and the conformance tests are
+derived from it or tested against it.
 """
 
 from __future__ import annotations
 
-import hashlib
 import hmac
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -62,47 +61,25 @@ _NULL = Raw(b"null")
 
 @dataclass(frozen=True, slots=True)
 class NewJob:
-    """A job that is to be stored.
+    """A job that is to be stored."""
 
-    Attributes:
-        id: UUID in its lower-case text form.
-        host: name of the host in the registry.
-        procedure: name of the procedure.
-        arguments: JSON array or object.
-        timeout: maximum number of seconds between two messages of the job.
-        max_exec_time: maximum number of seconds from start to end.
-        queue: name of the queue, a JSON object, as the submitter wrote it; None: no queue.
-        concurrency: maximum number of jobs of the queue that run at once; the first job of a queue decides.
-        info: any JSON value of the submitter.
-    """
-
-    id: str
-    host: str
+    id: str  # UUID in its lower-case text form
+    host: str  # name in the registry
     procedure: str
-    arguments: Raw
-    timeout: float
-    max_exec_time: float
-    queue: Raw | None = None
-    concurrency: int = 1
+    arguments: Raw  # JSON array or object
+    timeout: float  # maximum seconds between two messages
+    max_exec_time: float  # maximum seconds from start to end
+    queue: Raw | None = None  # name of the queue, a JSON object, as the submitter wrote it
+    concurrency: int = 1  # maximum number of running jobs of the queue; the first job of a queue decides
     info: Raw = _NULL
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A stored job.
+    """A stored job. Times are Unix seconds with fractions; None: not yet, or never.
 
-    Attributes not listed here are those of `NewJob`.
-
-    Attributes:
-        state: its state.
-        submitted: time at which it was stored; Unix seconds with fractions, like the other times.
-        started: time at which it got its slot; None: not yet, or never.
-        ended: time at which its end was stored; None: not yet.
-        end: its end, with payloads as `Raw`; None: not yet.
-        records: number of stored records of its stream.
-        holds_slot: whether it occupies a slot of its queue and host: from its start until the host has confirmed the
-            end of the call or was declared lost. A job that has ended may still hold its slot.
-        stop: what is known about the processes of a job that was stopped; None: it was not stopped.
+    A job holds a slot of its queue and host from its start until the host has confirmed the end of the call or was
+    declared lost: a job that has ended may still hold its slot.
     """
 
     id: str
@@ -114,30 +91,23 @@ class Job:
     max_exec_time: float
     queue: Raw | None
     info: Raw
-    submitted: float
-    started: float | None
-    ended: float | None
-    end: End | None
-    records: int
+    submitted: float  # time at which it was stored
+    started: float | None  # time at which it got its slot
+    ended: float | None  # time at which its end was stored
+    end: End | None  # payloads are `Raw`
+    records: int  # number of stored records
     holds_slot: bool = False
-    stop: StopState | None = None
+    stop: StopState | None = None  # None: it was not stopped
 
 
 @dataclass(frozen=True, slots=True)
 class JobMetadata:
-    """What is stored about a job's call in addition to its end. Each attribute is a JSON object as text, or None.
+    """What is stored about a job's call in addition to its end. Each attribute is a JSON object as text."""
 
-    Attributes:
-        call: where and how the call runs: address, attempts, whether it is resumable.
-        stop_request: why, by whom and when it was stopped.
-        stop_report: what the host reports of the stop.
-        exit_info: how the call's process ended, the resources it used, its last output.
-    """
-
-    call: Raw | None = None
-    stop_request: Raw | None = None
-    stop_report: Raw | None = None
-    exit_info: Raw | None = None
+    call: Raw | None = None  # where and how the call runs: address, attempts, whether it is resumable
+    stop_request: Raw | None = None  # why, by whom and when it was stopped
+    stop_report: Raw | None = None  # what the host reports of the stop
+    exit_info: Raw | None = None  # how the call's process ended, the resources it used, its last output
 
 
 NO_METADATA = JobMetadata()
@@ -156,54 +126,34 @@ class Records:
 
 @dataclass(frozen=True, slots=True)
 class QueuePosition:
-    """Why a queued job has no slot yet.
+    """Why a queued job has no slot yet."""
 
-    Attributes:
-        position: its position among the queued jobs of its lane, from 1.
-        concurrency: maximum number of jobs of the queue that hold a slot; None: it has no queue.
-        slots_held: number of jobs of the lane that hold a slot.
-        slot_holders: ids of the oldest of these jobs.
-        slots_held_on_host: number of jobs that hold a slot on its host, with or without a queue.
-    """
-
-    position: int
-    concurrency: int | None
-    slots_held: int
-    slot_holders: tuple[str, ...]
-    slots_held_on_host: int
+    position: int  # among the queued jobs of its lane, from 1
+    concurrency: int | None  # maximum number of jobs of the queue that hold a slot; None: it has no queue
+    slots_held: int  # number of jobs of the lane that hold a slot
+    slot_holders: tuple[str, ...]  # ids of the oldest of these jobs
+    slots_held_on_host: int  # number of jobs that hold a slot on its host, with or without a queue
 
 
 @dataclass(frozen=True, slots=True)
 class JobDetails:
-    """A job with everything that is stored about it.
-
-    Attributes:
-        job: the job.
-        metadata: its metadata.
-        record_bytes: total size of its stored records in bytes.
-        queue_position: why it has no slot yet; None if it is not queued.
-    """
+    """A job with everything that is stored about it."""
 
     job: Job
     metadata: JobMetadata
-    record_bytes: int
-    queue_position: QueuePosition | None
+    record_bytes: int  # total size of its stored records
+    queue_position: QueuePosition | None  # None: it is not queued
 
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """The identity of this dispatcher towards its hosts: created with the store, and never changed.
-
-    Attributes:
-        owner: random id, so that values derived from it cannot be guessed.
-        key: key from which the secrets of calls are derived.
-    """
+    """The identity of this dispatcher towards its hosts: random, created with the store, and never changed."""
 
     owner: str = field(repr=False)
-    key: bytes = field(repr=False)
+    key: bytes = field(repr=False)  # the secrets of calls are derived from it
 
     def owner_at(self, host: str) -> str:
-        """Return the owner name that one host knows; it is useless at any other host."""
+        """Return the owner name for one host; no other host accepts it."""
         return self._derive(f"owner {self.owner} at {host}")
 
     def secret(self, job_id: str) -> str:
@@ -211,4 +161,4 @@ class Identity:
         return self._derive(f"secret of {job_id}")
 
     def _derive(self, purpose: str) -> str:
-        return hmac.new(self.key, purpose.encode("utf-8", "surrogatepass"), hashlib.sha256).hexdigest()
+        return hmac.digest(self.key, purpose.encode("utf-8", "surrogatepass"), "sha256").hex()

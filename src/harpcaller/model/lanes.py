@@ -16,10 +16,7 @@ from harpcaller.model.canonical import canonical
 
 
 def queue_lane(name: Raw) -> str:
-    """Return the key of a queue's lane: equal for two names exactly when they are equal as JSON values.
-
-    Args:
-        name: the queue's name, a JSON object.
+    """Return the key of the lane of a queue with this name, a JSON object. Names with equal values have equal keys.
 
     Spec: docs/protocol.md, Client and dispatcher, Call.
     """
@@ -32,7 +29,7 @@ def host_lane(host: str) -> str:
 
 
 def _digest(text: str) -> str:
-    # 128 bits: two queues never share a key, and a name of any length has a short key.
+    # 128 bits: two queues never share a key, and a name of any length has a short key
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
 
 
@@ -60,8 +57,7 @@ def startable_jobs(
         next_head: returns the first head after a sequence number, of the lanes below their own limit.
         count_held_slots: returns how many jobs hold a slot on a host; called at most once for each host.
         limit: maximum number of jobs to yield.
-        max_calls_per_host: maximum number of jobs that hold a slot on one host. A lane waits while the host of its
-            head is full.
+        max_calls_per_host: a lane waits while so many jobs hold a slot on the host of its head.
     """
     room: dict[str, int] = {}
     seq = 0
