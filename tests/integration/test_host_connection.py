@@ -17,7 +17,8 @@ from harp.protocol.harpd import ListCalls, Message, Phase, Release, Request, enc
 from harp.protocol.json_text import Raw
 from harp_daemon.timer_wheel import TimerWheel
 from harpcaller.config import Config
-from harpcaller.hosts.connection import HarpdConnection, MessageQueue, open_connection
+from harpcaller.hosts.connecting import open_connection
+from harpcaller.hosts.connection import HarpdConnection, MessageQueue
 from harpcaller.hosts.inventory import Host
 from harpcaller.hosts.tls import HostTLS
 from support.certificates import server_files

@@ -15,7 +15,8 @@ from harp.protocol.ends import Failed, Returned
 from harp.protocol.harpd import Ack, ListCalls, Phase, encode_request
 from harp_daemon.timer_wheel import TimerWheel
 from harpcaller.config import Config
-from harpcaller.hosts.connection import MessageQueue, open_connection
+from harpcaller.hosts.connecting import open_connection
+from harpcaller.hosts.connection import MessageQueue
 from harpcaller.hosts.inventory import Host
 from harpcaller.hosts.tls import HostTLS
 from harpcaller.model.jobs import StopState

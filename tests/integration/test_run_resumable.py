@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 
 from harp.protocol.ends import Cancelled, Failed, Returned
-from harpcaller.hosts.connection import HarpdConnection, open_connection
+from harpcaller.hosts.connecting import open_connection
+from harpcaller.hosts.connection import HarpdConnection
 from harpcaller.model.jobs import State, StopState
 from harpcaller.notifier import RecordBatch
 from harpcaller.store import UnknownJob

@@ -16,8 +16,7 @@ import trustme
 from harp_daemon.settings import ConfigError
 from harp_daemon.timer_wheel import TimerWheel
 from harpcaller.config import Config
-from harpcaller.hosts.connecting import to_failed
-from harpcaller.hosts.connection import open_connection
+from harpcaller.hosts.connecting import open_connection, to_failed
 from harpcaller.hosts.inventory import Host
 from harpcaller.hosts.tls import CertificateRefused, HostTLS, names_host, server_name
 from support.certificates import Certificates, authority

@@ -18,15 +18,10 @@ _FORMAT = "harpcaller hosts 1"
 
 @dataclass(frozen=True, slots=True)
 class CachedHosts:
-    """The hosts that a script printed.
+    """The hosts that a script printed."""
 
-    Attributes:
-        hosts: the hosts by name.
-        refreshed_at: Unix time of the script's run; 0 makes a refresh due.
-    """
-
-    hosts: Mapping[str, Host] = field(default_factory=dict)
-    refreshed_at: float = 0.0
+    hosts: Mapping[str, Host] = field(default_factory=dict)  # by name
+    refreshed_at: float = 0.0  # Unix time of the script's run; 0 makes a refresh due
 
 
 def read_cache(file: Path) -> CachedHosts:
@@ -51,13 +46,13 @@ def write_cache(file: Path, cached: CachedHosts) -> Path | None:
     """
     file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     new = file.with_name(f"{file.name}.new")
-    new.unlink(missing_ok=True)  # left by a crash
+    new.unlink(missing_ok=True)  # of a daemon that was killed
     try:
         with open(os.open(new, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w", encoding="ascii") as stream:
             stream.write(json.dumps({"form": _FORMAT, "refreshed": cached.refreshed_at}) + "\n")
             for host in cached.hosts.values():
-                credentials = {"user": host.user, "password": host.password}
-                members = {"hostname": host.hostname, "address": host.address, "port": host.port}
+                members = host._asdict()
+                credentials = {key: members.pop(key) for key in ("user", "password")}
                 stream.write(json.dumps({**members, "credentials": credentials}) + "\n")
             stream.flush()
             os.fsync(stream.fileno())

@@ -1,4 +1,4 @@
-"""Opens TLS connections to hosts, and maps every connection error to a job's end.
+"""Opens TLS connections to hosts, and maps every error of a connection to a job's end.
 
 Spec: docs/protocol.md, Error types.
 """
@@ -10,19 +10,20 @@ import errno
 import os
 import socket
 import ssl
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, TypeAlias, TypeVar
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
 
 from harp.protocol.ends import Failed
-from harp.protocol.json_text import Raw, dumps
+from harp.protocol.fields import ProtocolError
+from harp.protocol.json_text import dumps
 from harp.protocol.lines import LineTooLong
 from harp_daemon.sockets import configure_socket
+from harp_daemon.timer_wheel import TimerWheel
+from harpcaller.config import Config
+from harpcaller.hosts.connection import HarpdConnection
 from harpcaller.hosts.inventory import Host
 from harpcaller.hosts.tls import CertificateRefused, HostTLS, parse_ip, server_name
-
-#: The errors of `connect` and of a connection. UnicodeError: an address that is not a valid name.
-CONNECT_ERRORS = (OSError, CertificateRefused, UnicodeError)
 
 #: Errors of this machine; all others are errors of the network.
 _LOCAL_ERRORS = ("EMFILE", "ENFILE", "ENOBUFS", "ENOMEM", "EACCES", "EPERM", "EADDRNOTAVAIL")
@@ -38,8 +39,6 @@ _ERRNO_BY_CLASS = {
     BrokenPipeError: errno.EPIPE,
 }
 
-P = TypeVar("P", bound=asyncio.Protocol)
-
 _RESOLVER_ERRORS = {getattr(socket, name): name for name in dir(socket) if name.startswith("EAI_")}
 
 #: One result of `getaddrinfo`.
@@ -47,46 +46,37 @@ _AddressInfo: TypeAlias = tuple[int, int, int, str, tuple[Any, ...]]
 
 
 class HostUnreachable(Exception):
-    """A host that could not be connected to, or refused to list its calls.
-
-    Attributes:
-        error: the reason, as a job's end.
-    """
+    """A host that has refused to list its calls. `error` is the reason, as a job's end."""
 
     def __init__(self, error: Failed) -> None:
         super().__init__(error.message)
         self.error = error
 
 
-@contextmanager
-def map_connect_errors(host: Host) -> Iterator[None]:
-    """Raise errors of the host or the network as `HostUnreachable`."""
-    try:
-        yield
-    except LineTooLong as error:
-        raise HostUnreachable(to_protocol_error(error, host)) from error
-    except CONNECT_ERRORS as error:
-        raise HostUnreachable(to_failed(error, host, "connecting")) from error
+#: The errors of opening a connection and of the exchange on it. UnicodeError: an address that is not a valid name.
+CONNECTION_ERRORS = (OSError, CertificateRefused, UnicodeError, ProtocolError, LineTooLong, HostUnreachable)
 
 
-async def connect(host: Host, tls: HostTLS, seconds: float, create_protocol: Callable[[], P]) -> P:
-    """Connect to a host and check its certificate; return the protocol of the connection.
+async def open_connection(
+    host: Host, tls: HostTLS, config: Config, timers: TimerWheel, max_line: int = sys.maxsize
+) -> HarpdConnection:
+    """Connect to a host and check its certificate.
 
-    Args:
-        host: the host.
-        tls: checks its certificate.
-        seconds: the maximum time of connecting, and again of the handshake.
-        create_protocol: called for each connection, which may be one whose certificate is refused.
+    A received line may have `record_line` bytes, or `max_line` if that is less.
 
     Raises:
         OSError: the host cannot be reached, or the handshake failed.
         CertificateRefused: the certificate is not accepted.
         UnicodeError: the address is not a valid name.
     """
+
+    def create() -> HarpdConnection:
+        return HarpdConnection(timers, min(max_line, config.record_line))
+
     chain_error: str | None = None
     for context in tls.contexts:
         try:
-            transport, protocol = await _connect(host, context, seconds, create_protocol)
+            transport, conn = await _connect(host, context, config.connect_timeout, create)
         except ssl.SSLCertVerificationError as error:
             chain_error = error.verify_message
             continue
@@ -95,21 +85,22 @@ async def connect(host: Host, tls: HostTLS, seconds: float, create_protocol: Cal
         except BaseException:
             transport.abort()
             raise
-        return protocol
+        return conn
     assert chain_error is not None  # otherwise a context was accepted or another error was raised
     raise tls.chain_refused(chain_error)
 
 
 async def _connect(
-    host: Host, context: ssl.SSLContext, seconds: float, create_protocol: Callable[[], P]
-) -> tuple[asyncio.Transport, P]:
+    host: Host, context: ssl.SSLContext, seconds: float, create: Callable[[], HarpdConnection]
+) -> tuple[asyncio.Transport, HarpdConnection]:
+    """Connect and complete the TLS handshake, each in at most `seconds`."""
     async with asyncio.timeout(seconds):
         connection = await _connect_any_address(host, seconds)
     # From here the transport owns the socket and closes it, also after a cancellation. If it were closed here too, the
     # loop could still watch its number, which may belong to the next connection.
     async with asyncio.timeout(seconds):
         return await asyncio.get_running_loop().create_connection(
-            create_protocol,
+            create,
             sock=connection,
             ssl=context,
             server_hostname=server_name(host.address),
@@ -145,36 +136,30 @@ async def _connect_address(info: _AddressInfo, seconds: float) -> socket.socket:
 
 async def _resolve(host: Host) -> Sequence[_AddressInfo]:
     """Return the results for the host's address, at least one."""
-    if parse_ip(host.address):  # does not need a thread
+    if parse_ip(host.address):  # needs no thread
         return socket.getaddrinfo(host.address, host.port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
-    loop = asyncio.get_running_loop()
-    return await loop.getaddrinfo(host.address, host.port, type=socket.SOCK_STREAM)
+    return await asyncio.get_running_loop().getaddrinfo(host.address, host.port, type=socket.SOCK_STREAM)
 
 
 def to_failed(error: BaseException, host: Host, doing: str) -> Failed:
-    """Return the end of a job after one of `CONNECT_ERRORS`; `doing` is the step that failed, for the message."""
+    """Return the end of a job after one of `CONNECTION_ERRORS`; `doing` is the step that failed, for the message."""
+    if isinstance(error, HostUnreachable):
+        return error.error
+    where = describe_host(host)
+    if isinstance(error, (ProtocolError, LineTooLong)):
+        return Failed("protocol_error", f"{where}: the host broke the protocol: {error}")
     if isinstance(error, CertificateRefused):
-        return Failed("certificate_error", f"{describe_host(host)}: certificate refused: {error}")
+        return Failed("certificate_error", f"{where}: certificate refused: {error}")
     if isinstance(error, ssl.SSLError) and error.reason in _NOT_TLS_REASONS:
-        return Failed("protocol_error", f"{describe_host(host)}: {doing}: it does not speak TLS; is this harpd's port?")
+        return Failed("protocol_error", f"{where}: {doing}: it does not speak TLS; is this harpd's port?")
     name, text = _describe_error(error)
     kind = "os_error" if name in _LOCAL_ERRORS else "network_error"
-    return Failed(kind, f"{describe_host(host)}: {doing}: {text}", errno_data(name))
-
-
-def to_protocol_error(error: Exception, host: Host) -> Failed:
-    """Return the end of a job whose host broke the protocol."""
-    return Failed("protocol_error", f"{describe_host(host)}: the host broke the protocol: {error}")
+    return Failed(kind, f"{where}: {doing}: {text}", dumps({"errno": name}) if name else None)
 
 
 def describe_host(host: Host) -> str:
     """Return the host's name, address and port for messages."""
     return f"host {host.hostname} ({host.address}, port {host.port})"
-
-
-def errno_data(name: str | None) -> Raw | None:
-    """Return the data of an error: the name of its errno, if it has one."""
-    return dumps({"errno": name}) if name else None
 
 
 def _describe_error(error: BaseException) -> tuple[str | None, str]:

@@ -1,8 +1,8 @@
 """A connection to a host's harpd: one request at a time, the messages that answer it, commands to a running call.
 
-No task reads a connection. The event loop passes what it has received to `HarpdConnection.data_received`, which calls
-the request's `Receiver` for each message, for adjacent records once together. A line of more than 64 KiB is decoded in
-a thread; until then the host is not read.
+No task reads a connection. The event loop passes received data to `HarpdConnection.data_received`, which calls the
+request's `Receiver` for each message, for adjacent records once together. A line of more than 64 KiB is decoded in a
+thread; until then the host is not read.
 
 Heartbeats run in both directions, because an open connection does not prove that the peer is alive. Each heartbeat
 echoes the host's latest timestamp. The host measures contact from that timestamp, so it can never count contact that
@@ -13,9 +13,7 @@ it. Time in which the dispatcher itself does not read, because the store is slow
 from __future__ import annotations
 
 import asyncio
-import sys
 import time
-from collections import deque
 from itertools import islice, takewhile
 from operator import methodcaller
 from typing import Any, Protocol, cast
@@ -28,18 +26,14 @@ from harp.protocol.json_text import InvalidJSON, Raw, loads
 from harp.protocol.lines import LineBuffer, LineTooLong
 from harp_daemon.sliced_json import decode_slices, slice_records
 from harp_daemon.timer_wheel import Timer, TimerWheel
-from harpcaller.config import Config
-from harpcaller.hosts.connecting import connect
-from harpcaller.hosts.inventory import Host
-from harpcaller.hosts.tls import HostTLS
 
 #: A record number that does not exist. Attaching at it is refused with the number of the next record.
 PAST_END = 2**53
 
 #: Maximum length in bytes of a line that is decoded in the event loop.
 _MAX_LOOP_LINE = 64 * 1024
-#: Maximum length in bytes of an acknowledgement that is kept, because the next call may get the same one.
-_MAX_KEPT_LINE = 1000
+#: Maximum length in bytes of an acknowledgement that is stored, because the next call may get the same one.
+_MAX_STORED_LINE = 1000
 #: Seconds between two heartbeats, and the number of unanswered ones after which the connection is aborted.
 _HEARTBEAT_INTERVAL, _MAX_MISSED_HEARTBEATS = 15.0, 3
 #: Minimum seconds between two heartbeats, whatever timeout a host sets.
@@ -49,9 +43,9 @@ _is_record = methodcaller("startswith", RECORD_PREFIX)
 _is_heartbeat = methodcaller("startswith", _HEARTBEAT_PREFIX)
 #: Maximum bytes of commands that the host has not read.
 _MAX_UNSENT_BYTES = 64 * 1024
-#: Seconds for which the last command of a call waits for the next request.
+#: Maximum seconds for which the last command of a call waits for the next request.
 _COMMAND_DELAY = 0.03
-#: Maximum number of messages that a `MessageQueue` holds before its connection is not read.
+#: Maximum number of messages in a `MessageQueue`; above it, its connection is not read.
 _MAX_QUEUED = 64
 
 
@@ -68,16 +62,14 @@ class Receiver(Protocol):
         """Receive the end of the connection, the last event.
 
         `error` is a `ProtocolError` or `LineTooLong` if the host broke the protocol, an OSError if the connection
-        broke, None if it was closed.
+        broke, None if the host closed it.
         """
 
 
 class HarpdConnection(asyncio.Protocol):
     """A connection to a host, ready for a request; the caller closes it.
 
-    Args:
-        timers: the timers of the event loop.
-        max_line: maximum length of a received line in bytes.
+    `max_line` is the maximum length of a received line in bytes.
     """
 
     def __init__(self, timers: TimerWheel, max_line: int) -> None:
@@ -88,17 +80,19 @@ class HarpdConnection(asyncio.Protocol):
         self._exchange: ReplyReader | None = None
         self._receiver: Receiver | None = None
         self._decoding = False  # a thread decodes a line
-        self._paused = False  # by the receiver
         self._is_reading = True
         self._resuming = False
         self._ended = False
         self._end_error: Exception | None = None
         self._heartbeat_timer: Timer | None = None
-        self._unsent = b""  # the last command of a call
-        self._unsent_timer: Timer | None = None
+        self._heartbeat_interval = _HEARTBEAT_INTERVAL
+        self._last_command = b""  # of a finished request; not sent yet
+        self._command_timer: Timer | None = None
         self._peer_time = 0.0
         self._reused_unanswered = False
         self._acknowledgement: tuple[bytes, Message] | None = None  # of the last call; most calls get the same line
+        #: Whether the receiver has paused reading.
+        self.is_paused = False
         #: Monotonic time of the last received data, or of the request.
         self.last_received_at = self._reading_since = time.monotonic()
 
@@ -141,13 +135,14 @@ class HarpdConnection(asyncio.Protocol):
         self._exchange = ReplyReader(decode_slices)
         self._exchange.phase = phase
         self._receiver = receiver
-        self._transport.write(self._take_unsent() + line)
+        last_command, self._last_command = self._last_command, b""
+        self._transport.write(last_command + line)
         if self._unread or self._ended:
             asyncio.get_running_loop().call_soon(self._continue)
         self.resume_reading()
 
     def send_command(self, command: Command) -> None:
-        """Send a command for the attached call. Abort the connection if the host leaves too much unread."""
+        """Send a command for the attached call. Abort the connection if the host does not read its commands."""
         transport = self._transport
         if not transport.is_closing():
             transport.write(encode_command(command))
@@ -155,43 +150,37 @@ class HarpdConnection(asyncio.Protocol):
                 transport.abort()
 
     def finish_request(self, last_command: Command | None = None) -> None:
-        """Receive no further message of this request: its call has ended. The connection may be used again.
+        """End the request, because its call has ended: deliver no further message.
 
-        A last command is sent together with the next request, which halves the writes and reads of a busy connection;
-        or after a moment, or before `close`.
+        The last command is sent together with the next request, which halves the writes and reads of a busy
+        connection; or after `_COMMAND_DELAY`, or before `close`.
         """
-        self.stop_heartbeat()
+        self._stop_heartbeat()
         self._receiver = None
         if self._unread:
-            self._drop_idle_lines()
+            self._discard_idle_lines()
         if last_command is not None:
-            self._unsent = encode_command(last_command)
-            self._unsent_timer = self._timers.call_later(_COMMAND_DELAY, self._send_unsent)
+            self._last_command = encode_command(last_command)
+            if self._command_timer is None:
+                self._command_timer = self._timers.call_later(_COMMAND_DELAY, self._on_command_timer)
 
-    def _take_unsent(self) -> bytes:
-        if self._unsent_timer is not None:
-            self._unsent_timer.cancel()
-            self._unsent_timer = None
-        line, self._unsent = self._unsent, b""
-        return line
+    def _on_command_timer(self) -> None:
+        self._command_timer = None
+        self._send_last_command()
 
-    def _send_unsent(self) -> None:
-        if line := self._take_unsent():
-            self._transport.write(line)
+    def _send_last_command(self) -> None:
+        if self._last_command:
+            self._transport.write(self._last_command)
+            self._last_command = b""
 
     def pause_reading(self) -> None:
-        """Read no further data; what was read before is still delivered."""
-        self._paused = True
+        """Read no further data; data that was read before is still delivered."""
+        self.is_paused = True
         self._update_reading()
-
-    @property
-    def is_paused(self) -> bool:
-        """Whether no further data is read."""
-        return self._paused
 
     def resume_reading(self) -> None:
         """Read again."""
-        self._paused = False
+        self.is_paused = False
         self._update_reading()
 
     @property
@@ -201,7 +190,7 @@ class HarpdConnection(asyncio.Protocol):
 
     @property
     def is_reusable(self) -> bool:
-        """Whether both sides are open, and no line was received that is not decoded yet, or not complete."""
+        """Whether both sides are open, and every received line is complete and decoded."""
         unfinished = self._decoding or self._unread or self._lines.pending
         return not (self._ended or self._transport.is_closing() or unfinished)
 
@@ -218,13 +207,13 @@ class HarpdConnection(asyncio.Protocol):
     def close(self) -> None:
         """Close the connection after the written data was sent."""
         self.finish_request()
-        self._send_unsent()
+        self._send_last_command()
         self._transport.close()
 
     def abort(self) -> None:
         """Close the connection at once."""
         self._unread.clear()
-        self._take_unsent()
+        self._last_command = b""
         self.finish_request()
         self._transport.abort()
 
@@ -237,7 +226,11 @@ class HarpdConnection(asyncio.Protocol):
         while at < len(lines):
             receiver, exchange = self._receiver, self._exchange
             if receiver is None or exchange is None or self._decoding:
-                self._keep(lines[at:])
+                self._unread = lines[at:]
+                if exchange is None:
+                    self.pause_reading()  # the host sends before the request, for example to refuse the connection
+                elif receiver is None:
+                    self._discard_idle_lines()
                 return
             line = lines[at]
             if len(line) > _MAX_LOOP_LINE:
@@ -254,22 +247,15 @@ class HarpdConnection(asyncio.Protocol):
             at += 1
             self._receive(self._decode(line))
 
-    def _keep(self, lines: list[bytes]) -> None:
-        self._unread = lines
-        if self._exchange is None:
-            self.pause_reading()  # the host sends before the request, for example to refuse the connection
-        elif self._receiver is None:
-            self._drop_idle_lines()
-
-    def _drop_idle_lines(self) -> None:
-        """Drop the late heartbeats of the last call; a host that sends anything else is disconnected."""
+    def _discard_idle_lines(self) -> None:
+        """Discard the late heartbeats of the last call; disconnect a host that sends anything else."""
         if all(map(_is_heartbeat, self._unread)):
             self._unread.clear()
         else:
             self._transport.abort()
 
     def _continue(self) -> None:
-        """Deliver the lines that were kept, then the end of the connection if it has come."""
+        """Deliver the lines that waited, then the end of the connection if it was received."""
         self._deliver()
         if self._ended and not self._decoding:
             self._end(self._end_error)
@@ -297,7 +283,7 @@ class HarpdConnection(asyncio.Protocol):
 
         asyncio loses data if reading is paused in the turn of the loop in which it was resumed, and the host closes.
         """
-        is_reading = not (self._paused or self._decoding)
+        is_reading = not (self.is_paused or self._decoding)
         if is_reading is self._is_reading or self._resuming or self._transport.is_closing():
             return
         self._is_reading = is_reading
@@ -327,7 +313,7 @@ class HarpdConnection(asyncio.Protocol):
                 message = self._exchange.read_message(line)
         except ProtocolError as error:
             return error
-        if isinstance(message, Acknowledgement) and len(line) <= _MAX_KEPT_LINE:
+        if isinstance(message, Acknowledgement) and len(line) <= _MAX_STORED_LINE:
             self._acknowledgement = line, message
         return message
 
@@ -343,14 +329,14 @@ class HarpdConnection(asyncio.Protocol):
             self._receiver.on_message(message)
 
     def _end(self, error: Exception | None) -> None:
-        """Tell the receiver that the connection has ended, after the lines before."""
+        """Notify the receiver that the connection has ended, after the lines before."""
         self._ended = True
         self._end_error = self._end_error or error
         if self._decoding:
             return
         receiver, self._receiver = self._receiver, None
-        self._take_unsent()
-        self.stop_heartbeat()
+        self._last_command = b""
+        self._stop_heartbeat()
         self._transport.abort()
         if receiver is not None:
             receiver.on_disconnect(self._end_error)
@@ -366,28 +352,26 @@ class HarpdConnection(asyncio.Protocol):
             at_once: whether to send the first one now. A new call needs none: its request was one.
         """
         self._peer_time = peer_time
-        interval = max(_MIN_HEARTBEAT_INTERVAL, min(_HEARTBEAT_INTERVAL, timeout / (_MAX_MISSED_HEARTBEATS + 2)))
+        interval = min(_HEARTBEAT_INTERVAL, timeout / (_MAX_MISSED_HEARTBEATS + 2))
+        self._heartbeat_interval = max(_MIN_HEARTBEAT_INTERVAL, interval)
         if at_once:
-            self._send_heartbeat(interval)
+            self._send_heartbeat()
         else:
-            self._schedule_heartbeat(interval)
+            self._heartbeat_timer = self._timers.call_later(self._heartbeat_interval, self._send_heartbeat)
 
-    def stop_heartbeat(self) -> None:
-        """Send no further heartbeat."""
+    def _stop_heartbeat(self) -> None:
         if self._heartbeat_timer is not None:
             self._heartbeat_timer.cancel()
             self._heartbeat_timer = None
 
-    def _send_heartbeat(self, interval: float) -> None:
+    def _send_heartbeat(self) -> None:
         silent_since = max(self.last_received_at, self._reading_since)
-        if self._is_reading and time.monotonic() - silent_since > _MAX_MISSED_HEARTBEATS * interval:
+        max_silence = _MAX_MISSED_HEARTBEATS * self._heartbeat_interval
+        if self._is_reading and time.monotonic() - silent_since > max_silence:
             self._transport.abort()
             return
         self.send_command(Heartbeat(self._peer_time))
-        self._schedule_heartbeat(interval)
-
-    def _schedule_heartbeat(self, interval: float) -> None:
-        self._heartbeat_timer = self._timers.call_later(interval, lambda: self._send_heartbeat(interval))
+        self._heartbeat_timer = self._timers.call_later(self._heartbeat_interval, self._send_heartbeat)
 
 
 class MessageQueue:
@@ -395,27 +379,27 @@ class MessageQueue:
 
     def __init__(self, conn: HarpdConnection) -> None:
         self._conn = conn
-        self._messages: deque[Message | None] = deque()  # None: the connection has ended
-        self._error: Exception | None = None
-        self._received = asyncio.Event()
+        self._messages: asyncio.Queue[Message | Exception | None] = asyncio.Queue()
 
     def on_records(self, records: list[Raw]) -> None:
         """See `Receiver`."""
-        self._add(*map(Record, records))
+        for record in records:
+            self.on_message(Record(record))
 
     def on_message(self, message: Message) -> None:
         """See `Receiver`."""
-        self._add(message)
+        self._messages.put_nowait(message)
+        if self._messages.qsize() > _MAX_QUEUED:
+            self._conn.pause_reading()
 
     def on_disconnect(self, error: Exception | None) -> None:
         """See `Receiver`."""
-        self._error = error
-        self._add(None)
+        self._messages.put_nowait(error)
 
     @property
     def has_next(self) -> bool:
         """Whether the next message, or the end, has been received."""
-        return bool(self._messages)
+        return not self._messages.empty()
 
     async def receive(self) -> Message | None:
         """Wait for the next message; return None if the host has closed the connection.
@@ -424,41 +408,18 @@ class MessageQueue:
             ProtocolError, LineTooLong: the host broke the protocol.
             OSError: the connection broke.
         """
-        while not self._messages:
+        if self._messages.empty():
             self._conn.resume_reading()
-            self._received.clear()
-            await self._received.wait()
-        message = self._messages[0]
-        if message is not None:
-            self._messages.popleft()  # the end stays, for further calls
-        elif self._error is not None:
-            raise self._error
+        message = await self._messages.get()
+        if isinstance(message, Exception):
+            raise message
         return message
-
-    def _add(self, *messages: Message | None) -> None:
-        self._messages += messages
-        self._received.set()
-        if len(self._messages) > _MAX_QUEUED:
-            self._conn.pause_reading()
-
-
-async def open_connection(
-    host: Host, tls: HostTLS, config: Config, timers: TimerWheel, max_line: int = sys.maxsize
-) -> HarpdConnection:
-    """Connect to a host; a received line may have `record_line` bytes, or `max_line` if that is less.
-
-    Raises:
-        OSError, CertificateRefused, UnicodeError: see `harpcaller.hosts.connecting.connect`.
-    """
-    max_line = min(max_line, config.record_line)
-    return await connect(host, tls, config.connect_timeout, lambda: HarpdConnection(timers, max_line))
 
 
 def parse_end_of_records(error: Failed) -> int:
     """Return the number of the next record of a call, from the data of the error ``records_gone``.
 
-    Raises:
-        ProtocolError: the data has another form.
+    Raises `ProtocolError` if the data has another form.
     """
     end = get_error_detail(error, "end")
     if not isinstance(end, int) or not is_count(end) or end >= PAST_END:
@@ -467,11 +428,7 @@ def parse_end_of_records(error: Failed) -> int:
 
 
 def get_error_detail(error: Failed, key: str) -> Any:
-    """Return a member of an error's data; None if it has none.
-
-    Raises:
-        ProtocolError: the data is not JSON that Python can hold.
-    """
+    """Return a member of an error's data; None if it has none. Raises `ProtocolError` if the data cannot be decoded."""
     try:
         data = loads(error.data) if isinstance(error.data, Raw) else None
     except InvalidJSON as invalid:

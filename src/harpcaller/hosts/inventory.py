@@ -6,8 +6,8 @@ Spec: docs/settings-dispatcher.md, Hosts registry.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 from harp.protocol.fields import (
     ProtocolError,
@@ -18,47 +18,36 @@ from harp.protocol.fields import (
     required_object,
     required_string,
 )
-from harp.protocol.json_text import JSONObject, decode_values
+from harp.protocol.json_text import decode_values
 
 
-@dataclass(frozen=True, slots=True)
-class Host:
-    """A host of the registry: where its harpd listens, and the credentials to call it with.
+class Host(NamedTuple):
+    """A host of the registry: where its harpd listens, and the credentials to call it with."""
 
-    Attributes:
-        hostname: the name in submitted jobs.
-        address: the name, IPv4 or IPv6 address to connect to.
-        port: the TCP port, 1 to 65535.
-        user: the user name for harpd's authentication.
-        password: the password; not part of the `repr`.
-    """
-
-    hostname: str
-    address: str
+    hostname: str  # the name in submitted jobs
+    address: str  # the name, IPv4 or IPv6 address to connect to
     port: int
     user: str
-    password: str = field(repr=False)
+    password: str
+
+    def __repr__(self) -> str:
+        """Return a text without the password."""
+        return f"Host({self.hostname!r}, {self.address!r}, {self.port}, {self.user!r})"
 
 
 @dataclass(frozen=True, slots=True)
 class ParsedHosts:
-    """The hosts of a file or of a script's output.
+    """The hosts of a file or of a script's output."""
 
-    Attributes:
-        hosts: the hosts by name, in the order of the lines.
-        invalid_lines: number, from 1, and error of each line that is not a valid host; an error never quotes the line.
-        duplicates: number of lines that were replaced by a later line with the same hostname.
-    """
-
-    hosts: Mapping[str, Host]
-    invalid_lines: tuple[tuple[int, str], ...] = ()
-    duplicates: int = 0
+    hosts: Mapping[str, Host]  # by name, in the order of the lines
+    invalid_lines: tuple[tuple[int, str], ...]  # number, from 1, and error of each; an error never quotes the line
+    duplicates: int  # number of lines that were replaced by a later line with the same hostname
 
 
 def parse_hosts(lines: Iterable[bytes]) -> ParsedHosts:
     """Parse the output of `host_db_script` or the lines of `hosts_file`.
 
-    Empty lines are skipped. If two lines have the same hostname, the last one is used.
+    Empty lines are skipped. The last of several lines with the same hostname is used.
     """
     hosts: dict[str, Host] = {}
     invalid_lines: list[tuple[int, str]] = []
@@ -86,14 +75,10 @@ def parse_line(line: bytes) -> Host:
     reject_unknown_keys(members, ("hostname", "address", "port", "credentials"))
     credentials = required_object(members, "credentials")
     reject_unknown_keys(credentials, ("user", "password"))
-    hostname, address = (_name(members, key) for key in ("hostname", "address"))
+    names = {key: required_string(members, key) for key in ("hostname", "address")}
+    for key, name in names.items():
+        check(name != "", f"{key}: expected a name, got an empty string")
     port: Any = member_value(members, "port") if "port" in members else None
     check(type(port) is int and 0 < port <= 65535, "port: expected an integer from 1 to 65535")
     user, password = (required_string(credentials, key) for key in ("user", "password"))
-    return Host(hostname, address, port, user, password)
-
-
-def _name(members: JSONObject, key: str) -> str:
-    name = required_string(members, key)
-    check(name != "", f"{key}: expected a name, got an empty string")
-    return name
+    return Host(**names, port=port, user=user, password=password)

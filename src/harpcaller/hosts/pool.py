@@ -1,11 +1,10 @@
 """A pool of idle connections to hosts, for the next call: a TLS handshake costs as much as the rest of a small call.
 
-The pool holds a connection only if its host supports keep-alive, and only for a short time: a host that disappears
-leaves a connection that looks open, and a start written to it is delayed until the outage is detected. If a reused
-connection breaks before the acknowledgement, the run attaches to the call; it never writes the start twice.
+A connection is stored only if its host supports keep-alive, and only for a short time: the connection to a host that
+disappears seems open, and a start written to it is delayed until the outage is detected. If a reused connection breaks
+before the acknowledgement, the run attaches to the call; it never writes the start twice.
 
-The client's pool is a separate one on purpose: it is shared between threads and has no timer, this one belongs to an
-event loop and limits connections per host.
+The client's pool is separate on purpose: it is shared between threads and has no timer.
 
 Spec: docs/protocol.md, Keep-alive.
 """

@@ -35,8 +35,7 @@ class RefreshFailed(Exception):
 class HostsRegistry:
     """The hosts that may be called. `on_change` is called when the registry becomes ready, or has changed.
 
-    Raises:
-        ConfigError: the hosts file cannot be read.
+    Raises `ConfigError` if the hosts file cannot be read.
     """
 
     def __init__(self, config: Config, on_change: Callable[[], None]) -> None:
@@ -56,12 +55,8 @@ class HostsRegistry:
     @property
     def is_ready(self) -> bool:
         """Whether calls may start. If no host is known, they wait for the end of the script's first run."""
-        return (
-            self._refresh_attempted
-            or self._config.host_db_script is None
-            or bool(self._cached.hosts)
-            or bool(self._hosts_of_file())
-        )
+        may_be_empty = self._refresh_attempted or self._config.host_db_script is None
+        return may_be_empty or bool(self._cached.hosts or self._hosts_of_file())
 
     def find_host(self, hostname: str) -> Host | None:
         """Return a host; None if it is not in the registry."""
@@ -78,8 +73,7 @@ class HostsRegistry:
     def update_config(self, config: Config) -> None:
         """Apply a new configuration; the known hosts remain until the next refresh.
 
-        Raises:
-            ConfigError: the hosts file cannot be read; then nothing has changed.
+        Raises `ConfigError` if the hosts file cannot be read; then nothing has changed.
         """
         self._watched_file = _watch_hosts_file(config)
         if config.host_db_script is None:
@@ -93,8 +87,7 @@ class HostsRegistry:
     async def refresh(self) -> int:
         """Run the script, or wait for the current run; return the number of hosts in the registry.
 
-        Raises:
-            RefreshFailed: the script failed, or neither a script nor a hosts file is configured.
+        Raises `RefreshFailed` if the script failed, or if neither a script nor a hosts file is configured.
         """
         if self._refresh_task is None:
             self._refresh_task = asyncio.create_task(self._run_refresh(self._config))

@@ -1,6 +1,6 @@
 """Runs `host_db_script` with a limit on time and output.
 
-The output goes to files in memory: they hold passwords, and a process that outlives the script cannot block the reader.
+The output goes to files in memory: it contains passwords. A process that outlives the script cannot block it.
 
 Spec: docs/settings-dispatcher.md, Hosts registry.
 """
@@ -66,15 +66,13 @@ async def run_script(script: Path, time_limit: float, max_output: int = MAX_OUTP
 
 
 async def _wait_exit(process: Process, output: IO[bytes], errors: IO[bytes], max_output: int) -> int | None:
-    """Return the exit status; None if the process has written more than it may."""
-    status = None
-    while status is None:
+    """Return the exit status; None if the process has written more than `max_output` bytes."""
+    while max(_size(output), _size(errors)) <= max_output:
+        if process.returncode is not None:
+            return process.returncode
         with suppress(TimeoutError):
-            async with asyncio.timeout(_CHECK_INTERVAL):
-                status = await process.wait()
-        if max(_size(output), _size(errors)) > max_output:
-            return None
-    return status
+            await asyncio.wait_for(process.wait(), _CHECK_INTERVAL)
+    return None
 
 
 def _memory_file() -> IO[bytes]:

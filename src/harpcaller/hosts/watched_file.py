@@ -17,15 +17,9 @@ class WatchedFile(Generic[T]):
     """The parsed contents of a file.
 
     A change is detected by modification time, size and inode. If the changed file cannot be read or parsed, the
-    error is logged once and the previous value remains.
+    error is logged once and the previous value remains. `parse` raises ValueError for invalid contents.
 
-    Args:
-        file: the file.
-        parse: returns the value for the file's bytes; raises ValueError if they are invalid.
-
-    Raises:
-        OSError: the file cannot be read.
-        ValueError: the file cannot be parsed.
+    Raises OSError or ValueError if the file cannot be read or parsed.
     """
 
     def __init__(self, file: Path, parse: Callable[[bytes], T]) -> None:

@@ -10,11 +10,13 @@ from __future__ import annotations
 import time
 
 from harp.protocol.ends import Failed
-from harpcaller.hosts.connecting import errno_data
+from harp.protocol.json_text import dumps
 from harpcaller.model.jobs import Job
 
 #: Seconds after which the dispatcher enforces a limit that the host has not enforced.
 MARGIN = 15.0
+
+_TIMED_OUT = dumps({"errno": "ETIMEDOUT"})
 
 #: Maximum seconds for the delivery of buffered records after the time limit.
 _DELIVERY_TIME = 600.0
@@ -105,7 +107,7 @@ class Deadlines:
         unanswered = not self.acknowledged and self._acknowledgement < self._job.timeout and now < self.deadline
         if unanswered or (not self.acknowledged and (ended or self._reattached)):
             message = f"{host} did not acknowledge the call within {self._acknowledgement:g} s"
-            return Failed("network_error", message, errno_data("ETIMEDOUT"))
+            return Failed("network_error", message, _TIMED_OUT)
         if now >= self._enforced_at:
             return self.max_exec_time_error()
         return Failed("timeout", f"reading the result: no message from {host} for {self._job.timeout:g} s")

@@ -14,12 +14,10 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 
 from harp.protocol.ends import End, Failed
-from harp.protocol.fields import ProtocolError
 from harp.protocol.harpd import Ack, Acknowledgement, ExitInfo, Phase, Record, Release, StopCall, StopReport
 from harp.protocol.json_text import Raw
-from harp.protocol.lines import LineTooLong
-from harpcaller.hosts.connecting import CONNECT_ERRORS
-from harpcaller.hosts.connection import PAST_END, HarpdConnection, MessageQueue, open_connection, parse_end_of_records
+from harpcaller.hosts.connecting import CONNECTION_ERRORS, open_connection
+from harpcaller.hosts.connection import PAST_END, HarpdConnection, MessageQueue, parse_end_of_records
 from harpcaller.hosts.inventory import Host
 from harpcaller.model.jobs import JobMetadata
 from harpcaller.runs.context import RunContext
@@ -104,7 +102,7 @@ class OrphanReaper:
 
             async with asyncio.timeout(_TIME_LIMIT):
                 await _stop_and_release(host, call, context, store_metadata)
-        except (*CONNECT_ERRORS, StorageError, ProtocolError, LineTooLong) as error:
+        except (*CONNECTION_ERRORS, StorageError) as error:
             reason = str(error) or type(error).__name__
             log.info("cannot clean up orphan now", extra={**_call_fields(host, call), "reason": reason})
 

@@ -56,20 +56,8 @@ from harp.protocol.lines import LineTooLong
 from harp_daemon.backoff import Backoff
 from harp_daemon.timer_wheel import Timer
 from harpcaller.hosts.capabilities import LEGACY, HostSupport
-from harpcaller.hosts.connecting import (
-    HostUnreachable,
-    describe_host,
-    map_connect_errors,
-    to_failed,
-    to_protocol_error,
-)
-from harpcaller.hosts.connection import (
-    PAST_END,
-    HarpdConnection,
-    get_error_detail,
-    open_connection,
-    parse_end_of_records,
-)
+from harpcaller.hosts.connecting import CONNECTION_ERRORS, describe_host, open_connection, to_failed
+from harpcaller.hosts.connection import PAST_END, HarpdConnection, get_error_detail, parse_end_of_records
 from harpcaller.hosts.inventory import Host
 from harpcaller.model.jobs import Job, JobDetails, StopState
 from harpcaller.runs.context import RunContext, log_fields
@@ -275,12 +263,11 @@ class Run:
     async def _open_connection(self, host: Host) -> tuple[HarpdConnection | None, HostSupport]:
         """Return a connection, and what the host supports; no connection if that excludes an attach."""
         context, support = self._context, LEGACY
-        with map_connect_errors(host):
-            if self._phase is RunPhase.OUTAGE or context.config.resumable_calls:
-                support = await context.capabilities.get(host, context.tls, context.config)
-            if self._phase is RunPhase.OUTAGE and support.instance is None and self._terms is None:
-                return None, support
-            return await open_connection(host, context.tls, context.config, context.timers), support
+        if self._phase is RunPhase.OUTAGE or context.config.resumable_calls:
+            support = await context.capabilities.get(host, context.tls, context.config)
+        if self._phase is RunPhase.OUTAGE and support.instance is None and self._terms is None:
+            return None, support
+        return await open_connection(host, context.tls, context.config, context.timers), support
 
     @_event
     def _on_opened(self, opening: asyncio.Task[tuple[HarpdConnection | None, HostSupport]]) -> None:
@@ -296,7 +283,7 @@ class Run:
         host = self._host
         assert host is not None
         if error is not None:
-            self._on_unreachable(error)
+            self._on_unreachable(error, host)
         elif self._phase is RunPhase.CONNECTING:
             assert conn is not None
             self._send_start(conn, host, support)
@@ -306,13 +293,14 @@ class Run:
             line = self._context.encode_attach(self.job.id, host, self._records.next_number)
             self._send(conn, line, Phase.SENT_ATTACH)
 
-    def _on_unreachable(self, error: BaseException) -> None:
-        if not isinstance(error, HostUnreachable):
+    def _on_unreachable(self, error: BaseException, host: Host) -> None:
+        if not isinstance(error, CONNECTION_ERRORS):
             raise error
+        end = to_failed(error, host, "connecting")
         if self.outage is None:
-            self._finish(error.error)
+            self._finish(end)
         else:
-            self.outage.record_error(f"{error.error.type}: {error.error.message}")
+            self.outage.record_error(f"{end.type}: {end.message}")
             self._reattach_later()
 
     def _send_start(self, conn: HarpdConnection, host: Host, support: HostSupport) -> None:
@@ -488,7 +476,7 @@ class Run:
         if self._storing_call_end:
             self._conn = None
         elif isinstance(error, (ProtocolError, LineTooLong)):
-            self._on_protocol_error(error, host)
+            self._on_protocol_error(to_failed(error, host, conn.phase_text))
         elif error is None:
             message = f"{describe_host(host)}: it closed the connection {conn.describe_state()}"
             self._on_lost_connection(Failed("network_error", message))
@@ -501,9 +489,8 @@ class Run:
         else:
             self._finish(end, stop_of_ended=StopState.UNKNOWN)
 
-    def _on_protocol_error(self, error: ProtocolError | LineTooLong, host: Host) -> None:
+    def _on_protocol_error(self, end: Failed) -> None:
         """End the job after a protocol error. Reattaching would repeat the error."""
-        end = to_protocol_error(error, host)
         if self._phase is RunPhase.RUNNING and self._resumable:
             self._begin_outage(end.message)
             message = f"{end.message} (expected record {self._records.next_number})"
@@ -714,7 +701,7 @@ class Run:
         try:
             end = parse_end_of_records(error)
         except ProtocolError as invalid:
-            self._lose_contact(to_protocol_error(invalid, host).message)
+            self._lose_contact(to_failed(invalid, host, "attaching").message)
             return
         self._begin_outage(message)
         self._end_job(Failed("missing_result", message), "records_gone", end)
