@@ -82,7 +82,7 @@ def test_chaos_sabotage_is_detected(tmp_path: Path, sabotage: str, promise: str)
     ("sabotage", "fact"),
     [
         ("start-twice", "5. a call starts"),
-        ("orphan", "after its call ended as"),
+        ("orphan", "promise 3: process"),
         ("wrong-kill", "the unrelated process"),
     ],
 )

@@ -6,7 +6,8 @@ them. The program of this module creates them:
     python -P -m chaos.bystanders
 
 It reads a pid a line from stdin and creates a process with this pid, if it can choose the pid of a process. It writes
-one line for each bystander that has died: its pid, and its status. The oldest ones end when there are many.
+one line for each bystander that has died: its pid, and its status. When there are many, the oldest ones end, except
+the first.
 """
 
 from __future__ import annotations
@@ -99,7 +100,9 @@ class _Family:
             return 0
         self._pipes.append((created, its))
         if len(self._pipes) > _MOST:
-            self._end(*self._pipes.popleft())
+            oldest = self._pipes[1]  # the first one lives until the end: a procedure may break a promise with its pid
+            del self._pipes[1]
+            self._end(*oldest)
         return created
 
     def _be_one(self, pipe: int) -> None:

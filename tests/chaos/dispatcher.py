@@ -60,7 +60,7 @@ class DropRecord(_Sabotaged):
 
 
 class StartTwice(_Sabotaged):
-    """Stores every tenth job twice, as a dispatcher that repeats an unconfirmed start would."""
+    """Stores every fourth job twice, as a dispatcher that repeats an unconfirmed start would."""
 
     def __init__(self, store: Store) -> None:
         super().__init__(store)
@@ -69,7 +69,7 @@ class StartTwice(_Sabotaged):
     async def add_job(self, job: NewJob, now: float) -> None:
         await self._store.add_job(job, now)
         self._jobs += 1
-        if not self._jobs % 10:
+        if not self._jobs % 4:
             await self._store.add_job(replace(job, id=str(uuid.uuid4())), now)
 
 
