@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from harp.protocol.json_text import dumps
+from harpd.supervisor.call import CallContext
 from harpd.supervisor.event_loop import EventLoop
 from harpd.supervisor.resumable_session import ResumableSession, SessionTerms
-from harpd.supervisor.spool import SpoolQuota
 
 TERMS = SessionTerms("owner", "digest", 60.0, 60.0, 60.0, 60.0, streaming=True)
 
 
 @pytest.mark.parametrize("adopted", [False, True])
-def test_session_end_uses_quota_until_discarded(adopted: bool) -> None:
-    loop, quota = EventLoop(), SpoolQuota(0)  # any used byte exhausts it
+def test_session_end_uses_quota_until_discarded(tmp_path: Path, adopted: bool) -> None:
+    loop = EventLoop()
+    settings = {
+        "spool": 1000,
+        "spool_memory": 0,  # any used byte exhausts it
+        "kill_grace": 1.0,
+        "runtime_directory": str(tmp_path),
+        "cgroup": None,
+    }
+    context = CallContext(loop, "w1", settings)
+    quota = context.quota
     discarded: list[ResumableSession] = []
-    session = ResumableSession(loop, "call", TERMS, loop.now(), 1.0, "w1", 1000, quota, discarded.append)
+    session = ResumableSession(context, "call", TERMS, loop.now(), discarded.append)
     exhausted = [quota.exhausted]
     if adopted:
         session.adopt(None)
@@ -31,3 +42,4 @@ def test_session_end_uses_quota_until_discarded(adopted: bool) -> None:
     quota.reserve(1)
     exhausted.append(quota.exhausted)
     assert exhausted == [False, True, False, True]
+    context.state_files.close()

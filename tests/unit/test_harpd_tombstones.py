@@ -1,8 +1,8 @@
-"""`harpd.supervisor.tombstones`: ids that can no longer start."""
+"""Tombstones: ids that can no longer start."""
 
 from __future__ import annotations
 
-from harpd.supervisor.tombstones import TombstoneSet
+from harpd.supervisor.registry import TombstoneSet
 
 
 def test_tombstone_counts_for_its_owner_only() -> None:

@@ -1,17 +1,21 @@
 """A call in the supervisor: its worker process, its output, its limit, and its end.
 
-The worker's output goes to an observer, which is a session (`harpd.supervisor.bound_session`,
-`harpd.supervisor.resumable_session`). While the observer is full, nothing is read, so the worker waits (back-pressure)
-and nothing is dropped. The end is decided here, once, by the first of these events:
+Theory of operation
+===================
 
-- a limit, a cancellation or a shutdown: output that the worker writes later does not count;
-- the worker's closing line;
+`Call.start` gives a worker its arguments, once the worker exists and the state file has the call (`Call.on_forked`).
+The output goes to the call's session (`Call._handle_output`). While the session is full, nothing is read, so the worker
+waits (back-pressure) and no output is lost. The end is decided once, by the first of these events:
+
+- a limit, a cancellation or a shutdown (`Call.stop`): output that the worker writes later does not count;
+- the worker's closing line (`Call._handle_closing`);
 - the worker's death without a closing line, or invalid output: ``call_died``, and its other processes are stopped.
 
 A worker runs the procedure's code and is not trusted: each line must be a record, a traceback if exit info includes it,
 or the closing line, which is the last. It cannot send the messages that only the supervisor sends.
 
-Then the observer receives the details of the worker's death (exit info), and the result of a stop (stop report).
+When the worker is dead and all stopped processes are gone (`Call.on_reaped`, `TerminationSequence`), the session
+receives the details of the worker's death (exit info), and the result of a stop (stop report).
 """
 
 from __future__ import annotations
@@ -21,18 +25,21 @@ import os
 import signal
 import time
 from _socket import socket
-from collections.abc import Callable
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable, Mapping
 from enum import Enum
-from typing import Any, Protocol
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 from harp.protocol.call_output import RECORD_PREFIX
 from harp.protocol.ends import Failed
 from harp.protocol.harpd import encode_message
 from harp.protocol.json_text import InvalidJSON, Raw, dumps, loads
-from harpd.processes.cgroup import create_cgroup
+from harpd.processes.cgroup import create_cgroup, delegated_cgroup
 from harpd.processes.cookie import cookie_for
-from harpd.processes.process_tree import CallTree, Snapshot, send_signal
+from harpd.processes.process_tree import CallTree, Snapshot, has_possible_escapes, send_signal, take_snapshot
 from harpd.supervisor.event_loop import READ, WRITE, EventLoop, Timer
 from harpd.supervisor.spool import GUARANTEED_BYTES, SpoolQuota
 from harpd.supervisor.state_files import StateFiles
@@ -52,6 +59,10 @@ _MAX_DRAIN_READS = 16
 _MAX_LINE_BYTES = 64 * 1024 * 1024
 #: How many bytes of an invalid line are in the error message.
 _MAX_SHOWN_BYTES = 60
+#: Seconds for which a snapshot of all processes can be shared.
+_SNAPSHOT_MAX_AGE = 0.02
+#: How many cookies of ended calls are stored.
+_MAX_RECENT_COOKIES = 1000
 
 _TRACEBACK_PREFIX = b'{"traceback":'
 #: The prefixes of closing lines.
@@ -59,79 +70,120 @@ _CLOSING_PREFIXES = {b'{"result":': "result", b'{"exception":': "exception", b'{
 
 
 class StopReason(Enum):
-    """The reason why a call is stopped: its name in the log, and the value of `by` in exit info."""
+    """The reason why a call is stopped: its name in the log, `by` in exit info, type and message of the error."""
 
-    TIME_LIMIT = "timeout", "limit"
-    MAX_EXEC_TIME = "max_exec_time", "limit"
-    SILENCE = "silence", "limit"
-    CANCELLED = "cancelled", "cancel"
-    SHUTDOWN = "shutdown", "shutdown"
-    LOST_CONTACT = "lost_contact", "lost_contact"
-    PROTOCOL_VIOLATION = "protocol_violation", "itself"
+    TIME_LIMIT = "timeout", "limit", "timeout", "the procedure took more than its limit of {}"
+    MAX_EXEC_TIME = "max_exec_time", "limit", "timeout", "maximum execution time: the call took more than {}"
+    SILENCE = "silence", "limit", "timeout", "reading the result: the call sent nothing for {}"
+    CANCELLED = "cancelled", "cancel", "cancelled", "the caller stopped the call{}"
+    SHUTDOWN = "shutdown", "shutdown", "shutdown", "harpd was stopped while the call ran"
+    LOST_CONTACT = (
+        "lost_contact",
+        "lost_contact",
+        "lost_contact",
+        "the dispatcher was away for longer than the call may run without it",
+    )
+    PROTOCOL_VIOLATION = "protocol_violation", "itself", "call_died", "the call was stopped: {}"
 
-    def __init__(self, log_name: str, by: str) -> None:
+    def __init__(self, log_name: str, by: str, error_type: str, message: str) -> None:
         self.log_name = log_name
         self.by = by
+        self.error_type = error_type
+        self.message = message
 
 
-class CallObserver(Protocol):
-    """The receiver of a call's output and end."""
+class Session(ABC):
+    """The client's side of a call: it receives the call's output and end.
+
+    Attributes:
+        stored: the session for a later supervisor, a JSON object; None: no dispatcher attaches to it.
+        call: the call, until it is closed.
+    """
+
+    stored: Raw | None = None
+    call: Call | None = None
 
     @property
-    def stored_session(self) -> Raw | None:
-        """The session for a later supervisor, a JSON object; None: no dispatcher attaches to it."""
-
-    @property
+    @abstractmethod
     def full(self) -> bool:
-        """Whether it should receive no more now; it calls `Call.update_watch` once it has room."""
+        """Whether it should receive no more now; it calls `resume_reading` once it has room."""
 
+    @abstractmethod
     def on_started(self) -> None:
-        """Handle that the worker exists. This comes first, unless the call is rejected."""
+        """Send the acknowledgement: the worker exists. This comes first, unless the call is rejected."""
 
+    @abstractmethod
     def on_rejected(self, line: bytes) -> None:
-        """Handle that there is no worker. `line`: the error. Only `on_closed` follows."""
+        """Send the error of a call without a worker. Only `on_closed` follows."""
 
+    @abstractmethod
     def on_records(self, lines: bytes, count: int) -> None:
         """Handle the lines of `count` records."""
 
+    @abstractmethod
     def on_end(self, line: bytes) -> None:
-        """Handle that the end is decided: this is the closing line."""
+        """Handle the closing line: the end is decided."""
 
-    def on_exit(self, exit_info: Callable[[], Raw], stop_report: Raw | None) -> None:
+    @abstractmethod
+    def on_exit(self, exit_info: Callable[[], Raw], stop_report: Mapping[str, Any] | None) -> None:
         """Handle that the worker has ended, and that all stopped processes are gone, or listed as survivors.
 
         `exit_info` creates the exit info; call it only here, and only if it is needed, because it takes time.
         `stop_report` is None if nothing had to be stopped.
         """
 
-    def on_closed(self, stop_report: Raw | None) -> None:
-        """Handle that no process remains to be stopped. `stop_report`: of survivors that are gone now."""
+    @abstractmethod
+    def on_closed(self, stop_report: Mapping[str, Any] | None) -> None:
+        """Separate from the call: no process remains to be stopped. `stop_report`: of survivors that are gone now."""
+
+    def stop(self, stop_reason: StopReason, detail: str | None = None, user: str | None = None) -> None:
+        """Stop the call, see `Call.stop`."""
+        if self.call is not None:
+            self.call.stop(stop_reason, detail, user)
+
+    def resume_reading(self) -> None:
+        """Have the call read more output: there is room for it."""
+        if self.call is not None:
+            self.call.update_watch()
 
 
-@dataclass(frozen=True, slots=True)
 class CallContext:
-    """The objects and settings that all calls of a zygote share.
+    """What all calls of a supervisor share.
 
     Attributes:
-        kill_grace, take_snapshot, has_possible_escapes: see `TerminationSequence`.
-        cgroup_directory: the cgroup in which those of calls are created; None: calls have none.
-        quota: the memory of all calls; incomplete lines count too.
-        include_stderr: whether exit info has the last lines of stderr.
-        include_tracebacks: whether exit info has the traceback of an exception.
-        on_closed: called once for each call, when no process remains; the observer was notified before.
+        settings: the settings for new calls, see `harpd.supervisor.main`; a call keeps those of its start.
+        calls: the running calls, by id.
+        quota: the memory of all calls.
     """
 
-    loop: EventLoop
-    zygote: ZygoteClient
-    kill_grace: float
-    state_files: StateFiles
-    take_snapshot: Callable[[float], Snapshot]
-    has_possible_escapes: Callable[[Snapshot, CallTree], bool]
-    cgroup_directory: str | None
-    quota: SpoolQuota
-    include_stderr: bool
-    include_tracebacks: bool
-    on_closed: Callable[[Call], None]
+    def __init__(self, loop: EventLoop, instance: str, settings: Mapping[str, Any]) -> None:
+        self.loop = loop
+        self.instance = instance
+        self.settings = settings
+        self.calls: dict[str, Call] = {}
+        self.quota = SpoolQuota(settings["spool_memory"])
+        self.state_files = StateFiles(Path(settings["runtime_directory"]), instance)
+        self.cgroup_directory = settings["cgroup"] or delegated_cgroup()
+        self._snapshot_at, self._snapshot = 0.0, Snapshot()
+        # Cookies of ended calls: they may have started services that still run.
+        self._recent_cookies = deque[bytes](maxlen=_MAX_RECENT_COOKIES)
+
+    def remove(self, call: Call) -> None:
+        """Remove a call of which no process remains to be stopped."""
+        del self.calls[call.id]
+        self._recent_cookies.append(cookie_for(call.id))
+
+    def take_snapshot(self, at: float) -> Snapshot:
+        """Return all processes at this monotonic time or later, at most 0.02 s old: many calls share a snapshot."""
+        if self._snapshot_at < max(at, time.monotonic() - _SNAPSHOT_MAX_AGE):
+            self._snapshot_at = time.monotonic()
+            self._snapshot = take_snapshot()
+        return self._snapshot
+
+    def has_possible_escapes(self, zygote: ZygoteClient, processes: Snapshot, tree: CallTree) -> bool:
+        """Return whether an unknown process may belong to a call whose worker has ended."""
+        cookies = {*self._recent_cookies, *map(cookie_for, self.calls)}
+        return has_possible_escapes(tree, zygote.pid, processes, zygote.worker_identities(), cookies)
 
 
 class Call:
@@ -141,18 +193,23 @@ class Call:
         OSError: no descriptor is free; nothing has begun.
     """
 
-    def __init__(self, context: CallContext, call_id: str, procedure: str, observer: CallObserver) -> None:
+    def __init__(
+        self, context: CallContext, zygote: ZygoteClient, call_id: str, procedure: str, session: Session
+    ) -> None:
         self._context = context
         self._loop = context.loop
+        self._settings = context.settings
+        self._zygote = zygote
         self.id = call_id
-        self._info = context.zygote.procedures[procedure]
-        self._observer = observer
+        self._info = zygote.procedures[procedure]
+        self._session = session
         self._fields = {"call": call_id, "procedure": procedure}
         self._unsent = memoryview(b"")
         self._partial_line = bytearray()
         self._has_closing_line = False
         self._stop_reason: StopReason | None = None
-        self._stopped_by: tuple[str | None, str | None] = (None, None)
+        self._stop_detail: str | None = None
+        self._stopped_by_user: str | None = None
         self._deadline: Timer | None = None  # the procedure's limit, then that of the worker's exit
         self._tree: CallTree | None = None  # None: the worker does not exist yet
         self._termination: TerminationSequence | None = None  # None: nothing had to be stopped
@@ -166,22 +223,22 @@ class Call:
         self._fork_seconds: float | None = None
         self._last_read = 0.0
         self._exit_reported = False
-        self._worker = context.zygote.assign(self, call_id, procedure)
+        self._worker = zygote.assign(self, call_id, procedure)
         #: The worker's channel while it is open and belongs to this call, and the events that are watched on it.
         self._channel: socket | None = self._worker.channel
         self._watched_events = 0
 
-    def send_arguments(self, arguments: Raw, authentication: float | None) -> None:
+    # The start.
+
+    def start(self, arguments: Raw, authentication: float | None) -> None:
         """Send the worker its arguments; once. `authentication`: the seconds that it took, for exit info."""
         self._authentication_seconds = authentication
         self._unsent = memoryview(b"%b %d %b\n" % (self.id.encode(), self._info.number, arguments))
-        if self._worker.is_forked:  # else the zygote announces it
+        if self._worker.identity[0]:  # else the zygote announces it
             self.on_forked()
 
-    # Reports of the zygote: `WorkerUser`.
-
     def on_forked(self) -> None:
-        """Acknowledge the call: the worker exists."""
+        """Write the state of the call and acknowledge it, then send the arguments: the worker exists."""
         worker = self._worker
         pid, start = worker.identity
         context = self._context
@@ -190,13 +247,13 @@ class Call:
         self._fork_seconds = time.monotonic() - self._requested_at
         self._tree = CallTree(pid, start, cookie_for(self.id), worker.cgroup)
         try:
-            context.state_files.write(self.id, self._tree, self._observer.stored_session)
+            context.state_files.write(self.id, self._tree, self._session.stored)
         except OSError as error:  # it is needed only if this supervisor is killed
             log.error("cannot write state of call", extra={**self._fields, "reason": str(error)})
         log.info("call started", extra={**self._fields, "pid": pid})
         if self._stop_reason is not None:
             self._terminate().start(interrupt=False)
-        self._observer.on_started()
+        self._session.on_started()
         if self._stop_reason is None and self._info.timeout is not None:
             self._deadline = self._loop.call_later(self._info.timeout, lambda: self.stop(StopReason.TIME_LIMIT))
         self._flush_arguments()  # at once: the worker waits for them
@@ -206,164 +263,8 @@ class Call:
         """Reject the call: there is no worker."""
         log.info("call ended", extra={**self._fields, "end": "system_error", "reason": reason})
         self._has_closing_line = self._exit_reported = True
-        self._observer.on_rejected(encode_message(Failed("system_error", reason)))
+        self._session.on_rejected(encode_message(Failed("system_error", reason)))
         self._close()
-
-    def on_reaped(self, status: int, cpu: float | None, memory: int | None) -> None:
-        """Read the worker's last output and decide the end: the worker has ended."""
-        self._status, self._cpu, self._memory = status, cpu, memory
-        if not self._has_closing_line:
-            self._drain()
-        self._close_channel()
-        if self._deadline is not None:
-            self._deadline.cancel()
-        if self._has_closing_line and self._stop_reason is None:
-            self._close()  # processes that it left running are not stopped
-        else:
-            self._decide_end()
-            self._terminate().on_main_exit(status)
-
-    # Stopping.
-
-    def stop(self, stop_reason: StopReason, reason: str | None = None, by: str | None = None) -> None:
-        """Stop the call. Only the first stop counts. No effect if the call has ended by itself.
-
-        `reason` is the caller's text for the error message, `by` the user for whom the caller stops it.
-        """
-        if not self._decided:
-            self._drain()  # output from before the stop counts
-        if not self._decided:
-            self._stop(stop_reason, reason, by)
-
-    def _stop(self, stop_reason: StopReason, reason: str | None, by: str | None) -> None:
-        self._stop_reason = stop_reason
-        self._stopped_by = reason, by
-        self._unsent = memoryview(b"")  # a procedure that has not received its arguments does not begin
-        self._drop_partial_line()
-        log.info("stopping call", extra={**self._fields, "why": stop_reason.log_name, "reason": reason})
-        if self._tree is not None:
-            self._terminate().start(interrupt=stop_reason is StopReason.TIME_LIMIT)
-            self.update_watch()
-
-    def _terminate(self) -> TerminationSequence:
-        """Return the termination sequence of this call; create it at first."""
-        if self._termination is None:
-            assert self._tree is not None
-            context = self._context
-            self._termination = TerminationSequence(
-                context.loop,
-                self._tree,
-                context.kill_grace,
-                context.take_snapshot,
-                context.has_possible_escapes,
-                self._report_survivors,
-                self._close,
-            )
-        return self._termination
-
-    def _decide_end(self) -> None:
-        if not self._has_closing_line:
-            self._has_closing_line = True
-            end = self._failure()
-            log.info("call ended", extra={**self._fields, "end": end.type, "reason": end.message})
-            self._observer.on_end(encode_message(end))
-
-    def _failure(self) -> Failed:
-        reason, _ = self._stopped_by
-        match self._stop_reason:
-            case StopReason.TIME_LIMIT:
-                return Failed("timeout", f"the procedure took more than its limit of {self._info.timeout:g} s")
-            case StopReason.MAX_EXEC_TIME:
-                return Failed("timeout", f"maximum execution time: the call took more than {reason}")
-            case StopReason.SILENCE:
-                return Failed("timeout", f"reading the result: the call sent nothing for {reason}")
-            case StopReason.CANCELLED:
-                return Failed("cancelled", f"the caller stopped the call{f' ({reason})' if reason else ''}")
-            case StopReason.SHUTDOWN:
-                return Failed("shutdown", "harpd was stopped while the call ran")
-            case StopReason.LOST_CONTACT:
-                return Failed("lost_contact", "the dispatcher was away for longer than the call may run without it")
-            case StopReason.PROTOCOL_VIOLATION:
-                return Failed("call_died", f"the call was stopped: {reason}")
-            case None:
-                assert self._status is not None
-                return _describe_death(self._status)
-
-    def _report_survivors(self) -> None:
-        """Report the end although killed processes survive."""
-        self._decide_end()
-        stop_report = self._terminate().stop_report()
-        log.error("cannot kill processes of call", extra={**self._fields, "stop_report": stop_report})
-        self._report_exit(stop_report)
-
-    def _report_exit(self, stop_report: dict[str, Any] | None) -> None:
-        """Report exit info and stop report; once."""
-        if self._exit_reported:
-            return
-        self._exit_reported = True
-        self._observer.on_exit(self._encode_exit_info, None if stop_report is None else dumps(stop_report))
-
-    def _encode_exit_info(self) -> Raw:
-        try:
-            return dumps(self._exit_info())
-        except Exception:  # the end of the call is reported even if its exit info fails
-            log.exception("cannot make exit info", extra=self._fields)
-            return dumps({"by": "unknown"})
-
-    def _exit_info(self) -> dict[str, Any]:
-        status = self._status
-        signalled = status is not None and os.WIFSIGNALED(status)
-        _, by_whom = self._stopped_by
-        fork_seconds = self._fork_seconds
-        exit_info: dict[str, Any] = {
-            "exit": None if status is None or signalled else os.waitstatus_to_exitcode(status),
-            "signal": _signal_name(status) if signalled and status is not None else None,
-            "by": self._ended_by(signalled),
-            "by_whom": by_whom,
-            "cpu": self._cpu,
-            "memory": self._memory,
-            "started": self._began,
-            "ended": time.time(),
-            "authentication": self._authentication_seconds,
-            "fork": None if fork_seconds is None else round(fork_seconds, 6),
-        }
-        if self._context.include_stderr:
-            exit_info["stderr"] = self._worker.last_errors()
-        if self._traceback is not None and self._context.include_tracebacks:
-            exit_info["traceback"] = self._traceback
-        return exit_info
-
-    def _ended_by(self, signalled: bool) -> str:
-        if self._stop_reason is not None:
-            return self._stop_reason.by
-        if not signalled:
-            return "itself"
-        cgroup = self._worker.cgroup
-        return "out_of_memory" if cgroup is not None and cgroup.out_of_memory() else "unknown"
-
-    # The worker's output.
-
-    def update_watch(self) -> None:
-        """Watch the channel for what can be done now. The observer calls it when it has room."""
-        # Nothing is read before the acknowledgement is sent, which comes first on the wire. Nothing is sent before the
-        # state is written: until then the procedure cannot have started any process.
-        if self._channel is None or self._tree is None or self._has_closing_line:
-            return
-        may_read = self._decided or not self._observer.full
-        self._watch((READ if may_read else 0) | (WRITE if self._unsent else 0))
-
-    def _watch(self, events: int) -> None:
-        if self._channel is not None and events != self._watched_events:
-            self._watched_events = events
-            if events:
-                self._loop.watch(self._channel.fileno(), events, self._on_channel_ready)
-            else:  # a watch without events would still report a hang-up, again and again
-                self._loop.unwatch(self._channel.fileno())
-
-    @property
-    def _decided(self) -> bool:
-        """Whether the end is decided, so that further output does not count."""
-        return self._stop_reason is not None or self._has_closing_line
 
     def _flush_arguments(self) -> None:
         if self._unsent and self._channel is not None:
@@ -374,10 +275,33 @@ class Call:
             except OSError:
                 self._unsent = memoryview(b"")
 
+    # The worker's output.
+
+    @property
+    def _decided(self) -> bool:
+        """Whether the end is decided, so that further output does not count."""
+        return self._stop_reason is not None or self._has_closing_line
+
+    def update_watch(self) -> None:
+        """Watch the channel for what can be done now. The session calls it when it has room."""
+        # Nothing is read before the acknowledgement is sent, which comes first on the wire. Nothing is sent before the
+        # state is written: until then the procedure cannot have started any process.
+        if self._tree is not None and not self._has_closing_line:
+            may_read = self._decided or not self._session.full
+            self._watch((READ if may_read else 0) | (WRITE if self._unsent else 0))
+
+    def _watch(self, events: int) -> None:
+        if self._channel is not None and events != self._watched_events:
+            self._watched_events = events
+            if events:
+                self._loop.watch(self._channel.fileno(), events, self._on_channel_ready)
+            else:  # a watch without events would still report a hang-up, again and again
+                self._loop.unwatch(self._channel.fileno())
+
     def _on_channel_ready(self) -> None:
         if self._unsent:
             self._flush_arguments()
-        if self._decided or not self._observer.full:
+        if self._decided or not self._session.full:
             self._read()
         if self._info.streaming and self._should_batch():
             self._watch(0)
@@ -393,7 +317,7 @@ class Call:
         return self._last_read - before < _GATHER_SECONDS
 
     def _drain(self) -> None:
-        """Read the output that has arrived, also if the observer is full. A descendant may write without end."""
+        """Read the output that has arrived, also if the session is full. A descendant may write without end."""
         for _ in range(_MAX_DRAIN_READS):
             if not self._read():
                 break
@@ -422,7 +346,7 @@ class Call:
         lines = data[:end]
         if self._partial_line:
             lines = bytes(self._partial_line) + lines
-            self._drop_partial_line()
+            self._discard_partial()
         if end < len(data):
             self._buffer_partial(data[end:])
         last = lines.rfind(b"\n", 0, -1) + 1
@@ -431,11 +355,13 @@ class Call:
             return
         records, closing = lines[:last], lines[last:]
         if closing.startswith(_TRACEBACK_PREFIX):  # the closing line has not arrived yet
-            self._traceback, closing = _decode_traceback(closing), b""
+            traceback, closing = closing, b""
         else:
             last_record = records.rfind(b"\n", 0, -1) + 1
-            if records.startswith(_TRACEBACK_PREFIX, last_record):
-                self._traceback, records = _decode_traceback(records[last_record:]), records[:last_record]
+            traceback = records[last_record:] if records.startswith(_TRACEBACK_PREFIX, last_record) else b""
+            records = records.removesuffix(traceback)
+        if traceback:
+            self._traceback = _decode_traceback(traceback)
         if (not records or self._handle_records(records)) and closing:
             self._handle_closing(closing)
 
@@ -448,7 +374,7 @@ class Call:
         elif len(self._partial_line) > GUARANTEED_BYTES and self._context.quota.exhausted:
             self._protocol_violation("it wrote a long line, and the calls of this host have used up spool_memory")
 
-    def _drop_partial_line(self) -> None:
+    def _discard_partial(self) -> None:
         if self._partial_line:
             self._context.quota.release(len(self._partial_line))
             self._partial_line = bytearray()
@@ -464,8 +390,12 @@ class Call:
         if not self._info.streaming:
             self._protocol_violation("it wrote records, and its procedure is not a streaming one")
             return False
-        self._observer.on_records(lines, count)
+        self._session.on_records(lines, count)
         return True
+
+    def _protocol_violation(self, description: str) -> None:
+        """Stop the call after invalid output: earlier output stands, later output does not count."""
+        self._stop(StopReason.PROTOCOL_VIOLATION, description, None)
 
     def _handle_closing(self, closing: bytes) -> None:
         kinds = [kind for prefix, kind in _CLOSING_PREFIXES.items() if closing.startswith(prefix)]
@@ -475,29 +405,98 @@ class Call:
         if self._deadline is not None:
             self._deadline.cancel()
         log.info("call ended", extra={**self._fields, "end": kinds[0]})
+        worker = self._worker
         # After an error of harpd's own code, the worker may be in an undefined state.
-        reuse = kinds[0] != "error" and not (self._partial_line or self._unsent) and self._worker.has_calls_left
+        reuse = kinds[0] != "error" and not (self._partial_line or self._unsent) and self._zygote.may_reuse(worker)
         self._watch(0)  # further output does not count
         self._has_closing_line = True
         if reuse:
             self._release_state()
-            self._observer.on_end(closing)
-            self._cpu = self._worker.call_cpu_seconds()
+            self._session.on_end(closing)
+            self._cpu = worker.call_cpu_seconds()
             self._close(reuse_worker=True)
         else:
-            self._worker.finish_input()
-            self._deadline = self._loop.call_later(self._context.kill_grace, self._kill_worker)
-            self._observer.on_end(closing)
+            worker.finish_input()
+            # It is killed if it does not exit.
+            kill = partial(send_signal, signal.SIGKILL, worker.identity)
+            self._deadline = self._loop.call_later(self._settings["kill_grace"], kill)
+            self._session.on_end(closing)
 
-    def _kill_worker(self) -> None:
-        """Kill the worker: it has written its closing line and does not exit."""
-        send_signal(signal.SIGKILL, self._worker.identity)
+    # The end.
 
-    def _protocol_violation(self, description: str) -> None:
-        """Stop the call after invalid output: earlier output stands, later output does not count."""
-        self._stop(StopReason.PROTOCOL_VIOLATION, description, None)
+    def stop(self, stop_reason: StopReason, detail: str | None = None, user: str | None = None) -> None:
+        """Stop the call. Only the first stop counts. No effect if the call has ended by itself.
 
-    # Closing.
+        `detail` is the caller's text for the error message, `user` the user for whom the caller stops it.
+        """
+        if not self._decided:
+            self._drain()  # output from before the stop counts
+        if not self._decided:
+            self._stop(stop_reason, detail, user)
+
+    def _stop(self, stop_reason: StopReason, detail: str | None, user: str | None) -> None:
+        self._stop_reason, self._stop_detail, self._stopped_by_user = stop_reason, detail, user
+        self._unsent = memoryview(b"")  # a procedure that has not received its arguments does not begin
+        self._discard_partial()
+        log.info("stopping call", extra={**self._fields, "why": stop_reason.log_name, "reason": detail})
+        if self._tree is not None:
+            self._terminate().start(interrupt=stop_reason is StopReason.TIME_LIMIT)
+            self.update_watch()
+
+    def _terminate(self) -> TerminationSequence:
+        """Return the termination sequence of this call; create it at first."""
+        if self._termination is None:
+            assert self._tree is not None
+            context = self._context
+            self._termination = TerminationSequence(
+                context.loop,
+                self._tree,
+                self._settings["kill_grace"],
+                context.take_snapshot,
+                partial(context.has_possible_escapes, self._zygote),
+                self._report_survivors,
+                self._close,
+            )
+        return self._termination
+
+    def on_reaped(self, status: int, cpu: float | None, memory: int | None) -> None:
+        """Read the worker's last output and decide the end: the worker has ended."""
+        self._status, self._cpu, self._memory = status, cpu, memory
+        if not self._has_closing_line:
+            self._drain()
+        self._close_channel()
+        if self._deadline is not None:
+            self._deadline.cancel()
+        if self._has_closing_line and self._stop_reason is None:
+            self._close()  # processes that it started and did not wait for are not stopped
+        else:
+            self._decide_end()
+            self._terminate().on_main_exit(status)
+
+    def _decide_end(self) -> None:
+        if not self._has_closing_line:
+            self._has_closing_line = True
+            end = self._failure()
+            log.info("call ended", extra={**self._fields, "end": end.type, "reason": end.message})
+            self._session.on_end(encode_message(end))
+
+    def _failure(self) -> Failed:
+        reason, detail = self._stop_reason, self._stop_detail
+        if reason is None:
+            assert self._status is not None
+            return _describe_death(self._status)
+        if reason is StopReason.TIME_LIMIT:
+            detail = f"{self._info.timeout:g} s"
+        elif reason is StopReason.CANCELLED:
+            detail = f" ({detail})" if detail else ""
+        return Failed(reason.error_type, reason.message.format(detail))
+
+    def _report_survivors(self) -> None:
+        """Report the end although killed processes survive."""
+        self._decide_end()
+        stop_report = self._terminate().stop_report()
+        log.error("cannot kill processes of call", extra={**self._fields, "stop_report": stop_report})
+        self._report_exit(stop_report)
 
     def _close(self, reuse_worker: bool = False) -> None:
         """Close the call: no process remains to be stopped. `reuse_worker`: the worker waits for another call."""
@@ -507,26 +506,63 @@ class Call:
         reported_survivors = self._exit_reported
         self._report_exit(stop_report)
         if reuse_worker:
-            self._worker.become_idle()
+            self._zygote.add_idle(self._worker)
         else:
             self._worker.release()
-        self._observer.on_closed(dumps(stop_report) if reported_survivors and stop_report is not None else None)
-        self._context.on_closed(self)
+        self._session.on_closed(stop_report if reported_survivors else None)
+        self._context.remove(self)
 
     def _release_state(self) -> None:
         """Release the state, before the end is reported: from now on, processes of the call are not orphans.
 
         A resumable session needs it until its end is reported.
         """
-        if self._observer.stored_session is not None:
+        if self._session.stored is not None:
             self._context.state_files.mark_ended(self.id)
         else:
             self._context.state_files.remove(self.id)
 
     def _close_channel(self) -> None:
-        self._drop_partial_line()
+        self._discard_partial()
         self._channel = None
         self._worker.close()
+
+    # Exit info.
+
+    def _report_exit(self, stop_report: Mapping[str, Any] | None) -> None:
+        """Report exit info and stop report; once."""
+        if not self._exit_reported:
+            self._exit_reported = True
+            self._session.on_exit(self._exit_info, stop_report)
+
+    def _exit_info(self) -> Raw:
+        status = self._status
+        signalled = status is not None and os.WIFSIGNALED(status)
+        exit_info: dict[str, Any] = {
+            "exit": None if status is None or signalled else os.waitstatus_to_exitcode(status),
+            "signal": _signal_name(status) if signalled and status is not None else None,
+            "by": self._ended_by(signalled),
+            "by_whom": self._stopped_by_user,
+            "cpu": self._cpu,
+            "memory": self._memory,
+            "started": self._began,
+            "ended": time.time(),
+            "authentication": self._authentication_seconds,
+            "fork": None if self._fork_seconds is None else round(self._fork_seconds, 6),
+        }
+        if self._settings["exit_info"]["stderr"]:
+            exit_info["stderr"] = self._worker.last_errors()
+        if self._traceback is not None and self._settings["exit_info"]["traceback"]:
+            exit_info["traceback"] = self._traceback
+        return dumps(exit_info)
+
+    def _ended_by(self, signalled: bool) -> str:
+        if self._stop_reason is not None:
+            return self._stop_reason.by
+        if not signalled:
+            return "itself"
+        cgroup = self._worker.cgroup
+        return "out_of_memory" if cgroup is not None and cgroup.out_of_memory() else "unknown"
 
 
 def _decode_traceback(line: bytes) -> str | None:

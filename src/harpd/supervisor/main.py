@@ -68,11 +68,7 @@ import secrets
 import signal
 import socket
 import sys
-import time
-from collections import deque
 from collections.abc import Callable, Mapping
-from functools import partial
-from pathlib import Path
 from types import NoneType
 from typing import Any, NoReturn
 
@@ -81,9 +77,6 @@ from harp.protocol.fields import ProtocolError, check, required_string
 from harp.protocol.harpd import encode_message
 from harp.protocol.json_text import JSONObject, Raw, dumps, loads
 from harp_daemon import logs
-from harpd.processes.cgroup import delegated_cgroup
-from harpd.processes.cookie import cookie_for
-from harpd.processes.process_tree import CallTree, Snapshot, has_possible_escapes, take_snapshot
 from harpd.supervisor.bound_session import BoundSession
 from harpd.supervisor.call import Call, CallContext, StopReason
 from harpd.supervisor.event_loop import READ, EventLoop
@@ -93,29 +86,22 @@ from harpd.supervisor.listener import Listener, send_final_reply
 from harpd.supervisor.output import OutputCollector
 from harpd.supervisor.registry import CallRegistry, read_texts
 from harpd.supervisor.resumable_session import ResumableSession
-from harpd.supervisor.spool import GUARANTEED_BYTES, SpoolQuota
+from harpd.supervisor.spool import GUARANTEED_BYTES
 from harpd.supervisor.state_entries import CALL_ID
-from harpd.supervisor.state_files import StateFiles
 from harpd.supervisor.zygote_client import ZygoteClient
 
 log = logging.getLogger("harpd.supervisor")
 
 #: Seconds between two checks for dead supervisors; and while orphaned processes are dying, or the exit is near.
 _CHECK_INTERVAL, _BUSY_CHECK_INTERVAL = 1.0, 0.05
-#: Seconds for which a snapshot of all processes can be shared.
-_SNAPSHOT_MAX_AGE = 0.02
 #: Seconds until a dead zygote is started again.
 _ZYGOTE_RESTART_DELAY = 1.0
-#: Seconds for a procedures file to load; the frontend waits longer.
-_LOAD_TIMEOUT = 50.0
 #: At shutdown, seconds in which frontends may still read the last output of calls.
 _FLUSH_TIMEOUT = 2.0
 #: Seconds after which a supervisor without calls and launcher exits.
 _IDLE_EXIT_DELAY = 10.0
 #: The descriptor limit divided by this number is how many pipes of ended calls may stay open.
 _LEFT_OPEN_DIVISOR = 8
-#: How many cookies of ended calls are stored.
-_MAX_RECENT_COOKIES = 1000
 
 
 class Supervisor:
@@ -124,26 +110,17 @@ class Supervisor:
     def __init__(self, loop: EventLoop, lifeline: socket.socket, settings: Mapping[str, Any]) -> None:
         self._loop = loop
         self._instance = secrets.token_hex(8)
-        self._settings = settings
-        self._calls: dict[str, Call] = {}
+        self._context = CallContext(loop, self._instance, settings)
+        self._registry = CallRegistry(self._context)
         self._links: set[Link] = set()
-        self._lifeline: socket.socket | None = lifeline
-        self._accepting, self._draining, self._retired = False, False, False
-        self._state_files = StateFiles(Path(settings["runtime_directory"]), self._instance)
+        self._lifeline = lifeline
         self._output = OutputCollector(loop, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // _LEFT_OPEN_DIVISOR)
-        self._cgroup_directory = settings["cgroup"] or delegated_cgroup()
-        self._quota = SpoolQuota(settings["spool_memory"])
-        self._registry = CallRegistry(loop, self._instance, settings, self._state_files, self._quota)
         self._zygote: ZygoteClient | None = None
-        self._call_context: CallContext | None = None  # of the present zygote, or of the last one
-        self._abort_load: Callable[[str], None] = lambda reason: None  # aborts the load that is under way, if any
-        self._shutting_down = False
+        self._loading: ZygoteClient | None = None
+        self._accepting, self._draining, self._retired, self._shutting_down = False, False, False, False
         self._idle_exit_at = math.inf  # the time from which on this process exits if it has no calls
         self._exit_at = self._flush_until = 0.0  # during the shutdown: the latest times of its end
         self._shutdown_replies: list[Callable[[], None]] = []
-        self._snapshot_at, self._snapshot = 0.0, Snapshot()
-        # Cookies of ended calls: they may have left services running.
-        self._recent_cookies = deque[bytes](maxlen=_MAX_RECENT_COOKIES)
         self._check_repeatedly()
         lifeline.setblocking(False)
         loop.watch(lifeline.fileno(), READ, self._on_lifeline)
@@ -163,44 +140,30 @@ class Supervisor:
 
         `on_done` is called with None, or with the error.
         """
-        self._abort_load("another load has begun")
-
-        def abort(reason: str) -> None:
-            zygote.kill()
-            on_loaded(reason)
+        if self._loading is not None:
+            self._loading.abort_load("another load has begun")
 
         def on_loaded(error: str | None) -> None:
-            deadline.cancel()
-            self._abort_load = lambda reason: None
+            self._loading = None
             if error is None:
                 if self._zygote is not None:
                     self._zygote.retire()
-                self._zygote, self._call_context = zygote, self._create_call_context(zygote, settings)
-                self._settings = self._registry.settings = settings
-                self._quota.limit = settings["spool_memory"]
+                self._zygote = zygote
+                self._context.settings = settings
+                self._context.quota.limit = settings["spool_memory"]
                 fields = {"file": settings["procedures"], "procedures": len(zygote.procedures)}
                 log.info("procedures loaded", extra=fields)
             on_done(error)
 
-        def on_died() -> None:
+        def on_lost() -> None:
             if self._zygote is zygote:
                 self._zygote = None
-                log.error("zygote died", extra={"zygote": zygote.pid})
                 self._loop.call_later(_ZYGOTE_RESTART_DELAY, self._restart_zygote)
 
-        def on_stuck() -> None:
-            if self._zygote is zygote:
-                self._zygote = None
-                zygote.retire()
-                self._restart_zygote()
-
         try:
-            zygote = ZygoteClient(self._loop, settings, self._output, on_loaded, on_died, on_stuck)
+            zygote = self._loading = ZygoteClient(self._loop, settings, self._output, on_loaded, on_lost)
         except OSError as error:
             on_done(f"cannot create a process: {error.strerror}")
-            return
-        self._abort_load = abort
-        deadline = self._loop.call_later(_LOAD_TIMEOUT, lambda: abort(f"loading took longer than {_LOAD_TIMEOUT:g} s"))
 
     def _on_first_load(self, error: str | None) -> None:
         if error is not None:
@@ -214,14 +177,14 @@ class Supervisor:
 
     def _restart_zygote(self) -> None:
         if self._zygote is None:
-            self._load(self._settings, self._on_restart_load)
+            self._load(self._context.settings, self._on_restart_load)
 
     def _on_restart_load(self, error: str | None) -> None:
         if error is not None:
             log.error("cannot load procedures file", extra={"reason": error})
             self._loop.call_later(_ZYGOTE_RESTART_DELAY, self._restart_zygote)
 
-    # Requests.
+    # Calls.
 
     def _handle_request(self, connection: socket.socket, request: JSONObject, received: bytes) -> None:
         if "link" in request:
@@ -252,37 +215,34 @@ class Supervisor:
         if isinstance(started, Failed):
             channel.reject(encode_message(started))
         else:
-            started.send_arguments(Raw(arguments), facts.get("authentication"))
+            started.start(Raw(arguments), facts.get("authentication"))
 
     def _start(self, channel: LinkChannel, call_id: str, name: str, facts: Mapping[str, Any]) -> Call | Failed:
-        """Start a call, which waits for its arguments; or return why it is rejected."""
+        """Create a call, with a worker and a session; or return why it is rejected."""
         requested, keep_alive = facts.get("resumable"), facts.get("keep_alive")
         if not isinstance(requested, (dict, NoneType)):
             raise ProtocolError("resumable: expected an object")
+        zygote, context = self._zygote, self._context
         rejection = self._check_start(call_id, name, resumable=requested is not None)
         if rejection is not None:
             return rejection
-        settings, zygote, context = self._settings, self._zygote, self._call_context
         assert zygote is not None
-        assert context is not None
         streaming = zygote.procedures[name].streaming
         session: BoundSession | ResumableSession | Failed
         if requested is None:
-            buffer_size = min(settings["spool"], GUARANTEED_BYTES)
-            session = BoundSession(channel, streaming, keep_alive, buffer_size)
+            session = BoundSession(channel, streaming, keep_alive, min(context.settings["spool"], GUARANTEED_BYTES))
         else:
             session = self._registry.create_session(call_id, requested, streaming)
             if isinstance(session, Failed):
                 return session
-        if len(self._calls) + len(zygote.idle_workers) >= settings["max_calls"]:
-            zygote.idle_workers.shut_down_oldest()
+        zygote.limit_idle(context.settings["max_calls"] - len(context.calls) - 1)
         try:
-            self._state_files.reserve(call_id)
-            call = self._calls[call_id] = session.call = Call(context, call_id, name, session)
+            context.state_files.reserve(call_id)
+            call = context.calls[call_id] = session.call = Call(context, zygote, call_id, name, session)
         except OSError as error:
             if isinstance(session, ResumableSession):
                 session.discard()
-            self._state_files.remove(call_id)
+            context.state_files.remove(call_id)
             log.error("cannot start call", extra={"call": call_id, "reason": error.strerror})
             return Failed("system_error", f"cannot create a process: {error.strerror}")
         if isinstance(session, ResumableSession):
@@ -301,27 +261,12 @@ class Supervisor:
             return Failed("procedure_loading_error", "harpd is loading the procedures file again")
         if name not in self._zygote.procedures:
             return Failed("no_such_procedure", f"there is no procedure {name!r}", {"procedure": name})
-        limit = self._settings["max_calls"]
-        if len(self._calls) >= limit:
+        limit = self._context.settings["max_calls"]
+        if len(self._context.calls) >= limit:
             return Failed("too_many_calls", f"{limit} calls are running on this host, the limit max_calls")
-        if call_id in self._calls:
+        if call_id in self._context.calls:
             return Failed("call_refused", "a call with this id is running")
         return None
-
-    def _create_call_context(self, zygote: ZygoteClient, settings: Mapping[str, Any]) -> CallContext:
-        return CallContext(
-            loop=self._loop,
-            zygote=zygote,
-            kill_grace=settings["kill_grace"],
-            state_files=self._state_files,
-            take_snapshot=self._take_snapshot,
-            has_possible_escapes=partial(self._has_possible_escapes, zygote),
-            cgroup_directory=self._cgroup_directory,
-            quota=self._quota,
-            include_stderr=settings["exit_info"]["stderr"],
-            include_tracebacks=settings["exit_info"]["traceback"],
-            on_closed=self._on_call_closed,
-        )
 
     # Control.
 
@@ -335,7 +280,7 @@ class Supervisor:
             case "reload":
                 requested = request.value("settings")
                 check(isinstance(requested, dict), "settings: expected an object")
-                settings = {"descriptors": self._settings["descriptors"], **requested}
+                settings = {"descriptors": self._context.settings["descriptors"], **requested}
                 self._load(settings, lambda error: reply(_finish_reload(settings, error)))
             case "drain" | "resume" as command:
                 self._draining = command == "drain"
@@ -353,7 +298,7 @@ class Supervisor:
 
     def _status(self) -> dict[str, Any]:
         return {
-            "calls": len(self._calls),
+            "calls": len(self._context.calls),
             "resumable": len(self._registry),
             "supervisor": os.getpid(),
             "instance": self._instance,
@@ -362,8 +307,9 @@ class Supervisor:
             "procedures": sorted(self._zygote.procedures) if self._zygote else [],
         }
 
+    # The end.
+
     def _on_lifeline(self) -> None:
-        assert self._lifeline is not None
         try:
             if self._lifeline.recv(1):
                 return
@@ -373,20 +319,17 @@ class Supervisor:
             pass
         self._loop.unwatch(self._lifeline.fileno())
         self._lifeline.close()
-        self._lifeline = None
         if self._shutting_down:
             return
-        if self._settings["outlive"]:
+        if self._context.settings["outlive"]:
             log.warning("launcher exited; resumable calls continue")
             self._idle_exit_at = self._loop.now() + _IDLE_EXIT_DELAY
         else:
             log.error("frontend died; stopping its calls")
             self._shut_down()
 
-    # The end.
-
     def _retire(self) -> None:
-        log.info("supervisor retires", extra={"calls": len(self._calls), "resumable": len(self._registry)})
+        log.info("supervisor retires", extra={"calls": len(self._context.calls), "resumable": len(self._registry)})
         self._retired, self._accepting = True, False
         if self._zygote is not None:
             self._zygote.retire()
@@ -394,7 +337,7 @@ class Supervisor:
 
     def _exit_if_idle(self) -> None:
         """Exit if there are no calls and no new ones can start."""
-        ended = not (self._calls or self._registry or self._has_channels())
+        ended = not (self._context.calls or self._registry or self._has_channels())
         if ended and not self._shutting_down and (self._retired or self._loop.now() >= self._idle_exit_at):
             self._retired = True  # a resumable start that arrives now is retried in the next supervisor
             self._shut_down()
@@ -407,19 +350,19 @@ class Supervisor:
         if not self._shutting_down:
             self._shutting_down = True
             self._registry.close()
-            for call in list(self._calls.values()):
+            for call in list(self._context.calls.values()):
                 call.stop(StopReason.SHUTDOWN)
             # Exit in any case: perhaps no other process is left to kill this one. The next supervisor kills survivors.
             self._flush_until = self._loop.now() + _FLUSH_TIMEOUT
-            self._exit_at = self._flush_until + 2 * self._settings["kill_grace"]
+            self._exit_at = self._flush_until + 2 * self._context.settings["kill_grace"]
             self._exit_when_done()
 
     def _exit_when_done(self) -> None:
         """Exit once all calls have ended and frontends have read their output, or at a deadline."""
-        now = self._loop.now()
-        if self._calls:
+        now, calls = self._loop.now(), self._context.calls
+        if calls:
             self._flush_until = now + _FLUSH_TIMEOUT
-        if now < self._exit_at and (self._calls or (self._has_channels() and now < self._flush_until)):
+        if now < self._exit_at and (calls or (self._has_channels() and now < self._flush_until)):
             self._loop.call_later(_BUSY_CHECK_INTERVAL, self._exit_when_done)
             return
         if self._zygote is not None:
@@ -430,26 +373,8 @@ class Supervisor:
         for link in list(self._links):
             link.finish(_FLUSH_TIMEOUT)
         self._listener.close()
-        self._state_files.close()
+        self._context.state_files.close()
         self._loop.stop()
-
-    def _on_call_closed(self, call: Call) -> None:
-        del self._calls[call.id]
-        self._recent_cookies.append(cookie_for(call.id))
-
-    # Processes.
-
-    def _take_snapshot(self, at: float) -> Snapshot:
-        """Return all processes at this monotonic time or later, at most 0.02 s old: many calls share a snapshot."""
-        if self._snapshot_at < max(at, time.monotonic() - _SNAPSHOT_MAX_AGE):
-            self._snapshot_at = time.monotonic()
-            self._snapshot = take_snapshot()
-        return self._snapshot
-
-    def _has_possible_escapes(self, zygote: ZygoteClient, processes: Snapshot, tree: CallTree) -> bool:
-        """Return whether an unknown process may belong to a call whose worker has ended."""
-        cookies = {*self._recent_cookies, *map(cookie_for, self._calls)}
-        return has_possible_escapes(tree, zygote.pid, processes, zygote.worker_identities(), cookies)
 
 
 def _finish_reload(settings: Mapping[str, Any], error: str | None) -> dict[str, Any]:

@@ -19,14 +19,10 @@ from typing import Any
 from harp.protocol.ends import Failed
 from harp.protocol.fields import ProtocolError, check, is_count
 from harp.protocol.harpd import CallList, encode_message
-from harp.protocol.json_text import dumps
-from harpd.supervisor.event_loop import EventLoop
+from harpd.supervisor.call import CallContext
 from harpd.supervisor.link import LinkChannel
 from harpd.supervisor.resumable_session import ResumableSession, SessionTerms
-from harpd.supervisor.spool import SpoolQuota
 from harpd.supervisor.state_entries import Purpose
-from harpd.supervisor.state_files import StateFiles
-from harpd.supervisor.tombstones import TombstoneSet
 
 log = logging.getLogger("harpd.supervisor")
 
@@ -36,28 +32,51 @@ _MAX_START_AGE, _TOMBSTONE_TTL = 120.0, 150.0
 _SESSIONS_PER_CALL = 20
 
 
-class CallRegistry:
-    """All resumable calls of one supervisor.
+class TombstoneSet:
+    """Tombstones by owner. Each stays for `ttl` seconds at least, and twice as long at most while others are added.
 
-    Args:
-        settings: the settings for new calls, see `harpd.supervisor.main`.
+    A busy host adds hundreds a second, so a tombstone is a short digest, and all of a period are deleted at once.
     """
 
-    def __init__(
-        self,
-        loop: EventLoop,
-        instance: str,
-        settings: Mapping[str, Any],
-        state_files: StateFiles,
-        quota: SpoolQuota,
-    ) -> None:
-        self._loop = loop
-        self._instance = instance
-        self.settings = settings
-        self._state_files = state_files
+    def __init__(self, ttl: float, now: float) -> None:
+        self._ttl = ttl
+        self._since = now
+        self._new: set[bytes] = set()
+        self._old: set[bytes] = set()
+
+    def __len__(self) -> int:
+        return len(self._new) + len(self._old)
+
+    def add(self, owner: str, call_id: str, now: float) -> None:
+        """Add a tombstone for an owner's call."""
+        age = now - self._since
+        if age > self._ttl:
+            self._old = self._new if age <= 2 * self._ttl else set()
+            self._new = set()
+            self._since = now
+        self._new.add(self._digest(owner, call_id))
+
+    def contains(self, owner: str, call_id: str) -> bool:
+        """Return whether there is a tombstone for an owner's call."""
+        digest = self._digest(owner, call_id)
+        return digest in self._new or digest in self._old
+
+    @staticmethod
+    def _digest(owner: str, call_id: str) -> bytes:
+        text = f"{len(owner)} {owner}{call_id}"  # the length makes the text unique for owner and id
+        return hashlib.blake2b(_encode(text), digest_size=16).digest()
+
+
+class CallRegistry:
+    """All resumable calls of one supervisor."""
+
+    def __init__(self, context: CallContext) -> None:
+        self._context = context
+        self._loop = context.loop
+        self._instance = context.instance
+        self._state_files = context.state_files
         self._sessions: dict[str, ResumableSession] = {}
-        self._tombstones = TombstoneSet(_TOMBSTONE_TTL, loop.now())
-        self._quota = quota
+        self._tombstones = TombstoneSet(_TOMBSTONE_TTL, self._loop.now())
         self._closed = False
 
     def __len__(self) -> int:
@@ -70,14 +89,14 @@ class CallRegistry:
         check(isinstance(received_at, (int, float)), "received: expected seconds")
         if instance != self._instance:
             return self.wrong_instance()
-        settings = self.settings
+        settings = self._context.settings
         limits = {"disconnect_timeout": settings["disconnect_timeout"], "result_ttl": settings["result_ttl"]}
         members = {**requested, "secret": _digest(secret), "streaming": streaming}
         terms = SessionTerms.decode(members, limits)
         if self._loop.now() - received_at > min(_MAX_START_AGE, terms.disconnect_timeout):
             message = "the start was delayed for too long; the call did not start"
             return Failed("call_refused", message, {"reason": "delayed"})  # no tombstone: it may be sent again
-        if self._quota.exhausted or len(self._sessions) >= _SESSIONS_PER_CALL * settings["max_calls"]:
+        if self._context.quota.exhausted or len(self._sessions) >= _SESSIONS_PER_CALL * settings["max_calls"]:
             return Failed("too_many_calls", "this host stores too many ends that were not fetched")
         if call_id in self._sessions or self._tombstones.contains(terms.owner, call_id):
             return Failed("call_refused", "a call with this id was started or given up before")
@@ -88,49 +107,15 @@ class CallRegistry:
         message = "the start was meant for another instance of the supervisor; the call did not start"
         return Failed("wrong_instance", message, {"instance": self._instance})
 
-    def clean_up_orphans(self) -> bool:
-        """Kill the calls of dead supervisors and adopt the resumable ones; return whether to repeat that soon."""
-        if self._closed:
-            return False
-        result = self._state_files.clean_up()
-        if result.killed:
-            log.warning("killed orphaned processes", extra={"processes": result.killed})
-        stop_reports = result.stop_reports
-        for call_id in stop_reports.keys() & self._sessions.keys() - result.calls.keys():
-            self._sessions[call_id].on_closed(dumps(stop_reports[call_id]))
-        for call_id, state in result.calls.items():
-            if state.session is None:
-                continue  # a connection-bound call: no dispatcher attaches to it
-            try:
-                terms = SessionTerms.decode(state.session)
-            except (KeyError, TypeError, ProtocolError) as error:
-                log.warning("cannot read state of call", extra={"call": call_id, "reason": repr(error)})
-                continue
-            session = self._add_session(call_id, terms, self._loop.now())
-            session.adopt(dumps(stop_reports[call_id]) if call_id in stop_reports else None)
-            try:  # so that a later supervisor can report its end
-                self._state_files.write(call_id, state.tree, session.stored_session, Purpose.ONLY_REPORT)
-            except OSError as error:
-                log.error("cannot write state of call", extra={"call": call_id, "reason": str(error)})
-        return result.again
-
-    def close(self) -> None:
-        """Adopt no more calls: this supervisor shuts down, and the next one adopts them."""
-        self._closed = True
-
     def _add_session(self, call_id: str, terms: SessionTerms, contact_at: float) -> ResumableSession:
-        session = self._sessions[call_id] = ResumableSession(
-            self._loop,
-            call_id,
-            terms,
-            contact_at,
-            self.settings["kill_grace"],
-            self._instance,
-            self.settings["spool"],
-            self._quota,
-            self._on_discarded,
-        )
+        session = ResumableSession(self._context, call_id, terms, contact_at, self._on_discarded)
+        self._sessions[call_id] = session
         return session
+
+    def _on_discarded(self, session: ResumableSession) -> None:
+        del self._sessions[session.id]
+        self._state_files.mark_reported(session.id)
+        self._tombstones.add(session.terms.owner, session.id, self._loop.now())
 
     def attach(self, channel: LinkChannel, facts: Mapping[str, Any]) -> Failed | None:
         """Attach a link channel to a call, or return why not."""
@@ -156,10 +141,37 @@ class CallRegistry:
         calls = [call_id for call_id, session in self._sessions.items() if _is_same(session.terms.owner, owner)]
         return encode_message(CallList(tuple(calls), self._instance))
 
-    def _on_discarded(self, session: ResumableSession) -> None:
-        del self._sessions[session.id]
-        self._state_files.mark_reported(session.id)
-        self._tombstones.add(session.terms.owner, session.id, self._loop.now())
+    # The calls of dead supervisors.
+
+    def clean_up_orphans(self) -> bool:
+        """Kill the calls of dead supervisors and adopt the resumable ones; return whether to repeat that soon."""
+        if self._closed:
+            return False
+        result = self._state_files.clean_up()
+        if result.killed:
+            log.warning("killed orphaned processes", extra={"processes": result.killed})
+        stop_reports = result.stop_reports
+        for call_id in stop_reports.keys() & self._sessions.keys() - result.calls.keys():
+            self._sessions[call_id].on_closed(stop_reports[call_id])
+        for call_id, state in result.calls.items():
+            if state.session is None:
+                continue  # a connection-bound call: no dispatcher attaches to it
+            try:
+                terms = SessionTerms.decode(state.session)
+            except (KeyError, TypeError, ProtocolError) as error:
+                log.warning("cannot read state of call", extra={"call": call_id, "reason": repr(error)})
+                continue
+            session = self._add_session(call_id, terms, self._loop.now())
+            session.adopt(stop_reports.get(call_id))
+            try:  # so that a later supervisor can report its end
+                self._state_files.write(call_id, state.tree, session.stored, Purpose.ONLY_REPORT)
+            except OSError as error:
+                log.error("cannot write state of call", extra={"call": call_id, "reason": str(error)})
+        return result.again
+
+    def close(self) -> None:
+        """Adopt no more calls: this supervisor shuts down, and the next one adopts them."""
+        self._closed = True
 
 
 def read_texts(facts: Mapping[str, Any], *keys: str) -> list[str]:

@@ -2,17 +2,17 @@
 
 Theory of operation. The records of the call go into a spool. The attached connection receives them from the number that
 it has requested, and each acknowledgement deletes the records that the dispatcher has stored. The end is sent once the
-worker has been reaped and all stopped processes are gone (or survive, as the stop report says): exit info, then the
-closing line. So when the closing line is sent, the worker has ended, and no process that had to be stopped is left,
-except the survivors in the stop report. The dispatcher sends ``release`` when it has stored the end.
+worker has been reaped and all stopped processes are gone (or survive, as the stop report says): stop report, exit info,
+then the closing line. So when the closing line is sent, the worker has ended, and of the processes that had to be
+stopped only the survivors in the stop report remain. The dispatcher sends ``release`` when it has stored the end.
 
 At most a window of unacknowledged records is sent. So a dispatcher with a slow store need not stop reading, and
 receives all other messages in time.
 
 The dispatcher's heartbeat proves contact: it echoes the latest time that the dispatcher has received from this process,
-so there was contact at that time. Nothing else counts: an open connection proves nothing, and a message may have been
-delayed. A running call without contact for `disconnect_timeout` seconds is stopped; the end of a call is discarded
-after `result_ttl` seconds. One connection is attached at a time: a later one replaces the earlier.
+so there was contact at that time. An open connection and other messages, which may have been delayed, do not count. A
+running call without contact for `disconnect_timeout` seconds is stopped; the end of a call is discarded after
+`result_ttl` seconds. One connection is attached at a time: a later one replaces the earlier.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ from harp.protocol.harpd import (
 )
 from harp.protocol.json_text import Raw, dumps
 from harp.protocol.lines import LineBuffer, LineTooLong
-from harpd.supervisor.call import Call, StopReason
-from harpd.supervisor.event_loop import EventLoop, Timer
+from harpd.supervisor.call import CallContext, Session, StopReason
+from harpd.supervisor.event_loop import Timer
 from harpd.supervisor.link import LinkChannel
-from harpd.supervisor.spool import GUARANTEED_BYTES, Spool, SpoolQuota
+from harpd.supervisor.spool import GUARANTEED_BYTES, Spool
 
 log = logging.getLogger("harpd.supervisor")
 
@@ -109,116 +109,116 @@ class SessionTerms:
 def _encode_acknowledgement(
     streaming: bool, instance: str, times: tuple[float, float, float, float], records: int, keep_alive: float | None
 ) -> bytes:
-    disconnect_timeout, result_ttl, kill_grace, elapsed = times
-    granted = GrantedTerms(
-        instance=instance,
-        disconnect_timeout=disconnect_timeout,
-        result_ttl=result_ttl,
-        kill_grace=kill_grace,
-        elapsed=elapsed,
-        records=records,
-    )
-    return encode_message(Acknowledgement(streaming, granted, keep_alive))
+    return encode_message(Acknowledgement(streaming, GrantedTerms(instance, *times, records), keep_alive))
 
 
-class ResumableSession:
-    """A call's state for its dispatcher: a `harpd.supervisor.call.CallObserver` and the user of a link channel.
+class ResumableSession(Session):
+    """The session of a resumable call, and the user of a link channel while a dispatcher is attached.
 
     Args:
         contact_at: the latest loop time at which contact with the dispatcher is proven.
-        kill_grace, instance: sent to the dispatcher.
-        spool_size: bytes of records that may wait for acknowledgement.
-        quota: the memory of all calls.
         on_discarded: called once, when the session is discarded.
     """
 
     def __init__(
         self,
-        loop: EventLoop,
+        context: CallContext,
         call_id: str,
         terms: SessionTerms,
         contact_at: float,
-        kill_grace: float,
-        instance: str,
-        spool_size: int,
-        quota: SpoolQuota,
         on_discarded: Callable[[ResumableSession], None],
     ) -> None:
         self.id = call_id
         self.terms = terms
-        self.stored_session = terms.encode()
-        self.call: Call | None = None
-        self._loop = loop
-        self._kill_grace = kill_grace
-        self._instance = instance
-        self._spool_size = spool_size
-        self._guaranteed_size = min(spool_size, GUARANTEED_BYTES)
-        self._quota = quota
+        self.stored = terms.encode()
+        self._loop = context.loop
+        self._instance = context.instance
+        self._quota = context.quota
+        self._kill_grace = context.settings["kill_grace"]
+        self._spool_size = context.settings["spool"]
+        self._guaranteed_size = min(self._spool_size, GUARANTEED_BYTES)
         self._on_discarded = on_discarded
         self._spool = Spool()
         self._channel: LinkChannel | None = None
         self._keep_alive: float | None = None
-        self._lines = LineBuffer(_MAX_COMMAND_BYTES)
-        self._next = 0
+        self._commands = LineBuffer(_MAX_COMMAND_BYTES)
+        self._next = 0  # the number of the record that is sent next
         self._unacknowledged = 0  # bytes that were sent on this connection
-        self._sent_end = self._sent_last_report = False
         self._heartbeat_pending = False
         self._started_at: float | None = None
-        self._end: bytes | None = None  # the closing line, before the worker has ended
-        self._closing: bytes | None = None  # stop report, exit info and closing line
-        self._last_report: bytes | None = None  # the stop report of survivors that are gone now
+        self._closing_line = b""  # before the worker has ended
+        self._end: list[
+            bytes
+        ] = []  # stop report, exit info and closing line; then the report of survivors that are gone
+        self._end_sent = 0  # how many of these were sent on this connection
         self._ended_at = 0.0
         self._adopted = False
-        self._contact_at, self._last_output_at = contact_at, loop.now()
+        self._contact_at, self._last_output_at = contact_at, self._loop.now()
         self._timer: Timer | None = None  # None: the worker does not exist yet
 
-    # The call's notifications: `CallObserver`.
+    # The call: `Session`.
 
     @property
     def full(self) -> bool:
-        """See `CallObserver`."""
+        """Whether the spool has used its share of memory."""
         size = self._spool.size
         if size < self._guaranteed_size:
             return False
-        return size >= self._spool_size or not self._quota.may_grow(size, self, self._resume_reading)
+        return size >= self._spool_size or not self._quota.may_grow(size, self, self.resume_reading)
 
     def on_started(self) -> None:
-        """See `CallObserver`."""
+        """Send the acknowledgement; the limits count from now on."""
         self._started_at = self._last_output_at = self._loop.now()
         self._check()
-        if self._channel is not None:
-            self._send_acknowledgement(self._channel, 0.0)
+        self._send_acknowledgement(0.0)
 
     def on_rejected(self, line: bytes) -> None:
-        """See `CallObserver`."""
+        """Send the error, and discard the session."""
         if self._channel is not None:
             self._channel.send(line)
         self.discard()
 
     def on_records(self, lines: bytes, count: int) -> None:
-        """See `CallObserver`."""
+        """Add the records to the spool, and send them."""
         self._last_output_at = self._loop.now()
         self._spool.append(lines, count, time.time())
         self._quota.reserve(len(lines))
         self._send_pending()
 
     def on_end(self, line: bytes) -> None:
-        """See `CallObserver`."""
-        self._end = line
+        """Store the closing line until the worker has ended."""
+        self._closing_line = line
 
-    def on_exit(self, exit_info: Callable[[], Raw], stop_report: Raw | None) -> None:
-        """See `CallObserver`."""
-        assert self._end is not None
-        self._set_closing(stop_report, exit_info(), self._end)
-        self._end = None  # it may be long, and is part of `_closing` now
-        self._send_pending()
+    def on_exit(self, exit_info: Callable[[], Raw], stop_report: Mapping[str, Any] | None) -> None:
+        """Send the end; it is stored for `result_ttl`."""
+        closing_line, self._closing_line = self._closing_line, b""
+        report = b"" if stop_report is None else encode_message(StopReport(stop_report))
+        self._ended_at = self._loop.now()
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = self._loop.call_later(self.terms.result_ttl, self._check)
+        self._add_end(report + encode_exit_info(exit_info()) + closing_line)
 
-    def on_closed(self, stop_report: Raw | None) -> None:
-        """See `CallObserver`."""
+    def on_closed(self, stop_report: Mapping[str, Any] | None) -> None:
+        """Send the last stop report, if there is one."""
         self.call = None
         if stop_report is not None:
-            self._last_report = encode_message(StopReport(stop_report))
-            self._send_pending()
+            self._add_end(encode_message(StopReport(stop_report)))
+
+    def _add_end(self, lines: bytes) -> None:
+        self._end.append(lines)
+        self._quota.reserve(len(lines))
+        self._send_pending()
+
+    def adopt(self, stop_report: Mapping[str, Any] | None) -> None:
+        """Adopt the call of a supervisor that has died: it has ended, and further records do not exist.
+
+        `stop_report`: of survivors; None: there are none. `on_closed` reports when they are gone.
+        """
+        self._adopted = True
+        self._started_at = self._loop.now()
+        self.on_end(encode_message(Failed("call_died", "the supervisor of the call died")))
+        self.on_exit(lambda: dumps({"by": "unknown", "supervisor": "died"}), stop_report)
 
     # The attached connection.
 
@@ -234,54 +234,27 @@ class ResumableSession:
         if not first <= since <= end:
             data = {"first": first, "end": end}
             return Failed("records_gone", "some of the call's records from this number on are gone", data)
-        self._keep_alive = keep_alive
         if self._channel is not None:
             self._channel.close()
-        self._lines = LineBuffer(_MAX_COMMAND_BYTES)
-        self._next = since
-        self._unacknowledged = 0
-        self._sent_end = self._sent_last_report = self._heartbeat_pending = False
-        self._channel = channel
         channel.user = self
-        if self._started_at is not None:
-            self._send_acknowledgement(channel, self._elapsed())
-            self._send_pending()
+        self._channel, self._keep_alive = channel, keep_alive
+        self._commands = LineBuffer(_MAX_COMMAND_BYTES)
+        self._next, self._unacknowledged, self._end_sent, self._heartbeat_pending = since, 0, 0, False
+        self._send_acknowledgement(self._elapsed())
+        self._send_pending()
         return None
-
-    def adopt(self, stop_report: Raw | None) -> None:
-        """Adopt the call of a supervisor that has died: it has ended, and further records do not exist.
-
-        `stop_report`: of survivors; None: there are none. `on_closed` reports when they are gone.
-        """
-        self._adopted = True
-        self._started_at = self._loop.now()
-        end = Failed("call_died", "the supervisor of the call died")
-        self._set_closing(stop_report, dumps({"by": "unknown", "supervisor": "died"}), encode_message(end))
-
-    def _set_closing(self, stop_report: Raw | None, exit_info: Raw, closing_line: bytes) -> None:
-        report = b"" if stop_report is None else encode_message(StopReport(stop_report))
-        self._closing = report + encode_exit_info(exit_info) + closing_line
-        self._quota.reserve(len(self._closing))
-        self._ended_at = self._loop.now()
-        if self._timer is not None:
-            self._timer.cancel()
-        self._timer = self._loop.call_later(self.terms.result_ttl, self._check)
-
-    @property
-    def attached(self) -> bool:
-        """Whether a connection is attached."""
-        return self._channel is not None
-
-    def _send_acknowledgement(self, channel: LinkChannel, elapsed: float) -> None:
-        terms = self.terms
-        times = terms.disconnect_timeout, terms.result_ttl, self._kill_grace, elapsed
-        channel.send_soon(
-            _encode_acknowledgement(terms.streaming, self._instance, times, self._spool.end, self._keep_alive)
-        )
 
     def _elapsed(self) -> float:
         """Return the seconds since the start."""
         return 0.0 if self._started_at is None else max(0.0, self._loop.now() - self._started_at)
+
+    def _send_acknowledgement(self, elapsed: float) -> None:
+        if self._channel is not None and self._started_at is not None:
+            terms = self.terms
+            times = terms.disconnect_timeout, terms.result_ttl, self._kill_grace, elapsed
+            self._channel.send_soon(
+                _encode_acknowledgement(terms.streaming, self._instance, times, self._spool.end, self._keep_alive)
+            )
 
     def _send_pending(self) -> None:
         """Send all data that the attached connection has not received yet, while it is writable."""
@@ -296,31 +269,29 @@ class ResumableSession:
             self._next = chunk.first + chunk.count
             self._unacknowledged += len(chunk.lines)
             channel.send(encode_message(RecordTime(chunk.time)) + chunk.lines)
-        if self._next < self._spool.end or self._closing is None:
-            return
-        if not self._sent_end:
-            self._sent_end = True
-            channel.send(self._closing)
-        if self._last_report is not None and not self._sent_last_report:
-            self._sent_last_report = True
-            channel.send(self._last_report)
+        while self._next == self._spool.end and self._end_sent < len(self._end):
+            self._end_sent += 1
+            channel.send(self._end[self._end_sent - 1])
 
     def on_commands(self, data: bytes) -> None:
-        """See `ChannelUser`."""
+        """Carry out the commands of the dispatcher. See `ChannelUser`."""
         try:
-            for line in self._lines.feed(data):
+            for line in self._commands.feed(data):
                 if self._channel is not None:  # a release detaches it; further commands have no effect
                     self._handle_command(decode_command(line))
         except (ProtocolError, LineTooLong) as error:
             log.error("invalid command from dispatcher", extra={"call": self.id, "reason": str(error)})
-            self._detach()
+            self.on_hang_up()
 
     def on_hang_up(self) -> None:
-        """See `ChannelUser`."""
-        self._detach()
+        """Detach the connection. See `ChannelUser`."""
+        if self._channel is not None:
+            self._channel.close()
+            self._channel = None
+            log.debug("dispatcher detached from call", extra={"call": self.id})
 
     def on_writable(self) -> None:
-        """See `ChannelUser`."""
+        """Send more. See `ChannelUser`."""
         self._send_pending()
 
     def _handle_command(self, command: Ack | Heartbeat | StopCall | Release) -> None:
@@ -332,7 +303,7 @@ class ResumableSession:
                 self._quota.release(freed)
                 self._unacknowledged = 0 if count >= self._next else max(0, self._unacknowledged - freed)
                 self._next = max(self._next, self._spool.first)  # records that were acknowledged unread are gone
-                self._resume_reading()
+                self.resume_reading()
                 self._send_pending()
             case Heartbeat(elapsed):
                 if elapsed > self._elapsed():
@@ -341,31 +312,17 @@ class ResumableSession:
                 self._heartbeat_pending = True
                 self._send_pending()
             case StopCall(why, by):
-                self._stop(StopReason.CANCELLED, why, by)
+                self.stop(StopReason.CANCELLED, why, by)
             case Release():
-                if self._closing is None:
+                if not self._end:
                     raise ProtocolError("release: the call has not ended")
                 self.discard()
 
-    def _detach(self) -> None:
-        if self._channel is not None:
-            self._channel.close()
-            self._channel = None
-            log.debug("dispatcher detached from call", extra={"call": self.id})
-
     # Limits and contact.
-
-    def _stop(self, stop_reason: StopReason, reason: str | None = None, by: str | None = None) -> None:
-        if self.call is not None and self._closing is None:
-            self.call.stop(stop_reason, reason, by)
-
-    def _resume_reading(self) -> None:
-        if self.call is not None:
-            self.call.update_watch()
 
     def _check(self) -> None:
         """Stop the call if it has reached a limit; discard its end if the dispatcher has not fetched it in time."""
-        if self._closing is None:
+        if not self._end:
             remaining = self._enforce_limits()
         else:
             remaining = max(self._contact_at, self._ended_at) + self.terms.result_ttl - self._loop.now()
@@ -381,27 +338,24 @@ class ResumableSession:
         now, terms = self._loop.now(), self.terms
         if self.full:  # it cannot send
             self._last_output_at = now
-        deadlines = {
-            StopReason.MAX_EXEC_TIME: self._started_at + terms.max_exec_time,
-            StopReason.SILENCE: self._last_output_at + terms.timeout,
-            StopReason.LOST_CONTACT: self._contact_at + terms.disconnect_timeout,
-        }
-        nearest = min(deadlines.values())
-        if nearest > now:
-            return nearest - now
-        if deadlines[StopReason.MAX_EXEC_TIME] <= now:
-            self._stop(StopReason.MAX_EXEC_TIME, f"{terms.max_exec_time:g} s")
-        elif deadlines[StopReason.SILENCE] <= now:
-            self._stop(StopReason.SILENCE, f"{terms.timeout:g} s")
+        exec_deadline = self._started_at + terms.max_exec_time
+        output_deadline = self._last_output_at + terms.timeout
+        contact_deadline = self._contact_at + terms.disconnect_timeout
+        if exec_deadline <= now:
+            self.stop(StopReason.MAX_EXEC_TIME, f"{terms.max_exec_time:g} s")
+        elif output_deadline <= now:
+            self.stop(StopReason.SILENCE, f"{terms.timeout:g} s")
+        elif contact_deadline <= now:
+            self.stop(StopReason.LOST_CONTACT)
         else:
-            self._stop(StopReason.LOST_CONTACT)
+            return min(exec_deadline, output_deadline, contact_deadline) - now
         return terms.result_ttl
 
     def discard(self) -> None:
         """Discard the session: the dispatcher has stored its end, was rejected, or has not fetched it in time."""
         if self._timer is not None:
             self._timer.cancel()
-        self._quota.release(self._spool.size + len(self._closing or b""))
+        self._quota.release(self._spool.size + sum(map(len, self._end)))
         self._on_discarded(self)  # before the connection closes: the close is visible to others
         if self._channel is not None:
             self._channel.close_after_flush()

@@ -5,10 +5,10 @@ It is not synced: it has to survive the supervisor, not the machine. When an ent
 may belong to another process. So it counts only until the next boot, and only processes that certainly belong to the
 call are killed.
 
-An entry has two purposes and is cleared when neither is left: to stop processes of the call, and to report its end to
-its dispatcher. Space is reserved before a call starts. So no later change of an entry can find the disk full.
+An entry has two purposes and is cleared when both are done: to stop processes of the call, and to report its end to its
+dispatcher. Space is reserved before a call starts. So no later change of an entry can find the disk full.
 
-The supervisor that finds the file of a dead one keeps it locked until no process of its calls is left. Processes that
+The supervisor that finds the file of a dead one has it locked until all processes of its calls are gone. Processes that
 cannot be killed are reported once, as survivors, and every clean-up tries again.
 
 Spec: docs/state-file.md.
@@ -76,32 +76,25 @@ class CleanupResult:
 
 @dataclass(slots=True)
 class _Entry:
-    """A call's place in a state file, and its entry there; no purpose: the place is reserved."""
+    """An entry of a state file; no purpose: it is reserved."""
 
     number: int
     content: bytes = b""
     purpose: Purpose | None = None
 
 
-@dataclass(slots=True)
-class _Orphan:
-    """A call of a dead supervisor of which processes may remain."""
+class _Orphan(OrphanedCall):
+    """A call of a dead supervisor of which processes may remain, and its entry."""
 
-    call: OrphanedCall
-    file: _OpenFile
-    entry: _Entry
-    reported_survivors: bool = False
+    def __init__(self, call_id: str, tree: CallTree, file: _OpenFile, entry: _Entry) -> None:
+        super().__init__(call_id, tree)
+        self.file = file
+        self.entry = entry
+        self.reported_survivors = False
 
 
 class StateFiles:
-    """The state file of one supervisor, and those of dead ones.
-
-    Args:
-        runtime_directory: the runtime directory; ``calls`` is created in it.
-
-    Raises:
-        OSError: the file cannot be created.
-    """
+    """The state file of one supervisor, and those of dead ones. Raises OSError if the file cannot be created."""
 
     def __init__(self, runtime_directory: Path, instance: str) -> None:
         self._directory = runtime_directory / "calls"
@@ -117,11 +110,7 @@ class StateFiles:
     # The calls of this supervisor.
 
     def reserve(self, call_id: str) -> None:
-        """Reserve an entry for a call that is to start.
-
-        Raises:
-            OSError: the file cannot grow; the message has file and reason.
-        """
+        """Reserve an entry for a call that is to start. Raises OSError, with file and reason, if the file cannot grow."""
         if not self._free:
             self._free = self._file.grow()
         self._entries[call_id] = _Entry(self._free.pop())
@@ -185,11 +174,11 @@ class StateFiles:
                 if entry.purpose is not Purpose.ONLY_STOP:
                     calls[call_id] = state
                 if entry.purpose is not Purpose.ONLY_REPORT:
-                    found.append(_Orphan(OrphanedCall(call_id, state.tree), file, entry))
+                    found.append(_Orphan(call_id, state.tree, file, entry))
         self._orphans += found
-        killed = self._kill([orphan.call for orphan in found])
+        killed = self._kill(found)
         stop_reports = self._update_orphans()
-        return CleanupResult(killed, calls, stop_reports, any(orphan.call.is_fresh for orphan in self._orphans))
+        return CleanupResult(killed, calls, stop_reports, any(orphan.is_fresh for orphan in self._orphans))
 
     def _find_dead(self) -> Iterator[_OpenFile]:
         """Lock the files of dead supervisors, and yield them."""
@@ -201,17 +190,16 @@ class StateFiles:
                     self._dead[name] = file
                     yield file
 
-    def _kill(self, found: list[OrphanedCall]) -> int:
+    def _kill(self, found: list[_Orphan]) -> int:
         """Scan for the processes of all orphans, and kill them; return how many are new."""
         if not self._orphans or (not found and time.monotonic() - self._last_round < _ROUND_INTERVAL):
             return 0
-        calls = [orphan.call for orphan in self._orphans]
-        killed = kill_orphans(calls)
+        killed = kill_orphans(self._orphans)
         for interval in _SCAN_INTERVALS:
-            if all(call.gone for call in found):
+            if all(orphan.gone for orphan in found):
                 break
             time.sleep(interval)
-            killed += kill_orphans(calls)
+            killed += kill_orphans(self._orphans)
         self._last_round = time.monotonic()
         return killed
 
@@ -219,20 +207,19 @@ class StateFiles:
         """Update the state files after a round of killing; return the stop reports that result from it."""
         stop_reports: dict[str, Mapping[str, Any]] = {}
         for orphan in self._orphans:
-            call, entry = orphan.call, orphan.entry
-            if entry.purpose is Purpose.STOP_AND_REPORT:
-                orphan.reported_survivors = call.survives
-            elif not call.gone:
+            if orphan.gone:
+                orphan.file.clear(orphan.entry)
+            elif orphan.entry.purpose is Purpose.STOP_AND_REPORT:
+                # This supervisor reports the end, and has its own entry for that.
+                orphan.reported_survivors = orphan.survives
+                orphan.entry.purpose = Purpose.ONLY_STOP
+                with contextlib.suppress(OSError):
+                    orphan.file.write(orphan.entry)
+            else:
                 continue
             if orphan.reported_survivors:
-                stop_reports[call.call_id] = call.stop_report()
-            if call.gone:
-                orphan.file.clear(entry)
-            else:  # this supervisor reports the end, and has its own entry for that
-                entry.purpose = Purpose.ONLY_STOP
-                with contextlib.suppress(OSError):
-                    orphan.file.write(entry)
-        self._orphans = [orphan for orphan in self._orphans if not orphan.call.gone]
+                stop_reports[orphan.call_id] = orphan.stop_report()
+        self._orphans = [orphan for orphan in self._orphans if not orphan.gone]
         in_use = {orphan.file.path.name for orphan in self._orphans}
         for name in self._dead.keys() - in_use:
             self._dead.pop(name).delete()

@@ -1,8 +1,9 @@
 """The supervisor's side of a zygote: start it, have it fork workers, receive reports of their deaths.
 
 Workers are forked ahead: a call is given to a pre-forked worker at once, and then the next worker is forked. The zygote
-replies to fork commands in their order. A worker that has died or written output gets no call; once a call's line was
-sent to a worker, the call is not given to another one.
+replies to fork commands in their order. Workers that may serve another call of their procedure wait as idle workers. A
+worker that has died or written output gets no call; once a call's line was sent to a worker, the call is not given to
+another one.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from harpd.processes.cookie import reserve_cookie
 from harpd.processes.procfs import child_start_time
 from harpd.supervisor.event_loop import READ, WRITE, EventLoop, Timer
 from harpd.supervisor.output import OutputCollector
-from harpd.supervisor.worker_process import IdleWorkers, WorkerProcess, WorkerUser
+from harpd.supervisor.worker_process import WorkerProcess, WorkerUser
 
 log = logging.getLogger("harpd.supervisor")
 
@@ -33,8 +34,10 @@ _MAX_MESSAGE_BYTES = 1 << 18
 #: How many pre-forked workers there are, unless calls have just used them up. With 2, more calls of 4 and 16 clients
 #: wait for a fork; with 8, they are not faster. Each takes 0.7 MB.
 _PREFORKED = 4
-#: Seconds for a fork, and for the death of a zygote that was killed.
-_FORK_TIMEOUT, _DEATH_TIMEOUT = 10.0, 5.0
+#: An idle worker is shut down after this many seconds at least, and after twice as many at most.
+_IDLE_TIMEOUT = 10.0
+#: Seconds for the procedures file to load (the frontend waits longer), for a fork, and for the death of a zygote.
+_LOAD_TIMEOUT, _FORK_TIMEOUT, _DEATH_TIMEOUT = 50.0, 10.0, 5.0
 #: Signals that the supervisor ignores. They have their default effect in the zygote and in programs that it executes.
 _IGNORED_SIGNALS = (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
@@ -57,20 +60,16 @@ class ProcedureInfo:
 
 
 class ZygoteClient:
-    """A zygote process, which has loaded the procedures file once.
+    """A zygote process, which has loaded the procedures file once. Raises OSError if none can be created.
 
     Args:
         settings: the supervisor's settings, see `harpd.supervisor.main`.
         output: creates the pipes of the workers.
         on_loaded: called once: with None when the file is loaded, else with the error.
-        on_died: called when the process has ended unexpectedly after it had loaded.
-        on_stuck: called when it does not fork. Its calls may continue; it should get no more calls.
-
-    Raises:
-        OSError: no process or descriptor is available.
+        on_lost: called once if it has died or does not fork, after it had loaded; unless it has retired. Its running
+            calls may continue; it gets no more calls.
 
     Attributes:
-        idle_workers: its workers that wait for another call.
         procedures: its procedures by name; complete once it has loaded.
     """
 
@@ -80,23 +79,22 @@ class ZygoteClient:
         settings: Mapping[str, Any],
         output: OutputCollector,
         on_loaded: Callable[[str | None], None],
-        on_died: Callable[[], None],
-        on_stuck: Callable[[], None],
+        on_lost: Callable[[], None],
     ) -> None:
         self._loop = loop
         self._output = output
         self._on_loaded: Callable[[str | None], None] | None = on_loaded
-        self._on_died = on_died
-        self._on_stuck = on_stuck
+        self._on_lost = on_lost
         self._unsent: deque[tuple[bytes, tuple[int, ...]]] = deque()
         # All workers without a call that had none before, oldest first; the zygote has not replied for the last ones.
         self._preforked: deque[WorkerProcess] = deque()
         self._forking: deque[WorkerProcess] = deque()  # in the order of the fork commands without a reply
         self._fork_check: Timer | None = None
+        self._idle_since: dict[WorkerProcess, float] = {}  # idle workers, the longest idle one first
+        self._idle_check_scheduled = False
         self._children: dict[int, WorkerProcess] = {}
         self._retired = False
         self.procedures: dict[str, ProcedureInfo] = {}
-        self.idle_workers = IdleWorkers(loop)
         self._socket, zygote_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with zygote_end, contextlib.ExitStack() as undo:
             undo.callback(self._socket.close)
@@ -105,6 +103,8 @@ class ZygoteClient:
             undo.pop_all()
         self._socket.setblocking(False)
         self._loop.watch(self._socket.fileno(), READ, self._on_ready)
+        too_slow = f"loading took longer than {_LOAD_TIMEOUT:g} s"
+        self._load_deadline = loop.call_later(_LOAD_TIMEOUT, lambda: self.abort_load(too_slow))
         search_path = settings["python_path"]
         command = {
             "load": settings["procedures"],
@@ -116,9 +116,22 @@ class ZygoteClient:
         }
         self._send(command)
 
+    def abort_load(self, reason: str) -> None:
+        """Kill the zygote while it loads, and report the load as failed."""
+        self.kill()
+        self._report_load(reason)
+
+    def _report_load(self, error: str | None) -> None:
+        self._load_deadline.cancel()
+        report, self._on_loaded = self._on_loaded, None
+        if report is not None:
+            report(error)
+
     def worker_identities(self) -> set[tuple[int, int]]:
         """Return the pids and start times of all its workers."""
         return {worker.identity for worker in self._children.values()}
+
+    # Workers for calls.
 
     def assign(self, call: WorkerUser, call_id: str, procedure: str) -> WorkerProcess:
         """Return a worker for a call: an idle one of its procedure, else a pre-forked one, or one that is being forked.
@@ -126,20 +139,57 @@ class ZygoteClient:
         Raises:
             OSError: no descriptor is free.
         """
-        worker = self.idle_workers.pop(procedure) or self._pop_preforked() or self._fork()
-        max_calls = self.procedures[procedure].max_calls
-        worker.assign(call, procedure, max_calls, {"call": call_id, "procedure": procedure})
+        worker = self._pop_worker(procedure) or self._fork()
+        worker.assign(call, procedure, {"call": call_id, "procedure": procedure})
         self._loop.call_later(0, self._fork_ahead)  # after this call has its arguments
         return worker
 
-    def _pop_preforked(self) -> WorkerProcess | None:
-        """Remove and return the oldest pre-forked worker that lives; None if there is none."""
+    def _pop_worker(self, procedure: str) -> WorkerProcess | None:
+        """Remove and return a worker that can serve a call of the procedure; None if there is none."""
+        if self._idle_since:  # rarely
+            for worker in [worker for worker in reversed(self._idle_since) if worker.procedure == procedure]:
+                del self._idle_since[worker]
+                if worker.is_quiet():
+                    return worker
+                worker.shut_down()
         while self._preforked:
             worker = self._preforked.popleft()
             if worker.is_quiet():
                 return worker
             worker.shut_down()
         return None
+
+    def may_reuse(self, worker: WorkerProcess) -> bool:
+        """Return whether a worker may serve another call."""
+        return worker.served < self.procedures[worker.procedure].max_calls and not self._retired
+
+    def add_idle(self, worker: WorkerProcess) -> None:
+        """Let a worker whose call has ended wait for another call of its procedure."""
+        worker.become_idle()
+        self._idle_since[worker] = self._loop.now()
+        if not self._idle_check_scheduled:
+            self._idle_check_scheduled = True
+            self._loop.call_later(_IDLE_TIMEOUT, self._shut_down_expired)
+
+    def limit_idle(self, most: int) -> None:
+        """Shut down the longest idle workers if there are more than `most`."""
+        while self._idle_since and len(self._idle_since) > most:
+            self._shut_down_idle(next(iter(self._idle_since)))
+
+    def _shut_down_expired(self) -> None:
+        """Shut down the workers that were idle for too long. One timer serves all: one per worker would cost time."""
+        until = self._loop.now() - _IDLE_TIMEOUT
+        for worker in [worker for worker, since in self._idle_since.items() if since <= until]:
+            self._shut_down_idle(worker)
+        self._idle_check_scheduled = bool(self._idle_since)
+        if self._idle_check_scheduled:
+            self._loop.call_later(_IDLE_TIMEOUT, self._shut_down_expired)
+
+    def _shut_down_idle(self, worker: WorkerProcess) -> None:
+        del self._idle_since[worker]
+        worker.shut_down()
+
+    # Forks.
 
     def _fork_ahead(self) -> None:
         """Have workers forked for later calls."""
@@ -151,7 +201,7 @@ class ZygoteClient:
 
     def _fork(self) -> WorkerProcess:
         """Return a worker that is being forked. Raises OSError."""
-        worker = WorkerProcess(self._loop, self._output, self.idle_workers)
+        worker = WorkerProcess(self._loop, self._output)
         self._forking.append(worker)
         if self._fork_check is None:
             self._fork_check = self._loop.call_later(_FORK_TIMEOUT, self._check_forks)
@@ -172,47 +222,62 @@ class ZygoteClient:
         for worker in [*self._forking]:
             worker.on_fork_failed(reason)
         if not self._retired:
-            self._on_stuck()
+            self.retire()
+            self._on_lost()
+
+    # The end.
 
     def retire(self) -> None:
         """Have the zygote exit once its last call has ended."""
         self._release_workers()
-        self._close_if_idle()
+        self._close_if_done()
 
     def _release_workers(self) -> None:
         """Have the workers without a call exit, and accept no more."""
         self._retired = True
-        self.idle_workers.close()
+        self.limit_idle(0)
         while self._preforked:
             self._preforked.popleft().shut_down()
 
     def kill(self) -> None:
         """Kill the zygote, and with it its calls; wait for its death, at most 5 s."""
         self._release_workers()
-        if self._closed:
-            return
-        with contextlib.suppress(ProcessLookupError):
-            signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
-        death = select.poll()
-        death.register(self._pidfd, select.POLLIN)
-        death.poll(_DEATH_TIMEOUT * 1000)
-        self._close()
+        if self._socket.fileno() >= 0:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+            death = select.poll()
+            death.register(self._pidfd, select.POLLIN)
+            death.poll(_DEATH_TIMEOUT * 1000)
+            self._close()
 
-    def _close_if_idle(self) -> None:
+    def _close_if_done(self) -> None:
         if self._retired and not self._forking and not self._children:
             self._close()
 
-    @property
-    def _closed(self) -> bool:
-        return self._socket.fileno() < 0
-
     def _close(self) -> None:
-        if not self._closed:
+        if self._socket.fileno() >= 0:
             self._loop.unwatch(self._socket.fileno())
             self._socket.close()
             os.close(self._pidfd)
         while self._unsent:
             _close_all(self._unsent.popleft()[1])
+
+    def _on_closed(self) -> None:
+        """Report the death of the zygote, and of its workers, which are killed with it."""
+        lost = self._on_loaded is None and not self._retired
+        self._close()
+        self._release_workers()
+        self._report_load("the zygote ended while it loaded the procedures file")
+        while self._forking:
+            self._forking.popleft().on_fork_failed("cannot create a process: the zygote died")
+        for worker in [*self._children.values()]:
+            worker.on_reaped(signal.SIGKILL, None, None)
+        self._children.clear()
+        if lost:
+            log.error("zygote died", extra={"zygote": self.pid})
+            self._on_lost()
+
+    # Messages.
 
     def _send(self, message: dict[str, Any], descriptors: tuple[int, ...] = ()) -> None:
         self._unsent.append((encode_value(message), descriptors))
@@ -258,13 +323,13 @@ class ZygoteClient:
                     if dead_worker in self._preforked:  # another process has killed it
                         self._preforked.remove(dead_worker)
                     dead_worker.on_reaped(status, cpu, memory)
-                self._close_if_idle()
+                self._close_if_done()
             case {"failed": reason}:
                 worker = self._forking.popleft()
                 if worker in self._preforked:
                     self._preforked.remove(worker)
                 worker.on_fork_failed(reason)
-                self._close_if_idle()
+                self._close_if_done()
             case {"procedure": name, "streaming": streaming, "timeout": timeout, "max_calls": max_calls}:
                 self.procedures[name] = ProcedureInfo(len(self.procedures), streaming, timeout, max_calls)
             case {"loaded": _, "threads": threads}:
@@ -273,25 +338,8 @@ class ZygoteClient:
                 self._fork_ahead()
                 self._report_load(None)
             case {"error": error}:
+                self._retired = True
                 self._report_load(error)
-
-    def _report_load(self, error: str | None) -> None:
-        callback, self._on_loaded = self._on_loaded, None
-        if callback is not None:
-            callback(error)
-
-    def _on_closed(self) -> None:
-        died = not self._retired
-        self._close()
-        self._release_workers()
-        self._report_load("the zygote ended while it loaded the procedures file")
-        while self._forking:
-            self._forking.popleft().on_fork_failed("cannot create a process: the zygote died")
-        for worker in [*self._children.values()]:
-            worker.on_reaped(signal.SIGKILL, None, None)  # workers are killed when their zygote dies
-        self._children.clear()
-        if died:
-            self._on_died()
 
 
 def _spawn(zygote_end: socket.socket) -> int:
