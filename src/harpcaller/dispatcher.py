@@ -467,11 +467,11 @@ class Dispatcher:
         A job that was cancelled meanwhile also needs a run, which releases its slot.
         """
         for job in jobs:
-            run = self._runs[job.id] = Run(job, self._context, self._on_run_closed, recovered)
+            run = self._runs[job.id] = Run(job, self._context, self._on_run_closed)
             if job.id in self._cancelled_before_start:
                 self._cancelled_before_start.discard(job.id)
                 run.cancel_before_start()
-            run.start()
+            run.start(recovered)
 
     def _on_run_closed(self, run: Run) -> None:
         del self._runs[run.job.id]

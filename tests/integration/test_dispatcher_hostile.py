@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import threading
+import time
 import uuid
 from pathlib import Path
 from typing import Any
@@ -226,4 +228,23 @@ async def test_failed_run_leaves_no_pending_stop(tmp_path: Path) -> None:
             async with asyncio.timeout(30):
                 details = await dispatcher.wait_stopped(job_id)
             assert (details.job.stop, details.job.holds_slot) == (StopState.FAILED, True)
+    await opened.close()
+
+
+async def test_recovered_job_of_unknown_host_ends_as_such(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its call may run until `host_timeout`: the host may have been removed from the registry after the start."""
+    monkeypatch.setattr("harpcaller.config._STOP_MARGIN", 0.0)
+    opened = await open_store(tmp_path / "store")
+    job_id, ended_before = await claimed_job(opened), await claimed_job(opened)
+    assert await opened.cancel_job(ended_before, 2.0, None)
+    times: dict[str, Any] = {"disconnect_timeout": 0.5, "host_timeout": 1.0}
+    async with running(tmp_path, store=opened, resumable_calls=True, **times) as dispatcher:
+        began = time.monotonic()
+        end = await dispatcher.result(job_id, wait=True)
+        assert end == Failed("unknown_host", "the hosts registry has no host web01")
+        assert time.monotonic() - began > 0.9
+        assert (await settled(dispatcher, job_id)).stop is StopState.FAILED
+        assert (await settled(dispatcher, ended_before)).stop is StopState.FAILED
+        report = json.loads((await dispatcher.details(ended_before))["stop_report"])
+        assert report["host_lost"]["error"] == "the hosts registry has no host web01"
     await opened.close()

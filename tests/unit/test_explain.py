@@ -65,7 +65,7 @@ def test_phases_of_the_dispatcher_cover_the_latest_jobs() -> None:
         timings.record_end(job_id, now)
     assert timings.get_phases("0") == {}, "only a thousand jobs are stored"
     known = timings.get_phases("1")
-    assert (list(known), known["accept"]) == (["accept", "store", "store_end"], 0.5)
+    assert (known.keys() & {"store", "store_end", "deliver"}, known["accept"]) == ({"store", "store_end"}, 0.5)
     timings.record_delivery("1", time.monotonic())
     assert "deliver" not in known, "no client waited for it"
     timings.record_delivery("1", now)

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from harpcaller.runs.outage import Outage
+from harpcaller.runs.deadlines import Outage
 
 
 def test_outage_deadline_counts_from_the_last_message() -> None:

@@ -20,30 +20,13 @@ from harpcaller.runs.store_writes import StoreWrites
 from harpcaller.runs.timings import Timings
 from harpcaller.store import Store
 
-#: Maximum number of kept encoders of starts; each needs about 1 kB.
+#: Maximum number of stored encoders of starts; each needs about 1 kB.
 _MAX_ENCODERS = 2000
 
 
 @dataclass(frozen=True, slots=True)
 class RunContext:
-    """The environment of a run.
-
-    Attributes:
-        config: timeouts and limits.
-        tls: checks the certificates of hosts.
-        store: stores records and ends.
-        notifier: publishes records and ends to waiting clients.
-        find_host: returns a host of the registry by name, or None.
-        identity: the dispatcher's identity towards hosts.
-        timers: the timers of the event loop.
-        capabilities: what is known of hosts.
-        connections: idle connections to hosts.
-        writes: the writes of all runs.
-        request_claim: called with a write that releases a slot, so that another job gets it in the same transaction.
-        wall: the wall clock for stored times; Unix seconds.
-        timings: durations of the dispatcher's own steps.
-        openings: the tasks that open connections, also those that were cancelled and have not ended yet.
-    """
+    """The environment of a run."""
 
     config: Config
     tls: HostTLS
@@ -55,9 +38,11 @@ class RunContext:
     capabilities: HostCapabilities
     connections: ConnectionPool
     writes: StoreWrites
+    #: Called with a write that releases a slot, so that another job gets it in the same transaction.
     request_claim: Callable[[], None]
-    wall: Callable[[], float]
+    wall: Callable[[], float]  # the wall clock for stored times; Unix seconds
     timings: Timings = field(default_factory=Timings)
+    #: The tasks that open connections, also those that were cancelled and have not ended yet.
     openings: set[asyncio.Task[Any]] = field(default_factory=set)
     _start_encoders: dict[tuple[Host, HostSupport], StartEncoder] = field(default_factory=dict, init=False)
 

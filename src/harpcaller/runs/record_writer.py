@@ -1,6 +1,6 @@
 """Writes a job's records to the store in batches: records received during a commit go into the next one.
 
-The caller bounds the buffer: it checks `over_soft_limit` and stops reading until the buffer `is_empty`.
+The caller bounds the buffer: it stops reading when the buffer `is_full`, until it `is_empty`.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from harpcaller.runs.context import RunContext
 
 log = logging.getLogger(__name__)
 
-#: Bytes of buffered records above which the caller should stop reading.
-_SOFT_LIMIT = 1024 * 1024
+#: Maximum bytes of buffered records of a connection-bound call.
+_BOUND_LIMIT = 1024 * 1024
 
 #: Maximum bytes, beside the longest record, that a host sends for a resumable call without an ack.
-_HARD_LIMIT = 8 * 1024 * 1024
+_RESUMABLE_LIMIT = 8 * 1024 * 1024
 
 #: Bytes of a batch, beside its last record: all other writes of the store wait for its commit.
 _BATCH_BYTES = 1024 * 1024
@@ -44,20 +44,10 @@ class RecordWriter:
         self._longest = 0
         self._in_flight = 0
         self._when_empty: Callable[[], None] | None = None
-        #: Number of records that are stored, or dropped after the end of the job.
+        #: Number of records that are stored, or were discarded after the end of the job.
         self.count = job.records
-        #: Whether the job has ended, so that further records are dropped.
+        #: Whether the job has ended, so that further records are discarded.
         self.closed = False
-
-    @property
-    def over_soft_limit(self) -> bool:
-        """Whether the caller should stop reading until the buffer is empty."""
-        return self._bytes > _SOFT_LIMIT
-
-    @property
-    def over_hard_limit(self) -> bool:
-        """Whether more is buffered than a host may send without an ack."""
-        return self._bytes - self._longest > _HARD_LIMIT
 
     @property
     def is_empty(self) -> bool:
@@ -69,10 +59,14 @@ class RecordWriter:
         """The number of the next record."""
         return self.count + self._in_flight + len(self._values)
 
+    def is_full(self, resumable: bool) -> bool:
+        """Return whether the caller should stop reading until the buffer is empty."""
+        return self._bytes - self._longest > _RESUMABLE_LIMIT if resumable else self._bytes > _BOUND_LIMIT
+
     def add_records(self, records: Sequence[Raw], timestamp: float) -> None:
         """Buffer the next records, at least one, with the Unix time at which they were made."""
         if self.closed:
-            self.count += len(records)  # dropped, but acked to the host
+            self.count += len(records)  # discarded, but acknowledged to the host
             return
         self._values += records
         self._timestamps += [timestamp] * len(records)
@@ -89,26 +83,18 @@ class RecordWriter:
         else:
             self._when_empty = action
 
-    def close_at(self, number: int) -> None:
-        """Drop all further records; the next one has this number."""
-        self._drop_buffer()
+    def close(self, next_number: int) -> None:
+        """Discard the buffered records and all further ones; the next record has this number."""
         self.closed = True
-        self.count = number
+        self.count = next_number
+        self._values, self._timestamps, self._bytes = [], [], 0
 
     def abandon(self) -> None:
-        """Drop the buffered records, and do not call `on_stored` any more."""
-        self._drop_buffer()
+        """Discard the buffered records, and the action of `when_empty`."""
+        self.close(self.count)
         self._when_empty = None
-        self._on_stored = _ignore
 
     def _store_batch(self) -> None:
-        batch = self._take_batch()
-        self._in_flight = len(batch)
-        append = partial(self._context.store.append_records, self._job_id, self.count, batch)
-        self._context.writes.begin(self._job_id, append, partial(self._on_appended, batch), self._on_error)
-
-    def _take_batch(self) -> Records:
-        """Remove the records of the next batch from the buffer, and return them."""
         count, size = len(self._values), self._bytes
         if size > _BATCH_BYTES:
             count = size = 0
@@ -120,40 +106,25 @@ class RecordWriter:
         self._bytes -= size
         if not self._values:
             self._longest = 0
-        return batch
+        self._in_flight = count
+        append = partial(self._context.store.append_records, self._job_id, self.count, batch)
+        on_stored, on_error = partial(self._on_appended, batch), partial(self._on_error, batch)
+        self._context.writes.begin(self._job_id, append, on_stored, on_error)
+
+    def _on_error(self, batch: Records, error: Exception) -> None:
+        log.error("cannot store records: internal error", exc_info=error, extra={"job": self._job_id})
+        self._on_appended(batch, appended=False)
 
     def _on_appended(self, batch: Records, appended: bool) -> None:
         self._in_flight = 0
-        if appended:
+        if not appended:
+            self.close(self.count + len(batch) + len(self._values))
+        else:
             self._context.notifier.publish_records(self._job_id, self.count, batch)
             self.count += len(batch)
             if self._values:
                 self._store_batch()
-        else:
-            self._close(len(batch))
-        self._report()
-
-    def _on_error(self, error: Exception) -> None:
-        log.error("cannot store records: internal error", exc_info=error, extra={"job": self._job_id})
-        in_flight, self._in_flight = self._in_flight, 0
-        self._close(in_flight)
-        self._report()
-
-    def _report(self) -> None:
         self._on_stored(self.count)
         if self._when_empty is not None and self.is_empty:
             action, self._when_empty = self._when_empty, None
             action()
-
-    def _close(self, dropped: int) -> None:
-        """Drop the buffered records and all further ones."""
-        self.closed = True
-        self.count += dropped + len(self._values)
-        self._drop_buffer()
-
-    def _drop_buffer(self) -> None:
-        self._values, self._timestamps, self._bytes, self._longest = [], [], 0, 0
-
-
-def _ignore(_: int) -> None:
-    pass

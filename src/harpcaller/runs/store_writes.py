@@ -20,7 +20,7 @@ _RETRY_DELAY = 1.0
 
 
 class StoreWrites:
-    """The writes of all runs; `timers` are those of the event loop."""
+    """The writes of all runs."""
 
     def __init__(self, timers: TimerWheel) -> None:
         self._timers = timers

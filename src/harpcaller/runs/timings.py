@@ -1,6 +1,6 @@
 """Durations of the dispatcher's own steps for its latest jobs, in seconds of the monotonic clock.
 
-They are held in memory and for a limited number of jobs: storing them would add a step to every job.
+They are in memory and for a limited number of jobs: storing them would add a step to every job.
 """
 
 from __future__ import annotations
@@ -16,8 +16,7 @@ class Timings:
     """The phases of a job that only its dispatcher measures: ``accept``, ``store``, ``store_end``, ``deliver``."""
 
     def __init__(self) -> None:
-        self._jobs: dict[str, dict[str, float]] = {}  # in the order of their first steps
-        self._ended: dict[str, float] = {}
+        self._jobs: dict[str, dict[str, float]] = {}  # in the order of their first steps; with the time ``ended_at``
 
     def record_stored(self, job_id: str, received_at: float | None, store_began: float) -> None:
         """Record that a job was stored.
@@ -34,14 +33,16 @@ class Timings:
 
     def record_end(self, job_id: str, store_began: float) -> None:
         """Record that a job's end was stored; the write began at `store_began`."""
-        now = self._ended[job_id] = time.monotonic()
-        self._phases_of(job_id)["store_end"] = now - store_began
+        phases = self._phases_of(job_id)
+        phases["ended_at"] = time.monotonic()
+        phases["store_end"] = phases["ended_at"] - store_began
 
     def record_delivery(self, job_id: str, received_at: float) -> None:
         """Record that the end was sent to a client whose request was received at this time; the first one counts."""
-        ended = self._ended.get(job_id)
-        if ended is not None and received_at < ended:
-            self._phases_of(job_id).setdefault("deliver", time.monotonic() - ended)
+        phases = self._jobs.get(job_id, {})
+        ended_at = phases.get("ended_at")
+        if ended_at is not None and received_at < ended_at:
+            phases.setdefault("deliver", time.monotonic() - ended_at)
 
     def get_phases(self, job_id: str) -> Mapping[str, float]:
         """Return the known phases of a job in seconds."""
@@ -51,8 +52,6 @@ class Timings:
         phases = self._jobs.get(job_id)
         if phases is None:
             if len(self._jobs) >= _MAX_JOBS:
-                oldest = next(iter(self._jobs))
-                del self._jobs[oldest]
-                self._ended.pop(oldest, None)
+                del self._jobs[next(iter(self._jobs))]
             phases = self._jobs[job_id] = {}
         return phases
