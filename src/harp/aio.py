@@ -8,15 +8,13 @@ Spec: docs/client-api.md, asyncio.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterable, Iterable
-from typing import Any, Unpack
+from collections.abc import AsyncIterable
+from typing import Any
 
-from harp._core.calls import Call, JobOptions, missing_attribute
 from harp._core.harpd import DirectProcedureBase, DirectServerBase
 from harp._core.operations import CallerBase, JobBase, ProcedureBase, ServerBase
 from harp._core.streams import StreamReader
-from harp._net.aio import AsyncIteration, AsyncJSONConnection, AsyncJSONSSLConnection, AsyncPeer, AsyncStream, run
-from harp.protocol.requests import ReadStream
+from harp._net.aio import AsyncIteration, AsyncJSONConnection, AsyncJSONSSLConnection, AsyncPeer, AsyncStream, method
 
 __all__ = [
     "AsyncHarpCaller",
@@ -31,155 +29,63 @@ __all__ = [
 ]
 
 
-class AsyncHarpCaller(AsyncPeer, CallerBase[AsyncJSONConnection]):
-    """See `harp.HarpCaller`."""
-
-    def __getattr__(self, host: str) -> AsyncRemoteServer:
-        """Return the host of this name, without options."""
-        if host.startswith("_"):
-            raise missing_attribute(host, self)
-        return AsyncRemoteServer(self, host)
-
-    def __call__(self, host: str, **kwargs: Unpack[JobOptions]) -> AsyncRemoteServer:
-        """See `harp.HarpCaller.__call__`."""
-        return self.host(host, **kwargs)
-
-    def host(self, host: str, **kwargs: Unpack[JobOptions]) -> AsyncRemoteServer:
-        """See `harp.HarpCaller.host`."""
-        return AsyncRemoteServer(self, host)(**kwargs)
-
-    def job(self, job_id: str) -> AsyncRemoteCall:
-        """See `harp.HarpCaller.job`."""
-        return AsyncRemoteCall(self, job_id)
-
-    async def submit_many(self, calls: Iterable[Call]) -> list[AsyncRemoteCall]:
-        """See `harp.HarpCaller.submit_many`."""
-        return [AsyncRemoteCall(self, job_id) for job_id in await run(self._submit_many(calls))]
-
-    async def connect(self) -> AsyncJSONConnection:
-        """See `harp.HarpCaller.connect`."""
-        conn = self._connection()
-        await conn.connect()
-        return conn
-
-    _open = connect
-
-    def _connection(self) -> AsyncJSONConnection:
-        return AsyncJSONConnection(self._endpoint.host, self._endpoint.port)
-
-    async def request(self, req: dict[str, Any]) -> dict[str, Any]:
-        """See `harp.HarpCaller.request`."""
-        return await run(self._send_plain(req))
-
-
-class AsyncRemoteServer(ServerBase[AsyncHarpCaller]):
-    """See `harp.RemoteServer`."""
-
-    def __getattr__(self, procedure: str) -> AsyncRemoteProcedure:
-        """Return the procedure of this name on the host."""
-        if procedure.startswith("_"):
-            raise missing_attribute(procedure, self)
-        return AsyncRemoteProcedure(self._dispatcher, self, procedure)
-
-
-class AsyncRemoteProcedure(ProcedureBase[AsyncHarpCaller, AsyncRemoteServer]):
-    """See `harp.RemoteProcedure`."""
-
-    async def __call__(self, /, *args: Any, **kwargs: Any) -> AsyncRemoteCall:
-        """See `harp.RemoteProcedure.__call__`."""
-        return AsyncRemoteCall(self._dispatcher, (await run(self._submit(args, kwargs))).job_id)
-
-
-class AsyncRemoteCall(JobBase[AsyncHarpCaller, "AsyncRemoteCall.StreamIterator"]):
+class AsyncRemoteCall(JobBase["AsyncRemoteCall.StreamIterator"]):
     """See `harp.RemoteCall`."""
 
     class StreamIterator(AsyncStream):
         """See `harp.RemoteCall.StreamIterator`."""
 
         def __init__(self, remote_call: AsyncRemoteCall, conn: AsyncJSONConnection, numbered: bool = False) -> None:
-            # The replies to read_stream include all replies to follow_stream.
-            reader = remote_call._reader(ReadStream, None, None, numbered, False)
-            reader.take_request()  # the caller has sent it
-            super().__init__(conn, reader)
+            super().__init__(conn, remote_call._sent_reader(numbered))
 
-    async def result(self, wait: bool = False) -> Any:
-        """See `harp.RemoteCall.result`."""
-        return await run(self._result(wait))
-
-    async def get(self, wait: bool = True) -> Any:
-        """See `harp.RemoteCall.get`."""
-        return await run(self._get(wait))
-
-    async def cancel(self, *, wait: bool = False) -> bool:
-        """See `harp.RemoteCall.cancel`."""
-        return await run(self._cancel(wait))
-
-    async def details(self) -> dict[str, Any]:
-        """See `harp.RemoteCall.details`."""
-        return await run(self._details())
-
-    async def why(self) -> str:
-        """See `harp.RemoteCall.why`."""
-        return str((await run(self._details()))["why"])
+    result = method(JobBase._result)
+    get = method(JobBase._get)
+    cancel = method(JobBase._cancel)
+    details = method(JobBase._details)
+    why = method(JobBase._why)
+    host = method(JobBase._host)
+    procedure = method(JobBase._procedure)
+    args = method(JobBase._args)
+    info = method(JobBase._info)
+    submit_time = method(JobBase._submit_time)
+    start_time = method(JobBase._start_time)
+    end_time = method(JobBase._end_time)
 
     def _stream(self, reader: StreamReader) -> AsyncRemoteCall.StreamIterator:
         iterator = self.StreamIterator(self, self._dispatcher._connection())
         iterator._reader = reader
         return iterator
 
-    async def host(self) -> str:
-        """See `harp.RemoteCall.host`."""
-        return (await run(self._status())).host
 
-    async def procedure(self) -> str:
-        """See `harp.RemoteCall.procedure`."""
-        return (await run(self._status())).procedure
+class AsyncRemoteProcedure(ProcedureBase[AsyncRemoteCall]):
+    """See `harp.RemoteProcedure`."""
 
-    async def args(self) -> Any:
-        """See `harp.RemoteCall.args`."""
-        return (await run(self._status())).arguments
-
-    async def info(self) -> Any:
-        """See `harp.RemoteCall.info`."""
-        return (await run(self._status())).info
-
-    async def submit_time(self) -> int:
-        """See `harp.RemoteCall.submit_time`."""
-        return (await run(self._status())).submit
-
-    async def start_time(self) -> int | None:
-        """See `harp.RemoteCall.start_time`."""
-        return (await run(self._status("start", "end"))).start
-
-    async def end_time(self) -> int | None:
-        """See `harp.RemoteCall.end_time`."""
-        return (await run(self._status("end"))).end
+    __call__ = method(ProcedureBase._submit)
 
 
-class AsyncHarpServer(AsyncPeer, DirectServerBase[AsyncJSONConnection]):
-    """See `harp.HarpServer`."""
+class AsyncRemoteServer(ServerBase[AsyncRemoteProcedure]):
+    """See `harp.RemoteServer`."""
 
-    def __getattr__(self, procedure: str) -> AsyncHarpProcedure:
-        """Return the procedure of this name."""
-        if procedure.startswith("_"):
-            raise missing_attribute(procedure, self)
-        return AsyncHarpProcedure(self, procedure)
-
-    async def _open(self) -> AsyncJSONConnection:
-        conn = AsyncJSONSSLConnection(self._endpoint.host, self._endpoint.port, self._ca_file)
-        await conn.connect()
-        return conn
+    _procedure_class = AsyncRemoteProcedure
 
 
-class AsyncHarpProcedure(DirectProcedureBase[AsyncHarpServer]):
-    """See `harp.HarpProcedure`."""
+class AsyncHarpCaller(AsyncPeer, CallerBase[AsyncJSONConnection, AsyncRemoteServer, AsyncRemoteCall]):
+    """See `harp.HarpCaller`."""
 
-    async def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
-        """See `harp.HarpProcedure.__call__`; a streamed result is an `AsyncHarpStreamIterator`."""
-        conn, reader, result = await run(self._server._call(self._request(args, kwargs)))
-        if result is not None:
-            return result.value
-        return AsyncHarpStreamIterator(AsyncStream(conn, reader, self._server._pool))
+    _server_class = AsyncRemoteServer
+    _job_class = AsyncRemoteCall
+
+    submit_many = method(CallerBase._submit_many)
+    request = method(CallerBase._send_plain)
+
+    async def connect(self) -> AsyncJSONConnection:
+        """See `harp.HarpCaller.connect`."""
+        return await self._connection().__aenter__()
+
+    _open = connect
+
+    def _connection(self) -> AsyncJSONConnection:
+        return AsyncJSONConnection(self._endpoint.host, self._endpoint.port)
 
 
 class AsyncHarpStreamIterator(AsyncIteration):
@@ -196,3 +102,22 @@ class AsyncHarpStreamIterator(AsyncIteration):
         close = getattr(self._items, "close", None) or getattr(self._items, "aclose", None)
         if close is not None:
             await close()
+
+
+class AsyncHarpProcedure(DirectProcedureBase["AsyncHarpServer"]):
+    """See `harp.HarpProcedure`; a streamed result is an `AsyncHarpStreamIterator`."""
+
+    __call__ = method(DirectProcedureBase._call)
+
+    def _iterator(self, *stream: Any) -> AsyncHarpStreamIterator:
+        return AsyncHarpStreamIterator(AsyncStream(*stream))
+
+
+class AsyncHarpServer(AsyncPeer, DirectServerBase[AsyncJSONConnection, AsyncHarpProcedure]):
+    """See `harp.HarpServer`."""
+
+    _procedure_class = AsyncHarpProcedure
+
+    async def _open(self) -> AsyncJSONConnection:
+        conn = AsyncJSONSSLConnection(self._endpoint.host, self._endpoint.port, self._ca_file)
+        return await conn.__aenter__()

@@ -8,77 +8,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from harp._core.calls import missing_attribute
 from harp._core.harpd import DirectProcedureBase, DirectServerBase
-from harp._net.sync import Iteration, JSONConnection, JSONSSLConnection, Stream, SyncPeer, run
+from harp._net.sync import Iteration, JSONConnection, JSONSSLConnection, Stream, SyncPeer, method
 
 __all__ = ["HarpProcedure", "HarpServer", "HarpStreamIterator"]
-
-
-class HarpServer(SyncPeer, DirectServerBase[JSONConnection]):
-    """A harpd, called without a dispatcher. Any attribute is a procedure on it.
-
-    As a context manager it closes its waiting connections at the end; so does the end of the object. Calls are
-    possible afterwards, too.
-
-    Args:
-        host: name or address of the host.
-        user: name to authenticate as.
-        password: the user's password. A pickle of this object contains it, its repr does not.
-        port: harpd's port.
-        ca_file: PEM file with the authorities that may issue the server's certificate, which must be valid for
-            `host`; None verifies neither.
-        keep_alive: whether connections stay open for further calls, if harpd supports it. A connection carries one call
-            at a time, and no call is ever sent twice.
-
-    Raises:
-        HarpException: `host`, `port`, `user` or `password` is invalid.
-
-    Spec: docs/client-api.md, HarpServer.
-    """
-
-    def __getattr__(self, procedure: str) -> HarpProcedure:
-        """Return the procedure of this name."""
-        if procedure.startswith("_"):
-            raise missing_attribute(procedure, self)
-        return HarpProcedure(self, procedure)
-
-    def _open(self) -> JSONConnection:
-        return JSONSSLConnection(self._endpoint.host, self._endpoint.port, self._ca_file)
-
-
-class HarpProcedure(DirectProcedureBase[HarpServer]):
-    """A procedure on a harpd; calling it runs it.
-
-    Args:
-        server: the harpd.
-        name: name of the procedure; here it may begin with an underscore.
-
-    Spec: docs/client-api.md, HarpProcedure.
-    """
-
-    def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
-        """Call the procedure and wait for its result, without a time limit.
-
-        Args:
-            *args: positional arguments, any JSON values.
-            **kwargs: named arguments, instead of positional ones.
-
-        Returns:
-            The result; of a streaming procedure a `HarpStreamIterator`, as soon as it runs.
-
-        Raises:
-            HarpException: both kinds of arguments, or one that JSON cannot represent; nothing was sent.
-            RemoteException: the procedure raised an exception.
-            RemoteError: harpd refused or stopped the call.
-            CommunicationError: harpd cannot be reached, its certificate is not accepted, or the connection broke.
-
-        Spec: docs/client-api.md, HarpProcedure.
-        """
-        conn, reader, result = run(self._server._call(self._request(args, kwargs)))
-        if result is not None:
-            return result.value
-        return HarpStreamIterator(Stream(conn, reader, self._server._pool))
 
 
 class HarpStreamIterator(Iteration):
@@ -108,3 +41,47 @@ class HarpStreamIterator(Iteration):
         close = getattr(self._items, "close", None)
         if close is not None:
             close()
+
+
+class HarpProcedure(DirectProcedureBase["HarpServer"]):
+    """A procedure on a harpd; calling it runs it.
+
+    Args:
+        server: the harpd.
+        name: name of the procedure; here it may begin with an underscore.
+
+    Spec: docs/client-api.md, HarpProcedure.
+    """
+
+    __call__ = method(DirectProcedureBase._call)
+
+    def _iterator(self, *stream: Any) -> HarpStreamIterator:
+        return HarpStreamIterator(Stream(*stream))
+
+
+class HarpServer(SyncPeer, DirectServerBase[JSONConnection, HarpProcedure]):
+    """A harpd, called without a dispatcher. Any attribute is a procedure on it.
+
+    As a context manager it closes its waiting connections at the end; so does the end of the object. Calls are
+    possible afterwards, too.
+
+    Args:
+        host: name or address of the host.
+        user: name to authenticate as.
+        password: the user's password. A pickle of this object contains it, its repr does not.
+        port: harpd's port.
+        ca_file: PEM file with the authorities that may issue the server's certificate, which must be valid for
+            `host`; None verifies neither.
+        keep_alive: whether connections stay open for further calls, if harpd supports it. A connection carries one call
+            at a time, and no call is ever sent twice.
+
+    Raises:
+        HarpException: `host`, `port`, `user` or `password` is invalid.
+
+    Spec: docs/client-api.md, HarpServer.
+    """
+
+    _procedure_class = HarpProcedure
+
+    def _open(self) -> JSONConnection:
+        return JSONSSLConnection(self._endpoint.host, self._endpoint.port, self._ca_file)

@@ -26,6 +26,8 @@ FOLLOW = {"harpcaller": 1, "follow_stream": JOB}
 READ = {"harpcaller": 1, "read_stream": JOB}
 
 NOT_YET = {"no_result": True}
+#: The reply of a dispatcher to the question whether it supports `submit_many`.
+KNOWS_MANY = answering({"harpcaller": 1, "job_ids": []}, request={"harpcaller": 1, "submit_many": []})
 REFUSAL = {"error": {"type": "storage_error", "message": "the disk is full"}}
 
 
@@ -116,18 +118,45 @@ def test_submit_many_sends_one_request(shell: Shell) -> None:
         {"host": "web03", "procedure": "r", "arguments": {}},
     ]
     reply = {"harpcaller": 1, "job_ids": ["x", JOB, "y"]}
-    with Peer(answering(reply, request={"harpcaller": 1, "submit_many": sent})) as peer:
-        jobs = shell.caller(peer).submit_many(iter(calls))
-        assert [job.id() for job in jobs] == ["x", JOB, "y"]
+    with Peer(KNOWS_MANY, *[answering(reply, request={"harpcaller": 1, "submit_many": sent})] * 2) as peer:
+        rpc = shell.caller(peer)
+        for _ in range(2):  # the question is sent once
+            assert [job.id() for job in rpc.submit_many(iter(calls))] == ["x", JOB, "y"]
 
 
 def test_submit_many_refusal_is_raised(shell: Shell) -> None:
-    with Peer(answering(REFUSAL)) as peer, pytest.raises(harp.RemoteError, match="the disk is full"):
+    with Peer(KNOWS_MANY, answering(REFUSAL)) as peer, pytest.raises(harp.RemoteError, match="the disk is full"):
         shell.caller(peer).submit_many([harp.Call("web01", "p")])
-    with Peer(answering({"harpcaller": 1, "job_ids": [JOB]})) as peer, pytest.raises(harp.CommunicationError):
+    one_id = answering({"harpcaller": 1, "job_ids": [JOB]})
+    with Peer(KNOWS_MANY, one_id) as peer, pytest.raises(harp.CommunicationError):
         shell.caller(peer).submit_many([harp.Call("web01", "p")] * 2)
     with Peer() as peer, pytest.raises(harp.HarpException, match=r"calls\[1\]: expected a harp.Call, got 'p'"):
         shell.caller(peer).submit_many([harp.Call("web01", "p"), "p"])
+
+
+def test_submit_many_break_is_not_repeated(shell: Shell) -> None:
+    """The dispatcher knows the request: that it closed without a reply does not mean that it stored no job."""
+    with Peer(KNOWS_MANY, answering()) as peer, pytest.raises(harp.CommunicationError, match="closed the connection"):
+        shell.caller(peer).submit_many([harp.Call("web01", "p")] * 2)
+    assert len(peer.requests) == 2
+
+
+@pytest.mark.parametrize("keep_alive", [None, False])
+def test_submit_many_on_legacy_dispatcher_sends_each_call(shell: Shell, keep_alive: bool | None) -> None:
+    def submitted(number: int) -> Script:
+        request = {"harpcaller": 1, "host": "web01", "procedure": "p", "arguments": [number], "timeout": 5}
+        return answering({"harpcaller": 1, "job_id": f"job-{number}"}, request=request)
+
+    calls = [harp.Call("web01", "p", [number], timeout=5) for number in range(3)]
+    with Peer(answering(), *map(submitted, range(3)), submitted(0), answering(), submitted(0)) as peer:
+        rpc = shell.caller(peer, keep_alive=keep_alive)
+        assert [job.id() for job in rpc.submit_many(calls)] == ["job-0", "job-1", "job-2"]
+        with pytest.raises(harp.CommunicationError, match="closed the connection") as caught:
+            rpc.submit_many(calls)  # it refuses the second call
+        assert caught.value.__notes__ == ["calls[0] to calls[0] were submitted, as job-0 and later jobs"]
+        assert rpc.submit_many([]) == []
+        assert [job.id() for job in rpc.submit_many(calls[:1])] == ["job-0"]
+    assert peer.requests[0]["submit_many"] == []
 
 
 @pytest.mark.parametrize(

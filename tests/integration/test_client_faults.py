@@ -17,8 +17,7 @@ import pytest
 
 import harp
 from harp import aio
-from harp._net import aio as aio_network
-from harp._net import sockets, sync, tls
+from harp._net import sockets, tls
 from support.certificates import Certificates, server_files
 from support.deadline import eventually, wait_until
 from support.peers import Peer, PeerConnection, Script, answering, resetting, server_context, silent
@@ -212,8 +211,7 @@ def test_refusal_of_unread_request_is_received(shell: Shell, files: Certificates
 
 
 def test_tls_handshake_with_silent_server_times_out(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (sync, aio_network):
-        monkeypatch.setattr(module, "CONNECT_TIMEOUT", 0.3)
+    monkeypatch.setattr(sockets, "CONNECT_TIMEOUT", 0.3)
     with Peer(silent) as peer:
         with pytest.raises(harp.CommunicationError, match=r"TLS handshake: .*timed out"):
             shell.server(peer).p()
@@ -221,8 +219,7 @@ def test_tls_handshake_with_silent_server_times_out(shell: Shell, monkeypatch: p
 
 
 def test_connect_to_silent_host_times_out(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (sync, aio_network):
-        monkeypatch.setattr(module, "CONNECT_TIMEOUT", 0.3)
+    monkeypatch.setattr(sockets, "CONNECT_TIMEOUT", 0.3)
     with socket.create_server(("127.0.0.1", 0), backlog=0) as listener:
         full = []
         try:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
+import socket
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,7 +18,7 @@ import pytest
 import harp
 from support.deadline import wait_until
 from support.harpcallerd import Harpcallerd
-from support.peers import Peer, PeerConnection, answering, keeping
+from support.peers import Peer, PeerConnection, Script, answering, keeping
 from support.scripted import scripted_harpd
 from support.shells import Shell, shell_of
 
@@ -203,6 +206,48 @@ def test_keep_alive_copies_have_their_own_connections() -> None:
             assert repr(other) == repr(rpc) == f"HarpCaller('127.0.0.1', {peer.port}, keep_alive=True)"
             other.web01.p()
     assert counts(peer) == [1, 1, 1]
+
+
+@pytest.mark.parametrize("kind", ["client", "iterator"])
+def test_cyclic_garbage_closes_connections_without_warning(kind: str) -> None:
+    """The garbage collector first finalizes the socket, which an earlier collection has moved before its owner."""
+    script = keeping([SUBMITTED]) if kind == "client" else replying({"packet": 0, "data": 1})
+    with Peer(script) as peer:
+        rpc = harp.HarpCaller(peer.host, peer.port, keep_alive=True)
+        if kind == "client":
+            rpc.web01.p()
+            cycle: list[object] = [rpc]
+        else:
+            cycle = [rpc.job(JOB).follow(since=0)]
+        found = [each for each in gc.get_objects() if isinstance(each, socket.socket) and each.fileno() >= 0]
+        sock = [each for each in found if is_connected_to(each, peer)]
+        del rpc, found
+        cycle.append(cycle)
+        gc.collect()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            del cycle, sock
+            gc.collect()
+        assert [str(warning.message) for warning in caught] == []
+        assert peer.connections[0].closed.wait(30)
+
+
+def is_connected_to(sock: socket.socket, peer: Peer) -> bool:
+    try:
+        return bool(sock.getpeername() == (peer.host, peer.port))
+    except OSError:
+        return False
+
+
+def replying(*messages: object) -> Script:
+    """Return a script that replies to a request and keeps the connection open."""
+
+    def script(conn: PeerConnection) -> None:
+        conn.expect()
+        conn.reply(*messages)
+        conn.until_closed()
+
+    return script
 
 
 FORKING = """

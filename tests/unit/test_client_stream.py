@@ -27,6 +27,8 @@ class Connection:
     def close(self) -> None:
         self.open = False
 
+    close_threadsafe = close
+
     def exchange(self, line: bytes) -> bytes:
         raise CommunicationError("the connection is closed" if not self.open else "the peer does not reply")
 

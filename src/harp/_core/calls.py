@@ -77,17 +77,15 @@ def _encode(what: str, value: Any) -> Raw:
         raise HarpException(f"{what} cannot be sent as JSON: {error}") from error
 
 
-def mixed_arguments() -> HarpException:
-    """Return the error for a call with positional and named arguments."""
-    return HarpException("positional and named arguments cannot be mixed in one call")
-
-
-def encode_arguments(arguments: Mapping[str, Any] | Sequence[Any]) -> Raw:
+def encode_arguments(args: Mapping[str, Any] | Sequence[Any], kwargs: Mapping[str, Any] | None = None) -> Raw:
     """Return a call's arguments as JSON text: an array, or an object of named arguments.
 
     Raises:
-        HarpException: an argument has no form in JSON; the message names it.
+        HarpException: both kinds are given, or an argument has no form in JSON; the message names it.
     """
+    if args and kwargs:
+        raise HarpException("positional and named arguments cannot be mixed in one call")
+    arguments = kwargs or args
     try:
         return dumps(arguments)
     except NotJSON:  # encode each argument, for a message that names it

@@ -9,6 +9,7 @@ asyncio shell, it is a coroutine, which the driver awaits. The two drivers are `
 from __future__ import annotations
 
 import ipaddress
+import weakref
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
@@ -29,11 +30,7 @@ _CAPACITY = 32
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """A host, by name or address, and a port.
-
-    Raises:
-        HarpException: one of them is invalid.
-    """
+    """A host, by name or address, and a port. Raises `HarpException` if one of them is invalid."""
 
     host: str
     port: int
@@ -56,22 +53,8 @@ class Endpoint:
         except ValueError:
             return self.host.rstrip(".")
 
-    def error(self, action: str, cause: str) -> CommunicationError:
-        """Return the error for an action that failed with this peer, with its cause."""
-        return CommunicationError(f"{self}: {action}: {cause}")
 
-
-class Poolable(Protocol):
-    """A connection that can wait in a pool."""
-
-    def is_idle(self) -> bool:
-        """Return whether the connection is open and its peer has sent nothing since the last reply."""
-
-    def close_threadsafe(self) -> None:
-        """Close the connection without waiting, from any thread."""
-
-
-class Connection(Poolable, Protocol):
+class Connection(Protocol):
     """The common interface of both shells' connections; a call of a method that returns `Any` is a step."""
 
     def connect(self) -> Any:
@@ -79,6 +62,12 @@ class Connection(Poolable, Protocol):
 
     def close(self) -> Any:
         """Close the connection."""
+
+    def close_threadsafe(self) -> None:
+        """Close the connection without waiting, from any thread."""
+
+    def is_idle(self) -> bool:
+        """Return whether the connection is open and its peer has sent nothing since the last reply."""
 
     def exchange(self, line: bytes) -> Any:
         """Send a line and return the first line of the reply."""
@@ -93,7 +82,7 @@ class Connection(Poolable, Protocol):
         """Return the error for an action that failed because of an error of the network, of TLS or of the protocol."""
 
 
-C = TypeVar("C", bound=Poolable)
+C = TypeVar("C", bound=Connection)
 
 
 class ConnectionPool(Generic[C]):
@@ -112,13 +101,15 @@ class ConnectionPool(Generic[C]):
         #: Whether the peer has granted keep-alive before.
         self.granted = False
         self._waiting: deque[tuple[C, float]] = deque()
+        # Not `__del__`: in cyclic garbage, it may be called after the sockets are deleted, which then warn.
+        weakref.finalize(self, _close_all, self._waiting)
 
     def get(self, now: float) -> C | None:
         """Remove and return a connection for one request; None when there is none."""
         while self._waiting:
             try:
                 conn, deadline = self._waiting.pop()
-            except IndexError:  # another thread has taken it
+            except IndexError:  # another thread has removed it
                 break
             if now < deadline and conn.is_idle():
                 return conn
@@ -126,7 +117,7 @@ class ConnectionPool(Generic[C]):
         return None
 
     def put(self, conn: C, seconds: float | None, now: float) -> bool:
-        """Add a connection whose request has been answered.
+        """Add a connection whose request has been answered, if it can be used again.
 
         Args:
             conn: the connection.
@@ -134,7 +125,7 @@ class ConnectionPool(Generic[C]):
             now: the time of the answer.
 
         Returns:
-            Whether the pool has taken it. If not, the caller closes it.
+            Whether the pool has the connection now. If not, the caller closes it.
         """
         if seconds is None or not self.enabled:
             return False
@@ -143,7 +134,7 @@ class ConnectionPool(Generic[C]):
         try:
             while len(self._waiting) > _CAPACITY or self._waiting[0][1] <= now:
                 self._waiting.popleft()[0].close_threadsafe()
-        except IndexError:  # other threads have taken all
+        except IndexError:  # other threads have removed all
             pass
         return True
 
@@ -155,10 +146,14 @@ class ConnectionPool(Generic[C]):
                 drained.append(self._waiting.pop()[0])
         return drained
 
-    def __del__(self) -> None:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ConnectionPool, (self.enabled,)
+
+
+def _close_all(waiting: Iterable[tuple[Connection, float]]) -> None:
+    for conn, _ in waiting:
         with suppress(Exception):
-            for conn in self.drain():
-                conn.close_threadsafe()
+            conn.close_threadsafe()
 
 
 class Peer(ABC, Generic[C]):

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from typing import Any, Generic, TypeVar
 
-from harp._core.calls import encode_arguments, mixed_arguments, name_error
+from harp._core.calls import encode_arguments, missing_attribute, name_error
 from harp._core.connections import Connection, ConnectionPool, Endpoint, Peer, Steps, mark_ambiguous
 from harp._core.outcomes import Result, error_of, outcome_of
 from harp._core.streams import Reader
@@ -15,7 +16,8 @@ from harp.protocol import harpd as daemon
 from harp.protocol.ends import Failed, Raised, Returned
 
 C = TypeVar("C", bound=Connection)
-S = TypeVar("S", bound="DirectServerBase[Any]")
+P = TypeVar("P", bound="DirectProcedureBase[Any]")
+S = TypeVar("S", bound="DirectServerBase[Any, Any]")
 
 
 class DirectReader(Reader):
@@ -25,12 +27,7 @@ class DirectReader(Reader):
         self._replies = daemon.ReplyReader()
 
     def read_acknowledgement(self, line: bytes) -> bool:
-        """Read the first line and return whether the result is streamed.
-
-        Raises:
-            RemoteError: harpd refused the call.
-            ProtocolError: the line is not valid here.
-        """
+        """Read the first line and return whether the result is streamed. Raise `RemoteError` for a refusal."""
         message = self._replies.read_message(line)
         if isinstance(message, Failed):
             raise error_of(message)
@@ -38,13 +35,7 @@ class DirectReader(Reader):
         return message.stream_result
 
     def read(self, line: bytes) -> tuple[Any, ...]:
-        """Return the record of a line; the end result as a `Result`.
-
-        Raises:
-            RemoteException: the procedure raised.
-            RemoteError: the call was cut short.
-            ProtocolError: the line is not valid here.
-        """
+        """Return the record of a line; the end result as a `Result`. Raise any other end."""
         message = self._replies.read_message(line)
         if isinstance(message, daemon.Record):
             return (message.data,)
@@ -59,8 +50,10 @@ class DirectReader(Reader):
         return self._replies.read_records(lines)
 
 
-class DirectServerBase(Peer[C]):
+class DirectServerBase(Peer[C], Generic[C, P]):
     """A harpd that is called without a dispatcher."""
+
+    _procedure_class: type[P]
 
     def __init__(
         self,
@@ -81,24 +74,58 @@ class DirectServerBase(Peer[C]):
         self._ca_file = ca_file
         self._pool = ConnectionPool[C](bool(keep_alive))
 
+    def __getattr__(self, procedure: str) -> P:
+        """Return the procedure of this name."""
+        if procedure.startswith("_"):
+            raise missing_attribute(procedure, self)
+        return self._procedure_class(self, procedure)
+
     def __repr__(self) -> str:
         return (
             f"{type(self).__name__}({self._endpoint.host!r}, user={self._user!r}, password='***', "
             f"port={self._endpoint.port}, ca_file={self._ca_file!r}, keep_alive={self._pool.enabled})"
         )
 
-    def _call(self, line: bytes) -> Steps[tuple[C, DirectReader, Result | None]]:
-        """Send a call and read the acknowledgement; unless the result is streamed, wait for the result, too.
+
+class DirectProcedureBase(ABC, Generic[S]):
+    """A procedure on a harpd."""
+
+    def __init__(self, server: S, name: str) -> None:
+        self._server = server
+        self._name = name
+        if not isinstance(name, str) or not name:
+            raise name_error("procedure", name)
+
+    @abstractmethod
+    def _iterator(self, conn: Any, reader: DirectReader, pool: ConnectionPool[Any]) -> Any:
+        """Return the iterator over a streamed result."""
+
+    def _call(self, /, *args: Any, **kwargs: Any) -> Steps[Any]:
+        """Call the procedure and wait for its result, without a time limit.
+
+        Args:
+            *args: positional arguments, any JSON values.
+            **kwargs: named arguments, instead of positional ones.
 
         Returns:
-            The connection and the reader of the following lines, which are in use only if the result is streamed; and
-            the result, None if it is streamed.
+            The result; of a streaming procedure a `HarpStreamIterator`, as soon as it runs.
+
+        Raises:
+            HarpException: both kinds of arguments, or one that JSON cannot represent; nothing was sent.
+            RemoteException: the procedure raised an exception.
+            RemoteError: harpd refused or stopped the call.
+            CommunicationError: harpd cannot be reached, its certificate is not accepted, or the connection broke.
+
+        Spec: docs/client-api.md, HarpProcedure.
         """
-        pool = self._pool
-        pooled = pool.get(self._now())
-        conn = pooled or (yield self._open())
+        server, arguments = self._server, encode_arguments(args, kwargs)
+        pool = server._pool
+        request = daemon.Request(self._name, arguments, server._user, server._password, keep_alive=pool.enabled)
+        line = daemon.encode_request(request)
+        pooled = pool.get(server._now())
+        conn = pooled or (yield server._open())
         reader = DirectReader()
-        is_stream, result = False, None
+        is_stream = False
         try:
             try:
                 reply = yield conn.exchange(line)
@@ -110,26 +137,9 @@ class DirectServerBase(Peer[C]):
         except ValueError as error:
             raise conn.error("reply", error) from error
         finally:
-            if not is_stream and not pool.put(conn, reader.keep_alive, self._now()):
+            if not is_stream and not pool.put(conn, reader.keep_alive, server._now()):
                 yield conn.close()
-        return conn, reader, result
-
-
-class DirectProcedureBase(Generic[S]):
-    """A procedure on a harpd."""
-
-    def __init__(self, server: S, name: str) -> None:
-        self._server = server
-        if not isinstance(name, str) or not name:
-            raise name_error("procedure", name)
-        self._name = name
-
-    def _request(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bytes:
-        if args and kwargs:
-            raise mixed_arguments()
-        server, arguments = self._server, encode_arguments(kwargs or args)
-        request = daemon.Request(self._name, arguments, server._user, server._password, keep_alive=server._pool.enabled)
-        return daemon.encode_request(request)
+        return self._iterator(conn, reader, pool) if is_stream else result.value
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self._name} on {self._server!r}>"

@@ -1,13 +1,16 @@
-"""The operations on a dispatcher and its jobs, as steps: base classes of both shells' classes.
+"""The operations on a dispatcher and its jobs: base classes of both shells' classes.
 
-Operations send their requests with `CallerBase._request`, which raises a refusal, or with `CallerBase._send`, which
-returns it. An operation whose outcome is known sends nothing. Streams are read by `harp._core.streams`. The end of a
-job is stored as the line that reported it, and each caller gets new values, so threads share no mutable data.
+An operation is a generator of steps; each shell has a method of the same name without the underscore, which runs it and
+has its docstring. Operations send their requests with `CallerBase._request`, which raises a refusal, or with
+`CallerBase._send`, which returns it. An operation whose outcome is known sends nothing. Streams are read by
+`harp._core.streams`. The end of a job is stored as the line that reported it, and each caller gets new values, so
+threads share no mutable data.
 
-Legacy dispatchers close the connection without a reply when a request contains the keep-alive key. So the key is sent
-only to a dispatcher that has granted keep-alive before. Whether it does is asked with a request that submits no job:
-before the second request, because many programs send only one. With ``keep_alive=True`` nothing is asked; but a request
-that waits, which would take the close for an interruption and try again for minutes, has the key only after a grant.
+Legacy dispatchers close the connection without a reply when a request contains the keep-alive key, or submits many
+jobs. So both are sent only to a dispatcher that has replied to a question, which is a `SubmitMany` without jobs: before
+the second request, because many programs send only one, and before the first `SubmitMany`. With ``keep_alive=True``
+nothing is asked; but a request that waits, which would take the close for an interruption and try again for minutes,
+has the key only after a grant.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ from harp._core.calls import (
     check_options,
     encode_arguments,
     job_request,
-    mixed_arguments,
+    missing_attribute,
     name_error,
     plain_request,
 )
@@ -38,19 +41,20 @@ from harp.protocol.json_text import loads
 from harp.protocol.requests import Cancel, FollowStream, GetResult, ReadStream, Request, SubmitMany
 
 C = TypeVar("C", bound=Connection)
-D = TypeVar("D", bound="CallerBase[Any]")
-R = TypeVar("R")
 S = TypeVar("S", bound="ServerBase[Any]")
-
-#: The request that asks for keep-alive. It submits no job.
-_QUESTION = requests.encode_request(SubmitMany(()), keep_alive=True)
+P = TypeVar("P", bound="ProcedureBase[Any]")
+J = TypeVar("J", bound="JobBase[Any]")
+R = TypeVar("R")
 
 #: Seconds until a dispatcher that has not granted keep-alive is asked again.
 _ASK_AGAIN = 300.0
 
 
-class CallerBase(Peer[C]):
-    """A dispatcher."""
+class CallerBase(Peer[C], Generic[C, S, J]):
+    """A dispatcher. Its shell has the classes of its hosts and jobs."""
+
+    _server_class: type[S]
+    _job_class: type[J]
 
     def __init__(
         self, host: str, port: int = 3502, *, reconnect: float | None = 300.0, keep_alive: bool | None = None
@@ -59,29 +63,110 @@ class CallerBase(Peer[C]):
         self._reconnect = parse_reconnect(reconnect)
         self._keep_alive = None if keep_alive is None else bool(keep_alive)
         self._pool = ConnectionPool[C](self._keep_alive is not False)
-        #: When the dispatcher may be asked for keep-alive, on the monotonic clock; None: after the first request.
+        #: Whether the dispatcher has replied to the question, so that it supports requests for many jobs.
+        self._supports_many = False
+        #: When the dispatcher may be asked, on the monotonic clock; None: after the first request.
         self._ask_at: float | None = None
 
     def __repr__(self) -> str:
         keep_alive = "" if self._keep_alive is None else f", keep_alive={self._keep_alive}"
         return f"{type(self).__name__}({self._endpoint.host!r}, {self._endpoint.port}{keep_alive})"
 
-    def _submit_many(self, calls: Iterable[Call]) -> Steps[list[str]]:
+    def __getattr__(self, host: str) -> S:
+        """Return the host of this name, without options."""
+        if host.startswith("_"):
+            raise missing_attribute(host, self)
+        return self._server_class(self, host)
+
+    def __call__(self, host: str, **kwargs: Unpack[JobOptions]) -> S:
+        """Return a host, like `host`: ``rpc("web01", timeout=5)``."""
+        return self.host(host, **kwargs)
+
+    def host(self, host: str, **kwargs: Unpack[JobOptions]) -> S:
+        """Return a host to call procedures on.
+
+        Args:
+            host: the host's name in the dispatcher's registry.
+            **kwargs: options of the jobs, as for `RemoteServer.__call__`.
+
+        Raises:
+            HarpException: an option is unknown or invalid.
+
+        Spec: docs/client-api.md, HarpCaller.
+        """
+        server = self._server_class(self, host)
+        server(**kwargs)
+        return server
+
+    def job(self, job_id: str) -> J:
+        """Return the job with this id; sends nothing. Spec: docs/client-api.md, HarpCaller."""
+        return self._job_class(self, job_id)
+
+    def _submit_many(self, calls: Iterable[Call]) -> Steps[list[J]]:
+        """Submit jobs with one request, all or none. They are on stable storage when this returns.
+
+        Over 10,000 calls or 16 MiB are sent as several requests, one after the other, and to a legacy dispatcher one
+        for each call. Then only each request is all or none: if one fails, the calls before it are submitted, those in
+        it and after it are not, and a note of the exception says how many.
+
+        Args:
+            calls: the calls.
+
+        Returns:
+            The jobs, in the order of the calls.
+
+        Raises:
+            HarpException: an item is not a `Call`; nothing was sent.
+            RemoteError: the dispatcher refused; its message names the invalid call. No job was stored.
+            CommunicationError: there was no reply. It is unknown whether the jobs were submitted; they are not sent
+                again.
+
+        Spec: docs/client-api.md, HarpCaller.
+        """
         found: list[requests.Call] = []
         for call in calls:
             if not isinstance(call, Call):
                 raise HarpException(f"calls[{len(found)}]: expected a harp.Call, got {call!r}")
             found.append(call._request)
+        if not (self._keep_alive or self._supports_many):
+            yield from self._ask()
+        in_parts = self._keep_alive or self._supports_many
         job_ids: list[str] = []
         try:
-            for part in requests.submit_in_parts(found):
-                reply: replies.SubmittedMany = yield from self._request(part, "submit_many()")
-                job_ids += reply.job_ids
+            for request in requests.submit_in_parts(found) if in_parts else found:
+                reply = yield from self._request(request)
+                job_ids += reply.job_ids if in_parts else [reply.job_id]
         except HarpException as error:
             if job_ids:
                 error.add_note(f"calls[0] to calls[{len(job_ids) - 1}] were submitted, as {job_ids[0]} and later jobs")
             raise
-        return job_ids
+        return [self.job(job_id) for job_id in job_ids]
+
+    def _send_plain(self, req: dict[str, Any]) -> Steps[dict[str, Any]]:
+        """Send a request that you compose yourself and return the reply; the first line if there are several.
+
+        Args:
+            req: the request; ``"harpcaller": 1`` is added when it is absent.
+
+        Returns:
+            The reply as a dict; an ``error`` in it is not raised.
+
+        Raises:
+            HarpException: the request has no form in JSON.
+            CommunicationError: there was no reply, or it is not an object.
+
+        Spec: docs/client-api.md, HarpCaller.
+        """
+        line = plain_request(req)
+        conn = yield self._open()
+        try:
+            reply: dict[str, Any] = loads((yield conn.exchange(line)))
+            check(isinstance(reply, dict), "expected an object")
+        except ValueError as error:
+            raise conn.error("reply", error) from error
+        finally:
+            yield conn.close()
+        return reply
 
     def _request(self, request: Request, feature: str | None = None) -> Steps[Any]:
         """Send a request and return its reply, which is of the kind that `MAY_FOLLOW` lists.
@@ -104,19 +189,6 @@ class CallerBase(Peer[C]):
             raise error_of(reply)
         return reply
 
-    def _send_repeatedly(self, request: GetResult) -> Steps[tuple[Any, bytes]]:
-        """Send a request that waits, again after an interruption; return the reply and its line."""
-        policy = ReconnectPolicy(self._reconnect)
-        while True:
-            try:
-                reply, line = yield from self._send(request, policy)
-                if not (isinstance(reply, Failed) and policy.is_transient(error_of(reply))):
-                    return reply, line
-                pause = policy.next_pause(error_of(reply), self._now())
-            except CommunicationError as error:
-                pause = policy.next_pause(error, self._now())
-            yield self._sleep(pause)
-
     def _send(self, request: Request, policy: ReconnectPolicy | None = None) -> Steps[tuple[Any, bytes]]:
         """Send a request once and return the reply and its line.
 
@@ -126,12 +198,15 @@ class CallerBase(Peer[C]):
         """
         pool = self._pool
         if self._keep_alive is None and not pool.granted:
-            yield from self._ask_for_keep_alive()
+            if self._ask_at is not None:
+                yield from self._ask()
+            else:
+                self._ask_at = self._now()
         keep_alive = pool.granted or (self._keep_alive is True and policy is None)
         encoded = requests.encode_request(request, keep_alive)
         pooled = pool.get(self._now()) if keep_alive else None
         conn = pooled or (yield self._open())
-        returned = False
+        granted = None
         try:
             if policy is not None:
                 policy.connected(self._now())
@@ -147,29 +222,28 @@ class CallerBase(Peer[C]):
                 reply = _parse_reply(request, line)
             except ValueError as error:
                 raise conn.error("reply", error) from error
-            returned = keep_alive and pool.put(conn, replies.parse_keep_alive(line), self._now())
+            if keep_alive:
+                granted = replies.parse_keep_alive(line)
         finally:
-            if not returned:
+            if not pool.put(conn, granted, self._now()):
                 yield conn.close()
         return reply, line
 
-    def _ask_for_keep_alive(self) -> Steps[None]:
-        """Ask whether the dispatcher grants keep-alive, if it is time to; the connection then waits in the pool."""
-        now = self._now()
-        if self._ask_at is None:
-            self._ask_at = now
-        if now > self._ask_at:
-            self._ask_at = now + _ASK_AGAIN
-            conn = yield self._open()
-            returned = False
-            try:
-                line = yield conn.exchange(_QUESTION)
-                returned = self._pool.put(conn, replies.parse_keep_alive(line), self._now())
-            except CommunicationError:
-                pass  # a legacy dispatcher; if it cannot be reached, the request itself will say so
-            finally:
-                if not returned:
-                    yield conn.close()
+    def _ask(self) -> Steps[None]:
+        """Ask, if it is time to, whether the dispatcher is a legacy one; the pool gets the connection if it is not."""
+        now, granted = self._now(), None
+        if self._ask_at is not None and now < self._ask_at:
+            return
+        self._ask_at = now + _ASK_AGAIN
+        conn = yield self._open()
+        try:
+            line = yield conn.exchange(requests.encode_request(SubmitMany(()), self._pool.enabled))
+            self._supports_many, granted = True, replies.parse_keep_alive(line)
+        except CommunicationError:
+            pass  # a legacy dispatcher; if it cannot be reached, the request itself will say so
+        finally:
+            if not self._pool.put(conn, granted, self._now()):
+                yield conn.close()
 
     def _raise_unless_repeatable(self, error: CommunicationError, request: Request, reused: bool) -> None:
         """Raise the error of a keep-alive request that got no reply, unless it may be sent on a new connection."""
@@ -178,22 +252,8 @@ class CallerBase(Peer[C]):
         if not reused and closed_without_reply(error):
             if not self._pool.granted:
                 raise unsupported_by_peer(error, "keep_alive=True") from error.__cause__
-            self._pool.granted = False  # it may have been replaced by a legacy one
+            self._pool.granted = self._supports_many = False  # it may have been replaced by a legacy one
         raise mark_ambiguous(error, reused) from error.__cause__
-
-    def _send_plain(self, req: dict[str, Any]) -> Steps[dict[str, Any]]:
-        """Send a request that the caller composed and return its first reply."""
-        line = plain_request(req)
-        conn = yield self._open()
-        try:
-            reply = loads((yield conn.exchange(line)))
-            check(isinstance(reply, dict), "expected an object")
-        except ValueError as error:
-            raise conn.error("reply", error) from error
-        finally:
-            yield conn.close()
-        found: dict[str, Any] = reply
-        return found
 
 
 def _parse_reply(request: Request, line: bytes) -> Any:
@@ -209,15 +269,23 @@ def _parse_reply(request: Request, line: bytes) -> Any:
     return reply
 
 
-class ServerBase(Generic[D]):
+class ServerBase(Generic[P]):
     """A host of a dispatcher, with the options of further jobs."""
 
-    def __init__(self, dispatcher: D, hostname: str) -> None:
+    _procedure_class: type[P]
+
+    def __init__(self, dispatcher: CallerBase[Any, Any, Any], hostname: str) -> None:
         self._dispatcher = dispatcher
+        self._hostname = hostname
         if not isinstance(hostname, str) or not hostname:
             raise name_error("host", hostname)
-        self._hostname = hostname
         self._options: Mapping[str, Any] = {}
+
+    def __getattr__(self, procedure: str) -> P:
+        """Return the procedure of this name on the host."""
+        if procedure.startswith("_"):
+            raise missing_attribute(procedure, self)
+        return self._procedure_class(self._dispatcher, self, procedure)
 
     def __call__(self, /, **kwargs: Unpack[JobOptions]) -> Self:
         """Set options of further jobs; the others stay as they are, None unsets one.
@@ -247,22 +315,35 @@ class ServerBase(Generic[D]):
         return f"<{type(self).__name__} {self._hostname} by {self._dispatcher!r}>"
 
 
-class ProcedureBase(Generic[D, S]):
+class ProcedureBase(Generic[J]):
     """A procedure on a host."""
 
-    def __init__(self, dispatcher: D, server: S, procedure: str) -> None:
+    def __init__(self, dispatcher: CallerBase[Any, Any, J], server: ServerBase[Any], procedure: str) -> None:
         self._dispatcher = dispatcher
         self._server = server
+        self._procedure = procedure
         if not isinstance(procedure, str) or not procedure:
             raise name_error("procedure", procedure)
-        self._procedure = procedure
 
-    def _submit(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Steps[replies.Submitted]:
-        if args and kwargs:
-            raise mixed_arguments()
-        server, arguments = self._server, encode_arguments(kwargs or args)
+    def _submit(self, /, *args: Any, **kwargs: Any) -> Steps[J]:
+        """Submit a job. It is on stable storage when this returns; it may not have started.
+
+        Args:
+            *args: positional arguments, any JSON values.
+            **kwargs: named arguments, instead of positional ones.
+
+        Raises:
+            HarpException: both kinds of arguments, one that JSON cannot represent, or `concurrency` without `queue`;
+                nothing was sent.
+            RemoteError: the dispatcher refused the job.
+            CommunicationError: there was no reply. It is unknown whether the job was submitted; it is not sent again.
+
+        Spec: docs/client-api.md, RemoteProcedure.
+        """
+        server, arguments = self._server, encode_arguments(args, kwargs)
         request = job_request(server._hostname, self._procedure, arguments, server._options)
-        return self._dispatcher._request(request)
+        reply: replies.Submitted = yield from self._dispatcher._request(request)
+        return self._dispatcher._job_class(self._dispatcher, reply.job_id)
 
     def host(self) -> str:
         """Return the name of the host. Spec: docs/client-api.md, RemoteProcedure."""
@@ -276,14 +357,14 @@ class ProcedureBase(Generic[D, S]):
         return f"<{type(self).__name__} {self._procedure} on {self._server} by {self._dispatcher!r}>"
 
 
-class JobBase(ABC, Generic[D, R]):
+class JobBase(ABC, Generic[R]):
     """A job of a dispatcher, and its final facts."""
 
-    def __init__(self, dispatcher: D, job_id: str) -> None:
+    def __init__(self, dispatcher: CallerBase[Any, Any, Any], job_id: str) -> None:
         self._dispatcher = dispatcher
+        self._id = job_id
         if not isinstance(job_id, str) or not job_id:
             raise name_error("job_id", job_id)
-        self._id = job_id
         self._end_line: bytes | None = None
         self._status_line: bytes | None = None
 
@@ -315,18 +396,9 @@ class JobBase(ABC, Generic[D, R]):
     def stream(
         self, since: int | None = None, recent: int | None = None, numbered: bool = False, *, timed: bool = False
     ) -> R:
-        """Return the job's records so far; does not wait for the job.
+        """Return the job's records so far; does not wait for the job. All of them, unless `since` or `recent` is given.
 
-        Args:
-            since: number of the first record, from 0; default: 0.
-            recent: how many of the newest records to return, instead of `since`.
-            numbered: return pairs of a record's number and the record.
-            timed: return a record's number, the time of its creation (Unix seconds with fractions) and the record.
-
-        Raises:
-            HarpException: a number is invalid, or both are given.
-
-        Spec: docs/client-api.md, RemoteCall.
+        Arguments and errors are those of `follow`. Spec: docs/client-api.md, RemoteCall.
         """
         return self._stream(self._reader(ReadStream, since, recent, numbered, timed))
 
@@ -334,27 +406,78 @@ class JobBase(ABC, Generic[D, R]):
     def _stream(self, reader: StreamReader) -> R:
         """Return the iterator over the items of a reader."""
 
+    def _reader(
+        self,
+        kind: type[FollowStream | ReadStream],
+        since: int | None = None,
+        recent: int | None = None,
+        numbered: bool = False,
+        timed: bool = False,
+    ) -> StreamReader:
+        try:
+            request = kind(self._id, since, recent, bool(timed))
+        except ValueError as error:
+            raise HarpException(str(error)) from error
+        return StreamReader(request, numbered, self._dispatcher._reconnect, self._store_end)
+
+    def _sent_reader(self, numbered: bool) -> StreamReader:
+        """Return the reader of records that the caller has requested."""
+        reader = self._reader(ReadStream, numbered=numbered)  # its replies include all replies to follow_stream
+        reader.take_request()
+        return reader
+
     def _store_end(self, reply: replies.Reply, line: bytes) -> None:
         """Store the end that a reply reports, unless it refuses the request."""
         if isinstance(reply, End) and not (isinstance(reply, Failed) and reply.type in REFUSALS):
             self._end_line = line
 
-    def _result(self, wait: bool) -> Steps[Any]:
-        """Return the job's end as a value; errors are returned, not raised."""
-        request = GetResult(self._id, bool(wait))
-        if self._end_line is not None:
-            reply = _parse_reply(request, self._end_line)
-        else:
-            try:
-                dispatcher = self._dispatcher
-                reply, line = yield from (dispatcher._send_repeatedly if wait else dispatcher._send)(request)
-            except (CommunicationError, RemoteError) as error:
-                return error.with_traceback(None)
-            self._store_end(reply, line)
+    def _result(self, wait: bool = False) -> Steps[Any]:
+        """Return how the job ended; errors are returned, not raised.
+
+        Args:
+            wait: wait for the job to end, without a time limit.
+
+        Returns:
+            The procedure's result, `CALL_NOT_FINISHED` (only without `wait`), `CALL_CANCELLED`, or an instance
+            of `RemoteException`, `RemoteError` or `CommunicationError`. The last, and a refusal of the request, say
+            nothing about the job: try again later.
+
+        Spec: docs/client-api.md, RemoteCall.
+        """
+        dispatcher, request = self._dispatcher, GetResult(self._id, bool(wait))
+        policy = ReconnectPolicy(dispatcher._reconnect if wait else 0.0)
+        reply = None if self._end_line is None else _parse_reply(request, self._end_line)
+        try:
+            while reply is None:
+                try:
+                    reply, line = yield from dispatcher._send(request, policy if wait else None)
+                    if isinstance(reply, Failed) and policy.is_transient(error_of(reply)):
+                        raise error_of(reply)
+                    self._store_end(reply, line)
+                except (CommunicationError, RemoteError) as error:
+                    reply, pause = None, policy.next_pause(error, dispatcher._now())
+                    yield dispatcher._sleep(pause)
+        except (CommunicationError, RemoteError) as error:
+            return error.with_traceback(None)
         return CALL_NOT_FINISHED if isinstance(reply, replies.NoResult) else outcome_of(reply)
 
-    def _get(self, wait: bool) -> Steps[Any]:
-        """Return the job's end as a value; errors are raised."""
+    def _get(self, wait: bool = True) -> Steps[Any]:
+        """Return the procedure's result; every other end is raised.
+
+        Args:
+            wait: wait for the job to end, without a time limit.
+
+        Returns:
+            The procedure's result, or `CALL_NOT_FINISHED` (only without `wait`).
+
+        Raises:
+            RemoteException: the procedure raised an exception.
+            RemoteError: the job failed or was stopped, or the request was refused.
+            CancelledException: the job was cancelled.
+            CommunicationError: there was no reply, or an invalid one.
+
+        Spec: docs/client-api.md, RemoteCall.
+        """
         outcome = yield from self._result(wait)
         if isinstance(outcome, HarpException):
             raise outcome
@@ -362,22 +485,72 @@ class JobBase(ABC, Generic[D, R]):
             raise CancelledException(f"job {self._id} was cancelled")
         return outcome
 
-    def _cancel(self, wait: bool) -> Steps[bool]:
-        """Cancel the job and return whether this stopped it; with `wait`, once its host has confirmed that."""
-        request = Cancel(self._id, bool(wait))
-        reply: replies.WasCancelled = yield from self._dispatcher._request(
-            request, "cancel(wait=True)" if wait else None
-        )
+    def _cancel(self, *, wait: bool = False) -> Steps[bool]:
+        """Cancel the job.
+
+        Args:
+            wait: wait until its host has confirmed that the processes have ended, without a time limit.
+
+        Returns:
+            Whether it was running or waiting and is now stopped.
+
+        Raises:
+            RemoteError: with `wait`, ``stop_failed`` when processes survive (the message names them) or the host was
+                declared lost; ``stop_unknown`` when the host's daemon cannot confirm the stop. `data` is the
+                dispatcher's report.
+
+        Spec: docs/client-api.md, RemoteCall.
+        """
+        feature = "cancel(wait=True)" if wait else None
+        reply: replies.WasCancelled = yield from self._dispatcher._request(Cancel(self._id, bool(wait)), feature)
         if reply.stop is not None and reply.stop["state"] != "confirmed":
             raise _stop_error(self._id, reply.stop)
         return reply.cancelled
 
     def _details(self) -> Steps[dict[str, Any]]:
-        reply: replies.Details = yield from self._dispatcher._request(
-            requests.GetDetails(self._id), "details() and why()"
-        )
-        details: dict[str, Any] = reply.details
-        return details
+        """Return all that is known about the job: queue, host, call, stop report, end.
+
+        Spec: docs/client-api.md, Details.
+        """
+        request = requests.GetDetails(self._id)
+        reply: replies.Details = yield from self._dispatcher._request(request, "details() and why()")
+        return dict(reply.details)
+
+    def _why(self) -> Steps[str]:
+        """Return one sentence that explains why the job waits, runs or ended. Spec: docs/client-api.md, Details."""
+        details = yield from self._details()
+        return str(details["why"])
+
+    def _host(self) -> Steps[str]:
+        """Return the name of the job's host. Spec: docs/client-api.md, RemoteCall."""
+        return (yield from self._status()).host
+
+    def _procedure(self) -> Steps[str]:
+        """Return the name of the procedure. Spec: docs/client-api.md, RemoteCall."""
+        return (yield from self._status()).procedure
+
+    def _args(self) -> Steps[Any]:
+        """Return the procedure's arguments: a list, or a dict of named ones. Spec: docs/client-api.md, RemoteCall."""
+        return (yield from self._status()).arguments
+
+    def _info(self) -> Steps[Any]:
+        """Return the job's option `info`, None when it is not set. Spec: docs/client-api.md, RemoteCall."""
+        return (yield from self._status()).info
+
+    def _submit_time(self) -> Steps[int]:
+        """Return when the job was submitted, in Unix seconds. Spec: docs/client-api.md, RemoteCall."""
+        return (yield from self._status()).submit
+
+    def _start_time(self) -> Steps[int | None]:
+        """Return when the job started, in Unix seconds; None: not yet, or it ended before it could start.
+
+        Spec: docs/client-api.md, RemoteCall.
+        """
+        return (yield from self._status("start", "end")).start
+
+    def _end_time(self) -> Steps[int | None]:
+        """Return when the job ended, in Unix seconds; None: not yet. Spec: docs/client-api.md, RemoteCall."""
+        return (yield from self._status("end")).end
 
     def _status(self, *times: str) -> Steps[replies.Status]:
         """Return the job's status; a stored one if it has one of these times, or if none is named."""
@@ -389,24 +562,8 @@ class JobBase(ABC, Generic[D, R]):
         reply, line = yield from self._dispatcher._send(request)
         if isinstance(reply, Failed):
             raise error_of(reply)
-        self._status_line = line
-        status = reply
+        self._status_line, status = line, reply
         return status
-
-    def _reader(
-        self,
-        kind: type[FollowStream] | type[ReadStream],
-        since: int | None,
-        recent: int | None,
-        numbered: bool,
-        timed: bool,
-    ) -> StreamReader:
-        """Return the reader of the job's records. Raise `HarpException` if a number is invalid, or both are given."""
-        try:
-            request = kind(self._id, since, recent, bool(timed))
-        except ValueError as error:
-            raise HarpException(str(error)) from error
-        return StreamReader(request, numbered, self._dispatcher._reconnect, self._store_end)
 
 
 def _stop_error(job_id: str, stop: Mapping[str, Any]) -> RemoteError:

@@ -5,6 +5,7 @@ A `Reader` receives lines, errors and times, and decides. `StreamBase` carries o
 
 from __future__ import annotations
 
+import weakref
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -110,17 +111,12 @@ class StreamReader(Reader):
         return None if request is None else encode_request(request)
 
     def connected(self, now: float) -> None:
-        """Note that the connection for the request was established."""
+        """See `Reader`."""
         self._connected_at = now
         self._policy.connected(now)
 
     def read(self, line: bytes) -> tuple[Any, ...]:
-        """Return the record of a line; a closing line has none.
-
-        Raises:
-            RemoteError: the dispatcher refused the request.
-            ProtocolError: the line is not valid here.
-        """
+        """Return the record of a line; a closing line has none. Raise `RemoteError` for a refusal of the request."""
         reply = self._replies.read_reply(line)
         if isinstance(reply, Failed) and reply.type in REFUSALS:
             raise error_of(reply)
@@ -179,7 +175,6 @@ class StreamBase(ABC, Generic[C]):
 
     #: Returns the time of the monotonic clock in seconds.
     _now: Callable[[], float]
-    _closed = True  # until it is initialized, for `__del__`
 
     def __init__(self, conn: C, reader: Reader, pool: ConnectionPool[C] | None = None) -> None:
         self._conn = conn
@@ -187,14 +182,16 @@ class StreamBase(ABC, Generic[C]):
         self._pool = pool
         self._parsed: deque[Any] = deque()  # items that arrived with an earlier one
         self._closed = False
+        self._finalizer = weakref.finalize(self, conn.close_threadsafe)
 
     @abstractmethod
     def close(self) -> Any:
         """End the iteration early and close the connection; a step."""
 
-    @abstractmethod
     def _end(self) -> bool:
         """End the iteration; return whether this call did, so that the connection belongs to its caller."""
+        self._closed = True
+        return self._finalizer.detach() is not None
 
     def _connect(self) -> Any:
         return self._conn.connect()
@@ -246,8 +243,7 @@ class StreamBase(ABC, Generic[C]):
 
     def _finish(self) -> Steps[None]:
         """End the iteration after the last line or an error."""
-        seconds = self._reader.keep_alive
-        if self._pool is None or seconds is None:
+        if self._pool is None or self._reader.keep_alive is None:
             yield self.close()
-        elif self._end() and not self._pool.put(self._conn, seconds, self._now()):
+        elif self._end() and not self._pool.put(self._conn, self._reader.keep_alive, self._now()):
             yield self._conn.close()

@@ -12,26 +12,18 @@ import socket
 import ssl
 import time
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import suppress
-from typing import Any, Self, TypeVar
+from functools import wraps
+from typing import Any, ParamSpec, Self, TypeVar
 
-from harp._core.calls import encode_line
 from harp._core.connections import ConnectionPool, Peer, Steps
 from harp._core.streams import Reader, StreamBase
-from harp._net.sockets import (
-    CONNECT_TIMEOUT,
-    FOREIGN_ERRORS,
-    READ_BYTES,
-    BufferedConnection,
-    Uncopyable,
-    connect_socket,
-)
-from harp._net.tls import tls_context
+from harp._net.sockets import FOREIGN_ERRORS, READ_BYTES, BufferedConnection, TLSConnection, Uncopyable
 from harp.errors import CommunicationError
-from harp.protocol.json_text import loads
 
 T = TypeVar("T")
+P = ParamSpec("P")
 
 
 async def run(steps: Steps[T]) -> T:
@@ -48,6 +40,17 @@ async def run(steps: Steps[T]) -> T:
     except StopIteration as end:
         outcome: T = end.value
         return outcome
+
+
+def method(operation: Callable[P, Steps[T]]) -> Callable[P, Coroutine[Any, Any, T]]:
+    """Return the coroutine function that runs an operation; without the underscore of the operation's name."""
+
+    @wraps(operation)
+    async def run_operation(*args: P.args, **kwargs: P.kwargs) -> T:
+        return await run(operation(*args, **kwargs))
+
+    run_operation.__name__ = operation.__name__.removeprefix("_")
+    return run_operation
 
 
 class _Closable(Uncopyable, ABC):
@@ -89,53 +92,36 @@ class AsyncJSONConnection(BufferedConnection, _Closable):
         await self.close()
         self._loop = asyncio.get_running_loop()
         self._failure = None
-        self._set_socket(await self._open(time.monotonic() + CONNECT_TIMEOUT))
+        self._set_socket(await run(self._open()))
         self._watch()
 
-    def _tls_context(self) -> ssl.SSLContext | None:
-        return None
+    async def _resolve(self, deadline: float) -> Any:
+        async with asyncio.timeout(deadline - time.monotonic()):
+            return await self._loop.getaddrinfo(self._endpoint.host, self._endpoint.port, type=socket.SOCK_STREAM)
 
-    async def _open(self, deadline: float) -> socket.socket:
-        """Return a connected socket. Raise `CommunicationError` at the deadline, a time of the monotonic clock."""
-        context, endpoint = self._tls_context(), self._endpoint
-        try:
-            async with asyncio.timeout(deadline - time.monotonic()):
-                found = await self._loop.getaddrinfo(endpoint.host, endpoint.port, type=socket.SOCK_STREAM)
-        except FOREIGN_ERRORS as error:
-            raise self.error("cannot resolve the name", error) from error
-        sock = await run(connect_socket(endpoint, found, deadline, self._connect_socket))
-        if context is None:
-            return sock
-        try:
-            sock = context.wrap_socket(sock, do_handshake_on_connect=False, server_hostname=endpoint.server_name)
-            async with asyncio.timeout(deadline - time.monotonic()):
-                await self._shake_hands(sock)
-        except BaseException as error:
-            sock.close()
-            if isinstance(error, FOREIGN_ERRORS):
-                raise self.error("TLS handshake", error) from error
-            raise
-        return sock
-
-    async def _connect_socket(self, sock: socket.socket, address: Any, seconds: float) -> None:
+    async def _connect_socket(self, sock: socket.socket, address: Any, deadline: float) -> None:
         sock.setblocking(False)
-        async with asyncio.timeout(seconds):
+        async with asyncio.timeout(deadline - time.monotonic()):
             await self._loop.sock_connect(sock, address)
 
-    async def _shake_hands(self, sock: ssl.SSLSocket) -> None:
-        descriptor = sock.fileno()
-        while True:
-            try:
-                return sock.do_handshake()
-            except ssl.SSLWantReadError:
-                self._loop.add_reader(descriptor, self._wake)
-            except ssl.SSLWantWriteError:
-                self._loop.add_writer(descriptor, self._wake)
-            try:
-                await self._changed()
-            finally:
-                self._loop.remove_reader(descriptor)
-                self._loop.remove_writer(descriptor)
+    async def _shake_hands(self, sock: ssl.SSLSocket, deadline: float) -> None:
+        async with asyncio.timeout(deadline - time.monotonic()):
+            while True:
+                try:
+                    return sock.do_handshake()
+                except ssl.SSLWantReadError:
+                    await self._until_ready(sock, self._loop.add_reader, self._loop.remove_reader)
+                except ssl.SSLWantWriteError:
+                    await self._until_ready(sock, self._loop.add_writer, self._loop.remove_writer)
+
+    async def _until_ready(self, sock: socket.socket, add: Callable[..., Any], remove: Callable[[int], Any]) -> None:
+        """Wait until the loop reports a socket, or the connection has ended."""
+        add(sock.fileno(), self._wake)
+        try:
+            await self._changed()
+        finally:
+            if sock.fileno() >= 0:  # not closed
+                remove(sock.fileno())
 
     async def close(self) -> None:
         """See `harp.JSONConnection.close`."""
@@ -194,7 +180,7 @@ class AsyncJSONConnection(BufferedConnection, _Closable):
             self._wake()
 
     async def _changed(self) -> None:
-        """Wait until the socket can be written, lines have arrived, or the connection has ended."""
+        """Wait until the socket is ready, lines have arrived, or the connection has ended."""
         waiter = self._loop.create_future()
         self._waiters.append(waiter)
         await waiter
@@ -205,17 +191,8 @@ class AsyncJSONConnection(BufferedConnection, _Closable):
             if not waiter.done():
                 waiter.set_result(None)
 
-    async def send(self, obj: Any) -> None:
-        """See `harp.JSONConnection.send`."""
-        await self._send_line(encode_line(obj))
-
-    async def receive(self) -> Any:
-        """See `harp.JSONConnection.receive`."""
-        line = await self.receive_line()
-        try:
-            return loads(line)
-        except ValueError as error:
-            raise self.error("reading", error) from error
+    send = method(BufferedConnection._send)
+    receive = method(BufferedConnection._receive)
 
     async def _send_line(self, line: bytes) -> None:
         rest = memoryview(line)
@@ -224,17 +201,12 @@ class AsyncJSONConnection(BufferedConnection, _Closable):
             try:
                 rest = rest[sock.send(rest) :]
             except _WOULD_BLOCK:
-                self._loop.add_writer(sock.fileno(), self._wake)
-                try:
-                    await self._changed()
-                finally:
-                    if self._socket is sock:
-                        self._loop.remove_writer(sock.fileno())
+                await self._until_ready(sock, self._loop.add_writer, self._loop.remove_writer)
             except FOREIGN_ERRORS as error:
                 raise self.error("sending", error) from error
 
     async def receive_line(self) -> bytes:
-        """See `harp.JSONConnection.receive_line`."""
+        """See `BufferedConnection`."""
         while not self._lines:
             self._connected()
             self._watch()
@@ -242,7 +214,7 @@ class AsyncJSONConnection(BufferedConnection, _Closable):
         return self._lines.popleft()
 
     async def exchange(self, line: bytes) -> bytes:
-        """See `harp.JSONConnection.exchange`."""
+        """Send a line and return the first line of the reply. Raise `CommunicationError`."""
         try:
             await self._send_line(line)
         except CommunicationError:
@@ -253,7 +225,7 @@ class AsyncJSONConnection(BufferedConnection, _Closable):
         return await self.receive_line()
 
     def is_idle(self) -> bool:
-        """See `harp.JSONConnection.is_idle`; also, the connection must belong to the running event loop."""
+        """See `BufferedConnection`; also, the connection must belong to the running event loop."""
         return self._socket is not None and self._loop is asyncio.get_running_loop() and super().is_idle()
 
     def _connected(self) -> socket.socket:
@@ -269,18 +241,11 @@ class AsyncJSONConnection(BufferedConnection, _Closable):
         return self
 
 
-class AsyncJSONSSLConnection(AsyncJSONConnection):
+class AsyncJSONSSLConnection(TLSConnection, AsyncJSONConnection):
     """Like `harp.JSONSSLConnection`, but connected by ``async with`` or `connect`, not by the constructor.
 
     Spec: docs/client-api.md, asyncio.
     """
-
-    def __init__(self, host: str, port: int, ca_file: str | os.PathLike[str] | None = None) -> None:
-        self._ca_file = ca_file
-        super().__init__(host, port)
-
-    def _tls_context(self) -> ssl.SSLContext:
-        return tls_context(self._ca_file)
 
 
 class AsyncPeer(Peer[AsyncJSONConnection]):
@@ -335,10 +300,6 @@ class AsyncStream(StreamBase[AsyncJSONConnection], AsyncIteration):
                 self._waiting.reschedule(asyncio.get_running_loop().time())
             await self._conn.close()
 
-    def _end(self) -> bool:
-        ended, self._closed = self._closed, True
-        return not ended
-
     async def _connect(self) -> None:
         await self._until_closed(self._conn.connect())
 
@@ -353,7 +314,3 @@ class AsyncStream(StreamBase[AsyncJSONConnection], AsyncIteration):
                     await waiting
         finally:
             self._waiting = None
-
-    def __del__(self) -> None:
-        if not self._closed:
-            self._conn.close_threadsafe()

@@ -1,4 +1,4 @@
-"""Common parts of both shells' connections: errors, connecting, received lines, the test for idleness.
+"""What both shells' connections have in common: connecting, errors, received lines, the test for idleness.
 
 Each error of socket, ssl, json and the protocol becomes a `CommunicationError` whose message contains host, port and
 cause. Its `__cause__` is the original: an `OSError` if the network or the peer broke the connection, an `EOFError` if
@@ -12,13 +12,17 @@ import select
 import socket
 import ssl
 import time
+from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from contextlib import suppress
-from typing import Any, NoReturn, TypeAlias
+from typing import Any, NoReturn
 
+from harp._core.calls import encode_line
 from harp._core.connections import Endpoint, Steps
+from harp._net.tls import tls_context
 from harp.errors import CommunicationError
+from harp.protocol.json_text import loads
 from harp.protocol.lines import LineBuffer
 
 #: Seconds to connect, TLS handshake included.
@@ -33,9 +37,6 @@ READ_BYTES = 64 * 1024
 #: A peer that has vanished is detected after about two minutes; a peer that is busy is not affected.
 _KEEPALIVE = {"TCP_KEEPIDLE": 60, "TCP_KEEPINTVL": 15, "TCP_KEEPCNT": 4}
 
-AddressInfo: TypeAlias = tuple[socket.AddressFamily, socket.SocketKind, int, str, Any]
-
-
 #: Remedies for a certificate that is not accepted, by OpenSSL's error number.
 _HINTS = {
     9: "check the clocks of both machines",
@@ -43,7 +44,6 @@ _HINTS = {
     62: "call the host by a name that its certificate has, or give it a certificate with this name",
     64: "call the host by a name that its certificate has, or give it a certificate with this address",
 }
-
 
 #: The foreign errors that become a `CommunicationError`.
 FOREIGN_ERRORS = (OSError, EOFError, ValueError)
@@ -64,59 +64,6 @@ def describe_error(error: Exception) -> str:
     return str(error) or ("timed out" if isinstance(error, TimeoutError) else type(error).__name__)
 
 
-def connect_socket(
-    endpoint: Endpoint,
-    found: Sequence[AddressInfo],
-    deadline: float,
-    connect: Callable[[socket.socket, Any, float], Any],
-) -> Steps[socket.socket]:
-    """Return a socket that is connected to the first address that can be reached.
-
-    The remaining time is divided equally among the remaining addresses.
-
-    Args:
-        endpoint: the peer, for the message.
-        found: its addresses, from `socket.getaddrinfo`.
-        deadline: the end of the last attempt, on the monotonic clock.
-        connect: a step that connects a socket to an address within a number of seconds.
-
-    Raises:
-        CommunicationError: no address can be reached; lists all failed attempts.
-    """
-    failures: list[tuple[str, OSError]] = []
-    for index, (family, kind, protocol, _, address) in enumerate(found):
-        try:
-            sock = socket.socket(family, kind, protocol)
-        except OSError as error:  # this machine does not support the family, or is out of descriptors
-            failures.append((address[0], error))
-            continue
-        try:
-            _prepare(sock)
-            remaining = max(deadline - time.monotonic(), 0.001)
-            yield connect(sock, address, remaining / (len(found) - index))
-        except BaseException as error:
-            sock.close()
-            if not isinstance(error, OSError):
-                raise
-            failures.append((address[0], error))
-        else:
-            return sock
-    causes = dict.fromkeys(
-        describe_error(error) if address == endpoint.host else f"{address}: {describe_error(error)}"
-        for address, error in failures
-    )
-    cause = failures[-1][1] if failures else None
-    raise endpoint.error("cannot connect", "; ".join(causes) or "the name has no address") from cause
-
-
-def _prepare(sock: socket.socket) -> None:
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for option, value in _KEEPALIVE.items():
-        if hasattr(socket, option):  # not every system has all of them
-            sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
-
-
 class Uncopyable:
     """Base of connections and iterators."""
 
@@ -124,23 +71,18 @@ class Uncopyable:
         raise TypeError(f"a {type(self).__name__} cannot be copied or pickled: it has an open connection")
 
 
-class BufferedConnection(Uncopyable):
-    """What the connections of both shells have in common: a peer, a socket, and the lines that were received.
+class BufferedConnection(Uncopyable, ABC):
+    """A peer, a socket, and the lines that were received."""
 
-    Args:
-        host: name or address of the peer.
-        port: its port.
-
-    Raises:
-        HarpException: `host` or `port` is invalid.
-    """
+    #: The process that connected: in a forked process, the connection is not closed for the peer, and not used.
+    _process: int
 
     def __init__(self, host: str, port: int) -> None:
         self._endpoint = Endpoint(host, port)
         self._set_socket(None)
 
     def _set_socket(self, sock: socket.socket | None) -> None:
-        """Use a new socket, which is connected, or none; data of an older one is dropped."""
+        """Use a socket, which is connected; all that was received before is discarded."""
         self._socket = sock
         self._process = os.getpid()
         self._partial = LineBuffer(REPLY_LIMIT)
@@ -148,6 +90,104 @@ class BufferedConnection(Uncopyable):
         self._poll = select.poll()
         if sock is not None:
             self._poll.register(sock, select.POLLIN)
+
+    def _tls_context(self) -> ssl.SSLContext | None:
+        return None
+
+    # Steps of the shell. A deadline is a time of the monotonic clock, after which they raise `TimeoutError`.
+
+    @abstractmethod
+    def _resolve(self, deadline: float) -> Any:
+        """Return the peer's addresses, as `socket.getaddrinfo` does."""
+
+    @abstractmethod
+    def _connect_socket(self, sock: socket.socket, address: Any, deadline: float) -> Any:
+        """Connect a socket to an address."""
+
+    @abstractmethod
+    def _shake_hands(self, sock: ssl.SSLSocket, deadline: float) -> Any:
+        """Complete the TLS handshake."""
+
+    @abstractmethod
+    def _send_line(self, line: bytes) -> Any:
+        """Send a line."""
+
+    @abstractmethod
+    def receive_line(self) -> Any:
+        """Wait for a line and return it without its line feed. Raise `CommunicationError`."""
+
+    def _open(self) -> Steps[socket.socket]:
+        """Return a socket that is connected to the first address that can be reached within `CONNECT_TIMEOUT`.
+
+        The remaining time is divided equally among the remaining addresses. The `CommunicationError` lists all failed
+        attempts.
+        """
+        deadline = time.monotonic() + CONNECT_TIMEOUT
+        context = self._tls_context()
+        try:
+            found = yield self._resolve(deadline)
+        except FOREIGN_ERRORS as error:
+            raise self.error("cannot resolve the name", error) from error
+        failures: list[tuple[str, OSError]] = []
+        for index, (family, kind, protocol, _, address) in enumerate(found):
+            try:
+                sock = socket.socket(family, kind, protocol)
+            except OSError as error:  # this machine does not support the family, or is out of descriptors
+                failures.append((address[0], error))
+                continue
+            try:
+                _set_options(sock)
+                now = time.monotonic()
+                yield self._connect_socket(sock, address, now + max(deadline - now, 0.001) / (len(found) - index))
+                break
+            except BaseException as error:
+                sock.close()
+                if not isinstance(error, OSError):
+                    raise
+                failures.append((address[0], error))
+        else:
+            causes = dict.fromkeys(
+                describe_error(error) if address == self._endpoint.host else f"{address}: {describe_error(error)}"
+                for address, error in failures
+            )
+            cause = failures[-1][1] if failures else None
+            raise self._error("cannot connect", "; ".join(causes) or "the name has no address") from cause
+        if context is None:
+            return sock
+        try:
+            name = self._endpoint.server_name
+            sock = context.wrap_socket(sock, do_handshake_on_connect=False, server_hostname=name)
+            yield self._shake_hands(sock, deadline)
+        except BaseException as error:
+            sock.close()
+            if isinstance(error, FOREIGN_ERRORS):
+                raise self.error("TLS handshake", error) from error
+            raise
+        return sock
+
+    def _send(self, obj: Any) -> Steps[None]:
+        """Send an object as a JSON line.
+
+        Args:
+            obj: any JSON value, typically a dict.
+
+        Raises:
+            HarpException: the object has no form in JSON; the message says which part of it.
+            CommunicationError: the connection is closed or broken.
+        """
+        yield self._send_line(encode_line(obj))
+
+    def _receive(self) -> Steps[Any]:
+        """Wait for a JSON line, without a time limit, and return its value, typically a dict.
+
+        Raises:
+            CommunicationError: the peer closed the connection, or the line is longer than 64 MiB or not JSON.
+        """
+        line = yield self.receive_line()
+        try:
+            return loads(line)
+        except ValueError as error:
+            raise self.error("reading", error) from error
 
     def is_idle(self) -> bool:
         """Return whether another request can be sent: the connection is open, of this process, and nothing was sent.
@@ -163,8 +203,8 @@ class BufferedConnection(Uncopyable):
 
         In a forked process this closes only the descriptor of this process.
         """
-        if self._process == os.getpid():
-            with suppress(OSError):
+        with suppress(OSError):
+            if self._process == os.getpid():
                 # The method of socket: that of SSLSocket would remove TLS while another thread reads.
                 socket.socket.shutdown(sock, socket.SHUT_RDWR)
         with suppress(OSError):
@@ -187,11 +227,33 @@ class BufferedConnection(Uncopyable):
         return items
 
     def error(self, action: str, cause: Exception) -> CommunicationError:
-        """Return the error for an action that failed because of a foreign error; see `harp._net.sockets`."""
-        return self._endpoint.error(action, describe_error(cause))
+        """Return the error for an action that failed because of a foreign error."""
+        return self._error(action, describe_error(cause))
 
     def _closed_here(self) -> CommunicationError:
-        return self._endpoint.error("not connected", "the connection was closed on this side")
+        return self._error("not connected", "the connection was closed on this side")
+
+    def _error(self, action: str, cause: str) -> CommunicationError:
+        return CommunicationError(f"{self._endpoint}: {action}: {cause}")
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self._endpoint} {'closed' if self._socket is None else 'connected'}>"
+
+
+class TLSConnection(BufferedConnection):
+    """A connection over TLS."""
+
+    def __init__(self, host: str, port: int, ca_file: str | os.PathLike[str] | None = None) -> None:
+        self._ca_file = ca_file
+        super().__init__(host, port)
+
+    def _tls_context(self) -> ssl.SSLContext:
+        return tls_context(self._ca_file)
+
+
+def _set_options(sock: socket.socket) -> None:
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in _KEEPALIVE.items():
+        if hasattr(socket, option):  # not every system has all of them
+            sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)

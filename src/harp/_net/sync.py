@@ -8,26 +8,18 @@ import ssl
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
-from typing import Any, Self, TypeVar
+from functools import wraps
+from typing import Any, ParamSpec, Self, TypeVar
 
-from harp._core.calls import encode_line
 from harp._core.connections import ConnectionPool, Peer, Steps
 from harp._core.streams import Reader, StreamBase
-from harp._net.sockets import (
-    CONNECT_TIMEOUT,
-    FOREIGN_ERRORS,
-    READ_BYTES,
-    BufferedConnection,
-    Uncopyable,
-    connect_socket,
-)
-from harp._net.tls import tls_context
+from harp._net.sockets import FOREIGN_ERRORS, READ_BYTES, BufferedConnection, TLSConnection, Uncopyable
 from harp.errors import CommunicationError
-from harp.protocol.json_text import loads
 
 T = TypeVar("T")
+P = ParamSpec("P")
 
 
 def run(steps: Steps[T]) -> T:
@@ -39,6 +31,17 @@ def run(steps: Steps[T]) -> T:
     except StopIteration as end:
         outcome: T = end.value
         return outcome
+
+
+def method(operation: Callable[P, Steps[T]]) -> Callable[P, T]:
+    """Return the method that runs an operation; without the underscore of the operation's name."""
+
+    @wraps(operation)
+    def run_operation(*args: P.args, **kwargs: P.kwargs) -> T:
+        return run(operation(*args, **kwargs))
+
+    run_operation.__name__ = operation.__name__.removeprefix("_")
+    return run_operation
 
 
 class _Closable(Uncopyable, ABC):
@@ -84,49 +87,33 @@ class JSONConnection(BufferedConnection, _Closable):
         self.close()
         self._process = os.getpid()
         try:
-            opened = self._open(time.monotonic() + CONNECT_TIMEOUT)
+            opened = run(self._open())
         except BaseException:
             self._socket = None
             raise
-        if self._socket is None:  # by another thread
-            opened.close()
+        if self._socket is None:  # closed by another thread
+            self._close_socket(opened)
             raise self._closed_here()
         self._set_socket(opened)
 
-    def _tls_context(self) -> ssl.SSLContext | None:
-        return None
+    def _resolve(self, deadline: float) -> Any:
+        return socket.getaddrinfo(self._endpoint.host, self._endpoint.port, type=socket.SOCK_STREAM)
 
-    def _open(self, deadline: float) -> socket.socket:
-        """Return a connected socket. Raise `CommunicationError` at the deadline, a time of the monotonic clock."""
-        context = self._tls_context()
-        try:
-            found = socket.getaddrinfo(self._endpoint.host, self._endpoint.port, type=socket.SOCK_STREAM)
-        except FOREIGN_ERRORS as error:
-            raise self.error("cannot resolve the name", error) from error
-        sock = run(connect_socket(self._endpoint, found, deadline, self._connect_socket))
-        if context is None:
-            return sock
-        try:
-            sock.settimeout(max(deadline - time.monotonic(), 0.001))
-            secured = context.wrap_socket(sock, server_hostname=self._endpoint.server_name)
-        except BaseException as error:
-            sock.close()
-            if isinstance(error, FOREIGN_ERRORS):
-                raise self.error("TLS handshake", error) from error
-            raise
-        secured.settimeout(None)
-        return secured
-
-    def _connect_socket(self, sock: socket.socket, address: Any, seconds: float) -> None:
+    def _connect_socket(self, sock: socket.socket, address: Any, deadline: float) -> None:
         self._socket = sock  # another thread's `close` ends the attempt
         try:
-            sock.settimeout(seconds)
+            sock.settimeout(max(deadline - time.monotonic(), 0.001))
             sock.connect(address)
             sock.settimeout(None)
         except OSError:
             if self._socket is None:
                 raise self._closed_here() from None
             raise
+
+    def _shake_hands(self, sock: ssl.SSLSocket, deadline: float) -> None:
+        sock.settimeout(max(deadline - time.monotonic(), 0.001))
+        sock.do_handshake()
+        sock.settimeout(None)
 
     def close(self) -> None:
         """Close the connection, if it is open. A thread that connects it or reads is woken.
@@ -138,30 +125,8 @@ class JSONConnection(BufferedConnection, _Closable):
             self._close_socket(sock)
 
     close_threadsafe = close
-
-    def send(self, obj: Any) -> None:
-        """Send an object as a JSON line.
-
-        Args:
-            obj: any JSON value, typically a dict.
-
-        Raises:
-            HarpException: the object has no form in JSON; the message says which part of it.
-            CommunicationError: the connection is closed or broken.
-        """
-        self._send_line(encode_line(obj))
-
-    def receive(self) -> Any:
-        """Wait for a JSON line, without a time limit, and return its value, typically a dict.
-
-        Raises:
-            CommunicationError: the peer closed the connection, or the line is longer than 64 MiB or not JSON.
-        """
-        line = self.receive_line()
-        try:
-            return loads(line)
-        except ValueError as error:
-            raise self.error("reading", error) from error
+    send = method(BufferedConnection._send)
+    receive = method(BufferedConnection._receive)
 
     def _send_line(self, line: bytes) -> None:
         sock = self._socket
@@ -175,7 +140,7 @@ class JSONConnection(BufferedConnection, _Closable):
             raise self.error("sending", error) from error
 
     def receive_line(self) -> bytes:
-        """Wait for a line and return it without its line feed. Raise `CommunicationError`."""
+        """See `BufferedConnection`."""
         lines = self._lines
         while not lines:
             sock = self._socket
@@ -200,7 +165,7 @@ class JSONConnection(BufferedConnection, _Closable):
         return self.receive_line()
 
 
-class JSONSSLConnection(JSONConnection):
+class JSONSSLConnection(TLSConnection, JSONConnection):
     """TLS connection, reading and writing JSON lines; otherwise like `JSONConnection`. The minimum is TLS 1.2.
 
     Args:
@@ -216,13 +181,6 @@ class JSONSSLConnection(JSONConnection):
 
     Spec: docs/client-api.md, Networked JSON interface.
     """
-
-    def __init__(self, host: str, port: int, ca_file: str | os.PathLike[str] | None = None) -> None:
-        self._ca_file = ca_file
-        super().__init__(host, port)
-
-    def _tls_context(self) -> ssl.SSLContext:
-        return tls_context(self._ca_file)
 
 
 class SyncPeer(Peer[JSONConnection]):
@@ -255,7 +213,6 @@ class Stream(StreamBase[JSONConnection], Iteration):
     def __init__(
         self, conn: JSONConnection, reader: Reader, pool: ConnectionPool[JSONConnection] | None = None
     ) -> None:
-        self._ending = threading.Lock()  # stays locked by the thread that ends the iteration
         self._reading = threading.Lock()
         self._ended = threading.Event()
         super().__init__(conn, reader, pool)
@@ -285,18 +242,8 @@ class Stream(StreamBase[JSONConnection], Iteration):
         A thread that waits for an item, or for the dispatcher to come back, is woken: its iteration ends.
         """
         if self._end():
+            self._ended.set()
             self._conn.close()
-
-    def _end(self) -> bool:
-        if self._closed or not self._ending.acquire(blocking=False):
-            return False
-        self._closed = True
-        self._ended.set()
-        return True
 
     def _sleep(self, seconds: float) -> None:
         self._ended.wait(seconds)
-
-    def __del__(self) -> None:
-        with suppress(Exception):
-            self.close()
