@@ -1,13 +1,13 @@
-"""The application: submit, cancel, read results and streams, list. It starts the calls and owns their tasks.
+"""The application: submit, cancel, read results and streams, list.
 
 The APIs (client protocol, control socket) call `Dispatcher` and nothing behind it. Payloads are `Raw` in both
-directions. The store holds the state; only the active calls are in memory.
+directions. The state is in the store; only the active calls are in memory, in `Runner`.
 
 Leaving the context shuts the dispatcher down in this order:
 
 1. The APIs have stopped accepting, because they run inside the context.
 2. No job is claimed any more; queued jobs stay queued.
-3. Resumable calls are left to their hosts for the next dispatcher. Connection-bound calls are stopped by closing their
+3. Resumable calls continue on their hosts, for the next dispatcher. Connection-bound calls are stopped by closing their
    connections, and their jobs end as ``missing_result``.
 4. Pending writes are stored for a limited time; the next start recovers the jobs of the others.
 5. Pruning and the refresh of the hosts registry stop.
@@ -30,7 +30,6 @@ from harp.protocol.ends import Cancelled, End
 from harp.protocol.json_text import Raw, dumps
 from harp.protocol.requests import Call
 from harp_daemon.timer_wheel import TimerWheel
-from harpcaller.claimer import Claimer
 from harpcaller.config import Config
 from harpcaller.explain import ExplainContext, describe_job
 from harpcaller.hosts.capabilities import HostCapabilities
@@ -42,20 +41,20 @@ from harpcaller.model.ids import is_job_id, new_job_id, new_job_ids
 from harpcaller.model.jobs import Job, JobDetails, JobMetadata, NewJob, State, StopState
 from harpcaller.notifier import Notifier
 from harpcaller.pruner import prune, prune_regularly
-from harpcaller.record_stream import EndWaiter, RecordStream
+from harpcaller.record_stream import RecordStream, wait_for_end
+from harpcaller.runner import Runner
 from harpcaller.runs.context import RunContext, log_fields
 from harpcaller.runs.reconciliation import OrphanReaper
-from harpcaller.runs.run import Run
 from harpcaller.runs.store_writes import StoreWrites
-from harpcaller.store import QueueStatus, StorageError, Store, UnknownJob
+from harpcaller.store import QueueStatus, Store, UnknownJob
 
 log = logging.getLogger(__name__)
 
 #: Maximum number of jobs in one page of a list.
 _PAGE_SIZE = 200
 
-#: Seconds between two attempts after the store failed.
-_RETRY_INTERVAL = 1.0
+#: Maximum number of jobs of a queue that are cancelled in one transaction.
+_CANCEL_STEP = 500
 
 #: Maximum seconds that a shutdown waits until the ends of the active calls are stored.
 _SHUTDOWN_TIMEOUT = 10.0
@@ -102,30 +101,19 @@ class Dispatcher:
         self._wall = wall
         self._notifier = Notifier()
         self._tls = HostTLS(config)
-        self._context: RunContext
-        self._orphan_reaper: OrphanReaper
+        self._runner = Runner(lambda: self._registry.is_ready)
+        self._registry = HostsRegistry(config, self._runner.request_claim)
         self._group = asyncio.TaskGroup()
-        self._runs: dict[str, Run] = {}
-        self._no_runs = asyncio.Event()  # set when the last run has closed
+        # Calls of a host without a run here are orphans.
+        self._orphan_reaper = OrphanReaper(self._group, self._runner.runs.__contains__)
         self._requests: set[asyncio.Task[Any]] = set()
         self._bulk = asyncio.Lock()  # held by the request with many jobs that is in the store
-        self._claimer = Claimer(
-            store,
-            wall,
-            config=lambda: self._config,
-            is_ready=lambda: self._registry.is_ready,
-            is_failing=lambda: self._context.writes.failing,
-            count_calls=lambda: len(self._runs),
-            start_calls=self._start_runs,
-        )
-        self._registry = HostsRegistry(config, self._claimer.request)
-        # Jobs that are cancelled after the store has claimed them and before their run exists.
-        self._cancelled_before_start: set[str] = set()
 
     async def __aenter__(self) -> Self:
         identity = await self._store.get_identity()
-        self._timers = timers = TimerWheel()
-        self._context = RunContext(
+        timers = TimerWheel()
+        runner = self._runner
+        runner.context = RunContext(
             config=self._config,
             tls=self._tls,
             store=self._store,
@@ -133,21 +121,19 @@ class Dispatcher:
             find_host=self._registry.find_host,
             identity=identity,
             timers=timers,
-            # Calls without a run here are orphans.
             capabilities=HostCapabilities(
-                identity, timers, lambda host, calls: self._orphan_reaper.reap_calls(host, calls, self._context)
+                identity, timers, lambda host, calls: self._orphan_reaper.reap_calls(host, calls, runner.context)
             ),
             connections=ConnectionPool(timers),
             writes=StoreWrites(timers),
-            request_claim=self._claimer.request,
+            request_claim=runner.request_claim,
             wall=self._wall,
         )
         self._report_config(self._config, frozenset())
         await self._group.__aenter__()
-        self._orphan_reaper = OrphanReaper(self._group, self._runs.__contains__)
-        recovered = await self._recover()
+        recovered = await runner.recover()
         self._maintenance = [
-            self._group.create_task(self._begin_claiming(recovered)),
+            self._group.create_task(runner.begin_claiming(recovered)),
             self._group.create_task(self._registry.refresh_regularly()),
             self._group.create_task(prune_regularly(self._store, self._wall, lambda: self._config.max_age_seconds)),
         ]
@@ -172,17 +158,13 @@ class Dispatcher:
     @property
     def active_calls(self) -> int:
         """The number of active calls."""
-        return len(self._runs)
+        return len(self._runner.runs)
 
     def submit(self, call: Call, client: str, received_at: float | None = None) -> asyncio.Future[str]:
         """Store a job; return a future of its id, which is set when the job is on stable storage.
 
-        An unknown host is accepted; the job then ends as ``unknown_host``.
-
-        Args:
-            call: the call, with payloads as `Raw`. Limits above the configured ones are lowered to these.
-            client: address of the client, for the log.
-            received_at: time of the request on the monotonic clock, for the job's phases; None if unknown.
+        An unknown host is accepted; the job then ends as ``unknown_host``. Limits above the configured ones are lowered
+        to these. `client` is its address, for the log; `received_at` the monotonic time of the request, if known.
         """
         job = self._new_job(new_job_id(self._wall()), call)
         store_began = time.monotonic()
@@ -193,13 +175,13 @@ class Dispatcher:
                 if not job_id.done():
                     job_id.set_exception(error)
                 return
-            self._context.timings.record_stored(job.id, received_at, store_began)
+            self._runner.context.timings.record_stored(job.id, received_at, store_began)
             log.info("job submitted", extra={**log_fields(job), "client": client})
             self._log_arguments(job)
             if not job_id.done():
                 job_id.set_result(job.id)
 
-        self._claimer.request()  # before the store's own turn, so that it shares the commit
+        self._runner.request_claim()  # before the store's own turn, so that it shares the commit
         asyncio.ensure_future(self._store.add_job(job, self._wall())).add_done_callback(on_stored)
         return job_id
 
@@ -214,7 +196,7 @@ class Dispatcher:
         # In a thread, so that many jobs do not block the event loop.
         jobs = await asyncio.to_thread(self._new_jobs, calls)
         async with self._bulk:
-            self._claimer.request()
+            self._runner.request_claim()
             await self._store.add_jobs(jobs, self._wall())
         ids = {"first": jobs[0].id, "last": jobs[-1].id}
         log.info("jobs submitted", extra={"jobs": len(jobs), **ids, "client": client})
@@ -239,17 +221,21 @@ class Dispatcher:
 
     @_shielded
     async def cancel_queue(self, queue: Raw, client: str | None = None) -> int:
-        """Cancel all jobs of a queue, as `cancel` does; return how many were cancelled."""
-        cancelled = await self._store.cancel_queue(queue, self._wall(), self._cancelled_by(client))
-        await asyncio.gather(*(self._stop_cancelled(job_id, before, client) for job_id, before in cancelled))
-        return len(cancelled)
+        """Cancel all jobs of a queue, as `cancel` does; return how many were cancelled.
+
+        Each step is a transaction of its own, so that other writes do not wait for all of them.
+        """
+        stop_request = self._cancelled_by(client)
+        total, step = 0, _CANCEL_STEP
+        while step == _CANCEL_STEP:
+            jobs = await self._store.cancel_queue(queue, self._wall(), stop_request, limit=_CANCEL_STEP)
+            await asyncio.gather(*(self._stop_cancelled(job_id, before, client) for job_id, before in jobs))
+            step = len(jobs)
+            total += step
+        return total
 
     async def wait_stopped(self, job_id: str) -> JobDetails:
-        """Wait until a job has ended and its stop is not pending; return its details.
-
-        Raises:
-            UnknownJob: the job is unknown, or was pruned meanwhile.
-        """
+        """Wait until a job has ended and its stop is not pending; return its details. Raises `UnknownJob`."""
         changed = asyncio.Event()
 
         def on_published(_: bool) -> None:
@@ -281,31 +267,29 @@ class Dispatcher:
         if released:
             log.warning("slot released by administrator", extra={"job": job_id})
             self._notifier.publish_end(job_id)
-            self._claimer.request()
+            self._runner.request_claim()
         return released
 
     async def details(self, job_id: str) -> dict[str, Any]:
-        """Return everything that is known about a job, and why it is in its state. Payloads are `Raw`.
-
-        Raises:
-            UnknownJob: the job is unknown.
+        """Return all details of a job, and why it is in its state. Payloads are `Raw`. Raises `UnknownJob`.
 
         Spec: docs/protocol.md, Details.
         """
         if not is_job_id(job_id):
             raise UnknownJob(job_id)
         details = await self._store.get_details(job_id)
-        context = ExplainContext(
-            run=self._runs.get(job_id),
+        runs, context = self._runner.runs, self._runner.context
+        state = ExplainContext(
+            run=runs.get(job_id),
             host=self._registry.find_host(details.job.host),
             registry_loaded=self._registry.is_ready,
             config=self._config,
-            active_calls=len(self._runs),
-            store_failing=self._context.writes.failing,
-            timings=self._context.timings.get_phases(job_id),
+            active_calls=len(runs),
+            store_failing=context.writes.failing,
+            timings=context.timings.get_phases(job_id),
             now=self._wall(),
         )
-        return describe_job(details, context)
+        return describe_job(details, state)
 
     async def get_job(self, job_id: str) -> Job:
         """Return a job. Raises `UnknownJob`."""
@@ -320,29 +304,22 @@ class Dispatcher:
         """
         if not is_job_id(job_id):
             return _failed(UnknownJob(job_id))
-        run = self._runs.get(job_id)
+        run = self._runner.runs.get(job_id)
         is_active = run is not None and not run.has_ended
-        return EndWaiter(job_id, wait, is_active, self._store, self._notifier).result
+        return wait_for_end(job_id, wait, is_active, self._store, self._notifier)
 
     def record_delivery(self, job_id: str, received_at: float) -> None:
         """Record that the end of a job was sent to a client whose request was received at this monotonic time."""
-        self._context.timings.record_delivery(job_id, received_at)
+        self._runner.context.timings.record_delivery(job_id, received_at)
 
     def stream(
         self, job_id: str, since: int | None, recent: int | None, wait: bool, on_ready: Callable[[], None]
     ) -> RecordStream:
         """Return the records of a job; with `wait`, also the future ones. The caller closes the stream.
 
-        Args:
-            job_id: the job.
-            since: number of the first record; it may be in the future. Not together with `recent`.
-            recent: number of the newest stored records to begin with. Without both, a stream that waits begins with the
-                next record, another one with record 0.
-            wait: whether to wait until the job has ended.
-            on_ready: called when the stream may have an item.
-
-        Raises:
-            UnknownJob: the text is not a job id. For an unknown or meanwhile pruned job the stream raises it.
+        See `RecordStream` for the arguments. Without `since` and `recent`, a stream that waits begins with the next
+        record, another one with record 0. Raises `UnknownJob` if the text is not a job id; the stream raises it if the
+        job is unknown.
         """
         if not is_job_id(job_id):
             raise UnknownJob(job_id)
@@ -353,19 +330,12 @@ class Dispatcher:
     async def list_jobs(
         self, ended: bool = False, host: str | None = None, queue: Raw | None = None, newest: int | None = None
     ) -> AsyncGenerator[Job, None]:
-        """Yield jobs in the order of submission, read from the store page by page.
-
-        Args:
-            ended: whether to include jobs that have ended.
-            host: only the jobs of this host.
-            queue: only the jobs of this queue; not together with `host`.
-            newest: maximum number of jobs; they are yielded in reverse order then, the newest first.
-        """
+        """Yield the jobs of `Store.list_jobs`; only the last `newest` ones, in reverse order, unless it is None."""
         after = None
-        left = sys.maxsize if newest is None else newest
+        remaining = sys.maxsize if newest is None else newest
         next_page = partial(self._store.list_jobs, ended=ended, host=host, queue=queue, newest_first=newest is not None)
-        while left > 0 and (page := await next_page(after=after, limit=min(left, _PAGE_SIZE))):
-            left -= len(page)
+        while remaining > 0 and (page := await next_page(after=after, limit=min(remaining, _PAGE_SIZE))):
+            remaining -= len(page)
             for after, job in page:  # noqa: B007 - the next page begins after the last one
                 yield job
 
@@ -378,11 +348,7 @@ class Dispatcher:
         return self._registry.list_hosts()
 
     async def refresh_hosts(self) -> int:
-        """Run `host_db_script`, or wait for its current run; return the number of hosts.
-
-        Raises:
-            RefreshFailed: the script failed or is not configured; the registry has not changed.
-        """
+        """Run `host_db_script`, or wait for its current run; return the number of hosts. Raises `RefreshFailed`."""
         return await self._registry.refresh()
 
     async def prune(self, min_age: float) -> int:
@@ -401,9 +367,9 @@ class Dispatcher:
         self._registry.update_config(config)
         reported, self._config = frozenset(self._config.ignored), config
         self._tls = tls
-        self._context = replace(self._context, config=config, tls=tls)
+        self._runner.context = replace(self._runner.context, config=config, tls=tls)
         self._report_config(config, reported)
-        self._claimer.request()
+        self._runner.request_claim()
 
     # Internals.
 
@@ -436,77 +402,33 @@ class Dispatcher:
         """Stop the call of a job whose end `Cancelled` is committed."""
         log.info("job cancelled", extra={"job": job_id, "was": before.value, "client": client})
         self._notifier.publish_end(job_id, Cancelled())
-        if run := self._runs.get(job_id):
-            await run.cancel_call(client)
-        elif before is State.RUNNING:
-            self._cancelled_before_start.add(job_id)
-        self._claimer.request()
-
-    async def _begin_claiming(self, recovered: bool) -> None:
-        """Claim jobs from now on; not before the jobs that hold a slot have a run."""
-        while not recovered:
-            await asyncio.sleep(_RETRY_INTERVAL)
-            recovered = await self._recover()
-        self._claimer.begin()
-
-    async def _recover(self) -> bool:
-        """Create runs for the jobs that hold a slot since the last dispatcher; return False if the store failed."""
-        try:
-            jobs = await self._store.list_slot_holders()
-        except StorageError as error:
-            log.error("cannot recover jobs; retrying", extra={"error": str(error)})
-            return False
-        self._start_runs(jobs, recovered=True)
-        if jobs:
-            log.info("jobs recovered", extra={"jobs": len(jobs)})
-        return True
-
-    def _start_runs(self, jobs: Sequence[Job], recovered: bool = False) -> None:
-        """Start a run for each of these jobs, which hold a slot.
-
-        A job that was cancelled meanwhile also needs a run, which releases its slot.
-        """
-        for job in jobs:
-            run = self._runs[job.id] = Run(job, self._context, self._on_run_closed)
-            if job.id in self._cancelled_before_start:
-                self._cancelled_before_start.discard(job.id)
-                run.cancel_before_start()
-            run.start(recovered)
-
-    def _on_run_closed(self, run: Run) -> None:
-        del self._runs[run.job.id]
-        if self._claimer.is_postponed:
-            self._claimer.request()
-        if not self._runs:
-            self._no_runs.set()
+        await self._runner.cancel_call(job_id, before, client)
+        self._runner.request_claim()
 
     async def _shut_down(self) -> None:
-        log.info("dispatcher stops", extra={"calls": len(self._runs)})
-        await self._claimer.stop()
-        for run in list(self._runs.values()):
-            run.detach()
+        runner, context = self._runner, self._runner.context
+        log.info("dispatcher stops", extra={"calls": len(runner.runs)})
+        await runner.detach()
         try:
             async with asyncio.timeout(_SHUTDOWN_TIMEOUT):
-                while self._runs:
-                    self._no_runs.clear()
-                    await self._no_runs.wait()
+                await runner.wait_closed()
                 while self._requests:
                     await asyncio.wait(self._requests)
         except TimeoutError:
-            unfinished = len(self._runs) + len(self._requests)
+            unfinished = len(runner.runs) + len(self._requests)
             log.error("shutdown timeout; jobs will be recovered", extra={"unfinished": unfinished})
-            for run in self._runs.values():
+            for run in runner.runs.values():
                 run.abandon()
             for task in self._requests:
                 task.cancel()
         for task in self._maintenance:
             task.cancel()
         self._orphan_reaper.stop()
-        self._context.connections.close()
-        await self._context.capabilities.close()
-        if self._context.openings:
-            await asyncio.wait(self._context.openings)
-        self._timers.close()
+        context.connections.close()
+        await context.capabilities.close()
+        if context.openings:
+            await asyncio.wait(context.openings)
+        context.timers.close()
 
     def _report_config(self, config: Config, reported: frozenset[str]) -> None:
         for key in config.ignored:

@@ -1,6 +1,6 @@
 """Notification of clients that wait for a job: in memory, after the commit, without polling.
 
-A notification only wakes; the store holds the state. A subscriber subscribes, then reads the store: what is committed
+A notification only wakes; the state is in the store. A subscriber subscribes, then reads the store: what is committed
 after its read is notified, so nothing is missed. A notification carries the newest records, so that followers that are
 up to date neither read them from the store nor encode them again, and it carries the end, which never changes.
 """
@@ -22,12 +22,7 @@ Subscriber: TypeAlias = Callable[[bool], None]
 
 
 class RecordBatch:
-    """Consecutive records with their encoded lines, which all followers share.
-
-    Args:
-        first: number of the first record.
-        records: the records, at least one.
-    """
+    """Consecutive records, at least one, numbered from `first`, with their encoded lines, which all followers share."""
 
     __slots__ = ("_lines", "first", "records")
 
@@ -41,10 +36,14 @@ class RecordBatch:
         """The number after the last record."""
         return self.first + len(self.records)
 
-    def first_records(self, count: int) -> RecordBatch | None:
-        """Return the first `count` records; None if there are none."""
-        records = Records(self.records.values[:count], self.records.timestamps[:count])
-        return RecordBatch(self.first, records) if count > 0 else None
+    def part(self, first: int, end: int) -> RecordBatch | None:
+        """Return the records from number `first` to before number `end`; None if it has not the first of them."""
+        if not self.first <= first < min(end, self.next):
+            return None
+        if first == self.first and end >= self.next:
+            return self
+        part = slice(first - self.first, end - self.first)
+        return RecordBatch(first, Records(self.records.values[part], self.records.timestamps[part]))
 
     def lines(self, timed: bool) -> bytes:
         """Return the lines for a follower; with `timed`, each has the time of its record."""
@@ -61,7 +60,6 @@ class Subscription:
     Attributes:
         end: the job's end, if a notification carried it.
         newest: the records of the last notification that carried records.
-        subscribers: the callbacks of the subscribers.
     """
 
     __slots__ = ("end", "newest", "subscribers")
@@ -70,16 +68,6 @@ class Subscription:
         self.end: End | None = None
         self.newest: RecordBatch | None = None
         self.subscribers: list[Subscriber] = []
-
-    def newest_from(self, first: int) -> RecordBatch | None:
-        """Return the records from number `first` on, if the last notification carried them."""
-        newest = self.newest
-        if newest is None or not newest.first <= first < newest.next:
-            return None
-        if newest.first == first:
-            return newest
-        skipped, records = first - newest.first, newest.records
-        return RecordBatch(first, Records(records.values[skipped:], records.timestamps[skipped:]))
 
     def notify(self, ended: bool) -> None:
         """Call the subscribers."""

@@ -1,12 +1,13 @@
 """The records of a job for one client, then its end; and the end alone. Both wait without a task.
 
 The owner takes items as fast as the client reads them, and is notified when there may be another one. So a client that
-does not read holds nothing here but a number, and the records that all followers share.
+does not read costs only a number here, and the records that all followers share.
 """
 
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
@@ -34,21 +35,6 @@ class RecordStream:
         notifier: publishes records and the end.
         on_ready: called when `take` may return an item or raise, never within `take`.
     """
-
-    __slots__ = (
-        "_batch",
-        "_error",
-        "_job",
-        "_job_id",
-        "_next",
-        "_notifier",
-        "_on_ready",
-        "_reads",
-        "_recent",
-        "_store",
-        "_subscription",
-        "_wait",
-    )
 
     def __init__(
         self,
@@ -86,13 +72,14 @@ class RecordStream:
         job = self._job
         if job is None or self._reads:
             return None
-        batch, self._batch = self._batch or self._newest(), None
-        if batch is not None and not self._wait and batch.next > job.records:
-            batch = batch.first_records(job.records - batch.first)
+        newest = None if self._subscription is None else self._subscription.newest
+        known, self._batch = self._batch or newest, None
+        # Without waiting, it ends with the records that were stored when the job was read.
+        batch = known.part(self._next, sys.maxsize if self._wait else job.records) if known else None
         if batch is not None:
             self._next = batch.next
             return batch
-        if self._next < self._last(job):
+        if self._next < (job.records if newest is None else max(job.records, newest.next)):
             self._read(lambda: self._store.read_records(self._job_id, self._next, _BATCH_BYTES), self._on_batch)
             return None
         if job.end is not None:
@@ -102,23 +89,15 @@ class RecordStream:
     def stop_waiting(self) -> None:
         """End with the records and the end that are stored now."""
         if self._wait:
-            self._wait = False
             self.close()
             self._read_job()
 
     def close(self) -> None:
         """End the subscription; no further item is taken."""
+        self._wait = False
         if self._subscription is not None:
             self._subscription = None
             self._notifier.unsubscribe(self._job_id, self._on_published)
-
-    def _newest(self) -> RecordBatch | None:
-        return None if self._subscription is None else self._subscription.newest_from(self._next)
-
-    def _last(self, job: Job) -> int:
-        """Return the number of known records: no more than were stored when the job was read, unless it waits."""
-        newest = None if self._subscription is None else self._subscription.newest
-        return job.records if newest is None else max(job.records, newest.next)
 
     def _on_published(self, ended: bool) -> None:
         if ended:  # its last records may not be published yet
@@ -161,58 +140,47 @@ class RecordStream:
         _call(verb).add_done_callback(on_read)
 
 
+def wait_for_end(
+    job_id: str, wait: bool, is_active: bool, store: Store, notifier: Notifier
+) -> asyncio.Future[End | None]:
+    """Return a future of the end of a job; without `wait`, its result is None if the job has not ended.
+
+    Cancelling it ends the wait. The store is not read for a job that `is_active`: its end will be published.
+    """
+    result: asyncio.Future[End | None] = asyncio.get_running_loop().create_future()
+
+    def read_job() -> None:
+        _call(lambda: store.get_job(job_id)).add_done_callback(on_read)
+
+    def on_read(read: asyncio.Future[Job]) -> None:
+        error = None if read.cancelled() else read.exception()
+        if read.cancelled() or result.done():
+            return
+        if error is not None:
+            result.set_exception(error)
+        elif (end := read.result().end) is not None or not wait:
+            result.set_result(end)
+
+    def on_published(ended: bool) -> None:
+        if not ended or result.done():
+            return
+        if subscription.end is not None:
+            result.set_result(subscription.end)
+        else:
+            read_job()
+
+    subscription = notifier.subscribe(job_id, on_published)
+    result.add_done_callback(lambda _: notifier.unsubscribe(job_id, on_published))
+    if not (wait and is_active):
+        read_job()
+    return result
+
+
 def _call(verb: Callable[[], Awaitable[T]]) -> asyncio.Future[T]:
     """Call a verb of the store; an exception is raised by the future only."""
     try:
         return asyncio.ensure_future(verb())
-    except Exception as error:  # noqa: BLE001 - the one who waits gets it
+    except Exception as error:  # noqa: BLE001 - the awaiter gets it
         failed: asyncio.Future[T] = asyncio.get_running_loop().create_future()
         failed.set_exception(error)
         return failed
-
-
-class EndWaiter:
-    """Waits for the end of a job.
-
-    Args:
-        job_id: the job.
-        wait: whether to wait until it has ended.
-        is_active: whether it runs here, so that its end will be published: then the store is not read.
-        store: the store.
-        notifier: publishes the end.
-    """
-
-    def __init__(self, job_id: str, wait: bool, is_active: bool, store: Store, notifier: Notifier) -> None:
-        self._job_id = job_id
-        self._wait = wait
-        self._store = store
-        self._notifier = notifier
-        self._subscription = notifier.subscribe(job_id, self._on_published)
-        #: The end, or None if the job has not ended. Cancelling it ends the wait.
-        self.result: asyncio.Future[End | None] = asyncio.get_running_loop().create_future()
-        self.result.add_done_callback(self._on_done)
-        if not (wait and is_active):
-            self._read_job()
-
-    def _read_job(self) -> None:
-        _call(lambda: self._store.get_job(self._job_id)).add_done_callback(self._on_read)
-
-    def _on_read(self, read: asyncio.Future[Job]) -> None:
-        error = None if read.cancelled() else read.exception()
-        if read.cancelled() or self.result.done():
-            return
-        if error is not None:
-            self.result.set_exception(error)
-        elif (end := read.result().end) is not None or not self._wait:
-            self.result.set_result(end)
-
-    def _on_published(self, ended: bool) -> None:
-        if not ended or self.result.done():
-            return
-        if self._subscription.end is not None:
-            self.result.set_result(self._subscription.end)
-        else:
-            self._read_job()
-
-    def _on_done(self, _: object) -> None:
-        self._notifier.unsubscribe(self._job_id, self._on_published)

@@ -233,6 +233,23 @@ async def test_cancel_queue_cancels_queued_and_running_jobs(tmp_path: Path) -> N
     assert len(gated.begun_calls) == 2
 
 
+async def test_cancel_queue_lets_other_writes_pass(tmp_path: Path) -> None:
+    gated = GatedHost()
+    with host(tmp_path, gated.script) as peer:
+        async with running(tmp_path, host_line(peer.port)) as dispatcher:
+            jobs = await dispatcher.submit_many([call(queue={})] * 3000, "test")
+            cancelling = asyncio.create_task(dispatcher.cancel_queue(raw({})))
+            stored_at = []
+            while not cancelling.done():
+                await dispatcher.submit(call(queue={"other": 1}), "test")
+                stored_at.append(time.time())
+            assert cancelling.result() == len(jobs)
+            times = [job.ended async for job in dispatcher.list_jobs(ended=True, queue=raw({}))]
+    cancelled_at = [ended for ended in times if ended is not None]
+    assert len(cancelled_at) == len(jobs)
+    assert any(min(cancelled_at) < stored < max(cancelled_at) for stored in stored_at)
+
+
 async def test_cancel_of_queued_and_running_job_of_a_queue(tmp_path: Path) -> None:
     gated = GatedHost()
     with host(tmp_path, gated.script) as peer:

@@ -160,10 +160,21 @@ async def test_cancel_queue_does_not_affect_other_queues(store: Store) -> None:
     others = await added(store, count=2, queue={"q": 2}) + await added(store)
     await claimed(store)
     assert await store.cancel_queue(Raw(b'{"q": 1}'), 6.0) == [
-        (ids[0], State.RUNNING), (ids[1], State.QUEUED), (ids[2], State.QUEUED),
+        (ids[1], State.QUEUED), (ids[2], State.QUEUED), (ids[0], State.RUNNING),
     ]  # fmt: skip
     assert [job.id for _, job in await store.list_jobs()] == others
     assert await claimed(store) == []
+
+
+async def test_cancel_queue_with_a_limit_begins_with_queued_jobs(store: Store) -> None:
+    ids = await added(store, count=5, queue={}, concurrency=2)
+    assert await claimed(store) == ids[:2]
+    queue = Raw(b"{}")
+    assert await store.cancel_queue(queue, 6.0, limit=2) == [(ids[2], State.QUEUED), (ids[3], State.QUEUED)]
+    assert await store.cancel_queue(queue, 7.0, limit=2) == [(ids[4], State.QUEUED), (ids[0], State.RUNNING)]
+    assert await store.cancel_queue(queue, 8.0, limit=2) == [(ids[1], State.RUNNING)]
+    assert await store.cancel_queue(queue, 9.0, limit=2) == []
+    assert [(await store.get_job(job_id)).ended for job_id in ids] == [7.0, 8.0, 6.0, 6.0, 7.0]
 
 
 # Slots of jobs that have ended

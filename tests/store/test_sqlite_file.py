@@ -19,7 +19,7 @@ from harp.protocol.ends import Returned
 from harp.protocol.json_text import Raw
 from harpcaller.model.jobs import TRANSITIONS, JobMetadata, Records, State, StopState
 from harpcaller.store import StorageError
-from harpcaller.store.sqlite import FILE_NAME, SQLiteStore, file, open_store, pruning, reads, sql
+from harpcaller.store.sqlite import FILE_NAME, SQLiteStore, file, open_store, reads, sql
 from harpcaller.store.sqlite.file import connect
 from harpcaller.store.sqlite.sql import MIGRATIONS, QUERIES
 from harpcaller.store.sqlite.writes import Writes
@@ -358,7 +358,7 @@ async def instructions_of_lists(directory: Path, old: int) -> dict[str, int]:
     for name in ("first", "many", "last", "none"):
         queue = Raw(b'{"q":"%s"}' % name.encode())
         await store.add_jobs([new_job(name, queue) for _ in range({"many": old, "none": 0}.get(name, 30))], 1.0)
-        await store.cancel_queue(queue, 2.0)
+        await store.cancel_queue(queue, 2.0, limit=old)
         options += [{"host": name}, {"queue": queue}]
     await store.add_jobs([new_job("first", {"q": "first"}) for _ in range(5)], 3.0)
     await store.close()
@@ -505,7 +505,7 @@ async def test_prune_jobs_deletes_records_orphaned_by_a_crash(tmp_path: Path) ->
     await store.finish_job(job_id, ENDS[State.RETURNED], 1.0, metadata=JobMetadata(call=Raw(b"{}")))
     await store.close()
     with closing(connect(tmp_path / FILE_NAME)) as connection:
-        assert pruning.delete_jobs(connection, 10.0, 10) == 1
+        assert Writes(connection).delete_jobs(10.0, 10) == 1
     store = await open_store(tmp_path)
     assert await store.prune_jobs(0.0, 10) == 0
     await store.close()

@@ -131,9 +131,9 @@ class Comparison(RuleBasedStateMachine):
     def cancel(self, job_id: str, stop_request: Raw | None) -> None:
         self.both("cancel_job", job_id, self.now, stop_request)
 
-    @rule(queue=QUEUES, stop_request=METADATA_VALUES)
-    def cancel_queue(self, queue: Raw, stop_request: Raw | None) -> None:
-        self.both("cancel_queue", queue, self.now, stop_request)
+    @rule(queue=QUEUES, stop_request=METADATA_VALUES, limit=SMALL)
+    def cancel_queue(self, queue: Raw, stop_request: Raw | None, limit: int) -> None:
+        self.both("cancel_queue", queue, self.now, stop_request, limit=limit)
 
     @rule(job_id=jobs, first=st.booleans(), stop=STOPS, keep_slot=st.booleans(), metadata=METADATA)
     def finalize_stop(self, job_id: str, first: bool, stop: StopState, keep_slot: bool, metadata: JobMetadata) -> None:

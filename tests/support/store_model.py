@@ -126,8 +126,11 @@ class ModelStore:
             self.finish_job(job_id, Cancelled(), now, metadata=metadata)
         return state
 
-    def cancel_queue(self, queue: Raw, now: float, stop_request: Raw | None = None) -> list[tuple[str, State]]:
-        found = [job for _, job in self.list_jobs(queue=queue)]
+    def cancel_queue(
+        self, queue: Raw, now: float, stop_request: Raw | None = None, *, limit: int = 500
+    ) -> list[tuple[str, State]]:
+        active = [job for _, job in self.list_jobs(queue=queue)]
+        found = sorted(active, key=lambda job: job.state is State.RUNNING)[:limit]
         for job in found:
             self.cancel_job(job.id, now, stop_request)
         return [(job.id, job.state) for job in found]

@@ -102,9 +102,13 @@ class Store(Protocol):
         """
 
     def cancel_queue(
-        self, queue: Raw, now: float, stop_request: Raw | None = None
+        self, queue: Raw, now: float, stop_request: Raw | None = None, *, limit: int = 500
     ) -> Awaitable[list[tuple[str, State]]]:
-        """Cancel all jobs of a queue in one transaction, as `cancel_job`; return id and state before of each."""
+        """Cancel at most `limit` jobs of a queue as `cancel_job` does; return id and state before of each.
+
+        Queued jobs come first, so that none of them gets the slot of another job of the queue. Fewer than `limit`
+        jobs are the last ones.
+        """
 
     def finalize_stop(
         self, job_id: str, stop: StopState, *, keep_slot: bool = False, metadata: JobMetadata = NO_METADATA

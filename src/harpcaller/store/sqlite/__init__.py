@@ -2,13 +2,150 @@
 
 - `file` creates, recognizes, locks and migrates the file, and maps the errors of SQLite.
 - `writer` is the thread that writes: everything that arrives during a commit goes into the next one.
-- `writes`, `pruning` and `reads` are the verbs on a connection; their SQL is in ``queries.sql``.
-- `active` holds the lanes and slots of the active jobs in memory, so that writes read nothing back.
+- `writes` and `reads` are the verbs on a connection; their SQL is in ``queries.sql``.
+- `active` has the lanes and slots of the active jobs in memory, so that writes read nothing back.
 - `rows` converts jobs, metadata and records to columns and back.
-- `backend` combines these and the threads that read into a `harpcaller.store.Store`.
 """
 
-from harpcaller.store.sqlite.backend import SQLiteStore, open_store
-from harpcaller.store.sqlite.file import FILE_NAME
+from __future__ import annotations
+
+import asyncio
+import os
+import sqlite3
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing
+from functools import wraps
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Concatenate, ParamSpec, TypeVar
+
+from harpcaller.store import StorageError
+from harpcaller.store.sqlite import reads
+from harpcaller.store.sqlite.file import FILE_NAME, connect, lock, prepare, storage_errors
+from harpcaller.store.sqlite.writer import Writer
+from harpcaller.store.sqlite.writes import Writes
 
 __all__ = ["FILE_NAME", "SQLiteStore", "open_store"]
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+# Number of reading threads and connections. They need Python's lock most of the time: more would not be faster.
+_READERS = 4
+
+
+async def open_store(directory: Path) -> SQLiteStore:
+    """Open the store in a directory; create the file, and a private directory, if they do not exist.
+
+    The time does not depend on the number of jobs that have ended.
+
+    Raises:
+        StorageError: another store has it open; the file is not HARP's or has a newer schema, and stays untouched; or
+            it cannot be created, read or written.
+    """
+    return await asyncio.to_thread(SQLiteStore, directory, asyncio.get_running_loop())
+
+
+def _writes(
+    verb: Callable[Concatenate[Writes, P], T], last: bool = False
+) -> Callable[Concatenate[SQLiteStore, P], asyncio.Future[T]]:
+    """Return a method that runs a verb in the writing thread; with `last`, after the others of its batch."""
+
+    @wraps(verb)
+    def method(self: SQLiteStore, /, *args: P.args, **kwargs: P.kwargs) -> asyncio.Future[T]:
+        self._check_open()
+        return self._writer.run(lambda writes: verb(writes, *args, **kwargs), last)
+
+    return method
+
+
+def _reads(
+    verb: Callable[Concatenate[sqlite3.Connection, P], T],
+) -> Callable[Concatenate[SQLiteStore, P], asyncio.Future[T]]:
+    """Return a method that runs a verb in a reading thread, which never waits for the writer."""
+
+    @wraps(verb)
+    def method(self: SQLiteStore, /, *args: P.args, **kwargs: P.kwargs) -> asyncio.Future[T]:
+        self._check_open()
+        loop = asyncio.get_running_loop()
+        return loop.run_in_executor(self._threads, self._read, lambda db: verb(db, *args, **kwargs))
+
+    return method
+
+
+class SQLiteStore:
+    """A `harpcaller.store.Store`, created by `open_store`. Its verbs are called in the loop in which it was created."""
+
+    def __init__(self, directory: Path, loop: asyncio.AbstractEventLoop) -> None:
+        self._path = path = directory / FILE_NAME
+        self._closed = False
+        self._threads = ThreadPoolExecutor(_READERS, thread_name_prefix="store-reader")
+        self._idle_readers: SimpleQueue[sqlite3.Connection] = SimpleQueue()
+        with ExitStack() as stack:
+            stack.callback(os.close, lock(directory))
+            prepare(path)
+            with storage_errors(path):
+                for _ in range(_READERS):
+                    self._idle_readers.put(stack.enter_context(closing(connect(path, query_only=True))))
+                self._writer = Writer(path, connect(path), loop)
+            self._resources = stack.pop_all()
+
+    add_job = _writes(Writes.add_job)
+    add_jobs = _writes(Writes.add_jobs)
+    claim_jobs = _writes(Writes.claim_jobs, last=True)
+    append_records = _writes(Writes.append_records)
+    finish_job = _writes(Writes.finish_job)
+    cancel_job = _writes(Writes.cancel_job)
+    cancel_queue = _writes(Writes.cancel_queue)
+    finalize_stop = _writes(Writes.finalize_stop)
+    update_metadata = _writes(Writes.update_metadata)
+    list_slot_holders = _reads(reads.list_slot_holders)
+    get_job = _reads(reads.get_job)
+    get_details = _reads(reads.get_details)
+    read_records = _reads(reads.read_records)
+    get_identity = _reads(reads.get_identity)
+    list_jobs = _reads(reads.list_jobs)
+    list_queues = _reads(reads.list_queues)
+
+    _delete_jobs = _writes(Writes.delete_jobs)
+    _delete_orphaned_records = _writes(Writes.delete_orphaned_records)
+    _release_free_pages = _writes(Writes.release_free_pages)
+    _checkpoint = _reads(reads.checkpoint)
+
+    async def prune_jobs(self, ended_before: float, limit: int) -> int:
+        """See `Store.prune_jobs`. Each step is a transaction of its own; other verbs run between the steps."""
+        pruned = 0
+        while deleted := await self._delete_jobs(ended_before, limit - pruned):
+            pruned += deleted
+        while await self._delete_orphaned_records():
+            pass
+        while await self._release_free_pages():
+            pass
+        if pruned:
+            await self._checkpoint()
+        return pruned
+
+    async def close(self) -> None:
+        """See `Store.close`. Closing again does nothing."""
+        if not self._closed:
+            self._closed = True
+            self._writer.stop()
+            await asyncio.to_thread(self._join)
+
+    def _join(self) -> None:
+        self._writer.join()
+        self._threads.shutdown()
+        self._resources.close()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise StorageError(f"{self._path}: the store is closed")
+
+    def _read(self, verb: Callable[[sqlite3.Connection], T]) -> T:
+        connection = self._idle_readers.get()
+        try:
+            with storage_errors(self._path):
+                return verb(connection)
+        finally:
+            self._idle_readers.put(connection)

@@ -1,8 +1,8 @@
 """The lanes and slots of the jobs that have not ended or hold a slot, in memory.
 
-It is a cache of rows that only this dispatcher changes, so that a write reads nothing back. It is never the truth: it
-is read from the file when the store is opened, and anew after a transaction was rolled back. Of a queued job it holds
-the sequence number only, because there may be many. Nothing here executes a statement that writes.
+It is a cache of rows that only this dispatcher changes, so that a write reads nothing back. The file is the truth: the
+cache is read from it when the store is opened, and again after a transaction was rolled back. A queued job needs only
+its sequence number here, because there may be many. No statement of this module writes.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
 
 from harpcaller.model.jobs import Job, State
-from harpcaller.model.lanes import Head, startable_jobs
 from harpcaller.store.sqlite.rows import decode_name
 from harpcaller.store.sqlite.sql import QUERIES
 
@@ -23,9 +22,7 @@ class Lane:
     """A lane that has a job.
 
     Attributes:
-        key: its key.
         concurrency: maximum number of its jobs that hold a slot; None for the jobs of a host without a queue.
-        slots_held: number of its jobs that hold a slot.
         head: sequence number of its first queued job; None if no job is queued.
         head_job: this job, if a claim has read it.
     """
@@ -73,13 +70,10 @@ class Lane:
 
 @dataclass(slots=True)
 class ActiveJob:
-    """A job that has not ended or holds a slot. Only those that hold a slot are kept.
+    """A job that has not ended or holds a slot.
 
     Attributes:
-        seq: its sequence number.
-        lane: its lane.
         host: name of its host; empty for a queued job.
-        state: its state.
         records: number of its stored records.
         chunk: the last chunk of its records, if it may grow: first number, count, bytes, timestamps.
     """
@@ -93,11 +87,7 @@ class ActiveJob:
 
 
 class ActiveJobs:
-    """The jobs in the file that have not ended or hold a slot.
-
-    Args:
-        db: a connection, of which a running transaction is seen.
-    """
+    """The jobs in the file, with those of a running transaction of `db`, that have not ended or hold a slot."""
 
     def __init__(self, db: sqlite3.Connection) -> None:
         self.lanes: dict[str, Lane] = {}
@@ -108,21 +98,16 @@ class ActiveJobs:
         #: The sequence number of the next job.
         self.next_seq: int = last + 1
         for key, concurrency in db.execute(QUERIES["queue_limits"]).fetchall():
-            self.lanes[key] = Lane(key, concurrency)
+            self.add_lane(key, concurrency)
         for seq, id_, key, host, state, records in db.execute(QUERIES["slot_holders_to_cache"]).fetchall():
-            self._hold(id_, ActiveJob(seq, self._lane(key), decode_name(host), State(state), records))
+            lane = self.lanes.get(key) or self.add_lane(key, None)
+            self._hold_slot(id_, ActiveJob(seq, lane, decode_name(host), State(state), records))
         for seq, key in db.execute(QUERIES["queued_to_cache"]):
-            self._lane(key).append(seq)
+            (self.lanes.get(key) or self.add_lane(key, None)).append(seq)
         # The lanes that may have a job that can start: a heap of their heads. A lane may be in it several times, and
         # the entries of lanes that have changed since are skipped.
-        self._heads = [(head, lane.key) for lane in self.lanes.values() if (head := lane.head) is not None]
+        self._heads = [(lane.head, lane.key) for lane in self.lanes.values() if lane.head is not None]
         heapify(self._heads)
-
-    def _lane(self, key: str) -> Lane:
-        lane = self.lanes.get(key)
-        if lane is None:
-            lane = self.lanes[key] = Lane(key, None)
-        return lane
 
     def add_lane(self, key: str, concurrency: int | None) -> Lane:
         """Add a lane that does not exist."""
@@ -148,56 +133,49 @@ class ActiveJobs:
     def give_slot(self, job_id: str, seq: int, lane: Lane, host: str) -> None:
         """Give a slot to the head of a lane."""
         lane.remove(seq)
-        self._hold(job_id, ActiveJob(seq, lane, host, State.RUNNING))
+        self._hold_slot(job_id, ActiveJob(seq, lane, host, State.RUNNING))
         self._offer(lane)
 
     def release_slot(self, job_id: str) -> None:
         """Remove a job that holds a slot, because it has ended."""
         job = self.slot_holders.pop(job_id)
-        lane, was_full = job.lane, not job.lane.has_room
-        lane.slots_held -= 1
+        was_full = not job.lane.has_room
+        job.lane.slots_held -= 1
         self._slots_on_host[job.host] -= 1
         if not self._slots_on_host[job.host]:
             del self._slots_on_host[job.host]
         if was_full:
-            self._offer(lane)
+            self._offer(job.lane)
 
-    def _hold(self, job_id: str, job: ActiveJob) -> None:
+    def _hold_slot(self, job_id: str, job: ActiveJob) -> None:
         self.slot_holders[job_id] = job
         job.lane.slots_held += 1
         self._slots_on_host[job.host] += 1
 
     def _offer(self, lane: Lane) -> None:
-        """Put a lane on the heap if its head may start: it has a new head, or has room again."""
-        head = lane.head
-        if head is not None and lane.has_room:
-            heappush(self._heads, (head, lane.key))
+        """Add a lane to the heap if its head may start: it has a new head, or has room again."""
+        if lane.head is not None and lane.has_room:
+            heappush(self._heads, (lane.head, lane.key))
 
     def startable_jobs(
         self, host_of: Callable[[int, Lane], str], *, limit: int, max_calls_per_host: int
     ) -> Iterator[tuple[int, Lane]]:
-        """Yield the jobs that may start now with their lanes; the caller gives each its slot before the next one.
+        """Yield the jobs that may start now, with their lanes, in the order of submission.
 
-        Args:
-            host_of: returns the host of the head of a lane.
-            limit: maximum number of jobs.
-            max_calls_per_host: maximum number of jobs that hold a slot on one host.
+        The caller gives each job its slot before it requests the next one, so that the next job of the lane becomes
+        its head. That job was submitted later, so one pass in this order finds every job that may start. A lane waits
+        while the host of its head is full. `host_of` returns the host of the head of a lane.
         """
-        offered: list[tuple[int, Lane]] = []
-
-        def next_head(_: int) -> Head | None:
-            while self._heads:
-                seq, key = heappop(self._heads)
-                lane = self.lanes.get(key)
-                if lane is None or lane.head != seq or not lane.has_room or (offered and offered[-1][0] == seq):
-                    continue  # the lane has changed, or it was on the heap twice
-                offered.append((seq, lane))
-                return Head(seq, host_of(seq, lane))
-            return None
-
-        count_held = self._slots_on_host.__getitem__
-        for _ in startable_jobs(next_head, count_held, limit=limit, max_calls_per_host=max_calls_per_host):
-            yield offered[-1]
-        for seq, lane in offered:
-            if lane.head == seq:  # its host is full, but may have room at the next claim
-                self._offer(lane)
+        waiting: list[tuple[int, str]] = []  # their hosts are full, but may have room at the next claim
+        while limit > 0 and self._heads:
+            seq, key = heappop(self._heads)
+            lane = self.lanes.get(key)
+            if lane is None or lane.head != seq or not lane.has_room or (waiting and waiting[-1][0] == seq):
+                continue  # the lane has changed, or it was on the heap twice
+            if self._slots_on_host[host_of(seq, lane)] < max_calls_per_host:
+                limit -= 1
+                yield seq, lane
+            else:
+                waiting.append((seq, key))
+        for head in waiting:
+            heappush(self._heads, head)

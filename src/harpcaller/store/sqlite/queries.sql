@@ -1,4 +1,4 @@
--- The named statements of the store. The verbs that run them are in writes.py, pruning.py and reads.py.
+-- The named statements of the store. The verbs that run them are in writes.py and reads.py.
 -- No other transaction writes at the same time, so everything that a verb has read is valid until it commits.
 
 -- name: last_seq
@@ -55,11 +55,8 @@ ON CONFLICT (job) DO UPDATE SET
     stop_report = coalesce(excluded.stop_report, stop_report),
     exit_info = coalesce(excluded.exit_info, exit_info);
 
--- name: not_ended_of_lane
-SELECT seq, id FROM jobs INDEXED BY jobs_queued_of_lane WHERE lane = :lane AND state = 'queued'
-UNION ALL
-SELECT seq, id FROM jobs INDEXED BY jobs_holding WHERE holds_slot = 1 AND lane = :lane AND state = 'running'
-ORDER BY seq;
+-- name: queued_of_lane
+SELECT seq, id FROM jobs INDEXED BY jobs_queued_of_lane WHERE lane = ? AND state = 'queued' ORDER BY seq LIMIT ?;
 
 -- name: add_chunk
 INSERT INTO records (job, first, count, bytes, timestamps) VALUES (?, ?, ?, ?, ?);

@@ -11,12 +11,7 @@ from harp.protocol.json_text import Raw
 from harpcaller.model.jobs import Identity, Job, JobDetails, JobMetadata, QueuePosition, Records, State
 from harpcaller.model.lanes import queue_lane
 from harpcaller.store import QueueStatus, UnknownJob
-from harpcaller.store.sqlite.rows import (
-    decode_job,
-    encode_name,
-    split_records,
-    split_timestamps,
-)
+from harpcaller.store.sqlite.rows import decode_job, encode_name, split_records, split_timestamps
 from harpcaller.store.sqlite.sql import MAX_INTEGER, QUERIES
 
 # A page of a list ends when its payloads have this size.
@@ -69,12 +64,12 @@ def read_records(db: sqlite3.Connection, job_id: str, first: int, max_bytes: int
             records = split_records(chunk)
             # A record from before schema 2 has no time; it gets the job's start.
             chunk_times = [started] * len(records) if timestamps is None else split_timestamps(timestamps)
-            for at in range(skipped, len(records)):
-                room -= len(records[at])
+            for record, time in list(zip(records, chunk_times, strict=True))[skipped:]:
+                room -= len(record)
                 if values and room < 0:
                     return Records(tuple(values), tuple(times))
-                values.append(records[at])
-                times.append(chunk_times[at])
+                values.append(record)
+                times.append(time)
     return Records(tuple(values), tuple(times))
 
 
@@ -123,3 +118,11 @@ def list_jobs(
 def list_queues(db: sqlite3.Connection) -> list[QueueStatus]:
     rows = db.execute(QUERIES["list_queues"]).fetchall()
     return [QueueStatus(Raw(name), concurrency, running, queued) for name, concurrency, running, queued in rows]
+
+
+def checkpoint(db: sqlite3.Connection) -> None:
+    """Copy the write-ahead log into the file, as far as other connections allow it without waiting.
+
+    It runs on a connection that has no transaction. The next write checkpoints again if this one was incomplete.
+    """
+    db.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()

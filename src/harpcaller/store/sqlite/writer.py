@@ -4,10 +4,10 @@ Theory of operation: a commit waits for the disk, so its cost is shared. Everyth
 is one batch, that is one transaction and one wait. The verbs that are called in two turns of the event loop are one
 batch, too. If a member fails, the transaction is rolled back and run again with a savepoint for each member, so that
 only the changes of that member are undone. If the transaction itself fails, for example because the disk is full,
-the whole batch fails: nothing was changed, and each member gets the error. The thread then takes the next batch.
+nothing was changed, and each member gets the error. The thread then continues with the next batch.
 
 The outcome of a member is published after the commit, never before. A member whose awaiter was cancelled runs all the
-same, and its outcome is dropped.
+same, and its outcome is ignored.
 """
 
 from __future__ import annotations
@@ -15,17 +15,16 @@ from __future__ import annotations
 import asyncio
 import sqlite3
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Sequence
+from contextlib import closing, suppress
 from operator import attrgetter
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from harpcaller.store.sqlite.file import storage_errors
 from harpcaller.store.sqlite.writes import Writes
 
-P = ParamSpec("P")
 T = TypeVar("T")
 
 # Limit of a batch, so that its first member does not wait for an unlimited number of others.
@@ -33,9 +32,7 @@ _MAX_MEMBERS = 500
 
 
 class _Member(NamedTuple):
-    verb: Callable[..., Any]
-    args: tuple[Any, ...]
-    options: Mapping[str, Any]
+    verb: Callable[[Writes], Any]
     future: asyncio.Future[Any]
     last: bool
 
@@ -60,22 +57,20 @@ class Writer:
         self._thread = threading.Thread(target=self._run_batches, name="store-writer", daemon=True)
         self._thread.start()
 
-    def run(
-        self, verb: Callable[Concatenate[Writes, P], T], last: bool, /, *args: P.args, **options: P.kwargs
-    ) -> asyncio.Future[T]:
+    def run(self, verb: Callable[[Writes], T], last: bool) -> asyncio.Future[T]:
         """Run a verb within a transaction. Called in the loop's thread.
 
         With `last` it runs after the other members of its batch, to see their changes.
 
         Returns:
             A future of the verb's result; its changes are on stable storage then. It raises `StorageError` if the
-            transaction failed and nothing was changed, or what the verb raised if its changes were undone.
+            transaction failed and nothing was changed, or the exception of the verb if its changes were undone.
         """
         if not self._next_members:
-            # After the next turn, so that what this turn calls for, such as a claim, is in the same batch.
+            # After the next turn, so that a verb that is called because of this turn, such as a claim, is a member too.
             self._loop.call_soon(self._loop.call_soon, self._flush)
         future: asyncio.Future[T] = self._loop.create_future()
-        self._next_members.append(_Member(verb, args, options, future, last))
+        self._next_members.append(_Member(verb, future, last))
         return future
 
     def _flush(self) -> None:
@@ -94,25 +89,24 @@ class Writer:
         self._thread.join()
 
     def _run_batches(self) -> None:
-        open_ = True
-        while open_:
-            batch, open_ = self._next_batch()
-            if batch:
+        with closing(self._connection):
+            while batch := self._next_batch():
                 batch.sort(key=attrgetter("last"))
                 outcomes = self._commit(batch)
                 # The loop may be closed when the program ends without closing the store.
                 with suppress(RuntimeError):
                     self._loop.call_soon_threadsafe(_resolve_futures, batch, outcomes)
-        self._connection.close()
 
-    def _next_batch(self) -> tuple[list[_Member], bool]:
-        """Wait for members; return all that have arrived, and False when the thread is to end."""
-        batch: list[_Member] = []
-        while members := self._queue.get():
+    def _next_batch(self) -> list[_Member]:
+        """Wait for members; return all that have arrived, or none if the thread is to end."""
+        batch = [*self._queue.get()]
+        while 0 < len(batch) < _MAX_MEMBERS and not self._queue.empty():
+            members = self._queue.get()
+            if not members:
+                self._queue.put(())  # the end of the thread, after this batch
+                break
             batch += members
-            if len(batch) >= _MAX_MEMBERS or self._queue.empty():
-                return batch, True
-        return batch, False
+        return batch
 
     def _commit(self, batch: Sequence[_Member]) -> list[Any]:
         """Run a batch; return the result of each member, or the exception that it raised."""
@@ -121,7 +115,7 @@ class Writer:
                 try:
                     self._connection.execute("BEGIN IMMEDIATE")
                     self._writes.begin()
-                    outcomes = [verb(self._writes, *args, **options) for verb, args, options, _, _ in batch]
+                    outcomes = [member.verb(self._writes) for member in batch]
                     self._writes.flush()
                 except Exception:  # noqa: BLE001 - the failed member is found by running each in a savepoint
                     self._roll_back()
@@ -139,29 +133,29 @@ class Writer:
         try:
             with storage_errors(self._path):
                 self._writes.begin()
-                outcome = member.verb(self._writes, *member.args, **member.options)
+                outcome = member.verb(self._writes)
                 self._writes.flush()
         except Exception as error:
             if not self._connection.in_transaction:  # SQLite has rolled back everything
                 raise
             self._connection.execute("ROLLBACK TO member")
-            self._writes.forget()
+            self._writes.discard()
             outcome = error
         self._connection.execute("RELEASE member")
         return outcome
 
     def _roll_back(self) -> None:
-        self._writes.forget()
+        self._writes.discard()
         with suppress(sqlite3.Error):
             if self._connection.in_transaction:
                 self._connection.execute("ROLLBACK")
 
 
 def _resolve_futures(batch: Sequence[_Member], outcomes: Sequence[Any]) -> None:
-    for member, outcome in zip(batch, outcomes, strict=True):
-        if member.future.done():  # its awaiter was cancelled
+    for (_, future, _), outcome in zip(batch, outcomes, strict=True):
+        if future.done():  # its awaiter was cancelled
             continue
         if isinstance(outcome, Exception):
-            member.future.set_exception(outcome)
+            future.set_exception(outcome)
         else:
-            member.future.set_result(outcome)
+            future.set_result(outcome)

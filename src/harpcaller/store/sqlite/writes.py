@@ -3,8 +3,8 @@
 Theory of operation. A verb decides in memory (`active`) and reads nothing back. New jobs and ends are collected, and
 inserted together when the transaction is complete (`Writes.flush`): a job that a claim of the same transaction starts
 is inserted as a running one, once. A verb that needs rows from the file flushes first. Writes are guarded: if the file
-differs from what is in memory, they change nothing and the transaction fails. After a rollback the writer calls
-`Writes.forget`, and the memory is read anew.
+differs from the memory, they change nothing and the transaction fails. After a rollback the writer calls
+`Writes.discard`, and the memory is read again.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from itertools import chain
 from typing import Any
 
@@ -40,14 +40,23 @@ from harpcaller.store.sqlite.rows import (
     join_records,
     join_timestamps,
 )
-from harpcaller.store.sqlite.sql import MAX_INTEGER, QUERIES, ROWS_PER_INSERT, insert_many
+from harpcaller.store.sqlite.sql import MAX_INTEGER, QUERIES
 
 # Records are appended to a chunk below this size; as it fits in a page, rewriting it costs one page, like a new chunk.
 _GROWING_CHUNK_BYTES = 2048
 # A chunk of this size gets no further record.
 _MAX_CHUNK_BYTES = 65536
 
-# The lanes of short names are remembered.
+# Rows in one statement. More rows are hardly cheaper, and SQLite limits the parameters.
+_ROWS_PER_INSERT = 50
+
+# Approximate limits of one step of pruning.
+_STEP_JOBS = 100
+_STEP_BYTES = 8 * 1024 * 1024
+_STEP_CHUNKS = 4096
+_STEP_PAGES = 512
+
+# The lanes of names up to this length are cached.
 _SHORT_NAME = 256
 _host_lane = lru_cache(1024)(host_lane)
 _queue_lane = lru_cache(1024)(queue_lane)
@@ -70,11 +79,7 @@ class _Added:
 
 
 class Writes:
-    """The verbs, and what they have collected for the current transaction.
-
-    Args:
-        db: the only connection that writes.
-    """
+    """The verbs, and the rows that they have collected for the current transaction of `db`."""
 
     def __init__(self, db: sqlite3.Connection) -> None:
         self.db = db
@@ -92,19 +97,15 @@ class Writes:
             self._active = ActiveJobs(self.db)
             self._is_current = True
 
-    def forget(self) -> None:
-        """Drop what is in memory, because the transaction, or the last part of it, was rolled back."""
+    def discard(self) -> None:
+        """Discard the memory, because the transaction, or the last part of it, was rolled back."""
         self._is_current = False
         self._added.clear()
         self._ended.clear()
         self._outcomes.clear()
 
     def flush(self) -> None:
-        """Insert what was collected.
-
-        Raises:
-            ValueError: a job with one of the new ids exists.
-        """
+        """Write the collected rows. Raises `ValueError` if a job with one of the new ids exists."""
         if self._added:
             self._insert_jobs()
             self._added.clear()
@@ -118,13 +119,22 @@ class Writes:
     def _insert_jobs(self) -> None:
         jobs = [_job_row(seq, added) for seq, added in self._added.items()]
         try:
-            _insert(self.db, QUERIES["add_job"], jobs)
+            self._insert(QUERIES["add_job"], jobs)
         except sqlite3.IntegrityError as error:
             if error.sqlite_errorname != "SQLITE_CONSTRAINT_UNIQUE":
                 raise
             which = jobs[0][1] if len(jobs) == 1 else "with one of these ids"
             raise ValueError(f"a job {which} exists already") from error
-        _insert(self.db, QUERIES["add_call"], [_call_row(seq, added.job) for seq, added in self._added.items()])
+        self._insert(QUERIES["add_call"], [_call_row(seq, added.job) for seq, added in self._added.items()])
+
+    def _insert(self, statement: str, rows: list[tuple[Any, ...]]) -> None:
+        """Insert rows by a statement that inserts one row, in groups as long as possible."""
+        rest = len(rows) % _ROWS_PER_INSERT
+        for start in range(0, len(rows) - rest, _ROWS_PER_INSERT):
+            group = chain.from_iterable(rows[start : start + _ROWS_PER_INSERT])
+            self.db.execute(_insert_many(statement), list(group))
+        if rest:
+            self.db.executemany(statement, rows[-rest:])
 
     def _execute_guarded(self, statement: str, rows: Sequence[tuple[Any, ...]]) -> None:
         """Run a statement that changes one row for each tuple."""
@@ -134,11 +144,9 @@ class Writes:
     # Submission and claims.
 
     def add_job(self, job: NewJob, now: float) -> None:
-        """See `Store.add_job`."""
         self.add_jobs((job,), now)
 
     def add_jobs(self, jobs: Sequence[NewJob], now: float) -> None:
-        """See `Store.add_jobs`."""
         for job in jobs:
             key = _lane_of(job)
             lane = self._active.lanes.get(key) or self._add_lane(key, job)
@@ -158,7 +166,6 @@ class Writes:
                 self.db.execute(QUERIES["delete_queue"], (lane.key,))
 
     def claim_jobs(self, now: float, limit: int, max_calls_per_host: int) -> list[Job]:
-        """See `Store.claim_jobs`."""
         claimed: list[Job] = []
         startable = self._active.startable_jobs(self._host_of, limit=limit, max_calls_per_host=max_calls_per_host)
         for seq, lane in startable:
@@ -168,7 +175,7 @@ class Writes:
         return claimed
 
     def _host_of(self, seq: int, lane: Lane) -> str:
-        """Return the host of the head of a lane, and keep the job for its start."""
+        """Return the host of the head of a lane; a job that is read for this is cached for its start."""
         if added := self._added.get(seq):
             return added.job.host
         if lane.head_job is None:
@@ -181,16 +188,15 @@ class Writes:
         if added := self._added.get(seq):
             added.started = max(now, added.submitted)
             return _running_job(added.job, added.submitted, added.started)
-        waiting = lane.head_job
-        assert waiting is not None
-        started = max(now, waiting.submitted)
+        queued = lane.head_job
+        assert queued is not None
+        started = max(now, queued.submitted)
         self._execute_guarded(QUERIES["start_job"], [(started, seq)])
-        return _running_job(waiting, waiting.submitted, started)
+        return _running_job(queued, queued.submitted, started)
 
     # Records.
 
     def append_records(self, job_id: str, first: int, records: Records) -> bool:
-        """See `Store.append_records`."""
         if len(records.values) != len(records.timestamps):
             raise ValueError(f"{len(records.values)} records and {len(records.timestamps)} times: expected one each")
         job = self._active.slot_holders.get(job_id)
@@ -198,7 +204,7 @@ class Writes:
             return False
         if job.seq in self._added:
             self.flush()
-        for chunk in _chunks(records):
+        for chunk in _split_chunks(records):
             self._append_chunk(job, chunk)
         self._execute_guarded(QUERIES["count_records"], [(job.records, job.seq)])
         return True
@@ -229,7 +235,6 @@ class Writes:
         keep_slot: bool = False,
         metadata: JobMetadata = NO_METADATA,
     ) -> bool:
-        """See `Store.finish_job`."""
         job = self._find_unended(job_id)
         if job is None:
             return False
@@ -241,20 +246,22 @@ class Writes:
         return True
 
     def cancel_job(self, job_id: str, now: float, stop_request: Raw | None = None) -> State | None:
-        """See `Store.cancel_job`."""
         job = self._find_unended(job_id)
         return None if job is None else self._cancel(job_id, job, now, stop_request)
 
-    def cancel_queue(self, queue: Raw, now: float, stop_request: Raw | None = None) -> list[tuple[str, State]]:
-        """See `Store.cancel_queue`."""
+    def cancel_queue(
+        self, queue: Raw, now: float, stop_request: Raw | None = None, *, limit: int = 500
+    ) -> list[tuple[str, State]]:
         self.flush()
         lane = self._active.lanes.get(queue_lane(queue))
         if lane is None:
             return []
-        rows = self.db.execute(QUERIES["not_ended_of_lane"], {"lane": lane.key}).fetchall()
-        holders = self._active.slot_holders
-        jobs = [(job_id, holders.get(job_id) or ActiveJob(seq, lane)) for seq, job_id in rows]
-        return [(job_id, self._cancel(job_id, job, now, stop_request)) for job_id, job in jobs]
+        rows = self.db.execute(QUERIES["queued_of_lane"], (lane.key, limit)).fetchall()
+        jobs = [(job_id, ActiveJob(seq, lane)) for seq, job_id in rows]
+        if len(jobs) < limit:
+            holders = self._active.slot_holders.items()
+            jobs += [(id_, job) for id_, job in holders if job.lane is lane and job.state is State.RUNNING]
+        return [(job_id, self._cancel(job_id, job, now, stop_request)) for job_id, job in jobs[:limit]]
 
     def _find_unended(self, job_id: str) -> ActiveJob | None:
         job = self._active.slot_holders.get(job_id)
@@ -298,14 +305,8 @@ class Writes:
             self._outcomes.append((seq, body, call, metadata.stop_request, metadata.stop_report, exit_info))
 
     def finalize_stop(
-        self,
-        job_id: str,
-        stop: StopState,
-        *,
-        keep_slot: bool = False,
-        metadata: JobMetadata = NO_METADATA,
+        self, job_id: str, stop: StopState, *, keep_slot: bool = False, metadata: JobMetadata = NO_METADATA
     ) -> bool:
-        """See `Store.finalize_stop`."""
         job = self._active.slot_holders.get(job_id)
         if job is None or job.state not in ENDED:
             return False
@@ -318,21 +319,61 @@ class Writes:
         return True
 
     def update_metadata(self, job_id: str, metadata: JobMetadata) -> bool:
-        """See `Store.update_metadata`."""
         self.flush()
         for (seq,) in self.db.execute(QUERIES["find_job"], (job_id,)).fetchall():
             self._add_outcome(seq, None, metadata)
             return True
         return False
 
+    # The steps of pruning. Each is short, so that other verbs wait briefly.
 
-def _insert(db: sqlite3.Connection, statement: str, rows: list[tuple[Any, ...]]) -> None:
-    """Insert rows by a statement that inserts one row, in groups as long as possible."""
-    rest = len(rows) % ROWS_PER_INSERT
-    for start in range(0, len(rows) - rest, ROWS_PER_INSERT):
-        db.execute(insert_many(statement), list(chain.from_iterable(rows[start : start + ROWS_PER_INSERT])))
-    if rest:
-        db.executemany(statement, rows[-rest:])
+    def delete_jobs(self, ended_before: float, limit: int) -> int:
+        """Delete a few jobs that ended before a time and hold no slot, orphan their records; return how many."""
+        self.flush()
+        old = self.db.execute(QUERIES["old_jobs"], {"before": ended_before, "limit": min(limit, _STEP_JOBS)}).fetchall()
+        deleted, room = 0, _STEP_BYTES
+        for seq, size in old:
+            if room <= 0:
+                break
+            self.db.execute(QUERIES["orphan_records"], {"seq": seq})
+            self.db.execute(QUERIES["delete_job"], {"seq": seq})
+            room -= size
+            deleted += 1
+        return deleted
+
+    def delete_orphaned_records(self) -> bool:
+        """Delete some records of deleted jobs; return whether there may be more."""
+        self.flush()
+        [(seq,)] = self.db.execute(QUERIES["first_orphaned_records"]).fetchall()
+        if seq is None:
+            return False
+        room = _STEP_BYTES
+        for rowid, size in self.db.execute(QUERIES["orphaned_chunks"], {"seq": seq, "limit": _STEP_CHUNKS}).fetchall():
+            if room <= 0:
+                break
+            self.db.execute(QUERIES["delete_chunk"], {"rowid": rowid})
+            room -= size
+        self.db.execute(QUERIES["forget_orphaned_records"], {"seq": seq})
+        return True
+
+    def release_free_pages(self) -> bool:
+        """Free some unused pages of the file, which the next checkpoint truncates; return whether there may be more."""
+        self.flush()
+        before = self._count_free_pages()
+        for _ in range(min(before, _STEP_PAGES)):
+            self.db.execute("PRAGMA incremental_vacuum(1)")  # the driver executes only one step of this statement
+        return 0 < self._count_free_pages() < before
+
+    def _count_free_pages(self) -> int:
+        [(pages,)] = self.db.execute("PRAGMA freelist_count").fetchall()
+        return int(pages)
+
+
+@cache
+def _insert_many(statement: str) -> str:
+    """Return a statement that inserts `_ROWS_PER_INSERT` rows instead of one, at half the cost per row."""
+    head, values, row = statement.strip().removesuffix(";").partition("VALUES ")
+    return head + values + ", ".join([row] * _ROWS_PER_INSERT)
 
 
 def _job_row(seq: int, added: _Added) -> tuple[Any, ...]:
@@ -366,14 +407,12 @@ def _running_job(job: NewJob | Job, submitted: float, started: float) -> Job:
     )
 
 
-def _chunks(records: Records) -> Iterator[Records]:
-    start, size = 0, 0
+def _split_chunks(records: Records) -> Iterator[Records]:
+    start = size = 0
     previous: float | None = None
     for end, (value, time) in enumerate(zip(records.values, records.timestamps, strict=True), 1):
         size += len(value) + (0 if time == previous else ENTRY_BYTES)
         previous = time
-        if size >= _MAX_CHUNK_BYTES:
+        if size >= _MAX_CHUNK_BYTES or end == len(records):
             yield Records(records.values[start:end], records.timestamps[start:end])
             start, size, previous = end, 0, None
-    if size:
-        yield Records(records.values[start:], records.timestamps[start:])

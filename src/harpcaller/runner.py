@@ -1,0 +1,154 @@
+"""The active calls: claims queued jobs when one may have become able to start, and runs them.
+
+A claim runs after the other writes of its transaction. So one claim for all requests of a turn of the event loop is
+enough, and a job that is stored in this turn is claimed with the same commit. Several claims may be in the store: each
+reserves the calls that it may start.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+
+from harpcaller.model.jobs import Job, State
+from harpcaller.runs.context import RunContext
+from harpcaller.runs.run import Run
+from harpcaller.store import StorageError
+
+log = logging.getLogger(__name__)
+
+#: Maximum number of jobs in one claim.
+_CLAIM_SIZE = 100
+
+#: Seconds between two attempts after the store failed.
+_RETRY_INTERVAL = 1.0
+
+
+class Runner:
+    """Claims jobs from `begin_claiming` to `detach`, and runs their calls.
+
+    `can_start` returns whether calls can be started; `request_claim` is called when that becomes true.
+    """
+
+    def __init__(self, can_start: Callable[[], bool]) -> None:
+        #: The environment of new runs.
+        self.context: RunContext
+        #: The runs of the active calls, by job id.
+        self.runs: dict[str, Run] = {}
+        self._can_start = can_start
+        self._no_runs = asyncio.Event()  # set when the last run has closed
+        # Jobs that are cancelled after the store has claimed them and before their run exists.
+        self._cancelled_before_start: set[str] = set()
+        self._is_claiming = False
+        self._claim_requested = False
+        self._claim_postponed = False  # until a call has ended, or a claim has returned
+        self._claims: dict[asyncio.Future[list[Job]], int] = {}  # those in the store, with their limits
+        self._retry: asyncio.TimerHandle | None = None
+
+    async def recover(self) -> bool:
+        """Create runs for the jobs that hold a slot since the last dispatcher; return False if the store failed."""
+        try:
+            jobs = await self.context.store.list_slot_holders()
+        except StorageError as error:
+            log.error("cannot recover jobs; retrying", extra={"error": str(error)})
+            return False
+        self._start_runs(jobs, recovered=True)
+        if jobs:
+            log.info("jobs recovered", extra={"jobs": len(jobs)})
+        return True
+
+    async def begin_claiming(self, recovered: bool) -> None:
+        """Claim jobs from now on, but not before the jobs that hold a slot have a run."""
+        while not recovered:
+            await asyncio.sleep(_RETRY_INTERVAL)
+            recovered = await self.recover()
+        self._is_claiming = True
+        self.request_claim()
+
+    def request_claim(self) -> None:
+        """Claim jobs in the next turn of the event loop, because a job may have become able to start."""
+        if not self._claim_requested:
+            self._claim_requested = True
+            asyncio.get_running_loop().call_soon(self._claim)
+
+    async def cancel_call(self, job_id: str, before: State, client: str | None) -> None:
+        """Stop the call of a job whose end `Cancelled` is committed. It is not started after this function returns."""
+        if run := self.runs.get(job_id):
+            await run.cancel_call(client)
+        elif before is State.RUNNING:
+            self._cancelled_before_start.add(job_id)
+
+    async def detach(self) -> None:
+        """Claim no further jobs. Detach the runs: resumable calls continue on their hosts, the others are stopped."""
+        self._is_claiming = False
+        if self._retry is not None:
+            self._retry.cancel()
+        if self._claims:
+            await asyncio.wait(self._claims)
+        for run in list(self.runs.values()):
+            run.detach()
+
+    async def wait_closed(self) -> None:
+        """Wait until no call is active."""
+        while self.runs:
+            self._no_runs.clear()
+            await self._no_runs.wait()
+
+    def _claim(self) -> None:
+        self._claim_requested = False
+        if not self._is_claiming or not self._can_start():
+            return
+        context = self.context
+        if context.writes.failing:  # no call starts while the data of active calls cannot be stored
+            self._retry_claim()
+            return
+        limit = min(_CLAIM_SIZE, context.config.max_calls - len(self.runs) - sum(self._claims.values()))
+        self._claim_postponed = limit <= 0
+        if not self._claim_postponed:
+            claimed = context.store.claim_jobs(context.wall(), limit, context.config.max_calls_per_host)
+            claim = asyncio.ensure_future(claimed)
+            self._claims[claim] = limit
+            claim.add_done_callback(self._on_claimed)
+
+    def _on_claimed(self, claim: asyncio.Future[list[Job]]) -> None:
+        limit = self._claims.pop(claim)
+        try:
+            jobs = claim.result()
+        except Exception as error:
+            if isinstance(error, StorageError):
+                log.error("cannot claim jobs; retrying", extra={"error": str(error)})
+            else:
+                log.exception("cannot claim jobs: internal error; retrying")
+            self._retry_claim()
+            return
+        self._start_runs(jobs)
+        if len(jobs) == limit or self._claim_postponed:
+            self.request_claim()  # there may be more
+
+    def _retry_claim(self) -> None:
+        if self._retry is None:
+            self._retry = asyncio.get_running_loop().call_later(_RETRY_INTERVAL, self._on_retry)
+
+    def _on_retry(self) -> None:
+        self._retry = None
+        self.request_claim()
+
+    def _start_runs(self, jobs: Sequence[Job], recovered: bool = False) -> None:
+        """Start a run for each of these jobs, which hold a slot.
+
+        A job that was cancelled meanwhile also needs a run, which releases its slot.
+        """
+        for job in jobs:
+            run = self.runs[job.id] = Run(job, self.context, self._on_run_closed)
+            if job.id in self._cancelled_before_start:
+                self._cancelled_before_start.discard(job.id)
+                run.cancel_before_start()
+            run.start(recovered)
+
+    def _on_run_closed(self, run: Run) -> None:
+        del self.runs[run.job.id]
+        if self._claim_postponed:
+            self.request_claim()
+        if not self.runs:
+            self._no_runs.set()
