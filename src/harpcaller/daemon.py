@@ -21,7 +21,7 @@ from harp_daemon.listeners import Listener, ListenError, listen_unix
 from harp_daemon.process import ProcessError, notify_service_manager
 from harp_daemon.settings import ConfigError, report_restart_needed
 from harpcaller.api.client_server import ClientServer, listen
-from harpcaller.api.control_server import serve_control
+from harpcaller.api.control_server import ControlServer
 from harpcaller.config import Config, file_errors, load
 from harpcaller.dispatcher import Dispatcher
 from harpcaller.store.sqlite import open_store
@@ -81,10 +81,11 @@ async def run(
                 store = await open_store(config.stream_directory)
             stack.push_async_callback(store.close)
             dispatcher = await stack.enter_async_context(Dispatcher(config, store, wall))
-            server = await stack.enter_async_context(aclosing(ClientServer(dispatcher)))
+            clients = await stack.enter_async_context(aclosing(ClientServer(dispatcher)))
             daemon = _RunningDaemon(dispatcher, debug, stop)
-            await stack.enter_async_context(serve_control(daemon, control))
-            server.serve(listeners)
+            administration = await stack.enter_async_context(aclosing(ControlServer(daemon)))
+            administration.serve([control])
+            clients.serve(listeners)
             on_ready()
             notify_service_manager("READY=1")
             reloading = asyncio.create_task(daemon.reload_on_request(reload_requested))

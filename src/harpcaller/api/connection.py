@@ -2,10 +2,10 @@
 
 A connection reads a request line, then its server answers it, then it reads the next one or is closed.
 
-- A reply is written at once. What the kernel does not take is kept until it does, and a server that sends a long reply
-  waits for that after each piece (`Connection.send`). A client that does not read therefore holds one piece of a reply
-  and delays only itself.
-- Data that a client sends between its request and the reply is dropped, and the connection then serves no further
+- A reply is written at once. The bytes that do not fit in the kernel's buffer are sent when they do, and a server that
+  sends a long reply waits for that after each piece (`Connection.on_sent`). A client that does not read therefore
+  costs one piece of a reply and delays only itself.
+- Data that a client sends between its request and the reply is discarded, and the connection then serves no further
   request.
 - A client that closes its side counts as disconnected: nothing is waited for on its behalf, but data that is available
   at once is still sent, because it may be reading.
@@ -16,13 +16,16 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
-from collections.abc import Callable, Coroutine
-from typing import Any, Protocol
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any
 
 from harp.protocol.fields import ProtocolError
 from harp.protocol.lines import LineBuffer, LineTooLong
 from harp_daemon.acceptor import Acceptor
-from harp_daemon.memory_quota import Reservation
+from harp_daemon.listeners import Listener
+from harp_daemon.memory_quota import MemoryQuota, Reservation
 from harp_daemon.timer_wheel import Timer, TimerWheel
 
 log = logging.getLogger(__name__)
@@ -32,7 +35,7 @@ _READ_BYTES = 64 * 1024
 #: Maximum seconds for a client to read the last reply and close.
 _CLOSE_TIMEOUT = 2.0
 
-#: Bytes that the kernel holds for a client beyond those on their way to it.
+#: Bytes in the kernel's buffer for a client beyond those on their way to it.
 _UNSENT_BYTES = 64 * 1024
 
 #: Seconds that a closing server gives to requests that are being answered.
@@ -43,21 +46,61 @@ class ClientDisconnected(Exception):
     """A client that has closed the connection or its side, or a server that is closing."""
 
 
-class Server(Protocol):
-    """The server of a connection: it answers each request, then calls `Connection.read_request` or `close`."""
+class Server(ABC):
+    """A server of client connections: it answers each request, then calls `Connection.read_request` or `close`.
 
-    def on_connected(self, connection: Connection) -> None:
-        """Begin to serve a connection."""
+    Args:
+        max_connections: returns the number of connections that are served at once.
+        rejection: the line for a connection over this number.
+        request_memory: maximum total bytes of long requests that are being received or answered.
+    """
 
+    def __init__(self, max_connections: Callable[[], int], rejection: bytes, request_memory: int) -> None:
+        self._rejection = rejection
+        self._memory = MemoryQuota(request_memory)
+        self._timers = TimerWheel()
+        self.acceptor = Acceptor(self._connect, self._serve, self._reject, max_connections, rejection)
+
+    @abstractmethod
+    def request_limits(self) -> tuple[int, float]:
+        """Return the maximum length of a request line in bytes, and the maximum seconds to receive it."""
+
+    @abstractmethod
     def on_request(self, connection: Connection, line: bytes) -> None:
         """Answer a request: a line without its line feed."""
 
-    def on_invalid_request(self, connection: Connection, error: ProtocolError) -> None:
-        """Send an error and close the connection.
+    @abstractmethod
+    def on_failed(self, connection: Connection, error: BaseException) -> None:
+        """Send the error of a request and close the connection.
 
-        The line is too long, late or incomplete; with the type ``too_many_connections`` the memory for all requests is
-        exhausted.
+        It is a `ProtocolError` if the line is too long, late or incomplete; one of the type ``too_many_connections`` if
+        the memory for all requests is exhausted.
         """
+
+    def serve(self, listeners: Sequence[Listener]) -> None:
+        """Accept connections from the listeners."""
+        self.acceptor.open(listeners)
+
+    async def aclose(self) -> None:
+        """Stop accepting, end all waits, and give requests that are being answered some time."""
+        self.acceptor.close_listeners()
+        for connection in self.acceptor.connections.values():
+            connection.mark_disconnected()
+        await self.acceptor.drain(_DRAIN_TIMEOUT)
+
+    def _connect(self, accepted: socket.socket, client: str) -> Connection:
+        if accepted.family != socket.AF_UNIX:
+            accepted.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _UNSENT_BYTES)
+        return Connection(accepted, client, self, self._timers, Reservation(self._memory))
+
+    def _serve(self, connection: Connection) -> asyncio.Future[None]:
+        connection.read_request()
+        return connection.closed
+
+    def _reject(self, connection: Connection) -> asyncio.Future[None]:
+        connection.write(self._rejection)
+        connection.close()
+        return connection.closed
 
 
 class Connection:
@@ -68,44 +111,17 @@ class Connection:
         client: the client's address or user, for the log.
         server: the server.
         timers: the timers of the event loop.
-        reservation: its part of the memory for all requests; None if its requests are not counted.
+        memory: its part of the memory for all requests.
     """
 
-    __slots__ = (
-        "_closing",
-        "_is_reading",
-        "_line_limit",
-        "_lines",
-        "_loop",
-        "_request_received",
-        "_server",
-        "_socket",
-        "_timer",
-        "_timers",
-        "_unsent",
-        "client",
-        "closed",
-        "disconnected",
-        "has_extra_input",
-        "on_disconnect",
-        "on_sent",
-        "reservation",
-        "task",
-    )
-
     def __init__(
-        self,
-        accepted: socket.socket,
-        client: str,
-        server: Server,
-        timers: TimerWheel,
-        reservation: Reservation | None = None,
+        self, accepted: socket.socket, client: str, server: Server, timers: TimerWheel, memory: Reservation
     ) -> None:
         self.client = client
-        self.reservation = reservation
         self._socket = accepted
         self._server = server
         self._timers = timers
+        self._memory = memory
         self._timer: Timer | None = None
         self._loop = asyncio.get_running_loop()
         self._is_reading = False
@@ -113,17 +129,20 @@ class Connection:
         self._lines: LineBuffer | None = None  # of a request that arrives in parts
         self._request_received = False
         self._unsent: memoryview | None = None
-        self._closing = False
+        self._task: asyncio.Task[None] | None = None  # answers a request that needs one
+        self._on_disconnect: Callable[[], object] | None = None
+        #: Whether nothing more can be sent.
+        self.is_closing = False
         #: Whether the client has closed its side, or the server is closing.
         self.disconnected = False
-        #: Whether the client has sent data after its request, which is dropped.
+        #: Whether the client has sent data after its request, which is discarded.
         self.has_extra_input = False
-        #: Called once if the client disconnects while its request is answered.
-        self.on_disconnect: Callable[[], object] | None = None
-        #: Called once when the kernel has taken all data, or never will.
+        #: Time at which the last request was complete, on the monotonic clock.
+        self.received_at = 0.0
+        #: Whether the last request asked for another one after the reply; set by the server.
+        self.keep_alive = False
+        #: Called once when all data is in the kernel's buffer, or never will be.
         self.on_sent: Callable[[], object] | None = None
-        #: The task of a request that needs one.
-        self.task: asyncio.Task[None] | None = None
         #: Done when the connection is closed; cancelling it closes the connection.
         self.closed: asyncio.Future[None] = self._loop.create_future()
         self.closed.add_done_callback(self._on_closed)
@@ -131,27 +150,34 @@ class Connection:
 
     # Requests.
 
-    def read_request(self, max_line: int, seconds: float) -> None:
-        """Wait for the next request, after all of the last reply was sent.
-
-        Args:
-            max_line: maximum length of its line in bytes.
-            seconds: maximum time to receive the line.
-        """
+    def read_request(self) -> None:
+        """Wait for the next request, after all of the last reply was sent."""
+        self._on_disconnect = None
         self.release_memory()
         if self._unsent is not None:
-            self.on_sent = lambda: self.read_request(max_line, seconds)
+            self.on_sent = self.read_request
         elif self.disconnected:
             self.abort()
         else:
             self._is_reading = True
-            self._line_limit = max_line
+            self._line_limit, seconds = self._server.request_limits()
             self._timer = self._timers.call_later(seconds, lambda: self._on_late_request(seconds))
 
     def release_memory(self) -> None:
         """Return the memory of the request to the quota."""
-        if self.reservation is not None and self.reservation.size:
-            self.reservation.release()
+        if self._memory.size:
+            self._memory.release()
+
+    def on_disconnect(self, notify: Callable[[], object]) -> None:
+        """Call a function once if the client has disconnected, or disconnects before it sends another request."""
+        self._on_disconnect = notify
+        if self.disconnected:
+            self._notify_disconnected()
+
+    def _notify_disconnected(self) -> None:
+        notify, self._on_disconnect = self._on_disconnect, None
+        if notify is not None:
+            notify()
 
     def _on_readable(self) -> None:
         try:
@@ -170,7 +196,7 @@ class Connection:
             self._on_part(data)
 
     def _on_part(self, data: bytes) -> None:
-        if self.reservation is not None and not self.reservation.grow(len(data)):
+        if not self._memory.grow(len(data)):
             self._refuse("too many long requests at once; try again later", "too_many_connections")
             return
         lines = self._lines = self._lines or LineBuffer(self._line_limit)
@@ -185,6 +211,7 @@ class Connection:
 
     def _on_line(self, line: bytes) -> None:
         self._request_received = True
+        self.received_at = time.monotonic()
         self._end_reading()
         self._server.on_request(self, line)
 
@@ -199,7 +226,7 @@ class Connection:
         if self._has_part():
             self.disconnected = True
             self._refuse("the connection was closed in the middle of the request line")
-        elif self._closing and self._unsent is None:
+        elif self.is_closing and self._unsent is None:
             self.abort()
         else:
             self.mark_disconnected()
@@ -209,13 +236,12 @@ class Connection:
         self.disconnected = True
         if self._is_reading:
             self.abort()
-        elif (notify := self.on_disconnect) is not None:
-            self.on_disconnect = None
-            notify()
+        else:
+            self._notify_disconnected()
 
     def _refuse(self, message: str, error_type: str = "invalid_request") -> None:
         self._end_reading()
-        self._server.on_invalid_request(self, ProtocolError(message, error_type))
+        self._server.on_failed(self, ProtocolError(message, error_type))
 
     def _has_part(self) -> bool:
         """Return whether a part of a request was received."""
@@ -224,9 +250,6 @@ class Connection:
     def _end_reading(self) -> None:
         self._is_reading = False
         self._lines = None
-        self._stop_timer()
-
-    def _stop_timer(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -251,13 +274,8 @@ class Connection:
 
     @property
     def is_sent(self) -> bool:
-        """Whether the kernel has taken all data."""
+        """Whether all data is in the kernel's buffer."""
         return self._unsent is None
-
-    @property
-    def is_closing(self) -> bool:
-        """Whether nothing more can be sent."""
-        return self._closing
 
     def _on_writable(self) -> None:
         assert self._unsent is not None
@@ -280,11 +298,7 @@ class Connection:
             notify()
 
     async def send(self, data: bytes) -> None:
-        """Send data and wait until the kernel has taken all of it.
-
-        Raises:
-            ClientDisconnected: the data cannot be sent.
-        """
+        """Send data and wait until all of it is in the kernel's buffer. Raises `ClientDisconnected`."""
         self.write(data)
         if self._unsent is not None:
             sent = asyncio.Event()
@@ -296,22 +310,21 @@ class Connection:
     # Work for a request that needs a task.
 
     def run(self, work: Coroutine[Any, Any, None]) -> None:
-        """Run a coroutine that answers a request.
+        """Run a coroutine that answers a request. It is cancelled if the connection is closed meanwhile.
 
-        It may raise `ClientDisconnected`. It is cancelled if the connection is closed meanwhile.
+        It may raise `ClientDisconnected`; another exception is passed to `Server.on_failed`.
         """
-        self.task = self._loop.create_task(self._run(work))
+        self._task = self._loop.create_task(self._run(work))
 
     async def _run(self, work: Coroutine[Any, Any, None]) -> None:
         try:
             await work
         except ClientDisconnected:
             self.abort()  # there is no client to reply to
-        except Exception:
-            log.exception("connection failed", extra={"client": self.client})
-            self.abort()
+        except Exception as error:  # noqa: BLE001 - the client gets it
+            self._server.on_failed(self, error)
         finally:
-            self.task = None
+            self._task = None
 
     # The end.
 
@@ -323,7 +336,7 @@ class Connection:
         """
         if self.closed.done():
             return
-        self._closing = True
+        self.is_closing = True
         if self._unsent is not None:
             self.on_sent = self.close
             return
@@ -348,57 +361,13 @@ class Connection:
 
     def _release(self) -> None:
         self._end_reading()
-        self._closing = self.disconnected = True
+        self.is_closing = self.disconnected = True
         self._loop.remove_reader(self._socket.fileno())
         self._loop.remove_writer(self._socket.fileno())
         self._socket.close()
         self.release_memory()
         self._unsent = None
-        if self.task is not None and self.task is not asyncio.current_task():
-            self.task.cancel()
+        if self._task is not None and self._task is not asyncio.current_task():
+            self._task.cancel()
         self._notify_sent()
-        if (notify := self.on_disconnect) is not None:
-            self.on_disconnect = None
-            notify()
-
-
-def make_acceptor(
-    server: Server,
-    timers: TimerWheel,
-    max_connections: Callable[[], int],
-    rejection: bytes,
-    reservation: Callable[[], Reservation | None] = lambda: None,
-) -> Acceptor[Connection]:
-    """Return an acceptor of clients.
-
-    Args:
-        server: the server of each connection.
-        timers: the timers of the event loop.
-        max_connections: returns the number of connections that are served at once.
-        rejection: the line for a connection over this number.
-        reservation: returns the reservation of memory for the requests of a connection.
-    """
-
-    def connect(accepted: socket.socket, client: str) -> Connection:
-        if accepted.family != socket.AF_UNIX:
-            accepted.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _UNSENT_BYTES)
-        return Connection(accepted, client, server, timers, reservation())
-
-    def serve(connection: Connection) -> asyncio.Future[None]:
-        server.on_connected(connection)
-        return connection.closed
-
-    def reject(connection: Connection) -> asyncio.Future[None]:
-        connection.write(rejection)
-        connection.close()
-        return connection.closed
-
-    return Acceptor(connect, serve, reject, max_connections, rejection)
-
-
-async def close_acceptor(acceptor: Acceptor[Connection]) -> None:
-    """Stop accepting, end all waits, and give requests that are being answered some time."""
-    acceptor.close_listeners()
-    for connection in acceptor.connections.values():
-        connection.mark_disconnected()
-    await acceptor.drain(_DRAIN_TIMEOUT)
+        self._notify_disconnected()

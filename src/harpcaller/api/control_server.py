@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from contextlib import aclosing
 from typing import Any, NamedTuple, Protocol
 
 from harp.protocol.fields import (
@@ -25,11 +25,9 @@ from harp.protocol.fields import (
 from harp.protocol.json_text import Envelope, JSONObject, Raw, dumps
 from harp.protocol.schema import encode_object
 from harp_daemon import logs
-from harp_daemon.listeners import Listener
 from harp_daemon.settings import ConfigError
 from harp_daemon.sliced_json import decode_slices
-from harp_daemon.timer_wheel import TimerWheel
-from harpcaller.api.connection import ClientDisconnected, Connection, close_acceptor, make_acceptor
+from harpcaller.api.connection import Connection, Server
 from harpcaller.dispatcher import Dispatcher
 from harpcaller.hosts.registry import RefreshFailed
 from harpcaller.model.jobs import Job, State
@@ -64,45 +62,36 @@ class Daemon(Protocol):
         """
 
 
-class _ControlServer:
+class ControlServer(Server):
     """The server of the connections to the control socket."""
 
     def __init__(self, daemon: Daemon) -> None:
         self._daemon = daemon
+        rejection = _line(error="too many connections to the control socket")
+        super().__init__(lambda: _MAX_CONNECTIONS, rejection, _MAX_CONNECTIONS * _MAX_REQUEST)
 
-    def on_connected(self, connection: Connection) -> None:
+    def request_limits(self) -> tuple[int, float]:
         """See `Server`."""
-        connection.read_request(_MAX_REQUEST, _IDLE_TIMEOUT)
+        return _MAX_REQUEST, _IDLE_TIMEOUT
 
     def on_request(self, connection: Connection, line: bytes) -> None:
         """See `Server`."""
-        connection.run(self._answer(connection, line))
+        connection.run(self._run_command(connection, line))
 
-    def on_invalid_request(self, connection: Connection, error: ProtocolError) -> None:
+    def on_failed(self, connection: Connection, error: BaseException) -> None:
         """See `Server`."""
-        connection.write(_line(error=str(error)))
+        match error:
+            case UnknownJob():
+                message = f"there is no job {error}"
+            case ProtocolError() | StorageError() | ConfigError() | RefreshFailed():
+                message = str(error)
+            case _:
+                log.error("command failed: internal error", exc_info=error)
+                message = "internal error of the dispatcher; see its log"
+        connection.write(_line(error=message))
         connection.close()
 
-    async def _answer(self, connection: Connection, line: bytes) -> None:
-        connection.write(await _run_command(self._daemon, line, connection))
-        connection.close()
-
-
-@asynccontextmanager
-async def serve_control(daemon: Daemon, listener: Listener) -> AsyncIterator[None]:
-    """Serve the control API of the daemon on the control socket, for the duration of the context."""
-    rejection = _line(error="too many connections to the control socket")
-    acceptor = make_acceptor(_ControlServer(daemon), TimerWheel(), lambda: _MAX_CONNECTIONS, rejection)
-    acceptor.open([listener])
-    try:
-        yield
-    finally:
-        await close_acceptor(acceptor)
-
-
-async def _run_command(daemon: Daemon, line: bytes, connection: Connection) -> bytes:
-    """Run a command and send its items; return the last line."""
-    try:
+    async def _run_command(self, connection: Connection, line: bytes) -> None:
         members = decode_object(line, decode_slices)
         name = required_string(members, "command")
         check(name in _COMMANDS, f"command: expected one of {', '.join(_COMMANDS)}, got {name!r}")
@@ -111,18 +100,10 @@ async def _run_command(daemon: Daemon, line: bytes, connection: Connection) -> b
         options = {key: read(members, key) for key, read in command.required.items()}
         options |= {key: read(members, key) for key, read in command.optional.items() if key in members}
         log.debug("command", extra={"command": name, "client": connection.client})
-        async with aclosing(command.run(daemon, **options)) as items:
+        async with aclosing(command.run(self._daemon, **options)) as items:
             await _send_items(items, connection)
-    except ClientDisconnected:
-        raise
-    except UnknownJob as error:
-        return _line(error=f"there is no job {error}")
-    except (ProtocolError, StorageError, ConfigError, RefreshFailed) as error:
-        return _line(error=str(error))
-    except Exception:
-        log.exception("command failed: internal error")
-        return _line(error="internal error of the dispatcher; see its log")
-    return _line(done=True)
+        connection.write(_line(done=True))
+        connection.close()
 
 
 async def _send_items(items: Items, connection: Connection) -> None:
