@@ -1,10 +1,10 @@
 """The decoder of the daemons: objects whose payloads are `Raw` slices of the text.
 
-msgspec finds the slices. It is lenient in some cases and strict in others, so a line that it rejects, or may have read
-too leniently, is scanned by `scan_slices`. Both give the same slices.
+msgspec finds the slices. It has read an object exactly if it writes the same text again. Otherwise, for example if a
+key is repeated, each slice is found again in the text.
 
-The scan of a long text would hold the interpreter for up to a second, and so delay all other peers: in a thread, too.
-So a long text is sliced by msgspec alone, which needs 60 ms for 16 MiB.
+msgspec needs 60 ms for 16 MiB. The scanner of Python would hold the interpreter for up to a second, and so delay all
+other peers, in a thread too.
 """
 
 from __future__ import annotations
@@ -22,21 +22,18 @@ from harp.protocol.json_text import (
     JSONObject,
     Raw,
     decode_checked,
+    decode_values,
     loads,
     may_exceed_depth,
-    scan_array,
-    scan_object,
 )
 
 _object = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _array = msgspec.json.Decoder(list[msgspec.Raw])
 
-#: Bytes from which a text is long, and the maximum number of members of a long object.
+#: Bytes from which a text is long, and the maximum number of members of an object.
 _LONG, _MAX_MEMBERS = 64 * 1024, 100
-#: White space, the name of a member, and its colon. Names of the protocol are short and have no escapes.
-_NAME = re.compile(rb'[ \t\n\r]*"([^"\\]*)"[ \t\n\r]*:[ \t\n\r]*')
-#: What follows a value: a comma, or a brace and the end.
-_NEXT = re.compile(rb"[ \t\n\r]*(?:,|}[ \t\n\r]*\Z)")
+#: What is between two values: white space, a comma, a name and its colon.
+_NAME = re.compile(rb'[ \t\r\n,]*("(?:[^"\\]|\\.){0,9999}")[ \t\r\n]*:[ \t\r\n]*')
 #: What msgspec raises for text that it rejects.
 _REJECTIONS = (msgspec.MsgspecError, ValueError, RecursionError)
 
@@ -55,7 +52,7 @@ class _Slices(JSONObject):
                 return value
         except _REJECTIONS:
             pass
-        _nested(text)  # rejects an object with a repeated name
+        _nested(text)  # rejects an object with a repeated key
         return loads(text)
 
     def payload(self, key: str) -> Raw:
@@ -66,19 +63,14 @@ class _Slices(JSONObject):
         """See `JSONObject`."""
         return bytes(self[key]) == b"null"
 
-    def nested_object(self, key: str) -> JSONObject | None:
+    def nested_object(self, key: str, values_only: bool = False) -> JSONObject | None:
         """See `JSONObject`."""
-        return _nested(bytes(self[key]))
+        return super().nested_object(key) if values_only else _nested(bytes(self[key]))
 
     def nested_objects(self, key: str) -> Iterator[JSONObject | None] | None:
         """See `JSONObject`."""
         text = bytes(self[key])
-        if not text.startswith(b"["):
-            return None
-        try:
-            return map(_nested, map(bytes, _array.decode(text)))
-        except _REJECTIONS:
-            return map(_nested, scan_array(text))
+        return map(_nested, _elements(text)) if text.startswith(b"[") else None
 
 
 def decode_slices(line: bytes) -> JSONObject:
@@ -93,63 +85,56 @@ def _nested(text: bytes) -> JSONObject | None:
 
 
 def _decode(text: bytes) -> JSONObject:
-    """Decode an object whose encoding and depth were checked."""
-    if len(text) > _LONG:
-        return _decode_long(text)
+    """Decode an object whose encoding and depth were checked. Raises `InvalidJSON`."""
     try:
         slices = _object.decode(text)
-        # msgspec keeps the last of repeated members, among others. It has read the line exactly if it writes it so.
-        # Spaces between members are usual; inside of them, none is added or lost.
         written = msgspec.json.encode(slices)
-        if written == text or written.replace(b" ", b"") == text.replace(b" ", b""):
+        # Spaces between members are usual; inside of them, none is added or lost.
+        is_equal = written == text or written.replace(b" ", b"") == text.replace(b" ", b"")
+        if is_equal and len(slices) <= _MAX_MEMBERS:
             return _Slices(slices)
     except _REJECTIONS:
         pass
-    return scan_slices(text)
+    return _find_slices(text)
 
 
-def _decode_long(text: bytes) -> JSONObject:
-    """Decode a long object with msgspec alone. Raises `InvalidJSON`."""
-    # msgspec rejects escapes of lone surrogates: slice a text of the same structure that has none.
-    plain = text.replace(rb"\ud", rb"\u0").replace(rb"\uD", rb"\u0") if rb"\u" in text else text
+def _find_slices(text: bytes) -> JSONObject:
+    """Decode an object member by member."""
+    plain = _without_surrogates(text)
     try:
-        slices = _object.decode(plain)
+        values = _object.decode(plain)
     except _REJECTIONS as error:
+        if len(text) <= _LONG:
+            decode_values(text)  # raises the reason as clients do
         raise InvalidJSON(str(error)) from error
-    if len(slices) > _MAX_MEMBERS:
+    if len(values) > _MAX_MEMBERS:
         raise InvalidJSON(f"more than {_MAX_MEMBERS} members")
-    return _Slices(_find_slices(text, plain, {name.encode(): bytes(value) for name, value in slices.items()}))
-
-
-def _find_slices(text: bytes, plain: bytes, values: dict[bytes, bytes]) -> dict[str, bytes]:
-    """Return the slices of a text with the values of a text of the same structure, which msgspec has found.
-
-    Raises `InvalidJSON` for a repeated name, of which msgspec keeps the last value, and for an unusual name.
-    """
     found: dict[str, bytes] = {}
     at = plain.index(b"{") + 1
-    for _ in values:
-        match = _NAME.match(plain, at)
-        name = None if match is None else match[1]
-        if (
-            match is None
-            or name not in values
-            or name.decode() in found
-            or not plain.startswith(values[name], match.end())
-        ):
-            raise InvalidJSON("a repeated name, or a name with escapes, in a long object")
-        at = match.end() + len(values[name])
-        found[name.decode()] = text[match.end() : at]
-        following = _NEXT.match(plain, at)
-        at = at if following is None else following.end()
-    if at != len(text):
-        raise InvalidJSON("a repeated name in a long object")
-    return found
+    while name := _NAME.match(plain, at):
+        value = bytes(values.pop(loads(name[1]), b""))
+        at = name.end() + len(value)
+        if not value or not plain.startswith(value, name.end()):  # msgspec has the last value of a repeated key
+            raise InvalidJSON(f"repeated key {name[1].decode()}")
+        found[loads(text[slice(*name.span(1))])] = text[name.end() : at]
+    if values:
+        raise InvalidJSON("the name of a member is too long")
+    return _Slices(found)
 
 
-def scan_slices(line: bytes) -> JSONObject:
-    """Decode an object as `decode_slices` does, without msgspec: slower, for any text. Raises `InvalidJSON`."""
-    return _Slices(dict(scan_object(decode_checked(line))))
+def _elements(array: bytes) -> Iterator[bytes]:
+    """Yield the text of each element of an array that was decoded before."""
+    plain = _without_surrogates(array)
+    end = 1
+    for element in map(bytes, _array.decode(plain)):
+        start = plain.index(element, end)  # only white space and a comma are before it
+        end = start + len(element)
+        yield array[start:end]
+
+
+def _without_surrogates(text: bytes) -> bytes:
+    """Return a text of the same structure without escapes of lone surrogates, which msgspec rejects."""
+    return text.replace(rb"\ud", rb"\u0").replace(rb"\uD", rb"\u0")
 
 
 def slice_records(lines: Sequence[bytes]) -> list[Raw] | None:

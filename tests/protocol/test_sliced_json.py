@@ -1,8 +1,11 @@
-"""`decode_slices` against `scan_slices`: the same members, the same text, the same errors."""
+"""`decode_slices` against a scan of the module `json`: the same members, the same text."""
 
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,46 +13,116 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from harp.protocol.call_output import RECORD_PREFIX
-from harp.protocol.fields import Decoder
-from harp.protocol.json_text import MAX_DEPTH, InvalidJSON, Raw, decode_enclosed, loads
-from harp_daemon.sliced_json import decode_slices, scan_slices, slice_records
+from harp.protocol.json_text import (
+    MAX_DEPTH,
+    InvalidJSON,
+    JSONObject,
+    Raw,
+    decode_checked,
+    decode_enclosed,
+    decode_values,
+    loads,
+    reject_constant,
+)
+from harp_daemon.sliced_json import decode_slices, slice_records
 
 scalars = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text()
 values = st.recursive(scalars, lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=20)
 objects = st.dictionaries(st.text(), values)
 
 
-def outcome(decoder: Decoder, line: bytes) -> object:
-    """Return all members that a decoder finds in a line, or its error."""
+REPEATED = "repeated key"
+
+
+def scan(line: bytes) -> Any:
+    """Return the value of JSON text: an object as a tuple of its members, a number as its text.
+
+    Raises:
+        ValueError, RecursionError: it is not JSON.
+    """
+    text = decode_checked(line)
+    return json.loads(
+        text,
+        parse_int=str,
+        parse_float=str,
+        parse_constant=reject_constant,
+        object_pairs_hook=lambda pairs: tuple(pairs),
+    )
+
+
+def keys_in(value: Any) -> Any:
+    """Return the keys of an object that `scan` has returned; None if it is not one."""
+    if not isinstance(value, tuple):
+        return None
+    keys = [key for key, _ in value]
+    return keys if len(set(keys)) == len(keys) else REPEATED
+
+
+def outcome(decode: Callable[[], Iterable[str] | None]) -> Any:
+    """Return the keys of the object that a function returns; None if there is none."""
     try:
-        members = decoder(line)
-        found: list[tuple[str, bytes, Any, object]] = []
-        for key in members:
-            inner = members.nested_object(key)
-            within = None if inner is None else [(name, inner.payload(name)) for name in inner]
-            elements = members.nested_objects(key)
-            opened = (
-                None if elements is None else [one and [(name, one.payload(name)) for name in one] for one in elements]
-            )
-            found.append((key, members.payload(key), repr(members.value(key)), (within, opened)))
+        found = decode()
     except InvalidJSON as error:
-        return str(error)
-    return found
+        assert REPEATED in str(error)
+        return REPEATED
+    return None if found is None else list(found)
 
 
-@given(objects, st.sampled_from([(",", ":"), (", ", ": ")]), st.booleans())
-def test_decode_slices_of_written_json_is_the_scan(value: Any, separators: tuple[str, str], ascii: bool) -> None:
-    line = json.dumps(value, separators=separators, ensure_ascii=ascii).encode("utf-8", "surrogatepass")
-    assert outcome(decode_slices, line) == outcome(scan_slices, line)
+def check_slices(line: bytes) -> None:
+    """Check that `decode_slices` finds the members of a line, or rejects it."""
+    try:
+        expected = scan(line)
+    except (ValueError, RecursionError):
+        expected = None
+    keys = keys_in(expected)
+    if keys is None or keys == REPEATED:
+        with pytest.raises(InvalidJSON):
+            decode_slices(line)
+        return
+    members = decode_slices(line)
+    assert list(members) == keys
+    for key, value in expected:
+        payload = members.payload(key)
+        assert payload == payload.strip()
+        assert payload in line
+        assert scan(payload) == value
+        assert members.is_null(key) == (value is None)
+        assert outcome(partial(members.nested_object, key)) == keys_in(value)
+        elements = members.nested_objects(key)
+        assert (elements is not None) == isinstance(value, list)
+        if elements is not None:
+            assert [outcome(partial(next, elements)) for _ in value] == list(map(keys_in, value))
+        if keys_in(value) != REPEATED:
+            check_value(members, key)
+
+
+def check_value(members: JSONObject, key: str) -> None:
+    """Check that the value of a member is that of its payload."""
+    try:
+        value = loads(members.payload(key))
+    except InvalidJSON as error:
+        with pytest.raises(InvalidJSON, match=re.escape(str(error))):
+            members.value(key)
+    else:
+        assert repr(members.value(key)) == repr(value)
+
+
+@given(objects, st.sampled_from([(",", ":"), (", ", ": "), (" ,\t", "\n:\r")]), st.booleans())
+def test_decode_slices_of_written_json_finds_members(value: Any, separators: tuple[str, str], ascii: bool) -> None:
+    check_slices(json.dumps(value, separators=separators, ensure_ascii=ascii).encode("utf-8", "surrogatepass"))
 
 
 @given(st.binary() | st.text().map(str.encode))
 @example(b'{"a":1,"a":2}')
 @example(b'{"a":1,"b":{},"a":1}')
 @example(b'{"a":1,"b":2,"a":12345}')
+@example(b'{"a":1,"a":1}')
+@example(b'{"a":"b\\"","a":1}')
 @example(b'{"\\u0061":1,"a":2}')
+@example(b'{"\\u0061":1,"\\ud83d\\ude00\\"":2}')
 @example(b'{"a":1e999,"b":"\\ud800","c":"\xff"}')
 @example(b'{"a":"\\ud800"}')
+@example(b'{"a":["\\ud800",{"b":"\\\\ud800"} , {}],"b":{"\\ud800":1}}')
 @example(b'{"a":NaN}')
 @example(b'{"a":-0,"b":0.10,"c":1E5}')
 @example(b'{"a":' + b"1" * 5000 + b"}")
@@ -57,16 +130,15 @@ def test_decode_slices_of_written_json_is_the_scan(value: Any, separators: tuple
 @example(b" {}")
 @example(b'\xef\xbb\xbf{"a":1}')
 @example(b'{"a":' + b"[" * 1100 + b"]" * 1100 + b"}")
-def test_decode_slices_of_any_bytes_is_the_scan(line: bytes) -> None:
-    assert outcome(decode_slices, line) == outcome(scan_slices, line)
+def test_decode_slices_of_any_bytes_finds_members(line: bytes) -> None:
+    check_slices(line)
 
 
 @given(objects, st.data())
-def test_decode_slices_of_damaged_json_is_the_scan(value: Any, data: st.DataObject) -> None:
+def test_decode_slices_of_damaged_json_finds_members(value: Any, data: st.DataObject) -> None:
     line = json.dumps(value, separators=(",", ":")).encode()
     at = data.draw(st.integers(0, len(line)))
-    changed = line[:at] + data.draw(st.sampled_from([b"", b",", b'"a":1,', b" ", b"}", b"0"])) + line[at:]
-    assert outcome(decode_slices, changed) == outcome(scan_slices, changed)
+    check_slices(line[:at] + data.draw(st.sampled_from([b"", b",", b'"a":1,', b" ", b"}", b"0"])) + line[at:])
 
 
 WRONG = [
@@ -103,17 +175,19 @@ ODD = [
 
 
 @pytest.mark.parametrize("text", WRONG)
-def test_decode_slices_of_no_value_raises_as_the_scan(text: str) -> None:
+def test_decode_slices_of_no_value_raises_as_for_clients(text: str) -> None:
     line = f'{{"a":{text}}}'.encode()
-    assert isinstance(outcome(scan_slices, line), str)
-    assert outcome(decode_slices, line) == outcome(scan_slices, line)
+    with pytest.raises(InvalidJSON) as expected:
+        decode_values(line)
+    with pytest.raises(InvalidJSON, match=re.escape(str(expected.value))):
+        decode_slices(line)
 
 
 @pytest.mark.parametrize("text", ODD)
-def test_decode_slices_of_unusual_value_is_the_scan(text: str) -> None:
+def test_decode_slices_of_unusual_value_finds_it(text: str) -> None:
     line = f'{{"a":{text}}}'.encode()
-    assert decode_slices(line).payload("a") == scan_slices(line).payload("a") == text.strip().encode()
-    assert outcome(decode_slices, line) == outcome(scan_slices, line)
+    assert decode_slices(line).payload("a") == text.strip().encode()
+    check_slices(line)
 
 
 @pytest.mark.parametrize("count", [1, 2, 100])
@@ -127,12 +201,12 @@ def test_decode_slices_with_repeated_key_raises(count: int) -> None:
 def one_by_one(lines: list[bytes]) -> list[Raw] | None:
     """Return the payloads of lines of records; None if one of them is not a record."""
     try:
-        opened = [scan_slices(line) for line in lines]
-    except InvalidJSON:
+        opened = [scan(line) for line in lines]
+    except (ValueError, RecursionError):
         return None
-    if any(list(members) != ["stream"] for members in opened):
+    if any(keys_in(members) != ["stream"] for members in opened):
         return None
-    return [Raw(members.payload("stream")) for members in opened]
+    return [Raw(line[len(RECORD_PREFIX) : -1]) for line in lines]
 
 
 @given(st.lists(values, min_size=1), st.booleans())
@@ -209,23 +283,23 @@ LONG = b'"' + b"x" * 70_000 + b'"'
         b' { "a" : %b , "b" : [ 1, { } ] } ' % LONG,
         b'{"a":"\\uD83D\\uDE00\\\\ud83d","b":%b,"c":{"b":1}}' % LONG,
         b'{"b":"\xc3\xa4","a":%b}' % LONG,
+        b'{"\\u0061":1,"b":%b}' % LONG,
         b'{"a":%b%b%b}' % (b"[" * 500, LONG, b"]" * 500),
     ],
 )
-def test_decode_slices_of_long_line_is_the_scan(line: bytes) -> None:
-    assert dict(decode_slices(line)).keys() == dict(scan_slices(line)).keys()
-    for name in scan_slices(line):
-        assert decode_slices(line).payload(name) == scan_slices(line).payload(name)
+def test_decode_slices_of_long_line_finds_members(line: bytes) -> None:
+    check_slices(line)
 
 
 @pytest.mark.parametrize(
     ("line", "error"),
     [
-        (b'{"a":%b,"a":1}' % LONG, "repeated name"),
-        (b'{"a":1,"b":2,"a":%b}' % LONG, "repeated name"),
-        (b'{"a":1,"a":1,"b":%b}' % LONG, "repeated name"),
-        (b'{"a":1,"b":%b,"b":2}' % LONG, "repeated name"),
-        (b'{"\\u0061":1,"b":%b}' % LONG, "escapes"),
+        (b'{"a":%b,"a":1}' % LONG, "repeated key"),
+        (b'{"a":1,"b":2,"a":%b}' % LONG, "repeated key"),
+        (b'{"a":1,"a":1,"b":%b}' % LONG, "repeated key"),
+        (b'{"a":1,"b":%b,"b":2}' % LONG, "repeated key"),
+        (b'{"a" :%b,"\\u0061":2}' % LONG, "repeated key"),
+        (b'{"b"\t:1,%b:2}' % LONG, "name of a member is too long"),
         (b'{"a":%b,}' % LONG, "trailing comma"),
         (b'{"a":%b} x' % LONG, "trailing"),
         (b'{"a":%b,"b":"\\u12"}' % LONG, "malformed|truncated"),

@@ -79,9 +79,7 @@ def required_object(
         ProtocolError: it is missing, not an object, or repeats a key.
     """
     try:
-        nested = None
-        if key in members:
-            nested = members.nested_values(key) if values_only else members.nested_object(key)
+        nested = members.nested_object(key, values_only) if key in members else None
     except InvalidJSON as error:
         raise ProtocolError(f"{key}: {error}") from error
     if nested is None:

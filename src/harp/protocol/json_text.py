@@ -9,52 +9,49 @@ that key order, big integers and the digits of floats are unchanged. There are t
 `decode_values` (for clients) gives payloads as values, `harp_daemon.sliced_json.decode_slices` (for the daemons) as
 `Raw`.
 
-`harp.protocol.json_codec` encodes and decodes single values; its names are available here, too.
+Each worker is forked from the zygote, which loads this module, and each page of memory that a worker touches is copied.
+So the C part of `json` is used without the modules `json` and `re`. It is created once: for a small value, that takes
+as long as the encoding.
 """
 
 from __future__ import annotations
 
-import json
-import re
-from functools import lru_cache
-from json import encoder
-
-from harp.protocol.json_codec import (
-    MAX_DEPTH,
-    InvalidJSON,
-    NotJSON,
-    encode_value,
-    exceeds_depth,
-    may_exceed_depth,
-    reject_constant,
-)
+from itertools import accumulate
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-    from typing import Any
+    from collections.abc import Callable, Iterable, Iterator
+    from typing import Any, NoReturn, TypeAlias
 
-    from harp.protocol.json_codec import JSON
+    JSON: TypeAlias = Any  # dict[str, JSON] | list[JSON] | str | int | float | bool | None
 
-__all__ = [
-    "MAX_DEPTH",
-    "Envelope",
-    "InvalidJSON",
-    "JSONObject",
-    "NotJSON",
-    "Raw",
-    "decode_checked",
-    "decode_enclosed",
-    "decode_values",
-    "dumps",
-    "encode_name",
-    "loads",
-    "may_exceed_depth",
-    "reject_constant",
-    "scan_array",
-    "scan_object",
-    "translate_errors",
-]
+#: Maximum nesting of arrays and objects in a line. An interpreter with a lower recursion limit may reject values that
+#: are less deep; both daemons raise theirs, so that this limit applies.
+MAX_DEPTH = 1000
+
+#: Brackets and quotes of which the depth is counted at once.
+_PIECE = 1000
+_NOT_BRACKETS = bytes(set(range(256)) - set(b'[]{}"'))
+_STEP = {ord("["): 1, ord("{"): 1, ord("]"): -1, ord("}"): -1}
+_SPACE = " \t\r\n"
+
+
+class InvalidJSON(ValueError):
+    """Text that is not JSON, or JSON that HARP does not accept. The message has reason and position."""
+
+
+class NotJSON(ValueError):
+    """A value that has no form in JSON.
+
+    Attributes:
+        path: the position in the value, for example ``"['hosts'][3]"``; empty for the value itself.
+        reason: the reason.
+    """
+
+    def __init__(self, path: str, reason: str) -> None:
+        super().__init__(f"at {path}: {reason}" if path else reason)
+        self.path = path
+        self.reason = reason
 
 
 class Raw(bytes):
@@ -69,12 +66,42 @@ class Envelope(dict[str, "Any"]):
     __slots__ = ()
 
 
-_DECODER = json.JSONDecoder(parse_constant=reject_constant)
-#: Returns the value at an index of a text and the index after it. Unlike `json.JSONDecoder.decode`, it is written in C.
-_scan_value: Callable[[str, int], tuple[Any, int]] = _DECODER.scan_once  # type: ignore[attr-defined]
-# Only finds the ends of values: numbers may have any length and are not converted.
-_SCANNER = json.JSONDecoder(parse_constant=reject_constant, parse_int=str, parse_float=str)
-_SPACE = re.compile(r"[ \t\n\r]*")
+def reject_constant(name: str) -> NoReturn:
+    """Raise `InvalidJSON` for ``NaN`` and ``Infinity``; for decoders."""
+    raise InvalidJSON(f"{name} is not JSON")
+
+
+def _reject_value(value: object) -> NoReturn:
+    raise TypeError(type(value).__name__)
+
+
+class _ScannerOptions:
+    """The options of the C scanner, whose names it prescribes."""
+
+    strict = True
+    object_hook = object_pairs_hook = None
+    parse_float = float
+    parse_int = int
+    parse_constant = staticmethod(reject_constant)
+
+
+# `_scan_value` returns the value at an index of a text and its end; `_encode_pieces` yields the text of a value. The
+# encoder has no check for circular values, a sixth of the time of a small value: they exceed the recursion limit.
+try:
+    from _json import encode_basestring_ascii, make_encoder, make_scanner
+
+    _scan_value: Callable[[str, int], tuple[JSON, int]] = make_scanner(_ScannerOptions())  # type: ignore[arg-type]
+    _encode_pieces: Callable[[JSON, bool], Iterable[str]] = make_encoder(
+        None, _reject_value, encode_basestring_ascii, None, ":", ",", False, False, False
+    )
+except ImportError:  # not CPython
+    from json.decoder import JSONDecoder
+    from json.encoder import JSONEncoder, encode_basestring_ascii
+
+    _scan_value = JSONDecoder(parse_constant=reject_constant).scan_once  # type: ignore[attr-defined]
+    _encode_pieces = JSONEncoder(
+        allow_nan=False, check_circular=False, separators=(",", ":"), default=_reject_value
+    ).iterencode
 
 
 def loads(text: bytes | str) -> JSON:
@@ -90,14 +117,41 @@ def loads(text: bytes | str) -> JSON:
         InvalidJSON: it is not JSON, not UTF-8, ``NaN`` or ``Infinity``, nested too deep, or a number that this
             interpreter cannot hold.
     """
-    checked = decode_checked(text)
+    return decode_text(decode_checked(text))
+
+
+def decode_checked(text: bytes | str) -> str:
+    """Return the text. Raises `InvalidJSON` if it is not UTF-8 or is nested deeper than MAX_DEPTH."""
     try:
-        value, end = _scan_value(checked, 0)
-        if end == len(checked):
-            return value
-    except (ValueError, RecursionError, StopIteration):
-        pass  # the decoder finds the reason
-    return translate_errors(_DECODER.decode, checked)
+        decoded = text if isinstance(text, str) else text.decode()
+    except UnicodeDecodeError as error:
+        raise InvalidJSON(f"not UTF-8 at byte {error.start}") from error
+    if len(text) > MAX_DEPTH:
+        encoded = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text
+        if exceeds_depth(encoded):
+            raise InvalidJSON(f"nested deeper than {MAX_DEPTH}")
+    return decoded
+
+
+def decode_text(text: str, scan_value: Callable[[str, int], tuple[JSON, int]] = _scan_value) -> JSON:
+    """Decode a value whose depth was checked before. Raises `InvalidJSON`."""
+    start = len(text) - len(text.lstrip(_SPACE))
+    try:
+        value, end = scan_value(text, start)
+    except StopIteration as error:
+        raise InvalidJSON(f"Expecting value at column {error.value + 1}") from error
+    except RecursionError as error:
+        raise InvalidJSON("nested too deep for this interpreter") from error
+    except SystemError:
+        import json.decoder  # noqa: F401 - Python 3.11 needs the class of the exception that it raises now
+
+        return decode_text(text, scan_value)
+    except ValueError as error:  # `InvalidJSON` too; or an integer with more digits than the interpreter converts
+        at = getattr(error, "pos", None)
+        raise InvalidJSON(str(error) if at is None else f"{error.msg} at column {at + 1}") from error  # type: ignore[attr-defined]
+    if end != len(text) and (rest := text[end:].lstrip(_SPACE)):
+        raise InvalidJSON(f"Extra data at column {len(text) - len(rest) + 1}")
+    return value
 
 
 def decode_enclosed(line: bytes, opening: bytes) -> tuple[JSON] | None:
@@ -105,45 +159,37 @@ def decode_enclosed(line: bytes, opening: bytes) -> tuple[JSON] | None:
     if not line.startswith(opening) or may_exceed_depth(line):
         return None
     try:
-        text = line.decode("utf-8")
-        value, end = _DECODER.raw_decode(text, len(opening))
-    except (ValueError, RecursionError):
+        text = line.decode()
+        value, end = _scan_value(text, len(opening))
+    except (ValueError, RecursionError, StopIteration, SystemError):
         return None
     return (value,) if text[end:] == "}" else None
 
 
-def decode_checked(text: bytes | str) -> str:
-    """Return the text. Raises `InvalidJSON` if it is not UTF-8 or is nested deeper than MAX_DEPTH."""
-    if isinstance(text, str):
-        _check_depth(text.encode("utf-8", "surrogatepass"))
-        return text
-    try:
-        decoded = text.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise InvalidJSON(f"not UTF-8 at byte {error.start}") from error
-    if len(text) > MAX_DEPTH:
-        _check_depth(text)
-    return decoded
+def may_exceed_depth(text: bytes) -> bool:
+    """Return whether there are enough brackets for a nesting deeper than MAX_DEPTH."""
+    return len(text) > MAX_DEPTH and text.count(b"[") + text.count(b"{") > MAX_DEPTH
 
 
-def _check_depth(text: bytes) -> None:
-    """Raise `InvalidJSON` for a nesting deeper than MAX_DEPTH."""
-    if exceeds_depth(text):
-        raise InvalidJSON(f"nested deeper than {MAX_DEPTH}")
-
-
-def translate_errors(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Call a function of `json` and turn its exceptions into `InvalidJSON`."""
-    try:
-        return function(*arguments)
-    except InvalidJSON:
-        raise
-    except json.JSONDecodeError as error:
-        raise InvalidJSON(f"{error.msg} at column {error.pos + 1}") from error
-    except RecursionError as error:
-        raise InvalidJSON("nested too deep for this interpreter") from error
-    except ValueError as error:  # an integer with more digits than the interpreter converts
-        raise InvalidJSON(str(error)) from error
+def exceeds_depth(text: bytes) -> bool:
+    """Return whether JSON text is nested deeper than MAX_DEPTH. Fast for text with few brackets."""
+    if not may_exceed_depth(text):
+        return False
+    # The count is wrong only after the first error of text that is not JSON; no decoder reads further.
+    if b"\\" in text:
+        text = text.replace(b"\\\\", b"").replace(b'\\"', b"")
+    marks = text.translate(None, _NOT_BRACKETS)
+    depth, in_string = 0, False
+    for at in range(0, len(marks), _PIECE):  # other threads may run between two pieces
+        parts = marks[at : at + _PIECE].split(b'"')
+        brackets = b"".join(parts[in_string::2])
+        in_string ^= not len(parts) % 2
+        opened = brackets.count(b"[") + brackets.count(b"{")
+        may_exceed = depth + opened > MAX_DEPTH
+        if may_exceed and max(accumulate(map(_STEP.__getitem__, brackets), initial=depth)) > MAX_DEPTH:
+            return True
+        depth += 2 * opened - len(brackets)
+    return False
 
 
 class JSONObject(dict[str, "Any"]):
@@ -168,13 +214,8 @@ class JSONObject(dict[str, "Any"]):
         """Return whether the member is null."""
         return self[key] is None
 
-    def nested_object(self, key: str) -> JSONObject | None:
-        """Return the member as an object; None if it is not one."""
-        value = self[key]
-        return JSONObject(value) if isinstance(value, dict) else None
-
-    def nested_values(self, key: str) -> JSONObject | None:
-        """Return the member as an object without payloads; None if it is not an object."""
+    def nested_object(self, key: str, values_only: bool = False) -> JSONObject | None:
+        """Return the member as an object, None if it is not one; `values_only`: it has no payloads, which is faster."""
         value = self.value(key)
         return JSONObject(value) if isinstance(value, dict) else None
 
@@ -191,108 +232,109 @@ class JSONObject(dict[str, "Any"]):
 
 def decode_values(line: bytes) -> JSONObject:
     """Decode an object; its payloads are values. Raises `InvalidJSON`."""
-    try:
-        text = line.decode() if len(line) <= MAX_DEPTH else decode_checked(line)
-        found, end = _scan_value(text, 0)
-    except (ValueError, RecursionError, StopIteration):
-        return _decode_members(line)
-    if type(found) is not dict or end != len(text) or "\\" in text:
-        return _decode_members(line)
-    for name in found:
-        # Without escapes, each name stands in the text as it is: a repeated name is found twice.
-        if text.count(f'"{name}"') != 1:
-            return _decode_members(line)
-    return JSONObject(found)
-
-
-def _decode_members(line: bytes) -> JSONObject:
-    return JSONObject({key: value for key, value, _ in _members(decode_checked(line), _DECODER)})
-
-
-def scan_object(text: str) -> Iterator[tuple[str, bytes]]:
-    """Yield name and text of each member of the object that `text` is. Raises `InvalidJSON`."""
-    return ((key, text[start:end].encode("utf-8")) for key, _, (start, end) in _members(text, _SCANNER))
-
-
-def scan_array(array: bytes) -> Iterator[bytes]:
-    """Yield the text of each element of an array that was decoded before."""
-    text = array.decode("utf-8")
-    at = _skip_space(text, 1)
-    while text[at] != "]":
-        _, end = translate_errors(_SCANNER.raw_decode, text, at)
-        yield text[at:end].encode("utf-8")
-        at = _skip_space(text, end)
-        if text[at] == ",":
-            at = _skip_space(text, at + 1)
-
-
-def _members(text: str, decoder: json.JSONDecoder) -> Iterator[tuple[str, JSON, tuple[int, int]]]:
-    """Yield name, value and span of each member of the object that `text` is; reject a repeated name."""
-    seen: set[str] = set()
-    at = _skip_space(text, 0)
-    if text[at : at + 1] != "{":
-        translate_errors(decoder.decode, text)  # raises the reason if the text is not JSON at all
+    text = decode_checked(line)
+    members = decode_text(text)
+    if type(members) is not dict:
         raise InvalidJSON("expected an object")
-    at = _skip_space(text, at + 1)
-    more = text[at : at + 1] != "}"
-    while more:
-        if text[at : at + 1] != '"':
-            raise InvalidJSON(f"expected a name in double quotes at column {at + 1}")
-        key, at = translate_errors(decoder.raw_decode, text, at)
-        if key in seen:
-            raise InvalidJSON(f"repeated key {json.dumps(key)}")
-        seen.add(key)
-        at = _skip_space(text, at)
-        if text[at : at + 1] != ":":
-            raise InvalidJSON(f"expected ':' at column {at + 1}")
-        start = _skip_space(text, at + 1)
-        value, end = translate_errors(decoder.raw_decode, text, start)
-        yield key, value, (start, end)
-        at = _skip_space(text, end)
-        more = text[at : at + 1] == ","
-        if more:
-            at = _skip_space(text, at + 1)
-        elif text[at : at + 1] != "}":
-            raise InvalidJSON(f"expected ',' or '}}' at column {at + 1}")
-    at = _skip_space(text, at + 1)
-    if at != len(text):
-        raise InvalidJSON(f"data after the object at column {at + 1}")
+    if "\\" in text:
+        _reject_repeated_key(text)
+    else:
+        for name in members:
+            if text.count(f'"{name}"') != 1:  # it is repeated, or a string elsewhere
+                _reject_repeated_key(text)
+                break
+    return JSONObject(members)
 
 
-def _skip_space(text: str, at: int) -> int:
-    match = _SPACE.match(text, at)
-    assert match is not None
-    return match.end()
+def _reject_repeated_key(text: str) -> None:
+    """Raise `InvalidJSON` if an object, which was decoded before, repeats a key."""
+    found: set[str] = set()
+    at = _skip_separators(text, text.index("{") + 1)
+    while text[at] != "}":
+        key, at = _scan_value(text, at)
+        if key in found:
+            raise InvalidJSON(f"repeated key {encode_basestring_ascii(key)}")
+        found.add(key)
+        _, at = _scan_value(text, _skip_separators(text, at))
+        at = _skip_separators(text, at)
+
+
+def _skip_separators(text: str, at: int) -> int:
+    while text[at] in " \t\r\n,:":
+        at += 1
+    return at
+
+
+def encode_value(value: JSON) -> bytes:
+    """Write a value as one line of ASCII JSON, without the line feed.
+
+    As in `json`, tuples become arrays, and keys that are int, float, bool or None become strings.
+
+    Raises:
+        NotJSON: the value, or a value in it, has no form in JSON; the exception has the position.
+    """
+    try:
+        text = "".join(_encode_pieces(value, False)).encode("ascii")
+    except (TypeError, ValueError, RecursionError) as error:
+        path, reason = _find_invalid_part(value) or ("", str(error))
+        raise NotJSON(path, reason) from error
+    if len(text) > MAX_DEPTH and exceeds_depth(text):
+        raise NotJSON("", f"nested deeper than {MAX_DEPTH}")
+    return text
 
 
 _CONSTANTS: dict[object, Raw] = {None: Raw(b"null"), True: Raw(b"true"), False: Raw(b"false")}
 
 
-@lru_cache(maxsize=256)
-def encode_name(name: str) -> bytes:
-    """Return the name of a member and its colon. Cached: the protocol has few names."""
-    return encode_value(name) + b":"
-
-
 def dumps(value: JSON) -> Raw:
-    """Write a value as one line of ASCII JSON, without the line feed.
-
-    As in `json`, tuples become arrays, and keys that are int, float, bool or None become strings.
-
-    Args:
-        value: any value that has a form in JSON; an `Envelope` may have `Raw` members.
-
-    Raises:
-        NotJSON: the value, or a value in it, has no form in JSON; the exception has the position.
-    """
+    """Write a value as `encode_value` does. It may be `Raw`, or an `Envelope` with `Raw` members. Raises `NotJSON`."""
     kind = type(value)
     if kind is Raw:
         raw: Raw = value
         return raw
     if kind is str:  # most members of messages
-        return Raw(encoder.encode_basestring_ascii(value).encode())
+        return Raw(encode_basestring_ascii(value).encode())
     if kind is Envelope:
-        return Raw(b"{%b}" % b",".join([encode_name(key) + dumps(member) for key, member in value.items()]))
+        return Raw(b"{%b}" % b",".join([b"%b:%b" % (dumps(key), dumps(member)) for key, member in value.items()]))
     if value is None or value is True or value is False:
         return _CONSTANTS[value]
     return Raw(encode_value(value))
+
+
+def _find_invalid_part(value: JSON) -> tuple[str, str] | None:
+    """Return position and reason of the first part of `value` that has no form in JSON; iterative for deep nesting."""
+    stack: list[tuple[JSON, str, int]] = [(value, "", 0)]
+    trail: list[int] = []  # ids of the containers around the item
+    while stack:
+        item, path, depth = stack.pop()
+        del trail[depth:]
+        if isinstance(item, (dict, list, tuple)):
+            if id(item) in trail:
+                return path, "contains itself"
+            if depth >= MAX_DEPTH:
+                return "", f"nested deeper than {MAX_DEPTH}"
+            trail.append(id(item))
+            children = item.items() if isinstance(item, dict) else enumerate(item)
+            for key, child in reversed(list(children)):
+                if isinstance(item, dict) and not isinstance(key, (str, int, float, bool, type(None))):
+                    return path, f"a key is of type {_type_name(key)}, expected str"
+                stack.append((child, f"{path}[{key!r}]", depth + 1))
+        elif (reason := _reason_of_scalar(item)) is not None:
+            return path, reason
+    return None
+
+
+def _reason_of_scalar(item: JSON) -> str | None:
+    try:
+        for _ in _encode_pieces(item, False):
+            pass
+    except TypeError:
+        return f"type {_type_name(item)} has no form in JSON"
+    except ValueError as error:  # an integer with more digits than the interpreter converts
+        return f"{item!r} is not a number of JSON" if isinstance(item, float) else str(error)
+    return None
+
+
+def _type_name(item: object) -> str:
+    kind = type(item)
+    return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"

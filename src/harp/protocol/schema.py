@@ -32,7 +32,7 @@ from harp.protocol.fields import (
     required_object,
     required_string,
 )
-from harp.protocol.json_text import InvalidJSON, JSONObject, Raw, dumps, encode_name
+from harp.protocol.json_text import InvalidJSON, JSONObject, Raw, dumps
 
 
 class Null(Enum):
@@ -202,7 +202,7 @@ def _read_layout(message: type[WireObject]) -> _Layout:
         member = _Member(
             name=field.name,
             key=key,
-            label=encode_name(key),
+            label=dumps(key) + b":",
             kind=kind,
             is_optional=default is not MISSING,
             null_is_default=default is not MISSING and Null.REJECTED not in parts,
@@ -218,7 +218,7 @@ def _read_layout(message: type[WireObject]) -> _Layout:
     return _Layout(
         sections=tuple(_section(key, members) for key, members in sections),
         keys=frozenset(own_keys.union(constants)),
-        constants=b",".join([encode_name(key) + dumps(value) for key, value in constants.items()]),
+        constants=b",".join([b"%b:%b" % (dumps(key), dumps(value)) for key, value in constants.items()]),
         flags=tuple(key for key, value in constants.items() if value is True),
         checks=tuple(checks),
     )
@@ -228,7 +228,7 @@ def _section(key: str, members: list[_Member]) -> _Section:
     required = [member.key for member in members if not member.is_optional]
     return _Section(
         key=key,
-        label=encode_name(key),
+        label=dumps(key) + b":",
         members=tuple(members),
         keys=frozenset(member.key for member in members),
         expected=f"an object with {' and '.join(required)}",

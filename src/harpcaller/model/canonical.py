@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from decimal import MAX_EMAX, MAX_PREC, MIN_EMIN, Context, Decimal
 from typing import Any
 
-from harp.protocol.json_text import decode_checked, reject_constant, translate_errors
+from harp.protocol.json_text import decode_checked, decode_text, reject_constant
 
 _EXACT = Context(prec=MAX_PREC, Emax=MAX_EMAX, Emin=MIN_EMIN)
 
@@ -25,9 +26,9 @@ def _canonical_number(text: str) -> _Number:
         return _Number(text)
 
 
-_CANONICAL = json.JSONDecoder(
+_scan_value: Callable[[str, int], tuple[Any, int]] = json.JSONDecoder(
     parse_constant=reject_constant, parse_int=_canonical_number, parse_float=_canonical_number
-)
+).scan_once  # type: ignore[attr-defined]
 
 
 def canonical(text: bytes) -> str:
@@ -38,7 +39,7 @@ def canonical(text: bytes) -> str:
     Args:
         text: JSON in UTF-8, as in a `Raw`.
     """
-    return _write_canonical(translate_errors(_CANONICAL.decode, decode_checked(text)))
+    return _write_canonical(decode_text(decode_checked(text), _scan_value))
 
 
 def _write_canonical(value: Any) -> str:

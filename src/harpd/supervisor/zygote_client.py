@@ -21,7 +21,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from harp.protocol.json_codec import decode_value, encode_value
+from harp.protocol.json_text import encode_value, loads
 from harpd.processes.cookie import reserve_cookie
 from harpd.processes.procfs import child_start_time
 from harpd.supervisor.event_loop import READ, WRITE, EventLoop, Timer
@@ -311,7 +311,7 @@ class ZygoteClient:
             if not data:
                 self._on_closed()
                 return
-            self._on_message(decode_value(data))
+            self._on_message(loads(data))
 
     def _on_message(self, message: dict[str, Any]) -> None:
         match message:

@@ -18,7 +18,7 @@ import os
 import sys
 
 from harp.protocol.call_output import VERSION, encode_record
-from harp.protocol.json_codec import InvalidJSON, NotJSON, decode_value, encode_value
+from harp.protocol.json_text import InvalidJSON, NotJSON, encode_value, loads
 from harpd.proc import Cancelled, Procedure, Result, TimeLimit
 from harpd.processes.cookie import EnvCookie
 from harpd.processes.prctl import become_subreaper, die_with_parent
@@ -179,7 +179,7 @@ class Worker:
 def _decode_arguments(text: bytes, check: ArgumentCheck) -> tuple[list[Any], dict[str, Any]]:
     """Decode the arguments of a call and check them. Raises `_CallRejected`."""
     try:
-        arguments = decode_value(text)
+        arguments = loads(text)
     except InvalidJSON as error:
         raise _CallRejected("invalid_request", f"arguments: {error}") from error
     positional, named = (arguments, {}) if isinstance(arguments, list) else ([], arguments)

@@ -40,7 +40,7 @@ import select
 import sys
 from _socket import CMSG_SPACE, MSG_CMSG_CLOEXEC, socket
 
-from harp.protocol.json_codec import decode_value, encode_value
+from harp.protocol.json_text import encode_value, loads
 from harpd.processes.cookie import EnvCookie
 from harpd.processes.prctl import become_subreaper, die_with_parent
 from harpd.worker.child import Worker, flush_output
@@ -72,7 +72,7 @@ class _Zygote:
 
     def load(self) -> Worker | None:
         """Load the procedures file that the first command names, and report the result; None: it cannot be loaded."""
-        command = decode_value(self._supervisor.recv(_MAX_LOAD_COMMAND_BYTES))
+        command = loads(self._supervisor.recv(_MAX_LOAD_COMMAND_BYTES))
         sys.path[:] = command["path"]
         _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         # The supervisor has raised its own limit, which this process has inherited.
