@@ -72,16 +72,12 @@ P = ParamSpec("P")
 
 #: Seconds between two attempts to attach to a call, or to start one that was delayed: the first delay, and the longest.
 _MIN_DELAY, _MAX_DELAY = 0.2, 5.0
-
-#: Maximum seconds that a cancel waits for the reply to a sent request.
+#: Maximum seconds that a cancel waits for the reply to a sent start.
 _CANCEL_WAIT = 2.0
-
 #: Maximum number of starts, if the host reports that the earlier ones named another instance.
 _MAX_STARTS = 3
-
 #: Seconds until the limits are checked again while the host is not read.
 _RECHECK = 1.0
-
 #: Maximum length of a logged error in characters.
 _MAX_LOGGED = 500
 
@@ -413,10 +409,8 @@ class Run:
         elif self._resumable:  # the host was downgraded to a legacy harpd
             self._resumable = False
             self._context.capabilities.set_legacy(self._known_host)
-        self._watch_limits()
         self._check_records()
-        self._apply_stop()
-        self._detach_if_possible()
+        self._continue()
 
     def _on_refused(self, error: Failed) -> None:
         """Handle an error instead of the acknowledgement."""
@@ -552,35 +546,38 @@ class Run:
         if self._ending_job:
             return
         self._ending_job = True
-        store = partial(self._store_job_end, end, why, next_record)
+        store = partial(self._store_job_end, end, StopCall(why, "dispatcher"), next_record)
         if next_record is None:
             store()
         else:
             self._records.when_empty(store)
 
     @_event
-    def _store_job_end(self, end: Failed, why: str, next_record: int | None) -> None:
-        on_stored = partial(self._on_job_ended, why, next_record)
-        if self.has_ended:
-            on_stored(True)
-        else:
-            stop_request = dumps({"why": why, "by": "dispatcher", "at": self._context.wall()})
-            outcome = _Outcome(end, StopState.PENDING, was_stopped=True, keep_slot=True, stop_request=stop_request)
-            self._store(outcome, on_stored)
-
-    def _on_job_ended(self, why: str, next_record: int | None, stored: bool) -> None:
-        self._ending_job = False
+    def _store_job_end(self, end: Failed, command: StopCall, next_record: int | None) -> None:
         if next_record is not None:
             self._records.close(next_record)
+        if self.has_ended:
+            self._on_job_ended(command, True)
+        else:
+            stop_request = dumps({"why": command.why, "by": command.by, "at": self._context.wall()})
+            outcome = _Outcome(end, StopState.PENDING, was_stopped=True, keep_slot=True, stop_request=stop_request)
+            self._store(outcome, partial(self._on_job_ended, command))
+
+    def _on_job_ended(self, command: StopCall, stored: bool) -> None:
+        self._ending_job = False
         if stored:  # otherwise the job was cancelled, and `cancel_call` follows
-            self._stop_command = self._stop_command or StopCall(why, "dispatcher")
+            self._stop_command = self._stop_command or command
         if self._phase is RunPhase.OUTAGE:
             self._reattach_later()
         else:
-            if self._phase in (RunPhase.SENT, RunPhase.RUNNING):
-                self._watch_limits()
-            self._apply_stop()
-            self._detach_if_possible()
+            self._continue()
+
+    def _continue(self) -> None:
+        """Check the limits, stop the call or detach from it, as far as that was requested and is possible now."""
+        if self._phase in (RunPhase.SENT, RunPhase.RUNNING):
+            self._watch_limits()
+        self._apply_stop()
+        self._detach_if_possible()
 
     # Stops.
 

@@ -43,13 +43,10 @@ class StoreWrites:
         on_stored: Callable[[T], None],
         on_error: Callable[[Exception], None],
     ) -> None:
-        """Begin a write.
+        """Begin a write: `write` calls a verb of the store, and is called again after each `StorageError`.
 
-        Args:
-            job_id: the job, for the log.
-            write: calls a verb of the store; called again after each `StorageError`.
-            on_stored: called with the result of the verb.
-            on_error: called with any other exception, of the verb or of `on_stored`.
+        `on_stored` is called with the result of the verb, `on_error` with any other exception of the verb or of
+        `on_stored`.
         """
 
         def attempt() -> None:

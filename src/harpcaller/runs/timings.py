@@ -19,20 +19,14 @@ class Timings:
         self._jobs: dict[str, dict[str, float]] = {}  # in the order of their first steps; with the time ``ended_at``
 
     def record_stored(self, job_id: str, received_at: float | None, store_began: float) -> None:
-        """Record that a job was stored.
-
-        Args:
-            job_id: the job.
-            received_at: when its request was received; None if unknown.
-            store_began: when the write began.
-        """
+        """Record that a job was stored, the times of its request (None: unknown) and of the begin of the write."""
         phases = self._phases_of(job_id)
         if received_at is not None:
             phases["accept"] = store_began - received_at
         phases["store"] = time.monotonic() - store_began
 
     def record_end(self, job_id: str, store_began: float) -> None:
-        """Record that a job's end was stored; the write began at `store_began`."""
+        """Record that a job's end was stored, and the time of the begin of the write."""
         phases = self._phases_of(job_id)
         phases["ended_at"] = time.monotonic()
         phases["store_end"] = phases["ended_at"] - store_began
