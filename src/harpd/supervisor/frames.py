@@ -32,7 +32,8 @@ START, ATTACH, COMMANDS, HANG_UP, CREDIT, LINES, END, ERROR, CLOSED = range(1, 1
 #: The most bytes of lines in a frame. Short frames let other calls pass between two parts of a long line.
 MAX_LINES_BYTES = 64 * 1024
 LINES_WINDOW = 256 * 1024
-COMMANDS_WINDOW = 4096
+#: Small, because a command costs more time than a line: a window of the shortest ones takes less than a millisecond.
+COMMANDS_WINDOW = 512
 #: Channel numbers are below this one.
 MAX_CHANNELS = 1 << 32
 

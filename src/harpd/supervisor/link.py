@@ -127,9 +127,12 @@ class LinkChannel:
             self._link.gather(self)
 
     def flush_gathered(self) -> None:
-        """Send the lines of `send_soon`, unless they were sent with others."""
+        """Send the lines of `send_soon`, unless they were sent with others, and the credit for commands."""
         if self._gathered:
             self.send(b"")
+        if self._handled_bytes >= COMMANDS_WINDOW // 2 and not self._hung_up:
+            self._link.write(self._number, CREDIT, encode_credit(self._handled_bytes))
+            self._handled_bytes = 0
 
     def reject(self, error: bytes) -> None:
         """Send an error line and close the channel."""
@@ -186,8 +189,7 @@ class LinkChannel:
             return
         self._handled_bytes += len(data)
         if self._handled_bytes >= COMMANDS_WINDOW // 2:
-            self._link.write(self._number, CREDIT, encode_credit(self._handled_bytes))
-            self._handled_bytes = 0
+            self._link.gather(self)  # the credit waits, so that a client that floods has a bounded share of the time
         self.user.on_commands(data)
 
     def hang_up(self) -> None:
