@@ -60,6 +60,7 @@ The only secrets that the supervisor has are the owners and secrets of calls.
 
 from __future__ import annotations
 
+import gc
 import logging
 import math
 import os
@@ -400,6 +401,7 @@ def main() -> NoReturn:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):  # the launcher handles signals to all of harpd
         signal.signal(number, signal.SIG_IGN)
     os.set_inheritable(lifeline, False)
+    gc.freeze()  # a full collection, which stops the loop, does not visit the objects of the program itself
     loop = EventLoop()
     logs.write_per_turn(loop.call_soon)
     Supervisor(loop, socket.socket(fileno=lifeline), {"descriptors": soft, **settings})
