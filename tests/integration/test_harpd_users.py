@@ -153,10 +153,11 @@ def test_user_change_without_root_fails(tmp_path: Path) -> None:
     nobody = pwd.getpwnam("nobody")
     program = (
         "from harpd.worker.privileges import *\n"
-        "drop_privileges(resolve_credentials('nobody', None)); drop_privileges(resolve_credentials(None, None))\n"
+        "def change(uid, gid): drop_privileges(*resolve_credentials(uid, gid)[:3])\n"
+        "change('nobody', None); change(None, None)\n"
         "print('own')\n"
         "for uid, gid in (('daemon', None), (0, None), (None, (7,)), ('nobody', (7,))):\n"
-        "    try:\n        drop_privileges(resolve_credentials(uid, gid))\n        print('taken')\n"
+        "    try:\n        change(uid, gid)\n        print('taken')\n"
         "    except UserError as error:\n        print('refused')\n"
     )
     done = subprocess.run(

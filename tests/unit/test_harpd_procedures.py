@@ -180,9 +180,9 @@ def test_load_missing_file_fails(tmp_path: Path) -> None:
 
 
 def resolved(uid: int | str | None, gid: list[int | str] | None) -> tuple[object, ...]:
-    account = resolve_credentials(uid, gid)
-    name, home = (account.entry.pw_name, account.entry.pw_dir) if account.entry else (None, None)
-    return account.uid, account.gid, account.groups, name, home
+    *ids, entry = resolve_credentials(uid, gid)
+    name, home = (entry.pw_name, entry.pw_dir) if isinstance(entry, pwd.struct_passwd) else (None, None)
+    return *ids, name, home
 
 
 def test_resolve_credentials() -> None:

@@ -34,17 +34,22 @@ class ArgumentCheck:
         self._names: tuple[str, ...] | None = None  # of the parameters that may be named
         # How many positional arguments certainly fit, at least and at most.
         self._least, self._most = 0, -1
-        if not _is_plain(procedure):
+        function = getattr(procedure, "function", None)  # a subclass may have none
+        if (
+            type(procedure) not in (Procedure, StreamingProcedure)
+            or type(function) is not FunctionType
+            or function.__code__.co_flags & _VARIABLE
+            or any(name in function.__dict__ for name in _SIGNATURE_ATTRIBUTES)
+        ):
             import inspect  # noqa: F401 - so that not each call has to load it
 
             return
-        code, function = procedure.function.__code__, procedure.function
-        if len(function.__kwdefaults__ or ()) != code.co_kwonlyargcount:
-            return
-        self._most = code.co_argcount
-        self._least = code.co_argcount - len(function.__defaults__ or ())
-        if not code.co_posonlyargcount:
-            self._names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+        code = function.__code__
+        if len(function.__kwdefaults__ or ()) == code.co_kwonlyargcount:
+            self._most = code.co_argcount
+            self._least = code.co_argcount - len(function.__defaults__ or ())
+            if not code.co_posonlyargcount:
+                self._names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
 
     def check(self, positional: Sequence[Any], named: Mapping[str, Any]) -> None:
         """Check the arguments of a call. A call has positional arguments or named ones, not both.
@@ -52,19 +57,15 @@ class ArgumentCheck:
         Raises:
             WrongArguments: they do not fit.
         """
-        if named:
-            fits = not positional and self._fit_by_name(named)
-        else:
+        names = self._names
+        if not named:
             fits = self._least <= len(positional) <= self._most
+        elif names is None:
+            fits = False  # this is not certain
+        else:
+            fits = all(name in names for name in named) and all(name in named for name in names[: self._least])
         if not fits:
             self._bind(positional, named)
-
-    def _fit_by_name(self, named: Mapping[str, Any]) -> bool:
-        """Return True if named arguments fit, False if that is not certain."""
-        names = self._names
-        if names is None:
-            return False
-        return all(name in names for name in named) and all(name in named for name in names[: self._least])
 
     def _bind(self, positional: Sequence[Any], named: Mapping[str, Any]) -> None:
         try:
@@ -75,18 +76,6 @@ class ArgumentCheck:
             signature.bind(*positional, **named)
         except TypeError as error:
             raise WrongArguments(f"{error}; the procedure takes {_parameters(signature)}") from error
-
-
-def _is_plain(procedure: Procedure) -> bool:
-    """Return whether a call runs a plain function, whose code object shows its signature."""
-    if type(procedure) not in (Procedure, StreamingProcedure):
-        return False
-    function = procedure.function
-    return (
-        type(function) is FunctionType
-        and not function.__code__.co_flags & _VARIABLE
-        and not any(name in function.__dict__ for name in _SIGNATURE_ATTRIBUTES)
-    )
 
 
 def _parameters(signature: inspect.Signature) -> str:

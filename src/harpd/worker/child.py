@@ -1,19 +1,23 @@
 """The worker, from its fork to its exit.
 
 The zygote forks it ahead, before there is a call for it. It waits at its channel, a stream socket whose other end the
-supervisor has, for the line of a call: its id, the number of
-its procedure, and the arguments, with spaces between. Then it changes
-the user, checks the arguments, runs the procedure, writes the lines of the wire protocol to the channel, and exits. It
-serves several calls of the same procedure, one after the other, if the procedure allows it. It also exits when the
-supervisor closes its end of the channel.
+supervisor has, for the line of a call: its id, the number of its procedure, and the arguments, with spaces between.
+Then it changes the user, checks the arguments, runs the procedure, writes the lines of the wire protocol to the
+channel, and exits. It serves several calls of the same procedure, one after the other, if the procedure allows it. It
+also exits when the supervisor closes its end of the channel.
 
-This is the most expensive part of a short call: a page of memory that a worker touches is copied for it, and takes 2 to
-4 microseconds. So all that can be prepared is prepared in the zygote, and no wrapper of the standard library is used.
+The supervisor's signals raise exceptions in the procedure's code and nowhere else. While an exception would do harm,
+within a line or outside the procedure, signals are deferred. The signal mask cannot do that: a signal that another
+thread receives raises in the main thread all the same.
+
+This is the most expensive part of a short call: a page of memory that a worker touches is copied for it, which costs
+2 to 4 microseconds. So all that can be prepared is prepared in the zygote, and no wrapper of the standard library is
+used.
 """
 
 from __future__ import annotations
 
-import _signal  # type: ignore[import-not-found]
+import _signal  # type: ignore[import-not-found]  # without the enumerations of `signal`
 import os
 import sys
 
@@ -21,32 +25,108 @@ from harp.protocol.call_output import VERSION, encode_record
 from harp.protocol.json_text import InvalidJSON, NotJSON, encode_value, loads
 from harpd.proc import Cancelled, Procedure, Result, TimeLimit
 from harpd.processes.cookie import EnvCookie
-from harpd.processes.prctl import become_subreaper, die_with_parent
+from harpd.processes.prctl import become_subreaper, die_with_parent, never_dump_core
 from harpd.worker.arguments import ArgumentCheck, WrongArguments
-from harpd.worker.channel import Channel
 from harpd.worker.privileges import UserError, change_user
-from harpd.worker.signals import SignalGuard
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from types import FrameType
     from typing import Any, NoReturn
 
     from harpd.proc import Identity
 
-#: The most bytes of a record or a result: clients and dispatchers read lines of up to 64 MiB, and 64 bytes are left for
-#: the envelope.
+#: The signals of calls.
+CALL_SIGNALS = (_signal.SIGXCPU, _signal.SIGTERM)
+#: The most bytes of a record or a result: clients and dispatchers read lines of up to 64 MiB, of which the envelope has
+#: 64 bytes.
 MAX_PAYLOAD_BYTES = 64 * 1024 * 1024 - 64
 #: The most characters of a traceback.
 _MAX_TRACEBACK_LENGTH = 16 * 1024
+_READ_SIZE = 1 << 16
+
+
+class SignalGuard:
+    """Turns the signals of calls into exceptions. From `defer` to `deliver`, it stores the last signal instead.
+
+    Signals are deferred at first.
+    """
+
+    def __init__(self) -> None:
+        self._deferring = True
+        self.deferred: int | None = None  #: The signal that is stored.
+
+    def install(self) -> None:
+        """Install the handlers: in the zygote, so that no worker has to."""
+        for number in CALL_SIGNALS:
+            _signal.signal(number, self._handle)
+
+    def defer(self) -> None:
+        """Defer signals until `deliver` is called."""
+        self._deferring = True
+
+    def deliver(self) -> None:
+        """End the deferral; raise the exception of a signal that was deferred."""
+        self._deferring = False
+        if self.deferred is not None:
+            number, self.deferred = self.deferred, None
+            self._handle(number)
+
+    def _handle(self, number: int, frame: FrameType | None = None) -> None:
+        if self._deferring:
+            self.deferred = number
+        elif number == _signal.SIGXCPU:
+            raise TimeLimit("the call's time is over")
+        else:
+            raise Cancelled("the call was cancelled")
+
+
+def _exit_with(interruption: TimeLimit | Cancelled) -> NoReturn:
+    """End this process by the signal of this exception: the supervisor knows which signals it has sent."""
+    number = _signal.SIGXCPU if isinstance(interruption, TimeLimit) else _signal.SIGTERM
+    never_dump_core()
+    _signal.signal(number, _signal.SIG_DFL)
+    _signal.pthread_sigmask(_signal.SIG_UNBLOCK, {number})
+    os.kill(os.getpid(), number)
+    os._exit(1)
 
 
 class _CallRejected(Exception):
-    """The call ends with an error of harpd, not with an exception of the procedure."""
+    """The call ends with an error of harpd, not with an exception of the procedure. Arguments: type and message."""
 
-    def __init__(self, type: str, message: str) -> None:
-        super().__init__(message)
-        self.type = type
+
+class _Channel:
+    """The channel of this process, and not of the processes that it forks.
+
+    Reading and writing raise OSError if the supervisor has died or the procedure has closed the descriptor.
+    """
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        self._owner = os.getpid()
+        self._file = os.fstat(descriptor)
+
+    def read_line(self) -> bytes:
+        """Wait for the line of the next call; return b"" if the supervisor has closed its end."""
+        pieces = [os.read(self._descriptor, _READ_SIZE)]
+        while pieces[-1] and not pieces[-1].endswith(b"\n"):
+            pieces.append(os.read(self._descriptor, _READ_SIZE))
+        return b"".join(pieces) if pieces[-1] else b""
+
+    def exit_if_forked(self) -> None:
+        """Exit if the procedure has forked and this is the child: it must not write to the caller."""
+        if os.getpid() != self._owner:
+            os._exit(0)
+
+    def write(self, lines: bytes) -> None:
+        """Write whole lines; wait while the supervisor does not read. Signals must be deferred."""
+        # The procedure may have closed the descriptor, and its number may belong to another file by now.
+        file = os.fstat(self._descriptor)
+        if file.st_ino != self._file.st_ino or file.st_dev != self._file.st_dev:
+            raise ConnectionAbortedError("the procedure closed the channel")
+        while lines:  # a signal may interrupt the write
+            lines = lines[os.write(self._descriptor, lines) :]
 
 
 class Worker:
@@ -54,7 +134,6 @@ class Worker:
 
     Args:
         procedures: the procedures, by the numbers with which the supervisor names them.
-        guard: turns signals into exceptions; its handlers are installed before the first fork.
         cookie: the cookie of this process.
         default_user: the user of a procedure that names none; None: that of harpd.
         default_group: the group of a procedure that names neither user nor group; None: those of the user.
@@ -64,31 +143,25 @@ class Worker:
     def __init__(
         self,
         procedures: Sequence[Procedure],
-        guard: SignalGuard,
         cookie: EnvCookie,
         default_user: Identity | None,
         default_group: Identity | None,
         tracebacks: bool,
     ) -> None:
+        #: Its handlers have to be installed before the first fork.
+        self.guard = SignalGuard()
         self._zygote = os.getpid()
         self._procedures = [(procedure, ArgumentCheck(procedure)) for procedure in procedures]
-        self._guard = guard
         self._cookie = cookie
         self._default_user = default_user
         self._default_groups = None if default_group is None else (default_group,)
         self._tracebacks = tracebacks
 
     def run(self, channel: int, stdout: int, stderr: int) -> NoReturn:
-        """Serve calls in this process, which the zygote has just forked; then exit.
-
-        Args:
-            channel: the descriptor of the channel.
-            stdout: the descriptor that becomes stdout.
-            stderr: the descriptor that becomes stderr.
-        """
+        """Serve calls in this process, which the zygote has just forked, with these descriptors; then exit."""
         try:
             self._leave_zygote(stdout, stderr)
-            self._serve_calls(Channel(channel, self._guard))
+            self._serve_calls(_Channel(channel))
         except OSError:
             os._exit(1)  # the supervisor has died: no process reads the result
         os._exit(0)
@@ -103,9 +176,9 @@ class Worker:
         os.dup2(stderr, 2)
         os.close(stdout)
         os.close(stderr)
-        self._guard.forget()
+        self.guard.deferred = None  # a signal that the zygote has received
 
-    def _serve_calls(self, channel: Channel) -> None:
+    def _serve_calls(self, channel: _Channel) -> None:
         line, served = channel.read_line(), 0
         while line:
             call_id, number, arguments = line.split(b" ", 2)
@@ -117,24 +190,20 @@ class Worker:
                     self._become_worker_of(procedure)
                 lines = self._run_call(call_id, procedure, check, arguments, channel)
             except _CallRejected as rejected:
-                error = {"type": rejected.type, "message": str(rejected)}
+                kind, message = rejected.args
+                error = {"type": kind, "message": message}
                 lines, last = encode_value({"harp": VERSION, "error": error}) + b"\n", True
             channel.exit_if_forked()
             flush_output()
             channel.write(lines)
             if last:
                 return
-            line = self._wait_for_line(channel)
-
-    def _wait_for_line(self, channel: Channel) -> bytes:
-        """Wait for another call; return b"" if there is none."""
-        try:
-            self._guard.deliver()
-            line = channel.read_line()
-            self._guard.defer()
-        except (TimeLimit, Cancelled) as interruption:
-            self._guard.exit_with(interruption)
-        return line
+            try:
+                self.guard.deliver()
+                line = channel.read_line()
+                self.guard.defer()
+            except (TimeLimit, Cancelled) as interruption:
+                _exit_with(interruption)
 
     def _become_worker_of(self, procedure: Procedure) -> None:
         """Accept the signals of calls, and become the procedure's user. Raises `_CallRejected`."""
@@ -152,28 +221,57 @@ class Worker:
             die_with_parent(self._zygote)
 
     def _run_call(
-        self, call_id: bytes, procedure: Procedure, check: ArgumentCheck, arguments: bytes, channel: Channel
+        self, call_id: bytes, procedure: Procedure, check: ArgumentCheck, arguments: bytes, channel: _Channel
     ) -> bytes:
         """Run the procedure; return the last lines, whichever exception is raised. Raises `_CallRejected`."""
         try:
             try:
-                self._guard.deliver()
+                self.guard.deliver()
                 self._cookie.write(call_id)
                 positional, named = _decode_arguments(arguments, check)
                 value = procedure(*positional, **named)
                 if procedure.streaming:
-                    value = _write_records(value, channel)
+                    value = self._write_records(value, channel)
             finally:
-                self._guard.defer()  # from here on, the supervisor's termination sequence is sufficient
+                self.guard.defer()  # from here on, the supervisor's termination sequence is sufficient
             return b'{"result":%b}\n' % _encode_payload(value)
         except _CallRejected:
             raise
         except (TimeLimit, Cancelled) as interruption:
             flush_output()
-            self._guard.exit_with(interruption)
+            _exit_with(interruption)
         except BaseException as error:  # noqa: BLE001 - SystemExit too: the caller receives the procedure's end
             traceback = {"traceback": _format_traceback(error)} if self._tracebacks else None
             return (encode_value(traceback) + b"\n" if traceback else b"") + _encode_exception(error)
+
+    def _write_records(self, records: Any, channel: _Channel) -> Any:
+        """Write the records of an iterable; return the value of its `Result`, or None if it has none."""
+        if isinstance(records, Result):
+            return records.value
+        iterator = iter(records)
+        number = 0
+        try:
+            while True:
+                try:
+                    record = next(iterator)
+                except StopIteration as stop:
+                    return stop.value.value if isinstance(stop.value, Result) else None
+                if isinstance(record, Result):
+                    return record.value
+                try:
+                    line = encode_record(_encode_payload(record, number))
+                    channel.exit_if_forked()
+                    self.guard.defer()  # an exception would cut the line; a stop is not delayed: its output is read
+                    channel.write(line)
+                    self.guard.deliver()
+                except (TimeLimit, Cancelled) as interruption:
+                    if hasattr(iterator, "throw"):  # a generator, which did not run when it was raised here, cleans up
+                        iterator.throw(interruption)
+                    raise
+                number += 1
+        finally:
+            if hasattr(iterator, "close"):
+                iterator.close()
 
 
 def _decode_arguments(text: bytes, check: ArgumentCheck) -> tuple[list[Any], dict[str, Any]]:
@@ -200,32 +298,6 @@ def _encode_payload(value: Any, record: int | None = None) -> bytes:
         name = "the result" if record is None else f"record {record}"
         raise _CallRejected("invalid_message", f"cannot encode {name} as JSON: {error}") from error
     return text
-
-
-def _write_records(records: Any, channel: Channel) -> Any:
-    """Write the records of an iterable; return the value of its `Result`, or None if it has none."""
-    if isinstance(records, Result):
-        return records.value
-    iterator = iter(records)
-    try:
-        number = 0
-        while True:
-            try:
-                record = next(iterator)
-            except StopIteration as stop:
-                return stop.value.value if isinstance(stop.value, Result) else None
-            if isinstance(record, Result):
-                return record.value
-            try:
-                channel.write(encode_record(_encode_payload(record, number)))
-            except (TimeLimit, Cancelled) as interruption:
-                if hasattr(iterator, "throw"):  # a generator, which did not run when it was raised here, cleans up
-                    iterator.throw(interruption)
-                raise
-            number += 1
-    finally:
-        if hasattr(iterator, "close"):
-            iterator.close()
 
 
 def _encode_exception(error: BaseException) -> bytes:

@@ -31,8 +31,7 @@ def change_user(user: Identity | None, groups: Sequence[Identity] | None) -> Non
     Raises:
         UserError: a name is not known, or the system has refused. The process must not continue.
     """
-    credentials = resolve_credentials(user, groups)
-    uid, entry = credentials.uid, credentials.entry
+    uid, gid, group_ids, entry = resolve_credentials(user, groups)
     if uid is not None:
         # Many shell scripts open these pipes again by name, as /dev/stderr.
         for stream in (1, 2):
@@ -40,7 +39,7 @@ def change_user(user: Identity | None, groups: Sequence[Identity] | None) -> Non
                 os.fchown(stream, uid, -1)
             except (OSError, OverflowError):
                 break
-    drop_privileges(credentials)
+    drop_privileges(uid, gid, group_ids)
     if entry is not None:
         os.environ.update(USER=entry.pw_name, LOGNAME=entry.pw_name, HOME=entry.pw_dir or "/")
     elif uid is not None:  # a user that the system does not know, so the variables are another user's
@@ -49,50 +48,36 @@ def change_user(user: Identity | None, groups: Sequence[Identity] | None) -> Non
         os.environ.pop("LOGNAME", None)
 
 
-class Credentials:
-    """The user and groups of a call. None: those of the daemon.
+def resolve_credentials(
+    user: Identity | None, groups: Sequence[Identity] | None
+) -> tuple[int | None, int | None, tuple[int, ...] | None, pwd.struct_passwd | None]:
+    """Return user id, primary group id, ids of all groups, and the entry of the user if the system knows it.
 
-    Attributes:
-        uid: the user id.
-        gid: the primary group id.
-        groups: the ids of all groups; None if `gid` is None.
-        entry: the entry of the user, if the system knows it.
+    None: that of the daemon. The arguments are those of `change_user`. Raises `UserError`: a name is not known.
     """
-
-    def __init__(
-        self, uid: int | None, gid: int | None, groups: tuple[int, ...] | None, entry: pwd.struct_passwd | None
-    ) -> None:
-        self.uid = uid
-        self.gid = gid
-        self.groups = groups
-        self.entry = entry
-
-
-def resolve_credentials(uid: Identity | None, gid: Sequence[Identity] | None) -> Credentials:
-    """Return the ids of a user and its groups, see `change_user`. Raises `UserError`: a name is not known."""
-    number, entry = _find_user(uid)
-    if gid is not None:
-        groups = tuple(dict.fromkeys(_group_id(group) for group in gid))
-        return Credentials(number, groups[0], groups, entry)
+    uid, entry = _find_user(user)
+    if groups is not None:
+        group_ids = tuple(dict.fromkeys(_group_id(group) for group in groups))
+        return uid, group_ids[0], group_ids, entry
     if entry:
-        return Credentials(number, entry.pw_gid, tuple(os.getgrouplist(entry.pw_name, entry.pw_gid)), entry)
-    if number is None:
-        return Credentials(None, None, None, None)
-    return Credentials(number, _OVERFLOW_GROUP, (), None)
-
-
-def _find_user(uid: Identity | None) -> tuple[int | None, pwd.struct_passwd | None]:
-    """Return the user's id, and its entry if the system knows it."""
+        return uid, entry.pw_gid, tuple(os.getgrouplist(entry.pw_name, entry.pw_gid)), entry
     if uid is None:
+        return None, None, None, None
+    return uid, _OVERFLOW_GROUP, (), None
+
+
+def _find_user(user: Identity | None) -> tuple[int | None, pwd.struct_passwd | None]:
+    """Return the user's id, and its entry if the system knows it."""
+    if user is None:
         return None, None
     try:
-        entry = pwd.getpwnam(uid) if isinstance(uid, str) else pwd.getpwuid(uid)
+        entry = pwd.getpwnam(user) if isinstance(user, str) else pwd.getpwuid(user)
     except (KeyError, ValueError) as error:  # ValueError: a character that no name has
-        if isinstance(uid, int):
-            return uid, None
-        if uid.isdecimal():
-            return _find_user(int(uid))
-        raise UserError(f"unknown user: {uid!r}") from error
+        if isinstance(user, int):
+            return user, None
+        if user.isdecimal():
+            return _find_user(int(user))
+        raise UserError(f"unknown user: {user!r}") from error
     return entry.pw_uid, entry
 
 
@@ -107,24 +92,24 @@ def _group_id(group: Identity) -> int:
         raise UserError(f"unknown group: {group!r}") from error
 
 
-def drop_privileges(credentials: Credentials) -> None:
-    """Change to this user irrevocably, groups first and user last, then verify the result.
+def drop_privileges(uid: int | None, gid: int | None, groups: tuple[int, ...] | None) -> None:
+    """Change to these ids irrevocably, groups first and user last, then verify the result.
 
     Raises:
         UserError: the system has refused. The process must not continue.
     """
     try:
-        if credentials.groups is not None and credentials.gid is not None:
-            if set(os.getgroups()) != set(credentials.groups):
-                os.setgroups(credentials.groups)
-            os.setresgid(credentials.gid, credentials.gid, credentials.gid)
-        if credentials.uid is not None:
-            os.setresuid(credentials.uid, credentials.uid, credentials.uid)
+        if groups is not None and gid is not None:
+            if set(os.getgroups()) != set(groups):
+                os.setgroups(groups)
+            os.setresgid(gid, gid, gid)
+        if uid is not None:
+            os.setresuid(uid, uid, uid)
     except (OSError, OverflowError) as error:
-        raise UserError(f"cannot change to user {credentials.uid}, group {credentials.gid}: {error}") from error
-    if credentials.uid is not None and os.getresuid() != (credentials.uid,) * 3:
-        raise UserError(f"change to user {credentials.uid} had no effect")
-    if credentials.gid is not None and os.getresgid() != (credentials.gid,) * 3:
-        raise UserError(f"change to group {credentials.gid} had no effect")
-    if credentials.groups is not None and not set(os.getgroups()) <= {*credentials.groups, credentials.gid}:
-        raise UserError(f"change to groups {credentials.groups} had no effect")
+        raise UserError(f"cannot change to user {uid}, group {gid}: {error}") from error
+    if uid is not None and os.getresuid() != (uid,) * 3:
+        raise UserError(f"change to user {uid} had no effect")
+    if gid is not None and os.getresgid() != (gid,) * 3:
+        raise UserError(f"change to group {gid} had no effect")
+    if groups is not None and not set(os.getgroups()) <= {*groups, gid}:
+        raise UserError(f"change to groups {groups} had no effect")

@@ -49,14 +49,15 @@ def load_procedures(file: str | os.PathLike[str]) -> Mapping[str, Procedure]:
 
 
 def _describe(path: str, error: BaseException) -> str:
+    """Return the message for an exception of a procedures file: file, line and cause."""
     if isinstance(error, OSError) and error.filename == path:
         return f"{path}: {error.strerror}"
+    if isinstance(error, SyntaxError) and error.filename == path:
+        return f"{path}:{error.lineno}: {type(error).__name__}: {error.msg}"
     try:
         text = " ".join(str(error).split())[:_MAX_TEXT_LENGTH]
     except BaseException:  # noqa: BLE001 - the exception's own __str__ may fail, too
         text = "(str() of the exception failed)"
-    if isinstance(error, SyntaxError) and error.filename == path:
-        return f"{path}:{error.lineno}: {type(error).__name__}: {error.msg}"
     import traceback  # large, and only needed here
 
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]

@@ -43,9 +43,8 @@ from _socket import CMSG_SPACE, MSG_CMSG_CLOEXEC, socket
 from harp.protocol.json_text import encode_value, loads
 from harpd.processes.cookie import EnvCookie
 from harpd.processes.prctl import become_subreaper, die_with_parent
-from harpd.worker.child import Worker, flush_output
+from harpd.worker.child import CALL_SIGNALS, Worker, flush_output
 from harpd.worker.procedures import ProceduresError, load_procedures
-from harpd.worker.signals import CALL_SIGNALS, SignalGuard
 
 TYPE_CHECKING = False  # not from `typing`: the zygote's memory costs each fork
 if TYPE_CHECKING:
@@ -54,11 +53,9 @@ if TYPE_CHECKING:
 
 #: The most bytes of the first command, which has the search path, and of the others.
 _MAX_LOAD_COMMAND_BYTES, _MAX_COMMAND_BYTES = 1 << 18, 64
-#: How many descriptors come with a fork command, and how many bytes each takes.
+#: How many descriptors come with a fork command, and how many bytes each needs.
 _DESCRIPTOR_COUNT, _DESCRIPTOR_SIZE = 3, 4
 _ANCILLARY_SIZE = CMSG_SPACE(_DESCRIPTOR_COUNT * _DESCRIPTOR_SIZE)
-#: Signals that are sent to all of harpd.
-_DAEMON_SIGNALS = (_signal.SIGINT, _signal.SIGHUP, _signal.SIGTERM)
 
 
 class _Zygote:
@@ -67,7 +64,6 @@ class _Zygote:
     def __init__(self, supervisor: socket) -> None:
         self._supervisor = supervisor
         self._cookie = EnvCookie()
-        self._guard = SignalGuard()
         self._child_deaths, self._wakeup = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
 
     def load(self) -> Worker | None:
@@ -83,31 +79,25 @@ class _Zygote:
             self._send({"error": str(error)})
             return None
         for name, procedure in procedures.items():
-            options = {
-                "streaming": procedure.streaming,
-                "timeout": procedure.timeout,
-                "max_calls": procedure.max_calls_per_process,
-            }
-            self._send({"procedure": name, **options})
-        worker = Worker(
-            list(procedures.values()),
-            self._guard,
-            self._cookie,
-            command["default_user"],
-            command["default_group"],
-            command["tracebacks"],
-        )
+            timeout, max_calls = procedure.timeout, procedure.max_calls_per_process
+            self._send(
+                {"procedure": name, "streaming": procedure.streaming, "timeout": timeout, "max_calls": max_calls}
+            )
+        user, group, tracebacks = command["default_user"], command["default_group"], command["tracebacks"]
+        worker = Worker(list(procedures.values()), self._cookie, user, group, tracebacks)
         _reset_streams()
         threads = len(os.listdir("/proc/self/task")) - 1
-        if threads:
-            _ignore_fork_warning()
+        if threads:  # Python warns when a process with threads forks; the supervisor logs one warning instead
+            import warnings
+
+            warnings.filterwarnings("ignore", message=".*use of fork", category=DeprecationWarning)
         self._send({"loaded": len(procedures), "threads": threads})
         return worker
 
     def serve(self, worker: Worker) -> None:
         """Fork and reap until the supervisor closes the socket."""
         _ignore_signals()  # the file may have set its own handlers
-        self._guard.install()
+        worker.guard.install()
         _signal.signal(_signal.SIGCHLD, _do_nothing)
         _signal.set_wakeup_fd(self._wakeup, warn_on_full_buffer=False)
         _signal.pthread_sigmask(_signal.SIG_SETMASK, CALL_SIGNALS)  # each worker unblocks them when it begins a call
@@ -176,15 +166,8 @@ def _do_nothing(number: int, frame: FrameType | None) -> None:
 
 def _ignore_signals() -> None:
     """Ignore signals that are sent to all of harpd. By handlers, which executed programs do not inherit."""
-    for number in _DAEMON_SIGNALS:
+    for number in (_signal.SIGINT, _signal.SIGHUP, _signal.SIGTERM):
         _signal.signal(number, _do_nothing)
-
-
-def _ignore_fork_warning() -> None:
-    """Suppress Python's warning that a process with threads forks: the supervisor logs one warning instead."""
-    import warnings
-
-    warnings.filterwarnings("ignore", message=".*use of fork", category=DeprecationWarning)
 
 
 def _reset_streams() -> None:
@@ -212,8 +195,7 @@ def main() -> NoReturn:
     die_with_parent(supervisor)
     try:
         zygote = _Zygote(socket(fileno=descriptor))
-        worker = zygote.load()
-        if worker is not None:
+        if worker := zygote.load():
             zygote.serve(worker)
     except ConnectionError:
         pass  # the supervisor has died
