@@ -11,22 +11,23 @@ TYPE_CHECKING = False  # not from `typing`: the zygote loads this module, and it
 if TYPE_CHECKING:
     import inspect
     from collections.abc import Callable, Iterable, Sequence
-    from typing import Any, ClassVar, TypeAlias, overload
+    from typing import Any, ClassVar, TypeAlias, TypedDict, Unpack, overload
 
     #: A user or a group: its id or its name.
     Identity: TypeAlias = int | str
     #: A group or several: the first is the primary group, all are supplementary.
     Groups: TypeAlias = Identity | Sequence[Identity]
 
-__all__ = [
-    "Cancelled",
-    "Procedure",
-    "Result",
-    "StreamingProcedure",
-    "TimeLimit",
-    "procedure",
-    "streaming_procedure",
-]
+    class Options(TypedDict, total=False):
+        """The options of a procedure, see `Procedure`."""
+
+        timeout: float | None
+        uid: Identity | None
+        gid: Groups | None
+        max_calls_per_process: int
+
+
+__all__ = ["Cancelled", "Procedure", "Result", "StreamingProcedure", "TimeLimit", "procedure", "streaming_procedure"]
 
 
 class TimeLimit(BaseException):
@@ -94,10 +95,9 @@ class Procedure:
         if not callable(function):
             raise TypeError(f"expected a function, got {function!r}")
         self.function = function
-        self.timeout = _checked_timeout(timeout)
-        self.uid = None if uid is None else _checked_identity("uid", uid)
-        self.gid = None if gid is None else _checked_groups(gid)
-        self.max_calls_per_process = _checked_calls(max_calls_per_process)
+        self.timeout, self.uid, self.max_calls_per_process = timeout, uid, max_calls_per_process
+        self.gid = gid  # type: ignore[assignment]  # until it is checked
+        check_options(self)
         self.__doc__ = function.__doc__
         self.__name__ = getattr(function, "__name__", type(self).__name__)
 
@@ -136,46 +136,38 @@ class StreamingProcedure(Procedure):
 
 
 def check_options(procedure: Procedure) -> None:
-    """Check the attributes that a subclass may have set, and convert them. Raises TypeError or ValueError."""
-    procedure.timeout = _checked_timeout(procedure.timeout)
-    procedure.uid = None if procedure.uid is None else _checked_identity("uid", procedure.uid)
-    procedure.gid = None if procedure.gid is None else _checked_groups(procedure.gid)
-    procedure.max_calls_per_process = _checked_calls(procedure.max_calls_per_process)
+    """Check the options, which are attributes that a subclass may have set; convert `gid` to a tuple.
 
-
-def _checked_timeout(timeout: float | None) -> float | None:
-    if timeout is None:
-        return None
-    if isinstance(timeout, bool) or not isinstance(timeout, (int, float)):
-        raise TypeError(f"timeout: expected seconds, got {timeout!r}")
-    if not 0 < timeout < float("inf"):
-        raise ValueError(f"timeout: expected a positive number of seconds, got {timeout!r}")
-    return timeout
-
-
-def _checked_calls(calls: int) -> int:
+    Raises TypeError or ValueError.
+    """
+    timeout, calls = procedure.timeout, procedure.max_calls_per_process
+    gid: Any = procedure.gid
+    if timeout is not None:
+        if isinstance(timeout, bool) or not isinstance(timeout, (int, float)):
+            raise TypeError(f"timeout: expected seconds, got {timeout!r}")
+        if not 0 < timeout < float("inf"):
+            raise ValueError(f"timeout: expected a positive number of seconds, got {timeout!r}")
+    if procedure.uid is not None:
+        _check_identity("uid", procedure.uid)
+    if gid is not None:
+        if not isinstance(gid, (int, str, list, tuple)):
+            raise TypeError(f"gid: expected an id, a name or a list of them, got {gid!r}")
+        procedure.gid = (gid,) if isinstance(gid, (int, str)) else tuple(gid)
+        if not procedure.gid:
+            raise ValueError("gid: expected at least one group")
+        for group in procedure.gid:
+            _check_identity("gid", group)
     if isinstance(calls, bool) or not isinstance(calls, int):
         raise TypeError(f"max_calls_per_process: expected a number of calls, got {calls!r}")
     if calls < 1:
         raise ValueError(f"max_calls_per_process: expected a number of calls, at least 1, got {calls!r}")
-    return calls
 
 
-def _checked_identity(key: str, identity: Identity) -> Identity:
+def _check_identity(key: str, identity: Identity) -> None:
     if isinstance(identity, bool) or not isinstance(identity, (int, str)):
         raise TypeError(f"{key}: expected an id or a name, got {identity!r}")
     if isinstance(identity, int) and identity < 0:
         raise ValueError(f"{key}: expected an id of at least 0, got {identity!r}")
-    return identity
-
-
-def _checked_groups(gid: Groups) -> tuple[Identity, ...]:
-    if not isinstance(gid, (int, str, list, tuple)):
-        raise TypeError(f"gid: expected an id, a name or a list of them, got {gid!r}")
-    groups = (gid,) if isinstance(gid, (int, str)) else tuple(gid)
-    if not groups:
-        raise ValueError("gid: expected at least one group")
-    return tuple(_checked_identity("gid", group) for group in groups)
 
 
 if TYPE_CHECKING:
@@ -183,29 +175,15 @@ if TYPE_CHECKING:
     @overload
     def procedure(function: Callable[..., Any], /) -> Procedure: ...
     @overload
-    def procedure(
-        *,
-        timeout: float | None = None,
-        uid: Identity | None = None,
-        gid: Groups | None = None,
-        max_calls_per_process: int = 1,
-    ) -> Callable[[Callable[..., Any]], Procedure]: ...
+    def procedure(**options: Unpack[Options]) -> Callable[[Callable[..., Any]], Procedure]: ...
 
 
-def procedure(
-    function: Callable[..., Any] | None = None,
-    /,
-    *,
-    timeout: float | None = None,
-    uid: Identity | None = None,
-    gid: Groups | None = None,
-    max_calls_per_process: int = 1,
-) -> Any:
-    """Expose a function: ``@procedure`` or ``@procedure(timeout=SECONDS, uid=..., gid=...)``.
+def procedure(function: Callable[..., Any] | None = None, /, **options: Unpack[Options]) -> Any:
+    """Expose a function: ``@procedure`` or ``@procedure(timeout=SECONDS, uid=..., gid=..., max_calls_per_process=N)``.
 
-    Return a `Procedure`, which documents the arguments and errors. Spec: docs/procedures.md.
+    Return a `Procedure`, which documents the options and errors. Spec: docs/procedures.md.
     """
-    return _decorate(Procedure, function, timeout, uid, gid, max_calls_per_process)
+    return _decorate(Procedure, function, options)
 
 
 if TYPE_CHECKING:
@@ -214,28 +192,16 @@ if TYPE_CHECKING:
     def streaming_procedure(function: Callable[..., Iterable[Any]], /) -> StreamingProcedure: ...
     @overload
     def streaming_procedure(
-        *,
-        timeout: float | None = None,
-        uid: Identity | None = None,
-        gid: Groups | None = None,
-        max_calls_per_process: int = 1,
+        **options: Unpack[Options],
     ) -> Callable[[Callable[..., Iterable[Any]]], StreamingProcedure]: ...
 
 
-def streaming_procedure(
-    function: Callable[..., Iterable[Any]] | None = None,
-    /,
-    *,
-    timeout: float | None = None,
-    uid: Identity | None = None,
-    gid: Groups | None = None,
-    max_calls_per_process: int = 1,
-) -> Any:
+def streaming_procedure(function: Callable[..., Iterable[Any]] | None = None, /, **options: Unpack[Options]) -> Any:
     """Expose a function that yields records; otherwise like `procedure`. Spec: docs/procedures.md."""
-    return _decorate(StreamingProcedure, function, timeout, uid, gid, max_calls_per_process)
+    return _decorate(StreamingProcedure, function, options)
 
 
-def _decorate(kind: type[Procedure], function: Callable[..., Any] | None, *options: Any) -> Any:
+def _decorate(kind: type[Procedure], function: Callable[..., Any] | None, options: Options) -> Any:
     if function is not None:
-        return kind(function, *options)
-    return lambda decorated: kind(decorated, *options)
+        return kind(function, **options)
+    return lambda decorated: kind(decorated, **options)
