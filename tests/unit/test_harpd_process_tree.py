@@ -22,9 +22,9 @@ from harpd.processes.process_tree import (
     has_possible_escapes,
     kill_group,
     send_signal,
+    start_time,
     take_snapshot,
 )
-from harpd.processes.procfs import start_time
 from harpd.supervisor.event_loop import EventLoop, Timer
 from harpd.supervisor.output import OutputCollector
 from support.deadline import wait_until

@@ -20,8 +20,7 @@ import pytest
 from harp.protocol.json_text import Raw, dumps
 from harpd.processes.cgroup import create_cgroup
 from harpd.processes.cookie import cookie_for
-from harpd.processes.process_tree import CallTree, take_snapshot
-from harpd.processes.procfs import start_time
+from harpd.processes.process_tree import CallTree, start_time, take_snapshot
 from harpd.supervisor.state_entries import (
     ENTRY_SIZE,
     InvalidEntry,

@@ -15,9 +15,6 @@ from pathlib import Path
 
 log = logging.getLogger("harpd.supervisor")
 
-#: Extended attributes by which systemd marks a delegated cgroup; the second is for daemons that do not run as root.
-_DELEGATION_ATTRIBUTES = ("trusted.delegate", "user.delegate")
-
 
 @dataclass(frozen=True, slots=True)
 class Cgroup:
@@ -86,24 +83,24 @@ def create_cgroup(directory: str, call_id: str, pid: int) -> Cgroup | None:
 def delegated_cgroup() -> str | None:
     """Return the directory of this process's cgroup if it was delegated to the daemon, else None."""
     try:
-        path = _own_directory()
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+        own = next((line.removeprefix("0::") for line in lines if line.startswith("0::")), None)
+        mounts = Path("/proc/self/mountinfo").read_text().splitlines()
     except OSError:
         return None
-    if path is not None and os.access(path, os.W_OK):
-        for name in _DELEGATION_ATTRIBUTES:
-            with contextlib.suppress(OSError):
-                if os.getxattr(path, name) == b"1":
-                    return path
-    return None
-
-
-def _own_directory() -> str | None:
-    lines = Path("/proc/self/cgroup").read_text().splitlines()
-    own = next((line.removeprefix("0::") for line in lines if line.startswith("0::")), None)
-    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+    for line in mounts:
         before, _, after = line.partition(" - ")
-        if own is not None and after.startswith("cgroup2 "):
-            root, mounted = before.split()[3:5]
-            if own.startswith(root):
-                return os.path.normpath(f"{mounted}/{own.removeprefix(root)}")
+        root, mounted = before.split()[3:5]
+        if own is not None and after.startswith("cgroup2 ") and own.startswith(root):
+            path = os.path.normpath(f"{mounted}/{own.removeprefix(root)}")
+            return path if os.access(path, os.W_OK) and _is_delegated(path) else None
     return None
+
+
+def _is_delegated(path: str) -> bool:
+    """Return whether systemd has marked a cgroup as delegated; the second attribute is for daemons without root."""
+    for name in ("trusted.delegate", "user.delegate"):
+        with contextlib.suppress(OSError):
+            if os.getxattr(path, name) == b"1":
+                return True
+    return False

@@ -17,19 +17,16 @@ from harpd.processes.stop_report import StopReport
 
 log = logging.getLogger("harpd.supervisor")
 
-#: Seconds after which processes that are still there count as unkillable.
+#: Seconds after which processes that remain count as unkillable.
 _DEATH_TIMEOUT = 2.0
 
 
 class OrphanedCall:
-    """A call whose supervisor has died, of which processes may remain.
-
-    Attributes:
-        gone: whether a scan has shown that no process remains.
-    """
+    """A call whose supervisor has died, of which processes may remain."""
 
     def __init__(self, call_id: str, tree: CallTree) -> None:
         self.call_id = call_id
+        #: Whether a scan has shown that no process remains.
         self.gone = False
         self._tree = tree
         self._report = StopReport((tree.pid, tree.start))
@@ -53,9 +50,8 @@ class OrphanedCall:
 
     def scan(self, processes: Snapshot) -> int:
         """Record the processes that remain; return how many of them are new."""
-        known = self._report.remaining.keys()
+        known, cgroup = self._report.remaining.keys(), self._tree.cgroup
         self._report.record(self._tree.members(processes, known, late=True))
-        cgroup = self._tree.cgroup
         self.gone = processes.complete and not self.survives and not (cgroup is not None and cgroup.populated)
         if self.survives and not self.is_fresh and not self._logged:
             self._logged = True

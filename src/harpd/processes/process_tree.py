@@ -28,37 +28,29 @@ from dataclasses import dataclass, replace
 
 from harpd.processes.cgroup import Cgroup
 from harpd.processes.cookie import find_cookies
-from harpd.processes.procfs import read_stat, start_time
 
-#: How often /proc is listed before a snapshot is left incomplete.
+#: How often /proc is listed before a snapshot stays incomplete.
 _MAX_LISTS = 8
+#: An upper bound of the length of a stat line.
+_MAX_STAT_BYTES = 4096
 #: Flags of the kernel (PF_EXITING, PF_KTHREAD).
 _EXITING, _KERNEL_THREAD = 0x4, 0x200000
 
 
 @dataclass(frozen=True, slots=True)
 class Process:
-    """A process at one moment.
-
-    Attributes:
-        start: its start time, in clock ticks since boot.
-        parent, group, session: the pid of its parent, its process group and its session.
-        state: a letter, as in /proc.
-        command: its command name.
-        flags: the kernel flags of its first thread.
-        cookies: the environment cookies that it was executed with, if this process may read them.
-    """
+    """A process at one time. `parent`, `group` and `session` are pids."""
 
     pid: int
-    start: int
+    start: int  #: Its start time, in clock ticks since boot.
     parent: int = 0
     group: int = 0
     session: int = 0
-    state: str = "R"
+    state: str = "R"  #: A letter, as in /proc.
     command: str = ""
     threads: int = 1
-    flags: int = 0
-    cookies: frozenset[bytes] = frozenset()
+    flags: int = 0  #: The kernel flags of its first thread.
+    cookies: frozenset[bytes] = frozenset()  #: The environment cookies at its execution, if they may be read.
 
     @property
     def identity(self) -> tuple[int, int]:
@@ -72,30 +64,20 @@ class Process:
 
 
 class Snapshot(dict[int, Process]):
-    """Processes by pid.
+    """Processes by pid."""
 
-    Attributes:
-        complete: whether it has every process that lived at one moment after the call of `take_snapshot`; see above.
-    """
-
+    #: Whether it has every process that lived at some time after the call of `take_snapshot`; see above.
     complete = True
 
 
 @dataclass(frozen=True, slots=True)
 class CallTree:
-    """The processes of a call.
+    """The processes of a call."""
 
-    Attributes:
-        pid: the main process, which leads the session of the call.
-        start: its start time.
-        cookie: the environment cookie that the call's processes inherit, see `harpd.processes.cookie`.
-        cgroup: its cgroup, which a process leaves only on purpose (`su` may); None: it has none.
-    """
-
-    pid: int
-    start: int
-    cookie: bytes
-    cgroup: Cgroup | None = None
+    pid: int  #: The main process, which leads the session of the call.
+    start: int  #: The start time of the main process.
+    cookie: bytes  #: The environment cookie that the processes inherit, see `harpd.processes.cookie`.
+    cgroup: Cgroup | None = None  #: A process leaves it only on purpose (`su` may).
 
     def members(
         self, processes: Mapping[int, Process], known: Iterable[tuple[int, int]] = (), late: bool = False
@@ -133,11 +115,8 @@ class CallTree:
         The main process creates the first one right after the fork. Until then it has no children, and is in the group
         of its zygote.
         """
-        return {
-            member.group
-            for member in members
-            if member.group > 1 and (member.pid != self.pid or member.session == self.pid)
-        }
+        own = (member for member in members if member.pid != self.pid or member.session == self.pid)
+        return {member.group for member in own if member.group > 1}
 
 
 def has_possible_escapes(
@@ -155,7 +134,7 @@ def has_possible_escapes(
     Args:
         tree: the call.
         zygote: the pid of the zygote that has forked the call.
-        processes: a snapshot that was taken after the main process was reaped.
+        processes: a snapshot from after the main process was reaped.
         mains: the main processes of the zygote's calls.
         cookies: the cookies of all known calls. Any process can write other ones.
     """
@@ -172,7 +151,7 @@ def has_possible_escapes(
 
 
 def take_snapshot() -> Snapshot:
-    """Return all processes at one moment from now on."""
+    """Return all processes at one time from now on."""
     processes = Snapshot()
     ascending, last_pid = False, _last_pid()
     for _ in range(_MAX_LISTS):
@@ -238,13 +217,44 @@ def _read_cookies(process: Process) -> frozenset[bytes] | None:
 
 def _read(pid: int) -> Process | None:
     """Return a process without its cookies; None if it is gone. Raises PermissionError if it may not be read."""
-    found = read_stat(pid)
+    found = _read_stat(pid)
     if found is None:
         return None
     command, fields = found[0].decode("utf-8", "backslashreplace"), found[1]
     parent, group, session = (int(field) for field in fields[1:4])
     state, flags, threads, start = fields[0].decode(), int(fields[6]), int(fields[17]), int(fields[19])
     return Process(pid, start, parent, group, session, state, command, threads, flags)
+
+
+def _read_stat(pid: int) -> tuple[bytes, list[bytes]] | None:
+    """Return the command of a process and the fields of its stat line from the state on; None if it is gone.
+
+    Raises PermissionError if it may not be read. Spec: proc_pid_stat(5).
+    """
+    try:
+        descriptor = os.open(f"/proc/{pid}/stat", os.O_RDONLY | os.O_CLOEXEC)
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    try:
+        text = os.read(descriptor, _MAX_STAT_BYTES)
+    except ProcessLookupError:
+        return None
+    finally:
+        os.close(descriptor)
+    end = text.rindex(b")")  # the command may contain any character
+    return text[text.index(b"(") + 1 : end], text[end + 2 :].split()
+
+
+def start_time(pid: int, parent: int | None = None) -> int:
+    """Return the start time of a process in clock ticks since boot.
+
+    It is 0 if the process is gone, may not be read, or is not a child of `parent`.
+    """
+    try:
+        found = _read_stat(pid)
+    except PermissionError:
+        return 0
+    return int(found[1][19]) if found and parent in (None, int(found[1][1])) else 0
 
 
 def send_signal(number: signal.Signals, identity: tuple[int, int]) -> bool:

@@ -28,10 +28,7 @@ class _ProcessOutcome:
 
 
 class StopReport:
-    """The results of all scans for a call's processes.
-
-    Args:
-        main: pid and start time of the main process.
+    """The results of all scans for a call's processes. `main`: pid and start time of the main process.
 
     Attributes:
         remaining: the processes that the last scan has found, by pid and start time.
@@ -41,14 +38,14 @@ class StopReport:
         self._main = main
         self.remaining: Mapping[tuple[int, int], Process] = {}
         self._outcomes = {main: _ProcessOutcome()}
-        self._others_found = 0
+        self._found = 1
 
     def record(self, members: Iterable[Process]) -> None:
         """Record a scan that has found these processes of the call and no others."""
         found = {member.identity: member for member in members}
         for identity, member in found.items():
             if identity not in self.remaining and identity != self._main:
-                self._others_found += 1
+                self._found += 1
                 if len(self._outcomes) < _MAX_LISTED:
                     self._outcomes[identity] = _ProcessOutcome()
             if identity in self._outcomes:
@@ -60,7 +57,7 @@ class StopReport:
         self.remaining = found
 
     def record_signal(self, number: signal.Signals, identity: tuple[int, int]) -> None:
-        """Record that a process was sent a signal; repetitions of the last one are left out."""
+        """Record that a process was sent a signal. Repetitions of the last one are omitted."""
         outcome = self._outcomes.get(identity)
         if outcome and outcome.signals[-1:] != [number.name]:
             outcome.signals.append(number.name)
@@ -70,15 +67,13 @@ class StopReport:
         self._outcomes[self._main].ended = _describe_status(status)
 
     def to_json(self, main_ended: bool, complete: bool, began: float, ended: float | None = None) -> dict[str, Any]:
-        """Return the report as values that JSON can represent.
+        """Return the report as values that JSON can represent. Spec: docs/protocol.md, Resumable calls.
 
         Args:
             main_ended: whether the main process has been reaped. Until then it counts as a survivor.
             complete: whether no process can have escaped.
             began: Unix seconds.
             ended: Unix seconds; None: now.
-
-        Spec: docs/protocol.md, Resumable calls.
         """
         survivors = {identity: process.command for identity, process in self.remaining.items()}
         if not main_ended:
@@ -89,7 +84,7 @@ class StopReport:
                 {"pid": pid, "command": outcome.command, "signals": outcome.signals, "ended": outcome.ended}
                 for (pid, _), outcome in self._outcomes.items()
             ],
-            "found": self._others_found + 1,
+            "found": self._found,
             "survivors": [{"pid": pid, "command": command} for (pid, _), command in listed],
             "surviving": len(survivors),
             "complete": complete,

@@ -23,7 +23,7 @@ from typing import Any
 
 from harp.protocol.json_text import encode_value, loads
 from harpd.processes.cookie import reserve_cookie
-from harpd.processes.procfs import child_start_time
+from harpd.processes.process_tree import start_time
 from harpd.supervisor.event_loop import READ, WRITE, EventLoop, Timer
 from harpd.supervisor.output import OutputCollector
 from harpd.supervisor.worker_process import WorkerProcess, WorkerUser
@@ -317,7 +317,7 @@ class ZygoteClient:
         match message:
             case {"forked": pid}:
                 worker = self._children[pid] = self._forking.popleft()
-                worker.on_forked(pid, child_start_time(pid, self.pid))
+                worker.on_forked(pid, start_time(pid, parent=self.pid))
             case {"reaped": pid, "status": status, "cpu": cpu, "memory": memory}:
                 if dead_worker := self._children.pop(pid, None):  # not an orphan, whose parent the zygote is
                     if dead_worker in self._preforked:  # another process has killed it
