@@ -10,19 +10,19 @@ import sys
 from collections.abc import Callable, Coroutine
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from harp_daemon.event_loop import run
 from harp_daemon.process import ProcessError, detach, pidfile
 from harp_daemon.settings import ConfigError
-from harpd.config.check import check
-from harpd.config.loaded import CommandLine, SupervisorConfig, configure_log, load_config, load_supervisor_config
+from harpd.config.loaded import CommandLine, SupervisorConfig, check, load_config, load_supervisor_config
 from harpd.config.settings import load
 from harpd.control import launcher
 from harpd.control.supervisor_client import SupervisorClient, SupervisorError, SupervisorNotRunning
 from harpd.frontend import server
 
-C = TypeVar("C", bound=SupervisorConfig)
+#: Seconds between two status requests while the last calls end.
+_DRAIN_INTERVAL = 0.2
 
 _EPILOG = """\
 commands:
@@ -96,7 +96,14 @@ async def _control(client: SupervisorClient, command: str, deadline: float | Non
     if not replies:
         raise SupervisorNotRunning("the supervisor does not run")
     if command == "drain":
-        return 0 if await client.wait_until_drained(deadline) else 1
+        try:
+            async with asyncio.timeout(deadline):
+                while True:
+                    if not any(status["calls"] + status["resumable"] for status in await client.request_all("status")):
+                        return 0
+                    await asyncio.sleep(_DRAIN_INTERVAL)
+        except TimeoutError:
+            return 1
     return 0
 
 
@@ -111,16 +118,16 @@ def _runtime_directory(options: CommandLine) -> Path:
 
 def _serve(
     options: CommandLine,
-    load_files: Callable[[CommandLine], C],
-    run_service: Callable[[CommandLine, C, Callable[[], None]], Coroutine[Any, Any, None]],
+    load_files: Callable[[CommandLine], SupervisorConfig],
+    run_service: Callable[[Any, Callable[[], None]], Coroutine[Any, Any, None]],
 ) -> None:
     if options.daemon:
         check(options)  # while stderr still shows the error
     on_serving = detach() if options.daemon else lambda: None
     with pidfile(options.pidfile):
         config = load_files(options)
-        configure_log(options, config)
-        run(run_service(options, config, on_serving))
+        config.configure_log()
+        run(run_service(config, on_serving))
 
 
 def _path(text: str) -> Path:

@@ -143,9 +143,7 @@ async def test_list_calls_merges_all_supervisors(tmp_path: Path) -> None:
     assert (sorted(found.calls), found.instance) == (IDS, "b")
 
 
-@pytest.mark.parametrize(
-    "answer", [b"nonsense\n", b'{"ok":true}\n', b'{"harp":1,"calls":5,"instance":"a"}\n', line(result=1)]
-)
+@pytest.mark.parametrize("answer", [b'{"ok":true}\n', b'{"harp":1,"calls":5,"instance":"a"}\n', line(result=1)])
 async def test_list_calls_invalid_reply_fails(tmp_path: Path, answer: bytes) -> None:
     async with scripted(tmp_path, a=replying(answer)) as client:
         with pytest.raises(SupervisorError, match="invalid list of calls"):

@@ -1,14 +1,19 @@
 """The loaded configuration, which a reload replaces as a whole: settings, certificate, users, log settings.
 
-``--test``, the start and every reload use the same functions, so they find the same errors.
+``--test``, the start and every reload use the same functions, so they find the same errors. Authentication modules and
+the procedures file are Python code that runs when it is loaded. ``--test`` loads them in a child process, which keeps
+their side effects out of this process and their output out of this program's output.
 """
 
 from __future__ import annotations
 
 import importlib
+import json
+import os
 import resource
 import ssl
 import sys
+import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,9 +21,13 @@ from typing import Any
 import msgspec
 
 from harp_daemon import logs
+from harp_daemon.listeners import ResolveError, resolve
+from harp_daemon.process import describe_exit
 from harp_daemon.settings import ConfigError
 from harpd.auth import AuthDB
 from harpd.config.settings import Configuration, load, load_yaml, one_line, server_context
+from harpd.worker.privileges import UserError, resolve_credentials
+from harpd.worker.procedures import load_procedures
 
 #: The keys of section `limits` that the supervisor applies.
 _SUPERVISOR_LIMITS = ("max_calls", "kill_grace", "spool", "spool_memory", "disconnect_timeout", "result_ttl")
@@ -48,8 +57,33 @@ class CommandLine:
 class SupervisorConfig:
     """The configuration that the launcher needs: without certificate and users."""
 
+    options: CommandLine
     configuration: Configuration
     log: dict[str, Any]  #: Arguments for `harp_daemon.logs.configure`: JSON values.
+
+    def configure_log(self) -> None:
+        """Configure this process's log. Raises `ConfigError`."""
+        try:
+            logs.configure(name="harpd", **self.log)
+        except (ValueError, OSError) as error:
+            raise ConfigError(f"{self.options.logging or '--syslog'}: {one_line(error)}") from error
+
+    def supervisor_settings(self, runtime_directory: Path, outlive: bool) -> dict[str, Any]:
+        """Return the supervisor's settings: JSON values, no secret. Spec: harpd.supervisor.main."""
+        options, configuration = self.options, self.configuration
+        return {
+            "procedures": str(options.procedures),
+            "python_path": configuration.python.search_paths(),
+            "default_user": options.default_user,
+            "default_group": options.default_group,
+            **{name: getattr(configuration.limits, name) for name in _SUPERVISOR_LIMITS},
+            "exit_info": msgspec.structs.asdict(configuration.exit_info),
+            "cgroup": configuration.cgroup,
+            "outlive": outlive,
+            "runtime_directory": str(runtime_directory),
+            "logging": self.log,
+            "descriptors": options.descriptors,
+        }
 
 
 @dataclass(frozen=True)
@@ -63,7 +97,10 @@ class LoadedConfig(SupervisorConfig):
 def load_supervisor_config(options: CommandLine) -> SupervisorConfig:
     """Read configuration and log settings. May block. Raises `ConfigError`."""
     configuration = load(options.config)
-    return SupervisorConfig(configuration, {"syslog": options.syslog, "config": _log_config(options.logging)})
+    log_config = None if options.logging is None else load_yaml(options.logging)
+    if options.logging is not None and not isinstance(log_config, dict):
+        raise ConfigError(f"{options.logging}: expected a mapping, as logging.config.dictConfig takes it")
+    return SupervisorConfig(options, configuration, {"syslog": options.syslog, "config": log_config})
 
 
 def load_config(options: CommandLine) -> LoadedConfig:
@@ -85,16 +122,7 @@ def load_config(options: CommandLine) -> LoadedConfig:
     except BaseException:
         sys.path[:] = previous_path
         raise
-    return LoadedConfig(configuration, supervisor_config.log, context, users)
-
-
-def _log_config(path: Path | None) -> dict[str, Any] | None:
-    if path is None:
-        return None
-    config = load_yaml(path)
-    if not isinstance(config, dict):
-        raise ConfigError(f"{path}: expected a mapping, as logging.config.dictConfig takes it")
-    return config
+    return LoadedConfig(options, configuration, supervisor_config.log, context, users)
 
 
 def _open_users(section: dict[str, Any], file: Path) -> AuthDB:
@@ -124,36 +152,62 @@ def _module_error(where: str, error: BaseException) -> ConfigError:
     return ConfigError(f"{where}: {type(error).__name__}: {one_line(error)}")
 
 
-def configure_log(options: CommandLine, config: SupervisorConfig) -> None:
-    """Configure this process's log. Raises `ConfigError`."""
-    try:
-        logs.configure(name="harpd", **config.log)
-    except (ValueError, OSError) as error:
-        raise ConfigError(f"{options.logging or '--syslog'}: {one_line(error)}") from error
+def check(options: CommandLine) -> list[str]:
+    """Check configuration, certificate, users, log settings and procedures; return warnings.
 
-
-def supervisor_settings(
-    options: CommandLine, config: SupervisorConfig, runtime_directory: Path, outlive: bool
-) -> dict[str, Any]:
-    """Return the supervisor's settings: JSON values, no secret. Spec: harpd.supervisor.main.
-
-    Args:
-        options: the command line.
-        config: configuration and log settings.
-        runtime_directory: the directory of its sockets.
-        outlive: whether it continues without a launcher while it holds calls.
+    Call it before the process has threads, because it forks. Raises `ConfigError`: the first error found.
     """
-    configuration = config.configuration
-    return {
-        "procedures": str(options.procedures),
-        "python_path": configuration.python.search_paths(),
-        "default_user": options.default_user,
-        "default_group": options.default_group,
-        **{name: getattr(configuration.limits, name) for name in _SUPERVISOR_LIMITS},
-        "exit_info": msgspec.structs.asdict(configuration.exit_info),
-        "cgroup": configuration.cgroup,
-        "outlive": outlive,
-        "runtime_directory": str(runtime_directory),
-        "logging": config.log,
-        "descriptors": options.descriptors,
-    }
+    reading_end, writing_end = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            null = os.open(os.devnull, os.O_RDWR)
+            for stream in (0, 1, 2):
+                os.dup2(null, stream)
+            with os.fdopen(writing_end, "w") as report:
+                json.dump(_load_and_report(options), report)
+        finally:
+            os._exit(0)
+    os.close(writing_end)
+    with os.fdopen(reading_end, "rb") as report:
+        text = report.read()
+    _, status = os.waitpid(child, 0)
+    if not text:
+        exited = describe_exit(os.waitstatus_to_exitcode(status))
+        raise ConfigError(f"{options.config}: the check exited early ({exited})")
+    result = json.loads(text)
+    if result["error"]:
+        raise ConfigError(result["error"])
+    return list(result["warnings"])
+
+
+def _load_and_report(options: CommandLine) -> dict[str, Any]:
+    try:
+        return {"error": "", "warnings": _load_everything(options)}
+    except BaseException as error:  # noqa: BLE001 - any exception of the loaded code is reported
+        return {"error": one_line(error) or type(error).__name__}
+
+
+def _load_everything(options: CommandLine) -> list[str]:
+    config = load_config(options)
+    config.configure_log()
+    try:
+        resolve(config.configuration.network.address)  # only a start can find that a port is in use
+    except ResolveError as error:
+        raise ConfigError(f"{options.config}: network.address: {error}") from error
+    threads_before = threading.active_count()
+    procedures = load_procedures(options.procedures)
+    warnings = config.users.warnings() if isinstance(config.users, AuthDB) else []
+    if not procedures:
+        warnings.append(f"{options.procedures}: exposes no procedure; decorate functions with @procedure")
+    if (running := threading.active_count() - threads_before) > 0:
+        warnings.append(f"{options.procedures}: started {running} thread(s), which will be missing in calls")
+    default_groups = None if options.default_group is None else (options.default_group,)
+    accounts: list[tuple[str, Any, Any]] = [("the default user and group", options.default_user, default_groups)]
+    accounts += [(f"{options.procedures}: {name}", found.uid, found.gid) for name, found in procedures.items()]
+    for owner, user, groups in accounts:
+        try:
+            resolve_credentials(user, groups)
+        except UserError as error:
+            warnings.append(f"{owner}: {error}; calls will fail")
+    return warnings

@@ -36,11 +36,6 @@ class Network(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     def __post_init__(self) -> None:
         check_choice("tls_minimum", self.tls_minimum, TLS_VERSIONS)
 
-    @property
-    def minimum_version(self) -> str:
-        """`tls_minimum` as a key of `harp_daemon.tls.TLS_VERSIONS`."""
-        return str(self.tls_minimum)
-
 
 class Python(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Section `python`."""
@@ -177,7 +172,7 @@ def server_context(network: Network, path: Path) -> ssl.SSLContext:
         except OSError as error:
             raise ConfigError(f"{path}: network.{key}: {name}: {error.strerror}") from error
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    set_minimum_version(context, network.minimum_version)
+    set_minimum_version(context, str(network.tls_minimum))
     try:
         # The empty password makes a key with a passphrase fail; without it OpenSSL would prompt on the terminal.
         context.load_cert_chain(network.certfile, network.keyfile, password="")

@@ -1,1 +1,1 @@
-"""harpd's own processes: lifecycle, launcher, supervisor client, runtime directory."""
+"""harpd's own processes: lifecycle and runtime directory, launcher, supervisor client."""

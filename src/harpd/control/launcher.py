@@ -1,11 +1,11 @@
 """Launches the supervisor: starts it, restarts it when it dies, replaces it at a reload.
 
 A supervisor is the process ``python -m harpd.supervisor.main LIFELINE``. LIFELINE is the number of an inherited
-descriptor: one end of a socket pair whose other end the launcher holds. The supervisor reads its settings, one JSON
+descriptor: one end of a socket pair whose other end the launcher has. The supervisor reads its settings, one JSON
 object, from stdin. In the foreground it inherits stderr.
 
-A supervisor creates its own sockets and can outlive its launcher. At its start and at each reload, the launcher tells
-older supervisors to *retire*: they accept no new calls and exit after their last one. A full stop ends all supervisors.
+A supervisor creates its own sockets and can outlive its launcher. At its start and at each reload, the launcher makes
+older supervisors *retire*: they accept no new calls and exit after their last one. A full stop ends all supervisors.
 
 The launcher runs in the frontend's process (``harpd`` without a command), or as the service ``harpd supervisor``. In
 the service, SIGTERM ends all calls. SIGHUP starts a new supervisor with the code and the configuration that are
@@ -26,22 +26,14 @@ import sys
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from harp.protocol.json_text import dumps
 from harp_daemon.backoff import Backoff
 from harp_daemon.process import describe_exit
 from harp_daemon.settings import ConfigError, report_restart_needed
-from harpd.config.loaded import (
-    CommandLine,
-    SupervisorConfig,
-    configure_log,
-    load_supervisor_config,
-    supervisor_settings,
-)
-from harpd.control.lifecycle import ServiceRunner
-from harpd.control.runtime_directory import runtime_directory
+from harpd.config.loaded import SupervisorConfig, load_supervisor_config
+from harpd.control.lifecycle import ServiceRunner, runtime_directory
 from harpd.control.supervisor_client import SupervisorClient, SupervisorError, SupervisorNotRunning
 
 log = logging.getLogger("harpd.control")
@@ -59,10 +51,9 @@ _STABLE_TIME = 10.0
 
 
 class SupervisorLauncher:
-    """The launcher of the supervisor of one runtime directory.
+    """The launcher of the supervisor of the client's runtime directory.
 
     Args:
-        client: the client of the runtime directory.
         background: whether supervisors start without stderr.
         settings: returns the settings for the next supervisor.
     """
@@ -72,8 +63,8 @@ class SupervisorLauncher:
         self._stderr = subprocess.DEVNULL if background else None
         self._settings = settings
         self._active: SupervisorProcess | None = None
-        self._processes: set[SupervisorProcess] = set()
         self._retired: set[SupervisorProcess] = set()
+        self._processes: set[SupervisorProcess] = set()  # all, also one that is starting
         self._starting = asyncio.Lock()
         self._restarting: asyncio.Task[None] | None = None
         self._backoff = Backoff(_MIN_DELAY, _MAX_DELAY)
@@ -100,7 +91,9 @@ class SupervisorLauncher:
             if child.exit_status.done():  # it exited before it was the active one, so `_on_exit` started no other
                 self._begin_restart()
             log.info("supervisor started", extra={"supervisor": child.process.pid})
-            await self._retire_others(instance)
+            for name in self._client.socket_names():
+                if not name.endswith(instance):
+                    await self._retire(name)
 
     async def _wait_until_ready(self, child: SupervisorProcess) -> str:
         """Wait until the supervisor is active; return its instance."""
@@ -117,15 +110,13 @@ class SupervisorLauncher:
         exited = describe_exit(child.exit_status.result())
         raise SupervisorError(f"the supervisor exited before it was ready ({exited})")
 
-    async def _retire_others(self, instance: str) -> None:
-        for name in self._client.socket_names():
-            if not name.endswith(instance):
-                try:
-                    await self._client.request({"control": "retire"}, name=name)
-                except SupervisorNotRunning:
-                    continue
-                except SupervisorError as error:
-                    log.error("cannot retire an older supervisor", extra={"supervisor": name, "reason": str(error)})
+    async def _retire(self, name: str) -> None:
+        try:
+            await self._client.request({"control": "retire"}, name=name)
+        except SupervisorNotRunning:
+            pass
+        except SupervisorError as error:
+            log.error("cannot retire an older supervisor", extra={"supervisor": name, "reason": str(error)})
 
     def _on_exit(self, child: SupervisorProcess, ended: asyncio.Future[int]) -> None:
         self._processes.discard(child)
@@ -155,9 +146,8 @@ class SupervisorLauncher:
             try:
                 await self.start()
             except (SupervisorError, OSError) as error:
-                log.error(
-                    "cannot start supervisor; retrying", extra={"reason": str(error), "retry_in": round(delay, 1)}
-                )
+                fields = {"reason": str(error), "retry_in": round(delay, 1)}
+                log.error("cannot start supervisor; retrying", extra=fields)
 
     async def detach(self) -> None:
         """Stop restarting supervisors; running supervisors and their calls continue."""
@@ -167,14 +157,9 @@ class SupervisorLauncher:
             await asyncio.wait({self._restarting})
 
     async def stop(self, deadline: float) -> None:
-        """End all calls with the error ``shutdown``, then all supervisors; kill a supervisor that takes too long.
-
-        Args:
-            deadline: seconds for an orderly stop.
-        """
+        """End all calls with the error ``shutdown``, then all supervisors; kill those that run after these seconds."""
         await self.detach()
-        names = self._client.socket_names()
-        await asyncio.gather(*(self._client.shut_down(name, deadline) for name in names))
+        await asyncio.gather(*(self._client.shut_down(name, deadline) for name in self._client.socket_names()))
         exits = [child.exit_status for child in self._processes]
         for child in self._processes:  # still starting, without a socket
             child.process.kill()
@@ -184,20 +169,16 @@ class SupervisorLauncher:
 
 
 class SupervisorProcess:
-    """The process of a supervisor.
-
-    Args:
-        settings: its settings.
-        stderr: the descriptor of its stderr; None: that of this process.
+    """The process of a supervisor with these settings; `stderr`: the descriptor of its stderr; None: that of this one.
 
     Raises:
         OSError: the process cannot be created.
     """
 
     def __init__(self, settings: dict[str, Any], stderr: int | None) -> None:
+        loop = asyncio.get_running_loop()
         self.started = time.monotonic()
-        #: Its exit status.
-        self.exit_status: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        self.exit_status: asyncio.Future[int] = loop.create_future()
         self._lifeline, inherited = socket.socketpair()
         with inherited, os.fdopen(os.memfd_create("settings"), "w+b") as stdin:
             stdin.write(dumps(settings))
@@ -213,7 +194,7 @@ class SupervisorProcess:
                 env={name: value for name, value in os.environ.items() if name != "NOTIFY_SOCKET"},
             )
         self._pidfd = os.pidfd_open(self.process.pid)
-        asyncio.get_running_loop().add_reader(self._pidfd, self._on_process_exit)
+        loop.add_reader(self._pidfd, self._on_process_exit)
 
     def _on_process_exit(self) -> None:
         asyncio.get_running_loop().remove_reader(self._pidfd)
@@ -222,12 +203,11 @@ class SupervisorProcess:
         self.exit_status.set_result(self.process.wait())
 
 
-async def run(options: CommandLine, config: SupervisorConfig, on_serving: Callable[[], None]) -> None:
+async def run(config: SupervisorConfig, on_serving: Callable[[], None]) -> None:
     """Run the service until SIGTERM, SIGINT or SIGUSR1.
 
     Args:
-        options: the command line.
-        config: the loaded configuration; it has a runtime directory.
+        config: the configuration of the first supervisor; it has a runtime directory.
         on_serving: called when a supervisor is active.
 
     Raises:
@@ -235,12 +215,8 @@ async def run(options: CommandLine, config: SupervisorConfig, on_serving: Callab
         SupervisorError: the supervisor did not start; its log gives the reason.
     """
     runner = ServiceRunner()
-    configured = config.configuration.runtime_directory
-    with (
-        runtime_directory(configured, options.config, "launcher") as directory,
-        SupervisorClient(directory) as client,
-    ):
-        service = SupervisorService(options, config, directory, client)
+    with runtime_directory(config, "launcher") as client:
+        service = SupervisorService(config, client)
 
         def detach() -> None:
             service.detaching = True
@@ -251,23 +227,13 @@ async def run(options: CommandLine, config: SupervisorConfig, on_serving: Callab
 
 
 class SupervisorService:
-    """The running service. Implements `harpd.control.lifecycle.Service`.
+    """The running service. Implements `harpd.control.lifecycle.Service`."""
 
-    Args:
-        options: the command line.
-        config: the configuration of the first supervisor.
-        directory: the runtime directory.
-        client: the client of the runtime directory.
-    """
-
-    def __init__(
-        self, options: CommandLine, config: SupervisorConfig, directory: Path, client: SupervisorClient
-    ) -> None:
-        self._options = options
+    def __init__(self, config: SupervisorConfig, client: SupervisorClient) -> None:
         self._config = config
-        self._directory = directory
-        self._launcher = SupervisorLauncher(client, options.daemon, self._settings)
-        #: Whether `stop` leaves the supervisors running.
+        self._directory = client.directory
+        self._launcher = SupervisorLauncher(client, config.options.daemon, self._settings)
+        #: Whether supervisors continue after `stop`.
         self.detaching = False
 
     def _settings(self) -> dict[str, Any]:
@@ -276,10 +242,10 @@ class SupervisorService:
         The files are read each time, because a reload of the frontend changes the settings of the running supervisor.
         """
         try:
-            self._config = load_supervisor_config(self._options)
+            self._config = load_supervisor_config(self._config.options)
         except ConfigError as error:
             log.error("invalid configuration; using the previous one", extra={"reason": str(error)})
-        return supervisor_settings(self._options, self._config, self._directory, outlive=True)
+        return self._config.supervisor_settings(self._directory, outlive=True)
 
     async def start(self) -> None:
         """Start the first supervisor. Raises `SupervisorError`."""
@@ -288,18 +254,18 @@ class SupervisorService:
 
     async def reload(self) -> None:
         """Replace the supervisor by a new one. Raises `ConfigError` and `SupervisorError`."""
-        old, new = self._config, load_supervisor_config(self._options)
+        old, new = self._config, load_supervisor_config(self._config.options)
         try:
-            configure_log(self._options, new)
+            new.configure_log()
             await self._launcher.start()
         except BaseException:
-            configure_log(self._options, old)
+            old.configure_log()
             raise
         log.info("reloaded")
         report_restart_needed(old.configuration, new.configuration, ["runtime_directory"])
 
     async def stop(self) -> None:
-        """Stop the supervisors and all calls, which end with ``shutdown``; leave both running after SIGUSR1."""
+        """Stop the supervisors and all calls, which end with ``shutdown``; after SIGUSR1, both continue."""
         if self.detaching:
             await self._launcher.detach()
         else:

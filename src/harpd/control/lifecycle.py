@@ -1,22 +1,30 @@
-"""Runs a service of harpd from its start to its stop: signals, reloads, notification of the service manager."""
+"""How a service of harpd runs: its runtime directory, signals, reloads, notification of the service manager."""
 
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import logging
+import os
+import shutil
 import signal
-from collections.abc import Callable
+import stat
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import NoReturn, Protocol
 
 from harp_daemon.process import notify_service_manager
 from harp_daemon.settings import ConfigError
-from harpd.control.supervisor_client import SupervisorError
+from harpd.config.loaded import SupervisorConfig
+from harpd.control.supervisor_client import SupervisorClient, SupervisorError
 
 log = logging.getLogger("harpd.control")
 
 
 class Service(Protocol):
-    """A service."""
+    """A service: the frontend or the launcher."""
 
     async def start(self) -> None:
         """Start the service; return when it serves. May raise."""
@@ -44,15 +52,7 @@ class ServiceRunner:
         loop.add_signal_handler(signal.SIGHUP, self._reload_requested.set)
 
     async def run(self, service: Service, on_serving: Callable[[], None]) -> None:
-        """Run the service.
-
-        Args:
-            service: the service.
-            on_serving: called when the service serves.
-
-        Raises:
-            Exception: the start raised it.
-        """
+        """Run the service; call `on_serving` when it serves. Raises the exception of a start that fails."""
         serving = asyncio.create_task(self._serve(service, on_serving))
         stopping = asyncio.create_task(self.stop_requested.wait())
         try:
@@ -83,3 +83,43 @@ class ServiceRunner:
                 log.error("reload failed; nothing is changed", extra={"reason": str(error)})
             except Exception:
                 log.exception("reload failed; nothing is changed")
+
+
+@contextmanager
+def runtime_directory(config: SupervisorConfig, *roles: str) -> Iterator[SupervisorClient]:
+    """Create the directory of sockets and state files if it is missing, and lock it; yield the client for it.
+
+    If none is configured, it is a temporary directory, which is removed at the end.
+
+    Args:
+        config: the configuration.
+        *roles: ``frontend``, ``launcher`` or both: those of this program. Each role has a lock file.
+
+    Raises:
+        ConfigError: it cannot be created, is not a directory, other users can write there, or a running program has
+            one of the roles.
+    """
+    configured = config.configuration.runtime_directory
+    path = Path(tempfile.mkdtemp(prefix="harpd-") if configured is None else configured).absolute()
+    with ExitStack() as closing:
+        if configured is None:
+            closing.callback(shutil.rmtree, path, ignore_errors=True)
+        where = f"{config.options.config}: runtime_directory: {path}"
+        try:
+            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            status = path.stat()
+            # A user who can write there can impersonate the supervisor.
+            if status.st_uid not in (0, os.geteuid()):
+                hint = "change the owner to the user that harpd runs as"
+                raise ConfigError(f"{where}: owned by user {status.st_uid}; {hint}")
+            if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+                raise ConfigError(f"{where}: other users can write there; run chmod go-w")
+            for role in roles:
+                descriptor = os.open(path / f"{role}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+                closing.callback(os.close, descriptor)
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigError(f"{where}: used by another running harpd") from error
+        except OSError as error:
+            raise ConfigError(f"{where}: {error.strerror}") from error
+        yield closing.enter_context(SupervisorClient(path))

@@ -19,11 +19,10 @@ from harp_daemon.listeners import Listener, ListenError, ResolveError, listen_tc
 from harp_daemon.memory_quota import MemoryQuota
 from harp_daemon.settings import ConfigError, report_restart_needed
 from harp_daemon.timer_wheel import TimerWheel
-from harpd.config.loaded import CommandLine, LoadedConfig, configure_log, load_config, supervisor_settings
+from harpd.config.loaded import LoadedConfig, load_config
 from harpd.config.settings import Network
 from harpd.control.launcher import STOP_MARGIN, SupervisorLauncher
-from harpd.control.lifecycle import ServiceRunner
-from harpd.control.runtime_directory import runtime_directory
+from harpd.control.lifecycle import ServiceRunner, runtime_directory
 from harpd.control.supervisor_client import SupervisorClient
 from harpd.frontend.arrival_clock import ArrivalClock
 from harpd.frontend.connection import Connection, ConnectionContext
@@ -44,11 +43,10 @@ _DECODER_THREADS = 2
 _OWN_DESCRIPTORS = 64 + MAX_REJECTING
 
 
-async def run(options: CommandLine, config: LoadedConfig, on_serving: Callable[[], None], frontend_only: bool) -> None:
+async def run(config: LoadedConfig, on_serving: Callable[[], None], frontend_only: bool) -> None:
     """Serve until SIGTERM or SIGINT; SIGHUP reloads.
 
     Args:
-        options: the command line.
         config: the loaded configuration.
         on_serving: called when the frontend accepts connections.
         frontend_only: whether another program launches the supervisor; otherwise this one does, and its stop ends all
@@ -62,40 +60,30 @@ async def run(options: CommandLine, config: LoadedConfig, on_serving: Callable[[
     configuration = config.configuration
     _raise_descriptor_limit(configuration.limits.max_connections)
     roles = ("frontend",) if frontend_only else ("frontend", "launcher")
-    configured = configuration.runtime_directory
-    with runtime_directory(configured, options.config, *roles) as directory, SupervisorClient(directory) as client:
-        listeners = _listen(configuration.network, options.config)
-        settings = partial(supervisor_settings, options, runtime_directory=directory, outlive=configured is not None)
-        await runner.run(FrontendServer(options, config, client, settings, listeners, frontend_only), on_serving)
+    with runtime_directory(config, *roles) as client:
+        listeners = _listen(configuration.network, config.options.config)
+        await runner.run(FrontendServer(config, client, listeners, frontend_only), on_serving)
 
 
 class FrontendServer:
     """The running frontend. Implements `harpd.control.lifecycle.Service`.
 
     Args:
-        options: the command line.
         config: the configuration for new connections until a reload.
         client: the client of the supervisors.
-        settings: returns the supervisor's settings for a configuration.
         listeners: the listening sockets.
         frontend_only: whether another program launches the supervisor.
     """
 
     def __init__(
-        self,
-        options: CommandLine,
-        config: LoadedConfig,
-        client: SupervisorClient,
-        settings: Callable[[LoadedConfig], dict[str, Any]],
-        listeners: list[Listener],
-        frontend_only: bool,
+        self, config: LoadedConfig, client: SupervisorClient, listeners: list[Listener], frontend_only: bool
     ) -> None:
-        self._options = options
         self._client = client
-        self._settings = settings
         self._listeners = listeners
         self._launcher = (
-            None if frontend_only else SupervisorLauncher(client, options.daemon, lambda: settings(self._config))
+            None
+            if frontend_only
+            else SupervisorLauncher(client, config.options.daemon, lambda: self._settings(self._config))
         )
         self._reload_thread = BoundedThreadPool(1)
         self._decoder_pool = BoundedThreadPool(_DECODER_THREADS)
@@ -121,6 +109,11 @@ class FrontendServer:
             log.info("harpd is serving", extra=listener.fields)
         _warn_about_old_tls(self._config)
 
+    def _settings(self, config: LoadedConfig) -> dict[str, Any]:
+        """Return the supervisor's settings for a configuration."""
+        outlive = self._initial_config.configuration.runtime_directory is not None
+        return config.supervisor_settings(self._client.directory, outlive)
+
     def _apply_config(self, config: LoadedConfig) -> None:
         """Use this configuration for new connections; existing connections continue with theirs."""
         limits = config.configuration.limits
@@ -143,16 +136,16 @@ class FrontendServer:
         """Load the files again and apply them all or none. Raises `ConfigError` and `SupervisorError`."""
         old = self._config
         try:
-            new = await self._reload_thread.run(partial(load_config, self._options), _RELOAD_TIMEOUT)
+            new = await self._reload_thread.run(partial(load_config, old.options), _RELOAD_TIMEOUT)
         except TimeoutError as error:
-            raise ConfigError(f"{self._options.config}: loading took longer than {_RELOAD_TIMEOUT:g} s") from error
+            raise ConfigError(f"{old.options.config}: loading took longer than {_RELOAD_TIMEOUT:g} s") from error
         except TaskFailed as error:
             raise error.__cause__ or error from None
         try:
-            configure_log(self._options, new)
+            new.configure_log()
             await self._client.request({"control": "reload", "settings": self._settings(new)}, _RELOAD_TIMEOUT)
         except BaseException:
-            configure_log(self._options, old)
+            old.configure_log()
             raise
         self._apply_config(new)
         log.info("reloaded")
@@ -201,6 +194,6 @@ def _raise_descriptor_limit(connections: int) -> None:
 
 
 def _warn_about_old_tls(config: LoadedConfig) -> None:
-    version = config.configuration.network.minimum_version
+    version = str(config.configuration.network.tls_minimum)
     if version in ("1.0", "1.1"):
         log.warning("TLS versions below 1.2 are allowed", extra={"tls_minimum": version})

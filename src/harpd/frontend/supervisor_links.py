@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 from functools import partial
 
 from harp.protocol.ends import Failed
@@ -101,8 +102,8 @@ class SupervisorLinks:
         if link is not None:  # another task has connected meanwhile
             connection.close()
             return link
-        inode = self._client.inode(connection.socket_name)
-        link = Link(connection.socket, inode, self._on_lost, shared)
+        inode = self._client.inode(os.path.basename(connection.getpeername()))  # of the supervisor's own socket
+        link = Link(connection, inode, self._on_lost, shared)
         self._all.add(link)
         if shared and inode is not None:
             self._shared[inode] = link

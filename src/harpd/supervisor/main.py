@@ -39,7 +39,7 @@ call are gone: the close proves it. A connection with another first line gets on
 When its launcher closes the lifeline, a supervisor with the setting `outlive` continues while it has calls. Without it,
 the runtime directory is temporary, and no other program could find the supervisor: it stops all calls and exits.
 
-The settings, see `harpd.config.loaded.supervisor_settings`:
+The settings, see `harpd.config.loaded.SupervisorConfig`:
 
     procedures                          path of the procedures file
     python_path                         {"prepend": [PATH], "append": [PATH]}
