@@ -20,7 +20,7 @@ import psutil
 import pytest
 
 from harpd.supervisor.frames import CLOSED, HANG_UP, PREFACE, START, Frame, FrameBuffer, encode_frame
-from harpd.supervisor.state_entries import ENTRY_SIZE, Purpose, encode_entry
+from harpd.supervisor.state_files import ENTRY_SIZE, Purpose, encode_entry
 from support.calls import nothing_is_left
 from support.daemonlog import DEADLINE
 from support.deadline import wait_until

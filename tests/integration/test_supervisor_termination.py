@@ -12,7 +12,7 @@ import pytest
 
 from harpd.processes.cookie import cookie_for
 from harpd.processes.process_tree import take_snapshot
-from harpd.supervisor.state_entries import Purpose
+from harpd.supervisor.state_files import Purpose
 from support.cgroups import freezer, own_cgroup
 from support.deadline import wait_until
 from support.hopper import HOP, group_lives

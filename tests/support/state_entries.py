@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from harp.protocol.json_text import loads
-from harpd.supervisor.state_entries import ENTRY_SIZE, Purpose, decode_entry
+from harpd.supervisor.state_files import ENTRY_SIZE, Purpose, decode_entry
 
 
 def read_entries(runtime_directory: Path) -> dict[str, Purpose]:

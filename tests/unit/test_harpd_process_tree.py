@@ -26,7 +26,7 @@ from harpd.processes.process_tree import (
     take_snapshot,
 )
 from harpd.supervisor.event_loop import EventLoop, Timer
-from harpd.supervisor.output import OutputCollector
+from harpd.supervisor.output import OutputCollector, OutputPipe
 from support.deadline import wait_until
 from support.hopper import group_lives, hopping, is_hopper
 
@@ -369,21 +369,21 @@ def test_output_pipe_splits_lines(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     loop = EventLoop()
     output = OutputCollector(loop, 1)
-    pipes = [output.open_pipe("stdout") for _ in range(3)]
-    for number, (_, writing) in enumerate(pipes):
-        os.write(writing, f"begun {number}".encode())
-    os.write(pipes[0][1], b"\n\nnext\nrest")
+    pipes = [OutputPipe(output, "stdout") for _ in range(3)]
+    for number, pipe in enumerate(pipes):
+        os.write(pipe.writing_end, f"begun {number}".encode())
+    os.write(pipes[0].writing_end, b"\n\nnext\nrest")
 
     def go_on() -> None:
         assert printed(caplog) == ["begun 0", "", "next"]
-        for reading, _ in pipes[:2]:
-            output.release(reading)  # above the limit: the first one is closed
+        for pipe in pipes[:2]:
+            pipe.release()  # above the limit: the first one is closed
         assert printed(caplog)[3:] == ["rest"]
         with pytest.raises(BrokenPipeError):
-            os.write(pipes[0][1], b"more")
-        os.write(pipes[1][1], b"!\n")
-        for _, writing in pipes:
-            os.close(writing)
+            os.write(pipes[0].writing_end, b"more")
+        os.write(pipes[1].writing_end, b"!\n")
+        for pipe in pipes:
+            os.close(pipe.writing_end)
         loop.call_later(0.01, loop.stop)  # the pipes are read before timers run
 
     loop.call_later(0.01, go_on)

@@ -21,16 +21,17 @@ from harp.protocol.json_text import Raw, dumps
 from harpd.processes.cgroup import create_cgroup
 from harpd.processes.cookie import cookie_for
 from harpd.processes.process_tree import CallTree, start_time, take_snapshot
-from harpd.supervisor.state_entries import (
+from harpd.supervisor.state_files import (
     ENTRY_SIZE,
+    CleanupResult,
     InvalidEntry,
     Purpose,
+    StateFiles,
     decode_entry,
     decode_state,
     encode_entry,
     encode_state,
 )
-from harpd.supervisor.state_files import CleanupResult, StateFiles
 from support import full_disk
 from support.cgroups import freezer, own_cgroup
 from support.deadline import wait_until

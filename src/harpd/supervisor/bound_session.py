@@ -55,8 +55,6 @@ class BoundSession(Session):
         """Send the closing line."""
         self._channel.send(line, ERROR if line.startswith(_ERROR_PREFIX) else END)
 
-    on_rejected = on_end
-
     def on_exit(self, exit_info: Callable[[], Raw], stop_report: Mapping[str, Any] | None) -> None:
         """Do nothing: the caller of a connection-bound call receives neither."""
 

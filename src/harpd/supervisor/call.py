@@ -110,11 +110,7 @@ class Session(ABC):
 
     @abstractmethod
     def on_started(self) -> None:
-        """Send the acknowledgement: the worker exists. This comes first, unless the call is rejected."""
-
-    @abstractmethod
-    def on_rejected(self, line: bytes) -> None:
-        """Send the error of a call without a worker. Only `on_closed` follows."""
+        """Send the acknowledgement: the worker exists. If there is none, only `on_end` and `on_closed` follow."""
 
     @abstractmethod
     def on_records(self, lines: bytes, count: int) -> None:
@@ -263,7 +259,7 @@ class Call:
         """Reject the call: there is no worker."""
         log.info("call ended", extra={**self._fields, "end": "system_error", "reason": reason})
         self._has_closing_line = self._exit_reported = True
-        self._session.on_rejected(encode_message(Failed("system_error", reason)))
+        self._session.on_end(encode_message(Failed("system_error", reason)))
         self._close()
 
     def _flush_arguments(self) -> None:

@@ -88,7 +88,7 @@ from harpd.supervisor.output import OutputCollector
 from harpd.supervisor.registry import CallRegistry, read_texts
 from harpd.supervisor.resumable_session import ResumableSession
 from harpd.supervisor.spool import GUARANTEED_BYTES
-from harpd.supervisor.state_entries import CALL_ID
+from harpd.supervisor.state_files import CALL_ID
 from harpd.supervisor.zygote_client import ZygoteClient
 
 log = logging.getLogger("harpd.supervisor")

@@ -10,7 +10,6 @@ import logging
 import os
 from collections import deque
 from collections.abc import Mapping
-from functools import partial
 
 from harpd.supervisor.event_loop import READ, EventLoop
 
@@ -27,84 +26,62 @@ _MAX_DRAIN_READS = 128
 
 
 class OutputCollector:
-    """The reading ends of all calls' pipes.
-
-    Args:
-        max_left_open: how many pipes of ended calls may stay open.
-    """
+    """What all pipes share. `max_left_open`: how many pipes of ended calls may stay open."""
 
     def __init__(self, loop: EventLoop, max_left_open: int) -> None:
-        self._loop = loop
-        self._max_left_open = max_left_open
-        self._left_open: dict[OutputPipe, None] = {}  # pipes of ended calls, oldest first
-
-    def open_pipe(self, stream: str) -> tuple[OutputPipe, int]:
-        """Create a pipe for a worker's stdout or stderr, as `stream` says.
-
-        Returns:
-            The reading end, for `release`, and the descriptor of the writing end, which the caller closes.
-
-        Raises:
-            OSError: no descriptor is free.
-        """
-        reading, writing = os.pipe2(os.O_CLOEXEC)
-        os.set_blocking(reading, False)
-        pipe = OutputPipe(reading, {"stream": stream})
-        self._loop.watch(reading, READ, partial(self._read, pipe))
-        return pipe, writing
-
-    def drain_tail(self, pipe: OutputPipe) -> list[str]:
-        """Read all output of a call that has just ended; return its last lines."""
-        for _ in range(_MAX_DRAIN_READS):
-            if not self._read(pipe):
-                break
-        return pipe.last_lines()
-
-    def release(self, pipe: OutputPipe) -> None:
-        """Leave a pipe of an ended call open for processes that go on printing."""
-        if pipe.descriptor >= 0:
-            self._left_open[pipe] = None
-        while len(self._left_open) > self._max_left_open:
-            self._close(next(iter(self._left_open)))
-
-    def _read(self, pipe: OutputPipe) -> bool:
-        """Read once; return whether there was data."""
-        if pipe.descriptor < 0:
-            return False
-        try:
-            data = os.read(pipe.descriptor, _READ_SIZE)
-        except BlockingIOError:
-            return False
-        if data:
-            pipe.feed(data)
-        else:
-            self._close(pipe)
-        return bool(data)
-
-    def _close(self, pipe: OutputPipe) -> None:
-        pipe.flush()
-        self._left_open.pop(pipe, None)
-        self._loop.unwatch(pipe.descriptor)
-        os.close(pipe.descriptor)
-        pipe.descriptor = -1
+        self.loop = loop
+        self.max_left_open = max_left_open
+        self.left_open: dict[OutputPipe, None] = {}  # pipes of ended calls, oldest first
 
 
 class OutputPipe:
-    """The reading end of a pipe, with its incomplete line. `descriptor` is -1 once it is closed."""
+    """The pipe of a worker's stdout or stderr, as `stream` says. Raises OSError if no descriptor is free.
 
-    def __init__(self, descriptor: int, fields: Mapping[str, str]) -> None:
-        self.descriptor = descriptor
-        self._fields = fields
+    Attributes:
+        writing_end: its descriptor, which the creator closes.
+    """
+
+    def __init__(self, collector: OutputCollector, stream: str) -> None:
+        self._collector = collector
+        self._descriptor, self.writing_end = os.pipe2(os.O_CLOEXEC)
+        os.set_blocking(self._descriptor, False)
+        self._fields: Mapping[str, str] = {"stream": stream}
         self._partial_line = b""
         self._last: deque[bytes] = deque(maxlen=_MAX_LAST_LINES)
+        collector.loop.watch(self._descriptor, READ, self._read)
 
     def assign(self, fields: Mapping[str, str]) -> None:
         """Assign the pipe to a call, whose log events have these fields."""
         self._fields = {**fields, "stream": self._fields["stream"]}
         self._last.clear()
 
-    def feed(self, data: bytes) -> None:
-        """Log the lines that these bytes complete."""
+    def drain(self) -> list[str]:
+        """Read all output of a call that has just ended; return its last lines. Long lines are cut."""
+        for _ in range(_MAX_DRAIN_READS):
+            if not self._read():
+                break
+        lines = [*self._last, self._partial_line] if self._partial_line else list(self._last)
+        return [_text(line)[:_MAX_LAST_LINE_LENGTH] for line in lines[-_MAX_LAST_LINES:]]
+
+    def release(self) -> None:
+        """Leave the pipe of an ended call open for processes that go on printing."""
+        if self._descriptor >= 0:
+            left_open = self._collector.left_open
+            left_open[self] = None
+            while len(left_open) > self._collector.max_left_open:
+                next(iter(left_open))._close()
+
+    def _read(self) -> bool:
+        """Read once, and log the lines that are complete; return whether there was data."""
+        if self._descriptor < 0:
+            return False
+        try:
+            data = os.read(self._descriptor, _READ_SIZE)
+        except BlockingIOError:
+            return False
+        if not data:
+            self._close()
+            return False
         *lines, self._partial_line = (self._partial_line + data).split(b"\n")
         for line in lines:
             self._log(line)
@@ -112,6 +89,7 @@ class OutputPipe:
             cut = _character_start(self._partial_line, _MAX_LINE_BYTES)
             self._log(self._partial_line[:cut])
             self._partial_line = self._partial_line[cut:]
+        return True
 
     def flush(self) -> None:
         """Log the incomplete line."""
@@ -119,10 +97,12 @@ class OutputPipe:
             self._log(self._partial_line)
             self._partial_line = b""
 
-    def last_lines(self) -> list[str]:
-        """Return the last lines, including an incomplete one; long lines are cut."""
-        lines = [*self._last, self._partial_line] if self._partial_line else list(self._last)
-        return [_text(line)[:_MAX_LAST_LINE_LENGTH] for line in lines[-_MAX_LAST_LINES:]]
+    def _close(self) -> None:
+        self.flush()
+        self._collector.left_open.pop(self, None)
+        self._collector.loop.unwatch(self._descriptor)
+        os.close(self._descriptor)
+        self._descriptor = -1
 
     def _log(self, line: bytes) -> None:
         self._last.append(line)

@@ -172,12 +172,6 @@ class ResumableSession(Session):
         self._check()
         self._send_acknowledgement(0.0)
 
-    def on_rejected(self, line: bytes) -> None:
-        """Send the error, and discard the session."""
-        if self._channel is not None:
-            self._channel.send(line)
-        self.discard()
-
     def on_records(self, lines: bytes, count: int) -> None:
         """Add the records to the spool, and send them."""
         self._last_output_at = self._loop.now()
@@ -200,8 +194,12 @@ class ResumableSession(Session):
         self._add_end(report + encode_exit_info(exit_info()) + closing_line)
 
     def on_closed(self, stop_report: Mapping[str, Any] | None) -> None:
-        """Send the last stop report, if there is one."""
+        """Send the last stop report, if there is one; or reject the call, if it was not started."""
         self.call = None
+        if self._started_at is None:
+            if self._channel is not None:
+                self._channel.send(self._closing_line)
+            self.discard()
         if stop_report is not None:
             self._add_end(encode_message(StopReport(stop_report)))
 

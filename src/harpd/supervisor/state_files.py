@@ -3,12 +3,12 @@
 Each supervisor has one file in ``calls/`` of the runtime directory, locked while it lives, with an entry for each call.
 It is not synced: it has to survive the supervisor, not the machine. When an entry is read, it may be old, and its pid
 may belong to another process. So it counts only until the next boot, and only processes that certainly belong to the
-call are killed.
+call are killed. A damaged entry is rejected alone: the others of its file stay valid.
 
 An entry has two purposes and is cleared when both are done: to stop processes of the call, and to report its end to its
 dispatcher. Space is reserved before a call starts. So no later change of an entry can find the disk full.
 
-The supervisor that finds the file of a dead one has it locked until all processes of its calls are gone. Processes that
+The supervisor that finds the file of a dead one locks it until all processes of its calls are gone. Processes that
 cannot be killed are reported once, as survivors, and every clean-up tries again.
 
 Spec: docs/state-file.md.
@@ -21,40 +21,201 @@ import errno
 import fcntl
 import logging
 import os
+import re
 import stat
 import time
+import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from harp.protocol.json_text import Raw
+from harp.protocol.json_text import InvalidJSON, Raw, dumps, loads
+from harpd.processes.cgroup import Cgroup
+from harpd.processes.cookie import cookie_for
 from harpd.processes.orphans import OrphanedCall, kill_orphans
 from harpd.processes.process_tree import CallTree
-from harpd.supervisor.state_entries import (
-    ENTRY_SIZE,
-    VERSION,
-    CallState,
-    InvalidEntry,
-    Purpose,
-    decode_entry,
-    decode_state,
-    encode_entry,
-    encode_state,
-)
 
 log = logging.getLogger("harpd.supervisor")
 
-#: The end of the name of each file; the beginning of the name of a file that is not locked yet.
-_SUFFIX, _UNLOCKED = f".{VERSION}", "."
+#: The version of the format, at the end of the name of each file; the first character of a name before it is locked.
+_SUFFIX, _UNLOCKED = ".1", "."
+#: Bytes of an entry: one page of memory, which the kernel writes in one piece.
+ENTRY_SIZE = 4096
 #: How many entries are reserved at once, and how many are read at most.
 _GROWTH, _MAX_ENTRIES = 16, 1 << 18
 #: The part of an entry that is overwritten to clear it: purpose and checksum.
 _CLEARED = bytes(10)
+#: A call's id is an entry of the environment and the name of a cgroup. The frontend uses UUIDs.
+CALL_ID = re.compile(r"[0-9A-Za-z-]{1,36}")
+_ENTRY = re.compile(rb"([RES]) ([0-9a-f]{8}) ([^\n]*)\n")
 #: Seconds between the scans of a clean-up that finds a dead supervisor: usually all processes die within this time.
 _SCAN_INTERVALS = (0.005, 0.01, 0.02, 0.04)
 #: The shortest time in seconds between two rounds of killing.
 _ROUND_INTERVAL = 0.02
+
+
+# The format of an entry.
+
+
+class Purpose(Enum):
+    """What a later supervisor has to do for a call."""
+
+    STOP_AND_REPORT = b"R"
+    ONLY_REPORT = b"E"
+    ONLY_STOP = b"S"
+
+
+class InvalidEntry(ValueError):
+    """An entry that is damaged, or that no supervisor has written. The message has the reason."""
+
+
+@dataclass(frozen=True, slots=True)
+class CallState:
+    """The state of a call, as a later supervisor finds it.
+
+    Attributes:
+        session: the members of its resumable session, not checked; None: it is connection-bound.
+    """
+
+    call_id: str
+    tree: CallTree
+    session: Mapping[str, Any] | None
+
+
+def encode_state(call_id: str, boot: str, tree: CallTree, session: Raw | None) -> bytes:
+    """Return the content of a call's entry. Processes are identified until the next boot, so it has the boot id."""
+    cgroup = b"" if tree.cgroup is None else b',"cgroup":%b' % dumps(tree.cgroup.path)
+    resumable = b"" if session is None else b',"resumable":%b' % session
+    head = f'{{"call":"{call_id}","boot":"{boot}","pid":{tree.pid},"start":{tree.start}'
+    return b"%b%b%b}" % (head.encode(), cgroup, resumable)
+
+
+def decode_state(content: bytes, boot: str) -> CallState | None:
+    """Return the state of a call; None if it is from another boot. Raises `InvalidEntry`."""
+    try:
+        members = loads(content)
+        call_id, pid, start, cgroup = members["call"], members["pid"], members["start"], members.get("cgroup")
+        valid = type(pid) is int and type(start) is int and pid > 1 and start >= 0 and CALL_ID.fullmatch(call_id)
+        # Its own cgroup and no other one: all processes in it are killed.
+        if not valid or not (cgroup is None or cgroup.endswith(f"/call-{call_id}")):
+            raise InvalidEntry("it does not describe a call")
+        if members["boot"] != boot:
+            return None
+    except (InvalidJSON, KeyError, TypeError, AttributeError) as error:
+        raise InvalidEntry(f"it does not describe a call: {error!r}") from error
+    tree = CallTree(pid, start, cookie_for(call_id), None if cgroup is None else Cgroup(cgroup))
+    return CallState(call_id, tree, members.get("resumable"))
+
+
+def encode_entry(purpose: Purpose, content: bytes) -> bytes:
+    """Return the bytes of an entry, of which there are at most `ENTRY_SIZE`."""
+    letter = purpose.value
+    return b"%b %08x %b\n" % (letter, zlib.crc32(content, zlib.crc32(letter)), content)
+
+
+def decode_entry(data: bytes) -> tuple[Purpose, bytes] | None:
+    """Return purpose and content of an entry; None if it is not in use. Raises `InvalidEntry`."""
+    if not data or data.startswith(b"\0"):
+        return None
+    found = _ENTRY.match(data)
+    if found is None:
+        raise InvalidEntry("it is not an entry")
+    purpose, checksum, content = found.groups()
+    if int(checksum, 16) != zlib.crc32(content, zlib.crc32(purpose)):
+        raise InvalidEntry("the checksum is wrong")
+    return Purpose(purpose), content
+
+
+# The files.
+
+
+@dataclass(slots=True)
+class _Entry:
+    """An entry of a file; no purpose: it is reserved."""
+
+    number: int
+    content: bytes = b""
+    purpose: Purpose | None = None
+
+
+class _OpenFile:
+    """A state file that this process has open and locked."""
+
+    def __init__(self, path: Path, descriptor: int) -> None:
+        self.path = path
+        self._descriptor = descriptor
+        self._reserved = 0
+
+    @classmethod
+    def create(cls, directory: Path, instance: str) -> _OpenFile:
+        """Create the file of this supervisor. No other supervisor sees it without its lock. Raises OSError."""
+        unlocked, path = directory / f"{_UNLOCKED}{instance}", directory / f"{instance}{_SUFFIX}"
+        descriptor = os.open(unlocked, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        unlocked.rename(path)
+        return cls(path, descriptor)
+
+    @classmethod
+    def lock_dead(cls, path: Path) -> _OpenFile | None:
+        """Lock the file of a dead supervisor; None if it lives, if another one has cleaned up, or if it is no file."""
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        except OSError:
+            return None
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if stat.S_ISREG(os.fstat(descriptor).st_mode) and path.exists():
+                return cls(path, descriptor)
+        os.close(descriptor)
+        return None
+
+    def read(self, boot: str) -> Iterator[tuple[_Entry, CallState]]:
+        """Yield the valid entries since this boot, each with the state of its call."""
+        invalid: list[str] = []
+        for number in range(min(-(-os.fstat(self._descriptor).st_size // ENTRY_SIZE), _MAX_ENTRIES)):
+            try:
+                found = decode_entry(os.pread(self._descriptor, ENTRY_SIZE, number * ENTRY_SIZE))
+                state = None if found is None else decode_state(found[1], boot)
+            except (InvalidEntry, OSError) as error:
+                invalid.append(str(error))
+                continue
+            if found is not None and state is not None:
+                yield _Entry(number, found[1], found[0]), state
+        if invalid:
+            fields = {"file": str(self.path), "entries": len(invalid), "reason": invalid[0]}
+            log.warning("cannot read state of calls", extra=fields)
+
+    def grow(self) -> list[int]:
+        """Reserve space for more entries; return their numbers. Raises OSError."""
+        first = self._reserved
+        try:  # reserved, not sparse: a later write would fail on a full disk
+            os.posix_fallocate(self._descriptor, first * ENTRY_SIZE, _GROWTH * ENTRY_SIZE)
+        except OSError as error:
+            raise OSError(error.errno, f"state file {self.path}: {error.strerror}") from error
+        self._reserved += _GROWTH
+        return [*range(first, self._reserved)]
+
+    def write(self, entry: _Entry) -> None:
+        """Write an entry that has a purpose. Raises OSError."""
+        assert entry.purpose is not None
+        data = encode_entry(entry.purpose, entry.content)
+        if len(data) > ENTRY_SIZE:
+            raise OSError(errno.ENAMETOOLONG, f"state file {self.path}: an entry has at most {ENTRY_SIZE} bytes")
+        os.pwrite(self._descriptor, data, entry.number * ENTRY_SIZE)
+
+    def clear(self, entry: _Entry) -> None:
+        """Clear an entry. If that fails, a later supervisor looks for a call that is gone."""
+        try:
+            os.pwrite(self._descriptor, _CLEARED, entry.number * ENTRY_SIZE)
+        except OSError:
+            pass
+
+    def delete(self) -> None:
+        """Delete the file, then release its lock."""
+        self.path.unlink(missing_ok=True)
+        os.close(self._descriptor)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +225,7 @@ class CleanupResult:
     Attributes:
         killed: how many processes were killed for the first time.
         calls: the calls of dead supervisors whose ends may have to be reported, by id; each once.
-        stop_reports: by id: of each call with a surviving process, and once more when none of its processes is left.
+        stop_reports: by id: of each call with a surviving process, and once more when its last process is gone.
         again: whether processes were killed so recently that they may still be dying: clean up again soon.
     """
 
@@ -74,20 +235,11 @@ class CleanupResult:
     again: bool = False
 
 
-@dataclass(slots=True)
-class _Entry:
-    """An entry of a state file; no purpose: it is reserved."""
-
-    number: int
-    content: bytes = b""
-    purpose: Purpose | None = None
-
-
 class _Orphan(OrphanedCall):
     """A call of a dead supervisor of which processes may remain, and its entry."""
 
-    def __init__(self, call_id: str, tree: CallTree, file: _OpenFile, entry: _Entry) -> None:
-        super().__init__(call_id, tree)
+    def __init__(self, state: CallState, file: _OpenFile, entry: _Entry) -> None:
+        super().__init__(state.call_id, state.tree)
         self.file = file
         self.entry = entry
         self.reported_survivors = False
@@ -110,7 +262,7 @@ class StateFiles:
     # The calls of this supervisor.
 
     def reserve(self, call_id: str) -> None:
-        """Reserve an entry for a call that is to start. Raises OSError, with file and reason, if the file cannot grow."""
+        """Reserve an entry for a call that is to start. Raises OSError: the file cannot grow."""
         if not self._free:
             self._free = self._file.grow()
         self._entries[call_id] = _Entry(self._free.pop())
@@ -157,8 +309,8 @@ class StateFiles:
 
     def close(self) -> None:
         """Clear the entries of ended calls, at a normal exit. The next supervisor reads those of survivors."""
-        for call_id in [*self._entries]:
-            if self._entries[call_id].purpose in (Purpose.ONLY_REPORT, None):
+        for call_id, entry in [*self._entries.items()]:
+            if entry.purpose in (Purpose.ONLY_REPORT, None):
                 self.remove(call_id)
         if not self._entries:
             self._file.delete()
@@ -169,18 +321,18 @@ class StateFiles:
         """Kill the remaining processes of dead supervisors' calls. It blocks for at most some tens of milliseconds."""
         calls: dict[str, CallState] = {}
         found: list[_Orphan] = []
-        for file in self._find_dead():
-            for entry, call_id, state in file.read(self._boot):
+        for file in self._lock_dead():
+            for entry, state in file.read(self._boot):
                 if entry.purpose is not Purpose.ONLY_STOP:
-                    calls[call_id] = state
+                    calls[state.call_id] = state
                 if entry.purpose is not Purpose.ONLY_REPORT:
-                    found.append(_Orphan(call_id, state.tree, file, entry))
+                    found.append(_Orphan(state, file, entry))
         self._orphans += found
         killed = self._kill(found)
         stop_reports = self._update_orphans()
         return CleanupResult(killed, calls, stop_reports, any(orphan.is_fresh for orphan in self._orphans))
 
-    def _find_dead(self) -> Iterator[_OpenFile]:
+    def _lock_dead(self) -> Iterator[_OpenFile]:
         """Lock the files of dead supervisors, and yield them."""
         for name in sorted(os.listdir(self._directory)):
             known = name in self._dead or name == self._file.path.name
@@ -211,8 +363,7 @@ class StateFiles:
                 orphan.file.clear(orphan.entry)
             elif orphan.entry.purpose is Purpose.STOP_AND_REPORT:
                 # This supervisor reports the end, and has its own entry for that.
-                orphan.reported_survivors = orphan.survives
-                orphan.entry.purpose = Purpose.ONLY_STOP
+                orphan.reported_survivors, orphan.entry.purpose = orphan.survives, Purpose.ONLY_STOP
                 with contextlib.suppress(OSError):
                     orphan.file.write(orphan.entry)
             else:
@@ -220,85 +371,6 @@ class StateFiles:
             if orphan.reported_survivors:
                 stop_reports[orphan.call_id] = orphan.stop_report()
         self._orphans = [orphan for orphan in self._orphans if not orphan.gone]
-        in_use = {orphan.file.path.name for orphan in self._orphans}
-        for name in self._dead.keys() - in_use:
+        for name in self._dead.keys() - {orphan.file.path.name for orphan in self._orphans}:
             self._dead.pop(name).delete()
         return stop_reports
-
-
-class _OpenFile:
-    """A state file that this process has open and locked."""
-
-    def __init__(self, path: Path, descriptor: int) -> None:
-        self.path = path
-        self._descriptor = descriptor
-        self._reserved = 0
-
-    @classmethod
-    def create(cls, directory: Path, instance: str) -> _OpenFile:
-        """Create the file of this supervisor. No other supervisor sees it without its lock. Raises OSError."""
-        unlocked, path = directory / f"{_UNLOCKED}{instance}", directory / f"{instance}{_SUFFIX}"
-        descriptor = os.open(unlocked, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        unlocked.rename(path)
-        return cls(path, descriptor)
-
-    @classmethod
-    def lock_dead(cls, path: Path) -> _OpenFile | None:
-        """Lock the file of a dead supervisor; None if it lives, if another one has cleaned up, or if it is no file."""
-        try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-        except OSError:
-            return None
-        with contextlib.suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if stat.S_ISREG(os.fstat(descriptor).st_mode) and path.exists():
-                return cls(path, descriptor)
-        os.close(descriptor)
-        return None
-
-    def read(self, boot: str) -> Iterator[tuple[_Entry, str, CallState]]:
-        """Yield the valid entries since this boot, each with the id and the state of its call."""
-        invalid: list[str] = []
-        for number in range(min(-(-os.fstat(self._descriptor).st_size // ENTRY_SIZE), _MAX_ENTRIES)):
-            try:
-                found = decode_entry(os.pread(self._descriptor, ENTRY_SIZE, number * ENTRY_SIZE))
-                state = None if found is None else decode_state(found[1], boot)
-            except (InvalidEntry, OSError) as error:
-                invalid.append(str(error))
-                continue
-            if found is not None and state is not None:
-                yield _Entry(number, found[1], found[0]), *state
-        if invalid:
-            fields = {"file": str(self.path), "entries": len(invalid), "reason": invalid[0]}
-            log.warning("cannot read state of calls", extra=fields)
-
-    def grow(self) -> list[int]:
-        """Reserve space for more entries; return their numbers. Raises OSError."""
-        first = self._reserved
-        try:  # reserved, not sparse: a later write would fail on a full disk
-            os.posix_fallocate(self._descriptor, first * ENTRY_SIZE, _GROWTH * ENTRY_SIZE)
-        except OSError as error:
-            raise OSError(error.errno, f"state file {self.path}: {error.strerror}") from error
-        self._reserved += _GROWTH
-        return [*range(first, self._reserved)]
-
-    def write(self, entry: _Entry) -> None:
-        """Write an entry that has a purpose. Raises OSError."""
-        assert entry.purpose is not None
-        data = encode_entry(entry.purpose, entry.content)
-        if len(data) > ENTRY_SIZE:
-            raise OSError(errno.ENAMETOOLONG, f"state file {self.path}: an entry has at most {ENTRY_SIZE} bytes")
-        os.pwrite(self._descriptor, data, entry.number * ENTRY_SIZE)
-
-    def clear(self, entry: _Entry) -> None:
-        """Clear an entry."""
-        try:
-            os.pwrite(self._descriptor, _CLEARED, entry.number * ENTRY_SIZE)
-        except OSError:
-            pass  # as for a failed write
-
-    def delete(self) -> None:
-        """Delete the file, then release its lock."""
-        self.path.unlink(missing_ok=True)
-        os.close(self._descriptor)

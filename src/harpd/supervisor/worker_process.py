@@ -21,7 +21,7 @@ from typing import Protocol
 from harpd.processes.cgroup import Cgroup
 from harpd.processes.process_tree import send_signal
 from harpd.supervisor.event_loop import EventLoop
-from harpd.supervisor.output import OutputCollector
+from harpd.supervisor.output import OutputCollector, OutputPipe
 
 log = logging.getLogger("harpd.supervisor")
 
@@ -43,8 +43,8 @@ class WorkerUser(Protocol):
     def on_reaped(self, status: int, cpu: float | None, memory: int | None) -> None:
         """Handle that the worker has ended with this wait status, or was killed with its zygote.
 
-        `cpu`: seconds of processor time of the worker and the children that it waited for; `memory`: maximum resident
-        bytes of the largest of these processes; None: not known.
+        `cpu`: seconds of the worker and the children that it waited for; `memory`: maximum resident bytes of the
+        largest of these processes; None: not known.
         """
 
 
@@ -63,7 +63,6 @@ class WorkerProcess:
 
     def __init__(self, loop: EventLoop, output: OutputCollector) -> None:
         self._loop = loop
-        self._output = output
         self.created_at = loop.now()
         self.identity = 0, 0
         self.cgroup: Cgroup | None = None
@@ -72,25 +71,22 @@ class WorkerProcess:
         self.served = 0
         self._ended = False
         self._cpu_before = 0.0  # seconds that it had used when the present call began
-        near, far = socketpair(AF_UNIX, SOCK_STREAM)
-        near.setblocking(False)
-        descriptors = [far.detach()]
+        self.channel, far = socketpair(AF_UNIX, SOCK_STREAM)
+        self.channel.setblocking(False)
+        self.child_descriptors = [far.detach()]
+        self._pipes: list[OutputPipe] = []
         try:
-            stdout, writing_end = output.open_pipe("stdout")
-            descriptors.append(writing_end)
-            stderr, writing_end = output.open_pipe("stderr")
-            descriptors.append(writing_end)
+            for stream in ("stdout", "stderr"):
+                self._pipes.append(OutputPipe(output, stream))
+                self.child_descriptors.append(self._pipes[-1].writing_end)
             limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-            if max(near.fileno(), *descriptors) >= limit - min(_RESERVED, limit // _RESERVED_SHARE):
+            if max(self.channel.fileno(), *self.child_descriptors) >= limit - min(_RESERVED, limit // _RESERVED_SHARE):
                 raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
         except OSError:
-            near.close()
-            for descriptor in descriptors:  # the reading ends of the pipes see the close, and are closed as well
+            self.channel.close()
+            for descriptor in self.child_descriptors:  # the reading ends of the pipes see it, and are closed as well
                 os.close(descriptor)
             raise
-        self.channel = near
-        self._pipes = stdout, stderr
-        self.child_descriptors = tuple(descriptors)
 
     def assign(self, call: WorkerUser, procedure: str, fields: Mapping[str, str]) -> None:
         """Assign a call to it. `fields`: of the log events of the call's output."""
@@ -138,7 +134,7 @@ class WorkerProcess:
 
     def last_errors(self) -> list[str]:
         """Return the last lines of the present call's stderr, when the call has just ended."""
-        return self._output.drain_tail(self._pipes[1])
+        return self._pipes[1].drain()
 
     def is_quiet(self) -> bool:
         """Return whether it can be assigned a call: it lives, and has written nothing since its last call."""
@@ -157,7 +153,7 @@ class WorkerProcess:
         self.call = None
         self._loop.unwatch(self.channel.fileno())
         for pipe in self._pipes:
-            self._output.drain_tail(pipe)
+            pipe.drain()
             pipe.flush()
 
     def finish_input(self) -> None:
@@ -187,6 +183,6 @@ class WorkerProcess:
         self.call = None
         self.close()
         for pipe in self._pipes:
-            self._output.release(pipe)
+            pipe.release()
         if self.cgroup is not None:
             self.cgroup.remove()

@@ -17,14 +17,14 @@ import signal
 import socket
 import sys
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from harp.protocol.json_text import encode_value, loads
 from harpd.processes.cookie import reserve_cookie
 from harpd.processes.process_tree import start_time
-from harpd.supervisor.event_loop import READ, WRITE, EventLoop, Timer
+from harpd.supervisor.event_loop import READ, WRITE, EventLoop
 from harpd.supervisor.output import OutputCollector
 from harpd.supervisor.worker_process import WorkerProcess, WorkerUser
 
@@ -34,29 +34,22 @@ _MAX_MESSAGE_BYTES = 1 << 18
 #: How many pre-forked workers there are, unless calls have just used them up. With 2, more calls of 4 and 16 clients
 #: wait for a fork; with 8, they are not faster. Each takes 0.7 MB.
 _PREFORKED = 4
-#: An idle worker is shut down after this many seconds at least, and after twice as many at most.
-_IDLE_TIMEOUT = 10.0
-#: Seconds for the procedures file to load (the frontend waits longer), for a fork, and for the death of a zygote.
-_LOAD_TIMEOUT, _FORK_TIMEOUT, _DEATH_TIMEOUT = 50.0, 10.0, 5.0
+#: Seconds for the procedures file to load (the frontend waits longer), for a fork, until an idle worker is shut down,
+#: and for the death of a zygote. The first three are checked every `_CHECK_INTERVAL` seconds.
+_LOAD_TIMEOUT, _FORK_TIMEOUT, _IDLE_TIMEOUT, _DEATH_TIMEOUT = 50.0, 10.0, 10.0, 5.0
+_CHECK_INTERVAL = 2.0
 #: Signals that the supervisor ignores. They have their default effect in the zygote and in programs that it executes.
 _IGNORED_SIGNALS = (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 @dataclass(frozen=True, slots=True)
 class ProcedureInfo:
-    """A procedure that a zygote has loaded.
+    """A procedure that a zygote has loaded."""
 
-    Attributes:
-        number: the number by which workers know it.
-        streaming: whether it yields records.
-        timeout: its limit in seconds; None: no limit.
-        max_calls: how many calls a worker process of it may serve.
-    """
-
-    number: int
+    number: int  # which workers receive instead of the name
     streaming: bool
-    timeout: float | None
-    max_calls: int
+    timeout: float | None  # seconds
+    max_calls: int  # of one worker process
 
 
 class ZygoteClient:
@@ -85,15 +78,13 @@ class ZygoteClient:
         self._output = output
         self._on_loaded: Callable[[str | None], None] | None = on_loaded
         self._on_lost = on_lost
-        self._unsent: deque[tuple[bytes, tuple[int, ...]]] = deque()
+        self._unsent: deque[tuple[bytes, Sequence[int]]] = deque()
         # All workers without a call that had none before, oldest first; the zygote has not replied for the last ones.
         self._preforked: deque[WorkerProcess] = deque()
         self._forking: deque[WorkerProcess] = deque()  # in the order of the fork commands without a reply
-        self._fork_check: Timer | None = None
         self._idle_since: dict[WorkerProcess, float] = {}  # idle workers, the longest idle one first
-        self._idle_check_scheduled = False
         self._children: dict[int, WorkerProcess] = {}
-        self._retired = False
+        self._retired = self._stuck = False
         self.procedures: dict[str, ProcedureInfo] = {}
         self._socket, zygote_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with zygote_end, contextlib.ExitStack() as undo:
@@ -103,8 +94,8 @@ class ZygoteClient:
             undo.pop_all()
         self._socket.setblocking(False)
         self._loop.watch(self._socket.fileno(), READ, self._on_ready)
-        too_slow = f"loading took longer than {_LOAD_TIMEOUT:g} s"
-        self._load_deadline = loop.call_later(_LOAD_TIMEOUT, lambda: self.abort_load(too_slow))
+        self._created_at = loop.now()
+        self._check_repeatedly()
         search_path = settings["python_path"]
         command = {
             "load": settings["procedures"],
@@ -122,7 +113,6 @@ class ZygoteClient:
         self._report_load(reason)
 
     def _report_load(self, error: str | None) -> None:
-        self._load_deadline.cancel()
         report, self._on_loaded = self._on_loaded, None
         if report is not None:
             report(error)
@@ -167,27 +157,13 @@ class ZygoteClient:
         """Let a worker whose call has ended wait for another call of its procedure."""
         worker.become_idle()
         self._idle_since[worker] = self._loop.now()
-        if not self._idle_check_scheduled:
-            self._idle_check_scheduled = True
-            self._loop.call_later(_IDLE_TIMEOUT, self._shut_down_expired)
 
     def limit_idle(self, most: int) -> None:
         """Shut down the longest idle workers if there are more than `most`."""
         while self._idle_since and len(self._idle_since) > most:
-            self._shut_down_idle(next(iter(self._idle_since)))
-
-    def _shut_down_expired(self) -> None:
-        """Shut down the workers that were idle for too long. One timer serves all: one per worker would cost time."""
-        until = self._loop.now() - _IDLE_TIMEOUT
-        for worker in [worker for worker, since in self._idle_since.items() if since <= until]:
-            self._shut_down_idle(worker)
-        self._idle_check_scheduled = bool(self._idle_since)
-        if self._idle_check_scheduled:
-            self._loop.call_later(_IDLE_TIMEOUT, self._shut_down_expired)
-
-    def _shut_down_idle(self, worker: WorkerProcess) -> None:
-        del self._idle_since[worker]
-        worker.shut_down()
+            worker = next(iter(self._idle_since))
+            del self._idle_since[worker]
+            worker.shut_down()
 
     # Forks.
 
@@ -203,24 +179,26 @@ class ZygoteClient:
         """Return a worker that is being forked. Raises OSError."""
         worker = WorkerProcess(self._loop, self._output)
         self._forking.append(worker)
-        if self._fork_check is None:
-            self._fork_check = self._loop.call_later(_FORK_TIMEOUT, self._check_forks)
         self._send({"fork": True}, worker.child_descriptors)  # which closes them here
         return worker
 
-    def _check_forks(self) -> None:
+    def _check_repeatedly(self) -> None:
+        """Check the time limits, until the zygote is closed. One timer serves all: one per worker would cost time."""
+        now = self._loop.now()
+        self.limit_idle(sum(since > now - _IDLE_TIMEOUT for since in self._idle_since.values()))
+        if self._on_loaded is not None and now - self._created_at > _LOAD_TIMEOUT:
+            self.abort_load(f"loading took longer than {_LOAD_TIMEOUT:g} s")
+        if self._forking and not self._stuck and now - self._forking[0].created_at > _FORK_TIMEOUT:
+            self._on_stuck()
+        if self._socket.fileno() >= 0:
+            self._loop.call_later(_CHECK_INTERVAL, self._check_repeatedly)
+
+    def _on_stuck(self) -> None:
         """Give up a zygote that does not reply. A worker that it forks later finds its channel closed and exits."""
-        self._fork_check = None
-        if not self._forking:
-            return
-        waited = self._loop.now() - self._forking[0].created_at
-        if waited < _FORK_TIMEOUT:
-            self._fork_check = self._loop.call_later(_FORK_TIMEOUT - waited, self._check_forks)
-            return
+        self._stuck = True
         log.error("zygote does not fork", extra={"zygote": self.pid, "seconds": _FORK_TIMEOUT})
-        reason = f"cannot create a process: the zygote did not answer within {_FORK_TIMEOUT:g} s"
         for worker in [*self._forking]:
-            worker.on_fork_failed(reason)
+            worker.on_fork_failed(f"cannot create a process: the zygote did not answer within {_FORK_TIMEOUT:g} s")
         if not self._retired:
             self.retire()
             self._on_lost()
@@ -279,7 +257,7 @@ class ZygoteClient:
 
     # Messages.
 
-    def _send(self, message: dict[str, Any], descriptors: tuple[int, ...] = ()) -> None:
+    def _send(self, message: dict[str, Any], descriptors: Sequence[int] = ()) -> None:
         self._unsent.append((encode_value(message), descriptors))
         self._flush()
 
@@ -352,6 +330,6 @@ def _spawn(zygote_end: socket.socket) -> int:
     return os.posix_spawn(sys.executable, arguments, environment, setsigdef=_IGNORED_SIGNALS, setsigmask=())
 
 
-def _close_all(descriptors: tuple[int, ...]) -> None:
+def _close_all(descriptors: Sequence[int]) -> None:
     for descriptor in descriptors:
         os.close(descriptor)
