@@ -105,6 +105,13 @@ def leave_reused(code):
     os._exit(code)
 
 @streaming_procedure(max_calls_per_process=100)
+def fill_reused(size):
+    yield "x" * size
+    time.sleep(0.2)
+    yield "x" * size
+    yield Result("end")
+
+@streaming_procedure(max_calls_per_process=100)
 def count_reused(most):
     yield from range(most)
     yield Result(about())
@@ -327,3 +334,17 @@ def test_stop_of_reused_worker_kills_earlier_children(supervisor: Supervisor, tm
         call.lines()
     assert psutil.pid_exists(first[0])  # a child of another worker
     os.kill(first[0], signal.SIGKILL)
+
+
+def test_limit_reached_behind_full_spool_finds_end(tmp_path: Path) -> None:
+    """The end that waits behind a full spool counts, and is discarded once."""
+    with (
+        Supervisor(tmp_path / "supervisor", PROCEDURES + OWN, spool=1000) as supervisor,
+        supervisor.call_resumable("fill_reused", 1000, max_exec_time=1, result_ttl=1) as call,
+    ):
+        lines = [call.line() for _ in range(7)]
+        assert "exit_info" in lines[5]
+        assert lines[6] == {"result": "end"}
+        call.send({"release": True})
+        assert call.lines() == []
+        time.sleep(1.5)  # until the end would be discarded

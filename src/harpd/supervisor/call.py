@@ -70,26 +70,15 @@ _CLOSING_PREFIXES = {b'{"result":': "result", b'{"exception":': "exception", b'{
 
 
 class StopReason(Enum):
-    """The reason why a call is stopped: its name in the log, `by` in exit info, type and message of the error."""
+    """The reason why a call is stopped: `by` in exit info, type and message of the error. The log has the name."""
 
-    TIME_LIMIT = "timeout", "limit", "timeout", "the procedure took more than its limit of {}"
-    MAX_EXEC_TIME = "max_exec_time", "limit", "timeout", "maximum execution time: the call took more than {}"
-    SILENCE = "silence", "limit", "timeout", "reading the result: the call sent nothing for {}"
-    CANCELLED = "cancelled", "cancel", "cancelled", "the caller stopped the call{}"
-    SHUTDOWN = "shutdown", "shutdown", "shutdown", "harpd was stopped while the call ran"
-    LOST_CONTACT = (
-        "lost_contact",
-        "lost_contact",
-        "lost_contact",
-        "the dispatcher was away for longer than the call may run without it",
-    )
-    PROTOCOL_VIOLATION = "protocol_violation", "itself", "call_died", "the call was stopped: {}"
-
-    def __init__(self, log_name: str, by: str, error_type: str, message: str) -> None:
-        self.log_name = log_name
-        self.by = by
-        self.error_type = error_type
-        self.message = message
+    TIMEOUT = "limit", "timeout", "the procedure took more than its limit of {}"
+    MAX_EXEC_TIME = "limit", "timeout", "maximum execution time: the call took more than {}"
+    SILENCE = "limit", "timeout", "reading the result: the call sent nothing for {}"
+    CANCELLED = "cancel", "cancelled", "the caller stopped the call{}"
+    SHUTDOWN = "shutdown", "shutdown", "harpd was stopped while the call ran"
+    LOST_CONTACT = ("lost_contact",) * 2 + ("the dispatcher was away for longer than the call may run without it",)
+    PROTOCOL_VIOLATION = "itself", "call_died", "the call was stopped: {}"
 
 
 class Session(ABC):
@@ -185,8 +174,7 @@ class CallContext:
 class Call:
     """A call, until its processes are dead; or until its closing line, if its worker becomes idle.
 
-    Raises:
-        OSError: no descriptor is free; nothing has begun.
+    The constructor raises OSError if no descriptor is free; nothing has begun then.
     """
 
     def __init__(
@@ -209,7 +197,7 @@ class Call:
         self._deadline: Timer | None = None  # the procedure's limit, then that of the worker's exit
         self._tree: CallTree | None = None  # None: the worker does not exist yet
         self._termination: TerminationSequence | None = None  # None: nothing had to be stopped
-        self._status: int | None = None
+        self._status: int | None = None  # the wait status of the worker
         self._cpu: float | None = None
         self._memory: int | None = None
         self._traceback: str | None = None
@@ -251,7 +239,7 @@ class Call:
             self._terminate().start(interrupt=False)
         self._session.on_started()
         if self._stop_reason is None and self._info.timeout is not None:
-            self._deadline = self._loop.call_later(self._info.timeout, lambda: self.stop(StopReason.TIME_LIMIT))
+            self._deadline = self._loop.call_later(self._info.timeout, lambda: self.stop(StopReason.TIMEOUT))
         self._flush_arguments()  # at once: the worker waits for them
         self.update_watch()
 
@@ -299,18 +287,13 @@ class Call:
             self._flush_arguments()
         if self._decided or not self._session.full:
             self._read()
-        if self._info.streaming and self._should_batch():
+        before, self._last_read = self._last_read, self._loop.now()
+        is_fast = self._info.streaming and self._last_read - before < _GATHER_SECONDS
+        if is_fast and not (self._decided or self._unsent):  # each read has a fixed cost: gather records
             self._watch(0)
             self._loop.call_later(_GATHER_SECONDS, self.update_watch)
         else:
             self.update_watch()
-
-    def _should_batch(self) -> bool:
-        """Return whether records arrive so fast that gathering them saves time: each read has a fixed cost."""
-        if self._decided or self._unsent or self._channel is None:
-            return False
-        before, self._last_read = self._last_read, self._loop.now()
-        return self._last_read - before < _GATHER_SECONDS
 
     def _drain(self) -> None:
         """Read the output that has arrived, also if the session is full. A descendant may write without end."""
@@ -413,9 +396,8 @@ class Call:
             self._close(reuse_worker=True)
         else:
             worker.finish_input()
-            # It is killed if it does not exit.
-            kill = partial(send_signal, signal.SIGKILL, worker.identity)
-            self._deadline = self._loop.call_later(self._settings["kill_grace"], kill)
+            kill_worker = partial(send_signal, signal.SIGKILL, worker.identity)  # if it does not exit
+            self._deadline = self._loop.call_later(self._settings["kill_grace"], kill_worker)
             self._session.on_end(closing)
 
     # The end.
@@ -434,9 +416,9 @@ class Call:
         self._stop_reason, self._stop_detail, self._stopped_by_user = stop_reason, detail, user
         self._unsent = memoryview(b"")  # a procedure that has not received its arguments does not begin
         self._discard_partial()
-        log.info("stopping call", extra={**self._fields, "why": stop_reason.log_name, "reason": detail})
+        log.info("stopping call", extra={**self._fields, "why": stop_reason.name.lower(), "reason": detail})
         if self._tree is not None:
-            self._terminate().start(interrupt=stop_reason is StopReason.TIME_LIMIT)
+            self._terminate().start(interrupt=stop_reason is StopReason.TIMEOUT)
             self.update_watch()
 
     def _terminate(self) -> TerminationSequence:
@@ -477,35 +459,37 @@ class Call:
             self._session.on_end(encode_message(end))
 
     def _failure(self) -> Failed:
-        reason, detail = self._stop_reason, self._stop_detail
-        if reason is None:
+        if self._stop_reason is None:
             assert self._status is not None
             return _describe_death(self._status)
-        if reason is StopReason.TIME_LIMIT:
+        detail = self._stop_detail
+        if self._stop_reason is StopReason.TIMEOUT:
             detail = f"{self._info.timeout:g} s"
-        elif reason is StopReason.CANCELLED:
+        elif self._stop_reason is StopReason.CANCELLED:
             detail = f" ({detail})" if detail else ""
-        return Failed(reason.error_type, reason.message.format(detail))
+        _, error_type, message = self._stop_reason.value
+        return Failed(error_type, message.format(detail))
 
     def _report_survivors(self) -> None:
         """Report the end although killed processes survive."""
         self._decide_end()
         stop_report = self._terminate().stop_report()
         log.error("cannot kill processes of call", extra={**self._fields, "stop_report": stop_report})
-        self._report_exit(stop_report)
+        self._exit_reported = True
+        self._session.on_exit(self._exit_info, stop_report)
 
     def _close(self, reuse_worker: bool = False) -> None:
         """Close the call: no process remains to be stopped. `reuse_worker`: the worker waits for another call."""
         self._channel = None
         self._release_state()
         stop_report = None if self._termination is None else self._termination.stop_report()
-        reported_survivors = self._exit_reported
-        self._report_exit(stop_report)
+        if not self._exit_reported:
+            self._session.on_exit(self._exit_info, stop_report)
         if reuse_worker:
             self._zygote.add_idle(self._worker)
         else:
             self._worker.release()
-        self._session.on_closed(stop_report if reported_survivors else None)
+        self._session.on_closed(stop_report if self._exit_reported else None)
         self._context.remove(self)
 
     def _release_state(self) -> None:
@@ -525,19 +509,20 @@ class Call:
 
     # Exit info.
 
-    def _report_exit(self, stop_report: Mapping[str, Any] | None) -> None:
-        """Report exit info and stop report; once."""
-        if not self._exit_reported:
-            self._exit_reported = True
-            self._session.on_exit(self._exit_info, stop_report)
-
     def _exit_info(self) -> Raw:
-        status = self._status
-        signalled = status is not None and os.WIFSIGNALED(status)
+        code = None if self._status is None else os.waitstatus_to_exitcode(self._status)
+        signal_name = _signal_name(-code) if code is not None and code < 0 else None
+        if self._stop_reason is not None:
+            by = self._stop_reason.value[0]
+        elif signal_name is None:
+            by = "itself"
+        else:
+            cgroup = self._worker.cgroup
+            by = "out_of_memory" if cgroup is not None and cgroup.out_of_memory() else "unknown"
         exit_info: dict[str, Any] = {
-            "exit": None if status is None or signalled else os.waitstatus_to_exitcode(status),
-            "signal": _signal_name(status) if signalled and status is not None else None,
-            "by": self._ended_by(signalled),
+            "exit": code if signal_name is None else None,
+            "signal": signal_name,
+            "by": by,
             "by_whom": self._stopped_by_user,
             "cpu": self._cpu,
             "memory": self._memory,
@@ -552,14 +537,6 @@ class Call:
             exit_info["traceback"] = self._traceback
         return dumps(exit_info)
 
-    def _ended_by(self, signalled: bool) -> str:
-        if self._stop_reason is not None:
-            return self._stop_reason.by
-        if not signalled:
-            return "itself"
-        cgroup = self._worker.cgroup
-        return "out_of_memory" if cgroup is not None and cgroup.out_of_memory() else "unknown"
-
 
 def _decode_traceback(line: bytes) -> str | None:
     """Return the traceback in a line of the worker; None if the line is invalid."""
@@ -570,14 +547,13 @@ def _decode_traceback(line: bytes) -> str | None:
     return found[-_MAX_TRACEBACK_LENGTH:] if isinstance(found, str) else None
 
 
-def _signal_name(status: int) -> str:
-    number = os.WTERMSIG(status)
+def _signal_name(number: int) -> str:
     return signal.Signals(number).name if number in set(signal.Signals) else str(number)
 
 
 def _describe_death(status: int) -> Failed:
-    if os.WIFSIGNALED(status):
-        name = _signal_name(status)
-        return Failed("call_died", f"the call's process was ended by {name}", {"signal": name})
     code = os.waitstatus_to_exitcode(status)
+    if code < 0:
+        name = _signal_name(-code)
+        return Failed("call_died", f"the call's process was ended by {name}", {"signal": name})
     return Failed("call_died", f"the call's process ended without a result, exit code {code}", {"code": code})

@@ -29,14 +29,11 @@ ACTIVE_SOCKET, SOCKET_PREFIX = "supervisor", "supervisor-"
 
 
 class Listener:
-    """A listening socket in the runtime directory, named by the supervisor's instance id.
+    """A listening socket in the runtime directory, named by the instance id. Raises OSError if it cannot be created.
 
     Args:
         on_request: called with each connection, its first line, and the data after it. If it raises KeyError,
             InvalidJSON or ProtocolError, the connection is closed.
-
-    Raises:
-        OSError: the socket cannot be created.
     """
 
     def __init__(
@@ -105,16 +102,14 @@ class Listener:
             lines = buffer.feed(data)
             if data and not lines:
                 return
-            self._loop.unwatch(connection.fileno())
-            if not data:
-                connection.close()
-                return
-            request = decode_slices(lines[0])
+            request = decode_slices(lines[0]) if data else None
         except BlockingIOError:
             return
         except (OSError, LineTooLong, InvalidJSON) as error:
             log.error("cannot read request", extra={"reason": str(error)})
-            self._loop.unwatch(connection.fileno())
+            request = None
+        self._loop.unwatch(connection.fileno())
+        if request is None:
             connection.close()
             return
         try:

@@ -3,11 +3,11 @@
 Theory of operation
 ===================
 
-``python -m harpd.supervisor.main LIFELINE`` inherits a socket whose other end its launcher holds, and reads its
-settings, one JSON object, from stdin. It gives itself an *instance id* and listens at ``supervisor-INSTANCE`` in the
-runtime directory. When it can run calls, it also listens at ``supervisor``, in the place of an earlier supervisor. It
-executes a zygote (`harpd.worker.zygote`), which loads the procedures file and forks the workers. A reload starts a new
-zygote for new calls; the old one exits after its last call. If the file cannot be loaded, the old zygote stays in use.
+``python -m harpd.supervisor.main LIFELINE`` inherits a socket whose other end its launcher has, and reads its settings,
+one JSON object, from stdin. It gives itself an *instance id* and listens at ``supervisor-INSTANCE`` in the runtime
+directory. When it can run calls, it also listens at ``supervisor``, instead of an earlier supervisor. It executes a
+zygote (`harpd.worker.zygote`), which loads the procedures file and forks the workers. A reload starts a new zygote for
+new calls; the old one exits after its last call. If the file cannot be loaded, the old zygote stays in use.
 
 A frontend opens one connection, the *link*, for all its calls; `harpd.supervisor.frames` has the format. Each call has
 a channel of the link. The first frame of a channel has facts, a JSON object:
@@ -25,14 +25,13 @@ duration of the password check, which exit info repeats. The arguments were chec
 
 The supervisor sends the lines for the client, see docs/protocol.md. A connection-bound call is stopped when the
 frontend hangs up the channel or closes the link. The supervisor closes the channel only when the processes of such a
-call are gone: the close proves it. A connection with another first line gets one line back:
+call are gone: the close proves it. A connection with another first line receives one line:
 
     {"calls": OWNER}                            the list of the owner's resumable calls
     {"control": "status"}                       {"calls": N, "resumable": N, "supervisor": PID, "instance": NAME,
                                                  "accepting": BOOL, "zygote": PID, "procedures": [NAME]}
     {"control": "reload", "settings": {...}}    {"ok": true}, once the new zygote is in use; or {"error": MESSAGE}
-    {"control": "drain"}                        {"ok": true}; new calls are rejected
-    {"control": "resume"}                       {"ok": true}; new calls are accepted again
+    {"control": "drain"} or "resume"            {"ok": true}; new calls are rejected, or accepted again
     {"control": "retire"}                       {"ok": true}; it accepts no new calls and exits after its last one
     {"control": "shutdown"}                     {"ok": true}, once every call has ended with the error shutdown
 
@@ -49,9 +48,8 @@ The settings, see `harpd.config.loaded.SupervisorConfig`:
     spool, spool_memory                 bytes that one resumable call may buffer; that all calls may buffer
     disconnect_timeout, result_ttl      most seconds that a dispatcher may request
     exit_info                           {"stderr": BOOL, "traceback": BOOL}: whether exit info has them
-    cgroup                              directory, or null
+    cgroup, runtime_directory           directory, or null; directory
     outlive                             whether the supervisor continues without its launcher while it has calls
-    runtime_directory                   path
     logging                             arguments of `harp_daemon.logs.configure`
     descriptors                         limit of open files for calls; absent: the supervisor's own limit at its start
 
@@ -137,9 +135,9 @@ class Supervisor:
     # The zygote.
 
     def _load(self, settings: Mapping[str, Any], on_done: Callable[[str | None], None]) -> None:
-        """Start a zygote with these settings; use it when it has loaded. A load that is under way is aborted.
+        """Start a zygote with these settings, and use it when it has loaded. An earlier load is aborted.
 
-        `on_done` is called with None, or with the error.
+        `on_done` receives None or the error.
         """
         if self._loading is not None:
             self._loading.abort_load("another load has begun")

@@ -60,31 +60,19 @@ _MAX_COMMAND_BYTES = 4096
 
 @dataclass(frozen=True, slots=True)
 class SessionTerms:
-    """The members of a session that a later supervisor needs to adopt it.
+    """The members of a session that a later supervisor needs to adopt it; durations are seconds."""
 
-    Attributes:
-        owner: the id of the dispatcher that owns the call.
-        secret: a digest of the call's secret.
-        disconnect_timeout, result_ttl: seconds: the requested values, at most the configured ones.
-        timeout, max_exec_time: seconds: the requested values.
-        streaming: whether the procedure yields records.
-    """
-
-    owner: str = field(repr=False)
-    secret: str = field(repr=False)
+    owner: str = field(repr=False)  # the id of the dispatcher that owns the call
+    secret: str = field(repr=False)  # a digest of the call's secret
     disconnect_timeout: float
     result_ttl: float
     timeout: float
     max_exec_time: float
-    streaming: bool
+    streaming: bool  # whether the procedure yields records
 
     @classmethod
     def decode(cls, members: Mapping[str, Any], limits: Mapping[str, float] = _NO_LIMITS) -> SessionTerms:
-        """Return the terms in a request, or those that `encode` has stored.
-
-        Args:
-            members: the attributes by name, and others.
-            limits: the most seconds of some of the attributes; more are lowered.
+        """Return the terms in a request, or those that `encode` has stored. Durations are lowered to `limits`.
 
         Raises:
             KeyError, ProtocolError: a member is missing, or has a wrong type.
@@ -177,7 +165,7 @@ class ResumableSession(Session):
         self._last_output_at = self._loop.now()
         self._spool.append(lines, count, time.time())
         self._quota.reserve(len(lines))
-        self._send_pending()
+        self.on_writable()
 
     def on_end(self, line: bytes) -> None:
         """Store the closing line until the worker has ended."""
@@ -206,13 +194,10 @@ class ResumableSession(Session):
     def _add_end(self, lines: bytes) -> None:
         self._end.append(lines)
         self._quota.reserve(len(lines))
-        self._send_pending()
+        self.on_writable()
 
     def adopt(self, stop_report: Mapping[str, Any] | None) -> None:
-        """Adopt the call of a supervisor that has died: it has ended, and further records do not exist.
-
-        `stop_report`: of survivors; None: there are none. `on_closed` reports when they are gone.
-        """
+        """Adopt the call of a supervisor that has died. `on_closed` follows when the survivors are gone."""
         self._adopted = True
         self._started_at = self._loop.now()
         self.on_end(encode_message(Failed("call_died", "the supervisor of the call died")))
@@ -223,8 +208,7 @@ class ResumableSession(Session):
     def attach(self, channel: LinkChannel, since: int, keep_alive: float | None) -> Failed | None:
         """Attach a connection: send all records from number `since` on, and receive commands.
 
-        Return the error if some of these records are gone; then the connection is not attached. `keep_alive`: the value
-        in the acknowledgement.
+        Return the error if some of these records are gone; then the connection is not attached.
         """
         if self._adopted:
             self._spool.start_at(since)
@@ -239,7 +223,7 @@ class ResumableSession(Session):
         self._commands = LineBuffer(_MAX_COMMAND_BYTES)
         self._next, self._unacknowledged, self._end_sent, self._heartbeat_pending = since, 0, 0, False
         self._send_acknowledgement(self._elapsed())
-        self._send_pending()
+        self.on_writable()
         return None
 
     def _elapsed(self) -> float:
@@ -254,7 +238,7 @@ class ResumableSession(Session):
                 _encode_acknowledgement(terms.streaming, self._instance, times, self._spool.end, self._keep_alive)
             )
 
-    def _send_pending(self) -> None:
+    def on_writable(self) -> None:
         """Send all data that the attached connection has not received yet, while it is writable."""
         channel = self._channel
         if channel is None or self._started_at is None:
@@ -288,10 +272,6 @@ class ResumableSession(Session):
             self._channel = None
             log.debug("dispatcher detached from call", extra={"call": self.id})
 
-    def on_writable(self) -> None:
-        """Send more. See `ChannelUser`."""
-        self._send_pending()
-
     def _handle_command(self, command: Ack | Heartbeat | StopCall | Release) -> None:
         match command:
             case Ack(count):
@@ -302,13 +282,13 @@ class ResumableSession(Session):
                 self._unacknowledged = 0 if count >= self._next else max(0, self._unacknowledged - freed)
                 self._next = max(self._next, self._spool.first)  # records that were acknowledged unread are gone
                 self.resume_reading()
-                self._send_pending()
+                self.on_writable()
             case Heartbeat(elapsed):
                 if elapsed > self._elapsed():
                     raise ProtocolError("heartbeat: the time is in the future")
                 self._contact_at = max(self._contact_at, (self._started_at or 0) + elapsed)
                 self._heartbeat_pending = True
-                self._send_pending()
+                self.on_writable()
             case StopCall(why, by):
                 self.stop(StopReason.CANCELLED, why, by)
             case Release():
@@ -316,38 +296,34 @@ class ResumableSession(Session):
                     raise ProtocolError("release: the call has not ended")
                 self.discard()
 
-    # Limits and contact.
-
     def _check(self) -> None:
         """Stop the call if it has reached a limit; discard its end if the dispatcher has not fetched it in time."""
-        if not self._end:
-            remaining = self._enforce_limits()
-        else:
-            remaining = max(self._contact_at, self._ended_at) + self.terms.result_ttl - self._loop.now()
-            if remaining <= 0:
+        assert self._started_at is not None
+        now, terms = self._loop.now(), self.terms
+        if self._end:
+            next_check = max(self._contact_at, self._ended_at) + terms.result_ttl
+            if next_check <= now:
                 log.warning("discarding unfetched end of call", extra={"call": self.id})
                 self.discard()
                 return
-        self._timer = self._loop.call_later(remaining, self._check)
-
-    def _enforce_limits(self) -> float:
-        """Stop the call if it has reached a limit; return the seconds until the next check."""
-        assert self._started_at is not None
-        now, terms = self._loop.now(), self.terms
-        if self.full:  # it cannot send
-            self._last_output_at = now
-        exec_deadline = self._started_at + terms.max_exec_time
-        output_deadline = self._last_output_at + terms.timeout
-        contact_deadline = self._contact_at + terms.disconnect_timeout
-        if exec_deadline <= now:
-            self.stop(StopReason.MAX_EXEC_TIME, f"{terms.max_exec_time:g} s")
-        elif output_deadline <= now:
-            self.stop(StopReason.SILENCE, f"{terms.timeout:g} s")
-        elif contact_deadline <= now:
-            self.stop(StopReason.LOST_CONTACT)
         else:
-            return min(exec_deadline, output_deadline, contact_deadline) - now
-        return terms.result_ttl
+            if self.full:  # it cannot send
+                self._last_output_at = now
+            exec_deadline = self._started_at + terms.max_exec_time
+            output_deadline = self._last_output_at + terms.timeout
+            contact_deadline = self._contact_at + terms.disconnect_timeout
+            next_check = min(exec_deadline, output_deadline, contact_deadline)
+            if exec_deadline <= now:
+                self.stop(StopReason.MAX_EXEC_TIME, f"{terms.max_exec_time:g} s")
+            elif output_deadline <= now:
+                self.stop(StopReason.SILENCE, f"{terms.timeout:g} s")
+            elif contact_deadline <= now:
+                self.stop(StopReason.LOST_CONTACT)
+            if self._end:  # it had ended, and the next check is scheduled
+                return
+            if next_check <= now:
+                next_check = now + terms.result_ttl
+        self._timer = self._loop.call_later(next_check - now, self._check)
 
     def discard(self) -> None:
         """Discard the session: the dispatcher has stored its end, was rejected, or has not fetched it in time."""

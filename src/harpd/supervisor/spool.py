@@ -16,34 +16,21 @@ GUARANTEED_BYTES = 1024 * 1024
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Records that arrived together.
+    """Records that arrived together."""
 
-    Attributes:
-        first: the number of the first one.
-        count: how many there are.
-        lines: their lines, each with its line feed.
-        time: when they arrived, Unix seconds with fractions.
-    """
-
-    first: int
+    first: int  # the number of the first one
     count: int
-    lines: bytes
-    time: float
+    lines: bytes  # each with its line feed
+    time: float  # of their arrival, Unix seconds
 
 
 class Spool:
-    """The records of one call, from the first one that is not acknowledged.
-
-    Attributes:
-        first: the number of the first record in the spool.
-        end: the number of the next record.
-        size: the bytes of all records in the spool.
-    """
+    """The records of one call, from the first one that is not acknowledged."""
 
     def __init__(self) -> None:
-        self.first = 0
-        self.end = 0
-        self.size = 0
+        self.first = 0  # the number of the first record in the spool
+        self.end = 0  # the number of the next record
+        self.size = 0  # the bytes of all records in the spool
         self._chunks: OrderedDict[int, Chunk] = OrderedDict()
 
     def append(self, lines: bytes, count: int, time: float) -> None:
@@ -80,7 +67,7 @@ class Spool:
 
 
 class SpoolQuota:
-    """The bytes that all spools share. When `limit` is reached, calls with more than `GUARANTEED_BYTES` are paused."""
+    """The bytes that all calls share. When `limit` is reached, spools of `GUARANTEED_BYTES` or more are paused."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit

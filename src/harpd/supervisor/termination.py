@@ -1,4 +1,4 @@
-"""The termination sequence: it stops all processes of a call and no others, and proves that none is left.
+"""The termination sequence: it stops all processes of a call and no others, and proves that they are gone.
 
 At a limit, the main process gets SIGXCPU, so that it can clean up. Then all processes get SIGTERM, then SIGKILL, with
 `kill_grace` seconds between the steps. Before SIGKILL, all are halted by SIGSTOP, until a scan finds no new one. The
@@ -7,9 +7,7 @@ than they are halted are killed at once by process group. If the call has a cgro
 at once, since Linux 5.14.
 
 The call is gone if none of its processes is in a snapshot from after the main process's death, its cgroup is empty, and
-no process can have escaped. A possible escape leads to further scans, then to an incomplete stop report.
-
-The stop report lists the processes that were found, the signals that they were sent, and how they ended. If a process
+no process can have escaped. A possible escape leads to further scans, then to an incomplete stop report. If a process
 survives SIGKILL for `kill_grace` seconds, that is reported once, and the scans continue.
 
 A scan costs some milliseconds. Steps begin in the next turn of the event loop, so that all calls that are stopped in
@@ -44,10 +42,9 @@ class TerminationSequence:
 
     Args:
         kill_grace: seconds between the steps.
-        take_snapshot: returns all processes at this time of the monotonic clock, or later.
-        has_possible_escapes: returns whether an unknown process of a snapshot may belong to the call.
+        take_snapshot, has_possible_escapes: see `harpd.supervisor.call.CallContext`.
         on_survived: called once, if a process has survived SIGKILL for `kill_grace` seconds.
-        on_gone: called once, when the main process has ended and no other process is left.
+        on_gone: called once, when the main process has ended and all others are gone.
     """
 
     def __init__(
@@ -78,8 +75,7 @@ class TerminationSequence:
         self._stopped_processes: set[tuple[int, int]] = set()
         self._halts = self._escape_scans = 0
         self._interval = _FIRST_INTERVAL
-        self._main_ended = False
-        self._complete = False
+        self._main_ended = self._complete = False
         self._began = 0.0
         self._ended: float | None = None
 
@@ -97,12 +93,6 @@ class TerminationSequence:
         self._began = self._began or time.time()
         self._changed_at = time.monotonic()
         self._check = self._loop.call_later(0, self._scan_until_gone)
-
-    def cancel(self) -> None:
-        """Cancel all further steps."""
-        for timer in (self._step, self._check, self._survivor_check):
-            if timer is not None:
-                timer.cancel()
 
     def stop_report(self) -> dict[str, Any]:
         """Return the stop report. Spec: docs/protocol.md, Resumable calls."""
@@ -122,7 +112,7 @@ class TerminationSequence:
             self._send(signal.SIGTERM, identity)
 
     def _kill(self) -> None:
-        """Halt the remaining processes, then kill them; repeat until none is left."""
+        """Halt the remaining processes, then kill them; repeat until all are gone."""
         self._step = self._loop.call_later(self._next_interval(), self._kill)
         members = self._scan()
         new = members.keys() - self._stopped_processes
@@ -165,7 +155,7 @@ class TerminationSequence:
     # The scans.
 
     def _scan(self) -> Mapping[tuple[int, int], Process]:
-        """Take a snapshot if need be, and record the remaining processes; return them by identity."""
+        """Record the remaining processes of a snapshot; return them by identity."""
         now = time.monotonic()
         late = self._scanned_at is not None and now - self._scanned_at > _SESSION_TRUST
         self._scanned_at = now
@@ -212,5 +202,7 @@ class TerminationSequence:
 
     def _finish(self) -> None:
         self._ended = time.time()
-        self.cancel()
+        for timer in (self._step, self._check, self._survivor_check):
+            if timer is not None:
+                timer.cancel()
         self._on_gone()
