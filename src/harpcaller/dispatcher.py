@@ -43,9 +43,8 @@ from harpcaller.notifier import Notifier
 from harpcaller.pruner import prune, prune_regularly
 from harpcaller.record_stream import RecordStream, wait_for_end
 from harpcaller.runner import Runner
-from harpcaller.runs.context import RunContext, log_fields
+from harpcaller.runs.context import RunContext, StoreWrites, log_fields
 from harpcaller.runs.reconciliation import OrphanReaper
-from harpcaller.runs.store_writes import StoreWrites
 from harpcaller.store import QueueStatus, Store, UnknownJob
 
 log = logging.getLogger(__name__)

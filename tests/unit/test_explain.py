@@ -14,7 +14,7 @@ from harp.protocol.json_text import Raw
 from harpcaller.config import Config
 from harpcaller.explain import ExplainContext, describe_job
 from harpcaller.model.jobs import NO_METADATA, Job, JobDetails, JobMetadata, QueuePosition, State
-from harpcaller.runs.timings import Timings
+from harpcaller.runs.context import Timings
 
 CONTEXT = ExplainContext(
     run=None,

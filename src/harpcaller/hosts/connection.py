@@ -245,7 +245,12 @@ class HarpdConnection(asyncio.Protocol):
                     continue
                 decode_singly_to = at + len(run)
             at += 1
-            self._receive(self._decode(line))
+            try:
+                message = self._decode(line)
+            except ProtocolError as error:
+                self._end(error)
+            else:
+                self._receive(message)
 
     def _discard_idle_lines(self) -> None:
         """Discard the late heartbeats of the last call; disconnect a host that sends anything else."""
@@ -266,13 +271,11 @@ class HarpdConnection(asyncio.Protocol):
         decoding = asyncio.get_running_loop().run_in_executor(None, self._decode, line)
         decoding.add_done_callback(self._on_decoded)
 
-    def _on_decoded(self, decoding: asyncio.Future[Message | ProtocolError]) -> None:
+    def _on_decoded(self, decoding: asyncio.Future[Message]) -> None:
         self._decoding = False
         error = decoding.exception()
         if error is not None:
-            self._end_error = cast(Exception, error)
-            self._ended = True
-            self._unread.clear()  # the lines behind the one that is lost
+            self._end(cast(Exception, error))
         elif self._receiver is not None:
             self._receive(decoding.result())
         self._continue()
@@ -299,30 +302,25 @@ class HarpdConnection(asyncio.Protocol):
         self._resuming = False
         self._update_reading()
 
-    def _decode(self, line: bytes) -> Message | ProtocolError:
-        """Return the message of the next line, or the error of an invalid or unexpected line."""
+    def _decode(self, line: bytes) -> Message:
+        """Return the message of the next line. Raises `ProtocolError` if it is invalid or unexpected."""
         assert self._exchange is not None
         if self._reused_unanswered and line.startswith(_HEARTBEAT_PREFIX):
             return Heartbeat(0.0)  # it belongs to the previous call on this connection
         self._reused_unanswered = False
-        try:
-            if self._acknowledgement is not None and line == self._acknowledgement[0]:
-                message = self._acknowledgement[1]
-                self._exchange.accept(message)
-            else:
-                message = self._exchange.read_message(line)
-        except ProtocolError as error:
-            return error
+        if self._acknowledgement is not None and line == self._acknowledgement[0]:
+            message = self._acknowledgement[1]
+            self._exchange.accept(message)
+            return message
+        message = self._exchange.read_message(line)
         if isinstance(message, Acknowledgement) and len(line) <= _MAX_STORED_LINE:
             self._acknowledgement = line, message
         return message
 
-    def _receive(self, message: Message | ProtocolError) -> None:
+    def _receive(self, message: Message) -> None:
         assert self._receiver is not None
         if isinstance(message, Record):
             self._receiver.on_records([Raw(message.data)])
-        elif isinstance(message, ProtocolError):
-            self._end(message)
         else:
             if isinstance(message, Heartbeat):
                 self._peer_time = message.time

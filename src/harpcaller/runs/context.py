@@ -1,11 +1,13 @@
-"""The objects and settings of the dispatcher that every run needs."""
+"""The environment of runs: settings and objects of the dispatcher, writes to the store, measured durations."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+import logging
+import time
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from harp.protocol.harpd import Attach, Request, RequestedTerms, StartEncoder, encode_request
 from harp_daemon.timer_wheel import TimerWheel
@@ -16,12 +18,114 @@ from harpcaller.hosts.pool import ConnectionPool
 from harpcaller.hosts.tls import HostTLS
 from harpcaller.model.jobs import Identity, Job, NewJob
 from harpcaller.notifier import Notifier
-from harpcaller.runs.store_writes import StoreWrites
-from harpcaller.runs.timings import Timings
-from harpcaller.store import Store
+from harpcaller.store import StorageError, Store
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 #: Maximum number of stored encoders of starts; each needs about 1 kB.
 _MAX_ENCODERS = 2000
+#: Seconds before a failed write is repeated.
+_RETRY_DELAY = 1.0
+#: Maximum number of jobs whose durations are in memory; each needs about 400 bytes.
+_MAX_JOBS = 1000
+
+
+class StoreWrites:
+    """The writes of all runs. Each is repeated until the store succeeds, and no task waits for it."""
+
+    def __init__(self, timers: TimerWheel) -> None:
+        self._timers = timers
+        self._failing: set[object] = set()
+        self._failed_at = float("-inf")
+
+    @property
+    def failing(self) -> bool:
+        """Whether a write has failed and is being repeated."""
+        return bool(self._failing)
+
+    def failed_within(self, seconds: float) -> bool:
+        """Return whether a write is failing, or was during the last `seconds`."""
+        return self.failing or time.monotonic() - self._failed_at < seconds
+
+    def begin(
+        self,
+        job_id: str,
+        write: Callable[[], Awaitable[T]],
+        on_stored: Callable[[T], None],
+        on_error: Callable[[Exception], None],
+    ) -> None:
+        """Begin a write: `write` calls a verb of the store, and is called again after each `StorageError`.
+
+        `on_stored` is called with the result of the verb, `on_error` with any other exception of the verb or of
+        `on_stored`.
+        """
+
+        def attempt() -> None:
+            asyncio.ensure_future(write()).add_done_callback(on_done)
+
+        def on_done(attempted: asyncio.Future[T]) -> None:
+            if attempted.cancelled():
+                return
+            error = attempted.exception()
+            if isinstance(error, StorageError):
+                if write not in self._failing:
+                    log.error("cannot store call data; retrying", extra={"job": job_id, "error": str(error)})
+                    self._failing.add(write)
+                self._timers.call_later(_RETRY_DELAY, attempt)
+                return
+            if write in self._failing:
+                self._failing.remove(write)
+                self._failed_at = time.monotonic()
+            try:
+                on_stored(attempted.result())
+            except Exception as unexpected:  # noqa: BLE001 - the run logs it
+                on_error(unexpected)
+
+        attempt()
+
+
+class Timings:
+    """The phases of the latest jobs that only the dispatcher measures: accept, store, store_end, deliver.
+
+    They are seconds of the monotonic clock, in memory: storing them would add a step to every job.
+    """
+
+    def __init__(self) -> None:
+        self._jobs: dict[str, dict[str, float]] = {}  # in the order of their first steps; with the time ``ended_at``
+
+    def record_stored(self, job_id: str, received_at: float | None, store_began: float) -> None:
+        """Record that a job was stored, the times of its request (None: unknown) and of the begin of the write."""
+        phases = self._phases_of(job_id)
+        if received_at is not None:
+            phases["accept"] = store_began - received_at
+        phases["store"] = time.monotonic() - store_began
+
+    def record_end(self, job_id: str, store_began: float) -> None:
+        """Record that a job's end was stored, and the time of the begin of the write."""
+        phases = self._phases_of(job_id)
+        phases["ended_at"] = time.monotonic()
+        phases["store_end"] = phases["ended_at"] - store_began
+
+    def record_delivery(self, job_id: str, received_at: float) -> None:
+        """Record that the end was sent to a client whose request was received at this time; the first one counts."""
+        phases = self._jobs.get(job_id, {})
+        ended_at = phases.get("ended_at")
+        if ended_at is not None and received_at < ended_at:
+            phases.setdefault("deliver", time.monotonic() - ended_at)
+
+    def get_phases(self, job_id: str) -> Mapping[str, float]:
+        """Return the known phases of a job in seconds."""
+        return self._jobs.get(job_id, {})
+
+    def _phases_of(self, job_id: str) -> dict[str, float]:
+        phases = self._jobs.get(job_id)
+        if phases is None:
+            if len(self._jobs) >= _MAX_JOBS:
+                del self._jobs[next(iter(self._jobs))]
+            phases = self._jobs[job_id] = {}
+        return phases
 
 
 @dataclass(frozen=True, slots=True)

@@ -174,10 +174,6 @@ class Run:
         log.info("call recovered" if recovered else "call started", extra=self._log_fields)
         if recovered:
             self._recover()
-            return
-        self._host = self._context.find_host(self.job.host)
-        if self._host is None:
-            self._finish(_Outcome(self._unknown_host()))
         else:
             self._connect()
 
@@ -238,51 +234,50 @@ class Run:
         """Whether the host has acknowledged the call."""
         return self._deadlines.acknowledged
 
-    # The start.
-
-    @property
-    def _known_host(self) -> Host:
-        """The host of a call that the run has started or found."""
-        assert self._host is not None
-        return self._host
-
-    def _unknown_host(self) -> Failed:
-        return Failed("unknown_host", f"the hosts registry has no host {self.job.host}")
+    # The start, and attaching.
 
     def _connect(self) -> None:
-        """Start the call on an idle connection, or open one first."""
-        host, context = self._host, self._context
-        assert host is not None
-        if self.has_ended or time.monotonic() >= self._deadlines.deadline:
-            self._finish_unsent()
+        """Connect for the start, or in an outage for an attach; end the job if it is too late."""
+        if self._ending_job:
+            return  # this is called again when the end is stored
+        context, outage = self._context, self.outage
+        deadline = self._deadlines.deadline if outage is None else outage.deadline(self._host_timeout())
+        if time.monotonic() >= deadline or (outage is None and self.has_ended):
+            if outage is None:
+                self._finish_unsent()
+            else:
+                self._declare_host_lost(outage)
+            return
+        if outage is not None:
+            self._backoff.record_attempt()
+            outage.attempts += 1
+        host = self._host = context.find_host(self.job.host) or self._host
+        if host is None:
+            self._on_unreachable(self._unknown_host())
             return
         self._attempts += 1
-        support = context.capabilities.get_known(host) if context.config.resumable_calls else LEGACY
-        conn = None if support is None else context.connections.get(host, context.tls)
-        if support is not None and conn is not None:
-            self._send_start(conn, host, support)
-        else:
-            self._open(host, self._deadlines.deadline)
-
-    def _open(self, host: Host, deadline: float) -> None:
-        """Open a connection in a task, which is cancelled at the monotonic time `deadline`."""
+        if outage is None:
+            support = context.capabilities.get_known(host) if context.config.resumable_calls else LEGACY
+            if support is not None and (conn := context.connections.get(host, context.tls)) is not None:
+                self._send_request(conn, host, support)
+                return
         self._opening = asyncio.create_task(self._open_connection(host))
-        self._opening.add_done_callback(self._on_opened)
-        self._context.openings.add(self._opening)
-        self._opening.add_done_callback(self._context.openings.discard)
+        self._opening.add_done_callback(partial(self._on_opened, host))
+        context.openings.add(self._opening)
+        self._opening.add_done_callback(context.openings.discard)
         self._set_timer(deadline)
 
     async def _open_connection(self, host: Host) -> tuple[HarpdConnection | None, HostSupport]:
         """Return a connection, and what the host supports; no connection if that excludes an attach."""
         context, support = self._context, LEGACY
-        if self._phase is RunPhase.OUTAGE or context.config.resumable_calls:
+        if self.outage is not None or context.config.resumable_calls:
             support = await context.capabilities.get(host, context.tls, context.config)
-        if self._phase is RunPhase.OUTAGE and support.instance is None and self._terms is None:
+        if self.outage is not None and support.instance is None and self._terms is None:
             return None, support
         return await open_connection(host, context.tls, context.config, context.timers), support
 
     @_event
-    def _on_opened(self, opening: asyncio.Task[tuple[HarpdConnection | None, HostSupport]]) -> None:
+    def _on_opened(self, host: Host, opening: asyncio.Task[tuple[HarpdConnection | None, HostSupport]]) -> None:
         if opening.cancelled():
             return
         error = opening.exception()
@@ -292,47 +287,48 @@ class Run:
                 conn.abort()
             return
         self._opening = None
-        host = self._known_host
-        if error is not None:
-            if not isinstance(error, CONNECTION_ERRORS):
-                raise error
-            end = to_failed(error, host, "connecting")
-            if self.outage is None:
-                self._finish(_Outcome(end))
-            else:
-                self.outage.record_error(f"{end.type}: {end.message}")
-                self._reattach_later()
-        elif self._phase is RunPhase.CONNECTING:
-            assert conn is not None
-            self._send_start(conn, host, support)
-        elif conn is None:  # the call ended with the connection of the earlier dispatcher
+        if isinstance(error, CONNECTION_ERRORS):
+            self._on_unreachable(to_failed(error, host, "connecting"))
+        elif error is not None:
+            raise error
+        elif conn is not None:
+            self._send_request(conn, host, support)
+        else:  # the call ended with the connection of the earlier dispatcher
             message = f"the dispatcher stopped while the job was running; {describe_host(host)} cannot resume calls"
             self._finish(_Outcome(Failed("missing_result", message), StopState.UNKNOWN, was_stopped=True))
-        else:
-            self._send(conn, self._context.encode_attach(self.job.id, host, self._records.next_number))
 
-    def _send_start(self, conn: HarpdConnection, host: Host, support: HostSupport) -> None:
-        if self.has_ended:
+    def _on_unreachable(self, end: Failed) -> None:
+        if self.outage is None:
+            self._finish(_Outcome(end))
+        else:
+            self.outage.record_error(end.message if self._host is None else f"{end.type}: {end.message}")
+            self._connect_later()
+
+    def _send_request(self, conn: HarpdConnection, host: Host, support: HostSupport) -> None:
+        """Send the start, or in an outage an attach."""
+        if self.outage is not None:
+            exchange = Phase.SENT_ATTACH
+            line = self._context.encode_attach(self.job.id, host, self._records.next_number)
+        elif self.has_ended:
             conn.abort()
             self._finish_unsent()
             return
-        line = self._context.encode_start(self.job, host, support)
-        self._resumable = support.instance is not None
-        self._no_start_pending.clear()
-        if self._connect_seconds is None:
-            self._connect_seconds = round(time.monotonic() - self._began_at, 6)
-        self._send(conn, line)
-
-    def _send(self, conn: HarpdConnection, line: bytes) -> None:
-        """Send a start, or in an outage an attach."""
-        reattach = self.outage is not None
+        else:
+            self._resumable = support.instance is not None
+            exchange = Phase.SENT_RESUMABLE if self._resumable else Phase.SENT
+            line = self._context.encode_start(self.job, host, support)
+            self._no_start_pending.clear()
+            if self._connect_seconds is None:
+                self._connect_seconds = round(time.monotonic() - self._began_at, 6)
         self._conn = conn
         self._phase = RunPhase.SENT
         self._stop_sent = False
-        self._deadlines.on_request_sent(reattach)
-        exchange = Phase.SENT_ATTACH if reattach else Phase.SENT_RESUMABLE if self._resumable else Phase.SENT
+        self._deadlines.on_request_sent(reattach=self.outage is not None)
         conn.send_request(line, exchange, self)
         self._set_timer(self._deadlines.next_deadline(self.has_ended))
+
+    def _unknown_host(self) -> Failed:
+        return Failed("unknown_host", f"the hosts registry has no host {self.job.host}")
 
     def _finish_unsent(self) -> None:
         self._finish(_Outcome(self._deadlines.max_exec_time_error()))
@@ -356,6 +352,12 @@ class Run:
             self._backoff.record_attempt()
             self._set_timer(min(time.monotonic() + self._backoff.next_delay(), self._deadlines.deadline))
         return True
+
+    @property
+    def _known_host(self) -> Host:
+        """The host, after the first connection to it."""
+        assert self._host is not None
+        return self._host
 
     # Messages of the host.
 
@@ -460,7 +462,11 @@ class Run:
         if self._phase is not RunPhase.STORING_END:
             return
         if not survives:
-            self._release()
+            conn, self._conn = self._conn, None
+            if conn is not None:
+                conn.finish_request(Release())
+                self._context.connections.put(self._known_host, self._context.tls, conn)
+            self._close()
             return
         log.error("processes survive on host", extra=self._log_fields)
         if self._stop_report is not report:  # another one was received during the write
@@ -470,14 +476,6 @@ class Run:
         else:
             self._phase = RunPhase.SURVIVORS
             self._detach_if_possible()
-
-    def _release(self) -> None:
-        """Release the call on its host, and store the connection for the next one."""
-        conn, self._conn = self._conn, None
-        if conn is not None and self._host is not None:
-            conn.finish_request(Release())
-            self._context.connections.put(self._host, self._context.tls, conn)
-        self._close()
 
     # The end of a connection.
 
@@ -510,13 +508,9 @@ class Run:
     def _on_timer(self) -> None:
         self._timer = None
         match self._phase:
-            case RunPhase.OUTAGE:
-                assert self.outage is not None
-                if self._opening is not None:
+            case RunPhase.CONNECTING | RunPhase.OUTAGE:
+                if self.outage is not None and self._opening is not None:
                     self.outage.record_error(self.outage.error or "connecting took too long")
-                self._disconnect()
-                self._reattach()
-            case RunPhase.CONNECTING:
                 self._disconnect()
                 self._connect()
             case RunPhase.SENT | RunPhase.RUNNING:
@@ -568,7 +562,7 @@ class Run:
         if stored:  # otherwise the job was cancelled, and `cancel_call` follows
             self._stop_command = self._stop_command or command
         if self._phase is RunPhase.OUTAGE:
-            self._reattach_later()
+            self._connect_later()
         else:
             self._continue()
 
@@ -593,14 +587,14 @@ class Run:
         match self._phase:
             case RunPhase.CONNECTING:
                 self._disconnect()
-                self._finish_unsent()
+                self._connect()  # ends the run, because the job has ended
             case RunPhase.SENT | RunPhase.RUNNING if not self._resumable:
                 self._finish(_Outcome(None, StopState.UNKNOWN))  # closing the connection stops the call
             case RunPhase.RUNNING if self._conn is not None and not self._stop_sent:
                 self._stop_sent = True
                 self._conn.send_command(self._stop_command)
             case RunPhase.OUTAGE if self._opening is None:
-                self._reattach()
+                self._connect()
 
     def _detach_if_possible(self) -> None:
         if not self._detaching or self._ending_job:
@@ -630,7 +624,7 @@ class Run:
     def _lose_contact(self, error: str) -> None:
         """Handle the loss of the connection to a call that may be running."""
         self._begin_outage(error)
-        self._reattach_later()
+        self._connect_later()
 
     def _recover(self) -> None:
         """Attach to the call of an earlier dispatcher."""
@@ -638,7 +632,7 @@ class Run:
         self._resumable = True
         self.outage = Outage.begin(0.0, self._context.wall())
         if self.job.end is None or self._stop_command is not None:
-            self._reattach()
+            self._connect()
             return
         read = partial(self._context.store.get_details, self.job.id)
         self._context.writes.begin(self.job.id, read, self._on_stop_request_read, self._fail)
@@ -648,9 +642,9 @@ class Run:
         stopped = loads(stop_request) if stop_request else {}
         self._stop_command = StopCall(str(stopped.get("why", "cancelled")), stopped.get("by"))
         if self._phase is RunPhase.OUTAGE:
-            self._reattach()
+            self._connect()
 
-    def _reattach_later(self) -> None:
+    def _connect_later(self) -> None:
         """Attach to the call, after a delay if the last attempt failed."""
         self._detach_if_possible()
         if self._phase is not RunPhase.OUTAGE:
@@ -659,25 +653,7 @@ class Run:
         if delay := self._backoff.next_delay():
             self._set_timer(min(time.monotonic() + delay, self.outage.deadline(self._host_timeout())))
         else:
-            self._reattach()
-
-    def _reattach(self) -> None:
-        assert self.outage is not None
-        if self._ending_job:
-            return  # it is called again when the end is stored
-        lost_at = self.outage.deadline(self._host_timeout())
-        if time.monotonic() >= lost_at:
-            self._declare_host_lost(self.outage)
-            return
-        self._attempts += 1
-        self._backoff.record_attempt()
-        self.outage.attempts += 1
-        self._host = self._context.find_host(self.job.host) or self._host
-        if self._host is None:
-            self.outage.record_error(self._unknown_host().message)
-            self._reattach_later()
-        else:
-            self._open(self._host, lost_at)
+            self._connect()
 
     def _host_timeout(self) -> float:
         """Return the seconds of an outage after which the host has certainly stopped the call."""
