@@ -1,8 +1,7 @@
-"""The session of a connection-bound call: the call ends with its connection.
+"""The session of a connection-bound call, of a direct client or a legacy dispatcher: it ends with its connection.
 
-It serves direct clients and legacy dispatchers. The call's output is sent as it arrives, through a bounded buffer;
-while that is full, the worker waits. The channel to the frontend is closed only when the call's processes are gone: the
-close proves it.
+The call's output is sent as it arrives, through a bounded buffer; while that is full, the worker waits. The channel to
+the frontend is closed only when the call's processes are gone: the close proves it.
 """
 
 from __future__ import annotations
@@ -13,21 +12,15 @@ from typing import Any
 
 from harp.protocol.harpd import Acknowledgement, encode_message
 from harp.protocol.json_text import Raw
-from harpd.supervisor.call import Session, StopReason
+from harpd.supervisor.call import ERROR_PREFIX, Session, StopReason
 from harpd.supervisor.frames import END, ERROR
 from harpd.supervisor.link import LinkChannel
-
-#: The start of a closing line that is an error, as `encode_message` writes it.
-_ERROR_PREFIX = b'{"harp":1,"error":'
 
 
 class BoundSession(Session):
     """The session of a connection-bound call, and the user of its link channel.
 
-    Args:
-        streaming: whether the procedure yields records.
-        keep_alive: seconds in the acknowledgement, for which the frontend waits for another request; None: it does not.
-        buffer_size: how many bytes may wait until the frontend reads them.
+    `buffer_size` is how many bytes may wait until the frontend reads them.
     """
 
     def __init__(self, channel: LinkChannel, streaming: bool, keep_alive: float | None, buffer_size: int) -> None:
@@ -53,7 +46,7 @@ class BoundSession(Session):
 
     def on_end(self, line: bytes) -> None:
         """Send the closing line."""
-        self._channel.send(line, ERROR if line.startswith(_ERROR_PREFIX) else END)
+        self._channel.send(line, ERROR if line.startswith(ERROR_PREFIX) else END)
 
     def on_exit(self, exit_info: Callable[[], Raw], stop_report: Mapping[str, Any] | None) -> None:
         """Do nothing: the caller of a connection-bound call receives neither."""

@@ -65,8 +65,9 @@ _SNAPSHOT_MAX_AGE = 0.02
 _MAX_RECENT_COOKIES = 1000
 
 _TRACEBACK_PREFIX = b'{"traceback":'
-#: The prefixes of closing lines.
-_CLOSING_PREFIXES = {b'{"result":': "result", b'{"exception":': "exception", b'{"harp":1,"error":': "error"}
+#: The prefix of a closing line that is an error, as `encode_message` writes it; the prefixes of all closing lines.
+ERROR_PREFIX = b'{"harp":1,"error":'
+_CLOSING_PREFIXES = {b'{"result":': "result", b'{"exception":': "exception", ERROR_PREFIX: "error"}
 
 
 class StopReason(Enum):
@@ -82,15 +83,10 @@ class StopReason(Enum):
 
 
 class Session(ABC):
-    """The client's side of a call: it receives the call's output and end.
+    """The client's side of a call: it receives the call's output and end."""
 
-    Attributes:
-        stored: the session for a later supervisor, a JSON object; None: no dispatcher attaches to it.
-        call: the call, until it is closed.
-    """
-
-    stored: Raw | None = None
-    call: Call | None = None
+    stored: Raw | None = None  # for a later supervisor, a JSON object; None: no dispatcher attaches to it
+    call: Call | None = None  # until it is closed
 
     @property
     @abstractmethod
@@ -113,8 +109,7 @@ class Session(ABC):
     def on_exit(self, exit_info: Callable[[], Raw], stop_report: Mapping[str, Any] | None) -> None:
         """Handle that the worker has ended, and that all stopped processes are gone, or listed as survivors.
 
-        `exit_info` creates the exit info; call it only here, and only if it is needed, because it takes time.
-        `stop_report` is None if nothing had to be stopped.
+        `exit_info` takes time: call it only if it is needed. `stop_report` is None if nothing had to be stopped.
         """
 
     @abstractmethod
@@ -133,19 +128,13 @@ class Session(ABC):
 
 
 class CallContext:
-    """What all calls of a supervisor share.
-
-    Attributes:
-        settings: the settings for new calls, see `harpd.supervisor.main`; a call keeps those of its start.
-        calls: the running calls, by id.
-        quota: the memory of all calls.
-    """
+    """What all calls of a supervisor share."""
 
     def __init__(self, loop: EventLoop, instance: str, settings: Mapping[str, Any]) -> None:
         self.loop = loop
         self.instance = instance
-        self.settings = settings
-        self.calls: dict[str, Call] = {}
+        self.settings = settings  # for new calls, see `harpd.supervisor.main`; a call has those of its start
+        self.calls: dict[str, Call] = {}  # the running ones, by id
         self.quota = SpoolQuota(settings["spool_memory"])
         self.state_files = StateFiles(Path(settings["runtime_directory"]), instance)
         self.cgroup_directory = settings["cgroup"] or delegated_cgroup()
@@ -208,8 +197,7 @@ class Call:
         self._last_read = 0.0
         self._exit_reported = False
         self._worker = zygote.assign(self, call_id, procedure)
-        #: The worker's channel while it is open and belongs to this call, and the events that are watched on it.
-        self._channel: socket | None = self._worker.channel
+        self._channel: socket | None = self._worker.channel  # while it is open and belongs to this call
         self._watched_events = 0
 
     # The start.

@@ -41,11 +41,7 @@ class Timer:
 
 
 class EventLoop:
-    """An event loop. It logs the exception of a callback and continues.
-
-    Attributes:
-        now: returns the time of this loop: seconds since boot, the time of suspension included.
-    """
+    """An event loop. It logs the exception of a callback and continues."""
 
     def __init__(self) -> None:
         self._epoll = select.epoll()
@@ -54,6 +50,7 @@ class EventLoop:
         self._due_times: list[float] = []  # a heap of the keys
         self._soon: list[Callback] = []
         self._running = True
+        #: Returns the time of this loop: seconds since boot, the time of suspension included.
         self.now: Callable[[], float] = partial(time.clock_gettime, time.CLOCK_BOOTTIME)
 
     def watch(self, descriptor: int, events: int, callback: Callback) -> None:

@@ -210,13 +210,13 @@ class Supervisor:
             raise ProtocolError(f"call: expected a UUID, got {call_id!r}")
         if arguments[:1] not in (b"[", b"{") or b"\n" in arguments:
             raise ProtocolError("arguments: expected an array or an object")
-        started = self._start(channel, call_id, name, facts)
-        if isinstance(started, Failed):
-            channel.reject(encode_message(started))
+        call = self._create_call(channel, call_id, name, facts)
+        if isinstance(call, Failed):
+            channel.reject(encode_message(call))
         else:
-            started.start(Raw(arguments), facts.get("authentication"))
+            call.start(Raw(arguments), facts.get("authentication"))
 
-    def _start(self, channel: LinkChannel, call_id: str, name: str, facts: Mapping[str, Any]) -> Call | Failed:
+    def _create_call(self, channel: LinkChannel, call_id: str, name: str, facts: Mapping[str, Any]) -> Call | Failed:
         """Create a call, with a worker and a session; or return why it is rejected."""
         requested, keep_alive = facts.get("resumable"), facts.get("keep_alive")
         if not isinstance(requested, (dict, NoneType)):
@@ -275,7 +275,17 @@ class Supervisor:
 
         match request.value("control"):
             case "status":
-                reply(self._status())
+                zygote = self._zygote
+                status = {
+                    "calls": len(self._context.calls),
+                    "resumable": len(self._registry),
+                    "supervisor": os.getpid(),
+                    "instance": self._instance,
+                    "accepting": self._accepting and not self._draining,
+                    "zygote": zygote.pid if zygote else None,
+                    "procedures": sorted(zygote.procedures) if zygote else [],
+                }
+                reply(status)
             case "reload":
                 requested = request.value("settings")
                 check(isinstance(requested, dict), "settings: expected an object")
@@ -286,7 +296,12 @@ class Supervisor:
                 log.info("rejecting new calls" if self._draining else "accepting new calls again")
                 reply({"ok": True})
             case "retire":
-                self._retire()
+                counts = {"calls": len(self._context.calls), "resumable": len(self._registry)}
+                log.info("supervisor retires", extra=counts)
+                self._retired, self._accepting = True, False
+                if self._zygote is not None:
+                    self._zygote.retire()
+                    self._zygote = None
                 reply({"ok": True})
                 self._exit_if_idle()
             case "shutdown":
@@ -294,17 +309,6 @@ class Supervisor:
                 self._shut_down()
             case other:
                 reply({"error": f"unknown control request {other!r}"})
-
-    def _status(self) -> dict[str, Any]:
-        return {
-            "calls": len(self._context.calls),
-            "resumable": len(self._registry),
-            "supervisor": os.getpid(),
-            "instance": self._instance,
-            "accepting": self._accepting and not self._draining,
-            "zygote": self._zygote.pid if self._zygote else None,
-            "procedures": sorted(self._zygote.procedures) if self._zygote else [],
-        }
 
     # The end.
 
@@ -327,22 +331,12 @@ class Supervisor:
             log.error("frontend died; stopping its calls")
             self._shut_down()
 
-    def _retire(self) -> None:
-        log.info("supervisor retires", extra={"calls": len(self._context.calls), "resumable": len(self._registry)})
-        self._retired, self._accepting = True, False
-        if self._zygote is not None:
-            self._zygote.retire()
-            self._zygote = None
-
     def _exit_if_idle(self) -> None:
         """Exit if there are no calls and no new ones can start."""
-        ended = not (self._context.calls or self._registry or self._has_channels())
-        if ended and not self._shutting_down and (self._retired or self._loop.now() >= self._idle_exit_at):
+        idle = not (self._context.calls or self._registry or any(link.has_channels for link in self._links))
+        if idle and not self._shutting_down and (self._retired or self._loop.now() >= self._idle_exit_at):
             self._retired = True  # a resumable start that arrives now is retried in the next supervisor
             self._shut_down()
-
-    def _has_channels(self) -> bool:
-        return any(link.has_channels for link in self._links)
 
     def _shut_down(self) -> None:
         """Stop all calls, then exit."""
@@ -361,7 +355,8 @@ class Supervisor:
         now, calls = self._loop.now(), self._context.calls
         if calls:
             self._flush_until = now + _FLUSH_TIMEOUT
-        if now < self._exit_at and (calls or (self._has_channels() and now < self._flush_until)):
+        unread = any(link.has_channels for link in self._links) and now < self._flush_until
+        if (calls or unread) and now < self._exit_at:
             self._loop.call_later(_BUSY_CHECK_INTERVAL, self._exit_when_done)
             return
         if self._zygote is not None:

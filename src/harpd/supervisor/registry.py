@@ -90,9 +90,8 @@ class CallRegistry:
         if instance != self._instance:
             return self.wrong_instance()
         settings = self._context.settings
-        limits = {"disconnect_timeout": settings["disconnect_timeout"], "result_ttl": settings["result_ttl"]}
         members = {**requested, "secret": _digest(secret), "streaming": streaming}
-        terms = SessionTerms.decode(members, limits)
+        terms = SessionTerms.decode(members, limits=settings)
         if self._loop.now() - received_at > min(_MAX_START_AGE, terms.disconnect_timeout):
             message = "the start was delayed for too long; the call did not start"
             return Failed("call_refused", message, {"reason": "delayed"})  # no tombstone: it may be sent again
@@ -128,8 +127,8 @@ class CallRegistry:
         digest = _digest(secret)
         if session is None or not (_is_same(session.terms.owner, owner) and _is_same(session.terms.secret, digest)):
             self._tombstones.add(owner, call_id, self._loop.now())
-            data = {"instance": self._instance}
-            return Failed("no_such_call", "there is no such call here, and it will not start", data)
+            message = "there is no such call here, and it will not start"
+            return Failed("no_such_call", message, {"instance": self._instance})
         rejection = session.attach(channel, since, facts.get("keep_alive"))
         if rejection is None:
             log.info("dispatcher attached to call", extra={"call": call_id, "since": since})

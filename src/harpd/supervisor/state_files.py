@@ -73,15 +73,11 @@ class InvalidEntry(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class CallState:
-    """The state of a call, as a later supervisor finds it.
-
-    Attributes:
-        session: the members of its resumable session, not checked; None: it is connection-bound.
-    """
+    """The state of a call, as a later supervisor finds it."""
 
     call_id: str
     tree: CallTree
-    session: Mapping[str, Any] | None
+    session: Mapping[str, Any] | None  # the members of its session, not checked; None: it is connection-bound
 
 
 def encode_state(call_id: str, boot: str, tree: CallTree, session: Raw | None) -> bytes:
@@ -226,7 +222,7 @@ class CleanupResult:
         killed: how many processes were killed for the first time.
         calls: the calls of dead supervisors whose ends may have to be reported, by id; each once.
         stop_reports: by id: of each call with a surviving process, and once more when its last process is gone.
-        again: whether processes were killed so recently that they may still be dying: clean up again soon.
+        again: whether killed processes may still be dying: clean up again soon.
     """
 
     killed: int = 0

@@ -49,31 +49,21 @@ class WorkerUser(Protocol):
 
 
 class WorkerProcess:
-    """A worker from the fork command to its death. Raises OSError if no descriptor is free; nothing has begun then.
-
-    Attributes:
-        call: its present call; None: it is pre-forked or idle, or released.
-        channel: this end of its channel, non-blocking.
-        child_descriptors: its own end of the channel, its stdout and its stderr.
-        created_at: when it was created, by the clock of the loop.
-        identity: its pid and start time; zeros before it was forked.
-        procedure: the procedure of all its calls; empty before its first call.
-        served: how many calls it was assigned.
-    """
+    """A worker from the fork command to its death. Raises OSError if no descriptor is free; nothing has begun then."""
 
     def __init__(self, loop: EventLoop, output: OutputCollector) -> None:
         self._loop = loop
         self.created_at = loop.now()
-        self.identity = 0, 0
+        self.identity = 0, 0  # its pid and start time; zeros before it was forked
         self.cgroup: Cgroup | None = None
-        self.call: WorkerUser | None = None
-        self.procedure = ""
-        self.served = 0
+        self.call: WorkerUser | None = None  # None: it is pre-forked or idle, or released
+        self.procedure = ""  # that of all its calls
+        self.served = 0  # how many calls it was assigned
         self._ended = False
         self._cpu_before = 0.0  # seconds that it had used when the present call began
         self.channel, far = socketpair(AF_UNIX, SOCK_STREAM)
         self.channel.setblocking(False)
-        self.child_descriptors = [far.detach()]
+        self.child_descriptors = [far.detach()]  # its own end of the channel, its stdout and its stderr
         self._pipes: list[OutputPipe] = []
         try:
             for stream in ("stdout", "stderr"):
@@ -116,13 +106,13 @@ class WorkerProcess:
         if self.call is None:
             self.release()
         else:
-            self.call.on_reaped(status, None if cpu is None else self._cpu_since_assigned(cpu), memory)
+            self.call.on_reaped(status, None if cpu is None else self._since_assigned(cpu), memory)
 
     def call_cpu_seconds(self) -> float:
         """Return the processor time of its present call so far, without that of the call's children."""
-        return self._cpu_since_assigned(self._cpu_seconds())
+        return self._since_assigned(self._cpu_seconds())
 
-    def _cpu_since_assigned(self, cpu: float) -> float:
+    def _since_assigned(self, cpu: float) -> float:
         return round(max(cpu - self._cpu_before, 0.0), 6)
 
     def _cpu_seconds(self) -> float:
@@ -133,7 +123,7 @@ class WorkerProcess:
             return self._cpu_before
 
     def last_errors(self) -> list[str]:
-        """Return the last lines of the present call's stderr, when the call has just ended."""
+        """Return the last lines of its call's stderr, when the call has just ended."""
         return self._pipes[1].drain()
 
     def is_quiet(self) -> bool:

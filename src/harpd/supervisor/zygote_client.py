@@ -53,17 +53,12 @@ class ProcedureInfo:
 
 
 class ZygoteClient:
-    """A zygote process, which has loaded the procedures file once. Raises OSError if none can be created.
+    """A zygote process, which loads the procedures file once. Raises OSError if it cannot be created.
 
     Args:
-        settings: the supervisor's settings, see `harpd.supervisor.main`.
-        output: creates the pipes of the workers.
+        settings: see `harpd.supervisor.main`.
         on_loaded: called once: with None when the file is loaded, else with the error.
-        on_lost: called once if it has died or does not fork, after it had loaded; unless it has retired. Its running
-            calls may continue; it gets no more calls.
-
-    Attributes:
-        procedures: its procedures by name; complete once it has loaded.
+        on_lost: called if it dies or does not fork, unless it has retired. It gets no more calls.
     """
 
     def __init__(
@@ -85,7 +80,7 @@ class ZygoteClient:
         self._idle_since: dict[WorkerProcess, float] = {}  # idle workers, the longest idle one first
         self._children: dict[int, WorkerProcess] = {}
         self._retired = self._stuck = False
-        self.procedures: dict[str, ProcedureInfo] = {}
+        self.procedures: dict[str, ProcedureInfo] = {}  # by name; complete once it has loaded
         self._socket, zygote_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with zygote_end, contextlib.ExitStack() as undo:
             undo.callback(self._socket.close)
@@ -124,18 +119,14 @@ class ZygoteClient:
     # Workers for calls.
 
     def assign(self, call: WorkerUser, call_id: str, procedure: str) -> WorkerProcess:
-        """Return a worker for a call: an idle one of its procedure, else a pre-forked one, or one that is being forked.
-
-        Raises:
-            OSError: no descriptor is free.
-        """
+        """Return a worker for a call, which may not be forked yet. Raises OSError if no descriptor is free."""
         worker = self._pop_worker(procedure) or self._fork()
         worker.assign(call, procedure, {"call": call_id, "procedure": procedure})
         self._loop.call_later(0, self._fork_ahead)  # after this call has its arguments
         return worker
 
     def _pop_worker(self, procedure: str) -> WorkerProcess | None:
-        """Remove and return a worker that can serve a call of the procedure; None if there is none."""
+        """Remove and return an idle worker of the procedure, else the oldest pre-forked one; None if there is none."""
         if self._idle_since:  # rarely
             for worker in [worker for worker in reversed(self._idle_since) if worker.procedure == procedure]:
                 del self._idle_since[worker]
