@@ -151,4 +151,5 @@ def slice_records(lines: Sequence[bytes]) -> list[Raw] | None:
         found = list(map(Raw, _array.decode(text)))
     except _REJECTIONS:
         return None
-    return found if found == insides else None
+    # A space after the colon is usual, too. Within an array, only white space can differ.
+    return found if found == insides or found == [inside.strip() for inside in insides] else None

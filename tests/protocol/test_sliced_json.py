@@ -246,8 +246,13 @@ def test_slice_records_with_an_invalid_line_returns_none(lines: list[bytes]) -> 
         assert slice_records(lines[:count]) in (None, one_by_one(lines[:count]))
 
 
-def test_slice_records_with_spaces_returns_none() -> None:
-    assert slice_records([b'{"stream": 1}', b'{"stream":2}']) is None
+def test_slice_records_with_spaces_returns_each_payload() -> None:
+    assert slice_records([b'{"stream": 1}', b'{"stream":" 2 " }', b'{"stream":\t[3, 4]\r}']) == [
+        b"1",
+        b'" 2 "',
+        b"[3, 4]",
+    ]
+    assert slice_records([b'{"stream": 1}', b'{"stream":\x0b2}']) is None
 
 
 @given(st.lists(st.binary() | st.text().map(str.encode), min_size=1, max_size=4))

@@ -32,6 +32,9 @@ PAST_END = 2**53
 
 #: Maximum length in bytes of a line that is decoded in the event loop.
 _MAX_LOOP_LINE = 64 * 1024
+#: Maximum number of records that are delivered in one turn of the event loop, and how many of them take as much time as
+#: a line that is decoded by itself. Other peers have their turn before the next ones.
+_MAX_TURN_LINES, _SINGLE_LINE_COST = 3000, 30
 #: Maximum length in bytes of an acknowledgement that is stored, because the next call may get the same one.
 _MAX_STORED_LINE = 1000
 #: Seconds between two heartbeats, and the number of unanswered ones after which the connection is aborted.
@@ -79,7 +82,7 @@ class HarpdConnection(asyncio.Protocol):
         self._unread: list[bytes] = []  # complete lines; they wait before the first request, or behind a long one
         self._exchange: ReplyReader | None = None
         self._receiver: Receiver | None = None
-        self._decoding = False  # a thread decodes a line
+        self._suspended = False  # the next lines wait: a thread decodes a line, or other peers have their turn
         self._is_reading = True
         self._resuming = False
         self._ended = False
@@ -191,7 +194,7 @@ class HarpdConnection(asyncio.Protocol):
     @property
     def is_reusable(self) -> bool:
         """Whether both sides are open, and every received line is complete and decoded."""
-        unfinished = self._decoding or self._unread or self._lines.pending
+        unfinished = self._suspended or self._unread or self._lines.pending
         return not (self._ended or self._transport.is_closing() or unfinished)
 
     @property
@@ -223,14 +226,20 @@ class HarpdConnection(asyncio.Protocol):
         """Pass the complete lines to the receiver, as far as it can receive them now."""
         lines, self._unread = self._unread, []
         at = decode_singly_to = 0
+        room = _MAX_TURN_LINES
         while at < len(lines):
             receiver, exchange = self._receiver, self._exchange
-            if receiver is None or exchange is None or self._decoding:
+            if receiver is None or exchange is None or self._suspended:
                 self._unread = lines[at:]
                 if exchange is None:
                     self.pause_reading()  # the host sends before the request, for example to refuse the connection
                 elif receiver is None:
                     self._discard_idle_lines()
+                return
+            if room <= 0:
+                self._unread = lines[at:]
+                self._suspend()
+                asyncio.get_running_loop().call_soon(self._next_turn)
                 return
             line = lines[at]
             if len(line) > _MAX_LOOP_LINE:
@@ -238,13 +247,15 @@ class HarpdConnection(asyncio.Protocol):
                 self._decode_in_thread(line)
                 continue
             if exchange.is_streaming and at >= decode_singly_to:
-                run = list(takewhile(_is_record, islice(lines, at, None)))
+                run = list(takewhile(_is_record, islice(lines, at, at + room)))
                 if len(run) > 1 and (records := slice_records(run)) is not None:
                     at += len(run)
+                    room -= len(run)
                     receiver.on_records(records)
                     continue
                 decode_singly_to = at + len(run)
             at += 1
+            room -= _SINGLE_LINE_COST
             try:
                 message = self._decode(line)
             except ProtocolError as error:
@@ -262,31 +273,38 @@ class HarpdConnection(asyncio.Protocol):
     def _continue(self) -> None:
         """Deliver the lines that waited, then the end of the connection if it was received."""
         self._deliver()
-        if self._ended and not self._decoding:
+        if self._ended and not self._suspended:
             self._end(self._end_error)
+        self._update_reading()
 
     def _decode_in_thread(self, line: bytes) -> None:
-        self._decoding = True
-        self._update_reading()
+        self._suspend()
         decoding = asyncio.get_running_loop().run_in_executor(None, self._decode, line)
         decoding.add_done_callback(self._on_decoded)
 
     def _on_decoded(self, decoding: asyncio.Future[Message]) -> None:
-        self._decoding = False
+        self._suspended = False
         error = decoding.exception()
         if error is not None:
             self._end(cast(Exception, error))
         elif self._receiver is not None:
             self._receive(decoding.result())
         self._continue()
+
+    def _suspend(self) -> None:
+        self._suspended = True
         self._update_reading()
+
+    def _next_turn(self) -> None:
+        self._suspended = False
+        self._continue()
 
     def _update_reading(self) -> None:
         """Read from the host unless the receiver or a long line forbids it.
 
         asyncio loses data if reading is paused in the turn of the loop in which it was resumed, and the host closes.
         """
-        is_reading = not (self.is_paused or self._decoding)
+        is_reading = not (self.is_paused or self._suspended)
         if is_reading is self._is_reading or self._resuming or self._transport.is_closing():
             return
         self._is_reading = is_reading
@@ -330,7 +348,7 @@ class HarpdConnection(asyncio.Protocol):
         """Notify the receiver that the connection has ended, after the lines before."""
         self._ended = True
         self._end_error = self._end_error or error
-        if self._decoding:
+        if self._suspended:
             return
         receiver, self._receiver = self._receiver, None
         self._last_command = b""

@@ -20,7 +20,7 @@ _BOUND_LIMIT = 1024 * 1024
 #: Maximum bytes, beside the longest record, that a host sends for a resumable call without an ack.
 _RESUMABLE_LIMIT = 8 * 1024 * 1024
 #: Bytes of a batch, beside its last record: all other writes of the store wait for its commit.
-_BATCH_BYTES = 1024 * 1024
+_BATCH_BYTES = 256 * 1024
 #: Bytes that a buffered record needs beside its contents.
 _RECORD_OVERHEAD = 64
 
