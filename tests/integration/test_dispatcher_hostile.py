@@ -140,9 +140,8 @@ async def test_orphan_of_another_host_stores_no_exit_info(tmp_path: Path) -> Non
 async def test_call_list_that_is_too_long_is_ignored(tmp_path: Path) -> None:
     def script(conn: PeerConnection) -> None:
         conn.expect()
-        with contextlib.suppress(
-            ConnectionError, ssl.SSLError
-        ):  # the dispatcher may have closed the connection before the end
+        # The dispatcher may close the connection before the end.
+        with contextlib.suppress(ConnectionError, ssl.SSLError):
             conn.send(b'{"harp": 1, "calls": [' + b'"3f22e0d4-c8ed-11e5-8d66-001e8c140268", ' * 250_000)
         conn.until_closed()
 

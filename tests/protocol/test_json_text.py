@@ -23,7 +23,7 @@ from harp.protocol.json_text import (
     loads,
 )
 from harp_daemon.sliced_json import decode_slices
-from harpcaller.model.canonical import canonical
+from harpcaller.model.lanes import canonical
 
 DECODERS = pytest.mark.parametrize("decoder", [decode_values, decode_slices])
 

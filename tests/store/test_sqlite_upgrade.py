@@ -12,8 +12,8 @@ import pytest
 
 from harp.protocol.ends import Cancelled, Failed, Raised, Returned
 from harp.protocol.json_text import Raw
-from harpcaller.model.canonical import canonical
 from harpcaller.model.jobs import ENDED, NO_METADATA, Job, JobMetadata, Records, State, StopState
+from harpcaller.model.lanes import canonical
 from harpcaller.store import QueueStatus
 from harpcaller.store.sqlite import FILE_NAME, SQLiteStore, open_store
 from harpcaller.store.sqlite.file import connect

@@ -24,8 +24,8 @@ from hypothesis.stateful import (
 
 from harp.protocol.ends import End
 from harp.protocol.json_text import Raw
-from harpcaller.model.canonical import canonical
 from harpcaller.model.jobs import NO_METADATA, JobMetadata, NewJob, Records, StopState
+from harpcaller.model.lanes import canonical
 from support.backends import BACKENDS, Opener
 from support.jobs import ENDS, new_id, new_job
 from support.store_model import ModelStore

@@ -8,7 +8,6 @@ from dataclasses import asdict, replace
 
 from harp.protocol.ends import Cancelled, End
 from harp.protocol.json_text import Raw
-from harpcaller.model.canonical import canonical
 from harpcaller.model.jobs import (
     ENDED,
     NO_METADATA,
@@ -23,6 +22,7 @@ from harpcaller.model.jobs import (
     StopState,
     state_of,
 )
+from harpcaller.model.lanes import canonical
 from harpcaller.store import QueueStatus, UnknownJob
 
 

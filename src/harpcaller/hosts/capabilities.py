@@ -71,13 +71,9 @@ class HostCapabilities:
         return support if time.monotonic() < expires_at else None
 
     async def get(self, host: Host, tls: HostTLS, config: Config) -> HostSupport:
-        """Return what a host supports; query it if that is not known.
+        """Return what a host supports; query it if that is not known. Raises one of `CONNECTION_ERRORS`.
 
-        Raises:
-            HostUnreachable: the host refused the query with an error that a start would receive too.
-            LineTooLong: the reply is too long.
-            TimeoutError: the host did not reply in time.
-            OSError, CertificateRefused, UnicodeError: see `harpcaller.hosts.connecting.open_connection`.
+        `HostUnreachable`: the host refused the query with an error that a start would receive too.
         """
         known = self.get_known(host)
         if known is not None:

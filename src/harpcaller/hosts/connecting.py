@@ -27,10 +27,8 @@ from harpcaller.hosts.tls import CertificateRefused, HostTLS, parse_ip, server_n
 
 #: Errors of this machine; all others are errors of the network.
 _LOCAL_ERRORS = ("EMFILE", "ENFILE", "ENOBUFS", "ENOMEM", "EACCES", "EPERM", "EADDRNOTAVAIL")
-
 #: OpenSSL's reasons if the peer's first bytes are not TLS.
-_NOT_TLS_REASONS = frozenset({"WRONG_VERSION_NUMBER", "HTTP_REQUEST", "HTTPS_PROXY_REQUEST", "RECORD_LAYER_FAILURE"})
-
+_NOT_TLS_REASONS = ("WRONG_VERSION_NUMBER", "HTTP_REQUEST", "HTTPS_PROXY_REQUEST", "RECORD_LAYER_FAILURE")
 #: Error numbers for errors that the event loop raises without one.
 _ERRNO_BY_CLASS = {
     TimeoutError: errno.ETIMEDOUT,
@@ -38,7 +36,6 @@ _ERRNO_BY_CLASS = {
     ConnectionAbortedError: errno.ECONNABORTED,
     BrokenPipeError: errno.EPIPE,
 }
-
 _RESOLVER_ERRORS = {getattr(socket, name): name for name in dir(socket) if name.startswith("EAI_")}
 
 #: One result of `getaddrinfo`.
@@ -60,14 +57,9 @@ CONNECTION_ERRORS = (OSError, CertificateRefused, UnicodeError, ProtocolError, L
 async def open_connection(
     host: Host, tls: HostTLS, config: Config, timers: TimerWheel, max_line: int = sys.maxsize
 ) -> HarpdConnection:
-    """Connect to a host and check its certificate.
+    """Connect to a host and check its certificate. Raises OSError, `CertificateRefused` or UnicodeError.
 
     A received line may have `record_line` bytes, or `max_line` if that is less.
-
-    Raises:
-        OSError: the host cannot be reached, or the handshake failed.
-        CertificateRefused: the certificate is not accepted.
-        UnicodeError: the address is not a valid name.
     """
 
     def create() -> HarpdConnection:

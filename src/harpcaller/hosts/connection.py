@@ -444,9 +444,9 @@ def parse_end_of_records(error: Failed) -> int:
 
 
 def get_error_detail(error: Failed, key: str) -> Any:
-    """Return a member of an error's data; None if it has none. Raises `ProtocolError` if the data cannot be decoded."""
+    """Return a member of an error's data; None if there is none, or the data cannot be decoded."""
     try:
         data = loads(error.data) if isinstance(error.data, Raw) else None
-    except InvalidJSON as invalid:
-        raise ProtocolError(f"{error.type}: {invalid}") from invalid
+    except InvalidJSON:
+        return None
     return data.get(key) if isinstance(data, dict) else None

@@ -33,9 +33,9 @@ class RefreshFailed(Exception):
 
 
 class HostsRegistry:
-    """The hosts that may be called. `on_change` is called when the registry becomes ready, or has changed.
+    """The hosts that may be called. Raises `ConfigError` if the hosts file cannot be read.
 
-    Raises `ConfigError` if the hosts file cannot be read.
+    `on_change` is called when the registry becomes ready, or has changed.
     """
 
     def __init__(self, config: Config, on_change: Callable[[], None]) -> None:

@@ -17,10 +17,8 @@ from typing import IO
 
 #: Maximum output on stdout, and on stderr, in bytes.
 MAX_OUTPUT = 64 * 1024 * 1024
-
 #: Number of bytes at the end of stderr that are quoted in an error.
 _STDERR_TAIL = 500
-
 #: Seconds between two checks of the output's size.
 _CHECK_INTERVAL = 0.05
 
@@ -34,9 +32,7 @@ async def run_script(script: Path, time_limit: float, max_output: int = MAX_OUTP
 
     The program runs in its own process group. The whole group has been killed when this function returns or raises.
 
-    Raises:
-        ScriptFailed: the program cannot be started, exceeds a limit or exits with a status other than 0.
-        OSError: the system has no descriptors left.
+    Raises `ScriptFailed`, and OSError if the system has no descriptors.
     """
     with _memory_file() as output, _memory_file() as errors:
         try:

@@ -37,11 +37,7 @@ class CertificateRefused(Exception):
 
 
 class HostTLS:
-    """The TLS settings of one configuration.
-
-    Raises:
-        ConfigError: one of the files cannot be used.
-    """
+    """The TLS settings of one configuration. Raises `ConfigError` if one of the files cannot be used."""
 
     def __init__(self, config: Config) -> None:
         self._verify_hostname = config.verify_hostname
@@ -64,12 +60,9 @@ class HostTLS:
             self.warnings.append("tls_minimum allows insecure TLS versions")
 
     def check_certificate(self, connection: ssl.SSLObject, host: Host, chain_error: str | None = None) -> None:
-        """Check the certificate of a connection after its handshake.
+        """Raise `CertificateRefused` if no rule accepts the certificate of a connection, after its handshake.
 
         `chain_error` is the error of an earlier handshake that checked the chain.
-
-        Raises:
-            CertificateRefused: no rule accepts the certificate.
         """
         if self._known_certs is not None and connection.getpeercert(binary_form=True) in self._known_certs.value:
             return
@@ -98,10 +91,10 @@ def server_name(address: str) -> str:
 
 
 def names_host(certificate: Mapping[str, Any], host: Host) -> bool:
-    """Return whether a certificate contains the host's name or address in the registry.
+    """Return whether a certificate, a value of `ssl.SSLObject.getpeercert`, contains the host's name or address.
 
-    The comparison ignores case. A ``*`` as the whole left-most label stands for one label. Only the subject's
-    alternative names are compared, not its common name. `certificate` is a value of `ssl.SSLObject.getpeercert`.
+    Only the subject's alternative names are compared, not its common name. The comparison ignores case. A ``*`` as the
+    whole left-most label stands for one label.
     """
     entries: list[tuple[str, str]] = list(certificate.get("subjectAltName", ()))
     return any(_matches(kind, entry, name) for kind, entry in entries for name in (host.hostname, host.address))

@@ -8,9 +8,52 @@ reads the heads only, however many jobs wait behind them.
 from __future__ import annotations
 
 import hashlib
+import json
+from collections.abc import Callable
+from decimal import MAX_EMAX, MAX_PREC, MIN_EMIN, Context, Decimal
+from typing import Any
 
-from harp.protocol.json_text import Raw
-from harpcaller.model.canonical import canonical
+from harp.protocol.json_text import Raw, decode_checked, decode_text, reject_constant
+
+_EXACT = Context(prec=MAX_PREC, Emax=MAX_EMAX, Emin=MIN_EMIN)
+
+
+class _Number(str):
+    """The canonical text of a number."""
+
+    __slots__ = ()
+
+
+def _canonical_number(text: str) -> _Number:
+    try:
+        number = Decimal(text, _EXACT)
+        return _Number("0" if number.is_zero() else str(number.normalize(_EXACT)))
+    except ArithmeticError:  # the exponent is too large for a decimal: such numbers are compared as text
+        return _Number(text)
+
+
+_scan_value: Callable[[str, int], tuple[Any, int]] = json.JSONDecoder(
+    parse_constant=reject_constant, parse_int=_canonical_number, parse_float=_canonical_number
+).scan_once  # type: ignore[attr-defined]
+
+
+def canonical(text: bytes) -> str:
+    """Return a text that is the same for two JSON texts exactly if their values are equal.
+
+    Key order and notation do not matter. Numbers are compared by value: ``1`` equals ``1.0``, but not ``true``.
+    """
+    return _write_canonical(decode_text(decode_checked(text), _scan_value))
+
+
+def _write_canonical(value: Any) -> str:
+    if isinstance(value, _Number):
+        return str(value)
+    if isinstance(value, dict):
+        members = (f"{json.dumps(key)}:{_write_canonical(value[key])}" for key in sorted(value))
+        return "{" + ",".join(members) + "}"
+    if isinstance(value, list):
+        return "[" + ",".join(map(_write_canonical, value)) + "]"
+    return json.dumps(value)
 
 
 def queue_lane(name: Raw) -> str:

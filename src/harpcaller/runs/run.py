@@ -34,12 +34,11 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable
-from contextlib import suppress
 from enum import Enum
 from functools import partial, wraps
 from typing import Any, Concatenate, NamedTuple, ParamSpec
 
-from harp.protocol.ends import End, Failed, Raised
+from harp.protocol.ends import End, Failed, Raised, Returned
 from harp.protocol.fields import ProtocolError
 from harp.protocol.harpd import (
     Ack,
@@ -173,9 +172,14 @@ class Run:
         """Start the call; if the job is `recovered`, attach to the call that an earlier dispatcher may have started."""
         log.info("call recovered" if recovered else "call started", extra=self._log_fields)
         if recovered:
-            self._recover()
-        else:
-            self._connect()
+            self._phase = RunPhase.OUTAGE
+            self._resumable = True
+            self.outage = Outage.begin(0.0, self._context.wall())
+            if self.has_ended and self._stop_command is None:
+                read = partial(self._context.store.get_details, self.job.id)
+                self._context.writes.begin(self.job.id, read, self._on_stop_request_read, self._fail)
+                return
+        self._connect()
 
     async def cancel_call(self, by: str | None) -> None:
         """Stop the call of a job that this client cancelled in the store. It is not started after this returns."""
@@ -342,7 +346,7 @@ class Run:
                 message = f"{describe_host(self._known_host)}: its supervisor was restarted at every start"
                 self._finish(_Outcome(Failed("network_error", message)))
                 return True
-        elif not _was_delayed(error):
+        elif error.type != "call_refused" or get_error_detail(error, "reason") != "delayed":
             return False
         self._phase = RunPhase.CONNECTING
         self._disconnect()
@@ -393,8 +397,11 @@ class Run:
                     self._store_call_end(None)
             case Failed() if self._phase is RunPhase.SENT:
                 self._on_refused(message)
-            case _ if isinstance(message, End):
-                self._on_call_ended(message)
+            case Returned() | Raised() | Failed() if self._terms is None:
+                self._finish(_Outcome(message, StopState.UNKNOWN))
+            case Returned() | Raised() | Failed():
+                self._phase = RunPhase.STORING_END
+                self._records.when_empty(partial(self._store_call_end, message))
 
     def _on_acknowledged(self, terms: GrantedTerms | None) -> None:
         conn = self._conn
@@ -441,14 +448,6 @@ class Run:
         self._begin_outage(message)
         self._end_job(Failed("missing_result", message), "records_gone", end_of_records)
 
-    def _on_call_ended(self, end: End) -> None:
-        """Handle the closing line."""
-        if self._terms is None:
-            self._finish(_Outcome(end, StopState.UNKNOWN))
-        else:
-            self._phase = RunPhase.STORING_END
-            self._records.when_empty(partial(self._store_call_end, end))
-
     def _store_call_end(self, end: End | None) -> None:
         """Store the end of a resumable call, or with None only a later state of its stop."""
         self._phase = RunPhase.STORING_END
@@ -458,7 +457,7 @@ class Run:
         outcome = _Outcome(end, stop, was_stopped=report is not None, keep_slot=survives)
         self._store(outcome, partial(self._on_call_end_stored, report, survives))
 
-    def _on_call_end_stored(self, report: Raw | None, survives: bool, _: bool) -> None:
+    def _on_call_end_stored(self, report: Raw | None, survives: bool) -> None:
         if self._phase is not RunPhase.STORING_END:
             return
         if not survives:
@@ -551,16 +550,15 @@ class Run:
         if next_record is not None:
             self._records.close(next_record)
         if self.has_ended:
-            self._on_job_ended(command, True)
+            self._on_job_ended(command)
         else:
             stop_request = dumps({"why": command.why, "by": command.by, "at": self._context.wall()})
             outcome = _Outcome(end, StopState.PENDING, was_stopped=True, keep_slot=True, stop_request=stop_request)
             self._store(outcome, partial(self._on_job_ended, command))
 
-    def _on_job_ended(self, command: StopCall, stored: bool) -> None:
+    def _on_job_ended(self, command: StopCall) -> None:
         self._ending_job = False
-        if stored:  # otherwise the job was cancelled, and `cancel_call` follows
-            self._stop_command = self._stop_command or command
+        self._stop_command = self._stop_command or command
         if self._phase is RunPhase.OUTAGE:
             self._connect_later()
         else:
@@ -626,17 +624,6 @@ class Run:
         self._begin_outage(error)
         self._connect_later()
 
-    def _recover(self) -> None:
-        """Attach to the call of an earlier dispatcher."""
-        self._phase = RunPhase.OUTAGE
-        self._resumable = True
-        self.outage = Outage.begin(0.0, self._context.wall())
-        if self.job.end is None or self._stop_command is not None:
-            self._connect()
-            return
-        read = partial(self._context.store.get_details, self.job.id)
-        self._context.writes.begin(self.job.id, read, self._on_stop_request_read, self._fail)
-
     def _on_stop_request_read(self, details: JobDetails) -> None:
         stop_request = details.metadata.stop_request
         stopped = loads(stop_request) if stop_request else {}
@@ -680,10 +667,7 @@ class Run:
         """Store the outcome of a job whose call has ended or was never started, then close the run."""
         self._phase = RunPhase.ENDING
         self._no_start_pending.set()
-        self._records.when_empty(partial(self._store, outcome, self._on_finished))
-
-    def _on_finished(self, _: bool) -> None:
-        self._close()
+        self._records.when_empty(partial(self._store, outcome, self._close))
 
     def _fail(self, error: Exception) -> None:
         """End the job after an internal error.
@@ -702,7 +686,7 @@ class Run:
         stop = StopState.FAILED if may_run else StopState.CONFIRMED
         self._disconnect()
         self._phase = RunPhase.ENDING
-        self._store(_Outcome(_INTERNAL_ERROR, stop, was_stopped=may_run, keep_slot=may_run), self._on_finished)
+        self._store(_Outcome(_INTERNAL_ERROR, stop, was_stopped=may_run, keep_slot=may_run), self._close)
 
     @_event
     def _on_records_stored(self, count: int) -> None:
@@ -726,18 +710,14 @@ class Run:
     def _close(self, event: str = "call ended") -> None:
         if self._phase is not RunPhase.CLOSED:
             self.abandon()
-            self._no_start_pending.set()
             seconds = round(time.monotonic() - self._began_at, 3)
             log.info(event, extra={**self._log_fields, **self._end_fields, "seconds": seconds})
             self._on_closed(self)
 
     # Writes to the store.
 
-    def _store(self, outcome: _Outcome, on_stored: Callable[[bool], None]) -> None:
-        """Store the end of the job, or only the outcome of its stop if it has another end.
-
-        `on_stored` is called afterwards, with False for a pending stop of a job that has another end.
-        """
+    def _store(self, outcome: _Outcome, on_stored: Callable[[], None]) -> None:
+        """Store the end of the job, or only the outcome of its stop if it has another end; then call `on_stored`."""
         context, job_id, began = self._context, self.job.id, time.monotonic()
         end = None if self.has_ended else outcome.end
         report = (outcome.stop_report if end is None else None) or self._stop_report
@@ -762,7 +742,7 @@ class Run:
                     self._end_fields |= {"error": end.type[:_MAX_LOGGED], "reason": end.message[:_MAX_LOGGED]}
             context.notifier.publish_end(job_id, end if stored else None)
             if end is None or stored or outcome.stop is StopState.PENDING:
-                on_stored(stored)
+                on_stored()
             else:
                 self._store(outcome, on_stored)
 
@@ -794,10 +774,3 @@ class Run:
         if when is not None:
             self._timer_at = when
             self._timer = self._context.timers.call_later(when - time.monotonic(), self._on_timer)
-
-
-def _was_delayed(error: Failed) -> bool:
-    """Return whether the host has not started a call because the request was delayed for too long."""
-    with suppress(ProtocolError):
-        return error.type == "call_refused" and get_error_detail(error, "reason") == "delayed"
-    return False
