@@ -281,6 +281,15 @@ def test_connection_far_over_the_limit_is_closed(tmp_path: Path) -> None:
         wait_until(lambda: serves(harpd), DEADLINE, "a free connection")
 
 
+def test_client_lost_within_a_line_frees_its_connection(tmp_path: Path) -> None:
+    with Harpd(tmp_path, PROCEDURES, {"limits": {"max_connections": 1}}) as harpd:
+        with harpd.connect() as client:
+            client.send(harpd.request("echo", ["x" * 8_000_000]))
+            assert client.message() == ACKNOWLEDGED
+            assert client.socket.recv(65536)
+        wait_until(lambda: serves(harpd), DEADLINE, "a free connection")
+
+
 def test_request_memory_limits_all_long_requests(tmp_path: Path) -> None:
     limits = {"request_line": 1_000_000, "request_memory": 1_000_000}
     with Harpd(tmp_path, PROCEDURES, {"limits": limits}) as harpd:

@@ -381,13 +381,14 @@ class LineClient:
 
     def line(self) -> bytes:
         """Return the next line without its line feed; when harpd closes, the incomplete rest, then b""."""
-        while b"\n" not in self._received:
+        pieces = [self._received]
+        while b"\n" not in pieces[-1]:
             data = self.socket.recv(65536)
             if not data:
-                line, self._received = self._received, b""
-                return line
-            self._received += data
-        line, _, self._received = self._received.partition(b"\n")
+                self._received = b""
+                return b"".join(pieces)
+            pieces.append(data)
+        line, _, self._received = b"".join(pieces).partition(b"\n")
         return line
 
     def message(self) -> Any:

@@ -13,13 +13,11 @@ import pytest
 
 from harpd.control import supervisor_client as module
 from harpd.control.supervisor_client import SupervisorClient, SupervisorError, SupervisorNotRunning
-from harpd.frontend import supervisor_links as links_module
 from harpd.frontend.supervisor_links import SupervisorLinks
 from harpd.supervisor.listener import ACTIVE_SOCKET
 from support.scripted_supervisors import Script, dead_supervisor, make_current, supervisor
 
 IDS = [f"{number}e8400e2-9b1d-41d4-a716-446655440000" for number in range(3)]
-ATTACH = b'{"attach":"x"}'
 
 
 def line(**members: Any) -> bytes:
@@ -28,10 +26,6 @@ def line(**members: Any) -> bytes:
 
 def replying(data: bytes | None) -> Script:
     return lambda request: data
-
-
-def not_found(name: str) -> Script:
-    return replying(line(error={"type": "no_such_call", "message": "m", "data": {"instance": name}}))
 
 
 def listing(name: str, *calls: str) -> Script:
@@ -57,77 +51,36 @@ async def links_of(client: SupervisorClient) -> AsyncIterator[SupervisorLinks]:
         links.close()
 
 
-async def attached(client: SupervisorClient) -> bytes:
-    async with links_of(client) as links:
-        reply = await links.attach(ATTACH)
-        return b"".join(lines for _, lines in reply.frames)
-
-
-async def test_attach_finds_call_in_any_supervisor(tmp_path: Path) -> None:
-    answer = line(stream_result=True) + b'{"stream":1}\n'
-    for where in "abc":
-        directory = tmp_path / where
-        directory.mkdir()
-        scripts = {name: replying(answer) if name == where else not_found(name) for name in "abc"}
-        async with scripted(directory, **scripts) as client:
-            assert await attached(client) == answer
-
-
-async def test_attach_unknown_call_is_answered_by_active(tmp_path: Path) -> None:
-    dead_supervisor(tmp_path, "d")
-    async with scripted(tmp_path, b=not_found("b"), a=not_found("a"), c=not_found("c")) as client:
-        assert json.loads(await attached(client))["error"]["data"] == {"instance": "b"}
-
-
-async def test_attach_other_reply_ends_search(tmp_path: Path) -> None:
-    answer = line(error={"type": "records_gone", "message": "m"})
-    async with scripted(tmp_path, a=not_found("a"), b=replying(answer)) as client:
-        assert await attached(client) == answer
-
-
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_START_TIMEOUT", 0.3)
     monkeypatch.setattr(module, "REPLY_TIMEOUT", 0.2)
-    monkeypatch.setattr(links_module, "REPLY_TIMEOUT", 0.2)
 
 
 @pytest.mark.usefixtures("impatient")
-async def test_attach_without_reply_fails(tmp_path: Path) -> None:
-    async with scripted(tmp_path, a=not_found("a"), b=replying(None)) as client:
-        with pytest.raises(SupervisorError, match="did not reply"):
-            await attached(client)
+async def test_list_calls_without_reply_fails(tmp_path: Path) -> None:
     async with scripted(tmp_path, a=listing("a"), b=replying(None)) as client:
         with pytest.raises(SupervisorError, match="did not reply"):
             await client.list_calls("o")
 
 
 @pytest.mark.usefixtures("impatient")
-async def test_attach_without_active_supervisor_fails(tmp_path: Path) -> None:
-    async with supervisor(tmp_path, "a", not_found("a")):
+async def test_request_without_active_supervisor_fails(tmp_path: Path) -> None:
+    async with supervisor(tmp_path, "a", listing("a")):
         with SupervisorClient(tmp_path) as client:
             async with links_of(client) as links:
-                for operation in (links.attach(ATTACH), client.list_calls("o"), links.connect_active()):
+                for operation in (client.list_calls("o"), links.connect_active()):
                     with pytest.raises(SupervisorError, match="does not run; it is being restarted"):
                         await operation
 
 
-async def test_attach_finds_older_without_active(tmp_path: Path) -> None:
-    async with supervisor(tmp_path, "a", replying(line(stream_result=False))):
-        with SupervisorClient(tmp_path) as client:
-            assert await attached(client) == line(stream_result=False)
-
-
-async def test_attach_waits_after_death_of_active(tmp_path: Path) -> None:
-    answers = iter((b"", b'{"harp":1,"er', line(stream_result=False)))
-    async with scripted(tmp_path, a=lambda request: next(answers)) as client:
-        assert await attached(client) == line(stream_result=False)
+async def test_list_calls_waits_after_death_of_active(tmp_path: Path) -> None:
     answers = iter((b"", line(calls=[], instance="a")))
     async with scripted(tmp_path, a=lambda request: next(answers)) as client:
         assert (await client.list_calls("o")).instance == "a"
 
 
-async def test_attach_waits_for_starting_supervisor(tmp_path: Path) -> None:
+async def test_connect_waits_for_starting_supervisor(tmp_path: Path) -> None:
     with SupervisorClient(tmp_path) as client:
         async with links_of(client) as links:
             reaching = asyncio.create_task(links.connect_active())

@@ -25,6 +25,7 @@ from harpd.control.launcher import STOP_MARGIN, SupervisorLauncher
 from harpd.control.lifecycle import ServiceRunner, runtime_directory
 from harpd.control.supervisor_client import SupervisorClient
 from harpd.frontend.arrival_clock import ArrivalClock
+from harpd.frontend.authenticator import Authenticator
 from harpd.frontend.connection import Connection, ConnectionContext
 from harpd.frontend.supervisor_links import SupervisorLinks
 from harpd.frontend.thread_pool import BoundedThreadPool, TaskFailed
@@ -120,7 +121,7 @@ class FrontendServer:
         self._config = config
         self._context = ConnectionContext(
             config=config,
-            thread_pool=BoundedThreadPool(limits.authentication_threads),
+            authenticator=Authenticator(config),
             decoder_pool=self._decoder_pool,
             quota=MemoryQuota(limits.request_memory),
             client=self._client,

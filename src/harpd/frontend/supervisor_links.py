@@ -12,18 +12,9 @@ import contextlib
 import os
 from functools import partial
 
-from harp.protocol.ends import Failed
-from harp.protocol.fields import ProtocolError
-from harp.protocol.harpd import decode_message
-from harpd.control.supervisor_client import (
-    REPLY_TIMEOUT,
-    SupervisorClient,
-    SupervisorError,
-    SupervisorNotRunning,
-    retry_until_active,
-)
-from harpd.frontend.link import ChannelUser, Link, LinkChannel
-from harpd.supervisor.frames import ERROR
+from harpd.control.supervisor_client import SupervisorClient, SupervisorNotRunning, retry_until_active
+from harpd.frontend.calls import ResumableCall
+from harpd.frontend.link import Link
 from harpd.supervisor.listener import ACTIVE_SOCKET
 
 #: Seconds between two looks while the last calls are stopped.
@@ -61,19 +52,16 @@ class SupervisorLinks:
         """
         return await retry_until_active(partial(self._connect, ACTIVE_SOCKET, shared))
 
-    async def attach(self, facts: bytes) -> AttachReply:
+    async def attach(self, call: ResumableCall) -> bytes | None:
         """Attach to a call in the supervisor that has it.
 
-        Args:
-            facts: the first frame, see `harpd.supervisor.main`.
-
         Returns:
-            The reply of that supervisor. If no supervisor has the call: the reply of the active one.
+            None, or the error line of the active supervisor if no supervisor has the call.
 
         Raises:
             SupervisorError: a supervisor sent no reply, or none is active. Then it is unknown whether the call exists.
         """
-        return await retry_until_active(partial(self._find_call, facts))
+        return await retry_until_active(partial(self._attach_once, call))
 
     async def wait_until_unused(self, deadline: float) -> None:
         """Wait until all channels are closed, for at most this number of seconds."""
@@ -119,100 +107,21 @@ class SupervisorLinks:
         self._all.discard(link)
         self._shared = {inode: other for inode, other in self._shared.items() if other is not link}
 
-    async def _find_call(self, facts: bytes) -> AttachReply:
-        """Send the request to each supervisor once.
+    async def _attach_once(self, call: ResumableCall) -> bytes | None:
+        """Send the request to each supervisor.
 
         Raises `SupervisorNotRunning` if no supervisor is active and no other one has the call.
         """
-        active = await self._try_attach(ACTIVE_SOCKET, facts)
-        if active is not None and active.found:
-            return active
-        for name in self._client.socket_names():
-            if active is None or self._client.inode(name) != active.inode:
-                other = await self._try_attach(name, facts)
-                if other is not None and other.found:
-                    return other
-        if active is None:
-            raise SupervisorNotRunning
-        return active
-
-    async def _try_attach(self, name: str, facts: bytes) -> AttachReply | None:
-        """Send the request to one supervisor; return None if it is dead."""
-        inode = self._client.inode(name)
-        try:
-            link = await self._connect(name)
-        except SupervisorNotRunning:
-            return None
-        reply = AttachReply(link, facts, inode)
-        try:
-            async with asyncio.timeout(REPLY_TIMEOUT):
-                await reply.received
-        except BaseException as error:
-            reply.channel.user = None
-            reply.channel.hang_up()
-            if isinstance(error, TimeoutError):
-                raise SupervisorError(f"the supervisor did not reply within {REPLY_TIMEOUT:g} s") from error
-            raise
-        return reply if reply.frames else None
-
-
-class AttachReply:
-    """The reply of a supervisor to a request to attach.
-
-    Args:
-        link: the link to the supervisor.
-        facts: the first frame of the channel.
-        inode: of the supervisor's socket.
-
-    Attributes:
-        channel: the channel of the request.
-        received: is done when there is a reply, or the channel is closed.
-        frames: the frames that were received: kind and lines.
-    """
-
-    def __init__(self, link: Link, facts: bytes, inode: int | None) -> None:
-        self.inode = inode
-        self.frames: list[tuple[int, bytes]] = []
-        self.received: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._closed = False
-        self.channel: LinkChannel = link.attach(self, facts)
-
-    @property
-    def found(self) -> bool:
-        """Whether the supervisor has the call."""
-        kind, lines = self.frames[0]
-        if kind == ERROR:
+        active_error = b""
+        for name in (ACTIVE_SOCKET, *self._client.socket_names()):
             try:
-                match decode_message(lines.removesuffix(b"\n")):
-                    case Failed("no_such_call"):
-                        return False
-            except ProtocolError:
-                pass
-        return True
-
-    def pass_on(self, user: ChannelUser) -> None:
-        """Give the channel and the received frames to the call that continues with them."""
-        self.channel.user = user
-        for kind, lines in self.frames:
-            user.on_lines(kind, lines)
-        if self._closed:
-            user.on_closed()
-
-    # The channel: `ChannelUser`.
-
-    def on_lines(self, kind: int, lines: bytes) -> None:
-        """See `ChannelUser`."""
-        self.frames.append((kind, lines))
-        self._set_received()
-
-    def on_credit(self) -> None:
-        """See `ChannelUser`. There were no commands."""
-
-    def on_closed(self) -> None:
-        """See `ChannelUser`."""
-        self._closed = True
-        self._set_received()
-
-    def _set_received(self) -> None:
-        if not self.received.done():
-            self.received.set_result(None)
+                error = await call.attach(await self._connect(name))
+            except SupervisorNotRunning:
+                continue
+            if error is None:
+                return None
+            if name == ACTIVE_SOCKET:
+                active_error = error
+        if not active_error:
+            raise SupervisorNotRunning
+        return active_error

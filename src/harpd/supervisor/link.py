@@ -1,9 +1,7 @@
-"""The supervisor's side of a link: the connection to a frontend that carries all calls of that frontend.
+"""The supervisor's end of a link: the connection to a frontend that carries all calls of that frontend.
 
-Data for the frontend is gathered and sent once per turn of the event loop. While the frontend does not read, the
-unsent data of the link is bounded by `_HIGH_WATER`, and the data of each call waits in its channel.
-
-`harpd.supervisor.frames` has the format and the flow control.
+While the frontend does not read, the unsent data of the link is bounded by `_HIGH_WATER`, and the data of each call
+waits in its channel. `harpd.supervisor.frames` has the format and the flow control.
 """
 
 from __future__ import annotations
@@ -18,6 +16,7 @@ from typing import Any, Protocol
 from harp.protocol.fields import ProtocolError, check
 from harp.protocol.json_text import InvalidJSON, loads
 from harpd.supervisor.event_loop import READ, WRITE, EventLoop
+from harpd.supervisor.frame_socket import FrameSocket
 from harpd.supervisor.frames import (
     ATTACH,
     CLOSED,
@@ -30,18 +29,14 @@ from harpd.supervisor.frames import (
     LINES_WINDOW,
     MAX_LINES_BYTES,
     START,
-    Frame,
-    FrameBuffer,
     InvalidFrame,
     decode_credit,
     encode_credit,
-    encode_frame,
     split_lines,
 )
 
 log = logging.getLogger("harpd.supervisor")
 
-_READ_SIZE = 1 << 17
 #: The most bytes of a frame; the frontend has a lower limit for requests from the network.
 _MAX_FRAME_BYTES = 1 << 30
 #: From this many unsent bytes on, no channel adds any.
@@ -65,48 +60,34 @@ class ChannelUser(Protocol):
         """Handle that more may be sent."""
 
 
-class RequestHandler(Protocol):
-    """The receiver of the first frame of each channel. KeyError or ProtocolError close the channel."""
-
-    def on_start(self, channel: LinkChannel, facts: Mapping[str, Any], arguments: bytes) -> None:
-        """Start a call."""
-
-    def on_attach(self, channel: LinkChannel, facts: Mapping[str, Any]) -> None:
-        """Attach to a call."""
-
-
 class LinkChannel:
     """The part of a link that carries one call.
 
     Attributes:
         user: receives the frames of the channel; its creator sets it before the loop continues.
+        waiting_bytes: the number of bytes that wait because the client, or the frontend, does not read.
     """
 
     user: ChannelUser
 
     def __init__(self, link: Link, number: int) -> None:
+        self.waiting_bytes = 0
         self._link = link
         self._number = number
         self._hung_up = False
         self._credit = LINES_WINDOW
         self._gathered = b""  # lines that are sent with the next ones
         self._waiting: deque[tuple[int, bytes]] = deque()
-        self._waiting_bytes = 0
         self._handled_bytes = 0  # of commands, since the last credit
         self._closing = False
 
     @property
-    def waiting_bytes(self) -> int:
-        """The number of bytes that wait because the client, or the frontend, does not read."""
-        return self._waiting_bytes
-
-    @property
     def writable(self) -> bool:
         """Whether more should be sent now."""
-        return self._waiting_bytes < _CHANNEL_HIGH_WATER and not self._hung_up
+        return self.waiting_bytes < _CHANNEL_HIGH_WATER and not self._hung_up
 
     def send(self, lines: bytes, kind: int = LINES) -> None:
-        """Send lines as soon as possible. Lines for a client that has disconnected are dropped."""
+        """Send lines as soon as possible. Lines for a client that has disconnected are discarded."""
         if self._hung_up:
             return
         lines, self._gathered = self._gathered + lines, b""
@@ -114,7 +95,7 @@ class LinkChannel:
             *parts, last = split_lines(lines)
             self._waiting.extend((LINES, part) for part in parts)
             self._waiting.append((kind, last))
-            self._waiting_bytes += len(lines)
+            self.waiting_bytes += len(lines)
             self.send_waiting()
         else:
             self._credit -= len(lines)
@@ -149,8 +130,8 @@ class LinkChannel:
         self._close_if_done()
 
     def close(self) -> None:
-        """Close now; lines that wait are dropped."""
-        self._drop_waiting()
+        """Close now; lines that wait are discarded."""
+        self._discard_waiting()
         self._link.forget(self._number)
 
     # For the link.
@@ -159,7 +140,7 @@ class LinkChannel:
         """Send the lines that wait, as far as credit and link allow."""
         while self._waiting and self._credit > 0 and self._link.writable:
             kind, lines = self._waiting.popleft()
-            self._waiting_bytes -= len(lines)
+            self.waiting_bytes -= len(lines)
             self._credit -= len(lines)
             self._link.write(self._number, kind, lines)
         if self._waiting and self._credit > 0:
@@ -174,36 +155,31 @@ class LinkChannel:
 
     def handle(self, kind: int, body: bytes) -> None:
         """Handle a frame. Raises `InvalidFrame`."""
-        if kind == COMMANDS:
-            self._handle_commands(body)
-        elif kind == HANG_UP:
+        if kind == HANG_UP:
             self.hang_up()
         elif kind == CREDIT:
             self._credit += decode_credit(body)
             self.resume()
-        else:
+        elif kind != COMMANDS:
             raise InvalidFrame(f"unexpected frame of kind {kind}")
-
-    def _handle_commands(self, data: bytes) -> None:
-        if self._hung_up:
-            return
-        self._handled_bytes += len(data)
-        if self._handled_bytes >= COMMANDS_WINDOW // 2:
-            self._link.gather(self)  # the credit waits, so that a client that floods has a bounded share of the time
-        self.user.on_commands(data)
+        elif not self._hung_up:
+            self._handled_bytes += len(body)
+            if self._handled_bytes >= COMMANDS_WINDOW // 2:
+                self._link.gather(self)  # the credit waits: a client that floods has a bounded share of the time
+            self.user.on_commands(body)
 
     def hang_up(self) -> None:
-        """Tell the user that the client has disconnected; drop all lines for it."""
+        """Notify the user that the client has disconnected; discard all lines for it."""
         if not self._hung_up:
-            self._drop_waiting()
+            self._discard_waiting()
             self.user.on_hang_up()
             self._close_if_done()
 
-    def _drop_waiting(self) -> None:
+    def _discard_waiting(self) -> None:
         self._hung_up = True
         self._gathered = b""
         self._waiting.clear()
-        self._waiting_bytes = 0
+        self.waiting_bytes = 0
 
     def _close_if_done(self) -> None:
         if self._closing and not self._waiting:
@@ -211,12 +187,14 @@ class LinkChannel:
             self.close()
 
 
-class Link:
-    """A link, which owns its connection.
+class Link(FrameSocket):
+    """A link.
 
     Args:
         connection: the connection, non-blocking, after the preface.
-        handler: receives the first frame of each channel.
+        on_start: called with each new channel that starts a call, the facts, and the arguments.
+        on_attach: called with each new channel that attaches to a call, and the facts. If one of these functions raises
+            KeyError or ProtocolError, the channel is closed.
         on_lost: called once when the link is lost, after its channels were hung up.
     """
 
@@ -224,22 +202,17 @@ class Link:
         self,
         loop: EventLoop,
         connection: socket.socket,
-        handler: RequestHandler,
+        on_start: Callable[[LinkChannel, Mapping[str, Any], bytes], None],
+        on_attach: Callable[[LinkChannel, Mapping[str, Any]], None],
         on_lost: Callable[[Link], None],
     ) -> None:
+        super().__init__(connection, _MAX_FRAME_BYTES, loop.call_soon, log)
         self._loop = loop
-        self._connection = connection
-        self._handler = handler
-        self._on_lost = on_lost
-        self._frames = FrameBuffer(_MAX_FRAME_BYTES)
+        self._on_start, self._on_attach, self._notify_lost = on_start, on_attach, on_lost
         self._channels: dict[int, LinkChannel] = {}
-        self._unsent = bytearray()
-        self._flush_scheduled = False
-        self._blocked_by_kernel = False
         self._gathering: list[LinkChannel] = []
         self._blocked: dict[LinkChannel, None] = {}  # in the order in which they continue
-        self._lost = False
-        loop.watch(connection.fileno(), READ, self._on_ready)
+        self._watch_writable(False)
 
     @property
     def has_channels(self) -> bool:
@@ -250,15 +223,6 @@ class Link:
     def writable(self) -> bool:
         """Whether channels may send now."""
         return len(self._unsent) < _HIGH_WATER
-
-    def receive(self, data: bytes) -> None:
-        """Handle received data. If it is invalid, the link is lost."""
-        try:
-            for frame in self._frames.feed(data):
-                self._handle(frame)
-        except InvalidFrame as error:
-            log.error("invalid frame", extra={"reason": str(error)})
-            self._lose()
 
     def finish(self, deadline: float) -> None:
         """Handle the frames that have arrived, and send all unsent data, before the exit of this process.
@@ -272,15 +236,6 @@ class Link:
                 self._connection.sendall(self._unsent)
 
     # For channels.
-
-    def write(self, number: int, kind: int, body: bytes = b"") -> None:
-        """Send a frame at the end of this turn of the loop."""
-        if self._lost:
-            return
-        self._unsent += encode_frame(number, kind, body)
-        if not self._flush_scheduled:
-            self._flush_scheduled = True
-            self._loop.call_soon(self._flush)
 
     def gather(self, channel: LinkChannel) -> None:
         """Flush the lines that the channel has gathered, soon."""
@@ -302,26 +257,9 @@ class Link:
         for channel in channels:
             channel.flush_gathered()
 
-    # The connection.
+    # Frames: `FrameSocket`.
 
-    def _on_ready(self) -> None:
-        if self._unsent:
-            self._flush()
-        if self._lost:
-            return
-        try:
-            data = self._connection.recv(_READ_SIZE)
-        except BlockingIOError:
-            return
-        except OSError:
-            data = b""
-        if data:
-            self.receive(data)
-        else:
-            self._lose()
-
-    def _handle(self, frame: Frame) -> None:
-        number, kind, body = frame
+    def _handle(self, number: int, kind: int, body: bytes) -> None:
         channel = self._channels.get(number)
         if kind in (START, ATTACH):
             if channel is not None:
@@ -343,9 +281,9 @@ class Link:
             facts = loads(head)
             check(isinstance(facts, dict), "expected an object")
             if kind == START:
-                self._handler.on_start(channel, facts, arguments)
+                self._on_start(channel, facts, arguments)
             else:
-                self._handler.on_attach(channel, facts)
+                self._on_attach(channel, facts)
         except (KeyError, InvalidJSON, ProtocolError) as error:
             log.error("invalid request", extra={"reason": repr(error)})
             channel.close()
@@ -353,35 +291,23 @@ class Link:
             log.exception("callback failed")
             channel.close()
 
+    def _on_lost(self) -> None:
+        self._blocked.clear()
+        for channel in list(self._channels.values()):
+            channel.hang_up()
+        self._notify_lost(self)
+
+    # The socket: `FrameSocket`.
+
     def _flush(self) -> None:
-        self._flush_scheduled = False
-        if self._lost:
-            return
-        try:
-            while self._unsent:
-                del self._unsent[: self._connection.send(self._unsent)]
-        except BlockingIOError:
-            pass
-        except OSError:
-            self._lose()
-            return
-        if self._blocked_by_kernel != bool(self._unsent):
-            self._blocked_by_kernel = bool(self._unsent)
-            self._loop.watch(self._connection.fileno(), READ | (WRITE if self._unsent else 0), self._on_ready)
+        super()._flush()
         while self._blocked and self.writable:
             channel = next(iter(self._blocked))
             del self._blocked[channel]
             channel.resume()
 
-    def _lose(self) -> None:
-        """Close the connection and hang up all channels."""
-        if self._lost:
-            return
-        self._lost = True
+    def _watch_writable(self, watch: bool) -> None:
+        self._loop.watch(self._connection.fileno(), READ | (WRITE if watch else 0), self._on_ready)
+
+    def _unwatch(self) -> None:
         self._loop.unwatch(self._connection.fileno())
-        self._connection.close()
-        self._unsent.clear()
-        self._blocked.clear()
-        for channel in list(self._channels.values()):
-            channel.hang_up()
-        self._on_lost(self)

@@ -189,7 +189,7 @@ class Supervisor:
         if "link" in request:
             version = request.value("link")
             check(version == VERSION, f"link: expected version {VERSION}, got {version!r}")
-            link = Link(self._loop, connection, self, self._links.discard)
+            link = Link(self._loop, connection, self._on_start, self._on_attach, self._links.discard)
             self._links.add(link)
             link.receive(received)
         elif "control" in request:
@@ -197,14 +197,12 @@ class Supervisor:
         else:
             send_final_reply(self._loop, connection, self._registry.list_calls(required_string(request, "calls")))
 
-    def on_attach(self, channel: LinkChannel, facts: Mapping[str, Any]) -> None:
-        """See `RequestHandler`."""
+    def _on_attach(self, channel: LinkChannel, facts: Mapping[str, Any]) -> None:
         rejection = self._registry.attach(channel, facts)
         if rejection is not None:
             channel.reject(encode_message(rejection))
 
-    def on_start(self, channel: LinkChannel, facts: Mapping[str, Any], arguments: bytes) -> None:
-        """See `RequestHandler`."""
+    def _on_start(self, channel: LinkChannel, facts: Mapping[str, Any], arguments: bytes) -> None:
         call_id, name = read_texts(facts, "call", "procedure")
         if not CALL_ID.fullmatch(call_id):
             raise ProtocolError(f"call: expected a UUID, got {call_id!r}")
