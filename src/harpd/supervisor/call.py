@@ -24,7 +24,6 @@ import logging
 import os
 import signal
 import time
-from _socket import socket
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -197,8 +196,7 @@ class Call:
         self._last_read = 0.0
         self._exit_reported = False
         self._worker = zygote.assign(self, call_id, procedure)
-        self._channel: socket | None = self._worker.channel  # while it is open and belongs to this call
-        self._watched_events = 0
+        self._watched_events = 0  # on the worker's channel
 
     # The start.
 
@@ -239,13 +237,13 @@ class Call:
         self._close()
 
     def _flush_arguments(self) -> None:
-        if self._unsent and self._channel is not None:
-            try:
-                self._unsent = self._unsent[self._channel.send(self._unsent) :] or memoryview(b"")
-            except BlockingIOError:
-                pass
-            except OSError:
-                self._unsent = memoryview(b"")
+        try:
+            if self._unsent:
+                self._unsent = self._unsent[self._worker.channel.send(self._unsent) :] or memoryview(b"")
+        except BlockingIOError:
+            pass
+        except OSError:
+            self._unsent = memoryview(b"")
 
     # The worker's output.
 
@@ -263,12 +261,13 @@ class Call:
             self._watch((READ if may_read else 0) | (WRITE if self._unsent else 0))
 
     def _watch(self, events: int) -> None:
-        if self._channel is not None and events != self._watched_events:
+        channel = self._worker.channel.fileno()
+        if channel >= 0 and events != self._watched_events:
             self._watched_events = events
             if events:
-                self._loop.watch(self._channel.fileno(), events, self._on_channel_ready)
+                self._loop.watch(channel, events, self._on_channel_ready)
             else:  # a watch without events would still report a hang-up, again and again
-                self._loop.unwatch(self._channel.fileno())
+                self._loop.unwatch(channel)
 
     def _on_channel_ready(self) -> None:
         if self._unsent:
@@ -291,13 +290,11 @@ class Call:
 
     def _read(self) -> bool:
         """Read once; return whether there was data."""
-        if self._channel is None:
-            return False
         try:
-            data = self._channel.recv(_READ_SIZE)
+            data = self._worker.channel.recv(_READ_SIZE)
         except BlockingIOError:
             return False
-        except OSError:
+        except OSError:  # perhaps it is closed
             data = b""
         if not data:
             self._close_channel()
@@ -468,7 +465,6 @@ class Call:
 
     def _close(self, reuse_worker: bool = False) -> None:
         """Close the call: no process remains to be stopped. `reuse_worker`: the worker waits for another call."""
-        self._channel = None
         self._release_state()
         stop_report = None if self._termination is None else self._termination.stop_report()
         if not self._exit_reported:
@@ -492,7 +488,6 @@ class Call:
 
     def _close_channel(self) -> None:
         self._discard_partial()
-        self._channel = None
         self._worker.close()
 
     # Exit info.
