@@ -9,7 +9,7 @@ import pytest
 from harp.protocol.json_text import dumps
 from harpd.supervisor.call import CallContext
 from harpd.supervisor.event_loop import EventLoop
-from harpd.supervisor.resumable_session import ResumableSession, SessionTerms
+from harpd.supervisor.sessions import ResumableSession, SessionTerms
 
 TERMS = SessionTerms("owner", "digest", 60.0, 60.0, 60.0, 60.0, streaming=True)
 

@@ -1,4 +1,4 @@
-"""`harpd.supervisor.resumable_session.SessionTerms`: the part of a state file that describes a resumable call."""
+"""`harpd.supervisor.sessions.SessionTerms`: the part of a state file that describes a resumable call."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 
 from harp.protocol.fields import ProtocolError
 from harp.protocol.json_text import loads
-from harpd.supervisor.resumable_session import SessionTerms
+from harpd.supervisor.sessions import SessionTerms
 
 TERMS = SessionTerms("owner", "digest", 240.0, 300.0, 600.0, 86400.0, True)
 

@@ -24,7 +24,6 @@ import logging
 import os
 import signal
 import time
-from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Mapping
 from enum import Enum
@@ -81,37 +80,32 @@ class StopReason(Enum):
     PROTOCOL_VIOLATION = "itself", "call_died", "the call was stopped: {}"
 
 
-class Session(ABC):
-    """The client's side of a call: it receives the call's output and end."""
+class Session:
+    """The client's side of a call: it receives output and end of the call. See `harpd.supervisor.sessions`."""
 
     stored: Raw | None = None  # for a later supervisor, a JSON object; None: no dispatcher attaches to it
     call: Call | None = None  # until it is closed
 
     @property
-    @abstractmethod
     def full(self) -> bool:
         """Whether it should receive no more now; it calls `resume_reading` once it has room."""
+        raise NotImplementedError
 
-    @abstractmethod
     def on_started(self) -> None:
         """Send the acknowledgement: the worker exists. If there is none, only `on_end` and `on_closed` follow."""
 
-    @abstractmethod
     def on_records(self, lines: bytes, count: int) -> None:
         """Handle the lines of `count` records."""
 
-    @abstractmethod
     def on_end(self, line: bytes) -> None:
         """Handle the closing line: the end is decided."""
 
-    @abstractmethod
     def on_exit(self, exit_info: Callable[[], Raw], stop_report: Mapping[str, Any] | None) -> None:
         """Handle that the worker has ended, and that all stopped processes are gone, or listed as survivors.
 
         `exit_info` takes time: call it only if it is needed. `stop_report` is None if nothing had to be stopped.
         """
 
-    @abstractmethod
     def on_closed(self, stop_report: Mapping[str, Any] | None) -> None:
         """Separate from the call: no process remains to be stopped. `stop_report`: of survivors that are gone now."""
 

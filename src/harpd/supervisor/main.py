@@ -13,10 +13,10 @@ A frontend opens one connection, the *link*, for all its calls; `harpd.superviso
 a channel of the link. The first frame of a channel has facts, a JSON object:
 
     START   {"call": ID, "procedure": NAME}, then the arguments
-                                            start a connection-bound call, see `harpd.supervisor.bound_session`
+                                            start a connection-bound call, see `harpd.supervisor.sessions`
             ... with "resumable": {owner, secret, instance, disconnect_timeout, result_ttl, timeout, max_exec_time,
                                    received}
-                                            start a resumable call, see `harpd.supervisor.resumable_session`
+                                            start a resumable call, see `harpd.supervisor.sessions`
     ATTACH  {"attach": ID, "owner": ..., "secret": ..., "since": NUMBER}
                                             attach to a resumable call
 
@@ -76,7 +76,6 @@ from harp.protocol.fields import ProtocolError, check, required_string
 from harp.protocol.harpd import encode_message
 from harp.protocol.json_text import JSONObject, Raw, dumps, loads
 from harp_daemon import logs
-from harpd.supervisor.bound_session import BoundSession
 from harpd.supervisor.call import Call, CallContext, StopReason
 from harpd.supervisor.event_loop import READ, EventLoop
 from harpd.supervisor.frames import VERSION
@@ -84,7 +83,7 @@ from harpd.supervisor.link import Link, LinkChannel
 from harpd.supervisor.listener import Listener, send_final_reply
 from harpd.supervisor.output import OutputCollector
 from harpd.supervisor.registry import CallRegistry, read_texts
-from harpd.supervisor.resumable_session import ResumableSession
+from harpd.supervisor.sessions import BoundSession, ResumableSession
 from harpd.supervisor.spool import GUARANTEED_BYTES
 from harpd.supervisor.state_files import CALL_ID
 from harpd.supervisor.zygote_client import ZygoteClient

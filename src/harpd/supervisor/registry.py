@@ -21,7 +21,7 @@ from harp.protocol.fields import ProtocolError, check, is_count
 from harp.protocol.harpd import CallList, encode_message
 from harpd.supervisor.call import CallContext
 from harpd.supervisor.link import LinkChannel
-from harpd.supervisor.resumable_session import ResumableSession, SessionTerms
+from harpd.supervisor.sessions import ResumableSession, SessionTerms
 from harpd.supervisor.state_files import Purpose
 
 log = logging.getLogger("harpd.supervisor")

@@ -1,10 +1,15 @@
-"""The session of a resumable call: its dispatcher may disconnect and attach again.
+"""The two kinds of session of a call: connection-bound and resumable.
 
-Theory of operation. The records of the call go into a spool. The attached connection receives them from the number that
-it has requested, and each acknowledgement deletes the records that the dispatcher has stored. The end is sent once the
-worker has been reaped and all stopped processes are gone (or survive, as the stop report says): stop report, exit info,
-then the closing line. So when the closing line is sent, the worker has ended, and of the processes that had to be
-stopped only the survivors in the stop report remain. The dispatcher sends ``release`` when it has stored the end.
+Theory of operation. A connection-bound call, of a direct client or a legacy dispatcher, ends with its connection. Its
+output is sent as it arrives, through a bounded buffer; while that is full, the worker waits. The channel to the
+frontend is closed only when the call's processes are gone: the close proves it.
+
+The dispatcher of a resumable call may disconnect and attach again. The records of the call go into a spool. The
+attached connection receives them from the number that it has requested, and each acknowledgement deletes the records
+that the dispatcher has stored. The end is sent once the worker has been reaped and all stopped processes are gone (or
+survive, as the stop report says): stop report, exit info, then the closing line. So when the closing line is sent, the
+worker has ended, and of the processes that had to be stopped only the survivors in the stop report remain. The
+dispatcher sends ``release`` when it has stored the end.
 
 At most a window of unacknowledged records is sent. So a dispatcher with a slow store need not stop reading, and
 receives all other messages in time.
@@ -22,7 +27,6 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
-from types import MappingProxyType
 from typing import Any
 
 from harp.protocol.ends import Failed
@@ -42,8 +46,9 @@ from harp.protocol.harpd import (
 )
 from harp.protocol.json_text import Raw, dumps
 from harp.protocol.lines import LineBuffer, LineTooLong
-from harpd.supervisor.call import CallContext, Session, StopReason
+from harpd.supervisor.call import ERROR_PREFIX, CallContext, Session, StopReason
 from harpd.supervisor.event_loop import Timer
+from harpd.supervisor.frames import END, ERROR
 from harpd.supervisor.link import LinkChannel
 from harpd.supervisor.spool import GUARANTEED_BYTES, Spool
 
@@ -51,11 +56,66 @@ log = logging.getLogger("harpd.supervisor")
 
 #: Limits above this number of seconds are lowered: no call reaches it, and a large integer has no form as a float.
 _MAX_SECONDS = 1e9
-_NO_LIMITS: Mapping[str, float] = MappingProxyType({})
 #: Bytes of unacknowledged records that are sent; one record may be longer.
 _WINDOW_BYTES = 1024 * 1024
 #: The most bytes of a command line.
 _MAX_COMMAND_BYTES = 4096
+
+
+@lru_cache(maxsize=128)  # the calls of a dispatcher have the same one
+def _encode_acknowledgement(streaming: bool, keep_alive: float | None, *terms: Any) -> bytes:
+    return encode_message(Acknowledgement(streaming, GrantedTerms(*terms) if terms else None, keep_alive))
+
+
+class BoundSession(Session):
+    """The session of a connection-bound call, and the user of its link channel.
+
+    `buffer_size` is how many bytes may wait until the frontend reads them.
+    """
+
+    def __init__(self, channel: LinkChannel, streaming: bool, keep_alive: float | None, buffer_size: int) -> None:
+        self._acknowledgement = _encode_acknowledgement(streaming, keep_alive)
+        self._buffer_size = buffer_size
+        self._channel = channel
+        channel.user = self
+
+    # The call: `Session`.
+
+    @property
+    def full(self) -> bool:
+        """Whether the frontend has to read first."""
+        return self._channel.waiting_bytes >= self._buffer_size
+
+    def on_started(self) -> None:
+        """Send the acknowledgement."""
+        self._channel.send_soon(self._acknowledgement)
+
+    def on_records(self, lines: bytes, count: int) -> None:
+        """Send the records."""
+        self._channel.send(lines)
+
+    def on_end(self, line: bytes) -> None:
+        """Send the closing line."""
+        self._channel.send(line, ERROR if line.startswith(ERROR_PREFIX) else END)
+
+    def on_closed(self, stop_report: Mapping[str, Any] | None) -> None:
+        """Close the channel."""
+        self.call = None
+        self._channel.close_after_flush()
+
+    # The channel: `ChannelUser`.
+
+    def on_commands(self, data: bytes) -> None:
+        """Ignore data: the frontend sends none."""
+
+    def on_hang_up(self) -> None:
+        """Stop the call; its further output is read and discarded."""
+        self.stop(StopReason.CANCELLED)
+        self.resume_reading()
+
+    def on_writable(self) -> None:
+        """Continue to read the worker's output."""
+        self.resume_reading()
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +131,7 @@ class SessionTerms:
     streaming: bool  # whether the procedure yields records
 
     @classmethod
-    def decode(cls, members: Mapping[str, Any], limits: Mapping[str, float] = _NO_LIMITS) -> SessionTerms:
+    def decode(cls, members: Mapping[str, Any], limits: Mapping[str, Any] | None = None) -> SessionTerms:
         """Return the terms in a request, or those that `encode` has stored. Durations are lowered to `limits`.
 
         Raises:
@@ -82,7 +142,7 @@ class SessionTerms:
             number = members[key]
             if type(number) not in (int, float) or number <= 0:
                 raise ProtocolError(f"{key}: expected a positive number of seconds")
-            seconds[key] = float(min(number, limits.get(key, _MAX_SECONDS)))
+            seconds[key] = float(min(number, (limits or {}).get(key, _MAX_SECONDS)))
         owner, secret, streaming = members["owner"], members["secret"], members["streaming"]
         if not (isinstance(owner, str) and isinstance(secret, str) and isinstance(streaming, bool)):
             raise ProtocolError("owner, secret: expected strings")
@@ -91,13 +151,6 @@ class SessionTerms:
     def encode(self) -> Raw:
         """Return the terms as a JSON object."""
         return dumps({key: getattr(self, key) for key in self.__slots__})
-
-
-@lru_cache(maxsize=64)  # the calls of a dispatcher have the same one
-def _encode_acknowledgement(
-    streaming: bool, instance: str, times: tuple[float, float, float, float], records: int, keep_alive: float | None
-) -> bytes:
-    return encode_message(Acknowledgement(streaming, GrantedTerms(instance, *times, records), keep_alive))
 
 
 class ResumableSession(Session):
@@ -233,10 +286,9 @@ class ResumableSession(Session):
     def _send_acknowledgement(self, elapsed: float) -> None:
         if self._channel is not None and self._started_at is not None:
             terms = self.terms
-            times = terms.disconnect_timeout, terms.result_ttl, self._kill_grace, elapsed
-            self._channel.send_soon(
-                _encode_acknowledgement(terms.streaming, self._instance, times, self._spool.end, self._keep_alive)
-            )
+            limits = terms.disconnect_timeout, terms.result_ttl, self._kill_grace
+            granted = self._instance, *limits, elapsed, self._spool.end
+            self._channel.send_soon(_encode_acknowledgement(terms.streaming, self._keep_alive, *granted))
 
     def on_writable(self) -> None:
         """Send all data that the attached connection has not received yet, while it is writable."""
