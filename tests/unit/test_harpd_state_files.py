@@ -28,7 +28,6 @@ from harpd.supervisor.state_files import (
     Purpose,
     StateFiles,
     decode_entry,
-    decode_state,
     encode_entry,
     encode_state,
 )
@@ -185,7 +184,7 @@ def test_clean_up_kills_reported_call_silently(supervisors: Supervisors, old: St
     ],
 )
 def test_entry_is_cleared_when_done(tmp_path: Path, new: StateFiles, order: str) -> None:
-    new.write("a", CallTree(1, 2, cookie_for("a")), None)
+    new.write("a", CallTree(2, 2, cookie_for("a")), None)
     for step in order.split():
         getattr(new, step)("a")
     assert read_entries(tmp_path) == {}
@@ -193,7 +192,7 @@ def test_entry_is_cleared_when_done(tmp_path: Path, new: StateFiles, order: str)
 
 def test_close_leaves_survivors_only(supervisors: Supervisors, tmp_path: Path, old: StateFiles) -> None:
     for call_id in ("a", "b", "c"):
-        old.write(call_id, CallTree(1, 2, cookie_for(call_id)), None)
+        old.write(call_id, CallTree(2, 2, cookie_for(call_id)), None)
     old.mark_ended("b")
     old.mark_reported("c")
     old.close()
@@ -351,7 +350,7 @@ def test_decode_entry_rejects_every_flipped_bit_and_cut() -> None:
         damaged = [whole[:at], *(whole[:at] + bytes([whole[at] ^ 1 << bit]) + whole[at + 1 :] for bit in range(8))]
         for data in damaged:
             with contextlib.suppress(InvalidEntry):
-                assert decode_entry(data) is None, (at, data)
+                assert decode_entry(data, BOOT) is None, (at, data)
 
 
 def test_decode_entry_random_bytes_are_rejected() -> None:
@@ -359,7 +358,7 @@ def test_decode_entry_random_bytes_are_rejected() -> None:
     for _ in range(20_000):
         data = generator.choice([b"", b"R ", b"E 00000000 ", b"S 1234abcd {}"]) + generator.randbytes(30)
         with contextlib.suppress(InvalidEntry):
-            assert decode_entry(data) is None, data
+            assert decode_entry(data, BOOT) is None, data
 
 
 VALID = {"call": "a", "boot": BOOT, "pid": 2, "start": 3}
@@ -388,15 +387,15 @@ VALID = {"call": "a", "boot": BOOT, "pid": 2, "start": 3}
         {key: value for key, value in VALID.items() if key != "boot"},
     ],
 )
-def test_decode_state_hostile_content_is_rejected(members: object) -> None:
+def test_decode_entry_hostile_content_is_rejected(members: object) -> None:
     with pytest.raises(InvalidEntry):
-        decode_state(json.dumps(members).encode(), BOOT)
+        decode_entry(encode_entry(Purpose.ONLY_STOP, json.dumps(members).encode()), BOOT)
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff", b"[" * 2000, b'{"pid": NaN}'])
-def test_decode_state_no_json_is_rejected(content: bytes) -> None:
+def test_decode_entry_no_json_is_rejected(content: bytes) -> None:
     with pytest.raises(InvalidEntry):
-        decode_state(content, BOOT)
+        decode_entry(encode_entry(Purpose.ONLY_STOP, content), BOOT)
 
 
 def test_clean_up_other_start_time_or_cookie_kills_nothing(

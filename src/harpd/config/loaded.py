@@ -69,7 +69,7 @@ class SupervisorConfig:
             raise ConfigError(f"{self.options.logging or '--syslog'}: {one_line(error)}") from error
 
     def supervisor_settings(self, runtime_directory: Path, outlive: bool) -> dict[str, Any]:
-        """Return the supervisor's settings: JSON values, no secret. Spec: harpd.supervisor.main."""
+        """Return the supervisor's settings: JSON values, no secret."""
         options, configuration = self.options, self.configuration
         return {
             "procedures": str(options.procedures),

@@ -126,7 +126,7 @@ class CallContext:
     def __init__(self, loop: EventLoop, instance: str, settings: Mapping[str, Any]) -> None:
         self.loop = loop
         self.instance = instance
-        self.settings = settings  # for new calls, see `harpd.supervisor.main`; a call has those of its start
+        self.settings = settings  # for new calls, see `harpd.config.loaded`; a call has those of its start
         self.calls: dict[str, Call] = {}  # the running ones, by id
         self.quota = SpoolQuota(settings["spool_memory"])
         self.state_files = StateFiles(Path(settings["runtime_directory"]), instance)

@@ -38,20 +38,8 @@ call are gone: the close proves it. A connection with another first line receive
 When its launcher closes the lifeline, a supervisor with the setting `outlive` continues while it has calls. Without it,
 the runtime directory is temporary, and no other program could find the supervisor: it stops all calls and exits.
 
-The settings, see `harpd.config.loaded.SupervisorConfig`:
-
-    procedures                          path of the procedures file
-    python_path                         {"prepend": [PATH], "append": [PATH]}
-    default_user, default_group         name or id, or null
-    max_calls                           most calls at the same time
-    kill_grace                          seconds between the steps of a stop
-    spool, spool_memory                 bytes that one resumable call may buffer; that all calls may buffer
-    disconnect_timeout, result_ttl      most seconds that a dispatcher may request
-    exit_info                           {"stderr": BOOL, "traceback": BOOL}: whether exit info has them
-    cgroup, runtime_directory           directory, or null; directory
-    outlive                             whether the supervisor continues without its launcher while it has calls
-    logging                             arguments of `harp_daemon.logs.configure`
-    descriptors                         limit of open files for calls; absent: the supervisor's own limit at its start
+`harpd.config.loaded.SupervisorConfig.supervisor_settings` returns the settings, see docs/settings-harpd.md. A call has
+the settings of its start. `descriptors` is the limit of open files for calls; absent: this process's own at its start.
 
 The only secrets that the supervisor has are the owners and secrets of calls.
 """

@@ -35,14 +35,14 @@ _SESSIONS_PER_CALL = 20
 class TombstoneSet:
     """Tombstones by owner. Each stays for `ttl` seconds at least, and twice as long at most while others are added.
 
-    A busy host adds hundreds a second, so a tombstone is a short digest, and all of a period are deleted at once.
+    A busy host adds hundreds a second, so a tombstone is a hash of 64 bits, and all of a period are deleted at once.
     """
 
     def __init__(self, ttl: float, now: float) -> None:
         self._ttl = ttl
         self._since = now
-        self._new: set[bytes] = set()
-        self._old: set[bytes] = set()
+        self._new: set[int] = set()
+        self._old: set[int] = set()
 
     def __len__(self) -> int:
         return len(self._new) + len(self._old)
@@ -54,17 +54,12 @@ class TombstoneSet:
             self._old = self._new if age <= 2 * self._ttl else set()
             self._new = set()
             self._since = now
-        self._new.add(self._digest(owner, call_id))
+        self._new.add(hash((owner, call_id)))
 
     def contains(self, owner: str, call_id: str) -> bool:
         """Return whether there is a tombstone for an owner's call."""
-        digest = self._digest(owner, call_id)
-        return digest in self._new or digest in self._old
-
-    @staticmethod
-    def _digest(owner: str, call_id: str) -> bytes:
-        text = f"{len(owner)} {owner}{call_id}"  # the length makes the text unique for owner and id
-        return hashlib.blake2b(_encode(text), digest_size=16).digest()
+        tombstone = hash((owner, call_id))
+        return tombstone in self._new or tombstone in self._old
 
 
 class CallRegistry:
@@ -185,13 +180,9 @@ def read_texts(facts: Mapping[str, Any], *keys: str) -> list[str]:
 
 
 def _digest(secret: str) -> str:
-    return hashlib.sha256(_encode(secret)).hexdigest()
-
-
-def _encode(text: str) -> bytes:
-    return text.encode("utf-8", "surrogatepass")
+    return hashlib.sha256(secret.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def _is_same(one: str, other: str) -> bool:
     """Compare two texts in a time that does not depend on where they differ."""
-    return hmac.compare_digest(_encode(one), _encode(other))
+    return hmac.compare_digest(one.encode("utf-8", "surrogatepass"), other.encode("utf-8", "surrogatepass"))

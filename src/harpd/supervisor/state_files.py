@@ -68,7 +68,7 @@ class Purpose(Enum):
 
 
 class InvalidEntry(ValueError):
-    """An entry that is damaged, or that no supervisor has written. The message has the reason."""
+    """An entry that is not valid. The message has the reason."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,8 +88,26 @@ def encode_state(call_id: str, boot: str, tree: CallTree, session: Raw | None) -
     return b"%b%b%b}" % (head.encode(), cgroup, resumable)
 
 
-def decode_state(content: bytes, boot: str) -> CallState | None:
-    """Return the state of a call; None if it is from another boot. Raises `InvalidEntry`."""
+def encode_entry(purpose: Purpose, content: bytes) -> bytes:
+    """Return the bytes of an entry, of which there are at most `ENTRY_SIZE`."""
+    letter = purpose.value
+    return b"%b %08x %b\n" % (letter, zlib.crc32(content, zlib.crc32(letter)), content)
+
+
+def decode_entry(data: bytes, boot: str) -> tuple[Purpose, bytes, CallState] | None:
+    """Return purpose, content and state of an entry; None if it is not in use, or from another boot.
+
+    Raises:
+        InvalidEntry: it is damaged, or no supervisor has written it.
+    """
+    if not data or data.startswith(b"\0"):
+        return None
+    found = _ENTRY.match(data)
+    if found is None:
+        raise InvalidEntry("it is not an entry")
+    purpose, checksum, content = found.groups()
+    if int(checksum, 16) != zlib.crc32(content, zlib.crc32(purpose)):
+        raise InvalidEntry("the checksum is wrong")
     try:
         members = loads(content)
         call_id, pid, start, cgroup = members["call"], members["pid"], members["start"], members.get("cgroup")
@@ -102,26 +120,7 @@ def decode_state(content: bytes, boot: str) -> CallState | None:
     except (InvalidJSON, KeyError, TypeError, AttributeError) as error:
         raise InvalidEntry(f"it does not describe a call: {error!r}") from error
     tree = CallTree(pid, start, cookie_for(call_id), None if cgroup is None else Cgroup(cgroup))
-    return CallState(call_id, tree, members.get("resumable"))
-
-
-def encode_entry(purpose: Purpose, content: bytes) -> bytes:
-    """Return the bytes of an entry, of which there are at most `ENTRY_SIZE`."""
-    letter = purpose.value
-    return b"%b %08x %b\n" % (letter, zlib.crc32(content, zlib.crc32(letter)), content)
-
-
-def decode_entry(data: bytes) -> tuple[Purpose, bytes] | None:
-    """Return purpose and content of an entry; None if it is not in use. Raises `InvalidEntry`."""
-    if not data or data.startswith(b"\0"):
-        return None
-    found = _ENTRY.match(data)
-    if found is None:
-        raise InvalidEntry("it is not an entry")
-    purpose, checksum, content = found.groups()
-    if int(checksum, 16) != zlib.crc32(content, zlib.crc32(purpose)):
-        raise InvalidEntry("the checksum is wrong")
-    return Purpose(purpose), content
+    return Purpose(purpose), content, CallState(call_id, tree, members.get("resumable"))
 
 
 # The files.
@@ -172,13 +171,13 @@ class _OpenFile:
         invalid: list[str] = []
         for number in range(min(-(-os.fstat(self._descriptor).st_size // ENTRY_SIZE), _MAX_ENTRIES)):
             try:
-                found = decode_entry(os.pread(self._descriptor, ENTRY_SIZE, number * ENTRY_SIZE))
-                state = None if found is None else decode_state(found[1], boot)
+                found = decode_entry(os.pread(self._descriptor, ENTRY_SIZE, number * ENTRY_SIZE), boot)
             except (InvalidEntry, OSError) as error:
                 invalid.append(str(error))
                 continue
-            if found is not None and state is not None:
-                yield _Entry(number, found[1], found[0]), state
+            if found is not None:
+                purpose, content, state = found
+                yield _Entry(number, content, purpose), state
         if invalid:
             fields = {"file": str(self.path), "entries": len(invalid), "reason": invalid[0]}
             log.warning("cannot read state of calls", extra=fields)

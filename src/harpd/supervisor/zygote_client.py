@@ -56,7 +56,7 @@ class ZygoteClient:
     """A zygote process, which loads the procedures file once. Raises OSError if it cannot be created.
 
     Args:
-        settings: see `harpd.supervisor.main`.
+        settings: see `harpd.config.loaded`.
         on_loaded: called once: with None when the file is loaded, else with the error.
         on_lost: called if it dies or does not fork, unless it has retired. It gets no more calls.
     """
@@ -74,7 +74,7 @@ class ZygoteClient:
         self._on_loaded: Callable[[str | None], None] | None = on_loaded
         self._on_lost = on_lost
         self._unsent: deque[tuple[bytes, Sequence[int]]] = deque()
-        # All workers without a call that had none before, oldest first; the zygote has not replied for the last ones.
+        # Workers without a call that had none before, oldest first. Some may be dead, the last ones not forked yet.
         self._preforked: deque[WorkerProcess] = deque()
         self._forking: deque[WorkerProcess] = deque()  # in the order of the fork commands without a reply
         self._idle_since: dict[WorkerProcess, float] = {}  # idle workers, the longest idle one first
@@ -289,15 +289,10 @@ class ZygoteClient:
                 worker.on_forked(pid, start_time(pid, parent=self.pid))
             case {"reaped": pid, "status": status, "cpu": cpu, "memory": memory}:
                 if dead_worker := self._children.pop(pid, None):  # not an orphan, whose parent the zygote is
-                    if dead_worker in self._preforked:  # another process has killed it
-                        self._preforked.remove(dead_worker)
                     dead_worker.on_reaped(status, cpu, memory)
                 self._close_if_done()
             case {"failed": reason}:
-                worker = self._forking.popleft()
-                if worker in self._preforked:
-                    self._preforked.remove(worker)
-                worker.on_fork_failed(reason)
+                self._forking.popleft().on_fork_failed(reason)
                 self._close_if_done()
             case {"procedure": name, "streaming": streaming, "timeout": timeout, "max_calls": max_calls}:
                 self.procedures[name] = ProcedureInfo(len(self.procedures), streaming, timeout, max_calls)
