@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -51,10 +51,7 @@ class Address:
 
     @classmethod
     def parse(cls, text: str) -> Self | None:
-        """Parse ``ADDRESS:PORT`` or ``unix:/PATH``; return None for any other text.
-
-        ADDRESS is ``*`` for all addresses; an IPv6 address is in brackets.
-        """
+        """Parse ``ADDRESS:PORT``, ``*:PORT``, ``[IPV6]:PORT`` or ``unix:/PATH``; return None for any other text."""
         if text.startswith("unix:/"):
             return cls(None, 0, Path(text.removeprefix("unix:")))
         match = _ADDRESS.fullmatch(text)
@@ -133,34 +130,44 @@ KEYS = frozenset(Config.__struct_fields__) - {"file", "ignored"}
 
 
 def load(file: Path = DEFAULT_FILE) -> Config:
-    """Load and check a configuration file.
-
-    Args:
-        file: the file; relative paths in it are relative to its directory.
+    """Load and check a configuration file, to whose directory relative paths in it are relative.
 
     Raises:
         ConfigError: the file cannot be read, is not TOML, or has an invalid key or value.
     """
-    members = _read(file)
-    ignored = tuple(key for key in members if key in IGNORED_KEYS)
+
+    def to_path(_: type, value: Any) -> Path:
+        if not isinstance(value, str) or not value or "\0" in value:
+            raise ValueError(f"expected a path, got {value!r}")
+        return file.absolute().parent / value
+
+    try:
+        members = tomllib.loads(file.read_bytes().decode())
+    except OSError as error:
+        raise ConfigError(f"{file}: {error.strerror}") from error
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"{file}: expected TOML: {error}") from error
     for key in members:
         if key not in KEYS and key not in IGNORED_KEYS:
             near = "".join(f"; did you mean {name}?" for name in get_close_matches(key, KEYS, 1))
             raise ConfigError(f"{file}: {key}: expected a key of the dispatcher, got an unknown one{near}")
-    known = {key: value for key, value in members.items() if key in KEYS - {"listen"}}
-    config = convert(file, known, Config, _path_converter(file.absolute().parent))
+    config = convert(file, {key: members[key] for key in members if key in KEYS - {"listen"}}, Config, to_path)
+    changed: dict[str, Any] = {"file": file, "ignored": tuple(key for key in members if key in IGNORED_KEYS)}
     if "listen" in members:
-        config = msgspec.structs.replace(config, listen=_parse_addresses(file, members["listen"]))
-    return msgspec.structs.replace(config, file=file, ignored=ignored)
+        changed["listen"] = _parse_addresses(file, members["listen"])
+    return msgspec.structs.replace(config, **changed)
 
 
 def _parse_addresses(file: Path, texts: object) -> tuple[Address, ...]:
     if not isinstance(texts, list) or not texts:
         raise ConfigError(f"{file}: listen: expected an array of addresses, got {texts!r}")
+    addresses = []
     for text in texts:
-        if not isinstance(text, str) or Address.parse(text) is None:
+        address = Address.parse(text) if isinstance(text, str) else None
+        if address is None:
             raise ConfigError(f'{file}: listen: expected "ADDRESS:PORT", an IPv6 address in brackets, got {text!r}')
-    return tuple(filter(None, map(Address.parse, texts)))
+        addresses.append(address)
+    return tuple(addresses)
 
 
 @contextmanager
@@ -172,21 +179,3 @@ def file_errors(config: Config, key: str) -> Iterator[None]:
         reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
         expected = f"expected a file that can be used, got {getattr(config, key)}"
         raise ConfigError(f"{config.file}: {key}: {expected}: {reason}") from error
-
-
-def _read(file: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(file.read_bytes().decode())
-    except OSError as error:
-        raise ConfigError(f"{file}: {error.strerror}") from error
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ConfigError(f"{file}: expected TOML: {error}") from error
-
-
-def _path_converter(directory: Path) -> Callable[[type, Any], Any]:
-    def convert(_: type, value: Any) -> Path:
-        if not isinstance(value, str) or not value or "\0" in value:
-            raise ValueError(f"expected a path, got {value!r}")
-        return directory / value
-
-    return convert

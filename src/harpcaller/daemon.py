@@ -50,14 +50,9 @@ def configure_log(config: Config, debug: bool) -> None:
 async def run(
     config: Config, socket: Path, on_ready: Callable[[], None], debug: bool, wall: Callable[[], float] = time.time
 ) -> None:
-    """Serve until SIGTERM, SIGINT or the command `stop`; SIGHUP reloads, SIGUSR1 reopens the log files.
+    """Serve until SIGTERM, SIGINT or the command `stop`; SIGHUP reloads the file, SIGUSR1 reopens the log files.
 
-    Args:
-        config: the configuration; a reload loads its file again.
-        socket: the control socket.
-        on_ready: called when requests are accepted.
-        debug: as in `configure_log`.
-        wall: the wall clock for stored times; Unix seconds.
+    `on_ready` is called when requests are accepted. `wall` is the wall clock for stored times.
 
     Raises:
         ConfigError: the configuration cannot be used.
@@ -82,13 +77,14 @@ async def run(
             stack.push_async_callback(store.close)
             dispatcher = await stack.enter_async_context(Dispatcher(config, store, wall))
             clients = await stack.enter_async_context(aclosing(ClientServer(dispatcher)))
-            daemon = _RunningDaemon(dispatcher, debug, stop)
-            administration = await stack.enter_async_context(aclosing(ControlServer(daemon)))
-            administration.serve([control])
+            reloader = _Reloader(dispatcher, debug)
+            controller = ControlServer(dispatcher, stop.set, reloader.reload)
+            await stack.enter_async_context(aclosing(controller))
+            controller.serve([control])
             clients.serve(listeners)
             on_ready()
             notify_service_manager("READY=1")
-            reloading = asyncio.create_task(daemon.reload_on_request(reload_requested))
+            reloading = asyncio.create_task(reloader.reload_on_request(reload_requested))
             await stop.wait()
             log.info("harpcallerd stops")
             notify_service_manager("STOPPING=1")
@@ -99,21 +95,14 @@ async def run(
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1})
 
 
-class _RunningDaemon:
-    """The running daemon. A `harpcaller.api.control_server.Daemon`.
+class _Reloader:
+    """Reloads the configuration file, one time after the other; `debug` as in `configure_log`."""
 
-    Args:
-        dispatcher: the dispatcher.
-        debug: as in `configure_log`.
-        stop: set to stop the daemon.
-    """
-
-    def __init__(self, dispatcher: Dispatcher, debug: bool, stop: asyncio.Event) -> None:
-        self.dispatcher = dispatcher
-        self.stop = stop.set
+    def __init__(self, dispatcher: Dispatcher, debug: bool) -> None:
+        self._dispatcher = dispatcher
         self._debug = debug
         self._at_start = dispatcher.config
-        self._reloading = asyncio.Lock()
+        self._lock = asyncio.Lock()
 
     async def reload_on_request(self, requested: asyncio.Event) -> None:
         """Reload after each request; the results are logged."""
@@ -127,35 +116,29 @@ class _RunningDaemon:
                 log.exception("reload failed; nothing is changed")
 
     async def reload(self) -> list[str]:
-        """Reload the configuration file, all or nothing.
-
-        Returns:
-            The changed keys that need a restart; their old values remain in use.
+        """Reload, all or nothing; return the changed keys that need a restart, whose old values remain in use.
 
         Raises:
             ConfigError: the file cannot be used; nothing has changed.
         """
-        async with self._reloading:
+        async with self._lock:
             notify_service_manager(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
+            before = self._dispatcher.config
             try:
-                await self._reload()
+                config = await asyncio.to_thread(load, before.file)
+                try:
+                    configure_log(config, self._debug)
+                    await self._dispatcher.reload(config)
+                except BaseException:
+                    configure_log(before, self._debug)
+                    raise
             except ConfigError as error:
                 log.error("reload failed; nothing is changed", extra={"reason": str(error)})
                 raise
             finally:
                 notify_service_manager("READY=1")
             log.info("reloaded")
-            return report_restart_needed(self._at_start, self.dispatcher.config, _NEEDING_RESTART)
-
-    async def _reload(self) -> None:
-        before = self.dispatcher.config
-        config = await asyncio.to_thread(load, before.file)
-        try:
-            configure_log(config, self._debug)
-            await self.dispatcher.reload(config)
-        except BaseException:
-            configure_log(before, self._debug)
-            raise
+            return report_restart_needed(self._at_start, config, _NEEDING_RESTART)
 
 
 def _open_control(path: Path) -> Listener:

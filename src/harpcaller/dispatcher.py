@@ -83,19 +83,13 @@ class Dispatcher:
     """The dispatcher: an asynchronous context manager that runs while its context lasts.
 
     Every method may raise `StorageError`; then it changed nothing. Methods with a job id accept any text: a text that
-    is not a UUID in lower-case form is an unknown job.
-
-    Args:
-        config: the configuration.
-        store: the open store; leaving the context does not close it.
-        wall: returns the wall clock in Unix seconds, for times that are stored and shown.
-
-    Raises:
-        ConfigError: a certificate file or the hosts file is invalid.
+    is not a UUID in lower-case form is an unknown job. `wall` returns the wall clock in Unix seconds, for times that
+    are stored and shown. Raises `ConfigError` if a certificate file or the hosts file is invalid.
     """
 
     def __init__(self, config: Config, store: Store, wall: Callable[[], float] = time.time) -> None:
-        self._config = config
+        #: The current configuration.
+        self.config = config
         self._store = store
         self._wall = wall
         self._notifier = Notifier()
@@ -113,7 +107,7 @@ class Dispatcher:
         timers = TimerWheel()
         runner = self._runner
         runner.context = RunContext(
-            config=self._config,
+            config=self.config,
             tls=self._tls,
             store=self._store,
             notifier=self._notifier,
@@ -128,13 +122,13 @@ class Dispatcher:
             request_claim=runner.request_claim,
             wall=self._wall,
         )
-        self._report_config(self._config, frozenset())
+        self._report_config(self.config, frozenset())
         await self._group.__aenter__()
         recovered = await runner.recover()
         self._maintenance = [
             self._group.create_task(runner.begin_claiming(recovered)),
             self._group.create_task(self._registry.refresh_regularly()),
-            self._group.create_task(prune_regularly(self._store, self._wall, lambda: self._config.max_age_seconds)),
+            self._group.create_task(prune_regularly(self._store, self._wall, lambda: self.config.max_age_seconds)),
         ]
         return self
 
@@ -148,11 +142,6 @@ class Dispatcher:
             await self._group.__aexit__(kind, error, traceback)
 
     # Requests of the APIs.
-
-    @property
-    def config(self) -> Config:
-        """The current configuration."""
-        return self._config
 
     @property
     def active_calls(self) -> int:
@@ -282,7 +271,7 @@ class Dispatcher:
             run=runs.get(job_id),
             host=self._registry.find_host(details.job.host),
             registry_loaded=self._registry.is_ready,
-            config=self._config,
+            config=self.config,
             active_calls=len(runs),
             store_failing=context.writes.failing,
             timings=context.timings.get_phases(job_id),
@@ -364,7 +353,7 @@ class Dispatcher:
         """
         tls = HostTLS(config)
         self._registry.update_config(config)
-        reported, self._config = frozenset(self._config.ignored), config
+        reported, self.config = frozenset(self.config.ignored), config
         self._tls = tls
         self._runner.context = replace(self._runner.context, config=config, tls=tls)
         self._report_config(config, reported)
@@ -377,7 +366,7 @@ class Dispatcher:
         return [self._new_job(job_id, call) for job_id, call in zip(ids, calls, strict=True)]
 
     def _new_job(self, job_id: str, call: Call) -> NewJob:
-        config = self._config
+        config = self.config
         return NewJob(
             job_id,
             call.host,

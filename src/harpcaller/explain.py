@@ -26,27 +26,16 @@ _MAX_SECONDS = 2.0**40
 
 @dataclass(frozen=True, slots=True)
 class ExplainContext:
-    """The state of the dispatcher that is not in the store.
+    """The state of the dispatcher that is not in the store."""
 
-    Attributes:
-        run: the run of the job's call; None: it has none.
-        host: the job's host; None: the registry has no host of this name.
-        registry_loaded: whether the registry is loaded.
-        config: the current limits.
-        active_calls: number of active calls.
-        store_failing: whether the store currently rejects data of active calls.
-        timings: the measured phases of the dispatcher's own steps, in seconds.
-        now: Unix seconds.
-    """
-
-    run: Run | None
-    host: Host | None
+    run: Run | None  # of the job's call
+    host: Host | None  # None: the registry does not have the job's host
     registry_loaded: bool
     config: Config
     active_calls: int
-    store_failing: bool
-    timings: Mapping[str, float]
-    now: float
+    store_failing: bool  # whether the store currently rejects data of active calls
+    timings: Mapping[str, float]  # the measured phases of the dispatcher's own steps, in seconds
+    now: float  # Unix seconds
 
 
 def describe_job(details: JobDetails, context: ExplainContext) -> Envelope:
@@ -76,9 +65,9 @@ def describe_job(details: JobDetails, context: ExplainContext) -> Envelope:
 def _phases(job: Job, metadata: JobMetadata, own: Mapping[str, float]) -> Envelope:
     """Return the duration of each phase of the job in seconds; None: unknown, or not completed.
 
-    The host measures its phases itself, so its clock may differ. `other` is the remaining time between the job's start
-    and end: transfers, and the storing of the last records. The dispatcher's own phases are before and after that
-    time, except `store` of a job that got its slot in the same commit.
+    The host measures its phases by its own clock. `other` is the remaining time between the job's start and end:
+    transfers, and the storing of the last records. The dispatcher's `own` phases are before and after that time, except
+    `store` of a job that got its slot in the same commit.
     """
     call, exit_info = (_object(column) for column in (metadata.call, metadata.exit_info))
     began, ended = (_seconds(exit_info, key) for key in ("started", "ended"))
@@ -130,12 +119,12 @@ def _call(stored: Raw | None, context: ExplainContext) -> Envelope | Raw | None:
 
 
 def _why(details: JobDetails, context: ExplainContext) -> str:
-    job = details.job
-    if job.state is State.QUEUED:
-        return _why_queued(job, details.queue_position, context)
-    if job.state is State.RUNNING:
-        return _why_running(job, context)
-    return f"{_how_ended(job, details)}{_stop(job, details, context)}"
+    match details.job.state:
+        case State.QUEUED:
+            return _why_queued(details.job, details.queue_position, context)
+        case State.RUNNING:
+            return _why_running(details.job, context)
+    return _how_ended(details) + _stop(details, context)
 
 
 def _why_queued(job: Job, waiting: QueuePosition | None, context: ExplainContext) -> str:
@@ -178,35 +167,34 @@ def _unreachable(job: Job, run: Run) -> str:
     if run.outage.error is None:
         return f"it is reconnecting to host {job.host}, since {_format_time(run.outage.since)}"
     attempts = f"{run.outage.attempts} attempts, last error: {run.outage.error[:_MAX_QUOTE]}"
-    left = max(0.0, run.seconds_until_lost())
+    remaining = max(0.0, run.seconds_until_lost())
     return (
         f"host {job.host} cannot be reached since {_format_time(run.outage.since)} ({attempts}); "
-        f"next attempt within 5 s, declared lost in {left:.0f} s"
+        f"next attempt within 5 s, declared lost in {remaining:.0f} s"
     )
 
 
-def _how_ended(job: Job, details: JobDetails) -> str:
-    took = "" if job.started is None or job.ended is None else f" after {max(0.0, job.ended - job.started):.3f} s"
+def _how_ended(details: JobDetails) -> str:
+    job = details.job
+    after = "" if job.started is None or job.ended is None else f" after {max(0.0, job.ended - job.started):.3f} s"
     match job.end:
         case Failed(kind, message):
-            return f"it failed{took}: {kind}: {message[:_MAX_QUOTE]}"
+            return f"it failed{after}: {kind}: {message[:_MAX_QUOTE]}"
         case Raised(kind, message):
-            return f"it raised {kind}{took}: {message[:_MAX_QUOTE]}"
+            return f"it raised {kind}{after}: {message[:_MAX_QUOTE]}"
     if job.state is State.RETURNED:
-        return f"it returned{took}"
-    by = loads(details.metadata.stop_request).get("by") if details.metadata.stop_request else None
-    by_text = f" by {by}" if by else ""
-    return (
-        f"it was cancelled{by_text} at {_format_time(job.ended)}{', before it started' if job.started is None else ''}"
-    )
+        return f"it returned{after}"
+    client = loads(details.metadata.stop_request).get("by") if details.metadata.stop_request else None
+    by = f" by {client}" if client else ""
+    return f"it was cancelled{by} at {_format_time(job.ended)}{', before it started' if job.started is None else ''}"
 
 
-def _stop(job: Job, details: JobDetails, context: ExplainContext) -> str:
+def _stop(details: JobDetails, context: ExplainContext) -> str:
     report = loads(details.metadata.stop_report) if details.metadata.stop_report else {}
-    match job.stop:
+    match details.job.stop:
         case StopState.PENDING:
             if context.run is not None and context.run.outage is not None:
-                return f"; its stop is pending: {_unreachable(job, context.run)}"
+                return f"; its stop is pending: {_unreachable(details.job, context.run)}"
             return "; its stop is pending: the host has not confirmed it yet"
         case StopState.CONFIRMED:
             found = report.get("found")

@@ -55,18 +55,13 @@ class RecordBatch:
 
 
 class Subscription:
-    """The notifications of one job, for all its subscribers.
-
-    Attributes:
-        end: the job's end, if a notification carried it.
-        newest: the records of the last notification that carried records.
-    """
+    """The notifications of one job, for all its subscribers."""
 
     __slots__ = ("end", "newest", "subscribers")
 
     def __init__(self) -> None:
-        self.end: End | None = None
-        self.newest: RecordBatch | None = None
+        self.end: End | None = None  # if a notification carried it
+        self.newest: RecordBatch | None = None  # of the last notification that carried records
         self.subscribers: list[Subscriber] = []
 
     def notify(self, ended: bool) -> None:

@@ -1,7 +1,7 @@
 """The records of a job for one client, then its end; and the end alone. Both wait without a task.
 
-The owner takes items as fast as the client reads them, and is notified when there may be another one. So a client that
-does not read costs only a number here, and the records that all followers share.
+The owner requests items as fast as the client reads them, and is notified when there may be another one. So a client
+that does not read costs only a number here, and the records that all followers share.
 """
 
 from __future__ import annotations
@@ -26,14 +26,9 @@ _BATCH_BYTES = 64 * 1024
 class RecordStream:
     """The stored and, while it waits, the future records of a job, in batches of limited size, then its end.
 
-    Args:
-        job_id: the job.
-        since: number of the first record; it may be in the future. Not together with `recent`.
-        recent: number of the newest stored records to begin with.
-        wait: whether to wait until the job has ended; otherwise the last item is `Continue` if it has not.
-        store: the store.
-        notifier: publishes records and the end.
-        on_ready: called when `take` may return an item or raise, never within `take`.
+    It begins with record `since`, which may be in the future, or with the `recent` newest stored records. With `wait`
+    it waits until the job has ended; otherwise its last item is `Continue` if the job has not. `on_ready` is called
+    when `next_item` may return an item or raise, never within it.
     """
 
     def __init__(
@@ -54,19 +49,14 @@ class RecordStream:
         self._notifier = notifier
         self._on_ready = on_ready
         self._job: Job | None = None
-        self._batch: RecordBatch | None = None  # was read from the store, and is not taken yet
+        self._batch: RecordBatch | None = None  # was read from the store, and is the next item
         self._error: BaseException | None = None
         self._reads = 0
         self._subscription = notifier.subscribe(job_id, self._on_published) if wait else None
         self._read_job()
 
-    def take(self) -> RecordBatch | End | Continue | None:
-        """Return the next item; None: `on_ready` will be called.
-
-        Raises:
-            UnknownJob: the job is unknown, or was pruned meanwhile.
-            StorageError: the store failed.
-        """
+    def next_item(self) -> RecordBatch | End | Continue | None:
+        """Return the next item; None: `on_ready` will be called. Raises `UnknownJob` or `StorageError`."""
         if self._error is not None:
             raise self._error
         job = self._job
@@ -93,7 +83,7 @@ class RecordStream:
             self._read_job()
 
     def close(self) -> None:
-        """End the subscription; no further item is taken."""
+        """End the subscription; no further item is requested."""
         self._wait = False
         if self._subscription is not None:
             self._subscription = None
@@ -123,7 +113,7 @@ class RecordStream:
             self._error = UnknownJob(self._job_id)  # pruned during the read
 
     def _read(self, verb: Callable[[], Awaitable[T]], use: Callable[[T], None]) -> None:
-        """Read from the store; `take` returns nothing meanwhile."""
+        """Read from the store; `next_item` returns None until then."""
         self._reads += 1
 
         def on_read(read: asyncio.Future[T]) -> None:

@@ -78,7 +78,7 @@ async def _items(
     try:
         while True:
             ready.clear()
-            item = stream.take()
+            item = stream.next_item()
             if item is None:
                 await ready.wait()
                 continue

@@ -201,7 +201,7 @@ class ClientServer(Server):
         def send_more() -> None:
             try:
                 while connection.is_sent and not connection.is_closing:
-                    item = stream.take()
+                    item = stream.next_item()
                     if item is None:
                         return
                     send(item)

@@ -49,10 +49,8 @@ class ClientDisconnected(Exception):
 class Server(ABC):
     """A server of client connections: it answers each request, then calls `Connection.read_request` or `close`.
 
-    Args:
-        max_connections: returns the number of connections that are served at once.
-        rejection: the line for a connection over this number.
-        request_memory: maximum total bytes of long requests that are being received or answered.
+    A connection over `max_connections` receives the line `rejection`. `request_memory` is the maximum total bytes of
+    long requests that are being received or answered.
     """
 
     def __init__(self, max_connections: Callable[[], int], rejection: bytes, request_memory: int) -> None:
@@ -104,15 +102,7 @@ class Server(ABC):
 
 
 class Connection:
-    """An accepted connection. It closes its non-blocking socket.
-
-    Args:
-        accepted: the socket.
-        client: the client's address or user, for the log.
-        server: the server.
-        timers: the timers of the event loop.
-        memory: its part of the memory for all requests.
-    """
+    """An accepted connection, which closes its non-blocking socket. `client` is an address or a user, for the log."""
 
     def __init__(
         self, accepted: socket.socket, client: str, server: Server, timers: TimerWheel, memory: Reservation

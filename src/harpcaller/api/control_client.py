@@ -35,35 +35,22 @@ class NotRunning(ControlError):
 
 
 class ControlClient:
-    """A client of the control API of a harpcallerd.
+    """A client of the control API of the harpcallerd with this control socket.
 
-    Args:
-        path: the control socket.
+    Each method raises `ControlError` if the command failed, or the reply is late or incomplete, and `NotRunning` if no
+    daemon is running.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
 
     def send_command(self, command: str, **options: Any) -> Iterator[Raw]:
-        """Send a command; yield the items of the reply as JSON text.
-
-        Args:
-            command: name of the command; `harpcaller.api.control_server` lists them.
-            options: options of the command; those that are None are omitted.
-
-        Raises:
-            NotRunning: no daemon is running.
-            ControlError: the command failed, or the reply is incomplete.
-        """
+        """Send a command with its options that are not None; yield the items of the reply as JSON text."""
         with self._connect() as connection:
             yield from self._exchange(connection, command, options)
 
     def is_running(self) -> bool:
-        """Return whether the daemon runs and replies.
-
-        Raises:
-            ControlError: the daemon runs and does not reply.
-        """
+        """Return whether the daemon runs and replies."""
         try:
             with self._connect() as connection:
                 connection.settimeout(_REPLY_TIMEOUT)
@@ -82,15 +69,7 @@ class ControlClient:
         return True
 
     def stop(self, timeout: float | None) -> int:
-        """Stop the daemon and wait until its process has exited; return the process id.
-
-        Args:
-            timeout: maximum seconds to wait; None for no limit.
-
-        Raises:
-            NotRunning: no daemon is running.
-            ControlError: the daemon did not reply, or has not exited within `timeout` seconds.
-        """
+        """Stop the daemon; return its process id when it has exited, after `timeout` seconds at most."""
         with self._connect() as connection:
             pid, _, _ = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
             try:
@@ -122,8 +101,8 @@ class ControlClient:
         given = {name: option for name, option in options.items() if option is not None}
         try:
             connection.sendall(dumps(Envelope(command=command, **given)) + b"\n")
-            with connection.makefile("rb") as answer:
-                for line in answer:
+            with connection.makefile("rb") as reply:
+                for line in reply:
                     members = decode_slices(line)
                     if "done" in members:
                         return

@@ -9,7 +9,7 @@ import logging
 import os
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import aclosing
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, TypeAlias
 
 from harp.protocol.fields import (
     ProtocolError,
@@ -45,30 +45,27 @@ _ADMINISTRATOR = "administrator"
 #: Bytes of a list that are sent together.
 _SEND_BYTES = 64 * 1024
 
-Items = AsyncGenerator[Envelope, None]
-
-
-class Daemon(Protocol):
-    """The daemon that runs the dispatcher, as far as commands control it."""
-
-    dispatcher: Dispatcher
-    stop: Callable[[], None]
-
-    def reload(self) -> Awaitable[list[str]]:
-        """Read the configuration again; return the changed keys that need a restart.
-
-        Raises:
-            ConfigError: the configuration cannot be used; nothing has changed.
-        """
+Items: TypeAlias = AsyncGenerator[Envelope, None]
 
 
 class ControlServer(Server):
-    """The server of the connections to the control socket."""
+    """The server of the connections to the control socket.
 
-    def __init__(self, daemon: Daemon) -> None:
-        self._daemon = daemon
+    Args:
+        dispatcher: executes most commands.
+        stop: stops the daemon.
+        reload: reads the configuration again; returns the changed keys that need a restart. Raises `ConfigError` if the
+            configuration cannot be used.
+    """
+
+    def __init__(
+        self, dispatcher: Dispatcher, stop: Callable[[], None], reload: Callable[[], Awaitable[list[str]]]
+    ) -> None:
         rejection = _line(error="too many connections to the control socket")
         super().__init__(lambda: _MAX_CONNECTIONS, rejection, _MAX_CONNECTIONS * _MAX_REQUEST)
+        self._dispatcher = dispatcher
+        self._stop_daemon = stop
+        self._reload_daemon = reload
 
     def request_limits(self) -> tuple[int, float]:
         """See `Server`."""
@@ -100,113 +97,102 @@ class ControlServer(Server):
         options = {key: read(members, key) for key, read in command.required.items()}
         options |= {key: read(members, key) for key, read in command.optional.items() if key in members}
         log.debug("command", extra={"command": name, "client": connection.client})
-        async with aclosing(command.run(self._daemon, **options)) as items:
-            await _send_items(items, connection)
-        connection.write(_line(done=True))
+        piece = bytearray()  # of bounded size, so that a long list needs few sends and little memory
+        async with aclosing(command.run(self, **options)) as items:
+            async for item in items:
+                piece += _line(item=item)
+                if len(piece) >= _SEND_BYTES:
+                    await connection.send(bytes(piece))
+                    piece.clear()
+        connection.write(bytes(piece) + _line(done=True))
         connection.close()
 
+    # The commands.
 
-async def _send_items(items: Items, connection: Connection) -> None:
-    """Send items in pieces of bounded size, so that a long list needs few sends and little memory."""
-    piece = bytearray()
-    async for item in items:
-        piece += _line(item=item)
-        if len(piece) >= _SEND_BYTES:
-            await connection.send(bytes(piece))
-            piece.clear()
-    if piece:
-        await connection.send(bytes(piece))
+    async def _status(self) -> Items:
+        yield Envelope(pid=os.getpid(), calls=self._dispatcher.active_calls)
+
+    async def _stop(self) -> Items:
+        log.info("stop requested")
+        self._stop_daemon()  # the reply is still sent
+        yield Envelope(pid=os.getpid())
+
+    async def _reload(self) -> Items:
+        yield Envelope(reloaded=True, restart_needed=await self._reload_daemon())
+
+    async def _reopen_logs(self) -> Items:
+        logs.reopen()
+        yield Envelope(reopened=True)
+
+    async def _list(
+        self,
+        all: bool = False,
+        queue: bool = False,
+        host: str | None = None,
+        of_queue: Raw | None = None,
+        newest: int | None = None,
+    ) -> Items:
+        check(host is None or of_queue is None, "host, of_queue: expected one of them, got both")
+        async for job in self._dispatcher.list_jobs(all, host, of_queue, newest):
+            yield Envelope(_job_item(job), queue=job.queue) if queue else _job_item(job)
+
+    async def _info(self, job: str, full: bool = False) -> Items:
+        if full:
+            yield Envelope(await self._dispatcher.details(job))
+            return
+        found = await self._dispatcher.get_job(job)
+        yield Envelope(
+            _job_item(found),
+            queue=found.queue,
+            info=found.info,
+            state=found.state.value,
+            timeout=found.timeout,
+            max_exec_time=found.max_exec_time,
+            records=found.records,
+            end=None if found.end is None else encode_object(found.end),
+        )
+
+    async def _cancel(self, job: str) -> Items:
+        yield Envelope(cancelled=await self._dispatcher.cancel(job, _ADMINISTRATOR))
+
+    async def _release_slot(self, job: str) -> Items:
+        yield Envelope(released=await self._dispatcher.release_slot(job))
+
+    async def _queue_list(self, queue: Raw | None = None) -> Items:
+        if queue is None:
+            for lane in await self._dispatcher.list_queues():
+                yield Envelope(queue=lane.name, concurrency=lane.concurrency, running=lane.running, queued=lane.queued)
+            return
+        async for job in self._dispatcher.list_jobs(queue=queue):
+            yield Envelope(_job_item(job), running=job.state is State.RUNNING)
+
+    async def _queue_cancel(self, queue: Raw) -> Items:
+        yield Envelope(cancelled=await self._dispatcher.cancel_queue(queue, _ADMINISTRATOR))
+
+    async def _hosts_list(self) -> Items:
+        for host in self._dispatcher.hosts():
+            yield Envelope(hostname=host.hostname, address=host.address, port=host.port)
+
+    async def _hosts_refresh(self) -> Items:
+        yield Envelope(hosts=await self._dispatcher.refresh_hosts())
+
+    async def _prune_jobs(self, age: float | None = None) -> Items:
+        seconds = self._dispatcher.config.max_age_seconds if age is None else age
+        yield Envelope(pruned=await self._dispatcher.prune(seconds))
 
 
 def _line(**members: Any) -> bytes:
     return bytes(dumps(Envelope(members))) + b"\n"
 
 
-# The commands.
-
-
-async def _status(daemon: Daemon) -> Items:
-    yield Envelope(pid=os.getpid(), calls=daemon.dispatcher.active_calls)
-
-
-async def _stop(daemon: Daemon) -> Items:
-    log.info("stop requested")
-    daemon.stop()  # the reply is still sent
-    yield Envelope(pid=os.getpid())
-
-
-async def _reload(daemon: Daemon) -> Items:
-    yield Envelope(reloaded=True, restart_needed=await daemon.reload())
-
-
-async def _reopen_logs(_: Daemon) -> Items:
-    logs.reopen()
-    yield Envelope(reopened=True)
-
-
-async def _list(
-    daemon: Daemon,
-    all: bool = False,
-    queue: bool = False,
-    host: str | None = None,
-    of_queue: Raw | None = None,
-    newest: int | None = None,
-) -> Items:
-    check(host is None or of_queue is None, "host, of_queue: expected one of them, got both")
-    async for job in daemon.dispatcher.list_jobs(all, host, of_queue, newest):
-        yield Envelope(_job_item(job), queue=job.queue) if queue else _job_item(job)
-
-
-async def _info(daemon: Daemon, job: str, full: bool = False) -> Items:
-    if full:
-        yield Envelope(await daemon.dispatcher.details(job))
-        return
-    found = await daemon.dispatcher.get_job(job)
-    yield Envelope(
-        _job_item(found),
-        queue=found.queue,
-        info=found.info,
-        state=found.state.value,
-        timeout=found.timeout,
-        max_exec_time=found.max_exec_time,
-        records=found.records,
-        end=None if found.end is None else encode_object(found.end),
+def _job_item(job: Job) -> Envelope:
+    """Return a job as it appears in every list."""
+    submit, start, end = (None if time is None else int(time) for time in (job.submitted, job.started, job.ended))
+    return Envelope(
+        job=job.id,
+        call=Envelope(host=job.host, procedure=job.procedure, arguments=job.arguments),
+        time=Envelope(submit=submit, start=start, end=end),
     )
-
-
-async def _cancel(daemon: Daemon, job: str) -> Items:
-    yield Envelope(cancelled=await daemon.dispatcher.cancel(job, _ADMINISTRATOR))
-
-
-async def _release_slot(daemon: Daemon, job: str) -> Items:
-    yield Envelope(released=await daemon.dispatcher.release_slot(job))
-
-
-async def _queue_list(daemon: Daemon, queue: Raw | None = None) -> Items:
-    if queue is None:
-        for lane in await daemon.dispatcher.list_queues():
-            yield Envelope(queue=lane.name, concurrency=lane.concurrency, running=lane.running, queued=lane.queued)
-        return
-    async for job in daemon.dispatcher.list_jobs(queue=queue):
-        yield Envelope(_job_item(job), running=job.state is State.RUNNING)
-
-
-async def _queue_cancel(daemon: Daemon, queue: Raw) -> Items:
-    yield Envelope(cancelled=await daemon.dispatcher.cancel_queue(queue, _ADMINISTRATOR))
-
-
-async def _hosts_list(daemon: Daemon) -> Items:
-    for host in daemon.dispatcher.hosts():
-        yield Envelope(hostname=host.hostname, address=host.address, port=host.port)
-
-
-async def _hosts_refresh(daemon: Daemon) -> Items:
-    yield Envelope(hosts=await daemon.dispatcher.refresh_hosts())
-
-
-async def _prune_jobs(daemon: Daemon, age: float | None = None) -> Items:
-    seconds = daemon.dispatcher.config.max_age_seconds if age is None else age
-    yield Envelope(pruned=await daemon.dispatcher.prune(seconds))
 
 
 # The options of commands: each function returns a checked value from the request.
@@ -245,31 +231,19 @@ class Command(NamedTuple):
     optional: Mapping[str, Callable[[JSONObject, str], Any]] = {}
 
 
+_LIST_OPTIONS = {"all": _flag, "queue": _flag, "newest": _count, "host": required_string, "of_queue": _queue}
 _COMMANDS = {
-    "status": Command(_status),
-    "stop": Command(_stop),
-    "reload": Command(_reload),
-    "reopen-logs": Command(_reopen_logs),
-    "list": Command(
-        _list,
-        optional={"all": _flag, "queue": _flag, "newest": _count, "host": required_string, "of_queue": _queue},
-    ),
-    "info": Command(_info, {"job": required_string}, {"full": _flag}),
-    "cancel": Command(_cancel, {"job": required_string}),
-    "release-slot": Command(_release_slot, {"job": required_string}),
-    "queue-list": Command(_queue_list, optional={"queue": _queue}),
-    "queue-cancel": Command(_queue_cancel, {"queue": _queue}),
-    "hosts-list": Command(_hosts_list),
-    "hosts-refresh": Command(_hosts_refresh),
-    "prune-jobs": Command(_prune_jobs, optional={"age": _seconds}),
+    "status": Command(ControlServer._status),
+    "stop": Command(ControlServer._stop),
+    "reload": Command(ControlServer._reload),
+    "reopen-logs": Command(ControlServer._reopen_logs),
+    "list": Command(ControlServer._list, optional=_LIST_OPTIONS),
+    "info": Command(ControlServer._info, {"job": required_string}, {"full": _flag}),
+    "cancel": Command(ControlServer._cancel, {"job": required_string}),
+    "release-slot": Command(ControlServer._release_slot, {"job": required_string}),
+    "queue-list": Command(ControlServer._queue_list, optional={"queue": _queue}),
+    "queue-cancel": Command(ControlServer._queue_cancel, {"queue": _queue}),
+    "hosts-list": Command(ControlServer._hosts_list),
+    "hosts-refresh": Command(ControlServer._hosts_refresh),
+    "prune-jobs": Command(ControlServer._prune_jobs, optional={"age": _seconds}),
 }
-
-
-def _job_item(job: Job) -> Envelope:
-    """Return a job as it appears in every list."""
-    submit, start, end = (None if time is None else int(time) for time in (job.submitted, job.started, job.ended))
-    return Envelope(
-        job=job.id,
-        call=Envelope(host=job.host, procedure=job.procedure, arguments=job.arguments),
-        time=Envelope(submit=submit, start=start, end=end),
-    )

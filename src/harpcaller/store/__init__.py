@@ -38,18 +38,11 @@ class UnknownJob(LookupError):
 
 @dataclass(frozen=True, slots=True)
 class QueueStatus:
-    """A queue with jobs that have not ended or hold a slot.
+    """A queue with jobs that have not ended or hold a slot."""
 
-    Attributes:
-        name: its name as the first submitter wrote it.
-        concurrency: its limit.
-        running: number of its jobs that hold a slot.
-        queued: number of its queued jobs.
-    """
-
-    name: Raw
+    name: Raw  #: As the first submitter wrote it.
     concurrency: int
-    running: int
+    running: int  #: Number of its jobs that hold a slot.
     queued: int
 
 
@@ -151,15 +144,9 @@ class Store(Protocol):
     ) -> Awaitable[list[tuple[int, Job]]]:
         """Return one page of jobs with their sequence numbers, in the order of submission or newest first.
 
-        The cost of a page does not depend on the number of jobs that have ended.
-
-        Args:
-            ended: whether to include jobs that have ended.
-            host: only the jobs of this host; not together with `queue`.
-            queue: only the jobs of this queue.
-            newest_first: whether to reverse the order.
-            after: sequence number after which the page begins; None: at the first job of the list.
-            limit: maximum number of jobs. A page with long payloads has fewer; only an empty page is the last one.
+        It has the jobs of a host, of a queue, or all of them; with `ended` also those that have ended, whose number
+        does not change the cost. It begins after the job with the sequence number `after`. A page with long payloads
+        has fewer than `limit` jobs; only an empty page is the last one.
         """
 
     def list_queues(self) -> Awaitable[list[QueueStatus]]:

@@ -19,22 +19,16 @@ from harpcaller.store.sqlite.sql import QUERIES
 
 
 class Lane:
-    """A lane that has a job.
-
-    Attributes:
-        concurrency: maximum number of its jobs that hold a slot; None for the jobs of a host without a queue.
-        head: sequence number of its first queued job; None if no job is queued.
-        head_job: this job, if a claim has read it.
-    """
+    """A lane that has a job."""
 
     __slots__ = ("_later", "_removed", "concurrency", "head", "head_job", "key", "slots_held")
 
     def __init__(self, key: str, concurrency: int | None) -> None:
         self.key = key
-        self.concurrency = concurrency
+        self.concurrency = concurrency  # None for the jobs of a host without a queue
         self.slots_held = 0
-        self.head: int | None = None
-        self.head_job: Job | None = None
+        self.head: int | None = None  # sequence number of the first queued job
+        self.head_job: Job | None = None  # this job, if a claim has read it
         self._later: deque[int] = deque()  # the queued jobs after the head
         self._removed: set[int] = set()  # of these, because deleting within a deque would be slow
 
@@ -70,20 +64,14 @@ class Lane:
 
 @dataclass(slots=True)
 class ActiveJob:
-    """A job that has not ended or holds a slot.
-
-    Attributes:
-        host: name of its host; empty for a queued job.
-        records: number of its stored records.
-        chunk: the last chunk of its records, if it may grow: first number, count, bytes, timestamps.
-    """
+    """A job that has not ended or holds a slot."""
 
     seq: int
     lane: Lane
-    host: str = ""
+    host: str = ""  # empty for a queued job
     state: State = State.QUEUED
-    records: int = 0
-    chunk: tuple[int, int, bytes, bytes] | None = None
+    records: int = 0  # number of stored records
+    chunk: tuple[int, int, bytes, bytes] | None = None  # the last one, if it may grow: first, count, bytes, timestamps
 
 
 class ActiveJobs:

@@ -47,13 +47,9 @@ def storage_errors(path: Path) -> Iterator[None]:
 
 
 def lock(directory: Path) -> int:
-    """Lock the directory for this store; create it, private to this user, if it does not exist.
+    """Lock the directory for this store, and create it, private to this user, if it does not exist.
 
-    Returns:
-        A descriptor; closing it releases the lock.
-
-    Raises:
-        StorageError: another store holds the lock, or the directory cannot be created or opened.
+    Closing the returned descriptor releases the lock. Raises `StorageError` if another store has locked it.
     """
     with storage_errors(directory):
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -71,11 +67,8 @@ def lock(directory: Path) -> int:
 def prepare(path: Path) -> None:
     """Create the file, or check that it is HARP's, make it private and migrate it to the newest schema.
 
-    The caller has locked the directory.
-
-    Raises:
-        StorageError: the file is not HARP's or has a newer schema, and stays untouched; or it cannot be read or
-            written.
+    The caller has locked the directory. Raises `StorageError`; a file that is not HARP's, or has a newer schema, stays
+    untouched.
     """
     with storage_errors(path):
         if not path.exists() or path.stat().st_size == 0:

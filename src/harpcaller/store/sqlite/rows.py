@@ -18,8 +18,6 @@ from harpcaller.model.jobs import Job, State, StopState
 
 # An entry of a chunk's timestamps: number of consecutive records with the same time, and the time.
 _ENTRY = Struct("<Id")
-
-#: Size of such an entry in bytes.
 ENTRY_BYTES = _ENTRY.size
 
 
@@ -38,13 +36,9 @@ def encode_end_body(end: End) -> bytes | None:
 
     A result is stored without its closing line: it may be long, and finding it in the line would cost a scan.
     """
-    match end:
-        case Returned(result):
-            return dumps(result)
-        case Cancelled():
-            return None
-        case _:
-            return encode_object(end)
+    if isinstance(end, Returned):
+        return dumps(end.result)
+    return None if isinstance(end, Cancelled) else encode_object(end)
 
 
 def _decode_end(state: State, body: bytes | None) -> End | None:
@@ -60,26 +54,14 @@ def _decode_end(state: State, body: bytes | None) -> End | None:
 
 def decode_job(row: Sequence[Any]) -> Job:
     """Return the job in a row of the view job_view."""
-    (_, _, id_, state, host, procedure, arguments, timeout, max_exec_time, queue, info, *rest) = row
+    _, _, job_id, text, host, procedure, arguments, timeout, max_exec_time, queue, info, *rest = row
     submitted, started, ended, body, records, holds_slot, stop = rest
-    return Job(
-        id=id_,
-        state=State(state),
-        host=decode_name(host),
-        procedure=decode_name(procedure),
-        arguments=Raw(arguments),
-        timeout=timeout,
-        max_exec_time=max_exec_time,
-        queue=None if queue is None else Raw(queue),
-        info=Raw(info),
-        submitted=submitted,
-        started=started,
-        ended=ended,
-        end=_decode_end(State(state), body),
-        records=records,
-        holds_slot=bool(holds_slot),
-        stop=None if stop is None else StopState(stop),
-    )
+    state = State(text)
+    names = decode_name(host), decode_name(procedure)
+    payloads = None if queue is None else Raw(queue), Raw(info)
+    call = *names, Raw(arguments), timeout, max_exec_time, *payloads
+    outcome = ended, _decode_end(state, body), records, bool(holds_slot), None if stop is None else StopState(stop)
+    return Job(job_id, state, *call, submitted, started, *outcome)
 
 
 def join_records(records: Sequence[Raw]) -> bytes:

@@ -2,8 +2,8 @@
 
 Theory of operation: a commit waits for the disk, so its cost is shared. Everything that arrives while a commit runs
 is one batch, that is one transaction and one wait. The verbs that are called in two turns of the event loop are one
-batch, too. If a member fails, the transaction is rolled back and run again with a savepoint for each member, so that
-only the changes of that member are undone. If the transaction itself fails, for example because the disk is full,
+batch, too. If a member fails, the transaction is rolled back, and each member is run in a transaction of its own, so
+that only the changes of that member are undone. If the transaction itself fails, for example because the disk is full,
 nothing was changed, and each member gets the error. The thread then continues with the next batch.
 
 The outcome of a member is published after the commit, never before. A member whose awaiter was cancelled runs all the
@@ -40,10 +40,8 @@ class _Member(NamedTuple):
 class Writer:
     """The thread that runs the verbs that write, batch by batch.
 
-    Args:
-        path: the file, for messages.
-        connection: the only connection that writes; the thread closes it at its end.
-        loop: the event loop in which outcomes are awaited.
+    `connection` is the only one that writes; the thread closes it at its end. `path` is the file, for messages, and
+    `loop` the event loop in which outcomes are awaited.
     """
 
     def __init__(self, path: Path, connection: sqlite3.Connection, loop: asyncio.AbstractEventLoop) -> None:
@@ -58,13 +56,10 @@ class Writer:
         self._thread.start()
 
     def run(self, verb: Callable[[Writes], T], last: bool) -> asyncio.Future[T]:
-        """Run a verb within a transaction. Called in the loop's thread.
+        """Run a verb within a transaction, with `last` after the other members of its batch, to see their changes.
 
-        With `last` it runs after the other members of its batch, to see their changes.
-
-        Returns:
-            A future of the verb's result; its changes are on stable storage then. It raises `StorageError` if the
-            transaction failed and nothing was changed, or the exception of the verb if its changes were undone.
+        Called in the loop's thread. The future has the verb's result when its changes are on stable storage. Otherwise
+        nothing was changed; it raises `StorageError` if the transaction failed, or the exception of the verb.
         """
         if not self._next_members:
             # After the next turn, so that a verb that is called because of this turn, such as a claim, is a member too.
@@ -112,37 +107,19 @@ class Writer:
         """Run a batch; return the result of each member, or the exception that it raised."""
         try:
             with storage_errors(self._path):
-                try:
-                    self._connection.execute("BEGIN IMMEDIATE")
-                    self._writes.begin()
-                    outcomes = [member.verb(self._writes) for member in batch]
-                    self._writes.flush()
-                except Exception:  # noqa: BLE001 - the failed member is found by running each in a savepoint
-                    self._roll_back()
-                    self._connection.execute("BEGIN IMMEDIATE")
-                    outcomes = [self._run_in_savepoint(member) for member in batch]
-                self._connection.execute("COMMIT")
-        except Exception as error:  # noqa: BLE001 - each member gets it, and the thread continues
-            self._roll_back()
-            return [error] * len(batch)
-        return outcomes
-
-    def _run_in_savepoint(self, member: _Member) -> Any:
-        """Run a member within a savepoint. Raises only if the whole transaction was rolled back."""
-        self._connection.execute("SAVEPOINT member")
-        try:
-            with storage_errors(self._path):
+                self._connection.execute("BEGIN IMMEDIATE")
                 self._writes.begin()
-                outcome = member.verb(self._writes)
+                outcomes = [member.verb(self._writes) for member in batch]
                 self._writes.flush()
-        except Exception as error:
-            if not self._connection.in_transaction:  # SQLite has rolled back everything
-                raise
-            self._connection.execute("ROLLBACK TO member")
-            self._writes.discard()
-            outcome = error
-        self._connection.execute("RELEASE member")
-        return outcome
+                self._connection.execute("COMMIT")
+        except Exception as error:  # noqa: BLE001 - the members get it, and the thread continues
+            # A failed member leaves a transaction to roll back; a full or locked file does not.
+            is_member_failed = self._connection.in_transaction
+            self._roll_back()
+            if len(batch) == 1 or not is_member_failed:
+                return [error] * len(batch)
+            return [outcome for member in batch for outcome in self._commit([member])]
+        return outcomes
 
     def _roll_back(self) -> None:
         self._writes.discard()

@@ -98,7 +98,7 @@ class Writes:
             self._is_current = True
 
     def discard(self) -> None:
-        """Discard the memory, because the transaction, or the last part of it, was rolled back."""
+        """Discard the memory, because the transaction was rolled back."""
         self._is_current = False
         self._added.clear()
         self._ended.clear()
@@ -388,23 +388,9 @@ def _call_row(seq: int, job: NewJob) -> tuple[Any, ...]:
 
 
 def _running_job(job: NewJob | Job, submitted: float, started: float) -> Job:
-    return Job(
-        id=job.id,
-        state=State.RUNNING,
-        host=job.host,
-        procedure=job.procedure,
-        arguments=job.arguments,
-        timeout=float(job.timeout),
-        max_exec_time=float(job.max_exec_time),
-        queue=job.queue,
-        info=job.info,
-        submitted=submitted,
-        started=started,
-        ended=None,
-        end=None,
-        records=0,
-        holds_slot=True,
-    )
+    limits = float(job.timeout), float(job.max_exec_time)
+    call = job.host, job.procedure, job.arguments, *limits, job.queue, job.info
+    return Job(job.id, State.RUNNING, *call, submitted, started, ended=None, end=None, records=0, holds_slot=True)
 
 
 def _split_chunks(records: Records) -> Iterator[Records]:
