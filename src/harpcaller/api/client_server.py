@@ -37,6 +37,7 @@ from harp.protocol.requests import (
     SubmitMany,
 )
 from harp_daemon.listeners import Listener, ListenError, listen_tcp, listen_unix
+from harp_daemon.long_lines import LONG_LINE, decode_in_thread
 from harp_daemon.settings import ConfigError
 from harpcaller.api.connection import ClientDisconnected, Connection, Server
 from harpcaller.api.fast_decoder import decode_request
@@ -53,9 +54,6 @@ _UNIX_MODE = 0o660
 
 #: Maximum length of an error message in characters: it may quote the client's data.
 _MAX_MESSAGE = 1000
-
-#: Length in bytes from which a request is decoded in a thread, so that other clients need not wait.
-_LONG_REQUEST = 64 * 1024
 
 
 def listen(config: Config) -> list[Listener]:
@@ -107,10 +105,10 @@ class ClientServer(Server):
 
     def on_request(self, connection: Connection, line: bytes) -> None:
         """See `Server`."""
-        if len(line) < _LONG_REQUEST:
+        if len(line) < LONG_LINE:
             self._execute(connection, lambda: decode_request(line))
         else:
-            decoding = asyncio.get_running_loop().run_in_executor(None, decode_request, line)
+            decoding = decode_in_thread(decode_request, line)
             decoding.add_done_callback(lambda decoded: self._execute(connection, decoded.result))
 
     def _execute(self, connection: Connection, decoded: Callable[[], tuple[Request, bool]]) -> None:

@@ -24,14 +24,13 @@ from harp.protocol.fields import ProtocolError, is_count
 from harp.protocol.harpd import Acknowledgement, Command, Heartbeat, Message, Phase, Record, ReplyReader, encode_command
 from harp.protocol.json_text import InvalidJSON, Raw, loads
 from harp.protocol.lines import LineBuffer, LineTooLong
+from harp_daemon.long_lines import LONG_LINE, decode_in_thread
 from harp_daemon.sliced_json import decode_slices, slice_records
 from harp_daemon.timer_wheel import Timer, TimerWheel
 
 #: A record number that does not exist. Attaching at it is refused with the number of the next record.
 PAST_END = 2**53
 
-#: Maximum length in bytes of a line that is decoded in the event loop.
-_MAX_LOOP_LINE = 64 * 1024
 #: Maximum number of records that are delivered in one turn of the event loop, and how many of them take as much time as
 #: a line that is decoded by itself. Other peers have their turn before the next ones.
 _MAX_TURN_LINES, _SINGLE_LINE_COST = 3000, 30
@@ -242,7 +241,7 @@ class HarpdConnection(asyncio.Protocol):
                 asyncio.get_running_loop().call_soon(self._next_turn)
                 return
             line = lines[at]
-            if len(line) > _MAX_LOOP_LINE:
+            if len(line) > LONG_LINE:
                 at += 1
                 self._decode_in_thread(line)
                 continue
@@ -279,8 +278,7 @@ class HarpdConnection(asyncio.Protocol):
 
     def _decode_in_thread(self, line: bytes) -> None:
         self._suspend()
-        decoding = asyncio.get_running_loop().run_in_executor(None, self._decode, line)
-        decoding.add_done_callback(self._on_decoded)
+        decode_in_thread(self._decode, line).add_done_callback(self._on_decoded)
 
     def _on_decoded(self, decoding: asyncio.Future[Message]) -> None:
         self._suspended = False

@@ -35,6 +35,7 @@ from harp.protocol.harpd import (
 )
 from harp.protocol.json_text import dumps
 from harp.protocol.lines import LineBuffer, LineTooLong
+from harp_daemon.long_lines import LONG_LINE, decode_in_thread
 from harp_daemon.memory_quota import MemoryQuota
 from harp_daemon.sliced_json import decode_slices
 from harp_daemon.timer_wheel import TimerWheel
@@ -46,14 +47,11 @@ from harpd.frontend.calls import AFTER_REQUEST, BoundCall, ResumableCall
 from harpd.frontend.client_connection import SHUTDOWN, Call, ClientConnection
 from harpd.frontend.link import Link
 from harpd.frontend.supervisor_links import SupervisorLinks
-from harpd.frontend.thread_pool import BoundedThreadPool, TaskFailed
 
 log = logging.getLogger("harpd.frontend")
 
 #: Most characters of a user name or a procedure name in the log.
 _MAX_LOGGED_NAME = 64
-#: From this length on, a request is decoded in a thread, and sent over a link of its own: it must not delay others.
-_LONG_REQUEST = 64 * 1024
 #: From this many bytes on, a client is not read before its request was handled.
 _MAX_EARLY_BYTES = 64 * 1024
 
@@ -66,11 +64,10 @@ _TERMS = tuple(name for name in RequestedTerms.__slots__ if name != "id")
 
 @dataclass(frozen=True, slots=True)
 class ConnectionContext:
-    """The objects that all connections of a configuration share. `decoder_pool` decodes long requests."""
+    """The objects that all connections of a configuration share."""
 
     config: LoadedConfig
     authenticator: Authenticator
-    decoder_pool: BoundedThreadPool
     quota: MemoryQuota
     client: SupervisorClient
     links: SupervisorLinks
@@ -158,7 +155,7 @@ class Connection(ClientConnection):
         return early
 
     def _handle_line(self, line: bytes) -> None:
-        if len(line) > _LONG_REQUEST:
+        if len(line) > LONG_LINE:
             self._run(self._handle_long_line(line))
             return
         try:
@@ -262,11 +259,8 @@ class Connection(ClientConnection):
             self._fail()
 
     async def _handle_long_line(self, line: bytes) -> None:
-        try:
-            decode = partial(decode_request, line, decode_slices)
-            request = await self._context.decoder_pool.run(decode, self.limits.request_timeout)
-        except TaskFailed as error:
-            raise error.__cause__ or error from None
+        async with asyncio.timeout(self.limits.request_timeout):
+            request = await decode_in_thread(partial(decode_request, decoder=decode_slices), line)
         if self._admit(request):
             await self._handle_request(request, shared_link=False)
 

@@ -38,8 +38,6 @@ _NEEDING_RESTART = ("network.address", "network.port", "runtime_directory")
 _RELOAD_TIMEOUT = 60.0
 #: Seconds for the last replies to clients at the stop.
 _FINAL_REPLY_TIMEOUT = 5.0
-#: Most long requests that are decoded at the same time.
-_DECODER_THREADS = 2
 #: Descriptors of the program itself and of rejected connections.
 _OWN_DESCRIPTORS = 64 + MAX_REJECTING
 
@@ -87,7 +85,6 @@ class FrontendServer:
             else SupervisorLauncher(client, config.options.daemon, lambda: self._settings(self._config))
         )
         self._reload_thread = BoundedThreadPool(1)
-        self._decoder_pool = BoundedThreadPool(_DECODER_THREADS)
         self._links = SupervisorLinks(client)
         self._arrival_clock = ArrivalClock()
         self._timers = TimerWheel()
@@ -122,7 +119,6 @@ class FrontendServer:
         self._context = ConnectionContext(
             config=config,
             authenticator=Authenticator(config),
-            decoder_pool=self._decoder_pool,
             quota=MemoryQuota(limits.request_memory),
             client=self._client,
             links=self._links,
