@@ -49,7 +49,7 @@ BROKEN = [
     (b"[]", "expected an object"),
     (b"\xff", "not UTF-8"),
     (b'{"hostname": NaN}', "NaN is not JSON"),
-    (line()[:-1], "expected ',' or '}'"),
+    (line()[:-1], "Expecting ',' delimiter"),
     (b'{"port": 1, "port": 2}', "repeated key"),
     (without("hostname"), "hostname: missing"),
     (without("address"), "address: missing"),

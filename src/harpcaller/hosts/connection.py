@@ -61,18 +61,11 @@ class Receiver(Protocol):
         """Receive the next message; it is not a record."""
 
     def on_disconnect(self, error: Exception | None) -> None:
-        """Receive the end of the connection, the last event.
-
-        `error` is a `ProtocolError` or `LineTooLong` if the host broke the protocol, an OSError if the connection
-        broke, None if the host closed it.
-        """
+        """Receive the last event, the end of the connection: None if the host closed it, otherwise the reason."""
 
 
 class HarpdConnection(asyncio.Protocol):
-    """A connection to a host, ready for a request; the caller closes it.
-
-    `max_line` is the maximum length of a received line in bytes.
-    """
+    """A connection to a host, ready for a request; the caller closes it. Lines have at most `max_line` bytes."""
 
     def __init__(self, timers: TimerWheel, max_line: int) -> None:
         self._timers = timers
@@ -125,12 +118,9 @@ class HarpdConnection(asyncio.Protocol):
     # The request.
 
     def send_request(self, line: bytes, phase: Phase, receiver: Receiver) -> None:
-        """Write a request. It may have reached the host even if the connection breaks at once.
+        """Write an encoded request. It may have reached the host even if the connection breaks at once.
 
-        Args:
-            line: the encoded request.
-            phase: the first phase of the exchange, by the kind of request.
-            receiver: receives the messages, from the next turn of the event loop on.
+        `phase` is the first one of the exchange. The receiver gets messages from the next turn of the event loop on.
         """
         self._reused_unanswered = self._exchange is not None
         self.last_received_at = self._reading_since = time.monotonic()
@@ -154,8 +144,8 @@ class HarpdConnection(asyncio.Protocol):
     def finish_request(self, last_command: Command | None = None) -> None:
         """End the request, because its call has ended: deliver no further message.
 
-        The last command is sent together with the next request, which halves the writes and reads of a busy
-        connection; or after `_COMMAND_DELAY`, or before `close`.
+        The last command is sent with the next request, which halves the writes and reads of a busy connection; or
+        after `_COMMAND_DELAY`, or before `close`.
         """
         self._stop_heartbeat()
         self._receiver = None
@@ -363,7 +353,7 @@ class HarpdConnection(asyncio.Protocol):
         Args:
             peer_time: the host's timestamp in its acknowledgement.
             timeout: seconds without a heartbeat after which the host ends the call.
-            at_once: whether to send the first one now. A new call needs none: its request was one.
+            at_once: whether to send the first one now. The request of a new call was one.
         """
         self._peer_time = peer_time
         interval = min(_HEARTBEAT_INTERVAL, timeout / (_MAX_MISSED_HEARTBEATS + 2))
@@ -418,9 +408,7 @@ class MessageQueue:
     async def receive(self) -> Message | None:
         """Wait for the next message; return None if the host has closed the connection.
 
-        Raises:
-            ProtocolError, LineTooLong: the host broke the protocol.
-            OSError: the connection broke.
+        Raises `ProtocolError` or `LineTooLong` if the host broke the protocol, OSError if the connection broke.
         """
         if self._messages.empty():
             self._conn.resume_reading()

@@ -69,17 +69,11 @@ class ConnectionPool:
         self._count = 0
 
     def _close_expired(self) -> None:
-        """Close the connections that have expired or can no longer be reused."""
         self._cleanup_timer = None
-        now = time.monotonic()
         for key, idle in list(self._connections.items()):
-            for _ in range(len(idle)):
-                expires_at, conn = idle.popleft()
-                if now < expires_at and conn.is_reusable:
-                    idle.append((expires_at, conn))
-                else:
-                    self._count -= 1
-                    conn.close()
+            while idle and time.monotonic() >= idle[0][0]:
+                self._count -= 1
+                idle.popleft()[1].close()
             if not idle:
                 del self._connections[key]
         if self._count:

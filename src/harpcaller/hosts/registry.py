@@ -135,12 +135,12 @@ class HostsRegistry:
         except (ScriptFailed, OSError) as error:
             log.error("cannot refresh hosts registry", extra={"error": str(error)})
             raise RefreshFailed(str(error)) from error
-        registry = await asyncio.to_thread(lambda: parse_hosts(output.split(b"\n")))
-        _log_invalid_lines(registry, config.host_db_script)
+        parsed = await asyncio.to_thread(lambda: parse_hosts(output.split(b"\n")))
+        hosts = _accept(parsed, config.host_db_script)
         if config.host_db_script != self._config.host_db_script:
             raise RefreshFailed("host_db_script was changed during the refresh")
-        self._cached = CachedHosts(registry.hosts, time.time())
-        log.info("hosts registry refreshed", extra={"hosts": len(registry.hosts)})
+        self._cached = CachedHosts(hosts, time.time())
+        log.info("hosts registry refreshed", extra={"hosts": len(hosts)})
         await _save_cache(config.host_db, self._cached)
         return len(self.list_hosts())
 
@@ -156,23 +156,18 @@ async def _save_cache(file: Path, cached: CachedHosts) -> None:
 
 
 def _watch_hosts_file(config: Config) -> WatchedFile[Mapping[str, Host]] | None:
-    if config.hosts_file is None:
-        return None
     file = config.hosts_file
-
-    def parse(text: bytes) -> Mapping[str, Host]:
-        registry = parse_hosts(text.split(b"\n"))
-        _log_invalid_lines(registry, file)
-        return registry.hosts
-
+    if file is None:
+        return None
     with file_errors(config, "hosts_file"):
-        return WatchedFile(file, parse)
+        return WatchedFile(file, lambda text: _accept(parse_hosts(text.split(b"\n")), file))
 
 
-def _log_invalid_lines(registry: ParsedHosts, source: Path) -> None:
-    """Log the errors of invalid lines, never their contents."""
+def _accept(registry: ParsedHosts, source: Path) -> Mapping[str, Host]:
+    """Return the hosts; log the errors of invalid lines, never their contents."""
     for line, error in registry.invalid_lines[:_MAX_LOGGED_LINES]:
         log.warning("hosts registry line is invalid", extra={"source": str(source), "line": line, "error": error})
     if registry.invalid_lines or registry.duplicates:
         counts = {"source": str(source), "invalid": len(registry.invalid_lines), "duplicates": registry.duplicates}
         log.warning("hosts registry contains invalid or duplicate lines", extra=counts)
+    return registry.hosts

@@ -30,10 +30,7 @@ class State(StrEnum):
 TRANSITIONS: Mapping[State, frozenset[State]] = {
     State.QUEUED: frozenset({State.RUNNING, State.CANCELLED, State.FAILED}),
     State.RUNNING: frozenset({State.RETURNED, State.RAISED, State.FAILED, State.CANCELLED}),
-    State.RETURNED: frozenset(),
-    State.RAISED: frozenset(),
-    State.FAILED: frozenset(),
-    State.CANCELLED: frozenset(),
+    **dict.fromkeys((State.RETURNED, State.RAISED, State.FAILED, State.CANCELLED), frozenset()),
 }
 
 #: The closing states: no other state follows them.
