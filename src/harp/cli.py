@@ -84,7 +84,7 @@ def _print_value(value: Any) -> Exit:
     return Exit.OK
 
 
-def _print_stream(values: Iterable[Any]) -> Exit:
+def _print_all(values: Iterable[Any]) -> Exit:
     for value in values:
         _print_value(value)
     return Exit.OK
@@ -136,16 +136,10 @@ def _why(options: Namespace) -> Exit:
     return Exit.OK
 
 
-def _follow(options: Namespace) -> Exit:
-    return _print_stream(_job(options).follow(**_stream_options(options)))
-
-
-def _read(options: Namespace) -> Exit:
-    return _print_stream(_job(options).stream(**_stream_options(options)))
-
-
-def _stream_options(options: Namespace) -> dict[str, Any]:
-    return {name: getattr(options, name) for name in ("since", "recent", "numbered", "timed")}
+def _records(options: Namespace) -> Exit:
+    job = _job(options)
+    read = job.follow if options.command == "follow" else job.stream
+    return _print_all(read(options.since, options.recent, options.numbered, timed=options.timed))
 
 
 def _cancel(options: Namespace) -> Exit:
@@ -161,7 +155,7 @@ def _direct(options: Namespace) -> Exit:
     access = {"user": options.user, "password": password, "ca_file": options.ca_file, "keep_alive": False}
     server = direct.HarpServer(**options.address, **access)
     result = direct.HarpProcedure(server, options.procedure)(*options.arguments, **dict(options.named))
-    return _print_stream(result) if isinstance(result, direct.HarpStreamIterator) else _print_value(result)
+    return _print_all(result) if isinstance(result, direct.HarpStreamIterator) else _print_value(result)
 
 
 # The command line.
@@ -199,13 +193,7 @@ _ARGUMENTS: dict[str, dict[str, Any]] = {
     "address": {"metavar": "HOST[:PORT]", "type": _parse_address},
     "arguments": {"metavar": "ARG", "nargs": "*", "type": _parse_value, "help": "positional argument"},
     "--dispatcher": {"metavar": "HOST[:PORT]", "type": _parse_address, "help": "default: $HARP_DISPATCHER"},
-    "--named": {
-        "metavar": "NAME=ARG",
-        "action": "append",
-        "default": [],
-        "type": _parse_named,
-        "help": "named argument",
-    },
+    "--named": {"metavar": "NAME=ARG", "action": "append", "default": [], "type": _parse_named, "help": "named one"},
     "--wait": {"action": "store_true", "help": "wait for the job to end, and print its result instead of its id"},
     "cancel --wait": {"action": "store_true", "help": "wait until the host confirms that the processes have ended"},
     "--reconnect": {
@@ -224,10 +212,7 @@ _ARGUMENTS: dict[str, dict[str, Any]] = {
     "--numbered": {"action": "store_true", "help": "print pairs [number, record]"},
     "--timed": {"action": "store_true", "help": "print [number, time, record]; time: Unix seconds"},
     "--user": {"required": True, "help": "user to authenticate as"},
-    "--ca-file": {
-        "metavar": "FILE",
-        "help": "PEM file with the certificate's authorities; without it, the certificate is not verified",
-    },
+    "--ca-file": {"metavar": "FILE", "help": "PEM file of the certificate's authorities; without it: no verification"},
 }
 
 _JOB = "--queue --concurrency --timeout --max-exec-time --info"
@@ -241,8 +226,8 @@ _COMMANDS = (
     ("status", _status, "print a job's call, and when it was submitted, started and ended", "job"),
     ("details", _details, "print all that is known about a job: queue, host, call, stop report, end", "job"),
     ("why", _why, "explain in one sentence why a job waits, runs or ended", "job"),
-    ("follow", _follow, "print a job's records as they arrive, until it ends", _STREAM),
-    ("read", _read, "print a job's records so far", _STREAM),
+    ("follow", _records, "print a job's records as they arrive, until it ends", _STREAM),
+    ("read", _records, "print a job's records so far", _STREAM),
     ("cancel", _cancel, "cancel a job and print whether this stopped it", "job --wait"),
     ("direct", _direct, "call a procedure on a harpd; the password is read from $HARP_PASSWORD", _DIRECT),
 )
@@ -257,7 +242,7 @@ def _make_parser() -> argparse.ArgumentParser:
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
     for name, run, help, arguments in _COMMANDS:
         subparser = subparsers.add_parser(name, help=help, description=help, epilog=_EPILOG, formatter_class=form)
-        subparser.set_defaults(run=run)
+        subparser.set_defaults(run=run, command=name)
         for argument in ("--dispatcher", "--reconnect"):
             subparser.add_argument(argument, default=argparse.SUPPRESS, **_ARGUMENTS[argument])
         for argument in arguments.split():

@@ -15,17 +15,10 @@ __all__ = ["HarpCaller", "RemoteCall", "RemoteProcedure", "RemoteServer"]
 
 
 class RemoteCall(JobBase["RemoteCall.StreamIterator"]):
-    """A job: its status, its records, its end. Final facts are requested once.
+    """A job of a `HarpCaller`: its status, its records, its end. Final facts are requested once.
 
-    Args:
-        dispatcher: the `HarpCaller`.
-        job_id: the job's identifier.
-
-    Every method that sends a request raises these errors, except `result`, which returns them:
-
-    Raises:
-        CommunicationError: there was no reply, or an invalid one.
-        RemoteError: the dispatcher refused, for example ``invalid_jobid``.
+    Every method that sends a request raises `CommunicationError` if there was no reply or an invalid one, and
+    `RemoteError` if the dispatcher refused, for example ``invalid_jobid``; but `result` returns them.
 
     Spec: docs/client-api.md, RemoteCall.
     """
@@ -33,17 +26,14 @@ class RemoteCall(JobBase["RemoteCall.StreamIterator"]):
     class StreamIterator(Stream):
         """The records of a job. `close`, or the end of ``with``, closes the connection.
 
+        An iterator from `RemoteCall.follow` connects again after an interruption; one made by this constructor does
+        not. Iterating raises `CommunicationError` if the stream was interrupted or contains invalid data, and
+        `RemoteError` if the dispatcher refused the request.
+
         Args:
             remote_call: the job.
             conn: a connection on which ``follow_stream`` or ``read_stream`` was sent.
             numbered: whether items are pairs of a record's number and the record.
-
-        An iterator from `RemoteCall.follow` connects again after an interruption; one made by this constructor does
-        not.
-
-        Iterating raises:
-            CommunicationError: the stream was interrupted, or contains invalid data.
-            RemoteError: the dispatcher refused the request.
 
         Spec: docs/client-api.md, RemoteCall.StreamIterator.
         """
@@ -72,27 +62,18 @@ class RemoteCall(JobBase["RemoteCall.StreamIterator"]):
 
 
 class RemoteProcedure(ProcedureBase[RemoteCall]):
-    """A procedure on a host; calling it submits a job.
+    """A procedure on a host; calling it submits a job with the options of the host.
 
-    Args:
-        dispatcher: the `HarpCaller`.
-        server: the `RemoteServer`, with the job's options.
-        procedure: name of the procedure; here it may begin with an underscore.
-
-    Spec: docs/client-api.md, RemoteProcedure.
+    In this constructor, the name may begin with an underscore. Spec: docs/client-api.md, RemoteProcedure.
     """
 
     __call__ = method(ProcedureBase._submit)
 
 
 class RemoteServer(ServerBase[RemoteProcedure]):
-    """A host, with the options of further jobs. Any attribute is a procedure on it.
+    """A host, by its name in the dispatcher's registry, with the options of further jobs.
 
-    Args:
-        dispatcher: the `HarpCaller`.
-        hostname: the host's name in the dispatcher's registry.
-
-    Spec: docs/client-api.md, RemoteServer.
+    Any attribute is a procedure on it. Spec: docs/client-api.md, RemoteServer.
     """
 
     _procedure_class = RemoteProcedure
@@ -114,10 +95,7 @@ class HarpCaller(SyncPeer, CallerBase[JSONConnection, RemoteServer, RemoteCall])
             connection of its own. A connection carries one request at a time, and no job is ever submitted twice.
 
     As a context manager the object closes its waiting connections at the end; so does the end of the object. Requests
-    are possible afterwards, too.
-
-    Raises:
-        HarpException: `host`, `port` or `reconnect` is invalid.
+    are possible afterwards, too. Raises `HarpException` if an argument is invalid.
 
     Spec: docs/client-api.md, HarpCaller.
     """
@@ -129,10 +107,7 @@ class HarpCaller(SyncPeer, CallerBase[JSONConnection, RemoteServer, RemoteCall])
     request = method(CallerBase._send_plain)
 
     def connect(self) -> JSONConnection:
-        """Return a new connection to the dispatcher, for one request. Raise `CommunicationError`.
-
-        Spec: docs/client-api.md, HarpCaller.
-        """
+        """Return a new connection, for one request. Spec: docs/client-api.md, HarpCaller."""
         return JSONConnection(self._endpoint.host, self._endpoint.port)
 
     _open = connect

@@ -15,19 +15,11 @@ __all__ = ["HarpProcedure", "HarpServer", "HarpStreamIterator"]
 
 
 class HarpStreamIterator(Iteration):
-    """The records of a streaming procedure, then its end result as a `Result`.
+    """The records of a streaming procedure, then its end result as a `Result`: the items of `orig_iterator`.
 
-    `close`, or the end of ``with``, closes the connection, which cancels the call.
-
-    Args:
-        orig_iterator: the iterator or iterable with the items.
-
-    Iterating raises:
-        RemoteException: the procedure raised an exception.
-        RemoteError: harpd stopped the call.
-        CommunicationError: the connection broke, or harpd sent invalid data.
-
-    Spec: docs/client-api.md, HarpStreamIterator.
+    `close`, or the end of ``with``, closes the connection, which cancels the call. Iterating raises `RemoteException`
+    if the procedure did, `RemoteError` if harpd stopped the call, and `CommunicationError` if the connection broke or
+    harpd sent invalid data. Spec: docs/client-api.md, HarpStreamIterator.
     """
 
     def __init__(self, orig_iterator: Iterable[Any]) -> None:
@@ -46,11 +38,7 @@ class HarpStreamIterator(Iteration):
 class HarpProcedure(DirectProcedureBase["HarpServer"]):
     """A procedure on a harpd; calling it runs it.
 
-    Args:
-        server: the harpd.
-        name: name of the procedure; here it may begin with an underscore.
-
-    Spec: docs/client-api.md, HarpProcedure.
+    In this constructor, the name may begin with an underscore. Spec: docs/client-api.md, HarpProcedure.
     """
 
     __call__ = method(DirectProcedureBase._call)
@@ -62,9 +50,6 @@ class HarpProcedure(DirectProcedureBase["HarpServer"]):
 class HarpServer(SyncPeer, DirectServerBase[JSONConnection, HarpProcedure]):
     """A harpd, called without a dispatcher. Any attribute is a procedure on it.
 
-    As a context manager it closes its waiting connections at the end; so does the end of the object. Calls are
-    possible afterwards, too.
-
     Args:
         host: name or address of the host.
         user: name to authenticate as.
@@ -75,10 +60,8 @@ class HarpServer(SyncPeer, DirectServerBase[JSONConnection, HarpProcedure]):
         keep_alive: whether connections stay open for further calls, if harpd supports it. A connection carries one call
             at a time, and no call is ever sent twice.
 
-    Raises:
-        HarpException: `host`, `port`, `user` or `password` is invalid.
-
-    Spec: docs/client-api.md, HarpServer.
+    As a context manager it closes its waiting connections at the end; so does the end of the object. Calls are
+    possible afterwards, too. Raises `HarpException` if an argument is invalid. Spec: docs/client-api.md, HarpServer.
     """
 
     _procedure_class = HarpProcedure

@@ -27,7 +27,7 @@ class CancelledException(HarpException):
 
 
 class _Reported(HarpException):
-    """An error that the peer reported: a type, a message and optional data.
+    """An error that the peer reported.
 
     Args:
         type: identifier of the kind of error, for example ``"unknown_host"`` or ``"ValueError"``.
@@ -46,20 +46,14 @@ class _Reported(HarpException):
 
 
 class RemoteException(_Reported):
-    """The remote procedure raised an exception. Spec: docs/client-api.md, Exceptions.
+    """The remote procedure raised an exception: `type` is the name of its class, `message` its text.
 
-    Args:
-        type: name of the exception's class.
-        message: the exception's text.
-        data: any JSON value; from harpd ``{"class": NAME, "module": NAME}``. None when there is none.
+    From harpd, `data` is ``{"class": NAME, "module": NAME}``. Spec: docs/client-api.md, Exceptions.
     """
 
 
 class RemoteError(_Reported):
-    """The call failed or was stopped, or the request was refused. Spec: docs/client-api.md, Exceptions.
+    """The call failed or was stopped, or the request was refused.
 
-    Args:
-        type: the error type of the wire; docs/protocol.md lists each with cause and remedy.
-        message: the complete message.
-        data: any JSON value, None when there is none.
+    docs/protocol.md lists each `type` with cause and remedy. Spec: docs/client-api.md, Exceptions.
     """

@@ -17,7 +17,7 @@ import pytest
 
 import harp
 from harp import aio
-from harp._net import sockets, tls
+from harp._net import sockets
 from support.certificates import Certificates, server_files
 from support.deadline import eventually, wait_until
 from support.peers import Peer, PeerConnection, Script, answering, resetting, server_context, silent
@@ -183,7 +183,7 @@ def test_tls_reset_before_handshake_closes_the_socket() -> None:
         accepted.close()
         wait_until(lambda: sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) == errno.ECONNRESET)
         with pytest.raises(ConnectionResetError):
-            tls.tls_context(None).wrap_socket(sock)
+            sockets.tls_context(None).wrap_socket(sock)
 
 
 def test_plain_request_to_tls_server_fails(shell: Shell, files: Certificates) -> None:

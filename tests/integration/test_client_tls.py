@@ -12,7 +12,7 @@ import pytest
 import trustme
 
 import harp
-from harp._net import tls
+from harp._net import sockets
 from support.certificates import Certificates, server_files
 from support.deadline import wait_until
 from support.peers import Peer, answering, server_context
@@ -31,13 +31,15 @@ def shell(request: pytest.FixtureRequest) -> Iterator[Shell]:
 def files(tmp_path: Path) -> Certificates:
     """Return files that are older than a tick of the file system's clock."""
     found = server_files(tmp_path)
-    wait_until(lambda: tls.tls_context(found.ca_file) is tls.tls_context(found.ca_file), what="the age of the file")
+    wait_until(
+        lambda: sockets.tls_context(found.ca_file) is sockets.tls_context(found.ca_file), what="the age of the file"
+    )
     return found
 
 
 def test_tls_context_is_created_once(files: Certificates) -> None:
-    assert tls.tls_context(files.ca_file) is tls.tls_context(str(files.ca_file))
-    assert tls.tls_context(None) is tls.tls_context(None) is not tls.tls_context(files.ca_file)
+    assert sockets.tls_context(files.ca_file) is sockets.tls_context(str(files.ca_file))
+    assert sockets.tls_context(None) is sockets.tls_context(None) is not sockets.tls_context(files.ca_file)
 
 
 @pytest.mark.parametrize("how", ["replaced", "written over"])
@@ -88,5 +90,5 @@ def test_tls_ca_file_changed_twice_within_a_clock_tick(
         ca_file.write_bytes(content)
         with monkeypatch.context() as patch:
             patch.setattr(os, "stat", coarse)
-            context = tls.tls_context(ca_file)
+            context = sockets.tls_context(ca_file)
         assert context.get_ca_certs(binary_form=True) == [ssl.PEM_cert_to_DER_cert(content.decode().strip())]

@@ -140,11 +140,9 @@ def reader_of(request: FollowStream | ReadStream, numbered: bool) -> StreamReade
 
 
 def next_request(reader: StreamReader) -> dict[str, Any] | None:
-    line = reader.take_request()
-    if line is None:
+    if not reader.has_request:
         return None
-    reader.connected(0.0)
-    request: dict[str, Any] = json.loads(line)
+    request: dict[str, Any] = json.loads(reader.take_request(0.0))
     assert request.pop("harpcaller") == 1
     return request
 

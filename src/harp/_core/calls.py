@@ -5,7 +5,7 @@ Values are encoded as soon as they are passed: a later change of a list or dict 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, TypedDict
 
@@ -16,10 +16,7 @@ from harp.protocol.json_text import NotJSON, Raw, dumps
 
 
 def missing_attribute(name: str, owner: object) -> AttributeError:
-    """Return the error for a name that begins with an underscore.
-
-    Python itself, copy, pickle and debuggers look for such names; none of them may submit a call.
-    """
+    """Return the error for a name that begins with an underscore: Python, copy, pickle and debuggers look for such."""
     return AttributeError(f"{type(owner).__name__!r} object has no attribute {name!r}", name=name, obj=owner)
 
 
@@ -38,36 +35,30 @@ class JobOptions(TypedDict, total=False):
     info: Any
 
 
-_OPTION_NAMES = tuple(JobOptions.__annotations__)
+#: The options: which values are valid, in a function and in words.
+_OPTIONS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "queue": (lambda value: isinstance(value, dict), "a dict"),
+    "concurrency": (lambda value: is_count(value) and value > 0, "a positive integer"),
+    "timeout": (is_seconds, "a positive number of seconds"),
+    "max_exec_time": (is_seconds, "a positive number of seconds"),
+    "info": (lambda value: True, "any value"),
+}
 
 
 def check_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return options of a job, checked; `queue` and `info` become JSON text.
-
-    Raises:
-        HarpException: an option is unknown or invalid; the message names it.
-    """
-    for name in options:
-        if name not in _OPTION_NAMES:
-            raise HarpException(f"unknown option {name!r}, expected one of {', '.join(_OPTION_NAMES)}")
-    return {name: _check_option(name, value) for name, value in options.items()}
-
-
-def _check_option(name: str, value: Any) -> Any:
-    if value is None:
-        return None
-    text = _encode(f"option {name!r}", value)
-    if name == "info":
-        return text
-    if name == "queue":
-        valid, expected = isinstance(value, dict), "a dict"
-    elif name == "concurrency":
-        valid, expected = is_count(value) and value > 0, "a positive integer"
-    else:
-        valid, expected = is_seconds(value), "a positive number of seconds"
-    if not valid:
-        raise HarpException(f"option {name!r}: expected {expected}, got {value!r}")
-    return text if name == "queue" else value
+    """Return options of a job, checked; `queue` and `info` become JSON text. Raise `HarpException`, which names one."""
+    checked = dict(options)
+    for name, value in options.items():
+        if name not in _OPTIONS:
+            raise HarpException(f"unknown option {name!r}, expected one of {', '.join(_OPTIONS)}")
+        if value is not None:
+            text = _encode(f"option {name!r}", value)
+            is_valid, expected = _OPTIONS[name]
+            if not is_valid(value):
+                raise HarpException(f"option {name!r}: expected {expected}, got {value!r}")
+            if name in ("queue", "info"):
+                checked[name] = text
+    return checked
 
 
 def _encode(what: str, value: Any) -> Raw:
@@ -80,8 +71,7 @@ def _encode(what: str, value: Any) -> Raw:
 def encode_arguments(args: Mapping[str, Any] | Sequence[Any], kwargs: Mapping[str, Any] | None = None) -> Raw:
     """Return a call's arguments as JSON text: an array, or an object of named arguments.
 
-    Raises:
-        HarpException: both kinds are given, or an argument has no form in JSON; the message names it.
+    Raise `HarpException` for both kinds, and for an argument without a form in JSON, which the message names.
     """
     if args and kwargs:
         raise HarpException("positional and named arguments cannot be mixed in one call")
@@ -105,10 +95,7 @@ class Call:
         arguments: its arguments: a list or tuple, or a dict of named ones. Later changes of it have no effect.
         queue, concurrency, timeout, max_exec_time, info: options of the job, as for `harp.RemoteServer.__call__`.
 
-    Raises:
-        HarpException: one of them is invalid; the message names it.
-
-    Spec: docs/client-api.md, HarpCaller.
+    Raises `HarpException` if one of them is invalid; the message names it. Spec: docs/client-api.md, HarpCaller.
     """
 
     host: str
@@ -129,7 +116,7 @@ class Call:
         if not isinstance(self.arguments, (list, tuple, dict)):
             raise HarpException(f"arguments: expected a list, a tuple or a dict, got {self.arguments!r}")
         arguments = encode_arguments(self.arguments)
-        options = check_options({name: getattr(self, name) for name in _OPTION_NAMES})
+        options = check_options({name: getattr(self, name) for name in _OPTIONS})
         object.__setattr__(self, "_request", job_request(self.host, self.procedure, arguments, options))
 
 
@@ -137,7 +124,7 @@ def job_request(host: str, procedure: str, arguments: Raw, options: Mapping[str,
     """Return the request that submits a job. Raise `HarpException` for `concurrency` without `queue`."""
     if not options:
         return protocol.Call(host, procedure, arguments)
-    queue, concurrency, timeout, max_exec_time, info = map(options.get, _OPTION_NAMES)
+    queue, concurrency, timeout, max_exec_time, info = map(options.get, _OPTIONS)
     if concurrency is not None and queue is None:
         raise HarpException("option 'concurrency' needs option 'queue'")
     in_queue = None if queue is None else protocol.Queue(queue, concurrency or 1)
@@ -145,11 +132,7 @@ def job_request(host: str, procedure: str, arguments: Raw, options: Mapping[str,
 
 
 def plain_request(req: dict[str, Any]) -> bytes:
-    """Return the line of a request that the caller composed; the version is added when it is absent.
-
-    Raises:
-        HarpException: it is not a dict, or has no form in JSON.
-    """
+    """Return the line of a request that the caller composed; the version is added when it is absent."""
     if not isinstance(req, dict):
         raise HarpException(f"request: expected a dict, got {req!r}")
     return bytes(_encode("the request", {"harpcaller": protocol.VERSION, **req})) + b"\n"

@@ -2,20 +2,20 @@
 
 Each exchange with a peer is written once for both shells, as a generator (`Steps`). It calls a method of a connection,
 yields the return value, and receives the result. In the synchronous shell, the return value is the result. In the
-asyncio shell, it is a coroutine, which the driver awaits. The two drivers are `harp._net.sync.run` and
-`harp._net.aio.run`.
+asyncio shell, it is a coroutine, which the driver awaits. The two drivers are `harp._net.sync.method` and
+`harp._net.aio.method`.
 """
 
 from __future__ import annotations
 
 import ipaddress
+import os
 import weakref
-from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Generic, Protocol, TypeAlias, TypeVar
+from typing import Any, Generic, TypeAlias, TypeVar
 
 from harp.errors import CommunicationError, HarpException
 
@@ -23,6 +23,9 @@ T = TypeVar("T")
 
 #: A generator that yields what a connection's methods return, receives their results, and returns its outcome.
 Steps: TypeAlias = Generator[Any, Any, T]
+
+#: A PEM file with authorities; None: the peer's certificate is not verified.
+CAFile: TypeAlias = str | os.PathLike[str] | None
 
 #: The most connections that wait in one pool.
 _CAPACITY = 32
@@ -54,46 +57,34 @@ class Endpoint:
             return self.host.rstrip(".")
 
 
-class Connection(Protocol):
-    """The common interface of both shells' connections; a call of a method that returns `Any` is a step."""
+class Connection:
+    """The common interface of both shells' connections. A call that returns `Any` is a step."""
 
-    def connect(self) -> Any:
-        """Connect, or connect again."""
-
-    def close(self) -> Any:
-        """Close the connection."""
-
-    def close_threadsafe(self) -> None:
-        """Close the connection without waiting, from any thread."""
-
-    def is_idle(self) -> bool:
-        """Return whether the connection is open and its peer has sent nothing since the last reply."""
-
-    def exchange(self, line: bytes) -> Any:
-        """Send a line and return the first line of the reply."""
-
-    def receive_line(self) -> Any:
-        """Wait for a line and return it."""
-
-    def parse_buffered(self, parse: Callable[[Iterable[bytes]], list[Any]]) -> list[Any]:
-        """Pass the lines that have arrived already to a function, and return its items."""
-
-    def error(self, action: str, cause: Exception) -> CommunicationError:
-        """Return the error for an action that failed because of an error of the network, of TLS or of the protocol."""
+    connect: Callable[[], Any]
+    close: Callable[[], Any]
+    #: Closes the connection without waiting, from any thread.
+    close_threadsafe: Callable[[], None]
+    #: Returns whether the connection is open and its peer has sent nothing since the last reply.
+    is_idle: Callable[[], bool]
+    #: Waits for a line and returns it without its line feed.
+    receive_line: Callable[[], Any]
+    #: Sends a line and returns the first line of the reply.
+    exchange: Callable[[bytes], Any]
+    #: Passes the lines that have arrived already to a function, and returns its items.
+    parse_buffered: Callable[[Callable[[Iterable[bytes]], list[Any]]], list[Any]]
+    #: Returns the error for an action that failed because of an error of the network, of TLS or of the protocol.
+    error: Callable[[str, Exception], CommunicationError]
 
 
 C = TypeVar("C", bound=Connection)
 
 
 class ConnectionPool(Generic[C]):
-    """Connections that wait for their next request; the most recently used one is used first.
+    """Connections that wait for their next request, if this is enabled; the most recently used one is used first.
 
     Each waits for at most half of the time that its peer grants: after that, the peer may be about to close it.
     Waiting connections are closed with the pool. Any number of threads may use a pool. There is no lock, because a fork
     or a signal handler could find it locked: each step is one operation of `deque`.
-
-    Args:
-        enabled: whether connections stay open at all.
     """
 
     def __init__(self, enabled: bool) -> None:
@@ -117,15 +108,9 @@ class ConnectionPool(Generic[C]):
         return None
 
     def put(self, conn: C, seconds: float | None, now: float) -> bool:
-        """Add a connection whose request has been answered, if it can be used again.
+        """Add a connection whose request has been answered; return whether it was added. If not, the caller closes it.
 
-        Args:
-            conn: the connection.
-            seconds: how long the peer keeps it open for another request; None: not at all.
-            now: the time of the answer.
-
-        Returns:
-            Whether the pool has the connection now. If not, the caller closes it.
+        The peer keeps it open for a number of seconds; None: not at all.
         """
         if seconds is None or not self.enabled:
             return False
@@ -138,37 +123,31 @@ class ConnectionPool(Generic[C]):
             pass
         return True
 
-    def drain(self) -> list[C]:
-        """Remove all connections and return them; the caller closes them."""
-        drained = []
-        with suppress(IndexError):
-            while True:
-                drained.append(self._waiting.pop()[0])
-        return drained
+    def close(self) -> None:
+        """Close all waiting connections."""
+        _close_all(self._waiting)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return ConnectionPool, (self.enabled,)
 
 
-def _close_all(waiting: Iterable[tuple[Connection, float]]) -> None:
-    for conn, _ in waiting:
-        with suppress(Exception):
-            conn.close_threadsafe()
+def _close_all(waiting: deque[tuple[Any, float]]) -> None:
+    with suppress(IndexError):
+        while True:
+            waiting.pop()[0].close_threadsafe()
 
 
-class Peer(ABC, Generic[C]):
+class Peer(Generic[C]):
     """A server that requests are sent to, over connections that may wait for the next one."""
 
     #: Returns the time of the monotonic clock in seconds.
     _now: Callable[[], float]
     #: A step that waits for a number of seconds.
     _sleep: Callable[[float], Any]
+    #: A step that returns a new connection, which is connected.
+    _open: Callable[[], Any]
     _endpoint: Endpoint
     _pool: ConnectionPool[C]
-
-    @abstractmethod
-    def _open(self) -> Any:
-        """Return a new connection that is connected; a step."""
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy has connections of its own.
@@ -178,8 +157,7 @@ class Peer(ABC, Generic[C]):
 def mark_ambiguous(error: CommunicationError, reused: bool) -> CommunicationError:
     """Return the error of a call. If the connection was reused, its message adds that the call may have run.
 
-    The peer may have closed the connection, because it was idle for too long, just when the request was sent, or it may
-    have failed in the middle of the call. The client cannot tell these apart, so the call is not sent again.
+    Either the peer closed the idle connection just when the request was sent, or it failed in the middle of the call.
     """
     if not reused:
         return error

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
-from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, Generic, TypeVar
 
 from harp._core.calls import encode_arguments, missing_attribute, name_error
-from harp._core.connections import Connection, ConnectionPool, Endpoint, Peer, Steps, mark_ambiguous
+from harp._core.connections import CAFile, Connection, ConnectionPool, Endpoint, Peer, Steps, mark_ambiguous
 from harp._core.outcomes import Result, error_of, outcome_of
 from harp._core.streams import Reader
 from harp.errors import CommunicationError, HarpException
@@ -24,22 +22,14 @@ class DirectReader(Reader):
     """The records and the end of a direct call to harpd."""
 
     def __init__(self) -> None:
-        self._replies = daemon.ReplyReader()
-
-    def read_acknowledgement(self, line: bytes) -> bool:
-        """Read the first line and return whether the result is streamed. Raise `RemoteError` for a refusal."""
-        message = self._replies.read_message(line)
-        if isinstance(message, Failed):
-            raise error_of(message)
-        assert isinstance(message, daemon.Acknowledgement)
-        return message.stream_result
+        self.replies = daemon.ReplyReader()
 
     def read(self, line: bytes) -> tuple[Any, ...]:
         """Return the record of a line; the end result as a `Result`. Raise any other end."""
-        message = self._replies.read_message(line)
+        message = self.replies.read_message(line)
         if isinstance(message, daemon.Record):
             return (message.data,)
-        self.finished, self.keep_alive = True, self._replies.keep_alive
+        self.finished, self.keep_alive = True, self.replies.keep_alive
         if isinstance(message, Returned):
             return (Result(message.result),)
         assert isinstance(message, (Raised, Failed))  # the reader rejects all others
@@ -47,7 +37,7 @@ class DirectReader(Reader):
 
     def read_batch(self, lines: Iterable[bytes]) -> list[Any]:
         """See `Reader`."""
-        return self._replies.read_records(lines)
+        return self.replies.read_records(lines)
 
 
 class DirectServerBase(Peer[C], Generic[C, P]):
@@ -56,14 +46,7 @@ class DirectServerBase(Peer[C], Generic[C, P]):
     _procedure_class: type[P]
 
     def __init__(
-        self,
-        host: str,
-        user: str,
-        password: str,
-        port: int = 4306,
-        ca_file: str | os.PathLike[str] | None = None,
-        *,
-        keep_alive: bool = True,
+        self, host: str, user: str, password: str, port: int = 4306, ca_file: CAFile = None, *, keep_alive: bool = True
     ) -> None:
         self._endpoint = Endpoint(host, port)
         for field, text in (("user", user), ("password", password)):
@@ -87,8 +70,11 @@ class DirectServerBase(Peer[C], Generic[C, P]):
         )
 
 
-class DirectProcedureBase(ABC, Generic[S]):
+class DirectProcedureBase(Generic[S]):
     """A procedure on a harpd."""
+
+    #: Returns the iterator over a streamed result.
+    _iterator: Callable[[Any, DirectReader, ConnectionPool[Any]], Any]
 
     def __init__(self, server: S, name: str) -> None:
         self._server = server
@@ -96,19 +82,10 @@ class DirectProcedureBase(ABC, Generic[S]):
         if not isinstance(name, str) or not name:
             raise name_error("procedure", name)
 
-    @abstractmethod
-    def _iterator(self, conn: Any, reader: DirectReader, pool: ConnectionPool[Any]) -> Any:
-        """Return the iterator over a streamed result."""
-
     def _call(self, /, *args: Any, **kwargs: Any) -> Steps[Any]:
-        """Call the procedure and wait for its result, without a time limit.
+        """Call the procedure with positional or named arguments, any JSON values, and wait without a time limit.
 
-        Args:
-            *args: positional arguments, any JSON values.
-            **kwargs: named arguments, instead of positional ones.
-
-        Returns:
-            The result; of a streaming procedure a `HarpStreamIterator`, as soon as it runs.
+        Returns the result; of a streaming procedure a `HarpStreamIterator`, as soon as it runs.
 
         Raises:
             HarpException: both kinds of arguments, or one that JSON cannot represent; nothing was sent.
@@ -131,7 +108,11 @@ class DirectProcedureBase(ABC, Generic[S]):
                 reply = yield conn.exchange(line)
             except CommunicationError as error:
                 raise mark_ambiguous(error, pooled is not None) from error.__cause__
-            is_stream = reader.read_acknowledgement(reply)
+            message = reader.replies.read_message(reply)
+            if isinstance(message, Failed):
+                raise error_of(message)
+            assert isinstance(message, daemon.Acknowledgement)
+            is_stream = message.stream_result
             if not is_stream:
                 (result,) = reader.read((yield conn.receive_line()))
         except ValueError as error:

@@ -15,8 +15,8 @@ has the key only after a grant.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from typing import Any, Generic, Self, TypeVar, Unpack
 
 from harp._core.calls import (
@@ -32,7 +32,7 @@ from harp._core.calls import (
 from harp._core.connections import Connection, ConnectionPool, Endpoint, Peer, Steps, mark_ambiguous
 from harp._core.outcomes import CALL_CANCELLED, CALL_NOT_FINISHED, error_of, outcome_of
 from harp._core.retry import REFUSALS, ReconnectPolicy, closed_without_reply, parse_reconnect, unsupported_by_peer
-from harp._core.streams import StreamReader
+from harp._core.streams import StreamReader, StreamRequest
 from harp.errors import CancelledException, CommunicationError, HarpException, RemoteError
 from harp.protocol import replies, requests
 from harp.protocol.ends import End, Failed
@@ -83,14 +83,7 @@ class CallerBase(Peer[C], Generic[C, S, J]):
         return self.host(host, **kwargs)
 
     def host(self, host: str, **kwargs: Unpack[JobOptions]) -> S:
-        """Return a host to call procedures on.
-
-        Args:
-            host: the host's name in the dispatcher's registry.
-            **kwargs: options of the jobs, as for `RemoteServer.__call__`.
-
-        Raises:
-            HarpException: an option is unknown or invalid.
+        """Return the host of this name, with options as for `RemoteServer.__call__`, which describes the errors, too.
 
         Spec: docs/client-api.md, HarpCaller.
         """
@@ -103,23 +96,16 @@ class CallerBase(Peer[C], Generic[C, S, J]):
         return self._job_class(self, job_id)
 
     def _submit_many(self, calls: Iterable[Call]) -> Steps[list[J]]:
-        """Submit jobs with one request, all or none. They are on stable storage when this returns.
+        """Submit jobs with one request, all or none; return them in the order of the calls. They are on stable storage.
 
         Over 10,000 calls or 16 MiB are sent as several requests, one after the other, and to a legacy dispatcher one
         for each call. Then only each request is all or none: if one fails, the calls before it are submitted, those in
         it and after it are not, and a note of the exception says how many.
 
-        Args:
-            calls: the calls.
-
-        Returns:
-            The jobs, in the order of the calls.
-
         Raises:
             HarpException: an item is not a `Call`; nothing was sent.
             RemoteError: the dispatcher refused; its message names the invalid call. No job was stored.
-            CommunicationError: there was no reply. It is unknown whether the jobs were submitted; they are not sent
-                again.
+            CommunicationError: there was no reply. It is unknown whether the jobs were submitted.
 
         Spec: docs/client-api.md, HarpCaller.
         """
@@ -145,11 +131,7 @@ class CallerBase(Peer[C], Generic[C, S, J]):
     def _send_plain(self, req: dict[str, Any]) -> Steps[dict[str, Any]]:
         """Send a request that you compose yourself and return the reply; the first line if there are several.
 
-        Args:
-            req: the request; ``"harpcaller": 1`` is added when it is absent.
-
-        Returns:
-            The reply as a dict; an ``error`` in it is not raised.
+        ``"harpcaller": 1`` is added to the request when it is absent. An ``error`` in the reply is not raised.
 
         Raises:
             HarpException: the request has no form in JSON.
@@ -169,15 +151,9 @@ class CallerBase(Peer[C], Generic[C, S, J]):
         return reply
 
     def _request(self, request: Request, feature: str | None = None) -> Steps[Any]:
-        """Send a request and return its reply, which is of the kind that `MAY_FOLLOW` lists.
+        """Send a request and return its reply, which is of the kind that `MAY_FOLLOW` lists; raise a refusal.
 
-        Args:
-            request: the request.
-            feature: the name of the feature, if legacy dispatchers lack it.
-
-        Raises:
-            RemoteError: the dispatcher refused.
-            CommunicationError: there was no reply. If the dispatcher may be too old, the message says so.
+        If legacy dispatchers lack a feature, its name is in the error for a close without a reply.
         """
         try:
             reply, _ = yield from self._send(request)
@@ -189,20 +165,17 @@ class CallerBase(Peer[C], Generic[C, S, J]):
             raise error_of(reply)
         return reply
 
-    def _send(self, request: Request, policy: ReconnectPolicy | None = None) -> Steps[tuple[Any, bytes]]:
-        """Send a request once and return the reply and its line.
-
-        Args:
-            request: the request.
-            policy: is notified of the connection; None: the request does not wait.
-        """
+    def _send(
+        self, request: Request, policy: ReconnectPolicy | None = None, is_question: bool = False
+    ) -> Steps[tuple[Any, bytes]]:
+        """Send a request once and return the reply and its line. If the request waits, it has a policy."""
         pool = self._pool
         if self._keep_alive is None and not pool.granted:
             if self._ask_at is not None:
                 yield from self._ask()
             else:
                 self._ask_at = self._now()
-        keep_alive = pool.granted or (self._keep_alive is True and policy is None)
+        keep_alive = pool.granted or (self._keep_alive is True and policy is None) or (is_question and pool.enabled)
         encoded = requests.encode_request(request, keep_alive)
         pooled = pool.get(self._now()) if keep_alive else None
         conn = pooled or (yield self._open())
@@ -230,20 +203,13 @@ class CallerBase(Peer[C], Generic[C, S, J]):
         return reply, line
 
     def _ask(self) -> Steps[None]:
-        """Ask, if it is time to, whether the dispatcher is a legacy one; the pool gets the connection if it is not."""
-        now, granted = self._now(), None
-        if self._ask_at is not None and now < self._ask_at:
-            return
-        self._ask_at = now + _ASK_AGAIN
-        conn = yield self._open()
-        try:
-            line = yield conn.exchange(requests.encode_request(SubmitMany(()), self._pool.enabled))
-            self._supports_many, granted = True, replies.parse_keep_alive(line)
-        except CommunicationError:
-            pass  # a legacy dispatcher; if it cannot be reached, the request itself will say so
-        finally:
-            if not self._pool.put(conn, granted, self._now()):
-                yield conn.close()
+        """Ask whether the dispatcher is a legacy one, if it is time to. The connection then waits in the pool."""
+        now = self._now()
+        if self._ask_at is None or now >= self._ask_at:
+            self._ask_at = now + _ASK_AGAIN
+            with suppress(CommunicationError):  # if it cannot be reached, the request itself will say so
+                yield from self._send(SubmitMany(()), is_question=True)
+                self._supports_many = True
 
     def _raise_unless_repeatable(self, error: CommunicationError, request: Request, reused: bool) -> None:
         """Raise the error of a keep-alive request that got no reply, unless it may be sent on a new connection."""
@@ -288,7 +254,7 @@ class ServerBase(Generic[P]):
         return self._procedure_class(self._dispatcher, self, procedure)
 
     def __call__(self, /, **kwargs: Unpack[JobOptions]) -> Self:
-        """Set options of further jobs; the others stay as they are, None unsets one.
+        """Set options of further jobs and return this object; the others stay as they are, None unsets one.
 
         Args:
             queue: name of the queue to wait in, a dict.
@@ -297,13 +263,7 @@ class ServerBase(Generic[P]):
             max_exec_time: seconds the job may run, above 0.
             info: any JSON value, returned by `RemoteCall.info`.
 
-        Returns:
-            This object.
-
-        Raises:
-            HarpException: an option is unknown or invalid.
-
-        Spec: docs/client-api.md, RemoteServer.
+        Raises `HarpException` if an option is unknown or invalid. Spec: docs/client-api.md, RemoteServer.
         """
         self._options = {**self._options, **check_options(kwargs)}
         return self
@@ -326,15 +286,10 @@ class ProcedureBase(Generic[J]):
             raise name_error("procedure", procedure)
 
     def _submit(self, /, *args: Any, **kwargs: Any) -> Steps[J]:
-        """Submit a job. It is on stable storage when this returns; it may not have started.
-
-        Args:
-            *args: positional arguments, any JSON values.
-            **kwargs: named arguments, instead of positional ones.
+        """Submit a job with positional or named arguments, any JSON values. It is on stable storage when this returns.
 
         Raises:
-            HarpException: both kinds of arguments, one that JSON cannot represent, or `concurrency` without `queue`;
-                nothing was sent.
+            HarpException: both kinds of arguments, one that JSON cannot represent, or `concurrency` without `queue`.
             RemoteError: the dispatcher refused the job.
             CommunicationError: there was no reply. It is unknown whether the job was submitted; it is not sent again.
 
@@ -357,8 +312,11 @@ class ProcedureBase(Generic[J]):
         return f"<{type(self).__name__} {self._procedure} on {self._server} by {self._dispatcher!r}>"
 
 
-class JobBase(ABC, Generic[R]):
+class JobBase(Generic[R]):
     """A job of a dispatcher, and its final facts."""
+
+    #: Returns the iterator over the items of a reader.
+    _stream: Callable[[StreamReader], R]
 
     def __init__(self, dispatcher: CallerBase[Any, Any, Any], job_id: str) -> None:
         self._dispatcher = dispatcher
@@ -386,10 +344,7 @@ class JobBase(ABC, Generic[R]):
             numbered: return pairs of a record's number and the record.
             timed: return a record's number, the time of its creation (Unix seconds with fractions) and the record.
 
-        Raises:
-            HarpException: a number is invalid, or both are given.
-
-        Spec: docs/client-api.md, RemoteCall.
+        Raises `HarpException` if a number is invalid, or both are given. Spec: docs/client-api.md, RemoteCall.
         """
         return self._stream(self._reader(FollowStream, since, recent, numbered, timed))
 
@@ -402,17 +357,8 @@ class JobBase(ABC, Generic[R]):
         """
         return self._stream(self._reader(ReadStream, since, recent, numbered, timed))
 
-    @abstractmethod
-    def _stream(self, reader: StreamReader) -> R:
-        """Return the iterator over the items of a reader."""
-
     def _reader(
-        self,
-        kind: type[FollowStream | ReadStream],
-        since: int | None = None,
-        recent: int | None = None,
-        numbered: bool = False,
-        timed: bool = False,
+        self, kind: type[StreamRequest], since: int | None, recent: int | None, numbered: bool, timed: bool
     ) -> StreamReader:
         try:
             request = kind(self._id, since, recent, bool(timed))
@@ -422,8 +368,9 @@ class JobBase(ABC, Generic[R]):
 
     def _sent_reader(self, numbered: bool) -> StreamReader:
         """Return the reader of records that the caller has requested."""
-        reader = self._reader(ReadStream, numbered=numbered)  # its replies include all replies to follow_stream
-        reader.take_request()
+        # Its replies include all replies to follow_stream.
+        reader = self._reader(ReadStream, None, None, numbered, False)
+        reader.has_request = False
         return reader
 
     def _store_end(self, reply: replies.Reply, line: bytes) -> None:
@@ -432,17 +379,11 @@ class JobBase(ABC, Generic[R]):
             self._end_line = line
 
     def _result(self, wait: bool = False) -> Steps[Any]:
-        """Return how the job ended; errors are returned, not raised.
+        """Return how the job ended; errors are returned, not raised. With `wait`, wait for it, without a time limit.
 
-        Args:
-            wait: wait for the job to end, without a time limit.
-
-        Returns:
-            The procedure's result, `CALL_NOT_FINISHED` (only without `wait`), `CALL_CANCELLED`, or an instance
-            of `RemoteException`, `RemoteError` or `CommunicationError`. The last, and a refusal of the request, say
-            nothing about the job: try again later.
-
-        Spec: docs/client-api.md, RemoteCall.
+        The value is the procedure's result, `CALL_NOT_FINISHED` (only without `wait`), `CALL_CANCELLED`, or an instance
+        of `RemoteException`, `RemoteError` or `CommunicationError`. The last, and a refusal of the request, say nothing
+        about the job: try again later. Spec: docs/client-api.md, RemoteCall.
         """
         dispatcher, request = self._dispatcher, GetResult(self._id, bool(wait))
         policy = ReconnectPolicy(dispatcher._reconnect if wait else 0.0)
@@ -462,13 +403,7 @@ class JobBase(ABC, Generic[R]):
         return CALL_NOT_FINISHED if isinstance(reply, replies.NoResult) else outcome_of(reply)
 
     def _get(self, wait: bool = True) -> Steps[Any]:
-        """Return the procedure's result; every other end is raised.
-
-        Args:
-            wait: wait for the job to end, without a time limit.
-
-        Returns:
-            The procedure's result, or `CALL_NOT_FINISHED` (only without `wait`).
+        """Return the procedure's result, or `CALL_NOT_FINISHED` (only without `wait`); every other end is raised.
 
         Raises:
             RemoteException: the procedure raised an exception.
@@ -486,20 +421,12 @@ class JobBase(ABC, Generic[R]):
         return outcome
 
     def _cancel(self, *, wait: bool = False) -> Steps[bool]:
-        """Cancel the job.
+        """Cancel the job; return whether it was running or waiting and is now stopped.
 
-        Args:
-            wait: wait until its host has confirmed that the processes have ended, without a time limit.
-
-        Returns:
-            Whether it was running or waiting and is now stopped.
-
-        Raises:
-            RemoteError: with `wait`, ``stop_failed`` when processes survive (the message names them) or the host was
-                declared lost; ``stop_unknown`` when the host's daemon cannot confirm the stop. `data` is the
-                dispatcher's report.
-
-        Spec: docs/client-api.md, RemoteCall.
+        With `wait`, wait without a time limit until its host has confirmed that the processes have ended. Otherwise
+        `RemoteError` is raised: ``stop_failed`` when processes survive (the message names them) or the host was
+        declared lost; ``stop_unknown`` when the host's daemon cannot confirm the stop. Its `data` is the dispatcher's
+        report. Spec: docs/client-api.md, RemoteCall.
         """
         feature = "cancel(wait=True)" if wait else None
         reply: replies.WasCancelled = yield from self._dispatcher._request(Cancel(self._id, bool(wait)), feature)
@@ -508,10 +435,7 @@ class JobBase(ABC, Generic[R]):
         return reply.cancelled
 
     def _details(self) -> Steps[dict[str, Any]]:
-        """Return all that is known about the job: queue, host, call, stop report, end.
-
-        Spec: docs/client-api.md, Details.
-        """
+        """Return the job's queue, host, call, stop report and end. Spec: docs/client-api.md, Details."""
         request = requests.GetDetails(self._id)
         reply: replies.Details = yield from self._dispatcher._request(request, "details() and why()")
         return dict(reply.details)

@@ -3,40 +3,35 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Final, final
+from enum import Enum
+from typing import Any, Final
 
 from harp.errors import RemoteError, RemoteException
 from harp.protocol.ends import Cancelled, End, Failed, Raised, Returned
 
 
-@final
-class _Sentinel:
-    """A unique value that stays the same object when it is copied or pickled."""
+class _Sentinel(Enum):
+    """Unique values, which stay the same objects when they are copied or pickled."""
 
-    def __init__(self, name: str, text: str) -> None:
-        self._name = name
-        self._text = text
+    CALL_NOT_FINISHED = "<CallNotFinished>"
+    CALL_CANCELLED = "<CallCancelled>"
 
-    def __repr__(self) -> str:
-        return self._text
+    def __str__(self) -> str:
+        return self.value
 
-    def __reduce__(self) -> str:
-        return self._name
+    __repr__ = __str__
 
 
 #: Returned instead of a result while the call has not ended. Spec: docs/client-api.md, RemoteCall.
-CALL_NOT_FINISHED: Final = _Sentinel("CALL_NOT_FINISHED", "<CallNotFinished>")
+CALL_NOT_FINISHED: Final = _Sentinel.CALL_NOT_FINISHED
 
 #: Returned as the result of a call that was cancelled. Spec: docs/client-api.md, RemoteCall.
-CALL_CANCELLED: Final = _Sentinel("CALL_CANCELLED", "<CallCancelled>")
+CALL_CANCELLED: Final = _Sentinel.CALL_CANCELLED
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """The end result of a streaming procedure, the last item of a `HarpStreamIterator`.
-
-    Args:
-        value: the procedure's return value, any JSON value.
+    """The return value of a streaming procedure, any JSON value: the last item of a `HarpStreamIterator`.
 
     Spec: docs/client-api.md, Direct calls.
     """

@@ -52,15 +52,11 @@ def unsupported_by_peer(error: CommunicationError, feature: str) -> Communicatio
 
 
 class ReconnectPolicy:
-    """The attempts of one reader to reach the dispatcher again.
-
-    Args:
-        seconds: how long one outage may last; 0: the reader does not reconnect.
-    """
+    """The attempts of one reader to reach the dispatcher again, in outages of a number of seconds at most; 0: none."""
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
-        self._ever_connected = False
+        #: None: never connected; infinite: the outage that began since is already counted.
         self._connected_at: float | None = None
         self._outage_since: float | None = None
         self._pause = _FIRST_PAUSE
@@ -72,7 +68,6 @@ class ReconnectPolicy:
 
     def connected(self, now: float) -> None:
         """Note that a connection was established."""
-        self._ever_connected = True
         self._connected_at = now
 
     def end_outage(self) -> None:
@@ -90,24 +85,22 @@ class ReconnectPolicy:
     def next_pause(self, error: HarpException, now: float) -> float:
         """Return the seconds to wait before the next attempt.
 
-        Raises:
-            HarpException: the error, if it is not transient, if no connection was ever established, or if the outage
-                has lasted too long; then its message says how long and how often the client has tried.
+        Raise the error if it is not transient, if no connection was ever established, or if the outage has lasted too
+        long; then its message says how long and how often the client has tried.
         """
-        if not (self and self._ever_connected and self.is_transient(error)):
+        if not self or self._connected_at is None or not self.is_transient(error):
             raise error
-        if self._connected_at is not None and now - self._connected_at >= min(_STABLE_SECONDS, self._seconds):
+        if now - self._connected_at >= min(_STABLE_SECONDS, self._seconds):
             self.end_outage()
-        self._connected_at = None
+        self._connected_at = math.inf
         if self._outage_since is None:
             self._outage_since = now
         remaining = self._outage_since + self._seconds - now
         if remaining <= 0:
             if isinstance(error, RemoteError):
                 raise error
-            raise CommunicationError(
-                f"{error}; gave up after {self.attempts} attempts in {self._seconds:g} s"
-            ) from error
+            tried = f"gave up after {self.attempts} attempts in {self._seconds:g} s"
+            raise CommunicationError(f"{error}; {tried}") from error
         self.attempts += 1
         # Random, so that readers that lost their connection together do not return together.
         pause = min(self._pause * random.uniform(0.5, 1.0), remaining)  # noqa: S311  not a secret

@@ -6,10 +6,9 @@ A `Reader` receives lines, errors and times, and decides. `StreamBase` carries o
 from __future__ import annotations
 
 import weakref
-from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeAlias, TypeVar
 
 from harp._core.connections import Connection, ConnectionPool, Steps
 from harp._core.outcomes import error_of
@@ -19,37 +18,29 @@ from harp.protocol.ends import Failed
 from harp.protocol.replies import Continue, Packet, Reply, ReplyReader
 from harp.protocol.requests import FollowStream, ReadStream, encode_request
 
+StreamRequest: TypeAlias = FollowStream | ReadStream
 C = TypeVar("C", bound=Connection)
 
 #: A legacy dispatcher closes the connection within this many seconds if the job is unknown. A later close is an outage.
 _REFUSED_WITHIN = 1.0
 
 
-class Reader(ABC):
+class Reader:
     """Turns the lines of a stream into items, and decides how to continue after an interruption."""
 
+    #: Whether a request must be sent on a new connection before the next line is read.
+    has_request = False
+    #: Returns this request, once. The argument is the time when the connection was established.
+    take_request: Callable[[float], bytes]
     #: Whether the last line was read.
     finished = False
     #: Seconds that the peer then keeps the connection open for another request; None: it must be closed.
     keep_alive: float | None = None
-
-    def take_request(self) -> bytes | None:
-        """Return the line to send on a new connection before the next line is read, once; None: there is none."""
-        return None
-
-    def connected(self, now: float) -> None:  # noqa: B027  only readers that reconnect need it
-        """Note that the connection for the request was established."""
-
-    @abstractmethod
-    def read(self, line: bytes) -> tuple[Any, ...]:
-        """Return the items of a line, at most one. Raise the error that the line reports, or `ProtocolError`."""
-
-    @abstractmethod
-    def read_batch(self, lines: Iterable[bytes]) -> list[Any]:
-        """Return the items of the first lines that have one item each; the line after them is for `read`.
-
-        This is the fast path for the lines that arrived together with a line that had an item.
-        """
+    #: Returns the items of a line, at most one. Raises the error that the line reports, or `ProtocolError`.
+    read: Callable[[bytes], tuple[Any, ...]]
+    #: Returns the items of the first lines that have one item each; the line after them is for `read`. This is the fast
+    #: path for the lines that arrived together with a line that had an item.
+    read_batch: Callable[[Iterable[bytes]], list[Any]]
 
     def interrupted(self, error: HarpException, now: float) -> float:
         """Return the seconds to wait before the next request. Raise the error if the stream cannot continue."""
@@ -68,18 +59,14 @@ class StreamReader(Reader):
     job is unknown.
 
     Args:
-        request: the request for the records.
-        numbered: whether items are pairs of a record's number and the record; timed items are number, time and record.
+        request: the request for the records. Timed items are number, time and record.
+        numbered: whether items are pairs of a record's number and the record.
         reconnect: how many seconds an outage may last; used by a `FollowStream` only.
         store_end: stores the last reply and its line.
     """
 
     def __init__(
-        self,
-        request: FollowStream | ReadStream,
-        numbered: bool,
-        reconnect: float,
-        store_end: Callable[[Reply, bytes], None],
+        self, request: StreamRequest, numbered: bool, reconnect: float, store_end: Callable[[Reply, bytes], None]
     ) -> None:
         self._wanted = request
         self._store_end = store_end
@@ -89,15 +76,14 @@ class StreamReader(Reader):
         self._connected_at = 0.0
         self._replied = False
         self._silent_closes = 0
-        self._unsent: FollowStream | ReadStream | None
         self._set_request(self._next_request() if self._policy and request.since is None else request)
 
-    def _set_request(self, request: FollowStream | ReadStream) -> None:
+    def _set_request(self, request: StreamRequest) -> None:
         self._request = request
         self._replies = ReplyReader(request)
-        self._unsent = request
+        self.has_request = True
 
-    def _next_request(self) -> FollowStream | ReadStream:
+    def _next_request(self) -> StreamRequest:
         wanted = self._wanted
         if self._next_number is None:
             # At least one record, because of its number.
@@ -105,15 +91,11 @@ class StreamReader(Reader):
         kind = ReadStream if self._silent_closes and not self._replied else FollowStream
         return kind(wanted.job, since=self._next_number, timed=wanted.timed)
 
-    def take_request(self) -> bytes | None:
+    def take_request(self, now: float) -> bytes:
         """See `Reader`."""
-        request, self._unsent = self._unsent, None
-        return None if request is None else encode_request(request)
-
-    def connected(self, now: float) -> None:
-        """See `Reader`."""
-        self._connected_at = now
+        self.has_request, self._connected_at = False, now
         self._policy.connected(now)
+        return encode_request(self._request)
 
     def read(self, line: bytes) -> tuple[Any, ...]:
         """Return the record of a line; a closing line has none. Raise `RemoteError` for a refusal of the request."""
@@ -164,17 +146,18 @@ class StreamReader(Reader):
         return pause
 
 
-class StreamBase(ABC, Generic[C]):
+class StreamBase(Generic[C]):
     """Items read from a connection. It is closed after the last item, after an error, and when this object is deleted.
 
-    Args:
-        conn: the connection; it connects again when the reader has a request.
-        reader: reads its lines.
-        pool: where the connection goes instead if the peer keeps it open after the last item.
+    It connects again when the reader has a request. If the peer keeps it open after the last item, the pool gets it.
     """
 
     #: Returns the time of the monotonic clock in seconds.
     _now: Callable[[], float]
+    #: A step that ends the iteration early and closes the connection.
+    close: Callable[[], Any]
+    #: A step that waits until the time is over or the stream is closed.
+    _sleep: Callable[[float], Any]
 
     def __init__(self, conn: C, reader: Reader, pool: ConnectionPool[C] | None = None) -> None:
         self._conn = conn
@@ -184,10 +167,6 @@ class StreamBase(ABC, Generic[C]):
         self._closed = False
         self._finalizer = weakref.finalize(self, conn.close_threadsafe)
 
-    @abstractmethod
-    def close(self) -> Any:
-        """End the iteration early and close the connection; a step."""
-
     def _end(self) -> bool:
         """End the iteration; return whether this call did, so that the connection belongs to its caller."""
         self._closed = True
@@ -195,10 +174,6 @@ class StreamBase(ABC, Generic[C]):
 
     def _connect(self) -> Any:
         return self._conn.connect()
-
-    @abstractmethod
-    def _sleep(self, seconds: float) -> Any:
-        """Wait until the time is over or the stream is closed; a step."""
 
     def _next_items(self) -> Steps[tuple[Any, ...]]:
         """Return the next item in a tuple, which is empty at the end."""
@@ -221,15 +196,13 @@ class StreamBase(ABC, Generic[C]):
     def _read(self) -> Steps[tuple[Any, ...]]:
         """Return the items of the next line; none after an interruption and its pause."""
         try:
-            request = self._reader.take_request()
-            if request is None:
-                line = yield self._conn.receive_line()
-            else:
+            if self._reader.has_request:
                 yield self._connect()
                 if self._closed:  # before there was a connection to close
                     yield self._conn.close()
-                self._reader.connected(self._now())
-                line = yield self._conn.exchange(request)
+                line = yield self._conn.exchange(self._reader.take_request(self._now()))
+            else:
+                line = yield self._conn.receive_line()
             try:
                 return self._reader.read(line)
             except ValueError as error:

@@ -11,14 +11,13 @@ import os
 import socket
 import ssl
 import time
-from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import suppress
 from functools import wraps
 from typing import Any, ParamSpec, Self, TypeVar
 
-from harp._core.connections import ConnectionPool, Peer, Steps
-from harp._core.streams import Reader, StreamBase
+from harp._core.connections import Peer, Steps
+from harp._core.streams import StreamBase
 from harp._net.sockets import FOREIGN_ERRORS, READ_BYTES, BufferedConnection, TLSConnection, Uncopyable
 from harp.errors import CommunicationError
 
@@ -26,39 +25,33 @@ T = TypeVar("T")
 P = ParamSpec("P")
 
 
-async def run(steps: Steps[T]) -> T:
-    """Run steps and return their outcome."""
-    try:
-        step = next(steps)
-        while True:
-            try:
-                value = await step
-            except BaseException as error:  # noqa: BLE001  the steps handle or raise it
-                step = steps.throw(error)
-            else:
-                step = steps.send(value)
-    except StopIteration as end:
-        outcome: T = end.value
-        return outcome
-
-
 def method(operation: Callable[P, Steps[T]]) -> Callable[P, Coroutine[Any, Any, T]]:
-    """Return the coroutine function that runs an operation; without the underscore of the operation's name."""
+    """Return the coroutine function that runs the steps of an operation; its name has no underscore."""
 
     @wraps(operation)
-    async def run_operation(*args: P.args, **kwargs: P.kwargs) -> T:
-        return await run(operation(*args, **kwargs))
+    async def run(*args: P.args, **kwargs: P.kwargs) -> T:
+        steps = operation(*args, **kwargs)
+        try:
+            step = next(steps)
+            while True:
+                try:
+                    value = await step
+                except BaseException as error:  # noqa: BLE001  the steps handle or raise it
+                    step = steps.throw(error)
+                else:
+                    step = steps.send(value)
+        except StopIteration as end:
+            outcome: T = end.value
+            return outcome
 
-    run_operation.__name__ = operation.__name__.removeprefix("_")
-    return run_operation
+    run.__name__ = operation.__name__.removeprefix("_")
+    return run
 
 
-class _Closable(Uncopyable, ABC):
+class _Closable(Uncopyable):
     """Common base of connections and iterators."""
 
-    @abstractmethod
-    async def close(self) -> None:
-        """Close the connection."""
+    close: Callable[[], Coroutine[Any, Any, None]]
 
     async def __aenter__(self) -> Self:
         return self
@@ -85,15 +78,17 @@ class AsyncJSONConnection(BufferedConnection, _Closable):
         super().__init__(host, port)
         self._is_watched = False
         self._failure: CommunicationError | None = None
-        self._waiters: list[asyncio.Future[None]] = []
+        #: Set when the socket is ready, lines have arrived, or the connection has ended.
+        self._changed = asyncio.Event()
 
     async def connect(self) -> None:
         """See `harp.JSONConnection.connect`."""
         await self.close()
         self._loop = asyncio.get_running_loop()
-        self._failure = None
-        self._set_socket(await run(self._open()))
-        self._watch()
+        self._failure, self._changed = None, asyncio.Event()
+        self._set_socket(await self._open_socket())
+
+    _open_socket = method(BufferedConnection._open)
 
     async def _resolve(self, deadline: float) -> Any:
         async with asyncio.timeout(deadline - time.monotonic()):
@@ -116,9 +111,10 @@ class AsyncJSONConnection(BufferedConnection, _Closable):
 
     async def _until_ready(self, sock: socket.socket, add: Callable[..., Any], remove: Callable[[int], Any]) -> None:
         """Wait until the loop reports a socket, or the connection has ended."""
-        add(sock.fileno(), self._wake)
+        self._changed.clear()
+        add(sock.fileno(), self._changed.set)
         try:
-            await self._changed()
+            await self._changed.wait()
         finally:
             if sock.fileno() >= 0:  # not closed
                 remove(sock.fileno())
@@ -145,27 +141,16 @@ class AsyncJSONConnection(BufferedConnection, _Closable):
     def _close(self) -> None:
         sock, self._socket = self._socket, None
         if sock is not None:
-            self._unwatch(sock)
+            self._is_watched = False
+            self._loop.remove_reader(sock.fileno())
             self._loop.remove_writer(sock.fileno())
             self._close_socket(sock)
-            self._wake()
+            self._changed.set()
 
-    def _watch(self) -> None:
-        if not self._is_watched and self._socket is not None:
-            self._loop.add_reader(self._socket.fileno(), self._on_readable)
-            self._is_watched = True
-
-    def _unwatch(self, sock: socket.socket) -> None:
-        if self._is_watched:
-            self._loop.remove_reader(sock.fileno())
-            self._is_watched = False
-
-    def _on_readable(self) -> None:
-        sock = self._socket
-        if sock is None:
-            return
+    def _on_readable(self, sock: socket.socket) -> None:
         if self._lines:
-            self._unwatch(sock)
+            self._is_watched = False
+            self._loop.remove_reader(sock.fileno())
             return
         try:
             data = sock.recv(READ_BYTES)
@@ -177,19 +162,7 @@ class AsyncJSONConnection(BufferedConnection, _Closable):
             self._failure.__cause__ = error
             self._close()
         if self._lines:
-            self._wake()
-
-    async def _changed(self) -> None:
-        """Wait until the socket is ready, lines have arrived, or the connection has ended."""
-        waiter = self._loop.create_future()
-        self._waiters.append(waiter)
-        await waiter
-
-    def _wake(self) -> None:
-        waiters, self._waiters = self._waiters, []
-        for waiter in waiters:
-            if not waiter.done():
-                waiter.set_result(None)
+            self._changed.set()
 
     send = method(BufferedConnection._send)
     receive = method(BufferedConnection._receive)
@@ -208,9 +181,12 @@ class AsyncJSONConnection(BufferedConnection, _Closable):
     async def receive_line(self) -> bytes:
         """See `BufferedConnection`."""
         while not self._lines:
-            self._connected()
-            self._watch()
-            await self._changed()
+            sock = self._connected()
+            if not self._is_watched:
+                self._is_watched = True
+                self._loop.add_reader(sock.fileno(), self._on_readable, sock)
+            self._changed.clear()
+            await self._changed.wait()
         return self._lines.popleft()
 
     async def exchange(self, line: bytes) -> bytes:
@@ -258,8 +234,7 @@ class AsyncPeer(Peer[AsyncJSONConnection]):
         return self
 
     async def __aexit__(self, *error: object) -> None:
-        for conn in self._pool.drain():
-            await conn.close()
+        self._pool.close()
 
 
 class AsyncIteration(_Closable, AsyncIterator[Any]):
@@ -274,30 +249,26 @@ class AsyncStream(StreamBase[AsyncJSONConnection], AsyncIteration):
     """Items read from a connection; see `StreamBase`."""
 
     _now = staticmethod(time.monotonic)
+    _next = method(StreamBase._next_items)
 
-    def __init__(
-        self, conn: AsyncJSONConnection, reader: Reader, pool: ConnectionPool[AsyncJSONConnection] | None = None
-    ) -> None:
+    def __init__(self, *stream: Any) -> None:
+        super().__init__(*stream)
         self._reading = asyncio.Lock()
         self._waiting: asyncio.Timeout | None = None
-        super().__init__(conn, reader, pool)
 
     async def __anext__(self) -> Any:
         async with self._reading:
             if self._parsed and not self._closed:
                 return self._parsed.popleft()
-            for item in await run(self._next_items()):
+            for item in await self._next():
                 return item
             raise StopAsyncIteration
 
     async def close(self) -> None:
-        """End the iteration early and close its connection; has no effect after the end.
-
-        A task that waits for an item, or for the dispatcher to come back, is woken: its iteration ends.
-        """
+        """See `harp._net.sync.Stream.close`."""
         if self._end():
             if self._waiting is not None:
-                self._waiting.reschedule(asyncio.get_running_loop().time())
+                self._waiting.reschedule(0.0)  # at once
             await self._conn.close()
 
     async def _connect(self) -> None:

@@ -7,21 +7,21 @@ the peer closed it between lines, a `ValueError` if the peer sent invalid data.
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 import socket
 import ssl
 import time
-from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from functools import lru_cache
 from typing import Any, NoReturn
 
 from harp._core.calls import encode_line
-from harp._core.connections import Endpoint, Steps
-from harp._net.tls import tls_context
-from harp.errors import CommunicationError
+from harp._core.connections import CAFile, Connection, Endpoint, Steps
+from harp.errors import CommunicationError, HarpException
 from harp.protocol.json_text import loads
 from harp.protocol.lines import LineBuffer
 
@@ -36,6 +36,9 @@ READ_BYTES = 64 * 1024
 
 #: A peer that has vanished is detected after about two minutes; a peer that is busy is not affected.
 _KEEPALIVE = {"TCP_KEEPIDLE": 60, "TCP_KEEPINTVL": 15, "TCP_KEEPCNT": 4}
+
+#: Nanoseconds in which a file may change twice, but its times only once: contexts of newer files are not cached.
+_CLOCK_TICK = 20_000_000
 
 #: Remedies for a certificate that is not accepted, by OpenSSL's error number.
 _HINTS = {
@@ -71,7 +74,7 @@ class Uncopyable:
         raise TypeError(f"a {type(self).__name__} cannot be copied or pickled: it has an open connection")
 
 
-class BufferedConnection(Uncopyable, ABC):
+class BufferedConnection(Connection, Uncopyable):
     """A peer, a socket, and the lines that were received."""
 
     #: The process that connected: in a forked process, the connection is not closed for the peer, and not used.
@@ -96,25 +99,13 @@ class BufferedConnection(Uncopyable, ABC):
 
     # Steps of the shell. A deadline is a time of the monotonic clock, after which they raise `TimeoutError`.
 
-    @abstractmethod
-    def _resolve(self, deadline: float) -> Any:
-        """Return the peer's addresses, as `socket.getaddrinfo` does."""
-
-    @abstractmethod
-    def _connect_socket(self, sock: socket.socket, address: Any, deadline: float) -> Any:
-        """Connect a socket to an address."""
-
-    @abstractmethod
-    def _shake_hands(self, sock: ssl.SSLSocket, deadline: float) -> Any:
-        """Complete the TLS handshake."""
-
-    @abstractmethod
-    def _send_line(self, line: bytes) -> Any:
-        """Send a line."""
-
-    @abstractmethod
-    def receive_line(self) -> Any:
-        """Wait for a line and return it without its line feed. Raise `CommunicationError`."""
+    #: Returns the peer's addresses, as `socket.getaddrinfo` does.
+    _resolve: Callable[[float], Any]
+    #: Connects a socket to an address.
+    _connect_socket: Callable[[socket.socket, Any, float], Any]
+    #: Completes the TLS handshake.
+    _shake_hands: Callable[[ssl.SSLSocket, float], Any]
+    _send_line: Callable[[bytes], Any]
 
     def _open(self) -> Steps[socket.socket]:
         """Return a socket that is connected to the first address that can be reached within `CONNECT_TIMEOUT`.
@@ -166,10 +157,7 @@ class BufferedConnection(Uncopyable, ABC):
         return sock
 
     def _send(self, obj: Any) -> Steps[None]:
-        """Send an object as a JSON line.
-
-        Args:
-            obj: any JSON value, typically a dict.
+        """Send any JSON value, typically a dict, as a line.
 
         Raises:
             HarpException: the object has no form in JSON; the message says which part of it.
@@ -180,8 +168,7 @@ class BufferedConnection(Uncopyable, ABC):
     def _receive(self) -> Steps[Any]:
         """Wait for a JSON line, without a time limit, and return its value, typically a dict.
 
-        Raises:
-            CommunicationError: the peer closed the connection, or the line is longer than 64 MiB or not JSON.
+        Raises `CommunicationError` if the peer closed the connection, or the line is longer than 64 MiB or not JSON.
         """
         line = yield self.receive_line()
         try:
@@ -199,10 +186,7 @@ class BufferedConnection(Uncopyable, ABC):
         return not (self._lines or self._partial.size or self._poll.poll(0))
 
     def _close_socket(self, sock: socket.socket) -> None:
-        """Close a socket of this connection; a thread that reads it is woken.
-
-        In a forked process this closes only the descriptor of this process.
-        """
+        """Close a socket; a thread that reads it is woken. In a forked process, the connection stays open."""
         with suppress(OSError):
             if self._process == os.getpid():
                 # The method of socket: that of SSLSocket would remove TLS while another thread reads.
@@ -217,10 +201,7 @@ class BufferedConnection(Uncopyable, ABC):
         raise EOFError("the peer closed the connection before the reply was complete")
 
     def parse_buffered(self, parse: Callable[[Iterable[bytes]], list[Any]]) -> list[Any]:
-        """Pass the lines that have arrived already to a function and return its items.
-
-        As many of the first lines are removed as there are items.
-        """
+        """See `Connection`. As many of the first lines are removed as there are items."""
         items = parse(self._lines)
         for _ in items:
             self._lines.popleft()
@@ -243,7 +224,7 @@ class BufferedConnection(Uncopyable, ABC):
 class TLSConnection(BufferedConnection):
     """A connection over TLS."""
 
-    def __init__(self, host: str, port: int, ca_file: str | os.PathLike[str] | None = None) -> None:
+    def __init__(self, host: str, port: int, ca_file: CAFile = None) -> None:
         self._ca_file = ca_file
         super().__init__(host, port)
 
@@ -257,3 +238,54 @@ def _set_options(sock: socket.socket) -> None:
     for option, value in _KEEPALIVE.items():
         if hasattr(socket, option):  # not every system has all of them
             sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
+
+
+def tls_context(ca_file: CAFile) -> ssl.SSLContext:
+    """Return a context for TLS 1.2 and newer, which verifies the server's chain and name if there is a `ca_file`.
+
+    All connections share the context: do not change it. The file is read again after it has changed. Raises
+    `HarpException` if it cannot be read or contains no certificate.
+    """
+    if ca_file is None:
+        return _context(None, ())
+    try:
+        path = os.fspath(ca_file)
+        found = os.stat(path)
+        # Two states of a file differ if the file system's clock ticks between the changes.
+        state = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+        settled = time.time_ns() - found.st_ctime_ns > _CLOCK_TICK
+        return _context(path, state) if settled else _context.__wrapped__(path, state)
+    except ssl.SSLError as error:
+        raise HarpException(f"ca_file {os.fspath(ca_file)!r}: contains no certificate in PEM form") from error
+    except (OSError, ValueError, TypeError) as error:
+        raise HarpException(f"ca_file {ca_file!r}: {getattr(error, 'strerror', None) or error}") from error
+
+
+# Creating a context with authorities takes about as long as a full handshake. Errors are not cached.
+@lru_cache(maxsize=16)
+def _context(path: str | None, state: tuple[int, ...]) -> ssl.SSLContext:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.sslsocket_class = _TLSSocket
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    if path is None:
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+    else:
+        context.load_verify_locations(cafile=path)
+    return context
+
+
+class _TLSSocket(ssl.SSLSocket):
+    """A socket that closes, and reports the cause, if the peer resets the connection before the handshake.
+
+    Plain `ssl.SSLSocket` first calls `getpeername` and treats this error as "not connected": it stays open and sends
+    without TLS.
+    """
+
+    def getpeername(self) -> Any:
+        """Return the peer's address. Raise `OSError`."""
+        try:
+            return super().getpeername()
+        except OSError as error:
+            self.close()
+            raise ConnectionResetError(errno.ECONNRESET, os.strerror(errno.ECONNRESET)) from error

@@ -7,14 +7,13 @@ import socket
 import ssl
 import threading
 import time
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import wraps
 from typing import Any, ParamSpec, Self, TypeVar
 
-from harp._core.connections import ConnectionPool, Peer, Steps
-from harp._core.streams import Reader, StreamBase
+from harp._core.connections import Peer, Steps
+from harp._core.streams import StreamBase
 from harp._net.sockets import FOREIGN_ERRORS, READ_BYTES, BufferedConnection, TLSConnection, Uncopyable
 from harp.errors import CommunicationError
 
@@ -22,34 +21,27 @@ T = TypeVar("T")
 P = ParamSpec("P")
 
 
-def run(steps: Steps[T]) -> T:
-    """Run steps and return their outcome."""
-    value: Any = None
-    try:
-        while True:
-            value = steps.send(value)
-    except StopIteration as end:
-        outcome: T = end.value
-        return outcome
-
-
 def method(operation: Callable[P, Steps[T]]) -> Callable[P, T]:
-    """Return the method that runs an operation; without the underscore of the operation's name."""
+    """Return the method that runs the steps of an operation and returns their outcome; its name has no underscore."""
 
     @wraps(operation)
-    def run_operation(*args: P.args, **kwargs: P.kwargs) -> T:
-        return run(operation(*args, **kwargs))
+    def run(*args: P.args, **kwargs: P.kwargs) -> T:
+        steps, value = operation(*args, **kwargs), None
+        try:
+            while True:
+                value = steps.send(value)
+        except StopIteration as end:
+            outcome: T = end.value
+            return outcome
 
-    run_operation.__name__ = operation.__name__.removeprefix("_")
-    return run_operation
+    run.__name__ = operation.__name__.removeprefix("_")
+    return run
 
 
-class _Closable(Uncopyable, ABC):
+class _Closable(Uncopyable):
     """Common base of connections and iterators."""
 
-    @abstractmethod
-    def close(self) -> None:
-        """Close the connection."""
+    close: Callable[[], None]
 
     def __enter__(self) -> Self:
         return self
@@ -61,15 +53,8 @@ class _Closable(Uncopyable, ABC):
 class JSONConnection(BufferedConnection, _Closable):
     """TCP connection, reading and writing JSON lines; a context manager that closes it.
 
-    A new object is connected already. One thread at a time may use a connection; any thread may call `close`.
-
-    Args:
-        host: name or address of the server; every address of a name is tried.
-        port: its port.
-
-    Raises:
-        CommunicationError: the server cannot be reached within 30 seconds.
-        HarpException: `host` or `port` is invalid.
+    A new object is connected already, to the first address of the host that can be reached; it raises as `connect`
+    does, and `HarpException` if `host` or `port` is invalid. One thread at a time may use it; any thread may close it.
 
     Spec: docs/client-api.md, Networked JSON interface.
     """
@@ -81,13 +66,12 @@ class JSONConnection(BufferedConnection, _Closable):
     def connect(self) -> None:
         """Connect to the address given to the constructor; an open connection is closed first.
 
-        Raises:
-            CommunicationError: the server cannot be reached within 30 seconds.
+        Raises `CommunicationError` if the server cannot be reached within 30 seconds.
         """
         self.close()
         self._process = os.getpid()
         try:
-            opened = run(self._open())
+            opened = self._open_socket()
         except BaseException:
             self._socket = None
             raise
@@ -95,6 +79,8 @@ class JSONConnection(BufferedConnection, _Closable):
             self._close_socket(opened)
             raise self._closed_here()
         self._set_socket(opened)
+
+    _open_socket = method(BufferedConnection._open)
 
     def _resolve(self, deadline: float) -> Any:
         return socket.getaddrinfo(self._endpoint.host, self._endpoint.port, type=socket.SOCK_STREAM)
@@ -168,16 +154,9 @@ class JSONConnection(BufferedConnection, _Closable):
 class JSONSSLConnection(TLSConnection, JSONConnection):
     """TLS connection, reading and writing JSON lines; otherwise like `JSONConnection`. The minimum is TLS 1.2.
 
-    Args:
-        host: name or address of the server.
-        port: its port.
-        ca_file: PEM file with the authorities that may issue the server's certificate, which must be valid for
-            `host`; None verifies neither.
-
-    Raises:
-        CommunicationError: the server cannot be reached within 30 seconds, does not speak TLS, or its certificate
-            is not accepted; the message has a hint.
-        HarpException: `host` or `port` is invalid, or `ca_file` cannot be read.
+    `ca_file` is a PEM file with the authorities that may issue the server's certificate, which must be valid for
+    `host`; None verifies neither. Also raises `CommunicationError` if the server does not speak TLS or its certificate
+    is not accepted (the message has a hint), and `HarpException` if `ca_file` cannot be read.
 
     Spec: docs/client-api.md, Networked JSON interface.
     """
@@ -193,8 +172,7 @@ class SyncPeer(Peer[JSONConnection]):
         return self
 
     def __exit__(self, *error: object) -> None:
-        for conn in self._pool.drain():
-            conn.close()
+        self._pool.close()
 
 
 class Iteration(_Closable, Iterator[Any]):
@@ -209,21 +187,17 @@ class Stream(StreamBase[JSONConnection], Iteration):
     """Items read from a connection; see `StreamBase`."""
 
     _now = staticmethod(time.monotonic)
+    _next = method(StreamBase._next_items)
 
-    def __init__(
-        self, conn: JSONConnection, reader: Reader, pool: ConnectionPool[JSONConnection] | None = None
-    ) -> None:
+    def __init__(self, *stream: Any) -> None:
+        super().__init__(*stream)
         self._reading = threading.Lock()
         self._ended = threading.Event()
-        super().__init__(conn, reader, pool)
 
     def send_request(self) -> None:
         """Send the reader's first request on the connection, which is open."""
-        request = self._reader.take_request()
-        assert request is not None
         try:
-            self._reader.connected(time.monotonic())
-            self._conn._send_line(request)
+            self._conn._send_line(self._reader.take_request(time.monotonic()))
         except BaseException:
             self.close()
             raise
@@ -232,7 +206,7 @@ class Stream(StreamBase[JSONConnection], Iteration):
         with self._reading:
             if self._parsed and not self._closed:
                 return self._parsed.popleft()
-            for item in run(self._next_items()):
+            for item in self._next():
                 return item
             raise StopIteration
 
