@@ -310,7 +310,7 @@ KINDS = (
 REFUSED: dict[str, tuple[Any, str]] = {
     "nothing": (b"", "Expecting value at column 1"),
     "no JSON": (b"GET / HTTP/1.1", "Expecting value at column 1"),
-    "a cut line": (b'{"harpcaller": 1', "expected ',' or '}' at column 17"),
+    "a cut line": (b'{"harpcaller": 1', "Expecting ',' delimiter at column 17"),
     "no UTF-8": (b'{"harpcaller": "\xff"}', "not UTF-8 at byte 16"),
     "NaN": (b'{"harpcaller": 1, "get_result": NaN}', "NaN is not JSON"),
     "UTF-16": ('{"harpcaller": 1}'.encode("utf-16-le"), "~column 2"),

@@ -14,7 +14,14 @@ Payload: TypeAlias = Any
 #: A decoder of the object that a line is. Raises `InvalidJSON`.
 Decoder: TypeAlias = Callable[[bytes], JSONObject]
 
-_KINDS = {b"[": list, b"{": dict}
+_TYPE_NAMES = {
+    type(None): "null",
+    bool: "a boolean",
+    int: "a number",
+    float: "a number",
+    str: "a string",
+    list: "an array",
+}
 
 
 class ProtocolError(ValueError):
@@ -38,11 +45,7 @@ def check(condition: bool, message: str) -> None:
 
 
 def decode_object(line: bytes, decoder: Decoder) -> JSONObject:
-    """Decode a line that must be an object.
-
-    Args:
-        line: the line without its line feed.
-        decoder: the decoder.
+    """Decode a line, without its line feed, that must be an object.
 
     Raises:
         ProtocolError: of type ``parse_error`` if it is not JSON, else ``invalid_request`` if it is not an object or
@@ -51,15 +54,14 @@ def decode_object(line: bytes, decoder: Decoder) -> JSONObject:
     try:
         return decoder(line)
     except InvalidJSON as error:
-        message = str(error)
-        not_json = message != "expected an object" and not message.startswith("repeated key")
-        raise ProtocolError(message, "parse_error" if not_json else "invalid_request") from error
+        is_json = str(error).startswith(("expected an object", "repeated key"))
+        raise ProtocolError(str(error), "invalid_request" if is_json else "parse_error") from error
 
 
-def member_value(members: JSONObject, key: str) -> Any:
+def member_value(members: JSONObject, key: str, default: Any = None) -> Any:
     """Return the value of a member. Raises `ProtocolError` if it is a number that Python cannot hold."""
     try:
-        return members.value(key)
+        return members.value(key) if key in members else default
     except InvalidJSON as error:
         raise ProtocolError(f"{key}: {error}") from error
 
@@ -67,13 +69,7 @@ def member_value(members: JSONObject, key: str) -> Any:
 def required_object(
     members: JSONObject, key: str, expected: str = "an object", values_only: bool = False
 ) -> JSONObject:
-    """Return a member that must be an object.
-
-    Args:
-        members: the object that has the member.
-        key: its name.
-        expected: the expectation in the error message.
-        values_only: whether it has no payloads; this is faster.
+    """Return a member that must be an object; `values_only`: it has no payloads, which is faster.
 
     Raises:
         ProtocolError: it is missing, not an object, or repeats a key.
@@ -89,15 +85,15 @@ def required_object(
 
 def required_string(members: JSONObject, key: str) -> str:
     """Return the value of a member that must be a string. Raises `ProtocolError`."""
-    if key not in members:
-        raise ProtocolError(f"{key}: missing")
-    try:
-        found = members.value(key)
-    except InvalidJSON as error:
-        raise ProtocolError(f"{key}: {error}") from error
-    if not isinstance(found, str):
-        raise ProtocolError(f"{key}: expected a string, got {_kind(found)}")
-    return found
+    check(key in members, f"{key}: missing")
+    return check_string(key, member_value(members, key))
+
+
+def check_string(key: str, value: Any) -> str:
+    """Return the value of a member. Raises `ProtocolError` if it is not a string."""
+    if not isinstance(value, str):
+        raise ProtocolError(f"{key}: expected a string, got {_TYPE_NAMES.get(type(value), 'an object')}")
+    return value
 
 
 def reject_unknown_keys(members: JSONObject, *known: Iterable[str]) -> None:
@@ -116,20 +112,11 @@ def is_seconds(number: object) -> bool:
     return isinstance(number, (int, float)) and not isinstance(number, bool) and 0 < number < math.inf
 
 
-def is_container(payload: Payload, kinds: tuple[type, ...]) -> bool:
-    """Return whether a payload is an array or an object.
-
-    Args:
-        payload: a value or JSON text.
-        kinds: the allowed kinds: `list` for an array, `dict` for an object.
-    """
-    if isinstance(payload, Raw):
-        return _KINDS.get(payload[:1]) in kinds
-    return isinstance(payload, kinds) or (isinstance(payload, tuple) and list in kinds)
+def is_object(payload: Payload) -> bool:
+    """Return whether a payload is an object."""
+    return payload.startswith(b"{") if isinstance(payload, Raw) else isinstance(payload, dict)
 
 
-def _kind(found: object) -> str:
-    if found is None:
-        return "null"
-    names = {bool: "a boolean", int: "a number", float: "a number", str: "a string", list: "an array"}
-    return names.get(type(found), "an object")
+def is_arguments(payload: Payload) -> bool:
+    """Return whether a payload is an array or an object."""
+    return payload.startswith((b"[", b"{")) if isinstance(payload, Raw) else isinstance(payload, (list, tuple, dict))

@@ -10,12 +10,12 @@ Spec: docs/protocol.md, harpd.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Annotated, Any, ClassVar, TypeAlias
 
-from harp.protocol.call_output import RECORD_PREFIX, VERSION, encode_record
+from harp.protocol.call_output import RECORD_PREFIX, VERSION
 from harp.protocol.ends import CALL_ENDS, Failed, Raised, Returned
 from harp.protocol.fields import (
     Decoder,
@@ -23,10 +23,9 @@ from harp.protocol.fields import (
     ProtocolError,
     check,
     decode_object,
-    is_container,
     is_count,
+    is_object,
     member_value,
-    required_string,
 )
 from harp.protocol.json_text import InvalidJSON, JSONObject, Raw, decode_enclosed, decode_values, dumps, loads
 from harp.protocol.schema import (
@@ -45,8 +44,6 @@ from harp.protocol.schema import (
 
 #: Maximum length of a command's line in bytes, without its line feed.
 MAX_COMMAND_BYTES = 4096
-#: Maximum length in characters of a name from a caller, and of the reason of a stop.
-_MAX_NAME_LENGTH, _MAX_REASON_LENGTH = 200, 100
 #: Maximum duration in seconds (thirty years), and maximum time in Unix seconds.
 _MAX_SECONDS, _MAX_TIME = 1e9, 1e12
 #: Maximum length of a stop report and of exit info in bytes.
@@ -54,38 +51,39 @@ _MAX_REPORT_BYTES = 1024 * 1024
 _UUID = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 
-def _expect_text(max_length: int) -> Callable[[str, Any], None]:
-    def check_text(label: str, text: Any) -> None:
-        if not isinstance(text, str) or not 0 < len(text) <= max_length:
-            # The error does not quote the text: it may be a secret.
-            raise ProtocolError(f"{label}: expected a string of 1 to {max_length} characters")
-
-    return check_text
-
-
-def _check_duration(label: str, seconds: Any) -> None:
-    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not 0 < seconds <= _MAX_SECONDS:
-        raise ProtocolError(f"{label}: expected a positive number of seconds, at most {_MAX_SECONDS:.0f}")
+def _text(max_length: int) -> Kind:
+    # The error does not quote the text: it may be a secret.
+    return Kind(
+        lambda text: isinstance(text, str) and 0 < len(text) <= max_length,
+        f"a string of 1 to {max_length} characters",
+    )
 
 
-def _check_time(label: str, seconds: Any) -> None:
-    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not 0 <= seconds <= _MAX_TIME:
-        raise ProtocolError(f"{label}: expected a number of seconds of at least 0")
+def _is_id(value: Any) -> bool:
+    return isinstance(value, str) and _UUID.fullmatch(value) is not None
 
 
-def _check_id(label: str, id_: Any) -> None:
-    if not isinstance(id_, str) or _UUID.fullmatch(id_) is None:
-        raise ProtocolError(f"{label}: expected a UUID in lower case")
+def _is_report(report: Payload) -> bool:
+    return is_object(report) and not (isinstance(report, Raw) and len(report) > _MAX_REPORT_BYTES)
 
 
-_check_name = _expect_text(_MAX_NAME_LENGTH)
+_ID, _TEXT = Kind(_is_id, "a UUID in lower case"), _text(200)
+_REPORT = Kind(_is_report, f"an object of at most {_MAX_REPORT_BYTES} bytes", decode=decode_payload)
 
-#: The members of terms. `_ShortName` is a name elsewhere: there, a value that is not a string has another error.
-_TermsId: TypeAlias = Annotated[str, Kind(_check_id)]
-_TermsName: TypeAlias = Annotated[str, Kind(_check_name)]
-_Duration: TypeAlias = Annotated[float, Kind(_check_duration)]
-_Time: TypeAlias = Annotated[float, Kind(_check_time)]
-_ShortName: TypeAlias = Annotated[str, Kind(_check_name, required_string)]
+#: Members of terms. `_Text` is a name elsewhere: there, a value that is not a string has another error.
+_TermsText: TypeAlias = Annotated[str, _TEXT]
+_Duration: TypeAlias = Annotated[
+    float,
+    Kind(
+        lambda value: type(value) in (int, float) and 0 < value <= _MAX_SECONDS,
+        f"a positive number of seconds, at most {_MAX_SECONDS:.0f}",
+    ),
+]
+_Time: TypeAlias = Annotated[
+    float,
+    Kind(lambda value: type(value) in (int, float) and 0 <= value <= _MAX_TIME, "a number of seconds of at least 0"),
+]
+_Text: TypeAlias = Annotated[str, _TEXT._replace(is_text=True)]
 _User: TypeAlias = Annotated[str, "auth.user"]
 _Password: TypeAlias = Annotated[str, "auth.password"]
 _KeepAlive: TypeAlias = Annotated[bool, Null.REJECTED]
@@ -96,80 +94,51 @@ _KeepAlive: TypeAlias = Annotated[bool, Null.REJECTED]
 
 @dataclass(frozen=True, slots=True)
 class RequestedTerms(WireObject):
-    """The terms of a resumable call that its caller requests.
-
-    Attributes:
-        id: the call's id, a UUID in lower case that was never used before.
-        owner: the caller's own id, which lists the call.
-        secret: the call's secret, which attaches to it.
-        instance: the instance id of the supervisor that is to run the call; another supervisor rejects it.
-        disconnect_timeout: maximum seconds that the call runs without contact.
-        result_ttl: seconds that harpd holds the end of the call without contact.
-        timeout: maximum seconds between two records, or between the last record and the end.
-        max_exec_time: maximum seconds from start to end.
-    """
+    """The terms of a resumable call that its caller requests."""
 
     PATH = "call."
-    id: _TermsId
-    owner: _TermsName = field(repr=False)
-    secret: _TermsName = field(repr=False)
-    instance: _TermsName
-    disconnect_timeout: _Duration
-    result_ttl: _Duration
-    timeout: _Duration
-    max_exec_time: _Duration
+    id: Annotated[str, _ID]  # was never used before
+    owner: _TermsText = field(repr=False)  # the caller's own id, which lists the call
+    secret: _TermsText = field(repr=False)  # attaches to the call
+    instance: _TermsText  # the instance id of the supervisor that is to run the call; another one rejects it
+    disconnect_timeout: _Duration  # maximum seconds that the call runs without contact
+    result_ttl: _Duration  # seconds for which harpd stores the end of the call without contact
+    timeout: _Duration  # maximum seconds between two records, or between the last record and the end
+    max_exec_time: _Duration  # maximum seconds from start to end
 
 
 @dataclass(frozen=True, slots=True)
 class GrantedTerms(WireObject):
-    """The terms of a resumable call that harpd grants.
-
-    Attributes:
-        instance: the instance id of the supervisor that runs the call.
-        disconnect_timeout: maximum seconds that the call runs without contact; at most the requested value.
-        result_ttl: seconds that harpd holds the end of the call without contact; at most the requested value.
-        kill_grace: seconds between two signals of a stop.
-        elapsed: seconds since the call's start.
-        records: number of records so far.
-    """
+    """The terms of a resumable call that harpd grants."""
 
     PATH = "call."
-    instance: _TermsName
-    disconnect_timeout: _Duration
-    result_ttl: _Duration
-    kill_grace: _Duration
-    elapsed: _Time
-    records: Count
+    instance: _TermsText  # the instance id of the supervisor that runs the call
+    disconnect_timeout: _Duration  # at most the requested value
+    result_ttl: _Duration  # at most the requested value
+    kill_grace: _Duration  # seconds between two signals of a stop
+    elapsed: _Time  # seconds since the call's start
+    records: Count  # number of records so far
 
 
 @dataclass(frozen=True, slots=True)
 class Request(WireObject):
-    """Call a procedure.
-
-    Attributes:
-        procedure: its name.
-        arguments: an array (positional) or an object (named).
-        user: the user that calls.
-        password: the user's password.
-        call: the requested terms of a resumable call; None: the call is bound to the connection.
-        keep_alive: whether the connection is to be kept for another request.
-    """
+    """Call a procedure. Without `call`, the call is bound to the connection."""
 
     procedure: Name
     arguments: Arguments
     user: _User
     password: _Password = field(repr=False)
     call: Annotated[RequestedTerms | None, Null.REJECTED] = None
-    keep_alive: _KeepAlive = False
+    keep_alive: _KeepAlive = False  # whether the connection is to wait for another request
 
 
 @dataclass(frozen=True, slots=True)
 class Attach(WireObject):
     """Attach to a resumable call: get its records from number `since` on, then its end."""
 
-    call: Annotated[str, "attach", Kind(_check_id, required_string)]
-    owner: _ShortName = field(repr=False)
-    secret: _ShortName = field(repr=False)
+    call: Annotated[str, "attach", _ID._replace(is_text=True)]
+    owner: _Text = field(repr=False)
+    secret: _Text = field(repr=False)
     since: Count
     user: _User
     password: _Password = field(repr=False)
@@ -184,7 +153,7 @@ class ListCalls(WireObject):
     """
 
     CONSTANTS: ClassVar = {"procedure": "-", "arguments": ()}
-    owner: Annotated[_ShortName, "calls"] = field(repr=False)
+    owner: Annotated[_Text, "calls"] = field(repr=False)
     user: _User
     password: _Password = field(repr=False)
     keep_alive: _KeepAlive = False
@@ -230,15 +199,11 @@ def decode_request(line: bytes, decoder: Decoder = decode_values) -> AnyRequest:
     members = decode_object(line, decoder)
     _check_version(members)
     kind: type[AnyRequest] = Attach if "attach" in members else ListCalls if "calls" in members else Request
-    check(kind is not Request or "arguments" in members, "arguments: missing")
     return decode_as(kind, members, other_keys=("harp",))
 
 
 def _check_version(members: JSONObject) -> None:
-    try:
-        version = members.value("harp") if "harp" in members else None
-    except InvalidJSON as error:
-        raise ProtocolError(f"harp: {error}") from error
+    version = member_value(members, "harp")
     if type(version) is not int or version != VERSION:
         raise ProtocolError(f"harp: expected {VERSION}, got {version!r}", "invalid_protocol")
 
@@ -251,8 +216,8 @@ class Heartbeat(WireObject):
     """A heartbeat, which the caller of a resumable call sends every few seconds, or harpd's reply to it.
 
     `time` is harpd's time in seconds since the call's start: harpd sends its current time; the caller echoes the latest
-    time that it has received, in the acknowledgement or in a heartbeat. So harpd knows a time up to which the caller
-    has received from it, even if the heartbeat itself was delayed.
+    time that it has received, in the acknowledgement or in a heartbeat. So the time up to which the caller has received
+    from harpd is exact, even if the heartbeat itself was delayed.
     """
 
     time: Annotated[_Time, "heartbeat"]
@@ -269,8 +234,8 @@ class Ack(WireObject):
 class StopCall(WireObject):
     """Stop the call; `why` is a word for the reason, `by` the user or address that requested it, if known."""
 
-    why: Annotated[str, "stop.why", Kind(_expect_text(_MAX_REASON_LENGTH), required_string)]
-    by: Annotated[_ShortName | None, "stop.by", Null.REJECTED] = None
+    why: Annotated[str, "stop.why", _text(100)._replace(is_text=True)]
+    by: Annotated[_Text | None, "stop.by", Null.REJECTED] = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -313,17 +278,11 @@ def decode_command(line: bytes) -> Command:
 
 @dataclass(frozen=True, slots=True)
 class Acknowledgement(WireObject):
-    """The acknowledgement: the procedure exists and the call has started.
+    """The acknowledgement: the procedure exists and the call has started. Without `call`, it is connection-bound."""
 
-    Attributes:
-        stream_result: whether records follow.
-        call: the terms of a resumable call; None: the call is bound to the connection, whatever was requested.
-        keep_alive: seconds that the connection waits for another request after the call; None: it is closed.
-    """
-
-    stream_result: bool
+    stream_result: bool  # whether records follow
     call: Annotated[GrantedTerms | None, Null.REJECTED] = None
-    keep_alive: Seconds | None = None
+    keep_alive: Seconds | None = None  # for which the connection waits for another request; None: it is closed
 
 
 @dataclass(frozen=True, slots=True)
@@ -340,62 +299,50 @@ class RecordTime(WireObject):
     time: Annotated[_Time, "at"]
 
 
-def _check_report(label: str, report: Payload) -> None:
-    check(is_container(report, (dict,)), f"{label}: expected an object")
-    too_long = isinstance(report, Raw) and len(report) > _MAX_REPORT_BYTES
-    check(not too_long, f"{label}: expected at most {_MAX_REPORT_BYTES} bytes")
-
-
-def _check_stop_report(label: str, report: Payload) -> None:
-    _check_report(label, report)
-    survivors = _survivors(report)
-    known = isinstance(survivors, list) and all(isinstance(one, dict) and is_count(one.get("pid")) for one in survivors)
-    check(known, f"{label}.survivors: expected an array of objects with a pid")
-
-
-def _survivors(report: Payload) -> Any:
-    try:
-        return (loads(report) if isinstance(report, Raw) else report).get("survivors", [])
-    except InvalidJSON as error:
-        raise ProtocolError(f"stop_report: {error}") from error
-
-
 @dataclass(frozen=True, slots=True)
 class StopReport(WireObject):
     """The stop report of the call, an object; a later one replaces it."""
 
-    report: Annotated[Payload, "stop_report", Kind(_check_stop_report, decode_payload)]
+    report: Annotated[Payload, "stop_report", _REPORT]
+
+    def __post_init__(self) -> None:
+        WireObject.__post_init__(self)
+        survivors = self._survivors()
+        valid = isinstance(survivors, list) and all(
+            isinstance(one, dict) and is_count(one.get("pid")) for one in survivors
+        )
+        check(valid, "stop_report.survivors: expected an array of objects with a pid")
 
     @property
     def survivors(self) -> list[int]:
         """The pids of the surviving processes."""
-        return [int(one["pid"]) for one in _survivors(self.report)]
+        return [int(one["pid"]) for one in self._survivors()]
+
+    def _survivors(self) -> Any:
+        try:
+            report = loads(self.report) if isinstance(self.report, Raw) else self.report
+        except InvalidJSON as error:
+            raise ProtocolError(f"stop_report: {error}") from error
+        return report.get("survivors", [])
 
 
 @dataclass(frozen=True, slots=True)
 class ExitInfo(WireObject):
     """The exit info of the call's process, an object."""
 
-    info: Annotated[Payload, "exit_info", Kind(_check_report, decode_payload)]
+    info: Annotated[Payload, "exit_info", _REPORT]
 
 
-def _decode_ids(members: JSONObject, key: str) -> tuple[str, ...]:
-    calls = member_value(members, key)
-    check(isinstance(calls, list), f"{key}: expected an array")
-    return tuple(calls)
-
-
-def _check_ids(label: str, calls: tuple[str, ...]) -> None:
-    for number, call in enumerate(calls):
-        _check_id(f"{label}[{number}]", call)
+def _are_ids(values: Any) -> bool:
+    return isinstance(values, (list, tuple)) and all(map(_is_id, values))
 
 
 @dataclass(frozen=True, slots=True)
 class CallList(WireObject):
     """The owner's resumable calls, and the instance id of the supervisor that starts new ones."""
 
-    calls: Annotated[tuple[str, ...], Kind(_check_ids, _decode_ids)]
-    instance: _ShortName
+    calls: Annotated[Sequence[str], Kind(_are_ids, "an array of UUIDs in lower case")]
+    instance: _Text
     keep_alive: Seconds | None = None
 
 
@@ -421,8 +368,6 @@ _VERSIONED = (Acknowledgement, CallList, Failed)
 
 def encode_message(message: Message) -> bytes:
     """Return the message's line with its line feed. Raises `NotJSON` if a payload has no form in JSON."""
-    if isinstance(message, Record):
-        return encode_record(dumps(message.data))
     return (b'{"harp":1,%b}\n' if isinstance(message, _VERSIONED) else b"{%b}\n") % encode_members(message)
 
 
@@ -462,16 +407,17 @@ class Phase(Enum):
     CLOSED = "closed"
 
 
-def _closing(phase: Phase) -> dict[type, Phase]:
-    return dict.fromkeys((Returned, Raised, Failed), phase)
+def _ends(following: Phase) -> dict[type, Phase]:
+    return dict.fromkeys((Returned, Raised, Failed), following)
 
 
-def _resumable(phase: Phase) -> dict[type, Phase]:
-    """Return the transitions of messages that every phase of a resumable call allows; the phase stays."""
-    return dict.fromkeys((Heartbeat, StopReport), phase)
+def _any_time(phase: Phase, *records: type) -> dict[type, Phase]:
+    """Return the messages of a resumable call that do not change its phase."""
+    return dict.fromkeys((Heartbeat, StopReport, *records), phase)
 
 
 _REPLIED: Mapping[type, Phase] = {Acknowledgement: Phase.RUNNING, Failed: Phase.CLOSED}
+_RESUMABLE_END: Mapping[type, Phase] = {ExitInfo: Phase.RESUMABLE_ENDING, **_ends(Phase.RESUMABLE_ENDED)}
 
 #: The messages that each phase allows, and the phase after each. All others are protocol errors.
 #: The phase after an acknowledgement depends on its content: see `_ACKNOWLEDGED`.
@@ -480,22 +426,12 @@ TRANSITIONS: Mapping[Phase, Mapping[type, Phase]] = {
     Phase.SENT_RESUMABLE: _REPLIED,
     Phase.SENT_ATTACH: _REPLIED,
     Phase.SENT_LIST: {CallList: Phase.CLOSED, Failed: Phase.CLOSED},
-    Phase.RUNNING: _closing(Phase.CLOSED),
-    Phase.STREAMING: {Record: Phase.STREAMING, **_closing(Phase.CLOSED)},
-    Phase.RESUMABLE_RUNNING: {
-        **_resumable(Phase.RESUMABLE_RUNNING),
-        ExitInfo: Phase.RESUMABLE_ENDING,
-        **_closing(Phase.RESUMABLE_ENDED),
-    },
-    Phase.RESUMABLE_STREAMING: {
-        **_resumable(Phase.RESUMABLE_STREAMING),
-        RecordTime: Phase.RESUMABLE_STREAMING,
-        Record: Phase.RESUMABLE_STREAMING,
-        ExitInfo: Phase.RESUMABLE_ENDING,
-        **_closing(Phase.RESUMABLE_ENDED),
-    },
-    Phase.RESUMABLE_ENDING: {**_resumable(Phase.RESUMABLE_ENDING), **_closing(Phase.RESUMABLE_ENDED)},
-    Phase.RESUMABLE_ENDED: _resumable(Phase.RESUMABLE_ENDED),
+    Phase.RUNNING: _ends(Phase.CLOSED),
+    Phase.STREAMING: {Record: Phase.STREAMING, **_ends(Phase.CLOSED)},
+    Phase.RESUMABLE_RUNNING: {**_any_time(Phase.RESUMABLE_RUNNING), **_RESUMABLE_END},
+    Phase.RESUMABLE_STREAMING: {**_any_time(Phase.RESUMABLE_STREAMING, RecordTime, Record), **_RESUMABLE_END},
+    Phase.RESUMABLE_ENDING: {**_any_time(Phase.RESUMABLE_ENDING), **_ends(Phase.RESUMABLE_ENDED)},
+    Phase.RESUMABLE_ENDED: _any_time(Phase.RESUMABLE_ENDED),
     Phase.CLOSED: {},
 }
 
@@ -512,42 +448,20 @@ _ACKNOWLEDGED: Mapping[tuple[bool, bool], Phase] = {
 }
 
 
-def _first_phase(request: AnyRequest | None) -> Phase:
-    match request:
-        case Attach():
-            return Phase.SENT_ATTACH
-        case ListCalls():
-            return Phase.SENT_LIST
-        case Request(call=RequestedTerms()):
-            return Phase.SENT_RESUMABLE
-        case _:
-            return Phase.SENT
-
-
 class ReplyReader:
     """The reader of harpd's messages after one request.
 
     Args:
         decoder: decides whether payloads are values or `Raw` text.
-        request: the request that was sent; None: a request for a connection-bound call.
+        phase: the first phase, by the kind of request.
     """
 
-    def __init__(self, decoder: Decoder = decode_values, request: AnyRequest | None = None) -> None:
+    def __init__(self, decoder: Decoder = decode_values, phase: Phase = Phase.SENT) -> None:
         self._decoder = decoder
         #: The phase of the exchange.
-        self.phase = _first_phase(request)
+        self.phase = phase
         #: Seconds that the connection waits for another request after the last message; None: harpd closes it.
         self.keep_alive: float | None = None
-
-    @property
-    def end_received(self) -> bool:
-        """Whether the closing line, an error or the list was read. A stop report may follow a resumable call's end."""
-        return self.phase in (Phase.CLOSED, Phase.RESUMABLE_ENDED)
-
-    @property
-    def finished(self) -> bool:
-        """Whether the last message was read. Always false for a resumable call, which ends when harpd closes."""
-        return self.phase is Phase.CLOSED
 
     @property
     def is_streaming(self) -> bool:

@@ -12,7 +12,7 @@ from itertools import count
 from typing import Annotated, Any, ClassVar, TypeAlias
 
 from harp.protocol.ends import CALL_ENDS, Cancelled, End, Failed, Raised, Returned
-from harp.protocol.fields import Decoder, Payload, ProtocolError, check, decode_object, member_value
+from harp.protocol.fields import Decoder, Payload, ProtocolError, check, decode_object
 from harp.protocol.json_text import JSONObject, Raw, decode_enclosed, decode_values, dumps
 from harp.protocol.requests import (
     Call,
@@ -34,7 +34,6 @@ from harp.protocol.schema import (
     WireObject,
     decode_as,
     encode_members,
-    is_number,
     only_kind,
 )
 
@@ -49,16 +48,15 @@ class Submitted(WireObject):
     job_id: str
 
 
-def _check_job_ids(label: str, job_ids: Any) -> None:
-    are_strings = isinstance(job_ids, (list, tuple)) and all(isinstance(job_id, str) for job_id in job_ids)
-    check(are_strings, f"{label}: expected an array of strings")
+def _are_strings(values: Any) -> bool:
+    return isinstance(values, (list, tuple)) and all(isinstance(value, str) for value in values)
 
 
 @dataclass(frozen=True, slots=True)
 class SubmittedMany(WireObject):
     """The jobs are on stable storage under these ids."""
 
-    job_ids: Annotated[Sequence[str], Kind(_check_job_ids)]
+    job_ids: Annotated[Sequence[str], Kind(_are_strings, "an array of strings")]
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,8 +99,8 @@ class Details(WireObject):
 
 
 def _decode_time(members: JSONObject, key: str) -> float:
-    time = member_value(members, key)
-    if not is_number(time, 1 - _MAX_TIME, _MAX_TIME - 1):
+    time = members.value(key)
+    if type(time) not in (int, float) or not -_MAX_TIME < time < _MAX_TIME:
         raise ProtocolError(f"{key}: expected Unix seconds, got {time!r}")
     return float(time)
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, TypeAlias
+from typing import Annotated, TypeAlias
 
 from harp.protocol.fields import (
     Decoder,
@@ -50,9 +50,7 @@ MAX_CALLS = 10_000
 MAX_LINE = 16 * 1024 * 1024
 
 
-def _check_concurrency(label: str, number: Any) -> None:
-    if not is_count(number) or number == 0:
-        raise ProtocolError(f"{label}: expected a positive integer, got {number!r}")
+_POSITIVE = Kind(lambda number: is_count(number) and number > 0, "a positive integer, got {!r}")
 
 
 def _decode_queue(members: JSONObject, key: str) -> Queue:
@@ -68,7 +66,7 @@ class Queue(WireObject):
 
     PATH = "queue."
     name: ObjectPayload
-    concurrency: Annotated[int, Kind(_check_concurrency)] = 1
+    concurrency: Annotated[int, _POSITIVE] = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,10 +230,10 @@ def decode_request(line: bytes, decoder: Decoder = decode_values) -> tuple[Reque
         ProtocolError: the line is not a request.
     """
     members = decode_object(line, decoder)
-    version = member_value(members, "harpcaller") if "harpcaller" in members else None
+    version = member_value(members, "harpcaller")
     check(type(version) is int and version == VERSION, f"harpcaller: expected {VERSION}, got {version!r}")
     expected = f"expected exactly one of {', '.join(_REQUESTS)}"
     kind = _REQUESTS[only_kind(_REQUESTS, members, expected, expected)]
-    keep_alive = member_value(members, "keep_alive") if "keep_alive" in members else None
+    keep_alive = member_value(members, "keep_alive")
     check(keep_alive is None or isinstance(keep_alive, bool), "keep_alive: expected true or false")
     return decode_as(kind, members, other_keys=("harpcaller", "keep_alive")), bool(keep_alive)

@@ -25,12 +25,13 @@ from harp.protocol.fields import (
     Payload,
     ProtocolError,
     check,
-    is_container,
+    check_string,
+    is_arguments,
     is_count,
+    is_object,
     is_seconds,
     reject_unknown_keys,
     required_object,
-    required_string,
 )
 from harp.protocol.json_text import InvalidJSON, JSONObject, Raw, dumps
 
@@ -46,12 +47,16 @@ class Kind(NamedTuple):
     """A kind of value, for the annotation of a field.
 
     Attributes:
-        check: gets the member's path and a value, and raises `ProtocolError` for an invalid one.
+        is_valid: whether a value other than the default is valid; None: every value is.
+        expected: the expectation in the error; with ``{!r}``, it quotes the value.
+        is_text: whether a received value must be a string, before `is_valid` checks it.
         decode: returns the value of a member of an object; gets the object and the key. None: the member's value.
         encode: returns the form of a value in an `Envelope`; None: the value itself.
     """
 
-    check: Callable[[str, Any], None] | None = None
+    is_valid: Callable[[Any], bool] | None = None
+    expected: str = ""
+    is_text: bool = False
     decode: Callable[[JSONObject, str], Any] | None = None
     encode: Callable[[Any], Any] | None = None
 
@@ -67,10 +72,10 @@ class WireObject:
     PATH: ClassVar[str] = ""
 
     def __post_init__(self) -> None:
-        for name, label, check_value, default in _LAYOUTS[type(self)].checks:
+        for name, label, is_valid, expected, default in _LAYOUTS[type(self)].checks:
             value = getattr(self, name)
-            if value is not default:
-                check_value(label, value)
+            if value is not default and not is_valid(value):
+                raise ProtocolError(f"{label}: expected {expected.format(value)}")
 
 
 T = TypeVar("T", bound=WireObject)
@@ -130,7 +135,7 @@ def decode_as(
             source = members
             if section.key:
                 source = required_object(members, section.key, section.expected, section.values_only)
-                if other_keys is not None:
+                if other_keys is not None and not source.keys() <= section.keys:
                     reject_unknown_keys(source, section.keys)
             for member in section.members:
                 key, decode = member.key, member.kind.decode
@@ -138,7 +143,10 @@ def decode_as(
                     if not member.is_optional:
                         raise ProtocolError(f"{kind.PATH}{key}: missing")
                 elif not (member.null_is_default and source.is_null(key)):
-                    values[member.name] = source.value(key) if decode is None else decode(source, key)
+                    value = source.value(key) if decode is None else decode(source, key)
+                    if member.kind.is_text and type(value) is not str:
+                        check_string(key, value)
+                    values[member.name] = value
     except InvalidJSON as error:
         raise ProtocolError(f"{key}: {error}") from error
     create: Callable[..., T] = kind
@@ -175,11 +183,11 @@ class _Layout(NamedTuple):
     keys: frozenset[str]
     constants: bytes  # the members that are always sent, as JSON
     flags: tuple[str, ...]  # those of them that a received message must have
-    checks: tuple[tuple[str, str, Callable[[str, Any], None], object], ...]  # field, label, check, default
+    checks: tuple[tuple[str, str, Callable[[Any], bool], str, object], ...]  # field, label, check, default
 
 
 class _Layouts(dict[type[WireObject], _Layout]):
-    """The layouts of messages; each is read from the annotations when it is needed first."""
+    """The layouts of messages; each is read when it is needed first."""
 
     def __missing__(self, message: type[WireObject]) -> _Layout:
         layout = self[message] = _read_layout(message)
@@ -211,8 +219,8 @@ def _read_layout(message: type[WireObject]) -> _Layout:
         if not sections or sections[-1][0] != section:
             sections.append((section, []))
         sections[-1][1].append(member)
-        if kind.check is not None:
-            checks.append((field.name, message.PATH + path, kind.check, default))
+        if kind.is_valid is not None:
+            checks.append((field.name, message.PATH + path, kind.is_valid, kind.expected, default))
     constants = message.CONSTANTS
     own_keys = {section or member.key for section, members in sections for member in members}
     return _Layout(
@@ -232,7 +240,7 @@ def _section(key: str, members: list[_Member]) -> _Section:
         members=tuple(members),
         keys=frozenset(member.key for member in members),
         expected=f"an object with {' and '.join(required)}",
-        values_only=all(member.kind.decode in (None, required_string) for member in members),
+        values_only=all(member.kind.decode is None for member in members),
     )
 
 
@@ -264,45 +272,9 @@ def _object_kind(message: type[WireObject]) -> Kind:
     )
 
 
-def is_number(value: Any, low: float, high: float) -> bool:
-    """Return whether a value is a number from `low` to `high`; true and false are not."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
-
-
-def _check_count(label: str, number: Any) -> None:
-    shown = repr(number)  # ValueError: it has more digits than Python writes, so it has no form in JSON
-    if not is_count(number):
-        raise ProtocolError(f"{label}: expected an integer of at least 0, got {shown}")
-
-
-def _check_bool(label: str, value: Any) -> None:
-    if not isinstance(value, bool):
-        raise ProtocolError(f"{label}: expected true or false")
-
-
-def _check_integer(label: str, value: Any) -> None:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise ProtocolError(f"{label}: expected an integer")
-
-
-def _check_name(label: str, name: Any) -> None:
-    if not isinstance(name, str) or not name:
-        raise ProtocolError(f"{label}: expected a name, got {name!r}")
-
-
-def _check_seconds(label: str, value: Any) -> None:
-    if not is_seconds(value):
-        raise ProtocolError(f"{label}: expected a positive number of seconds, got {value!r}")
-
-
-def _check_object(label: str, payload: Any) -> None:
-    if not is_container(payload, (dict,)):
-        raise ProtocolError(f"{label}: expected an object")
-
-
-def _check_arguments(label: str, payload: Any) -> None:
-    if not is_container(payload, (list, dict)):
-        raise ProtocolError(f"{label}: expected an array or an object")
+def _is_sendable_count(number: Any) -> bool:
+    repr(number)  # ValueError: it has more digits than Python writes, so it has no form in JSON
+    return is_count(number)
 
 
 def decode_payload(members: JSONObject, key: str) -> Payload:
@@ -312,20 +284,22 @@ def decode_payload(members: JSONObject, key: str) -> Payload:
 
 #: The kinds of fields whose type has no `Kind`.
 _KINDS: Mapping[Any, Kind] = {
-    str: Kind(decode=required_string),
-    bool: Kind(_check_bool),
+    str: Kind(is_text=True),
+    bool: Kind(lambda value: isinstance(value, bool), "true or false"),
     Any: Kind(decode=decode_payload),
 }
 
 #: A name that is not empty.
-Name: TypeAlias = Annotated[str, Kind(_check_name, required_string)]
-Integer: TypeAlias = Annotated[int, Kind(_check_integer)]
-Count: TypeAlias = Annotated[int, Kind(_check_count)]
-Seconds: TypeAlias = Annotated[float, Kind(_check_seconds)]
+Name: TypeAlias = Annotated[
+    str, Kind(lambda name: isinstance(name, str) and name != "", "a name, got {!r}", is_text=True)
+]
+Integer: TypeAlias = Annotated[int, Kind(lambda value: type(value) is int, "an integer")]
+Count: TypeAlias = Annotated[int, Kind(_is_sendable_count, "an integer of at least 0, got {!r}")]
+Seconds: TypeAlias = Annotated[float, Kind(is_seconds, "a positive number of seconds, got {!r}")]
 #: A payload that is an object.
-ObjectPayload: TypeAlias = Annotated[Payload, Kind(_check_object, decode_payload)]
+ObjectPayload: TypeAlias = Annotated[Payload, Kind(is_object, "an object", decode=decode_payload)]
 #: The arguments of a call: an array (positional) or an object (named).
-Arguments: TypeAlias = Annotated[Payload, Kind(_check_arguments, decode_payload)]
+Arguments: TypeAlias = Annotated[Payload, Kind(is_arguments, "an array or an object", decode=decode_payload)]
 
 
 def only_kind(kinds: Mapping[str, object], members: JSONObject, none: str, several: str = "") -> str:

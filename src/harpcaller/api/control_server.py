@@ -15,8 +15,8 @@ from harp.protocol.fields import (
     ProtocolError,
     check,
     decode_object,
-    is_container,
     is_count,
+    is_object,
     is_seconds,
     member_value,
     reject_unknown_keys,
@@ -219,7 +219,7 @@ def _seconds(members: JSONObject, key: str) -> Any:
 def _queue(members: JSONObject, key: str) -> Raw:
     check(key in members, f"{key}: missing")
     queue = members.payload(key)
-    check(is_container(queue, (dict,)), f"{key}: expected an object")
+    check(is_object(queue), f"{key}: expected an object")
     return Raw(queue)
 
 

@@ -124,8 +124,7 @@ class HarpdConnection(asyncio.Protocol):
         """
         self._reused_unanswered = self._exchange is not None
         self.last_received_at = self._reading_since = time.monotonic()
-        self._exchange = ReplyReader(decode_slices)
-        self._exchange.phase = phase
+        self._exchange = ReplyReader(decode_slices, phase)
         self._receiver = receiver
         last_command, self._last_command = self._last_command, b""
         self._transport.write(last_command + line)
