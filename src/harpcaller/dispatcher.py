@@ -213,14 +213,13 @@ class Dispatcher:
 
         Each step is a transaction of its own, so that other writes do not wait for all of them.
         """
-        stop_request = self._cancelled_by(client)
-        total, step = 0, _CANCEL_STEP
-        while step == _CANCEL_STEP:
+        stop_request, cancelled = self._cancelled_by(client), 0
+        while True:
             jobs = await self._store.cancel_queue(queue, self._wall(), stop_request, limit=_CANCEL_STEP)
             await asyncio.gather(*(self._stop_cancelled(job_id, before, client) for job_id, before in jobs))
-            step = len(jobs)
-            total += step
-        return total
+            cancelled += len(jobs)
+            if len(jobs) < _CANCEL_STEP:
+                return cancelled
 
     async def wait_stopped(self, job_id: str) -> JobDetails:
         """Wait until a job has ended and its stop is not pending; return its details. Raises `UnknownJob`."""
@@ -286,10 +285,7 @@ class Dispatcher:
         return await self._store.get_job(job_id)
 
     def result(self, job_id: str, wait: bool) -> asyncio.Future[End | None]:
-        """Return a future of the stored end of a job, which waits for it with `wait`; None if the job has not ended.
-
-        The future raises `UnknownJob` if the job is unknown, or was pruned meanwhile.
-        """
+        """Return a future as `wait_for_end` does. It raises `UnknownJob` if the job is unknown, or is pruned."""
         if not is_job_id(job_id):
             return _failed(UnknownJob(job_id))
         run = self._runner.runs.get(job_id)

@@ -54,8 +54,9 @@ def _writes(
 
     @wraps(verb)
     def method(self: SQLiteStore, /, *args: P.args, **kwargs: P.kwargs) -> asyncio.Future[T]:
-        self._check_open()
-        return self._writer.run(lambda writes: verb(writes, *args, **kwargs), last)
+        if self._closed:
+            raise self._closed_error()
+        return self._writer.run(verb, last, args, kwargs)
 
     return method
 
@@ -67,7 +68,8 @@ def _reads(
 
     @wraps(verb)
     def method(self: SQLiteStore, /, *args: P.args, **kwargs: P.kwargs) -> asyncio.Future[T]:
-        self._check_open()
+        if self._closed:
+            raise self._closed_error()
         loop = asyncio.get_running_loop()
         return loop.run_in_executor(self._threads, self._read, lambda db: verb(db, *args, **kwargs))
 
@@ -138,9 +140,8 @@ class SQLiteStore:
         self._threads.shutdown()
         self._resources.close()
 
-    def _check_open(self) -> None:
-        if self._closed:
-            raise StorageError(f"{self._path}: the store is closed")
+    def _closed_error(self) -> StorageError:
+        return StorageError(f"{self._path}: the store is closed")
 
     def _read(self, verb: Callable[[sqlite3.Connection], T]) -> T:
         connection = self._idle_readers.get()

@@ -11,7 +11,7 @@ import os
 import secrets
 import sqlite3
 from collections.abc import Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 from harpcaller.store import StorageError
@@ -117,18 +117,12 @@ def _create(path: Path) -> None:
     new_path = path.with_name(path.name + ".new")
     for stale in (new_path, *_side_files(new_path), *_side_files(path)):
         stale.unlink(missing_ok=True)
-    try:
-        # SQLite gives its side files the mode of this file.
-        os.close(os.open(new_path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600))
-        with closing(connect(new_path)) as connection:
-            connection.execute("PRAGMA auto_vacuum = INCREMENTAL")
-            connection.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
-            _migrate(connection, 0)
-        new_path.rename(path)
-    except BaseException:
-        with suppress(OSError):
-            new_path.unlink()
-        raise
+    new_path.touch(0o600, exist_ok=False)  # SQLite gives its side files the same mode
+    with closing(connect(new_path)) as connection:
+        connection.execute("PRAGMA auto_vacuum = INCREMENTAL")
+        connection.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
+        _migrate(connection, 0)
+    new_path.rename(path)
     directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(directory)
@@ -143,24 +137,19 @@ def _side_files(path: Path) -> tuple[Path, ...]:
 def _migrate(connection: sqlite3.Connection, version: int) -> None:
     """Migrate the schema from this version to the newest, each step in its own transaction, and enable the log.
 
-    The write-ahead log is disabled in a file that was restored from a copy made by SQLite. The identity is created
-    if it is missing, not with its table, so that an interrupted migration is completed.
+    The log is disabled in a file that was restored from a copy made by SQLite. The identity is created if it is
+    missing, not with its table, so that an interrupted migration is completed.
     """
     for number, statements in MIGRATIONS.items():
         if number <= version:
             continue
-        try:
-            connection.executescript(
-                "BEGIN IMMEDIATE;\n"
-                "CREATE TABLE IF NOT EXISTS schema_version (version INTEGER PRIMARY KEY);\n"
-                f"{statements}\n"
-                f"INSERT INTO schema_version VALUES ({number});\n"
-                "COMMIT;"
-            )
-        except sqlite3.Error:
-            if connection.in_transaction:
-                connection.execute("ROLLBACK")
-            raise
+        connection.executescript(  # closing the connection rolls back what has failed
+            "BEGIN IMMEDIATE;\n"
+            "CREATE TABLE IF NOT EXISTS schema_version (version INTEGER PRIMARY KEY);\n"
+            f"{statements}\n"
+            f"INSERT INTO schema_version VALUES ({number});\n"
+            "COMMIT;"
+        )
     connection.execute("PRAGMA journal_mode = WAL").fetchall()
     if not connection.execute(QUERIES["get_identity"]).fetchall():
         identity = {"owner": secrets.token_hex(16), "key": secrets.token_bytes(32)}

@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import sqlite3
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing, suppress
 from operator import attrgetter
 from pathlib import Path
@@ -32,7 +32,9 @@ _MAX_MEMBERS = 500
 
 
 class _Member(NamedTuple):
-    verb: Callable[[Writes], Any]
+    verb: Callable[..., Any]
+    args: Sequence[Any]
+    options: Mapping[str, Any]
     future: asyncio.Future[Any]
     last: bool
 
@@ -55,7 +57,9 @@ class Writer:
         self._thread = threading.Thread(target=self._run_batches, name="store-writer", daemon=True)
         self._thread.start()
 
-    def run(self, verb: Callable[[Writes], T], last: bool) -> asyncio.Future[T]:
+    def run(
+        self, verb: Callable[..., T], last: bool, args: Sequence[Any], options: Mapping[str, Any]
+    ) -> asyncio.Future[T]:
         """Run a verb within a transaction, with `last` after the other members of its batch, to see their changes.
 
         Called in the loop's thread. The future has the verb's result when its changes are on stable storage. Otherwise
@@ -65,7 +69,7 @@ class Writer:
             # After the next turn, so that a verb that is called because of this turn, such as a claim, is a member too.
             self._loop.call_soon(self._loop.call_soon, self._flush)
         future: asyncio.Future[T] = self._loop.create_future()
-        self._next_members.append(_Member(verb, future, last))
+        self._next_members.append(_Member(verb, args, options, future, last))
         return future
 
     def _flush(self) -> None:
@@ -109,7 +113,7 @@ class Writer:
             with storage_errors(self._path):
                 self._connection.execute("BEGIN IMMEDIATE")
                 self._writes.begin()
-                outcomes = [member.verb(self._writes) for member in batch]
+                outcomes = [verb(self._writes, *args, **options) for verb, args, options, _, _ in batch]
                 self._writes.flush()
                 self._connection.execute("COMMIT")
         except Exception as error:  # noqa: BLE001 - the members get it, and the thread continues
@@ -129,7 +133,8 @@ class Writer:
 
 
 def _resolve_futures(batch: Sequence[_Member], outcomes: Sequence[Any]) -> None:
-    for (_, future, _), outcome in zip(batch, outcomes, strict=True):
+    for member, outcome in zip(batch, outcomes, strict=True):
+        future = member.future
         if future.done():  # its awaiter was cancelled
             continue
         if isinstance(outcome, Exception):
