@@ -105,9 +105,9 @@ async def _connect_any_address(host: Host, seconds: float) -> socket.socket:
     loop = asyncio.get_running_loop()
     end = loop.time() + seconds
     addresses = await _resolve(host)
-    for left, address in zip(range(len(addresses), 1, -1), addresses, strict=False):
+    for remaining, address in zip(range(len(addresses), 1, -1), addresses, strict=False):
         try:
-            return await _connect_address(address, (end - loop.time()) / left)
+            return await _connect_address(address, (end - loop.time()) / remaining)
         except OSError:
             continue  # the error of the last address is reported
     return await _connect_address(addresses[-1], end - loop.time())

@@ -1,8 +1,10 @@
 """The hosts registry: the output of `host_db_script`, its cache in `host_db`, and the hosts of `hosts_file`.
 
-The registry contains the hosts of the script's last successful run; the cache survives restarts. A host of `hosts_file`
-replaces a host with the same name from the script. Passwords, invalid lines, and the stderr of a successful script
-are never logged.
+The registry contains the hosts of the script's last successful run. A host of `hosts_file` replaces a host with the
+same name from the script. Passwords, invalid lines, and the stderr of a successful script are never logged.
+
+The cache survives restarts. It is a header line, then one host per line, and is replaced as a whole. It contains
+passwords, so only the daemon's user can read it.
 
 Spec: docs/settings-dispatcher.md, Hosts registry.
 """
@@ -10,14 +12,16 @@ Spec: docs/settings-dispatcher.md, Hosts registry.
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
+import os
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from harpcaller.config import Config, file_errors
-from harpcaller.hosts.cache import CachedHosts, read_cache, write_cache
 from harpcaller.hosts.inventory import Host, ParsedHosts, parse_hosts
 from harpcaller.hosts.script import ScriptFailed, run_script
 from harpcaller.hosts.watched_file import WatchedFile
@@ -26,10 +30,19 @@ log = logging.getLogger(__name__)
 
 #: Maximum number of invalid lines that are logged one by one; the others are only counted.
 _MAX_LOGGED_LINES = 10
+_FORMAT = "harpcaller hosts 1"
 
 
 class RefreshFailed(Exception):
-    """A refresh that failed; the registry is unchanged. The message says why."""
+    """A refresh that failed; the registry is unchanged. The message is the reason."""
+
+
+@dataclass(frozen=True, slots=True)
+class CachedHosts:
+    """The hosts that a script printed."""
+
+    hosts: Mapping[str, Host] = field(default_factory=dict)  # by name
+    refreshed_at: float = 0.0  # Unix time of the script's run; 0 makes a refresh due
 
 
 class HostsRegistry:
@@ -171,3 +184,61 @@ def _accept(registry: ParsedHosts, source: Path) -> Mapping[str, Host]:
         counts = {"source": str(source), "invalid": len(registry.invalid_lines), "duplicates": registry.duplicates}
         log.warning("hosts registry contains invalid or duplicate lines", extra=counts)
     return registry.hosts
+
+
+def read_cache(file: Path) -> CachedHosts:
+    """Return the cached hosts; an empty value if the file does not exist or has another format.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    try:
+        header, *lines = file.read_bytes().split(b"\n")
+    except FileNotFoundError:
+        return CachedHosts()
+    refreshed_at = _parse_header(header)
+    return CachedHosts() if refreshed_at is None else CachedHosts(parse_hosts(lines).hosts, refreshed_at)
+
+
+def write_cache(file: Path, cached: CachedHosts) -> Path | None:
+    """Replace the file. Rename a file of another format, such as the legacy dispatcher's, and return its new name.
+
+    Raises:
+        OSError: the file cannot be written; then it is unchanged.
+    """
+    file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    new = file.with_name(f"{file.name}.new")
+    new.unlink(missing_ok=True)  # of a daemon that was killed
+    try:
+        with open(os.open(new, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w", encoding="ascii") as stream:
+            stream.write(json.dumps({"form": _FORMAT, "refreshed": cached.refreshed_at}) + "\n")
+            for host in cached.hosts.values():
+                members = host._asdict()
+                credentials = {key: members.pop(key) for key in ("user", "password")}
+                stream.write(json.dumps({**members, "credentials": credentials}) + "\n")
+            stream.flush()
+            os.fsync(stream.fileno())
+        foreign = file.replace(file.with_name(f"{file.name}.foreign")) if _is_foreign(file) else None
+        new.replace(file)
+    except BaseException:
+        new.unlink(missing_ok=True)
+        raise
+    return foreign
+
+
+def _parse_header(line: bytes) -> float | None:
+    """Return the time of the refresh; None if the line is not a header."""
+    try:
+        members = json.loads(line)
+        return float(members["refreshed"]) if members["form"] == _FORMAT else None
+    except (ValueError, TypeError, LookupError, RecursionError):
+        return None
+
+
+def _is_foreign(file: Path) -> bool:
+    try:
+        with file.open("rb") as stream:
+            header = stream.readline(1024)
+    except FileNotFoundError:
+        return False
+    return header != b"" and _parse_header(header) is None

@@ -24,7 +24,7 @@ _CHECK_INTERVAL = 0.05
 
 
 class ScriptFailed(Exception):
-    """A script that returned no hosts. The message says why and quotes the end of stderr."""
+    """A script that returned no hosts. The message is the reason, with the end of stderr."""
 
 
 async def run_script(script: Path, time_limit: float, max_output: int = MAX_OUTPUT) -> bytes:

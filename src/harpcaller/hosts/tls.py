@@ -33,7 +33,7 @@ _PEM = re.compile(rb"-----BEGIN CERTIFICATE-----.+?-----END CERTIFICATE-----", r
 
 
 class CertificateRefused(Exception):
-    """A host's certificate that the configuration does not accept. The message says why and what to do."""
+    """A host's certificate that the configuration does not accept. The message is the reason, and what to do."""
 
 
 class HostTLS:

@@ -48,7 +48,7 @@ class StopState(StrEnum):
     """What is known about the processes of a job that was stopped. A job that ended by itself has no such state."""
 
     PENDING = "pending"  # the stop command was sent, or will be once the host can be reached
-    CONFIRMED = "confirmed"  # the host reports that no process of the call is left
+    CONFIRMED = "confirmed"  # the host reports that no process of the call remains
     FAILED = "failed"  # a process survives, or the host was declared lost
     UNKNOWN = "unknown"  # the host runs a legacy harpd, which cannot report it
 

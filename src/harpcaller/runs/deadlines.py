@@ -18,10 +18,8 @@ from harpcaller.model.jobs import Job
 
 #: Seconds after which the dispatcher enforces a limit that the host has not enforced.
 MARGIN = 15.0
-
 #: Maximum seconds for the delivery of buffered records after the time limit.
 _DELIVERY_TIME = 600.0
-
 #: Maximum length of a stored error in characters: a host may send any text.
 _MAX_ERROR = 1000
 

@@ -26,10 +26,8 @@ log = logging.getLogger(__name__)
 
 #: Maximum number of orphans of a host that are handled at the same time.
 _WORKERS_PER_HOST = 4
-
-#: Maximum seconds for an orphan. Stopping takes less, unless a very long `kill_grace` is configured on its host.
+#: Maximum seconds for an orphan: a stop is shorter, unless a very long `kill_grace` is configured on its host.
 _TIME_LIMIT = 120.0
-
 #: Maximum number of attaches: the first one, past the end, is refused with the number of the next record.
 _MAX_ATTACHES = 3
 
