@@ -7,6 +7,7 @@ import json
 import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -132,6 +133,37 @@ async def test_host_that_is_not_read_is_paused(tmp_path: Path) -> None:
         conn.send_request(START, Phase.SENT, Collector(conn.pause_reading))
         await eventually(blocked.is_set, what="no more room")
     assert sent < 40_000_000
+
+
+@pytest.mark.parametrize(
+    ("line", "most"),
+    [(b'{"stream":1}', 3000), (b'{"stream": 1}', 3000), (b' {"stream":1}', 100)],
+    ids=["fast", "fast, with a space", "one by one"],
+)
+async def test_host_that_floods_lets_others_have_their_turn(tmp_path: Path, line: bytes, most: int) -> None:
+    """Between two turns of another callback, at most the records of two turns are received, in order."""
+    count, turns = 50_000, [0]
+
+    def script(conn: PeerConnection) -> None:
+        conn.expect()
+        conn.reply(STREAMING)
+        conn.send(b"".join(line.replace(b"1", b"%d" % number) + b"\n" for number in range(count)))
+        conn.until_closed()
+
+    def take_turn() -> None:
+        turns.append(len(collector.records))
+        if turns[-1] < count:
+            asyncio.get_running_loop().call_soon(take_turn)
+
+    collector = Collector()
+    async with connected(tmp_path, script) as (conn, _):
+        conn.send_request(START, Phase.SENT, collector)
+        take_turn()
+        await eventually(lambda: len(collector.records) == count, what="all records")
+        take_turn()
+    assert collector.records == [b"%d" % number for number in range(count)]
+    received = [after - before for before, after in pairwise(turns)]
+    assert max(received) <= 2 * most
 
 
 async def test_idle_connection_survives_late_heartbeats_only(tmp_path: Path) -> None:

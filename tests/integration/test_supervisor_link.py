@@ -11,7 +11,10 @@ import pytest
 
 from harpd.supervisor.frames import (
     CLOSED,
+    COMMANDS,
+    COMMANDS_WINDOW,
     CREDIT,
+    ERROR,
     HANG_UP,
     LINES_WINDOW,
     MAX_LINES_BYTES,
@@ -24,7 +27,7 @@ from harpd.supervisor.frames import (
 )
 from support.deadline import wait_until
 from support.procedures_file import PROCEDURES
-from support.supervisor import DEADLINE, Supervisor
+from support.supervisor import CHANNEL, DEADLINE, Supervisor
 
 #: Seconds without data after which a channel is paused.
 QUIET = 0.5
@@ -118,4 +121,24 @@ def test_link_that_is_not_read_uses_little_memory(supervisor: Supervisor) -> Non
         wait_until(lambda: stands(process), DEADLINE, "the standstill of all floods")
         # Each call: 1 MiB that waits, 1 MiB in one read at most; and the link's own data.
         assert process.memory_info().rss - before < 20 * (2 << 20) + (8 << 20)
+    no_calls(supervisor)
+
+
+def test_commands_are_credited_after_the_requests_of_others(supervisor: Supervisor) -> None:
+    """A client that sends commands without end has a bounded share of the supervisor's time."""
+    heartbeats = COMMANDS_WINDOW // 16 * b'{"heartbeat":0}\n'
+    assert len(heartbeats) == 512
+    with supervisor.call_resumable("sleep", 600) as call:
+        assert call.line()["stream_result"] is False
+        other, request = CHANNEL + 1, json.dumps({"call": "other", "procedure": "unknown"}).encode() + b"\n[]"
+        call.socket.sendall(encode_frame(CHANNEL, COMMANDS, heartbeats) + encode_frame(other, START, request))
+        frames: list[Frame] = []
+        buffer = FrameBuffer(1 << 20)
+        while not frames or frames[-1].kind != CREDIT:
+            frames += buffer.feed(call.socket.recv(1 << 20))
+        kinds = [(frame.channel, frame.kind) for frame in frames]
+        assert kinds[-3:] == [(other, ERROR), (other, CLOSED), (CHANNEL, CREDIT)]
+        assert frames[-1].body == encode_credit(len(heartbeats))
+        assert sum(frame.body.count(b"heartbeat") for frame in frames) == len(heartbeats) // 16
+        call.send({"stop": {"why": "cancelled"}})
     no_calls(supervisor)
