@@ -40,11 +40,11 @@ class Acceptor(Generic[C]):
 
     Args:
         connect: makes a connection of an accepted socket and the name of its peer.
-        serve: serves a connection and closes it: a coroutine, or a future that is done when the connection is closed,
-            and whose cancellation closes it.
+        serve: serves and closes a connection: a coroutine, or a future that is done when the connection is closed, and
+            whose cancellation closes it.
         reject: sends the reply to a connection over the limit and closes it.
         max_connections: returns the limit, which a reload may change.
-        rejection: the bytes that are sent without waiting when too many connections are being rejected.
+        rejection: sent without waiting when too many connections are being rejected.
     """
 
     def __init__(

@@ -10,13 +10,9 @@ _MAX_DOUBLINGS = 16
 
 
 class Backoff:
-    """The delays between attempts at one thing that fails.
+    """The delays in seconds between attempts at one thing that fails.
 
     Every attempt without progress doubles the delay. Delays are randomized, so that many attempts spread.
-
-    Args:
-        min_delay: the first delay in seconds.
-        max_delay: the longest delay in seconds.
     """
 
     def __init__(self, min_delay: float, max_delay: float) -> None:

@@ -7,7 +7,7 @@ import fcntl
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 #: A family of addresses, and an address to bind.
@@ -33,12 +33,7 @@ class ResolveError(ListenError):
 
 
 class Listener:
-    """A listening socket.
-
-    Args:
-        listening: the socket, non-blocking.
-        path: the file of a Unix socket.
-    """
+    """A listening socket, non-blocking; a Unix socket has a file."""
 
     def __init__(self, listening: socket.socket, path: Path | None = None) -> None:
         self.socket = listening
@@ -54,26 +49,17 @@ class Listener:
         return {"address": address, "port": port}
 
     def close(self) -> None:
-        """Stop listening and remove the file of a Unix socket, unless another process has replaced it.
-
-        Closing again does nothing.
-        """
+        """Stop listening and remove the file of a Unix socket, unless another process has replaced it; once only."""
         if self.path is not None and self.socket.fileno() >= 0:
-            try:
-                with _directory_lock(self.path):
-                    if _file_identity(self.path) == self._identity:
-                        self.path.unlink()
-            except OSError:
-                pass  # the directory was removed or is read-only; the next start handles a file that is left
+            # OSError: the directory was removed or is read-only; the next start removes the file.
+            with suppress(OSError), _directory_lock(self.path):
+                if _file_identity(self.path) == self._identity:
+                    self.path.unlink()
         self.socket.close()
 
 
 def listen_tcp(address: str | None, port: int) -> list[Listener]:
-    """Listen on an address. A name may have several IP addresses; all of them are listened on.
-
-    Args:
-        address: an address or a name; None or ``*``: every address of this machine.
-        port: 0 takes a free port, the same for all addresses.
+    """Listen on all addresses that `resolve` returns; port 0 is a free port, the same for all.
 
     Raises:
         ListenError: one of the addresses cannot be listened on; then none is.
@@ -94,37 +80,27 @@ def listen_tcp(address: str | None, port: int) -> list[Listener]:
 
 
 def resolve(address: str | None) -> list[BindAddress]:
-    """Return what to bind in order to listen on a configured address.
+    """Return what to bind in order to listen on a configured address or name; None or ``*``: on every address.
 
-    It may wait for a name server. On a machine without IPv6, the IPv6 addresses of a name are left out if the name has
+    It may wait for a name server. On a machine without IPv6, the IPv6 addresses of a name are ignored if the name has
     others: many hosts files give ``localhost`` both.
-
-    Args:
-        address: an address or a name; None or ``*``: every address of this machine.
 
     Raises:
         ResolveError: it is not an address, and no address is known for it as a name.
     """
     if address is None or address == "*":
-        return [_any_address()]
+        # One socket for IPv6 and IPv4, if possible.
+        dual_stack = socket.has_dualstack_ipv6() and _can_bind(socket.AF_INET6, "::")
+        return [(socket.AF_INET6, "::") if dual_stack else (socket.AF_INET, "0.0.0.0")]  # noqa: S104 - as configured
     try:
         found = socket.getaddrinfo(address, None, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except UnicodeError as error:  # from the codec that prepares a name for DNS
         raise ResolveError(f"cannot resolve {address!r}: not a valid host name") from error
     except OSError as error:
         raise ResolveError(f"cannot resolve {address!r}: {error.strerror}") from error
-    addresses: list[BindAddress] = list(dict.fromkeys((family, str(place[0])) for family, _, _, _, place in found))
-    has_ipv4 = any(family == socket.AF_INET for family, _ in addresses)
-    if has_ipv4 and not _can_bind(socket.AF_INET6, "::1"):
-        addresses = [one for one in addresses if one[0] != socket.AF_INET6]
-    return addresses
-
-
-def _any_address() -> BindAddress:
-    """Return the address that stands for every address of this machine; IPv6 and IPv4 by one socket, if possible."""
-    if socket.has_dualstack_ipv6() and _can_bind(socket.AF_INET6, "::"):
-        return socket.AF_INET6, "::"
-    return socket.AF_INET, "0.0.0.0"  # noqa: S104 - as configured
+    addresses: list[BindAddress] = list(dict.fromkeys((family, str(name[0])) for family, _, _, _, name in found))
+    ipv4 = [one for one in addresses if one[0] == socket.AF_INET]
+    return addresses if not ipv4 or _can_bind(socket.AF_INET6, "::1") else ipv4
 
 
 def _can_bind(family: socket.AddressFamily, address: str) -> bool:
@@ -138,14 +114,9 @@ def _can_bind(family: socket.AddressFamily, address: str) -> bool:
 
 
 def listen_unix(path: Path, mode: int) -> Listener:
-    """Listen on a Unix socket; replace the file that a dead process left.
+    """Listen on a Unix socket, whose file has these permissions from its creation on; replace that of a dead process.
 
-    Args:
-        path: the file; its directory is created if it is missing.
-        mode: the permissions of the file, from its creation on.
-
-    Raises:
-        ListenError: it cannot be listened on.
+    The directory is created if it is missing. Raises `ListenError` if the socket cannot be listened on.
     """
     listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
@@ -155,7 +126,7 @@ def listen_unix(path: Path, mode: int) -> Listener:
             if _is_abandoned(path):
                 path.unlink()
             listening.bind(str(path))
-            path.chmod(mode)  # what the umask removed
+            path.chmod(mode)  # the umask has removed some
             listening.listen(_BACKLOG)
         listening.setblocking(False)
     except OSError as error:

@@ -36,9 +36,7 @@ _PLAIN = re.compile(r'[^ "=]+')
 class _EventFormatter(logging.Formatter):
     """The part that both forms of an event share."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._second, self._second_text = 0, ""
+    _second, _second_text = 0, ""
 
     def _timestamp(self, record: logging.LogRecord) -> str:
         second = int(record.created)
@@ -59,14 +57,8 @@ class JSONFormatter(_EventFormatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the line."""
-        event: dict[str, Any] = {
-            "time": self._timestamp(record),
-            "level": record.levelname.lower(),
-            "logger": record.name,
-            "event": record.getMessage(),
-            **self._fields(record),
-        }
-        return _encode(event)
+        time, level, event = self._timestamp(record), record.levelname.lower(), record.getMessage()
+        return _encode({"time": time, "level": level, "logger": record.name, "event": event, **self._fields(record)})
 
 
 class TextFormatter(_EventFormatter):
@@ -137,8 +129,7 @@ class _EventWriter(logging.Handler):
 def write_per_turn(call_soon: Callable[[Callable[[], None]], object] | None) -> None:
     """Write the events of each turn of this thread's event loop together; events of other threads at once.
 
-    Args:
-        call_soon: has a function called at the end of the loop's turn; None: the loop has ended.
+    `call_soon` has a function called at the end of the loop's turn; None: the loop has ended.
     """
     flush()
     _EventWriter.turn = None if call_soon is None else (call_soon, threading.get_ident())
@@ -173,7 +164,14 @@ def configure(
     """
     flush()
     if config is not None:
-        _configure_from(config)
+        try:
+            # Existing loggers continue to log even if the configuration does not name them.
+            logging.config.dictConfig({"version": 1, **config, "disable_existing_loggers": False})
+        except (ValueError, TypeError, AttributeError, ImportError, KeyError) as error:
+            if isinstance(error.__cause__, OSError):
+                raise error.__cause__ from error
+            cause = f": {error.__cause__}" if error.__cause__ else ""
+            raise ValueError(f"{error}{cause}") from error
         return
     formatter = JSONFormatter() if form == "json" else TextFormatter(timestamp=not syslog)
     handler: logging.Handler
@@ -191,32 +189,13 @@ def configure(
         logging.logAsyncioTasks = False
 
 
-def _configure_from(config: Mapping[str, Any]) -> None:
-    try:
-        # Existing loggers continue to log even if the configuration does not name them.
-        logging.config.dictConfig({"version": 1, **config, "disable_existing_loggers": False})
-    except (ValueError, TypeError, AttributeError, ImportError, KeyError) as error:
-        if isinstance(error.__cause__, OSError):
-            raise error.__cause__ from error
-        cause = f": {error.__cause__}" if error.__cause__ else ""
-        raise ValueError(f"{error}{cause}") from error
-
-
 def reopen() -> None:
     """Reopen every log file, after a rotation; stdout and stderr stay open."""
-    for handler in _all_handlers(logging.root.manager.loggerDict):
-        if isinstance(handler, logging.FileHandler):
-            handler.acquire()
-            try:
-                # A FileHandler without a stream opens its file again at the next event.
+    loggers = [logging.root, *logging.root.manager.loggerDict.values()]
+    for handler in {handler for logger in loggers for handler in getattr(logger, "handlers", ())}:
+        if isinstance(handler, logging.FileHandler) and handler.lock is not None:
+            with handler.lock:
                 if handler.stream is not None:
                     handler.stream.close()
-                handler.stream = None
-            finally:
-                handler.release()
+                handler.stream = None  # it opens its file again at the next event
     logging.getLogger(__name__).info("log files reopened")
-
-
-def _all_handlers(loggers: Mapping[str, object]) -> set[logging.Handler]:
-    known = [logging.getLogger(), *(logger for logger in loggers.values() if isinstance(logger, logging.Logger))]
-    return {handler for logger in known for handler in logger.handlers}

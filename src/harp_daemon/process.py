@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import signal
 import socket
 from collections.abc import Callable, Iterator
@@ -22,12 +23,10 @@ def describe_exit(code: int) -> str:
 
 @contextmanager
 def pidfile(path: Path | None) -> Iterator[None]:
-    """Return a context manager that writes and locks a pid file on entry and removes it on exit. None: no file.
+    """Write and lock a pid file on entry and remove it on exit. None: no file.
 
-    The file of a dead process is replaced, because only the lock matters.
-
-    Raises:
-        ProcessError: a running process has locked it, or it cannot be written.
+    The file of a dead process is replaced, because only the lock matters. Raises `ProcessError` if a running process
+    has locked it, or it cannot be written.
     """
     if path is None:
         yield
@@ -40,7 +39,8 @@ def pidfile(path: Path | None) -> Iterator[None]:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise ProcessError(f"pid file {path}: held by the running process {_first_line(descriptor)}") from error
+            owner = os.pread(descriptor, 32, 0).decode("ascii", "replace").strip()
+            raise ProcessError(f"pid file {path}: held by the running process {owner}") from error
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
         yield
@@ -49,17 +49,11 @@ def pidfile(path: Path | None) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _first_line(descriptor: int) -> str:
-    return os.pread(descriptor, 32, 0).decode("ascii", "replace").strip()
-
-
 def detach() -> Callable[[], None]:
-    """Continue in the background. Call it before the program has any thread, event loop or socket.
+    """Continue in the background; return the function that the daemon calls once when it is ready. It closes stderr.
 
-    The calling process waits until the daemon is ready (exit status 0) or has died (1).
-
-    Returns:
-        In the daemon: the function to call once when it is ready. It closes stderr.
+    Call `detach` before the program has any thread, event loop or socket. The calling process waits until the daemon is
+    ready (exit status 0) or has died (1).
     """
     ready, notify_end = os.pipe()
     if os.fork():
@@ -87,13 +81,7 @@ def detach() -> Callable[[], None]:
 
 def notify_service_manager(state: str) -> None:
     """Notify the service manager, if there is one: ``READY=1``, ``STOPPING=1``, ... (sd_notify(3))."""
-    address = os.environ.get("NOTIFY_SOCKET")
-    if not address:
-        return
-    if address.startswith("@"):
-        address = "\0" + address[1:]
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as channel:
-        try:
-            channel.sendto(state.encode(), address)
-        except OSError:
-            return  # the service continues without its service manager
+    if address := os.environ.get("NOTIFY_SOCKET"):
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as channel:
+            with suppress(OSError):  # the service continues without its service manager
+                channel.sendto(state.encode(), re.sub("^@", "\0", address))

@@ -8,7 +8,8 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable, Iterable
-from operator import attrgetter
+from functools import reduce
+from operator import attrgetter, getitem
 from pathlib import Path
 from typing import Annotated, Any, TypeAlias, TypeVar
 
@@ -46,13 +47,10 @@ class ConfigError(Exception):
 
 
 def convert(file: Path, document: Any, settings: type[T], convert_value: Callable[[type, Any], Any] | None = None) -> T:
-    """Return a decoded file as a value of `settings`.
+    """Return a decoded file as a value of a class of settings.
 
-    Args:
-        file: the file, for messages.
-        document: the decoded file.
-        settings: a class of settings. Its `__post_init__` raises ValueError with ``KEY: expected X, got Y``.
-        convert_value: returns a value as another type, for types that `msgspec` does not convert. Raises ValueError.
+    The `__post_init__` of the class raises ValueError with ``KEY: expected X, got Y``. `convert_value` returns a value
+    as another type, for types that `msgspec` does not convert, or raises ValueError.
 
     Raises:
         ConfigError: a key is missing, unknown or has an invalid value.
@@ -81,18 +79,17 @@ def _describe_error(error: msgspec.ValidationError, document: Any) -> str:
     match = _MESSAGE.fullmatch(str(error))
     assert match is not None
     what, key = match["what"], match["key"] or ""
+    section = f"{key}." if key else ""
     if found := _MISSING.fullmatch(what):
-        return f"{_join_key(key, found[1])}: missing"
+        return f"{section}{found[1]}: missing"
     if found := _UNKNOWN.fullmatch(what):
-        return f"{_join_key(key, found[1])}: unknown key"
+        return f"{section}{found[1]}: unknown key"
     if found := _TYPE.fullmatch(what):
         return f"{key or 'the file'}: expected {_name_types(found[1])}, got {_name_types(found[2])}"
     if found := _BOUND.fullmatch(what):
-        value = describe_value(_value_at(document, key))
+        value = describe_value(reduce(getitem, key.split("."), document))
         return f"{key}: expected {_name_types(found[1])}, {_BOUNDS[found[2]]} {found[3]}, got {value}"
-    if what.startswith("expected "):
-        return f"{key}: {what}"
-    return _join_key(key, what)
+    return f"{key}: {what}" if what.startswith("expected ") else f"{section}{what}"
 
 
 def describe_value(value: object) -> str:
@@ -100,15 +97,5 @@ def describe_value(value: object) -> str:
     return "nothing" if value is None else repr(value)
 
 
-def _join_key(section: str, key: str) -> str:
-    return f"{section}.{key}" if section else key
-
-
 def _name_types(names: str) -> str:
     return " or ".join(_TYPE_NAMES.get(name, name) for name in names.split(" | "))
-
-
-def _value_at(document: Any, key: str) -> Any:
-    for name in key.split("."):
-        document = document[name]
-    return document

@@ -22,15 +22,9 @@ def configure_socket(connection: socket.socket) -> None:
 
 
 def peer_name(connection: socket.socket, address: Any) -> str:
-    """Return the peer as text for logs: address and port, or the user of a Unix socket.
-
-    Args:
-        connection: the accepted socket.
-        address: the peer's address, as `accept` returns it.
-    """
+    """Return the peer, whose address `accept` has returned, as text for logs; a Unix socket has the user instead."""
     if connection.family == socket.AF_UNIX:
-        _, user = peer_process(connection)
-        return f"uid:{user}"
+        return f"uid:{peer_process(connection)[1]}"
     host = str(address[0]).removeprefix("::ffff:")  # IPv4 on a socket for both
     return f"[{host}]:{address[1]}" if ":" in host else f"{host}:{address[1]}"
 

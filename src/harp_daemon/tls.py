@@ -17,24 +17,16 @@ DEFAULT_MINIMUM = "1.2"
 
 
 def set_minimum_version(context: ssl.SSLContext, minimum: str) -> bool:
-    """Set the minimum version of TLS.
+    """Set the minimum version of TLS; return whether it is below 1.2, which the daemon logs as a warning.
 
     OpenSSL 3 rejects the signatures of TLS 1.0 and 1.1 at its default security level, so a minimum below 1.2 also
     lowers that level.
-
-    Args:
-        context: the context to change.
-        minimum: ``1.0``, ``1.1``, ``1.2`` or ``1.3``.
-
-    Returns:
-        Whether the minimum is below 1.2, which the daemon logs as a warning.
     """
-    version = TLS_VERSIONS[minimum]
     low = minimum in ("1.0", "1.1")
     if low:
         context.set_ciphers("DEFAULT:@SECLEVEL=0")
     with warnings.catch_warnings():
         # Python warns of old versions; the administrator configured one and is warned by the daemon's log.
         warnings.simplefilter("ignore", DeprecationWarning)
-        context.minimum_version = version
+        context.minimum_version = TLS_VERSIONS[minimum]
     return low
