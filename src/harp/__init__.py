@@ -18,8 +18,7 @@ from importlib import import_module
 TYPE_CHECKING = False  # not from `typing`: the zygote imports this package, too, and stays small without it
 if TYPE_CHECKING:
     from harp import aio as aio
-    from harp._core.calls import Call
-    from harp._core.outcomes import CALL_CANCELLED, CALL_NOT_FINISHED, Result
+    from harp._core.values import CALL_CANCELLED, CALL_NOT_FINISHED, Call, Result
     from harp._net.sync import JSONConnection, JSONSSLConnection
     from harp.client import HarpCaller, RemoteCall, RemoteProcedure, RemoteServer
     from harp.direct import HarpProcedure, HarpServer, HarpStreamIterator
@@ -48,7 +47,7 @@ __all__ = [
 
 
 #: The modules of the names; modules that load faster are first.
-_HOMES = ("harp.errors", "harp._core.outcomes", "harp._core.calls", "harp._net.sync", "harp.client", "harp.direct")
+_HOMES = ("harp.errors", "harp._core.values", "harp._net.sync", "harp.client", "harp.direct")
 
 
 if not TYPE_CHECKING:  # a type checker uses the imports above, and rejects other names

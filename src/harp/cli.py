@@ -12,7 +12,7 @@ from enum import IntEnum
 from typing import Any
 
 from harp import client, direct
-from harp._core.outcomes import CALL_NOT_FINISHED, Result
+from harp._core.values import CALL_NOT_FINISHED, Result
 from harp.errors import CancelledException, CommunicationError, HarpException, RemoteError, RemoteException
 from harp.protocol.json_text import InvalidJSON, loads
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any, Generic, TypeVar
 
-from harp._core.calls import encode_arguments, missing_attribute, name_error
 from harp._core.connections import CAFile, Connection, ConnectionPool, Endpoint, Peer, Steps, mark_ambiguous
-from harp._core.outcomes import Result, error_of, outcome_of
 from harp._core.streams import Reader
+from harp._core.values import Result, check_name, encode_arguments, error_of, missing_attribute, outcome_of
 from harp.errors import CommunicationError, HarpException
 from harp.protocol import harpd as daemon
 from harp.protocol.ends import Failed, Raised, Returned
@@ -78,9 +77,7 @@ class DirectProcedureBase(Generic[S]):
 
     def __init__(self, server: S, name: str) -> None:
         self._server = server
-        self._name = name
-        if not isinstance(name, str) or not name:
-            raise name_error("procedure", name)
+        self._name = check_name("procedure", name)
 
     def _call(self, /, *args: Any, **kwargs: Any) -> Steps[Any]:
         """Call the procedure with positional or named arguments, any JSON values, and wait without a time limit.

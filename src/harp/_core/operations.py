@@ -19,20 +19,11 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from typing import Any, Generic, Self, TypeVar, Unpack
 
-from harp._core.calls import (
-    Call,
-    JobOptions,
-    check_options,
-    encode_arguments,
-    job_request,
-    missing_attribute,
-    name_error,
-    plain_request,
-)
+from harp._core import values
 from harp._core.connections import Connection, ConnectionPool, Endpoint, Peer, Steps, mark_ambiguous
-from harp._core.outcomes import CALL_CANCELLED, CALL_NOT_FINISHED, error_of, outcome_of
 from harp._core.retry import REFUSALS, ReconnectPolicy, closed_without_reply, parse_reconnect, unsupported_by_peer
 from harp._core.streams import StreamReader, StreamRequest
+from harp._core.values import Call, JobOptions, error_of
 from harp.errors import CancelledException, CommunicationError, HarpException, RemoteError
 from harp.protocol import replies, requests
 from harp.protocol.ends import End, Failed
@@ -75,7 +66,7 @@ class CallerBase(Peer[C], Generic[C, S, J]):
     def __getattr__(self, host: str) -> S:
         """Return the host of this name, without options."""
         if host.startswith("_"):
-            raise missing_attribute(host, self)
+            raise values.missing_attribute(host, self)
         return self._server_class(self, host)
 
     def __call__(self, host: str, **kwargs: Unpack[JobOptions]) -> S:
@@ -83,10 +74,7 @@ class CallerBase(Peer[C], Generic[C, S, J]):
         return self.host(host, **kwargs)
 
     def host(self, host: str, **kwargs: Unpack[JobOptions]) -> S:
-        """Return the host of this name, with options as for `RemoteServer.__call__`, which describes the errors, too.
-
-        Spec: docs/client-api.md, HarpCaller.
-        """
+        """Return the host of this name, with options as for `RemoteServer`. Spec: docs/client-api.md, HarpCaller."""
         server = self._server_class(self, host)
         server(**kwargs)
         return server
@@ -131,15 +119,11 @@ class CallerBase(Peer[C], Generic[C, S, J]):
     def _send_plain(self, req: dict[str, Any]) -> Steps[dict[str, Any]]:
         """Send a request that you compose yourself and return the reply; the first line if there are several.
 
-        ``"harpcaller": 1`` is added to the request when it is absent. An ``error`` in the reply is not raised.
-
-        Raises:
-            HarpException: the request has no form in JSON.
-            CommunicationError: there was no reply, or it is not an object.
-
-        Spec: docs/client-api.md, HarpCaller.
+        ``"harpcaller": 1`` is added to the request when it is absent. An ``error`` in the reply is not raised; but a
+        request without a form in JSON raises `HarpException`, and a reply that is missing or not an object
+        `CommunicationError`. Spec: docs/client-api.md, HarpCaller.
         """
-        line = plain_request(req)
+        line = values.plain_request(req)
         conn = yield self._open()
         try:
             reply: dict[str, Any] = loads((yield conn.exchange(line)))
@@ -242,15 +226,13 @@ class ServerBase(Generic[P]):
 
     def __init__(self, dispatcher: CallerBase[Any, Any, Any], hostname: str) -> None:
         self._dispatcher = dispatcher
-        self._hostname = hostname
-        if not isinstance(hostname, str) or not hostname:
-            raise name_error("host", hostname)
+        self._hostname = values.check_name("host", hostname)
         self._options: Mapping[str, Any] = {}
 
     def __getattr__(self, procedure: str) -> P:
         """Return the procedure of this name on the host."""
         if procedure.startswith("_"):
-            raise missing_attribute(procedure, self)
+            raise values.missing_attribute(procedure, self)
         return self._procedure_class(self._dispatcher, self, procedure)
 
     def __call__(self, /, **kwargs: Unpack[JobOptions]) -> Self:
@@ -265,7 +247,7 @@ class ServerBase(Generic[P]):
 
         Raises `HarpException` if an option is unknown or invalid. Spec: docs/client-api.md, RemoteServer.
         """
-        self._options = {**self._options, **check_options(kwargs)}
+        self._options = {**self._options, **values.check_options(kwargs)}
         return self
 
     def __str__(self) -> str:
@@ -281,9 +263,7 @@ class ProcedureBase(Generic[J]):
     def __init__(self, dispatcher: CallerBase[Any, Any, J], server: ServerBase[Any], procedure: str) -> None:
         self._dispatcher = dispatcher
         self._server = server
-        self._procedure = procedure
-        if not isinstance(procedure, str) or not procedure:
-            raise name_error("procedure", procedure)
+        self._procedure = values.check_name("procedure", procedure)
 
     def _submit(self, /, *args: Any, **kwargs: Any) -> Steps[J]:
         """Submit a job with positional or named arguments, any JSON values. It is on stable storage when this returns.
@@ -295,8 +275,8 @@ class ProcedureBase(Generic[J]):
 
         Spec: docs/client-api.md, RemoteProcedure.
         """
-        server, arguments = self._server, encode_arguments(args, kwargs)
-        request = job_request(server._hostname, self._procedure, arguments, server._options)
+        server, arguments = self._server, values.encode_arguments(args, kwargs)
+        request = values.job_request(server._hostname, self._procedure, arguments, server._options)
         reply: replies.Submitted = yield from self._dispatcher._request(request)
         return self._dispatcher._job_class(self._dispatcher, reply.job_id)
 
@@ -320,9 +300,7 @@ class JobBase(Generic[R]):
 
     def __init__(self, dispatcher: CallerBase[Any, Any, Any], job_id: str) -> None:
         self._dispatcher = dispatcher
-        self._id = job_id
-        if not isinstance(job_id, str) or not job_id:
-            raise name_error("job_id", job_id)
+        self._id = values.check_name("job_id", job_id)
         self._end_line: bytes | None = None
         self._status_line: bytes | None = None
 
@@ -400,7 +378,7 @@ class JobBase(Generic[R]):
                     yield dispatcher._sleep(pause)
         except (CommunicationError, RemoteError) as error:
             return error.with_traceback(None)
-        return CALL_NOT_FINISHED if isinstance(reply, replies.NoResult) else outcome_of(reply)
+        return values.CALL_NOT_FINISHED if isinstance(reply, replies.NoResult) else values.outcome_of(reply)
 
     def _get(self, wait: bool = True) -> Steps[Any]:
         """Return the procedure's result, or `CALL_NOT_FINISHED` (only without `wait`); every other end is raised.
@@ -416,7 +394,7 @@ class JobBase(Generic[R]):
         outcome = yield from self._result(wait)
         if isinstance(outcome, HarpException):
             raise outcome
-        if outcome is CALL_CANCELLED:
+        if outcome is values.CALL_CANCELLED:
             raise CancelledException(f"job {self._id} was cancelled")
         return outcome
 
@@ -466,10 +444,7 @@ class JobBase(Generic[R]):
         return (yield from self._status()).submit
 
     def _start_time(self) -> Steps[int | None]:
-        """Return when the job started, in Unix seconds; None: not yet, or it ended before it could start.
-
-        Spec: docs/client-api.md, RemoteCall.
-        """
+        """Return when the job started, in Unix seconds; None: it has not. Spec: docs/client-api.md, RemoteCall."""
         return (yield from self._status("start", "end")).start
 
     def _end_time(self) -> Steps[int | None]:

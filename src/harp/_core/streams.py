@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable
 from typing import Any, Generic, TypeAlias, TypeVar
 
 from harp._core.connections import Connection, ConnectionPool, Steps
-from harp._core.outcomes import error_of
 from harp._core.retry import REFUSALS, ReconnectPolicy, closed_without_reply, unsupported_by_peer
+from harp._core.values import error_of
 from harp.errors import CommunicationError, HarpException
 from harp.protocol.ends import Failed
 from harp.protocol.replies import Continue, Packet, Reply, ReplyReader

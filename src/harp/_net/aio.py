@@ -74,18 +74,16 @@ class AsyncJSONConnection(BufferedConnection, _Closable):
     Spec: docs/client-api.md, asyncio.
     """
 
-    def __init__(self, host: str, port: int) -> None:
-        super().__init__(host, port)
-        self._is_watched = False
-        self._failure: CommunicationError | None = None
-        #: Set when the socket is ready, lines have arrived, or the connection has ended.
-        self._changed = asyncio.Event()
+    _is_watched = False
+    _failure: CommunicationError | None = None
 
     async def connect(self) -> None:
         """See `harp.JSONConnection.connect`."""
         await self.close()
         self._loop = asyncio.get_running_loop()
-        self._failure, self._changed = None, asyncio.Event()
+        self._failure = None
+        #: Set when the socket is ready, lines have arrived, or the connection has ended.
+        self._changed = asyncio.Event()
         self._set_socket(await self._open_socket())
 
     _open_socket = method(BufferedConnection._open)

@@ -19,8 +19,8 @@ from contextlib import suppress
 from functools import lru_cache
 from typing import Any, NoReturn
 
-from harp._core.calls import encode_line
 from harp._core.connections import CAFile, Connection, Endpoint, Steps
+from harp._core.values import encode_line
 from harp.errors import CommunicationError, HarpException
 from harp.protocol.json_text import loads
 from harp.protocol.lines import LineBuffer
@@ -113,6 +113,7 @@ class BufferedConnection(Connection, Uncopyable):
         The remaining time is divided equally among the remaining addresses. The `CommunicationError` lists all failed
         attempts.
         """
+        self._process = os.getpid()
         deadline = time.monotonic() + CONNECT_TIMEOUT
         context = self._tls_context()
         try:
@@ -132,7 +133,7 @@ class BufferedConnection(Connection, Uncopyable):
                 yield self._connect_socket(sock, address, now + max(deadline - now, 0.001) / (len(found) - index))
                 break
             except BaseException as error:
-                sock.close()
+                self._close_socket(sock)
                 if not isinstance(error, OSError):
                     raise
                 failures.append((address[0], error))
@@ -150,7 +151,7 @@ class BufferedConnection(Connection, Uncopyable):
             sock = context.wrap_socket(sock, do_handshake_on_connect=False, server_hostname=name)
             yield self._shake_hands(sock, deadline)
         except BaseException as error:
-            sock.close()
+            self._close_socket(sock)
             if isinstance(error, FOREIGN_ERRORS):
                 raise self.error("TLS handshake", error) from error
             raise

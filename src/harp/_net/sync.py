@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import socket
 import ssl
 import threading
@@ -69,7 +68,6 @@ class JSONConnection(BufferedConnection, _Closable):
         Raises `CommunicationError` if the server cannot be reached within 30 seconds.
         """
         self.close()
-        self._process = os.getpid()
         try:
             opened = self._open_socket()
         except BaseException:

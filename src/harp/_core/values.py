@@ -1,4 +1,4 @@
-"""The caller's input, checked and turned into requests: names, arguments, options.
+"""What callers pass and receive: names, arguments and options, checked and turned into requests; the outcomes of calls.
 
 Values are encoded as soon as they are passed: a later change of a list or dict does not change the request.
 """
@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
-from typing import Any, TypedDict
+from enum import Enum
+from typing import Any, Final, TypedDict
 
-from harp.errors import HarpException
+from harp.errors import HarpException, RemoteError, RemoteException
 from harp.protocol import requests as protocol
+from harp.protocol.ends import Cancelled, End, Failed, Raised, Returned
 from harp.protocol.fields import is_count, is_seconds
 from harp.protocol.json_text import NotJSON, Raw, dumps
 
@@ -20,9 +22,11 @@ def missing_attribute(name: str, owner: object) -> AttributeError:
     return AttributeError(f"{type(owner).__name__!r} object has no attribute {name!r}", name=name, obj=owner)
 
 
-def name_error(field: str, name: object) -> HarpException:
-    """Return the error for a name that is not a string, or empty."""
-    return HarpException(f"{field}: expected a name, got {name!r}")
+def check_name(field: str, name: str) -> str:
+    """Return a name. Raise `HarpException` if it is not a string, or empty."""
+    if not isinstance(name, str) or not name:
+        raise HarpException(f"{field}: expected a name, got {name!r}")
+    return name
 
 
 class JobOptions(TypedDict, total=False):
@@ -110,9 +114,8 @@ class Call:
     _request: protocol.Call = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        for option, name in (("host", self.host), ("procedure", self.procedure)):
-            if not isinstance(name, str) or not name:
-                raise name_error(option, name)
+        check_name("host", self.host)
+        check_name("procedure", self.procedure)
         if not isinstance(self.arguments, (list, tuple, dict)):
             raise HarpException(f"arguments: expected a list, a tuple or a dict, got {self.arguments!r}")
         arguments = encode_arguments(self.arguments)
@@ -141,3 +144,50 @@ def plain_request(req: dict[str, Any]) -> bytes:
 def encode_line(value: Any) -> bytes:
     """Return a value as a line of JSON. Raise `HarpException`, which names the part that has no form in JSON."""
     return bytes(_encode("the value", value)) + b"\n"
+
+
+class _Sentinel(Enum):
+    """Unique values, which stay the same objects when they are copied or pickled."""
+
+    CALL_NOT_FINISHED = "<CallNotFinished>"
+    CALL_CANCELLED = "<CallCancelled>"
+
+    def __str__(self) -> str:
+        return self.value
+
+    __repr__ = __str__
+
+
+#: Returned instead of a result while the call has not ended. Spec: docs/client-api.md, RemoteCall.
+CALL_NOT_FINISHED: Final = _Sentinel.CALL_NOT_FINISHED
+
+#: Returned as the result of a call that was cancelled. Spec: docs/client-api.md, RemoteCall.
+CALL_CANCELLED: Final = _Sentinel.CALL_CANCELLED
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """The return value of a streaming procedure, any JSON value: the last item of a `HarpStreamIterator`.
+
+    Spec: docs/client-api.md, Direct calls.
+    """
+
+    value: Any
+
+
+def error_of(report: Failed) -> RemoteError:
+    """Return the exception for an error that the dispatcher or harpd reports."""
+    return RemoteError(report.type, report.message, report.data)
+
+
+def outcome_of(end: End) -> Any:
+    """Return the value of `result()` for an end."""
+    match end:
+        case Returned(result):
+            return result
+        case Raised(kind, message, data):
+            return RemoteException(kind, message, data)
+        case Failed():
+            return error_of(end)
+        case Cancelled():
+            return CALL_CANCELLED
