@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -354,6 +355,7 @@ def test_task_cancelled_in_pause_leaves_nothing(attempts: list[Any]) -> None:
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
+        await iterator.close()
         assert await iterator.all() == []
 
     with reserved_port() as port:
@@ -370,6 +372,78 @@ def test_task_cancelled_while_waiting_closes() -> None:
                 await task
 
     asyncio.run(main(), debug=True)
+
+
+# An interrupted wait for an item.
+
+RECORD = {"packet": 1, "data": "r1"}
+
+
+def waiting(*messages: object) -> Script:
+    """Return a script that replies to a request, then waits until the client closes."""
+
+    def script(conn: PeerConnection) -> None:
+        conn.expect()
+        conn.reply(*messages)
+        conn.until_closed()
+
+    return script
+
+
+async def cancel_next(iterator: Any, peer: Peer) -> None:
+    """Cancel the wait for an item when a request was sent; the connection is closed."""
+    task = asyncio.ensure_future(anext(iterator))
+    await eventually(lambda: peer.requests, what="the request")
+    await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert await asyncio.to_thread(peer.connections[0].closed.wait, 30)
+
+
+async def test_follow_continues_after_cancelled_wait() -> None:
+    with Peer(waiting(RECORD), serving(4, ending)) as peer:
+        iterator: Any = aio.AsyncHarpCaller(peer.host, peer.port).job(JOB).follow(since=1)
+        assert await anext(iterator) == "r1"
+        await cancel_next(iterator, peer)
+        assert await iterator.all() == records(2, 3)
+    assert since(peer) == [1, 2]
+    with Peer(waiting(), serving(3, going_on), serving(4, ending)) as peer:  # it has no number before its first record
+        iterator = aio.AsyncHarpCaller(peer.host, peer.port).job(JOB).follow()
+        await cancel_next(iterator, peer)
+        assert await iterator.all() == records(3)
+
+
+@pytest.mark.parametrize("method", ["follow", "stream"])
+async def test_iterator_raises_after_cancelled_wait(method: str) -> None:
+    """Without `reconnect` it cannot continue; its end would be wrong."""
+    with Peer(waiting(RECORD)) as peer:
+        job = aio.AsyncHarpCaller(peer.host, peer.port, reconnect=0).job(JOB)
+        iterator: Any = getattr(job, method)(since=1)
+        assert await anext(iterator) == "r1"
+        await cancel_next(iterator, peer)
+        with pytest.raises(harp.CommunicationError, match="closed on this side"):
+            await anext(iterator)
+
+
+def test_follow_continues_after_keyboard_interrupt() -> None:
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        if frame is not None and frame.f_code.co_name == "receive_line":  # it waits
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        with Peer(waiting(RECORD), serving(4, ending)) as peer:
+            iterator = harp.HarpCaller(peer.host, peer.port).job(JOB).follow(since=1)
+            assert next(iterator) == "r1"
+            signal.setitimer(signal.ITIMER_REAL, 0.01, 0.01)
+            with pytest.raises(KeyboardInterrupt):
+                next(iterator)
+            assert list(iterator) == records(2, 3)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
 
 
 def tearing_unless_closed(conn: PeerConnection) -> None:

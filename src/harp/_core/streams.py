@@ -46,6 +46,9 @@ class Reader:
         """Return the seconds to wait before the next request. Raise the error if the stream cannot continue."""
         raise error
 
+    def resume(self) -> None:
+        """Continue after a closed connection, if the stream can; otherwise its next item raises an error."""
+
 
 class StreamReader(Reader):
     """The records of a job, each once, over as many connections as necessary.
@@ -145,6 +148,11 @@ class StreamReader(Reader):
         self._set_request(self._next_request())
         return pause
 
+    def resume(self) -> None:
+        """See `Reader`."""
+        if self._policy:
+            self._set_request(self._next_request())
+
 
 class StreamBase(Generic[C]):
     """Items read from a connection. It is closed after the last item, after an error, and when this object is deleted.
@@ -182,8 +190,12 @@ class StreamBase(Generic[C]):
                 return (self._parsed.popleft(),)
             try:
                 items = yield from self._read()
-            except BaseException:
+            except Exception:
                 yield from self._finish()
+                raise
+            except BaseException:  # the task was cancelled, or KeyboardInterrupt: the iteration can continue
+                yield self._conn.close()
+                self._reader.resume()
                 raise
             if self._reader.finished:
                 yield from self._finish()
