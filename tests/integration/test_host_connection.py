@@ -9,13 +9,14 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from harp.protocol.ends import Failed
 from harp.protocol.fields import ProtocolError
 from harp.protocol.harpd import ListCalls, Message, Phase, Release, Request, encode_request
-from harp.protocol.json_text import Raw
+from harp.protocol.json_text import Raw, dumps
 from harp_daemon.timer_wheel import TimerWheel
 from harpcaller.config import Config
 from harpcaller.hosts.connecting import open_connection
@@ -164,6 +165,26 @@ async def test_host_that_floods_lets_others_have_their_turn(tmp_path: Path, line
     assert collector.records == [b"%d" % number for number in range(count)]
     received = [after - before for before, after in pairwise(turns)]
     assert max(received) <= 2 * most
+
+
+@pytest.mark.parametrize("close", [False, True])
+async def test_long_request_arrives_before_later_commands(tmp_path: Path, close: bool) -> None:
+    """A long request is written in several turns."""
+    received: list[Any] = []
+
+    def script(conn: PeerConnection) -> None:
+        received.append(conn.expect())
+        received.append(conn.expect())
+
+    async with connected(tmp_path, script) as (conn, _):
+        arguments = ["x" * 3_000_000]
+        conn.send_request(encode_request(Request("p", dumps(arguments), "u", "p")), Phase.SENT, Collector())
+        conn.send_command(Release())
+        if close:
+            conn.close()
+        await eventually(lambda: len(received) == 2, what="request and command")
+        assert received[0]["arguments"] == arguments
+        assert received[1] == {"release": True}
 
 
 async def test_idle_connection_survives_late_heartbeats_only(tmp_path: Path) -> None:

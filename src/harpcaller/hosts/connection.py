@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import deque
 from itertools import islice, takewhile
 from operator import methodcaller
 from typing import Any, Protocol, cast
@@ -77,6 +78,7 @@ class HarpdConnection(asyncio.Protocol):
         self._suspended = False  # the next lines wait: a thread decodes a line, or other peers have their turn
         self._is_reading = True
         self._resuming = False
+        self._unwritten: deque[memoryview] = deque()  # pieces of long data
         self._ended = False
         self._end_error: Exception | None = None
         self._heartbeat_timer: Timer | None = None
@@ -127,7 +129,7 @@ class HarpdConnection(asyncio.Protocol):
         self._exchange = ReplyReader(decode_slices, phase)
         self._receiver = receiver
         last_command, self._last_command = self._last_command, b""
-        self._transport.write(last_command + line)
+        self._write(last_command + line)
         if self._unread or self._ended:
             asyncio.get_running_loop().call_soon(self._continue)
         self.resume_reading()
@@ -136,9 +138,27 @@ class HarpdConnection(asyncio.Protocol):
         """Send a command for the attached call. Abort the connection if the host does not read its commands."""
         transport = self._transport
         if not transport.is_closing():
-            transport.write(encode_command(command))
-            if transport.get_write_buffer_size() > _MAX_UNSENT_BYTES:
+            self._write(encode_command(command))
+            if transport.get_write_buffer_size() > _MAX_UNSENT_BYTES and not self._unwritten:
                 transport.abort()
+
+    def _write(self, data: bytes) -> None:
+        """Write data; long data in several turns of the event loop, because its encryption takes time."""
+        if len(data) <= LONG_LINE and not self._unwritten:
+            self._transport.write(data)
+            return
+        if not self._unwritten:
+            asyncio.get_running_loop().call_soon(self._write_piece)
+        pieces = memoryview(data)
+        self._unwritten += [pieces[at : at + LONG_LINE] for at in range(0, len(data), LONG_LINE)]
+
+    def _write_piece(self) -> None:
+        if self._transport.is_closing():
+            self._unwritten.clear()
+        if self._unwritten:
+            self._transport.write(self._unwritten.popleft())
+        if self._unwritten:
+            asyncio.get_running_loop().call_soon(self._write_piece)
 
     def finish_request(self, last_command: Command | None = None) -> None:
         """End the request, because its call has ended: deliver no further message.
@@ -161,7 +181,7 @@ class HarpdConnection(asyncio.Protocol):
 
     def _send_last_command(self) -> None:
         if self._last_command:
-            self._transport.write(self._last_command)
+            self._write(self._last_command)
             self._last_command = b""
 
     def pause_reading(self) -> None:
@@ -199,6 +219,8 @@ class HarpdConnection(asyncio.Protocol):
         """Close the connection after the written data was sent."""
         self.finish_request()
         self._send_last_command()
+        while self._unwritten:
+            self._transport.write(self._unwritten.popleft())
         self._transport.close()
 
     def abort(self) -> None:
