@@ -35,7 +35,8 @@ exit codes:
     0  success                                    4  the job was cancelled; cancel: it had already ended
     1  the procedure raised an exception          5  the job has not ended yet
     2  wrong usage, or a value without JSON form  6  no connection, or an invalid reply
-    3  the job failed, or was refused           130  Ctrl-C; a job continues, a direct call is cancelled
+    3  the job failed, or was refused             7  the output cannot be written
+  130  Ctrl-C; a job continues, a direct call is cancelled
 """
 
 
@@ -49,6 +50,7 @@ class Exit(IntEnum):
     CANCELLED = 4
     NOT_FINISHED = 5
     UNREACHABLE = 6
+    NOT_WRITTEN = 7
     INTERRUPTED = 130
 
 
@@ -64,7 +66,7 @@ _EXITS = (
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the program and return its exit code."""
     sys.setrecursionlimit(10_000)  # values may be nested as deeply as the protocol allows
-    options = _make_parser().parse_args(arguments)
+    options = _parse_arguments(sys.argv[1:] if arguments is None else arguments)
     try:
         return Exit(options.run(options))
     except HarpException as error:
@@ -73,9 +75,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return next(code for kind, code in _EXITS if isinstance(error, kind))
     except KeyboardInterrupt:
         return Exit.INTERRUPTED
-    except BrokenPipeError:  # the reader of our output has closed it
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return Exit.OK
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing more is written at the exit
+        if isinstance(error, BrokenPipeError):  # the reader of our output has closed it
+            return Exit.OK
+        print(f"harp: cannot write the output: {error.strerror}", file=sys.stderr)
+        return Exit.NOT_WRITTEN
 
 
 def _print_value(value: Any) -> Exit:
@@ -108,10 +113,14 @@ def _call(options: Namespace) -> Exit:
     dispatcher = _dispatcher(options)
     host = dispatcher.host(options.host, **{name: getattr(options, name) for name in names})
     job = client.RemoteProcedure(dispatcher, host, options.procedure)(*options.arguments, **dict(options.named))
-    if options.wait:
+    if not options.wait:
+        print(job.id(), flush=True)
+        return Exit.OK
+    try:
         return _print_value(job.get())
-    print(job.id())
-    return Exit.OK
+    except KeyboardInterrupt:
+        print(f"harp: job {job.id()} continues; see harp result, follow and cancel", file=sys.stderr)
+        raise
 
 
 def _result(options: Namespace) -> Exit:
@@ -188,6 +197,19 @@ def _parse_address(text: str) -> dict[str, Any]:
     return {"host": host, "port": int(port)} if port else {"host": host}
 
 
+def _parse_arguments(arguments: Sequence[str]) -> Namespace:
+    """Return the program's arguments. An ARG may be a negative number of any form, and may follow an option."""
+    parser = _make_parser()
+    # argparse takes -5.5e3 for an option, but not with a space in front.
+    marked = [f" {each}" if each[:1] == "-" and not isinstance(_parse_value(each), str) else each for each in arguments]
+    options, rest = parser.parse_known_args(marked)
+    if rest and (not hasattr(options, "arguments") or any(each.startswith("-") for each in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        options.arguments += map(_parse_value, rest)
+    return options
+
+
 #: Settings of arguments by name; ``COMMAND NAME`` for an argument with another meaning in this command.
 _ARGUMENTS: dict[str, dict[str, Any]] = {
     "address": {"metavar": "HOST[:PORT]", "type": _parse_address},
@@ -237,7 +259,7 @@ def _make_parser() -> argparse.ArgumentParser:
     """Return the parser of the program's arguments, which sets `run` to that of the given command."""
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="harp", description=__doc__, epilog=_EPILOG, formatter_class=form)
-    parser.add_argument("--dispatcher", default=os.environ.get("HARP_DISPATCHER"), **_ARGUMENTS["--dispatcher"])
+    parser.add_argument("--dispatcher", default=os.environ.get("HARP_DISPATCHER") or None, **_ARGUMENTS["--dispatcher"])
     parser.add_argument("--reconnect", default=300.0, **_ARGUMENTS["--reconnect"])
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
     for name, run, help, arguments in _COMMANDS:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,9 +15,11 @@ import pytest
 
 from harp.cli import Exit
 from support.certificates import server_files
+from support.deadline import wait_until
 from support.peers import Peer, PeerConnection, Script, answering, server_context
 
 JOB = "3f22e0d4-c8ed-11e5-8d66-001e8c140268"
+PROGRAM = "import sys; from harp.cli import main; sys.exit(main())"
 SUBMITTED = {"harpcaller": 1, "job_id": JOB}
 STATUS = {
     "call": {"host": "web01", "procedure": "p", "arguments": [1]},
@@ -29,7 +32,7 @@ DETAILS = {"job": JOB, "state": "queued", "why": "it waits"}
 def harp(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     inherited = {key: value for key, value in os.environ.items() if not key.startswith("HARP_")}
     return subprocess.run(
-        [sys.executable, "-c", "import sys; from harp.cli import main; sys.exit(main())", *arguments],
+        [sys.executable, "-c", PROGRAM, *arguments],
         env={**inherited, **environment},
         capture_output=True,
         text=True,
@@ -135,7 +138,27 @@ CASES: list[tuple[str, list[Script], str, Exit]] = [
     ),
     (f"cancel {JOB}", [answering({"cancelled": True})], "true\n", Exit.OK),
     (f"cancel {JOB}", [answering({"cancelled": False})], "false\n", Exit.CANCELLED),
+    (
+        "call web01 p --wait 5 -5.5e3 -x",
+        [],
+        "",
+        Exit.USAGE,
+    ),
+    (
+        "call web01 p --wait 5 -5.5e3 -1E2 six",
+        [answering(SUBMITTED, request=call([5, -5500.0, -100.0, "six"])), answering({"result": 1})],
+        "1\n",
+        Exit.OK,
+    ),
+    (
+        "call web01 p 1 --timeout 5 2",
+        [answering(SUBMITTED, request=call([1, 2], timeout=5))],
+        JOB + "\n",
+        Exit.OK,
+    ),
     ("call web01 p 1 --named a=2", [], "", Exit.USAGE),
+    ("call web01 p --named a=2 1", [], "", Exit.USAGE),
+    (f"why {JOB} more", [], "", Exit.USAGE),
     ("call web01 p --concurrency 2", [], "", Exit.USAGE),
     ("call web01 p --queue text", [], "", Exit.USAGE),
     ("call web01 p --timeout soon", [], "", Exit.USAGE),
@@ -164,7 +187,8 @@ def test_dispatcher_option_before_or_after_command(before: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "message"), [(None, "no dispatcher"), ("host:port", "expected HOST"), (":1", "HOST")]
+    ("value", "message"),
+    [(None, "no dispatcher"), ("", "no dispatcher"), ("host:port", "expected HOST"), (":1", "HOST")],
 )
 def test_missing_dispatcher_is_a_usage_error(value: str | None, message: str) -> None:
     done = harp("result", JOB, **({} if value is None else {"HARP_DISPATCHER": value}))
@@ -192,6 +216,50 @@ def test_direct_prints_result(tmp_path: Path, messages: list[object], output: st
     assert "top secret" not in done.stderr
 
 
+def test_direct_with_empty_dispatcher_is_called(tmp_path: Path) -> None:
+    files = server_files(tmp_path)
+    with Peer(answering({"harp": 1, "stream_result": False}, {"result": 1}), tls=server_context(files)) as peer:
+        line = ["direct", f"{peer.host}:{peer.port}", "p", "--user", "u"]
+        done = harp(*line, HARP_PASSWORD="p", HARP_DISPATCHER="")
+    assert (done.stdout, done.returncode) == ("1\n", 0), done.stderr
+
+
+@pytest.mark.parametrize("line", [["result", JOB], ["call", "web01", "p"], ["follow", JOB]])
+def test_output_to_full_device_has_its_exit_code(line: list[str]) -> None:
+    replies: dict[str, object] = {"result": {"result": 1}, "call": SUBMITTED, "follow": {"packet": 0, "data": 1}}
+    with Peer(answering(replies[line[0]])) as peer, open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", PROGRAM, "--dispatcher", f"{peer.host}:{peer.port}", "--reconnect", "0", *line],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+    assert (done.stderr, done.returncode) == (
+        "harp: cannot write the output: No space left on device\n",
+        Exit.NOT_WRITTEN,
+    )
+
+
+def test_control_c_while_waiting_prints_the_job() -> None:
+    def script(conn: PeerConnection) -> None:
+        conn.expect()
+        conn.until_closed()
+
+    program = f"import signal; signal.signal(signal.SIGINT, signal.default_int_handler); {PROGRAM}"
+    with Peer(answering(SUBMITTED), script) as peer:
+        command = ["--dispatcher", f"{peer.host}:{peer.port}", "call", "--wait", "web01", "p"]
+        with subprocess.Popen([sys.executable, "-c", program, *command], stderr=subprocess.PIPE, text=True) as child:
+            wait_until(lambda: len(peer.requests) == 2, what="the wait for the result")
+            child.send_signal(signal.SIGINT)
+            _, errors = child.communicate(timeout=60)
+    assert (errors, child.returncode) == (
+        f"harp: job {JOB} continues; see harp result, follow and cancel\n",
+        Exit.INTERRUPTED,
+    )
+
+
 def test_direct_without_password_is_a_usage_error() -> None:
     done = harp("direct", "localhost", "p", "--user", "u")
     assert done.returncode == Exit.USAGE
@@ -210,9 +278,8 @@ def test_closed_output_is_not_an_error() -> None:
             conn.closed.set()
 
     with Peer(endless) as peer:
-        program = "import sys; from harp.cli import main; sys.exit(main())"
         with subprocess.Popen(
-            [sys.executable, "-c", program, "--dispatcher", f"{peer.host}:{peer.port}", "follow", JOB],
+            [sys.executable, "-c", PROGRAM, "--dispatcher", f"{peer.host}:{peer.port}", "follow", JOB],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
         ) as child:

@@ -142,7 +142,7 @@ def reader_of(request: FollowStream | ReadStream, numbered: bool) -> StreamReade
 def next_request(reader: StreamReader) -> dict[str, Any] | None:
     if not reader.has_request:
         return None
-    request: dict[str, Any] = json.loads(reader.take_request(0.0))
+    request: dict[str, Any] = json.loads(reader.pop_request(0.0))
     assert request.pop("harpcaller") == 1
     return request
 

@@ -31,7 +31,7 @@ class Reader:
     #: Whether a request must be sent on a new connection before the next line is read.
     has_request = False
     #: Returns this request, once. The argument is the time when the connection was established.
-    take_request: Callable[[float], bytes]
+    pop_request: Callable[[float], bytes]
     #: Whether the last line was read.
     finished = False
     #: Seconds that the peer then keeps the connection open for another request; None: it must be closed.
@@ -71,7 +71,7 @@ class StreamReader(Reader):
     def __init__(
         self, request: StreamRequest, numbered: bool, reconnect: float, store_end: Callable[[Reply, bytes], None]
     ) -> None:
-        self._wanted = request
+        self._original = request
         self._store_end = store_end
         self._numbered = numbered
         self._policy = ReconnectPolicy(reconnect if isinstance(request, FollowStream) else 0.0)
@@ -87,14 +87,14 @@ class StreamReader(Reader):
         self.has_request = True
 
     def _next_request(self) -> StreamRequest:
-        wanted = self._wanted
+        original = self._original
         if self._next_number is None:
             # At least one record, because of its number.
-            return ReadStream(wanted.job, recent=max(wanted.recent or 0, 1), timed=wanted.timed)
+            return ReadStream(original.job, recent=max(original.recent or 0, 1), timed=original.timed)
         kind = ReadStream if self._silent_closes and not self._replied else FollowStream
-        return kind(wanted.job, since=self._next_number, timed=wanted.timed)
+        return kind(original.job, since=self._next_number, timed=original.timed)
 
-    def take_request(self, now: float) -> bytes:
+    def pop_request(self, now: float) -> bytes:
         """See `Reader`."""
         self.has_request, self._connected_at = False, now
         self._policy.connected(now)
@@ -110,9 +110,13 @@ class StreamReader(Reader):
         if isinstance(reply, Packet):
             number_known, self._next_number = self._next_number is not None, reply.number + 1
             # Of the records read for their number, the first is older than the request; the others are new.
-            skipped = not number_known and self._request is not self._wanted and not self._wanted.recent
-            return () if skipped else (self._item(reply),)
-        if isinstance(reply, Continue) and isinstance(self._wanted, FollowStream):
+            skipped = not number_known and self._request is not self._original and not self._original.recent
+            if skipped:
+                return ()
+            if self._original.timed:
+                return ((reply.number, reply.time, reply.data),)
+            return ((reply.number, reply.data) if self._numbered else reply.data,)
+        if isinstance(reply, Continue) and isinstance(self._original, FollowStream):
             self._next_number = self._next_number or 0
             self._set_request(self._next_request())
             return ()
@@ -123,16 +127,11 @@ class StreamReader(Reader):
     def read_batch(self, lines: Iterable[bytes]) -> list[Any]:
         """See `Reader`."""
         first = self._next_number
-        if first is None or self._wanted.timed:
+        if first is None or self._original.timed:
             return []
         records = self._replies.read_packets(lines)
         self._next_number = first + len(records)
         return list(enumerate(records, first)) if self._numbered else records
-
-    def _item(self, packet: Packet) -> Any:
-        if self._wanted.timed:
-            return packet.number, packet.time, packet.data
-        return (packet.number, packet.data) if self._numbered else packet.data
 
     def interrupted(self, error: HarpException, now: float) -> float:
         """See `Reader`."""
@@ -141,7 +140,7 @@ class StreamReader(Reader):
         refused = silent and isinstance(self._request, ReadStream) and self._silent_closes > 1
         if silent and (refused or not self._policy):
             assert isinstance(error, CommunicationError)
-            if self._wanted.timed:
+            if self._original.timed:
                 raise unsupported_by_peer(error, "timed=True") from error
             raise error
         pause = self._policy.next_pause(error, now)
@@ -212,7 +211,7 @@ class StreamBase(Generic[C]):
                 yield self._connect()
                 if self._closed:  # before there was a connection to close
                     yield self._conn.close()
-                line = yield self._conn.exchange(self._reader.take_request(self._now()))
+                line = yield self._conn.exchange(self._reader.pop_request(self._now()))
             else:
                 line = yield self._conn.receive_line()
             try:

@@ -195,7 +195,7 @@ class Stream(StreamBase[JSONConnection], Iteration):
     def send_request(self) -> None:
         """Send the reader's first request on the connection, which is open."""
         try:
-            self._conn._send_line(self._reader.take_request(time.monotonic()))
+            self._conn._send_line(self._reader.pop_request(time.monotonic()))
         except BaseException:
             self.close()
             raise
