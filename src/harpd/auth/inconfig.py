@@ -9,13 +9,11 @@ authentication:
 
 from __future__ import annotations
 
-import hmac
 from collections.abc import Mapping
 from typing import Any
 
 from harpd.auth import AuthDB
-from harpd.auth.crypt import matches
-from harpd.auth.password_cache import PasswordCache
+from harpd.auth.passwords import CRYPT, PLAIN, PasswordCache
 
 __all__ = ["ConfiguredUsers", "create"]
 
@@ -32,7 +30,7 @@ def create(config: Mapping[str, Any]) -> ConfiguredUsers:
     if unknown := sorted(set(config) - {"users"}):
         raise ValueError(f"{unknown[0]}: unknown key; expected users")
     for name, password in users.items():
-        if not (isinstance(password, str) and password.startswith(("plain:", "crypt:"))):
+        if not (isinstance(password, str) and password.startswith((PLAIN, CRYPT))):
             raise ValueError(f'users.{name}: expected "plain:PASSWORD" or "crypt:HASH"')
     return ConfiguredUsers(users)
 
@@ -45,27 +43,13 @@ class ConfiguredUsers(AuthDB):
     """
 
     def __init__(self, users: Mapping[str, str]) -> None:
-        self._users = dict(users)
+        self._stored = dict(users)
         self._cache = PasswordCache()
 
     def check_cached(self, user: str, password: str) -> bool:
-        """Return whether the password is correct; False also if only a hash can decide it."""
-        stored = self._users.get(user)
-        if stored is None:
-            return False
-        return _matches_plain(password, stored) or self._cache.contains(user, password, stored)
+        """Return whether an earlier check accepted this password."""
+        return self._cache.contains(user, password, self._stored)
 
     def authenticate(self, user: str, password: str) -> bool:
         """Return whether the configuration has this user with this password."""
-        return self._cache.check(user, password, self._users, _matches)
-
-
-def _matches(password: str, stored: str) -> bool:
-    if stored.startswith("crypt:"):
-        return matches(password, stored.removeprefix("crypt:"))
-    return _matches_plain(password, stored)
-
-
-def _matches_plain(password: str, stored: str) -> bool:
-    given, expected = (text.encode("utf-8", "surrogatepass") for text in (f"plain:{password}", stored))
-    return hmac.compare_digest(given, expected)
+        return self._cache.check(user, password, self._stored)

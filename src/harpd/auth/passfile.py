@@ -18,8 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from harpd.auth import AuthDB
-from harpd.auth.crypt import matches
-from harpd.auth.password_cache import PasswordCache
+from harpd.auth.passwords import PasswordCache
 
 __all__ = ["PasswordFile", "create"]
 
@@ -69,8 +68,7 @@ class PasswordFile(AuthDB):
         last_read = self._last_read
         if last_read is None or last_read[0] != self._file_identity():
             return False
-        stored = last_read[1].get(user)
-        return stored is not None and self._cache.contains(user, password, stored)
+        return self._cache.contains(user, password, last_read[1])
 
     def _file_identity(self) -> tuple[int, ...] | None:
         """Return attributes that change with the file; None: a change could go unnoticed, or the file is missing."""
@@ -92,7 +90,7 @@ class PasswordFile(AuthDB):
             return False
         if user not in hashes:
             log.info("unknown user", extra={"file": str(self._path), "user": user})
-        correct = self._cache.check(user, password, hashes, matches)
+        correct = self._cache.check(user, password, hashes)
         if correct:
             self._last_read = None if identity is None else (identity, hashes)
         return correct
