@@ -23,7 +23,7 @@ def boottime() -> float:
 
 
 class ArrivalClock:
-    """The heartbeats of one event loop, whose thread creates it and calls its methods."""
+    """The heartbeats of one event loop."""
 
     def __init__(self) -> None:
         self._confirmed = self._recorded = boottime()
@@ -34,10 +34,10 @@ class ArrivalClock:
         asyncio.get_running_loop().call_later(_INTERVAL, self.run)
 
     def earliest_arrival(self) -> float:
-        """Return a time by `boottime` before the arrival of the data that is being read: usually about half a second.
+        """Return a time by `boottime` before the arrival of the data that is read in this turn of the event loop.
 
-        Use it in the turn of the event loop that reads the data. After a suspension, it takes a heartbeat at once, so
-        that later requests count as new ones.
+        It is usually about half a second before. After a suspension, a heartbeat is recorded at once, so that later
+        requests count as new ones.
         """
         if boottime() - self._recorded > 2 * _INTERVAL:
             self._record()

@@ -37,9 +37,8 @@ AFTER_REQUEST = Failed("invalid_request", "data after the request line")
 class BoundCall(Call):
     """A connection-bound call."""
 
-    _complete = _mid_line = False
+    _complete = _mid_line = _unexpected_data = False
     _stop_event: str | None = None
-    _error, _discard_input = CALL_DIED, False
 
     # From the supervisor.
 
@@ -74,15 +73,17 @@ class BoundCall(Call):
             self._connection.abort_call()
         elif self._complete:
             self._connection.end()
+        elif self._unexpected_data:
+            self._connection.end(AFTER_REQUEST, discard_input=True)
         else:
-            self._connection.end(self._error, self._discard_input)
+            self._connection.end(SHUTDOWN if self._connection.stopping else CALL_DIED)
 
     # From the client and the frontend.
 
     def on_client_data(self, data: bytes) -> None:
         """Stop the call, unless the data is only space."""
         if data.strip() and self._stop_event is None:
-            self._error, self._discard_input = AFTER_REQUEST, True
+            self._unexpected_data = True
             self._stop("client sent unexpected data; call stopped")
 
     def on_client_lost(self) -> None:
@@ -91,12 +92,7 @@ class BoundCall(Call):
 
     def detach(self) -> None:
         """See `Call`; stop the call."""
-        self._error = SHUTDOWN
         self._stop("frontend stops; call stopped")
-
-    def on_shutdown(self) -> None:
-        """See `Call`. The error is for a supervisor that exits before the call has ended."""
-        self._error = SHUTDOWN
 
     def _stop(self, event: str) -> None:
         """Let the supervisor stop the call; its close of the channel proves that the processes have ended."""
@@ -122,8 +118,8 @@ class ResumableCall(Call):
     _waits = False  # for the supervisor to take commands
     _unsent = b""  # data of the client, meanwhile
 
-    def __init__(self, connection: ClientConnection, call: str, keep_alive: bool, request: bytes) -> None:
-        super().__init__(connection, call, keep_alive, request)
+    def __init__(self, connection: ClientConnection, call_id: str, keep_alive: bool, request: bytes) -> None:
+        super().__init__(connection, call_id, keep_alive, request)
         self._lines = LineBuffer(MAX_COMMAND_BYTES)
 
     def start(self, link: Link) -> None:
@@ -223,9 +219,6 @@ class ResumableCall(Call):
         """See `Call`."""
         log.info("frontend stops; client detached", extra=self._log_fields)
         self._leave()
-
-    def on_shutdown(self) -> None:
-        """See `Call`. The supervisor sends the end of the call."""
 
     def _leave(self) -> None:
         self.abandon()

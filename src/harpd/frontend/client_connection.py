@@ -42,20 +42,16 @@ _INTERNAL_ERROR = Failed("system_error", "internal error of harpd; its log has t
 class Call(Channel):
     """The common part of both kinds of calls: the channel to the supervisor, and the connection of the client.
 
-    Args:
-        connection: the connection of its client.
-        call: its id, for the log.
-        keep_alive: whether the client requested keep-alive.
-        request: the first frame, which starts or attaches to it; see `harpd.supervisor.main`.
+    `request` is the body of the first frame, which starts or attaches to the call; see `harpd.supervisor.main`.
     """
 
     _accepted = False  # the supervisor has replied to the request
 
-    def __init__(self, connection: ClientConnection, call: str, keep_alive: bool, request: bytes) -> None:
+    def __init__(self, connection: ClientConnection, call_id: str, keep_alive: bool, request: bytes) -> None:
         self._connection = connection
-        self._keep_alive = keep_alive
+        self._keep_alive = keep_alive  # requested by the client
         self._request = request
-        self._log_fields = {"call": call, "peer": connection.peer}
+        self._log_fields = {"call": call_id, "peer": connection.peer}
 
     def start(self, link: Link) -> None:
         """Start the call in the supervisor of this link."""
@@ -77,24 +73,11 @@ class Call(Channel):
     def detach(self) -> None:
         """Handle that the frontend stops and the supervisor continues."""
 
-    @abstractmethod
-    def on_shutdown(self) -> None:
-        """Handle that frontend and supervisor stop."""
-
 
 class ClientConnection(asyncio.Protocol, ABC):
-    """A client's connection. A subclass handles its requests.
+    """A client's connection, which owns the accepted socket. A subclass handles its requests.
 
-    Args:
-        accepted: the socket, which this object owns.
-        peer: the client's address and port.
-        config: certificate and limits.
-        quota: memory for long request lines.
-        timers: the timers of all deadlines.
-
-    Attributes:
-        limits: the limits of the configuration.
-        reads: whether the client reads: its write buffer is not full.
+    `quota` is the memory for long request lines, and `peer` the client's address and port.
     """
 
     def __init__(
@@ -102,7 +85,10 @@ class ClientConnection(asyncio.Protocol, ABC):
     ) -> None:
         self.peer = peer
         self.limits = config.configuration.limits
+        #: Whether the client reads: its write buffer is not full.
         self.reads = True
+        #: Whether the frontend stops.
+        self.stopping = False
         self._socket = accepted
         self._tls = config.context
         self._reservation = Reservation(quota)  # of the request, until the supervisor has it
@@ -122,10 +108,9 @@ class ClientConnection(asyncio.Protocol, ABC):
     # From the acceptor.
 
     def serve(self) -> asyncio.Future[None]:
-        """Handle the requests of this connection, usually one. Network errors are handled here.
+        """Handle the requests of this connection, usually one; return a future that is done when it is closed.
 
-        Returns:
-            A future that is done when the connection is closed; its cancellation closes it.
+        The cancellation of the future closes the connection.
         """
         self._task = asyncio.get_running_loop().create_task(self._shake_hands())
         self._closed.add_done_callback(self._on_closed)

@@ -76,13 +76,7 @@ class ConnectionContext:
 
 
 class Connection(ClientConnection):
-    """A client's connection and its requests.
-
-    Args:
-        accepted: the socket, which this object owns.
-        peer: the client's address and port.
-        context: the objects that connections share.
-    """
+    """A client's connection and its requests."""
 
     def __init__(self, accepted: socket.socket, peer: str, context: ConnectionContext) -> None:
         super().__init__(accepted, peer, context.config, context.quota, context.timers)
@@ -91,18 +85,17 @@ class Connection(ClientConnection):
         self._early = b""  # data that arrived after the request line, before the supervisor has the request
         self._received_at = boottime()  # when the request arrived, or earlier
         self._authentication_time = 0.0  # seconds
-        self._idle = self._stopping = False
+        self._idle = False
 
     def stop(self, supervisor_stops: bool) -> None:
         """End this connection soon, because the frontend stops.
 
         `supervisor_stops`: whether the supervisor stops too; then it ends the calls.
         """
-        self._stopping = True
-        if self._call is not None and supervisor_stops:
-            self._call.on_shutdown()
-        elif self._call is not None:
-            self._call.detach()
+        self.stopping = True
+        if self._call is not None:
+            if not supervisor_stops:
+                self._call.detach()
         elif self._transport is None:
             self._closed.cancel()  # in the handshake
         elif self._idle:
@@ -225,7 +218,7 @@ class Connection(ClientConnection):
         self._lines = LineBuffer(self.limits.request_line)
         self._receive = self._receive_request
         self._idle = True
-        if self._stopping or self._lost:
+        if self.stopping or self._lost:
             self._close()
         elif received:
             self._receive_request(received)

@@ -31,13 +31,9 @@ log = logging.getLogger("harpd.frontend")
 
 
 class Channel(ABC):
-    """The part of a link that carries one call; the call derives from it.
+    """The part of a link that carries one call; the call derives from it."""
 
-    Attributes:
-        link: the link, once it is open.
-    """
-
-    link: Link
+    link: Link  # once it is open
     _number: int
     _command_credit = COMMANDS_WINDOW
     _taken_bytes = 0  # since the last credit
@@ -89,10 +85,9 @@ class Channel(ABC):
 
 
 class Link(FrameSocket):
-    """A link, which owns its connection.
+    """A link, before the preface.
 
     Args:
-        connection: the connection, non-blocking.
         inode: of the supervisor's socket.
         on_lost: called once, when the supervisor has closed the link or died.
         shared: whether further calls may use the link. Otherwise it is closed with its last channel.
@@ -117,7 +112,7 @@ class Link(FrameSocket):
         return not self._broken
 
     @property
-    def in_use(self) -> bool:
+    def has_channels(self) -> bool:
         """Whether a channel is open."""
         return bool(self._channels)
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import resource
-import socket
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -43,13 +42,9 @@ _OWN_DESCRIPTORS = 64 + MAX_REJECTING
 
 
 async def run(config: LoadedConfig, on_serving: Callable[[], None], frontend_only: bool) -> None:
-    """Serve until SIGTERM or SIGINT; SIGHUP reloads.
+    """Serve until SIGTERM or SIGINT; SIGHUP reloads. `on_serving` is called when the frontend accepts connections.
 
-    Args:
-        config: the loaded configuration.
-        on_serving: called when the frontend accepts connections.
-        frontend_only: whether another program launches the supervisor; otherwise this one does, and its stop ends all
-            calls.
+    With `frontend_only`, another program launches the supervisor. Otherwise this one does, and its stop ends all calls.
 
     Raises:
         ConfigError: it cannot listen, or the runtime directory cannot be used.
@@ -65,25 +60,16 @@ async def run(config: LoadedConfig, on_serving: Callable[[], None], frontend_onl
 
 
 class FrontendServer:
-    """The running frontend. Implements `harpd.control.lifecycle.Service`.
-
-    Args:
-        config: the configuration for new connections until a reload.
-        client: the client of the supervisors.
-        listeners: the listening sockets.
-        frontend_only: whether another program launches the supervisor.
-    """
+    """The running frontend. Implements `harpd.control.lifecycle.Service`."""
 
     def __init__(
         self, config: LoadedConfig, client: SupervisorClient, listeners: list[Listener], frontend_only: bool
     ) -> None:
         self._client = client
         self._listeners = listeners
-        self._launcher = (
-            None
-            if frontend_only
-            else SupervisorLauncher(client, config.options.daemon, lambda: self._settings(self._config))
-        )
+        self._launcher: SupervisorLauncher | None = None
+        if not frontend_only:
+            self._launcher = SupervisorLauncher(client, config.options.daemon, lambda: self._settings(self._config))
         self._reload_thread = BoundedThreadPool(1)
         self._links = SupervisorLinks(client)
         self._arrival_clock = ArrivalClock()
@@ -91,7 +77,7 @@ class FrontendServer:
         self._initial_config = config
         self._apply_config(config)
         self._acceptor = Acceptor(
-            self._connect,
+            lambda accepted, peer: Connection(accepted, peer, self._context),
             serve=Connection.serve,
             reject=Connection.reject,
             max_connections=lambda: self._config.configuration.limits.max_connections,
@@ -114,20 +100,16 @@ class FrontendServer:
 
     def _apply_config(self, config: LoadedConfig) -> None:
         """Use this configuration for new connections; existing connections continue with theirs."""
-        limits = config.configuration.limits
         self._config = config
         self._context = ConnectionContext(
             config=config,
             authenticator=Authenticator(config),
-            quota=MemoryQuota(limits.request_memory),
+            quota=MemoryQuota(config.configuration.limits.request_memory),
             client=self._client,
             links=self._links,
             arrival_clock=self._arrival_clock,
             timers=self._timers,
         )
-
-    def _connect(self, accepted: socket.socket, peer: str) -> Connection:
-        return Connection(accepted, peer, self._context)
 
     async def reload(self) -> None:
         """Load the files again and apply them all or none. Raises `ConfigError` and `SupervisorError`."""
@@ -176,9 +158,8 @@ def _listen(network: Network, file: Path) -> list[Listener]:
     except ResolveError as error:
         raise ConfigError(f"{file}: network.address: {error}") from error
     except ListenError as error:
-        address = network.address or "any address"
-        message = f"cannot listen on {address}, port {network.port}: {error}"
-        raise ConfigError(f"{file}: network.address: {message}") from error
+        endpoint = f"{network.address or 'any address'}, port {network.port}"
+        raise ConfigError(f"{file}: network.address: cannot listen on {endpoint}: {error}") from error
 
 
 def _raise_descriptor_limit(connections: int) -> None:

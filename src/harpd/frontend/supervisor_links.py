@@ -22,11 +22,7 @@ _STOP_INTERVAL = 0.02
 
 
 class SupervisorLinks:
-    """The links of one runtime directory, opened when they are needed.
-
-    Args:
-        client: the client of the supervisors.
-    """
+    """The links of one runtime directory, opened when they are needed."""
 
     def __init__(self, client: SupervisorClient) -> None:
         self._client = client
@@ -44,19 +40,12 @@ class SupervisorLinks:
     async def connect_active(self, shared: bool = True) -> Link:
         """Return a link to the active supervisor; wait a short time for one that is starting.
 
-        Args:
-            shared: whether several calls use the link; otherwise it is a new one.
-
-        Raises:
-            SupervisorError: no supervisor is active within that time.
+        Unless it is shared, it is a new one for one call. Raises `SupervisorError`.
         """
         return await retry_until_active(partial(self._connect, ACTIVE_SOCKET, shared))
 
     async def attach(self, call: ResumableCall) -> bytes | None:
-        """Attach to a call in the supervisor that has it.
-
-        Returns:
-            None, or the error line of the active supervisor if no supervisor has the call.
+        """Attach to a call in the supervisor that has it. If none has it, return the error line of the active one.
 
         Raises:
             SupervisorError: a supervisor sent no reply, or none is active. Then it is unknown whether the call exists.
@@ -68,7 +57,7 @@ class SupervisorLinks:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(deadline):
                 while True:
-                    if not any(link.in_use for link in self._all):
+                    if not any(link.has_channels for link in self._all):
                         return
                     await asyncio.sleep(_STOP_INTERVAL)
 
@@ -78,16 +67,11 @@ class SupervisorLinks:
             link.close()
 
     async def _connect(self, name: str, shared: bool = True) -> Link:
-        """Return a link to a supervisor; an open one if it is shared.
-
-        Raises `SupervisorNotRunning` and `SupervisorError`.
-        """
-        link = self._open_link(name) if shared else None
-        if link is not None:
+        """Return a link to a supervisor; an open one if it is shared. Raises `SupervisorError`."""
+        if shared and (link := self._open_link(name)) is not None:
             return link
         connection = await self._client.connect(name)
-        link = self._open_link(name) if shared else None
-        if link is not None:  # another task has connected meanwhile
+        if shared and (link := self._open_link(name)) is not None:  # another task has connected meanwhile
             connection.close()
             return link
         inode = self._client.inode(os.path.basename(connection.getpeername()))  # of the supervisor's own socket

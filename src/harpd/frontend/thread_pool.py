@@ -7,6 +7,7 @@ does not prevent the exit of the program.
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import contextlib
 import threading
 from collections.abc import Callable
@@ -20,11 +21,7 @@ class TaskFailed(Exception):
 
 
 class BoundedThreadPool:
-    """A bounded number of threads for one event loop.
-
-    Args:
-        limit: most functions that run at the same time.
-    """
+    """A bounded number of threads for one event loop: `limit` functions run at the same time."""
 
     def __init__(self, limit: int) -> None:
         self._slots = asyncio.Semaphore(limit)
@@ -32,38 +29,29 @@ class BoundedThreadPool:
     async def run(self, function: Callable[[], T], deadline: float) -> T:
         """Run a function in its own thread; return its value.
 
-        Args:
-            function: the function.
-            deadline: seconds for it, including the wait for a slot.
-
         Raises:
-            TimeoutError: it took longer. The thread continues.
+            TimeoutError: it took longer than `deadline` seconds, with the wait for a slot. The thread continues.
             TaskFailed: it raised any exception, including SystemExit; or no thread can be started.
         """
         loop = asyncio.get_running_loop()
-        outcome: asyncio.Future[tuple[T | None, BaseException | None]] = loop.create_future()
-
-        def finish(value: T | None, error: BaseException | None) -> None:
-            self._slots.release()
-            if not outcome.done():
-                outcome.set_result((value, error))
+        outcome: concurrent.futures.Future[T] = concurrent.futures.Future()
+        outcome.set_running_or_notify_cancel()  # from now on, only the thread sets it
 
         def work() -> None:
-            value, failure = None, None
             try:
-                value = function()
+                outcome.set_result(function())
             except BaseException as error:  # noqa: BLE001 - passed to the waiting task
-                failure = error
+                failure = TaskFailed(type(error).__name__)
+                failure.__cause__ = error
+                outcome.set_exception(failure)
             with contextlib.suppress(RuntimeError):  # the loop is closed: the program exits
-                loop.call_soon_threadsafe(finish, value, failure)
+                loop.call_soon_threadsafe(self._slots.release)
 
         async with asyncio.timeout(deadline):
             await self._slots.acquire()
             try:
                 threading.Thread(target=work, daemon=True).start()
             except RuntimeError as error:
-                finish(None, error)
-            value, failure = await outcome
-        if failure is not None:
-            raise TaskFailed(type(failure).__name__) from failure
-        return value  # type: ignore[return-value]  # without an error it is the value
+                self._slots.release()
+                raise TaskFailed("RuntimeError") from error
+            return await asyncio.wrap_future(outcome)

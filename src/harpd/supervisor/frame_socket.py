@@ -17,13 +17,11 @@ _READ_SIZE = 128 * 1024
 
 
 class FrameSocket(ABC):
-    """A socket that sends and receives frames. A subclass watches it in its event loop.
+    """A socket, non-blocking, that sends and receives frames. A subclass watches it in its event loop.
 
     Args:
-        connection: the socket, non-blocking, which this object owns.
         max_frame_bytes: the most bytes of a frame that is received.
         call_soon: runs a function at the end of this turn of the event loop, or in the next turn.
-        log: the log for invalid frames.
     """
 
     def __init__(

@@ -64,7 +64,7 @@ class LinkChannel:
     """The part of a link that carries one call.
 
     Attributes:
-        user: receives the frames of the channel; its creator sets it before the loop continues.
+        user: receives the frames of the channel; set before the loop continues, unless the channel is rejected.
         waiting_bytes: the number of bytes that wait because the client, or the frontend, does not read.
     """
 
@@ -117,17 +117,14 @@ class LinkChannel:
 
     def reject(self, error: bytes) -> None:
         """Send an error line and close the channel."""
-        *parts, last = split_lines(error)
-        for part in parts:
-            self._link.write(self._number, LINES, part)
-        self._link.write(self._number, ERROR, last)
-        self.close()
+        self.send(error, ERROR)
+        self.close_after_flush()
 
     def close_after_flush(self) -> None:
-        """Close once all lines are sent."""
+        """Close once all lines are sent. The user receives nothing more."""
         self.flush_gathered()
         self._closing = True
-        self._close_if_done()
+        self.resume()
 
     def close(self) -> None:
         """Close now; lines that wait are discarded."""
@@ -149,9 +146,11 @@ class LinkChannel:
     def resume(self) -> None:
         """Send more, because the frontend has read; then let the user send."""
         self.send_waiting()
-        if self.writable:
-            self.user.on_writable()
-        self._close_if_done()
+        if not self._closing:
+            if self.writable:
+                self.user.on_writable()
+        elif not self._waiting:
+            self.close()
 
     def handle(self, kind: int, body: bytes) -> None:
         """Handle a frame. Raises `InvalidFrame`."""
@@ -162,7 +161,7 @@ class LinkChannel:
             self.resume()
         elif kind != COMMANDS:
             raise InvalidFrame(f"unexpected frame of kind {kind}")
-        elif not self._hung_up:
+        elif not (self._hung_up or self._closing):
             self._handled_bytes += len(body)
             if self._handled_bytes >= COMMANDS_WINDOW // 2:
                 self._link.gather(self)  # the credit waits: a client that floods has a bounded share of the time
@@ -172,8 +171,10 @@ class LinkChannel:
         """Notify the user that the client has disconnected; discard all lines for it."""
         if not self._hung_up:
             self._discard_waiting()
-            self.user.on_hang_up()
-            self._close_if_done()
+            if self._closing:
+                self.close()
+            else:
+                self.user.on_hang_up()
 
     def _discard_waiting(self) -> None:
         self._hung_up = True
@@ -181,20 +182,14 @@ class LinkChannel:
         self._waiting.clear()
         self.waiting_bytes = 0
 
-    def _close_if_done(self) -> None:
-        if self._closing and not self._waiting:
-            self._closing = False
-            self.close()
-
 
 class Link(FrameSocket):
-    """A link.
+    """A link, after the preface.
 
     Args:
-        connection: the connection, non-blocking, after the preface.
-        on_start: called with each new channel that starts a call, the facts, and the arguments.
-        on_attach: called with each new channel that attaches to a call, and the facts. If one of these functions raises
-            KeyError or ProtocolError, the channel is closed.
+        on_start: called with each channel that starts a call, the facts, and the arguments.
+        on_attach: called with each channel that attaches to a call, and the facts. KeyError or ProtocolError from one
+            of these functions closes the channel.
         on_lost: called once when the link is lost, after its channels were hung up.
     """
 
@@ -225,10 +220,7 @@ class Link(FrameSocket):
         return len(self._unsent) < _HIGH_WATER
 
     def finish(self, deadline: float) -> None:
-        """Handle the frames that have arrived, and send all unsent data, before the exit of this process.
-
-        `deadline`: most seconds for it.
-        """
+        """Handle the frames that have arrived, and send all data within this time, before the exit of this process."""
         self._on_ready()
         if not self._lost:
             self._connection.settimeout(deadline)
