@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from harp.protocol.ends import Cancelled, Failed, Raised, Returned
 from harp.protocol.fields import Decoder, ProtocolError
-from harp.protocol.json_text import decode_values, loads
+from harp.protocol.json_text import Raw, decode_values, loads
 from harp.protocol.replies import (
     MAY_FOLLOW,
     Continue,
@@ -127,9 +127,13 @@ def test_reply_encoded_and_decoded_is_equal(line: str, request_: Request, reply:
     assert decode_reply(line.encode(), request_) == reply
 
 
-@pytest.mark.parametrize(("line", "request_", "reply"), REPLIES)
-def test_reply_of_slices_is_encoded_unchanged(line: str, request_: Request, reply: Reply) -> None:
-    assert encode_reply(decode_reply(line.encode(), request_, decode_slices)) == line.encode() + b"\n"
+def test_reply_with_raw_payloads_is_encoded_unchanged() -> None:
+    raw = Raw(b'{"a" : 1.10}')
+    assert encode_reply(Returned(raw)) == b'{"result":{"a" : 1.10}}\n'
+    assert encode_reply(WasCancelled(True, raw)) == b'{"cancelled":true,"stop":{"a" : 1.10}}\n'
+    assert encode_reply(Packet(0, raw, 1.5)) == b'{"packet":0,"time":1.5,"data":{"a" : 1.10}}\n'
+    status = STATUS.replace("[1]", raw.decode()).replace('"info":null', f'"info":{raw.decode()}')
+    assert encode_reply(Status("h", "p", raw, 1, None, 3, raw)) == status.encode() + b"\n"
 
 
 @pytest.mark.parametrize(("line", "request_", "reply"), REPLIES)
@@ -241,17 +245,15 @@ def test_request_with_false_flag_omits_it(off: str) -> None:
     assert decode_request(f'{{"harpcaller":1,"follow_stream":"{JOB}","timed":{off}}}'.encode()) == FOLLOW
 
 
-@pytest.mark.parametrize("decoder", [decode_values, decode_slices])
-def test_reply_without_opt_in_has_no_new_key(decoder: Any) -> None:
-    assert decode_reply(b'{"cancelled":true,"stop":{}}', Cancel(JOB), decoder) == WasCancelled(True)
-    assert decode_reply(b'{"packet":3,"data":1,"time":"never"}', FOLLOW, decoder).time is None  # type: ignore[union-attr]
+def test_reply_without_opt_in_has_no_new_key() -> None:
+    assert decode_reply(b'{"cancelled":true,"stop":{}}', Cancel(JOB)) == WasCancelled(True)
+    assert decode_reply(b'{"packet":3,"data":1,"time":"never"}', FOLLOW).time is None  # type: ignore[union-attr]
     for reply in (WasCancelled(True), Packet(3, [1])):
         assert set(json.loads(encode_reply(reply))) <= {"cancelled", "packet", "data"}
 
 
-@pytest.mark.parametrize("decoder", [decode_values, decode_slices])
-def test_reply_to_cancel_without_processes_has_no_stop(decoder: Any) -> None:
-    reply = decode_reply(b'{"cancelled":false,"stop":null}', Cancel(JOB, wait=True), decoder)
+def test_reply_to_cancel_without_processes_has_no_stop() -> None:
+    reply = decode_reply(b'{"cancelled":false,"stop":null}', Cancel(JOB, wait=True))
     assert reply == WasCancelled(False)
 
 
@@ -270,11 +272,10 @@ BAD_REPLIES: list[tuple[str, Request, str]] = [
 ]
 
 
-@pytest.mark.parametrize("decoder", [decode_values, decode_slices])
 @pytest.mark.parametrize(("line", "request_", "message"), BAD_REPLIES)
-def test_reply_invalid_raises_reason_and_key(line: str, request_: Request, message: str, decoder: Any) -> None:
+def test_reply_invalid_raises_reason_and_key(line: str, request_: Request, message: str) -> None:
     with pytest.raises(ProtocolError, match=message):
-        decode_reply(line.encode(), request_, decoder)
+        decode_reply(line.encode(), request_)
 
 
 def test_request_with_huge_integer_limit_is_accepted() -> None:
@@ -328,7 +329,7 @@ def test_decoders_of_any_line_return_or_raise(line: bytes, decoder: Any) -> None
         assert loads(encode_request(request)[:-1])
     for asked in (CALL, Cancel(JOB, wait=True), GetResult(JOB), GetStatus(JOB), GetDetails(JOB), FOLLOW, READ, TIMED):
         try:
-            reply = decode_reply(line, asked, decoder)
+            reply = decode_reply(line, asked)
         except ProtocolError as error:
             assert error.message
         else:

@@ -21,7 +21,7 @@ from itertools import accumulate
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
-    from typing import Any, NoReturn, TypeAlias
+    from typing import Any, ClassVar, NoReturn, TypeAlias
 
     JSON: TypeAlias = Any  # dict[str, JSON] | list[JSON] | str | int | float | bool | None
 
@@ -200,15 +200,10 @@ class JSONObject(dict[str, "Any"]):
 
     __slots__ = ()
 
-    if TYPE_CHECKING:
-
-        def value(self, key: str) -> JSON:
-            """Return the member's value."""
-
-        def payload(self, key: str) -> JSON:
-            """Return the member as a payload: its value or its `Raw` text, depending on the decoder."""
-    else:
-        value = payload = dict.__getitem__
+    #: Returns the member's value.
+    value: ClassVar[Callable[[Any, str], JSON]] = dict.__getitem__
+    #: Returns the member as a payload: its value or its `Raw` text, depending on the decoder.
+    payload: ClassVar[Callable[[Any, str], JSON]] = dict.__getitem__
 
     def is_null(self, key: str) -> bool:
         """Return whether the member is null."""

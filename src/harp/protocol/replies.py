@@ -12,7 +12,7 @@ from itertools import count
 from typing import Annotated, Any, ClassVar, TypeAlias
 
 from harp.protocol.ends import CALL_ENDS, Cancelled, End, Failed, Raised, Returned
-from harp.protocol.fields import Decoder, Payload, ProtocolError, check, decode_object
+from harp.protocol.fields import Payload, ProtocolError, check, decode_object
 from harp.protocol.json_text import JSONObject, Raw, decode_enclosed, decode_values, dumps
 from harp.protocol.requests import (
     Call,
@@ -154,9 +154,7 @@ MAY_FOLLOW: Mapping[type, frozenset[type]] = {
 def encode_reply(reply: Reply, keep_alive: float | None = None) -> bytes:
     """Return the reply's line with its line feed.
 
-    Args:
-        reply: the reply.
-        keep_alive: seconds for which the connection waits for another request; None: it is closed.
+    `keep_alive` is for how many seconds the connection waits for another request; None: it is closed.
     """
     if isinstance(reply, Packet):
         return encode_packets(reply.number, [dumps(reply.data)], None if reply.time is None else [reply.time])
@@ -166,12 +164,9 @@ def encode_reply(reply: Reply, keep_alive: float | None = None) -> bytes:
 
 
 def encode_packets(first: int, values: Sequence[Raw], times: Sequence[float] | None = None) -> bytes:
-    """Return the lines of consecutive packets. Fast, because there may be many.
+    """Return the lines of consecutive packets from the number `first` on. Fast, because there may be many.
 
-    Args:
-        first: the number of the first packet.
-        values: the data of each.
-        times: the timestamp of each (Unix seconds); None if not requested.
+    Each packet has one of the `values` as its data, and one of the `times` (Unix seconds) if they were requested.
     """
     if times is None:
         return b"".join([b'{"packet":%d,"data":%b}\n' % numbered for numbered in enumerate(values, first)])
@@ -191,18 +186,13 @@ def parse_keep_alive(line: bytes) -> float | None:
     return float(found[1]) if found else None
 
 
-def decode_reply(line: bytes, request: Request, decoder: Decoder = decode_values) -> Reply:
-    """Return the reply of a line.
-
-    Args:
-        line: the line without its line feed.
-        request: the request that it answers.
-        decoder: decides whether payloads are values or `Raw` text.
+def decode_reply(line: bytes, request: Request) -> Reply:
+    """Return the reply to a request, of a line without its line feed.
 
     Raises:
         ProtocolError: it is not a reply, or not to this request.
     """
-    members = decode_object(line, decoder)
+    members = decode_object(line, decode_values)
     key = only_kind(_REPLIES, members, "not a reply of the protocol")
     kind: type[Reply] = WasCancelled if key == "cancelled" and isinstance(request, Cancel) else _REPLIES[key]
     if kind not in MAY_FOLLOW[type(request)]:
@@ -219,16 +209,10 @@ def decode_reply(line: bytes, request: Request, decoder: Decoder = decode_values
 
 
 class ReplyReader:
-    """The reader of the replies to one request.
+    """The reader of the replies to one request."""
 
-    Args:
-        request: the request that was sent.
-        decoder: decides whether payloads are values or `Raw` text.
-    """
-
-    def __init__(self, request: Request, decoder: Decoder = decode_values) -> None:
+    def __init__(self, request: Request) -> None:
         self._request = request
-        self._decoder = decoder
         self._next = getattr(request, "since", None)
         #: Whether the last reply was read.
         self.finished = False
@@ -251,12 +235,10 @@ class ReplyReader:
     def read_reply(self, line: bytes) -> Reply:
         """Return the next reply. Raises `ProtocolError` if it is not allowed now."""
         check(not self.finished, "data after the last reply")
-        reply = decode_reply(line, self._request, self._decoder)
+        reply = decode_reply(line, self._request)
         if isinstance(reply, Packet):
-            check(
-                self._next is None or reply.number == self._next,
-                f"packet {reply.number}: expected number {self._next}",
-            )
+            is_next = self._next is None or reply.number == self._next
+            check(is_next, f"packet {reply.number}: expected number {self._next}")
             self._next = reply.number + 1
         else:
             self.finished = True

@@ -210,21 +210,13 @@ _REQUESTS: Mapping[str, type[Request]] = {
 def encode_request(request: Request, keep_alive: bool = False) -> bytes:
     """Return the request's line with its line feed. Raises `NotJSON` if a payload has no form in JSON.
 
-    Args:
-        request: the request.
-        keep_alive: whether the connection is to wait for another request after the reply.
+    `keep_alive` is whether the connection is to wait for another request after the reply.
     """
-    return (b'{"harpcaller":1,%b,"keep_alive":true}\n' if keep_alive else b'{"harpcaller":1,%b}\n') % encode_members(
-        request
-    )
+    return b'{"harpcaller":1,%b%b}\n' % (encode_members(request), b',"keep_alive":true' if keep_alive else b"")
 
 
 def decode_request(line: bytes, decoder: Decoder = decode_values) -> tuple[Request, bool]:
-    """Return the request of a line, and whether the client requests keep-alive.
-
-    Args:
-        line: the line without its line feed.
-        decoder: decides whether payloads are values or `Raw` text.
+    """Return the request of a line without its line feed, and whether the client requests keep-alive.
 
     Raises:
         ProtocolError: the line is not a request.
