@@ -119,5 +119,5 @@ class AsyncHarpServer(AsyncPeer, DirectServerBase[AsyncJSONConnection, AsyncHarp
     _procedure_class = AsyncHarpProcedure
 
     async def _open(self) -> AsyncJSONConnection:
-        conn = AsyncJSONSSLConnection(self._endpoint.host, self._endpoint.port, self._ca_file)
+        conn = AsyncJSONSSLConnection(self._endpoint.host, self._endpoint.port, self._ca_file, **self._tls)
         return await conn.__aenter__()

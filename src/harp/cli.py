@@ -162,7 +162,8 @@ def _direct(options: Namespace) -> Exit:
     if password is None:
         raise HarpException("no password: set HARP_PASSWORD")
     access = {"user": options.user, "password": password, "ca_file": options.ca_file, "keep_alive": False}
-    server = direct.HarpServer(**options.address, **access)
+    tls = {"tls_minimum": options.tls_minimum, "verify_hostname": options.verify_hostname}
+    server = direct.HarpServer(**options.address, **access, **tls)
     result = direct.HarpProcedure(server, options.procedure)(*options.arguments, **dict(options.named))
     return _print_all(result) if isinstance(result, direct.HarpStreamIterator) else _print_value(result)
 
@@ -235,10 +236,16 @@ _ARGUMENTS: dict[str, dict[str, Any]] = {
     "--timed": {"action": "store_true", "help": "print [number, time, record]; time: Unix seconds"},
     "--user": {"required": True, "help": "user to authenticate as"},
     "--ca-file": {"metavar": "FILE", "help": "PEM file of the certificate's authorities; without it: no verification"},
+    "--tls-minimum": {"metavar": "VERSION", "default": "1.2", "help": "1.0, 1.1, 1.2 or 1.3; default: 1.2"},
+    "--no-verify-hostname": {
+        "dest": "verify_hostname",
+        "action": "store_false",
+        "help": "accept a certificate of the authorities for any host",
+    },
 }
 
 _JOB = "--queue --concurrency --timeout --max-exec-time --info"
-_DIRECT = "address procedure arguments --named --user --ca-file"
+_DIRECT = "address procedure arguments --named --user --ca-file --tls-minimum --no-verify-hostname"
 _STREAM = "job --since --recent --numbered --timed"
 
 #: The commands: name, function, help, names of the arguments.

@@ -59,6 +59,8 @@ class HarpServer(SyncPeer, DirectServerBase[JSONConnection, HarpProcedure]):
             `host`; None verifies neither.
         keep_alive: whether connections stay open for further calls, if harpd supports it. A connection carries one call
             at a time, and no call is ever sent twice.
+        tls_minimum: lowest version of TLS: "1.0", "1.1", "1.2" or "1.3". Below 1.2, OpenSSL's security level is 0.
+        verify_hostname: with a `ca_file`, whether the certificate must be valid for `host`.
 
     As a context manager it closes its waiting connections at the end; so does the end of the object. Calls are
     possible afterwards, too. Raises `HarpException` if an argument is invalid. Spec: docs/client-api.md, HarpServer.
@@ -67,4 +69,4 @@ class HarpServer(SyncPeer, DirectServerBase[JSONConnection, HarpProcedure]):
     _procedure_class = HarpProcedure
 
     def _open(self) -> JSONConnection:
-        return JSONSSLConnection(self._endpoint.host, self._endpoint.port, self._ca_file)
+        return JSONSSLConnection(self._endpoint.host, self._endpoint.port, self._ca_file, **self._tls)

@@ -219,7 +219,16 @@ def test_direct_prints_result(tmp_path: Path, messages: list[object], output: st
 def test_direct_with_empty_dispatcher_is_called(tmp_path: Path) -> None:
     files = server_files(tmp_path)
     with Peer(answering({"harp": 1, "stream_result": False}, {"result": 1}), tls=server_context(files)) as peer:
-        line = ["direct", f"{peer.host}:{peer.port}", "p", "--user", "u"]
+        line = [
+            "direct",
+            f"{peer.host}:{peer.port}",
+            "p",
+            "--user",
+            "u",
+            "--tls-minimum",
+            "1.3",
+            "--no-verify-hostname",
+        ]
         done = harp(*line, HARP_PASSWORD="p", HARP_DISPATCHER="")
     assert (done.stdout, done.returncode) == ("1\n", 0), done.stderr
 

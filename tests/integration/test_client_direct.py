@@ -253,15 +253,34 @@ def test_tls_1_2_is_accepted(shell: Shell, files: Certificates) -> None:
         assert shell.server(peer, ca_file=files.ca_file).p() == 1
 
 
+@pytest.mark.filterwarnings("ignore:ssl.TLSVersion.TLSv1:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:ssl.TLSVersion.TLSv1_1:DeprecationWarning")
-def test_tls_1_1_is_refused(shell: Shell, files: Certificates) -> None:
+@pytest.mark.parametrize("version", ["1.0", "1.1"])
+def test_tls_legacy_version_needs_tls_minimum(shell: Shell, files: Certificates, version: str) -> None:
     context = server_context(files)
     context.set_ciphers("ALL:@SECLEVEL=0")
-    context.minimum_version = context.maximum_version = ssl.TLSVersion.TLSv1_1
-    with Peer(silent, tls=context) as peer:
-        with pytest.raises(harp.CommunicationError, match="TLS handshake"):
+    legacy = ssl.TLSVersion.TLSv1 if version == "1.0" else ssl.TLSVersion.TLSv1_1
+    context.minimum_version = context.maximum_version = legacy
+    with Peer(silent, answering(PLAIN, {"result": 1}), tls=context) as peer:
+        with pytest.raises(harp.CommunicationError, match=r"TLS handshake: .*\(tls_minimum allows older versions\)"):
             shell.server(peer).p()
+        assert shell.server(peer, ca_file=files.ca_file, tls_minimum=version).p() == 1
     assert peer.connections[0].handshake_error is not None
+
+
+def test_tls_unknown_minimum_is_refused(shell: Shell) -> None:
+    with Peer() as peer, pytest.raises(harp.HarpException, match=r"tls_minimum: expected one of 1\.0, .*, got '1'"):
+        shell.server(peer, tls_minimum="1").p()
+
+
+def test_tls_verify_hostname_accepts_other_names_only(shell: Shell, tmp_path: Path) -> None:
+    files = server_files(tmp_path, ("other.invalid",))
+    with Peer(silent, answering(PLAIN, {"result": 1}), silent, tls=server_context(files)) as peer:
+        with pytest.raises(harp.CommunicationError, match="or use verify_hostname"):
+            shell.server(peer, ca_file=files.ca_file).p()
+        assert shell.server(peer, ca_file=files.ca_file, verify_hostname=False).p() == 1
+        with pytest.raises(harp.CommunicationError, match="ca_file must contain the authority"):
+            shell.server(peer, ca_file=other_authority(tmp_path), verify_hostname=False).p()
 
 
 def test_json_ssl_connection_sends_and_receives(tls: ssl.SSLContext, files: Certificates) -> None:

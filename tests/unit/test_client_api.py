@@ -60,7 +60,9 @@ SIGNATURES = {
     "RemoteCall.stream": "(since=None, recent=None, numbered=False, *, timed=False)",
     "RemoteCall.submit_time": "()",
     "RemoteCall.why": "()",
-    "HarpServer": "(host, user, password, port=4306, ca_file=None, *, keep_alive=True)",
+    "HarpServer": (
+        "(host, user, password, port=4306, ca_file=None, *, keep_alive=True, tls_minimum='1.2', verify_hostname=True)"
+    ),
     "HarpServer.__getattr__": "(procedure)",
     "HarpProcedure": "(server, name)",
     "HarpProcedure.__call__": "(*args, **kwargs)",
@@ -71,7 +73,7 @@ SIGNATURES = {
     "JSONConnection.connect": "()",
     "JSONConnection.receive": "()",
     "JSONConnection.send": "(obj)",
-    "JSONSSLConnection": "(host, port, ca_file=None)",
+    "JSONSSLConnection": "(host, port, ca_file=None, *, tls_minimum='1.2', verify_hostname=True)",
     "JSONSSLConnection.close": "()",
     "JSONSSLConnection.connect": "()",
     "JSONSSLConnection.receive": "()",

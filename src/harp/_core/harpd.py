@@ -45,7 +45,16 @@ class DirectServerBase(Peer[C], Generic[C, P]):
     _procedure_class: type[P]
 
     def __init__(
-        self, host: str, user: str, password: str, port: int = 4306, ca_file: CAFile = None, *, keep_alive: bool = True
+        self,
+        host: str,
+        user: str,
+        password: str,
+        port: int = 4306,
+        ca_file: CAFile = None,
+        *,
+        keep_alive: bool = True,
+        tls_minimum: str = "1.2",
+        verify_hostname: bool = True,
     ) -> None:
         self._endpoint = Endpoint(host, port)
         for field, text in (("user", user), ("password", password)):
@@ -54,6 +63,7 @@ class DirectServerBase(Peer[C], Generic[C, P]):
         self._user = user
         self._password = password
         self._ca_file = ca_file
+        self._tls: dict[str, Any] = {"tls_minimum": tls_minimum, "verify_hostname": verify_hostname}
         self._pool = ConnectionPool[C](bool(keep_alive))
 
     def __getattr__(self, procedure: str) -> P:

@@ -13,6 +13,7 @@ import select
 import socket
 import ssl
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -44,8 +45,22 @@ _CLOCK_TICK = 20_000_000
 _HINTS = {
     9: "check the clocks of both machines",
     10: "renew the server's certificate",
-    62: "call the host by a name that its certificate has, or give it a certificate with this name",
-    64: "call the host by a name that its certificate has, or give it a certificate with this address",
+    62: "call the host by a name that its certificate has, or give it one with this name, or use verify_hostname",
+    64: "call the host by a name that its certificate has, or give it one with this address, or use verify_hostname",
+}
+
+#: Remedies for a handshake that failed, by OpenSSL's reason.
+_HANDSHAKE_HINTS = {
+    "WRONG_VERSION_NUMBER": "it does not speak TLS",
+    "TLSV1_ALERT_PROTOCOL_VERSION": "tls_minimum allows older versions",
+    "UNSUPPORTED_PROTOCOL": "tls_minimum allows older versions",
+}
+
+_VERSIONS = {
+    "1.0": ssl.TLSVersion.TLSv1,
+    "1.1": ssl.TLSVersion.TLSv1_1,
+    "1.2": ssl.TLSVersion.TLSv1_2,
+    "1.3": ssl.TLSVersion.TLSv1_3,
 }
 
 #: The foreign errors that become a `CommunicationError`.
@@ -59,7 +74,7 @@ def describe_error(error: Exception) -> str:
         return f"the server's certificate is not accepted: {error.verify_message.rstrip('.')} ({hint})"
     if isinstance(error, ssl.SSLError) and error.reason:
         words = error.reason.lower().replace("_", " ")
-        return f"{words} (it does not speak TLS)" if error.reason == "WRONG_VERSION_NUMBER" else words
+        return f"{words} ({_HANDSHAKE_HINTS[error.reason]})" if error.reason in _HANDSHAKE_HINTS else words
     if isinstance(error, socket.gaierror):
         return error.strerror or str(error)
     if isinstance(error, OSError) and error.errno:
@@ -225,12 +240,14 @@ class BufferedConnection(Connection, Uncopyable):
 class TLSConnection(BufferedConnection):
     """A connection over TLS."""
 
-    def __init__(self, host: str, port: int, ca_file: CAFile = None) -> None:
-        self._ca_file = ca_file
+    def __init__(
+        self, host: str, port: int, ca_file: CAFile = None, *, tls_minimum: str = "1.2", verify_hostname: bool = True
+    ) -> None:
+        self._tls = ca_file, tls_minimum, bool(verify_hostname)
         super().__init__(host, port)
 
     def _tls_context(self) -> ssl.SSLContext:
-        return tls_context(self._ca_file)
+        return tls_context(*self._tls)
 
 
 def _set_options(sock: socket.socket) -> None:
@@ -241,21 +258,24 @@ def _set_options(sock: socket.socket) -> None:
             sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
 
 
-def tls_context(ca_file: CAFile) -> ssl.SSLContext:
-    """Return a context for TLS 1.2 and newer, which verifies the server's chain and name if there is a `ca_file`.
+def tls_context(ca_file: CAFile, tls_minimum: str = "1.2", verify_hostname: bool = True) -> ssl.SSLContext:
+    """Return a context that verifies the server's chain and name if there is a `ca_file`.
 
     All connections share the context: do not change it. The file is read again after it has changed. Raises
-    `HarpException` if it cannot be read or contains no certificate.
+    `HarpException` if it cannot be read or contains no certificate, or if there is no such version of TLS.
     """
+    if tls_minimum not in _VERSIONS:
+        raise HarpException(f"tls_minimum: expected one of {', '.join(_VERSIONS)}, got {tls_minimum!r}")
     if ca_file is None:
-        return _context(None, ())
+        return _context(None, (), tls_minimum, False)
     try:
         path = os.fspath(ca_file)
         found = os.stat(path)
         # Two states of a file differ if the file system's clock ticks between the changes.
         state = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
         settled = time.time_ns() - found.st_ctime_ns > _CLOCK_TICK
-        return _context(path, state) if settled else _context.__wrapped__(path, state)
+        new_context = _context if settled else _context.__wrapped__
+        return new_context(path, state, tls_minimum, verify_hostname)
     except ssl.SSLError as error:
         raise HarpException(f"ca_file {os.fspath(ca_file)!r}: contains no certificate in PEM form") from error
     except (OSError, ValueError, TypeError) as error:
@@ -264,12 +284,17 @@ def tls_context(ca_file: CAFile) -> ssl.SSLContext:
 
 # Creating a context with authorities takes about as long as a full handshake. Errors are not cached.
 @lru_cache(maxsize=16)
-def _context(path: str | None, state: tuple[int, ...]) -> ssl.SSLContext:
+def _context(path: str | None, state: tuple[int, ...], tls_minimum: str, verify_hostname: bool) -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.sslsocket_class = _TLSSocket
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    if tls_minimum < "1.2":
+        # OpenSSL 3 rejects the signatures of TLS 1.0 and 1.1 at its default level.
+        context.set_ciphers("DEFAULT:@SECLEVEL=0")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # the caller has requested this version
+        context.minimum_version = _VERSIONS[tls_minimum]
+    context.check_hostname = verify_hostname
     if path is None:
-        context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE
     else:
         context.load_verify_locations(cafile=path)

@@ -150,11 +150,12 @@ class JSONConnection(BufferedConnection, _Closable):
 
 
 class JSONSSLConnection(TLSConnection, JSONConnection):
-    """TLS connection, reading and writing JSON lines; otherwise like `JSONConnection`. The minimum is TLS 1.2.
+    """TLS connection, reading and writing JSON lines; otherwise like `JSONConnection`.
 
     `ca_file` is a PEM file with the authorities that may issue the server's certificate, which must be valid for
-    `host`; None verifies neither. Also raises `CommunicationError` if the server does not speak TLS or its certificate
-    is not accepted (the message has a hint), and `HarpException` if `ca_file` cannot be read.
+    `host` if `verify_hostname`; None verifies neither. `tls_minimum` is as for `HarpServer`. Also raises
+    `CommunicationError` if the server does not speak TLS or its certificate is not accepted (the message has a hint),
+    and `HarpException` if `ca_file` cannot be read.
 
     Spec: docs/client-api.md, Networked JSON interface.
     """
