@@ -92,7 +92,7 @@ class Session:
         raise NotImplementedError
 
     def on_started(self) -> None:
-        """Send the acknowledgement: the worker exists. If there is none, only `on_end` and `on_closed` follow."""
+        """Send the acknowledgement: the worker exists. If it cannot, only `on_end` and `on_closed` follow."""
 
     def on_records(self, lines: bytes, count: int) -> None:
         """Handle the lines of `count` records."""
@@ -103,7 +103,7 @@ class Session:
     def on_exit(self, exit_info: Callable[[], Raw], stop_report: Mapping[str, Any] | None) -> None:
         """Handle that the worker has ended, and that all stopped processes are gone, or listed as survivors.
 
-        `exit_info` takes time: call it only if it is needed. `stop_report` is None if nothing had to be stopped.
+        `exit_info` is slow: call it only if it is needed. `stop_report` is None if nothing had to be stopped.
         """
 
     def on_closed(self, stop_report: Mapping[str, Any] | None) -> None:
@@ -195,7 +195,7 @@ class Call:
     # The start.
 
     def start(self, arguments: Raw, authentication: float | None) -> None:
-        """Send the worker its arguments; once. `authentication`: the seconds that it took, for exit info."""
+        """Send the worker its arguments; once. `authentication`: its duration in seconds, for exit info."""
         self._authentication_seconds = authentication
         self._unsent = memoryview(b"%b %d %b\n" % (self.id.encode(), self._info.number, arguments))
         if self._worker.identity[0]:  # else the zygote announces it
@@ -248,8 +248,8 @@ class Call:
 
     def update_watch(self) -> None:
         """Watch the channel for what can be done now. The session calls it when it has room."""
-        # Nothing is read before the acknowledgement is sent, which comes first on the wire. Nothing is sent before the
-        # state is written: until then the procedure cannot have started any process.
+        # Nothing is read before the acknowledgement is sent, which is the client's first line. Nothing is sent before
+        # the state is written: until then the procedure cannot have started any process.
         if self._tree is not None and not self._has_closing_line:
             may_read = self._decided or not self._session.full
             self._watch((READ if may_read else 0) | (WRITE if self._unsent else 0))

@@ -33,7 +33,7 @@ class Timer:
 
     __slots__ = ("bucket", "callback")
     callback: Callback
-    bucket: dict[Timer, None]  # from which the loop takes it
+    bucket: dict[Timer, None]  # of timers that are due at the same time
 
     def cancel(self) -> None:
         """Cancel the callback; no effect if it has run."""

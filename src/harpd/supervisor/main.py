@@ -108,7 +108,6 @@ class Supervisor:
         self._exit_at = self._flush_until = 0.0  # during the shutdown: the latest times of its end
         self._shutdown_replies: list[Callable[[], None]] = []
         self._check_repeatedly()
-        lifeline.setblocking(False)
         loop.watch(lifeline.fileno(), READ, self._on_lifeline)
         self._listener = Listener(loop, settings["runtime_directory"], self._instance, self._handle_request)
         self._load(settings, self._on_first_load)
@@ -298,13 +297,7 @@ class Supervisor:
     # The end.
 
     def _on_lifeline(self) -> None:
-        try:
-            if self._lifeline.recv(1):
-                return
-        except BlockingIOError:
-            return
-        except OSError:
-            pass
+        """Handle that the launcher has closed the lifeline; it never sends data."""
         self._loop.unwatch(self._lifeline.fileno())
         self._lifeline.close()
         if self._shutting_down:
@@ -330,7 +323,7 @@ class Supervisor:
             self._registry.close()
             for call in list(self._context.calls.values()):
                 call.stop(StopReason.SHUTDOWN)
-            # Exit in any case: perhaps no other process is left to kill this one. The next supervisor kills survivors.
+            # Exit in any case: perhaps no other process can kill this one. The next supervisor kills survivors.
             self._flush_until = self._loop.now() + _FLUSH_TIMEOUT
             self._exit_at = self._flush_until + 2 * self._context.settings["kill_grace"]
             self._exit_when_done()

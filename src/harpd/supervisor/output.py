@@ -64,7 +64,7 @@ class OutputPipe:
         return [_text(line)[:_MAX_LAST_LINE_LENGTH] for line in lines[-_MAX_LAST_LINES:]]
 
     def release(self) -> None:
-        """Leave the pipe of an ended call open for processes that go on printing."""
+        """Release the pipe of an ended call; it stays open for processes that still print."""
         if self._descriptor >= 0:
             left_open = self._collector.left_open
             left_open[self] = None

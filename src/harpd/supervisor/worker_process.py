@@ -44,7 +44,7 @@ class WorkerUser(Protocol):
         """Handle that the worker has ended with this wait status, or was killed with its zygote.
 
         `cpu`: seconds of the worker and the children that it waited for; `memory`: maximum resident bytes of the
-        largest of these processes; None: not known.
+        largest of these processes; None: unknown.
         """
 
 

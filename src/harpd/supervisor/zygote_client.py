@@ -32,7 +32,7 @@ log = logging.getLogger("harpd.supervisor")
 
 _MAX_MESSAGE_BYTES = 1 << 18
 #: How many pre-forked workers there are, unless calls have just used them up. With 2, more calls of 4 and 16 clients
-#: wait for a fork; with 8, they are not faster. Each takes 0.7 MB.
+#: wait for a fork; with 8, they are not faster. Each uses 0.7 MB.
 _PREFORKED = 4
 #: Seconds for the procedures file to load (the frontend waits longer), for a fork, until an idle worker is shut down,
 #: and for the death of a zygote. The first three are checked every `_CHECK_INTERVAL` seconds.
@@ -126,7 +126,7 @@ class ZygoteClient:
         return worker
 
     def _pop_worker(self, procedure: str) -> WorkerProcess | None:
-        """Remove and return an idle worker of the procedure, else the oldest pre-forked one; None if there is none."""
+        """Remove and return an idle worker of the procedure, else the oldest pre-forked one; None: both are missing."""
         if self._idle_since:  # rarely
             for worker in [worker for worker in reversed(self._idle_since) if worker.procedure == procedure]:
                 del self._idle_since[worker]
@@ -185,7 +185,7 @@ class ZygoteClient:
             self._loop.call_later(_CHECK_INTERVAL, self._check_repeatedly)
 
     def _on_stuck(self) -> None:
-        """Give up a zygote that does not reply. A worker that it forks later finds its channel closed and exits."""
+        """Abandon a zygote that does not reply. A worker that it forks later finds its channel closed and exits."""
         self._stuck = True
         log.error("zygote does not fork", extra={"zygote": self.pid, "seconds": _FORK_TIMEOUT})
         for worker in [*self._forking]:
@@ -288,7 +288,7 @@ class ZygoteClient:
                 worker = self._children[pid] = self._forking.popleft()
                 worker.on_forked(pid, start_time(pid, parent=self.pid))
             case {"reaped": pid, "status": status, "cpu": cpu, "memory": memory}:
-                if dead_worker := self._children.pop(pid, None):  # not an orphan, whose parent the zygote is
+                if dead_worker := self._children.pop(pid, None):  # else it was an orphan of a call
                     dead_worker.on_reaped(status, cpu, memory)
                 self._close_if_done()
             case {"failed": reason}:
