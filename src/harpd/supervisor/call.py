@@ -128,6 +128,7 @@ class CallContext:
         self.instance = instance
         self.settings = settings  # for new calls, see `harpd.config.loaded`; a call has those of its start
         self.calls: dict[str, Call] = {}  # the running ones, by id
+        self.shutting_down = False
         self.quota = SpoolQuota(settings["spool_memory"])
         self.state_files = StateFiles(Path(settings["runtime_directory"]), instance)
         self.cgroup_directory = settings["cgroup"] or delegated_cgroup()
@@ -190,7 +191,6 @@ class Call:
         self._last_read = 0.0
         self._exit_reported = False
         self._worker = zygote.assign(self, call_id, procedure)
-        self._watched_events = 0  # on the worker's channel
 
     # The start.
 
@@ -250,14 +250,10 @@ class Call:
         """Watch the channel for what can be done now. The session calls it when it has room."""
         # Nothing is read before the acknowledgement is sent, which is the client's first line. Nothing is sent before
         # the state is written: until then the procedure cannot have started any process.
-        if self._tree is not None and not self._has_closing_line:
-            may_read = self._decided or not self._session.full
-            self._watch((READ if may_read else 0) | (WRITE if self._unsent else 0))
-
-    def _watch(self, events: int) -> None:
         channel = self._worker.channel.fileno()
-        if channel >= 0 and events != self._watched_events:
-            self._watched_events = events
+        if channel >= 0 and self._tree is not None and not self._has_closing_line:
+            may_read = self._decided or not self._session.full
+            events = (READ if may_read else 0) | (WRITE if self._unsent else 0)
             if events:
                 self._loop.watch(channel, events, self._on_channel_ready)
             else:  # a watch without events would still report a hang-up, again and again
@@ -271,7 +267,7 @@ class Call:
         before, self._last_read = self._last_read, self._loop.now()
         is_fast = self._info.streaming and self._last_read - before < _GATHER_SECONDS
         if is_fast and not (self._decided or self._unsent):  # each read has a fixed cost: gather records
-            self._watch(0)
+            self._loop.unwatch(self._worker.channel.fileno())
             self._loop.call_later(_GATHER_SECONDS, self.update_watch)
         else:
             self.update_watch()
@@ -366,7 +362,7 @@ class Call:
         worker = self._worker
         # After an error of harpd's own code, the worker may be in an undefined state.
         reuse = kinds[0] != "error" and not (self._partial_line or self._unsent) and self._zygote.may_reuse(worker)
-        self._watch(0)  # further output does not count
+        self._loop.unwatch(worker.channel.fileno())  # further output does not count
         self._has_closing_line = True
         if reuse:
             self._release_state()

@@ -103,7 +103,7 @@ class Supervisor:
         self._output = OutputCollector(loop, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // _LEFT_OPEN_DIVISOR)
         self._zygote: ZygoteClient | None = None
         self._loading: ZygoteClient | None = None
-        self._accepting, self._draining, self._retired, self._shutting_down = False, False, False, False
+        self._accepting = self._draining = self._retired = False
         self._idle_exit_at = math.inf  # the time from which on this process exits if it has no calls
         self._exit_at = self._flush_until = 0.0  # during the shutdown: the latest times of its end
         self._shutdown_replies: list[Callable[[], None]] = []
@@ -156,7 +156,7 @@ class Supervisor:
             self._listener.close()
             logs.flush()
             os._exit(1)
-        if not self._shutting_down and not self._retired:
+        if not self._context.shutting_down and not self._retired:
             self._accepting = True
             self._listener.become_active()
 
@@ -236,7 +236,7 @@ class Supervisor:
         """Return why a call cannot start now; None if it can."""
         if self._retired and resumable:
             return self._registry.wrong_instance()
-        if self._shutting_down or self._retired:
+        if self._context.shutting_down or self._retired:
             return Failed("shutdown", "harpd is shutting down")
         if self._draining:
             return Failed("shutdown", "harpd is draining and accepts no new calls")
@@ -300,7 +300,7 @@ class Supervisor:
         """Handle that the launcher has closed the lifeline; it never sends data."""
         self._loop.unwatch(self._lifeline.fileno())
         self._lifeline.close()
-        if self._shutting_down:
+        if self._context.shutting_down:
             return
         if self._context.settings["outlive"]:
             log.warning("launcher exited; resumable calls continue")
@@ -312,15 +312,14 @@ class Supervisor:
     def _exit_if_idle(self) -> None:
         """Exit if there are no calls and no new ones can start."""
         idle = not (self._context.calls or self._registry or any(link.has_channels for link in self._links))
-        if idle and not self._shutting_down and (self._retired or self._loop.now() >= self._idle_exit_at):
+        if idle and not self._context.shutting_down and (self._retired or self._loop.now() >= self._idle_exit_at):
             self._retired = True  # a resumable start that arrives now is retried in the next supervisor
             self._shut_down()
 
     def _shut_down(self) -> None:
         """Stop all calls, then exit."""
-        if not self._shutting_down:
-            self._shutting_down = True
-            self._registry.close()
+        if not self._context.shutting_down:
+            self._context.shutting_down = True
             for call in list(self._context.calls.values()):
                 call.stop(StopReason.SHUTDOWN)
             # Exit in any case: perhaps no other process can kill this one. The next supervisor kills survivors.

@@ -44,9 +44,6 @@ class TombstoneSet:
         self._new: set[int] = set()
         self._old: set[int] = set()
 
-    def __len__(self) -> int:
-        return len(self._new) + len(self._old)
-
     def add(self, owner: str, call_id: str, now: float) -> None:
         """Add a tombstone for an owner's call."""
         age = now - self._since
@@ -72,7 +69,6 @@ class CallRegistry:
         self._state_files = context.state_files
         self._sessions: dict[str, ResumableSession] = {}
         self._tombstones = TombstoneSet(_TOMBSTONE_TTL, self._loop.now())
-        self._closed = False
 
     def __len__(self) -> int:
         return len(self._sessions)
@@ -139,7 +135,7 @@ class CallRegistry:
 
     def clean_up_orphans(self) -> bool:
         """Kill the calls of dead supervisors and adopt the resumable ones; return whether to repeat that soon."""
-        if self._closed:
+        if self._context.shutting_down:  # the next supervisor adopts them
             return False
         result = self._state_files.clean_up()
         if result.killed:
@@ -162,10 +158,6 @@ class CallRegistry:
             except OSError as error:
                 log.error("cannot write state of call", extra={"call": call_id, "reason": str(error)})
         return result.again
-
-    def close(self) -> None:
-        """Adopt no more calls: this supervisor shuts down, and the next one adopts them."""
-        self._closed = True
 
 
 def read_texts(facts: Mapping[str, Any], *keys: str) -> list[str]:

@@ -188,9 +188,8 @@ class ResumableSession(Session):
         self._heartbeat_pending = False
         self._started_at: float | None = None
         self._closing_line = b""  # before the worker has ended
-        self._end: list[
-            bytes
-        ] = []  # stop report, exit info and closing line; then the report of survivors that are gone
+        # Stop report, exit info and closing line; then, perhaps, the report of survivors that are gone.
+        self._end: list[bytes] = []
         self._end_sent = 0  # how many of these were sent on this connection
         self._ended_at = 0.0
         self._adopted = False
@@ -218,7 +217,7 @@ class ResumableSession(Session):
         self._last_output_at = self._loop.now()
         self._spool.append(lines, count, time.time())
         self._quota.reserve(len(lines))
-        self.on_writable()
+        self._send_pending()
 
     def on_end(self, line: bytes) -> None:
         """Store the closing line until the worker has ended."""
@@ -247,7 +246,7 @@ class ResumableSession(Session):
     def _add_end(self, lines: bytes) -> None:
         self._end.append(lines)
         self._quota.reserve(len(lines))
-        self.on_writable()
+        self._send_pending()
 
     def adopt(self, stop_report: Mapping[str, Any] | None) -> None:
         """Adopt the call of a supervisor that has died. `on_closed` follows when the survivors are gone."""
@@ -276,7 +275,7 @@ class ResumableSession(Session):
         self._commands = LineBuffer(_MAX_COMMAND_BYTES)
         self._next, self._unacknowledged, self._end_sent, self._heartbeat_pending = since, 0, 0, False
         self._send_acknowledgement(self._elapsed())
-        self.on_writable()
+        self._send_pending()
         return None
 
     def _elapsed(self) -> float:
@@ -290,7 +289,7 @@ class ResumableSession(Session):
             granted = self._instance, *limits, elapsed, self._spool.end
             self._channel.send_soon(_encode_acknowledgement(terms.streaming, self._keep_alive, *granted))
 
-    def on_writable(self) -> None:
+    def _send_pending(self) -> None:
         """Send all data that the attached connection has not received yet, while it is writable."""
         channel = self._channel
         if channel is None or self._started_at is None:
@@ -306,6 +305,8 @@ class ResumableSession(Session):
         while self._next == self._spool.end and self._end_sent < len(self._end):
             self._end_sent += 1
             channel.send(self._end[self._end_sent - 1])
+
+    on_writable = _send_pending
 
     def on_commands(self, data: bytes) -> None:
         """Carry out the commands of the dispatcher. See `ChannelUser`."""
@@ -334,13 +335,13 @@ class ResumableSession(Session):
                 self._unacknowledged = 0 if count >= self._next else max(0, self._unacknowledged - freed)
                 self._next = max(self._next, self._spool.first)  # records that were acknowledged unread are gone
                 self.resume_reading()
-                self.on_writable()
+                self._send_pending()
             case Heartbeat(elapsed):
                 if elapsed > self._elapsed():
                     raise ProtocolError("heartbeat: the time is in the future")
                 self._contact_at = max(self._contact_at, (self._started_at or 0) + elapsed)
                 self._heartbeat_pending = True
-                self.on_writable()
+                self._send_pending()
             case StopCall(why, by):
                 self.stop(StopReason.CANCELLED, why, by)
             case Release():
