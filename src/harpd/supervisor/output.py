@@ -35,15 +35,11 @@ class OutputCollector:
 
 
 class OutputPipe:
-    """The pipe of a worker's stdout or stderr, as `stream` says. Raises OSError if no descriptor is free.
-
-    Attributes:
-        writing_end: its descriptor, which the creator closes.
-    """
+    """The pipe of a worker's stdout or stderr, as `stream` says. Raises OSError if no descriptor is free."""
 
     def __init__(self, collector: OutputCollector, stream: str) -> None:
         self._collector = collector
-        self._descriptor, self.writing_end = os.pipe2(os.O_CLOEXEC)
+        self._descriptor, self.writing_end = os.pipe2(os.O_CLOEXEC)  # the creator closes the writing end
         os.set_blocking(self._descriptor, False)
         self._fields: Mapping[str, str] = {"stream": stream}
         self._partial_line = b""

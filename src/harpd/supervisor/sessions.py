@@ -134,8 +134,7 @@ class SessionTerms:
     def decode(cls, members: Mapping[str, Any], limits: Mapping[str, Any] | None = None) -> SessionTerms:
         """Return the terms in a request, or those that `encode` has stored. Durations are lowered to `limits`.
 
-        Raises:
-            KeyError, ProtocolError: a member is missing, or has a wrong type.
+        Raises KeyError and `ProtocolError`: a member is missing, or has a wrong type.
         """
         seconds: dict[str, float] = {}
         for key in ("disconnect_timeout", "result_ttl", "timeout", "max_exec_time"):
@@ -156,9 +155,7 @@ class SessionTerms:
 class ResumableSession(Session):
     """The session of a resumable call, and the user of a link channel while a dispatcher is attached.
 
-    Args:
-        contact_at: the latest loop time at which contact with the dispatcher is proven.
-        on_discarded: called once, when the session is discarded.
+    `contact_at` is the latest loop time at which contact with the dispatcher is proven.
     """
 
     def __init__(

@@ -95,11 +95,7 @@ def encode_entry(purpose: Purpose, content: bytes) -> bytes:
 
 
 def decode_entry(data: bytes, boot: str) -> tuple[Purpose, bytes, CallState] | None:
-    """Return purpose, content and state of an entry; None if it is not in use, or from another boot.
-
-    Raises:
-        InvalidEntry: it is damaged, or no supervisor has written it.
-    """
+    """Return purpose, content and state of an entry; None: it is unused, or of another boot. Raises `InvalidEntry`."""
     if not data or data.startswith(b"\0"):
         return None
     found = _ENTRY.match(data)
@@ -215,19 +211,14 @@ class _OpenFile:
 
 @dataclass(frozen=True, slots=True)
 class CleanupResult:
-    """The result of a clean-up.
+    """The result of a clean-up."""
 
-    Attributes:
-        killed: how many processes were killed for the first time.
-        calls: the calls of dead supervisors whose ends may have to be reported, by id; each once.
-        stop_reports: by id: of each call with a surviving process, and once more when its last process is gone.
-        again: whether killed processes may still be dying: clean up again soon.
-    """
-
-    killed: int = 0
+    killed: int = 0  # how many processes were killed for the first time
+    #: The calls of dead supervisors whose ends may have to be reported, by id; each once.
     calls: Mapping[str, CallState] = field(default_factory=dict)
+    #: By id: of each call with a surviving process, and once more when its last process is gone.
     stop_reports: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    again: bool = False
+    again: bool = False  # whether killed processes may still be dying: clean up again soon
 
 
 class _Orphan(OrphanedCall):

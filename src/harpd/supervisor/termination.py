@@ -38,13 +38,10 @@ _SESSION_TRUST = 10.0
 
 
 class TerminationSequence:
-    """The end of the processes of one call.
+    """The end of the processes of one call. `harpd.supervisor.call.CallContext` has the functions for snapshots.
 
-    Args:
-        kill_grace: seconds between the steps.
-        take_snapshot, has_possible_escapes: see `harpd.supervisor.call.CallContext`.
-        on_survived: called once, if a process has survived SIGKILL for `kill_grace` seconds.
-        on_gone: called once, when the main process has ended and all others are gone.
+    `on_survived` is called once, if a process has survived SIGKILL for `kill_grace` seconds; `on_gone` once, when the
+    main process has ended and all others are gone.
     """
 
     def __init__(

@@ -55,10 +55,8 @@ class ProcedureInfo:
 class ZygoteClient:
     """A zygote process, which loads the procedures file once. Raises OSError if it cannot be created.
 
-    Args:
-        settings: see `harpd.config.loaded`.
-        on_loaded: called once: with None when the file is loaded, else with the error.
-        on_lost: called if it dies or does not fork, unless it has retired. It gets no more calls.
+    `on_loaded` is called once: with None when the file is loaded, else with the error. `on_lost` is called if the
+    zygote dies or does not fork, unless it has retired.
     """
 
     def __init__(
