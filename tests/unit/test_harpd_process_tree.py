@@ -19,7 +19,6 @@ from harpd.processes.process_tree import (
     CallTree,
     Process,
     Snapshot,
-    has_possible_escapes,
     kill_group,
     send_signal,
     start_time,
@@ -104,7 +103,7 @@ OTHERS = frozenset({cookie_for("other"), cookie_for("earlier")})
 def escaped(*processes: Process, complete: bool = True) -> bool:
     look = table(ZYGOTE, *processes)
     look.complete = complete
-    return has_possible_escapes(TREE, ZYGOTE.pid, look, {(400, 70)}, OTHERS)
+    return TREE.has_possible_escapes(ZYGOTE.pid, look, {(400, 70)}, OTHERS)
 
 
 def child(pid: int = 300, start: int = 60, state: str = "S", threads: int = 1, cookie_id: str | None = None) -> Process:
@@ -130,13 +129,13 @@ def test_escape_ignores_cookies_of_unknown_calls() -> None:
 def test_escape_possible_without_complete_snapshot() -> None:
     assert not escaped()
     assert escaped(complete=False)
-    assert has_possible_escapes(TREE, ZYGOTE.pid, table(MAIN), (), ())
+    assert TREE.has_possible_escapes(ZYGOTE.pid, table(MAIN), (), ())
 
 
 def test_escape_possible_from_cgroup(tmp_path: Path) -> None:
     """`su` with PAM moves the program that it executes into another cgroup."""
     tree = CallTree(TREE.pid, TREE.start, TREE.cookie, Cgroup(str(tmp_path)))
-    assert has_possible_escapes(tree, ZYGOTE.pid, table(ZYGOTE, child()), (), ())
+    assert tree.has_possible_escapes(ZYGOTE.pid, table(ZYGOTE, child()), (), ())
 
 
 def test_process_without_first_thread_is_alive() -> None:

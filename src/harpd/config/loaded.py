@@ -106,13 +106,10 @@ def load_supervisor_config(options: CommandLine) -> SupervisorConfig:
 def load_config(options: CommandLine) -> LoadedConfig:
     """Load and check configuration, certificate, users and log settings. May block.
 
-    Sets `sys.path`, because the authentication module may need it.
-
-    Raises:
-        ConfigError: the first error found; `sys.path` is unchanged.
+    Sets `sys.path`, because the authentication module may need it; not if it raises `ConfigError`.
     """
-    supervisor_config = load_supervisor_config(options)
-    configuration = supervisor_config.configuration
+    common = load_supervisor_config(options)
+    configuration = common.configuration
     context = server_context(configuration.network, options.config)
     previous_path = sys.path[:]
     paths = configuration.python.search_paths()
@@ -122,7 +119,7 @@ def load_config(options: CommandLine) -> LoadedConfig:
     except BaseException:
         sys.path[:] = previous_path
         raise
-    return LoadedConfig(options, configuration, supervisor_config.log, context, users)
+    return LoadedConfig(options, configuration, common.log, context, users)
 
 
 def _open_users(section: dict[str, Any], file: Path) -> AuthDB:

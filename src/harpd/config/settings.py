@@ -115,11 +115,7 @@ class Configuration(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
 
 
 def load(path: Path) -> Configuration:
-    """Read and check a configuration file, YAML.
-
-    Raises:
-        ConfigError: the file cannot be read, is not YAML, or has an invalid or unknown key.
-    """
+    """Read and check a configuration file, YAML. Raises `ConfigError`."""
     return convert(path, load_yaml(path), Configuration)
 
 
@@ -162,8 +158,7 @@ def one_line(error: BaseException) -> str:
 def server_context(network: Network, path: Path) -> ssl.SSLContext:
     """Return the TLS context for the section `network` of the file `path`.
 
-    Raises:
-        ConfigError: the certificate or the key cannot be read, or they do not belong together.
+    Raises `ConfigError`: the certificate or the key cannot be read, or they do not belong together.
     """
     for key in ("certfile", "keyfile"):
         name = getattr(network, key)

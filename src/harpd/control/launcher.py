@@ -1,8 +1,7 @@
 """Launches the supervisor: starts it, restarts it when it dies, replaces it at a reload.
 
-A supervisor is the process ``python -m harpd.supervisor.main LIFELINE``. LIFELINE is the number of an inherited
-descriptor: one end of a socket pair whose other end the launcher has. The supervisor reads its settings, one JSON
-object, from stdin. In the foreground it inherits stderr.
+A supervisor is the process ``python -m harpd.supervisor.main LIFELINE``. LIFELINE is an inherited descriptor: one end
+of a socket pair whose other end the launcher has. The supervisor reads its settings, one JSON object, from stdin.
 
 A supervisor creates its own sockets and can outlive its launcher. At its start and at each reload, the launcher makes
 older supervisors *retire*: they accept no new calls and exit after their last one. A full stop ends all supervisors.
@@ -63,8 +62,7 @@ class SupervisorLauncher:
         self._stderr = subprocess.DEVNULL if background else None
         self._settings = settings
         self._active: SupervisorProcess | None = None
-        self._retired: set[SupervisorProcess] = set()
-        self._processes: set[SupervisorProcess] = set()  # all, also one that is starting
+        self._processes: set[SupervisorProcess] = set()  # all, also those that start or retire
         self._starting = asyncio.Lock()
         self._restarting: asyncio.Task[None] | None = None
         self._backoff = Backoff(_MIN_DELAY, _MAX_DELAY)
@@ -79,17 +77,16 @@ class SupervisorLauncher:
             await self._client.remove_dead_sockets()
             child = SupervisorProcess(self._settings(), self._stderr)
             self._processes.add(child)
-            child.exit_status.add_done_callback(partial(self._on_exit, child))
+            child.exit_status.add_done_callback(lambda _: self._processes.discard(child))
             try:
                 instance = await self._wait_until_ready(child)
             except BaseException:
                 child.process.kill()
                 raise
             if self._active is not None:
-                self._retired.add(self._active)
+                self._active.retired = True
             self._active = child
-            if child.exit_status.done():  # it exited before it was the active one, so `_on_exit` started no other
-                self._begin_restart()
+            child.exit_status.add_done_callback(partial(self._on_exit, child))
             log.info("supervisor started", extra={"supervisor": child.process.pid})
             for name in self._client.socket_names():
                 if not name.endswith(instance):
@@ -119,23 +116,17 @@ class SupervisorLauncher:
             log.error("cannot retire an older supervisor", extra={"supervisor": name, "reason": str(error)})
 
     def _on_exit(self, child: SupervisorProcess, ended: asyncio.Future[int]) -> None:
-        self._processes.discard(child)
+        """Handle the exit of a supervisor that was active; start another one if it still was."""
         log_fields = {"supervisor": child.process.pid, "status": describe_exit(ended.result())}
         if child is self._active:
             log.error("supervisor died", extra=log_fields)
-            self._begin_restart()
-        elif child in self._retired:
-            self._retired.discard(child)
+            if time.monotonic() - child.started > _STABLE_TIME:
+                self._backoff.reset()
+            self._active = None
+            if self._restarting is None or self._restarting.done():
+                self._restarting = asyncio.create_task(self._restart_until_ready())
+        elif child.retired:
             log.info("older supervisor exited", extra=log_fields)
-
-    def _begin_restart(self) -> None:
-        """Start another supervisor in the background; repeat until one is active."""
-        assert self._active is not None
-        if time.monotonic() - self._active.started > _STABLE_TIME:
-            self._backoff.reset()
-        self._active = None
-        if self._restarting is None or self._restarting.done():
-            self._restarting = asyncio.create_task(self._restart_until_ready())
 
     async def _restart_until_ready(self) -> None:
         delay = self._backoff.next_delay()
@@ -169,15 +160,12 @@ class SupervisorLauncher:
 
 
 class SupervisorProcess:
-    """The process of a supervisor with these settings; `stderr`: the descriptor of its stderr; None: that of this one.
-
-    Raises:
-        OSError: the process cannot be created.
-    """
+    """The process of a supervisor. `stderr`: its descriptor; None: that of this process. Raises OSError."""
 
     def __init__(self, settings: dict[str, Any], stderr: int | None) -> None:
         loop = asyncio.get_running_loop()
         self.started = time.monotonic()
+        self.retired = False
         self.exit_status: asyncio.Future[int] = loop.create_future()
         self._lifeline, inherited = socket.socketpair()
         with inherited, os.fdopen(os.memfd_create("settings"), "w+b") as stdin:
@@ -204,11 +192,7 @@ class SupervisorProcess:
 
 
 async def run(config: SupervisorConfig, on_serving: Callable[[], None]) -> None:
-    """Run the service until SIGTERM, SIGINT or SIGUSR1.
-
-    Args:
-        config: the configuration of the first supervisor; it has a runtime directory.
-        on_serving: called when a supervisor is active.
+    """Run the service until SIGTERM, SIGINT or SIGUSR1; call `on_serving` when a supervisor is active.
 
     Raises:
         ConfigError: the runtime directory cannot be used.

@@ -89,15 +89,11 @@ class ServiceRunner:
 def runtime_directory(config: SupervisorConfig, *roles: str) -> Iterator[SupervisorClient]:
     """Create the directory of sockets and state files if it is missing, and lock it; yield the client for it.
 
-    If none is configured, it is a temporary directory, which is removed at the end.
-
-    Args:
-        config: the configuration.
-        *roles: ``frontend``, ``launcher`` or both: those of this program. Each role has a lock file.
+    If none is configured, it is a temporary directory, which is removed at the end. `roles`: ``frontend``, ``launcher``
+    or both: those of this program. Each role has a lock file.
 
     Raises:
-        ConfigError: it cannot be created, is not a directory, other users can write there, or a running program has
-            one of the roles.
+        ConfigError: the directory cannot be used, or a running program has one of the roles.
     """
     configured = config.configuration.runtime_directory
     path = Path(tempfile.mkdtemp(prefix="harpd-") if configured is None else configured).absolute()

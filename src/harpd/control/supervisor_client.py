@@ -74,8 +74,6 @@ class SupervisorClient:
     def __exit__(self, *_: object) -> None:
         os.close(self._descriptor)
 
-    # Sockets.
-
     def socket_names(self) -> list[str]:
         """Return the names of all supervisors' own sockets, including those of dead supervisors."""
         names = os.listdir(self._descriptor)
@@ -128,21 +126,14 @@ class SupervisorClient:
                 except SupervisorError:
                     pass  # the supervisor lives, but cannot accept now
 
-    # Requests.
-
     async def request(
         self, request: dict[str, Any], deadline: float = REPLY_TIMEOUT, name: str = ACTIVE_SOCKET
     ) -> dict[str, Any]:
-        """Send a request; return the reply.
-
-        Args:
-            request: see `harpd.supervisor.main`.
-            deadline: seconds for the reply.
-            name: the supervisor's socket.
+        """Send a request to the supervisor of a socket; return the reply. Spec: harpd.supervisor.main.
 
         Raises:
             SupervisorNotRunning: no process listens at the socket, or it died before it replied.
-            SupervisorError: there is no reply, or it is an error.
+            SupervisorError: there is no reply after `deadline` seconds, or it is an error.
         """
         loop = asyncio.get_running_loop()
         line = bytearray()
@@ -179,7 +170,7 @@ class SupervisorClient:
 
         Raises:
             SupervisorError: no supervisor is active, or one sends no reply. An incomplete list is not returned: the
-                dispatcher would take the missing calls for ended ones.
+                dispatcher would conclude that the missing calls have ended.
         """
         active = await retry_until_active(partial(self._calls_of, ACTIVE_SOCKET, owner))
         calls = dict.fromkeys(active.calls)
@@ -197,11 +188,9 @@ class SupervisorClient:
             raise SupervisorError(f"invalid list of calls from the supervisor: {error!r}") from error
 
     async def shut_down(self, name: str, deadline: float) -> None:
-        """Stop a supervisor and all its calls, which end with the error ``shutdown``; kill it after the deadline.
+        """Stop a supervisor and all its calls, which end with the error ``shutdown``.
 
-        Args:
-            name: the supervisor's socket; the supervisor may be dead.
-            deadline: seconds for an orderly stop.
+        It is killed after `deadline` seconds. It may be dead already.
         """
         with ExitStack() as closing:
             try:

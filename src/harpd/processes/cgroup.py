@@ -24,21 +24,14 @@ class Cgroup:
 
     def pids(self) -> set[int]:
         """Return the pids of all processes in it and in the cgroups below it."""
-        found: set[int] = set()
-        for directory, _, _ in os.walk(self.path):
-            with contextlib.suppress(OSError, ValueError):
-                with open(f"{directory}/cgroup.procs", "rb") as file:
-                    found |= {int(line) for line in file}
-        return found
+        return {
+            int(pid) for directory, _, _ in os.walk(self.path) for pid in _read(f"{directory}/cgroup.procs").split()
+        }
 
     @property
     def populated(self) -> bool:
         """Whether it or a cgroup below it has a live process, also one that forks too fast for a scan of /proc."""
-        try:
-            with open(f"{self.path}/cgroup.events", "rb") as file:
-                return b"populated 1\n" in file.read()
-        except OSError:  # it has been removed
-            return False
+        return b"populated 1\n" in _read(f"{self.path}/cgroup.events")
 
     @property
     def can_kill(self) -> bool:
@@ -52,18 +45,21 @@ class Cgroup:
 
     def out_of_memory(self) -> bool:
         """Return whether the kernel has killed one of its processes for lack of memory; False if that is not known."""
-        try:
-            with open(f"{self.path}/memory.events", "rb") as file:
-                counts = dict(line.split() for line in file)
-            return int(counts.get(b"oom_kill", 0)) > 0
-        except (OSError, ValueError):
-            return False
+        counts = dict(line.split() for line in _read(f"{self.path}/memory.events").splitlines())
+        return counts.get(b"oom_kill", b"0") != b"0"
 
     def remove(self) -> None:
         """Remove it if it is empty. Processes that a procedure left running on purpose stay in it."""
         for directory, _, _ in os.walk(self.path, topdown=False):
             with contextlib.suppress(OSError):
                 os.rmdir(directory)
+
+
+def _read(file: str) -> bytes:
+    """Return the content of a file; b"" if it cannot be read: the cgroup has been removed."""
+    with contextlib.suppress(OSError), open(file, "rb") as opened:
+        return opened.read()
+    return b""
 
 
 def create_cgroup(directory: str, call_id: str, pid: int) -> Cgroup | None:

@@ -33,10 +33,7 @@ def never_dump_core() -> None:
 
 
 def die_with_parent(parent: int) -> None:
-    """Have the kernel kill this process when its parent, given by its pid, dies; kill it now if the parent is dead.
-
-    A change of user clears this: call it afterwards.
-    """
+    """Have the kernel kill this process when its parent dies, until a change of user. Kill it if that has happened."""
     _prctl(_SET_PDEATHSIG, SIGKILL)
     if os.getppid() != parent:
         os.kill(os.getpid(), SIGKILL)

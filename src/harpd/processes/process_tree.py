@@ -118,36 +118,30 @@ class CallTree:
         own = (member for member in members if member.pid != self.pid or member.session == self.pid)
         return {member.group for member in own if member.group > 1}
 
+    def has_possible_escapes(
+        self, zygote: int, processes: Snapshot, mains: Container[tuple[int, int]], cookies: Container[bytes]
+    ) -> bool:
+        """Return whether an unknown process may belong to the call, whose main process has been reaped.
 
-def has_possible_escapes(
-    tree: CallTree,
-    zygote: int,
-    processes: Snapshot,
-    mains: Container[tuple[int, int]],
-    cookies: Container[bytes],
-) -> bool:
-    """Return whether an unknown process may belong to a call whose main process has been reaped.
+        The zygote is a subreaper, so orphans of a call become its children. A child of the zygote may belong to the
+        call, unless it is a main process, has the cookie of a known call, or is older than the call.
 
-    The zygote is a subreaper, so orphans of a call become its children. A child of the zygote may belong to the call,
-    unless it is a main process, has the cookie of a known call, or is older than the call.
-
-    Args:
-        tree: the call.
-        zygote: the pid of the zygote that has forked the call.
-        processes: a snapshot from after the main process was reaped.
-        mains: the main processes of the zygote's calls.
-        cookies: the cookies of all known calls. Any process can write other ones.
-    """
-    if not processes.complete or zygote not in processes:
-        return True
-    return any(
-        process.parent == zygote
-        and process.start >= tree.start
-        and process.alive
-        and process.identity not in mains
-        and not any(cookie in cookies for cookie in process.cookies)
-        for process in processes.values()
-    )
+        Args:
+            zygote: the pid of the zygote that has forked the call.
+            processes: a snapshot from after the main process was reaped.
+            mains: the main processes of the zygote's calls.
+            cookies: the cookies of all known calls. Any process can write other ones.
+        """
+        if not processes.complete or zygote not in processes:
+            return True
+        return any(
+            process.parent == zygote
+            and process.start >= self.start
+            and process.alive
+            and process.identity not in mains
+            and not any(cookie in cookies for cookie in process.cookies)
+            for process in processes.values()
+        )
 
 
 def take_snapshot() -> Snapshot:
@@ -227,10 +221,7 @@ def _read(pid: int) -> Process | None:
 
 
 def _read_stat(pid: int) -> tuple[bytes, list[bytes]] | None:
-    """Return the command of a process and the fields of its stat line from the state on; None if it is gone.
-
-    Raises PermissionError if it may not be read. Spec: proc_pid_stat(5).
-    """
+    """Return command and further fields of a stat line; otherwise like `_read`. Spec: proc_pid_stat(5)."""
     try:
         descriptor = os.open(f"/proc/{pid}/stat", os.O_RDONLY | os.O_CLOEXEC)
     except (FileNotFoundError, ProcessLookupError):
@@ -246,10 +237,7 @@ def _read_stat(pid: int) -> tuple[bytes, list[bytes]] | None:
 
 
 def start_time(pid: int, parent: int | None = None) -> int:
-    """Return the start time of a process in clock ticks since boot.
-
-    It is 0 if the process is gone, may not be read, or is not a child of `parent`.
-    """
+    """Return the start time of a process in clock ticks since boot; 0: it is gone, not readable, or not of `parent`."""
     try:
         found = _read_stat(pid)
     except PermissionError:
@@ -278,9 +266,8 @@ def send_signal(number: signal.Signals, identity: tuple[int, int]) -> bool:
 def kill_group(group: int) -> None:
     """Kill all processes of a group at once, so that none can fork while the others are killed.
 
-    Args:
-        group: one of `CallTree.process_groups` of a current snapshot. A group keeps its id while it has members. Ids
-            are assigned in ascending order, so a free id is reused only after all others.
+    The group is one of `CallTree.process_groups` of a current snapshot. It has its id while it has members. Ids are
+    assigned in ascending order, so a free id is reused only after all others.
     """
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(group, signal.SIGKILL)

@@ -28,14 +28,11 @@ class _ProcessOutcome:
 
 
 class StopReport:
-    """The results of all scans for a call's processes. `main`: pid and start time of the main process.
-
-    Attributes:
-        remaining: the processes that the last scan has found, by pid and start time.
-    """
+    """The results of all scans for a call's processes. `main`: pid and start time of the main process."""
 
     def __init__(self, main: tuple[int, int]) -> None:
         self._main = main
+        #: The processes that the last scan has found, by pid and start time.
         self.remaining: Mapping[tuple[int, int], Process] = {}
         self._outcomes = {main: _ProcessOutcome()}
         self._found = 1
@@ -64,16 +61,18 @@ class StopReport:
 
     def record_exit(self, status: int) -> None:
         """Record that the main process has been reaped, with this wait status."""
-        self._outcomes[self._main].ended = _describe_status(status)
+        code = os.waitstatus_to_exitcode(status)
+        if code >= 0:
+            ended = f"exit {code}"
+        else:
+            ended = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
+        self._outcomes[self._main].ended = ended
 
     def to_json(self, main_ended: bool, complete: bool, began: float, ended: float | None = None) -> dict[str, Any]:
         """Return the report as values that JSON can represent. Spec: docs/protocol.md, Resumable calls.
 
-        Args:
-            main_ended: whether the main process has been reaped. Until then it counts as a survivor.
-            complete: whether no process can have escaped.
-            began: Unix seconds.
-            ended: Unix seconds; None: now.
+        Until the main process has been reaped, it counts as a survivor. `complete`: no process can have escaped.
+        `began` and `ended` are Unix seconds; None: now.
         """
         survivors = {identity: process.command for identity, process in self.remaining.items()}
         if not main_ended:
@@ -91,10 +90,3 @@ class StopReport:
             "began": began,
             "ended": time.time() if ended is None else ended,
         }
-
-
-def _describe_status(status: int) -> str:
-    if os.WIFSIGNALED(status):
-        number = os.WTERMSIG(status)
-        return signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
-    return f"exit {os.waitstatus_to_exitcode(status)}"

@@ -37,7 +37,7 @@ from harp.protocol.harpd import encode_message
 from harp.protocol.json_text import InvalidJSON, Raw, dumps, loads
 from harpd.processes.cgroup import create_cgroup, delegated_cgroup
 from harpd.processes.cookie import cookie_for
-from harpd.processes.process_tree import CallTree, Snapshot, has_possible_escapes, send_signal, take_snapshot
+from harpd.processes.process_tree import CallTree, Snapshot, send_signal, take_snapshot
 from harpd.supervisor.event_loop import READ, WRITE, EventLoop, Timer
 from harpd.supervisor.spool import GUARANTEED_BYTES, SpoolQuota
 from harpd.supervisor.state_files import StateFiles
@@ -151,7 +151,7 @@ class CallContext:
     def has_possible_escapes(self, zygote: ZygoteClient, processes: Snapshot, tree: CallTree) -> bool:
         """Return whether an unknown process may belong to a call whose worker has ended."""
         cookies = {*self._recent_cookies, *map(cookie_for, self.calls)}
-        return has_possible_escapes(tree, zygote.pid, processes, zygote.worker_identities(), cookies)
+        return tree.has_possible_escapes(zygote.pid, processes, zygote.worker_identities(), cookies)
 
 
 class Call:

@@ -12,7 +12,6 @@ from harpd.proc import Procedure, StreamingProcedure
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    import inspect
     from collections.abc import Mapping, Sequence
     from typing import Any
 
@@ -75,14 +74,10 @@ class ArgumentCheck:
         try:
             signature.bind(*positional, **named)
         except TypeError as error:
-            raise WrongArguments(f"{error}; the procedure takes {_parameters(signature)}") from error
-
-
-def _parameters(signature: inspect.Signature) -> str:
-    """Return the parameters' names as text, without their defaults, which may be secret."""
-    empty = type(signature).empty
-    names = [
-        str(parameter.replace(default=empty, annotation=empty)) + ("" if parameter.default is empty else "=...")
-        for parameter in signature.parameters.values()
-    ]
-    return f"({', '.join(names)})"
+            # Without the defaults, which may be secret.
+            empty = type(signature).empty
+            names = [
+                str(parameter.replace(default=empty, annotation=empty)) + ("" if parameter.default is empty else "=...")
+                for parameter in signature.parameters.values()
+            ]
+            raise WrongArguments(f"{error}; the procedure takes ({', '.join(names)})") from error

@@ -39,8 +39,7 @@ if TYPE_CHECKING:
 
 #: The signals of calls.
 CALL_SIGNALS = (_signal.SIGXCPU, _signal.SIGTERM)
-#: The most bytes of a record or a result: clients and dispatchers read lines of up to 64 MiB, of which the envelope has
-#: 64 bytes.
+#: The most bytes of a record or a result: peers read lines of up to 64 MiB, of which the envelope has 64 bytes.
 MAX_PAYLOAD_BYTES = 64 * 1024 * 1024 - 64
 #: The most characters of a traceback.
 _MAX_TRACEBACK_LENGTH = 16 * 1024
@@ -97,10 +96,7 @@ class _CallRejected(Exception):
 
 
 class _Channel:
-    """The channel of this process, and not of the processes that it forks.
-
-    Reading and writing raise OSError if the supervisor has died or the procedure has closed the descriptor.
-    """
+    """The channel of this process, and not of the processes that it forks. Both directions may raise OSError."""
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor

@@ -95,8 +95,7 @@ def _group_id(group: Identity) -> int:
 def drop_privileges(uid: int | None, gid: int | None, groups: tuple[int, ...] | None) -> None:
     """Change to these ids irrevocably, groups first and user last, then verify the result.
 
-    Raises:
-        UserError: the system has refused. The process must not continue.
+    Raises `UserError`: the system has refused. The process must not continue.
     """
     try:
         if groups is not None and gid is not None:

@@ -25,8 +25,7 @@ class ProceduresError(Exception):
 def load_procedures(file: str | os.PathLike[str]) -> Mapping[str, Procedure]:
     """Run a procedures file and return its procedures by name.
 
-    Raises:
-        ProceduresError: the file cannot be read, or raises an exception, SystemExit included.
+    Raises `ProceduresError`: the file cannot be read, or raises an exception, SystemExit included.
     """
     path = os.fspath(file)
     module = sys.modules[MODULE_NAME] = ModuleType(MODULE_NAME)

@@ -53,9 +53,8 @@ if TYPE_CHECKING:
 
 #: The most bytes of the first command, which has the search path, and of the others.
 _MAX_LOAD_COMMAND_BYTES, _MAX_COMMAND_BYTES = 1 << 18, 64
-#: How many descriptors come with a fork command, and how many bytes each needs.
-_DESCRIPTOR_COUNT, _DESCRIPTOR_SIZE = 3, 4
-_ANCILLARY_SIZE = CMSG_SPACE(_DESCRIPTOR_COUNT * _DESCRIPTOR_SIZE)
+#: How many descriptors come with a fork command, and their size in the message: 4 bytes each.
+_DESCRIPTORS, _ANCILLARY_SIZE = 3, CMSG_SPACE(3 * 4)
 
 
 class _Zygote:
@@ -121,7 +120,7 @@ class _Zygote:
             return False
         descriptors = memoryview(b"".join([item for _, _, item in ancillary])).cast("i")
         try:
-            if len(descriptors) != _DESCRIPTOR_COUNT:
+            if len(descriptors) != _DESCRIPTORS:
                 raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
             pid = os.fork()
             if not pid:
