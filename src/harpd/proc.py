@@ -1,4 +1,4 @@
-"""The public interface of procedures files: decorators, result, base classes. It imports nothing else of harpd.
+"""The public interface of procedures files: decorators, result, base classes. It imports no other module of harpd.
 
     from harpd.proc import procedure, streaming_procedure, Result
 
@@ -64,8 +64,8 @@ class Procedure:
         function: the function that a call runs.
         timeout: the time limit of a call in seconds; None: no limit.
         uid: the user of a call, id or name; None: the default of harpd.
-        gid: the group, id or name, or a list of groups (first: primary, all: supplementary). None: for a user that the
-            system knows, the groups of this user; for another user, group 65534; without `uid`, the default of harpd.
+        gid: the group, id or name, or a list of groups (first: primary, all: supplementary). None: for a user in the
+            user database, the groups of this user; for another user, group 65534; without `uid`, the default of harpd.
         max_calls_per_process: how many calls a process serves, one after the other. 1: each call has its own.
 
     Raises:
@@ -78,7 +78,7 @@ class Procedure:
     #: Whether a call yields records before its end result.
     streaming: ClassVar[bool] = False
 
-    # Defaults for a subclass whose `__init__` sets none of them.
+    # Defaults for a subclass whose `__init__` does not set them.
     timeout: float | None = None
     uid: Identity | None = None
     gid: tuple[Identity, ...] | None = None
@@ -102,7 +102,7 @@ class Procedure:
         self.__name__ = getattr(function, "__name__", type(self).__name__)
 
     def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
-        """Run the function in this process, as a plain call would."""
+        """Run the function in this process, as a plain call does."""
         return self.function(*args, **kwargs)
 
     def signature(self) -> inspect.Signature:
@@ -111,7 +111,7 @@ class Procedure:
         For ``__call__(self, *args, **kwargs)``, it is that of the function.
 
         Raises:
-            ValueError: it has none, like some functions in C; then the arguments of a call are not checked.
+            ValueError: there is no signature, as for some functions in C; then the arguments of a call are not checked.
         """
         import inspect  # large, and most calls do not need it; see `harpd.worker.arguments`
 

@@ -1,8 +1,8 @@
 """The loaded configuration, which a reload replaces as a whole: settings, certificate, users, log settings.
 
 ``--test``, the start and every reload use the same functions, so they find the same errors. Authentication modules and
-the procedures file are Python code that runs when it is loaded. ``--test`` loads them in a child process, which keeps
-their side effects out of this process and their output out of this program's output.
+the procedures file are Python code that runs when it is loaded. ``--test`` loads them in a child process, so their
+side effects and their output stay there.
 """
 
 from __future__ import annotations

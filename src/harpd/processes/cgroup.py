@@ -44,12 +44,12 @@ class Cgroup:
             file.write(b"1")
 
     def out_of_memory(self) -> bool:
-        """Return whether the kernel has killed one of its processes for lack of memory; False if that is not known."""
+        """Return whether the kernel has killed one of its processes for lack of memory; False if that is unknown."""
         counts = dict(line.split() for line in _read(f"{self.path}/memory.events").splitlines())
         return counts.get(b"oom_kill", b"0") != b"0"
 
     def remove(self) -> None:
-        """Remove it if it is empty. Processes that a procedure left running on purpose stay in it."""
+        """Remove it if it is empty. Services that a procedure has started on purpose stay in it."""
         for directory, _, _ in os.walk(self.path, topdown=False):
             with contextlib.suppress(OSError):
                 os.rmdir(directory)

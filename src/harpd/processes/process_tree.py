@@ -77,7 +77,7 @@ class CallTree:
     pid: int  #: The main process, which leads the session of the call.
     start: int  #: The start time of the main process.
     cookie: bytes  #: The environment cookie that the processes inherit, see `harpd.processes.cookie`.
-    cgroup: Cgroup | None = None  #: A process leaves it only on purpose (`su` may).
+    cgroup: Cgroup | None = None  #: Processes move out of it only on purpose (`su` may).
 
     def members(
         self, processes: Mapping[int, Process], known: Iterable[tuple[int, int]] = (), late: bool = False
@@ -124,13 +124,13 @@ class CallTree:
         """Return whether an unknown process may belong to the call, whose main process has been reaped.
 
         The zygote is a subreaper, so orphans of a call become its children. A child of the zygote may belong to the
-        call, unless it is a main process, has the cookie of a known call, or is older than the call.
+        call, unless it is a main process, has one of the cookies, or is older than the call.
 
         Args:
             zygote: the pid of the zygote that has forked the call.
             processes: a snapshot from after the main process was reaped.
             mains: the main processes of the zygote's calls.
-            cookies: the cookies of all known calls. Any process can write other ones.
+            cookies: the cookies of present and recent calls. Any process can write other ones.
         """
         if not processes.complete or zygote not in processes:
             return True
@@ -187,8 +187,8 @@ def _add(pid: int, processes: dict[int, Process]) -> bool:
 def _read_cookies(process: Process) -> frozenset[bytes] | None:
     """Return the cookies that a process was executed with; None if it is exiting and shows no environment any more.
 
-    A process in uninterruptible sleep is not read: it may hold a lock that the read would wait for, as long as its disk
-    or network is unavailable. Kernel threads and dead processes have no environment. (A session id of 0 does not
+    A process in uninterruptible sleep is not read: the read could wait for a lock of it, as long as its disk or network
+    is unavailable. Kernel threads and dead processes have no environment. (A session id of 0 does not
     identify a kernel thread: in a container, the session leader may be outside.)
     """
     if process.state == "D" or process.flags & _KERNEL_THREAD or not process.alive:

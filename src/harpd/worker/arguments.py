@@ -33,7 +33,7 @@ class ArgumentCheck:
         self._names: tuple[str, ...] | None = None  # of the parameters that may be named
         # How many positional arguments certainly fit, at least and at most.
         self._least, self._most = 0, -1
-        function = getattr(procedure, "function", None)  # a subclass may have none
+        function = getattr(procedure, "function", None)  # missing in some subclasses
         if (
             type(procedure) not in (Procedure, StreamingProcedure)
             or type(function) is not FunctionType
@@ -69,7 +69,7 @@ class ArgumentCheck:
     def _bind(self, positional: Sequence[Any], named: Mapping[str, Any]) -> None:
         try:
             signature = self._procedure.signature()
-        except ValueError:  # some functions that are written in C have none
+        except ValueError:  # as for some functions in C
             return
         try:
             signature.bind(*positional, **named)

@@ -82,7 +82,7 @@ class SignalGuard:
 
 
 def _exit_with(interruption: TimeLimit | Cancelled) -> NoReturn:
-    """End this process by the signal of this exception: the supervisor knows which signals it has sent."""
+    """End this process by the signal of this exception, which the supervisor has sent."""
     number = _signal.SIGXCPU if isinstance(interruption, TimeLimit) else _signal.SIGTERM
     never_dump_core()
     _signal.signal(number, _signal.SIG_DFL)
@@ -131,8 +131,8 @@ class Worker:
     Args:
         procedures: the procedures, by the numbers with which the supervisor names them.
         cookie: the cookie of this process.
-        default_user: the user of a procedure that names none; None: that of harpd.
-        default_group: the group of a procedure that names neither user nor group; None: those of the user.
+        default_user: the user of a procedure without `uid`; None: that of harpd.
+        default_group: the group of a procedure without `uid` and `gid`; None: the groups of the user.
         tracebacks: whether the supervisor gets the traceback of an exception.
     """
 

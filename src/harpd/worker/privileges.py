@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from harpd.proc import Identity
 
-#: The group of a user that the system does not know and for whom no group is configured: nogroup, with no rights.
+#: The group of a user without an entry and without a configured group: nogroup, which has no rights.
 _OVERFLOW_GROUP = 65534
 
 
@@ -25,11 +25,11 @@ def change_user(user: Identity | None, groups: Sequence[Identity] | None) -> Non
 
     Args:
         user: id or name of the user; None: no change.
-        groups: ids or names of groups, the first is primary, all are supplementary. None: a user that the system knows
-            gets its own groups; another user id gets group 65534 and no supplementary group.
+        groups: ids or names of groups, the first is primary, all are supplementary. None: a user with an entry in the
+            user database gets its own groups; another user id gets group 65534 and no supplementary group.
 
     Raises:
-        UserError: a name is not known, or the system has refused. The process must not continue.
+        UserError: a name is unknown, or the system has refused. The process must not continue.
     """
     uid, gid, group_ids, entry = resolve_credentials(user, groups)
     if uid is not None:
@@ -42,7 +42,7 @@ def change_user(user: Identity | None, groups: Sequence[Identity] | None) -> Non
     drop_privileges(uid, gid, group_ids)
     if entry is not None:
         os.environ.update(USER=entry.pw_name, LOGNAME=entry.pw_name, HOME=entry.pw_dir or "/")
-    elif uid is not None:  # a user that the system does not know, so the variables are another user's
+    elif uid is not None:  # without an entry, so the variables are another user's
         os.environ["HOME"] = "/"
         os.environ.pop("USER", None)
         os.environ.pop("LOGNAME", None)
@@ -51,9 +51,9 @@ def change_user(user: Identity | None, groups: Sequence[Identity] | None) -> Non
 def resolve_credentials(
     user: Identity | None, groups: Sequence[Identity] | None
 ) -> tuple[int | None, int | None, tuple[int, ...] | None, pwd.struct_passwd | None]:
-    """Return user id, primary group id, ids of all groups, and the entry of the user if the system knows it.
+    """Return user id, primary group id and ids of all groups (None: those of the daemon), and the user's entry if any.
 
-    None: that of the daemon. The arguments are those of `change_user`. Raises `UserError`: a name is not known.
+    The arguments are those of `change_user`. Raises `UserError`: a name is unknown.
     """
     uid, entry = _find_user(user)
     if groups is not None:
@@ -67,7 +67,7 @@ def resolve_credentials(
 
 
 def _find_user(user: Identity | None) -> tuple[int | None, pwd.struct_passwd | None]:
-    """Return the user's id, and its entry if the system knows it."""
+    """Return the user's id, and its entry if it has one."""
     if user is None:
         return None, None
     try:

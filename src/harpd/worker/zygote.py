@@ -1,7 +1,7 @@
 """The zygote (a fork server): it has loaded the procedures file, forks the workers and reaps them.
 
 The supervisor has it fork workers before there are calls for them, gives each call to a worker over the worker's
-channel, and receives the worker's output there. The zygote takes no part in a call.
+channel, and receives the worker's output there. The zygote is not involved in calls.
 
 It is leaner than the supervisor, because the cost of a fork grows with the memory of its parent. It is executed, not
 forked, so it has never had a key or a password in memory. It exits when the supervisor closes the socket, and is killed
@@ -198,4 +198,4 @@ def main() -> NoReturn:
             zygote.serve(worker)
     except ConnectionError:
         pass  # the supervisor has died
-    os._exit(0)  # threads that the procedures file has started do not keep a retired zygote alive
+    os._exit(0)  # also if the procedures file has started threads that still run
