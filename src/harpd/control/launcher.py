@@ -1,7 +1,8 @@
 """Launches the supervisor: starts it, restarts it when it dies, replaces it at a reload.
 
 A supervisor is the process ``python -m harpd.supervisor.main LIFELINE``. LIFELINE is an inherited descriptor: one end
-of a socket pair whose other end the launcher has. The supervisor reads its settings, one JSON object, from stdin.
+of a socket pair whose other end the launcher has. The supervisor reads its settings, one JSON object, from stdin. It
+sends its instance id over the lifeline when it is active, and its exit closes the lifeline.
 
 A supervisor creates its own sockets and can outlive its launcher. At its start and at each reload, the launcher makes
 older supervisors *retire*: they accept no new calls and exit after their last one. A full stop ends all supervisors.
@@ -15,7 +16,6 @@ starts again.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import os
 import signal
@@ -37,16 +37,15 @@ from harpd.control.supervisor_client import SupervisorClient, SupervisorError, S
 
 log = logging.getLogger("harpd.control")
 
-#: Seconds for a supervisor to load the procedures file and to reply; seconds between two status requests meanwhile.
-_START_TIMEOUT, _POLL_INTERVAL = 60.0, 0.02
-#: Seconds for one status reply. It may be an older, hanging supervisor that is still active: the request is repeated.
-_REPLY_TIMEOUT = 2.0
+#: Seconds for a supervisor to load the procedures file and to become active.
+_START_TIMEOUT = 60.0
 #: Seconds for a supervisor to stop, beyond the calls' two grace periods.
 STOP_MARGIN = 5.0
 #: Seconds between two starts of a supervisor that dies: the first delay, and the longest.
 _MIN_DELAY, _MAX_DELAY = 0.1, 30.0
 #: A supervisor that ran this many seconds resets the delay.
 _STABLE_TIME = 10.0
+_READ_SIZE = 100
 
 
 class SupervisorLauncher:
@@ -78,34 +77,25 @@ class SupervisorLauncher:
             child = SupervisorProcess(self._settings(), self._stderr)
             self._processes.add(child)
             child.exit_status.add_done_callback(lambda _: self._processes.discard(child))
+            outcomes: set[asyncio.Future[Any]] = {child.instance, child.exit_status}
             try:
-                instance = await self._wait_until_ready(child)
-            except BaseException:
-                child.process.kill()
-                raise
+                await asyncio.wait(outcomes, timeout=_START_TIMEOUT, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                if not child.instance.done():
+                    child.process.kill()
+            if not child.instance.done():
+                if child.exit_status.done():
+                    exited = describe_exit(child.exit_status.result())
+                    raise SupervisorError(f"the supervisor exited before it was ready ({exited})")
+                raise SupervisorError(f"the supervisor did not reply within {_START_TIMEOUT:g} s")
             if self._active is not None:
                 self._active.retired = True
             self._active = child
             child.exit_status.add_done_callback(partial(self._on_exit, child))
             log.info("supervisor started", extra={"supervisor": child.process.pid})
             for name in self._client.socket_names():
-                if not name.endswith(instance):
+                if not name.endswith(child.instance.result()):
                     await self._retire(name)
-
-    async def _wait_until_ready(self, child: SupervisorProcess) -> str:
-        """Wait until the supervisor is active; return its instance."""
-        try:
-            async with asyncio.timeout(_START_TIMEOUT):
-                while not child.exit_status.done():
-                    with contextlib.suppress(SupervisorError):
-                        status = await self._client.request({"control": "status"}, _REPLY_TIMEOUT)
-                        if status["supervisor"] == child.process.pid:
-                            return str(status["instance"])
-                    await asyncio.wait({child.exit_status}, timeout=_POLL_INTERVAL)
-        except TimeoutError as error:
-            raise SupervisorError(f"the supervisor did not reply within {_START_TIMEOUT:g} s") from error
-        exited = describe_exit(child.exit_status.result())
-        raise SupervisorError(f"the supervisor exited before it was ready ({exited})")
 
     async def _retire(self, name: str) -> None:
         try:
@@ -166,6 +156,7 @@ class SupervisorProcess:
         loop = asyncio.get_running_loop()
         self.started = time.monotonic()
         self.retired = False
+        self.instance: asyncio.Future[str] = loop.create_future()  #: Its instance id, once it is active.
         self.exit_status: asyncio.Future[int] = loop.create_future()
         self._lifeline, inherited = socket.socketpair()
         with inherited, os.fdopen(os.memfd_create("settings"), "w+b") as stdin:
@@ -181,12 +172,14 @@ class SupervisorProcess:
                 start_new_session=True,  # ^C in a terminal goes to the launcher, which then stops the supervisor
                 env={name: value for name, value in os.environ.items() if name != "NOTIFY_SOCKET"},
             )
-        self._pidfd = os.pidfd_open(self.process.pid)
-        loop.add_reader(self._pidfd, self._on_process_exit)
+        loop.add_reader(self._lifeline, self._on_lifeline)
 
-    def _on_process_exit(self) -> None:
-        asyncio.get_running_loop().remove_reader(self._pidfd)
-        os.close(self._pidfd)
+    def _on_lifeline(self) -> None:
+        """Receive the instance id; or the end of the lifeline, which the supervisor closes with its exit."""
+        if instance := self._lifeline.recv(_READ_SIZE):
+            self.instance.set_result(instance.decode())
+            return
+        asyncio.get_running_loop().remove_reader(self._lifeline)
         self._lifeline.close()
         self.exit_status.set_result(self.process.wait())
 

@@ -35,8 +35,9 @@ call are gone: the close proves it. A connection with another first line receive
     {"control": "retire"}                       {"ok": true}; it accepts no new calls and exits after its last one
     {"control": "shutdown"}                     {"ok": true}, once every call has ended with the error shutdown
 
-When its launcher closes the lifeline, a supervisor with the setting `outlive` continues while it has calls. Without it,
-the runtime directory is temporary, and no other program could find the supervisor: it stops all calls and exits.
+A supervisor sends its instance id over the lifeline when it is active. When its launcher closes the lifeline, it
+continues while it has calls if it has the setting `outlive`. Without it, the runtime directory is temporary, and no
+other program could find the supervisor: it stops all calls and exits.
 
 `harpd.config.loaded.SupervisorConfig.supervisor_settings` returns the settings, see docs/settings-harpd.md. A call has
 the settings of its start. `descriptors` is the limit of open files for calls; absent: this process's own at its start.
@@ -46,6 +47,7 @@ The only secrets that the supervisor has are the owners and secrets of calls.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import logging
 import math
@@ -159,6 +161,8 @@ class Supervisor:
         if not self._context.shutting_down and not self._retired:
             self._accepting = True
             self._listener.become_active()
+            with contextlib.suppress(OSError):  # the launcher has died
+                self._lifeline.send(self._instance.encode())
 
     def _restart_zygote(self) -> None:
         if self._zygote is None:

@@ -65,8 +65,8 @@ class _Zygote:
         self._cookie = EnvCookie()
         self._child_deaths, self._wakeup = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
 
-    def load(self) -> Worker | None:
-        """Load the procedures file that the first command names, and report the result; None: it cannot be loaded."""
+    def load(self) -> Worker:
+        """Load the procedures file that the first command names, and report the result; exit if it cannot be loaded."""
         command = loads(self._supervisor.recv(_MAX_LOAD_COMMAND_BYTES))
         sys.path[:] = command["path"]
         _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -76,7 +76,7 @@ class _Zygote:
             procedures = load_procedures(command["load"])
         except ProceduresError as error:
             self._send({"error": str(error)})
-            return None
+            os._exit(0)
         for name, procedure in procedures.items():
             timeout, max_calls = procedure.timeout, procedure.max_calls_per_process
             self._send(
@@ -194,8 +194,7 @@ def main() -> NoReturn:
     die_with_parent(supervisor)
     try:
         zygote = _Zygote(socket(fileno=descriptor))
-        if worker := zygote.load():
-            zygote.serve(worker)
+        zygote.serve(zygote.load())
     except ConnectionError:
         pass  # the supervisor has died
     os._exit(0)  # also if the procedures file has started threads that still run
