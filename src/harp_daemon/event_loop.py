@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import asyncio.sslproto
-import contextlib
-import ctypes
-import gc
 import logging
 import sys
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
-from harp_daemon import logs
+from harp_daemon import logs, memory
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-_TRIM_BYTES, _MMAP_BYTES = 64 * 1024 * 1024, 16 * 1024 * 1024
+_KEPT_BYTES, _MAPPED_BYTES = 64 * 1024 * 1024, 16 * 1024 * 1024
 
 #: Receive buffer of each TLS connection, in bytes. asyncio allocates 256 KiB, even for an idle connection.
 _TLS_RECEIVE_BYTES = 32 * 1024
@@ -27,18 +23,12 @@ _TLS_RECEIVE_BYTES = 32 * 1024
 #: Seconds after which a thread that is busy lets the event loop run. With Python's 5 ms, each event waits so long.
 _SWITCH_INTERVAL = 0.0005
 
-#: Thresholds of the garbage collector. With Python's, a stream of records causes a full collection, which visits all
-#: records that wait for the store, several times per second.
-_GC_THRESHOLDS = 5000, 5, 20
-
 
 def run(main: Coroutine[Any, Any, T]) -> T:
     """Run the coroutine of a daemon to its end and return its result."""
-    _keep_freed_memory()
+    memory.tune(_KEPT_BYTES, _MAPPED_BYTES)
     asyncio.sslproto.SSLProtocol.max_size = _TLS_RECEIVE_BYTES
     sys.setswitchinterval(_SWITCH_INTERVAL)
-    gc.set_threshold(*_GC_THRESHOLDS)
-    gc.freeze()  # a full collection does not visit the objects of the program itself, which takes 20 ms
     try:
         with asyncio.Runner() as runner:
             runner.get_loop().set_exception_handler(_log_unexpected)
@@ -51,11 +41,3 @@ def run(main: Coroutine[Any, Any, T]) -> T:
 def _log_unexpected(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
     error = context.get("exception")
     log.error("unexpected error", exc_info=error, extra={"where": context.get("message")})
-
-
-def _keep_freed_memory() -> None:
-    """Make glibc reuse the memory of receive buffers. Mapping and unmapping it each time doubles the cost of a read."""
-    with contextlib.suppress(AttributeError, OSError):  # another C library
-        libc = ctypes.CDLL(None)
-        libc.mallopt(_M_TRIM_THRESHOLD, _TRIM_BYTES)
-        libc.mallopt(_M_MMAP_THRESHOLD, _MMAP_BYTES)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from harp.protocol.fields import ProtocolError, check
-from harp.protocol.json_text import InvalidJSON, loads
+from harp.protocol.json_text import InvalidJSON, Raw, loads
 from harpd.supervisor.event_loop import READ, WRITE, EventLoop
 from harpd.supervisor.frame_socket import FrameSocket
 from harpd.supervisor.frames import (
@@ -197,7 +197,7 @@ class Link(FrameSocket):
         self,
         loop: EventLoop,
         connection: socket.socket,
-        on_start: Callable[[LinkChannel, Mapping[str, Any], bytes], None],
+        on_start: Callable[[LinkChannel, Mapping[str, Any], Raw], None],
         on_attach: Callable[[LinkChannel, Mapping[str, Any]], None],
         on_lost: Callable[[Link], None],
     ) -> None:
@@ -268,12 +268,12 @@ class Link(FrameSocket):
 
     def _open(self, number: int, kind: int, body: bytes) -> None:
         channel = self._channels[number] = LinkChannel(self, number)
-        head, _, arguments = body.partition(b"\n")
+        head = body[: body.find(b"\n")] if kind == START else body
         try:
             facts = loads(head)
             check(isinstance(facts, dict), "expected an object")
             if kind == START:
-                self._on_start(channel, facts, arguments)
+                self._on_start(channel, facts, Raw(memoryview(body)[len(head) + 1 :]))
             else:
                 self._on_attach(channel, facts)
         except (KeyError, InvalidJSON, ProtocolError) as error:

@@ -48,7 +48,6 @@ The only secrets that the supervisor has are the owners and secrets of calls.
 from __future__ import annotations
 
 import contextlib
-import gc
 import logging
 import math
 import os
@@ -65,7 +64,7 @@ from harp.protocol.ends import Failed
 from harp.protocol.fields import ProtocolError, check, required_string
 from harp.protocol.harpd import encode_message
 from harp.protocol.json_text import JSONObject, Raw, dumps, loads
-from harp_daemon import logs
+from harp_daemon import logs, memory
 from harpd.supervisor.call import Call, CallContext, StopReason
 from harpd.supervisor.event_loop import READ, EventLoop
 from harpd.supervisor.frames import VERSION
@@ -79,6 +78,8 @@ from harpd.supervisor.state_files import CALL_ID
 from harpd.supervisor.zygote_client import ZygoteClient
 
 log = logging.getLogger("harpd.supervisor")
+
+_KEPT_BYTES, _MAPPED_BYTES = 16 * 1024 * 1024, 8 * 1024 * 1024
 
 #: Seconds between two checks for dead supervisors; and while orphaned processes are dying, or the exit is near.
 _CHECK_INTERVAL, _BUSY_CHECK_INTERVAL = 1.0, 0.05
@@ -192,17 +193,17 @@ class Supervisor:
         if rejection is not None:
             channel.reject(encode_message(rejection))
 
-    def _on_start(self, channel: LinkChannel, facts: Mapping[str, Any], arguments: bytes) -> None:
+    def _on_start(self, channel: LinkChannel, facts: Mapping[str, Any], arguments: Raw) -> None:
         call_id, name = read_texts(facts, "call", "procedure")
         if not CALL_ID.fullmatch(call_id):
             raise ProtocolError(f"call: expected a UUID, got {call_id!r}")
-        if arguments[:1] not in (b"[", b"{") or b"\n" in arguments:
+        if arguments[:1] not in (b"[", b"{") or arguments.find(b"\n") >= 0:
             raise ProtocolError("arguments: expected an array or an object")
         call = self._create_call(channel, call_id, name, facts)
         if isinstance(call, Failed):
             channel.reject(encode_message(call))
         else:
-            call.start(Raw(arguments), facts.get("authentication"))
+            call.start(arguments, facts.get("authentication"))
 
     def _create_call(self, channel: LinkChannel, call_id: str, name: str, facts: Mapping[str, Any]) -> Call | Failed:
         """Create a call, with a worker and a session; or return why it is rejected."""
@@ -375,7 +376,7 @@ def main() -> NoReturn:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):  # the launcher handles signals to all of harpd
         signal.signal(number, signal.SIG_IGN)
     os.set_inheritable(lifeline, False)
-    gc.freeze()  # a full collection, which stops the loop, does not visit the objects of the program itself
+    memory.tune(_KEPT_BYTES, _MAPPED_BYTES)
     loop = EventLoop()
     logs.write_per_turn(loop.call_soon)
     Supervisor(loop, socket.socket(fileno=lifeline), {"descriptors": soft, **settings})
