@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, replace
+
+from msgspec.structs import asdict, replace
 
 from harp.protocol.ends import Cancelled, End
 from harp.protocol.json_text import Raw
@@ -207,6 +208,6 @@ class ModelStore:
             del self.limits[canonical(job.queue)]
 
     def _put(self, job: Job, **changes: object) -> Job:
-        changed = replace(job, **changes)  # type: ignore[arg-type]
+        changed = replace(job, **changes)
         self.jobs[job.id] = (self.jobs[job.id][0], changed)
         return changed

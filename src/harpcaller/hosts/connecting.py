@@ -12,6 +12,7 @@ import socket
 import ssl
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, TypeAlias
 
 from harp.protocol.ends import Failed
@@ -61,10 +62,7 @@ async def open_connection(
 
     A received line may have `record_line` bytes, or `max_line` if that is less.
     """
-
-    def create() -> HarpdConnection:
-        return HarpdConnection(timers, min(max_line, config.record_line))
-
+    create = partial(HarpdConnection, timers, min(max_line, config.record_line))
     chain_error: str | None = None
     for context in tls.contexts:
         try:

@@ -369,12 +369,10 @@ class HarpdConnection(asyncio.Protocol):
     # Heartbeats.
 
     def start_heartbeat(self, peer_time: float, timeout: float, at_once: bool) -> None:
-        """Send heartbeats until the request is finished or the connection is closed.
+        """Send heartbeats until the request is finished or the connection is closed; the first one `at_once` or later.
 
-        Args:
-            peer_time: the host's timestamp in its acknowledgement.
-            timeout: seconds without a heartbeat after which the host ends the call.
-            at_once: whether to send the first one now. The request of a new call was one.
+        `peer_time` is the host's timestamp in its acknowledgement. After `timeout` seconds without a heartbeat, the
+        host ends the call.
         """
         self._peer_time = peer_time
         interval = min(_HEARTBEAT_INTERVAL, timeout / (_MAX_MISSED_HEARTBEATS + 2))

@@ -66,11 +66,7 @@ def parse_hosts(lines: Iterable[bytes]) -> ParsedHosts:
 
 
 def parse_line(line: bytes) -> Host:
-    """Parse one host.
-
-    Raises:
-        ProtocolError: the line is not a valid host; the message never quotes a value.
-    """
+    """Return the host of a line. Raises `ProtocolError` if it is invalid; the message never quotes a value."""
     members = decode_object(line, decode_values)
     reject_unknown_keys(members, ("hostname", "address", "port", "credentials"))
     credentials = required_object(members, "credentials")

@@ -187,11 +187,7 @@ def _accept(registry: ParsedHosts, source: Path) -> Mapping[str, Host]:
 
 
 def read_cache(file: Path) -> CachedHosts:
-    """Return the cached hosts; an empty value if the file does not exist or has another format.
-
-    Raises:
-        OSError: the file cannot be read.
-    """
+    """Return the cached hosts; an empty value if the file does not exist or has another format. Raises OSError."""
     try:
         header, *lines = file.read_bytes().split(b"\n")
     except FileNotFoundError:
@@ -203,8 +199,7 @@ def read_cache(file: Path) -> CachedHosts:
 def write_cache(file: Path, cached: CachedHosts) -> Path | None:
     """Replace the file. Rename a file of another format, such as the legacy dispatcher's, and return its new name.
 
-    Raises:
-        OSError: the file cannot be written; then it is unchanged.
+    Raises OSError if the file cannot be written; then it is unchanged.
     """
     file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     new = file.with_name(f"{file.name}.new")

@@ -14,12 +14,10 @@ T = TypeVar("T")
 
 
 class WatchedFile(Generic[T]):
-    """The parsed contents of a file.
+    """The parsed contents of a file. Raises OSError, or ValueError if `parse` raises it for invalid contents.
 
     A change is detected by modification time, size and inode. If the changed file cannot be read or parsed, the
-    error is logged once and the previous value remains. `parse` raises ValueError for invalid contents.
-
-    Raises OSError or ValueError if the file cannot be read or parsed.
+    error is logged once and the previous value remains.
     """
 
     def __init__(self, file: Path, parse: Callable[[bytes], T]) -> None:

@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from msgspec import Struct
+
 from harp.protocol.ends import Cancelled, End, Failed, Raised, Returned
 from harp.protocol.json_text import Raw
 
@@ -56,8 +58,7 @@ class StopState(StrEnum):
 _NULL = Raw(b"null")
 
 
-@dataclass(frozen=True, slots=True)
-class NewJob:
+class NewJob(Struct, frozen=True):
     """A job that is to be stored."""
 
     id: str  # UUID in its lower-case text form
@@ -71,8 +72,7 @@ class NewJob:
     info: Raw = _NULL
 
 
-@dataclass(frozen=True, slots=True)
-class Job:
+class Job(Struct, frozen=True):
     """A stored job. Times are Unix seconds with fractions; None: not yet, or never.
 
     A job holds a slot of its queue and host from its start until the host has confirmed the end of the call or was
@@ -97,8 +97,7 @@ class Job:
     stop: StopState | None = None  # None: it was not stopped
 
 
-@dataclass(frozen=True, slots=True)
-class JobMetadata:
+class JobMetadata(Struct, frozen=True):
     """What is stored about a job's call in addition to its end. Each attribute is a JSON object as text."""
 
     call: Raw | None = None  # where and how the call runs: address, attempts, whether it is resumable
@@ -110,8 +109,7 @@ class JobMetadata:
 NO_METADATA = JobMetadata()
 
 
-@dataclass(frozen=True, slots=True)
-class Records:
+class Records(Struct, frozen=True):
     """Consecutive records of a stream: their values, and the time of each (Unix seconds with fractions)."""
 
     values: Sequence[Raw] = ()
@@ -121,8 +119,7 @@ class Records:
         return len(self.values)
 
 
-@dataclass(frozen=True, slots=True)
-class QueuePosition:
+class QueuePosition(Struct, frozen=True):
     """Why a queued job has no slot yet."""
 
     position: int  # among the queued jobs of its lane, from 1
@@ -132,8 +129,7 @@ class QueuePosition:
     slots_held_on_host: int  # number of jobs that hold a slot on its host, with or without a queue
 
 
-@dataclass(frozen=True, slots=True)
-class JobDetails:
+class JobDetails(Struct, frozen=True):
     """A job with everything that is stored about it."""
 
     job: Job
