@@ -180,18 +180,13 @@ class Supervisor:
         if "link" in request:
             version = request.value("link")
             check(version == VERSION, f"link: expected version {VERSION}, got {version!r}")
-            link = Link(self._loop, connection, self._on_start, self._on_attach, self._links.discard)
+            link = Link(self._loop, connection, self._on_start, self._registry.attach, self._links.discard)
             self._links.add(link)
             link.receive(received)
         elif "control" in request:
             self._handle_control(connection, request)
         else:
             send_final_reply(self._loop, connection, self._registry.list_calls(required_string(request, "calls")))
-
-    def _on_attach(self, channel: LinkChannel, facts: Mapping[str, Any]) -> None:
-        rejection = self._registry.attach(channel, facts)
-        if rejection is not None:
-            channel.reject(encode_message(rejection))
 
     def _on_start(self, channel: LinkChannel, facts: Mapping[str, Any], arguments: Raw) -> None:
         call_id, name = read_texts(facts, "call", "procedure")

@@ -107,8 +107,8 @@ class CallRegistry:
         self._state_files.mark_reported(session.id)
         self._tombstones.add(session.terms.owner, session.id, self._loop.now())
 
-    def attach(self, channel: LinkChannel, facts: Mapping[str, Any]) -> Failed | None:
-        """Attach a link channel to a call, or return why not."""
+    def attach(self, channel: LinkChannel, facts: Mapping[str, Any]) -> None:
+        """Attach a link channel to a call, or reject the request. Raises KeyError and `ProtocolError`."""
         call_id, owner, secret = read_texts(facts, "attach", "owner", "secret")
         since = facts["since"]
         check(is_count(since), "since: expected a count")
@@ -119,11 +119,13 @@ class CallRegistry:
         if session is None or not (_is_same(session.terms.owner, owner) and _is_same(session.terms.secret, digest)):
             self._tombstones.add(owner, call_id, self._loop.now())
             message = "there is no such call here, and it will not start"
-            return Failed("no_such_call", message, {"instance": self._instance})
-        rejection = session.attach(channel, since, facts.get("keep_alive"))
+            rejection: Failed | None = Failed("no_such_call", message, {"instance": self._instance})
+        else:
+            rejection = session.attach(channel, since, facts.get("keep_alive"))
         if rejection is None:
             log.info("dispatcher attached to call", extra={"call": call_id, "since": since})
-        return rejection
+        else:
+            channel.reject(encode_message(rejection))
 
     def list_calls(self, owner: str) -> bytes:
         """Return the line that lists an owner's calls."""
