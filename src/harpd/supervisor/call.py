@@ -76,7 +76,11 @@ class StopReason(Enum):
     SILENCE = "limit", "timeout", "reading the result: the call sent nothing for {}"
     CANCELLED = "cancel", "cancelled", "the caller stopped the call{}"
     SHUTDOWN = "shutdown", "shutdown", "harpd was stopped while the call ran"
-    LOST_CONTACT = ("lost_contact",) * 2 + ("the dispatcher was away for longer than the call may run without it",)
+    LOST_CONTACT = (
+        "lost_contact",
+        "lost_contact",
+        "the dispatcher was away for longer than the call may run without it",
+    )
     PROTOCOL_VIOLATION = "itself", "call_died", "the call was stopped: {}"
 
 
@@ -180,7 +184,7 @@ class Call:
         self._deadline: Timer | None = None  # the procedure's limit, then that of the worker's exit
         self._tree: CallTree | None = None  # None: the worker does not exist yet
         self._termination: TerminationSequence | None = None  # None: nothing had to be stopped
-        self._status: int | None = None  # the wait status of the worker
+        self._exit_code: int | None = None  # of the worker; below 0: the signal that has killed it
         self._cpu: float | None = None
         self._memory: int | None = None
         self._traceback: str | None = None
@@ -414,7 +418,7 @@ class Call:
 
     def on_reaped(self, status: int, cpu: float | None, memory: int | None) -> None:
         """Read the worker's last output and decide the end: the worker has ended."""
-        self._status, self._cpu, self._memory = status, cpu, memory
+        self._exit_code, self._cpu, self._memory = os.waitstatus_to_exitcode(status), cpu, memory
         if not self._has_closing_line:
             self._drain()
         self._close_channel()
@@ -435,8 +439,8 @@ class Call:
 
     def _failure(self) -> Failed:
         if self._stop_reason is None:
-            assert self._status is not None
-            return _describe_death(self._status)
+            assert self._exit_code is not None
+            return _describe_death(self._exit_code)
         detail = self._stop_detail
         if self._stop_reason is StopReason.TIMEOUT:
             detail = f"{self._info.timeout:g} s"
@@ -483,7 +487,7 @@ class Call:
     # Exit info.
 
     def _exit_info(self) -> Raw:
-        code = None if self._status is None else os.waitstatus_to_exitcode(self._status)
+        code = self._exit_code
         signal_name = _signal_name(-code) if code is not None and code < 0 else None
         if self._stop_reason is not None:
             by = self._stop_reason.value[0]
@@ -524,8 +528,7 @@ def _signal_name(number: int) -> str:
     return signal.Signals(number).name if number in set(signal.Signals) else str(number)
 
 
-def _describe_death(status: int) -> Failed:
-    code = os.waitstatus_to_exitcode(status)
+def _describe_death(code: int) -> Failed:
     if code < 0:
         name = _signal_name(-code)
         return Failed("call_died", f"the call's process was ended by {name}", {"signal": name})
