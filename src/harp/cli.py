@@ -23,8 +23,9 @@ examples:
   export HARP_DISPATCHER=harp.example.net
   harp call web01 uptime                                submit a job; print its id
   harp call --wait web01 add 2 3                        submit, wait, print the result
+  harp call --follow web01 count 3                      print the records, then the result
   harp call web01 restart --named service=nginx --queue '{"service": "nginx"}' --concurrency 2
-  harp follow JOB --since 0                             print records until the job ends
+  harp follow JOB --since 0                             print records until the job ends; exit like result
   harp read JOB --recent 10 --numbered                  records so far, each as [number, record]
   harp result JOB --no-wait                             exit code 5 while the job runs
   harp why JOB                                          why it waits, runs or ended
@@ -113,10 +114,12 @@ def _call(options: Namespace) -> Exit:
     dispatcher = _dispatcher(options)
     host = dispatcher.host(options.host, **{name: getattr(options, name) for name in names})
     job = client.RemoteProcedure(dispatcher, host, options.procedure)(*options.arguments, **dict(options.named))
-    if not options.wait:
+    if not (options.wait or options.follow):
         print(job.id(), flush=True)
         return Exit.OK
     try:
+        if options.follow:
+            _print_all(job.follow(since=0))
         return _print_value(job.get())
     except KeyboardInterrupt:
         print(f"harp: job {job.id()} continues; see harp result, follow and cancel", file=sys.stderr)
@@ -148,7 +151,10 @@ def _why(options: Namespace) -> Exit:
 def _records(options: Namespace) -> Exit:
     job = _job(options)
     read = job.follow if options.command == "follow" else job.stream
-    return _print_all(read(options.since, options.recent, options.numbered, timed=options.timed))
+    _print_all(read(options.since, options.recent, options.numbered, timed=options.timed))
+    if options.command == "follow":
+        job.get()  # raises how the job ended
+    return Exit.OK
 
 
 def _cancel(options: Namespace) -> Exit:
@@ -218,6 +224,7 @@ _ARGUMENTS: dict[str, dict[str, Any]] = {
     "--dispatcher": {"metavar": "HOST[:PORT]", "type": _parse_address, "help": "default: $HARP_DISPATCHER"},
     "--named": {"metavar": "NAME=ARG", "action": "append", "default": [], "type": _parse_named, "help": "named one"},
     "--wait": {"action": "store_true", "help": "wait for the job to end, and print its result instead of its id"},
+    "--follow": {"action": "store_true", "help": "wait for the job to end, and print its records, then its result"},
     "cancel --wait": {"action": "store_true", "help": "wait until the host confirms that the processes have ended"},
     "--reconnect": {
         "metavar": "SECONDS",
@@ -250,7 +257,7 @@ _STREAM = "job --since --recent --numbered --timed"
 
 #: The commands: name, function, help, names of the arguments.
 _COMMANDS = (
-    ("call", _call, "submit a job and print its id", f"host procedure arguments --named --wait {_JOB}"),
+    ("call", _call, "submit a job and print its id", f"host procedure arguments --named --wait --follow {_JOB}"),
     ("result", _result, "wait for a job to end and print its result", "job --no-wait"),
     ("status", _status, "print a job's call, and when it was submitted, started and ended", "job"),
     ("details", _details, "print all that is known about a job: queue, host, call, stop report, end", "job"),

@@ -89,7 +89,25 @@ CASES: list[tuple[str, list[Script], str, Exit]] = [
             )
         ],
         '[4, "\\u00fc"]\n',
+        Exit.CANCELLED,
+    ),
+    (
+        f"follow {JOB} --since 0",
+        [answering({"packet": 0, "data": 1}, {"error": {"type": "timeout", "message": "m"}})],
+        "1\n",
+        Exit.FAILED,
+    ),
+    (
+        "call web01 p --follow",
+        [answering(SUBMITTED), answering({"packet": 0, "data": [1]}, {"result": {"a": 2}})],
+        '[1]\n{"a": 2}\n',
         Exit.OK,
+    ),
+    (
+        "call web01 p --follow",
+        [answering(SUBMITTED), answering({"packet": 0, "data": 1}, {"exception": {"type": "E", "message": "m"}})],
+        "1\n",
+        Exit.RAISED,
     ),
     (
         f"read {JOB} --recent 2",
@@ -173,7 +191,8 @@ def test_command_prints_output_and_exits(line: str, scripts: list[Script], outpu
     with Peer(*scripts) as peer:
         done = harp(*line.split(), HARP_DISPATCHER=f"{peer.host}:{peer.port}")
     assert (done.stdout, done.returncode) == (output, code), done.stderr
-    assert bool(done.stderr) == (code not in (Exit.OK, Exit.NOT_FINISHED) and output == "")
+    has_error = code not in (Exit.OK, Exit.NOT_FINISHED) and output != "false\n"
+    assert bool(done.stderr) == has_error
     assert "Traceback" not in done.stderr
 
 

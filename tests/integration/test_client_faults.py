@@ -9,6 +9,7 @@ import gc
 import os
 import socket
 import struct
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -233,6 +234,26 @@ def test_connect_to_silent_host_times_out(shell: Shell, monkeypatch: pytest.Monk
                 sock.close()
     assert isinstance(error, harp.CommunicationError)
     assert "cannot connect: timed out" in str(error)
+
+
+def test_connect_with_slow_resolver_times_out(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The attempt ends in time; the resolver itself has no time limit."""
+    resolved = threading.Event()
+
+    def resolve(*args: Any, flags: int = 0, **kwargs: Any) -> list[Any]:
+        if flags == socket.AI_NUMERICHOST:
+            raise socket.gaierror
+        assert resolved.wait(30)
+        return []
+
+    monkeypatch.setattr(sockets, "CONNECT_TIMEOUT", 0.1)
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+    error = shell.caller(Nowhere("slow.invalid", 1)).job(JOB).result()
+    assert not resolved.is_set()
+    resolved.set()
+    assert isinstance(error, harp.CommunicationError)
+    assert str(error) == "slow.invalid:1: cannot resolve the name: timed out"
+    wait_until(lambda: not any(thread.name == "harp resolver" for thread in threading.enumerate()))
 
 
 def test_connect_tries_every_address(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:

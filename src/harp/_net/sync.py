@@ -8,7 +8,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from functools import wraps
+from functools import partial, wraps
+from queue import Empty, SimpleQueue
 from typing import Any, ParamSpec, Self, TypeVar
 
 from harp._core.connections import Peer, Steps
@@ -81,7 +82,25 @@ class JSONConnection(BufferedConnection, _Closable):
     _open_socket = method(BufferedConnection._open)
 
     def _resolve(self, deadline: float) -> Any:
-        return socket.getaddrinfo(self._endpoint.host, self._endpoint.port, type=socket.SOCK_STREAM)
+        resolve = partial(socket.getaddrinfo, self._endpoint.host, self._endpoint.port, type=socket.SOCK_STREAM)
+        with suppress(OSError, ValueError):
+            return resolve(flags=socket.AI_NUMERICHOST)
+        found: SimpleQueue[Any] = SimpleQueue()
+
+        def put() -> None:
+            try:
+                found.put(resolve())
+            except Exception as error:  # noqa: BLE001  is raised below
+                found.put(error)
+
+        threading.Thread(target=put, name="harp resolver", daemon=True).start()  # getaddrinfo has no time limit
+        try:
+            outcome = found.get(timeout=max(deadline - time.monotonic(), 0.001))
+        except Empty:
+            raise TimeoutError from None
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
 
     def _connect_socket(self, sock: socket.socket, address: Any, deadline: float) -> None:
         self._socket = sock  # another thread's `close` ends the attempt
