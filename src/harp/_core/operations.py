@@ -360,8 +360,8 @@ class JobBase(Generic[R]):
         """Return how the job ended; errors are returned, not raised. With `wait`, wait for it, without a time limit.
 
         The value is the procedure's result, `CALL_NOT_FINISHED` (only without `wait`), `CALL_CANCELLED`, or an instance
-        of `RemoteException`, `RemoteError` or `CommunicationError`. The last, and a refusal of the request, say nothing
-        about the job: try again later. Spec: docs/client-api.md, RemoteCall.
+        of `RemoteException`, `RemoteError` or `CommunicationError`. The last, and a refusal of the request, do not
+        describe the job: try again later. Spec: docs/client-api.md, RemoteCall.
         """
         dispatcher, request = self._dispatcher, GetResult(self._id, bool(wait))
         policy = ReconnectPolicy(dispatcher._reconnect if wait else 0.0)
