@@ -20,7 +20,7 @@ class AuthDB(ABC):
     def authenticate(self, user: str, password: str) -> bool:
         """Return whether the user exists and has this password.
 
-        It is called in threads, several at the same time, and may block. A call that takes longer than
+        It is called in threads, several at the same time, and may block. A call that needs longer than
         ``limits.authentication_timeout`` seconds rejects the user, and so does an exception, which is logged.
 
         Args:

@@ -36,11 +36,7 @@ def create(config: Mapping[str, Any]) -> ConfiguredUsers:
 
 
 class ConfiguredUsers(AuthDB):
-    """The users and passwords of the configuration.
-
-    Args:
-        users: ``plain:PASSWORD`` or ``crypt:HASH`` by user name.
-    """
+    """The users of the configuration: ``plain:PASSWORD`` or ``crypt:HASH`` by user name."""
 
     def __init__(self, users: Mapping[str, str]) -> None:
         self._stored = dict(users)

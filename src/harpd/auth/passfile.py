@@ -52,11 +52,7 @@ _MIN_FILE_AGE = 2.0
 
 
 class PasswordFile(AuthDB):
-    """The users and hashed passwords of a file.
-
-    Args:
-        path: the file; a relative path starts at the working directory.
-    """
+    """The users and hashed passwords of a file. A relative path starts at the working directory."""
 
     def __init__(self, path: Path) -> None:
         self._path = path

@@ -23,7 +23,7 @@ _CRYPT_DATA_BYTES = 256 * 1024
 
 
 def matches(password: str, stored: str) -> bool:
-    """Return whether a password is correct. It blocks for the time that the hash function takes.
+    """Return whether a password is correct. It blocks while the hash function runs.
 
     A hash in an unknown format, a locked one (``!...``, ``*``) and an empty one match no password. Raises OSError if
     this system has no `crypt_r`.

@@ -26,7 +26,7 @@ log = logging.getLogger("harpd.frontend")
 
 #: Seconds for the supervisor to stop a call, beyond the two grace periods.
 _STOP_MARGIN = 10.0
-#: Seconds that a supervisor may take for its first reply to a resumable call.
+#: Seconds for a supervisor's first reply to a resumable call.
 _FIRST_REPLY_TIMEOUT = 60.0
 #: The start of the line by which a supervisor that shuts down rejects a call, as `encode_message` writes it.
 _SHUTDOWN_PREFIX = b'{"harp":1,"error":{"type":"shutdown"'
@@ -54,7 +54,7 @@ class BoundCall(Call):
         if self._stop_event is not None:
             return
         self._connection.write(lines)
-        self.take(len(lines), self._connection.reads)
+        self.confirm(len(lines), self._connection.reads)
         self._mid_line = not lines.endswith(b"\n")
         if kind in (END, ERROR):
             self._complete = True
@@ -86,13 +86,10 @@ class BoundCall(Call):
             self._unexpected_data = True
             self._stop("client sent unexpected data; call stopped")
 
-    def on_client_lost(self) -> None:
+    def disconnect(self) -> None:
         """See `Call`; stop the call."""
-        self._stop("client disconnected; call stopped")
-
-    def detach(self) -> None:
-        """See `Call`; stop the call."""
-        self._stop("frontend stops; call stopped")
+        stopping = self._connection.stopping
+        self._stop("frontend stops; call stopped" if stopping else "client disconnected; call stopped")
 
     def _stop(self, event: str) -> None:
         """Let the supervisor stop the call; its close of the channel proves that the processes have ended."""
@@ -115,7 +112,7 @@ class ResumableCall(Call):
     """A resumable call. Its connection can end, and another one can attach to it later."""
 
     _attached: asyncio.Future[bytes | None] | None = None  # until the first reply to `attach`
-    _waits = False  # for the supervisor to take commands
+    _waits = False  # until the supervisor accepts more commands
     _unsent = b""  # data of the client, meanwhile
 
     def __init__(self, connection: ClientConnection, call_id: str, keep_alive: bool, request: bytes) -> None:
@@ -151,7 +148,7 @@ class ResumableCall(Call):
         if not self._accepted and not self._is_accepted(kind, lines):
             return
         self._connection.write(lines)
-        self.take(len(lines), self._connection.reads)
+        self.confirm(len(lines), self._connection.reads)
         if not self._accepted:
             self._accepted = True
             self._connection.cancel_timer()
@@ -186,7 +183,7 @@ class ResumableCall(Call):
     # From the client and the frontend.
 
     def on_client_data(self, data: bytes) -> None:
-        """Send commands on, as many as the supervisor takes now, and read no more until it has taken all.
+        """Send commands on, as many as the supervisor accepts now, and read no more until it has accepted all.
 
         A window at a time: a client that floods its call with commands must not delay the calls of others.
         """
@@ -197,7 +194,7 @@ class ResumableCall(Call):
                 lines = self._lines.feed(data)
             except LineTooLong as error:
                 log.warning("invalid command from client; detached", extra={**self._log_fields, "reason": str(error)})
-                self._leave()
+                self._detach()
                 return
             end = next((at for at, line in enumerate(lines, 1) if self._keep_alive and _is_release(line)), None)
             if lines:
@@ -211,23 +208,20 @@ class ResumableCall(Call):
             self._connection.pause_reading()
             self._connection.set_timer(self._connection.limits.write_timeout, self._on_timeout)
 
-    def on_client_lost(self) -> None:
+    def disconnect(self) -> None:
         """See `Call`; detach: the call continues."""
-        self._leave()
+        if self._connection.stopping:
+            log.info("frontend stops; client detached", extra=self._log_fields)
+        self._detach()
 
-    def detach(self) -> None:
-        """See `Call`."""
-        log.info("frontend stops; client detached", extra=self._log_fields)
-        self._leave()
-
-    def _leave(self) -> None:
+    def _detach(self) -> None:
         self.abandon()
         self.hang_up()
         self._connection.end()
 
     def _on_timeout(self) -> None:
         log.error("supervisor does not respond; detached", extra=self._log_fields)
-        self._leave()
+        self._detach()
 
 
 def _is_no_such_call(error: bytes) -> bool:

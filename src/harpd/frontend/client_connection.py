@@ -59,19 +59,15 @@ class Call(Channel):
 
     def on_client_reads(self) -> None:
         """Let the supervisor send more: the client reads again."""
-        self.take(0, reads=True)
+        self.confirm(0, reads=True)
 
     @abstractmethod
     def on_client_data(self, data: bytes) -> None:
         """Handle data of the client; not called before the first reply of the supervisor."""
 
     @abstractmethod
-    def on_client_lost(self) -> None:
-        """Handle that the client has disconnected."""
-
-    @abstractmethod
-    def detach(self) -> None:
-        """Handle that the frontend stops and the supervisor continues."""
+    def disconnect(self) -> None:
+        """Handle that the client has disconnected, or that the frontend stops and the supervisor continues."""
 
 
 class ClientConnection(asyncio.Protocol, ABC):
@@ -195,7 +191,7 @@ class ClientConnection(asyncio.Protocol, ABC):
         self._cancel_task()
         self._reservation.release()
         if self._call is not None:
-            self._call.on_client_lost()
+            self._call.disconnect()
         else:
             self.cancel_timer()
 

@@ -95,7 +95,7 @@ class Connection(ClientConnection):
         self.stopping = True
         if self._call is not None:
             if not supervisor_stops:
-                self._call.detach()
+                self._call.disconnect()
         elif self._transport is None:
             self._closed.cancel()  # in the handshake
         elif self._idle:

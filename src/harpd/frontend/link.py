@@ -36,7 +36,7 @@ class Channel(ABC):
     link: Link  # once it is open
     _number: int
     _command_credit = COMMANDS_WINDOW
-    _taken_bytes = 0  # since the last credit
+    _confirmable_bytes = 0  # since the last credit
 
     def open(self, link: Link, kind: int, body: bytes) -> None:
         """Open a new channel with its first frame."""
@@ -54,19 +54,19 @@ class Channel(ABC):
         self._command_credit -= len(lines)
         self.link.write(self._number, COMMANDS, lines)
 
-    def take(self, size: int, reads: bool) -> None:
-        """Count lines as taken; allow the supervisor to send more if the client reads."""
-        self._taken_bytes += size
-        if reads and self._taken_bytes >= LINES_WINDOW // 2:
-            self.link.write(self._number, CREDIT, encode_credit(self._taken_bytes))
-            self._taken_bytes = 0
+    def confirm(self, size: int, reads: bool) -> None:
+        """Count lines that were sent to the client; allow the supervisor to send more if the client reads."""
+        self._confirmable_bytes += size
+        if reads and self._confirmable_bytes >= LINES_WINDOW // 2:
+            self.link.write(self._number, CREDIT, encode_credit(self._confirmable_bytes))
+            self._confirmable_bytes = 0
 
     def hang_up(self) -> None:
         """Notify the supervisor that the client has disconnected; `on_closed` follows."""
         self.link.write(self._number, HANG_UP)
 
     def abandon(self) -> None:
-        """Ignore everything that the supervisor still sends."""
+        """Ignore further frames."""
         self.link.abandon(self._number)
 
     # From the link.

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from harp_daemon.acceptor import MAX_REJECTING, Acceptor
+from harp_daemon.acceptor import Acceptor
 from harp_daemon.listeners import Listener, ListenError, ResolveError, listen_tcp
 from harp_daemon.memory_quota import MemoryQuota
 from harp_daemon.settings import ConfigError, report_restart_needed
@@ -37,8 +37,6 @@ _NEEDING_RESTART = ("network.address", "network.port", "runtime_directory")
 _RELOAD_TIMEOUT = 60.0
 #: Seconds for the last replies to clients at the stop.
 _FINAL_REPLY_TIMEOUT = 5.0
-#: Descriptors of the program itself and of rejected connections.
-_OWN_DESCRIPTORS = 64 + MAX_REJECTING
 
 
 async def run(config: LoadedConfig, on_serving: Callable[[], None], frontend_only: bool) -> None:
@@ -52,7 +50,8 @@ async def run(config: LoadedConfig, on_serving: Callable[[], None], frontend_onl
     """
     runner = ServiceRunner()
     configuration = config.configuration
-    _raise_descriptor_limit(configuration.limits.max_connections)
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     roles = ("frontend",) if frontend_only else ("frontend", "launcher")
     with runtime_directory(config, *roles) as client:
         listeners = _listen(configuration.network, config.options.config)
@@ -160,15 +159,6 @@ def _listen(network: Network, file: Path) -> list[Listener]:
     except ListenError as error:
         endpoint = f"{network.address or 'any address'}, port {network.port}"
         raise ConfigError(f"{file}: network.address: cannot listen on {endpoint}: {error}") from error
-
-
-def _raise_descriptor_limit(connections: int) -> None:
-    """Raise the soft limit, up to the hard limit, to two descriptors per connection: its own and a long request's."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    needed = 2 * connections + _OWN_DESCRIPTORS
-    if soft < needed and soft != resource.RLIM_INFINITY:
-        reachable = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (reachable, hard))
 
 
 def _warn_about_old_tls(config: LoadedConfig) -> None:

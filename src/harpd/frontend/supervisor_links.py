@@ -17,7 +17,7 @@ from harpd.frontend.calls import ResumableCall
 from harpd.frontend.link import Link
 from harpd.supervisor.listener import ACTIVE_SOCKET
 
-#: Seconds between two looks while the last calls are stopped.
+#: Seconds between two checks while the last calls are stopped.
 _STOP_INTERVAL = 0.02
 
 
