@@ -189,7 +189,8 @@ class Run:
                 await self._no_start_pending.wait()
         except TimeoutError:
             log.warning("host has not acknowledged cancelled call", extra=self._log_fields)
-        self._stop(StopCall("cancelled", by))
+        self._stop_command = self._stop_command or StopCall("cancelled", by)
+        self._continue()
 
     def cancel_before_start(self) -> None:
         """Mark the job as cancelled before `start`: its call is not started, or stopped if it was recovered."""
@@ -564,6 +565,7 @@ class Run:
         else:
             self._continue()
 
+    @_event
     def _continue(self) -> None:
         """Check the limits, stop the call or detach from it, as far as that was requested and is possible now."""
         if self._phase in (RunPhase.SENT, RunPhase.RUNNING):
@@ -572,11 +574,6 @@ class Run:
         self._detach_if_possible()
 
     # Stops.
-
-    @_event
-    def _stop(self, command: StopCall) -> None:
-        self._stop_command = self._stop_command or command
-        self._apply_stop()
 
     def _apply_stop(self) -> None:
         """Stop the call if that was requested and is possible now."""
