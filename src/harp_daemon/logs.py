@@ -62,11 +62,7 @@ class JSONFormatter(_EventFormatter):
 
 
 class TextFormatter(_EventFormatter):
-    """An event as text: time, level, logger, event, then ``field=value`` pairs.
-
-    Args:
-        timestamp: whether the line begins with the time; syslog adds its own.
-    """
+    """An event as text: time, level, logger, event, then ``field=value`` pairs. Syslog adds its own time."""
 
     def __init__(self, timestamp: bool = True) -> None:
         super().__init__()
@@ -151,12 +147,8 @@ def configure(
 ) -> None:
     """Send the program's log to stderr or to syslog, and close the previous handlers.
 
-    Args:
-        level: the lowest level that is logged: ``DEBUG``, ``INFO``, ``WARNING`` or ``ERROR``.
-        form: ``text`` or ``json``.
-        syslog: whether to log to the local syslog socket instead of stderr.
-        name: the program's name in syslog.
-        config: the argument for `logging.config.dictConfig`; it replaces the other arguments.
+    `level` is the lowest level that is logged, `form` is ``text`` or ``json``, `name` is the program's name in syslog.
+    `config`, the argument for `logging.config.dictConfig`, replaces the other arguments.
 
     Raises:
         ValueError: `logging.config.dictConfig` rejects `config`; the message gives the reason.

@@ -168,10 +168,9 @@ def encode_request(request: AnyRequest) -> bytes:
 
 
 class StartEncoder:
-    """An encoder of starts that differ in their jobs only: what they share is checked and encoded once.
+    """An encoder of starts that differ in their jobs only: the other members are checked and encoded once.
 
-    Args:
-        shared: a start of a resumable call. Its procedure, arguments, id, secret and limits are not used.
+    They are those of `shared`, a start of a resumable call.
     """
 
     def __init__(self, shared: Request) -> None:
@@ -449,12 +448,7 @@ _ACKNOWLEDGED: Mapping[tuple[bool, bool], Phase] = {
 
 
 class ReplyReader:
-    """The reader of harpd's messages after one request.
-
-    Args:
-        decoder: decides whether payloads are values or `Raw` text.
-        phase: the first phase, by the kind of request.
-    """
+    """The reader of harpd's messages after one request, which determines the first phase."""
 
     def __init__(self, decoder: Decoder = decode_values, phase: Phase = Phase.SENT) -> None:
         self._decoder = decoder

@@ -105,13 +105,7 @@ except ImportError:  # not CPython
 
 
 def loads(text: bytes | str) -> JSON:
-    """Decode one JSON value.
-
-    Args:
-        text: the JSON text; bytes are UTF-8 and nothing else.
-
-    Returns:
-        The value: dict, list, str, int, float, bool or None.
+    """Decode one JSON value; bytes are UTF-8 and nothing else.
 
     Raises:
         InvalidJSON: it is not JSON, not UTF-8, ``NaN`` or ``Infinity``, nested too deep, or a number that this

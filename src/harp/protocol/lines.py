@@ -10,8 +10,7 @@ class LineTooLong(ValueError):
 class LineBuffer:
     """A buffer that collects received bytes and returns complete lines without their line feed.
 
-    Args:
-        limit: the maximum length of a line in bytes, without its line feed.
+    A line may have `limit` bytes, without its line feed.
     """
 
     def __init__(self, limit: int) -> None:

@@ -112,16 +112,10 @@ def encode_object(message: WireObject) -> Raw:
 def decode_as(
     kind: type[T], members: JSONObject, other_keys: Iterable[str] | None = (), ignored: Collection[str] = ()
 ) -> T:
-    """Return an object as a message of a kind.
+    """Return an object as a message of a kind. Raises `ProtocolError` if it is not a valid one.
 
-    Args:
-        kind: the class of the message.
-        members: the object.
-        other_keys: keys that are allowed although they are not of the message; None: every key is allowed.
-        ignored: fields that get their default, whatever was received.
-
-    Raises:
-        ProtocolError: the object is not a valid message of this kind.
+    Beside the keys of the message, `other_keys` are allowed; None: every key is. Fields that are `ignored` get their
+    default, whatever was received.
     """
     layout = _LAYOUTS[kind]
     if other_keys is not None and not members.keys() <= layout.keys:
@@ -303,13 +297,10 @@ Arguments: TypeAlias = Annotated[Payload, Kind(is_arguments, "an array or an obj
 
 
 def only_kind(kinds: Mapping[str, object], members: JSONObject, none: str, several: str = "") -> str:
-    """Return the one key that is in an object.
+    """Return the one key of `kinds` that an object has.
 
-    Args:
-        kinds: the keys, in the order of the error.
-        members: the object.
-        none: the error if it has none of them.
-        several: the error if it has more than one; empty: the error names them.
+    Otherwise raise `ProtocolError`: `none` if it has none of them, `several` if it has more than one; if `several` is
+    empty, the error names them in their order.
     """
     found = kinds.keys() & members.keys()
     if len(found) != 1:
