@@ -80,13 +80,13 @@ def listen_tcp(address: str | None, port: int) -> list[Listener]:
 
 
 def resolve(address: str | None) -> list[BindAddress]:
-    """Return what to bind in order to listen on a configured address or name; None or ``*``: on every address.
+    """Return the addresses to bind for a configured address or name; None or ``*``: every address.
 
     It may wait for a name server. On a machine without IPv6, the IPv6 addresses of a name are ignored if the name has
     others: many hosts files give ``localhost`` both.
 
     Raises:
-        ResolveError: it is not an address, and no address is known for it as a name.
+        ResolveError: it is not an address, and as a name it does not resolve.
     """
     if address is None or address == "*":
         # One socket for IPv6 and IPv4, if possible.
@@ -151,7 +151,7 @@ def _is_abandoned(path: Path) -> bool:
 
 @contextmanager
 def _directory_lock(path: Path) -> Iterator[None]:
-    """Hold the lock under which HARP's processes replace or remove sockets in the directory of `path`."""
+    """Lock the directory of `path`: HARP's processes replace or remove sockets in it under this lock."""
     directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         fcntl.flock(directory, fcntl.LOCK_EX)

@@ -3,8 +3,8 @@
 msgspec finds the slices. It has read an object exactly if it writes the same text again. Otherwise, for example if a
 key is repeated, each slice is found again in the text.
 
-msgspec needs 60 ms for 16 MiB. The scanner of Python would hold the interpreter for up to a second, and so delay all
-other peers, in a thread too.
+msgspec needs 60 ms for 16 MiB. The scanner of Python would block the interpreter for up to a second, and so delay
+all other peers, in a thread too.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ _array = msgspec.json.Decoder(list[msgspec.Raw])
 
 #: Bytes from which a text is long, and the maximum number of members of an object.
 _LONG, _MAX_MEMBERS = 64 * 1024, 100
-#: What is between two values: white space, a comma, a name and its colon.
+#: The text between two values: white space, a comma, a name and its colon.
 _NAME = re.compile(rb'[ \t\r\n,]*("(?:[^"\\]|\\.){0,9999}")[ \t\r\n]*:[ \t\r\n]*')
-#: What msgspec raises for text that it rejects.
+#: The exceptions of msgspec for text that it rejects.
 _REJECTIONS = (msgspec.MsgspecError, ValueError, RecursionError)
 
 

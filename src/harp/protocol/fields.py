@@ -39,7 +39,7 @@ class ProtocolError(ValueError):
 
 
 def check(condition: bool, message: str) -> None:
-    """Raise `ProtocolError` unless the condition holds."""
+    """Raise `ProtocolError` unless the condition is true."""
     if not condition:
         raise ProtocolError(message)
 
@@ -59,7 +59,7 @@ def decode_object(line: bytes, decoder: Decoder) -> JSONObject:
 
 
 def member_value(members: JSONObject, key: str, default: Any = None) -> Any:
-    """Return the value of a member. Raises `ProtocolError` if it is a number that Python cannot hold."""
+    """Return the value of a member. Raises `ProtocolError` if it is a number that Python cannot represent."""
     try:
         return members.value(key) if key in members else default
     except InvalidJSON as error:
@@ -97,7 +97,7 @@ def check_string(key: str, value: Any) -> str:
 
 
 def reject_unknown_keys(members: JSONObject, *known: Iterable[str]) -> None:
-    """Raise `ProtocolError` if there are members that are in none of the `known` keys."""
+    """Raise `ProtocolError` if there are members whose key is not in `known`."""
     if unknown := set(members).difference(*known):
         raise ProtocolError(f"unknown key {', '.join(sorted(unknown))}")
 

@@ -371,7 +371,7 @@ def encode_message(message: Message) -> bytes:
 
 
 def encode_exit_info(info: Raw) -> bytes:
-    """Return the line of an `ExitInfo` whose text is known to be an object of limited size."""
+    """Return the line of an `ExitInfo` whose text is not checked again."""
     return b'{"exit_info":%b}\n' % info
 
 

@@ -1,7 +1,7 @@
 """Strict JSON for the wire, and JSON text that is passed on without decoding.
 
 The module `json` is lenient in four ways that this one is not: deep nesting raises RecursionError, ``NaN`` passes in
-both directions, bytes may be taken for UTF-16, and repeated keys are dropped. Decoding returns a value or raises
+both directions, bytes may be decoded as UTF-16, and repeated keys are ignored. Decoding returns a value or raises
 `InvalidJSON`; encoding returns one line of ASCII or raises `NotJSON`, which has the position of the invalid part.
 
 `Raw` is JSON text that was checked and is not decoded again: the dispatcher stores and sends payloads in this form, so
@@ -10,8 +10,8 @@ that key order, big integers and the digits of floats are unchanged. There are t
 `Raw`.
 
 Each worker is forked from the zygote, which loads this module, and each page of memory that a worker touches is copied.
-So the C part of `json` is used without the modules `json` and `re`. It is created once: for a small value, that takes
-as long as the encoding.
+So the C part of `json` is used without the modules `json` and `re`. It is created once, because creating it costs as
+much as encoding a small value.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def loads(text: bytes | str) -> JSON:
 
     Raises:
         InvalidJSON: it is not JSON, not UTF-8, ``NaN`` or ``Infinity``, nested too deep, or a number that this
-            interpreter cannot hold.
+            interpreter cannot represent.
     """
     return decode_text(decode_checked(text))
 

@@ -114,8 +114,8 @@ def decode_as(
 ) -> T:
     """Return an object as a message of a kind. Raises `ProtocolError` if it is not a valid one.
 
-    Beside the keys of the message, `other_keys` are allowed; None: every key is. Fields that are `ignored` get their
-    default, whatever was received.
+    Beside the keys of the message, `other_keys` are allowed; None: every key is. The `ignored` fields get their
+    default.
     """
     layout = _LAYOUTS[kind]
     if other_keys is not None and not members.keys() <= layout.keys:
@@ -166,7 +166,7 @@ class _Section(NamedTuple):
     label: bytes
     members: tuple[_Member, ...]
     keys: frozenset[str]
-    expected: str  # what it must be, for errors
+    expected: str  # the expectation in errors
     values_only: bool  # whether none of the members is a payload
 
 
@@ -239,7 +239,7 @@ def _section(key: str, members: list[_Member]) -> _Section:
 
 
 def _parts(hint: Any) -> Iterator[Any]:
-    """Yield a type, and what it consists of: the types of a union, the type and the notes of an annotation."""
+    """Yield a type and its parts: the types of a union, the type and the notes of an annotation."""
     yield hint
     for part in get_args(hint):
         yield from _parts(part)
