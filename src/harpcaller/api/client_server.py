@@ -11,31 +11,10 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import cast
 
+from harp.protocol import replies, requests
 from harp.protocol.ends import End, Failed
 from harp.protocol.fields import ProtocolError
 from harp.protocol.json_text import Envelope
-from harp.protocol.replies import (
-    Continue,
-    Details,
-    NoResult,
-    Reply,
-    Status,
-    Submitted,
-    SubmittedMany,
-    WasCancelled,
-    encode_reply,
-)
-from harp.protocol.requests import (
-    Call,
-    Cancel,
-    FollowStream,
-    GetDetails,
-    GetResult,
-    GetStatus,
-    ReadStream,
-    Request,
-    SubmitMany,
-)
 from harp_daemon.listeners import Listener, ListenError, listen_tcp, listen_unix
 from harp_daemon.long_lines import LONG_LINE, decode_in_thread
 from harp_daemon.settings import ConfigError
@@ -78,8 +57,8 @@ class ClientServer(Server):
     def __init__(self, dispatcher: Dispatcher) -> None:
         self._dispatcher = dispatcher
         refusal = Failed("too_many_connections", "more clients are connected than max_connections allows")
-        config = dispatcher.config
-        super().__init__(lambda: dispatcher.config.max_connections, encode_reply(refusal), config.request_memory)
+        rejection, memory = replies.encode_reply(refusal), dispatcher.config.request_memory
+        super().__init__(lambda: dispatcher.config.max_connections, rejection, memory)
         self._loopback_logged = False
 
     def serve(self, listeners: Sequence[Listener]) -> None:
@@ -111,28 +90,28 @@ class ClientServer(Server):
             decoding = decode_in_thread(decode_request, line)
             decoding.add_done_callback(lambda decoded: self._execute(connection, decoded.result))
 
-    def _execute(self, connection: Connection, decoded: Callable[[], tuple[Request, bool]]) -> None:
+    def _execute(self, connection: Connection, decoded: Callable[[], tuple[requests.Request, bool]]) -> None:
         """Answer a request; `decoded` returns it and whether the client requests keep-alive."""
         try:
             request, connection.keep_alive = decoded()
-            if not isinstance(request, (Call, SubmitMany)):
+            if not isinstance(request, (requests.Call, requests.SubmitMany)):
                 connection.release_memory()
             match request:
-                case Call():
+                case requests.Call():
                     self._submit(connection, request)
-                case GetResult(wait=True):
+                case requests.GetResult(wait=True):
                     self._wait_for_result(connection, request.job)
-                case FollowStream() | ReadStream():
+                case requests.FollowStream() | requests.ReadStream():
                     self._send_records(connection, request)
                 case _:
                     connection.run(self._send_reply(connection, request))
         except Exception as error:  # noqa: BLE001 - the client gets it
             self.on_failed(connection, error)
 
-    def _submit(self, connection: Connection, request: Call) -> None:
+    def _submit(self, connection: Connection, request: requests.Call) -> None:
         def on_submitted(submitted: asyncio.Future[str]) -> None:
             if (error := submitted.exception()) is None:
-                self._reply(connection, Submitted(submitted.result()))
+                self._reply(connection, replies.Submitted(submitted.result()))
             else:
                 self.on_failed(connection, error)
 
@@ -148,7 +127,7 @@ class ClientServer(Server):
             elif (error := waiting.exception()) is not None:
                 self.on_failed(connection, error)
             else:
-                self._reply(connection, waiting.result() or NoResult())
+                self._reply(connection, waiting.result() or replies.NoResult())
                 self._dispatcher.record_delivery(job, connection.received_at)
 
         waiting = self._dispatcher.result(job, wait=True)
@@ -161,22 +140,22 @@ class ClientServer(Server):
             raise ClientDisconnected
         self._reply(connection, end)
 
-    async def _send_reply(self, connection: Connection, request: Request) -> None:
+    async def _send_reply(self, connection: Connection, request: requests.Request) -> None:
         dispatcher = self._dispatcher
-        reply: Reply
+        reply: replies.Reply
         match request:
-            case SubmitMany(calls):
-                received = cast(Sequence[Call], calls)  # only a client encodes calls before
-                reply = SubmittedMany(await dispatcher.submit_many(received, connection.client))
-            case Cancel(job, wait):
+            case requests.SubmitMany(calls):
+                received = cast(Sequence[requests.Call], calls)  # only a client encodes calls before
+                reply = replies.SubmittedMany(await dispatcher.submit_many(received, connection.client))
+            case requests.Cancel(job, wait):
                 cancelled = await dispatcher.cancel(job, connection.client)
-                reply = WasCancelled(cancelled, await self._wait_stopped(connection, job) if wait else None)
-            case GetResult(job):
-                reply = await dispatcher.result(job, wait=False) or NoResult()
-            case GetStatus(job):
+                reply = replies.WasCancelled(cancelled, await self._wait_stopped(connection, job) if wait else None)
+            case requests.GetResult(job):
+                reply = await dispatcher.result(job, wait=False) or replies.NoResult()
+            case requests.GetStatus(job):
                 reply = _status(await dispatcher.get_job(job))
-            case GetDetails(job):
-                reply = Details(await dispatcher.details(job))
+            case requests.GetDetails(job):
+                reply = replies.Details(await dispatcher.details(job))
         self._reply(connection, reply)
 
     async def _wait_stopped(self, connection: Connection, job: str) -> Envelope | None:
@@ -193,7 +172,7 @@ class ClientServer(Server):
             return None
         return Envelope(state=details.job.stop.value, stop_report=details.metadata.stop_report)
 
-    def _send_records(self, connection: Connection, request: FollowStream | ReadStream) -> None:
+    def _send_records(self, connection: Connection, request: requests.FollowStream | requests.ReadStream) -> None:
         """Send the records of a job as fast as the client reads them, then its end."""
 
         def send_more() -> None:
@@ -210,25 +189,25 @@ class ClientServer(Server):
             else:
                 connection.on_sent = send_more
 
-        def send(item: RecordBatch | End | Continue) -> None:
+        def send(item: RecordBatch | End | replies.Continue) -> None:
             if isinstance(item, RecordBatch):
                 connection.write(item.lines(request.timed))
-            elif isinstance(item, Continue) and follow:
+            elif isinstance(item, replies.Continue) and follow:
                 connection.abort()  # the client disconnected before the end
             else:
-                connection.write(encode_reply(item))
+                connection.write(replies.encode_reply(item))
                 connection.close()
 
-        follow = isinstance(request, FollowStream)
+        follow = isinstance(request, requests.FollowStream)
         stream = self._dispatcher.stream(request.job, request.since, request.recent, follow, send_more)
         connection.on_disconnect(stream.stop_waiting)
 
     # Replies.
 
-    def _reply(self, connection: Connection, reply: Reply) -> None:
+    def _reply(self, connection: Connection, reply: replies.Reply) -> None:
         """Send the only reply to a request, and wait for the next request if the client has asked for that."""
         keep_alive = connection.keep_alive and not connection.has_extra_input and not self.acceptor.near_capacity
-        connection.write(encode_reply(reply, self._dispatcher.config.idle_timeout if keep_alive else None))
+        connection.write(replies.encode_reply(reply, self._dispatcher.config.idle_timeout if keep_alive else None))
         if keep_alive:
             connection.read_request()
         else:
@@ -251,12 +230,12 @@ class ClientServer(Server):
             case _:
                 log.error("request failed: internal error", extra={"client": client}, exc_info=error)
                 failure = Failed("internal_error", "internal error of the dispatcher; see its log")
-        connection.write(encode_reply(failure))
+        connection.write(replies.encode_reply(failure))
         connection.close()
 
 
-def _status(job: Job) -> Status:
-    return Status(
+def _status(job: Job) -> replies.Status:
+    return replies.Status(
         host=job.host,
         procedure=job.procedure,
         arguments=job.arguments,
