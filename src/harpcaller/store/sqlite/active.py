@@ -146,13 +146,13 @@ class ActiveJobs:
             heappush(self._heads, (lane.head, lane.key))
 
     def startable_jobs(
-        self, host_of: Callable[[int, Lane], str], *, limit: int, max_calls_per_host: int
+        self, get_head: Callable[[int, Lane], Job], *, limit: int, max_calls_per_host: int
     ) -> Iterator[tuple[int, Lane]]:
         """Yield the jobs that may start now, with their lanes, in the order of submission.
 
         The caller gives each job its slot before it requests the next one, so that the next job of the lane becomes
         its head. That job was submitted later, so one pass in this order finds every job that may start. A lane waits
-        while the host of its head is full. `host_of` returns the host of the head of a lane.
+        while the host of its head is full. `get_head` returns the head of a lane.
         """
         waiting: list[tuple[int, str]] = []  # their hosts are full, but may have room at the next claim
         while limit > 0 and self._heads:
@@ -160,7 +160,7 @@ class ActiveJobs:
             lane = self.lanes.get(key)
             if lane is None or lane.head != seq or not lane.has_room or (waiting and waiting[-1][0] == seq):
                 continue  # the lane has changed, or it was on the heap twice
-            if self._slots_on_host[host_of(seq, lane)] < max_calls_per_host:
+            if self._slots_on_host[get_head(seq, lane).host] < max_calls_per_host:
                 limit -= 1
                 yield seq, lane
             else:

@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import cache, lru_cache
 from itertools import chain
 from typing import Any
+
+from msgspec.structs import replace
 
 from harp.protocol.ends import Cancelled, End
 from harp.protocol.json_text import Raw
@@ -68,16 +69,6 @@ def _lane_of(job: NewJob) -> str:
     return _host_lane(job.host) if len(job.host) <= _SHORT_NAME else host_lane(job.host)
 
 
-@dataclass(slots=True)
-class _Added:
-    """A job that is to be inserted; `started` is None if it is queued."""
-
-    job: NewJob
-    lane: str
-    submitted: float
-    started: float | None = None
-
-
 class Writes:
     """The verbs, and the rows that they have collected for the current transaction of `db`."""
 
@@ -85,7 +76,7 @@ class Writes:
         self.db = db
         self._active: ActiveJobs
         self._is_current = False
-        self._added: dict[int, _Added] = {}  # by sequence number
+        self._added: dict[int, tuple[Lane, Job]] = {}  # jobs that are to be inserted, by sequence number
         self._ended: list[tuple[Any, ...]] = []
         self._outcomes: list[tuple[Any, ...]] = []
 
@@ -117,7 +108,7 @@ class Writes:
             self._outcomes.clear()
 
     def _insert_jobs(self) -> None:
-        jobs = [_job_row(seq, added) for seq, added in self._added.items()]
+        jobs = [_job_row(seq, lane, job) for seq, (lane, job) in self._added.items()]
         try:
             self._insert(QUERIES["add_job"], jobs)
         except sqlite3.IntegrityError as error:
@@ -125,7 +116,7 @@ class Writes:
                 raise
             which = jobs[0][1] if len(jobs) == 1 else "with one of these ids"
             raise ValueError(f"a job {which} exists already") from error
-        self._insert(QUERIES["add_call"], [_call_row(seq, added.job) for seq, added in self._added.items()])
+        self._insert(QUERIES["add_call"], [_call_row(seq, job) for seq, (_, job) in self._added.items()])
 
     def _insert(self, statement: str, rows: list[tuple[Any, ...]]) -> None:
         """Insert rows by a statement that inserts one row, in groups as long as possible."""
@@ -150,7 +141,10 @@ class Writes:
         for job in jobs:
             key = _lane_of(job)
             lane = self._active.lanes.get(key) or self._add_lane(key, job)
-            self._added[self._active.add_queued(lane)] = _Added(job, key, now)
+            limits = float(job.timeout), float(job.max_exec_time)
+            call = job.host, job.procedure, job.arguments, *limits, job.queue, job.info
+            queued = Job(job.id, State.QUEUED, *call, submitted=now, started=None, ended=None, end=None, records=0)
+            self._added[self._active.add_queued(lane)] = lane, queued
 
     def _add_lane(self, key: str, job: NewJob) -> Lane:
         if job.queue is None:
@@ -167,32 +161,32 @@ class Writes:
 
     def claim_jobs(self, now: float, limit: int, max_calls_per_host: int) -> list[Job]:
         claimed: list[Job] = []
-        startable = self._active.startable_jobs(self._host_of, limit=limit, max_calls_per_host=max_calls_per_host)
+        startable = self._active.startable_jobs(self._head, limit=limit, max_calls_per_host=max_calls_per_host)
         for seq, lane in startable:
             job = self._start(seq, lane, now)
             self._active.give_slot(job.id, seq, lane, job.host)
             claimed.append(job)
         return claimed
 
-    def _host_of(self, seq: int, lane: Lane) -> str:
-        """Return the host of the head of a lane; a job that is read for this is cached for its start."""
+    def _head(self, seq: int, lane: Lane) -> Job:
+        """Return the head of a lane; a job that is read for this is cached until its start."""
         if added := self._added.get(seq):
-            return added.job.host
+            return added[1]
         if lane.head_job is None:
             [row] = self.db.execute(QUERIES["get_job_by_seq"], {"seq": seq}).fetchall()
             lane.head_job = decode_job(row)
-        return lane.head_job.host
+        return lane.head_job
 
     def _start(self, seq: int, lane: Lane, now: float) -> Job:
         """Start the head of a lane; `now` may be before its submission, because claims run last."""
-        if added := self._added.get(seq):
-            added.started = max(now, added.submitted)
-            return _running_job(added.job, added.submitted, added.started)
-        queued = lane.head_job
-        assert queued is not None
+        queued = self._head(seq, lane)
         started = max(now, queued.submitted)
-        self._execute_guarded(QUERIES["start_job"], [(started, seq)])
-        return _running_job(queued, queued.submitted, started)
+        job = replace(queued, state=State.RUNNING, started=started, holds_slot=True)
+        if seq in self._added:
+            self._added[seq] = lane, job
+        else:
+            self._execute_guarded(QUERIES["start_job"], [(started, seq)])
+        return job
 
     # Records.
 
@@ -376,21 +370,12 @@ def _insert_many(statement: str) -> str:
     return head + values + ", ".join([row] * _ROWS_PER_INSERT)
 
 
-def _job_row(seq: int, added: _Added) -> tuple[Any, ...]:
-    running = added.started is not None
-    state = State.RUNNING if running else State.QUEUED
-    return seq, added.job.id, added.lane, encode_name(added.job.host), state, added.submitted, added.started, running
+def _job_row(seq: int, lane: Lane, job: Job) -> tuple[Any, ...]:
+    return seq, job.id, lane.key, encode_name(job.host), job.state, job.submitted, job.started, job.holds_slot
 
 
-def _call_row(seq: int, job: NewJob) -> tuple[Any, ...]:
-    procedure = encode_name(job.procedure)
-    return seq, procedure, job.arguments, float(job.timeout), float(job.max_exec_time), job.queue, job.info
-
-
-def _running_job(job: NewJob | Job, submitted: float, started: float) -> Job:
-    limits = float(job.timeout), float(job.max_exec_time)
-    call = job.host, job.procedure, job.arguments, *limits, job.queue, job.info
-    return Job(job.id, State.RUNNING, *call, submitted, started, ended=None, end=None, records=0, holds_slot=True)
+def _call_row(seq: int, job: Job) -> tuple[Any, ...]:
+    return seq, encode_name(job.procedure), job.arguments, job.timeout, job.max_exec_time, job.queue, job.info
 
 
 def _split_chunks(records: Records) -> Iterator[Records]:
