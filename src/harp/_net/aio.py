@@ -82,8 +82,7 @@ class AsyncJSONConnection(BufferedConnection, _Closable):
         await self.close()
         self._loop = asyncio.get_running_loop()
         self._failure = None
-        #: Set when the socket is ready, lines have arrived, or the connection has ended.
-        self._changed = asyncio.Event()
+        self._waiters: list[asyncio.Future[None]] = []
         self._set_socket(await self._open_socket())
 
     _open_socket = method(BufferedConnection._open)
@@ -109,10 +108,9 @@ class AsyncJSONConnection(BufferedConnection, _Closable):
 
     async def _until_ready(self, sock: socket.socket, add: Callable[..., Any], remove: Callable[[int], Any]) -> None:
         """Wait until the loop reports a socket, or the connection has ended."""
-        self._changed.clear()
-        add(sock.fileno(), self._changed.set)
+        add(sock.fileno(), self._wake)
         try:
-            await self._changed.wait()
+            await self._changed()
         finally:
             if sock.fileno() >= 0:  # not closed
                 remove(sock.fileno())
@@ -143,7 +141,7 @@ class AsyncJSONConnection(BufferedConnection, _Closable):
             self._loop.remove_reader(sock.fileno())
             self._loop.remove_writer(sock.fileno())
             self._close_socket(sock)
-            self._changed.set()
+            self._wake()
 
     def _on_readable(self, sock: socket.socket) -> None:
         if self._lines:
@@ -160,7 +158,19 @@ class AsyncJSONConnection(BufferedConnection, _Closable):
             self._failure.__cause__ = error
             self._close()
         if self._lines:
-            self._changed.set()
+            self._wake()
+
+    def _changed(self) -> asyncio.Future[None]:
+        """Return a future that ends when the socket is ready, lines have arrived, or the connection has ended."""
+        waiter = self._loop.create_future()
+        self._waiters.append(waiter)
+        return waiter
+
+    def _wake(self) -> None:
+        waiters, self._waiters = self._waiters, []
+        for waiter in waiters:
+            if not waiter.done():
+                waiter.set_result(None)
 
     send = method(BufferedConnection._send)
     receive = method(BufferedConnection._receive)
@@ -183,8 +193,7 @@ class AsyncJSONConnection(BufferedConnection, _Closable):
             if not self._is_watched:
                 self._is_watched = True
                 self._loop.add_reader(sock.fileno(), self._on_readable, sock)
-            self._changed.clear()
-            await self._changed.wait()
+            await self._changed()
         return self._lines.popleft()
 
     async def exchange(self, line: bytes) -> bytes:
