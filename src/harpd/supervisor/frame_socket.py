@@ -14,6 +14,8 @@ from collections.abc import Callable
 from harpd.supervisor.frames import FrameBuffer, InvalidFrame, encode_frame
 
 _READ_SIZE = 128 * 1024
+#: From this many unsent bytes on, no channel with flow control adds any.
+_HIGH_WATER = 1024 * 1024
 
 
 class FrameSocket(ABC):
@@ -38,6 +40,7 @@ class FrameSocket(ABC):
         self._unsent = bytearray()
         self._flush_scheduled = False
         self._kernel_full = False  # the socket's buffer has no room
+        self._blocked: dict[Callable[[], None], None] = {}  # in the order in which they continue
         self._broken = False  # nothing can be sent; data may still be received
         self._lost = False
 
@@ -48,6 +51,15 @@ class FrameSocket(ABC):
             if not (self._flush_scheduled or self._kernel_full):
                 self._flush_scheduled = True
                 self._call_soon(self._flush)
+
+    @property
+    def writable(self) -> bool:
+        """Whether channels may send now."""
+        return len(self._unsent) < _HIGH_WATER
+
+    def wait_until_writable(self, resume: Callable[[], None]) -> None:
+        """Call a function when channels may send, after those that wait already."""
+        self._blocked[resume] = None
 
     def receive(self, data: bytes) -> None:
         """Handle received data. If it is invalid, the link is lost."""
@@ -71,6 +83,10 @@ class FrameSocket(ABC):
         if self._kernel_full != bool(self._unsent):
             self._kernel_full = not self._kernel_full
             self._watch_writable(self._kernel_full)
+        while self._blocked and self.writable:
+            resume = next(iter(self._blocked))
+            del self._blocked[resume]
+            resume()
 
     def _on_ready(self) -> None:
         """Receive data; also send, because the supervisor's loop has one callback for both."""
@@ -94,6 +110,7 @@ class FrameSocket(ABC):
             self._unwatch()
             self._connection.close()
             self._unsent.clear()
+            self._blocked.clear()
             self._on_lost()
 
     @abstractmethod

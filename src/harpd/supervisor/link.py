@@ -1,7 +1,7 @@
 """The supervisor's end of a link: the connection to a frontend that carries all calls of that frontend.
 
-While the frontend does not read, the unsent data of the link is bounded by `_HIGH_WATER`, and the data of each call
-waits in its channel. `harpd.supervisor.frames` has the format and the flow control.
+While the frontend does not read, the unsent data of the link is bounded, and each call's data waits in its channel.
+`harpd.supervisor.frames` has the format and the flow control.
 """
 
 from __future__ import annotations
@@ -39,8 +39,6 @@ log = logging.getLogger("harpd.supervisor")
 
 #: The most bytes of a frame; the frontend has a lower limit for requests from the network.
 _MAX_FRAME_BYTES = 1 << 30
-#: From this many unsent bytes on, no channel adds any.
-_HIGH_WATER = 1024 * 1024
 #: From this many bytes on that wait in a channel, its user should wait.
 _CHANNEL_HIGH_WATER = 64 * 1024
 #: Seconds for which `send_soon` waits for more data to send with it.
@@ -141,7 +139,7 @@ class LinkChannel:
             self._credit -= len(lines)
             self._link.write(self._number, kind, lines)
         if self._waiting and self._credit > 0:
-            self._link.wait_until_writable(self)
+            self._link.wait_until_writable(self.resume)
 
     def resume(self) -> None:
         """Send more, because the frontend has read; then let the user send."""
@@ -206,18 +204,12 @@ class Link(FrameSocket):
         self._on_start, self._on_attach, self._notify_lost = on_start, on_attach, on_lost
         self._channels: dict[int, LinkChannel] = {}
         self._gathering: list[LinkChannel] = []
-        self._blocked: dict[LinkChannel, None] = {}  # in the order in which they continue
         self._watch_writable(False)
 
     @property
     def has_channels(self) -> bool:
         """Whether a channel is open."""
         return bool(self._channels)
-
-    @property
-    def writable(self) -> bool:
-        """Whether channels may send now."""
-        return len(self._unsent) < _HIGH_WATER
 
     def finish(self, deadline: float) -> None:
         """Handle the frames that have arrived, and send all data within this time, before the exit of this process."""
@@ -234,10 +226,6 @@ class Link(FrameSocket):
         if not self._gathering:
             self._loop.call_later(_GATHER_SECONDS, self._flush_gathered)
         self._gathering.append(channel)
-
-    def wait_until_writable(self, channel: LinkChannel) -> None:
-        """Resume the channel when the link is writable."""
-        self._blocked[channel] = None
 
     def forget(self, number: int) -> None:
         """Close a channel; its number is free."""
@@ -284,19 +272,11 @@ class Link(FrameSocket):
             channel.close()
 
     def _on_lost(self) -> None:
-        self._blocked.clear()
         for channel in list(self._channels.values()):
             channel.hang_up()
         self._notify_lost(self)
 
     # The socket: `FrameSocket`.
-
-    def _flush(self) -> None:
-        super()._flush()
-        while self._blocked and self.writable:
-            channel = next(iter(self._blocked))
-            del self._blocked[channel]
-            channel.resume()
 
     def _watch_writable(self, watch: bool) -> None:
         self._loop.watch(self._connection.fileno(), READ | (WRITE if watch else 0), self._on_ready)
