@@ -264,3 +264,20 @@ def test_survivors_of_discarded_call_stay_recorded(tmp_path: Path) -> None:
             assert supervisor.list_calls() == []
             cold.thaw()
             wait_until(lambda: not read_entries(supervisor.runtime_directory), DEADLINE, "the entry gone")
+
+
+def test_shutdown_kills_calls_whose_termination_is_late(tmp_path: Path) -> None:
+    supervisor = Supervisor(tmp_path / "supervisor", PROCEDURES, kill_grace=DEADLINE).start()
+    with supervisor.call_resumable("hops", str(tmp_path / "stop"), False) as call:
+        group = os.getpgid(started(supervisor, call))
+        wait_until(lambda: members(group) > 1, DEADLINE, "the process that hops")
+        call.send({"stop": {"why": "cancelled"}})
+        supervisor.wait_event("stopping call", call=call.id)
+        assert "error" not in supervisor.reload(kill_grace=0.1)
+        assert supervisor.control("shutdown") == {"ok": True}
+        assert supervisor.wait() == 0
+        assert not group_lives(group)
+
+
+def members(group: int) -> int:
+    return sum(process.group == group and process.alive for process in take_snapshot().values())

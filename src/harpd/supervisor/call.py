@@ -400,6 +400,11 @@ class Call:
             self._terminate().start(interrupt=stop_reason is StopReason.TIMEOUT)
             self.update_watch()
 
+    def kill(self) -> None:
+        """Kill all processes at once, if the call is being stopped, without the steps before that."""
+        if self._termination is not None:
+            self._termination.kill()
+
     def _terminate(self) -> TerminationSequence:
         """Return the termination sequence of this call; create it at first."""
         if self._termination is None:

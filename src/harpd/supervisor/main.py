@@ -87,6 +87,8 @@ _CHECK_INTERVAL, _BUSY_CHECK_INTERVAL = 1.0, 0.05
 _ZYGOTE_RESTART_DELAY = 1.0
 #: At shutdown, seconds in which frontends may still read the last output of calls.
 _FLUSH_TIMEOUT = 2.0
+#: Seconds until the exit after all processes of calls were killed. The launcher waits 1 s longer.
+_KILL_TIMEOUT = 2.0
 #: Seconds after which a supervisor without calls and launcher exits.
 _IDLE_EXIT_DELAY = 10.0
 #: The descriptor limit divided by this number is how many pipes of ended calls may stay open.
@@ -108,7 +110,7 @@ class Supervisor:
         self._loading: ZygoteClient | None = None
         self._accepting = self._draining = self._retired = False
         self._idle_exit_at = math.inf  # the time from which on this process exits if it has no calls
-        self._exit_at = self._flush_until = 0.0  # during the shutdown: the latest times of its end
+        self._kill_at = self._exit_at = self._flush_until = 0.0  # during the shutdown: the latest times of its end
         self._shutdown_replies: list[Callable[[], None]] = []
         self._check_repeatedly()
         loop.watch(lifeline.fileno(), READ, self._on_lifeline)
@@ -322,9 +324,10 @@ class Supervisor:
             self._context.shutting_down = True
             for call in list(self._context.calls.values()):
                 call.stop(StopReason.SHUTDOWN)
-            # Exit in any case: perhaps no other process can kill this one. The next supervisor kills survivors.
             self._flush_until = self._loop.now() + _FLUSH_TIMEOUT
-            self._exit_at = self._flush_until + 2 * self._context.settings["kill_grace"]
+            self._kill_at = self._flush_until + 2 * self._context.settings["kill_grace"]
+            # Exit in any case: perhaps no other process can kill this one. The next supervisor kills survivors.
+            self._exit_at = self._kill_at + _KILL_TIMEOUT
             self._exit_when_done()
 
     def _exit_when_done(self) -> None:
@@ -332,6 +335,10 @@ class Supervisor:
         now, calls = self._loop.now(), self._context.calls
         if calls:
             self._flush_until = now + _FLUSH_TIMEOUT
+            if now >= self._kill_at:  # on a busy machine, the steps of many terminations are late
+                self._kill_at = self._exit_at
+                for call in calls.values():
+                    call.kill()
         unread = any(link.has_channels for link in self._links) and now < self._flush_until
         if (calls or unread) and now < self._exit_at:
             self._loop.call_later(_BUSY_CHECK_INTERVAL, self._exit_when_done)

@@ -91,6 +91,13 @@ class TerminationSequence:
         self._changed_at = time.monotonic()
         self._check = self._loop.call_later(0, self._scan_until_gone)
 
+    def kill(self) -> None:
+        """Continue at once with the last step, without another halt."""
+        if self._step is not None:
+            self._step.cancel()
+        self._halts = _MAX_HALTS
+        self._kill()
+
     def stop_report(self) -> dict[str, Any]:
         """Return the stop report. Spec: docs/protocol.md, Resumable calls."""
         return self._report.to_json(self._main_ended, self._complete, self._began, self._ended)
