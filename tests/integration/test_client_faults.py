@@ -486,3 +486,22 @@ def test_async_json_connection_sends_and_receives(files: Certificates) -> None:
                     conn.__reduce__()
 
     asyncio.run(main(), debug=True)
+
+
+def test_async_connection_is_used_in_a_second_loop() -> None:
+    def stays_open(conn: PeerConnection) -> None:
+        conn.expect()
+        conn.reply({"reply": True})
+        conn.until_closed()
+
+    with Peer(always=stays_open) as peer:
+        conn = aio.AsyncJSONConnection(peer.host, peer.port)
+
+        async def exchange() -> Any:
+            await conn.connect()
+            await conn.send({"request": True})
+            return await conn.receive()
+
+        for _ in range(3):  # the connection is still open when its loop ends
+            assert asyncio.run(asyncio.wait_for(exchange(), 20)) == {"reply": True}
+        asyncio.run(conn.close())

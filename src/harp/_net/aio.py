@@ -82,6 +82,7 @@ class AsyncJSONConnection(BufferedConnection, _Closable):
         await self.close()
         self._loop = asyncio.get_running_loop()
         self._failure = None
+        self._is_watched = False  # an earlier loop may have ended with an open connection
         self._waiters: list[asyncio.Future[None]] = []
         self._set_socket(await self._open_socket())
 
