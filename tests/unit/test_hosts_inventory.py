@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from harp.protocol.fields import ProtocolError
-from harpcaller.hosts.inventory import Host, parse_hosts, parse_line
+from harpcaller.hosts.inventory import Host, parse_line
+from harpcaller.hosts.registry import parse_hosts
 
 LINE: dict[str, Any] = {
     "hostname": "web01",
@@ -88,38 +90,47 @@ def test_parse_line_huge_port_is_refused() -> None:
 
 
 def test_host_repr_has_no_password() -> None:
-    assert "s3cret" not in repr(WEB01) + str(WEB01) + repr(parse_hosts([line()]))
+    assert "s3cret" not in repr(WEB01) + str(WEB01) + repr(parse_hosts([line()], "script"))
 
 
-def test_parse_hosts_returns_hosts_and_errors() -> None:
-    registry = parse_hosts([line(), b"", b"oops\n", line(hostname="web02"), b" \r\n", without("port")])
-    assert registry.hosts == {"web01": WEB01, "web02": parse_line(line(hostname="web02"))}
-    assert [(number, error.split(":")[0]) for number, error in registry.invalid_lines] == [
-        (3, "Expecting value at column 1"),
-        (6, "port"),
-    ]
-    assert registry.duplicates == 0
+@pytest.fixture
+def logged(caplog: pytest.LogCaptureFixture) -> Callable[[], list[tuple[Any, ...]]]:
+    """Return a function that returns the logged invalid lines and errors, and the counts."""
+
+    def read() -> list[tuple[Any, ...]]:
+        assert all(record.__dict__["source"] == "script" for record in caplog.records)
+        keys = ("line", "error", "invalid", "duplicates")
+        return [tuple(record.__dict__[key] for key in keys if key in record.__dict__) for record in caplog.records]
+
+    return read
 
 
-def test_parse_hosts_duplicate_uses_the_last_line() -> None:
-    registry = parse_hosts([line(port=1), line(hostname="web02"), line(port=2), line(port=3)])
-    assert [(host.hostname, host.port) for host in registry.hosts.values()] == [("web02", 4306), ("web01", 3)]
-    assert registry.duplicates == 2
+def test_parse_hosts_returns_hosts_and_logs_errors(logged: Callable[[], list[tuple[Any, ...]]]) -> None:
+    lines = [line(), b"", b"oops\n", line(hostname="web02"), b" \r\n", without("port")]
+    assert parse_hosts(lines, "script") == {"web01": WEB01, "web02": parse_line(line(hostname="web02"))}
+    (first, error), *others = logged()
+    assert (first, error.split(":")[0]) == (3, "Expecting value at column 1")
+    assert others == [(6, "port: expected an integer from 1 to 65535"), (2, 0)]
 
 
-def test_parse_hosts_invalid_line_replaces_no_host() -> None:
-    registry = parse_hosts([line(), line(port=0)])
-    assert registry.hosts == {"web01": WEB01}
-    assert registry.invalid_lines == ((2, "port: expected an integer from 1 to 65535"),)
+def test_parse_hosts_duplicate_uses_the_last_line(logged: Callable[[], list[tuple[Any, ...]]]) -> None:
+    hosts = parse_hosts([line(port=1), line(hostname="web02"), line(port=2), line(port=3)], "script")
+    assert [(host.hostname, host.port) for host in hosts.values()] == [("web02", 4306), ("web01", 3)]
+    assert logged() == [(0, 2)]
 
 
-def test_parse_hosts_without_lines_is_empty() -> None:
-    registry = parse_hosts([])
-    assert (registry.hosts, registry.invalid_lines, registry.duplicates) == ({}, (), 0)
+def test_parse_hosts_invalid_line_replaces_no_host(logged: Callable[[], list[tuple[Any, ...]]]) -> None:
+    assert parse_hosts([line(), line(port=0)], "script") == {"web01": WEB01}
+    assert logged() == [(2, "port: expected an integer from 1 to 65535"), (1, 0)]
 
 
-@given(st.lists(st.binary() | st.sampled_from([line(), line(hostname="web02")]), max_size=10))
+def test_parse_hosts_without_lines_is_empty(logged: Callable[[], list[tuple[Any, ...]]]) -> None:
+    assert (parse_hosts([], "script"), logged()) == ({}, [])
+
+
+VALID = {"web01": line(), "web02": line(hostname="web02")}
+
+
+@given(st.lists(st.binary() | st.sampled_from(list(VALID.values())), max_size=10))
 def test_parse_hosts_any_bytes_are_hosts_or_errors(lines: list[bytes]) -> None:
-    registry = parse_hosts(lines)
-    blank = sum(not text.strip() for text in lines)
-    assert len(registry.hosts) + registry.duplicates + len(registry.invalid_lines) + blank == len(lines)
+    assert set(parse_hosts(lines, "script")) == {name for name, text in VALID.items() if text in lines}

@@ -16,20 +16,20 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from harp.protocol.fields import ProtocolError
 from harpcaller.config import Config, file_errors
-from harpcaller.hosts.inventory import Host, ParsedHosts, parse_hosts
+from harpcaller.hosts.inventory import Host, parse_line
 from harpcaller.hosts.script import ScriptFailed, run_script
 from harpcaller.hosts.watched_file import WatchedFile
 
 log = logging.getLogger(__name__)
 
-#: Maximum number of invalid lines that are logged one by one; the others are only counted.
-_MAX_LOGGED_LINES = 10
+_MAX_LOGGED_LINES = 10  #: Maximum number of invalid lines that are logged one by one; the others are only counted.
 _FORMAT = "harpcaller hosts 1"
 
 
@@ -46,10 +46,7 @@ class CachedHosts:
 
 
 class HostsRegistry:
-    """The hosts that may be called. Raises `ConfigError` if the hosts file cannot be read.
-
-    `on_change` is called when the registry becomes ready, or has changed.
-    """
+    """The hosts that may be called; `on_change` is called when it is ready or has changed. Raises `ConfigError`."""
 
     def __init__(self, config: Config, on_change: Callable[[], None]) -> None:
         self._config = config
@@ -84,10 +81,7 @@ class HostsRegistry:
         return self._watched_file.value if self._watched_file else {}
 
     def update_config(self, config: Config) -> None:
-        """Apply a new configuration; the known hosts remain until the next refresh.
-
-        Raises `ConfigError` if the hosts file cannot be read; then nothing has changed.
-        """
+        """Apply a new configuration; the known hosts remain until the next refresh. Raises `ConfigError` at first."""
         self._watched_file = _watch_hosts_file(config)
         if config.host_db_script is None:
             self._cached = CachedHosts()
@@ -98,10 +92,7 @@ class HostsRegistry:
         self._on_change()
 
     async def refresh(self) -> int:
-        """Run the script, or wait for the current run; return the number of hosts in the registry.
-
-        Raises `RefreshFailed` if the script failed, or if neither a script nor a hosts file is configured.
-        """
+        """Run the script, or wait for its current run; return the number of hosts. Raises `RefreshFailed`."""
         if self._refresh_task is None:
             self._refresh_task = asyncio.create_task(self._run_refresh(self._config))
             self._refresh_task.add_done_callback(self._on_refreshed)
@@ -148,24 +139,19 @@ class HostsRegistry:
         except (ScriptFailed, OSError) as error:
             log.error("cannot refresh hosts registry", extra={"error": str(error)})
             raise RefreshFailed(str(error)) from error
-        parsed = await asyncio.to_thread(lambda: parse_hosts(output.split(b"\n")))
-        hosts = _accept(parsed, config.host_db_script)
+        hosts = await asyncio.to_thread(lambda: parse_hosts(output.split(b"\n"), config.host_db_script))
         if config.host_db_script != self._config.host_db_script:
             raise RefreshFailed("host_db_script was changed during the refresh")
         self._cached = CachedHosts(hosts, time.time())
         log.info("hosts registry refreshed", extra={"hosts": len(hosts)})
-        await _save_cache(config.host_db, self._cached)
+        file = config.host_db
+        try:
+            renamed = await asyncio.to_thread(write_cache, file, self._cached)
+            if renamed is not None:
+                log.warning("host_db had another format; renamed", extra={"file": str(file), "to": str(renamed)})
+        except OSError as error:
+            log.error("cannot write hosts cache", extra={"file": str(file), "error": error.strerror})
         return len(self.list_hosts())
-
-
-async def _save_cache(file: Path, cached: CachedHosts) -> None:
-    try:
-        renamed = await asyncio.to_thread(write_cache, file, cached)
-    except OSError as error:
-        log.error("cannot write hosts cache", extra={"file": str(file), "error": error.strerror})
-        return
-    if renamed is not None:
-        log.warning("host_db had another format; renamed", extra={"file": str(file), "to": str(renamed)})
 
 
 def _watch_hosts_file(config: Config) -> WatchedFile[Mapping[str, Host]] | None:
@@ -173,17 +159,33 @@ def _watch_hosts_file(config: Config) -> WatchedFile[Mapping[str, Host]] | None:
     if file is None:
         return None
     with file_errors(config, "hosts_file"):
-        return WatchedFile(file, lambda text: _accept(parse_hosts(text.split(b"\n")), file))
+        return WatchedFile(file, lambda text: parse_hosts(text.split(b"\n"), file))
 
 
-def _accept(registry: ParsedHosts, source: Path) -> Mapping[str, Host]:
-    """Return the hosts; log the errors of invalid lines, never their contents."""
-    for line, error in registry.invalid_lines[:_MAX_LOGGED_LINES]:
-        log.warning("hosts registry line is invalid", extra={"source": str(source), "line": line, "error": error})
-    if registry.invalid_lines or registry.duplicates:
-        counts = {"source": str(source), "invalid": len(registry.invalid_lines), "duplicates": registry.duplicates}
+def parse_hosts(lines: Iterable[bytes], source: object) -> Mapping[str, Host]:
+    """Return the hosts of a file or of a script's output, by name; log the errors of invalid lines.
+
+    Empty lines are skipped. The last of several lines with the same hostname is used.
+    """
+    hosts: dict[str, Host] = {}
+    invalid = duplicates = 0
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            host = parse_line(line)
+        except ProtocolError as error:
+            invalid += 1
+            if invalid <= _MAX_LOGGED_LINES:
+                fields = {"source": str(source), "line": number, "error": error.message}
+                log.warning("hosts registry line is invalid", extra=fields)
+            continue
+        duplicates += hosts.pop(host.hostname, None) is not None
+        hosts[host.hostname] = host
+    if invalid or duplicates:
+        counts = {"source": str(source), "invalid": invalid, "duplicates": duplicates}
         log.warning("hosts registry contains invalid or duplicate lines", extra=counts)
-    return registry.hosts
+    return hosts
 
 
 def read_cache(file: Path) -> CachedHosts:
@@ -193,14 +195,11 @@ def read_cache(file: Path) -> CachedHosts:
     except FileNotFoundError:
         return CachedHosts()
     refreshed_at = _parse_header(header)
-    return CachedHosts() if refreshed_at is None else CachedHosts(parse_hosts(lines).hosts, refreshed_at)
+    return CachedHosts() if refreshed_at is None else CachedHosts(parse_hosts(lines, file), refreshed_at)
 
 
 def write_cache(file: Path, cached: CachedHosts) -> Path | None:
-    """Replace the file. Rename a file of another format, such as the legacy dispatcher's, and return its new name.
-
-    Raises OSError if the file cannot be written; then it is unchanged.
-    """
+    """Replace the file. Rename a file of another format and return its new name. Raises OSError."""
     file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     new = file.with_name(f"{file.name}.new")
     new.unlink(missing_ok=True)  # of a daemon that was killed
