@@ -1,9 +1,7 @@
 """Cleans up orphans: calls that hosts still have although their jobs have ended or no longer exist.
 
-Each orphan is stopped if it is running, and released by its host. Its stop report and exit info are stored with its
-job, if the job belongs to this host; the end that was stored first wins.
-
-A host may list any calls and send any reply: it occupies only its own few workers.
+Each orphan is stopped and released. Its stop report and exit info are stored with its job, if the job belongs to this
+host. A host may list any calls and send any reply: it occupies only its own few workers.
 """
 
 from __future__ import annotations
@@ -12,11 +10,13 @@ import asyncio
 import logging
 from collections.abc import Callable, Iterator, Sequence
 
+from msgspec.structs import replace
+
 from harp.protocol.ends import End, Failed
 from harp.protocol.harpd import Ack, Acknowledgement, ExitInfo, Phase, Record, Release, StopCall, StopReport
 from harp.protocol.json_text import Raw
 from harpcaller.hosts.connecting import CONNECTION_ERRORS, open_connection
-from harpcaller.hosts.connection import PAST_END, HarpdConnection, MessageQueue, parse_end_of_records
+from harpcaller.hosts.connection import PAST_END, MessageQueue, parse_end_of_records
 from harpcaller.hosts.inventory import Host
 from harpcaller.model.jobs import JobMetadata
 from harpcaller.runs.context import RunContext
@@ -24,8 +24,7 @@ from harpcaller.store import StorageError, UnknownJob
 
 log = logging.getLogger(__name__)
 
-#: Maximum number of orphans of a host that are handled at the same time.
-_WORKERS_PER_HOST = 4
+_WORKERS_PER_HOST = 4  #: Maximum number of orphans of a host that are handled at the same time.
 #: Maximum seconds for an orphan: a stop is shorter, unless a very long `kill_grace` is configured on its host.
 _TIME_LIMIT = 120.0
 #: Maximum number of attaches: the first one, past the end, is refused with the number of the next record.
@@ -95,33 +94,22 @@ async def _stop_and_release(host: Host, call: str, context: RunContext, is_of_ho
             if not isinstance(reply, Acknowledgement) or reply.call is None:
                 return
             conn.start_heartbeat(reply.call.elapsed, reply.call.disconnect_timeout, at_once=True)
-            metadata = await _stop(conn, messages, since)
-            if metadata is None:
-                return
-            if is_of_host:
-                await context.store.update_metadata(call, metadata)
-            conn.send_command(Release())
-            while await messages.receive() is not None:
-                pass  # the host closes after the release; an earlier close could overtake the command
+            conn.send_command(StopCall("orphaned"))
+            metadata = JobMetadata()
+            while (message := await messages.receive()) is not None:  # the host closes after the release
+                match message:
+                    case Record():
+                        since += 1
+                        if not messages.has_next:
+                            conn.send_command(Ack(since))  # discarded, but acknowledged to the host
+                    case StopReport(data):
+                        metadata = replace(metadata, stop_report=Raw(data))
+                    case ExitInfo(data):
+                        metadata = replace(metadata, exit_info=Raw(data))
+                    case _ if isinstance(message, End):
+                        if is_of_host:
+                            await context.store.update_metadata(call, metadata)
+                        conn.send_command(Release())
             return
         finally:
             conn.abort()
-
-
-async def _stop(conn: HarpdConnection, messages: MessageQueue, since: int) -> JobMetadata | None:
-    """Stop the attached call; return its metadata, or None if the host closed the connection before the end."""
-    conn.send_command(StopCall("orphaned"))
-    stop_report = exit_info = None
-    while (message := await messages.receive()) is not None:
-        match message:
-            case Record():
-                since += 1
-                if not messages.has_next:
-                    conn.send_command(Ack(since))  # discarded, but acknowledged to the host
-            case StopReport(data):
-                stop_report = Raw(data)
-            case ExitInfo(data):
-                exit_info = Raw(data)
-            case _ if isinstance(message, End):
-                return JobMetadata(stop_report=stop_report, exit_info=exit_info)
-    return None
