@@ -1,10 +1,7 @@
 """What each host supports: its supervisor's instance id, resumable calls and keep-alive.
 
-The first request to a host lists the calls that it has for this dispatcher. The reply contains the instance id, which
-a start has to name, and shows orphaned calls. A legacy harpd rejects this request. The request is sent again after
-300 s, because the host may have been upgraded.
-
-Spec: docs/protocol.md, Resumable calls.
+The first request to a host lists the calls that it has for this dispatcher. The reply has the instance id and shows
+orphaned calls. A legacy harpd rejects the request; it is sent again after 300 s. Spec: docs/protocol.md, Resumable calls.
 """
 
 from __future__ import annotations
@@ -30,14 +27,12 @@ from harpcaller.model.jobs import Identity
 
 log = logging.getLogger(__name__)
 
-#: Seconds after which a legacy harpd is queried again.
-_LEGACY_RETRY_SECONDS = 300.0
+_LEGACY_RETRY_SECONDS = 300.0  #: Seconds after which a legacy harpd is queried again.
 #: Errors that a current harpd replies, too.
 _TEMPORARY_ERRORS = frozenset(
     {"auth_error", "too_many_connections", "shutdown", "procedure_loading_error", "system_error", "call_died"}
 )
-#: Maximum length of a list of calls in bytes: about 200,000 calls.
-_MAX_LIST_BYTES = 8 * 1024 * 1024
+_MAX_LIST_BYTES = 8 * 1024 * 1024  #: Maximum length of a list of calls in bytes: about 200,000 calls.
 
 
 class HostSupport(NamedTuple):
@@ -71,12 +66,8 @@ class HostCapabilities:
         return support if time.monotonic() < expires_at else None
 
     async def get(self, host: Host, tls: HostTLS, config: Config) -> HostSupport:
-        """Return what a host supports; query it if that is not known. Raises one of `CONNECTION_ERRORS`.
-
-        `HostUnreachable`: the host refused the query with an error that a start would receive too.
-        """
-        known = self.get_known(host)
-        if known is not None:
+        """Return what a host supports; query it if that is not known. Raises one of `CONNECTION_ERRORS`."""
+        if (known := self.get_known(host)) is not None:
             return known
         query = self._queries.get(host)
         if query is None:
@@ -99,11 +90,9 @@ class HostCapabilities:
 
     async def close(self) -> None:
         """Cancel all queries."""
-        queries = list(self._queries.values())
-        for query in queries:
+        for query in self._queries.values():
             query.cancel()
-        if queries:
-            await asyncio.wait(queries)
+        await asyncio.gather(*self._queries.values(), return_exceptions=True)
 
     async def _query(self, host: Host, tls: HostTLS, config: Config) -> HostSupport:
         reply = await self._request_call_list(host, tls, config)
@@ -116,7 +105,7 @@ class HostCapabilities:
                 self._known[host] = support, math.inf
                 self._on_call_list(host, calls)
                 return support
-            case Failed(kind) if kind in _TEMPORARY_ERRORS:
+            case Failed(kind) if kind in _TEMPORARY_ERRORS:  # a start would receive it too
                 raise HostUnreachable(reply)
             case _:  # the host does not support the request
                 log.info("host runs a legacy harpd", extra={"host": host.hostname})

@@ -32,15 +32,11 @@ _LOCAL_ERRORS = ("EMFILE", "ENFILE", "ENOBUFS", "ENOMEM", "EACCES", "EPERM", "EA
 _NOT_TLS_REASONS = ("WRONG_VERSION_NUMBER", "HTTP_REQUEST", "HTTPS_PROXY_REQUEST", "RECORD_LAYER_FAILURE")
 #: Error numbers for errors that the event loop raises without one.
 _ERRNO_BY_CLASS = {
-    TimeoutError: errno.ETIMEDOUT,
-    ConnectionResetError: errno.ECONNRESET,
-    ConnectionAbortedError: errno.ECONNABORTED,
-    BrokenPipeError: errno.EPIPE,
+    type(OSError(number, "")): number for number in (errno.ETIMEDOUT, errno.ECONNRESET, errno.ECONNABORTED, errno.EPIPE)
 }
 _RESOLVER_ERRORS = {getattr(socket, name): name for name in dir(socket) if name.startswith("EAI_")}
 
-#: One result of `getaddrinfo`.
-_AddressInfo: TypeAlias = tuple[int, int, int, str, tuple[Any, ...]]
+_AddressInfo: TypeAlias = tuple[int, int, int, str, tuple[Any, ...]]  #: One result of `getaddrinfo`.
 
 
 class HostUnreachable(Exception):
@@ -58,10 +54,7 @@ CONNECTION_ERRORS = (OSError, CertificateRefused, UnicodeError, ProtocolError, L
 async def open_connection(
     host: Host, tls: HostTLS, config: Config, timers: TimerWheel, max_line: int = sys.maxsize
 ) -> HarpdConnection:
-    """Connect to a host and check its certificate. Raises OSError, `CertificateRefused` or UnicodeError.
-
-    A received line may have `record_line` bytes, or `max_line` if that is less.
-    """
+    """Connect to a host and check its certificate. Raises OSError, `CertificateRefused` or UnicodeError."""
     create = partial(HarpdConnection, timers, min(max_line, config.record_line))
     chain_error: str | None = None
     for context in tls.contexts:

@@ -1,8 +1,7 @@
 """A connection to a host's harpd: one request at a time, the messages that answer it, commands to a running call.
 
-No task reads a connection. The event loop passes received data to `HarpdConnection.data_received`, which calls the
-request's `Receiver` for each message, for adjacent records once together. A line of more than 64 KiB is decoded in a
-thread; until then the host is not read.
+No task reads a connection: `HarpdConnection.data_received` calls the request's `Receiver` for each message, for
+adjacent records once together. A line of more than 64 KiB is decoded in a thread; until then the host is not read.
 
 Heartbeats run in both directions, because an open connection does not prove that the peer is alive. Each heartbeat
 echoes the host's latest timestamp. The host measures contact from that timestamp, so it can never count contact that
@@ -29,8 +28,7 @@ from harp_daemon.long_lines import LONG_LINE, decode_in_thread
 from harp_daemon.sliced_json import decode_slices, slice_records
 from harp_daemon.timer_wheel import Timer, TimerWheel
 
-#: A record number that does not exist. Attaching at it is refused with the number of the next record.
-PAST_END = 2**53
+PAST_END = 2**53  #: A record number that does not exist. Attaching at it is refused with the number of the next record.
 
 #: Maximum number of records that are delivered in one turn of the event loop, and how many of them take as much time as
 #: a line that is decoded by itself. Other peers have their turn before the next ones.
@@ -39,17 +37,12 @@ _MAX_TURN_LINES, _SINGLE_LINE_COST = 3000, 30
 _MAX_STORED_LINE = 1000
 #: Seconds between two heartbeats, and the number of unanswered ones after which the connection is aborted.
 _HEARTBEAT_INTERVAL, _MAX_MISSED_HEARTBEATS = 15.0, 3
-#: Minimum seconds between two heartbeats, whatever timeout a host sets.
-_MIN_HEARTBEAT_INTERVAL = 0.1
-_HEARTBEAT_PREFIX = b'{"heartbeat":'
+_MIN_HEARTBEAT_INTERVAL = 0.1  #: Minimum seconds between two heartbeats, whatever timeout a host sets.
 _is_record = methodcaller("startswith", RECORD_PREFIX)
-_is_heartbeat = methodcaller("startswith", _HEARTBEAT_PREFIX)
-#: Maximum bytes of commands that the host has not read.
-_MAX_UNSENT_BYTES = 64 * 1024
-#: Maximum seconds for which the last command of a call waits for the next request.
-_COMMAND_DELAY = 0.03
-#: Maximum number of messages in a `MessageQueue`; above it, its connection is not read.
-_MAX_QUEUED = 64
+_is_heartbeat = methodcaller("startswith", b'{"heartbeat":')
+_MAX_UNSENT_BYTES = 64 * 1024  #: Maximum bytes of commands that the host has not read.
+_COMMAND_DELAY = 0.03  #: Maximum seconds for which the last command of a call waits for the next request.
+_MAX_QUEUED = 64  #: Maximum number of messages in a `MessageQueue`; above it, its connection is not read.
 
 
 class Receiver(Protocol):
@@ -88,8 +81,7 @@ class HarpdConnection(asyncio.Protocol):
         self._peer_time = 0.0
         self._reused_unanswered = False
         self._acknowledgement: tuple[bytes, Message] | None = None  # of the last call; most calls get the same line
-        #: Whether the receiver has paused reading.
-        self.is_paused = False
+        self.is_paused = False  #: Whether the receiver has paused reading.
         #: Monotonic time of the last received data, or of the request.
         self.last_received_at = self._reading_since = time.monotonic()
 
@@ -161,10 +153,9 @@ class HarpdConnection(asyncio.Protocol):
             asyncio.get_running_loop().call_soon(self._write_piece)
 
     def finish_request(self, last_command: Command | None = None) -> None:
-        """End the request, because its call has ended: deliver no further message.
+        """Deliver no further message. The last command is sent with the next request, or after `_COMMAND_DELAY`.
 
-        The last command is sent with the next request, which halves the writes and reads of a busy connection; or
-        after `_COMMAND_DELAY`, or before `close`.
+        That halves the writes and reads of a busy connection.
         """
         self._stop_heartbeat()
         self._receiver = None
@@ -173,13 +164,10 @@ class HarpdConnection(asyncio.Protocol):
         if last_command is not None:
             self._last_command = encode_command(last_command)
             if self._command_timer is None:
-                self._command_timer = self._timers.call_later(_COMMAND_DELAY, self._on_command_timer)
-
-    def _on_command_timer(self) -> None:
-        self._command_timer = None
-        self._send_last_command()
+                self._command_timer = self._timers.call_later(_COMMAND_DELAY, self._send_last_command)
 
     def _send_last_command(self) -> None:
+        self._command_timer = None
         if self._last_command:
             self._write(self._last_command)
             self._last_command = b""
@@ -309,10 +297,7 @@ class HarpdConnection(asyncio.Protocol):
         self._continue()
 
     def _update_reading(self) -> None:
-        """Read from the host unless the receiver or a long line forbids it.
-
-        asyncio loses data if reading is paused in the turn of the loop in which it was resumed, and the host closes.
-        """
+        """Read from the host unless the receiver or a long line forbids it."""
         is_reading = not (self.is_paused or self._suspended)
         if is_reading is self._is_reading or self._resuming or self._transport.is_closing():
             return
@@ -322,6 +307,7 @@ class HarpdConnection(asyncio.Protocol):
             return
         self._reading_since = time.monotonic()
         self._transport.resume_reading()
+        # asyncio loses data if reading is paused in the turn of the loop in which it was resumed, and the host closes.
         self._resuming = True
         asyncio.get_running_loop().call_soon(self._on_resumed)
 
@@ -332,7 +318,7 @@ class HarpdConnection(asyncio.Protocol):
     def _decode(self, line: bytes) -> Message:
         """Return the message of the next line. Raises `ProtocolError` if it is invalid or unexpected."""
         assert self._exchange is not None
-        if self._reused_unanswered and line.startswith(_HEARTBEAT_PREFIX):
+        if self._reused_unanswered and _is_heartbeat(line):
             return Heartbeat(0.0)  # it belongs to the previous call on this connection
         self._reused_unanswered = False
         if self._acknowledgement is not None and line == self._acknowledgement[0]:
@@ -371,8 +357,7 @@ class HarpdConnection(asyncio.Protocol):
     def start_heartbeat(self, peer_time: float, timeout: float, at_once: bool) -> None:
         """Send heartbeats until the request is finished or the connection is closed; the first one `at_once` or later.
 
-        `peer_time` is the host's timestamp in its acknowledgement. After `timeout` seconds without a heartbeat, the
-        host ends the call.
+        The acknowledgement has `peer_time`, and the `timeout` after which the host ends a call without a heartbeat.
         """
         self._peer_time = peer_time
         interval = min(_HEARTBEAT_INTERVAL, timeout / (_MAX_MISSED_HEARTBEATS + 2))
@@ -425,10 +410,7 @@ class MessageQueue:
         return not self._messages.empty()
 
     async def receive(self) -> Message | None:
-        """Wait for the next message; return None if the host has closed the connection.
-
-        Raises `ProtocolError` or `LineTooLong` if the host broke the protocol, OSError if the connection broke.
-        """
+        """Return the next message; None if the host closed. Raises `ProtocolError`, `LineTooLong` or OSError."""
         if self._messages.empty():
             self._conn.resume_reading()
         message = await self._messages.get()
@@ -438,10 +420,7 @@ class MessageQueue:
 
 
 def parse_end_of_records(error: Failed) -> int:
-    """Return the number of the next record of a call, from the data of the error ``records_gone``.
-
-    Raises `ProtocolError` if the data has another form.
-    """
+    """Return the number of the next record of a call from an error ``records_gone``. Raises `ProtocolError`."""
     end = get_error_detail(error, "end")
     if not isinstance(end, int) or not is_count(end) or end >= PAST_END:
         raise ProtocolError("records_gone: expected the number of the next record as end")

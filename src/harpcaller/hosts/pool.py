@@ -1,10 +1,8 @@
 """A pool of idle connections to hosts, for the next call: a TLS handshake costs as much as the rest of a small call.
 
-A connection is stored only if its host supports keep-alive, and only for a short time: the connection to a host that
-disappears seems open, and a start written to it is delayed until the outage is detected. If a reused connection breaks
-before the acknowledgement, the run attaches to the call; it never writes the start twice.
-
-The client's pool is separate on purpose: it is shared between threads and has no timer.
+A connection is stored only for a short time: the connection to a host that disappears seems open, and a start written
+to it is delayed until the outage is detected. If a reused connection breaks before the acknowledgement, the run
+attaches to the call; it never writes the start twice. The client's pool is shared between threads and has no timer.
 
 Spec: docs/protocol.md, Keep-alive.
 """
@@ -26,7 +24,7 @@ _MAX_PER_HOST, _MAX_TOTAL = 256, 512
 
 
 class ConnectionPool:
-    """All idle connections of one event loop, whose timers are `timers`."""
+    """All idle connections of one event loop."""
 
     def __init__(self, timers: TimerWheel) -> None:
         self._timers = timers
@@ -59,9 +57,6 @@ class ConnectionPool:
 
     def close(self) -> None:
         """Close all connections."""
-        if self._cleanup_timer is not None:
-            self._cleanup_timer.cancel()
-            self._cleanup_timer = None
         for idle in self._connections.values():
             for _, conn in idle:
                 conn.close()

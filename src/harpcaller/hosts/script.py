@@ -15,12 +15,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
-#: Maximum output on stdout, and on stderr, in bytes.
-MAX_OUTPUT = 64 * 1024 * 1024
-#: Number of bytes at the end of stderr that are quoted in an error.
-_STDERR_TAIL = 500
-#: Seconds between two checks of the output's size.
-_CHECK_INTERVAL = 0.05
+MAX_OUTPUT = 64 * 1024 * 1024  #: Maximum bytes on stdout, and on stderr.
+_STDERR_TAIL = 500  #: Number of bytes at the end of stderr that are quoted in an error.
+_CHECK_INTERVAL = 0.05  #: Seconds between two checks of the output's size.
 
 
 class ScriptFailed(Exception):
@@ -28,9 +25,7 @@ class ScriptFailed(Exception):
 
 
 async def run_script(script: Path, time_limit: float, max_output: int = MAX_OUTPUT) -> bytes:
-    """Run a program without arguments for at most `time_limit` seconds, and return its output.
-
-    The program runs in its own process group. The whole group has been killed when this function returns or raises.
+    """Return the output of a program that runs for at most `time_limit` seconds. Then its process group is killed.
 
     Raises `ScriptFailed`, and OSError if the system has no descriptors.
     """

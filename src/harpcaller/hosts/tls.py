@@ -46,8 +46,7 @@ class HostTLS:
         if config.known_certs_file is not None:
             with file_errors(config, "known_certs_file"):
                 self._known_certs = WatchedFile(config.known_certs_file, _parse_certificates)
-        #: Warnings for the log.
-        self.warnings: list[str] = []
+        self.warnings: list[str] = []  #: Warnings for the log.
         #: The contexts to try in this order; the next one only after `ssl.SSLCertVerificationError`.
         self.contexts: list[ssl.SSLContext] = []
         if config.ca_file is not None:
@@ -62,7 +61,7 @@ class HostTLS:
     def check_certificate(self, connection: ssl.SSLObject, host: Host, chain_error: str | None = None) -> None:
         """Raise `CertificateRefused` if no rule accepts the certificate of a connection, after its handshake.
 
-        `chain_error` is the error of an earlier handshake that checked the chain.
+        An earlier handshake, which checked the chain, has failed with `chain_error`.
         """
         if self._known_certs is not None and connection.getpeercert(binary_form=True) in self._known_certs.value:
             return
@@ -93,8 +92,7 @@ def server_name(address: str) -> str:
 def names_host(certificate: Mapping[str, Any], host: Host) -> bool:
     """Return whether a certificate, a value of `ssl.SSLObject.getpeercert`, contains the host's name or address.
 
-    Only the subject's alternative names are compared, not its common name. The comparison ignores case. A ``*`` as the
-    whole left-most label stands for one label.
+    The subject's alternative names are compared without case. A ``*`` as the left-most label stands for one label.
     """
     entries: list[tuple[str, str]] = list(certificate.get("subjectAltName", ()))
     return any(_matches(kind, entry, name) for kind, entry in entries for name in (host.hostname, host.address))

@@ -14,10 +14,9 @@ T = TypeVar("T")
 
 
 class WatchedFile(Generic[T]):
-    """The parsed contents of a file. Raises OSError, or ValueError if `parse` raises it for invalid contents.
+    """The parsed contents of a file. Raises OSError, or ValueError of `parse`.
 
-    A change is detected by modification time, size and inode. If the changed file cannot be read or parsed, the
-    error is logged once and the previous value remains.
+    If a changed file cannot be read or parsed, the error is logged once and the previous value remains.
     """
 
     def __init__(self, file: Path, parse: Callable[[bytes], T]) -> None:

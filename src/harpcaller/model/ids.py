@@ -1,7 +1,6 @@
 """Job ids: UUIDs in the order of submission, as precisely as the clock allows.
 
-Consecutive ids are neighbours in the index of the store, so that a new id is in the page of the last one, however many
-there are: see docs/decisions/0016. Nothing relies on their order.
+Consecutive ids are in the same page of the store's index: see docs/decisions/0016. Nothing relies on their order.
 """
 
 from __future__ import annotations
@@ -14,15 +13,15 @@ _FORM = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.ASCII)
 
 
 def new_job_id(now: float) -> str:
-    """Return a new job id: a UUID of version 7 (RFC 9562, with the finer clock of its section 6.2, method 3).
-
-    `now` is Unix seconds with fractions; the id has it in units of 1/4096 of a millisecond, and 62 random bits.
-    """
+    """Return a new job id; `now` is Unix seconds."""
     return new_job_ids(now, 1)[0]
 
 
 def new_job_ids(now: float, count: int) -> list[str]:
-    """Return new job ids of the same time."""
+    """Return new job ids of the same time: UUIDs of version 7 (RFC 9562, section 6.2, method 3).
+
+    They have the time in units of 1/4096 of a millisecond, and 62 random bits.
+    """
     stamp = f"{int(now * 4096_000) & (1 << 60) - 1:015x}"
     variant_and_random = [f"{0b10 << 62 | random >> 2:016x}" for random in unpack(f">{count}Q", urandom(8 * count))]
     return [f"{stamp[:8]}-{stamp[8:12]}-7{stamp[12:]}-{rest[:4]}-{rest[4:]}" for rest in variant_and_random]

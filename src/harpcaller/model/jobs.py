@@ -1,7 +1,6 @@
 """Jobs, their states and what is stored about them. Pure: no clock, no input or output.
 
-`TRANSITIONS` alone defines which state may follow which. The stores, the documentation and the conformance tests are
-derived from it or tested against it.
+`TRANSITIONS` defines which state may follow which; stores and documentation are tested against it.
 """
 
 from __future__ import annotations
@@ -75,8 +74,7 @@ class NewJob(Struct, frozen=True):
 class Job(Struct, frozen=True):
     """A stored job. Times are Unix seconds with fractions; None: not yet, or never.
 
-    A job holds a slot of its queue and host from its start until the host has confirmed the end of the call or was
-    declared lost: a job that has ended may still hold its slot.
+    It holds a slot of its queue and host until the host has confirmed the end of the call or was declared lost.
     """
 
     id: str

@@ -21,8 +21,6 @@ _EXACT = Context(prec=MAX_PREC, Emax=MAX_EMAX, Emin=MIN_EMIN)
 class _Number(str):
     """The canonical text of a number."""
 
-    __slots__ = ()
-
 
 def _canonical_number(text: str) -> _Number:
     try:
@@ -38,10 +36,7 @@ _scan_value: Callable[[str, int], tuple[Any, int]] = json.JSONDecoder(
 
 
 def canonical(text: bytes) -> str:
-    """Return a text that is the same for two JSON texts exactly if their values are equal.
-
-    Key order and notation do not matter. Numbers are compared by value: ``1`` equals ``1.0``, but not ``true``.
-    """
+    """Return the same text for JSON texts with equal values: ``1`` equals ``1.0``, but not ``true``."""
     return _write_canonical(decode_text(decode_checked(text), _scan_value))
 
 
@@ -57,10 +52,7 @@ def _write_canonical(value: Any) -> str:
 
 
 def queue_lane(name: Raw) -> str:
-    """Return the key of the lane of a queue with this name, a JSON object. Names with equal values have equal keys.
-
-    Spec: docs/protocol.md, Client and dispatcher, Call.
-    """
+    """Return the key of the lane of a queue with this name, a JSON object. Spec: docs/protocol.md, Call."""
     return "queue:" + _digest(canonical(name))
 
 

@@ -24,12 +24,9 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-#: Maximum number of stored encoders of starts; each needs about 1 kB.
-_MAX_ENCODERS = 2000
-#: Seconds before a failed write is repeated.
-_RETRY_DELAY = 1.0
-#: Maximum number of jobs whose durations are in memory; each needs about 400 bytes.
-_MAX_JOBS = 1000
+_MAX_ENCODERS = 2000  #: Maximum number of stored encoders of starts; each needs about 1 kB.
+_RETRY_DELAY = 1.0  #: Seconds before a failed write is repeated.
+_MAX_JOBS = 1000  #: Maximum number of jobs whose durations are in memory; each needs about 400 bytes.
 
 
 class StoreWrites:
@@ -56,10 +53,9 @@ class StoreWrites:
         on_stored: Callable[[T], None],
         on_error: Callable[[Exception], None],
     ) -> None:
-        """Begin a write: `write` calls a verb of the store, and is called again after each `StorageError`.
+        """Call a verb of the store with `write`, again after each `StorageError`; pass its result to `on_stored`.
 
-        `on_stored` is called with the result of the verb, `on_error` with any other exception of the verb or of
-        `on_stored`.
+        `on_error` is called with any other exception of the verb or of `on_stored`.
         """
 
         def attempt() -> None:
@@ -80,17 +76,14 @@ class StoreWrites:
                 self._failed_at = time.monotonic()
             try:
                 on_stored(attempted.result())
-            except Exception as unexpected:  # noqa: BLE001 - the run logs it
+            except Exception as unexpected:  # noqa: BLE001 - `on_error` logs it
                 on_error(unexpected)
 
         attempt()
 
 
 class Timings:
-    """The phases of the latest jobs that only the dispatcher measures: accept, store, store_end, deliver.
-
-    They are seconds of the monotonic clock, in memory: storing them would add a step to every job.
-    """
+    """The seconds of the phases accept, store, store_end and deliver of the latest jobs, which are not stored."""
 
     def __init__(self) -> None:
         self._jobs: dict[str, dict[str, float]] = {}  # in the order of their first steps; with the time ``ended_at``
@@ -104,9 +97,8 @@ class Timings:
 
     def record_end(self, job_id: str, store_began: float) -> None:
         """Record that a job's end was stored, and the time of the begin of the write."""
-        phases = self._phases_of(job_id)
-        phases["ended_at"] = time.monotonic()
-        phases["store_end"] = phases["ended_at"] - store_began
+        now = time.monotonic()
+        self._phases_of(job_id).update(ended_at=now, store_end=now - store_began)
 
     def record_delivery(self, job_id: str, received_at: float) -> None:
         """Record that the end was sent to a client whose request was received at this time; the first one counts."""
@@ -120,12 +112,9 @@ class Timings:
         return self._jobs.get(job_id, {})
 
     def _phases_of(self, job_id: str) -> dict[str, float]:
-        phases = self._jobs.get(job_id)
-        if phases is None:
-            if len(self._jobs) >= _MAX_JOBS:
-                del self._jobs[next(iter(self._jobs))]
-            phases = self._jobs[job_id] = {}
-        return phases
+        if job_id not in self._jobs and len(self._jobs) >= _MAX_JOBS:
+            del self._jobs[next(iter(self._jobs))]
+        return self._jobs.setdefault(job_id, {})
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,8 +135,7 @@ class RunContext:
     request_claim: Callable[[], None]
     wall: Callable[[], float]  # the wall clock for stored times; Unix seconds
     timings: Timings = field(default_factory=Timings)
-    #: The tasks that open connections, also those that were cancelled and have not ended yet.
-    openings: set[asyncio.Task[Any]] = field(default_factory=set)
+    openings: set[asyncio.Task[Any]] = field(default_factory=set)  #: The tasks that open connections.
     _start_encoders: dict[tuple[Host, HostSupport], StartEncoder] = field(default_factory=dict, init=False)
 
     def encode_start(self, job: Job, host: Host, support: HostSupport) -> bytes:
@@ -157,16 +145,9 @@ class RunContext:
         secret = self.identity.secret(job.id)
         encoder = self._start_encoders.get((host, support))
         if encoder is None:
-            terms = RequestedTerms(
-                id=job.id,
-                owner=self.identity.owner_at(host.hostname),
-                secret=secret,
-                instance=support.instance,
-                disconnect_timeout=self.config.disconnect_timeout,
-                result_ttl=self.config.result_ttl,
-                timeout=job.timeout,
-                max_exec_time=job.max_exec_time,
-            )
+            owner = self.identity.owner_at(host.hostname)
+            limits = self.config.disconnect_timeout, self.config.result_ttl, job.timeout, job.max_exec_time
+            terms = RequestedTerms(job.id, owner, secret, support.instance, *limits)
             shared = Request(job.procedure, job.arguments, host.user, host.password, terms, support.keep_alive)
             if len(self._start_encoders) >= _MAX_ENCODERS:
                 self._start_encoders.clear()  # each start of a supervisor needs another one

@@ -1,8 +1,7 @@
 """The time limits of a call: to its acknowledgement, between two messages, in total, and without contact to its host.
 
-A host enforces the limits of a resumable call itself, so that they apply during an outage and no record that was made
-in time is lost. The dispatcher enforces the same limits as a fallback, 15 s later. It gives the host time to deliver
-the buffered records first, however late it attaches.
+A host enforces the limits of a resumable call itself, so that they apply during an outage. The dispatcher enforces them
+as a fallback, 15 s later, and gives the host time to deliver the buffered records first, however late it attaches.
 """
 
 from __future__ import annotations
@@ -16,12 +15,9 @@ from harp.protocol.ends import Failed
 from harp.protocol.json_text import dumps
 from harpcaller.model.jobs import Job
 
-#: Seconds after which the dispatcher enforces a limit that the host has not enforced.
-MARGIN = 15.0
-#: Maximum seconds for the delivery of buffered records after the time limit.
-_DELIVERY_TIME = 600.0
-#: Maximum length of a stored error in characters: a host may send any text.
-_MAX_ERROR = 1000
+MARGIN = 15.0  #: Seconds after which the dispatcher enforces a limit that the host has not enforced.
+_DELIVERY_TIME = 600.0  #: Maximum seconds for the delivery of buffered records after the time limit.
+_MAX_ERROR = 1000  #: Maximum length of a stored error in characters: a host may send any text.
 
 
 class Deadlines:
@@ -36,8 +32,7 @@ class Deadlines:
         self._reattached = False
         self._delivering = False  # the host has acknowledged the call after the time limit
         self._delivery_deadline = float("inf")
-        #: Whether the host has acknowledged the call on the current connection.
-        self.acknowledged = False
+        self.acknowledged = False  #: Whether the host has acknowledged the call on the current connection.
         #: Monotonic time at which the call exceeds `max_exec_time`.
         self.deadline = self._last_message_at + job.max_exec_time
 
@@ -111,10 +106,7 @@ class Deadlines:
 
 @dataclass(slots=True)
 class Outage:
-    """A time without contact to a call's host.
-
-    It is measured with CLOCK_BOOTTIME, so that no step of the wall clock releases a slot too early.
-    """
+    """A time without contact to a call's host, measured with a clock that has no steps: they could release a slot."""
 
     boottime: float  # CLOCK_BOOTTIME of the last received data
     since: float  # Unix time of the last received data

@@ -15,21 +15,16 @@ from harpcaller.runs.context import RunContext
 
 log = logging.getLogger(__name__)
 
-#: Maximum bytes of buffered records of a connection-bound call.
-_BOUND_LIMIT = 1024 * 1024
+_BOUND_LIMIT = 1024 * 1024  #: Maximum bytes of buffered records of a connection-bound call.
 #: Maximum bytes, beside the longest record, that a host sends for a resumable call without an ack.
 _RESUMABLE_LIMIT = 8 * 1024 * 1024
 #: Bytes of a batch, beside its last record: all other writes of the store wait for its commit.
 _BATCH_BYTES = 256 * 1024
-#: Bytes that a buffered record needs beside its contents.
-_RECORD_OVERHEAD = 64
+_RECORD_OVERHEAD = 64  #: Bytes that a buffered record needs beside its contents.
 
 
 class RecordWriter:
-    """A writer of one job's records, from the first that is not stored.
-
-    `on_stored` is called with the number of stored records after each batch.
-    """
+    """A writer of one job's records; `on_stored` is called with the number of stored records after each batch."""
 
     def __init__(self, job: Job, context: RunContext, on_stored: Callable[[int], None]) -> None:
         self._job_id = job.id
@@ -41,10 +36,8 @@ class RecordWriter:
         self._longest = 0
         self._in_flight = 0
         self._when_empty: Callable[[], None] | None = None
-        #: Number of records that are stored, or were discarded after the end of the job.
-        self.count = job.records
-        #: Whether the job has ended, so that further records are discarded.
-        self.closed = False
+        self.count = job.records  #: Number of records that are stored, or were discarded after the end of the job.
+        self.closed = False  #: Whether the job has ended, so that further records are discarded.
 
     @property
     def is_empty(self) -> bool:

@@ -1,16 +1,15 @@
 """One job, one call on a host: start it once, store its records, attach again after outages, store its end.
 
-Theory of operation. A `Run` exists as long as its job holds its slot. It is a state object: the connection, the store,
-the timers and the dispatcher call its methods, which change the state and return; it has no task. Its phases:
+Theory of operation. A `Run` exists as long as its job holds its slot. It is a state object without a task: the
+connection, the store, the timers and the dispatcher call its methods, which change the state and return. Its phases:
 
     CONNECTING -> SENT -> RUNNING -> STORING_END -> CLOSED
                   SENT, RUNNING -> OUTAGE -> SENT, with an attach
                   STORING_END <-> SURVIVORS
                   any phase -> ENDING -> CLOSED
 
-It starts the call, processes the host's messages and attaches to the call again after an outage, until the host
-reports the end or counts as lost. Its state is a cache of rows that this dispatcher owns: the next dispatcher continues
-from the store and the hosts.
+It attaches to the call again after each outage, until the host reports the end or counts as lost. Its state is a cache:
+the next dispatcher continues from the store and the hosts.
 
 A call is *resumable* if the host's harpd supports it (`harpcaller.hosts.capabilities`). Otherwise it is
 *connection-bound*, as on a legacy harpd: closing the connection stops it without confirmation, and a lost connection
@@ -38,20 +37,9 @@ from enum import Enum
 from functools import partial, wraps
 from typing import Any, Concatenate, NamedTuple, ParamSpec
 
+from harp.protocol import harpd
 from harp.protocol.ends import End, Failed, Raised, Returned
 from harp.protocol.fields import ProtocolError
-from harp.protocol.harpd import (
-    Ack,
-    Acknowledgement,
-    ExitInfo,
-    GrantedTerms,
-    Message,
-    Phase,
-    RecordTime,
-    Release,
-    StopCall,
-    StopReport,
-)
 from harp.protocol.json_text import Raw, dumps, loads
 from harp.protocol.lines import LineTooLong
 from harp_daemon.backoff import Backoff
@@ -71,14 +59,10 @@ P = ParamSpec("P")
 
 #: Seconds between two attempts to attach to a call, or to start one that was delayed: the first delay, and the longest.
 _MIN_DELAY, _MAX_DELAY = 0.2, 5.0
-#: Maximum seconds that a cancel waits for the reply to a sent start.
-_CANCEL_WAIT = 2.0
-#: Maximum number of starts, if the host reports that the earlier ones named another instance.
-_MAX_STARTS = 3
-#: Seconds until the limits are checked again while the host is not read.
-_RECHECK = 1.0
-#: Maximum length of a logged error in characters.
-_MAX_LOGGED = 500
+_CANCEL_WAIT = 2.0  #: Maximum seconds that a cancel waits for the reply to a sent start.
+_MAX_STARTS = 3  #: Maximum number of starts, if the host reports that the earlier ones named another instance.
+_RECHECK = 1.0  #: Seconds until the limits are checked again while the host is not read.
+_MAX_LOGGED = 500  #: Maximum length of a logged error in characters.
 
 _DISPATCHER_STOPPED = Failed(
     "missing_result", "the dispatcher stopped while the job was running; the end of its call is not known"
@@ -124,17 +108,12 @@ def _event(method: Callable[Concatenate[Run, P], None]) -> Callable[Concatenate[
 
 
 class Run:
-    """The call of one job that holds a slot. It is a `harpcaller.hosts.connection.Receiver`.
-
-    `on_closed` is called when the run is complete: the end is stored, or the call waits for the next dispatcher.
-    """
+    """The call of one job that holds a slot; `on_closed` is called when the run is complete or has detached."""
 
     def __init__(self, job: Job, context: RunContext, on_closed: Callable[[Run], None]) -> None:
         self.job = job
-        #: Whether the job has ended: this run has stored its end, or another end was found.
-        self.has_ended = job.end is not None
-        #: The current outage; None if there is none.
-        self.outage: Outage | None = None
+        self.has_ended = job.end is not None  #: Whether the job has an end in the store.
+        self.outage: Outage | None = None  #: The current outage.
         self._context = context
         self._on_closed = on_closed
         self._began_at = time.monotonic()
@@ -147,11 +126,11 @@ class Run:
         self._opening: asyncio.Task[tuple[HarpdConnection | None, HostSupport]] | None = None
         self._conn: HarpdConnection | None = None
         self._host: Host | None = None
-        self._terms: GrantedTerms | None = None
+        self._terms: harpd.GrantedTerms | None = None
         self._resumable = False  # whether the last request was for a resumable call
         self._no_start_pending = asyncio.Event()  # no start was sent whose reply is missing
         self._no_start_pending.set()
-        self._stop_command: StopCall | None = None
+        self._stop_command: harpd.StopCall | None = None
         self._stop_sent = False  # on the current connection
         self._detaching = False
         self._ending_job = False  # an end is being stored; after that the call is stopped
@@ -189,20 +168,17 @@ class Run:
                 await self._no_start_pending.wait()
         except TimeoutError:
             log.warning("host has not acknowledged cancelled call", extra=self._log_fields)
-        self._stop_command = self._stop_command or StopCall("cancelled", by)
+        self._stop_command = self._stop_command or harpd.StopCall("cancelled", by)
         self._continue()
 
     def cancel_before_start(self) -> None:
         """Mark the job as cancelled before `start`: its call is not started, or stopped if it was recovered."""
         self.has_ended = True
-        self._stop_command = StopCall("cancelled")
+        self._stop_command = harpd.StopCall("cancelled")
 
     @_event
     def detach(self) -> None:
-        """Detach from a resumable call, for the next dispatcher; end a connection-bound one.
-
-        If a request was sent, this waits for the host's reply. A write in progress is completed.
-        """
+        """Detach from a resumable call, or end a connection-bound one, after the reply to a request that was sent."""
         self._detaching = True
         self._detach_if_possible()
 
@@ -246,14 +222,16 @@ class Run:
         if self._ending_job:
             return  # this is called again when the end is stored
         context, outage = self._context, self.outage
-        deadline = self._deadlines.deadline if outage is None else outage.deadline(self._host_timeout())
-        if time.monotonic() >= deadline or (outage is None and self.has_ended):
-            if outage is None:
+        if outage is None:
+            deadline = self._deadlines.deadline
+            if self.has_ended or time.monotonic() >= deadline:
                 self._finish_unsent()
-            else:
+                return
+        else:
+            deadline = outage.deadline(self._host_timeout())
+            if time.monotonic() >= deadline:
                 self._declare_host_lost(outage)
-            return
-        if outage is not None:
+                return
             self._backoff.record_attempt()
             outage.attempts += 1
         host = self._host = context.find_host(self.job.host) or self._host
@@ -312,7 +290,7 @@ class Run:
     def _send_request(self, conn: HarpdConnection, host: Host, support: HostSupport) -> None:
         """Send the start, or in an outage an attach."""
         if self.outage is not None:
-            exchange = Phase.SENT_ATTACH
+            exchange = harpd.Phase.SENT_ATTACH
             line = self._context.encode_attach(self.job.id, host, self._records.next_number)
         elif self.has_ended:
             conn.abort()
@@ -320,7 +298,7 @@ class Run:
             return
         else:
             self._resumable = support.instance is not None
-            exchange = Phase.SENT_RESUMABLE if self._resumable else Phase.SENT
+            exchange = harpd.Phase.SENT_RESUMABLE if self._resumable else harpd.Phase.SENT
             line = self._context.encode_start(self.job, host, support)
             self._no_start_pending.clear()
             if self._connect_seconds is None:
@@ -380,19 +358,19 @@ class Run:
             self._conn.pause_reading()
 
     @_event
-    def on_message(self, message: Message) -> None:
+    def on_message(self, message: harpd.Message) -> None:
         """See `Receiver`."""
         if self._phase is RunPhase.ENDING:
             return
         self._deadlines.on_message()
         match message:
-            case RecordTime(made_at):
+            case harpd.RecordTime(made_at):
                 self._record_time = made_at
-            case Acknowledgement(_, terms):
+            case harpd.Acknowledgement(_, terms):
                 self._on_acknowledged(terms)
-            case ExitInfo(data):
+            case harpd.ExitInfo(data):
                 self._exit_info = Raw(data)
-            case StopReport(data):
+            case harpd.StopReport(data):
                 self._stop_report = Raw(data)
                 if self._phase is RunPhase.SURVIVORS:
                     self._store_call_end(None)
@@ -404,7 +382,7 @@ class Run:
                 self._phase = RunPhase.STORING_END
                 self._records.when_empty(partial(self._store_call_end, message))
 
-    def _on_acknowledged(self, terms: GrantedTerms | None) -> None:
+    def _on_acknowledged(self, terms: harpd.GrantedTerms | None) -> None:
         conn = self._conn
         assert conn is not None
         self._phase = RunPhase.RUNNING
@@ -453,7 +431,7 @@ class Run:
         """Store the end of a resumable call, or with None only a later state of its stop."""
         self._phase = RunPhase.STORING_END
         report = self._stop_report
-        survives = report is not None and bool(StopReport(report).survivors)
+        survives = report is not None and bool(harpd.StopReport(report).survivors)
         stop = StopState.FAILED if survives else StopState.CONFIRMED
         outcome = _Outcome(end, stop, was_stopped=report is not None, keep_slot=survives)
         self._store(outcome, partial(self._on_call_end_stored, report, survives))
@@ -464,7 +442,7 @@ class Run:
         if not survives:
             conn, self._conn = self._conn, None
             if conn is not None:
-                conn.finish_request(Release())
+                conn.finish_request(harpd.Release())
                 self._context.connections.put(self._known_host, self._context.tls, conn)
             self._close()
             return
@@ -534,20 +512,19 @@ class Run:
     def _end_job(self, end: Failed, why: str, next_record: int | None = None) -> None:
         """Store an end of the job, then stop its call.
 
-        With `next_record`, the records received so far are stored before, and all further ones, from this number on,
-        are discarded.
+        With `next_record`, received records are stored before, and those from this number on are discarded.
         """
         if self._ending_job:
             return
         self._ending_job = True
-        store = partial(self._store_job_end, end, StopCall(why, "dispatcher"), next_record)
+        store = partial(self._store_job_end, end, harpd.StopCall(why, "dispatcher"), next_record)
         if next_record is None:
             store()
         else:
             self._records.when_empty(store)
 
     @_event
-    def _store_job_end(self, end: Failed, command: StopCall, next_record: int | None) -> None:
+    def _store_job_end(self, end: Failed, command: harpd.StopCall, next_record: int | None) -> None:
         if next_record is not None:
             self._records.close(next_record)
         if self.has_ended:
@@ -557,7 +534,7 @@ class Run:
             outcome = _Outcome(end, StopState.PENDING, was_stopped=True, keep_slot=True, stop_request=stop_request)
             self._store(outcome, partial(self._on_job_ended, command))
 
-    def _on_job_ended(self, command: StopCall) -> None:
+    def _on_job_ended(self, command: harpd.StopCall) -> None:
         self._ending_job = False
         self._stop_command = self._stop_command or command
         if self._phase is RunPhase.OUTAGE:
@@ -567,7 +544,7 @@ class Run:
 
     @_event
     def _continue(self) -> None:
-        """Check the limits, stop the call or detach from it, as far as that was requested and is possible now."""
+        """Check the limits; stop the call or detach from it if that was requested and is possible now."""
         if self._phase in (RunPhase.SENT, RunPhase.RUNNING):
             self._watch_limits()
         self._apply_stop()
@@ -617,14 +594,14 @@ class Run:
         self._no_start_pending.set()
 
     def _lose_contact(self, error: str) -> None:
-        """Handle the loss of the connection to a call that may be running."""
+        """Begin an outage, and attach to the call, which may be running."""
         self._begin_outage(error)
         self._connect_later()
 
     def _on_stop_request_read(self, details: JobDetails) -> None:
         stop_request = details.metadata.stop_request
         stopped = loads(stop_request) if stop_request else {}
-        self._stop_command = StopCall(str(stopped.get("why", "cancelled")), stopped.get("by"))
+        self._stop_command = harpd.StopCall(str(stopped.get("why", "cancelled")), stopped.get("by"))
         if self._phase is RunPhase.OUTAGE:
             self._connect()
 
@@ -645,12 +622,8 @@ class Run:
         return after if terms is None else max(after, terms.disconnect_timeout + 2 * terms.kill_grace + 5.0)
 
     def _declare_host_lost(self, outage: Outage) -> None:
-        """End the job or its stop, because the host counts as lost; its slot is released.
-
-        A recovered job whose host was never in the registry ends as ``unknown_host``, like any other job of such a
-        host. Not before: its call may be running if the host was removed from the registry.
-        """
-        if self._host is None:
+        """End the job or its stop, because the host counts as lost; its slot is released."""
+        if self._host is None:  # not earlier: the call may be running if the host was removed from the registry
             end = self._unknown_host()
         else:
             message = f"host {self.job.host} could not be reached for {self._host_timeout():g} s, {outage.describe()}"
@@ -667,10 +640,9 @@ class Run:
         self._records.when_empty(partial(self._store, outcome, self._close))
 
     def _fail(self, error: Exception) -> None:
-        """End the job after an internal error.
+        """End the job after an internal error; it holds its slot until the next dispatcher if the call may be running.
 
-        If the call may be running, the job holds its slot until the next start of the dispatcher. Its stop is not
-        pending then, because no run handles it any more.
+        Its stop is not pending then, because no run handles it any more.
         """
         if self._phase is RunPhase.CLOSED:
             return
@@ -693,7 +665,7 @@ class Run:
         if conn is None or self._phase is RunPhase.ENDING or not self.is_acknowledged:
             return
         if self._terms is not None:
-            conn.send_command(Ack(count))
+            conn.send_command(harpd.Ack(count))
         self._check_records()
         if conn.is_paused and self._records.is_empty:
             self._deadlines.on_message()
