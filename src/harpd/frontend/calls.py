@@ -43,7 +43,6 @@ class BoundCall(Call):
     # From the supervisor.
 
     def on_lines(self, kind: int, lines: bytes) -> None:
-        """See `Channel`."""
         if not self._accepted:
             retires = kind == ERROR and lines.startswith(_SHUTDOWN_PREFIX) and self._stop_event is None
             if retires and self._connection.restart(self):
@@ -63,7 +62,6 @@ class BoundCall(Call):
                 self._connection.next_request(b"")
 
     def on_closed(self) -> None:
-        """See `Channel`."""
         if self._stop_event is not None:
             log.info(self._stop_event, extra=self._log_fields)
         self._finish()
@@ -81,13 +79,11 @@ class BoundCall(Call):
     # From the client and the frontend.
 
     def on_client_data(self, data: bytes) -> None:
-        """Stop the call, unless the data is only space."""
         if data.strip() and self._stop_event is None:
             self._unexpected_data = True
             self._stop("client sent unexpected data; call stopped")
 
     def disconnect(self) -> None:
-        """See `Call`; stop the call."""
         stopping = self._connection.stopping
         self._stop("frontend stops; call stopped" if stopping else "client disconnected; call stopped")
 
@@ -120,7 +116,6 @@ class ResumableCall(Call):
         self._lines = LineBuffer(MAX_COMMAND_BYTES)
 
     def start(self, link: Link) -> None:
-        """See `Call`."""
         self._connection.set_timer(_FIRST_REPLY_TIMEOUT, self._on_timeout)
         super().start(link)
         self._request = b""
@@ -128,14 +123,12 @@ class ResumableCall(Call):
     async def attach(self, link: Link) -> bytes | None:
         """Attach to the call in the supervisor of this link.
 
-        Returns:
-            None if the supervisor has the call. Otherwise its error line; b"" if it died.
+        Return None if the supervisor has the call. Otherwise return its error line; b"" if it died.
         """
-        attached: asyncio.Future[bytes | None] = asyncio.get_running_loop().create_future()
-        self._attached = attached
+        self._attached = asyncio.get_running_loop().create_future()
         self.open(link, ATTACH, self._request)
         try:
-            return await attached
+            return await self._attached
         finally:
             if not self._accepted:
                 self.abandon()
@@ -144,7 +137,6 @@ class ResumableCall(Call):
     # From the supervisor.
 
     def on_lines(self, kind: int, lines: bytes) -> None:
-        """See `Channel`."""
         if not self._accepted and not self._is_accepted(kind, lines):
             return
         self._connection.write(lines)
@@ -165,7 +157,6 @@ class ResumableCall(Call):
         return not rejected
 
     def add_credit(self, size: int) -> None:
-        """See `Channel`."""
         super().add_credit(size)
         if self._waits and self.may_send:
             self._waits = False
@@ -174,7 +165,6 @@ class ResumableCall(Call):
             self.on_client_data(b"")
 
     def on_closed(self) -> None:
-        """See `Channel`."""
         if self._attached is None or self._accepted:
             self._connection.end()
         elif not self._attached.done():
@@ -209,7 +199,6 @@ class ResumableCall(Call):
             self._connection.set_timer(self._connection.limits.write_timeout, self._on_timeout)
 
     def disconnect(self) -> None:
-        """See `Call`; detach: the call continues."""
         if self._connection.stopping:
             log.info("frontend stops; client detached", extra=self._log_fields)
         self._detach()

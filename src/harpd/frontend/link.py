@@ -11,21 +11,8 @@ import socket
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 
-from harpd.supervisor.frame_socket import FrameSocket
-from harpd.supervisor.frames import (
-    CLOSED,
-    COMMANDS,
-    COMMANDS_WINDOW,
-    CREDIT,
-    HANG_UP,
-    LINES_WINDOW,
-    MAX_CHANNELS,
-    MAX_LINES_BYTES,
-    PREFACE,
-    InvalidFrame,
-    decode_credit,
-    encode_credit,
-)
+from harpd.supervisor import frames
+from harpd.supervisor.frames import COMMANDS_WINDOW, FrameSocket, InvalidFrame
 
 log = logging.getLogger("harpd.frontend")
 
@@ -52,18 +39,18 @@ class Channel(ABC):
     def send_commands(self, lines: bytes) -> None:
         """Send complete command lines."""
         self._command_credit -= len(lines)
-        self.link.write(self._number, COMMANDS, lines)
+        self.link.write(self._number, frames.COMMANDS, lines)
 
     def confirm(self, size: int, reads: bool) -> None:
         """Count lines that were sent to the client; allow the supervisor to send more if the client reads."""
         self._confirmable_bytes += size
-        if reads and self._confirmable_bytes >= LINES_WINDOW // 2:
-            self.link.write(self._number, CREDIT, encode_credit(self._confirmable_bytes))
+        if reads and self._confirmable_bytes >= frames.LINES_WINDOW // 2:
+            self.link.write(self._number, frames.CREDIT, frames.encode_credit(self._confirmable_bytes))
             self._confirmable_bytes = 0
 
     def hang_up(self) -> None:
         """Notify the supervisor that the client has disconnected; `on_closed` follows."""
-        self.link.write(self._number, HANG_UP)
+        self.link.write(self._number, frames.HANG_UP)
 
     def abandon(self) -> None:
         """Ignore further frames."""
@@ -87,34 +74,27 @@ class Channel(ABC):
 class Link(FrameSocket):
     """A link, before the preface.
 
-    Args:
-        inode: of the supervisor's socket.
-        on_lost: called once, when the supervisor has closed the link or died.
-        shared: whether further calls may use the link. Otherwise it is closed with its last channel.
+    `inode` is that of the supervisor's socket. `on_lost` is called once, when the supervisor has closed the link or
+    died. If the link is not `shared`, it has one channel and is closed with it.
     """
 
     def __init__(
         self, connection: socket.socket, inode: int | None, on_lost: Callable[[Link], None], shared: bool
     ) -> None:
         self._loop = asyncio.get_running_loop()
-        super().__init__(connection, MAX_LINES_BYTES, self._loop.call_soon, log)
+        super().__init__(connection, frames.MAX_LINES_BYTES, self._loop.call_soon, log)
         self.inode = inode
         self.shared = shared
         self._notify_lost = on_lost
         self._channels: dict[int, Channel | None] = {}  # None: abandoned, but still open in the supervisor
         self._last_number = 0
-        self._unsent += PREFACE
+        self._unsent += frames.PREFACE
         self._loop.add_reader(connection, self._on_ready)
 
     @property
     def usable(self) -> bool:
         """Whether calls can be sent."""
         return not self._broken
-
-    @property
-    def has_channels(self) -> bool:
-        """Whether a channel is open."""
-        return bool(self._channels)
 
     def close(self) -> None:
         """Close the link; its channels are abandoned."""
@@ -125,9 +105,9 @@ class Link(FrameSocket):
 
     def add(self, channel: Channel) -> int:
         """Return the number of a new channel."""
-        number = (self._last_number + 1) % MAX_CHANNELS
+        number = (self._last_number + 1) % frames.MAX_CHANNELS
         while number in self._channels:
-            number = (number + 1) % MAX_CHANNELS
+            number = (number + 1) % frames.MAX_CHANNELS
         self._last_number = number
         self._channels[number] = channel
         return number
@@ -144,14 +124,14 @@ class Link(FrameSocket):
             log.error("received frame of a closed channel", extra={"channel": number, "kind": kind})
             return
         channel = self._channels[number]
-        if kind == CLOSED:
+        if kind == frames.CLOSED:
             del self._channels[number]
         if channel is not None:
             try:
-                if kind == CLOSED:
+                if kind == frames.CLOSED:
                     channel.on_closed()
-                elif kind == CREDIT:
-                    channel.add_credit(decode_credit(body))
+                elif kind == frames.CREDIT:
+                    channel.add_credit(frames.decode_credit(body))
                 else:
                     channel.on_lines(kind, body)
             except InvalidFrame:

@@ -15,7 +15,7 @@ A worker runs the procedure's code and is not trusted: each line must be a recor
 or the closing line, which is the last. It cannot send the messages that only the supervisor sends.
 
 When the worker is dead and all stopped processes are gone (`Call.on_reaped`, `TerminationSequence`), the session
-receives the details of the worker's death (exit info), and the result of a stop (stop report).
+receives exit info, and the stop report of a stopped call.
 """
 
 from __future__ import annotations
@@ -69,18 +69,14 @@ _CLOSING_PREFIXES = {b'{"result":': "result", b'{"exception":': "exception", ERR
 
 
 class StopReason(Enum):
-    """The reason why a call is stopped: `by` in exit info, type and message of the error. The log has the name."""
+    """Why a call is stopped: `by` in exit info, type and message of the error. The log has the name."""
 
     TIMEOUT = "limit", "timeout", "the procedure took more than its limit of {}"
     MAX_EXEC_TIME = "limit", "timeout", "maximum execution time: the call took more than {}"
     SILENCE = "limit", "timeout", "reading the result: the call sent nothing for {}"
     CANCELLED = "cancel", "cancelled", "the caller stopped the call{}"
     SHUTDOWN = "shutdown", "shutdown", "harpd was stopped while the call ran"
-    LOST_CONTACT = (
-        "lost_contact",
-        "lost_contact",
-        "the dispatcher was away for longer than the call may run without it",
-    )
+    LOST_CONTACT = "lost_contact", "lost_contact", "the dispatcher was away for longer than the call may run without it"
     PROTOCOL_VIOLATION = "itself", "call_died", "the call was stopped: {}"
 
 
@@ -277,8 +273,8 @@ class Call:
             self.update_watch()
 
     def _drain(self) -> None:
-        """Read the output that has arrived, also if the session is full. A descendant may write without end."""
-        for _ in range(_MAX_DRAIN_READS):
+        """Read the output that has arrived, also if the session is full."""
+        for _ in range(_MAX_DRAIN_READS):  # a descendant may write without end
             if not self._read():
                 break
 
@@ -328,9 +324,10 @@ class Call:
         self._partial_line += data
         self._context.quota.reserve(len(data))
         if len(self._partial_line) > _MAX_LINE_BYTES:
-            self._protocol_violation(f"it wrote a line longer than {_MAX_LINE_BYTES} bytes")
+            self._stop(StopReason.PROTOCOL_VIOLATION, f"it wrote a line longer than {_MAX_LINE_BYTES} bytes")
         elif len(self._partial_line) > GUARANTEED_BYTES and self._context.quota.exhausted:
-            self._protocol_violation("it wrote a long line, and the calls of this host have used up spool_memory")
+            violation = "it wrote a long line, and the calls of this host have used up spool_memory"
+            self._stop(StopReason.PROTOCOL_VIOLATION, violation)
 
     def _discard_partial(self) -> None:
         if self._partial_line:
@@ -343,22 +340,18 @@ class Call:
         # A JSON text in a line has no line feed, so this counts the lines that begin like records.
         if lines.startswith(RECORD_PREFIX) + lines.count(b"\n" + RECORD_PREFIX) != count:
             invalid = next(line for line in lines.split(b"\n") if not line.startswith(RECORD_PREFIX))
-            self._protocol_violation(f"it wrote an invalid record: {invalid[:_MAX_SHOWN_BYTES]!r}")
+            self._stop(StopReason.PROTOCOL_VIOLATION, f"it wrote an invalid record: {invalid[:_MAX_SHOWN_BYTES]!r}")
             return False
         if not self._info.streaming:
-            self._protocol_violation("it wrote records, and its procedure is not a streaming one")
+            self._stop(StopReason.PROTOCOL_VIOLATION, "it wrote records, and its procedure is not a streaming one")
             return False
         self._session.on_records(lines, count)
         return True
 
-    def _protocol_violation(self, description: str) -> None:
-        """Stop the call after invalid output: earlier output stands, later output does not count."""
-        self._stop(StopReason.PROTOCOL_VIOLATION, description, None)
-
     def _handle_closing(self, closing: bytes) -> None:
         kinds = [kind for prefix, kind in _CLOSING_PREFIXES.items() if closing.startswith(prefix)]
         if not kinds:
-            self._protocol_violation(f"it wrote an invalid end: {closing[:_MAX_SHOWN_BYTES]!r}")
+            self._stop(StopReason.PROTOCOL_VIOLATION, f"it wrote an invalid end: {closing[:_MAX_SHOWN_BYTES]!r}")
             return
         if self._deadline is not None:
             self._deadline.cancel()
@@ -391,7 +384,7 @@ class Call:
         if not self._decided:
             self._stop(stop_reason, detail, user)
 
-    def _stop(self, stop_reason: StopReason, detail: str | None, user: str | None) -> None:
+    def _stop(self, stop_reason: StopReason, detail: str | None, user: str | None = None) -> None:
         self._stop_reason, self._stop_detail, self._stopped_by_user = stop_reason, detail, user
         self._unsent = memoryview(b"")  # a procedure that has not received its arguments does not begin
         self._discard_partial()
@@ -443,10 +436,14 @@ class Call:
             self._session.on_end(encode_message(end))
 
     def _failure(self) -> Failed:
+        code, detail = self._exit_code, self._stop_detail
         if self._stop_reason is None:
-            assert self._exit_code is not None
-            return _describe_death(self._exit_code)
-        detail = self._stop_detail
+            assert code is not None
+            if code < 0:
+                name = _signal_name(-code)
+                return Failed("call_died", f"the call's process was ended by {name}", {"signal": name})
+            message = f"the call's process ended without a result, exit code {code}"
+            return Failed("call_died", message, {"code": code})
         if self._stop_reason is StopReason.TIMEOUT:
             detail = f"{self._info.timeout:g} s"
         elif self._stop_reason is StopReason.CANCELLED:
@@ -494,11 +491,10 @@ class Call:
     def _exit_info(self) -> Raw:
         code = self._exit_code
         signal_name = _signal_name(-code) if code is not None and code < 0 else None
+        by = "itself"
         if self._stop_reason is not None:
             by = self._stop_reason.value[0]
-        elif signal_name is None:
-            by = "itself"
-        else:
+        elif signal_name is not None:
             cgroup = self._worker.cgroup
             by = "out_of_memory" if cgroup is not None and cgroup.out_of_memory() else "unknown"
         exit_info: dict[str, Any] = {
@@ -531,10 +527,3 @@ def _decode_traceback(line: bytes) -> str | None:
 
 def _signal_name(number: int) -> str:
     return signal.Signals(number).name if number in set(signal.Signals) else str(number)
-
-
-def _describe_death(code: int) -> Failed:
-    if code < 0:
-        name = _signal_name(-code)
-        return Failed("call_died", f"the call's process was ended by {name}", {"signal": name})
-    return Failed("call_died", f"the call's process ended without a result, exit code {code}", {"code": code})

@@ -14,14 +14,21 @@ Flow control: each side sends at most a window of bytes that the other has not c
 `COMMANDS_WINDOW` for commands, each plus the frame that exceeds it. So a slow client pauses its own call only. Short
 calls need no credit.
 
-The loss of the link hangs up all of its channels. Pure: no input or output here.
+The loss of the link hangs up all of its channels.
+
+`FrameSocket` is the socket, the same at both ends. Data is gathered and sent once per turn of the event loop, which is
+another one in each process. A socket that cannot be sent to is still read: the peer may have sent data before its
+death.
 """
 
 from __future__ import annotations
 
+import logging
+import socket
 import struct
-from collections.abc import Iterator
-from typing import NamedTuple
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 #: The version of this format. Frontend and supervisor of two versions reject each other.
 VERSION = 1
@@ -36,6 +43,10 @@ LINES_WINDOW = 256 * 1024
 COMMANDS_WINDOW = 512
 #: Channel numbers are below this one.
 MAX_CHANNELS = 1 << 32
+
+_READ_SIZE = 128 * 1024
+#: From this many unsent bytes on, no channel with flow control adds any.
+_HIGH_WATER = 1024 * 1024
 
 _HEADER = struct.Struct("<IIB")
 _CREDIT = struct.Struct("<I")
@@ -82,11 +93,7 @@ def split_lines(lines: bytes) -> Iterator[bytes]:
 
 
 class FrameBuffer:
-    """A buffer that collects received bytes and returns complete frames.
-
-    Args:
-        limit: the most bytes of a frame's body.
-    """
+    """A buffer that collects received bytes and returns complete frames. `limit`: the most bytes of a frame's body."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
@@ -120,3 +127,119 @@ class FrameBuffer:
             self._pieces.append(data[start:])
             self._size, self._needed = size - start, needed
         return frames
+
+
+class FrameSocket(ABC):
+    """A socket, non-blocking, that sends and receives frames. A subclass watches it in its event loop.
+
+    `call_soon` runs a function at the end of this turn of the event loop, or in the next turn.
+    """
+
+    def __init__(
+        self,
+        connection: socket.socket,
+        max_frame_bytes: int,
+        call_soon: Callable[[Callable[[], None]], object],
+        log: logging.Logger,
+    ) -> None:
+        self._channels: dict[int, Any] = {}  # the open ones, by number
+        self._connection = connection
+        self._call_soon = call_soon
+        self._log = log
+        self._frames = FrameBuffer(max_frame_bytes)
+        self._unsent = bytearray()
+        self._flush_scheduled = False
+        self._kernel_full = False  # the socket's buffer has no room
+        self._blocked: dict[Callable[[], None], None] = {}  # in the order in which they continue
+        self._broken = False  # nothing can be sent; data may still be received
+        self._lost = False
+
+    def write(self, number: int, kind: int, body: bytes = b"") -> None:
+        """Send a frame of a channel, soon."""
+        if not self._broken:
+            self._unsent += encode_frame(number, kind, body)
+            if not (self._flush_scheduled or self._kernel_full):
+                self._flush_scheduled = True
+                self._call_soon(self._flush)
+
+    @property
+    def has_channels(self) -> bool:
+        """Whether a channel is open."""
+        return bool(self._channels)
+
+    @property
+    def writable(self) -> bool:
+        """Whether channels may send now."""
+        return len(self._unsent) < _HIGH_WATER
+
+    def wait_until_writable(self, resume: Callable[[], None]) -> None:
+        """Call a function when channels may send, after those that wait already."""
+        self._blocked[resume] = None
+
+    def receive(self, data: bytes) -> None:
+        """Handle received data. If it is invalid, the link is lost."""
+        try:
+            for number, kind, body in self._frames.feed(data):
+                self._handle(number, kind, body)
+        except InvalidFrame as error:
+            self._log.error("invalid frame", extra={"reason": str(error)})
+            self._lose()
+
+    def _flush(self) -> None:
+        self._flush_scheduled = False
+        try:
+            while self._unsent:
+                del self._unsent[: self._connection.send(self._unsent)]
+        except BlockingIOError:
+            pass
+        except OSError:  # the peer is dead
+            self._broken = True
+            self._unsent.clear()
+        if self._kernel_full != bool(self._unsent):
+            self._kernel_full = not self._kernel_full
+            self._watch_writable(self._kernel_full)
+        while self._blocked and self.writable:
+            resume = next(iter(self._blocked))
+            del self._blocked[resume]
+            resume()
+
+    def _on_ready(self) -> None:
+        """Receive data; also send, because the supervisor's loop has one callback for both."""
+        if self._kernel_full:
+            self._flush()
+        try:
+            data = self._connection.recv(_READ_SIZE)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if data:
+            self.receive(data)
+        else:
+            self._lose()
+
+    def _lose(self) -> None:
+        """Close the socket; once."""
+        if not self._lost:
+            self._lost = self._broken = True
+            self._unwatch()
+            self._connection.close()
+            self._unsent.clear()
+            self._blocked.clear()
+            self._on_lost()
+
+    @abstractmethod
+    def _handle(self, number: int, kind: int, body: bytes) -> None:
+        """Handle a frame. Raises `InvalidFrame`."""
+
+    @abstractmethod
+    def _on_lost(self) -> None:
+        """Handle that the socket is closed: close all channels."""
+
+    @abstractmethod
+    def _watch_writable(self, watch: bool) -> None:
+        """Begin to call `_flush` when the socket is writable, or stop it."""
+
+    @abstractmethod
+    def _unwatch(self) -> None:
+        """Stop watching the socket."""

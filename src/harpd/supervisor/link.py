@@ -15,25 +15,9 @@ from typing import Any, Protocol
 
 from harp.protocol.fields import ProtocolError, check
 from harp.protocol.json_text import InvalidJSON, Raw, loads
+from harpd.supervisor import frames
 from harpd.supervisor.event_loop import READ, WRITE, EventLoop
-from harpd.supervisor.frame_socket import FrameSocket
-from harpd.supervisor.frames import (
-    ATTACH,
-    CLOSED,
-    COMMANDS,
-    COMMANDS_WINDOW,
-    CREDIT,
-    ERROR,
-    HANG_UP,
-    LINES,
-    LINES_WINDOW,
-    MAX_LINES_BYTES,
-    START,
-    InvalidFrame,
-    decode_credit,
-    encode_credit,
-    split_lines,
-)
+from harpd.supervisor.frames import COMMANDS_WINDOW, FrameSocket, InvalidFrame
 
 log = logging.getLogger("harpd.supervisor")
 
@@ -45,35 +29,28 @@ _CHANNEL_HIGH_WATER = 64 * 1024
 _GATHER_SECONDS = 0.003
 
 
-class ChannelUser(Protocol):
-    """The session that uses a channel."""
+class _ChannelUser(Protocol):
+    """The session that uses a channel.
 
-    def on_commands(self, data: bytes) -> None:
-        """Handle data from the client."""
+    `on_hang_up` is called once, when the client has disconnected. The channel stays open until it is closed here.
+    """
 
-    def on_hang_up(self) -> None:
-        """Handle that the client has disconnected; once. The channel stays open until it is closed here."""
-
-    def on_writable(self) -> None:
-        """Handle that more may be sent."""
+    def on_commands(self, data: bytes) -> None: ...
+    def on_hang_up(self) -> None: ...
+    def on_writable(self) -> None: ...
 
 
 class LinkChannel:
-    """The part of a link that carries one call.
+    """The part of a link that carries one call."""
 
-    Attributes:
-        user: receives the frames of the channel; set before the loop continues, unless the channel is rejected.
-        waiting_bytes: the number of bytes that wait because the client, or the frontend, does not read.
-    """
-
-    user: ChannelUser
+    user: _ChannelUser  # set before the loop continues, unless the channel is rejected
 
     def __init__(self, link: Link, number: int) -> None:
-        self.waiting_bytes = 0
+        self.waiting_bytes = 0  # because the client, or the frontend, does not read
         self._link = link
         self._number = number
         self._hung_up = False
-        self._credit = LINES_WINDOW
+        self._credit = frames.LINES_WINDOW
         self._gathered = b""  # lines that are sent with the next ones
         self._waiting: deque[tuple[int, bytes]] = deque()
         self._handled_bytes = 0  # of commands, since the last credit
@@ -84,14 +61,14 @@ class LinkChannel:
         """Whether more should be sent now."""
         return self.waiting_bytes < _CHANNEL_HIGH_WATER and not self._hung_up
 
-    def send(self, lines: bytes, kind: int = LINES) -> None:
+    def send(self, lines: bytes, kind: int = frames.LINES) -> None:
         """Send lines as soon as possible. Lines for a client that has disconnected are discarded."""
         if self._hung_up:
             return
         lines, self._gathered = self._gathered + lines, b""
-        if self._waiting or self._credit <= 0 or not self._link.writable or len(lines) > MAX_LINES_BYTES:
-            *parts, last = split_lines(lines)
-            self._waiting.extend((LINES, part) for part in parts)
+        if self._waiting or self._credit <= 0 or not self._link.writable or len(lines) > frames.MAX_LINES_BYTES:
+            *parts, last = frames.split_lines(lines)
+            self._waiting.extend((frames.LINES, part) for part in parts)
             self._waiting.append((kind, last))
             self.waiting_bytes += len(lines)
             self.send_waiting()
@@ -110,12 +87,12 @@ class LinkChannel:
         if self._gathered:
             self.send(b"")
         if self._handled_bytes >= COMMANDS_WINDOW // 2 and not self._hung_up:
-            self._link.write(self._number, CREDIT, encode_credit(self._handled_bytes))
+            self._link.write(self._number, frames.CREDIT, frames.encode_credit(self._handled_bytes))
             self._handled_bytes = 0
 
     def reject(self, error: bytes) -> None:
         """Send an error line and close the channel."""
-        self.send(error, ERROR)
+        self.send(error, frames.ERROR)
         self.close_after_flush()
 
     def close_after_flush(self) -> None:
@@ -152,12 +129,12 @@ class LinkChannel:
 
     def handle(self, kind: int, body: bytes) -> None:
         """Handle a frame. Raises `InvalidFrame`."""
-        if kind == HANG_UP:
+        if kind == frames.HANG_UP:
             self.hang_up()
-        elif kind == CREDIT:
-            self._credit += decode_credit(body)
+        elif kind == frames.CREDIT:
+            self._credit += frames.decode_credit(body)
             self.resume()
-        elif kind != COMMANDS:
+        elif kind != frames.COMMANDS:
             raise InvalidFrame(f"unexpected frame of kind {kind}")
         elif not (self._hung_up or self._closing):
             self._handled_bytes += len(body)
@@ -184,11 +161,8 @@ class LinkChannel:
 class Link(FrameSocket):
     """A link, after the preface.
 
-    Args:
-        on_start: called with each channel that starts a call, the facts, and the arguments.
-        on_attach: called with each channel that attaches to a call, and the facts. KeyError or ProtocolError from one
-            of these functions closes the channel.
-        on_lost: called once when the link is lost, after its channels were hung up.
+    `on_start` and `on_attach` receive each channel with the facts, and with the arguments. If one of them raises
+    KeyError or ProtocolError, the channel is closed. `on_lost` is called once, after all channels were hung up.
     """
 
     def __init__(
@@ -205,11 +179,6 @@ class Link(FrameSocket):
         self._channels: dict[int, LinkChannel] = {}
         self._gathering: list[LinkChannel] = []
         self._watch_writable(False)
-
-    @property
-    def has_channels(self) -> bool:
-        """Whether a channel is open."""
-        return bool(self._channels)
 
     def finish(self, deadline: float) -> None:
         """Handle the frames that have arrived, and send all data within this time, before the exit of this process."""
@@ -230,7 +199,7 @@ class Link(FrameSocket):
     def forget(self, number: int) -> None:
         """Close a channel; its number is free."""
         if self._channels.pop(number, None) is not None:
-            self.write(number, CLOSED)
+            self.write(number, frames.CLOSED)
 
     def _flush_gathered(self) -> None:
         channels, self._gathering = self._gathering, []
@@ -241,7 +210,7 @@ class Link(FrameSocket):
 
     def _handle(self, number: int, kind: int, body: bytes) -> None:
         channel = self._channels.get(number)
-        if kind in (START, ATTACH):
+        if kind in (frames.START, frames.ATTACH):
             if channel is not None:
                 raise InvalidFrame(f"channel {number} is in use")
             self._open(number, kind, body)
@@ -256,11 +225,11 @@ class Link(FrameSocket):
 
     def _open(self, number: int, kind: int, body: bytes) -> None:
         channel = self._channels[number] = LinkChannel(self, number)
-        head = body[: body.find(b"\n")] if kind == START else body
+        head = body[: body.find(b"\n")] if kind == frames.START else body
         try:
             facts = loads(head)
             check(isinstance(facts, dict), "expected an object")
-            if kind == START:
+            if kind == frames.START:
                 self._on_start(channel, facts, Raw(memoryview(body)[len(head) + 1 :]))
             else:
                 self._on_attach(channel, facts)

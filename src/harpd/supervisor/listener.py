@@ -31,8 +31,8 @@ ACTIVE_SOCKET, SOCKET_PREFIX = "supervisor", "supervisor-"
 class Listener:
     """A listening socket in the runtime directory, named by the instance id. Raises OSError if it cannot be created.
 
-    `on_request` is called with each connection, its first line, and the data after it. If it raises KeyError,
-    InvalidJSON or ProtocolError, the connection is closed.
+    `on_request` receives each connection, its first line, and the data after it. If it raises KeyError, InvalidJSON or
+    ProtocolError, the connection is closed.
     """
 
     def __init__(

@@ -151,7 +151,7 @@ class Supervisor:
                 self._loop.call_later(_ZYGOTE_RESTART_DELAY, self._restart_zygote)
 
         try:
-            zygote = self._loading = ZygoteClient(self._loop, settings, self._output, on_loaded, on_lost)
+            zygote = self._loading = ZygoteClient(settings, self._output, on_loaded, on_lost)
         except OSError as error:
             on_done(f"cannot create a process: {error.strerror}")
 

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from harp.protocol.ends import Failed
-from harp.protocol.fields import ProtocolError, check, is_count
+from harp.protocol.fields import ProtocolError, check, check_string, is_count
 from harp.protocol.harpd import CallList, encode_message
 from harpd.supervisor.call import CallContext
 from harpd.supervisor.link import LinkChannel
@@ -66,7 +66,6 @@ class CallRegistry:
         self._context = context
         self._loop = context.loop
         self._instance = context.instance
-        self._state_files = context.state_files
         self._sessions: dict[str, ResumableSession] = {}
         self._tombstones = TombstoneSet(_TOMBSTONE_TTL, self._loop.now())
 
@@ -104,7 +103,7 @@ class CallRegistry:
 
     def _on_discarded(self, session: ResumableSession) -> None:
         del self._sessions[session.id]
-        self._state_files.mark_reported(session.id)
+        self._context.state_files.mark_reported(session.id)
         self._tombstones.add(session.terms.owner, session.id, self._loop.now())
 
     def attach(self, channel: LinkChannel, facts: Mapping[str, Any]) -> None:
@@ -116,12 +115,12 @@ class CallRegistry:
             self.clean_up_orphans()  # perhaps its supervisor has just died
         session = self._sessions.get(call_id)
         digest = _digest(secret)
-        if session is None or not (_is_same(session.terms.owner, owner) and _is_same(session.terms.secret, digest)):
+        if session is not None and _is_same(session.terms.owner, owner) and _is_same(session.terms.secret, digest):
+            rejection = session.attach(channel, since, facts.get("keep_alive"))
+        else:
             self._tombstones.add(owner, call_id, self._loop.now())
             message = "there is no such call here, and it will not start"
-            rejection: Failed | None = Failed("no_such_call", message, {"instance": self._instance})
-        else:
-            rejection = session.attach(channel, since, facts.get("keep_alive"))
+            rejection = Failed("no_such_call", message, {"instance": self._instance})
         if rejection is None:
             log.info("dispatcher attached to call", extra={"call": call_id, "since": since})
         else:
@@ -139,7 +138,7 @@ class CallRegistry:
         """Kill the calls of dead supervisors and adopt the resumable ones; return whether to repeat that soon."""
         if self._context.shutting_down:  # the next supervisor adopts them
             return False
-        result = self._state_files.clean_up()
+        result = self._context.state_files.clean_up()
         if result.killed:
             log.warning("killed orphaned processes", extra={"processes": result.killed})
         stop_reports = result.stop_reports
@@ -156,7 +155,7 @@ class CallRegistry:
             session = self._add_session(call_id, terms, self._loop.now())
             session.adopt(stop_reports.get(call_id))
             try:  # so that a later supervisor can report its end
-                self._state_files.write(call_id, state.tree, session.stored, Purpose.ONLY_REPORT)
+                self._context.state_files.write(call_id, state.tree, session.stored, Purpose.ONLY_REPORT)
             except OSError as error:
                 log.error("cannot write state of call", extra={"call": call_id, "reason": str(error)})
         return result.again
@@ -164,13 +163,7 @@ class CallRegistry:
 
 def read_texts(facts: Mapping[str, Any], *keys: str) -> list[str]:
     """Return the strings of these keys. Raises KeyError and `ProtocolError`."""
-    texts: list[str] = []
-    for key in keys:
-        text = facts[key]
-        if not isinstance(text, str):
-            raise ProtocolError(f"{key}: expected a string")
-        texts.append(text)
-    return texts
+    return [check_string(key, facts[key]) for key in keys]
 
 
 def _digest(secret: str) -> str:

@@ -29,21 +29,10 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
+from harp.protocol import harpd as messages
 from harp.protocol.ends import Failed
 from harp.protocol.fields import ProtocolError
-from harp.protocol.harpd import (
-    Ack,
-    Acknowledgement,
-    GrantedTerms,
-    Heartbeat,
-    RecordTime,
-    Release,
-    StopCall,
-    StopReport,
-    decode_command,
-    encode_exit_info,
-    encode_message,
-)
+from harp.protocol.harpd import MAX_COMMAND_BYTES, encode_message
 from harp.protocol.json_text import Raw, dumps
 from harp.protocol.lines import LineBuffer, LineTooLong
 from harpd.supervisor.call import ERROR_PREFIX, CallContext, Session, StopReason
@@ -58,19 +47,18 @@ log = logging.getLogger("harpd.supervisor")
 _MAX_SECONDS = 1e9
 #: Bytes of unacknowledged records that are sent; one record may be longer.
 _WINDOW_BYTES = 1024 * 1024
-#: The most bytes of a command line.
-_MAX_COMMAND_BYTES = 4096
 
 
 @lru_cache(maxsize=128)  # the calls of a dispatcher have the same one
 def _encode_acknowledgement(streaming: bool, keep_alive: float | None, *terms: Any) -> bytes:
-    return encode_message(Acknowledgement(streaming, GrantedTerms(*terms) if terms else None, keep_alive))
+    granted = messages.GrantedTerms(*terms) if terms else None
+    return encode_message(messages.Acknowledgement(streaming, granted, keep_alive))
 
 
 class BoundSession(Session):
     """The session of a connection-bound call, and the user of its link channel.
 
-    `buffer_size` is how many bytes may wait until the frontend reads them.
+    At most about `buffer_size` bytes wait until the frontend reads them.
     """
 
     def __init__(self, channel: LinkChannel, streaming: bool, keep_alive: float | None, buffer_size: int) -> None:
@@ -79,42 +67,33 @@ class BoundSession(Session):
         self._channel = channel
         channel.user = self
 
-    # The call: `Session`.
-
     @property
     def full(self) -> bool:
-        """Whether the frontend has to read first."""
         return self._channel.waiting_bytes >= self._buffer_size
 
     def on_started(self) -> None:
-        """Send the acknowledgement."""
         self._channel.send_soon(self._acknowledgement)
 
     def on_records(self, lines: bytes, count: int) -> None:
-        """Send the records."""
         self._channel.send(lines)
 
     def on_end(self, line: bytes) -> None:
-        """Send the closing line."""
         self._channel.send(line, ERROR if line.startswith(ERROR_PREFIX) else END)
 
     def on_closed(self, stop_report: Mapping[str, Any] | None) -> None:
-        """Close the channel."""
         self.call = None
         self._channel.close_after_flush()
 
-    # The channel: `ChannelUser`.
+    # The channel.
 
     def on_commands(self, data: bytes) -> None:
-        """Ignore data: the frontend sends none."""
+        pass  # the frontend sends none
 
     def on_hang_up(self) -> None:
-        """Stop the call; its further output is read and discarded."""
         self.stop(StopReason.CANCELLED)
-        self.resume_reading()
+        self.resume_reading()  # to discard the output that follows
 
     def on_writable(self) -> None:
-        """Continue to read the worker's output."""
         self.resume_reading()
 
 
@@ -169,8 +148,8 @@ class ResumableSession(Session):
         self.id = call_id
         self.terms = terms
         self.stored = terms.encode()
+        self._context = context
         self._loop = context.loop
-        self._instance = context.instance
         self._quota = context.quota
         self._kill_grace = context.settings["kill_grace"]
         self._spool_size = context.settings["spool"]
@@ -179,7 +158,7 @@ class ResumableSession(Session):
         self._spool = Spool()
         self._channel: LinkChannel | None = None
         self._keep_alive: float | None = None
-        self._commands = LineBuffer(_MAX_COMMAND_BYTES)
+        self._commands = LineBuffer(MAX_COMMAND_BYTES)
         self._next = 0  # the number of the record that is sent next
         self._unacknowledged = 0  # bytes that were sent on this connection
         self._heartbeat_pending = False
@@ -193,52 +172,44 @@ class ResumableSession(Session):
         self._contact_at, self._last_output_at = contact_at, self._loop.now()
         self._timer: Timer | None = None  # None: the worker does not exist yet
 
-    # The call: `Session`.
-
     @property
     def full(self) -> bool:
-        """Whether the spool has used its share of memory."""
         size = self._spool.size
         if size < self._guaranteed_size:
             return False
         return size >= self._spool_size or not self._quota.may_grow(size, self, self.resume_reading)
 
     def on_started(self) -> None:
-        """Send the acknowledgement; the limits count from now on."""
-        self._started_at = self._last_output_at = self._loop.now()
+        self._started_at = self._last_output_at = self._loop.now()  # the limits count from now on
         self._check()
         self._send_acknowledgement(0.0)
 
     def on_records(self, lines: bytes, count: int) -> None:
-        """Add the records to the spool, and send them."""
         self._last_output_at = self._loop.now()
         self._spool.append(lines, count, time.time())
         self._quota.reserve(len(lines))
         self._send_pending()
 
     def on_end(self, line: bytes) -> None:
-        """Store the closing line until the worker has ended."""
         self._closing_line = line
 
     def on_exit(self, exit_info: Callable[[], Raw], stop_report: Mapping[str, Any] | None) -> None:
-        """Send the end; it is stored for `result_ttl`."""
         closing_line, self._closing_line = self._closing_line, b""
-        report = b"" if stop_report is None else encode_message(StopReport(stop_report))
+        report = b"" if stop_report is None else encode_message(messages.StopReport(stop_report))
         self._ended_at = self._loop.now()
         if self._timer is not None:
             self._timer.cancel()
         self._timer = self._loop.call_later(self.terms.result_ttl, self._check)
-        self._add_end(report + encode_exit_info(exit_info()) + closing_line)
+        self._add_end(report + messages.encode_exit_info(exit_info()) + closing_line)
 
     def on_closed(self, stop_report: Mapping[str, Any] | None) -> None:
-        """Send the last stop report, if there is one; or reject the call, if it was not started."""
         self.call = None
-        if self._started_at is None:
+        if self._started_at is None:  # it is rejected
             if self._channel is not None:
                 self._channel.send(self._closing_line)
             self.discard()
         if stop_report is not None:
-            self._add_end(encode_message(StopReport(stop_report)))
+            self._add_end(encode_message(messages.StopReport(stop_report)))
 
     def _add_end(self, lines: bytes) -> None:
         self._end.append(lines)
@@ -269,21 +240,20 @@ class ResumableSession(Session):
             self._channel.close()
         channel.user = self
         self._channel, self._keep_alive = channel, keep_alive
-        self._commands = LineBuffer(_MAX_COMMAND_BYTES)
+        self._commands = LineBuffer(MAX_COMMAND_BYTES)
         self._next, self._unacknowledged, self._end_sent, self._heartbeat_pending = since, 0, 0, False
         self._send_acknowledgement(self._elapsed())
         self._send_pending()
         return None
 
     def _elapsed(self) -> float:
-        """Return the seconds since the start."""
         return 0.0 if self._started_at is None else max(0.0, self._loop.now() - self._started_at)
 
     def _send_acknowledgement(self, elapsed: float) -> None:
         if self._channel is not None and self._started_at is not None:
             terms = self.terms
             limits = terms.disconnect_timeout, terms.result_ttl, self._kill_grace
-            granted = self._instance, *limits, elapsed, self._spool.end
+            granted = self._context.instance, *limits, elapsed, self._spool.end
             self._channel.send_soon(_encode_acknowledgement(terms.streaming, self._keep_alive, *granted))
 
     def _send_pending(self) -> None:
@@ -293,12 +263,12 @@ class ResumableSession(Session):
             return
         if self._heartbeat_pending and channel.writable:  # one reply to all heartbeats since the last one
             self._heartbeat_pending = False
-            channel.send(encode_message(Heartbeat(self._elapsed())))
+            channel.send(encode_message(messages.Heartbeat(self._elapsed())))
         while self._next < self._spool.end and channel.writable and self._unacknowledged < _WINDOW_BYTES:
             chunk = self._spool.chunk_from(self._next)
             self._next = chunk.first + chunk.count
             self._unacknowledged += len(chunk.lines)
-            channel.send(encode_message(RecordTime(chunk.time)) + chunk.lines)
+            channel.send(encode_message(messages.RecordTime(chunk.time)) + chunk.lines)
         while self._next == self._spool.end and self._end_sent < len(self._end):
             self._end_sent += 1
             channel.send(self._end[self._end_sent - 1])
@@ -306,25 +276,23 @@ class ResumableSession(Session):
     on_writable = _send_pending
 
     def on_commands(self, data: bytes) -> None:
-        """Carry out the commands of the dispatcher. See `ChannelUser`."""
         try:
             for line in self._commands.feed(data):
                 if self._channel is not None:  # a release detaches it; further commands have no effect
-                    self._handle_command(decode_command(line))
+                    self._handle_command(messages.decode_command(line))
         except (ProtocolError, LineTooLong) as error:
             log.error("invalid command from dispatcher", extra={"call": self.id, "reason": str(error)})
             self.on_hang_up()
 
     def on_hang_up(self) -> None:
-        """Detach the connection. See `ChannelUser`."""
         if self._channel is not None:
             self._channel.close()
             self._channel = None
             log.debug("dispatcher detached from call", extra={"call": self.id})
 
-    def _handle_command(self, command: Ack | Heartbeat | StopCall | Release) -> None:
+    def _handle_command(self, command: messages.Command) -> None:
         match command:
-            case Ack(count):
+            case messages.Ack(count):
                 if count > self._spool.end:
                     raise ProtocolError(f"ack: expected at most {self._spool.end} records, got {count}")
                 freed = self._spool.acknowledge(count)
@@ -333,15 +301,15 @@ class ResumableSession(Session):
                 self._next = max(self._next, self._spool.first)  # records that were acknowledged unread are gone
                 self.resume_reading()
                 self._send_pending()
-            case Heartbeat(elapsed):
+            case messages.Heartbeat(elapsed):
                 if elapsed > self._elapsed():
                     raise ProtocolError("heartbeat: the time is in the future")
                 self._contact_at = max(self._contact_at, (self._started_at or 0) + elapsed)
                 self._heartbeat_pending = True
                 self._send_pending()
-            case StopCall(why, by):
+            case messages.StopCall(why, by):
                 self.stop(StopReason.CANCELLED, why, by)
-            case Release():
+            case messages.Release():
                 if not self._end:
                     raise ProtocolError("release: the call has not ended")
                 self.discard()

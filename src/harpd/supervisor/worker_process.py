@@ -20,7 +20,6 @@ from typing import Protocol
 
 from harpd.processes.cgroup import Cgroup
 from harpd.processes.process_tree import send_signal
-from harpd.supervisor.event_loop import EventLoop
 from harpd.supervisor.output import OutputCollector, OutputPipe
 
 log = logging.getLogger("harpd.supervisor")
@@ -32,7 +31,7 @@ _EXIT_TIMEOUT = 5.0
 
 
 class WorkerUser(Protocol):
-    """The call of a worker: it is notified of the worker's fork and death."""
+    """The call of a worker."""
 
     def on_forked(self) -> None:
         """Handle that the worker exists."""
@@ -43,17 +42,17 @@ class WorkerUser(Protocol):
     def on_reaped(self, status: int, cpu: float | None, memory: int | None) -> None:
         """Handle that the worker has ended with this wait status, or was killed with its zygote.
 
-        `cpu`: seconds of the worker and the children that it waited for; `memory`: maximum resident bytes of the
-        largest of these processes; None: unknown.
+        `cpu` is in seconds, with that of the children that it waited for; `memory` is the maximum resident bytes of the
+        largest of these processes.
         """
 
 
 class WorkerProcess:
     """A worker from the fork command to its death. Raises OSError if no descriptor is free; nothing has begun then."""
 
-    def __init__(self, loop: EventLoop, output: OutputCollector) -> None:
-        self._loop = loop
-        self.created_at = loop.now()
+    def __init__(self, output: OutputCollector) -> None:
+        self._loop = output.loop
+        self.created_at = self._loop.now()
         self.identity = 0, 0  # its pid and start time; zeros before it was forked
         self.cgroup: Cgroup | None = None
         self.call: WorkerUser | None = None  # None: it is pre-forked or idle, or released
@@ -88,7 +87,7 @@ class WorkerProcess:
             pipe.assign(fields)
 
     def on_forked(self, pid: int, start: int) -> None:
-        """Record its identity, and notify its call if it has one."""
+        """Record its identity, and notify its call."""
         self.identity = pid, start
         if self.call is not None:
             self.call.on_forked()
@@ -101,19 +100,16 @@ class WorkerProcess:
             self.call.on_fork_failed(reason)
 
     def on_reaped(self, status: int, cpu: float | None, memory: int | None) -> None:
-        """Notify its call, see `WorkerUser`. `cpu` is that of all its calls; the call gets only its own part."""
+        """Notify its call of its own part of `cpu`, which is that of all calls; see `WorkerUser`."""
         self._ended = True
         if self.call is None:
             self.release()
         else:
-            self.call.on_reaped(status, None if cpu is None else self._since_assigned(cpu), memory)
+            self.call.on_reaped(status, None if cpu is None else self.call_cpu_seconds(cpu), memory)
 
-    def call_cpu_seconds(self) -> float:
-        """Return the processor time of its present call so far, without that of the call's children."""
-        return self._since_assigned(self._cpu_seconds())
-
-    def _since_assigned(self, cpu: float) -> float:
-        return round(max(cpu - self._cpu_before, 0.0), 6)
+    def call_cpu_seconds(self, cpu: float | None = None) -> float:
+        """Return the part of `cpu` that its present call has used; by default of its own time, without children."""
+        return round(max((self._cpu_seconds() if cpu is None else cpu) - self._cpu_before, 0.0), 6)
 
     def _cpu_seconds(self) -> float:
         """Return the processor time that it has used. See clock_getcpuclockid(3)."""

@@ -24,7 +24,7 @@ from typing import Any
 from harp.protocol.json_text import encode_value, loads
 from harpd.processes.cookie import reserve_cookie
 from harpd.processes.process_tree import start_time
-from harpd.supervisor.event_loop import READ, WRITE, EventLoop
+from harpd.supervisor.event_loop import READ, WRITE
 from harpd.supervisor.output import OutputCollector
 from harpd.supervisor.worker_process import WorkerProcess, WorkerUser
 
@@ -61,13 +61,12 @@ class ZygoteClient:
 
     def __init__(
         self,
-        loop: EventLoop,
         settings: Mapping[str, Any],
         output: OutputCollector,
         on_loaded: Callable[[str | None], None],
         on_lost: Callable[[], None],
     ) -> None:
-        self._loop = loop
+        self._loop = output.loop
         self._output = output
         self._on_loaded: Callable[[str | None], None] | None = on_loaded
         self._on_lost = on_lost
@@ -87,7 +86,7 @@ class ZygoteClient:
             undo.pop_all()
         self._socket.setblocking(False)
         self._loop.watch(self._socket.fileno(), READ, self._on_ready)
-        self._created_at = loop.now()
+        self._created_at = self._loop.now()
         self._check_repeatedly()
         search_path = settings["python_path"]
         command = {
@@ -166,7 +165,7 @@ class ZygoteClient:
 
     def _fork(self) -> WorkerProcess:
         """Return a worker that is being forked. Raises OSError."""
-        worker = WorkerProcess(self._loop, self._output)
+        worker = WorkerProcess(self._output)
         self._forking.append(worker)
         self._send({"fork": True}, worker.child_descriptors)  # which closes them here
         return worker
@@ -195,27 +194,23 @@ class ZygoteClient:
     # The end.
 
     def retire(self) -> None:
-        """Have the zygote exit once its last call has ended."""
-        self._release_workers()
-        self._close_if_done()
-
-    def _release_workers(self) -> None:
-        """Have the workers without a call exit, and accept no more."""
+        """Have the zygote exit once its last call has ended, and the workers without a call at once."""
         self._retired = True
         self.limit_idle(0)
         while self._preforked:
             self._preforked.popleft().shut_down()
+        self._close_if_done()
 
     def kill(self) -> None:
         """Kill the zygote, and with it its calls; wait for its death, at most 5 s."""
-        self._release_workers()
         if self._socket.fileno() >= 0:
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
             death = select.poll()
             death.register(self._pidfd, select.POLLIN)
             death.poll(_DEATH_TIMEOUT * 1000)
-            self._close()
+        self.retire()
+        self._close()
 
     def _close_if_done(self) -> None:
         if self._retired and not self._forking and not self._children:
@@ -233,7 +228,7 @@ class ZygoteClient:
         """Report the death of the zygote, and of its workers, which are killed with it."""
         lost = self._on_loaded is None and not self._retired
         self._close()
-        self._release_workers()
+        self.retire()
         self._report_load("the zygote ended while it loaded the procedures file")
         while self._forking:
             self._forking.popleft().on_fork_failed("cannot create a process: the zygote died")
