@@ -3,9 +3,8 @@
 Data that was sent to a suspended process is read after it continues. A request in this data is as old as the
 suspension, and its dispatcher may have abandoned it. So a start that is delayed for too long must be recognised.
 
-Each heartbeat records the time. The data that is read in the same turn of the event loop may have arrived before it.
-So may the data that is read in the next turn, because the present turn may have looked for data before the heartbeat.
-All data that is read in later turns arrived after the heartbeat.
+Each heartbeat records the time. Data that is read in the same or in the next turn of the event loop may have arrived
+before it: the present turn may have looked for data before the heartbeat. Data of later turns arrived after it.
 """
 
 from __future__ import annotations
@@ -34,13 +33,9 @@ class ArrivalClock:
         asyncio.get_running_loop().call_later(_INTERVAL, self.run)
 
     def earliest_arrival(self) -> float:
-        """Return a time by `boottime` before the arrival of the data that is read in this turn of the event loop.
-
-        It is usually about half a second before. After a suspension, a heartbeat is recorded at once, so that later
-        requests count as new ones.
-        """
+        """Return a time before the arrival of the data that is read in this turn; usually half a second before."""
         if boottime() - self._recorded > 2 * _INTERVAL:
-            self._record()
+            self._record()  # after a suspension, so that later requests count as new ones
         return self._confirmed
 
     def _record(self) -> None:

@@ -40,9 +40,9 @@ _INTERNAL_ERROR = Failed("system_error", "internal error of harpd; its log has t
 
 
 class Call(Channel):
-    """The common part of both kinds of calls: the channel to the supervisor, and the connection of the client.
+    """A call of either kind: its channel to the supervisor, and the connection of the client.
 
-    `request` is the body of the first frame, which starts or attaches to the call; see `harpd.supervisor.main`.
+    `request` is the body of the first frame, see `harpd.supervisor.main`.
     """
 
     _accepted = False  # the supervisor has replied to the request
@@ -57,13 +57,9 @@ class Call(Channel):
         """Start the call in the supervisor of this link."""
         self.open(link, START, self._request)
 
-    def on_client_reads(self) -> None:
-        """Let the supervisor send more: the client reads again."""
-        self.confirm(0, reads=True)
-
     @abstractmethod
     def on_client_data(self, data: bytes) -> None:
-        """Handle data of the client; not called before the first reply of the supervisor."""
+        """Handle data of the client, after the first reply of the supervisor."""
 
     @abstractmethod
     def disconnect(self) -> None:
@@ -81,18 +77,15 @@ class ClientConnection(asyncio.Protocol, ABC):
     ) -> None:
         self.peer = peer
         self.limits = config.configuration.limits
-        #: Whether the client reads: its write buffer is not full.
-        self.reads = True
-        #: Whether the frontend stops.
-        self.stopping = False
+        self.reads = True  # the client reads: its write buffer is not full
+        self.stopping = False  # the frontend stops
         self._socket = accepted
         self._tls = config.context
         self._reservation = Reservation(quota)  # of the request, until the supervisor has it
         self._timers = timers
         self._transport: asyncio.Transport | None = None
         self._closed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        #: Handles the client's data in the present phase.
-        self._receive: Callable[[bytes], None] = self._ignore
+        self._receive: Callable[[bytes], None] = self._ignore  # handles the client's data in the present phase
         self._call: Call | None = None
         self._task: asyncio.Task[None] | None = None  # work of the present phase that has to wait
         self._timer: Timer | None = None  # of the present phase
@@ -104,10 +97,7 @@ class ClientConnection(asyncio.Protocol, ABC):
     # From the acceptor.
 
     def serve(self) -> asyncio.Future[None]:
-        """Handle the requests of this connection, usually one; return a future that is done when it is closed.
-
-        The cancellation of the future closes the connection.
-        """
+        """Handle the requests; return a future that is done when the connection is closed, and can be cancelled."""
         self._task = asyncio.get_running_loop().create_task(self._shake_hands())
         self._closed.add_done_callback(self._on_closed)
         return self._closed
@@ -139,7 +129,6 @@ class ClientConnection(asyncio.Protocol, ABC):
     # From the transport: `asyncio.Protocol`.
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Begin after the handshake."""
         assert isinstance(transport, asyncio.Transport)
         self._transport, self._task = transport, None
         transport.set_write_buffer_limits(high=_HIGH_WATER)
@@ -149,7 +138,6 @@ class ClientConnection(asyncio.Protocol, ABC):
             self._on_connected()
 
     def data_received(self, data: bytes) -> None:
-        """Handle data of the client."""
         try:
             self._receive(data)
         except Exception:
@@ -157,31 +145,27 @@ class ClientConnection(asyncio.Protocol, ABC):
             self._fail()
 
     def eof_received(self) -> None:
-        """Handle that the client has disconnected, or has closed its sending half."""
         self._on_lost()
         if self._call is not None:  # it is being stopped
             self._abort()
 
     def connection_lost(self, error: Exception | None) -> None:
-        """Handle the end of the connection."""
         self._transport = None
         self._on_lost()
         self._check_closed()
 
     def pause_writing(self) -> None:
-        """Wait until the client reads, for a limited time."""
         self.reads = False
         self._check_progress(before=-math.inf)
 
     def resume_writing(self) -> None:
-        """Continue: the client reads."""
         self.reads = True
         if self._write_timer is not None:
             self._write_timer.cancel()
         if self._closing:
             self._close()
         elif self._call is not None:
-            self._call.on_client_reads()
+            self._call.confirm(0, reads=True)
 
     def _on_lost(self) -> None:
         if self._lost:
@@ -210,18 +194,15 @@ class ClientConnection(asyncio.Protocol, ABC):
     # From the call.
 
     def write(self, lines: bytes) -> None:
-        """Send lines to the client."""
         self._written += len(lines)
         if self._transport is not None:
             self._transport.write(lines)
 
     def pause_reading(self) -> None:
-        """Read nothing from the client."""
         if self._transport is not None:
             self._transport.pause_reading()
 
     def resume_reading(self) -> None:
-        """Read from the client again."""
         if self._transport is not None:
             self._transport.resume_reading()
 
@@ -267,10 +248,9 @@ class ClientConnection(asyncio.Protocol, ABC):
         self.set_timer(min(_QUIET_TIME, self._discard_until - time.monotonic()), self._close)
 
     def _ignore(self, data: bytes) -> None:
-        """Handle data after the last reply."""
+        pass
 
     def _fail(self) -> None:
-        """End the connection after an internal error."""
         if self._call is None:
             self.end(_INTERNAL_ERROR)
         else:

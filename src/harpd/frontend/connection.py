@@ -24,15 +24,7 @@ from typing import Any
 
 from harp.protocol.ends import Failed
 from harp.protocol.fields import ProtocolError
-from harp.protocol.harpd import (
-    AnyRequest,
-    Attach,
-    ListCalls,
-    Request,
-    RequestedTerms,
-    decode_request,
-    encode_message,
-)
+from harp.protocol.harpd import AnyRequest, Attach, ListCalls, Request, RequestedTerms, decode_request, encode_message
 from harp.protocol.json_text import dumps
 from harp.protocol.lines import LineBuffer, LineTooLong
 from harp_daemon.long_lines import LONG_LINE, decode_in_thread
@@ -88,10 +80,7 @@ class Connection(ClientConnection):
         self._idle = False
 
     def stop(self, supervisor_stops: bool) -> None:
-        """End this connection soon, because the frontend stops.
-
-        `supervisor_stops`: whether the supervisor stops too; then it ends the calls.
-        """
+        """End this connection soon: the frontend stops. If the supervisor stops too, it ends the calls."""
         self.stopping = True
         if self._call is not None:
             if not supervisor_stops:
@@ -158,7 +147,7 @@ class Connection(ClientConnection):
             return
         if not self._admit(request):
             return
-        link = self._context.links.active()
+        link = self._context.links.find()
         if link is not None and isinstance(request, Request) and self._is_cached(request):
             self._start_call(request, link)
         else:
@@ -178,7 +167,6 @@ class Connection(ClientConnection):
     # The call.
 
     def _start_call(self, request: Request, link: Link) -> None:
-        """Start a call in the supervisor of this link."""
         terms = request.call
         call_id = str(uuid.uuid4()) if terms is None else terms.id
         procedure = request.procedure[:_MAX_LOGGED_NAME]
@@ -195,7 +183,6 @@ class Connection(ClientConnection):
         self._call.start(link)
 
     def on_accepted(self, call: Call) -> None:
-        """See `ClientConnection`."""
         self._reservation.release()
         self._call = call
         self._receive = call.on_client_data
@@ -203,7 +190,6 @@ class Connection(ClientConnection):
             call.on_client_data(self._take_early())
 
     def restart(self, call: Call) -> bool:
-        """See `ClientConnection`."""
         if self._context.links.is_active(call.link):
             return False
         call.abandon()
@@ -212,7 +198,6 @@ class Connection(ClientConnection):
         return True
 
     def next_request(self, received: bytes) -> None:
-        """See `ClientConnection`."""
         self._call = None
         self._reservation.release()
         self._lines = LineBuffer(self.limits.request_line)
@@ -273,7 +258,6 @@ class Connection(ClientConnection):
             self._start_call(request, await self._context.links.connect_active(shared_link))
 
     async def _restart(self, call: Call) -> None:
-        """Start a call in the next supervisor."""
         link = await self._context.links.connect_active(shared=call.link.shared)
         self._call = call
         call.start(link)

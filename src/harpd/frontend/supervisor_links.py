@@ -29,9 +29,11 @@ class SupervisorLinks:
         self._shared: dict[int, Link] = {}  # by the inode of the supervisor's socket
         self._all: set[Link] = set()
 
-    def active(self) -> Link | None:
-        """Return the open link to the active supervisor; None if there is none."""
-        return self._open_link(ACTIVE_SOCKET)
+    def find(self, name: str = ACTIVE_SOCKET) -> Link | None:
+        """Return the open link to the supervisor of this socket, usually the active one; None if there is none."""
+        inode = self._client.inode(name)
+        link = None if inode is None else self._shared.get(inode)
+        return link if link is not None and link.usable else None
 
     def is_active(self, link: Link) -> bool:
         """Return whether the supervisor of this link is the active one."""
@@ -47,8 +49,7 @@ class SupervisorLinks:
     async def attach(self, call: ResumableCall) -> bytes | None:
         """Attach to a call in the supervisor that has it. If none has it, return the error line of the active one.
 
-        Raises:
-            SupervisorError: a supervisor sent no reply, or none is active. Then it is unknown whether the call exists.
+        Raises `SupervisorError`: a supervisor sent no reply, or none is active. So the call may exist.
         """
         return await retry_until_active(partial(self._attach_once, call))
 
@@ -68,10 +69,10 @@ class SupervisorLinks:
 
     async def _connect(self, name: str, shared: bool = True) -> Link:
         """Return a link to a supervisor; an open one if it is shared. Raises `SupervisorError`."""
-        if shared and (link := self._open_link(name)) is not None:
+        if shared and (link := self.find(name)) is not None:
             return link
         connection = await self._client.connect(name)
-        if shared and (link := self._open_link(name)) is not None:  # another task has connected meanwhile
+        if shared and (link := self.find(name)) is not None:  # another task has connected meanwhile
             connection.close()
             return link
         inode = self._client.inode(os.path.basename(connection.getpeername()))  # of the supervisor's own socket
@@ -80,12 +81,6 @@ class SupervisorLinks:
         if shared and inode is not None:
             self._shared[inode] = link
         return link
-
-    def _open_link(self, name: str) -> Link | None:
-        """Return the open link to the supervisor of this socket; None if there is none."""
-        inode = self._client.inode(name)
-        link = None if inode is None else self._shared.get(inode)
-        return link if link is not None and link.usable else None
 
     def _on_lost(self, link: Link) -> None:
         self._all.discard(link)
